@@ -1,0 +1,513 @@
+"""The whole configuration: one frozen, typed tree, and the layers that fill it.
+
+    defaults  <  recipe (TOML)  <  environment (PNEUMO_TRAIN__LR=1e-3)  <  flags (--train.lr 1e-3)
+
+Unknown keys and values that are not allowed raise ConfigError before anything starts; the message
+names the key, the layer it came from and what is allowed. The docstring under a field is its line
+in `--help`. What a job reads and writes (`--store`, `--run`) is no configuration: it stands in the
+job's arguments, and does not change the digest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import hashlib
+import json
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    CliToggleFlag,
+    EnvSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from pneumo import storage
+from pneumo.errors import ConfigError
+
+M = TypeVar("M", bound=BaseModel)
+
+ENVIRONMENT_PREFIX = "PNEUMO_"
+NOT_SETTINGS = frozenset({"PNEUMO_HASH_KEY"})
+"""Environment variables with our prefix that are no settings: secrets, read where they are
+needed."""
+
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A branch of the tree."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class PrepareConfig(Section):
+    """How studies become shards."""
+
+    image_size: Annotated[int, Field(ge=32, le=1024)] = 224
+    """Height and width of the stored images, in pixels."""
+    samples_per_shard: PositiveInt = 1024
+    """Samples in a full shard; 1024 at 224 px is 53 MB, one PUT."""
+    max_bad_fraction: Fraction = 0.01
+    """The job fails when a larger share of the studies cannot be used."""
+    limit: PositiveInt | None = None
+    """Use only this many studies, drawn by the seed: for a taste."""
+
+
+class SplitConfig(Section):
+    """Who goes to train, val and test."""
+
+    unit: Literal["patient", "image"] = "patient"
+    """What stays whole: 'patient' needs the NIH mapping file; 'image' leaks patients, and says
+    so."""
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Share of the patients in val, where thresholds and models are chosen."""
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Share of the patients in test, which only reports."""
+    salt: Annotated[int, Field(ge=0)] | None = None
+    """Picks one of the splits of a seed; none: the best balanced of 64. To keep every patient in
+    place as studies are added, give the salt that the first manifest states."""
+
+    @model_validator(mode="after")
+    def _leaves_training_patients(self) -> Self:
+        if self.val_fraction + self.test_fraction >= 1:
+            raise ValueError("val_fraction + test_fraction must be below 1")
+        return self
+
+
+class DataConfig(Section):
+    """What the model is fed."""
+
+    image_size: Annotated[int, Field(ge=32, le=1024)] | None = None
+    """Input height and width in pixels; none: the store's. Above the store's is an error."""
+
+
+class AugmentConfig(Section):
+    """Random changes of the training images; each study gets its own, from seed, epoch and key."""
+
+    rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 5.0
+    """Largest rotation either way."""
+    translation_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.05
+    """Largest shift along either axis, as a share of the image."""
+    scale_fraction: Annotated[float, Field(ge=0, lt=0.9)] = 0.1
+    """Largest change of size either way: 0.1 draws from 0.9 to 1.1."""
+
+
+class ModelConfig(Section):
+    """Which network, and what it starts from."""
+
+    backbone: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"
+    """A torchvision ResNet, given one input channel and one logit."""
+    weights: str = "imagenet"
+    """'imagenet' (torchvision's, from its cache or the network), 'random', or a state dict's
+    path."""
+
+
+class TrainConfig(Section):
+    """How the network is trained."""
+
+    epochs: PositiveInt = 10
+    """Passes over the training split."""
+    batch_size: Annotated[int, Field(ge=2)] = 64
+    """Samples per optimiser step over all workers together."""
+    lr: PositiveFloat = 1e-4
+    """Learning rate of Adam."""
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """L2 penalty of Adam."""
+    pos_weight: PositiveFloat | Literal["balanced"] = "balanced"
+    """Weight of positives in the loss; 'balanced' is negatives / positives of the training
+    split."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate over the run: constant, or cosine from `lr` to 0."""
+    warmup_fraction: Fraction = 0.0
+    """Share of the steps over which the learning rate rises from 0."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of forward and backward; auto: bfloat16 autocast on a GPU, float32 on a CPU."""
+    keep_checkpoints: PositiveInt = 2
+    """The last this many checkpoints stay, besides the best."""
+
+
+class TuneConfig(Section):
+    """What the search tries."""
+
+    num_trials: PositiveInt = 8
+    """Settings to try."""
+    epochs: PositiveInt = 4
+    """Epochs of a trial."""
+    lr_low: PositiveFloat = 1e-5
+    """Smallest learning rate; the search is uniform in its logarithm."""
+    lr_high: PositiveFloat = 3e-3
+    """Largest learning rate."""
+    pos_weight_low: PositiveFloat = 0.5
+    """Smallest weight of positives; the search is uniform in its logarithm."""
+    pos_weight_high: PositiveFloat = 10.0
+    """Largest weight of positives."""
+    workers_per_trial: PositiveInt = 1
+    """Workers of one trial; above 1 each trial is a Ray Train run of its own."""
+    early_stopping: bool = True
+    """Whether ASHA stops the trials that fall behind."""
+
+    @model_validator(mode="after")
+    def _bounds_in_order(self) -> Self:
+        if self.lr_low > self.lr_high:
+            raise ValueError(f"lr_low {self.lr_low} is above lr_high {self.lr_high}")
+        if self.pos_weight_low > self.pos_weight_high:
+            raise ValueError(
+                f"pos_weight_low {self.pos_weight_low} is above "
+                f"pos_weight_high {self.pos_weight_high}"
+            )
+        return self
+
+
+class EvaluateConfig(Section):
+    """How predictions are judged."""
+
+    operating_point: Literal["youden", "sensitivity"] = "youden"
+    """How the threshold is chosen on val: Youden's index, or the highest that keeps
+    `sensitivity`."""
+    sensitivity: Annotated[float, Field(gt=0, le=1)] = 0.90
+    """Sensitivity to keep on val; used by operating_point 'sensitivity' and the screening row."""
+    bootstrap_resamples: Annotated[int, Field(ge=100)] = 2000
+    """Resamples of the patients behind each interval."""
+    gallery_images: PositiveInt = 6
+    """Grad-CAM pictures of each outcome (true and false positives and negatives)."""
+    grid_images: PositiveInt = 16
+    """Pictures in the prediction grid."""
+    batch_size_per_worker: PositiveInt = 64
+    """Images scored at once by a worker."""
+
+
+class ClusterConfig(Section):
+    """What the job takes of the Ray cluster."""
+
+    num_workers: PositiveInt = 1
+    """Workers that train or score; each is one DDP rank."""
+    use_gpu: bool | Literal["auto"] = "auto"
+    """One GPU a worker; auto: when the cluster has any."""
+    cpus_per_worker: PositiveInt = 1
+    """CPUs that a worker reserves; also its thread count."""
+    max_failures: Annotated[int, Field(ge=-1)] = 3
+    """Worker failures that a run survives by going on from its last checkpoint; -1: any number."""
+    start_timeout_s: PositiveFloat = 120.0
+    """How long to wait for the workers' resources before giving up."""
+
+
+class TrackingConfig(Section):
+    """What goes to Weights & Biases."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online with a key (WANDB_API_KEY or a login), offline without."""
+    project: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")] = "pneumo"
+    """The W&B project."""
+    entity: str | None = None
+    """The W&B team or user; none: the key's default."""
+    group: str | None = None
+    """Runs of one experiment share a group."""
+
+
+class Config(Section):
+    """The root."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Seed of the split, the order, the augmentation and the initial weights."""
+    prepare: PrepareConfig = PrepareConfig()
+    split: SplitConfig = SplitConfig()
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    tune: TuneConfig = TuneConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    def to_json(self) -> str:
+        """The tree as JSON, two spaces deep; `Config.model_validate_json` reads it back."""
+        return self.model_dump_json(indent=2) + "\n"
+
+    def digest(self, *sections: str) -> str:
+        """SHA-256 (hex) of the canonical JSON of `sections`, or of the whole tree without any."""
+        tree = self.model_dump(mode="json", include=set(sections) or None)
+        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+class Arguments(Section):
+    """What every job takes besides the configuration."""
+
+    recipe: str | None = None
+    """A recipe's name (`fast`) or a TOML file: settings that differ from the defaults."""
+    debug: CliToggleFlag[bool] = False
+    """Show the traceback of an error."""
+
+
+class PrepareArguments(Arguments):
+    source: str
+    """Folder in Kaggle's layout: label and class tables, the NIH mapping, the DICOM files."""
+    store: str
+    """Where the shards go: a folder or s3:// URL."""
+
+
+class TrainArguments(Arguments):
+    store: str
+    """A prepared store: a folder or s3:// URL."""
+    run: str | None = None
+    """Where the run is written; none: runs/<job>-<time>. The URL of an unfinished run resumes
+    it."""
+
+
+class TuneArguments(TrainArguments):
+    pass
+
+
+class EvaluateArguments(Arguments):
+    store: str
+    """A prepared store: a folder or s3:// URL."""
+    run: str
+    """The run to evaluate; its best checkpoint is scored and the results are written into it."""
+    overwrite: CliToggleFlag[bool] = False
+    """Evaluate a run again that has been evaluated."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a job is called, and which parts of the configuration have an effect on it."""
+
+    module: str
+    arguments: type[Arguments]
+    sections: tuple[str, ...]
+
+
+JOBS: Mapping[str, Job] = {
+    "prepare": Job("jobs.prepare", PrepareArguments, ("seed", "prepare", "split", "cluster")),
+    "train": Job(
+        "jobs.train",
+        TrainArguments,
+        ("seed", "data", "augment", "model", "train", "cluster", "tracking"),
+    ),
+    "tune": Job(
+        "jobs.tune",
+        TuneArguments,
+        ("seed", "data", "augment", "model", "train", "tune", "cluster", "tracking"),
+    ),
+    "evaluate": Job(
+        "jobs.evaluate", EvaluateArguments, ("seed", "evaluate", "cluster", "tracking")
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """A job with its arguments and configuration, checked."""
+
+    job: str
+    arguments: Arguments
+    config: Config
+
+
+def parse_command_line(
+    job: str, argv: Sequence[str], environ: Mapping[str, str] | None = None
+) -> Invocation:
+    """The invocation that the layers add up to.
+
+    Raises ConfigError for anything unknown or not allowed. `--help` prints and exits 0.
+    """
+    spec = JOBS[job]
+    environ = os.environ if environ is None else environ
+    flags = _read_flags(spec, argv)
+    recipe = flags.get("recipe")
+    layers = [
+        ("the environment", _read_environment(environ)),
+        ("the command line", flags),
+    ]
+    if recipe is not None:
+        layers.insert(0, (f"recipe {recipe}", read_recipe(str(recipe))))
+    arguments = {k: v for k, v in flags.items() if k in spec.arguments.model_fields}
+    layers[-1] = (layers[-1][0], {k: v for k, v in flags.items() if k not in arguments})
+    return Invocation(
+        job=job,
+        arguments=_validate(spec.arguments, [("the command line", arguments)]),
+        config=_validate(Config, layers),
+    )
+
+
+def override(config: Config, changes: Mapping[str, Any], layer: str = "the search space") -> Config:
+    """`config` with `changes` by dotted key (`{"train.lr": 1e-3}`). Raises ConfigError."""
+    tree: dict[str, Any] = {}
+    for key, value in changes.items():
+        branch = tree
+        *parents, leaf = key.split(".")
+        for parent in parents:
+            branch = branch.setdefault(parent, {})
+        branch[leaf] = value
+    return _validate(Config, [("the configuration", config.model_dump()), (layer, tree)])
+
+
+def read_recipe(name_or_url: str) -> dict[str, Any]:
+    """The settings of a recipe: a name in `jobs/recipes`, or the path or URL of a TOML file."""
+    folder = resources.files("jobs") / "recipes"
+    try:
+        if name_or_url.endswith(".toml"):
+            text = storage.read_text(storage.normalise(name_or_url))
+        else:
+            text = (folder / f"{name_or_url}.toml").read_text()
+        return tomllib.loads(text)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        names = sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir())
+        raise ConfigError(
+            f"recipe {name_or_url}: not found; give a TOML file or one of: {', '.join(names)}"
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {name_or_url}: not valid TOML: {error}") from error
+
+
+def _read_flags(spec: Job, argv: Sequence[str]) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        name: (field.annotation, field)
+        for name, field in [
+            *spec.arguments.model_fields.items(),
+            *((name, Config.model_fields[name]) for name in spec.sections),
+        ]
+    }
+    settings = create_model(
+        "Flags",
+        __base__=BaseSettings,
+        __cls_kwargs__={"extra": "forbid", "cli_kebab_case": True, "cli_hide_none_type": True},
+        **fields,
+    )
+    parser = _Parser(
+        prog=f"python -m {spec.module}",
+        usage=f"python -m {spec.module} --store URL [settings]",
+        description=f"See {ENVIRONMENT_PREFIX}TRAIN__LR-like variables and recipes for other ways "
+        "to set the same. Research use only, never a diagnostic device.",
+        allow_abbrev=False,
+        known_keys=tuple(_flatten_fields(settings)),
+    )
+    source: CliSettingsSource[Any] = CliSettingsSource(
+        settings, root_parser=parser, cli_avoid_json=True
+    )
+    values = source(args=list(argv))()
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    class Environment(Config, BaseSettings):
+        model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX, env_nested_delimiter="__")
+
+    for name in environ:
+        if not name.startswith(ENVIRONMENT_PREFIX) or name in NOT_SETTINGS:
+            continue
+        section, *below = name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
+        if section not in Config.model_fields or (below and section == "seed"):
+            raise ConfigError(
+                f"environment variable {name}: no such setting; variables are "
+                f"{ENVIRONMENT_PREFIX}SECTION__KEY, sections: {', '.join(Config.model_fields)}"
+            )
+    source = EnvSettingsSource(Environment)
+    source.env_vars = {k.lower(): v for k, v in environ.items()}
+    try:
+        return source()
+    except SettingsError as error:
+        raise ConfigError(
+            f"the environment: {error}; set one key a variable: {ENVIRONMENT_PREFIX}SECTION__KEY"
+        ) from error
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that raises instead of printing its usage and leaving."""
+
+    def __init__(self, *args: Any, known_keys: tuple[str, ...] = (), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.known_keys = known_keys
+
+    def error(self, message: str) -> NoReturn:
+        hint = ""
+        if message.startswith("unrecognized arguments:"):
+            flag = message.split(": ", 1)[1].split()[0].split("=")[0]
+            message = f"unknown setting {flag}"
+            hint = _did_you_mean(flag.lstrip("-").replace("-", "_"), self.known_keys, flag=True)
+        raise ConfigError(f"{message}{hint}; see {self.prog} --help")
+
+
+def _validate(model: type[M], layers: Sequence[tuple[str, dict[str, Any]]]) -> M:
+    merged: dict[str, Any] = {}
+    for _, tree in layers:
+        _merge(merged, tree)
+    try:
+        return model.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError(_explain(model, error, layers)) from error
+
+
+def _explain(
+    model: type[BaseModel], error: ValidationError, layers: Sequence[tuple[str, dict[str, Any]]]
+) -> str:
+    known = tuple(_flatten_fields(model))
+    lines: dict[str, list[str]] = {}
+    for item in error.errors(include_url=False):
+        path = [str(part) for part in item["loc"]]
+        key = ".".join(path[: 2 if len(path) > 1 and path[0] in Config.model_fields else 1])
+        layer = next(
+            (name for name, tree in reversed(layers) if _has(tree, key)), "the command line"
+        )
+        if item["type"] == "extra_forbidden":
+            lines[f"unknown setting {key} in {layer}{_did_you_mean(key, known)}"] = []
+        elif item["type"] == "missing":
+            lines[f"--{key.replace('_', '-')} is required"] = []
+        else:
+            text = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+            head = f"{key}: got {item['input']!r} from {layer}, expected "
+            if item["type"] == "value_error":
+                head = f"{key}: "
+            lines.setdefault(head, []).append(text)
+    return "; ".join(head + " or ".join(texts) for head, texts in lines.items())
+
+
+def _did_you_mean(key: str, known: Sequence[str], *, flag: bool = False) -> str:
+    section = key.split(".")[0]
+    if section == key:
+        known = [*dict.fromkeys(k.split(".")[0] for k in known)]
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    siblings = [k for k in known if k.startswith(section + ".")]
+    show = [f"--{k.replace('_', '-')}" if flag else k for k in close or siblings]
+    if close:
+        return f", did you mean {show[0]}?"
+    return f", allowed: {', '.join(show)}" if show else ""
+
+
+def _flatten_fields(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
+    leaves: dict[str, FieldInfo] = {}
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            leaves |= _flatten_fields(field.annotation, f"{prefix}{name}.")
+        else:
+            leaves[prefix + name] = field
+    return leaves
+
+
+def _merge(target: dict[str, Any], source: Mapping[str, Any]) -> None:
+    for key, value in source.items():
+        if isinstance(value, Mapping) and isinstance(target.get(key), dict):
+            _merge(target[key], value)
+        else:
+            target[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def _has(tree: Mapping[str, Any], key: str) -> bool:
+    branch: Any = tree
+    for part in key.split("."):
+        if not isinstance(branch, Mapping) or part not in branch:
+            return False
+        branch = branch[part]
+    return True

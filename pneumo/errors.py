@@ -1,0 +1,97 @@
+"""Every error that a user can meet.
+
+    PneumoError                   exit 1: something failed
+    ├── UserError                 exit 2: the user's mistake; the message says what to change
+    │   ├── ConfigError           a setting, a recipe, a flag, an environment variable
+    │   ├── SourceError           the folder of DICOM files and tables
+    │   ├── StoreError            the store: absent, empty, unreadable, of another image size
+    │   ├── RunError              the run folder: finished already, or of another configuration
+    │   └── AccessError           no credentials, no right, no such bucket
+    ├── DataError                 bytes are not what the manifest vouches for
+    ├── BadFilesError             more unusable studies than `prepare.max_bad_fraction` allows
+    ├── DicomError                one file cannot be used; ends in quarantine, not on the screen
+    ├── CheckpointError           a checkpoint that cannot be read
+    ├── DivergedError             the loss is no longer a number
+    ├── ClusterError              the cluster does not give what the job asks for
+    ├── MetricError               a metric that is undefined for this input
+    └── StorageError              the object store did not answer within the time allowed
+
+Each takes its message as the only positional argument, so that it survives pickling between Ray
+processes. A message is one line: where, got, expected, what to do. Nothing from a patient's header
+ever stands in it.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class PneumoError(Exception):
+    """Base of every error of this package; `exit_code` is what a job's process exits with."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class UserError(PneumoError):
+    """A mistake that the user can mend."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class ConfigError(UserError):
+    """A setting is unknown or its value is not allowed."""
+
+
+class SourceError(UserError):
+    """The source folder, one of its tables or a column is missing or unreadable."""
+
+
+class StoreError(UserError):
+    """The store is absent, empty, unreadable, or not the one that was asked for."""
+
+
+class RunError(UserError):
+    """The run folder holds something that the job must not touch, or lacks what it needs."""
+
+
+class AccessError(UserError):
+    """The storage refuses: no credentials, no right, or no such bucket."""
+
+
+class DataError(PneumoError):
+    """Bytes, sizes or counts differ from what the manifest vouches for."""
+
+
+class BadFilesError(PneumoError):
+    """More studies had to be quarantined than the policy allows."""
+
+
+class CheckpointError(PneumoError):
+    """A checkpoint is corrupt, incomplete or of another schema."""
+
+
+class DivergedError(PneumoError):
+    """The loss became NaN or infinite."""
+
+
+class ClusterError(PneumoError):
+    """The cluster cannot be reached, or lacks the resources that the job asks for."""
+
+
+class MetricError(PneumoError):
+    """A metric is undefined for the given targets and scores."""
+
+
+class StorageError(PneumoError):
+    """The storage failed for longer than the retry budget."""
+
+
+class DicomError(PneumoError):
+    """One DICOM file cannot be used; `reason` is the code that the quarantine list carries."""
+
+    def __init__(self, message: str, reason: str = "undecodable") -> None:
+        super().__init__(message, reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return str(self.args[0])
