@@ -1,0 +1,102 @@
+"""Which files of the checkout travel to the cluster: the code that a job runs, and nothing else.
+
+A list of what may go is safer than a list of what may not: data, runs, the virtual environment,
+wandb folders and whatever else lies in a checkout stay at home because they are not named here.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from pneumo.errors import ConfigError
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+ROOMS = ("pneumo", "jobs")
+"""The packages that a job imports."""
+
+SECRET_LIKE = (
+    ".*", "*.env", "*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.token", "id_rsa*", "id_ed25519*",
+    "*secret*", "*credential*", "*password*", "kaggle.json",
+)  # fmt: skip
+"""Names (in lower case) that never travel, wherever they lie."""
+
+CACHE_LIKE = ("__pycache__", "*.pyc", "*.pyo", "wandb", "*.egg-info")
+
+MAX_BYTES = 100 * 2**20
+"""More than this is no code: Ray keeps packages in the head's memory, and refuses 500 MiB."""
+
+RECIPE_FOLDER = "sent"
+"""Where a recipe of the laptop lies in the package."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """Files to send.
+
+    `files` and `left_out` are relative to `root`, sorted; `left_out` holds what looks like a secret
+    or is a link; `size_bytes` is the size of `files` before compression.
+    """
+
+    root: Path
+    files: tuple[Path, ...]
+    left_out: tuple[Path, ...]
+    size_bytes: int
+
+    def __str__(self) -> str:
+        text = f"{len(self.files)} files, {self.size_bytes / 2**20:.2f} MiB before compression"
+        if self.left_out:
+            names = ", ".join(map(str, self.left_out[:3])) + (", …" if self.left_out[3:] else "")
+            text += f"; left out as links or likely secrets: {names}"
+        return text
+
+
+def collect(root: Path = CHECKOUT) -> Package:
+    """What of the checkout at `root` is sent. Raises ConfigError for none, or too large a one."""
+    missing = [room for room in ROOMS if not (root / room).is_dir()]
+    if missing:
+        raise ConfigError(f"cluster: {root} holds no {'/, no '.join(missing)}/; run in a checkout")
+    files: list[Path] = []
+    left_out: list[Path] = []
+    for room in ROOMS:
+        _walk(root, Path(room), files, left_out)
+    sizes = {path: (root / path).stat().st_size for path in files}
+    total = sum(sizes.values())
+    if total > MAX_BYTES:
+        largest = max(files, key=sizes.__getitem__)
+        raise ConfigError(
+            f"cluster: {root}: the code to send is {total / 2**20:.0f} MiB, at most "
+            f"{MAX_BYTES // 2**20} are allowed; move data out of it, the largest is {largest}"
+        )
+    return Package(root, tuple(sorted(files)), tuple(sorted(left_out)), total)
+
+
+def stage(package: Package, folder: Path, recipe: Path | None = None) -> None:
+    """Copy what is sent into `folder`, with `recipe` as `sent/<its name>`."""
+    for path in package.files:
+        target = folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(package.root / path, target)
+    if recipe is not None:
+        target = folder / RECIPE_FOLDER / recipe.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(recipe, target)
+
+
+def _walk(root: Path, folder: Path, files: list[Path], left_out: list[Path]) -> None:
+    for entry in (root / folder).iterdir():
+        path = folder / entry.name
+        if _matches(entry.name, CACHE_LIKE):
+            continue
+        if entry.is_symlink() or _matches(entry.name, SECRET_LIKE):
+            left_out.append(path)
+        elif entry.is_dir():
+            _walk(root, path, files, left_out)
+        elif entry.is_file():
+            files.append(path)
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch(name.lower(), pattern) for pattern in patterns)

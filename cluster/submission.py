@@ -1,0 +1,176 @@
+"""What is asked of a cluster: a job's command line, checked here, that means the same over there.
+
+Pure: takes the flags, the environment and the time as values, and asks no cluster.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from cluster.package import RECIPE_FOLDER
+from pneumo.config import JOBS, Invocation, parse_command_line
+from pneumo.errors import ConfigError
+
+PASSED_ON = ("AWS_", "WANDB_", "PNEUMO_")
+"""Environment variables with these prefixes go along; RAY_* never: the cluster has its own."""
+
+OF_THIS_MACHINE = frozenset(
+    {
+        "AWS_CA_BUNDLE", "AWS_CONFIG_FILE", "AWS_CONTAINER_AUTHORIZATION_TOKEN",
+        "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+        "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_DATA_PATH", "AWS_DEFAULT_PROFILE",
+        "AWS_PROFILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_WEB_IDENTITY_TOKEN_FILE",
+        "WANDB_ARTIFACT_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_DIR",
+    }
+)  # fmt: skip
+"""Of those, the ones that name files or services of this machine: kept from a remote cluster."""
+
+_PLACES = ("source", "store", "run")
+_LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job as a cluster is asked to run it.
+
+    `id` is the same for the same job and the same place that it writes (a run, for prepare a
+    store), so that submitting twice does not run twice; `settings` is a digest of all that was
+    asked.
+    """
+
+    job: str
+    id: str
+    entrypoint: str
+    target: str
+    settings: str
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+    recipe: Path | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def is_remote(address: str) -> bool:
+    """Whether `http://host:port` is another machine. A forwarded port looks like this one."""
+    return (urlsplit(address).hostname or "") not in _LOOPBACK
+
+
+def plan(
+    job: str, argv: Sequence[str], environ: Mapping[str, str], *, remote: bool, now: datetime
+) -> Submission:
+    """The submission that `python -m jobs.<job> argv` amounts to.
+
+    Local places become absolute, for the job starts in another folder; a recipe that is a file of
+    this machine travels with the code. Raises ConfigError for whatever the job itself would refuse.
+    """
+    invocation = parse_command_line(job, argv, environ)
+    places = _places(invocation, remote=remote, now=now)
+    recipe = _local_recipe(invocation)
+    flags = [text for name, url in places.items() for text in (f"--{name}", url)]
+    replaced = {f"--{name}" for name in places}
+    if recipe is not None:
+        flags += ["--recipe", f"{RECIPE_FOLDER}/{recipe.name}"]
+        replaced.add("--recipe")
+    target = places.get("run", places["store"])
+    sent, kept = split_environment(environ, remote=remote)
+    return Submission(
+        job=job,
+        id=submission_id(job, target),
+        entrypoint=shlex.join(
+            ["python", "-m", JOBS[job].module, *flags, *_without(argv, replaced)]
+        ),
+        target=target,
+        settings=_settings_digest(invocation, places),
+        environment=sent,
+        recipe=recipe,
+        warnings=_warnings(places, sent, kept) if remote else (),
+    )
+
+
+def submission_id(job: str, target: str) -> str:
+    """`<job>-<name of the run or store>-<8 hex digits>`: at most 43 characters of a-z, 0-9 and '-'.
+
+    Short enough for a RayJob, whose name may have 47.
+    """
+    name = re.sub(r"[^a-z0-9]+", "-", target.rstrip("/").rsplit("/", 1)[-1].lower()).strip("-")
+    digest = hashlib.sha256(f"{job} {target}".encode()).hexdigest()[:8]
+    return "-".join(part for part in (job, name[:24].strip("-"), digest) if part)
+
+
+def split_environment(
+    environ: Mapping[str, str], *, remote: bool
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """The variables that go along, and the names of those that stay although their prefix fits."""
+    wanted = {k: v for k, v in sorted(environ.items()) if k.startswith(PASSED_ON)}
+    kept = tuple(name for name in wanted if remote and name in OF_THIS_MACHINE)
+    return {name: value for name, value in wanted.items() if name not in kept}, kept
+
+
+def _places(invocation: Invocation, *, remote: bool, now: datetime) -> dict[str, str]:
+    arguments = invocation.arguments.model_dump()
+    if "run" in arguments and arguments["run"] is None:
+        if remote:
+            raise ConfigError(
+                f"{invocation.job}: --run is required on a remote cluster, whose own folders go "
+                f"with it; give a URL that outlives it, such as s3://bucket/runs/{invocation.job}-1"
+            )
+        arguments["run"] = f"runs/{invocation.job}-{now:%Y%m%d-%H%M%S}"
+    return {name: _absolute(arguments[name]) for name in _PLACES if arguments.get(name) is not None}
+
+
+def _absolute(url: str) -> str:
+    if "://" in url and not url.startswith("file://"):
+        return url.rstrip("/")
+    return str(Path(url.removeprefix("file://")).expanduser().absolute())
+
+
+def _local_recipe(invocation: Invocation) -> Path | None:
+    name = invocation.arguments.recipe
+    if name is None or not name.endswith(".toml"):
+        return None
+    url = _absolute(name)
+    return None if "://" in url else Path(url)
+
+
+def _without(argv: Sequence[str], flags: set[str]) -> list[str]:
+    """`argv` without `flags` and their values, in either form: `--run X` and `--run=X`."""
+    rest: list[str] = []
+    skip = False
+    for text in argv:
+        if not skip and text.split("=", 1)[0] not in flags:
+            rest.append(text)
+        skip = not skip and text in flags
+    return rest
+
+
+def _settings_digest(invocation: Invocation, places: Mapping[str, str]) -> str:
+    others = invocation.arguments.model_dump(exclude={*_PLACES, "recipe", "debug"})
+    content = json.dumps([places, others, invocation.config.digest()], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _warnings(
+    places: Mapping[str, str], sent: Mapping[str, str], kept: tuple[str, ...]
+) -> tuple[str, ...]:
+    warnings = []
+    local = [f"--{name} {url}" for name, url in places.items() if "://" not in url]
+    if local:
+        warnings.append(
+            f"{', '.join(local)}: no URL, so it must exist under this path on every node of the "
+            "cluster; an s3:// URL needs no such care"
+        )
+    if kept:
+        warnings.append(
+            f"not sent, for they mean things of this machine: {', '.join(kept)}; the cluster needs "
+            "credentials of its own, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY from here"
+        )
+    endpoints = [k for k, v in sent.items() if "://" in v and not is_remote(v)]
+    if endpoints:
+        warnings.append(f"{', '.join(endpoints)}: names this machine; the cluster cannot reach it")
+    return tuple(warnings)

@@ -1,0 +1,126 @@
+"""A Ray cluster of the tests' own: `ray start --head` with token authentication, on free ports."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pneumo.errors import PneumoError
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class RayCluster:
+    """Where it is, and the environment that a laptop needs to talk to it."""
+
+    address: str
+    environ: Mapping[str, str]
+
+    def command(
+        self, *arguments: str, timeout_s: float = 90, **environ: str
+    ) -> subprocess.CompletedProcess[str]:
+        """`python -m cluster arguments` against this cluster."""
+        return subprocess.run(
+            [sys.executable, "-m", "cluster", *arguments],
+            env={**self.environ, **environ},
+            cwd=CHECKOUT,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[RayCluster]:
+    folder = Path(tempfile.mkdtemp(prefix="rc", dir="/tmp"))  # sockets below it: a short path
+    ports = _free_ports(5)
+    token = secrets.token_hex(16)
+    own = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "AWS_", "PNEUMO_"))}
+    own |= {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{own.get('PATH', '')}",
+        "HOME": str(folder),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": token,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "OMP_NUM_THREADS": "1",
+    }
+    address = f"http://127.0.0.1:{ports[0]}"
+    head = _start(folder, ports, own)
+    try:
+        _wait_until_ready(address, own, head, folder)
+        yield RayCluster(address, {**own, "RAY_ADDRESS": address, "WANDB_MODE": "disabled"})
+    finally:
+        _stop(head)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start(folder: Path, ports: list[int], environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    dashboard, gcs, client, agent, metrics = ports
+    with (folder / "ray-start.log").open("wb") as log:
+        return subprocess.Popen(
+            [
+                str(Path(sys.executable).with_name("ray")), "start", "--head", "--block",
+                f"--port={gcs}", f"--ray-client-server-port={client}",
+                "--node-ip-address=127.0.0.1",
+                "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
+                f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}",
+                "--num-cpus=2", "--num-gpus=0", f"--object-store-memory={80 * 2**20}",
+                f"--temp-dir={folder}/r", "--disable-usage-stats", "--include-log-monitor=false",
+            ],
+            env=dict(environ), stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+
+def _wait_until_ready(
+    address: str, environ: Mapping[str, str], head: subprocess.Popen[bytes], folder: Path
+) -> None:
+    from cluster import ray_jobs
+
+    deadline_s = time.monotonic() + 60
+    while True:
+        try:
+            ray_jobs.list_jobs(ray_jobs.connect(address, environ))
+        except PneumoError as error:
+            if head.poll() is not None or time.monotonic() > deadline_s:
+                log = (folder / "ray-start.log").read_text(errors="replace")
+                raise RuntimeError(f"ray start --head did not come up: {error}\n{log}") from error
+            time.sleep(0.3)
+        else:
+            return
+
+
+def _stop(head: subprocess.Popen[bytes]) -> None:
+    """End the processes that this head started, by their ids; never `ray stop`, which ends all."""
+    import ray  # noqa: F401  # brings its own psutil
+    import psutil  # isort: skip
+
+    try:
+        mine = psutil.Process(head.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        mine = []
+    head.terminate()
+    _, left = psutil.wait_procs(mine, timeout=3)
+    for process in left:
+        process.kill()
+    head.wait(timeout=10)
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [listener.getsockname()[1] for listener in sockets]
+    for listener in sockets:
+        listener.close()
+    return ports

@@ -1,0 +1,127 @@
+"""`python -m cluster` as far as it goes without a cluster."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster.__main__ import main
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+NOBODY = "http://127.0.0.1:1"
+
+
+@pytest.fixture(autouse=True)
+def _no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def _error(capsys: pytest.CaptureFixture[str]) -> str:
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("", "arguments are required: COMMAND"),
+        ("submit", "submit which job? One of: prepare, train, tune, evaluate"),
+        ("submit trian", "invalid choice: 'trian'"),
+        ("submit train", "--store is required"),
+        (f"submit train --address {NOBODY} --store /s --train.lr -1", "train.lr: got '-1'"),
+        (f"submit --address {NOBODY} train --store /s --trian.lr 1", "unknown setting --trian.lr"),
+        ("submit train --store /s", "no address; give --address"),
+        ("list", "no address; give --address"),
+        ("list --adress x", "unrecognized arguments|takes no --adress"),
+        ("status", "arguments are required: ID"),
+        ("list --address 10.0.0.1:6379", "expected that of the dashboard: http://HEAD:8265"),
+        ("list --address ray://h:10001", "expected that of the dashboard"),
+        ("submit train --address http://10.0.0.1:8265 --store s3://b/s", "--run is required"),
+    ],
+)
+def test_the_users_mistakes_exit_2_in_one_line(
+    command: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command.split()) == 2
+    error = _error(capsys)
+    assert any(part in error for part in message.split("|")), error
+
+
+@pytest.mark.parametrize("command", ["list", "submit train --store /s", "logs x --follow"])
+def test_a_cluster_that_is_not_there_exits_1_in_one_line(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command.split(), "--address", NOBODY]) == 1
+    assert f"no answer from {NOBODY} (connection refused)" in _error(capsys)
+
+
+def test_the_address_may_come_from_the_environment(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", NOBODY)
+    assert main(["list"]) == 1
+    assert NOBODY in _error(capsys)
+
+
+def test_a_port_that_never_answers_exits_1_in_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+    start_s = time.monotonic()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        assert main(["list", "--address", f"http://127.0.0.1:{silent.getsockname()[1]}"]) == 1
+    assert "timed out" in _error(capsys)
+    assert time.monotonic() - start_s < 10
+
+
+def test_a_token_file_that_is_not_there(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/nowhere")
+    assert main(["list", "--address", NOBODY]) == 2
+    assert "RAY_AUTH_TOKEN_PATH=/nowhere" in _error(capsys)
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "--debug", "--address", NOBODY]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["--help", "submit --help", "submit train --help"])
+def test_help_exits_0(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(command.split())
+    assert stop.value.code == 0
+    assert "usage:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["--help", f"submit train --store /s --address {NOBODY}"])
+def test_no_torch_on_the_laptop(command: str) -> None:
+    """In a process of its own: this one may hold torch from another test."""
+    code = (
+        "import sys, runpy\n"
+        f"sys.argv = ['cluster', *{command.split()!r}]\n"
+        "try: runpy.run_module('cluster', run_name='__main__')\n"
+        "except SystemExit as stop: code = stop.code\n"
+        "print('code', code)\n"
+        "print('heavy', *sorted({'torch', 'torchvision', 'jobs', 'wandb'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=CHECKOUT,
+        env={k: v for k, v in os.environ.items() if not k.startswith("RAY_")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    code_line, heavy = done.stdout.strip().splitlines()[-2:]
+    assert code_line == ("code 0" if command == "--help" else "code 1")
+    assert heavy == "heavy"

@@ -1,0 +1,161 @@
+"""What is asked of a cluster: pure, no cluster needed."""
+
+from __future__ import annotations
+
+import shlex
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from cluster.submission import Submission, is_remote, plan, split_environment, submission_id
+from pneumo.config import JOBS, parse_command_line
+from pneumo.errors import ConfigError
+
+NOW = datetime(2026, 1, 2, 3, 4, 5)
+
+
+def _plan(command: str, *, remote: bool = False, **environ: str) -> Submission:
+    job, *argv = shlex.split(command)
+    return plan(job, argv, environ, remote=remote, now=NOW)
+
+
+def test_the_entrypoint_means_the_same_on_the_cluster() -> None:
+    asked = "--train.lr=3e-4 --tracking.group 'a b;$(c)' --store s3://b/store --run s3://b/runs/1/"
+    submission = _plan(f"train {asked}")
+    python, dash_m, module, *flags = shlex.split(submission.entrypoint)
+    assert [python, dash_m, module] == ["python", "-m", "jobs.train"]
+    over_there = parse_command_line("train", flags, {})
+    assert over_there.config == parse_command_line("train", shlex.split(asked), {}).config
+    assert over_there.arguments.model_dump()["run"] == "s3://b/runs/1"
+    assert "'a b;$(c)'" in submission.entrypoint
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_every_job_has_a_place_that_it_writes(job: str) -> None:
+    flags = {"source": "/in", "store": "/store", "run": "/runs/1"}
+    fields = JOBS[job].arguments.model_fields
+    command = " ".join(f"--{name} {value}" for name, value in flags.items() if name in fields)
+    submission = _plan(f"{job} {command}")
+    assert submission.target == ("/store" if job == "prepare" else "/runs/1")
+
+
+def test_local_places_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    submission = _plan("prepare --source raw --store=out/store --prepare.limit 3")
+    assert submission.entrypoint == (
+        f"python -m jobs.prepare --source {tmp_path}/raw --store {tmp_path}/out/store "
+        "--prepare.limit 3"
+    )
+
+
+def test_a_run_without_a_name_gets_one_on_this_machine() -> None:
+    assert _plan("train --store /s").target.endswith("/runs/train-20260102-030405")
+
+
+def test_a_remote_run_needs_a_name() -> None:
+    with pytest.raises(ConfigError, match=r"--run is required on a remote cluster.*s3://bucket"):
+        _plan("train --store s3://b/s", remote=True)
+
+
+def test_a_recipe_of_this_machine_travels(tmp_path: Path) -> None:
+    recipe = tmp_path / "best.toml"
+    recipe.write_text("[train]\nlr = 2e-4\n")
+    submission = _plan(f"train --store /s --run /r --recipe {recipe}")
+    assert submission.recipe == recipe
+    assert submission.entrypoint.endswith("--recipe sent/best.toml")
+
+
+def test_a_named_recipe_and_one_in_a_bucket_stay_where_they_are() -> None:
+    submission = _plan("train --store /s --run /r --recipe fast")
+    assert submission.recipe is None
+    assert submission.entrypoint.endswith("--recipe fast")
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("train --store /s --train.lr -1", "train.lr: got '-1'"),
+        ("train --store /s --train.epochz 1", "did you mean --train.epochs"),
+        ("train", "--store is required"),
+        ("train --store /s --recipe /nowhere.toml", "recipe /nowhere.toml: not found"),
+    ],
+)
+def test_what_the_job_would_refuse_is_refused_here(command: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _plan(command)
+
+
+def test_the_id_belongs_to_job_and_place() -> None:
+    base = _plan("train --store /s --run /runs/1").id
+    assert base == _plan("train --run=/runs/1 --store /other --train.lr 1").id
+    assert base != _plan("evaluate --store /s --run /runs/1").id
+    assert base != _plan("train --store /s --run /runs/2").id
+    assert base.startswith("train-1-")
+
+
+@pytest.mark.parametrize("target", ["s3://b/" + "Long_Name." * 20, "/", "s3://b/run 1;x", "/ä"])
+def test_ids_fit_a_rayjob_name(target: str) -> None:
+    for job in JOBS:
+        name = submission_id(job, target)
+        assert len(name) <= 43
+        assert set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
+
+
+def test_settings_tell_two_submissions_apart() -> None:
+    first = _plan("train --store /s --run /r --train.lr 1e-3")
+    assert first.settings == _plan("train --train.lr=0.001 --run /r --store /s").settings
+    assert first.settings == _plan("train --store /s --run /r", PNEUMO_TRAIN__LR="1e-3").settings
+    assert first.settings != _plan("train --store /s --run /r --train.lr 1e-4").settings
+    assert first.settings != _plan("train --store /s2 --run /r --train.lr 1e-3").settings
+
+
+def test_the_environment_goes_by_prefix_and_is_not_shown() -> None:
+    environ = {
+        "AWS_SECRET_ACCESS_KEY": "hidden",
+        "WANDB_API_KEY": "hidden",
+        "PNEUMO_HASH_KEY": "hidden",
+        "RAY_AUTH_TOKEN": "hidden",
+        "HOME": "/home/x",
+    }
+    submission = _plan("train --store /s --run /r", **environ)
+    assert set(submission.environment) == {
+        "AWS_SECRET_ACCESS_KEY",
+        "WANDB_API_KEY",
+        "PNEUMO_HASH_KEY",
+    }
+    assert "hidden" not in repr(submission)
+
+
+def test_what_names_files_of_this_machine_stays_here() -> None:
+    environ = {"AWS_PROFILE": "me", "AWS_REGION": "eu-central-1", "WANDB_DIR": "/x"}
+    assert split_environment(environ, remote=False) == (environ, ())
+    assert split_environment(environ, remote=True) == (
+        {"AWS_REGION": "eu-central-1"},
+        ("AWS_PROFILE", "WANDB_DIR"),
+    )
+
+
+def test_a_remote_cluster_is_warned_of_what_it_cannot_reach() -> None:
+    environ = {"AWS_PROFILE": "me", "AWS_ENDPOINT_URL": "http://127.0.0.1:9000"}
+    submission = _plan("train --store /data/s --run s3://b/r", remote=True, **environ)
+    local, kept, endpoint = submission.warnings
+    assert local.startswith("--store /data/s: no URL")
+    assert "AWS_PROFILE" in kept
+    assert endpoint.startswith("AWS_ENDPOINT_URL: names this machine")
+    assert _plan("train --store /data/s --run s3://b/r", **environ).warnings == ()
+    assert _plan("train --store s3://b/s --run s3://b/r", remote=True).warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("address", "remote"),
+    [
+        ("http://127.0.0.1:8265", False),
+        ("http://localhost:8265", False),
+        ("http://[::1]:8265", False),
+        ("http://10.0.0.7:8265", True),
+        ("https://ray.example.org", True),
+    ],
+)
+def test_loopback_is_this_machine(address: str, *, remote: bool) -> None:
+    assert is_remote(address) is remote
