@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydicom.uid import JPEGBaseline8Bit, SecondaryCaptureImageStorage
 
-from pneumo import synthetic
+from pneumo import phantom, synthetic
 from pneumo.errors import SourceError
 
 FINDINGS = {"Lung Opacity", "No Lung Opacity / Not Normal", "Normal"}
@@ -84,7 +84,7 @@ def test_a_patients_studies_share_anatomy_but_not_the_picture():
     studies = [s for s in synthetic.draw_population(20, seed=0) if s.patient.index == 0]
     assert len(studies) >= 2
     assert len({s.patient.anatomy for s in studies}) == 1
-    first, second = (synthetic.render_study(s).pixels for s in studies[:2])
+    first, second = (phantom.render_study(s).pixels for s in studies[:2])
     assert not np.array_equal(first, second)
 
 
@@ -101,15 +101,15 @@ def test_population_refuses_impossible_arguments(num_studies, seed):
 @settings(max_examples=8, deadline=None)
 def test_boxes_hold_the_opacity_and_nothing_else_changes(seed):
     study = next(s for s in synthetic.draw_population(6, seed) if s.positive)
-    phantom = synthetic.render_study(study)
-    clear = synthetic.render_study(study, with_opacity=False)
-    assert phantom.pixels.shape == (1024, 1024)
-    assert phantom.pixels.dtype == np.uint8
+    drawn = phantom.render_study(study)
+    clear = phantom.render_study(study, with_opacity=False)
+    assert drawn.pixels.shape == (1024, 1024)
+    assert drawn.pixels.dtype == np.uint8
     assert not clear.boxes
-    assert 1 <= len(phantom.boxes) <= 4
-    gain = phantom.pixels.astype(int) - clear.pixels
+    assert 1 <= len(drawn.boxes) <= 4
+    gain = drawn.pixels.astype(int) - clear.pixels
     inside = np.zeros(gain.shape, bool)
-    for b in phantom.boxes:
+    for b in drawn.boxes:
         assert b.x >= 0
         assert b.y >= 0
         assert min(b.width, b.height) >= 20
@@ -124,16 +124,16 @@ def test_boxes_hold_the_opacity_and_nothing_else_changes(seed):
 
 def test_a_study_is_the_same_wherever_it_is_rendered_and_differs_between_seeds():
     one, other = (synthetic.draw_population(3, seed)[0] for seed in (0, 1))
-    first, again = synthetic.render_study(one), synthetic.render_study(one)
+    first, again = phantom.render_study(one), phantom.render_study(one)
     assert np.array_equal(first.pixels, again.pixels)
     assert first.boxes == again.boxes
-    assert not np.array_equal(first.pixels, synthetic.render_study(other).pixels)
+    assert not np.array_equal(first.pixels, phantom.render_study(other).pixels)
     assert one.name != other.name
 
 
 def test_median_box_covers_about_six_percent():
     positives = [s for s in synthetic.draw_population(120, seed=5) if s.positive]
-    boxes = [b for s in positives for b in synthetic.render_study(s).boxes]
+    boxes = [b for s in positives for b in phantom.render_study(s).boxes]
     assert 0.04 < np.median([b.width * b.height for b in boxes]) / 1024**2 < 0.085
 
 
