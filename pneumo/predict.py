@@ -1,0 +1,159 @@
+"""Predictions: what a model says of each study, one row a study; and the scoring that makes them.
+
+Everything to the right of this noun (metrics, figures, report) reruns from it without a GPU and
+without images, save the Grad-CAM gallery.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import nn
+
+from pneumo.errors import DataError
+from pneumo.loader import SplitData, evaluation_batches
+from pneumo.partition import World
+from pneumo.shards import StudyRow
+
+StrArray = npt.NDArray[np.str_]
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """One row a study; all arrays have shape (N,)."""
+
+    key: StrArray
+    """The study's keyed hash."""
+    patient: StrArray
+    """The patient's keyed hash; equal for studies of one patient."""
+    split: StrArray
+    """'train', 'val' or 'test'."""
+    target: npt.NDArray[np.int8]
+    """1 for pneumonia (`Lung Opacity`), 0 otherwise."""
+    logit: npt.NDArray[np.float32]
+    """The network's output."""
+    probability: npt.NDArray[np.float64]
+    """sigmoid(logit), computed in float64: in float32 large logits all become 1 and lose their
+    rank."""
+    calibrated_probability: npt.NDArray[np.float64]
+    """The probability after calibration on val; NaN where none was done."""
+    checkpoint: StrArray
+    """Which checkpoint said so."""
+    finding: StrArray
+    """The study's detailed class."""
+    age: npt.NDArray[np.float64]
+    """Years; NaN where unknown or implausible."""
+    sex: StrArray
+    """'M', 'F' or '' where unknown."""
+    view: StrArray
+    """'AP', 'PA' or '' where unknown."""
+
+    def __post_init__(self) -> None:
+        lengths = {field.name: len(getattr(self, field.name)) for field in fields(self)}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"columns of different lengths: {lengths}")
+
+    def __len__(self) -> int:
+        return len(self.key)
+
+    def take(self, rows: npt.NDArray[Any]) -> Self:
+        """The given rows, by index or by mask."""
+        return replace(self, **{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
+    def subset(self, split: str) -> Self:
+        """The rows of one split."""
+        return self.take(self.split == split)
+
+    def to_parquet(self) -> bytes:
+        """The table as a Parquet file."""
+        buffer = io.BytesIO()
+        pq.write_table(pa.table({f.name: getattr(self, f.name) for f in fields(self)}), buffer)
+        return buffer.getvalue()
+
+    @classmethod
+    def from_parquet(cls, data: bytes) -> Self:
+        """The table that `to_parquet` wrote."""
+        table = pq.read_table(io.BytesIO(data))
+        columns = {f.name: np.asarray(table[f.name].to_pylist()) for f in fields(cls)}
+        for name, dtype in _DTYPES.items():
+            columns[name] = columns[name].astype(dtype)
+        return cls(**columns)
+
+
+_DTYPES = {
+    **dict.fromkeys(("key", "patient", "split", "checkpoint", "finding", "sex", "view"), np.str_),
+    **dict.fromkeys(("probability", "calibrated_probability", "age"), np.float64),
+    "target": np.int8,
+    "logit": np.float32,
+}
+
+
+def sigmoid(logit: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """1 / (1 + exp(-logit)) in float64, without overflow; same shape."""
+    x = np.asarray(logit, dtype=np.float64)
+    return np.exp(-np.logaddexp(0.0, -x))
+
+
+def score(
+    model: nn.Module,
+    data: SplitData,
+    *,
+    mean: float,
+    std: float,
+    batch_size: int,
+    world: World,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, float]:
+    """Logits by study key of this rank's share of a split; every study is on exactly one rank.
+
+    `dtype` is the autocast arithmetic. The model is left in evaluation mode.
+    """
+    model.eval()
+    device = data.images.device
+    logits: dict[str, float] = {}
+    with (
+        torch.inference_mode(),
+        torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
+    ):
+        for batch in evaluation_batches(
+            data, mean=mean, std=std, batch_size=batch_size, world=world
+        ):
+            output = model(batch.images).squeeze(1).float().cpu().tolist()
+            logits.update(zip(batch.keys, output, strict=True))
+    return logits
+
+
+def join_predictions(
+    logits: Mapping[str, float], studies: Mapping[str, StudyRow], *, checkpoint: str
+) -> Predictions:
+    """Logits and what is known of the studies, sorted by split and key.
+
+    Raises DataError when a scored study is unknown.
+    """
+    unknown = [key for key in logits if key not in studies]
+    if unknown:
+        raise DataError(f"predictions: {len(unknown)} scored studies are not in studies.parquet")
+    rows = sorted((studies[key] for key in logits), key=lambda row: (row.split, row.key))
+    logit = np.array([logits[row.key] for row in rows], dtype=np.float32)
+    return Predictions(
+        key=np.array([row.key for row in rows], dtype=np.str_),
+        patient=np.array([row.patient for row in rows], dtype=np.str_),
+        split=np.array([row.split for row in rows], dtype=np.str_),
+        target=np.array([row.target for row in rows], dtype=np.int8),
+        logit=logit,
+        probability=sigmoid(logit),
+        calibrated_probability=np.full(len(rows), np.nan),
+        checkpoint=np.full(len(rows), checkpoint, dtype=np.str_),
+        finding=np.array([row.finding for row in rows], dtype=np.str_),
+        age=np.array([np.nan if row.age is None else row.age for row in rows], dtype=np.float64),
+        sex=np.array([row.sex or "" for row in rows], dtype=np.str_),
+        view=np.array([row.view or "" for row in rows], dtype=np.str_),
+    )

@@ -1,0 +1,341 @@
+"""Every metric against a published implementation, and against what must hold for any input."""
+
+import math
+
+import numpy as np
+import pytest
+import sklearn.metrics as reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchmetrics.functional.classification import (
+    binary_accuracy,
+    binary_auroc,
+    binary_average_precision,
+    binary_confusion_matrix,
+    binary_f1_score,
+    binary_matthews_corrcoef,
+    binary_precision,
+    binary_recall,
+    binary_specificity,
+)
+
+from pneumo import metrics
+from pneumo.errors import MetricError
+
+relaxed = settings(max_examples=50, deadline=None)
+
+
+@st.composite
+def scored(draw, min_size=2, max_size=60):
+    """Targets of both classes and scores of few distinct values, so that ties are common."""
+    size = draw(st.integers(min_size, max_size))
+    target = draw(st.lists(st.integers(0, 1), min_size=size, max_size=size))
+    target[0], target[1] = 0, 1
+    levels = draw(st.integers(1, 12))
+    score = draw(st.lists(st.integers(0, levels), min_size=size, max_size=size))
+    return np.array(target, dtype=np.int8), np.array(score, dtype=np.float64) / levels
+
+
+def simulated(num_patients=300, images_per_patient=1, seed=0, effect=1.5, cluster=0.0):
+    """(patient, target, logit): target and a share of the score are the patient's own."""
+    rng = np.random.default_rng(seed)
+    patient = np.repeat(np.arange(num_patients), images_per_patient)
+    target = (rng.random(num_patients) < 0.3)[patient]
+    own = rng.normal(size=num_patients)[patient]
+    noise = rng.normal(size=len(patient))
+    logit = effect * target + math.sqrt(cluster) * own + math.sqrt(1 - cluster) * noise
+    return patient, target.astype(np.int8), logit.astype(np.float32)
+
+
+def value_of(statistic, size):
+    return float(statistic(np.ones((size, 1)))[0])
+
+
+# --- against references ---------------------------------------------------------------------------
+
+
+@relaxed
+@given(scored())
+def test_auroc_and_average_precision_equal_scikit_learn_and_torchmetrics(data):
+    target, score = data
+    tensors = torch.tensor(score), torch.tensor(target, dtype=torch.int64)
+
+    auroc = metrics.auroc(target, score)
+    assert auroc == pytest.approx(reference.roc_auc_score(target, score), abs=1e-12)
+    assert auroc == pytest.approx(float(binary_auroc(*tensors)), abs=1e-6)
+    assert value_of(metrics.auroc_statistic(target, score), len(target)) == auroc
+
+    precision = value_of(metrics.average_precision_statistic(target, score), len(target))
+    assert precision == pytest.approx(reference.average_precision_score(target, score), abs=1e-12)
+    assert precision == pytest.approx(float(binary_average_precision(*tensors)), abs=1e-6)
+
+
+@relaxed
+@given(scored(), st.sampled_from([0.05, 0.3, 0.55, 0.95]))
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.UndefinedMetricWarning")
+def test_rates_equal_scikit_learn_and_torchmetrics(data, threshold):
+    target, probability = data
+    called = (probability >= threshold).astype(int)
+    counts = metrics.confusion(target, probability, threshold)
+    found = metrics.rates(counts)
+    tensors = torch.tensor(called), torch.tensor(target, dtype=torch.int64)
+    expected = {
+        "accuracy": (reference.accuracy_score(target, called), binary_accuracy),
+        "precision": (reference.precision_score(target, called), binary_precision),
+        "recall": (reference.recall_score(target, called), binary_recall),
+        "f1": (reference.f1_score(target, called), binary_f1_score),
+        "specificity": (reference.recall_score(1 - target, 1 - called), binary_specificity),
+        "mcc": (reference.matthews_corrcoef(target, called), binary_matthews_corrcoef),
+        "npv": (reference.precision_score(1 - target, 1 - called), None),
+    }
+
+    assert [[counts.tn, counts.fp], [counts.fn, counts.tp]] == (
+        binary_confusion_matrix(*tensors).tolist()
+    )
+    for name, (by_sklearn, by_torchmetrics) in expected.items():
+        if math.isnan(found[name]):  # both references call an undefined rate 0
+            assert by_sklearn == 0
+            continue
+        assert found[name] == pytest.approx(by_sklearn, abs=1e-12), name
+        if by_torchmetrics is not None:
+            assert found[name] == pytest.approx(float(by_torchmetrics(*tensors)), abs=1e-6), name
+
+
+def test_log_loss_and_brier_equal_scikit_learn():
+    _, target, logit = simulated()
+    probability = 1 / (1 + np.exp(-logit.astype(np.float64)))
+
+    loss = value_of(metrics.log_loss_statistic(target, logit), len(target))
+    assert loss == pytest.approx(reference.log_loss(target, probability), abs=1e-12)
+    brier = value_of(metrics.brier_statistic(target, probability), len(target))
+    assert brier == pytest.approx(reference.brier_score_loss(target, probability), abs=1e-12)
+
+
+def test_log_loss_is_finite_where_the_probability_rounds_to_zero():
+    assert value_of(metrics.log_loss_statistic([1, 0], [-800.0, 800.0]), 2) == 800.0
+
+
+def test_delong_equals_its_definition_over_all_pairs():
+    _, target, logit = simulated(num_patients=80)
+    logit = np.round(logit, 1)  # ties
+    positive, negative = logit[target == 1], logit[target == 0]
+    wins = (positive[:, None] > negative) + 0.5 * (positive[:, None] == negative)
+    expected = wins.mean(1).var(ddof=1) / len(positive) + wins.mean(0).var(ddof=1) / len(negative)
+
+    assert metrics.delong_variance(target, logit) == pytest.approx(expected, rel=1e-12)
+    estimate = metrics.delong(target, logit)
+    assert estimate.high - estimate.low == pytest.approx(2 * 1.959964 * math.sqrt(expected))
+
+
+def test_wilson_equals_the_published_example():
+    # Newcombe 1998, table I: 81 of 263, and 0 of 20
+    assert metrics.wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert metrics.wilson(0.0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+
+
+@relaxed
+@given(scored(), st.integers(0, 2**32 - 1))
+def test_weighted_statistics_equal_repeated_samples(data, seed):
+    target, score = data
+    times = np.random.default_rng(seed).integers(0, 4, size=len(target))
+    drawn = np.repeat(np.arange(len(target)), times)
+    weights = times[:, None].astype(np.float64)
+    statistics = {
+        metrics.auroc_statistic: reference.roc_auc_score,
+        metrics.average_precision_statistic: reference.average_precision_score,
+        metrics.brier_statistic: reference.brier_score_loss,
+    }
+    for build, expected in statistics.items():
+        found = float(build(target, score)(weights)[0])
+        if len(set(target[drawn])) < 2:  # AP and Brier are the references' own business then
+            continue
+        assert found == pytest.approx(expected(target[drawn], score[drawn]), abs=1e-12)
+
+
+# --- what must hold -------------------------------------------------------------------------------
+
+
+@relaxed
+@given(scored(), st.integers(0, 2**32 - 1))
+def test_auroc_ignores_order_and_monotone_transforms_and_mirrors_classes(data, seed):
+    target, score = data
+    auroc = metrics.auroc(target, score)
+    order = np.random.default_rng(seed).permutation(len(target))
+
+    assert metrics.auroc(target[order], score[order]) == auroc
+    assert metrics.auroc(target, np.exp(3 * score) - 7) == auroc
+    assert metrics.auroc(1 - target, score) == pytest.approx(1 - auroc, abs=1e-12)
+    assert metrics.auroc(target, -score) == pytest.approx(1 - auroc, abs=1e-12)
+
+
+def test_auroc_of_large_logits_does_not_saturate():
+    target, logit = np.array([0, 1, 0, 1]), np.array([40, 60, 50, 70], dtype=np.float32)
+    saturated = torch.sigmoid(torch.tensor(logit)).numpy()
+
+    assert metrics.auroc(target, logit) == 1.0
+    assert metrics.auroc(target, saturated) == 0.5  # the trap
+
+
+@pytest.mark.parametrize(
+    ("target", "score", "message"),
+    [
+        ([1, 1], [0.1, 0.2], "one class only: 2 of 2"),
+        ([0, 0], [0.1, 0.2], "one class only: 0 of 2"),
+        ([0, 1], [0.1, math.nan], "1 of 2 scores are NaN"),
+        ([0, 1], [0.1, math.inf], "NaN or infinite"),
+        ([0, 2], [0.1, 0.2], "neither 0 nor 1"),
+        ([0, 1], [0.1], "one length"),
+        ([], [], "no study"),
+    ],
+)
+def test_auroc_refuses_what_it_cannot_judge(target, score, message):
+    with pytest.raises(MetricError, match=message):
+        metrics.auroc(target, score)
+
+
+def test_curves_keep_their_ends_and_their_shape_in_few_points():
+    _, target, logit = simulated(num_patients=20_000, effect=0.8)
+    curve = metrics.roc_points(target, logit)
+    precise = metrics.precision_recall_points(target, logit)
+
+    assert max(len(curve.x), len(precise.x)) <= metrics.MAX_CURVE_POINTS
+    assert (curve.x[0], curve.y[0], curve.x[-1], curve.y[-1]) == (0, 0, 1, 1)
+    assert np.all(np.diff(curve.x) >= 0)
+    assert np.all(np.diff(curve.y) >= 0)
+    assert np.trapezoid(curve.y, curve.x) == pytest.approx(metrics.auroc(target, logit), abs=1e-3)
+    full_x, full_y, _ = reference.roc_curve(target, logit)
+    assert np.abs(np.interp(full_x, curve.x, curve.y) - full_y).max() < 0.005
+    assert (precise.x[0], precise.x[-1], precise.y[-1]) == (1, 0, 1)
+
+
+# --- operating points -----------------------------------------------------------------------------
+
+
+@relaxed
+@given(scored(), st.floats(0.01, 1.0))
+def test_sensitivity_threshold_is_the_highest_that_keeps_it(data, wanted):
+    target, probability = data
+    threshold = metrics.sensitivity_threshold(target, probability, wanted)
+    positives = probability[target == 1]
+
+    assert np.mean(positives >= threshold) >= wanted - 1e-9
+    assert np.mean(positives > threshold) < wanted
+
+
+@relaxed
+@given(scored())
+def test_youden_threshold_is_not_beaten_by_any_other(data):
+    target, probability = data
+
+    def youden(threshold):
+        found = metrics.rates(metrics.confusion(target, probability, threshold))
+        return found["recall"] + found["specificity"]
+
+    threshold = metrics.youden_threshold(target, probability)
+    assert threshold in probability
+    assert youden(threshold) >= max(youden(other) for other in probability) - 1e-12
+
+
+# --- intervals ------------------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(scored(min_size=12), st.integers(0, 1000))
+def test_bootstrap_interval_contains_the_value_or_gives_a_reason(data, seed):
+    target, score = data
+    patient = np.arange(len(target)) // 2
+    estimates = {
+        **metrics.patient_bootstrap(
+            patient, {"auroc": metrics.auroc_statistic(target, score)}, resamples=100, seed=seed
+        ),
+        **metrics.rate_estimates(target, score, 0.5, patient, resamples=100, seed=seed),
+    }
+    for name, found in estimates.items():
+        if found.value is None or found.low is None:
+            assert found.reason, name
+        else:
+            assert found.low <= found.value <= found.high, name
+
+
+def test_patient_bootstrap_is_wider_than_image_bootstrap_and_covers():
+    """30 worlds of 80 patients with 6 alike images: 95 % of the intervals should hold the truth."""
+    truth = 0.8555778168267576  # Phi(1.5 / sqrt 2)
+    covered = {"patient": 0, "image": 0}
+    for seed in range(30):
+        patient, target, logit = simulated(80, 6, seed=seed, cluster=0.8)
+        statistic = {"auroc": metrics.auroc_statistic(target, logit)}
+        widths = {}
+        for unit, groups in {"patient": patient, "image": np.arange(len(patient))}.items():
+            found = metrics.patient_bootstrap(groups, statistic, resamples=300, seed=1)["auroc"]
+            covered[unit] += found.low <= truth <= found.high
+            widths[unit] = found.high - found.low
+        assert widths["patient"] > 1.3 * widths["image"]
+    assert covered["patient"] >= 25
+    assert covered["image"] < covered["patient"]
+
+
+def test_image_bootstrap_agrees_with_delong():
+    _, target, logit = simulated(num_patients=1500)
+    statistic = {"auroc": metrics.auroc_statistic(target, logit)}
+    found = metrics.patient_bootstrap(np.arange(1500), statistic, resamples=1000, seed=0)["auroc"]
+    analytic = metrics.delong(target, logit)
+
+    assert found.low == pytest.approx(analytic.low, abs=0.004)
+    assert found.high == pytest.approx(analytic.high, abs=0.004)
+
+
+def test_bootstrap_is_the_same_for_the_same_seed_and_any_order_of_the_samples():
+    patient, target, logit = simulated(100, 3)
+    order = np.random.default_rng(5).permutation(len(patient))
+
+    def interval(rows):
+        statistic = {"auroc": metrics.auroc_statistic(target[rows], logit[rows])}
+        return metrics.patient_bootstrap(patient[rows], statistic, resamples=200, seed=3)["auroc"]
+
+    assert interval(np.arange(len(patient))) == interval(order)
+
+
+def test_estimates_say_why_they_are_empty():
+    perfect = {"auroc": metrics.auroc_statistic([0] * 20 + [1] * 20, np.arange(40.0))}
+    found = metrics.patient_bootstrap(np.arange(40), perfect, resamples=100, seed=0)["auroc"]
+    assert (found.value, found.low, found.high) == (1.0, None, None)
+    assert found.reason == "the same in nearly every resample"
+
+    lonely = {"auroc": metrics.auroc_statistic([1] + [0] * 20, np.arange(21.0))}
+    found = metrics.patient_bootstrap(np.arange(21), lonely, resamples=100, seed=0)["auroc"]
+    assert found.value == 0.0
+    assert found.reason.startswith("too few patients: undefined in")
+
+    none_called = metrics.rate_estimates(
+        [0, 1, 0], [0.1, 0.2, 0.3], 0.9, np.arange(3), resamples=100, seed=0
+    )
+    assert none_called["precision"].to_json() == {
+        "value": None,
+        "low": None,
+        "high": None,
+        "method": "patient bootstrap",
+        "reason": "no study is called positive",
+    }
+    assert none_called["recall"].method == "Wilson over patients"
+    assert "reason" not in none_called["recall"].to_json()
+
+    assert metrics.delong([1, 1], [0.1, 0.2]).reason == "one class only: 2 of 2 are positive"
+    assert metrics.delong([0, 0, 1, 1], [0, 1, 2, 3]).reason.startswith(
+        "the classes do not overlap"
+    )
+
+
+# --- the trainer's --------------------------------------------------------------------------------
+
+
+def test_binary_metrics_from_logits():
+    found = metrics.binary_metrics_from_logits([0, 1, 1, 0], np.float32([-1, 0, -2, 3]))
+    assert found == {"auroc": 0.25, "accuracy": 0.5, "precision": 0.5, "recall": 0.5}
+
+    one_class = metrics.binary_metrics_from_logits([0, 0], [-1, -2])
+    assert one_class["accuracy"] == 1.0
+    assert all(math.isnan(one_class[name]) for name in ("auroc", "precision", "recall"))
+
+    diverged = metrics.binary_metrics_from_logits([0, 1], [math.nan, 1])
+    assert all(math.isnan(value) for value in diverged.values())
