@@ -1,0 +1,202 @@
+"""Decided on val, reported on test, null with a reason where undefined."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+
+from pneumo import metrics
+from pneumo.config import EvaluateConfig
+from pneumo.errors import DataError
+from pneumo.evaluate import DECISION, SCREENING, check_complete, evaluate
+from pneumo.predict import Predictions, sigmoid
+
+CONFIG = EvaluateConfig(bootstrap_resamples=200)
+DATASET = {"digest": "d" * 64, "unit": "patient"}
+
+
+def predictions(num_patients=200, images_per_patient=2, seed=0, effect=2.0):
+    """Scores of two equal splits in which AP images are of sicker patients."""
+    rng = np.random.default_rng(seed)
+    patient = np.repeat(np.arange(num_patients), images_per_patient)
+    n = len(patient)
+    target = (rng.random(num_patients) < 0.3)[patient].astype(np.int8)
+    logit = (effect * target + rng.normal(size=n) - 1).astype(np.float32)
+    ap = rng.random(n) < np.where(target == 1, 0.7, 0.3)
+    return Predictions(
+        key=np.array([f"k{i}" for i in range(n)]),
+        patient=np.array([f"p{i}" for i in patient]),
+        split=np.where(patient % 2 == 0, "val", "test"),
+        target=target,
+        logit=logit,
+        probability=sigmoid(logit),
+        calibrated_probability=np.full(n, np.nan),
+        checkpoint=np.full(n, "best"),
+        finding=np.where(target == 1, "Lung Opacity", "Normal"),
+        age=np.full(n, 50.0),
+        sex=np.full(n, "F"),
+        view=np.where(ap, "AP", "PA"),
+    )
+
+
+def replaced(found, **columns):
+    return dataclasses.replace(found, **columns)
+
+
+def metrics_json(evaluation):
+    """What a reader of metrics.json gets; NaN is no JSON and would raise."""
+    content = evaluation.to_metrics(run="r", dataset=DATASET, model={"epoch": 3})
+    return json.loads(json.dumps(content, allow_nan=False))
+
+
+def test_thresholds_are_chosen_on_val_and_applied_to_test():
+    found = predictions()
+    val, test = found.subset("val"), found.subset("test")
+    evaluation = evaluate(found, config=CONFIG, seed=0)
+
+    decision, screening = evaluation.points[DECISION], evaluation.points[SCREENING]
+    assert decision.threshold == metrics.youden_threshold(val.target, val.probability)
+    assert screening.threshold == metrics.sensitivity_threshold(val.target, val.probability, 0.9)
+    assert evaluation.val.at[SCREENING].rates["recall"].value >= 0.9
+    expected = metrics.confusion(test.target, test.probability, decision.threshold)
+    assert evaluation.test.at[DECISION].counts == expected
+
+    other_test = replaced(found, target=np.where(found.split == "test", 0, found.target))
+    assert evaluate(other_test, config=CONFIG, seed=0).points == evaluation.points
+
+
+def test_the_configured_rule_decides():
+    config = EvaluateConfig(
+        bootstrap_resamples=100, operating_point="sensitivity", sensitivity=0.95
+    )
+    points = evaluate(predictions(), config=config, seed=0).points
+    assert points[DECISION].rule == "sensitivity ≥ 0.95"
+    assert points[DECISION].threshold == points[SCREENING].threshold
+
+
+def test_metrics_json_has_the_documented_form():
+    evaluation = evaluate(predictions(), config=CONFIG, seed=0)
+    content = metrics_json(evaluation)
+
+    assert list(content) == [
+        "schema_version", "run", "dataset", "model", "operating_points", "val", "test",
+    ]  # fmt: skip
+    assert content["schema_version"] == 1
+    assert content["dataset"] == DATASET
+    test = content["test"]
+    assert (test["n"], test["patients"]) == (200, 100)
+    assert test["positives"] == evaluation.test.positives
+    for name in ("auroc", "auroc_delong", "average_precision", "accuracy", "precision", "recall",
+                 "specificity", "npv", "f1", "mcc", "log_loss", "brier"):  # fmt: skip
+        assert set(test[name]) >= {"value", "low", "high", "method"}, name
+        assert test[name]["low"] <= test[name]["value"] <= test[name]["high"], name
+    assert sum(test["confusion"].values()) == 200
+    assert content["operating_points"]["decision"]["test"]["recall"] == test["recall"]
+    assert content["operating_points"]["decision"]["chosen_on"] == "val"
+    assert test["view"]["gain"]["value"] == pytest.approx(
+        test["view"]["model_auroc"]["value"] - test["view"]["view_only_auroc"]["value"]
+    )
+    assert set(test["view"]) >= {"auroc_within_AP", "auroc_within_PA", "n"}
+
+
+def test_the_order_of_the_rows_does_not_matter():
+    found = predictions()
+    shuffled = found.take(np.random.default_rng(1).permutation(len(found)))
+    once = metrics_json(evaluate(found, config=CONFIG, seed=0))
+    again = metrics_json(evaluate(shuffled, config=CONFIG, seed=0))
+
+    def leaves(tree):
+        return [x for v in tree.values() for x in (leaves(v) if isinstance(v, dict) else [v])]
+
+    for left, right in zip(leaves(once), leaves(again), strict=True):
+        assert left == (pytest.approx(right, rel=1e-12) if isinstance(right, float) else right)
+
+
+def test_view_baseline_uses_only_studies_of_known_view():
+    found = predictions()
+    view = found.view.copy()
+    view[:40] = ""
+    baseline = evaluate(replaced(found, view=view), config=CONFIG, seed=0).val.view
+    assert baseline.n == 180
+    assert baseline.view_only.value > 0.6
+    assert baseline.gain.value > 0
+
+    unknown = evaluate(
+        replaced(found, view=np.full(len(view), "")), config=CONFIG, seed=0
+    ).test.view
+    assert (unknown.n, unknown.model.value) == (0, None)
+    assert unknown.within["AP"].reason == "no study"
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        ("one class", "one class only"),
+        ("nan", "scores are NaN"),
+        ("empty", "no study"),
+        ("tiny", "too few patients"),
+    ],
+)
+def test_degenerate_splits_are_null_with_a_reason(split, damage, reason):
+    found = predictions()
+    rows = found.split == split
+    if damage == "one class":
+        found = replaced(found, target=np.where(rows, 0, found.target))
+    elif damage == "nan":
+        logit = np.where(rows, np.nan, found.logit).astype(np.float32)
+        found = replaced(found, logit=logit, probability=np.where(rows, np.nan, found.probability))
+    elif damage == "empty":
+        found = found.take(~rows)
+    else:
+        target = np.where(rows, 0, found.target)
+        target[np.flatnonzero(rows)[:2]] = 1
+        found = replaced(found, target=target)
+
+    content = metrics_json(evaluate(found, config=CONFIG, seed=0))
+    assert reason in content[split]["auroc"]["reason"]
+    assert content[split]["auroc"]["low"] is None
+    if damage != "tiny":
+        assert content[split]["auroc"]["value"] is None
+        assert reason in content[split]["view"]["model_auroc"]["reason"]
+    if damage != "tiny" and split == "val":
+        point = content["operating_points"]["decision"]
+        assert point["threshold"] is None
+        assert reason in point["reason"]
+        assert content["test"]["confusion"] is None
+        assert content["test"]["auroc"]["value"] is not None
+        assert content["test"]["accuracy"]["reason"].startswith("no threshold: val:")
+
+
+def test_one_class_on_test_still_counts_what_can_be_counted():
+    found = predictions()
+    found = replaced(found, target=np.where(found.split == "test", 0, found.target))
+    test = metrics_json(evaluate(found, config=CONFIG, seed=0))["test"]
+    assert test["positives"] == 0
+    assert test["specificity"]["value"] is not None
+    assert test["recall"] == {
+        "value": None, "low": None, "high": None,
+        "method": "patient bootstrap", "reason": "no study is positive",
+    }  # fmt: skip
+
+
+def test_every_study_counts_exactly_once():
+    found = predictions()
+    check_complete(found, {"val": 200, "test": 200})
+
+    twice = found.take(np.append(np.arange(len(found)), [0, 1]))
+    with pytest.raises(DataError, match="2 studies are scored more than once"):
+        check_complete(twice, {"val": 200, "test": 200})
+    with pytest.raises(DataError, match="test: 199 scored, 200 in the manifest"):
+        check_complete(found.take(np.arange(len(found) - 1)), {"val": 200, "test": 200})
+    with pytest.raises(DataError, match="200 of a split that was not asked for"):
+        check_complete(found, {"val": 200})
+
+
+def test_prevalence_of_an_empty_split_is_nan():
+    found = predictions()
+    empty = evaluate(found.take(found.split == "val"), config=CONFIG, seed=0).test
+    assert math.isnan(empty.prevalence)
+    assert empty.n == 0
