@@ -1,0 +1,80 @@
+"""How every job starts and ends: its command line, its errors and its exit code.
+
+0 done, 1 failed, 2 the user's mistake, 130 interrupted. An error is one line; `--debug` adds the
+traceback.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+
+from pneumo import storage
+from pneumo.config import Invocation, parse_command_line
+from pneumo.errors import PneumoError
+
+
+def run_job(job: str, main: Callable[[Invocation], None], argv: Sequence[str] | None = None) -> int:
+    """Parse the command line, run `main`, turn what happens into an exit code."""
+    return run_main(job, lambda arguments: main(parse_command_line(job, arguments)), argv)
+
+
+def run_main(
+    job: str, main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
+) -> int:
+    """Run `main` on the command line, turn what happens into an exit code."""
+    if argv is None:  # a process of its own: a scheduler's SIGTERM ends it as Ctrl-C does
+        signal.signal(signal.SIGTERM, lambda number, frame: _interrupt())
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    debug = "--debug" in arguments
+    try:
+        main(arguments)
+    except KeyboardInterrupt:
+        say(f"{job}: interrupted; the same command goes on from what is finished")
+        return 130
+    except Exception as error:  # the top of the process: everything ends in one line
+        if debug:
+            traceback.print_exc()
+        known = find_cause(error)
+        if known is not None:
+            say(f"error: {known}")
+            return known.exit_code
+        text = (str(error).strip().splitlines() or [""])[-1]
+        say(f"error: {type(error).__name__}: {text} (--debug shows the traceback)")
+        return 1
+    return 0
+
+
+def find_cause(error: BaseException) -> PneumoError | None:
+    """The PneumoError behind what Ray wraps around a worker's exception, if there is one."""
+    seen: set[int] = set()
+    queue: list[BaseException | None] = [error]
+    while queue:
+        current = queue.pop(0)
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        inner = getattr(current, "cause", None)
+        failures = getattr(current, "worker_failures", None) or {}
+        if isinstance(current, PneumoError) and not isinstance(inner, BaseException):
+            return current
+        queue += [inner if isinstance(inner, BaseException) else None, *failures.values()]
+        queue += [current.__cause__, current.__context__]
+    return None
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def new_run_url(job: str) -> str:
+    """Where a run goes when nobody said: runs/<job>-<time>."""
+    return storage.normalise(f"runs/{job}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+def say(line: str) -> None:
+    """One line for the person, on stderr, so that stdout can be piped."""
+    print(line, file=sys.stderr, flush=True)

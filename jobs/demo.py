@@ -1,0 +1,82 @@
+"""The whole way on phantoms, in one Ray session: synthetic -> prepare -> tune -> train ->
+evaluate."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from jobs.command import run_main, say
+from jobs.evaluate import METRICS, REPORT, evaluate_run
+from jobs.prepare import prepare
+from jobs.session import ray_session
+from jobs.train import train
+from jobs.tune import BEST, tune
+from pneumo import storage
+from pneumo.config import Invocation, parse_command_line
+from pneumo.synthetic import write_phantoms
+
+PHANTOMS = Path("data/demo/phantoms")
+
+
+def demo(argv: Sequence[str]) -> None:
+    """Draw phantoms, prepare them, search, train with two workers, evaluate; say where the report
+    is."""
+    options = _parser().parse_args(argv)
+    started = time.monotonic()
+    run_url = storage.join(options.run or f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}")
+    store_url, tune_url = storage.normalise(options.store), storage.join(run_url, "tune")
+    train_url = storage.join(run_url, "train")
+    recipe = storage.join(tune_url, BEST)
+    phantoms = PHANTOMS.with_name(f"phantoms-{options.studies}")
+    cluster = ["--cluster.num-workers", "2"]
+    steps: list[tuple[str, Callable[[Invocation], None], list[str]]] = [
+        ("prepare", prepare, ["--source", str(phantoms), "--store", store_url]),
+        ("tune", tune, ["--store", store_url, "--run", tune_url, "--recipe", "fast"]),
+        ("train", train, ["--store", store_url, "--run", train_url, "--recipe", recipe, *cluster]),
+        ("evaluate", evaluate_run, ["--store", store_url, "--run", train_url, *cluster]),
+    ]
+    say(f"1/5 phantoms: {options.studies} chest X-rays drawn from a seed, no patient's")
+    write_phantoms(phantoms, num_studies=options.studies, seed=0, progress=True)
+    with ray_session():
+        for number, (job, run, flags) in enumerate(steps, start=2):
+            say(f"\n{number}/5 {job}: python -m jobs.{job} {' '.join(flags)}")
+            run(parse_command_line(job, flags))
+    _print_result(train_url, time.monotonic() - started)
+
+
+def _print_result(run_url: str, seconds: float) -> None:
+    result = json.loads(storage.read_text(storage.join(run_url, METRICS)))
+    print(f"\ndone in {seconds // 60:.0f} min {seconds % 60:.0f} s; test split, 95 % intervals:")
+    for name in ("auroc", "accuracy", "precision", "recall", "f1"):
+        estimate = result["test"][name]
+        if estimate["value"] is None:
+            print(f"  {name:9}  -      {estimate['reason']}")
+        else:
+            print(
+                f"  {name:9}  {estimate['value']:.3f}  "
+                f"[{estimate['low']:.3f}, {estimate['high']:.3f}]"
+            )
+    print(f"report {storage.join(run_url, REPORT)}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m jobs.demo", description=__doc__)
+    parser.add_argument("--store", default="data/demo/store", help="where the shards go")
+    parser.add_argument("--run", help="where the results go; default runs/demo-<time>")
+    parser.add_argument("--studies", type=int, default=600, help="phantoms to draw (default 600)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return run_main("demo", demo, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,378 @@
+"""Score val and test once per study, judge, draw, report: all that a run says of its model."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from jobs.command import run_job, say
+from jobs.scoring import Explained, Scored, explain_studies, score_splits
+from jobs.session import ray_session, wait_for_resources
+from jobs.train import tracking_folder
+from pneumo import figures, storage
+from pneumo.checkpoint import Checkpoint, load_checkpoint, read_index
+from pneumo.config import Config, EvaluateArguments, Invocation
+from pneumo.errors import RunError, StoreError
+from pneumo.evaluate import DECISION, Evaluation, check_complete, evaluate
+from pneumo.explain import Outcome, choose_gallery
+from pneumo.figures import Case
+from pneumo.predict import Predictions, join_predictions
+from pneumo.report import DataFacts, ModelFacts, Provenance, SplitFacts, render_report
+from pneumo.shards import Manifest, StudyRow, read_manifest, read_studies
+from pneumo.tracking import (
+    Artifact,
+    ConfusionChart,
+    Gallery,
+    LineChart,
+    Page,
+    Picture,
+    Tracker,
+    TrackingOutcome,
+    open_tracker,
+)
+
+METRICS = "metrics.json"
+PREDICTIONS = "predictions.parquet"
+REPORT = "report.html"
+JUDGED_SPLITS = ("val", "test")
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """What is evaluated: a run's best checkpoint on a store."""
+
+    run_url: str
+    store_url: str
+    manifest: Manifest
+    checkpoint: Checkpoint
+    scored: Scored
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """The studies of test that are shown."""
+
+    grid: list[Case]
+    gallery: dict[Outcome, list[Case]]
+
+
+def evaluate_run(invocation: Invocation) -> None:
+    """Evaluate the run of `--run` on `--store`, leaving the results in it, metrics.json last."""
+    arguments, config = invocation.arguments, invocation.config
+    assert isinstance(arguments, EvaluateArguments)
+    subject = find_subject(arguments)
+    with ray_session():
+        wait_for_resources(config.cluster, 1)
+        logits = score_splits(subject.scored, JUDGED_SPLITS, config)
+        studies = read_studies(subject.store_url)
+        predictions = join_predictions(logits, studies, checkpoint=subject.scored.entry.name)
+        expected = {name: subject.manifest.splits[name].samples for name in JUDGED_SPLITS}
+        check_complete(predictions, expected)
+        say("evaluate: intervals, figures, Grad-CAM")
+        evaluation = evaluate(predictions, config=config.evaluate, seed=config.seed)
+        pictures = choose_pictures(subject, predictions, studies, evaluation, config)
+    metrics = evaluation.to_metrics(
+        run=subject.run_url.rsplit("/", 1)[-1],
+        dataset={"digest": subject.manifest.digest, "unit": subject.manifest.audit.unit},
+        model={
+            "backbone": subject.checkpoint.config.model.backbone,
+            "initialisation": subject.checkpoint.initialisation,
+            "epoch": subject.checkpoint.epoch,
+            "image_size": subject.checkpoint.image_size,
+        },
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        files = Path(folder)
+        report = write_files(files, subject, predictions, evaluation, pictures, config)
+        storage.upload_folder(files, subject.run_url)
+        metrics_text = json.dumps(metrics, indent=1, allow_nan=False) + "\n"
+        (files / METRICS).write_text(metrics_text)
+        outcome = track(subject, evaluation, pictures, report, files, config)
+    storage.write_text(storage.join(subject.run_url, METRICS), metrics_text)
+    print_summary(metrics, subject.run_url)
+    for line in outcome.lines():
+        say(line)
+
+
+def find_subject(arguments: EvaluateArguments) -> Subject:
+    """The run's best checkpoint, checked against the store.
+
+    Raises RunError when the run is not trained or evaluated already, StoreError when the store is
+    not the one that it was trained on.
+    """
+    store_url, run_url = storage.normalise(arguments.store), storage.normalise(arguments.run)
+    manifest = read_manifest(store_url)
+    index = read_index(run_url)
+    if not arguments.overwrite and storage.exists(storage.join(run_url, METRICS)):
+        raise RunError(
+            f"{run_url}: is evaluated already (a test set is looked at once); --overwrite does it "
+            "again"
+        )
+    if not index.finished:
+        say(f"warning: {run_url} is not trained to its end; evaluating its best epoch so far")
+    checkpoint = load_checkpoint(run_url, index.best)
+    if checkpoint.manifest_digest != manifest.digest:
+        raise StoreError(
+            f"{store_url}: is not the store that {run_url} was trained on (manifest "
+            f"{manifest.digest[:12]}, not {checkpoint.manifest_digest[:12]}); its test studies may "
+            "be in that training set"
+        )
+    scored = Scored(run_url, index.best, store_url)
+    return Subject(run_url, store_url, manifest, checkpoint, scored)
+
+
+def choose_pictures(
+    subject: Subject,
+    predictions: Predictions,
+    studies: Mapping[str, StudyRow],
+    evaluation: Evaluation,
+    config: Config,
+) -> Pictures:
+    """The grid (drawn by the seed) and the gallery of each outcome, with Grad-CAM and boxes."""
+    test = predictions.subset("test")
+    threshold = evaluation.points[DECISION].threshold
+    if threshold is None:
+        return Pictures([], {})
+    drawn = np.random.default_rng(config.seed).permutation(len(test))
+    grid = drawn[: config.evaluate.grid_images]
+    gallery = choose_gallery(
+        test.target,
+        test.probability,
+        threshold,
+        per_outcome=config.evaluate.gallery_images,
+        seed=config.seed,
+    )
+    chosen = np.unique(np.concatenate([grid, *gallery.values()]))
+    shown = explain_studies(subject.scored, "test", test.key[chosen].tolist(), config)
+
+    def case(row: Any, *, with_cam: bool) -> Case:
+        explained: Explained = shown[str(test.key[row])]
+        return Case(
+            image=explained.pixels,
+            target=int(test.target[row]),
+            probability=float(test.probability[row]),
+            threshold=threshold,
+            boxes=studies[str(test.key[row])].boxes if with_cam else (),
+            cam=explained.cam if with_cam else None,
+        )
+
+    return Pictures(
+        grid=[case(row, with_cam=False) for row in grid],
+        gallery={
+            outcome: [case(row, with_cam=True) for row in rows] for outcome, rows in gallery.items()
+        },
+    )
+
+
+def write_files(
+    folder: Path,
+    subject: Subject,
+    predictions: Predictions,
+    evaluation: Evaluation,
+    pictures: Pictures,
+    config: Config,
+) -> str:
+    """Predictions, figures, gallery and report below `folder`; the report's HTML."""
+    (folder / PREDICTIONS).write_bytes(predictions.to_parquet())
+    history = subject.checkpoint.history
+    n = evaluation.test.n
+    first_of_each = [cases[0] for cases in pictures.gallery.values() if cases]
+    drawn = {
+        "metrics.png": figures.draw_metrics(evaluation, history),
+        "roc.svg": figures.draw_roc(evaluation),
+        "precision_recall.svg": figures.draw_precision_recall(evaluation),
+        "confusion.svg": figures.draw_confusion(evaluation),
+        "prediction_grid.png": figures.draw_prediction_grid(
+            pictures.grid, title=f"Predictions: {len(pictures.grid)} of {n} test studies"
+        ),
+        "gradcam_example.png": figures.draw_gradcam_example(
+            first_of_each, title="Grad-CAM, one test study of each outcome"
+        ),
+    }
+    (folder / "figures").mkdir()
+    for name, data in drawn.items():
+        (folder / "figures" / name).write_bytes(data)
+    (folder / "gallery").mkdir()
+    for outcome, cases in pictures.gallery.items():
+        for number, shown in enumerate(cases):
+            path = folder / "gallery" / f"{outcome}-{number:02d}.webp"
+            path.write_bytes(figures.draw_case(shown))
+    report = render_report(
+        evaluation,
+        data=describe_data(subject.manifest),
+        model=describe_model(subject.checkpoint),
+        provenance=describe_provenance(subject, config),
+        history=history,
+        grid=pictures.grid,
+        gallery=pictures.gallery,
+    )
+    (folder / REPORT).write_text(report)
+    return report
+
+
+def describe_data(manifest: Manifest) -> DataFacts:
+    """What the report says of the store."""
+    return DataFacts(
+        digest=manifest.digest,
+        unit=manifest.audit.unit,
+        image_size=manifest.image_size,
+        splits=[
+            SplitFacts(name, entry.samples, entry.positives, entry.patients)
+            for name, entry in manifest.splits.items()
+        ],
+        shared_patients=manifest.audit.shared_patients,
+        leaked_by_image=manifest.audit.leaked_by_image,
+        quarantined=manifest.quarantined,
+    )
+
+
+def describe_model(checkpoint: Checkpoint) -> ModelFacts:
+    """What the report says of the model."""
+    wanted, source = checkpoint.config.model.weights, checkpoint.initialisation
+    sentence = {
+        "imagenet": "ImageNet weights of torchvision",
+        "random": f"random weights, seed {checkpoint.config.seed}",
+        "file": f"weights of {wanted.rsplit('/', 1)[-1]}",
+    }[source]
+    return ModelFacts(
+        backbone=checkpoint.config.model.backbone,
+        initialisation=sentence,
+        is_pretrained=source != "random",
+        fell_back=source == "random" and wanted != "random",
+        epoch=checkpoint.epoch,
+        image_size=checkpoint.image_size,
+    )
+
+
+def describe_provenance(subject: Subject, config: Config) -> Provenance:
+    """What it takes to do it again."""
+    trained = subject.checkpoint.config.model_copy(update={"evaluate": config.evaluate})
+    return Provenance(
+        run=subject.run_url.rsplit("/", 1)[-1],
+        created=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        seed=trained.seed,
+        config_json=trained.to_json(),
+        command="python -m jobs.train --store STORE --run RUN --recipe RECIPE; "
+        "python -m jobs.evaluate --store STORE --run RUN",
+        facts={
+            "code": subject.checkpoint.code_version,
+            "manifest": subject.manifest.digest,
+            "checkpoint": subject.scored.entry.sha256,
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "ray": ray.__version__,
+        },
+    )
+
+
+def track(
+    subject: Subject,
+    evaluation: Evaluation,
+    pictures: Pictures,
+    report: str,
+    folder: Path,
+    config: Config,
+) -> TrackingOutcome:
+    """Push everything to W&B, whose faults never fail the evaluation."""
+    tracker = open_tracker(
+        config.tracking,
+        run_dir=tracking_folder(subject.run_url),
+        name=f"{subject.run_url.rsplit('/', 1)[-1]}-evaluate",
+        job_type="evaluate",
+        group=config.tracking.group,
+        settings={
+            **subject.checkpoint.config.model_dump(mode="json"),
+            "dataset_digest": subject.manifest.digest,
+            "checkpoint_sha256": subject.scored.entry.sha256,
+        },
+    )
+    _log_charts(tracker, evaluation)
+    for outcome, cases in pictures.gallery.items():
+        shown = [Picture(figures.draw_case(case), case.caption) for case in cases]
+        if shown:
+            tracker.log_media(f"eval/gallery/{outcome}", Gallery(shown))
+    grid = (folder / "figures" / "prediction_grid.png").read_bytes()
+    tracker.log_media("eval/prediction_grid", Gallery([Picture(grid, "prediction grid")]))
+    tracker.log_media("eval/report", Page(report))
+    _log_lineage(tracker, subject, folder)
+    return tracker.finish()
+
+
+def _log_charts(tracker: Tracker, evaluation: Evaluation) -> None:
+    test = evaluation.test
+    rates = {name: estimate.value for name, estimate in test.at[DECISION].rates.items()}
+    tracker.summarise(
+        {
+            "eval/test/auroc": test.auroc.value,
+            "eval/test/auroc_low": test.auroc.low,
+            "eval/test/auroc_high": test.auroc.high,
+            "eval/test/average_precision": test.average_precision.value,
+            "eval/threshold": evaluation.points[DECISION].threshold,
+            **{f"eval/test/{name}": value for name, value in rates.items()},
+        }
+    )
+    roc = {
+        part.split: (part.roc.x.tolist(), part.roc.y.tolist())
+        for part in (evaluation.val, test)
+        if part.roc is not None
+    }
+    if roc:
+        tracker.log_media(
+            "eval/roc", LineChart(roc, f"ROC, n = {test.n}", "1 - specificity", "sensitivity")
+        )
+    counts = test.at[DECISION].counts
+    if counts is not None:
+        tracker.log_media(
+            "eval/confusion", ConfusionChart(counts.to_json(), f"Confusion, test, n = {test.n}")
+        )
+
+
+def _log_lineage(tracker: Tracker, subject: Subject, folder: Path) -> None:
+    """data set -> evaluation; the manifest stands for the data, by its digests of the shards."""
+    manifest_path = folder / "manifest.json"
+    manifest_path.write_text(subject.manifest.model_dump_json(indent=1))
+    dataset = Artifact(
+        name="dataset",
+        type="dataset",
+        files={"manifest.json": manifest_path},
+        metadata={"digest": subject.manifest.digest},
+    )
+    tracker.log_artifact(dataset, role="input")
+    names = (METRICS, PREDICTIONS, REPORT)
+    files = {name: folder / name for name in names}
+    tracker.log_artifact(Artifact(name="evaluation", type="evaluation", files=files))
+
+
+def print_summary(metrics: Mapping[str, Any], run_url: str) -> None:
+    """The headline of test on stdout."""
+    test = metrics["test"]
+    print(f"test: {test['n']} studies, {test['positives']} positive; 95 % intervals over patients")
+    for name in ("auroc", "accuracy", "precision", "recall", "f1"):
+        estimate = test[name]
+        if estimate["value"] is None:
+            print(f"  {name:9}  -      {estimate['reason']}")
+        elif estimate["low"] is None:
+            print(f"  {name:9}  {estimate['value']:.3f}  {estimate.get('reason', '')}")
+        else:
+            low, high = estimate["low"], estimate["high"]
+            print(f"  {name:9}  {estimate['value']:.3f}  [{low:.3f}, {high:.3f}]")
+    print(f"report {storage.join(run_url, REPORT)}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return run_job("evaluate", evaluate_run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""The Ray cluster that a job runs on: the one it was submitted to, or one of its own on this
+machine."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from jobs.command import say
+from pneumo.config import ClusterConfig
+from pneumo.errors import ClusterError, ConfigError
+
+# One thread a worker, and threads that sleep while they wait: two DDP ranks that spin on two cores
+# are ten times slower.
+WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
+
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # Tune's tables; our own narrator speaks
+    "RAY_DEDUP_LOGS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    **WORKER_ENVIRONMENT,
+}
+
+
+@contextmanager
+def ray_session() -> Iterator[None]:
+    """Connect to the cluster of RAY_ADDRESS, or start one here; leave both as they were found."""
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    if address and address.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"RAY_ADDRESS={address}: jobs are submitted there: use `python -m cluster submit`"
+        )
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    options = {} if address else {"num_cpus": max(os.cpu_count() or 1, 2)}
+    if not address:
+        say(f"ray: starting on this machine with {options['num_cpus']} CPUs")
+    try:
+        ray.init(
+            address=address or "local",
+            logging_level=logging.ERROR,
+            log_to_driver=bool(os.environ.get("PNEUMO_RAY_LOGS")),
+            configure_logging=True,
+            runtime_env={"env_vars": WORKER_ENVIRONMENT},
+            **options,
+        )
+    except (ConnectionError, RuntimeError) as error:
+        raise ClusterError(
+            f"ray: cannot connect to {address or 'a local cluster'}: {error}"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def uses_gpu(config: ClusterConfig) -> bool:
+    """Whether workers get a GPU each."""
+    if config.use_gpu == "auto":
+        return bool(ray.cluster_resources().get("GPU", 0) >= 1)
+    return config.use_gpu
+
+
+def worker_resources(config: ClusterConfig) -> dict[str, float]:
+    """What one worker reserves."""
+    gpu = {"GPU": 1.0} if uses_gpu(config) else {}
+    return {"CPU": float(config.cpus_per_worker), **gpu}
+
+
+def wait_for_resources(config: ClusterConfig, num_workers: int) -> None:
+    """Return once the cluster has what the workers need; it may be growing.
+
+    Raises ClusterError after `cluster.start_timeout_s`, saying what was asked and what there is. A
+    cluster of our own does not grow and is not waited for.
+    """
+    wanted = {name: value * num_workers for name, value in worker_resources(config).items()}
+    grows = bool(os.environ.get("RAY_ADDRESS"))
+    deadline_s = time.monotonic() + (config.start_timeout_s if grows else 0)
+    while True:
+        there = ray.cluster_resources()
+        missing = {k: v for k, v in wanted.items() if there.get(k, 0) < v}
+        if not missing:
+            return
+        if time.monotonic() >= deadline_s:
+            lacks = ", ".join(f"{v:g} {k} (it has {there.get(k, 0):g})" for k, v in missing.items())
+            raise ClusterError(
+                f"cluster: {num_workers} workers need {lacks}; lower --cluster.num-workers or add "
+                "nodes"
+            )
+        time.sleep(min(1.0, math.ceil(deadline_s - time.monotonic())))

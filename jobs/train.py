@@ -1,0 +1,139 @@
+"""Train one model: Ray Train starts the workers, `pneumo.train.fit` does the work in each."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+from pneumo.tracking import open_tracker
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.queue import Queue
+
+from jobs.command import new_run_url, run_job, say
+from jobs.following import Following, worker_hooks
+from jobs.session import ray_session, uses_gpu, wait_for_resources, worker_resources
+from pneumo import storage
+from pneumo.checkpoint import CheckpointIndex, read_index
+from pneumo.config import Config, Invocation, TrainArguments
+from pneumo.partition import World
+from pneumo.shards import Manifest, read_manifest
+from pneumo.train import check_run, fit
+
+PROCESS_GROUP_TIMEOUT_S = 180
+
+
+def train(invocation: Invocation) -> None:
+    """Train on `--store`, leaving the run in `--run`."""
+    arguments, config = invocation.arguments, invocation.config
+    assert isinstance(arguments, TrainArguments)
+    store_url = storage.normalise(arguments.store)
+    run_url = storage.normalise(arguments.run) if arguments.run else new_run_url("train")
+    manifest = read_manifest(store_url)
+    check_run(config, manifest, run_url, num_workers=config.cluster.num_workers)
+    storage.write_text(storage.join(run_url, "config.json"), config.to_json())
+    with ray_session():
+        index = train_run(config, manifest, store_url, run_url)
+    report_training(index, run_url, store_url)
+
+
+def train_run(config: Config, manifest: Manifest, store_url: str, run_url: str) -> CheckpointIndex:
+    """Train in the Ray session that is open; follow it on the screen and in W&B."""
+    wait_for_resources(config.cluster, config.cluster.num_workers)
+    tracker = open_tracker(
+        config.tracking,
+        run_dir=tracking_folder(run_url),
+        name=run_url.rsplit("/", 1)[-1],
+        job_type="train",
+        group=config.tracking.group,
+        settings={**config.model_dump(mode="json"), "dataset_digest": manifest.digest},
+    )
+    messages = Queue(actor_options={"num_cpus": 0})
+    try:
+        with Following(messages, tracker, epochs=config.train.epochs):
+            build_trainer(config, store_url, run_url, messages).fit()
+    finally:
+        messages.shutdown(force=True)
+        outcome = tracker.finish()
+    for line in outcome.lines():
+        say(line)
+    return read_index(run_url)
+
+
+def build_trainer(
+    config: Config,
+    store_url: str,
+    run_url: str,
+    messages: Queue | None,
+    callbacks: Sequence[Any] = (),
+) -> TorchTrainer:
+    """A TorchTrainer whose every worker runs `fit` as one DDP rank."""
+    num_workers = config.cluster.num_workers
+    return TorchTrainer(
+        _train_worker,
+        train_loop_config={
+            "config": config.model_dump(mode="json"),
+            "store_url": store_url,
+            "run_url": run_url,
+            "messages": messages,
+        },
+        torch_config=TorchConfig(timeout_s=PROCESS_GROUP_TIMEOUT_S),
+        scaling_config=ScalingConfig(
+            num_workers=num_workers,
+            use_gpu=uses_gpu(config.cluster),
+            resources_per_worker=worker_resources(config.cluster),
+        ),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=run_url,
+            failure_config=FailureConfig(max_failures=config.cluster.max_failures),
+            callbacks=list(callbacks),
+        ),
+    )
+
+
+def report_training(index: CheckpointIndex, run_url: str, store_url: str) -> None:
+    """The result in two lines, and what to do next."""
+    best = index.best
+    auroc = "undefined" if best.val_auroc is None else f"{best.val_auroc:.3f}"
+    print(f"best epoch {best.epoch}  val AUROC {auroc}  of {index.latest.epoch} epochs")
+    print(f"run {run_url}")
+    say(f"next: python -m jobs.evaluate --store {store_url} --run {run_url}")
+
+
+def tracking_folder(run_url: str) -> Path:
+    """A local folder for W&B's files: the run's own where it is local."""
+    if storage.is_local(run_url):
+        return storage.local_path(run_url)
+    return Path("runs") / run_url.rsplit("/", 1)[-1]
+
+
+def _train_worker(settings: dict[str, Any]) -> None:
+    """What each Ray Train worker runs."""
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    context = ray.train.get_context()
+    world = World(context.get_world_rank(), context.get_world_size())
+    config = Config.model_validate(settings["config"])
+    torch.set_num_threads(config.cluster.cpus_per_worker)
+    fit(
+        config,
+        store_url=settings["store_url"],
+        run_url=settings["run_url"],
+        world=world,
+        device=ray.train.torch.get_device(),
+        hooks=worker_hooks(settings["messages"], world, epochs=config.train.epochs),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    return run_job("train", train, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""Phantoms, a store and a trained run, made once by the jobs themselves on one Ray cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from jobs import prepare, train
+from jobs.session import ray_session
+from pneumo.synthetic import write_phantoms
+
+NUM_STUDIES = 90
+SMALL = [
+    *("--model.weights", "random"),
+    *("--train.batch-size", "16"),
+    *("--train.lr", "1e-3"),
+    *("--tracking.mode", "disabled"),
+]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A source and the store that was made of it."""
+
+    source: Path
+    store: Path
+
+
+@pytest.fixture(scope="session")
+def ray_here() -> Iterator[None]:
+    """One local Ray cluster for every test of the jobs: its start takes seconds."""
+    with ray_session():
+        yield
+
+
+@pytest.fixture(scope="session")
+def prepared(ray_here: None, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    folder = tmp_path_factory.mktemp("prepared")
+    source, store = folder / "phantoms", folder / "store"
+    write_phantoms(source, num_studies=NUM_STUDIES, seed=3)
+    code = prepare.main(
+        ["--source", str(source), "--store", str(store), "--prepare.image-size", "64"]
+    )
+    assert code == 0
+    return Prepared(source, store)
+
+
+@pytest.fixture(scope="session")
+def trained(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two epochs on two workers; tests must not write into it."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    code = train.main(
+        [
+            *("--store", str(prepared.store), "--run", str(run), *SMALL),
+            *("--train.epochs", "2", "--cluster.num-workers", "2"),
+        ]
+    )
+    assert code == 0
+    return run

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jobs import train
+from pneumo.checkpoint import load_checkpoint, read_index
+from pneumo.config import Config
+from pneumo.shards import read_manifest
+from tests.jobs.conftest import SMALL, Prepared
+
+
+def test_a_run_leaves_its_configuration_its_epochs_and_its_checkpoints(
+    prepared: Prepared, trained: Path
+) -> None:
+    config = Config.model_validate_json((trained / "config.json").read_text())
+    assert config.cluster.num_workers == 2
+    epochs = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in epochs] == [1, 2]
+    assert all(0 <= row["val/auroc"] <= 1 for row in epochs)
+    assert {"train/loss", "val/loss", "val/accuracy", "val/precision", "val/recall"} <= {*epochs[0]}
+    index = read_index(str(trained))
+    assert index.finished
+    assert index.best.val_auroc == max(row["val/auroc"] for row in epochs)
+    checkpoint = load_checkpoint(str(trained), index.best)
+    assert checkpoint.manifest_digest == read_manifest(str(prepared.store)).digest
+    assert checkpoint.config == config
+
+
+def test_a_finished_run_is_left_alone(
+    prepared: Prepared, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = train.main(["--store", str(prepared.store), "--run", str(trained), *SMALL])
+    assert code == 2
+    assert "finished run of 2 epochs; give another --run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data.image-size", "128"], "data.image_size: 128 is above the store's 64"),
+        (["--train.batch-size", "900"], "train.batch_size: 900 is more than the"),
+        (
+            ["--train.batch-size", "15", "--cluster.num-workers", "2"],
+            "train.batch_size: 15 does not divide into 2",
+        ),
+        (["--train.lr", "-1"], "train.lr: got '-1'"),
+        (["--train.lrr", "1"], "unknown setting --train.lrr"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_begun(
+    prepared: Prepared,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    message: str,
+) -> None:
+    run = tmp_path / "run"
+    assert train.main(["--store", str(prepared.store), "--run", str(run), *flags]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert len(printed.err.splitlines()) == 1
+    assert not run.exists()
+
+
+def test_more_workers_than_the_cluster_has_is_said_before_the_start(
+    prepared: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = train.main(
+        [
+            *("--store", str(prepared.store), "--run", str(tmp_path / "run"), *SMALL),
+            *("--cluster.num-workers", "4", "--cluster.cpus-per-worker", "64"),
+        ]
+    )
+    assert code == 1
+    assert "4 workers need 256 CPU (it has" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("present", [[], ["train/000000.tar"]])
+def test_a_store_without_a_manifest_is_no_store(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], present: list[str]
+) -> None:
+    for name in present:
+        (tmp_path / "store" / name).parent.mkdir(parents=True)
+        (tmp_path / "store" / name).write_bytes(b"half a store")
+    assert train.main(["--store", str(tmp_path / "store"), *SMALL]) == 2
+    assert "no manifest.json, so nothing is prepared there" in capsys.readouterr().err
