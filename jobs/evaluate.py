@@ -18,7 +18,7 @@ import torch
 from jobs.command import run_job, say
 from jobs.scoring import Explained, Scored, explain_studies, score_splits
 from jobs.session import ray_session, wait_for_resources
-from jobs.train import tracking_folder
+from jobs.train import close_tracker, tracking_folder
 from pneumo import figures, storage
 from pneumo.checkpoint import Checkpoint, load_checkpoint, read_index
 from pneumo.config import Config, EvaluateArguments, Invocation
@@ -37,7 +37,6 @@ from pneumo.tracking import (
     Page,
     Picture,
     Tracker,
-    TrackingOutcome,
     open_tracker,
 )
 
@@ -97,11 +96,9 @@ def evaluate_run(invocation: Invocation) -> None:
         storage.upload_folder(files, subject.run_url)
         metrics_text = json.dumps(metrics, indent=1, allow_nan=False) + "\n"
         (files / METRICS).write_text(metrics_text)
-        outcome = track(subject, evaluation, pictures, report, files, config)
+        track(subject, evaluation, pictures, report, files, config)
     storage.write_text(storage.join(subject.run_url, METRICS), metrics_text)
     print_summary(metrics, subject.run_url)
-    for line in outcome.lines():
-        say(line)
 
 
 def find_subject(arguments: EvaluateArguments) -> Subject:
@@ -282,7 +279,7 @@ def track(
     report: str,
     folder: Path,
     config: Config,
-) -> TrackingOutcome:
+) -> None:
     """Push everything to W&B, whose faults never fail the evaluation."""
     tracker = open_tracker(
         config.tracking,
@@ -305,7 +302,7 @@ def track(
     tracker.log_media("eval/prediction_grid", Gallery([Picture(grid, "prediction grid")]))
     tracker.log_media("eval/report", Page(report))
     _log_lineage(tracker, subject, folder)
-    return tracker.finish()
+    close_tracker(tracker, subject.run_url)
 
 
 def _log_charts(tracker: Tracker, evaluation: Evaluation) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import ray.train
 import torch
-from pneumo.tracking import open_tracker
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
@@ -23,6 +23,7 @@ from pneumo.checkpoint import CheckpointIndex, read_index
 from pneumo.config import Config, Invocation, TrainArguments
 from pneumo.partition import World
 from pneumo.shards import Manifest, read_manifest
+from pneumo.tracking import Tracker, open_tracker
 from pneumo.train import check_run, fit
 
 PROCESS_GROUP_TIMEOUT_S = 180
@@ -59,9 +60,7 @@ def train_run(config: Config, manifest: Manifest, store_url: str, run_url: str) 
             build_trainer(config, store_url, run_url, messages).fit()
     finally:
         messages.shutdown(force=True)
-        outcome = tracker.finish()
-    for line in outcome.lines():
-        say(line)
+        close_tracker(tracker, run_url)
     return read_index(run_url)
 
 
@@ -107,10 +106,22 @@ def report_training(index: CheckpointIndex, run_url: str, store_url: str) -> Non
 
 
 def tracking_folder(run_url: str) -> Path:
-    """A local folder for W&B's files: the run's own where it is local."""
+    """A local folder for W&B's files: the run's own where it is local, else a temporary one."""
     if storage.is_local(run_url):
         return storage.local_path(run_url)
-    return Path("runs") / run_url.rsplit("/", 1)[-1]
+    return Path(tempfile.mkdtemp(prefix="pneumo-tracking-"))
+
+
+def close_tracker(tracker: Tracker, run_url: str) -> None:
+    """Finish tracking; what W&B could not send ends in the run's own folder, and it is said."""
+    outcome = tracker.finish()
+    if outcome.sync_command is None or outcome.folder is None or storage.is_local(run_url):
+        for line in outcome.lines():
+            say(line)
+        return
+    kept_url = storage.join(run_url, "wandb", outcome.folder.name)
+    storage.upload_folder(outcome.folder, kept_url)
+    say(f"W&B: not (all) sent; its files are in {kept_url}: fetch them, then `wandb sync` them")
 
 
 def _train_worker(settings: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ from ray.tune.search.optuna import OptunaSearch
 from jobs.command import find_cause, new_run_url, run_job, say
 from jobs.progress import Progress
 from jobs.session import ray_session, uses_gpu, wait_for_resources, worker_resources
-from jobs.train import build_trainer, tracking_folder
+from jobs.train import build_trainer, close_tracker, tracking_folder
 from pneumo import storage
 from pneumo.checkpoint import describe_code
 from pneumo.config import Config, Invocation, TuneArguments, override
@@ -328,7 +328,7 @@ def _track(config: Config, manifest: Manifest, trials: Sequence[Trial], run_url:
     tracker.summarise(
         {"best/lr": best.lr, "best/pos_weight": best.pos_weight, "best/val_auroc": best.val_auroc}
     )
-    tracker.finish()
+    close_tracker(tracker, run_url)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

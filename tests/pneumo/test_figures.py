@@ -1,0 +1,147 @@
+"""Pictures come out whole, equal for equal input, and say what they show."""
+
+import io
+import re
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pneumo import figures
+from pneumo.config import EvaluateConfig
+from pneumo.evaluate import evaluate
+from pneumo.figures import Case
+from pneumo.metrics import Estimate
+from pneumo.predict import Predictions, sigmoid
+from pneumo.studies import Box
+
+HISTORY = [
+    {"epoch": 1, "train/loss": 0.9, "val/loss": 0.8, "val/auroc": 0.7, "val/precision": None},
+    {"epoch": 2, "train/loss": 0.6, "val/loss": 0.7, "val/auroc": 0.8, "val/precision": 0.5},
+]
+
+
+def evaluation(seed=0, target=None):
+    rng = np.random.default_rng(seed)
+    n = 120
+    target = rng.integers(0, 2, n).astype(np.int8) if target is None else target
+    logit = (2 * target + rng.normal(size=n) - 1).astype(np.float32)
+    predictions = Predictions(
+        key=np.array([f"k{i}" for i in range(n)]),
+        patient=np.array([f"p{i}" for i in range(n)]),
+        split=np.where(np.arange(n) % 2, "val", "test"),
+        target=target,
+        logit=logit,
+        probability=sigmoid(logit),
+        calibrated_probability=np.full(n, np.nan),
+        checkpoint=np.full(n, "best"),
+        finding=np.full(n, "Normal"),
+        age=np.full(n, 50.0),
+        sex=np.full(n, "F"),
+        view=np.where(rng.random(n) < 0.5, "AP", "PA"),
+    )
+    return evaluate(predictions, config=EvaluateConfig(bootstrap_resamples=100), seed=0)
+
+
+def case(target=1, probability=0.87, size=64, with_cam=True):
+    ramp = np.linspace(0, 255, size).astype(np.uint8)
+    cam = np.zeros((size, size), dtype=np.float32)
+    cam[size // 2 :, size // 2 :] = 1
+    image = np.tile(ramp, (size, 1))
+    return Case(image, target, probability, 0.5, [Box(8, 16, 20, 24)], cam if with_cam else None)
+
+
+def texts(svg):
+    return " ".join("".join(e.itertext()) for e in ElementTree.fromstring(svg).iter() if e.text)
+
+
+def test_case_names_its_outcome():
+    assert [
+        (case(target, probability).outcome, case(target, probability).is_right)
+        for target, probability in [(1, 0.5), (0, 0.5), (1, 0.49), (0, 0.49)]
+    ] == [("tp", True), ("fp", False), ("fn", False), ("tn", True)]
+    assert case().caption == "Pred: 1  p=0.87  Label: 1"
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: figures.draw_metrics(evaluation(), HISTORY),
+        lambda: figures.draw_roc(evaluation()),
+        lambda: figures.draw_confusion(evaluation()),
+        lambda: figures.draw_loss(HISTORY),
+        lambda: figures.draw_prediction_grid([case(), case(0)], title="2 of 9"),
+        lambda: figures.draw_gradcam_example([case(), case(0)], title="n = 2"),
+        lambda: figures.draw_case(case()),
+    ],
+)
+def test_equal_input_gives_equal_bytes(draw):
+    first = draw()
+    assert first == draw()
+    assert len(first) > 1000
+
+
+def test_svg_carries_title_n_interval_and_no_date():
+    svg = figures.draw_roc(evaluation())
+    words = texts(svg)
+    assert "AUROC (95 % interval)" in words
+    assert re.search(r"test 0\.\d{3} \(0\.\d{3}–\d\.\d{3}\), n = 60", words)
+    assert "sensitivity" in words
+    assert b"dc:date" not in svg
+
+    words = texts(figures.draw_confusion(evaluation()))
+    assert "test n = 60" in words
+    assert "Decision: Youden's index" in words
+    assert "Screening: sensitivity ≥ 0.90" in words
+
+
+def test_metrics_picture_is_readable_in_size():
+    image = Image.open(io.BytesIO(figures.draw_metrics(evaluation(), HISTORY)))
+    assert image.format == "PNG"
+    assert min(image.size) > 800
+
+
+def test_degenerate_input_is_drawn_with_its_reason():
+    hollow = evaluation(target=np.zeros(120, dtype=np.int8))
+    assert figures.draw_metrics(hollow, [])
+    assert "no threshold could be chosen on val" in texts(figures.draw_confusion(hollow))
+    assert "no training history" in texts(figures.draw_loss([]))
+    assert figures.draw_validation([{"epoch": 1, "val/auroc": None}])
+    assert figures.draw_prediction_grid([], title="none")
+    assert figures.draw_gradcam_example([], title="none")
+
+
+def test_grid_is_green_where_right_and_red_where_wrong():
+    picture = figures.draw_prediction_grid([case(1), case(0)], title="2 of 2")
+    pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB")).astype(int)
+    middle = pixels.shape[1] // 2
+
+    def share(half, color):
+        wanted = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+        return (np.abs(half - wanted).sum(axis=2) < 12).mean()
+
+    left, right = pixels[:, :middle], pixels[:, middle:]
+    assert share(left, figures.RIGHT) > 0.01 > share(left, figures.WRONG)
+    assert share(right, figures.WRONG) > 0.01 > share(right, figures.RIGHT)
+
+
+def test_composed_case_keeps_the_image_draws_the_boxes_and_warms_the_evidence():
+    shown = figures.compose_case(case(), size=64)
+    assert shown.shape[0] == 64
+    assert shown.shape[1] == 64 + 2 + 64
+    study, overlay = shown[:, :64].astype(int), shown[:, 66:].astype(int)
+    assert tuple(study[16, 12]) == tuple(overlay[16, 12]) == figures.BOX
+    assert (study[4] == study[4, :, :1]).all()  # gray
+    assert np.abs(study[4] - overlay[4]).max() == 0  # no evidence, no tint
+    assert (overlay[60, 40:, 0] > overlay[60, 40:, 2]).all()  # warm
+
+    alone = figures.compose_case(case(with_cam=False), size=128)
+    assert alone.shape == (128, 128, 3)
+    assert tuple(alone[32, 24]) == figures.BOX  # boxes scale with the picture
+
+
+def test_estimates_in_words():
+    assert figures.describe_estimate(Estimate(0.9134, 0.854, 0.962, "m")) == "0.913 (0.854–0.962)"
+    assert figures.describe_estimate(Estimate(0.9134, None, None, "m", "r"), 2) == "0.91"
+    assert figures.describe_estimate(Estimate.undefined("r")) == "n/a"
