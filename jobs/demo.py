@@ -4,14 +4,13 @@ evaluate."""
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jobs.command import run_main, say
-from jobs.evaluate import METRICS, REPORT, evaluate_run
+from jobs.evaluate import evaluate_run
 from jobs.prepare import prepare
 from jobs.session import ray_session
 from jobs.train import train
@@ -46,29 +45,15 @@ def demo(argv: Sequence[str]) -> None:
         for number, (job, run, flags) in enumerate(steps, start=2):
             say(f"\n{number}/5 {job}: python -m jobs.{job} {' '.join(flags)}")
             run(parse_command_line(job, flags))
-    _print_result(train_url, time.monotonic() - started)
-
-
-def _print_result(run_url: str, seconds: float) -> None:
-    result = json.loads(storage.read_text(storage.join(run_url, METRICS)))
-    print(f"\ndone in {seconds // 60:.0f} min {seconds % 60:.0f} s; test split, 95 % intervals:")
-    for name in ("auroc", "accuracy", "precision", "recall", "f1"):
-        estimate = result["test"][name]
-        if estimate["value"] is None:
-            print(f"  {name:9}  -      {estimate['reason']}")
-        else:
-            print(
-                f"  {name:9}  {estimate['value']:.3f}  "
-                f"[{estimate['low']:.3f}, {estimate['high']:.3f}]"
-            )
-    print(f"report {storage.join(run_url, REPORT)}")
+    seconds = time.monotonic() - started
+    say(f"\nthe whole way took {seconds // 60:.0f} min {seconds % 60:.0f} s; open the report above")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m jobs.demo", description=__doc__)
     parser.add_argument("--store", default="data/demo/store", help="where the shards go")
     parser.add_argument("--run", help="where the results go; default runs/demo-<time>")
-    parser.add_argument("--studies", type=int, default=600, help="phantoms to draw (default 600)")
+    parser.add_argument("--studies", type=int, default=700, help="phantoms to draw (default 700)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from threadpoolctl import threadpool_limits
 
 from jobs.command import run_job, say
 from jobs.scoring import Explained, Scored, explain_studies, score_splits
@@ -78,7 +79,8 @@ def evaluate_run(invocation: Invocation) -> None:
         expected = {name: subject.manifest.splits[name].samples for name in JUDGED_SPLITS}
         check_complete(predictions, expected)
         say("evaluate: intervals, figures, Grad-CAM")
-        evaluation = evaluate(predictions, config=config.evaluate, seed=config.seed)
+        with threadpool_limits(1):  # the bootstrap's small products are slower on many threads
+            evaluation = evaluate(predictions, config=config.evaluate, seed=config.seed)
         pictures = choose_pictures(subject, predictions, studies, evaluation, config)
     metrics = evaluation.to_metrics(
         run=subject.run_url.rsplit("/", 1)[-1],

@@ -5,20 +5,21 @@ W&B is written by the driver alone: `wandb.init` in a worker would double epochs
 
 from __future__ import annotations
 
-import threading
+import time
+from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import Empty
 from typing import Any
 
 import ray
 import ray.train
-from pneumo.tracking import Tracker
 from ray.util.queue import Queue
 
 from jobs.command import say
 from jobs.progress import Progress
 from pneumo.model import Initialisation
 from pneumo.partition import World
+from pneumo.tracking import Tracker
 from pneumo.train import Epoch, Hooks
 
 _STEP_MESSAGES_PER_EPOCH = 25
@@ -79,38 +80,36 @@ def describe_epoch(epoch: Epoch, epochs: int) -> str:
     )
 
 
-class Following:
-    """Shows rank 0's messages and logs its epochs, in a thread, while the block runs."""
+class Follower:
+    """Shows rank 0's messages and logs its epochs."""
 
     def __init__(self, messages: Queue, tracker: Tracker, *, epochs: int) -> None:
         self.messages, self.tracker, self.epochs = messages, tracker, epochs
         self.logged = 0
         self.progress: Progress | None = None
-        self.stopped = threading.Event()
-        self.thread = threading.Thread(target=self._follow, name="following", daemon=True)
 
-    def __enter__(self) -> None:
-        self.thread.start()
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.stopped.set()
-        self.thread.join(timeout=30)
-
-    def _follow(self) -> None:
-        while True:
-            finishing = self.stopped.is_set()
-            message = self._receive()
-            if message is not None:
-                self._show(message)
-            elif finishing:
-                break
-        if self.progress is not None:
-            self.progress.__exit__(None, None, None)
+    def follow(self, training: Future[Any]) -> None:
+        """Return when `training` has ended and its last message is shown; raises what it raised."""
+        try:
+            while True:
+                ended = training.done()
+                message = self._receive()
+                if message is not None:
+                    self._show(message)
+                elif ended:
+                    break
+        finally:
+            if self.progress is not None:
+                self.progress.__exit__(None, None, None)
+        training.result()
 
     def _receive(self) -> Any:
         try:
             return self.messages.get(timeout=0.3)
-        except (Empty, ray.exceptions.RayError):
+        except Empty:
+            return None
+        except ray.exceptions.RayError:  # the queue's node is gone; the training's end will tell
+            time.sleep(0.3)
             return None
 
     def _show(self, message: Started | Stepped | Epoch) -> None:

@@ -21,7 +21,6 @@ from pneumo.model import build_model
 from pneumo.partition import World
 from pneumo.predict import score
 from pneumo.shards import read_manifest
-from pneumo.train import autocast_dtype
 from pneumo.transforms import normalise
 
 
@@ -115,7 +114,6 @@ def _score_share(
         std=checkpoint.std,
         batch_size=batch_size,
         world=world,
-        dtype=autocast_dtype(checkpoint.config.train, torch.device(device)),
     )
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
 
 from jobs.command import new_run_url, run_job, say
-from jobs.following import Following, worker_hooks
+from jobs.following import Follower, worker_hooks
 from jobs.session import ray_session, uses_gpu, wait_for_resources, worker_resources
 from pneumo import storage
 from pneumo.checkpoint import CheckpointIndex, read_index
@@ -56,8 +58,8 @@ def train_run(config: Config, manifest: Manifest, store_url: str, run_url: str) 
     )
     messages = Queue(actor_options={"num_cpus": 0})
     try:
-        with Following(messages, tracker, epochs=config.train.epochs):
-            build_trainer(config, store_url, run_url, messages).fit()
+        training = _start(build_trainer(config, store_url, run_url, messages))
+        Follower(messages, tracker, epochs=config.train.epochs).follow(training)
     finally:
         messages.shutdown(force=True)
         close_tracker(tracker, run_url)
@@ -94,6 +96,20 @@ def build_trainer(
             callbacks=list(callbacks),
         ),
     )
+
+
+def _start(trainer: TorchTrainer) -> Future[Any]:
+    """Begin training in a thread: in the main one Ray Train would take Ctrl-C for itself."""
+    training: Future[Any] = Future()
+
+    def fit_all() -> None:
+        try:
+            training.set_result(trainer.fit())
+        except BaseException as error:  # handed to whoever asks the future
+            training.set_exception(error)
+
+    threading.Thread(target=fit_all, name="training", daemon=True).start()
+    return training
 
 
 def report_training(index: CheckpointIndex, run_url: str, store_url: str) -> None:

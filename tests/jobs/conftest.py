@@ -41,6 +41,8 @@ def prepared(ray_here: None, tmp_path_factory: pytest.TempPathFactory) -> Prepar
     folder = tmp_path_factory.mktemp("prepared")
     source, store = folder / "phantoms", folder / "store"
     write_phantoms(source, num_studies=NUM_STUDIES, seed=3)
+    (source / ".pneumo").mkdir()
+    (source / ".pneumo" / "hash_key").write_text("the same split every time")
     code = prepare.main(
         ["--source", str(source), "--store", str(store), "--prepare.image-size", "64"]
     )

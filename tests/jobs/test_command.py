@@ -45,14 +45,14 @@ def test_an_error_is_one_line_and_an_exit_code(
 
 
 def test_our_error_is_found_behind_what_ray_wraps_around_it() -> None:
-    class Wrapped(Exception):
+    class WrappedError(Exception):
         def __init__(self, failures: dict[int, Exception]) -> None:
             super().__init__("worker group failed")
             self.worker_failures = failures
 
     inner = ConfigError("train.batch_size: too large")
     outer = RuntimeError("controller")
-    outer.__cause__ = Wrapped({0: inner})
+    outer.__cause__ = WrappedError({0: inner})
     assert find_cause(outer) is inner
     assert find_cause(RuntimeError("something else")) is None
 

@@ -1,0 +1,123 @@
+"""The whole way, as a person runs it: by processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+from pneumo.checkpoint import find_index, read_index
+from tests.jobs.conftest import SMALL, Prepared
+
+REAL_STUDIES = (
+    Path(os.environ.get("PNEUMO_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
+    / "rsna-mini"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_cluster_of_ours(request: pytest.FixtureRequest) -> None:
+    """These tests start Ray in processes of their own; two clusters at once are too much here."""
+    import ray
+
+    if ray.is_initialized():
+        ray.shutdown()
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An empty bucket on a loopback S3 server."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    boto3.client("s3").create_bucket(Bucket="pneumo-test")
+    yield "s3://pneumo-test"
+    server.stop()
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+@pytest.mark.slow
+def test_the_demo_ends_with_a_report_and_goes_through_an_object_store(
+    bucket: str, tmp_path: Path
+) -> None:
+    flags = ["--studies", "90", "--run", str(tmp_path / "run")]
+    shown = run("jobs.demo", "--store", f"{bucket}/store", *flags, cwd=tmp_path)
+    report = tmp_path / "run" / "train" / "report.html"
+    assert str(report) in shown.stdout
+    for name in ("auroc", "accuracy", "precision", "recall", "f1"):
+        assert f"  {name} " in shown.stdout
+    assert report.exists()
+    assert not (tmp_path / "data" / "demo" / "store").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL_STUDIES.is_dir(), reason=f"no real studies at {REAL_STUDIES}")
+def test_real_x_rays_go_the_same_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PNEUMO_HASH_KEY", "only for this test")
+    store, train = str(tmp_path / "store"), str(tmp_path / "train")
+    small = [*SMALL, "--data.image-size", "64"]
+    run("jobs.prepare", "--source", str(REAL_STUDIES), "--store", store, cwd=tmp_path)
+    tune = ["--tune.num-trials", "2", "--tune.epochs", "1", "--run", str(tmp_path / "tune")]
+    run("jobs.tune", "--store", store, *tune, *small, cwd=tmp_path)
+    recipe = ["--recipe", str(tmp_path / "tune" / "best.toml"), "--train.epochs", "2"]
+    workers = ["--cluster.num-workers", "2", "--tracking.mode", "disabled"]
+    run("jobs.train", "--store", store, "--run", train, *recipe, *workers, cwd=tmp_path)
+    run("jobs.evaluate", "--store", store, "--run", train, cwd=tmp_path)
+    metrics = json.loads((tmp_path / "train" / "metrics.json").read_text())
+    assert metrics["dataset"]["unit"] == "patient"
+    assert metrics["val"]["n"] + metrics["test"]["n"] > 50
+    assert 0 < metrics["test"]["auroc"]["value"] < 1
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on_where_it_was(prepared: Prepared, tmp_path: Path) -> None:
+    run_folder = tmp_path / "run"
+    command = [
+        *(sys.executable, "-m", "jobs.train", "--store", str(prepared.store)),
+        *("--run", str(run_folder), *SMALL, "--train.epochs", "60"),
+    ]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while find_index(str(run_folder)) is None:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    stopped_at = read_index(str(run_folder)).latest.epoch
+    assert stopped_at < 60
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    first = next(line for line in process.stderr if line.startswith(("model:", "error:")))
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert first.startswith("model: going on from epoch")

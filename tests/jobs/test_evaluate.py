@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+
+from jobs import evaluate
+from jobs.scoring import Scored, score_splits
+from pneumo.checkpoint import read_index
+from pneumo.config import Config, override
+from pneumo.predict import Predictions
+from pneumo.shards import read_manifest
+from tests.jobs.conftest import Prepared
+
+QUICK = ["--evaluate.bootstrap-resamples", "200", "--tracking.mode", "offline"]
+
+
+@pytest.fixture(scope="module")
+def evaluated(prepared: Prepared, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = Path(shutil.copytree(trained, tmp_path_factory.mktemp("evaluated") / "run"))
+    code = evaluate.main(
+        [
+            *("--store", str(prepared.store), "--run", str(run), *QUICK),
+            *("--cluster.num-workers", "2"),
+        ]
+    )
+    assert code == 0
+    return run
+
+
+def read_predictions(run: Path) -> Predictions:
+    return Predictions.from_parquet((run / "predictions.parquet").read_bytes())
+
+
+def test_every_study_of_val_and_test_is_scored_once(prepared: Prepared, evaluated: Path) -> None:
+    predictions = read_predictions(evaluated)
+    manifest = read_manifest(str(prepared.store))
+    assert len(set(predictions.key)) == len(predictions)
+    for split in ("val", "test"):
+        assert len(predictions.subset(split)) == manifest.splits[split].samples
+    assert not len(predictions.subset("train"))
+
+
+def test_metrics_are_those_of_the_predictions(evaluated: Path) -> None:
+    metrics = json.loads((evaluated / "metrics.json").read_text())
+    test = read_predictions(evaluated).subset("test")
+    assert metrics["schema_version"] == 1
+    assert metrics["test"]["n"] == len(test)
+    assert metrics["test"]["positives"] == int(test.target.sum())
+    assert metrics["test"]["auroc"]["value"] == pytest.approx(
+        roc_auc_score(test.target, test.logit), abs=1e-9
+    )
+    point = metrics["operating_points"]["decision"]
+    called = test.probability >= point["threshold"]
+    assert point["chosen_on"] == "val"
+    assert metrics["test"]["confusion"] == {
+        "tp": int((called & (test.target == 1)).sum()),
+        "fp": int((called & (test.target == 0)).sum()),
+        "fn": int((~called & (test.target == 1)).sum()),
+        "tn": int((~called & (test.target == 0)).sum()),
+    }
+
+
+@pytest.mark.parametrize("workers", [1, 3, 5])
+def test_any_number_of_workers_gives_the_same_predictions(
+    prepared: Prepared, evaluated: Path, workers: int
+) -> None:
+    scored = Scored(str(evaluated), read_index(str(evaluated)).best, str(prepared.store))
+    config = override(Config(), {"cluster.num_workers": workers})
+    logits = score_splits(scored, ("val", "test"), config)
+    before = read_predictions(evaluated)
+    assert sorted(logits) == sorted(before.key)
+    np.testing.assert_allclose([logits[key] for key in before.key], before.logit, atol=1e-4)
+
+
+def test_the_pictures_are_pictures(evaluated: Path) -> None:
+    for name in ("metrics.png", "prediction_grid.png", "gradcam_example.png"):
+        with Image.open(evaluated / "figures" / name) as image:
+            assert min(image.size) > 300
+            assert np.asarray(image.convert("L")).std() > 10  # not a blank sheet
+    assert "<svg" in (evaluated / "figures" / "roc.svg").read_text()
+    assert list((evaluated / "gallery").glob("*.webp"))
+
+
+def test_the_report_needs_no_network_and_says_what_it_is_for(evaluated: Path) -> None:
+    html = (evaluated / "report.html").read_text()
+    assert len(html) < 3_000_000
+    assert "Research use only" in html
+    assert "<script" not in html
+    assert not re.findall(r"""(?:src|href)=["']https?://""", html)
+    metrics = json.loads((evaluated / "metrics.json").read_text())
+    assert f"{metrics['test']['auroc']['value']:.3f}" in html
+
+
+def test_no_identifier_of_the_source_reaches_the_run(prepared: Prepared, evaluated: Path) -> None:
+    names = [path.stem for path in (prepared.source / "stage_2_train_images").glob("*.dcm")]
+    whole = b"".join(
+        path.read_bytes()
+        for path in evaluated.rglob("*")
+        if path.is_file() and path.suffix != ".pt"
+    )
+    assert names
+    assert [name for name in names if name.encode() in whole] == []
+
+
+def test_wandb_lies_in_the_run_when_there_is_no_key(evaluated: Path) -> None:
+    assert list((evaluated / "wandb").rglob("*.wandb"))
+
+
+def test_a_test_set_is_looked_at_once(
+    prepared: Prepared, evaluated: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--store", str(prepared.store), "--run", str(evaluated), *QUICK]
+    assert evaluate.main(flags) == 2
+    assert "is evaluated already" in capsys.readouterr().err
+
+
+def test_another_store_is_refused(
+    prepared: Prepared, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Path(shutil.copytree(prepared.store, tmp_path / "store"))
+    manifest = read_manifest(str(store)).model_copy(update={"seed": 77})
+    (store / "manifest.json").write_text(manifest.model_dump_json())
+    assert evaluate.main(["--store", str(store), "--run", str(trained), *QUICK]) == 2
+    assert "is not the store that" in capsys.readouterr().err
+    assert not (trained / "metrics.json").exists()
+
+
+def test_a_run_without_a_checkpoint_is_refused(
+    prepared: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate.main(["--store", str(prepared.store), "--run", str(tmp_path / "no")]) == 2
+    assert "no checkpoint in it" in capsys.readouterr().err
+
+
+def test_a_damaged_shard_stops_the_evaluation_and_is_named(
+    prepared: Prepared, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Path(shutil.copytree(prepared.store, tmp_path / "store"))
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    shard = store / read_manifest(str(store)).splits["test"].shards[0].name
+    shard.write_bytes(shard.read_bytes()[:-512])
+    assert evaluate.main(["--store", str(store), "--run", str(run), *QUICK]) == 1
+    assert "shard test/000000.tar" in capsys.readouterr().err
+    assert not (run / "metrics.json").exists()
