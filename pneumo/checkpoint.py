@@ -148,11 +148,14 @@ def load_checkpoint(run_url: str, entry: CheckpointEntry) -> Checkpoint:
         plain = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(f"{url}: not a readable checkpoint") from error
-    if plain.pop("schema_version", None) != SCHEMA_VERSION:
+    if not isinstance(plain, dict) or plain.pop("schema_version", None) != SCHEMA_VERSION:
         raise CheckpointError(f"{url}: of another schema than {SCHEMA_VERSION}")
-    plain["config"] = Config.model_validate(plain["config"])
-    plain["history"] = tuple(plain["history"])
-    return Checkpoint(**plain)
+    try:
+        plain["config"] = Config.model_validate(plain["config"])
+        plain["history"] = tuple(plain["history"])
+        return Checkpoint(**plain)
+    except (KeyError, TypeError, ValidationError) as error:
+        raise CheckpointError(f"{url}: written by another version of pneumo") from error
 
 
 def describe_code() -> str:

@@ -133,8 +133,9 @@ class TrainConfig(Section):
     """Learning rate over the run: constant, or cosine from `lr` to 0."""
     warmup_fraction: Fraction = 0.0
     """Share of the steps over which the learning rate rises from 0."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of forward and backward; auto: bfloat16 autocast on a GPU, float32 on a CPU."""
+    precision: Literal["auto", "native", "float32", "bfloat16"] = "auto"
+    """Arithmetic of forward and backward; auto: bfloat16 autocast on a GPU, float32 on a CPU;
+    native: bfloat16 also on a CPU that computes in it (AVX512-BF16, AMX)."""
     keep_checkpoints: PositiveInt = 2
     """The last this many checkpoints stay, besides the best."""
 
@@ -479,7 +480,7 @@ def _did_you_mean(key: str, known: Sequence[str], *, flag: bool = False) -> str:
     if section == key:
         known = [*dict.fromkeys(k.split(".")[0] for k in known)]
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
-    siblings = [k for k in known if k.startswith(section + ".")]
+    siblings = [k for k in known if k.startswith(section + ".") or (section == key and not flag)]
     show = [f"--{k.replace('_', '-')}" if flag else k for k in close or siblings]
     if close:
         return f", did you mean {show[0]}?"

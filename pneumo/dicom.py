@@ -25,6 +25,7 @@ from pydicom.errors import InvalidDicomError
 from pydicom.multival import MultiValue
 from pydicom.pixels.processing import apply_modality_lut, apply_voi
 from pydicom.pixels.utils import pixel_array
+from scipy.special import expit
 
 from pneumo.errors import DicomError
 from pneumo.studies import Box
@@ -58,18 +59,18 @@ class GrayImage:
     pixels: Gray
     """(S, S) uint8, 0 = black; the shorter side is padded with 0 on both ends, never stretched."""
     header: Header
-    scale: float
-    """Stored pixels per original pixel."""
+    scale: tuple[float, float]
+    """(x, y): stored pixels per original pixel; they differ by the rounding of the shorter side."""
     offset: tuple[int, int]
     """(x, y) of the original's upper left corner in `pixels`."""
 
     def place(self, box: Box) -> Box:
         """`box` of the original image in pixels of this one."""
         return Box(
-            box.x * self.scale + self.offset[0],
-            box.y * self.scale + self.offset[1],
-            box.width * self.scale,
-            box.height * self.scale,
+            box.x * self.scale[0] + self.offset[0],
+            box.y * self.scale[1] + self.offset[1],
+            box.width * self.scale[0],
+            box.height * self.scale[1],
         )
 
 
@@ -79,12 +80,21 @@ def read_study_image(data: bytes, image_size: int) -> GrayImage:
     Raises DicomError with a reason code: not_dicom, no_pixels, multi_frame, too_large, photometric,
     undecodable.
     """
-    dataset = _parse(data)
+    try:
+        return _read(_parse(data), image_size)
+    except DicomError:
+        raise
+    except Exception as error:  # an element that holds no value, or one of another type
+        raise DicomError(f"the header does not make sense: {type(error).__name__}") from error
+
+
+def _read(dataset: pydicom.Dataset, image_size: int) -> GrayImage:
     fast = _decode_reduced(dataset, image_size)
     full = decode_gray(dataset) if fast is None else fast
     rows, columns = int(dataset.Rows), int(dataset.Columns)
     pixels, offset = letterbox(full, image_size)
-    return GrayImage(pixels, read_header(dataset), image_size / max(rows, columns), offset)
+    height, width = _fitted(full.shape, image_size)
+    return GrayImage(pixels, read_header(dataset), (width / columns, height / rows), offset)
 
 
 def decode_gray(dataset: pydicom.Dataset) -> Gray:
@@ -99,8 +109,8 @@ def decode_gray(dataset: pydicom.Dataset) -> Gray:
     if stored.ndim == 3 and stored.shape[-1] in (3, 4):
         gray: Gray = cv2.cvtColor(stored[..., :3].astype(np.uint8), cv2.COLOR_RGB2GRAY)
         return gray
-    if stored.ndim != 2:
-        raise DicomError(f"frame of shape {stored.shape}, expected two dimensions", "photometric")
+    if stored.ndim != 2 or dataset.get("PhotometricInterpretation") == "PALETTE COLOR":
+        raise DicomError(f"frame of shape {stored.shape} is no grayscale", "photometric")
     low, high = int(stored.min()), int(stored.max())
     table = _lookup_table(dataset, low, high)
     return np.asarray(table[stored.astype(np.int64) - low])
@@ -108,10 +118,8 @@ def decode_gray(dataset: pydicom.Dataset) -> Gray:
 
 def letterbox(image: Gray, size: int) -> tuple[Gray, tuple[int, int]]:
     """`image` (H, W) resampled by area into (size, size), black outside; and its (x, y) corner."""
-    rows, columns = image.shape
-    scale = size / max(rows, columns)
-    height, width = max(1, round(rows * scale)), max(1, round(columns * scale))
-    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    height, width = _fitted(image.shape, size)
+    method = cv2.INTER_AREA if size < max(image.shape) else cv2.INTER_LINEAR
     small = cv2.resize(image, (width, height), interpolation=method)
     if (height, width) == (size, size):
         return np.ascontiguousarray(small), (0, 0)
@@ -119,6 +127,12 @@ def letterbox(image: Gray, size: int) -> tuple[Gray, tuple[int, int]]:
     canvas = np.zeros((size, size), np.uint8)
     canvas[top : top + height, left : left + width] = small
     return canvas, (left, top)
+
+
+def _fitted(shape: tuple[int, ...], size: int) -> tuple[int, int]:
+    """(height, width) of an image of `shape` whose longer side becomes `size`."""
+    scale = size / max(shape)
+    return max(1, round(shape[0] * scale)), max(1, round(shape[1] * scale))
 
 
 def read_header(dataset: pydicom.Dataset) -> Header:
@@ -223,7 +237,11 @@ def _lookup_table(dataset: pydicom.Dataset, low: int, high: int) -> Gray:
             _first(dataset.WindowWidth),
             str(dataset.get("VOILUTFunction") or "LINEAR"),
         )
-    elif dataset.get("BitsStored", 8) == 8 and not int(dataset.get("PixelRepresentation") or 0):
+    elif (
+        dataset.get("BitsStored", 8) == 8
+        and not int(dataset.get("PixelRepresentation") or 0)
+        and np.array_equal(values, stored)
+    ):
         shown = values / 255.0
     else:
         shown = (values - values.min()) / max(float(np.ptp(values)), 1.0)
@@ -238,7 +256,7 @@ def apply_window(
 ) -> npt.NDArray[np.float64]:
     """`values` windowed to [0, 1], by the formulas of PS3.3 C.11.2.1.2 and C.11.2.1.3."""
     if function == "SIGMOID":
-        return 1.0 / (1.0 + np.exp(-4.0 * (values - center) / max(width, 1e-6)))
+        return np.asarray(expit(4.0 * (values - center) / max(width, 1e-6)))  # never overflows
     if function == "LINEAR_EXACT":
         return np.clip((values - center) / max(width, 1e-6) + 0.5, 0.0, 1.0)
     if width <= 1:

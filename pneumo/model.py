@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import pickle
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 
 import torch
 import torchvision
@@ -53,7 +55,8 @@ def initialise(model: nn.Module, config: ModelConfig, *, seed: int) -> Initialis
     if config.weights == "imagenet":
         try:
             state = _download(config.backbone)
-        except (OSError, RuntimeError) as error:
+        # A cache that holds something else fails as torch.load does; a proxy as http.client does.
+        except (OSError, RuntimeError, HTTPException, pickle.UnpicklingError, EOFError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             return Initialisation(
                 "random",
@@ -75,6 +78,8 @@ def initialise(model: nn.Module, config: ModelConfig, *, seed: int) -> Initialis
         ) from error
     except Exception as error:
         raise ConfigError(f"model.weights: {url} is no PyTorch state dict") from error
+    if not isinstance(state, Mapping) or not all(torch.is_tensor(v) for v in state.values()):
+        raise ConfigError(f"model.weights: {url} is no state dict: names of tensors, nothing else")
     load_backbone(model, state, url)
     return Initialisation("file", f"weights of {url}")
 
@@ -90,6 +95,8 @@ def load_backbone(model: nn.Module, state: Mapping[str, Tensor], name: str) -> N
     if first is not None and first.ndim == 4 and first.shape[1] == 3:
         fitted["conv1.weight"] = first.sum(dim=1, keepdim=True)
     own = model.state_dict()
+    # Weights from before PyTorch 0.4.1, such as torchvision's of ResNet-18, count no batches.
+    fitted = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")} | fitted
     for key in ("fc.weight", "fc.bias"):
         if key not in fitted or fitted[key].shape != own[key].shape:
             fitted[key] = own[key]

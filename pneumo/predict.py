@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from scipy.special import expit
 from torch import nn
 
 from pneumo.errors import DataError
@@ -98,8 +99,7 @@ _DTYPES = {
 
 def sigmoid(logit: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """1 / (1 + exp(-logit)) in float64, without overflow; same shape."""
-    x = np.asarray(logit, dtype=np.float64)
-    return np.exp(-np.logaddexp(0.0, -x))
+    return np.asarray(expit(np.asarray(logit, dtype=np.float64)))
 
 
 def score(
@@ -110,19 +110,16 @@ def score(
     std: float,
     batch_size: int,
     world: World,
-    dtype: torch.dtype = torch.float32,
 ) -> dict[str, float]:
     """Logits by study key of this rank's share of a split; every study is on exactly one rank.
 
-    `dtype` is the autocast arithmetic. The model is left in evaluation mode.
+    Always in float32: the 8 bits of a bfloat16 logit would tie studies that differ. The model is
+    left in evaluation mode.
     """
     model.eval()
     device = data.images.device
     logits: dict[str, float] = {}
-    with (
-        torch.inference_mode(),
-        torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
-    ):
+    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
         for batch in evaluation_batches(
             data, mean=mean, std=std, batch_size=batch_size, world=world
         ):
@@ -151,7 +148,7 @@ def join_predictions(
         logit=logit,
         probability=sigmoid(logit),
         calibrated_probability=np.full(len(rows), np.nan),
-        checkpoint=np.full(len(rows), checkpoint, dtype=np.str_),
+        checkpoint=np.array([checkpoint] * len(rows), dtype=np.str_),
         finding=np.array([row.finding for row in rows], dtype=np.str_),
         age=np.array([np.nan if row.age is None else row.age for row in rows], dtype=np.float64),
         sex=np.array([row.sex or "" for row in rows], dtype=np.str_),

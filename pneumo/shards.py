@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,13 +19,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import webdataset as wds
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from pneumo import storage
 from pneumo.config import SplitConfig
 from pneumo.errors import DataError, StoreError
-from pneumo.splits import LeakageAudit
+from pneumo.splits import SPLITS, LeakageAudit
 from pneumo.studies import Box
 
 SCHEMA_VERSION = 1
@@ -78,6 +79,13 @@ class Manifest(BaseModel):
     quarantined: int
     """Studies that could not be used; quarantine.jsonl lists them."""
     splits: dict[str, SplitEntry]
+
+    @field_validator("splits")
+    @classmethod
+    def _has_every_split(cls, splits: dict[str, SplitEntry]) -> dict[str, SplitEntry]:
+        if set(splits) != set(SPLITS):
+            raise ValueError(f"expected {', '.join(SPLITS)}, got {', '.join(splits) or 'none'}")
+        return splits
 
     @property
     def digest(self) -> str:
@@ -143,12 +151,11 @@ def decode_shard(data: bytes, entry: ShardEntry, image_size: int) -> Iterator[Sa
             "vouches for, or changed since; prepare the store again"
         )
     count = 0
-    files = tar_file_expander([{"url": entry.name, "stream": io.BytesIO(data)}])
-    for group in group_by_keys(files):
+    for group in _read_groups(data, entry):
         try:
-            pixels = np.load(io.BytesIO(group["npy"]), allow_pickle=False)
+            pixels = _decode_image(group["npy"], image_size)
             target = int(group["cls"])
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, EOFError) as error:
             raise DataError(f"shard {entry.name}: sample {count} does not decode") from error
         if pixels.shape != (image_size, image_size) or pixels.dtype != np.uint8:
             raise DataError(
@@ -159,6 +166,31 @@ def decode_shard(data: bytes, entry: ShardEntry, image_size: int) -> Iterator[Sa
         yield Sample(str(group["__key__"]), pixels, target)
     if count != entry.samples:
         raise DataError(f"shard {entry.name}: {count} samples, the manifest says {entry.samples}")
+
+
+def _decode_image(data: bytes, image_size: int) -> npt.NDArray[Any]:
+    """The array of a .npy file; without parsing its header where that is as we write it.
+
+    np.load parses the header with `ast`, which fails at random in threads before Python 3.11.9
+    (python/cpython#106905), and takes seven times as long.
+    """
+    header = io.BytesIO()
+    shape = (image_size, image_size)
+    description = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, description)
+    start = header.tell()
+    if data[:start] == header.getvalue() and len(data) == start + image_size**2:
+        return np.frombuffer(data, np.uint8, offset=start).reshape(shape).copy()
+    return np.asarray(np.load(io.BytesIO(data), allow_pickle=False))
+
+
+def _read_groups(data: bytes, entry: ShardEntry) -> Iterator[dict[str, Any]]:
+    try:
+        yield from group_by_keys(
+            tar_file_expander([{"url": entry.name, "stream": io.BytesIO(data)}])
+        )
+    except (tarfile.TarError, ValueError) as error:
+        raise DataError(f"shard {entry.name}: not a readable tar") from error
 
 
 def read_shard(store_url: str, entry: ShardEntry, image_size: int) -> Iterator[Sample]:
@@ -231,6 +263,7 @@ def write_studies(store_url: str, rows: Iterable[StudyRow]) -> None:
             values.append([list(box) for box in value] if name == "boxes" else value)
     types = {
         "boxes": pa.list_(pa.list_(pa.float64())),
+        "target": pa.int64(),
         "age": pa.int64(),
         "spacing_mm": pa.float64(),
     }
@@ -250,7 +283,9 @@ def read_studies(store_url: str) -> dict[str, StudyRow]:
     """The rows of studies.parquet by key. Raises DataError when missing or unreadable."""
     url = storage.join(store_url, STUDIES)
     try:
-        table = pq.read_table(io.BytesIO(storage.read_bytes(url)))
+        table = pq.read_table(
+            io.BytesIO(storage.read_bytes(url)), columns=list(StudyRow.__dataclass_fields__)
+        )
     except (FileNotFoundError, pa.ArrowInvalid) as error:
         raise DataError(f"{url}: missing or unreadable; prepare the store again") from error
     rows = (

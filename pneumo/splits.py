@@ -75,9 +75,11 @@ def split_studies(
     if config.unit == "patient" and not has_patients:
         raise SourceError(
             "no mapping file, so patients are unknown and a split would leak them (up to 65 images "
-            "are of one patient); add pneumonia-challenge-dataset-mappings_2018.json to the source, "
-            "or say --split.unit image to accept that"
+            "are of one patient); put pneumonia-challenge-dataset-mappings_2018.json into the "
+            "source, or say --split.unit image to accept that"
         )
+    if not studies:
+        raise SourceError("no studies, so nothing to split; check the source's label table")
     salts = range(_CANDIDATE_SALTS) if config.salt is None else (config.salt,)
     groups = {s.key: s.patient if config.unit == "patient" else s.key for s in studies}
     salt, by_key = min(

@@ -82,7 +82,9 @@ def write_bytes(url: str, data: bytes) -> None:
     if is_local(url):
         path = local_path(url)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=_PARTIAL_PREFIX, delete=False) as file:
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=_PARTIAL_PREFIX, delete=False
+        ) as file:
             try:
                 file.write(data)
                 file.flush()

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import secrets
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
@@ -145,11 +146,14 @@ def read_hash_key(source_url: str, environ: Mapping[str, str]) -> bytes:
                 file.write(secrets.token_hex(32))
         except FileExistsError:
             pass
-        return path.read_text().strip().encode()
+        hash_key = path.read_text().strip().encode()
     except OSError as error:
         raise SourceError(
             f"{path}: {error.strerror}; make it writable, or set {HASH_KEY_VARIABLE} to a secret"
         ) from error
+    if not hash_key:
+        raise SourceError(f"{path}: empty; delete it, or set {HASH_KEY_VARIABLE} to a secret")
+    return hash_key
 
 
 def _derive(hash_key: bytes, kind: str, identifier: str) -> str:
@@ -157,7 +161,7 @@ def _derive(hash_key: bytes, kind: str, identifier: str) -> str:
 
 
 def _list_folder(source_url: str) -> dict[str, str]:
-    """Name -> URL of what lies directly in the folder (and of the image folder, one level down)."""
+    """Name -> URL of what lies directly in the folder."""
     names = storage.list_names(source_url)
     if not names:
         raise SourceError(
@@ -176,19 +180,26 @@ def _find(files: Mapping[str, str], names: tuple[str, ...], what: str, source_ur
 
 def _read_plain(url: str) -> bytes:
     data = storage.read_bytes(url)
-    return gzip.decompress(data) if url.endswith(".gz") else data
+    try:
+        return gzip.decompress(data) if url.endswith(".gz") else data
+    except (OSError, EOFError, zlib.error) as error:
+        raise SourceError(f"{url}: not a readable gzip file: {error}") from error
 
 
 def _read_table(url: str, *required: str) -> pa.Table:
+    # An id of digits alone must keep its leading zeros.
+    options = pacsv.ConvertOptions(column_types={"patientId": pa.string()})
     try:
-        table = pacsv.read_csv(io.BytesIO(_read_plain(url)))
-    except (pa.ArrowInvalid, OSError, EOFError) as error:
+        table = pacsv.read_csv(io.BytesIO(_read_plain(url)), convert_options=options)
+    except pa.ArrowInvalid as error:
         raise SourceError(f"{url}: not a readable CSV: {str(error).splitlines()[0]}") from error
     missing = [name for name in required if name not in table.column_names]
     if missing:
         raise SourceError(
             f"{url}: no column {', '.join(missing)}; it has: {', '.join(table.column_names)}"
         )
+    if not len(table):
+        raise SourceError(f"{url}: no rows")
     return table
 
 
@@ -201,7 +212,7 @@ def _collect_labels(table: pa.Table) -> tuple[dict[str, int], dict[str, list[Box
         image_id, target = str(row["patientId"]), row["Target"]
         if target not in (0, 1):
             raise SourceError(f"label table: Target is {target!r} in a row, expected 0 or 1")
-        if targets.setdefault(image_id, target) != target:
+        if targets.setdefault(image_id, int(target)) != target:
             raise SourceError("label table: an image has both Target 0 and Target 1")
         corners = [row.get(name) for name in Box._fields]
         if all(value is not None and math.isfinite(value) for value in corners):
@@ -219,7 +230,8 @@ def _collect_findings(table: pa.Table, targets: Mapping[str, int]) -> dict[str, 
             raise SourceError(
                 f"class table: class {row['class']!r}, expected one of: {', '.join(allowed)}"
             )
-        findings[str(row["patientId"])] = row["class"]
+        if findings.setdefault(str(row["patientId"]), row["class"]) != row["class"]:
+            raise SourceError("class table: an image has two classes")
     missing = sum(image_id not in findings for image_id in targets)
     if missing:
         raise SourceError(f"class table: {missing} of {len(targets)} labelled images have no row")

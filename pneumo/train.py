@@ -20,6 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torchmetrics import MeanMetric
 
 from pneumo import loader, metrics, partition, storage
 from pneumo.checkpoint import (
@@ -179,8 +180,11 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
 
 
 def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """The arithmetic of forward and backward; weights and optimiser stay float32."""
-    if config.precision == "auto":
+    """The arithmetic of forward and backward; weights, optimiser and scoring stay float32."""
+    if config.precision == "native" and device.type == "cpu":
+        has = torch.cpu.get_capabilities()
+        return torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_bf16") else torch.float32
+    if config.precision in ("auto", "native"):
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.bfloat16 if config.precision == "bfloat16" else torch.float32
 
@@ -249,7 +253,8 @@ def _train_epoch(
     steps = partition.steps_per_epoch(len(data), config.train.batch_size)
     dtype = autocast_dtype(config.train, data.images.device)
     network.train()
-    total = torch.zeros((), device=data.images.device)
+    # NaN must reach the check below; the default would drop it.
+    mean_loss = MeanMetric(nan_strategy="disable").to(data.images.device)
     batches = loader.train_batches(
         data,
         config.augment,
@@ -264,11 +269,9 @@ def _train_epoch(
         rate = learning_rate(config.train, epoch * steps + step, config.train.epochs * steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        total += train_step(network, optimizer, batch, pos_weight=pos_weight, dtype=dtype)
+        mean_loss.update(train_step(network, optimizer, batch, pos_weight=pos_weight, dtype=dtype))
         hooks.on_step(epoch + 1, step + 1, steps)
-    if world.size > 1:
-        dist.all_reduce(total)
-    loss = float(total) / (steps * world.size)
+    loss = float(mean_loss.compute())  # over all ranks
     if not math.isfinite(loss):
         raise DivergedError(
             f"epoch {epoch + 1}: the training loss is {loss}; lower train.lr, now {config.train.lr}"
@@ -292,7 +295,6 @@ def _validate(
         std=manifest.std,
         batch_size=max(config.train.batch_size // world.size, 1),
         world=world,
-        dtype=autocast_dtype(config.train, data.images.device),
     )
     if world.size > 1:
         parts: list[Any] = [None] * world.size

@@ -59,15 +59,23 @@ def warp(images: Tensor, matrices: Matrices) -> Tensor:
     """`images` (B, 1, H, H) uint8 or float seen through `matrices`, bilinear, 0 outside;
     float32."""
     if images.device.type == "cpu":
-        flat = images[:, 0].numpy()
-        size = (flat.shape[2], flat.shape[1])
-        out = np.stack(
-            [
-                cv2.warpAffine(image, m, size, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
-                for image, m in zip(flat, matrices, strict=True)
-            ]
-        )
-        return torch.from_numpy(out).unsqueeze(1).float()
+        return _warp_by_opencv(images, matrices)
+    return _warp_by_grid(images, matrices)
+
+
+def _warp_by_opencv(images: Tensor, matrices: Matrices) -> Tensor:
+    flat = images[:, 0].numpy()
+    size = (flat.shape[2], flat.shape[1])
+    out = np.stack(
+        [
+            cv2.warpAffine(image, m, size, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+            for image, m in zip(flat, matrices, strict=True)
+        ]
+    )
+    return torch.from_numpy(out).unsqueeze(1).float()
+
+
+def _warp_by_grid(images: Tensor, matrices: Matrices) -> Tensor:
     side = images.shape[-1]
     # From pixels to grid_sample's [-1, 1], whose borders are the outer edges of the outer pixels.
     to_unit = np.array(
@@ -93,4 +101,4 @@ def augment(
 
 def normalise(images: Tensor, mean: float, std: float) -> Tensor:
     """Gray levels (B, 1, H, W) in [0, 255] -> float32 with the training set's mean 0 and std 1."""
-    return images.float().div_(255.0).sub_(mean).div_(max(std, 1e-6))
+    return (images / 255.0).sub_(mean).div_(max(std, 1e-6))
