@@ -1,0 +1,276 @@
+"""What several rooms' tests need: real DICOM bytes, a folder in Kaggle's layout, a small store."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import os
+import random
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pydicom
+import pytest
+from hypothesis import settings
+from PIL import Image
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.encaps import encapsulate
+from pydicom.uid import ExplicitVRLittleEndian, JPEGBaseline8Bit, SecondaryCaptureImageStorage
+
+from pneumo import shards
+from pneumo.config import SplitConfig
+from pneumo.shards import Manifest, Sample, SplitEntry, StudyRow
+from pneumo.splits import Interval, LeakageAudit
+from pneumo.studies import Box
+
+DicomMaker = Callable[..., bytes]
+FolderMaker = Callable[..., Path]
+StoreMaker = Callable[..., str]
+
+# How fast an example runs says nothing on a shared machine; CI draws the same examples each time.
+settings.register_profile("pneumo", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("pneumo")
+
+FINDINGS = ("Lung Opacity", "Normal", "No Lung Opacity / Not Normal")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The research data beside the checkout, which is no part of it; skips where it is absent."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"needs the research data, and there is none at {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_dicom() -> DicomMaker:
+    """Encode pixels as a DICOM file with RSNA's header quirks; see `_encode_dicom`."""
+    return _encode_dicom
+
+
+@pytest.fixture
+def kaggle_folder(tmp_path_factory: pytest.TempPathFactory) -> FolderMaker:
+    """Write a folder in Kaggle's layout; see `_write_kaggle_folder`."""
+
+    def make(**options: Any) -> Path:
+        return _write_kaggle_folder(tmp_path_factory.mktemp("kaggle"), **options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> StoreMaker:
+    """Write a whole store of noise with a faint signal; see `_write_store`."""
+
+    def make(**options: Any) -> str:
+        return _write_store(tmp_path_factory.mktemp("store"), **options)
+
+    return make
+
+
+def _encode_dicom(
+    pixels: npt.NDArray[Any],
+    *,
+    jpeg_quality: int | None = None,
+    identifier: str = "00000000-0000-4000-8000-000000000000",
+    elements: Mapping[str, Any] | None = None,
+) -> bytes:
+    """A Secondary Capture file of `pixels`, (H, W) of 8 or 16 bits, or (F, H, W).
+
+    With `jpeg_quality` one JPEG-baseline frame, else uncompressed. `elements` are set by keyword;
+    None deletes one.
+    """
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID = SecondaryCaptureImageStorage
+    meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid(entropy_srcs=[identifier])
+    meta.TransferSyntaxUID = JPEGBaseline8Bit if jpeg_quality else ExplicitVRLittleEndian
+    bits = pixels.dtype.itemsize * 8
+    buffer = io.BytesIO()
+    # A bare `62` is no valid Age String; RSNA's files have it all the same.
+    with pydicom.config.disable_value_validation():
+        dataset = FileDataset(buffer, {}, file_meta=meta, preamble=b"\0" * 128)
+        dataset.SOPClassUID = meta.MediaStorageSOPClassUID
+        dataset.SOPInstanceUID = meta.MediaStorageSOPInstanceUID
+        dataset.Modality = "CR"
+        dataset.PatientName = dataset.PatientID = identifier
+        dataset.PatientAge, dataset.PatientSex, dataset.ViewPosition = "62", "F", "PA"
+        dataset.PixelSpacing = [0.143, 0.143]
+        dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
+        dataset.Rows, dataset.Columns = pixels.shape[-2:]
+        dataset.BitsAllocated = dataset.BitsStored = bits
+        dataset.HighBit = bits - 1
+        dataset.PixelRepresentation = int(pixels.dtype.kind == "i")
+        if pixels.ndim == 3:
+            dataset.NumberOfFrames = len(pixels)
+        if jpeg_quality:
+            frame = io.BytesIO()
+            Image.fromarray(pixels).save(frame, "JPEG", quality=jpeg_quality)
+            dataset.PixelData = encapsulate([frame.getvalue()])
+        else:
+            dataset.PixelData = pixels.tobytes()
+        for keyword, value in (elements or {}).items():
+            if value is None:
+                delattr(dataset, keyword)
+            else:
+                setattr(dataset, keyword, value)
+        dataset.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+def _write_kaggle_folder(
+    folder: Path,
+    *,
+    num_studies: int = 24,
+    images_per_patient: int = 2,
+    image_size: int = 64,
+    seed: int = 0,
+    stage: str = "stage_2_",
+    compressed: bool = False,
+    mapping: bool = True,
+) -> Path:
+    """`num_studies` images in `folder`: every third is positive, with one or two boxes.
+
+    JPEG and uncompressed files take turns; a box is a bright rectangle. `stage` begins the names of
+    tables and image folder, `compressed` makes the tables .gz.
+    """
+    rng = random.Random(f"kaggle/{seed}")
+    images = folder / f"{stage}train_images"
+    images.mkdir()
+    labels: list[list[Any]] = [["patientId", "x", "y", "width", "height", "Target"]]
+    classes: list[list[Any]] = [["patientId", "class"]]
+    published = []
+    for i in range(num_studies):
+        image_id = str(uuid.UUID(int=rng.getrandbits(128), version=4))
+        finding = FINDINGS[i % 3]
+        pixels = np.full((image_size, image_size), 60, np.uint8)
+        boxes = [_draw_box(rng, image_size) for _ in range(1 + i % 2)] if i % 3 == 0 else []
+        for x, y, width, height in boxes:
+            pixels[y : y + height, x : x + width] = 200
+        labels += [[image_id, *(float(v) for v in box), 1] for box in boxes]
+        labels += [] if boxes else [[image_id, "", "", "", "", 0]]
+        classes += [[image_id, finding]] * max(len(boxes), 1)
+        patient, number = divmod(i, images_per_patient)
+        published.append(
+            {"subset_img_id": image_id, "img_id": f"{patient + 100:08d}_{number:03d}.png"}
+        )
+        header = {"PatientAge": str(20 + i), "PatientSex": "FM"[i % 2], "ViewPosition": "AP"}
+        data = _encode_dicom(
+            pixels, jpeg_quality=95 if i % 2 else None, identifier=image_id, elements=header
+        )
+        (images / f"{image_id}.dcm").write_bytes(data)
+    _write_table(folder / f"{stage}train_labels.csv", labels, compressed)
+    _write_table(folder / f"{stage}detailed_class_info.csv", classes, compressed)
+    if mapping:
+        path = folder / "pneumonia-challenge-dataset-mappings_2018.json"
+        _write_text(path, json.dumps(published), compressed)
+    return folder
+
+
+def _draw_box(rng: random.Random, image_size: int) -> tuple[int, int, int, int]:
+    width, height = (rng.randint(image_size // 8, image_size // 3) for _ in range(2))
+    return rng.randrange(image_size - width), rng.randrange(image_size - height), width, height
+
+
+def _write_table(path: Path, rows: list[list[Any]], compressed: bool) -> None:
+    text = io.StringIO()
+    csv.writer(text).writerows(rows)
+    _write_text(path, text.getvalue(), compressed)
+
+
+def _write_text(path: Path, text: str, compressed: bool) -> None:
+    if compressed:
+        path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(text.encode()))
+    else:
+        path.write_text(text)
+
+
+def _write_store(
+    folder: Path,
+    *,
+    train: int = 48,
+    val: int = 12,
+    test: int = 12,
+    image_size: int = 32,
+    samples_per_shard: int = 16,
+    seed: int = 0,
+) -> str:
+    """A store in `folder`, two studies a patient, every third positive and brighter; its URL."""
+    rng = np.random.default_rng(seed)
+    store_url = str(folder)
+    numbers = {"train": train, "val": val, "test": test}
+    splits: dict[str, SplitEntry] = {}
+    rows: list[StudyRow] = []
+    gray = np.zeros(0)
+    for name, number in numbers.items():
+        samples = []
+        for i in range(number):
+            target = int(i % 3 == 0)
+            noise = rng.normal(100 + 30 * target, 30, (image_size, image_size))
+            key = rng.bytes(10).hex()
+            samples.append(Sample(key, np.clip(noise, 0, 255).astype(np.uint8), target))
+            rows.append(
+                StudyRow(
+                    key=key,
+                    patient=f"{name}-{i // 2}",
+                    split=name,
+                    target=target,
+                    finding=FINDINGS[i % 3],
+                    boxes=(Box(1.0, 2.0, 8.0, 9.5),) if target else (),
+                    age=None if i % 5 == 0 else 20 + i % 60,
+                    sex=(None, "F", "M")[i % 3],
+                    view=("AP", "PA")[i % 2],
+                    spacing_mm=None if i % 4 == 0 else 0.143,
+                )
+            )
+        if name == "train":
+            gray = np.stack([sample.pixels for sample in samples]) / 255
+        entries = tuple(
+            shards.write_shard(
+                store_url, f"{name}/{k:06d}.tar", samples[start : start + samples_per_shard]
+            )
+            for k, start in enumerate(range(0, number, samples_per_shard))
+        )
+        splits[name] = SplitEntry(
+            samples=number,
+            positives=sum(sample.target for sample in samples),
+            patients=-(-number // 2),
+            shards=entries,
+        )
+    shards.write_studies(store_url, rows)
+    manifest = Manifest(
+        source_digest="0" * 64,
+        prepare_digest="1" * 64,
+        image_size=image_size,
+        seed=seed,
+        split=SplitConfig(salt=0),
+        audit=_audit(splits),
+        mean=round(float(gray.mean()), 6),
+        std=round(float(gray.std()), 6),
+        quarantined=0,
+        splits=splits,
+    )
+    shards.write_manifest(store_url, manifest)
+    return store_url
+
+
+def _audit(splits: Mapping[str, SplitEntry]) -> LeakageAudit:
+    return LeakageAudit(
+        unit="patient",
+        salt=0,
+        studies={name: entry.samples for name, entry in splits.items()},
+        positives={name: entry.positives for name, entry in splits.items()},
+        patients={name: entry.patients for name, entry in splits.items()},
+        prevalence={
+            name: Interval(value=entry.positives / entry.samples, low=0.0, high=1.0)
+            for name, entry in splits.items()
+        },
+        shared_patients=0,
+        leaked_by_image=0.5,
+    )

@@ -1,0 +1,315 @@
+"""What a checkpoint holds comes back; what the index does not vouch for is not there."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from pneumo import __version__
+from pneumo.checkpoint import (
+    Checkpoint,
+    CheckpointEntry,
+    CheckpointIndex,
+    describe_code,
+    find_index,
+    load_checkpoint,
+    read_index,
+    save_checkpoint,
+)
+from pneumo.config import Config, TrainConfig
+from pneumo.errors import CheckpointError, RunError
+
+
+def make_checkpoint(epoch: int = 1, auroc: float | None = 0.7, **changes: Any) -> Checkpoint:
+    plain = Checkpoint(
+        model={"weight": torch.full((2, 2), float(epoch)), "count": torch.tensor(epoch)},
+        optimizer={"state": {}, "param_groups": [{"lr": 0.1, "params": [0]}]},
+        epoch=epoch,
+        config=Config(seed=3, train=TrainConfig(lr=0.25)),
+        manifest_digest="a" * 64,
+        image_size=96,
+        mean=0.48,
+        std=0.23,
+        history=({"val/auroc": 0.5, "lr": None}, {"val/auroc": auroc})[-epoch:],
+        initialisation="random",
+        code_version=describe_code(),
+    )
+    return dataclasses.replace(plain, **changes)
+
+
+def save(run_url: str, *aurocs: float | None, keep_last: int = 2) -> None:
+    for epoch, auroc in enumerate(aurocs, 1):
+        finished = epoch == len(aurocs)
+        save_checkpoint(
+            run_url, make_checkpoint(epoch, auroc), keep_last=keep_last, finished=finished
+        )
+
+
+def replace_file(run_url: str, content: Any) -> CheckpointEntry:
+    """Put something else in the newest checkpoint's place, and let the index vouch for it."""
+    folder = Path(run_url) / "checkpoints"
+    index = json.loads((folder / "index.json").read_text())
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    data = content if isinstance(content, bytes) else buffer.getvalue()
+    (folder / index["entries"][-1]["name"]).write_bytes(data)
+    index["entries"][-1]["sha256"] = hashlib.sha256(data).hexdigest()
+    (folder / "index.json").write_text(json.dumps(index))
+    return read_index(run_url).latest
+
+
+def plain_content(run_url: str) -> dict[str, Any]:
+    name = read_index(run_url).latest.name
+    content: dict[str, Any] = torch.load(Path(run_url) / "checkpoints" / name, weights_only=True)
+    return content
+
+
+# --- round trip -----------------------------------------------------------------------------------
+
+
+def test_all_that_was_saved_comes_back(tmp_path: Path) -> None:
+    saved = make_checkpoint(2)
+    save_checkpoint(str(tmp_path), saved, keep_last=1, finished=True)
+    index = read_index(str(tmp_path))
+    assert index.finished
+    assert (index.latest.epoch, index.latest.val_auroc) == (2, 0.7)
+    loaded = load_checkpoint(str(tmp_path), index.latest)
+    for field in dataclasses.fields(Checkpoint):
+        if field.name != "model":
+            assert getattr(loaded, field.name) == getattr(saved, field.name), field.name
+    assert loaded.model.keys() == saved.model.keys()
+    for name, tensor in saved.model.items():
+        assert torch.equal(loaded.model[name], tensor)
+        assert loaded.model[name].dtype == tensor.dtype
+
+
+def test_an_optimizer_goes_on_where_it_was(tmp_path: Path) -> None:
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+        x = torch.randn(8, 3, generator=torch.Generator().manual_seed(seed))
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    for seed in range(3):
+        step(model, optimizer, seed)
+    saved = make_checkpoint(model=model.state_dict(), optimizer=optimizer.state_dict())
+    save_checkpoint(str(tmp_path), saved, keep_last=1, finished=False)
+    loaded = load_checkpoint(str(tmp_path), read_index(str(tmp_path)).latest)
+    again = nn.Linear(3, 1)
+    again.load_state_dict(loaded.model)
+    again_optimizer = torch.optim.Adam(again.parameters(), lr=9.0)
+    again_optimizer.load_state_dict(loaded.optimizer)
+    for seed in range(3, 6):
+        step(model, optimizer, seed)
+        step(again, again_optimizer, seed)
+    assert torch.equal(again.weight, model.weight)
+    assert torch.equal(again.bias, model.bias)
+
+
+def test_the_code_is_described_by_its_version() -> None:
+    assert describe_code().split("+")[0] == __version__
+
+
+# --- the index ------------------------------------------------------------------------------------
+
+
+def test_nothing_trained_is_no_checkpoint(tmp_path: Path) -> None:
+    assert find_index(str(tmp_path)) is None
+    with pytest.raises(RunError, match=rf"^{tmp_path}: no checkpoint in it; train first"):
+        read_index(str(tmp_path))
+
+
+def test_a_file_that_the_index_does_not_name_is_not_there(tmp_path: Path) -> None:
+    run_url = str(tmp_path)
+    save(run_url, 0.6, 0.7)
+    newest = tmp_path / "checkpoints" / "epoch-0002.pt"
+    (tmp_path / "checkpoints" / "epoch-0003.pt").write_bytes(newest.read_bytes())
+    assert read_index(run_url).latest.epoch == 2
+    (tmp_path / "checkpoints" / "index.json").unlink()
+    assert find_index(run_url) is None
+
+
+def test_a_reader_never_meets_an_index_whose_file_is_not_whole(tmp_path: Path) -> None:
+    run_url, stop, read = str(tmp_path), threading.Event(), []
+
+    def poll() -> None:
+        while not stop.is_set():
+            index = find_index(run_url)
+            if index is not None:
+                read.append(load_checkpoint(run_url, index.latest).epoch)
+
+    failures: list[BaseException] = []
+
+    def guarded() -> None:
+        try:
+            poll()
+        except BaseException as error:
+            failures.append(error)
+
+    reader = threading.Thread(target=guarded)
+    reader.start()
+    big = {"weight": torch.zeros(500_000)}
+    for epoch in range(1, 15):
+        checkpoint = make_checkpoint(epoch, model=big)
+        save_checkpoint(run_url, checkpoint, keep_last=100, finished=False)
+    stop.set()
+    reader.join()
+    assert failures == []
+    assert read == sorted(read)
+    assert read
+
+
+aurocs = st.none() | st.sampled_from([0.5, 0.6, 0.7, 0.8])
+
+
+@settings(max_examples=25)
+@given(st.lists(aurocs, min_size=1, max_size=6), st.integers(1, 3))
+def test_the_last_and_the_best_are_kept_and_nothing_else(
+    values: list[float | None], keep_last: int
+) -> None:
+    run_url = f"memory://{os.urandom(8).hex()}"
+    save(run_url, *values, keep_last=keep_last)
+    index = read_index(run_url)
+    scores = [-1.0 if value is None else value for value in values]
+    best = scores.index(max(scores)) + 1 if max(scores) >= 0 else len(values)
+    expected = sorted({best, *range(max(1, len(values) - keep_last + 1), len(values) + 1)})
+    assert [entry.epoch for entry in index.entries] == expected
+    assert index.latest.epoch == len(values)
+    assert index.best.epoch == best
+    for entry in index.entries:
+        assert load_checkpoint(run_url, entry).epoch == entry.epoch
+
+
+def test_files_of_dropped_checkpoints_are_deleted(tmp_path: Path) -> None:
+    save(str(tmp_path), 0.6, 0.8, 0.7, 0.7, 0.7)
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert names == {"index.json", "epoch-0002.pt", "epoch-0004.pt", "epoch-0005.pt"}
+
+
+def test_an_epoch_that_is_trained_again_replaces_its_checkpoint(tmp_path: Path) -> None:
+    run_url = str(tmp_path)
+    save(run_url, 0.6, 0.7, 0.8, keep_last=3)
+    again = make_checkpoint(2, 0.9)
+    save_checkpoint(run_url, again, keep_last=3, finished=False)
+    index = read_index(run_url)
+    assert [(entry.epoch, entry.val_auroc) for entry in index.entries] == [(1, 0.6), (2, 0.9)]
+    assert not index.finished
+    assert not (tmp_path / "checkpoints" / "epoch-0003.pt").exists()
+
+
+def test_the_best_of_undefined_scores_is_the_newest() -> None:
+    entries = tuple(
+        CheckpointEntry(name=f"{epoch}", epoch=epoch, val_auroc=None, sha256="")
+        for epoch in (1, 2, 3)
+    )
+    assert CheckpointIndex(entries=entries).best.epoch == 3
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"entries": [{"name": "a"}]}'])
+def test_an_unreadable_index_is_refused(tmp_path: Path, text: str) -> None:
+    save(str(tmp_path), 0.6)
+    (tmp_path / "checkpoints" / "index.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"index\.json: not an index of checkpoints of this"):
+        read_index(str(tmp_path))
+
+
+def test_a_newer_index_is_refused(tmp_path: Path) -> None:
+    save(str(tmp_path), 0.6)
+    path = tmp_path / "checkpoints" / "index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 2}))
+    with pytest.raises(CheckpointError, match=r"index\.json: schema 2, this version reads 1"):
+        read_index(str(tmp_path))
+
+
+@pytest.mark.parametrize("place", [0, 0.3, 0.6, 0.999])
+def test_a_changed_byte_is_refused(tmp_path: Path, place: float) -> None:
+    save(str(tmp_path), 0.6)
+    path = tmp_path / "checkpoints" / "epoch-0001.pt"
+    data = bytearray(path.read_bytes())
+    data[int(place * len(data))] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"epoch-0001\.pt: not what the index vouches for"):
+        load_checkpoint(str(tmp_path), read_index(str(tmp_path)).latest)
+
+
+def test_a_cut_or_missing_file_is_refused(tmp_path: Path) -> None:
+    save(str(tmp_path), 0.6)
+    path = tmp_path / "checkpoints" / "epoch-0001.pt"
+    path.write_bytes(path.read_bytes()[:-1])
+    entry = read_index(str(tmp_path)).latest
+    with pytest.raises(CheckpointError, match=r"epoch-0001\.pt: not what the index vouches for"):
+        load_checkpoint(str(tmp_path), entry)
+    path.unlink()
+    with pytest.raises(
+        CheckpointError, match=r"epoch-0001\.pt: the index names it, but it is gone"
+    ):
+        load_checkpoint(str(tmp_path), entry)
+
+
+class _Malice:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[Path]]:
+        return (Path.touch, (self.path,))
+
+
+def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    run_url, trace = str(tmp_path), tmp_path / "ran"
+    save(run_url, 0.6)
+    entry = replace_file(run_url, plain_content(run_url) | {"code_version": _Malice(trace)})
+    with pytest.raises(CheckpointError, match=r"epoch-0001\.pt: not a readable checkpoint"):
+        load_checkpoint(run_url, entry)
+    assert not trace.exists()
+    torch.load(tmp_path / "checkpoints" / entry.name, weights_only=False)
+    assert trace.exists(), "the file would have run code"
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04"])
+def test_a_file_that_is_something_else_is_refused(tmp_path: Path, content: bytes) -> None:
+    save(str(tmp_path), 0.6)
+    with pytest.raises(CheckpointError, match=r"epoch-0001\.pt: not a readable checkpoint"):
+        load_checkpoint(str(tmp_path), replace_file(str(tmp_path), content))
+
+
+@pytest.mark.parametrize("version", [0, 2, None, "1"])
+def test_a_file_of_another_schema_is_refused(tmp_path: Path, version: object) -> None:
+    run_url = str(tmp_path)
+    save(run_url, 0.6)
+    entry = replace_file(run_url, plain_content(run_url) | {"schema_version": version})
+    with pytest.raises(CheckpointError, match=r"epoch-0001\.pt: of another schema than 1"):
+        load_checkpoint(run_url, entry)
+    with pytest.raises(CheckpointError, match=r"of another schema than 1"):
+        load_checkpoint(run_url, replace_file(run_url, [1, 2]))
+
+
+@pytest.mark.parametrize(
+    "change", [{"config": {"train": {"new": 1}}}, {"config": None}, {"new_field": 1}]
+)
+def test_a_file_with_fields_of_another_version_is_refused(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    run_url = str(tmp_path)
+    save(run_url, 0.6)
+    entry = replace_file(run_url, plain_content(run_url) | change)
+    with pytest.raises(CheckpointError, match=r"epoch-0001\.pt: written by another version of pne"):
+        load_checkpoint(run_url, entry)

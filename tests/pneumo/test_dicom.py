@@ -1,0 +1,421 @@
+"""DICOM bytes become the picture that the standard says, or an error with a reason code."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import pydicom
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydicom.dataset import Dataset
+from pydicom.encaps import encapsulate
+from pydicom.pixels import apply_modality_lut, apply_voi_lut
+from pydicom.sequence import Sequence
+
+from pneumo.dicom import (
+    MAX_PIXELS,
+    apply_window,
+    decode_gray,
+    letterbox,
+    parse_age,
+    read_study_image,
+)
+from pneumo.errors import DicomError
+from pneumo.studies import Box
+
+DicomMaker = Callable[..., bytes]
+Pixels = npt.NDArray[Any]
+
+REASONS = {"not_dicom", "no_pixels", "multi_frame", "too_large", "photometric", "undecodable"}
+IDENTIFIER = "5e1f5e1f-0000-4000-8000-000000000000"
+RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
+
+
+def parse(data: bytes) -> pydicom.FileDataset:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pydicom.dcmread(io.BytesIO(data))
+
+
+def phantom(size: int, seed: int = 0) -> npt.NDArray[np.uint8]:
+    """A smooth picture that uses most gray levels."""
+    coarse = np.random.default_rng(seed).uniform(0, 255, (6, 6)).astype(np.float32)
+    smooth = cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC)
+    return np.clip(smooth, 0, 255).astype(np.uint8)
+
+
+def refused(data: bytes, image_size: int = 32) -> DicomError:
+    with pytest.raises(DicomError) as caught:
+        read_study_image(data, image_size)
+    return caught.value
+
+
+def check_outcome(data: bytes) -> None:
+    """Reading `data` gives a picture, or an error with a reason code and no identifier."""
+    refusal = image = None
+    try:
+        image = read_study_image(data, 32)
+    except DicomError as error:
+        refusal = error
+    if image is None:
+        assert refusal is not None
+        assert refusal.reason in REASONS
+        assert IDENTIFIER not in str(refusal)
+    else:
+        assert image.pixels.shape == (32, 32)
+        assert image.pixels.dtype == np.uint8
+
+
+# --- header ---------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 999), st.sampled_from(["", "Y"]), st.booleans())
+def test_ages_in_years_up_to_120(years: int, unit: str, padded: bool) -> None:
+    text = f"{years:03d}{unit}" if padded else f"{years}{unit}"
+    assert parse_age(text) == parse_age(f" {text} ") == (years if years <= 120 else None)
+
+
+@given(st.integers(0, 999), st.sampled_from([("D", 365.25), ("W", 52.18), ("M", 12)]))
+def test_ages_in_other_units_are_whole_years(number: int, unit: tuple[str, float]) -> None:
+    assert parse_age(f"{number:03d}{unit[0]}") == int(number / unit[1])
+
+
+@given(st.text(st.sampled_from("0123456789YMWDy. -+x"), max_size=6))
+def test_any_text_is_an_age_between_0_and_120_or_none(text: str) -> None:
+    age = parse_age(text)
+    assert age is None or 0 <= age <= 120
+
+
+@pytest.mark.parametrize("text", ["", "Y", "-5", "6.5", "1000", "62 years", "062y", "121", "155"])
+def test_what_is_no_plausible_age_is_none(text: str) -> None:
+    assert parse_age(text) is None
+
+
+@pytest.mark.parametrize(
+    ("elements", "expected"),
+    [
+        ({}, (62, "F", "PA", 0.143)),
+        ({"PatientAge": "062Y", "ViewPosition": "AP"}, (62, "F", "AP", 0.143)),
+        ({"PatientAge": "155", "PatientSex": "O", "ViewPosition": "LL"}, (None, None, None, 0.143)),
+        ({"PatientAge": "", "PatientSex": "", "ViewPosition": ""}, (None, None, None, 0.143)),
+        ({"PatientAge": None, "PatientSex": None, "PixelSpacing": None}, (None, None, "PA", None)),
+        ({"PixelSpacing": None, "ImagerPixelSpacing": [0.2, 0.2]}, (62, "F", "PA", 0.2)),
+        ({"PixelSpacing": [0.0, 0.0]}, (62, "F", "PA", None)),
+        ({"PixelSpacing": ""}, (62, "F", "PA", None)),
+    ],
+)
+def test_headers_with_quirks(
+    make_dicom: DicomMaker, elements: dict[str, Any], expected: tuple[object, ...]
+) -> None:
+    header = read_study_image(make_dicom(RAMP, elements=elements), 32).header
+    assert (header.age, header.sex, header.view, header.spacing_mm) == expected
+
+
+# --- gray levels ----------------------------------------------------------------------------------
+
+
+def test_eight_bits_without_any_table_stay_as_they_are(make_dicom: DicomMaker) -> None:
+    np.testing.assert_array_equal(decode_gray(parse(make_dicom(RAMP))), RAMP)
+
+
+@pytest.mark.parametrize("quality", [None, 95])
+@pytest.mark.parametrize("size", [40, 256])
+def test_monochrome1_is_the_inverse(make_dicom: DicomMaker, quality: int | None, size: int) -> None:
+    pixels = phantom(size)
+    plain = read_study_image(make_dicom(pixels, jpeg_quality=quality), 40).pixels
+    inverse = {"PhotometricInterpretation": "MONOCHROME1"}
+    inverted = make_dicom(pixels, jpeg_quality=quality, elements=inverse)
+    difference = read_study_image(inverted, 40).pixels.astype(int) - (255 - plain.astype(int))
+    assert np.abs(difference).max() <= 1
+
+
+windows = st.tuples(st.floats(-100, 4200), st.floats(1.5, 5000))
+
+
+@given(windows, st.sampled_from(["LINEAR", "LINEAR_EXACT", "SIGMOID"]), st.integers(0, 2**16))
+def test_windows_follow_the_formulas_of_the_standard(
+    window: tuple[float, float], function: str, seed: int
+) -> None:
+    center, width = window
+    x = np.random.default_rng(seed).uniform(-200, 4300, 50)
+    expected = []
+    for value in x:  # PS3.3 C.11.2.1.2.1, C.11.2.1.3.1, C.11.2.1.3.2 with ymin 0 and ymax 1
+        if function == "SIGMOID":
+            # 1 / (1 + exp(-4 (x - c) / w)), written so that nothing overflows
+            expected.append(0.5 + 0.5 * np.tanh(2 * (value - center) / width))
+        elif function == "LINEAR_EXACT":
+            if value <= center - width / 2:
+                expected.append(0.0)
+            elif value > center + width / 2:
+                expected.append(1.0)
+            else:
+                expected.append((value - center) / width + 0.5)
+        elif value <= center - 0.5 - (width - 1) / 2:
+            expected.append(0.0)
+        elif value > center - 0.5 + (width - 1) / 2:
+            expected.append(1.0)
+        else:
+            expected.append((value - (center - 0.5)) / (width - 1) + 0.5)
+    np.testing.assert_allclose(apply_window(x, center, width, function), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("function", [None, "LINEAR", "LINEAR_EXACT", "SIGMOID"])
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+@pytest.mark.parametrize("signed", [False, True])
+def test_windowed_sixteen_bits_equal_pydicoms_own_windowing(
+    make_dicom: DicomMaker, function: str | None, photometric: str, signed: bool
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 4096, (40, 40))
+    stored = (pixels - 2048).astype(np.int16) if signed else pixels.astype(np.uint16)
+    elements = {
+        "BitsStored": 12,
+        "HighBit": 11,
+        "RescaleSlope": 2.0,
+        "RescaleIntercept": 1000.0 if signed else -3000.0,
+        "WindowCenter": [900.0, 5.0],
+        "WindowWidth": [3000.0, 7.0],
+        "PhotometricInterpretation": photometric,
+    } | ({"VOILUTFunction": function} if function else {})
+    dataset = parse(make_dicom(stored, elements=elements))
+    reference = apply_voi_lut(apply_modality_lut(dataset.pixel_array, dataset), dataset)
+    # pydicom's output range is that of the rescaled values.
+    low, high = (np.array([-2048, 2047]) if signed else np.array([0, 4095])) * 2.0 + (
+        1000.0 if signed else -3000.0
+    )
+    expected = np.rint(255 * (reference - low) / (high - low))
+    if photometric == "MONOCHROME1":
+        expected = 255 - expected
+    assert np.abs(decode_gray(dataset).astype(int) - expected).max() <= 1
+
+
+def test_sixteen_bits_without_a_window_span_all_gray_levels(make_dicom: DicomMaker) -> None:
+    stored = np.linspace(300, 3100, 400).astype(np.uint16).reshape(20, 20)
+    gray = decode_gray(parse(make_dicom(stored)))
+    expected = np.rint(255 * (stored - 300.0) / 2800)
+    np.testing.assert_array_equal(gray, expected)
+
+
+def test_a_constant_sixteen_bit_image_is_black(make_dicom: DicomMaker) -> None:
+    assert not decode_gray(parse(make_dicom(np.full((20, 20), 700, np.uint16)))).any()
+
+
+@pytest.mark.parametrize(("slope", "intercept"), [(1.0, -1024.0), (2.0, 0.0), (0.01, 5.0)])
+def test_rescaled_eight_bits_keep_their_contrast(
+    make_dicom: DicomMaker, slope: float, intercept: float
+) -> None:
+    elements = {"RescaleSlope": slope, "RescaleIntercept": intercept}
+    np.testing.assert_array_equal(decode_gray(parse(make_dicom(RAMP, elements=elements))), RAMP)
+
+
+def test_an_identity_rescale_changes_nothing(make_dicom: DicomMaker) -> None:
+    elements = {"RescaleSlope": 1.0, "RescaleIntercept": 0.0}
+    dark = RAMP // 4
+    np.testing.assert_array_equal(decode_gray(parse(make_dicom(dark, elements=elements))), dark)
+
+
+def test_a_voi_table_is_followed(make_dicom: DicomMaker) -> None:
+    table = Dataset()
+    table.LUTDescriptor = [256, 0, 16]
+    values = np.random.default_rng(0).integers(0, 2**16, 256).astype(np.uint16)
+    table.LUTData = values.tobytes()
+    table["LUTData"].VR = "OW"
+    data = make_dicom(RAMP, elements={"VOILUTSequence": Sequence([table])})
+    expected = np.rint(values[RAMP] / 65535 * 255)
+    np.testing.assert_array_equal(decode_gray(parse(data)), expected)
+
+
+# --- geometry -------------------------------------------------------------------------------------
+
+sides = st.integers(1, 300)
+
+
+@given(sides, sides, st.sampled_from([32, 33, 64]))
+def test_letterbox_keeps_the_aspect_and_pads_evenly(rows: int, columns: int, size: int) -> None:
+    pixels, (left, top) = letterbox(np.full((rows, columns), 200, np.uint8), size)
+    assert pixels.shape == (size, size)
+    scale = size / max(rows, columns)
+    filled = np.argwhere(pixels)
+    height, width = filled.max(axis=0) - filled.min(axis=0) + 1
+    assert abs(height - max(rows * scale, 1)) <= 0.5
+    assert abs(width - max(columns * scale, 1)) <= 0.5
+    assert tuple(filled.min(axis=0)) == (top, left)
+    assert abs(size - height - 2 * top) <= 1
+    assert abs(size - width - 2 * left) <= 1
+    assert set(np.unique(pixels)) <= {0, 200}
+
+
+@settings(max_examples=60)
+@given(st.data(), st.integers(64, 400), st.integers(64, 400), st.booleans())
+def test_a_painted_rectangle_lands_where_its_box_is_placed(
+    make_dicom: DicomMaker, data: st.DataObject, rows: int, columns: int, jpeg: bool
+) -> None:
+    size = 64
+    width = data.draw(st.integers(columns // 4, columns // 2), "width")
+    height = data.draw(st.integers(rows // 4, rows // 2), "height")
+    x = data.draw(st.integers(0, columns - width), "x")
+    y = data.draw(st.integers(0, rows - height), "y")
+    pixels = np.zeros((rows, columns), np.uint8)
+    pixels[y : y + height, x : x + width] = 255
+    file = make_dicom(pixels, jpeg_quality=100 if jpeg else None)
+    image = read_study_image(file, size)
+    box = image.place(Box(x, y, width, height))
+    seen = np.argwhere(image.pixels >= 128)
+    low, high = seen.min(axis=0), seen.max(axis=0) + 1
+    # An edge within a pixel belongs to the pixel that it covers at least half.
+    assert np.abs(low - (box.y, box.x)).max() <= 1.01
+    assert np.abs(high - (box.y + box.height, box.x + box.width)).max() <= 1.01
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("size", "image_size"), [(1024, 224), (1024, 96), (512, 224)])
+def test_the_fast_way_equals_the_reference(
+    make_dicom: DicomMaker, seed: int, size: int, image_size: int
+) -> None:
+    data = make_dicom(phantom(size, seed), jpeg_quality=90)
+    fast = read_study_image(data, image_size).pixels.astype(int)
+    reference, _ = letterbox(decode_gray(parse(data)), image_size)
+    assert np.abs(fast - reference).mean() <= 0.4
+    assert np.abs(fast - reference).max() <= 3
+
+
+def test_the_fast_way_is_left_when_the_header_asks_for_more(make_dicom: DicomMaker) -> None:
+    pixels = phantom(256)
+    elements = {"WindowCenter": 128.0, "WindowWidth": 64.0}
+    data = make_dicom(pixels, jpeg_quality=95, elements=elements)
+    reference, _ = letterbox(decode_gray(parse(data)), 64)
+    np.testing.assert_array_equal(read_study_image(data, 64).pixels, reference)
+    assert read_study_image(make_dicom(pixels, jpeg_quality=95), 64).pixels.std() < reference.std()
+
+
+def test_colour_becomes_luminance(make_dicom: DicomMaker) -> None:
+    rgb = np.random.default_rng(0).integers(0, 256, (40, 50, 3)).astype(np.uint8)
+    elements = {
+        "Rows": 40,
+        "Columns": 50,
+        "NumberOfFrames": None,
+        "SamplesPerPixel": 3,
+        "PlanarConfiguration": 0,
+        "PhotometricInterpretation": "RGB",
+    }
+    gray = decode_gray(parse(make_dicom(rgb, elements=elements)))
+    assert np.abs(gray - rgb @ [0.299, 0.587, 0.114]).max() <= 1
+
+
+# --- what cannot be used --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "the file is empty"),
+        (b"\x89PNG\r\n" * 100, "not a DICOM file"),
+        (b"<html>404</html>", "not a DICOM file"),
+    ],
+)
+def test_what_is_no_dicom_file(data: bytes, message: str) -> None:
+    error = refused(data)
+    assert (error.reason, str(error)) == ("not_dicom", message)
+
+
+def test_a_file_without_pixels(make_dicom: DicomMaker) -> None:
+    assert refused(make_dicom(RAMP, elements={"PixelData": None})).reason == "no_pixels"
+    assert refused(make_dicom(RAMP, elements={"Rows": None})).reason == "no_pixels"
+
+
+@pytest.mark.parametrize("jpeg_quality", [None, 90])
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.95])
+def test_a_truncated_file(make_dicom: DicomMaker, jpeg_quality: int | None, share: float) -> None:
+    data = make_dicom(phantom(256), jpeg_quality=jpeg_quality)
+    assert refused(data[: int(len(data) * share)]).reason in {
+        "not_dicom",
+        "no_pixels",
+        "undecodable",
+    }
+
+
+def test_several_frames(make_dicom: DicomMaker) -> None:
+    error = refused(make_dicom(np.stack([RAMP] * 3)))
+    assert (error.reason, str(error)) == ("multi_frame", "3 frames, expected one")
+
+
+def test_a_frame_that_claims_too_much_is_refused_before_it_is_decoded(
+    make_dicom: DicomMaker,
+) -> None:
+    error = refused(make_dicom(RAMP, elements={"Rows": 60_000, "Columns": 60_000}))
+    assert (error.reason, str(error)) == ("too_large", "claims 60000 x 60000 pixels")
+    assert MAX_PIXELS < 60_000**2
+    assert refused(make_dicom(RAMP, elements={"Rows": 0})).reason == "too_large"
+
+
+def test_less_data_than_claimed(make_dicom: DicomMaker) -> None:
+    assert refused(make_dicom(RAMP, elements={"Rows": 20})).reason == "undecodable"
+    small = make_dicom(phantom(128), jpeg_quality=90, elements={"Rows": 256, "Columns": 256})
+    assert refused(small).reason == "undecodable"
+
+
+def test_a_palette_is_no_grayscale(make_dicom: DicomMaker) -> None:
+    elements = {"PhotometricInterpretation": "PALETTE COLOR"}
+    assert refused(make_dicom(RAMP, elements=elements)).reason == "photometric"
+
+
+@pytest.mark.parametrize(
+    "elements",
+    [
+        {"Rows": ""},
+        {"BitsStored": ""},
+        {"WindowCenter": "", "WindowWidth": ""},
+        {"RescaleSlope": "", "RescaleIntercept": ""},
+        {"VOILUTSequence": Sequence([])},
+        {"PhotometricInterpretation": ""},
+        {"NumberOfFrames": ""},
+        {"WindowCenter": "", "WindowWidth": "1"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("jpeg_quality", [None, 90])
+def test_an_empty_element_gives_a_picture_or_a_reason(
+    make_dicom: DicomMaker, elements: dict[str, Any], jpeg_quality: int | None
+) -> None:
+    check_outcome(make_dicom(phantom(128), jpeg_quality=jpeg_quality, elements=elements))
+
+
+@pytest.mark.parametrize("frames", [[b"\0\0"], [b"\xff\xd8\xff\xd9"], [b"no JPEG at all"]])
+def test_a_frame_that_is_no_jpeg(make_dicom: DicomMaker, frames: list[bytes]) -> None:
+    elements = {"PixelData": encapsulate(frames)}
+    error = refused(make_dicom(phantom(128), jpeg_quality=90, elements=elements))
+    assert error.reason == "undecodable"
+
+
+@settings(max_examples=150)
+@given(st.booleans(), st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=8))
+@pytest.mark.filterwarnings("ignore::UserWarning")  # pydicom's, of values that are none
+def test_changed_bytes_give_a_picture_or_a_reason_and_nothing_else(
+    make_dicom: DicomMaker, jpeg: bool, changes: list[tuple[float, int]]
+) -> None:
+    quality = 90 if jpeg else None
+    data = bytearray(make_dicom(phantom(64), jpeg_quality=quality, identifier=IDENTIFIER))
+    header_end = len(data) - (0 if jpeg else 64 * 64)
+    for place, value in changes:
+        data[132 + int(place * (header_end - 133))] = value
+    check_outcome(bytes(data))
+
+
+def test_real_files(shared_data: Path) -> None:
+    files = sorted((shared_data / "rsna-mini" / "stage_2_train_images").glob("*.dcm"))
+    assert files
+    for path in files[:20]:
+        data = path.read_bytes()
+        image = read_study_image(data, 224)
+        reference, _ = letterbox(decode_gray(parse(data)), 224)
+        assert np.abs(image.pixels.astype(int) - reference).mean() <= 0.4
+        assert image.header.view in ("AP", "PA")
+        assert image.header.sex in ("M", "F")
+        assert image.header.spacing_mm is not None

@@ -1,0 +1,180 @@
+"""Predictions: one row a study on any number of ranks; probabilities that keep their rank."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy.special import expit
+from torch import nn
+
+from pneumo import loader, shards
+from pneumo.errors import DataError
+from pneumo.loader import SplitData
+from pneumo.model import build_model
+from pneumo.partition import World
+from pneumo.predict import Predictions, join_predictions, score, sigmoid
+from pneumo.shards import StudyRow
+
+StoreMaker = Callable[..., str]
+
+text = st.text("0123456789abcdef", max_size=5)
+rows = st.builds(
+    StudyRow,
+    key=st.text("0123456789abcdef", min_size=20, max_size=20),
+    patient=text,
+    split=st.sampled_from(["train", "val", "test"]),
+    target=st.integers(0, 1),
+    finding=st.sampled_from(["Lung Opacity", "Normal"]),
+    boxes=st.just(()),
+    age=st.none() | st.integers(0, 120),
+    sex=st.none() | st.sampled_from(["M", "F"]),
+    view=st.none() | st.sampled_from(["AP", "PA"]),
+    spacing_mm=st.none(),
+)
+tables = st.lists(rows, max_size=6, unique_by=lambda row: row.key)
+
+
+def join(table: list[StudyRow], seed: int = 0) -> Predictions:
+    rng = np.random.default_rng(seed)
+    logits = {row.key: float(rng.normal(0, 20)) for row in reversed(table)}
+    studies = {row.key: row for row in table}
+    return join_predictions(logits, studies, checkpoint="epoch-0003.pt")
+
+
+def assert_equal(one: Predictions, two: Predictions) -> None:
+    for field in dataclasses.fields(Predictions):
+        a, b = getattr(one, field.name), getattr(two, field.name)
+        np.testing.assert_array_equal(a, b, err_msg=field.name)
+        assert a.dtype.kind == b.dtype.kind, field.name
+
+
+# --- probabilities --------------------------------------------------------------------------------
+
+
+@given(arrays(np.float64, st.integers(0, 20), elements=st.floats(-800, 800)))
+def test_sigmoid_equals_scipys(logit: Any) -> None:
+    np.testing.assert_allclose(sigmoid(logit), expit(logit), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int64])
+def test_sigmoid_is_computed_in_float64(dtype: type) -> None:
+    logit = np.array([-30, -20, 0, 20, 30], dtype=dtype)
+    probability = sigmoid(logit)
+    assert probability.dtype == np.float64
+    assert len(np.unique(probability)) == 5, "float32 would make 1 of the last two"
+    np.testing.assert_allclose(probability, expit(logit.astype(np.float64)), rtol=1e-12)
+
+
+def test_extreme_logits_do_not_overflow() -> None:
+    logit = np.array([-np.inf, -1e308, -800, 800, 1e308, np.inf, np.nan])
+    np.testing.assert_array_equal(sigmoid(logit), [0, 0, 0, 1, 1, 1, np.nan])
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+
+@given(tables, st.integers(0, 2**16))
+def test_predictions_round_trip(table: list[StudyRow], seed: int) -> None:
+    predictions = join(table, seed)
+    assert_equal(Predictions.from_parquet(predictions.to_parquet()), predictions)
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Predictions)])
+def test_columns_of_different_lengths_are_refused(name: str) -> None:
+    row = StudyRow("a" * 20, "p", "val", 1, "Lung Opacity", (), 3, "F", "AP", None)
+    predictions = join([row, dataclasses.replace(row, key="b" * 20)])
+    with pytest.raises(ValueError, match=rf"columns of different lengths: .*'{name}': 1"):
+        dataclasses.replace(predictions, **{name: getattr(predictions, name)[:1]})
+
+
+@given(tables)
+def test_joining_keeps_every_study_and_what_is_known_of_it(table: list[StudyRow]) -> None:
+    predictions = join(table)
+    assert len(predictions) == len(table)
+    order = sorted(table, key=lambda row: (row.split, row.key))
+    assert predictions.key.tolist() == [row.key for row in order]
+    assert predictions.target.tolist() == [row.target for row in order]
+    for i, row in enumerate(order):
+        assert predictions.sex[i] == (row.sex or "")
+        assert predictions.view[i] == (row.view or "")
+        assert np.isnan(predictions.age[i]) if row.age is None else predictions.age[i] == row.age
+    np.testing.assert_array_equal(predictions.probability, sigmoid(predictions.logit))
+    assert np.isnan(predictions.calibrated_probability).all()
+    assert set(predictions.checkpoint.tolist()) <= {"epoch-0003.pt"}
+
+
+@given(tables)
+def test_splits_are_subsets(table: list[StudyRow]) -> None:
+    predictions = join(table)
+    parts = [predictions.subset(name) for name in ("test", "train", "val")]
+    assert [key for part in parts for key in part.key] == predictions.key.tolist()
+    for part, name in zip(parts, ("test", "train", "val"), strict=True):
+        assert set(part.split.tolist()) <= {name}
+
+
+def test_a_scored_study_that_nobody_knows_is_refused() -> None:
+    with pytest.raises(DataError, match=r"2 scored studies are not in studies\.parquet"):
+        join_predictions({"a": 0.0, "b": 0.0}, {}, checkpoint="c")
+
+
+# --- scoring --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(tiny_store: StoreMaker) -> SplitData:
+    store_url = tiny_store(val=13)
+    return loader.load_split(store_url, shards.read_manifest(store_url), "val", image_size=32)
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = build_model("resnet18")
+        model(torch.randn(16, 1, 32, 32))  # running statistics, so that logits are of usual size
+    return model
+
+
+def score_rank(
+    model: nn.Module, data: SplitData, rank: int = 0, size: int = 1, batch_size: int = 4
+) -> dict[str, float]:
+    world = World(rank, size)
+    return score(model, data, mean=0.4, std=0.2, batch_size=batch_size, world=world)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 20])
+def test_any_number_of_ranks_scores_each_study_once_and_the_same(
+    model: nn.Module, data: SplitData, size: int
+) -> None:
+    with torch.inference_mode():
+        images = (data.images / 255.0 - 0.4) / 0.2
+        expected = model.eval()(images).squeeze(1).numpy()
+    assert np.ptp(expected) > 0.01
+    parts = [score_rank(model.train(), data, rank, size) for rank in range(size)]
+    assert not model.training
+    keys = [key for part in parts for key in part]
+    assert keys == list(data.keys)
+    logits = np.array([value for part in parts for value in part.values()])
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+
+def test_the_batch_size_does_not_change_the_scores(model: nn.Module, data: SplitData) -> None:
+    one, whole = (score_rank(model, data, batch_size=size) for size in (1, 13))
+    assert list(one) == list(whole)
+    np.testing.assert_allclose(list(one.values()), list(whole.values()), atol=1e-4)
+
+
+def test_scores_are_float32_whatever_the_caller_trains_in(
+    model: nn.Module, data: SplitData
+) -> None:
+    exact = score_rank(model, data)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert score_rank(model, data) == exact

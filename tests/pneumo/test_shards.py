@@ -1,0 +1,380 @@
+"""The store's format: what is written is read, by us and by others; what is damaged is refused."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import io
+import json
+import tarfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import webdataset as wds
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pneumo import shards, storage
+from pneumo.errors import DataError, StoreError
+from pneumo.shards import Manifest, Sample, ShardEntry, StudyRow
+from pneumo.studies import Box
+
+StoreMaker = Callable[..., str]
+SIZE = 8
+
+keys = st.text("0123456789abcdef", min_size=20, max_size=20)
+
+
+@st.composite
+def samples_of_a_shard(draw: st.DrawFn) -> list[Sample]:
+    names = draw(st.lists(keys, unique=True, max_size=6))
+    rng = np.random.default_rng(draw(st.integers(0, 2**16)))
+    return [
+        Sample(name, rng.integers(0, 256, (SIZE, SIZE), dtype=np.uint8), draw(st.integers(0, 1)))
+        for name in names
+    ]
+
+
+def some_samples(number: int = 4) -> list[Sample]:
+    rng = np.random.default_rng(number)
+    return [
+        Sample(rng.bytes(10).hex(), rng.integers(0, 256, (SIZE, SIZE), dtype=np.uint8), i % 2)
+        for i in range(number)
+    ]
+
+
+def describe(data: bytes, samples: int) -> ShardEntry:
+    return ShardEntry(
+        name="train/000007.tar",
+        samples=samples,
+        positives=0,
+        bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+    )
+
+
+def assert_equal(one: list[Sample], two: list[Sample]) -> None:
+    assert [(s.key, s.target) for s in one] == [(s.key, s.target) for s in two]
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_array_equal(a.pixels, b.pixels)
+        assert a.pixels.dtype == b.pixels.dtype == np.uint8
+
+
+# --- samples --------------------------------------------------------------------------------------
+
+
+@given(samples_of_a_shard())
+def test_a_shard_round_trips_in_order_and_encodes_to_equal_bytes(samples: list[Sample]) -> None:
+    data = shards.encode_shard(samples)
+    assert_equal(list(shards.decode_shard(data, describe(data, len(samples)), SIZE)), samples)
+    assert shards.encode_shard(iter(samples)) == data
+
+
+def test_members_carry_no_time_no_owner_and_no_extended_header() -> None:
+    samples = [Sample("0123456789abcdef0123", np.arange(64, dtype=np.uint8).reshape(8, 8), 1)]
+    with tarfile.open(fileobj=io.BytesIO(shards.encode_shard(samples))) as tar:
+        members = tar.getmembers()
+    assert [(m.name, m.mtime, m.uname, m.gname, m.pax_headers) for m in members] == [
+        (f"0123456789abcdef0123.{extension}", 0, "", "", {}) for extension in ("cls", "npy")
+    ]
+
+
+def test_the_standard_library_reads_a_shard() -> None:
+    samples = some_samples()
+    with tarfile.open(fileobj=io.BytesIO(shards.encode_shard(samples))) as tar:
+        content = {m.name: tar.extractfile(m) for m in tar.getmembers()}
+        assert len(content) == 2 * len(samples)
+        for sample in samples:
+            image, target = content[f"{sample.key}.npy"], content[f"{sample.key}.cls"]
+            assert image is not None
+            assert target is not None
+            np.testing.assert_array_equal(np.load(io.BytesIO(image.read())), sample.pixels)
+            assert target.read() == str(sample.target).encode()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_plain_webdataset_reads_a_shard(tmp_path: Path) -> None:
+    samples = some_samples()
+    (tmp_path / "0.tar").write_bytes(shards.encode_shard(samples))
+    plain = wds.WebDataset(str(tmp_path / "0.tar"), shardshuffle=False, empty_check=False).decode()
+    read = [Sample(row["__key__"], row["npy"], row["cls"]) for row in plain]
+    assert_equal(read, samples)
+
+
+def test_a_written_shard_is_described_and_read(tmp_path: Path) -> None:
+    samples = some_samples(5)
+    entry = shards.write_shard(str(tmp_path), "val/000000.tar", samples)
+    path = tmp_path / "val" / "000000.tar"
+    assert (entry.samples, entry.positives, entry.bytes) == (5, 2, path.stat().st_size)
+    assert entry.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert_equal(list(shards.read_shard(str(tmp_path), entry, SIZE)), samples)
+
+
+def test_threads_decode_without_disturbing_each_other() -> None:
+    # Python before 3.11.9 fails when a collection lets another thread in while it parses a header.
+    samples = some_samples(64)
+    data = shards.encode_shard(samples)
+    entry = describe(data, 64)
+
+    def let_others_in(phase: str, info: dict[str, int]) -> None:
+        time.sleep(0)
+
+    threshold = gc.get_threshold()
+    gc.callbacks.append(let_others_in)
+    gc.set_threshold(30)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            reads = pool.map(lambda _: list(shards.decode_shard(data, entry, SIZE)), range(32))
+            for read in reads:
+                assert_equal(read, samples)
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(let_others_in)
+
+
+def test_pixels_can_be_written_to() -> None:
+    data = shards.encode_shard(some_samples(1))
+    [sample] = shards.decode_shard(data, describe(data, 1), SIZE)
+    sample.pixels[0, 0] = 7
+    assert sample.pixels[0, 0] == 7
+
+
+def test_other_spellings_of_the_same_array_are_read() -> None:
+    pixels = np.arange(SIZE * SIZE, dtype=np.uint8).reshape(SIZE, SIZE)
+    fortran, second = io.BytesIO(), io.BytesIO()
+    np.save(fortran, np.asfortranarray(pixels))
+    np.lib.format.write_array(second, pixels, version=(2, 0))
+    for encoded in (fortran, second):
+        data = write_tar({"a.npy": encoded.getvalue(), "a.cls": b"1"})
+        [sample] = shards.decode_shard(data, describe(data, 1), SIZE)
+        np.testing.assert_array_equal(sample.pixels, pixels)
+
+
+# --- damage ---------------------------------------------------------------------------------------
+
+
+def test_a_shard_cut_anywhere_between_members_is_refused() -> None:
+    data = shards.encode_shard(some_samples())
+    entry = describe(data, 4)
+    for end in range(0, len(data), 512):
+        with pytest.raises(
+            DataError, match=rf"shard train/000007\.tar: {end} bytes, not the {len(data)}"
+        ):
+            list(shards.decode_shard(data[:end], entry, SIZE))
+
+
+def test_a_shard_that_was_cut_before_it_was_described_is_refused() -> None:
+    data = shards.encode_shard(some_samples())
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        end_of_samples = max(m.offset_data + m.size for m in tar.getmembers())
+    for end in range(0, end_of_samples, 256):
+        with pytest.raises(DataError, match=r"shard train/000007\.tar: "):
+            list(shards.decode_shard(data[:end], describe(data[:end], 4), SIZE))
+
+
+@given(st.floats(0, 1, exclude_max=True), st.integers(1, 255))
+def test_a_changed_byte_is_refused(place: float, change: int) -> None:
+    data = bytearray(shards.encode_shard(some_samples()))
+    entry = describe(bytes(data), 4)
+    data[int(place * len(data))] ^= change
+    with pytest.raises(DataError, match=r"shard train/000007\.tar: .*or changed since; prepare"):
+        list(shards.decode_shard(bytes(data), entry, SIZE))
+
+
+def test_another_shard_in_the_place_of_one_is_refused(tmp_path: Path) -> None:
+    entry = shards.write_shard(str(tmp_path), "a.tar", some_samples(4))
+    shards.write_shard(str(tmp_path), "a.tar", some_samples(4)[::-1])
+    with pytest.raises(DataError, match=r"shard a\.tar: "):
+        list(shards.read_shard(str(tmp_path), entry, SIZE))
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=rf"shard train/000007\.tar: missing from {tmp_path}"):
+        shards.read_shard(str(tmp_path), describe(b"", 0), SIZE)
+
+
+@pytest.mark.parametrize("claimed", [3, 5])
+def test_a_wrong_number_of_samples_is_refused(claimed: int) -> None:
+    data = shards.encode_shard(some_samples(4))
+    with pytest.raises(DataError, match=f"000007.tar: 4 samples, the manifest says {claimed}"):
+        list(shards.decode_shard(data, describe(data, claimed), SIZE))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "found"),
+    [
+        (np.zeros((SIZE, SIZE + 1), np.uint8), r"uint8 \(8, 9\)"),
+        (np.zeros((SIZE, SIZE), np.uint16), r"uint16 \(8, 8\)"),
+        (np.zeros((SIZE, SIZE, 1), np.uint8), r"uint8 \(8, 8, 1\)"),
+    ],
+)
+def test_a_sample_of_another_shape_is_refused(pixels: Any, found: str) -> None:
+    data = shards.encode_shard([Sample("0" * 20, pixels, 0)])
+    with pytest.raises(DataError, match=rf"sample 0 is {found}, expected uint8 \(8, 8\)"):
+        list(shards.decode_shard(data, describe(data, 1), SIZE))
+
+
+def write_tar(members: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def encoded_image(*, pickled: bool = False) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([[object]]) if pickled else np.zeros((SIZE, SIZE), np.uint8))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        {"a.npy": encoded_image()},
+        {"a.cls": b"1"},
+        {"a.npy": encoded_image(), "a.cls": b"yes"},
+        {"a.npy": b"", "a.cls": b"1"},
+        {"a.npy": encoded_image()[:100], "a.cls": b"1"},
+        {"a.npy": encoded_image(pickled=True), "a.cls": b"1"},
+    ],
+    ids=["no target", "no image", "bad target", "empty image", "half an image", "a pickle"],
+)
+def test_a_sample_that_does_not_decode_is_refused(members: dict[str, bytes]) -> None:
+    data = write_tar(members)
+    with pytest.raises(DataError, match=r"shard train/000007\.tar: sample 0 does not decode"):
+        list(shards.decode_shard(data, describe(data, 1), SIZE))
+
+
+# --- manifest -------------------------------------------------------------------------------------
+
+
+def edit_manifest(store_url: str, **changes: Any) -> None:
+    path = Path(store_url) / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_manifest_round_trips(tiny_store: StoreMaker, tmp_path: Path) -> None:
+    manifest = shards.read_manifest(tiny_store())
+    shards.write_manifest(str(tmp_path), manifest)
+    again = shards.read_manifest(str(tmp_path))
+    assert again == manifest
+    assert again.digest == manifest.digest
+
+
+def test_the_digest_tells_stores_apart(tiny_store: StoreMaker) -> None:
+    one, same, other = (shards.read_manifest(tiny_store(seed=seed)) for seed in (0, 0, 1))
+    assert one.digest == same.digest != other.digest
+    assert one.model_copy(update={"quarantined": 1}).digest != one.digest
+
+
+def test_a_folder_without_manifest_is_no_store(tiny_store: StoreMaker) -> None:
+    store_url = tiny_store()
+    storage.remove(storage.join(store_url, "manifest.json"))
+    assert shards.find_manifest(store_url) is None
+    with pytest.raises(StoreError, match=rf"^{store_url}: no manifest\.json.*run jobs\.prepare"):
+        shards.read_manifest(store_url)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"schema_version": 1}'])
+def test_an_unreadable_manifest_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    for read in (shards.find_manifest, shards.read_manifest):
+        with pytest.raises(
+            StoreError, match=r"manifest\.json: not a manifest of schema 1: .*prepare"
+        ):
+            read(str(tmp_path))
+
+
+def test_a_half_manifest_is_refused(tiny_store: StoreMaker) -> None:
+    store_url = tiny_store()
+    path = Path(store_url) / "manifest.json"
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(StoreError, match=r"manifest\.json: not a manifest of schema 1"):
+        shards.read_manifest(store_url)
+
+
+def test_a_newer_manifest_is_refused(tiny_store: StoreMaker) -> None:
+    store_url = tiny_store()
+    edit_manifest(store_url, schema_version=2)
+    with pytest.raises(StoreError, match="manifest of schema 2, this version reads 1; prepare the"):
+        shards.read_manifest(store_url)
+    edit_manifest(store_url, new_field=True)
+    with pytest.raises(StoreError, match="not a manifest of schema 1: new_field: "):
+        shards.read_manifest(store_url)
+
+
+def test_a_manifest_without_a_split_is_refused(tiny_store: StoreMaker) -> None:
+    store_url = tiny_store()
+    edit_manifest(store_url, splits={})
+    with pytest.raises(StoreError, match=r"not a manifest of schema 1: splits: .*train, val, test"):
+        shards.read_manifest(store_url)
+
+
+def test_every_field_of_the_manifest_is_of_a_plain_type(tiny_store: StoreMaker) -> None:
+    store_url = tiny_store()
+    text = storage.read_text(storage.join(store_url, "manifest.json"))
+    assert set(json.loads(text)) == set(Manifest.model_fields)
+
+
+# --- studies.parquet ------------------------------------------------------------------------------
+
+rows = st.builds(
+    StudyRow,
+    key=keys,
+    patient=keys,
+    split=st.sampled_from(["train", "val", "test"]),
+    target=st.integers(0, 1),
+    finding=st.sampled_from(["Lung Opacity", "Normal"]),
+    boxes=st.lists(st.builds(Box, *[st.floats(-1e3, 1e3)] * 4), max_size=3).map(tuple),
+    age=st.none() | st.integers(0, 120),
+    sex=st.none() | st.sampled_from(["M", "F"]),
+    view=st.none() | st.sampled_from(["AP", "PA"]),
+    spacing_mm=st.none() | st.floats(0.1, 1),
+)
+
+
+@settings(max_examples=50)
+@given(st.lists(rows, max_size=5, unique_by=lambda row: row.key))
+def test_studies_round_trip_with_boxes_and_gaps(table: list[StudyRow]) -> None:
+    shards.write_studies("memory://studies", table)
+    read = shards.read_studies("memory://studies")
+    assert list(read) == [row.key for row in table]
+    assert list(read.values()) == table
+
+
+def test_columns_have_the_same_types_whatever_is_missing(tmp_path: Path) -> None:
+    row = StudyRow("k", "p", "val", 0, "Normal", (), None, None, None, None)
+    full = StudyRow("k", "p", "val", 1, "Normal", (Box(1, 2, 3, 4),), 3, "F", "AP", 0.1)
+    schemas = []
+    for content in ([row], [full], []):
+        shards.write_studies(str(tmp_path), content)
+        schemas.append(pq.read_schema(tmp_path / "studies.parquet"))
+    assert schemas[0] == schemas[1] == schemas[2]
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "text", "other columns"])
+def test_studies_that_cannot_be_read_are_named(tiny_store: StoreMaker, damage: str) -> None:
+    store_url = tiny_store()
+    path = Path(store_url) / "studies.parquet"
+    data = path.read_bytes()
+    path.unlink()
+    if damage == "cut":
+        path.write_bytes(data[:-100])
+    elif damage == "text":
+        path.write_text("key,patient\n")
+    elif damage == "other columns":
+        pq.write_table(pa.table({"key": ["a"]}), path)
+    with pytest.raises(
+        DataError, match=r"studies\.parquet: missing or unreadable; prepare the store"
+    ):
+        shards.read_studies(store_url)

@@ -1,0 +1,218 @@
+"""No patient is in two splits, nobody moves, and the audit counts what a split by image leaks."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from pneumo.config import SplitConfig
+from pneumo.errors import SourceError
+from pneumo.splits import SPLITS, Split, place_patient, split_studies
+from pneumo.studies import Finding, Study, read_source
+
+FINDINGS: tuple[Finding, ...] = ("Lung Opacity", "Normal", "No Lung Opacity / Not Normal")
+
+
+def hashed(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def make_studies(patients: Sequence[int], findings: Sequence[int] | None = None) -> list[Study]:
+    """A study for each entry of `patients`; findings take turns unless given."""
+    return [
+        Study(
+            key=hashed(f"study {i}"),
+            patient=hashed(f"patient {patient}"),
+            url=f"{i}.dcm",
+            target=int((findings[i] if findings else i % 3) == 0),
+            finding=FINDINGS[findings[i] if findings else i % 3],
+            boxes=(),
+        )
+        for i, patient in enumerate(patients)
+    ]
+
+
+def members(split: Split, studies: Sequence[Study]) -> dict[str, set[str]]:
+    """Patients by split."""
+    found: dict[str, set[str]] = {name: set() for name in SPLITS}
+    for study in studies:
+        found[split.by_key[study.key]].add(study.patient)
+    return found
+
+
+fractions = st.builds(
+    SplitConfig, val_fraction=st.floats(0.1, 0.4), test_fraction=st.floats(0.1, 0.4)
+)
+graphs = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 2)), min_size=60, max_size=200)
+
+
+@settings(max_examples=40)
+@given(graphs, fractions, st.integers(0, 2**31 - 1))
+def test_no_patient_is_in_two_splits_and_every_study_in_one(
+    graph: list[tuple[int, int]], config: SplitConfig, seed: int
+) -> None:
+    studies = make_studies([p for p, _ in graph], [f for _, f in graph])
+    try:
+        split = split_studies(studies, config, seed=seed, has_patients=True)
+    except SourceError as error:
+        assume("would have no" not in str(error))
+        raise
+    patients = members(split, studies)
+    assert sum(len(group) for group in patients.values()) == len({s.patient for s in studies})
+    assert set(split.by_key) == {study.key for study in studies}
+    assert split.audit.shared_patients == 0
+    assert split.audit.patients == {name: len(group) for name, group in patients.items()}
+    assert split.audit.studies == {n: list(split.by_key.values()).count(n) for n in SPLITS}
+    positives = Counter(split.by_key[s.key] for s in studies if s.target)
+    assert split.audit.positives == {name: positives[name] for name in SPLITS}
+    for name, interval in split.audit.prevalence.items():
+        assert interval.value == positives[name] / split.audit.studies[name]
+        assert 0 <= interval.low <= interval.value <= interval.high <= 1
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 2**31 - 1), st.integers(1, 400))
+def test_a_patient_stays_in_place_as_studies_are_added(seed: int, added: int) -> None:
+    first = make_studies([i // 2 for i in range(300)])
+    more = make_studies([i // 2 for i in range(300)] + [i % 250 for i in range(added)])
+    chosen = split_studies(first, SplitConfig(), seed=seed, has_patients=True).audit.salt
+    config = SplitConfig(salt=chosen)
+    before = split_studies(first, config, seed=seed, has_patients=True).by_key
+    after = split_studies(more, config, seed=seed, has_patients=True).by_key
+    assert {key: after[key] for key in before} == before
+
+
+def test_the_split_depends_on_seed_and_salt_and_not_on_the_order() -> None:
+    studies = make_studies([i // 3 for i in range(600)])
+
+    def split(seed: int, salt: int | None = None, *, reverse: bool = False) -> Split:
+        ordered = studies[::-1] if reverse else studies
+        config = SplitConfig(salt=salt)
+        return split_studies(ordered, config, seed=seed, has_patients=True)
+
+    assert split(1).by_key == split(1, reverse=True).by_key
+    assert split(1).audit == split(1, reverse=True).audit
+    assert split(1).by_key != split(2).by_key
+    assert split(1).by_key == split(1, split(1).audit.salt).by_key
+    assert split(1, 0).by_key != split(1, 1).by_key
+    assert split(1, 5).audit.salt == 5
+
+
+def test_the_chosen_salt_balances_better_than_most() -> None:
+    studies = make_studies([i // 2 for i in range(600)])
+
+    def imbalance(salt: int | None) -> float:
+        split = split_studies(studies, SplitConfig(salt=salt), seed=0, has_patients=True)
+        got = Counter((split.by_key[s.key], s.finding) for s in studies)
+        return max(abs(got[n, f] / 200 - 0.15) / 0.15 for n in ("val", "test") for f in FINDINGS)
+
+    chosen = imbalance(None)
+    assert chosen == min(imbalance(salt) for salt in range(64))
+    assert chosen < 0.2
+
+
+@pytest.mark.parametrize(("val", "test"), [(0.15, 0.15), (0.1, 0.3), (0.4, 0.4)])
+def test_shares_are_near_the_wanted_ones(val: float, test: float) -> None:
+    config = SplitConfig(val_fraction=val, test_fraction=test)
+    placed = Counter(place_patient(str(i), config, seed=3, salt=1) for i in range(20_000))
+    # Four standard deviations of a binomial share.
+    for name, share in (("val", val), ("test", test), ("train", 1 - val - test)):
+        assert abs(placed[name] / 20_000 - share) < 4 * (share * (1 - share) / 20_000) ** 0.5
+
+
+def test_a_larger_share_moves_patients_out_of_train_only() -> None:
+    def place(patient: int, val: float) -> str:
+        config = SplitConfig(val_fraction=val)
+        return place_patient(str(patient), config, seed=0, salt=0)
+
+    moved = {(place(i, 0.1), place(i, 0.2)) for i in range(3000)}
+    assert ("val", "train") not in moved
+    assert ("val", "test") not in moved
+    assert ("train", "test") in moved
+
+
+def test_a_split_without_patients_is_refused() -> None:
+    with pytest.raises(SourceError, match=r"no mapping file.*or say --split\.unit image"):
+        split_studies(make_studies(range(300)), SplitConfig(), seed=0, has_patients=False)
+
+
+def test_a_split_by_image_reports_what_it_leaks() -> None:
+    studies = make_studies([i // 4 for i in range(800)])
+    config = SplitConfig(unit="image")
+    split = split_studies(studies, config, seed=0, has_patients=True)
+    splits_of: dict[str, set[str]] = defaultdict(set)
+    for study in studies:
+        splits_of[study.patient].add(split.by_key[study.key])
+    val = [study for study in studies if split.by_key[study.key] == "val"]
+    leaked = sum("train" in splits_of[study.patient] for study in val)
+    assert split.audit.unit == "image"
+    assert split.audit.leaked_by_image == leaked / len(val)
+    assert leaked / len(val) > 0.9
+    assert split.audit.shared_patients == sum(len(where) > 1 for where in splits_of.values())
+    assert split.audit.shared_patients > 0
+
+
+def test_a_split_by_patient_reports_what_one_by_image_would_have_leaked() -> None:
+    alone = make_studies(range(600))
+    split = split_studies(alone, SplitConfig(), seed=0, has_patients=True)
+    assert split.audit.leaked_by_image == 0.0
+    pairs = make_studies([i // 2 for i in range(4000)])
+    leaked = split_studies(pairs, SplitConfig(), seed=0, has_patients=True).audit.leaked_by_image
+    assert leaked == pytest.approx(0.70, abs=0.08), "the other image is in train 70 % of the time"
+
+
+def test_an_image_split_without_patients_knows_no_leak() -> None:
+    config = SplitConfig(unit="image")
+    audit = split_studies(make_studies(range(300)), config, seed=0, has_patients=False).audit
+    assert audit.leaked_by_image is None
+
+
+@pytest.mark.parametrize(
+    ("patients", "findings"),
+    [
+        ([0], [0]),
+        ([0] * 300, [0, 1, 2] * 100),
+        (range(300), [0] * 300),
+        (range(300), [1] * 300),
+        (range(6), [0, 1] * 3),
+    ],
+    ids=["one", "one patient", "all positive", "all negative", "few"],
+)
+def test_a_set_that_cannot_be_split_is_refused(
+    patients: Sequence[int], findings: list[int]
+) -> None:
+    studies = make_studies(patients, findings)
+    message = r"split (train|val|test) would have no (positive|negative) study .*--split fractions"
+    with pytest.raises(SourceError, match=message) as caught:
+        split_studies(studies, SplitConfig(salt=0), seed=0, has_patients=True)
+    assert f"({len(studies)} studies in all)" in str(caught.value)
+
+
+def test_no_studies_at_all_are_refused() -> None:
+    with pytest.raises(SourceError, match="no studies, so nothing to split"):
+        split_studies([], SplitConfig(), seed=0, has_patients=True)
+
+
+def test_all_of_rsna(shared_data: Path, tmp_path: Path) -> None:
+    for path in (shared_data / "rsna-metadata").iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "stage_2_train_images").mkdir()
+    source = read_source(str(tmp_path), {"PNEUMO_HASH_KEY": "a secret of the tests"})
+    config = SplitConfig(val_fraction=0.2, test_fraction=0.01, salt=0)
+    audit = split_studies(source.studies, config, seed=0, has_patients=True).audit
+    assert audit.shared_patients == 0
+    assert sum(audit.patients.values()) == 11_439
+    assert audit.leaked_by_image is not None
+    assert 0.66 < audit.leaked_by_image < 0.74
+    for name in ("train", "val"):
+        assert audit.prevalence[name].value == pytest.approx(0.225, abs=0.02)
+    # Intervals are of patients, so wider than those of as many images.
+    val = audit.prevalence["val"]
+    by_image = 1.96 * (val.value * (1 - val.value) / audit.studies["val"]) ** 0.5
+    assert (val.high - val.low) / 2 > 1.2 * by_image

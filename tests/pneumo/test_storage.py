@@ -1,0 +1,317 @@
+"""One object or none: on a disk, on an S3 server, after a crash, and when nobody answers."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import s3fs
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from moto.server import ThreadedMotoServer
+
+from pneumo import storage
+from pneumo.errors import AccessError, StorageError, UserError
+
+BUCKET = "the-bucket"
+"""Its name is in the message of every missing key; that must not be read as a missing bucket."""
+
+
+@pytest.fixture(scope="module")
+def s3_server() -> Iterator[str]:
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    _, port = server.get_host_and_port()
+    yield f"http://127.0.0.1:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No profile, no metadata service, no key; fsspec's instances are of this test alone."""
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    s3fs.S3FileSystem.clear_instance_cache()
+    yield
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def bucket_url(s3_environment: None, s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty bucket on the server, and the environment that reaches it."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+    server = s3fs.S3FileSystem(use_listings_cache=False)
+    if server.exists(BUCKET):
+        server.rm(BUCKET, recursive=True)
+    server.mkdir(BUCKET)
+    return f"s3://{BUCKET}"
+
+
+@pytest.fixture(params=["local", "file", "s3"])
+def root_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Somewhere to write, of each kind."""
+    if request.param == "s3":
+        return f"{request.getfixturevalue('bucket_url')}/below"
+    return f"file://{tmp_path}/below" if request.param == "file" else str(tmp_path / "below")
+
+
+# --- URLs -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["pipe", "cmd", "sh", "bash", "ssh", "sftp"])
+@pytest.mark.parametrize("rest", ["cat /etc/passwd", "//host/path"])
+def test_a_scheme_that_runs_a_command_is_refused(scheme: str, rest: str) -> None:
+    with pytest.raises(UserError, match=f"'{scheme}:' URLs are refused; use a path, file:// or s3"):
+        storage.normalise(f"{scheme}:{rest}")
+
+
+def test_an_unknown_scheme_is_refused() -> None:
+    with pytest.raises(UserError, match="unknown scheme in 's4://bucket/key'; use a path"):
+        storage.normalise("s4://bucket/key")
+
+
+def test_a_local_url_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert storage.normalise("runs/one/") == f"{tmp_path}/runs/one"
+    assert storage.normalise(f"file://{tmp_path}/a") == f"{tmp_path}/a"
+    assert storage.normalise("~/a") == f"{tmp_path}/a"
+    assert storage.normalise("s3://bucket/a/") == "s3://bucket/a"
+
+
+names = st.text("abc", min_size=1)
+
+
+@given(names, st.lists(names.map(lambda name: f"/{name}/"), max_size=3))
+def test_join_puts_one_slash_between_parts(base: str, parts: list[str]) -> None:
+    joined = storage.join(f"s3://{base}/", *parts)
+    assert joined == "s3://" + "/".join([base, *(part.strip("/") for part in parts)])
+    assert storage.join(f"s3://{base}", *parts) == joined
+
+
+# --- reading and writing, wherever it is ----------------------------------------------------------
+
+
+def test_what_is_written_is_read(root_url: str) -> None:
+    for data in (b"", b"x", bytes(range(256)) * 300):
+        url = storage.join(root_url, "a", "b.bin")
+        storage.write_bytes(url, data)
+        assert storage.read_bytes(url) == data
+    storage.write_text(url, "½ ‰")
+    assert storage.read_text(url) == "½ ‰"
+
+
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=2000), st.binary(max_size=2000))
+def test_a_local_object_is_replaced_whole(tmp_path: Path, first: bytes, second: bytes) -> None:
+    url = str(tmp_path / "object")
+    storage.write_bytes(url, first)
+    storage.write_bytes(url, second)
+    assert storage.read_bytes(url) == second
+    assert [path.name for path in tmp_path.iterdir()] == ["object"]
+
+
+def test_listings(root_url: str) -> None:
+    assert storage.list_urls(root_url) == storage.list_names(root_url) == []
+    for name in ("b", "a/2", "a/10", "c/d/e"):
+        storage.write_bytes(storage.join(root_url, name), b"x")
+    listed = storage.list_urls(root_url)
+    plain = root_url.removeprefix("file://")
+    assert listed == [f"{plain}/{name}" for name in ("a/10", "a/2", "b", "c/d/e")]
+    assert storage.list_names(root_url) == ["a", "b", "c"]
+    assert [storage.read_bytes(url) for url in listed] == [b"x"] * 4
+
+
+def test_existence_and_removal(root_url: str) -> None:
+    url = storage.join(root_url, "a", "b")
+    assert not storage.exists(url)
+    storage.remove(url)
+    storage.write_bytes(url, b"x")
+    assert storage.exists(url)
+    assert storage.exists(storage.join(root_url, "a"))
+    storage.remove(url)
+    assert not storage.exists(url)
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(url)
+
+
+def test_a_folder_is_uploaded_by_relative_name(root_url: str, tmp_path: Path) -> None:
+    folder = tmp_path / "from"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "one").write_bytes(b"1")
+    (folder / "deep" / "two").write_bytes(b"2")
+    storage.upload_folder(folder, root_url)
+    assert storage.read_bytes(storage.join(root_url, "one")) == b"1"
+    assert storage.read_bytes(storage.join(root_url, "deep/two")) == b"2"
+    assert len(storage.list_urls(root_url)) == 2
+
+
+# --- crashes --------------------------------------------------------------------------------------
+
+_WRITE_FOR_EVER = """
+import sys
+from pneumo import storage
+data = [bytes([i]) * 30_000_000 for i in (1, 2)]
+for i in range(10**6):
+    storage.write_bytes(sys.argv[1], data[i % 2])
+    print(i, flush=True)
+"""
+
+
+def test_a_writer_killed_at_any_moment_leaves_a_whole_object(tmp_path: Path) -> None:
+    url = str(tmp_path / "folder" / "object")
+    for delay in range(3):
+        writer = subprocess.Popen(
+            [sys.executable, "-c", _WRITE_FOR_EVER, url], stdout=subprocess.PIPE, text=True
+        )
+        assert writer.stdout is not None
+        for _ in range(delay + 1):
+            assert writer.stdout.readline()
+        writer.kill()
+        writer.communicate()
+        data = storage.read_bytes(url)
+        assert len(data) == 30_000_000
+        assert len(set(data)) == 1
+
+
+_HANG_WHILE_WRITING = """
+import os, sys
+from pneumo import storage
+def never_return(descriptor):
+    print("begun", flush=True)
+    sys.stdin.read()
+os.fsync = never_return  # a disk that hangs, so that the kill comes in the middle
+storage.write_bytes(sys.argv[1], b"half")
+"""
+
+
+def test_what_a_killed_writer_leaves_is_no_object(tmp_path: Path) -> None:
+    writer = subprocess.Popen(
+        [sys.executable, "-c", _HANG_WHILE_WRITING, str(tmp_path / "object")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert writer.stdout is not None
+    assert writer.stdout.readline() == "begun\n"
+    writer.kill()
+    writer.communicate()
+    assert len(list(tmp_path.iterdir())) == 1, "the crash was to leave something"
+    assert storage.list_urls(str(tmp_path)) == []
+    assert storage.list_names(str(tmp_path)) == []
+    assert not storage.exists(str(tmp_path / "object"))
+    storage.upload_folder(tmp_path, str(tmp_path.parent / "copy"))
+    assert storage.list_urls(str(tmp_path.parent / "copy")) == []
+
+
+def test_a_write_that_fails_leaves_nothing_and_the_old_object_stays(tmp_path: Path) -> None:
+    url = str(tmp_path / "object")
+    storage.write_bytes(url, b"old")
+    with pytest.raises(TypeError):
+        storage.write_bytes(url, "text")  # type: ignore[arg-type]
+    assert storage.read_bytes(url) == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["object"]
+
+
+# --- an object store that refuses -----------------------------------------------------------------
+
+
+def test_a_missing_key_is_not_a_missing_bucket(bucket_url: str) -> None:
+    url = f"{bucket_url}/manifest.json"
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(url)
+    assert not storage.exists(url)
+    assert storage.list_names(f"{bucket_url}/nothing") == []
+
+
+def test_a_missing_bucket_is_named(bucket_url: str) -> None:
+    url = "s3://another-one/key"
+    with pytest.raises(AccessError, match=f"no such bucket: {url}; create it first"):
+        storage.read_bytes(url)
+    with pytest.raises(AccessError, match="no such bucket"):
+        storage.write_bytes(url, b"x")
+    with pytest.raises(AccessError, match="no such bucket"):
+        storage.list_names("s3://another-one")
+
+
+def test_a_key_of_another_process_is_seen_after_a_listing(bucket_url: str) -> None:
+    assert storage.list_urls(bucket_url) == []
+    other = s3fs.S3FileSystem(skip_instance_cache=True)
+    other.pipe_file(f"{BUCKET}/late", b"x")
+    assert storage.list_urls(bucket_url) == [f"{bucket_url}/late"]
+    assert storage.list_names(bucket_url) == ["late"]
+
+
+def test_missing_credentials_are_named(
+    s3_environment: None, s3_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server)
+    for call in (storage.read_bytes, storage.list_urls, storage.exists):
+        with pytest.raises(
+            AccessError, match="no credentials for s3://b/k; set AWS_PROFILE or AWS"
+        ):
+            call("s3://b/k")
+
+
+def test_a_dead_endpoint_is_an_error_once_the_budget_is_spent(
+    s3_environment: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+    tried = []
+
+    def read(fs: s3fs.S3FileSystem, path: str) -> bytes:
+        tried.append(path)
+        data: bytes = fs.cat_file(path)
+        return data
+
+    with pytest.raises(StorageError, match=rf"s3://b/k: .*connect.*127\.0\.0\.1:{port}"):
+        storage._retried(read, "s3://b/k", budget_s=0.5)
+    assert len(tried) > 1
+
+
+def test_passing_trouble_is_tried_again() -> None:
+    answers: list[bytes | Exception] = [OSError("reset"), TimeoutError(), b"data"]
+
+    def read(fs: object, path: str) -> bytes:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert storage._retried(read, "memory://a", budget_s=30.0) == b"data"
+
+
+@pytest.mark.parametrize(
+    ("trouble", "error"),
+    [
+        (PermissionError("Forbidden"), AccessError),
+        (FileNotFoundError("bucket/key"), FileNotFoundError),
+        (ValueError("bad"), StorageError),
+    ],
+)
+def test_lasting_trouble_is_not_tried_again(trouble: Exception, error: type[Exception]) -> None:
+    tried = []
+
+    def read(fs: object, path: str) -> bytes:
+        tried.append(path)
+        raise trouble
+
+    with pytest.raises(error):
+        storage._retried(read, "memory://a", budget_s=30.0)
+    assert len(tried) == 1

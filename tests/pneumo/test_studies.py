@@ -1,0 +1,319 @@
+"""Tables in Kaggle's layout become studies without names; what does not add up is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+import re
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pneumo.errors import SourceError
+from pneumo.studies import Box, read_hash_key, read_source
+
+FolderMaker = Callable[..., Path]
+
+LABELS = "stage_2_train_labels.csv"
+CLASSES = "stage_2_detailed_class_info.csv"
+MAPPING = "pneumonia-challenge-dataset-mappings_2018.json"
+ENVIRON = {"PNEUMO_HASH_KEY": "a secret of the tests"}
+
+
+def image_ids(folder: Path) -> list[str]:
+    return [path.stem for path in next(folder.glob("*train_images")).iterdir()]
+
+
+def edit(path: Path, pattern: str, replacement: str, count: int = 1) -> None:
+    text, number = re.subn(pattern, replacement, path.read_text(), count=count)
+    assert number, f"{pattern} is not in {path.name}"
+    path.write_text(text)
+
+
+def refuse(folder: Path, message: str) -> None:
+    with pytest.raises(SourceError, match=message) as caught:
+        read_source(str(folder), ENVIRON)
+    assert not any(image_id in str(caught.value) for image_id in image_ids(folder))
+
+
+# --- what is read ---------------------------------------------------------------------------------
+
+
+def test_one_study_an_image_though_tables_repeat_rows(kaggle_folder: FolderMaker) -> None:
+    folder = kaggle_folder(num_studies=24, images_per_patient=3)
+    source = read_source(str(folder), ENVIRON)
+    assert len(source.studies) == 24
+    assert source.has_patients
+    assert len({study.patient for study in source.studies}) == 8
+    assert sum(study.target for study in source.studies) == 8
+    assert {study.finding for study in source.studies if study.target} == {"Lung Opacity"}
+    assert sorted(len(s.boxes) for s in source.studies) == [0] * 16 + [1] * 4 + [2] * 4
+    assert all(bool(study.boxes) == bool(study.target) for study in source.studies)
+
+
+def test_boxes_are_those_of_the_table(kaggle_folder: FolderMaker) -> None:
+    folder = kaggle_folder(num_studies=6)
+    rows = [line.split(",") for line in (folder / LABELS).read_text().splitlines()[1:]]
+    written = sorted(Box(*map(float, row[1:5])) for row in rows if row[1])
+    read = sorted(box for s in read_source(str(folder), ENVIRON).studies for box in s.boxes)
+    assert read == written
+
+
+def test_every_study_points_at_its_file(kaggle_folder: FolderMaker) -> None:
+    folder = kaggle_folder()
+    urls = {study.url for study in read_source(str(folder), ENVIRON).studies}
+    assert urls == {str(path) for path in (folder / "stage_2_train_images").iterdir()}
+
+
+@pytest.mark.parametrize("stage", ["", "stage_1_"])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_other_names_and_compressed_tables_give_the_same_studies(
+    kaggle_folder: FolderMaker, stage: str, compressed: bool
+) -> None:
+    usual = read_source(str(kaggle_folder()), ENVIRON)
+    other = read_source(str(kaggle_folder(stage=stage, compressed=compressed)), ENVIRON)
+    assert other.digest == usual.digest
+    assert [dataclasses.replace(s, url="") for s in other.studies] == [
+        dataclasses.replace(s, url="") for s in usual.studies
+    ]
+
+
+def test_without_a_mapping_every_image_is_its_own_patient(kaggle_folder: FolderMaker) -> None:
+    source = read_source(str(kaggle_folder(mapping=False)), ENVIRON)
+    assert not source.has_patients
+    assert len({study.patient for study in source.studies}) == len(source.studies)
+
+
+def test_targets_are_integers_though_the_column_holds_decimals(kaggle_folder: FolderMaker) -> None:
+    folder = kaggle_folder()
+    before = read_source(str(folder), ENVIRON)
+    edit(folder / LABELS, r",([01])(\r?\n)", r",\1.0\2", count=0)
+    source = read_source(str(folder), ENVIRON)
+    assert source.digest == before.digest
+    assert {repr(study.target) for study in source.studies} == {"0", "1"}
+
+
+def test_ids_of_digits_keep_their_leading_zeros(kaggle_folder: FolderMaker) -> None:
+    folder = kaggle_folder(num_studies=6)
+    for i, image_id in enumerate(image_ids(folder)):
+        for name in (LABELS, CLASSES, MAPPING):
+            edit(folder / name, image_id, f"{i:05d}", count=0)
+    urls = {study.url.rsplit("/", 1)[-1] for study in read_source(str(folder), ENVIRON).studies}
+    assert urls == {f"{i:05d}.dcm" for i in range(6)}
+
+
+# --- privacy --------------------------------------------------------------------------------------
+
+
+def test_keys_name_nobody_and_have_no_dots(kaggle_folder: FolderMaker) -> None:
+    folder = kaggle_folder()
+    source = read_source(str(folder), ENVIRON)
+    for study in source.studies:
+        assert re.fullmatch(r"[0-9a-f]{20}", study.key)
+        assert re.fullmatch(r"[0-9a-f]{20}", study.patient)
+        assert study.key != study.patient
+    keys = "".join(study.key + study.patient for study in source.studies)
+    for image_id in image_ids(folder):
+        assert image_id.replace("-", "")[:8] not in keys
+    assert [s.key for s in source.studies] == sorted(s.key for s in source.studies)
+
+
+def test_keys_depend_on_the_secret_and_on_nothing_else(kaggle_folder: FolderMaker) -> None:
+    here, there = kaggle_folder(), kaggle_folder()
+    keys = [study.key for study in read_source(str(here), ENVIRON).studies]
+    assert [study.key for study in read_source(str(there), ENVIRON).studies] == keys
+    other = read_source(str(here), {"PNEUMO_HASH_KEY": "another"})
+    assert not {study.key for study in other.studies} & set(keys)
+    assert other.digest != read_source(str(here), ENVIRON).digest
+
+
+def test_the_secret_in_the_environment_leaves_no_file(kaggle_folder: FolderMaker) -> None:
+    folder = kaggle_folder()
+    before = sorted(folder.iterdir())
+    read_source(str(folder), ENVIRON)
+    assert sorted(folder.iterdir()) == before
+
+
+def test_the_secret_beside_the_source_is_private_and_stays(kaggle_folder: FolderMaker) -> None:
+    folder = kaggle_folder()
+    first = read_source(str(folder), {})
+    path = folder / ".pneumo" / "hash_key"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert re.fullmatch(r"[0-9a-f]{64}", path.read_text())
+    assert read_source(str(folder), {}) == first
+    assert read_hash_key(str(kaggle_folder()), {}) != read_hash_key(str(folder), {})
+
+
+def test_an_empty_secret_is_refused(kaggle_folder: FolderMaker) -> None:
+    folder = kaggle_folder()
+    (folder / ".pneumo").mkdir()
+    (folder / ".pneumo" / "hash_key").write_text("\n")
+    with pytest.raises(SourceError, match="hash_key: empty; delete it, or set PNEUMO_HASH_KEY"):
+        read_source(str(folder), {})
+
+
+def test_a_bucket_needs_the_secret_in_the_environment() -> None:
+    with pytest.raises(SourceError, match="s3://b/rsna: set PNEUMO_HASH_KEY to a secret"):
+        read_hash_key("s3://b/rsna", {})
+
+
+def test_a_source_that_cannot_be_written_says_how_to_go_on(kaggle_folder: FolderMaker) -> None:
+    folder = kaggle_folder()
+    (folder / ".pneumo").write_text("a file where the folder would be")
+    with pytest.raises(SourceError, match="make it writable, or set PNEUMO_HASH_KEY to a secret"):
+        read_source(str(folder), {})
+
+
+# --- what is missing ------------------------------------------------------------------------------
+
+
+def test_a_missing_or_empty_folder_is_named(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(
+            SourceError, match=f"^{folder}: no such folder, or nothing in it; expec"
+        ):
+            read_source(str(folder), ENVIRON)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (LABELS, f"no label table; expected one of: {LABELS}, train_labels.csv"),
+        (CLASSES, f"no class table; expected one of: {CLASSES}, detailed_class_info.csv"),
+        (
+            "stage_2_train_images",
+            "no image folder; expected one of: stage_2_train_images, train_im",
+        ),
+    ],
+)
+def test_a_missing_table_is_named(kaggle_folder: FolderMaker, name: str, message: str) -> None:
+    folder = kaggle_folder()
+    (folder / name).rename(folder.parent / f"{folder.name}-{name}")
+    with pytest.raises(SourceError, match=message):
+        read_source(str(folder), ENVIRON)
+
+
+@pytest.mark.parametrize(
+    ("table", "column"),
+    [(LABELS, "patientId"), (LABELS, "Target"), (CLASSES, "patientId"), (CLASSES, "class")],
+)
+def test_a_missing_column_is_named(kaggle_folder: FolderMaker, table: str, column: str) -> None:
+    folder = kaggle_folder()
+    edit(folder / table, column, "other")
+    refuse(folder, rf"{table}: no column {column}; it has: .*other")
+
+
+@pytest.mark.parametrize("table", [LABELS, CLASSES])
+def test_a_table_that_is_none_is_named(kaggle_folder: FolderMaker, table: str) -> None:
+    folder = kaggle_folder()
+    (folder / table).write_text("")
+    refuse(folder, f"{table}: not a readable CSV")
+    (folder / table).write_text("a,b\n1,2,3\n")
+    refuse(folder, f"{table}: not a readable CSV")
+
+
+@pytest.mark.parametrize("table", [LABELS, CLASSES])
+def test_a_table_without_rows_is_named(kaggle_folder: FolderMaker, table: str) -> None:
+    folder = kaggle_folder()
+    path = folder / table
+    path.write_text(path.read_text().splitlines()[0] + "\n")
+    refuse(folder, f"{table}: no rows")
+
+
+@pytest.mark.parametrize("table", [LABELS, CLASSES, MAPPING])
+@pytest.mark.parametrize("damage", ["cut", "changed", "plain"])
+def test_a_damaged_gzip_file_is_named(kaggle_folder: FolderMaker, table: str, damage: str) -> None:
+    folder = kaggle_folder(compressed=True)
+    path = folder / f"{table}.gz"
+    data = path.read_bytes()
+    broken = {
+        "cut": data[: len(data) // 2],
+        "changed": data[:40] + bytes(b ^ 255 for b in data[40:60]) + data[60:],
+        "plain": gzip.decompress(data),
+    }
+    path.write_bytes(broken[damage])
+    refuse(folder, f"{table}.gz: not a readable gzip file")
+
+
+# --- what contradicts -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", ["2", "-1", ""])
+def test_a_target_that_is_none_is_refused(kaggle_folder: FolderMaker, value: str) -> None:
+    folder = kaggle_folder()
+    edit(folder / LABELS, r",0(\r?\n)", rf",{value}\1")
+    refuse(folder, r"label table: Target is \S+ in a row, expected 0 or 1")
+
+
+def test_mixed_targets_of_one_image_are_refused(kaggle_folder: FolderMaker) -> None:
+    folder = kaggle_folder()
+    edit(folder / LABELS, r"(\S+),1(\r?\n)", r"\1,1\2\1,0\2")
+    refuse(folder, "label table: an image has both Target 0 and Target 1")
+
+
+def test_an_unknown_class_is_refused(kaggle_folder: FolderMaker) -> None:
+    folder = kaggle_folder()
+    edit(folder / CLASSES, ",Normal", ",Healthy")
+    refuse(
+        folder, "class table: class 'Healthy', expected one of: Lung Opacity, No Lung .*, Normal"
+    )
+
+
+def test_two_classes_of_one_image_are_refused(kaggle_folder: FolderMaker) -> None:
+    folder = kaggle_folder()
+    edit(folder / CLASSES, r"(\S+),Normal(\r?\n)", r"\1,Normal\2\1,No Lung Opacity / Not Normal\2")
+    refuse(folder, "class table: an image has two classes")
+
+
+def test_a_labelled_image_without_a_class_is_refused(kaggle_folder: FolderMaker) -> None:
+    folder = kaggle_folder()
+    edit(folder / CLASSES, r"\S+,Normal\r?\n", "")
+    refuse(folder, "class table: 1 of 24 labelled images have no row")
+
+
+def test_tables_that_contradict_each_other_are_refused(kaggle_folder: FolderMaker) -> None:
+    folder = kaggle_folder()
+    edit(folder / CLASSES, ",Normal", ",Lung Opacity", count=3)
+    refuse(
+        folder, "tables contradict each other: 3 images are 'Lung Opacity' in one and not Target"
+    )
+
+
+def test_an_incomplete_mapping_is_refused(kaggle_folder: FolderMaker) -> None:
+    folder = kaggle_folder()
+    path = folder / MAPPING
+    path.write_text(json.dumps(json.loads(path.read_text())[2:]))
+    refuse(folder, "mappings_2018.json: 2 of 24 labelled images are not in it; use the complete")
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", "3", '[{"subset_img_id": "a"}]', "[1]", '["a"]'])
+def test_a_mapping_that_is_none_is_refused(kaggle_folder: FolderMaker, text: str) -> None:
+    folder = kaggle_folder()
+    (folder / MAPPING).write_text(text)
+    refuse(folder, "mappings_2018.json: ")
+
+
+# --- the real thing -------------------------------------------------------------------------------
+
+
+def test_all_of_rsna(shared_data: Path, tmp_path: Path) -> None:
+    for path in (shared_data / "rsna-metadata").iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "stage_2_train_images").mkdir()
+    source = read_source(str(tmp_path), ENVIRON)
+    assert len(source.studies) == 26_684
+    assert sum(study.target for study in source.studies) == 6_012
+    assert sum(len(study.boxes) for study in source.studies) == 9_555
+    assert len({study.patient for study in source.studies}) == 11_439
+
+
+def test_a_part_of_rsna(shared_data: Path) -> None:
+    source = read_source(str(shared_data / "rsna-mini"), ENVIRON)
+    assert len(source.studies) == 246
+    assert sum(study.target for study in source.studies) == 97
+    assert len({study.patient for study in source.studies}) == 193
+    assert all(Path(study.url).is_file() for study in source.studies)
