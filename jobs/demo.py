@@ -41,7 +41,7 @@ def demo(argv: Sequence[str]) -> None:
     ]
     say(f"1/5 phantoms: {options.studies} chest X-rays drawn from a seed, no patient's")
     write_phantoms(phantoms, num_studies=options.studies, seed=0, progress=True)
-    with ray_session():
+    with ray_session(show_logs=options.debug):
         for number, (job, run, flags) in enumerate(steps, start=2):
             say(f"\n{number}/5 {job}: python -m jobs.{job} {' '.join(flags)}")
             run(parse_command_line(job, flags))

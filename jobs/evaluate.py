@@ -71,7 +71,7 @@ def evaluate_run(invocation: Invocation) -> None:
     arguments, config = invocation.arguments, invocation.config
     assert isinstance(arguments, EvaluateArguments)
     subject = find_subject(arguments)
-    with ray_session():
+    with ray_session(show_logs=arguments.debug):
         wait_for_resources(config.cluster, 1)
         logits = score_splits(subject.scored, JUDGED_SPLITS, config)
         studies = read_studies(subject.store_url)

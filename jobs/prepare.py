@@ -85,7 +85,7 @@ def prepare(invocation: Invocation) -> None:
         say(f"prepare: {store_url} holds exactly this already; nothing to do")
         return
     _warn_of_image_split(split)
-    with ray_session():
+    with ray_session(show_logs=arguments.debug):
         results = list(_run_plans(plan_shards(source.studies, split, config), store_url, config))
     _finish(store_url, source, split, config, results)
 

@@ -33,8 +33,11 @@ _QUIET = {
 
 
 @contextmanager
-def ray_session() -> Iterator[None]:
-    """Connect to the cluster of RAY_ADDRESS, or start one here; leave both as they were found."""
+def ray_session(*, show_logs: bool = False) -> Iterator[None]:
+    """Connect to the cluster of RAY_ADDRESS, or start one here; leave both as they were found.
+
+    `show_logs` lets the workers' own output through.
+    """
     if ray.is_initialized():
         yield
         return
@@ -52,7 +55,7 @@ def ray_session() -> Iterator[None]:
         ray.init(
             address=address or "local",
             logging_level=logging.ERROR,
-            log_to_driver=bool(os.environ.get("PNEUMO_RAY_LOGS")),
+            log_to_driver=show_logs,
             configure_logging=True,
             runtime_env={"env_vars": WORKER_ENVIRONMENT},
             **options,

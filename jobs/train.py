@@ -40,7 +40,7 @@ def train(invocation: Invocation) -> None:
     manifest = read_manifest(store_url)
     check_run(config, manifest, run_url, num_workers=config.cluster.num_workers)
     storage.write_text(storage.join(run_url, "config.json"), config.to_json())
-    with ray_session():
+    with ray_session(show_logs=arguments.debug):
         index = train_run(config, manifest, store_url, run_url)
     report_training(index, run_url, store_url)
 

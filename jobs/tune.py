@@ -72,7 +72,7 @@ def tune(invocation: Invocation) -> None:
         trial_config(config, {}), manifest, run_url, num_workers=config.tune.workers_per_trial
     )
     storage.write_text(storage.join(run_url, "config.json"), config.to_json())
-    with ray_session():
+    with ray_session(show_logs=arguments.debug):
         trials = search(config, manifest, store_url, run_url)
     print_table(trials)
     print(f"recipe {storage.join(run_url, BEST)}")
