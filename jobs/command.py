@@ -6,6 +6,7 @@ traceback.
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 import time
@@ -27,6 +28,8 @@ def run_main(
 ) -> int:
     """Run `main` on the command line, turn what happens into an exit code."""
     if argv is None:  # a process of its own: a scheduler's SIGTERM ends it as Ctrl-C does
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(line_buffering=True)  # in a log, results stand in their order
         signal.signal(signal.SIGTERM, lambda number, frame: _interrupt())
     arguments = sys.argv[1:] if argv is None else list(argv)
     debug = "--debug" in arguments
