@@ -18,10 +18,7 @@ from moto.server import ThreadedMotoServer
 from pneumo.checkpoint import find_index, read_index
 from tests.jobs.conftest import SMALL, Prepared
 
-REAL_STUDIES = (
-    Path(os.environ.get("PNEUMO_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
-    / "rsna-mini"
-)
+REAL_STUDIES = Path(__file__).parents[3] / "shared" / "data" / "rsna-mini"
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -247,11 +247,15 @@ def test_a_missing_bucket_is_named(bucket_url: str) -> None:
 
 
 def test_a_key_of_another_process_is_seen_after_a_listing(bucket_url: str) -> None:
-    assert storage.list_urls(bucket_url) == []
+    storage.write_bytes(f"{bucket_url}/early", b"x")
+    assert storage.list_names(bucket_url) == ["early"]
+    assert storage.list_urls(bucket_url) == [f"{bucket_url}/early"]
+    assert not storage.exists(f"{bucket_url}/late")
     other = s3fs.S3FileSystem(skip_instance_cache=True)
     other.pipe_file(f"{BUCKET}/late", b"x")
-    assert storage.list_urls(bucket_url) == [f"{bucket_url}/late"]
-    assert storage.list_names(bucket_url) == ["late"]
+    assert storage.list_names(bucket_url) == ["early", "late"]
+    assert storage.list_urls(bucket_url) == [f"{bucket_url}/early", f"{bucket_url}/late"]
+    assert storage.exists(f"{bucket_url}/late")
 
 
 def test_missing_credentials_are_named(
