@@ -79,23 +79,30 @@ def write_bytes(url: str, data: bytes) -> None:
 
     Local: written beside, flushed to disk, renamed. Object store: one PUT, which is atomic there.
     """
-    if is_local(url):
-        path = local_path(url)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=_PARTIAL_PREFIX, delete=False
-        ) as file:
-            try:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-                Path(file.name).chmod(0o644)
-                Path(file.name).replace(path)
-            except BaseException:
-                Path(file.name).unlink()
-                raise
+    if not is_local(url):
+        _retried(lambda fs, path: fs.pipe_file(path, data), url)
         return
-    _retried(lambda fs, path: fs.pipe_file(path, data), url)
+    path = local_path(url)
+    try:
+        _replace(path, data)
+    except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        raise AccessError(f"storage: cannot write {path}: {error.strerror}") from error
+    except OSError as error:  # a full disk, a lost mount
+        raise StorageError(f"storage: cannot write {path}: {error.strerror}") from error
+
+
+def _replace(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=_PARTIAL_PREFIX, delete=False) as file:
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            Path(file.name).chmod(0o644)
+            Path(file.name).replace(path)
+        except BaseException:
+            Path(file.name).unlink()
+            raise
 
 
 def write_text(url: str, text: str) -> None:

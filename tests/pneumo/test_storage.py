@@ -228,6 +228,12 @@ def test_a_write_that_fails_leaves_nothing_and_the_old_object_stays(tmp_path: Pa
 # --- an object store that refuses -----------------------------------------------------------------
 
 
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(AccessError, match=r"cannot write .*file"):
+        storage.write_bytes(str(tmp_path / "file" / "below"), b"x")
+
+
 def test_a_missing_key_is_not_a_missing_bucket(bucket_url: str) -> None:
     url = f"{bucket_url}/manifest.json"
     with pytest.raises(FileNotFoundError):
@@ -285,7 +291,7 @@ def test_a_dead_endpoint_is_an_error_once_the_budget_is_spent(
         return data
 
     with pytest.raises(StorageError, match=rf"s3://b/k: .*connect.*127\.0\.0\.1:{port}"):
-        storage._retried(read, "s3://b/k", budget_s=0.5)
+        storage._retried(read, "s3://b/k", budget_s=5)
     assert len(tried) > 1
 
 

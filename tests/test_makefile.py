@@ -1,0 +1,59 @@
+"""What the Makefile would run; nothing is run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="no make on this machine")
+
+
+def dry_run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environ = {k: v for k, v in os.environ.items() if k not in {"RAY_ADDRESS", "MAKEFLAGS"}}
+    return subprocess.run(
+        ["make", "--dry-run", *arguments],
+        cwd=CHECKOUT,
+        env=environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_job_runs_here_without_an_address() -> None:
+    shown = dry_run("train", "STORE=s3://b/store", "RUN=s3://b/run", "ARGS=--recipe fast").stdout
+    assert "-m jobs.train --store s3://b/store --run s3://b/run --recipe fast" in shown
+
+
+@pytest.mark.parametrize("job", ["train", "tune"])
+def test_a_job_is_submitted_to_a_cluster_that_is_named(job: str) -> None:
+    shown = dry_run(job, "STORE=s", "RAY_ADDRESS=http://head:8265").stdout
+    assert f"-m cluster submit {job} --store s" in shown
+    assert "jobs." not in shown
+
+
+@pytest.mark.parametrize(
+    ("target", "given", "missing"),
+    [
+        ("prepare", ["STORE=s"], "SOURCE"),
+        ("prepare", ["SOURCE=s"], "STORE"),
+        ("train", [], "STORE"),
+        ("evaluate", ["STORE=s"], "RUN"),
+    ],
+)
+def test_what_is_missing_is_named(target: str, given: list[str], missing: str) -> None:
+    done = dry_run(target, *given)
+    assert done.returncode == 2
+    assert f"make {target}: say {missing}=" in done.stderr
+
+
+def test_the_demo_takes_another_store() -> None:
+    shown = dry_run("demo", "STORE=s3://b/demo").stdout
+    assert "-m jobs.demo --store s3://b/demo" in shown
+    assert "-m jobs.demo --store data/demo/store" in dry_run("demo").stdout
