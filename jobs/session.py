@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,6 +52,7 @@ def ray_session(*, show_logs: bool = False) -> Iterator[None]:
     options = {} if address else {"num_cpus": max(os.cpu_count() or 1, 2)}
     if not address:
         say(f"ray: starting on this machine with {options['num_cpus']} CPUs")
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
             address=address or "local",
@@ -64,6 +66,8 @@ def ray_session(*, show_logs: bool = False) -> Iterator[None]:
         raise ClusterError(
             f"ray: cannot connect to {address or 'a local cluster'}: {error}"
         ) from error
+    # Ray's own handler would end the process in an abort, exit code 134.
+    signal.signal(signal.SIGTERM, on_sigterm)
     try:
         yield
     finally:

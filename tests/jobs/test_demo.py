@@ -13,6 +13,7 @@ from pathlib import Path
 
 import boto3
 import pytest
+import ray
 from moto.server import ThreadedMotoServer
 
 from pneumo.checkpoint import find_index, read_index
@@ -22,12 +23,12 @@ REAL_STUDIES = Path(__file__).parents[3] / "shared" / "data" / "rsna-mini"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _no_cluster_of_ours(request: pytest.FixtureRequest) -> None:
-    """These tests start Ray in processes of their own; two clusters at once are too much here."""
-    import ray
-
-    if ray.is_initialized():
-        ray.shutdown()
+def _no_cluster_of_ours() -> Iterator[None]:
+    """These tests start Ray in processes of their own; two clusters at once are too much here, and
+    Ray's state API may ask the wrong one. Jobs that run later start their own."""
+    ray.shutdown()
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture
