@@ -95,12 +95,21 @@ def evaluate_run(invocation: Invocation) -> None:
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder)
         report = write_files(files, subject, predictions, evaluation, pictures, config)
+        _clear(subject.run_url)
         storage.upload_folder(files, subject.run_url)
         metrics_text = json.dumps(metrics, indent=1, allow_nan=False) + "\n"
         (files / METRICS).write_text(metrics_text)
         track(subject, evaluation, pictures, report, files, config)
     storage.write_text(storage.join(subject.run_url, METRICS), metrics_text)
     print_summary(metrics, subject.run_url)
+
+
+def _clear(run_url: str) -> None:
+    """Remove an earlier evaluation, its marker first, so that it never vouches for a mixture."""
+    storage.remove(storage.join(run_url, METRICS))
+    for folder in ("gallery", "figures"):
+        for url in storage.list_urls(storage.join(run_url, folder)):
+            storage.remove(url)
 
 
 def find_subject(arguments: EvaluateArguments) -> Subject:

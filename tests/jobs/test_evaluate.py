@@ -121,6 +121,19 @@ def test_a_test_set_is_looked_at_once(
     assert "is evaluated already" in capsys.readouterr().err
 
 
+def test_overwriting_leaves_nothing_of_the_earlier_evaluation(
+    prepared: Prepared, evaluated: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(evaluated, tmp_path / "run"))
+    (run / "gallery" / "tp-99.webp").write_bytes(b"of another threshold")
+    flags = ["--store", str(prepared.store), "--run", str(run), *QUICK, "--overwrite"]
+    assert evaluate.main(flags) == 0
+    assert not (run / "gallery" / "tp-99.webp").exists()
+    before, after = (json.loads((at / "metrics.json").read_text()) for at in (evaluated, run))
+    assert after["test"]["n"] == before["test"]["n"]
+    assert after["test"]["auroc"]["value"] == pytest.approx(before["test"]["auroc"]["value"])
+
+
 def test_another_store_is_refused(
     prepared: Prepared, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
