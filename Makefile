@@ -1,8 +1,11 @@
 # Everything a person types. Every target sets up .venv first; the second time that takes no time.
 #
 #   make demo       phantoms -> prepare -> tune -> train -> evaluate -> report.html
-#   make test       the tests that take minutes;  make test-slow: the others;  make test-all: both
+#   make test       the tests that take minutes;  make test-slow: the others
+#   make test-s3    the tests against a real S3 server, which it starts;  make test-all: all three
+#   make debian     as root: Debian's dcmtk, an independent DICOM decoder for the tests
 #   make check      format, lint, types, import rules: never writes;  make fix: mends what it can
+#   make bench      what decoding and preparing cost, as ratios taken in one run
 #   make prepare    SOURCE=folder STORE=url
 #   make train      STORE=url [RUN=url] [ARGS="--recipe fast --train.epochs 3"]
 #   make tune       STORE=url [RUN=url] [ARGS=…]
@@ -27,7 +30,7 @@ job = $(BIN)/python -m jobs.$(1)
 endif
 needs = $(if $($(1)),,$(error make $@: say $(1)=…, see make help))
 
-.PHONY: help setup demo prepare train tune evaluate check fix test test-slow test-all lock clean
+.PHONY: help setup debian demo prepare train tune evaluate check fix test test-slow test-s3 test-all bench lock clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -60,6 +63,12 @@ evaluate: $(READY)
 	$(call needs,STORE)$(call needs,RUN)
 	@$(call job,evaluate) --store $(STORE) --run $(RUN) $(ARGS)
 
+# The decoder that some tests compare ours with; where it cannot be had they skip, and say so.
+debian:
+	@command -v dcm2pnm > /dev/null || { test "$$(id -u)" = 0 && apt-get update -qq \
+	  && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends dcmtk; } > /dev/null \
+	  || echo "make debian: no DCMTK here (apt-get install dcmtk, as root); the tests that need it skip" >&2
+
 check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -71,15 +80,18 @@ fix: $(READY)
 	$(BIN)/ruff format .
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not s3"
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not s3"
 
-test-all: test test-slow
+test-s3: $(READY)
+	$(BIN)/python -m tests.s3.server -- $(BIN)/python -m pytest -m s3
+
+test-all: test test-slow test-s3
 
 lock: $(READY)
-	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile --quiet --extra dev --allow-unsafe \
+	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile --quiet --extra dev --extra codecs --allow-unsafe \
 	  --generate-hashes --strip-extras --no-emit-index-url --no-emit-find-links \
 	  --no-emit-trusted-host --output-file requirements.lock pyproject.toml
 

@@ -15,6 +15,7 @@
     ├── ClusterError              the cluster does not give what the job asks for
     ├── MetricError               a metric that is undefined for this input
     └── StorageError              the object store did not answer within the time allowed
+        └── ContentError          it did, with other bytes than those that were expected
 
 Each takes its message as the only positional argument, so that it survives pickling between Ray
 processes. A message is one line: where, got, expected, what to do. Nothing from a patient's header
@@ -84,6 +85,10 @@ class MetricError(PneumoError):
 
 class StorageError(PneumoError):
     """The storage failed for longer than the retry budget."""
+
+
+class ContentError(StorageError):
+    """What lies at a URL is not what the caller expects: another digest or size, or too short."""
 
 
 class DicomError(PneumoError):

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
+import boto3
 import pytest
 import s3fs
+from botocore.exceptions import ClientError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from moto.server import ThreadedMotoServer
+from s3fs.errors import translate_boto_error
 
 from pneumo import storage
-from pneumo.errors import AccessError, StorageError, UserError
+from pneumo.errors import AccessError, ContentError, StorageError, UserError
 
 BUCKET = "the-bucket"
 """Its name is in the message of every missing key; that must not be read as a missing bucket."""
@@ -33,14 +40,16 @@ def s3_server() -> Iterator[str]:
 @pytest.fixture
 def s3_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No profile, no metadata service, no key; fsspec's instances are of this test alone."""
-    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+    for name in (
+        *("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),
+        *("AWS_ROLE_ARN", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_ENDPOINT_URL", storage.ANONYMOUS),
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     s3fs.S3FileSystem.clear_instance_cache()
     yield
     s3fs.S3FileSystem.clear_instance_cache()
@@ -59,9 +68,11 @@ def bucket_url(s3_environment: None, s3_server: str, monkeypatch: pytest.MonkeyP
     return f"s3://{BUCKET}"
 
 
-@pytest.fixture(params=["local", "file", "s3"])
+@pytest.fixture(params=["local", "file", "s3", "memory"])
 def root_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """Somewhere to write, of each kind."""
+    if request.param == "memory":
+        return f"memory://{tmp_path}/below"
     if request.param == "s3":
         return f"{request.getfixturevalue('bucket_url')}/below"
     return f"file://{tmp_path}/below" if request.param == "file" else str(tmp_path / "below")
@@ -158,6 +169,55 @@ def test_a_folder_is_uploaded_by_relative_name(root_url: str, tmp_path: Path) ->
     assert len(storage.list_urls(root_url)) == 2
 
 
+def test_a_range_is_exact_or_an_error(root_url: str) -> None:
+    data = bytes(range(256)) * 20
+    url = storage.join(root_url, "object")
+    storage.write_bytes(url, data)
+    for start, length in ((0, 1), (17, 4_000), (5_119, 1), (0, 5_120), (9, 0)):
+        assert storage.read_range(url, start, length) == data[start : start + length]
+    with pytest.raises(ContentError, match=r"object: ends at byte \d+; bytes 5119 to 5120 were"):
+        storage.read_range(url, 5_119, 2)
+    with pytest.raises(ContentError, match=r"object: ends at byte \d+; bytes 6000 to 6001 were"):
+        storage.read_range(url, 6_000, 2)
+    with pytest.raises(FileNotFoundError, match="none"):
+        storage.read_range(storage.join(root_url, "none"), 0, 1)
+
+
+def test_other_bytes_than_expected_are_refused(root_url: str) -> None:
+    url = storage.join(root_url, "object")
+    storage.write_bytes(url, b"0123456789")
+    digest, part = (sha256(data).hexdigest() for data in (b"0123456789", b"345"))
+    assert storage.read_bytes(url, sha256=digest, size=10) == b"0123456789"
+    assert storage.read_range(url, 3, 3, sha256=part) == b"345"
+    with pytest.raises(ContentError, match="object: 10 bytes, expected 11"):
+        storage.read_bytes(url, sha256=digest, size=11)
+    with pytest.raises(ContentError, match=f"object: changed or damaged: SHA-256 {digest}, expect"):
+        storage.read_bytes(url, sha256=part)
+    with pytest.raises(ContentError, match="object, bytes 3 to 5: changed or damaged"):
+        storage.read_range(url, 3, 3, sha256=digest)
+
+
+def test_what_is_created_replaces_nothing(root_url: str) -> None:
+    url = storage.join(root_url, "deep", "object")
+    assert storage.create_bytes(url, b"first")
+    assert not storage.create_bytes(url, b"second")
+    assert storage.read_bytes(url) == b"first"
+    assert storage.list_names(storage.join(root_url, "deep")) == ["object"]
+
+
+@pytest.mark.parametrize("kind", ["local", "s3"])
+def test_of_many_creators_at_once_one_wins(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    root_url = request.getfixturevalue("bucket_url") if kind == "s3" else str(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        for i in range(10):
+            url = f"{root_url}/{i}"
+            won = list(pool.map(lambda n, url=url: storage.create_bytes(url, b"%d" % n), range(8)))
+            assert sum(won) == 1
+            assert storage.read_bytes(url) == b"%d" % won.index(True)
+
+
 # --- crashes --------------------------------------------------------------------------------------
 
 _WRITE_FOR_EVER = """
@@ -252,6 +312,60 @@ def test_a_missing_bucket_is_named(bucket_url: str) -> None:
         storage.list_names("s3://another-one")
 
 
+def test_a_profile_names_keys_and_endpoint(
+    s3_environment: None,
+    bucket_url: str,
+    s3_server: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    storage.write_bytes(f"{bucket_url}/key", b"x")
+    for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    (tmp_path / "config").write_text(
+        f"[profile ward]\nendpoint_url = {s3_server}\nregion = us-east-1\n"
+        "aws_access_key_id = a\naws_secret_access_key = b\n"
+    )
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_PROFILE", "ward")
+    s3fs.S3FileSystem.clear_instance_cache()
+    assert storage.read_bytes(f"{bucket_url}/key") == b"x"
+    monkeypatch.setenv("AWS_PROFILE", "none")
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(AccessError, match=r"key: The config profile \(none\) could not be found"):
+        storage.read_bytes(f"{bucket_url}/key")
+
+
+def test_the_role_of_a_service_account_is_taken(
+    bucket_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.write_bytes(f"{bucket_url}/key", b"x")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    (tmp_path / "token").write_text("a.service.account")
+    monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(tmp_path / "token"))
+    monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/pneumo")
+    s3fs.S3FileSystem.clear_instance_cache()
+    assert storage.read_bytes(f"{bucket_url}/key") == b"x"
+
+
+def test_an_anonymous_request_needs_no_key(
+    bucket_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.write_bytes(f"{bucket_url}/key", b"x")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    s3fs.S3FileSystem.clear_instance_cache()
+    boto3.client("s3", aws_access_key_id="a", aws_secret_access_key="b").put_bucket_acl(
+        Bucket=BUCKET, ACL="public-read"
+    )
+    monkeypatch.setenv(storage.ANONYMOUS, "1")
+    assert storage.list_names(bucket_url) == ["key"]
+    monkeypatch.setenv(storage.ANONYMOUS, "yes")
+    with pytest.raises(UserError, match="PNEUMO_S3_ANONYMOUS=yes: expected 1 or 0"):
+        storage.list_names(bucket_url)
+
+
 def test_a_key_of_another_process_is_seen_after_a_listing(bucket_url: str) -> None:
     storage.write_bytes(f"{bucket_url}/early", b"x")
     assert storage.list_names(bucket_url) == ["early"]
@@ -325,3 +439,101 @@ def test_lasting_trouble_is_not_tried_again(trouble: Exception, error: type[Exce
     with pytest.raises(error):
         storage._retried(read, "memory://a", budget_s=30.0)
     assert len(tried) == 1
+
+
+def _answer(code: str, status: int, operation: str = "GetObject") -> Exception:
+    """What s3fs raises for a server's answer."""
+    response = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    error: Exception = translate_boto_error(ClientError(response, operation))
+    return error
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "message"),
+    [
+        ("NoSuchBucket", 404, "no such bucket: s3://b/k; create it first"),
+        ("AccessDenied", 403, "no right to do this: s3://b/k; the key needs s3:GetObject"),
+        ("InvalidAccessKeyId", 403, "unknown access key: s3://b/k; check AWS_ACCESS_KEY_ID"),
+        ("SignatureDoesNotMatch", 403, "wrong secret key: s3://b/k; check AWS_SECRET_ACCESS_KEY"),
+        ("RequestTimeTooSkewed", 403, "clock differs too much from the server's: s3://b/k; set"),
+        ("ExpiredToken", 400, "session token has expired: s3://b/k; sign in again"),
+        ("PermanentRedirect", 301, "in another region: s3://b/k; set AWS_DEFAULT_REGION"),
+        ("InvalidObjectState", 403, "access to s3://b/k refused: InvalidObjectState"),
+        ("404", 404, r"s3://b/k: .* not as an S3 server does \(HTTP 404\); check AWS_ENDPOINT_URL"),
+        ("403", 403, r"s3://b/k: .* not as an S3 server does \(HTTP 403\); check AWS_ENDPOINT_URL"),
+    ],
+)
+def test_a_refusal_says_which_and_what_to_do(code: str, status: int, message: str) -> None:
+    lasting = storage._lasting(_answer(code, status), "s3://b/k")
+    assert isinstance(lasting, AccessError)
+    assert re.search(message, str(lasting))
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "kind"),
+    [
+        ("SlowDown", 503, None),
+        ("InternalError", 500, None),
+        ("502", 502, None),
+        ("RequestTimeout", 400, None),
+        ("BadDigest", 400, None),
+        ("429", 429, None),
+        ("NoSuchKey", 404, FileNotFoundError),
+        ("EntityTooLarge", 400, StorageError),
+        ("KeyTooLongError", 400, StorageError),
+        ("NotImplemented", 501, StorageError),
+    ],
+)
+def test_only_what_may_pass_is_waited_for(
+    code: str, status: int, kind: type[Exception] | None
+) -> None:
+    lasting = storage._lasting(_answer(code, status), "s3://b/k")
+    assert lasting is None if kind is None else type(lasting) is kind
+
+
+class _WithoutConditions:
+    """An S3 filesystem whose server does not know If-None-Match."""
+
+    def __init__(self) -> None:
+        self.objects: dict[str, dict[str, Any]] = {}
+
+    def split_path(self, path: str) -> tuple[str, str, None]:
+        bucket, key = path.split("/", 1)
+        return bucket, key, None
+
+    def call_s3(self, method: str, *, Key: str, **options: Any) -> dict[str, Any]:  # noqa: N803
+        if method == "head_object":
+            if Key not in self.objects:
+                raise _answer("404", 404, "HeadObject")
+            return self.objects[Key]
+        if "IfNoneMatch" in options:
+            raise _answer("NotImplemented", 501, "PutObject")
+        self.objects[Key] = options
+        return {}
+
+
+def test_a_server_without_conditions_is_asked_first() -> None:
+    server = _WithoutConditions()
+    assert storage._create_object(server, "bucket/key", b"first", "writer 1")
+    assert not storage._create_object(server, "bucket/key", b"second", "writer 2")
+    assert server.objects["key"]["Body"] == b"first"
+    assert storage._create_object(server, "bucket/key", b"first", "writer 1"), "sent again"
+
+
+def test_a_read_that_gets_on_is_given_more_time() -> None:
+    received = 0
+
+    def read(fs: object, path: str) -> str:
+        nonlocal received
+        received += 2**20
+        if received < 30 * 2**20:
+            raise ConnectionError("cut")
+        return "all of it"
+
+    assert storage._retried(read, "memory://a", 1.0, progress=lambda: received) == "all of it"
+    with pytest.raises(StorageError, match="memory://a: cut; tried again for 1 s"):
+        storage._retried(lambda fs, path: _raise(ConnectionError("cut")), "memory://a", 1.0)
+
+
+def _raise(error: Exception) -> None:
+    raise error
