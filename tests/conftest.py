@@ -51,8 +51,8 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def make_dicom() -> DicomMaker:
-    """Encode pixels as a DICOM file with RSNA's header quirks; see `_encode_dicom`."""
-    return _encode_dicom
+    """Encode pixels as a DICOM file with RSNA's header quirks; see `encode_dicom`."""
+    return encode_dicom
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> StoreMaker:
     return make
 
 
-def _encode_dicom(
+def encode_dicom(
     pixels: npt.NDArray[Any],
     *,
     jpeg_quality: int | None = None,
@@ -161,7 +161,7 @@ def _write_kaggle_folder(
             {"subset_img_id": image_id, "img_id": f"{patient + 100:08d}_{number:03d}.png"}
         )
         header = {"PatientAge": str(20 + i), "PatientSex": "FM"[i % 2], "ViewPosition": "AP"}
-        data = _encode_dicom(
+        data = encode_dicom(
             pixels, jpeg_quality=95 if i % 2 else None, identifier=image_id, elements=header
         )
         (images / f"{image_id}.dcm").write_bytes(data)
@@ -207,7 +207,6 @@ def _write_store(
     numbers = {"train": train, "val": val, "test": test}
     splits: dict[str, SplitEntry] = {}
     rows: list[StudyRow] = []
-    gray = np.zeros(0)
     for name, number in numbers.items():
         samples = []
         for i in range(number):
@@ -227,10 +226,12 @@ def _write_store(
                     sex=(None, "F", "M")[i % 3],
                     view=("AP", "PA")[i % 2],
                     spacing_mm=None if i % 4 == 0 else 0.143,
+                    pixels_digest=shards.digest_pixels(samples[-1].pixels),
                 )
             )
+        gray = np.stack([sample.pixels for sample in samples])
         if name == "train":
-            gray = np.stack([sample.pixels for sample in samples]) / 255
+            mean, std = float(gray.mean() / 255), float(gray.std() / 255)
         entries = tuple(
             shards.write_shard(
                 store_url, f"{name}/{k:06d}.tar", samples[start : start + samples_per_shard]
@@ -241,9 +242,11 @@ def _write_store(
             samples=number,
             positives=sum(sample.target for sample in samples),
             patients=-(-number // 2),
+            histogram=tuple(np.bincount(gray.ravel(), minlength=256).tolist()),
             shards=entries,
         )
-    shards.write_studies(store_url, rows)
+    studies = shards.tabulate_studies(rows)
+    shards.write_studies(store_url, studies)
     manifest = Manifest(
         source_digest="0" * 64,
         prepare_digest="1" * 64,
@@ -251,9 +254,11 @@ def _write_store(
         seed=seed,
         split=SplitConfig(salt=0),
         audit=_audit(splits),
-        mean=round(float(gray.mean()), 6),
-        std=round(float(gray.std()), 6),
-        quarantined=0,
+        mean=round(mean, 6),
+        std=round(std, 6),
+        quarantined={},
+        contradictions={},
+        duplicates=shards.find_duplicates(studies),
         splits=splits,
     )
     shards.write_manifest(store_url, manifest)
@@ -264,6 +269,15 @@ def _audit(splits: Mapping[str, SplitEntry]) -> LeakageAudit:
     return LeakageAudit(
         unit="patient",
         salt=0,
+        list_digest=None,
+        unlisted=0,
+        shard_prevalence={
+            name: (
+                min(shard.positives / shard.samples for shard in entry.shards),
+                max(shard.positives / shard.samples for shard in entry.shards),
+            )
+            for name, entry in splits.items()
+        },
         studies={name: entry.samples for name, entry in splits.items()},
         positives={name: entry.positives for name, entry in splits.items()},
         patients={name: entry.patients for name, entry in splits.items()},

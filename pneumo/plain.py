@@ -1,0 +1,131 @@
+"""The usual file, read in one pass: explicit VR, little endian, one JPEG frame of 8 gray bits.
+
+pydicom takes as long for such a header as libjpeg for a third of the picture. What is not just so
+is left to pydicom: every doubt gives None, never an error, and what is read here is what pydicom
+reads (tests compare them over damaged files, too). PS3.5 7.1.2 and A.4.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pydicom.uid import JPEGBaseline8Bit
+
+from pneumo.codecs import MAX_PIXELS, FrameFormat
+
+_LONG_LENGTHS = {b"OB", b"OW", b"OF", b"OD", b"OL", b"OV", b"SQ", b"UC", b"UN", b"UR", b"UT"}
+_SHORT_LENGTHS = {
+    *(b"AE", b"AS", b"AT", b"CS", b"DA", b"DS", b"DT", b"FD", b"FL", b"IS", b"LO", b"LT", b"PN"),
+    *(b"SH", b"SL", b"SS", b"ST", b"TM", b"UI", b"UL", b"US"),
+}
+_UNDEFINED = 0xFFFFFFFF
+_ITEM, _END_OF_ITEMS = 0xFFFEE000, 0xFFFEE0DD
+
+_TRANSFER_SYNTAX = 0x00020010
+_SAMPLES, _PHOTOMETRIC, _FRAMES = 0x00280002, 0x00280004, 0x00280008
+_ROWS, _COLUMNS, _PIXEL_DATA = 0x00280010, 0x00280011, 0x7FE00010
+_EIGHT_UNSIGNED_BITS = {0x00280100: 8, 0x00280101: 8, 0x00280102: 7, 0x00280103: 0}
+_UNUSUAL = {
+    *(0x00280120, 0x00281050, 0x00281051),  # padding, window
+    *(0x00281052, 0x00281053, 0x00283000, 0x00283010),  # rescale, modality and VOI tables
+}
+"""With any of these, gray levels are not the stored values."""
+
+
+@dataclass(frozen=True)
+class PlainFile:
+    """A file of the usual kind, its parts found and not yet looked into."""
+
+    form: FrameFormat
+    frame: bytes
+    """The JPEG codestream; that it holds what `form` says is not checked."""
+    texts: Mapping[int, str]
+    """Values of the text elements that were asked for, by tag, as pydicom would give them."""
+
+
+def read_plain(data: bytes, wanted: Mapping[int, bytes]) -> PlainFile | None:
+    """The parts of `data`, or None where pydicom must look at it.
+
+    `wanted` are the tags whose texts to keep, each with the VR that it must have.
+    """
+    found = _scan(data)
+    if found is None:
+        return None
+    elements, place = found
+    form = _read_form(elements)
+    frame = _read_only_fragment(data, place)
+    if form is None or frame is None:
+        return None
+    texts = {}
+    for tag, vr in wanted.items():
+        if tag in elements:
+            stated, value = elements[tag]
+            if stated != vr or not value.isascii() or b"\x1b" in value:
+                return None  # a character set matters
+            texts[tag] = value.decode("ascii").rstrip("\0 ")
+    return PlainFile(form, frame, texts)
+
+
+def _scan(data: bytes) -> tuple[dict[int, tuple[bytes, bytes]], int] | None:
+    """VR and value of each element by tag, in ascending order, and where the pixel data's items
+    begin."""
+    if data[128:132] != b"DICM":
+        return None
+    elements: dict[int, tuple[bytes, bytes]] = {}
+    place, last, end = 132, 0, len(data)
+    while place + 12 <= end:
+        group, number, vr, length = struct.unpack_from("<HH2sH", data, place)
+        tag = group << 16 | number
+        place += 8
+        if vr in _LONG_LENGTHS:
+            (length,) = struct.unpack_from("<I", data, place)
+            place += 4
+        elif vr not in _SHORT_LENGTHS:
+            return None
+        if tag <= last:
+            return None
+        if length == _UNDEFINED:
+            return (elements, place) if (tag, vr) == (_PIXEL_DATA, b"OB") else None
+        elements[tag] = vr, data[place : place + length]
+        place, last = place + length, tag
+    return None
+
+
+def _read_form(elements: Mapping[int, tuple[bytes, bytes]]) -> FrameFormat | None:
+    def number(tag: int) -> int | None:
+        vr, value = elements.get(tag, (b"", b""))
+        return int.from_bytes(value, "little") if vr == b"US" and len(value) == 2 else None
+
+    def text(tag: int) -> bytes:
+        return elements.get(tag, (b"", b""))[1].rstrip(b"\0 ")
+
+    rows, columns, photometric = number(_ROWS), number(_COLUMNS), text(_PHOTOMETRIC)
+    usual = (
+        text(_TRANSFER_SYNTAX) == JPEGBaseline8Bit.encode()
+        and number(_SAMPLES) == 1
+        and photometric in (b"MONOCHROME1", b"MONOCHROME2")
+        and text(_FRAMES) in (b"", b"1")
+        and all(number(tag) == value for tag, value in _EIGHT_UNSIGNED_BITS.items())
+        and not _UNUSUAL & elements.keys()
+    )
+    if not usual or not rows or not columns or rows * columns > MAX_PIXELS:
+        return None
+    return FrameFormat(rows, columns, 1, photometric.decode(), 8, 8, 7, False, 0)
+
+
+def _read_only_fragment(data: bytes, place: int) -> bytes | None:
+    """The pixel data's one fragment after the offset table, if both are there and nothing else."""
+    fragments = []
+    for _ in range(2):
+        if place + 8 > len(data):
+            return None
+        group, number, length = struct.unpack_from("<HHI", data, place)
+        fragments.append(data[place + 8 : place + 8 + length])
+        if group << 16 | number != _ITEM or len(fragments[-1]) != length:
+            return None
+        place += 8 + length
+    group, number, length = struct.unpack_from("<HHI", data.ljust(place + 8, b"\0"), place)
+    offsets_known = len(fragments[0]) in (0, 4)
+    return fragments[1] if offsets_known and group << 16 | number == _END_OF_ITEMS else None

@@ -1,0 +1,131 @@
+"""How fast a study's file becomes a picture, and how far from the full decode it is.
+
+    python -m tests.benchmarks.decode [--source DIR] [--image-size 224] [--files 60] [--rounds 5]
+
+One table: medians of process CPU time, every way in turn for each file, so that a busy machine
+slows all of them alike. Without --source the research data beside the checkout, else phantoms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import random
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import pydicom
+from pydicom.pixels import pixel_array
+from threadpoolctl import threadpool_limits
+
+from pneumo.dicom import read_study_image
+from pneumo.synthetic import write_phantoms
+
+Way = Callable[[bytes, int], npt.NDArray[Any] | None]
+_REFERENCE = "pixel_array + area"
+
+
+def read_headers(data: bytes, image_size: int) -> None:
+    pydicom.dcmread(io.BytesIO(data), stop_before_pixels=True)
+
+
+def read_by_area(data: bytes, image_size: int) -> npt.NDArray[Any]:
+    stored = pixel_array(pydicom.dcmread(io.BytesIO(data)), decoding_plugin="pillow")
+    return cv2.resize(stored, (image_size, image_size), interpolation=cv2.INTER_AREA)
+
+
+def read_as_the_seed(data: bytes, image_size: int) -> npt.NDArray[Any]:
+    """Floats, no antialiasing, and the plugin that pydicom takes where gdcm is installed."""
+    stored = pixel_array(pydicom.dcmread(io.BytesIO(data)), decoding_plugin="gdcm")
+    return cv2.resize(stored / 255, (image_size, image_size)) * 255
+
+
+def read_our_way(data: bytes, image_size: int) -> npt.NDArray[Any]:
+    return read_study_image(data, image_size).pixels
+
+
+def choose_ways() -> dict[str, Way]:
+    ways: dict[str, Way] = {"headers only": read_headers, _REFERENCE: read_by_area}
+    if importlib.util.find_spec("gdcm"):
+        ways["the seed's way (gdcm)"] = read_as_the_seed
+    return ways | {"read_study_image": read_our_way}
+
+
+@contextlib.contextmanager
+def find_files(source: Path | None, num_files: int) -> Iterator[list[Path]]:
+    """DICOM files of `source`, of the research data, or of phantoms written for the purpose."""
+    beside = Path(__file__).resolve().parents[3] / "shared" / "data" / "rsna-mini"
+    with tempfile.TemporaryDirectory() as scratch:
+        if source is None and not beside.is_dir():
+            write_phantoms(Path(scratch) / "phantoms", num_studies=num_files, seed=0)
+            source = Path(scratch)
+        yield sorted((source or beside).rglob("*.dcm"))[:num_files]
+
+
+def measure(files: Sequence[bytes], image_size: int, rounds: int) -> list[str]:
+    """The rows of the table."""
+    ways = choose_ways()
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    rng = random.Random(0)
+    for _ in range(rounds):
+        for data in files:
+            # In random order: each leaves caches and heap to the next as it finds them.
+            for name in rng.sample(sorted(ways), len(ways)):
+                begin = time.process_time()
+                ways[name](data, image_size)
+                seconds[name].append(time.process_time() - begin)
+    reference = statistics.median(seconds[_REFERENCE])
+    rows = [f"{'way':<24}{'ms':>8}{'images/s/core':>15}{'ratio':>8}{'mean diff':>11}{'max':>7}"]
+    for name, way in ways.items():
+        median = statistics.median(seconds[name])
+        row = f"{name:<24}{median * 1e3:>8.2f}{1 / median:>15.0f}{reference / median:>8.2f}"
+        rows.append(row + describe_difference(way, files, image_size))
+    return rows
+
+
+def describe_difference(way: Way, files: Sequence[bytes], image_size: int) -> str:
+    """Mean and greatest difference in gray levels from the full decode, resampled by area."""
+    means, greatest = [], 0.0
+    for data in files:
+        pixels = way(data, image_size)
+        if pixels is None:
+            return ""
+        difference = np.abs(pixels.astype(np.float64) - read_by_area(data, image_size))
+        means.append(difference.mean())
+        greatest = max(greatest, difference.max())
+    return f"{np.mean(means):>11.3f}{greatest:>7.1f}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.decode")
+    parser.add_argument("--source", type=Path, help="a folder of DICOM files, square and 8 bits")
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--files", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args(arguments)
+    warnings.simplefilter("ignore")  # pydicom's, of values that bend the standard
+    cv2.setNumThreads(1)
+    with threadpool_limits(1), find_files(options.source, options.files) as paths:
+        if not paths:
+            print(f"error: no .dcm file under {options.source}", file=sys.stderr)
+            return 2
+        files = [path.read_bytes() for path in paths]
+        rows = measure(files, options.image_size, options.rounds)
+    print(f"{len(files)} files, {options.image_size} px, {options.rounds} rounds, one thread")
+    print("\n".join(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
