@@ -37,7 +37,8 @@ class Progress:
             self.spoken_s = time.monotonic()
             left_s = (self.spoken_s - self.started_s) / max(done, 1) * (self.total - done)
             behind = f", {note}" if note else ""
-            left = f", about {left_s:.0f} s left" if done else ""
+            rate = done / (self.spoken_s - self.started_s)
+            left = f", {rate:.3g} a second, about {left_s:.0f} s left" if done else ""
             say(f"{self.label}: {done}/{self.total} {self.unit}{left}{behind}")
 
     def write(self, line: str) -> None:

@@ -54,7 +54,11 @@ def train_run(config: Config, manifest: Manifest, store_url: str, run_url: str) 
         name=run_url.rsplit("/", 1)[-1],
         job_type="train",
         group=config.tracking.group,
-        settings={**config.model_dump(mode="json"), "dataset_digest": manifest.digest},
+        settings={
+            **config.model_dump(mode="json"),
+            "dataset_digest": manifest.digest,
+            "data_warning": manifest.audit.warning,
+        },
     )
     messages = Queue(actor_options={"num_cpus": 0})
     try:
@@ -144,7 +148,9 @@ def _train_worker(settings: dict[str, Any]) -> None:
     """What each Ray Train worker runs."""
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     context = ray.train.get_context()
-    world = World(context.get_world_rank(), context.get_world_size())
+    world = World(
+        context.get_world_rank(), context.get_world_size(), context.get_local_world_size()
+    )
     config = Config.model_validate(settings["config"])
     torch.set_num_threads(config.cluster.cpus_per_worker)
     fit(

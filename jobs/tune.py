@@ -322,7 +322,11 @@ def _track(config: Config, manifest: Manifest, trials: Sequence[Trial], run_url:
         name=run_url.rsplit("/", 1)[-1],
         job_type="tune",
         group=config.tracking.group,
-        settings={**config.model_dump(mode="json"), "dataset_digest": manifest.digest},
+        settings={
+            **config.model_dump(mode="json"),
+            "dataset_digest": manifest.digest,
+            "data_warning": manifest.audit.warning,
+        },
     )
     best = trials[0]
     tracker.summarise(

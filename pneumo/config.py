@@ -38,13 +38,17 @@ from pneumo.errors import ConfigError
 M = TypeVar("M", bound=BaseModel)
 
 ENVIRONMENT_PREFIX = "PNEUMO_"
-NOT_SETTINGS = frozenset({"PNEUMO_HASH_KEY"})
-"""Environment variables with our prefix that are no settings: secrets, read where they are
-needed."""
+NOT_SETTINGS = frozenset({"PNEUMO_HASH_KEY", storage.ANONYMOUS})
+"""Environment variables with our prefix that are no settings: they are about secrets, and read
+where they are needed."""
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+NUM_SALTS = 64
+"""Splits of one seed to choose from."""
 
 
 class Section(BaseModel):
@@ -76,9 +80,12 @@ class SplitConfig(Section):
     """Share of the patients in val, where thresholds and models are chosen."""
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
     """Share of the patients in test, which only reports."""
-    salt: Annotated[int, Field(ge=0)] | None = None
-    """Picks one of the splits of a seed; none: the best balanced of 64. To keep every patient in
-    place as studies are added, give the salt that the first manifest states."""
+    salt: Annotated[int, Field(ge=0, lt=NUM_SALTS)] | None = None
+    """Picks one of the 64 splits of a seed; none: the one remembered beside the source, at first
+    the best balanced. The manifest states it."""
+    list: str | None = None
+    """CSV that says who goes where, to reproduce a published split: columns `patientId` (image ids)
+    or `patient` (NIH patient numbers), and `split` (train, val, test). Others are left out."""
 
     @model_validator(mode="after")
     def _leaves_training_patients(self) -> Self:
@@ -88,10 +95,32 @@ class SplitConfig(Section):
 
 
 class DataConfig(Section):
-    """What the model is fed."""
+    """What the model is fed, and how it gets there; the latter changes no batch."""
 
     image_size: Annotated[int, Field(ge=32, le=1024)] | None = None
     """Input height and width in pixels; none: the store's. Above the store's is an error."""
+    cache: Literal["auto", "memory", "stream"] = "auto"
+    """memory: a split is read once and kept decoded; stream: it is read anew each epoch; auto:
+    memory where the split fits into half of what is free."""
+    cache_dir: str | None = None
+    """Local folder that keeps blocks of shards for later epochs and runs; none: no such cache."""
+    cache_gb: PositiveFloat = 20.0
+    """Largest size of `cache_dir`, in GB."""
+    prefetch_blocks: PositiveInt = 16
+    """Blocks of 64 samples that a stream reads ahead of the step that needs them."""
+    readers: Annotated[int, Field(ge=1, le=64)] = 4
+    """Threads of a worker that read and decode."""
+
+    @model_validator(mode="after")
+    def _limit_has_a_folder(self) -> Self:
+        if self.cache_dir is None and self.cache_gb != type(self).model_fields["cache_gb"].default:
+            raise ValueError(f"cache_gb {self.cache_gb:g} limits nothing without cache_dir")
+        if self.cache_dir is not None and not self.cache_dir.startswith(("/", "~")):
+            raise ValueError(
+                f"cache_dir {self.cache_dir}: give a local folder by its absolute path; workers run"
+                " in folders of their own"
+            )
+        return self
 
 
 class AugmentConfig(Section):
@@ -103,6 +132,16 @@ class AugmentConfig(Section):
     """Largest shift along either axis, as a share of the image."""
     scale_fraction: Annotated[float, Field(ge=0, lt=0.9)] = 0.1
     """Largest change of size either way: 0.1 draws from 0.9 to 1.1."""
+    flip: bool = False
+    """Mirror half of the images left to right. The heart is on one side: off, unless meant."""
+    brightness_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Largest change of brightness either way: 0.1 multiplies gray by 0.9 to 1.1."""
+    contrast_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Largest change of contrast about the middle gray: 0.1 draws from 0.9 to 1.1."""
+    gamma_fraction: Annotated[float, Field(ge=0, lt=10)] = 0.1
+    """Largest change of gamma: 0.1 draws from 1 / 1.1 to 1.1."""
+    erase_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Largest share of the image that one black rectangle hides; its area is drawn from 0 on."""
 
 
 class ModelConfig(Section):
@@ -291,7 +330,7 @@ class Job:
 
 
 JOBS: Mapping[str, Job] = {
-    "prepare": Job("jobs.prepare", PrepareArguments, ("seed", "prepare", "split", "cluster")),
+    "prepare": Job("jobs.prepare", PrepareArguments, ("seed", "prepare", "split")),
     "train": Job(
         "jobs.train",
         TrainArguments,

@@ -1,26 +1,35 @@
 """Patients -> train, val, test; and the audit that says what the split does and does not leak.
 
 A patient's place is a hash of (seed, salt, patient) against fixed thresholds, so it never depends
-on who else is there. Balance comes from choosing, among 64 salts, the one whose splits look most
-alike (rerandomisation: Morgan & Rubin 2012, doi:10.1214/12-AOS1008); the manifest states the salt.
+on who else is there. Balance of the target and of each finding comes from choosing, among 64 salts,
+the one whose splits look most alike (rerandomisation: Morgan & Rubin 2012, doi:10.1214/12-AOS1008).
+The salt is remembered beside the source and stated in the manifest: studies that come later move
+nobody. A published split is taken from a list instead.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
-from scipy.stats import beta
+from scipy.stats import beta, hypergeom
 
-from pneumo.config import SplitConfig
-from pneumo.errors import SourceError
-from pneumo.studies import Study
+from pneumo import storage
+from pneumo.config import NUM_SALTS, SplitConfig
+from pneumo.errors import AccessError, SourceError, StorageError
+from pneumo.studies import PRIVATE_FOLDER, Study
 
 SPLITS = ("train", "val", "test")
-_CANDIDATE_SALTS = 64
+SALTS_FILE = "split_salts.json"
+_SKEWED_P = 1e-6
+"""A shard less likely than this, over all shards, was not drawn at random."""
 
 
 class Interval(BaseModel):
@@ -39,7 +48,12 @@ class LeakageAudit(BaseModel):
 
     unit: str
     """'patient' or 'image': what was kept whole."""
-    salt: int
+    salt: int | None
+    """Which of a seed's splits this is; null where a list said who goes where."""
+    list_digest: str | None
+    """`sha256:` and the digest of that list."""
+    unlisted: int
+    """Studies that the list does not name: they are in no split."""
     studies: dict[str, int]
     """Studies by split."""
     positives: dict[str, int]
@@ -47,12 +61,28 @@ class LeakageAudit(BaseModel):
     patients: dict[str, int]
     """Patients by split."""
     prevalence: dict[str, Interval]
-    """Positives / studies by split; Clopper-Pearson over patients' effective number."""
+    """Positives / studies by split, with an interval that knows that studies of one patient are
+    alike: Clopper-Pearson on the effective number of studies (Korn & Graubard 1998)."""
+    shard_prevalence: dict[str, tuple[float, float]]
+    """Lowest and highest share of positives among the split's shards."""
     shared_patients: int
     """Patients in more than one split: 0 for unit 'patient'."""
     leaked_by_image: float | None
     """Share of val studies whose patient a split by image would have put into train as well;
     null where the mapping does not say who the patients are."""
+
+    @property
+    def warning(self) -> str | None:
+        """What the reader of any number from this split must know, or None."""
+        if self.unit == "patient":
+            return None
+        share = (
+            "an unknown share" if self.leaked_by_image is None else f"{self.leaked_by_image:.0%}"
+        )
+        return (
+            f"split by image: {share} of the val studies have their patient in train; every "
+            "metric will be too good"
+        )
 
 
 @dataclass(frozen=True)
@@ -65,12 +95,19 @@ class Split:
 
 
 def split_studies(
-    studies: Sequence[Study], config: SplitConfig, *, seed: int, has_patients: bool
+    studies: Sequence[Study],
+    config: SplitConfig,
+    *,
+    seed: int,
+    has_patients: bool,
+    listed: Mapping[str, str] | None = None,
 ) -> Split:
     """Assign every study to a split and audit the result.
 
-    Raises SourceError when patients are unknown and the split is to be by patient, or when a split
-    would lack positives or negatives.
+    `listed` gives the split by a study's key or by its patient, and leaves out what it does not
+    name; without it the patient's hash decides. Raises SourceError when patients are unknown and
+    the split is to be by patient, when a list divides a patient, or when a split would lack
+    positives or negatives.
     """
     if config.unit == "patient" and not has_patients:
         raise SourceError(
@@ -80,47 +117,180 @@ def split_studies(
         )
     if not studies:
         raise SourceError("no studies, so nothing to split; check the source's label table")
-    salts = range(_CANDIDATE_SALTS) if config.salt is None else (config.salt,)
-    groups = {s.key: s.patient if config.unit == "patient" else s.key for s in studies}
-    salt, by_key = min(
-        ((salt, _assign(groups, config, seed, salt)) for salt in salts),
-        key=lambda candidate: (_imbalance(studies, candidate[1], config), candidate[0]),
-    )
-    _check_classes(studies, by_key)
-    by_image = _assign({s.key: s.key for s in studies}, config, seed, salt)
-    audit = _audit(studies, by_key, config.unit, salt, by_image if has_patients else None)
+    if listed is None:
+        salt = choose_salt(studies, config, seed=seed) if config.salt is None else config.salt
+        by_key = {s.key: place_group(_group(s, config), config, seed, salt) for s in studies}
+    else:
+        salt = None
+        by_key = _place_listed(studies, listed)
+    audit = audit_split(studies, by_key, config, seed=seed, salt=salt, has_patients=has_patients)
     if config.unit == "patient" and audit.shared_patients:
-        raise AssertionError(f"{audit.shared_patients} patients are in two splits")
+        raise SourceError(
+            f"the list puts {audit.shared_patients} patients into two splits; say --split.unit "
+            "image to accept that every metric will be too good"
+        )
     return Split(by_key, audit)
 
 
-def place_patient(patient: str, config: SplitConfig, *, seed: int, salt: int) -> str:
-    """The split of one patient: a pure function of its arguments."""
-    digest = hashlib.sha256(f"{seed}/{salt}/{patient}".encode()).digest()
-    u = int.from_bytes(digest[:8], "big") / 2**64
-    if u < config.val_fraction:
-        return "val"
-    return "test" if u < config.val_fraction + config.test_fraction else "train"
+def place_group(group: str, config: SplitConfig, seed: int, salt: int) -> str:
+    """The split of one patient (or image): a pure function of its arguments."""
+    return SPLITS[int(_place(_draw(group, seed)[salt], config))]
 
 
-def _assign(groups: Mapping[str, str], config: SplitConfig, seed: int, salt: int) -> dict[str, str]:
-    placed: dict[str, str] = {}
-    for group in groups.values():
-        if group not in placed:
-            placed[group] = place_patient(group, config, seed=seed, salt=salt)
-    return {key: placed[group] for key, group in groups.items()}
+def choose_salt(studies: Sequence[Study], config: SplitConfig, *, seed: int) -> int:
+    """The salt whose val and test deviate least, in their worst finding, from the wanted share."""
+    groups = sorted({_group(s, config) for s in studies})
+    index = {group: i for i, group in enumerate(groups)}
+    findings = sorted({s.finding for s in studies})
+    counts = np.zeros((len(groups), len(findings)))
+    for s in studies:
+        counts[index[_group(s, config)], findings.index(s.finding)] += 1
+    places = np.stack([_place(_draw(group, seed), config).astype(np.int8) for group in groups])
+    worst = np.zeros(NUM_SALTS)
+    for split, share in ((1, config.val_fraction), (2, config.test_fraction)):
+        got = np.stack([column @ counts for column in (places == split).T]) / counts.sum(axis=0)
+        worst = np.maximum(worst, (np.abs(got - share) / share).max(axis=1))
+    return int(worst.argmin())
 
 
-def _imbalance(studies: Sequence[Study], by_key: Mapping[str, str], config: SplitConfig) -> float:
-    """Largest deviation from the wanted share, over each finding's studies in val and test."""
-    wanted = {"val": config.val_fraction, "test": config.test_fraction}
-    total = Counter(s.finding for s in studies)
-    got = Counter((by_key[s.key], s.finding) for s in studies)
-    return max(
-        abs(got[split, finding] / number - share) / share
-        for split, share in wanted.items()
-        for finding, number in total.items()
+def recall_salt(source_url: str, config: SplitConfig, *, seed: int) -> int | None:
+    """The salt that was remembered beside the source for these fractions, or None."""
+    salt = _read_salts(source_url).get(_salt_name(config, seed))
+    if salt is not None and not (isinstance(salt, int) and 0 <= salt < NUM_SALTS):
+        raise SourceError(f"{_salts_url(source_url)}: salt {salt!r}; delete the file")
+    return salt
+
+
+def remember_salt(source_url: str, config: SplitConfig, *, seed: int, salt: int) -> bool:
+    """Write the salt beside the source, so that studies that come later move nobody; False where
+    nothing can be written there."""
+    salts = {**_read_salts(source_url), _salt_name(config, seed): salt}
+    try:
+        storage.write_text(_salts_url(source_url), json.dumps(salts, indent=1) + "\n")
+    except (AccessError, StorageError):
+        return False
+    return True
+
+
+def audit_split(
+    studies: Sequence[Study],
+    by_key: Mapping[str, str],
+    config: SplitConfig,
+    *,
+    seed: int,
+    salt: int | None,
+    has_patients: bool,
+) -> LeakageAudit:
+    """What the split does to these studies, which may be only some of those that were split.
+
+    Raises SourceError when a split lacks positives or negatives.
+    """
+    placed = [s for s in studies if s.key in by_key]
+    _check_classes(placed, by_key)
+    patients = {name: {s.patient for s in placed if by_key[s.key] == name} for name in SPLITS}
+    number = Counter(by_key[s.key] for s in placed)
+    positives = Counter(by_key[s.key] for s in placed if s.target)
+    everyone = set().union(*patients.values())
+    return LeakageAudit(
+        unit=config.unit,
+        salt=salt,
+        list_digest=config.list,
+        unlisted=len(studies) - len(placed),
+        studies={name: number[name] for name in SPLITS},
+        positives={name: positives[name] for name in SPLITS},
+        patients={name: len(patients[name]) for name in SPLITS},
+        prevalence={
+            name: clustered_share([(s.patient, s.target) for s in placed if by_key[s.key] == name])
+            for name in SPLITS
+        },
+        shard_prevalence={},
+        shared_patients=sum(sum(p in group for group in patients.values()) > 1 for p in everyone),
+        leaked_by_image=_leaked(placed, config, seed, salt or 0) if has_patients else None,
     )
+
+
+def clustered_share(pairs: Sequence[tuple[str, int]]) -> Interval:
+    """The share of ones among `(patient, 0 or 1)`, with its 95 % interval.
+
+    The variance is that of a ratio of patients' sums; the interval is Clopper-Pearson's on the
+    number of independent studies that would have this variance (Korn & Graubard 1998, Survey
+    Methodology 24:193), never more than there are.
+    """
+    n, value = len(pairs), sum(target for _, target in pairs) / len(pairs)
+    sums: dict[str, float] = {}
+    for patient, target in pairs:
+        sums[patient] = sums.get(patient, 0.0) + target - value
+    m = len(sums)
+    variance = m / max(m - 1, 1) * math.fsum(r * r for r in sums.values()) / n**2
+    effective = min(value * (1 - value) / variance, n) if variance > 0 else float(m)
+    k = value * effective
+    low = float(beta.ppf(0.025, k, effective - k + 1)) if value > 0 else 0.0
+    high = float(beta.ppf(0.975, k + 1, effective - k)) if value < 1 else 1.0
+    return Interval(value=value, low=low, high=high)
+
+
+def check_shards(shards: Mapping[str, Sequence[tuple[int, int]]]) -> dict[str, tuple[float, float]]:
+    """Lowest and highest share of positives by split, from each shard's (samples, positives).
+
+    Raises SourceError for a shard that chance would not give: training on it teaches the order.
+    """
+    number = sum(len(entries) for entries in shards.values())
+    for split, entries in shards.items():
+        total, positives = (sum(column) for column in zip(*entries, strict=True))
+        for i, (n, k) in enumerate(entries):
+            drawn = hypergeom(total, positives, n)
+            p = 2 * min(drawn.cdf(k), drawn.sf(k - 1))
+            if p < _SKEWED_P / number:
+                raise SourceError(
+                    f"split {split}: shard {i} has {k} positives of {n}, the split {positives} of "
+                    f"{total}: not a random draw; shards must be shuffled"
+                )
+    return {
+        split: (min(k / n for n, k in entries), max(k / n for n, k in entries))
+        for split, entries in shards.items()
+    }
+
+
+def _group(study: Study, config: SplitConfig) -> str:
+    return study.patient if config.unit == "patient" else study.key
+
+
+def _draw(group: str, seed: int) -> npt.NDArray[np.float64]:
+    """One number in [0, 1) for each salt."""
+    stream = hashlib.shake_128(f"{seed}/{group}".encode()).digest(8 * NUM_SALTS)
+    return np.frombuffer(stream, ">u8").astype(np.float64) / 2.0**64
+
+
+def _place(u: npt.ArrayLike, config: SplitConfig) -> npt.NDArray[np.int64]:
+    """Index into SPLITS: val below its fraction, test below the next, train above."""
+    bounds = [config.val_fraction, config.val_fraction + config.test_fraction]
+    return np.array([1, 2, 0])[np.searchsorted(bounds, u, side="right")]
+
+
+def _place_listed(studies: Sequence[Study], listed: Mapping[str, str]) -> dict[str, str]:
+    places = ((s.key, listed.get(s.key) or listed.get(s.patient)) for s in studies)
+    by_key = {key: place for key, place in places if place is not None}
+    if not by_key:
+        raise SourceError("the list names none of the source's studies; is it of another data set?")
+    return by_key
+
+
+def _salts_url(source_url: str) -> str:
+    return storage.join(source_url, PRIVATE_FOLDER, SALTS_FILE)
+
+
+def _salt_name(config: SplitConfig, seed: int) -> str:
+    return f"{config.unit} val {config.val_fraction:g} test {config.test_fraction:g} seed {seed}"
+
+
+def _read_salts(source_url: str) -> dict[str, int]:
+    try:
+        salts = json.loads(storage.read_text(_salts_url(source_url)))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (ValueError, AccessError) as error:
+        raise SourceError(f"{_salts_url(source_url)}: not readable; delete the file") from error
+    return dict(salts)
 
 
 def _check_classes(studies: Sequence[Study], by_key: Mapping[str, str]) -> None:
@@ -134,41 +304,9 @@ def _check_classes(studies: Sequence[Study], by_key: Mapping[str, str]) -> None:
                 )
 
 
-def _audit(
-    studies: Sequence[Study],
-    by_key: Mapping[str, str],
-    unit: str,
-    salt: int,
-    by_image: Mapping[str, str] | None,
-) -> LeakageAudit:
-    patients = {name: {s.patient for s in studies if by_key[s.key] == name} for name in SPLITS}
-    number = Counter(by_key[s.key] for s in studies)
-    positives = Counter(by_key[s.key] for s in studies if s.target)
-    everyone = set().union(*patients.values())
-    return LeakageAudit(
-        unit=unit,
-        salt=salt,
-        studies={name: number[name] for name in SPLITS},
-        positives={name: positives[name] for name in SPLITS},
-        patients={name: len(patients[name]) for name in SPLITS},
-        prevalence={
-            name: _prevalence(positives[name], number[name], len(patients[name])) for name in SPLITS
-        },
-        shared_patients=sum(sum(p in group for group in patients.values()) > 1 for p in everyone),
-        leaked_by_image=None if by_image is None else _leaked(studies, by_image),
-    )
-
-
-def _prevalence(positives: int, studies: int, patients: int) -> Interval:
-    """Clopper-Pearson on the number of patients: images of one patient are no new evidence."""
-    value = positives / studies
-    k = value * patients
-    low = float(beta.ppf(0.025, k, patients - k + 1)) if k > 0 else 0.0
-    high = float(beta.ppf(0.975, k + 1, patients - k)) if k < patients else 1.0
-    return Interval(value=value, low=low, high=high)
-
-
-def _leaked(studies: Sequence[Study], by_image: Mapping[str, str]) -> float:
+def _leaked(studies: Sequence[Study], config: SplitConfig, seed: int, salt: int) -> float:
+    """Share of val studies whose patient is in train too, had each image its own place."""
+    by_image = {s.key: place_group(s.key, config, seed, salt) for s in studies}
     trained_on = {s.patient for s in studies if by_image[s.key] == "train"}
     val = [s.patient for s in studies if by_image[s.key] == "val"]
     return sum(patient in trained_on for patient in val) / max(len(val), 1)

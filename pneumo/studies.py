@@ -7,6 +7,7 @@ Challenge, https://www.rsna.org/rsnai/ai-image-challenge/rsna-pneumonia-detectio
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import hmac
@@ -15,9 +16,13 @@ import json
 import math
 import os
 import secrets
+import tempfile
+import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import pyarrow as pa
@@ -29,6 +34,7 @@ from pneumo.errors import SourceError
 Finding = Literal["Lung Opacity", "No Lung Opacity / Not Normal", "Normal"]
 
 LABEL_TABLES = ("stage_2_train_labels.csv", "train_labels.csv", "stage_1_train_labels.csv")
+PACKINGS = ("", ".gz", ".zip")
 CLASS_TABLES = (
     "stage_2_detailed_class_info.csv",
     "detailed_class_info.csv",
@@ -49,7 +55,7 @@ class Box(NamedTuple):
     height: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Study:
     """One frontal radiograph and what the readers said of it."""
 
@@ -68,12 +74,26 @@ class Study:
     """Opacities in pixels of the original image; empty for negatives."""
 
 
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A study that cannot be used. Nothing from its header or its file's name stands in it."""
+
+    key: str
+    split: str | None
+    """None when it was rejected before it was given one."""
+    reason: str
+    """A code: contradiction, missing, unreadable, or one of `pneumo.errors.DicomError`."""
+    message: str
+
+
 @dataclass(frozen=True)
 class Source:
     """A folder in Kaggle's layout, read."""
 
     studies: tuple[Study, ...]
     """Sorted by key: an order that has nothing to do with ids or labels."""
+    rejected: tuple[Rejected, ...]
+    """Studies of which the tables say two different things."""
     has_patients: bool
     """Whether the mapping told who the patients are."""
 
@@ -85,13 +105,14 @@ class Source:
 
 
 def read_source(source_url: str, environ: Mapping[str, str] | None = None) -> Source:
-    """Read the tables of a source folder.
+    """Read the tables of a source folder: Kaggle's names, or the older plain ones, as they are,
+    .gz or .zip, directly in the folder or in the one folder that an unpacked download makes.
 
-    Raises SourceError when the folder, a table or a column is missing, a value is not understood,
-    or the tables contradict each other.
+    Raises SourceError when the folder, a table or a column is missing, or a value is not
+    understood. A study of which the tables say two different things is rejected, not guessed.
     """
     environ = os.environ if environ is None else environ
-    files = _list_folder(source_url)
+    files = _list_source(source_url)
     labels = _read_table(
         _find(files, LABEL_TABLES, "label table", source_url), "patientId", "Target"
     )
@@ -100,32 +121,63 @@ def read_source(source_url: str, environ: Mapping[str, str] | None = None) -> So
     )
     images_url = _find(files, IMAGE_FOLDERS, "image folder", source_url)
     targets, boxes = _collect_labels(labels)
-    findings = _collect_findings(classes, targets)
+    findings = _collect_findings(classes)
     patients = _read_patients(files)
+    if patients is not None:
+        _check_mapped(targets, patients)
     hash_key = read_hash_key(source_url, environ)
-
-    unmapped = [] if patients is None else [i for i in targets if i not in patients]
-    if unmapped:
-        raise SourceError(
-            f"{MAPPING[0]}: {len(unmapped)} of {len(targets)} labelled images are not in it; "
-            "use the complete mapping file"
+    derive_patient = lru_cache(maxsize=None)(partial(_derive, hash_key, "patient"))
+    studies, rejected = [], []
+    for image_id, target_values in targets.items():
+        key = _derive(hash_key, "study", image_id)
+        contradiction = _contradiction(target_values, findings.get(image_id, ()))
+        if contradiction is not None:
+            rejected.append(Rejected(key, None, "contradiction", contradiction))
+            continue
+        patient = image_id if patients is None else patients[image_id]
+        studies.append(
+            Study(
+                key=key,
+                patient=derive_patient(patient),
+                url=storage.join(images_url, f"{image_id}.dcm"),
+                target=target_values[0],
+                finding=findings[image_id][0],
+                boxes=tuple(boxes.get(image_id, ())),
+            )
         )
-    studies = [
-        Study(
-            key=_derive(hash_key, "study", image_id),
-            patient=_derive(
-                hash_key, "patient", image_id if patients is None else patients[image_id]
-            ),
-            url=storage.join(images_url, f"{image_id}.dcm"),
-            target=target,
-            finding=findings[image_id],
-            boxes=tuple(boxes.get(image_id, ())),
-        )
-        for image_id, target in targets.items()
-    ]
     if len({study.key for study in studies}) != len(studies):
         raise SourceError(f"{source_url}: two image ids share a hash; set another hash key")
-    return Source(tuple(sorted(studies, key=lambda study: study.key)), patients is not None)
+    return Source(
+        studies=tuple(sorted(studies, key=lambda study: study.key)),
+        rejected=tuple(sorted(rejected, key=lambda item: item.key)),
+        has_patients=patients is not None,
+    )
+
+
+def read_split_list(
+    list_url: str, source_url: str, environ: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """The split of each study key or patient (hashed) that a CSV lists.
+
+    Columns: `patientId` (the images' ids) or `patient` (NIH numbers), and `split`. Raises
+    SourceError.
+    """
+    environ = os.environ if environ is None else environ
+    table = _read_table(list_url, "split")
+    column = next((name for name in ("patientId", "patient") if name in table.column_names), None)
+    if column is None:
+        raise SourceError(f"{list_url}: no column patientId or patient, so nobody is listed")
+    hash_key = read_hash_key(source_url, environ)
+    kind = "study" if column == "patientId" else "patient"
+    listed: dict[str, str] = {}
+    for identifier, split in zip(
+        table[column].to_pylist(), table["split"].to_pylist(), strict=True
+    ):
+        if split not in ("train", "val", "test"):
+            raise SourceError(f"{list_url}: split {split!r}, expected train, val or test")
+        if listed.setdefault(_derive(hash_key, kind, str(identifier)), split) != split:
+            raise SourceError(f"{list_url}: lists somebody in two splits")
+    return listed
 
 
 def read_hash_key(source_url: str, environ: Mapping[str, str]) -> bytes:
@@ -141,11 +193,8 @@ def read_hash_key(source_url: str, environ: Mapping[str, str]) -> bytes:
     path = storage.local_path(source_url) / PRIVATE_FOLDER / "hash_key"
     try:
         path.parent.mkdir(mode=0o700, exist_ok=True)
-        try:
-            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-                file.write(secrets.token_hex(32))
-        except FileExistsError:
-            pass
+        if not path.exists():
+            _create_hash_key(path)
         hash_key = path.read_text().strip().encode()
     except OSError as error:
         raise SourceError(
@@ -156,39 +205,68 @@ def read_hash_key(source_url: str, environ: Mapping[str, str]) -> bytes:
     return hash_key
 
 
+def _create_hash_key(path: Path) -> None:
+    """A new secret at `path`, whole from the first moment: of two jobs at once one wins."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".partial-") as file:
+        file.write(secrets.token_hex(32))  # the file's mode is 600 from its creation
+        file.flush()
+        with contextlib.suppress(FileExistsError):
+            os.link(file.name, path)
+
+
 def _derive(hash_key: bytes, kind: str, identifier: str) -> str:
     return hmac.new(hash_key, f"{kind}:{identifier}".encode(), hashlib.sha256).hexdigest()[:20]
 
 
-def _list_folder(source_url: str) -> dict[str, str]:
-    """Name -> URL of what lies directly in the folder."""
-    names = storage.list_names(source_url)
-    if not names:
+def _list_source(source_url: str) -> dict[str, str]:
+    """Name -> URL of what the source holds; of its only folder that looks like one when the source
+    itself does not."""
+    files = _list_folder(source_url)
+    if not files:
         raise SourceError(
             f"{source_url}: no such folder, or nothing in it; expected Kaggle's layout"
         )
-    return {name: storage.join(source_url, name) for name in names}
+    if _first_present(files, LABEL_TABLES) is None:
+        below = [_list_folder(url) for name, url in files.items() if not name.startswith(".")]
+        candidates = [found for found in below if _first_present(found, LABEL_TABLES) is not None]
+        if len(candidates) == 1:
+            return {**files, **candidates[0]}
+    return files
+
+
+def _list_folder(folder_url: str) -> dict[str, str]:
+    """Name -> URL of what lies directly in the folder; empty for a file."""
+    return {name: storage.join(folder_url, name) for name in storage.list_names(folder_url)}
+
+
+def _first_present(files: Mapping[str, str], names: Sequence[str]) -> str | None:
+    return next((f"{n}{p}" for n in names for p in PACKINGS if f"{n}{p}" in files), None)
 
 
 def _find(files: Mapping[str, str], names: tuple[str, ...], what: str, source_url: str) -> str:
-    for name in names:
-        for candidate in (name, f"{name}.gz"):
-            if candidate in files:
-                return files[candidate]
-    raise SourceError(f"{source_url}: no {what}; expected one of: {', '.join(names)}")
+    name = _first_present(files, names)
+    if name is None:
+        raise SourceError(f"{source_url}: no {what}; expected one of: {', '.join(names)}")
+    return files[name]
 
 
 def _read_plain(url: str) -> bytes:
     data = storage.read_bytes(url)
     try:
-        return gzip.decompress(data) if url.endswith(".gz") else data
-    except (OSError, EOFError, zlib.error) as error:
-        raise SourceError(f"{url}: not a readable gzip file: {error}") from error
+        if url.endswith(".gz"):
+            return gzip.decompress(data)
+        if url.endswith(".zip"):
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                (name,) = archive.namelist()
+                return archive.read(name)
+    except (OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile) as error:
+        raise SourceError(f"{url}: not a readable archive of one file: {error}") from error
+    return data
 
 
 def _read_table(url: str, *required: str) -> pa.Table:
     # An id of digits alone must keep its leading zeros.
-    options = pacsv.ConvertOptions(column_types={"patientId": pa.string()})
+    options = pacsv.ConvertOptions(column_types={"patientId": pa.string(), "patient": pa.string()})
     try:
         table = pacsv.read_csv(io.BytesIO(_read_plain(url)), convert_options=options)
     except pa.ArrowInvalid as error:
@@ -203,52 +281,72 @@ def _read_table(url: str, *required: str) -> pa.Table:
     return table
 
 
-def _collect_labels(table: pa.Table) -> tuple[dict[str, int], dict[str, list[Box]]]:
-    """Targets and boxes by image id; the table repeats an image's row for each of its boxes."""
-    targets: dict[str, int] = {}
+def _collect_labels(table: pa.Table) -> tuple[dict[str, list[int]], dict[str, list[Box]]]:
+    """Different targets, and boxes, by image id; the table repeats an image's row for each of its
+    boxes."""
+    targets: dict[str, list[int]] = {}
     boxes: dict[str, list[Box]] = {}
-    columns = [c for c in Box._fields if c in table.column_names]
-    for row in table.select(["patientId", "Target", *columns]).to_pylist():
-        image_id, target = str(row["patientId"]), row["Target"]
+    empty = [None] * len(table)
+    corners = [
+        table[name].to_pylist() if name in table.column_names else empty for name in Box._fields
+    ]
+    rows = zip(table["patientId"].to_pylist(), table["Target"].to_pylist(), *corners, strict=True)
+    for image_id, target, *corner in rows:
         if target not in (0, 1):
             raise SourceError(f"label table: Target is {target!r} in a row, expected 0 or 1")
-        if targets.setdefault(image_id, int(target)) != target:
-            raise SourceError("label table: an image has both Target 0 and Target 1")
-        corners = [row.get(name) for name in Box._fields]
-        if all(value is not None and math.isfinite(value) for value in corners):
-            boxes.setdefault(image_id, []).append(
-                Box(*(float(v) for v in corners if v is not None))
-            )
+        known = targets.setdefault(image_id, [])
+        if target not in known:
+            known.append(int(target))
+        if all(value is not None and math.isfinite(value) for value in corner):
+            boxes.setdefault(image_id, []).append(Box(*map(float, corner)))
     return targets, boxes
 
 
-def _collect_findings(table: pa.Table, targets: Mapping[str, int]) -> dict[str, Finding]:
+def _collect_findings(table: pa.Table) -> dict[str, list[Finding]]:
+    """Different findings by image id."""
     allowed = get_args(Finding)
-    findings: dict[str, Any] = {}
-    for row in table.select(["patientId", "class"]).to_pylist():
-        if row["class"] not in allowed:
+    findings: dict[str, list[Any]] = {}
+    for image_id, finding in zip(
+        table["patientId"].to_pylist(), table["class"].to_pylist(), strict=True
+    ):
+        if finding not in allowed:
             raise SourceError(
-                f"class table: class {row['class']!r}, expected one of: {', '.join(allowed)}"
+                f"class table: class {finding!r}, expected one of: {', '.join(allowed)}"
             )
-        if findings.setdefault(str(row["patientId"]), row["class"]) != row["class"]:
-            raise SourceError("class table: an image has two classes")
-    missing = sum(image_id not in findings for image_id in targets)
-    if missing:
-        raise SourceError(f"class table: {missing} of {len(targets)} labelled images have no row")
-    contradictions = sum((findings[i] == "Lung Opacity") != (t == 1) for i, t in targets.items())
-    if contradictions:
-        raise SourceError(
-            f"tables contradict each other: {contradictions} images are 'Lung Opacity' in one and "
-            "not Target 1 in the other, or the reverse"
-        )
+        known = findings.setdefault(image_id, [])
+        if finding not in known:
+            known.append(finding)
     return findings
+
+
+def _contradiction(targets: Sequence[int], findings: Sequence[Finding]) -> str | None:
+    """What the tables disagree on for one image, or None."""
+    if len(targets) > 1:
+        return "both Target 0 and Target 1"
+    if len(findings) > 1:
+        return "two classes"
+    if not findings:
+        return "labelled, but without a class"
+    if (findings[0] == "Lung Opacity") != (targets[0] == 1):
+        return f"class {findings[0]!r} with Target {targets[0]}"
+    return None
+
+
+def _check_mapped(targets: Mapping[str, object], patients: Mapping[str, str]) -> None:
+    unmapped = sum(image_id not in patients for image_id in targets)
+    if unmapped:
+        raise SourceError(
+            f"{MAPPING[0]}: {unmapped} of {len(targets)} labelled images are not in it; "
+            "use the complete mapping file"
+        )
 
 
 def _read_patients(files: Mapping[str, str]) -> dict[str, str] | None:
     """Image id -> NIH patient number; None without the mapping file."""
-    url = next((files[n] for name in MAPPING for n in (name, f"{name}.gz") if n in files), None)
-    if url is None:
+    name = _first_present(files, MAPPING)
+    if name is None:
         return None
+    url = files[name]
     try:
         rows = json.loads(_read_plain(url))
         return {row["subset_img_id"]: row["img_id"].split("_")[0] for row in rows}

@@ -154,7 +154,7 @@ class TrackingOutcome:
 class Tracker(Protocol):
     """Where a run's results go; no method raises for a fault of the service behind it.
 
-    Keys start with train/, val/, eval/ or perf/. One tracker is open at a time in a process.
+    Keys start with data/, train/, val/, eval/ or perf/. One tracker is open at a time in a process.
     """
 
     def log(self, metrics: Mapping[str, float | None], *, epoch: int) -> None:

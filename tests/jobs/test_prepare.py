@@ -2,19 +2,24 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import random
 import shutil
+import subprocess
+import sys
 import tarfile
+import time
+from collections import Counter
 from pathlib import Path
 
+import psutil
+import pyarrow.parquet as pq
 import pydicom
 import pytest
 
 from jobs import prepare
-from jobs.prepare import plan_shards
-from pneumo.config import Config, override
 from pneumo.shards import find_manifest, read_manifest, read_studies
-from pneumo.splits import split_studies
-from pneumo.studies import read_source
+from tests.benchmarks.sources import write_linked_source
 from tests.jobs.conftest import NUM_STUDIES, Prepared
 
 
@@ -31,7 +36,7 @@ def copy_source(prepared: Prepared, folder: Path) -> Path:
 def test_the_manifest_counts_what_lies_in_the_shards(prepared: Prepared) -> None:
     manifest = read_manifest(str(prepared.store))
     assert sum(entry.samples for entry in manifest.splits.values()) == NUM_STUDIES
-    assert manifest.quarantined == 0
+    assert manifest.quarantined == {}
     assert manifest.audit.shared_patients == 0
     for entry in manifest.splits.values():
         for shard in entry.shards:
@@ -55,21 +60,57 @@ def test_targets_and_boxes_are_those_of_the_tables(prepared: Prepared) -> None:
             assert 0 <= box.y < box.y + box.height <= 64.01
 
 
-def test_nothing_of_the_source_can_be_named_in_the_store(prepared: Prepared) -> None:
-    identifiers: set[bytes] = set()
-    for path in (prepared.source / "stage_2_train_images").glob("*.dcm"):
-        dataset = pydicom.dcmread(path, stop_before_pixels=True)
-        identifiers |= {
-            path.stem.encode(),
-            str(dataset.PatientID).encode(),
-            str(dataset.SOPInstanceUID).encode(),
-            str(dataset.StudyInstanceUID).encode(),
-        }
-    mapping = next(prepared.source.glob("*mappings*.json"))
-    identifiers |= {row["img_id"].encode() for row in json.loads(mapping.read_text())}
-    whole = b"".join(path.read_bytes() for path in prepared.store.rglob("*") if path.is_file())
+PRIVATE = {
+    "PatientName": "Doe^Jane^Quincy",
+    "PatientBirthDate": "19530417",
+    "OtherPatientIDs": "MRN-77341902",
+    "PatientAddress": "17 Elm Street, Springfield",
+    "AccessionNumber": "ACC20931177",
+    "InstitutionName": "St. Nowhere General",
+    "ReferringPhysicianName": "Grey^Meredith",
+    "StudyDate": "20140611",
+    "StudyTime": "101533.221",
+    "StudyInstanceUID": "1.2.826.0.1.3680043.8.498.1111",
+    "SeriesInstanceUID": "1.2.826.0.1.3680043.8.498.2222",
+    "StudyDescription": "Chest portable, room 4711",
+    "DeviceSerialNumber": "SN-5550123",
+}
+
+
+def test_nothing_of_the_source_can_be_named_in_the_store_or_in_what_is_said(
+    prepared: Prepared, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = copy_source(prepared, tmp_path)
+    files = sorted((source / "stage_2_train_images").glob("*.dcm"))
+    identifiers = set(PRIVATE.values())
+    for path in files:
+        dataset = pydicom.dcmread(path)
+        for keyword, value in PRIVATE.items():
+            setattr(dataset, keyword, value)
+        identifiers |= {path.stem, str(dataset.PatientID), str(dataset.SOPInstanceUID)}
+        dataset.save_as(path)
+    mapping = json.loads(next(source.glob("*mappings*.json")).read_text())
+    identifiers |= {row["img_id"] for row in mapping}
+    numbers = {row["img_id"].split("_")[0] for row in mapping}
+    files[0].write_bytes(files[0].read_bytes()[:9000])  # some files are bad: what is said of them?
+    files[1].write_bytes(b"")
+    files[2].unlink()
+    store = tmp_path / "store"
+    assert run(source, store, "--prepare.max-bad-fraction", "0.1") == 0
+    written = list(store.rglob("*"))
+    whole = b"".join(path.read_bytes() for path in written if path.is_file())
+    text = b"".join((store / name).read_bytes() for name in ("manifest.json", "quarantine.jsonl"))
+    # Parquet compresses and shares strings; so its values are looked at as they are read, too.
+    text += json.dumps(pq.read_table(store / "studies.parquet").to_pylist()).encode()
+    text += "".join(str(path.relative_to(store)) for path in written).encode()
+    said = capfd.readouterr()
+    text += said.out.encode() + said.err.encode()
+    whole += text
     assert len(identifiers) > 3 * NUM_STUDIES
-    assert [name for name in identifiers if name in whole] == []
+    assert [name for name in identifiers if name.encode() in whole] == []
+    # Patients' numbers are eight digits, which tar headers hold by chance.
+    assert [number for number in numbers if f'{number}"'.encode() in text] == []
+    assert b"quarantined" in text  # the log is in it
 
 
 def test_the_same_source_gives_the_same_bytes(prepared: Prepared, tmp_path: Path) -> None:
@@ -107,7 +148,7 @@ def test_bad_files_are_listed_with_a_reason_and_capped(
     assert find_manifest(str(store)) is None  # nothing half-made is taken for whole
     assert run(source, store, "--prepare.max-bad-fraction", "0.1") == 0
     manifest = read_manifest(str(store))
-    assert manifest.quarantined == 4
+    assert sum(manifest.quarantined.values()) == 4
     assert sum(entry.samples for entry in manifest.splits.values()) == NUM_STUDIES - 4
     listed = [json.loads(line) for line in (store / "quarantine.jsonl").read_text().splitlines()]
     assert sorted(row["reason"] for row in listed)[:2] == ["missing", "no_pixels"]
@@ -128,23 +169,139 @@ def test_a_source_without_the_mapping_needs_a_word(
     assert manifest.audit.leaked_by_image is None
 
 
-def test_a_limit_takes_that_many(prepared: Prepared, tmp_path: Path) -> None:
-    assert run(prepared.source, tmp_path / "store", "--prepare.limit", "60") == 0
-    manifest = read_manifest(str(tmp_path / "store"))
-    assert sum(entry.samples for entry in manifest.splits.values()) == 60
+def test_a_taste_puts_nobody_elsewhere(prepared: Prepared, tmp_path: Path) -> None:
+    source = copy_source(prepared, tmp_path)
+    assert run(source, tmp_path / "taste", "--prepare.limit", "60") == 0
+    taste, whole = read_studies(str(tmp_path / "taste")), read_studies(str(prepared.store))
+    assert len(taste) == 60
+    assert {key: row.split for key, row in taste.items()} == {
+        key: whole[key].split for key in taste
+    }
 
 
-@pytest.mark.parametrize("samples_per_shard", [1, 7, 64, 1024])
-def test_plans_hold_every_study_once_in_shards_of_a_size(
-    prepared: Prepared, samples_per_shard: int
+def test_studies_that_come_later_move_nobody(prepared: Prepared, tmp_path: Path) -> None:
+    source = copy_source(prepared, tmp_path)
+    (source / ".pneumo" / "split_salts.json").unlink()
+    labels = source / "stage_2_train_labels.csv"
+    lines = labels.read_text().splitlines()
+    some = {line.split(",")[0] for line in lines[1:]}
+    some = set(sorted(some)[:60])
+    labels.write_text(
+        "\n".join([lines[0], *(row for row in lines[1:] if row.split(",")[0] in some)]) + "\n"
+    )
+    assert run(source, tmp_path / "first") == 0
+    labels.write_text("\n".join(lines) + "\n")
+    assert run(source, tmp_path / "later") == 0
+    first, later = read_studies(str(tmp_path / "first")), read_studies(str(tmp_path / "later"))
+    assert (len(first), len(later)) == (60, NUM_STUDIES)
+    assert all(later[key].split == row.split for key, row in first.items())
+    salt = read_manifest(str(tmp_path / "first")).audit.salt
+    assert read_manifest(str(tmp_path / "later")).audit.salt == salt
+
+
+def test_a_published_split_is_reproduced(
+    prepared: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source = read_source(str(prepared.source))
-    config = override(Config(), {"prepare.samples_per_shard": samples_per_shard})
-    split = split_studies(source.studies, config.split, seed=0, has_patients=True)
-    plans = plan_shards(source.studies, split, config)
-    keys = [study.key for plan in plans for study in plan.studies]
-    assert sorted(keys) == sorted(study.key for study in source.studies)
-    sizes = {len(plan.studies) for plan in plans if plan.split == "train"}
-    assert max(sizes) <= samples_per_shard
-    assert max(sizes) - min(sizes) <= 1
-    assert all(split.by_key[study.key] == plan.split for plan in plans for study in plan.studies)
+    source = copy_source(prepared, tmp_path)
+    mapping = json.loads(next(source.glob("*mappings*.json")).read_text())
+    patients = sorted({row["img_id"].split("_")[0] for row in mapping})
+    wanted = {p: ("train", "val", "test")[i % 3] for i, p in enumerate(patients[:-2])}
+    table = tmp_path / "split.csv"
+    table.write_text("patient,split\n" + "".join(f"{p},{s}\n" for p, s in wanted.items()))
+    assert run(source, tmp_path / "store", "--split.list", str(table)) == 0
+    left_out = sum(row["img_id"].split("_")[0] in patients[-2:] for row in mapping)
+    assert f"{left_out} studies are not on the list" in capsys.readouterr().out
+    manifest = read_manifest(str(tmp_path / "store"))
+    assert manifest.audit.unlisted == left_out
+    assert manifest.audit.patients == Counter(wanted.values())
+    assert str(table) not in (tmp_path / "store" / "manifest.json").read_text()
+    assert run(source, tmp_path / "store", "--split.list", str(table)) == 0  # nothing to do
+    table.write_text(table.read_text().replace(",val", ",test", 1))
+    assert run(source, tmp_path / "store", "--split.list", str(table)) == 2
+
+
+# --- at once, killed, on any number of workers ----------------------------------------------------
+
+PREPARE = """
+import sys
+import ray
+from jobs import prepare
+ray.init(num_cpus=int(sys.argv[1]), log_to_driver=False)
+sys.exit(prepare.main(sys.argv[2:]))
+"""
+
+
+def flags(source: Path, store: Path) -> list[str]:
+    size = ("--prepare.image-size", "64", "--prepare.samples-per-shard", "16")
+    return ["--source", str(source), "--store", str(store), *size]
+
+
+def content(store: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(store)): path.read_bytes()
+        for path in sorted(store.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def many(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """1,000 studies, and the store that one undisturbed worker makes of them."""
+    folder = tmp_path_factory.mktemp("many")
+    files = sorted((prepared.source / "stage_2_train_images").glob("*.dcm"))
+    source = write_linked_source(folder / "source", files, num_studies=1000)
+    start(flags(source, folder / "store"), cpus=1).wait()
+    assert (folder / "store" / "manifest.json").exists()
+    return Prepared(source, folder / "store")
+
+
+def start(arguments: list[str], *, cpus: int) -> subprocess.Popen[bytes]:
+    environ = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    return subprocess.Popen([sys.executable, "-c", PREPARE, str(cpus), *arguments], env=environ)
+
+
+@pytest.mark.slow
+def test_one_worker_and_eight_give_the_same_bytes(many: Prepared, tmp_path: Path) -> None:
+    assert start(flags(many.source, tmp_path / "eight"), cpus=8).wait() == 0
+    assert content(tmp_path / "eight") == content(many.store)
+
+
+@pytest.mark.slow
+def test_two_jobs_at_once_make_one_store(many: Prepared, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    jobs = [start(flags(many.source, store), cpus=2) for _ in range(2)]
+    assert [job.wait() for job in jobs] == [0, 0]
+    assert content(store) == content(many.store)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_job_killed_at_any_moment_goes_on(many: Prepared, tmp_path: Path) -> None:
+    rng = random.Random(os.environ.get("PNEUMO_TEST_SEED", "moments"))
+    store = tmp_path / "store"
+    reused = []
+    for _ in range(int(os.environ.get("PNEUMO_TEST_KILLS", "2"))):
+        wanted = rng.randrange(1, 60)
+        job = start(flags(many.source, store), cpus=2)
+        before = len(list(store.rglob("*.tar.json")))
+        while job.poll() is None and len(list(store.rglob("*.tar.json"))) < before + wanted % 20:
+            time.sleep(0.01)
+        kill(job)
+        assert not (store / "manifest.json").exists()
+        reused.append(len(list(store.rglob("*.tar.json"))))
+    assert start(flags(many.source, store), cpus=2).wait() == 0
+    assert content(store) == content(many.store)
+    print(f"receipts found after each kill: {reused}")
+    assert reused[-1] > 0
+
+
+def kill(job: subprocess.Popen[bytes]) -> None:
+    """SIGKILL for the job alone; its own Ray processes must then end by themselves, or are ended
+    here."""
+    children = psutil.Process(job.pid).children(recursive=True)
+    job.kill()
+    job.wait()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    for process in alive:
+        process.kill()
+    psutil.wait_procs(alive, timeout=10)

@@ -16,11 +16,12 @@ from scipy.special import expit
 from torch import nn
 
 from pneumo import loader, shards
+from pneumo.config import DataConfig
 from pneumo.errors import DataError
-from pneumo.loader import SplitData
+from pneumo.loader import Batch
 from pneumo.model import build_model
 from pneumo.partition import World
-from pneumo.predict import Predictions, join_predictions, score, sigmoid
+from pneumo.predict import Predictions, Scores, join_predictions, score, sigmoid
 from pneumo.shards import StudyRow
 
 StoreMaker = Callable[..., str]
@@ -89,7 +90,7 @@ def test_predictions_round_trip(table: list[StudyRow], seed: int) -> None:
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Predictions)])
 def test_columns_of_different_lengths_are_refused(name: str) -> None:
-    row = StudyRow("a" * 20, "p", "val", 1, "Lung Opacity", (), 3, "F", "AP", None)
+    row = StudyRow("a" * 20, "p", "val", 1, "Lung Opacity", (), 3, "F", "AP", None, "d")
     predictions = join([row, dataclasses.replace(row, key="b" * 20)])
     with pytest.raises(ValueError, match=rf"columns of different lengths: .*'{name}': 1"):
         dataclasses.replace(predictions, **{name: getattr(predictions, name)[:1]})
@@ -128,10 +129,31 @@ def test_a_scored_study_that_nobody_knows_is_refused() -> None:
 # --- scoring --------------------------------------------------------------------------------------
 
 
+def open_val(store_url: str, rank: int = 0, size: int = 1, batch_size: int = 4) -> list[Batch]:
+    opened = loader.open_loader(
+        store_url,
+        shards.read_manifest(store_url),
+        "val",
+        DataConfig(cache="stream"),
+        image_size=32,
+        mean=0.4,
+        std=0.2,
+        world=World(rank, size),
+        device="cpu",
+    )
+    return list(opened.evaluation(batch_size=batch_size))
+
+
 @pytest.fixture(scope="module")
-def data(tiny_store: StoreMaker) -> SplitData:
-    store_url = tiny_store(val=13)
-    return loader.load_split(store_url, shards.read_manifest(store_url), "val", image_size=32)
+def store_url(tiny_store: StoreMaker) -> str:
+    return tiny_store(val=53)
+
+
+@pytest.fixture(scope="module")
+def data(store_url: str) -> Batch:
+    """The whole val split."""
+    [batch] = open_val(store_url, batch_size=53)
+    return batch
 
 
 @pytest.fixture(scope="module")
@@ -143,38 +165,35 @@ def model() -> nn.Module:
     return model
 
 
-def score_rank(
-    model: nn.Module, data: SplitData, rank: int = 0, size: int = 1, batch_size: int = 4
-) -> dict[str, float]:
-    world = World(rank, size)
-    return score(model, data, mean=0.4, std=0.2, batch_size=batch_size, world=world)
+def as_dict(scores: Scores) -> dict[str, float]:
+    return dict(zip(scores.keys, scores.logits.tolist(), strict=True))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 20])
 def test_any_number_of_ranks_scores_each_study_once_and_the_same(
-    model: nn.Module, data: SplitData, size: int
+    model: nn.Module, data: Batch, store_url: str, size: int
 ) -> None:
     with torch.inference_mode():
-        images = (data.images / 255.0 - 0.4) / 0.2
-        expected = model.eval()(images).squeeze(1).numpy()
+        expected = model.eval()(data.images).squeeze(1).numpy()
     assert np.ptp(expected) > 0.01
-    parts = [score_rank(model.train(), data, rank, size) for rank in range(size)]
+    parts = [score(model.train(), open_val(store_url, rank, size)) for rank in range(size)]
     assert not model.training
-    keys = [key for part in parts for key in part]
-    assert keys == list(data.keys)
-    logits = np.array([value for part in parts for value in part.values()])
+    assert tuple(key for part in parts for key in part.keys) == data.keys
+    logits = np.concatenate([part.logits for part in parts])
+    assert logits.dtype == np.float32
     np.testing.assert_allclose(logits, expected, atol=1e-4)
+    targets = np.concatenate([part.targets for part in parts])
+    assert targets.dtype == np.int8
+    np.testing.assert_array_equal(targets, data.targets.numpy())
 
 
-def test_the_batch_size_does_not_change_the_scores(model: nn.Module, data: SplitData) -> None:
-    one, whole = (score_rank(model, data, batch_size=size) for size in (1, 13))
+def test_the_batch_size_does_not_change_the_scores(model: nn.Module, store_url: str) -> None:
+    one, whole = (as_dict(score(model, open_val(store_url, batch_size=size))) for size in (1, 53))
     assert list(one) == list(whole)
     np.testing.assert_allclose(list(one.values()), list(whole.values()), atol=1e-4)
 
 
-def test_scores_are_float32_whatever_the_caller_trains_in(
-    model: nn.Module, data: SplitData
-) -> None:
-    exact = score_rank(model, data)
+def test_scores_are_float32_whatever_the_caller_trains_in(model: nn.Module, data: Batch) -> None:
+    exact = as_dict(score(model, [data]))
     with torch.autocast("cpu", torch.bfloat16):
-        assert score_rank(model, data) == exact
+        assert as_dict(score(model, [data])) == exact

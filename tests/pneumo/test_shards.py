@@ -8,7 +8,7 @@ import io
 import json
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from pneumo import shards, storage
 from pneumo.errors import DataError, StoreError
-from pneumo.shards import Manifest, Sample, ShardEntry, StudyRow
+from pneumo.shards import Duplicates, Manifest, Sample, ShardEntry, StudyRow
 from pneumo.studies import Box
 
 StoreMaker = Callable[..., str]
@@ -50,6 +50,10 @@ def some_samples(number: int = 4) -> list[Sample]:
     ]
 
 
+def encode(samples: Iterable[Sample]) -> bytes:
+    return shards.encode_shard("train/000007.tar", samples)[1]
+
+
 def describe(data: bytes, samples: int) -> ShardEntry:
     return ShardEntry(
         name="train/000007.tar",
@@ -57,6 +61,7 @@ def describe(data: bytes, samples: int) -> ShardEntry:
         positives=0,
         bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
+        blocks=(),
     )
 
 
@@ -72,14 +77,14 @@ def assert_equal(one: list[Sample], two: list[Sample]) -> None:
 
 @given(samples_of_a_shard())
 def test_a_shard_round_trips_in_order_and_encodes_to_equal_bytes(samples: list[Sample]) -> None:
-    data = shards.encode_shard(samples)
+    data = encode(samples)
     assert_equal(list(shards.decode_shard(data, describe(data, len(samples)), SIZE)), samples)
-    assert shards.encode_shard(iter(samples)) == data
+    assert encode(iter(samples)) == data
 
 
 def test_members_carry_no_time_no_owner_and_no_extended_header() -> None:
     samples = [Sample("0123456789abcdef0123", np.arange(64, dtype=np.uint8).reshape(8, 8), 1)]
-    with tarfile.open(fileobj=io.BytesIO(shards.encode_shard(samples))) as tar:
+    with tarfile.open(fileobj=io.BytesIO(encode(samples))) as tar:
         members = tar.getmembers()
     assert [(m.name, m.mtime, m.uname, m.gname, m.pax_headers) for m in members] == [
         (f"0123456789abcdef0123.{extension}", 0, "", "", {}) for extension in ("cls", "npy")
@@ -88,7 +93,7 @@ def test_members_carry_no_time_no_owner_and_no_extended_header() -> None:
 
 def test_the_standard_library_reads_a_shard() -> None:
     samples = some_samples()
-    with tarfile.open(fileobj=io.BytesIO(shards.encode_shard(samples))) as tar:
+    with tarfile.open(fileobj=io.BytesIO(encode(samples))) as tar:
         content = {m.name: tar.extractfile(m) for m in tar.getmembers()}
         assert len(content) == 2 * len(samples)
         for sample in samples:
@@ -102,7 +107,7 @@ def test_the_standard_library_reads_a_shard() -> None:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_plain_webdataset_reads_a_shard(tmp_path: Path) -> None:
     samples = some_samples()
-    (tmp_path / "0.tar").write_bytes(shards.encode_shard(samples))
+    (tmp_path / "0.tar").write_bytes(encode(samples))
     plain = wds.WebDataset(str(tmp_path / "0.tar"), shardshuffle=False, empty_check=False).decode()
     read = [Sample(row["__key__"], row["npy"], row["cls"]) for row in plain]
     assert_equal(read, samples)
@@ -117,10 +122,29 @@ def test_a_written_shard_is_described_and_read(tmp_path: Path) -> None:
     assert_equal(list(shards.read_shard(str(tmp_path), entry, SIZE)), samples)
 
 
+@pytest.mark.parametrize("number", [0, 1, 63, 64, 65, 200])
+def test_blocks_are_whole_tars_of_64_neighbours(number: int) -> None:
+    samples = some_samples(number)
+    entry, data = shards.encode_shard("train/000000.tar", samples)
+    assert sum(block.samples for block in entry.blocks) == entry.samples == number
+    assert all(block.samples == shards.BLOCK_SAMPLES for block in entry.blocks[:-1])
+    read: list[str] = []
+    end = 0
+    for block in entry.blocks:
+        assert block.offset == end
+        end = block.offset + block.bytes
+        part = data[block.offset : end]
+        assert hashlib.sha256(part).hexdigest() == block.sha256
+        with tarfile.open(fileobj=io.BytesIO(part)) as tar:
+            read += [name.split(".")[0] for name in tar.getnames() if name.endswith(".npy")]
+    assert read == [sample.key for sample in samples]
+    assert not data[end:].strip(b"\0")  # nothing but the end marker is in no block
+
+
 def test_threads_decode_without_disturbing_each_other() -> None:
     # Python before 3.11.9 fails when a collection lets another thread in while it parses a header.
     samples = some_samples(64)
-    data = shards.encode_shard(samples)
+    data = encode(samples)
     entry = describe(data, 64)
 
     def let_others_in(phase: str, info: dict[str, int]) -> None:
@@ -140,7 +164,7 @@ def test_threads_decode_without_disturbing_each_other() -> None:
 
 
 def test_pixels_can_be_written_to() -> None:
-    data = shards.encode_shard(some_samples(1))
+    data = encode(some_samples(1))
     [sample] = shards.decode_shard(data, describe(data, 1), SIZE)
     sample.pixels[0, 0] = 7
     assert sample.pixels[0, 0] == 7
@@ -161,7 +185,7 @@ def test_other_spellings_of_the_same_array_are_read() -> None:
 
 
 def test_a_shard_cut_anywhere_between_members_is_refused() -> None:
-    data = shards.encode_shard(some_samples())
+    data = encode(some_samples())
     entry = describe(data, 4)
     for end in range(0, len(data), 512):
         with pytest.raises(
@@ -171,7 +195,7 @@ def test_a_shard_cut_anywhere_between_members_is_refused() -> None:
 
 
 def test_a_shard_that_was_cut_before_it_was_described_is_refused() -> None:
-    data = shards.encode_shard(some_samples())
+    data = encode(some_samples())
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         end_of_samples = max(m.offset_data + m.size for m in tar.getmembers())
     for end in range(0, end_of_samples, 256):
@@ -181,7 +205,7 @@ def test_a_shard_that_was_cut_before_it_was_described_is_refused() -> None:
 
 @given(st.floats(0, 1, exclude_max=True), st.integers(1, 255))
 def test_a_changed_byte_is_refused(place: float, change: int) -> None:
-    data = bytearray(shards.encode_shard(some_samples()))
+    data = bytearray(encode(some_samples()))
     entry = describe(bytes(data), 4)
     data[int(place * len(data))] ^= change
     with pytest.raises(DataError, match=r"shard train/000007\.tar: .*or changed since; prepare"):
@@ -202,7 +226,7 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("claimed", [3, 5])
 def test_a_wrong_number_of_samples_is_refused(claimed: int) -> None:
-    data = shards.encode_shard(some_samples(4))
+    data = encode(some_samples(4))
     with pytest.raises(DataError, match=f"000007.tar: 4 samples, the manifest says {claimed}"):
         list(shards.decode_shard(data, describe(data, claimed), SIZE))
 
@@ -216,7 +240,7 @@ def test_a_wrong_number_of_samples_is_refused(claimed: int) -> None:
     ],
 )
 def test_a_sample_of_another_shape_is_refused(pixels: Any, found: str) -> None:
-    data = shards.encode_shard([Sample("0" * 20, pixels, 0)])
+    data = encode([Sample("0" * 20, pixels, 0)])
     with pytest.raises(DataError, match=rf"sample 0 is {found}, expected uint8 \(8, 8\)"):
         list(shards.decode_shard(data, describe(data, 1), SIZE))
 
@@ -274,7 +298,7 @@ def test_a_manifest_round_trips(tiny_store: StoreMaker, tmp_path: Path) -> None:
 def test_the_digest_tells_stores_apart(tiny_store: StoreMaker) -> None:
     one, same, other = (shards.read_manifest(tiny_store(seed=seed)) for seed in (0, 0, 1))
     assert one.digest == same.digest != other.digest
-    assert one.model_copy(update={"quarantined": 1}).digest != one.digest
+    assert one.model_copy(update={"quarantined": {"missing": 1}}).digest != one.digest
 
 
 def test_a_folder_without_manifest_is_no_store(tiny_store: StoreMaker) -> None:
@@ -285,12 +309,12 @@ def test_a_folder_without_manifest_is_no_store(tiny_store: StoreMaker) -> None:
         shards.read_manifest(store_url)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"schema_version": 1}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"schema_version": 2}'])
 def test_an_unreadable_manifest_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
     for read in (shards.find_manifest, shards.read_manifest):
         with pytest.raises(
-            StoreError, match=r"manifest\.json: not a manifest of schema 1: .*prepare"
+            StoreError, match=r"manifest\.json: not a manifest of schema 2: .*prepare"
         ):
             read(str(tmp_path))
 
@@ -299,24 +323,28 @@ def test_a_half_manifest_is_refused(tiny_store: StoreMaker) -> None:
     store_url = tiny_store()
     path = Path(store_url) / "manifest.json"
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(StoreError, match=r"manifest\.json: not a manifest of schema 1"):
+    with pytest.raises(StoreError, match=r"manifest\.json: not a manifest of schema 2"):
         shards.read_manifest(store_url)
 
 
-def test_a_newer_manifest_is_refused(tiny_store: StoreMaker) -> None:
+@pytest.mark.parametrize("version", [1, 3])
+def test_a_manifest_of_another_schema_is_refused(tiny_store: StoreMaker, version: int) -> None:
     store_url = tiny_store()
-    edit_manifest(store_url, schema_version=2)
-    with pytest.raises(StoreError, match="manifest of schema 2, this version reads 1; prepare the"):
-        shards.read_manifest(store_url)
     edit_manifest(store_url, new_field=True)
-    with pytest.raises(StoreError, match="not a manifest of schema 1: new_field: "):
+    with pytest.raises(StoreError, match="not a manifest of schema 2: new_field: "):
         shards.read_manifest(store_url)
+    edit_manifest(store_url, schema_version=version)
+    for read in (shards.find_manifest, shards.read_manifest):
+        with pytest.raises(
+            StoreError, match=f"manifest of schema {version}, this version reads 2; prepare the"
+        ):
+            read(store_url)
 
 
 def test_a_manifest_without_a_split_is_refused(tiny_store: StoreMaker) -> None:
     store_url = tiny_store()
     edit_manifest(store_url, splits={})
-    with pytest.raises(StoreError, match=r"not a manifest of schema 1: splits: .*train, val, test"):
+    with pytest.raises(StoreError, match=r"not a manifest of schema 2: splits: .*train, val, test"):
         shards.read_manifest(store_url)
 
 
@@ -340,26 +368,50 @@ rows = st.builds(
     sex=st.none() | st.sampled_from(["M", "F"]),
     view=st.none() | st.sampled_from(["AP", "PA"]),
     spacing_mm=st.none() | st.floats(0.1, 1),
+    pixels_digest=keys,
 )
 
 
 @settings(max_examples=50)
 @given(st.lists(rows, max_size=5, unique_by=lambda row: row.key))
 def test_studies_round_trip_with_boxes_and_gaps(table: list[StudyRow]) -> None:
-    shards.write_studies("memory://studies", table)
+    shards.write_studies("memory://studies", shards.tabulate_studies(table))
     read = shards.read_studies("memory://studies")
-    assert list(read) == [row.key for row in table]
-    assert list(read.values()) == table
+    assert list(read.values()) == sorted(table, key=lambda row: row.key)
+    assert list(read) == [row.key for row in read.values()]
 
 
 def test_columns_have_the_same_types_whatever_is_missing(tmp_path: Path) -> None:
-    row = StudyRow("k", "p", "val", 0, "Normal", (), None, None, None, None)
-    full = StudyRow("k", "p", "val", 1, "Normal", (Box(1, 2, 3, 4),), 3, "F", "AP", 0.1)
+    row = StudyRow("k", "p", "val", 0, "Normal", (), None, None, None, None, "d")
+    full = StudyRow("k", "p", "val", 1, "Normal", (Box(1, 2, 3, 4),), 3, "F", "AP", 0.1, "d")
     schemas = []
     for content in ([row], [full], []):
-        shards.write_studies(str(tmp_path), content)
+        shards.write_studies(str(tmp_path), shards.tabulate_studies(content))
         schemas.append(pq.read_schema(tmp_path / "studies.parquet"))
     assert schemas[0] == schemas[1] == schemas[2]
+
+
+pictures = st.sampled_from(["a", "b", "c", "d"])
+people = st.sampled_from(["ann", "bob", "cem"])
+places = st.sampled_from(["train", "val"])
+
+
+@given(st.lists(st.tuples(pictures, people, places), max_size=12))
+def test_duplicates_are_counted_within_and_across_patients_and_splits(
+    table: list[tuple[str, str, str]],
+) -> None:
+    studies = shards.tabulate_studies(
+        StudyRow(str(i), patient, split, 0, "Normal", (), None, None, None, None, picture)
+        for i, (picture, patient, split) in enumerate(table)
+    )
+    groups = [[row for row in table if row[0] == name] for name in "abcd"]
+    several = [group for group in groups if len(group) > 1]
+    assert shards.find_duplicates(studies) == Duplicates(
+        pictures=len(several),
+        studies=sum(map(len, several)),
+        across_patients=sum(len({row[1] for row in group}) > 1 for group in several),
+        across_splits=sum(len({row[2] for row in group}) > 1 for group in several),
+    )
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "text", "other columns"])

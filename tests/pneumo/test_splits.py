@@ -7,13 +7,25 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 
 from pneumo.config import SplitConfig
 from pneumo.errors import SourceError
-from pneumo.splits import SPLITS, Split, place_patient, split_studies
+from pneumo.splits import (
+    SPLITS,
+    Split,
+    check_shards,
+    clustered_share,
+    place_group,
+    recall_salt,
+    remember_salt,
+    split_studies,
+)
 from pneumo.studies import Finding, Study, read_source
 
 FINDINGS: tuple[Finding, ...] = ("Lung Opacity", "Normal", "No Lung Opacity / Not Normal")
@@ -120,7 +132,7 @@ def test_the_chosen_salt_balances_better_than_most() -> None:
 @pytest.mark.parametrize(("val", "test"), [(0.15, 0.15), (0.1, 0.3), (0.4, 0.4)])
 def test_shares_are_near_the_wanted_ones(val: float, test: float) -> None:
     config = SplitConfig(val_fraction=val, test_fraction=test)
-    placed = Counter(place_patient(str(i), config, seed=3, salt=1) for i in range(20_000))
+    placed = Counter(place_group(str(i), config, 3, 1) for i in range(20_000))
     # Four standard deviations of a binomial share.
     for name, share in (("val", val), ("test", test), ("train", 1 - val - test)):
         assert abs(placed[name] / 20_000 - share) < 4 * (share * (1 - share) / 20_000) ** 0.5
@@ -129,12 +141,107 @@ def test_shares_are_near_the_wanted_ones(val: float, test: float) -> None:
 def test_a_larger_share_moves_patients_out_of_train_only() -> None:
     def place(patient: int, val: float) -> str:
         config = SplitConfig(val_fraction=val)
-        return place_patient(str(patient), config, seed=0, salt=0)
+        return place_group(str(patient), config, 0, 0)
 
     moved = {(place(i, 0.1), place(i, 0.2)) for i in range(3000)}
     assert ("val", "train") not in moved
     assert ("val", "test") not in moved
     assert ("train", "test") in moved
+
+
+def test_the_salt_is_remembered_beside_the_source_for_the_same_question(tmp_path: Path) -> None:
+    config, source_url = SplitConfig(), str(tmp_path)
+    assert recall_salt(source_url, config, seed=0) is None
+    assert remember_salt(source_url, config, seed=0, salt=17)
+    assert remember_salt(source_url, config, seed=1, salt=5)
+    assert recall_salt(source_url, config, seed=0) == 17
+    assert recall_salt(source_url, config, seed=1) == 5
+    assert recall_salt(source_url, SplitConfig(val_fraction=0.2), seed=0) is None
+    assert recall_salt(source_url, SplitConfig(unit="image"), seed=0) is None
+    for text in ("{", '{"patient val 0.15 test 0.15 seed 0": 99}'):
+        (tmp_path / ".pneumo" / "split_salts.json").write_text(text)
+        with pytest.raises(SourceError, match=r"split_salts\.json: .*delete the file"):
+            recall_salt(source_url, config, seed=0)
+
+
+def test_where_nothing_can_be_written_the_salt_is_not_remembered(tmp_path: Path) -> None:
+    (tmp_path / ".pneumo").write_text("a file where the folder would be")
+    assert not remember_salt(str(tmp_path / ".pneumo"), SplitConfig(), seed=0, salt=1)
+
+
+# --- lists ----------------------------------------------------------------------------------------
+
+
+def test_a_list_decides_and_leaves_out_who_is_not_on_it() -> None:
+    studies = make_studies([i // 2 for i in range(60)], [i // 2 % 2 for i in range(60)])
+    listed = {s.key: SPLITS[i // 2 % 3] for i, s in enumerate(studies[:48])}
+    config = SplitConfig(list="sha256:abc")
+    split = split_studies(studies, config, seed=0, has_patients=True, listed=listed)
+    assert split.by_key == listed
+    assert (split.audit.unlisted, split.audit.list_digest, split.audit.salt) == (
+        12,
+        "sha256:abc",
+        None,
+    )
+    by_patient = {s.patient: SPLITS[i // 2 % 3] for i, s in enumerate(studies[:48])}
+    assert split_studies(studies, config, seed=0, has_patients=True, listed=by_patient).by_key == (
+        listed
+    )
+
+
+def test_a_list_that_divides_a_patient_needs_a_word() -> None:
+    studies = make_studies([i // 2 for i in range(60)])
+    listed = {s.key: SPLITS[(i + i // 3) % 3] for i, s in enumerate(studies)}
+    with pytest.raises(SourceError, match=r"puts 30 patients into two splits; say --split\.unit"):
+        split_studies(studies, SplitConfig(), seed=0, has_patients=True, listed=listed)
+    audit = split_studies(
+        studies, SplitConfig(unit="image"), seed=0, has_patients=True, listed=listed
+    ).audit
+    assert audit.shared_patients == 30
+    assert audit.warning is not None
+
+
+def test_a_list_of_another_data_set_is_refused() -> None:
+    studies = make_studies(range(30))
+    with pytest.raises(SourceError, match="names none of the source's studies"):
+        split_studies(studies, SplitConfig(), seed=0, has_patients=True, listed={"x": "val"})
+
+
+# --- the audit ------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.integers(0, 8).map(str), st.integers(0, 1)), min_size=1, max_size=60))
+def test_an_interval_of_a_share_holds_the_share(pairs: list[tuple[str, int]]) -> None:
+    interval = clustered_share(pairs)
+    assert interval.value == sum(target for _, target in pairs) / len(pairs)
+    assert 0 <= interval.low <= interval.value <= interval.high <= 1
+    if len(pairs) < 30:
+        assert interval.high - interval.low > 0.1, "few studies say little"
+
+
+def test_studies_of_one_patient_are_no_new_evidence() -> None:
+    alone = [(str(i), int(i % 4 == 0)) for i in range(400)]
+    tenfold = [pair for pair in alone for _ in range(10)]
+    one, ten = clustered_share(alone), clustered_share(tenfold)
+    assert ten.low == pytest.approx(one.low, abs=2e-3)
+    assert ten.high == pytest.approx(one.high, abs=2e-3)
+    exact = binomtest(100, 400).proportion_ci(method="exact")
+    assert (one.low, one.high) == pytest.approx((exact.low, exact.high), abs=2e-4)
+
+
+@pytest.mark.parametrize("samples", [16, 1024])
+def test_a_skewed_shard_fails_and_shuffled_ones_pass(samples: int) -> None:
+    rng = np.random.default_rng(0)
+    targets = (rng.uniform(size=26 * samples) < 0.225).astype(int)
+
+    def cut(ordered: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
+        return [(len(part), int(part.sum())) for part in np.split(ordered, 26)]
+
+    ranges = check_shards({"train": cut(targets), "val": cut(targets[::-1])})
+    low, high = ranges["train"]
+    assert low <= targets.mean() <= high
+    with pytest.raises(SourceError, match=r"split val: shard \d+ has \d+ positives of .*shuffled"):
+        check_shards({"train": cut(targets), "val": cut(np.sort(targets))})
 
 
 def test_a_split_without_patients_is_refused() -> None:
@@ -204,15 +311,14 @@ def test_all_of_rsna(shared_data: Path, tmp_path: Path) -> None:
         (tmp_path / path.name).symlink_to(path)
     (tmp_path / "stage_2_train_images").mkdir()
     source = read_source(str(tmp_path), {"PNEUMO_HASH_KEY": "a secret of the tests"})
-    config = SplitConfig(val_fraction=0.2, test_fraction=0.01, salt=0)
-    audit = split_studies(source.studies, config, seed=0, has_patients=True).audit
+    audit = split_studies(source.studies, SplitConfig(), seed=0, has_patients=True).audit
+    print(audit.model_dump_json(indent=1))
     assert audit.shared_patients == 0
     assert sum(audit.patients.values()) == 11_439
     assert audit.leaked_by_image is not None
     assert 0.66 < audit.leaked_by_image < 0.74
-    for name in ("train", "val"):
-        assert audit.prevalence[name].value == pytest.approx(0.225, abs=0.02)
-    # Intervals are of patients, so wider than those of as many images.
-    val = audit.prevalence["val"]
-    by_image = 1.96 * (val.value * (1 - val.value) / audit.studies["val"]) ** 0.5
-    assert (val.high - val.low) / 2 > 1.2 * by_image
+    for name in SPLITS:
+        assert audit.prevalence[name].value == pytest.approx(0.2253, abs=0.005)
+    everyone = clustered_share([(s.patient, s.target) for s in source.studies])
+    # The standard error is 0.0053 by patient (a bootstrap says 0.0052), and 0.0025 by image.
+    assert (everyone.high - everyone.low) / 2 / 1.96 == pytest.approx(0.0053, abs=1e-4)

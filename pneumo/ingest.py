@@ -1,0 +1,373 @@
+"""Source -> store, one shard at a time: what each task does, what it leaves, how it all is joined.
+
+A task writes its shard and then a receipt for it, under `parts/`. A preparation that was killed
+finds the receipts, checks the shards that they vouch for, and does the rest. Everything depends on
+the source, the settings and the seed alone, so whoever does a task, and however often, the bytes
+are the same. The manifest comes last, and the receipts go.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pneumo import storage
+from pneumo.config import Config
+from pneumo.dicom import GrayImage, read_study_image
+from pneumo.errors import (
+    AccessError,
+    BadFilesError,
+    DataError,
+    DicomError,
+    SourceError,
+    StorageError,
+    StoreError,
+)
+from pneumo.shards import (
+    QUARANTINE,
+    Manifest,
+    Sample,
+    ShardEntry,
+    SplitEntry,
+    StudyRow,
+    check_bytes,
+    digest_pixels,
+    find_duplicates,
+    find_manifest,
+    tabulate_studies,
+    write_manifest,
+    write_shard,
+    write_studies,
+)
+from pneumo.splits import SPLITS, LeakageAudit, check_shards
+from pneumo.studies import Rejected, Source, Study
+
+PARTS = "parts"
+CLAIM = "parts/claim.json"
+_FORMAT = 1
+"""Raised when the same source and settings would give other bytes than before."""
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One task's work."""
+
+    split: str
+    name: str
+    studies: tuple[Study, ...]
+
+    @property
+    def receipt(self) -> str:
+        """Where the task's receipt goes, relative to the store."""
+        return f"{PARTS}/{self.name}.json"
+
+    def digest(self, prepare_digest: str) -> str:
+        """SHA-256 of all that the shard's bytes follow from, the DICOM files aside."""
+        described = [_FORMAT, prepare_digest, self.split, [_describe(s) for s in self.studies]]
+        return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+
+
+class Receipt(BaseModel):
+    """What one task leaves: enough to write the store's tables without looking at its shard."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    plan_digest: str
+    entry: ShardEntry
+    """Of 0 samples, and without a file, when no study of the plan could be used."""
+    rows: tuple[StudyRow, ...]
+    rejected: tuple[Rejected, ...]
+    histogram: tuple[int, ...]
+    """Stored pixels of each gray level."""
+    contradictions: dict[str, int]
+    """Studies whose tables and header disagree, by what they disagree on."""
+
+
+def find_store(store_url: str, source: Source, config: Config) -> Manifest | None:
+    """The manifest that is there already for this source and these settings, or None.
+
+    Raises StoreError when the store, or what a preparation left of one, is of another source or of
+    other settings.
+    """
+    manifest = find_manifest(store_url)
+    wanted = _claim(source, config)
+    if manifest is not None:
+        if (manifest.source_digest, manifest.prepare_digest) == wanted:
+            return manifest
+        raise StoreError(
+            f"{store_url}: holds a store of another source or of other settings; give another "
+            "--store, or delete it first"
+        )
+    if not storage.create_bytes(storage.join(store_url, CLAIM), _encode_claim(wanted)):
+        claimed = storage.read_bytes(storage.join(store_url, CLAIM))
+        if claimed != _encode_claim(wanted):
+            raise StoreError(
+                f"{store_url}: a preparation of another source or with other settings is under way "
+                "there, or was left unfinished; give another --store, or delete it first"
+            )
+    return None
+
+
+def plan_shards(
+    studies: Sequence[Study], by_key: Mapping[str, str], config: Config
+) -> list[ShardPlan]:
+    """Which studies go to which shard: shuffled by the seed, so that no shard is skewed by a
+    name."""
+    plans = []
+    for name in SPLITS:
+        members = [study for study in studies if by_key.get(study.key) == name]
+        random.Random(f"shards/{config.seed}/{name}").shuffle(members)
+        # Equal shards, none above the wanted size, and enough of them to share out a small source;
+        # never a question of how many workers there are, or the store would depend on it.
+        count = max(
+            -(-len(members) // config.prepare.samples_per_shard), min(8, len(members) // 16), 1
+        )
+        bounds = [len(members) * i // count for i in range(count + 1)]
+        plans += [
+            ShardPlan(name, f"{name}/{i:06d}.tar", tuple(members[bounds[i] : bounds[i + 1]]))
+            for i in range(count)
+        ]
+    return plans
+
+
+def prepare_shard(
+    plan: ShardPlan, store_url: str, image_size: int, prepare_digest: str
+) -> tuple[int, int]:
+    """Make sure that a plan's shard and receipt are there; (studies rejected, shards reused).
+
+    A receipt that vouches for the same plan, with its shard as it says, is left as it is.
+    """
+    cv2.setNumThreads(1)
+    digest = plan.digest(prepare_digest)
+    kept = _find_receipt(plan, store_url, digest)
+    if kept is not None:
+        return len(kept.rejected), 1
+    receipt = _write_shard(plan, store_url, image_size, digest)
+    storage.write_text(storage.join(store_url, plan.receipt), receipt.model_dump_json())
+    return len(receipt.rejected), 0
+
+
+def finish_store(
+    store_url: str,
+    source: Source,
+    plans: Sequence[ShardPlan],
+    audit: LeakageAudit,
+    config: Config,
+    *,
+    num_studies: int,
+) -> Manifest:
+    """Join the receipts: the policy on bad files, the tables, the manifest; then clear the parts.
+
+    `num_studies` counts all that were asked for, rejected ones too. Raises BadFilesError when too
+    many studies could not be used, SourceError when a split or a shard is left lopsided.
+    """
+    rejected = list(source.rejected)
+    entries: dict[str, list[ShardEntry]] = {name: [] for name in SPLITS}
+    histograms = {name: np.zeros(256, np.int64) for name in SPLITS}
+    patients: dict[str, set[str]] = {name: set() for name in SPLITS}
+    contradictions: Counter[str] = Counter()
+    tables = []
+    for receipt, plan in _read_receipts(store_url, plans):
+        rejected += receipt.rejected
+        contradictions.update(receipt.contradictions)
+        histograms[plan.split] += np.array(receipt.histogram, np.int64)
+        patients[plan.split].update(row.patient for row in receipt.rows)
+        if receipt.entry.samples:
+            entries[plan.split].append(receipt.entry)
+        tables.append(tabulate_studies(receipt.rows))
+    _write_quarantine(store_url, rejected)
+    _check_policy(rejected, num_studies, config, store_url)
+    splits = {
+        name: SplitEntry(
+            samples=sum(entry.samples for entry in entries[name]),
+            positives=sum(entry.positives for entry in entries[name]),
+            patients=len(patients[name]),
+            histogram=tuple(histograms[name].tolist()),
+            shards=tuple(entries[name]),
+        )
+        for name in SPLITS
+    }
+    audit = audit.model_copy(update={"shard_prevalence": _check_classes(splits)})
+    studies = pa.concat_tables(tables)
+    write_studies(store_url, studies)
+    mean, std = _moments(histograms["train"])
+    manifest = Manifest(
+        source_digest=source.digest,
+        prepare_digest=digest_settings(config),
+        image_size=config.prepare.image_size,
+        seed=config.seed,
+        split=config.split,
+        audit=audit,
+        mean=mean,
+        std=std,
+        quarantined=dict(sorted(Counter(item.reason for item in rejected).items())),
+        contradictions=dict(sorted(contradictions.items())),
+        duplicates=find_duplicates(studies),
+        splits=splits,
+    )
+    write_manifest(store_url, manifest)
+    clear_parts(store_url)
+    return manifest
+
+
+def clear_parts(store_url: str) -> None:
+    """Remove what a preparation leaves besides the store itself."""
+    storage.remove_below(storage.join(store_url, PARTS))
+
+
+def digest_settings(config: Config) -> str:
+    """SHA-256 of the settings that decide what a store holds.
+
+    How many bad files are too many is none of them: a preparation that failed for that goes on.
+    """
+    neutral = config.prepare.model_copy(update={"max_bad_fraction": 0.0})
+    return config.model_copy(update={"prepare": neutral}).digest("seed", "prepare", "split")
+
+
+def _describe(study: Study) -> list[object]:
+    return [study.key, study.patient, study.target, study.finding, study.boxes]
+
+
+def _claim(source: Source, config: Config) -> tuple[str, str]:
+    return source.digest, digest_settings(config)
+
+
+def _encode_claim(claim: tuple[str, str]) -> bytes:
+    return json.dumps({"source_digest": claim[0], "prepare_digest": claim[1]}).encode()
+
+
+def _find_receipt(plan: ShardPlan, store_url: str, digest: str) -> Receipt | None:
+    """The receipt of an earlier run for just this plan, if its shard is whole; else None."""
+    try:
+        text = storage.read_bytes(storage.join(store_url, plan.receipt))
+        receipt = Receipt.model_validate_json(text)
+        if receipt.plan_digest != digest:
+            return None
+        if receipt.entry.samples:
+            check_bytes(storage.read_bytes(storage.join(store_url, plan.name)), receipt.entry)
+    except (FileNotFoundError, ValidationError, DataError):
+        return None
+    return receipt
+
+
+def _write_shard(plan: ShardPlan, store_url: str, image_size: int, digest: str) -> Receipt:
+    rows: list[StudyRow] = []
+    rejected: list[Rejected] = []
+    contradictions: Counter[str] = Counter()
+    histogram = np.zeros(256, np.int64)
+
+    def samples() -> Iterator[Sample]:
+        for study in plan.studies:
+            image = _read_image(study, plan.split, image_size)
+            if isinstance(image, Rejected):
+                rejected.append(image)
+                continue
+            histogram.__iadd__(np.bincount(image.pixels.ravel(), minlength=256))
+            contradictions.update(_contradictions(study, image))
+            rows.append(_make_row(study, plan.split, image))
+            yield Sample(study.key, image.pixels, study.target)
+
+    entry = write_shard(store_url, plan.name, samples())
+    return Receipt(
+        plan_digest=digest,
+        entry=entry,
+        rows=tuple(rows),
+        rejected=tuple(rejected),
+        histogram=tuple(histogram.tolist()),
+        contradictions=dict(contradictions),
+    )
+
+
+def _read_image(study: Study, split: str, image_size: int) -> GrayImage | Rejected:
+    """The study's picture, or why it cannot be had, in words that name nobody."""
+    try:
+        return read_study_image(storage.read_bytes(study.url), image_size)
+    except FileNotFoundError:
+        return Rejected(study.key, split, "missing", "no DICOM file")
+    except DicomError as error:
+        return Rejected(study.key, split, error.reason, str(error))
+    except (AccessError, StorageError) as error:
+        if not storage.is_local(study.url):
+            raise  # a bucket that is away says nothing about the file
+        return Rejected(study.key, split, "unreadable", type(error.__cause__).__name__)
+
+
+def _make_row(study: Study, split: str, image: GrayImage) -> StudyRow:
+    return StudyRow(
+        key=study.key,
+        patient=study.patient,
+        split=split,
+        target=study.target,
+        finding=study.finding,
+        boxes=tuple(image.place(box) for box in study.boxes),
+        **asdict(image.header),
+        pixels_digest=digest_pixels(image.pixels),
+    )
+
+
+def _contradictions(study: Study, image: GrayImage) -> Iterator[str]:
+    """What the tables say of a study that its file does not bear out."""
+    image_id = study.url.rsplit("/", 1)[-1].removesuffix(".dcm")
+    if image.identifier is not None and image.identifier != image_id:
+        yield "patient_id"
+    if any(
+        min(box) < 0 or box.x + box.width > image.columns or box.y + box.height > image.rows
+        for box in study.boxes
+    ):
+        yield "box_outside"
+
+
+def _read_receipts(
+    store_url: str, plans: Iterable[ShardPlan]
+) -> Iterator[tuple[Receipt, ShardPlan]]:
+    for plan in plans:
+        text = storage.read_bytes(storage.join(store_url, plan.receipt))
+        yield Receipt.model_validate_json(text), plan
+
+
+def _write_quarantine(store_url: str, rejected: Iterable[Rejected]) -> None:
+    lines = (json.dumps(asdict(item)) for item in sorted(rejected, key=lambda item: item.key))
+    storage.write_text(storage.join(store_url, QUARANTINE), "".join(f"{line}\n" for line in lines))
+
+
+def _check_policy(rejected: Sequence[Rejected], total: int, config: Config, store_url: str) -> None:
+    if len(rejected) > config.prepare.max_bad_fraction * total:
+        reasons = sorted(Counter(item.reason for item in rejected).items())
+        told = ", ".join(f"{reason} {number}" for reason, number in reasons)
+        raise BadFilesError(
+            f"prepare: {len(rejected)} of {total} studies cannot be used ({told}), more than "
+            f"prepare.max_bad_fraction {config.prepare.max_bad_fraction:g}; see "
+            f"{storage.join(store_url, QUARANTINE)}"
+        )
+
+
+def _check_classes(splits: Mapping[str, SplitEntry]) -> dict[str, tuple[float, float]]:
+    for name, entry in splits.items():
+        if not 0 < entry.positives < entry.samples:
+            raise SourceError(f"split {name}: only one class is left after quarantine")
+    return check_shards(
+        {
+            name: [(shard.samples, shard.positives) for shard in entry.shards]
+            for name, entry in splits.items()
+        }
+    )
+
+
+def _moments(histogram: npt.NDArray[np.int64]) -> tuple[float, float]:
+    """Mean and standard deviation of the gray level in [0, 1]; exact sums, so the same anywhere."""
+    counts = [int(count) for count in histogram]
+    pixels = sum(counts)
+    total = sum(level * count for level, count in enumerate(counts))
+    squares = sum(level * level * count for level, count in enumerate(counts))
+    mean = total / pixels
+    variance = squares / pixels - mean**2
+    return round(mean / 255, 6), round(max(variance, 0.0) ** 0.5 / 255, 6)

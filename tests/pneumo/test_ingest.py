@@ -1,0 +1,382 @@
+"""One task's work can be done by anybody, any number of times, and leaves the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pneumo import storage
+from pneumo.config import Config, override
+from pneumo.errors import BadFilesError, SourceError, StoreError
+from pneumo.ingest import (
+    Receipt,
+    ShardPlan,
+    digest_settings,
+    find_store,
+    finish_store,
+    plan_shards,
+    prepare_shard,
+)
+from pneumo.shards import Manifest, read_manifest, read_shard, read_studies
+from pneumo.splits import Split, split_studies
+from pneumo.studies import Source, read_source
+
+FolderMaker = Callable[..., Path]
+DicomMaker = Callable[..., bytes]
+
+ENVIRON = {"PNEUMO_HASH_KEY": "a secret of the tests"}
+CONFIG = override(
+    Config(), {"prepare.image_size": 32, "prepare.samples_per_shard": 8, "split.salt": 3}
+)
+
+
+class Preparation:
+    """A source with its plans, as jobs.prepare would have it."""
+
+    def __init__(self, folder: Path, config: Config = CONFIG) -> None:
+        self.folder, self.config = folder, config
+        self.source: Source = read_source(str(folder), ENVIRON)
+        self.split: Split = split_studies(
+            self.source.studies, config.split, seed=config.seed, has_patients=True
+        )
+        self.plans = plan_shards(self.source.studies, self.split.by_key, config)
+
+    def file(self, plan: ShardPlan, number: int = 0) -> Path:
+        return Path(plan.studies[number].url)
+
+    def do(self, plan: ShardPlan, store: Path) -> tuple[int, int]:
+        size = self.config.prepare.image_size
+        return prepare_shard(plan, str(store), size, digest_settings(self.config))
+
+    def finish(self, store: Path) -> Manifest:
+        return finish_store(
+            str(store),
+            self.source,
+            self.plans,
+            self.split.audit,
+            self.config,
+            num_studies=len(self.source.studies) + len(self.source.rejected),
+        )
+
+    def run(self, store: Path) -> Manifest:
+        assert find_store(str(store), self.source, self.config) is None
+        for plan in self.plans:
+            self.do(plan, store)
+        return self.finish(store)
+
+
+@pytest.fixture
+def preparation(kaggle_folder: FolderMaker) -> Preparation:
+    return Preparation(kaggle_folder(num_studies=120))
+
+
+def content(store: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(store)): path.read_bytes()
+        for path in sorted(store.rglob("*"))
+        if path.is_file()
+    }
+
+
+def receipt_of(plan: ShardPlan, store: Path) -> Receipt:
+    return Receipt.model_validate_json((store / plan.receipt).read_bytes())
+
+
+# --- the same bytes -------------------------------------------------------------------------------
+
+
+def test_a_finished_store_holds_nothing_else(preparation: Preparation, tmp_path: Path) -> None:
+    manifest = preparation.run(tmp_path)
+    names = {shard.name for entry in manifest.splits.values() for shard in entry.shards}
+    assert set(content(tmp_path)) == names | {
+        "manifest.json",
+        "studies.parquet",
+        "quarantine.jsonl",
+    }
+    assert not (tmp_path / "parts").exists()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_order_repetition_and_interruption_change_no_byte(
+    preparation: Preparation, tmp_path: Path, seed: int
+) -> None:
+    preparation.run(tmp_path / "plain")
+    rng = random.Random(seed)
+    other = tmp_path / "other"
+    calls = preparation.plans * 2
+    rng.shuffle(calls)
+    for plan in calls:
+        damage = rng.choice(
+            ["none", "none", "none", "no receipt", "no shard", "cut", "cut receipt", "changed"]
+        )
+        preparation.do(plan, other)
+        shard, receipt = other / plan.name, other / plan.receipt
+        if damage == "no receipt":
+            receipt.unlink()
+        elif damage == "no shard":
+            shard.unlink()
+        elif damage == "cut":
+            shard.write_bytes(shard.read_bytes()[:-512])
+        elif damage == "cut receipt":
+            receipt.write_text(receipt.read_text()[:-20])
+        elif damage == "changed":
+            shard.write_bytes(b"\1" + shard.read_bytes()[1:])
+    reused = sum(preparation.do(plan, other)[1] for plan in preparation.plans)
+    assert 0 < reused < len(preparation.plans)
+    preparation.finish(other)
+    assert content(other) == content(tmp_path / "plain")
+
+
+def test_several_at_once_on_one_store_change_no_byte(
+    preparation: Preparation, tmp_path: Path
+) -> None:
+    preparation.run(tmp_path / "plain")
+    other = tmp_path / "other"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda plan: preparation.do(plan, other), preparation.plans * 4))
+    preparation.finish(other)
+    assert content(other) == content(tmp_path / "plain")
+
+
+def test_a_whole_shard_is_not_made_again(preparation: Preparation, tmp_path: Path) -> None:
+    plan = preparation.plans[0]
+    assert preparation.do(plan, tmp_path) == (0, 0)
+    for study in plan.studies:
+        Path(study.url).unlink()
+    assert preparation.do(plan, tmp_path) == (0, 1)
+
+
+def test_a_receipt_for_something_else_is_not_believed(
+    preparation: Preparation, tmp_path: Path
+) -> None:
+    plan = preparation.plans[0]
+    preparation.do(plan, tmp_path)
+    for changes in ({"prepare.image_size": 48}, {"seed": 9}, {"split.salt": 4}):
+        other = Preparation(preparation.folder, override(CONFIG, changes))
+        assert other.do(plan, tmp_path) == (0, 0)
+    fewer = ShardPlan(plan.split, plan.name, plan.studies[1:])
+    assert preparation.do(fewer, tmp_path) == (0, 0)
+
+
+def test_bad_files_may_be_more_without_doing_all_again(preparation: Preparation) -> None:
+    other = override(CONFIG, {"prepare.max_bad_fraction": 0.5})
+    assert digest_settings(other) == digest_settings(CONFIG)
+    assert digest_settings(override(CONFIG, {"seed": 1})) != digest_settings(CONFIG)
+
+
+@pytest.mark.parametrize("samples_per_shard", [1, 7, 64, 1024])
+def test_plans_hold_every_study_once_in_shards_of_a_size(
+    preparation: Preparation, samples_per_shard: int
+) -> None:
+    config = override(CONFIG, {"prepare.samples_per_shard": samples_per_shard})
+    source, split = preparation.source, preparation.split
+    plans = plan_shards(source.studies, split.by_key, config)
+    keys = [study.key for plan in plans for study in plan.studies]
+    assert sorted(keys) == sorted(study.key for study in source.studies)
+    sizes = {len(plan.studies) for plan in plans if plan.split == "train"}
+    assert max(sizes) <= samples_per_shard
+    assert max(sizes) - min(sizes) <= 1
+    assert all(split.by_key[study.key] == plan.split for plan in plans for study in plan.studies)
+
+
+# --- whose store it is ----------------------------------------------------------------------------
+
+
+def test_an_unfinished_store_of_other_settings_is_left_alone(
+    preparation: Preparation, tmp_path: Path
+) -> None:
+    assert find_store(str(tmp_path), preparation.source, CONFIG) is None
+    assert find_store(str(tmp_path), preparation.source, CONFIG) is None
+    with pytest.raises(StoreError, match="with other settings is under way there, or was left"):
+        find_store(str(tmp_path), preparation.source, override(CONFIG, {"seed": 1}))
+
+
+def test_a_finished_store_of_other_settings_is_left_alone(
+    preparation: Preparation, tmp_path: Path
+) -> None:
+    manifest = preparation.run(tmp_path)
+    assert find_store(str(tmp_path), preparation.source, CONFIG) == manifest
+    with pytest.raises(StoreError, match="holds a store of another source or of other settings"):
+        find_store(str(tmp_path), preparation.source, override(CONFIG, {"seed": 1}))
+
+
+# --- what the manifest says -----------------------------------------------------------------------
+
+
+def test_statistics_are_those_of_the_stored_pixels(
+    preparation: Preparation, tmp_path: Path
+) -> None:
+    preparation.run(tmp_path)
+    manifest = read_manifest(str(tmp_path))
+    pixels = {
+        name: np.stack(
+            [
+                sample.pixels
+                for shard in entry.shards
+                for sample in read_shard(str(tmp_path), shard, 32)
+            ]
+        )
+        for name, entry in manifest.splits.items()
+    }
+    assert manifest.mean == pytest.approx(float(pixels["train"].mean() / 255), abs=1e-6)
+    assert manifest.std == pytest.approx(float(pixels["train"].std() / 255), abs=1e-6)
+    for name, entry in manifest.splits.items():
+        assert list(entry.histogram) == np.bincount(pixels[name].ravel(), minlength=256).tolist()
+        low, high = manifest.audit.shard_prevalence[name]
+        assert low <= entry.positives / entry.samples <= high
+    rows = read_studies(str(tmp_path)).values()
+    assert len(rows) == manifest.splits["train"].samples + sum(
+        manifest.splits[name].samples for name in ("val", "test")
+    )
+
+
+def test_equal_pictures_are_counted(kaggle_folder: FolderMaker, tmp_path: Path) -> None:
+    folder = kaggle_folder(num_studies=60, images_per_patient=1)
+    first, *others = sorted((folder / "stage_2_train_images").iterdir())
+    for path in others[:9]:
+        path.write_bytes(first.read_bytes())
+    # The phantoms that carry no box are equal to begin with.
+    before = Preparation(folder).run(tmp_path / "store").duplicates
+    rows = list(read_studies(str(tmp_path / "store")).values())
+    groups = {
+        row.pixels_digest: [r for r in rows if r.pixels_digest == row.pixels_digest] for row in rows
+    }
+    several = [group for group in groups.values() if len(group) > 1]
+    assert before.pictures == len(several)
+    assert before.studies == sum(map(len, several)) >= 10
+    assert before.across_splits == sum(len({row.split for row in g}) > 1 for g in several) > 0
+
+
+def test_headers_and_tables_that_disagree_are_counted(
+    kaggle_folder: FolderMaker, tmp_path: Path, make_dicom: DicomMaker
+) -> None:
+    folder = kaggle_folder(num_studies=120)
+    files = sorted((folder / "stage_2_train_images").iterdir())
+    for path in files[:4]:  # two pairs of files in each other's place
+        path.write_bytes(make_dicom(np.full((64, 64), 9, np.uint8), identifier="another"))
+    labels = folder / "stage_2_train_labels.csv"
+    lines = labels.read_text().splitlines()
+    positive = next(i for i, line in enumerate(lines) if line.endswith(",1"))
+    image_id = lines[positive].split(",")[0]
+    lines[positive] = f"{image_id},60.0,1.0,9.0,9.0,1"
+    labels.write_text("\n".join(lines) + "\n")
+    manifest = Preparation(folder).run(tmp_path)
+    assert manifest.contradictions == {"box_outside": 1, "patient_id": 4}
+
+
+# --- what cannot be used --------------------------------------------------------------------------
+
+
+@contextmanager
+def without_root() -> Iterator[None]:
+    """Files of mode 000 are unreadable to anybody but root."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_every_way_of_being_unusable_has_its_code(
+    kaggle_folder: FolderMaker, make_dicom: DicomMaker, tmp_path: Path
+) -> None:
+    gray = np.full((64, 64), 90, np.uint8)
+    palette = {"PhotometricInterpretation": "UNKNOWN"}
+    bad: dict[str, Callable[[Path], object]] = {
+        "not_dicom": lambda path: path.write_bytes(b""),
+        "not_dicom ": lambda path: path.write_bytes(b"\x89PNG" * 500),
+        "no_pixels": lambda path: path.write_bytes(make_dicom(gray, elements={"PixelData": None})),
+        "no_pixels ": lambda path: path.write_bytes(make_dicom(gray)[:-4200]),
+        "photometric": lambda path: path.write_bytes(make_dicom(gray, elements=palette)),
+        "multi_frame": lambda path: path.write_bytes(make_dicom(np.stack([gray] * 3))),
+        "wrong_class": lambda path: path.write_bytes(
+            make_dicom(gray, elements={"SOPClassUID": "1.2.840.10008.5.1.4.1.1.2"})
+        ),
+        "too_large": lambda path: path.write_bytes(
+            make_dicom(gray, elements={"Rows": 65535, "Columns": 65535})
+        ),
+        "undecodable": lambda path: path.write_bytes(make_dicom(gray, elements={"Rows": 70})),
+        "missing": lambda path: path.unlink(),
+        "unreadable": lambda path: (path.unlink(), path.symlink_to(path.name)),
+        "unreadable ": lambda path: (path.unlink(), path.mkdir()),
+        "unreadable  ": lambda path: path.chmod(0),
+    }
+    preparation = Preparation(
+        kaggle_folder(num_studies=120),
+        override(CONFIG, {"prepare.samples_per_shard": 60, "prepare.max_bad_fraction": 0.2}),
+    )
+    plan = preparation.plans[0]
+    assert plan.split == "train"
+    for number, spoil in enumerate(bad.values()):
+        spoil(preparation.file(plan, number))
+    for path in (
+        tmp_path,
+        preparation.folder,
+        *tmp_path.parents[:-2],
+        *preparation.folder.parents[:-2],
+    ):
+        path.chmod(0o777)
+    with without_root():
+        assert preparation.do(plan, tmp_path) == (len(bad), 0)
+    receipt = receipt_of(plan, tmp_path)
+    found = {item.key: item.reason for item in receipt.rejected}
+    expected = {plan.studies[i].key: name.strip() for i, name in enumerate(bad)}
+    assert found == expected
+    for study in plan.studies:
+        image_id = Path(study.url).stem
+        assert not any(image_id in item.message for item in receipt.rejected)
+
+
+def test_too_many_bad_files_fail_and_are_told(preparation: Preparation, tmp_path: Path) -> None:
+    for number in range(3):
+        preparation.file(preparation.plans[0], number).unlink()
+    with pytest.raises(BadFilesError, match=r"3 of 120 studies cannot be used \(missing 3\), more"):
+        preparation.run(tmp_path)
+    assert storage.exists(str(tmp_path / "parts"))
+    kept = Preparation(preparation.folder, override(CONFIG, {"prepare.max_bad_fraction": 0.05}))
+    assert sum(kept.do(plan, tmp_path)[1] for plan in kept.plans) == len(kept.plans)
+    assert kept.finish(tmp_path).quarantined == {"missing": 3}
+
+
+def test_contradictory_studies_count_as_bad(kaggle_folder: FolderMaker, tmp_path: Path) -> None:
+    folder = kaggle_folder(num_studies=120)
+    classes = folder / "stage_2_detailed_class_info.csv"
+    classes.write_text(classes.read_text().replace(",Normal", ",Lung Opacity", 1))
+    config = override(CONFIG, {"prepare.max_bad_fraction": 0.01})
+    manifest = Preparation(folder, config).run(tmp_path)
+    assert manifest.quarantined == {"contradiction": 1}
+    line = json.loads((tmp_path / "quarantine.jsonl").read_text())
+    assert line["message"] == "class 'Lung Opacity' with Target 0"
+
+
+def test_a_split_that_lost_a_class_is_refused(preparation: Preparation, tmp_path: Path) -> None:
+    val = [plan for plan in preparation.plans if plan.split == "val"]
+    for plan in val:
+        for study in plan.studies:
+            if study.target:
+                Path(study.url).unlink()
+    config = override(CONFIG, {"prepare.max_bad_fraction": 0.9})
+    with pytest.raises(SourceError, match="split val: only one class is left after quarantine"):
+        Preparation(preparation.folder, config).run(tmp_path)
+
+
+def test_a_shard_of_bad_files_alone_is_no_shard(preparation: Preparation, tmp_path: Path) -> None:
+    plan = next(p for p in preparation.plans if p.split == "train")
+    for study in plan.studies:
+        Path(study.url).write_bytes(b"")
+    config = override(CONFIG, {"prepare.max_bad_fraction": 0.5})
+    manifest = Preparation(preparation.folder, config).run(tmp_path)
+    assert plan.name not in {shard.name for shard in manifest.splits["train"].shards}
+    assert not (tmp_path / plan.name).exists()
+    shutil.rmtree(preparation.folder)
