@@ -28,7 +28,8 @@ from pneumo.evaluate import DECISION, Evaluation, check_complete, evaluate
 from pneumo.explain import Outcome, choose_gallery
 from pneumo.figures import Case
 from pneumo.predict import Predictions, join_predictions
-from pneumo.report import DataFacts, ModelFacts, Provenance, SplitFacts, render_report
+from pneumo.quality import read_contact_sheets, summarise_quality
+from pneumo.report import DataFacts, ModelFacts, Provenance, render_report
 from pneumo.shards import Manifest, StudyRow, read_manifest, read_studies
 from pneumo.tracking import (
     Artifact,
@@ -37,6 +38,7 @@ from pneumo.tracking import (
     LineChart,
     Page,
     Picture,
+    Table,
     Tracker,
     open_tracker,
 )
@@ -44,6 +46,7 @@ from pneumo.tracking import (
 METRICS = "metrics.json"
 PREDICTIONS = "predictions.parquet"
 REPORT = "report.html"
+DATA_FIGURE = "data_quality.png"
 JUDGED_SPLITS = ("val", "test")
 
 
@@ -71,10 +74,11 @@ def evaluate_run(invocation: Invocation) -> None:
     arguments, config = invocation.arguments, invocation.config
     assert isinstance(arguments, EvaluateArguments)
     subject = find_subject(arguments)
+    studies = read_studies(subject.store_url)
+    data = describe_data(subject.store_url, subject.manifest, studies)
     with ray_session(show_logs=arguments.debug):
         wait_for_resources(config.cluster, 1)
         logits = score_splits(subject.scored, JUDGED_SPLITS, config)
-        studies = read_studies(subject.store_url)
         predictions = join_predictions(logits, studies, checkpoint=subject.scored.entry.name)
         expected = {name: subject.manifest.splits[name].samples for name in JUDGED_SPLITS}
         check_complete(predictions, expected)
@@ -84,7 +88,11 @@ def evaluate_run(invocation: Invocation) -> None:
         pictures = choose_pictures(subject, predictions, studies, evaluation, config)
     metrics = evaluation.to_metrics(
         run=subject.run_url.rsplit("/", 1)[-1],
-        dataset={"digest": subject.manifest.digest, "unit": subject.manifest.audit.unit},
+        dataset={
+            "digest": subject.manifest.digest,
+            "unit": subject.manifest.audit.unit,
+            **describe_faults(data),
+        },
         model={
             "backbone": subject.checkpoint.config.model.backbone,
             "initialisation": subject.checkpoint.initialisation,
@@ -94,12 +102,12 @@ def evaluate_run(invocation: Invocation) -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder)
-        report = write_files(files, subject, predictions, evaluation, pictures, config)
+        report = write_files(files, subject, data, predictions, evaluation, pictures, config)
         _clear(subject.run_url)
         storage.upload_folder(files, subject.run_url)
         metrics_text = json.dumps(metrics, indent=1, allow_nan=False) + "\n"
         (files / METRICS).write_text(metrics_text)
-        track(subject, evaluation, pictures, report, files, config)
+        track(subject, data, evaluation, pictures, report, files, config)
     storage.write_text(storage.join(subject.run_url, METRICS), metrics_text)
     print_summary(metrics, subject.run_url)
 
@@ -185,6 +193,7 @@ def choose_pictures(
 def write_files(
     folder: Path,
     subject: Subject,
+    data: DataFacts,
     predictions: Predictions,
     evaluation: Evaluation,
     pictures: Pictures,
@@ -206,10 +215,11 @@ def write_files(
         "gradcam_example.png": figures.draw_gradcam_example(
             first_of_each, title="Grad-CAM, one test study of each outcome"
         ),
+        DATA_FIGURE: figures.draw_quality(data.quality),
     }
     (folder / "figures").mkdir()
-    for name, data in drawn.items():
-        (folder / "figures" / name).write_bytes(data)
+    for name, picture in drawn.items():
+        (folder / "figures" / name).write_bytes(picture)
     (folder / "gallery").mkdir()
     for outcome, cases in pictures.gallery.items():
         for number, shown in enumerate(cases):
@@ -217,7 +227,7 @@ def write_files(
             path.write_bytes(figures.draw_case(shown))
     report = render_report(
         evaluation,
-        data=describe_data(subject.manifest),
+        data=data,
         model=describe_model(subject.checkpoint),
         provenance=describe_provenance(subject, config),
         history=history,
@@ -228,20 +238,29 @@ def write_files(
     return report
 
 
-def describe_data(manifest: Manifest) -> DataFacts:
-    """What the report says of the store."""
+def describe_data(store_url: str, manifest: Manifest, studies: Mapping[str, StudyRow]) -> DataFacts:
+    """What the report says of the store, some pictures of train included.
+
+    Raises DataError when `studies`, by key, or a shard of train is not what the manifest vouches
+    for.
+    """
     return DataFacts(
         digest=manifest.digest,
-        unit=manifest.audit.unit,
         image_size=manifest.image_size,
-        splits=[
-            SplitFacts(name, entry.samples, entry.positives, entry.patients)
-            for name, entry in manifest.splits.items()
-        ],
-        shared_patients=manifest.audit.shared_patients,
-        leaked_by_image=manifest.audit.leaked_by_image,
-        quarantined=manifest.quarantined,
+        seed=manifest.seed,
+        audit=manifest.audit,
+        quality=summarise_quality(studies.values(), manifest),
+        contact=read_contact_sheets(store_url, manifest, studies),
     )
+
+
+def describe_faults(data: DataFacts) -> dict[str, Any]:
+    """What is wrong with the data, for machines."""
+    return {
+        "quarantined": sum(data.quality.quarantined.values()),
+        "duplicates_across_splits": data.quality.duplicates.across_splits,
+        "warning": data.audit.warning,
+    }
 
 
 def describe_model(checkpoint: Checkpoint) -> ModelFacts:
@@ -285,6 +304,7 @@ def describe_provenance(subject: Subject, config: Config) -> Provenance:
 
 def track(
     subject: Subject,
+    data: DataFacts,
     evaluation: Evaluation,
     pictures: Pictures,
     report: str,
@@ -302,8 +322,10 @@ def track(
             **subject.checkpoint.config.model_dump(mode="json"),
             "dataset_digest": subject.manifest.digest,
             "checkpoint_sha256": subject.scored.entry.sha256,
+            "data_warning": data.audit.warning,
         },
     )
+    log_data(tracker, data, (folder / "figures" / DATA_FIGURE).read_bytes())
     _log_charts(tracker, evaluation)
     for outcome, cases in pictures.gallery.items():
         shown = [Picture(figures.draw_case(case), case.caption) for case in cases]
@@ -314,6 +336,17 @@ def track(
     tracker.log_media("eval/report", Page(report))
     _log_lineage(tracker, subject, folder)
     close_tracker(tracker, subject.run_url)
+
+
+def log_data(tracker: Tracker, data: DataFacts, drawing: bytes) -> None:
+    """What the data hold: counts, drawing, contact sheets, and what is wrong with them."""
+    tracker.summarise({f"data/{name}": value for name, value in describe_faults(data).items()})
+    columns = ["property", "value", *(f"studies of {name}" for name in data.quality.splits)]
+    tracker.log_media("data/counts", Table(columns, data.quality.rows()))
+    tracker.log_media("data/quality", Gallery([Picture(drawing, "findings, ages, gray levels")]))
+    sheets = [Picture(figures.draw_contact_sheet(sheet), sheet.caption) for sheet in data.contact]
+    if sheets:
+        tracker.log_media("data/contact", Gallery(sheets))
 
 
 def _log_charts(tracker: Tracker, evaluation: Evaluation) -> None:

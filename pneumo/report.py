@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,9 @@ from pneumo.evaluate import DECISION, SCREENING, Evaluation
 from pneumo.explain import OUTCOMES, Outcome
 from pneumo.figures import OUTCOME_WORDS, Case, History
 from pneumo.metrics import Estimate
+from pneumo.quality import ContactSheet, Quality, SplitQuality
+from pneumo.shards import Duplicates
+from pneumo.splits import LeakageAudit
 
 FEW_POSITIVES = 50
 """Below this many positives or negatives in test the intervals are too wide to compare models."""
@@ -30,32 +33,24 @@ GALLERY_PIXELS = 256
 
 
 @dataclass(frozen=True)
-class SplitFacts:
-    """What the manifest knows of a split."""
-
-    name: str
-    studies: int
-    positives: int
-    patients: int
-
-
-@dataclass(frozen=True)
 class DataFacts:
     """What the report says of the data."""
 
     digest: str
     """Of the manifest."""
-    unit: str
-    """What the split keeps whole: 'patient' or 'image'."""
     image_size: int
     """Height and width of the stored images, in pixels."""
-    splits: Sequence[SplitFacts]
-    shared_patients: int
-    """Patients in more than one split."""
-    leaked_by_image: float | None
-    """Share of val studies whose patient a split by image puts into train too; None: unknown."""
-    quarantined: int
-    """Studies that could not be used."""
+    seed: int
+    """Of the preparation."""
+    audit: LeakageAudit
+    quality: Quality
+    contact: Sequence[ContactSheet]
+    """Pictures of train by finding; may be empty."""
+
+    @property
+    def has_patients(self) -> bool:
+        """Whether it is known which studies are of one patient."""
+        return self.audit.leaked_by_image is not None
 
 
 @dataclass(frozen=True)
@@ -120,7 +115,8 @@ def render_report(
     )
     return environment.get_template("report.html.j2").render(
         evaluation=evaluation,
-        data=data,
+        data=_describe_data(data),
+        quality=_describe_quality(data),
         model=model,
         provenance=provenance,
         warnings=find_warnings(evaluation, data, model),
@@ -193,16 +189,22 @@ def find_warnings(evaluation: Evaluation, data: DataFacts, model: ModelFacts) ->
     """What the reader must know before believing a number; most severe first."""
     test = evaluation.test
     warnings = []
-    if data.unit != "patient":
-        share = (
-            "" if data.leaked_by_image is None else f" ({_percent(data.leaked_by_image)} of val)"
-        )
+    audit, quality = data.audit, data.quality
+    if audit.unit != "patient":
+        leaked = audit.leaked_by_image
+        share = "" if leaked is None else f" ({_percent(leaked)} of val)"
         warnings.append(
-            f"The data was split by {data.unit}, not by patient: patients of the training data "
+            f"The data was split by {audit.unit}, not by patient: patients of the training data "
             f"may be judged again{share}. The numbers are too good."
         )
-    elif data.shared_patients:
-        warnings.append(f"{data.shared_patients} patients are in more than one split.")
+    elif audit.shared_patients:
+        warnings.append(f"{audit.shared_patients} patients are in more than one split.")
+    if quality.duplicates.across_splits:
+        pictures = _count(quality.duplicates.across_splits, "picture is", "pictures are")
+        warnings.append(
+            f"{pictures} in more than one split, pixel by pixel: the model is judged on what it "
+            "was trained or chosen on, and its numbers are too good."
+        )
     if test.auroc.value is None:
         warnings.append(f"Test cannot be judged: {test.auroc.reason}.")
     point = evaluation.points[DECISION]
@@ -222,10 +224,11 @@ def find_warnings(evaluation: Evaluation, data: DataFacts, model: ModelFacts) ->
     gain = test.view.gain
     if gain.low is not None and gain.low <= 0:
         warnings.append("The model is not shown to be better than the view (AP or PA) alone.")
-    if data.quarantined:
+    if quality.quarantined:
+        studies = _count(sum(quality.quarantined.values()), "study is", "studies are")
         warnings.append(
-            f"{data.quarantined} studies could not be used and are in no split; "
-            "the store's quarantine.jsonl says why."
+            f"{studies} in no split, as no picture could be had; the store's quarantine.jsonl says "
+            "why."
         )
     return warnings
 
@@ -307,6 +310,175 @@ def _describe_point(evaluation: Evaluation, name: str) -> dict[str, Any]:
     return described
 
 
+# --- the data ------------------------------------------------------------------------------------
+
+
+def _describe_data(data: DataFacts) -> dict[str, Any]:
+    """The audit for the template: the table of splits and the facts below it."""
+    audit, quality = data.audit, data.quality
+    leaked = "unknown: no mapping from images to patients"
+    if audit.leaked_by_image is not None:
+        leaked = f"{_percent(audit.leaked_by_image)} of the val studies"
+    verb = "leaks" if audit.unit == "image" else "would have leaked"
+    return {
+        "digest": data.digest,
+        "image_size": data.image_size,
+        "unit": audit.unit,
+        "splits": [_describe_split(name, data) for name in quality.splits],
+        "facts": {
+            "Who goes where": describe_rule(audit, data.seed),
+            "Patients in more than one split": f"{audit.shared_patients:,}"
+            if data.has_patients
+            else "unknown",
+            f"A split by image {verb}": leaked,
+            "Quarantined": _list_reasons(quality.quarantined, "none"),
+            "Tables and headers disagree": _list_reasons(quality.contradictions, "on no study"),
+        },
+    }
+
+
+def _describe_split(name: str, data: DataFacts) -> dict[str, str]:
+    split, audit = data.quality.splits[name], data.audit
+    interval, shards = audit.prevalence.get(name), audit.shard_prevalence.get(name)
+    return {
+        "name": name,
+        "patients": f"{split.patients:,}" if data.has_patients else "unknown",
+        "studies": f"{split.studies:,}",
+        "positives": f"{split.positives:,}",
+        "prevalence": "" if interval is None else _fine_percent(interval.value),
+        "interval": "" if interval is None else f"({_range(interval.low, interval.high)})",
+        "shards": "" if shards is None else _range(*shards),
+    }
+
+
+def describe_rule(audit: LeakageAudit, seed: int) -> str:
+    """Who decided which split a study is in, in words."""
+    if audit.list_digest is None:
+        return f"a hash of the {audit.unit} by seed {seed}, salt {audit.salt}"
+    words = f"a list, SHA-256 {audit.list_digest}"
+    if audit.unlisted:
+        studies = _count(audit.unlisted, "study", "studies")
+        return f"{words}; it does not name {studies}, which are in no split"
+    return f"{words}; it names every study"
+
+
+def describe_duplicates(duplicates: Duplicates, *, has_patients: bool) -> str:
+    """How many pictures occur twice, and what that does to the numbers."""
+    if not duplicates.pictures:
+        return "No two studies have the same stored picture."
+    words = [
+        f"{duplicates.studies:,} studies share {_count(duplicates.pictures, 'picture')}, pixel by "
+        "pixel."
+    ]
+    if duplicates.across_patients and has_patients:
+        words.append(
+            f"{_count(duplicates.across_patients, 'of them is', 'of them are')} with more than one "
+            "patient: one patient under two numbers, or a file under the wrong name. Keeping "
+            "patients in one split does not keep these apart."
+        )
+    if duplicates.across_splits:
+        words.append(
+            f"{_count(duplicates.across_splits, 'is', 'are')} in more than one split: each leaks, "
+            "and the numbers of val and test are too good. Leave one of each out of the source."
+        )
+    else:
+        words.append(
+            "None is in more than one split, so no number of val or test is touched; within a "
+            "split such a study counts as often as it occurs."
+        )
+    return " ".join(words)
+
+
+_GROUPS = {
+    "label": "Label",
+    "finding": "Finding",
+    "view": "View",
+    "sex": "Sex",
+    "age": "Age, years",
+    "spacing": "Pixel spacing",
+}
+
+
+def _describe_quality(data: DataFacts) -> dict[str, Any]:
+    """The section on data quality for the template."""
+    quality = data.quality
+    splits = list(quality.splits.values())
+    groups: list[dict[str, Any]] = [
+        {
+            "name": title,
+            "rows": [
+                (value, [_share_cell(s.counts[what][value], s.studies) for s in splits])
+                for value in splits[0].counts[what]
+            ],
+        }
+        for what, title in _GROUPS.items()
+    ]
+    ages = [_number(split.age_median, "{:g}".format) for split in splits]
+    by_title = {group["name"]: group["rows"] for group in groups}
+    by_title["Age, years"].append(("median of the known", ages))
+    spacings = [_describe_spacing(split) for split in splits]
+    by_title["Pixel spacing"].append(("median, quartiles, mm", spacings))
+    gray = [split.intensity for split in splits]
+    groups.append(
+        {
+            "name": "Gray level",
+            "rows": [
+                ("mean, 0 to 1", [_number(part.mean, "{:.3f}".format) for part in gray]),
+                ("pure black", [_number(part.black, _fine_percent) for part in gray]),
+                ("pure white", [_number(part.white, _fine_percent) for part in gray]),
+            ],
+        }
+    )
+    return {
+        "splits": [(name, f"{split.studies:,}") for name, split in quality.splits.items()],
+        "groups": groups,
+        "shifts": [str(shift) for shift in quality.shifts if not shift.is_by_chance],
+        "chances": [str(shift) for shift in quality.shifts if shift.is_by_chance],
+        "duplicates": describe_duplicates(quality.duplicates, has_patients=data.has_patients),
+        "drawings": _draw_quality(quality),
+        "contact": [
+            {"source": _embed(figures.draw_contact_sheet(sheet)), "caption": sheet.caption}
+            for sheet in data.contact
+        ],
+    }
+
+
+def _share_cell(number: int, total: int) -> tuple[str, str]:
+    return f"{number:,}", _fine_percent(number / total) if total else ""
+
+
+def _describe_spacing(split: SplitQuality) -> tuple[str, str]:
+    if split.spacing_quartiles is None:
+        return "unknown", ""
+    low, median, high = split.spacing_quartiles
+    return f"{median:.3f}", f"{low:.3f}–{high:.3f}"
+
+
+def _number(value: float | None, show: Callable[[float], str]) -> tuple[str, str]:
+    return "unknown" if value is None else show(value), ""
+
+
+def _list_reasons(reasons: Mapping[str, int], none: str) -> str:
+    """`5 studies: not dicom 3, missing 2`, the most frequent first."""
+    if not reasons:
+        return none
+    told = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
+    listed = ", ".join(f"{reason.replace('_', ' ')} {number:,}" for reason, number in told)
+    return f"{_count(sum(reasons.values()), 'study', 'studies')}: {listed}"
+
+
+def _count(number: int, one: str, several: str = "") -> str:
+    return f"{number:,} {one if number == 1 else several or one + 's'}"
+
+
+def _range(low: float, high: float) -> str:
+    return f"{100 * low:.1f} to {_fine_percent(high)}"
+
+
+def _fine_percent(share: float) -> str:
+    return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
+
+
 # --- pictures ------------------------------------------------------------------------------------
 
 
@@ -335,6 +507,19 @@ def _draw_training(history: History) -> list[dict[str, Any]]:
     ]
 
 
+def _draw_quality(quality: Quality) -> list[dict[str, Any]]:
+    medians, means = [], []
+    for name, split in quality.splits.items():
+        medians.append(f"{name} {_number(split.age_median, '{:g}'.format)[0]}")
+        means.append(f"{name} {_number(split.intensity.mean, '{:.3f}'.format)[0]}")
+    ages = f"Age by split; median {', '.join(medians)}"
+    levels = f"Gray levels by split; mean {', '.join(means)}"
+    return [
+        _inline(figures.draw_ages(quality), ages),
+        _inline(figures.draw_intensity(quality), levels),
+    ]
+
+
 def _inline(svg: bytes, alt: str) -> dict[str, Any]:
     """The drawing as part of the page: scales with it, takes its ink, can be read aloud."""
     text = svg.decode()
@@ -359,7 +544,7 @@ def _inline(svg: bytes, alt: str) -> dict[str, Any]:
 def _show(case: Case, picture: bytes) -> dict[str, Any]:
     word = OUTCOME_WORDS[case.outcome]
     return {
-        "source": "data:image/webp;base64," + base64.b64encode(picture).decode(),
+        "source": _embed(picture),
         "is_right": case.is_right,
         "word": word,
         "prediction": case.prediction,
@@ -368,6 +553,10 @@ def _show(case: Case, picture: bytes) -> dict[str, Any]:
         "boxes": len(case.boxes),
         "alt": f"Chest X-ray, {word}: {case.caption}, boxes: {len(case.boxes)}",
     }
+
+
+def _embed(picture: bytes) -> str:
+    return "data:image/webp;base64," + base64.b64encode(picture).decode()
 
 
 def _thumbnail(case: Case) -> bytes:

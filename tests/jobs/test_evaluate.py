@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from jobs.scoring import Scored, score_splits
 from pneumo.checkpoint import read_index
 from pneumo.config import Config, override
 from pneumo.predict import Predictions
-from pneumo.shards import read_manifest
+from pneumo.shards import Duplicates, read_manifest, read_studies
+from pneumo.tracking import Gallery, MemoryTracker, Table
 from tests.jobs.conftest import Prepared
 
 QUICK = ["--evaluate.bootstrap-resamples", "200", "--tracking.mode", "offline"]
@@ -51,6 +53,9 @@ def test_metrics_are_those_of_the_predictions(evaluated: Path) -> None:
     metrics = json.loads((evaluated / "metrics.json").read_text())
     test = read_predictions(evaluated).subset("test")
     assert metrics["schema_version"] == 1
+    assert metrics["dataset"]["warning"] is None
+    assert metrics["dataset"]["quarantined"] == 0
+    assert metrics["dataset"]["duplicates_across_splits"] == 0
     assert metrics["test"]["n"] == len(test)
     assert metrics["test"]["positives"] == int(test.target.sum())
     assert metrics["test"]["auroc"]["value"] == pytest.approx(
@@ -80,7 +85,7 @@ def test_any_number_of_workers_gives_the_same_predictions(
 
 
 def test_the_pictures_are_pictures(evaluated: Path) -> None:
-    for name in ("metrics.png", "prediction_grid.png", "gradcam_example.png"):
+    for name in ("metrics.png", "prediction_grid.png", "gradcam_example.png", "data_quality.png"):
         with Image.open(evaluated / "figures" / name) as image:
             assert min(image.size) > 300
             assert np.asarray(image.convert("L")).std() > 10  # not a blank sheet
@@ -98,6 +103,49 @@ def test_the_report_needs_no_network_and_says_what_it_is_for(evaluated: Path) ->
     assert f"{metrics['test']['auroc']['value']:.3f}" in html
 
 
+def test_the_report_shows_the_data(prepared: Prepared, evaluated: Path) -> None:
+    html = (evaluated / "report.html").read_text()
+    train = read_manifest(str(prepared.store)).splits["train"]
+    assert '<h2 id="quality">' in html
+    assert f"n = {train.samples}" in html
+    assert html.count('alt="Chest X-rays. ') == 3  # a sheet a finding
+    assert "Normal: 12 of " in html
+
+
+def test_tracker_gets_the_data_and_what_is_wrong_with_them(
+    tiny_store: Callable[..., str],
+) -> None:
+    store_url = tiny_store()
+    manifest, studies = read_manifest(store_url), read_studies(store_url)
+    audit = manifest.audit.model_copy(update={"unit": "image"})
+    bad = manifest.model_copy(
+        update={
+            "audit": audit,
+            "quarantined": {"missing": 2, "no_pixels": 1},
+            "duplicates": Duplicates(pictures=4, studies=8, across_patients=4, across_splits=3),
+        }
+    )
+    tracker = MemoryTracker()
+    drawing = b"a drawing"
+    evaluate.log_data(tracker, evaluate.describe_data(store_url, bad, studies), drawing)
+    assert tracker.summary == {
+        "data/quarantined": 3,
+        "data/duplicates_across_splits": 3,
+        "data/warning": audit.warning,
+    }
+    counts, sheets = tracker.media["data/counts"], tracker.media["data/contact"]
+    assert isinstance(counts, Table)
+    assert ("view", "AP", 24, 6, 6) in counts.rows
+    assert isinstance(sheets, Gallery)
+    assert len(sheets.pictures) == 3
+    said = "".join(picture.caption for picture in sheets.pictures)
+    assert not [row for row in studies.values() if row.key in said or row.patient in said]
+
+    sound = MemoryTracker()
+    evaluate.log_data(sound, evaluate.describe_data(store_url, manifest, studies), drawing)
+    assert sound.summary == {"data/quarantined": 0, "data/duplicates_across_splits": 0}
+
+
 def test_no_identifier_of_the_source_reaches_the_run(prepared: Prepared, evaluated: Path) -> None:
     names = [path.stem for path in (prepared.source / "stage_2_train_images").glob("*.dcm")]
     whole = b"".join(
@@ -110,7 +158,10 @@ def test_no_identifier_of_the_source_reaches_the_run(prepared: Prepared, evaluat
 
 
 def test_wandb_lies_in_the_run_when_there_is_no_key(evaluated: Path) -> None:
-    assert list((evaluated / "wandb").rglob("*.wandb"))
+    (log,) = (evaluated / "wandb").rglob("*.wandb")
+    written = log.read_bytes()
+    for key in (b"data_warning", b"data/duplicates_across_splits", b"data/contact"):
+        assert key in written
 
 
 def test_a_test_set_is_looked_at_once(

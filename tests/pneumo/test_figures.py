@@ -14,6 +14,8 @@ from pneumo.evaluate import evaluate
 from pneumo.figures import Case
 from pneumo.metrics import Estimate
 from pneumo.predict import Predictions, sigmoid
+from pneumo.quality import ContactSheet, Intensity, Quality, SplitQuality
+from pneumo.shards import Duplicates
 from pneumo.studies import Box
 
 HISTORY = [
@@ -52,6 +54,41 @@ def case(target=1, probability=0.87, size=64, with_cam=True):
     return Case(image, target, probability, 0.5, [Box(8, 16, 20, 24)], cam if with_cam else None)
 
 
+def split_quality(studies, unknown=0, histogram=(5,) * 256, ages=(0, 3, 8, 4)):
+    known = studies - unknown
+    return SplitQuality(
+        studies=studies,
+        patients=studies,
+        counts={
+            "finding": {"Lung Opacity": 9, "Normal": studies - 9},
+            "view": {"AP": known, "PA": 0, "unknown": unknown},
+            "sex": {"F": 4, "M": studies - 4, "unknown": 0},
+        },
+        ages=ages,
+        age_median=None,
+        spacing_quartiles=None,
+        intensity=Intensity(tuple(histogram)),
+    )
+
+
+def quality(**options):
+    return Quality(
+        splits={
+            name: split_quality(n, **options)
+            for name, n in (("train", 40), ("val", 12), ("test", 12))
+        },
+        shifts=(),
+        duplicates=Duplicates(pictures=0, studies=0, across_patients=0, across_splits=0),
+        quarantined={},
+        contradictions={},
+    )
+
+
+def contact(count, size=64):
+    pictures = tuple(np.full((size, size), 10 * (i + 1), np.uint8) for i in range(count))
+    return ContactSheet("Normal", 30, pictures, ("AP",) * count)
+
+
 def texts(svg):
     return " ".join("".join(e.itertext()) for e in ElementTree.fromstring(svg).iter() if e.text)
 
@@ -74,6 +111,10 @@ def test_case_names_its_outcome():
         lambda: figures.draw_prediction_grid([case(), case(0)], title="2 of 9"),
         lambda: figures.draw_gradcam_example([case(), case(0)], title="n = 2"),
         lambda: figures.draw_case(case()),
+        lambda: figures.draw_quality(quality()),
+        lambda: figures.draw_ages(quality()),
+        lambda: figures.draw_intensity(quality()),
+        lambda: figures.draw_contact_sheet(contact(20)),
     ],
 )
 def test_equal_input_gives_equal_bytes(draw):
@@ -145,3 +186,39 @@ def test_estimates_in_words():
     assert figures.describe_estimate(Estimate(0.9134, 0.854, 0.962, "m")) == "0.913 (0.854–0.962)"
     assert figures.describe_estimate(Estimate(0.9134, None, None, "m", "r"), 2) == "0.91"
     assert figures.describe_estimate(Estimate.undefined("r")) == "n/a"
+
+
+def test_drawings_of_the_data_say_how_many_studies_they_show():
+    words = texts(figures.draw_ages(quality()))
+    assert "train, n = 15" in words  # of known age
+    assert "% of studies of known age" in words
+    assert "0 and 255 left out" in texts(figures.draw_intensity(quality()))
+
+
+def test_drawings_of_the_data_say_what_is_missing():
+    hollow = quality(ages=(0,) * 13, histogram=(0,) * 256, unknown=2)
+    assert "no age is known" in texts(figures.draw_ages(hollow))
+    assert "no pictures" in texts(figures.draw_intensity(hollow))
+    assert figures.draw_quality(hollow) != figures.draw_quality(quality())
+
+
+@pytest.mark.parametrize(
+    ("count", "columns", "rows"), [(1, 1, 1), (3, 3, 1), (4, 3, 2), (12, 3, 4)]
+)
+def test_contact_sheet_holds_every_picture_and_nothing_else(count, columns, rows):
+    sheet = Image.open(io.BytesIO(figures.draw_contact_sheet(contact(count))))
+    side = figures.CONTACT_PIXELS
+    step = side + 4
+    assert sheet.size == (columns * step - 4, rows * step - 4)
+    pixels = np.asarray(sheet.convert("RGBA")).astype(int)
+    for i in range(count):
+        row, column = divmod(i, 3)
+        cell = pixels[row * step : row * step + side, column * step : column * step + side]
+        assert np.abs(cell[..., :3] - 10 * (i + 1)).max() < 8  # no letter stands on it
+        assert (cell[..., 3] == 255).all()
+    if count > 1:
+        assert (pixels[:side, side : side + 4, 3] == 0).all()
+
+
+def test_contact_sheet_of_a_finding_that_was_not_drawn_is_blank():
+    assert np.asarray(Image.open(io.BytesIO(figures.draw_contact_sheet(contact(0))))).max() == 0

@@ -1,0 +1,409 @@
+"""Store -> Quality: what the data hold, split by split, whatever a model makes of them.
+
+Counting, and two findings: pictures that occur twice, and where val or test differ from train.
+What is unknown is counted as such, never left out. Nothing here names a study or a patient.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from pneumo.errors import DataError
+from pneumo.shards import Duplicates, Manifest, Sample, StudyRow, read_shard
+from pneumo.splits import SPLITS
+from pneumo.studies import Finding
+
+UNKNOWN = "unknown"
+AGE_BANDS: Mapping[str, int] = {
+    "under 18": 0,
+    "18–39": 18,
+    "40–59": 40,
+    "60–79": 60,
+    "80 and over": 80,
+}
+"""Name -> first year of the band."""
+AGE_BIN_YEARS = 10
+NOTABLE_DIFFERENCE = 0.1
+"""Standardised differences above it are told (Austin 2009, doi:10.1002/sim.3697)."""
+
+_OLDEST = 120
+_FEW_SPACINGS = 8
+_MOST_SHARDS = 3
+"""The contact sheets never cost more than this many shards."""
+
+
+@dataclass(frozen=True)
+class Intensity:
+    """Gray levels of a split's stored pictures; None where it has none."""
+
+    histogram: tuple[int, ...]
+    """Pixels of each gray level, 0 to 255; letterbox borders are black pixels."""
+
+    @property
+    def mean(self) -> float | None:
+        """In [0, 1]."""
+        levels = sum(level * pixels for level, pixels in enumerate(self.histogram))
+        return levels / 255 / sum(self.histogram) if sum(self.histogram) else None
+
+    @property
+    def black(self) -> float | None:
+        """Share of pixels that are 0."""
+        return self._share(0)
+
+    @property
+    def white(self) -> float | None:
+        """Share of pixels that are 255."""
+        return self._share(-1)
+
+    def _share(self, level: int) -> float | None:
+        total = sum(self.histogram)
+        return self.histogram[level] / total if total else None
+
+
+@dataclass(frozen=True)
+class SplitQuality:
+    """One split, counted."""
+
+    studies: int
+    patients: int
+    counts: Mapping[str, Mapping[str, int]]
+    """'label', 'finding', 'view', 'sex', 'age', 'spacing' -> value -> studies. Every split has the
+    same values in the same order, 'unknown' last; each sums to `studies`."""
+    ages: tuple[int, ...]
+    """Studies of known age in bins of AGE_BIN_YEARS, from 0."""
+    age_median: float | None
+    """Years; of the known ages."""
+    spacing_quartiles: tuple[float, float, float] | None
+    """mm; of the known ones."""
+    intensity: Intensity
+
+    @property
+    def positives(self) -> int:
+        """Studies with target 1."""
+        return self.counts["label"]["positive"]
+
+
+@dataclass(frozen=True)
+class Shift:
+    """Something in which a split differs from train."""
+
+    what: str
+    """`AP among known views`."""
+    unit: Literal["%", "years", "mm"]
+    split: str
+    in_train: float
+    """Mean in train: of a share in [0, 1], else in `unit`."""
+    in_split: float
+    difference: float
+    """(in_split - in_train) / pooled standard deviation; infinite where neither varies."""
+    by_chance: float
+    """What |difference| stays below in 95 % of splits at random of so many patients."""
+
+    @property
+    def is_by_chance(self) -> bool:
+        """Whether splits at random of so many patients differ as much."""
+        return abs(self.difference) <= self.by_chance
+
+    def __str__(self) -> str:
+        """`Mean age: 46.9 years in train, 50.2 years in test (standardised difference +0.20,
+        chance explains ±0.15)`."""
+        shown = "no spread at all" if math.isinf(self.difference) else f"{self.difference:+.2f}"
+        return (
+            f"{self.what}: {self._show(self.in_train)} in train, {self._show(self.in_split)} in "
+            f"{self.split} (standardised difference {shown}, chance explains ±{self.by_chance:.2f})"
+        )
+
+    def _show(self, value: float) -> str:
+        digits = 3 if self.unit == "mm" else 1
+        scale = 100 if self.unit == "%" else 1
+        return f"{scale * value:.{digits}f}\N{NO-BREAK SPACE}{self.unit}"
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What a store holds."""
+
+    splits: Mapping[str, SplitQuality]
+    shifts: tuple[Shift, ...]
+    """Of val and test against train, the largest first; empty where nothing is notable."""
+    duplicates: Duplicates
+    quarantined: Mapping[str, int]
+    """Studies that could not be used, by reason."""
+    contradictions: Mapping[str, int]
+    """Studies whose tables and header disagree, by what they disagree on."""
+
+    def rows(self) -> list[tuple[str, str, int, int, int]]:
+        """(what, value, studies of train, of val, of test) of every count."""
+        train, val, test = (self.splits[name] for name in SPLITS)
+        return [
+            (what, value, number, val.counts[what][value], test.counts[what][value])
+            for what, numbers in train.counts.items()
+            for value, number in numbers.items()
+        ]
+
+
+@dataclass(frozen=True, eq=False)
+class ContactSheet:
+    """Some pictures of train with one finding, drawn at random."""
+
+    finding: str
+    studies: int
+    """Studies of train that have it."""
+    pictures: tuple[npt.NDArray[np.uint8], ...]
+    """(S, S) uint8 each, 0 = black."""
+    views: tuple[str, ...]
+    """Of each picture: 'AP', 'PA' or 'unknown'."""
+
+    @property
+    def caption(self) -> str:
+        """`Normal: 12 of 4,321 studies of train, 5 AP, 7 PA`; nothing that names a study."""
+        views = (
+            f"{n} of unknown view" if view == UNKNOWN else f"{n} {view}"
+            for view, n in sorted(Counter(self.views).items())
+        )
+        start = f"{self.finding}: {len(self.pictures)} of {self.studies:,} studies of train"
+        return ", ".join([start, *views])
+
+
+# --- counting ------------------------------------------------------------------------------------
+
+
+def summarise_quality(studies: Iterable[StudyRow], manifest: Manifest) -> Quality:
+    """Count `studies`, all of the store's.
+
+    Raises DataError when they are not as many as the manifest says.
+    """
+    rows = list(studies)
+    by_split = {name: [row for row in rows if row.split == name] for name in SPLITS}
+    for name, members in by_split.items():
+        if len(members) != manifest.splits[name].samples:
+            raise DataError(
+                f"studies.parquet: {len(members)} studies of {name}, the manifest says "
+                f"{manifest.splits[name].samples}; prepare the store again"
+            )
+    are_listed = len({row.spacing_mm for row in rows} - {None}) <= _FEW_SPACINGS
+    words = {
+        name: [_describe(row, are_listed) for row in members] for name, members in by_split.items()
+    }
+    values = {
+        what: _order_values({word[what] for part in words.values() for word in part}, expected)
+        for what, expected in _EXPECTED.items()
+    }
+    return Quality(
+        splits={
+            name: _summarise_split(
+                members, words[name], values, Intensity(manifest.splits[name].histogram)
+            )
+            for name, members in by_split.items()
+        },
+        shifts=find_shifts(by_split),
+        duplicates=manifest.duplicates,
+        quarantined=manifest.quarantined,
+        contradictions=manifest.contradictions,
+    )
+
+
+def name_age_band(age: int | None) -> str:
+    """The band of AGE_BANDS that `age`, in years, lies in."""
+    if age is None:
+        return UNKNOWN
+    return list(AGE_BANDS)[bisect_right(list(AGE_BANDS.values()), age) - 1]
+
+
+_EXPECTED: Mapping[str, Sequence[str]] = {
+    "label": ("positive", "negative"),
+    "finding": get_args(Finding),
+    "view": ("AP", "PA", UNKNOWN),
+    "sex": ("F", "M", UNKNOWN),
+    "age": (*AGE_BANDS, UNKNOWN),
+    "spacing": (UNKNOWN,),
+}
+"""What is counted, and the values that are told even where no study has them."""
+
+
+def _describe(row: StudyRow, is_spacing_listed: bool) -> dict[str, str]:
+    """The study's value of each property of _EXPECTED."""
+    spacing = "known"
+    if row.spacing_mm is None:
+        spacing = UNKNOWN
+    elif is_spacing_listed:
+        spacing = f"{row.spacing_mm:.3f} mm"
+    return {
+        "label": "positive" if row.target else "negative",
+        "finding": row.finding or UNKNOWN,
+        "view": row.view or UNKNOWN,
+        "sex": row.sex or UNKNOWN,
+        "age": name_age_band(row.age),
+        "spacing": spacing,
+    }
+
+
+def _order_values(found: set[str], expected: Sequence[str]) -> list[str]:
+    """What is expected in its order, then what was not, 'unknown' last."""
+    known = [*expected, *sorted(found - {*expected})]
+    return sorted(known, key=lambda value: value == UNKNOWN)
+
+
+def _summarise_split(
+    rows: Sequence[StudyRow],
+    words: Sequence[Mapping[str, str]],
+    values: Mapping[str, Sequence[str]],
+    intensity: Intensity,
+) -> SplitQuality:
+    counts = {what: Counter(word[what] for word in words) for what in values}
+    ages = [row.age for row in rows if row.age is not None]
+    bins = Counter(age // AGE_BIN_YEARS for age in ages)
+    spacings = [row.spacing_mm for row in rows if row.spacing_mm is not None]
+    quartiles = np.quantile(spacings, [0.25, 0.5, 0.75]).tolist() if spacings else None
+    return SplitQuality(
+        studies=len(rows),
+        patients=len({row.patient for row in rows}),
+        counts={
+            what: {value: counts[what][value] for value in order} for what, order in values.items()
+        },
+        ages=tuple(bins[i] for i in range(max([*bins, _OLDEST // AGE_BIN_YEARS]) + 1)),
+        age_median=statistics.median(ages) if ages else None,
+        spacing_quartiles=None if quartiles is None else tuple(quartiles),
+        intensity=intensity,
+    )
+
+
+# --- differences between splits ------------------------------------------------------------------
+
+
+_COMPARED: Sequence[tuple[str, Literal["%", "years", "mm"], Callable[[StudyRow], float | None]]] = (
+    ("Positive studies", "%", lambda row: row.target),
+    ("Studies without any finding", "%", lambda row: row.finding == "Normal"),
+    ("AP among known views", "%", lambda row: None if row.view is None else row.view == "AP"),
+    ("Unknown views", "%", lambda row: row.view is None),
+    ("Women among known sexes", "%", lambda row: None if row.sex is None else row.sex == "F"),
+    ("Unknown sexes", "%", lambda row: row.sex is None),
+    ("Mean age", "years", lambda row: row.age),
+    ("Unknown ages", "%", lambda row: row.age is None),
+    ("Mean pixel spacing", "mm", lambda row: row.spacing_mm),
+    ("Unknown spacings", "%", lambda row: row.spacing_mm is None),
+)
+"""In words, its unit, and a study's value; None leaves the study out."""
+
+
+def find_shifts(by_split: Mapping[str, Sequence[StudyRow]]) -> tuple[Shift, ...]:
+    """Where val or test differ from train by more than NOTABLE_DIFFERENCE, the largest first."""
+    shifts = []
+    for what, unit, value in _COMPARED:
+        train = _Group.measure(by_split["train"], value)
+        for split in ("val", "test"):
+            other = _Group.measure(by_split[split], value)
+            if not (train.patients and other.patients):
+                continue
+            difference = standardise_difference(
+                train.mean, other.mean, train.variance, other.variance
+            )
+            if abs(difference) > NOTABLE_DIFFERENCE:
+                by_chance = 1.96 * math.sqrt(1 / train.patients + 1 / other.patients)
+                shifts.append(
+                    Shift(what, unit, split, train.mean, other.mean, difference, by_chance)
+                )
+    return tuple(sorted(shifts, key=lambda shift: -abs(shift.difference)))
+
+
+def standardise_difference(
+    first: float, second: float, first_variance: float, second_variance: float
+) -> float:
+    """(second - first) over the root of the mean variance; infinite where neither varies but they
+    differ."""
+    if math.isclose(first, second):
+        return 0.0
+    spread = math.sqrt((first_variance + second_variance) / 2)
+    return (second - first) / spread if spread else math.copysign(math.inf, second - first)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """One property of one split."""
+
+    mean: float
+    variance: float
+    patients: int
+    """With a known value: studies of one patient are alike, so they are the number of draws."""
+
+    @classmethod
+    def measure(cls, rows: Sequence[StudyRow], value: Callable[[StudyRow], float | None]) -> _Group:
+        known = [(found, row.patient) for row in rows if (found := value(row)) is not None]
+        values = [float(found) for found, _ in known]
+        if not values:
+            return cls(math.nan, math.nan, 0)
+        # fmean rounds once, whatever the order; of a constant it may still leave a tiny variance.
+        mean = statistics.fmean(values)
+        spread = 0.0 if len(set(values)) == 1 else statistics.fmean((v - mean) ** 2 for v in values)
+        return cls(mean, spread, len({patient for _, patient in known}))
+
+
+# --- contact sheets ------------------------------------------------------------------------------
+
+
+def read_contact_sheets(
+    store_url: str, manifest: Manifest, studies: Mapping[str, StudyRow], *, per_finding: int = 12
+) -> tuple[ContactSheet, ...]:
+    """Pictures of train for each finding, `studies` by key.
+
+    Shards were filled in a random order, so the first studies are a random sample: usually one
+    shard is read, and never more than three. A rare finding then has fewer pictures.
+    Raises DataError when a shard is missing or not as vouched.
+    """
+    samples = (
+        sample
+        for entry in manifest.splits["train"].shards[:_MOST_SHARDS]
+        for sample in read_shard(store_url, entry, manifest.image_size)
+    )
+    return choose_contact(samples, studies, per_finding=per_finding)
+
+
+def choose_contact(
+    samples: Iterable[Sample], studies: Mapping[str, StudyRow], *, per_finding: int = 12
+) -> tuple[ContactSheet, ...]:
+    """The first `per_finding` of `samples` with each finding that train has; takes no more samples
+    than that needs.
+
+    Raises DataError for a sample that `studies` does not know.
+    """
+    totals = Counter(row.finding for row in studies.values() if row.split == "train")
+    order = _order_values(
+        set(totals), [finding for finding in get_args(Finding) if totals[finding]]
+    )
+    chosen: dict[str, list[tuple[Sample, StudyRow]]] = {finding: [] for finding in order}
+    wanted = sum(min(per_finding, number) for number in totals.values())
+    for sample, row in _join(samples, studies):
+        if len(chosen[row.finding]) < per_finding:
+            chosen[row.finding].append((sample, row))
+        if sum(map(len, chosen.values())) >= wanted:
+            break
+    return tuple(
+        ContactSheet(
+            finding=finding,
+            studies=totals[finding],
+            pictures=tuple(sample.pixels for sample, _ in taken),
+            views=tuple(row.view or UNKNOWN for _, row in taken),
+        )
+        for finding, taken in chosen.items()
+    )
+
+
+def _join(
+    samples: Iterable[Sample], studies: Mapping[str, StudyRow]
+) -> Iterator[tuple[Sample, StudyRow]]:
+    for sample in samples:
+        row = studies.get(sample.key)
+        if row is None or row.split != "train":
+            raise DataError(
+                "studies.parquet: a study in a shard of train is not in it; prepare the store again"
+            )
+        yield sample, row
