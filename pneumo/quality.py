@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pneumo.errors import DataError
-from pneumo.shards import Duplicates, Manifest, Sample, StudyRow, read_shard
+from pneumo.shards import Duplicates, Manifest, Sample, StudyRow, decode_block, read_block
 from pneumo.splits import SPLITS
 from pneumo.studies import Finding
 
@@ -37,8 +37,8 @@ NOTABLE_DIFFERENCE = 0.1
 
 _OLDEST = 120
 _FEW_SPACINGS = 8
-_MOST_SHARDS = 3
-"""The contact sheets never cost more than this many shards."""
+_MOST_BLOCKS = 16
+"""The contact sheets never cost more than this many blocks: 52 MB at 224 px."""
 
 
 @dataclass(frozen=True)
@@ -356,13 +356,16 @@ def read_contact_sheets(
     """Pictures of train for each finding, `studies` by key.
 
     Shards were filled in a random order, so the first studies are a random sample: usually one
-    shard is read, and never more than three. A rare finding then has fewer pictures.
+    block is read, and never more than `_MOST_BLOCKS`. A rare finding then has fewer pictures.
     Raises DataError when a shard is missing or not as vouched.
     """
+    blocks = [(entry, block) for entry in manifest.splits["train"].shards for block in entry.blocks]
     samples = (
         sample
-        for entry in manifest.splits["train"].shards[:_MOST_SHARDS]
-        for sample in read_shard(store_url, entry, manifest.image_size)
+        for entry, block in blocks[:_MOST_BLOCKS]
+        for sample in decode_block(
+            read_block(store_url, entry, block), entry, block, manifest.image_size
+        )
     )
     return choose_contact(samples, studies, per_finding=per_finding)
 
