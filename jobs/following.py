@@ -44,7 +44,7 @@ class Stepped:
 def worker_hooks(messages: Queue | None, world: World, *, epochs: int) -> Hooks:
     """The hooks of a Ray Train worker: rank 0 tells the driver, every rank reports to Ray."""
 
-    def tell(message: Started | Stepped | Epoch) -> None:
+    def tell(message: str | Started | Stepped | Epoch) -> None:
         if messages is not None and world.rank == 0:
             messages.put(message)
 
@@ -62,6 +62,7 @@ def worker_hooks(messages: Queue | None, world: World, *, epochs: int) -> Hooks:
         on_start=lambda initialisation, finished: tell(Started(initialisation, finished)),
         on_step=on_step,
         on_epoch=on_epoch,
+        on_note=tell,
     )
 
 
@@ -112,8 +113,10 @@ class Follower:
             time.sleep(0.3)
             return None
 
-    def _show(self, message: Started | Stepped | Epoch) -> None:
-        if isinstance(message, Started):
+    def _show(self, message: str | Started | Stepped | Epoch) -> None:
+        if isinstance(message, str):
+            self._write(message)
+        elif isinstance(message, Started):
             warning = "warning: " if message.initialisation.fell_back else ""
             self._write(f"{warning}model: {message.initialisation.message}")
         elif isinstance(message, Stepped):

@@ -14,9 +14,10 @@ from torch import nn
 from jobs.progress import Progress
 from jobs.session import worker_resources
 from pneumo.checkpoint import Checkpoint, CheckpointEntry, load_checkpoint
-from pneumo.config import Config
+from pneumo.config import Config, DataConfig
 from pneumo.explain import gradcam
-from pneumo.loader import as_input, load_split, read_images
+from pneumo.feeds import to_input
+from pneumo.loader import open_loader, read_images
 from pneumo.model import build_model
 from pneumo.partition import World
 from pneumo.predict import score
@@ -100,21 +101,19 @@ def _score_share(
 ) -> dict[str, float]:
     torch.set_num_threads(num_threads)
     checkpoint, network = _load(scored, device)
-    data = load_split(
+    share = open_loader(
         scored.store_url,
         read_manifest(scored.store_url),
         split,
+        DataConfig(cache="stream"),  # each picture is needed once
         image_size=checkpoint.image_size,
-        device=device,
-    )
-    return score(
-        network,
-        data,
         mean=checkpoint.mean,
         std=checkpoint.std,
-        batch_size=batch_size,
         world=world,
+        device=device,
     )
+    scores = score(network, share.evaluation(batch_size=batch_size))
+    return dict(zip(scores.keys, scores.logits.tolist(), strict=True))
 
 
 def _explain(
@@ -125,7 +124,7 @@ def _explain(
     found = read_images(scored.store_url, read_manifest(scored.store_url), split, keys)
     pixels = [found[key] for key in keys]
     images = normalise(
-        as_input(pixels, checkpoint.image_size).to(device), checkpoint.mean, checkpoint.std
+        to_input(pixels, checkpoint.image_size).to(device), checkpoint.mean, checkpoint.std
     )
     cams = gradcam(network, images)
     return {

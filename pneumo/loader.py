@@ -1,38 +1,28 @@
-"""Manifest + partition -> batches. A split is read and decoded once, and kept as uint8."""
+"""Store + partition -> batches: read by one of two ways, augmented and normalised on the device."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pneumo import partition, transforms
-from pneumo.config import AugmentConfig
+from pneumo import memory, partition, transforms
+from pneumo.cache import BlockCache
+from pneumo.config import AugmentConfig, DataConfig
 from pneumo.errors import ConfigError, DataError
-from pneumo.partition import World
-from pneumo.shards import Manifest, Sample, ShardEntry, read_shard
+from pneumo.feeds import Blocks, Feed, Memory, Samples, Stream
+from pneumo.partition import Rows, World
+from pneumo.shards import Manifest, read_shard
 
-_SHARDS_IN_FLIGHT = 4
-
-
-@dataclass(frozen=True, eq=False)
-class SplitData:
-    """A split in memory, in the store's order."""
-
-    keys: tuple[str, ...]
-    images: Tensor
-    """(N, 1, S, S) uint8, 0 = black, on the device that trains."""
-    targets: Tensor
-    """(N,) float32, 0 or 1, on the CPU."""
-
-    def __len__(self) -> int:
-        return len(self.keys)
+_HOST_SHARE = 0.5
+"""A split may take this share of the free memory; the rest is for the model and for batches."""
+_DEVICE_SHARE = 0.25
+"""And this one of the device's: activations need far more there than the weights."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +36,147 @@ class Batch:
     keys: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Choice:
+    """How a split is fed, and why."""
+
+    way: Literal["memory", "stream"]
+    on_device: bool
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Loader:
+    """Feeds one rank from one split; `open_loader` makes it.
+
+    An iterator that is closed or dropped before its end stops its threads.
+    """
+
+    feed: Feed
+    block_sizes: tuple[int, ...]
+    world: World
+    device: torch.device
+    mean: float
+    std: float
+
+    def __len__(self) -> int:
+        """Samples of the split, on all ranks together."""
+        return sum(self.block_sizes)
+
+    def epoch(
+        self,
+        epoch: int,
+        *,
+        seed: int,
+        batch_size: int,
+        augment: AugmentConfig,
+        start_step: int = 0,
+    ) -> Iterator[Batch]:
+        """This rank's batches of (batch_size / world.size,) from `start_step` on, augmented.
+
+        Blocks that only earlier steps need are not read. Raises ConfigError when there is not one
+        full batch; DataError and StorageError while it goes on.
+        """
+        steps = partition.steps_per_epoch(len(self), batch_size)
+        order = partition.epoch_order(
+            self.block_sizes, batch_size=batch_size, seed=seed, epoch=epoch
+        )
+        plan = [
+            partition.train_rows(order, step, batch_size=batch_size, world=self.world)
+            for step in range(start_step, steps)
+        ]
+        for samples in self.feed.feed(plan):
+            images = samples.images.to(self.device, non_blocking=True)
+            changed = transforms.augment(images, samples.keys, augment, seed=seed, epoch=epoch)
+            yield self._finish(changed, samples)
+
+    def evaluation(self, *, batch_size: int) -> Iterator[Batch]:
+        """This rank's share of the split in the store's order, each sample on exactly one rank.
+
+        `batch_size` is this rank's own. Raises DataError and StorageError.
+        """
+        rows = partition.evaluation_rows(self.block_sizes, self.world)
+        plan: list[Rows] = [
+            rows[start : start + batch_size] for start in range(0, len(rows), batch_size)
+        ]
+        for samples in self.feed.feed(plan):
+            yield self._finish(samples.images.to(self.device, non_blocking=True), samples)
+
+    def _finish(self, images: Tensor, samples: Samples) -> Batch:
+        return Batch(
+            transforms.normalise(images, self.mean, self.std),
+            samples.targets.to(self.device, non_blocking=True),
+            samples.keys,
+        )
+
+
+def open_loader(
+    store_url: str,
+    manifest: Manifest,
+    split: str,
+    config: DataConfig,
+    *,
+    image_size: int,
+    mean: float,
+    std: float,
+    world: World,
+    device: torch.device | str,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Loader:
+    """A loader of a split at `image_size`, in the way that `config.cache` says or that fits.
+
+    `tell` hears in one line which way it is and why. Raises DataError when the manifest does not
+    add up or a shard is missing or cut, and ConfigError for settings that cannot be met.
+    """
+    device = torch.device(device)
+    cache = None
+    if config.cache_dir is not None:
+        cache = BlockCache(config.cache_dir, int(config.cache_gb * 1e9))
+    blocks = Blocks(store_url, manifest, split, image_size=image_size, cache=cache)
+    blocks.check_shards(config.readers)
+    choice = choose_way(
+        config.cache,
+        manifest.splits[split].samples * image_size**2,
+        host_bytes=memory.free_bytes() // world.local_size,
+        device_bytes=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
+    )
+    tell(f"data: {split}: {choice.reason}")
+    feed: Feed
+    if choice.way == "memory":
+        held_on = device if choice.on_device else torch.device("cpu")
+        feed = Memory(blocks, readers=config.readers, device=held_on)
+    else:
+        feed = Stream(blocks, readers=config.readers, prefetch_blocks=config.prefetch_blocks)
+    return Loader(feed, tuple(blocks.sizes.tolist()), world, device, mean, std)
+
+
+def choose_way(
+    wanted: Literal["auto", "memory", "stream"],
+    decoded_bytes: int,
+    *,
+    host_bytes: int,
+    device_bytes: int | None,
+) -> Choice:
+    """How to feed `decoded_bytes` of images with so much memory free; no device, no bytes there.
+
+    Raises ConfigError when memory is demanded and does not suffice.
+    """
+    size, free = f"{decoded_bytes / 1e9:.2f} GB decoded", f"{host_bytes / 1e9:.2f} GB free"
+    if wanted == "stream":
+        return Choice("stream", False, f"streamed, as data.cache says ({size})")
+    if device_bytes is not None and decoded_bytes <= _DEVICE_SHARE * device_bytes:
+        on_device = f"{device_bytes / 1e9:.2f} GB free there"
+        return Choice("memory", True, f"kept on the device ({size}, {on_device})")
+    if decoded_bytes <= (_HOST_SHARE if wanted == "auto" else 1) * host_bytes:
+        return Choice("memory", False, f"kept in memory ({size}, {free} for this worker)")
+    if wanted == "memory":
+        raise ConfigError(
+            f"data.cache: memory: {size}, {free} for this worker; use stream or auto, or fewer "
+            "workers a machine"
+        )
+    return Choice("stream", False, f"streamed ({size}, {free} for this worker)")
+
+
 def input_size(manifest: Manifest, wanted: int | None) -> int:
     """The size to train at. Raises ConfigError when it is above the store's: pixels are not
     invented."""
@@ -55,40 +186,6 @@ def input_size(manifest: Manifest, wanted: int | None) -> int:
             f"prepare a store with --prepare.image-size {wanted}"
         )
     return wanted or manifest.image_size
-
-
-def load_split(
-    store_url: str,
-    manifest: Manifest,
-    split: str,
-    *,
-    image_size: int,
-    device: torch.device | str = "cpu",
-) -> SplitData:
-    """Read and decode all shards of a split, several at a time, resampled by area to `image_size`.
-
-    Raises DataError when a shard is missing, changed or short, or a key stands twice.
-    """
-    entry = manifest.splits[split]
-
-    def read(shard: ShardEntry) -> tuple[list[str], npt.NDArray[np.uint8], list[int]]:
-        samples = list(read_shard(store_url, shard, manifest.image_size))
-        return (
-            [sample.key for sample in samples],
-            np.stack([_resample(sample, image_size) for sample in samples]),
-            [sample.target for sample in samples],
-        )
-
-    with ThreadPoolExecutor(_SHARDS_IN_FLIGHT) as pool:
-        parts = list(pool.map(read, entry.shards))
-    keys = tuple(key for part in parts for key in part[0])
-    if len(keys) != entry.samples or len(set(keys)) != len(keys):
-        raise DataError(
-            f"split {split}: {len(set(keys))} different samples, the manifest says {entry.samples}"
-        )
-    images = torch.from_numpy(np.concatenate([part[1] for part in parts])).unsqueeze(1)
-    targets = torch.tensor([target for part in parts for target in part[2]], dtype=torch.float32)
-    return SplitData(keys, images.to(device), targets)
 
 
 def read_images(
@@ -108,57 +205,3 @@ def read_images(
             f"split {split}: {len(missing)} of {len(wanted)} studies are not in the store"
         )
     return found
-
-
-def train_batches(
-    data: SplitData,
-    augment: AugmentConfig,
-    *,
-    mean: float,
-    std: float,
-    seed: int,
-    epoch: int,
-    batch_size: int,
-    world: World,
-    first_step: int = 0,
-) -> Iterator[Batch]:
-    """This rank's batches of an epoch from `first_step` on, augmented and normalised."""
-    order = partition.epoch_order(len(data), seed=seed, epoch=epoch)
-    for step in range(first_step, partition.steps_per_epoch(len(data), batch_size)):
-        rows = partition.train_rows(order, step, batch_size=batch_size, world=world)
-        keys = tuple(data.keys[row] for row in rows)
-        index = torch.from_numpy(rows)
-        images = data.images[index.to(data.images.device)]
-        images = transforms.augment(images, keys, augment, seed=seed, epoch=epoch)
-        yield Batch(
-            transforms.normalise(images, mean, std),
-            data.targets[index].to(data.images.device, non_blocking=True),
-            keys,
-        )
-
-
-def evaluation_batches(
-    data: SplitData, *, mean: float, std: float, batch_size: int, world: World
-) -> Iterator[Batch]:
-    """This rank's share of a split in order, each sample on exactly one rank."""
-    rows = partition.evaluation_rows(len(data), world)
-    for start in range(0, len(rows), batch_size):
-        index = torch.from_numpy(rows[start : start + batch_size])
-        yield Batch(
-            transforms.normalise(data.images[index.to(data.images.device)], mean, std),
-            data.targets[index].to(data.images.device),
-            tuple(data.keys[row] for row in index.tolist()),
-        )
-
-
-def as_input(pixels: Sequence[npt.NDArray[np.uint8]], image_size: int) -> Tensor:
-    """Stored pictures -> (B, 1, S, S) uint8 at the network's size, as `load_split` makes them."""
-    resampled = [_resample(Sample("", image, 0), image_size) for image in pixels]
-    return torch.from_numpy(np.stack(resampled)).unsqueeze(1)
-
-
-def _resample(sample: Sample, image_size: int) -> npt.NDArray[np.uint8]:
-    if sample.pixels.shape[0] == image_size:
-        return sample.pixels
-    size = (image_size, image_size)
-    return np.asarray(cv2.resize(sample.pixels, size, interpolation=cv2.INTER_AREA))

@@ -1,15 +1,29 @@
 """Which samples go where: pure arithmetic on (seed, epoch, step, world). No torch, no I/O.
 
-An epoch's order is a permutation of blocks of 64 neighbours in the store, shuffled inside too, that
-depends on (seed, epoch) alone. Global step k takes positions [k*G, (k+1)*G) of it and rank r its
-equal slice; so what a step trains on does not depend on the number of workers, a run goes on in
-mid-epoch with the very next sample, and the remainder that fills no batch is another one each
-epoch.
+A split is a row of blocks, each some neighbours in a shard that are read by one request. An epoch's
+order mixes them so that every batch is mixed and yet little is read or held at a time:
+
+    the blocks are permuted, and each block's samples, which makes one long sequence;
+    it is cut into G / 4 lanes of equal length (G: samples of a global batch);
+    each step takes the next 4 samples of every lane; the sequence's end that fills no batch is
+    left out, and is another one each epoch.
+
+So a batch is made of G / 4 blocks from all over the split. A rank's slice of it, where the slice is
+a multiple of 4, is lanes of its own: the rank reads one stretch of the sequence, of which other
+ranks read at most the blocks at its two ends, and holds one block a lane for 64 / 4 steps. Lanes
+change their blocks at different steps, so reading is even. (Windows of G / 4 blocks that give piece
+after piece, tried before, made 8 ranks read RSNA twice: a short block shifted all that followed,
+and everyone read the blocks of the last, narrower window.)
+
+The order depends on (seed, epoch, G, the blocks' sizes) alone. Global step k takes positions
+[k*G, (k+1)*G) of it and rank r its equal slice; so what a step trains on does not depend on the
+number of ranks or of threads that read, and a run goes on in mid-epoch with the very next sample.
 """
 
 from __future__ import annotations
 
-import random
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +33,8 @@ from pneumo.errors import ConfigError
 
 Rows = npt.NDArray[np.int64]
 
-BLOCK = 64
+PIECE = 4
+"""Samples that a lane gives to a batch."""
 
 
 @dataclass(frozen=True)
@@ -28,28 +43,49 @@ class World:
 
     rank: int = 0
     size: int = 1
+    local_size: int = 1
+    """Workers on this one's machine, which share its memory."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
             raise ValueError(f"rank {self.rank} of {self.size}")
+        if not 1 <= self.local_size <= self.size:
+            raise ValueError(f"{self.local_size} of {self.size} ranks on one machine")
 
 
-def epoch_order(num_samples: int, *, seed: int, epoch: int) -> Rows:
-    """A permutation of `num_samples` rows, shape (N,), the same on every machine and version."""
-    # A string seed is hashed by SHA-512, not by Python's randomised hash.
-    generator = random.Random(f"pneumo/{seed}/{epoch}")
-    blocks = [
-        list(range(start, min(start + BLOCK, num_samples)))
-        for start in range(0, num_samples, BLOCK)
-    ]
-    generator.shuffle(blocks)
-    # Neighbours of eight blocks are mixed, so that a batch is no run of neighbours of one block.
-    rows: list[int] = []
-    for start in range(0, len(blocks), 8):
-        window = [row for block in blocks[start : start + 8] for row in block]
-        generator.shuffle(window)
-        rows.extend(window)
-    return np.asarray(rows, dtype=np.int64)
+def epoch_order(block_sizes: Sequence[int], *, batch_size: int, seed: int, epoch: int) -> Rows:
+    """A permutation of the split's rows, shape (N,), the same on every machine and version.
+
+    Row i is the i-th sample of the blocks one after the other; `batch_size` is the global one.
+    """
+    sizes = np.asarray(block_sizes, dtype=np.int64)
+    num_samples = int(sizes.sum())
+    draws = _draw_bits(len(sizes) + num_samples, seed=seed, epoch=epoch)
+    place = np.argsort(np.argsort(draws[: len(sizes)], kind="stable"), kind="stable")
+    # By the place of its block, then by 40 random bits.
+    keys = np.repeat(place.astype(np.uint64) << np.uint64(40), sizes)
+    sequence = np.argsort(keys | (draws[len(sizes) :] >> np.uint64(24)), kind="stable")
+
+    steps = num_samples // batch_size
+    in_lanes = steps * (batch_size // PIECE * PIECE)
+    used = steps * batch_size
+    if steps == 0:
+        return sequence
+    batches = np.concatenate(
+        [
+            sequence[:in_lanes].reshape(-1, steps, PIECE).swapaxes(0, 1).reshape(steps, -1),
+            sequence[in_lanes:used].reshape(steps, -1),  # a last lane, thinner than PIECE
+        ],
+        axis=1,
+    )
+    return np.concatenate([batches.ravel(), sequence[used:]])
+
+
+def _draw_bits(count: int, *, seed: int, epoch: int) -> npt.NDArray[np.uint64]:
+    """(count,) uniform 64-bit numbers. The bits of Philox are fixed by its paper (Salmon et al.,
+    SC11); what numpy's own methods make of them may change with its version."""
+    digest = hashlib.blake2b(f"pneumo/{seed}/{epoch}".encode(), digest_size=16).digest()
+    return np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(count)
 
 
 def steps_per_epoch(num_samples: int, batch_size: int) -> int:
@@ -78,7 +114,13 @@ def train_rows(order: Rows, step: int, *, batch_size: int, world: World) -> Rows
     return order[start : start + per_rank]
 
 
-def evaluation_rows(num_samples: int, world: World) -> Rows:
-    """Rows that this rank scores: each sample on exactly one rank, sizes differing by at most 1."""
-    bounds = [num_samples * r // world.size for r in (world.rank, world.rank + 1)]
-    return np.arange(bounds[0], bounds[1], dtype=np.int64)
+def evaluation_rows(block_sizes: Sequence[int], world: World) -> Rows:
+    """Rows that this rank scores, in order: each sample on exactly one rank, blocks whole.
+
+    A share differs from an equal one by less than the largest block.
+    """
+    ends = np.concatenate([[0], np.cumsum(np.asarray(block_sizes, dtype=np.int64))])
+    # Each bound of the equal shares is moved down to where a block begins.
+    equal = [int(ends[-1]) * r // world.size for r in (world.rank, world.rank + 1)]
+    first, last = ends[np.searchsorted(ends, equal, side="right") - 1]
+    return np.arange(first, last, dtype=np.int64)

@@ -7,7 +7,7 @@ without images, save the Grad-CAM gallery.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
@@ -20,8 +20,7 @@ from scipy.special import expit
 from torch import nn
 
 from pneumo.errors import DataError
-from pneumo.loader import SplitData, evaluation_batches
-from pneumo.partition import World
+from pneumo.loader import Batch
 from pneumo.shards import StudyRow
 
 StrArray = npt.NDArray[np.str_]
@@ -102,30 +101,35 @@ def sigmoid(logit: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     return np.asarray(expit(np.asarray(logit, dtype=np.float64)))
 
 
-def score(
-    model: nn.Module,
-    data: SplitData,
-    *,
-    mean: float,
-    std: float,
-    batch_size: int,
-    world: World,
-) -> dict[str, float]:
-    """Logits by study key of this rank's share of a split; every study is on exactly one rank.
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What a model says of some studies, beside what they are; both arrays have shape (N,)."""
+
+    keys: tuple[str, ...]
+    logits: npt.NDArray[np.float32]
+    targets: npt.NDArray[np.int8]
+
+
+def score(model: nn.Module, batches: Iterable[Batch]) -> Scores:
+    """What the model says of the studies in `batches`, in their order.
 
     Always in float32: the 8 bits of a bfloat16 logit would tie studies that differ. The model is
     left in evaluation mode.
     """
     model.eval()
-    device = data.images.device
-    logits: dict[str, float] = {}
-    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
-        for batch in evaluation_batches(
-            data, mean=mean, std=std, batch_size=batch_size, world=world
-        ):
-            output = model(batch.images).squeeze(1).float().cpu().tolist()
-            logits.update(zip(batch.keys, output, strict=True))
-    return logits
+    keys: list[str] = []
+    logits, targets = [], []
+    with torch.inference_mode():
+        for batch in batches:
+            with torch.autocast(batch.images.device.type, enabled=False):
+                logits.append(model(batch.images).squeeze(1).float())
+            targets.append(batch.targets)
+            keys += batch.keys
+    return Scores(
+        tuple(keys),
+        torch.cat(logits).cpu().numpy() if logits else np.empty(0, dtype=np.float32),
+        torch.cat(targets).cpu().numpy().astype(np.int8) if targets else np.empty(0, np.int8),
+    )
 
 
 def join_predictions(

@@ -32,7 +32,7 @@ from pneumo.checkpoint import (
 )
 from pneumo.config import Config, TrainConfig
 from pneumo.errors import DataError, DivergedError, RunError
-from pneumo.loader import Batch, SplitData
+from pneumo.loader import Batch, Loader
 from pneumo.model import Initialisation, build_model, initialise
 from pneumo.partition import World
 from pneumo.predict import score
@@ -40,7 +40,8 @@ from pneumo.shards import Manifest, read_manifest
 
 METRICS_LOG = "metrics.jsonl"
 TRAINING_SECTIONS = ("seed", "data", "augment", "model", "train")
-"""The settings that a resumed run must share with its checkpoint."""
+"""The settings that a resumed run must share with its checkpoint, but for `data.*` that only say
+how the same batches come about."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class Hooks:
     on_start: Callable[[Initialisation, int], None] = lambda initialisation, first_epoch: None
     on_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None
     on_epoch: Callable[[Epoch], None] = lambda epoch: None
+    on_note: Callable[[str], None] = lambda line: None
+    """A line worth knowing: how each split is fed."""
 
 
 @dataclass(eq=False)
@@ -91,10 +94,21 @@ def fit(
     """
     manifest = read_manifest(store_url)
     image_size = check_run(config, manifest, run_url, num_workers=world.size)
-    train_data = loader.load_split(
-        store_url, manifest, "train", image_size=image_size, device=device
+    train_data, val_data = (
+        loader.open_loader(
+            store_url,
+            manifest,
+            split,
+            config.data,
+            image_size=image_size,
+            mean=manifest.mean,
+            std=manifest.std,
+            world=world,
+            device=device,
+            tell=hooks.on_note,
+        )
+        for split in ("train", "val")
     )
-    val_data = loader.load_split(store_url, manifest, "val", image_size=image_size, device=device)
     state = _begin(config, run_url, world, device)
     hooks.on_start(state.initialisation, len(state.history))
     network = _distribute(state.model, world, device)
@@ -102,7 +116,7 @@ def fit(
     for epoch in range(len(state.history), config.train.epochs):
         started = time.perf_counter()
         train_loss = _train_epoch(
-            network, state.optimizer, train_data, manifest, config, epoch, world, loss_weight, hooks
+            network, state.optimizer, train_data, config, epoch, loss_weight, hooks
         )
         seconds = time.perf_counter() - started
         _share_buffers(state.model, world)
@@ -112,7 +126,7 @@ def fit(
             {
                 "epoch": epoch + 1,
                 "train/loss": train_loss,
-                **_validate(state.model, val_data, manifest, config, world, float(loss_weight)),
+                **_validate(state.model, val_data, config, world, float(loss_weight)),
                 "lr": state.optimizer.param_groups[0]["lr"],
                 "images_per_s": steps * config.train.batch_size / seconds,
                 "epoch_s": time.perf_counter() - started,
@@ -148,15 +162,19 @@ def check_run(config: Config, manifest: Manifest, run_url: str, *, num_workers: 
             f"{run_url}: was begun on another store (manifest {before.manifest_digest[:12]}, not "
             f"{manifest.digest[:12]}); give another --run"
         )
-    changed = [
-        name for name in TRAINING_SECTIONS if getattr(before.config, name) != getattr(config, name)
-    ]
+    then, now = (_training_settings(each) for each in (before.config, config))
+    changed = [name for name in TRAINING_SECTIONS if then[name] != now[name]]
     if changed:
         raise RunError(
             f"{run_url}: was begun with other settings in {', '.join(changed)}; repeat them to go "
             "on, or give another --run"
         )
     return image_size
+
+
+def _training_settings(config: Config) -> dict[str, Any]:
+    settings = config.model_dump(include=set(TRAINING_SECTIONS))
+    return {**settings, "data": config.data.image_size}
 
 
 def resolve_pos_weight(config: TrainConfig, manifest: Manifest) -> float:
@@ -241,29 +259,20 @@ def _begin(config: Config, run_url: str, world: World, device: torch.device) -> 
 def _train_epoch(
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
-    data: SplitData,
-    manifest: Manifest,
+    data: Loader,
     config: Config,
     epoch: int,
-    world: World,
     pos_weight: Tensor,
     hooks: Hooks,
 ) -> float:
     """Mean loss of the epoch over all ranks. Raises DivergedError when it is no number."""
     steps = partition.steps_per_epoch(len(data), config.train.batch_size)
-    dtype = autocast_dtype(config.train, data.images.device)
+    dtype = autocast_dtype(config.train, data.device)
     network.train()
     # NaN must reach the check below; the default would drop it.
-    mean_loss = MeanMetric(nan_strategy="disable").to(data.images.device)
-    batches = loader.train_batches(
-        data,
-        config.augment,
-        mean=manifest.mean,
-        std=manifest.std,
-        seed=config.seed,
-        epoch=epoch,
-        batch_size=config.train.batch_size,
-        world=world,
+    mean_loss = MeanMetric(nan_strategy="disable").to(data.device)
+    batches = data.epoch(
+        epoch, seed=config.seed, batch_size=config.train.batch_size, augment=config.augment
     )
     for step, batch in enumerate(batches):
         rate = learning_rate(config.train, epoch * steps + step, config.train.epochs * steps)
@@ -281,38 +290,32 @@ def _train_epoch(
 
 def _validate(
     model: nn.Module,
-    data: SplitData,
-    manifest: Manifest,
+    data: Loader,
     config: Config,
     world: World,
     pos_weight: float,
 ) -> dict[str, float | None]:
     """Metrics of the whole val split, the same on every rank, each sample counted once."""
-    logits = score(
-        model,
-        data,
-        mean=manifest.mean,
-        std=manifest.std,
-        batch_size=max(config.train.batch_size // world.size, 1),
-        world=world,
-    )
+    batch_size = max(config.train.batch_size // world.size, 1)
+    scores: Any = score(model, data.evaluation(batch_size=batch_size))
+    parts = [scores]
     if world.size > 1:
-        parts: list[Any] = [None] * world.size
-        dist.all_gather_object(parts, logits)
-        scored = sum(len(part) for part in parts)
-        logits = {key: value for part in parts for key, value in part.items()}
-    else:
-        scored = len(logits)
-    if scored != len(data) or len(logits) != len(data):
-        raise DataError(f"val: {scored} scores of {len(logits)} studies, expected {len(data)} once")
-    ordered = np.array([logits[key] for key in data.keys], dtype=np.float64)
-    target = data.targets.numpy().astype(np.int8)
+        parts = [None] * world.size
+        dist.all_gather_object(parts, scores)
+    # The ranks' shares follow one another in the store's order.
+    logits = np.concatenate([part.logits for part in parts]).astype(np.float64)
+    target = np.concatenate([part.targets for part in parts])
+    studies = len({key for part in parts for key in part.keys})
+    if len(logits) != len(data) or studies != len(data):
+        raise DataError(
+            f"val: {len(logits)} scores of {studies} studies, expected {len(data)} once"
+        )
     loss = F.binary_cross_entropy_with_logits(
-        torch.from_numpy(ordered),
+        torch.from_numpy(logits),
         torch.from_numpy(target).double(),
         pos_weight=torch.tensor(pos_weight, dtype=torch.float64),
     )
-    values = {"loss": float(loss), **metrics.binary_metrics_from_logits(target, ordered)}
+    values = {"loss": float(loss), **metrics.binary_metrics_from_logits(target, logits)}
     return {f"val/{name}": v if math.isfinite(v) else None for name, v in values.items()}
 
 

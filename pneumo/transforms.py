@@ -1,8 +1,11 @@
 """Batched augmentation and normalisation, on whatever device the batch is.
 
 Each study's random changes are a pure function of (seed, epoch, key), so the same study gets the
-same augmentation on any rank. They make one affine matrix a sample, applied once: by OpenCV on a
-CPU (six times as fast there) and by `grid_sample` on a GPU; the two agree to half a gray level.
+same augmentation on any rank. They are drawn on the CPU: a table of gray levels, an affine matrix
+and a rectangle a sample, applied in this order. Table and matrix are applied by OpenCV on a CPU
+(several times as fast there) and by indexing and `grid_sample` on a GPU. The two agree to half a
+gray level, save at hard edges: OpenCV places pixels to 1/32. The matrix that moves an image moves
+its boxes.
 """
 
 from __future__ import annotations
@@ -20,13 +23,24 @@ from torch import Tensor
 from pneumo.config import AugmentConfig
 
 Matrices = npt.NDArray[np.float64]
+Tables = npt.NDArray[np.float32]
+Rectangles = npt.NDArray[np.int64]
 
 
-def draw_uniforms(keys: Sequence[str], *, seed: int, epoch: int, count: int) -> Matrices:
-    """(B, count) uniforms in [0, 1), from BLAKE2 of (seed, epoch, key) alone."""
+def draw_uniforms(
+    keys: Sequence[str], *, seed: int, epoch: int, count: int, kind: str = ""
+) -> npt.NDArray[np.float64]:
+    """(B, count) uniforms in [0, 1], from BLAKE2 of (seed, epoch, key) alone; `count` up to 8.
+
+    Each `kind` has draws of its own, so that switching one change on alters no other.
+    """
+    person = kind.encode()
     rows = [
         np.frombuffer(
-            hashlib.blake2b(f"{seed}/{epoch}/{key}".encode(), digest_size=8 * count).digest(), "<u8"
+            hashlib.blake2b(
+                f"{seed}/{epoch}/{key}".encode(), digest_size=8 * count, person=person
+            ).digest(),
+            "<u8",
         )
         for key in keys
     ]
@@ -36,7 +50,7 @@ def draw_uniforms(keys: Sequence[str], *, seed: int, epoch: int, count: int) -> 
 def draw_affine(
     keys: Sequence[str], config: AugmentConfig, *, image_size: int, seed: int, epoch: int
 ) -> Matrices:
-    """(B, 2, 3) matrices from output to input pixels (x, y): rotation, scale, translation.
+    """(B, 2, 3) matrices from output to input pixels (x, y): flip, rotation, scale, translation.
 
     They turn about the image's centre; pixel centres are at whole coordinates.
     """
@@ -52,30 +66,71 @@ def draw_affine(
     moved = center + shift  # where the centre goes; it must come from the centre
     matrices[:, 0, 2] = center - cos * moved[:, 0] - sin * moved[:, 1]
     matrices[:, 1, 2] = center + sin * moved[:, 0] - cos * moved[:, 1]
+    if config.flip:
+        mirrored = draw_uniforms(keys, seed=seed, epoch=epoch, count=1, kind="flip")[:, 0] < 0.5
+        matrices[mirrored, 0] *= -1
+        matrices[mirrored, 0, 2] += image_size - 1
     return matrices
 
 
-def warp(images: Tensor, matrices: Matrices) -> Tensor:
-    """`images` (B, 1, H, H) uint8 or float seen through `matrices`, bilinear, 0 outside;
-    float32."""
+def draw_tables(keys: Sequence[str], config: AugmentConfig, *, seed: int, epoch: int) -> Tables:
+    """(B, 256) float32 in [0, 255]: what each gray level becomes by gamma, contrast, brightness.
+
+    As in torchvision's ColorJitter brightness multiplies, so that it keeps black; contrast turns
+    about the middle gray and not about the image's mean, which letterbox borders would draw down.
+    """
+    u = 2 * draw_uniforms(keys, seed=seed, epoch=epoch, count=3, kind="gray")[:, :, None] - 1
+    gamma = (1 + config.gamma_fraction) ** u[:, 0]
+    contrast = 1 + config.contrast_fraction * u[:, 1]
+    brightness = 1 + config.brightness_fraction * u[:, 2]
+    gray = (np.arange(256) / 255) ** gamma
+    gray = np.clip((gray - 0.5) * contrast + 0.5, 0, 1) * brightness
+    return np.asarray(np.clip(gray, 0, 1) * 255, dtype=np.float32)
+
+
+def draw_rectangles(
+    keys: Sequence[str], config: AugmentConfig, *, image_size: int, seed: int, epoch: int
+) -> Rectangles:
+    """(B, 4) rectangles to hide, x0, y0, x1, y1 in whole pixels, the ends excluded.
+
+    An area between 0 and `erase_fraction` of the image, up to twice as wide as high or the reverse,
+    wholly inside (after Zhong et al., Random Erasing Data Augmentation, AAAI 2020).
+    """
+    u = draw_uniforms(keys, seed=seed, epoch=epoch, count=4, kind="erase")
+    area, ratio = config.erase_fraction * u[:, :1], 2 ** (2 * u[:, 1:2] - 1)
+    sides = np.sqrt(np.concatenate([area * ratio, area / ratio], axis=1)).clip(max=1) * image_size
+    sides = np.floor(sides).astype(np.int64)
+    corners = np.floor(u[:, 2:] * (image_size - sides + 1)).astype(np.int64)
+    corners = np.minimum(corners, image_size - sides)  # a draw may be 1
+    return np.concatenate([corners, corners + sides], axis=1)
+
+
+def warp(images: Tensor, matrices: Matrices, tables: Tables) -> Tensor:
+    """`images` (B, 1, H, H) uint8, recoloured by `tables` (B, 256) and seen through `matrices`.
+
+    Bilinear; black, as the table has it, outside. (B, 1, H, H) float32.
+    """
     if images.device.type == "cpu":
-        return _warp_by_opencv(images, matrices)
-    return _warp_by_grid(images, matrices)
+        return _warp_by_opencv(images, matrices, tables)
+    return _warp_by_grid(images, matrices, tables)
 
 
-def _warp_by_opencv(images: Tensor, matrices: Matrices) -> Tensor:
+def _warp_by_opencv(images: Tensor, matrices: Matrices, tables: Tables) -> Tensor:
     flat = images[:, 0].numpy()
-    size = (flat.shape[2], flat.shape[1])
-    out = np.stack(
-        [
-            cv2.warpAffine(image, m, size, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
-            for image, m in zip(flat, matrices, strict=True)
-        ]
-    )
-    return torch.from_numpy(out).unsqueeze(1).float()
+    out = np.empty(flat.shape, dtype=np.float32)
+    for i, (image, matrix, table) in enumerate(zip(flat, matrices, tables, strict=True)):
+        cv2.warpAffine(
+            cv2.LUT(image, table),
+            matrix,
+            image.shape[::-1],
+            dst=out[i],
+            flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+            borderValue=float(table[0]),
+        )
+    return torch.from_numpy(out).unsqueeze(1)
 
 
-def _warp_by_grid(images: Tensor, matrices: Matrices) -> Tensor:
+def _warp_by_grid(images: Tensor, matrices: Matrices, tables: Tables) -> Tensor:
     side = images.shape[-1]
     # From pixels to grid_sample's [-1, 1], whose borders are the outer edges of the outer pixels.
     to_unit = np.array(
@@ -88,15 +143,51 @@ def _warp_by_grid(images: Tensor, matrices: Matrices) -> Tensor:
         list(images.shape),
         align_corners=False,
     )
-    return F.grid_sample(images.float(), grid, mode="bilinear", align_corners=False)
+    levels = torch.from_numpy(tables).to(images.device)
+    black = levels[:, :1, None, None]
+    gray = levels.gather(1, images.flatten(1).long()).reshape(images.shape) - black
+    return F.grid_sample(gray, grid, mode="bilinear", align_corners=False) + black
+
+
+def erase(images: Tensor, rectangles: Rectangles) -> Tensor:
+    """`images` (B, 1, H, H) with `rectangles` (B, 4) black, in place."""
+    corners = torch.from_numpy(rectangles).to(images.device)[:, :, None, None]
+    x = torch.arange(images.shape[3], device=images.device)[None, None, :]
+    y = torch.arange(images.shape[2], device=images.device)[None, :, None]
+    inside = (x >= corners[:, 0]) & (x < corners[:, 2]) & (y >= corners[:, 1]) & (y < corners[:, 3])
+    return images.masked_fill_(inside.unsqueeze(1), 0.0)
 
 
 def augment(
     images: Tensor, keys: Sequence[str], config: AugmentConfig, *, seed: int, epoch: int
 ) -> Tensor:
     """`images` (B, 1, H, H) uint8 -> float32 gray levels in [0, 255], changed at random."""
-    matrices = draw_affine(keys, config, image_size=images.shape[-1], seed=seed, epoch=epoch)
-    return warp(images, matrices)
+    size = images.shape[-1]
+    matrices = draw_affine(keys, config, image_size=size, seed=seed, epoch=epoch)
+    changed = warp(images, matrices, draw_tables(keys, config, seed=seed, epoch=epoch))
+    if config.erase_fraction:
+        erase(changed, draw_rectangles(keys, config, image_size=size, seed=seed, epoch=epoch))
+    return changed
+
+
+def transform_boxes(
+    boxes: npt.ArrayLike, matrix: npt.NDArray[np.float64], *, image_size: int
+) -> npt.NDArray[np.float64]:
+    """Where `boxes` are in an image seen through `matrix` (2, 3), one of `draw_affine`'s.
+
+    (N, 4) float64 of x, y, width, height in pixels, (x, y) the upper left corner, as `studies.Box`.
+    A turned box becomes the upright one around it, cut to the image; one that has left the image
+    has width or height 0.
+    """
+    x, y, width, height = np.asarray(boxes, dtype=np.float64).reshape(-1, 4).T
+    # A box is bounded by pixels' edges, half a pixel from their centres, which the matrix maps.
+    corners = (
+        np.stack([[x, x + width, x, x + width], [y, y, y + height, y + height]], axis=0) - 0.5
+    )  # (2, 4, N)
+    forward = np.linalg.inv(matrix[:, :2])
+    moved = np.einsum("ij,jkn->ikn", forward, corners - matrix[:, 2, None, None]) + 0.5
+    low, high = moved.min(axis=1).clip(0, image_size), moved.max(axis=1).clip(0, image_size)
+    return np.concatenate([low, high - low]).T
 
 
 def normalise(images: Tensor, mean: float, std: float) -> Tensor:

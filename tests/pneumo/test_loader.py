@@ -1,60 +1,109 @@
-"""A store becomes batches: checked on the way in, the same on any number of ranks, resumable."""
+"""A store becomes batches: the same held or streamed, on any ranks; checked and resumable."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, ClassVar
 
 import cv2
+import fsspec
 import numpy as np
 import pytest
 import torch
 
-from pneumo import loader, partition, shards, storage, transforms
-from pneumo.config import AugmentConfig
+from pneumo import feeds, loader, partition, shards, storage, transforms
+from pneumo.config import AugmentConfig, Config, DataConfig, override
 from pneumo.errors import ConfigError, DataError
-from pneumo.loader import Batch, SplitData
+from pneumo.loader import Batch, Loader, choose_way
 from pneumo.partition import World
 from pneumo.shards import Manifest, Sample
 
 StoreMaker = Callable[..., str]
 
-BATCH = 12
+BATCH = 30  # divides into 1, 2, 3 and 5 ranks
+WAYS = ("memory", "stream")
+AUGMENT = AugmentConfig(flip=True, erase_fraction=0.2)
+CPU = torch.device("cpu")
+
+
+class CountedFiles(fsspec.AbstractFileSystem):  # type: ignore[misc]
+    """Local files as an object store whose reads are counted and fail on demand."""
+
+    protocol = "counted"
+    reads: ClassVar[list[tuple[str, int, int]]] = []
+    """Path, first byte and end of each read that was answered."""
+    failures: ClassVar[dict[str, int]] = {}
+    """How often reads of paths that end so still fail."""
+
+    def cat_file(
+        self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any
+    ) -> bytes:
+        for name, times in self.failures.items():
+            if path.endswith(name) and times:
+                self.failures[name] -= 1
+                raise ConnectionResetError("the network broke")
+        data = Path(path).read_bytes()[start:end]
+        if end is not None and end - (start or 0) > 1:  # not the check for the last byte
+            self.reads.append((path, start or 0, end))
+        return data
+
+
+fsspec.register_implementation("counted", CountedFiles)
+
+
+@pytest.fixture
+def counted() -> Iterator[type[CountedFiles]]:
+    CountedFiles.reads.clear()
+    CountedFiles.failures.clear()
+    yield CountedFiles
+    CountedFiles.failures.clear()
 
 
 @pytest.fixture(scope="module")
 def store(tiny_store: StoreMaker) -> tuple[str, Manifest]:
-    store_url = tiny_store(train=53, val=13, test=9)
+    """19 training blocks, of which some are short: shards of 80 samples in blocks of 64 and 16."""
+    store_url = tiny_store(train=751, val=203, test=9, image_size=32, samples_per_shard=80)
     return store_url, shards.read_manifest(store_url)
 
 
-@pytest.fixture(scope="module")
-def train(store: tuple[str, Manifest]) -> SplitData:
-    return loader.load_split(*store, "train", image_size=32)
+def open_split(
+    store: tuple[str, Manifest],
+    way: str,
+    *,
+    split: str = "train",
+    rank: int = 0,
+    size: int = 1,
+    image_size: int = 32,
+    **settings: Any,
+) -> Loader:
+    return loader.open_loader(
+        store[0],
+        store[1],
+        split,
+        DataConfig.model_validate({"cache": way, **settings}),
+        image_size=image_size,
+        mean=0.4,
+        std=0.2,
+        world=World(rank, size),
+        device=CPU,
+    )
+
+
+def train_batches(data: Loader, epoch: int = 0, start_step: int = 0) -> Iterator[Batch]:
+    return data.epoch(epoch, seed=5, batch_size=BATCH, augment=AUGMENT, start_step=start_step)
 
 
 def stored(store: tuple[str, Manifest], split: str) -> list[Sample]:
     store_url, manifest = store
     entries = manifest.splits[split].shards
-    return [s for entry in entries for s in shards.read_shard(store_url, entry, 32)]
-
-
-def batches(
-    data: SplitData, *, rank: int = 0, size: int = 1, epoch: int = 0, first_step: int = 0
-) -> list[Batch]:
-    return list(
-        loader.train_batches(
-            data,
-            AugmentConfig(),
-            mean=0.4,
-            std=0.2,
-            seed=5,
-            epoch=epoch,
-            batch_size=BATCH,
-            world=World(rank, size),
-            first_step=first_step,
-        )
-    )
+    return [
+        s for entry in entries for s in shards.read_shard(store_url, entry, manifest.image_size)
+    ]
 
 
 def assert_same(one: list[Batch], two: list[Batch]) -> None:
@@ -62,6 +111,36 @@ def assert_same(one: list[Batch], two: list[Batch]) -> None:
     for a, b in zip(one, two, strict=True):
         assert torch.equal(a.images, b.images)
         assert torch.equal(a.targets, b.targets)
+
+
+def join(parts: tuple[Batch, ...]) -> Batch:
+    return Batch(
+        torch.cat([part.images for part in parts]),
+        torch.cat([part.targets for part in parts]),
+        tuple(key for part in parts for key in part.keys),
+    )
+
+
+def blocks_of(data: Loader, steps: range, rank: int = 0, size: int = 1) -> set[int]:
+    """The blocks in which the samples of some steps of epoch 0 lie."""
+    order = partition.epoch_order(data.block_sizes, batch_size=BATCH, seed=5, epoch=0)
+    rows = [
+        partition.train_rows(order, step, batch_size=BATCH, world=World(rank, size))
+        for step in steps
+    ]
+    ends = np.cumsum(data.block_sizes)
+    return set(np.searchsorted(ends, np.concatenate(rows), side="right").tolist())
+
+
+def readers_alive() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("pneumo-reader")]
+
+
+def wait_for_readers_to_end() -> None:
+    deadline_s = time.monotonic() + 10
+    while readers_alive() and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert readers_alive() == []
 
 
 # --- sizes ----------------------------------------------------------------------------------------
@@ -82,76 +161,541 @@ def test_an_input_size_above_the_stores_is_refused(store: tuple[str, Manifest]) 
 
 @pytest.mark.parametrize("image_size", [32, 24, 16])
 def test_images_are_resampled_by_area(store: tuple[str, Manifest], image_size: int) -> None:
-    data = loader.load_split(*store, "val", image_size=image_size)
-    samples = stored(store, "val")
-    assert data.images.shape == (13, 1, image_size, image_size)
-    assert data.images.dtype == torch.uint8
-    for image, sample in zip(data.images[:, 0].numpy(), samples, strict=True):
+    samples = stored(store, "test")
+    images = feeds.to_input([sample.pixels for sample in samples], image_size)
+    assert images.shape == (9, 1, image_size, image_size)
+    assert images.dtype == torch.uint8
+    for image, sample in zip(images[:, 0].numpy(), samples, strict=True):
         expected = cv2.resize(sample.pixels, (image_size,) * 2, interpolation=cv2.INTER_AREA)
         np.testing.assert_array_equal(image, expected)
-    alone = loader.as_input([sample.pixels for sample in samples], image_size)
-    assert torch.equal(alone, data.images)
+    expected_batch = transforms.normalise(images, 0.4, 0.2)
+    for way in WAYS:
+        data = open_split(store, way, split="test", image_size=image_size)
+        [batch] = data.evaluation(batch_size=9)
+        assert torch.equal(batch.images, expected_batch)
 
 
 def test_half_size_is_the_mean_of_four(store: tuple[str, Manifest]) -> None:
-    data = loader.load_split(*store, "val", image_size=16)
-    means = np.stack([s.pixels for s in stored(store, "val")]).reshape(13, 16, 2, 16, 2)
-    assert np.abs(data.images[:, 0].numpy() - means.mean(axis=(2, 4))).max() <= 0.5
+    pixels = [sample.pixels for sample in stored(store, "test")]
+    means = np.stack(pixels).reshape(9, 16, 2, 16, 2).mean(axis=(2, 4))
+    assert np.abs(feeds.to_input(pixels, 16)[:, 0].numpy() - means).max() <= 0.5
 
 
-# --- what is loaded -------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("split", ["train", "val", "test"])
-def test_a_split_is_loaded_in_the_stores_order(store: tuple[str, Manifest], split: str) -> None:
-    data = loader.load_split(*store, split, image_size=32)
-    samples = stored(store, split)
-    assert len(data) == store[1].splits[split].samples
-    assert data.keys == tuple(sample.key for sample in samples)
-    assert data.targets.tolist() == [sample.target for sample in samples]
-    assert data.targets.dtype == torch.float32
-    for image, sample in zip(data.images[:, 0].numpy(), samples, strict=True):
-        np.testing.assert_array_equal(image, sample.pixels)
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("cache", "disk", "expected 'auto', 'memory' or 'stream'"),
+        ("cache_gb", 5.0, "data: cache_gb 5 limits nothing without cache_dir"),
+        ("cache_gb", 0.0, "expected greater than 0"),
+        ("cache_dir", "blocks", "data: cache_dir blocks: give a local folder by its absolute path"),
+        ("cache_dir", "s3://bucket/blocks", "give a local folder by its absolute path"),
+        ("prefetch_blocks", 0, "expected greater than 0"),
+        ("readers", 0, "expected greater than or equal to 1"),
+        ("readers", 65, "expected less than or equal to 64"),
+    ],
+)
+def test_settings_of_a_loader_that_make_no_sense_are_refused(
+    key: str, value: Any, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        override(Config(), {f"data.{key}": value})
 
 
-def test_a_missing_shard_is_named(tiny_store: StoreMaker) -> None:
-    store_url = tiny_store()
-    manifest = shards.read_manifest(store_url)
-    storage.remove(storage.join(store_url, "train/000001.tar"))
-    with pytest.raises(DataError, match=r"shard train/000001\.tar: missing"):
-        loader.load_split(store_url, manifest, "train", image_size=32)
-    assert len(loader.load_split(store_url, manifest, "val", image_size=32)) == 12
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("brightness_fraction", 1.0),
+        ("contrast_fraction", -0.1),
+        ("gamma_fraction", 10.0),
+        ("erase_fraction", 1.0),
+        ("flip", "sometimes"),
+    ],
+)
+def test_amounts_out_of_range_are_refused(key: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"augment\.{key}: got"):
+        override(Config(), {f"augment.{key}": value})
 
 
-def test_a_changed_shard_is_named(tiny_store: StoreMaker) -> None:
-    store_url = tiny_store()
-    manifest = shards.read_manifest(store_url)
-    path = Path(store_url) / "train" / "000002.tar"
-    path.write_bytes(path.read_bytes()[:-512])
-    with pytest.raises(DataError, match=r"shard train/000002\.tar: "):
-        loader.load_split(store_url, manifest, "train", image_size=32)
+# --- held or streamed -----------------------------------------------------------------------------
 
 
-def test_a_study_that_stands_twice_is_refused(tiny_store: StoreMaker) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_a_batch_is_the_partitions_rows_augmented_and_normalised(
+    store: tuple[str, Manifest], way: str
+) -> None:
+    samples = stored(store, "train")
+    data = open_split(store, way)
+    assert len(data) == 751
+    order = partition.epoch_order(data.block_sizes, batch_size=BATCH, seed=5, epoch=3)
+    batches = list(train_batches(data, epoch=3))
+    assert len(batches) == 25
+    for step, batch in enumerate(batches):
+        rows = partition.train_rows(order, step, batch_size=BATCH, world=World())
+        assert batch.keys == tuple(samples[row].key for row in rows)
+        assert batch.targets.tolist() == [samples[row].target for row in rows]
+        assert batch.targets.dtype == torch.float32
+        pixels = feeds.to_input([samples[row].pixels for row in rows], 32)
+        moved = transforms.augment(pixels, batch.keys, AUGMENT, seed=5, epoch=3)
+        assert torch.equal(batch.images, transforms.normalise(moved, 0.4, 0.2))
+
+
+@pytest.fixture(scope="module")
+def whole(store: tuple[str, Manifest]) -> list[Batch]:
+    """Epoch 1 on one rank, held."""
+    return list(train_batches(open_split(store, "memory"), epoch=1))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("start_step", [0, 1, 12, 24, 25])
+def test_both_ways_feed_the_same_bits_on_any_ranks_from_any_step(
+    store: tuple[str, Manifest], whole: list[Batch], way: str, size: int, start_step: int
+) -> None:
+    ranks = [
+        train_batches(open_split(store, way, rank=rank, size=size), epoch=1, start_step=start_step)
+        for rank in range(size)
+    ]
+    assert_same([join(step) for step in zip(*ranks, strict=True)], whole[start_step:])
+
+
+@pytest.mark.parametrize(
+    ("readers", "prefetch_blocks"), [(1, 1), (2, 5), (3, 100), (5, 1), (8, 16)]
+)
+def test_threads_and_read_ahead_change_nothing(
+    store: tuple[str, Manifest], whole: list[Batch], readers: int, prefetch_blocks: int
+) -> None:
+    data = open_split(store, "stream", readers=readers, prefetch_blocks=prefetch_blocks)
+    assert_same(list(train_batches(data, epoch=1)), whole)
+    if prefetch_blocks == 1:
+        held = open_split(store, "memory", readers=readers)
+        assert_same(list(train_batches(held, epoch=1)), whole)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_second_epoch_and_the_first_again_are_as_in_a_fresh_loader(
+    store: tuple[str, Manifest], whole: list[Batch], way: str
+) -> None:
+    data = open_split(store, way)
+    list(train_batches(data, epoch=0, start_step=20))
+    assert_same(list(train_batches(data, epoch=1)), whole)
+    assert_same(list(train_batches(data, epoch=1)), whole)
+
+
+def test_an_epoch_has_whole_batches_of_different_studies(whole: list[Batch]) -> None:
+    keys = [key for batch in whole for key in batch.keys]
+    assert len(keys) == len(set(keys)) == 750
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 60])
+def test_evaluation_feeds_every_study_once_on_any_number_of_ranks(
+    store: tuple[str, Manifest], way: str, size: int
+) -> None:
+    fed = [
+        batch
+        for rank in range(size)
+        for batch in open_split(store, way, split="val", rank=rank, size=size).evaluation(
+            batch_size=7
+        )
+    ]
+    samples = stored(store, "val")
+    assert [key for batch in fed for key in batch.keys] == [sample.key for sample in samples]
+    together = join(tuple(fed))
+    assert together.targets.tolist() == [sample.target for sample in samples]
+    pixels = feeds.to_input([sample.pixels for sample in samples], 32)
+    assert torch.equal(together.images, transforms.normalise(pixels, 0.4, 0.2))
+    assert max(len(batch.keys) for batch in fed) <= 7
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_batches_leave_the_split_as_it_is(store: tuple[str, Manifest], way: str) -> None:
+    data = open_split(store, way, split="val")
+    before = list(data.evaluation(batch_size=50))
+    for batch in data.epoch(0, seed=0, batch_size=50, augment=AUGMENT):
+        batch.images.zero_()
+    for batch in data.evaluation(batch_size=50):
+        batch.images.zero_()
+        batch.targets.zero_()
+    assert_same(list(data.evaluation(batch_size=50)), before)
+
+
+def test_fewer_samples_than_a_batch_are_refused(store: tuple[str, Manifest]) -> None:
+    data = open_split(store, "memory", split="test")
+    with pytest.raises(ConfigError, match=r"train\.batch_size: 30 is more than the 9 samples"):
+        next(train_batches(data))
+
+
+# --- what is read ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def remote(store: tuple[str, Manifest], counted: type[CountedFiles]) -> tuple[str, Manifest]:
+    """The store behind a file system that counts."""
+    return f"counted://{store[0]}", store[1]
+
+
+def test_memory_reads_each_block_once_in_a_run(
+    remote: tuple[str, Manifest], counted: type[CountedFiles]
+) -> None:
+    data = open_split(remote, "memory")
+    for epoch in range(4):
+        list(train_batches(data, epoch=epoch))
+    assert len(counted.reads) == len(set(counted.reads)) == len(data.block_sizes) == 19
+
+
+def test_memory_holds_a_rank_its_share_of_an_evaluation(
+    remote: tuple[str, Manifest], counted: type[CountedFiles]
+) -> None:
+    data = open_split(remote, "memory", split="val", rank=1, size=2)
+    rows = partition.evaluation_rows(data.block_sizes, World(1, 2))
+    list(data.evaluation(batch_size=9))
+    ends = np.cumsum(data.block_sizes)
+    assert len(counted.reads) == len(set(np.searchsorted(ends, rows, side="right").tolist())) < 6
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("rank", "size"), [(0, 1), (1, 3), (4, 5)])
+@pytest.mark.parametrize("start_step", [0, 9, 20, 24])
+def test_going_on_reads_no_block_that_only_consumed_steps_needed(
+    remote: tuple[str, Manifest],
+    counted: type[CountedFiles],
+    way: str,
+    rank: int,
+    size: int,
+    start_step: int,
+) -> None:
+    data = open_split(remote, way, rank=rank, size=size)
+    list(train_batches(data, start_step=start_step))
+    needed = blocks_of(data, range(start_step, 25), rank, size)
+    assert len(counted.reads) == len(needed)
+    entries = [(s, b) for s in remote[1].splits["train"].shards for b in s.blocks]
+    expected = {
+        (f"{remote[0].removeprefix('counted://')}/{s.name}", b.offset, b.offset + b.bytes)
+        for s, b in (entries[number] for number in needed)
+    }
+    assert set(counted.reads) == expected
+
+
+def test_a_stream_reads_ahead_as_far_as_it_is_told(
+    remote: tuple[str, Manifest], counted: type[CountedFiles]
+) -> None:
+    data = open_split(remote, "stream", prefetch_blocks=3)
+    batches = train_batches(data)
+    next(batches)
+    first = len(blocks_of(data, range(1)))
+    deadline_s = time.monotonic() + 10
+    while len(counted.reads) < first + 3 and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert len(counted.reads) == first + 3
+
+
+def test_a_block_needed_again_much_later_is_read_again(
+    store: tuple[str, Manifest], counted: type[CountedFiles]
+) -> None:
+    """So that a long epoch does not hold the blocks that two lanes share."""
+    blocks = feeds.Blocks(f"counted://{store[0]}", store[1], "train", image_size=32)
+    stream = feeds.Stream(blocks, readers=1, prefetch_blocks=1)
+    plan = [np.array([row]) for row in [0, 1, *range(64, 97), 2, 100, 3]]
+    fed = list(stream.feed(plan))
+    samples = stored(store, "train")
+    assert [s.keys[0] for s in fed] == [samples[int(rows[0])].key for rows in plan]
+    assert len(counted.reads) == 4  # block 0, then 1 (64 to 79) and 2, then 0 once more
+    assert len(set(counted.reads)) == 3
+
+
+# --- a local cache of blocks ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_cached_block_is_not_read_again(
+    remote: tuple[str, Manifest],
+    counted: type[CountedFiles],
+    whole: list[Batch],
+    tmp_path: Path,
+    way: str,
+) -> None:
+    settings = {"cache_dir": str(tmp_path / "cache"), "cache_gb": 1.0}
+    assert_same(list(train_batches(open_split(remote, way, **settings), epoch=1)), whole)
+    assert len(counted.reads) == 19
+    for again in WAYS:
+        assert_same(list(train_batches(open_split(remote, again, **settings), epoch=1)), whole)
+    assert len(counted.reads) == 19
+
+
+def test_a_damaged_cached_block_is_read_again(
+    remote: tuple[str, Manifest],
+    counted: type[CountedFiles],
+    whole: list[Batch],
+    tmp_path: Path,
+) -> None:
+    settings = {"cache_dir": str(tmp_path)}
+    list(train_batches(open_split(remote, "stream", **settings), epoch=1))
+    one, two = sorted(tmp_path.iterdir())[:2]
+    one.write_bytes(one.read_bytes()[:-1] + b"x")
+    two.write_bytes(b"")
+    counted.reads.clear()
+    assert_same(list(train_batches(open_split(remote, "stream", **settings), epoch=1)), whole)
+    assert len(counted.reads) == 2
+    for path in (one, two):
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
+
+
+# --- what is wrong with a store -------------------------------------------------------------------
+
+
+def read_all(store_url: str, manifest: Manifest, way: str) -> None:
+    list(open_split((store_url, manifest), way).evaluation(batch_size=8))
+
+
+@pytest.fixture
+def spoilt(tiny_store: StoreMaker) -> tuple[str, Manifest]:
+    """A store of three shards of one block, to be damaged."""
     store_url = tiny_store(train=48)
-    manifest = shards.read_manifest(store_url)
-    entry = manifest.splits["train"]
+    return store_url, shards.read_manifest(store_url)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_missing_shard_is_named(spoilt: tuple[str, Manifest], way: str) -> None:
+    storage.remove(storage.join(spoilt[0], "train/000001.tar"))
+    with pytest.raises(DataError, match=r"shard train/000001\.tar: missing"):
+        open_split(spoilt, way)  # before the first step
+    assert len(list(open_split(spoilt, way, split="val").evaluation(batch_size=4))) == 3
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_cut_shard_is_named(spoilt: tuple[str, Manifest], way: str) -> None:
+    path = Path(spoilt[0]) / "train" / "000002.tar"
+    path.write_bytes(path.read_bytes()[:-20_000])
+    with pytest.raises(DataError, match=r"shard train/000002\.tar: cut: .* ends at byte"):
+        open_split(spoilt, way)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_shard_changed_since_its_preparation_is_named(
+    spoilt: tuple[str, Manifest], way: str
+) -> None:
+    path = Path(spoilt[0]) / "train" / "000001.tar"
+    data = bytearray(path.read_bytes())
+    data[2000] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"shard train/000001\.tar: not what the manifest vouches"):
+        read_all(*spoilt, way)
+    wait_for_readers_to_end()
+
+
+def with_block(manifest: Manifest, data: bytes, **changes: Any) -> Manifest:
+    """The manifest with another first block of train, whose digest is right."""
+    train = manifest.splits["train"]
+    block = (
+        train.shards[0]
+        .blocks[0]
+        .model_copy(
+            update={"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), **changes}
+        )
+    )
+    shard = train.shards[0].model_copy(update={"blocks": (block,)})
+    train = train.model_copy(update={"shards": (shard, *train.shards[1:])})
+    return manifest.model_copy(update={"splits": {**manifest.splits, "train": train}})
+
+
+def spoil_header(data: bytes) -> bytes:
+    return data.replace(b"\x93NUMPY", b"\x93NUMPX", 1)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (spoil_header, "sample 0 does not decode"),
+        (lambda data: data[:512] + b"x" + data[513:], "sample 0 does not decode"),
+        (lambda data: data.replace(b".npy", b".png", 1), r"sample 0 is not a \.cls and a \.npy"),
+        (lambda data: data[: len(data) // 16 * 15], "30 members, the manifest says 16 samples"),
+        (lambda data: b"\0" * len(data), "not a readable tar"),
+        (lambda data: data[:-512], "not a readable tar"),
+        (lambda data: data[:156] + b"5" + data[157:], "not a readable tar"),
+    ],
+)
+def test_a_block_that_was_written_wrong_is_named(
+    spoilt: tuple[str, Manifest], way: str, spoil: Callable[[bytes], bytes], message: str
+) -> None:
+    path = Path(spoilt[0]) / "train" / "000000.tar"
+    block = spoilt[1].splits["train"].shards[0].blocks[0]
+    data = path.read_bytes()
+    changed = spoil(data[: block.bytes])
+    path.write_bytes(changed + data[len(changed) :])
+    manifest = with_block(spoilt[1], changed)
+    with pytest.raises(DataError, match=rf"shard train/000000\.tar, block at byte 0: {message}"):
+        read_all(spoilt[0], manifest, way)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_store_of_another_size_than_its_manifest_says_is_refused(
+    spoilt: tuple[str, Manifest], way: str
+) -> None:
+    manifest = spoilt[1].model_copy(update={"image_size": 64})
+    message = r"shard train/00000\d\.tar, .*: sample 0 is uint8 \(32, 32\), expected uint8 \(64, 64"
+    with pytest.raises(DataError, match=message):
+        list(train_batches(open_split((spoilt[0], manifest), way, image_size=64)))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_block_that_stands_twice_is_refused(spoilt: tuple[str, Manifest], way: str) -> None:
+    entry = spoilt[1].splits["train"]
     twice = entry.model_copy(update={"shards": (*entry.shards[:-1], entry.shards[0])})
-    wrong = manifest.model_copy(update={"splits": {**manifest.splits, "train": twice}})
-    with pytest.raises(DataError, match="split train: 32 different samples, the manifest says 48"):
-        loader.load_split(store_url, wrong, "train", image_size=32)
+    wrong = spoilt[1].model_copy(update={"splits": {**spoilt[1].splits, "train": twice}})
+    with pytest.raises(DataError, match="split train: a block stands twice"):
+        open_split((spoilt[0], wrong), way)
 
 
-def test_a_count_that_differs_from_the_shards_is_refused(store: tuple[str, Manifest]) -> None:
-    store_url, manifest = store
-    entry = manifest.splits["val"].model_copy(update={"samples": 14})
-    wrong = manifest.model_copy(update={"splits": {**manifest.splits, "val": entry}})
-    with pytest.raises(DataError, match="split val: 13 different samples, the manifest says 14"):
-        loader.load_split(store_url, wrong, "val", image_size=32)
+def test_a_study_that_stands_twice_is_refused(spoilt: tuple[str, Manifest]) -> None:
+    store_url, manifest = spoilt
+    samples = stored(spoilt, "train")
+    entries = manifest.splits["train"].shards
+    again = shards.write_shard(store_url, "train/000002.tar", [*samples[32:47], samples[3]])
+    train = manifest.splits["train"].model_copy(update={"shards": (*entries[:2], again)})
+    wrong = manifest.model_copy(update={"splits": {**manifest.splits, "train": train}})
+    message = "split train: 1 of 48 studies stand in it more than once"
+    with pytest.raises(DataError, match=message):
+        list(open_split((store_url, wrong), "memory").evaluation(batch_size=8))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_count_that_differs_from_the_blocks_is_refused(
+    spoilt: tuple[str, Manifest], way: str
+) -> None:
+    entry = spoilt[1].splits["train"].model_copy(update={"samples": 49})
+    wrong = spoilt[1].model_copy(update={"splits": {**spoilt[1].splits, "train": entry}})
+    with pytest.raises(DataError, match="48 samples in its blocks, the manifest says 49"):
+        open_split((spoilt[0], wrong), way)
+
+
+# --- what breaks on the way -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_reads_that_break_change_no_batch(
+    remote: tuple[str, Manifest], counted: type[CountedFiles], whole: list[Batch], way: str
+) -> None:
+    data = open_split(remote, way)
+    counted.failures.update({"train/000001.tar": 2, "train/000004.tar": 1})
+    assert_same(list(train_batches(data, epoch=1)), whole)
+    assert sum(counted.failures.values()) == 0
+
+
+def test_an_epoch_that_cannot_be_read_ends_with_an_error_not_early(
+    tiny_store: StoreMaker, counted: type[CountedFiles]
+) -> None:
+    store_url = tiny_store(train=480, image_size=32)
+    manifest = shards.read_manifest(store_url)
+    data = open_split((f"counted://{store_url}", manifest), "stream", prefetch_blocks=1)
+    batches = train_batches(data)
+    next(batches)
+    for shard in manifest.splits["train"].shards:
+        storage.remove(storage.join(store_url, shard.name))
+    with pytest.raises(DataError, match=r"shard train/\d{6}\.tar: missing from counted://"):
+        list(batches)
+    wait_for_readers_to_end()
+
+
+# --- threads --------------------------------------------------------------------------------------
+
+
+def test_the_threads_of_a_stream_end_with_it(store: tuple[str, Manifest]) -> None:
+    data = open_split(store, "stream")
+    wait_for_readers_to_end()
+    batches = train_batches(data)
+    next(batches)
+    assert readers_alive()
+    batches.close()  # type: ignore[attr-defined]
+    wait_for_readers_to_end()
+
+    batches = train_batches(data)
+    next(batches)
+    del batches
+    wait_for_readers_to_end()
+
+    list(train_batches(data))
+    wait_for_readers_to_end()
+
+
+def test_a_consumers_error_ends_the_threads(store: tuple[str, Manifest]) -> None:
+    def consume() -> None:
+        for _ in train_batches(open_split(store, "stream")):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        consume()
+    wait_for_readers_to_end()
+
+
+# --- which way ------------------------------------------------------------------------------------
+
+GB = 10**9
+
+
+@pytest.mark.parametrize(
+    ("wanted", "decoded", "host", "device", "way", "on_device"),
+    [
+        ("auto", 1 * GB, 2 * GB, None, "memory", False),
+        ("auto", 1 * GB + 1, 2 * GB, None, "stream", False),
+        ("auto", 7 * GB, 2 * GB, 28 * GB, "memory", True),
+        ("auto", 7 * GB, 14 * GB, 24 * GB, "memory", False),
+        ("auto", 7 * GB, 10 * GB, 24 * GB, "stream", False),
+        ("memory", 2 * GB, 2 * GB, None, "memory", False),
+        ("memory", 2 * GB, 1 * GB, 8 * GB, "memory", True),
+        ("stream", 1, 2 * GB, 2 * GB, "stream", False),
+    ],
+)
+def test_the_way_follows_size_and_memory(
+    wanted: Any, decoded: int, host: int, device: int | None, way: str, on_device: bool
+) -> None:
+    choice = choose_way(wanted, decoded, host_bytes=host, device_bytes=device)
+    assert (choice.way, choice.on_device) == (way, on_device)
+    assert f"{decoded / 1e9:.2f} GB decoded" in choice.reason
+
+
+def test_memory_that_does_not_suffice_is_refused() -> None:
+    message = r"^data\.cache: memory: 3\.00 GB decoded, 2\.00 GB free for this worker; use stream"
+    with pytest.raises(ConfigError, match=message):
+        choose_way("memory", 3 * GB, host_bytes=2 * GB, device_bytes=None)
+
+
+@pytest.mark.parametrize(
+    ("way", "line"),
+    [
+        ("auto", r"data: train: kept in memory \(0\.00 GB decoded, \d+\.\d\d GB free for this wo"),
+        ("stream", r"data: train: streamed, as data\.cache says \(0\.00 GB decoded\)"),
+    ],
+)
+def test_the_way_and_its_reason_are_told_in_a_line(
+    store: tuple[str, Manifest], way: Any, line: str
+) -> None:
+    lines: list[str] = []
+    opened = loader.open_loader(
+        *store,
+        "train",
+        DataConfig(cache=way),
+        image_size=32,
+        mean=0.0,
+        std=1.0,
+        world=World(),
+        device="cpu",
+        tell=lines.append,
+    )
+    assert isinstance(opened.feed, feeds.Stream if way == "stream" else feeds.Memory)
+    [told] = lines
+    assert re.match(line, told)
+
+
+# --- pictures by key ------------------------------------------------------------------------------
 
 
 def test_pictures_are_read_by_key(store: tuple[str, Manifest]) -> None:
-    samples = {sample.key: sample for sample in stored(store, "train")}
+    samples: Mapping[str, Sample] = {sample.key: sample for sample in stored(store, "train")}
     wanted = [list(samples)[i] for i in (50, 3, 17)]
     found = loader.read_images(*store, "train", wanted)
     assert set(found) == set(wanted)
@@ -159,69 +703,3 @@ def test_pictures_are_read_by_key(store: tuple[str, Manifest]) -> None:
         np.testing.assert_array_equal(pixels, samples[key].pixels)
     with pytest.raises(DataError, match="split val: 3 of 3 studies are not in the store"):
         loader.read_images(*store, "val", wanted)
-
-
-# --- batches --------------------------------------------------------------------------------------
-
-
-def test_a_batch_is_the_partitions_rows_augmented_and_normalised(train: SplitData) -> None:
-    order = partition.epoch_order(len(train), seed=5, epoch=3)
-    for step, batch in enumerate(batches(train, epoch=3)):
-        rows = partition.train_rows(order, step, batch_size=BATCH, world=World())
-        assert batch.keys == tuple(train.keys[row] for row in rows)
-        assert torch.equal(batch.targets, train.targets[rows])
-        moved = transforms.augment(train.images[rows], batch.keys, AugmentConfig(), seed=5, epoch=3)
-        assert torch.equal(batch.images, transforms.normalise(moved, 0.4, 0.2))
-        assert batch.images.shape == (BATCH, 1, 32, 32)
-
-
-def test_an_epoch_has_whole_batches_of_different_studies(train: SplitData) -> None:
-    keys = [key for batch in batches(train) for key in batch.keys]
-    assert len(keys) == len(set(keys)) == 48
-    assert keys != [key for batch in batches(train, epoch=1) for key in batch.keys]
-
-
-@pytest.mark.parametrize("first_step", [0, 1, 3, 4])
-def test_going_on_in_mid_epoch_gives_the_very_next_batches(
-    train: SplitData, first_step: int
-) -> None:
-    assert_same(batches(train, first_step=first_step), batches(train)[first_step:])
-
-
-@pytest.mark.parametrize("size", [2, 3, 4, 6])
-def test_any_number_of_ranks_feeds_the_same_global_batches(train: SplitData, size: int) -> None:
-    parts = [batches(train, rank=rank, size=size, first_step=1) for rank in range(size)]
-    together = [
-        Batch(
-            torch.cat([part.images for part in step]),
-            torch.cat([part.targets for part in step]),
-            tuple(key for part in step for key in part.keys),
-        )
-        for step in zip(*parts, strict=True)
-    ]
-    assert_same(together, batches(train)[1:])
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 60])
-def test_evaluation_feeds_every_study_once_on_any_number_of_ranks(
-    train: SplitData, size: int
-) -> None:
-    fed = [
-        batch
-        for rank in range(size)
-        for batch in loader.evaluation_batches(
-            train, mean=0.4, std=0.2, batch_size=7, world=World(rank, size)
-        )
-    ]
-    assert tuple(key for batch in fed for key in batch.keys) == train.keys
-    assert torch.equal(torch.cat([batch.targets for batch in fed]), train.targets)
-    expected = transforms.normalise(train.images, 0.4, 0.2)
-    assert torch.equal(torch.cat([batch.images for batch in fed]), expected)
-    assert max(len(batch.keys) for batch in fed) <= 7
-
-
-def test_batches_leave_the_split_as_it_is(train: SplitData) -> None:
-    before = train.images.clone()
-    batches(train)
-    list(loader.evaluation_batches(train, mean=0.4, std=0.2, batch_size=7, world=World()))
-    assert torch.equal(train.images, before)

@@ -228,7 +228,9 @@ def test_a_run_leaves_its_metrics_and_tells_its_hooks(store_url: str, run_url: s
 
 
 def test_a_run_that_was_cut_goes_on_bit_for_bit(store_url: str, run_url: str) -> None:
-    config = override(SMALL, {"train.epochs": 4, "train.schedule": "cosine"})
+    # The store's signal is brightness, which would be changed at random.
+    unchanged = {f"augment.{name}_fraction": 0 for name in ("brightness", "contrast", "gamma")}
+    config = override(SMALL, {"train.epochs": 4, "train.schedule": "cosine", **unchanged})
 
     def cut(epoch: int, step: int, steps: int) -> None:
         if (epoch, step) == (3, 2):
@@ -255,6 +257,28 @@ def test_a_run_that_was_cut_goes_on_bit_for_bit(store_url: str, run_url: str) ->
     losses = [record["train/loss"] or 0.0 for record in whole]
     assert losses[-1] < 0.5 * losses[0]
     assert max(record["val/auroc"] or 0.0 for record in whole) > 0.9
+
+
+def test_held_or_streamed_a_run_is_the_same_bit_for_bit(store_url: str, run_url: str) -> None:
+    notes: list[str] = []
+    histories = [
+        run(
+            override(SMALL, {"data.cache": way}),
+            store_url,
+            f"{run_url}/{way}",
+            on_note=notes.append,
+        )
+        for way in ("memory", "stream")
+    ]
+    assert without_times(histories[0]) == without_times(histories[1])
+    one, two = newest(f"{run_url}/memory"), newest(f"{run_url}/stream")
+    assert torch.equal(flat(one.model), flat(two.model))
+    assert [note.split("(")[0] for note in notes] == [
+        "data: train: kept in memory ",
+        "data: val: kept in memory ",
+        "data: train: streamed, as data.cache says ",
+        "data: val: streamed, as data.cache says ",
+    ]
 
 
 def test_a_loss_that_is_no_number_ends_the_run(store_url: str, run_url: str) -> None:
@@ -308,7 +332,15 @@ def test_other_settings_do_not_go_on_with_a_run(
 
 def test_settings_that_do_not_touch_training_may_change(begun_run: str, store_url: str) -> None:
     changed = override(
-        SMALL, {"cluster.num_workers": 3, "evaluate.sensitivity": 0.8, "tracking.mode": "offline"}
+        SMALL,
+        {
+            "cluster.num_workers": 3,
+            "evaluate.sensitivity": 0.8,
+            "tracking.mode": "offline",
+            "data.cache": "stream",
+            "data.readers": 2,
+            "data.cache_dir": "/tmp/blocks",
+        },
     )
     assert check_run(changed, shards.read_manifest(store_url), begun_run, num_workers=3) == 32
 
@@ -388,7 +420,6 @@ def simulate_two_ranks(config: Config, store_url: str) -> tuple[nn.Module, list[
     statistics are those of the first half.
     """
     manifest = shards.read_manifest(store_url)
-    data = loader.load_split(store_url, manifest, "train", image_size=32)
     model = build_model("resnet18")
     initialise(model, config.model, seed=config.seed)
     model.train().to(memory_format=torch.channels_last)
@@ -396,15 +427,19 @@ def simulate_two_ranks(config: Config, store_url: str) -> tuple[nn.Module, list[
     weight = torch.tensor(resolve_pos_weight(config.train, manifest))
 
     def batches_of(rank: int, epoch: int) -> Iterator[Batch]:
-        return loader.train_batches(
-            data,
-            config.augment,
+        data = loader.open_loader(
+            store_url,
+            manifest,
+            "train",
+            config.data,
+            image_size=32,
             mean=manifest.mean,
             std=manifest.std,
-            seed=config.seed,
-            epoch=epoch,
-            batch_size=config.train.batch_size,
             world=World(rank, 2),
+            device=CPU,
+        )
+        return data.epoch(
+            epoch, seed=config.seed, batch_size=config.train.batch_size, augment=config.augment
         )
 
     threads = torch.get_num_threads()

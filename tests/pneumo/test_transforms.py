@@ -11,16 +11,23 @@ from hypothesis import strategies as st
 
 from pneumo.config import AugmentConfig
 from pneumo.transforms import (
+    Tables,
     _warp_by_grid,
     _warp_by_opencv,
     augment,
     draw_affine,
+    draw_rectangles,
+    draw_tables,
     draw_uniforms,
+    erase,
     normalise,
+    transform_boxes,
     warp,
 )
 
-STILL = AugmentConfig(rotation_degrees=0, translation_fraction=0, scale_fraction=0)
+UNMOVED = {"rotation_degrees": 0, "translation_fraction": 0, "scale_fraction": 0}
+UNTINTED = {"brightness_fraction": 0, "contrast_fraction": 0, "gamma_fraction": 0}
+STILL = AugmentConfig(**UNMOVED, **UNTINTED)
 
 seeds = st.integers(0, 2**31 - 1)
 epochs = st.integers(0, 1000)
@@ -32,7 +39,17 @@ amounts = st.builds(
     rotation_degrees=st.floats(0, 180),
     translation_fraction=st.floats(0, 0.5),
     scale_fraction=st.floats(0, 0.8),
+    flip=st.booleans(),
+    brightness_fraction=st.floats(0, 0.5),
+    contrast_fraction=st.floats(0, 0.5),
+    gamma_fraction=st.floats(0, 0.5),
+    erase_fraction=st.just(0.0) | st.floats(0, 0.9),
 )
+
+
+def same_gray(number: int) -> Tables:
+    """Tables that change no gray level, for `number` images."""
+    return np.tile(np.arange(256, dtype=np.float32), (number, 1))
 
 
 def smooth_images(number: int, size: int) -> torch.Tensor:
@@ -81,11 +98,18 @@ def test_seed_and_epoch_change_every_draw(keys: list[str], seed: int, epoch: int
     assert (u != draw_uniforms(keys, seed=seed, epoch=epoch + 1, count=4)).all()
 
 
+def test_each_kind_of_change_has_draws_of_its_own() -> None:
+    keys = [str(i) for i in range(100)]
+    one, two = (draw_uniforms(keys, seed=0, epoch=0, count=3, kind=k) for k in ("gray", "erase"))
+    assert not np.isin(one, two).any()
+
+
 @given(amounts, seeds, epochs, st.integers(32, 256))
 def test_rotation_scale_and_shift_stay_within_their_limits(
     config: AugmentConfig, seed: int, epoch: int, size: int
 ) -> None:
     keys = [str(i) for i in range(64)]
+    config = config.model_copy(update={"flip": False})
     matrices = draw_affine(keys, config, image_size=size, seed=seed, epoch=epoch)
     forward = np.linalg.inv(np.concatenate([matrices, np.tile([[[0, 0, 1.0]]], (64, 1, 1))], 1))
     linear = forward[:, :2, :2]
@@ -137,7 +161,8 @@ def test_nothing_is_changed_when_every_amount_is_zero(warp_images) -> None:  # t
     rng = np.random.default_rng(0)
     images = torch.from_numpy(rng.integers(0, 256, (3, 1, 33, 33), dtype=np.uint8))
     matrices = draw_affine(list("abc"), STILL, image_size=33, seed=0, epoch=0)
-    torch.testing.assert_close(warp_images(images, matrices), images.float(), atol=1e-2, rtol=0)
+    warped = warp_images(images, matrices, same_gray(3))
+    torch.testing.assert_close(warped, images.float(), atol=1e-2, rtol=0)
     assert torch.equal(augment(images, list("abc"), STILL, seed=0, epoch=0), images.float())
 
 
@@ -155,38 +180,188 @@ def test_a_bright_dot_goes_where_the_matrix_says(  # type: ignore[no-untyped-def
 ) -> None:
     image = torch.zeros((1, 1, 41, 41), dtype=torch.uint8)
     image[0, 0, source[1], source[0]] = 200
-    moved = warp_images(image, np.array([matrix], dtype=np.float64))[0, 0]
+    moved = warp_images(image, np.array([matrix], dtype=np.float64), same_gray(1))[0, 0]
     assert divmod(int(moved.argmax()), 41) == (target[1], target[0])
     assert moved.max() == pytest.approx(200, abs=0.1)
     assert moved.sum() == pytest.approx(200, abs=1)
 
 
+def warp_both_ways(
+    images: torch.Tensor, config: AugmentConfig, seed: int
+) -> tuple[torch.Tensor, torch.Tensor, Tables]:
+    keys = [str(i) for i in range(len(images))]
+    matrices = draw_affine(keys, config, image_size=images.shape[-1], seed=seed, epoch=0)
+    tables = draw_tables(keys, config, seed=seed, epoch=0)
+    by_opencv = _warp_by_opencv(images, matrices, tables)
+    assert torch.equal(warp(images, matrices, tables), by_opencv)
+    return by_opencv, _warp_by_grid(images, matrices, tables), tables
+
+
 @settings(max_examples=25)
 @given(amounts, seeds, st.sampled_from([32, 33, 96]))
-def test_the_two_ways_agree_to_half_a_gray_level(
+def test_the_two_ways_differ_by_less_than_a_32nd_of_a_pixel(
     config: AugmentConfig, seed: int, size: int
 ) -> None:
     images = smooth_images(4, size)
-    matrices = draw_affine(list("abcd"), config, image_size=size, seed=seed, epoch=0)
-    by_opencv, by_grid = _warp_by_opencv(images, matrices), _warp_by_grid(images, matrices)
-    # Interior: where the source of the pixel lies within the image, a pixel away from its border.
-    y, x = np.mgrid[:size, :size]
-    places = np.stack([x, y, np.ones_like(x)]).reshape(3, -1)
-    source = (matrices @ places).reshape(4, 2, size, size)
-    inside = ((source >= 1) & (source <= size - 2)).all(axis=1)
-    assert inside.any()
-    difference = (by_opencv - by_grid)[:, 0].numpy()[inside]
-    # Rounding is half a level; OpenCV's places are to 1/32 pixel, so off by 1/64 in x and in y.
-    steepest = max(np.abs(np.diff(images.numpy().astype(int), axis=a)).max() for a in (2, 3))
-    assert np.abs(difference).max() <= 0.51 + steepest / 32
-    assert np.abs(difference).mean() <= 0.3
-    assert torch.equal(warp(images, matrices), by_opencv)
+    by_opencv, by_grid, tables = warp_both_ways(images, config, seed)
+    gray = np.take_along_axis(tables, images.numpy().reshape(4, -1), 1).reshape(4, size, size)
+    black = np.broadcast_to(tables[:, :1, None], (4, size, size))
+    framed = np.block([[black] * 3, [black, gray, black], [black] * 3])
+    steepest = max(np.abs(np.diff(framed, axis=axis)).max() for axis in (1, 2))
+    # OpenCV's places are to 1/32 pixel, so off by 1/64 in x and in y.
+    assert float((by_opencv - by_grid).abs().max()) <= 0.05 + steepest / 32
+
+
+@settings(max_examples=25)
+@given(seeds, st.sampled_from([224, 256]), st.booleans())
+def test_the_two_ways_agree_to_half_a_gray_level(seed: int, size: int, flip: bool) -> None:
+    fading = np.outer(np.hanning(size), np.hanning(size))  # no step to the black outside
+    images = (smooth_images(4, size) * torch.from_numpy(fading)).to(torch.uint8)
+    by_opencv, by_grid, _ = warp_both_ways(images, AugmentConfig(flip=flip), seed)
+    assert float((by_opencv - by_grid).abs().max()) <= 0.5
+
+
+# --- gray levels ----------------------------------------------------------------------------------
+
+
+@given(amounts, seeds, epochs)
+def test_tables_rise_and_stay_in_range(config: AugmentConfig, seed: int, epoch: int) -> None:
+    tables = draw_tables(list("abcd"), config, seed=seed, epoch=epoch)
+    assert tables.shape == (4, 256)
+    assert tables.dtype == np.float32
+    assert (np.diff(tables) >= 0).all()
+    assert 0 <= tables.min() <= tables.max() <= 255
+
+
+@pytest.mark.parametrize(
+    ("amount", "expected"),
+    [
+        ("brightness_fraction", lambda x, k: np.clip(x * k, 0, 1)),
+        ("contrast_fraction", lambda x, k: np.clip((x - 0.5) * k + 0.5, 0, 1)),
+        ("gamma_fraction", lambda x, k: x ** (1.2**k)),
+    ],
+)
+def test_a_table_is_one_change_of_the_drawn_amount(  # type: ignore[no-untyped-def]
+    amount: str, expected
+) -> None:
+    config = AugmentConfig(**UNMOVED, **{**UNTINTED, amount: 0.2})
+    keys = [str(i) for i in range(100)]
+    tables = draw_tables(keys, config, seed=0, epoch=0)
+    column = {"gamma_fraction": 0, "contrast_fraction": 1, "brightness_fraction": 2}[amount]
+    drawn = 2 * draw_uniforms(keys, seed=0, epoch=0, count=3, kind="gray")[:, column] - 1
+    assert np.ptp(drawn) > 1.9
+    factors = drawn if amount == "gamma_fraction" else 1 + 0.2 * drawn
+    for table, factor in zip(tables, factors, strict=True):
+        np.testing.assert_allclose(table, 255 * expected(np.arange(256) / 255, factor), atol=1e-3)
+
+
+def test_an_image_in_place_is_looked_up_in_its_table() -> None:
+    images = smooth_images(3, 32)
+    config = AugmentConfig(**UNMOVED)
+    changed = augment(images, list("abc"), config, seed=0, epoch=0)
+    tables = draw_tables(list("abc"), config, seed=0, epoch=0)
+    for image, table, out in zip(images, tables, changed, strict=True):
+        np.testing.assert_array_equal(out.numpy(), table[image.numpy()])
+
+
+# --- flip and erasing -----------------------------------------------------------------------------
+
+
+def test_half_of_the_images_are_mirrored_where_that_is_wanted() -> None:
+    keys = [str(i) for i in range(200)]
+    images = smooth_images(1, 33).expand(200, 1, 33, 33)
+    config = AugmentConfig(**UNMOVED, **UNTINTED, flip=True)
+    out = augment(images, keys, config, seed=0, epoch=0)
+    mirrored = [torch.equal(image, images[0].float().flip(2)) for image in out]
+    assert 70 <= sum(mirrored) <= 130
+    for image, is_mirrored in zip(out, mirrored, strict=True):
+        assert is_mirrored or torch.equal(image, images[0].float())
+    assert AugmentConfig().flip is False
+
+
+@given(st.floats(0, 0.99), seeds, st.integers(32, 256))
+def test_rectangles_are_inside_and_not_larger_than_allowed(
+    share: float, seed: int, size: int
+) -> None:
+    keys = [str(i) for i in range(32)]
+    config = AugmentConfig(erase_fraction=share)
+    x0, y0, x1, y1 = draw_rectangles(keys, config, image_size=size, seed=seed, epoch=0).T
+    assert (x0 >= 0).all()
+    assert (y0 >= 0).all()
+    assert (x1 >= x0).all()
+    assert (y1 >= y0).all()
+    assert max(x1.max(), y1.max()) <= size
+    assert ((x1 - x0) * (y1 - y0)).max() <= share * size**2
+    if share > 0.1:
+        assert ((x1 - x0) * (y1 - y0)).max() > 0.5 * share * size**2
+
+
+def test_erasing_blackens_its_rectangles_and_nothing_else() -> None:
+    images = smooth_images(16, 40) // 2 + 100
+    keys = [str(i) for i in range(16)]
+    config = AugmentConfig(erase_fraction=0.4)
+    whole = augment(images, keys, AugmentConfig(), seed=0, epoch=0)
+    erased = augment(images, keys, config, seed=0, epoch=0)
+    rectangles = draw_rectangles(keys, config, image_size=40, seed=0, epoch=0)
+    for before, after, (x0, y0, x1, y1) in zip(whole, erased, rectangles, strict=True):
+        expected = before.clone()
+        expected[:, y0:y1, x0:x1] = 0
+        assert torch.equal(after, expected)
+    assert torch.equal(erase(whole, rectangles), erased)
+
+
+# --- boxes ----------------------------------------------------------------------------------------
+
+
+@settings(max_examples=50)
+@given(
+    st.builds(
+        AugmentConfig,
+        rotation_degrees=st.floats(0, 180),
+        translation_fraction=st.floats(0, 0.1),
+        scale_fraction=st.floats(0, 0.3),
+        flip=st.booleans(),
+    ),
+    seeds,
+    st.tuples(*[st.integers(48, 80)] * 2, *[st.integers(4, 32)] * 2),
+)
+def test_a_box_goes_where_its_painted_rectangle_goes(
+    config: AugmentConfig, seed: int, painted: tuple[int, int, int, int]
+) -> None:
+    x, y, width, height = painted
+    image = torch.zeros((1, 1, 160, 160), dtype=torch.uint8)
+    image[0, 0, y : y + height, x : x + width] = 255
+    matrices = draw_affine(["a"], config, image_size=160, seed=seed, epoch=0)
+    [box] = transform_boxes([painted], matrices[0], image_size=160)
+    for warp_images in (_warp_by_opencv, _warp_by_grid):
+        seen = warp_images(image, matrices, same_gray(1))[0, 0].numpy() > 8
+        y_seen, x_seen = np.nonzero(seen)
+        around = [x_seen.min(), y_seen.min(), x_seen.max() + 1, y_seen.max() + 1]
+        # A pixel shows when it is touched: within 1.5 pixels, as bilinear blending reaches.
+        np.testing.assert_allclose([*box[:2], *(box[:2] + box[2:])], around, atol=1.5)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "expected"),
+    [
+        ([[1, 0, 0], [0, 1, 0]], (2, 3, 10, 5)),
+        ([[1, 0, 4], [0, 1, -2]], (0, 5, 8, 5)),  # out(x, y) = in(x + 4, y - 2), cut at the left
+        ([[-1, 0, 39], [0, 1, 0]], (28, 3, 10, 5)),  # mirrored in 40 pixels
+        ([[0, 1, 0], [-1, 0, 39]], (32, 2, 5, 10)),  # a quarter turn
+        ([[1, 0, 80], [0, 1, 0]], (0, 3, 0, 5)),  # gone to the left
+    ],
+)
+def test_boxes_of_simple_moves(matrix: list[list[int]], expected: tuple[int, ...]) -> None:
+    moved = transform_boxes([(2, 3, 10, 5)], np.array(matrix, dtype=np.float64), image_size=40)
+    np.testing.assert_allclose(moved, [expected])
+    assert transform_boxes([], np.array(matrix, dtype=np.float64), image_size=40).shape == (0, 4)
 
 
 def test_outside_is_black() -> None:
     images = torch.full((1, 1, 32, 32), 255, dtype=torch.uint8)
     shifted = np.array([[[1.0, 0.0, 10.0], [0.0, 1.0, 0.0]]])
-    for out in (_warp_by_opencv(images, shifted), _warp_by_grid(images, shifted)):
+    for warp_images in (_warp_by_opencv, _warp_by_grid):
+        out = warp_images(images, shifted, same_gray(1))
         assert (out[..., 22:] == 0).all()
         torch.testing.assert_close(out[..., :22], torch.full((1, 1, 32, 22), 255.0))
 
