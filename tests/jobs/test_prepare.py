@@ -277,10 +277,10 @@ def test_two_jobs_at_once_make_one_store(many: Prepared, tmp_path: Path) -> None
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_job_killed_at_any_moment_goes_on(many: Prepared, tmp_path: Path) -> None:
-    rng = random.Random(os.environ.get("PNEUMO_TEST_SEED", "moments"))
+    rng = random.Random(os.environ.get("TEST_SEED", "moments"))
     store = tmp_path / "store"
     reused = []
-    for _ in range(int(os.environ.get("PNEUMO_TEST_KILLS", "2"))):
+    for _ in range(int(os.environ.get("TEST_KILLS", "2"))):
         wanted = rng.randrange(1, 60)
         job = start(flags(many.source, store), cpus=2)
         before = len(list(store.rglob("*.tar.json")))
