@@ -5,7 +5,7 @@
 #   make test-s3    the tests against a real S3 server, which it starts;  make test-all: all three
 #   make debian     as root: Debian's dcmtk, an independent DICOM decoder for the tests
 #   make check      format, lint, types, import rules: never writes;  make fix: mends what it can
-#   make bench      what decoding and preparing cost, as ratios taken in one run
+#   make bench      what decoding, preparing and loading cost, as ratios taken in one run
 #   make prepare    SOURCE=folder STORE=url
 #   make train      STORE=url [RUN=url] [ARGS="--recipe fast --train.epochs 3"]
 #   make tune       STORE=url [RUN=url] [ARGS=…]
@@ -89,6 +89,11 @@ test-s3: $(READY)
 	$(BIN)/python -m tests.s3.server -- $(BIN)/python -m pytest -m s3
 
 test-all: test test-slow test-s3
+
+bench: $(READY)
+	$(BIN)/python -m tests.benchmarks.decode
+	$(BIN)/python -m tests.benchmarks.prepare rate
+	$(BIN)/python -m tests.s3.server -- $(BIN)/python -m tests.benchmarks.loader $(ARGS)
 
 lock: $(READY)
 	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile --quiet --extra dev --extra codecs --allow-unsafe \

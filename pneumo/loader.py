@@ -87,8 +87,15 @@ class Loader:
         ]
         for samples in self.feed.feed(plan):
             images = samples.images.to(self.device, non_blocking=True)
-            changed = transforms.augment(images, samples.keys, augment, seed=seed, epoch=epoch)
-            yield self._finish(changed, samples)
+            changed = transforms.augment(
+                images,
+                samples.keys,
+                augment,
+                seed=seed,
+                epoch=epoch,
+                moments=(self.mean, self.std),
+            )
+            yield self._batch(changed, samples)
 
     def evaluation(self, *, batch_size: int) -> Iterator[Batch]:
         """This rank's share of the split in the store's order, each sample on exactly one rank.
@@ -100,14 +107,11 @@ class Loader:
             rows[start : start + batch_size] for start in range(0, len(rows), batch_size)
         ]
         for samples in self.feed.feed(plan):
-            yield self._finish(samples.images.to(self.device, non_blocking=True), samples)
+            images = samples.images.to(self.device, non_blocking=True)
+            yield self._batch(transforms.normalise(images, self.mean, self.std), samples)
 
-    def _finish(self, images: Tensor, samples: Samples) -> Batch:
-        return Batch(
-            transforms.normalise(images, self.mean, self.std),
-            samples.targets.to(self.device, non_blocking=True),
-            samples.keys,
-        )
+    def _batch(self, images: Tensor, samples: Samples) -> Batch:
+        return Batch(images, samples.targets.to(self.device, non_blocking=True), samples.keys)
 
 
 def open_loader(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import cv2
 import numpy as np
@@ -149,25 +150,44 @@ def _warp_by_grid(images: Tensor, matrices: Matrices, tables: Tables) -> Tensor:
     return F.grid_sample(gray, grid, mode="bilinear", align_corners=False) + black
 
 
-def erase(images: Tensor, rectangles: Rectangles) -> Tensor:
+def erase(images: Tensor, rectangles: Rectangles, black: float = 0.0) -> Tensor:
     """`images` (B, 1, H, H) with `rectangles` (B, 4) black, in place."""
     corners = torch.from_numpy(rectangles).to(images.device)[:, :, None, None]
     x = torch.arange(images.shape[3], device=images.device)[None, None, :]
     y = torch.arange(images.shape[2], device=images.device)[None, :, None]
     inside = (x >= corners[:, 0]) & (x < corners[:, 2]) & (y >= corners[:, 1]) & (y < corners[:, 3])
-    return images.masked_fill_(inside.unsqueeze(1), 0.0)
+    return images.masked_fill_(inside.unsqueeze(1), black)
 
 
 def augment(
-    images: Tensor, keys: Sequence[str], config: AugmentConfig, *, seed: int, epoch: int
+    images: Tensor,
+    keys: Sequence[str],
+    config: AugmentConfig,
+    *,
+    seed: int,
+    epoch: int,
+    moments: tuple[float, float] | None = None,
 ) -> Tensor:
-    """`images` (B, 1, H, H) uint8 -> float32 gray levels in [0, 255], changed at random."""
+    """`images` (B, 1, H, H) uint8 -> float32, changed at random.
+
+    Gray levels in [0, 255]; with `moments`, the training set's mean and standard deviation, they
+    are normalised by them. That costs nothing here: the tables give normalised levels, and
+    interpolation, being linear, keeps them so.
+    """
     size = images.shape[-1]
     matrices = draw_affine(keys, config, image_size=size, seed=seed, epoch=epoch)
-    changed = warp(images, matrices, draw_tables(keys, config, seed=seed, epoch=epoch))
+    tables, black = draw_tables(keys, config, seed=seed, epoch=epoch), 0.0
+    if moments is not None:
+        tables, black = _normalised(tables, *moments), float(_normalised(np.zeros(1), *moments)[0])
+    changed = warp(images, matrices, tables)
     if config.erase_fraction:
-        erase(changed, draw_rectangles(keys, config, image_size=size, seed=seed, epoch=epoch))
+        rectangles = draw_rectangles(keys, config, image_size=size, seed=seed, epoch=epoch)
+        erase(changed, rectangles, black)
     return changed
+
+
+def _normalised(levels: npt.NDArray[Any], mean: float, std: float) -> Tables:
+    return ((levels / 255.0 - mean) / max(std, 1e-6)).astype(np.float32)
 
 
 def transform_boxes(

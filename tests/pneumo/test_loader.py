@@ -238,8 +238,8 @@ def test_a_batch_is_the_partitions_rows_augmented_and_normalised(
         assert batch.targets.tolist() == [samples[row].target for row in rows]
         assert batch.targets.dtype == torch.float32
         pixels = feeds.to_input([samples[row].pixels for row in rows], 32)
-        moved = transforms.augment(pixels, batch.keys, AUGMENT, seed=5, epoch=3)
-        assert torch.equal(batch.images, transforms.normalise(moved, 0.4, 0.2))
+        moved = transforms.augment(pixels, batch.keys, AUGMENT, seed=5, epoch=3, moments=(0.4, 0.2))
+        assert torch.equal(batch.images, moved)
 
 
 @pytest.fixture(scope="module")

@@ -379,6 +379,18 @@ def test_normalised_pixels_have_the_stated_mean_and_spread(mean: float, std: flo
     assert images.flatten().tolist() == [0, 128, 255]
 
 
+@settings(max_examples=25)
+@given(amounts, seeds, st.floats(0.1, 0.9), st.floats(0.05, 0.5))
+def test_normalising_within_the_augmentation_is_normalising_after_it(
+    config: AugmentConfig, seed: int, mean: float, std: float
+) -> None:
+    images, keys = smooth_images(4, 32), list("abcd")
+    gray = augment(images, keys, config, seed=seed, epoch=1)
+    within = augment(images, keys, config, seed=seed, epoch=1, moments=(mean, std))
+    assert within.dtype == torch.float32
+    torch.testing.assert_close(within, normalise(gray, mean, std), atol=1e-4, rtol=1e-4)
+
+
 def test_normalising_does_not_change_its_input() -> None:
     images = torch.full((1, 1, 2, 2), 51.0)
     normalise(images, 0.5, 0.25)
