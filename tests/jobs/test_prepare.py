@@ -301,7 +301,7 @@ def kill(job: subprocess.Popen[bytes]) -> None:
     children = psutil.Process(job.pid).children(recursive=True)
     job.kill()
     job.wait()
-    _, alive = psutil.wait_procs(children, timeout=20)
+    _, alive = psutil.wait_procs(children, timeout=5)
     for process in alive:
         process.kill()
     psutil.wait_procs(alive, timeout=10)
