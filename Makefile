@@ -93,6 +93,8 @@ test-all: test test-slow test-s3
 bench: $(READY)
 	$(BIN)/python -m tests.benchmarks.decode
 	$(BIN)/python -m tests.benchmarks.prepare rate
+	$(BIN)/python -m tests.benchmarks.prepare memory
+	$(BIN)/python -m tests.benchmarks.prepare index
 	$(BIN)/python -m tests.s3.server -- $(BIN)/python -m tests.benchmarks.loader $(ARGS)
 
 lock: $(READY)
