@@ -59,7 +59,10 @@ def ray_session(*, show_logs: bool = False) -> Iterator[None]:
             logging_level=logging.ERROR,
             log_to_driver=show_logs,
             configure_logging=True,
-            runtime_env={"env_vars": WORKER_ENVIRONMENT},
+            runtime_env={
+                "env_vars": WORKER_ENVIRONMENT,
+                "worker_process_setup_hook": "jobs.worker.know_cluster",
+            },
             **options,
         )
     except (ConnectionError, RuntimeError) as error:
