@@ -362,8 +362,8 @@ def write_shard(store_url: str, name: str, samples: Iterable[Sample]) -> ShardEn
 
 
 def digest_pixels(pixels: npt.NDArray[np.uint8]) -> str:
-    """What `StudyRow.pixels_digest` holds: BLAKE2b, 16 bytes, in hex."""
-    return hashlib.blake2b(np.ascontiguousarray(pixels).data, digest_size=16).hexdigest()
+    """What `StudyRow.pixels_digest` holds: the first half of the SHA-256, in hex."""
+    return hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest()[:32]
 
 
 def find_duplicates(studies: pa.Table) -> Duplicates:

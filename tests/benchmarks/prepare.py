@@ -1,6 +1,6 @@
 """What jobs.prepare costs beside bare decoding, and what memory it takes for sources of any size.
 
-    python -m tests.benchmarks.prepare rate [--num-studies 4000] [--image-size 224]
+    python -m tests.benchmarks.prepare rate [--num-studies 26684] [--image-size 224]
     python -m tests.benchmarks.prepare memory [--sizes 1000 10000 100000]
     python -m tests.benchmarks.prepare index
 
@@ -61,7 +61,6 @@ def measure_rate(num_studies: int, image_size: int) -> None:
             times = list(pool.map(decode_all, parts, [image_size] * cores))
         together = part / max(times)
         flags = ["--source", str(source), "--prepare.image-size", str(image_size)]
-        flags += ["--prepare.samples-per-shard", "256"]
         with ray_session():
             warm = ["--prepare.limit", str(100 * cores), "--store", str(folder / "warm")]
             assert prepare.main([*flags, *warm]) == 0
@@ -154,7 +153,7 @@ def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["rate", "memory", "index"])
-    parser.add_argument("--num-studies", type=int, default=4000)
+    parser.add_argument("--num-studies", type=int, default=26_684)
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 10_000, 100_000])
     arguments = parser.parse_args()
