@@ -311,7 +311,10 @@ def _make_row(study: Study, split: str, image: GrayImage) -> StudyRow:
         target=study.target,
         finding=study.finding,
         boxes=tuple(image.place(box) for box in study.boxes),
-        **asdict(image.header),
+        age=image.header.age,
+        sex=image.header.sex,
+        view=image.header.view,
+        spacing_mm=image.header.spacing_mm,
         pixels_digest=digest_pixels(image.pixels),
     )
 

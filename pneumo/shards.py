@@ -21,7 +21,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import webdataset as wds
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
@@ -167,25 +166,17 @@ def encode_shard(name: str, samples: Iterable[Sample]) -> tuple[ShardEntry, byte
     """
     buffer = io.BytesIO()
     starts, count, positives = [0], 0, 0
-    # A float mtime would add a PAX header to every member: slower to read, and never twice the
-    # same.
-    with wds.TarWriter(buffer, mtime=0, user="", group="", encoder=False) as writer:
-        for sample in samples:
-            image = io.BytesIO()
-            np.save(image, sample.pixels, allow_pickle=False)
-            writer.write(
-                {
-                    "__key__": sample.key,
-                    "npy": image.getvalue(),
-                    "cls": str(sample.target).encode(),
-                }
-            )
-            count += 1
-            positives += sample.target
-            if count % BLOCK_SAMPLES == 0:
-                starts.append(writer.tarstream.offset)
-        if count % BLOCK_SAMPLES:
-            starts.append(writer.tarstream.offset)
+    for sample in samples:
+        # In the order of webdataset's own writer.
+        buffer.write(_encode_member(f"{sample.key}.cls", str(sample.target).encode()))
+        buffer.write(_encode_member(f"{sample.key}.npy", _encode_image(sample.pixels)))
+        count += 1
+        positives += sample.target
+        if count % BLOCK_SAMPLES == 0:
+            starts.append(buffer.tell())
+    if count % BLOCK_SAMPLES:
+        starts.append(buffer.tell())
+    buffer.write(bytes(2 * tarfile.BLOCKSIZE))  # the end marker
     data = buffer.getvalue()
     entry = ShardEntry(
         name=name,
@@ -204,6 +195,21 @@ def encode_shard(name: str, samples: Iterable[Sample]) -> tuple[ShardEntry, byte
         ),
     )
     return entry, data
+
+
+def _encode_member(name: str, content: bytes) -> bytes:
+    """One file of a tar: no time, no owner and no extended header, so the same bytes every time."""
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = len(content), 0o444
+    padding = bytes(-len(content) % tarfile.BLOCKSIZE)
+    return info.tobuf(tarfile.USTAR_FORMAT) + content + padding
+
+
+def _encode_image(pixels: npt.NDArray[np.uint8]) -> bytes:
+    """The .npy file of an image."""
+    image = io.BytesIO()
+    np.lib.format.write_array(image, pixels, version=(1, 0), allow_pickle=False)
+    return image.getvalue()
 
 
 def decode_shard(data: bytes, entry: ShardEntry, image_size: int) -> Iterator[Sample]:
