@@ -24,7 +24,7 @@ ever stands in it.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 
 class PneumoError(Exception):
@@ -91,12 +91,24 @@ class ContentError(StorageError):
     """What lies at a URL is not what the caller expects: another digest or size, or too short."""
 
 
+DicomReason = Literal[
+    "not_dicom",
+    "wrong_class",
+    "no_pixels",
+    "multi_frame",
+    "too_large",
+    "photometric",
+    "no_decoder",
+    "undecodable",
+]
+
+
 class DicomError(PneumoError):
     """One DICOM file cannot be used; `reason` is the code that the quarantine list carries."""
 
-    def __init__(self, message: str, reason: str = "undecodable") -> None:
+    def __init__(self, message: str, reason: DicomReason = "undecodable") -> None:
         super().__init__(message, reason)
-        self.reason = reason
+        self.reason: DicomReason = reason
 
     def __str__(self) -> str:
         return str(self.args[0])

@@ -12,7 +12,7 @@ import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import cv2
@@ -27,7 +27,7 @@ from pneumo.dicom import GrayImage, read_study_image
 from pneumo.errors import (
     AccessError,
     BadFilesError,
-    DataError,
+    ContentError,
     DicomError,
     SourceError,
     StorageError,
@@ -40,7 +40,6 @@ from pneumo.shards import (
     ShardEntry,
     SplitEntry,
     StudyRow,
-    check_bytes,
     digest_pixels,
     find_duplicates,
     find_manifest,
@@ -49,7 +48,7 @@ from pneumo.shards import (
     write_shard,
     write_studies,
 )
-from pneumo.splits import SPLITS, LeakageAudit, check_shards
+from pneumo.splits import SPLITS, LeakageAudit, audit_split, check_shards
 from pneumo.studies import Rejected, Source, Study
 
 PARTS = "parts"
@@ -196,8 +195,10 @@ def finish_store(
         )
         for name in SPLITS
     }
-    audit = audit.model_copy(update={"shard_prevalence": _check_classes(splits)})
+    shard_prevalence = _check_classes(splits)
     studies = pa.concat_tables(tables)
+    audit = _audit_used(source, plans, set(studies["key"].to_pylist()), audit, config)
+    audit = audit.model_copy(update={"shard_prevalence": shard_prevalence})
     write_studies(store_url, studies)
     mean, std = _moments(histograms["train"])
     manifest = Manifest(
@@ -253,8 +254,9 @@ def _find_receipt(plan: ShardPlan, store_url: str, digest: str) -> Receipt | Non
         if receipt.plan_digest != digest:
             return None
         if receipt.entry.samples:
-            check_bytes(storage.read_bytes(storage.join(store_url, plan.name)), receipt.entry)
-    except (FileNotFoundError, ValidationError, DataError):
+            entry, url = receipt.entry, storage.join(store_url, plan.name)
+            storage.read_bytes(url, sha256=entry.sha256, size=entry.bytes)
+    except (FileNotFoundError, ValidationError, ContentError):
         return None
     return receipt
 
@@ -365,6 +367,26 @@ def _check_classes(splits: Mapping[str, SplitEntry]) -> dict[str, tuple[float, f
             for name, entry in splits.items()
         }
     )
+
+
+def _audit_used(
+    source: Source,
+    plans: Iterable[ShardPlan],
+    used: Collection[str],
+    audit: LeakageAudit,
+    config: Config,
+) -> LeakageAudit:
+    """The audit of what the store holds: `audit` was of all that was to go into it."""
+    by_key = {s.key: plan.split for plan in plans for s in plan.studies if s.key in used}
+    of_used = audit_split(
+        [study for study in source.studies if study.key in used],
+        by_key,
+        config.split,
+        seed=config.seed,
+        salt=audit.salt,
+        has_patients=source.has_patients,
+    )
+    return of_used.model_copy(update={"unlisted": audit.unlisted})
 
 
 def _moments(histogram: npt.NDArray[np.int64]) -> tuple[float, float]:

@@ -12,6 +12,7 @@ import io
 import json
 import tarfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -213,12 +214,21 @@ def _encode_image(pixels: npt.NDArray[np.uint8]) -> bytes:
 
 
 def decode_shard(data: bytes, entry: ShardEntry, image_size: int) -> Iterator[Sample]:
-    """The samples of a shard, checked against its entry.
+    """The samples of a shard, checked against its entry. Raises DataError, naming the shard."""
+    if len(data) != entry.bytes or hashlib.sha256(data).hexdigest() != entry.sha256:
+        raise DataError(
+            f"shard {entry.name}: {len(data)} bytes, not the {entry.bytes} that the manifest "
+            "vouches for, or changed since; prepare the store again"
+        )
+    yield from _decode_samples(data, entry, image_size)
 
-    webdataset alone ends early and silently on a shard cut at a member's end; so digest, count and
-    each sample's parts are checked here. Raises DataError, naming the shard.
+
+def _decode_samples(data: bytes, entry: ShardEntry, image_size: int) -> Iterator[Sample]:
+    """The samples of a shard whose digest is right.
+
+    webdataset alone ends early and silently on a shard cut at a member's end; so the count and each
+    sample's parts are checked here.
     """
-    check_bytes(data, entry)
     count = 0
     for group in _read_groups(data, entry):
         try:
@@ -235,15 +245,6 @@ def decode_shard(data: bytes, entry: ShardEntry, image_size: int) -> Iterator[Sa
         yield Sample(str(group["__key__"]), pixels, target)
     if count != entry.samples:
         raise DataError(f"shard {entry.name}: {count} samples, the manifest says {entry.samples}")
-
-
-def check_bytes(data: bytes, entry: ShardEntry) -> None:
-    """Raises DataError unless `data` is the shard that the entry vouches for."""
-    if len(data) != entry.bytes or hashlib.sha256(data).hexdigest() != entry.sha256:
-        raise DataError(
-            f"shard {entry.name}: {len(data)} bytes, not the {entry.bytes} that the manifest "
-            "vouches for, or changed since; prepare the store again"
-        )
 
 
 def _decode_image(data: bytes, image_size: int) -> npt.NDArray[Any]:
@@ -274,17 +275,10 @@ def _read_groups(data: bytes, entry: ShardEntry) -> Iterator[dict[str, Any]]:
 def read_shard(store_url: str, entry: ShardEntry, image_size: int) -> Iterator[Sample]:
     """The samples of one shard of a store. Raises DataError when it is missing or not as
     vouched."""
-    try:
+    with _naming(store_url, entry):
         url = storage.join(store_url, entry.name)
         data = storage.read_bytes(url, sha256=entry.sha256, size=entry.bytes)
-    except FileNotFoundError as error:
-        raise DataError(f"shard {entry.name}: missing from {store_url}") from error
-    except ContentError as error:
-        raise DataError(
-            f"shard {entry.name}: not what the manifest vouches for ({error}); prepare the store "
-            "again"
-        ) from error
-    return decode_shard(data, entry, image_size)
+    return _decode_samples(data, entry, image_size)
 
 
 def read_block(store_url: str, entry: ShardEntry, block: BlockEntry) -> bytes:
@@ -292,9 +286,16 @@ def read_block(store_url: str, entry: ShardEntry, block: BlockEntry) -> bytes:
 
     Raises DataError, naming the shard, when it is missing, cut or changed since its preparation.
     """
-    url = storage.join(store_url, entry.name)
-    try:
+    with _naming(store_url, entry):
+        url = storage.join(store_url, entry.name)
         return storage.read_range(url, block.offset, block.bytes, sha256=block.sha256)
+
+
+@contextmanager
+def _naming(store_url: str, entry: ShardEntry) -> Iterator[None]:
+    """Within it, what is wrong with a shard's bytes is a DataError that names the shard."""
+    try:
+        yield
     except FileNotFoundError as error:
         raise DataError(f"shard {entry.name}: missing from {store_url}") from error
     except ContentError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import ray
 from moto.server import ThreadedMotoServer
 
 from pneumo.checkpoint import find_index, read_index
-from tests.jobs.conftest import SMALL, Prepared
+from tests.jobs.conftest import SMALL, Prepared, run_module
 
 REAL_STUDIES = Path(__file__).parents[3] / "shared" / "data" / "rsna-mini"
 
@@ -46,26 +45,12 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.stop()
 
 
-def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    return done
-
-
 @pytest.mark.slow
 def test_the_demo_ends_with_a_report_and_goes_through_an_object_store(
     bucket: str, tmp_path: Path
 ) -> None:
     flags = ["--studies", "90", "--run", str(tmp_path / "run")]
-    shown = run("jobs.demo", "--store", f"{bucket}/store", *flags, cwd=tmp_path)
+    shown = run_module("jobs.demo", "--store", f"{bucket}/store", *flags, cwd=tmp_path)
     report = tmp_path / "run" / "train" / "report.html"
     assert str(report) in shown.stdout
     for name in ("auroc", "accuracy", "precision", "recall", "f1"):
@@ -80,13 +65,13 @@ def test_real_x_rays_go_the_same_way(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("PNEUMO_HASH_KEY", "only for this test")
     store, train = str(tmp_path / "store"), str(tmp_path / "train")
     small = [*SMALL, "--data.image-size", "64"]
-    run("jobs.prepare", "--source", str(REAL_STUDIES), "--store", store, cwd=tmp_path)
+    run_module("jobs.prepare", "--source", str(REAL_STUDIES), "--store", store, cwd=tmp_path)
     tune = ["--tune.num-trials", "2", "--tune.epochs", "1", "--run", str(tmp_path / "tune")]
-    run("jobs.tune", "--store", store, *tune, *small, cwd=tmp_path)
+    run_module("jobs.tune", "--store", store, *tune, *small, cwd=tmp_path)
     recipe = ["--recipe", str(tmp_path / "tune" / "best.toml"), "--train.epochs", "2"]
     workers = ["--cluster.num-workers", "2", "--tracking.mode", "disabled"]
-    run("jobs.train", "--store", store, "--run", train, *recipe, *workers, cwd=tmp_path)
-    run("jobs.evaluate", "--store", store, "--run", train, cwd=tmp_path)
+    run_module("jobs.train", "--store", store, "--run", train, *recipe, *workers, cwd=tmp_path)
+    run_module("jobs.evaluate", "--store", store, "--run", train, cwd=tmp_path)
     metrics = json.loads((tmp_path / "train" / "metrics.json").read_text())
     assert metrics["dataset"]["unit"] == "patient"
     assert metrics["val"]["n"] + metrics["test"]["n"] > 50

@@ -8,7 +8,7 @@ import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import cv2
 import numpy as np
@@ -38,22 +38,13 @@ from pneumo.dicom import (
     parse_age,
     read_study_image,
 )
-from pneumo.errors import DicomError
+from pneumo.errors import DicomError, DicomReason
 from pneumo.studies import Box
 
 DicomMaker = Callable[..., bytes]
 Pixels = npt.NDArray[Any]
 
-REASONS = {
-    "not_dicom",
-    "wrong_class",
-    "no_pixels",
-    "multi_frame",
-    "too_large",
-    "photometric",
-    "no_decoder",
-    "undecodable",
-}
+REASONS = set(get_args(DicomReason))
 IDENTIFIER = "5e1f5e1f-0000-4000-8000-000000000000"
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pydicom
@@ -41,18 +41,9 @@ from pydicom.uid import (
 )
 
 from pneumo.dicom import read_study_image
-from pneumo.errors import DicomError
+from pneumo.errors import DicomError, DicomReason
 
-REASONS = {
-    "not_dicom",
-    "wrong_class",
-    "no_pixels",
-    "multi_frame",
-    "too_large",
-    "photometric",
-    "no_decoder",
-    "undecodable",
-}
+REASONS = set(get_args(DicomReason))
 NUM_EXAMPLES = int(os.environ.get("DICOM_FUZZ_EXAMPLES", "300"))
 SIZE = 32
 TIME_LIMIT_S = 10

@@ -346,7 +346,12 @@ def test_too_many_bad_files_fail_and_are_told(preparation: Preparation, tmp_path
     assert storage.exists(str(tmp_path / "parts"))
     kept = Preparation(preparation.folder, override(CONFIG, {"prepare.max_bad_fraction": 0.05}))
     assert sum(kept.do(plan, tmp_path)[1] for plan in kept.plans) == len(kept.plans)
-    assert kept.finish(tmp_path).quarantined == {"missing": 3}
+    manifest = kept.finish(tmp_path)
+    assert manifest.quarantined == {"missing": 3}
+    # The audit is of what the store holds, not of what was to go into it.
+    assert manifest.audit.studies == {n: e.samples for n, e in manifest.splits.items()}
+    assert manifest.audit.positives == {n: e.positives for n, e in manifest.splits.items()}
+    assert manifest.audit.patients == {n: e.patients for n, e in manifest.splits.items()}
 
 
 def test_contradictory_studies_count_as_bad(kaggle_folder: FolderMaker, tmp_path: Path) -> None:
