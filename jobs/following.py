@@ -20,9 +20,10 @@ from jobs.progress import Progress
 from pneumo.model import Initialisation
 from pneumo.partition import World
 from pneumo.tracking import Tracker
-from pneumo.train import Epoch, Hooks
+from pneumo.train import Epoch, Hooks, Pace
 
-_STEP_MESSAGES_PER_EPOCH = 25
+_WORTH_SAYING = 0.05
+"""Share of the time that waiting for data may take unnoticed."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Stepped:
 
     done: int
     total: int
+    pace: Pace
 
 
 def worker_hooks(messages: Queue | None, world: World, *, epochs: int) -> Hooks:
@@ -48,9 +50,8 @@ def worker_hooks(messages: Queue | None, world: World, *, epochs: int) -> Hooks:
         if messages is not None and world.rank == 0:
             messages.put(message)
 
-    def on_step(epoch: int, step: int, steps: int) -> None:
-        if step % max(steps // _STEP_MESSAGES_PER_EPOCH, 1) == 0:
-            tell(Stepped((epoch - 1) * steps + step, epochs * steps))
+    def on_pace(pace: Pace) -> None:
+        tell(Stepped((pace.epoch - 1) * pace.steps + pace.step, epochs * pace.steps, pace))
 
     def on_epoch(epoch: Epoch) -> None:
         tell(epoch)
@@ -60,7 +61,7 @@ def worker_hooks(messages: Queue | None, world: World, *, epochs: int) -> Hooks:
 
     return Hooks(
         on_start=lambda initialisation, finished: tell(Started(initialisation, finished)),
-        on_step=on_step,
+        on_pace=on_pace,
         on_epoch=on_epoch,
         on_note=tell,
     )
@@ -79,6 +80,17 @@ def describe_epoch(epoch: Epoch, epochs: int) -> str:
         f"precision {number('val/precision')}  recall {number('val/recall')}  "
         f"{epoch.metrics['images_per_s'] or 0:.0f} images/s"
     )
+
+
+def describe_pace(pace: Pace) -> str:
+    """What stands behind the progress bar."""
+    loss, rate, wait = (pace.metrics[n] for n in ("train/loss", "images_per_s", "data_wait"))
+    parts = [
+        "" if loss is None else f"loss {loss:.3f}",
+        "" if rate is None else f"{rate:.0f} images/s",
+        "" if wait is None or wait < _WORTH_SAYING else f"{wait:.0%} waiting for data",
+    ]
+    return ", ".join(part for part in parts if part)
 
 
 class Follower:
@@ -122,7 +134,7 @@ class Follower:
         elif isinstance(message, Stepped):
             if self.progress is None:
                 self.progress = Progress("train", message.total, "steps")
-            self.progress.advance_to(message.done)
+            self.progress.advance_to(message.done, describe_pace(message.pace))
         elif message.number > self.logged:  # after a restart an epoch may come twice
             self.logged = message.number
             self._write(describe_epoch(message, self.epochs))

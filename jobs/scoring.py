@@ -136,7 +136,7 @@ def _explain(
 def _load(scored: Scored, device: str) -> tuple[Checkpoint, nn.Module]:
     checkpoint = load_checkpoint(scored.run_url, scored.entry)
     network = build_model(checkpoint.config.model.backbone)
-    network.load_state_dict(checkpoint.model)
+    network.load_state_dict(checkpoint.scored_model)
     network.to(device)
     network.to(memory_format=torch.channels_last)
     return checkpoint, network.eval()

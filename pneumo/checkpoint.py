@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import io
+import platform
 import subprocess
-from dataclasses import dataclass
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pneumo import __version__, storage
 from pneumo.config import Config
-from pneumo.errors import CheckpointError, RunError
+from pneumo.errors import CheckpointError, PneumoError, RunError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class CheckpointEntry(BaseModel):
@@ -30,7 +33,12 @@ class CheckpointEntry(BaseModel):
     name: str
     epoch: int
     """Epochs completed."""
+    step: int = 0
+    """Steps done of the epoch after them."""
     val_auroc: float | None
+    """Of the weights that are scored with; None in mid-epoch and where undefined."""
+    weights: Literal["raw", "ema"] = "raw"
+    """Which weights are scored with: the average where the run keeps one."""
     sha256: str
 
 
@@ -40,7 +48,9 @@ class CheckpointIndex(BaseModel):
     model_config = ConfigDict(frozen=True)
     schema_version: int = SCHEMA_VERSION
     finished: bool = False
-    """Whether the run has trained all its epochs."""
+    """Whether the run has ended: after all its epochs, or early."""
+    stopped_early: bool = False
+    """Whether it ended because `train.patience` epochs brought nothing better."""
     entries: tuple[CheckpointEntry, ...] = ()
 
     @property
@@ -62,7 +72,7 @@ class Checkpoint:
     model: dict[str, torch.Tensor]
     optimizer: dict[str, Any]
     epoch: int
-    """Epochs completed: the data position, as the order depends on (seed, epoch) alone."""
+    """Epochs completed."""
     config: Config
     manifest_digest: str
     image_size: int
@@ -74,10 +84,34 @@ class Checkpoint:
     """Where the first weights came from."""
     code_version: str
     """Package version and git revision."""
+    ema: dict[str, torch.Tensor] | None = None
+    """The average of the weights, where the run keeps one."""
+    step: int = 0
+    """Steps done of the epoch after them. (seed, epoch, step) is the whole data position, and every
+    random draw is made from it: there is no generator whose state would have to be kept."""
+    epoch_loss: float = 0.0
+    """Sum of these steps' losses."""
+    versions: dict[str, str] = field(default_factory=lambda: describe_versions())
+    """Of what computes: python, torch."""
+
+    @property
+    def weights(self) -> Literal["raw", "ema"]:
+        """Which weights to score with."""
+        return "raw" if self.ema is None else "ema"
+
+    @property
+    def scored_model(self) -> dict[str, torch.Tensor]:
+        """The weights to score with."""
+        return self.model if self.ema is None else self.ema
 
 
 def save_checkpoint(
-    run_url: str, checkpoint: Checkpoint, *, keep_last: int, finished: bool
+    run_url: str,
+    checkpoint: Checkpoint,
+    *,
+    keep_last: int,
+    finished: bool,
+    stopped_early: bool = False,
 ) -> None:
     """Write the checkpoint, then the index; then drop what is neither the best nor among the
     last."""
@@ -89,20 +123,93 @@ def save_checkpoint(
         "history": list(checkpoint.history),
     }
     torch.save(plain, buffer)
+    behind = f"-step-{checkpoint.step:06d}" if checkpoint.step else ""
     entry = CheckpointEntry(
-        name=f"epoch-{checkpoint.epoch:04d}.pt",
+        name=f"epoch-{checkpoint.epoch:04d}{behind}.pt",
         epoch=checkpoint.epoch,
-        val_auroc=checkpoint.history[-1]["val/auroc"] if checkpoint.history else None,
+        step=checkpoint.step,
+        val_auroc=None if checkpoint.step else scored_auroc(checkpoint),
+        weights=checkpoint.weights,
         sha256=hashlib.sha256(buffer.getvalue()).hexdigest(),
     )
     storage.write_bytes(_url(run_url, entry.name), buffer.getvalue())
     old = find_index(run_url) or CheckpointIndex()
-    entries = (*(e for e in old.entries if e.epoch < entry.epoch), entry)
+    entries = (*(e for e in old.entries if (e.epoch, e.step) < (entry.epoch, entry.step)), entry)
     best = CheckpointIndex(entries=entries).best
     kept = tuple(e for e in entries if e in entries[-keep_last:] or e == best)
-    _write_index(run_url, CheckpointIndex(finished=finished, entries=kept))
+    _write_index(
+        run_url, CheckpointIndex(finished=finished, stopped_early=stopped_early, entries=kept)
+    )
     for stale in {e.name for e in (*old.entries, *entries)} - {e.name for e in kept}:
         storage.remove(_url(run_url, stale))
+
+
+def scored_auroc(checkpoint: Checkpoint) -> float | None:
+    """The last epoch's val AUROC of the weights that are scored with."""
+    name = "val/auroc" if checkpoint.ema is None else "val/ema_auroc"
+    return checkpoint.history[-1][name] if checkpoint.history else None
+
+
+class CheckpointWriter:
+    """Writes in a thread of its own while training goes on, one checkpoint at a time.
+
+    What is submitted must own its tensors (see `copy_to_cpu`). A checkpoint that cannot be written
+    is told of, and training goes on with the one before it; only `flush` raises.
+    """
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell = tell
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def submit(self, write: Callable[[], None]) -> None:
+        """Start `write` once the one before it has ended."""
+        try:
+            self.flush()
+        except (PneumoError, OSError) as error:
+            self._tell(f"warning: a checkpoint could not be written, training goes on: {error}")
+        self._pending = self._pool.submit(write)
+
+    def flush(self) -> None:
+        """Return when all is written. Raises what the writing raised."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """End the thread after what it is writing; a failure is told of."""
+        self._pool.shutdown(wait=True)
+        pending, self._pending = self._pending, None
+        if pending is not None and (error := pending.exception()) is not None:
+            self._tell(f"warning: the last checkpoint could not be written: {error}")
+
+
+def copy_to_cpu(state: Any) -> Any:
+    """A state dict of tensors, lists and plain values, its tensors copied."""
+    if torch.is_tensor(state):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {name: copy_to_cpu(value) for name, value in state.items()}
+    if isinstance(state, list):
+        return [copy_to_cpu(value) for value in state]
+    return state
+
+
+def load_newest(
+    run_url: str, index: CheckpointIndex, tell: Callable[[str], None] = lambda line: None
+) -> Checkpoint:
+    """The newest checkpoint that is whole; `tell` hears of each that is not.
+
+    Raises CheckpointError when none of the index's is.
+    """
+    for number, entry in enumerate(reversed(index.entries), 1):
+        try:
+            return load_checkpoint(run_url, entry)
+        except CheckpointError as error:
+            if number == len(index.entries):
+                raise
+            tell(f"warning: {error}; taking the one before it")
+    raise CheckpointError(f"{run_url}: no checkpoint in its index")
 
 
 def find_index(run_url: str) -> CheckpointIndex | None:
@@ -116,7 +223,8 @@ def find_index(run_url: str) -> CheckpointIndex | None:
         raise CheckpointError(f"{url}: not an index of checkpoints of this version") from error
     if index.schema_version != SCHEMA_VERSION:
         raise CheckpointError(
-            f"{url}: schema {index.schema_version}, this version reads {SCHEMA_VERSION}"
+            f"{url}: schema {index.schema_version}, this version reads {SCHEMA_VERSION}; use the "
+            "pneumo that wrote it, or train anew"
         )
     return index
 
@@ -148,14 +256,23 @@ def load_checkpoint(run_url: str, entry: CheckpointEntry) -> Checkpoint:
         plain = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(f"{url}: not a readable checkpoint") from error
-    if not isinstance(plain, dict) or plain.pop("schema_version", None) != SCHEMA_VERSION:
-        raise CheckpointError(f"{url}: of another schema than {SCHEMA_VERSION}")
+    found = plain.pop("schema_version", None) if isinstance(plain, dict) else None
+    if found != SCHEMA_VERSION:
+        raise CheckpointError(
+            f"{url}: of another schema than {SCHEMA_VERSION} ({found!r}); use the pneumo that "
+            "wrote it, or train anew"
+        )
     try:
         plain["config"] = Config.model_validate(plain["config"])
         plain["history"] = tuple(plain["history"])
         return Checkpoint(**plain)
     except (KeyError, TypeError, ValidationError) as error:
         raise CheckpointError(f"{url}: written by another version of pneumo") from error
+
+
+def describe_versions() -> dict[str, str]:
+    """Of what computes."""
+    return {"python": platform.python_version(), "torch": str(torch.__version__)}
 
 
 def describe_code() -> str:

@@ -147,11 +147,13 @@ class AugmentConfig(Section):
 class ModelConfig(Section):
     """Which network, and what it starts from."""
 
-    backbone: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"
-    """A torchvision ResNet, given one input channel and one logit."""
+    backbone: Literal[
+        "resnet18", "resnet34", "resnet50", "densenet121", "convnext_tiny", "efficientnet_v2_s"
+    ] = "resnet18"
+    """A network of torchvision, given one input channel and one logit."""
     weights: str = "imagenet"
-    """'imagenet' (torchvision's, from its cache or the network), 'random', or a state dict's
-    path."""
+    """'imagenet' (torchvision's, from its cache or the network), 'random', or the path of a state
+    dict: torchvision's own or that of a self-supervised encoder."""
 
 
 class TrainConfig(Section):
@@ -161,10 +163,24 @@ class TrainConfig(Section):
     """Passes over the training split."""
     batch_size: Annotated[int, Field(ge=2)] = 64
     """Samples per optimiser step over all workers together."""
+    micro_batch_size: Annotated[int, Field(ge=2)] = 16
+    """Samples that go through the network at once, and over which BatchNorm takes its statistics;
+    they make up `batch_size`, however many workers share them. Larger is faster on a GPU."""
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    """What makes a step of the gradients."""
     lr: PositiveFloat = 1e-4
-    """Learning rate of Adam."""
+    """Learning rate."""
+    momentum: Fraction = 0.9
+    """Momentum of sgd."""
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    """L2 penalty of Adam."""
+    """L2 penalty of adam and sgd; decoupled decay of adamw."""
+    clip_norm: PositiveFloat | None = None
+    """Longest gradient over all weights; a longer one is shortened to it. None: no limit."""
+    label_smoothing: Fraction = 0.0
+    """Share of a target that is taken from its class and spread over both."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Keep an exponential moving average of the weights with this decay a step, and score with it;
+    none: no average."""
     pos_weight: PositiveFloat | Literal["balanced"] = "balanced"
     """Weight of positives in the loss; 'balanced' is negatives / positives of the training
     split."""
@@ -175,8 +191,20 @@ class TrainConfig(Section):
     precision: Literal["auto", "native", "float32", "bfloat16"] = "auto"
     """Arithmetic of forward and backward; auto: bfloat16 autocast on a GPU, float32 on a CPU;
     native: bfloat16 also on a CPU that computes in it (AVX512-BF16, AMX)."""
+    compile: bool = False
+    """torch.compile the network: minutes at the start, faster steps on a GPU."""
+    patience: PositiveInt | None = None
+    """End the run after this many epochs without a better val AUROC; none: train them all."""
     keep_checkpoints: PositiveInt = 2
     """The last this many checkpoints stay, besides the best."""
+    checkpoint_every_steps: PositiveInt | None = None
+    """Steps between checkpoints within an epoch; none: only after each epoch."""
+
+    @model_validator(mode="after")
+    def _momentum_has_an_effect(self) -> Self:
+        if self.optimizer != "sgd" and self.momentum != type(self).model_fields["momentum"].default:
+            raise ValueError(f"momentum {self.momentum:g} has no effect on {self.optimizer}")
+        return self
 
 
 class TuneConfig(Section):

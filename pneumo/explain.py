@@ -19,7 +19,7 @@ from pytorch_grad_cam.utils.model_targets import BinaryClassifierOutputTarget
 from torch import Tensor, nn
 
 from pneumo.errors import MetricError
-from pneumo.model import gradcam_layer
+from pneumo.model import gradcam_layer, has_averaged_features, linear_head
 from pneumo.studies import Box
 
 Outcome = Literal["tp", "fp", "fn", "tn"]
@@ -53,9 +53,11 @@ def gradcam(model: nn.Module, images: Tensor) -> Maps:
 def class_activation(model: nn.Module, images: Tensor) -> Maps:
     """The same maps as `gradcam`, for the price of a forward pass (Zhou 2016).
 
-    Right for networks that end in global average pooling and one linear layer `fc`, as
-    torchvision's ResNets do: there Grad-CAM's weights are the linear layer's.
+    Right for networks whose last layers are global average pooling and one linear layer: there
+    Grad-CAM's weights are the linear layer's. Others get `gradcam` itself.
     """
+    if not has_averaged_features(model):
+        return gradcam(model, images)
     features: list[Tensor] = []
     hook = gradcam_layer(model).register_forward_hook(
         lambda module, inputs, output: features.append(output)
@@ -63,7 +65,7 @@ def class_activation(model: nn.Module, images: Tensor) -> Maps:
     try:
         with _undisturbed(model):
             model(images.float())
-            weight = model.get_parameter("fc.weight")[0]
+            weight = linear_head(model).weight[0]
             evidence = torch.einsum("bchw,c->bhw", features[0], weight).clamp(min=0)
     finally:
         hook.remove()

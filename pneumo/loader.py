@@ -71,8 +71,9 @@ class Loader:
         batch_size: int,
         augment: AugmentConfig,
         start_step: int = 0,
+        micro_batch_size: int = 1,
     ) -> Iterator[Batch]:
-        """This rank's batches of (batch_size / world.size,) from `start_step` on, augmented.
+        """This rank's whole micro-batches of each step from `start_step` on, augmented.
 
         Blocks that only earlier steps need are not read. Raises ConfigError when there is not one
         full batch; DataError and StorageError while it goes on.
@@ -82,7 +83,13 @@ class Loader:
             self.block_sizes, batch_size=batch_size, seed=seed, epoch=epoch
         )
         plan = [
-            partition.train_rows(order, step, batch_size=batch_size, world=self.world)
+            partition.train_rows(
+                order,
+                step,
+                batch_size=batch_size,
+                world=self.world,
+                micro_batch_size=micro_batch_size,
+            )
             for step in range(start_step, steps)
         ]
         for samples in self.feed.feed(plan):

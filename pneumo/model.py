@@ -1,4 +1,4 @@
-"""A torchvision ResNet with one input channel and one logit, and what its weights start from."""
+"""A torchvision network with one input channel and one logit, and what its weights start from."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from http.client import HTTPException
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models import ConvNeXt, DenseNet, EfficientNet, ResNet
 
 from pneumo import storage
 from pneumo.config import ModelConfig
 from pneumo.errors import ConfigError
 
 _DOWNLOAD_TIMEOUT_S = 15.0
+_NESTS = ("state_dict", "model_state_dict", "teacher", "student", "model", "net", "encoder")
+"""Where training programs put the weights in their checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +36,57 @@ class Initialisation:
     """Whether something else had been asked for."""
 
 
+@dataclass(frozen=True)
+class Anatomy:
+    """Where a kind of backbone keeps what we must reach."""
+
+    first_conv: str
+    head: str
+    """The last linear layer."""
+    maps: str
+    """The layer whose maps Grad-CAM explains: the last one that is an image."""
+    averages_maps: bool
+    """Whether nothing but global average pooling and `head` follows the maps."""
+
+
+_ANATOMIES: Mapping[type[nn.Module], Anatomy] = {
+    ResNet: Anatomy("conv1", "fc", "layer4", averages_maps=True),
+    # A ReLU follows the maps of DenseNet, a LayerNorm the pooling of ConvNeXt.
+    DenseNet: Anatomy("features.conv0", "classifier", "features", averages_maps=False),
+    ConvNeXt: Anatomy("features.0.0", "classifier.2", "features", averages_maps=False),
+    EfficientNet: Anatomy("features.0.0", "classifier.1", "features", averages_maps=True),
+}
+
+
 def build_model(backbone: str) -> nn.Module:
     """The network with random weights: float images (B, 1, H, W) -> logits (B, 1)."""
     model: nn.Module = getattr(torchvision.models, backbone)(weights=None, num_classes=1)
-    old = model.get_submodule("conv1")
+    name = _anatomy(model).first_conv
+    old = model.get_submodule(name)
     assert isinstance(old, nn.Conv2d)
-    model.conv1 = nn.Conv2d(1, old.out_channels, kernel_size=7, stride=2, padding=3, bias=False)
-    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    first = nn.Conv2d(
+        1,
+        old.out_channels,
+        kernel_size=old.kernel_size,  # type: ignore[arg-type]
+        stride=old.stride,  # type: ignore[arg-type]
+        padding=old.padding,  # type: ignore[arg-type]
+        bias=old.bias is not None,
+    )
+    nn.init.kaiming_normal_(first.weight, mode="fan_out", nonlinearity="relu")
+    model.set_submodule(name, first)
     return model
+
+
+def linear_head(model: nn.Module) -> nn.Linear:
+    """The layer that gives the logit."""
+    head = model.get_submodule(_anatomy(model).head)
+    assert isinstance(head, nn.Linear)
+    return head
+
+
+def has_averaged_features(model: nn.Module) -> bool:
+    """Whether the logit is `linear_head` of the plain mean of `gradcam_layer`'s maps."""
+    return _anatomy(model).averages_maps
 
 
 def initialise(model: nn.Module, config: ModelConfig, *, seed: int) -> Initialisation:
@@ -49,7 +95,7 @@ def initialise(model: nn.Module, config: ModelConfig, *, seed: int) -> Initialis
     Random weights depend on the seed. Weights that cannot be had (no cache, no network) leave the
     random ones, and the result says so. Raises ConfigError for a file that does not fit.
     """
-    _randomise(model, seed)
+    _randomise(model, config.backbone, seed)
     if config.weights == "random":
         return Initialisation("random", f"random weights, seed {seed}, as asked for")
     if config.weights == "imagenet":
@@ -78,9 +124,7 @@ def initialise(model: nn.Module, config: ModelConfig, *, seed: int) -> Initialis
         ) from error
     except Exception as error:
         raise ConfigError(f"model.weights: {url} is no PyTorch state dict") from error
-    if not isinstance(state, Mapping) or not all(torch.is_tensor(v) for v in state.values()):
-        raise ConfigError(f"model.weights: {url} is no state dict: names of tensors, nothing else")
-    load_backbone(model, state, url)
+    load_backbone(model, _unwrap(state, url), url)
     return Initialisation("file", f"weights of {url}")
 
 
@@ -88,17 +132,25 @@ def load_backbone(model: nn.Module, state: Mapping[str, Tensor], name: str) -> N
     """Load a state dict into `model`, its classifier left as it is unless it has one output.
 
     A first convolution of three channels is summed over them: a gray image repeated three times
-    gives the same activations. Raises ConfigError naming what does not fit.
+    gives the same activations. Names may stand behind a prefix, as an encoder's do in a file of
+    self-supervised training; what is outside of it is left. Raises ConfigError naming what does not
+    fit.
     """
-    fitted = dict(state)
-    first = fitted.get("conv1.weight")
+    anatomy, own = _anatomy(model), model.state_dict()
+    first_key = f"{anatomy.first_conv}.weight"
+    head_root = anatomy.head.split(".")[0] + "."
+    prefix = _find_prefix(state, first_key, own)
+    fitted = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    if prefix:  # a projection head in the classifier's place
+        fitted = {k: v for k, v in fitted.items() if k in own or not k.startswith(head_root)}
+    first = fitted.get(first_key)
     if first is not None and first.ndim == 4 and first.shape[1] == 3:
-        fitted["conv1.weight"] = first.sum(dim=1, keepdim=True)
-    own = model.state_dict()
+        fitted[first_key] = first.sum(dim=1, keepdim=True)
     # Weights from before PyTorch 0.4.1, such as torchvision's of ResNet-18, count no batches.
     fitted = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")} | fitted
-    for key in ("fc.weight", "fc.bias"):
-        if key not in fitted or fitted[key].shape != own[key].shape:
+    for key in (key for key in own if key.startswith(head_root)):
+        of_head = key.startswith(f"{anatomy.head}.")
+        if key not in fitted or (of_head and fitted[key].shape != own[key].shape):
             fitted[key] = own[key]
     wrong = [
         f"{key} {tuple(fitted[key].shape)} for {tuple(own[key].shape)}"
@@ -118,12 +170,54 @@ def load_backbone(model: nn.Module, state: Mapping[str, Tensor], name: str) -> N
 
 def gradcam_layer(model: nn.Module) -> nn.Module:
     """The last convolutional block, whose maps the classifier averages."""
-    return model.get_submodule("layer4")[-1]  # type: ignore[index, no-any-return]
+    return model.get_submodule(_anatomy(model).maps)[-1]  # type: ignore[index, no-any-return]
 
 
-def _randomise(model: nn.Module, seed: int) -> None:
+def _anatomy(model: nn.Module) -> Anatomy:
+    return _ANATOMIES[type(model)]
+
+
+def _unwrap(content: object, url: str) -> Mapping[str, Tensor]:
+    """The state dict in a file's content: itself, or below one of the usual names.
+
+    Raises ConfigError where there is none.
+    """
+    for _ in range(3):
+        if not isinstance(content, Mapping):
+            break
+        tensors = {k: v for k, v in content.items() if torch.is_tensor(v)}
+        if tensors and len(tensors) == len(content):
+            return tensors
+        content = next((content[name] for name in _NESTS if name in content), None)
+    raise ConfigError(
+        f"model.weights: {url} is no state dict: names of tensors, at the top or under one of "
+        f"{', '.join(_NESTS)}"
+    )
+
+
+def _find_prefix(state: Mapping[str, Tensor], first_key: str, own: Mapping[str, Tensor]) -> str:
+    """What stands before the backbone's own names in `state`; '' where it is not found.
+
+    Of several encoders the one with more of our names counts, then the one that was trained: a
+    momentum copy (MoCo's encoder_k) comes last.
+    """
+    found = [
+        k.removesuffix(first_key) for k in state if k == first_key or k.endswith(f".{first_key}")
+    ]
+
+    def rank(prefix: str) -> tuple[int, bool, int]:
+        known = sum(f"{prefix}{key}" in state for key in own)
+        return -known, "encoder_k" in prefix or "momentum" in prefix, len(prefix)
+
+    return min(found, key=rank, default="")
+
+
+def _randomise(model: nn.Module, backbone: str, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if not isinstance(model, ResNet):  # each kind has a way of its own, which torchvision knows
+            model.load_state_dict(build_model(backbone).state_dict())
+            return
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

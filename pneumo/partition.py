@@ -16,8 +16,9 @@ after piece, tried before, made 8 ranks read RSNA twice: a short block shifted a
 and everyone read the blocks of the last, narrower window.)
 
 The order depends on (seed, epoch, G, the blocks' sizes) alone. Global step k takes positions
-[k*G, (k+1)*G) of it and rank r its equal slice; so what a step trains on does not depend on the
-number of ranks or of threads that read, and a run goes on in mid-epoch with the very next sample.
+[k*G, (k+1)*G) of it, in micro-batches of fixed size, and rank r a run of whole ones, as equal as
+can be; so what a step trains on does not depend on the number of ranks or of threads that read, and
+a run goes on in mid-epoch with the very next sample.
 """
 
 from __future__ import annotations
@@ -98,20 +99,36 @@ def steps_per_epoch(num_samples: int, batch_size: int) -> int:
     return num_samples // batch_size
 
 
-def check_batch_size(batch_size: int, num_workers: int) -> None:
-    """Raises ConfigError unless every worker gets the same share of a batch, of at least 2."""
-    if batch_size % num_workers or batch_size // num_workers < 2:
+def check_batch_size(batch_size: int, micro_batch_size: int, num_workers: int) -> None:
+    """Raises ConfigError unless a batch is whole micro-batches, and at least one for each
+    worker."""
+    if batch_size % micro_batch_size:
         raise ConfigError(
-            f"train.batch_size: {batch_size} does not divide into {num_workers} equal parts of at "
-            "least 2 samples; change it or cluster.num_workers"
+            f"train.batch_size: {batch_size} is no multiple of train.micro_batch_size "
+            f"{micro_batch_size}; change one of them"
+        )
+    if batch_size // micro_batch_size < num_workers:
+        raise ConfigError(
+            f"train.batch_size: {batch_size} is {batch_size // micro_batch_size} micro-batches of "
+            f"{micro_batch_size}, too few for {num_workers} workers; raise it, lower "
+            "train.micro_batch_size, or take fewer workers"
         )
 
 
-def train_rows(order: Rows, step: int, *, batch_size: int, world: World) -> Rows:
-    """Rows of this rank at `step` of the epoch, shape (batch_size / world.size,)."""
-    per_rank = batch_size // world.size
-    start = step * batch_size + world.rank * per_rank
-    return order[start : start + per_rank]
+def micro_batches(batch_size: int, micro_batch_size: int, world: World) -> range:
+    """Which of a step's micro-batches are this rank's: consecutive, and one more at most than
+    another rank's."""
+    count = batch_size // micro_batch_size
+    return range(world.rank * count // world.size, (world.rank + 1) * count // world.size)
+
+
+def train_rows(
+    order: Rows, step: int, *, batch_size: int, world: World, micro_batch_size: int = 1
+) -> Rows:
+    """Rows of this rank at `step` of the epoch: those of its micro-batches, one after the other."""
+    mine = micro_batches(batch_size, micro_batch_size, world)
+    start = step * batch_size
+    return order[start + mine.start * micro_batch_size : start + mine.stop * micro_batch_size]
 
 
 def evaluation_rows(block_sizes: Sequence[int], world: World) -> Rows:

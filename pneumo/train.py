@@ -1,8 +1,8 @@
 """fit(): plain torch and torch.distributed. Read it from top to bottom and know what a run does.
 
 The same function runs alone, under torchrun and under Ray Train; who calls it says which rank this
-is and hears of every epoch. Batch normalisation takes its statistics from each rank's own part of
-the batch; the running statistics that evaluation and checkpoints use are rank 0's.
+is and hears of every epoch. Batches, gradients and BatchNorm's statistics do not depend on the
+number of ranks (`learner.py`): losses and weights agree up to the rounding of sums.
 """
 
 from __future__ import annotations
@@ -12,36 +12,46 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torchmetrics import MeanMetric
+from torch import nn
 
 from pneumo import loader, metrics, partition, storage
 from pneumo.checkpoint import (
     Checkpoint,
+    CheckpointWriter,
+    copy_to_cpu,
     describe_code,
     find_index,
-    load_checkpoint,
+    load_newest,
     save_checkpoint,
 )
 from pneumo.config import Config, TrainConfig
-from pneumo.errors import DataError, DivergedError, RunError
-from pneumo.loader import Batch, Loader
+from pneumo.errors import CheckpointError, DataError, DivergedError, PreemptedError, RunError
+from pneumo.learner import Learner
+from pneumo.loader import Loader
 from pneumo.model import Initialisation, build_model, initialise
+from pneumo.optimise import learning_rate
+from pneumo.outcomes import Divergence, Outcomes
 from pneumo.partition import World
 from pneumo.predict import score
 from pneumo.shards import Manifest, read_manifest
+from pneumo.timing import StepTimes
 
 METRICS_LOG = "metrics.jsonl"
+DIVERGED = "diverged.json"
 TRAINING_SECTIONS = ("seed", "data", "augment", "model", "train")
-"""The settings that a resumed run must share with its checkpoint, but for `data.*` that only say
-how the same batches come about."""
+"""The settings that a resumed run must share with its checkpoint, but for those that only say how
+the same weights come about."""
+_NO_MATTER = {"compile", "keep_checkpoints", "checkpoint_every_steps"}
+_REPORTS_PER_EPOCH = 25
+_SLOW_DATA = 0.05
+"""Share of the time spent waiting for data from which on it is said."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +61,22 @@ class Epoch:
     number: int
     """Counted from 1."""
     metrics: dict[str, float | None]
-    """train/loss, val/loss, val/auroc, val/accuracy, val/precision, val/recall (at p = 0.5; None
-    where undefined), lr, images_per_s, epoch_s."""
+    """train/loss; val/loss, val/auroc, val/accuracy, val/precision, val/recall (at p = 0.5; None
+    where undefined) and the same as val/ema_… of the averaged weights; lr, epoch_s, and what
+    `StepTimes.read` gives."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How training goes within an epoch."""
+
+    epoch: int
+    """Counted from 1."""
+    step: int
+    """Steps done of it."""
+    steps: int
+    metrics: dict[str, float | None]
+    """Since the last one: train/loss, lr, grad_norm and what `StepTimes.read` gives."""
 
 
 @dataclass(frozen=True)
@@ -63,17 +87,31 @@ class Hooks:
     on_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None
     on_epoch: Callable[[Epoch], None] = lambda epoch: None
     on_note: Callable[[str], None] = lambda line: None
-    """A line worth knowing: how each split is fed."""
+    """A line worth knowing: how each split is fed, what went wrong and was mended."""
+    on_pace: Callable[[Pace], None] = lambda pace: None
+    """About 25 times an epoch."""
+    should_stop: Callable[[], bool] = lambda: False
+    """Asked each step. One rank's yes ends the run on all, with a checkpoint and
+    PreemptedError."""
 
 
 @dataclass(eq=False)
-class _State:
-    """What changes while training."""
+class _Run:
+    """What changes while training, and where it is kept."""
 
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
+    config: Config
+    manifest: Manifest
+    image_size: int
+    url: str
+    learner: Learner
     initialisation: Initialisation
+    writer: CheckpointWriter
     history: list[dict[str, float | None]]
+    """Of the epochs that are complete."""
+    step: int = 0
+    """Steps done of the epoch after them."""
+    epoch_loss: float = 0.0
+    """Sum of those steps' losses."""
 
 
 def fit(
@@ -88,9 +126,10 @@ def fit(
     """Train on the store's train split, judge on val, leave checkpoints and metrics.jsonl in the
     run.
 
-    Goes on after the run's newest checkpoint, if there is one. Returns the epochs' metrics. With
-    `world.size` > 1 torch.distributed must be initialised. Raises RunError, StoreError,
-    ConfigError, DataError, DivergedError.
+    Goes on after the run's newest checkpoint that is whole, if there is one. Returns the epochs'
+    metrics. With `world.size` > 1 torch.distributed must be initialised. Raises RunError,
+    StoreError, ConfigError, DataError, CheckpointError, DivergedError, and PreemptedError after
+    `hooks.should_stop`.
     """
     manifest = read_manifest(store_url)
     image_size = check_run(config, manifest, run_url, num_workers=world.size)
@@ -109,35 +148,34 @@ def fit(
         )
         for split in ("train", "val")
     )
-    state = _begin(config, run_url, world, device)
-    hooks.on_start(state.initialisation, len(state.history))
-    network = _distribute(state.model, world, device)
-    loss_weight = torch.tensor(resolve_pos_weight(config.train, manifest), device=device)
-    for epoch in range(len(state.history), config.train.epochs):
-        started = time.perf_counter()
-        train_loss = _train_epoch(
-            network, state.optimizer, train_data, config, epoch, loss_weight, hooks
-        )
-        seconds = time.perf_counter() - started
-        _share_buffers(state.model, world)
-        steps = partition.steps_per_epoch(len(train_data), config.train.batch_size)
-        record = Epoch(
-            epoch + 1,
-            {
-                "epoch": epoch + 1,
-                "train/loss": train_loss,
-                **_validate(state.model, val_data, config, world, float(loss_weight)),
-                "lr": state.optimizer.param_groups[0]["lr"],
-                "images_per_s": steps * config.train.batch_size / seconds,
-                "epoch_s": time.perf_counter() - started,
-            },
-        )
-        state.history.append(record.metrics)
-        if world.rank == 0:
-            _save(state, config, manifest, image_size, run_url)
-        _barrier(world)
-        hooks.on_epoch(record)
-    return state.history
+    run = _begin(config, manifest, image_size, run_url, world, device, hooks)
+    first_epoch = len(run.history)
+    hooks.on_start(run.initialisation, first_epoch)
+    try:
+        for epoch in range(first_epoch, config.train.epochs):
+            started = time.perf_counter()
+            trained = _train_epoch(run, train_data, epoch, hooks)
+            if epoch > first_epoch:  # in the first a split may be read into memory
+                _warn_of_slow_data(trained["data_wait"], epoch, hooks)
+            validated = _validate(run.learner, val_data, config, world)
+            seconds = {"epoch_s": time.perf_counter() - started}
+            record = Epoch(epoch + 1, {"epoch": epoch + 1, **trained, **validated, **seconds})
+            run.history.append(record.metrics)
+            run.step, run.epoch_loss = 0, 0.0
+            stopped_early = _is_out_of_patience(run.history, config.train)
+            finished = stopped_early or epoch + 1 == config.train.epochs
+            _save(run, finished=finished, stopped_early=stopped_early, wait=finished)
+            _barrier(world)
+            hooks.on_epoch(record)
+            if stopped_early:
+                hooks.on_note(
+                    f"no better val AUROC in {config.train.patience} epochs (train.patience): the "
+                    f"run ends after epoch {epoch + 1}"
+                )
+                break
+    finally:
+        run.writer.close()
+    return run.history
 
 
 def check_run(config: Config, manifest: Manifest, run_url: str, *, num_workers: int) -> int:
@@ -147,7 +185,8 @@ def check_run(config: Config, manifest: Manifest, run_url: str, *, num_workers: 
     for sizes that do not fit.
     """
     image_size = loader.input_size(manifest, config.data.image_size)
-    partition.check_batch_size(config.train.batch_size, num_workers)
+    train = config.train
+    partition.check_batch_size(train.batch_size, train.micro_batch_size, num_workers)
     partition.steps_per_epoch(manifest.splits["train"].samples, config.train.batch_size)
     index = find_index(run_url)
     if index is None or not index.entries:
@@ -156,7 +195,7 @@ def check_run(config: Config, manifest: Manifest, run_url: str, *, num_workers: 
         raise RunError(
             f"{run_url}: holds a finished run of {index.latest.epoch} epochs; give another --run"
         )
-    before = load_checkpoint(run_url, index.latest)
+    before = load_newest(run_url, index)
     if before.manifest_digest != manifest.digest:
         raise RunError(
             f"{run_url}: was begun on another store (manifest {before.manifest_digest[:12]}, not "
@@ -174,7 +213,8 @@ def check_run(config: Config, manifest: Manifest, run_url: str, *, num_workers: 
 
 def _training_settings(config: Config) -> dict[str, Any]:
     settings = config.model_dump(include=set(TRAINING_SECTIONS))
-    return {**settings, "data": config.data.image_size}
+    train = {name: v for name, v in settings["train"].items() if name not in _NO_MATTER}
+    return {**settings, "data": config.data.image_size, "train": train}
 
 
 def resolve_pos_weight(config: TrainConfig, manifest: Manifest) -> float:
@@ -185,59 +225,32 @@ def resolve_pos_weight(config: TrainConfig, manifest: Manifest) -> float:
     return (train.samples - train.positives) / train.positives
 
 
-def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
-    """The rate at a step of the run: warm-up, then constant or half a cosine. No state to
-    resume."""
-    warmup_steps = round(config.warmup_fraction * total_steps)
-    if step < warmup_steps:
-        return config.lr * (step + 1) / warmup_steps
-    if config.schedule == "constant":
-        return config.lr
-    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+def scored_metric(config: TrainConfig) -> str:
+    """The metric that says which epoch is the best: of the averaged weights where there are any."""
+    return "val/auroc" if config.ema_decay is None else "val/ema_auroc"
 
 
-def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """The arithmetic of forward and backward; weights, optimiser and scoring stay float32."""
-    if config.precision == "native" and device.type == "cpu":
-        has = torch.cpu.get_capabilities()
-        return torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_bf16") else torch.float32
-    if config.precision in ("auto", "native"):
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-
-
-def train_step(
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    *,
-    pos_weight: Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
-    """One optimiser step on this rank's part of a batch; the loss, detached, on the device."""
-    with torch.autocast(batch.images.device.type, dtype, enabled=dtype != torch.float32):
-        logits = network(batch.images).squeeze(1)
-    loss = F.binary_cross_entropy_with_logits(logits.float(), batch.targets, pos_weight=pos_weight)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
-    return loss.detach()
-
-
-def _begin(config: Config, run_url: str, world: World, device: torch.device) -> _State:
-    """A fresh state, or that of the run's newest checkpoint."""
+def _begin(
+    config: Config,
+    manifest: Manifest,
+    image_size: int,
+    run_url: str,
+    world: World,
+    device: torch.device,
+    hooks: Hooks,
+) -> _Run:
+    """A fresh run, or one that goes on after its newest whole checkpoint."""
     model = build_model(config.model.backbone)
     index = find_index(run_url)
+    before = None
     if index is not None and index.entries:
-        before = load_checkpoint(run_url, index.latest)
-        model.load_state_dict(before.model)
+        before = load_newest(run_url, index, hooks.on_note)
+        _load_weights(model, before.model, run_url)
+        behind = f" and {before.step} steps" if before.step else ""
         initialisation = Initialisation(
-            before.initialisation, f"going on from epoch {before.epoch} of this run"
+            before.initialisation, f"going on from epoch {before.epoch}{behind} of this run"
         )
-        history = list(before.history)
     else:
-        before = None
         # Only rank 0 fetches weights; DDP hands them to the others when it wraps the model.
         wanted = (
             config.model
@@ -245,57 +258,176 @@ def _begin(config: Config, run_url: str, world: World, device: torch.device) -> 
             else config.model.model_copy(update={"weights": "random"})
         )
         initialisation = initialise(model, wanted, seed=config.seed)
-        history = []
-    model.to(device)
-    model.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(
-        model.parameters(), lr=config.train.lr, weight_decay=config.train.weight_decay
+    if config.train.compile and device.type == "cpu":
+        hooks.on_note("warning: train.compile: on a CPU compiled steps are rarely faster")
+    learner = Learner(
+        model,
+        config.train,
+        pos_weight=resolve_pos_weight(config.train, manifest),
+        seed=config.seed,
+        world=world,
+        device=device,
     )
+    writer = CheckpointWriter(hooks.on_note)
+    run = _Run(config, manifest, image_size, run_url, learner, initialisation, writer, [])
     if before is not None:
-        optimizer.load_state_dict(before.optimizer)
-    return _State(model, optimizer, initialisation, history)
+        learner.optimizer.load_state_dict(before.optimizer)
+        if learner.average is not None and before.ema is not None:
+            _load_weights(learner.average.model, before.ema, run_url)
+        run.history = list(before.history)
+        run.step, run.epoch_loss = before.step, before.epoch_loss
+    return run
 
 
-def _train_epoch(
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    data: Loader,
-    config: Config,
-    epoch: int,
-    pos_weight: Tensor,
-    hooks: Hooks,
-) -> float:
-    """Mean loss of the epoch over all ranks. Raises DivergedError when it is no number."""
-    steps = partition.steps_per_epoch(len(data), config.train.batch_size)
-    dtype = autocast_dtype(config.train, data.device)
-    network.train()
-    # NaN must reach the check below; the default would drop it.
-    mean_loss = MeanMetric(nan_strategy="disable").to(data.device)
+def _load_weights(model: nn.Module, weights: dict[str, torch.Tensor], run_url: str) -> None:
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{run_url}: its newest checkpoint holds the weights of another model"
+        ) from error
+
+
+def _train_epoch(run: _Run, data: Loader, epoch: int, hooks: Hooks) -> dict[str, float | None]:
+    """The rest of an epoch; its mean loss over all ranks and how it went.
+
+    Raises DivergedError and PreemptedError.
+    """
+    config, learner = run.config.train, run.learner
+    steps = partition.steps_per_epoch(len(data), config.batch_size)
+    report_every = max(steps // _REPORTS_PER_EPOCH, 1)
+    times, reported = StepTimes(config.batch_size, data.device), 0
+    outcomes = Outcomes(data.device, loss_sum=run.epoch_loss)
+    learner.network.train()
     batches = data.epoch(
-        epoch, seed=config.seed, batch_size=config.train.batch_size, augment=config.augment
+        epoch,
+        seed=run.config.seed,
+        batch_size=config.batch_size,
+        micro_batch_size=config.micro_batch_size,
+        augment=run.config.augment,
+        start_step=run.step,
     )
-    for step, batch in enumerate(batches):
-        rate = learning_rate(config.train, epoch * steps + step, config.train.epochs * steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        mean_loss.update(train_step(network, optimizer, batch, pos_weight=pos_weight, dtype=dtype))
-        hooks.on_step(epoch + 1, step + 1, steps)
-    loss = float(mean_loss.compute())  # over all ranks
-    if not math.isfinite(loss):
-        raise DivergedError(
-            f"epoch {epoch + 1}: the training loss is {loss}; lower train.lr, now {config.train.lr}"
+    for step, batch in enumerate(times.watch(batches), run.step):
+        done = epoch * steps + step
+        is_reported = (step + 1) % report_every == 0
+        outcome = learner.learn(
+            batch,
+            epoch=epoch,
+            step=step,
+            num_steps=done + 1,
+            lr=learning_rate(config, done, config.epochs * steps),
+            stop=hooks.should_stop(),
+            with_norm=is_reported,
         )
-    return loss
+        outcomes.put(step, batch.keys, outcome)
+        run.step = step + 1
+        is_kept = config.checkpoint_every_steps and run.step % config.checkpoint_every_steps == 0
+        if outcomes.should_stop or is_kept or run.step == steps:
+            outcomes.drain()
+        if outcomes.divergence is not None:
+            _diverge(run, outcomes.divergence, epoch, learner.world)
+        run.epoch_loss = outcomes.loss_sum
+        if outcomes.should_stop:
+            _leave(run, epoch, learner.world)
+        if is_kept and run.step < steps:
+            _save(run)
+        hooks.on_step(epoch + 1, run.step, steps)
+        if is_reported:
+            hooks.on_pace(
+                Pace(epoch + 1, run.step, steps, _pace(learner, times, outcomes, reported))
+            )
+            reported = len(times.steps_s)
+    learner.optimizer.zero_grad(set_to_none=True)
+    return {
+        "train/loss": run.epoch_loss / steps,
+        "lr": learner.optimizer.param_groups[0]["lr"],
+        **times.read(),
+    }
+
+
+def _pace(
+    learner: Learner, times: StepTimes, outcomes: Outcomes, since: int
+) -> dict[str, float | None]:
+    losses, norm = outcomes.losses[since:], learner.gradient_norm
+    return {
+        "train/loss": sum(losses) / len(losses) if losses else None,
+        "lr": learner.optimizer.param_groups[0]["lr"],
+        "grad_norm": None if norm is None else float(norm),
+        **times.read(since),
+    }
+
+
+def _diverge(run: _Run, divergence: Divergence, epoch: int, world: World) -> None:
+    """Leave what the step was made of in the run, and end it."""
+    parts: list[Any] = [divergence.keys]
+    if world.size > 1:
+        parts = [None] * world.size
+        dist.all_gather_object(parts, divergence.keys)
+    url = storage.join(run.url, DIVERGED)
+    lr = run.learner.optimizer.param_groups[0]["lr"]
+    if world.rank == 0:
+        facts = {
+            "epoch": epoch + 1,
+            "step": divergence.step + 1,
+            "loss": str(divergence.loss),
+            "lr": lr,
+            "keys": [key for part in parts for key in part],
+        }
+        storage.write_text(url, json.dumps(facts, indent=1) + "\n")
+    raise DivergedError(
+        f"epoch {epoch + 1}, step {divergence.step + 1}: the training loss is {divergence.loss}; "
+        f"lower train.lr, now {run.config.train.lr:g}, or set train.clip_norm; the keys of the "
+        f"batch are in {url}"
+    )
+
+
+def _leave(run: _Run, epoch: int, world: World) -> None:
+    """Write a checkpoint of this very step, and end the run as was asked."""
+    _save(run, wait=True)
+    _barrier(world)
+    raise PreemptedError(
+        f"asked to stop: left in epoch {epoch + 1} after step {run.step}, with a checkpoint; start "
+        f"again with --run {run.url} to go on"
+    )
+
+
+def _warn_of_slow_data(data_wait: float | None, epoch: int, hooks: Hooks) -> None:
+    if data_wait is not None and data_wait > _SLOW_DATA:
+        hooks.on_note(
+            f"warning: {data_wait:.0%} of epoch {epoch + 1} was spent waiting for data; keep it in "
+            "memory (data.cache), or raise data.readers and cluster.cpus_per_worker, or set "
+            "data.cache_dir"
+        )
+
+
+def _is_out_of_patience(history: list[dict[str, float | None]], config: TrainConfig) -> bool:
+    if config.patience is None:
+        return False
+    scores = [record[scored_metric(config)] for record in history]
+    values = [-1.0 if score is None else score for score in scores]
+    return len(values) - 1 - values.index(max(values)) >= config.patience
 
 
 def _validate(
+    learner: Learner, data: Loader, config: Config, world: World
+) -> dict[str, float | None]:
+    """Metrics of the whole val split by the weights, and by their average where there is one."""
+    pos_weight = float(learner.pos_weight)
+    found = _judge(learner.model, data, config, world, pos_weight, "val/")
+    if learner.average is not None:
+        found |= _judge(learner.average.model, data, config, world, pos_weight, "val/ema_")
+    return found
+
+
+def _judge(
     model: nn.Module,
     data: Loader,
     config: Config,
     world: World,
     pos_weight: float,
+    prefix: str,
 ) -> dict[str, float | None]:
-    """Metrics of the whole val split, the same on every rank, each sample counted once."""
+    """Metrics of the whole split, the same on every rank, each sample counted once."""
     batch_size = max(config.train.batch_size // world.size, 1)
     scores: Any = score(model, data.evaluation(batch_size=batch_size))
     parts = [scores]
@@ -316,44 +448,51 @@ def _validate(
         pos_weight=torch.tensor(pos_weight, dtype=torch.float64),
     )
     values = {"loss": float(loss), **metrics.binary_metrics_from_logits(target, logits)}
-    return {f"val/{name}": v if math.isfinite(v) else None for name, v in values.items()}
+    return {f"{prefix}{name}": v if math.isfinite(v) else None for name, v in values.items()}
 
 
-def _save(state: _State, config: Config, manifest: Manifest, image_size: int, run_url: str) -> None:
-    lines = (json.dumps(record, allow_nan=False) for record in state.history)
-    storage.write_text(storage.join(run_url, METRICS_LOG), "\n".join(lines) + "\n")
+def _save(
+    run: _Run, *, finished: bool = False, stopped_early: bool = False, wait: bool = False
+) -> None:
+    """Begin to write a checkpoint of where the run is; `wait` returns when it is written, or
+    raises."""
+    if run.learner.world.rank != 0:
+        return
+    average = run.learner.average
     checkpoint = Checkpoint(
-        model=state.model.state_dict(),
-        optimizer=state.optimizer.state_dict(),
-        epoch=len(state.history),
-        config=config,
-        manifest_digest=manifest.digest,
-        image_size=image_size,
-        mean=manifest.mean,
-        std=manifest.std,
-        history=tuple(state.history),
-        initialisation=state.initialisation.source,
+        model=copy_to_cpu(run.learner.model.state_dict()),
+        optimizer=copy_to_cpu(run.learner.optimizer.state_dict()),
+        epoch=len(run.history),
+        config=run.config,
+        manifest_digest=run.manifest.digest,
+        image_size=run.image_size,
+        mean=run.manifest.mean,
+        std=run.manifest.std,
+        history=tuple(run.history),
+        initialisation=run.initialisation.source,
         code_version=describe_code(),
+        ema=None if average is None else copy_to_cpu(average.model.state_dict()),
+        step=run.step,
+        epoch_loss=run.epoch_loss,
     )
-    save_checkpoint(
-        run_url,
+    write = partial(
+        _write,
+        run.url,
         checkpoint,
-        keep_last=config.train.keep_checkpoints,
-        finished=len(state.history) == config.train.epochs,
+        keep_last=run.config.train.keep_checkpoints,
+        finished=finished,
+        stopped_early=stopped_early,
     )
+    run.writer.submit(write)
+    if wait:
+        run.writer.flush()
 
 
-def _distribute(model: nn.Module, world: World, device: torch.device) -> nn.Module:
-    if world.size == 1:
-        return model
-    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-
-
-def _share_buffers(model: nn.Module, world: World) -> None:
-    """Rank 0's running statistics to all, so that every rank judges the model that is saved."""
-    if world.size > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, src=0)
+def _write(run_url: str, checkpoint: Checkpoint, **marks: Any) -> None:
+    """The epochs' metrics, the checkpoint, the index."""
+    lines = (json.dumps(record, allow_nan=False) for record in checkpoint.history)
+    storage.write_text(storage.join(run_url, METRICS_LOG), "".join(f"{line}\n" for line in lines))
+    save_checkpoint(run_url, checkpoint, **marks)
 
 
 def _barrier(world: World) -> None:

@@ -19,6 +19,7 @@ NUM_STUDIES = 90
 SMALL = [
     *("--model.weights", "random"),
     *("--train.batch-size", "16"),
+    *("--train.micro-batch-size", "8"),
     *("--train.lr", "1e-3"),
     *("--tracking.mode", "disabled"),
 ]

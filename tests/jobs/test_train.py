@@ -41,10 +41,14 @@ def test_a_finished_run_is_left_alone(
     ("flags", "message"),
     [
         (["--data.image-size", "128"], "data.image_size: 128 is above the store's 64"),
-        (["--train.batch-size", "900"], "train.batch_size: 900 is more than the"),
+        (["--train.batch-size", "960"], "train.batch_size: 960 is more than the"),
         (
-            ["--train.batch-size", "15", "--cluster.num-workers", "2"],
-            "train.batch_size: 15 does not divide into 2",
+            ["--train.batch-size", "24"],
+            "train.batch_size: 24 is no multiple of train.micro_batch_size 16",
+        ),
+        (
+            ["--train.batch-size", "16", "--cluster.num-workers", "2"],
+            "train.batch_size: 16 is 1 micro-batches of 16, too few for 2 workers",
         ),
         (["--train.lr", "-1"], "train.lr: got '-1'"),
         (["--train.lrr", "1"], "unknown setting --train.lrr"),

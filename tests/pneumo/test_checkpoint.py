@@ -22,9 +22,12 @@ from pneumo.checkpoint import (
     Checkpoint,
     CheckpointEntry,
     CheckpointIndex,
+    CheckpointWriter,
+    copy_to_cpu,
     describe_code,
     find_index,
     load_checkpoint,
+    load_newest,
     read_index,
     save_checkpoint,
 )
@@ -219,6 +222,117 @@ def test_the_best_of_undefined_scores_is_the_newest() -> None:
     assert CheckpointIndex(entries=entries).best.epoch == 3
 
 
+# --- within an epoch, of averages, while training goes on -----------------------------------------
+
+
+def test_a_place_within_an_epoch_comes_after_the_epoch_and_is_never_the_best(
+    tmp_path: Path,
+) -> None:
+    run_url = str(tmp_path)
+    save(run_url, 0.6)
+    for step in (5, 10):
+        inside = make_checkpoint(1, 0.9, step=step, epoch_loss=2.5)
+        save_checkpoint(run_url, inside, keep_last=2, finished=False)
+    index = read_index(run_url)
+    assert [(e.epoch, e.step) for e in index.entries] == [(1, 0), (1, 5), (1, 10)]
+    assert index.latest.name == "epoch-0001-step-000010.pt"
+    assert index.best.step == 0
+    loaded = load_checkpoint(run_url, index.latest)
+    assert (loaded.step, loaded.epoch_loss) == (10, 2.5)
+    save_checkpoint(run_url, make_checkpoint(2, 0.5), keep_last=1, finished=False)
+    assert [(e.epoch, e.step) for e in read_index(run_url).entries] == [(1, 0), (2, 0)]
+
+
+def test_the_average_is_what_is_scored_where_there_is_one(tmp_path: Path) -> None:
+    run_url = str(tmp_path)
+    for epoch, (raw, averaged) in enumerate([(0.9, 0.6), (0.5, 0.8)], 1):
+        checkpoint = make_checkpoint(
+            epoch,
+            history=({"val/auroc": raw, "val/ema_auroc": averaged},),
+            ema={"weight": torch.zeros(2, 2)},
+        )
+        save_checkpoint(run_url, checkpoint, keep_last=2, finished=True)
+    best = read_index(run_url).best
+    assert (best.epoch, best.val_auroc, best.weights) == (2, 0.8, "ema")
+    loaded = load_checkpoint(run_url, best)
+    assert loaded.weights == "ema"
+    assert torch.equal(loaded.scored_model["weight"], torch.zeros(2, 2))
+    plain = make_checkpoint()
+    assert plain.weights == "raw"
+    assert plain.scored_model is plain.model
+
+
+def test_an_early_end_is_said_in_the_index(tmp_path: Path) -> None:
+    save_checkpoint(
+        str(tmp_path), make_checkpoint(1), keep_last=1, finished=True, stopped_early=True
+    )
+    assert read_index(str(tmp_path)).stopped_early
+
+
+def test_the_one_before_a_damaged_checkpoint_is_taken_and_it_is_said(tmp_path: Path) -> None:
+    run_url, told = str(tmp_path), []
+    save(run_url, 0.6, 0.5, 0.4, keep_last=3)
+    folder = tmp_path / "checkpoints"
+    (folder / "epoch-0003.pt").write_bytes((folder / "epoch-0003.pt").read_bytes()[:99])
+    (folder / "epoch-0002.pt").unlink()
+    assert load_newest(run_url, read_index(run_url), told.append).epoch == 1
+    assert "epoch-0003.pt: not what the index vouches for" in told[0]
+    assert "epoch-0002.pt: the index names it, but it is gone; taking the one before" in told[1]
+    (folder / "epoch-0001.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"epoch-0001\.pt: not what the index vouches for"):
+        load_newest(run_url, read_index(run_url))
+
+
+def test_writing_does_not_hold_up_training_and_goes_one_at_a_time() -> None:
+    written: list[int] = []
+    go = threading.Event()
+    writer = CheckpointWriter(lambda line: None)
+    writer.submit(lambda: written.append(int(go.wait(20))))
+    assert written == []
+    second = threading.Thread(target=writer.submit, args=(lambda: written.append(2),))
+    second.start()
+    second.join(0.2)
+    assert second.is_alive(), "a second one waits for the first"
+    go.set()
+    second.join()
+    writer.flush()
+    assert written == [1, 2]
+    writer.close()
+
+
+def test_a_failed_write_is_told_and_the_last_one_is_an_error(tmp_path: Path) -> None:
+    told: list[str] = []
+    writer = CheckpointWriter(told.append)
+
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    writer.submit(full)
+    writer.submit(lambda: save(str(tmp_path), 0.6))
+    assert told == [
+        "warning: a checkpoint could not be written, training goes on: [Errno 28] No space left on "
+        "device"
+    ]
+    writer.flush()
+    assert read_index(str(tmp_path)).latest.epoch == 1
+    writer.submit(full)
+    with pytest.raises(OSError, match="No space left"):
+        writer.flush()
+    writer.submit(full)
+    writer.close()
+    assert "the last checkpoint could not be written" in told[-1]
+
+
+def test_a_snapshot_does_not_change_with_the_model() -> None:
+    model = nn.Linear(2, 2)
+    state = {"groups": [{"lr": 0.1}], "weights": model.state_dict()}
+    snapshot = copy_to_cpu(state)
+    before = snapshot["weights"]["weight"].clone()
+    nn.init.zeros_(model.weight)
+    assert torch.equal(snapshot["weights"]["weight"], before)
+    assert snapshot["groups"] == [{"lr": 0.1}]
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 
@@ -291,14 +405,14 @@ def test_a_file_that_is_something_else_is_refused(tmp_path: Path, content: bytes
         load_checkpoint(str(tmp_path), replace_file(str(tmp_path), content))
 
 
-@pytest.mark.parametrize("version", [0, 2, None, "1"])
+@pytest.mark.parametrize("version", [0, 1, 3, None, "2"])
 def test_a_file_of_another_schema_is_refused(tmp_path: Path, version: object) -> None:
     run_url = str(tmp_path)
     save(run_url, 0.6)
     entry = replace_file(run_url, plain_content(run_url) | {"schema_version": version})
-    with pytest.raises(CheckpointError, match=r"epoch-0001\.pt: of another schema than 1"):
+    with pytest.raises(CheckpointError, match=r"epoch-0001\.pt: of another schema than 2"):
         load_checkpoint(run_url, entry)
-    with pytest.raises(CheckpointError, match=r"of another schema than 1"):
+    with pytest.raises(CheckpointError, match=r"of another schema than 2"):
         load_checkpoint(run_url, replace_file(run_url, [1, 2]))
 
 

@@ -8,6 +8,7 @@ import threading
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -16,9 +17,25 @@ from torch import nn
 
 from pneumo.config import ModelConfig
 from pneumo.errors import ConfigError, UserError
-from pneumo.model import Initialisation, build_model, gradcam_layer, initialise, load_backbone
+from pneumo.model import (
+    Initialisation,
+    build_model,
+    gradcam_layer,
+    has_averaged_features,
+    initialise,
+    linear_head,
+    load_backbone,
+)
 
-BACKBONES = ("resnet18", "resnet34", "resnet50")
+BACKBONES: tuple[str, ...] = get_args(ModelConfig.model_fields["backbone"].annotation)
+FIRST_CONV = {"densenet121": "features.conv0"} | dict.fromkeys(
+    ("convnext_tiny", "efficientnet_v2_s"), "features.0.0"
+)
+HEAD = {
+    "densenet121": "classifier",
+    "convnext_tiny": "classifier.2",
+    "efficientnet_v2_s": "classifier.1",
+}
 
 
 @pytest.fixture(scope="module")
@@ -88,28 +105,33 @@ def fill(model: nn.Module, weights: str, seed: int = 0) -> Initialisation:
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_one_channel_in_and_one_logit_out(backbone: str) -> None:
     model = build_model(backbone).eval()
-    first = model.get_submodule("conv1")
+    name = FIRST_CONV.get(backbone, "conv1")
+    reference = getattr(torchvision.models, backbone)(weights=None)
+    first, theirs_first = model.get_submodule(name), reference.get_submodule(name)
     assert isinstance(first, nn.Conv2d)
-    assert (first.in_channels, first.stride, first.padding) == (1, (2, 2), (3, 3))
+    assert first.in_channels == 1
+    for attribute in ("out_channels", "kernel_size", "stride", "padding"):
+        assert getattr(first, attribute) == getattr(theirs_first, attribute)
     for size in (32, 80):
         assert model(torch.rand(2, 1, size, size)).shape == (2, 1)
-    reference = getattr(torchvision.models, backbone)(weights=None)
     ours = {name: value.shape for name, value in model.state_dict().items()}
     theirs = {name: value.shape for name, value in reference.state_dict().items()}
     assert ours.keys() == theirs.keys()
     different = {name for name in ours if ours[name] != theirs[name]}
-    assert different == {"conv1.weight", "fc.weight", "fc.bias"}
+    head = HEAD.get(backbone, "fc")
+    assert different == {f"{name}.weight", f"{head}.weight", f"{head}.bias"}
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_the_gradcam_layer_gives_what_the_classifier_averages(backbone: str) -> None:
+def test_the_gradcam_layer_gives_the_last_maps(backbone: str) -> None:
     model = build_model(backbone).eval()
     maps: list[torch.Tensor] = []
-    handle = gradcam_layer(model).register_forward_hook(lambda m, i, o: maps.append(o))
-    logit = model(torch.rand(1, 1, 64, 64))
+    handle = gradcam_layer(model).register_forward_hook(lambda m, i, o: maps.append(o.clone()))
+    logit = model(torch.rand(1, 1, 96, 96))
     handle.remove()
-    head = model.get_submodule("fc")
-    torch.testing.assert_close(head(maps[0].mean(dim=(2, 3))), logit)
+    assert maps[0].shape == (1, linear_head(model).in_features, 3, 3)
+    averaged = linear_head(model)(maps[0].mean(dim=(2, 3)))
+    assert torch.allclose(averaged, logit, atol=1e-5) == has_averaged_features(model)
 
 
 # --- random ---------------------------------------------------------------------------------------
@@ -239,7 +261,7 @@ class _Malice:
 
 @pytest.mark.parametrize(
     "content",
-    [_Malice(), [1, 2], torch.zeros(3), {"model": {"conv1.weight": torch.zeros(1)}}, {"a": 3}],
+    [_Malice(), [1, 2], torch.zeros(3), {"model": {"lr": 0.1}}, {"a": 3}],
     ids=["code", "list", "tensor", "nested", "number"],
 )
 def test_a_file_that_is_no_state_dict_is_refused(tmp_path: Path, content: object) -> None:
@@ -255,6 +277,48 @@ def test_a_file_that_is_something_else_is_refused(tmp_path: Path) -> None:
         path.write_bytes(data)
         with pytest.raises(ConfigError, match=r"weights\.pt is no PyTorch state dict"):
             fill(build_model("resnet18"), str(path))
+
+
+# --- what others trained --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_torchvisions_weights_of_each_backbone_fit(backbone: str, tmp_path: Path) -> None:
+    theirs = getattr(torchvision.models, backbone)(weights=None).state_dict()
+    torch.save(theirs, tmp_path / "weights.pt")
+    model = build_model(backbone)
+    config = ModelConfig.model_validate(
+        {"backbone": backbone, "weights": str(tmp_path / "weights.pt")}
+    )
+    assert initialise(model, config, seed=1).source == "file"
+    ours = model.state_dict()
+    first = f"{FIRST_CONV.get(backbone, 'conv1')}.weight"
+    assert torch.equal(ours[first], theirs[first].sum(1, keepdim=True))
+    head = HEAD.get(backbone, "fc")
+    rest = [k for k in ours if k != first and not k.startswith(f"{head}.")]
+    assert all(torch.equal(ours[k], theirs[k]) for k in rest)
+
+
+@pytest.mark.parametrize("nest", [(), ("state_dict",), ("teacher",), ("model", "state_dict")])
+@pytest.mark.parametrize(
+    "prefix",
+    ["module.", "backbone.", "encoder.", "model.", "module.encoder_q.", "module.backbone."],
+)
+def test_an_encoder_is_found_behind_its_prefix(
+    imagenet_like: dict[str, torch.Tensor], tmp_path: Path, nest: tuple[str, ...], prefix: str
+) -> None:
+    body = {f"{prefix}{k}": v for k, v in imagenet_like.items() if not k.startswith("fc.")}
+    momentum = {f"module.encoder_k.{k}": torch.zeros_like(v) for k, v in imagenet_like.items()}
+    projection = {f"{prefix}fc.0.weight": torch.ones(128, 512), "queue": torch.ones(128, 8)}
+    copy = momentum if prefix == "module.encoder_q." else {}
+    content: object = {**copy, **body, **projection}
+    for name in reversed(nest):
+        content = {"epoch": 3, name: content}
+    torch.save(content, tmp_path / "encoder.pt")
+    model = build_model("resnet18")
+    fill(model, str(tmp_path / "encoder.pt"))
+    for key in ("layer4.1.conv2.weight", "bn1.running_mean"):
+        assert torch.equal(model.state_dict()[key], imagenet_like[key])
 
 
 # --- ImageNet -------------------------------------------------------------------------------------

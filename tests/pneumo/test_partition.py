@@ -162,7 +162,7 @@ def test_training_covers_each_sample_at_most_once_in_equal_parts(
 ) -> None:
     batch_size = size * per_rank
     num_samples = batch_size + more
-    check_batch_size(batch_size, size)
+    check_batch_size(batch_size, per_rank, size)
     sizes = shard_blocks(num_samples, 1024, block)
     order = epoch_order(sizes, batch_size=batch_size, seed=seed, epoch=epoch)
     seen: list[int] = []
@@ -183,10 +183,17 @@ def test_what_a_step_trains_on_does_not_depend_on_the_world(
     step = data.draw(st.integers(0, steps_per_epoch(num_samples, batch_size) - 1))
     alone = train_rows(order, step, batch_size=batch_size, world=World())
     np.testing.assert_array_equal(alone, order[step * batch_size :][:batch_size])
-    for size in range(1, batch_size // 2 + 1):
-        if batch_size % size == 0:
-            parts = [train_rows(order, step, batch_size=batch_size, world=w) for w in worlds(size)]
-            np.testing.assert_array_equal(np.concatenate(parts), alone)
+    micro = data.draw(st.sampled_from([2, 3, 4, 6, 12]).filter(lambda m: batch_size % m == 0))
+    for size in range(1, batch_size // micro + 1):
+        check_batch_size(batch_size, micro, size)
+        parts = [
+            train_rows(order, step, batch_size=batch_size, micro_batch_size=micro, world=w)
+            for w in worlds(size)
+        ]
+        np.testing.assert_array_equal(np.concatenate(parts), alone)
+        assert min(map(len, parts)) >= micro
+        assert max(map(len, parts)) - min(map(len, parts)) in (0, micro)
+        assert not any(len(part) % micro for part in parts)
 
 
 @given(st.integers(101, 127), seeds)
@@ -214,14 +221,25 @@ def test_less_than_one_batch_is_refused(num_samples: int, batch_size: int) -> No
         steps_per_epoch(num_samples, batch_size)
 
 
-@given(st.integers(2, 300), ranks)
-def test_a_batch_that_does_not_divide_is_refused(batch_size: int, num_workers: int) -> None:
-    if batch_size % num_workers == 0 and batch_size >= 2 * num_workers:
-        check_batch_size(batch_size, num_workers)
+@given(st.integers(2, 300), st.integers(2, 70), ranks)
+def test_a_batch_that_does_not_divide_is_refused(
+    batch_size: int, micro_batch_size: int, num_workers: int
+) -> None:
+    if batch_size % micro_batch_size:
+        message = (
+            rf"^train\.batch_size: {batch_size} is no multiple of train\.micro_batch_size "
+            rf"{micro_batch_size}; change one"
+        )
+    elif batch_size // micro_batch_size < num_workers:
+        message = (
+            rf"^train\.batch_size: {batch_size} is \d+ micro-batches of {micro_batch_size}, too "
+            rf"few for {num_workers} workers; raise it"
+        )
+    else:
+        check_batch_size(batch_size, micro_batch_size, num_workers)
         return
-    message = rf"^train\.batch_size: {batch_size} does not divide into {num_workers} equal parts"
-    with pytest.raises(ConfigError, match=rf"{message}.*change it or cluster\.num_workers"):
-        check_batch_size(batch_size, num_workers)
+    with pytest.raises(ConfigError, match=message):
+        check_batch_size(batch_size, micro_batch_size, num_workers)
 
 
 # --- evaluation -----------------------------------------------------------------------------------

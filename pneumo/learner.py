@@ -1,0 +1,162 @@
+"""One step of training: micro-batches, gradients, running statistics, weights, their average.
+
+A step's batch is cut into micro-batches of fixed size, and each rank takes some whole ones. The
+gradient is that of the mean loss over all of them, and each is normalised by its own statistics, so
+a step computes the same on any number of ranks, up to the rounding of sums.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.ops import StochasticDepth
+
+from pneumo.averaging import WeightAverage
+from pneumo.config import TrainConfig
+from pneumo.loader import Batch
+from pneumo.normalisation import RunningStatistics
+from pneumo.optimise import autocast_dtype, bce_loss, build_optimizer, gradient_norm
+from pneumo.partition import World, micro_batches
+
+
+class Learner:
+    """A model with what trains it. All ranks must call `learn` alike.
+
+    `model` is trained in place, on `device`, in channels_last. Rank 0's weights go to all.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        *,
+        pos_weight: float,
+        seed: int,
+        world: World,
+        device: torch.device,
+    ) -> None:
+        model.to(device)
+        model.to(memory_format=torch.channels_last)
+        self.model, self.config, self.world, self.device = model, config, world, device
+        self.seed, self.pos_weight = seed, torch.tensor(pos_weight, device=device)
+        self.dtype = autocast_dtype(config, device)
+        self.optimizer = build_optimizer(model.parameters(), config)
+        if config.compile:
+            model.compile()
+        self.network = _distribute(model, world)
+        self.average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
+        self.statistics = RunningStatistics(model)
+        self.mine = micro_batches(config.batch_size, config.micro_batch_size, world)
+        self.micro_batches_per_step = config.batch_size // config.micro_batch_size
+        self.draws = any(
+            isinstance(module, _DropoutNd | StochasticDepth) and module.p > 0
+            for module in model.modules()
+        )
+        """Whether layers of the network draw random numbers."""
+        self.gradient_norm: Tensor | None = None
+        """Of the last step, before clipping; None where it was not computed."""
+
+    def learn(
+        self,
+        batch: Batch,
+        *,
+        epoch: int,
+        step: int,
+        num_steps: int,
+        lr: float,
+        stop: bool = False,
+        with_norm: bool = False,
+    ) -> Tensor:
+        """One step on this rank's part of a batch; (2,) on the device: the mean loss over all
+        ranks, and how many of them want to stop.
+
+        `step` counts in the epoch from 0, `num_steps` in the run from 1.
+        """
+        losses = self._accumulate(batch, epoch, step)
+        totals = torch.cat(
+            [
+                self.statistics.sums,
+                losses.reshape(1),
+                torch.full((1,), float(stop), device=self.device),
+            ]
+        )
+        if self.world.size > 1:
+            dist.all_reduce(totals)
+        totals[:-1] /= self.micro_batches_per_step
+        self.gradient_norm = None
+        if self.config.clip_norm is not None:
+            self.gradient_norm = torch.nn.utils.clip_grad_norm_(
+                self.model.parameters(), self.config.clip_norm
+            )
+        elif with_norm:
+            self.gradient_norm = gradient_norm(self.model)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.statistics.update(totals[:-2])
+        if self.average is not None:
+            self.average.update(num_steps)
+        return totals[-2:]
+
+    def _accumulate(self, batch: Batch, epoch: int, step: int) -> Tensor:
+        """Gradients of the step's mean loss, averaged by DDP over the ranks; the sum of this rank's
+        losses."""
+        self.optimizer.zero_grad(set_to_none=True)
+        size = self.config.micro_batch_size
+        total = torch.zeros((), device=self.device)
+        for number, images, targets in zip(
+            self.mine,
+            torch.split(batch.images, size),
+            torch.split(batch.targets, size),
+            strict=True,
+        ):
+            if self.draws:
+                torch.manual_seed(_draw_seed(self.seed, epoch, step, number))
+            is_last = number == self.mine[-1]
+            # Ranks meet once a step, in the backward pass of the last micro-batch.
+            with nullcontext() if is_last else self._alone():
+                with torch.autocast(
+                    self.device.type, self.dtype, enabled=self.dtype != torch.float32
+                ):
+                    logits = self.network(images).squeeze(1)
+                loss = bce_loss(
+                    logits,
+                    targets,
+                    pos_weight=self.pos_weight,
+                    label_smoothing=self.config.label_smoothing,
+                )
+                # DDP divides the sum over ranks by their number.
+                share = self.world.size / self.micro_batches_per_step
+                (loss * share).backward()  # type: ignore[no-untyped-call]
+            self.statistics.add()
+            total += loss.detach()
+        return total
+
+    def _alone(self) -> AbstractContextManager[None]:
+        network = self.network
+        if isinstance(network, DistributedDataParallel):
+            return network.no_sync()
+        return nullcontext()
+
+
+def _distribute(model: nn.Module, world: World) -> nn.Module:
+    if world.size == 1:
+        return model
+    device = next(model.parameters()).device
+    return DistributedDataParallel(
+        model,
+        device_ids=[device] if device.type == "cuda" else None,
+        broadcast_buffers=False,  # running statistics are agreed on once a step
+    )
+
+
+def _draw_seed(seed: int, epoch: int, step: int, micro_batch: int) -> int:
+    """What the random layers of a micro-batch draw from."""
+    name = f"pneumo/layers/{seed}/{epoch}/{step}/{micro_batch}"
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "little")

@@ -1,0 +1,64 @@
+"""Loss, optimiser and learning rate: what turns logits into a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pneumo.config import TrainConfig
+
+
+def bce_loss(
+    logits: Tensor, targets: Tensor, *, pos_weight: Tensor, label_smoothing: float = 0.0
+) -> Tensor:
+    """Mean binary cross-entropy of logits (B,) and targets (B,) of 0 and 1; positives count
+    `pos_weight` times. Smoothing moves each target by half its share towards the other class."""
+    if label_smoothing:
+        targets = targets * (1 - label_smoothing) + label_smoothing / 2
+    return F.binary_cross_entropy_with_logits(logits.float(), targets, pos_weight=pos_weight)
+
+
+def build_optimizer(
+    parameters: Iterable[nn.Parameter], config: TrainConfig
+) -> torch.optim.Optimizer:
+    """The one that `train.optimizer` names, all weights updated by one fused kernel."""
+    decay = config.weight_decay
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters, lr=config.lr, momentum=config.momentum, weight_decay=decay, fused=True
+        )
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    return kind(parameters, lr=config.lr, weight_decay=decay, fused=True)
+
+
+def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
+    """The rate at a step of the run: warm-up, then constant or half a cosine. No state to
+    resume."""
+    warmup_steps = round(config.warmup_fraction * total_steps)
+    if step < warmup_steps:
+        return config.lr * (step + 1) / warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """The arithmetic of forward and backward; weights, optimiser and scoring stay float32."""
+    if config.precision == "native" and device.type == "cpu":
+        has = torch.cpu.get_capabilities()
+        return torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_bf16") else torch.float32
+    if config.precision in ("auto", "native"):
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+
+
+def gradient_norm(model: nn.Module) -> Tensor:
+    """Length of the gradient over all weights, on the device."""
+    return torch.nn.utils.get_total_norm(
+        [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    )

@@ -1,0 +1,63 @@
+"""Where the time of training goes: steps, waiting for data, and what the GPU does meanwhile."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+T = TypeVar("T")
+
+
+class StepTimes:
+    """Times of the steps since the last `read`, as the host sees them.
+
+    On a GPU the host runs one step ahead at most, so its steps take as long as the device's.
+    """
+
+    def __init__(self, batch_size: int, device: torch.device) -> None:
+        self.batch_size, self.device = batch_size, device
+        self.steps_s: list[float] = []
+        self.waits_s: list[float] = []
+        self._begun_s = time.perf_counter()
+
+    def watch(self, batches: Iterator[T]) -> Iterator[T]:
+        """The same batches; how long each was waited for, and took until the next, is kept."""
+        while True:
+            self._begun_s = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            self.waits_s.append(time.perf_counter() - self._begun_s)
+            yield batch
+            self.steps_s.append(time.perf_counter() - self._begun_s)
+
+    def read(self, start: int = 0) -> dict[str, float | None]:
+        """images_per_s, data_wait (share of the time), step_p50_s and step_p95_s of the steps from
+        number `start` on, and the GPU's memory and utilisation; None where unknown."""
+        steps, waits = self.steps_s[start:], self.waits_s[start : len(self.steps_s)]
+        seconds = sum(steps)
+        return {
+            "images_per_s": self.batch_size * len(steps) / seconds if steps else None,
+            "data_wait": sum(waits) / seconds if steps else None,
+            "step_p50_s": float(np.percentile(steps, 50)) if steps else None,
+            "step_p95_s": float(np.percentile(steps, 95)) if steps else None,
+            **_read_gpu(self.device),
+        }
+
+
+def _read_gpu(device: torch.device) -> dict[str, float | None]:
+    """Peak memory in GB, and percent of the time at work of late."""
+    if device.type != "cuda":
+        return {}
+    try:
+        utilisation: float | None = torch.cuda.utilization(device)
+    except (ModuleNotFoundError, RuntimeError):  # it takes nvidia-ml-py, and a driver that tells
+        utilisation = None
+    return {
+        "gpu_memory_gb": torch.cuda.max_memory_allocated(device) / 1e9,
+        "gpu_utilisation": utilisation,
+    }
