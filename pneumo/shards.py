@@ -14,6 +14,7 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -38,6 +39,9 @@ QUARANTINE = "quarantine.jsonl"
 BLOCK_SAMPLES = 64
 """Neighbours in a shard that are read and shuffled together: one range request of 3.3 MB at 224
 px."""
+
+_CHECKSUM_AT = 148
+"""Where a tar header has its checksum: six octal digits and a zero."""
 
 
 class BlockEntry(BaseModel):
@@ -170,7 +174,8 @@ def encode_shard(name: str, samples: Iterable[Sample]) -> tuple[ShardEntry, byte
     for sample in samples:
         # In the order of webdataset's own writer.
         buffer.write(_encode_member(f"{sample.key}.cls", str(sample.target).encode()))
-        buffer.write(_encode_member(f"{sample.key}.npy", _encode_image(sample.pixels)))
+        header = _npy_header(sample.pixels.shape, sample.pixels.dtype.str)
+        buffer.write(_encode_member(f"{sample.key}.npy", header, sample.pixels.tobytes()))
         count += 1
         positives += sample.target
         if count % BLOCK_SAMPLES == 0:
@@ -198,19 +203,43 @@ def encode_shard(name: str, samples: Iterable[Sample]) -> tuple[ShardEntry, byte
     return entry, data
 
 
-def _encode_member(name: str, content: bytes) -> bytes:
+def _encode_member(name: str, *content: bytes) -> bytes:
     """One file of a tar: no time, no owner and no extended header, so the same bytes every time."""
-    info = tarfile.TarInfo(name)
-    info.size, info.mode = len(content), 0o444
-    padding = bytes(-len(content) % tarfile.BLOCKSIZE)
-    return info.tobuf(tarfile.USTAR_FORMAT) + content + padding
+    size = sum(map(len, content))
+    return b"".join((_encode_header(name, size), *content, bytes(-size % tarfile.BLOCKSIZE)))
 
 
-def _encode_image(pixels: npt.NDArray[np.uint8]) -> bytes:
-    """The .npy file of an image."""
-    image = io.BytesIO()
-    np.lib.format.write_array(image, pixels, version=(1, 0), allow_pickle=False)
-    return image.getvalue()
+def _encode_header(name: str, size: int) -> bytes:
+    """What tarfile makes of these, twenty times as fast: members differ in little but the name."""
+    encoded = name.encode("ascii")
+    assert len(encoded) <= tarfile.LENGTH_NAME, name
+    nameless, checksum = _nameless_header(size)
+    return b"".join(
+        (
+            encoded,
+            nameless[len(encoded) : _CHECKSUM_AT],
+            b"%06o\0" % (checksum + sum(encoded)),
+            nameless[_CHECKSUM_AT + 7 :],
+        )
+    )
+
+
+@lru_cache(maxsize=16)
+def _nameless_header(size: int) -> tuple[bytes, int]:
+    """The header of a member without a name, and the sum of its bytes, the sum itself aside."""
+    info = tarfile.TarInfo()
+    info.size, info.mode = size, 0o444
+    header = info.tobuf(tarfile.USTAR_FORMAT)
+    return header, int(header[_CHECKSUM_AT : _CHECKSUM_AT + 6], 8)
+
+
+@lru_cache(maxsize=16)
+def _npy_header(shape: tuple[int, ...], dtype: str = "|u1") -> bytes:
+    """The first bytes of the .npy file of an image."""
+    header = io.BytesIO()
+    description = {"descr": dtype, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, description)
+    return header.getvalue()
 
 
 def decode_shard(data: bytes, entry: ShardEntry, image_size: int) -> Iterator[Sample]:
@@ -253,13 +282,10 @@ def _decode_image(data: bytes, image_size: int) -> npt.NDArray[Any]:
     np.load parses the header with `ast`, which fails at random in threads before Python 3.11.9
     (python/cpython#106905), and takes seven times as long.
     """
-    header = io.BytesIO()
-    shape = (image_size, image_size)
-    description = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(header, description)
-    start = header.tell()
-    if data[:start] == header.getvalue() and len(data) == start + image_size**2:
-        return np.frombuffer(data, np.uint8, offset=start).reshape(shape).copy()
+    header = _npy_header((image_size, image_size))
+    if data.startswith(header) and len(data) == len(header) + image_size**2:
+        pixels = np.frombuffer(data, np.uint8, offset=len(header))
+        return pixels.reshape(image_size, image_size).copy()
     return np.asarray(np.load(io.BytesIO(data), allow_pickle=False))
 
 
