@@ -78,7 +78,7 @@ def evaluate_run(invocation: Invocation) -> None:
     subject = find_subject(arguments)
     studies = read_studies(subject.store_url)
     data = describe_data(subject.store_url, subject.manifest, studies)
-    other = None if arguments.compare_with is None else read_other(arguments.compare_with)
+    other = None if arguments.compare_with is None else read_other(arguments.compare_with, studies)
     with ray_session(show_logs=arguments.debug):
         wait_for_resources(config.cluster, 1)
         logits = score_splits(subject.scored, JUDGED_SPLITS, config)
@@ -167,11 +167,11 @@ def find_subject(arguments: EvaluateArguments) -> Subject:
     return Subject(run_url, store_url, manifest, checkpoint, scored)
 
 
-def read_other(run_url: str) -> Predictions:
-    """What another run said. Raises RunError where it is not evaluated."""
+def read_other(run_url: str, studies: Mapping[str, StudyRow]) -> Predictions:
+    """What another run said. Raises RunError where it is not evaluated, or on other studies."""
     url = storage.join(storage.normalise(run_url), PREDICTIONS)
     try:
-        return Predictions.from_parquet(storage.read_bytes(url))
+        other = Predictions.from_parquet(storage.read_bytes(url))
     except FileNotFoundError as error:
         raise RunError(f"--compare-with {run_url}: is not evaluated; evaluate it first") from error
     except KeyError as error:
@@ -179,6 +179,13 @@ def read_other(run_url: str) -> Predictions:
             f"--compare-with {run_url}: its {PREDICTIONS} has no column {error}: an older version "
             "wrote it; evaluate it again with --overwrite"
         ) from error
+    judged = {key for key, row in studies.items() if row.split in JUDGED_SPLITS}
+    if set(other.key.tolist()) != judged:
+        raise RunError(
+            f"--compare-with {run_url}: was evaluated on another store, or another split of it; "
+            "evaluate both runs on one store"
+        )
+    return other
 
 
 def compare_splits(first: Predictions, second: Predictions, config: Config) -> dict[str, Any]:

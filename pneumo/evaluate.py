@@ -31,6 +31,7 @@ from pneumo.baselines import (
 from pneumo.calibration import (
     Calibration,
     Reliability,
+    Scaling,
     calibrate,
     judge_reliability,
     recalibration_statistic,
@@ -117,6 +118,10 @@ class SplitEvaluation:
             "log_loss": self.log_loss.to_json(),
             "brier": self.brier.to_json(),
             "calibration": {"before": self.before.to_json(), "after": self.after.to_json()},
+            "roc": None if self.roc is None else self.roc.to_json(),
+            "precision_recall": None
+            if self.precision_recall is None
+            else self.precision_recall.to_json(),
             "decision_curve": self.decision_curve.to_json(),
             "subgroups": self.subgroups.to_json(),
             "view": self.view.to_json(),
@@ -258,18 +263,18 @@ def find_fault(rows: Predictions) -> str | None:
 
     Leaving out the studies that a model fails on would flatter it, so one fault is enough.
     """
-    num_bad = len(rows) - int(np.isfinite(rows.logit).sum())
+    unusable = len(rows) - int(np.isfinite(rows.logit).sum())
     duplicates = len(rows) - len(np.unique(rows.key))
-    nameless = int((rows.key == "").sum())
-    homeless = int((rows.patient == "").sum())
+    without_key = int((rows.key == "").sum())
+    without_patient = int((rows.patient == "").sum())
     if len(rows) == 0:
         return "no study"
-    if nameless or homeless:
-        return f"{nameless} studies have no key and {homeless} no patient"
+    if without_key or without_patient:
+        return f"{without_key} studies have no key and {without_patient} no patient"
     if duplicates:
         return f"{duplicates} studies are scored more than once"
-    if num_bad:
-        return f"{num_bad} of {len(rows)} scores are NaN or infinite"
+    if unusable:
+        return f"{unusable} of {len(rows)} scores are NaN or infinite"
     return None
 
 
@@ -282,7 +287,7 @@ def evaluate_split(
     found = _resample(rows, chosen, fault, config, seed)
     roc, precision_recall = _draw_curves(rows, fault)
     scores = rows.target, rows.logit
-    before, after, net_benefit = _judge_probabilities(found, chosen.calibration)
+    after, net_benefit = _judge_calibrated(found, chosen.calibration)
     return SplitEvaluation(
         split=split,
         n=len(rows),
@@ -297,7 +302,7 @@ def evaluate_split(
         at=_judge_at_points(rows, chosen.points, found["points"]),
         roc=roc,
         precision_recall=precision_recall,
-        before=before,
+        before=_judge_reliability(found["before"], found["recalibration"]),
         after=after,
         decision_curve=net_benefit,
         subgroups=judge_subgroups(rows, threshold, found, config.min_patients),
@@ -350,25 +355,27 @@ def _judge_at_points(
     }
 
 
-def _judge_probabilities(
+def _judge_reliability(
+    part: Part, recalibration: Part, scaling: Scaling | None = None
+) -> Reliability:
+    reason = part.reason or recalibration.reason
+    if reason is not None:
+        return Reliability.undefined(reason)
+    return judge_reliability(part.resampled, recalibration.resampled["fit"], scaling)
+
+
+def _judge_calibrated(
     found: Mapping[str, Part], calibration: Calibration
-) -> tuple[Reliability, Reliability, DecisionCurve]:
-    reason = found["recalibration"].reason
-    if reason is None:
-        fit = found["recalibration"].resampled["fit"]
-        before = judge_reliability(found["before"].resampled, fit, None)
-    else:
-        before = Reliability.undefined(reason)
+) -> tuple[Reliability, DecisionCurve]:
+    """What needs the calibrated probabilities."""
     if calibration.chosen is None:
         reason = f"no calibration: {calibration.reason}"
-        return before, Reliability.undefined(reason), DecisionCurve.undefined(reason)
-    after = before
-    if reason is None:
-        after = judge_reliability(found["after"].resampled, fit, calibration.chosen)
+        return Reliability.undefined(reason), DecisionCurve.undefined(reason)
+    after = _judge_reliability(found["after"], found["recalibration"], calibration.chosen)
     part = found["net_benefit"]
     if part.reason is not None:
-        return before, after, DecisionCurve.undefined(part.reason)
-    return before, after, judge_net_benefit(part.resampled["curve"])
+        return after, DecisionCurve.undefined(part.reason)
+    return after, judge_net_benefit(part.resampled["curve"])
 
 
 def _draw_curves(rows: Predictions, fault: str | None) -> tuple[Curve | None, Curve | None]:

@@ -32,6 +32,7 @@ Statistic = Callable[[Floats], Floats]
 Z_95 = 1.959963984540054
 """The standard normal's 97.5 % point: every interval here is a 95 % interval."""
 MAX_CURVE_POINTS = 500
+MAX_JSON_POINTS = 100
 MAX_UNDEFINED_SHARE = 0.05
 """More undefined resamples than this, and what is left no longer stands for the data."""
 _CHUNK_ELEMENTS = 2_000_000
@@ -130,6 +131,16 @@ class Curve:
     y: Floats
     threshold: Floats
 
+    def to_json(self) -> dict[str, Any]:
+        """Columns of at most MAX_JSON_POINTS; null for the threshold that nothing reaches."""
+        keep = _decimate(self.x, self.y, MAX_JSON_POINTS)
+        threshold = self.threshold[keep].tolist()
+        return {
+            "x": self.x[keep].tolist(),
+            "y": self.y[keep].tolist(),
+            "threshold": [value if math.isfinite(value) else None for value in threshold],
+        }
+
 
 def roc_points(target: npt.ArrayLike, score: npt.ArrayLike) -> Curve:
     """The ROC curve: x = 1 - specificity, y = sensitivity, from (0, 0) to (1, 1).
@@ -156,12 +167,12 @@ def precision_recall_points(target: npt.ArrayLike, score: npt.ArrayLike) -> Curv
     return Curve(x[keep], y[keep], np.append(threshold, np.inf)[keep])
 
 
-def _decimate(x: Floats, y: Floats) -> npt.NDArray[np.intp]:
-    """Indices of at most MAX_CURVE_POINTS points, evenly along the curve's length, ends kept."""
-    if len(x) <= MAX_CURVE_POINTS:
+def _decimate(x: Floats, y: Floats, count: int = MAX_CURVE_POINTS) -> npt.NDArray[np.intp]:
+    """Indices of at most `count` points, evenly along the curve's length, ends kept."""
+    if len(x) <= count:
         return np.arange(len(x))
     length = np.append(0.0, np.cumsum(np.abs(np.diff(x)) + np.abs(np.diff(y))))
-    wanted = np.linspace(0, length[-1], MAX_CURVE_POINTS)
+    wanted = np.linspace(0, length[-1], count)
     keep: npt.NDArray[np.intp] = np.unique(np.searchsorted(length, wanted))
     return keep
 
@@ -229,6 +240,10 @@ def rates(counts: Confusion) -> dict[str, float]:
     table = (np.array([float(n)]) for n in (counts.tp, counts.fp, counts.fn, counts.tn))
     columns = tuple(table)
     return {name: float(rate(*columns)[0]) for name, rate in RATES.items()}
+
+
+WILSON_OVER_PATIENTS = "Wilson over patients"
+"""The method of a proportion of exactly 0 or 1, which never varies under resampling."""
 
 
 def wilson(value: float, n: int) -> tuple[float, float]:

@@ -213,7 +213,7 @@ def _judge(rows: Predictions, threshold: float, cells: Resampled) -> AtPoint:
             # It never varies under resampling.
             num_patients = len(np.unique(rows.patient[np.isin(code, members)]))
             interval = metrics.wilson(value, num_patients)
-            estimates[key] = Estimate(value, *interval, "Wilson over patients")
+            estimates[key] = Estimate(value, *interval, metrics.WILSON_OVER_PATIENTS)
     predictive = tuple(
         PredictiveValues(p, *_predict_values(cells, p, estimates)) for p in PREVALENCES
     )

@@ -138,19 +138,23 @@ def divide_studies(rows: Predictions) -> list[Members]:
     """Every group of `rows`, empty ones included; what is unknown is a group where it occurs."""
     positive = rows.target == 1
     ages = [name_age_band(None if math.isnan(age) else int(age)) for age in rows.age]
-    tertile = _tertile(rows)
     found = [
         *_by_name("sex", rows.sex, ("F", "M")),
         *_by_name("age", np.array(ages, dtype=np.str_), tuple(AGE_BANDS)),
         *_by_name("view", rows.view, ("AP", "PA")),
     ]
-    for by, shared, names, column in (
-        ("negatives", positive, NEGATIVES, np.where(positive, "", rows.finding)),
-        ("box_area", ~positive, TERTILES, np.array([*TERTILES, ""])[tertile]),
-    ):
-        masks = [shared | (column == name) for name in names]
-        found += _with_rest(by, names, masks)  # type: ignore[arg-type]
+    findings = np.where(positive, "", rows.finding)
+    areas = np.array([*TERTILES, ""])[_tertile(rows)]
+    found += _beside("negatives", positive, findings, NEGATIVES)
+    found += _beside("box_area", ~positive, areas, TERTILES)
     return found
+
+
+def _beside(
+    by: By, shared: Bools, column: npt.NDArray[np.str_], names: Sequence[str]
+) -> list[Members]:
+    """Groups that each hold the `shared` studies too."""
+    return _with_rest(by, names, [shared | (column == name) for name in names])
 
 
 def _by_name(by: By, column: npt.NDArray[np.str_], names: Sequence[str]) -> list[Members]:
@@ -259,12 +263,6 @@ def _judge_group(
     shared = _SHARED.get(members.by)
     uncalibrated = "no calibration" if np.isnan(rows.calibrated_probability).any() else None
 
-    def rate(reason: str | None, function: Callable[[Floats], Floats]) -> Estimate:
-        reason = sums.reason or reason
-        if reason is not None:
-            return Estimate.undefined(reason)
-        return sums.resampled["sums"].derive(function).estimate()
-
     return Subgroup(
         by=members.by,
         name=members.name,
@@ -273,20 +271,46 @@ def _judge_group(
         patients=len(np.unique(patient)),
         auroc=Estimate.undefined(few) if few else rank.estimate("aurocs"),
         average_precision=Estimate.undefined(few) if few else rank.estimate("average_precision"),
-        sensitivity=rate(
+        sensitivity=_rate(
+            sums,
             (shared if members.by == "negatives" else None) or few_positive or no_point,
             lambda s: divide(s[0], s[1])[None],
+            patient[target == 1],
         ),
-        specificity=rate(
+        specificity=_rate(
+            sums,
             (shared if members.by == "box_area" else None) or few_negative or no_point,
             lambda s: divide(s[2], s[3])[None],
+            patient[target == 0],
         ),
-        in_the_large=rate(
+        in_the_large=_sum_estimate(
+            sums,
             shared or few or uncalibrated,
             lambda s: divide(s[4] - s[1], s[1] + s[3])[None],
         ),
         gap=_gap(rank, few or _few_in_rest(rows, members, min_patients)),
     )
+
+
+def _sum_estimate(sums: Part, reason: str | None, function: Callable[[Floats], Floats]) -> Estimate:
+    reason = sums.reason or reason
+    if reason is not None:
+        return Estimate.undefined(reason)
+    return sums.resampled["sums"].derive(function).estimate()
+
+
+def _rate(
+    sums: Part,
+    reason: str | None,
+    function: Callable[[Floats], Floats],
+    patient: npt.NDArray[Any],
+) -> Estimate:
+    """A proportion of the studies of `patient`; of exactly 0 or 1 with Wilson's interval."""
+    found = _sum_estimate(sums, reason, function)
+    if found.value in (0.0, 1.0):
+        interval = metrics.wilson(found.value, len(np.unique(patient)))
+        return Estimate(found.value, *interval, metrics.WILSON_OVER_PATIENTS)
+    return found
 
 
 def _gap(rank: Part, few: str | None) -> Estimate:

@@ -102,6 +102,10 @@ def test_another_run_is_compared_with(
 
     assert evaluate.main([*arguments, "--compare-with", str(tmp_path / "nothing")]) == 2
     assert "nothing: is not evaluated; evaluate it first" in capsys.readouterr().err
+    fewer = read_predictions(run).take(np.arange(5))
+    (run / "predictions.parquet").write_bytes(fewer.to_parquet())
+    assert evaluate.main([*arguments, "--compare-with", str(run)]) == 2
+    assert "was evaluated on another store" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("workers", [1, 3, 5])

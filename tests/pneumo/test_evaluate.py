@@ -3,12 +3,15 @@
 import dataclasses
 import json
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pneumo import metrics
 from pneumo.baselines import Metadata
+from pneumo.comparison import compare
 from pneumo.config import EvaluateConfig
 from pneumo.errors import DataError
 from pneumo.evaluate import DECISION, SCREENING, check_complete, evaluate
@@ -103,6 +106,23 @@ def test_metrics_json_has_the_documented_form():
         test["view"]["model_auroc"]["value"] - test["view"]["view_only_auroc"]["value"]
     )
     assert set(test["view"]) >= {"auroc_within_AP", "auroc_within_PA", "n"}
+
+
+def test_every_key_of_metrics_json_is_documented():
+    text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    found = predictions()
+    content = metrics_json(evaluate(found, config=CONFIG, seed=0, train=Metadata.of(found)))
+    content["comparison"] = compare(
+        found.subset("val"), found.subset("val"), resamples=100, seed=0
+    ).to_json()
+
+    def keys(tree):
+        if isinstance(tree, list):
+            return {key for branch in tree for key in keys(branch)}
+        return set(tree) | keys(list(tree.values())) if isinstance(tree, dict) else set()
+
+    missing = [key for key in keys(content) if not re.search(rf"\b{re.escape(key)}\b", text)]
+    assert not missing
 
 
 def test_the_order_of_the_rows_does_not_matter():

@@ -1,5 +1,6 @@
 """Every metric against a published implementation, and against what must hold for any input."""
 
+import json
 import math
 
 import numpy as np
@@ -202,6 +203,15 @@ def test_auroc_of_large_logits_does_not_saturate():
 def test_auroc_refuses_what_it_cannot_judge(target, score, message):
     with pytest.raises(MetricError, match=message):
         metrics.auroc(target, score)
+
+
+def test_curves_in_json_are_thin_and_have_no_infinity():
+    _, target, logit = simulated(num_patients=5000)
+    for points in (metrics.roc_points, metrics.precision_recall_points):
+        content = json.loads(json.dumps(points(target, logit).to_json(), allow_nan=False))
+        assert {len(column) for column in content.values()} <= set(range(50, 101))
+        assert None in content["threshold"]
+        assert sorted({content["x"][0], content["x"][-1]}) == [0.0, 1.0]
 
 
 def test_curves_keep_their_ends_and_their_shape_in_few_points():

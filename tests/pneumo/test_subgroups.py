@@ -70,6 +70,14 @@ def test_groups_equal_scikit_learn_on_their_studies():
     )
 
 
+def test_a_group_that_is_all_found_still_has_an_interval():
+    group = by_name(judge(draw(), threshold=0.0))["sex", "F"]
+    assert (group.sensitivity.value, group.sensitivity.high) == (1.0, 1.0)
+    assert 0.9 < group.sensitivity.low < 1
+    assert group.specificity.value == 0
+    assert group.specificity.method == "Wilson over patients"
+
+
 def test_what_two_groups_share_is_told_once():
     groups = by_name(judge(draw()))
     normal, small = groups["negatives", "Normal"], groups["box_area", "smallest"]
