@@ -196,7 +196,7 @@ class Confusion:
 
 def confusion(target: npt.ArrayLike, probability: npt.ArrayLike, threshold: float) -> Confusion:
     """Counts at `probability >= threshold`; one class only is fine, a NaN raises MetricError."""
-    table = outcomes(target, probability, threshold)
+    table = _outcomes(target, probability, threshold)
     return Confusion(*(int(count) for count in table.sum(axis=1)))
 
 
@@ -545,7 +545,7 @@ def check_scores(
     return positive, score64
 
 
-def outcomes(target: npt.ArrayLike, probability: npt.ArrayLike, threshold: float) -> Floats:
+def _outcomes(target: npt.ArrayLike, probability: npt.ArrayLike, threshold: float) -> Floats:
     """Indicators of tp, fp, fn, tn as rows: (4, N)."""
     positive, probability64 = check_scores(target, probability, both_classes=False)
     called = probability64 >= threshold
