@@ -36,7 +36,7 @@ STANDARD: Mapping[str, tuple[Rule, float]] = {
 }
 """Chosen for every run, whatever is configured, so that any two can be compared at one."""
 PREVALENCES = (0.05, 0.10, 0.225, 0.365)
-"""Where a predictive value is told: general practice, emergency room, RSNA, RSNA's AP images."""
+"""Where a predictive value is told, from rare to common; RSNA has 22.5 %."""
 WILSON = "Wilson, images taken as independent"
 BAYES_ENDS = "Bayes at the ends of sensitivity's and specificity's intervals"
 
