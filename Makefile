@@ -5,7 +5,7 @@
 #   make test-s3    the tests against a real S3 server, which it starts;  make test-all: all three
 #   make debian     as root: Debian's dcmtk, an independent DICOM decoder for the tests
 #   make check      format, lint, types, import rules: never writes;  make fix: mends what it can
-#   make bench      what decoding, preparing and loading cost, as ratios taken in one run
+#   make bench      what decoding, preparing, judging and loading cost, as ratios taken in one run
 #   make prepare    SOURCE=folder STORE=url
 #   make train      STORE=url [RUN=url] [ARGS="--recipe fast --train.epochs 3"]
 #   make tune       STORE=url [RUN=url] [ARGS=…]
@@ -95,6 +95,7 @@ bench: $(READY)
 	$(BIN)/python -m tests.benchmarks.prepare rate
 	$(BIN)/python -m tests.benchmarks.prepare memory
 	$(BIN)/python -m tests.benchmarks.prepare index
+	$(BIN)/python -m tests.benchmarks.metrics
 	$(BIN)/python -m tests.s3.server -- $(BIN)/python -m tests.benchmarks.loader $(ARGS)
 
 lock: $(READY)

@@ -21,7 +21,9 @@ from jobs.scoring import Explained, Scored, explain_studies, score_splits
 from jobs.session import ray_session, wait_for_resources
 from jobs.train import close_tracker, tracking_folder
 from pneumo import figures, storage
+from pneumo.baselines import Metadata
 from pneumo.checkpoint import Checkpoint, load_checkpoint, read_index
+from pneumo.comparison import compare
 from pneumo.config import Config, EvaluateArguments, Invocation
 from pneumo.errors import RunError, StoreError
 from pneumo.evaluate import DECISION, Evaluation, check_complete, evaluate
@@ -76,15 +78,27 @@ def evaluate_run(invocation: Invocation) -> None:
     subject = find_subject(arguments)
     studies = read_studies(subject.store_url)
     data = describe_data(subject.store_url, subject.manifest, studies)
+    other = None if arguments.compare_with is None else read_other(arguments.compare_with, studies)
     with ray_session(show_logs=arguments.debug):
         wait_for_resources(config.cluster, 1)
         logits = score_splits(subject.scored, JUDGED_SPLITS, config)
-        predictions = join_predictions(logits, studies, checkpoint=subject.scored.entry.name)
+        predictions = join_predictions(
+            logits,
+            studies,
+            checkpoint=subject.scored.entry.name,
+            image_size=subject.manifest.image_size,
+        )
         expected = {name: subject.manifest.splits[name].samples for name in JUDGED_SPLITS}
         check_complete(predictions, expected)
         say("evaluate: intervals, figures, Grad-CAM")
         with threadpool_limits(1):  # the bootstrap's small products are slower on many threads
-            evaluation = evaluate(predictions, config=config.evaluate, seed=config.seed)
+            evaluation = evaluate(
+                predictions,
+                config=config.evaluate,
+                seed=config.seed,
+                train=Metadata.of_split(studies.values(), "train"),
+            )
+        predictions = evaluation.predictions
         pictures = choose_pictures(subject, predictions, studies, evaluation, config)
     metrics = evaluation.to_metrics(
         run=subject.run_url.rsplit("/", 1)[-1],
@@ -100,6 +114,12 @@ def evaluate_run(invocation: Invocation) -> None:
             "image_size": subject.checkpoint.image_size,
         },
     )
+    if other is not None and arguments.compare_with is not None:
+        metrics["comparison"] = {
+            "first": metrics["run"],
+            "second": storage.normalise(arguments.compare_with).rsplit("/", 1)[-1],
+            **compare_splits(predictions, other, config),
+        }
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder)
         report = write_files(files, subject, data, predictions, evaluation, pictures, config)
@@ -145,6 +165,41 @@ def find_subject(arguments: EvaluateArguments) -> Subject:
         )
     scored = Scored(run_url, index.best, store_url)
     return Subject(run_url, store_url, manifest, checkpoint, scored)
+
+
+def read_other(run_url: str, studies: Mapping[str, StudyRow]) -> Predictions:
+    """What another run said. Raises RunError where it is not evaluated, or on other studies."""
+    url = storage.join(storage.normalise(run_url), PREDICTIONS)
+    try:
+        other = Predictions.from_parquet(storage.read_bytes(url))
+    except FileNotFoundError as error:
+        raise RunError(f"--compare-with {run_url}: is not evaluated; evaluate it first") from error
+    except KeyError as error:
+        raise RunError(
+            f"--compare-with {run_url}: its {PREDICTIONS} has no column {error}: an older version "
+            "wrote it; evaluate it again with --overwrite"
+        ) from error
+    judged = {key for key, row in studies.items() if row.split in JUDGED_SPLITS}
+    if set(other.key.tolist()) != judged:
+        raise RunError(
+            f"--compare-with {run_url}: was evaluated on another store, or another split of it; "
+            "evaluate both runs on one store"
+        )
+    return other
+
+
+def compare_splits(first: Predictions, second: Predictions, config: Config) -> dict[str, Any]:
+    """Both models on val and on test, for metrics.json.
+
+    Raises DataError when they are not of the same studies.
+    """
+    resamples = config.evaluate.bootstrap_resamples
+    return {
+        split: compare(
+            first.subset(split), second.subset(split), resamples=resamples, seed=config.seed
+        ).to_json()
+        for split in JUDGED_SPLITS
+    }
 
 
 def choose_pictures(

@@ -227,6 +227,11 @@ class EvaluateConfig(Section):
     """Pictures in the prediction grid."""
     batch_size_per_worker: PositiveInt = 64
     """Images scored at once by a worker."""
+    min_patients: PositiveInt = 10
+    """Fewest patients of a class for a threshold or a calibration to be chosen on val, and for a
+    subgroup to be judged."""
+    calibration_bins: Annotated[int, Field(ge=2, le=100)] = 10
+    """Bins of equal number in the reliability curve and the calibration error."""
 
 
 class ClusterConfig(Section):
@@ -318,6 +323,9 @@ class EvaluateArguments(Arguments):
     """The run to evaluate; its best checkpoint is scored and the results are written into it."""
     overwrite: CliToggleFlag[bool] = False
     """Evaluate a run again that has been evaluated."""
+    compare_with: str | None = None
+    """Another run, evaluated on the same studies, whose predictions this one's are compared
+    with."""
 
 
 @dataclass(frozen=True)

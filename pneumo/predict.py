@@ -7,8 +7,9 @@ without images, save the Grad-CAM gallery.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
@@ -22,6 +23,7 @@ from torch import nn
 from pneumo.errors import DataError
 from pneumo.loader import Batch
 from pneumo.shards import StudyRow
+from pneumo.studies import Box
 
 StrArray = npt.NDArray[np.str_]
 
@@ -55,6 +57,10 @@ class Predictions:
     """'M', 'F' or '' where unknown."""
     view: StrArray
     """'AP', 'PA' or '' where unknown."""
+    spacing_mm: npt.NDArray[np.float64]
+    """Distance of two pixels of the original image; NaN where unknown."""
+    box_area_fraction: npt.NDArray[np.float64]
+    """Share of the image that lies in a box of the radiologists', from 0 to 1; NaN without one."""
 
     def __post_init__(self) -> None:
         lengths = {field.name: len(getattr(self, field.name)) for field in fields(self)}
@@ -88,9 +94,10 @@ class Predictions:
         return cls(**columns)
 
 
+_NUMBERS = ("probability", "calibrated_probability", "age", "spacing_mm", "box_area_fraction")
 _DTYPES = {
     **dict.fromkeys(("key", "patient", "split", "checkpoint", "finding", "sex", "view"), np.str_),
-    **dict.fromkeys(("probability", "calibrated_probability", "age"), np.float64),
+    **dict.fromkeys(_NUMBERS, np.float64),
     "target": np.int8,
     "logit": np.float32,
 }
@@ -133,11 +140,16 @@ def score(model: nn.Module, batches: Iterable[Batch]) -> Scores:
 
 
 def join_predictions(
-    logits: Mapping[str, float], studies: Mapping[str, StudyRow], *, checkpoint: str
+    logits: Mapping[str, float],
+    studies: Mapping[str, StudyRow],
+    *,
+    checkpoint: str,
+    image_size: int,
 ) -> Predictions:
     """Logits and what is known of the studies, sorted by split and key.
 
-    Raises DataError when a scored study is unknown.
+    `image_size` is the height and width of the stored images, which boxes are in. Raises
+    DataError when a scored study is unknown.
     """
     unknown = [key for key in logits if key not in studies]
     if unknown:
@@ -157,4 +169,25 @@ def join_predictions(
         age=np.array([np.nan if row.age is None else row.age for row in rows], dtype=np.float64),
         sex=np.array([row.sex or "" for row in rows], dtype=np.str_),
         view=np.array([row.view or "" for row in rows], dtype=np.str_),
+        spacing_mm=np.array(
+            [np.nan if row.spacing_mm is None else row.spacing_mm for row in rows], dtype=np.float64
+        ),
+        box_area_fraction=np.array(
+            [cover_boxes(row.boxes) / image_size**2 if row.boxes else np.nan for row in rows],
+            dtype=np.float64,
+        ),
+    )
+
+
+def cover_boxes(boxes: Sequence[Box]) -> float:
+    """The area that the boxes cover together, in square pixels; what two share counts once."""
+    edges_x = sorted({x for box in boxes for x in (box.x, box.x + box.width)})
+    edges_y = sorted({y for box in boxes for y in (box.y, box.y + box.height)})
+    return sum(
+        (right - left) * (bottom - top)
+        for left, right in pairwise(edges_x)
+        for top, bottom in pairwise(edges_y)
+        if any(
+            box.x <= left < box.x + box.width and box.y <= top < box.y + box.height for box in boxes
+        )
     )

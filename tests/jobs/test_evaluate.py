@@ -15,12 +15,15 @@ from jobs import evaluate
 from jobs.scoring import Scored, score_splits
 from pneumo.checkpoint import read_index
 from pneumo.config import Config, override
-from pneumo.predict import Predictions
+from pneumo.predict import Predictions, sigmoid
 from pneumo.shards import Duplicates, read_manifest, read_studies
 from pneumo.tracking import Gallery, MemoryTracker, Table
 from tests.jobs.conftest import Prepared
 
-QUICK = ["--evaluate.bootstrap-resamples", "200", "--tracking.mode", "offline"]
+QUICK = [
+    *("--evaluate.bootstrap-resamples", "200", "--evaluate.min-patients", "1"),
+    *("--tracking.mode", "offline"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +55,7 @@ def test_every_study_of_val_and_test_is_scored_once(prepared: Prepared, evaluate
 def test_metrics_are_those_of_the_predictions(evaluated: Path) -> None:
     metrics = json.loads((evaluated / "metrics.json").read_text())
     test = read_predictions(evaluated).subset("test")
-    assert metrics["schema_version"] == 1
+    assert metrics["schema_version"] == 2
     assert metrics["dataset"]["warning"] is None
     assert metrics["dataset"]["quarantined"] == 0
     assert metrics["dataset"]["duplicates_across_splits"] == 0
@@ -70,6 +73,39 @@ def test_metrics_are_those_of_the_predictions(evaluated: Path) -> None:
         "fn": int((~called & (test.target == 1)).sum()),
         "tn": int((~called & (test.target == 0)).sum()),
     }
+
+
+def test_calibrated_probabilities_are_those_of_the_metrics(evaluated: Path) -> None:
+    found = json.loads((evaluated / "metrics.json").read_text())["calibration"]
+    predictions = read_predictions(evaluated)
+    if found["method"] is None:
+        assert np.isnan(predictions.calibrated_probability).all()
+    else:
+        np.testing.assert_allclose(
+            predictions.calibrated_probability,
+            sigmoid(found["slope"] * predictions.logit.astype(float) + found["intercept"]),
+            rtol=1e-9,
+        )
+
+
+def test_another_run_is_compared_with(
+    prepared: Prepared, evaluated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(evaluated, tmp_path / "run"))
+    arguments = ["--store", str(prepared.store), "--run", str(run), "--overwrite", *QUICK]
+    assert evaluate.main([*arguments, "--compare-with", str(evaluated)]) == 0
+    comparison = json.loads((run / "metrics.json").read_text())["comparison"]
+    assert (comparison["first"], comparison["second"]) == ("run", evaluated.name)
+    for split in ("val", "test"):
+        assert comparison[split]["n"] == len(read_predictions(run).subset(split))
+        assert comparison[split]["auroc"]["difference"]["value"] == pytest.approx(0, abs=1e-6)
+
+    assert evaluate.main([*arguments, "--compare-with", str(tmp_path / "nothing")]) == 2
+    assert "nothing: is not evaluated; evaluate it first" in capsys.readouterr().err
+    fewer = read_predictions(run).take(np.arange(5))
+    (run / "predictions.parquet").write_bytes(fewer.to_parquet())
+    assert evaluate.main([*arguments, "--compare-with", str(run)]) == 2
+    assert "was evaluated on another store" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("workers", [1, 3, 5])

@@ -21,12 +21,16 @@ from pneumo.errors import DataError
 from pneumo.loader import Batch
 from pneumo.model import build_model
 from pneumo.partition import World
-from pneumo.predict import Predictions, Scores, join_predictions, score, sigmoid
+from pneumo.predict import Predictions, Scores, cover_boxes, join_predictions, score, sigmoid
 from pneumo.shards import StudyRow
+from pneumo.studies import Box
 
+SIDE = 64
 StoreMaker = Callable[..., str]
 
 text = st.text("0123456789abcdef", max_size=5)
+pixel = st.integers(0, SIDE // 2)
+boxes = st.builds(Box, pixel, pixel, pixel, pixel)
 rows = st.builds(
     StudyRow,
     key=st.text("0123456789abcdef", min_size=20, max_size=20),
@@ -34,11 +38,11 @@ rows = st.builds(
     split=st.sampled_from(["train", "val", "test"]),
     target=st.integers(0, 1),
     finding=st.sampled_from(["Lung Opacity", "Normal"]),
-    boxes=st.just(()),
+    boxes=st.lists(boxes, max_size=3).map(tuple),
     age=st.none() | st.integers(0, 120),
     sex=st.none() | st.sampled_from(["M", "F"]),
     view=st.none() | st.sampled_from(["AP", "PA"]),
-    spacing_mm=st.none(),
+    spacing_mm=st.none() | st.sampled_from([0.139, 0.143]),
 )
 tables = st.lists(rows, max_size=6, unique_by=lambda row: row.key)
 
@@ -47,7 +51,7 @@ def join(table: list[StudyRow], seed: int = 0) -> Predictions:
     rng = np.random.default_rng(seed)
     logits = {row.key: float(rng.normal(0, 20)) for row in reversed(table)}
     studies = {row.key: row for row in table}
-    return join_predictions(logits, studies, checkpoint="epoch-0003.pt")
+    return join_predictions(logits, studies, checkpoint="epoch-0003.pt", image_size=SIDE)
 
 
 def assert_equal(one: Predictions, two: Predictions) -> None:
@@ -107,9 +111,27 @@ def test_joining_keeps_every_study_and_what_is_known_of_it(table: list[StudyRow]
         assert predictions.sex[i] == (row.sex or "")
         assert predictions.view[i] == (row.view or "")
         assert np.isnan(predictions.age[i]) if row.age is None else predictions.age[i] == row.age
+        spacing = np.nan if row.spacing_mm is None else row.spacing_mm
+        np.testing.assert_array_equal(predictions.spacing_mm[i], spacing)
+        assert np.isnan(predictions.box_area_fraction[i]) == (not row.boxes)
     np.testing.assert_array_equal(predictions.probability, sigmoid(predictions.logit))
     assert np.isnan(predictions.calibrated_probability).all()
     assert set(predictions.checkpoint.tolist()) <= {"epoch-0003.pt"}
+
+
+@given(st.lists(boxes, max_size=4))
+def test_boxes_cover_what_they_cover_on_a_raster(some: list[Box]) -> None:
+    raster = np.zeros((2 * SIDE, 2 * SIDE), dtype=bool)
+    for x, y, width, height in some:
+        raster[int(y) : int(y + height), int(x) : int(x + width)] = True
+    assert cover_boxes(some) == raster.sum()
+
+
+def test_box_area_is_a_share_of_the_stored_image() -> None:
+    half = StudyRow(
+        "a" * 20, "p", "val", 1, "Lung Opacity", (Box(0, 0, SIDE, SIDE / 2),), 3, "F", "AP", 0.1, ""
+    )
+    assert join([half]).box_area_fraction.tolist() == [0.5]
 
 
 @given(tables)
@@ -123,7 +145,7 @@ def test_splits_are_subsets(table: list[StudyRow]) -> None:
 
 def test_a_scored_study_that_nobody_knows_is_refused() -> None:
     with pytest.raises(DataError, match=r"2 scored studies are not in studies\.parquet"):
-        join_predictions({"a": 0.0, "b": 0.0}, {}, checkpoint="c")
+        join_predictions({"a": 0.0, "b": 0.0}, {}, checkpoint="c", image_size=SIDE)
 
 
 # --- scoring --------------------------------------------------------------------------------------
