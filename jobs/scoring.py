@@ -34,7 +34,7 @@ from pneumo.studies import Box
 
 T = TypeVar("T")
 
-_SHARE_SAMPLES = 1024
+_SHARE_SAMPLES = 512
 """Of a CPU's share: seconds of work, so that progress is seen and a lost worker costs little. A
 GPU's worker process ends with its task, so it gets one share."""
 

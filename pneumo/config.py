@@ -466,7 +466,7 @@ def _read_flags(spec: Job, argv: Sequence[str]) -> dict[str, Any]:
     )
     parser = _Parser(
         prog=f"python -m {spec.module}",
-        usage=f"python -m {spec.module} --store URL [settings]",
+        usage=f"python -m {spec.module} {_required(spec.arguments)} [settings]",
         description=f"See {ENVIRONMENT_PREFIX}TRAIN__LR-like variables and recipes for other ways "
         "to set the same. Research use only, never a diagnostic device.",
         allow_abbrev=False,
@@ -477,6 +477,11 @@ def _read_flags(spec: Job, argv: Sequence[str]) -> dict[str, Any]:
     )
     values = source(args=list(argv))()
     return {key: value for key, value in values.items() if value is not None}
+
+
+def _required(arguments: type[Arguments]) -> str:
+    fields = arguments.model_fields.items()
+    return " ".join(f"--{name} URL" for name, field in fields if field.is_required())
 
 
 def _read_environment(environ: Mapping[str, str]) -> dict[str, Any]:

@@ -73,11 +73,16 @@ def class_activation(model: nn.Module, images: Tensor) -> Maps:
             logits = model(images.detach().float())
             leaf, features = cut[-1]
             (gradient,) = torch.autograd.grad(logits.sum(), leaf)
+            return _weigh(features.detach(), gradient, (images.shape[-2], images.shape[-1]))
     finally:
         hook.remove()
+
+
+def _weigh(features: Tensor, gradient: Tensor, size: tuple[int, int]) -> Maps:
+    """Grad-CAM's maps at `size` from a block's output and the logits' gradient at it, both
+    (B, C, h, w)."""
     weights = gradient.mean(dim=(2, 3))
-    evidence = torch.einsum("bchw,bc->bhw", features.detach(), weights).clamp(min=0)
-    size = (images.shape[-2], images.shape[-1])
+    evidence = torch.einsum("bchw,bc->bhw", features, weights).clamp(min=0)
     large = F.interpolate(_stretch(evidence)[:, None], size=size, mode="bilinear")[:, 0]
     return np.asarray(_stretch(large).cpu().numpy(), dtype=np.float32)
 
@@ -87,12 +92,13 @@ def randomised(backbone: str, *, seed: int) -> nn.Module:
     architecture and the data alone can score (Adebayo 2018, sanity checks for saliency maps).
 
     A random classifier may find nothing positive anywhere, and its maps are empty; the first of
-    the seeds from `seed` on is taken whose maps of noise mostly are not.
+    the networks that `seed` draws is taken whose maps of noise mostly are not.
     """
     noise = torch.randn(8, 1, 64, 64, generator=torch.Generator().manual_seed(0))
     network = build_model(backbone)
-    for attempt in range(seed, seed + _RANDOM_ATTEMPTS):
-        initialise(network, ModelConfig(backbone=backbone, weights="random"), seed=attempt)
+    config = ModelConfig.model_validate({"backbone": backbone, "weights": "random"})
+    for attempt in range(_RANDOM_ATTEMPTS):
+        initialise(network, config, seed=seed * _RANDOM_ATTEMPTS + attempt)
         if (class_activation(network, noise).max(axis=(1, 2)) > 0).mean() > 0.5:
             break
     return network.eval()

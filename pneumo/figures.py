@@ -19,7 +19,7 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from pneumo.evaluate import DECISION, SCREENING, Evaluation, SplitEvaluation
 from pneumo.explain import Maps, Outcome, Why
@@ -48,6 +48,9 @@ OUTCOME_WORDS: Mapping[Outcome, str] = {
 
 CONTACT_PIXELS = 128
 """Height and width of a picture in a contact sheet."""
+OVERLAY_PIXELS = 384
+"""Height of an overlay's pictures."""
+_CAPTION_PIXELS = 24
 _CONTACT_COLUMNS, _CONTACT_GAP = 3, 4
 _SPLIT_STYLES: Mapping[str, dict[str, Any]] = {
     "train": {"color": ORANGE, "linewidth": 1.3, "linestyle": "-"},
@@ -311,6 +314,18 @@ def compose_picture(
     gap = np.full((size, max(2, size // 48), 3), 255, dtype=np.uint8)
     outlined = [_outline(panel, boxes, scale) for panel in panels]
     return np.concatenate([outlined[0], *(p for panel in outlined[1:] for p in (gap, panel))], 1)
+
+
+def draw_overlay(image: npt.NDArray[np.uint8], cam: Maps, caption: str) -> bytes:
+    """A PNG of `compose_picture` with a line of text below it."""
+    pair = compose_picture(image, cam, size=OVERLAY_PIXELS)
+    page = Image.new("RGB", (pair.shape[1], pair.shape[0] + _CAPTION_PIXELS), "white")
+    page.paste(Image.fromarray(pair))
+    font = ImageFont.load_default(size=0.6 * _CAPTION_PIXELS)
+    ImageDraw.Draw(page).text((4, pair.shape[0] + 3), caption, fill=INK, font=font)
+    buffer = io.BytesIO()
+    page.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def _outline(

@@ -12,10 +12,19 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from jobs import evaluate
-from jobs.scoring import Scored, score_splits
+from jobs.scoring import (
+    Scored,
+    Scoring,
+    Weights,
+    boxes_of,
+    explain_studies,
+    score_boxes,
+    score_splits,
+)
 from pneumo.checkpoint import read_index
 from pneumo.config import Config, override
 from pneumo.predict import Predictions
+from pneumo.saliency import MAPS, MEASURES, RankedMap, box_mask, prior_map, score_map
 from pneumo.shards import Duplicates, read_manifest, read_studies
 from pneumo.tracking import Gallery, MemoryTracker, Table
 from tests.jobs.conftest import Prepared
@@ -76,12 +85,85 @@ def test_metrics_are_those_of_the_predictions(evaluated: Path) -> None:
 def test_any_number_of_workers_gives_the_same_predictions(
     prepared: Prepared, evaluated: Path, workers: int
 ) -> None:
-    scored = Scored(str(evaluated), read_index(str(evaluated)).best, str(prepared.store))
+    weights = Weights(str(evaluated), read_index(str(evaluated)).best)
+    scored = Scored(Scoring((weights,)), str(prepared.store))
     config = override(Config(), {"cluster.num_workers": workers})
-    logits = score_splits(scored, ("val", "test"), config)
+    found = score_splits(scored, ("val", "test"), config)
     before = read_predictions(evaluated)
-    assert sorted(logits) == sorted(before.key)
-    np.testing.assert_allclose([logits[key] for key in before.key], before.logit, atol=1e-4)
+    order = np.argsort(before.key)
+    assert found.keys.tolist() == before.key[order].tolist()
+    np.testing.assert_allclose(found.logits, before.logit[order], atol=1e-4)
+
+
+def test_maps_are_scored_against_the_boxes_of_every_positive(
+    prepared: Prepared, evaluated: Path
+) -> None:
+    metrics = json.loads((evaluated / "metrics.json").read_text())
+    point = metrics["operating_points"]["decision"]
+    for split in ("val", "test"):
+        found, counts = metrics[split]["saliency"], point[split]["confusion"]
+        assert found["positives"] == metrics[split]["positives"]
+        assert found["unscored"] == 0
+        assert found["all"]["n"] == metrics[split]["positives"]
+        assert found["true_positives"]["n"] == counts["tp"]
+        assert found["false_negatives"]["n"] == counts["fn"]
+    boxes = read_studies(str(prepared.store)).values()
+    areas = [
+        box_mask((64, 64), row.boxes).mean()
+        for row in boxes
+        if row.split == "test" and row.target == 1
+    ]
+    every = metrics["test"]["saliency"]["all"]
+    if every["maps"] is not None:
+        assert every["area"]["value"] == pytest.approx(np.mean(areas))
+        assert every["maps"]["uniform"]["auprc"]["value"] == pytest.approx(np.mean(areas))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_maps_score_the_same_on_any_number_of_workers(
+    prepared: Prepared, evaluated: Path, workers: int
+) -> None:
+    """And as the slow way does, one study after the other."""
+    weights = Weights(str(evaluated), read_index(str(evaluated)).best)
+    scored = Scored(Scoring((weights,)), str(prepared.store))
+    config = override(
+        Config(),
+        {"cluster.num_workers": workers, "evaluate.batch_size_per_worker": 3 * workers},
+    )
+    boxes = boxes_of(read_studies(str(prepared.store)), "train")
+    prior = prior_map(list(boxes.values()), 64)
+    (found,) = score_boxes(scored, {"train": boxes}, prior, config).values()
+    assert found.keys.tolist() == sorted(boxes)
+
+    explained = explain_studies(scored, "train", found.keys.tolist(), config)
+    expected = [
+        score_map(RankedMap.of(explained[key].cam), boxes[key]) for key in found.keys.tolist()
+    ]
+    energy = MEASURES.index("energy")
+    np.testing.assert_allclose(found.values[:, 0, energy], np.array(expected)[:, energy], atol=1e-3)
+    np.testing.assert_allclose(
+        found.values[:, MAPS.index("prior")],
+        [score_map(RankedMap.of(prior), boxes[key]) for key in found.keys.tolist()],
+    )
+
+
+def test_errors_are_counted_by_finding(evaluated: Path) -> None:
+    metrics = json.loads((evaluated / "metrics.json").read_text())
+    found = metrics["test"]["errors_by_finding"]
+    counts = metrics["test"]["confusion"]
+    assert sum(of["n"] for of in found.values()) == metrics["test"]["n"]
+    assert sum(of["errors"] for of in found.values()) == counts["fp"] + counts["fn"]
+    assert found["Lung Opacity"]["errors"] == counts["fn"]
+
+
+def test_more_checkpoints_than_a_run_has_are_refused(
+    prepared: Prepared, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--store", str(prepared.store), "--run", str(trained), *QUICK]
+    assert evaluate.main([*flags, "--evaluate.ensemble", "3"]) == 2
+    assert "has 2 checkpoints, not the 3 of evaluate.ensemble" in capsys.readouterr().err
+    assert evaluate.main([*flags, "--members", str(trained)]) == 2
+    assert "a run is named twice" in capsys.readouterr().err
 
 
 def test_the_pictures_are_pictures(evaluated: Path) -> None:
