@@ -100,7 +100,8 @@ bench: $(READY)
 	$(BIN)/python -m tests.benchmarks.prepare rate
 	$(BIN)/python -m tests.benchmarks.prepare memory
 	$(BIN)/python -m tests.benchmarks.prepare index
-	$(BIN)/python -m tests.benchmarks.explain
+	$(BIN)/python -m tests.benchmarks.explain cost
+	$(BIN)/python -m tests.benchmarks.explain memory
 	$(BIN)/python -m tests.s3.server -- $(BIN)/python -m tests.benchmarks.loader $(ARGS)
 
 lock: $(READY)

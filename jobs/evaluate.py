@@ -77,8 +77,12 @@ def evaluate_run(invocation: Invocation) -> None:
         say("evaluate: intervals, figures, Grad-CAM")
         with threadpool_limits(1):  # the bootstrap's small products are slower on many threads
             evaluation = evaluate(predictions, config=config.evaluate, seed=config.seed)
-        pictures = choose_pictures(subject.scored, predictions, studies, evaluation, config)
-        looks = describe_looks(subject, predictions, studies, evaluation, pictures, config)
+        threshold = evaluation.points[DECISION].threshold
+        pictures = choose_pictures(subject.scored, predictions, studies, threshold, config)
+        looks = describe_looks(subject, predictions, studies, threshold, config)
+        looks["test"]["errors_by_finding"] = {
+            found.finding: found.to_json() for found in pictures.by_finding
+        }
     metrics = evaluation.to_metrics(
         run=subject.run_url.rsplit("/", 1)[-1],
         dataset={
@@ -175,29 +179,23 @@ def describe_looks(
     subject: Subject,
     predictions: Predictions,
     studies: Mapping[str, StudyRow],
-    evaluation: Evaluation,
-    pictures: Pictures,
+    threshold: float | None,
     config: Config,
 ) -> dict[str, dict[str, Any]]:
-    """By split, what metrics.json says of where the network looks, and of test's errors."""
-    looks: dict[str, dict[str, Any]]
+    """By split, what metrics.json says of where the network looks."""
     if config.evaluate.saliency:
         summaries = score_saliency(
             subject.scored,
             predictions,
             studies,
-            evaluation,
+            threshold,
             config,
             stored_size=subject.manifest.image_size,
             image_size=subject.checkpoint.image_size,
         )
-        looks = {split: {"saliency": found.to_json()} for split, found in summaries.items()}
-    else:
-        reason = "evaluate.saliency is off"
-        looks = {split: {"saliency": None, "saliency_reason": reason} for split in JUDGED_SPLITS}
-    errors = {found.finding: found.to_json() for found in pictures.by_finding}
-    looks["test"]["errors_by_finding"] = errors
-    return looks
+        return {split: {"saliency": found.to_json()} for split, found in summaries.items()}
+    reason = "evaluate.saliency is off"
+    return {split: {"saliency": None, "saliency_reason": reason} for split in JUDGED_SPLITS}
 
 
 def write_files(

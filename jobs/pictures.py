@@ -12,7 +12,6 @@ import numpy.typing as npt
 
 from jobs.scoring import Explained, Scored, boxes_of, explain_studies, score_boxes
 from pneumo.config import Config
-from pneumo.evaluate import DECISION, Evaluation
 from pneumo.explain import (
     FindingErrors,
     Outcome,
@@ -53,12 +52,11 @@ def choose_pictures(
     scored: Scored,
     predictions: Predictions,
     studies: Mapping[str, StudyRow],
-    evaluation: Evaluation,
+    threshold: float | None,
     config: Config,
 ) -> Pictures:
-    """The grid, the gallery of each outcome, and the errors."""
+    """The grid, the gallery of each outcome, and the errors, at the decision point's threshold."""
     test = predictions.subset("test")
-    threshold = evaluation.points[DECISION].threshold
     if threshold is None:
         return Pictures([], {}, {}, [])
     settings = config.evaluate
@@ -110,7 +108,7 @@ def score_saliency(
     scored: Scored,
     predictions: Predictions,
     studies: Mapping[str, StudyRow],
-    evaluation: Evaluation,
+    threshold: float | None,
     config: Config,
     *,
     stored_size: int,
@@ -131,7 +129,6 @@ def score_saliency(
     prior = prior_map(list(in_input("train").values()), image_size)
     found = score_boxes(scored, {s: in_input(s) for s in ("val", "test")}, prior, config)
     iou_thresholds = choose_iou_thresholds(found["val"])
-    threshold = evaluation.points[DECISION].threshold
     return {
         split: summarise_saliency(
             scores,

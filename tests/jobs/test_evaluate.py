@@ -12,6 +12,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from jobs import evaluate
+from jobs.pictures import choose_pictures
 from jobs.scoring import (
     Scored,
     Scoring,
@@ -147,6 +148,40 @@ def test_maps_score_the_same_on_any_number_of_workers(
     )
 
 
+def test_cases_say_what_is_known_of_the_study_and_why_it_is_shown(
+    prepared: Prepared, evaluated: Path
+) -> None:
+    weights = Weights(str(evaluated), read_index(str(evaluated)).best)
+    scored = Scored(Scoring((weights,)), str(prepared.store))
+    studies, test = read_studies(str(prepared.store)), read_predictions(evaluated).subset("test")
+    threshold = float(np.median(test.probability))
+    settings = {"evaluate.gallery_images": 3, "evaluate.error_images": 2}
+    config = override(Config(), settings)
+    found = choose_pictures(scored, test, studies, threshold, config)
+
+    for outcome, cases in found.gallery.items():
+        assert {case.outcome for case in cases} <= {outcome}
+        reasons = ["most certain", "least certain", "drawn"]
+        assert [case.why for case in cases] == reasons[: len(cases)]
+    for outcome, cases in found.errors.items():
+        assert {case.outcome for case in cases} <= {outcome}
+        wrong = (test.target == int(outcome == "fn")) & (
+            (test.probability >= threshold) == (outcome == "fp")
+        )
+        surest = sorted(test.probability[wrong], reverse=outcome == "fp")[:2]
+        assert [case.probability for case in cases] == surest
+    shown = [case for cases in (*found.gallery.values(), *found.errors.values()) for case in cases]
+    assert shown
+    for case in shown:
+        assert case.cam is not None
+        assert bool(case.boxes) == (case.target == 1)
+        assert (case.finding == "Lung Opacity") == (case.target == 1)
+        assert re.fullmatch(r"(\d+0-\d*9)?|0-9", case.age_band)
+    assert {case.view for case in shown} <= {"AP", "PA", ""}
+    none = choose_pictures(scored, test, studies, None, config)
+    assert (none.grid, none.gallery, none.errors, none.by_finding) == ([], {}, {}, [])
+
+
 def test_errors_are_counted_by_finding(evaluated: Path) -> None:
     metrics = json.loads((evaluated / "metrics.json").read_text())
     found = metrics["test"]["errors_by_finding"]
@@ -260,10 +295,13 @@ def test_overwriting_leaves_nothing_of_the_earlier_evaluation(
     run = Path(shutil.copytree(evaluated, tmp_path / "run"))
     (run / "gallery" / "tp-99.webp").write_bytes(b"of another threshold")
     flags = ["--store", str(prepared.store), "--run", str(run), *QUICK, "--overwrite"]
-    assert evaluate.main(flags) == 0
+    assert evaluate.main([*flags, "--evaluate.saliency", "false"]) == 0
     assert not (run / "gallery" / "tp-99.webp").exists()
     before, after = (json.loads((at / "metrics.json").read_text()) for at in (evaluated, run))
     assert after["test"]["n"] == before["test"]["n"]
+    assert before["test"]["saliency"] is not None
+    assert after["test"]["saliency"] is None
+    assert after["test"]["saliency_reason"] == "evaluate.saliency is off"
     assert after["test"]["auroc"]["value"] == pytest.approx(before["test"]["auroc"]["value"])
 
 

@@ -15,8 +15,10 @@ from PIL import Image
 
 from jobs import evaluate, predict
 from pneumo.checkpoint import load_checkpoint, read_index, save_checkpoint
+from pneumo.dicom import GrayImage
+from pneumo.ingest import read_picture
 from pneumo.predict import Predictions
-from pneumo.shards import read_manifest
+from pneumo.shards import digest_pixels, read_manifest, read_studies
 from pneumo.studies import read_source
 from tests.conftest import DicomMaker
 from tests.jobs.conftest import Prepared
@@ -128,6 +130,15 @@ def test_files_get_the_logits_that_their_studies_got(
     assert predict.main([*flags, *members, "--overwrite", "--predict.overlays", "false"]) == 0
     assert list(read_rows(output)) == list(rows)
     assert not (output / "overlays").exists()
+
+
+def test_files_are_decoded_to_the_pixels_of_the_store(prepared: Prepared) -> None:
+    store = str(prepared.store)
+    rows, size = read_studies(store), read_manifest(store).image_size
+    for study in read_source(str(prepared.source)).studies[:20]:
+        image = read_picture(study.url, size)
+        assert isinstance(image, GrayImage)
+        assert digest_pixels(image.pixels) == rows[study.key].pixels_digest
 
 
 def test_the_evaluation_says_how_its_logits_were_made(ensemble: tuple[Path, Path]) -> None:
