@@ -155,7 +155,6 @@ def find_weights(run_url: str, ensemble: int | str) -> tuple[Weights, ...]:
         say(f"warning: {run_url} is not trained to its end; evaluating what there is so far")
     if isinstance(ensemble, str):
         return (Weights(run_url, index.best),)
-    # The best may be older than those that training keeps for their age.
     if len(index.entries) < ensemble:
         raise RunError(
             f"{run_url}: has {len(index.entries)} checkpoints, not the {ensemble} of "

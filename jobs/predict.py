@@ -102,7 +102,9 @@ def find_files(source_url: str, output_url: str) -> list[str]:
     """
     prefix, own = f"{source_url.rstrip('/')}/", f"{output_url.rstrip('/')}/"
     found = [
-        url.removeprefix(prefix) for url in storage.list_urls(source_url) if not url.startswith(own)
+        url.removeprefix(prefix)
+        for url in storage.list_urls(source_url)
+        if url.startswith(prefix) and not url.startswith(own)
     ]
     files = [p for p in found if not any(part.startswith(".") for part in PurePosixPath(p).parts)]
     if not files:

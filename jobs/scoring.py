@@ -268,7 +268,8 @@ def _score_maps(
 def _score_one(
     fixed: FixedMaps, cam: Maps, random: Maps, boxes: Sequence[Box]
 ) -> npt.NDArray[np.float64] | None:
-    """None where the boxes are too small to cover a pixel; the driver counts who is missing."""
+    """None where the boxes cover no pixel or a map is no number; the driver counts who is
+    missing."""
     try:
         return fixed.score(cam, random, boxes)
     except MetricError:

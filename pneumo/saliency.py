@@ -310,7 +310,7 @@ class SaliencySummary:
     positives: int
     """Of the split."""
     unscored: int
-    """Of them those without a box that covers a pixel of the input."""
+    """Of them those without a box that covers a pixel of the input, or whose map is no number."""
     checkpoint: str
     """Whose maps these are."""
     groups: Mapping[Group, GroupSummary]
