@@ -5,13 +5,14 @@
 #   make test-s3    the tests against a real S3 server, which it starts;  make test-all: all three
 #   make debian     as root: Debian's dcmtk, an independent DICOM decoder for the tests
 #   make check      format, lint, types, import rules: never writes;  make fix: mends what it can
-#   make bench      what decoding, preparing and loading cost, as ratios taken in one run
+#   make bench      what decoding, preparing, explaining, judging and loading cost, as ratios of one run
 #   make prepare    SOURCE=folder STORE=url
 #   make train      STORE=url [RUN=url] [ARGS="--recipe fast --train.epochs 3"]
 #   make tune       STORE=url [RUN=url] [ARGS=…]
 #   make evaluate   STORE=url RUN=url [ARGS=…]
+#   make predict    SOURCE=folder of DICOM files RUN=url OUTPUT=folder [ARGS=…]
 #
-# With RAY_ADDRESS=http://head:8265 the four jobs run on that cluster instead of this machine.
+# With RAY_ADDRESS=http://head:8265 the five jobs run on that cluster instead of this machine.
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -30,7 +31,7 @@ job = $(BIN)/python -m jobs.$(1)
 endif
 needs = $(if $($(1)),,$(error make $@: say $(1)=…, see make help))
 
-.PHONY: help setup debian demo prepare train tune evaluate check fix test test-slow test-s3 test-all bench lock clean
+.PHONY: help setup debian demo prepare train tune evaluate predict check fix test test-slow test-s3 test-all bench lock clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -62,6 +63,10 @@ train tune: $(READY)
 evaluate: $(READY)
 	$(call needs,STORE)$(call needs,RUN)
 	@$(call job,evaluate) --store $(STORE) --run $(RUN) $(ARGS)
+
+predict: $(READY)
+	$(call needs,SOURCE)$(call needs,RUN)$(call needs,OUTPUT)
+	@$(call job,predict) --source $(SOURCE) --run $(RUN) --output $(OUTPUT) $(ARGS)
 
 # The decoder that some tests compare ours with; where it cannot be had they skip, and say so.
 debian:
@@ -95,6 +100,9 @@ bench: $(READY)
 	$(BIN)/python -m tests.benchmarks.prepare rate
 	$(BIN)/python -m tests.benchmarks.prepare memory
 	$(BIN)/python -m tests.benchmarks.prepare index
+	$(BIN)/python -m tests.benchmarks.metrics
+	$(BIN)/python -m tests.benchmarks.explain cost
+	$(BIN)/python -m tests.benchmarks.explain memory
 	$(BIN)/python -m tests.s3.server -- $(BIN)/python -m tests.benchmarks.loader $(ARGS)
 
 lock: $(READY)

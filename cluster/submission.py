@@ -33,7 +33,7 @@ OF_THIS_MACHINE = frozenset(
 )  # fmt: skip
 """Of those, the ones that name files or services of this machine: kept from a remote cluster."""
 
-_PLACES = ("source", "store", "run")
+_PLACES = ("source", "store", "run", "output")
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -77,7 +77,7 @@ def plan(
     if recipe is not None:
         flags += ["--recipe", f"{RECIPE_FOLDER}/{recipe.name}"]
         replaced.add("--recipe")
-    target = places.get("run", places["store"])
+    target = next(places[name] for name in ("output", "run", "store") if name in places)
     sent, kept = split_environment(environ, remote=remote)
     return Submission(
         job=job,
@@ -121,7 +121,12 @@ def _places(invocation: Invocation, *, remote: bool, now: datetime) -> dict[str,
                 f"with it; give a URL that outlives it, such as s3://bucket/runs/{invocation.job}-1"
             )
         arguments["run"] = f"runs/{invocation.job}-{now:%Y%m%d-%H%M%S}"
-    return {name: _absolute(arguments[name]) for name in _PLACES if arguments.get(name) is not None}
+    places = {
+        name: _absolute(arguments[name]) for name in _PLACES if arguments.get(name) is not None
+    }
+    if members := arguments.get("members"):
+        places["members"] = ",".join(_absolute(url) for url in members)
+    return places
 
 
 def _absolute(url: str) -> str:

@@ -11,22 +11,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 import torch
 from threadpoolctl import threadpool_limits
 
 from jobs.command import run_job, say
-from jobs.scoring import Explained, Scored, explain_studies, score_splits
+from jobs.pictures import Pictures, choose_pictures, score_saliency
+from jobs.scoring import Scored, Scoring, Weights, score_splits
 from jobs.session import ray_session, wait_for_resources
 from jobs.train import close_tracker, tracking_folder
 from pneumo import figures, storage
+from pneumo.baselines import Metadata
 from pneumo.checkpoint import Checkpoint, load_checkpoint, read_index
-from pneumo.config import Config, EvaluateArguments, Invocation
+from pneumo.comparison import compare
+from pneumo.config import Config, EvaluateArguments, EvaluateConfig, Invocation
 from pneumo.errors import RunError, StoreError
 from pneumo.evaluate import DECISION, Evaluation, check_complete, evaluate
-from pneumo.explain import Outcome, choose_gallery
-from pneumo.figures import Case
 from pneumo.predict import Predictions, join_predictions
 from pneumo.quality import read_contact_sheets, summarise_quality
 from pneumo.report import DataFacts, ModelFacts, Provenance, render_report
@@ -52,45 +52,56 @@ JUDGED_SPLITS = ("val", "test")
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """What is evaluated: a run's best checkpoint on a store."""
+    """What is evaluated: a run's checkpoints, and those of other runs, on a store."""
 
     run_url: str
     store_url: str
     manifest: Manifest
     checkpoint: Checkpoint
+    """The first of those that are scored: its maps are shown."""
     scored: Scored
-
-
-@dataclass(frozen=True, eq=False)
-class Pictures:
-    """The studies of test that are shown."""
-
-    grid: list[Case]
-    gallery: dict[Outcome, list[Case]]
 
 
 def evaluate_run(invocation: Invocation) -> None:
     """Evaluate the run of `--run` on `--store`, leaving the results in it, metrics.json last."""
     arguments, config = invocation.arguments, invocation.config
     assert isinstance(arguments, EvaluateArguments)
-    subject = find_subject(arguments)
+    subject = find_subject(arguments, config.evaluate)
     studies = read_studies(subject.store_url)
     data = describe_data(subject.store_url, subject.manifest, studies)
+    other = None if arguments.compare_with is None else read_other(arguments.compare_with, studies)
     with ray_session(show_logs=arguments.debug):
         wait_for_resources(config.cluster, 1)
         logits = score_splits(subject.scored, JUDGED_SPLITS, config)
-        predictions = join_predictions(logits, studies, checkpoint=subject.scored.entry.name)
+        predictions = join_predictions(
+            logits,
+            studies,
+            checkpoint=subject.scored.scoring.checkpoint,
+            image_size=subject.manifest.image_size,
+        )
         expected = {name: subject.manifest.splits[name].samples for name in JUDGED_SPLITS}
         check_complete(predictions, expected)
         say("evaluate: intervals, figures, Grad-CAM")
         with threadpool_limits(1):  # the bootstrap's small products are slower on many threads
-            evaluation = evaluate(predictions, config=config.evaluate, seed=config.seed)
-        pictures = choose_pictures(subject, predictions, studies, evaluation, config)
+            evaluation = evaluate(
+                predictions,
+                config=config.evaluate,
+                seed=config.seed,
+                train=Metadata.of_split(studies.values(), "train"),
+            )
+        predictions = evaluation.predictions
+        threshold = evaluation.points[DECISION].threshold
+        pictures = choose_pictures(subject.scored, predictions, studies, threshold, config)
+        looks = describe_looks(subject, predictions, studies, threshold, config)
+        looks["test"]["errors_by_finding"] = {
+            found.finding: found.to_json() for found in pictures.by_finding
+        }
     metrics = evaluation.to_metrics(
         run=subject.run_url.rsplit("/", 1)[-1],
         dataset={
             "digest": subject.manifest.digest,
             "unit": subject.manifest.audit.unit,
+            "image_size": subject.manifest.image_size,
             **describe_faults(data),
         },
         model={
@@ -98,8 +109,17 @@ def evaluate_run(invocation: Invocation) -> None:
             "initialisation": subject.checkpoint.initialisation,
             "epoch": subject.checkpoint.epoch,
             "image_size": subject.checkpoint.image_size,
+            "scoring": subject.scored.scoring.to_json(),
         },
     )
+    for split, found in looks.items():
+        metrics[split] |= found
+    if other is not None and arguments.compare_with is not None:
+        metrics["comparison"] = {
+            "first": metrics["run"],
+            "second": storage.normalise(arguments.compare_with).rsplit("/", 1)[-1],
+            **compare_splits(predictions, other, config),
+        }
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder)
         report = write_files(files, subject, data, predictions, evaluation, pictures, config)
@@ -120,74 +140,115 @@ def _clear(run_url: str) -> None:
             storage.remove(url)
 
 
-def find_subject(arguments: EvaluateArguments) -> Subject:
-    """The run's best checkpoint, checked against the store.
+def find_subject(arguments: EvaluateArguments, config: EvaluateConfig) -> Subject:
+    """The checkpoints that are to be scored, checked against the store.
 
-    Raises RunError when the run is not trained or evaluated already, StoreError when the store is
-    not the one that it was trained on.
+    Raises RunError when a run is not trained or evaluated already, StoreError when the store is not
+    the one that it was trained on.
     """
     store_url, run_url = storage.normalise(arguments.store), storage.normalise(arguments.run)
     manifest = read_manifest(store_url)
-    index = read_index(run_url)
+    run_urls = [run_url, *(storage.normalise(url) for url in arguments.members)]
+    if len(set(run_urls)) < len(run_urls):
+        raise RunError("--members: a run is named twice; each counts once")
+    weights = tuple(found for url in run_urls for found in find_weights(url, config.ensemble))
     if not arguments.overwrite and storage.exists(storage.join(run_url, METRICS)):
         raise RunError(
             f"{run_url}: is evaluated already (a test set is looked at once); --overwrite does it "
             "again"
         )
+    first = _load_trained_on(weights[0], store_url, manifest)
+    for other in weights[1:]:
+        _load_trained_on(other, store_url, manifest)
+    scored = Scored(Scoring(weights, views=config.tta or 1), store_url)
+    return Subject(run_url, store_url, manifest, first, scored)
+
+
+def find_weights(run_url: str, ensemble: int | str) -> tuple[Weights, ...]:
+    """The run's best checkpoint, or its last so many, newest first.
+
+    Raises RunError where there are fewer.
+    """
+    index = read_index(run_url)
     if not index.finished:
-        say(f"warning: {run_url} is not trained to its end; evaluating its best epoch so far")
-    checkpoint = load_checkpoint(run_url, index.best)
+        say(f"warning: {run_url} is not trained to its end; evaluating what there is so far")
+    if isinstance(ensemble, str):
+        return (Weights(run_url, index.best),)
+    if len(index.entries) < ensemble:
+        raise RunError(
+            f"{run_url}: has {len(index.entries)} checkpoints, not the {ensemble} of "
+            "evaluate.ensemble; lower it, or train with a higher train.keep_checkpoints"
+        )
+    return tuple(Weights(run_url, entry) for entry in reversed(index.entries[-ensemble:]))
+
+
+def _load_trained_on(weights: Weights, store_url: str, manifest: Manifest) -> Checkpoint:
+    checkpoint = load_checkpoint(weights.run_url, weights.entry)
     if checkpoint.manifest_digest != manifest.digest:
         raise StoreError(
-            f"{store_url}: is not the store that {run_url} was trained on (manifest "
+            f"{store_url}: is not the store that {weights.run_url} was trained on (manifest "
             f"{manifest.digest[:12]}, not {checkpoint.manifest_digest[:12]}); its test studies may "
             "be in that training set"
         )
-    scored = Scored(run_url, index.best, store_url)
-    return Subject(run_url, store_url, manifest, checkpoint, scored)
+    return checkpoint
 
 
-def choose_pictures(
+def read_other(run_url: str, studies: Mapping[str, StudyRow]) -> Predictions:
+    """What another run said. Raises RunError where it is not evaluated, or on other studies."""
+    url = storage.join(storage.normalise(run_url), PREDICTIONS)
+    try:
+        other = Predictions.from_parquet(storage.read_bytes(url))
+    except FileNotFoundError as error:
+        raise RunError(f"--compare-with {run_url}: is not evaluated; evaluate it first") from error
+    except KeyError as error:
+        raise RunError(
+            f"--compare-with {run_url}: its {PREDICTIONS} has no column {error}: an older version "
+            "wrote it; evaluate it again with --overwrite"
+        ) from error
+    judged = {key for key, row in studies.items() if row.split in JUDGED_SPLITS}
+    if set(other.key.tolist()) != judged:
+        raise RunError(
+            f"--compare-with {run_url}: was evaluated on another store, or another split of it; "
+            "evaluate both runs on one store"
+        )
+    return other
+
+
+def compare_splits(first: Predictions, second: Predictions, config: Config) -> dict[str, Any]:
+    """Both models on val and on test, for metrics.json.
+
+    Raises DataError when they are not of the same studies.
+    """
+    resamples = config.evaluate.bootstrap_resamples
+    return {
+        split: compare(
+            first.subset(split), second.subset(split), resamples=resamples, seed=config.seed
+        ).to_json()
+        for split in JUDGED_SPLITS
+    }
+
+
+def describe_looks(
     subject: Subject,
     predictions: Predictions,
     studies: Mapping[str, StudyRow],
-    evaluation: Evaluation,
+    threshold: float | None,
     config: Config,
-) -> Pictures:
-    """The grid (drawn by the seed) and the gallery of each outcome, with Grad-CAM and boxes."""
-    test = predictions.subset("test")
-    threshold = evaluation.points[DECISION].threshold
-    if threshold is None:
-        return Pictures([], {})
-    drawn = np.random.default_rng(config.seed).permutation(len(test))
-    grid = drawn[: config.evaluate.grid_images]
-    gallery = choose_gallery(
-        test.target,
-        test.probability,
-        threshold,
-        per_outcome=config.evaluate.gallery_images,
-        seed=config.seed,
-    )
-    chosen = np.unique(np.concatenate([grid, *gallery.values()]))
-    shown = explain_studies(subject.scored, "test", test.key[chosen].tolist(), config)
-
-    def case(row: Any, *, with_cam: bool) -> Case:
-        explained: Explained = shown[str(test.key[row])]
-        return Case(
-            image=explained.pixels,
-            target=int(test.target[row]),
-            probability=float(test.probability[row]),
-            threshold=threshold,
-            boxes=studies[str(test.key[row])].boxes if with_cam else (),
-            cam=explained.cam if with_cam else None,
+) -> dict[str, dict[str, Any]]:
+    """By split, what metrics.json says of where the network looks."""
+    if config.evaluate.saliency:
+        summaries = score_saliency(
+            subject.scored,
+            predictions,
+            studies,
+            threshold,
+            config,
+            stored_size=subject.manifest.image_size,
+            image_size=subject.checkpoint.image_size,
         )
-
-    return Pictures(
-        grid=[case(row, with_cam=False) for row in grid],
-        gallery={
-            outcome: [case(row, with_cam=True) for row in rows] for outcome, rows in gallery.items()
-        },
-    )
+        return {split: {"saliency": found.to_json()} for split, found in summaries.items()}
+    reason = "evaluate.saliency is off"
+    return {split: {"saliency": None, "saliency_reason": reason} for split in JUDGED_SPLITS}
 
 
 def write_files(
@@ -200,7 +261,7 @@ def write_files(
     config: Config,
 ) -> str:
     """Predictions, figures, gallery and report below `folder`; the report's HTML."""
-    (folder / PREDICTIONS).write_bytes(predictions.to_parquet())
+    (folder / PREDICTIONS).write_bytes(predictions.to_parquet(subject.scored.scoring.to_json()))
     history = subject.checkpoint.history
     n = evaluation.test.n
     first_of_each = [cases[0] for cases in pictures.gallery.values() if cases]
@@ -294,12 +355,16 @@ def describe_provenance(subject: Subject, config: Config) -> Provenance:
         facts={
             "code": subject.checkpoint.code_version,
             "manifest": subject.manifest.digest,
-            "checkpoint": subject.scored.entry.sha256,
+            "checkpoint": " ".join(_digests(subject)),
             "python": sys.version.split()[0],
             "torch": torch.__version__,
             "ray": ray.__version__,
         },
     )
+
+
+def _digests(subject: Subject) -> list[str]:
+    return [weights.entry.sha256 for weights in subject.scored.scoring.weights]
 
 
 def track(
@@ -321,7 +386,7 @@ def track(
         settings={
             **subject.checkpoint.config.model_dump(mode="json"),
             "dataset_digest": subject.manifest.digest,
-            "checkpoint_sha256": subject.scored.entry.sha256,
+            "checkpoint_sha256": " ".join(_digests(subject)),
             "data_warning": data.audit.warning,
         },
     )

@@ -255,6 +255,31 @@ class EvaluateConfig(Section):
     """Pictures in the prediction grid."""
     batch_size_per_worker: PositiveInt = 64
     """Images scored at once by a worker."""
+    min_patients: PositiveInt = 10
+    """Fewest patients of a class for a threshold or a calibration to be chosen on val, and for a
+    subgroup to be judged."""
+    calibration_bins: Annotated[int, Field(ge=2, le=100)] = 10
+    """Bins of equal number in the reliability curve and the calibration error."""
+    ensemble: Literal["best"] | PositiveInt = "best"
+    """Checkpoints of each run whose logits are averaged: the best alone, or the last this many."""
+    tta: Annotated[int, Field(ge=2, le=64)] | None = None
+    """Test-time augmentation: views of each image whose logits are averaged, the image itself and
+    slightly moved ones, never flipped; none: the image alone."""
+    saliency: bool = True
+    """Whether maps of all positives are scored against the radiologists' boxes: two passes more
+    over the positives."""
+    error_images: PositiveInt = 12
+    """Most confident false positives, and false negatives, to show."""
+
+
+class PredictConfig(Section):
+    """How a folder of DICOM files is scored; the network, its ensemble and its threshold are those
+    of the run's evaluation."""
+
+    overlays: bool = True
+    """Whether each image gets a PNG of itself and its Grad-CAM."""
+    batch_size_per_worker: PositiveInt = 32
+    """Images read and scored at once by a worker."""
 
 
 class ClusterConfig(Section):
@@ -298,6 +323,7 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     tune: TuneConfig = TuneConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    predict: PredictConfig = PredictConfig()
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
 
@@ -344,8 +370,27 @@ class EvaluateArguments(Arguments):
     """A prepared store: a folder or s3:// URL."""
     run: str
     """The run to evaluate; its best checkpoint is scored and the results are written into it."""
+    members: list[str] = []
+    """More runs, trained on the same store, whose logits are averaged with the run's:
+    `--members RUN2,RUN3`."""
     overwrite: CliToggleFlag[bool] = False
     """Evaluate a run again that has been evaluated."""
+    compare_with: str | None = None
+    """Another run, evaluated on the same studies, whose predictions this one's are compared
+    with."""
+
+
+class PredictArguments(Arguments):
+    source: str
+    """A folder or s3:// URL with DICOM files in it, however deep; nothing else is needed."""
+    run: str
+    """A trained run; where it is evaluated, its threshold and calibration are used."""
+    output: str
+    """Where predictions.csv, predictions.parquet and overlays/ go: a folder or s3:// URL."""
+    members: list[str] = []
+    """The other runs of the ensemble that was evaluated: `--members RUN2,RUN3`."""
+    overwrite: CliToggleFlag[bool] = False
+    """Replace what an earlier prediction left in the output."""
 
 
 @dataclass(frozen=True)
@@ -372,6 +417,7 @@ JOBS: Mapping[str, Job] = {
     "evaluate": Job(
         "jobs.evaluate", EvaluateArguments, ("seed", "evaluate", "cluster", "tracking")
     ),
+    "predict": Job("jobs.predict", PredictArguments, ("predict", "cluster")),
 }
 
 
@@ -456,7 +502,7 @@ def _read_flags(spec: Job, argv: Sequence[str]) -> dict[str, Any]:
     )
     parser = _Parser(
         prog=f"python -m {spec.module}",
-        usage=f"python -m {spec.module} --store URL [settings]",
+        usage=f"python -m {spec.module} {_required(spec.arguments)} [settings]",
         description=f"See {ENVIRONMENT_PREFIX}TRAIN__LR-like variables and recipes for other ways "
         "to set the same. Research use only, never a diagnostic device.",
         allow_abbrev=False,
@@ -467,6 +513,11 @@ def _read_flags(spec: Job, argv: Sequence[str]) -> dict[str, Any]:
     )
     values = source(args=list(argv))()
     return {key: value for key, value in values.items() if value is not None}
+
+
+def _required(arguments: type[Arguments]) -> str:
+    fields = arguments.model_fields.items()
+    return " ".join(f"--{name} URL" for name, field in fields if field.is_required())
 
 
 def _read_environment(environ: Mapping[str, str]) -> dict[str, Any]:

@@ -1,86 +1,71 @@
 """Predictions -> Evaluation: what the model is worth, decided on val and reported on test.
 
-Thresholds come from val alone and are frozen before test is looked at. What can't be computed (one
-class only, too few patients, a NaN from a diverged model) is null with a reason; nothing is ever
-silently 0. `Evaluation.to_metrics` is metrics.json, the machine-readable result of a run.
+Thresholds and calibration come from val alone and are frozen before test is looked at. What can't
+be computed (one class only, too few patients, a NaN from a diverged model) is null with a reason;
+nothing is ever silently 0. `Evaluation.to_metrics` is metrics.json, the machine-readable result of
+a run; docs/metrics.md describes it.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from pneumo import metrics
+from pneumo.baselines import (
+    FEATURES,
+    Baseline,
+    Metadata,
+    MetadataModel,
+    ViewBaseline,
+    fit_metadata,
+    judge_metadata,
+    judge_view,
+    metadata_parts,
+    view_parts,
+)
+from pneumo.calibration import (
+    Calibration,
+    Reliability,
+    Scaling,
+    calibrate,
+    judge_reliability,
+    recalibration_statistic,
+    reliability_statistics,
+)
 from pneumo.config import EvaluateConfig
+from pneumo.decision_curve import DecisionCurve, judge_net_benefit, net_benefit_statistic
+from pneumo.delong import delong
 from pneumo.errors import DataError, MetricError
-from pneumo.metrics import Confusion, Curve, Estimate
+from pneumo.metrics import Curve, Estimate, Part, Statistic
+from pneumo.operating_points import (
+    DECISION,
+    SCREENING,
+    AtPoint,
+    OperatingPoint,
+    choose_points,
+    judge_points,
+    outcomes_statistic,
+)
 from pneumo.predict import Predictions
+from pneumo.subgroups import Subgroups, judge_subgroups, subgroup_parts
 
-METRICS_SCHEMA_VERSION = 1
+__all__ = [
+    "DECISION",
+    "METRICS_SCHEMA_VERSION",
+    "SCREENING",
+    "Evaluation",
+    "SplitEvaluation",
+    "check_complete",
+    "evaluate",
+    "evaluate_split",
+]
 
-DECISION = "decision"
-"""The operating point that headline numbers are given at."""
-SCREENING = "screening"
-"""The operating point that keeps `evaluate.sensitivity` on val."""
-
-
-@dataclass(frozen=True)
-class OperatingPoint:
-    """A threshold on the probability, chosen on val; `threshold` is None where val gives none."""
-
-    name: str
-    rule: str
-    """In words, such as `sensitivity >= 0.90`."""
-    threshold: float | None
-    reason: str | None = None
-
-
-@dataclass(frozen=True)
-class AtPoint:
-    """A split at an operating point."""
-
-    counts: Confusion | None
-    """None where there is no threshold or the split can't be judged."""
-    rates: Mapping[str, Estimate]
-    """accuracy, precision, recall, specificity, npv, f1, mcc."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The rates by name, and `confusion`: four counts or null."""
-        return {
-            **{name: estimate.to_json() for name, estimate in self.rates.items()},
-            "confusion": None if self.counts is None else self.counts.to_json(),
-        }
-
-
-@dataclass(frozen=True)
-class ViewBaseline:
-    """How far the view alone gets: portable AP images are of sicker patients (no pixel needed)."""
-
-    n: int
-    """Studies whose view is known."""
-    view_only: Estimate
-    """AUROC of AP = 1, PA = 0."""
-    model: Estimate
-    """The model's AUROC on the same studies."""
-    gain: Estimate
-    """model - view_only, over the same resamples."""
-    within: Mapping[str, Estimate]
-    """The model's AUROC within AP and within PA, where the view is of no help."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The estimates and the count."""
-        return {
-            "n": self.n,
-            "view_only_auroc": self.view_only.to_json(),
-            "model_auroc": self.model.to_json(),
-            "gain": self.gain.to_json(),
-            **{f"auroc_within_{view}": found.to_json() for view, found in self.within.items()},
-        }
+METRICS_SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -91,8 +76,11 @@ class SplitEvaluation:
     n: int
     positives: int
     patients: int
+    fault: str | None
+    """What is wrong with the predictions, so that nothing below has a value; None: nothing."""
     auroc: Estimate
     auroc_delong: Estimate
+    auroc_delong_clustered: Estimate
     average_precision: Estimate
     log_loss: Estimate
     brier: Estimate
@@ -101,7 +89,14 @@ class SplitEvaluation:
     roc: Curve | None
     """Thresholds in logits; None where the split can't be ranked."""
     precision_recall: Curve | None
+    before: Reliability
+    """Of the probabilities as the network gives them."""
+    after: Reliability
+    """Of the calibrated ones."""
+    decision_curve: DecisionCurve
+    subgroups: Subgroups
     view: ViewBaseline
+    metadata: Baseline
 
     @property
     def prevalence(self) -> float:
@@ -114,13 +109,23 @@ class SplitEvaluation:
             "n": self.n,
             "positives": self.positives,
             "patients": self.patients,
+            "fault": self.fault,
             "auroc": self.auroc.to_json(),
             "auroc_delong": self.auroc_delong.to_json(),
+            "auroc_delong_clustered": self.auroc_delong_clustered.to_json(),
             "average_precision": self.average_precision.to_json(),
             **self.at[DECISION].to_json(),
             "log_loss": self.log_loss.to_json(),
             "brier": self.brier.to_json(),
+            "calibration": {"before": self.before.to_json(), "after": self.after.to_json()},
+            "roc": None if self.roc is None else self.roc.to_json(),
+            "precision_recall": None
+            if self.precision_recall is None
+            else self.precision_recall.to_json(),
+            "decision_curve": self.decision_curve.to_json(),
+            "subgroups": self.subgroups.to_json(),
             "view": self.view.to_json(),
+            "metadata": self.metadata.to_json(),
         }
 
 
@@ -129,7 +134,11 @@ class Evaluation:
     """What is known of a model: chosen on `val`, reported on `test`."""
 
     points: Mapping[str, OperatingPoint]
-    """DECISION and SCREENING."""
+    """DECISION, SCREENING and the standard ones."""
+    calibration: Calibration
+    metadata: MetadataModel
+    predictions: Predictions
+    """Those that were judged, with the calibrated probability filled in."""
     val: SplitEvaluation
     test: SplitEvaluation
 
@@ -163,6 +172,15 @@ class Evaluation:
                 }
                 for name, point in self.points.items()
             },
+            "calibration": self.calibration.to_json(),
+            "baselines": {
+                "metadata": {
+                    "features": list(FEATURES),
+                    "fitted_on": "train",
+                    "n": self.metadata.n,
+                    **({} if self.metadata.reason is None else {"reason": self.metadata.reason}),
+                }
+            },
             "val": self.val.to_json(),
             "test": self.test.to_json(),
         }
@@ -192,151 +210,180 @@ def check_complete(predictions: Predictions, expected: Mapping[str, int]) -> Non
         raise DataError(f"predictions are incomplete: {'; '.join(wrong)}")
 
 
-def evaluate(predictions: Predictions, *, config: EvaluateConfig, seed: int) -> Evaluation:
-    """Choose the operating points on val, judge val and test at them.
+def evaluate(
+    predictions: Predictions,
+    *,
+    config: EvaluateConfig,
+    seed: int,
+    train: Metadata | None = None,
+) -> Evaluation:
+    """Choose the operating points and the calibration on val, judge val and test with them.
 
-    `predictions` holds both splits; others are left alone. `seed` draws the bootstrap's patients.
+    `predictions` holds both splits; others are left alone. `train` is what is known of the training
+    studies besides their pixels, for the metadata baseline. `seed` draws the bootstrap's patients.
     Never raises for degenerate predictions: see the reasons of the estimates.
     """
     val = predictions.subset("val")
-    points = {
-        DECISION: _choose(DECISION, val, config.operating_point, config.sensitivity),
-        SCREENING: _choose(SCREENING, val, "sensitivity", config.sensitivity),
-    }
-    resamples = config.bootstrap_resamples
+    fault = find_fault(val)
+    points = choose_points(val, config)
+    calibration = calibrate(val, min_patients=config.min_patients, seed=seed)
+    if fault is not None:
+        points = {
+            name: replace(point, threshold=None, reason=f"val: {fault}")
+            for name, point in points.items()
+        }
+        calibration = Calibration(None, None, None, None, f"val: {fault}")
+    calibrated = replace(predictions, calibrated_probability=calibration.apply(predictions.logit))
+    chosen = Chosen(points, calibration, fit_metadata(train))
+    val_found, test_found = (
+        evaluate_split(calibrated.subset(name), name, chosen, config=config, seed=seed)
+        for name in ("val", "test")
+    )
     return Evaluation(
         points=points,
-        val=evaluate_split(val, "val", points, resamples=resamples, seed=seed),
-        test=evaluate_split(
-            predictions.subset("test"), "test", points, resamples=resamples, seed=seed
-        ),
+        calibration=calibration,
+        metadata=chosen.metadata,
+        predictions=calibrated,
+        val=val_found,
+        test=test_found,
     )
 
 
-def _choose(name: str, val: Predictions, rule: str, sensitivity: float) -> OperatingPoint:
-    words = "Youden's index" if rule == "youden" else f"sensitivity ≥ {sensitivity:.2f}"
-    try:
-        if rule == "youden":
-            threshold = metrics.youden_threshold(val.target, val.probability)
-        else:
-            threshold = metrics.sensitivity_threshold(val.target, val.probability, sensitivity)
-    except MetricError as error:
-        return OperatingPoint(name, words, None, f"val: {error}")
-    return OperatingPoint(name, words, threshold)
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """What is settled before a split is judged."""
+
+    points: Mapping[str, OperatingPoint]
+    calibration: Calibration
+    metadata: MetadataModel
+
+
+def find_fault(rows: Predictions) -> str | None:
+    """What forbids any number of these predictions; None where nothing does.
+
+    Leaving out the studies that a model fails on would flatter it, so one fault is enough.
+    """
+    unusable = len(rows) - int(np.isfinite(rows.logit).sum())
+    duplicates = len(rows) - len(np.unique(rows.key))
+    without_key = int((rows.key == "").sum())
+    without_patient = int((rows.patient == "").sum())
+    if len(rows) == 0:
+        return "no study"
+    if without_key or without_patient:
+        return f"{without_key} studies have no key and {without_patient} no patient"
+    if duplicates:
+        return f"{duplicates} studies are scored more than once"
+    if unusable:
+        return f"{unusable} of {len(rows)} scores are NaN or infinite"
+    return None
 
 
 def evaluate_split(
-    rows: Predictions,
-    split: str,
-    points: Mapping[str, OperatingPoint],
-    *,
-    resamples: int,
-    seed: int,
+    rows: Predictions, split: str, chosen: Chosen, *, config: EvaluateConfig, seed: int
 ) -> SplitEvaluation:
-    """Judge `rows`, all of one split, at operating points that are already chosen."""
-    ranked = _bootstrap(
-        rows,
-        {
-            "auroc": (metrics.auroc_statistic, rows.target, rows.logit),
-            "average_precision": (
-                metrics.average_precision_statistic,
-                rows.target,
-                rows.logit,
-            ),
-            "log_loss": (metrics.log_loss_statistic, rows.target, rows.logit),
-            "brier": (metrics.brier_statistic, rows.target, rows.probability),
-        },
-        resamples=resamples,
-        seed=seed,
-    )
-    roc: Curve | None = None
-    precision_recall: Curve | None = None
-    with contextlib.suppress(MetricError):  # auroc carries the reason
-        roc = metrics.roc_points(rows.target, rows.logit)
-        precision_recall = metrics.precision_recall_points(rows.target, rows.logit)
+    """Judge `rows`, all of one split, by what is already chosen."""
+    fault = find_fault(rows)
+    threshold = chosen.points[DECISION].threshold
+    found = _resample(rows, chosen, fault, config, seed)
+    roc, precision_recall = _draw_curves(rows, fault)
+    scores = rows.target, rows.logit
+    after, net_benefit = _judge_calibrated(found, chosen.calibration)
     return SplitEvaluation(
         split=split,
         n=len(rows),
         positives=int(rows.target.sum()),
         patients=len(np.unique(rows.patient)),
-        **ranked,
-        auroc_delong=metrics.delong(rows.target, rows.logit),
-        at={
-            name: _at_point(rows, point, resamples=resamples, seed=seed)
-            for name, point in points.items()
-        },
+        fault=fault,
+        **{name: found[name].estimate("value") for name in _HEADLINES},
+        auroc_delong=Estimate.undefined(fault) if fault else delong(*scores),
+        auroc_delong_clustered=Estimate.undefined(fault)
+        if fault
+        else delong(*scores, rows.patient),
+        at=_judge_at_points(rows, chosen.points, found["points"]),
         roc=roc,
         precision_recall=precision_recall,
-        view=view_baseline(rows, resamples=resamples, seed=seed),
+        before=_judge_reliability(found["before"], found["recalibration"]),
+        after=after,
+        decision_curve=net_benefit,
+        subgroups=judge_subgroups(rows, threshold, found, config.min_patients),
+        view=judge_view(rows, found),
+        metadata=judge_metadata(rows, chosen.metadata, found),
     )
 
 
-def _at_point(rows: Predictions, point: OperatingPoint, *, resamples: int, seed: int) -> AtPoint:
-    if point.threshold is None:
-        reason = f"no threshold: {point.reason}"
-        return AtPoint(None, dict.fromkeys(metrics.RATES, Estimate.undefined(reason)))
-    try:
-        counts = metrics.confusion(rows.target, rows.probability, point.threshold)
-    except MetricError as error:
-        return AtPoint(None, dict.fromkeys(metrics.RATES, Estimate.undefined(str(error))))
-    estimates = metrics.rate_estimates(
-        rows.target,
-        rows.probability,
-        point.threshold,
-        rows.patient,
-        resamples=resamples,
-        seed=seed,
+_HEADLINES = ("auroc", "average_precision", "log_loss", "brier")
+
+
+def _resample(
+    rows: Predictions, chosen: Chosen, fault: str | None, config: EvaluateConfig, seed: int
+) -> dict[str, Part]:
+    """All that needs the bootstrap, in one pass over the same resamples."""
+    scores = rows.target, rows.logit
+    num_bins = config.calibration_bins
+    scaling = chosen.calibration.chosen
+    parts: dict[str, Callable[[], Mapping[str, Statistic]]] = {
+        "auroc": lambda: {"value": metrics.auroc_statistic(*scores)},
+        "average_precision": lambda: {"value": metrics.average_precision_statistic(*scores)},
+        "log_loss": lambda: {"value": metrics.log_loss_statistic(*scores)},
+        "brier": lambda: {"value": metrics.brier_statistic(rows.target, rows.probability)},
+        "points": lambda: {"outcomes": outcomes_statistic(rows, chosen.points)},
+        "recalibration": lambda: {"fit": recalibration_statistic(*scores)},
+        "before": lambda: reliability_statistics(*scores, None, num_bins),
+        "after": lambda: reliability_statistics(*scores, scaling, num_bins),
+        "net_benefit": lambda: {"curve": net_benefit_statistic(rows)},
+        **subgroup_parts(rows, chosen.points[DECISION].threshold),
+        **view_parts(rows),
+        **metadata_parts(rows, chosen.metadata),
+    }
+    if fault is not None:
+        return dict.fromkeys(parts, Part({}, fault))
+    return metrics.resample_parts(
+        rows.patient, parts, resamples=config.bootstrap_resamples, seed=seed
     )
-    return AtPoint(counts, estimates)
 
 
-def view_baseline(rows: Predictions, *, resamples: int, seed: int) -> ViewBaseline:
-    """The model beside the view alone, on the studies of `rows` whose view is known."""
-    known = rows.take(rows.view != "")
-
-    is_ap = known.view == "AP"
-    found = _bootstrap(
-        known,
-        {
-            "model": (metrics.auroc_statistic, known.target, known.logit),
-            "view_only": (metrics.auroc_statistic, known.target, is_ap),
-            "gain": (_auroc_gain, known.target, known.logit, is_ap),
-        },
-        resamples=resamples,
-        seed=seed,
-    )
-    within = {}
-    for name in ("AP", "PA"):
-        part = known.take(known.view == name)
-        auroc = {"auroc": (metrics.auroc_statistic, part.target, part.logit)}
-        within[name] = _bootstrap(part, auroc, resamples=resamples, seed=seed)["auroc"]
-    return ViewBaseline(n=len(known), **found, within=within)
-
-
-def _auroc_gain(
-    target: npt.ArrayLike, score: npt.ArrayLike, baseline: npt.ArrayLike
-) -> metrics.Statistic:
-    of_score = metrics.auroc_statistic(target, score)
-    of_baseline = metrics.auroc_statistic(target, baseline)
-    return lambda weights: of_score(weights) - of_baseline(weights)
-
-
-def _bootstrap(
-    rows: Predictions,
-    builders: Mapping[str, tuple[Any, ...]],
-    *,
-    resamples: int,
-    seed: int,
-) -> dict[str, Estimate]:
-    """An estimate a builder (function, arguments…): undefined, with the reason, where it raises."""
-    statistics, estimates = {}, {}
-    for name, (build, *arguments) in builders.items():
-        try:
-            statistics[name] = build(*arguments)
-        except MetricError as error:
-            estimates[name] = Estimate.undefined(str(error))
-    if statistics:
-        estimates |= metrics.patient_bootstrap(
-            rows.patient, statistics, resamples=resamples, seed=seed
+def _judge_at_points(
+    rows: Predictions, points: Mapping[str, OperatingPoint], part: Part
+) -> dict[str, AtPoint]:
+    if part.reason is None:
+        return judge_points(rows, points, part.resampled["outcomes"])
+    return {
+        name: AtPoint.undefined(
+            part.reason if point.threshold is not None else f"no threshold: {point.reason}"
         )
-    return estimates
+        for name, point in points.items()
+    }
+
+
+def _judge_reliability(
+    part: Part, recalibration: Part, scaling: Scaling | None = None
+) -> Reliability:
+    reason = part.reason or recalibration.reason
+    if reason is not None:
+        return Reliability.undefined(reason)
+    return judge_reliability(part.resampled, recalibration.resampled["fit"], scaling)
+
+
+def _judge_calibrated(
+    found: Mapping[str, Part], calibration: Calibration
+) -> tuple[Reliability, DecisionCurve]:
+    """What needs the calibrated probabilities."""
+    if calibration.chosen is None:
+        reason = f"no calibration: {calibration.reason}"
+        return Reliability.undefined(reason), DecisionCurve.undefined(reason)
+    after = _judge_reliability(found["after"], found["recalibration"], calibration.chosen)
+    part = found["net_benefit"]
+    if part.reason is not None:
+        return after, DecisionCurve.undefined(part.reason)
+    return after, judge_net_benefit(part.resampled["curve"])
+
+
+def _draw_curves(rows: Predictions, fault: str | None) -> tuple[Curve | None, Curve | None]:
+    if fault is not None:
+        return None, None
+    with contextlib.suppress(MetricError):  # auroc carries the reason
+        return (
+            metrics.roc_points(rows.target, rows.logit),
+            metrics.precision_recall_points(rows.target, rows.logit),
+        )
+    return None, None

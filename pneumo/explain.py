@@ -1,11 +1,11 @@
-"""Where the model looks: Grad-CAM, its score against the radiologists' boxes, and whom to show.
+"""Where the model looks: Grad-CAM, whom to show it of, and which studies the model gets wrong.
 
 A map says what moved the logit, not what is ill: it is an aid to find shortcuts, no diagnosis.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -18,16 +18,19 @@ from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import BinaryClassifierOutputTarget
 from torch import Tensor, nn
 
+from pneumo.config import ModelConfig
 from pneumo.errors import MetricError
-from pneumo.model import gradcam_layer, has_averaged_features, linear_head
-from pneumo.studies import Box
+from pneumo.metrics import Estimate, wilson
+from pneumo.model import build_model, gradcam_layer, initialise
 
 Outcome = Literal["tp", "fp", "fn", "tn"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+ERRORS: tuple[Outcome, ...] = ("fp", "fn")
 Maps = npt.NDArray[np.float32]
 
 _EPSILON = 1e-7
 """Of pytorch-grad-cam: keeps a map without any positive evidence at 0 instead of dividing by 0."""
+_RANDOM_ATTEMPTS = 16
 
 
 def gradcam(model: nn.Module, images: Tensor) -> Maps:
@@ -49,29 +52,56 @@ def gradcam(model: nn.Module, images: Tensor) -> Maps:
     raise MetricError("Grad-CAM gave no map; has the model one logit per image?")
 
 
-@torch.no_grad()
 def class_activation(model: nn.Module, images: Tensor) -> Maps:
-    """The same maps as `gradcam`, for the price of a forward pass (Zhou 2016).
+    """The same maps as `gradcam`, for the price of a forward pass, whatever the network ends in.
 
-    Right for networks whose last layers are global average pooling and one linear layer: there
-    Grad-CAM's weights are the linear layer's. Others get `gradcam` itself.
+    Grad-CAM's weights are gradients at the last convolutional block, so only what stands behind it
+    has to be differentiated. Of a network that ends in global average pooling and one linear layer
+    they are that layer's weights (Zhou 2016); of another they are still right.
     """
-    if not has_averaged_features(model):
-        return gradcam(model, images)
-    features: list[Tensor] = []
-    hook = gradcam_layer(model).register_forward_hook(
-        lambda module, inputs, output: features.append(output)
-    )
+    cut: list[tuple[Tensor, Tensor]] = []
+
+    def begin_here(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+        leaf = output.detach().requires_grad_()
+        # What follows may write into its input, as DenseNet's last ReLU does; never into a leaf.
+        cut.append((leaf, leaf.clone()))
+        return cut[-1][1]
+
+    hook = gradcam_layer(model).register_forward_hook(begin_here)
     try:
-        with _undisturbed(model):
-            model(images.float())
-            weight = linear_head(model).weight[0]
-            evidence = torch.einsum("bchw,c->bhw", features[0], weight).clamp(min=0)
+        with _undisturbed(model), torch.enable_grad():
+            logits = model(images.detach().float())
+            leaf, features = cut[-1]
+            (gradient,) = torch.autograd.grad(logits.sum(), leaf)
+            return _weigh(features.detach(), gradient, (images.shape[-2], images.shape[-1]))
     finally:
         hook.remove()
-    size = (images.shape[-2], images.shape[-1])
+
+
+def _weigh(features: Tensor, gradient: Tensor, size: tuple[int, int]) -> Maps:
+    """Grad-CAM's maps at `size` from a block's output and the logits' gradient at it, both
+    (B, C, h, w)."""
+    weights = gradient.mean(dim=(2, 3))
+    evidence = torch.einsum("bchw,bc->bhw", features, weights).clamp(min=0)
     large = F.interpolate(_stretch(evidence)[:, None], size=size, mode="bilinear")[:, 0]
     return np.asarray(_stretch(large).cpu().numpy(), dtype=np.float32)
+
+
+def randomised(backbone: str, *, seed: int) -> nn.Module:
+    """The same architecture with random weights, in evaluation mode: what its maps score, the
+    architecture and the data alone can score (Adebayo 2018, sanity checks for saliency maps).
+
+    A random classifier may find nothing positive anywhere, and its maps are empty; the first of
+    the networks that `seed` draws is taken whose maps of noise mostly are not.
+    """
+    noise = torch.randn(8, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    network = build_model(backbone)
+    config = ModelConfig.model_validate({"backbone": backbone, "weights": "random"})
+    for attempt in range(_RANDOM_ATTEMPTS):
+        initialise(network, config, seed=seed * _RANDOM_ATTEMPTS + attempt)
+        if (class_activation(network, noise).max(axis=(1, 2)) > 0).mean() > 0.5:
+            break
+    return network.eval()
 
 
 def _stretch(maps: Tensor) -> Tensor:
@@ -99,49 +129,16 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_()
 
 
+Why = Literal["most certain", "least certain", "drawn"]
+
+
 @dataclass(frozen=True)
-class BoxScore:
-    """How a map and the boxes of one study agree."""
+class Choice:
+    """A study to show, and why this one."""
 
-    is_hit: bool
-    """Pointing game: the map's maximum lies in a box (Zhang 2018)."""
-    energy: float
-    """Share of the map's sum that lies in the boxes, 0 to 1; NaN of a map that is 0 everywhere."""
-    area: float
-    """Share of the image that the boxes cover: the energy of a map without knowledge."""
-
-    @property
-    def lift(self) -> float:
-        """energy / area: 1 is chance."""
-        return self.energy / self.area
-
-
-def score_against_boxes(cam: npt.NDArray[Any], boxes: Sequence[Box]) -> BoxScore:
-    """Score one map (H, W) against boxes in its pixels.
-
-    Raises MetricError where the boxes cover none of them.
-    """
-    mask = box_mask(cam.shape, boxes)
-    if not mask.any():
-        raise MetricError(f"no box lies on the map of shape {cam.shape}")
-    total = float(cam.sum())
-    peak = np.unravel_index(int(np.argmax(cam)), cam.shape)
-    return BoxScore(
-        is_hit=total > 0 and bool(mask[peak]),
-        energy=float(cam[mask].sum()) / total if total > 0 else float("nan"),
-        area=float(mask.mean()),
-    )
-
-
-def box_mask(shape: Sequence[int], boxes: Sequence[Box]) -> npt.NDArray[np.bool_]:
-    """True where a pixel's centre lies in a box; (H, W)."""
-    height, width = shape
-    row, column = np.arange(height)[:, None] + 0.5, np.arange(width)[None, :] + 0.5
-    mask = np.zeros((height, width), dtype=np.bool_)
-    for x, y, box_width, box_height in boxes:
-        in_rows = (row >= y) & (row < y + box_height)
-        mask |= in_rows & (column >= x) & (column < x + box_width)
-    return mask
+    row: int
+    """Its place in the arrays it was chosen from."""
+    why: Why
 
 
 def choose_gallery(
@@ -151,29 +148,88 @@ def choose_gallery(
     *,
     per_outcome: int,
     seed: int,
-) -> dict[Outcome, npt.NDArray[np.intp]]:
-    """Which studies to show: indices by outcome, at most `per_outcome` each.
+) -> dict[Outcome, list[Choice]]:
+    """Which studies to show, at most `per_outcome` of each outcome.
 
-    The first half are the most certain ones, most certain first; the rest are drawn by `seed` from
-    the others, so that the picture is not of the extremes alone. All inputs (N,).
+    A third are those that the model is most certain of, most certain first; a third those whose
+    probability is nearest to the threshold, nearest first; the rest are drawn by `seed` from all
+    others, so that the gallery is not of the extremes alone. All inputs (N,).
     """
-    called = np.asarray(probability) >= threshold
-    positive = np.asarray(target) == 1
-    groups = {
-        "tp": positive & called,
-        "fp": ~positive & called,
-        "fn": positive & ~called,
-        "tn": ~positive & ~called,
-    }
-    num_certain = (per_outcome + 1) // 2
-    chosen: dict[Outcome, npt.NDArray[np.intp]] = {}
+    chosen: dict[Outcome, list[Choice]] = {}
     for number, outcome in enumerate(OUTCOMES):
-        rows = np.flatnonzero(groups[outcome])
-        certainty = probability[rows] if outcome in ("tp", "fp") else -probability[rows]
-        ordered = rows[np.argsort(-certainty, kind="stable")]
-        certain, rest = ordered[:num_certain], ordered[num_certain:]
+        rows = _by_certainty(target, probability, threshold, outcome)
+        num_most = min(-(-per_outcome // 3), len(rows))
+        num_least = min(-(-(per_outcome - num_most) // 2), len(rows) - num_most)
+        between = rows[num_most : len(rows) - num_least]
         # A generator per outcome: one outcome's number does not change another's draw.
         rng = np.random.default_rng([seed, number])
-        drawn = rng.permutation(rest)[: per_outcome - len(certain)]
-        chosen[outcome] = np.concatenate([certain, drawn])
+        drawn = rng.permutation(between)[: per_outcome - num_most - num_least]
+        parts: tuple[tuple[Why, npt.NDArray[np.intp]], ...] = (
+            ("most certain", rows[:num_most]),
+            ("least certain", rows[len(rows) - num_least :][::-1]),
+            ("drawn", drawn),
+        )
+        chosen[outcome] = [Choice(int(row), why) for why, part in parts for row in part]
     return chosen
+
+
+def choose_errors(
+    target: npt.NDArray[Any], probability: npt.NDArray[Any], threshold: float, *, count: int
+) -> dict[Outcome, npt.NDArray[np.intp]]:
+    """The false positives and the false negatives that the model is most certain of.
+
+    Indices, at most `count` each, most certain first. All inputs (N,).
+    """
+    return {
+        outcome: _by_certainty(target, probability, threshold, outcome)[:count]
+        for outcome in ERRORS
+    }
+
+
+def _by_certainty(
+    target: npt.NDArray[Any], probability: npt.NDArray[Any], threshold: float, outcome: Outcome
+) -> npt.NDArray[np.intp]:
+    """The rows of an outcome, farthest from the threshold first; ties in the order given."""
+    is_called, is_positive = outcome in ("tp", "fp"), outcome in ("tp", "fn")
+    called, positive = np.asarray(probability) >= threshold, np.asarray(target) == 1
+    rows = np.flatnonzero((called == is_called) & (positive == is_positive))
+    certainty = probability[rows] if is_called else -probability[rows]
+    return rows[np.argsort(-certainty, kind="stable")]
+
+
+@dataclass(frozen=True)
+class FindingErrors:
+    """How the studies of one finding were called."""
+
+    finding: str
+    n: int
+    called_positive: int
+    errors: int
+    """False negatives where the finding is a positive one, false positives elsewhere."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The counts, and the share of errors with Wilson's interval."""
+        low, high = wilson(self.errors / self.n, self.n)
+        rate = Estimate(self.errors / self.n, low, high, "Wilson, images taken as independent")
+        return {
+            "n": self.n,
+            "called_positive": self.called_positive,
+            "errors": self.errors,
+            "error_rate": rate.to_json(),
+        }
+
+
+def count_errors(
+    finding: npt.NDArray[np.str_],
+    target: npt.NDArray[Any],
+    probability: npt.NDArray[Any],
+    threshold: float,
+) -> list[FindingErrors]:
+    """The errors by finding, in the findings' alphabetical order. All inputs (N,)."""
+    called = np.asarray(probability) >= threshold
+    wrong = called != (np.asarray(target) == 1)
+    return [
+        FindingErrors(str(name), int(here.sum()), int(called[here].sum()), int(wrong[here].sum()))
+        for name in np.unique(finding)
+        for here in (finding == name,)
+    ]

@@ -84,8 +84,9 @@ class Blocks:
         """The block of each row, same shape."""
         return np.searchsorted(self.ends, rows, side="right")
 
-    def load(self, number: int) -> Samples:
-        """Read block `number` and decode it to the training size. Raises DataError."""
+    def load(self, number: int, out: Tensor | None = None) -> Samples:
+        """Read block `number` and decode it to the training size, into `out` where that is given:
+        (B, 1, S, S) uint8 on the CPU. Raises DataError."""
         shard, block = self.entries[number]
         data = self.cache.find(block.sha256) if self.cache else None
         if data is None:
@@ -95,7 +96,7 @@ class Blocks:
         samples = list(decode_block(data, shard, block, self.stored_size))
         return Samples(
             tuple(sample.key for sample in samples),
-            to_input([sample.pixels for sample in samples], self.image_size),
+            to_input([sample.pixels for sample in samples], self.image_size, out),
             torch.tensor([sample.target for sample in samples], dtype=torch.float32),
         )
 
@@ -150,9 +151,10 @@ class Memory:
             return
         needed = set(self.blocks.containing(np.concatenate(plan)).tolist())
         missing = sorted(needed - self.loaded)
-        for number, samples in zip(missing, _load(self.blocks, missing, self.readers), strict=True):
-            place = slice(self.blocks.starts[number], self.blocks.ends[number])
-            self.images[place].copy_(samples.images)
+        for number, samples in zip(missing, self._load(missing), strict=True):
+            place = self._place(number)
+            if samples.images.device != self.images.device:
+                self.images[place].copy_(samples.images)
             self.targets[place] = samples.targets
             self.keys[place] = samples.keys
             self.loaded.add(number)
@@ -163,6 +165,31 @@ class Memory:
                     f"split {self.blocks.split}: {twice} of {len(present)} studies stand in it "
                     "more than once; prepare the store again"
                 )
+
+    def _place(self, number: int) -> slice:
+        return slice(self.blocks.starts[number], self.blocks.ends[number])
+
+    def _load(self, numbers: Sequence[int]) -> Iterator[Samples]:
+        """The blocks `numbers` in their order, loaded several at a time and not far ahead.
+
+        On a CPU each is decoded to where it stays.
+        """
+
+        def load(number: int) -> Samples:
+            on_cpu = self.images.device.type == "cpu"
+            return self.blocks.load(number, self.images[self._place(number)] if on_cpu else None)
+
+        pool = ThreadPoolExecutor(self.readers, thread_name_prefix=_READER)
+        pending: deque[Future[Samples]] = deque()
+        try:
+            for number in numbers:
+                pending.append(pool.submit(load, number))
+                if len(pending) > 2 * self.readers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 class Stream:
@@ -236,26 +263,19 @@ def _list_visits(blocks_of_steps: Sequence[Rows]) -> list[_Visit]:
     return visits
 
 
-def _load(blocks: Blocks, numbers: Sequence[int], readers: int) -> Iterator[Samples]:
-    """The blocks `numbers` in their order, loaded several at a time and not far ahead."""
-    pool = ThreadPoolExecutor(readers, thread_name_prefix=_READER)
-    pending: deque[Future[Samples]] = deque()
-    try:
-        for number in numbers:
-            pending.append(pool.submit(blocks.load, number))
-            if len(pending) > 2 * readers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+def to_input(
+    pixels: Sequence[npt.NDArray[np.uint8]], image_size: int, out: Tensor | None = None
+) -> Tensor:
+    """Stored pictures -> (B, 1, S, S) uint8 at the training size, resampled by area.
 
-
-def to_input(pixels: Sequence[npt.NDArray[np.uint8]], image_size: int) -> Tensor:
-    """Stored pictures -> (B, 1, S, S) uint8 at the training size, resampled by area."""
-    size = (image_size, image_size)
-    resampled = [
-        image if image.shape == size else cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-        for image in pixels
-    ]
-    return torch.from_numpy(np.stack(resampled)).unsqueeze(1)
+    Into `out` where that is given, which must have this shape.
+    """
+    if out is None:
+        out = torch.empty((len(pixels), 1, image_size, image_size), dtype=torch.uint8)
+    # numpy copies a picture at once, torch a pixel at a time.
+    for image, place in zip(pixels, out.numpy()[:, 0], strict=True):
+        if image.shape == place.shape:
+            place[:] = image
+        else:
+            place[:] = cv2.resize(image, place.shape[::-1], interpolation=cv2.INTER_AREA)
+    return out

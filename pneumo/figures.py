@@ -19,10 +19,10 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from pneumo.evaluate import DECISION, SCREENING, Evaluation, SplitEvaluation
-from pneumo.explain import Maps, Outcome
+from pneumo.explain import Maps, Outcome, Why
 from pneumo.metrics import Confusion, Estimate
 from pneumo.quality import AGE_BIN_YEARS, UNKNOWN, ContactSheet, Quality
 from pneumo.studies import Box
@@ -48,6 +48,9 @@ OUTCOME_WORDS: Mapping[Outcome, str] = {
 
 CONTACT_PIXELS = 128
 """Height and width of a picture in a contact sheet."""
+OVERLAY_PIXELS = 384
+"""Height of an overlay's pictures."""
+_CAPTION_PIXELS = 24
 _CONTACT_COLUMNS, _CONTACT_GAP = 3, 4
 _SPLIT_STYLES: Mapping[str, dict[str, Any]] = {
     "train": {"color": ORANGE, "linewidth": 1.3, "linestyle": "-"},
@@ -95,6 +98,13 @@ class Case:
     """In pixels of `image`."""
     cam: Maps | None = None
     """(H, W) in [0, 1]."""
+    finding: str = ""
+    view: str = ""
+    """'AP', 'PA' or '' where unknown."""
+    age_band: str = ""
+    """Such as `60-69`; '' where unknown."""
+    why: Why | None = None
+    """Why this study is shown, where there was a reason."""
 
     @property
     def prediction(self) -> int:
@@ -282,21 +292,40 @@ def compose_case(case: Case, *, size: int) -> npt.NDArray[np.uint8]:
 
     Warm colors are where the evidence for pneumonia is, cyan outlines the radiologists' boxes.
     """
-    scale = size / case.image.shape[0]
-    width = max(1, round(case.image.shape[1] * scale))
-    gray = np.asarray(Image.fromarray(case.image).resize((width, size), Image.Resampling.LANCZOS))
+    return compose_picture(case.image, case.cam, case.boxes, size=size)
+
+
+def compose_picture(
+    image: npt.NDArray[np.uint8], cam: Maps | None, boxes: Sequence[Box] = (), *, size: int
+) -> npt.NDArray[np.uint8]:
+    """`compose_case` of a study of which nothing else is known."""
+    scale = size / image.shape[0]
+    width = max(1, round(image.shape[1] * scale))
+    gray = np.asarray(Image.fromarray(image).resize((width, size), Image.Resampling.LANCZOS))
     panels = [np.repeat(gray[..., None], 3, axis=2)]
-    if case.cam is not None:
+    if cam is not None:
         cam = np.asarray(
-            Image.fromarray(case.cam).resize((width, size), Image.Resampling.BILINEAR)
+            Image.fromarray(cam).resize((width, size), Image.Resampling.BILINEAR)
         ).clip(0, 1)
         heat = mpl.colormaps["inferno"](0.25 + 0.75 * cam)[..., :3] * 255
         # Opaque where the evidence is, so that the anatomy elsewhere keeps its grays.
         opacity = 0.6 * cam[..., None]
         panels.append((panels[0] * (1 - opacity) + heat * opacity).astype(np.uint8))
     gap = np.full((size, max(2, size // 48), 3), 255, dtype=np.uint8)
-    outlined = [_outline(panel, case.boxes, scale) for panel in panels]
+    outlined = [_outline(panel, boxes, scale) for panel in panels]
     return np.concatenate([outlined[0], *(p for panel in outlined[1:] for p in (gap, panel))], 1)
+
+
+def draw_overlay(image: npt.NDArray[np.uint8], cam: Maps, caption: str) -> bytes:
+    """A PNG of `compose_picture` with a line of text below it."""
+    pair = compose_picture(image, cam, size=OVERLAY_PIXELS)
+    page = Image.new("RGB", (pair.shape[1], pair.shape[0] + _CAPTION_PIXELS), "white")
+    page.paste(Image.fromarray(pair))
+    font = ImageFont.load_default(size=0.6 * _CAPTION_PIXELS)
+    ImageDraw.Draw(page).text((4, pair.shape[0] + 3), caption, fill=INK, font=font)
+    buffer = io.BytesIO()
+    page.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def _outline(

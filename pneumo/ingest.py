@@ -220,6 +220,32 @@ def finish_store(
     return manifest
 
 
+@dataclass(frozen=True)
+class Unusable:
+    """Why a picture cannot be had, in words that name nobody."""
+
+    reason: str
+    """missing, unreadable, or a code of `pneumo.errors.DicomError`."""
+    message: str
+
+
+def read_picture(url: str, image_size: int) -> GrayImage | Unusable:
+    """The picture of a DICOM file as a store holds it.
+
+    Raises AccessError and StorageError for a bucket that is away: that says nothing about the file.
+    """
+    try:
+        return read_study_image(storage.read_bytes(url), image_size)
+    except FileNotFoundError:
+        return Unusable("missing", "no DICOM file")
+    except DicomError as error:
+        return Unusable(error.reason, str(error))
+    except (AccessError, StorageError) as error:
+        if not storage.is_local(url):
+            raise
+        return Unusable("unreadable", type(error.__cause__).__name__)
+
+
 def clear_parts(store_url: str) -> None:
     """Remove what a preparation leaves besides the store itself."""
     storage.remove_below(storage.join(store_url, PARTS))
@@ -292,17 +318,10 @@ def _write_shard(plan: ShardPlan, store_url: str, image_size: int, digest: str) 
 
 
 def _read_image(study: Study, split: str, image_size: int) -> GrayImage | Rejected:
-    """The study's picture, or why it cannot be had, in words that name nobody."""
-    try:
-        return read_study_image(storage.read_bytes(study.url), image_size)
-    except FileNotFoundError:
-        return Rejected(study.key, split, "missing", "no DICOM file")
-    except DicomError as error:
-        return Rejected(study.key, split, error.reason, str(error))
-    except (AccessError, StorageError) as error:
-        if not storage.is_local(study.url):
-            raise  # a bucket that is away says nothing about the file
-        return Rejected(study.key, split, "unreadable", type(error.__cause__).__name__)
+    image = read_picture(study.url, image_size)
+    if isinstance(image, Unusable):
+        return Rejected(study.key, split, image.reason, image.message)
+    return image
 
 
 def _make_row(study: Study, split: str, image: GrayImage) -> StudyRow:

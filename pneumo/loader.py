@@ -109,13 +109,17 @@ class Loader:
 
         `batch_size` is this rank's own. Raises DataError and StorageError.
         """
+        for samples in self.share(batch_size=batch_size):
+            images = samples.images.to(self.device, non_blocking=True)
+            yield self._batch(transforms.normalise(images, self.mean, self.std), samples)
+
+    def share(self, *, batch_size: int) -> Iterator[Samples]:
+        """What `evaluation` gives, as it is stored: gray levels, on the CPU when streamed."""
         rows = partition.evaluation_rows(self.block_sizes, self.world)
         plan: list[Rows] = [
             rows[start : start + batch_size] for start in range(0, len(rows), batch_size)
         ]
-        for samples in self.feed.feed(plan):
-            images = samples.images.to(self.device, non_blocking=True)
-            yield self._batch(transforms.normalise(images, self.mean, self.std), samples)
+        yield from self.feed.feed(plan)
 
     def _batch(self, images: Tensor, samples: Samples) -> Batch:
         return Batch(images, samples.targets.to(self.device, non_blocking=True), samples.keys)

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
+from scipy.sparse import csr_array, vstack
 from scipy.stats import rankdata
 from sklearn.metrics import precision_recall_curve, roc_curve
 
@@ -26,11 +27,12 @@ from pneumo.errors import MetricError
 
 Floats = npt.NDArray[np.float64]
 Statistic = Callable[[Floats], Floats]
-"""Weights (N, R), one column a resample, to values (R,); NaN where the metric is undefined."""
+"""Weights (N, R), one column a resample, to values (R,) or (K, R); NaN where undefined."""
 
 Z_95 = 1.959963984540054
 """The standard normal's 97.5 % point: every interval here is a 95 % interval."""
 MAX_CURVE_POINTS = 500
+MAX_JSON_POINTS = 100
 MAX_UNDEFINED_SHARE = 0.05
 """More undefined resamples than this, and what is left no longer stands for the data."""
 _CHUNK_ELEMENTS = 2_000_000
@@ -68,7 +70,7 @@ def auroc(target: npt.ArrayLike, score: npt.ArrayLike) -> float:
     Exact, by midranks (Hanley & McNeil 1982). `target` (N,) of 0 and 1, `score` (N,) of any real
     numbers, best the logits. Raises MetricError for one class only, a NaN or an infinity.
     """
-    positive, score64 = _check(target, score)
+    positive, score64 = check_scores(target, score)
     num_positive = int(positive.sum())
     num_negative = len(positive) - num_positive
     rank_sum = rankdata(score64)[positive].sum()
@@ -76,42 +78,9 @@ def auroc(target: npt.ArrayLike, score: npt.ArrayLike) -> float:
     return float(wins / (num_positive * num_negative))
 
 
-def delong_variance(target: npt.ArrayLike, score: npt.ArrayLike) -> float:
-    """The variance of the AUROC when images are independent (DeLong 1988; Sun & Xu 2014).
-
-    Raises MetricError for fewer than two positives or negatives, or a NaN.
-    """
-    positive, score64 = _check(target, score)
-    num_positive = int(positive.sum())
-    num_negative = len(positive) - num_positive
-    if min(num_positive, num_negative) < 2:
-        raise MetricError("DeLong's variance needs two positives and two negatives")
-    rank = rankdata(score64)
-    # Share of the negatives that each positive beats, and of the positives that beat each negative.
-    beaten = (rank[positive] - rankdata(score64[positive])) / num_negative
-    beating = 1 - (rank[~positive] - rankdata(score64[~positive])) / num_positive
-    return float(beaten.var(ddof=1) / num_positive + beating.var(ddof=1) / num_negative)
-
-
-def delong(target: npt.ArrayLike, score: npt.ArrayLike) -> Estimate:
-    """AUROC with DeLong's normal 95 % interval, cut at 0 and 1; too narrow when patients recur.
-
-    Undefined input gives an estimate with a reason instead of an error.
-    """
-    method = "DeLong, images taken as independent"
-    try:
-        value, variance = auroc(target, score), delong_variance(target, score)
-    except MetricError as error:
-        return Estimate.undefined(str(error), method)
-    if variance == 0:
-        return Estimate(value, None, None, method, "the classes do not overlap: no variance")
-    margin = Z_95 * math.sqrt(variance)
-    return Estimate(value, max(0.0, value - margin), min(1.0, value + margin), method)
-
-
 def auroc_statistic(target: npt.ArrayLike, score: npt.ArrayLike) -> Statistic:
     """`auroc` of weighted samples; NaN where a resample has one class only."""
-    positive, score64 = _check(target, score)
+    positive, score64 = check_scores(target, score)
     positives = np.flatnonzero(positive)
     negatives = np.flatnonzero(~positive)
     negatives = negatives[np.argsort(score64[negatives], kind="stable")]
@@ -122,14 +91,14 @@ def auroc_statistic(target: npt.ArrayLike, score: npt.ArrayLike) -> Statistic:
         beaten = _cumulated(weights[negatives])
         drawn = weights[positives]
         wins = np.einsum("nr,nr->r", drawn, beaten[below] + beaten[up_to]) / 2
-        return _divide(wins, drawn.sum(axis=0) * beaten[-1])
+        return divide(wins, drawn.sum(axis=0) * beaten[-1])
 
     return statistic
 
 
 def average_precision_statistic(target: npt.ArrayLike, score: npt.ArrayLike) -> Statistic:
     """Mean precision over the positives, scikit-learn's step-wise sum; NaN without a positive."""
-    positive, score64 = _check(target, score)
+    positive, score64 = check_scores(target, score)
     positives, negatives = np.flatnonzero(positive), np.flatnonzero(~positive)
     positives = positives[np.argsort(score64[positives], kind="stable")][::-1]
     negatives = negatives[np.argsort(score64[negatives], kind="stable")][::-1]
@@ -142,7 +111,7 @@ def average_precision_statistic(target: npt.ArrayLike, score: npt.ArrayLike) -> 
         true_calls = _cumulated(drawn)[hits]
         calls = true_calls + _cumulated(weights[negatives])[false_alarms]
         precision = np.divide(true_calls, calls, out=np.zeros_like(calls), where=calls > 0)
-        return _divide(np.einsum("nr,nr->r", drawn, precision), drawn.sum(axis=0))
+        return divide(np.einsum("nr,nr->r", drawn, precision), drawn.sum(axis=0))
 
     return statistic
 
@@ -162,6 +131,16 @@ class Curve:
     y: Floats
     threshold: Floats
 
+    def to_json(self) -> dict[str, Any]:
+        """Columns of at most MAX_JSON_POINTS; null for the threshold that nothing reaches."""
+        keep = _decimate(self.x, self.y, MAX_JSON_POINTS)
+        threshold = self.threshold[keep].tolist()
+        return {
+            "x": self.x[keep].tolist(),
+            "y": self.y[keep].tolist(),
+            "threshold": [value if math.isfinite(value) else None for value in threshold],
+        }
+
 
 def roc_points(target: npt.ArrayLike, score: npt.ArrayLike) -> Curve:
     """The ROC curve: x = 1 - specificity, y = sensitivity, from (0, 0) to (1, 1).
@@ -170,7 +149,7 @@ def roc_points(target: npt.ArrayLike, score: npt.ArrayLike) -> Curve:
     by less than a pixel, but the area under it is no longer the exact AUROC. `threshold` is in the
     unit of `score`, +inf at (0, 0). Raises MetricError as `auroc` does.
     """
-    positive, score64 = _check(target, score)
+    positive, score64 = check_scores(target, score)
     x, y, threshold = roc_curve(positive, score64)
     keep = _decimate(x, y)
     return Curve(x[keep], y[keep], threshold[keep])
@@ -182,18 +161,18 @@ def precision_recall_points(target: npt.ArrayLike, score: npt.ArrayLike) -> Curv
     At most MAX_CURVE_POINTS; `threshold` is in the unit of `score`, +inf at recall 0.
     Raises MetricError as `auroc` does.
     """
-    positive, score64 = _check(target, score)
+    positive, score64 = check_scores(target, score)
     y, x, threshold = precision_recall_curve(positive, score64)
     keep = _decimate(x, y)
     return Curve(x[keep], y[keep], np.append(threshold, np.inf)[keep])
 
 
-def _decimate(x: Floats, y: Floats) -> npt.NDArray[np.intp]:
-    """Indices of at most MAX_CURVE_POINTS points, evenly along the curve's length, ends kept."""
-    if len(x) <= MAX_CURVE_POINTS:
+def _decimate(x: Floats, y: Floats, count: int = MAX_CURVE_POINTS) -> npt.NDArray[np.intp]:
+    """Indices of at most `count` points, evenly along the curve's length, ends kept."""
+    if len(x) <= count:
         return np.arange(len(x))
     length = np.append(0.0, np.cumsum(np.abs(np.diff(x)) + np.abs(np.diff(y))))
-    wanted = np.linspace(0, length[-1], MAX_CURVE_POINTS)
+    wanted = np.linspace(0, length[-1], count)
     keep: npt.NDArray[np.intp] = np.unique(np.searchsorted(length, wanted))
     return keep
 
@@ -222,13 +201,13 @@ def confusion(target: npt.ArrayLike, probability: npt.ArrayLike, threshold: floa
 
 
 RATES: Mapping[str, Callable[[Floats, Floats, Floats, Floats], Floats]] = {
-    "accuracy": lambda tp, fp, fn, tn: _divide(tp + tn, tp + fp + fn + tn),
-    "precision": lambda tp, fp, fn, tn: _divide(tp, tp + fp),
-    "recall": lambda tp, fp, fn, tn: _divide(tp, tp + fn),
-    "specificity": lambda tp, fp, fn, tn: _divide(tn, tn + fp),
-    "npv": lambda tp, fp, fn, tn: _divide(tn, tn + fn),
-    "f1": lambda tp, fp, fn, tn: _divide(2 * tp, 2 * tp + fp + fn),
-    "mcc": lambda tp, fp, fn, tn: _divide(
+    "accuracy": lambda tp, fp, fn, tn: divide(tp + tn, tp + fp + fn + tn),
+    "precision": lambda tp, fp, fn, tn: divide(tp, tp + fp),
+    "recall": lambda tp, fp, fn, tn: divide(tp, tp + fn),
+    "specificity": lambda tp, fp, fn, tn: divide(tn, tn + fp),
+    "npv": lambda tp, fp, fn, tn: divide(tn, tn + fn),
+    "f1": lambda tp, fp, fn, tn: divide(2 * tp, 2 * tp + fp + fn),
+    "mcc": lambda tp, fp, fn, tn: divide(
         tp * tn - fp * fn, np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
     ),
 }
@@ -246,7 +225,7 @@ UNDEFINED: Mapping[str, str] = {
 }
 """Why a metric of RATES has no value."""
 
-_DENOMINATORS: Mapping[str, list[int]] = {
+DENOMINATORS: Mapping[str, list[int]] = {
     "accuracy": [0, 1, 2, 3],
     "precision": [0, 1],
     "recall": [0, 2],
@@ -263,6 +242,10 @@ def rates(counts: Confusion) -> dict[str, float]:
     return {name: float(rate(*columns)[0]) for name, rate in RATES.items()}
 
 
+WILSON_OVER_PATIENTS = "Wilson over patients"
+"""The method of a proportion of exactly 0 or 1, which never varies under resampling."""
+
+
 def wilson(value: float, n: int) -> tuple[float, float]:
     """Wilson's 95 % interval (1927) of the proportion `value` of `n` independent trials, n > 0."""
     z = Z_95
@@ -271,39 +254,6 @@ def wilson(value: float, n: int) -> tuple[float, float]:
     scale = 1 + z * z / n
     # Rounding must not push an end past the value at 0 or 1.
     return min(value, max(0.0, (centre - margin) / scale)), max(value, (centre + margin) / scale)
-
-
-def rate_estimates(
-    target: npt.ArrayLike,
-    probability: npt.ArrayLike,
-    threshold: float,
-    patient: npt.NDArray[Any],
-    *,
-    resamples: int,
-    seed: int,
-) -> dict[str, Estimate]:
-    """Every metric of RATES at `threshold`, with patient-bootstrap intervals.
-
-    A proportion of exactly 0 or 1 never varies under resampling; it gets Wilson's interval over the
-    patients in its denominator instead. All inputs (N,); a NaN raises MetricError.
-    """
-    outcomes = _outcomes(target, probability, threshold)
-    name, index = np.unique(patient, return_inverse=True)
-    of_patient = np.stack([np.bincount(index, row, minlength=len(name)) for row in outcomes])
-    pieces = _resample_counts(len(name), len(index), resamples, seed)
-    drawn = np.concatenate([of_patient @ counts for counts in pieces], axis=1)
-    total = outcomes.sum(axis=1, keepdims=True)
-    estimates = {
-        key: _percentile_interval(float(rate(*total)[0]), rate(*drawn), UNDEFINED[key])
-        for key, rate in RATES.items()
-    }
-    for key, cells in _DENOMINATORS.items():
-        value = estimates[key].value
-        if value in (0.0, 1.0):
-            num_patients = int((of_patient[cells] > 0).any(axis=0).sum())
-            low, high = wilson(value, num_patients)
-            estimates[key] = Estimate(value, low, high, "Wilson over patients")
-    return estimates
 
 
 # --- operating points -----------------------------------------------------------------------------
@@ -315,7 +265,7 @@ def youden_threshold(target: npt.ArrayLike, probability: npt.ArrayLike) -> float
     Always one of the probabilities; of equally good ones the highest. Raises MetricError for one
     class only or a NaN.
     """
-    positive, probability64 = _check(target, probability)
+    positive, probability64 = check_scores(target, probability)
     false_alarms, sensitivity, threshold = roc_curve(
         positive, probability64, drop_intermediate=False
     )
@@ -330,11 +280,29 @@ def sensitivity_threshold(
 
     Always the probability of a positive. Raises MetricError for one class only or a NaN.
     """
-    positive, probability64 = _check(target, probability)
+    positive, probability64 = check_scores(target, probability)
     descending = np.sort(probability64[positive])[::-1]
     # The guard keeps 0.9 * 10 = 9.000000000000002 from asking for a tenth positive.
     needed = math.ceil(sensitivity * len(descending) - 1e-9)
     return float(descending[max(needed, 1) - 1])
+
+
+def specificity_threshold(
+    target: npt.ArrayLike, probability: npt.ArrayLike, specificity: float
+) -> float:
+    """The lowest threshold that clears at least `specificity` (0, 1] of the negatives.
+
+    Always one of the probabilities, or the next float above the highest where none clears enough.
+    Raises MetricError for one class only or a NaN.
+    """
+    positive, probability64 = check_scores(target, probability)
+    negatives = np.sort(probability64[~positive])
+    candidates = np.unique(probability64)
+    cleared = np.searchsorted(negatives, candidates, side="left")
+    enough = np.flatnonzero(cleared >= specificity * len(negatives) - 1e-9)
+    if len(enough) == 0:
+        return float(np.nextafter(candidates[-1], np.inf))
+    return float(candidates[enough[0]])
 
 
 # --- probabilities --------------------------------------------------------------------------------
@@ -342,21 +310,115 @@ def sensitivity_threshold(
 
 def log_loss_statistic(target: npt.ArrayLike, logit: npt.ArrayLike) -> Statistic:
     """Mean negative log-likelihood in nats, from logits: finite where a probability rounds to 0."""
-    positive, logit64 = _check(target, logit, both_classes=False)
+    positive, logit64 = check_scores(target, logit, both_classes=False)
     return _mean_statistic(np.logaddexp(0, np.where(positive, -logit64, logit64)))
 
 
 def brier_statistic(target: npt.ArrayLike, probability: npt.ArrayLike) -> Statistic:
     """Mean squared difference of probability and target (Brier 1950), from 0 (best) to 1."""
-    positive, probability64 = _check(target, probability, both_classes=False)
+    positive, probability64 = check_scores(target, probability, both_classes=False)
     return _mean_statistic((probability64 - positive) ** 2)
 
 
 def _mean_statistic(values: Floats) -> Statistic:
-    return lambda weights: _divide(values @ weights, weights.sum(axis=0))
+    return lambda weights: divide(values @ weights, weights.sum(axis=0))
 
 
 # --- intervals ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Resampled:
+    """Statistics of one kind: their values (K,), and what they were in each resample (K, R)."""
+
+    value: Floats
+    drawn: Floats
+
+    def derive(self, function: Callable[[Floats], Floats]) -> Self:
+        """A function (K, R) -> (J, R) of these statistics, as statistics of their own."""
+        return replace(self, value=function(self.value[:, None])[:, 0], drawn=function(self.drawn))
+
+    def estimate(self, row: int = 0, reason: str = "undefined for these studies") -> Estimate:
+        """One of them with its 95 % percentile interval; `reason` is said where it has no value."""
+        return _percentile_interval(float(self.value[row]), self.drawn[row], reason)
+
+
+def first_less_second(pair: Floats) -> Floats:
+    """(2, R) to (1, R)."""
+    return pair[:1] - pair[1:]
+
+
+def resample(
+    patient: npt.NDArray[Any],
+    statistics: Mapping[str, Statistic],
+    *,
+    resamples: int,
+    seed: int,
+) -> dict[str, Resampled]:
+    """Each statistic on all studies and on `resamples` draws of the patients, with replacement.
+
+    `patient` (N,) names the patient of each sample. All statistics see the same resamples, so a
+    difference of two is a statistic like any other. The result does not depend on the order of the
+    samples. (Field & Welsh 2007: bootstrapping clustered data.)
+    """
+    name, index = np.unique(patient, return_inverse=True)
+    if len(index) == 0:
+        return {key: Resampled(np.full(1, np.nan), np.full((1, 1), np.nan)) for key in statistics}
+    drawn: dict[str, list[Floats]] = {key: [] for key in statistics}
+    for counts in _resample_counts(len(name), len(index), resamples, seed):
+        weights = counts[index]
+        for key, statistic in statistics.items():
+            drawn[key].append(np.atleast_2d(statistic(weights)))
+    one = np.ones((len(index), 1))
+    return {
+        key: Resampled(np.atleast_2d(statistic(one))[:, 0], np.concatenate(drawn[key], axis=1))
+        for key, statistic in statistics.items()
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Some statistics after resampling, or the reason why there are none."""
+
+    resampled: Mapping[str, Resampled]
+    reason: str | None = None
+
+    def estimate(self, key: str, row: int = 0, reason: str = "undefined here") -> Estimate:
+        """The estimate of a statistic of the part; undefined where the part is."""
+        if self.reason is not None:
+            return Estimate.undefined(self.reason)
+        return self.resampled[key].estimate(row, reason)
+
+    def difference(self, key: str) -> Estimate:
+        """The estimate of the first of two stacked statistics less the second."""
+        if self.reason is not None:
+            return Estimate.undefined(self.reason)
+        return self.resampled[key].derive(first_less_second).estimate()
+
+
+def resample_parts(
+    patient: npt.NDArray[Any],
+    parts: Mapping[str, Callable[[], Mapping[str, Statistic]]],
+    *,
+    resamples: int,
+    seed: int,
+) -> dict[str, Part]:
+    """`resample` of all statistics of all parts in one pass; a part may raise MetricError."""
+    statistics: dict[str, Mapping[str, Statistic]] = {}
+    reasons: dict[str, str] = {}
+    for name, build in parts.items():
+        try:
+            statistics[name] = build()
+        except MetricError as error:
+            reasons[name] = str(error)
+    flat = {f"{name}/{key}": one for name, some in statistics.items() for key, one in some.items()}
+    found = resample(patient, flat, resamples=resamples, seed=seed)
+    return {
+        name: Part({}, reasons[name])
+        if name in reasons
+        else Part({key: found[f"{name}/{key}"] for key in statistics[name]})
+        for name in parts
+    }
 
 
 def patient_bootstrap(
@@ -366,29 +428,43 @@ def patient_bootstrap(
     resamples: int,
     seed: int,
 ) -> dict[str, Estimate]:
-    """Each statistic with its 95 % percentile interval over resamples of the patients.
+    """Each statistic (R,) with its 95 % percentile interval over resamples of the patients.
 
-    `patient` (N,) names the patient of each sample. All statistics see the same resamples, so a
-    difference of two is a statistic like any other. An interval is null, with a reason, where more
-    than 5 % of the resamples leave the statistic undefined (too few patients of a class) or where
-    it never varies.
-    (Field & Welsh 2007: bootstrapping clustered data.)
+    An interval is null, with a reason, where more than 5 % of the resamples leave the statistic
+    undefined (too few patients of a class) or where it never varies.
     """
-    name, index = np.unique(patient, return_inverse=True)
-    drawn: dict[str, list[Floats]] = {key: [] for key in statistics}
-    for counts in _resample_counts(len(name), len(index), resamples, seed):
-        weights = counts[index]
-        for key, statistic in statistics.items():
-            drawn[key].append(statistic(weights))
-    one = np.ones((len(index), 1))
-    return {
-        key: _percentile_interval(
-            float(statistic(one)[0]),
-            np.concatenate(drawn[key]),
-            "undefined for these studies",
+    found = resample(patient, statistics, resamples=resamples, seed=seed)
+    return {key: one.estimate() for key, one in found.items()}
+
+
+def within(rows: npt.NDArray[np.intp], statistic: Statistic) -> Statistic:
+    """`statistic`, which was built of the samples `rows` (indices) alone, of weights of all."""
+    return lambda weights: statistic(weights[rows])
+
+
+def stack(*statistics: Statistic) -> Statistic:
+    """Several statistics (R,) as one (K, R)."""
+    return lambda weights: np.stack([statistic(weights) for statistic in statistics])
+
+
+def sums_statistic(
+    code: npt.NDArray[np.integer[Any]], num_codes: int, *values: npt.NDArray[Any]
+) -> Statistic:
+    """Weighted sums by group: (N, R) to (len(values) * num_codes, R), the first value's sums first.
+
+    `code` (N,) names the group of each sample, 0 to num_codes - 1, or -1 for none; each of `values`
+    is (N,). Sparse: the cost does not grow with the number of groups.
+    """
+    rows = np.flatnonzero(code >= 0)
+    tables = [
+        csr_array(
+            (np.asarray(value, dtype=np.float64)[rows], (code[rows], rows)),
+            shape=(num_codes, len(code)),
         )
-        for key, statistic in statistics.items()
-    }
+        for value in values
+    ]
+    table = vstack(tables, format="csr")
+    return lambda weights: np.asarray(table @ weights)
 
 
 def _resample_counts(
@@ -433,7 +509,7 @@ def binary_metrics_from_logits(target: npt.ArrayLike, logit: npt.ArrayLike) -> d
     diverging training is free to bring about.
     """
     try:
-        positive, logit64 = _check(target, logit, both_classes=False)
+        positive, logit64 = check_scores(target, logit, both_classes=False)
     except MetricError:
         return dict.fromkeys(("auroc", "accuracy", "precision", "recall"), math.nan)
     has_both = 0 < positive.sum() < len(positive)
@@ -447,7 +523,7 @@ def binary_metrics_from_logits(target: npt.ArrayLike, logit: npt.ArrayLike) -> d
 # --- checks ---------------------------------------------------------------------------------------
 
 
-def _check(
+def check_scores(
     target: npt.ArrayLike, score: npt.ArrayLike, *, both_classes: bool = True
 ) -> tuple[npt.NDArray[np.bool_], Floats]:
     """The targets as booleans and the scores as float64, or MetricError."""
@@ -471,13 +547,13 @@ def _check(
 
 def _outcomes(target: npt.ArrayLike, probability: npt.ArrayLike, threshold: float) -> Floats:
     """Indicators of tp, fp, fn, tn as rows: (4, N)."""
-    positive, probability64 = _check(target, probability, both_classes=False)
+    positive, probability64 = check_scores(target, probability, both_classes=False)
     called = probability64 >= threshold
     table = (positive & called, ~positive & called, positive & ~called, ~positive & ~called)
     return np.stack(table).astype(np.float64)
 
 
-def _divide(numerator: Floats, denominator: Floats) -> Floats:
+def divide(numerator: Floats, denominator: Floats) -> Floats:
     """NaN where the denominator is 0."""
     missing = np.full_like(numerator, np.nan)
     return np.divide(numerator, denominator, out=missing, where=denominator != 0)

@@ -7,8 +7,10 @@ without images, save the Grad-CAM gallery.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
@@ -17,13 +19,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from scipy.special import expit
-from torch import nn
+from torch import Tensor, nn
 
+from pneumo.config import AugmentConfig
 from pneumo.errors import DataError
+from pneumo.feeds import to_input
 from pneumo.loader import Batch
 from pneumo.shards import StudyRow
+from pneumo.studies import Box
+from pneumo.transforms import augment, normalise
 
 StrArray = npt.NDArray[np.str_]
+
+SCORING = "pneumo.scoring"
+"""Key of the Parquet metadata that says how the logits were made."""
+VIEWS = AugmentConfig()
+"""How far the views of test-time augmentation are moved: never flipped, as the heart is on one
+side."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +67,10 @@ class Predictions:
     """'M', 'F' or '' where unknown."""
     view: StrArray
     """'AP', 'PA' or '' where unknown."""
+    spacing_mm: npt.NDArray[np.float64]
+    """Distance of two pixels of the original image; NaN where unknown."""
+    box_area_fraction: npt.NDArray[np.float64]
+    """Share of the image that lies in a box of the radiologists', from 0 to 1; NaN without one."""
 
     def __post_init__(self) -> None:
         lengths = {field.name: len(getattr(self, field.name)) for field in fields(self)}
@@ -72,10 +88,13 @@ class Predictions:
         """The rows of one split."""
         return self.take(self.split == split)
 
-    def to_parquet(self) -> bytes:
-        """The table as a Parquet file."""
+    def to_parquet(self, scoring: Mapping[str, Any] | None = None) -> bytes:
+        """The table as a Parquet file; `scoring`, how the logits were made, as its metadata."""
+        table = pa.table({f.name: getattr(self, f.name) for f in fields(self)})
+        if scoring is not None:
+            table = table.replace_schema_metadata({SCORING: json.dumps(scoring)})
         buffer = io.BytesIO()
-        pq.write_table(pa.table({f.name: getattr(self, f.name) for f in fields(self)}), buffer)
+        pq.write_table(table, buffer)
         return buffer.getvalue()
 
     @classmethod
@@ -88,9 +107,10 @@ class Predictions:
         return cls(**columns)
 
 
+_NUMBERS = ("probability", "calibrated_probability", "age", "spacing_mm", "box_area_fraction")
 _DTYPES = {
     **dict.fromkeys(("key", "patient", "split", "checkpoint", "finding", "sex", "view"), np.str_),
-    **dict.fromkeys(("probability", "calibrated_probability", "age"), np.float64),
+    **dict.fromkeys(_NUMBERS, np.float64),
     "target": np.int8,
     "logit": np.float32,
 }
@@ -132,18 +152,97 @@ def score(model: nn.Module, batches: Iterable[Batch]) -> Scores:
     )
 
 
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One trained network of those whose logits are averaged, and how it is fed."""
+
+    network: nn.Module
+    backbone: str
+    image_size: int
+    """Height and width of its input, in pixels."""
+    mean: float
+    """Of the gray levels it was trained on, in [0, 1], as `std`."""
+    std: float
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.network.parameters()).device
+
+
+def prepare_input(pixels: Sequence[npt.NDArray[np.uint8]], member: Member) -> Tensor:
+    """Stored pictures (S, S) uint8 as the member takes them: (B, 1, H, W) float32, normalised."""
+    images = to_input(pixels, member.image_size).to(member.device)
+    return normalise(images, member.mean, member.std)
+
+
+def score_pictures(
+    members: Sequence[Member], pixels: Sequence[npt.NDArray[np.uint8]], *, views: int = 1
+) -> npt.NDArray[np.float32]:
+    """The mean logit (B,) of stored pictures (S, S) uint8 over all members and `views`.
+
+    The first view is the picture itself; view k is moved and recoloured as augmentation would, the
+    same way for every picture, so a study's logit depends on its pixels alone. Always computed in
+    float32: the 8 bits of a bfloat16 logit would tie studies that differ.
+    """
+    total = np.zeros(len(pixels), dtype=np.float64)
+    with torch.inference_mode():
+        for member in members:
+            member.network.eval()
+            for number in range(views):
+                images = _draw_view(member, pixels, number)
+                with torch.autocast(member.device.type, enabled=False):
+                    logits = member.network(images).squeeze(1).float()
+                total += logits.cpu().numpy()
+    return np.asarray(total / (len(members) * views), dtype=np.float32)
+
+
+def _draw_view(member: Member, pixels: Sequence[npt.NDArray[np.uint8]], number: int) -> Tensor:
+    if number == 0:
+        return prepare_input(pixels, member)
+    images = to_input(pixels, member.image_size).to(member.device)
+    # Drawn by the view's number: as if all pictures were one study in one epoch.
+    keys = ["view"] * len(pixels)
+    moments = (member.mean, member.std)
+    return augment(images, keys, VIEWS, seed=0, epoch=number, moments=moments)
+
+
+@dataclass(frozen=True, eq=False)
+class Logits:
+    """What was said of which studies; both arrays have shape (N,)."""
+
+    keys: StrArray
+    logits: npt.NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @classmethod
+    def join(cls, parts: Sequence[Self]) -> Self:
+        """All parts as one, sorted by key, so that it is the same however it was shared out."""
+        keys = np.concatenate([np.empty(0, np.str_), *(part.keys for part in parts)])
+        logits = np.concatenate([np.empty(0, np.float32), *(part.logits for part in parts)])
+        order = np.argsort(keys, kind="stable")
+        return cls(keys[order], logits[order])
+
+
 def join_predictions(
-    logits: Mapping[str, float], studies: Mapping[str, StudyRow], *, checkpoint: str
+    scored: Logits, studies: Mapping[str, StudyRow], *, checkpoint: str, image_size: int
 ) -> Predictions:
     """Logits and what is known of the studies, sorted by split and key.
 
-    Raises DataError when a scored study is unknown.
+    `checkpoint` names whose logits they are; `image_size` is the height and width of the stored
+    images, which boxes are in. Raises DataError when a scored study is unknown, or scored twice.
     """
-    unknown = [key for key in logits if key not in studies]
+    keys = scored.keys.tolist()
+    unknown = sum(key not in studies for key in keys)
     if unknown:
-        raise DataError(f"predictions: {len(unknown)} scored studies are not in studies.parquet")
-    rows = sorted((studies[key] for key in logits), key=lambda row: (row.split, row.key))
-    logit = np.array([logits[row.key] for row in rows], dtype=np.float32)
+        raise DataError(f"predictions: {unknown} scored studies are not in studies.parquet")
+    if twice := len(keys) - len(set(keys)):
+        raise DataError(f"predictions: {twice} studies are scored more than once")
+    order = sorted(range(len(keys)), key=lambda i: (studies[keys[i]].split, keys[i]))
+    rows = [studies[keys[i]] for i in order]
+    logit = scored.logits[order] if order else np.empty(0, dtype=np.float32)
     return Predictions(
         key=np.array([row.key for row in rows], dtype=np.str_),
         patient=np.array([row.patient for row in rows], dtype=np.str_),
@@ -157,4 +256,25 @@ def join_predictions(
         age=np.array([np.nan if row.age is None else row.age for row in rows], dtype=np.float64),
         sex=np.array([row.sex or "" for row in rows], dtype=np.str_),
         view=np.array([row.view or "" for row in rows], dtype=np.str_),
+        spacing_mm=np.array(
+            [np.nan if row.spacing_mm is None else row.spacing_mm for row in rows], dtype=np.float64
+        ),
+        box_area_fraction=np.array(
+            [cover_boxes(row.boxes) / image_size**2 if row.boxes else np.nan for row in rows],
+            dtype=np.float64,
+        ),
+    )
+
+
+def cover_boxes(boxes: Sequence[Box]) -> float:
+    """The area that the boxes cover together, in square pixels; what two share counts once."""
+    edges_x = sorted({x for box in boxes for x in (box.x, box.x + box.width)})
+    edges_y = sorted({y for box in boxes for y in (box.y, box.y + box.height)})
+    return sum(
+        (right - left) * (bottom - top)
+        for left, right in pairwise(edges_x)
+        for top, bottom in pairwise(edges_y)
+        if any(
+            box.x <= left < box.x + box.width and box.y <= top < box.y + box.height for box in boxes
+        )
     )

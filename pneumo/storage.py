@@ -176,7 +176,7 @@ def _read_object(url: str, start: int, length: int | None) -> bytes:
         return data
     reading = _Reading(url, start, length)
     _retried(reading.go_on, url, progress=lambda: reading.received)
-    return bytes(reading.data)
+    return b"".join(reading.chunks)
 
 
 def _ends_early(url: str, start: int, length: int, end: int) -> ContentError:
@@ -195,7 +195,9 @@ class _Reading:
         self._begin()
 
     def _begin(self) -> None:
-        self.data = bytearray()
+        self.chunks: list[bytes] = []
+        self.held = 0
+        """Bytes in `chunks`."""
         self.length = self.asked
         self.version: str | None = None
 
@@ -204,7 +206,7 @@ class _Reading:
         sync(fs.loop, self._receive, fs, path)
 
     async def _receive(self, fs: Any, path: str) -> None:
-        first = self.start + len(self.data)
+        first = self.start + self.held
         last = "" if self.length is None else self.start + self.length - 1
         bucket, key, _ = fs.split_path(path)
         condition = {"IfMatch": self.version} if self.version else {}
@@ -225,10 +227,10 @@ class _Reading:
             assert self.length is not None
             # To the very end, so that the connection can be used again.
             while chunk := await body.read(_CHUNK_BYTES):
-                self.data += chunk
+                self.chunks.append(chunk)
+                self.held += len(chunk)
                 self.received += len(chunk)
-        if len(self.data) != self.length:
-            got = len(self.data)
+        if (got := self.held) != self.length:
             if got > self.length:
                 self._begin()
             raise ConnectionError(f"{got} bytes arrived of {self.length}")
@@ -265,7 +267,7 @@ class _Reading:
         total = head["ContentLength"]
         if self.asked is not None:
             raise _ends_early(self.url, self.start, self.asked, total)
-        if total or self.data:
+        if total or self.held:
             self._begin_again()
 
     def _begin_again(self) -> NoReturn:

@@ -45,6 +45,7 @@ def test_a_job_is_submitted_to_a_cluster_that_is_named(job: str) -> None:
         ("prepare", ["SOURCE=s"], "STORE"),
         ("train", [], "STORE"),
         ("evaluate", ["STORE=s"], "RUN"),
+        ("predict", ["SOURCE=s", "RUN=r"], "OUTPUT"),
     ],
 )
 def test_what_is_missing_is_named(target: str, given: list[str], missing: str) -> None:

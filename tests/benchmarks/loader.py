@@ -54,7 +54,7 @@ import psutil
 import torch
 import webdataset as wds
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import InterpolationMode, v2
 
@@ -262,10 +262,22 @@ def open_later(data: Data, augment: AugmentConfig) -> Epoch:
 # --- the others'
 
 
-class PerSample:
-    """torchvision's transforms for one sample, (S, S) of uint8 or of floats in [0, 1]."""
+class RandomGamma(nn.Module):
+    """What torchvision lacks; by its own function."""
 
-    def __init__(self, data: Data) -> None:
+    def forward(self, image: Tensor) -> Tensor:
+        amount = AugmentConfig().gamma_fraction
+        changed: Tensor = v2.functional.adjust_gamma(image, (1 + amount) ** random.uniform(-1, 1))
+        return changed
+
+
+class PerSample:
+    """torchvision's transforms for one sample, (S, S) of uint8 or of floats in [0, 1].
+
+    `gray` adds changes of gray levels by our default amounts.
+    """
+
+    def __init__(self, data: Data, *, gray: bool = False) -> None:
         self.affine = v2.RandomAffine(
             degrees=5,
             translate=(0.05, 0.05),
@@ -273,10 +285,12 @@ class PerSample:
             interpolation=InterpolationMode.BILINEAR,
         )
         to_float = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
-        normalise = v2.Normalize([data.mean], [data.std])
-        self.on_tensors = v2.Compose([*to_float, self.affine, normalise])
-        self.on_pictures = v2.Compose([self.affine, *to_float, normalise])
-        self.on_floats = v2.Compose([self.affine, normalise])
+        defaults = AugmentConfig()
+        jitter = v2.ColorJitter(defaults.brightness_fraction, defaults.contrast_fraction)
+        last = [*([RandomGamma(), jitter] if gray else []), v2.Normalize([data.mean], [data.std])]
+        self.on_tensors = v2.Compose([*to_float, self.affine, *last])
+        self.on_pictures = v2.Compose([self.affine, *to_float, *last])
+        self.on_floats = v2.Compose([self.affine, *last])
 
     def change(self, pixels: npt.NDArray[Any]) -> Tensor:
         tensor: Tensor = self.on_tensors(pixels)
@@ -290,9 +304,9 @@ class PerSample:
 class Folder(Dataset[tuple[Tensor, int]]):
     """A float16 .npy a study, augmented one by one: the project that this one grew from."""
 
-    def __init__(self, data: Data) -> None:
+    def __init__(self, data: Data, *, gray: bool = False) -> None:
         self.paths = sorted((data.folder / "npy").iterdir())
-        self.transform = PerSample(data)
+        self.transform = PerSample(data, gray=gray)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -302,9 +316,9 @@ class Folder(Dataset[tuple[Tensor, int]]):
         return self.transform.change_floats(np.load(path)), int(path.stem[-1])
 
 
-def open_folder(data: Data, workers: int) -> Epoch:
+def open_folder(data: Data, workers: int, *, gray: bool = False) -> Epoch:
     loader = DataLoader(
-        Folder(data),
+        Folder(data, gray=gray),
         BATCH_SIZE,
         shuffle=True,
         drop_last=True,
@@ -314,9 +328,9 @@ def open_folder(data: Data, workers: int) -> Epoch:
     return lambda epoch: (images for images, _ in loader)
 
 
-def open_png(data: Data, on_tensors: bool) -> Epoch:
+def open_png(data: Data, on_tensors: bool, *, gray: bool = False) -> Epoch:
     """As webdataset's README shows it, in gray."""
-    transform = PerSample(data)
+    transform = PerSample(data, gray=gray)
     change = transform.on_tensors if on_tensors else transform.on_pictures
     dataset = (
         wds.WebDataset(data.list_shards("png"), shardshuffle=100)
@@ -430,8 +444,14 @@ WAYS = {
     "stream-s3": Way("ours: stream, S3", "store", partial(open_first_s3, cache="stream")),
     "seed": Way(".npy a study, v2", "npy", partial(open_folder, workers=0)),
     "seed-workers": Way(".npy a study, v2, 2 workers", "npy", partial(open_folder, workers=2)),
+    "seed-gray": Way(
+        ".npy a study, v2, gray levels too", "npy", partial(open_folder, workers=0, gray=True)
+    ),
     "png": Way("webdataset PNG, v2", "png", partial(open_png, on_tensors=True)),
     "png-pil": Way("webdataset PNG, v2 on PIL", "png", partial(open_png, on_tensors=False)),
+    "png-gray": Way(
+        "webdataset PNG, v2, gray levels too", "png", partial(open_png, on_tensors=True, gray=True)
+    ),
     "raw": Way("webdataset .npy, v2", "raw", open_raw),
     "raw-ours": Way("webdataset .npy, our transforms", "raw", open_raw_with_ours),
     "streaming": Way("mosaicml-streaming, v2", "mds", open_streaming),
@@ -441,6 +461,8 @@ GOALS = (
     ("memory-later", "seed", 10.0),
     ("memory-later", "seed-workers", 10.0),
     ("memory-later", "png", 15.0),
+    ("memory-gray", "seed-gray", 10.0),
+    ("memory-gray", "png-gray", 15.0),
     ("memory-first", "seed", 2.0),
     ("memory-first", "png", 2.0),
     ("stream", "seed", 2.0),
@@ -638,7 +660,7 @@ def median_cost(costs: Sequence[Cost]) -> Cost:
 def tabulate(costs: dict[str, list[Cost]]) -> list[str]:
     """One row a way, its rate as a multiple of the seed's way and of PNG shards."""
     medians = {name: median_cost(found) for name, found in costs.items()}
-    head = f"{'way':<33}{'us CPU':>8}{'/s/core':>9}{'x .npy':>8}{'x PNG':>7}{'us wall':>9}{'/s':>8}"
+    head = f"{'way':<36}{'us CPU':>8}{'/s/core':>9}{'x .npy':>8}{'x PNG':>7}{'us wall':>9}{'/s':>8}"
     rows = [head]
     for name, cost in medians.items():
         ratios = [
@@ -646,7 +668,7 @@ def tabulate(costs: dict[str, list[Cost]]) -> list[str]:
             for other in ("seed", "png")
         ]
         rows.append(
-            f"{WAYS[name].label:<33}{cost.cpu_s * 1e6:>8.0f}{1 / cost.cpu_s:>9.0f}"
+            f"{WAYS[name].label:<36}{cost.cpu_s * 1e6:>8.0f}{1 / cost.cpu_s:>9.0f}"
             f"{ratios[0]:>8}{ratios[1]:>7}{cost.wall_s * 1e6:>9.0f}{1 / cost.wall_s:>8.0f}"
         )
     return rows
@@ -662,7 +684,7 @@ def compare_with_goals(costs: dict[str, list[Cost]]) -> list[str]:
         pairs = list(zip(costs[other], costs[name], strict=False))
         ratios = [theirs.cpu_s / ours.cpu_s for theirs, ours in pairs]
         row = f"{WAYS[name].label} / {WAYS[other].label}"
-        row = f"{row:<62}{statistics.median(ratios):6.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        row = f"{row:<72}{statistics.median(ratios):6.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         if name.endswith("-s3"):
             wall = statistics.median(theirs.wall_s / ours.wall_s for theirs, ours in pairs)
             row += f", by wall time {wall:.2f}"

@@ -34,7 +34,7 @@ def _error(capsys: pytest.CaptureFixture[str]) -> str:
     ("command", "message"),
     [
         ("", "arguments are required: COMMAND"),
-        ("submit", "submit which job? One of: prepare, train, tune, evaluate"),
+        ("submit", "submit which job? One of: prepare, train, tune, evaluate, predict"),
         ("submit trian", "invalid choice: 'trian'"),
         ("submit train", "--store is required"),
         (f"submit train --address {NOBODY} --store /s --train.lr -1", "train.lr: got '-1'"),

@@ -33,11 +33,23 @@ def test_the_entrypoint_means_the_same_on_the_cluster() -> None:
 
 @pytest.mark.parametrize("job", JOBS)
 def test_every_job_has_a_place_that_it_writes(job: str) -> None:
-    flags = {"source": "/in", "store": "/store", "run": "/runs/1"}
+    flags = {"source": "/in", "store": "/store", "run": "/runs/1", "output": "/out"}
     fields = JOBS[job].arguments.model_fields
     command = " ".join(f"--{name} {value}" for name, value in flags.items() if name in fields)
     submission = _plan(f"{job} {command}")
-    assert submission.target == ("/store" if job == "prepare" else "/runs/1")
+    assert submission.target == {"prepare": "/store", "predict": "/out"}.get(job, "/runs/1")
+
+
+def test_the_runs_of_an_ensemble_become_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = "evaluate --store s3://b/s --run a --members b,s3://b/c --members=d"
+    submission = _plan(flags)
+    assert submission.entrypoint == (
+        f"python -m jobs.evaluate --store s3://b/s --run {tmp_path}/a "
+        f"--members {tmp_path}/b,s3://b/c,{tmp_path}/d"
+    )
 
 
 def test_local_places_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,7 +78,7 @@ def test_debug_shows_the_traceback_and_only_debug_does(tmp_path: Path) -> None:
     assert "Traceback" in debug.stderr
 
 
-@pytest.mark.parametrize("job", ["prepare", "train", "tune", "evaluate"])
+@pytest.mark.parametrize("job", ["prepare", "train", "tune", "evaluate", "predict"])
 def test_help_needs_no_cluster_and_says_research_only(job: str) -> None:
     shown = run_process(f"jobs.{job}", "--help")
     assert shown.returncode == 0

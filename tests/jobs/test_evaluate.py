@@ -12,15 +12,28 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from jobs import evaluate
-from jobs.scoring import Scored, score_splits
+from jobs.pictures import choose_pictures
+from jobs.scoring import (
+    Scored,
+    Scoring,
+    Weights,
+    boxes_of,
+    explain_studies,
+    score_boxes,
+    score_splits,
+)
 from pneumo.checkpoint import read_index
 from pneumo.config import Config, override
-from pneumo.predict import Predictions
+from pneumo.predict import Predictions, sigmoid
+from pneumo.saliency import MAPS, MEASURES, RankedMap, box_mask, prior_map, score_map
 from pneumo.shards import Duplicates, read_manifest, read_studies
 from pneumo.tracking import Gallery, MemoryTracker, Table
 from tests.jobs.conftest import Prepared
 
-QUICK = ["--evaluate.bootstrap-resamples", "200", "--tracking.mode", "offline"]
+QUICK = [
+    *("--evaluate.bootstrap-resamples", "200", "--evaluate.min-patients", "1"),
+    *("--tracking.mode", "offline"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +65,7 @@ def test_every_study_of_val_and_test_is_scored_once(prepared: Prepared, evaluate
 def test_metrics_are_those_of_the_predictions(evaluated: Path) -> None:
     metrics = json.loads((evaluated / "metrics.json").read_text())
     test = read_predictions(evaluated).subset("test")
-    assert metrics["schema_version"] == 1
+    assert metrics["schema_version"] == 2
     assert metrics["dataset"]["warning"] is None
     assert metrics["dataset"]["quarantined"] == 0
     assert metrics["dataset"]["duplicates_across_splits"] == 0
@@ -72,16 +85,156 @@ def test_metrics_are_those_of_the_predictions(evaluated: Path) -> None:
     }
 
 
+def test_calibrated_probabilities_are_those_of_the_metrics(evaluated: Path) -> None:
+    found = json.loads((evaluated / "metrics.json").read_text())["calibration"]
+    predictions = read_predictions(evaluated)
+    if found["method"] is None:
+        assert np.isnan(predictions.calibrated_probability).all()
+    else:
+        np.testing.assert_allclose(
+            predictions.calibrated_probability,
+            sigmoid(found["slope"] * predictions.logit.astype(float) + found["intercept"]),
+            rtol=1e-9,
+        )
+
+
+def test_another_run_is_compared_with(
+    prepared: Prepared, evaluated: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(evaluated, tmp_path / "run"))
+    arguments = ["--store", str(prepared.store), "--run", str(run), "--overwrite", *QUICK]
+    assert evaluate.main([*arguments, "--compare-with", str(evaluated)]) == 0
+    comparison = json.loads((run / "metrics.json").read_text())["comparison"]
+    assert (comparison["first"], comparison["second"]) == ("run", evaluated.name)
+    for split in ("val", "test"):
+        assert comparison[split]["n"] == len(read_predictions(run).subset(split))
+        assert comparison[split]["auroc"]["difference"]["value"] == pytest.approx(0, abs=1e-6)
+
+    assert evaluate.main([*arguments, "--compare-with", str(tmp_path / "nothing")]) == 2
+    assert "nothing: is not evaluated; evaluate it first" in capsys.readouterr().err
+    fewer = read_predictions(run).take(np.arange(5))
+    (run / "predictions.parquet").write_bytes(fewer.to_parquet())
+    assert evaluate.main([*arguments, "--compare-with", str(run)]) == 2
+    assert "was evaluated on another store" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("workers", [1, 3, 5])
 def test_any_number_of_workers_gives_the_same_predictions(
     prepared: Prepared, evaluated: Path, workers: int
 ) -> None:
-    scored = Scored(str(evaluated), read_index(str(evaluated)).best, str(prepared.store))
+    weights = Weights(str(evaluated), read_index(str(evaluated)).best)
+    scored = Scored(Scoring((weights,)), str(prepared.store))
     config = override(Config(), {"cluster.num_workers": workers})
-    logits = score_splits(scored, ("val", "test"), config)
+    found = score_splits(scored, ("val", "test"), config)
     before = read_predictions(evaluated)
-    assert sorted(logits) == sorted(before.key)
-    np.testing.assert_allclose([logits[key] for key in before.key], before.logit, atol=1e-4)
+    order = np.argsort(before.key)
+    assert found.keys.tolist() == before.key[order].tolist()
+    np.testing.assert_allclose(found.logits, before.logit[order], atol=1e-4)
+
+
+def test_maps_are_scored_against_the_boxes_of_every_positive(
+    prepared: Prepared, evaluated: Path
+) -> None:
+    metrics = json.loads((evaluated / "metrics.json").read_text())
+    point = metrics["operating_points"]["decision"]
+    for split in ("val", "test"):
+        found, counts = metrics[split]["saliency"], point[split]["confusion"]
+        assert found["positives"] == metrics[split]["positives"]
+        assert found["unscored"] == 0
+        assert found["all"]["n"] == metrics[split]["positives"]
+        assert found["true_positives"]["n"] == counts["tp"]
+        assert found["false_negatives"]["n"] == counts["fn"]
+    boxes = read_studies(str(prepared.store)).values()
+    areas = [
+        box_mask((64, 64), row.boxes).mean()
+        for row in boxes
+        if row.split == "test" and row.target == 1
+    ]
+    every = metrics["test"]["saliency"]["all"]
+    if every["maps"] is not None:
+        assert every["area"]["value"] == pytest.approx(np.mean(areas))
+        assert every["maps"]["uniform"]["auprc"]["value"] == pytest.approx(np.mean(areas))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_maps_score_the_same_on_any_number_of_workers(
+    prepared: Prepared, evaluated: Path, workers: int
+) -> None:
+    """And as the slow way does, one study after the other."""
+    weights = Weights(str(evaluated), read_index(str(evaluated)).best)
+    scored = Scored(Scoring((weights,)), str(prepared.store))
+    config = override(
+        Config(),
+        {"cluster.num_workers": workers, "evaluate.batch_size_per_worker": 3 * workers},
+    )
+    boxes = boxes_of(read_studies(str(prepared.store)), "train")
+    prior = prior_map(list(boxes.values()), 64)
+    (found,) = score_boxes(scored, {"train": boxes}, prior, config).values()
+    assert found.keys.tolist() == sorted(boxes)
+
+    explained = explain_studies(scored, "train", found.keys.tolist(), config)
+    expected = [
+        score_map(RankedMap.of(explained[key].cam), boxes[key]) for key in found.keys.tolist()
+    ]
+    energy = MEASURES.index("energy")
+    np.testing.assert_allclose(found.values[:, 0, energy], np.array(expected)[:, energy], atol=1e-3)
+    np.testing.assert_allclose(
+        found.values[:, MAPS.index("prior")],
+        [score_map(RankedMap.of(prior), boxes[key]) for key in found.keys.tolist()],
+    )
+
+
+def test_cases_say_what_is_known_of_the_study_and_why_it_is_shown(
+    prepared: Prepared, evaluated: Path
+) -> None:
+    weights = Weights(str(evaluated), read_index(str(evaluated)).best)
+    scored = Scored(Scoring((weights,)), str(prepared.store))
+    studies, test = read_studies(str(prepared.store)), read_predictions(evaluated).subset("test")
+    threshold = float(np.median(test.probability))
+    settings = {"evaluate.gallery_images": 3, "evaluate.error_images": 2}
+    config = override(Config(), settings)
+    found = choose_pictures(scored, test, studies, threshold, config)
+
+    for outcome, cases in found.gallery.items():
+        assert {case.outcome for case in cases} <= {outcome}
+        reasons = ["most certain", "least certain", "drawn"]
+        assert [case.why for case in cases] == reasons[: len(cases)]
+    for outcome, cases in found.errors.items():
+        assert {case.outcome for case in cases} <= {outcome}
+        wrong = (test.target == int(outcome == "fn")) & (
+            (test.probability >= threshold) == (outcome == "fp")
+        )
+        surest = sorted(test.probability[wrong], reverse=outcome == "fp")[:2]
+        assert [case.probability for case in cases] == surest
+    shown = [case for cases in (*found.gallery.values(), *found.errors.values()) for case in cases]
+    assert shown
+    for case in shown:
+        assert case.cam is not None
+        assert bool(case.boxes) == (case.target == 1)
+        assert (case.finding == "Lung Opacity") == (case.target == 1)
+        assert re.fullmatch(r"(\d+0-\d*9)?|0-9", case.age_band)
+    assert {case.view for case in shown} <= {"AP", "PA", ""}
+    none = choose_pictures(scored, test, studies, None, config)
+    assert (none.grid, none.gallery, none.errors, none.by_finding) == ([], {}, {}, [])
+
+
+def test_errors_are_counted_by_finding(evaluated: Path) -> None:
+    metrics = json.loads((evaluated / "metrics.json").read_text())
+    found = metrics["test"]["errors_by_finding"]
+    counts = metrics["test"]["confusion"]
+    assert sum(of["n"] for of in found.values()) == metrics["test"]["n"]
+    assert sum(of["errors"] for of in found.values()) == counts["fp"] + counts["fn"]
+    assert found["Lung Opacity"]["errors"] == counts["fn"]
+
+
+def test_more_checkpoints_than_a_run_has_are_refused(
+    prepared: Prepared, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--store", str(prepared.store), "--run", str(trained), *QUICK]
+    assert evaluate.main([*flags, "--evaluate.ensemble", "3"]) == 2
+    assert "has 2 checkpoints, not the 3 of evaluate.ensemble" in capsys.readouterr().err
+    assert evaluate.main([*flags, "--members", str(trained)]) == 2
+    assert "a run is named twice" in capsys.readouterr().err
 
 
 def test_the_pictures_are_pictures(evaluated: Path) -> None:
@@ -178,10 +331,13 @@ def test_overwriting_leaves_nothing_of_the_earlier_evaluation(
     run = Path(shutil.copytree(evaluated, tmp_path / "run"))
     (run / "gallery" / "tp-99.webp").write_bytes(b"of another threshold")
     flags = ["--store", str(prepared.store), "--run", str(run), *QUICK, "--overwrite"]
-    assert evaluate.main(flags) == 0
+    assert evaluate.main([*flags, "--evaluate.saliency", "false"]) == 0
     assert not (run / "gallery" / "tp-99.webp").exists()
     before, after = (json.loads((at / "metrics.json").read_text()) for at in (evaluated, run))
     assert after["test"]["n"] == before["test"]["n"]
+    assert before["test"]["saliency"] is not None
+    assert after["test"]["saliency"] is None
+    assert after["test"]["saliency_reason"] == "evaluate.saliency is off"
     assert after["test"]["auroc"]["value"] == pytest.approx(before["test"]["auroc"]["value"])
 
 

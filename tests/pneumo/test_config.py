@@ -29,6 +29,7 @@ NEEDED = {
     "train": ["--store", "s"],
     "tune": ["--store", "s"],
     "evaluate": ["--store", "s", "--run", "r"],
+    "predict": ["--source", "in", "--run", "r", "--output", "out"],
 }
 RECIPES = sorted(
     entry.name.removesuffix(".toml")
@@ -345,8 +346,9 @@ def test_flags_without_effect_on_a_job_are_refused(job: str) -> None:
 
 @pytest.mark.parametrize("job", JOBS)
 def test_a_missing_argument_is_named(job: str) -> None:
-    with pytest.raises(ConfigError, match="--store is required"):
-        parse_command_line(job, [], {})
+    first, *others = NEEDED[job]
+    with pytest.raises(ConfigError, match=f"{first} is required"):
+        parse_command_line(job, others[1:], {})
 
 
 @pytest.mark.parametrize("job", JOBS)

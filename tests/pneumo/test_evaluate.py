@@ -3,11 +3,15 @@
 import dataclasses
 import json
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pneumo import metrics
+from pneumo.baselines import Metadata
+from pneumo.comparison import compare
 from pneumo.config import EvaluateConfig
 from pneumo.errors import DataError
 from pneumo.evaluate import DECISION, SCREENING, check_complete, evaluate
@@ -38,6 +42,8 @@ def predictions(num_patients=200, images_per_patient=2, seed=0, effect=2.0):
         age=np.full(n, 50.0),
         sex=np.full(n, "F"),
         view=np.where(ap, "AP", "PA"),
+        spacing_mm=np.full(n, 0.143),
+        box_area_fraction=np.where(target == 1, rng.random(n) / 5, np.nan),
     )
 
 
@@ -81,9 +87,10 @@ def test_metrics_json_has_the_documented_form():
     content = metrics_json(evaluation)
 
     assert list(content) == [
-        "schema_version", "run", "dataset", "model", "operating_points", "val", "test",
+        "schema_version", "run", "dataset", "model", "operating_points", "calibration",
+        "baselines", "val", "test",
     ]  # fmt: skip
-    assert content["schema_version"] == 1
+    assert content["schema_version"] == 2
     assert content["dataset"] == DATASET
     test = content["test"]
     assert (test["n"], test["patients"]) == (200, 100)
@@ -101,6 +108,23 @@ def test_metrics_json_has_the_documented_form():
     assert set(test["view"]) >= {"auroc_within_AP", "auroc_within_PA", "n"}
 
 
+def test_every_key_of_metrics_json_is_documented():
+    text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    found = predictions()
+    content = metrics_json(evaluate(found, config=CONFIG, seed=0, train=Metadata.of(found)))
+    content["comparison"] = compare(
+        found.subset("val"), found.subset("val"), resamples=100, seed=0
+    ).to_json()
+
+    def keys(tree):
+        if isinstance(tree, list):
+            return {key for branch in tree for key in keys(branch)}
+        return set(tree) | keys(list(tree.values())) if isinstance(tree, dict) else set()
+
+    missing = [key for key in keys(content) if not re.search(rf"\b{re.escape(key)}\b", text)]
+    assert not missing
+
+
 def test_the_order_of_the_rows_does_not_matter():
     found = predictions()
     shuffled = found.take(np.random.default_rng(1).permutation(len(found)))
@@ -108,10 +132,13 @@ def test_the_order_of_the_rows_does_not_matter():
     again = metrics_json(evaluate(shuffled, config=CONFIG, seed=0))
 
     def leaves(tree):
-        return [x for v in tree.values() for x in (leaves(v) if isinstance(v, dict) else [v])]
+        branches = tree.values() if isinstance(tree, dict) else tree
+        return [x for v in branches for x in (leaves(v) if isinstance(v, dict | list) else [v])]
 
     for left, right in zip(leaves(once), leaves(again), strict=True):
-        assert left == (pytest.approx(right, rel=1e-12) if isinstance(right, float) else right)
+        assert left == (
+            pytest.approx(right, rel=1e-9, abs=1e-12) if isinstance(right, float) else right
+        )
 
 
 def test_view_baseline_uses_only_studies_of_known_view():
@@ -130,12 +157,23 @@ def test_view_baseline_uses_only_studies_of_known_view():
     assert unknown.within["AP"].reason == "no study"
 
 
+def cleared(column, rows, count):
+    """`column` with nothing in the first `count` of `rows`."""
+    column = column.copy()
+    column[np.flatnonzero(rows)[:count]] = ""
+    return column
+
+
 @pytest.mark.parametrize("split", ["val", "test"])
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
         ("one class", "one class only"),
         ("nan", "scores are NaN"),
+        ("infinite", "scores are NaN"),
+        ("twice", "2 studies are scored more than once"),
+        ("nameless", "3 studies have no key and 0 no patient"),
+        ("homeless", "0 studies have no key and 2 no patient"),
         ("empty", "no study"),
         ("tiny", "too few patients"),
     ],
@@ -148,6 +186,16 @@ def test_degenerate_splits_are_null_with_a_reason(split, damage, reason):
     elif damage == "nan":
         logit = np.where(rows, np.nan, found.logit).astype(np.float32)
         found = replaced(found, logit=logit, probability=np.where(rows, np.nan, found.probability))
+    elif damage == "infinite":
+        logit = found.logit.copy()
+        logit[np.flatnonzero(rows)[3]] = np.inf
+        found = replaced(found, logit=logit, probability=sigmoid(logit))
+    elif damage == "twice":
+        found = found.take(np.append(np.arange(len(found)), np.flatnonzero(rows)[:2]))
+    elif damage == "nameless":
+        found = replaced(found, key=cleared(found.key, rows, 3))
+    elif damage == "homeless":
+        found = replaced(found, patient=cleared(found.patient, rows, 2))
     elif damage == "empty":
         found = found.take(~rows)
     else:
@@ -168,6 +216,69 @@ def test_degenerate_splits_are_null_with_a_reason(split, damage, reason):
         assert content["test"]["confusion"] is None
         assert content["test"]["auroc"]["value"] is not None
         assert content["test"]["accuracy"]["reason"].startswith("no threshold: val:")
+        assert content["calibration"]["method"] is None
+        assert reason in content["calibration"]["reason"]
+        assert reason in content["test"]["calibration"]["after"]["ece"]["reason"]
+        assert reason in content["test"]["decision_curve"]["reason"]
+        assert content["test"]["calibration"]["before"]["brier"]["value"] is not None
+    if damage not in ("tiny", "one class"):
+        assert reason in content[split]["fault"]
+        assert_nothing_is_claimed(content[split])
+
+
+def assert_nothing_is_claimed(tree):
+    """That every estimate below `tree` is null and says why."""
+    for branch in tree.values() if isinstance(tree, dict) else tree:
+        if isinstance(branch, dict) and "method" in branch and "value" in branch:
+            assert (branch["value"], branch["low"], branch["high"]) == (None, None, None)
+            assert branch["reason"]
+        elif isinstance(branch, dict | list):
+            assert_nothing_is_claimed(branch)
+
+
+def test_every_estimate_has_a_value_or_a_reason():
+    """Of a good split and of small ones: whatever is null says why."""
+
+    def check(tree):
+        for branch in tree.values() if isinstance(tree, dict) else tree:
+            if isinstance(branch, dict) and "value" in branch:
+                if None in (branch["value"], branch["low"], branch["high"]):
+                    assert branch["reason"]
+                else:
+                    assert branch["low"] <= branch["value"] <= branch["high"]
+            elif isinstance(branch, dict | list):
+                check(branch)
+
+    for num_patients in (200, 30, 8, 2):
+        check(metrics_json(evaluate(predictions(num_patients), config=CONFIG, seed=0)))
+
+
+def test_calibration_is_fitted_on_val_alone():
+    found = predictions()
+    one = evaluate(found, config=CONFIG, seed=0)
+    other = evaluate(
+        replaced(found, target=np.where(found.split == "test", 0, found.target)),
+        config=CONFIG, seed=0,
+    )  # fmt: skip
+    assert one.calibration == other.calibration
+    np.testing.assert_array_equal(
+        one.predictions.calibrated_probability, one.calibration.apply(found.logit)
+    )
+    assert one.test.after.log_loss.value is not None
+    assert one.test.after.brier.value != one.test.before.brier.value
+    assert one.test.before.brier == one.test.brier
+
+
+def test_metadata_of_train_stands_beside_the_model():
+    found = predictions()
+    train = Metadata.of(predictions(seed=1))
+    content = metrics_json(evaluate(found, config=CONFIG, seed=0, train=train))
+    assert content["baselines"]["metadata"]["n"] == 400
+    assert content["test"]["metadata"]["alone_auroc"]["value"] > 0.6
+    assert content["test"]["metadata"]["gain"]["low"] > 0
+    without = metrics_json(evaluate(found, config=CONFIG, seed=0))
+    assert without["baselines"]["metadata"]["reason"] == "no metadata of train"
+    assert without["test"]["metadata"]["gain"]["reason"] == "no metadata of train"
 
 
 def test_one_class_on_test_still_counts_what_can_be_counted():

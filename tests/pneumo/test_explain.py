@@ -1,23 +1,28 @@
-"""Grad-CAM is the library's, the fast path is equal to it, and the scores mean what they say."""
+"""Grad-CAM is the library's, the fast path is equal to it, and the right studies are shown."""
 
-import math
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from torch import nn
 
+from pneumo.config import ModelConfig
 from pneumo.errors import MetricError
 from pneumo.explain import (
     OUTCOMES,
-    box_mask,
+    FindingErrors,
+    choose_errors,
     choose_gallery,
     class_activation,
+    count_errors,
     gradcam,
-    score_against_boxes,
+    randomised,
 )
 from pneumo.model import build_model
-from pneumo.studies import Box
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +36,42 @@ def model():
 @pytest.fixture(scope="module")
 def images():
     return torch.randn(5, 1, 96, 128, generator=torch.Generator().manual_seed(1))
+
+
+BACKBONES = get_args(ModelConfig.model_fields["backbone"].annotation)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_the_fast_path_equals_the_library_whatever_the_network_ends_in(backbone, images):
+    network = randomised(backbone, seed=0)
+    few = images[:2, :, :64, :64]
+    assert np.abs(gradcam(network, few) - class_activation(network, few)).max() < 1e-5
+
+
+class NormedHead(nn.Module):
+    """As ConvNeXt ends: a norm and an activation in place between the last block and the logit."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer4 = nn.Sequential(nn.Conv2d(1, 6, 5, stride=4))
+        self.head = nn.Sequential(
+            nn.ReLU(inplace=True),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.LayerNorm(6),
+            nn.Linear(6, 1),
+        )
+
+    def forward(self, x):
+        return self.head(self.layer4(x))
+
+
+def test_the_fast_path_differentiates_a_head_that_is_not_linear(images):
+    torch.manual_seed(3)
+    network = NormedHead().eval()
+    library, fast = gradcam(network, images), class_activation(network, images)
+    assert library.max() > 0
+    assert np.abs(library - fast).max() < 1e-5
 
 
 def test_class_activation_equals_gradcam(model, images):
@@ -88,63 +129,90 @@ def test_no_result_is_an_error(images):
         gradcam(Headless(), images)
 
 
-def test_box_score():
-    cam = np.zeros((10, 20))
-    cam[2:4, 5:9] = 1.0
-    cam[8, 8] = 2.0
-    exact = score_against_boxes(cam, [Box(5, 2, 4, 2)])
-    assert exact.energy == pytest.approx(0.8)
-    assert exact.area == pytest.approx(8 / 200)
-    assert exact.lift == pytest.approx(20)
-    assert not exact.is_hit  # the single maximum lies elsewhere
-    assert score_against_boxes(cam, [Box(8, 8, 1, 1)]).is_hit
-
-    uniform = score_against_boxes(np.ones((10, 20)), [Box(0, 0, 10, 10), Box(5, 0, 10, 10)])
-    assert uniform.area == pytest.approx(0.75)  # an overlap counts once
-    assert uniform.lift == pytest.approx(1)
-
-    empty = score_against_boxes(np.zeros((10, 20)), [Box(0, 0, 10, 10)])
-    assert not empty.is_hit
-    assert math.isnan(empty.energy)
-    with pytest.raises(MetricError, match="no box"):
-        score_against_boxes(cam, [])
+@pytest.mark.parametrize("seed", range(6))
+def test_a_random_network_has_maps_that_say_something_and_are_the_seeds(images, seed):
+    found = class_activation(randomised("resnet18", seed=seed), images)
+    assert (found.max(axis=(1, 2)) > 0).mean() > 0.5
+    again = class_activation(randomised("resnet18", seed=seed), images)
+    assert np.array_equal(found, again)
 
 
-def test_box_mask_takes_pixels_whose_centre_is_inside():
-    assert box_mask((4, 4), [Box(0.6, 0.4, 2.0, 1.0)]).tolist() == [
-        [False, True, True, False],
-        [False, False, False, False],
-        [False, False, False, False],
-        [False, False, False, False],
-    ]
+def test_random_networks_of_two_seeds_differ(images):
+    one, two = (class_activation(randomised("resnet18", seed=seed), images) for seed in (0, 1))
+    assert np.abs(one - two).max() > 0.1
 
 
-def test_gallery_holds_the_most_certain_and_a_draw():
+def test_gallery_holds_the_most_and_the_least_certain_and_a_draw():
     rng = np.random.default_rng(0)
     target, probability = rng.integers(0, 2, 400), rng.random(400)
-    chosen = choose_gallery(target, probability, 0.4, per_outcome=5, seed=7)
+    chosen = choose_gallery(target, probability, 0.4, per_outcome=7, seed=7)
 
     assert tuple(chosen) == OUTCOMES
-    for outcome, rows in chosen.items():
-        assert len(set(rows.tolist())) == 5
+    for outcome, choices in chosen.items():
+        rows = np.array([choice.row for choice in choices])
+        assert len(set(rows.tolist())) == 7
         assert (target[rows] == (outcome in ("tp", "fn"))).all()
         assert ((probability[rows] >= 0.4) == (outcome in ("tp", "fp"))).all()
-    false_positives = probability[(target == 0) & (probability >= 0.4)]
-    assert probability[chosen["fp"][:3]].tolist() == sorted(false_positives)[::-1][:3]
-    false_negatives = probability[(target == 1) & (probability < 0.4)]
-    assert probability[chosen["fn"][:3]].tolist() == sorted(false_negatives)[:3]
+        assert [c.why for c in choices].count("most certain") == 3
+        assert [c.why for c in choices].count("least certain") == 2
+        members = np.flatnonzero(
+            (target == (outcome in ("tp", "fn")))
+            & ((probability >= 0.4) == (outcome in ("tp", "fp")))
+        )
+        distance = np.sort(np.abs(probability[members] - 0.4))
+        shown = np.abs(probability[rows] - 0.4)
+        assert shown[:3].tolist() == distance[::-1][:3].tolist()
+        assert shown[3:5].tolist() == distance[:2].tolist()
 
-    again = choose_gallery(target, probability, 0.4, per_outcome=5, seed=7)
-    other = choose_gallery(target, probability, 0.4, per_outcome=5, seed=8)
-    assert all(np.array_equal(chosen[o], again[o]) for o in OUTCOMES)
-    assert any(not np.array_equal(chosen[o], other[o]) for o in OUTCOMES)
+    again = choose_gallery(target, probability, 0.4, per_outcome=7, seed=7)
+    other = choose_gallery(target, probability, 0.4, per_outcome=7, seed=8)
+    assert chosen == again
+    assert any(chosen[o] != other[o] for o in OUTCOMES)
+
+
+@given(
+    arrays(np.int8, st.shared(st.integers(0, 12), key="n"), elements=st.integers(0, 1)),
+    arrays(np.float64, st.shared(st.integers(0, 12), key="n"), elements=st.floats(0, 1)),
+    st.integers(1, 6),
+)
+def test_gallery_shows_no_study_twice_and_as_many_as_there_are(target, probability, per_outcome):
+    chosen = choose_gallery(target, probability, 0.5, per_outcome=per_outcome, seed=0)
+    rows = [choice.row for choices in chosen.values() for choice in choices]
+    assert len(set(rows)) == len(rows)
+    called = probability >= 0.5
+    groups = {"tp": target & called, "fp": (target == 0) & called}
+    for outcome, group in groups.items():
+        assert len(chosen[outcome]) == min(per_outcome, int(group.sum()))
 
 
 def test_gallery_of_a_perfect_model_has_no_errors():
     chosen = choose_gallery(np.array([0, 1]), np.array([0.1, 0.9]), 0.5, per_outcome=6, seed=0)
-    assert {outcome: rows.tolist() for outcome, rows in chosen.items()} == {
+    assert {outcome: [c.row for c in choices] for outcome, choices in chosen.items()} == {
         "tp": [1],
         "fp": [],
         "fn": [],
         "tn": [0],
     }
+
+
+def test_errors_are_the_most_confident_ones():
+    target = np.array([0, 0, 0, 1, 1, 1, 0])
+    probability = np.array([0.9, 0.6, 0.1, 0.2, 0.05, 0.8, 0.95])
+    chosen = choose_errors(target, probability, 0.5, count=2)
+    assert {outcome: rows.tolist() for outcome, rows in chosen.items()} == {
+        "fp": [6, 0],
+        "fn": [4, 3],
+    }
+
+
+def test_errors_are_counted_by_finding():
+    finding = np.array(["Normal", "Opacity", "Normal", "Opacity", "Other"])
+    target, probability = np.array([0, 1, 0, 1, 0]), np.array([0.9, 0.2, 0.1, 0.8, 0.3])
+    found = count_errors(finding, target, probability, 0.5)
+    assert found == [
+        FindingErrors("Normal", n=2, called_positive=1, errors=1),
+        FindingErrors("Opacity", n=2, called_positive=1, errors=1),
+        FindingErrors("Other", n=1, called_positive=0, errors=0),
+    ]
+    rate = found[0].to_json()["error_rate"]
+    assert rate["low"] < rate["value"] == 0.5 < rate["high"]

@@ -42,6 +42,8 @@ def evaluation(seed=0, target=None):
         age=np.full(n, 50.0),
         sex=np.full(n, "F"),
         view=np.where(rng.random(n) < 0.5, "AP", "PA"),
+        spacing_mm=np.full(n, 0.143),
+        box_area_fraction=np.where(target == 1, rng.random(n) / 5, np.nan),
     )
     return evaluate(predictions, config=EvaluateConfig(bootstrap_resamples=100), seed=0)
 

@@ -1,5 +1,6 @@
 """Every metric against a published implementation, and against what must hold for any input."""
 
+import json
 import math
 
 import numpy as np
@@ -8,6 +9,7 @@ import sklearn.metrics as reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from statsmodels.stats.proportion import proportion_confint
 from torchmetrics.functional.classification import (
     binary_accuracy,
     binary_auroc,
@@ -21,7 +23,9 @@ from torchmetrics.functional.classification import (
 )
 
 from pneumo import metrics
+from pneumo.delong import delong
 from pneumo.errors import MetricError
+from tests.predictions import judge_threshold, with_scores
 
 relaxed = settings(max_examples=50, deadline=None)
 
@@ -116,16 +120,23 @@ def test_log_loss_is_finite_where_the_probability_rounds_to_zero():
     assert value_of(metrics.log_loss_statistic([1, 0], [-800.0, 800.0]), 2) == 800.0
 
 
-def test_delong_equals_its_definition_over_all_pairs():
-    _, target, logit = simulated(num_patients=80)
-    logit = np.round(logit, 1)  # ties
-    positive, negative = logit[target == 1], logit[target == 0]
-    wins = (positive[:, None] > negative) + 0.5 * (positive[:, None] == negative)
-    expected = wins.mean(1).var(ddof=1) / len(positive) + wins.mean(0).var(ddof=1) / len(negative)
+@pytest.mark.parametrize(("hits", "n"), [(0, 7), (3, 7), (7, 7), (811, 1000), (1, 100_000)])
+def test_wilson_equals_statsmodels(hits, n):
+    low, high = proportion_confint(hits, n, method="wilson")
+    assert metrics.wilson(hits / n, n) == pytest.approx((low, high), abs=1e-9)
 
-    assert metrics.delong_variance(target, logit) == pytest.approx(expected, rel=1e-12)
-    estimate = metrics.delong(target, logit)
-    assert estimate.high - estimate.low == pytest.approx(2 * 1.959964 * math.sqrt(expected))
+
+def test_sums_by_group_equal_numpys():
+    rng = np.random.default_rng(0)
+    code, value = rng.integers(-1, 4, 50), rng.normal(size=50)
+    weights = rng.integers(0, 3, (50, 5)).astype(float)
+    found = metrics.sums_statistic(code, 4, np.ones(50), value)(weights)
+    expected = [
+        (weights[code == k] * column[code == k, None]).sum(axis=0)
+        for column in (np.ones(50), value)
+        for k in range(4)
+    ]
+    np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
 def test_wilson_equals_the_published_example():
@@ -194,6 +205,15 @@ def test_auroc_refuses_what_it_cannot_judge(target, score, message):
         metrics.auroc(target, score)
 
 
+def test_curves_in_json_are_thin_and_have_no_infinity():
+    _, target, logit = simulated(num_patients=5000)
+    for points in (metrics.roc_points, metrics.precision_recall_points):
+        content = json.loads(json.dumps(points(target, logit).to_json(), allow_nan=False))
+        assert {len(column) for column in content.values()} <= set(range(50, 101))
+        assert None in content["threshold"]
+        assert sorted({content["x"][0], content["x"][-1]}) == [0.0, 1.0]
+
+
 def test_curves_keep_their_ends_and_their_shape_in_few_points():
     _, target, logit = simulated(num_patients=20_000, effect=0.8)
     curve = metrics.roc_points(target, logit)
@@ -224,6 +244,18 @@ def test_sensitivity_threshold_is_the_highest_that_keeps_it(data, wanted):
 
 
 @relaxed
+@given(scored(), st.sampled_from([0.5, 0.9, 0.95, 1.0]))
+def test_specificity_threshold_is_the_lowest_that_keeps_it(data, wanted):
+    target, probability = data
+    threshold = metrics.specificity_threshold(target, probability, wanted)
+    negatives = probability[target == 0]
+
+    assert np.mean(negatives < threshold) >= wanted - 1e-9
+    lower = probability[probability < threshold]
+    assert all(np.mean(negatives < other) < wanted for other in np.unique(lower))
+
+
+@relaxed
 @given(scored())
 def test_youden_threshold_is_not_beaten_by_any_other(data):
     target, probability = data
@@ -249,7 +281,7 @@ def test_bootstrap_interval_contains_the_value_or_gives_a_reason(data, seed):
         **metrics.patient_bootstrap(
             patient, {"auroc": metrics.auroc_statistic(target, score)}, resamples=100, seed=seed
         ),
-        **metrics.rate_estimates(target, score, 0.5, patient, resamples=100, seed=seed),
+        **judge_threshold(with_scores(target, score, patient), 0.5, seed=seed).rates,
     }
     for name, found in estimates.items():
         if found.value is None or found.low is None:
@@ -279,7 +311,7 @@ def test_image_bootstrap_agrees_with_delong():
     _, target, logit = simulated(num_patients=1500)
     statistic = {"auroc": metrics.auroc_statistic(target, logit)}
     found = metrics.patient_bootstrap(np.arange(1500), statistic, resamples=1000, seed=0)["auroc"]
-    analytic = metrics.delong(target, logit)
+    analytic = delong(target, logit)
 
     assert found.low == pytest.approx(analytic.low, abs=0.004)
     assert found.high == pytest.approx(analytic.high, abs=0.004)
@@ -307,9 +339,7 @@ def test_estimates_say_why_they_are_empty():
     assert found.value == 0.0
     assert found.reason.startswith("too few patients: undefined in")
 
-    none_called = metrics.rate_estimates(
-        [0, 1, 0], [0.1, 0.2, 0.3], 0.9, np.arange(3), resamples=100, seed=0
-    )
+    none_called = judge_threshold(with_scores([0, 1, 0], [0.1, 0.2, 0.3]), 0.9).rates
     assert none_called["precision"].to_json() == {
         "value": None,
         "low": None,
@@ -319,11 +349,6 @@ def test_estimates_say_why_they_are_empty():
     }
     assert none_called["recall"].method == "Wilson over patients"
     assert "reason" not in none_called["recall"].to_json()
-
-    assert metrics.delong([1, 1], [0.1, 0.2]).reason == "one class only: 2 of 2 are positive"
-    assert metrics.delong([0, 0, 1, 1], [0, 1, 2, 3]).reason.startswith(
-        "the classes do not overlap"
-    )
 
 
 # --- the trainer's --------------------------------------------------------------------------------

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import json
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given
@@ -21,12 +24,29 @@ from pneumo.errors import DataError
 from pneumo.loader import Batch
 from pneumo.model import build_model
 from pneumo.partition import World
-from pneumo.predict import Predictions, Scores, join_predictions, score, sigmoid
+from pneumo.predict import (
+    SCORING,
+    VIEWS,
+    Logits,
+    Member,
+    Predictions,
+    Scores,
+    cover_boxes,
+    join_predictions,
+    prepare_input,
+    score,
+    score_pictures,
+    sigmoid,
+)
 from pneumo.shards import StudyRow
+from pneumo.studies import Box
 
+SIDE = 64
 StoreMaker = Callable[..., str]
 
 text = st.text("0123456789abcdef", max_size=5)
+pixel = st.integers(0, SIDE // 2)
+boxes = st.builds(Box, pixel, pixel, pixel, pixel)
 rows = st.builds(
     StudyRow,
     key=st.text("0123456789abcdef", min_size=20, max_size=20),
@@ -34,20 +54,21 @@ rows = st.builds(
     split=st.sampled_from(["train", "val", "test"]),
     target=st.integers(0, 1),
     finding=st.sampled_from(["Lung Opacity", "Normal"]),
-    boxes=st.just(()),
+    boxes=st.lists(boxes, max_size=3).map(tuple),
     age=st.none() | st.integers(0, 120),
     sex=st.none() | st.sampled_from(["M", "F"]),
     view=st.none() | st.sampled_from(["AP", "PA"]),
-    spacing_mm=st.none(),
+    spacing_mm=st.none() | st.sampled_from([0.139, 0.143]),
 )
 tables = st.lists(rows, max_size=6, unique_by=lambda row: row.key)
 
 
 def join(table: list[StudyRow], seed: int = 0) -> Predictions:
     rng = np.random.default_rng(seed)
-    logits = {row.key: float(rng.normal(0, 20)) for row in reversed(table)}
+    logits = rng.normal(0, 20, len(table)).astype(np.float32)
+    scored = Logits(np.array([row.key for row in reversed(table)], dtype=np.str_), logits)
     studies = {row.key: row for row in table}
-    return join_predictions(logits, studies, checkpoint="epoch-0003.pt")
+    return join_predictions(scored, studies, checkpoint="epoch-0003.pt", image_size=SIDE)
 
 
 def assert_equal(one: Predictions, two: Predictions) -> None:
@@ -107,9 +128,27 @@ def test_joining_keeps_every_study_and_what_is_known_of_it(table: list[StudyRow]
         assert predictions.sex[i] == (row.sex or "")
         assert predictions.view[i] == (row.view or "")
         assert np.isnan(predictions.age[i]) if row.age is None else predictions.age[i] == row.age
+        spacing = np.nan if row.spacing_mm is None else row.spacing_mm
+        np.testing.assert_array_equal(predictions.spacing_mm[i], spacing)
+        assert np.isnan(predictions.box_area_fraction[i]) == (not row.boxes)
     np.testing.assert_array_equal(predictions.probability, sigmoid(predictions.logit))
     assert np.isnan(predictions.calibrated_probability).all()
     assert set(predictions.checkpoint.tolist()) <= {"epoch-0003.pt"}
+
+
+@given(st.lists(boxes, max_size=4))
+def test_boxes_cover_what_they_cover_on_a_raster(some: list[Box]) -> None:
+    raster = np.zeros((2 * SIDE, 2 * SIDE), dtype=bool)
+    for x, y, width, height in some:
+        raster[int(y) : int(y + height), int(x) : int(x + width)] = True
+    assert cover_boxes(some) == raster.sum()
+
+
+def test_box_area_is_a_share_of_the_stored_image() -> None:
+    half = StudyRow(
+        "a" * 20, "p", "val", 1, "Lung Opacity", (Box(0, 0, SIDE, SIDE / 2),), 3, "F", "AP", 0.1, ""
+    )
+    assert join([half]).box_area_fraction.tolist() == [0.5]
 
 
 @given(tables)
@@ -123,7 +162,43 @@ def test_splits_are_subsets(table: list[StudyRow]) -> None:
 
 def test_a_scored_study_that_nobody_knows_is_refused() -> None:
     with pytest.raises(DataError, match=r"2 scored studies are not in studies\.parquet"):
-        join_predictions({"a": 0.0, "b": 0.0}, {}, checkpoint="c")
+        join_predictions(
+            Logits(np.array(["a", "b"]), np.zeros(2, np.float32)),
+            {},
+            checkpoint="c",
+            image_size=SIDE,
+        )
+
+
+def test_a_study_that_is_scored_twice_is_refused() -> None:
+    row = StudyRow("a" * 20, "p", "val", 1, "Lung Opacity", (), 3, "F", "AP", None, "d")
+    twice = Logits(np.array([row.key] * 2), np.zeros(2, np.float32))
+    with pytest.raises(DataError, match="1 studies are scored more than once"):
+        join_predictions(twice, {row.key: row}, checkpoint="c", image_size=SIDE)
+
+
+@given(tables, st.integers(0, 2**16))
+def test_logits_stay_with_their_studies(table: list[StudyRow], seed: int) -> None:
+    keys = np.array([row.key for row in table], dtype=np.str_)
+    logits = np.random.default_rng(seed).normal(size=len(table)).astype(np.float32)
+    parts = [Logits(keys[i::3], logits[i::3]) for i in range(3)]
+    joined = Logits.join(parts)
+    assert dict(zip(joined.keys, joined.logits, strict=True)) == dict(
+        zip(keys, logits, strict=True)
+    )
+    predictions = join_predictions(
+        joined, {row.key: row for row in table}, checkpoint="c", image_size=SIDE
+    )
+    expected = dict(zip(keys, logits, strict=True))
+    assert predictions.logit.tolist() == [expected[key] for key in predictions.key]
+
+
+def test_how_the_logits_were_made_stands_in_the_file() -> None:
+    row = StudyRow("a" * 20, "p", "val", 1, "Lung Opacity", (), 3, "F", "AP", None, "d")
+    written = join([row]).to_parquet({"views": 4})
+    metadata = pq.read_schema(io.BytesIO(written)).metadata
+    assert json.loads(metadata[SCORING.encode()]) == {"views": 4}
+    assert_equal(Predictions.from_parquet(written), join([row]))
 
 
 # --- scoring --------------------------------------------------------------------------------------
@@ -197,3 +272,54 @@ def test_scores_are_float32_whatever_the_caller_trains_in(model: nn.Module, data
     exact = as_dict(score(model, [data]))
     with torch.autocast("cpu", torch.bfloat16):
         assert as_dict(score(model, [data])) == exact
+
+
+# --- ensembles and views --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[Any]:
+    rng = np.random.default_rng(5)
+    return list(rng.integers(0, 256, (7, 32, 32), dtype=np.uint8))
+
+
+def make_member(seed: int, image_size: int = 32) -> Member:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = build_model("resnet18")
+        network(torch.randn(16, 1, 32, 32))
+    return Member(network.eval(), "resnet18", image_size, 0.4 + seed / 100, 0.2)
+
+
+def test_one_network_and_one_view_give_its_logit(pictures: list[Any]) -> None:
+    member = make_member(1)
+    with torch.inference_mode():
+        expected = member.network(prepare_input(pictures, member)).squeeze(1).numpy()
+    np.testing.assert_array_equal(score_pictures([member], pictures), expected)
+
+
+def test_an_ensemble_is_the_mean_of_its_members_each_fed_as_it_was_trained(
+    pictures: list[Any],
+) -> None:
+    members = [make_member(1), make_member(2, image_size=24), make_member(3)]
+    alone = np.stack([score_pictures([member], pictures) for member in members])
+    assert np.ptp(alone, axis=0).min() > 1e-3
+    found = score_pictures(members, pictures)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, alone.mean(axis=0), rtol=1e-5, atol=1e-6)
+
+
+def test_views_are_averaged_and_depend_on_the_pixels_alone(pictures: list[Any]) -> None:
+    assert not VIEWS.flip
+    member = make_member(1)
+    several = score_pictures([member], pictures, views=4)
+    one, two = (score_pictures([member], pictures, views=n) for n in (1, 2))
+    assert np.abs(several - one).min() > 0
+    second = 2 * two - one  # the second view's own logit
+    assert np.abs(second - one).min() > 0
+    np.testing.assert_array_equal(score_pictures([member], pictures, views=4), several)
+    # Whatever stands beside a picture, and wherever it stands.
+    backwards = score_pictures([member], pictures[::-1], views=4)[::-1]
+    np.testing.assert_allclose(backwards, several, atol=1e-5)
+    alone = [score_pictures([member], [picture], views=4)[0] for picture in pictures]
+    np.testing.assert_allclose(alone, several, atol=1e-5)

@@ -1,0 +1,151 @@
+"""Which studies of test an evaluation shows, and where the network looks in all positives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from jobs.scoring import Explained, Scored, boxes_of, explain_studies, score_boxes
+from pneumo.config import Config
+from pneumo.explain import (
+    FindingErrors,
+    Outcome,
+    Why,
+    choose_errors,
+    choose_gallery,
+    count_errors,
+)
+from pneumo.figures import Case
+from pneumo.predict import Predictions
+from pneumo.quality import AGE_BIN_YEARS
+from pneumo.saliency import (
+    BoxScores,
+    SaliencySummary,
+    choose_iou_thresholds,
+    prior_map,
+    scale_boxes,
+    summarise_saliency,
+)
+from pneumo.shards import StudyRow
+from pneumo.studies import Box
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """The studies of test that are shown; empty where no threshold could be chosen."""
+
+    grid: list[Case]
+    """Drawn by the seed."""
+    gallery: dict[Outcome, list[Case]]
+    """With Grad-CAM and boxes, each case with why it was chosen."""
+    errors: dict[Outcome, list[Case]]
+    """Of 'fp' and 'fn' those that the model is most certain of, with Grad-CAM and boxes."""
+    by_finding: list[FindingErrors]
+
+
+def choose_pictures(
+    scored: Scored,
+    predictions: Predictions,
+    studies: Mapping[str, StudyRow],
+    threshold: float | None,
+    config: Config,
+) -> Pictures:
+    """The grid, the gallery of each outcome, and the errors, at the decision point's threshold."""
+    test = predictions.subset("test")
+    if threshold is None:
+        return Pictures([], {}, {}, [])
+    settings = config.evaluate
+    grid = np.random.default_rng(config.seed).permutation(len(test))[: settings.grid_images]
+    called = (test.target, test.probability, threshold)
+    gallery = choose_gallery(*called, per_outcome=settings.gallery_images, seed=config.seed)
+    errors = choose_errors(*called, count=settings.error_images)
+    in_gallery = [[choice.row for choice in choices] for choices in gallery.values()]
+    chosen = _union(grid, *in_gallery, *errors.values())
+    shown = explain_studies(scored, "test", test.key[chosen].tolist(), config)
+
+    def case(row: Any, why: Why | None, *, with_cam: bool = True) -> Case:
+        study = studies[str(test.key[row])]
+        explained: Explained = shown[study.key]
+        return Case(
+            image=explained.pixels,
+            target=study.target,
+            probability=float(test.probability[row]),
+            threshold=threshold,
+            boxes=study.boxes if with_cam else (),
+            cam=explained.cam if with_cam else None,
+            finding=study.finding,
+            view=study.view or "",
+            age_band=describe_age(study.age),
+            why=why,
+        )
+
+    return Pictures(
+        grid=[case(row, None, with_cam=False) for row in grid],
+        gallery={o: [case(c.row, c.why) for c in choices] for o, choices in gallery.items()},
+        errors={o: [case(row, "most certain") for row in rows] for o, rows in errors.items()},
+        by_finding=count_errors(test.finding, *called),
+    )
+
+
+def _union(*rows: Iterable[Any]) -> npt.NDArray[np.intp]:
+    return np.unique(np.concatenate([np.asarray(part, dtype=np.intp) for part in rows]))
+
+
+def describe_age(age: float | None) -> str:
+    """`60-69`, or '' where unknown: a picture needs no exact age beside it."""
+    if age is None or math.isnan(age):
+        return ""
+    low = int(age) // AGE_BIN_YEARS * AGE_BIN_YEARS
+    return f"{low}-{low + AGE_BIN_YEARS - 1}"
+
+
+def score_saliency(
+    scored: Scored,
+    predictions: Predictions,
+    studies: Mapping[str, StudyRow],
+    threshold: float | None,
+    config: Config,
+    *,
+    stored_size: int,
+    image_size: int,
+) -> dict[str, SaliencySummary]:
+    """By split, val and test, the network's maps against the boxes of every positive.
+
+    `image_size` is of the input of the first checkpoint, whose maps they are. The prior map is of
+    train, the IoU's thresholds are of val.
+    """
+
+    def in_input(split: str) -> dict[str, tuple[Box, ...]]:
+        return {
+            key: scale_boxes(boxes, stored_size=stored_size, image_size=image_size)
+            for key, boxes in boxes_of(studies, split).items()
+        }
+
+    prior = prior_map(list(in_input("train").values()), image_size)
+    found = score_boxes(scored, {s: in_input(s) for s in ("val", "test")}, prior, config)
+    iou_thresholds = choose_iou_thresholds(found["val"])
+    return {
+        split: summarise_saliency(
+            scores,
+            patient=np.array([studies[key].patient for key in scores.keys.tolist()], dtype=np.str_),
+            is_called=None if threshold is None else _calls(predictions, scores, threshold),
+            positives=int(predictions.subset(split).target.sum()),
+            checkpoint=scored.scoring.weights[0].name,
+            iou_thresholds=iou_thresholds,
+            resamples=config.evaluate.bootstrap_resamples,
+            seed=config.seed,
+        )
+        for split, scores in found.items()
+    }
+
+
+def _calls(predictions: Predictions, scores: BoxScores, threshold: float) -> npt.NDArray[np.bool_]:
+    """Whether each scored study is called positive."""
+    order = np.argsort(predictions.key)
+    rows = order[np.searchsorted(predictions.key, scores.keys, sorter=order)]
+    return np.asarray(predictions.probability[rows] >= threshold)

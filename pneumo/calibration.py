@@ -1,0 +1,385 @@
+"""Calibration: how far a probability can be believed, and how it is mended on val.
+
+Temperature scaling (Guo 2017) and Platt's scaling (1999) are fitted on val by maximum likelihood;
+test only reports. A weight of positives in training shifts every logit by its logarithm, which only
+Platt's intercept can take back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import brentq
+from scipy.special import expit
+
+from pneumo import metrics
+from pneumo.errors import MetricError
+from pneumo.metrics import Estimate, Floats, Resampled, Statistic, check_scores, divide
+from pneumo.operating_points import check_enough
+from pneumo.predict import Predictions, sigmoid
+
+Method = Literal["temperature", "platt"]
+
+FOLDS = 5
+RULE = (
+    f"the lower log loss on val under {FOLDS}-fold cross-validation by patient; temperature, which "
+    "has one number less, where they tie"
+)
+_MAX_STEPS = 40
+_TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Calibrated probability = sigmoid(slope * logit + intercept); a temperature is 1 / slope."""
+
+    method: Method
+    slope: float
+    intercept: float
+    log_loss: float
+    """On val in nats, cross-validated by patient."""
+
+    def apply(self, logit: npt.ArrayLike) -> Floats:
+        """The calibrated probabilities of logits of any shape."""
+        return sigmoid(self.slope * np.asarray(logit, dtype=np.float64) + self.intercept)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers; `temperature` too where it is one."""
+        numbers = {"slope": self.slope, "intercept": self.intercept, "log_loss": self.log_loss}
+        if self.method == "temperature":
+            return {"temperature": 1 / self.slope, **numbers}
+        return numbers
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What val says of the logits, and which scaling is used."""
+
+    chosen: Scaling | None
+    """None where val can't be calibrated on."""
+    temperature: Scaling | None
+    """As fitted; None where its slope is not above 0, as `platt`."""
+    platt: Scaling | None
+    log_loss_before: float | None
+    """On val in nats, of the logits as they are."""
+    reason: str | None = None
+    """Why there is none."""
+
+    def apply(self, logit: npt.NDArray[Any]) -> Floats:
+        """The calibrated probabilities (N,); NaN where there is no calibration."""
+        if self.chosen is None:
+            return np.full(len(logit), np.nan)
+        return self.chosen.apply(logit)
+
+    def to_json(self) -> dict[str, Any]:
+        """The chosen one flat, both as they were fitted, and the rule."""
+        chosen = self.chosen
+        return {
+            "method": None if chosen is None else chosen.method,
+            **({} if chosen is None else chosen.to_json()),
+            "chosen_on": "val",
+            "rule": RULE,
+            "log_loss_before": self.log_loss_before,
+            "fitted": {
+                "temperature": None if self.temperature is None else self.temperature.to_json(),
+                "platt": None if self.platt is None else self.platt.to_json(),
+            },
+            **({} if self.reason is None else {"reason": self.reason}),
+        }
+
+
+# --- fitted on val --------------------------------------------------------------------------------
+
+
+def calibrate(val: Predictions, *, min_patients: int, seed: int) -> Calibration:
+    """Both scalings fitted on `val`, and the better one chosen by RULE.
+
+    There is none where `val` has fewer than `min_patients` patients of a class, or can't be ranked.
+    A scaling that would turn the order round (slope not above 0) is not used.
+    """
+    try:
+        positive, logit = check_scores(val.target, val.logit)
+        check_enough(val, "youden", min_patients)
+    except MetricError as error:
+        return Calibration(None, None, None, None, f"val: {error}")
+    folds = _draw_folds(val.patient, seed)
+    before = _log_loss(positive, logit)
+    temperature = _fit_checked("temperature", positive, logit, folds)
+    platt = _fit_checked("platt", positive, logit, folds)
+    fitted = [scaling for scaling in (temperature, platt) if scaling is not None]
+    if not fitted:
+        reason = "val: a higher logit does not mean a higher risk, so scaling can't mend it"
+        return Calibration(None, None, None, before, reason)
+    chosen = min(fitted, key=lambda scaling: scaling.log_loss)
+    return Calibration(chosen, temperature, platt, before)
+
+
+def fit_scaling(method: Method, target: npt.ArrayLike, logit: npt.ArrayLike) -> tuple[float, float]:
+    """Slope and intercept of the greatest likelihood; the intercept of a temperature is 0.
+
+    The targets are Platt's, (P + 1) / (P + 2) and 1 / (Q + 2) of P positives and Q negatives: as if
+    one study of either class had been seen besides. That keeps the fit finite where the logits
+    separate the classes, and does not matter where there are many. Raises MetricError.
+    """
+    positive, logit64 = check_scores(target, logit)
+    num_positive, num_negative = int(positive.sum()), int((~positive).sum())
+    soft = np.where(positive, (num_positive + 1) / (num_positive + 2), 1 / (num_negative + 2))
+    if method == "platt":
+        slope, intercept = fit_logistic(logit64, soft, np.ones((len(soft), 1)))
+        return float(slope[0]), float(intercept[0])
+
+    def descend(slope: float) -> float:
+        return float(np.mean((expit(slope * logit64) - soft) * logit64))
+
+    if np.ptp(logit64) == 0 or descend(0.0) >= 0:
+        return 0.0, 0.0  # the logits say nothing, or the reverse
+    high = 1.0
+    while descend(high) < 0:
+        high *= 2
+    return float(brentq(descend, 0.0, high, xtol=1e-300, rtol=1e-14)), 0.0
+
+
+def _fit_checked(
+    method: Method, positive: npt.NDArray[np.bool_], logit: Floats, folds: npt.NDArray[np.intp]
+) -> Scaling | None:
+    slope, intercept = fit_scaling(method, positive, logit)
+    if not slope > 0:
+        return None
+    return Scaling(method, slope, intercept, _cross_validate(method, positive, logit, folds))
+
+
+def _cross_validate(
+    method: Method, positive: npt.NDArray[np.bool_], logit: Floats, folds: npt.NDArray[np.intp]
+) -> float:
+    scaled = np.empty(len(logit))
+    for fold in range(FOLDS):
+        held_out = folds == fold
+        try:
+            slope, intercept = fit_scaling(method, positive[~held_out], logit[~held_out])
+        except MetricError:  # a fold of one class only
+            slope, intercept = 1.0, 0.0
+        scaled[held_out] = slope * logit[held_out] + intercept
+    return _log_loss(positive, scaled)
+
+
+def _draw_folds(patient: npt.NDArray[Any], seed: int) -> npt.NDArray[np.intp]:
+    """The fold of each study, 0 to FOLDS - 1; a patient's studies share one. (N,)"""
+    name, index = np.unique(patient, return_inverse=True)
+    order = np.random.default_rng(seed).permutation(len(name))
+    return np.asarray(order[index] % FOLDS)
+
+
+def _log_loss(positive: npt.NDArray[np.bool_], logit: Floats) -> float:
+    return float(np.mean(np.logaddexp(0, np.where(positive, -logit, logit))))
+
+
+def fit_logistic(x: Floats, y: Floats, weights: Floats) -> tuple[Floats, Floats]:
+    """Slope (R,) and intercept (R,) of logistic regressions of `y` (N,) in [0, 1] on `x` (N,).
+
+    One a column of `weights` (N, R), by Newton's method; NaN where it does not settle, as when `x`
+    separates the classes.
+    """
+    centre, spread = float(x.mean()), float(x.std())
+    num = weights.shape[1]
+    slope, intercept = np.full(num, np.nan), np.full(num, np.nan)
+    if spread == 0:
+        return slope, intercept
+    z = ((x - centre) / spread)[:, None]
+    b = np.zeros((2, num))
+    if num > 1:  # resamples start where the whole ends
+        whole = np.array(_newton(z, y, np.ones((len(x), 1)), np.zeros((2, 1))))
+        if np.isnan(whole).any():
+            return slope, intercept
+        b += whole
+    a, b_z = _newton(z, y, weights, b)
+    slope = b_z / spread
+    return slope, a - slope * centre
+
+
+def _newton(z: Floats, y: Floats, weights: Floats, start: Floats) -> Floats:
+    """Intercept and slope (2, R) on standardised `z` (N, 1); NaN where not settled."""
+    settled = np.full_like(start, np.nan)
+    active = np.arange(start.shape[1])
+    b, drawn = start.copy(), weights
+    column = z[:, 0]
+    for _ in range(_MAX_STEPS):
+        p = expit(z * b[1] + b[0])
+        residual = drawn * (y[:, None] - p)
+        curvature = drawn * p * (1 - p)
+        gradient = np.stack([residual.sum(axis=0), column @ residual])
+        h0, h1, h2 = curvature.sum(axis=0), column @ curvature, (column**2) @ curvature
+        determinant = h0 * h2 - h1**2
+        raw = np.stack([h2 * gradient[0] - h1 * gradient[1], h0 * gradient[1] - h1 * gradient[0]])
+        step = divide(raw, np.broadcast_to(determinant, raw.shape))
+        step *= np.minimum(1, divide(np.full(step.shape[1], 2.0), np.abs(step).max(axis=0)))
+        step[:, (gradient == 0).all(axis=0)] = 0
+        b = b + step
+        done = np.abs(step).max(axis=0) < _TOLERANCE
+        settled[:, active[done]] = b[:, done]
+        lost = done | np.isnan(b).any(axis=0) | (np.abs(b).max(axis=0) > 50)
+        if lost.all():
+            break
+        if lost.any():
+            b, active, drawn = b[:, ~lost], active[~lost], drawn[:, ~lost]
+    return settled
+
+
+# --- reported on any split ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Studies of nearly the same predicted probability."""
+
+    n: int
+    predicted: float
+    """Their mean probability."""
+    observed: Estimate
+    """The share of them that is positive."""
+
+    def to_json(self) -> dict[str, Any]:
+        """A count, a number, an estimate."""
+        return {"n": self.n, "predicted": self.predicted, "observed": self.observed.to_json()}
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """How well the probabilities of a split are calibrated."""
+
+    brier: Estimate
+    log_loss: Estimate
+    ece: Estimate
+    """Mean distance of predicted and observed over the bins (Naeini 2015)."""
+    slope: Estimate
+    """Of the logistic recalibration (Cox 1958); 1 is right, below 1 too extreme."""
+    intercept: Estimate
+    """Of the logistic recalibration; 0 is right."""
+    in_the_large: Estimate
+    """Mean probability - share of positives; 0 is right, above 0 too high."""
+    curve: tuple[Bin, ...]
+    """From the lowest probability to the highest."""
+    decomposition: dict[str, float] | None
+    """Brier = reliability - resolution + uncertainty + within_bins (Murphy 1973; the last is what
+    lumping into bins leaves over)."""
+
+    @classmethod
+    def undefined(cls, reason: str) -> Reliability:
+        """Nothing can be said, and why."""
+        nothing = Estimate.undefined(reason)
+        return cls(nothing, nothing, nothing, nothing, nothing, nothing, (), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Estimates by name, the curve's bins, the parts of the Brier score."""
+        names = ("brier", "log_loss", "ece", "slope", "intercept", "in_the_large")
+        return {
+            **{name: getattr(self, name).to_json() for name in names},
+            "brier_decomposition": self.decomposition,
+            "curve": [part.to_json() for part in self.curve],
+        }
+
+
+def bin_by_probability(probability: Floats, num_bins: int) -> npt.NDArray[np.int64]:
+    """The bin of each probability (N,), from 0: as equal in number as ties allow, none empty."""
+    inner = np.quantile(probability, np.arange(1, num_bins) / num_bins, method="inverted_cdf")
+    bins = np.searchsorted(inner, probability, side="left")
+    return np.asarray(np.unique(bins, return_inverse=True)[1])
+
+
+def reliability_statistics(
+    target: npt.ArrayLike, logit: npt.ArrayLike, scaling: Scaling | None, num_bins: int
+) -> dict[str, Statistic]:
+    """What `judge_reliability` needs to have resampled, of the logits after `scaling`.
+
+    The bins are those of the whole split, in every resample. Raises MetricError for one class only
+    or a NaN.
+    """
+    positive, scaled = _scale(target, logit, scaling)
+    probability = sigmoid(scaled)
+    bins = bin_by_probability(probability, num_bins)
+    one = np.ones(len(bins))
+    return {
+        "brier": metrics.brier_statistic(positive, probability),
+        "log_loss": metrics.log_loss_statistic(positive, scaled),
+        "bins": metrics.sums_statistic(bins, int(bins.max()) + 1, one, positive, probability),
+    }
+
+
+def recalibration_statistic(target: npt.ArrayLike, logit: npt.ArrayLike) -> Statistic:
+    """Intercept and slope (2, R) of the logistic regression of the target on the logits."""
+    positive, logit64 = check_scores(target, logit)
+    return lambda weights: np.stack(fit_logistic(logit64, positive.astype(float), weights)[::-1])
+
+
+def judge_reliability(
+    found: Mapping[str, Resampled], recalibration: Resampled, scaling: Scaling | None
+) -> Reliability:
+    """`found` as by `reliability_statistics`, `recalibration` of the logits as they are."""
+    num_bins = len(found["bins"].value) // 3
+    after = recalibration.derive(partial(_recalibrate_scaled, scaling))
+    sums = found["bins"].value.reshape(3, num_bins)
+    observed = found["bins"].derive(_observed)
+    settles = "the regression does not settle: the logits separate the classes"
+    return Reliability(
+        brier=found["brier"].estimate(),
+        log_loss=found["log_loss"].estimate(),
+        ece=found["bins"].derive(_expected_error).estimate(),
+        slope=after.estimate(1, settles),
+        intercept=after.estimate(0, settles),
+        in_the_large=found["bins"].derive(_in_the_large).estimate(),
+        curve=tuple(
+            Bin(int(sums[0, k]), float(sums[2, k] / sums[0, k]), observed.estimate(k))
+            for k in range(num_bins)
+        ),
+        decomposition=_decompose(sums, float(found["brier"].value[0])),
+    )
+
+
+def _scale(
+    target: npt.ArrayLike, logit: npt.ArrayLike, scaling: Scaling | None
+) -> tuple[npt.NDArray[np.bool_], Floats]:
+    positive, logit64 = check_scores(target, logit)
+    if scaling is None:
+        return positive, logit64
+    return positive, scaling.slope * logit64 + scaling.intercept
+
+
+def _recalibrate_scaled(scaling: Scaling | None, found: Floats) -> Floats:
+    """Regressing on slope * logit + intercept instead of the logit itself, with no new fit."""
+    if scaling is None:
+        return found
+    slope = found[1] / scaling.slope
+    return np.stack([found[0] - slope * scaling.intercept, slope])
+
+
+def _observed(sums: Floats) -> Floats:
+    count, positives, _ = np.split(sums, 3)
+    return divide(positives, count)
+
+
+def _expected_error(sums: Floats) -> Floats:
+    count, positives, predicted = np.split(sums, 3)
+    return divide(np.abs(positives - predicted).sum(axis=0), count.sum(axis=0))[None]
+
+
+def _in_the_large(sums: Floats) -> Floats:
+    count, positives, predicted = (part.sum(axis=0) for part in np.split(sums, 3))
+    return divide(predicted - positives, count)[None]
+
+
+def _decompose(sums: Floats, brier: float) -> dict[str, float]:
+    count, positives, predicted = sums
+    n, prevalence = count.sum(), positives.sum() / count.sum()
+    reliability = float(count @ ((predicted - positives) / count) ** 2 / n)
+    resolution = float(count @ (positives / count - prevalence) ** 2 / n)
+    uncertainty = float(prevalence * (1 - prevalence))
+    return {
+        "reliability": reliability,
+        "resolution": resolution,
+        "uncertainty": uncertainty,
+        "within_bins": brier - (reliability - resolution + uncertainty),
+    }

@@ -1,0 +1,125 @@
+"""Two models on the same studies: which is better, and how sure that is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pneumo import metrics
+from pneumo.delong import PairedTest, delong_test
+from pneumo.errors import DataError
+from pneumo.metrics import Estimate, Part, Statistic
+from pneumo.predict import Predictions
+
+COMPARED = ("auroc", "average_precision", "brier")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A metric of both models, and the first's less the second's over the same resamples."""
+
+    first: Estimate
+    second: Estimate
+    difference: Estimate
+
+    def to_json(self) -> dict[str, Any]:
+        """Three estimates."""
+        return {
+            "first": self.first.to_json(),
+            "second": self.second.to_json(),
+            "difference": self.difference.to_json(),
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on one split."""
+
+    n: int
+    positives: int
+    patients: int
+    auroc: Difference
+    average_precision: Difference
+    brier: Difference
+    """Of the calibrated probabilities; less is better."""
+    auroc_delong: PairedTest
+    """Images taken as independent."""
+    auroc_delong_clustered: PairedTest
+    """Patients taken as independent."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Counts, differences and tests."""
+        return {
+            "n": self.n,
+            "positives": self.positives,
+            "patients": self.patients,
+            **{name: getattr(self, name).to_json() for name in COMPARED},
+            "auroc_delong": self.auroc_delong.to_json(),
+            "auroc_delong_clustered": self.auroc_delong_clustered.to_json(),
+        }
+
+
+def compare(first: Predictions, second: Predictions, *, resamples: int, seed: int) -> Comparison:
+    """The first model less the second, on the same studies of one split in whatever order.
+
+    Raises DataError where they are not the same studies, each once, with the same targets and
+    patients. What can't be computed is null with a reason.
+    """
+    first, second = align(first, second)
+    parts = {
+        "auroc": lambda: _pair(metrics.auroc_statistic, first, second, "logit"),
+        "average_precision": lambda: _pair(
+            metrics.average_precision_statistic, first, second, "logit"
+        ),
+        "brier": lambda: _pair(metrics.brier_statistic, first, second, "calibrated_probability"),
+    }
+    found = metrics.resample_parts(first.patient, parts, resamples=resamples, seed=seed)
+    scores = first.target, first.logit, second.logit
+    return Comparison(
+        n=len(first),
+        positives=int(first.target.sum()),
+        patients=len(np.unique(first.patient)),
+        **{name: _difference(found[name]) for name in COMPARED},
+        auroc_delong=delong_test(*scores),
+        auroc_delong_clustered=delong_test(*scores, first.patient),
+    )
+
+
+def align(first: Predictions, second: Predictions) -> tuple[Predictions, Predictions]:
+    """Both sorted by key. Raises DataError where they are not of the same studies."""
+    for name, rows in (("first", first), ("second", second)):
+        twice = len(rows) - len(np.unique(rows.key))
+        if twice:
+            raise DataError(f"comparison: the {name} scores {twice} studies more than once")
+    only = (
+        len(np.setdiff1d(first.key, second.key)),
+        len(np.setdiff1d(second.key, first.key)),
+    )
+    if any(only):
+        raise DataError(
+            f"comparison: {only[0]} studies are scored by the first alone and {only[1]} by the "
+            "second alone; evaluate both runs on one store"
+        )
+    first, second = (rows.take(np.argsort(rows.key, kind="stable")) for rows in (first, second))
+    for column in ("target", "patient", "split"):
+        differing = int((getattr(first, column) != getattr(second, column)).sum())
+        if differing:
+            raise DataError(
+                f"comparison: {differing} studies differ in their {column}; evaluate both runs on "
+                "one store"
+            )
+    return first, second
+
+
+def _pair(
+    build: Callable[[Any, Any], Statistic], first: Predictions, second: Predictions, column: str
+) -> dict[str, Statistic]:
+    both = (build(rows.target, getattr(rows, column)) for rows in (first, second))
+    return {"pair": metrics.stack(*both)}
+
+
+def _difference(part: Part) -> Difference:
+    return Difference(part.estimate("pair", 0), part.estimate("pair", 1), part.difference("pair"))

@@ -1,0 +1,90 @@
+"""Decision curve: is acting on the model worth more than treating all, or none?
+
+A reader who acts at a probability of t thinks (1 - t) / t false alarms as bad as one miss; the net
+benefit counts true positives less false ones at that rate of exchange (Vickers & Elkin 2006).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+
+from pneumo import metrics
+from pneumo.metrics import Estimate, Floats, Resampled, Statistic, check_scores
+from pneumo.predict import Predictions
+
+THRESHOLDS: tuple[float, ...] = tuple(k / 100 for k in range(1, 51))
+
+
+@dataclass(frozen=True)
+class DecisionCurve:
+    """Net benefit, in true positives a study, at each of THRESHOLDS; treating nobody is worth 0."""
+
+    model: tuple[Estimate, ...]
+    treat_all: tuple[float, ...]
+    gain: tuple[Estimate, ...]
+    """The model less the better of treating all and none."""
+    reason: str | None = None
+    """Why there is none."""
+
+    @classmethod
+    def undefined(cls, reason: str) -> Self:
+        """There is none, and why."""
+        return cls((), (), (), reason)
+
+    def to_json(self) -> dict[str, Any]:
+        """Columns: one list a quantity, as long as `threshold`; null with a reason without one."""
+        if self.reason is not None:
+            return {"threshold": None, "reason": self.reason}
+        return {
+            "threshold": list(THRESHOLDS),
+            "treat_all": list(self.treat_all),
+            **{
+                f"{name}{suffix}": [getattr(one, end) for one in column]
+                for name, column in (("model", self.model), ("gain", self.gain))
+                for suffix, end in (("", "value"), ("_low", "low"), ("_high", "high"))
+            },
+            "method": "patient bootstrap, each threshold by itself",
+        }
+
+
+def net_benefit_statistic(rows: Predictions) -> Statistic:
+    """Net benefit of the model and of treating all: (2 * len(THRESHOLDS), R).
+
+    Of `rows.calibrated_probability`. Raises MetricError for no study or a NaN.
+    """
+    positive, probability = check_scores(
+        rows.target, rows.calibrated_probability, both_classes=False
+    )
+    threshold = np.array(THRESHOLDS)
+    # How many of the thresholds a study is at or above; those of k are called up to the k-th.
+    reached = np.searchsorted(threshold, probability, side="right")
+    sums = metrics.sums_statistic(reached, len(threshold) + 1, positive, ~positive)
+    odds = (threshold / (1 - threshold))[:, None]
+
+    def statistic(weights: Floats) -> Floats:
+        hits, alarms = np.split(sums(weights), 2)
+        n = hits.sum(axis=0) + alarms.sum(axis=0)
+        called = (np.cumsum(part[::-1], axis=0)[::-1][1:] for part in (hits, alarms))
+        true, false = called
+        return np.concatenate(
+            [
+                (true - odds * false) / n,
+                (hits.sum(axis=0) - odds * alarms.sum(axis=0)) / n,
+            ]
+        )
+
+    return statistic
+
+
+def judge_net_benefit(found: Resampled) -> DecisionCurve:
+    """The curve of what `net_benefit_statistic` resampled."""
+    num = len(THRESHOLDS)
+    gain = found.derive(lambda both: both[:num] - np.maximum(both[num:], 0))
+    return DecisionCurve(
+        model=tuple(found.estimate(k) for k in range(num)),
+        treat_all=tuple(found.value[num:].tolist()),
+        gain=tuple(gain.estimate(k) for k in range(num)),
+    )

@@ -1,0 +1,274 @@
+"""Operating points: thresholds chosen on val, frozen, and what a split is worth at each.
+
+Thresholds stand on the probability as the network gives it; a calibration keeps the order, so
+it moves no study across one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from pneumo import metrics
+from pneumo.config import EvaluateConfig
+from pneumo.errors import MetricError
+from pneumo.metrics import Confusion, Estimate, Floats, Resampled, Statistic, divide
+from pneumo.predict import Predictions
+
+Rule = Literal["youden", "sensitivity", "specificity"]
+Proportion = Literal["accuracy", "precision", "recall", "specificity", "npv"]
+
+DECISION = "decision"
+"""The operating point that headline numbers are given at."""
+SCREENING = "screening"
+"""The operating point that keeps `evaluate.sensitivity` on val."""
+STANDARD: Mapping[str, tuple[Rule, float]] = {
+    "youden": ("youden", math.nan),
+    "sensitivity_90": ("sensitivity", 0.90),
+    "sensitivity_95": ("sensitivity", 0.95),
+    "specificity_90": ("specificity", 0.90),
+}
+"""Chosen for every run, whatever is configured, so that any two can be compared at one."""
+PREVALENCES = (0.05, 0.10, 0.225, 0.365)
+"""Where a predictive value is told, from rare to common; RSNA has 22.5 %."""
+WILSON = "Wilson, images taken as independent"
+BAYES_ENDS = "Bayes at the ends of sensitivity's and specificity's intervals"
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """A threshold on the probability, chosen on val; `threshold` is None where val gives none."""
+
+    name: str
+    rule: str
+    """In words, such as `sensitivity ≥ 0.90`."""
+    threshold: float | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class PredictiveValues:
+    """What a call would mean where another share of the studies is positive."""
+
+    prevalence: float
+    ppv: Estimate
+    npv: Estimate
+
+    def to_json(self) -> dict[str, Any]:
+        """The prevalence, a plain number, and two estimates."""
+        return {
+            "prevalence": self.prevalence,
+            "ppv": self.ppv.to_json(),
+            "npv": self.npv.to_json(),
+        }
+
+
+@dataclass(frozen=True)
+class AtPoint:
+    """A split at an operating point."""
+
+    counts: Confusion | None
+    """None where there is no threshold or the split can't be judged."""
+    rates: Mapping[str, Estimate]
+    """accuracy, precision, recall, specificity, npv, f1, mcc; intervals over patients."""
+    wilson: Mapping[str, Estimate]
+    """The proportions among the rates with Wilson's interval, which takes images as independent."""
+    at_prevalence: tuple[PredictiveValues, ...]
+    """At each of PREVALENCES, by Bayes from this split's sensitivity and specificity."""
+
+    @classmethod
+    def undefined(cls, reason: str) -> AtPoint:
+        """Nothing can be said, and why."""
+        nothing = Estimate.undefined(reason)
+        return cls(
+            None,
+            dict.fromkeys(metrics.RATES, nothing),
+            dict.fromkeys(get_args(Proportion), nothing),
+            tuple(PredictiveValues(p, nothing, nothing) for p in PREVALENCES),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The rates by name, `confusion` (four counts or null), `wilson` and `at_prevalence`."""
+        return {
+            **{name: estimate.to_json() for name, estimate in self.rates.items()},
+            "confusion": None if self.counts is None else self.counts.to_json(),
+            "wilson": {name: estimate.to_json() for name, estimate in self.wilson.items()},
+            "at_prevalence": [values.to_json() for values in self.at_prevalence],
+        }
+
+
+# --- chosen on val --------------------------------------------------------------------------------
+
+
+def choose_points(val: Predictions, config: EvaluateConfig) -> dict[str, OperatingPoint]:
+    """DECISION, SCREENING and the STANDARD points, by name.
+
+    A point has no threshold where val has fewer than `evaluate.min_patients` patients of a class
+    that its rule counts, or fewer than 1 / (1 - target): with fewer positives than 20, "at least
+    0.95" could only mean all of them.
+    """
+    wanted: dict[str, tuple[Rule, float]] = {
+        DECISION: (config.operating_point, config.sensitivity),
+        SCREENING: ("sensitivity", config.sensitivity),
+        **STANDARD,
+    }
+    return {
+        name: _choose(name, val, rule, target, config.min_patients)
+        for name, (rule, target) in wanted.items()
+    }
+
+
+def _choose(
+    name: str, val: Predictions, rule: Rule, target: float, min_patients: int
+) -> OperatingPoint:
+    words = "Youden's index" if rule == "youden" else f"{rule} ≥ {target:.2f}"
+    rules: Mapping[Rule, Callable[[npt.ArrayLike, npt.ArrayLike], float]] = {
+        "youden": metrics.youden_threshold,
+        "sensitivity": partial(metrics.sensitivity_threshold, sensitivity=target),
+        "specificity": partial(metrics.specificity_threshold, specificity=target),
+    }
+    try:
+        threshold = rules[rule](val.target, val.probability)
+        check_enough(val, rule, min_patients, target)
+    except MetricError as error:
+        return OperatingPoint(name, words, None, f"val: {error}")
+    return OperatingPoint(name, words, threshold)
+
+
+def check_enough(val: Predictions, rule: Rule, min_patients: int, target: float = math.nan) -> None:
+    """Raise MetricError where `val` is too small for the rule (Youden's counts both classes)."""
+    of_class = {"sensitivity": (1,), "specificity": (0,), "youden": (1, 0)}[rule]
+    needed = min_patients
+    if rule != "youden" and target < 1:
+        needed = max(needed, math.ceil(1 / (1 - target) - 1e-9))
+    for value in of_class:
+        found = len(np.unique(val.patient[val.target == value]))
+        if found < needed:
+            word = "positive" if value else "negative"
+            raise MetricError(
+                f"too small: {found} patients with a {word} study, {needed} are needed"
+            )
+
+
+# --- judged on any split --------------------------------------------------------------------------
+
+
+def outcomes_statistic(rows: Predictions, points: Mapping[str, OperatingPoint]) -> Statistic:
+    """tp, fp, fn, tn at every point that has a threshold: (4 * points, R), a point after another.
+
+    Raises MetricError for no study or a NaN.
+    """
+    thresholds = [p.threshold for p in points.values() if p.threshold is not None]
+    codes = [_code_outcomes(rows, threshold) for threshold in thresholds]
+    one = np.ones(len(rows))
+    parts = [metrics.sums_statistic(code, 4, one) for code in codes]
+    return lambda weights: np.concatenate(
+        [np.empty((0, weights.shape[1])), *(part(weights) for part in parts)]
+    )
+
+
+def _code_outcomes(rows: Predictions, threshold: float) -> npt.NDArray[np.int64]:
+    """Which of tp, fp, fn, tn each study is, from 0 to 3: (N,)."""
+    positive, probability = metrics.check_scores(rows.target, rows.probability, both_classes=False)
+    return np.where(probability >= threshold, np.where(positive, 0, 1), np.where(positive, 2, 3))
+
+
+def judge_points(
+    rows: Predictions, points: Mapping[str, OperatingPoint], found: Resampled
+) -> dict[str, AtPoint]:
+    """`rows` at every point; `found` is what `outcomes_statistic` made of them."""
+    judged = {}
+    start = 0
+    for name, point in points.items():
+        if point.threshold is None:
+            judged[name] = AtPoint.undefined(f"no threshold: {point.reason}")
+            continue
+        cells = Resampled(found.value[start : start + 4], found.drawn[start : start + 4])
+        judged[name] = _judge(rows, point.threshold, cells)
+        start += 4
+    return judged
+
+
+def _judge(rows: Predictions, threshold: float, cells: Resampled) -> AtPoint:
+    counts = Confusion(*(int(count) for count in cells.value))
+    estimates = {
+        key: cells.derive(partial(_rate, key)).estimate(reason=metrics.UNDEFINED[key])
+        for key in metrics.RATES
+    }
+    by_wilson = {}
+    code = _code_outcomes(rows, threshold)
+    for key, members in metrics.DENOMINATORS.items():
+        value, n = estimates[key].value, int(sum(cells.value[members]))
+        if value is None:
+            by_wilson[key] = Estimate.undefined(metrics.UNDEFINED[key], WILSON)
+            continue
+        by_wilson[key] = Estimate(value, *metrics.wilson(value, n), WILSON)
+        if value in (0.0, 1.0):
+            # It never varies under resampling.
+            num_patients = len(np.unique(rows.patient[np.isin(code, members)]))
+            interval = metrics.wilson(value, num_patients)
+            estimates[key] = Estimate(value, *interval, metrics.WILSON_OVER_PATIENTS)
+    predictive = tuple(
+        PredictiveValues(p, *_predict_values(cells, p, estimates)) for p in PREVALENCES
+    )
+    return AtPoint(counts, estimates, by_wilson, predictive)
+
+
+def _rate(key: str, cells: Floats) -> Floats:
+    return metrics.RATES[key](*cells)[None]
+
+
+def predictive_values(
+    sensitivity: Floats, specificity: Floats, prevalence: float
+) -> tuple[Floats, Floats]:
+    """PPV and NPV by Bayes (Altman & Bland 1994), any shape; NaN where nobody is called so."""
+    hits, misses = prevalence * sensitivity, prevalence * (1 - sensitivity)
+    cleared, alarms = (1 - prevalence) * specificity, (1 - prevalence) * (1 - specificity)
+    return divide(hits, hits + alarms), divide(cleared, cleared + misses)
+
+
+def _predict_values(
+    cells: Resampled, prevalence: float, rates: Mapping[str, Estimate]
+) -> tuple[Estimate, Estimate]:
+    def by_bayes(cells: Floats) -> Floats:
+        sensitivity, specificity = _rate("recall", cells), _rate("specificity", cells)
+        return np.concatenate(predictive_values(sensitivity, specificity, prevalence))
+
+    both = cells.derive(by_bayes)
+    reasons = ("nobody would be called positive", "nobody would be called negative")
+    for key in ("recall", "specificity"):
+        if rates[key].value is None:
+            reasons = (str(rates[key].reason),) * 2
+    found = tuple(both.estimate(row, reasons[row]) for row in (0, 1))
+    ends = _bayes_ends(rates, prevalence)
+    ppv, npv = (
+        one if one.value is None or one.low is not None or end is None else _with_ends(one, *end)
+        for one, end in zip(found, ends, strict=True)
+    )
+    return ppv, npv
+
+
+def _bayes_ends(
+    rates: Mapping[str, Estimate], prevalence: float
+) -> tuple[tuple[float, float] | None, tuple[float, float] | None]:
+    """Intervals of PPV and NPV where resampling gives none: wider than 95 % can need."""
+    ends = np.array(
+        [[math.nan if x is None else x for x in (rates[k].low, rates[k].high)]
+         for k in ("recall", "specificity")]
+    )  # fmt: skip
+    if np.isnan(ends).any():
+        return None, None
+    ppv, npv = predictive_values(ends[0], ends[1], prevalence)
+    return (float(ppv[0]), float(ppv[1])), (float(npv[0]), float(npv[1]))
+
+
+def _with_ends(one: Estimate, low: float, high: float) -> Estimate:
+    if one.value is None or math.isnan(low) or math.isnan(high):
+        return one
+    return Estimate(one.value, min(low, one.value), max(high, one.value), BAYES_ENDS)

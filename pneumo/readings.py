@@ -1,0 +1,175 @@
+"""What a model says of loose files: one row a file, its decision by the run's own frozen rule.
+
+Unlike everything else that pneumo writes, a reading carries the user's own file names: it goes to
+the user's own folder and nowhere else.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from pneumo.errors import RunError
+from pneumo.evaluate import DECISION
+from pneumo.predict import sigmoid
+
+NOTICE = "Research use only: no medical device, never validated for care."
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What val says of how far a logit can be believed: probability = sigmoid(slope * logit +
+    intercept), as Platt (1999); a temperature T is the slope 1 / T."""
+
+    method: str
+    slope: float
+    intercept: float
+
+    def apply(self, logit: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        """The calibrated probabilities of logits of any shape; float64."""
+        return sigmoid(self.slope * np.asarray(logit, dtype=np.float64) + self.intercept)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a run's evaluation froze on val, for data that comes later; None where it has not."""
+
+    threshold: float | None
+    """On the probability, not the calibrated one."""
+    threshold_reason: str | None
+    calibration: Calibration | None
+    calibration_reason: str | None
+    checkpoints: tuple[str, ...] | None
+    """SHA-256 of those whose mean logit was judged."""
+    views: int
+    stored_size: int | None
+    """Height and width that the evaluated pictures were stored at, in pixels."""
+
+    @classmethod
+    def from_metrics(cls, metrics: Mapping[str, Any] | None) -> Self:
+        """The rule in a metrics.json; without one there is none. Raises RunError."""
+        if metrics is None:
+            reason = "the run is not evaluated"
+            return cls(None, reason, None, reason, None, 1, None)
+        try:
+            point = metrics["operating_points"][DECISION]
+            threshold = point["threshold"]
+            scoring = metrics["model"].get("scoring")
+            calibration = _read_calibration(metrics.get("calibration"))
+            return cls(
+                threshold=None if threshold is None else float(threshold),
+                threshold_reason=point.get("reason") if threshold is None else None,
+                calibration=calibration,
+                calibration_reason=None if calibration else _why_uncalibrated(metrics),
+                checkpoints=scoring and tuple(c["sha256"] for c in scoring["checkpoints"]),
+                views=scoring["views"] if scoring else 1,
+                stored_size=metrics["dataset"].get("image_size"),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunError(
+                f"metrics.json of the run: no evaluation that this version reads ({error!r}); "
+                "evaluate the run again with --overwrite"
+            ) from error
+
+
+def _read_calibration(found: Mapping[str, Any] | None) -> Calibration | None:
+    if not found or found.get("method") is None:
+        return None
+    return Calibration(str(found["method"]), float(found["slope"]), float(found["intercept"]))
+
+
+def _why_uncalibrated(metrics: Mapping[str, Any]) -> str:
+    reason = (metrics.get("calibration") or {}).get("reason")
+    return str(reason or "the run's evaluation fitted no calibration")
+
+
+@dataclass(frozen=True, eq=False)
+class Readings:
+    """One row a file; all arrays have shape (N,)."""
+
+    file: npt.NDArray[np.str_]
+    """Its path below the source."""
+    logit: npt.NDArray[np.float32]
+    """NaN where the file could not be used."""
+    overlay: npt.NDArray[np.str_]
+    """Path of its picture below the output; '' where there is none."""
+    reason: npt.NDArray[np.str_]
+    """Why the file could not be used: missing, unreadable, or a code of `pneumo.errors.DicomError`;
+    '' where it was scored."""
+    message: npt.NDArray[np.str_]
+    """The same in words."""
+
+    def __len__(self) -> int:
+        return len(self.file)
+
+    @property
+    def num_scored(self) -> int:
+        """Files that could be used."""
+        return int((self.reason == "").sum())
+
+    @property
+    def unusable(self) -> dict[str, int]:
+        """Files that could not be used, by reason."""
+        return dict(sorted(Counter(self.reason[self.reason != ""].tolist()).items()))
+
+    @classmethod
+    def join(cls, parts: Sequence[Self]) -> Self:
+        """All parts as one, sorted by file, so that it is the same however it was shared out."""
+        columns = {f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)}
+        order = np.argsort(columns["file"], kind="stable")
+        return cls(**{name: column[order] for name, column in columns.items()})
+
+    def decide(self, rule: Rule) -> npt.NDArray[np.bool_] | None:
+        """Whether each file is called positive; None without a threshold. False where unusable."""
+        if rule.threshold is None:
+            return None
+        return np.asarray(sigmoid(self.logit) >= rule.threshold)
+
+    def to_table(self, rule: Rule, checkpoint: str) -> pa.Table:
+        """The rows with what `rule` makes of them; null where there is nothing to say."""
+        is_missing = self.reason != ""
+
+        def numbers(values: npt.NDArray[Any] | None, kind: pa.DataType) -> pa.Array:
+            if values is None:
+                return pa.nulls(len(self), kind)
+            return pa.array(values, kind, mask=is_missing)
+
+        calibrated = rule.calibration.apply(self.logit) if rule.calibration else None
+        called = self.decide(rule)
+        texts = {name: getattr(self, name) for name in ("overlay", "reason", "message")}
+        columns = {
+            "file": pa.array(self.file, pa.string()),
+            "logit": numbers(self.logit, pa.float32()),
+            "probability": numbers(sigmoid(self.logit), pa.float64()),
+            "calibrated_probability": numbers(calibrated, pa.float64()),
+            "decision": numbers(None if called is None else called.astype(np.int8), pa.int8()),
+            "checkpoint": pa.array([checkpoint] * len(self), pa.string()),
+            **{
+                name: pa.array(values, pa.string(), mask=values == "")
+                for name, values in texts.items()
+            },
+        }
+        return pa.table(columns).replace_schema_metadata({"notice": NOTICE})
+
+
+def encode_csv(table: pa.Table) -> bytes:
+    """The table as CSV with a header line; null is empty."""
+    buffer = io.BytesIO()
+    pyarrow.csv.write_csv(table, buffer)
+    return buffer.getvalue()
+
+
+def encode_parquet(table: pa.Table) -> bytes:
+    """The table as a Parquet file."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    return buffer.getvalue()

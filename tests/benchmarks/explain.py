@@ -1,0 +1,161 @@
+"""What maps cost: the fast path beside the library's, a positive's whole score, and the memory of
+scoring."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import psutil
+import torch
+from pytorch_grad_cam import GradCAM
+from pytorch_grad_cam.utils.model_targets import BinaryClassifierOutputTarget
+from torch import Tensor, nn
+
+from jobs.scoring import Scored, Scoring, Weights, boxes_of, score_boxes, score_splits
+from jobs.session import ray_session
+from pneumo.checkpoint import Checkpoint, read_index, save_checkpoint
+from pneumo.config import Config, ModelConfig
+from pneumo.explain import Maps, class_activation, gradcam, randomised
+from pneumo.model import gradcam_layer
+from pneumo.saliency import FixedMaps, centre_map, prior_map
+from pneumo.shards import read_manifest, read_studies
+from pneumo.studies import Box
+from tests.benchmarks.prepare import Sampler
+from tests.conftest import _write_store as write_store
+
+_IMAGES, _SIZE, _MEMORY_SIZE = 8, 224, 64
+
+
+def as_documented(model: nn.Module, images: Tensor) -> Maps:
+    """pytorch-grad-cam as its README has it: gradients of everything."""
+    with GradCAM(model, [gradcam_layer(model)]) as cam:
+        targets = [BinaryClassifierOutputTarget(1)] * len(images)
+        return np.asarray(cam(input_tensor=images.clone(), targets=targets))
+
+
+def forward(model: nn.Module, images: Tensor) -> Tensor:
+    """Nothing but a logit."""
+    with torch.inference_mode():
+        return torch.as_tensor(model(images))
+
+
+def take_ms(function: Callable[..., Any], *arguments: Any) -> float:
+    """Milliseconds an image."""
+    started_s = time.perf_counter()
+    function(*arguments)
+    return 1000 * (time.perf_counter() - started_s) / _IMAGES
+
+
+def measure_cost(backbones: list[str], repeats: int) -> None:
+    """Print ms an image on one thread, and how many times as fast the fast path is."""
+    torch.set_num_threads(1)
+    images = torch.randn(_IMAGES, 1, _SIZE, _SIZE, generator=torch.Generator().manual_seed(0))
+    print(f"one thread, {_SIZE} px, ms an image (ratio to the fast path)")
+    ways = (forward, class_activation, gradcam, as_documented)
+    print(f"  {'backbone':18}" + "".join(f"{way.__name__:>24}" for way in ways))
+    for backbone in backbones:
+        model = randomised(backbone, seed=0).to(memory_format=torch.channels_last)
+        # In turns: whatever else the machine does meets all of them.
+        rounds = [{way: take_ms(way, model, images) for way in ways} for _ in range(repeats)]
+        times = {way: min(found[way] for found in rounds) for way in ways}
+        fast = times[class_activation]
+        cells = [f"{times[way]:14.1f} ({times[way] / fast:5.2f} x)" for way in ways]
+        print(f"  {backbone:18}" + "".join(f"{cell:>24}" for cell in cells))
+    fixed, boxes = FixedMaps.of(centre_map(_SIZE)), [Box(30, 40, 50, 60)]
+    maps = np.random.default_rng(0).random((_IMAGES, _SIZE, _SIZE), dtype=np.float32)
+
+    def score() -> None:
+        for cam in maps:
+            fixed.score(cam, cam, boxes)
+
+    print(f"  all five maps of a study against its boxes: {take_ms(score):.1f} ms")
+
+
+def measure_memory(sizes: list[int]) -> None:
+    """Print what driver and worker hold at most while splits of so many studies are scored."""
+    print(f"logits and maps of a split, {_MEMORY_SIZE} px; MiB that are a process's own (USS)")
+    print(f"  {'studies':>8} {'driver':>8} {'worker':>8} {'seconds':>8}")
+    for number in sizes:
+        with tempfile.TemporaryDirectory() as name:
+            store, run = str(Path(name) / "store"), str(Path(name) / "run")
+            Path(store).mkdir()
+            write_store(Path(store), test=number, image_size=_MEMORY_SIZE, samples_per_shard=1024)
+            _write_run(store, run)
+            command = [sys.executable, "-m", "tests.benchmarks.explain", "score", store, run]
+            started_s = time.perf_counter()
+            job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            sampler = Sampler(psutil.Process(job.pid))
+            sampler.start()
+            assert job.wait() == 0
+            seconds = time.perf_counter() - started_s
+            sampler.join(5)
+            held = " ".join(f"{x / 2**20:8.0f}" for x in (sampler.driver, sampler.worker))
+            print(f"  {number:8} {held} {seconds:8.0f}", flush=True)
+
+
+def _write_run(store_url: str, run_url: str) -> None:
+    manifest = read_manifest(store_url)
+    checkpoint = Checkpoint(
+        model=randomised("resnet18", seed=0).state_dict(),
+        optimizer={},
+        epoch=1,
+        config=Config(),
+        manifest_digest=manifest.digest,
+        image_size=manifest.image_size,
+        mean=manifest.mean,
+        std=manifest.std,
+        history=({"val/auroc": 0.5},),
+        initialisation="random",
+        code_version="benchmark",
+    )
+    save_checkpoint(run_url, checkpoint, keep_last=1, finished=True)
+
+
+def score_store(store_url: str, run_url: str) -> None:
+    """All that an evaluation asks of the workers for test."""
+    scored = Scored(Scoring((Weights(run_url, read_index(run_url).best),)), store_url)
+    with ray_session():
+        logits = score_splits(scored, ("test",), Config())
+        boxes = boxes_of(read_studies(store_url), "test")
+        prior = prior_map(list(boxes.values()), read_manifest(store_url).image_size)
+        scores = score_boxes(scored, {"test": boxes}, prior, Config())
+    assert len(logits) == read_manifest(store_url).splits["test"].samples
+    assert len(scores["test"]) == len(boxes)
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    ways = parser.add_subparsers(dest="way", required=True)
+    cost = ways.add_parser("cost")
+    cost.add_argument("--backbones", nargs="+", default=list(_backbones()))
+    cost.add_argument("--repeats", type=int, default=5)
+    memory = ways.add_parser("memory")
+    memory.add_argument("--sizes", type=int, nargs="+", default=[2000, 20_000])
+    score = ways.add_parser("score")
+    score.add_argument("store")
+    score.add_argument("run")
+    arguments = parser.parse_args()
+    if arguments.way == "score":
+        score_store(arguments.store, arguments.run)
+    elif arguments.way == "memory":
+        measure_memory(arguments.sizes)
+    else:
+        measure_cost(arguments.backbones, arguments.repeats)
+
+
+def _backbones() -> tuple[str, ...]:
+    names: tuple[str, ...] = get_args(ModelConfig.model_fields["backbone"].annotation)
+    return names
+
+
+if __name__ == "__main__":
+    main()

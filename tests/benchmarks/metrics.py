@@ -1,0 +1,62 @@
+"""What judging costs: a full evaluation with 2,000 resamples, and AUROC of a million predictions.
+
+    python -m tests.benchmarks.metrics
+
+Prints one line a measurement: what, how many, seconds, peak memory. The scores are drawn from two
+normal distributions.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable
+from functools import partial
+
+from threadpoolctl import threadpool_limits
+
+from pneumo import metrics
+from pneumo.baselines import Metadata
+from pneumo.config import EvaluateConfig
+from pneumo.delong import delong, delong_test
+from pneumo.evaluate import evaluate
+from tests.predictions import make_predictions
+
+NUM_PREDICTIONS = 30_000
+NUM_RANKED = 1_000_000
+draw = partial(make_predictions, images_per_patient=2)
+
+
+def measure(what: str, n: int, work: Callable[[], object]) -> None:
+    """Print what `work` took."""
+    start = time.perf_counter()
+    work()
+    seconds = time.perf_counter() - start
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"{what:40} {n:9,} predictions  {seconds:6.1f} s  peak {peak_mb:6.0f} MB", flush=True)
+
+
+def main() -> None:
+    """Measure on one thread, as `jobs.evaluate` does."""
+    rows, train = draw(NUM_PREDICTIONS), draw(NUM_PREDICTIONS, seed=1)
+    config = EvaluateConfig(bootstrap_resamples=2000)
+    with threadpool_limits(1):
+        measure(
+            "full evaluation, 2,000 resamples",
+            NUM_PREDICTIONS,
+            lambda: evaluate(rows, config=config, seed=0, train=Metadata.of(train)),
+        )
+        many, other = draw(NUM_RANKED), draw(NUM_RANKED, seed=1)
+
+        def rank() -> None:
+            metrics.roc_points(many.target, many.logit)
+            metrics.precision_recall_points(many.target, many.logit)
+            delong(many.target, many.logit)
+            delong(many.target, many.logit, many.patient)
+            delong_test(many.target, many.logit, other.logit, many.patient)
+
+        measure("AUROC, curves, DeLong, paired test", NUM_RANKED, rank)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pydicom
+import pytest
+from PIL import Image
+
+from jobs import evaluate, predict
+from pneumo.checkpoint import load_checkpoint, read_index, save_checkpoint
+from pneumo.dicom import GrayImage
+from pneumo.ingest import read_picture
+from pneumo.predict import Predictions
+from pneumo.shards import digest_pixels, read_manifest, read_studies
+from pneumo.studies import read_source
+from tests.conftest import DicomMaker
+from tests.jobs.conftest import Prepared
+
+QUICK = [
+    *("--evaluate.min-patients", "1"),
+    *("--evaluate.bootstrap-resamples", "100", "--tracking.mode", "disabled"),
+    *("--evaluate.gallery-images", "2", "--evaluate.error-images", "2"),
+]
+
+
+@pytest.fixture(scope="module")
+def ensemble(
+    prepared: Prepared, trained: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """Two runs, evaluated together as an ensemble of four checkpoints, each of three views; the
+    second sees smaller pictures than are stored."""
+    folder = tmp_path_factory.mktemp("ensemble")
+    run, other = Path(shutil.copytree(trained, folder / "run")), folder / "other"
+    for entry in read_index(str(trained)).entries:
+        smaller = replace(load_checkpoint(str(trained), entry), image_size=48)
+        save_checkpoint(str(other), smaller, keep_last=2, finished=True)
+    flags = ["--store", str(prepared.store), "--run", str(run), "--members", str(other)]
+    assert evaluate.main([*flags, *QUICK, "--evaluate.ensemble", "2", "--evaluate.tta", "3"]) == 0
+    return run, other
+
+
+def find_test_files(prepared: Prepared, run: Path) -> dict[str, Path]:
+    """The DICOM files of the evaluated studies by key."""
+    evaluated = set(read_predictions(run).key.tolist())
+    source = read_source(str(prepared.source))
+    return {s.key: Path(s.url) for s in source.studies if s.key in evaluated}
+
+
+def read_predictions(run: Path) -> Predictions:
+    return Predictions.from_parquet((run / "predictions.parquet").read_bytes())
+
+
+def read_rows(output: Path) -> dict[str, dict[str, str]]:
+    with (output / "predictions.csv").open(newline="") as lines:
+        return {row["file"]: row for row in csv.DictReader(lines)}
+
+
+def read_summary(output: Path) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((output / "summary.json").read_text())
+    return summary
+
+
+def test_files_get_the_logits_that_their_studies_got(
+    prepared: Prepared,
+    ensemble: tuple[Path, Path],
+    tmp_path: Path,
+    make_dicom: DicomMaker,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, other = ensemble
+    folder, output = tmp_path / "in", tmp_path / "in" / "out"
+    by_key = find_test_files(prepared, run)
+    for number, (key, path) in enumerate(by_key.items()):
+        place = folder / f"ward {number % 3}" / f"{key}.dcm"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, place)
+    (folder / "notes.txt").write_text("not a picture")
+    (folder / ".hidden").write_text("not looked at")
+    (folder / "cut.dcm").write_bytes(next(iter(by_key.values())).read_bytes()[:900])
+    (folder / "two frames").write_bytes(make_dicom(np.zeros((2, 40, 40), np.uint8)))
+
+    flags = ["--source", str(folder), "--run", str(run), "--output", str(output)]
+    members = ["--members", str(other), "--cluster.num-workers", "2"]
+    assert predict.main([*flags, *members, "--predict.batch-size-per-worker", "5"]) == 0
+
+    rows, judged = read_rows(output), read_predictions(run)
+    assert len(rows) == len(by_key) + 3
+    found = {Path(name).stem: row for name, row in rows.items()}
+    threshold = json.loads((run / "metrics.json").read_text())["operating_points"]["decision"][
+        "threshold"
+    ]
+    for key, logit, probability in zip(
+        judged.key.tolist(), judged.logit, judged.probability, strict=True
+    ):
+        row = found[key]
+        assert float(row["logit"]) == pytest.approx(float(logit), abs=1e-5)
+        assert float(row["probability"]) == pytest.approx(float(probability), abs=1e-5)
+        called = None if threshold is None else int(float(row["probability"]) >= threshold)
+        assert row["decision"] == ("" if called is None else str(called))
+        with Image.open(output / row["overlay"]) as picture:
+            assert picture.format == "PNG"
+            assert np.asarray(picture.convert("L")).std() > 10
+    assert {name: rows[name]["reason"] for name in ("notes.txt", "cut.dcm", "two frames")} == {
+        "notes.txt": "not_dicom",
+        "cut.dcm": rows["cut.dcm"]["reason"],
+        "two frames": "multi_frame",
+    }
+    assert rows["cut.dcm"]["reason"] in ("not_dicom", "no_pixels", "undecodable")
+    table = pq.read_table(output / "predictions.parquet")
+    assert table["file"].to_pylist() == list(rows)
+
+    summary = read_summary(output)
+    assert (summary["files"], summary["scored"]) == (len(rows), len(by_key))
+    assert summary["threshold"] == threshold
+    assert len(summary["scoring"]["checkpoints"]) == 4
+    assert summary["scoring"]["views"] == 3
+    assert summary["decoded_at"] == read_manifest(str(prepared.store)).image_size
+    assert "Research use only" in summary["notice"]
+    assert "Research use only" in capsys.readouterr().out
+
+    # The output lies in the source: its files are not taken for studies the second time.
+    assert predict.main([*flags, *members]) == 2
+    assert "holds predictions already" in capsys.readouterr().err
+    assert predict.main([*flags, *members, "--overwrite", "--predict.overlays", "false"]) == 0
+    assert list(read_rows(output)) == list(rows)
+    assert not (output / "overlays").exists()
+
+
+def test_files_are_decoded_to_the_pixels_of_the_store(prepared: Prepared) -> None:
+    store = str(prepared.store)
+    rows, size = read_studies(store), read_manifest(store).image_size
+    for study in read_source(str(prepared.source)).studies[:20]:
+        image = read_picture(study.url, size)
+        assert isinstance(image, GrayImage)
+        assert digest_pixels(image.pixels) == rows[study.key].pixels_digest
+
+
+def test_the_evaluation_says_how_its_logits_were_made(ensemble: tuple[Path, Path]) -> None:
+    run, _ = ensemble
+    metrics = json.loads((run / "metrics.json").read_text())
+    scoring = metrics["model"]["scoring"]
+    assert [(c["run"], c["checkpoint"]) for c in scoring["checkpoints"]] == [
+        (name, f"epoch-000{epoch}.pt") for name in ("run", "other") for epoch in (2, 1)
+    ]
+    (checkpoint,) = set(read_predictions(run).checkpoint)
+    assert checkpoint == (
+        "run/epoch-0002.pt + run/epoch-0001.pt + other/epoch-0002.pt + other/epoch-0001.pt"
+    )
+    metadata = pq.read_schema(run / "predictions.parquet").metadata
+    assert json.loads(metadata[b"pneumo.scoring"]) == scoring
+
+
+def test_an_ensemble_is_not_read_in_part(
+    ensemble: tuple[Path, Path], prepared: Prepared, tmp_path: Path, capsys: Any
+) -> None:
+    run, _ = ensemble
+    flags = ["--source", str(prepared.source), "--run", str(run), "--output", str(tmp_path / "o")]
+    assert predict.main(flags) == 2
+    assert "2 of the 4 checkpoints that were evaluated are not there" in capsys.readouterr().err
+
+
+def test_a_run_that_is_not_evaluated_gives_no_decision_and_says_so(
+    prepared: Prepared, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    path = next((prepared.source / "stage_2_train_images").glob("*.dcm"))
+    dataset = pydicom.dcmread(path)
+    shutil.copyfile(path, folder / "a")
+    dataset.PatientName = "SOMEBODY"
+    dataset.save_as(folder / "b")
+    output = tmp_path / "out"
+    flags = ["--source", str(folder), "--run", str(trained), "--output", str(output)]
+    assert predict.main(flags) == 0
+    rows = read_rows(output)
+    assert float(rows["a"]["logit"]) == pytest.approx(float(rows["b"]["logit"]), abs=1e-5)
+    assert {row["decision"] for row in rows.values()} == {""}
+    assert {row["calibrated_probability"] for row in rows.values()} == {""}
+    summary = read_summary(output)
+    assert summary["threshold"] is None
+    assert summary["called_positive"] is None
+    assert summary["threshold_reason"] == "the run is not evaluated"
+    assert "no decision: the run is not evaluated" in capsys.readouterr().err
+    assert not (trained / "metrics.json").exists()
+    assert b"SOMEBODY" not in b"".join(p.read_bytes() for p in output.rglob("*") if p.is_file())
+
+
+def test_nothing_that_can_be_scored_is_a_failure(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, output = tmp_path / "in", tmp_path / "out"
+    flags = ["--source", str(folder), "--run", str(trained), "--output", str(output)]
+    assert predict.main(flags) == 2
+    assert "no file in it" in capsys.readouterr().err
+    folder.mkdir()
+    (folder / "notes.txt").write_text("not a picture")
+    assert predict.main(flags) == 1
+    assert "none of 1 files could be scored" in capsys.readouterr().err
+    assert read_rows(output)["notes.txt"]["reason"] == "not_dicom"

@@ -1,0 +1,259 @@
+"""Fitted on val, mended where it can be, and measured as references measure it."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import sklearn.metrics as reference
+import statsmodels.api as sm
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize
+from sklearn.calibration import _sigmoid_calibration
+from sklearn.linear_model import LogisticRegression
+
+from pneumo import metrics
+from pneumo.calibration import (
+    Scaling,
+    bin_by_probability,
+    calibrate,
+    fit_logistic,
+    fit_scaling,
+    judge_reliability,
+    recalibration_statistic,
+    reliability_statistics,
+)
+from pneumo.predict import sigmoid
+from tests.predictions import make_predictions
+
+
+def drawn(n=2000, seed=0, slope=1.0, shift=0.0):
+    """(target, logit): the truth is sigmoid((logit - shift) / slope)."""
+    rng = np.random.default_rng(seed)
+    truth = rng.normal(-1, 1.5, n)
+    target = (rng.random(n) < sigmoid(truth)).astype(np.int8)
+    return target, slope * truth + shift
+
+
+def measure(target, logit, scaling=None, num_bins=10, resamples=100):
+    statistics = {
+        **reliability_statistics(target, logit, scaling, num_bins),
+        "fit": recalibration_statistic(target, logit),
+    }
+    patient = np.arange(len(target))
+    found = metrics.resample(patient, statistics, resamples=resamples, seed=0)
+    return judge_reliability(found, found["fit"], scaling)
+
+
+def val(target, logit, patient=None):
+    rows = make_predictions(len(target))
+    patient = np.arange(len(target)) if patient is None else patient
+    logit = np.asarray(logit, dtype=np.float32)
+    return dataclasses.replace(
+        rows,
+        target=np.asarray(target, dtype=np.int8),
+        logit=logit,
+        probability=sigmoid(logit),
+        patient=patient.astype(np.str_),
+    )
+
+
+# --- fitting --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "slope", "shift"), [(40, 1, 0), (300, 3, 2), (3000, 0.2, -1)])
+def test_platt_equals_scikit_learns(n, slope, shift):
+    target, logit = drawn(n, slope=slope, shift=shift)
+    minus_slope, minus_intercept = _sigmoid_calibration(logit, target)
+    ours = fit_scaling("platt", target, logit)
+    assert ours == pytest.approx((-minus_slope, -minus_intercept), rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize(("slope", "shift"), [(1, 0), (4, 0), (0.1, 0), (2, 3)])
+def test_temperature_has_the_greatest_likelihood(slope, shift):
+    target, logit = drawn(500, slope=slope, shift=shift)
+    num_positive = target.sum()
+    soft = np.where(
+        target == 1, (num_positive + 1) / (num_positive + 2), 1 / (500 - num_positive + 2)
+    )
+
+    def loss(log_temperature):
+        scaled = logit / np.exp(log_temperature[0])
+        return np.mean(np.logaddexp(0, scaled) - soft * scaled)
+
+    best = minimize(loss, [0.0], tol=1e-12)
+    found, intercept = fit_scaling("temperature", target, logit)
+    assert 1 / found == pytest.approx(np.exp(best.x[0]), rel=1e-4)
+    assert intercept == 0
+
+
+def test_the_known_distortion_is_found():
+    target, logit = drawn(200_000, slope=2.5, shift=0.9)
+    slope, intercept = fit_scaling("platt", target, logit)
+    assert (slope, intercept) == pytest.approx((1 / 2.5, -0.9 / 2.5), abs=0.02)
+    target, logit = drawn(200_000, slope=2.5)
+    assert fit_scaling("temperature", target, logit)[0] == pytest.approx(1 / 2.5, abs=0.01)
+
+
+@settings(max_examples=8)
+@given(st.integers(0, 1000), st.sampled_from([1e-3, 1.0, 1e4]))
+def test_logistic_regression_equals_scikit_learns_and_statsmodels(seed, scale):
+    target, logit = drawn(150, seed=seed)
+    logit = logit * scale
+    weights = np.random.default_rng(seed).integers(0, 3, (150, 4)).astype(float)
+    slope, intercept = fit_logistic(logit, target.astype(float), weights)
+    for column in range(4):
+        frame = np.repeat(logit / scale, weights[:, column].astype(int))
+        label = np.repeat(target, weights[:, column].astype(int))
+        expected = LogisticRegression(C=np.inf, tol=1e-10, max_iter=1000).fit(frame[:, None], label)
+        assert slope[column] * scale == pytest.approx(expected.coef_[0, 0], rel=1e-4)
+        assert intercept[column] == pytest.approx(expected.intercept_[0], rel=1e-4, abs=1e-4)
+    fit = sm.GLM(target, sm.add_constant(logit / scale), family=sm.families.Binomial()).fit()
+    one = fit_logistic(logit, target.astype(float), np.ones((150, 1)))
+    assert (one[1][0], one[0][0] * scale) == pytest.approx(tuple(fit.params), rel=1e-6)
+
+
+def test_separated_classes_are_scaled_but_not_regressed():
+    target, logit = np.array([0] * 20 + [1] * 20), np.arange(40.0) - 19.5
+    for method in ("platt", "temperature"):
+        slope, _ = fit_scaling(method, target, logit)
+        assert 0 < slope < 100
+    assert np.isnan(fit_logistic(logit, target.astype(float), np.ones((40, 3)))).all()
+    assert np.isnan(fit_logistic(np.ones(40), target.astype(float), np.ones((40, 3)))).all()
+
+
+# --- choosing -------------------------------------------------------------------------------------
+
+
+def test_a_shift_is_for_platt_and_a_stretch_for_temperature():
+    """As a weight of positives in training does: every logit is its logarithm too high."""
+    target, logit = drawn(3000, shift=np.log(5))
+    found = calibrate(val(target, logit), min_patients=10, seed=0)
+    assert found.chosen == found.platt
+    assert found.platt.intercept == pytest.approx(-np.log(5), abs=0.15)
+    assert found.platt.log_loss < found.temperature.log_loss < found.log_loss_before
+
+    picks = [
+        calibrate(val(*drawn(300, seed=seed, slope=3)), min_patients=10, seed=0).chosen.method
+        for seed in range(20)
+    ]
+    assert picks.count("temperature") >= 10
+
+
+def test_probabilities_are_calibrated_on_data_that_was_not_seen():
+    found = calibrate(val(*drawn(3000, slope=3, shift=2)), min_patients=10, seed=0)
+    target, logit = drawn(3000, seed=1, slope=3, shift=2)
+    before, after = measure(target, logit), measure(target, logit, found.chosen)
+    assert before.ece.value > 0.1 > 0.03 > after.ece.value
+    assert before.slope.value == pytest.approx(1 / 3, abs=0.05)
+    assert after.slope.low < 1 < after.slope.high
+    assert after.intercept.low < 0 < after.intercept.high
+    assert after.in_the_large.low < 0 < after.in_the_large.high
+    assert before.in_the_large.low > 0.05
+    assert np.all(np.diff(found.apply(np.sort(logit))) >= 0)
+
+
+def test_folds_keep_patients_together_and_rows_may_come_in_any_order():
+    target, logit = drawn(400)
+    rows = val(target, logit, np.arange(400) // 4)
+    shuffled = rows.take(np.random.default_rng(0).permutation(400))
+    one, two = (calibrate(r, min_patients=10, seed=3) for r in (rows, shuffled))
+    assert one.chosen.method == two.chosen.method
+    assert one.chosen.log_loss == pytest.approx(two.chosen.log_loss, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("target", "logit", "reason"),
+    [
+        (np.zeros(50), np.arange(50.0), "val: one class only"),
+        (np.arange(50) < 4, np.arange(50.0), "val: too small: 4 patients with a positive study"),
+        (np.arange(50) % 2, np.full(50, np.nan), "val: 50 of 50 scores are NaN"),
+        (np.arange(50) < 25, np.arange(50.0) - 25, "val: a higher logit does not mean"),
+        (np.arange(50) % 2, np.zeros(50), "val: a higher logit does not mean"),
+    ],
+)
+def test_a_val_that_cannot_calibrate_says_why(target, logit, reason):
+    found = calibrate(val(target, logit), min_patients=10, seed=0)
+    assert found.chosen is None
+    assert found.reason.startswith(reason)
+    assert np.isnan(found.apply(np.zeros(3))).all()
+    content = found.to_json()
+    assert content["method"] is None
+    assert content["reason"] == found.reason
+
+
+def test_the_json_says_all_that_prediction_needs():
+    content = calibrate(val(*drawn(800, slope=2)), min_patients=10, seed=0).to_json()
+    assert set(content) >= {"method", "slope", "intercept", "chosen_on", "rule", "fitted"}
+    fitted = content["fitted"]
+    assert content["slope"] == fitted[content["method"]]["slope"]
+    assert fitted["temperature"]["temperature"] == 1 / fitted["temperature"]["slope"]
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_bins", [2, 10, 15])
+def test_calibration_error_equals_its_definition(num_bins):
+    target, logit = drawn(1003, slope=2)
+    probability = sigmoid(logit)
+    parts = np.array_split(np.argsort(probability), num_bins)
+    expected = sum(
+        len(part) * abs(target[part].mean() - probability[part].mean()) for part in parts
+    ) / len(target)
+    found = measure(target, logit, num_bins=num_bins)
+    assert found.ece.value == pytest.approx(expected, abs=0.003)
+    assert found.ece.low <= found.ece.value <= found.ece.high
+    assert sum(part.n for part in found.curve) == 1003
+    assert max(part.n for part in found.curve) - min(part.n for part in found.curve) <= 1
+
+
+@given(st.lists(st.sampled_from([0.0, 0.1, 0.5, 0.9]), min_size=1, max_size=40))
+def test_bins_hold_everybody_once_and_never_part_ties(values):
+    probability = np.array(values)
+    bins = bin_by_probability(probability, 10)
+    assert set(bins) == set(range(bins.max() + 1))
+    for value in set(values):
+        assert len(set(bins[probability == value])) == 1
+
+
+def test_brier_and_its_parts():
+    target, logit = drawn(1000, slope=2)
+    found = measure(target, logit)
+    assert found.brier.value == pytest.approx(reference.brier_score_loss(target, sigmoid(logit)))
+    assert found.log_loss.value == pytest.approx(reference.log_loss(target, sigmoid(logit)))
+    parts = found.decomposition
+    total = parts["reliability"] - parts["resolution"] + parts["uncertainty"] + parts["within_bins"]
+    assert total == pytest.approx(found.brier.value, abs=1e-12)
+    assert parts["uncertainty"] == pytest.approx(target.mean() * (1 - target.mean()))
+
+    # Of few distinct probabilities the bins are those, and nothing is left over.
+    few = np.random.default_rng(0).choice([-2.0, 0.0, 1.0], 500)
+    label = (np.random.default_rng(1).random(500) < sigmoid(few)).astype(int)
+    assert measure(label, few).decomposition["within_bins"] == pytest.approx(0, abs=1e-12)
+
+
+def test_slope_after_scaling_needs_no_second_fit():
+    target, logit = drawn(500, slope=2, shift=1)
+    scaling = Scaling("platt", 0.7, -0.3, 0.0)
+    found = measure(target, logit, scaling)
+    again = measure(target, 0.7 * logit - 0.3)
+    for name in ("slope", "intercept", "ece", "brier", "in_the_large"):
+        one, two = getattr(found, name), getattr(again, name)
+        assert (one.value, one.low, one.high) == pytest.approx((two.value, two.low, two.high)), name
+
+
+def test_intervals_cover_the_truth():
+    covered = {"slope": 0, "intercept": 0}
+    for seed in range(60):
+        found = measure(*drawn(300, seed=seed), resamples=200)
+        covered["slope"] += found.slope.low <= 1 <= found.slope.high
+        covered["intercept"] += found.intercept.low <= 0 <= found.intercept.high
+    assert min(covered.values()) >= 50
+
+
+def test_separated_classes_have_no_slope_and_say_so():
+    found = measure(np.array([0] * 20 + [1] * 20), np.arange(40.0) - 19.5)
+    assert found.slope.value is None
+    assert "separate" in found.slope.reason
+    assert found.brier.value is not None

@@ -1,0 +1,129 @@
+"""DeLong against its definition, a published package, and simulated patients who recur."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from MLstatkit import Delong_test
+
+from pneumo import metrics
+from pneumo.delong import CLUSTERED, INDEPENDENT, delong, delong_test, placements
+from pneumo.errors import MetricError
+
+
+def simulated(num_patients=80, images_per_patient=1, seed=0, cluster=0.0):
+    """(patient, target, first, second): a patient's studies share a part of both scores."""
+    rng = np.random.default_rng(seed)
+    patient = np.repeat(np.arange(num_patients), images_per_patient)
+    n = len(patient)
+    target = (rng.random(n) < 0.4).astype(np.int8)
+    own = math.sqrt(cluster) * rng.normal(size=num_patients)[patient]
+    scores = [
+        np.round(effect * target + own + rng.normal(size=n), 1) for effect in (1.5, 1.2)
+    ]  # rounded: ties
+    return patient, target, *scores
+
+
+def test_variance_equals_its_definition_over_all_pairs():
+    _, target, score, _ = simulated()
+    positive, negative = score[target == 1], score[target == 0]
+    wins = (positive[:, None] > negative) + 0.5 * (positive[:, None] == negative)
+    expected = wins.mean(1).var(ddof=1) / len(positive) + wins.mean(0).var(ddof=1) / len(negative)
+
+    placed = placements(target, score)
+    assert placed.auroc == pytest.approx(metrics.auroc(target, score), abs=1e-12)
+    assert placed.variance() == pytest.approx(expected, rel=1e-12)
+    estimate = delong(target, score)
+    assert estimate.high - estimate.low == pytest.approx(2 * 1.959964 * math.sqrt(expected))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_intervals_and_paired_test_equal_a_published_package(seed):
+    _, target, first, second = simulated(seed=seed)
+    _, p_value, *found = Delong_test(target, first, second)
+    intervals, aurocs = found[:2], found[2:4]
+
+    for score, interval, auroc in zip((first, second), intervals, aurocs, strict=True):
+        ours = delong(target, score)
+        assert ours.value == pytest.approx(auroc, abs=1e-9)
+        assert (ours.low, ours.high) == pytest.approx(tuple(interval), abs=1e-9)
+    ours = delong_test(target, first, second)
+    assert ours.difference.value == pytest.approx(aurocs[0] - aurocs[1], abs=1e-9)
+    assert ours.p_value == pytest.approx(p_value, abs=1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 1000))
+def test_clustered_is_delongs_where_nobody_recurs(seed):
+    patient, target, first, second = simulated(40, seed=seed)
+    alone = delong(target, first)
+    clustered = delong(target, first, patient)
+    assert (clustered.low, clustered.high) == pytest.approx((alone.low, alone.high), abs=1e-12)
+    assert (alone.method, clustered.method) == (INDEPENDENT, CLUSTERED)
+    tests = [delong_test(target, first, second, *by) for by in ((), (patient,))]
+    assert tests[0].p_value == pytest.approx(tests[1].p_value, abs=1e-9)
+
+
+def test_clustered_is_delongs_doubled_where_every_study_stands_twice():
+    _, target, score, _ = simulated(200)
+    twice = np.repeat(target, 2), np.repeat(score, 2)
+    once = placements(target, score).variance()
+    clustered = placements(*twice).clustered_variance(np.repeat(np.arange(200), 2))
+    assert clustered == pytest.approx(once, rel=1e-9)
+    assert placements(*twice).variance() == pytest.approx(once / 2, rel=0.02)
+
+
+def test_clustered_agrees_with_the_patient_bootstrap_and_delong_is_too_narrow():
+    patient, target, first, second = simulated(300, 5, cluster=0.8)
+    statistics = {
+        "auroc": metrics.auroc_statistic(target, first),
+        "pair": metrics.stack(
+            metrics.auroc_statistic(target, first), metrics.auroc_statistic(target, second)
+        ),
+    }
+    found = metrics.resample(patient, statistics, resamples=1000, seed=0)
+    placed = placements(target, first)
+    assert math.sqrt(placed.clustered_variance(patient)) == pytest.approx(
+        found["auroc"].drawn.std(), rel=0.08
+    )
+    gain = placed.minus(placements(target, second))
+    assert math.sqrt(gain.clustered_variance(patient)) == pytest.approx(
+        found["pair"].derive(metrics.first_less_second).drawn.std(), rel=0.08
+    )
+
+
+def test_clustered_covers_the_truth_as_often_as_it_says():
+    """200 worlds of 60 patients with 6 studies each, whose target is mostly the patient's."""
+    covered = {"patient": 0, "image": 0}
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        patient = np.repeat(np.arange(60), 6)
+        target = (rng.random(60) < 0.4)[patient]
+        own = math.sqrt(0.7) * rng.normal(size=60)[patient]
+        score = 1.5 * target + own + math.sqrt(0.3) * rng.normal(size=360)
+        for unit, by in (("patient", (patient,)), ("image", ())):
+            found = delong(target, score, *by)
+            covered[unit] += found.low <= 0.8555778168267576 <= found.high  # Phi(1.5 / sqrt 2)
+    assert covered["patient"] >= 0.89 * 200
+    assert covered["image"] < 0.75 * 200
+
+
+def test_undefined_input_is_said():
+    assert delong([1, 1], [0.1, 0.2]).reason == "one class only: 2 of 2 are positive"
+    perfect = delong([0, 0, 1, 1], [0, 1, 2, 3])
+    assert (perfect.value, perfect.low) == (1.0, None)
+    assert perfect.reason == "every study is ranked alike: no variance"
+    constant = delong([0, 0, 1, 1], [5, 5, 5, 5])
+    assert (constant.value, constant.low) == (0.5, None)
+    assert delong([0, 1, 1], [1, 2, 0]).reason.startswith("DeLong's variance needs two")
+    lonely = delong([0, 1, 1, 0], [1, 2, 0, 3], np.array(["a", "b", "b", "c"]))
+    assert lonely.reason == "DeLong's variance needs two patients of either class"
+    assert "NaN" in delong([0, 1], [math.nan, 1]).reason
+
+    same = delong_test([0, 1, 1, 0], [1, 2, 0, 3], [1, 2, 0, 3])
+    assert (same.difference.value, same.difference.low, same.p_value) == (0.0, None, None)
+    assert delong_test([0, 1], [1, 2], [math.inf, 1]).difference.value is None
+    with pytest.raises(MetricError, match="one class"):
+        placements([1, 1], [1, 2])

@@ -1,0 +1,139 @@
+"""Chosen on val or not at all; judged by Wilson, by patients, and at other prevalences."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pneumo import metrics
+from pneumo.config import EvaluateConfig
+from pneumo.operating_points import (
+    DECISION,
+    PREVALENCES,
+    SCREENING,
+    OperatingPoint,
+    choose_points,
+    judge_points,
+    outcomes_statistic,
+    predictive_values,
+)
+from tests.predictions import judge_threshold, make_predictions, with_scores
+
+CONFIG = EvaluateConfig()
+
+
+def test_every_rule_keeps_on_val_what_it_says():
+    val = make_predictions(600, images_per_patient=2)
+    points = choose_points(val, CONFIG)
+    assert list(points) == [
+        "decision", "screening", "youden", "sensitivity_90", "sensitivity_95", "specificity_90",
+    ]  # fmt: skip
+    assert points[DECISION].threshold == points["youden"].threshold
+    assert points[SCREENING].threshold == points["sensitivity_90"].threshold
+    for name, key, wanted in (
+        ("sensitivity_90", "recall", 0.90),
+        ("sensitivity_95", "recall", 0.95),
+        ("specificity_90", "specificity", 0.90),
+    ):
+        counts = metrics.confusion(val.target, val.probability, points[name].threshold)
+        assert wanted <= metrics.rates(counts)[key] < wanted + 0.02, name
+
+
+@pytest.mark.parametrize(
+    ("positives", "missing"),
+    [
+        (3, {"decision", "screening", "youden", "sensitivity_90", "sensitivity_95"}),
+        (12, {"sensitivity_95"}),
+        (20, set()),
+        (597, {"decision", "youden", "specificity_90"}),
+    ],
+)
+def test_a_val_too_small_for_a_rule_gives_no_threshold(positives, missing):
+    val = make_predictions(600)
+    val = dataclasses.replace(val, target=(np.arange(600) < positives).astype(np.int8))
+    points = choose_points(val, CONFIG)
+    assert {name for name, point in points.items() if point.threshold is None} == missing
+    for name in missing:
+        assert "val: too small: " in points[name].reason
+        assert "are needed" in points[name].reason
+
+
+def test_it_is_patients_that_must_be_enough():
+    val = make_predictions(600)
+    one_patient = dataclasses.replace(val, patient=np.where(val.target == 1, "p", val.patient))
+    point = choose_points(one_patient, CONFIG)["youden"]
+    assert point.reason == "val: too small: 1 patients with a positive study, 10 are needed"
+
+
+shares = st.floats(0.01, 0.99)
+
+
+@given(shares, shares, shares)
+def test_predictive_values_equal_counting_a_population(sensitivity, specificity, prevalence):
+    ppv, npv = predictive_values(np.array([sensitivity]), np.array([specificity]), prevalence)
+    tp, fn = prevalence * sensitivity, prevalence * (1 - sensitivity)
+    tn, fp = (1 - prevalence) * specificity, (1 - prevalence) * (1 - specificity)
+    assert ppv[0] == pytest.approx(tp / (tp + fp))
+    assert npv[0] == pytest.approx(tn / (tn + fn))
+
+
+def test_predictive_values_at_the_splits_own_prevalence_are_its_precision_and_npv():
+    rows = make_predictions(400)
+    found = judge_threshold(rows, 0.3)
+    own = [
+        predictive_values(
+            np.array([found.rates["recall"].value]), np.array([found.rates["specificity"].value]),
+            rows.target.mean(),
+        )
+    ]  # fmt: skip
+    assert own[0][0][0] == pytest.approx(found.rates["precision"].value)
+    assert own[0][1][0] == pytest.approx(found.rates["npv"].value)
+
+    assert [values.prevalence for values in found.at_prevalence] == list(PREVALENCES)
+    values = [v.ppv.value for v in found.at_prevalence]
+    assert values == sorted(values)
+    for one in found.at_prevalence:
+        assert one.ppv.low < one.ppv.value < one.ppv.high
+        assert one.npv.low < one.npv.value < one.npv.high
+
+
+def test_predictive_values_of_a_perfect_split_still_have_an_interval():
+    found = judge_threshold(with_scores([0] * 30 + [1] * 20, np.arange(50) / 50), 0.6)
+    ppv = found.at_prevalence[0].ppv
+    assert (ppv.value, ppv.high) == (1.0, 1.0)
+    assert 0.1 < ppv.low < 0.9
+    assert ppv.method.startswith("Bayes at the ends")
+
+
+def test_wilson_stands_beside_the_bootstrap_and_is_narrower_where_patients_recur():
+    rows = make_predictions(600, images_per_patient=6)
+    alike = dataclasses.replace(
+        rows, probability=np.repeat(rows.probability[::6], 6), target=np.repeat(rows.target[::6], 6)
+    )
+    found = judge_threshold(alike, 0.3, resamples=500)
+    for key in ("accuracy", "recall", "specificity", "precision", "npv"):
+        by_image, by_patient = found.wilson[key], found.rates[key]
+        assert by_image.value == by_patient.value
+        assert by_image.method == "Wilson, images taken as independent"
+        assert by_patient.high - by_patient.low > 1.5 * (by_image.high - by_image.low), key
+
+
+def test_nothing_is_said_without_a_threshold_or_a_class():
+    rows = make_predictions(100)
+    points = {"p": OperatingPoint("p", "", None, "val: because")}
+    found = metrics.resample(
+        rows.patient, {"o": outcomes_statistic(rows, points)}, resamples=100, seed=0
+    )
+    nothing = judge_points(rows, points, found["o"])["p"]
+    assert nothing.counts is None
+    assert nothing.rates["recall"].reason == "no threshold: val: because"
+    assert nothing.at_prevalence[0].ppv.reason == "no threshold: val: because"
+
+    no_positive = judge_threshold(with_scores([0, 0, 0], [0.1, 0.2, 0.9]), 0.5)
+    assert no_positive.wilson["recall"].reason == "no study is positive"
+    assert no_positive.at_prevalence[0].npv.value is None
+    assert no_positive.at_prevalence[0].npv.reason == "no study is positive"
+    assert json.dumps(no_positive.to_json(), allow_nan=False)

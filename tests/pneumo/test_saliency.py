@@ -1,0 +1,258 @@
+"""The scores of maps against boxes: brute force, scikit-learn, and what maps without knowledge
+get."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from sklearn.metrics import average_precision_score
+
+from pneumo.errors import MetricError
+from pneumo.saliency import (
+    IOU_THRESHOLDS,
+    MAPS,
+    MEASURES,
+    POINTING_TOLERANCE,
+    BoxScores,
+    FixedMaps,
+    RankedMap,
+    box_mask,
+    centre_map,
+    choose_iou_thresholds,
+    prior_map,
+    scale_boxes,
+    score_map,
+    summarise_saliency,
+    uniform_map,
+    widen,
+)
+from pneumo.studies import Box
+
+SIZE = 12
+boxes_on_map = st.lists(
+    st.builds(Box, *[st.floats(-2, 9) for _ in range(2)], *[st.floats(0.5, 8) for _ in range(2)]),
+    min_size=1,
+    max_size=3,
+).filter(lambda boxes: bool(box_mask((SIZE, SIZE), boxes).any()))
+# Few levels, so that there are ties.
+maps = arrays(np.float32, (SIZE, SIZE), elements=st.sampled_from([0, 0.25, 0.5, 0.75, 1]))
+
+
+def measure(values: Any, boxes: list[Box]) -> dict[str, float]:
+    return dict(zip(MEASURES, score_map(RankedMap.of(values), boxes).tolist(), strict=True))
+
+
+# --- one map --------------------------------------------------------------------------------------
+
+
+@given(maps, boxes_on_map)
+def test_measures_are_those_of_brute_force_and_scikit_learn(values: Any, boxes: list[Box]) -> None:
+    found = measure(values, boxes)
+    mask = box_mask(values.shape, boxes)
+    assert found["area"] == mask.mean()
+    assert found["auprc"] == pytest.approx(average_precision_score(mask.ravel(), values.ravel()))
+    if values.max() == 0:
+        assert np.isnan(found["energy"])
+        assert found["pointing"] == found["pointing_near"] == found["iou_0.5"] == 0
+        return
+    assert found["energy"] == pytest.approx(values[mask].sum() / values.sum())
+    near = box_mask(values.shape, widen(boxes, POINTING_TOLERANCE * SIZE))
+    peaks = values == values.max()
+    assert found["pointing"] == pytest.approx(mask[peaks].mean())
+    assert found["pointing_near"] == pytest.approx(near[peaks].mean())
+    for threshold in IOU_THRESHOLDS:
+        marked = values >= threshold * values.max()
+        expected = (marked & mask).sum() / (marked | mask).sum()
+        assert found[f"iou_{threshold}"] == pytest.approx(expected)
+
+
+@given(maps, boxes_on_map, st.sampled_from([0.125, 4.0]))
+def test_no_measure_depends_on_the_scale(values: Any, boxes: list[Box], factor: float) -> None:
+    one, two = measure(values, boxes), measure(values * np.float32(factor), boxes)
+    assert one == pytest.approx(two, nan_ok=True)
+
+
+@given(boxes_on_map)
+def test_a_uniform_map_gets_the_area_and_a_perfect_one_everything(boxes: list[Box]) -> None:
+    uniform, perfect = (
+        measure(values, boxes)
+        for values in (uniform_map(SIZE), box_mask((SIZE, SIZE), boxes).astype(np.float32))
+    )
+    area = uniform["area"]
+    for name in ("pointing", "energy", "auprc", "iou_0.5"):
+        assert uniform[name] == pytest.approx(area)
+        assert perfect[name] == pytest.approx(1)
+
+
+def test_a_maximum_just_outside_a_box_is_near_it() -> None:
+    values = np.zeros((224, 224), np.float32)
+    values[100, 114] = 1
+    inside = {margin: Box(50, 90, 64.5 - margin, 20) for margin in (0, 10, 14, 16)}
+    assert measure(values, [Box(50, 90, 65, 20)])["pointing"] == 1
+    found = {margin: measure(values, [box]) for margin, box in inside.items()}
+    assert {m: f["pointing"] for m, f in found.items()} == {0: 0, 10: 0, 14: 0, 16: 0}
+    assert {m: f["pointing_near"] for m, f in found.items()} == {0: 1, 10: 1, 14: 1, 16: 0}
+
+
+@pytest.mark.parametrize("boxes", [[], [Box(50, 50, 4, 4)], [Box(1.6, 1.6, 0.3, 0.3)]])
+def test_boxes_that_cover_no_pixel_cannot_be_scored(boxes: list[Box]) -> None:
+    with pytest.raises(MetricError, match="no box lies on the map"):
+        score_map(RankedMap.of(uniform_map(SIZE)), boxes)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -0.1])
+def test_a_map_that_is_no_evidence_is_refused(bad: float) -> None:
+    values = uniform_map(SIZE)
+    values[3, 4] = bad
+    with pytest.raises(MetricError, match="negative or no number"):
+        RankedMap.of(values)
+
+
+# --- boxes and baselines --------------------------------------------------------------------------
+
+
+def test_boxes_follow_the_size_of_the_input() -> None:
+    boxes = (Box(20, 40, 60, 80),)
+    (small,) = scale_boxes(boxes, stored_size=224, image_size=56)
+    assert small == Box(5, 10, 15, 20)
+    assert box_mask((56, 56), [small]).mean() == pytest.approx(box_mask((224, 224), boxes).mean())
+
+
+def test_box_mask_takes_pixels_whose_centre_is_inside() -> None:
+    assert box_mask((4, 4), [Box(0.6, 0.4, 2.0, 1.0)]).tolist() == [
+        [False, True, True, False],
+        [False, False, False, False],
+        [False, False, False, False],
+        [False, False, False, False],
+    ]
+
+
+def test_the_prior_is_the_mean_of_the_masks() -> None:
+    boxes = [[Box(0, 0, 4, 4)], [Box(2, 2, 4, 4), Box(8, 8, 2, 2)]]
+    expected = np.mean([box_mask((SIZE, SIZE), of_study) for of_study in boxes], axis=0)
+    np.testing.assert_allclose(prior_map(boxes, SIZE), expected)
+    np.testing.assert_array_equal(prior_map([], SIZE), uniform_map(SIZE))
+
+
+@pytest.mark.parametrize("size", [9, 10])
+def test_the_centre_map_is_symmetric_and_falls_off(size: int) -> None:
+    values = centre_map(size)
+    np.testing.assert_allclose(values, values.T)
+    np.testing.assert_allclose(values, values[::-1, ::-1])
+    assert values.max() == values[size // 2, size // 2] <= 1
+    assert (np.diff(values[size // 2, size // 2 :]) < 0).all()
+
+
+# --- a split --------------------------------------------------------------------------------------
+
+
+def draw_scores(count: int, seed: int = 0) -> BoxScores:
+    """Maps that look at the boxes, and random ones that do not."""
+    rng = np.random.default_rng(seed)
+    fixed = FixedMaps.of(centre_map(32))
+    values = []
+    for _ in range(count):
+        box = Box(*rng.uniform(0, 20, 2), *rng.uniform(4, 11, 2))
+        cam = rng.random((32, 32)) + 2 * box_mask((32, 32), [box])
+        random = rng.random((32, 32))
+        values.append(fixed.score(cam.astype(np.float32), random.astype(np.float32), [box]))
+    keys = np.array([f"{i:04d}" for i in range(count)])
+    return BoxScores(keys, np.array(values).reshape(-1, len(MAPS), len(MEASURES)))
+
+
+def summarise(scores: BoxScores, **options: Any) -> Any:
+    settings: dict[str, Any] = {
+        "patient": np.array([f"p{i // 2}" for i in range(len(scores))], dtype=np.str_),
+        "is_called": np.arange(len(scores)) % 4 > 0,
+        "positives": len(scores),
+        "checkpoint": "run/epoch-0001.pt",
+        "iou_thresholds": choose_iou_thresholds(scores),
+        "resamples": 200,
+        "seed": 0,
+    }
+    return summarise_saliency(scores, **{**settings, **options})
+
+
+def test_a_map_that_looks_at_the_boxes_beats_every_baseline() -> None:
+    scores = draw_scores(40)
+    found = summarise(scores)
+    every = found.groups["all"]
+    assert every.n == 40
+    assert found.groups["true_positives"].n == 30
+    assert found.groups["false_negatives"].n == 10
+    for measure_name, column in (("auprc", "auprc"), ("energy", "energy"), ("pointing",) * 2):
+        value = getattr(every.maps["cam"], measure_name).value
+        assert value == pytest.approx(scores.values[:, 0, MEASURES.index(column)].mean())
+        for baseline in MAPS[1:]:
+            gain = every.gain[baseline][measure_name]
+            other = getattr(every.maps[baseline], measure_name).value
+            assert gain.value == pytest.approx(value - other)
+            assert gain.value > 0
+            assert gain.low is None or gain.low > 0  # None: the same in every resample
+    assert every.maps["uniform"].lift.value == pytest.approx(1)
+    assert every.maps["cam"].lift.value == pytest.approx(
+        every.maps["cam"].energy.value / every.area.value
+    )
+
+
+def test_the_groups_are_their_own_studies() -> None:
+    scores, called = draw_scores(24), np.arange(24) % 3 == 0
+    missed = summarise(scores, is_called=called).groups["false_negatives"]
+    expected = scores.values[~called, 0, MEASURES.index("auprc")].mean()
+    assert missed.maps["cam"].auprc.value == pytest.approx(expected)
+
+
+def test_the_threshold_of_the_iou_comes_from_val() -> None:
+    scores = draw_scores(20)
+    for name, threshold in choose_iou_thresholds(scores).items():
+        means = [
+            scores.values[:, MAPS.index(name), MEASURES.index(f"iou_{t}")].mean()
+            for t in IOU_THRESHOLDS
+        ]
+        assert threshold == IOU_THRESHOLDS[int(np.argmax(means))]
+    chosen = dict.fromkeys(MAPS, 0.9)
+    found = summarise(scores, iou_thresholds=chosen).groups["all"].maps["cam"]
+    assert found.iou_threshold == 0.9
+    assert found.iou.value == pytest.approx(scores.values[:, 0, MEASURES.index("iou_0.9")].mean())
+    assert found.iou.value == pytest.approx(found.iou_curve[0.9])
+
+
+def test_what_cannot_be_had_is_null_with_a_reason() -> None:
+    none = summarise(draw_scores(0), positives=7).to_json()
+    assert none["unscored"] == 7
+    assert none["all"] == {"n": 0, "maps": None, "reason": "no such study with boxes"}
+    few = summarise(draw_scores(4)).to_json()
+    assert few["all"]["reason"] == "4 studies with boxes, fewer than 5"
+    undecided = summarise(draw_scores(9), is_called=None).to_json()
+    assert undecided["all"]["maps"] is not None
+    assert undecided["true_positives"]["reason"] == "no threshold could be chosen on val"
+    assert set(choose_iou_thresholds(draw_scores(4)).values()) == {None}
+    without_val = summarise(draw_scores(9), iou_thresholds=dict.fromkeys(MAPS)).to_json()
+    iou = without_val["all"]["maps"]["cam"]["iou"]
+    assert iou["value"] is None
+    assert "val has too few positives" in iou["reason"]
+
+
+def test_empty_maps_are_counted_and_take_no_part_in_the_energy() -> None:
+    scores, fixed = draw_scores(10), FixedMaps.of(centre_map(32))
+    empty = np.zeros((32, 32), np.float32)
+    values = scores.values.copy()
+    values[:3] = fixed.score(empty, empty, [Box(4, 4, 9, 9)])
+    found = summarise(BoxScores(scores.keys, values)).groups["all"].maps["cam"]
+    assert found.empty == 3
+    energy = values[3:, 0, MEASURES.index("energy")]
+    assert found.energy.value == pytest.approx(energy.mean())
+
+
+def test_parts_join_to_the_same_whole_in_any_order() -> None:
+    scores = draw_scores(9)
+    parts = [BoxScores(scores.keys[i::3], scores.values[i::3]) for i in (2, 0, 1)]
+    joined = BoxScores.join(parts)
+    assert joined.keys.tolist() == scores.keys.tolist()
+    np.testing.assert_array_equal(joined.values, scores.values)
+    assert len(BoxScores.join([])) == 0

@@ -1,0 +1,173 @@
+"""Every group is judged as if it were alone, and the worst is not just the smallest."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from pneumo import metrics
+from pneumo.metrics import Resampled
+from pneumo.subgroups import divide_studies, find_worst, judge_subgroups, subgroup_parts
+from tests.predictions import make_predictions
+
+THRESHOLD = 0.3
+
+
+def draw(n=1500, **columns):
+    rows = make_predictions(n, images_per_patient=2)
+    return dataclasses.replace(rows, **{"calibrated_probability": rows.probability, **columns})
+
+
+def judge(rows, threshold=THRESHOLD, resamples=200, min_patients=10):
+    parts = subgroup_parts(rows, threshold)
+    found = metrics.resample_parts(rows.patient, parts, resamples=resamples, seed=0)
+    return judge_subgroups(rows, threshold, found, min_patients)
+
+
+def by_name(found):
+    return {(group.by, group.name): group for group in found.groups}
+
+
+def test_groups_equal_scikit_learn_on_their_studies():
+    rows = draw()
+    positive = rows.target == 1
+    groups = by_name(judge(rows))
+    low, high = np.quantile(rows.box_area_fraction[positive], [1 / 3, 2 / 3])
+    area = np.nan_to_num(rows.box_area_fraction)
+    expected = {
+        ("sex", "F"): rows.sex == "F",
+        ("age", "40–59"): (rows.age >= 40) & (rows.age < 60),
+        ("view", "AP"): rows.view == "AP",
+        ("negatives", "Normal"): positive | (rows.finding == "Normal"),
+        ("box_area", "smallest"): ~positive | (area <= low),
+        ("box_area", "largest"): ~positive | (area > high),
+    }
+    for key, mask in expected.items():
+        group, part = groups[key], rows.take(mask)
+        called = part.probability >= THRESHOLD
+        assert (group.n, group.positives) == (len(part), part.target.sum()), key
+        assert group.patients == len(set(part.patient))
+        assert group.auroc.value == pytest.approx(roc_auc_score(part.target, part.logit))
+        assert group.average_precision.value == pytest.approx(
+            average_precision_score(part.target, part.logit)
+        )
+        rates = {1: group.sensitivity, 0: group.specificity}
+        for value, rate in rates.items():
+            if rate.reason is None:
+                share = (called == value)[part.target == value].mean()
+                assert rate.value == pytest.approx(share), key
+        for one in (group.auroc, group.average_precision):
+            assert one.low < one.value < one.high
+    female = rows.take(rows.sex == "F")
+    assert groups["sex", "F"].in_the_large.value == pytest.approx(
+        female.probability.mean() - female.target.mean()
+    )
+    rest = rows.take(rows.view != "AP")
+    assert groups["view", "AP"].gap.value == pytest.approx(
+        groups["view", "AP"].auroc.value - roc_auc_score(rest.target, rest.logit)
+    )
+
+
+def test_a_group_that_is_all_found_still_has_an_interval():
+    group = by_name(judge(draw(), threshold=0.0))["sex", "F"]
+    assert (group.sensitivity.value, group.sensitivity.high) == (1.0, 1.0)
+    assert 0.9 < group.sensitivity.low < 1
+    assert group.specificity.value == 0
+    assert group.specificity.method == "Wilson over patients"
+
+
+def test_what_two_groups_share_is_told_once():
+    groups = by_name(judge(draw()))
+    normal, small = groups["negatives", "Normal"], groups["box_area", "smallest"]
+    assert normal.sensitivity.reason == "the positives are those of the whole split"
+    assert normal.specificity.value is not None
+    assert small.specificity.reason == "the negatives are those of the whole split"
+    assert small.sensitivity.value is not None
+    assert normal.in_the_large.value is None
+    assert small.in_the_large.value is None
+
+
+def test_groups_of_one_kind_hold_every_study():
+    rows = draw(view=np.where(np.arange(1500) % 7, "PA", ""), sex=np.full(1500, ""))
+    for by in ("sex", "age", "view"):
+        members = [m for m in divide_studies(rows) if m.by == by]
+        assert np.sum([m.rows for m in members], axis=0).tolist() == [1] * 1500
+        for one in members:
+            assert not (one.rows & one.rest).any()
+    assert {m.name for m in divide_studies(rows) if m.by == "sex"} == {"F", "M", "unknown"}
+    assert {m.name for m in divide_studies(draw()) if m.by == "view"} == {"AP", "PA"}
+
+
+def test_a_group_of_three_patients_is_not_judged():
+    rows = draw()
+    view = np.where(np.arange(1500) < 6, "AP", "PA")  # 3 patients of 2 studies
+    found = judge(dataclasses.replace(rows, view=view))
+    small, rest = (by_name(found)["view", name] for name in ("AP", "PA"))
+    assert (small.n, small.patients) == (6, 3)
+    assert small.auroc.value is None
+    assert "too small" in small.auroc.reason
+    assert "10 are needed" in small.sensitivity.reason
+    assert rest.auroc.value is not None
+    assert rest.gap.reason.startswith("the rest is too small")
+    assert found.worst.by != "view"
+
+
+def test_nothing_is_invented_without_boxes_ages_or_threshold():
+    nothing = np.full(1500, np.nan)
+    rows = draw(box_area_fraction=nothing, age=nothing, calibrated_probability=nothing)
+    found = judge(rows, threshold=None)
+    groups = by_name(found)
+    assert found.box_area_cuts is None
+    for name in ("smallest", "middle", "largest"):
+        group = groups["box_area", name]
+        assert group.positives == 0
+        for one in (group.auroc, group.sensitivity, group.gap):
+            assert one.reason == "no positive has a box"
+    assert groups["age", "40–59"].n == 0
+    assert groups["age", "40–59"].auroc.value is None
+    assert groups["age", "unknown"].n == 1500
+    female = groups["sex", "F"]
+    assert female.auroc.value is not None
+    assert female.sensitivity.reason == "no threshold was chosen on val"
+    assert female.in_the_large.reason == "no calibration"
+    json.dumps(found.to_json(), allow_nan=False)
+
+
+def test_a_split_of_one_class_has_no_worst_group():
+    found = judge(draw(target=np.zeros(1500, dtype=np.int8)))
+    assert (found.worst.by, found.worst.compared, found.worst.is_shown) == (None, 0, False)
+    assert by_name(found)["sex", "F"].auroc.value is None
+    assert by_name(found)["sex", "F"].specificity.value is not None
+
+
+def test_the_group_that_is_truly_worse_is_named():
+    rows = draw(3000)
+    rng = np.random.default_rng(1)
+    confused = np.where(rows.view == "AP", rng.normal(size=3000), rows.logit)
+    worst = judge(dataclasses.replace(rows, logit=confused.astype(np.float32))).worst
+    assert (worst.by, worst.name, worst.is_shown) == ("view", "AP", True)
+    assert worst.gap.high < 0
+    assert "Bonferroni" in worst.gap.method
+
+
+def test_noise_is_seldom_called_worse():
+    """As many groups as there are, none worse: at most 5 % of the time one is shown."""
+    shown = 0
+    for seed in range(40):
+        rows = make_predictions(500, seed=seed)
+        rows = dataclasses.replace(rows, calibrated_probability=rows.probability)
+        shown += judge(rows, resamples=100).worst.is_shown
+    assert shown <= 5
+
+
+def test_the_worst_is_not_just_the_smallest():
+    rng = np.random.default_rng(0)
+
+    def gap(value, sd):
+        return Resampled(np.array([value]), rng.normal(value, sd, (1, 500)))
+
+    worst = find_worst({("age", "0–17"): gap(-0.2, 0.3), ("sex", "F"): gap(-0.06, 0.01)})
+    assert (worst.by, worst.name, worst.is_shown) == ("sex", "F", True)
+    assert find_worst({("sex", "F"): gap(0.01, 0.2)}).is_shown is False
