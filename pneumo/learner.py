@@ -152,7 +152,7 @@ def _distribute(model: nn.Module, world: World) -> nn.Module:
     return DistributedDataParallel(
         model,
         device_ids=[device] if device.type == "cuda" else None,
-        broadcast_buffers=False,  # running statistics are agreed on once a step
+        forward_sync_buffers=False,  # running statistics are agreed on once a step
     )
 
 

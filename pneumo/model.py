@@ -45,16 +45,13 @@ class Anatomy:
     """The last linear layer."""
     maps: str
     """The layer whose maps Grad-CAM explains: the last one that is an image."""
-    averages_maps: bool
-    """Whether nothing but global average pooling and `head` follows the maps."""
 
 
 _ANATOMIES: Mapping[type[nn.Module], Anatomy] = {
-    ResNet: Anatomy("conv1", "fc", "layer4", averages_maps=True),
-    # A ReLU follows the maps of DenseNet, a LayerNorm the pooling of ConvNeXt.
-    DenseNet: Anatomy("features.conv0", "classifier", "features", averages_maps=False),
-    ConvNeXt: Anatomy("features.0.0", "classifier.2", "features", averages_maps=False),
-    EfficientNet: Anatomy("features.0.0", "classifier.1", "features", averages_maps=True),
+    ResNet: Anatomy("conv1", "fc", "layer4"),
+    DenseNet: Anatomy("features.conv0", "classifier", "features"),
+    ConvNeXt: Anatomy("features.0.0", "classifier.2", "features"),
+    EfficientNet: Anatomy("features.0.0", "classifier.1", "features"),
 }
 
 
@@ -75,18 +72,6 @@ def build_model(backbone: str) -> nn.Module:
     nn.init.kaiming_normal_(first.weight, mode="fan_out", nonlinearity="relu")
     model.set_submodule(name, first)
     return model
-
-
-def linear_head(model: nn.Module) -> nn.Linear:
-    """The layer that gives the logit."""
-    head = model.get_submodule(_anatomy(model).head)
-    assert isinstance(head, nn.Linear)
-    return head
-
-
-def has_averaged_features(model: nn.Module) -> bool:
-    """Whether the logit is `linear_head` of the plain mean of `gradcam_layer`'s maps."""
-    return _anatomy(model).averages_maps
 
 
 def initialise(model: nn.Module, config: ModelConfig, *, seed: int) -> Initialisation:
@@ -198,16 +183,16 @@ def _unwrap(content: object, url: str) -> Mapping[str, Tensor]:
 def _find_prefix(state: Mapping[str, Tensor], first_key: str, own: Mapping[str, Tensor]) -> str:
     """What stands before the backbone's own names in `state`; '' where it is not found.
 
-    Of several encoders the one with more of our names counts, then the one that was trained: a
-    momentum copy (MoCo's encoder_k) comes last.
+    Of several encoders the one that was trained counts, not its momentum copy (MoCo's encoder_k);
+    then the one with more of our names.
     """
     found = [
         k.removesuffix(first_key) for k in state if k == first_key or k.endswith(f".{first_key}")
     ]
 
-    def rank(prefix: str) -> tuple[int, bool, int]:
+    def rank(prefix: str) -> tuple[bool, int, int]:
         known = sum(f"{prefix}{key}" in state for key in own)
-        return -known, "encoder_k" in prefix or "momentum" in prefix, len(prefix)
+        return "encoder_k" in prefix or "momentum" in prefix, -known, len(prefix)
 
     return min(found, key=rank, default="")
 

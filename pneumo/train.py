@@ -51,7 +51,8 @@ the same weights come about."""
 _NO_MATTER = {"compile", "keep_checkpoints", "checkpoint_every_steps"}
 _REPORTS_PER_EPOCH = 25
 _SLOW_DATA = 0.05
-"""Share of the time spent waiting for data from which on it is said."""
+"""Share of an epoch spent waiting for data from which on it is said, where it is a second at
+least."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,9 @@ class Epoch:
     number: int
     """Counted from 1."""
     metrics: dict[str, float | None]
-    """train/loss; val/loss, val/auroc, val/accuracy, val/precision, val/recall (at p = 0.5; None
-    where undefined) and the same as val/ema_… of the averaged weights; lr, epoch_s, and what
-    `StepTimes.read` gives."""
+    """train/loss; lr and grad_norm at its end; val/loss, val/auroc, val/accuracy, val/precision,
+    val/recall (at p = 0.5; None where undefined) and the same as val/ema_… of the averaged weights;
+    epoch_s, and what `StepTimes.read` gives."""
 
 
 @dataclass(frozen=True)
@@ -156,10 +157,11 @@ def fit(
             started = time.perf_counter()
             trained = _train_epoch(run, train_data, epoch, hooks)
             if epoch > first_epoch:  # in the first a split may be read into memory
-                _warn_of_slow_data(trained["data_wait"], epoch, hooks)
+                seconds = time.perf_counter() - started
+                _warn_of_slow_data(trained["data_wait"], seconds, epoch, hooks)
             validated = _validate(run.learner, val_data, config, world)
-            seconds = {"epoch_s": time.perf_counter() - started}
-            record = Epoch(epoch + 1, {"epoch": epoch + 1, **trained, **validated, **seconds})
+            taken = {"epoch_s": time.perf_counter() - started}
+            record = Epoch(epoch + 1, {"epoch": epoch + 1, **trained, **validated, **taken})
             run.history.append(record.metrics)
             run.step, run.epoch_loss = 0, 0.0
             stopped_early = _is_out_of_patience(run.history, config.train)
@@ -296,8 +298,9 @@ def _train_epoch(run: _Run, data: Loader, epoch: int, hooks: Hooks) -> dict[str,
     config, learner = run.config.train, run.learner
     steps = partition.steps_per_epoch(len(data), config.batch_size)
     report_every = max(steps // _REPORTS_PER_EPOCH, 1)
-    times, reported = StepTimes(config.batch_size, data.device), 0
+    times = StepTimes(config.batch_size, data.device)
     outcomes = Outcomes(data.device, loss_sum=run.epoch_loss)
+    paces = _Paces(learner, times, outcomes)
     learner.network.train()
     batches = data.epoch(
         epoch,
@@ -333,28 +336,39 @@ def _train_epoch(run: _Run, data: Loader, epoch: int, hooks: Hooks) -> dict[str,
             _save(run)
         hooks.on_step(epoch + 1, run.step, steps)
         if is_reported:
-            hooks.on_pace(
-                Pace(epoch + 1, run.step, steps, _pace(learner, times, outcomes, reported))
-            )
-            reported = len(times.steps_s)
+            hooks.on_pace(Pace(epoch + 1, run.step, steps, paces.take()))
     learner.optimizer.zero_grad(set_to_none=True)
     return {
         "train/loss": run.epoch_loss / steps,
         "lr": learner.optimizer.param_groups[0]["lr"],
+        "grad_norm": paces.norm,
         **times.read(),
     }
 
 
-def _pace(
-    learner: Learner, times: StepTimes, outcomes: Outcomes, since: int
-) -> dict[str, float | None]:
-    losses, norm = outcomes.losses[since:], learner.gradient_norm
-    return {
-        "train/loss": sum(losses) / len(losses) if losses else None,
-        "lr": learner.optimizer.param_groups[0]["lr"],
-        "grad_norm": None if norm is None else float(norm),
-        **times.read(since),
-    }
+class _Paces:
+    """How an epoch goes, from one report to the next."""
+
+    def __init__(self, learner: Learner, times: StepTimes, outcomes: Outcomes) -> None:
+        self.learner, self.times, self.outcomes = learner, times, outcomes
+        self.num_losses = self.num_steps = 0
+        """What the reports so far have covered."""
+        self.norm: float | None = None
+        """Of the gradient, at the latest report."""
+
+    def take(self) -> dict[str, float | None]:
+        """What `Pace.metrics` holds."""
+        losses = self.outcomes.losses[self.num_losses :]
+        norm = self.learner.gradient_norm
+        self.norm = None if norm is None else float(norm)
+        found = {
+            "train/loss": sum(losses) / len(losses) if losses else None,
+            "lr": self.learner.optimizer.param_groups[0]["lr"],
+            "grad_norm": self.norm,
+            **self.times.read(self.num_steps),
+        }
+        self.num_losses, self.num_steps = len(self.outcomes.losses), len(self.times.steps_s)
+        return found
 
 
 def _diverge(run: _Run, divergence: Divergence, epoch: int, world: World) -> None:
@@ -391,8 +405,8 @@ def _leave(run: _Run, epoch: int, world: World) -> None:
     )
 
 
-def _warn_of_slow_data(data_wait: float | None, epoch: int, hooks: Hooks) -> None:
-    if data_wait is not None and data_wait > _SLOW_DATA:
+def _warn_of_slow_data(data_wait: float | None, seconds: float, epoch: int, hooks: Hooks) -> None:
+    if data_wait is not None and data_wait > _SLOW_DATA and data_wait * seconds > 1:
         hooks.on_note(
             f"warning: {data_wait:.0%} of epoch {epoch + 1} was spent waiting for data; keep it in "
             "memory (data.cache), or raise data.readers and cluster.cpus_per_worker, or set "

@@ -347,8 +347,8 @@ def test_an_unreadable_index_is_refused(tmp_path: Path, text: str) -> None:
 def test_a_newer_index_is_refused(tmp_path: Path) -> None:
     save(str(tmp_path), 0.6)
     path = tmp_path / "checkpoints" / "index.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 2}))
-    with pytest.raises(CheckpointError, match=r"index\.json: schema 2, this version reads 1"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": 3}))
+    with pytest.raises(CheckpointError, match=r"index\.json: schema 3, this version reads 2"):
         read_index(str(tmp_path))
 
 

@@ -1,0 +1,88 @@
+"""A step on several ranks is the step on one: in float64, where rounding does not blur it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+_RANK = """
+import sys
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from pneumo.config import TrainConfig
+from pneumo.learner import Learner
+from pneumo.loader import Batch
+from pneumo.model import build_model
+from pneumo.partition import World, micro_batches
+
+folder, rank, size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+torch.set_num_threads(1)
+if size > 1:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank,
+                            world_size=size)
+world = World(rank, size)
+config = TrainConfig(batch_size=24, micro_batch_size=6, optimizer="sgd", label_smoothing=0.1)
+torch.manual_seed(0)
+model = build_model("resnet18").double()
+learner = Learner(model, config, pos_weight=2.0, seed=0, world=world, device=torch.device("cpu"))
+learner.statistics.momentum = learner.statistics.momentum.double()
+mine = micro_batches(24, 6, world)
+here = slice(mine[0] * 6, (mine[-1] + 1) * 6)
+generator = torch.Generator().manual_seed(1)
+steps = []
+for step in range(3):
+    images = torch.randn(24, 1, 64, 64, generator=generator, dtype=torch.float64)
+    targets = (torch.rand(24, generator=generator) > 0.5).double()
+    batch = Batch(images[here], targets[here], ("key",) * len(images[here]))
+    outcome = learner.learn(batch, epoch=0, step=step, num_steps=step + 1, lr=1e-3,
+                            with_norm=True)
+    steps.append([float(outcome[0]), float(learner.gradient_norm)])
+weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+torch.save({"steps": steps, "weights": weights, "running": learner.statistics.running,
+            "state": [b.clone() for b in model.buffers()]}, folder / f"{size}-{rank}.pt")
+if size > 1:
+    dist.destroy_process_group()
+"""
+
+
+def learn(folder: Path, size: int) -> list[dict[str, Any]]:
+    (folder / "meeting").unlink(missing_ok=True)
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", _RANK, str(folder), str(rank), str(size)],
+            env=environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+    for process in ranks:
+        output, _ = process.communicate(timeout=200)
+        assert process.returncode == 0, output
+    return [torch.load(folder / f"{size}-{rank}.pt") for rank in range(size)]
+
+
+@pytest.mark.slow
+def test_losses_gradients_weights_and_running_statistics_are_those_of_one_rank(
+    tmp_path: Path,
+) -> None:
+    (alone,) = learn(tmp_path, 1)
+    for size in (2, 3, 4):
+        for rank in learn(tmp_path, size):
+            # Losses are computed in float32, whatever the network is in.
+            torch.testing.assert_close(
+                torch.tensor(rank["steps"]), torch.tensor(alone["steps"]), rtol=1e-5, atol=1e-6
+            )
+            for name in ("weights", "running"):
+                torch.testing.assert_close(rank[name], alone[name], rtol=1e-5, atol=1e-7)
+            for buffer, expected in zip(rank["state"], alone["state"], strict=True):
+                torch.testing.assert_close(buffer, expected, rtol=1e-5, atol=1e-7)
