@@ -12,6 +12,7 @@
     ├── DicomError                one file cannot be used; ends in quarantine, not on the screen
     ├── CheckpointError           a checkpoint that cannot be read
     ├── DivergedError             the loss is no longer a number
+    ├── PreemptedError            told to stop; a checkpoint is written
     ├── ClusterError              the cluster does not give what the job asks for
     ├── MetricError               a metric that is undefined for this input
     └── StorageError              the object store did not answer within the time allowed
@@ -73,6 +74,10 @@ class CheckpointError(PneumoError):
 
 class DivergedError(PneumoError):
     """The loss became NaN or infinite."""
+
+
+class PreemptedError(PneumoError):
+    """Training was told to stop and has written a checkpoint."""
 
 
 class ClusterError(PneumoError):

@@ -31,7 +31,7 @@ from pneumo.checkpoint import (
     save_checkpoint,
 )
 from pneumo.config import Config, TrainConfig
-from pneumo.errors import DataError, DivergedError, RunError
+from pneumo.errors import DataError, DivergedError, PreemptedError, RunError
 from pneumo.loader import Batch, Loader
 from pneumo.model import Initialisation, build_model, initialise
 from pneumo.partition import World
@@ -64,6 +64,8 @@ class Hooks:
     on_epoch: Callable[[Epoch], None] = lambda epoch: None
     on_note: Callable[[str], None] = lambda line: None
     """A line worth knowing: how each split is fed."""
+    should_stop: Callable[[], bool] = lambda: False
+    """Asked after every epoch; where any rank says yes, all raise PreemptedError."""
 
 
 @dataclass(eq=False)
@@ -137,6 +139,8 @@ def fit(
             _save(state, config, manifest, image_size, run_url)
         _barrier(world)
         hooks.on_epoch(record)
+        if epoch + 1 < config.train.epochs and _any_rank(hooks.should_stop(), world):
+            raise PreemptedError(f"{run_url}: told to stop after epoch {epoch + 1}")
     return state.history
 
 
@@ -354,6 +358,14 @@ def _share_buffers(model: nn.Module, world: World) -> None:
     if world.size > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
+
+
+def _any_rank(stop: bool, world: World) -> bool:
+    votes: list[Any] = [stop]
+    if world.size > 1:
+        votes = [None] * world.size
+        dist.all_gather_object(votes, stop)
+    return any(votes)
 
 
 def _barrier(world: World) -> None:
