@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import ray
 from ray._private.state import available_resources_per_node
 from ray._private.state import state as _cluster_state
+from ray.autoscaler.sdk import request_resources
 
 _ANSWER_TIMEOUT_S = 2.0
 
@@ -59,6 +60,12 @@ def usable_nodes(wanted: Mapping[str, float], avoid: Collection[str] = ()) -> li
     ]
     silent = silent_addresses(hopeful)
     return [node for node in hopeful if node.address not in silent]
+
+
+def request_room(wanted: Mapping[str, float], num_workers: int) -> None:
+    """Ask an autoscaler, if the cluster has one, for room for so many workers in all; 0 takes the
+    request back. A training that starts replaces it by its own."""
+    request_resources(bundles=[dict(wanted)] * num_workers)
 
 
 def silent_addresses(nodes: Sequence[Node]) -> set[str]:

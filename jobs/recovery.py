@@ -23,7 +23,7 @@ from ray.train import TrainingFailedError
 
 from jobs.board import Board, Member
 from jobs.command import find_cause
-from jobs.nodes import Node, list_nodes, silent_addresses, usable_nodes
+from jobs.nodes import Node, list_nodes, request_room, silent_addresses, usable_nodes
 from pneumo import storage
 from pneumo.checkpoint import find_index
 from pneumo.config import ClusterConfig
@@ -61,9 +61,13 @@ class Recovery:
     def run(self, nodes: Sequence[Node]) -> None:
         """Train on `nodes` first. Raises what ended the last attempt when a new one is of no
         use."""
+        size = self._size(nodes)
+        if size < self.cluster.num_workers:
+            self.tell(f"starting with {_workers(size)} of {self.cluster.num_workers}")
         while True:
-            size = min(count_fitting(nodes, self.wanted), self.cluster.num_workers)
             self.board.clear()
+            if self.leaving.is_set():  # after the board was cleared: no order to leave is lost
+                return
             try:
                 with self._watching(size) as reasons:
                     outcome = self.attempt(size, nodes)
@@ -78,8 +82,11 @@ class Recovery:
             nodes = self._wait_for_nodes(reason, hopes=len(self._staying()))
             if self.leaving.is_set():
                 return
-            size = min(count_fitting(nodes, self.wanted), self.cluster.num_workers)
+            size = self._size(nodes)
             self.tell(f"{reason}: going on with {_workers(size)} {self._position()}")
+
+    def _size(self, nodes: Sequence[Node]) -> int:
+        return min(count_fitting(nodes, self.wanted), self.cluster.num_workers)
 
     def leave(self) -> None:
         """Have the attempt write a checkpoint and return, and be the last."""
@@ -127,6 +134,7 @@ class Recovery:
                 return nodes
             if fits < fewest and waited_s > _SETTLE_S and spoken_s <= time.monotonic():
                 spoken_s = time.monotonic() + _REMIND_INTERVAL_S
+                request_room(self.wanted, self.cluster.num_workers)
                 self.tell(f"{reason}: waiting for room for {_workers(fewest)}, there is for {fits}")
             self.leaving.wait(0.3)
         return ()
@@ -217,12 +225,17 @@ def wait_for_workers(
     """
     started_s = time.monotonic()
     fewest, most = cluster.fewest_workers, cluster.num_workers
+    asked = False
     while True:
         nodes = usable_nodes(wanted)
         fits, waited_s = count_fitting(nodes, wanted), time.monotonic() - started_s
         if fits >= most or (fits >= fewest and waited_s >= min(_SETTLE_S, timeout_s)):
             return nodes
+        if not asked:
+            request_room(wanted, most)
+            asked = True
         if waited_s >= timeout_s:
+            request_room(wanted, 0)
             total = ray.cluster_resources()
             lacks = ", ".join(
                 f"{each * fewest:g} {name} (it has {total.get(name, 0):g}, "

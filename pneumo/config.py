@@ -392,10 +392,13 @@ def parse_command_line(
         layers.insert(0, (f"recipe {recipe}", read_recipe(str(recipe))))
     arguments = {k: v for k, v in flags.items() if k in spec.arguments.model_fields}
     layers[-1] = (layers[-1][0], {k: v for k, v in flags.items() if k not in arguments})
+    config = _validate(Config, layers)
+    if job != "train" and config.cluster.min_workers is not None:
+        raise ConfigError(f"cluster.min_workers: {job} is not elastic, only train is; leave it out")
     return Invocation(
         job=job,
         arguments=_validate(spec.arguments, [("the command line", arguments)]),
-        config=_validate(Config, layers),
+        config=config,
     )
 
 

@@ -65,18 +65,21 @@ class RayCluster:
         for machine in waits:
             self._wait(machine)
 
-    def run_on_head(self, *command: str) -> str:
-        """What a command that must succeed prints on the head."""
-        return self._run_on(self.head, *command)
-
     def drain(self, machine: Machine, *, deadline_s: int) -> None:
         """Announce that the machine will be taken away, as an autoscaler of spot nodes does."""
-        self._run_on(
-            machine,
-            *(*_RAY, "drain-node", f"--address={self._gcs}"),
+        (raylet,) = machine.processes("raylet/raylet")
+        (node_id,) = re.findall(r"--node_id=(\w+)", " ".join(raylet.cmdline()))
+        process = self.head.start(
+            *(*_RAY, "drain-node", f"--address={self._gcs}", f"--node-id={node_id}"),
             *("--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot"),
             f"--deadline-remaining-seconds={deadline_s}",
+            environ=self.environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
+        said = process.communicate(timeout=60)[0].decode()
+        if process.returncode:
+            raise RuntimeError(f"ray drain-node: exit {process.returncode}:\n{said}")
 
     @contextlib.contextmanager
     def driver(self, *arguments: str, **environ: str) -> Iterator[Driver]:
@@ -131,15 +134,6 @@ class RayCluster:
 
     def _log(self, machine: Machine) -> Path:
         return self.network.folder / f"{machine.name}.log"
-
-    def _run_on(self, machine: Machine, *command: str) -> str:
-        process = machine.start(
-            *command, environ=self.environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        said = process.communicate(timeout=60)[0].decode()
-        if process.returncode:
-            raise RuntimeError(f"{' '.join(command)}: exit {process.returncode}:\n{said}")
-        return said
 
 
 class Driver:
