@@ -137,6 +137,7 @@ class Recovery:
                 request_room(self.wanted, self.cluster.num_workers)
                 self.tell(f"{reason}: waiting for room for {_workers(fewest)}, there is for {fits}")
             self.leaving.wait(0.3)
+        request_room(self.wanted, 0)
         return ()
 
     @contextmanager
@@ -225,28 +226,39 @@ def wait_for_workers(
     """
     started_s = time.monotonic()
     fewest, most = cluster.fewest_workers, cluster.num_workers
-    asked = False
-    while True:
-        nodes = usable_nodes(wanted)
-        fits, waited_s = count_fitting(nodes, wanted), time.monotonic() - started_s
-        if fits >= most or (fits >= fewest and waited_s >= min(_SETTLE_S, timeout_s)):
-            return nodes
-        if not asked:
-            request_room(wanted, most)
-            asked = True
-        if waited_s >= timeout_s:
-            request_room(wanted, 0)
-            total = ray.cluster_resources()
-            lacks = ", ".join(
-                f"{each * fewest:g} {name} (it has {total.get(name, 0):g}, "
-                f"{sum(node.free.get(name, 0.0) for node in list_nodes()):g} free)"
-                for name, each in wanted.items()
-            )
-            raise ClusterError(
-                f"cluster: {_workers(fewest)} need {lacks}; waited {waited_s:.0f} s; lower "
-                "--cluster.num-workers, give --cluster.min-workers, or add nodes"
-            )
-        time.sleep(0.3)
+    with _room_requested(wanted, most):
+        while True:
+            nodes = usable_nodes(wanted)
+            fits, waited_s = count_fitting(nodes, wanted), time.monotonic() - started_s
+            if fits >= most or (fits >= fewest and waited_s >= min(_SETTLE_S, timeout_s)):
+                return nodes
+            if waited_s >= timeout_s:
+                raise ClusterError(_describe_lack(fewest, wanted, waited_s))
+            time.sleep(0.3)
+
+
+@contextmanager
+def _room_requested(wanted: Mapping[str, float], num_workers: int) -> Iterator[None]:
+    """Have an autoscaler make room; the request is taken back when what is done meanwhile fails."""
+    request_room(wanted, num_workers)
+    try:
+        yield
+    except BaseException:
+        request_room(wanted, 0)
+        raise
+
+
+def _describe_lack(num_workers: int, wanted: Mapping[str, float], waited_s: float) -> str:
+    there = ray.cluster_resources()
+    lacks = ", ".join(
+        f"{each * num_workers:g} {name} (it has {there.get(name, 0):g}, "
+        f"{sum(node.free.get(name, 0.0) for node in list_nodes()):g} free)"
+        for name, each in wanted.items()
+    )
+    return (
+        f"cluster: {_workers(num_workers)} need {lacks}; waited {waited_s:.0f} s; lower "
+        "--cluster.num-workers, give --cluster.min-workers, or add nodes"
+    )
 
 
 def find_lost(members: Sequence[Member]) -> list[Member]:

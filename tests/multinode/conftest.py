@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from pneumo.shards import read_manifest
 from pneumo.synthetic import write_phantoms
 from tests.multinode.faults import (
     BATCH_SIZE,
@@ -74,6 +75,7 @@ class Undisturbed:
     losses: list[float]
     step_s: float
     """What a step takes."""
+    steps_per_epoch: int
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -142,7 +144,8 @@ def undisturbed(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Undistu
         assert driver.wait(timeout_s=RUN_TIMEOUT_S) == 0, driver.said
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     fastest = max(row["images_per_s"] for row in rows)
-    return Undisturbed(read_losses(run), BATCH_SIZE / fastest)
+    steps_per_epoch = read_manifest(str(site.store)).splits["train"].samples // BATCH_SIZE
+    return Undisturbed(read_losses(run), BATCH_SIZE / fastest, steps_per_epoch)
 
 
 @pytest.fixture

@@ -34,12 +34,13 @@ class Cost:
     undisturbed_loss: float
 
     def cells(self) -> tuple[str, ...]:
-        """The row as text."""
-        equal = self.final_loss == self.undisturbed_loss
+        """The row as text. Equal losses mean equal samples: each has its part in the loss."""
+        difference = abs(self.final_loss - self.undisturbed_loss)
+        equal = difference <= (LARGEST_ELASTIC_DIFFERENCE or 0.0)
         loss = "equal" if equal else f"{self.final_loss:.4f} ({self.undisturbed_loss:.4f})"
         return (
-            *(self.fault, self.outcome, f"{self.seconds_lost:.0f}"),
-            *(f"~{self.steps_again}", "0", loss),
+            *(self.fault, self.outcome, f"{self.seconds_lost:.0f}", f"~{self.steps_again}"),
+            *("0" if equal else "not shown", loss),
         )
 
 

@@ -18,8 +18,7 @@ import shutil
 import signal
 import subprocess
 import time
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Self
@@ -28,6 +27,7 @@ import psutil
 
 _NET = "192.0.2"  # RFC 5737: an address of documentation, in no real network
 _POWERED_ON = "powered on"
+_MORTAL = ("setpriv", "--pdeathsig", "KILL")  # ends with the tests, however those end
 # What a machine does by itself: its loopback and its own folders, then nothing until it is ended.
 _BOOT = """
 hostname {name}
@@ -42,29 +42,14 @@ exec sleep infinity
 
 def why_not() -> str | None:
     """What keeps this process from making machines, or None."""
-    missing = [name for name in ("ip", "unshare", "nsenter") if not shutil.which(name)]
+    missing = [name for name in ("ip", "unshare", "nsenter", "setpriv") if not shutil.which(name)]
     if missing:
         return f"no {', '.join(missing)} here (iproute2, util-linux)"
     if os.geteuid() != 0:
         return "network namespaces need root"
-    tried = subprocess.run(
-        [
-            "unshare",
-            "--net",
-            "--mount",
-            "--pid",
-            "--uts",
-            "--fork",
-            "ip",
-            "link",
-            "set",
-            "lo",
-            "up",
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    namespaces = ("--net", "--mount", "--pid", "--uts", "--ipc", "--fork")
+    command = ["unshare", *namespaces, "ip", "link", "set", "lo", "up"]
+    tried = subprocess.run(command, capture_output=True, text=True, check=False)
     return f"no namespaces allowed here: {tried.stderr.strip()}" if tried.returncode else None
 
 
@@ -152,14 +137,15 @@ class Network:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.machines: list[Machine] = []
-        self._switch = f"pn-{uuid.uuid4().hex[:8]}"
+        self._switch: subprocess.Popen[bytes] | None = None
         self._next_address = 1
 
     def __enter__(self) -> Self:
         (self.folder / "disks").mkdir(parents=True)
         (self.folder / "disk").mkdir()
-        _run("ip", "netns", "add", self._switch)
+        self._switch = subprocess.Popen([*_MORTAL, "unshare", "--net", "sleep", "infinity"])
         try:
+            _await_network(self._switch.pid)
             self._on_switch("ip", "link", "add", "switch", "type", "bridge")
             self._on_switch("ip", "link", "set", "switch", "up")
         except BaseException:
@@ -171,8 +157,9 @@ class Network:
         for machine in self.machines:
             with contextlib.suppress(psutil.Error, OSError, subprocess.TimeoutExpired):
                 machine.kill()
-        # The cables go with the switch, and a machine's network with its last process.
-        subprocess.run(["ip", "netns", "delete", self._switch], check=False)
+        if self._switch is not None:  # its network goes with its process, and the cables with it
+            self._switch.kill()
+            self._switch.wait(timeout=20)
 
     def add_machine(self, name: str) -> Machine:
         """Power one on, and give it the next address."""
@@ -181,9 +168,9 @@ class Network:
         self._next_address += 1
         (self.folder / "disks" / name).mkdir(exist_ok=True)
         boot = _BOOT.format(name=name, folder=self.folder, powered_on=_POWERED_ON)
-        namespaces = ("--net", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child")
+        own = ("--net", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child")
         power = subprocess.Popen(
-            ["unshare", *namespaces, "--mount-proc", "sh", "-ec", boot],
+            [*_MORTAL, "unshare", *own, "--mount-proc", "sh", "-ec", boot],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -207,13 +194,24 @@ class Network:
         return machine
 
     def _on_switch(self, *command: str) -> None:
-        _run("ip", "netns", "exec", self._switch, *command)
+        assert self._switch is not None
+        _run("nsenter", f"--target={self._switch.pid}", "--net", *command)
 
 
 def end_process(guardian: subprocess.Popen[bytes], number: signal.Signals) -> None:
     """Send a signal to the command that `Machine.start` runs; its guardian takes over its end."""
     with contextlib.suppress(ProcessLookupError, IndexError):
         os.kill(_only_child(guardian.pid), number)
+
+
+def _await_network(pid: int) -> None:
+    """Return once the process has left this process's network for its own."""
+    ours = Path("/proc/self/ns/net").readlink()
+    deadline_s = time.monotonic() + 5
+    while Path(f"/proc/{pid}/ns/net").readlink() == ours:
+        if time.monotonic() > deadline_s:
+            raise RuntimeError(f"process {pid} has no network of its own")
+        time.sleep(0.01)
 
 
 def _only_child(pid: int) -> int:
@@ -231,15 +229,3 @@ def _run(*command: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: exit {done.returncode}: {done.stderr.strip()}")
-
-
-@contextlib.contextmanager
-def small_disk(machine: Machine, path: Path, *, megabytes: int) -> Iterator[None]:
-    """A file system of its own at `path` for one machine, which is soon full."""
-    enter = ("nsenter", f"--target={machine._init_pid}", "--mount")
-    _run(*enter, "mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(path))
-    try:
-        yield
-    finally:
-        if machine.runs:
-            _run(*enter, "umount", "--lazy", str(path))

@@ -3,6 +3,7 @@ lost, and the curve is that of a run that nobody disturbed."""
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import time
@@ -188,12 +189,14 @@ def test_sigterm_leaves_a_checkpoint_and_ends_with_130(
         driver.signal(signal.SIGTERM)
         assert driver.wait(timeout_s=60) == 130, driver.said
     assert (run / "checkpoints" / "index.json").stat().st_mtime > told_s
+    shown = set(re.findall(r"epoch +(\d+)/", driver.said))
     assert "interrupted; writing a checkpoint" in driver.said
     assert "the same command goes on from what is finished" in driver.said
     assert "Traceback" not in driver.said
     with site.cluster.driver(*command) as driver:
         again_s = driver.wait_for_line(TRAINS_AGAIN, timeout_s=120)
         end_well(driver)
+    assert shown.isdisjoint(re.findall(r"epoch +(\d+)/", driver.said))
     losses = read_losses(run)
     table.append(
         Cost(
@@ -253,7 +256,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(
             "full disk, started again with room",
             "said, exit 1",
             again_s - driver.started_s,
-            8,
+            undisturbed.steps_per_epoch,
             losses[-1],
             undisturbed.losses[-1],
         )
