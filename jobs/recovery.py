@@ -43,6 +43,16 @@ Attempt = Callable[[int, Sequence[Node]], object]
 """Trains with so many workers on these nodes; returns STOPPED or anything else when done."""
 
 
+@dataclass(frozen=True)
+class Change:
+    """Why another attempt is needed."""
+
+    reason: str
+    """What happened, in a few words."""
+    hopes: int
+    """Workers that should have room once all is settled."""
+
+
 @dataclass(eq=False)
 class Recovery:
     """Attempts until the run is done."""
@@ -69,21 +79,21 @@ class Recovery:
             if self.leaving.is_set():  # after the board was cleared: no order to leave is lost
                 return
             try:
-                with self._watching(size) as reasons:
+                with self._watching(size) as changes:
                     outcome = self.attempt(size, nodes)
             except TrainingFailedError as error:
                 if self.leaving.is_set():
                     return
-                reason = self._judge(error)
+                change = Change(self._judge(error), len(self._staying()))
             else:
                 if outcome != STOPPED or self.leaving.is_set():
                     return
-                reason = reasons[0] if reasons else "told to stop"
-            nodes = self._wait_for_nodes(reason, hopes=len(self._staying()))
+                (change,) = changes
+            nodes = self._wait_for_nodes(change)
             if self.leaving.is_set():
                 return
             size = self._size(nodes)
-            self.tell(f"{reason}: going on with {_workers(size)} {self._position()}")
+            self.tell(f"{change.reason}: going on with {_workers(size)} {self._position()}")
 
     def _size(self, nodes: Sequence[Node]) -> int:
         return min(count_fitting(nodes, self.wanted), self.cluster.num_workers)
@@ -117,49 +127,51 @@ class Recovery:
         """Workers of the last attempt whose nodes can take them again."""
         members = self.board.members()
         gone = {member.rank for member in find_lost(members)}
-        draining = {node.id for node in list_nodes() if node.draining}
-        return [m for m in members if m.rank not in gone and m.node_id not in draining]
+        return [member for member in members if member.rank not in gone]
 
-    def _wait_for_nodes(self, reason: str, *, hopes: int) -> Sequence[Node]:
+    def _wait_for_nodes(self, change: Change) -> Sequence[Node]:
         """Nodes for as many workers as possible; waits for the fewest allowed, however long.
 
-        As many as are hoped for are waited for a little longer.
+        As many as the change lets hope for are waited for a little longer.
         """
         started_s = spoken_s = time.monotonic()
         fewest = self.cluster.fewest_workers
         while not self.leaving.is_set():
             nodes = usable_nodes(self.wanted)
             fits, waited_s = count_fitting(nodes, self.wanted), time.monotonic() - started_s
-            if fits >= fewest and (fits >= hopes or waited_s > _SETTLE_S):
+            if fits >= fewest and (fits >= change.hopes or waited_s > _SETTLE_S):
                 return nodes
             if fits < fewest and waited_s > _SETTLE_S and spoken_s <= time.monotonic():
                 spoken_s = time.monotonic() + _REMIND_INTERVAL_S
                 request_room(self.wanted, self.cluster.num_workers)
-                self.tell(f"{reason}: waiting for room for {_workers(fewest)}, there is for {fits}")
+                self.tell(
+                    f"{change.reason}: waiting for room for {_workers(fewest)}, there is for {fits}"
+                )
             self.leaving.wait(0.3)
         request_room(self.wanted, 0)
         return ()
 
     @contextmanager
-    def _watching(self, size: int) -> Iterator[list[str]]:
-        """Look after the nodes while an attempt runs; yields why it was told to stop, if it was."""
-        reasons: list[str] = []
+    def _watching(self, size: int) -> Iterator[list[Change]]:
+        """Look after the nodes while an attempt runs; yields the change that made it stop, if one
+        did."""
+        changes: list[Change] = []
         ended = threading.Event()
 
         def watch() -> None:
             watch = _Watch(self, size)
             while not ended.wait(_WATCH_INTERVAL_S):
                 try:
-                    reason = watch.look()
+                    change = watch.look()
                 except (ray.exceptions.RayError, OSError):  # the next look may succeed
                     continue
-                if reason is not None:
-                    reasons.append(reason)
+                if change is not None:
+                    changes.append(change)
 
         watcher = threading.Thread(target=watch, name="watch", daemon=True)
         watcher.start()
         try:
-            yield reasons
+            yield changes
         finally:
             ended.set()
             watcher.join(timeout=10)
@@ -173,7 +185,7 @@ class _Watch:
         self.silent_since_s: dict[str, float] = {}
         self.had_room = self.stopping = False
 
-    def look(self) -> str | None:
+    def look(self) -> Change | None:
         """Look once; why the workers were told to stop, when they just were."""
         members = {member.node_id for member in self.recovery.board.members()}
         mine = [node for node in list_nodes() if node.id in members]
@@ -182,11 +194,11 @@ class _Watch:
             return None
         if self.stopping or not members:
             return None
-        reason = self._departure(mine) or self._arrival()
-        if reason is not None:
+        change = self._departure(mine) or self._arrival()
+        if change is not None:
             self.stopping = True
             self.recovery.board.post("stop")
-        return reason
+        return change
 
     def _lasting_silence(self, nodes: Sequence[Node]) -> bool:
         now_s = time.monotonic()
@@ -194,11 +206,14 @@ class _Watch:
         self.silent_since_s = {a: self.silent_since_s.get(a, now_s) for a in silent}
         return any(now_s - since_s >= _SILENCE_S for since_s in self.silent_since_s.values())
 
-    def _departure(self, nodes: Sequence[Node]) -> str | None:
-        going = sorted(node.address for node in nodes if node.draining)
-        return f"node {', '.join(going)} is being taken away" if going else None
+    def _departure(self, nodes: Sequence[Node]) -> Change | None:
+        going = {node.id: node.address for node in nodes if node.draining}
+        if not going:
+            return None
+        staying = [m for m in self.recovery.board.members() if m.node_id not in going]
+        return Change(f"node {', '.join(going.values())} is being taken away", len(staying))
 
-    def _arrival(self) -> str | None:
+    def _arrival(self) -> Change | None:
         """Room for more workers that was there at the last look too."""
         most = self.recovery.cluster.num_workers
         if self.size >= most:
@@ -208,7 +223,8 @@ class _Watch:
         had_room, self.had_room = self.had_room, room > 0
         if not (room and had_room):
             return None
-        return f"there is room for {_workers(min(self.size + room, most))}"
+        size = min(self.size + room, most)
+        return Change(f"there is room for {_workers(size)}", size)
 
 
 def count_fitting(nodes: Sequence[Node], wanted: Mapping[str, float]) -> int:
