@@ -80,7 +80,7 @@ def test_a_killed_node_is_waited_for_when_the_number_is_fixed(
     losses = read_losses(run)
     table.append(
         Cost(
-            "node killed, another 20 s later",
+            "node killed, replaced",
             "waits, 2 workers again",
             again_s - fault_s,
             count_again(undisturbed, saved_s, fault_s),
