@@ -58,10 +58,11 @@ class Site:
 
     def fetch(self, key: str) -> str:
         """The text of an object in the bucket."""
-        url = f"http://127.0.0.1:{_S3_PORT}/{BUCKET}/{key}"
-        get = f"import urllib.request as r; print(r.urlopen('{url}').read().decode())"
+        url = f"s3://{BUCKET}/{key}"
+        read = f"from pneumo import storage; print(storage.read_text('{url}'))"
+        endpoint = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{_S3_PORT}"}
         reader = self.object_store.start(
-            sys.executable, "-c", get, environ=_S3_KEYS, stdout=subprocess.PIPE
+            sys.executable, "-c", read, environ={**_S3_KEYS, **endpoint}, stdout=subprocess.PIPE
         )
         text = reader.communicate(timeout=30)[0].decode()
         assert reader.returncode == 0, key
