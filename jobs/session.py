@@ -16,7 +16,7 @@ import ray
 from ray._private import ray_logging
 
 from jobs.command import say
-from pneumo.config import ClusterConfig, Config
+from pneumo.config import ClusterConfig
 from pneumo.errors import ClusterError, ConfigError
 
 # One thread a worker, and threads that sleep while they wait: two DDP ranks that spin on two cores
@@ -100,11 +100,10 @@ def worker_resources(config: ClusterConfig) -> dict[str, float]:
     return {"CPU": float(config.cpus_per_worker), **gpu}
 
 
-def settle_devices(config: Config) -> Config:
-    """The configuration with `use_gpu` decided, once: a run that loses its only GPU waits for
-    another, and does not go on without."""
-    cluster = config.cluster.model_copy(update={"use_gpu": uses_gpu(config.cluster)})
-    return config.model_copy(update={"cluster": cluster})
+def settle_devices(config: ClusterConfig) -> ClusterConfig:
+    """The same with `use_gpu` decided, once: a run that loses its only GPU waits for another, and
+    does not go on without."""
+    return config.model_copy(update={"use_gpu": uses_gpu(config)})
 
 
 def start_timeout_s(config: ClusterConfig, num_workers: int) -> float:

@@ -34,7 +34,7 @@ from jobs.session import (
 )
 from pneumo import storage
 from pneumo.checkpoint import CheckpointIndex, read_index
-from pneumo.config import Config, Invocation, TrainArguments
+from pneumo.config import ClusterConfig, Config, Invocation, TrainArguments
 from pneumo.errors import PreemptedError
 from pneumo.partition import World, check_batch_size
 from pneumo.shards import Manifest, read_manifest
@@ -65,11 +65,10 @@ def train(invocation: Invocation) -> None:
 
 def train_run(config: Config, manifest: Manifest, store_url: str, run_url: str) -> CheckpointIndex:
     """Train in the Ray session that is open; follow it on the screen and in W&B."""
-    config = settle_devices(config)
+    cluster = settle_devices(config.cluster)
+    wanted = worker_resources(cluster)
     nodes = wait_for_workers(
-        config.cluster,
-        worker_resources(config.cluster),
-        timeout_s=start_timeout_s(config.cluster, config.cluster.fewest_workers),
+        cluster, wanted, timeout_s=start_timeout_s(cluster, cluster.fewest_workers)
     )
     tracker = open_tracker(
         config.tracking,
@@ -89,15 +88,13 @@ def train_run(config: Config, manifest: Manifest, store_url: str, run_url: str) 
     board = Board()
 
     def attempt(num_workers: int, nodes: Sequence[Node]) -> object:
-        fixed = config.model_copy(
-            update={"cluster": config.cluster.model_copy(update={"num_workers": num_workers})}
+        fixed = cluster.model_copy(update={"num_workers": num_workers})
+        trainer = build_trainer(
+            config, store_url, run_url, messages, cluster=fixed, board=board, nodes=nodes
         )
-        trainer = build_trainer(fixed, store_url, run_url, messages, board=board, nodes=nodes)
         return trainer.fit().return_value
 
-    recovery = Recovery(
-        config.cluster, worker_resources(config.cluster), run_url, board, attempt, messages.put
-    )
+    recovery = Recovery(cluster, wanted, run_url, board, attempt, messages.put)
     try:
         training = _start(lambda: recovery.run(nodes))
         try:
@@ -118,16 +115,19 @@ def build_trainer(
     messages: Queue | None,
     callbacks: Sequence[Any] = (),
     *,
+    cluster: ClusterConfig | None = None,
     board: Board | None = None,
     nodes: Sequence[Node] = (),
 ) -> TorchTrainer:
     """A TorchTrainer whose every worker runs `fit` as one DDP rank, on `nodes` if there are any.
 
-    With a board, workers stop when it says so, and the first failure ends the trainer's `fit`:
-    `Recovery` deals with it.
+    `cluster` says how many there are and what each gets, where that is not what the configuration
+    says, which a checkpoint keeps. With a board, workers stop when it says so, and the first
+    failure ends the trainer's `fit`: `Recovery` deals with it.
     """
+    cluster = cluster or config.cluster
     failures = (
-        FailureConfig(max_failures=config.cluster.max_failures)
+        FailureConfig(max_failures=cluster.max_failures)
         if board is None
         else FailureConfig(max_failures=0, controller_failure_limit=0)
     )
@@ -142,9 +142,9 @@ def build_trainer(
         },
         torch_config=TorchConfig(timeout_s=PROCESS_GROUP_TIMEOUT_S),
         scaling_config=ScalingConfig(
-            num_workers=config.cluster.num_workers,
-            use_gpu=uses_gpu(config.cluster),
-            resources_per_worker=worker_resources(config.cluster),
+            num_workers=cluster.num_workers,
+            use_gpu=uses_gpu(cluster),
+            resources_per_worker=worker_resources(cluster),
             label_selector=(
                 {"ray.io/node-id": f"in({','.join(node.id for node in nodes)})"} if nodes else None
             ),
