@@ -2,7 +2,8 @@
 #
 #   make demo       phantoms -> prepare -> tune -> train -> evaluate -> report.html
 #   make test       the tests that take minutes;  make test-slow: the others
-#   make test-s3    the tests against a real S3 server, which it starts;  make test-all: all three
+#   make test-s3    the tests against a real S3 server, which it starts
+#   make test-cluster  as root: faults on Ray clusters of several nodes;  make test-all: all four
 #   make debian     as root: Debian's dcmtk, an independent DICOM decoder for the tests
 #   make check      format, lint, types, import rules: never writes;  make fix: mends what it can
 #   make bench      what decoding, preparing, explaining, judging and loading cost, as ratios of one run
@@ -31,7 +32,7 @@ job = $(BIN)/python -m jobs.$(1)
 endif
 needs = $(if $($(1)),,$(error make $@: say $(1)=…, see make help))
 
-.PHONY: help setup debian demo prepare train tune evaluate predict check fix test test-slow test-s3 test-all bench lock clean
+.PHONY: help setup debian demo prepare train tune evaluate predict check fix test test-slow test-s3 test-cluster test-all bench lock clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -85,15 +86,19 @@ fix: $(READY)
 	$(BIN)/ruff format .
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow and not s3"
+	$(BIN)/python -m pytest -m "not slow and not s3 and not multinode"
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m "slow and not s3"
+	$(BIN)/python -m pytest -m "slow and not s3 and not multinode"
 
 test-s3: $(READY)
 	$(BIN)/python -m tests.s3.server -- $(BIN)/python -m pytest -m s3
 
-test-all: test test-slow test-s3
+# Nodes are network namespaces on this machine; where they cannot be made the tests skip, and say so.
+test-cluster: $(READY)
+	$(BIN)/python -m pytest -m "multinode and not slow" tests/multinode
+
+test-all: test test-slow test-s3 test-cluster
 
 bench: $(READY)
 	$(BIN)/python -m tests.benchmarks.decode

@@ -6,12 +6,14 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
+from ray._private import ray_logging
 
 from jobs.command import say
 from pneumo.config import ClusterConfig
@@ -19,12 +21,18 @@ from pneumo.errors import ClusterError, ConfigError
 
 # One thread a worker, and threads that sleep while they wait: two DDP ranks that spin on two cores
 # are ten times slower.
-WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
+WORKER_ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "passive",
+    # Workers whose peers are gone cannot say good-bye: they are ended after 1 s, not 30.
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "1",
+}
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    # jobs.recovery watches over the nodes; Ray's watcher would let a run go on to the deadline.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's tables; our own narrator speaks
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends a search as it ends every job
     "RAY_DEDUP_LOGS": "1",
@@ -69,6 +77,8 @@ def ray_session(*, show_logs: bool = False) -> Iterator[None]:
         raise ClusterError(
             f"ray: cannot connect to {address or 'a local cluster'}: {error}"
         ) from error
+    if not show_logs:  # Ray prints its errors to stdout otherwise; ours say the same in one line
+        ray_logging.stdout_deduplicator.skip_re = re.compile("")
     # Ray's own handler would end the process in an abort, exit code 134.
     signal.signal(signal.SIGTERM, on_sigterm)
     try:
@@ -88,6 +98,24 @@ def worker_resources(config: ClusterConfig) -> dict[str, float]:
     """What one worker reserves."""
     gpu = {"GPU": 1.0} if uses_gpu(config) else {}
     return {"CPU": float(config.cpus_per_worker), **gpu}
+
+
+def settle_devices(config: ClusterConfig) -> ClusterConfig:
+    """The same with `use_gpu` decided, once: a run that loses its only GPU waits for another, and
+    does not go on without."""
+    return config.model_copy(update={"use_gpu": uses_gpu(config)})
+
+
+def start_timeout_s(config: ClusterConfig, num_workers: int) -> float:
+    """How long waiting for the resources of the workers makes sense, in seconds.
+
+    A cluster of our own does not grow: what it lacks is not waited for, only what is in use.
+    """
+    if os.environ.get("RAY_ADDRESS"):
+        return config.start_timeout_s
+    there, wanted = ray.cluster_resources(), worker_resources(config)
+    enough = all(there.get(name, 0) >= each * num_workers for name, each in wanted.items())
+    return config.start_timeout_s if enough else 0.0
 
 
 def wait_for_resources(config: ClusterConfig, num_workers: int) -> None:

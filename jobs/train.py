@@ -6,29 +6,45 @@ import logging
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from jobs.board import Board
 from jobs.command import new_run_url, run_job, say
 from jobs.following import Follower, worker_hooks
-from jobs.session import ray_session, uses_gpu, wait_for_resources, worker_resources
+from jobs.nodes import Node
+from jobs.recovery import STOPPED, Recovery, wait_for_workers
+from jobs.session import (
+    ray_session,
+    settle_devices,
+    start_timeout_s,
+    uses_gpu,
+    worker_resources,
+)
 from pneumo import storage
 from pneumo.checkpoint import CheckpointIndex, read_index
-from pneumo.config import Config, Invocation, TrainArguments
-from pneumo.partition import World
+from pneumo.config import ClusterConfig, Config, Invocation, TrainArguments
+from pneumo.errors import PreemptedError
+from pneumo.partition import World, check_batch_size
 from pneumo.shards import Manifest, read_manifest
 from pneumo.tracking import Tracker, open_tracker
 from pneumo.train import check_run, fit
 
 PROCESS_GROUP_TIMEOUT_S = 180
+"""Longer than storage is retried: the others wait while rank 0 writes."""
+LEAVE_TIMEOUT_S = 25.0
+"""Kubernetes kills 30 s after its SIGTERM."""
 
 
 def train(invocation: Invocation) -> None:
@@ -39,6 +55,8 @@ def train(invocation: Invocation) -> None:
     run_url = storage.normalise(arguments.run) if arguments.run else new_run_url("train")
     manifest = read_manifest(store_url)
     check_run(config, manifest, run_url, num_workers=config.cluster.num_workers)
+    for num_workers in range(config.cluster.fewest_workers, config.cluster.num_workers):
+        check_batch_size(config.train.batch_size, config.train.micro_batch_size, num_workers)
     storage.write_text(storage.join(run_url, "config.json"), config.to_json())
     with ray_session(show_logs=arguments.debug):
         index = train_run(config, manifest, store_url, run_url)
@@ -47,7 +65,11 @@ def train(invocation: Invocation) -> None:
 
 def train_run(config: Config, manifest: Manifest, store_url: str, run_url: str) -> CheckpointIndex:
     """Train in the Ray session that is open; follow it on the screen and in W&B."""
-    wait_for_resources(config.cluster, config.cluster.num_workers)
+    cluster = settle_devices(config.cluster)
+    wanted = worker_resources(cluster)
+    nodes = wait_for_workers(
+        cluster, wanted, timeout_s=start_timeout_s(cluster, cluster.fewest_workers)
+    )
     tracker = open_tracker(
         config.tracking,
         run_dir=tracking_folder(run_url),
@@ -60,10 +82,26 @@ def train_run(config: Config, manifest: Manifest, store_url: str, run_url: str) 
             "data_warning": manifest.audit.warning,
         },
     )
-    messages = Queue(actor_options={"num_cpus": 0})
+    # On this node, whose loss ends the job anyway.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    messages = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+    board = Board()
+
+    def attempt(num_workers: int, nodes: Sequence[Node]) -> object:
+        fixed = cluster.model_copy(update={"num_workers": num_workers})
+        trainer = build_trainer(
+            config, store_url, run_url, messages, cluster=fixed, board=board, nodes=nodes
+        )
+        return trainer.fit().return_value
+
+    recovery = Recovery(cluster, wanted, run_url, board, attempt, messages.put)
     try:
-        training = _start(build_trainer(config, store_url, run_url, messages))
-        Follower(messages, tracker, epochs=config.train.epochs).follow(training)
+        training = _start(lambda: recovery.run(nodes))
+        try:
+            Follower(messages, tracker, epochs=config.train.epochs).follow(training)
+        except KeyboardInterrupt:
+            _leave(recovery, training)
+            raise
     finally:
         messages.shutdown(force=True)
         close_tracker(tracker, run_url)
@@ -76,9 +114,23 @@ def build_trainer(
     run_url: str,
     messages: Queue | None,
     callbacks: Sequence[Any] = (),
+    *,
+    cluster: ClusterConfig | None = None,
+    board: Board | None = None,
+    nodes: Sequence[Node] = (),
 ) -> TorchTrainer:
-    """A TorchTrainer whose every worker runs `fit` as one DDP rank."""
-    num_workers = config.cluster.num_workers
+    """A TorchTrainer whose every worker runs `fit` as one DDP rank, on `nodes` if there are any.
+
+    `cluster` says how many there are and what each gets, where that is not what the configuration
+    says, which a checkpoint keeps. With a board, workers stop when it says so, and the first
+    failure ends the trainer's `fit`: `Recovery` deals with it.
+    """
+    cluster = cluster or config.cluster
+    failures = (
+        FailureConfig(max_failures=cluster.max_failures)
+        if board is None
+        else FailureConfig(max_failures=0, controller_failure_limit=0)
+    )
     return TorchTrainer(
         _train_worker,
         train_loop_config={
@@ -86,34 +138,47 @@ def build_trainer(
             "store_url": store_url,
             "run_url": run_url,
             "messages": messages,
+            "board": board,
         },
         torch_config=TorchConfig(timeout_s=PROCESS_GROUP_TIMEOUT_S),
         scaling_config=ScalingConfig(
-            num_workers=num_workers,
-            use_gpu=uses_gpu(config.cluster),
-            resources_per_worker=worker_resources(config.cluster),
+            num_workers=cluster.num_workers,
+            use_gpu=uses_gpu(cluster),
+            resources_per_worker=worker_resources(cluster),
+            label_selector=(
+                {"ray.io/node-id": f"in({','.join(node.id for node in nodes)})"} if nodes else None
+            ),
         ),
         run_config=RunConfig(
             name="ray",
             storage_path=run_url,
-            failure_config=FailureConfig(max_failures=config.cluster.max_failures),
+            failure_config=failures,
             callbacks=list(callbacks),
         ),
     )
 
 
-def _start(trainer: TorchTrainer) -> Future[Any]:
+def _start(run: Callable[[], None]) -> Future[None]:
     """Begin training in a thread: in the main one Ray Train would take Ctrl-C for itself."""
-    training: Future[Any] = Future()
+    training: Future[None] = Future()
 
-    def fit_all() -> None:
+    def run_all() -> None:
         try:
-            training.set_result(trainer.fit())
+            run()
         except BaseException as error:  # handed to whoever asks the future
             training.set_exception(error)
+        else:
+            training.set_result(None)
 
-    threading.Thread(target=fit_all, name="training", daemon=True).start()
+    threading.Thread(target=run_all, name="training", daemon=True).start()
     return training
+
+
+def _leave(recovery: Recovery, training: Future[None]) -> None:
+    """Ctrl-C, or a scheduler's SIGTERM: have a checkpoint written, but not at any price."""
+    say("train: interrupted; writing a checkpoint (once more leaves without)")
+    recovery.leave()
+    wait([training], timeout=LEAVE_TIMEOUT_S)
 
 
 def report_training(index: CheckpointIndex, run_url: str, store_url: str) -> None:
@@ -144,8 +209,8 @@ def close_tracker(tracker: Tracker, run_url: str) -> None:
     say(f"W&B: not (all) sent; its files are in {kept_url}: fetch them, then `wandb sync` them")
 
 
-def _train_worker(settings: dict[str, Any]) -> None:
-    """What each Ray Train worker runs."""
+def _train_worker(settings: dict[str, Any]) -> str | None:
+    """What each Ray Train worker runs; STOPPED when it was told to stop."""
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     context = ray.train.get_context()
     world = World(
@@ -153,14 +218,22 @@ def _train_worker(settings: dict[str, Any]) -> None:
     )
     config = Config.model_validate(settings["config"])
     torch.set_num_threads(config.cluster.cpus_per_worker)
-    fit(
-        config,
-        store_url=settings["store_url"],
-        run_url=settings["run_url"],
-        world=world,
-        device=ray.train.torch.get_device(),
-        hooks=worker_hooks(settings["messages"], world, epochs=config.train.epochs),
-    )
+    hooks = worker_hooks(settings["messages"], world, epochs=config.train.epochs)
+    board: Board | None = settings["board"]
+    if board is not None:
+        hooks = replace(hooks, should_stop=board.listen(world.rank).is_set)
+    try:
+        fit(
+            config,
+            store_url=settings["store_url"],
+            run_url=settings["run_url"],
+            world=world,
+            device=ray.train.torch.get_device(),
+            hooks=hooks,
+        )
+    except PreemptedError:
+        return STOPPED
+    return None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

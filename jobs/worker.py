@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
+import psutil
 import ray
+import ray.util
 
 
 def know_cluster() -> None:
-    """Name this worker's own cluster to all that looks for one.
+    """Name this worker's own cluster and network to all that looks for them.
 
     Ray's State API looks at the machine instead, and gives up where it finds two clusters. Train's
     cleaner asks it whether a run has ended: without an answer it never gives back the resources of
     a trial that was stopped, and the next trial waits for ever.
+
+    gloo and NCCL look at the host's name, which on many machines (Debian's, most containers without
+    DNS) means the loopback: ranks on two nodes then never find each other.
     """
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    interface = find_interface(ray.util.get_node_ip_address())
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+
+
+def find_interface(address: str) -> str | None:
+    """The network interface that has the IP address, or None."""
+    interfaces: dict[str, list[Any]] = psutil.net_if_addrs()
+    for name, addresses in interfaces.items():
+        if any(each.address.split("%")[0] == address for each in addresses):
+            return name
+    return None

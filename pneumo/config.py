@@ -287,6 +287,9 @@ class ClusterConfig(Section):
 
     num_workers: PositiveInt = 1
     """Workers that train or score; each is one DDP rank."""
+    min_workers: PositiveInt | None = None
+    """Training starts, and goes on after a loss, with this many, and grows back to `num_workers`;
+    none: always `num_workers`."""
     use_gpu: bool | Literal["auto"] = "auto"
     """One GPU a worker; auto: when the cluster has any."""
     cpus_per_worker: PositiveInt = 1
@@ -294,7 +297,21 @@ class ClusterConfig(Section):
     max_failures: Annotated[int, Field(ge=-1)] = 3
     """Worker failures that a run survives by going on from its last checkpoint; -1: any number."""
     start_timeout_s: PositiveFloat = 120.0
-    """How long to wait for the workers' resources before giving up."""
+    """How long to wait for the workers' resources before giving up; a run that has begun waits as
+    long as it takes."""
+
+    @property
+    def fewest_workers(self) -> int:
+        """Workers that training cannot do without."""
+        return self.num_workers if self.min_workers is None else self.min_workers
+
+    @model_validator(mode="after")
+    def _fewest_are_not_more(self) -> Self:
+        if self.fewest_workers > self.num_workers:
+            raise ValueError(
+                f"min_workers {self.min_workers} is more than num_workers {self.num_workers}"
+            )
+        return self
 
 
 class TrackingConfig(Section):
@@ -449,10 +466,13 @@ def parse_command_line(
         layers.insert(0, (f"recipe {recipe}", read_recipe(str(recipe))))
     arguments = {k: v for k, v in flags.items() if k in spec.arguments.model_fields}
     layers[-1] = (layers[-1][0], {k: v for k, v in flags.items() if k not in arguments})
+    config = _validate(Config, layers)
+    if job != "train" and config.cluster.min_workers is not None:
+        raise ConfigError(f"cluster.min_workers: {job} is not elastic, only train is; leave it out")
     return Invocation(
         job=job,
         arguments=_validate(spec.arguments, [("the command line", arguments)]),
-        config=_validate(Config, layers),
+        config=config,
     )
 
 

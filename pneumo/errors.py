@@ -12,7 +12,7 @@
     ├── DicomError                one file cannot be used; ends in quarantine, not on the screen
     ├── CheckpointError           a checkpoint that cannot be read
     ├── DivergedError             the loss is no longer a number
-    ├── PreemptedError            exit 143: asked to leave; all that was trained is in a checkpoint
+    ├── PreemptedError            exit 130: told to stop; all that was trained is in a checkpoint
     ├── ClusterError              the cluster does not give what the job asks for
     ├── MetricError               a metric that is undefined for this input
     └── StorageError              the object store did not answer within the time allowed
@@ -77,9 +77,9 @@ class DivergedError(PneumoError):
 
 
 class PreemptedError(PneumoError):
-    """Training was asked to leave and did, after a checkpoint: the same command goes on from it."""
+    """Training was told to stop and did, after a checkpoint: the same command goes on from it."""
 
-    exit_code: ClassVar[int] = 143
+    exit_code: ClassVar[int] = 130
 
 
 class ClusterError(PneumoError):

@@ -50,6 +50,18 @@ def test_a_finished_run_is_left_alone(
             ["--train.batch-size", "16", "--cluster.num-workers", "2"],
             "train.batch_size: 16 is 1 micro-batches of 16, too few for 2 workers",
         ),
+        (
+            [
+                "--train.batch-size",
+                "16",
+                "--cluster.num-workers",
+                "4",
+                "--cluster.min-workers",
+                "2",
+            ],
+            "train.batch_size: 16 does not divide into 3",
+        ),
+        (["--cluster.min-workers", "2"], "min_workers 2 is more than num_workers 1"),
         (["--train.lr", "-1"], "train.lr: got '-1'"),
         (["--train.lrr", "1"], "unknown setting --train.lrr"),
     ],

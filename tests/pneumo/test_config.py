@@ -154,6 +154,7 @@ def test_every_setting_has_a_meaning(model: type[Section]) -> None:
         ("evaluate.sensitivity", 1.1),
         ("evaluate.bootstrap_resamples", 99),
         ("cluster.num_workers", 0),
+        ("cluster.min_workers", 0),
         ("cluster.use_gpu", "maybe"),
         ("cluster.max_failures", -2),
         ("cluster.start_timeout_s", float("inf")),
@@ -189,6 +190,13 @@ def test_settings_that_contradict_each_other_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         override(Config(), values)
+
+
+@pytest.mark.parametrize("job", ["prepare", "tune", "evaluate"])
+def test_only_training_is_elastic(job: str) -> None:
+    environ = {"PNEUMO_CLUSTER__NUM_WORKERS": "2", "PNEUMO_CLUSTER__MIN_WORKERS": "1"}
+    with pytest.raises(ConfigError, match=rf"cluster\.min_workers: {job} is not elastic"):
+        parse_command_line(job, NEEDED[job], environ)
 
 
 def test_a_literal_lists_what_is_allowed() -> None:

@@ -1,0 +1,94 @@
+"""How the driver tells workers to stop: a notice board on the driver's node that they listen to.
+
+Listening is one pending call a worker; steps cost nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import ray
+import ray.exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+Order = Literal["stop", "abandon"]
+"""stop: write a checkpoint and return. abandon: end the process, as its peers are out of reach."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A worker that listens."""
+
+    rank: int
+    node_id: str
+    address: str
+
+
+class _Board:
+    """The actor behind `Board`."""
+
+    def __init__(self) -> None:
+        self.members: dict[int, Member] = {}
+        self.order: Order = "stop"
+        self.posted = asyncio.Event()
+
+    async def listen(self, member: Member) -> Order:
+        self.members[member.rank] = member
+        await self.posted.wait()
+        return self.order
+
+    async def post(self, order: Order) -> None:
+        self.order = order
+        self.posted.set()
+
+    async def clear(self) -> None:
+        self.members = {}
+        self.posted = asyncio.Event()  # who waits for the old one is of a group that has ended
+
+    async def list_members(self) -> list[Member]:
+        return list(self.members.values())
+
+
+class Board:
+    """A handle that can be sent to workers."""
+
+    def __init__(self) -> None:
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        actor = ray.remote(num_cpus=0)(_Board)
+        self.actor: Any = actor.options(scheduling_strategy=here).remote()
+
+    def post(self, order: Order) -> None:
+        """Every worker that listens hears it; so does one that begins to, until `clear`."""
+        ray.get(self.actor.post.remote(order))
+
+    def clear(self) -> None:
+        """Forget the order and the members, before a new group of workers starts."""
+        ray.get(self.actor.clear.remote())
+
+    def members(self) -> list[Member]:
+        """The workers that have begun to listen since `clear`."""
+        members: list[Member] = ray.get(self.actor.list_members.remote())
+        return members
+
+    def listen(self, rank: int) -> threading.Event:
+        """In a worker: an event that is set when it should stop."""
+        member = Member(
+            rank, ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
+        )
+        heard = threading.Event()
+
+        def wait() -> None:
+            try:
+                order = ray.get(self.actor.listen.remote(member))
+            except ray.exceptions.RayError:  # the driver is gone, and Ray ends its workers
+                return
+            if order == "abandon":
+                os._exit(1)
+            heard.set()
+
+        threading.Thread(target=wait, name="notice-board", daemon=True).start()
+        return heard

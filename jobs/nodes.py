@@ -1,0 +1,86 @@
+"""Which of the cluster's nodes can take workers now."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import ray
+from ray._private.state import available_resources_per_node
+from ray._private.state import state as _cluster_state
+from ray.autoscaler.sdk import request_resources
+
+_ANSWER_TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True)
+class Node:
+    """One that Ray counts as alive."""
+
+    id: str
+    address: str
+    port: int
+    """Where its raylet listens."""
+    free: Mapping[str, float]
+    """Resources that nobody has reserved."""
+    draining: bool
+    """Whether it has been announced that it will be taken away."""
+
+    def fits(self, wanted: Mapping[str, float]) -> int:
+        """How many workers of these resources could start on it."""
+        return min(int(self.free.get(name, 0.0) // each) for name, each in wanted.items() if each)
+
+
+def list_nodes() -> list[Node]:
+    """The nodes of the cluster that the process is connected to."""
+    free = available_resources_per_node()
+    draining: Mapping[str, int] = _cluster_state.get_draining_nodes()
+    return [
+        Node(
+            id=node["NodeID"],
+            address=node["NodeManagerAddress"],
+            port=node["NodeManagerPort"],
+            free=free.get(node["NodeID"], {}),
+            draining=node["NodeID"] in draining,
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def usable_nodes(wanted: Mapping[str, float], avoid: Collection[str] = ()) -> list[Node]:
+    """Nodes that have room for a worker, will stay, and answer; none of the addresses in
+    `avoid`."""
+    hopeful = [
+        node
+        for node in list_nodes()
+        if not node.draining and node.address not in avoid and node.fits(wanted)
+    ]
+    silent = silent_addresses(hopeful)
+    return [node for node in hopeful if node.address not in silent]
+
+
+def request_room(wanted: Mapping[str, float], num_workers: int) -> None:
+    """Ask an autoscaler, if the cluster has one, for room for so many workers in all; 0 takes the
+    request back. A training that starts replaces it by its own."""
+    request_resources(bundles=[dict(wanted)] * num_workers)
+
+
+def silent_addresses(nodes: Sequence[Node]) -> set[str]:
+    """Addresses of the nodes that take no connection.
+
+    Ray learns that a node is gone from its health checks, 15 to 60 s later; its port tells at once.
+    """
+    with ThreadPoolExecutor(max_workers=32) as pool:
+        answers = pool.map(_answers, nodes)
+        return {node.address for node, answer in zip(nodes, answers, strict=True) if not answer}
+
+
+def _answers(node: Node) -> bool:
+    try:
+        socket.create_connection((node.address, node.port), timeout=_ANSWER_TIMEOUT_S).close()
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,180 @@
+"""One Ray cluster of machines made of namespaces, for all tests of this folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pneumo.shards import read_manifest
+from pneumo.synthetic import write_phantoms
+from tests.multinode.faults import (
+    BATCH_SIZE,
+    EPOCHS,
+    TRAINING,
+    Cost,
+    format_table,
+    read_losses,
+)
+from tests.multinode.namespaces import Machine, Network, why_not
+from tests.multinode.ray_cluster import RayCluster
+
+_COSTS = pytest.StashKey[list[Cost]]()
+RUN_TIMEOUT_S = 240.0
+BUCKET = "runs"
+_S3_PORT = 5000
+_S3_KEYS = {
+    "AWS_ACCESS_KEY_ID": "tests",
+    "AWS_SECRET_ACCESS_KEY": "only-in-namespaces",
+    "AWS_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where the tests happen."""
+
+    cluster: RayCluster
+    store: Path
+    source: Path
+    object_store: Machine
+    """Runs an S3 server, and no Ray."""
+    small_disk: Path
+    """A folder that all machines see, on a file system too small for a run."""
+
+    def train(self, run: Path | str, *flags: str, epochs: int = EPOCHS) -> tuple[str, ...]:
+        """The command that trains in `run`."""
+        places = ("--store", str(self.store), "--run", str(run))
+        return ("jobs.train", *places, *TRAINING, "--train.epochs", str(epochs), *flags)
+
+    def fetch(self, key: str) -> str:
+        """The text of an object in the bucket."""
+        url = f"s3://{BUCKET}/{key}"
+        read = f"from pneumo import storage; print(storage.read_text('{url}'))"
+        endpoint = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{_S3_PORT}"}
+        reader = self.object_store.start(
+            sys.executable, "-c", read, environ={**_S3_KEYS, **endpoint}, stdout=subprocess.PIPE
+        )
+        text = reader.communicate(timeout=30)[0].decode()
+        assert reader.returncode == 0, key
+        return text
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """The run that all others are compared with."""
+
+    losses: list[float]
+    step_s: float
+    """What a step takes."""
+    steps_per_epoch: int
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_COSTS] = []
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    costs = terminalreporter.config.stash[_COSTS]
+    if costs:
+        terminalreporter.section("faults during a training of two workers")
+        for line in format_table(costs):
+            terminalreporter.write_line(line)
+
+
+@pytest.fixture(scope="session")
+def small_disk() -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp(prefix="pn-small-"))
+    mount = ["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", str(path)]
+    if why_not() is None:
+        subprocess.run(mount, check=True)
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "--lazy", str(path)], check=False, capture_output=True)
+        path.rmdir()
+
+
+@pytest.fixture(scope="session")
+def site(small_disk: Path) -> Iterator[Site]:
+    """A head, two workers and a machine with an object store; a store prepared by the cluster."""
+    if reason := why_not():
+        pytest.skip(f"no machines of namespaces: {reason}")
+    folder = Path(tempfile.mkdtemp(prefix="pn", dir="/tmp"))  # sockets below it: a short path
+    source, store = folder / "phantoms", folder / "store"
+    write_phantoms(source, num_studies=180, seed=3)
+    (source / ".pneumo").mkdir()
+    (source / ".pneumo" / "hash_key").write_text("the same split every time")
+    try:
+        with Network(folder) as network:
+            object_store = network.add_machine("object-store")
+            endpoint = _start_s3(object_store, folder / "s3.log")
+            cluster = RayCluster(network, AWS_ENDPOINT_URL=endpoint, **_S3_KEYS)
+            cluster.add_workers(2)
+            prepare = ("--prepare.image-size", "64")
+            command = ("jobs.prepare", "--source", str(source), "--store", str(store), *prepare)
+            with cluster.driver(*command) as driver:
+                assert driver.wait(timeout_s=RUN_TIMEOUT_S) == 0, driver.said
+            yield Site(cluster, store, source, object_store, small_disk)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def two_workers(site: Site) -> Site:
+    """The site with exactly two machines to train on, whatever the last test did to them."""
+    while len(site.cluster.workers) > 2:
+        site.cluster.workers[-1].kill()
+    site.cluster.add_workers(2 - len(site.cluster.workers))
+    return site
+
+
+@pytest.fixture(scope="session")
+def undisturbed(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    with site.cluster.driver(*site.train(run, "--cluster.num-workers", "2")) as driver:
+        assert driver.wait(timeout_s=RUN_TIMEOUT_S) == 0, driver.said
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    fastest = max(row["images_per_s"] for row in rows)
+    steps_per_epoch = read_manifest(str(site.store)).splits["train"].samples // BATCH_SIZE
+    return Undisturbed(read_losses(run), BATCH_SIZE / fastest, steps_per_epoch)
+
+
+@pytest.fixture
+def table(request: pytest.FixtureRequest) -> list[Cost]:
+    """Where a test puts what its fault cost."""
+    return request.config.stash[_COSTS]
+
+
+def _start_s3(machine: Machine, log: Path) -> str:
+    """An S3 server (moto's) with an empty bucket; its endpoint."""
+    endpoint = f"http://{machine.address}:{_S3_PORT}"
+    environ = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", **_S3_KEYS}
+    with log.open("wb") as out:
+        machine.start(
+            *(sys.executable, "-m", "moto.server", "--host", "0.0.0.0", "--port", str(_S3_PORT)),
+            environ=environ,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
+    make = (
+        "import urllib.request as r; "
+        f"r.urlopen(r.Request('{endpoint}/{BUCKET}', method='PUT'), timeout=5)"
+    )
+    deadline_s = time.monotonic() + 60
+    while machine.start(
+        sys.executable, "-c", make, environ=environ, stderr=subprocess.DEVNULL
+    ).wait():
+        if time.monotonic() > deadline_s:
+            raise RuntimeError(f"no S3 server:\n{log.read_text()}")
+        time.sleep(0.5)
+    return endpoint

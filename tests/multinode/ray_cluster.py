@@ -1,0 +1,184 @@
+"""Ray on machines of namespaces, and `python -m jobs.…` as a driver on the head's machine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.multinode.namespaces import Machine, Network, end_process
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+_RAY = (sys.executable, "-m", "ray.scripts.scripts")
+_GCS_PORT = 6379
+_OBJECT_STORE_BYTES = 80 * 2**20
+_START_TIMEOUT_S = 90.0
+
+HEALTH_CHECKS = {
+    "RAY_health_check_initial_delay_ms": "2000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "3000",
+    "RAY_health_check_failure_threshold": "5",
+}
+"""A silent node is declared dead after some 20 s instead of 60. Read by the head when it starts; a
+job cannot set them."""
+
+
+class RayCluster:
+    """A head without CPUs and workers of one CPU each, behind token authentication."""
+
+    def __init__(self, network: Network, **environ: str) -> None:
+        self.network = network
+        own = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "AWS_", "PNEUMO_"))}
+        self.environ = {
+            **own,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{own.get('PATH', '')}",
+            "HOME": str(network.folder),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(16),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "OMP_NUM_THREADS": "1",
+            "WANDB_MODE": "disabled",
+            **HEALTH_CHECKS,
+            **environ,
+        }
+        self.head: Machine
+        self._start_node("head")
+
+    @property
+    def workers(self) -> list[Machine]:
+        """The machines with a CPU that have not been killed."""
+        return [m for m in self.network.machines if m.name.startswith("worker") and m.runs]
+
+    def add_workers(self, number: int) -> None:
+        """Power on this many machines of one CPU, at once, and return when they have joined."""
+        names = [f"worker-{len(self.network.machines) + i}" for i in range(number)]
+        waits = [self._start_node(name, wait=False) for name in names]
+        for machine in waits:
+            self._wait(machine)
+
+    def drain(self, machine: Machine, *, deadline_s: int) -> None:
+        """Announce that the machine will be taken away, as an autoscaler of spot nodes does."""
+        (raylet,) = machine.processes("raylet/raylet")
+        (node_id,) = re.findall(r"--node_id=(\w+)", " ".join(raylet.cmdline()))
+        process = self.head.start(
+            *(*_RAY, "drain-node", f"--address={self._gcs}", f"--node-id={node_id}"),
+            *("--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot"),
+            f"--deadline-remaining-seconds={deadline_s}",
+            environ=self.environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        said = process.communicate(timeout=60)[0].decode()
+        if process.returncode:
+            raise RuntimeError(f"ray drain-node: exit {process.returncode}:\n{said}")
+
+    @contextlib.contextmanager
+    def driver(self, *arguments: str, **environ: str) -> Iterator[Driver]:
+        """`python -m arguments` beside the head; killed at the end if it still runs."""
+        guardian = self.head.start(
+            *(sys.executable, "-u", "-m", *arguments),
+            environ={**self.environ, "RAY_ADDRESS": self._gcs, **environ},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            cwd=CHECKOUT,
+        )
+        driver = Driver(guardian)
+        try:
+            yield driver
+        finally:
+            driver.signal(signal.SIGKILL)
+            driver.wait(timeout_s=20)
+
+    @property
+    def _gcs(self) -> str:
+        return f"{self.head.address}:{_GCS_PORT}"
+
+    def _start_node(self, name: str, *, wait: bool = True) -> Machine:
+        machine = self.network.add_machine(name)
+        if name == "head":
+            self.head = machine
+        role = (
+            ["--head", f"--port={_GCS_PORT}", f"--temp-dir={machine.disk}", "--num-cpus=0"]
+            if name == "head"
+            else [f"--address={self._gcs}", "--num-cpus=1"]
+        )
+        with self._log(machine).open("wb") as log:
+            machine.start(
+                *(*_RAY, "start", "--block", "--disable-usage-stats", "--num-gpus=0", *role),
+                f"--node-ip-address={machine.address}",
+                f"--object-store-memory={_OBJECT_STORE_BYTES}",
+                environ=self.environ,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=CHECKOUT,
+            )
+        if wait:
+            self._wait(machine)
+        return machine
+
+    def _wait(self, machine: Machine) -> None:
+        deadline_s = time.monotonic() + _START_TIMEOUT_S
+        while "Ray runtime started" not in (said := self._log(machine).read_text()):
+            if time.monotonic() > deadline_s or "rror" in said:
+                raise RuntimeError(f"Ray did not start on {machine.name}:\n{said}")
+            time.sleep(0.1)
+
+    def _log(self, machine: Machine) -> Path:
+        return self.network.folder / f"{machine.name}.log"
+
+
+class Driver:
+    """A job that runs; what it says is kept with the second it was said."""
+
+    def __init__(self, guardian: subprocess.Popen[bytes]) -> None:
+        self.guardian = guardian
+        self.started_s = time.monotonic()
+        self.lines: list[tuple[float, str]] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def wait_for_line(self, pattern: str, *, timeout_s: float, after: int = 0) -> float:
+        """When, by time.monotonic, the first line that holds the pattern came, among those after
+        the first `after`. Raises RuntimeError when the job ends or the time passes without one."""
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            ended = not self._reader.is_alive()
+            for when_s, line in self.lines[after:]:
+                if re.search(pattern, line):
+                    return when_s
+            if ended or time.monotonic() > deadline_s:
+                raise RuntimeError(f"no line with {pattern!r} in:\n{self.said}")
+            time.sleep(0.02)
+
+    def wait(self, *, timeout_s: float) -> int:
+        """Its exit code; of a signal, the negative number."""
+        try:
+            code = self.guardian.wait(timeout=timeout_s)
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeError(f"still running after {timeout_s} s:\n{self.said}") from error
+        self._reader.join(timeout=10)
+        return code
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        if self.guardian.poll() is None:
+            end_process(self.guardian, number)
+
+    @property
+    def said(self) -> str:
+        """All lines, with the seconds since the start."""
+        return "\n".join(f"{when - self.started_s:6.1f} {line}" for when, line in list(self.lines))
+
+    def _read(self) -> None:
+        assert self.guardian.stdout is not None
+        for line in self.guardian.stdout:
+            self.lines.append((time.monotonic(), line.decode(errors="replace").rstrip()))
