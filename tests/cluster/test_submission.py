@@ -33,11 +33,19 @@ def test_the_entrypoint_means_the_same_on_the_cluster() -> None:
 
 @pytest.mark.parametrize("job", JOBS)
 def test_every_job_has_a_place_that_it_writes(job: str) -> None:
-    flags = {"source": "/in", "store": "/store", "run": "/runs/1"}
+    flags = {"source": "/in", "store": "/store", "run": "/runs/1", "output": "/out"}
     fields = JOBS[job].arguments.model_fields
     command = " ".join(f"--{name} {value}" for name, value in flags.items() if name in fields)
     submission = _plan(f"{job} {command}")
-    assert submission.target == ("/store" if job == "prepare" else "/runs/1")
+    assert submission.target == {"prepare": "/store", "predict": "/out"}.get(job, "/runs/1")
+    given = [url for name, url in flags.items() if name in fields]
+    assert sorted(submission.places) == sorted(given)
+    python, dash_m, module, *checks = shlex.split(submission.preflight)
+    assert (python, dash_m, module) == ("python", "-m", "jobs.preflight")
+    pairs = dict(zip(checks[1::2], checks[::2], strict=True))
+    assert pairs == {
+        url: "--writes" if url == submission.target else "--reads" for url in submission.places
+    }
 
 
 def test_local_places_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
