@@ -159,12 +159,13 @@ def _take_down(target: Target, confirmed: bool) -> int:
 def _connect(options: argparse.Namespace) -> Target:
     """The target that the options name; imported here, since a wrong setting needs none."""
     if options.target == "k8s":
-        from cluster import kubernetes_jobs
+        from cluster import kubernetes_jobs, overlays
 
+        submits = options.command == "submit"
         return kubernetes_jobs.connect(
             context=getattr(options, "context", None),
             namespace=getattr(options, "namespace", None),
-            overlay=getattr(options, "overlay", None),
+            overlay=overlays.find_overlay(getattr(options, "overlay", None)) if submits else None,
             image=getattr(options, "image", None),
             workers=getattr(options, "workers", None),
         )

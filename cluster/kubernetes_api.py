@@ -180,14 +180,18 @@ class Api:
     def _stream(self, path: str, query: Mapping[str, str], silence_s: float) -> Iterator[str]:
         """The lines of an answer as they come."""
         rest = b""
+        response = None
         try:
             response = self._send("GET", path, query, None, silence_s)
-            for chunk in response.stream(2**16, decode_content=True):
+            while chunk := response.read1(2**16):
                 *lines, rest = (rest + chunk).split(b"\n")
                 for line in lines:
                     yield line.decode(errors="replace")
         except (ApiException, urllib3.exceptions.HTTPError) as error:
             self._refuse(error, "GET")
+        finally:
+            if response is not None:
+                response.close()
         if rest:
             yield rest.decode(errors="replace")
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from pathlib import Path
 
 from cluster import overlays, rayjob, troubles
 from cluster.kubernetes_api import (
@@ -46,7 +47,7 @@ class KubernetesTarget:
     """A namespace with KubeRay, as a `Target`."""
 
     api: Api
-    overlay: str | None = None
+    overlay: Path | None = None
     image: str | None = None
     workers: int | None = None
     patience_s: float = PATIENCE_S
@@ -56,7 +57,7 @@ class KubernetesTarget:
         return f"--target k8s --context {self.api.context} --namespace {self.api.namespace}"
 
     def submit(self, submission: Submission, note: Write) -> Started:
-        folder = overlays.find_overlay(self.overlay)
+        folder = self.overlay or overlays.find_overlay(None)
         documents = overlays.render(folder)
         # Built before the cluster is asked: what does not fit needs none to be seen.
         job = self._build(documents, submission, submission.id)
@@ -142,7 +143,7 @@ def connect(
     *,
     context: str | None,
     namespace: str | None,
-    overlay: str | None,
+    overlay: Path | None,
     image: str | None,
     workers: int | None,
 ) -> KubernetesTarget:

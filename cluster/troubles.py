@@ -93,7 +93,7 @@ def _of_scheduling(name: str, status: Mapping[str, Any]) -> Iterator[Trouble]:
 
 def _scheduling(message: str) -> str:
     """Which resource or rule keeps a pod off the nodes, and what to do."""
-    lacking = sorted(set(re.findall(r"Insufficient ([\w./-]+)", message)))
+    lacking = sorted(set(re.findall(r"Insufficient ([\w./-]*\w)", message)))
     if lacking:
         return (
             f"not enough {', '.join(lacking)} ({message}); a node may be on its way, else lower "
