@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -111,18 +111,15 @@ class Api:
 
     def stream_log(
         self, pod: str, container: str, *, since: str, follow: bool, silence_s: float
-    ) -> Iterator[str]:
+    ) -> Generator[str]:
         """The lines of a container's log, each after its time, from the second of `since` on.
 
-        Ends with the log, or quietly when the connection breaks or says nothing for `silence_s`.
+        Raises OutOfReachError when the connection breaks, or says nothing for `silence_s`.
         """
         query = {"container": container, "timestamps": "true", "follow": str(follow).lower()}
         if since:
             query["sinceTime"] = since
-        try:
-            yield from self._stream(f"{self._core('pods')}/{pod}/log", query, silence_s)
-        except (ExpiredError, OutOfReachError, MissingError):
-            return
+        yield from self._stream(f"{self._core('pods')}/{pod}/log", query, silence_s)
 
     def missing_rights(self) -> list[str]:
         """What of `NEEDS` the person may not do here, in words; empty where nobody can tell."""
@@ -177,7 +174,7 @@ class Api:
             else:
                 return answer
 
-    def _stream(self, path: str, query: Mapping[str, str], silence_s: float) -> Iterator[str]:
+    def _stream(self, path: str, query: Mapping[str, str], silence_s: float) -> Generator[str]:
         """The lines of an answer as they come."""
         rest = b""
         response = None

@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Literal
 
 from cluster import overlays, rayjob, troubles
 from cluster.kubernetes_api import (
     AlreadyThereError,
     Api,
+    ExpiredError,
     MissingError,
     OutOfReachError,
     lacking,
@@ -34,6 +36,8 @@ PATIENCE_S = 600.0
 """How long an API server that was there may be out of reach while a job is followed."""
 CANCEL_TIMEOUT_S = 120.0
 SUBMITTER = "ray-job-submitter"
+_WHOLE_LOG_S = 60.0
+_TRIES = 10
 
 _ENDED: dict[str, Phase] = {
     "Complete": "succeeded",
@@ -96,7 +100,7 @@ class KubernetesTarget:
         lines: list[str] = []
         for pod in submitters(pods)[-1:]:
             cursor = LogCursor(lines.append)
-            cursor.read(self.api, pod["metadata"]["name"], follow=False, limit_s=60.0)
+            cursor.read_all(self.api, pod["metadata"]["name"])
         return "".join(lines)
 
     def cancel(self, job_id: str) -> JobState:
@@ -190,6 +194,9 @@ def submitters(pods: Sequence[Document]) -> list[Document]:
     return sorted(begun, key=lambda pod: str(pod["metadata"]["creationTimestamp"]))
 
 
+Left = Literal["ended", "going on", "broken"]
+
+
 @dataclass
 class LogCursor:
     """How far a container's log has been written; a stream that is taken up again repeats some."""
@@ -199,26 +206,43 @@ class LogCursor:
     at_last: int = 0
     """Lines written of the time `last`."""
 
-    def read(self, api: Api, pod: str, *, follow: bool, limit_s: float) -> None:
-        """Write what is new, for at most about `limit_s`."""
-        stop_s = time.monotonic() + limit_s
+    def read(self, api: Api, pod: str, *, follow: bool, limit_s: float) -> Left:
+        """Write what is new, for at most about `limit_s`; how that ended."""
+        start_s = time.monotonic()
         since = f"{self.last[:19]}Z" if self.last else ""
         repeated = 0
-        for line in api.stream_log(pod, SUBMITTER, since=since, follow=follow, silence_s=limit_s):
-            moment, _, text = line.partition(" ")
-            moment = _sortable(moment)
-            if moment < self.last:
-                continue
-            if moment == self.last:
-                repeated += 1
-                if repeated <= self.at_last:
-                    continue
-                self.at_last = repeated
-            else:
-                self.last, self.at_last, repeated = moment, 1, 1
-            self.write(f"{text}\n")
-            if time.monotonic() > stop_s:
+        lines = api.stream_log(pod, SUBMITTER, since=since, follow=follow, silence_s=limit_s)
+        try:
+            for line in lines:
+                moment, _, text = line.partition(" ")
+                repeated = self._take(_sortable(moment), text, repeated)
+                if time.monotonic() - start_s > limit_s:
+                    return "going on"
+        except MissingError:
+            return "ended"
+        except (ExpiredError, OutOfReachError):
+            return "going on" if time.monotonic() - start_s >= limit_s else "broken"
+        finally:
+            lines.close()
+        return "ended"
+
+    def read_all(self, api: Api, pod: str) -> None:
+        """Write what is new of a log that has ended, if need be in several pieces."""
+        for _ in range(_TRIES):
+            if self.read(api, pod, follow=False, limit_s=_WHOLE_LOG_S) == "ended":
                 return
+            time.sleep(1.0)
+
+    def _take(self, moment: str, text: str, repeated: int) -> int:
+        """Write a line unless it was written; how many lines of the time `last` there were."""
+        if moment < self.last:
+            return repeated
+        if moment > self.last:
+            self.last, self.at_last, repeated = moment, 0, 0
+        if repeated == self.at_last:
+            self.write(f"{text}\n")
+            self.at_last += 1
+        return repeated + 1
 
 
 class _Following:
@@ -253,16 +277,22 @@ class _Following:
         self.seen, self.lost_at_s = True, None
         state = to_state(job, found)
         self._tell(state, found)
+        pod = self._submitter(pods)
         if state.has_ended:
-            self._read(pods, follow=False)
+            if pod:
+                self.cursor.read_all(self.target.api, pod)
             return state
-        given_up = self._give_up(job, state, found)
+        given_up = self._give_up(job, state, found, pod)
         if given_up is not None:
-            self._read(pods, follow=False)
             return given_up
-        if not self._read(pods, follow=True):
+        left: Left = "ended"
+        if pod:
+            left = self.cursor.read(self.target.api, pod, follow=True, limit_s=ROUND_S)
+        if left == "ended":
             version = job["metadata"]["resourceVersion"]
             self.target.api.wait_for_change(self.job_id, version, int(ROUND_S))
+        elif left == "broken":
+            time.sleep(1.0)
         return None
 
     def _tell(self, state: JobState, found: Sequence[Trouble]) -> None:
@@ -271,7 +301,9 @@ class _Following:
         if state.phase == "waiting" and not found:
             self._say_once(state.why, f"waiting: {state.why}")
 
-    def _give_up(self, job: Document, state: JobState, found: Sequence[Trouble]) -> JobState | None:
+    def _give_up(
+        self, job: Document, state: JobState, found: Sequence[Trouble], pod: str
+    ) -> JobState | None:
         """Call a job off that waiting or trying again cannot help."""
         hopeless = next((trouble for trouble in found if trouble.exit_code is not None), None)
         status = job.get("status") or {}
@@ -281,23 +313,20 @@ class _Following:
             code, why = 2, "exit code 2: your mistake, which another attempt would repeat"
         else:
             return None
+        if pod:
+            self.cursor.read_all(self.target.api, pod)
         self.target.cancel(self.job_id)
         return replace(state, phase="failed", why=f"{why}; called off", driver_exit_code=code)
 
-    def _read(self, pods: Sequence[Document], *, follow: bool) -> bool:
-        """Write what is new in the driver's log; False when there is none to stay with."""
+    def _submitter(self, pods: Sequence[Document]) -> str:
+        """The pod whose log is the driver's now; "" while there is none."""
         begun = submitters(pods)
-        if not begun:
-            return False
-        name = begun[-1]["metadata"]["name"]
-        if name != self.pod:
+        name = str(begun[-1]["metadata"]["name"]) if begun else ""
+        if name and name != self.pod:
             if self.pod:
                 self.note(f"another submitter took over: {name}; its log begins again")
             self.pod, self.cursor = name, LogCursor(self.write)
-        start_s = time.monotonic()
-        self.cursor.read(self.target.api, name, follow=follow, limit_s=ROUND_S)
-        # A log that ended at once has nothing more to say: wait for the RayJob instead.
-        return time.monotonic() - start_s > 1.0
+        return name
 
     def _wait_out(self, error: OutOfReachError) -> None:
         now_s = time.monotonic()

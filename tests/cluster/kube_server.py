@@ -153,13 +153,9 @@ def running_server(folder: Path, users: Sequence[str]) -> Iterator[KubeServer]:
         _wait_for_rayjobs(server)
         yield server
     finally:
-        for process in reversed(running):
-            process.terminate()
-        for process in running:
-            try:
-                process.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                process.kill()
+        for process in reversed(running):  # nothing of theirs is kept
+            process.kill()
+            process.wait()
 
 
 def _parts(folder: Path) -> tuple[Path, str, Path]:
