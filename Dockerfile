@@ -8,7 +8,7 @@ FROM ${BASE_IMAGE} AS dependencies
 COPY requirements-image.lock /
 RUN python3.11 -m venv /opt/pneumo \
  && /opt/pneumo/bin/pip install --no-cache-dir --disable-pip-version-check --require-hashes \
-    --only-binary :all: -r /requirements-image.lock \
+    -r /requirements-image.lock \
  && /opt/pneumo/bin/pip uninstall --yes --quiet pip
 
 FROM ${BASE_IMAGE}
