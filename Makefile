@@ -30,7 +30,7 @@ ARGS ?=
 
 # Where a job runs: here, or submitted to the cluster of RAY_ADDRESS or to Kubernetes.
 ifeq ($(TARGET),k8s)
-job = $(BIN)/python -m cluster submit --target k8s --overlay $(OVERLAY) $(1)
+job = $(call needs,OVERLAY)$(BIN)/python -m cluster submit --target k8s --overlay $(OVERLAY) $(1)
 else ifneq ($(TARGET),)
 $(error TARGET=$(TARGET): say TARGET=k8s, or RAY_ADDRESS=http://head:8265, or neither)
 else ifneq ($(filter http://% https://%,$(RAY_ADDRESS)),)
@@ -85,7 +85,7 @@ up: $(READY)
 
 ifeq ($(TARGET),k8s)
 down: $(READY)
-	@$(BIN)/python -m cluster down --target k8s $(ARGS)
+	@$(BIN)/python -m cluster down --target k8s --yes $(ARGS)
 else
 down: $(READY)
 	$(call needs,PROVIDER)

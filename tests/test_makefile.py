@@ -65,6 +65,7 @@ def test_vms_come_and_go(provider: str) -> None:
         ("up", [], "PROVIDER"),
         ("down", [], "PROVIDER"),
         ("setup-k8s", [], "OVERLAY"),
+        ("train", ["STORE=s", "TARGET=k8s"], "OVERLAY"),
         ("prepare", ["STORE=s"], "SOURCE"),
         ("prepare", ["SOURCE=s"], "STORE"),
         ("train", [], "STORE"),

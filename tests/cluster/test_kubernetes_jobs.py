@@ -111,6 +111,7 @@ def _command(
 # --- the whole way --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_submit_queue_run_log_and_exit_code(
     kube_server: KubeServer, namespace: str, operator: Operator, tmp_path: Path
 ) -> None:
@@ -158,6 +159,7 @@ def test_submit_queue_run_log_and_exit_code(
     assert "not-to-be-seen" not in everything + said + done.stdout
 
 
+@pytest.mark.slow
 def test_the_users_mistake_is_exit_code_2_and_is_not_tried_again(
     kube_server: KubeServer, namespace: str, operator: Operator, tmp_path: Path
 ) -> None:
@@ -173,6 +175,7 @@ def test_the_users_mistake_is_exit_code_2_and_is_not_tried_again(
     assert _command(kube_server, namespace, "list").stdout == ""
 
 
+@pytest.mark.slow
 def test_a_lost_head_is_told_and_the_next_attempt_is_followed(
     kube_server: KubeServer, namespace: str, operator: Operator
 ) -> None:
@@ -304,6 +307,7 @@ def test_what_does_not_pass_is_one_line(
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.slow
 def test_a_log_that_breaks_and_watches_that_expire_lose_and_repeat_nothing(
     kube_server: KubeServer, namespace: str, operator: Operator
 ) -> None:

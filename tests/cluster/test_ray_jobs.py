@@ -189,6 +189,7 @@ def test_control_c_twice_cancels(client: ray_jobs.Client, ray_cluster: RayCluste
     assert ray_jobs.state(ray_jobs.details(client, job_id)).phase == "cancelled"
 
 
+@pytest.mark.slow
 def test_a_bucket_out_of_reach_is_told_by_a_preflight_job(ray_cluster: RayCluster) -> None:
     start_s = time.monotonic()
     done = ray_cluster.command(
