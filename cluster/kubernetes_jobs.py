@@ -276,15 +276,16 @@ class _Following:
             raise
         self.seen, self.lost_at_s = True, None
         state = to_state(job, found)
-        self._tell(state, found)
         pod = self._submitter(pods)
-        if state.has_ended:
+        hopeless = None if state.has_ended else _hopeless(job, state, found)
+        if hopeless is None:
+            self._tell(state, found)
+        if hopeless is not None or state.has_ended:
             if pod:
                 self.cursor.read_all(self.target.api, pod)
-            return state
-        given_up = self._give_up(job, state, found, pod)
-        if given_up is not None:
-            return given_up
+            if hopeless is not None:
+                self.target.cancel(self.job_id)
+            return hopeless or state
         left: Left = "ended"
         if pod:
             left = self.cursor.read(self.target.api, pod, follow=True, limit_s=ROUND_S)
@@ -300,23 +301,6 @@ class _Following:
             self._say_once(trouble.key, f"trouble: {trouble}")
         if state.phase == "waiting" and not found:
             self._say_once(state.why, f"waiting: {state.why}")
-
-    def _give_up(
-        self, job: Document, state: JobState, found: Sequence[Trouble], pod: str
-    ) -> JobState | None:
-        """Call a job off that waiting or trying again cannot help."""
-        hopeless = next((trouble for trouble in found if trouble.exit_code is not None), None)
-        status = job.get("status") or {}
-        if hopeless is not None:
-            code, why = hopeless.exit_code, hopeless.line
-        elif status.get("jobDeploymentStatus") == "Retrying" and state.driver_exit_code == 2:
-            code, why = 2, "exit code 2: your mistake, which another attempt would repeat"
-        else:
-            return None
-        if pod:
-            self.cursor.read_all(self.target.api, pod)
-        self.target.cancel(self.job_id)
-        return replace(state, phase="failed", why=f"{why}; called off", driver_exit_code=code)
 
     def _submitter(self, pods: Sequence[Document]) -> str:
         """The pod whose log is the driver's now; "" while there is none."""
@@ -340,6 +324,20 @@ class _Following:
         if key not in self.said:
             self.said.add(key)
             self.note(text)
+
+
+def _hopeless(job: Document, state: JobState, found: Sequence[Trouble]) -> JobState | None:
+    """What a job that has not ended comes to, if waiting or another attempt cannot help it."""
+    trouble = next((trouble for trouble in found if trouble.exit_code is not None), None)
+    if trouble is not None:
+        code, why = trouble.exit_code, trouble.line
+    elif (job.get("status") or {}).get("jobDeploymentStatus") == "Retrying" and (
+        state.driver_exit_code == 2
+    ):
+        code, why = 2, "exit code 2: your mistake, which another attempt would repeat"
+    else:
+        return None
+    return replace(state, phase="failed", why=f"{why}; called off", driver_exit_code=code)
 
 
 def _describe(job: Document, submission: Submission, overlay: str, note: Write) -> None:

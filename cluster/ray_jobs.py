@@ -214,10 +214,9 @@ def preflight(client: Client, submission: Submission, package: Package) -> str:
     try:
         info = _wait(client, job_id, PREFLIGHT_TIMEOUT_S)
         text = logs(client, job_id)
-    finally:
+    finally:  # not deleted: Ray may yet write how it ended, and bring it back without its name
         with suppress(PneumoError):
             client.stop_job(job_id)
-            client.delete_job(job_id)
     said = ([line for line in text.splitlines() if "preflight: " in line] or [""])[-1]
     if info.status == JobStatus.SUCCEEDED:
         return said

@@ -205,7 +205,7 @@ def test_a_bucket_out_of_reach_is_told_by_a_preflight_job(ray_cluster: RayCluste
     assert "no answer within 20 s, seen from the cluster" in line
     assert done.stdout == ""
     assert time.monotonic() - start_s < 60
-    assert "bucket" not in ray_cluster.command("list").stdout
+    assert "preflight" not in ray_cluster.command("list").stdout
 
 
 def test_a_preflight_that_passes(client: ray_jobs.Client, tmp_path: Path) -> None:
@@ -223,6 +223,7 @@ def test_a_preflight_that_passes(client: ray_jobs.Client, tmp_path: Path) -> Non
     gone = replace(asked, preflight=asked.preflight.replace("--reads", "--reads /nowhere --reads"))
     with pytest.raises(ConfigError, match="preflight: /nowhere: nothing is there"):
         ray_jobs.preflight(client, gone, package.collect())
+    assert not [job for job in ray_jobs.list_jobs(client) if "preflight" in job.submission_id]
 
 
 def test_versions_agree_with_a_real_cluster(client: ray_jobs.Client) -> None:
