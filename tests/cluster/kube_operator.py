@@ -121,8 +121,8 @@ class Kubelet:
 class Operator:
     """Moves the RayJobs of `namespace` on, until closed.
 
-    `admitted` is what Kueue decides; `image_there` what a registry answers; `attempts_that_fail`
-    lose their head before the driver ends.
+    `admitted` is what Kueue decides, `image_there` what a registry answers, `preflight_says` with
+    what the head's container of that name ends; the first `attempts_that_lose_the_head` do.
     """
 
     server: KubeServer
@@ -131,6 +131,7 @@ class Operator:
     namespace: str
     admitted: bool = True
     image_there: bool = True
+    preflight_says: str = ""
     attempts_that_lose_the_head: int = 0
     errors: list[str] = field(default_factory=list)
     _shown: dict[str, int] = field(default_factory=dict)
@@ -238,6 +239,13 @@ class Operator:
                         "containerStatuses": [_container(container, {"waiting": waiting})],
                     },
                 )
+            return
+        if self.preflight_says:
+            head = next(pod for pod in pods if "-head-" in pod["metadata"]["name"])
+            ended = {"exitCode": 2, "reason": "Error", "message": self.preflight_says}
+            status = _container(head["spec"]["initContainers"][0], {"terminated": ended})
+            waiting = {"phase": "Pending", "initContainerStatuses": [status]}
+            self.set_pod(head["metadata"]["name"], waiting)
             return
         for pod in pods:
             self.set_pod(pod["metadata"]["name"], {"phase": "Running"})

@@ -202,6 +202,18 @@ def test_an_image_that_cannot_be_pulled_is_told_while_it_waits(
     assert len(notes) == len(set(notes))
 
 
+def test_a_bucket_out_of_reach_calls_the_job_off(
+    kube_server: KubeServer, namespace: str, operator: Operator
+) -> None:
+    operator.preflight_says = "error: preflight: s3://b/r: no such bucket, seen from the cluster"
+    target = _target(kube_server, namespace)
+    started = target.submit(_probe(f"bucket-{namespace}", 1, 0, 0), lambda _: None)
+    state = target.follow(started.id, lambda _: None, lambda _: None)
+    assert (state.phase, state.exit_code) == ("failed", 2)
+    assert state.why == "preflight: s3://b/r: no such bucket, seen from the cluster; called off"
+    assert target.list() == []
+
+
 def test_control_c_twice_cancels(
     kube_server: KubeServer, namespace: str, operator: Operator
 ) -> None:
