@@ -16,7 +16,7 @@
 #
 #   make up         PROVIDER=aws|gcp|onprem: a Ray cluster of VMs;  make forward: its dashboard, here
 #   make down       PROVIDER=…: the VMs are given back;  make down TARGET=k8s: every run is cancelled
-#   make image      [IMAGE=name:tag] [BASE_IMAGE=…]: the container image, with docker or podman
+#   make image      [IMAGE=name:tag] [BASE_IMAGE=…]: the container image, with podman or docker
 #   make setup-k8s  OVERLAY=…: as a namespace's administrator, once: rights, policies, accounts
 
 SHELL := /bin/bash
@@ -41,7 +41,7 @@ endif
 needs = $(if $($(1)),,$(error make $@: say $(1)=…, see make help))
 
 IMAGE ?= pneumo:dev
-CONTAINERS ?= $(or $(shell command -v docker),podman)
+CONTAINERS ?= $(or $(shell command -v podman),docker)
 WITHOUT_RUN := app.kubernetes.io/component!=run
 
 .PHONY: help setup debian demo prepare train tune evaluate check fix test test-slow test-s3 test-all bench lock clean \
