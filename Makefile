@@ -4,7 +4,7 @@
 #   make test       the tests that take minutes;  make test-slow: the others
 #   make test-s3    the tests against a real S3 server, which it starts
 #   make test-cluster  as root: faults on Ray clusters of several nodes;  make test-all: all four
-#   make debian     as root: Debian's dcmtk, an independent DICOM decoder for the tests
+#   make debian     as root: Debian's dcmtk, an independent DICOM decoder, and etcd, for the tests
 #   make check      format, lint, types, import rules: never writes;  make fix: mends what it can
 #   make bench      what decoding, preparing, explaining, judging and loading cost, as ratios of one run
 #   make prepare    SOURCE=folder STORE=url
@@ -13,7 +13,13 @@
 #   make evaluate   STORE=url RUN=url [ARGS=…]
 #   make predict    SOURCE=folder of DICOM files RUN=url OUTPUT=folder [ARGS=…]
 #
-# With RAY_ADDRESS=http://head:8265 the five jobs run on that cluster instead of this machine.
+# The jobs run on this machine, with RAY_ADDRESS=http://head:8265 on that Ray cluster, and with
+# TARGET=k8s OVERLAY=gpu-spot on Kubernetes: docs/cluster.md.
+#
+#   make up         PROVIDER=aws|gcp|onprem: a Ray cluster of VMs;  make forward: its dashboard, here
+#   make down       PROVIDER=…: the VMs are given back;  make down TARGET=k8s: every run is cancelled
+#   make image      [IMAGE=name:tag] [BASE_IMAGE=…]: the container image, with podman or docker
+#   make setup-k8s  OVERLAY=…: as a namespace's administrator, once: rights, policies, accounts
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -24,15 +30,24 @@ READY := .venv/.ready
 STORE ?= $(if $(filter demo,$(MAKECMDGOALS)),data/demo/store)
 ARGS ?=
 
-# Where a job runs: here, or submitted to the cluster of RAY_ADDRESS.
-ifneq ($(filter http://% https://%,$(RAY_ADDRESS)),)
+# Where a job runs: here, or submitted to the cluster of RAY_ADDRESS or to Kubernetes.
+ifeq ($(TARGET),k8s)
+job = $(call needs,OVERLAY)$(BIN)/python -m cluster submit --target k8s --overlay $(OVERLAY) $(1)
+else ifneq ($(TARGET),)
+$(error TARGET=$(TARGET): say TARGET=k8s, or RAY_ADDRESS=http://head:8265, or neither)
+else ifneq ($(filter http://% https://%,$(RAY_ADDRESS)),)
 job = $(BIN)/python -m cluster submit $(1)
 else
 job = $(BIN)/python -m jobs.$(1)
 endif
 needs = $(if $($(1)),,$(error make $@: say $(1)=…, see make help))
 
-.PHONY: help setup debian demo prepare train tune evaluate predict check fix test test-slow test-s3 test-cluster test-all bench lock clean
+IMAGE ?= pneumo:dev
+CONTAINERS ?= $(or $(shell command -v podman),docker)
+WITHOUT_RUN := app.kubernetes.io/component!=run
+
+.PHONY: help setup debian demo prepare train tune evaluate predict check fix test test-slow test-s3 test-cluster test-all \
+  bench lock clean up down forward image setup-k8s
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -69,8 +84,43 @@ predict: $(READY)
 	$(call needs,SOURCE)$(call needs,RUN)$(call needs,OUTPUT)
 	@$(call job,predict) --source $(SOURCE) --run $(RUN) --output $(OUTPUT) $(ARGS)
 
-# The decoder that some tests compare ours with; where it cannot be had they skip, and say so.
+# A cluster of VMs by Ray's own launcher; what it starts costs money until `make down`.
+up: $(READY)
+	$(call needs,PROVIDER)
+	@$(BIN)/ray up --yes cluster/$(PROVIDER).yaml
+
+ifeq ($(TARGET),k8s)
+down: $(READY)
+	@$(BIN)/python -m cluster down --target k8s --yes $(ARGS)
+else
+down: $(READY)
+	$(call needs,PROVIDER)
+	@$(BIN)/ray down --yes cluster/$(PROVIDER).yaml
+endif
+
+forward: $(READY)
+	$(call needs,PROVIDER)
+	@$(BIN)/ray dashboard cluster/$(PROVIDER).yaml
+
+setup-k8s:
+	$(call needs,OVERLAY)
+	@kubectl apply -k k8s/rbac
+	@kubectl apply -k k8s/overlays/$(OVERLAY) --selector '$(WITHOUT_RUN)'
+
+image:
+	$(CONTAINERS) build --tag $(IMAGE) --build-arg REVISION=$$(git rev-parse HEAD) \
+	  $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) .
+
+k8s/components/monitoring/ray-train.json: $(READY)
+	@$(BIN)/python -c 'import json; from ray.dashboard.modules.metrics.grafana_dashboard_factory import \
+	  generate_train_grafana_dashboard as g; print(json.dumps(json.loads(g()[0]), separators=(",", ":")))' > $@
+
+# A DICOM decoder that some tests compare ours with, and the API server's store; where they cannot be
+# had those tests skip, and say so.
 debian:
+	@command -v etcd > /dev/null || { test "$$(id -u)" = 0 && apt-get update -qq \
+	  && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends etcd-server; } > /dev/null \
+	  || echo "make debian: no etcd here (apt-get install etcd-server, as root); the tests that need it skip" >&2
 	@command -v dcm2pnm > /dev/null || { test "$$(id -u)" = 0 && apt-get update -qq \
 	  && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends dcmtk; } > /dev/null \
 	  || echo "make debian: no DCMTK here (apt-get install dcmtk, as root); the tests that need it skip" >&2
@@ -114,6 +164,9 @@ lock: $(READY)
 	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile --quiet --extra dev --extra codecs --allow-unsafe \
 	  --generate-hashes --strip-extras --no-emit-index-url --no-emit-find-links \
 	  --no-emit-trusted-host --output-file requirements.lock pyproject.toml
+	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile --quiet --extra codecs --allow-unsafe \
+	  --generate-hashes --strip-extras --no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
+	  --constraint requirements.lock --output-file requirements-image.lock pyproject.toml
 
 clean:
 	rm -rf data/demo .ruff_cache .mypy_cache .pytest_cache .import_linter_cache

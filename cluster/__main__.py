@@ -1,12 +1,14 @@
-"""Submit a job to a running Ray cluster, follow it, look again, cancel it.
+"""Submit a job to a cluster, follow it, look again, cancel it.
 
     python -m cluster submit train --store s3://bucket/store --run s3://bucket/runs/1 --recipe fast
+    python -m cluster submit --target k8s --overlay gpu-spot train --store … --run …
     python -m cluster list
     python -m cluster logs train-1-0a1b2c3d --follow
 
-The cluster is `--address` or RAY_ADDRESS. The exit code of `submit` and `logs --follow` is the
-job's: 0 done, 1 failed, 2 the user's mistake, 130 cancelled. Ctrl-C detaches; the job goes on.
-The job's log goes to stdout, everything else to stderr.
+The cluster is that of `--address` or RAY_ADDRESS, the Ray Jobs API; with `--target k8s` it is
+KubeRay in the namespace that kubectl would use. The exit code of `submit` and `logs --follow` is
+the job's: 0 done, 1 failed, 2 the user's mistake, 130 cancelled. Ctrl-C detaches, the job goes on;
+twice within three seconds cancels it. The job's log goes to stdout, everything else to stderr.
 """
 
 from __future__ import annotations
@@ -14,17 +16,21 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import NoReturn
 
-from cluster import package, submission
+from cluster import submission
+from cluster.states import JobState, Target
 from pneumo.config import JOBS, parse_command_line
-from pneumo.errors import ConfigError, PneumoError
+from pneumo.errors import AccessError, ClusterError, ConfigError, PneumoError
 
-if TYPE_CHECKING:
-    from cluster import ray_jobs
+SECOND_THOUGHT_S = 3.0
+"""How long after Ctrl-C another one cancels the job."""
+
+_ON_K8S = ("overlay", "namespace", "context", "image", "workers")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -60,123 +66,152 @@ def _submit(options: argparse.Namespace, flags: list[str]) -> int:
     asked = [flag for flag in flags if flag != "--"]
     if {"-h", "--help"} & set(asked):
         parse_command_line(options.job, ["--help"])
-    # Checked before the address is looked at: a wrong setting needs no cluster to be seen.
-    local = submission.plan(options.job, asked, os.environ, remote=False, now=datetime.now())
-    address = _address(options)
-    wanted = local
-    if submission.is_remote(address):
-        wanted = submission.plan(options.job, asked, os.environ, remote=True, now=datetime.now())
-    code = package.collect()
-    client = _connect(address)
-    from cluster import ray_jobs
-
+    # Checked before the cluster is looked for: a wrong setting needs none to be seen.
+    now = datetime.now()
+    wanted = submission.plan(options.job, asked, os.environ, remote=False, now=now)
+    on_k8s = options.target == "k8s"
+    if on_k8s or submission.is_remote(_address(options)):
+        wanted = submission.plan(
+            options.job, asked, os.environ, remote=True, now=now, sends_files=not on_k8s
+        )
+    target = _connect(options)
     for warning in wanted.warnings:
         _say(f"warning: {warning}")
-    started = ray_jobs.submit(client, wanted, code)
+    started = target.submit(wanted, _say_text)
     if started.already_running:
         _say(f"already running as {started.id}")
     else:
         _say(f"submitted as {started.id}: {wanted.entrypoint}")
-        _say(f"sent {code}; environment: {', '.join(wanted.environment) or 'none'}")
     if not options.follow:
         print(started.id)
         return 0
-    return _follow(client, started.id, address)
+    return _follow(target, started.id)
 
 
 def _look(options: argparse.Namespace) -> int:
-    address = _address(options)
-    client = _connect(address)
-    from cluster import ray_jobs
-
+    target = _connect(options)
     if options.command == "list":
-        for info in ray_jobs.list_jobs(client):
-            state = info.status.value
-            print(f"{info.submission_id:<44} {state:<9} {_times(info)}  {_target(info)}")
+        for state in target.list():
+            print(f"{state.id:<44} {state.phase:<9} {_times(state)}  {state.target}")
     elif options.command == "status":
-        _show_status(ray_jobs.details(client, options.id))
+        _show_status(target.state(options.id))
     elif options.command == "cancel":
-        return _cancel(client, options.id)
+        return _cancel(target, options.id)
+    elif options.command == "down":
+        return _take_down(target, options.yes)
     elif options.follow:
-        return _follow(client, options.id, address)
+        return _follow(target, options.id)
     else:
-        print(ray_jobs.logs(client, options.id), end="")
+        print(target.logs(options.id), end="")
     return 0
 
 
-def _follow(client: ray_jobs.Client, job_id: str, address: str) -> int:
-    from cluster import ray_jobs
-
+def _follow(target: Target, job_id: str) -> int:
+    """Show the log to the end; the job's exit code, or how the following ended."""
     try:
-        info = ray_jobs.follow(client, job_id, _write, lambda text: _say(str(text)))
-    except (KeyboardInterrupt, ray_jobs.OutOfReachError) as stop:
-        if isinstance(stop, ray_jobs.OutOfReachError):
-            _say(f"error: {stop}")
-        _say(
-            f"detached, the job goes on; back: python -m cluster logs {job_id} --follow --address "
-            f"{address}; stop it: python -m cluster cancel {job_id} --address {address}"
-        )
-        return 130 if isinstance(stop, KeyboardInterrupt) else 1
-    code = ray_jobs.exit_code(info)
-    why = f": {ray_jobs.failure(info)}" if info.status.value == "FAILED" else ""
-    _say(f"{job_id} {info.status.value.lower()}{why}")
-    return code
+        state = target.follow(job_id, _write, _say_text)
+    except KeyboardInterrupt:
+        return _detach(target, job_id)
+    except (ClusterError, AccessError) as error:
+        _say(f"error: {error}")
+        _say(_way_back(target, job_id))
+        return error.exit_code
+    _say(str(state))
+    return state.exit_code
 
 
-def _cancel(client: ray_jobs.Client, job_id: str) -> int:
-    from cluster import ray_jobs
+def _detach(target: Target, job_id: str) -> int:
+    """Leave, or cancel when Ctrl-C comes again at once."""
+    _say(_way_back(target, job_id))
+    try:
+        _say(f"Ctrl-C again within {SECOND_THOUGHT_S:g} s cancels it")
+        time.sleep(SECOND_THOUGHT_S)
+    except KeyboardInterrupt:
+        _cancel(target, job_id)
+    return 130
 
-    before = ray_jobs.details(client, job_id)
-    if before.status.is_terminal():
-        _say(f"{job_id} had ended already: {before.status.value.lower()}")
+
+def _cancel(target: Target, job_id: str) -> int:
+    before = target.state(job_id)
+    if before.has_ended:
+        _say(f"{job_id} had ended already: {before.phase}")
         return 0
-    after = ray_jobs.cancel(client, job_id)
-    if not after.status.is_terminal():
-        raise PneumoError(f"cluster: {job_id} was asked to stop and is still {after.status.value}")
-    _say(f"{job_id} {after.status.value.lower()}")
+    after = target.cancel(job_id)
+    if not after.has_ended:
+        raise ClusterError(f"cluster: {job_id} was asked to stop and is still {after.phase}")
+    _say(f"{job_id} {after.phase}")
     return 0
 
 
-def _connect(address: str) -> ray_jobs.Client:
-    from cluster import ray_jobs  # half a second, and not needed for a wrong setting
+def _take_down(target: Target, confirmed: bool) -> int:
+    """Cancel every job that has not ended; on Kubernetes their clusters go with them."""
+    running = [state.id for state in target.list() if not state.has_ended]
+    if not running:
+        _say("nothing is running")
+        return 0
+    if not confirmed:
+        raise ConfigError(f"cluster: down would cancel {', '.join(running)}; add --yes")
+    for job_id in running:
+        _cancel(target, job_id)
+    return 0
 
-    return ray_jobs.connect(address, os.environ)
+
+def _connect(options: argparse.Namespace) -> Target:
+    """The target that the options name; imported here, since a wrong setting needs none."""
+    if options.target == "k8s":
+        from cluster import kubernetes_jobs, overlays
+
+        submits = options.command == "submit"
+        return kubernetes_jobs.connect(
+            context=getattr(options, "context", None),
+            namespace=getattr(options, "namespace", None),
+            overlay=overlays.find_overlay(getattr(options, "overlay", None)) if submits else None,
+            image=getattr(options, "image", None),
+            workers=getattr(options, "workers", None),
+        )
+    stray = [name for name in _ON_K8S if getattr(options, name, None) is not None]
+    if stray:
+        raise ConfigError(f"cluster: --{stray[0]} has no effect without --target k8s")
+    from cluster import ray_jobs
+
+    address = _address(options)
+    return ray_jobs.RayTarget(address, ray_jobs.connect(address, os.environ))
 
 
 def _address(options: argparse.Namespace) -> str:
     address: str = getattr(options, "address", None) or os.environ.get("RAY_ADDRESS", "")
     if not address:
         raise ConfigError(
-            "cluster: no address; give --address http://HEAD:8265 or set RAY_ADDRESS (to run on "
-            "this machine, without a cluster: python -m jobs.<job>)"
+            "cluster: no address; give --address http://HEAD:8265 or set RAY_ADDRESS (Kubernetes: "
+            "--target k8s; this machine, without a cluster: python -m jobs.<job>)"
         )
     return address.rstrip("/")
 
 
-def _show_status(info: Any) -> None:
-    from cluster import ray_jobs
-
-    state = info.status.value
-    print(f"job     {info.submission_id}")
-    print(f"status  {state}{f' ({ray_jobs.failure(info)})' if state == 'FAILED' else ''}")
-    print(f"times   {_times(info)}")
-    print(f"writes  {_target(info)}")
-    print(f"runs    {info.entrypoint}")
-    if state == "PENDING" and info.message:
-        print(f"waits   {info.message.splitlines()[0]}")
+def _way_back(target: Target, job_id: str) -> str:
+    return (
+        f"detached, the job goes on; back: python -m cluster logs {job_id} --follow "
+        f"{target.flags}; stop it: python -m cluster cancel {job_id} {target.flags}"
+    )
 
 
-def _target(info: Any) -> str:
-    return str((info.metadata or {}).get("target", ""))
+def _show_status(state: JobState) -> None:
+    print(f"job     {state.id}")
+    print(f"status  {state.phase}")
+    print(f"times   {_times(state)}")
+    print(f"writes  {state.target}")
+    print(f"runs    {state.entrypoint}")
+    if state.why:
+        print(f"{'waits' if state.phase == 'waiting' else 'why  '}   {state.why}")
 
 
-def _times(info: Any) -> str:
+def _times(state: JobState) -> str:
     """When a job started, on this machine's clock, and how long it has taken."""
-    if info.start_time is None:
+    if state.started_s is None:
         return "not started"
-    start = datetime.fromtimestamp(info.start_time / 1000)
-    end = datetime.fromtimestamp(info.end_time / 1000) if info.end_time else datetime.now()
-    return f"{start:%Y-%m-%d %H:%M:%S}, {max(0, round((end - start).total_seconds()))} s"
+    start = datetime.fromtimestamp(state.started_s)
+    taken_s = max(0, round((state.ended_s or time.time()) - state.started_s))
+    return f"{start:%Y-%m-%d %H:%M:%S}, {taken_s} s"
 
 
 def _write(text: str) -> None:
@@ -188,20 +223,15 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def _say_text(text: str) -> None:
+    _say(str(text))
+
+
 def _parser() -> _Parser:
-    where = _Parser(add_help=False)
-    where.add_argument(
-        "--address",
-        default=argparse.SUPPRESS,
-        metavar="URL",
-        help="the cluster's dashboard, http://HEAD:8265; default: RAY_ADDRESS",
-    )
-    stay = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
-    stay.add_argument("--follow", action="store_true", help="show the log to the end (default)")
-    stay.add_argument(
-        "--detach", dest="follow", action="store_false", help="print the id and leave"
-    )
+    where, stay, debug = _where(), _stay(), _Parser(add_help=False)
+    debug.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser = _Parser(prog="python -m cluster", description=(__doc__ or "").split("\n")[0])
+    parser.set_defaults(target="ray")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     submit = commands.add_parser(
         "submit", parents=[where, stay], allow_abbrev=False, help="send a job, follow its log"
@@ -216,8 +246,6 @@ def _parser() -> _Parser:
             add_help=False,
             help=f"takes the flags of python -m {job.module}, and --help shows them",
         )
-    debug = _Parser(add_help=False)
-    debug.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands.add_parser("list", parents=[where, debug], help="the jobs that the cluster remembers")
     for name, text in (
         ("status", "how a job is doing"),
@@ -228,7 +256,40 @@ def _parser() -> _Parser:
         command.add_argument("id", metavar="ID", help="as submit and list print it")
         if name == "logs":
             command.add_argument("--follow", action="store_true", help="stay until the job ends")
+    down = commands.add_parser("down", parents=[where, debug], help="cancel every job")
+    down.add_argument("--yes", action="store_true", help="do not only say which")
     return parser
+
+
+def _where() -> _Parser:
+    """Flags that name a cluster."""
+    where = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    where.add_argument(
+        "--target", choices=("ray", "k8s"), help="the Ray Jobs API (default), or KubeRay"
+    )
+    where.add_argument(
+        "--address",
+        metavar="URL",
+        help="the Ray dashboard, http://HEAD:8265; default: RAY_ADDRESS",
+    )
+    where.add_argument("--context", help="k8s: of the kubeconfig; default: the current one")
+    where.add_argument("--namespace", help="k8s: default: the context's")
+    return where
+
+
+def _stay() -> _Parser:
+    """Flags of submit."""
+    stay = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    stay.add_argument("--follow", action="store_true", help="show the log to the end (default)")
+    stay.add_argument(
+        "--detach", dest="follow", action="store_false", help="print the id and leave"
+    )
+    stay.add_argument("--overlay", help="k8s: a folder of k8s/overlays, or the path of your own")
+    stay.add_argument("--image", help="k8s: of every container, best by digest")
+    stay.add_argument(
+        "--workers", type=int, help="k8s: worker pods; default: as many as the job asks for"
+    )
+    return stay
 
 
 if __name__ == "__main__":

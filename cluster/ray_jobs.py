@@ -1,4 +1,4 @@
-"""The Ray Jobs API of a running cluster: submit, follow, list, cancel.
+"""The Ray Jobs API of a running cluster: preflight, submit, follow, list, cancel.
 
 Every call has a time limit, and every failure is an error of `pneumo.errors`: a cluster that does
 not answer is exit code 1, a wrong address, token or id is the user's 2. The token comes from the
@@ -10,11 +10,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import secrets
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
@@ -24,9 +26,10 @@ from ray.dashboard.modules.job.pydantic_models import JobDetails
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from cluster.package import Package, stage
-from cluster.submission import Submission
-from pneumo.errors import AccessError, ConfigError, PneumoError
+from cluster.package import Package, collect, stage
+from cluster.states import JobState, Phase, Started, Write
+from cluster.submission import Submission, is_remote
+from pneumo.errors import AccessError, ClusterError, ConfigError, PneumoError
 
 CONNECT_TIMEOUT_S = 5.0
 FIRST_ANSWER_TIMEOUT_S = 5.0
@@ -40,10 +43,24 @@ STOP_GENTLY = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "30"
 """For the job's supervisor: a cancelled job gets Ctrl-C and time to finish a checkpoint; Ray's
 default is SIGTERM, which ends a driver abnormally, and SIGKILL after 3 s."""
 
-Write = Callable[[str], object]
+PYTHONS = ("3.11", "3.12")
+"""What pyproject.toml's requires-python allows; a test holds the two together."""
+
+_PREFLIGHT = "preflight"
+
+PREFLIGHT_TIMEOUT_S = 90.0
+"""Longest that the preflight job may take; most of it is Ray's start of a job."""
+
+_PHASES: Mapping[JobStatus, Phase] = {
+    JobStatus.PENDING: "waiting",
+    JobStatus.RUNNING: "running",
+    JobStatus.SUCCEEDED: "succeeded",
+    JobStatus.FAILED: "failed",
+    JobStatus.STOPPED: "cancelled",
+}
 
 
-class OutOfReachError(PneumoError):
+class OutOfReachError(ClusterError):
     """The cluster's dashboard did not answer in time, or not at all."""
 
 
@@ -94,14 +111,6 @@ class Client(JobSubmissionClient):  # type: ignore[misc]  # ray is untyped
         )
 
 
-@dataclass(frozen=True)
-class Started:
-    """A job on the cluster; `already_running`: it was there before it was asked for."""
-
-    id: str
-    already_running: bool
-
-
 def connect(address: str, environ: Mapping[str, str]) -> Client:
     """A client of the dashboard at `http://host:port`.
 
@@ -118,6 +127,127 @@ def connect(address: str, environ: Mapping[str, str]) -> Client:
     token = _token(environ)
     with _hidden("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         return Client(address, headers={"Authorization": f"Bearer {token}"} if token else None)
+
+
+@dataclass(frozen=True)
+class RayTarget:
+    """A running Ray cluster, as a `Target`."""
+
+    address: str
+    client: Client
+
+    @property
+    def flags(self) -> str:
+        return f"--address {self.address}"
+
+    def submit(self, submission: Submission, note: Write) -> Started:
+        code = collect()
+        check_versions(self.client)
+        started = join_running(self.client, submission)
+        if started is None:
+            if needs_preflight(submission, self.address):
+                note(preflight(self.client, submission, code))
+            started = submit(self.client, submission, code)
+        if not started.already_running:
+            note(f"sent {code}; environment: {', '.join(submission.environment) or 'none'}")
+        return started
+
+    def follow(self, job_id: str, write: Write, note: Write) -> JobState:
+        return state(follow(self.client, job_id, write, note))
+
+    def list(self) -> list[JobState]:
+        return [state(info) for info in list_jobs(self.client)]
+
+    def state(self, job_id: str) -> JobState:
+        return state(details(self.client, job_id))
+
+    def logs(self, job_id: str) -> str:
+        return logs(self.client, job_id)
+
+    def cancel(self, job_id: str) -> JobState:
+        return state(cancel(self.client, job_id))
+
+
+def check_versions(client: Client) -> None:
+    """Raise ConfigError when the cluster has a Ray or a Python that this checkout is not for."""
+    response = client._do_request("GET", "/api/v0/cluster_metadata")
+    try:
+        there = response.json()["data"]
+        ray_there, python_there = str(there["rayVersion"]), str(there["pythonVersion"])
+    except (requests.JSONDecodeError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"cluster: {client.get_address()} does not tell its versions (HTTP "
+            f"{response.status_code}); expected Ray {version('ray')}"
+        ) from error
+    remedy = "start it from this checkout's image (make image) or requirements.lock"
+    if _minor(ray_there) != _minor(version("ray")):
+        raise ConfigError(
+            f"cluster: {client.get_address()} runs Ray {ray_there}, this checkout is for "
+            f"{version('ray')}; {remedy}"
+        )
+    if _minor(python_there) not in PYTHONS:
+        raise ConfigError(
+            f"cluster: {client.get_address()} runs Python {python_there}, this checkout is for "
+            f"{' and '.join(PYTHONS)}; {remedy}"
+        )
+
+
+def needs_preflight(submission: Submission, address: str) -> bool:
+    """Whether the job's places may look otherwise from the cluster than from here."""
+    return is_remote(address) or any("://" in url for url in submission.places)
+
+
+def preflight(client: Client, submission: Submission, package: Package) -> str:
+    """Have the cluster look whether it reaches the job's places; what it says, in one line.
+
+    Raises ConfigError or ClusterError with the line that says what is out of reach.
+    """
+    job_id = f"{submission.id}-preflight-{secrets.token_hex(4)}"
+    with tempfile.TemporaryDirectory(prefix="pneumo-") as folder:
+        stage(package, Path(folder), submission.recipe)
+        client.submit_job(
+            entrypoint=submission.preflight,
+            submission_id=job_id,
+            metadata={"job": _PREFLIGHT},
+            runtime_env={"working_dir": folder, "env_vars": dict(submission.environment)},
+        )
+    try:
+        info = _wait(client, job_id, PREFLIGHT_TIMEOUT_S)
+        text = logs(client, job_id)
+    finally:  # not deleted: Ray may yet write how it ended, and bring it back without its name
+        with suppress(PneumoError):
+            client.stop_job(job_id)
+    said = ([line for line in text.splitlines() if "preflight: " in line] or [""])[-1]
+    if info.status == JobStatus.SUCCEEDED:
+        return said
+    if not info.status.is_terminal():
+        raise ClusterError(
+            f"cluster: the preflight job did not end within {PREFLIGHT_TIMEOUT_S:g} s: "
+            f"{_first_line(info.message) or info.status.value}"
+        )
+    error = ConfigError if info.driver_exit_code == 2 else ClusterError
+    said = said.removeprefix("error: ")
+    raise error(said or f"cluster: the preflight job failed: {failure(info)}")
+
+
+def state(info: JobDetails) -> JobState:
+    """What Ray knows of a job, in this project's words."""
+    return JobState(
+        id=str(info.submission_id),
+        phase=_PHASES[info.status],
+        target=(info.metadata or {}).get("target", ""),
+        entrypoint=info.entrypoint,
+        why=_why(info),
+        driver_exit_code=info.driver_exit_code,
+        started_s=info.start_time / 1000 if info.start_time else None,
+        ended_s=info.end_time / 1000 if info.end_time else None,
+    )
+
+
+def join_running(client: Client, submission: Submission) -> Started | None:
+    """The job if it is running already. Raises ConfigError when it runs with other settings."""
+    _, running = _attempts(client, submission.id)
+    return None if running is None else _join(running, submission)
 
 
 def submit(client: Client, submission: Submission, package: Package) -> Started:
@@ -202,7 +332,11 @@ def details(client: Client, job_id: str) -> JobDetails:
 
 def list_jobs(client: Client) -> list[JobDetails]:
     """The submitted jobs that the cluster remembers, oldest first."""
-    jobs = [info for info in client.list_jobs() if info.submission_id is not None]
+    jobs = [
+        info
+        for info in client.list_jobs()
+        if info.submission_id is not None and (info.metadata or {}).get("job") != _PREFLIGHT
+    ]
     return sorted(jobs, key=lambda info: info.start_time or 0)
 
 
@@ -219,21 +353,12 @@ def cancel(client: Client, job_id: str, *, timeout_s: float = 45.0) -> JobDetail
     """Ask the job to stop and wait until it has; what it ended as, which may be its own doing."""
     with _unknown_job(client, job_id):
         client.stop_job(job_id)
-    deadline_s = time.monotonic() + timeout_s
-    while True:
-        info = details(client, job_id)
-        if info.status.is_terminal() or time.monotonic() > deadline_s:
-            return info
-        time.sleep(0.5)
+    return _wait(client, job_id, timeout_s)
 
 
 def exit_code(info: JobDetails) -> int:
     """The exit code of a job that has ended: 0 done, 1 failed, 2 user's mistake, 130 cancelled."""
-    if info.status == JobStatus.SUCCEEDED:
-        return 0
-    if info.status == JobStatus.STOPPED:
-        return 130
-    return info.driver_exit_code if info.driver_exit_code in {2, 130} else 1
+    return state(info).exit_code
 
 
 def failure(info: JobDetails) -> str:
@@ -246,6 +371,26 @@ def failure(info: JobDetails) -> str:
             "that holds this project's dependencies first on PATH"
         )
     return f"exit code {info.driver_exit_code}"
+
+
+def _wait(client: Client, job_id: str, timeout_s: float) -> JobDetails:
+    """The job when it has ended, or when the time is over."""
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        info = details(client, job_id)
+        if info.status.is_terminal() or time.monotonic() > deadline_s:
+            return info
+        time.sleep(0.5)
+
+
+def _why(info: JobDetails) -> str:
+    if info.status == JobStatus.FAILED:
+        return failure(info)
+    return _first_line(info.message) if info.status == JobStatus.PENDING else ""
+
+
+def _minor(version_text: str) -> str:
+    return ".".join(version_text.split(".")[:2])
 
 
 @dataclass

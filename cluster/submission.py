@@ -13,10 +13,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from cluster.package import RECIPE_FOLDER
-from pneumo.config import JOBS, Invocation, parse_command_line
+from pneumo.config import (
+    ENVIRONMENT_PREFIX,
+    JOBS,
+    ClusterConfig,
+    Invocation,
+    parse_command_line,
+    read_recipe,
+)
 from pneumo.errors import ConfigError
 
 PASSED_ON = ("AWS_", "WANDB_", "PNEUMO_")
@@ -33,7 +41,10 @@ OF_THIS_MACHINE = frozenset(
 )  # fmt: skip
 """Of those, the ones that name files or services of this machine: kept from a remote cluster."""
 
-_PLACES = ("source", "store", "run", "output")
+_PLACES = ("source", "store", "run", "members", "output")
+"""Arguments that name places; whichever a job has. It writes the last of those in `_WRITTEN`."""
+
+_WRITTEN = ("store", "run", "output")
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -41,9 +52,10 @@ _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 class Submission:
     """A job as a cluster is asked to run it.
 
-    `id` is the same for the same job and the same place that it writes (a run, for prepare a
-    store), so that submitting twice does not run twice; `settings` is a digest of all that was
-    asked.
+    `id` is the same for the same job and the same place that it writes (for most a run), so that
+    submitting twice does not run twice; `settings` is a digest of all that was asked. `preflight`
+    is the command that looks whether the cluster reaches `places`; `shape` what the job takes of
+    the cluster, None where it takes whatever there is.
     """
 
     job: str
@@ -51,6 +63,9 @@ class Submission:
     entrypoint: str
     target: str
     settings: str
+    places: tuple[str, ...] = ()
+    preflight: str = ""
+    shape: ClusterConfig | None = None
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
     recipe: Path | None = None
     warnings: tuple[str, ...] = ()
@@ -62,12 +77,20 @@ def is_remote(address: str) -> bool:
 
 
 def plan(
-    job: str, argv: Sequence[str], environ: Mapping[str, str], *, remote: bool, now: datetime
+    job: str,
+    argv: Sequence[str],
+    environ: Mapping[str, str],
+    *,
+    remote: bool,
+    now: datetime,
+    sends_files: bool = True,
 ) -> Submission:
     """The submission that `python -m jobs.<job> argv` amounts to.
 
-    Local places become absolute, for the job starts in another folder; a recipe that is a file of
-    this machine travels with the code. Raises ConfigError for whatever the job itself would refuse.
+    Local places become absolute, for the job starts in another folder. A recipe that is a file of
+    this machine travels with the code, or, where no files are sent, as environment variables: what
+    else is set outranks them as it outranks a recipe. Raises ConfigError for whatever the job
+    itself would refuse.
     """
     invocation = parse_command_line(job, argv, environ)
     places = _places(invocation, remote=remote, now=now)
@@ -75,9 +98,13 @@ def plan(
     flags = [text for name, url in places.items() for text in (f"--{name}", url)]
     replaced = {f"--{name}" for name in places}
     if recipe is not None:
-        flags += ["--recipe", f"{RECIPE_FOLDER}/{recipe.name}"]
         replaced.add("--recipe")
-    target = next(places[name] for name in ("output", "run", "store") if name in places)
+        if sends_files:
+            flags += ["--recipe", f"{RECIPE_FOLDER}/{recipe.name}"]
+        else:
+            environ = {**recipe_environment(read_recipe(str(recipe))), **environ}
+    written = _written(places)
+    target = places[written]
     sent, kept = split_environment(environ, remote=remote)
     return Submission(
         job=job,
@@ -87,8 +114,11 @@ def plan(
         ),
         target=target,
         settings=_settings_digest(invocation, places),
+        places=tuple(url for name in places for url in _urls(places, name)),
+        preflight=shlex.join(["python", "-m", "jobs.preflight", *_preflight_flags(places)]),
+        shape=invocation.config.cluster if "cluster" in JOBS[job].sections else None,
         environment=sent,
-        recipe=recipe,
+        recipe=recipe if sends_files else None,
         warnings=_warnings(places, sent, kept) if remote else (),
     )
 
@@ -112,6 +142,18 @@ def split_environment(
     return {name: value for name, value in wanted.items() if name not in kept}, kept
 
 
+def recipe_environment(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """A recipe's settings as the environment variables that mean the same."""
+    variables: dict[str, str] = {}
+    for key, value in settings.items():
+        name = f"{prefix or ENVIRONMENT_PREFIX}{key.upper()}"
+        if isinstance(value, Mapping):
+            variables |= recipe_environment(value, f"{name}__")
+        else:
+            variables[name] = str(value)
+    return variables
+
+
 def _places(invocation: Invocation, *, remote: bool, now: datetime) -> dict[str, str]:
     arguments = invocation.arguments.model_dump()
     if "run" in arguments and arguments["run"] is None:
@@ -121,12 +163,30 @@ def _places(invocation: Invocation, *, remote: bool, now: datetime) -> dict[str,
                 f"with it; give a URL that outlives it, such as s3://bucket/runs/{invocation.job}-1"
             )
         arguments["run"] = f"runs/{invocation.job}-{now:%Y%m%d-%H%M%S}"
-    places = {
-        name: _absolute(arguments[name]) for name in _PLACES if arguments.get(name) is not None
+    given = {name: arguments[name] for name in _PLACES if arguments.get(name)}
+    return {
+        name: ",".join(map(_absolute, value)) if isinstance(value, list) else _absolute(value)
+        for name, value in given.items()
     }
-    if members := arguments.get("members"):
-        places["members"] = ",".join(_absolute(url) for url in members)
-    return places
+
+
+def _written(places: Mapping[str, str]) -> str:
+    """The argument that names where the job writes."""
+    return [name for name in _WRITTEN if name in places][-1]
+
+
+def _urls(places: Mapping[str, str], name: str) -> list[str]:
+    return places[name].split(",") if name == "members" else [places[name]]
+
+
+def _preflight_flags(places: Mapping[str, str]) -> list[str]:
+    written = _written(places)
+    return [
+        text
+        for name in places
+        for url in _urls(places, name)
+        for text in ("--writes" if name == written else "--reads", url)
+    ]
 
 
 def _absolute(url: str) -> str:

@@ -38,9 +38,34 @@ def test_a_job_is_submitted_to_a_cluster_that_is_named(job: str) -> None:
     assert "jobs." not in shown
 
 
+@pytest.mark.parametrize("job", ["train", "tune"])
+def test_a_job_is_submitted_to_kubernetes(job: str) -> None:
+    shown = dry_run(job, "STORE=s", "TARGET=k8s", "OVERLAY=gpu-spot").stdout
+    assert f"-m cluster submit --target k8s --overlay gpu-spot {job} --store s" in shown
+    assert "jobs." not in shown
+
+
+def test_another_target_is_no_target() -> None:
+    done = dry_run("train", "STORE=s", "TARGET=k9s")
+    assert done.returncode == 2
+    assert "TARGET=k9s: say TARGET=k8s" in done.stderr
+
+
+@pytest.mark.parametrize("provider", ["aws", "gcp", "onprem"])
+def test_vms_come_and_go(provider: str) -> None:
+    assert f"ray up --yes cluster/{provider}.yaml" in dry_run("up", f"PROVIDER={provider}").stdout
+    down = dry_run("down", f"PROVIDER={provider}").stdout
+    assert f"ray down --yes cluster/{provider}.yaml" in down
+    assert "cluster down --target k8s" in dry_run("down", "TARGET=k8s").stdout
+
+
 @pytest.mark.parametrize(
     ("target", "given", "missing"),
     [
+        ("up", [], "PROVIDER"),
+        ("down", [], "PROVIDER"),
+        ("setup-k8s", [], "OVERLAY"),
+        ("train", ["STORE=s", "TARGET=k8s"], "OVERLAY"),
         ("prepare", ["STORE=s"], "SOURCE"),
         ("prepare", ["SOURCE=s"], "STORE"),
         ("train", [], "STORE"),

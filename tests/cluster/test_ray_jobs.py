@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import signal
@@ -9,14 +10,22 @@ import socket
 import subprocess
 import sys
 import threading
-from contextlib import suppress
+import time
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from datetime import datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 from cluster import package, ray_jobs
-from cluster.submission import Submission
+from cluster.submission import Submission, plan
 from pneumo.errors import AccessError, ConfigError
 
 if TYPE_CHECKING:
@@ -128,34 +137,120 @@ def test_a_cluster_that_goes_away_ends_the_following(
     assert ray_jobs.exit_code(ray_jobs.cancel(client, job_id)) == 130
 
 
-def test_control_c_detaches_and_cancel_stops_gently(
-    client: ray_jobs.Client, ray_cluster: RayCluster
-) -> None:
-    job_id = _start(client, _probe("control-c", 600, 0.1, 0))
+@contextmanager
+def _following(cluster: RayCluster, job_id: str) -> Iterator[subprocess.Popen[str]]:
+    """`logs --follow` in a process of its own, which has shown a line of the job."""
     with subprocess.Popen(
         [sys.executable, "-m", "cluster", "logs", job_id, "--follow"],
-        env=dict(ray_cluster.environ),
+        env=dict(cluster.environ),
         cwd=CHECKOUT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    ) as following:
+    ) as process:
         try:
-            assert following.stdout is not None
-            while "line 1" not in (line := following.stdout.readline()):
+            assert process.stdout is not None
+            while "line 1" not in (line := process.stdout.readline()):
                 assert line, "the log ended"
-            following.send_signal(signal.SIGINT)
-            _, error = following.communicate(timeout=20)
+            yield process
         finally:
-            following.kill()
+            process.kill()
+
+
+def test_control_c_detaches_and_cancel_stops_gently(
+    client: ray_jobs.Client, ray_cluster: RayCluster
+) -> None:
+    job_id = _start(client, _probe("control-c", 600, 0.1, 0))
+    with _following(ray_cluster, job_id) as following:
+        following.send_signal(signal.SIGINT)
+        _, error = following.communicate(timeout=20)
     assert following.returncode == 130
-    assert f"back: python -m cluster logs {job_id} --follow --address" in error
-    assert error.count("\n") == 1
+    detached, hint = error.splitlines()
+    assert f"back: python -m cluster logs {job_id} --follow --address" in detached
+    assert hint == "Ctrl-C again within 3 s cancels it"
     assert not ray_jobs.details(client, job_id).status.is_terminal()
-    assert ray_cluster.command("cancel", job_id).stderr == f"{job_id} stopped\n"
+    assert ray_cluster.command("cancel", job_id).stderr == f"{job_id} cancelled\n"
     log, code = _follow(client, job_id)
     assert code == 130
     assert "stopped gently" in log
+
+
+def test_control_c_twice_cancels(client: ray_jobs.Client, ray_cluster: RayCluster) -> None:
+    job_id = _start(client, _probe("control-c-twice", 600, 0.1, 0))
+    with _following(ray_cluster, job_id) as following:
+        following.send_signal(signal.SIGINT)
+        assert following.stderr is not None
+        while "Ctrl-C again" not in (line := following.stderr.readline()):
+            assert line, "it ended without a second thought"
+        following.send_signal(signal.SIGINT)
+        _, error = following.communicate(timeout=20)
+    assert following.returncode == 130
+    assert error == f"{job_id} cancelled\n"
+    assert ray_jobs.state(ray_jobs.details(client, job_id)).phase == "cancelled"
+
+
+@pytest.mark.slow
+def test_a_bucket_out_of_reach_is_told_by_a_preflight_job(ray_cluster: RayCluster) -> None:
+    start_s = time.monotonic()
+    done = ray_cluster.command(
+        *("submit", "train", "--store", "s3://bucket/store", "--run", "s3://bucket/runs/1"),
+        AWS_ENDPOINT_URL="http://127.0.0.1:1",
+        AWS_ACCESS_KEY_ID="somebody",
+        AWS_SECRET_ACCESS_KEY="not-to-be-seen",
+        AWS_REGION="eu-north-1",
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: preflight: s3://bucket/"), line
+    assert "no answer within 20 s, seen from the cluster" in line
+    assert done.stdout == ""
+    assert time.monotonic() - start_s < 60
+    assert "preflight" not in ray_cluster.command("list").stdout
+
+
+def test_a_preflight_that_passes(client: ray_jobs.Client, tmp_path: Path) -> None:
+    asked = plan(
+        "prepare",
+        ["--source", str(tmp_path), "--store", str(tmp_path / "store")],
+        {},
+        remote=False,
+        now=datetime.now(),
+    )
+    said = ray_jobs.preflight(client, asked, package.collect())
+    python = ".".join(map(str, sys.version_info[:3]))
+    assert said.startswith(f"preflight: Python {python}, Ray {version('ray')}; reached {tmp_path}")
+    assert not (tmp_path / "store").exists()
+    gone = replace(asked, preflight=asked.preflight.replace("--reads", "--reads /nowhere --reads"))
+    with pytest.raises(ConfigError, match="preflight: /nowhere: nothing is there"):
+        ray_jobs.preflight(client, gone, package.collect())
+    assert not [job for job in ray_jobs.list_jobs(client) if "preflight" in job.submission_id]
+
+
+def test_versions_agree_with_a_real_cluster(client: ray_jobs.Client) -> None:
+    ray_jobs.check_versions(client)
+
+
+@pytest.mark.parametrize(
+    ("ray_version", "python_version", "message"),
+    [
+        ("2.51.0", "3.11.7", r"runs Ray 2\.51\.0, this checkout is for 2\."),
+        (version("ray"), "3.10.2", r"runs Python 3\.10\.2, this checkout is for 3\.11 and 3\.12"),
+        (version("ray"), "3.13.0", r"runs Python 3\.13\.0"),
+    ],
+)
+def test_a_cluster_of_other_versions_is_refused(
+    ray_version: str, python_version: str, message: str
+) -> None:
+    with _Dashboard(ray_version, python_version) as dashboard:
+        client = ray_jobs.connect(dashboard.address, {"RAY_AUTH_MODE": "disabled"})
+        with pytest.raises(ConfigError, match=message):
+            ray_jobs.check_versions(client)
+
+
+def test_the_pythons_are_those_of_the_project() -> None:
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
+    allowed = SpecifierSet(project["requires-python"])
+    assert [f"3.{n}" for n in range(8, 20) if f"3.{n}.0" in allowed] == list(ray_jobs.PYTHONS)
 
 
 def test_the_given_address_wins_over_the_environment(
@@ -185,13 +280,13 @@ def test_the_users_mistake_that_only_the_cluster_sees(
     )
     assert done.returncode == 2, done.stdout + done.stderr
     assert f"{tmp_path}/nowhere" in done.stdout.splitlines()[-1]
-    submitted, sent, ended = done.stderr.splitlines()
+    sent, submitted, ended = done.stderr.splitlines()
     job_id = ended.split()[0]
     assert submitted.startswith(f"submitted as {job_id}: python -m jobs.prepare --source ")
     assert "MiB before compression; environment: AWS_SECRET_ACCESS_KEY, WANDB_MODE" in sent
     assert ended == f"{job_id} failed: exit code 2"
     status = ray_cluster.command("status", job_id)
-    assert "FAILED (exit code 2)" in status.stdout
+    assert "why     exit code 2" in status.stdout
     assert job_id in ray_cluster.command("list").stdout
     shown = done.stdout + done.stderr + status.stdout + status.stderr
     assert "not-to-be-seen" not in shown
@@ -231,6 +326,42 @@ def test_prepare_on_the_cluster_writes_a_store(ray_cluster: RayCluster, tmp_path
     assert done.returncode == 0, done.stdout + done.stderr
     assert (store / "manifest.json").is_file()
     assert done.stderr.splitlines()[-1].endswith("succeeded")
+
+
+class _Dashboard:
+    """Answers as a Ray dashboard of other versions would, as far as versions go."""
+
+    def __init__(self, ray_version: str, python_version: str) -> None:
+        answers = {
+            "/api/version": {"version": "4", "ray_version": ray_version, "ray_commit": "x"},
+            "/api/v0/cluster_metadata": {
+                "result": True,
+                "data": {"rayVersion": ray_version, "pythonVersion": python_version},
+            },
+        }
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                body = json.dumps(answers[self.path]).encode()
+                self.send_response(200)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> _Dashboard:
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
 
 
 class _Relay:

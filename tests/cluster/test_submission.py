@@ -38,6 +38,14 @@ def test_every_job_has_a_place_that_it_writes(job: str) -> None:
     command = " ".join(f"--{name} {value}" for name, value in flags.items() if name in fields)
     submission = _plan(f"{job} {command}")
     assert submission.target == {"prepare": "/store", "predict": "/out"}.get(job, "/runs/1")
+    given = [url for name, url in flags.items() if name in fields]
+    assert sorted(submission.places) == sorted(given)
+    python, dash_m, module, *checks = shlex.split(submission.preflight)
+    assert (python, dash_m, module) == ("python", "-m", "jobs.preflight")
+    pairs = dict(zip(checks[1::2], checks[::2], strict=True))
+    assert pairs == {
+        url: "--writes" if url == submission.target else "--reads" for url in submission.places
+    }
 
 
 def test_the_runs_of_an_ensemble_become_absolute(

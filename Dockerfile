@@ -1,0 +1,37 @@
+# The one image of the head, the workers and the submitter: this project and what it needs, locked.
+#   make image
+# The base brings Python and nothing of CUDA: torch's wheels hold that already.
+ARG BASE_IMAGE=docker.io/library/python:3.11-slim-bookworm
+
+# Dependencies change rarely, and are most of the bytes: a layer of their own, before any code.
+FROM ${BASE_IMAGE} AS dependencies
+COPY requirements-image.lock /
+RUN python3.11 -m venv /opt/pneumo \
+ && /opt/pneumo/bin/pip install --no-cache-dir --disable-pip-version-check --require-hashes \
+    -r /requirements-image.lock \
+ && /opt/pneumo/bin/pip uninstall --yes --quiet pip
+
+FROM ${BASE_IMAGE}
+# The operator's probes of older KubeRay call wget.
+RUN apt-get update -qq \
+ && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends wget > /dev/null \
+ && rm -rf /var/lib/apt/lists/* \
+ && useradd --uid 1000 --gid 100 --create-home --home-dir /home/pneumo pneumo
+COPY --from=dependencies /opt/pneumo /opt/pneumo
+COPY pneumo /app/pneumo
+COPY jobs /app/jobs
+ENV PATH=/opt/pneumo/bin:$PATH \
+    PYTHONPATH=/app \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    RAY_USAGE_STATS_ENABLED=0
+WORKDIR /home/pneumo
+USER 1000:100
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="pneumo" \
+      org.opencontainers.image.description="Training and evaluation of a pneumonia classifier on chest X-rays. Research use only." \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
+CMD ["python", "-m", "jobs.train", "--help"]

@@ -1,0 +1,348 @@
+"""What is asked of a Kubernetes API server: RayJobs, pods, their logs and events, as plain JSON.
+
+Every request has a time limit. What may pass (429, 5xx, a connection that breaks) is tried again
+for a while; every other refusal is one line in the words of this project. Creating is safe to
+repeat, because a RayJob's name says which run it is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import urllib3
+from kubernetes import client as kubernetes_client
+from kubernetes import config as kubernetes_config
+from kubernetes.client.exceptions import ApiException
+from kubernetes.config import ConfigException
+
+from cluster.overlays import Document
+from pneumo.errors import AccessError, ClusterError, ConfigError
+
+CONNECT_TIMEOUT_S = 5.0
+ANSWER_TIMEOUT_S = 20.0
+PATIENCE_S = 20.0
+"""How long a request that may yet succeed is tried again."""
+_PAUSE_S = 0.5
+_LONGEST_PAUSE_S = 5.0
+_MAY_PASS = frozenset({408, 429, 500, 502, 503, 504})
+
+NEEDS = (
+    *(("ray.io", "rayjobs", verb) for verb in ("create", "get", "list", "watch", "delete")),
+    ("", "pods", "list"),
+    ("", "events", "list"),
+    ("", "pods/log", "get"),
+)
+"""(API group, resource, verb) of every request below; k8s/rbac grants just these."""
+
+
+class OutOfReachError(ClusterError):
+    """The API server did not answer, or only with errors that may pass, for too long."""
+
+
+class AlreadyThereError(ClusterError):
+    """An object of that name exists."""
+
+
+class ExpiredError(ClusterError):
+    """The watch is too old; look anew."""
+
+
+class MissingError(ClusterError):
+    """No object of that name exists."""
+
+
+@dataclass(frozen=True)
+class Api:
+    """The API server of a kubeconfig's context, and the namespace there."""
+
+    client: Any
+    namespace: str
+    context: str
+    patience_s: float = PATIENCE_S
+
+    def create_rayjob(self, job: Document) -> Document:
+        """Raises AlreadyThereError, ConfigError for what the server finds invalid."""
+        return self._ask("POST", self._rayjobs(), body=job)
+
+    def get_rayjob(self, name: str) -> Document:
+        """Raises MissingError."""
+        return self._ask("GET", self._rayjobs(name))
+
+    def list_rayjobs(self, selector: str) -> list[Document]:
+        return list(self._ask("GET", self._rayjobs(), {"labelSelector": selector})["items"])
+
+    def delete_rayjob(self, name: str) -> None:
+        """Raises MissingError."""
+        self._ask("DELETE", self._rayjobs(name), {"propagationPolicy": "Background"})
+
+    def list_pods(self, selector: str) -> list[Document]:
+        return list(self._ask("GET", self._core("pods"), {"labelSelector": selector})["items"])
+
+    def list_warnings(self) -> list[Document]:
+        """The events of the namespace that are warnings; at most 500 of them."""
+        query = {"fieldSelector": "type=Warning", "limit": "500"}
+        return list(self._ask("GET", self._core("events"), query)["items"])
+
+    def wait_for_change(self, name: str, version: str, timeout_s: int) -> None:
+        """Return when the RayJob is no longer of `version`, or after `timeout_s`.
+
+        A watch that breaks or has expired returns too: whoever waits looks anew anyway.
+        """
+        query = {
+            "watch": "true",
+            "fieldSelector": f"metadata.name={name}",
+            "resourceVersion": version,
+            "timeoutSeconds": str(timeout_s),
+        }
+        start_s = time.monotonic()
+        try:
+            for line in self._stream(self._rayjobs(), query, timeout_s + ANSWER_TIMEOUT_S):
+                if json.loads(line).get("type") != "BOOKMARK":
+                    return
+        except (ExpiredError, OutOfReachError, ValueError):
+            pass
+        # One that ends at once must not make a busy loop.
+        time.sleep(max(0.0, min(1.0, timeout_s) - (time.monotonic() - start_s)))
+
+    def stream_log(
+        self, pod: str, container: str, *, since: str, follow: bool, silence_s: float
+    ) -> Generator[str]:
+        """The lines of a container's log, each after its time, from the second of `since` on.
+
+        Raises OutOfReachError when the connection breaks, or says nothing for `silence_s`.
+        """
+        query = {"container": container, "timestamps": "true", "follow": str(follow).lower()}
+        if since:
+            query["sinceTime"] = since
+        yield from self._stream(f"{self._core('pods')}/{pod}/log", query, silence_s)
+
+    def missing_rights(self) -> list[str]:
+        """What of `NEEDS` the person may not do here, in words; empty where nobody can tell."""
+        missing = []
+        for group, resource, verb in NEEDS:
+            name, _, part = resource.partition("/")
+            asked = {"group": group, "resource": name, "verb": verb, "namespace": self.namespace}
+            review = {
+                "apiVersion": "authorization.k8s.io/v1",
+                "kind": "SelfSubjectAccessReview",
+                "spec": {
+                    "resourceAttributes": {**asked, **({"subresource": part} if part else {})}
+                },
+            }
+            try:
+                answer = self._ask(
+                    "POST", "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", body=review
+                )
+            except AccessError as error:
+                if error.args[1:] == (403,):
+                    return []
+                raise
+            if not answer["status"]["allowed"]:
+                missing.append(f"{verb} {resource}")
+        return missing
+
+    def _rayjobs(self, name: str = "") -> str:
+        path = f"/apis/ray.io/v1/namespaces/{self.namespace}/rayjobs"
+        return f"{path}/{name}" if name else path
+
+    def _core(self, resource: str) -> str:
+        return f"/api/v1/namespaces/{self.namespace}/{resource}"
+
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str] | None = None,
+        body: Document | None = None,
+    ) -> Document:
+        deadline_s = time.monotonic() + self.patience_s
+        pause_s = _PAUSE_S
+        while True:
+            try:
+                response = self._send(method, path, query, body, ANSWER_TIMEOUT_S)
+                answer: Document = json.loads(response.data)
+            except (ApiException, urllib3.exceptions.HTTPError, ValueError) as error:
+                if not _may_pass(error) or time.monotonic() + pause_s > deadline_s:
+                    self._refuse(error, method)
+                time.sleep(max(pause_s, _asked_pause_s(error)))
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+            else:
+                return answer
+
+    def _stream(self, path: str, query: Mapping[str, str], silence_s: float) -> Generator[str]:
+        """The lines of an answer as they come."""
+        rest = b""
+        response = None
+        try:
+            response = self._send("GET", path, query, None, silence_s)
+            while chunk := response.read1(2**16):
+                *lines, rest = (rest + chunk).split(b"\n")
+                for line in lines:
+                    yield line.decode(errors="replace")
+        except (ApiException, urllib3.exceptions.HTTPError) as error:
+            self._refuse(error, "GET")
+        finally:
+            if response is not None:
+                response.close()
+        if rest:
+            yield rest.decode(errors="replace")
+
+    def _send(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str] | None,
+        body: Document | None,
+        answer_timeout_s: float,
+    ) -> urllib3.HTTPResponse:
+        response: urllib3.HTTPResponse = self.client.call_api(
+            path,
+            method,
+            query_params=list((query or {}).items()),
+            header_params={"Accept": "application/json", "Content-Type": "application/json"},
+            body=body,
+            auth_settings=["BearerToken"],
+            _preload_content=False,
+            _request_timeout=(CONNECT_TIMEOUT_S, answer_timeout_s),
+        )
+        return response
+
+    def _refuse(self, error: Exception, method: str) -> NoReturn:
+        where = f"kubernetes: context {self.context}"
+        if not isinstance(error, ApiException) or error.status == 0:
+            raise OutOfReachError(
+                f"{where}: no answer from the API server ({_cause(error)}); is the cluster up, and "
+                "does a VPN or proxy lead there?"
+            ) from error
+        status = _status(error)
+        said = str(status.get("message") or error.reason or "no reason given").splitlines()[0]
+        raise self._refusal(error.status, said, status, where, method) from error
+
+    def _refusal(
+        self, code: int, said: str, status: Document, where: str, method: str
+    ) -> Exception:
+        if code == 401:
+            return AccessError(
+                f"{where}: the cluster does not know you (HTTP 401); log in again, your cloud's "
+                "command line renews the kubeconfig's credentials"
+            )
+        if code == 403:
+            return AccessError(f"{where}: {_forbidden(said)}", 403)
+        if code == 404 and not (status.get("details") or {}).get("name"):
+            return ConfigError(
+                f"{where}: it has no RayJob kind (ray.io/v1); have its administrator install the "
+                "KubeRay operator, 1.7 or later"
+            )
+        if code == 404:
+            return MissingError(f"{where}: {said}")
+        if code == 409 and method == "POST":
+            return AlreadyThereError(f"{where}: {said}")
+        if code == 410:
+            return ExpiredError(f"{where}: {said}")
+        if code in _MAY_PASS:
+            return OutOfReachError(f"{where}: the API server answers HTTP {code}: {said}")
+        return ConfigError(f"{where}: refused (HTTP {code}): {said}")
+
+
+def connect(context: str | None, namespace: str | None) -> Api:
+    """The API server that kubectl would ask. Raises ConfigError when no kubeconfig names one.
+
+    In a pod without a kubeconfig it is the pod's own cluster.
+    """
+    settings = kubernetes_client.Configuration()
+    settings.retries = False
+    try:
+        found, current = kubernetes_config.list_kube_config_contexts()
+        chosen = next((c for c in found if c["name"] == context), None) if context else current
+        if chosen is None:
+            names = ", ".join(sorted(c["name"] for c in found)) or "none"
+            raise ConfigError(f"kubernetes: no context '{context}' in the kubeconfig; has: {names}")
+        kubernetes_config.load_kube_config(
+            context=chosen["name"], client_configuration=settings, persist_config=False
+        )
+        own = chosen["context"].get("namespace")
+        name = chosen["name"]
+    except (ConfigException, OSError, ValueError, TypeError, KeyError) as error:
+        if context is not None or not _load_pod(settings):
+            raise ConfigError(
+                f"kubernetes: no usable kubeconfig ({_first_line(error)}); set KUBECONFIG, or get "
+                "one from your cloud (aws eks update-kubeconfig, gcloud container clusters "
+                "get-credentials)"
+            ) from error
+        own, name = None, "of this pod"
+    client = kubernetes_client.ApiClient(settings)
+    return Api(client, namespace or own or "default", name)
+
+
+def _load_pod(settings: Any) -> bool:
+    try:
+        kubernetes_config.load_incluster_config(client_configuration=settings)
+    except ConfigException:
+        return False
+    return True
+
+
+def _may_pass(error: Exception) -> bool:
+    return not isinstance(error, ApiException) or error.status in _MAY_PASS
+
+
+def _asked_pause_s(error: Exception) -> float:
+    """What a 429 or 503 asks for in Retry-After, within reason."""
+    headers = getattr(error, "headers", None) or {}
+    asked = str(headers.get("Retry-After", ""))
+    return min(float(asked), _LONGEST_PAUSE_S) if asked.isdigit() else 0.0
+
+
+def _status(error: ApiException) -> Document:
+    """The Status object of a refusal, if it is one."""
+    try:
+        status = json.loads(error.body or "{}")
+    except ValueError:
+        return {}
+    return status if isinstance(status, dict) else {}
+
+
+def _forbidden(said: str) -> str:
+    """Which right is missing, out of the server's sentence."""
+    found = re.search(
+        r'cannot (\w+) resource "([^"]+)"(?: in API group "[^"]*")?'
+        r'(?: in the namespace "([^"]+)")?',
+        said,
+    )
+    if found is None:
+        return f"forbidden (HTTP 403): {said}"
+    verb, resource, namespace = found.groups()
+    return lacking([f"{verb} {resource}"], namespace or "")
+
+
+def lacking(rights: list[str], namespace: str) -> str:
+    """The line about missing rights."""
+    place = f" in namespace {namespace}" if namespace else ""
+    return (
+        f"no right to {', '.join(rights)}{place}; ask its administrator to bind you to the Role of "
+        "k8s/rbac"
+    )
+
+
+def _cause(error: Exception) -> str:
+    text = str(getattr(error, "reason", None) or error)
+    for mark, cause in (
+        ("refused", "connection refused"),
+        ("timed out", "timed out"),
+        ("resol", "unknown host"),
+        ("certificate", "its certificate is not trusted"),
+        ("aborted", "the connection broke"),
+        ("reset", "the connection broke"),
+    ):
+        if mark in text.lower():
+            return cause
+    return type(error).__name__
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

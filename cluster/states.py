@@ -1,0 +1,88 @@
+"""What the two kinds of cluster have in common: a job's state, and what can be asked of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from cluster.submission import Submission
+
+Phase = Literal["waiting", "running", "succeeded", "failed", "cancelled"]
+
+Write = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class JobState:
+    """How a job is doing.
+
+    `target` is the URL that it writes, `why` is what it waits for or failed of, in one line; times
+    are seconds since the epoch.
+    """
+
+    id: str
+    phase: Phase
+    target: str = ""
+    entrypoint: str = ""
+    why: str = ""
+    driver_exit_code: int | None = None
+    started_s: float | None = None
+    ended_s: float | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        return self.phase in {"succeeded", "failed", "cancelled"}
+
+    @property
+    def exit_code(self) -> int:
+        """Of a job that has ended: 0 done, 1 failed, 2 the user's mistake, 130 cancelled."""
+        if self.phase == "succeeded":
+            return 0
+        if self.phase == "cancelled":
+            return 130
+        return self.driver_exit_code if self.driver_exit_code in {2, 130} else 1
+
+    def __str__(self) -> str:
+        return f"{self.id} {self.phase}{f': {self.why}' if self.why else ''}"
+
+
+@dataclass(frozen=True)
+class Started:
+    """A job on the cluster; `already_running`: it was there before it was asked for."""
+
+    id: str
+    already_running: bool
+
+
+class Target(Protocol):
+    """A place that runs jobs."""
+
+    @property
+    def flags(self) -> str:
+        """What names it on the command line of `python -m cluster`."""
+        ...
+
+    def submit(self, submission: Submission, note: Write) -> Started:
+        """Start the job unless it is running; `note` gets what was sent. ConfigError: see below."""
+        ...
+
+    def follow(self, job_id: str, write: Write, note: Write) -> JobState:
+        """Pass the log to `write` and all else to `note` until the job has ended."""
+        ...
+
+    def list(self) -> Sequence[JobState]:
+        """The jobs that it remembers, oldest first."""
+        ...
+
+    def state(self, job_id: str) -> JobState:
+        """How a job is doing. Raises ConfigError for one it does not know."""
+        ...
+
+    def logs(self, job_id: str) -> str:
+        """The log so far."""
+        ...
+
+    def cancel(self, job_id: str) -> JobState:
+        """Ask the job to stop and wait until it has; what it ended as."""
+        ...

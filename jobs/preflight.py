@@ -1,0 +1,114 @@
+"""Can the job's places be reached from here? Asked inside the cluster, answered within seconds.
+
+    python -m jobs.preflight --reads s3://bucket/store --writes s3://bucket/runs/1
+
+`python -m cluster submit` runs it before a job; on Kubernetes the head's pod does, before Ray
+starts. Exits 0, or 1 or 2 with one line that says which place and why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from jobs.command import say
+from pneumo import storage
+from pneumo.errors import ConfigError, PneumoError, SourceError, StorageError
+
+ANSWER_TIMEOUT_S = 20.0
+"""A place that says nothing for this long counts as out of reach; a job would wait much longer."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m jobs.preflight", description=__doc__)
+    parser.add_argument("--ray", help="the version that the image must have")
+    parser.add_argument("--reads", action="append", default=[], metavar="URL")
+    parser.add_argument("--writes", action="append", default=[], metavar="URL")
+    options = parser.parse_args(argv)
+    checks = [(url, check_readable) for url in options.reads]
+    checks += [(url, check_writable) for url in options.writes]
+    try:
+        check_ray(options.ray)
+        within(ANSWER_TIMEOUT_S, checks)
+    except PneumoError as error:
+        say(f"error: preflight: {error}")
+        return error.exit_code
+    say(
+        f"preflight: Python {platform.python_version()}, Ray {version('ray')}; reached "
+        f"{', '.join(url for url, _ in checks) or 'no place, none was named'}"
+    )
+    return 0
+
+
+def check_ray(expected: str | None) -> None:
+    """Raise ConfigError when this environment has another Ray than `expected`."""
+    there = version("ray")
+    if expected is not None and there != expected:
+        raise ConfigError(
+            f"the image holds Ray {there}, the manifest says rayVersion {expected}; build the "
+            "image from this checkout (make image), or correct the manifest"
+        )
+
+
+def check_readable(url: str) -> None:
+    """Raise a PneumoError unless something lies at `url`."""
+    if not storage.exists(storage.normalise(url)):
+        raise SourceError(f"{url}: nothing is there, seen from the cluster; is the URL right?")
+
+
+def check_writable(url: str) -> None:
+    """Raise a PneumoError unless an object can be written below `url`; leaves nothing."""
+    url = storage.normalise(url)
+    if not storage.is_local(url):
+        probe_url = storage.join(url, f".preflight-{uuid.uuid4().hex}")
+        storage.write_bytes(probe_url, b"")
+        storage.remove(probe_url)
+        return
+    there = next(path for path in _with_parents(storage.local_path(url)) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ConfigError(f"{url}: {there} cannot be written to on the cluster")
+
+
+def within(timeout_s: float, checks: Sequence[tuple[str, Callable[[str], None]]]) -> None:
+    """Make all checks at once; raise what the first to fail raised, or StorageError when late."""
+    errors: dict[str, Exception] = {}
+
+    def make(url: str, check: Callable[[str], None]) -> None:
+        try:
+            check(url)
+        except Exception as error:  # raised again where the caller can see it
+            errors[url] = error
+
+    threads = {
+        url: threading.Thread(target=make, args=(url, check), daemon=True) for url, check in checks
+    }
+    for thread in threads.values():
+        thread.start()
+    for url, thread in threads.items():
+        thread.join(timeout_s)
+        if url in errors:
+            raise errors[url]
+        if thread.is_alive():
+            raise StorageError(
+                f"{url}: no answer within {timeout_s:g} s, seen from the cluster; check the "
+                "endpoint (AWS_ENDPOINT_URL), name look-up and firewalls there"
+            )
+
+
+def _with_parents(path: Path) -> list[Path]:
+    return [path, *path.parents]
+
+
+if __name__ == "__main__":
+    sys.stdout.flush()
+    code = main()
+    sys.stderr.flush()
+    os._exit(code)  # a check that hangs in its thread holds nobody up

@@ -1,0 +1,525 @@
+"""The Kubernetes target against a real kube-apiserver with RBAC; KubeRay and kubelet are played."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import yaml
+
+from cluster import kubernetes_api, kubernetes_jobs, ray_jobs
+from cluster.kubernetes_jobs import KubernetesTarget
+from cluster.overlays import find_overlay
+from cluster.submission import Submission, plan
+from pneumo.errors import AccessError, ConfigError
+from tests.cluster.kube_operator import Kubelet, Operator
+from tests.cluster.kube_proxy import KubeProxy, Rule
+from tests.cluster.kube_server import KubeServer
+
+if TYPE_CHECKING:
+    from conftest import RayCluster
+
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.skipif(
+        not (shutil.which("kubectl") or shutil.which("kustomize")),
+        reason="neither kubectl nor kustomize is on PATH",
+    ),
+]
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+PROBE = Path(__file__).with_name("probe.py")
+SUBMITTER, STRANGER = "submitter", "stranger"
+
+
+@pytest.fixture
+def operator(
+    kube_server: KubeServer, kubelet: Kubelet, ray_cluster: RayCluster, namespace: str
+) -> Iterator[Operator]:
+    client = ray_jobs.connect(ray_cluster.address, ray_cluster.environ)
+    with Operator(kube_server, client, kubelet, namespace) as playing:
+        yield playing
+
+
+def _target(
+    server: KubeServer, namespace: str, *, user: str = SUBMITTER, url: str | None = None
+) -> KubernetesTarget:
+    """Our client as `user`; what may pass is waited for shortly."""
+    path = server.kubeconfig(user, namespace=namespace, url=url)
+    settings = kubernetes_api.kubernetes_client.Configuration()
+    settings.retries = False
+    kubernetes_api.kubernetes_config.load_kube_config(
+        config_file=str(path), client_configuration=settings
+    )
+    client = kubernetes_api.kubernetes_client.ApiClient(settings)
+    api = kubernetes_api.Api(client, namespace, "tests", patience_s=5.0)
+    return KubernetesTarget(api, find_overlay("kind-cpu"), patience_s=5.0)
+
+
+def _probe(name: str, *arguments: object, settings: str = "a") -> Submission:
+    return Submission(
+        job="prepare",
+        id=f"probe-{name}",
+        entrypoint=shlex.join(["python", str(PROBE), *map(str, arguments)]),
+        target=f"/nowhere/{name}",
+        settings=settings,
+        preflight="python -m jobs.preflight --writes /nowhere",
+    )
+
+
+def _follow(target: KubernetesTarget, job_id: str) -> tuple[list[int], list[str], int]:
+    """The numbers of the probe's lines, what was said besides, the exit code."""
+    text: list[str] = []
+    notes: list[str] = []
+    state = target.follow(job_id, text.append, lambda note: notes.append(str(note)))
+    lines = "".join(text).splitlines()
+    return (
+        [int(line.split()[1]) for line in lines if line.startswith("line ")],
+        notes,
+        (state.exit_code),
+    )
+
+
+def _command(
+    server: KubeServer, namespace: str, *arguments: str, timeout_s: float = 120, **environ: str
+) -> subprocess.CompletedProcess[str]:
+    """`python -m cluster` as a person with our Role."""
+    own = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PNEUMO_", "AWS_"))}
+    return subprocess.run(
+        [sys.executable, "-m", "cluster", *arguments, "--target", "k8s"],
+        env=own | {"KUBECONFIG": str(server.kubeconfig(SUBMITTER, namespace=namespace))} | environ,
+        cwd=CHECKOUT,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+
+
+# --- the whole way --------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_submit_queue_run_log_and_exit_code(
+    kube_server: KubeServer, namespace: str, operator: Operator, tmp_path: Path
+) -> None:
+    source, store = tmp_path / "source", tmp_path / "store"
+    subprocess.run(
+        [sys.executable, "-m", "pneumo.synthetic", "--out", str(source), "--studies", "40"],
+        cwd=CHECKOUT,
+        capture_output=True,
+        check=True,
+        timeout=120,
+    )
+    operator.admitted = False
+    threading.Timer(8.0, lambda: setattr(operator, "admitted", True)).start()
+    done = _command(
+        kube_server,
+        namespace,
+        *("submit", "--overlay", "gpu-spot-kueue", "prepare"),
+        *("--source", str(source), "--store", str(store), "--prepare.image-size", "64"),
+        AWS_SECRET_ACCESS_KEY="not-to-be-seen",
+        WANDB_MODE="disabled",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (store / "manifest.json").is_file()
+    said = done.stderr
+    assert "overlay gpu-spot-kueue: 2 workers of" in said
+    assert "not sent, for they are secrets: AWS_SECRET_ACCESS_KEY" in said
+    assert "trouble: Kueue has no quota for it yet: couldn't assign flavors" in said
+    job_id = said.splitlines()[-1].split()[0]
+    assert said.splitlines()[-1] == f"{job_id} succeeded"
+    assert done.stdout.strip()
+    assert f"submitted as {job_id}: python -m jobs.prepare" in said
+
+    listed = _command(kube_server, namespace, "list")
+    assert job_id in listed.stdout
+    assert "succeeded" in listed.stdout
+    status = _command(kube_server, namespace, "status", job_id)
+    assert f"writes  {store}" in status.stdout
+    assert _command(kube_server, namespace, "logs", job_id).stdout == done.stdout
+    everything = yaml.safe_dump(
+        [
+            kube_server.ask("GET", f"/apis/ray.io/v1/namespaces/{namespace}/rayjobs"),
+            kube_server.ask("GET", f"/api/v1/namespaces/{namespace}/pods"),
+        ]
+    )
+    assert "not-to-be-seen" not in everything + said + done.stdout
+
+
+@pytest.mark.slow
+def test_the_users_mistake_is_exit_code_2_and_is_not_tried_again(
+    kube_server: KubeServer, namespace: str, operator: Operator, tmp_path: Path
+) -> None:
+    done = _command(
+        kube_server,
+        namespace,
+        *("submit", "--overlay", "gpu-ondemand", "prepare"),
+        *("--source", str(tmp_path / "nowhere"), "--store", str(tmp_path / "store")),
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert f"{tmp_path}/nowhere" in done.stdout
+    assert "your mistake, which another attempt would repeat; called off" in done.stderr
+    assert _command(kube_server, namespace, "list").stdout == ""
+
+
+@pytest.mark.slow
+def test_a_lost_head_is_told_and_the_next_attempt_is_followed(
+    kube_server: KubeServer, namespace: str, operator: Operator
+) -> None:
+    operator.attempts_that_lose_the_head = 1
+    target = replace(_target(kube_server, namespace), overlay=find_overlay("gpu-ondemand"))
+    started = target.submit(_probe(f"head-{namespace}", 15, 0.2, 0), lambda _: None)
+    numbers, notes, code = _follow(target, started.id)
+    assert code == 0
+    assert numbers[-15:] == list(range(15))
+    assert [note for note in notes if "lost its node (NodeNotReady" in note], notes
+    assert [note for note in notes if "another submitter took over" in note], notes
+
+
+def test_an_image_that_cannot_be_pulled_is_told_while_it_waits(
+    kube_server: KubeServer, namespace: str, operator: Operator
+) -> None:
+    operator.image_there = False
+    target = _target(kube_server, namespace)
+    started = target.submit(_probe(f"image-{namespace}", 1, 0, 0), lambda _: None)
+    threading.Timer(6.0, lambda: target.cancel(started.id)).start()
+    _, notes, code = _follow(target, started.id)
+    assert code == 130
+    assert any("cannot pull pneumo:dev (ImagePullBackOff: manifest unknown)" in n for n in notes)
+    assert len(notes) == len(set(notes))
+
+
+def test_a_bucket_out_of_reach_calls_the_job_off(
+    kube_server: KubeServer, namespace: str, operator: Operator
+) -> None:
+    operator.preflight_says = "error: preflight: s3://b/r: no such bucket, seen from the cluster"
+    target = _target(kube_server, namespace)
+    started = target.submit(_probe(f"bucket-{namespace}", 1, 0, 0), lambda _: None)
+    state = target.follow(started.id, lambda _: None, lambda _: None)
+    assert (state.phase, state.exit_code) == ("failed", 2)
+    assert state.why == "preflight: s3://b/r: no such bucket, seen from the cluster; called off"
+    assert target.list() == []
+
+
+def test_control_c_twice_cancels(
+    kube_server: KubeServer, namespace: str, operator: Operator
+) -> None:
+    target = _target(kube_server, namespace)
+    started = target.submit(_probe(f"interrupt-{namespace}", 600, 0.1, 0), lambda _: None)
+    with subprocess.Popen(
+        [sys.executable, "-m", "cluster", "logs", started.id, "--follow", "--target", "k8s"],
+        env={
+            **os.environ,
+            "KUBECONFIG": str(kube_server.kubeconfig(SUBMITTER, namespace=namespace)),
+        },
+        cwd=CHECKOUT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as following:
+        try:
+            assert following.stdout is not None
+            assert following.stderr is not None
+            while "line 1" not in (line := following.stdout.readline()):
+                assert line, "the log ended"
+            following.send_signal(signal.SIGINT)
+            while "Ctrl-C again" not in (line := following.stderr.readline()):
+                assert line, "no second thought"
+            following.send_signal(signal.SIGINT)
+            _, error = following.communicate(timeout=30)
+        finally:
+            following.kill()
+    assert following.returncode == 130
+    assert f"{started.id} cancelled" in error
+    assert target.list() == []
+
+
+# --- one run, once --------------------------------------------------------------------------------
+
+
+def test_submitting_twice_runs_once(kube_server: KubeServer, namespace: str) -> None:
+    target = _target(kube_server, namespace)
+    asked = _probe("twice", 1, 0, 0)
+    assert not target.submit(asked, lambda _: None).already_running
+    assert target.submit(asked, lambda _: None).already_running
+    with pytest.raises(ConfigError, match="is being written by probe-twice with other settings"):
+        target.submit(_probe("twice", 1, 0, 0, settings="b"), lambda _: None)
+    assert [state.id for state in target.list()] == ["probe-twice"]
+    path = f"/apis/ray.io/v1/namespaces/{namespace}/rayjobs/probe-twice/status"
+    ended = {"status": {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}}
+    kube_server.ask("PATCH", path, ended, patch=True)
+    assert target.submit(asked, lambda _: None).id == "probe-twice-2"
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Rule("POST", "rayjobs", "drop after"),
+        Rule("POST", "rayjobs", "drop before"),
+        Rule("POST", "rayjobs", "answer", 429, times=2, retry_after="1"),
+        Rule("POST", "rayjobs", "answer", 500),
+        Rule("POST", "rayjobs", "answer", 503),
+        Rule("GET", "rayjobs", "answer", 429, times=2),
+        Rule("GET", "rayjobs", "drop before", times=2),
+        Rule("POST", "selfsubjectaccessreviews", "answer", 500, times=2),
+    ],
+    ids=lambda rule: f"{rule.fault}-{rule.status}-{rule.method}-{rule.part}",
+)
+def test_what_passes_is_waited_for_and_the_job_is_created_once(
+    kube_server: KubeServer, namespace: str, rule: Rule
+) -> None:
+    with KubeProxy(kube_server.url, [replace(rule)]) as proxy:
+        target = _target(kube_server, namespace, url=proxy.url)
+        started = target.submit(_probe("once", 1, 0, 0), lambda _: None)
+        assert started == kubernetes_jobs.Started("probe-once", already_running=False)
+        assert len(proxy.injected) == rule.times
+    jobs = kube_server.ask("GET", f"/apis/ray.io/v1/namespaces/{namespace}/rayjobs")["items"]
+    assert [job["metadata"]["name"] for job in jobs] == ["probe-once"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "error", "message"),
+    [
+        (Rule("GET", "rayjobs", "answer", 401, times=9), AccessError, r"does not know you.*401"),
+        (Rule("POST", "rayjobs", "answer", 403), AccessError, r"forbidden \(HTTP 403\): injected"),
+        (Rule("POST", "rayjobs", "answer", 422), ConfigError, r"refused \(HTTP 422\): injected"),
+        (
+            Rule("GET", "rayjobs", "answer", 500, times=99),
+            kubernetes_api.OutOfReachError,
+            r"API server answers HTTP 500: injected 500",
+        ),
+        (
+            Rule("GET", "rayjobs", "drop before", times=99),
+            kubernetes_api.OutOfReachError,
+            r"no answer from the API server \(the connection broke\)",
+        ),
+    ],
+    ids=["401", "403", "422", "500", "dropped"],
+)
+def test_what_does_not_pass_is_one_line(
+    kube_server: KubeServer, namespace: str, rule: Rule, error: type[Exception], message: str
+) -> None:
+    with KubeProxy(kube_server.url, [replace(rule)]) as proxy:
+        target = _target(kube_server, namespace, url=proxy.url)
+        with pytest.raises(error, match=message) as raised:
+            target.submit(_probe("refused", 1, 0, 0), lambda _: None)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.slow
+def test_a_log_that_breaks_and_watches_that_expire_lose_and_repeat_nothing(
+    kube_server: KubeServer, namespace: str, operator: Operator
+) -> None:
+    rules = [
+        Rule("GET", "watch=true", "answer", 410, times=2),
+        Rule("GET", "watch=true", "cut", after_bytes=30),
+        Rule("GET", "/log?", "drop before"),
+        Rule("GET", "/log?", "cut", after_bytes=333, times=3),
+        Rule("GET", "/log?", "answer", 500),
+        Rule("GET", "/pods?", "answer", 500, times=2),
+        Rule("GET", "/events?", "drop after", times=2),
+    ]
+    with KubeProxy(kube_server.url, rules) as proxy:
+        target = _target(kube_server, namespace, url=proxy.url)
+        started = target.submit(_probe(f"breaks-{namespace}", 80, 0.1, 3), lambda _: None)
+        numbers, _, code = _follow(target, started.id)
+        broken = {(rule.part, rule.fault) for rule in proxy.injected}
+    assert numbers == list(range(80))
+    assert code == 1
+    assert broken >= {("/log?", "cut"), ("/pods?", "answer"), ("/events?", "drop after")}
+    assert ("watch=true", "answer") in broken
+
+
+def test_a_server_that_goes_away_ends_the_following_not_the_job(
+    kube_server: KubeServer, namespace: str
+) -> None:
+    with KubeProxy(kube_server.url) as proxy:
+        target = replace(_target(kube_server, namespace, url=proxy.url), patience_s=1.0)
+        target = replace(target, api=replace(target.api, patience_s=0.5))
+        started = target.submit(_probe("away", 1, 0, 0), lambda _: None)
+        threading.Timer(
+            1.0, lambda: proxy.rules.append(Rule("GET", "", "drop before", times=999))
+        ).start()
+        notes: list[str] = []
+        with pytest.raises(kubernetes_api.OutOfReachError, match="no answer"):
+            target.follow(started.id, lambda _: None, lambda note: notes.append(str(note)))
+    assert "the job goes on, trying again" in notes[-1]
+    assert [state.id for state in _target(kube_server, namespace).list()] == ["probe-away"]
+
+
+# --- who may --------------------------------------------------------------------------------------
+
+
+def test_our_role_suffices_and_grants_nothing_more(
+    kube_server: KubeServer, namespace: str, operator: Operator
+) -> None:
+    target = _target(kube_server, namespace)
+    started = target.submit(_probe(f"role-{namespace}", 5, 0.1, 0), lambda _: None)
+    assert _follow(target, started.id)[2] == 0
+    target.list(), target.state(started.id), target.logs(started.id), target.cancel(started.id)
+    role = yaml.safe_load((CHECKOUT / "k8s" / "rbac" / "role.yaml").read_text())
+    granted = {
+        (group, resource, verb)
+        for rule in role["rules"]
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+    asked = {need for need in kube_server.asked(SUBMITTER) if need[1] != "selfsubjectaccessreviews"}
+    assert asked == granted
+    assert set(kubernetes_api.NEEDS) == granted
+
+
+def test_a_person_without_rights_hears_which_before_anything_is_made(
+    kube_server: KubeServer, namespace: str
+) -> None:
+    stranger = _target(kube_server, namespace, user=STRANGER)
+    with pytest.raises(AccessError) as raised:
+        stranger.submit(_probe("stranger", 1, 0, 0), lambda _: None)
+    assert "no right to create rayjobs, get rayjobs, list rayjobs" in str(raised.value)
+    assert f"in namespace {namespace}; ask its administrator" in str(raised.value)
+    with pytest.raises(AccessError, match=f"no right to list rayjobs in namespace {namespace}"):
+        stranger.list()
+    for verb, path, body in (
+        ("GET", f"/api/v1/namespaces/{namespace}/secrets", None),
+        ("DELETE", f"/api/v1/namespaces/{namespace}/pods/x", None),
+        ("GET", "/apis/ray.io/v1/namespaces/default/rayjobs", None),
+        ("POST", f"/api/v1/namespaces/{namespace}/pods", {"kind": "Pod", "apiVersion": "v1"}),
+    ):
+        with pytest.raises(Exception, match="403"):
+            kube_server.ask(verb, path, body, user=SUBMITTER)
+
+
+# --- the user's mistakes, before any wait ---------------------------------------------------------
+
+
+def test_a_cluster_without_kuberay(kube_server: KubeServer, namespace: str) -> None:
+    with KubeProxy(kube_server.url, rewrite=("/apis/ray.io/", "/apis/nobody.io/")) as proxy:
+        admin = _target(kube_server, namespace, user="admin", url=proxy.url)
+        with pytest.raises(ConfigError, match=r"has no RayJob kind \(ray\.io/v1\).*KubeRay oper"):
+            admin.submit(_probe("absent", 1, 0, 0), lambda _: None)
+
+
+def test_what_the_api_server_finds_invalid_is_said(
+    kube_server: KubeServer, namespace: str, tmp_path: Path
+) -> None:
+    (tmp_path / "kustomization.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "resources": [os.path.relpath(CHECKOUT / "k8s" / "base", tmp_path)],
+                "patches": [
+                    {
+                        "target": {"kind": "RayJob"},
+                        "patch": yaml.safe_dump(
+                            [
+                                {
+                                    "op": "replace",
+                                    "path": "/spec/rayClusterSpec/authOptions/mode",
+                                    "value": "tokens",
+                                }
+                            ]
+                        ),
+                    }
+                ],
+            }
+        )
+    )
+    target = replace(_target(kube_server, namespace), overlay=tmp_path)
+    with pytest.raises(ConfigError, match=r"HTTP 422.*Unsupported value: \"tokens\""):
+        target.submit(_probe("invalid", 1, 0, 0), lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("", "--overlay is required with --target k8s; give one of gpu-ondemand"),
+        ("--overlay gpu-spott", "no overlay 'gpu-spott'; give one of gpu-ondemand, gpu-spot"),
+        ("--overlay kind-cpu --context nobody", "no context 'nobody' in the kubeconfig; has: tes"),
+        ("--overlay kind-cpu --workers 0", "--workers 0: at least 1"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(
+    kube_server: KubeServer, namespace: str, flags: str, message: str
+) -> None:
+    done = _command(
+        kube_server,
+        namespace,
+        *("submit", *shlex.split(flags), "train"),
+        *("--store", "s3://b/s", "--run", "s3://b/r"),
+    )
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert message in line
+
+
+def test_no_kubeconfig_is_one_line(tmp_path: Path) -> None:
+    own = {k: v for k, v in os.environ.items() if not k.startswith("KUBERNETES_")}
+    done = subprocess.run(
+        [sys.executable, "-m", "cluster", "list", "--target", "k8s"],
+        env=own | {"KUBECONFIG": str(tmp_path / "none"), "HOME": str(tmp_path)},
+        cwd=CHECKOUT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: kubernetes: no usable kubeconfig (")
+
+
+def test_nobody_answers() -> None:
+    settings = kubernetes_api.kubernetes_client.Configuration()
+    settings.host, settings.retries = "https://127.0.0.1:1", False
+    client = kubernetes_api.kubernetes_client.ApiClient(settings)
+    api = kubernetes_api.Api(client, "default", "nowhere", patience_s=0.1)
+    start_s = time.monotonic()
+    with pytest.raises(kubernetes_api.OutOfReachError, match=r"\(connection refused\)"):
+        KubernetesTarget(api).list()
+    assert time.monotonic() - start_s < 5
+
+
+def test_a_job_that_nobody_knows(kube_server: KubeServer, namespace: str) -> None:
+    target = _target(kube_server, namespace)
+    for ask in (target.state, target.logs):
+        with pytest.raises(ConfigError, match="no RayJob 'nobody' in namespace"):
+            ask("nobody")
+    with pytest.raises(ConfigError, match="no RayJob 'nobody'"):
+        target.follow("nobody", lambda _: None, lambda _: None)
+
+
+def test_recipe_and_settings_arrive_without_files(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text("seed = 3\n[train]\nlr = 2e-4\nepochs = 3\n[augment]\nflip = true\n")
+    asked = plan(
+        "train",
+        shlex.split(f"--store s3://b/s --run s3://b/r --recipe {recipe} --train.epochs 5"),
+        {"PNEUMO_TRAIN__LR": "1e-3"},
+        remote=True,
+        now=datetime(2026, 1, 2),
+        sends_files=False,
+    )
+    assert asked.recipe is None
+    assert "--recipe" not in asked.entrypoint
+    from pneumo.config import parse_command_line
+
+    there = parse_command_line("train", shlex.split(asked.entrypoint)[3:], asked.environment)
+    here = parse_command_line(
+        "train",
+        shlex.split(f"--store s3://b/s --run s3://b/r --recipe {recipe} --train.epochs 5"),
+        {"PNEUMO_TRAIN__LR": "1e-3"},
+    )
+    assert there.config == here.config

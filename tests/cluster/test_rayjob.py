@@ -1,0 +1,171 @@
+"""What Python adds to an overlay for one run; pure, no cluster and no kustomize needed."""
+
+from __future__ import annotations
+
+import copy
+import shlex
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster import rayjob
+from cluster.submission import Submission, plan
+from pneumo.errors import ConfigError
+
+Document = dict[str, Any]
+BASE = Path(__file__).resolve().parents[2] / "k8s" / "base" / "rayjob.yaml"
+PLACES = "--store s3://b/store --run s3://b/runs/1"
+
+
+@pytest.fixture
+def base() -> Document:
+    document: Document = yaml.safe_load(BASE.read_text())
+    return copy.deepcopy(document)  # anchors make parts of it one object
+
+
+def _plan(command: str, **environ: str) -> Submission:
+    job, *argv = shlex.split(command)
+    now = datetime(2026, 1, 2)
+    return plan(job, argv, environ, remote=True, now=now, sends_files=False)
+
+
+def _build(base: Document, command: str, environ: dict[str, str] | None = None, **more: Any) -> Any:
+    submission = _plan(command, **(environ or {}))
+    name = more.pop("name", submission.id)
+    return rayjob.build([{"kind": "ServiceAccount"}, base], submission, name=name, **more)
+
+
+def _workers(job: Document) -> Document:
+    [group] = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    return dict(group)
+
+
+def _environment(job: Document) -> dict[str, str]:
+    head = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    return {item["name"]: item["value"] for item in head["containers"][0]["env"]}
+
+
+def _give_gpus(base: Document, number: str = "1", cpus: str = "4") -> None:
+    container = _workers(base)["template"]["spec"]["containers"][0]
+    size = {"cpu": cpus, "memory": "16Gi", "nvidia.com/gpu": number}
+    container["resources"] = {"requests": size, "limits": size}
+
+
+def test_only_what_differs_is_set(base: Document) -> None:
+    before = copy.deepcopy(base)
+    job = _build(base, f"train {PLACES} --cluster.num-workers 3 --cluster.cpus-per-worker 4")
+    assert base == before
+    assert job["metadata"]["name"].startswith("train-1-")
+    assert job["spec"]["entrypoint"].startswith("python -m jobs.train --store s3://b/store")
+    head = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    assert head["initContainers"][0]["args"] == [
+        "--ray", "2.60.0", "--reads", "s3://b/store", "--writes", "s3://b/runs/1",
+    ]  # fmt: skip
+    group = _workers(job)
+    assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (3, 3, 3)
+    name = job["metadata"]["name"]
+    spec = job["spec"]
+    for template in (
+        spec["rayClusterSpec"]["headGroupSpec"]["template"],
+        group["template"],
+        spec["submitterPodTemplate"],
+    ):
+        assert template["metadata"]["labels"]["pneumo/run"] == name
+    for each in ("entrypoint", "rayClusterSpec", "submitterPodTemplate"):
+        job["spec"].pop(each), before["spec"].pop(each)
+    assert job["spec"] == before["spec"]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "cpus", "flags", "replicas"),
+    [
+        (None, "4", "--cluster.num-workers 4 --cluster.cpus-per-worker 4", 4),
+        (None, "4", "--cluster.num-workers 4 --cluster.cpus-per-worker 2", 2),
+        (None, "4", "--cluster.num-workers 5 --cluster.cpus-per-worker 2", 3),
+        ("1", "8", "--cluster.num-workers 4", 4),
+        ("8", "96", "--cluster.num-workers 64 --cluster.cpus-per-worker 12", 8),
+        ("8", "96", "--cluster.num-workers 9 --cluster.cpus-per-worker 12", 2),
+        ("8", "8", "--cluster.num-workers 16 --cluster.use-gpu false", 2),
+    ],
+)
+def test_there_are_pods_for_the_jobs_workers(
+    base: Document, gpus: str | None, cpus: str, flags: str, replicas: int
+) -> None:
+    if gpus:
+        _give_gpus(base, gpus, cpus)
+    assert _workers(_build(base, f"train {PLACES} {flags}"))["replicas"] == replicas
+
+
+def test_a_job_that_takes_what_there_is_keeps_the_overlays_pods(base: Document) -> None:
+    prepare = "prepare --source s3://b/raw --store s3://b/store"
+    assert _workers(_build(base, prepare))["replicas"] == 2
+    assert _workers(_build(base, prepare, workers=40))["replicas"] == 40
+    assert _workers(_build(base, f"tune {PLACES}"))["replicas"] == 2
+
+
+def test_gpus_that_are_still_to_come_are_asked_for(base: Document) -> None:
+    assert "PNEUMO_CLUSTER__USE_GPU" not in _environment(_build(base, f"train {PLACES}"))
+    _give_gpus(base)
+    assert _environment(_build(base, f"train {PLACES}"))["PNEUMO_CLUSTER__USE_GPU"] == "true"
+    chosen = _build(base, f"train {PLACES} --cluster.use-gpu false")
+    assert "PNEUMO_CLUSTER__USE_GPU" not in _environment(chosen)
+
+
+def test_secrets_stay_here_and_the_rest_reaches_the_pods(base: Document) -> None:
+    environ = {
+        "AWS_SECRET_ACCESS_KEY": "hidden", "AWS_ACCESS_KEY_ID": "hidden",
+        "WANDB_API_KEY": "hidden", "AWS_SESSION_TOKEN": "hidden", "PNEUMO_HASH_KEY": "hidden",
+        "AWS_REGION": "eu-north-1", "WANDB_NOTES": "$(HOME)",
+    }  # fmt: skip
+    job = _build(base, f"train {PLACES}", environ)
+    assert "hidden" not in yaml.safe_dump(job)
+    assert _environment(job) == {
+        "HOME": "/tmp",
+        "AWS_REGION": "eu-north-1",
+        "WANDB_NOTES": "$$(HOME)",
+    }
+    assert rayjob.secret_names(_plan(f"train {PLACES}", **environ)) == (
+        "AWS_ACCESS_KEY_ID",
+        "AWS_SECRET_ACCESS_KEY",
+        "AWS_SESSION_TOKEN",
+        "PNEUMO_HASH_KEY",
+        "WANDB_API_KEY",
+    )
+
+
+def test_an_image_is_for_every_container(base: Document) -> None:
+    job = _build(base, f"train {PLACES}", image="r.io/x@sha256:1")
+    assert yaml.safe_dump(job).count("image: r.io/x@sha256:1") == 4
+
+
+@pytest.mark.parametrize(
+    ("command", "more", "message"),
+    [
+        (f"train {PLACES}", {"name": "x" * 48}, r"\(48 characters\): at most 47"),
+        (f"train {PLACES}", {"name": "Train"}, "of a-z, 0-9"),
+        (f"train {PLACES} --tracking.group 'a;b'", {}, r"'a;b': shells read the command"),
+        (f"train {PLACES} --tracking.group '$(id)'", {}, r"shells read the command"),
+        (f"train {PLACES} --tracking.group 'a b'", {}, r"'a b': shells read the command"),
+        ("train --store 's3://b/`x`' --run s3://b/r", {}, "shells read the command"),
+        (f"train {PLACES} --cluster.cpus-per-worker 5", {}, r"worker pod of the overlay has 4;"),
+        (f"train {PLACES} --cluster.use-gpu true", {}, "worker pods have no GPU"),
+        (f"train {PLACES} --cluster.num-workers 9", {"workers": 2}, "--workers 2: .* need 3 pods"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_sent(
+    base: Document, command: str, more: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _build(base, command, **more)
+
+
+def test_an_overlay_without_its_rayjob_is_refused(base: Document) -> None:
+    submission = _plan(f"train {PLACES}")
+    with pytest.raises(ConfigError, match="renders to 0 RayJobs, expected 1"):
+        rayjob.build([{"kind": "ServiceAccount"}], submission, name="x")
+    base["spec"]["rayClusterSpec"]["workerGroupSpecs"] *= 2
+    with pytest.raises(ConfigError, match="2 workerGroupSpecs, expected 1"):
+        rayjob.build([base], submission, name="x")

@@ -1,0 +1,314 @@
+"""Every trouble a person meets, as the API server tells it; the objects are cut from real ones."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from cluster.kubernetes_jobs import driver_exit_code, to_state
+from cluster.troubles import find
+
+Document = dict[str, Any]
+HEAD = "train-1-0a1b2c3d-x7k2p-head-9fzqm"
+WORKER = "train-1-0a1b2c3d-x7k2p-workers-worker-l2x8d"
+
+
+def _job(**status: Any) -> Document:
+    return {
+        "metadata": {"name": "train-1-0a1b2c3d", "annotations": {"pneumo/target": "s3://b/r"}},
+        "spec": {"entrypoint": "python -m jobs.train", "suspend": "suspend" in status},
+        "status": {"rayClusterName": "train-1-0a1b2c3d-x7k2p", **status},
+    }
+
+
+def _pod(name: str = WORKER, **status: Any) -> Document:
+    container = {
+        "name": "ray-worker",
+        "image": "r.io/pneumo@sha256:0",
+        "resources": {"limits": {"memory": "16Gi"}},
+    }
+    preflight = {"name": "preflight", "image": "r.io/pneumo@sha256:0"}
+    return {
+        "metadata": {"name": name},
+        "spec": {"containers": [container], "initContainers": [preflight]},
+        "status": status,
+    }
+
+
+def _waiting(reason: str, message: str = "") -> Document:
+    waiting = {"reason": reason, "message": message}
+    return _pod(containerStatuses=[{"name": "ray-worker", "state": {"waiting": waiting}}])
+
+
+def _ended(exit_code: int, reason: str, message: str = "", *, again: bool = False) -> Document:
+    terminated = {"exitCode": exit_code, "reason": reason, "message": message}
+    status = {"name": "ray-worker", "state": {"terminated": terminated}}
+    if again:
+        waiting = {"reason": "CrashLoopBackOff", "message": "back-off 5m0s restarting"}
+        status = {
+            "name": "ray-worker",
+            "state": {"waiting": waiting},
+            "lastState": {"terminated": terminated},
+        }
+    return _pod(containerStatuses=[status])
+
+
+def _preflight(exit_code: int, said: str, restarts: int = 0) -> Document:
+    terminated = {"exitCode": exit_code, "reason": "Error", "message": said}
+    status = {
+        "name": "preflight",
+        "restartCount": restarts,
+        "state": {"waiting": {"reason": "CrashLoopBackOff"}},
+        "lastState": {"terminated": terminated},
+    }
+    return _pod(HEAD, initContainerStatuses=[status])
+
+
+def _unschedulable(message: str) -> Document:
+    condition = {
+        "type": "PodScheduled",
+        "status": "False",
+        "reason": "Unschedulable",
+        "message": message,
+    }
+    return _pod(phase="Pending", conditions=[condition])
+
+
+def _event(kind: str, name: str, reason: str, message: str) -> Document:
+    return {
+        "involvedObject": {"kind": kind, "name": name},
+        "reason": reason,
+        "message": message,
+        "type": "Warning",
+        "lastTimestamp": "2026-01-02T03:04:05Z",
+    }
+
+
+DISRUPTED = {
+    "type": "DisruptionTarget",
+    "status": "True",
+    "reason": "DeletionByTaintManager",
+    "message": "Taint manager: deleting due to NoExecute taint",
+}
+CASES: dict[str, tuple[Document, list[Document], list[Document], str]] = {
+    "image pull": (
+        _job(),
+        [_waiting("ImagePullBackOff", 'Back-off pulling image "r.io/pneumo@sha256:0"')],
+        [],
+        rf"pod {WORKER} cannot pull r\.io/pneumo@sha256:0 \(ImagePullBackOff: .*check name and dig",
+    ),
+    "image name": (_job(), [_waiting("InvalidImageName")], [], r"cannot pull .*InvalidImageName"),
+    "secret": (
+        _job(),
+        [_waiting("CreateContainerConfigError", 'secret "pneumo-ray-auth" not found')],
+        [],
+        r"cannot start .*an administrator creates the secret pneumo-ray-auth",
+    ),
+    "memory": (
+        _job(),
+        [_ended(137, "OOMKilled")],
+        [],
+        r"killed for memory \(OOMKilled, its limit is 16Gi\); raise the overlay's memory",
+    ),
+    "memory, restarted": (_job(), [_ended(137, "OOMKilled", again=True)], [], "killed for memory"),
+    "crash": (
+        _job(),
+        [_ended(1, "Error", "one\nno module named jobs", again=True)],
+        [],
+        r"ends again and again \(exit code 1: no module named jobs\)",
+    ),
+    "no GPU": (
+        _job(),
+        [
+            _unschedulable(
+                "0/5 nodes are available: 2 Insufficient nvidia.com/gpu, 3 Insufficient cpu. "
+                "preemption: 0/5 nodes are available: 5 No preemption victims found."
+            )
+        ],
+        [],
+        r"has no node: not enough cpu, nvidia\.com/gpu \(0/5 nodes .*lower --workers",
+    ),
+    "no spot node": (
+        _job(),
+        [_unschedulable("0/3 nodes are available: 3 node(s) didn't match Pod's node affinity")],
+        [],
+        r"has no node: .*the overlay asks for nodes that the cluster does not have",
+    ),
+    "node lost": (
+        _job(),
+        [_pod(reason="NodeLost", message="Node i-0abc which was running pod is unresponsive")],
+        [],
+        r"lost its node \(NodeLost: .*goes on from the last checkpoint",
+    ),
+    "spot node taken": (
+        _job(),
+        [_pod(conditions=[DISRUPTED])],
+        [],
+        r"lost its node \(DeletionByTaintManager",
+    ),
+    "head lost, pod gone": (
+        _job(),
+        [],
+        [_event("Pod", HEAD, "NodeNotReady", "Node is not ready")],
+        r"-head-9fzqm lost its node \(NodeNotReady.*another cluster is started",
+    ),
+    "evicted": (
+        _job(),
+        [_pod(reason="Evicted", message="The node was low on resource: ephemeral-storage.")],
+        [],
+        r"was evicted \(The node was low on resource: ephemeral-storage\)",
+    ),
+    "no quota in Kueue": (
+        _job(suspend=True),
+        [],
+        [
+            _event(
+                "Workload",
+                "rayjob-train-1-0a1b2c3d-5c2f1",
+                "Pending",
+                "couldn't assign flavors to pod set workers: insufficient unused quota for "
+                "nvidia.com/gpu in flavor gpu-spot, 4 more needed",
+            )
+        ],
+        r"Kueue has no quota for it yet: .*nvidia\.com/gpu in flavor gpu-spot, 4 more needed",
+    ),
+    "no quota in the namespace": (
+        _job(),
+        [],
+        [
+            _event(
+                "RayCluster",
+                "train-1-0a1b2c3d-x7k2p",
+                "FailedToCreateWorkerPod",
+                'pods "x" is forbidden: exceeded quota: team, requested: requests.cpu=4',
+            )
+        ],
+        r"no quota: .*exceeded quota: team.*lower --workers, or ask for more",
+    ),
+    "no service account": (
+        _job(),
+        [],
+        [
+            _event(
+                "RayCluster",
+                "train-1-0a1b2c3d-x7k2p",
+                "FailedToCreateHeadPod",
+                'error looking up service account team/pneumo: serviceaccount "pneumo" not found',
+            )
+        ],
+        r"an administrator applies the overlay, once",
+    ),
+    "refused by the operator": (
+        _job(),
+        [],
+        [
+            _event(
+                "RayJob", "train-1-0a1b2c3d", "InvalidRayJobSpec", "The RayJob spec is invalid: x"
+            )
+        ],
+        r"the operator refuses it: The RayJob spec is invalid",
+    ),
+    "submitter failed": (
+        _job(reason="SubmissionFailed", message="Job submission has failed. Reason: Backoff"),
+        [],
+        [],
+        r"SubmissionFailed: Job submission has failed\. Reason: Backoff; the submitter could not",
+    ),
+    "deadline": (
+        _job(reason="DeadlineExceeded", message="The RayJob has passed the activeDeadlineSeconds"),
+        [],
+        [],
+        r"DeadlineExceeded: .*raise activeDeadlineSeconds .*goes on from its last checkpoint",
+    ),
+    "deadline before running": (
+        _job(reason="PreRunningDeadlineExceeded"),
+        [],
+        [],
+        "waited longer than preRunningDeadlineSeconds",
+    ),
+    "bucket out of reach": (
+        _job(),
+        [_preflight(2, "noise\nerror: preflight: s3://b/r: no such bucket; create it")],
+        [],
+        r"preflight: s3://b/r: no such bucket; create it",
+    ),
+}
+
+
+@pytest.mark.parametrize(("job", "pods", "warnings", "message"), CASES.values(), ids=CASES)
+def test_a_trouble_is_one_line_with_what_to_do(
+    job: Document, pods: list[Document], warnings: list[Document], message: str
+) -> None:
+    [trouble] = find(job, pods, warnings)
+    assert re.search(message, str(trouble)), str(trouble)
+    assert "\n" not in str(trouble)
+    assert trouble in find(job, pods * 2, warnings * 2)
+    assert len(find(job, pods * 2, warnings * 2)) == 1
+
+
+def test_what_is_well_is_no_trouble() -> None:
+    running = {"name": "ray-worker", "state": {"running": {"startedAt": "x"}}}
+    creating = {"name": "ray-worker", "state": {"waiting": {"reason": "ContainerCreating"}}}
+    done = {"name": "preflight", "state": {"terminated": {"exitCode": 0, "reason": "Completed"}}}
+    pods = [
+        _pod(phase="Running", containerStatuses=[running], initContainerStatuses=[done]),
+        _pod(phase="Pending", containerStatuses=[creating]),
+    ]
+    others = [
+        _event("Pod", "train-1-0a1b2c3d-2-x-head-1", "NodeNotReady", "another run's"),
+        _event("Workload", "rayjob-train-1-0a1b2c3d-2-5c2f1", "Pending", "another run's"),
+        _event("RayJob", "train-2", "InvalidRayJobSpec", "another run's"),
+    ]
+    assert find(_job(suspend=True), pods, others) == []
+
+
+@pytest.mark.parametrize(
+    ("pod", "exit_code"),
+    [
+        (_preflight(2, "error: preflight: nothing is there"), 2),
+        (_preflight(1, "error: preflight: no answer within 20 s"), None),
+        (_preflight(1, "error: preflight: no answer within 20 s", restarts=2), 1),
+        (_waiting("InvalidImageName"), 2),
+        (_waiting("ImagePullBackOff"), None),
+    ],
+)
+def test_only_what_waiting_cannot_mend_ends_a_job(pod: Document, exit_code: int | None) -> None:
+    assert find(_job(), [pod], [])[0].exit_code == exit_code
+
+
+@pytest.mark.parametrize(
+    ("status", "phase", "exit_code"),
+    [
+        ({"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}, "succeeded", 0),
+        ({"jobDeploymentStatus": "Complete", "jobStatus": "STOPPED"}, "cancelled", 130),
+        ({"jobDeploymentStatus": "Failed", "jobStatus": "FAILED"}, "failed", 1),
+        (
+            {
+                "jobDeploymentStatus": "Failed",
+                "message": "Job entrypoint command failed with exit code 2, last available logs",
+            },
+            "failed",
+            2,
+        ),
+        ({"jobDeploymentStatus": "ValidationFailed", "message": "x"}, "failed", 1),
+        ({"jobDeploymentStatus": "Running"}, "running", None),
+        ({"jobDeploymentStatus": "Initializing"}, "waiting", None),
+        ({"jobDeploymentStatus": "Suspended"}, "waiting", None),
+        ({"jobDeploymentStatus": "Retrying"}, "waiting", None),
+        ({}, "waiting", None),
+    ],
+)
+def test_states_and_exit_codes(status: Document, phase: str, exit_code: int | None) -> None:
+    state = to_state(_job(**status), ())
+    assert state.phase == phase
+    assert state.has_ended is (exit_code is not None)
+    assert exit_code is None or state.exit_code == exit_code
+    assert state.phase != "waiting" or state.why
+
+
+def test_the_drivers_exit_code_is_in_rays_words() -> None:
+    assert driver_exit_code({"message": "Job entrypoint command failed with exit code 137."}) == 137
+    assert driver_exit_code({"message": "Job supervisor actor died"}) is None
+    assert driver_exit_code({}) is None

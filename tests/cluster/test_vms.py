@@ -1,0 +1,74 @@
+"""The VM clusters, checked as `ray up` checks them before it asks a cloud; no cloud is asked."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+PROVIDERS = ("aws", "gcp", "onprem")
+IN_A_CLOUD = PROVIDERS[:2]
+
+
+def _read(provider: str) -> dict[str, Any]:
+    config: dict[str, Any] = yaml.safe_load((CHECKOUT / f"cluster/{provider}.yaml").read_text())
+    return config
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray remembers an on-prem cluster below its folder for temporary files."""
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+
+
+def _prepared(config: dict[str, Any]) -> dict[str, Any]:
+    prepared: dict[str, Any] = prepare_config(copy.deepcopy(config))
+    validate_config(prepared)
+    return prepared
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_ray_takes_it(provider: str) -> None:
+    prepared = _prepared(_read(provider))
+    assert prepared["head_node_type"] in prepared["available_node_types"]
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_the_check_can_fail(provider: str) -> None:
+    config = _read(provider)
+    config["idle_timeout_minuts"] = 5
+    with pytest.raises(jsonschema.ValidationError, match="idle_timeout_minuts"):
+        _prepared(config)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_all_run_the_one_image_with_a_token(provider: str) -> None:
+    config = _read(provider)
+    base = yaml.safe_load((CHECKOUT / "k8s" / "base" / "kustomization.yaml").read_text())
+    [image] = base["images"]
+    assert config["docker"]["image"] == f"{image['name']}:{image['newTag']}"
+    assert "--env RAY_AUTH_MODE=token" in config["docker"]["run_options"]
+    assert config["file_mounts"] == {"~/.ray/auth_token": "~/.ray/auth_token"}
+    start = config["head_start_ray_commands"][-1]
+    assert "--num-cpus=0 --dashboard-host=127.0.0.1" in start
+
+
+@pytest.mark.parametrize("provider", IN_A_CLOUD)
+def test_the_head_stays_and_the_workers_are_spot(provider: str) -> None:
+    types = _read(provider)["available_node_types"]
+    head, workers = types["head"], types["workers"]
+    assert head["resources"] == {"CPU": 0}
+    assert workers["resources"]["GPU"] == 1
+    spot = {"aws": "'MarketType': 'spot'", "gcp": "'provisioningModel': 'SPOT'"}[provider]
+    assert spot in str(workers["node_config"])
+    assert spot not in str(head["node_config"])
+
+
+def test_spot_machines_are_looked_for_in_several_zones() -> None:
+    assert len(_read("aws")["provider"]["availability_zone"].split(",")) >= 2

@@ -1,0 +1,45 @@
+"""What the cluster is asked before a job."""
+
+from __future__ import annotations
+
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from jobs import preflight
+from pneumo.errors import StorageError
+
+
+def test_places_that_are_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "runs" / "1"
+    flags = ["--ray", version("ray"), "--reads", str(tmp_path), "--writes", str(run)]
+    assert preflight.main(flags) == 0
+    assert f"reached {tmp_path}, {run}" in capsys.readouterr().err
+    assert not run.parent.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--reads", "/nowhere/store"], "/nowhere/store: nothing is there"),
+        (["--writes", "/proc/version/run"], "/proc/version/run: /proc/version cannot be written"),
+        (["--ray", "1.0.0"], "holds Ray 2."),
+        (["--reads", "gopher://x"], "unknown scheme"),
+    ],
+)
+def test_places_that_are_not(
+    flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert preflight.main(flags) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: preflight: ")
+    assert message in line
+
+
+def test_a_place_that_says_nothing_is_not_waited_for() -> None:
+    start_s = time.monotonic()
+    with pytest.raises(StorageError, match=r"s3://b: no answer within 0\.1 s"):
+        preflight.within(0.1, [("/ok", lambda _: None), ("s3://b", lambda _: time.sleep(5))])
+    assert time.monotonic() - start_s < 2
