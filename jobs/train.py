@@ -36,7 +36,7 @@ from pneumo import storage
 from pneumo.checkpoint import CheckpointIndex, read_index
 from pneumo.config import ClusterConfig, Config, Invocation, TrainArguments
 from pneumo.errors import PreemptedError
-from pneumo.partition import World, check_batch_size
+from pneumo.partition import World
 from pneumo.shards import Manifest, read_manifest
 from pneumo.tracking import Tracker, open_tracker
 from pneumo.train import check_run, fit
@@ -55,8 +55,6 @@ def train(invocation: Invocation) -> None:
     run_url = storage.normalise(arguments.run) if arguments.run else new_run_url("train")
     manifest = read_manifest(store_url)
     check_run(config, manifest, run_url, num_workers=config.cluster.num_workers)
-    for num_workers in range(config.cluster.fewest_workers, config.cluster.num_workers):
-        check_batch_size(config.train.batch_size, config.train.micro_batch_size, num_workers)
     storage.write_text(storage.join(run_url, "config.json"), config.to_json())
     with ray_session(show_logs=arguments.debug):
         index = train_run(config, manifest, store_url, run_url)

@@ -159,7 +159,8 @@ def gradcam_layer(model: nn.Module) -> nn.Module:
 
 
 def _anatomy(model: nn.Module) -> Anatomy:
-    return _ANATOMIES[type(model)]
+    # A network of another's making is taken for one that names its parts as ResNet does.
+    return _ANATOMIES.get(type(model), _ANATOMIES[ResNet])
 
 
 def _unwrap(content: object, url: str) -> Mapping[str, Tensor]:

@@ -51,15 +51,8 @@ def test_a_finished_run_is_left_alone(
             "train.batch_size: 16 is 1 micro-batches of 16, too few for 2 workers",
         ),
         (
-            [
-                "--train.batch-size",
-                "16",
-                "--cluster.num-workers",
-                "4",
-                "--cluster.min-workers",
-                "2",
-            ],
-            "train.batch_size: 16 does not divide into 3",
+            ["--train.batch-size", "40"],
+            "train.batch_size: 40 is no multiple of train.micro_batch_size 16",
         ),
         (["--cluster.min-workers", "2"], "min_workers 2 is more than num_workers 1"),
         (["--train.lr", "-1"], "train.lr: got '-1'"),
@@ -87,11 +80,11 @@ def test_more_workers_than_the_cluster_has_is_said_before_the_start(
     code = train.main(
         [
             *("--store", str(prepared.store), "--run", str(tmp_path / "run"), *SMALL),
-            *("--cluster.num-workers", "4", "--cluster.cpus-per-worker", "64"),
+            *("--cluster.num-workers", "2", "--cluster.cpus-per-worker", "64"),
         ]
     )
     assert code == 1
-    assert "4 workers need 256 CPU (it has" in capsys.readouterr().err
+    assert "2 workers need 128 CPU (it has" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("present", [[], ["train/000000.tar"]])
