@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 from urllib.parse import urlsplit
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from pneumo.config import TrackingConfig
@@ -42,6 +44,16 @@ MAX_ROWS = 10_000
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, eq=False)
+class Overlay:
+    """Classes of pixels, which W&B can lay over a picture and take off again."""
+
+    classes: npt.NDArray[np.uint8]
+    """(H, W) of the picture; 0 is nothing."""
+    labels: Mapping[int, str]
+    name: str
+
+
 @dataclass(frozen=True)
 class Picture:
     """An encoded image (PNG, WebP), its caption, and boxes to draw over it."""
@@ -51,6 +63,7 @@ class Picture:
     boxes: Sequence[tuple[float, float, float, float]] = ()
     """(x, y, width, height) in pixels of the picture."""
     box_label: str = "radiologist"
+    mask: Overlay | None = None
 
 
 @dataclass(frozen=True)
@@ -101,13 +114,21 @@ class Table:
 
 
 @dataclass(frozen=True)
+class PictureTable:
+    """Rows of scalars and pictures; W&B shows MAX_ROWS."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Picture | Scalar]]
+
+
+@dataclass(frozen=True)
 class Page:
     """A self-contained HTML page."""
 
     html: str
 
 
-Media = Gallery | LineChart | ConfusionChart | Table | Page
+Media = Gallery | LineChart | ConfusionChart | Table | PictureTable | Page
 
 
 @dataclass(frozen=True)
@@ -117,8 +138,8 @@ class Artifact:
     name: str
     type: str
     """'dataset', 'model' or 'evaluation'."""
-    files: Mapping[str, Path]
-    """Name inside the artifact -> local file, which is copied."""
+    files: Mapping[str, Path | bytes]
+    """Name inside the artifact -> local file, which is copied, or content."""
     aliases: Sequence[str] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
@@ -324,6 +345,12 @@ class WandbTracker:
                 return wandb.Table(
                     columns=list(columns), data=[list(row) for row in rows[:MAX_ROWS]]
                 )
+            case PictureTable(columns, rows):
+                cells = [
+                    [self._image(cell) if isinstance(cell, Picture) else cell for cell in row]
+                    for row in rows[:MAX_ROWS]
+                ]
+                return wandb.Table(columns=list(columns), data=cells)
             case LineChart(title=title, x_label=x_label, y_label=y_label):
                 return wandb.plot_table(
                     "wandb/area-under-curve/v0",
@@ -349,19 +376,29 @@ class WandbTracker:
             }
             for x, y, width, height in picture.boxes
         ]
+        masks = None
+        if picture.mask is not None:
+            named = {0: "none", **picture.mask.labels}
+            layer = {"mask_data": picture.mask.classes, "class_labels": named}
+            masks = {picture.mask.name: layer}
         overlay = {"boxes": {"box_data": boxes, "class_labels": {1: picture.box_label}}}
         return self._wandb.Image(
             Image.open(io.BytesIO(picture.data)),
             caption=picture.caption,
             boxes=overlay if boxes else None,
+            masks=masks,
         )
 
     def _log_files(self, artifact: Artifact, role: Role) -> None:
         packed = self._wandb.Artifact(
             artifact.name, type=artifact.type, metadata=dict(artifact.metadata)
         )
-        for name, path in artifact.files.items():
-            packed.add_file(str(path), name=name)
+        for name, content in artifact.files.items():
+            if isinstance(content, bytes):
+                with packed.new_file(name, mode="wb") as file:
+                    file.write(content)
+            else:
+                packed.add_file(str(content), name=name)
         if role == "output":
             self._run.log_artifact(packed, aliases=list(artifact.aliases))
         elif self.mode == "online":
