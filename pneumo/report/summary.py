@@ -9,7 +9,7 @@ from pneumo.metrics import Estimate
 from pneumo.report.facts import DataFacts, ModelFacts
 from pneumo.report.groups import describe_worst
 from pneumo.report.looks import OFF, judge_looks
-from pneumo.report.words import Cell, count, decimal, percent
+from pneumo.report.words import Cell, count, percent, show_threshold
 from pneumo.saliency import SaliencySummary
 
 FEW_POSITIVES = 50
@@ -165,7 +165,7 @@ def _answer_threshold(evaluation: Evaluation) -> Answer:
     return Answer(
         "At what threshold?",
         "points",
-        f"p ≥ {decimal(point.threshold, 2)}",
+        f"p ≥ {show_threshold(point.threshold)}",
         f"Chosen on val ({point.rule}). On test sensitivity {recall}, specificity {specificity}.",
     )
 
