@@ -10,6 +10,7 @@
 #   make train      STORE=url [RUN=url] [ARGS="--recipe fast --train.epochs 3"]
 #   make tune       STORE=url [RUN=url] [ARGS=…]
 #   make evaluate   STORE=url RUN=url [ARGS=…]
+#   make dashboards      W&B workspaces as JSON;  ARGS="--save --entity TEAM" saves them, with a key
 #   make predict    SOURCE=folder of DICOM files RUN=url OUTPUT=folder [ARGS=…]
 #
 # With RAY_ADDRESS=http://head:8265 the five jobs run on that cluster instead of this machine.
@@ -31,7 +32,7 @@ job = $(BIN)/python -m jobs.$(1)
 endif
 needs = $(if $($(1)),,$(error make $@: say $(1)=…, see make help))
 
-.PHONY: help setup debian demo prepare train tune evaluate predict check fix test test-slow test-s3 test-all bench lock clean
+.PHONY: help setup debian demo prepare train tune evaluate predict dashboards check fix test test-slow test-s3 test-all bench lock clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -67,6 +68,9 @@ evaluate: $(READY)
 predict: $(READY)
 	$(call needs,SOURCE)$(call needs,RUN)$(call needs,OUTPUT)
 	@$(call job,predict) --source $(SOURCE) --run $(RUN) --output $(OUTPUT) $(ARGS)
+
+dashboards: $(READY)
+	@$(BIN)/python -m pneumo.dashboards $(ARGS)
 
 # The decoder that some tests compare ours with; where it cannot be had they skip, and say so.
 debian:

@@ -139,9 +139,11 @@ def close_tracker(tracker: Tracker, run_url: str) -> None:
         for line in outcome.lines():
             say(line)
         return
-    kept_url = storage.join(run_url, "wandb", outcome.folder.name)
-    storage.upload_folder(outcome.folder, kept_url)
-    say(f"W&B: not (all) sent; its files are in {kept_url}: fetch them, then `wandb sync` them")
+    kept = [storage.join(run_url, "wandb", folder.name) for folder in outcome.folders]
+    for folder, kept_url in zip(outcome.folders, kept, strict=True):
+        storage.upload_folder(folder, kept_url)
+    places = " and ".join(kept)
+    say(f"W&B: not (all) sent; its files are in {places}: fetch them, then `wandb sync` them")
 
 
 def _train_worker(settings: dict[str, Any]) -> None:

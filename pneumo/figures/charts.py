@@ -224,7 +224,8 @@ def plot_decision_curve(axes: Axes, evaluation: Evaluation) -> None:
     axes.plot(THRESHOLDS, model, color=BLUE, linewidth=2, label=f"model, n = {test.n}")
     axes.plot(THRESHOLDS, curve.treat_all, color=ORANGE, linestyle="--", label="act on all")
     axes.axhline(0, color=GRAY, linewidth=0.8, linestyle=":", label="act on nobody")
-    top = max([test.prevalence, *(h for h in high if not math.isnan(h))])
+    # A split without positives has no benefit to show; the axis still needs a height.
+    top = max([0.01, test.prevalence, *(h for h in high if not math.isnan(h))])
     axes.set(xlim=(0, 0.5), ylim=(-0.25 * top, 1.1 * top))
     axes.set(xlabel="threshold on the calibrated probability", ylabel="true positives a study, net")
     axes.legend(loc="best")

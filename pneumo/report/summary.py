@@ -160,7 +160,9 @@ def _answer_whom(evaluation: Evaluation) -> Answer:
 def _answer_threshold(evaluation: Evaluation) -> Answer:
     point, at = evaluation.points[DECISION], evaluation.test.at[DECISION]
     if point.threshold is None:
-        return Answer("At what threshold?", "points", "", f"None could be chosen: {point.reason}.")
+        return Answer(
+            "At what threshold?", "points", "", f"No threshold could be chosen: {point.reason}."
+        )
     recall, specificity = Cell.of(at.rates["recall"], 2), Cell.of(at.rates["specificity"], 2)
     return Answer(
         "At what threshold?",
