@@ -16,12 +16,11 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from jobs.command import run_job, say
+from jobs.lineage import describe_dataset, describe_weights
 from jobs.pictures import choose_pictures, score_saliency
 from jobs.scoring import Scored, Scoring, Weights, score_splits
 from jobs.sending import (
-    describe_dataset,
     describe_faults,
-    describe_weights,
     log_data,
     log_evaluation,
     log_pictures,

@@ -1,28 +1,20 @@
-"""What W&B is told: the data, the numbers, the pictures, and what was made of what.
-
-A record of each goes into an artifact whose content is a digest, not the thing itself: shards and
-weights stay where they are, and equal ones are one version.
-"""
+"""What W&B is told of an evaluation: the data, the numbers, the pictures."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from pneumo import figures
-from pneumo.checkpoint import CheckpointEntry
 from pneumo.config import Config
 from pneumo.decision_curve import THRESHOLDS
 from pneumo.evaluate import DECISION, SCREENING, Evaluation, SplitEvaluation
 from pneumo.figures import Case, Pictures, shrink
 from pneumo.report import DataFacts
 from pneumo.saliency import SaliencySummary
-from pneumo.shards import Manifest
 from pneumo.tracking import (
-    Artifact,
     ConfusionChart,
     Gallery,
     LineChart,
@@ -36,39 +28,6 @@ from pneumo.tracking import (
 
 CAM_LEVELS: Mapping[int, str] = {1: "map ≥ 25 %", 2: "map ≥ 50 %", 3: "map ≥ 75 %"}
 """Classes of the mask: shares of the map's own maximum."""
-
-
-# --- lineage -------------------------------------------------------------------------------------
-
-
-def describe_dataset(manifest: Manifest) -> Artifact:
-    """The data as an artifact: the manifest, with the digest of every shard."""
-    content = manifest.model_dump_json(indent=1).encode()
-    return Artifact(
-        name="dataset",
-        type="dataset",
-        files={"manifest.json": content},
-        metadata={"digest": manifest.digest},
-    )
-
-
-def describe_weights(entry: CheckpointEntry, run_url: str, manifest: Manifest) -> Artifact:
-    """A checkpoint as an artifact: its record. The weights themselves stay in the run's folder."""
-    record = {
-        "run": run_url.rsplit("/", 1)[-1],
-        "checkpoint": entry.name,
-        "epoch": entry.epoch,
-        "val_auroc": entry.val_auroc,
-        "sha256": entry.sha256,
-        "dataset": manifest.digest,
-    }
-    return Artifact(
-        name="model",
-        type="model",
-        files={"checkpoint.json": json.dumps(record, indent=1).encode()},
-        aliases=["best"],
-        metadata=record,
-    )
 
 
 # --- the data ------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from ray.util.queue import Queue
 
 from jobs.command import new_run_url, run_job, say
 from jobs.following import Follower, worker_hooks
+from jobs.lineage import describe_dataset, describe_weights
 from jobs.session import ray_session, uses_gpu, wait_for_resources, worker_resources
 from pneumo import storage
 from pneumo.checkpoint import CheckpointIndex, read_index
@@ -60,10 +61,12 @@ def train_run(config: Config, manifest: Manifest, store_url: str, run_url: str) 
             "data_warning": manifest.audit.warning,
         },
     )
+    tracker.log_artifact(describe_dataset(manifest), role="input")
     messages = Queue(actor_options={"num_cpus": 0})
     try:
         training = _start(build_trainer(config, store_url, run_url, messages))
         Follower(messages, tracker, epochs=config.train.epochs).follow(training)
+        tracker.log_artifact(describe_weights(read_index(run_url).best, run_url, manifest))
     finally:
         messages.shutdown(force=True)
         close_tracker(tracker, run_url)

@@ -47,7 +47,7 @@ def _train() -> Mapping[str, Sequence[Any]]:
 
     return {
         "Learning": [line("Loss", "train/loss", "val/loss"), line("AUROC on val", "val/auroc")],
-        "Throughput": [line("Samples a second", "perf/samples_per_s")],
+        "Throughput": [line("Images a second", "images_per_s")],
     }
 
 
@@ -72,7 +72,7 @@ def _evaluate() -> Mapping[str, Sequence[Any]]:
         "Headlines": [
             panels.ScalarChart(title=name, metric=f"eval/test/{name}") for name in HEADLINES
         ],
-        "Curves": [panels.MediaBrowser(media_keys=[f"eval/{name}_table"]) for name in CHARTS],
+        "Curves": [_draw_table(name) for name in CHARTS],
         "Where it looks": [panels.MediaBrowser(media_keys=[key]) for key in galleries],
         "Errors": [panels.MediaBrowser(media_keys=[key]) for key in errors],
         "Studies and groups": [
@@ -81,6 +81,17 @@ def _evaluate() -> Mapping[str, Sequence[Any]]:
         ],
         "Runs": [panels.RunComparer()],
     }
+
+
+def _draw_table(name: str) -> Any:
+    """The chart that `tracking` logs as a table of W&B's."""
+    table = {"summaryTable": {"tableKey": f"eval/{name}_table"}}
+    if name == "confusion":
+        columns = ("Actual", "Predicted", "nPredictions")
+        fields, chart = {column: column for column in columns}, "wandb/confusion_matrix/v1"
+    else:
+        fields, chart = {"x": "x", "y": "y", "class": "series"}, "wandb/area-under-curve/v0"
+    return panels.CustomChart(query=table, chart_name=chart, chart_fields=fields)
 
 
 def describe_view(view: Any) -> dict[str, Any]:
