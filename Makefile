@@ -4,13 +4,14 @@
 #   make test       the tests that take minutes;  make test-slow: the others
 #   make test-s3    the tests against a real S3 server, which it starts
 #   make test-cluster  as root: faults on Ray clusters of several nodes;  make test-all: all four
-#   make debian     as root: Debian's dcmtk, an independent DICOM decoder, and etcd, for the tests
+#   make debian     as root: for the tests Debian's dcmtk, an independent DICOM decoder, etcd, Chromium
 #   make check      format, lint, types, import rules: never writes;  make fix: mends what it can
 #   make bench      what decoding, preparing, explaining, judging and loading cost, as ratios of one run
 #   make prepare    SOURCE=folder STORE=url
 #   make train      STORE=url [RUN=url] [ARGS="--recipe fast --train.epochs 3"]
 #   make tune       STORE=url [RUN=url] [ARGS=…]
 #   make evaluate   STORE=url RUN=url [ARGS=…]
+#   make dashboards      W&B workspaces as JSON;  ARGS="--save --entity TEAM" saves them, with a key
 #   make predict    SOURCE=folder of DICOM files RUN=url OUTPUT=folder [ARGS=…]
 #
 # The jobs run on this machine, with RAY_ADDRESS=http://head:8265 on that Ray cluster, and with
@@ -46,7 +47,7 @@ IMAGE ?= pneumo:dev
 CONTAINERS ?= $(or $(shell command -v podman),docker)
 WITHOUT_RUN := app.kubernetes.io/component!=run
 
-.PHONY: help setup debian demo prepare train tune evaluate predict check fix test test-slow test-s3 test-cluster test-all \
+.PHONY: help setup debian demo prepare train tune evaluate predict dashboards check fix test test-slow test-s3 test-cluster test-all \
   bench lock clean up down forward image setup-k8s
 
 help:
@@ -84,6 +85,9 @@ predict: $(READY)
 	$(call needs,SOURCE)$(call needs,RUN)$(call needs,OUTPUT)
 	@$(call job,predict) --source $(SOURCE) --run $(RUN) --output $(OUTPUT) $(ARGS)
 
+dashboards: $(READY)
+	@$(BIN)/python -m pneumo.dashboards $(ARGS)
+
 # A cluster of VMs by Ray's own launcher; what it starts costs money until `make down`.
 up: $(READY)
 	$(call needs,PROVIDER)
@@ -118,6 +122,9 @@ k8s/components/monitoring/ray-train.json: $(READY)
 # A DICOM decoder that some tests compare ours with, and the API server's store; where they cannot be
 # had those tests skip, and say so.
 debian:
+	@command -v chromium > /dev/null || { test "$$(id -u)" = 0 && apt-get update -qq \
+	  && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; } > /dev/null \
+	  || echo "make debian: no Chromium here (apt-get install chromium, as root); the tests that need it skip" >&2
 	@command -v etcd > /dev/null || { test "$$(id -u)" = 0 && apt-get update -qq \
 	  && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends etcd-server; } > /dev/null \
 	  || echo "make debian: no etcd here (apt-get install etcd-server, as root); the tests that need it skip" >&2

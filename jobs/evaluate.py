@@ -16,32 +16,31 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from jobs.command import run_job, say
-from jobs.pictures import Pictures, choose_pictures, score_saliency
+from jobs.lineage import describe_dataset, describe_weights
+from jobs.pictures import choose_pictures, score_saliency
 from jobs.scoring import Scored, Scoring, Weights, score_splits
+from jobs.sending import (
+    describe_faults,
+    log_data,
+    log_evaluation,
+    log_pictures,
+)
 from jobs.session import ray_session, wait_for_resources
 from jobs.train import close_tracker, tracking_folder
 from pneumo import figures, storage
 from pneumo.baselines import Metadata
 from pneumo.checkpoint import Checkpoint, load_checkpoint, read_index
-from pneumo.comparison import compare
+from pneumo.comparison import ComparedRuns, Comparison, compare
 from pneumo.config import Config, EvaluateArguments, EvaluateConfig, Invocation
 from pneumo.errors import RunError, StoreError
 from pneumo.evaluate import DECISION, Evaluation, check_complete, evaluate
+from pneumo.figures import Pictures
 from pneumo.predict import Predictions, join_predictions
 from pneumo.quality import read_contact_sheets, summarise_quality
 from pneumo.report import DataFacts, ModelFacts, Provenance, render_report
+from pneumo.saliency import SaliencySummary
 from pneumo.shards import Manifest, StudyRow, read_manifest, read_studies
-from pneumo.tracking import (
-    Artifact,
-    ConfusionChart,
-    Gallery,
-    LineChart,
-    Page,
-    Picture,
-    Table,
-    Tracker,
-    open_tracker,
-)
+from pneumo.tracking import Artifact, Page, open_tracker
 
 METRICS = "metrics.json"
 PREDICTIONS = "predictions.parquet"
@@ -92,10 +91,7 @@ def evaluate_run(invocation: Invocation) -> None:
         predictions = evaluation.predictions
         threshold = evaluation.points[DECISION].threshold
         pictures = choose_pictures(subject.scored, predictions, studies, threshold, config)
-        looks = describe_looks(subject, predictions, studies, threshold, config)
-        looks["test"]["errors_by_finding"] = {
-            found.finding: found.to_json() for found in pictures.by_finding
-        }
+        looks = find_looks(subject, predictions, studies, threshold, config)
     metrics = evaluation.to_metrics(
         run=subject.run_url.rsplit("/", 1)[-1],
         dataset={
@@ -112,22 +108,25 @@ def evaluate_run(invocation: Invocation) -> None:
             "scoring": subject.scored.scoring.to_json(),
         },
     )
-    for split, found in looks.items():
+    for split, found in describe_looks(looks).items():
         metrics[split] |= found
+    metrics["test"]["errors_by_finding"] = {
+        found.finding: found.to_json() for found in pictures.by_finding
+    }
+    compared = None
     if other is not None and arguments.compare_with is not None:
-        metrics["comparison"] = {
-            "first": metrics["run"],
-            "second": storage.normalise(arguments.compare_with).rsplit("/", 1)[-1],
-            **compare_splits(predictions, other, config),
-        }
+        second = storage.normalise(arguments.compare_with).rsplit("/", 1)[-1]
+        compared = ComparedRuns(metrics["run"], second, compare_splits(predictions, other, config))
+        metrics["comparison"] = compared.to_json()
+    judged = Judged(data, evaluation, pictures, looks, compared)
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder)
-        report = write_files(files, subject, data, predictions, evaluation, pictures, config)
+        report = write_files(files, subject, judged, config)
         _clear(subject.run_url)
         storage.upload_folder(files, subject.run_url)
         metrics_text = json.dumps(metrics, indent=1, allow_nan=False) + "\n"
         (files / METRICS).write_text(metrics_text)
-        track(subject, data, evaluation, pictures, report, files, config)
+        track(subject, judged, report, files, config)
     storage.write_text(storage.join(subject.run_url, METRICS), metrics_text)
     print_summary(metrics, subject.run_url)
 
@@ -214,8 +213,10 @@ def read_other(run_url: str, studies: Mapping[str, StudyRow]) -> Predictions:
     return other
 
 
-def compare_splits(first: Predictions, second: Predictions, config: Config) -> dict[str, Any]:
-    """Both models on val and on test, for metrics.json.
+def compare_splits(
+    first: Predictions, second: Predictions, config: Config
+) -> dict[str, Comparison]:
+    """Both models on val and on test.
 
     Raises DataError when they are not of the same studies.
     """
@@ -223,45 +224,56 @@ def compare_splits(first: Predictions, second: Predictions, config: Config) -> d
     return {
         split: compare(
             first.subset(split), second.subset(split), resamples=resamples, seed=config.seed
-        ).to_json()
+        )
         for split in JUDGED_SPLITS
     }
 
 
-def describe_looks(
+def find_looks(
     subject: Subject,
     predictions: Predictions,
     studies: Mapping[str, StudyRow],
     threshold: float | None,
     config: Config,
-) -> dict[str, dict[str, Any]]:
+) -> Mapping[str, SaliencySummary]:
+    """By split, where the network looks; empty with evaluate.saliency off."""
+    if not config.evaluate.saliency:
+        return {}
+    return score_saliency(
+        subject.scored,
+        predictions,
+        studies,
+        threshold,
+        config,
+        stored_size=subject.manifest.image_size,
+        image_size=subject.checkpoint.image_size,
+    )
+
+
+def describe_looks(looks: Mapping[str, SaliencySummary]) -> dict[str, dict[str, Any]]:
     """By split, what metrics.json says of where the network looks."""
-    if config.evaluate.saliency:
-        summaries = score_saliency(
-            subject.scored,
-            predictions,
-            studies,
-            threshold,
-            config,
-            stored_size=subject.manifest.image_size,
-            image_size=subject.checkpoint.image_size,
-        )
-        return {split: {"saliency": found.to_json()} for split, found in summaries.items()}
+    if looks:
+        return {split: {"saliency": found.to_json()} for split, found in looks.items()}
     reason = "evaluate.saliency is off"
     return {split: {"saliency": None, "saliency_reason": reason} for split in JUDGED_SPLITS}
 
 
-def write_files(
-    folder: Path,
-    subject: Subject,
-    data: DataFacts,
-    predictions: Predictions,
-    evaluation: Evaluation,
-    pictures: Pictures,
-    config: Config,
-) -> str:
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """All that is known when the results are written."""
+
+    data: DataFacts
+    evaluation: Evaluation
+    pictures: Pictures
+    looks: Mapping[str, SaliencySummary]
+    compared: ComparedRuns | None
+
+
+def write_files(folder: Path, subject: Subject, judged: Judged, config: Config) -> str:
     """Predictions, figures, gallery and report below `folder`; the report's HTML."""
-    (folder / PREDICTIONS).write_bytes(predictions.to_parquet(subject.scored.scoring.to_json()))
+    evaluation, pictures = judged.evaluation, judged.pictures
+    table = evaluation.predictions.to_parquet(subject.scored.scoring.to_json())
+    (folder / PREDICTIONS).write_bytes(table)
     history = subject.checkpoint.history
     n = evaluation.test.n
     first_of_each = [cases[0] for cases in pictures.gallery.values() if cases]
@@ -269,6 +281,8 @@ def write_files(
         "metrics.png": figures.draw_metrics(evaluation, history),
         "roc.svg": figures.draw_roc(evaluation),
         "precision_recall.svg": figures.draw_precision_recall(evaluation),
+        "reliability.svg": figures.draw_reliability(evaluation),
+        "decision_curve.svg": figures.draw_decision_curve(evaluation),
         "confusion.svg": figures.draw_confusion(evaluation),
         "prediction_grid.png": figures.draw_prediction_grid(
             pictures.grid, title=f"Predictions: {len(pictures.grid)} of {n} test studies"
@@ -276,7 +290,7 @@ def write_files(
         "gradcam_example.png": figures.draw_gradcam_example(
             first_of_each, title="Grad-CAM, one test study of each outcome"
         ),
-        DATA_FIGURE: figures.draw_quality(data.quality),
+        DATA_FIGURE: figures.draw_quality(judged.data.quality),
     }
     (folder / "figures").mkdir()
     for name, picture in drawn.items():
@@ -288,12 +302,13 @@ def write_files(
             path.write_bytes(figures.draw_case(shown))
     report = render_report(
         evaluation,
-        data=data,
-        model=describe_model(subject.checkpoint),
+        data=judged.data,
+        model=describe_model(subject.checkpoint, subject.scored.scoring),
         provenance=describe_provenance(subject, config),
         history=history,
-        grid=pictures.grid,
-        gallery=pictures.gallery,
+        pictures=pictures,
+        looks=judged.looks.get("test"),
+        compared=judged.compared,
     )
     (folder / REPORT).write_text(report)
     return report
@@ -315,16 +330,7 @@ def describe_data(store_url: str, manifest: Manifest, studies: Mapping[str, Stud
     )
 
 
-def describe_faults(data: DataFacts) -> dict[str, Any]:
-    """What is wrong with the data, for machines."""
-    return {
-        "quarantined": sum(data.quality.quarantined.values()),
-        "duplicates_across_splits": data.quality.duplicates.across_splits,
-        "warning": data.audit.warning,
-    }
-
-
-def describe_model(checkpoint: Checkpoint) -> ModelFacts:
+def describe_model(checkpoint: Checkpoint, scoring: Scoring) -> ModelFacts:
     """What the report says of the model."""
     wanted, source = checkpoint.config.model.weights, checkpoint.initialisation
     sentence = {
@@ -339,7 +345,19 @@ def describe_model(checkpoint: Checkpoint) -> ModelFacts:
         fell_back=source == "random" and wanted != "random",
         epoch=checkpoint.epoch,
         image_size=checkpoint.image_size,
+        selection=describe_selection(scoring),
     )
+
+
+def describe_selection(scoring: Scoring) -> str:
+    """Which checkpoints were taken, and how a study's score is made of them."""
+    count = len(scoring.weights)
+    words = "The checkpoint of the highest AUROC on val."
+    if count > 1:
+        words = f"The mean logit of {count} checkpoints: {scoring.checkpoint}."
+    if scoring.views > 1:
+        words += f" Each image is scored in {scoring.views} views, whose logits are averaged."
+    return words
 
 
 def describe_provenance(subject: Subject, config: Config) -> Provenance:
@@ -367,96 +385,34 @@ def _digests(subject: Subject) -> list[str]:
     return [weights.entry.sha256 for weights in subject.scored.scoring.weights]
 
 
-def track(
-    subject: Subject,
-    data: DataFacts,
-    evaluation: Evaluation,
-    pictures: Pictures,
-    report: str,
-    folder: Path,
-    config: Config,
-) -> None:
+def track(subject: Subject, judged: Judged, report: str, folder: Path, config: Config) -> None:
     """Push everything to W&B, whose faults never fail the evaluation."""
+    name = subject.run_url.rsplit("/", 1)[-1]
     tracker = open_tracker(
         config.tracking,
         run_dir=tracking_folder(subject.run_url),
-        name=f"{subject.run_url.rsplit('/', 1)[-1]}-evaluate",
+        name=f"{name}-evaluate",
         job_type="evaluate",
         group=config.tracking.group,
         settings={
             **subject.checkpoint.config.model_dump(mode="json"),
             "dataset_digest": subject.manifest.digest,
             "checkpoint_sha256": " ".join(_digests(subject)),
-            "data_warning": data.audit.warning,
+            "data_warning": judged.data.audit.warning,
         },
     )
-    log_data(tracker, data, (folder / "figures" / DATA_FIGURE).read_bytes())
-    _log_charts(tracker, evaluation)
-    for outcome, cases in pictures.gallery.items():
-        shown = [Picture(figures.draw_case(case), case.caption) for case in cases]
-        if shown:
-            tracker.log_media(f"eval/gallery/{outcome}", Gallery(shown))
-    grid = (folder / "figures" / "prediction_grid.png").read_bytes()
-    tracker.log_media("eval/prediction_grid", Gallery([Picture(grid, "prediction grid")]))
+    tracker.log_artifact(describe_dataset(subject.manifest), role="input")
+    for weights in subject.scored.scoring.weights:
+        tracker.log_artifact(
+            describe_weights(weights.entry, weights.run_url, subject.manifest), role="input"
+        )
+    log_data(tracker, judged.data, (folder / "figures" / DATA_FIGURE).read_bytes())
+    log_evaluation(tracker, judged.evaluation, judged.looks.get("test"))
+    log_pictures(tracker, judged.pictures, judged.evaluation, config)
     tracker.log_media("eval/report", Page(report))
-    _log_lineage(tracker, subject, folder)
-    close_tracker(tracker, subject.run_url)
-
-
-def log_data(tracker: Tracker, data: DataFacts, drawing: bytes) -> None:
-    """What the data hold: counts, drawing, contact sheets, and what is wrong with them."""
-    tracker.summarise({f"data/{name}": value for name, value in describe_faults(data).items()})
-    columns = ["property", "value", *(f"studies of {name}" for name in data.quality.splits)]
-    tracker.log_media("data/counts", Table(columns, data.quality.rows()))
-    tracker.log_media("data/quality", Gallery([Picture(drawing, "findings, ages, gray levels")]))
-    sheets = [Picture(figures.draw_contact_sheet(sheet), sheet.caption) for sheet in data.contact]
-    if sheets:
-        tracker.log_media("data/contact", Gallery(sheets))
-
-
-def _log_charts(tracker: Tracker, evaluation: Evaluation) -> None:
-    test = evaluation.test
-    rates = {name: estimate.value for name, estimate in test.at[DECISION].rates.items()}
-    tracker.summarise(
-        {
-            "eval/test/auroc": test.auroc.value,
-            "eval/test/auroc_low": test.auroc.low,
-            "eval/test/auroc_high": test.auroc.high,
-            "eval/test/average_precision": test.average_precision.value,
-            "eval/threshold": evaluation.points[DECISION].threshold,
-            **{f"eval/test/{name}": value for name, value in rates.items()},
-        }
-    )
-    roc = {
-        part.split: (part.roc.x.tolist(), part.roc.y.tolist())
-        for part in (evaluation.val, test)
-        if part.roc is not None
-    }
-    if roc:
-        tracker.log_media(
-            "eval/roc", LineChart(roc, f"ROC, n = {test.n}", "1 - specificity", "sensitivity")
-        )
-    counts = test.at[DECISION].counts
-    if counts is not None:
-        tracker.log_media(
-            "eval/confusion", ConfusionChart(counts.to_json(), f"Confusion, test, n = {test.n}")
-        )
-
-
-def _log_lineage(tracker: Tracker, subject: Subject, folder: Path) -> None:
-    """data set -> evaluation; the manifest stands for the data, by its digests of the shards."""
-    manifest_path = folder / "manifest.json"
-    manifest_path.write_text(subject.manifest.model_dump_json(indent=1))
-    dataset = Artifact(
-        name="dataset",
-        type="dataset",
-        files={"manifest.json": manifest_path},
-        metadata={"digest": subject.manifest.digest},
-    )
-    tracker.log_artifact(dataset, role="input")
-    names = (METRICS, PREDICTIONS, REPORT)
-    files = {name: folder / name for name in names}
+    files = {name: folder / name for name in (METRICS, PREDICTIONS, REPORT)}
     tracker.log_artifact(Artifact(name="evaluation", type="evaluation", files=files))
+    close_tracker(tracker, subject.run_url)
 
 
 def print_summary(metrics: Mapping[str, Any], run_url: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,14 +12,12 @@ import numpy.typing as npt
 from jobs.scoring import Explained, Scored, boxes_of, explain_studies, score_boxes
 from pneumo.config import Config
 from pneumo.explain import (
-    FindingErrors,
-    Outcome,
     Why,
     choose_errors,
     choose_gallery,
     count_errors,
 )
-from pneumo.figures import Case
+from pneumo.figures import Case, Pictures
 from pneumo.predict import Predictions
 from pneumo.quality import AGE_BIN_YEARS
 from pneumo.saliency import (
@@ -33,19 +30,6 @@ from pneumo.saliency import (
 )
 from pneumo.shards import StudyRow
 from pneumo.studies import Box
-
-
-@dataclass(frozen=True, eq=False)
-class Pictures:
-    """The studies of test that are shown; empty where no threshold could be chosen."""
-
-    grid: list[Case]
-    """Drawn by the seed."""
-    gallery: dict[Outcome, list[Case]]
-    """With Grad-CAM and boxes, each case with why it was chosen."""
-    errors: dict[Outcome, list[Case]]
-    """Of 'fp' and 'fn' those that the model is most certain of, with Grad-CAM and boxes."""
-    by_finding: list[FindingErrors]
 
 
 def choose_pictures(

@@ -23,6 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from jobs.board import Board
 from jobs.command import new_run_url, run_job, say
 from jobs.following import Follower, worker_hooks
+from jobs.lineage import describe_dataset, describe_weights
 from jobs.nodes import Node
 from jobs.recovery import STOPPED, Recovery, wait_for_workers
 from jobs.session import (
@@ -80,6 +81,7 @@ def train_run(config: Config, manifest: Manifest, store_url: str, run_url: str) 
             "data_warning": manifest.audit.warning,
         },
     )
+    tracker.log_artifact(describe_dataset(manifest), role="input")
     # On this node, whose loss ends the job anyway.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     messages = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
@@ -100,6 +102,7 @@ def train_run(config: Config, manifest: Manifest, store_url: str, run_url: str) 
         except KeyboardInterrupt:
             _leave(recovery, training)
             raise
+        tracker.log_artifact(describe_weights(read_index(run_url).best, run_url, manifest))
     finally:
         messages.shutdown(force=True)
         close_tracker(tracker, run_url)
@@ -202,9 +205,11 @@ def close_tracker(tracker: Tracker, run_url: str) -> None:
         for line in outcome.lines():
             say(line)
         return
-    kept_url = storage.join(run_url, "wandb", outcome.folder.name)
-    storage.upload_folder(outcome.folder, kept_url)
-    say(f"W&B: not (all) sent; its files are in {kept_url}: fetch them, then `wandb sync` them")
+    kept = [storage.join(run_url, "wandb", folder.name) for folder in outcome.folders]
+    for folder, kept_url in zip(outcome.folders, kept, strict=True):
+        storage.upload_folder(folder, kept_url)
+    places = " and ".join(kept)
+    say(f"W&B: not (all) sent; its files are in {places}: fetch them, then `wandb sync` them")
 
 
 def _train_worker(settings: dict[str, Any]) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,24 @@ class Comparison:
             **{name: getattr(self, name).to_json() for name in COMPARED},
             "auroc_delong": self.auroc_delong.to_json(),
             "auroc_delong_clustered": self.auroc_delong_clustered.to_json(),
+        }
+
+
+@dataclass(frozen=True)
+class ComparedRuns:
+    """Two runs, by split."""
+
+    first: str
+    """The name of the run that is evaluated."""
+    second: str
+    splits: Mapping[str, Comparison]
+
+    def to_json(self) -> dict[str, Any]:
+        """The object `comparison` of metrics.json."""
+        return {
+            "first": self.first,
+            "second": self.second,
+            **{name: found.to_json() for name, found in self.splits.items()},
         }
 
 

@@ -325,6 +325,8 @@ class TrackingConfig(Section):
     """The W&B team or user; none: the key's default."""
     group: str | None = None
     """Runs of one experiment share a group."""
+    image_pixels: Annotated[int, Field(ge=16, le=4096)] = 192
+    """Largest height of a study's picture in W&B; nothing larger is sent."""
 
 
 class Config(Section):

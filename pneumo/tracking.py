@@ -17,10 +17,13 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 from urllib.parse import urlsplit
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from pneumo.config import TrackingConfig
@@ -42,6 +45,16 @@ MAX_ROWS = 10_000
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, eq=False)
+class Overlay:
+    """Classes of pixels, which W&B can lay over a picture and take off again."""
+
+    classes: npt.NDArray[np.uint8]
+    """(H, W) of the picture; 0 is nothing."""
+    labels: Mapping[int, str]
+    name: str
+
+
 @dataclass(frozen=True)
 class Picture:
     """An encoded image (PNG, WebP), its caption, and boxes to draw over it."""
@@ -51,6 +64,7 @@ class Picture:
     boxes: Sequence[tuple[float, float, float, float]] = ()
     """(x, y, width, height) in pixels of the picture."""
     box_label: str = "radiologist"
+    mask: Overlay | None = None
 
 
 @dataclass(frozen=True)
@@ -101,13 +115,21 @@ class Table:
 
 
 @dataclass(frozen=True)
+class PictureTable:
+    """Rows of scalars and pictures; W&B shows MAX_ROWS."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Picture | Scalar]]
+
+
+@dataclass(frozen=True)
 class Page:
     """A self-contained HTML page."""
 
     html: str
 
 
-Media = Gallery | LineChart | ConfusionChart | Table | Page
+Media = Gallery | LineChart | ConfusionChart | Table | PictureTable | Page
 
 
 @dataclass(frozen=True)
@@ -117,8 +139,8 @@ class Artifact:
     name: str
     type: str
     """'dataset', 'model' or 'evaluation'."""
-    files: Mapping[str, Path]
-    """Name inside the artifact -> local file, which is copied."""
+    files: Mapping[str, Path | bytes]
+    """Name inside the artifact -> local file, which is copied, or content."""
     aliases: Sequence[str] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
@@ -135,13 +157,20 @@ class TrackingOutcome:
     """The run's page, where there is one."""
     failures: tuple[str, ...] = ()
     """What was not logged or not sent, a line each."""
+    rest: Path | None = None
+    """W&B's local files of what was logged after the server had gone away."""
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """All of W&B's local files."""
+        return tuple(folder for folder in (self.folder, self.rest) if folder is not None)
 
     @property
     def sync_command(self) -> str | None:
         """The command that sends what lies in `folder`; None where nothing is left to send."""
         if self.folder is None or (self.mode == "online" and not self.failures):
             return None
-        return f"wandb sync {shlex.quote(str(self.folder))}"
+        return " ".join(["wandb sync", *(shlex.quote(str(folder)) for folder in self.folders)])
 
     def lines(self) -> list[str]:
         """What a job prints of it."""
@@ -256,52 +285,63 @@ class WandbTracker:
         }
         for folder in ("data", "cache"):
             (home / folder).mkdir(parents=True, exist_ok=True)
+        self._start = partial(
+            wandb.init,
+            project=config.project,
+            entity=config.entity,
+            group=group,
+            name=name,
+            job_type=job_type,
+            config=dict(settings),
+            settings=wandb.Settings(
+                root_dir=str(run_dir.resolve()),
+                init_timeout=start_timeout_s,
+                finish_timeout=finish_timeout_s,
+                finish_timeout_raises=True,
+                x_graphql_retry_max=3,
+                x_transaction_log_flush_interval=1.0,  # all that a killed job may lose
+                console="off",
+                silent=True,
+                disable_git=True,  # describe_code() is in the settings
+                save_code=False,
+                x_save_requirements=False,
+                reinit="create_new",
+            ),
+        )
+        self._lost: Any = None
+        """The online run whose server went away."""
+        self._open(mode)
+
+    def _open(self, mode: Literal["online", "offline"]) -> None:
         with _environment(self._environment):
-            self._run = wandb.init(
-                project=config.project,
-                entity=config.entity,
-                group=group,
-                name=name,
-                job_type=job_type,
-                config=dict(settings),
-                mode=mode,
-                settings=wandb.Settings(
-                    root_dir=str(run_dir.resolve()),
-                    init_timeout=start_timeout_s,
-                    finish_timeout=finish_timeout_s,
-                    finish_timeout_raises=True,
-                    x_graphql_retry_max=3,
-                    x_transaction_log_flush_interval=1.0,  # all that a killed job may lose
-                    console="off",
-                    silent=True,
-                    disable_git=True,  # describe_code() is in the settings
-                    save_code=False,
-                    x_save_requirements=False,
-                    reinit="create_new",
-                ),
-            )
-        self._folder = Path(self._run.dir).parent
+            self._run = self._start(mode=mode)
         for prefix in ("train", "val", "perf"):
             self._run.define_metric(f"{prefix}/*", step_metric="epoch")
 
     def log(self, metrics: Mapping[str, float | None], *, epoch: int) -> None:
-        self._attempt("log metrics", lambda: self._run.log({"epoch": epoch, **_present(metrics)}))
+        self._record("log metrics", lambda: self._run.log({"epoch": epoch, **_present(metrics)}))
 
     def log_media(self, key: str, media: Media) -> None:
-        self._attempt(f"log {key}", lambda: self._run.log({key: self._convert(media)}))
+        self._record(f"log {key}", lambda: self._run.log({key: self._convert(media)}))
 
     def log_artifact(self, artifact: Artifact, *, role: Role = "output") -> None:
-        self._attempt(f"log artifact {artifact.name}", lambda: self._log_files(artifact, role))
+        self._record(f"log artifact {artifact.name}", lambda: self._log_files(artifact, role))
 
     def summarise(self, values: Mapping[str, Scalar]) -> None:
-        self._attempt("summarise", lambda: self._run.summary.update(_present(values)))
+        self._record("summarise", lambda: self._run.summary.update(_present(values)))
 
     def finish(self) -> TrackingOutcome:
-        url = self._run.url if self.mode == "online" else None
-        self._attempt("send everything", self._run.finish)
+        first = self._run if self._lost is None else self._lost
+        url = first.url if self.mode == "online" else None
+        rest = None
+        if self._lost is not None:
+            rest = Path(self._run.dir).parent
+            self._attempt("close the offline run", self._run.finish)
+        self._attempt("send everything", first.finish)
         # Only now has the service written its last byte.
         self._attempt("stop the service", self._wandb.teardown)
-        return TrackingOutcome(self.mode, self._folder, url, tuple(self.failures))
+        folder = Path(first.dir).parent
+        return TrackingOutcome(self.mode, folder, url, tuple(self.failures), rest)
 
     def _attempt(self, what: str, action: Callable[[], object]) -> None:
         """Do it, or say in one line that it could not be done."""
@@ -309,6 +349,30 @@ class WandbTracker:
             with _environment(self._environment):
                 action()
         # Whatever a sink throws, the training that it watches is worth more.
+        except Exception as error:
+            self.failures.append(_describe(what, error))
+            log.warning("%s", self.failures[-1])
+
+    def _record(self, what: str, action: Callable[[], object]) -> None:
+        """Do it; where the server has gone away, go on in an offline run, from this on.
+
+        An online run needs the server for each table and artifact, waits for it a while each time,
+        and forgets what it could not hand over. An offline run keeps all.
+        """
+        if self.mode == "offline" or self._lost is not None:
+            self._attempt(what, action)
+            return
+        try:
+            with _environment(self._environment):
+                action()
+        except (self._wandb.errors.Error, TimeoutError, ConnectionError) as error:
+            self.failures.append(_describe(f"{what} online; going on offline", error))
+            log.warning("%s", self.failures[-1])
+            lost = self._run
+            self._attempt("go on offline", lambda: self._open("offline"))
+            if self._run is not lost:
+                self._lost = lost
+                self._attempt(what, action)
         except Exception as error:
             self.failures.append(_describe(what, error))
             log.warning("%s", self.failures[-1])
@@ -324,6 +388,12 @@ class WandbTracker:
                 return wandb.Table(
                     columns=list(columns), data=[list(row) for row in rows[:MAX_ROWS]]
                 )
+            case PictureTable(columns, rows):
+                cells = [
+                    [self._image(cell) if isinstance(cell, Picture) else cell for cell in row]
+                    for row in rows[:MAX_ROWS]
+                ]
+                return wandb.Table(columns=list(columns), data=cells)
             case LineChart(title=title, x_label=x_label, y_label=y_label):
                 return wandb.plot_table(
                     "wandb/area-under-curve/v0",
@@ -349,22 +419,32 @@ class WandbTracker:
             }
             for x, y, width, height in picture.boxes
         ]
+        masks = None
+        if picture.mask is not None:
+            named = {0: "none", **picture.mask.labels}
+            layer = {"mask_data": picture.mask.classes, "class_labels": named}
+            masks = {picture.mask.name: layer}
         overlay = {"boxes": {"box_data": boxes, "class_labels": {1: picture.box_label}}}
         return self._wandb.Image(
             Image.open(io.BytesIO(picture.data)),
             caption=picture.caption,
             boxes=overlay if boxes else None,
+            masks=masks,
         )
 
     def _log_files(self, artifact: Artifact, role: Role) -> None:
         packed = self._wandb.Artifact(
             artifact.name, type=artifact.type, metadata=dict(artifact.metadata)
         )
-        for name, path in artifact.files.items():
-            packed.add_file(str(path), name=name)
+        for name, content in artifact.files.items():
+            if isinstance(content, bytes):
+                with packed.new_file(name, mode="wb") as file:
+                    file.write(content)
+            else:
+                packed.add_file(str(content), name=name)
         if role == "output":
             self._run.log_artifact(packed, aliases=list(artifact.aliases))
-        elif self.mode == "online":
+        elif self.mode == "online" and self._lost is None:
             self._run.use_artifact(packed, aliases=list(artifact.aliases))
         else:
             # Offline W&B knows no inputs: the config names what a later reader needs.

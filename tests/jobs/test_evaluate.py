@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from jobs import evaluate
+from jobs import evaluate, sending
 from jobs.pictures import choose_pictures
 from jobs.scoring import (
     Scored,
@@ -280,7 +280,7 @@ def test_tracker_gets_the_data_and_what_is_wrong_with_them(
     )
     tracker = MemoryTracker()
     drawing = b"a drawing"
-    evaluate.log_data(tracker, evaluate.describe_data(store_url, bad, studies), drawing)
+    sending.log_data(tracker, evaluate.describe_data(store_url, bad, studies), drawing)
     assert tracker.summary == {
         "data/quarantined": 3,
         "data/duplicates_across_splits": 3,
@@ -295,7 +295,7 @@ def test_tracker_gets_the_data_and_what_is_wrong_with_them(
     assert not [row for row in studies.values() if row.key in said or row.patient in said]
 
     sound = MemoryTracker()
-    evaluate.log_data(sound, evaluate.describe_data(store_url, manifest, studies), drawing)
+    sending.log_data(sound, evaluate.describe_data(store_url, manifest, studies), drawing)
     assert sound.summary == {"data/quarantined": 0, "data/duplicates_across_splits": 0}
 
 

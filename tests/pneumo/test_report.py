@@ -10,7 +10,7 @@ import pytest
 
 from pneumo.config import Config, EvaluateConfig
 from pneumo.evaluate import evaluate
-from pneumo.figures import Case
+from pneumo.figures import Case, Pictures
 from pneumo.predict import Predictions, sigmoid
 from pneumo.quality import ContactSheet, Intensity, Quality, Shift, SplitQuality
 from pneumo.report import (
@@ -92,7 +92,7 @@ def with_quality(**changes):
     return dataclasses.replace(DATA, quality=dataclasses.replace(QUALITY, **changes))
 
 
-MODEL = ModelFacts("resnet18", "ImageNet weights", True, False, 3, 224)
+MODEL = ModelFacts("resnet18", "ImageNet weights", True, False, 3, 224, "The best on val.")
 PROVENANCE = Provenance(
     "run <1>", "1 May 2026", 0, Config().to_json(), "make evaluate", {"PyTorch": "2"}
 )
@@ -142,8 +142,7 @@ def render(judged=None, **changes):
         "model": MODEL,
         "provenance": PROVENANCE,
         "history": HISTORY,
-        "grid": cases(4),
-        "gallery": {"tp": cases(2), "fn": []},
+        "pictures": Pictures(cases(4), {"tp": cases(2), "fn": []}, {}, []),
     }
     return render_report(judged or evaluation(), **{**arguments, **changes})
 
@@ -184,7 +183,9 @@ def test_page_is_sound_and_stands_alone():
 
     assert checker.faults == checker.open == []
     assert len(checker.ids) == len(set(checker.ids))
-    assert set(re.findall(r'(?:url\(|href="|labelledby=")#?([^)"]+)', page)) <= set(checker.ids)
+    assert set(re.findall(r'(?:url\(|href="|labelledby=")#?([^)":]+)(?=[)"])', page)) <= set(
+        checker.ids
+    )
     assert len(checker.images) == 8
     assert all(image["alt"] and image["src"].startswith("data:") for image in checker.images)
     assert checker.headings[0] == 1
@@ -192,7 +193,7 @@ def test_page_is_sound_and_stands_alone():
     assert "<script" not in page
     addresses = set(re.findall(r"https?://[^\s\"'<>)]+", page))
     assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
-    assert page.count('role="img"') == 6
+    assert page.count('role="img"') == 8
 
 
 def test_page_says_what_it_must():
@@ -219,13 +220,14 @@ def test_equal_input_gives_the_same_page():
 
 def test_page_stays_below_three_megabytes_with_large_noisy_pictures():
     every = {outcome: cases(6, size=512) for outcome in ("tp", "fp", "fn", "tn")}
-    page = render(grid=cases(16, size=512), gallery=every)
+    errors = {outcome: cases(12, size=512) for outcome in ("fp", "fn")}
+    page = render(pictures=Pictures(cases(16, size=512), every, errors, []))
     assert len(page.encode()) < 3_000_000
 
 
 def test_degenerate_evaluation_is_reported_with_its_reason():
     hollow = evaluation(target=np.zeros(400, dtype=np.int8))
-    page = render(hollow, history=[], grid=[], gallery={})
+    page = render(hollow, history=[], pictures=Pictures([], {}, {}, []))
     assert "Read this first" in page
     assert "The model cannot be judged on test: one class only" in page
     assert "No threshold could be chosen: val: one class only" in page
@@ -265,7 +267,7 @@ def test_warnings_about_the_numbers():
 
 
 def test_summary_weighs_the_model_against_the_view():
-    assert "the model is better by 0." in summarise(evaluation())
+    assert "the model gains +0." in summarise(evaluation())
     assert "that the model is better is not shown" in summarise(evaluation(view_is_target=True))
 
 

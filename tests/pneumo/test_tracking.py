@@ -4,9 +4,11 @@ import io
 import json
 import os
 import struct
+import time
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -18,13 +20,16 @@ from pneumo.tracking import (
     LineChart,
     MemoryTracker,
     NullTracker,
+    Overlay,
     Page,
     Picture,
+    PictureTable,
     Table,
     TrackingOutcome,
     choose_mode,
     open_tracker,
 )
+from tests.pneumo.wandb_server import serve
 
 # wandb leaves its temporary folders to the garbage collector.
 pytestmark = pytest.mark.filterwarnings(
@@ -294,3 +299,94 @@ def test_outcome_says_what_to_do():
     assert sent.lines() == ["W&B: https://wandb.example.org/r"]
     half = TrackingOutcome("online", folder, "https://wandb.example.org/r", ("W&B: …",))
     assert half.lines() == ["W&B: not all was sent; to send it: wandb sync 'runs/a b/wandb/run-1'"]
+
+
+def open_online(folder, backend, monkeypatch, key=KEY):
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    monkeypatch.setenv("WANDB_BASE_URL", backend.url)
+    return open_tracker(
+        TrackingConfig(mode="online"),
+        run_dir=folder,
+        name="evaluate-1",
+        job_type="evaluate",
+        group="demo",
+        settings={"seed": 3},
+        start_timeout_s=5.0,
+        finish_timeout_s=6.0,
+    )
+
+
+def test_online_everything_arrives(tmp_path, clean_environment, monkeypatch):
+    with serve(KEY) as backend:
+        outcome = log_everything(open_online(tmp_path / "run", backend, monkeypatch), tmp_path)
+    assert outcome.failures == ()
+    assert outcome.mode == "online"
+    assert outcome.sync_command is None
+    history = [row for row in backend.history() if "epoch" in row]
+    assert [(row["epoch"], row["train/loss"]) for row in history] == [(1, 0.7), (2, 0.5)]
+    assert {a["name"]: a["state"] for a in backend.artifacts.values()}["net"] == "COMMITTED"
+    assert backend.used == ["shards"]
+    assert b"weights" in backend.uploads.values()
+    assert any("media/images/eval/gallery" in name for name in backend.uploads)
+
+
+def test_a_wrong_key_goes_on_offline(tmp_path, clean_environment, monkeypatch, caplog):
+    with serve(KEY) as backend:
+        tracker = open_online(tmp_path / "run", backend, monkeypatch, key="9" * 40)
+        outcome = log_everything(tracker, tmp_path)
+    assert outcome.mode == "offline"
+    assert "going on offline" in outcome.failures[0]
+    assert "9" * 40 not in caplog.text
+    assert "wandb sync" in outcome.lines()[0]
+    assert backend.runs == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["start", "middle", "end"])
+def test_a_server_that_goes_away_neither_fails_nor_hangs(
+    tmp_path, clean_environment, monkeypatch, when
+):
+    with serve(KEY) as backend:
+        backend.away = when == "start"
+        started = time.monotonic()
+        tracker = open_online(tmp_path / "run", backend, monkeypatch)
+        tracker.log({"train/loss": 0.7}, epoch=1)
+        backend.away = when in ("start", "middle")
+        if when != "end":
+            outcome = log_everything(tracker, tmp_path)
+        else:
+            tracker.log_media("eval/gallery", Gallery([Picture(png(), "TP")]))
+            backend.away = True
+            outcome = tracker.finish()
+        took = time.monotonic() - started
+    assert took < 90
+    assert outcome.failures
+    assert outcome.sync_command is not None
+    assert "wandb sync" in outcome.lines()[0]
+    records = [record for folder in outcome.folders for record in read_run(folder)]
+    history = [items(r.history.item) for r in records if r.HasField("history")]
+    assert (1, 0.7) in [(h.get("epoch"), h.get("train/loss")) for h in history]
+    if when == "middle":  # nothing is lost of what came after
+        logged = {key for row in history for key in row}
+        assert {"eval/gallery/captions", "eval/roc_table/nrows", "eval/report/_type"} <= logged
+        assert {r.artifact.name for r in records if r.HasField("artifact")} >= {"net"}
+
+
+def test_overlays_and_thumbnails_are_read_back(tmp_path, clean_environment):
+    mask = Overlay(np.eye(8, dtype=np.uint8), {1: "map ≥ 25 %"}, "Grad-CAM")
+    picture = Picture(png(), "TP p=0.9", [(1, 2, 3, 4)], mask=mask)
+    tracker = open_offline(tmp_path / "run")
+    tracker.log_media("eval/gallery/tp", Gallery([picture]))
+    rows = [[picture, "tp", 0.9], [picture, "fn", None]]
+    tracker.log_media("eval/predictions", PictureTable(["picture", "outcome", "p"], rows))
+    outcome = tracker.finish()
+    assert outcome.failures == ()
+    records = read_run(outcome.folder)
+    logged = {
+        k: v for r in records if r.HasField("history") for k, v in items(r.history.item).items()
+    }
+    assert "Grad-CAM" in logged["eval/gallery/tp/all_masks"][0]
+    assert logged["eval/predictions/nrows"] == 2
+    layers = list((outcome.folder / "files" / "media" / "images" / "mask").rglob("*.mask.png"))
+    assert layers
+    assert np.array_equal(np.asarray(Image.open(layers[0])), np.eye(8))

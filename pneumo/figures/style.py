@@ -1,0 +1,101 @@
+"""How every figure looks, how numbers are put in words, and how a figure becomes bytes.
+
+Equal input gives equal bytes on one version of matplotlib: no date, no random ids, its own font.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from pneumo.evaluate import SplitEvaluation
+from pneumo.metrics import Estimate
+
+INK = "#1d2733"
+"""Text and axes; the report puts its own ink in its place."""
+RULE = "#d5dbe2"
+"""Grid lines; as INK."""
+BLUE = "#2b7bab"
+ORANGE = "#d07a1e"
+GRAY = "#8a96a3"
+SPLIT_STYLES: Mapping[str, dict[str, Any]] = {
+    "train": {"color": ORANGE, "linewidth": 1.3, "linestyle": "-"},
+    "val": {"color": GRAY, "linewidth": 1.3, "linestyle": "--"},
+    "test": {"color": BLUE, "linewidth": 2.0, "linestyle": "-"},
+}
+STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": RULE,
+    "grid.linewidth": 0.6,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "svg.fonttype": "none",
+}
+
+
+def describe_estimate(estimate: Estimate, digits: int = 3) -> str:
+    """`0.913 (0.854–0.962)`; `n/a` where undefined, without brackets where there is no interval."""
+    if estimate.value is None:
+        return "n/a"
+    if estimate.low is None or estimate.high is None:
+        return f"{estimate.value:.{digits}f}"
+    return f"{estimate.value:.{digits}f} ({estimate.low:.{digits}f}–{estimate.high:.{digits}f})"
+
+
+def describe_n(part: SplitEvaluation) -> str:
+    """`test, n = 30 studies of 21 patients, 9 positive`."""
+    return (
+        f"{part.split}, n = {part.n} studies of {part.patients} patients, {part.positives} positive"
+    )
+
+
+def draw_chart(name: str, plot: Any) -> bytes:
+    """One panel as SVG. The salt is the name: ids of two figures in one page must differ."""
+    with mpl.rc_context({**STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=(4.4, 4.0), layout="constrained")
+        plot(figure.subplots())
+        return encode_figure(figure, "svg")
+
+
+def encode_figure(figure: Figure, file_format: Literal["png", "webp", "svg"]) -> bytes:
+    buffer = io.BytesIO()
+    if file_format == "svg":
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+        return buffer.getvalue()
+    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
+    if file_format == "png":
+        return buffer.getvalue()
+    return encode_image(np.asarray(Image.open(buffer).convert("RGB")))
+
+
+def encode_image(image: npt.NDArray[np.uint8]) -> bytes:
+    """(H, W), (H, W, 3) or, with opacity, (H, W, 4) uint8 as WebP."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "webp", quality=82, method=4)
+    return buffer.getvalue()
+
+
+def say_nothing(axes: Axes, why: str) -> None:
+    axes.text(0.5, 0.5, why, ha="center", va="center", transform=axes.transAxes, color=GRAY)
+    axes.set(xticks=[], yticks=[])

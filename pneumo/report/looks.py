@@ -1,0 +1,89 @@
+"""Where the network looks: maps against the radiologists' boxes, for the template."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pneumo.report.words import Cell, count
+from pneumo.saliency import MAPS, Group, GroupSummary, MapName, SaliencySummary
+
+NAMES: Mapping[MapName, tuple[str, str]] = {
+    "cam": ("The network's maps", "Grad-CAM"),
+    "random": ("Random weights", "the same architecture, untrained"),
+    "prior": ("Lung prior", "where train's boxes usually are; the same map for every study"),
+    "centre": ("Centre", "a Gaussian about the middle"),
+    "uniform": ("Uniform", "the same everywhere: what area alone gives"),
+}
+GROUPS: Mapping[Group, str] = {
+    "all": "All positives",
+    "true_positives": "Positives that the model finds",
+    "false_negatives": "Positives that the model misses",
+}
+OFF = "Maps were not scored: evaluate.saliency is off."
+
+
+def describe_looks(looks: SaliencySummary | None) -> dict[str, Any]:
+    """A table a group of positives, and what it means."""
+    if looks is None:
+        return {"verdict": OFF, "groups": [], "checkpoint": "", "unscored": ""}
+    unscored = ""
+    if looks.unscored:
+        unscored = f"{count(looks.unscored, 'positive has', 'positives have')} no box to score."
+    return {
+        "verdict": judge_looks(looks),
+        "checkpoint": looks.checkpoint,
+        "unscored": unscored,
+        "groups": [_describe_group(GROUPS[name], found) for name, found in looks.groups.items()],
+    }
+
+
+def _describe_group(title: str, found: GroupSummary) -> dict[str, Any]:
+    if found.maps is None or found.area is None:
+        return {"title": title, "n": found.n, "reason": found.reason, "rows": []}
+    rows = []
+    for name in MAPS:
+        summary = found.maps[name]
+        gain = None if found.gain is None else found.gain.get(name)
+        rows.append(
+            {
+                "name": NAMES[name][0],
+                "meaning": NAMES[name][1],
+                "is_model": name == "cam",
+                "cells": [
+                    Cell.of(one, 2)
+                    for one in (summary.auprc, summary.pointing, summary.energy, summary.lift)
+                ],
+                "iou": Cell.of(summary.iou, 2),
+                "gain": None if gain is None else Cell.of(gain["auprc"], 2, signed=True),
+                "empty": summary.empty,
+            }
+        )
+    return {"title": title, "n": found.n, "area": Cell.of(found.area, 2), "rows": rows}
+
+
+def judge_looks(looks: SaliencySummary) -> str:
+    """Whether the maps agree with the boxes better than a map that knows nothing."""
+    found = looks.groups["all"]
+    if found.gain is None:
+        return f"It cannot be said where the network looks: {found.reason}."
+    gain = found.gain["prior"]["auprc"]
+    if gain.value is None or gain.low is None or gain.high is None:
+        return f"It cannot be said where the network looks: {gain.reason}."
+    difference = Cell.of(gain, 2, signed=True)
+    if gain.low > 0:
+        return (
+            "The network's maps agree with the boxes better than a fixed map of where opacities "
+            f"usually lie: AUPRC {difference}. They point to the opacity of the study at hand, not "
+            "merely to the lungs."
+        )
+    if gain.high < 0:
+        return (
+            "A fixed map of where opacities usually lie, which looks at no image, agrees with the "
+            f"boxes better than the network's maps: AUPRC {difference}. These maps are no evidence "
+            "that the network found the opacity; read the pictures below with that in mind."
+        )
+    return (
+        "The network's maps are not shown to agree with the boxes better than a fixed map of where "
+        f"opacities usually lie: AUPRC {difference}. They may point to the lungs and no more."
+    )

@@ -1,0 +1,123 @@
+"""The page: every section's facts in one template."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from pneumo import figures
+from pneumo.comparison import ComparedRuns
+from pneumo.evaluate import DECISION, SCREENING, Evaluation
+from pneumo.explain import ERRORS, OUTCOMES, FindingErrors
+from pneumo.figures import OUTCOME_WORDS, History, Pictures
+from pneumo.metrics import Estimate, wilson
+from pneumo.report import performance
+from pneumo.report.card import CLAIM, NOT_ANSWERED
+from pneumo.report.data import describe_data, describe_quality
+from pneumo.report.drawings import draw_curves, draw_training, inline, show_pairs, show_thumbnails
+from pneumo.report.facts import DataFacts, ModelFacts, Provenance
+from pneumo.report.groups import describe_groups
+from pneumo.report.looks import describe_looks
+from pneumo.report.summary import answer, find_warnings, summarise
+from pneumo.report.words import Cell
+from pneumo.saliency import SaliencySummary
+
+
+def render_report(
+    evaluation: Evaluation,
+    *,
+    data: DataFacts,
+    model: ModelFacts,
+    provenance: Provenance,
+    history: History,
+    pictures: Pictures,
+    looks: SaliencySummary | None = None,
+    compared: ComparedRuns | None = None,
+) -> str:
+    """The page. `pictures` and `looks` are of test; `looks` is None where maps were not scored."""
+    environment = Environment(
+        loader=PackageLoader("pneumo.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html.j2").render(
+        evaluation=evaluation,
+        data=describe_data(data),
+        quality=describe_quality(data),
+        model=model,
+        provenance=provenance,
+        warnings=find_warnings(evaluation, data, model),
+        sentence=summarise(evaluation),
+        answers=answer(evaluation, looks),
+        groups=describe_groups(evaluation),
+        looks=describe_looks(looks),
+        comparison=performance.describe_comparison(compared),
+        training=draw_training(history),
+        claim=CLAIM,
+        not_claimed=NOT_ANSWERED,
+        test_n=figures.describe_n(evaluation.test).capitalize(),
+        **_describe_performance(evaluation),
+        **_describe_pictures(pictures),
+    )
+
+
+def _describe_performance(evaluation: Evaluation) -> dict[str, Any]:
+    test = evaluation.test
+    slope = Cell.of(test.before.slope, 2)
+    return {
+        "rows": performance.headline_rows(evaluation),
+        "delong": Cell.of(test.auroc_delong),
+        "delong_clustered": Cell.of(test.auroc_delong_clustered),
+        "curves": draw_curves(evaluation),
+        "matrices": [performance.describe_point(evaluation, n) for n in (DECISION, SCREENING)],
+        "points": performance.describe_points(evaluation),
+        "prevalences": performance.describe_prevalences(evaluation),
+        "calibration": performance.describe_calibration(evaluation),
+        "reliability": inline(
+            figures.draw_reliability(evaluation),
+            f"Calibration on test: share of positives over predicted probability, n = {test.n}; "
+            f"slope before calibration {slope}",
+        ),
+        "decision": performance.describe_decision(evaluation),
+        "decision_curve": inline(
+            figures.draw_decision_curve(evaluation),
+            f"Decision curve on test, n = {test.n}: net benefit in true positives a study, over "
+            "the threshold",
+        ),
+        "baselines": performance.describe_baselines(evaluation),
+        "view_rows": performance.view_rows(evaluation),
+    }
+
+
+def _describe_pictures(pictures: Pictures) -> dict[str, Any]:
+    groups = [
+        *(("gallery", outcome, pictures.gallery.get(outcome, [])) for outcome in OUTCOMES),
+        *(("errors", outcome, pictures.errors.get(outcome, [])) for outcome in ERRORS),
+    ]
+    # One size for all, so that the page stays below its limit.
+    shown = show_pairs([cases for _, _, cases in groups])
+    described = [
+        {"place": place, "word": OUTCOME_WORDS[outcome], "cases": cases}
+        for (place, outcome, _), cases in zip(groups, shown, strict=True)
+    ]
+    return {
+        "grid": show_thumbnails(pictures.grid),
+        "gallery": [group for group in described if group["place"] == "gallery"],
+        "errors": [group for group in described if group["place"] == "errors"],
+        "by_finding": [_describe_finding(found) for found in pictures.by_finding],
+    }
+
+
+def _describe_finding(found: FindingErrors) -> dict[str, Any]:
+    share = found.errors / found.n
+    rate = Estimate(share, *wilson(share, found.n), "Wilson, images taken as independent")
+    return {
+        "finding": found.finding,
+        "n": found.n,
+        "called": found.called_positive,
+        "errors": found.errors,
+        "rate": Cell.of(rate, 2),
+    }

@@ -1,0 +1,98 @@
+"""Numbers as a reader sees them; where there is none, why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+from pneumo.metrics import Estimate
+
+NO_INTERVAL = "no interval"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """An estimate as text; `reason` is never empty where `value` is."""
+
+    value: str
+    interval: str = ""
+    reason: str = ""
+
+    @classmethod
+    def of(cls, estimate: Estimate, digits: int = 3, *, signed: bool = False) -> Self:
+        """`0.913` and `0.854–0.962`, or the reason."""
+        if estimate.value is None:
+            return cls("", "", estimate.reason or "undefined")
+        value = decimal(estimate.value, digits, signed=signed)
+        if estimate.low is None or estimate.high is None:
+            return cls(value, "", estimate.reason or NO_INTERVAL)
+        low, high = (decimal(x, digits, signed=signed) for x in (estimate.low, estimate.high))
+        # A minus sign beside a dash would be hard to read.
+        return cls(value, f"{low} to {high}" if signed else f"{low}–{high}")
+
+    def __str__(self) -> str:
+        """In a sentence."""
+        if not self.value:
+            return f"not known ({self.reason})"
+        return f"{self.value} ({self.interval or self.reason})"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table of test beside val."""
+
+    name: str
+    meaning: str
+    test: Cell
+    val: Cell
+
+    @classmethod
+    def of(
+        cls, name: str, meaning: str, test: Estimate, val: Estimate, *, signed: bool = False
+    ) -> Self:
+        """Of both splits' estimates."""
+        return cls(name, meaning, Cell.of(test, signed=signed), Cell.of(val, signed=signed))
+
+
+def decimal(value: float, digits: int = 3, *, signed: bool = False) -> str:
+    """`0.913`, `−0.020` with a true minus, never a negative zero."""
+    text = f"{value:.{digits}f}"
+    if float(text) == 0:
+        return f"{0:.{digits}f}"
+    sign = "+" if signed and value > 0 else ""
+    return sign + text.replace("-", "\N{MINUS SIGN}")
+
+
+def show_threshold(value: float) -> str:
+    """`0.412`; with as many digits more as it takes to tell it from 0 and 1."""
+    digits = 3
+    while digits < 9 and 0 < value < 1 and float(f"{value:.{digits}f}") in (0.0, 1.0):
+        digits += 1
+    return f"{value:.{digits}f}"
+
+
+def percent(share: float) -> str:
+    """`91 %`, never broken over lines."""
+    return f"{100 * share:.0f}\N{NO-BREAK SPACE}%"
+
+
+def fine_percent(share: float) -> str:
+    """`91.3 %`."""
+    return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
+
+
+def percent_range(low: float, high: float) -> str:
+    """`21.0 to 33.0 %`."""
+    return f"{100 * low:.1f} to {fine_percent(high)}"
+
+
+def count(number: int, one: str, several: str = "") -> str:
+    """`1 study`, `2,000 studies`."""
+    return f"{number:,} {one if number == 1 else several or one + 's'}"
+
+
+def p_value(value: float | None) -> str:
+    """`p = 0.031`, `p < 0.001`; in words where there is none."""
+    if value is None:
+        return "no p value, as the difference does not vary"
+    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"

@@ -1,0 +1,34 @@
+"""Three views, built without a network or a key."""
+
+import json
+
+import pytest
+
+from pneumo import dashboards
+
+
+def test_views_name_what_the_jobs_log(capsys, monkeypatch):
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert dashboards.main([]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == ["Train", "Tune", "Evaluate"]
+    text = {name: json.dumps(view) for name, view in found.items()}
+    for key in ("train/loss", "val/auroc", "images_per_s"):
+        assert key in text["Train"]
+    assert "best/val_auroc" in text["Tune"]
+    for key in (
+        "eval/test/auroc",
+        "eval/gallery/tp",
+        "eval/errors/fn",
+        "eval/predictions",
+        "eval/roc_table",
+        "eval/reliability_table",
+    ):
+        assert key in text["Evaluate"]
+
+
+def test_saving_needs_a_team(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        dashboards.main(["--save"])
+    assert "--entity" in capsys.readouterr().err
