@@ -7,7 +7,8 @@
 It needs torch, torchvision and numpy alone, and nothing of this project, so this one file can be
 carried to a machine that has a GPU. It trains ResNet-18 (one input channel, one logit) in
 channels_last and bfloat16 autocast with fused Adam and a weighted BCE, on random images that the
-device holds as bytes. A step is one micro-batch.
+device holds as bytes. A step is one micro-batch, without what `pneumo.learner` does around it: the
+running statistics taken in hand, the average of the weights.
 
 The data path mirrors `pneumo.transforms.augment` as it is on a GPU, with the defaults of
 `AugmentConfig`: rows gathered, each image moved by a matrix of its own (grid_sample), rounded, and
@@ -181,7 +182,7 @@ def warp(images: Tensor, matrices: Tensor, tables: Tensor) -> Tensor:
 
 def augment_rows(images: Tensor, rows: Tensor, uniforms: Tensor) -> Tensor:
     """The rows' images, changed by draws that are on the device."""
-    return warp(images[rows], build_matrices(uniforms), build_tables(uniforms))
+    return warp(images.index_select(0, rows), build_matrices(uniforms), build_tables(uniforms))
 
 
 class Data:
