@@ -7,6 +7,7 @@
 #   make debian     as root: for the tests Debian's dcmtk, an independent DICOM decoder, etcd, Chromium
 #   make check      format, lint, types, import rules: never writes;  make fix: mends what it can
 #   make bench      what decoding, preparing, explaining, judging and loading cost, as ratios of one run
+#   make bench-train [ARGS="--rounds 5"]: images/s of the bare step, from a store, under Ray, as ratios
 #   make prepare    SOURCE=folder STORE=url
 #   make train      STORE=url [RUN=url] [ARGS="--recipe fast --train.epochs 3"]
 #   make tune       STORE=url [RUN=url] [ARGS=…]
@@ -48,7 +49,7 @@ CONTAINERS ?= $(or $(shell command -v podman),docker)
 WITHOUT_RUN := app.kubernetes.io/component!=run
 
 .PHONY: help setup debian demo prepare train tune evaluate predict dashboards check fix test test-slow test-s3 test-cluster test-all \
-  bench lock clean up down forward image setup-k8s
+  bench bench-train lock clean up down forward image setup-k8s
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -166,6 +167,10 @@ bench: $(READY)
 	$(BIN)/python -m tests.benchmarks.explain cost
 	$(BIN)/python -m tests.benchmarks.explain memory
 	$(BIN)/python -m tests.s3.server -- $(BIN)/python -m tests.benchmarks.loader $(ARGS)
+
+# On a machine with a GPU also: python tests/benchmarks/gpu.py, which needs torch alone.
+bench-train: $(READY)
+	$(BIN)/python -m tests.benchmarks.train $(ARGS)
 
 lock: $(READY)
 	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile --quiet --extra dev --extra codecs --allow-unsafe \
