@@ -624,12 +624,11 @@ def read_history(folder: Path, name: str, rank: int) -> Any:
 def assert_alike(
     history: Any, checkpoint: Checkpoint, alone: Any, checkpoint_alone: Checkpoint
 ) -> None:
-    """Equal up to the rounding of sums, which training amplifies step by step."""
+    """Equal up to the rounding of sums."""
     for record, expected in zip(without_times(history), without_times(alone), strict=True):
         assert record.keys() == expected.keys()
         for name, value in expected.items():
-            # A gradient's size is the first to show what sums were rounded to.
-            within = 0.1 if name == "grad_norm" else 0.01
+            within = 0.01 if name == "grad_norm" else 1e-3
             assert record[name] == pytest.approx(value, rel=within, abs=within), name
     one, two = flat(checkpoint.model), flat(checkpoint_alone.model)
     assert (one - two).norm() < 1e-3 * two.norm()
@@ -648,7 +647,8 @@ def test_any_number_of_ranks_computes_what_one_does(
     # Of so many and so large pictures that no layer's variance is near 0, where gradients explode.
     store_url = tiny_store(train=99, val=13, image_size=64)
     changes = {"train.batch_size": 24, "train.micro_batch_size": 6, "train.optimizer": "sgd"}
-    config = override(SMALL, {**changes, "train.lr": 1e-3, "train.checkpoint_every_steps": 2})
+    # Steps so small that a difference of rounding is not fed back into the next ones.
+    config = override(SMALL, {**changes, "train.lr": 1e-5, "train.checkpoint_every_steps": 2})
     (tmp_path / "config.json").write_text(config.to_json())
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the ranks: sums in the same order
