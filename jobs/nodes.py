@@ -23,6 +23,8 @@ class Node:
     address: str
     port: int
     """Where its raylet listens."""
+    total: Mapping[str, float]
+    """Resources that it has."""
     free: Mapping[str, float]
     """Resources that nobody has reserved."""
     draining: bool
@@ -42,12 +44,20 @@ def list_nodes() -> list[Node]:
             id=node["NodeID"],
             address=node["NodeManagerAddress"],
             port=node["NodeManagerPort"],
+            total=node["Resources"],
             free=free.get(node["NodeID"], {}),
             draining=node["NodeID"] in draining,
         )
         for node in ray.nodes()
         if node["Alive"]
     ]
+
+
+def answering_nodes() -> list[Node]:
+    """Those of the cluster that take a connection; Ray's list may hold some that are gone."""
+    nodes = list_nodes()
+    silent = silent_addresses(nodes)
+    return [node for node in nodes if node.address not in silent]
 
 
 def usable_nodes(wanted: Mapping[str, float], avoid: Collection[str] = ()) -> list[Node]:

@@ -23,7 +23,14 @@ from ray.train import TrainingFailedError
 
 from jobs.board import Board, Member
 from jobs.command import find_cause
-from jobs.nodes import Node, list_nodes, request_room, silent_addresses, usable_nodes
+from jobs.nodes import (
+    Node,
+    answering_nodes,
+    list_nodes,
+    request_room,
+    silent_addresses,
+    usable_nodes,
+)
 from pneumo import storage
 from pneumo.checkpoint import find_index
 from pneumo.config import ClusterConfig
@@ -266,12 +273,14 @@ def _room_requested(wanted: Mapping[str, float], num_workers: int) -> Iterator[N
 
 
 def _describe_lack(num_workers: int, wanted: Mapping[str, float], waited_s: float) -> str:
-    there = ray.cluster_resources()
-    lacks = ", ".join(
-        f"{each * num_workers:g} {name} (it has {there.get(name, 0):g}, "
-        f"{sum(node.free.get(name, 0.0) for node in list_nodes()):g} free)"
-        for name, each in wanted.items()
-    )
+    there = answering_nodes()
+
+    def add(name: str, each: float) -> str:
+        total = sum(node.total.get(name, 0.0) for node in there)
+        free = sum(node.free.get(name, 0.0) for node in there)
+        return f"{each * num_workers:g} {name} (it has {total:g}, {free:g} free)"
+
+    lacks = ", ".join(add(name, each) for name, each in wanted.items())
     return (
         f"cluster: {_workers(num_workers)} need {lacks}; waited {waited_s:.0f} s; lower "
         "--cluster.num-workers, give --cluster.min-workers, or add nodes"

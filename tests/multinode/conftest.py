@@ -19,6 +19,7 @@ from pneumo.synthetic import write_phantoms
 from tests.multinode.faults import (
     BATCH_SIZE,
     EPOCHS,
+    MICRO_BATCH_SIZE,
     TRAINING,
     Cost,
     format_table,
@@ -51,15 +52,22 @@ class Site:
     small_disk: Path
     """A folder that all machines see, on a file system too small for a run."""
 
-    def train(self, run: Path | str, *flags: str, epochs: int = EPOCHS) -> tuple[str, ...]:
-        """The command that trains in `run`."""
+    def train(
+        self,
+        run: Path | str,
+        *flags: str,
+        epochs: int = EPOCHS,
+        micro_batch_size: int = MICRO_BATCH_SIZE,
+    ) -> tuple[str, ...]:
+        """The command that trains in `run`; a step has work for 16 / `micro_batch_size` workers."""
         places = ("--store", str(self.store), "--run", str(run))
-        return ("jobs.train", *places, *TRAINING, "--train.epochs", str(epochs), *flags)
+        sizes = ("--train.epochs", str(epochs), "--train.micro-batch-size", str(micro_batch_size))
+        return ("jobs.train", *places, *TRAINING, *sizes, *flags)
 
     def fetch(self, key: str) -> str:
         """The text of an object in the bucket."""
         url = f"s3://{BUCKET}/{key}"
-        read = f"from pneumo import storage; print(storage.read_text('{url}'))"
+        read = f"from pneumo import storage; print(storage.read_text('{url}'), end='')"
         endpoint = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{_S3_PORT}"}
         reader = self.object_store.start(
             sys.executable, "-c", read, environ={**_S3_KEYS, **endpoint}, stdout=subprocess.PIPE

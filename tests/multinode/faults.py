@@ -11,7 +11,6 @@ BATCH_SIZE = 16
 MICRO_BATCH_SIZE = 8
 TRAINING = (
     *("--model.weights", "random", "--train.lr", "1e-3", "--train.batch-size", str(BATCH_SIZE)),
-    *("--train.micro-batch-size", str(MICRO_BATCH_SIZE)),
     *("--tracking.mode", "disabled"),
 )
 LARGEST_ELASTIC_DIFFERENCE = 0.05

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pneumo.checkpoint import find_index
 from tests.multinode.conftest import BUCKET, RUN_TIMEOUT_S, Site, Undisturbed
 from tests.multinode.faults import EPOCHS, LARGEST_ELASTIC_DIFFERENCE, Cost, read_losses
 from tests.multinode.ray_cluster import Driver
@@ -22,9 +23,15 @@ ELASTIC = (*TWO, "--cluster.min-workers", "1")
 TRAINS_AGAIN = r"model: going on"
 
 
-def wait_for_the_middle(driver: Driver) -> tuple[float, float]:
-    """Return in the third epoch: when its predecessor's checkpoint was there, and now."""
-    saved_s = driver.wait_for_line(rf"epoch +2/{EPOCHS} ", timeout_s=RUN_TIMEOUT_S)
+def wait_for_the_middle(driver: Driver, run: Path) -> tuple[float, float]:
+    """Return after the second epoch: when its checkpoint, written behind the training, was there,
+    and now."""
+    driver.wait_for_line(r"epoch +2/", timeout_s=RUN_TIMEOUT_S)
+    deadline_s = time.monotonic() + 30
+    while (index := find_index(str(run))) is None or index.latest.epoch < 2:
+        assert time.monotonic() < deadline_s, driver.said
+        time.sleep(0.02)
+    saved_s = time.monotonic()
     time.sleep(0.6)
     return saved_s, time.monotonic()
 
@@ -43,13 +50,13 @@ def test_a_killed_worker_process_is_replaced(
 ) -> None:
     site, run = two_workers, tmp_path / "run"
     with site.cluster.driver(*site.train(run, *TWO)) as driver:
-        saved_s, fault_s = wait_for_the_middle(driver)
+        saved_s, fault_s = wait_for_the_middle(driver, run)
         (victim,) = site.cluster.workers[0].processes("ray::RayTrainWorker")
         victim.kill()
         again_s = driver.wait_for_line(TRAINS_AGAIN, timeout_s=120)
         end_well(driver)
     assert "worker lost" in driver.said
-    assert "failure 1 of 3: going on with 2 workers after epoch 2" in driver.said
+    assert re.search(r"failure 1 of 3: going on with 2 workers after epoch [2-4]", driver.said)
     losses = read_losses(run)
     table.append(
         Cost(
@@ -69,7 +76,7 @@ def test_a_killed_node_is_waited_for_when_the_number_is_fixed(
 ) -> None:
     site, run = two_workers, tmp_path / "run"
     with site.cluster.driver(*site.train(run, *TWO)) as driver:
-        saved_s, fault_s = wait_for_the_middle(driver)
+        saved_s, fault_s = wait_for_the_middle(driver, run)
         victim = site.cluster.workers[0]
         victim.kill()
         driver.wait_for_line("waiting for room for 2 workers, there is for 1", timeout_s=120)
@@ -96,8 +103,7 @@ def test_an_elastic_run_goes_on_with_what_is_left_and_grows_back(
 ) -> None:
     site, run = two_workers, tmp_path / "run"
     with site.cluster.driver(*site.train(run, *ELASTIC, epochs=12)) as driver:
-        saved_s = driver.wait_for_line(r"epoch +2/12 ", timeout_s=RUN_TIMEOUT_S)
-        fault_s = time.monotonic()
+        saved_s, fault_s = wait_for_the_middle(driver, run)
         victim = site.cluster.workers[0]
         victim.kill()
         alone_s = driver.wait_for_line(TRAINS_AGAIN, timeout_s=120)
@@ -109,7 +115,7 @@ def test_an_elastic_run_goes_on_with_what_is_left_and_grows_back(
         together_s = driver.wait_for_line(TRAINS_AGAIN, timeout_s=120, after=heard)
         end_well(driver)
     assert f"worker lost (node {victim.address} does not answer), failure 1 of 3" in driver.said
-    assert "going on with 1 worker after epoch 2" in driver.said
+    assert re.search(r"going on with 1 worker after epoch [2-9]", driver.said)
     losses = read_losses(run, epochs=12)
     table.append(
         Cost(
@@ -131,7 +137,7 @@ def test_a_node_cut_off_from_the_network_is_given_up(
     site, run = two_workers, tmp_path / "run"
     victim = site.cluster.workers[0]
     with site.cluster.driver(*site.train(run, *ELASTIC)) as driver:
-        saved_s, fault_s = wait_for_the_middle(driver)
+        saved_s, fault_s = wait_for_the_middle(driver, run)
         victim.cut()
         again_s = driver.wait_for_line(TRAINS_AGAIN, timeout_s=150)
         end_well(driver)
@@ -157,7 +163,7 @@ def test_a_killed_driver_is_started_again_with_the_same_run(
     site, run = two_workers, tmp_path / "run"
     command = site.train(run, *TWO)
     with site.cluster.driver(*command) as driver:
-        saved_s, fault_s = wait_for_the_middle(driver)
+        saved_s, fault_s = wait_for_the_middle(driver, run)
         driver.signal(signal.SIGKILL)
         assert driver.wait(timeout_s=20) == -signal.SIGKILL
     with site.cluster.driver(*command) as driver:
@@ -183,7 +189,7 @@ def test_sigterm_leaves_a_checkpoint_and_ends_with_130(
     site, run = two_workers, tmp_path / "run"
     command = site.train(run, *TWO)
     with site.cluster.driver(*command) as driver:
-        wait_for_the_middle(driver)
+        wait_for_the_middle(driver, run)
         told_s = time.time()
         driver.signal(signal.SIGTERM)
         assert driver.wait(timeout_s=60) == 130, driver.said
