@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import ipaddress
 import json
+import os
 import re
 import shlex
 import shutil
@@ -29,7 +31,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 Document = dict[str, Any]
-OVERLAYS = ("gpu-ondemand", "gpu-spot", "gpu-spot-kueue", "kind-cpu")
+OVERLAYS = ("gpu-ondemand", "gpu-spot", "gpu-spot-kueue", "cpu", "kind-cpu")
 ON_GPU = OVERLAYS[:3]
 KUBERNETES = ("1.29", "1.37")
 """The oldest and the newest that core kinds are checked for."""
@@ -40,6 +42,17 @@ NO_SCHEMA = {"RayJob", "LocalQueue", "ClusterQueue", "ResourceFlavor", "PodMonit
 @pytest.fixture(scope="module")
 def rendered() -> dict[str, list[Document]]:
     return {name: overlays.render(overlays.find_overlay(name)) for name in OVERLAYS}
+
+
+def compose(folder: Path, *components: str, base: str = "base") -> list[Document]:
+    """What a kustomization of one's own renders to: `base` of k8s/ with `components`."""
+    k8s = os.path.relpath(CHECKOUT / "k8s", folder)
+    kustomization = {
+        "resources": [f"{k8s}/{base}"],
+        "components": [f"{k8s}/components/{name}" for name in components],
+    }
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+    return overlays.render(folder)
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +147,36 @@ def test_a_real_api_server_accepts_it(
             if (document["kind"], error.code) != ("PodDisruptionBudget", 404):
                 raise
     assert tried >= {"RayJob", "NetworkPolicy", "ServiceAccount"}
+
+
+@pytest.mark.cluster
+@pytest.mark.skipif(not shutil.which("kubectl"), reason="no kubectl on PATH")
+def test_setup_makes_what_a_run_needs_and_no_run(kube_server: KubeServer, namespace: str) -> None:
+    """`make setup-k8s`, against a server that may be too old for a kind, which it then names."""
+    config = kube_server.kubeconfig("admin", namespace=namespace)
+    kube_server.ask(
+        "DELETE",
+        f"/apis/rbac.authorization.k8s.io/v1/namespaces/{namespace}/roles/pneumo-submitter",
+    )
+    done = subprocess.run(
+        ["make", "setup-k8s", "OVERLAY=gpu-spot"],
+        cwd=CHECKOUT,
+        env={**os.environ, "KUBECONFIG": str(config), "MAKEFLAGS": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    unknown = re.findall(r'no matches for kind "(\w+)"', done.stderr)
+    assert unknown in ([], ["PodDisruptionBudget"]), done.stderr
+    assert done.returncode == 0 or unknown, done.stderr
+    for path in (
+        f"/api/v1/namespaces/{namespace}/serviceaccounts/pneumo",
+        f"/apis/networking.k8s.io/v1/namespaces/{namespace}/networkpolicies/pneumo",
+        f"/apis/rbac.authorization.k8s.io/v1/namespaces/{namespace}/roles/pneumo-submitter",
+    ):
+        assert kube_server.ask("GET", path)["metadata"]["namespace"] == namespace
+    assert kube_server.ask("GET", f"/apis/ray.io/v1/namespaces/{namespace}/rayjobs")["items"] == []
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -338,6 +381,26 @@ def test_the_documentation_has_the_table() -> None:
     assert rows == {name: by for name, (_, _, by) in BROKEN.items()}
 
 
+def test_the_documentation_has_the_rights() -> None:
+    text = (CHECKOUT / "docs" / "cluster.md").read_text()
+    [table] = re.findall(r"\| a person who submits may .*\n\|---\|---\|\n((?:\|.*\n)+)", text)
+    told = set()
+    for verbs, resources in re.findall(r"^\| ([^|]+?) \| ([^|]+?) \|$", table, re.MULTILINE):
+        for resource in resources.split(", "):
+            name, _, group = resource.partition(".")
+            told |= {(group, name, verb) for verb in verbs.split(", ")}
+    role = yaml.safe_load((CHECKOUT / "k8s" / "rbac" / "role.yaml").read_text())
+    granted = [
+        (group, resource, verb)
+        for rule in role["rules"]
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    ]
+    assert told == set(granted)
+    assert len(granted) == len(told)
+
+
 # --- what they hold -------------------------------------------------------------------------------
 
 
@@ -380,7 +443,10 @@ def test_policy_and_budget_select_the_pods(
     assert all(policy.items() <= own.items() for own in labels.values())
     selected = budget["selector"]["matchLabels"]
     assert [role for role, own in labels.items() if selected.items() <= own.items()] == ["head"]
-    assert budget["maxUnavailable"] == 0
+    # A percentage or maxUnavailable would ask the pods' owner for its size: a RayCluster has none.
+    assert set(budget) == {"minAvailable", "selector"}
+    assert isinstance(budget["minAvailable"], int)
+    assert budget["minAvailable"] >= 1000
     assert not [document for document in documents if "namespace" in document["metadata"]]
 
 
@@ -418,10 +484,110 @@ def test_gpus_spot_and_queue_are_where_they_belong(
     assert (queue == "pneumo") is queued is ("LocalQueue" in kinds)
 
 
-@pytest.mark.parametrize("overlay", ON_GPU)
-def test_monitoring_finds_the_metrics(rendered: dict[str, list[Document]], overlay: str) -> None:
-    documents = rendered[overlay]
-    monitor = _of_kind(documents, "PodMonitor")["spec"]
+# What runs KubeRay's operator, by the pod labels of its Helm chart and of its kustomization.
+OPERATORS = (
+    {
+        "app.kubernetes.io/name": "kuberay-operator",
+        "app.kubernetes.io/instance": "kuberay-operator",
+        "app.kubernetes.io/component": "kuberay-operator",
+    },
+    {
+        "app.kubernetes.io/name": "kuberay",
+        "app.kubernetes.io/component": "kuberay-operator",
+    },
+)
+
+
+@pytest.mark.parametrize("labels", OPERATORS, ids=["helm", "kustomize"])
+def test_the_operator_reaches_the_dashboard_however_it_was_installed(
+    rendered: dict[str, list[Document]], labels: dict[str, str]
+) -> None:
+    [rule] = [
+        rule
+        for rule in _of_kind(rendered["cpu"], "NetworkPolicy")["spec"]["ingress"]
+        if {"protocol": "TCP", "port": 8265} in rule.get("ports", [])
+    ]
+    [peer] = rule["from"]
+    assert peer["namespaceSelector"] == {}
+    assert peer["podSelector"]["matchLabels"]
+    assert peer["podSelector"]["matchLabels"].items() <= labels.items()
+
+
+def _doors(documents: list[Document], address: str) -> set[int]:
+    """The ports at which the pods may reach `address`, by the policy's blocks."""
+    ip = ipaddress.ip_address(address)
+    open_ports = set()
+    for rule in _of_kind(documents, "NetworkPolicy")["spec"]["egress"]:
+        for block in [peer["ipBlock"] for peer in rule.get("to", []) if "ipBlock" in peer]:
+            shut = [ipaddress.ip_network(each) for each in block.get("except", [])]
+            if ip in ipaddress.ip_network(block["cidr"]) and not any(ip in net for net in shut):
+                open_ports |= {port["port"] for port in rule["ports"]}
+    return open_ports
+
+
+def test_the_nodes_identity_is_out_of_reach_and_a_bucket_is_not(
+    rendered: dict[str, list[Document]],
+) -> None:
+    for documents in rendered.values():
+        assert _doors(documents, "169.254.169.254") == set()
+        assert _doors(documents, "52.216.0.1") == {443}
+
+
+@pytest.mark.parametrize(
+    ("component", "doors"),
+    [
+        ("eks-pod-identity", {"169.254.170.23": {80}, "fd00:ec2::23": {80, 443}}),
+        ("gke-workload-identity", {"169.254.169.252": {988}, "169.254.169.254": {80}}),
+    ],
+)
+def test_a_clouds_identity_has_its_door_and_no_other(
+    tmp_path: Path, component: str, doors: dict[str, set[int]]
+) -> None:
+    documents = compose(tmp_path, component)
+    known = {"169.254.170.23", "169.254.169.252", "169.254.169.254"}
+    for address in known | set(doors):
+        assert _doors(documents, address) == doors.get(address, set())
+    for version in KUBERNETES:
+        assert _core_errors(_of_kind(documents, "NetworkPolicy"), version) == []
+
+
+def test_the_queue_of_the_runs_is_the_administrators(
+    rendered: dict[str, list[Document]],
+) -> None:
+    queues = overlays.render(CHECKOUT / "k8s" / "kueue")
+    local = _of_kind(rendered["gpu-spot-kueue"], "LocalQueue")
+    cluster, flavor = _of_kind(queues, "ClusterQueue"), _of_kind(queues, "ResourceFlavor")
+    assert {each["apiVersion"] for each in (local, cluster, flavor)} == {"kueue.x-k8s.io/v1beta2"}
+    assert local["spec"]["clusterQueue"] == cluster["metadata"]["name"]
+    [group] = cluster["spec"]["resourceGroups"]
+    [quota] = group["flavors"]
+    assert quota["name"] == flavor["metadata"]["name"]
+    assert [each["name"] for each in quota["resources"]] == group["coveredResources"]
+    job = _job(rendered["gpu-spot-kueue"])
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == local["metadata"]["name"]
+    asked = {
+        name
+        for template in _templates(job).values()
+        for container in template["spec"]["containers"]
+        for name in container["resources"]["requests"]
+    }
+    assert asked <= set(group["coveredResources"])
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_no_overlay_needs_the_prometheus_operator(
+    rendered: dict[str, list[Document]], overlay: str
+) -> None:
+    kinds = {document["apiVersion"].split("/")[0] for document in rendered[overlay]}
+    known = {"ray.io", "v1", "networking.k8s.io", "policy", "kueue.x-k8s.io"}
+    assert kinds <= known
+
+
+def test_monitoring_finds_the_metrics(tmp_path: Path) -> None:
+    documents = compose(tmp_path, "monitoring", base="overlays/gpu-spot")
+    found = _of_kind(documents, "PodMonitor")
+    assert found["metadata"]["labels"]["release"] == "kube-prometheus-stack"
+    monitor = found["spec"]
     labels = monitor["selector"]["matchLabels"]
     [endpoint] = monitor["podMetricsEndpoints"]
     for role in ("head", "workers"):
