@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -205,6 +205,8 @@ class LogCursor:
     last: str = ""
     at_last: int = 0
     """Lines written of the time `last`."""
+    aside: str = ""
+    """The last line without a time."""
 
     def read(self, api: Api, pod: str, *, follow: bool, limit_s: float) -> Left:
         """Write what is new, for at most about `limit_s`; how that ended."""
@@ -214,8 +216,7 @@ class LogCursor:
         lines = api.stream_log(pod, SUBMITTER, since=since, follow=follow, silence_s=limit_s)
         try:
             for line in lines:
-                moment, _, text = line.partition(" ")
-                repeated = self._take(_sortable(moment), text, repeated)
+                repeated = self._take(line, repeated)
                 if time.monotonic() - start_s > limit_s:
                     return "going on"
         except MissingError:
@@ -233,8 +234,15 @@ class LogCursor:
                 return
             time.sleep(1.0)
 
-    def _take(self, moment: str, text: str, repeated: int) -> int:
+    def _take(self, line: str, repeated: int) -> int:
         """Write a line unless it was written; how many lines of the time `last` there were."""
+        stamp, _, text = line.partition(" ")
+        moment = _utc(stamp)
+        if moment is None:  # the kubelet's own words, about a log that it cannot read
+            if line != self.aside:
+                self.write(f"{line}\n")
+            self.aside = line
+            return repeated
         if moment < self.last:
             return repeated
         if moment > self.last:
@@ -386,7 +394,11 @@ def _seconds(text: str | None) -> float | None:
     return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp() if text else None
 
 
-def _sortable(moment: str) -> str:
-    """A UTC time of nine decimals, so that text order is time order."""
-    whole, _, decimals = moment.removesuffix("Z").partition(".")
-    return f"{whole}.{decimals:<09s}"
+def _utc(stamp: str) -> str | None:
+    """The time of a line, which kubelets print in the zone of their node, in UTC and with nine
+    decimals, so that text order is time order; None for what is no time."""
+    found = re.fullmatch(r"(\S{19})(?:\.(\d+))?(Z|[+-]\d\d:\d\d)", stamp)
+    if found is None:
+        return None
+    second = datetime.fromisoformat(f"{found[1]}{found[3]}").astimezone(UTC)
+    return f"{second:%Y-%m-%dT%H:%M:%S}.{found[2] or '':0<9}"

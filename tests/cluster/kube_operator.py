@@ -18,7 +18,7 @@ import urllib.error
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, tzinfo
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
@@ -34,10 +34,16 @@ FINALIZER = "ray.io/rayjob-finalizer"
 
 
 class Kubelet:
-    """The logs of pods over HTTPS, as the API server asks a node for them."""
+    """The logs of pods over HTTPS, as the API server asks a node for them.
 
-    def __init__(self, server: KubeServer) -> None:
-        self.lines: dict[str, list[tuple[str, str]]] = {}
+    Times are printed as the container runtime writes them: in the zone of the node.
+    """
+
+    def __init__(self, server: KubeServer, zone: tzinfo) -> None:
+        self.zone = zone
+        self.zone_of: dict[str, tzinfo] = {}
+        """Of a pod's node, where it is another."""
+        self.lines: dict[str, list[tuple[datetime, str]]] = {}
         self.ended: set[str] = set()
         key, certificate = server.folder / "kubelet.key", server.folder / "kubelet.crt"
         subprocess.run(
@@ -66,8 +72,7 @@ class Kubelet:
         )
 
     def write(self, pod: str, text: str) -> None:
-        moment = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f") + "000Z"
-        self.lines.setdefault(pod, []).append((moment, text))
+        self.lines.setdefault(pod, []).append((datetime.now(UTC), text))
 
     def close(self) -> None:
         self._http.shutdown()
@@ -102,19 +107,23 @@ class Kubelet:
         return Handler
 
     def _send(self, pod: str, query: dict[str, str], chunk: Callable[[str], None]) -> None:
-        since = query.get("sinceTime", "")[:19]
+        since = datetime.fromisoformat(query.get("sinceTime", "1970-01-01T00:00:00Z"))
         sent = 0
         while True:
             ended = pod in self.ended
             lines = self.lines.get(pod, [])
             for moment, text in lines[sent:]:
-                if moment[:19] >= since:
-                    stamp = f"{moment} " if query.get("timestamps") == "true" else ""
-                    chunk(f"{stamp}{text}\n")
+                if moment >= since:
+                    chunk(f"{self._stamp(moment, pod)} {text}\n")
             sent = len(lines)
             if ended or query.get("follow") != "true":
                 return
             time.sleep(0.1)
+
+    def _stamp(self, moment: datetime, pod: str) -> str:
+        zone = self.zone_of.get(pod, self.zone)
+        there = moment.astimezone(zone).isoformat(timespec="microseconds")
+        return f"{there[:26]}000{there[26:].replace('+00:00', 'Z')}"
 
 
 @dataclass

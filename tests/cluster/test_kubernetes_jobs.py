@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from cluster import kubernetes_api, kubernetes_jobs, ray_jobs
-from cluster.kubernetes_jobs import KubernetesTarget
+from cluster.kubernetes_jobs import KubernetesTarget, LogCursor
 from cluster.overlays import find_overlay
 from cluster.submission import Submission, plan
 from pneumo.errors import AccessError, ConfigError
@@ -341,6 +341,47 @@ def test_a_log_that_breaks_and_watches_that_expire_lose_and_repeat_nothing(
     assert code == 1
     assert broken >= {("/log?", "cut"), ("/pods?", "answer"), ("/events?", "drop after")}
     assert ("watch=true", "answer") in broken
+
+
+@pytest.mark.parametrize("hours", [0, 2, -7])
+def test_a_nodes_zone_costs_no_line(
+    kube_server: KubeServer, kubelet: Kubelet, namespace: str, hours: int
+) -> None:
+    """A log that is taken up again is asked for from a time on, which the API reads as UTC."""
+    pod = f"zone-{hours + 12}"
+    kubelet.zone_of[pod] = timezone(timedelta(hours=hours))
+    container = {"name": "ray-job-submitter", "image": "x"}
+    spec = {"nodeName": "node-1", "containers": [container]}
+    kube_server.apply(
+        {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": pod}, "spec": spec}, namespace
+    )
+    api = _target(kube_server, namespace).api
+    written: list[str] = []
+    cursor = LogCursor(written.append)
+    for number in range(6):
+        kubelet.write(pod, f"line {number}")
+        cursor.read(api, pod, follow=False, limit_s=5.0)
+    assert written == [f"line {number}\n" for number in range(6)]
+
+
+def test_the_kubelets_own_words_do_not_end_a_log() -> None:
+    written: list[str] = []
+    cursor = LogCursor(written.append)
+    repeated = 0
+    for line in (
+        "2026-01-02T03:04:05.1+02:00 one",
+        "unable to retrieve container logs for containerd://0",
+        "unable to retrieve container logs for containerd://0",
+        "2026-01-02T01:04:05.100000001Z two",
+        "2026-01-01T18:34:06-06:30 three",
+    ):
+        repeated = cursor._take(line, repeated)
+    assert "".join(written).splitlines() == [
+        "one",
+        "unable to retrieve container logs for containerd://0",
+        "two",
+        "three",
+    ]
 
 
 def test_a_server_that_goes_away_ends_the_following_not_the_job(
