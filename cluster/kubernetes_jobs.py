@@ -28,7 +28,7 @@ from cluster.overlays import Document
 from cluster.states import JobState, Phase, Started, Write
 from cluster.submission import Submission
 from cluster.troubles import Trouble
-from pneumo.errors import AccessError, ConfigError
+from pneumo.errors import AccessError, ClusterError, ConfigError
 
 ROUND_S = 5.0
 """A log is left this often to look whether the pods are well."""
@@ -58,7 +58,8 @@ class KubernetesTarget:
 
     @property
     def flags(self) -> str:
-        return f"--target k8s --context {self.api.context} --namespace {self.api.namespace}"
+        context = f"--context {self.api.context} " if self.api.context else ""
+        return f"--target k8s {context}--namespace {self.api.namespace}"
 
     def submit(self, submission: Submission, note: Write) -> Started:
         folder = self.overlay or overlays.find_overlay(None)
@@ -68,11 +69,16 @@ class KubernetesTarget:
         missing = self.api.missing_rights()
         if missing:
             raise AccessError(
-                f"kubernetes: context {self.api.context}: {lacking(missing, self.api.namespace)}"
+                f"kubernetes: {self.api.place}: {lacking(missing, self.api.namespace)}"
             )
-        attempts, running = self._attempts(submission.id)
+        attempts, running, leaving = self._attempts(submission.id)
         if running is not None:
-            return _join(running, submission)
+            started = _join(running, submission)
+            for difference in rayjob.differences(job, running):
+                note(f"it goes on as it was started: {difference}")
+            return started
+        for name in leaving:
+            self._wait_until_gone(name, note)
         if attempts:
             job = self._build(documents, submission, f"{submission.id}-{attempts + 1}")
         try:
@@ -114,7 +120,7 @@ class KubernetesTarget:
                 job = self.api.get_rayjob(job_id)
         except MissingError:
             return JobState(job_id, "cancelled")
-        return replace(to_state(job, ()), why="being deleted")
+        return replace(to_state(job, ()), phase="running", why="being deleted")
 
     def look(self, job_id: str) -> tuple[Document, Sequence[Document], Sequence[Trouble]]:
         """The RayJob, its pods, and what is wrong with them. ConfigError for an unknown job."""
@@ -122,8 +128,8 @@ class KubernetesTarget:
             job = self.api.get_rayjob(job_id)
         except MissingError as error:
             raise ConfigError(
-                f"kubernetes: no RayJob '{job_id}' in namespace {self.api.namespace} of context "
-                f"{self.api.context}; python -m cluster list --target k8s shows those there are"
+                f"kubernetes: no RayJob '{job_id}' in namespace {self.api.namespace} of "
+                f"{self.api.place}; python -m cluster list --target k8s shows those there are"
             ) from error
         pods = self.api.list_pods(f"{rayjob.RUN_LABEL}={job_id}")
         return job, pods, troubles.find(job, pods, self.api.list_warnings())
@@ -133,14 +139,39 @@ class KubernetesTarget:
             documents, submission, name=name, image=self.image, workers=self.workers
         )
 
-    def _attempts(self, submission_id: str) -> tuple[int, Document | None]:
-        """The highest attempt at the run that there is, and the one that has not ended."""
+    def _attempts(self, submission_id: str) -> tuple[int, Document | None, Sequence[str]]:
+        """The highest attempt at the run that there is, the one that has not ended, and the names
+        of those that are being deleted."""
         used, running = 0, None
+        leaving = []
         for job in self.api.list_rayjobs(f"{rayjob.SUBMISSION_LABEL}={submission_id}"):
-            number = job["metadata"]["name"].removeprefix(submission_id).lstrip("-")
+            name = job["metadata"]["name"]
+            number = name.removeprefix(submission_id).lstrip("-")
             used = max(used, int(number) if number.isdigit() else 1)
-            running = running if to_state(job, ()).has_ended else job
-        return used, running
+            if is_leaving(job):
+                leaving.append(name)
+            elif not to_state(job, ()).has_ended:
+                running = job
+        return used, running, leaving
+
+    def _wait_until_gone(self, name: str, note: Write) -> None:
+        """Return once a RayJob that is being deleted can no longer write where the next will."""
+        note(f"waiting: for {name} to be gone, which is being deleted")
+        deadline_s = time.monotonic() + CANCEL_TIMEOUT_S
+        while self.api.list_pods(f"{rayjob.RUN_LABEL}={name}") or self._is_there(name):
+            if time.monotonic() > deadline_s:
+                raise ClusterError(
+                    f"kubernetes: {name} writes the same place and is still being deleted after "
+                    f"{CANCEL_TIMEOUT_S:g} s; submit again when list shows it no more"
+                )
+            time.sleep(1.0)
+
+    def _is_there(self, name: str) -> bool:
+        try:
+            self.api.get_rayjob(name)
+        except MissingError:
+            return False
+        return True
 
 
 def connect(
@@ -164,17 +195,25 @@ def to_state(job: Document, found: Sequence[Trouble]) -> JobState:
     phase: Phase = _ENDED.get(deployment, "running" if deployment == "Running" else "waiting")
     if status.get("jobStatus") == "STOPPED" and deployment in _ENDED:
         phase = "cancelled"
+    why = _why(deployment, phase, status, found)
+    if is_leaving(job) and deployment not in _ENDED:
+        phase, why = "cancelled", "being deleted"
     annotations = metadata.get("annotations") or {}
     return JobState(
         id=metadata["name"],
         phase=phase,
         target=annotations.get(rayjob.TARGET, ""),
         entrypoint=job["spec"].get("entrypoint", ""),
-        why=_why(deployment, phase, status, found),
+        why=why,
         driver_exit_code=driver_exit_code(status),
         started_s=_seconds(status.get("startTime")),
         ended_s=_seconds(status.get("endTime")),
     )
+
+
+def is_leaving(job: Document) -> bool:
+    """Whether a RayJob is being deleted; its pods may still run for a while."""
+    return bool(job["metadata"].get("deletionTimestamp"))
 
 
 def driver_exit_code(status: Document) -> int | None:
@@ -284,6 +323,8 @@ class _Following:
             raise
         self.seen, self.lost_at_s = True, None
         state = to_state(job, found)
+        if is_leaving(job):  # its last words are still to come
+            state = replace(state, phase="running")
         pod = self._submitter(pods)
         hopeless = None if state.has_ended else _hopeless(job, state, found)
         if hopeless is None:
@@ -351,7 +392,7 @@ def _hopeless(job: Document, state: JobState, found: Sequence[Trouble]) -> JobSt
 def _describe(job: Document, submission: Submission, overlay: str, note: Write) -> None:
     group = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
     container = group["template"]["spec"]["containers"][0]
-    each = ", ".join(f"{v} {k}" for k, v in container["resources"]["limits"].items())
+    each = rayjob.describe_limits(container)
     note(f"overlay {overlay}: {group['replicas']} workers of {each}; image {container['image']}")
     secret = rayjob.secret_names(submission)
     if secret:

@@ -264,6 +264,43 @@ def test_submitting_twice_runs_once(kube_server: KubeServer, namespace: str) -> 
     assert target.submit(asked, lambda _: None).id == "probe-twice-2"
 
 
+def test_what_a_running_job_has_otherwise_is_said(kube_server: KubeServer, namespace: str) -> None:
+    target = _target(kube_server, namespace)
+    target.submit(_probe("joined", 1, 0, 0), lambda _: None)
+    notes: list[str] = []
+    other = replace(
+        target, image="r.io/x@sha256:1", workers=3, overlay=find_overlay("gpu-ondemand")
+    )
+    assert other.submit(_probe("joined", 1, 0, 0), notes.append).already_running
+    assert notes == [
+        "it goes on as it was started: 1 worker pods, not 3",
+        "it goes on as it was started: image pneumo:dev, not r.io/x@sha256:1",
+        "it goes on as it was started: worker pods of 1 cpu, 3Gi memory, not of 4 cpu, 16Gi "
+        "memory, 1 nvidia.com/gpu",
+    ]
+
+
+def test_a_job_that_is_being_deleted_is_not_joined(kube_server: KubeServer, namespace: str) -> None:
+    target = _target(kube_server, namespace)
+    name = target.submit(_probe("leaving", 1, 0, 0), lambda _: None).id
+    path = f"/apis/ray.io/v1/namespaces/{namespace}/rayjobs/{name}"
+    kube_server.ask("PATCH", path, {"metadata": {"finalizers": ["ray.io/x"]}}, patch=True)
+    kube_server.ask("DELETE", path)
+    state = target.state(name)
+    assert (state.phase, state.why, state.has_ended) == ("cancelled", "being deleted", True)
+    gone = threading.Timer(
+        3.0,
+        lambda: kube_server.ask("PATCH", path, {"metadata": {"finalizers": None}}, patch=True),
+    )
+    gone.start()
+    notes: list[str] = []
+    started = target.submit(_probe("leaving", 1, 0, 0), notes.append)
+    assert gone.finished.is_set()
+    assert not started.already_running
+    assert notes[0] == "waiting: for probe-leaving to be gone, which is being deleted"
+    assert [state.id for state in target.list()] == [started.id]
+
+
 @pytest.mark.parametrize(
     "rule",
     [
@@ -454,33 +491,80 @@ def test_a_cluster_without_kuberay(kube_server: KubeServer, namespace: str) -> N
             admin.submit(_probe("absent", 1, 0, 0), lambda _: None)
 
 
-def test_what_the_api_server_finds_invalid_is_said(
+def _overlay(folder: Path, *patch: dict[str, object], base: str = "overlays/kind-cpu") -> Path:
+    """An overlay of one's own, which changes its RayJob by `patch`."""
+    resources = [os.path.relpath(CHECKOUT / "k8s" / base, folder)]
+    patches = [{"target": {"kind": "RayJob"}, "patch": yaml.safe_dump(list(patch))}]
+    (folder / "kustomization.yaml").write_text(
+        yaml.safe_dump({"resources": resources, "patches": patches})
+    )
+    return folder
+
+
+def _put(path: str, value: object) -> dict[str, object]:
+    return {"op": "add", "path": path, "value": value}
+
+
+CLUSTER = "/spec/rayClusterSpec"
+WORKERS = f"{CLUSTER}/workerGroupSpecs/0/template/spec"
+
+
+@pytest.mark.parametrize(
+    ("patch", "message"),
+    [
+        (_put(f"{CLUSTER}/authOptions/mode", "tokens"), r'Unsupported value: "tokens"'),
+        (_put("/spec/backofLimit", 1), r"knows no field spec\.backofLimit; correct the over"),
+        (
+            _put(f"{WORKERS}/containers/0/imagePullPolciy", "Always"),
+            r"knows no field spec\.rayClusterSpec\.workerGroupSpecs\[0\]\.template\.spec\."
+            r"containers\[0\]\.imagePullPolciy",
+        ),
+        ({"op": "remove", "path": CLUSTER}, r"the overlay's RayJob has no rayClusterSpec"),
+        (
+            _put("/spec/clusterSelector", {"ray.io/cluster": "there"}),
+            r"or a clusterSelector besides: .*takes jobs by --address",
+        ),
+        (_put(f"{WORKERS}/containers", []), r"overlay's workers: template\.spec has no containers"),
+        (_put("/spec/submissionMode", "K8sJobmode"), r"the RayJob: submissionMode 'K8sJobmode'"),
+    ],
+    ids=["enum", "field", "field of a pod", "no cluster", "selector", "no containers", "mode"],
+)
+def test_a_wrong_overlay_is_one_line_and_makes_nothing(
+    kube_server: KubeServer,
+    namespace: str,
+    tmp_path: Path,
+    patch: dict[str, object],
+    message: str,
+) -> None:
+    target = replace(_target(kube_server, namespace), overlay=_overlay(tmp_path, patch))
+    with pytest.raises(ConfigError, match=message) as raised:
+        target.submit(_probe("invalid", 1, 0, 0), lambda _: None)
+    assert "\n" not in str(raised.value)
+    assert target.list() == []
+
+
+def test_a_new_server_is_asked_to_be_strict(kube_server: KubeServer, namespace: str) -> None:
+    rule = Rule("POST", "rayjobs?fieldValidation=Strict", "answer", 400)
+    with KubeProxy(kube_server.url, [rule]) as proxy:
+        target = _target(kube_server, namespace, url=proxy.url)
+        with pytest.raises(ConfigError, match=r"refused \(HTTP 400\): injected 400"):
+            target.submit(_probe("strict", 1, 0, 0), lambda _: None)
+
+
+def test_workers_without_limits_are_taken(
     kube_server: KubeServer, namespace: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "kustomization.yaml").write_text(
-        yaml.safe_dump(
-            {
-                "resources": [os.path.relpath(CHECKOUT / "k8s" / "base", tmp_path)],
-                "patches": [
-                    {
-                        "target": {"kind": "RayJob"},
-                        "patch": yaml.safe_dump(
-                            [
-                                {
-                                    "op": "replace",
-                                    "path": "/spec/rayClusterSpec/authOptions/mode",
-                                    "value": "tokens",
-                                }
-                            ]
-                        ),
-                    }
-                ],
-            }
-        )
-    )
-    target = replace(_target(kube_server, namespace), overlay=tmp_path)
-    with pytest.raises(ConfigError, match=r"HTTP 422.*Unsupported value: \"tokens\""):
-        target.submit(_probe("invalid", 1, 0, 0), lambda _: None)
+    overlay = _overlay(tmp_path, {"op": "remove", "path": f"{WORKERS}/containers/0/resources"})
+    notes: list[str] = []
+    target = replace(_target(kube_server, namespace), overlay=overlay)
+    target.submit(_probe("limitless", 1, 0, 0), notes.append)
+    assert "1 workers of no limits; image pneumo:dev" in notes[0]
+
+
+def test_a_namespace_that_is_not_there(kube_server: KubeServer) -> None:
+    target = _target(kube_server, "nowhere", user="admin")
+    with pytest.raises(ConfigError, match=r"no namespace 'nowhere'; give --namespace"):
+        target.submit(_probe("nowhere", 1, 0, 0), lambda _: None)
 
 
 @pytest.mark.parametrize(
@@ -506,20 +590,57 @@ def test_a_wrong_flag_is_one_line(
     assert message in line
 
 
-def test_no_kubeconfig_is_one_line(tmp_path: Path) -> None:
+PLUGIN = """
+apiVersion: v1
+kind: Config
+current-context: c
+clusters: [{name: c, cluster: {server: "https://127.0.0.1:1"}}]
+contexts: [{name: c, context: {cluster: c, user: u}}]
+users:
+- name: u
+  user:
+    exec: {apiVersion: client.authentication.k8s.io/v1, command: no-such-plugin}
+"""
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "kubernetes: no usable kubeconfig ("),
+        ("", "kubernetes: no usable kubeconfig ("),
+        ("a: b: c\n", "none, line 1: mapping values are not allowed here); set KUBECONFIG"),
+        ("just words\n", "kubernetes: no usable kubeconfig ("),
+        ("[1, 2]\n", "kubernetes: no usable kubeconfig ("),
+        (PLUGIN, "context c: its log-in gives no credentials ("),
+    ],
+    ids=["absent", "empty", "no YAML", "words", "list", "no plugin"],
+)
+def test_a_kubeconfig_that_does_not_do_is_one_line(
+    tmp_path: Path, content: str | None, message: str
+) -> None:
+    path = tmp_path / "none"
+    if content is not None:
+        path.write_text(content)
     own = {k: v for k, v in os.environ.items() if not k.startswith("KUBERNETES_")}
     done = subprocess.run(
         [sys.executable, "-m", "cluster", "list", "--target", "k8s"],
-        env=own | {"KUBECONFIG": str(tmp_path / "none"), "HOME": str(tmp_path)},
+        env=own | {"KUBECONFIG": str(path), "HOME": str(tmp_path)},
         cwd=CHECKOUT,
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
     )
-    assert done.returncode == 2
+    assert done.returncode == 2, done.stderr
     [line] = done.stderr.splitlines()
-    assert line.startswith("error: kubernetes: no usable kubeconfig (")
+    assert line.startswith("error: kubernetes: ")
+    assert message in line
+
+
+def test_the_way_back_from_a_pod_names_no_context() -> None:
+    api = kubernetes_api.Api(None, "team", "")
+    assert KubernetesTarget(api).flags == "--target k8s --namespace team"
+    assert api.place == "this pod's cluster"
 
 
 def test_nobody_answers() -> None:
