@@ -394,11 +394,10 @@ def _describe(job: Document, submission: Submission, overlay: str, note: Write) 
     container = group["template"]["spec"]["containers"][0]
     each = rayjob.describe_limits(container)
     note(f"overlay {overlay}: {group['replicas']} workers of {each}; image {container['image']}")
-    secret = rayjob.secret_names(submission)
-    if secret:
+    if submission.secrets:
         note(
-            f"not sent, for they are secrets: {', '.join(secret)}; the pods take theirs from the "
-            f"Kubernetes secret {rayjob.SECRETS}"
+            f"not sent, for they are secrets: {', '.join(submission.secrets)}; the pods take "
+            f"theirs from the Kubernetes secret {rayjob.SECRETS}"
         )
 
 

@@ -30,7 +30,6 @@ SELECTOR = "app.kubernetes.io/part-of=pneumo"
 SECRETS = "pneumo-secrets"
 """The Kubernetes secret from which the pods take credentials."""
 
-_SECRET_LIKE = re.compile(r"KEY|SECRET|TOKEN|PASSWORD|CREDENTIAL")
 _SHELL_SAFE = re.compile(r"[A-Za-z0-9_.,:/=@%+-]+")
 _GPU = "nvidia.com/gpu"
 _UNITS = {"m": Fraction(1, 1000), "": Fraction(1), "k": Fraction(1000)}
@@ -87,14 +86,9 @@ def check(job: Document) -> None:
         raise ConfigError(f"cluster: the RayJob: {problem}")
 
 
-def secret_names(submission: Submission) -> tuple[str, ...]:
-    """Variables of this environment that are never written into an object of the cluster."""
-    return tuple(name for name in submission.environment if _SECRET_LIKE.search(name))
-
-
 def _without_secrets(submission: Submission) -> Submission:
-    secret = secret_names(submission)
-    plain = {k: v for k, v in submission.environment.items() if k not in secret}
+    """Secrets are never written into an object of the cluster: the pods have their own."""
+    plain = {k: v for k, v in submission.environment.items() if k not in submission.secrets}
     return replace(submission, environment=plain)
 
 

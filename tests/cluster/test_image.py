@@ -144,7 +144,7 @@ def test_the_image_runs_jobs_hardened_as_in_the_pods(
         " python -m jobs.prepare --source /data/source --store /data/store"
         " --prepare.image-size 64;"
         " WANDB_MODE=disabled python -m jobs.train --store /data/store --run /data/run"
-        " --recipe fast --data.image-size 64 --train.epochs 1 --train.batch-size 8;"
+        " --recipe fast --data.image-size 64 --train.epochs 1 --train.batch-size 16;"
         f" {absent}; if python -m pip --version; then exit 9; fi;"
         " id -u; touch /app/x 2>&1 | grep -o Read-only || true"
     )

@@ -104,6 +104,10 @@ def test_a_job_that_takes_what_there_is_keeps_the_overlays_pods(base: Document) 
     assert _workers(_build(base, prepare))["replicas"] == 2
     assert _workers(_build(base, prepare, workers=40))["replicas"] == 40
     assert _workers(_build(base, f"tune {PLACES}"))["replicas"] == 2
+    several = f"tune {PLACES} --tune.workers-per-trial 5 --cluster.cpus-per-worker 4"
+    assert _workers(_build(base, several))["replicas"] == 5
+    with pytest.raises(ConfigError, match=r"--workers 4: .* need 5 pods"):
+        _build(base, several, workers=4)
 
 
 def test_gpus_that_are_still_to_come_are_asked_for(base: Document) -> None:
@@ -127,7 +131,7 @@ def test_secrets_stay_here_and_the_rest_reaches_the_pods(base: Document) -> None
         "AWS_REGION": "eu-north-1",
         "WANDB_NOTES": "$$(HOME)",
     }
-    assert rayjob.secret_names(_plan(f"train {PLACES}", **environ)) == (
+    assert _plan(f"train {PLACES}", **environ).secrets == (
         "AWS_ACCESS_KEY_ID",
         "AWS_SECRET_ACCESS_KEY",
         "AWS_SESSION_TOKEN",
