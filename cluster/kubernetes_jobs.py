@@ -208,6 +208,7 @@ def to_state(job: Document, found: Sequence[Trouble]) -> JobState:
         driver_exit_code=driver_exit_code(status),
         started_s=_seconds(status.get("startTime")),
         ended_s=_seconds(status.get("endTime")),
+        is_ours=rayjob.SETTINGS in annotations,
     )
 
 

@@ -24,8 +24,8 @@ from cluster.kubernetes_jobs import KubernetesTarget, LogCursor
 from cluster.overlays import find_overlay
 from cluster.submission import Submission, plan
 from pneumo.errors import AccessError, ConfigError
+from tests.cluster.http_proxy import FaultyProxy, Rule
 from tests.cluster.kube_operator import Kubelet, Operator
-from tests.cluster.kube_proxy import KubeProxy, Rule
 from tests.cluster.kube_server import KubeServer
 
 if TYPE_CHECKING:
@@ -318,7 +318,7 @@ def test_a_job_that_is_being_deleted_is_not_joined(kube_server: KubeServer, name
 def test_what_passes_is_waited_for_and_the_job_is_created_once(
     kube_server: KubeServer, namespace: str, rule: Rule
 ) -> None:
-    with KubeProxy(kube_server.url, [replace(rule)]) as proxy:
+    with FaultyProxy(kube_server.url, [replace(rule)]) as proxy:
         target = _target(kube_server, namespace, url=proxy.url)
         started = target.submit(_probe("once", 1, 0, 0), lambda _: None)
         assert started == kubernetes_jobs.Started("probe-once", already_running=False)
@@ -349,7 +349,7 @@ def test_what_passes_is_waited_for_and_the_job_is_created_once(
 def test_what_does_not_pass_is_one_line(
     kube_server: KubeServer, namespace: str, rule: Rule, error: type[Exception], message: str
 ) -> None:
-    with KubeProxy(kube_server.url, [replace(rule)]) as proxy:
+    with FaultyProxy(kube_server.url, [replace(rule)]) as proxy:
         target = _target(kube_server, namespace, url=proxy.url)
         with pytest.raises(error, match=message) as raised:
             target.submit(_probe("refused", 1, 0, 0), lambda _: None)
@@ -369,7 +369,7 @@ def test_a_log_that_breaks_and_watches_that_expire_lose_and_repeat_nothing(
         Rule("GET", "/pods?", "answer", 500, times=2),
         Rule("GET", "/events?", "drop after", times=2),
     ]
-    with KubeProxy(kube_server.url, rules) as proxy:
+    with FaultyProxy(kube_server.url, rules) as proxy:
         target = _target(kube_server, namespace, url=proxy.url)
         started = target.submit(_probe(f"breaks-{namespace}", 80, 0.1, 3), lambda _: None)
         numbers, _, code = _follow(target, started.id)
@@ -424,7 +424,7 @@ def test_the_kubelets_own_words_do_not_end_a_log() -> None:
 def test_a_server_that_goes_away_ends_the_following_not_the_job(
     kube_server: KubeServer, namespace: str
 ) -> None:
-    with KubeProxy(kube_server.url) as proxy:
+    with FaultyProxy(kube_server.url) as proxy:
         target = replace(_target(kube_server, namespace, url=proxy.url), patience_s=1.0)
         target = replace(target, api=replace(target.api, patience_s=0.5))
         started = target.submit(_probe("away", 1, 0, 0), lambda _: None)
@@ -485,7 +485,7 @@ def test_a_person_without_rights_hears_which_before_anything_is_made(
 
 
 def test_a_cluster_without_kuberay(kube_server: KubeServer, namespace: str) -> None:
-    with KubeProxy(kube_server.url, rewrite=("/apis/ray.io/", "/apis/nobody.io/")) as proxy:
+    with FaultyProxy(kube_server.url, rewrite=("/apis/ray.io/", "/apis/nobody.io/")) as proxy:
         admin = _target(kube_server, namespace, user="admin", url=proxy.url)
         with pytest.raises(ConfigError, match=r"has no RayJob kind \(ray\.io/v1\).*KubeRay oper"):
             admin.submit(_probe("absent", 1, 0, 0), lambda _: None)
@@ -545,7 +545,7 @@ def test_a_wrong_overlay_is_one_line_and_makes_nothing(
 
 def test_a_new_server_is_asked_to_be_strict(kube_server: KubeServer, namespace: str) -> None:
     rule = Rule("POST", "rayjobs?fieldValidation=Strict", "answer", 400)
-    with KubeProxy(kube_server.url, [rule]) as proxy:
+    with FaultyProxy(kube_server.url, [rule]) as proxy:
         target = _target(kube_server, namespace, url=proxy.url)
         with pytest.raises(ConfigError, match=r"refused \(HTTP 400\): injected 400"):
             target.submit(_probe("strict", 1, 0, 0), lambda _: None)

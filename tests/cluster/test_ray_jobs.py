@@ -27,6 +27,7 @@ from packaging.specifiers import SpecifierSet
 from cluster import package, ray_jobs
 from cluster.submission import Submission, plan
 from pneumo.errors import AccessError, ConfigError
+from tests.cluster.http_proxy import FaultyProxy, Rule
 
 if TYPE_CHECKING:
     from conftest import RayCluster
@@ -135,6 +136,94 @@ def test_a_cluster_that_goes_away_ends_the_following(
     assert "the job goes on, trying again" in str(notes[-1])
     assert len(notes) == len(set(notes))
     assert ray_jobs.exit_code(ray_jobs.cancel(client, job_id)) == 130
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_an_answer_that_may_pass_is_waited_out(
+    client: ray_jobs.Client, ray_cluster: RayCluster, status: int
+) -> None:
+    """Also that the log is whole: a proxy that speaks HTTP alone lets no stream through."""
+    job_id = _start(client, _probe(f"busy-{status}", 5, 0.1, 3))
+    rules = [
+        Rule("GET", f"/api/jobs/{job_id}/logs", "answer", status, times=2),
+        Rule("GET", f"/api/jobs/{job_id}", "answer", status, times=2),
+    ]
+    notes: list[object] = []
+    with FaultyProxy(ray_cluster.address) as proxy:
+        through = ray_jobs.connect(proxy.url, ray_cluster.environ)
+        proxy.rules += rules
+        log, code = _follow(through, job_id, note=notes.append)
+    assert (_numbers(log), code) == ([0, 1, 2, 3, 4], 1)
+    assert len(proxy.injected) == 4
+    assert f"answers HTTP {status}: " in str(notes[0])
+
+
+def test_a_dashboard_that_is_busy_is_no_wrong_address(ray_cluster: RayCluster) -> None:
+    rule = Rule("GET", "/api/version", "answer", 503)
+    with (
+        FaultyProxy(ray_cluster.address, [rule]) as proxy,
+        pytest.raises(ray_jobs.OutOfReachError, match="answers HTTP 503"),
+    ):
+        ray_jobs.connect(proxy.url, ray_cluster.environ)
+
+
+def test_a_job_that_went_with_the_head_is_lost_not_unknown(
+    client: ray_jobs.Client, ray_cluster: RayCluster
+) -> None:
+    job_id = _start(client, _probe("lost", 600, 0.1, 0))
+    forgotten = Rule("GET", f"/api/jobs/{job_id}", "answer", 404, times=99)
+    with FaultyProxy(ray_cluster.address) as proxy:
+        through = ray_jobs.connect(proxy.url, ray_cluster.environ)
+        threading.Timer(1.5, lambda: proxy.rules.append(forgotten)).start()
+        with pytest.raises(ray_jobs.LostError, match=r"lost with the head.*submit again") as raised:
+            _follow(through, job_id)
+    assert raised.value.exit_code == 1
+    ray_jobs.cancel(client, job_id)
+
+
+def test_a_job_whose_submission_was_not_answered_is_found(
+    client: ray_jobs.Client, ray_cluster: RayCluster
+) -> None:
+    with FaultyProxy(ray_cluster.address) as proxy:
+        through = ray_jobs.connect(proxy.url, ray_cluster.environ)
+        proxy.rules.append(Rule("POST", "/api/jobs/", "drop after"))
+        started = ray_jobs.submit(through, _probe("unanswered", 1, 0, 0), package.collect())
+        assert started == ray_jobs.Started("probe-unanswered", already_running=False)
+        proxy.rules.append(Rule("POST", "/api/jobs/", "drop before"))
+        with pytest.raises(ray_jobs.OutOfReachError, match="no answer"):
+            ray_jobs.submit(through, _probe("unheard", 1, 0, 0), package.collect())
+    assert _follow(client, started.id)[1] == 0
+    assert "probe-unheard" not in {info.submission_id for info in ray_jobs.list_jobs(client)}
+
+
+def test_down_leaves_the_jobs_of_others_alone(
+    client: ray_jobs.Client, ray_cluster: RayCluster
+) -> None:
+    other = client.submit_job(entrypoint="sleep 600", submission_id="somebody-elses")
+    mine = _start(client, _probe("mine", 600, 0.1, 0))
+    asked = ray_cluster.command("down")
+    assert asked.returncode == 2
+    assert mine in asked.stderr.splitlines()[-1]
+    assert other not in asked.stderr.splitlines()[-1]
+    done = ray_cluster.command("down", "--yes")
+    assert done.returncode == 0, done.stderr
+    assert f"left alone, for they were not submitted by this: {other}" in done.stderr
+    assert ray_jobs.details(client, mine).status.is_terminal()
+    assert not ray_jobs.details(client, other).status.is_terminal()
+    client.stop_job(other)
+
+
+def test_secrets_on_an_open_wire_are_warned_of(client: ray_jobs.Client) -> None:
+    """Before anything is sent: the cluster that is then asked is another one."""
+    notes: list[str] = []
+    asked = _probe("open", 1, 0, 0, AWS_SECRET_ACCESS_KEY="hidden", AWS_REGION="eu-north-1")
+    target = ray_jobs.RayTarget("http://head.example.org:8265", client)
+    started = target.submit(asked, lambda text: notes.append(str(text)))
+    assert notes[0].startswith(
+        "warning: AWS_SECRET_ACCESS_KEY will go to http://head.example.org:8265 unencrypted"
+    )
+    assert "hidden" not in "".join(notes)
+    _follow(client, started.id)
 
 
 @contextmanager
