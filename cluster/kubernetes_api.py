@@ -32,6 +32,7 @@ PATIENCE_S = 20.0
 """How long a request that may yet succeed is tried again."""
 _PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 5.0
+_EVENTS_A_PAGE = "500"
 _MAY_PASS = frozenset({408, 429, 500, 502, 503, 504})
 
 NEEDS = (
@@ -104,9 +105,22 @@ class Api:
         return list(self._ask("GET", self._core("pods"), {"labelSelector": selector})["items"])
 
     def list_warnings(self) -> list[Document]:
-        """The events of the namespace that are warnings; at most 500 of them."""
-        query = {"fieldSelector": "type=Warning", "limit": "500"}
-        return list(self._ask("GET", self._core("events"), query)["items"])
+        """The events of the namespace that tell of trouble: all warnings, and evictions by taint,
+        which Kubernetes calls normal."""
+        return [
+            *self._list_events("type=Warning"),
+            *self._list_events("type=Normal,reason=TaintManagerEviction"),
+        ]
+
+    def _list_events(self, selector: str) -> Iterator[Document]:
+        query = {"fieldSelector": selector, "limit": _EVENTS_A_PAGE}
+        while True:
+            page = self._ask("GET", self._core("events"), query)
+            yield from page["items"]
+            position = page["metadata"].get("continue")
+            if not position:
+                return
+            query["continue"] = position
 
     def wait_for_change(self, name: str, version: str, timeout_s: int) -> None:
         """Return when the RayJob is no longer of `version`, or after `timeout_s`.

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from cluster import overlays, rayjob, troubles
+from cluster import kept_logs, overlays, rayjob, troubles
 from cluster.kubernetes_api import (
     AlreadyThereError,
     Api,
@@ -27,15 +27,14 @@ from cluster.kubernetes_api import connect as connect_api
 from cluster.overlays import Document
 from cluster.states import JobState, Phase, Started, Write
 from cluster.submission import Submission
-from cluster.troubles import Trouble
-from pneumo.errors import AccessError, ClusterError, ConfigError
+from cluster.troubles import SUBMITTER, Trouble
+from pneumo.errors import AccessError, ClusterError, ConfigError, PneumoError
 
 ROUND_S = 5.0
 """A log is left this often to look whether the pods are well."""
 PATIENCE_S = 600.0
 """How long an API server that was there may be out of reach while a job is followed."""
 CANCEL_TIMEOUT_S = 120.0
-SUBMITTER = "ray-job-submitter"
 _WHOLE_LOG_S = 60.0
 _TRIES = 10
 
@@ -102,12 +101,14 @@ class KubernetesTarget:
         return to_state(job, found)
 
     def logs(self, job_id: str) -> str:
-        _, pods, _ = self.look(job_id)
+        """The log so far, after those of earlier attempts, whose pods are gone."""
+        job, pods, _ = self.look(job_id)
         lines: list[str] = []
-        for pod in submitters(pods)[-1:]:
+        there = submitters(pods)[-1:]
+        for pod in there:
             cursor = LogCursor(lines.append)
             cursor.read_all(self.api, pod["metadata"]["name"])
-        return "".join(lines)
+        return "".join([*_earlier_logs(job, is_there=bool(there)), *lines])
 
     def cancel(self, job_id: str) -> JobState:
         """Delete the RayJob: the operator stops the job and takes the cluster down."""
@@ -203,13 +204,30 @@ def to_state(job: Document, found: Sequence[Trouble]) -> JobState:
         id=metadata["name"],
         phase=phase,
         target=annotations.get(rayjob.TARGET, ""),
-        entrypoint=job["spec"].get("entrypoint", ""),
+        entrypoint=annotations.get(rayjob.ENTRYPOINT) or job["spec"].get("entrypoint", ""),
         why=why,
         driver_exit_code=driver_exit_code(status),
         started_s=_seconds(status.get("startTime")),
         ended_s=_seconds(status.get("endTime")),
         is_ours=rayjob.SETTINGS in annotations,
     )
+
+
+def _earlier_logs(job: Document, *, is_there: bool) -> Iterator[str]:
+    """What the attempts said whose pods are gone; the last attempt's are not, where `is_there`."""
+    folder = rayjob.log_folder(job)
+    failed = (job.get("status") or {}).get("failed", 0)
+    if not folder or (not failed and (is_there or not to_state(job, ()).has_ended)):
+        return
+    try:
+        kept = kept_logs.read(folder)
+    except PneumoError as error:
+        yield f"--- the logs of other attempts are in {folder}, and cannot be read here: {error}\n"
+        return
+    for log in kept[:-1] if is_there else kept:
+        yield f"--- the attempt of {log.name} UTC, kept in {folder}\n{log.text}"
+    if kept[1:] and is_there:
+        yield "--- the last attempt\n"
 
 
 def is_leaving(job: Document) -> bool:

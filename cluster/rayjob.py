@@ -49,7 +49,7 @@ def build(
     _check_form(job)
     _check_shell(submission.entrypoint)
     _name(job, submission, name)
-    job["spec"]["entrypoint"] = submission.entrypoint
+    job["spec"]["entrypoint"] = _keeping_log(job, submission)
     group, container = _workers(job)
     per_pod = _workers_per_pod(container, submission)
     count = _replicas(group, submission, per_pod, workers)
@@ -73,6 +73,17 @@ def differences(asked: Document, running: Document) -> Iterator[str]:
     wanted, given = (_limits(each) for each in (container, its))
     if wanted != given:
         yield f"worker pods of {describe_limits(its)}, not of {describe_limits(container)}"
+
+
+def log_folder(job: Document) -> str:
+    """Where `jobs.logbook` keeps the logs of a RayJob's attempts; "" for one that is not ours."""
+    target = (job["metadata"].get("annotations") or {}).get(TARGET, "")
+    return f"{target}/logs/{job['metadata']['name']}" if target else ""
+
+
+def _keeping_log(job: Document, submission: Submission) -> str:
+    """The command, inside the one that keeps its log: the pods of a failed attempt are deleted."""
+    return f"python -m jobs.logbook {shlex.quote(log_folder(job))} {submission.entrypoint}"
 
 
 def describe_limits(container: Document) -> str:

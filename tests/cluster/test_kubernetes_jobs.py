@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 import pytest
 import yaml
 
-from cluster import kubernetes_api, kubernetes_jobs, ray_jobs
+from cluster import kubernetes_api, kubernetes_jobs, ray_jobs, rayjob
 from cluster.kubernetes_jobs import KubernetesTarget, LogCursor
 from cluster.overlays import find_overlay
 from cluster.submission import Submission, plan
@@ -68,12 +69,14 @@ def _target(
     return KubernetesTarget(api, find_overlay("kind-cpu"), patience_s=5.0)
 
 
-def _probe(name: str, *arguments: object, settings: str = "a") -> Submission:
+def _probe(
+    name: str, *arguments: object, settings: str = "a", target: str = "/tmp/probes"
+) -> Submission:
     return Submission(
         job="prepare",
         id=f"probe-{name}",
         entrypoint=shlex.join(["python", str(PROBE), *map(str, arguments)]),
-        target=f"/nowhere/{name}",
+        target=f"{target}/{name}",
         settings=settings,
         preflight="python -m jobs.preflight --writes /nowhere",
     )
@@ -160,6 +163,50 @@ def test_submit_queue_run_log_and_exit_code(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_train_outlives_its_head_and_is_evaluated(
+    kube_server: KubeServer, namespace: str, operator: Operator, tiny_store: Callable[..., str]
+) -> None:
+    """By the next attempt, from the last checkpoint; then another RayJob judges the run."""
+    store = tiny_store(train=64, val=24, test=24)
+    run = Path(store).with_name(f"{Path(store).name}-run")
+    operator.attempts_that_lose_the_head, operator.lost_after = 1, "epoch   1/2"
+    small = ("--cluster.num-workers", "1", "--cluster.cpus-per-worker", "1")
+    trained = _command(
+        kube_server,
+        namespace,
+        *("submit", "--overlay", "cpu", "train", "--store", store, "--run", str(run), *small),
+        *("--recipe", "fast", "--data.image-size", "32", "--train.epochs", "2"),
+        *("--train.batch-size", "16"),
+        WANDB_MODE="disabled",
+        timeout_s=360,
+    )
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    assert "lost its node (NodeNotReady" in trained.stderr
+    assert "another submitter took over" in trained.stderr
+    assert "going on from epoch 1 " in trained.stdout
+    epochs = re.findall(r"^epoch +(\d+)/2 ", trained.stdout, re.MULTILINE)
+    assert epochs == ["1", "2"], trained.stdout  # none twice
+    operator.attempts_that_lose_the_head = 0
+    judged = _command(
+        kube_server,
+        namespace,
+        *("submit", "--overlay", "cpu", "evaluate", "--store", store, "--run", str(run), *small),
+        *("--evaluate.bootstrap-resamples", "100", "--evaluate.saliency", "false"),
+        WANDB_MODE="disabled",
+        timeout_s=240,
+    )
+    assert judged.returncode == 0, judged.stdout + judged.stderr
+    assert (run / "metrics.json").is_file()
+    assert {path.name for path in (run / "logs").iterdir()} == {_job_id(trained), _job_id(judged)}
+    assert "epoch   1/2" in _command(kube_server, namespace, "logs", _job_id(trained)).stdout
+
+
+def _job_id(done: subprocess.CompletedProcess[str]) -> str:
+    return done.stderr.splitlines()[-1].split()[0]
+
+
+@pytest.mark.slow
 def test_the_users_mistake_is_exit_code_2_and_is_not_tried_again(
     kube_server: KubeServer, namespace: str, operator: Operator, tmp_path: Path
 ) -> None:
@@ -179,12 +226,21 @@ def test_the_users_mistake_is_exit_code_2_and_is_not_tried_again(
 def test_a_lost_head_is_told_and_the_next_attempt_is_followed(
     kube_server: KubeServer, namespace: str, operator: Operator
 ) -> None:
-    operator.attempts_that_lose_the_head = 1
+    operator.attempts_that_lose_the_head, operator.lost_after = 1, "line 3"
     target = replace(_target(kube_server, namespace), overlay=find_overlay("gpu-ondemand"))
     started = target.submit(_probe(f"head-{namespace}", 15, 0.2, 0), lambda _: None)
     numbers, notes, code = _follow(target, started.id)
     assert code == 0
     assert numbers[-15:] == list(range(15))
+    log = target.logs(started.id)
+    first, last = log.split("--- the last attempt\n")
+    assert re.match(r"--- the attempt of \d{8}-\d{6} UTC, kept in \S+/logs/\S+\n", first)
+    assert "line 3\n" in first
+    assert [int(line.split()[1]) for line in last.splitlines() if line.startswith("line ")] == (
+        list(range(15))
+    )
+    shutil.rmtree(rayjob.log_folder(target.api.get_rayjob(started.id)))
+    assert target.logs(started.id) == last
     assert [note for note in notes if "lost its node (NodeNotReady" in note], notes
     assert [note for note in notes if "another submitter took over" in note], notes
 
@@ -652,6 +708,30 @@ def test_nobody_answers() -> None:
     with pytest.raises(kubernetes_api.OutOfReachError, match=r"\(connection refused\)"):
         KubernetesTarget(api).list()
     assert time.monotonic() - start_s < 5
+
+
+def test_all_warnings_are_seen_and_evictions_by_taint(
+    kube_server: KubeServer, namespace: str
+) -> None:
+    def event(number: int, kind: str, reason: str) -> None:
+        kube_server.apply(
+            {
+                "apiVersion": "v1",
+                "kind": "Event",
+                "metadata": {"name": f"e{number}"},
+                "involvedObject": {"kind": "Pod", "name": f"p{number}", "namespace": namespace},
+                "reason": reason,
+                "type": kind,
+            },
+            namespace,
+        )
+
+    for number in range(505):
+        event(number, "Warning", "FailedMount")
+    event(900, "Normal", "TaintManagerEviction")
+    event(901, "Normal", "Scheduled")
+    seen = [each["reason"] for each in _target(kube_server, namespace).api.list_warnings()]
+    assert seen == ["FailedMount"] * 505 + ["TaintManagerEviction"]
 
 
 def test_a_job_that_nobody_knows(kube_server: KubeServer, namespace: str) -> None:

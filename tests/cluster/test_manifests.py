@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 import urllib.error
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ import jsonschema
 import pytest
 import yaml
 
-from cluster import kubernetes_api, overlays, rules
+from cluster import kubernetes_api, overlays, ray_jobs, rules
 from pneumo.config import parse_command_line
 from pneumo.errors import ConfigError
 from tests.cluster.kube_server import CHECKOUT, CRDS, KubeServer
@@ -569,7 +570,9 @@ def test_every_pod_is_hardened(rendered: dict[str, list[Document]], overlay: str
             }
             assert container["resources"]["requests"] == container["resources"]["limits"]
             assert all(item["secretRef"]["optional"] for item in container.get("envFrom", []))
-            assert container["env"] == [{"name": "HOME", "value": "/tmp"}]  # no secret by value
+            plain = {item["name"]: item["value"] for item in container["env"]}
+            stops = ray_jobs.STOP_GENTLY if container["name"] == "ray-head" else {}
+            assert plain == {"HOME": "/tmp", **stops}  # no secret by value
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -601,6 +604,53 @@ def test_the_head_takes_no_work_and_stays(
     assert head["rayStartParams"]["num-cpus"] == "0"
     notes = head["template"]["metadata"]["annotations"]
     assert notes["cluster-autoscaler.kubernetes.io/safe-to-evict"] == "false"
+
+
+def _hook(job: Document, role: str) -> list[str]:
+    [container] = _templates(job)[role]["spec"]["containers"]
+    command: list[str] = container["lifecycle"]["preStop"]["exec"]["command"]
+    return command
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_pods_that_are_deleted_have_time_for_a_checkpoint(
+    rendered: dict[str, list[Document]], overlay: str
+) -> None:
+    job = _job(rendered[overlay])
+    stop_s = int(ray_jobs.STOP_GENTLY["RAY_JOB_STOP_WAIT_TIME_S"])
+    for role in ("head", "workers"):
+        assert _templates(job)[role]["spec"]["terminationGracePeriodSeconds"] >= stop_s + 30
+    for role in ("head",) if "spot" in overlay else ("head", "workers"):
+        [waits_s] = re.findall(r"seq (\d+)", " ".join(_hook(job, role)))
+        assert stop_s < int(waits_s) < stop_s + 30
+
+
+@pytest.mark.parametrize(
+    ("role", "title", "waits"),
+    [
+        ("head", "python -m jobs.train --store x", True),
+        ("head", "python -m jobs.logbook x python", True),
+        ("head", "python dashboard.py --modules-to-load=job", False),
+        ("workers", "ray::RayTrainWorker.execute", True),
+        ("workers", "ray::prepare_shard", True),
+        ("workers", "ray::IDLE", False),
+        ("workers", "ray::IDLE_SpillWorker", False),
+        ("workers", "ray::RuntimeEnvAgent", False),
+    ],
+)
+def test_a_hook_waits_for_what_must_end(
+    rendered: dict[str, list[Document]], tmp_path: Path, role: str, title: str, waits: bool
+) -> None:
+    """The hook's own command, which is shown these processes in place of a pod's."""
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7" / "cmdline").write_bytes(title.replace(" ", "\0").encode() + b"\0")
+    (tmp_path / "8").mkdir()
+    *shell, script = _hook(_job(rendered["cpu"]), role)
+    (tmp_path / "8" / "cmdline").write_bytes("\0".join([*shell, script]).encode())
+    script = script.replace("/proc/", f"{tmp_path}/").replace("seq 40", "seq 2")
+    start_s = time.monotonic()
+    subprocess.run([*shell, script], check=True, timeout=20)
+    assert (time.monotonic() - start_s > 1.5) is waits
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

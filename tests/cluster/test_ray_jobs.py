@@ -397,24 +397,33 @@ def test_a_train_on_an_empty_store_is_the_users_mistake(
 
 
 @pytest.mark.slow
-def test_prepare_on_the_cluster_writes_a_store(ray_cluster: RayCluster, tmp_path: Path) -> None:
-    source, store = tmp_path / "source", tmp_path / "store"
+def test_prepare_train_and_evaluate_on_the_cluster(ray_cluster: RayCluster, tmp_path: Path) -> None:
+    source, store, run = (str(tmp_path / name) for name in ("source", "store", "run"))
     subprocess.run(
-        [sys.executable, "-m", "pneumo.synthetic", "--out", str(source), "--studies", "60"],
+        [sys.executable, "-m", "pneumo.synthetic", "--out", source, "--studies", "150"],
         cwd=CHECKOUT,
         env=dict(ray_cluster.environ),
         capture_output=True,
         check=True,
         timeout=120,
     )
-    done = ray_cluster.command(
-        *("submit", "prepare", "--source", str(source), "--store", str(store)),
-        *("--prepare.image-size", "64"),
-        timeout_s=180,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (store / "manifest.json").is_file()
-    assert done.stderr.splitlines()[-1].endswith("succeeded")
+    for job, *flags in (
+        ("prepare", "--source", source, "--store", store, "--prepare.image-size", "64"),
+        (
+            *("train", "--store", store, "--run", run, "--recipe", "fast"),
+            *("--data.image-size", "64", "--train.epochs", "1", "--train.batch-size", "16"),
+        ),
+        (
+            *("evaluate", "--store", store, "--run", run),
+            *("--evaluate.bootstrap-resamples", "100", "--evaluate.saliency", "false"),
+        ),
+    ):
+        done = ray_cluster.command("submit", job, *flags, timeout_s=180)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stderr.splitlines()[-1].endswith("succeeded")
+    judged = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert judged["test"]["n"] > 0
+    assert "test: " in done.stdout
 
 
 class _Dashboard:

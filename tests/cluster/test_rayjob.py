@@ -59,14 +59,17 @@ def test_only_what_differs_is_set(base: Document) -> None:
     job = _build(base, f"train {PLACES} --cluster.num-workers 3 --cluster.cpus-per-worker 4")
     assert base == before
     assert job["metadata"]["name"].startswith("train-1-")
-    assert job["spec"]["entrypoint"].startswith("python -m jobs.train --store s3://b/store")
+    name = job["metadata"]["name"]
+    assert job["spec"]["entrypoint"].startswith(
+        f"python -m jobs.logbook s3://b/runs/1/logs/{name} python -m jobs.train --store s3://b/store"
+    )
+    assert job["metadata"]["annotations"]["pneumo/entrypoint"].startswith("python -m jobs.train")
     head = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
     assert head["initContainers"][0]["args"] == [
         "--ray", "2.60.0", "--reads", "s3://b/store", "--writes", "s3://b/runs/1",
     ]  # fmt: skip
     group = _workers(job)
     assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (3, 3, 3)
-    name = job["metadata"]["name"]
     spec = job["spec"]
     for template in (
         spec["rayClusterSpec"]["headGroupSpec"]["template"],
@@ -128,6 +131,8 @@ def test_secrets_stay_here_and_the_rest_reaches_the_pods(base: Document) -> None
     assert "hidden" not in yaml.safe_dump(job)
     assert _environment(job) == {
         "HOME": "/tmp",
+        "RAY_JOB_STOP_SIGNAL": "SIGINT",
+        "RAY_JOB_STOP_WAIT_TIME_S": "30",
         "AWS_REGION": "eu-north-1",
         "WANDB_NOTES": "$$(HOME)",
     }
