@@ -28,16 +28,14 @@ from pneumo.errors import AccessError, ConfigError
 from tests.cluster.http_proxy import FaultyProxy, Rule
 from tests.cluster.kube_operator import Kubelet, Operator
 from tests.cluster.kube_server import KubeServer
+from tests.cluster.renderer import NO_RENDERER
 
 if TYPE_CHECKING:
     from conftest import RayCluster
 
 pytestmark = [
     pytest.mark.cluster,
-    pytest.mark.skipif(
-        not (shutil.which("kubectl") or shutil.which("kustomize")),
-        reason="neither kubectl nor kustomize is on PATH",
-    ),
+    pytest.mark.skipif(bool(NO_RENDERER), reason=NO_RENDERER),
 ]
 
 CHECKOUT = Path(__file__).resolve().parents[2]

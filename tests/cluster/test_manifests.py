@@ -25,11 +25,9 @@ from cluster import kubernetes_api, overlays, ray_jobs, rules
 from pneumo.config import parse_command_line
 from pneumo.errors import ConfigError
 from tests.cluster.kube_server import CHECKOUT, CRDS, KubeServer
+from tests.cluster.renderer import NO_RENDERER
 
-pytestmark = pytest.mark.skipif(
-    not (shutil.which("kubectl") or shutil.which("kustomize")),
-    reason="neither kubectl nor kustomize is on PATH",
-)
+pytestmark = pytest.mark.skipif(bool(NO_RENDERER), reason=NO_RENDERER)
 
 Document = dict[str, Any]
 OVERLAYS = ("gpu-ondemand", "gpu-spot", "gpu-spot-kueue", "cpu", "kind-cpu")
@@ -850,6 +848,12 @@ def test_a_laptop_without_kustomize_hears_what_to_install(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="neither kubectl nor kustomize is on PATH; install"):
+        overlays.render(overlays.find_overlay("kind-cpu"))
+    old = tmp_path / "kubectl"
+    old.write_text('#!/bin/sh\necho \'{"clientVersion": {"major": "1", "minor": "20+"}}\'\n')
+    old.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    with pytest.raises(ConfigError, match=r"kubectl 1\.20 is too old to render k8s/.*1\.27 or lat"):
         overlays.render(overlays.find_overlay("kind-cpu"))
 
 
