@@ -86,6 +86,9 @@ def test_dependencies_are_a_layer_of_their_own_and_the_user_is_nobody_special() 
     assert order == ["/opt/pneumo", "/app/pneumo", "/app/jobs"]
     assert "USER 1000:100" in lines
     assert "--require-hashes" in DOCKERFILE
+    uninstalled = [line for line in lines if "pip uninstall" in line]
+    assert len(uninstalled) == 2  # the environment's, and the base's in the image that is kept
+    assert lines.index(uninstalled[0]) < last_stage < lines.index(uninstalled[1])
     for label in ("title", "description", "licenses", "version", "revision"):
         assert f"org.opencontainers.image.{label}=" in DOCKERFILE
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -40,6 +41,8 @@ pytestmark = [
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 PROBE = Path(__file__).with_name("probe.py")
+PROBES = Path(tempfile.gettempdir()) / f"probes-{os.getpid()}"
+"""Where probes write, and their logs are kept."""
 SUBMITTER, STRANGER = "submitter", "stranger"
 
 
@@ -67,14 +70,18 @@ def _target(
     return KubernetesTarget(api, find_overlay("kind-cpu"), patience_s=5.0)
 
 
-def _probe(
-    name: str, *arguments: object, settings: str = "a", target: str = "/tmp/probes"
-) -> Submission:
+@pytest.fixture(scope="module", autouse=True)
+def _no_litter() -> Iterator[None]:
+    yield
+    shutil.rmtree(PROBES, ignore_errors=True)
+
+
+def _probe(name: str, *arguments: object, settings: str = "a") -> Submission:
     return Submission(
         job="prepare",
         id=f"probe-{name}",
         entrypoint=shlex.join(["python", str(PROBE), *map(str, arguments)]),
-        target=f"{target}/{name}",
+        target=str(PROBES / name),
         settings=settings,
         preflight="python -m jobs.preflight --writes /nowhere",
     )
@@ -191,6 +198,7 @@ def test_train_outlives_its_head_and_is_evaluated(
         namespace,
         *("submit", "--overlay", "cpu", "evaluate", "--store", store, "--run", str(run), *small),
         *("--evaluate.bootstrap-resamples", "100", "--evaluate.saliency", "false"),
+        *("--evaluate.gallery-images", "1", "--evaluate.grid-images", "1"),
         WANDB_MODE="disabled",
         timeout_s=240,
     )
@@ -624,8 +632,8 @@ def test_a_namespace_that_is_not_there(kube_server: KubeServer) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("", "--overlay is required with --target k8s; give one of gpu-ondemand"),
-        ("--overlay gpu-spott", "no overlay 'gpu-spott'; give one of gpu-ondemand, gpu-spot"),
+        ("", "--overlay is required with --target k8s; give one of cpu, gpu-onde"),
+        ("--overlay gpu-spott", "no overlay 'gpu-spott'; give one of cpu, gpu-ondemand, gpu-spot"),
         ("--overlay kind-cpu --context nobody", "no context 'nobody' in the kubeconfig; has: tes"),
         ("--overlay kind-cpu --workers 0", "--workers 0: at least 1"),
     ],

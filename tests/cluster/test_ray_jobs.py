@@ -213,17 +213,25 @@ def test_down_leaves_the_jobs_of_others_alone(
     client.stop_job(other)
 
 
-def test_secrets_on_an_open_wire_are_warned_of(client: ray_jobs.Client) -> None:
-    """Before anything is sent: the cluster that is then asked is another one."""
+@pytest.mark.parametrize(
+    ("address", "warned"),
+    [
+        ("http://head.example.org:8265", True),
+        ("https://head.example.org", False),
+        ("http://127.0.0.1:8265", False),
+    ],
+)
+def test_secrets_on_an_open_wire_are_warned_of(address: str, *, warned: bool) -> None:
+    """Before anything is sent; the cluster that is asked then is of another version."""
     notes: list[str] = []
     asked = _probe("open", 1, 0, 0, AWS_SECRET_ACCESS_KEY="hidden", AWS_REGION="eu-north-1")
-    target = ray_jobs.RayTarget("http://head.example.org:8265", client)
-    started = target.submit(asked, lambda text: notes.append(str(text)))
-    assert notes[0].startswith(
-        "warning: AWS_SECRET_ACCESS_KEY will go to http://head.example.org:8265 unencrypted"
-    )
+    with _Dashboard("2.51.0", "3.11.7") as dashboard:
+        client = ray_jobs.connect(dashboard.address, {"RAY_AUTH_MODE": "disabled"})
+        with pytest.raises(ConfigError, match=r"runs Ray 2\.51"):
+            ray_jobs.RayTarget(address, client).submit(asked, notes.append)
+    told = f"warning: AWS_SECRET_ACCESS_KEY will go to {address} unencrypted; "
+    assert [note.startswith(told) for note in notes] == [True] * warned
     assert "hidden" not in "".join(notes)
-    _follow(client, started.id)
 
 
 @contextmanager
@@ -416,6 +424,7 @@ def test_prepare_train_and_evaluate_on_the_cluster(ray_cluster: RayCluster, tmp_
         (
             *("evaluate", "--store", store, "--run", run),
             *("--evaluate.bootstrap-resamples", "100", "--evaluate.saliency", "false"),
+            *("--evaluate.gallery-images", "1", "--evaluate.grid-images", "1"),
         ),
     ):
         done = ray_cluster.command("submit", job, *flags, timeout_s=180)
