@@ -76,8 +76,7 @@ class KubernetesTarget:
             for difference in rayjob.differences(job, running):
                 note(f"it goes on as it was started: {difference}")
             return started
-        for name in leaving:
-            self._wait_until_gone(name, note)
+        self._wait_until_gone(submission.id, leaving, note)
         if attempts:
             job = self._build(documents, submission, f"{submission.id}-{attempts + 1}")
         try:
@@ -155,17 +154,31 @@ class KubernetesTarget:
                 running = job
         return used, running, leaving
 
-    def _wait_until_gone(self, name: str, note: Write) -> None:
-        """Return once a RayJob that is being deleted can no longer write where the next will."""
-        note(f"waiting: for {name} to be gone, which is being deleted")
+    def _wait_until_gone(self, submission_id: str, leaving: Sequence[str], note: Write) -> None:
+        """Return once nothing of the run that is being deleted can write where the next will.
+
+        Pods outlive their RayJob, for a checkpoint; one on a node that is lost is not waited for
+        longer than the others.
+        """
         deadline_s = time.monotonic() + CANCEL_TIMEOUT_S
-        while self.api.list_pods(f"{rayjob.RUN_LABEL}={name}") or self._is_there(name):
+        said = False
+        while True:
+            pods = self.api.list_pods(f"{rayjob.SUBMISSION_LABEL}={submission_id}")
+            jobs = [name for name in leaving if self._is_there(name)]
+            names = jobs or [pod["metadata"]["name"] for pod in pods if is_leaving(pod)]
+            if not names:
+                return
+            if not said:
+                note(f"waiting: for {names[0]} to be gone, which is being deleted")
+            said = True
             if time.monotonic() > deadline_s:
-                raise ClusterError(
-                    f"kubernetes: {name} writes the same place and is still being deleted after "
-                    f"{CANCEL_TIMEOUT_S:g} s; submit again when list shows it no more"
-                )
+                break
             time.sleep(1.0)
+        if jobs:
+            raise ClusterError(
+                f"kubernetes: {jobs[0]} writes the same place and is still being deleted after "
+                f"{CANCEL_TIMEOUT_S:g} s; submit again when list shows it no more"
+            )
 
     def _is_there(self, name: str) -> bool:
         try:
@@ -230,9 +243,9 @@ def _earlier_logs(job: Document, *, is_there: bool) -> Iterator[str]:
         yield "--- the last attempt\n"
 
 
-def is_leaving(job: Document) -> bool:
-    """Whether a RayJob is being deleted; its pods may still run for a while."""
-    return bool(job["metadata"].get("deletionTimestamp"))
+def is_leaving(thing: Document) -> bool:
+    """Whether a RayJob or a pod is being deleted; what it runs may run on for a while."""
+    return bool(thing["metadata"].get("deletionTimestamp"))
 
 
 def driver_exit_code(status: Document) -> int | None:

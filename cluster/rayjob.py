@@ -22,7 +22,7 @@ from pneumo.errors import ConfigError
 RUN_LABEL = "pneumo/run"
 """On a RayJob and all its pods: the RayJob's name."""
 SUBMISSION_LABEL = "pneumo/submission"
-"""On a RayJob: the submission's id, the same for every attempt at the same run."""
+"""On a RayJob and all its pods: the submission's id, the same for every attempt at the same run."""
 TARGET, SETTINGS, ENTRYPOINT = "pneumo/target", "pneumo/settings", "pneumo/entrypoint"
 """Annotations of a RayJob: what it writes, the digest of its settings, its command."""
 SELECTOR = "app.kubernetes.io/part-of=pneumo"
@@ -153,7 +153,11 @@ def _name(job: Document, submission: Submission, name: str) -> None:
     }
     for template in _templates(job):
         own = template.setdefault("metadata", {})
-        own["labels"] = {**own.get("labels", {}), RUN_LABEL: name}
+        own["labels"] = {
+            **own.get("labels", {}),
+            RUN_LABEL: name,
+            SUBMISSION_LABEL: submission.id,
+        }
 
 
 def _workers_per_pod(container: Document, submission: Submission) -> int:

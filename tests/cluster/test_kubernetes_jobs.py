@@ -363,6 +363,24 @@ def test_a_job_that_is_being_deleted_is_not_joined(kube_server: KubeServer, name
     assert [state.id for state in target.list()] == [started.id]
 
 
+def test_pods_that_still_write_are_waited_for(kube_server: KubeServer, namespace: str) -> None:
+    """A RayJob is gone before its pods, which are given time for a checkpoint."""
+    labels = {"pneumo/submission": "probe-writing"}
+    spec = {"nodeName": "node-1", "containers": [{"name": "ray-head", "image": "x"}]}
+    metadata = {"name": "head", "labels": labels}
+    kube_server.apply(
+        {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}, namespace
+    )
+    pod = f"/api/v1/namespaces/{namespace}/pods/head"
+    kube_server.ask("DELETE", f"{pod}?gracePeriodSeconds=60")  # no kubelet ends it
+    end = threading.Timer(2.5, lambda: kube_server.ask("DELETE", f"{pod}?gracePeriodSeconds=0"))
+    end.start()
+    notes: list[str] = []
+    _target(kube_server, namespace).submit(_probe("writing", 1, 0, 0), notes.append)
+    assert end.finished.is_set()
+    assert notes[0] == "waiting: for head to be gone, which is being deleted"
+
+
 @pytest.mark.parametrize(
     "rule",
     [
