@@ -17,6 +17,7 @@ from threadpoolctl import threadpool_limits
 
 from jobs.command import run_job, say
 from jobs.lineage import describe_dataset, describe_weights
+from jobs.logbook import close_tracker, tracking_folder
 from jobs.pictures import choose_pictures, score_saliency
 from jobs.scoring import Scored, Scoring, Weights, score_splits
 from jobs.sending import (
@@ -26,7 +27,6 @@ from jobs.sending import (
     log_pictures,
 )
 from jobs.session import ray_session, wait_for_resources
-from jobs.train import close_tracker, tracking_folder
 from pneumo import figures, storage
 from pneumo.baselines import Metadata
 from pneumo.checkpoint import Checkpoint, load_checkpoint, read_index
@@ -126,9 +126,10 @@ def evaluate_run(invocation: Invocation) -> None:
         storage.upload_folder(files, subject.run_url)
         metrics_text = json.dumps(metrics, indent=1, allow_nan=False) + "\n"
         (files / METRICS).write_text(metrics_text)
+        # All is there: whatever W&B does now, or a person who does not want to wait for it.
+        storage.write_text(storage.join(subject.run_url, METRICS), metrics_text)
+        print_summary(metrics, subject.run_url)
         track(subject, judged, report, files, config)
-    storage.write_text(storage.join(subject.run_url, METRICS), metrics_text)
-    print_summary(metrics, subject.run_url)
 
 
 def _clear(run_url: str) -> None:
