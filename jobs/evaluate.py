@@ -33,7 +33,7 @@ from pneumo.checkpoint import Checkpoint, load_checkpoint, read_index
 from pneumo.comparison import ComparedRuns, Comparison, compare
 from pneumo.config import Config, EvaluateArguments, EvaluateConfig, Invocation
 from pneumo.errors import RunError, StoreError
-from pneumo.evaluate import DECISION, Evaluation, check_complete, evaluate
+from pneumo.evaluate import Evaluation, check_complete, evaluate
 from pneumo.figures import Pictures
 from pneumo.predict import Predictions, join_predictions
 from pneumo.quality import read_contact_sheets, summarise_quality
@@ -89,9 +89,9 @@ def evaluate_run(invocation: Invocation) -> None:
                 train=Metadata.of_split(studies.values(), "train"),
             )
         predictions = evaluation.predictions
-        threshold = evaluation.points[DECISION].threshold
-        pictures = choose_pictures(subject.scored, predictions, studies, threshold, config)
-        looks = find_looks(subject, predictions, studies, threshold, config)
+        decision = evaluation.decide("test")
+        pictures = choose_pictures(subject.scored, predictions, studies, decision, config)
+        looks = find_looks(subject, evaluation, studies, config)
     metrics = evaluation.to_metrics(
         run=subject.run_url.rsplit("/", 1)[-1],
         dataset={
@@ -110,9 +110,7 @@ def evaluate_run(invocation: Invocation) -> None:
     )
     for split, found in describe_looks(looks).items():
         metrics[split] |= found
-    metrics["test"]["errors_by_finding"] = {
-        found.finding: found.to_json() for found in pictures.by_finding
-    }
+    metrics["test"] |= describe_errors(pictures)
     compared = None
     if other is not None and arguments.compare_with is not None:
         second = storage.normalise(arguments.compare_with).rsplit("/", 1)[-1]
@@ -231,20 +229,16 @@ def compare_splits(
 
 
 def find_looks(
-    subject: Subject,
-    predictions: Predictions,
-    studies: Mapping[str, StudyRow],
-    threshold: float | None,
-    config: Config,
+    subject: Subject, evaluation: Evaluation, studies: Mapping[str, StudyRow], config: Config
 ) -> Mapping[str, SaliencySummary]:
     """By split, where the network looks; empty with evaluate.saliency off."""
     if not config.evaluate.saliency:
         return {}
     return score_saliency(
         subject.scored,
-        predictions,
+        evaluation.predictions,
         studies,
-        threshold,
+        {"val": evaluation.decide("val"), "test": evaluation.decide("test")},
         config,
         stored_size=subject.manifest.image_size,
         image_size=subject.checkpoint.image_size,
@@ -257,6 +251,13 @@ def describe_looks(looks: Mapping[str, SaliencySummary]) -> dict[str, dict[str, 
         return {split: {"saliency": found.to_json()} for split, found in looks.items()}
     reason = "evaluate.saliency is off"
     return {split: {"saliency": None, "saliency_reason": reason} for split in JUDGED_SPLITS}
+
+
+def describe_errors(pictures: Pictures) -> dict[str, Any]:
+    """What metrics.json says of the errors by finding: null where no study is called anything."""
+    if pictures.reason is not None:
+        return {"errors_by_finding": None, "errors_by_finding_reason": pictures.reason}
+    return {"errors_by_finding": {found.finding: found.to_json() for found in pictures.by_finding}}
 
 
 @dataclass(frozen=True, eq=False)

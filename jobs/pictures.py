@@ -18,10 +18,10 @@ from pneumo.explain import (
     count_errors,
 )
 from pneumo.figures import Case, Pictures
+from pneumo.operating_points import Decision
 from pneumo.predict import Predictions
 from pneumo.quality import AGE_BIN_YEARS
 from pneumo.saliency import (
-    BoxScores,
     SaliencySummary,
     choose_iou_thresholds,
     prior_map,
@@ -36,13 +36,18 @@ def choose_pictures(
     scored: Scored,
     predictions: Predictions,
     studies: Mapping[str, StudyRow],
-    threshold: float | None,
+    decision: Decision,
     config: Config,
 ) -> Pictures:
-    """The grid, the gallery of each outcome, and the errors, at the decision point's threshold."""
-    test = predictions.subset("test")
+    """The grid, the gallery of each outcome, and the errors, of test.
+
+    None without a threshold: a study has no outcome then. `decision` has none either where a score
+    is no number, as to show the others alone would flatter the model.
+    """
+    threshold = decision.threshold
     if threshold is None:
-        return Pictures([], {}, {}, [])
+        return Pictures.none(str(decision.reason))
+    test = predictions.subset("test")
     settings = config.evaluate
     grid = np.random.default_rng(config.seed).permutation(len(test))[: settings.grid_images]
     called = (test.target, test.probability, threshold)
@@ -61,7 +66,7 @@ def choose_pictures(
             probability=float(test.probability[row]),
             threshold=threshold,
             boxes=study.boxes if with_cam else (),
-            cam=explained.cam if with_cam else None,
+            cam=explained.cam if with_cam and np.isfinite(explained.cam).all() else None,
             finding=study.finding,
             view=study.view or "",
             age_band=describe_age(study.age),
@@ -92,7 +97,7 @@ def score_saliency(
     scored: Scored,
     predictions: Predictions,
     studies: Mapping[str, StudyRow],
-    threshold: float | None,
+    decisions: Mapping[str, Decision],
     config: Config,
     *,
     stored_size: int,
@@ -100,8 +105,8 @@ def score_saliency(
 ) -> dict[str, SaliencySummary]:
     """By split, val and test, the network's maps against the boxes of every positive.
 
-    `image_size` is of the input of the first checkpoint, whose maps they are. The prior map is of
-    train, the IoU's thresholds are of val.
+    `decisions` are by split. `image_size` is of the input of the first
+    checkpoint, whose maps they are. The prior map is of train, the IoU's thresholds are of val.
     """
 
     def in_input(split: str) -> dict[str, tuple[Box, ...]]:
@@ -117,7 +122,7 @@ def score_saliency(
         split: summarise_saliency(
             scores,
             patient=np.array([studies[key].patient for key in scores.keys.tolist()], dtype=np.str_),
-            is_called=None if threshold is None else _calls(predictions, scores, threshold),
+            is_called=call_studies(predictions, scores.keys, decisions[split]),
             positives=int(predictions.subset(split).target.sum()),
             checkpoint=scored.scoring.weights[0].name,
             iou_thresholds=iou_thresholds,
@@ -128,8 +133,12 @@ def score_saliency(
     }
 
 
-def _calls(predictions: Predictions, scores: BoxScores, threshold: float) -> npt.NDArray[np.bool_]:
-    """Whether each scored study is called positive."""
+def call_studies(
+    predictions: Predictions, keys: npt.NDArray[np.str_], decision: Decision
+) -> npt.NDArray[np.bool_] | str:
+    """Whether each study is called positive (N,), or why none is called anything."""
+    if decision.threshold is None:
+        return str(decision.reason)
     order = np.argsort(predictions.key)
-    rows = order[np.searchsorted(predictions.key, scores.keys, sorter=order)]
-    return np.asarray(predictions.probability[rows] >= threshold)
+    rows = order[np.searchsorted(predictions.key, keys, sorter=order)]
+    return np.asarray(predictions.probability[rows] >= decision.threshold)

@@ -190,7 +190,8 @@ def log_pictures(
 
 def show_case(case: Case) -> Picture:
     """The study with the readers' boxes and the network's map as overlays."""
-    overlay = None if case.cam is None else Overlay(_level(case), dict(CAM_LEVELS), "Grad-CAM")
+    has_map = case.cam is not None and bool(np.isfinite(case.cam).all())
+    overlay = Overlay(_level(case), dict(CAM_LEVELS), "Grad-CAM") if has_map else None
     caption = f"{case.outcome.upper()}  {case.caption}"
     return Picture(figures.encode_image(case.image), caption, case.boxes, mask=overlay)
 

@@ -82,6 +82,11 @@ class AtPoint:
     at_prevalence: tuple[PredictiveValues, ...]
     """At each of PREVALENCES, by Bayes from this split's sensitivity and specificity."""
 
+    @property
+    def reason(self) -> str | None:
+        """Why nothing is counted, where nothing is."""
+        return None if self.counts is not None else self.rates["accuracy"].reason
+
     @classmethod
     def undefined(cls, reason: str) -> AtPoint:
         """Nothing can be said, and why."""
@@ -101,6 +106,21 @@ class AtPoint:
             "wilson": {name: estimate.to_json() for name, estimate in self.wilson.items()},
             "at_prevalence": [values.to_json() for values in self.at_prevalence],
         }
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What calls a study of one split positive."""
+
+    threshold: float | None
+    """On the probability; None where no study may be called anything."""
+    reason: str | None = None
+    """Why there is none."""
+
+    @classmethod
+    def of(cls, point: OperatingPoint, at: AtPoint) -> Decision:
+        """The point's threshold, where the split could be judged by it."""
+        return cls(point.threshold) if at.reason is None else cls(None, at.reason)
 
 
 # --- chosen on val --------------------------------------------------------------------------------

@@ -339,7 +339,7 @@ def summarise_saliency(
     scores: BoxScores,
     *,
     patient: npt.NDArray[np.str_],
-    is_called: npt.NDArray[np.bool_] | None,
+    is_called: npt.NDArray[np.bool_] | str,
     positives: int,
     checkpoint: str,
     iou_thresholds: Mapping[MapName, float | None],
@@ -349,19 +349,18 @@ def summarise_saliency(
     """The scores of a split's positives with patient-bootstrap intervals.
 
     `patient` and `is_called` (N,) belong to the rows of `scores`: whose study it is, and whether
-    the model calls it positive; None where there is no threshold. `positives` counts all of the
+    the model calls it positive, or why it calls none anything. `positives` counts all of the
     split's.
     """
-    every = np.ones(len(scores), dtype=np.bool_)
-    rows: dict[Group, npt.NDArray[np.bool_] | None] = {
-        "all": every,
-        "true_positives": None if is_called is None else every & is_called,
-        "false_negatives": None if is_called is None else every & ~is_called,
+    rows: dict[Group, npt.NDArray[np.bool_] | str] = {
+        "all": np.ones(len(scores), dtype=np.bool_),
+        "true_positives": is_called,
+        "false_negatives": is_called if isinstance(is_called, str) else ~is_called,
     }
 
-    def summarise(chosen: npt.NDArray[np.bool_] | None) -> GroupSummary:
-        if chosen is None:
-            return GroupSummary(0, "no threshold could be chosen on val")
+    def summarise(chosen: npt.NDArray[np.bool_] | str) -> GroupSummary:
+        if isinstance(chosen, str):
+            return GroupSummary(0, chosen)
         part = BoxScores(scores.keys[chosen], scores.values[chosen])
         return _summarise_group(
             part, patient[chosen], iou_thresholds, resamples=resamples, seed=seed

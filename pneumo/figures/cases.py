@@ -10,7 +10,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Self
 
 import matplotlib as mpl
 import numpy as np
@@ -84,7 +84,7 @@ class Case:
 
 @dataclass(frozen=True, eq=False)
 class Pictures:
-    """The studies of test that are shown; empty where no threshold could be chosen."""
+    """The studies of test that are shown; empty where none can be called anything."""
 
     grid: list[Case]
     """Drawn by the seed."""
@@ -93,6 +93,13 @@ class Pictures:
     errors: dict[Outcome, list[Case]]
     """Of 'fp' and 'fn' those that the model is most certain of, with Grad-CAM and boxes."""
     by_finding: list[FindingErrors]
+    reason: str | None = None
+    """Why none is shown, where none is."""
+
+    @classmethod
+    def none(cls, reason: str) -> Self:
+        """No picture, and why."""
+        return cls([], {}, {}, [], reason)
 
 
 def shrink(case: Case, size: int) -> Case:

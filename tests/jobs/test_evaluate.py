@@ -24,6 +24,7 @@ from jobs.scoring import (
 )
 from pneumo.checkpoint import read_index
 from pneumo.config import Config, override
+from pneumo.operating_points import Decision
 from pneumo.predict import Predictions, sigmoid
 from pneumo.saliency import MAPS, MEASURES, RankedMap, box_mask, prior_map, score_map
 from pneumo.shards import Duplicates, read_manifest, read_studies
@@ -193,7 +194,7 @@ def test_cases_say_what_is_known_of_the_study_and_why_it_is_shown(
     threshold = float(np.median(test.probability))
     settings = {"evaluate.gallery_images": 3, "evaluate.error_images": 2}
     config = override(Config(), settings)
-    found = choose_pictures(scored, test, studies, threshold, config)
+    found = choose_pictures(scored, test, studies, Decision(threshold), config)
 
     for outcome, cases in found.gallery.items():
         assert {case.outcome for case in cases} <= {outcome}
@@ -214,8 +215,6 @@ def test_cases_say_what_is_known_of_the_study_and_why_it_is_shown(
         assert (case.finding == "Lung Opacity") == (case.target == 1)
         assert re.fullmatch(r"(\d+0-\d*9)?|0-9", case.age_band)
     assert {case.view for case in shown} <= {"AP", "PA", ""}
-    none = choose_pictures(scored, test, studies, None, config)
-    assert (none.grid, none.gallery, none.errors, none.by_finding) == ([], {}, {}, [])
 
 
 def test_errors_are_counted_by_finding(evaluated: Path) -> None:
@@ -323,6 +322,23 @@ def test_a_test_set_is_looked_at_once(
     flags = ["--store", str(prepared.store), "--run", str(evaluated), *QUICK]
     assert evaluate.main(flags) == 2
     assert "is evaluated already" in capsys.readouterr().err
+
+
+def test_scores_that_are_no_numbers_give_reasons_and_no_pictures(
+    prepared: Prepared, overflowing: Path, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(overflowing, tmp_path / "run"))
+    assert evaluate.main(["--store", str(prepared.store), "--run", str(run), *QUICK]) == 0
+    logits = read_predictions(run).subset("test").logit
+    assert 0 < np.isfinite(logits).sum() < len(logits)
+    metrics = json.loads((run / "metrics.json").read_text())
+    why = "scores are NaN or infinite"
+    assert why in metrics["test"]["fault"]
+    assert metrics["test"]["errors_by_finding"] is None
+    assert why in metrics["test"]["errors_by_finding_reason"]
+    for group in ("true_positives", "false_negatives"):
+        assert why in metrics["test"]["saliency"][group]["reason"]
+    assert list((run / "gallery").glob("*")) == []
 
 
 def test_overwriting_leaves_nothing_of_the_earlier_evaluation(

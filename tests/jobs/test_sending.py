@@ -1,5 +1,6 @@
 """What W&B would get of an evaluation, without W&B."""
 
+import dataclasses
 import io
 
 import numpy as np
@@ -75,6 +76,11 @@ def test_pictures_are_no_larger_than_asked_and_carry_their_overlays():
     assert np.unique(picture.mask.classes).tolist() == [0, 1, 2, 3]
     assert "eval/gallery/fn" not in tracker.media
     assert "eval/errors/fp" in tracker.media
+
+
+def test_a_map_that_is_no_number_is_not_laid_over_the_picture():
+    cam = np.full((112, 112), np.nan, dtype=np.float32)
+    assert sending.show_case(dataclasses.replace(case(), cam=cam)).mask is None
 
 
 def test_the_table_has_thumbnails_and_names_nobody():

@@ -228,9 +228,9 @@ def test_what_cannot_be_had_is_null_with_a_reason() -> None:
     assert none["all"] == {"n": 0, "maps": None, "reason": "no such study with boxes"}
     few = summarise(draw_scores(4)).to_json()
     assert few["all"]["reason"] == "4 studies with boxes, fewer than 5"
-    undecided = summarise(draw_scores(9), is_called=None).to_json()
+    undecided = summarise(draw_scores(9), is_called="no threshold: val: no study").to_json()
     assert undecided["all"]["maps"] is not None
-    assert undecided["true_positives"]["reason"] == "no threshold could be chosen on val"
+    assert undecided["true_positives"]["reason"] == "no threshold: val: no study"
     assert set(choose_iou_thresholds(draw_scores(4)).values()) == {None}
     without_val = summarise(draw_scores(9), iou_thresholds=dict.fromkeys(MAPS)).to_json()
     iou = without_val["all"]["maps"]["cam"]["iou"]
