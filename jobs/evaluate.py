@@ -287,10 +287,14 @@ def write_files(folder: Path, subject: Subject, judged: Judged, config: Config) 
         "decision_curve.svg": figures.draw_decision_curve(evaluation),
         "confusion.svg": figures.draw_confusion(evaluation),
         "prediction_grid.png": figures.draw_prediction_grid(
-            pictures.grid, title=f"Predictions: {len(pictures.grid)} of {n} test studies"
+            pictures.grid,
+            title=f"Predictions: {len(pictures.grid)} of {n} test studies",
+            reason=pictures.reason,
         ),
         "gradcam_example.png": figures.draw_gradcam_example(
-            first_of_each, title="Grad-CAM, one test study of each outcome"
+            first_of_each,
+            title="Grad-CAM, one test study of each outcome",
+            reason=pictures.reason,
         ),
         DATA_FIGURE: figures.draw_quality(judged.data.quality),
     }

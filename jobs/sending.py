@@ -186,6 +186,7 @@ def log_pictures(
     table = tabulate_cases(pictures, size)
     if table.rows:
         tracker.log_media("eval/predictions", table)
+    tracker.summarise({"eval/not_shown": pictures.reason})
 
 
 def show_case(case: Case) -> Picture:

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from pneumo.explain import FindingErrors, Maps, Outcome, Why
-from pneumo.figures.style import INK, STYLE, encode_figure
+from pneumo.figures.style import INK, STYLE, encode_figure, say_nothing
 from pneumo.studies import Box
 
 RIGHT = "#1a7f37"
@@ -121,8 +121,11 @@ def shrink(case: Case, size: int) -> Case:
     )
 
 
-def draw_prediction_grid(cases: Sequence[Case], *, title: str) -> bytes:
-    """`prediction_grid.png`: a cell a study, green and ✓ where right, red and ✗ where wrong."""
+def draw_prediction_grid(cases: Sequence[Case], *, title: str, reason: str | None = None) -> bytes:
+    """`prediction_grid.png`: a cell a study, green and ✓ where right, red and ✗ where wrong; where
+    there is no study `reason` says why."""
+    if not cases:
+        return _draw_reason(title, reason)
     columns = min(4, max(len(cases), 1))
     rows = max(1, math.ceil(len(cases) / columns))
     with mpl.rc_context(STYLE):
@@ -146,8 +149,10 @@ def draw_case(case: Case) -> bytes:
     return _draw_pairs([case], "webp", title=None)
 
 
-def draw_gradcam_example(cases: Sequence[Case], *, title: str) -> bytes:
-    """`gradcam_example.png`: one row a study."""
+def draw_gradcam_example(cases: Sequence[Case], *, title: str, reason: str | None = None) -> bytes:
+    """`gradcam_example.png`: one row a study; where there is none `reason` says why."""
+    if not cases:
+        return _draw_reason(title, reason)
     return _draw_pairs(cases, "png", title=title)
 
 
@@ -170,6 +175,16 @@ def _draw_pairs(
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
         return encode_figure(figure, file_format)
+
+
+def _draw_reason(title: str, reason: str | None) -> bytes:
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(6.2, 2.4), layout="constrained")
+        axes = figure.subplots()
+        axes.set_axis_off()
+        say_nothing(axes, f"not shown: {reason or 'no study'}")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+        return encode_figure(figure, "png")
 
 
 def compose_case(case: Case, *, size: int) -> npt.NDArray[np.uint8]:

@@ -6,6 +6,7 @@ Equal input gives equal bytes on one version of matplotlib: no date, no random i
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -97,5 +98,6 @@ def encode_image(image: npt.NDArray[np.uint8]) -> bytes:
 
 
 def say_nothing(axes: Axes, why: str) -> None:
-    axes.text(0.5, 0.5, why, ha="center", va="center", transform=axes.transAxes, color=GRAY)
+    text = textwrap.fill(why, 40)
+    axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes, color=GRAY)
     axes.set(xticks=[], yticks=[])

@@ -104,6 +104,7 @@ def _describe_pictures(pictures: Pictures) -> dict[str, Any]:
         for (place, outcome, _), cases in zip(groups, shown, strict=True)
     ]
     return {
+        "not_shown": pictures.reason,
         "grid": show_thumbnails(pictures.grid),
         "gallery": [group for group in described if group["place"] == "gallery"],
         "errors": [group for group in described if group["place"] == "errors"],

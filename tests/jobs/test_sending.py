@@ -78,6 +78,13 @@ def test_pictures_are_no_larger_than_asked_and_carry_their_overlays():
     assert "eval/errors/fp" in tracker.media
 
 
+def test_why_no_study_is_shown_is_sent():
+    tracker = MemoryTracker()
+    sending.log_pictures(tracker, Pictures.none("no study"), judged(), Config())
+    assert tracker.summary == {"eval/not_shown": "no study"}
+    assert tracker.media == {}
+
+
 def test_a_map_that_is_no_number_is_not_laid_over_the_picture():
     cam = np.full((112, 112), np.nan, dtype=np.float32)
     assert sending.show_case(dataclasses.replace(case(), cam=cam)).mask is None

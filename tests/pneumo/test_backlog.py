@@ -127,7 +127,7 @@ def test_a_file_that_is_missing_is_named(tmp_path, temporary):
     run_url = str(tmp_path / "run")
     track(run_url, tmp_path)
     shutil.rmtree(tmp_path / "run" / "wandb" / "data" / "artifacts" / "staging")
-    with pytest.raises(TrackingError, match="artifacts/staging/tmp.* is not there"):
+    with pytest.raises(TrackingError, match=r"artifacts/staging/tmp.* is not there"):
         send_backlog(run_url, tmp_path / "copy")
 
 

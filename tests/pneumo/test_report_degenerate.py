@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 
+from pneumo import figures
 from pneumo.comparison import ComparedRuns, compare
 from pneumo.config import EvaluateConfig
 from pneumo.evaluate import evaluate
@@ -94,6 +95,26 @@ def test_bad_predictions_are_reported_with_their_reason(kind, words, split):
     if kind in ("nan", "empty", "one class") and split == "val":
         assert "No threshold could be chosen" in text
         assert "no calibration" in text
+
+
+def test_a_fault_of_test_is_not_blamed_on_val():
+    judged = evaluate(damage("nan", "test"), config=CONFIG, seed=0)
+    why = "5 of 120 scores are NaN or infinite"
+    page = render(judged, pictures=Pictures.none(why))
+    for name in ("looks", "errors", "grid"):
+        assert why in section(page, name)
+        assert "threshold" not in section(page, name)
+    assert f"test: {why}" in section(page, "data")
+    assert "each exactly once" not in section(page, "data")
+    assert "no threshold" not in figures.draw_confusion(judged).decode()
+
+
+def test_studies_that_are_scored_twice_are_not_said_to_be_scored_once():
+    found = predictions()
+    twice = np.append(np.arange(len(found)), 0)  # one of test
+    text = section(render(evaluate(found.take(twice), config=CONFIG, seed=0)), "data")
+    assert "121 test studies; test: 1 studies are scored more than once" in text
+    assert "each exactly once" in section(render(), "data")
 
 
 def test_a_group_of_three_is_said_to_be_too_small():
