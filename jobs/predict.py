@@ -26,11 +26,10 @@ from pneumo.config import Invocation, PredictArguments
 from pneumo.dicom import GrayImage
 from pneumo.errors import DataError, RunError, SourceError
 from pneumo.explain import class_activation
-from pneumo.figures import draw_overlay
+from pneumo.figures import draw_overlay, show_threshold
 from pneumo.ingest import Unusable, read_picture
 from pneumo.predict import Member, prepare_input, score_pictures, sigmoid
 from pneumo.readings import NOT_A_NUMBER, NOTICE, Readings, Rule, encode_csv, encode_parquet
-from pneumo.report.words import show_threshold
 
 SCHEMA_VERSION = 1
 CSV = "predictions.csv"

@@ -147,7 +147,7 @@ def choose_points(val: Predictions, config: EvaluateConfig) -> dict[str, Operati
 def _choose(
     name: str, val: Predictions, rule: Rule, target: float, min_patients: int
 ) -> OperatingPoint:
-    words = "Youden's index" if rule == "youden" else f"{rule} ≥ {target:.2f}"
+    words = "Youden's index" if rule == "youden" else f"{rule} ≥ {_spell(target)}"
     rules: Mapping[Rule, Callable[[npt.ArrayLike, npt.ArrayLike], float]] = {
         "youden": metrics.youden_threshold,
         "sensitivity": partial(metrics.sensitivity_threshold, sensitivity=target),
@@ -159,6 +159,12 @@ def _choose(
     except MetricError as error:
         return OperatingPoint(name, words, None, f"val: {error}")
     return OperatingPoint(name, words, threshold)
+
+
+def _spell(target: float) -> str:
+    """`0.90`, `0.904`: never rounded, as a point is known by its rule in words."""
+    short = f"{target:.2f}"
+    return short if float(short) == target else repr(target)
 
 
 def check_enough(val: Predictions, rule: Rule, min_patients: int, target: float = math.nan) -> None:

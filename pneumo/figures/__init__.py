@@ -33,7 +33,14 @@ from pneumo.figures.data import (
     draw_intensity,
     draw_quality,
 )
-from pneumo.figures.style import INK, RULE, describe_estimate, describe_n, encode_image
+from pneumo.figures.style import (
+    INK,
+    RULE,
+    describe_estimate,
+    describe_n,
+    encode_image,
+    show_threshold,
+)
 
 __all__ = [
     "BOX",
@@ -67,5 +74,6 @@ __all__ = [
     "draw_roc",
     "draw_validation",
     "encode_image",
+    "show_threshold",
     "shrink",
 ]

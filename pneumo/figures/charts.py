@@ -26,6 +26,7 @@ from pneumo.figures.style import (
     draw_chart,
     encode_figure,
     say_nothing,
+    show_threshold,
 )
 from pneumo.metrics import Confusion
 
@@ -177,9 +178,8 @@ def plot_confusion(axes: Axes, evaluation: Evaluation, name: str) -> None:
     axes.set_yticklabels(["negative", "positive"], rotation=90, va="center")
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    axes.set_title(
-        f"{name.capitalize()}: {point.rule}\np ≥ {point.threshold:.3f}, test n = {table.sum()}"
-    )
+    threshold = "" if point.threshold is None else f"p ≥ {show_threshold(point.threshold)}, "
+    axes.set_title(f"{name.capitalize()}: {point.rule}\n{threshold}test n = {table.sum()}")
 
 
 def plot_reliability(axes: Axes, evaluation: Evaluation) -> None:

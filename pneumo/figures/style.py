@@ -71,6 +71,14 @@ def describe_n(part: SplitEvaluation) -> str:
     )
 
 
+def show_threshold(value: float) -> str:
+    """`0.412`; with as many digits more as it takes to tell it from 0 and 1."""
+    digits = 3
+    while digits < 9 and 0 < value < 1 and float(f"{value:.{digits}f}") in (0.0, 1.0):
+        digits += 1
+    return f"{value:.{digits}f}"
+
+
 def draw_chart(name: str, plot: Any) -> bytes:
     """One panel as SVG. The salt is the name: ids of two figures in one page must differ."""
     with mpl.rc_context({**STYLE, "svg.hashsalt": name}):

@@ -14,7 +14,7 @@ from pneumo.decision_curve import THRESHOLDS
 from pneumo.delong import PairedTest
 from pneumo.evaluate import DECISION, SCREENING, Evaluation
 from pneumo.operating_points import STANDARD, OperatingPoint
-from pneumo.report.words import Cell, Row, decimal, p_value, show_threshold
+from pneumo.report.words import Cell, Row, decimal, p_value
 
 _RANKING_ROWS = (
     ("AUROC", "chance that a positive scores above a negative; 0.5 is a coin", "auroc"),
@@ -69,7 +69,7 @@ def describe_point(evaluation: Evaluation, name: str) -> dict[str, Any]:
     described: dict[str, Any] = {
         "name": name.capitalize(),
         "rule": point.rule,
-        "threshold": None if point.threshold is None else show_threshold(point.threshold),
+        "threshold": None if point.threshold is None else figures.show_threshold(point.threshold),
         "reason": at_test.rates["accuracy"].reason,
         "cells": None,
     }
@@ -102,7 +102,7 @@ def _describe_rates(evaluation: Evaluation, point: OperatingPoint) -> dict[str, 
     return {
         "rule": point.rule,
         "uses": [],
-        "threshold": None if point.threshold is None else show_threshold(point.threshold),
+        "threshold": None if point.threshold is None else figures.show_threshold(point.threshold),
         "reason": point.reason or at.rates["accuracy"].reason,
         "rates": [(Cell.of(at.rates[key], 2), Cell.of(at.wilson[key], 2)) for key in names],
     }

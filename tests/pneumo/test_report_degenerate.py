@@ -11,11 +11,11 @@ from pneumo import figures
 from pneumo.comparison import ComparedRuns, compare
 from pneumo.config import EvaluateConfig
 from pneumo.evaluate import evaluate
-from pneumo.figures import Pictures
+from pneumo.figures import Pictures, show_threshold
 from pneumo.metrics import Estimate
 from pneumo.predict import Predictions, sigmoid
 from pneumo.report.looks import judge_looks
-from pneumo.report.words import Cell, show_threshold
+from pneumo.report.words import Cell
 from pneumo.saliency import (
     BASELINES,
     IOU_THRESHOLDS,
@@ -115,6 +115,15 @@ def test_studies_that_are_scored_twice_are_not_said_to_be_scored_once():
     text = section(render(evaluate(found.take(twice), config=CONFIG, seed=0)), "data")
     assert "121 test studies; test: 1 studies are scored more than once" in text
     assert "each exactly once" in section(render(), "data")
+
+
+def test_a_target_near_a_standard_one_hides_no_point():
+    config = EvaluateConfig(
+        bootstrap_resamples=100, operating_point="sensitivity", sensitivity=0.904
+    )
+    text = section(render(evaluate(predictions(), config=config, seed=0)), "points")
+    rows = ("0.904 decision, screening", "0.90 ", "0.95 ")
+    assert all(f"sensitivity ≥ {row}" in text for row in rows)
 
 
 def test_a_group_of_three_is_said_to_be_too_small():
