@@ -31,6 +31,9 @@ from pneumo.saliency import (
 from pneumo.shards import StudyRow
 from pneumo.studies import Box
 
+MAX_TOLD_AGE = 89
+"""Years. Who is older is told of as one group: 45 CFR 164.514(b)(2)(i)(C)."""
+
 
 def choose_pictures(
     scored: Scored,
@@ -86,9 +89,11 @@ def _union(*rows: Iterable[Any]) -> npt.NDArray[np.intp]:
 
 
 def describe_age(age: float | None) -> str:
-    """`60-69`, or '' where unknown: a picture needs no exact age beside it."""
+    """`60-69`, `90+`, or '' where unknown: a picture needs no exact age beside it."""
     if age is None or math.isnan(age):
         return ""
+    if age > MAX_TOLD_AGE:
+        return f"{MAX_TOLD_AGE + 1}+"
     low = int(age) // AGE_BIN_YEARS * AGE_BIN_YEARS
     return f"{low}-{low + AGE_BIN_YEARS - 1}"
 

@@ -102,7 +102,8 @@ def train_run(config: Config, manifest: Manifest, store_url: str, run_url: str) 
         except KeyboardInterrupt:
             _leave(recovery, training)
             raise
-        tracker.log_artifact(describe_weights(read_index(run_url).best, run_url, manifest))
+        best = describe_weights(read_index(run_url).best, run_url, manifest, ["best"])
+        tracker.log_artifact(best)
     finally:
         messages.shutdown(force=True)
         close_tracker(tracker, run_url)

@@ -32,6 +32,7 @@ from pneumo.figures.data import (
     draw_contact_sheet,
     draw_intensity,
     draw_quality,
+    shrink_sheet,
 )
 from pneumo.figures.style import (
     INK,
@@ -76,4 +77,5 @@ __all__ = [
     "encode_image",
     "show_threshold",
     "shrink",
+    "shrink_sheet",
 ]

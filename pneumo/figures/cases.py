@@ -96,10 +96,23 @@ class Pictures:
     reason: str | None = None
     """Why none is shown, where none is."""
 
+    def shrink(self, size: int) -> Self:
+        """The same with no picture higher than `size` pixels."""
+        return replace(
+            self,
+            grid=[shrink(case, size) for case in self.grid],
+            gallery=_shrink_all(self.gallery, size),
+            errors=_shrink_all(self.errors, size),
+        )
+
     @classmethod
     def none(cls, reason: str) -> Self:
         """No picture, and why."""
         return cls([], {}, {}, [], reason)
+
+
+def _shrink_all(groups: Mapping[Outcome, list[Case]], size: int) -> dict[Outcome, list[Case]]:
+    return {outcome: [shrink(case, size) for case in cases] for outcome, cases in groups.items()}
 
 
 def shrink(case: Case, size: int) -> Case:

@@ -213,7 +213,7 @@ def test_cases_say_what_is_known_of_the_study_and_why_it_is_shown(
         assert case.cam is not None
         assert bool(case.boxes) == (case.target == 1)
         assert (case.finding == "Lung Opacity") == (case.target == 1)
-        assert re.fullmatch(r"(\d+0-\d*9)?|0-9", case.age_band)
+        assert re.fullmatch(r"(\d+0-\d*9)?|0-9|90\+", case.age_band)
     assert {case.view for case in shown} <= {"AP", "PA", ""}
 
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from jobs.evaluate import describe_errors
 from jobs.pictures import call_studies, choose_pictures
+from jobs.results import describe_errors
 from jobs.scoring import Scored, Scoring
 from pneumo.config import Config, EvaluateConfig
 from pneumo.evaluate import evaluate

@@ -116,7 +116,7 @@ def test_case_names_its_outcome():
         lambda: figures.draw_quality(quality()),
         lambda: figures.draw_ages(quality()),
         lambda: figures.draw_intensity(quality()),
-        lambda: figures.draw_contact_sheet(contact(20)),
+        lambda: figures.draw_contact_sheet(contact(20, 128)),
     ],
 )
 def test_equal_input_gives_equal_bytes(draw):
@@ -217,9 +217,10 @@ def test_drawings_of_the_data_say_what_is_missing():
 @pytest.mark.parametrize(
     ("count", "columns", "rows"), [(1, 1, 1), (3, 3, 1), (4, 3, 2), (12, 3, 4)]
 )
-def test_contact_sheet_holds_every_picture_and_nothing_else(count, columns, rows):
-    sheet = Image.open(io.BytesIO(figures.draw_contact_sheet(contact(count))))
-    side = figures.CONTACT_PIXELS
+@pytest.mark.parametrize("size", [64, 224])
+def test_contact_sheet_holds_every_picture_and_nothing_else(count, columns, rows, size):
+    sheet = Image.open(io.BytesIO(figures.draw_contact_sheet(contact(count, size))))
+    side = min(size, figures.CONTACT_PIXELS)
     step = side + 4
     assert sheet.size == (columns * step - 4, rows * step - 4)
     pixels = np.asarray(sheet.convert("RGBA")).astype(int)
