@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -81,6 +82,15 @@ def overflowing(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         weights[name] = weights[name] * OVERFLOW
     save_checkpoint(str(run), replace(checkpoint, model=weights), keep_last=1, finished=True)
     return run
+
+
+def list_identifiers(source: Path) -> set[str]:
+    """What names a study or a patient in a folder of Kaggle's layout: files and the mapping."""
+    mapping = source / "pneumonia-challenge-dataset-mappings_2018.json"
+    names = {path.stem for path in (source / "stage_2_train_images").glob("*.dcm")}
+    for row in json.loads(mapping.read_text()):
+        names |= {row["subset_img_id"], row["img_id"], row["img_id"].split("_")[0]}
+    return names
 
 
 def run_module(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
