@@ -179,19 +179,18 @@ def _trace_benefit(test: SplitEvaluation) -> dict[str, tuple[list[float], list[f
 
 
 def _tabulate_subgroups(test: SplitEvaluation) -> Table:
-    columns = ["by", "group", "n", "positives", "auroc", "low", "high", "sensitivity",
-               "specificity", "why not known"]  # fmt: skip
-    return Table(
-        columns,
+    groups = test.subgroups.groups
+    names = [name for group in groups[:1] for name in group.estimates]
+    ends = [column for name in names for column in (name, f"{name} low", f"{name} high")]
+    rows = [
         [
-            [
-                *(group.by, group.name, group.n, group.positives),
-                *(group.auroc.value, group.auroc.low, group.auroc.high),
-                *(group.sensitivity.value, group.specificity.value, group.auroc.reason),
-            ]
-            for group in test.subgroups.groups
-        ],
-    )
+            *(group.by, group.name, group.n, group.positives, group.patients),
+            *(end for one in group.estimates.values() for end in (one.value, one.low, one.high)),
+            group.auroc.reason,
+        ]
+        for group in groups
+    ]
+    return Table(["by", "group", "n", "positives", "patients", *ends, "why not known"], rows)
 
 
 # --- the pictures --------------------------------------------------------------------------------

@@ -34,10 +34,15 @@ _RELIABILITY_ROWS = (
     ("Log loss", "surprise in nats; lower is better", "log_loss"),
     ("Calibration error", "mean distance of predicted and observed over the bins", "ece"),
     ("Slope", "1 is right; below 1 the probabilities are too extreme", "slope"),
-    ("Intercept", "0 is right", "intercept"),
+    ("Intercept beside that slope", "of the same fit; 0 is right", "intercept"),
+    (
+        "Intercept at slope 1",
+        "calibration in the large, log odds; 0 is right, below 0 too high",
+        "intercept_at_slope_1",
+    ),
     ("In the large", "mean probability − share of positives; 0 is right", "in_the_large"),
 )
-_SIGNED = ("intercept", "in_the_large")
+_SIGNED = ("intercept", "intercept_at_slope_1", "in_the_large")
 _COMPARED_NAMES = {
     "auroc": "AUROC",
     "average_precision": "Average precision",
