@@ -80,7 +80,13 @@ def choose_pictures(
         grid=[case(row, None, with_cam=False) for row in grid],
         gallery={o: [case(c.row, c.why) for c in choices] for o, choices in gallery.items()},
         errors={o: [case(row, "most certain") for row in rows] for o, rows in errors.items()},
-        by_finding=count_errors(test.finding, *called),
+        by_finding=count_errors(
+            test.finding,
+            *called,
+            patient=test.patient,
+            resamples=settings.bootstrap_resamples,
+            seed=config.seed,
+        ),
     )
 
 
@@ -120,7 +126,8 @@ def score_saliency(
             for key, boxes in boxes_of(studies, split).items()
         }
 
-    prior = prior_map(list(in_input("train").values()), image_size)
+    of_train = list(in_input("train").values())
+    prior = prior_map(of_train, image_size)
     found = score_boxes(scored, {s: in_input(s) for s in ("val", "test")}, prior, config)
     iou_thresholds = choose_iou_thresholds(found["val"])
     return {
@@ -130,6 +137,7 @@ def score_saliency(
             is_called=call_studies(predictions, scores.keys, decisions[split]),
             positives=int(predictions.subset(split).target.sum()),
             checkpoint=scored.scoring.weights[0].name,
+            prior_studies=len(of_train),
             iou_thresholds=iou_thresholds,
             resamples=config.evaluate.bootstrap_resamples,
             seed=config.seed,

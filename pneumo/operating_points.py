@@ -37,7 +37,6 @@ STANDARD: Mapping[str, tuple[Rule, float]] = {
 """Chosen for every run, whatever is configured, so that any two can be compared at one."""
 PREVALENCES = (0.05, 0.10, 0.225, 0.365)
 """Where a predictive value is told, from rare to common; RSNA has 22.5 %."""
-WILSON = "Wilson, images taken as independent"
 BAYES_ENDS = "Bayes at the ends of sensitivity's and specificity's intervals"
 
 
@@ -232,9 +231,9 @@ def _judge(rows: Predictions, threshold: float, cells: Resampled) -> AtPoint:
     for key, members in metrics.DENOMINATORS.items():
         value, n = estimates[key].value, int(sum(cells.value[members]))
         if value is None:
-            by_wilson[key] = Estimate.undefined(metrics.UNDEFINED[key], WILSON)
+            by_wilson[key] = Estimate.undefined(metrics.UNDEFINED[key], metrics.WILSON)
             continue
-        by_wilson[key] = Estimate(value, *metrics.wilson(value, n), WILSON)
+        by_wilson[key] = Estimate(value, *metrics.wilson(value, n), metrics.WILSON)
         if value in (0.0, 1.0):
             # It never varies under resampling.
             num_patients = len(np.unique(rows.patient[np.isin(code, members)]))

@@ -313,6 +313,8 @@ class SaliencySummary:
     """Of them those without a box that covers a pixel of the input, or whose map is no number."""
     checkpoint: str
     """Whose maps these are."""
+    prior_studies: int
+    """Positives of train whose boxes made the prior map; of none it is uniform."""
     groups: Mapping[Group, GroupSummary]
 
     def to_json(self) -> dict[str, Any]:
@@ -321,6 +323,7 @@ class SaliencySummary:
             "positives": self.positives,
             "unscored": self.unscored,
             "checkpoint": self.checkpoint,
+            "prior_studies": self.prior_studies,
             "pointing_tolerance": POINTING_TOLERANCE,
             **{name: group.to_json() for name, group in self.groups.items()},
         }
@@ -342,6 +345,7 @@ def summarise_saliency(
     is_called: npt.NDArray[np.bool_] | str,
     positives: int,
     checkpoint: str,
+    prior_studies: int,
     iou_thresholds: Mapping[MapName, float | None],
     resamples: int,
     seed: int,
@@ -350,7 +354,7 @@ def summarise_saliency(
 
     `patient` and `is_called` (N,) belong to the rows of `scores`: whose study it is, and whether
     the model calls it positive, or why it calls none anything. `positives` counts all of the
-    split's.
+    split's, `prior_studies` those of train that made the prior map.
     """
     rows: dict[Group, npt.NDArray[np.bool_] | str] = {
         "all": np.ones(len(scores), dtype=np.bool_),
@@ -370,6 +374,7 @@ def summarise_saliency(
         positives=positives,
         unscored=positives - len(scores),
         checkpoint=checkpoint,
+        prior_studies=prior_studies,
         groups={name: summarise(chosen) for name, chosen in rows.items()},
     )
 

@@ -11,7 +11,6 @@ from pneumo.comparison import ComparedRuns
 from pneumo.evaluate import DECISION, SCREENING, Evaluation
 from pneumo.explain import ERRORS, OUTCOMES, FindingErrors
 from pneumo.figures import OUTCOME_WORDS, History, Pictures
-from pneumo.metrics import Estimate, wilson
 from pneumo.report import performance
 from pneumo.report.card import CLAIM, NOT_ANSWERED
 from pneumo.report.data import describe_data, describe_quality
@@ -113,12 +112,11 @@ def _describe_pictures(pictures: Pictures) -> dict[str, Any]:
 
 
 def _describe_finding(found: FindingErrors) -> dict[str, Any]:
-    share = found.errors / found.n
-    rate = Estimate(share, *wilson(share, found.n), "Wilson, images taken as independent")
     return {
         "finding": found.finding,
         "n": found.n,
         "called": found.called_positive,
         "errors": found.errors,
-        "rate": Cell.of(rate, 2),
+        "rate": Cell.of(found.rate, 2),
+        "wilson": Cell.of(found.wilson, 2),
     }

@@ -89,14 +89,12 @@ def test_metrics_are_those_of_the_predictions(evaluated: Path) -> None:
 def test_calibrated_probabilities_are_those_of_the_metrics(evaluated: Path) -> None:
     found = json.loads((evaluated / "metrics.json").read_text())["calibration"]
     predictions = read_predictions(evaluated)
-    if found["method"] is None:
-        assert np.isnan(predictions.calibrated_probability).all()
-    else:
-        np.testing.assert_allclose(
-            predictions.calibrated_probability,
-            sigmoid(found["slope"] * predictions.logit.astype(float) + found["intercept"]),
-            rtol=1e-9,
-        )
+    assert found["method"] is not None
+    np.testing.assert_allclose(
+        predictions.calibrated_probability,
+        sigmoid(found["slope"] * predictions.logit.astype(float) + found["intercept"]),
+        rtol=1e-9,
+    )
 
 
 def test_another_run_is_compared_with(
@@ -145,16 +143,10 @@ def test_maps_are_scored_against_the_boxes_of_every_positive(
         assert found["all"]["n"] == metrics[split]["positives"]
         assert found["true_positives"]["n"] == counts["tp"]
         assert found["false_negatives"]["n"] == counts["fn"]
-    boxes = read_studies(str(prepared.store)).values()
-    areas = [
-        box_mask((64, 64), row.boxes).mean()
-        for row in boxes
-        if row.split == "test" and row.target == 1
-    ]
-    every = metrics["test"]["saliency"]["all"]
-    if every["maps"] is not None:
-        assert every["area"]["value"] == pytest.approx(np.mean(areas))
-        assert every["maps"]["uniform"]["auprc"]["value"] == pytest.approx(np.mean(areas))
+        # The store is small; what the summary of more holds is tested in tests/pneumo.
+        assert found["all"]["reason"] == "4 studies with boxes, fewer than 5"
+    of_train = boxes_of(read_studies(str(prepared.store)), "train")
+    assert metrics["test"]["saliency"]["prior_studies"] == len(of_train)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -172,6 +164,11 @@ def test_maps_score_the_same_on_any_number_of_workers(
     prior = prior_map(list(boxes.values()), 64)
     (found,) = score_boxes(scored, {"train": boxes}, prior, config).values()
     assert found.keys.tolist() == sorted(boxes)
+
+    areas = [box_mask((64, 64), boxes[key]).mean() for key in found.keys.tolist()]
+    for measure in ("area", "energy", "auprc"):
+        of_uniform = found.values[:, MAPS.index("uniform"), MEASURES.index(measure)]
+        np.testing.assert_allclose(of_uniform, areas)
 
     explained = explain_studies(scored, "train", found.keys.tolist(), config)
     expected = [

@@ -96,14 +96,14 @@ def test_files_get_the_logits_that_their_studies_got(
     threshold = json.loads((run / "metrics.json").read_text())["operating_points"]["decision"][
         "threshold"
     ]
+    assert threshold is not None
     for key, logit, probability in zip(
         judged.key.tolist(), judged.logit, judged.probability, strict=True
     ):
         row = found[key]
         assert float(row["logit"]) == pytest.approx(float(logit), abs=1e-5)
         assert float(row["probability"]) == pytest.approx(float(probability), abs=1e-5)
-        called = None if threshold is None else int(float(row["probability"]) >= threshold)
-        assert row["decision"] == ("" if called is None else str(called))
+        assert row["decision"] == str(int(float(row["probability"]) >= threshold))
         with Image.open(output / row["overlay"]) as picture:
             assert picture.format == "PNG"
             assert np.asarray(picture.convert("L")).std() > 10

@@ -148,7 +148,7 @@ def test_another_run_stands_beside():
     assert 'id="comparison"' not in render(judged)
 
 
-def looks(low, high):
+def looks(low, high, prior_studies=30):
     one = Estimate(0.3, 0.2, 0.4, "m")
     gain = Estimate((low + high) / 2, low, high, "m")
     curve = dict.fromkeys(IOU_THRESHOLDS, 0.1)
@@ -162,7 +162,7 @@ def looks(low, high):
     )
     few = GroupSummary(3, "3 studies with boxes, fewer than 5")
     groups = {"all": whole, "true_positives": whole, "false_negatives": few}
-    return SaliencySummary(20, 0, "best", groups)
+    return SaliencySummary(20, 0, "best", prior_studies, groups)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +180,9 @@ def test_the_maps_are_judged_against_the_lung_prior(low, high, words):
     assert words in text
     assert "Lung prior" in text
     assert "Not known: 3 studies with boxes, fewer than 5" in text
+    assert "Train has no boxes" not in text
+    without = section(render(looks=looks(low, high, prior_studies=0)), "looks")
+    assert "Train has no boxes: the lung prior is uniform" in without
 
 
 def test_errors_say_what_is_known_of_the_study():

@@ -171,6 +171,7 @@ def summarise(scores: BoxScores, **options: Any) -> Any:
         "is_called": np.arange(len(scores)) % 4 > 0,
         "positives": len(scores),
         "checkpoint": "run/epoch-0001.pt",
+        "prior_studies": 40,
         "iou_thresholds": choose_iou_thresholds(scores),
         "resamples": 200,
         "seed": 0,
@@ -225,6 +226,7 @@ def test_the_threshold_of_the_iou_comes_from_val() -> None:
 def test_what_cannot_be_had_is_null_with_a_reason() -> None:
     none = summarise(draw_scores(0), positives=7).to_json()
     assert none["unscored"] == 7
+    assert none["prior_studies"] == 40
     assert none["all"] == {"n": 0, "maps": None, "reason": "no such study with boxes"}
     few = summarise(draw_scores(4)).to_json()
     assert few["all"]["reason"] == "4 studies with boxes, fewer than 5"
