@@ -233,22 +233,17 @@ def _level(case: Case) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 def tabulate_cases(pictures: Pictures) -> PictureTable:
-    """The shown studies of every outcome, with thumbnails and without a key.
-
-    The galleries are the stratified sample: of each outcome the most certain, the least certain,
-    and some that were drawn.
-    """
-    columns = ["picture", "outcome", "label", "probability", "threshold", "chosen as", "finding",
-               "view", "age band", "boxes"]  # fmt: skip
-    rows: list[list[Picture | Scalar]] = []
-    for outcome, cases in pictures.gallery.items():
-        for case in cases:
-            small = shrink(case, figures.CONTACT_PIXELS)
-            rows.append(
-                [
-                    show_case(small),
-                    *(outcome, case.target, case.probability, case.threshold, case.why),
-                    *(case.finding, case.view or None, case.age_band or None, len(case.boxes)),
-                ]
-            )
+    """A sample of test with thumbnails and without a key, so many of each outcome and view; a row
+    stands for 1 / (rows of its outcome and view) of the studies `drawn of`."""
+    columns = ["picture", "outcome", "label", "probability", "threshold", "finding", "view",
+               "age band", "boxes", "drawn of"]  # fmt: skip
+    rows: list[list[Picture | Scalar]] = [
+        [
+            show_case(shrink(case, figures.CONTACT_PIXELS)),
+            *(case.outcome, case.target, case.probability, case.threshold),
+            *(case.finding, case.view or None, case.age_band or None),
+            *(len(case.boxes), case.drawn_of),
+        ]
+        for case in pictures.sample
+    ]
     return PictureTable(columns, rows)

@@ -181,6 +181,38 @@ def choose_gallery(
     return chosen
 
 
+@dataclass(frozen=True)
+class Draw:
+    """A study of a stratified sample."""
+
+    row: int
+    """Its place in the arrays it was drawn from."""
+    drawn_of: int
+    """Studies of its outcome and view."""
+
+
+def draw_sample(
+    target: npt.NDArray[Any],
+    probability: npt.NDArray[Any],
+    view: npt.NDArray[np.str_],
+    threshold: float,
+    *,
+    per_stratum: int,
+    seed: int,
+) -> list[Draw]:
+    """At most `per_stratum` studies of each outcome and view, by outcome, then by view; drawn by
+    `seed`. All inputs (N,)."""
+    sample = []
+    for i, outcome in enumerate(OUTCOMES):
+        rows = np.sort(_by_certainty(target, probability, threshold, outcome))
+        for k, name in enumerate(np.unique(view)):
+            stratum = rows[view[rows] == name]
+            # A generator per stratum: one's number does not change another's draw.
+            drawn = np.random.default_rng([seed, i, k]).permutation(stratum)[:per_stratum]
+            sample += [Draw(int(row), len(stratum)) for row in drawn]
+    return sample
+
+
 def choose_errors(
     target: npt.NDArray[Any], probability: npt.NDArray[Any], threshold: float, *, count: int
 ) -> dict[Outcome, npt.NDArray[np.intp]]:

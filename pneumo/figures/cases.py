@@ -58,6 +58,8 @@ class Case:
     """Such as `60-69`; '' where unknown."""
     why: Why | None = None
     """Why this study is shown, where there was a reason."""
+    drawn_of: int | None = None
+    """Studies of its outcome and view, where it was drawn from these."""
 
     @property
     def prediction(self) -> int:
@@ -95,6 +97,8 @@ class Pictures:
     by_finding: list[FindingErrors]
     reason: str | None = None
     """Why none is shown, where none is."""
+    sample: Sequence[Case] = ()
+    """So many of each outcome and view, drawn by the seed."""
 
     def shrink(self, size: int) -> Self:
         """The same with no picture higher than `size` pixels."""
@@ -103,6 +107,7 @@ class Pictures:
             grid=[shrink(case, size) for case in self.grid],
             gallery=_shrink_all(self.gallery, size),
             errors=_shrink_all(self.errors, size),
+            sample=[shrink(case, size) for case in self.sample],
         )
 
     @classmethod

@@ -42,7 +42,13 @@ def case(target=1, probability=0.9):
     )
 
 
-PICTURES = Pictures([case()], {"tp": [case()], "fn": []}, {"fp": [case(0)]}, [])
+PICTURES = Pictures(
+    [case()],
+    {"tp": [case()], "fn": []},
+    {"fp": [case(0)]},
+    [],
+    sample=[dataclasses.replace(case(), view="AP", drawn_of=17)],
+)
 
 
 def judged():
@@ -108,6 +114,7 @@ def test_the_table_has_thumbnails_and_names_nobody():
     ((picture, *rest),) = table.rows
     assert isinstance(picture, Picture)
     assert rest[:3] == ["tp", 1, 0.9]
+    assert rest[-1] == 17
 
 
 @pytest.fixture

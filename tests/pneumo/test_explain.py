@@ -1,5 +1,6 @@
 """Grad-CAM is the library's, the fast path is equal to it, and the right studies are shown."""
 
+from collections import Counter
 from typing import get_args
 
 import numpy as np
@@ -18,6 +19,7 @@ from pneumo.explain import (
     choose_gallery,
     class_activation,
     count_errors,
+    draw_sample,
     gradcam,
     randomised,
 )
@@ -202,6 +204,28 @@ def test_errors_are_the_most_confident_ones():
         "fp": [6, 0],
         "fn": [4, 3],
     }
+
+
+def test_a_sample_holds_so_many_of_each_outcome_and_view():
+    rng = np.random.default_rng(0)
+    target, view = rng.integers(0, 2, 400), rng.choice(["AP", "PA", ""], 400, p=[0.5, 0.48, 0.02])
+    probability = rng.random(400)
+    sample = draw_sample(target, probability, view, 0.5, per_stratum=4, seed=3)
+    assert len({draw.row for draw in sample}) == len(sample)
+    outcomes = {(1, True): "tp", (0, True): "fp", (1, False): "fn", (0, False): "tn"}
+    strata = Counter(
+        (outcomes[t, p >= 0.5], v) for t, p, v in zip(target, probability, view, strict=True)
+    )
+    found = Counter()
+    for draw in sample:
+        key = outcomes[target[draw.row], probability[draw.row] >= 0.5], view[draw.row]
+        assert draw.drawn_of == strata[key]
+        found[key] += 1
+    assert found == {key: min(4, n) for key, n in strata.items()}
+    assert draw_sample(target, probability, view, 0.5, per_stratum=4, seed=3) == sample
+    assert draw_sample(target, probability, view, 0.5, per_stratum=4, seed=4) != sample
+    more = draw_sample(target, probability, view, 0.5, per_stratum=5, seed=3)
+    assert {draw.row for draw in sample} <= {draw.row for draw in more}
 
 
 def test_errors_are_counted_by_finding():
