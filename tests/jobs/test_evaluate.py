@@ -212,6 +212,9 @@ def test_cases_say_what_is_known_of_the_study_and_why_it_is_shown(
         assert (case.finding == "Lung Opacity") == (case.target == 1)
         assert re.fullmatch(r"(\d+0-\d*9)?|0-9|90\+", case.age_band)
     assert {case.view for case in shown} <= {"AP", "PA", ""}
+    strata = {(case.outcome, case.view): case.drawn_of or 0 for case in found.sample}
+    assert sum(strata.values()) == len(test)
+    assert all(case.boxes == () and case.cam is None for case in found.grid)
 
 
 def test_errors_are_counted_by_finding(evaluated: Path) -> None:
