@@ -12,6 +12,7 @@ from typing import Any, Self
 import ray
 import torch
 
+from jobs.command import say
 from jobs.scoring import Scoring
 from jobs.subject import JUDGED_SPLITS, PREDICTIONS, Subject
 from pneumo import figures
@@ -20,7 +21,7 @@ from pneumo.comparison import ComparedRuns
 from pneumo.config import Config
 from pneumo.evaluate import Evaluation
 from pneumo.figures import Pictures, shrink_sheet
-from pneumo.report import DataFacts, ModelFacts, Provenance, render_report
+from pneumo.report import MAX_PAGE_BYTES, DataFacts, ModelFacts, Provenance, render_report
 from pneumo.saliency import SaliencySummary
 
 REPORT = "report.html"
@@ -136,7 +137,13 @@ def write_files(folder: Path, subject: Subject, judged: Judged, config: Config) 
         for number, shown in enumerate(cases):
             path = folder / "gallery" / f"{outcome}-{number:02d}.webp"
             path.write_bytes(figures.draw_case(shown))
-    (folder / REPORT).write_text(render(subject, judged, config))
+    report = render(subject, judged, config).encode()
+    if len(report) > MAX_PAGE_BYTES:
+        say(
+            f"warning: {REPORT} has {len(report) / 1e6:.1f} MB; lower evaluate.gallery_images or "
+            "evaluate.error_images"
+        )
+    (folder / REPORT).write_bytes(report)
 
 
 def render(subject: Subject, judged: Judged, config: Config) -> str:
@@ -169,6 +176,8 @@ def describe_model(checkpoint: Checkpoint, scoring: Scoring) -> ModelFacts:
         epoch=checkpoint.epoch,
         image_size=checkpoint.image_size,
         selection=describe_selection(scoring),
+        mean=checkpoint.mean,
+        std=checkpoint.std,
     )
 
 

@@ -16,9 +16,7 @@ from pneumo.report.words import Cell, count
 
 THUMBNAIL_PIXELS = 176
 PAIR_PIXELS = (256, 192, 144, 112, 80)
-"""Heights of a study beside its map, tried from the first."""
-PICTURES_BYTES = 1_400_000
-"""Of all pairs together, before base64 makes them a third longer."""
+"""Heights of a study beside its map, tried from the first until the page is small enough."""
 
 
 def inline(svg: bytes, alt: str) -> dict[str, Any]:
@@ -73,17 +71,9 @@ def show_thumbnails(cases: Sequence[Case]) -> list[dict[str, Any]]:
     ]
 
 
-def show_pairs(groups: Sequence[Sequence[Case]]) -> list[list[dict[str, Any]]]:
-    """Each study beside its map, as large as PICTURES_BYTES allows all of them to be."""
-    encoded: list[list[bytes]] = []
-    for size in PAIR_PIXELS:
-        encoded = [[_pair(case, size) for case in cases] for cases in groups]
-        if sum(len(picture) for pictures in encoded for picture in pictures) <= PICTURES_BYTES:
-            break
-    return [
-        [_show(case, picture) for case, picture in zip(cases, pictures, strict=True)]
-        for cases, pictures in zip(groups, encoded, strict=True)
-    ]
+def show_pairs(cases: Sequence[Case], size: int) -> list[dict[str, Any]]:
+    """Each study beside its map, at most `size` pixels high."""
+    return [_show(case, _pair(case, size)) for case in cases]
 
 
 def _pair(case: Case, size: int) -> bytes:

@@ -35,7 +35,7 @@ class Picture:
     caption: str
     boxes: Sequence[tuple[float, float, float, float]] = ()
     """(x, y, width, height) in pixels of the picture."""
-    box_label: str = "radiologist"
+    box_label: str = "reference"
     mask: Overlay | None = None
 
 
