@@ -165,8 +165,8 @@ def describe_model(checkpoint: Checkpoint, scoring: Scoring) -> ModelFacts:
     wanted, source = checkpoint.config.model.weights, checkpoint.initialisation
     sentence = {
         "imagenet": "ImageNet weights of torchvision",
-        "random": f"random weights, seed {checkpoint.config.seed}",
-        "file": f"weights of {wanted.rsplit('/', 1)[-1]}",
+        "random": f"Random weights, seed {checkpoint.config.seed}",
+        "file": f"Weights of {wanted.rsplit('/', 1)[-1]}",
     }[source]
     return ModelFacts(
         backbone=checkpoint.config.model.backbone,

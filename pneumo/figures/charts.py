@@ -207,7 +207,7 @@ def plot_reliability(axes: Axes, evaluation: Evaluation) -> None:
         axes.set_title("Calibration")
         return
     _finish_unit_square(axes, "Calibration", "predicted probability", "share of positives")
-    axes.legend(loc="upper left")
+    axes.legend(loc="best")
 
 
 def plot_decision_curve(axes: Axes, evaluation: Evaluation) -> None:

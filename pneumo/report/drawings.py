@@ -85,7 +85,12 @@ def _show(case: Case, picture: bytes) -> dict[str, Any]:
     word = OUTCOME_WORDS[case.outcome]
     age = f"{case.age_band.replace('-', '–')} years" if case.age_band else ""
     boxes = count(len(case.boxes), "box", "boxes") if case.boxes else ""
-    known = ", ".join(fact for fact in (case.finding, case.view, age, boxes) if fact)
+    is_empty = case.cam is not None and not case.cam.any()
+    known = ", ".join(
+        fact
+        for fact in (case.finding, case.view, age, boxes, "empty map" if is_empty else "")
+        if fact
+    )
     return {
         "source": embed(picture),
         "is_right": case.is_right,

@@ -192,6 +192,10 @@ def test_errors_say_what_is_known_of_the_study():
     ]
     text = section(render(pictures=Pictures([], {}, {"fp": wrong, "fn": []}, [])), "errors")
     assert "most certain Normal, AP, 60–69 years" in text
+    assert "empty map" not in text
+    blank = dataclasses.replace(wrong[0], cam=np.zeros((8, 8), np.float32))
+    page = render(pictures=Pictures([], {}, {"fp": [blank]}, []))
+    assert "60–69 years, empty map" in section(page, "errors")
     assert "The most confident false negatives None on test at this threshold." in text
 
 
