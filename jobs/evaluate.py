@@ -12,13 +12,13 @@ from typing import Any
 from threadpoolctl import threadpool_limits
 
 from jobs.command import run_job, say
-from jobs.logbook import close_tracker, tracking_folder
 from jobs.pictures import choose_pictures, score_saliency
 from jobs.results import REPORT, Judged, compose_metrics, write_files
 from jobs.scoring import score_splits
 from jobs.sending import send_evaluation
 from jobs.session import ray_session, wait_for_resources
 from jobs.subject import JUDGED_SPLITS, METRICS, Subject, find_subject, name_run, read_other
+from jobs.trackers import close_tracker, tracking_folder
 from pneumo import storage
 from pneumo.baselines import Metadata
 from pneumo.comparison import ComparedRuns, Comparison, compare

@@ -22,8 +22,6 @@ from jobs.board import Board
 from jobs.command import new_run_url, run_job, say
 from jobs.following import Follower, worker_hooks
 from jobs.lineage import describe_dataset, describe_weights
-from jobs.logbook import close_tracker as close_tracker
-from jobs.logbook import tracking_folder as tracking_folder
 from jobs.nodes import Node
 from jobs.recovery import STOPPED, Recovery, wait_for_workers
 from jobs.session import (
@@ -33,6 +31,8 @@ from jobs.session import (
     uses_gpu,
     worker_resources,
 )
+from jobs.trackers import close_tracker as close_tracker
+from jobs.trackers import tracking_folder as tracking_folder
 from pneumo import storage
 from pneumo.checkpoint import CheckpointIndex, read_index
 from pneumo.config import ClusterConfig, Config, Invocation, TrainArguments

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.logbook import close_tracker, tracking_folder
+from jobs.trackers import close_tracker, tracking_folder
 from pneumo import storage
 from pneumo.config import TrackingConfig
 from pneumo.errors import TrackingError
@@ -34,7 +34,7 @@ def temporary(clean_environment, monkeypatch, tmp_path):  # noqa: F811
 
 
 def track(run_url, folder, mode="offline"):
-    """A job's whole logbook."""
+    """All of a job's run."""
     tracker = open_tracker(
         TrackingConfig(mode=mode),
         run_dir=tracking_folder(run_url),

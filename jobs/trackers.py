@@ -1,4 +1,4 @@
-"""A job's logbook in W&B: where its files lie while it is open, and what becomes of them."""
+"""A job's run in W&B: where its files lie while it is open, and what becomes of them."""
 
 from __future__ import annotations
 
