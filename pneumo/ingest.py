@@ -13,7 +13,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -45,6 +45,7 @@ from pneumo.shards import (
     find_manifest,
     tabulate_studies,
     write_manifest,
+    write_quarantine,
     write_shard,
     write_studies,
 )
@@ -183,7 +184,7 @@ def finish_store(
         if receipt.entry.samples:
             entries[plan.split].append(receipt.entry)
         tables.append(tabulate_studies(receipt.rows))
-    _write_quarantine(store_url, rejected)
+    quarantine = write_quarantine(store_url, rejected)
     _check_policy(rejected, num_studies, config, store_url)
     splits = {
         name: SplitEntry(
@@ -196,10 +197,10 @@ def finish_store(
         for name in SPLITS
     }
     shard_prevalence = _check_classes(splits)
-    studies = pa.concat_tables(tables)
-    audit = _audit_used(source, plans, set(studies["key"].to_pylist()), audit, config)
+    table = pa.concat_tables(tables)
+    audit = _audit_used(source, plans, set(table["key"].to_pylist()), audit, config)
     audit = audit.model_copy(update={"shard_prevalence": shard_prevalence})
-    write_studies(store_url, studies)
+    studies = write_studies(store_url, table)
     mean, std = _moments(histograms["train"])
     manifest = Manifest(
         source_digest=source.digest,
@@ -212,7 +213,9 @@ def finish_store(
         std=std,
         quarantined=dict(sorted(Counter(item.reason for item in rejected).items())),
         contradictions=dict(sorted(contradictions.items())),
-        duplicates=find_duplicates(studies),
+        duplicates=find_duplicates(table),
+        studies=studies,
+        quarantine=quarantine,
         splits=splits,
     )
     write_manifest(store_url, manifest)
@@ -358,11 +361,6 @@ def _read_receipts(
     for plan in plans:
         text = storage.read_bytes(storage.join(store_url, plan.receipt))
         yield Receipt.model_validate_json(text), plan
-
-
-def _write_quarantine(store_url: str, rejected: Iterable[Rejected]) -> None:
-    lines = (json.dumps(asdict(item)) for item in sorted(rejected, key=lambda item: item.key))
-    storage.write_text(storage.join(store_url, QUARANTINE), "".join(f"{line}\n" for line in lines))
 
 
 def _check_policy(rejected: Sequence[Rejected], total: int, config: Config, store_url: str) -> None:

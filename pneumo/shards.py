@@ -13,7 +13,7 @@ import json
 import tarfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -30,9 +30,9 @@ from pneumo import storage
 from pneumo.config import SplitConfig
 from pneumo.errors import ContentError, DataError, StoreError
 from pneumo.splits import SPLITS, LeakageAudit
-from pneumo.studies import Box
+from pneumo.studies import Box, Rejected
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 STUDIES = "studies.parquet"
 QUARANTINE = "quarantine.jsonl"
@@ -81,6 +81,14 @@ class SplitEntry(BaseModel):
     shards: tuple[ShardEntry, ...]
 
 
+class FileEntry(BaseModel):
+    """What the manifest says of a file beside the shards."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    bytes: int
+    sha256: str
+
+
 class Duplicates(BaseModel):
     """Studies whose stored pictures are equal, pixel by pixel."""
 
@@ -120,6 +128,10 @@ class Manifest(BaseModel):
     contradictions: dict[str, int]
     """Studies whose tables and header disagree, by what they disagree on; they are used."""
     duplicates: Duplicates
+    studies: FileEntry
+    """studies.parquet, by which an evaluation judges."""
+    quarantine: FileEntry
+    """quarantine.jsonl."""
     splits: dict[str, SplitEntry]
 
     @field_validator("splits")
@@ -301,7 +313,7 @@ def _read_groups(data: bytes, entry: ShardEntry) -> Iterator[dict[str, Any]]:
 def read_shard(store_url: str, entry: ShardEntry, image_size: int) -> Iterator[Sample]:
     """The samples of one shard of a store. Raises DataError when it is missing or not as
     vouched."""
-    with _naming(store_url, entry):
+    with _naming(f"shard {entry.name}", store_url):
         url = storage.join(store_url, entry.name)
         data = storage.read_bytes(url, sha256=entry.sha256, size=entry.bytes)
     return _decode_samples(data, entry, image_size)
@@ -312,22 +324,21 @@ def read_block(store_url: str, entry: ShardEntry, block: BlockEntry) -> bytes:
 
     Raises DataError, naming the shard, when it is missing, cut or changed since its preparation.
     """
-    with _naming(store_url, entry):
+    with _naming(f"shard {entry.name}", store_url):
         url = storage.join(store_url, entry.name)
         return storage.read_range(url, block.offset, block.bytes, sha256=block.sha256)
 
 
 @contextmanager
-def _naming(store_url: str, entry: ShardEntry) -> Iterator[None]:
-    """Within it, what is wrong with a shard's bytes is a DataError that names the shard."""
+def _naming(what: str, store_url: str) -> Iterator[None]:
+    """Within it, what is wrong with the bytes of a file is a DataError that names the file."""
     try:
         yield
     except FileNotFoundError as error:
-        raise DataError(f"shard {entry.name}: missing from {store_url}") from error
+        raise DataError(f"{what}: missing from {store_url}; prepare the store again") from error
     except ContentError as error:
         raise DataError(
-            f"shard {entry.name}: not what the manifest vouches for: {error}; prepare the store "
-            "again"
+            f"{what}: not what the manifest vouches for: {error}; prepare the store again"
         ) from error
 
 
@@ -484,24 +495,55 @@ def tabulate_studies(rows: Iterable[StudyRow]) -> pa.Table:
     )
 
 
-def write_studies(store_url: str, table: pa.Table) -> None:
-    """Publish studies.parquet, its rows sorted by key."""
+def write_studies(store_url: str, table: pa.Table) -> FileEntry:
+    """Publish studies.parquet, its rows sorted by key; the entry that the manifest will carry."""
     buffer = io.BytesIO()
     pq.write_table(table.sort_by("key").combine_chunks(), buffer)
-    storage.write_bytes(storage.join(store_url, STUDIES), buffer.getvalue())
+    return _write_vouched(store_url, STUDIES, buffer.getvalue())
 
 
-def read_studies(store_url: str) -> dict[str, StudyRow]:
-    """The rows of studies.parquet by key. Raises DataError when missing or unreadable."""
-    url = storage.join(store_url, STUDIES)
+def read_studies(store_url: str, manifest: Manifest) -> dict[str, StudyRow]:
+    """The rows of studies.parquet by key.
+
+    Raises DataError when it is missing, or not what the manifest vouches for.
+    """
+    data = _read_vouched(store_url, STUDIES, manifest.studies)
     try:
-        table = pq.read_table(
-            io.BytesIO(storage.read_bytes(url)), columns=list(StudyRow.__dataclass_fields__)
-        )
-    except (FileNotFoundError, pa.ArrowInvalid) as error:
-        raise DataError(f"{url}: missing or unreadable; prepare the store again") from error
+        table = pq.read_table(io.BytesIO(data), columns=list(StudyRow.__dataclass_fields__))
+    except pa.ArrowInvalid as error:
+        raise DataError(
+            f"{storage.join(store_url, STUDIES)}: not a table of studies; prepare the store again"
+        ) from error
     rows = (
         StudyRow(**{**row, "boxes": tuple(Box(*box) for box in row["boxes"])})
         for row in table.to_pylist()
     )
     return {row.key: row for row in rows}
+
+
+def write_quarantine(store_url: str, rejected: Iterable[Rejected]) -> FileEntry:
+    """Publish quarantine.jsonl, sorted by key; the entry that the manifest will carry."""
+    lines = (json.dumps(asdict(item)) for item in sorted(rejected, key=lambda item: item.key))
+    text = "".join(f"{line}\n" for line in lines)
+    return _write_vouched(store_url, QUARANTINE, text.encode())
+
+
+def read_quarantine(store_url: str, manifest: Manifest) -> list[Rejected]:
+    """The studies that could not be used, sorted by key.
+
+    Raises DataError when the list is missing, or not what the manifest vouches for.
+    """
+    data = _read_vouched(store_url, QUARANTINE, manifest.quarantine)
+    return [Rejected(**json.loads(line)) for line in data.splitlines()]
+
+
+def _write_vouched(store_url: str, name: str, data: bytes) -> FileEntry:
+    storage.write_bytes(storage.join(store_url, name), data)
+    return FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def _read_vouched(store_url: str, name: str, entry: FileEntry) -> bytes:
+    with _naming(name, store_url):
+        return storage.read_bytes(
+            storage.join(store_url, name), sha256=entry.sha256, size=entry.bytes
+        )

@@ -246,7 +246,6 @@ def _write_store(
             shards=entries,
         )
     studies = shards.tabulate_studies(rows)
-    shards.write_studies(store_url, studies)
     manifest = Manifest(
         source_digest="0" * 64,
         prepare_digest="1" * 64,
@@ -259,6 +258,8 @@ def _write_store(
         quarantined={},
         contradictions={},
         duplicates=shards.find_duplicates(studies),
+        studies=shards.write_studies(store_url, studies),
+        quarantine=shards.write_quarantine(store_url, []),
         splits=splits,
     )
     shards.write_manifest(store_url, manifest)

@@ -26,7 +26,7 @@ from pneumo.checkpoint import read_index
 from pneumo.config import Config, override
 from pneumo.predict import Predictions, sigmoid
 from pneumo.saliency import MAPS, MEASURES, RankedMap, box_mask, prior_map, score_map
-from pneumo.shards import Duplicates, read_manifest, read_studies
+from pneumo.shards import Duplicates, StudyRow, read_manifest, read_studies
 from pneumo.tracking import Gallery, MemoryTracker, Table
 from tests.jobs.conftest import Prepared
 
@@ -51,6 +51,11 @@ def evaluated(prepared: Prepared, trained: Path, tmp_path_factory: pytest.TempPa
 
 def read_predictions(run: Path) -> Predictions:
     return Predictions.from_parquet((run / "predictions.parquet").read_bytes())
+
+
+def read_store(store: Path) -> dict[str, StudyRow]:
+    """What is known of the store's studies, by key."""
+    return read_studies(str(store), read_manifest(str(store)))
 
 
 def test_every_study_of_val_and_test_is_scored_once(prepared: Prepared, evaluated: Path) -> None:
@@ -144,7 +149,7 @@ def test_maps_are_scored_against_the_boxes_of_every_positive(
         assert found["all"]["n"] == metrics[split]["positives"]
         assert found["true_positives"]["n"] == counts["tp"]
         assert found["false_negatives"]["n"] == counts["fn"]
-    boxes = read_studies(str(prepared.store)).values()
+    boxes = read_store(prepared.store).values()
     areas = [
         box_mask((64, 64), row.boxes).mean()
         for row in boxes
@@ -167,7 +172,7 @@ def test_maps_score_the_same_on_any_number_of_workers(
         Config(),
         {"cluster.num_workers": workers, "evaluate.batch_size_per_worker": 3 * workers},
     )
-    boxes = boxes_of(read_studies(str(prepared.store)), "train")
+    boxes = boxes_of(read_store(prepared.store), "train")
     prior = prior_map(list(boxes.values()), 64)
     (found,) = score_boxes(scored, {"train": boxes}, prior, config).values()
     assert found.keys.tolist() == sorted(boxes)
@@ -189,7 +194,7 @@ def test_cases_say_what_is_known_of_the_study_and_why_it_is_shown(
 ) -> None:
     weights = Weights(str(evaluated), read_index(str(evaluated)).best)
     scored = Scored(Scoring((weights,)), str(prepared.store))
-    studies, test = read_studies(str(prepared.store)), read_predictions(evaluated).subset("test")
+    studies, test = read_store(prepared.store), read_predictions(evaluated).subset("test")
     threshold = float(np.median(test.probability))
     settings = {"evaluate.gallery_images": 3, "evaluate.error_images": 2}
     config = override(Config(), settings)
@@ -269,7 +274,8 @@ def test_tracker_gets_the_data_and_what_is_wrong_with_them(
     tiny_store: Callable[..., str],
 ) -> None:
     store_url = tiny_store()
-    manifest, studies = read_manifest(store_url), read_studies(store_url)
+    manifest = read_manifest(store_url)
+    studies = read_studies(store_url, manifest)
     audit = manifest.audit.model_copy(update={"unit": "image"})
     bad = manifest.model_copy(
         update={

@@ -18,7 +18,7 @@ import pydicom
 import pytest
 
 from jobs import prepare
-from pneumo.shards import find_manifest, read_manifest, read_studies
+from pneumo.shards import StudyRow, find_manifest, read_manifest, read_studies
 from tests.benchmarks.sources import write_linked_source
 from tests.jobs.conftest import NUM_STUDIES, Prepared
 
@@ -31,6 +31,11 @@ def run(source: Path, store: Path, *flags: str) -> int:
 
 def copy_source(prepared: Prepared, folder: Path) -> Path:
     return Path(shutil.copytree(prepared.source, folder / "source"))
+
+
+def read_store(store: Path) -> dict[str, StudyRow]:
+    """What is known of the store's studies, by key."""
+    return read_studies(str(store), read_manifest(str(store)))
 
 
 def test_the_manifest_counts_what_lies_in_the_shards(prepared: Prepared) -> None:
@@ -47,7 +52,7 @@ def test_the_manifest_counts_what_lies_in_the_shards(prepared: Prepared) -> None
 
 
 def test_targets_and_boxes_are_those_of_the_tables(prepared: Prepared) -> None:
-    studies = read_studies(str(prepared.store))
+    studies = read_store(prepared.store)
     with (prepared.source / "stage_2_train_labels.csv").open() as file:
         rows = list(csv.DictReader(file))
     positives = {row["patientId"] for row in rows if row["Target"] == "1"}
@@ -172,7 +177,7 @@ def test_a_source_without_the_mapping_needs_a_word(
 def test_a_taste_puts_nobody_elsewhere(prepared: Prepared, tmp_path: Path) -> None:
     source = copy_source(prepared, tmp_path)
     assert run(source, tmp_path / "taste", "--prepare.limit", "60") == 0
-    taste, whole = read_studies(str(tmp_path / "taste")), read_studies(str(prepared.store))
+    taste, whole = read_store(tmp_path / "taste"), read_store(prepared.store)
     assert len(taste) == 60
     assert {key: row.split for key, row in taste.items()} == {
         key: whole[key].split for key in taste
@@ -192,7 +197,7 @@ def test_studies_that_come_later_move_nobody(prepared: Prepared, tmp_path: Path)
     assert run(source, tmp_path / "first") == 0
     labels.write_text("\n".join(lines) + "\n")
     assert run(source, tmp_path / "later") == 0
-    first, later = read_studies(str(tmp_path / "first")), read_studies(str(tmp_path / "later"))
+    first, later = read_store(tmp_path / "first"), read_store(tmp_path / "later")
     assert (len(first), len(later)) == (60, NUM_STUDIES)
     assert all(later[key].split == row.split for key, row in first.items())
     salt = read_manifest(str(tmp_path / "first")).audit.salt

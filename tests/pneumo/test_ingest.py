@@ -233,7 +233,7 @@ def test_statistics_are_those_of_the_stored_pixels(
         assert list(entry.histogram) == np.bincount(pixels[name].ravel(), minlength=256).tolist()
         low, high = manifest.audit.shard_prevalence[name]
         assert low <= entry.positives / entry.samples <= high
-    rows = read_studies(str(tmp_path)).values()
+    rows = read_studies(str(tmp_path), manifest).values()
     assert len(rows) == manifest.splits["train"].samples + sum(
         manifest.splits[name].samples for name in ("val", "test")
     )
@@ -245,8 +245,9 @@ def test_equal_pictures_are_counted(kaggle_folder: FolderMaker, tmp_path: Path) 
     for path in others[:9]:
         path.write_bytes(first.read_bytes())
     # The phantoms that carry no box are equal to begin with.
-    before = Preparation(folder).run(tmp_path / "store").duplicates
-    rows = list(read_studies(str(tmp_path / "store")).values())
+    manifest = Preparation(folder).run(tmp_path / "store")
+    before = manifest.duplicates
+    rows = list(read_studies(str(tmp_path / "store"), manifest).values())
     groups = {
         row.pixels_digest: [r for r in rows if r.pixels_digest == row.pixels_digest] for row in rows
     }

@@ -10,6 +10,7 @@ import tarfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from hypothesis import strategies as st
 
 from pneumo import shards, storage
 from pneumo.errors import DataError, StoreError
-from pneumo.shards import Duplicates, Manifest, Sample, ShardEntry, StudyRow
-from pneumo.studies import Box
+from pneumo.shards import Duplicates, FileEntry, Manifest, Sample, ShardEntry, StudyRow
+from pneumo.studies import Box, Rejected
 
 StoreMaker = Callable[..., str]
 SIZE = 8
@@ -309,12 +310,12 @@ def test_a_folder_without_manifest_is_no_store(tiny_store: StoreMaker) -> None:
         shards.read_manifest(store_url)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"schema_version": 2}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"schema_version": 3}'])
 def test_an_unreadable_manifest_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
     for read in (shards.find_manifest, shards.read_manifest):
         with pytest.raises(
-            StoreError, match=r"manifest\.json: not a manifest of schema 2: .*prepare"
+            StoreError, match=r"manifest\.json: not a manifest of schema 3: .*prepare"
         ):
             read(str(tmp_path))
 
@@ -323,20 +324,20 @@ def test_a_half_manifest_is_refused(tiny_store: StoreMaker) -> None:
     store_url = tiny_store()
     path = Path(store_url) / "manifest.json"
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(StoreError, match=r"manifest\.json: not a manifest of schema 2"):
+    with pytest.raises(StoreError, match=r"manifest\.json: not a manifest of schema 3"):
         shards.read_manifest(store_url)
 
 
-@pytest.mark.parametrize("version", [1, 3])
+@pytest.mark.parametrize("version", [2, 4])
 def test_a_manifest_of_another_schema_is_refused(tiny_store: StoreMaker, version: int) -> None:
     store_url = tiny_store()
     edit_manifest(store_url, new_field=True)
-    with pytest.raises(StoreError, match="not a manifest of schema 2: new_field: "):
+    with pytest.raises(StoreError, match="not a manifest of schema 3: new_field: "):
         shards.read_manifest(store_url)
     edit_manifest(store_url, schema_version=version)
     for read in (shards.find_manifest, shards.read_manifest):
         with pytest.raises(
-            StoreError, match=f"manifest of schema {version}, this version reads 2; prepare the"
+            StoreError, match=f"manifest of schema {version}, this version reads 3; prepare the"
         ):
             read(store_url)
 
@@ -344,7 +345,7 @@ def test_a_manifest_of_another_schema_is_refused(tiny_store: StoreMaker, version
 def test_a_manifest_without_a_split_is_refused(tiny_store: StoreMaker) -> None:
     store_url = tiny_store()
     edit_manifest(store_url, splits={})
-    with pytest.raises(StoreError, match=r"not a manifest of schema 2: splits: .*train, val, test"):
+    with pytest.raises(StoreError, match=r"not a manifest of schema 3: splits: .*train, val, test"):
         shards.read_manifest(store_url)
 
 
@@ -372,11 +373,19 @@ rows = st.builds(
 )
 
 
+@pytest.fixture(scope="module")
+def small_manifest(tiny_store: StoreMaker) -> Manifest:
+    return shards.read_manifest(tiny_store())
+
+
 @settings(max_examples=50)
 @given(st.lists(rows, max_size=5, unique_by=lambda row: row.key))
-def test_studies_round_trip_with_boxes_and_gaps(table: list[StudyRow]) -> None:
-    shards.write_studies("memory://studies", shards.tabulate_studies(table))
-    read = shards.read_studies("memory://studies")
+def test_studies_round_trip_with_boxes_and_gaps(
+    small_manifest: Manifest, table: list[StudyRow]
+) -> None:
+    entry = shards.write_studies("memory://studies", shards.tabulate_studies(table))
+    manifest = small_manifest.model_copy(update={"studies": entry})
+    read = shards.read_studies("memory://studies", manifest)
     assert list(read.values()) == sorted(table, key=lambda row: row.key)
     assert list(read) == [row.key for row in read.values()]
 
@@ -414,19 +423,58 @@ def test_duplicates_are_counted_within_and_across_patients_and_splits(
     )
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut", "text", "other columns"])
-def test_studies_that_cannot_be_read_are_named(tiny_store: StoreMaker, damage: str) -> None:
+@pytest.mark.parametrize("damage", ["missing", "cut", "a byte", "a target"])
+def test_studies_that_are_not_as_vouched_are_refused(tiny_store: StoreMaker, damage: str) -> None:
+    store_url = tiny_store()
+    manifest = shards.read_manifest(store_url)
+    table = list(shards.read_studies(store_url, manifest).values())
+    path = Path(store_url) / "studies.parquet"
+    data = bytearray(path.read_bytes())
+    path.unlink()
+    message = "not what the manifest vouches for: .*; prepare the store again"
+    if damage == "missing":
+        message = f"missing from {store_url}; prepare the store again"
+    elif damage == "cut":
+        path.write_bytes(data[:-100])
+    elif damage == "a byte":
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    elif damage == "a target":  # as a table it is sound
+        table[3] = replace(table[3], target=1 - table[3].target)
+        shards.write_studies(store_url, shards.tabulate_studies(table))
+    with pytest.raises(DataError, match=rf"studies\.parquet: {message}"):
+        shards.read_studies(store_url, manifest)
+
+
+@pytest.mark.parametrize("content", ["text", "other columns"])
+def test_what_is_vouched_for_and_yet_no_table_of_studies_is_refused(
+    tiny_store: StoreMaker, content: str
+) -> None:
     store_url = tiny_store()
     path = Path(store_url) / "studies.parquet"
-    data = path.read_bytes()
-    path.unlink()
-    if damage == "cut":
-        path.write_bytes(data[:-100])
-    elif damage == "text":
+    if content == "text":
         path.write_text("key,patient\n")
-    elif damage == "other columns":
+    else:
         pq.write_table(pa.table({"key": ["a"]}), path)
-    with pytest.raises(
-        DataError, match=r"studies\.parquet: missing or unreadable; prepare the store"
-    ):
-        shards.read_studies(store_url)
+    data = path.read_bytes()
+    entry = FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    manifest = shards.read_manifest(store_url).model_copy(update={"studies": entry})
+    with pytest.raises(DataError, match=r"studies\.parquet: not a table of studies; prepare the"):
+        shards.read_studies(store_url, manifest)
+
+
+def test_the_quarantine_round_trips_and_is_vouched_for(
+    tiny_store: StoreMaker, small_manifest: Manifest
+) -> None:
+    store_url = tiny_store()
+    rejected = [
+        Rejected("b" * 20, "val", "missing", "no DICOM file"),
+        Rejected("a" * 20, None, "contradiction", "two classes"),
+    ]
+    entry = shards.write_quarantine(store_url, rejected)
+    manifest = small_manifest.model_copy(update={"quarantine": entry})
+    assert shards.read_quarantine(store_url, manifest) == rejected[::-1]
+    path = Path(store_url) / "quarantine.jsonl"
+    path.write_text(path.read_text().replace("val", "train"))
+    with pytest.raises(DataError, match=r"quarantine\.jsonl: not what the manifest vouches for"):
+        shards.read_quarantine(store_url, manifest)
