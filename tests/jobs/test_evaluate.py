@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,14 @@ from pneumo.checkpoint import read_index
 from pneumo.config import Config, override
 from pneumo.predict import Predictions, sigmoid
 from pneumo.saliency import MAPS, MEASURES, RankedMap, box_mask, prior_map, score_map
-from pneumo.shards import Duplicates, StudyRow, read_manifest, read_studies
+from pneumo.shards import (
+    Duplicates,
+    StudyRow,
+    read_manifest,
+    read_studies,
+    tabulate_studies,
+    write_studies,
+)
 from pneumo.tracking import Gallery, MemoryTracker, Table
 from tests.jobs.conftest import Prepared
 
@@ -375,3 +383,15 @@ def test_a_damaged_shard_stops_the_evaluation_and_is_named(
     assert evaluate.main(["--store", str(store), "--run", str(run), *QUICK]) == 1
     assert "shard test/000000.tar" in capsys.readouterr().err
     assert not (run / "metrics.json").exists()
+
+
+def test_a_changed_label_stops_the_evaluation(
+    prepared: Prepared, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Path(shutil.copytree(prepared.store, tmp_path / "store"))
+    table = list(read_store(store).values())
+    table[0] = replace(table[0], target=1 - table[0].target)
+    write_studies(str(store), tabulate_studies(table))
+    assert evaluate.main(["--store", str(store), "--run", str(trained), *QUICK]) == 1
+    assert "studies.parquet: not what the manifest vouches for" in capsys.readouterr().err
+    assert not (trained / "metrics.json").exists()

@@ -63,10 +63,19 @@ rows = st.builds(
 tables = st.lists(rows, max_size=6, unique_by=lambda row: row.key)
 
 
+def score_as(table: list[StudyRow], logits: Any) -> Logits:
+    """The rows, scored, with the targets that they have."""
+    return Logits(
+        np.array([row.key for row in table], dtype=np.str_),
+        logits,
+        np.array([row.target for row in table], dtype=np.int8),
+    )
+
+
 def join(table: list[StudyRow], seed: int = 0) -> Predictions:
     rng = np.random.default_rng(seed)
     logits = rng.normal(0, 20, len(table)).astype(np.float32)
-    scored = Logits(np.array([row.key for row in reversed(table)], dtype=np.str_), logits)
+    scored = score_as(table[::-1], logits)
     studies = {row.key: row for row in table}
     return join_predictions(scored, studies, checkpoint="epoch-0003.pt", image_size=SIDE)
 
@@ -163,7 +172,7 @@ def test_splits_are_subsets(table: list[StudyRow]) -> None:
 def test_a_scored_study_that_nobody_knows_is_refused() -> None:
     with pytest.raises(DataError, match=r"2 scored studies are not in studies\.parquet"):
         join_predictions(
-            Logits(np.array(["a", "b"]), np.zeros(2, np.float32)),
+            Logits(np.array(["a", "b"]), np.zeros(2, np.float32), np.zeros(2, np.int8)),
             {},
             checkpoint="c",
             image_size=SIDE,
@@ -172,16 +181,26 @@ def test_a_scored_study_that_nobody_knows_is_refused() -> None:
 
 def test_a_study_that_is_scored_twice_is_refused() -> None:
     row = StudyRow("a" * 20, "p", "val", 1, "Lung Opacity", (), 3, "F", "AP", None, "d")
-    twice = Logits(np.array([row.key] * 2), np.zeros(2, np.float32))
+    twice = score_as([row, row], np.zeros(2, np.float32))
     with pytest.raises(DataError, match="1 studies are scored more than once"):
         join_predictions(twice, {row.key: row}, checkpoint="c", image_size=SIDE)
 
 
+@pytest.mark.parametrize("target", [0, 1])
+def test_a_target_that_is_another_in_the_shard_is_refused(target: int) -> None:
+    row = StudyRow("a" * 20, "p", "val", target, "Lung Opacity", (), 3, "F", "AP", None, "d")
+    also = dataclasses.replace(row, key="b" * 20)
+    scored = score_as([row, also], np.zeros(2, np.float32))
+    studies = {row.key: row, also.key: dataclasses.replace(also, target=1 - target)}
+    with pytest.raises(DataError, match="1 of 2 scored studies have another target in their shard"):
+        join_predictions(scored, studies, checkpoint="c", image_size=SIDE)
+
+
 @given(tables, st.integers(0, 2**16))
 def test_logits_stay_with_their_studies(table: list[StudyRow], seed: int) -> None:
-    keys = np.array([row.key for row in table], dtype=np.str_)
     logits = np.random.default_rng(seed).normal(size=len(table)).astype(np.float32)
-    parts = [Logits(keys[i::3], logits[i::3]) for i in range(3)]
+    keys = [row.key for row in table]
+    parts = [score_as(table[i::3], logits[i::3]) for i in range(3)]
     joined = Logits.join(parts)
     assert dict(zip(joined.keys, joined.logits, strict=True)) == dict(
         zip(keys, logits, strict=True)
