@@ -54,7 +54,7 @@ from pneumo.studies import Rejected, Source, Study
 
 PARTS = "parts"
 CLAIM = "parts/claim.json"
-_FORMAT = 1
+_FORMAT = 2
 """Raised when the same source and settings would give other bytes than before."""
 
 
@@ -237,12 +237,22 @@ def read_picture(url: str, image_size: int) -> GrayImage | Unusable:
 
     Raises AccessError and StorageError for a bucket that is away: that says nothing about the file.
     """
+    data = _read_file(url)
+    return data if isinstance(data, Unusable) else _decode_file(data, image_size)
+
+
+def _decode_file(data: bytes, image_size: int) -> GrayImage | Unusable:
     try:
-        return read_study_image(storage.read_bytes(url), image_size)
-    except FileNotFoundError:
-        return Unusable("missing", "no DICOM file")
+        return read_study_image(data, image_size)
     except DicomError as error:
         return Unusable(error.reason, str(error))
+
+
+def _read_file(url: str) -> bytes | Unusable:
+    try:
+        return storage.read_bytes(url)
+    except FileNotFoundError:
+        return Unusable("missing", "no DICOM file")
     except (AccessError, StorageError) as error:
         if not storage.is_local(url):
             raise
@@ -298,15 +308,16 @@ def _write_shard(plan: ShardPlan, store_url: str, image_size: int, digest: str) 
 
     def samples() -> Iterator[Sample]:
         for study in plan.studies:
-            image = _read_image(study, plan.split, image_size)
-            if isinstance(image, Rejected):
-                rejected.append(image)
+            found = _read_study(study, plan.split, image_size)
+            if isinstance(found, Rejected):
+                rejected.append(found)
                 continue
+            image, source_sha256 = found
             # OpenCV counts in float32, exact to 16 million pixels, and five times as fast as numpy.
             counts = cv2.calcHist([image.pixels], [0], None, [256], [0, 256])
             np.add(histogram, counts[:, 0].astype(np.int64), out=histogram)
             contradictions.update(_contradictions(study, image))
-            rows.append(_make_row(study, plan.split, image))
+            rows.append(_make_row(study, plan.split, image, source_sha256))
             yield Sample(study.key, image.pixels, study.target)
 
     entry = write_shard(store_url, plan.name, samples())
@@ -320,14 +331,17 @@ def _write_shard(plan: ShardPlan, store_url: str, image_size: int, digest: str) 
     )
 
 
-def _read_image(study: Study, split: str, image_size: int) -> GrayImage | Rejected:
-    image = read_picture(study.url, image_size)
+def _read_study(study: Study, split: str, image_size: int) -> tuple[GrayImage, str] | Rejected:
+    """The study's picture and the SHA-256 of its file, or why it cannot be used."""
+    data = _read_file(study.url)
+    image = data if isinstance(data, Unusable) else _decode_file(data, image_size)
     if isinstance(image, Unusable):
         return Rejected(study.key, split, image.reason, image.message)
-    return image
+    assert isinstance(data, bytes)
+    return image, hashlib.sha256(data).hexdigest()
 
 
-def _make_row(study: Study, split: str, image: GrayImage) -> StudyRow:
+def _make_row(study: Study, split: str, image: GrayImage, source_sha256: str) -> StudyRow:
     return StudyRow(
         key=study.key,
         patient=study.patient,
@@ -340,6 +354,7 @@ def _make_row(study: Study, split: str, image: GrayImage) -> StudyRow:
         view=image.header.view,
         spacing_mm=image.header.spacing_mm,
         pixels_digest=digest_pixels(image.pixels),
+        source_sha256=source_sha256,
     )
 
 

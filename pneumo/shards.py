@@ -174,6 +174,8 @@ class StudyRow:
     spacing_mm: float | None
     pixels_digest: str
     """Digest of the stored picture, 32 hex digits: equal pictures have equal ones."""
+    source_sha256: str
+    """SHA-256 of the DICOM file, in hex: a picture that looks wrong is traced to it."""
 
 
 def encode_shard(name: str, samples: Iterable[Sample]) -> tuple[ShardEntry, bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -227,6 +228,9 @@ def test_statistics_are_those_of_the_stored_pixels(
         )
         for name, entry in manifest.splits.items()
     }
+    for study in preparation.source.studies[:5]:
+        file_sha256 = hashlib.sha256(Path(study.url).read_bytes()).hexdigest()
+        assert read_studies(str(tmp_path), manifest)[study.key].source_sha256 == file_sha256
     assert manifest.mean == pytest.approx(float(pixels["train"].mean() / 255), abs=1e-6)
     assert manifest.std == pytest.approx(float(pixels["train"].std() / 255), abs=1e-6)
     for name, entry in manifest.splits.items():

@@ -370,6 +370,7 @@ rows = st.builds(
     view=st.none() | st.sampled_from(["AP", "PA"]),
     spacing_mm=st.none() | st.floats(0.1, 1),
     pixels_digest=keys,
+    source_sha256=keys,
 )
 
 
@@ -391,8 +392,8 @@ def test_studies_round_trip_with_boxes_and_gaps(
 
 
 def test_columns_have_the_same_types_whatever_is_missing(tmp_path: Path) -> None:
-    row = StudyRow("k", "p", "val", 0, "Normal", (), None, None, None, None, "d")
-    full = StudyRow("k", "p", "val", 1, "Normal", (Box(1, 2, 3, 4),), 3, "F", "AP", 0.1, "d")
+    row = StudyRow("k", "p", "val", 0, "Normal", (), None, None, None, None, "d", "e")
+    full = StudyRow("k", "p", "val", 1, "Normal", (Box(1, 2, 3, 4),), 3, "F", "AP", 0.1, "d", "e")
     schemas = []
     for content in ([row], [full], []):
         shards.write_studies(str(tmp_path), shards.tabulate_studies(content))
@@ -410,7 +411,7 @@ def test_duplicates_are_counted_within_and_across_patients_and_splits(
     table: list[tuple[str, str, str]],
 ) -> None:
     studies = shards.tabulate_studies(
-        StudyRow(str(i), patient, split, 0, "Normal", (), None, None, None, None, picture)
+        StudyRow(str(i), patient, split, 0, "Normal", (), None, None, None, None, picture, "e")
         for i, (picture, patient, split) in enumerate(table)
     )
     groups = [[row for row in table if row[0] == name] for name in "abcd"]
