@@ -22,6 +22,7 @@ from pneumo.ingest import (
     digest_settings,
     find_store,
     finish_store,
+    has_mended,
     plan_shards,
     prepare_shard,
 )
@@ -38,9 +39,15 @@ def prepare(invocation: Invocation) -> None:
     source = read_source(source_url)
     split, config = _split(source, source_url, invocation.config)
     source, split = _limit(source, split, config)
-    if find_store(store_url, source, config) is not None:
+    there = find_store(store_url, source, config)
+    if there is not None:
         clear_parts(store_url)
-        say(f"prepare: {store_url} holds exactly this already; nothing to do")
+        say(f"prepare: {store_url} holds a store of these tables and settings; nothing to do")
+        if has_mended(store_url, there, source):
+            say(
+                "warning: a study that was quarantined then can be used now; a finished store "
+                "never changes: delete it first, or give another --store"
+            )
         return
     if split.audit.warning:
         say(f"warning: {split.audit.warning}")

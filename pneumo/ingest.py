@@ -1,7 +1,8 @@
 """Source -> store, one shard at a time: what each task does, what it leaves, how it all is joined.
 
 A task writes its shard and then a receipt for it, under `parts/`. A preparation that was killed
-finds the receipts, checks the shards that they vouch for, and does the rest. Everything depends on
+finds the receipts, checks the shards that they vouch for, tries the files that they reject anew,
+and does the rest. Everything depends on
 the source, the settings and the seed alone, so whoever does a task, and however often, the bytes
 are the same. The manifest comes last, and the receipts go.
 """
@@ -43,6 +44,7 @@ from pneumo.shards import (
     digest_pixels,
     find_duplicates,
     find_manifest,
+    read_quarantine,
     tabulate_studies,
     write_manifest,
     write_quarantine,
@@ -93,7 +95,8 @@ class Receipt(BaseModel):
 
 
 def find_store(store_url: str, source: Source, config: Config) -> Manifest | None:
-    """The manifest that is there already for this source and these settings, or None.
+    """The manifest that is there already for these tables and settings, or None; whether a file has
+    changed since is not looked at.
 
     Raises StoreError when the store, or what a preparation left of one, is of another source or of
     other settings.
@@ -144,11 +147,12 @@ def prepare_shard(
 ) -> tuple[int, int]:
     """Make sure that a plan's shard and receipt are there; (studies rejected, shards reused).
 
-    A receipt that vouches for the same plan, with its shard as it says, is left as it is.
+    A receipt that vouches for the same plan, with its shard as it says, is left as it is while the
+    files that it rejects still cannot be used.
     """
     cv2.setNumThreads(1)
     digest = plan.digest(prepare_digest)
-    kept = _find_receipt(plan, store_url, digest)
+    kept = _find_receipt(plan, store_url, image_size, digest)
     if kept is not None:
         return len(kept.rejected), 1
     receipt = _write_shard(plan, store_url, image_size, digest)
@@ -259,6 +263,16 @@ def _read_file(url: str) -> bytes | Unusable:
         return Unusable("unreadable", type(error.__cause__).__name__)
 
 
+def has_mended(store_url: str, manifest: Manifest, source: Source) -> bool:
+    """Whether a file that a finished store had to leave out can be used now.
+
+    Raises DataError when the store's list of them is not what the manifest vouches for.
+    """
+    urls = {study.key: study.url for study in source.studies}
+    left_out = [urls[item.key] for item in read_quarantine(store_url, manifest) if item.key in urls]
+    return any(isinstance(read_picture(url, manifest.image_size), GrayImage) for url in left_out)
+
+
 def clear_parts(store_url: str) -> None:
     """Remove what a preparation leaves besides the store itself."""
     storage.remove_below(storage.join(store_url, PARTS))
@@ -285,8 +299,12 @@ def _encode_claim(claim: tuple[str, str]) -> bytes:
     return json.dumps({"source_digest": claim[0], "prepare_digest": claim[1]}).encode()
 
 
-def _find_receipt(plan: ShardPlan, store_url: str, digest: str) -> Receipt | None:
-    """The receipt of an earlier run for just this plan, if its shard is whole; else None."""
+def _find_receipt(plan: ShardPlan, store_url: str, image_size: int, digest: str) -> Receipt | None:
+    """The receipt of an earlier run for just this plan, if its shard is whole and what it rejects
+    is as it was; else None.
+
+    A file may have come since, its permission may have been mended, its server may be back.
+    """
     try:
         text = storage.read_bytes(storage.join(store_url, plan.receipt))
         receipt = Receipt.model_validate_json(text)
@@ -297,7 +315,11 @@ def _find_receipt(plan: ShardPlan, store_url: str, digest: str) -> Receipt | Non
             storage.read_bytes(url, sha256=entry.sha256, size=entry.bytes)
     except (FileNotFoundError, ValidationError, ContentError):
         return None
-    return receipt
+    studies = {study.key: study for study in plan.studies}
+    as_it_was = all(
+        _read_study(studies[item.key], plan.split, image_size) == item for item in receipt.rejected
+    )
+    return receipt if as_it_was else None
 
 
 def _write_shard(plan: ShardPlan, store_url: str, image_size: int, digest: str) -> Receipt:
@@ -385,7 +407,7 @@ def _check_policy(rejected: Sequence[Rejected], total: int, config: Config, stor
         raise BadFilesError(
             f"prepare: {len(rejected)} of {total} studies cannot be used ({told}), more than "
             f"prepare.max_bad_fraction {config.prepare.max_bad_fraction:g}; see "
-            f"{storage.join(store_url, QUARANTINE)}"
+            f"{storage.join(store_url, QUARANTINE)}, mend them and repeat the command"
         )
 
 

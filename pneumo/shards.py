@@ -404,8 +404,11 @@ def _read_members(data: bytes, where: str) -> Iterator[_Member]:
 def write_shard(store_url: str, name: str, samples: Iterable[Sample]) -> ShardEntry:
     """Encode and publish one shard; the entry that the manifest will carry."""
     entry, data = encode_shard(name, samples)
+    url = storage.join(store_url, name)
     if entry.samples:
-        storage.write_bytes(storage.join(store_url, name), data)
+        storage.write_bytes(url, data)
+    else:
+        storage.remove(url)  # of an earlier attempt that had some
     return entry
 
 

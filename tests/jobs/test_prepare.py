@@ -158,6 +158,29 @@ def test_bad_files_are_listed_with_a_reason_and_capped(
     listed = [json.loads(line) for line in (store / "quarantine.jsonl").read_text().splitlines()]
     assert sorted(row["reason"] for row in listed)[:2] == ["missing", "no_pixels"]
     assert not any(path.stem in (store / "quarantine.jsonl").read_text() for path in files[:4])
+    said = capsys.readouterr().err
+    assert run(source, store, "--prepare.max-bad-fraction", "0.1") == 0
+    again = capsys.readouterr().err
+    assert "holds a store of these tables and settings; nothing to do" in again
+    assert "can be used now" not in said + again
+    shutil.copy(files[4], files[3])
+    assert run(source, store) == 0
+    assert "a study that was quarantined then can be used now" in capsys.readouterr().err
+    assert read_manifest(str(store)) == manifest
+
+
+def test_files_that_come_back_give_the_store_of_an_undisturbed_run(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    source, store = copy_source(prepared, tmp_path), tmp_path / "store"
+    files = sorted((source / "stage_2_train_images").glob("*.dcm"))[:5]
+    for path in files:
+        path.rename(tmp_path / path.name)
+    assert run(source, store) == 1
+    for path in files:
+        (tmp_path / path.name).rename(path)
+    assert run(source, store) == 0
+    assert content(store) == content(prepared.store)
 
 
 def test_a_source_without_the_mapping_needs_a_word(

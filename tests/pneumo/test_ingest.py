@@ -24,6 +24,7 @@ from pneumo.ingest import (
     digest_settings,
     find_store,
     finish_store,
+    has_mended,
     plan_shards,
     prepare_shard,
 )
@@ -154,6 +155,68 @@ def test_a_whole_shard_is_not_made_again(preparation: Preparation, tmp_path: Pat
     for study in plan.studies:
         Path(study.url).unlink()
     assert preparation.do(plan, tmp_path) == (0, 1)
+
+
+def take_away(path: Path) -> None:
+    path.rename(path.with_suffix(".away"))
+
+
+def cut_off(path: Path) -> None:
+    """A download under way."""
+    path.rename(path.with_suffix(".away"))
+    path.write_bytes(path.with_suffix(".away").read_bytes()[:-500])
+
+
+def make_unreadable(path: Path) -> None:
+    path.rename(path.with_suffix(".away"))
+    path.symlink_to(path.name)
+
+
+@pytest.mark.parametrize("spoil", [take_away, cut_off, make_unreadable])
+def test_files_that_come_back_are_tried_again(
+    preparation: Preparation, tmp_path: Path, spoil: Callable[[Path], None]
+) -> None:
+    preparation.run(tmp_path / "plain")
+    files = [preparation.file(preparation.plans[0], i) for i in (0, 1)]
+    files.append(preparation.file(preparation.plans[-1]))
+    for path in files:
+        spoil(path)
+    other = tmp_path / "other"
+    with pytest.raises(BadFilesError, match=r"3 of 120 studies .* and repeat the command"):
+        preparation.run(other)
+    with pytest.raises(BadFilesError, match="3 of 120 studies"):
+        preparation.run(other)
+    for path in files:
+        path.with_suffix(".away").replace(path)
+    done = [preparation.do(plan, other) for plan in preparation.plans]
+    assert done == [(0, 0), *[(0, 1)] * (len(done) - 2), (0, 0)]
+    preparation.finish(other)
+    assert content(other) == content(tmp_path / "plain")
+
+
+def test_a_shard_that_loses_all_its_studies_is_gone(
+    preparation: Preparation, tmp_path: Path
+) -> None:
+    plan = preparation.plans[0]
+    cut_off(preparation.file(plan))
+    preparation.do(plan, tmp_path)
+    assert (tmp_path / plan.name).exists()
+    for study in plan.studies:
+        Path(study.url).unlink()
+    assert preparation.do(plan, tmp_path) == (len(plan.studies), 0)
+    assert not (tmp_path / plan.name).exists()
+
+
+def test_a_finished_store_knows_what_could_be_used_by_now(
+    preparation: Preparation, tmp_path: Path
+) -> None:
+    path = preparation.file(preparation.plans[0])
+    take_away(path)
+    config = override(CONFIG, {"prepare.max_bad_fraction": 0.05})
+    manifest = Preparation(preparation.folder, config).run(tmp_path)
+    assert not has_mended(str(tmp_path), manifest, preparation.source)
+    path.with_suffix(".away").replace(path)
+    assert has_mended(str(tmp_path), manifest, preparation.source)
 
 
 def test_a_receipt_for_something_else_is_not_believed(
