@@ -174,7 +174,8 @@ def read_split_list(
         table[column].to_pylist(), table["split"].to_pylist(), strict=True
     ):
         if split not in ("train", "val", "test"):
-            raise SourceError(f"{list_url}: split {split!r}, expected train, val or test")
+            # The value is not repeated: of columns in another order it would be an id.
+            raise SourceError(f"{list_url}: a split that is none of train, val and test")
         if listed.setdefault(_derive(hash_key, kind, str(identifier)), split) != split:
             raise SourceError(f"{list_url}: lists somebody in two splits")
     return listed
@@ -265,20 +266,44 @@ def _read_plain(url: str) -> bytes:
 
 
 def _read_table(url: str, *required: str) -> pa.Table:
-    # An id of digits alone must keep its leading zeros.
-    options = pacsv.ConvertOptions(column_types={"patientId": pa.string(), "patient": pa.string()})
+    """The CSV at `url`; no error quotes a cell, nor a first line that may be no header."""
+    wrong: list[Any] = []
+
+    def note(row: Any) -> str:
+        wrong.append(row)
+        return "error"
+
     try:
-        table = pacsv.read_csv(io.BytesIO(_read_plain(url)), convert_options=options)
-    except pa.ArrowInvalid as error:
-        raise SourceError(f"{url}: not a readable CSV: {str(error).splitlines()[0]}") from error
-    missing = [name for name in required if name not in table.column_names]
+        table = pacsv.read_csv(
+            io.BytesIO(_read_plain(url)),
+            # Threads would not know a row's number.
+            read_options=pacsv.ReadOptions(use_threads=False),
+            parse_options=pacsv.ParseOptions(invalid_row_handler=note),
+            # An id of digits alone must keep its leading zeros.
+            convert_options=pacsv.ConvertOptions(
+                column_types={"patientId": pa.string(), "patient": pa.string()}
+            ),
+        )
+        names: list[str] = table.column_names
+    except ValueError:  # its text, and that of its cause, quotes the row
+        what = "empty, cut off, or no UTF-8"
+        if wrong:
+            row = wrong[0]
+            what = f"row {row.number} has {row.actual_columns} cells, not {row.expected_columns}"
+        raise SourceError(f"{url}: not a readable CSV: {what}") from None
+    missing = [name for name in required if name not in names]
     if missing:
+        known = [name for name in names if name in _COLUMNS]
         raise SourceError(
-            f"{url}: no column {', '.join(missing)}; it has: {', '.join(table.column_names)}"
+            f"{url}: no column {', '.join(missing)}; its first line names {len(names)}, of those "
+            f"that are known here: {', '.join(known) or 'none'}"
         )
     if not len(table):
         raise SourceError(f"{url}: no rows")
     return table
+
+
+_COLUMNS = ("patientId", *Box._fields, "Target", "class", "patient", "split")
 
 
 def _collect_labels(table: pa.Table) -> tuple[dict[str, list[int]], dict[str, list[Box]]]:
@@ -293,7 +318,7 @@ def _collect_labels(table: pa.Table) -> tuple[dict[str, list[int]], dict[str, li
     rows = zip(table["patientId"].to_pylist(), table["Target"].to_pylist(), *corners, strict=True)
     for image_id, target, *corner in rows:
         if target not in (0, 1):
-            raise SourceError(f"label table: Target is {target!r} in a row, expected 0 or 1")
+            raise SourceError("label table: a Target that is neither 0 nor 1")
         known = targets.setdefault(image_id, [])
         if target not in known:
             known.append(int(target))
@@ -310,9 +335,7 @@ def _collect_findings(table: pa.Table) -> dict[str, list[Finding]]:
         table["patientId"].to_pylist(), table["class"].to_pylist(), strict=True
     ):
         if finding not in allowed:
-            raise SourceError(
-                f"class table: class {finding!r}, expected one of: {', '.join(allowed)}"
-            )
+            raise SourceError(f"class table: a class that is none of: {', '.join(allowed)}")
         known = findings.setdefault(image_id, [])
         if finding not in known:
             known.append(finding)
