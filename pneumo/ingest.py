@@ -236,12 +236,13 @@ class Unusable:
     message: str
 
 
-def read_picture(url: str, image_size: int) -> GrayImage | Unusable:
+def read_picture(url: str, image_size: int, label: str | None = None) -> GrayImage | Unusable:
     """The picture of a DICOM file as a store holds it.
 
     Raises AccessError and StorageError for a bucket that is away: that says nothing about the file.
+    They name `label` instead of the URL.
     """
-    data = _read_file(url)
+    data = _read_file(url, label)
     return data if isinstance(data, Unusable) else _decode_file(data, image_size)
 
 
@@ -252,9 +253,9 @@ def _decode_file(data: bytes, image_size: int) -> GrayImage | Unusable:
         return Unusable(error.reason, str(error))
 
 
-def _read_file(url: str) -> bytes | Unusable:
+def _read_file(url: str, label: str | None) -> bytes | Unusable:
     try:
-        return storage.read_bytes(url)
+        return storage.read_bytes(url, label=label)
     except FileNotFoundError:
         return Unusable("missing", "no DICOM file")
     except (AccessError, StorageError) as error:
@@ -268,9 +269,13 @@ def has_mended(store_url: str, manifest: Manifest, source: Source) -> bool:
 
     Raises DataError when the store's list of them is not what the manifest vouches for.
     """
-    urls = {study.key: study.url for study in source.studies}
-    left_out = [urls[item.key] for item in read_quarantine(store_url, manifest) if item.key in urls]
-    return any(isinstance(read_picture(url, manifest.image_size), GrayImage) for url in left_out)
+    studies = {study.key: study for study in source.studies}
+    left_out = (studies.get(item.key) for item in read_quarantine(store_url, manifest))
+    return any(
+        not isinstance(_read_study(study, "", manifest.image_size), Rejected)
+        for study in left_out
+        if study is not None
+    )
 
 
 def clear_parts(store_url: str) -> None:
@@ -355,7 +360,7 @@ def _write_shard(plan: ShardPlan, store_url: str, image_size: int, digest: str) 
 
 def _read_study(study: Study, split: str, image_size: int) -> tuple[GrayImage, str] | Rejected:
     """The study's picture and the SHA-256 of its file, or why it cannot be used."""
-    data = _read_file(study.url)
+    data = _read_file(study.url, f"study {study.key}")
     image = data if isinstance(data, Unusable) else _decode_file(data, image_size)
     if isinstance(image, Unusable):
         return Rejected(study.key, split, image.reason, image.message)

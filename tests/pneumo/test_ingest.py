@@ -7,17 +7,20 @@ import json
 import os
 import random
 import shutil
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import s3fs
 
 from pneumo import storage
 from pneumo.config import Config, override
-from pneumo.errors import BadFilesError, SourceError, StoreError
+from pneumo.errors import AccessError, BadFilesError, SourceError, StoreError
 from pneumo.ingest import (
     Receipt,
     ShardPlan,
@@ -404,6 +407,25 @@ def test_every_way_of_being_unusable_has_its_code(
     for study in plan.studies:
         image_id = Path(study.url).stem
         assert not any(image_id in item.message for item in receipt.rejected)
+
+
+def test_a_bucket_that_refuses_is_told_without_the_names_of_its_files(
+    preparation: Preparation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    s3fs.S3FileSystem.clear_instance_cache()
+    plan = preparation.plans[0]
+    away = tuple(
+        replace(study, url=f"s3://rsna/images/{Path(study.url).name}") for study in plan.studies
+    )
+    with pytest.raises(AccessError, match=f"no credentials for study {away[0].key};") as caught:
+        preparation.do(replace(plan, studies=away), tmp_path)
+    told = "".join(traceback.format_exception(caught.value))
+    assert not [study for study in away if Path(study.url).stem in told]
 
 
 def test_too_many_bad_files_fail_and_are_told(preparation: Preparation, tmp_path: Path) -> None:
