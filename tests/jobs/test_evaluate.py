@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from jobs import evaluate, sending
+from jobs import evaluate, sending, train
 from jobs.pictures import choose_pictures
 from jobs.scoring import (
     Scored,
@@ -36,7 +36,8 @@ from pneumo.shards import (
     write_studies,
 )
 from pneumo.tracking import Gallery, MemoryTracker, Table
-from tests.jobs.conftest import Prepared
+from tests.identifiers import Identifiers
+from tests.jobs.conftest import NUM_STUDIES, SMALL, Prepared
 
 QUICK = [
     *("--evaluate.bootstrap-resamples", "200", "--evaluate.min-patients", "1"),
@@ -314,14 +315,21 @@ def test_tracker_gets_the_data_and_what_is_wrong_with_them(
 
 
 def test_no_identifier_of_the_source_reaches_the_run(prepared: Prepared, evaluated: Path) -> None:
-    names = [path.stem for path in (prepared.source / "stage_2_train_images").glob("*.dcm")]
-    whole = b"".join(
-        path.read_bytes()
-        for path in evaluated.rglob("*")
-        if path.is_file() and path.suffix != ".pt"
-    )
-    assert names
-    assert [name for name in names if name.encode() in whole] == []
+    identifiers = Identifiers.of(prepared.source)
+    assert len(identifiers.texts) > 2 * NUM_STUDIES
+    assert list((evaluated / "wandb").rglob("*.wandb"))
+    assert identifiers.find_in(evaluated) == []
+
+
+def test_no_identifier_of_the_source_reaches_the_run_of_a_training(
+    prepared: Prepared, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    flags = [*SMALL, "--train.epochs", "1", "--tracking.mode", "offline", "--debug"]
+    assert train.main(["--store", str(prepared.store), "--run", str(run), *flags]) == 0
+    assert list((run / "wandb").rglob("*.wandb"))
+    said = capfd.readouterr()
+    assert Identifiers.of(prepared.source).find_in(run, said.out, said.err) == []
 
 
 def test_wandb_lies_in_the_run_when_there_is_no_key(evaluated: Path) -> None:
