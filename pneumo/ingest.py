@@ -101,23 +101,41 @@ def find_store(store_url: str, source: Source, config: Config) -> Manifest | Non
     Raises StoreError when the store, or what a preparation left of one, is of another source or of
     other settings.
     """
-    manifest = find_manifest(store_url)
-    wanted = _claim(source, config)
-    if manifest is not None:
-        if (manifest.source_digest, manifest.prepare_digest) == wanted:
+    wanted = (source.digest, digest_settings(config))
+    url, claim = storage.join(store_url, CLAIM), _encode_claim(wanted)
+    while True:
+        manifest = _find_own(store_url, wanted)
+        if manifest is not None:
             return manifest
+        if storage.create_bytes(url, claim):
+            break
+        try:
+            claimed = storage.read_bytes(url)
+        except FileNotFoundError:  # finished since
+            continue
+        if claimed == claim:
+            return None
         raise StoreError(
-            f"{store_url}: holds a store of another source or of other settings; give another "
-            "--store, or delete it first"
+            f"{store_url}: a preparation of another source or with other settings is under way "
+            "there, or was left unfinished; give another --store, or delete it first"
         )
-    if not storage.create_bytes(storage.join(store_url, CLAIM), _encode_claim(wanted)):
-        claimed = storage.read_bytes(storage.join(store_url, CLAIM))
-        if claimed != _encode_claim(wanted):
-            raise StoreError(
-                f"{store_url}: a preparation of another source or with other settings is under way "
-                "there, or was left unfinished; give another --store, or delete it first"
-            )
-    return None
+    # Since the manifest was looked for, another job may have written it and given up its claim.
+    try:
+        return _find_own(store_url, wanted)
+    except StoreError:
+        storage.remove(url)
+        raise
+
+
+def _find_own(store_url: str, wanted: tuple[str, str]) -> Manifest | None:
+    """The manifest, if there is one; StoreError if it is of another source or other settings."""
+    manifest = find_manifest(store_url)
+    if manifest is None or (manifest.source_digest, manifest.prepare_digest) == wanted:
+        return manifest
+    raise StoreError(
+        f"{store_url}: holds a store of another source or of other settings; give another "
+        "--store, or delete it first"
+    )
 
 
 def plan_shards(
@@ -294,10 +312,6 @@ def digest_settings(config: Config) -> str:
 
 def _describe(study: Study) -> list[object]:
     return [study.key, study.patient, study.target, study.finding, study.boxes]
-
-
-def _claim(source: Source, config: Config) -> tuple[str, str]:
-    return source.digest, digest_settings(config)
 
 
 def _encode_claim(claim: tuple[str, str]) -> bytes:

@@ -432,8 +432,19 @@ def find_duplicates(studies: pa.Table) -> Duplicates:
 
 
 def write_manifest(store_url: str, manifest: Manifest) -> None:
-    """Publish the manifest: the last write of a preparation."""
-    storage.write_text(storage.join(store_url, MANIFEST), manifest.model_dump_json(indent=1) + "\n")
+    """Publish the manifest: the last write of a preparation, which never replaces another.
+
+    An equal one is as good as this. Raises StoreError when another is there.
+    """
+    text = manifest.model_dump_json(indent=1) + "\n"
+    if storage.create_bytes(storage.join(store_url, MANIFEST), text.encode()):
+        return
+    there = find_manifest(store_url)
+    if there != manifest:
+        raise StoreError(
+            f"{store_url}: another job has finished another store there meanwhile; give another "
+            "--store"
+        )
 
 
 def find_manifest(store_url: str) -> Manifest | None:

@@ -13,10 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, ClassVar
 
+import fsspec
 import numpy as np
 import pytest
 import s3fs
+from fsspec.implementations.memory import MemoryFileSystem
 
 from pneumo import storage
 from pneumo.config import Config, override
@@ -58,11 +61,11 @@ class Preparation:
     def file(self, plan: ShardPlan, number: int = 0) -> Path:
         return Path(plan.studies[number].url)
 
-    def do(self, plan: ShardPlan, store: Path) -> tuple[int, int]:
+    def do(self, plan: ShardPlan, store: Path | str) -> tuple[int, int]:
         size = self.config.prepare.image_size
         return prepare_shard(plan, str(store), size, digest_settings(self.config))
 
-    def finish(self, store: Path) -> Manifest:
+    def finish(self, store: Path | str) -> Manifest:
         return finish_store(
             str(store),
             self.source,
@@ -73,7 +76,11 @@ class Preparation:
         )
 
     def run(self, store: Path) -> Manifest:
-        assert find_store(str(store), self.source, self.config) is None
+        return self.run_at(str(store))
+
+    def run_at(self, store: str, *, claimed: bool = False) -> Manifest:
+        if not claimed:
+            assert find_store(store, self.source, self.config) is None
         for plan in self.plans:
             self.do(plan, store)
         return self.finish(store)
@@ -274,6 +281,61 @@ def test_a_finished_store_of_other_settings_is_left_alone(
     assert find_store(str(tmp_path), preparation.source, CONFIG) == manifest
     with pytest.raises(StoreError, match="holds a store of another source or of other settings"):
         find_store(str(tmp_path), preparation.source, override(CONFIG, {"seed": 1}))
+
+
+class Overtaken(MemoryFileSystem):  # type: ignore[misc]
+    """Objects in memory; something else happens just before a claim is laid or read."""
+
+    protocol = "overtaken"
+    before_claim: ClassVar[list[Callable[[], object]]] = []
+    before_reading: ClassVar[list[Callable[[], object]]] = []
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.removeprefix("overtaken://")))
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **kwargs: Any) -> None:
+        if path.endswith("claim.json") and self.before_claim:
+            self.before_claim.pop()()
+        super().pipe_file(path, value, mode=mode, **kwargs)
+
+    def cat_file(self, path: str, **kwargs: Any) -> bytes:
+        if path.endswith("claim.json") and self.before_reading:
+            self.before_reading.pop()()
+        data: bytes = super().cat_file(path, **kwargs)
+        return data
+
+
+fsspec.register_implementation("overtaken", Overtaken)
+
+
+def test_a_job_that_finishes_while_another_looks_is_not_overwritten(
+    preparation: Preparation, tmp_path: Path
+) -> None:
+    store = f"overtaken://{tmp_path}"
+    Overtaken.before_claim.append(lambda: preparation.run_at(store))
+    with pytest.raises(StoreError, match="holds a store of another source or of other settings"):
+        find_store(store, preparation.source, override(CONFIG, {"seed": 1}))
+    assert not storage.exists(f"{store}/parts"), "its claim is given back"
+    manifest = read_manifest(store)
+    assert find_store(store, preparation.source, CONFIG) == manifest
+
+
+def test_a_job_that_finishes_between_looks_is_believed_if_it_did_the_same(
+    preparation: Preparation, tmp_path: Path
+) -> None:
+    store = f"overtaken://{tmp_path}"
+    Overtaken.before_claim.append(lambda: preparation.run_at(store))
+    assert find_store(store, preparation.source, CONFIG) == read_manifest(store)
+
+
+def test_a_claim_that_is_given_up_while_it_is_read_is_no_failure(
+    preparation: Preparation, tmp_path: Path
+) -> None:
+    store = f"overtaken://{tmp_path}"
+    assert find_store(store, preparation.source, CONFIG) is None
+    Overtaken.before_reading.append(lambda: preparation.run_at(store, claimed=True))
+    assert find_store(store, preparation.source, CONFIG) == read_manifest(store)
 
 
 # --- what the manifest says -----------------------------------------------------------------------

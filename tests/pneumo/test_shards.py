@@ -296,6 +296,15 @@ def test_a_manifest_round_trips(tiny_store: StoreMaker, tmp_path: Path) -> None:
     assert again.digest == manifest.digest
 
 
+def test_a_manifest_is_written_once(tiny_store: StoreMaker, tmp_path: Path) -> None:
+    manifest = shards.read_manifest(tiny_store())
+    for _ in range(2):  # two jobs that did the same
+        shards.write_manifest(str(tmp_path), manifest)
+    with pytest.raises(StoreError, match="another job has finished another store there meanwhile"):
+        shards.write_manifest(str(tmp_path), manifest.model_copy(update={"seed": 77}))
+    assert shards.read_manifest(str(tmp_path)) == manifest
+
+
 def test_the_digest_tells_stores_apart(tiny_store: StoreMaker) -> None:
     one, same, other = (shards.read_manifest(tiny_store(seed=seed)) for seed in (0, 0, 1))
     assert one.digest == same.digest != other.digest
