@@ -12,6 +12,7 @@ from typing import Any
 import ray
 
 from jobs.command import run_job, say
+from jobs.nodes import list_nodes
 from jobs.progress import Progress
 from jobs.session import ray_session
 from pneumo import storage
@@ -20,6 +21,7 @@ from pneumo.ingest import (
     ShardPlan,
     clear_parts,
     digest_settings,
+    estimate_memory,
     find_store,
     finish_store,
     has_mended,
@@ -136,7 +138,10 @@ def _prepare_plans(
 
 def _run_plans(plans: Sequence[ShardPlan], store_url: str, config: Config) -> int:
     """Run the tasks, only so many at once that arguments stay small; how many were done before."""
-    task = ray.remote(num_cpus=1, max_retries=3)(prepare_shard)
+    memory = estimate_memory(plans, config.prepare.image_size)
+    # No more than the largest node has, or no task would ever start; it then runs one at a time.
+    memory = min(memory, max(int(node.total.get("memory", 0)) for node in list_nodes()))
+    task = ray.remote(num_cpus=1, memory=memory, max_retries=3)(prepare_shard)
     in_flight = max(2 * int(ray.cluster_resources().get("CPU", 1)), 2)
     digest = digest_settings(config)
     todo = list(reversed(plans))

@@ -45,6 +45,8 @@ from pneumo.shards import (
     find_duplicates,
     find_manifest,
     read_quarantine,
+    sample_bytes,
+    shard_samples,
     tabulate_studies,
     write_manifest,
     write_quarantine,
@@ -56,6 +58,7 @@ from pneumo.studies import Rejected, Source, Study
 
 PARTS = "parts"
 CLAIM = "parts/claim.json"
+_LIBRARIES_BYTES = 512 * 2**20
 _FORMAT = 2
 """Raised when the same source and settings would give other bytes than before."""
 
@@ -143,21 +146,26 @@ def plan_shards(
 ) -> list[ShardPlan]:
     """Which studies go to which shard: shuffled by the seed, so that no shard is skewed by a
     name."""
+    per_shard = config.prepare.samples_per_shard or shard_samples(config.prepare.image_size)
     plans = []
     for name in SPLITS:
         members = [study for study in studies if by_key.get(study.key) == name]
         random.Random(f"shards/{config.seed}/{name}").shuffle(members)
         # Equal shards, none above the wanted size, and enough of them to share out a small source;
         # never a question of how many workers there are, or the store would depend on it.
-        count = max(
-            -(-len(members) // config.prepare.samples_per_shard), min(8, len(members) // 16), 1
-        )
+        count = max(-(-len(members) // per_shard), min(8, len(members) // 16), 1)
         bounds = [len(members) * i // count for i in range(count + 1)]
         plans += [
             ShardPlan(name, f"{name}/{i:06d}.tar", tuple(members[bounds[i] : bounds[i + 1]]))
             for i in range(count)
         ]
     return plans
+
+
+def estimate_memory(plans: Sequence[ShardPlan], image_size: int) -> int:
+    """Bytes that a task holds at most: its libraries, and the largest shard with a copy."""
+    largest = max(len(plan.studies) for plan in plans)
+    return _LIBRARIES_BYTES + 2 * largest * sample_bytes(image_size)
 
 
 def prepare_shard(

@@ -38,7 +38,11 @@ STUDIES = "studies.parquet"
 QUARANTINE = "quarantine.jsonl"
 BLOCK_SAMPLES = 64
 """Neighbours in a shard that are read and shuffled together: one range request of 3.3 MB at 224
-px."""
+px. Of large pictures they are fewer."""
+SHARD_SAMPLES = 1024
+"""Samples in a shard: 53 MB at 224 px, one PUT. Of large pictures they are fewer."""
+_BLOCK_BYTES = 4_300_000
+_SHARD_BYTES = 54_000_000
 
 _CHECKSUM_AT = 148
 """Where a tar header has its checksum: six octal digits and a zero."""
@@ -66,7 +70,7 @@ class ShardEntry(BaseModel):
     bytes: int
     sha256: str
     blocks: tuple[BlockEntry, ...]
-    """The shard's blocks in order; all but the last hold BLOCK_SAMPLES."""
+    """The shard's blocks in order; all but the last hold equally many samples."""
 
 
 class SplitEntry(BaseModel):
@@ -178,23 +182,41 @@ class StudyRow:
     """SHA-256 of the DICOM file, in hex: a picture that looks wrong is traced to it."""
 
 
+def sample_bytes(image_size: int) -> int:
+    """What a sample takes in a shard: two headers, the target, and the picture."""
+    picture = len(_npy_header((image_size, image_size))) + image_size**2
+    return 3 * tarfile.BLOCKSIZE + picture + -picture % tarfile.BLOCKSIZE
+
+
+def block_samples(image_size: int) -> int:
+    """Samples in a full block: BLOCK_SAMPLES, or as many as make about 4 MB."""
+    return max(1, min(BLOCK_SAMPLES, _BLOCK_BYTES // sample_bytes(image_size)))
+
+
+def shard_samples(image_size: int) -> int:
+    """Samples in a full shard, unless told otherwise: SHARD_SAMPLES, or as many as make 53 MB."""
+    return max(1, min(SHARD_SAMPLES, _SHARD_BYTES // sample_bytes(image_size)))
+
+
 def encode_shard(name: str, samples: Iterable[Sample]) -> tuple[ShardEntry, bytes]:
     """The tar of `samples`, in their order, and what the manifest will say of it.
 
     Equal samples give equal bytes. They are taken one at a time, so only the tar is in memory.
     """
     buffer = io.BytesIO()
-    starts, count, positives = [0], 0, 0
+    starts, count, positives, in_block = [0], 0, 0, BLOCK_SAMPLES
     for sample in samples:
+        if not count:
+            in_block = block_samples(len(sample.pixels))
         # In the order of webdataset's own writer.
         buffer.write(_encode_member(f"{sample.key}.cls", str(sample.target).encode()))
         header = _npy_header(sample.pixels.shape, sample.pixels.dtype.str)
         buffer.write(_encode_member(f"{sample.key}.npy", header, sample.pixels.tobytes()))
         count += 1
         positives += sample.target
-        if count % BLOCK_SAMPLES == 0:
+        if count % in_block == 0:
             starts.append(buffer.tell())
-    if count % BLOCK_SAMPLES:
+    if count % in_block:
         starts.append(buffer.tell())
     buffer.write(bytes(2 * tarfile.BLOCKSIZE))  # the end marker
     data = buffer.getvalue()
@@ -208,7 +230,7 @@ def encode_shard(name: str, samples: Iterable[Sample]) -> tuple[ShardEntry, byte
             BlockEntry(
                 offset=start,
                 bytes=end - start,
-                samples=min(BLOCK_SAMPLES, count - i * BLOCK_SAMPLES),
+                samples=min(in_block, count - i * in_block),
                 sha256=hashlib.sha256(memoryview(data)[start:end]).hexdigest(),
             )
             for i, (start, end) in enumerate(pairwise(starts))

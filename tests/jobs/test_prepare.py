@@ -255,8 +255,9 @@ PREPARE = """
 import sys
 import ray
 from jobs import prepare
-ray.init(num_cpus=int(sys.argv[1]), log_to_driver=False)
-sys.exit(prepare.main(sys.argv[2:]))
+memory = {"_memory": int(sys.argv[2])} if int(sys.argv[2]) else {}
+ray.init(num_cpus=int(sys.argv[1]), log_to_driver=False, **memory)
+sys.exit(prepare.main(sys.argv[3:]))
 """
 
 
@@ -284,15 +285,26 @@ def many(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Prepar
     return Prepared(source, folder / "store")
 
 
-def start(arguments: list[str], *, cpus: int) -> subprocess.Popen[bytes]:
+def start(arguments: list[str], *, cpus: int, memory: int = 0) -> subprocess.Popen[bytes]:
+    """The job on a cluster of so many CPUs, and bytes of memory if not as many as there are."""
     environ = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    return subprocess.Popen([sys.executable, "-c", PREPARE, str(cpus), *arguments], env=environ)
+    sizes = (str(cpus), str(memory))
+    return subprocess.Popen([sys.executable, "-c", PREPARE, *sizes, *arguments], env=environ)
 
 
 @pytest.mark.slow
 def test_one_worker_and_eight_give_the_same_bytes(many: Prepared, tmp_path: Path) -> None:
     assert start(flags(many.source, tmp_path / "eight"), cpus=8).wait() == 0
     assert content(tmp_path / "eight") == content(many.store)
+
+
+@pytest.mark.slow
+def test_a_node_with_less_memory_than_a_task_asks_for_does_them_one_by_one(
+    many: Prepared, tmp_path: Path
+) -> None:
+    job = start(flags(many.source, tmp_path / "small"), cpus=2, memory=200_000_000)
+    assert job.wait() == 0
+    assert content(tmp_path / "small") == content(many.store)
 
 
 @pytest.mark.slow

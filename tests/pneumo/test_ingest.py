@@ -28,13 +28,14 @@ from pneumo.ingest import (
     Receipt,
     ShardPlan,
     digest_settings,
+    estimate_memory,
     find_store,
     finish_store,
     has_mended,
     plan_shards,
     prepare_shard,
 )
-from pneumo.shards import Manifest, read_manifest, read_shard, read_studies
+from pneumo.shards import Manifest, read_manifest, read_shard, read_studies, sample_bytes
 from pneumo.splits import Split, split_studies
 from pneumo.studies import Source, read_source
 
@@ -245,6 +246,28 @@ def test_bad_files_may_be_more_without_doing_all_again(preparation: Preparation)
     other = override(CONFIG, {"prepare.max_bad_fraction": 0.5})
     assert digest_settings(other) == digest_settings(CONFIG)
     assert digest_settings(override(CONFIG, {"seed": 1})) != digest_settings(CONFIG)
+
+
+def test_shards_of_large_pictures_hold_fewer_unless_told_otherwise(
+    preparation: Preparation,
+) -> None:
+    studies = [
+        replace(study, key=f"{copy}/{study.key}")
+        for copy in range(20)
+        for study in preparation.source.studies
+    ]
+    by_key = {study.key: "train" for study in studies}
+    for changes, size in (
+        ({"prepare.image_size": 224}, 300),  # eight shards at least
+        ({"prepare.image_size": 1024}, 50),  # 51 are allowed
+        ({"prepare.image_size": 1024, "prepare.samples_per_shard": 200}, 200),
+    ):
+        config = override(Config(), changes)
+        image_size = config.prepare.image_size
+        plans = [plan for plan in plan_shards(studies, by_key, config) if plan.studies]
+        assert max(len(plan.studies) for plan in plans) == size
+        memory = estimate_memory(plans, image_size)
+        assert memory == 512 * 2**20 + 2 * size * sample_bytes(image_size)
 
 
 @pytest.mark.parametrize("samples_per_shard", [1, 7, 64, 1024])

@@ -142,6 +142,26 @@ def test_blocks_are_whole_tars_of_64_neighbours(number: int) -> None:
     assert not data[end:].strip(b"\0")  # nothing but the end marker is in no block
 
 
+@pytest.mark.parametrize(
+    ("image_size", "block", "shard"),
+    [(32, 64, 1024), (224, 64, 1024), (512, 16, 204), (1024, 4, 51)],
+)
+def test_blocks_and_shards_of_large_pictures_hold_fewer(
+    image_size: int, block: int, shard: int
+) -> None:
+    assert shards.block_samples(image_size) == block
+    assert shards.shard_samples(image_size) == shard
+    pixels = np.zeros((image_size, image_size), np.uint8)
+    number = min(2 * block + 1, 9)
+    samples = [Sample(f"{i:020x}", pixels, 0) for i in range(number)]
+    entry, data = shards.encode_shard("train/000000.tar", samples)
+    # The end marker is of two blocks.
+    assert len(data) == number * shards.sample_bytes(image_size) + 1024
+    assert max(part.samples for part in entry.blocks) == min(block, number)
+    assert block * shards.sample_bytes(image_size) <= 4_300_000
+    assert shard * shards.sample_bytes(image_size) <= 54_000_000
+
+
 def test_threads_decode_without_disturbing_each_other() -> None:
     # Python before 3.11.9 fails when a collection lets another thread in while it parses a header.
     samples = some_samples(64)
