@@ -165,8 +165,9 @@ def _report(store_url: str, manifest: Manifest) -> None:
     audit = manifest.audit
     for name, entry in manifest.splits.items():
         share = audit.prevalence[name]
+        patients = "" if entry.patients is None else f"{entry.patients:6} patients  "
         print(
-            f"{name:5}  {entry.samples:6} studies  {entry.patients:6} patients  "
+            f"{name:5}  {entry.samples:6} studies  {patients}"
             f"{entry.positives / entry.samples:6.1%} positive [{share.low:.1%}, {share.high:.1%}]  "
             f"{len(entry.shards)} shards"
         )
@@ -186,10 +187,10 @@ def _report(store_url: str, manifest: Manifest) -> None:
         print(f"{number} studies: {_CONTRADICTIONS[kind]}")
     same = manifest.duplicates
     if same.pictures:
-        print(
-            f"{same.pictures} pictures occur in {same.studies} studies; {same.across_patients} of "
-            f"them with several patients, {same.across_splits} in several splits"
-        )
+        several = [f"{same.across_splits} of them in several splits"]
+        if same.across_patients is not None:
+            several.append(f"{same.across_patients} with several patients")
+        print(f"{same.pictures} pictures occur in {same.studies} studies; {', '.join(several)}")
     print(f"store {store_url}  manifest {manifest.digest[:12]}")
 
 

@@ -220,7 +220,7 @@ def finish_store(
         name: SplitEntry(
             samples=sum(entry.samples for entry in entries[name]),
             positives=sum(entry.positives for entry in entries[name]),
-            patients=len(patients[name]),
+            patients=len(patients[name]) if source.has_patients else None,
             histogram=tuple(histograms[name].tolist()),
             shards=tuple(entries[name]),
         )
@@ -243,7 +243,7 @@ def finish_store(
         std=std,
         quarantined=dict(sorted(Counter(item.reason for item in rejected).items())),
         contradictions=dict(sorted(contradictions.items())),
-        duplicates=find_duplicates(table),
+        duplicates=find_duplicates(table, has_patients=source.has_patients),
         studies=studies,
         quarantine=quarantine,
         splits=splits,

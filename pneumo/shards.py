@@ -79,7 +79,8 @@ class SplitEntry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     samples: int
     positives: int
-    patients: int
+    patients: int | None
+    """Null where the source's mapping does not say who they are."""
     histogram: tuple[int, ...]
     """Stored pixels of each gray level, 0 to 255; letterbox borders count as 0."""
     shards: tuple[ShardEntry, ...]
@@ -101,8 +102,9 @@ class Duplicates(BaseModel):
     """Pictures that more than one study has."""
     studies: int
     """Studies that have one of them."""
-    across_patients: int
-    """Of the pictures, those found with more than one patient."""
+    across_patients: int | None
+    """Of the pictures, those found with more than one patient; null where nobody knows who they
+    are."""
     across_splits: int
     """Of the pictures, those found in more than one split: each leaks."""
 
@@ -439,16 +441,18 @@ def digest_pixels(pixels: npt.NDArray[np.uint8]) -> str:
     return hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest()[:32]
 
 
-def find_duplicates(studies: pa.Table) -> Duplicates:
-    """Which pictures occur with more than one study; `studies` as `tabulate_studies` makes it."""
+def find_duplicates(studies: pa.Table, *, has_patients: bool) -> Duplicates:
+    """Which pictures occur with more than one study; `studies` as `tabulate_studies` makes it, and
+    whether its patients are more than images."""
     groups = studies.group_by("pixels_digest").aggregate(
         [("key", "count"), ("patient", "count_distinct"), ("split", "count_distinct")]
     )
     several = groups.filter(pc.field("key_count") > 1)
+    across = sum(n > 1 for n in several["patient_count_distinct"].to_pylist())
     return Duplicates(
         pictures=len(several),
         studies=sum(several["key_count"].to_pylist()),
-        across_patients=sum(n > 1 for n in several["patient_count_distinct"].to_pylist()),
+        across_patients=across if has_patients else None,
         across_splits=sum(n > 1 for n in several["split_count_distinct"].to_pylist()),
     )
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, computed_field
 from scipy.stats import beta, hypergeom
 
 from pneumo import storage
@@ -58,19 +58,21 @@ class LeakageAudit(BaseModel):
     """Studies by split."""
     positives: dict[str, int]
     """Studies with Target 1 by split."""
-    patients: dict[str, int]
-    """Patients by split."""
+    patients: dict[str, int] | None
+    """Patients by split; null where the mapping does not say who they are."""
     prevalence: dict[str, Interval]
     """Positives / studies by split, with an interval that knows that studies of one patient are
     alike: Clopper-Pearson on the effective number of studies (Korn & Graubard 1998)."""
     shard_prevalence: dict[str, tuple[float, float]]
     """Lowest and highest share of positives among the split's shards."""
-    shared_patients: int
-    """Patients in more than one split: 0 for unit 'patient'."""
+    shared_patients: int | None
+    """Patients in more than one split: 0 for unit 'patient'; null where nobody knows who they
+    are."""
     leaked_by_image: float | None
     """Share of val studies whose patient a split by image would have put into train as well;
     null where the mapping does not say who the patients are."""
 
+    @computed_field  # type: ignore[prop-decorator]  # so that the manifest says it
     @property
     def warning(self) -> str | None:
         """What the reader of any number from this split must know, or None."""
@@ -190,7 +192,6 @@ def audit_split(
     patients = {name: {s.patient for s in placed if by_key[s.key] == name} for name in SPLITS}
     number = Counter(by_key[s.key] for s in placed)
     positives = Counter(by_key[s.key] for s in placed if s.target)
-    everyone = set().union(*patients.values())
     return LeakageAudit(
         unit=config.unit,
         salt=salt,
@@ -198,13 +199,13 @@ def audit_split(
         unlisted=len(studies) - len(placed),
         studies={name: number[name] for name in SPLITS},
         positives={name: positives[name] for name in SPLITS},
-        patients={name: len(patients[name]) for name in SPLITS},
+        patients={name: len(patients[name]) for name in SPLITS} if has_patients else None,
         prevalence={
             name: clustered_share([(s.patient, s.target) for s in placed if by_key[s.key] == name])
             for name in SPLITS
         },
         shard_prevalence={},
-        shared_patients=sum(sum(p in group for group in patients.values()) > 1 for p in everyone),
+        shared_patients=_count_shared(list(patients.values())) if has_patients else None,
         leaked_by_image=_leaked(placed, config, seed, salt or 0) if has_patients else None,
     )
 
@@ -302,6 +303,11 @@ def _check_classes(studies: Sequence[Study], by_key: Mapping[str, str]) -> None:
                     f"split {split} would have no {name} study ({len(studies)} studies in all); "
                     "use more studies or other --split fractions"
                 )
+
+
+def _count_shared(groups: Sequence[set[str]]) -> int:
+    """How many are in more than one of the groups."""
+    return sum(number > 1 for number in Counter(p for group in groups for p in group).values())
 
 
 def _leaked(studies: Sequence[Study], config: SplitConfig, seed: int, salt: int) -> float:

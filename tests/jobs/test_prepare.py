@@ -192,10 +192,18 @@ def test_a_source_without_the_mapping_needs_a_word(
     assert run(source, tmp_path / "store") == 2
     assert "--split.unit image" in capsys.readouterr().err
     assert run(source, tmp_path / "store", "--split.unit", "image") == 0
-    assert "every metric will be too good" in capsys.readouterr().err
-    manifest = read_manifest(str(tmp_path / "store"))
-    assert manifest.audit.unit == "image"
-    assert manifest.audit.leaked_by_image is None
+    said = capsys.readouterr()
+    assert "every metric will be too good" in said.err
+    assert " studies " in said.out
+    assert "patients" not in said.out
+    written = json.loads((tmp_path / "store" / "manifest.json").read_text())
+    audit = written["audit"]
+    assert (audit["unit"], audit["leaked_by_image"]) == ("image", None)
+    assert "every metric will be too good" in audit["warning"]
+    assert (audit["patients"], audit["shared_patients"]) == (None, None)
+    assert {split["patients"] for split in written["splits"].values()} == {None}
+    assert written["duplicates"]["across_patients"] is None
+    assert read_manifest(str(tmp_path / "store")).model_dump(mode="json") == written
 
 
 def test_a_taste_puts_nobody_elsewhere(prepared: Prepared, tmp_path: Path) -> None:

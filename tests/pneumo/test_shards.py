@@ -445,12 +445,15 @@ def test_duplicates_are_counted_within_and_across_patients_and_splits(
     )
     groups = [[row for row in table if row[0] == name] for name in "abcd"]
     several = [group for group in groups if len(group) > 1]
-    assert shards.find_duplicates(studies) == Duplicates(
+    found = Duplicates(
         pictures=len(several),
         studies=sum(map(len, several)),
         across_patients=sum(len({row[1] for row in group}) > 1 for group in several),
         across_splits=sum(len({row[2] for row in group}) > 1 for group in several),
     )
+    assert shards.find_duplicates(studies, has_patients=True) == found
+    unknown = found.model_copy(update={"across_patients": None})
+    assert shards.find_duplicates(studies, has_patients=False) == unknown
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "a byte", "a target"])
