@@ -652,6 +652,11 @@ _PASSING_CODES = frozenset(
 """Errors of kind 4xx that another try may not meet: overload, and what the network did to us."""
 
 _NO_CREDENTIALS = frozenset({"NoCredentialsError", "PartialCredentialsError"})
+_MISTAKES = (
+    *(TypeError, ValueError, LookupError, AttributeError, NameError, AssertionError),
+    *(ArithmeticError, NotImplementedError),
+)
+"""Of a program, ours or a library's: no waiting mends them."""
 _BAD_SETUP = frozenset(
     {"ProfileNotFound", "ConfigParseError", "InvalidRegionError", "ParamValidationError"}
 )
@@ -674,6 +679,8 @@ def _lasting(
     """
     if isinstance(error, (StorageError, UserError)):
         return error
+    if isinstance(error, ImportError):  # fsspec's, which says what to install
+        return UserError(f"storage: {name}: {_describe(error)}, on every node of the cluster")
     code, operation = _s3_error(error)
     if code is not None:
         return _lasting_s3(error, code, operation or "", name, describe)
@@ -699,8 +706,8 @@ def _lasting(
         return _no_such_object(name)
     if isinstance(error, PermissionError):
         return AccessError(f"storage: access to {name} refused: {said}")
-    if isinstance(error, (TypeError, ValueError, LookupError, AttributeError)):
-        return StorageError(f"storage: {name}: {said}")
+    if isinstance(error, _MISTAKES):
+        return StorageError(f"storage: {name}: {kind}: {said}")
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import socket
 import subprocess
@@ -485,6 +486,9 @@ def test_passing_trouble_is_tried_again() -> None:
         (PermissionError("Forbidden"), AccessError),
         (FileNotFoundError("bucket/key"), FileNotFoundError),
         (ValueError("bad"), StorageError),
+        (AssertionError(), StorageError),
+        (NotImplementedError(), StorageError),
+        (ImportError("Please install gcsfs to access Google Storage"), UserError),
     ],
 )
 def test_lasting_trouble_is_not_tried_again(trouble: Exception, error: type[Exception]) -> None:
@@ -497,6 +501,14 @@ def test_lasting_trouble_is_not_tried_again(trouble: Exception, error: type[Exce
     with pytest.raises(error):
         storage._retried(read, "memory://a", budget_s=30.0)
     assert len(tried) == 1
+
+
+def test_a_scheme_whose_package_is_missing_says_what_to_install() -> None:
+    if importlib.util.find_spec("gcsfs"):
+        pytest.skip("gcsfs is installed")
+    with pytest.raises(UserError, match=r"gs://b/k: .*install gcsfs.*, on every node") as caught:
+        storage.read_bytes("gs://b/k")
+    assert caught.value.exit_code == 2
 
 
 def _answer(code: str, status: int, operation: str = "GetObject") -> Exception:
