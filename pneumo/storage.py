@@ -305,15 +305,16 @@ def write_bytes(url: str, data: bytes) -> None:
         _retried(lambda fs, path: fs.pipe_file(path, data), url)
 
 
-def create_bytes(url: str, data: bytes) -> bool:
+def create_bytes(url: str, data: bytes, *, mode: int = 0o644) -> bool:
     """Publish `data` at `url` only if nothing is there yet; whether it was this call that did.
 
-    Local: written beside and linked into place. Object store: one PUT with If-None-Match; of two
-    writers at once exactly one gets True. A server that says it does not know the condition (501)
-    is asked first and then written to, which two writers at once can both pass.
+    Local: written beside, and linked into place, with `mode`; where a mount has no hard links, an
+    empty file takes the place first, and is replaced. Object store: one PUT with If-None-Match; of
+    two writers at once exactly one gets True. A server that says it does not know the condition
+    (501) is asked first and then written to, which two writers at once can both pass.
     """
     if is_local(url):
-        return _publish_file(local_path(url), data, _link)
+        return _publish_file(local_path(url), data, _link, mode)
     if _is_s3(url):
         writer = uuid.uuid4().hex
         return _retried(lambda fs, path: _create_object(fs, path, data, writer), url)
@@ -363,9 +364,11 @@ def remove(url: str) -> None:
         pass
 
 
-def _publish_file(path: Path, data: bytes, publish: Callable[[Path, Path], T]) -> T:
+def _publish_file(
+    path: Path, data: bytes, publish: Callable[[Path, Path], T], mode: int = 0o644
+) -> T:
     try:
-        with _partial_file(path, data) as partial:
+        with _partial_file(path, data, mode) as partial:
             return publish(partial, path)
     except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
         raise AccessError(f"storage: cannot write {path}: {error.strerror}") from error
@@ -378,11 +381,29 @@ def _link(partial: Path, path: Path) -> bool:
         path.hardlink_to(partial)
     except FileExistsError:
         return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        return _reserve(partial, path)
+    return True
+
+
+_NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS})
+"""What mounts without hard links say: FUSE, SMB, exFAT."""
+
+
+def _reserve(partial: Path, path: Path) -> bool:
+    """`_link` without links: a reader may meet the empty file for a moment."""
+    try:
+        path.open("xb").close()
+    except FileExistsError:
+        return False
+    partial.replace(path)
     return True
 
 
 @contextmanager
-def _partial_file(path: Path, data: bytes) -> Iterator[Path]:
+def _partial_file(path: Path, data: bytes, mode: int) -> Iterator[Path]:
     """A file beside `path` with `data` on the disk, which is gone afterwards."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=_PARTIAL_PREFIX, delete=False) as file:
@@ -390,7 +411,8 @@ def _partial_file(path: Path, data: bytes) -> Iterator[Path]:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-            Path(file.name).chmod(0o644)
+            with contextlib.suppress(PermissionError):  # a mount whose files have no modes
+                Path(file.name).chmod(mode)
             yield Path(file.name)
         finally:
             Path(file.name).unlink(missing_ok=True)

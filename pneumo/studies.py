@@ -7,7 +7,6 @@ Challenge, https://www.rsna.org/rsnai/ai-image-challenge/rsna-pneumonia-detectio
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import hashlib
 import hmac
@@ -16,20 +15,18 @@ import json
 import math
 import os
 import secrets
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import pyarrow as pa
 import pyarrow.csv as pacsv
 
 from pneumo import storage
-from pneumo.errors import SourceError
+from pneumo.errors import AccessError, SourceError, StorageError
 
 Finding = Literal["Lung Opacity", "No Lung Opacity / Not Normal", "Normal"]
 
@@ -194,25 +191,17 @@ def read_hash_key(source_url: str, environ: Mapping[str, str]) -> bytes:
     path = storage.local_path(source_url) / PRIVATE_FOLDER / "hash_key"
     try:
         path.parent.mkdir(mode=0o700, exist_ok=True)
-        if not path.exists():
-            _create_hash_key(path)
+        if not path.exists():  # of two jobs at once one wins
+            storage.create_bytes(str(path), secrets.token_hex(32).encode(), mode=0o600)
         hash_key = path.read_text().strip().encode()
-    except OSError as error:
+    except (OSError, AccessError, StorageError) as error:
         raise SourceError(
-            f"{path}: {error.strerror}; make it writable, or set {HASH_KEY_VARIABLE} to a secret"
+            f"{path}: cannot be made or read; make it writable, or set {HASH_KEY_VARIABLE} to a "
+            "secret"
         ) from error
     if not hash_key:
         raise SourceError(f"{path}: empty; delete it, or set {HASH_KEY_VARIABLE} to a secret")
     return hash_key
-
-
-def _create_hash_key(path: Path) -> None:
-    """A new secret at `path`, whole from the first moment: of two jobs at once one wins."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".partial-") as file:
-        file.write(secrets.token_hex(32))  # the file's mode is 600 from its creation
-        file.flush()
-        with contextlib.suppress(FileExistsError):
-            os.link(file.name, path)
 
 
 def _derive(hash_key: bytes, kind: str, identifier: str) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
+import os
 import re
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -206,6 +209,41 @@ def test_what_is_created_replaces_nothing(root_url: str) -> None:
     assert not storage.create_bytes(url, b"second")
     assert storage.read_bytes(url) == b"first"
     assert storage.list_names(storage.join(root_url, "deep")) == ["object"]
+
+
+@pytest.fixture(params=[errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
+def without_links(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder lies on a mount that has no hard links."""
+
+    def refuse(*args: object, **options: object) -> None:
+        raise OSError(request.param, os.strerror(request.param))
+
+    monkeypatch.setattr(os, "link", refuse)
+
+
+def test_a_mount_without_links_takes_what_is_created(without_links: None, tmp_path: Path) -> None:
+    url = str(tmp_path / "object")
+    assert storage.create_bytes(url, b"first", mode=0o600)
+    assert not storage.create_bytes(url, b"second")
+    assert storage.read_bytes(url) == b"first"
+    assert stat.S_IMODE((tmp_path / "object").stat().st_mode) == 0o600
+    assert [path.name for path in tmp_path.iterdir()] == ["object"]
+    with ThreadPoolExecutor(8) as pool:
+        won = list(
+            pool.map(lambda n: storage.create_bytes(f"{url}-2", b"%d" % n * 10_000), range(8))
+        )
+    assert sum(won) == 1
+    assert storage.read_bytes(f"{url}-2") == b"%d" % won.index(True) * 10_000
+
+
+def test_another_failure_to_link_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise OSError(errno.EIO, "the disk is broken")
+
+    monkeypatch.setattr(os, "link", fail)
+    with pytest.raises(StorageError, match=r"cannot write .*object: the disk is broken"):
+        storage.create_bytes(str(tmp_path / "object"), b"x")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("kind", ["local", "s3"])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import errno
 import gzip
 import json
+import os
 import re
 import shutil
 import stat
@@ -211,6 +213,18 @@ def test_jobs_that_start_at_once_agree_on_the_secret(kaggle_folder: FolderMaker)
         assert len(keys) == 1
         assert [path.name for path in (folder / ".pneumo").iterdir()] == ["hash_key"]
         shutil.rmtree(folder / ".pneumo")
+
+
+def test_the_secret_can_be_made_on_a_mount_without_hard_links(
+    kaggle_folder: FolderMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise OSError(errno.EPERM, "not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    folder = kaggle_folder(num_studies=3)
+    assert read_hash_key(str(folder), {}) == read_hash_key(str(folder), {})
+    assert stat.S_IMODE((folder / ".pneumo" / "hash_key").stat().st_mode) == 0o600
 
 
 # --- lists ----------------------------------------------------------------------------------------
