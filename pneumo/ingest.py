@@ -305,8 +305,10 @@ def has_mended(store_url: str, manifest: Manifest, source: Source) -> bool:
 
 
 def clear_parts(store_url: str) -> None:
-    """Remove what a preparation leaves besides the store itself."""
+    """Remove what a preparation leaves besides the store itself, killed ones included."""
     storage.remove_below(storage.join(store_url, PARTS))
+    for folder in (store_url, *(storage.join(store_url, name) for name in SPLITS)):
+        storage.remove_partials(folder)
 
 
 def digest_settings(config: Config) -> str:

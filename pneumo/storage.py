@@ -62,6 +62,9 @@ doing."""
 _PARTIAL_PREFIX = ".partial-"
 """How a local file is named while it is written; what a crash leaves of it is no object."""
 
+_MOST_ATTEMPTS = 5
+"""How often a local file is begun whose unfinished copy another job clears away."""
+
 _SHELL_SCHEMES = frozenset({"pipe", "cmd", "sh", "bash", "ssh", "sftp"})
 
 _logger = logging.getLogger(__name__)
@@ -334,12 +337,26 @@ def write_text(url: str, text: str) -> None:
     write_bytes(url, text.encode())
 
 
+def remove_partials(url: str) -> None:
+    """Delete what killed writers have left directly in the folder `url`.
+
+    A writer that is still at it notices, and writes its object anew. Object stores keep nothing of
+    a PUT that did not end.
+    """
+    if is_local(url):
+        for path in local_path(url).glob(f"{_PARTIAL_PREFIX}*"):
+            path.unlink(missing_ok=True)
+
+
 def remove_below(url: str) -> None:
-    """Delete every object below `url`, and the folders that this leaves empty."""
+    """Delete every object below `url`, what killed writers have left there, and the folders that
+    this leaves empty."""
     for found in list_urls(url):
         remove(found)
     if is_local(url):
         root = local_path(url)
+        for path in root.rglob(f"{_PARTIAL_PREFIX}*"):
+            path.unlink(missing_ok=True)
         folders = [path for path in root.rglob("*") if path.is_dir()]
         for folder in [*sorted(folders, reverse=True), root]:
             with contextlib.suppress(OSError):  # somebody else writes there, or has removed it
@@ -367,13 +384,18 @@ def remove(url: str) -> None:
 def _publish_file(
     path: Path, data: bytes, publish: Callable[[Path, Path], T], mode: int = 0o644
 ) -> T:
-    try:
-        with _partial_file(path, data, mode) as partial:
-            return publish(partial, path)
-    except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-        raise AccessError(f"storage: cannot write {path}: {error.strerror}") from error
-    except OSError as error:  # a full disk, a lost mount
-        raise StorageError(f"storage: cannot write {path}: {error.strerror}") from error
+    attempts = 0
+    while True:
+        attempts += 1
+        try:
+            with _partial_file(path, data, mode) as partial:
+                return publish(partial, path)
+        except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+            raise AccessError(f"storage: cannot write {path}: {error.strerror}") from error
+        except OSError as error:  # a full disk, a lost mount
+            # Another job may have taken the file for a dead writer's, or its folder for empty.
+            if not isinstance(error, FileNotFoundError) or attempts == _MOST_ATTEMPTS:
+                raise StorageError(f"storage: cannot write {path}: {error.strerror}") from error
 
 
 def _link(partial: Path, path: Path) -> bool:
@@ -398,7 +420,11 @@ def _reserve(partial: Path, path: Path) -> bool:
         path.open("xb").close()
     except FileExistsError:
         return False
-    partial.replace(path)
+    try:
+        partial.replace(path)
+    except OSError:
+        path.unlink()
+        raise
     return True
 
 

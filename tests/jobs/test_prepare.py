@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -326,6 +327,7 @@ def test_two_jobs_at_once_make_one_store(many: Prepared, tmp_path: Path) -> None
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_job_killed_at_any_moment_goes_on(many: Prepared, tmp_path: Path) -> None:
+    """In turns the driver alone, and the whole tree of its processes."""
     rng = random.Random(os.environ.get("TEST_SEED", "moments"))
     store = tmp_path / "store"
     reused = []
@@ -336,7 +338,7 @@ def test_a_job_killed_at_any_moment_goes_on(many: Prepared, tmp_path: Path) -> N
         while job.poll() is None and len(list(store.rglob("*.tar.json"))) < before + wanted:
             time.sleep(0.01)
         assert job.poll() is None, "it was killed while it worked"
-        kill(job)
+        kill(job, whole=bool(len(reused) % 2))
         assert not (store / "manifest.json").exists()
         reused.append(len(list(store.rglob("*.tar.json"))))
     assert start(flags(many.source, store), cpus=2).wait() == 0
@@ -345,13 +347,61 @@ def test_a_job_killed_at_any_moment_goes_on(many: Prepared, tmp_path: Path) -> N
     assert reused[-1] > 0
 
 
-def kill(job: subprocess.Popen[bytes]) -> None:
-    """SIGKILL for the job alone; its own Ray processes must then end by themselves, or are ended
-    here."""
+def kill(job: subprocess.Popen[bytes], *, whole: bool) -> None:
+    """SIGKILL for the job and all its processes, or for the job alone: its own Ray processes must
+    then end by themselves, or are ended here."""
     children = psutil.Process(job.pid).children(recursive=True)
     job.kill()
+    for process in children if whole else []:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     job.wait()
     _, alive = psutil.wait_procs(children, timeout=5)
     for process in alive:
         process.kill()
     psutil.wait_procs(alive, timeout=10)
+
+
+KILL_ITSELF = """
+import os, sys
+import psutil
+from jobs import prepare
+fsync, left = os.fsync, [int(sys.argv[1])]
+def die_at_the_last(descriptor):
+    left[0] -= 1
+    if not left[0]:  # the disk has half of it
+        for process in psutil.Process().children(recursive=True):
+            process.kill()
+        os.kill(os.getpid(), 9)
+    fsync(descriptor)
+os.fsync = die_at_the_last
+sys.exit(prepare.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_job_killed_while_it_finishes_goes_on(prepared: Prepared, tmp_path: Path) -> None:
+    """At each write of the driver's: the claim, the quarantine, the table, the manifest."""
+    environ = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    job = flags(prepared.source, tmp_path / "plain")
+    subprocess.run([sys.executable, "-m", "jobs.prepare", *job], env=environ, check=True)
+    left = []
+    for number in range(1, 10):
+        store = tmp_path / str(number)
+        job = [sys.executable, "-c", KILL_ITSELF, str(number), *flags(prepared.source, store)]
+        done = subprocess.run(job, env=environ, check=False)
+        if done.returncode == 0:
+            break
+        assert done.returncode == -9
+        left.append(sorted(path.name for path in store.rglob(".partial-*")))
+        assert not (store / "manifest.json").exists()
+        assert run_small(prepared.source, store) == 0
+        assert content(store) == content(tmp_path / "plain")
+    print(f"unfinished files after each kill: {left}")
+    assert len(left) >= 4
+    assert all(left), "the kill came in the middle of a write"
+
+
+def run_small(source: Path, store: Path) -> int:
+    return prepare.main(flags(source, store))

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
@@ -315,6 +315,41 @@ def test_what_a_killed_writer_leaves_is_no_object(tmp_path: Path) -> None:
     assert not storage.exists(str(tmp_path / "object"))
     storage.upload_folder(tmp_path, str(tmp_path.parent / "copy"))
     assert storage.list_urls(str(tmp_path.parent / "copy")) == []
+
+
+def test_what_killed_writers_leave_is_cleared(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "below", tmp_path / "below" / "deep"):
+        folder.mkdir(exist_ok=True)
+        (folder / ".partial-abc").write_bytes(b"half")
+    (tmp_path / "object").write_bytes(b"x")
+    storage.remove_partials(str(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["below", "object"]
+    storage.remove_below(str(tmp_path / "below"))
+    assert [path.name for path in tmp_path.iterdir()] == ["object"]
+    storage.remove_partials("memory://nothing/is/left")
+
+
+@pytest.mark.parametrize("write", [storage.write_bytes, storage.create_bytes])
+def test_a_writer_whose_unfinished_file_is_cleared_away_writes_it_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[str, bytes], object]
+) -> None:
+    folder = tmp_path / "folder"
+    fsync, lost = os.fsync, []
+
+    def lose(descriptor: int) -> None:
+        fsync(descriptor)
+        if len(lost) < 3:
+            lost.append(1)
+            storage.remove_below(str(folder))
+
+    monkeypatch.setattr(os, "fsync", lose)
+    write(str(folder / "object"), b"data")
+    assert len(lost) == 3
+    assert storage.read_bytes(str(folder / "object")) == b"data"
+    lost.clear()
+    monkeypatch.setattr(os, "fsync", lambda _: storage.remove_below(str(folder)))
+    with pytest.raises(StorageError, match=r"cannot write .*object2: No such file"):
+        write(str(folder / "object2"), b"data")
 
 
 def test_a_write_that_fails_leaves_nothing_and_the_old_object_stays(tmp_path: Path) -> None:
