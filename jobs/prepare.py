@@ -120,14 +120,7 @@ def _prepare_plans(
         if reused:
             say(f"prepare: {reused} of {len(plans)} shards were there already, and whole")
         try:
-            return finish_store(
-                store_url,
-                source,
-                plans,
-                split.audit,
-                config,
-                num_studies=len(source.studies) + len(source.rejected),
-            )
+            return finish_store(store_url, source, plans, split.audit, config)
         except FileNotFoundError:
             manifest = find_store(store_url, source, config)
             if manifest is not None:
@@ -142,13 +135,14 @@ def _run_plans(plans: Sequence[ShardPlan], store_url: str, config: Config) -> in
     # No more than the largest node has, or no task would ever start; it then runs one at a time.
     memory = min(memory, max(int(node.total.get("memory", 0)) for node in list_nodes()))
     task = ray.remote(num_cpus=1, memory=memory, max_retries=3)(prepare_shard)
-    in_flight = max(2 * int(ray.cluster_resources().get("CPU", 1)), 2)
     digest = digest_settings(config)
     todo = list(reversed(plans))
     running: dict[Any, ShardPlan] = {}
     done = bad = reused = 0
     with Progress("prepare", sum(len(plan.studies) for plan in plans), "studies") as progress:
         while todo or running:
+            # Asked for anew each time: a cluster that grows is filled.
+            in_flight = max(2 * int(ray.cluster_resources().get("CPU", 1)), 2)
             while todo and len(running) < in_flight:
                 plan = todo.pop()
                 running[task.remote(plan, store_url, config.prepare.image_size, digest)] = plan

@@ -192,13 +192,12 @@ def finish_store(
     plans: Sequence[ShardPlan],
     audit: LeakageAudit,
     config: Config,
-    *,
-    num_studies: int,
 ) -> Manifest:
     """Join the receipts: the policy on bad files, the tables, the manifest; then clear the parts.
 
-    `num_studies` counts all that were asked for, rejected ones too. Raises BadFilesError when too
-    many studies could not be used, SourceError when a split or a shard is left lopsided.
+    Raises BadFilesError when too many of the studies that have a place, and of those that the
+    tables contradict themselves on, could not be used; SourceError when a split or a shard is left
+    lopsided.
     """
     rejected = list(source.rejected)
     entries: dict[str, list[ShardEntry]] = {name: [] for name in SPLITS}
@@ -215,7 +214,8 @@ def finish_store(
             entries[plan.split].append(receipt.entry)
         tables.append(tabulate_studies(receipt.rows))
     quarantine = write_quarantine(store_url, rejected)
-    _check_policy(rejected, num_studies, config, store_url)
+    wanted = sum(len(plan.studies) for plan in plans) + len(source.rejected)
+    _check_policy(rejected, wanted, config, store_url)
     splits = {
         name: SplitEntry(
             samples=sum(entry.samples for entry in entries[name]),

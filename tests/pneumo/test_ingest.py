@@ -67,14 +67,7 @@ class Preparation:
         return prepare_shard(plan, str(store), size, digest_settings(self.config))
 
     def finish(self, store: Path | str) -> Manifest:
-        return finish_store(
-            str(store),
-            self.source,
-            self.plans,
-            self.split.audit,
-            self.config,
-            num_studies=len(self.source.studies) + len(self.source.rejected),
-        )
+        return finish_store(str(store), self.source, self.plans, self.split.audit, self.config)
 
     def run(self, store: Path) -> Manifest:
         return self.run_at(str(store))
@@ -527,6 +520,24 @@ def test_too_many_bad_files_fail_and_are_told(preparation: Preparation, tmp_path
     assert manifest.audit.studies == {n: e.samples for n, e in manifest.splits.items()}
     assert manifest.audit.positives == {n: e.positives for n, e in manifest.splits.items()}
     assert manifest.audit.patients == {n: e.patients for n, e in manifest.splits.items()}
+
+
+def test_bad_files_are_a_share_of_what_the_list_names(
+    preparation: Preparation, tmp_path: Path
+) -> None:
+    listed = {
+        study.key: preparation.split.by_key[study.key] for study in preparation.source.studies
+    }
+    named = dict(list(listed.items())[:60])
+    preparation.split = split_studies(
+        preparation.source.studies, CONFIG.split, seed=0, has_patients=True, listed=named
+    )
+    preparation.config = override(CONFIG, {"prepare.max_bad_fraction": 0.04})
+    preparation.plans = plan_shards(preparation.source.studies, named, CONFIG)
+    for number in range(3):
+        preparation.file(preparation.plans[0], number).unlink()
+    with pytest.raises(BadFilesError, match="3 of 60 studies cannot be used"):
+        preparation.run(tmp_path)
 
 
 def test_contradictory_studies_count_as_bad(kaggle_folder: FolderMaker, tmp_path: Path) -> None:
