@@ -164,6 +164,47 @@ def test_existence_and_removal(root_url: str) -> None:
         storage.read_bytes(url)
 
 
+def test_an_empty_folder_is_not_there(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    assert not storage.exists(str(folder))
+    (folder / ".partial-x").write_bytes(b"half")
+    assert not storage.exists(str(folder))
+    (folder / "object").write_bytes(b"")
+    assert storage.exists(str(folder))
+
+
+def test_links_are_followed_to_files_and_never_in_circles(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "object").write_bytes(b"x")
+    (tmp_path / "folder" / "back").symlink_to(tmp_path)
+    (tmp_path / "to-object").symlink_to(tmp_path / "folder" / "object")
+    (tmp_path / "to-itself").symlink_to(tmp_path / "to-itself")
+    (tmp_path / "to-nothing").symlink_to(tmp_path / "nothing")
+    assert storage.list_names(str(tmp_path)) == ["folder", "to-object"]
+    names = ["folder/object", "to-object"]
+    assert storage.list_urls(str(tmp_path)) == [f"{tmp_path}/{name}" for name in names]
+    assert storage.list_names(str(tmp_path / "to-object")) == []
+
+
+def test_a_folder_that_may_not_be_listed_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir(mode=0)
+    for path in (tmp_path, *tmp_path.parents[:-2]):
+        path.chmod(0o755)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        for call in (storage.list_names, storage.exists, storage.list_urls):
+            with pytest.raises(AccessError, match=f"cannot list {folder}: Permission denied"):
+                call(str(folder))
+        with pytest.raises(AccessError, match=f"cannot list {folder}: Permission denied"):
+            storage.list_urls(str(tmp_path))
+    finally:
+        os.seteuid(user)
+
+
 def test_a_folder_is_uploaded_by_relative_name(root_url: str, tmp_path: Path) -> None:
     folder = tmp_path / "from"
     (folder / "deep").mkdir(parents=True)
