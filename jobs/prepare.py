@@ -99,6 +99,7 @@ def _limit(source: Source, split: Split, config: Config) -> tuple[Source, Split]
         studies=tuple(source.studies[i] for i in sorted(chosen)),
         rejected=(),
         has_patients=source.has_patients,
+        unlabelled=source.unlabelled,
     )
     audit = audit_split(
         taste.studies,
@@ -177,6 +178,8 @@ def _report(store_url: str, manifest: Manifest) -> None:
         print(
             f"{sum(manifest.quarantined.values())} studies quarantined ({told}), see {QUARANTINE}"
         )
+    if manifest.unlabelled:
+        print(f"{manifest.unlabelled} images are not in the label table and are left out")
     for kind, number in manifest.contradictions.items():
         print(f"{number} studies: {_CONTRADICTIONS[kind]}")
     same = manifest.duplicates
@@ -191,6 +194,7 @@ def _report(store_url: str, manifest: Manifest) -> None:
 _CONTRADICTIONS = {
     "patient_id": "the header's PatientID is not the id that the tables give the image",
     "box_outside": "a box reaches beyond the image",
+    "no_box": "positive, but no box says where",
 }
 
 

@@ -94,7 +94,7 @@ class Receipt(BaseModel):
     histogram: tuple[int, ...]
     """Stored pixels of each gray level."""
     contradictions: dict[str, int]
-    """Studies whose tables and header disagree, by what they disagree on."""
+    """Studies whose tables and header disagree, or lack something, by what it is."""
 
 
 def find_store(store_url: str, source: Source, config: Config) -> Manifest | None:
@@ -243,6 +243,7 @@ def finish_store(
         std=std,
         quarantined=dict(sorted(Counter(item.reason for item in rejected).items())),
         contradictions=dict(sorted(contradictions.items())),
+        unlabelled=source.unlabelled,
         duplicates=find_duplicates(table, has_patients=source.has_patients),
         studies=studies,
         quarantine=quarantine,
@@ -419,6 +420,8 @@ def _contradictions(study: Study, image: GrayImage) -> Iterator[str]:
         for box in study.boxes
     ):
         yield "box_outside"
+    if study.target and not study.boxes:
+        yield "no_box"
 
 
 def _read_receipts(

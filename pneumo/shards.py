@@ -132,7 +132,9 @@ class Manifest(BaseModel):
     quarantined: dict[str, int]
     """Studies that could not be used, by reason code; quarantine.jsonl lists them."""
     contradictions: dict[str, int]
-    """Studies whose tables and header disagree, by what they disagree on; they are used."""
+    """Studies whose tables and header disagree, or lack something, by what it is; they are used."""
+    unlabelled: int
+    """Images of the source that have a DICOM file or a class, but no label; they are left out."""
     duplicates: Duplicates
     studies: FileEntry
     """studies.parquet, by which an evaluation judges."""

@@ -24,6 +24,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import pyarrow as pa
 import pyarrow.csv as pacsv
+from pyarrow.types import is_floating, is_integer, is_null
 
 from pneumo import storage
 from pneumo.errors import AccessError, SourceError, StorageError
@@ -93,6 +94,8 @@ class Source:
     """Studies of which the tables say two different things."""
     has_patients: bool
     """Whether the mapping told who the patients are."""
+    unlabelled: int
+    """Images that have a DICOM file or a class, but no label; they are left out."""
 
     @property
     def digest(self) -> str:
@@ -117,7 +120,7 @@ def read_source(source_url: str, environ: Mapping[str, str] | None = None) -> So
         _find(files, CLASS_TABLES, "class table", source_url), "patientId", "class"
     )
     images_url = _find(files, IMAGE_FOLDERS, "image folder", source_url)
-    targets, boxes = _collect_labels(labels)
+    targets, boxes, faulty = _collect_labels(labels)
     findings = _collect_findings(classes)
     patients = _read_patients(files)
     if patients is not None:
@@ -127,7 +130,10 @@ def read_source(source_url: str, environ: Mapping[str, str] | None = None) -> So
     studies, rejected = [], []
     for image_id, target_values in targets.items():
         key = _derive(hash_key, "study", image_id)
-        contradiction = _contradiction(target_values, findings.get(image_id, ()))
+        its_boxes = boxes.get(image_id, ())
+        contradiction = faulty.get(image_id) or _contradiction(
+            target_values, findings.get(image_id, ()), its_boxes
+        )
         if contradiction is not None:
             rejected.append(Rejected(key, None, "contradiction", contradiction))
             continue
@@ -139,7 +145,7 @@ def read_source(source_url: str, environ: Mapping[str, str] | None = None) -> So
                 url=storage.join(images_url, f"{image_id}.dcm"),
                 target=target_values[0],
                 finding=findings[image_id][0],
-                boxes=tuple(boxes.get(image_id, ())),
+                boxes=tuple(its_boxes),
             )
         )
     if len({study.key for study in studies}) != len(studies):
@@ -148,6 +154,7 @@ def read_source(source_url: str, environ: Mapping[str, str] | None = None) -> So
         studies=tuple(sorted(studies, key=lambda study: study.key)),
         rejected=tuple(sorted(rejected, key=lambda item: item.key)),
         has_patients=patients is not None,
+        unlabelled=len((_list_images(images_url) | findings.keys()) - targets.keys()),
     )
 
 
@@ -295,15 +302,15 @@ def _read_table(url: str, *required: str) -> pa.Table:
 _COLUMNS = ("patientId", *Box._fields, "Target", "class", "patient", "split")
 
 
-def _collect_labels(table: pa.Table) -> tuple[dict[str, list[int]], dict[str, list[Box]]]:
-    """Different targets, and boxes, by image id; the table repeats an image's row for each of its
-    boxes."""
+def _collect_labels(
+    table: pa.Table,
+) -> tuple[dict[str, list[int]], dict[str, list[Box]], dict[str, str]]:
+    """Different targets, boxes, and what is wrong with a box, by image id; the table repeats an
+    image's row for each of its boxes."""
     targets: dict[str, list[int]] = {}
     boxes: dict[str, list[Box]] = {}
-    empty = [None] * len(table)
-    corners = [
-        table[name].to_pylist() if name in table.column_names else empty for name in Box._fields
-    ]
+    faulty: dict[str, str] = {}
+    corners = [_read_numbers(table, name) for name in Box._fields]
     rows = zip(table["patientId"].to_pylist(), table["Target"].to_pylist(), *corners, strict=True)
     for image_id, target, *corner in rows:
         if target not in (0, 1):
@@ -311,9 +318,28 @@ def _collect_labels(table: pa.Table) -> tuple[dict[str, list[int]], dict[str, li
         known = targets.setdefault(image_id, [])
         if target not in known:
             known.append(int(target))
-        if all(value is not None and math.isfinite(value) for value in corner):
-            boxes.setdefault(image_id, []).append(Box(*map(float, corner)))
-    return targets, boxes
+        if not (given := [value for value in corner if value is not None]):
+            continue
+        box = Box(*map(float, given)) if len(given) == len(corner) else None
+        if box is None or not all(map(math.isfinite, box)):
+            faulty[image_id] = "a box that lacks a side"
+        elif box.width <= 0 or box.height <= 0:
+            faulty[image_id] = "a box of no size"
+        else:
+            boxes.setdefault(image_id, []).append(box)
+    return targets, boxes, faulty
+
+
+def _read_numbers(table: pa.Table, name: str) -> list[float | None]:
+    """A column of numbers, None where a cell is empty; all None where there is no such column."""
+    if name not in table.column_names:
+        return [None] * len(table)
+    column = table[name]
+    kind = column.type
+    if not any(is_kind(kind) for is_kind in (is_null, is_integer, is_floating)):
+        raise SourceError(f"label table: column {name} holds something else than numbers")
+    found: list[float | None] = column.to_pylist()
+    return found
 
 
 def _collect_findings(table: pa.Table) -> dict[str, list[Finding]]:
@@ -331,7 +357,9 @@ def _collect_findings(table: pa.Table) -> dict[str, list[Finding]]:
     return findings
 
 
-def _contradiction(targets: Sequence[int], findings: Sequence[Finding]) -> str | None:
+def _contradiction(
+    targets: Sequence[int], findings: Sequence[Finding], boxes: Sequence[Box]
+) -> str | None:
     """What the tables disagree on for one image, or None."""
     if len(targets) > 1:
         return "both Target 0 and Target 1"
@@ -341,7 +369,15 @@ def _contradiction(targets: Sequence[int], findings: Sequence[Finding]) -> str |
         return "labelled, but without a class"
     if (findings[0] == "Lung Opacity") != (targets[0] == 1):
         return f"class {findings[0]!r} with Target {targets[0]}"
+    if boxes and not targets[0]:
+        return "Target 0 with a box"
     return None
+
+
+def _list_images(images_url: str) -> set[str]:
+    """The image ids that have a DICOM file."""
+    names = storage.list_names(images_url)
+    return {name.removesuffix(".dcm") for name in names if name.endswith(".dcm")}
 
 
 def _check_mapped(targets: Mapping[str, object], patients: Mapping[str, str]) -> None:

@@ -259,6 +259,7 @@ def _write_store(
         std=round(std, 6),
         quarantined={},
         contradictions={},
+        unlabelled=0,
         duplicates=shards.find_duplicates(studies, has_patients=True),
         studies=shards.write_studies(store_url, studies),
         quarantine=shards.write_quarantine(store_url, []),

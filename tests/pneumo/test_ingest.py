@@ -417,9 +417,14 @@ def test_headers_and_tables_that_disagree_are_counted(
     positive = next(i for i, line in enumerate(lines) if line.endswith(",1"))
     image_id = lines[positive].split(",")[0]
     lines[positive] = f"{image_id},60.0,1.0,9.0,9.0,1"
+    other = next(i for i, line in enumerate(lines) if line.endswith(",1") and i > positive + 2)
+    other_id = lines[other].split(",")[0]
+    lines = [line for line in lines if not line.startswith(other_id)] + [f"{other_id},,,,,1"]
     labels.write_text("\n".join(lines) + "\n")
+    (files[0].parent / "a-file-of-nobody.dcm").write_bytes(b"")
     manifest = Preparation(folder).run(tmp_path)
-    assert manifest.contradictions == {"box_outside": 1, "patient_id": 4}
+    assert manifest.contradictions == {"box_outside": 1, "no_box": 1, "patient_id": 4}
+    assert manifest.unlabelled == 1
 
 
 # --- what cannot be used --------------------------------------------------------------------------
@@ -457,6 +462,7 @@ def test_every_way_of_being_unusable_has_its_code(
         ),
         "undecodable": lambda path: path.write_bytes(make_dicom(gray, elements={"Rows": 70})),
         "missing": lambda path: path.unlink(),
+        "missing ": lambda path: (path.unlink(), path.symlink_to("nothing")),
         "unreadable": lambda path: (path.unlink(), path.symlink_to(path.name)),
         "unreadable ": lambda path: (path.unlink(), path.mkdir()),
         "unreadable  ": lambda path: path.chmod(0),

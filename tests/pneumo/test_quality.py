@@ -95,6 +95,7 @@ def manifest_of(rows: Sequence[StudyRow], **changes: object) -> Manifest:
         std=0.2,
         quarantined={"missing": 2},
         contradictions={"sex": 1},
+        unlabelled=0,
         duplicates=Duplicates(pictures=0, studies=0, across_patients=0, across_splits=0),
         studies=FileEntry(bytes=0, sha256="0" * 64),
         quarantine=FileEntry(bytes=0, sha256="0" * 64),

@@ -430,6 +430,53 @@ def test_tables_that_contradict_each_other_are_rejected(kaggle_folder: FolderMak
     assert rejections(folder, left=21) == ["class 'Lung Opacity' with Target 0"] * 3
 
 
+def test_a_negative_with_a_box_is_rejected(kaggle_folder: FolderMaker) -> None:
+    folder = kaggle_folder()
+    edit(folder / LABELS, r",,,,,0", ",1.0,2.0,3.0,4.0,0")
+    assert rejections(folder, left=23) == ["Target 0 with a box"]
+
+
+@pytest.mark.parametrize(
+    ("box", "message"),
+    [
+        ("1.0,2.0,0,4.0", "a box of no size"),
+        ("1.0,2.0,3.0,-4.0", "a box of no size"),
+        ("1.0,2.0,3.0,", "a box that lacks a side"),
+        (",2.0,3.0,4.0", "a box that lacks a side"),
+        ("1.0,2.0,inf,4.0", "a box that lacks a side"),
+    ],
+)
+def test_a_box_that_is_none_is_rejected(kaggle_folder: FolderMaker, box: str, message: str) -> None:
+    folder = kaggle_folder()
+    edit(folder / LABELS, r"(?m)^([^,]+)(,[\d.]+){4},1", rf"\1,{box},1")
+    assert rejections(folder, left=23) == [message]
+
+
+def test_a_column_of_boxes_that_holds_texts_is_refused(kaggle_folder: FolderMaker) -> None:
+    folder = kaggle_folder()
+    edit(folder / LABELS, r",,,,,0", ",left,,,,0")
+    refuse(folder, "label table: column x holds something else than numbers")
+
+
+def test_classes_without_a_label_are_counted(kaggle_folder: FolderMaker) -> None:
+    folder = kaggle_folder()
+    edit(folder / LABELS, r"\S+,0\r?\n", "", count=2)
+    for path in (folder / "stage_2_train_images").iterdir():
+        path.unlink()
+    source = read_source(str(folder), ENVIRON)
+    assert (len(source.studies), source.unlabelled, source.rejected) == (22, 2, ())
+
+
+def test_files_that_nobody_labelled_are_counted(kaggle_folder: FolderMaker) -> None:
+    folder = kaggle_folder()
+    images = folder / "stage_2_train_images"
+    assert read_source(str(folder), ENVIRON).unlabelled == 0
+    for name in ("one.dcm", "two.dcm", "README.txt"):
+        (images / name).write_bytes(b"")
+    next(path for path in images.iterdir() if len(path.stem) > 30).unlink()
+    assert read_source(str(folder), ENVIRON).unlabelled == 2
+
+
 def test_an_incomplete_mapping_is_refused(kaggle_folder: FolderMaker) -> None:
     folder = kaggle_folder()
     path = folder / MAPPING
@@ -453,10 +500,13 @@ def test_all_of_rsna(shared_data: Path, tmp_path: Path) -> None:
     (tmp_path / "stage_2_train_images").mkdir()
     started_s = time.process_time()
     source = read_source(str(tmp_path), ENVIRON)
-    print(f"indexed in {time.process_time() - started_s:.1f} s of one core")
+    seconds = time.process_time() - started_s
+    print(f"indexed in {seconds:.1f} s of one core")
+    assert seconds < 10
     studies = source.studies
     assert len(studies) == 26_684
     assert not source.rejected
+    assert all(bool(study.boxes) == bool(study.target) for study in studies)
     assert Counter(study.finding for study in studies) == {
         "Lung Opacity": 6_012,
         "No Lung Opacity / Not Normal": 11_821,
@@ -499,4 +549,6 @@ def test_a_part_of_rsna(shared_data: Path) -> None:
     assert len(source.studies) == 246
     assert sum(study.target for study in source.studies) == 97
     assert len({study.patient for study in source.studies}) == 193
+    assert not source.rejected
+    assert source.unlabelled == 0
     assert all(Path(study.url).is_file() for study in source.studies)
