@@ -12,9 +12,11 @@ import hashlib
 import hmac
 import io
 import json
+import logging
 import math
 import os
 import secrets
+import stat
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -42,6 +44,8 @@ IMAGE_FOLDERS = ("stage_2_train_images", "train_images", "stage_1_train_images")
 MAPPING = ("pneumonia-challenge-dataset-mappings_2018.json",)
 PRIVATE_FOLDER = ".pneumo"
 HASH_KEY_VARIABLE = "PNEUMO_HASH_KEY"
+
+_logger = logging.getLogger(__name__)
 
 
 class Box(NamedTuple):
@@ -188,8 +192,8 @@ def read_split_list(
 def read_hash_key(source_url: str, environ: Mapping[str, str]) -> bytes:
     """The secret behind study keys: PNEUMO_HASH_KEY, or a file beside the source made on first use.
 
-    The file is `.pneumo/hash_key`, mode 600. Who has it can link keys to ids; who loses it gets
-    other keys from the same source.
+    The file is `.pneumo/hash_key`, mode 600; another mode is warned of. Who has it can link keys to
+    ids; who loses it gets other keys from the same source.
     """
     if environ.get(HASH_KEY_VARIABLE):
         return environ[HASH_KEY_VARIABLE].encode()
@@ -206,6 +210,12 @@ def read_hash_key(source_url: str, environ: Mapping[str, str]) -> bytes:
             f"{path}: cannot be made or read; make it writable, or set {HASH_KEY_VARIABLE} to a "
             "secret"
         ) from error
+    if (mode := stat.S_IMODE(path.stat().st_mode)) & 0o077:
+        _logger.warning(
+            "%s: mode %03o: others can read the secret behind the study keys; chmod 600 it",
+            path,
+            mode,
+        )
     if not hash_key:
         raise SourceError(f"{path}: empty; delete it, or set {HASH_KEY_VARIABLE} to a secret")
     return hash_key

@@ -83,6 +83,7 @@ def test_metrics_are_those_of_the_predictions(evaluated: Path) -> None:
     assert metrics["dataset"]["warning"] is None
     assert metrics["dataset"]["quarantined"] == 0
     assert metrics["dataset"]["duplicates_across_splits"] == 0
+    assert metrics["dataset"]["duplicates_across_patients"] == 0
     assert metrics["test"]["n"] == len(test)
     assert metrics["test"]["positives"] == int(test.target.sum())
     assert metrics["test"]["auroc"]["value"] == pytest.approx(
@@ -299,6 +300,7 @@ def test_tracker_gets_the_data_and_what_is_wrong_with_them(
     assert tracker.summary == {
         "data/quarantined": 3,
         "data/duplicates_across_splits": 3,
+        "data/duplicates_across_patients": 4,
         "data/warning": audit.warning,
     }
     counts, sheets = tracker.media["data/counts"], tracker.media["data/contact"]
@@ -311,7 +313,11 @@ def test_tracker_gets_the_data_and_what_is_wrong_with_them(
 
     sound = MemoryTracker()
     sending.log_data(sound, evaluate.describe_data(store_url, manifest, studies), drawing)
-    assert sound.summary == {"data/quarantined": 0, "data/duplicates_across_splits": 0}
+    assert sound.summary == {
+        "data/quarantined": 0,
+        "data/duplicates_across_splits": 0,
+        "data/duplicates_across_patients": 0,
+    }
 
 
 def test_no_identifier_of_the_source_reaches_the_run(prepared: Prepared, evaluated: Path) -> None:

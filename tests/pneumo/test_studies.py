@@ -185,6 +185,19 @@ def test_the_secret_beside_the_source_is_private_and_stays(kaggle_folder: Folder
     assert read_hash_key(str(kaggle_folder()), {}) != read_hash_key(str(folder), {})
 
 
+@pytest.mark.parametrize(("mode", "warns"), [(0o600, False), (0o400, False), (0o644, True)])
+def test_a_secret_that_others_can_read_is_warned_of(
+    kaggle_folder: FolderMaker, caplog: pytest.LogCaptureFixture, mode: int, warns: bool
+) -> None:
+    folder = kaggle_folder(num_studies=3)
+    hash_key = read_hash_key(str(folder), {})
+    path = folder / ".pneumo" / "hash_key"
+    path.chmod(mode)
+    assert read_hash_key(str(folder), {}) == hash_key
+    assert (f"{path}: mode 644: others can read the secret" in caplog.text) == warns
+    assert hash_key.decode() not in caplog.text
+
+
 def test_an_empty_secret_is_refused(kaggle_folder: FolderMaker) -> None:
     folder = kaggle_folder()
     (folder / ".pneumo").mkdir()
