@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,7 +121,8 @@ def split_studies(
         raise SourceError("no studies, so nothing to split; check the source's label table")
     if listed is None:
         salt = choose_salt(studies, config, seed=seed) if config.salt is None else config.salt
-        by_key = {s.key: place_group(_group(s, config), config, seed, salt) for s in studies}
+        places = _place_groups({_group(s, config) for s in studies}, config, seed, salt)
+        by_key = {s.key: places[_group(s, config)] for s in studies}
     else:
         salt = None
         by_key = _place_listed(studies, listed)
@@ -136,7 +137,7 @@ def split_studies(
 
 def place_group(group: str, config: SplitConfig, seed: int, salt: int) -> str:
     """The split of one patient (or image): a pure function of its arguments."""
-    return SPLITS[int(_place(_draw(group, seed)[salt], config))]
+    return _place_groups([group], config, seed, salt)[group]
 
 
 def choose_salt(studies: Sequence[Study], config: SplitConfig, *, seed: int) -> int:
@@ -147,7 +148,7 @@ def choose_salt(studies: Sequence[Study], config: SplitConfig, *, seed: int) -> 
     counts = np.zeros((len(groups), len(findings)))
     for s in studies:
         counts[index[_group(s, config)], findings.index(s.finding)] += 1
-    places = np.stack([_place(_draw(group, seed), config).astype(np.int8) for group in groups])
+    places = _place(_draw(groups, seed, range(NUM_SALTS)), config)
     worst = np.zeros(NUM_SALTS)
     for split, share in ((1, config.val_fraction), (2, config.test_fraction)):
         got = np.stack([column @ counts for column in (places == split).T]) / counts.sum(axis=0)
@@ -256,16 +257,27 @@ def _group(study: Study, config: SplitConfig) -> str:
     return study.patient if config.unit == "patient" else study.key
 
 
-def _draw(group: str, seed: int) -> npt.NDArray[np.float64]:
-    """One number in [0, 1) for each salt."""
-    stream = hashlib.shake_128(f"{seed}/{group}".encode()).digest(8 * NUM_SALTS)
-    return np.frombuffer(stream, ">u8").astype(np.float64) / 2.0**64
+def _place_groups(
+    groups: Collection[str], config: SplitConfig, seed: int, salt: int
+) -> dict[str, str]:
+    """The split of each group."""
+    places = _place(_draw(groups, seed, range(salt, salt + 1)), config)[:, 0].tolist()
+    return {group: SPLITS[place] for group, place in zip(groups, places, strict=True)}
 
 
-def _place(u: npt.ArrayLike, config: SplitConfig) -> npt.NDArray[np.int64]:
-    """Index into SPLITS: val below its fraction, test below the next, train above."""
+def _draw(groups: Collection[str], seed: int, salts: range) -> npt.NDArray[np.float64]:
+    """(groups, salts): numbers in [0, 1)."""
+    part = slice(8 * salts.start, 8 * salts.stop)
+    stream = b"".join(
+        hashlib.shake_128(f"{seed}/{group}".encode()).digest(part.stop)[part] for group in groups
+    )
+    return np.frombuffer(stream, ">u8").reshape(-1, len(salts)).astype(np.float64) / 2.0**64
+
+
+def _place(u: npt.NDArray[np.float64], config: SplitConfig) -> npt.NDArray[np.int8]:
+    """Index into SPLITS, same shape: val below its fraction, test below the next, train above."""
     bounds = [config.val_fraction, config.val_fraction + config.test_fraction]
-    return np.array([1, 2, 0])[np.searchsorted(bounds, u, side="right")]
+    return np.array([1, 2, 0], np.int8)[np.searchsorted(bounds, u, side="right")]
 
 
 def _place_listed(studies: Sequence[Study], listed: Mapping[str, str]) -> dict[str, str]:
@@ -312,7 +324,7 @@ def _count_shared(groups: Sequence[set[str]]) -> int:
 
 def _leaked(studies: Sequence[Study], config: SplitConfig, seed: int, salt: int) -> float:
     """Share of val studies whose patient is in train too, had each image its own place."""
-    by_image = {s.key: place_group(s.key, config, seed, salt) for s in studies}
+    by_image = _place_groups([s.key for s in studies], config, seed, salt)
     trained_on = {s.patient for s in studies if by_image[s.key] == "train"}
     val = [s.patient for s in studies if by_image[s.key] == "val"]
     return sum(patient in trained_on for patient in val) / max(len(val), 1)

@@ -21,7 +21,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import pyarrow as pa
@@ -101,7 +101,7 @@ class Source:
     unlabelled: int
     """Images that have a DICOM file or a class, but no label; they are left out."""
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of all that the tables say, with keyed hashes for ids."""
         rows = [(s.key, s.patient, s.target, s.finding, s.boxes) for s in self.studies]
@@ -222,7 +222,7 @@ def read_hash_key(source_url: str, environ: Mapping[str, str]) -> bytes:
 
 
 def _derive(hash_key: bytes, kind: str, identifier: str) -> str:
-    return hmac.new(hash_key, f"{kind}:{identifier}".encode(), hashlib.sha256).hexdigest()[:20]
+    return hmac.digest(hash_key, f"{kind}:{identifier}".encode(), "sha256").hex()[:20]
 
 
 def _list_source(source_url: str) -> dict[str, str]:
