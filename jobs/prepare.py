@@ -18,6 +18,7 @@ from jobs.session import ray_session
 from pneumo import storage
 from pneumo.config import Config, Invocation, PrepareArguments, override
 from pneumo.ingest import (
+    Part,
     ShardPlan,
     clear_parts,
     digest_settings,
@@ -55,7 +56,10 @@ def prepare(invocation: Invocation) -> None:
         say(f"warning: {split.audit.warning}")
     plans = plan_shards(source.studies, split.by_key, config)
     with ray_session(show_logs=arguments.debug):
-        manifest = _prepare_plans(plans, store_url, source, split, config)
+        parts = _run_plans(plans, store_url, config)
+        if reused := sum(part.reused for part in parts):
+            say(f"prepare: {reused} of {len(plans)} shards were there already, and whole")
+        manifest = finish_store(store_url, source, parts, split.audit, config)
     _report(store_url, manifest)
 
 
@@ -112,26 +116,8 @@ def _limit(source: Source, split: Split, config: Config) -> tuple[Source, Split]
     return taste, Split(split.by_key, audit)
 
 
-def _prepare_plans(
-    plans: Sequence[ShardPlan], store_url: str, source: Source, split: Split, config: Config
-) -> Manifest:
-    """Run the tasks and join what they leave, again where another job cleared it away."""
-    while True:
-        reused = _run_plans(plans, store_url, config)
-        if reused:
-            say(f"prepare: {reused} of {len(plans)} shards were there already, and whole")
-        try:
-            return finish_store(store_url, source, plans, split.audit, config)
-        except FileNotFoundError:
-            manifest = find_store(store_url, source, config)
-            if manifest is not None:
-                say("prepare: another job finished this store first")
-                clear_parts(store_url)
-                return manifest
-
-
-def _run_plans(plans: Sequence[ShardPlan], store_url: str, config: Config) -> int:
-    """Run the tasks, only so many at once that arguments stay small; how many were done before."""
+def _run_plans(plans: Sequence[ShardPlan], store_url: str, config: Config) -> list[Part]:
+    """Run the tasks, only so many at once that arguments stay small."""
     memory = estimate_memory(plans, config.prepare.image_size)
     # No more than the largest node has, or no task would ever start; it then runs one at a time.
     memory = min(memory, max(int(node.total.get("memory", 0)) for node in list_nodes()))
@@ -139,7 +125,8 @@ def _run_plans(plans: Sequence[ShardPlan], store_url: str, config: Config) -> in
     digest = digest_settings(config)
     todo = list(reversed(plans))
     running: dict[Any, ShardPlan] = {}
-    done = bad = reused = 0
+    parts: list[Part] = []
+    done = bad = 0
     with Progress("prepare", sum(len(plan.studies) for plan in plans), "studies") as progress:
         while todo or running:
             # Asked for anew each time: a cluster that grows is filled.
@@ -149,11 +136,12 @@ def _run_plans(plans: Sequence[ShardPlan], store_url: str, config: Config) -> in
                 running[task.remote(plan, store_url, config.prepare.image_size, digest)] = plan
             ready, _ = ray.wait(list(running), timeout=1.0)
             for reference in ready:
-                rejected, kept = ray.get(reference)
+                part: Part = ray.get(reference)
+                parts.append(part)
                 done += len(running.pop(reference).studies)
-                bad, reused = bad + rejected, reused + kept
+                bad += len(part.rejected)
             progress.advance_to(done, note=f"{bad} bad" if bad else "")
-    return reused
+    return parts
 
 
 def _report(store_url: str, manifest: Manifest) -> None:

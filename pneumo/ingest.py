@@ -1,10 +1,10 @@
 """Source -> store, one shard at a time: what each task does, what it leaves, how it all is joined.
 
-A task writes its shard and then a receipt for it, under `parts/`. A preparation that was killed
-finds the receipts, checks the shards that they vouch for, tries the files that they reject anew,
-and does the rest. Everything depends on
-the source, the settings and the seed alone, so whoever does a task, and however often, the bytes
-are the same. The manifest comes last, and the receipts go.
+A task writes its shard and then a receipt for it, under `parts/`, and hands both back as a part. A
+preparation that was killed finds the receipts, checks the shards that they vouch for, tries the
+files that they reject anew, and does the rest. Everything depends on the source, the settings and
+the seed alone, so whoever does a task, and however often, the bytes are the same. The manifest
+comes last, and the receipts go.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -97,6 +96,38 @@ class Receipt(BaseModel):
     """Studies whose tables and header disagree, or lack something, by what it is."""
 
 
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What a task hands back: its receipt, the rows tabulated, so that the driver has nothing to
+    read or to parse when all are done."""
+
+    entry: ShardEntry
+    studies: pa.Table
+    """As in studies.parquet."""
+    rejected: tuple[Rejected, ...]
+    histogram: tuple[int, ...]
+    contradictions: Mapping[str, int]
+    reused: bool
+    """Whether an earlier run had done it."""
+
+    @classmethod
+    def of(cls, receipt: Receipt, *, reused: bool) -> Part:
+        """The part that a receipt describes."""
+        return cls(
+            entry=receipt.entry,
+            studies=tabulate_studies(receipt.rows),
+            rejected=receipt.rejected,
+            histogram=receipt.histogram,
+            contradictions=receipt.contradictions,
+            reused=reused,
+        )
+
+    @property
+    def split(self) -> str:
+        """Of the shard, whose name begins with it."""
+        return self.entry.name.split("/")[0]
+
+
 def find_store(store_url: str, source: Source, config: Config) -> Manifest | None:
     """The manifest that is there already for these tables and settings, or None; whether a file has
     changed since is not looked at.
@@ -168,10 +199,8 @@ def estimate_memory(plans: Sequence[ShardPlan], image_size: int) -> int:
     return _LIBRARIES_BYTES + 2 * largest * sample_bytes(image_size)
 
 
-def prepare_shard(
-    plan: ShardPlan, store_url: str, image_size: int, prepare_digest: str
-) -> tuple[int, int]:
-    """Make sure that a plan's shard and receipt are there; (studies rejected, shards reused).
+def prepare_shard(plan: ShardPlan, store_url: str, image_size: int, prepare_digest: str) -> Part:
+    """Make sure that a plan's shard and receipt are there; what they add to the store.
 
     A receipt that vouches for the same plan, with its shard as it says, is left as it is while the
     files that it rejects still cannot be used.
@@ -180,65 +209,42 @@ def prepare_shard(
     digest = plan.digest(prepare_digest)
     kept = _find_receipt(plan, store_url, image_size, digest)
     if kept is not None:
-        return len(kept.rejected), 1
+        return Part.of(kept, reused=True)
     receipt = _write_shard(plan, store_url, image_size, digest)
     storage.write_text(storage.join(store_url, plan.receipt), receipt.model_dump_json())
-    return len(receipt.rejected), 0
+    return Part.of(receipt, reused=False)
 
 
 def finish_store(
-    store_url: str,
-    source: Source,
-    plans: Sequence[ShardPlan],
-    audit: LeakageAudit,
-    config: Config,
+    store_url: str, source: Source, parts: Iterable[Part], audit: LeakageAudit, config: Config
 ) -> Manifest:
-    """Join the receipts: the policy on bad files, the tables, the manifest; then clear the parts.
+    """Join the parts, in whatever order they come: the policy on bad files, the tables, the
+    manifest; then clear what the tasks left besides.
 
     Raises BadFilesError when too many of the studies that have a place, and of those that the
     tables contradict themselves on, could not be used; SourceError when a split or a shard is left
     lopsided.
     """
-    rejected = list(source.rejected)
-    entries: dict[str, list[ShardEntry]] = {name: [] for name in SPLITS}
-    histograms = {name: np.zeros(256, np.int64) for name in SPLITS}
-    patients: dict[str, set[str]] = {name: set() for name in SPLITS}
-    contradictions: Counter[str] = Counter()
-    tables = []
-    for receipt, plan in _read_receipts(store_url, plans):
-        rejected += receipt.rejected
-        contradictions.update(receipt.contradictions)
-        histograms[plan.split] += np.array(receipt.histogram, np.int64)
-        patients[plan.split].update(row.patient for row in receipt.rows)
-        if receipt.entry.samples:
-            entries[plan.split].append(receipt.entry)
-        tables.append(tabulate_studies(receipt.rows))
+    parts = sorted(parts, key=lambda part: part.entry.name)
+    rejected = [*source.rejected, *(item for part in parts for item in part.rejected)]
     quarantine = write_quarantine(store_url, rejected)
-    wanted = sum(len(plan.studies) for plan in plans) + len(source.rejected)
+    wanted = sum(part.entry.samples for part in parts) + len(rejected)
     _check_policy(rejected, wanted, config, store_url)
-    splits = {
-        name: SplitEntry(
-            samples=sum(entry.samples for entry in entries[name]),
-            positives=sum(entry.positives for entry in entries[name]),
-            patients=len(patients[name]) if source.has_patients else None,
-            histogram=tuple(histograms[name].tolist()),
-            shards=tuple(entries[name]),
-        )
-        for name in SPLITS
-    }
+    table = pa.concat_tables([part.studies for part in parts])
+    splits = _join_splits(parts, table, has_patients=source.has_patients)
     shard_prevalence = _check_classes(splits)
-    table = pa.concat_tables(tables)
-    audit = _audit_used(source, plans, set(table["key"].to_pylist()), audit, config)
-    audit = audit.model_copy(update={"shard_prevalence": shard_prevalence})
+    if len(rejected) > len(source.rejected):
+        audit = _audit_used(source, table, audit, config)
     studies = write_studies(store_url, table)
-    mean, std = _moments(histograms["train"])
+    contradictions = sum((Counter(part.contradictions) for part in parts), Counter())
+    mean, std = _moments(splits["train"].histogram)
     manifest = Manifest(
         source_digest=source.digest,
         prepare_digest=digest_settings(config),
         image_size=config.prepare.image_size,
         seed=config.seed,
         split=config.split,
-        audit=audit,
+        audit=audit.model_copy(update={"shard_prevalence": shard_prevalence}),
         mean=mean,
         std=std,
         quarantined=dict(sorted(Counter(item.reason for item in rejected).items())),
@@ -424,14 +430,6 @@ def _contradictions(study: Study, image: GrayImage) -> Iterator[str]:
         yield "no_box"
 
 
-def _read_receipts(
-    store_url: str, plans: Iterable[ShardPlan]
-) -> Iterator[tuple[Receipt, ShardPlan]]:
-    for plan in plans:
-        text = storage.read_bytes(storage.join(store_url, plan.receipt))
-        yield Receipt.model_validate_json(text), plan
-
-
 def _check_policy(rejected: Sequence[Rejected], total: int, config: Config, store_url: str) -> None:
     if len(rejected) > config.prepare.max_bad_fraction * total:
         reasons = sorted(Counter(item.reason for item in rejected).items())
@@ -441,6 +439,25 @@ def _check_policy(rejected: Sequence[Rejected], total: int, config: Config, stor
             f"prepare.max_bad_fraction {config.prepare.max_bad_fraction:g}; see "
             f"{storage.join(store_url, QUARANTINE)}, mend them and repeat the command"
         )
+
+
+def _join_splits(
+    parts: Sequence[Part], table: pa.Table, *, has_patients: bool
+) -> dict[str, SplitEntry]:
+    counted = table.group_by("split").aggregate([("patient", "count_distinct")]).to_pylist()
+    patients = {row["split"]: row["patient_count_distinct"] for row in counted}
+    joined = {}
+    for name in SPLITS:
+        mine = [part for part in parts if part.split == name]
+        histogram = np.array([part.histogram for part in mine], np.int64).sum(axis=0)
+        joined[name] = SplitEntry(
+            samples=sum(part.entry.samples for part in mine),
+            positives=sum(part.entry.positives for part in mine),
+            patients=patients.get(name, 0) if has_patients else None,
+            histogram=tuple(histogram.tolist()),
+            shards=tuple(part.entry for part in mine if part.entry.samples),
+        )
+    return joined
 
 
 def _check_classes(splits: Mapping[str, SplitEntry]) -> dict[str, tuple[float, float]]:
@@ -456,16 +473,12 @@ def _check_classes(splits: Mapping[str, SplitEntry]) -> dict[str, tuple[float, f
 
 
 def _audit_used(
-    source: Source,
-    plans: Iterable[ShardPlan],
-    used: Collection[str],
-    audit: LeakageAudit,
-    config: Config,
+    source: Source, table: pa.Table, audit: LeakageAudit, config: Config
 ) -> LeakageAudit:
     """The audit of what the store holds: `audit` was of all that was to go into it."""
-    by_key = {s.key: plan.split for plan in plans for s in plan.studies if s.key in used}
+    by_key = dict(zip(table["key"].to_pylist(), table["split"].to_pylist(), strict=True))
     of_used = audit_split(
-        [study for study in source.studies if study.key in used],
+        [study for study in source.studies if study.key in by_key],
         by_key,
         config.split,
         seed=config.seed,
@@ -475,9 +488,9 @@ def _audit_used(
     return of_used.model_copy(update={"unlisted": audit.unlisted})
 
 
-def _moments(histogram: npt.NDArray[np.int64]) -> tuple[float, float]:
-    """Mean and standard deviation of the gray level in [0, 1]; exact sums, so the same anywhere."""
-    counts = [int(count) for count in histogram]
+def _moments(counts: Sequence[int]) -> tuple[float, float]:
+    """Mean and standard deviation of the gray level in [0, 1], from the pixels of each level; exact
+    sums, so the same anywhere."""
     pixels = sum(counts)
     total = sum(level * count for level, count in enumerate(counts))
     squares = sum(level * level * count for level, count in enumerate(counts))

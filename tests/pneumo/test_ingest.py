@@ -25,6 +25,7 @@ from pneumo import storage
 from pneumo.config import Config, override
 from pneumo.errors import AccessError, BadFilesError, SourceError, StoreError
 from pneumo.ingest import (
+    Part,
     Receipt,
     ShardPlan,
     digest_settings,
@@ -36,7 +37,7 @@ from pneumo.ingest import (
     prepare_shard,
 )
 from pneumo.shards import Manifest, read_manifest, read_shard, read_studies, sample_bytes
-from pneumo.splits import Split, split_studies
+from pneumo.splits import Split, audit_split, split_studies
 from pneumo.studies import Source, read_source
 
 FolderMaker = Callable[..., Path]
@@ -58,16 +59,22 @@ class Preparation:
             self.source.studies, config.split, seed=config.seed, has_patients=True
         )
         self.plans = plan_shards(self.source.studies, self.split.by_key, config)
+        self.parts: dict[str, Part] = {}
 
     def file(self, plan: ShardPlan, number: int = 0) -> Path:
         return Path(plan.studies[number].url)
 
     def do(self, plan: ShardPlan, store: Path | str) -> tuple[int, int]:
+        """Studies rejected, shards reused."""
         size = self.config.prepare.image_size
-        return prepare_shard(plan, str(store), size, digest_settings(self.config))
+        part = prepare_shard(plan, str(store), size, digest_settings(self.config))
+        self.parts[plan.name] = part
+        return len(part.rejected), int(part.reused)
 
     def finish(self, store: Path | str) -> Manifest:
-        return finish_store(str(store), self.source, self.plans, self.split.audit, self.config)
+        parts = list(self.parts.values())
+        random.shuffle(parts)
+        return finish_store(str(store), self.source, parts, self.split.audit, self.config)
 
     def run(self, store: Path) -> Manifest:
         return self.run_at(str(store))
@@ -375,6 +382,15 @@ def test_statistics_are_those_of_the_stored_pixels(
     for study in preparation.source.studies[:5]:
         file_sha256 = hashlib.sha256(Path(study.url).read_bytes()).hexdigest()
         assert read_studies(str(tmp_path), manifest)[study.key].source_sha256 == file_sha256
+    whole = audit_split(
+        preparation.source.studies,
+        preparation.split.by_key,
+        CONFIG.split,
+        seed=CONFIG.seed,
+        salt=preparation.split.audit.salt,
+        has_patients=True,
+    )
+    assert manifest.audit.model_copy(update={"shard_prevalence": {}}) == whole
     assert manifest.mean == pytest.approx(float(pixels["train"].mean() / 255), abs=1e-6)
     assert manifest.std == pytest.approx(float(pixels["train"].std() / 255), abs=1e-6)
     for name, entry in manifest.splits.items():
