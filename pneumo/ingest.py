@@ -57,7 +57,7 @@ from pneumo.studies import Rejected, Source, Study
 
 PARTS = "parts"
 CLAIM = "parts/claim.json"
-_LIBRARIES_BYTES = 512 * 2**20
+_LIBRARIES_BYTES = 384 * 2**20
 _FORMAT = 2
 """Raised when the same source and settings would give other bytes than before."""
 

@@ -7,6 +7,8 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -267,7 +269,7 @@ def test_shards_of_large_pictures_hold_fewer_unless_told_otherwise(
         plans = [plan for plan in plan_shards(studies, by_key, config) if plan.studies]
         assert max(len(plan.studies) for plan in plans) == size
         memory = estimate_memory(plans, image_size)
-        assert memory == 512 * 2**20 + 2 * size * sample_bytes(image_size)
+        assert memory == 384 * 2**20 + 2 * size * sample_bytes(image_size)
 
 
 @pytest.mark.parametrize("samples_per_shard", [1, 7, 64, 1024])
@@ -283,6 +285,12 @@ def test_plans_hold_every_study_once_in_shards_of_a_size(
     assert max(sizes) <= samples_per_shard
     assert max(sizes) - min(sizes) <= 1
     assert all(split.by_key[study.key] == plan.split for plan in plans for study in plan.studies)
+
+
+def test_preparing_needs_no_torch() -> None:
+    """Each worker of a cluster would import it: seconds, and memory that is not there for it."""
+    code = "import sys; import jobs.prepare; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 # --- whose store it is ----------------------------------------------------------------------------
