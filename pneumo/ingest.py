@@ -219,12 +219,17 @@ def finish_store(
     store_url: str, source: Source, parts: Iterable[Part], audit: LeakageAudit, config: Config
 ) -> Manifest:
     """Join the parts, in whatever order they come: the policy on bad files, the tables, the
-    manifest; then clear what the tasks left besides.
+    manifest; then clear what the tasks left besides. Where another job has finished this store
+    meanwhile, it is left as it is.
 
     Raises BadFilesError when too many of the studies that have a place, and of those that the
     tables contradict themselves on, could not be used; SourceError when a split or a shard is left
     lopsided.
     """
+    finished = _find_own(store_url, (source.digest, digest_settings(config)))
+    if finished is not None:
+        clear_parts(store_url)
+        return finished
     parts = sorted(parts, key=lambda part: part.entry.name)
     rejected = [*source.rejected, *(item for part in parts for item in part.rejected)]
     quarantine = write_quarantine(store_url, rejected)

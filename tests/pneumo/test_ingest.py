@@ -360,6 +360,24 @@ def test_a_job_that_finishes_between_looks_is_believed_if_it_did_the_same(
     assert find_store(store, preparation.source, CONFIG) == read_manifest(store)
 
 
+def test_a_job_that_comes_late_leaves_the_finished_store_as_it_is(
+    preparation: Preparation, tmp_path: Path
+) -> None:
+    """Though it could not read what the other could."""
+    path = preparation.file(preparation.plans[0])
+    late = Preparation(preparation.folder)
+    take_away(path)
+    for plan in late.plans:
+        late.do(plan, tmp_path)
+    path.with_suffix(".away").replace(path)
+    for plan in preparation.plans:
+        preparation.do(plan, tmp_path)
+    manifest = preparation.finish(tmp_path)
+    before = content(tmp_path)
+    assert late.finish(tmp_path) == manifest
+    assert content(tmp_path) == before
+
+
 def test_a_claim_that_is_given_up_while_it_is_read_is_no_failure(
     preparation: Preparation, tmp_path: Path
 ) -> None:
