@@ -37,7 +37,7 @@ def evaluate_run(invocation: Invocation) -> None:
     arguments, config = invocation.arguments, invocation.config
     assert isinstance(arguments, EvaluateArguments)
     subject = find_subject(arguments, config.evaluate)
-    studies = read_studies(subject.store_url)
+    studies = read_studies(subject.store_url, subject.manifest)
     data = describe_data(subject.store_url, subject.manifest, studies)
     other = None if arguments.compare_with is None else read_other(arguments.compare_with, studies)
     with ray_session(show_logs=arguments.debug):

@@ -12,16 +12,20 @@ from typing import Any
 import ray
 
 from jobs.command import run_job, say
+from jobs.nodes import list_nodes
 from jobs.progress import Progress
 from jobs.session import ray_session
 from pneumo import storage
 from pneumo.config import Config, Invocation, PrepareArguments, override
 from pneumo.ingest import (
+    Part,
     ShardPlan,
     clear_parts,
     digest_settings,
+    estimate_memory,
     find_store,
     finish_store,
+    has_mended,
     plan_shards,
     prepare_shard,
 )
@@ -38,15 +42,24 @@ def prepare(invocation: Invocation) -> None:
     source = read_source(source_url)
     split, config = _split(source, source_url, invocation.config)
     source, split = _limit(source, split, config)
-    if find_store(store_url, source, config) is not None:
+    there = find_store(store_url, source, config)
+    if there is not None:
         clear_parts(store_url)
-        say(f"prepare: {store_url} holds exactly this already; nothing to do")
+        say(f"prepare: {store_url} holds a store of these tables and settings; nothing to do")
+        if has_mended(store_url, there, source):
+            say(
+                "warning: a study that was quarantined then can be used now; a finished store "
+                "never changes: delete it first, or give another --store"
+            )
         return
     if split.audit.warning:
         say(f"warning: {split.audit.warning}")
     plans = plan_shards(source.studies, split.by_key, config)
     with ray_session(show_logs=arguments.debug):
-        manifest = _prepare_plans(plans, store_url, source, split, config)
+        parts = _run_plans(plans, store_url, config)
+        if reused := sum(part.reused for part in parts):
+            say(f"prepare: {reused} of {len(plans)} shards were there already, and whole")
+        manifest = finish_store(store_url, source, parts, split.audit, config)
     _report(store_url, manifest)
 
 
@@ -90,6 +103,7 @@ def _limit(source: Source, split: Split, config: Config) -> tuple[Source, Split]
         studies=tuple(source.studies[i] for i in sorted(chosen)),
         rejected=(),
         has_patients=source.has_patients,
+        unlabelled=source.unlabelled,
     )
     audit = audit_split(
         taste.studies,
@@ -102,59 +116,41 @@ def _limit(source: Source, split: Split, config: Config) -> tuple[Source, Split]
     return taste, Split(split.by_key, audit)
 
 
-def _prepare_plans(
-    plans: Sequence[ShardPlan], store_url: str, source: Source, split: Split, config: Config
-) -> Manifest:
-    """Run the tasks and join what they leave, again where another job cleared it away."""
-    while True:
-        reused = _run_plans(plans, store_url, config)
-        if reused:
-            say(f"prepare: {reused} of {len(plans)} shards were there already, and whole")
-        try:
-            return finish_store(
-                store_url,
-                source,
-                plans,
-                split.audit,
-                config,
-                num_studies=len(source.studies) + len(source.rejected),
-            )
-        except FileNotFoundError:
-            manifest = find_store(store_url, source, config)
-            if manifest is not None:
-                say("prepare: another job finished this store first")
-                clear_parts(store_url)
-                return manifest
-
-
-def _run_plans(plans: Sequence[ShardPlan], store_url: str, config: Config) -> int:
-    """Run the tasks, only so many at once that arguments stay small; how many were done before."""
-    task = ray.remote(num_cpus=1, max_retries=3)(prepare_shard)
-    in_flight = max(2 * int(ray.cluster_resources().get("CPU", 1)), 2)
+def _run_plans(plans: Sequence[ShardPlan], store_url: str, config: Config) -> list[Part]:
+    """Run the tasks, only so many at once that arguments stay small."""
+    memory = estimate_memory(plans, config.prepare.image_size)
+    # No more than the largest node has, or no task would ever start; it then runs one at a time.
+    memory = min(memory, max(int(node.total.get("memory", 0)) for node in list_nodes()))
+    task = ray.remote(num_cpus=1, memory=memory, max_retries=3)(prepare_shard)
     digest = digest_settings(config)
     todo = list(reversed(plans))
     running: dict[Any, ShardPlan] = {}
-    done = bad = reused = 0
+    parts: list[Part] = []
+    done = bad = 0
     with Progress("prepare", sum(len(plan.studies) for plan in plans), "studies") as progress:
         while todo or running:
+            # Asked for anew each time: a cluster that grows is filled.
+            in_flight = max(2 * int(ray.cluster_resources().get("CPU", 1)), 2)
             while todo and len(running) < in_flight:
                 plan = todo.pop()
                 running[task.remote(plan, store_url, config.prepare.image_size, digest)] = plan
             ready, _ = ray.wait(list(running), timeout=1.0)
             for reference in ready:
-                rejected, kept = ray.get(reference)
+                part: Part = ray.get(reference)
+                parts.append(part)
                 done += len(running.pop(reference).studies)
-                bad, reused = bad + rejected, reused + kept
+                bad += len(part.rejected)
             progress.advance_to(done, note=f"{bad} bad" if bad else "")
-    return reused
+    return parts
 
 
 def _report(store_url: str, manifest: Manifest) -> None:
     audit = manifest.audit
     for name, entry in manifest.splits.items():
         share = audit.prevalence[name]
+        patients = "" if entry.patients is None else f"{entry.patients:6} patients  "
         print(
-            f"{name:5}  {entry.samples:6} studies  {entry.patients:6} patients  "
+            f"{name:5}  {entry.samples:6} studies  {patients}"
             f"{entry.positives / entry.samples:6.1%} positive [{share.low:.1%}, {share.high:.1%}]  "
             f"{len(entry.shards)} shards"
         )
@@ -170,20 +166,23 @@ def _report(store_url: str, manifest: Manifest) -> None:
         print(
             f"{sum(manifest.quarantined.values())} studies quarantined ({told}), see {QUARANTINE}"
         )
+    if manifest.unlabelled:
+        print(f"{manifest.unlabelled} images are not in the label table and are left out")
     for kind, number in manifest.contradictions.items():
         print(f"{number} studies: {_CONTRADICTIONS[kind]}")
     same = manifest.duplicates
     if same.pictures:
-        print(
-            f"{same.pictures} pictures occur in {same.studies} studies; {same.across_patients} of "
-            f"them with several patients, {same.across_splits} in several splits"
-        )
+        several = [f"{same.across_splits} of them in several splits"]
+        if same.across_patients is not None:
+            several.append(f"{same.across_patients} with several patients")
+        print(f"{same.pictures} pictures occur in {same.studies} studies; {', '.join(several)}")
     print(f"store {store_url}  manifest {manifest.digest[:12]}")
 
 
 _CONTRADICTIONS = {
     "patient_id": "the header's PatientID is not the id that the tables give the image",
     "box_outside": "a box reaches beyond the image",
+    "no_box": "positive, but no box says where",
 }
 
 

@@ -81,6 +81,7 @@ def describe_faults(data: DataFacts) -> dict[str, Any]:
     return {
         "quarantined": sum(data.quality.quarantined.values()),
         "duplicates_across_splits": data.quality.duplicates.across_splits,
+        "duplicates_across_patients": data.quality.duplicates.across_patients,
         "warning": data.audit.warning,
     }
 

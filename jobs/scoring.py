@@ -236,6 +236,7 @@ def _score_share(scored: Scored, split: str, world: World, place: Place) -> Logi
         Logits(
             np.array(samples.keys, dtype=np.str_),
             score_pictures(members, _pictures(samples), views=scored.scoring.views),
+            samples.targets.numpy().astype(np.int8),
         )
         for samples in _stream(scored.store_url, split, world, place.batch_size)
     ]

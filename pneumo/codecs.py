@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pydicom
+import simplejpeg
 from pydicom.encaps import encapsulate, get_frame
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import (
@@ -221,6 +222,8 @@ def decode_stored(dataset: pydicom.Dataset, form: FrameFormat) -> tuple[Stored, 
             plugin = choose_plugin(JPEGLossless, _installed(syntax), stated=syntax)
         if plugin == "pydicom":
             check_runs(frame, form)
+        if plugin == "pillow" and syntax in _JPEG:
+            check_scan(frame)
     elif element.is_undefined_length:
         raise DicomError("encapsulated pixel data in an uncompressed transfer syntax")
     try:
@@ -374,6 +377,21 @@ def _read_jpeg2000_size(frame: bytes) -> FrameSize | None:
     if tiles > _MAX_TILES:
         return None
     return FrameSize(bottom - top, right - left, samples, 1 + (components[0] & 0x7F))
+
+
+def check_scan(frame: bytes) -> None:
+    """Raise DicomError where libjpeg calls the entropy-coded data of a JPEG frame corrupt.
+
+    It then goes on with whatever bits follow, and most of the picture may be wrong; Pillow does not
+    pass its warnings on. Other oddities are none of this function's business.
+    """
+    try:
+        # At an eighth of the size: every code is read all the same.
+        simplejpeg.decode_jpeg(frame, "GRAY", min_height=1, min_width=1)
+    except ValueError as error:
+        said = str(error)
+        if said.startswith("Corrupt JPEG data"):
+            raise DicomError(f"the JPEG frame is damaged: {said}") from error
 
 
 def check_runs(frame: bytes, form: FrameFormat) -> None:

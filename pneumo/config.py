@@ -62,8 +62,9 @@ class PrepareConfig(Section):
 
     image_size: Annotated[int, Field(ge=32, le=1024)] = 224
     """Height and width of the stored images, in pixels."""
-    samples_per_shard: PositiveInt = 1024
-    """Samples in a full shard; 1024 at 224 px is 53 MB, one PUT."""
+    samples_per_shard: PositiveInt | None = None
+    """Samples in a full shard, which is one PUT; none: 1024, or of pictures above 224 px as many as
+    make 53 MB."""
     max_bad_fraction: Fraction = 0.01
     """The job fails when a larger share of the studies cannot be used."""
     limit: PositiveInt | None = None
@@ -107,7 +108,7 @@ class DataConfig(Section):
     cache_gb: PositiveFloat = 20.0
     """Largest size of `cache_dir`, in GB."""
     prefetch_blocks: PositiveInt = 16
-    """Blocks of 64 samples that a stream reads ahead of the step that needs them."""
+    """Blocks, of 64 samples or 4 MB, that a stream reads ahead of the step that needs them."""
     readers: Annotated[int, Field(ge=1, le=64)] = 4
     """Threads of a worker that read and decode."""
 

@@ -398,7 +398,7 @@ def _decode_fast(plain: PlainFile, image_size: int) -> Gray | None:
             min_width=columns,
             buffer=_BUFFER.take(form.rows * form.columns),
         )
-    except ValueError:  # damaged, or merely odd
+    except ValueError:  # damaged, or merely odd: `codecs` tells which
         return None
     if pixels.shape != (rows, columns, 1):
         return None

@@ -203,6 +203,7 @@ class Stream:
         asked = 0
         ahead: deque[tuple[_Visit, Future[Samples]]] = deque()
         here: dict[int, tuple[_Visit, Future[Samples]]] = {}
+        row_of: dict[str, int] = {}
         pool = ThreadPoolExecutor(self.readers, thread_name_prefix=_READER)
         try:
             for step, rows in enumerate(plan):
@@ -215,10 +216,21 @@ class Stream:
                     here[due[0].block] = due
                 samples = self._gather(rows, {number: here[number][1] for number in here})
                 here = {number: held for number, held in here.items() if held[0].last > step}
+                self._check_keys(samples.keys, rows, row_of)
                 yield samples
         finally:
             # Also when the consumer goes away. Not waited for: a read may be trying again.
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def _check_keys(self, keys: Sequence[str], rows: Rows, row_of: dict[str, int]) -> None:
+        """Raise DataError for a key that stood in another row before; `row_of` remembers them."""
+        if any(
+            row_of.setdefault(key, row) != row for key, row in zip(keys, rows.tolist(), strict=True)
+        ):
+            raise DataError(
+                f"split {self.blocks.split}: a study stands in it more than once; prepare the "
+                "store again"
+            )
 
     def _gather(self, rows: Rows, held: Mapping[int, Future[Samples]]) -> Samples:
         size = self.blocks.image_size

@@ -1,9 +1,10 @@
 """Source -> store, one shard at a time: what each task does, what it leaves, how it all is joined.
 
-A task writes its shard and then a receipt for it, under `parts/`. A preparation that was killed
-finds the receipts, checks the shards that they vouch for, and does the rest. Everything depends on
-the source, the settings and the seed alone, so whoever does a task, and however often, the bytes
-are the same. The manifest comes last, and the receipts go.
+A task writes its shard and then a receipt for it, under `parts/`, and hands both back as a part. A
+preparation that was killed finds the receipts, checks the shards that they vouch for, tries the
+files that they reject anew, and does the rest. Everything depends on the source, the settings and
+the seed alone, so whoever does a task, and however often, the bytes are the same. The manifest
+comes last, and the receipts go.
 """
 
 from __future__ import annotations
@@ -12,12 +13,11 @@ import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -43,8 +43,12 @@ from pneumo.shards import (
     digest_pixels,
     find_duplicates,
     find_manifest,
+    read_quarantine,
+    sample_bytes,
+    shard_samples,
     tabulate_studies,
     write_manifest,
+    write_quarantine,
     write_shard,
     write_studies,
 )
@@ -53,7 +57,8 @@ from pneumo.studies import Rejected, Source, Study
 
 PARTS = "parts"
 CLAIM = "parts/claim.json"
-_FORMAT = 1
+_LIBRARIES_BYTES = 384 * 2**20
+_FORMAT = 2
 """Raised when the same source and settings would give other bytes than before."""
 
 
@@ -88,32 +93,83 @@ class Receipt(BaseModel):
     histogram: tuple[int, ...]
     """Stored pixels of each gray level."""
     contradictions: dict[str, int]
-    """Studies whose tables and header disagree, by what they disagree on."""
+    """Studies whose tables and header disagree, or lack something, by what it is."""
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What a task hands back: its receipt, the rows tabulated, so that the driver has nothing to
+    read or to parse when all are done."""
+
+    entry: ShardEntry
+    studies: pa.Table
+    """As in studies.parquet."""
+    rejected: tuple[Rejected, ...]
+    histogram: tuple[int, ...]
+    contradictions: Mapping[str, int]
+    reused: bool
+    """Whether an earlier run had done it."""
+
+    @classmethod
+    def of(cls, receipt: Receipt, *, reused: bool) -> Part:
+        """The part that a receipt describes."""
+        return cls(
+            entry=receipt.entry,
+            studies=tabulate_studies(receipt.rows),
+            rejected=receipt.rejected,
+            histogram=receipt.histogram,
+            contradictions=receipt.contradictions,
+            reused=reused,
+        )
+
+    @property
+    def split(self) -> str:
+        """Of the shard, whose name begins with it."""
+        return self.entry.name.split("/")[0]
 
 
 def find_store(store_url: str, source: Source, config: Config) -> Manifest | None:
-    """The manifest that is there already for this source and these settings, or None.
+    """The manifest that is there already for these tables and settings, or None; whether a file has
+    changed since is not looked at.
 
     Raises StoreError when the store, or what a preparation left of one, is of another source or of
     other settings.
     """
-    manifest = find_manifest(store_url)
-    wanted = _claim(source, config)
-    if manifest is not None:
-        if (manifest.source_digest, manifest.prepare_digest) == wanted:
+    wanted = (source.digest, digest_settings(config))
+    url, claim = storage.join(store_url, CLAIM), _encode_claim(wanted)
+    while True:
+        manifest = _find_own(store_url, wanted)
+        if manifest is not None:
             return manifest
+        if storage.create_bytes(url, claim):
+            break
+        try:
+            claimed = storage.read_bytes(url)
+        except FileNotFoundError:  # finished since
+            continue
+        if claimed == claim:
+            return None
         raise StoreError(
-            f"{store_url}: holds a store of another source or of other settings; give another "
-            "--store, or delete it first"
+            f"{store_url}: a preparation of another source or with other settings is under way "
+            "there, or was left unfinished; give another --store, or delete it first"
         )
-    if not storage.create_bytes(storage.join(store_url, CLAIM), _encode_claim(wanted)):
-        claimed = storage.read_bytes(storage.join(store_url, CLAIM))
-        if claimed != _encode_claim(wanted):
-            raise StoreError(
-                f"{store_url}: a preparation of another source or with other settings is under way "
-                "there, or was left unfinished; give another --store, or delete it first"
-            )
-    return None
+    # Since the manifest was looked for, another job may have written it and given up its claim.
+    try:
+        return _find_own(store_url, wanted)
+    except StoreError:
+        storage.remove(url)
+        raise
+
+
+def _find_own(store_url: str, wanted: tuple[str, str]) -> Manifest | None:
+    """The manifest, if there is one; StoreError if it is of another source or other settings."""
+    manifest = find_manifest(store_url)
+    if manifest is None or (manifest.source_digest, manifest.prepare_digest) == wanted:
+        return manifest
+    raise StoreError(
+        f"{store_url}: holds a store of another source or of other settings; give another "
+        "--store, or delete it first"
+    )
 
 
 def plan_shards(
@@ -121,15 +177,14 @@ def plan_shards(
 ) -> list[ShardPlan]:
     """Which studies go to which shard: shuffled by the seed, so that no shard is skewed by a
     name."""
+    per_shard = config.prepare.samples_per_shard or shard_samples(config.prepare.image_size)
     plans = []
     for name in SPLITS:
         members = [study for study in studies if by_key.get(study.key) == name]
         random.Random(f"shards/{config.seed}/{name}").shuffle(members)
         # Equal shards, none above the wanted size, and enough of them to share out a small source;
         # never a question of how many workers there are, or the store would depend on it.
-        count = max(
-            -(-len(members) // config.prepare.samples_per_shard), min(8, len(members) // 16), 1
-        )
+        count = max(-(-len(members) // per_shard), min(8, len(members) // 16), 1)
         bounds = [len(members) * i // count for i in range(count + 1)]
         plans += [
             ShardPlan(name, f"{name}/{i:06d}.tar", tuple(members[bounds[i] : bounds[i + 1]]))
@@ -138,81 +193,71 @@ def plan_shards(
     return plans
 
 
-def prepare_shard(
-    plan: ShardPlan, store_url: str, image_size: int, prepare_digest: str
-) -> tuple[int, int]:
-    """Make sure that a plan's shard and receipt are there; (studies rejected, shards reused).
+def estimate_memory(plans: Sequence[ShardPlan], image_size: int) -> int:
+    """Bytes that a task holds at most: its libraries, and the largest shard with a copy."""
+    largest = max(len(plan.studies) for plan in plans)
+    return _LIBRARIES_BYTES + 2 * largest * sample_bytes(image_size)
 
-    A receipt that vouches for the same plan, with its shard as it says, is left as it is.
+
+def prepare_shard(plan: ShardPlan, store_url: str, image_size: int, prepare_digest: str) -> Part:
+    """Make sure that a plan's shard and receipt are there; what they add to the store.
+
+    A receipt that vouches for the same plan, with its shard as it says, is left as it is while the
+    files that it rejects still cannot be used.
     """
     cv2.setNumThreads(1)
     digest = plan.digest(prepare_digest)
-    kept = _find_receipt(plan, store_url, digest)
+    kept = _find_receipt(plan, store_url, image_size, digest)
     if kept is not None:
-        return len(kept.rejected), 1
+        return Part.of(kept, reused=True)
     receipt = _write_shard(plan, store_url, image_size, digest)
     storage.write_text(storage.join(store_url, plan.receipt), receipt.model_dump_json())
-    return len(receipt.rejected), 0
+    return Part.of(receipt, reused=False)
 
 
 def finish_store(
-    store_url: str,
-    source: Source,
-    plans: Sequence[ShardPlan],
-    audit: LeakageAudit,
-    config: Config,
-    *,
-    num_studies: int,
+    store_url: str, source: Source, parts: Iterable[Part], audit: LeakageAudit, config: Config
 ) -> Manifest:
-    """Join the receipts: the policy on bad files, the tables, the manifest; then clear the parts.
+    """Join the parts, in whatever order they come: the policy on bad files, the tables, the
+    manifest; then clear what the tasks left besides. Where another job has finished this store
+    meanwhile, it is left as it is.
 
-    `num_studies` counts all that were asked for, rejected ones too. Raises BadFilesError when too
-    many studies could not be used, SourceError when a split or a shard is left lopsided.
+    Raises BadFilesError when too many of the studies that have a place, and of those that the
+    tables contradict themselves on, could not be used; SourceError when a split or a shard is left
+    lopsided.
     """
-    rejected = list(source.rejected)
-    entries: dict[str, list[ShardEntry]] = {name: [] for name in SPLITS}
-    histograms = {name: np.zeros(256, np.int64) for name in SPLITS}
-    patients: dict[str, set[str]] = {name: set() for name in SPLITS}
-    contradictions: Counter[str] = Counter()
-    tables = []
-    for receipt, plan in _read_receipts(store_url, plans):
-        rejected += receipt.rejected
-        contradictions.update(receipt.contradictions)
-        histograms[plan.split] += np.array(receipt.histogram, np.int64)
-        patients[plan.split].update(row.patient for row in receipt.rows)
-        if receipt.entry.samples:
-            entries[plan.split].append(receipt.entry)
-        tables.append(tabulate_studies(receipt.rows))
-    _write_quarantine(store_url, rejected)
-    _check_policy(rejected, num_studies, config, store_url)
-    splits = {
-        name: SplitEntry(
-            samples=sum(entry.samples for entry in entries[name]),
-            positives=sum(entry.positives for entry in entries[name]),
-            patients=len(patients[name]),
-            histogram=tuple(histograms[name].tolist()),
-            shards=tuple(entries[name]),
-        )
-        for name in SPLITS
-    }
+    finished = _find_own(store_url, (source.digest, digest_settings(config)))
+    if finished is not None:
+        clear_parts(store_url)
+        return finished
+    parts = sorted(parts, key=lambda part: part.entry.name)
+    rejected = [*source.rejected, *(item for part in parts for item in part.rejected)]
+    quarantine = write_quarantine(store_url, rejected)
+    wanted = sum(part.entry.samples for part in parts) + len(rejected)
+    _check_policy(rejected, wanted, config, store_url)
+    table = pa.concat_tables([part.studies for part in parts])
+    splits = _join_splits(parts, table, has_patients=source.has_patients)
     shard_prevalence = _check_classes(splits)
-    studies = pa.concat_tables(tables)
-    audit = _audit_used(source, plans, set(studies["key"].to_pylist()), audit, config)
-    audit = audit.model_copy(update={"shard_prevalence": shard_prevalence})
-    write_studies(store_url, studies)
-    mean, std = _moments(histograms["train"])
+    if len(rejected) > len(source.rejected):
+        audit = _audit_used(source, table, audit, config)
+    studies = write_studies(store_url, table)
+    contradictions = sum((Counter(part.contradictions) for part in parts), Counter())
+    mean, std = _moments(splits["train"].histogram)
     manifest = Manifest(
         source_digest=source.digest,
         prepare_digest=digest_settings(config),
         image_size=config.prepare.image_size,
         seed=config.seed,
         split=config.split,
-        audit=audit,
+        audit=audit.model_copy(update={"shard_prevalence": shard_prevalence}),
         mean=mean,
         std=std,
         quarantined=dict(sorted(Counter(item.reason for item in rejected).items())),
         contradictions=dict(sorted(contradictions.items())),
-        duplicates=find_duplicates(studies),
+        unlabelled=source.unlabelled,
+        duplicates=find_duplicates(table, has_patients=source.has_patients),
+        studies=studies,
+        quarantine=quarantine,
         splits=splits,
     )
     write_manifest(store_url, manifest)
@@ -229,26 +274,53 @@ class Unusable:
     message: str
 
 
-def read_picture(url: str, image_size: int) -> GrayImage | Unusable:
+def read_picture(url: str, image_size: int, label: str | None = None) -> GrayImage | Unusable:
     """The picture of a DICOM file as a store holds it.
 
     Raises AccessError and StorageError for a bucket that is away: that says nothing about the file.
+    They name `label` instead of the URL.
     """
+    data = _read_file(url, label)
+    return data if isinstance(data, Unusable) else _decode_file(data, image_size)
+
+
+def _decode_file(data: bytes, image_size: int) -> GrayImage | Unusable:
     try:
-        return read_study_image(storage.read_bytes(url), image_size)
-    except FileNotFoundError:
-        return Unusable("missing", "no DICOM file")
+        return read_study_image(data, image_size)
     except DicomError as error:
         return Unusable(error.reason, str(error))
+
+
+def _read_file(url: str, label: str | None) -> bytes | Unusable:
+    try:
+        return storage.read_bytes(url, label=label)
+    except FileNotFoundError:
+        return Unusable("missing", "no DICOM file")
     except (AccessError, StorageError) as error:
         if not storage.is_local(url):
             raise
         return Unusable("unreadable", type(error.__cause__).__name__)
 
 
+def has_mended(store_url: str, manifest: Manifest, source: Source) -> bool:
+    """Whether a file that a finished store had to leave out can be used now.
+
+    Raises DataError when the store's list of them is not what the manifest vouches for.
+    """
+    studies = {study.key: study for study in source.studies}
+    left_out = (studies.get(item.key) for item in read_quarantine(store_url, manifest))
+    return any(
+        not isinstance(_read_study(study, "", manifest.image_size), Rejected)
+        for study in left_out
+        if study is not None
+    )
+
+
 def clear_parts(store_url: str) -> None:
-    """Remove what a preparation leaves besides the store itself."""
+    """Remove what a preparation leaves besides the store itself, killed ones included."""
     storage.remove_below(storage.join(store_url, PARTS))
+    for folder in (store_url, *(storage.join(store_url, name) for name in SPLITS)):
+        storage.remove_partials(folder)
 
 
 def digest_settings(config: Config) -> str:
@@ -264,16 +336,16 @@ def _describe(study: Study) -> list[object]:
     return [study.key, study.patient, study.target, study.finding, study.boxes]
 
 
-def _claim(source: Source, config: Config) -> tuple[str, str]:
-    return source.digest, digest_settings(config)
-
-
 def _encode_claim(claim: tuple[str, str]) -> bytes:
     return json.dumps({"source_digest": claim[0], "prepare_digest": claim[1]}).encode()
 
 
-def _find_receipt(plan: ShardPlan, store_url: str, digest: str) -> Receipt | None:
-    """The receipt of an earlier run for just this plan, if its shard is whole; else None."""
+def _find_receipt(plan: ShardPlan, store_url: str, image_size: int, digest: str) -> Receipt | None:
+    """The receipt of an earlier run for just this plan, if its shard is whole and what it rejects
+    is as it was; else None.
+
+    A file may have come since, its permission may have been mended, its server may be back.
+    """
     try:
         text = storage.read_bytes(storage.join(store_url, plan.receipt))
         receipt = Receipt.model_validate_json(text)
@@ -284,7 +356,11 @@ def _find_receipt(plan: ShardPlan, store_url: str, digest: str) -> Receipt | Non
             storage.read_bytes(url, sha256=entry.sha256, size=entry.bytes)
     except (FileNotFoundError, ValidationError, ContentError):
         return None
-    return receipt
+    studies = {study.key: study for study in plan.studies}
+    as_it_was = all(
+        _read_study(studies[item.key], plan.split, image_size) == item for item in receipt.rejected
+    )
+    return receipt if as_it_was else None
 
 
 def _write_shard(plan: ShardPlan, store_url: str, image_size: int, digest: str) -> Receipt:
@@ -295,15 +371,16 @@ def _write_shard(plan: ShardPlan, store_url: str, image_size: int, digest: str) 
 
     def samples() -> Iterator[Sample]:
         for study in plan.studies:
-            image = _read_image(study, plan.split, image_size)
-            if isinstance(image, Rejected):
-                rejected.append(image)
+            found = _read_study(study, plan.split, image_size)
+            if isinstance(found, Rejected):
+                rejected.append(found)
                 continue
+            image, source_sha256 = found
             # OpenCV counts in float32, exact to 16 million pixels, and five times as fast as numpy.
             counts = cv2.calcHist([image.pixels], [0], None, [256], [0, 256])
             np.add(histogram, counts[:, 0].astype(np.int64), out=histogram)
             contradictions.update(_contradictions(study, image))
-            rows.append(_make_row(study, plan.split, image))
+            rows.append(_make_row(study, plan.split, image, source_sha256))
             yield Sample(study.key, image.pixels, study.target)
 
     entry = write_shard(store_url, plan.name, samples())
@@ -317,14 +394,17 @@ def _write_shard(plan: ShardPlan, store_url: str, image_size: int, digest: str) 
     )
 
 
-def _read_image(study: Study, split: str, image_size: int) -> GrayImage | Rejected:
-    image = read_picture(study.url, image_size)
+def _read_study(study: Study, split: str, image_size: int) -> tuple[GrayImage, str] | Rejected:
+    """The study's picture and the SHA-256 of its file, or why it cannot be used."""
+    data = _read_file(study.url, f"study {study.key}")
+    image = data if isinstance(data, Unusable) else _decode_file(data, image_size)
     if isinstance(image, Unusable):
         return Rejected(study.key, split, image.reason, image.message)
-    return image
+    assert isinstance(data, bytes)
+    return image, hashlib.sha256(data).hexdigest()
 
 
-def _make_row(study: Study, split: str, image: GrayImage) -> StudyRow:
+def _make_row(study: Study, split: str, image: GrayImage, source_sha256: str) -> StudyRow:
     return StudyRow(
         key=study.key,
         patient=study.patient,
@@ -337,6 +417,7 @@ def _make_row(study: Study, split: str, image: GrayImage) -> StudyRow:
         view=image.header.view,
         spacing_mm=image.header.spacing_mm,
         pixels_digest=digest_pixels(image.pixels),
+        source_sha256=source_sha256,
     )
 
 
@@ -350,19 +431,8 @@ def _contradictions(study: Study, image: GrayImage) -> Iterator[str]:
         for box in study.boxes
     ):
         yield "box_outside"
-
-
-def _read_receipts(
-    store_url: str, plans: Iterable[ShardPlan]
-) -> Iterator[tuple[Receipt, ShardPlan]]:
-    for plan in plans:
-        text = storage.read_bytes(storage.join(store_url, plan.receipt))
-        yield Receipt.model_validate_json(text), plan
-
-
-def _write_quarantine(store_url: str, rejected: Iterable[Rejected]) -> None:
-    lines = (json.dumps(asdict(item)) for item in sorted(rejected, key=lambda item: item.key))
-    storage.write_text(storage.join(store_url, QUARANTINE), "".join(f"{line}\n" for line in lines))
+    if study.target and not study.boxes:
+        yield "no_box"
 
 
 def _check_policy(rejected: Sequence[Rejected], total: int, config: Config, store_url: str) -> None:
@@ -372,8 +442,27 @@ def _check_policy(rejected: Sequence[Rejected], total: int, config: Config, stor
         raise BadFilesError(
             f"prepare: {len(rejected)} of {total} studies cannot be used ({told}), more than "
             f"prepare.max_bad_fraction {config.prepare.max_bad_fraction:g}; see "
-            f"{storage.join(store_url, QUARANTINE)}"
+            f"{storage.join(store_url, QUARANTINE)}, mend them and repeat the command"
         )
+
+
+def _join_splits(
+    parts: Sequence[Part], table: pa.Table, *, has_patients: bool
+) -> dict[str, SplitEntry]:
+    counted = table.group_by("split").aggregate([("patient", "count_distinct")]).to_pylist()
+    patients = {row["split"]: row["patient_count_distinct"] for row in counted}
+    joined = {}
+    for name in SPLITS:
+        mine = [part for part in parts if part.split == name]
+        histogram = np.array([part.histogram for part in mine], np.int64).sum(axis=0)
+        joined[name] = SplitEntry(
+            samples=sum(part.entry.samples for part in mine),
+            positives=sum(part.entry.positives for part in mine),
+            patients=patients.get(name, 0) if has_patients else None,
+            histogram=tuple(histogram.tolist()),
+            shards=tuple(part.entry for part in mine if part.entry.samples),
+        )
+    return joined
 
 
 def _check_classes(splits: Mapping[str, SplitEntry]) -> dict[str, tuple[float, float]]:
@@ -389,16 +478,12 @@ def _check_classes(splits: Mapping[str, SplitEntry]) -> dict[str, tuple[float, f
 
 
 def _audit_used(
-    source: Source,
-    plans: Iterable[ShardPlan],
-    used: Collection[str],
-    audit: LeakageAudit,
-    config: Config,
+    source: Source, table: pa.Table, audit: LeakageAudit, config: Config
 ) -> LeakageAudit:
     """The audit of what the store holds: `audit` was of all that was to go into it."""
-    by_key = {s.key: plan.split for plan in plans for s in plan.studies if s.key in used}
+    by_key = dict(zip(table["key"].to_pylist(), table["split"].to_pylist(), strict=True))
     of_used = audit_split(
-        [study for study in source.studies if study.key in used],
+        [study for study in source.studies if study.key in by_key],
         by_key,
         config.split,
         seed=config.seed,
@@ -408,9 +493,9 @@ def _audit_used(
     return of_used.model_copy(update={"unlisted": audit.unlisted})
 
 
-def _moments(histogram: npt.NDArray[np.int64]) -> tuple[float, float]:
-    """Mean and standard deviation of the gray level in [0, 1]; exact sums, so the same anywhere."""
-    counts = [int(count) for count in histogram]
+def _moments(counts: Sequence[int]) -> tuple[float, float]:
+    """Mean and standard deviation of the gray level in [0, 1], from the pixels of each level; exact
+    sums, so the same anywhere."""
     pixels = sum(counts)
     total = sum(level * count for level, count in enumerate(counts))
     squares = sum(level * level * count for level, count in enumerate(counts))

@@ -209,10 +209,12 @@ def _draw_view(member: Member, pixels: Sequence[npt.NDArray[np.uint8]], number: 
 
 @dataclass(frozen=True, eq=False)
 class Logits:
-    """What was said of which studies; both arrays have shape (N,)."""
+    """What was said of which studies; all arrays have shape (N,)."""
 
     keys: StrArray
     logits: npt.NDArray[np.float32]
+    targets: npt.NDArray[np.int8]
+    """As they stand beside the pictures, in the shards."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -222,8 +224,9 @@ class Logits:
         """All parts as one, sorted by key, so that it is the same however it was shared out."""
         keys = np.concatenate([np.empty(0, np.str_), *(part.keys for part in parts)])
         logits = np.concatenate([np.empty(0, np.float32), *(part.logits for part in parts)])
+        targets = np.concatenate([np.empty(0, np.int8), *(part.targets for part in parts)])
         order = np.argsort(keys, kind="stable")
-        return cls(keys[order], logits[order])
+        return cls(keys[order], logits[order], targets[order])
 
 
 def join_predictions(
@@ -232,7 +235,8 @@ def join_predictions(
     """Logits and what is known of the studies, sorted by split and key.
 
     `checkpoint` names whose logits they are; `image_size` is the height and width of the stored
-    images, which boxes are in. Raises DataError when a scored study is unknown, or scored twice.
+    images, which boxes are in. Raises DataError when a scored study is unknown, scored twice, or of
+    another target in its shard than in `studies`.
     """
     keys = scored.keys.tolist()
     unknown = sum(key not in studies for key in keys)
@@ -240,6 +244,15 @@ def join_predictions(
         raise DataError(f"predictions: {unknown} scored studies are not in studies.parquet")
     if twice := len(keys) - len(set(keys)):
         raise DataError(f"predictions: {twice} studies are scored more than once")
+    other = sum(
+        studies[key].target != target
+        for key, target in zip(keys, scored.targets.tolist(), strict=True)
+    )
+    if other:
+        raise DataError(
+            f"predictions: {other} of {len(keys)} scored studies have another target in their "
+            "shard than in studies.parquet; prepare the store again"
+        )
     order = sorted(range(len(keys)), key=lambda i: (studies[keys[i]].split, keys[i]))
     rows = [studies[keys[i]] for i in order]
     logit = scored.logits[order] if order else np.empty(0, dtype=np.float32)

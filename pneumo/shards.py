@@ -13,7 +13,7 @@ import json
 import tarfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -24,21 +24,24 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
-from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from pneumo import storage
 from pneumo.config import SplitConfig
 from pneumo.errors import ContentError, DataError, StoreError
 from pneumo.splits import SPLITS, LeakageAudit
-from pneumo.studies import Box
+from pneumo.studies import Box, Rejected
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 STUDIES = "studies.parquet"
 QUARANTINE = "quarantine.jsonl"
 BLOCK_SAMPLES = 64
 """Neighbours in a shard that are read and shuffled together: one range request of 3.3 MB at 224
-px."""
+px. Of large pictures they are fewer."""
+SHARD_SAMPLES = 1024
+"""Samples in a shard: 53 MB at 224 px, one PUT. Of large pictures they are fewer."""
+_BLOCK_BYTES = 4_300_000
+_SHARD_BYTES = 54_000_000
 
 _CHECKSUM_AT = 148
 """Where a tar header has its checksum: six octal digits and a zero."""
@@ -66,7 +69,7 @@ class ShardEntry(BaseModel):
     bytes: int
     sha256: str
     blocks: tuple[BlockEntry, ...]
-    """The shard's blocks in order; all but the last hold BLOCK_SAMPLES."""
+    """The shard's blocks in order; all but the last hold equally many samples."""
 
 
 class SplitEntry(BaseModel):
@@ -75,10 +78,19 @@ class SplitEntry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     samples: int
     positives: int
-    patients: int
+    patients: int | None
+    """Null where the source's mapping does not say who they are."""
     histogram: tuple[int, ...]
     """Stored pixels of each gray level, 0 to 255; letterbox borders count as 0."""
     shards: tuple[ShardEntry, ...]
+
+
+class FileEntry(BaseModel):
+    """What the manifest says of a file beside the shards."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    bytes: int
+    sha256: str
 
 
 class Duplicates(BaseModel):
@@ -89,8 +101,9 @@ class Duplicates(BaseModel):
     """Pictures that more than one study has."""
     studies: int
     """Studies that have one of them."""
-    across_patients: int
-    """Of the pictures, those found with more than one patient."""
+    across_patients: int | None
+    """Of the pictures, those found with more than one patient; null where nobody knows who they
+    are."""
     across_splits: int
     """Of the pictures, those found in more than one split: each leaks."""
 
@@ -118,8 +131,14 @@ class Manifest(BaseModel):
     quarantined: dict[str, int]
     """Studies that could not be used, by reason code; quarantine.jsonl lists them."""
     contradictions: dict[str, int]
-    """Studies whose tables and header disagree, by what they disagree on; they are used."""
+    """Studies whose tables and header disagree, or lack something, by what it is; they are used."""
+    unlabelled: int
+    """Images of the source that have a DICOM file or a class, but no label; they are left out."""
     duplicates: Duplicates
+    studies: FileEntry
+    """studies.parquet, by which an evaluation judges."""
+    quarantine: FileEntry
+    """quarantine.jsonl."""
     splits: dict[str, SplitEntry]
 
     @field_validator("splits")
@@ -162,6 +181,24 @@ class StudyRow:
     spacing_mm: float | None
     pixels_digest: str
     """Digest of the stored picture, 32 hex digits: equal pictures have equal ones."""
+    source_sha256: str
+    """SHA-256 of the DICOM file, in hex: a picture that looks wrong is traced to it."""
+
+
+def sample_bytes(image_size: int) -> int:
+    """What a sample takes in a shard: two headers, the target, and the picture."""
+    picture = len(_npy_header((image_size, image_size))) + image_size**2
+    return 3 * tarfile.BLOCKSIZE + picture + -picture % tarfile.BLOCKSIZE
+
+
+def block_samples(image_size: int) -> int:
+    """Samples in a full block: BLOCK_SAMPLES, or as many as make about 4 MB."""
+    return max(1, min(BLOCK_SAMPLES, _BLOCK_BYTES // sample_bytes(image_size)))
+
+
+def shard_samples(image_size: int) -> int:
+    """Samples in a full shard, unless told otherwise: SHARD_SAMPLES, or as many as make 53 MB."""
+    return max(1, min(SHARD_SAMPLES, _SHARD_BYTES // sample_bytes(image_size)))
 
 
 def encode_shard(name: str, samples: Iterable[Sample]) -> tuple[ShardEntry, bytes]:
@@ -170,17 +207,19 @@ def encode_shard(name: str, samples: Iterable[Sample]) -> tuple[ShardEntry, byte
     Equal samples give equal bytes. They are taken one at a time, so only the tar is in memory.
     """
     buffer = io.BytesIO()
-    starts, count, positives = [0], 0, 0
+    starts, count, positives, in_block = [0], 0, 0, BLOCK_SAMPLES
     for sample in samples:
+        if not count:
+            in_block = block_samples(len(sample.pixels))
         # In the order of webdataset's own writer.
         buffer.write(_encode_member(f"{sample.key}.cls", str(sample.target).encode()))
         header = _npy_header(sample.pixels.shape, sample.pixels.dtype.str)
         buffer.write(_encode_member(f"{sample.key}.npy", header, sample.pixels.tobytes()))
         count += 1
         positives += sample.target
-        if count % BLOCK_SAMPLES == 0:
+        if count % in_block == 0:
             starts.append(buffer.tell())
-    if count % BLOCK_SAMPLES:
+    if count % in_block:
         starts.append(buffer.tell())
     buffer.write(bytes(2 * tarfile.BLOCKSIZE))  # the end marker
     data = buffer.getvalue()
@@ -194,7 +233,7 @@ def encode_shard(name: str, samples: Iterable[Sample]) -> tuple[ShardEntry, byte
             BlockEntry(
                 offset=start,
                 bytes=end - start,
-                samples=min(BLOCK_SAMPLES, count - i * BLOCK_SAMPLES),
+                samples=min(in_block, count - i * in_block),
                 sha256=hashlib.sha256(memoryview(data)[start:end]).hexdigest(),
             )
             for i, (start, end) in enumerate(pairwise(starts))
@@ -290,6 +329,9 @@ def _decode_image(data: bytes | memoryview, image_size: int) -> npt.NDArray[Any]
 
 
 def _read_groups(data: bytes, entry: ShardEntry) -> Iterator[dict[str, Any]]:
+    # It imports torch, which whoever prepares a store has no use for: 2 s and 400 MB a process.
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
     try:
         yield from group_by_keys(
             tar_file_expander([{"url": entry.name, "stream": io.BytesIO(data)}])
@@ -301,7 +343,7 @@ def _read_groups(data: bytes, entry: ShardEntry) -> Iterator[dict[str, Any]]:
 def read_shard(store_url: str, entry: ShardEntry, image_size: int) -> Iterator[Sample]:
     """The samples of one shard of a store. Raises DataError when it is missing or not as
     vouched."""
-    with _naming(store_url, entry):
+    with _naming(f"shard {entry.name}", store_url):
         url = storage.join(store_url, entry.name)
         data = storage.read_bytes(url, sha256=entry.sha256, size=entry.bytes)
     return _decode_samples(data, entry, image_size)
@@ -312,22 +354,21 @@ def read_block(store_url: str, entry: ShardEntry, block: BlockEntry) -> bytes:
 
     Raises DataError, naming the shard, when it is missing, cut or changed since its preparation.
     """
-    with _naming(store_url, entry):
+    with _naming(f"shard {entry.name}", store_url):
         url = storage.join(store_url, entry.name)
         return storage.read_range(url, block.offset, block.bytes, sha256=block.sha256)
 
 
 @contextmanager
-def _naming(store_url: str, entry: ShardEntry) -> Iterator[None]:
-    """Within it, what is wrong with a shard's bytes is a DataError that names the shard."""
+def _naming(what: str, store_url: str) -> Iterator[None]:
+    """Within it, what is wrong with the bytes of a file is a DataError that names the file."""
     try:
         yield
     except FileNotFoundError as error:
-        raise DataError(f"shard {entry.name}: missing from {store_url}") from error
+        raise DataError(f"{what}: missing from {store_url}; prepare the store again") from error
     except ContentError as error:
         raise DataError(
-            f"shard {entry.name}: not what the manifest vouches for: {error}; prepare the store "
-            "again"
+            f"{what}: not what the manifest vouches for: {error}; prepare the store again"
         ) from error
 
 
@@ -391,8 +432,11 @@ def _read_members(data: bytes, where: str) -> Iterator[_Member]:
 def write_shard(store_url: str, name: str, samples: Iterable[Sample]) -> ShardEntry:
     """Encode and publish one shard; the entry that the manifest will carry."""
     entry, data = encode_shard(name, samples)
+    url = storage.join(store_url, name)
     if entry.samples:
-        storage.write_bytes(storage.join(store_url, name), data)
+        storage.write_bytes(url, data)
+    else:
+        storage.remove(url)  # of an earlier attempt that had some
     return entry
 
 
@@ -401,23 +445,36 @@ def digest_pixels(pixels: npt.NDArray[np.uint8]) -> str:
     return hashlib.sha256(np.ascontiguousarray(pixels).data).hexdigest()[:32]
 
 
-def find_duplicates(studies: pa.Table) -> Duplicates:
-    """Which pictures occur with more than one study; `studies` as `tabulate_studies` makes it."""
+def find_duplicates(studies: pa.Table, *, has_patients: bool) -> Duplicates:
+    """Which pictures occur with more than one study; `studies` as `tabulate_studies` makes it, and
+    whether its patients are more than images."""
     groups = studies.group_by("pixels_digest").aggregate(
         [("key", "count"), ("patient", "count_distinct"), ("split", "count_distinct")]
     )
     several = groups.filter(pc.field("key_count") > 1)
+    across = sum(n > 1 for n in several["patient_count_distinct"].to_pylist())
     return Duplicates(
         pictures=len(several),
         studies=sum(several["key_count"].to_pylist()),
-        across_patients=sum(n > 1 for n in several["patient_count_distinct"].to_pylist()),
+        across_patients=across if has_patients else None,
         across_splits=sum(n > 1 for n in several["split_count_distinct"].to_pylist()),
     )
 
 
 def write_manifest(store_url: str, manifest: Manifest) -> None:
-    """Publish the manifest: the last write of a preparation."""
-    storage.write_text(storage.join(store_url, MANIFEST), manifest.model_dump_json(indent=1) + "\n")
+    """Publish the manifest: the last write of a preparation, which never replaces another.
+
+    An equal one is as good as this. Raises StoreError when another is there.
+    """
+    text = manifest.model_dump_json(indent=1) + "\n"
+    if storage.create_bytes(storage.join(store_url, MANIFEST), text.encode()):
+        return
+    there = find_manifest(store_url)
+    if there != manifest:
+        raise StoreError(
+            f"{store_url}: another job has finished another store there meanwhile; give another "
+            "--store"
+        )
 
 
 def find_manifest(store_url: str) -> Manifest | None:
@@ -484,24 +541,55 @@ def tabulate_studies(rows: Iterable[StudyRow]) -> pa.Table:
     )
 
 
-def write_studies(store_url: str, table: pa.Table) -> None:
-    """Publish studies.parquet, its rows sorted by key."""
+def write_studies(store_url: str, table: pa.Table) -> FileEntry:
+    """Publish studies.parquet, its rows sorted by key; the entry that the manifest will carry."""
     buffer = io.BytesIO()
     pq.write_table(table.sort_by("key").combine_chunks(), buffer)
-    storage.write_bytes(storage.join(store_url, STUDIES), buffer.getvalue())
+    return _write_vouched(store_url, STUDIES, buffer.getvalue())
 
 
-def read_studies(store_url: str) -> dict[str, StudyRow]:
-    """The rows of studies.parquet by key. Raises DataError when missing or unreadable."""
-    url = storage.join(store_url, STUDIES)
+def read_studies(store_url: str, manifest: Manifest) -> dict[str, StudyRow]:
+    """The rows of studies.parquet by key.
+
+    Raises DataError when it is missing, or not what the manifest vouches for.
+    """
+    data = _read_vouched(store_url, STUDIES, manifest.studies)
     try:
-        table = pq.read_table(
-            io.BytesIO(storage.read_bytes(url)), columns=list(StudyRow.__dataclass_fields__)
-        )
-    except (FileNotFoundError, pa.ArrowInvalid) as error:
-        raise DataError(f"{url}: missing or unreadable; prepare the store again") from error
+        table = pq.read_table(io.BytesIO(data), columns=list(StudyRow.__dataclass_fields__))
+    except pa.ArrowInvalid as error:
+        raise DataError(
+            f"{storage.join(store_url, STUDIES)}: not a table of studies; prepare the store again"
+        ) from error
     rows = (
         StudyRow(**{**row, "boxes": tuple(Box(*box) for box in row["boxes"])})
         for row in table.to_pylist()
     )
     return {row.key: row for row in rows}
+
+
+def write_quarantine(store_url: str, rejected: Iterable[Rejected]) -> FileEntry:
+    """Publish quarantine.jsonl, sorted by key; the entry that the manifest will carry."""
+    lines = (json.dumps(asdict(item)) for item in sorted(rejected, key=lambda item: item.key))
+    text = "".join(f"{line}\n" for line in lines)
+    return _write_vouched(store_url, QUARANTINE, text.encode())
+
+
+def read_quarantine(store_url: str, manifest: Manifest) -> list[Rejected]:
+    """The studies that could not be used, sorted by key.
+
+    Raises DataError when the list is missing, or not what the manifest vouches for.
+    """
+    data = _read_vouched(store_url, QUARANTINE, manifest.quarantine)
+    return [Rejected(**json.loads(line)) for line in data.splitlines()]
+
+
+def _write_vouched(store_url: str, name: str, data: bytes) -> FileEntry:
+    storage.write_bytes(storage.join(store_url, name), data)
+    return FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def _read_vouched(store_url: str, name: str, entry: FileEntry) -> bytes:
+    with _naming(name, store_url):
+        return storage.read_bytes(
+            storage.join(store_url, name), sha256=entry.sha256, size=entry.bytes
+        )

@@ -13,12 +13,12 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, computed_field
 from scipy.stats import beta, hypergeom
 
 from pneumo import storage
@@ -58,19 +58,21 @@ class LeakageAudit(BaseModel):
     """Studies by split."""
     positives: dict[str, int]
     """Studies with Target 1 by split."""
-    patients: dict[str, int]
-    """Patients by split."""
+    patients: dict[str, int] | None
+    """Patients by split; null where the mapping does not say who they are."""
     prevalence: dict[str, Interval]
     """Positives / studies by split, with an interval that knows that studies of one patient are
     alike: Clopper-Pearson on the effective number of studies (Korn & Graubard 1998)."""
     shard_prevalence: dict[str, tuple[float, float]]
     """Lowest and highest share of positives among the split's shards."""
-    shared_patients: int
-    """Patients in more than one split: 0 for unit 'patient'."""
+    shared_patients: int | None
+    """Patients in more than one split: 0 for unit 'patient'; null where nobody knows who they
+    are."""
     leaked_by_image: float | None
     """Share of val studies whose patient a split by image would have put into train as well;
     null where the mapping does not say who the patients are."""
 
+    @computed_field  # type: ignore[prop-decorator]  # so that the manifest says it
     @property
     def warning(self) -> str | None:
         """What the reader of any number from this split must know, or None."""
@@ -119,7 +121,8 @@ def split_studies(
         raise SourceError("no studies, so nothing to split; check the source's label table")
     if listed is None:
         salt = choose_salt(studies, config, seed=seed) if config.salt is None else config.salt
-        by_key = {s.key: place_group(_group(s, config), config, seed, salt) for s in studies}
+        places = _place_groups({_group(s, config) for s in studies}, config, seed, salt)
+        by_key = {s.key: places[_group(s, config)] for s in studies}
     else:
         salt = None
         by_key = _place_listed(studies, listed)
@@ -134,7 +137,7 @@ def split_studies(
 
 def place_group(group: str, config: SplitConfig, seed: int, salt: int) -> str:
     """The split of one patient (or image): a pure function of its arguments."""
-    return SPLITS[int(_place(_draw(group, seed)[salt], config))]
+    return _place_groups([group], config, seed, salt)[group]
 
 
 def choose_salt(studies: Sequence[Study], config: SplitConfig, *, seed: int) -> int:
@@ -145,7 +148,7 @@ def choose_salt(studies: Sequence[Study], config: SplitConfig, *, seed: int) -> 
     counts = np.zeros((len(groups), len(findings)))
     for s in studies:
         counts[index[_group(s, config)], findings.index(s.finding)] += 1
-    places = np.stack([_place(_draw(group, seed), config).astype(np.int8) for group in groups])
+    places = _place(_draw(groups, seed, range(NUM_SALTS)), config)
     worst = np.zeros(NUM_SALTS)
     for split, share in ((1, config.val_fraction), (2, config.test_fraction)):
         got = np.stack([column @ counts for column in (places == split).T]) / counts.sum(axis=0)
@@ -190,7 +193,6 @@ def audit_split(
     patients = {name: {s.patient for s in placed if by_key[s.key] == name} for name in SPLITS}
     number = Counter(by_key[s.key] for s in placed)
     positives = Counter(by_key[s.key] for s in placed if s.target)
-    everyone = set().union(*patients.values())
     return LeakageAudit(
         unit=config.unit,
         salt=salt,
@@ -198,13 +200,13 @@ def audit_split(
         unlisted=len(studies) - len(placed),
         studies={name: number[name] for name in SPLITS},
         positives={name: positives[name] for name in SPLITS},
-        patients={name: len(patients[name]) for name in SPLITS},
+        patients={name: len(patients[name]) for name in SPLITS} if has_patients else None,
         prevalence={
             name: clustered_share([(s.patient, s.target) for s in placed if by_key[s.key] == name])
             for name in SPLITS
         },
         shard_prevalence={},
-        shared_patients=sum(sum(p in group for group in patients.values()) > 1 for p in everyone),
+        shared_patients=_count_shared(list(patients.values())) if has_patients else None,
         leaked_by_image=_leaked(placed, config, seed, salt or 0) if has_patients else None,
     )
 
@@ -255,16 +257,27 @@ def _group(study: Study, config: SplitConfig) -> str:
     return study.patient if config.unit == "patient" else study.key
 
 
-def _draw(group: str, seed: int) -> npt.NDArray[np.float64]:
-    """One number in [0, 1) for each salt."""
-    stream = hashlib.shake_128(f"{seed}/{group}".encode()).digest(8 * NUM_SALTS)
-    return np.frombuffer(stream, ">u8").astype(np.float64) / 2.0**64
+def _place_groups(
+    groups: Collection[str], config: SplitConfig, seed: int, salt: int
+) -> dict[str, str]:
+    """The split of each group."""
+    places = _place(_draw(groups, seed, range(salt, salt + 1)), config)[:, 0].tolist()
+    return {group: SPLITS[place] for group, place in zip(groups, places, strict=True)}
 
 
-def _place(u: npt.ArrayLike, config: SplitConfig) -> npt.NDArray[np.int64]:
-    """Index into SPLITS: val below its fraction, test below the next, train above."""
+def _draw(groups: Collection[str], seed: int, salts: range) -> npt.NDArray[np.float64]:
+    """(groups, salts): numbers in [0, 1)."""
+    part = slice(8 * salts.start, 8 * salts.stop)
+    stream = b"".join(
+        hashlib.shake_128(f"{seed}/{group}".encode()).digest(part.stop)[part] for group in groups
+    )
+    return np.frombuffer(stream, ">u8").reshape(-1, len(salts)).astype(np.float64) / 2.0**64
+
+
+def _place(u: npt.NDArray[np.float64], config: SplitConfig) -> npt.NDArray[np.int8]:
+    """Index into SPLITS, same shape: val below its fraction, test below the next, train above."""
     bounds = [config.val_fraction, config.val_fraction + config.test_fraction]
-    return np.array([1, 2, 0])[np.searchsorted(bounds, u, side="right")]
+    return np.array([1, 2, 0], np.int8)[np.searchsorted(bounds, u, side="right")]
 
 
 def _place_listed(studies: Sequence[Study], listed: Mapping[str, str]) -> dict[str, str]:
@@ -304,9 +317,14 @@ def _check_classes(studies: Sequence[Study], by_key: Mapping[str, str]) -> None:
                 )
 
 
+def _count_shared(groups: Sequence[set[str]]) -> int:
+    """How many are in more than one of the groups."""
+    return sum(number > 1 for number in Counter(p for group in groups for p in group).values())
+
+
 def _leaked(studies: Sequence[Study], config: SplitConfig, seed: int, salt: int) -> float:
     """Share of val studies whose patient is in train too, had each image its own place."""
-    by_image = {s.key: place_group(s.key, config, seed, salt) for s in studies}
+    by_image = _place_groups([s.key for s in studies], config, seed, salt)
     trained_on = {s.patient for s in studies if by_image[s.key] == "train"}
     val = [s.patient for s in studies if by_image[s.key] == "val"]
     return sum(patient in trained_on for patient in val) / max(len(val), 1)

@@ -62,6 +62,9 @@ doing."""
 _PARTIAL_PREFIX = ".partial-"
 """How a local file is named while it is written; what a crash leaves of it is no object."""
 
+_MOST_ATTEMPTS = 5
+"""How often a local file is begun whose unfinished copy another job clears away."""
+
 _SHELL_SCHEMES = frozenset({"pipe", "cmd", "sh", "bash", "ssh", "sftp"})
 
 _logger = logging.getLogger(__name__)
@@ -103,13 +106,16 @@ def join(url: str, *parts: str) -> str:
 # --- reading --------------------------------------------------------------------------------------
 
 
-def read_bytes(url: str, *, sha256: str | None = None, size: int | None = None) -> bytes:
+def read_bytes(
+    url: str, *, sha256: str | None = None, size: int | None = None, label: str | None = None
+) -> bytes:
     """The whole object at `url`, checked against a digest in hex and a size where they are given.
 
     A wrong digest from an object store is read again, since the network may have changed a byte.
+    `label` stands in errors and warnings for a URL that must not be told, as it names a patient.
     Raises FileNotFoundError, AccessError, StorageError, or ContentError for other bytes.
     """
-    return _read_expected(url, 0, None, sha256, size)
+    return _read_expected(url, 0, None, sha256, size, label)
 
 
 def read_range(url: str, start: int, length: int, *, sha256: str | None = None) -> bytes:
@@ -126,14 +132,20 @@ def read_text(url: str) -> str:
 
 
 def _read_expected(
-    url: str, start: int, length: int | None, sha256: str | None, size: int | None
+    url: str,
+    start: int,
+    length: int | None,
+    sha256: str | None,
+    size: int | None,
+    label: str | None = None,
 ) -> bytes:
     read = _read_file if is_local(url) else _read_object
+    name = label or url
     found: set[str] = set()
     while True:
-        data = read(url, start, length)
+        data = read(url, start, length, label)
         if size is not None and len(data) != size:
-            raise ContentError(f"storage: {url}: {len(data)} bytes, expected {size}")
+            raise ContentError(f"storage: {name}: {len(data)} bytes, expected {size}")
         if sha256 is None:
             return data
         digest = hashlib.sha256(data).hexdigest()
@@ -143,53 +155,57 @@ def _read_expected(
         if is_local(url) or digest in found or len(found) == _MOST_DIGESTS:
             part = "" if length is None else f", bytes {start} to {start + length - 1}"
             raise ContentError(
-                f"storage: {url}{part}: changed or damaged: SHA-256 {digest}, expected {sha256}"
+                f"storage: {name}{part}: changed or damaged: SHA-256 {digest}, expected {sha256}"
             )
         found.add(digest)
 
 
-def _read_file(url: str, start: int, length: int | None) -> bytes:
+def _read_file(url: str, start: int, length: int | None, label: str | None) -> bytes:
     path = local_path(url)
+    name = label or path
     try:
         with path.open("rb") as file:
             file.seek(start)
             data = file.read(length)
     except (PermissionError, IsADirectoryError) as error:
-        raise AccessError(f"storage: cannot read {path}: {error.strerror}") from error
+        raise AccessError(f"storage: cannot read {name}: {error.strerror}") from error
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise FileNotFoundError(errno.ENOENT, "no such file", str(path)) from error
+        raise FileNotFoundError(errno.ENOENT, "no such file", str(name)) from error
     except OSError as error:  # a lost mount
-        raise StorageError(f"storage: cannot read {path}: {error.strerror}") from error
+        raise StorageError(f"storage: cannot read {name}: {error.strerror}") from error
     if length is not None and len(data) != length:
-        raise _ends_early(url, start, length, start + len(data))
+        raise _ends_early(label or url, start, length, start + len(data))
     return data
 
 
-def _read_object(url: str, start: int, length: int | None) -> bytes:
+def _read_object(url: str, start: int, length: int | None, label: str | None) -> bytes:
     if length == 0:
         return b""
     if not _is_s3(url):
         end = None if length is None else start + length
-        data: bytes = _retried(lambda fs, path: fs.cat_file(path, start=start, end=end), url)
+        data: bytes = _retried(
+            lambda fs, path: fs.cat_file(path, start=start, end=end), url, label=label
+        )
         if length is not None and len(data) != length:
-            raise _ends_early(url, start, length, start + len(data))
+            raise _ends_early(label or url, start, length, start + len(data))
         return data
-    reading = _Reading(url, start, length)
-    _retried(reading.go_on, url, progress=lambda: reading.received)
+    reading = _Reading(label or url, start, length)
+    _retried(reading.go_on, url, progress=lambda: reading.received, label=label)
     return b"".join(reading.chunks)
 
 
-def _ends_early(url: str, start: int, length: int, end: int) -> ContentError:
+def _ends_early(name: str, start: int, length: int, end: int) -> ContentError:
     return ContentError(
-        f"storage: {url}: ends at byte {end}; bytes {start} to {start + length - 1} were asked for"
+        f"storage: {name}: ends at byte {end}; bytes {start} to {start + length - 1} were asked for"
     )
 
 
 class _Reading:
     """A read from S3 under way: what has arrived so far, and of which version of the object."""
 
-    def __init__(self, url: str, start: int, length: int | None) -> None:
-        self.url, self.start, self.asked = url, start, length
+    def __init__(self, name: str, start: int, length: int | None) -> None:
+        """`name` is what errors call the object."""
+        self.name, self.start, self.asked = name, start, length
         self.received = 0
         """All bytes that came, those of a version since replaced too."""
         self._begin()
@@ -242,14 +258,14 @@ class _Reading:
         wrong at times.
         """
         if "ETag" not in answer:
-            raise _not_s3(self.url)
+            raise _not_s3(self.name)
         if self.version is not None and answer["ETag"] != self.version:
             self._begin_again()
         shown = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", answer.get("ContentRange", ""))
         if shown is None:
             if first or self.asked is not None:
                 raise StorageError(
-                    f"storage: {self.url}: the server does not answer range requests; use another"
+                    f"storage: {self.name}: the server does not answer range requests; use another"
                 )
             begin, end, total = 0, answer["ContentLength"] - 1, answer["ContentLength"]
         else:
@@ -258,7 +274,7 @@ class _Reading:
         if self.length is None:
             self.length = total - self.start
         if total < self.start + self.length:
-            raise _ends_early(self.url, self.start, self.length, total)
+            raise _ends_early(self.name, self.start, self.length, total)
         if (begin, end) != (first, self.start + self.length - 1):
             raise ConnectionError(f"asked from byte {first}, answered bytes {begin} to {end}")
 
@@ -266,7 +282,7 @@ class _Reading:
         """Beyond the object's end: an empty object, or one that is shorter than asked for."""
         total = head["ContentLength"]
         if self.asked is not None:
-            raise _ends_early(self.url, self.start, self.asked, total)
+            raise _ends_early(self.name, self.start, self.asked, total)
         if total or self.held:
             self._begin_again()
 
@@ -292,15 +308,16 @@ def write_bytes(url: str, data: bytes) -> None:
         _retried(lambda fs, path: fs.pipe_file(path, data), url)
 
 
-def create_bytes(url: str, data: bytes) -> bool:
+def create_bytes(url: str, data: bytes, *, mode: int = 0o644) -> bool:
     """Publish `data` at `url` only if nothing is there yet; whether it was this call that did.
 
-    Local: written beside and linked into place. Object store: one PUT with If-None-Match; of two
-    writers at once exactly one gets True. A server that says it does not know the condition (501)
-    is asked first and then written to, which two writers at once can both pass.
+    Local: written beside, and linked into place, with `mode`; where a mount has no hard links, an
+    empty file takes the place first, and is replaced. Object store: one PUT with If-None-Match; of
+    two writers at once exactly one gets True. A server that says it does not know the condition
+    (501) is asked first and then written to, which two writers at once can both pass.
     """
     if is_local(url):
-        return _publish_file(local_path(url), data, _link)
+        return _publish_file(local_path(url), data, _link, mode)
     if _is_s3(url):
         writer = uuid.uuid4().hex
         return _retried(lambda fs, path: _create_object(fs, path, data, writer), url)
@@ -320,12 +337,26 @@ def write_text(url: str, text: str) -> None:
     write_bytes(url, text.encode())
 
 
+def remove_partials(url: str) -> None:
+    """Delete what killed writers have left directly in the folder `url`.
+
+    A writer that is still at it notices, and writes its object anew. Object stores keep nothing of
+    a PUT that did not end.
+    """
+    if is_local(url):
+        for path in local_path(url).glob(f"{_PARTIAL_PREFIX}*"):
+            path.unlink(missing_ok=True)
+
+
 def remove_below(url: str) -> None:
-    """Delete every object below `url`, and the folders that this leaves empty."""
+    """Delete every object below `url`, what killed writers have left there, and the folders that
+    this leaves empty."""
     for found in list_urls(url):
         remove(found)
     if is_local(url):
         root = local_path(url)
+        for path in root.rglob(f"{_PARTIAL_PREFIX}*"):
+            path.unlink(missing_ok=True)
         folders = [path for path in root.rglob("*") if path.is_dir()]
         for folder in [*sorted(folders, reverse=True), root]:
             with contextlib.suppress(OSError):  # somebody else writes there, or has removed it
@@ -350,14 +381,21 @@ def remove(url: str) -> None:
         pass
 
 
-def _publish_file(path: Path, data: bytes, publish: Callable[[Path, Path], T]) -> T:
-    try:
-        with _partial_file(path, data) as partial:
-            return publish(partial, path)
-    except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-        raise AccessError(f"storage: cannot write {path}: {error.strerror}") from error
-    except OSError as error:  # a full disk, a lost mount
-        raise StorageError(f"storage: cannot write {path}: {error.strerror}") from error
+def _publish_file(
+    path: Path, data: bytes, publish: Callable[[Path, Path], T], mode: int = 0o644
+) -> T:
+    attempts = 0
+    while True:
+        attempts += 1
+        try:
+            with _partial_file(path, data, mode) as partial:
+                return publish(partial, path)
+        except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+            raise AccessError(f"storage: cannot write {path}: {error.strerror}") from error
+        except OSError as error:  # a full disk, a lost mount
+            # Another job may have taken the file for a dead writer's, or its folder for empty.
+            if not isinstance(error, FileNotFoundError) or attempts == _MOST_ATTEMPTS:
+                raise StorageError(f"storage: cannot write {path}: {error.strerror}") from error
 
 
 def _link(partial: Path, path: Path) -> bool:
@@ -365,11 +403,33 @@ def _link(partial: Path, path: Path) -> bool:
         path.hardlink_to(partial)
     except FileExistsError:
         return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        return _reserve(partial, path)
+    return True
+
+
+_NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS})
+"""What mounts without hard links say: FUSE, SMB, exFAT."""
+
+
+def _reserve(partial: Path, path: Path) -> bool:
+    """`_link` without links: a reader may meet the empty file for a moment."""
+    try:
+        path.open("xb").close()
+    except FileExistsError:
+        return False
+    try:
+        partial.replace(path)
+    except OSError:
+        path.unlink()
+        raise
     return True
 
 
 @contextmanager
-def _partial_file(path: Path, data: bytes) -> Iterator[Path]:
+def _partial_file(path: Path, data: bytes, mode: int) -> Iterator[Path]:
     """A file beside `path` with `data` on the disk, which is gone afterwards."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=_PARTIAL_PREFIX, delete=False) as file:
@@ -377,7 +437,8 @@ def _partial_file(path: Path, data: bytes) -> Iterator[Path]:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-            Path(file.name).chmod(0o644)
+            with contextlib.suppress(PermissionError):  # a mount whose files have no modes
+                Path(file.name).chmod(mode)
             yield Path(file.name)
         finally:
             Path(file.name).unlink(missing_ok=True)
@@ -429,7 +490,8 @@ def _create_object(fs: Any, path: str, data: bytes, writer: str) -> bool:
 def exists(url: str) -> bool:
     """Whether an object, or a folder with something in it, lies at `url`."""
     if is_local(url):
-        return local_path(url).exists()
+        path = local_path(url)
+        return _is_kind(path.is_file) or next(_scan(path), None) is not None
     find = _exists_on_s3 if _is_s3(url) else lambda fs, path: bool(fs.exists(path))
     return _retried(lambda fs, path: find(fs, path), url)
 
@@ -437,8 +499,7 @@ def exists(url: str) -> bool:
 def list_urls(url: str) -> list[str]:
     """The URLs of all objects below `url`, sorted; empty when there are none."""
     if is_local(url):
-        root = local_path(url)
-        return sorted(str(path) for path in root.rglob("*") if _is_object(path))
+        return sorted(_walk(local_path(url)))
     if not _is_s3(url):
         scheme = url.split("://", 1)[0]
         return sorted(
@@ -454,9 +515,8 @@ def list_names(url: str) -> list[str]:
     """The names of the files and folders directly below `url`, sorted; empty when there are
     none."""
     if is_local(url):
-        folder = local_path(url)
-        paths = folder.iterdir() if folder.is_dir() else ()
-        return sorted(path.name for path in paths if path.is_dir() or _is_object(path))
+        entries = _scan(local_path(url))
+        return sorted(e.name for e in entries if _is_kind(e.is_file) or _is_kind(e.is_dir))
     if _is_s3(url):
         found = []
         for page in _list_pages(url, Delimiter="/"):
@@ -469,6 +529,38 @@ def list_names(url: str) -> list[str]:
         except FileNotFoundError:
             return []
     return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in found)
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    """The paths of all objects below a folder of this machine; no link to a folder is followed."""
+    for entry in _scan(folder):
+        if _is_kind(entry.is_file):
+            yield entry.path
+        elif entry.is_dir(follow_symlinks=False):
+            yield from _walk(Path(entry.path))
+
+
+def _scan(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """What lies in a folder of this machine, unfinished files aside; nothing where there is none.
+
+    Asks the disk for nothing but the names: a hundred times as fast as looking at each path.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            yield from (e for e in entries if not e.name.startswith(_PARTIAL_PREFIX))
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except PermissionError as error:
+        raise AccessError(f"storage: cannot list {folder}: {error.strerror}") from error
+    except OSError as error:  # a lost mount
+        raise StorageError(f"storage: cannot list {folder}: {error.strerror}") from error
+
+
+def _is_kind(ask: Callable[[], bool]) -> bool:
+    try:
+        return ask()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 def _list_pages(url: str, **options: Any) -> Iterator[Mapping[str, Any]]:
@@ -560,13 +652,16 @@ def _retried(
     url: str,
     budget_s: float = RETRY_BUDGET_S,
     progress: Callable[[], int] = lambda: 0,
+    label: str | None = None,
 ) -> T:
     """Run `call(filesystem, path)`, again with jittered exponential back-off while the trouble
     looks passing.
 
     `budget_s` counts from the first failure, and anew once `progress`, in bytes, has grown by a
-    chunk since.
+    chunk since. With a `label` neither the URL nor the text of an error, which may quote it, is
+    told.
     """
+    name, describe = (url, _describe) if label is None else (label, _name_kind)
     failing_since_s, pause_s, told = None, _FIRST_PAUSE_S, False
     reached = renewed_at = 0
     while True:
@@ -574,9 +669,10 @@ def _retried(
             fs, path = _open_filesystem(url)
             return call(fs, path)
         except Exception as error:
-            lasting = _lasting(error, url)
+            cause = error if label is None else None
+            lasting = _lasting(error, name, describe)
             if lasting is not None:
-                raise lasting from error
+                raise lasting from cause
             now_s, now_reached = time.monotonic(), progress()
             if now_reached > reached:
                 pause_s, reached = _FIRST_PAUSE_S, now_reached
@@ -585,12 +681,12 @@ def _retried(
             left_s = budget_s - (now_s - failing_since_s)
             if pause_s > left_s:
                 raise StorageError(
-                    f"storage: {url}: {_describe(error)}; tried again for {budget_s:.0f} s; is the "
+                    f"storage: {name}: {describe(error)}; tried again for {budget_s:.0f} s; is the "
                     "server up, and is it the one of AWS_ENDPOINT_URL?"
-                ) from error
+                ) from cause
             if left_s < budget_s - _SILENT_RETRIES_S and not told:
                 _logger.warning(
-                    "storage: %s: %s; trying again for %.0f s", url, _describe(error), left_s
+                    "storage: %s: %s; trying again for %.0f s", name, describe(error), left_s
                 )
                 told = True
             time.sleep(pause_s * random.uniform(0.5, 1.5))
@@ -635,51 +731,80 @@ _PASSING_CODES = frozenset(
 """Errors of kind 4xx that another try may not meet: overload, and what the network did to us."""
 
 _NO_CREDENTIALS = frozenset({"NoCredentialsError", "PartialCredentialsError"})
+_MISTAKES = (
+    *(TypeError, ValueError, LookupError, AttributeError, NameError, AssertionError),
+    *(ArithmeticError, NotImplementedError),
+)
+"""Of a program, ours or a library's: no waiting mends them."""
 _BAD_SETUP = frozenset(
     {"ProfileNotFound", "ConfigParseError", "InvalidRegionError", "ParamValidationError"}
 )
 
 
-def _lasting(error: Exception, url: str) -> Exception | None:
-    """What to raise for an error that no waiting mends; None for passing trouble."""
+def _describe(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _name_kind(error: BaseException) -> str:
+    return type(error).__name__
+
+
+def _lasting(
+    error: Exception, name: str, describe: Callable[[BaseException], str] = _describe
+) -> Exception | None:
+    """What to raise for an error that no waiting mends; None for passing trouble.
+
+    `name` and `describe` say what is told of the object and of the error.
+    """
     if isinstance(error, (StorageError, UserError)):
         return error
+    if isinstance(error, ImportError):  # fsspec's, which says what to install
+        return UserError(f"storage: {name}: {_describe(error)}, on every node of the cluster")
     code, operation = _s3_error(error)
     if code is not None:
-        return _lasting_s3(error, code, operation or "", url)
+        return _lasting_s3(error, code, operation or "", name, describe)
     kind = type(error).__name__
     if kind in _NO_CREDENTIALS:
         return AccessError(
-            f"storage: no credentials for {url}; set AWS_PROFILE or AWS_ACCESS_KEY_ID and "
+            f"storage: no credentials for {name}; set AWS_PROFILE or AWS_ACCESS_KEY_ID and "
             f"AWS_SECRET_ACCESS_KEY, or {ANONYMOUS}=1 for a public bucket"
         )
-    said = _describe(error)
+    said = describe(error)
     if kind in _BAD_SETUP:
-        return AccessError(f"storage: {url}: {said}")
-    if isinstance(error, ValueError) and said.startswith("Invalid endpoint"):
-        return AccessError(f"storage: {url}: {said}; AWS_ENDPOINT_URL is to be http(s)://host:port")
-    if any(sign in said for sign in ("CERTIFICATE_VERIFY_FAILED", "WRONG_VERSION_NUMBER")):
+        return AccessError(f"storage: {name}: {said}")
+    if isinstance(error, ValueError) and str(error).startswith("Invalid endpoint"):
         return AccessError(
-            f"storage: {url}: {said}; check http or https in AWS_ENDPOINT_URL, or set AWS_CA_BUNDLE"
+            f"storage: {name}: {said}; AWS_ENDPOINT_URL is to be http(s)://host:port"
+        )
+    if any(sign in str(error) for sign in ("CERTIFICATE_VERIFY_FAILED", "WRONG_VERSION_NUMBER")):
+        return AccessError(
+            f"storage: {name}: {said}; check http or https in AWS_ENDPOINT_URL, or set "
+            "AWS_CA_BUNDLE"
         )
     if isinstance(error, FileNotFoundError):
-        return _no_such_object(url)
+        return _no_such_object(name)
     if isinstance(error, PermissionError):
-        return AccessError(f"storage: access to {url} refused: {said}")
-    if isinstance(error, (TypeError, ValueError, LookupError, AttributeError)):
-        return StorageError(f"storage: {url}: {said}")
+        return AccessError(f"storage: access to {name} refused: {said}")
+    if isinstance(error, _MISTAKES):
+        return StorageError(f"storage: {name}: {kind}: {said}")
     return None
 
 
-def _lasting_s3(error: Exception, code: str, operation: str, url: str) -> Exception | None:
+def _lasting_s3(
+    error: Exception,
+    code: str,
+    operation: str,
+    name: str,
+    describe: Callable[[BaseException], str],
+) -> Exception | None:
     """`_lasting` for what an S3 server, or something else that speaks HTTP, answered."""
     if operation.startswith("AssumeRole"):
         return AccessError(
-            f"storage: no credentials for {url}: the role of AWS_ROLE_ARN was refused: {code}"
+            f"storage: no credentials for {name}: the role of AWS_ROLE_ARN was refused: {code}"
         )
     if code in _REFUSALS:
         what, remedy = _REFUSALS[code]
-        return AccessError(f"storage: {what}: {url}; {remedy}")
+        return AccessError(f"storage: {what}: {name}; {remedy}")
     if code in _PASSING_CODES:
         return None
     if code.isdecimal():
@@ -687,24 +812,24 @@ def _lasting_s3(error: Exception, code: str, operation: str, url: str) -> Except
         if int(code) >= 500 and code != "501":
             return None
         if not operation.startswith("Head"):
-            return _not_s3(url, f"HTTP {code}")
+            return _not_s3(name, f"HTTP {code}")
     if isinstance(error, FileNotFoundError):
-        return _no_such_object(url)
+        return _no_such_object(name)
     if isinstance(error, PermissionError):
-        return AccessError(f"storage: access to {url} refused: {code}")
+        return AccessError(f"storage: access to {name} refused: {code}")
     status = _s3_response(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
     if 400 <= status < 500 or status == 501:
-        return StorageError(f"storage: {url}: the server refuses: {code}: {_describe(error)}")
+        return StorageError(f"storage: {name}: the server refuses: {code}: {describe(error)}")
     return None
 
 
-def _no_such_object(url: str) -> FileNotFoundError:
-    return FileNotFoundError(errno.ENOENT, "no such object", url)
+def _no_such_object(name: str) -> FileNotFoundError:
+    return FileNotFoundError(errno.ENOENT, "no such object", name)
 
 
-def _not_s3(url: str, answered: str = "") -> AccessError:
+def _not_s3(name: str, answered: str = "") -> AccessError:
     return AccessError(
-        f"storage: {url}: something answered, but not as an S3 server does"
+        f"storage: {name}: something answered, but not as an S3 server does"
         f"{f' ({answered})' if answered else ''}; check AWS_ENDPOINT_URL"
     )
 
@@ -723,7 +848,3 @@ def _s3_response(error: BaseException) -> Mapping[str, Any]:
         if isinstance(response, dict):
             return response
     return {}
-
-
-def _describe(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

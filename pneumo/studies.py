@@ -7,29 +7,29 @@ Challenge, https://www.rsna.org/rsnai/ai-image-challenge/rsna-pneumonia-detectio
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import hashlib
 import hmac
 import io
 import json
+import logging
 import math
 import os
 import secrets
-import tempfile
+import stat
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from pathlib import Path
+from functools import cached_property, lru_cache, partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import pyarrow as pa
 import pyarrow.csv as pacsv
+from pyarrow.types import is_floating, is_integer, is_null
 
 from pneumo import storage
-from pneumo.errors import SourceError
+from pneumo.errors import AccessError, SourceError, StorageError
 
 Finding = Literal["Lung Opacity", "No Lung Opacity / Not Normal", "Normal"]
 
@@ -44,6 +44,8 @@ IMAGE_FOLDERS = ("stage_2_train_images", "train_images", "stage_1_train_images")
 MAPPING = ("pneumonia-challenge-dataset-mappings_2018.json",)
 PRIVATE_FOLDER = ".pneumo"
 HASH_KEY_VARIABLE = "PNEUMO_HASH_KEY"
+
+_logger = logging.getLogger(__name__)
 
 
 class Box(NamedTuple):
@@ -96,8 +98,10 @@ class Source:
     """Studies of which the tables say two different things."""
     has_patients: bool
     """Whether the mapping told who the patients are."""
+    unlabelled: int
+    """Images that have a DICOM file or a class, but no label; they are left out."""
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of all that the tables say, with keyed hashes for ids."""
         rows = [(s.key, s.patient, s.target, s.finding, s.boxes) for s in self.studies]
@@ -120,7 +124,7 @@ def read_source(source_url: str, environ: Mapping[str, str] | None = None) -> So
         _find(files, CLASS_TABLES, "class table", source_url), "patientId", "class"
     )
     images_url = _find(files, IMAGE_FOLDERS, "image folder", source_url)
-    targets, boxes = _collect_labels(labels)
+    targets, boxes, faulty = _collect_labels(labels)
     findings = _collect_findings(classes)
     patients = _read_patients(files)
     if patients is not None:
@@ -130,7 +134,10 @@ def read_source(source_url: str, environ: Mapping[str, str] | None = None) -> So
     studies, rejected = [], []
     for image_id, target_values in targets.items():
         key = _derive(hash_key, "study", image_id)
-        contradiction = _contradiction(target_values, findings.get(image_id, ()))
+        its_boxes = boxes.get(image_id, ())
+        contradiction = faulty.get(image_id) or _contradiction(
+            target_values, findings.get(image_id, ()), its_boxes
+        )
         if contradiction is not None:
             rejected.append(Rejected(key, None, "contradiction", contradiction))
             continue
@@ -142,7 +149,7 @@ def read_source(source_url: str, environ: Mapping[str, str] | None = None) -> So
                 url=storage.join(images_url, f"{image_id}.dcm"),
                 target=target_values[0],
                 finding=findings[image_id][0],
-                boxes=tuple(boxes.get(image_id, ())),
+                boxes=tuple(its_boxes),
             )
         )
     if len({study.key for study in studies}) != len(studies):
@@ -151,6 +158,7 @@ def read_source(source_url: str, environ: Mapping[str, str] | None = None) -> So
         studies=tuple(sorted(studies, key=lambda study: study.key)),
         rejected=tuple(sorted(rejected, key=lambda item: item.key)),
         has_patients=patients is not None,
+        unlabelled=len((_list_images(images_url) | findings.keys()) - targets.keys()),
     )
 
 
@@ -174,7 +182,8 @@ def read_split_list(
         table[column].to_pylist(), table["split"].to_pylist(), strict=True
     ):
         if split not in ("train", "val", "test"):
-            raise SourceError(f"{list_url}: split {split!r}, expected train, val or test")
+            # The value is not repeated: of columns in another order it would be an id.
+            raise SourceError(f"{list_url}: a split that is none of train, val and test")
         if listed.setdefault(_derive(hash_key, kind, str(identifier)), split) != split:
             raise SourceError(f"{list_url}: lists somebody in two splits")
     return listed
@@ -183,8 +192,8 @@ def read_split_list(
 def read_hash_key(source_url: str, environ: Mapping[str, str]) -> bytes:
     """The secret behind study keys: PNEUMO_HASH_KEY, or a file beside the source made on first use.
 
-    The file is `.pneumo/hash_key`, mode 600. Who has it can link keys to ids; who loses it gets
-    other keys from the same source.
+    The file is `.pneumo/hash_key`, mode 600; another mode is warned of. Who has it can link keys to
+    ids; who loses it gets other keys from the same source.
     """
     if environ.get(HASH_KEY_VARIABLE):
         return environ[HASH_KEY_VARIABLE].encode()
@@ -193,29 +202,27 @@ def read_hash_key(source_url: str, environ: Mapping[str, str]) -> bytes:
     path = storage.local_path(source_url) / PRIVATE_FOLDER / "hash_key"
     try:
         path.parent.mkdir(mode=0o700, exist_ok=True)
-        if not path.exists():
-            _create_hash_key(path)
+        if not path.exists():  # of two jobs at once one wins
+            storage.create_bytes(str(path), secrets.token_hex(32).encode(), mode=0o600)
         hash_key = path.read_text().strip().encode()
-    except OSError as error:
+    except (OSError, AccessError, StorageError) as error:
         raise SourceError(
-            f"{path}: {error.strerror}; make it writable, or set {HASH_KEY_VARIABLE} to a secret"
+            f"{path}: cannot be made or read; make it writable, or set {HASH_KEY_VARIABLE} to a "
+            "secret"
         ) from error
+    if (mode := stat.S_IMODE(path.stat().st_mode)) & 0o077:
+        _logger.warning(
+            "%s: mode %03o: others can read the secret behind the study keys; chmod 600 it",
+            path,
+            mode,
+        )
     if not hash_key:
         raise SourceError(f"{path}: empty; delete it, or set {HASH_KEY_VARIABLE} to a secret")
     return hash_key
 
 
-def _create_hash_key(path: Path) -> None:
-    """A new secret at `path`, whole from the first moment: of two jobs at once one wins."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".partial-") as file:
-        file.write(secrets.token_hex(32))  # the file's mode is 600 from its creation
-        file.flush()
-        with contextlib.suppress(FileExistsError):
-            os.link(file.name, path)
-
-
 def _derive(hash_key: bytes, kind: str, identifier: str) -> str:
-    return hmac.new(hash_key, f"{kind}:{identifier}".encode(), hashlib.sha256).hexdigest()[:20]
+    return hmac.digest(hash_key, f"{kind}:{identifier}".encode(), "sha256").hex()[:20]
 
 
 def _list_source(source_url: str) -> dict[str, str]:
@@ -265,41 +272,84 @@ def _read_plain(url: str) -> bytes:
 
 
 def _read_table(url: str, *required: str) -> pa.Table:
-    # An id of digits alone must keep its leading zeros.
-    options = pacsv.ConvertOptions(column_types={"patientId": pa.string(), "patient": pa.string()})
+    """The CSV at `url`; no error quotes a cell, nor a first line that may be no header."""
+    wrong: list[Any] = []
+
+    def note(row: Any) -> str:
+        wrong.append(row)
+        return "error"
+
     try:
-        table = pacsv.read_csv(io.BytesIO(_read_plain(url)), convert_options=options)
-    except pa.ArrowInvalid as error:
-        raise SourceError(f"{url}: not a readable CSV: {str(error).splitlines()[0]}") from error
-    missing = [name for name in required if name not in table.column_names]
+        table = pacsv.read_csv(
+            io.BytesIO(_read_plain(url)),
+            # Threads would not know a row's number.
+            read_options=pacsv.ReadOptions(use_threads=False),
+            parse_options=pacsv.ParseOptions(invalid_row_handler=note),
+            # An id of digits alone must keep its leading zeros.
+            convert_options=pacsv.ConvertOptions(
+                column_types={"patientId": pa.string(), "patient": pa.string()}
+            ),
+        )
+        names: list[str] = table.column_names
+    except ValueError:  # its text, and that of its cause, quotes the row
+        what = "empty, cut off, or no UTF-8"
+        if wrong:
+            row = wrong[0]
+            what = f"row {row.number} has {row.actual_columns} cells, not {row.expected_columns}"
+        raise SourceError(f"{url}: not a readable CSV: {what}") from None
+    missing = [name for name in required if name not in names]
     if missing:
+        known = [name for name in names if name in _COLUMNS]
         raise SourceError(
-            f"{url}: no column {', '.join(missing)}; it has: {', '.join(table.column_names)}"
+            f"{url}: no column {', '.join(missing)}; its first line names {len(names)}, of those "
+            f"that are known here: {', '.join(known) or 'none'}"
         )
     if not len(table):
         raise SourceError(f"{url}: no rows")
     return table
 
 
-def _collect_labels(table: pa.Table) -> tuple[dict[str, list[int]], dict[str, list[Box]]]:
-    """Different targets, and boxes, by image id; the table repeats an image's row for each of its
-    boxes."""
+_COLUMNS = ("patientId", *Box._fields, "Target", "class", "patient", "split")
+
+
+def _collect_labels(
+    table: pa.Table,
+) -> tuple[dict[str, list[int]], dict[str, list[Box]], dict[str, str]]:
+    """Different targets, boxes, and what is wrong with a box, by image id; the table repeats an
+    image's row for each of its boxes."""
     targets: dict[str, list[int]] = {}
     boxes: dict[str, list[Box]] = {}
-    empty = [None] * len(table)
-    corners = [
-        table[name].to_pylist() if name in table.column_names else empty for name in Box._fields
-    ]
+    faulty: dict[str, str] = {}
+    corners = [_read_numbers(table, name) for name in Box._fields]
     rows = zip(table["patientId"].to_pylist(), table["Target"].to_pylist(), *corners, strict=True)
     for image_id, target, *corner in rows:
         if target not in (0, 1):
-            raise SourceError(f"label table: Target is {target!r} in a row, expected 0 or 1")
+            raise SourceError("label table: a Target that is neither 0 nor 1")
         known = targets.setdefault(image_id, [])
         if target not in known:
             known.append(int(target))
-        if all(value is not None and math.isfinite(value) for value in corner):
-            boxes.setdefault(image_id, []).append(Box(*map(float, corner)))
-    return targets, boxes
+        if not (given := [value for value in corner if value is not None]):
+            continue
+        box = Box(*map(float, given)) if len(given) == len(corner) else None
+        if box is None or not all(map(math.isfinite, box)):
+            faulty[image_id] = "a box that lacks a side"
+        elif box.width <= 0 or box.height <= 0:
+            faulty[image_id] = "a box of no size"
+        else:
+            boxes.setdefault(image_id, []).append(box)
+    return targets, boxes, faulty
+
+
+def _read_numbers(table: pa.Table, name: str) -> list[float | None]:
+    """A column of numbers, None where a cell is empty; all None where there is no such column."""
+    if name not in table.column_names:
+        return [None] * len(table)
+    column = table[name]
+    kind = column.type
+    if not any(is_kind(kind) for is_kind in (is_null, is_integer, is_floating)):
+        raise SourceError(f"label table: column {name} holds something else than numbers")
+    found: list[float | None] = column.to_pylist()
+    return found
 
 
 def _collect_findings(table: pa.Table) -> dict[str, list[Finding]]:
@@ -310,16 +360,16 @@ def _collect_findings(table: pa.Table) -> dict[str, list[Finding]]:
         table["patientId"].to_pylist(), table["class"].to_pylist(), strict=True
     ):
         if finding not in allowed:
-            raise SourceError(
-                f"class table: class {finding!r}, expected one of: {', '.join(allowed)}"
-            )
+            raise SourceError(f"class table: a class that is none of: {', '.join(allowed)}")
         known = findings.setdefault(image_id, [])
         if finding not in known:
             known.append(finding)
     return findings
 
 
-def _contradiction(targets: Sequence[int], findings: Sequence[Finding]) -> str | None:
+def _contradiction(
+    targets: Sequence[int], findings: Sequence[Finding], boxes: Sequence[Box]
+) -> str | None:
     """What the tables disagree on for one image, or None."""
     if len(targets) > 1:
         return "both Target 0 and Target 1"
@@ -329,7 +379,15 @@ def _contradiction(targets: Sequence[int], findings: Sequence[Finding]) -> str |
         return "labelled, but without a class"
     if (findings[0] == "Lung Opacity") != (targets[0] == 1):
         return f"class {findings[0]!r} with Target {targets[0]}"
+    if boxes and not targets[0]:
+        return "Target 0 with a box"
     return None
+
+
+def _list_images(images_url: str) -> set[str]:
+    """The image ids that have a DICOM file."""
+    names = storage.list_names(images_url)
+    return {name.removesuffix(".dcm") for name in names if name.endswith(".dcm")}
 
 
 def _check_mapped(targets: Mapping[str, object], patients: Mapping[str, str]) -> None:

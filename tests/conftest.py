@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -227,6 +228,7 @@ def _write_store(
                     view=("AP", "PA")[i % 2],
                     spacing_mm=None if i % 4 == 0 else 0.143,
                     pixels_digest=shards.digest_pixels(samples[-1].pixels),
+                    source_sha256=hashlib.sha256(key.encode()).hexdigest(),
                 )
             )
         gray = np.stack([sample.pixels for sample in samples])
@@ -246,7 +248,6 @@ def _write_store(
             shards=entries,
         )
     studies = shards.tabulate_studies(rows)
-    shards.write_studies(store_url, studies)
     manifest = Manifest(
         source_digest="0" * 64,
         prepare_digest="1" * 64,
@@ -258,7 +259,10 @@ def _write_store(
         std=round(std, 6),
         quarantined={},
         contradictions={},
-        duplicates=shards.find_duplicates(studies),
+        unlabelled=0,
+        duplicates=shards.find_duplicates(studies, has_patients=True),
+        studies=shards.write_studies(store_url, studies),
+        quarantine=shards.write_quarantine(store_url, []),
         splits=splits,
     )
     shards.write_manifest(store_url, manifest)

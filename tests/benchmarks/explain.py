@@ -127,12 +127,13 @@ def _write_run(store_url: str, run_url: str) -> None:
 def score_store(store_url: str, run_url: str) -> None:
     """All that an evaluation asks of the workers for test."""
     scored = Scored(Scoring((Weights(run_url, read_index(run_url).best),)), store_url)
+    manifest = read_manifest(store_url)
     with ray_session():
         logits = score_splits(scored, ("test",), Config())
-        boxes = boxes_of(read_studies(store_url), "test")
-        prior = prior_map(list(boxes.values()), read_manifest(store_url).image_size)
+        boxes = boxes_of(read_studies(store_url, manifest), "test")
+        prior = prior_map(list(boxes.values()), manifest.image_size)
         scores = score_boxes(scored, {"test": boxes}, prior, Config())
-    assert len(logits) == read_manifest(store_url).splits["test"].samples
+    assert len(logits) == manifest.splits["test"].samples
     assert len(scores["test"]) == len(boxes)
 
 

@@ -1,6 +1,6 @@
 """What jobs.prepare costs beside bare decoding, and what memory it takes for sources of any size.
 
-    python -m tests.benchmarks.prepare rate [--num-studies 26684] [--image-size 224]
+    python -m tests.benchmarks.prepare rate [--num-studies 26684] [--image-size 224] [--rounds 3]
     python -m tests.benchmarks.prepare memory [--sizes 1000 10000 100000]
     python -m tests.benchmarks.prepare index
 
@@ -10,18 +10,23 @@ Ratios are taken in one run; wall times are of this machine and of what else it 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import psutil
-import ray
 
 from jobs import prepare
 from jobs.session import ray_session
@@ -35,45 +40,116 @@ from tests.conftest import encode_dicom
 HEADERS_ONLY = 32  # pixels of an image's side: enough to be one
 
 
-def decode_all(paths: list[Path], image_size: int) -> float:
-    """Seconds that one process takes to read and decode these files, without anything else."""
-    for path in paths[:20]:
-        read_study_image(path.read_bytes(), image_size)
-    started_s = time.perf_counter()
+@dataclass(frozen=True)
+class Cost:
+    """What some studies cost; CPU time is that of all processes together."""
+
+    wall_s: float
+    cpu_s: float
+    others_s: float
+    """CPU time of whatever else ran on the machine: where it is not small, no rate is to be
+    believed."""
+
+
+class Stopwatch:
+    """Wall and CPU time of a stretch of work."""
+
+    def __init__(self) -> None:
+        self.wall_s, self.cpu_s, self.busy_s = time.perf_counter(), cpu_of_tree(), busy_cpu()
+
+    def stop(self) -> Cost:
+        """What it cost since."""
+        cpu_s = cpu_of_tree() - self.cpu_s
+        wall_s = time.perf_counter() - self.wall_s
+        return Cost(wall_s, cpu_s, max(0.0, busy_cpu() - self.busy_s - cpu_s))
+
+
+def cpu_of_tree() -> float:
+    """CPU seconds of this process and of all that it has started."""
+    total = 0.0
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        with contextlib.suppress(psutil.Error):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
+
+
+def busy_cpu() -> float:
+    """CPU seconds in which the machine's cores did anything."""
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice)
+
+
+def decode_all(paths: list[Path], image_size: int) -> None:
+    """Read and decode these files, and nothing else."""
     for path in paths:
         read_study_image(path.read_bytes(), image_size)
-    return time.perf_counter() - started_s
 
 
-def measure_rate(num_studies: int, image_size: int) -> None:
-    """Print images per second and core: bare, bare on every core at once, and the whole job."""
+def decode_barely(paths: list[Path], image_size: int, pool: ProcessPoolExecutor) -> Cost:
+    """Every core busy with its share of the files, Ray not running."""
     cores = os.cpu_count() or 1
+    parts = [paths[len(paths) * i // cores : len(paths) * (i + 1) // cores] for i in range(cores)]
+    watch = Stopwatch()
+    list(pool.map(decode_all, parts, [image_size] * cores))
+    return watch.stop()
+
+
+def run_prepare(source: Path, store: Path, image_size: int) -> tuple[Cost, float]:
+    """The job on a Ray cluster that runs, with workers that have worked; and the seconds that it
+    took to have one."""
+    cores = os.cpu_count() or 1
+    flags = ["--source", str(source), "--prepare.image-size", str(image_size)]
+    begin_s = time.perf_counter()
+    with ray_session():
+        warm = ["--prepare.limit", str(100 * cores), "--store", f"{store}-warm"]
+        assert prepare.main([*flags, *warm]) == 0
+        watch = Stopwatch()
+        assert prepare.main([*flags, "--store", str(store)]) == 0
+        cost = watch.stop()
+    shutil.rmtree(store)
+    shutil.rmtree(f"{store}-warm")
+    return cost, watch.wall_s - begin_s
+
+
+def measure_rate(num_studies: int, image_size: int, rounds: int) -> None:
+    """Print what bare decoding and the whole job cost, in turns.
+
+    Bare: one process a core, each reads and decodes its share of the same files, which the page
+    cache holds, with nothing else and without Ray. The job: from reading the tables to the
+    manifest, with Ray's daemons on the same cores; Ray's start, which is no question of the number
+    of studies, is told by itself. `others` is the share of the cores that other processes had.
+    """
+    cores = os.cpu_count() or 1
+    bare, job, starts = [], [], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = write_linked_source(
             folder / "source", list_images(folder / "phantoms"), num_studies=num_studies
         )
         paths = sorted((source / "stage_2_train_images").iterdir())
-        part = len(paths) // cores
-        alone = part / decode_all(paths[:part], image_size)
-        with ProcessPoolExecutor(cores) as pool:
-            parts = [paths[i * part : (i + 1) * part] for i in range(cores)]
-            times = list(pool.map(decode_all, parts, [image_size] * cores))
-        together = part / max(times)
-        flags = ["--source", str(source), "--prepare.image-size", str(image_size)]
-        with ray_session():
-            warm = ["--prepare.limit", str(100 * cores), "--store", str(folder / "warm")]
-            assert prepare.main([*flags, *warm]) == 0
-            started_s = time.perf_counter()
-            assert prepare.main([*flags, "--store", str(folder / "store")]) == 0
-            job = num_studies / (time.perf_counter() - started_s) / cores
-        print(f"\n{num_studies} studies, {image_size} px, {cores} cores, images/s/core")
-        for label, rate in (
-            ("bare decode, one process", alone),
-            ("bare decode, every core busy", together),
-            ("jobs.prepare, Ray running", job),
-        ):
-            print(f"  {label:30} {rate:7.0f}   {rate / together:5.2f}")
+        with ProcessPoolExecutor(cores, mp_context=get_context("spawn")) as pool:
+            decode_barely(paths[: 50 * cores], image_size, pool)
+            for _ in range(rounds):
+                bare.append(decode_barely(paths, image_size, pool))
+                cost, start_s = run_prepare(source, folder / "store", image_size)
+                job.append(cost)
+                starts.append(start_s)
+    print(f"\n{num_studies} studies, {image_size} px, {cores} cores, {rounds} rounds in turns")
+    print(f"  {'median of the rounds':24} {'images/s/core':>14} {'CPU ms/study':>13}")
+    for label, costs in (("bare decode", bare), ("jobs.prepare", job)):
+        rate = num_studies / statistics.median(cost.wall_s for cost in costs) / cores
+        cpu_ms = statistics.median(cost.cpu_s for cost in costs) / num_studies * 1e3
+        print(f"  {label:24} {rate:14.0f} {cpu_ms:13.2f}")
+    for label, shares in (
+        ("rate kept", [b.wall_s / j.wall_s for b, j in zip(bare, job, strict=True)]),
+        ("of CPU time", [b.cpu_s / j.cpu_s for b, j in zip(bare, job, strict=True)]),
+        ("others: bare", [cost.others_s / cost.wall_s / cores for cost in bare]),
+        ("others: job", [cost.others_s / cost.wall_s / cores for cost in job]),
+    ):
+        rows = " ".join(f"{share:.2f}" for share in shares)
+        print(f"  {label:24} {statistics.median(shares):14.2f}   by round: {rows}")
+    print(f"  Ray's start and the workers' imports took {statistics.median(starts):.0f} s besides")
 
 
 class Sampler(threading.Thread):
@@ -149,22 +225,23 @@ def measure_index() -> None:
         print(audit.model_dump_json(indent=1))
 
 
-def main() -> None:
-    """Entry point."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["rate", "memory", "index"])
     parser.add_argument("--num-studies", type=int, default=26_684)
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 10_000, 100_000])
-    arguments = parser.parse_args()
-    if arguments.what == "rate":
-        measure_rate(arguments.num_studies, arguments.image_size)
-    elif arguments.what == "memory":
-        measure_memory(arguments.sizes)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args(arguments)
+    if options.what == "rate":
+        measure_rate(options.num_studies, options.image_size, options.rounds)
+    elif options.what == "memory":
+        measure_memory(options.sizes)
     else:
         measure_index()
-    ray.shutdown()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

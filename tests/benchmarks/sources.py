@@ -53,6 +53,7 @@ def write_linked_source(
     (folder / name).write_text(json.dumps(mapping))
     (folder / ".pneumo").mkdir(mode=0o700)
     (folder / ".pneumo" / "hash_key").write_text("the same store every time")
+    (folder / ".pneumo" / "hash_key").chmod(0o600)
     return folder
 
 

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from jobs import evaluate, sending
+from jobs import evaluate, sending, train
 from jobs.pictures import choose_pictures
 from jobs.scoring import (
     Scored,
@@ -27,9 +28,17 @@ from pneumo.config import Config, override
 from pneumo.operating_points import Decision
 from pneumo.predict import Predictions, sigmoid
 from pneumo.saliency import MAPS, MEASURES, RankedMap, box_mask, prior_map, score_map
-from pneumo.shards import Duplicates, read_manifest, read_studies
+from pneumo.shards import (
+    Duplicates,
+    StudyRow,
+    read_manifest,
+    read_studies,
+    tabulate_studies,
+    write_studies,
+)
 from pneumo.tracking import Gallery, MemoryTracker, Table
-from tests.jobs.conftest import Prepared
+from tests.identifiers import Identifiers
+from tests.jobs.conftest import NUM_STUDIES, SMALL, Prepared
 
 QUICK = [
     *("--evaluate.bootstrap-resamples", "200", "--evaluate.min-patients", "1"),
@@ -54,6 +63,11 @@ def read_predictions(run: Path) -> Predictions:
     return Predictions.from_parquet((run / "predictions.parquet").read_bytes())
 
 
+def read_store(store: Path) -> dict[str, StudyRow]:
+    """What is known of the store's studies, by key."""
+    return read_studies(str(store), read_manifest(str(store)))
+
+
 def test_every_study_of_val_and_test_is_scored_once(prepared: Prepared, evaluated: Path) -> None:
     predictions = read_predictions(evaluated)
     manifest = read_manifest(str(prepared.store))
@@ -70,6 +84,7 @@ def test_metrics_are_those_of_the_predictions(evaluated: Path) -> None:
     assert metrics["dataset"]["warning"] is None
     assert metrics["dataset"]["quarantined"] == 0
     assert metrics["dataset"]["duplicates_across_splits"] == 0
+    assert metrics["dataset"]["duplicates_across_patients"] == 0
     assert metrics["test"]["n"] == len(test)
     assert metrics["test"]["positives"] == int(test.target.sum())
     assert metrics["test"]["auroc"]["value"] == pytest.approx(
@@ -145,7 +160,7 @@ def test_maps_are_scored_against_the_boxes_of_every_positive(
         assert found["false_negatives"]["n"] == counts["fn"]
         # The store is small; what the summary of more holds is tested in tests/pneumo.
         assert found["all"]["reason"] == "4 studies with boxes, fewer than 5"
-    of_train = boxes_of(read_studies(str(prepared.store)), "train")
+    of_train = boxes_of(read_store(prepared.store), "train")
     assert metrics["test"]["saliency"]["prior_studies"] == len(of_train)
 
 
@@ -160,7 +175,7 @@ def test_maps_score_the_same_on_any_number_of_workers(
         Config(),
         {"cluster.num_workers": workers, "evaluate.batch_size_per_worker": 3 * workers},
     )
-    boxes = boxes_of(read_studies(str(prepared.store)), "train")
+    boxes = boxes_of(read_store(prepared.store), "train")
     prior = prior_map(list(boxes.values()), 64)
     (found,) = score_boxes(scored, {"train": boxes}, prior, config).values()
     assert found.keys.tolist() == sorted(boxes)
@@ -187,7 +202,7 @@ def test_cases_say_what_is_known_of_the_study_and_why_it_is_shown(
 ) -> None:
     weights = Weights(str(evaluated), read_index(str(evaluated)).best)
     scored = Scored(Scoring((weights,)), str(prepared.store))
-    studies, test = read_studies(str(prepared.store)), read_predictions(evaluated).subset("test")
+    studies, test = read_store(prepared.store), read_predictions(evaluated).subset("test")
     threshold = float(np.median(test.probability))
     settings = {"evaluate.gallery_images": 3, "evaluate.error_images": 2}
     config = override(Config(), settings)
@@ -268,7 +283,8 @@ def test_tracker_gets_the_data_and_what_is_wrong_with_them(
     tiny_store: Callable[..., str],
 ) -> None:
     store_url = tiny_store()
-    manifest, studies = read_manifest(store_url), read_studies(store_url)
+    manifest = read_manifest(store_url)
+    studies = read_studies(store_url, manifest)
     audit = manifest.audit.model_copy(update={"unit": "image"})
     bad = manifest.model_copy(
         update={
@@ -283,6 +299,7 @@ def test_tracker_gets_the_data_and_what_is_wrong_with_them(
     assert tracker.summary == {
         "data/quarantined": 3,
         "data/duplicates_across_splits": 3,
+        "data/duplicates_across_patients": 4,
         "data/warning": audit.warning,
     }
     counts, sheets = tracker.media["data/counts"], tracker.media["data/contact"]
@@ -295,18 +312,29 @@ def test_tracker_gets_the_data_and_what_is_wrong_with_them(
 
     sound = MemoryTracker()
     sending.log_data(sound, evaluate.describe_data(store_url, manifest, studies), drawing)
-    assert sound.summary == {"data/quarantined": 0, "data/duplicates_across_splits": 0}
+    assert sound.summary == {
+        "data/quarantined": 0,
+        "data/duplicates_across_splits": 0,
+        "data/duplicates_across_patients": 0,
+    }
 
 
 def test_no_identifier_of_the_source_reaches_the_run(prepared: Prepared, evaluated: Path) -> None:
-    names = [path.stem for path in (prepared.source / "stage_2_train_images").glob("*.dcm")]
-    whole = b"".join(
-        path.read_bytes()
-        for path in evaluated.rglob("*")
-        if path.is_file() and path.suffix != ".pt"
-    )
-    assert names
-    assert [name for name in names if name.encode() in whole] == []
+    identifiers = Identifiers.of(prepared.source)
+    assert len(identifiers.texts) > 2 * NUM_STUDIES
+    assert list((evaluated / "wandb").rglob("*.wandb"))
+    assert identifiers.find_in(evaluated) == []
+
+
+def test_no_identifier_of_the_source_reaches_the_run_of_a_training(
+    prepared: Prepared, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    flags = [*SMALL, "--train.epochs", "1", "--tracking.mode", "offline", "--debug"]
+    assert train.main(["--store", str(prepared.store), "--run", str(run), *flags]) == 0
+    assert list((run / "wandb").rglob("*.wandb"))
+    said = capfd.readouterr()
+    assert Identifiers.of(prepared.source).find_in(run, said.out, said.err) == []
 
 
 def test_wandb_lies_in_the_run_when_there_is_no_key(evaluated: Path) -> None:
@@ -385,3 +413,15 @@ def test_a_damaged_shard_stops_the_evaluation_and_is_named(
     assert evaluate.main(["--store", str(store), "--run", str(run), *QUICK]) == 1
     assert "shard test/000000.tar" in capsys.readouterr().err
     assert not (run / "metrics.json").exists()
+
+
+def test_a_changed_label_stops_the_evaluation(
+    prepared: Prepared, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Path(shutil.copytree(prepared.store, tmp_path / "store"))
+    table = list(read_store(store).values())
+    table[0] = replace(table[0], target=1 - table[0].target)
+    write_studies(str(store), tabulate_studies(table))
+    assert evaluate.main(["--store", str(store), "--run", str(trained), *QUICK]) == 1
+    assert "studies.parquet: not what the manifest vouches for" in capsys.readouterr().err
+    assert not (trained / "metrics.json").exists()

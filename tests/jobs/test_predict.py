@@ -135,7 +135,8 @@ def test_files_get_the_logits_that_their_studies_got(
 
 def test_files_are_decoded_to_the_pixels_of_the_store(prepared: Prepared) -> None:
     store = str(prepared.store)
-    rows, size = read_studies(store), read_manifest(store).image_size
+    manifest = read_manifest(store)
+    rows, size = read_studies(store, manifest), manifest.image_size
     for study in read_source(str(prepared.source)).studies[:20]:
         image = read_picture(study.url, size)
         assert isinstance(image, GrayImage)

@@ -14,6 +14,7 @@ from pneumo.errors import StorageError
 
 def test_places_that_are_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "runs" / "1"
+    (tmp_path / "manifest.json").write_text("{}")
     flags = ["--ray", version("ray"), "--reads", str(tmp_path), "--writes", str(run)]
     assert preflight.main(flags) == 0
     assert f"reached {tmp_path}, {run}" in capsys.readouterr().err

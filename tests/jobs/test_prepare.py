@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -13,13 +14,14 @@ from collections import Counter
 from pathlib import Path
 
 import psutil
-import pyarrow.parquet as pq
 import pydicom
 import pytest
+import ray
 
 from jobs import prepare
-from pneumo.shards import find_manifest, read_manifest, read_studies
+from pneumo.shards import StudyRow, find_manifest, read_manifest, read_studies
 from tests.benchmarks.sources import write_linked_source
+from tests.identifiers import Identifiers
 from tests.jobs.conftest import NUM_STUDIES, Prepared
 
 
@@ -31,6 +33,11 @@ def run(source: Path, store: Path, *flags: str) -> int:
 
 def copy_source(prepared: Prepared, folder: Path) -> Path:
     return Path(shutil.copytree(prepared.source, folder / "source"))
+
+
+def read_store(store: Path) -> dict[str, StudyRow]:
+    """What is known of the store's studies, by key."""
+    return read_studies(str(store), read_manifest(str(store)))
 
 
 def test_the_manifest_counts_what_lies_in_the_shards(prepared: Prepared) -> None:
@@ -47,7 +54,7 @@ def test_the_manifest_counts_what_lies_in_the_shards(prepared: Prepared) -> None
 
 
 def test_targets_and_boxes_are_those_of_the_tables(prepared: Prepared) -> None:
-    studies = read_studies(str(prepared.store))
+    studies = read_store(prepared.store)
     with (prepared.source / "stage_2_train_labels.csv").open() as file:
         rows = list(csv.DictReader(file))
     positives = {row["patientId"] for row in rows if row["Target"] == "1"}
@@ -77,40 +84,40 @@ PRIVATE = {
 }
 
 
-def test_nothing_of_the_source_can_be_named_in_the_store_or_in_what_is_said(
+def test_nothing_of_the_source_can_be_named_in_what_is_written_or_said(
     prepared: Prepared, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     source = copy_source(prepared, tmp_path)
     files = sorted((source / "stage_2_train_images").glob("*.dcm"))
-    identifiers = set(PRIVATE.values())
     for path in files:
         dataset = pydicom.dcmread(path)
         for keyword, value in PRIVATE.items():
             setattr(dataset, keyword, value)
-        identifiers |= {path.stem, str(dataset.PatientID), str(dataset.SOPInstanceUID)}
         dataset.save_as(path)
-    mapping = json.loads(next(source.glob("*mappings*.json")).read_text())
-    identifiers |= {row["img_id"] for row in mapping}
-    numbers = {row["img_id"].split("_")[0] for row in mapping}
-    files[0].write_bytes(files[0].read_bytes()[:9000])  # some files are bad: what is said of them?
+    identifiers = Identifiers.of(source)
+    assert set(PRIVATE.values()) < identifiers.texts
+    assert len(identifiers.texts) > 3 * NUM_STUDIES
+    assert identifiers.find_in(source), "they are found where they are"
+    # Some files are bad: what is said of them?
+    files[0].write_bytes(files[0].read_bytes()[:9000])
     files[1].write_bytes(b"")
     files[2].unlink()
-    store = tmp_path / "store"
-    assert run(source, store, "--prepare.max-bad-fraction", "0.1") == 0
-    written = list(store.rglob("*"))
-    whole = b"".join(path.read_bytes() for path in written if path.is_file())
-    text = b"".join((store / name).read_bytes() for name in ("manifest.json", "quarantine.jsonl"))
-    # Parquet compresses and shares strings; so its values are looked at as they are read, too.
-    text += json.dumps(pq.read_table(store / "studies.parquet").to_pylist()).encode()
-    text += "".join(str(path.relative_to(store)) for path in written).encode()
+    files[3].unlink()
+    files[3].mkdir()
+    failed, store = tmp_path / "failed", tmp_path / "store"
+    assert run(source, failed) == 1
+    assert {path.name for path in failed.iterdir()} > {"parts", "quarantine.jsonl"}
+    assert run(source, store, "--prepare.max-bad-fraction", "0.1", "--debug") == 0
     said = capfd.readouterr()
-    text += said.out.encode() + said.err.encode()
-    whole += text
-    assert len(identifiers) > 3 * NUM_STUDIES
-    assert [name for name in identifiers if name.encode() in whole] == []
-    # Patients' numbers are eight digits, which tar headers hold by chance.
-    assert [number for number in numbers if f'{number}"'.encode() in text] == []
-    assert b"quarantined" in text  # the log is in it
+    assert "quarantined" in said.out
+    workers = ray_logs()
+    assert list(workers.glob("worker-*"))
+    assert identifiers.find_in(failed, store, workers, said.out, said.err) == []
+
+
+def ray_logs() -> Path:
+    """Where this cluster's workers write what they print."""
+    return Path(ray._private.worker.global_worker.node.get_logs_dir_path())
 
 
 def test_the_same_source_gives_the_same_bytes(prepared: Prepared, tmp_path: Path) -> None:
@@ -153,6 +160,29 @@ def test_bad_files_are_listed_with_a_reason_and_capped(
     listed = [json.loads(line) for line in (store / "quarantine.jsonl").read_text().splitlines()]
     assert sorted(row["reason"] for row in listed)[:2] == ["missing", "no_pixels"]
     assert not any(path.stem in (store / "quarantine.jsonl").read_text() for path in files[:4])
+    said = capsys.readouterr().err
+    assert run(source, store, "--prepare.max-bad-fraction", "0.1") == 0
+    again = capsys.readouterr().err
+    assert "holds a store of these tables and settings; nothing to do" in again
+    assert "can be used now" not in said + again
+    shutil.copy(files[4], files[3])
+    assert run(source, store) == 0
+    assert "a study that was quarantined then can be used now" in capsys.readouterr().err
+    assert read_manifest(str(store)) == manifest
+
+
+def test_files_that_come_back_give_the_store_of_an_undisturbed_run(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    source, store = copy_source(prepared, tmp_path), tmp_path / "store"
+    files = sorted((source / "stage_2_train_images").glob("*.dcm"))[:5]
+    for path in files:
+        path.rename(tmp_path / path.name)
+    assert run(source, store) == 1
+    for path in files:
+        (tmp_path / path.name).rename(path)
+    assert run(source, store) == 0
+    assert content(store) == content(prepared.store)
 
 
 def test_a_source_without_the_mapping_needs_a_word(
@@ -163,16 +193,24 @@ def test_a_source_without_the_mapping_needs_a_word(
     assert run(source, tmp_path / "store") == 2
     assert "--split.unit image" in capsys.readouterr().err
     assert run(source, tmp_path / "store", "--split.unit", "image") == 0
-    assert "every metric will be too good" in capsys.readouterr().err
-    manifest = read_manifest(str(tmp_path / "store"))
-    assert manifest.audit.unit == "image"
-    assert manifest.audit.leaked_by_image is None
+    said = capsys.readouterr()
+    assert "every metric will be too good" in said.err
+    assert " studies " in said.out
+    assert "patients" not in said.out
+    written = json.loads((tmp_path / "store" / "manifest.json").read_text())
+    audit = written["audit"]
+    assert (audit["unit"], audit["leaked_by_image"]) == ("image", None)
+    assert "every metric will be too good" in audit["warning"]
+    assert (audit["patients"], audit["shared_patients"]) == (None, None)
+    assert {split["patients"] for split in written["splits"].values()} == {None}
+    assert written["duplicates"]["across_patients"] is None
+    assert read_manifest(str(tmp_path / "store")).model_dump(mode="json") == written
 
 
 def test_a_taste_puts_nobody_elsewhere(prepared: Prepared, tmp_path: Path) -> None:
     source = copy_source(prepared, tmp_path)
     assert run(source, tmp_path / "taste", "--prepare.limit", "60") == 0
-    taste, whole = read_studies(str(tmp_path / "taste")), read_studies(str(prepared.store))
+    taste, whole = read_store(tmp_path / "taste"), read_store(prepared.store)
     assert len(taste) == 60
     assert {key: row.split for key, row in taste.items()} == {
         key: whole[key].split for key in taste
@@ -192,7 +230,7 @@ def test_studies_that_come_later_move_nobody(prepared: Prepared, tmp_path: Path)
     assert run(source, tmp_path / "first") == 0
     labels.write_text("\n".join(lines) + "\n")
     assert run(source, tmp_path / "later") == 0
-    first, later = read_studies(str(tmp_path / "first")), read_studies(str(tmp_path / "later"))
+    first, later = read_store(tmp_path / "first"), read_store(tmp_path / "later")
     assert (len(first), len(later)) == (60, NUM_STUDIES)
     assert all(later[key].split == row.split for key, row in first.items())
     salt = read_manifest(str(tmp_path / "first")).audit.salt
@@ -226,8 +264,9 @@ PREPARE = """
 import sys
 import ray
 from jobs import prepare
-ray.init(num_cpus=int(sys.argv[1]), log_to_driver=False)
-sys.exit(prepare.main(sys.argv[2:]))
+memory = {"_memory": int(sys.argv[2])} if int(sys.argv[2]) else {}
+ray.init(num_cpus=int(sys.argv[1]), log_to_driver=False, **memory)
+sys.exit(prepare.main(sys.argv[3:]))
 """
 
 
@@ -255,15 +294,26 @@ def many(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Prepar
     return Prepared(source, folder / "store")
 
 
-def start(arguments: list[str], *, cpus: int) -> subprocess.Popen[bytes]:
+def start(arguments: list[str], *, cpus: int, memory: int = 0) -> subprocess.Popen[bytes]:
+    """The job on a cluster of so many CPUs, and bytes of memory if not as many as there are."""
     environ = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    return subprocess.Popen([sys.executable, "-c", PREPARE, str(cpus), *arguments], env=environ)
+    sizes = (str(cpus), str(memory))
+    return subprocess.Popen([sys.executable, "-c", PREPARE, *sizes, *arguments], env=environ)
 
 
 @pytest.mark.slow
 def test_one_worker_and_eight_give_the_same_bytes(many: Prepared, tmp_path: Path) -> None:
     assert start(flags(many.source, tmp_path / "eight"), cpus=8).wait() == 0
     assert content(tmp_path / "eight") == content(many.store)
+
+
+@pytest.mark.slow
+def test_a_node_with_less_memory_than_a_task_asks_for_does_them_one_by_one(
+    many: Prepared, tmp_path: Path
+) -> None:
+    job = start(flags(many.source, tmp_path / "small"), cpus=2, memory=200_000_000)
+    assert job.wait() == 0
+    assert content(tmp_path / "small") == content(many.store)
 
 
 @pytest.mark.slow
@@ -277,6 +327,7 @@ def test_two_jobs_at_once_make_one_store(many: Prepared, tmp_path: Path) -> None
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_job_killed_at_any_moment_goes_on(many: Prepared, tmp_path: Path) -> None:
+    """In turns the driver alone, and the whole tree of its processes."""
     rng = random.Random(os.environ.get("TEST_SEED", "moments"))
     store = tmp_path / "store"
     reused = []
@@ -287,7 +338,7 @@ def test_a_job_killed_at_any_moment_goes_on(many: Prepared, tmp_path: Path) -> N
         while job.poll() is None and len(list(store.rglob("*.tar.json"))) < before + wanted:
             time.sleep(0.01)
         assert job.poll() is None, "it was killed while it worked"
-        kill(job)
+        kill(job, whole=bool(len(reused) % 2))
         assert not (store / "manifest.json").exists()
         reused.append(len(list(store.rglob("*.tar.json"))))
     assert start(flags(many.source, store), cpus=2).wait() == 0
@@ -296,13 +347,61 @@ def test_a_job_killed_at_any_moment_goes_on(many: Prepared, tmp_path: Path) -> N
     assert reused[-1] > 0
 
 
-def kill(job: subprocess.Popen[bytes]) -> None:
-    """SIGKILL for the job alone; its own Ray processes must then end by themselves, or are ended
-    here."""
+def kill(job: subprocess.Popen[bytes], *, whole: bool) -> None:
+    """SIGKILL for the job and all its processes, or for the job alone: its own Ray processes must
+    then end by themselves, or are ended here."""
     children = psutil.Process(job.pid).children(recursive=True)
     job.kill()
+    for process in children if whole else []:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     job.wait()
     _, alive = psutil.wait_procs(children, timeout=5)
     for process in alive:
         process.kill()
     psutil.wait_procs(alive, timeout=10)
+
+
+KILL_ITSELF = """
+import os, sys
+import psutil
+from jobs import prepare
+fsync, left = os.fsync, [int(sys.argv[1])]
+def die_at_the_last(descriptor):
+    left[0] -= 1
+    if not left[0]:  # the disk has half of it
+        for process in psutil.Process().children(recursive=True):
+            process.kill()
+        os.kill(os.getpid(), 9)
+    fsync(descriptor)
+os.fsync = die_at_the_last
+sys.exit(prepare.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_job_killed_while_it_finishes_goes_on(prepared: Prepared, tmp_path: Path) -> None:
+    """At each write of the driver's: the claim, the quarantine, the table, the manifest."""
+    environ = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    job = flags(prepared.source, tmp_path / "plain")
+    subprocess.run([sys.executable, "-m", "jobs.prepare", *job], env=environ, check=True)
+    left = []
+    for number in range(1, 10):
+        store = tmp_path / str(number)
+        job = [sys.executable, "-c", KILL_ITSELF, str(number), *flags(prepared.source, store)]
+        done = subprocess.run(job, env=environ, check=False)
+        if done.returncode == 0:
+            break
+        assert done.returncode == -9
+        left.append(sorted(path.name for path in store.rglob(".partial-*")))
+        assert not (store / "manifest.json").exists()
+        assert run_small(prepared.source, store) == 0
+        assert content(store) == content(tmp_path / "plain")
+    print(f"unfinished files after each kill: {left}")
+    assert len(left) >= 4
+    assert all(left), "the kill came in the middle of a write"
+
+
+def run_small(source: Path, store: Path) -> int:
+    return prepare.main(flags(source, store))

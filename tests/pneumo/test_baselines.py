@@ -91,9 +91,9 @@ def test_no_baseline_without_a_train_of_both_classes(train, reason):
 
 def test_metadata_of_a_store_is_that_of_its_rows():
     rows = [
-        StudyRow("a", "p", "train", 1, "Lung Opacity", (), 61, "F", "AP", 0.143, ""),
-        StudyRow("b", "q", "test", 0, "Normal", (), 5, "M", "PA", 0.2, ""),
-        StudyRow("c", "r", "train", 0, "Normal", (), None, None, None, None, ""),
+        StudyRow("a", "p", "train", 1, "Lung Opacity", (), 61, "F", "AP", 0.143, "", ""),
+        StudyRow("b", "q", "test", 0, "Normal", (), 5, "M", "PA", 0.2, "", ""),
+        StudyRow("c", "r", "train", 0, "Normal", (), None, None, None, None, "", ""),
     ]
     found = Metadata.of_split(rows, "train")
     assert found.target.tolist() == [1, 0]
@@ -140,6 +140,7 @@ def test_metadata_reach_on_rsna_what_was_published_of_them(shared_data):
             row["PatientSex"],
             row["ViewPosition"],
             float(row["PixelSpacing"]),
+            "",
             "",
         )
         for row in read("dicom_headers")

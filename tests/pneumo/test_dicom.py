@@ -15,11 +15,12 @@ import numpy as np
 import numpy.typing as npt
 import pydicom
 import pytest
+import simplejpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pydicom.dataset import Dataset
-from pydicom.encaps import encapsulate
+from pydicom.encaps import encapsulate, get_frame
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
 from pydicom.sequence import Sequence
 from pydicom.uid import (
@@ -519,6 +520,76 @@ def test_a_truncated_file(make_dicom: DicomMaker, jpeg_quality: int | None, shar
         "no_pixels",
         "undecodable",
     }
+
+
+def damage_scan(data: bytes, share: float, damage: bytes) -> bytes:
+    """`data`, one JPEG frame, overwritten at a share of its entropy-coded data."""
+    changed = bytearray(data)
+    start, end = changed.find(b"\xff\xda") + 20, changed.rfind(b"\xff\xd9") - len(damage)
+    place = start + int(share * (end - start))
+    changed[place : place + len(damage)] = damage
+    return bytes(changed)
+
+
+def colour_jpeg() -> dict[str, Any]:
+    """The elements of a picture of 256 x 256 pixels in colour, JPEG baseline."""
+    frame = io.BytesIO()
+    Image.fromarray(np.stack([phantom(256, seed) for seed in range(3)], -1)).save(frame, "JPEG")
+    return {
+        "SamplesPerPixel": 3,
+        "PlanarConfiguration": 0,
+        "PhotometricInterpretation": "YBR_FULL",
+        "PixelData": encapsulate([frame.getvalue()]),
+    }
+
+
+@pytest.mark.parametrize(
+    "elements",
+    [{}, {"WindowCenter": 128.0, "WindowWidth": 64.0}, colour_jpeg()],
+    ids=["usual", "windowed", "colour"],
+)
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_a_damaged_scan_is_no_picture(
+    make_dicom: DicomMaker, elements: dict[str, Any], share: float
+) -> None:
+    data = make_dicom(phantom(256), jpeg_quality=90, elements=elements)
+    assert read_study_image(data, 64).pixels.std() > 10
+    error = refused(damage_scan(data, share, bytes(40)))
+    assert error.reason == "undecodable"
+    assert str(error).startswith("the JPEG frame is damaged: Corrupt JPEG data: ")
+
+
+def test_what_libjpeg_finds_corrupt_in_real_files_is_no_picture(shared_data: Path) -> None:
+    """16 bytes change anywhere in the scan. What decodes without a complaint after that, no decoder
+    can find."""
+    files = sorted((shared_data / "rsna-mini" / "stage_2_train_images").glob("*.dcm"))[:96]
+    accepted = 0
+    for i, path in enumerate(files):
+        damage = np.random.default_rng(i).bytes(16)
+        damaged = damage_scan(path.read_bytes(), i / len(files), damage)
+        found = outcome(damaged)
+        if found == ("undecodable",):
+            continue
+        assert len(found) > 1
+        accepted += 1
+        frame = get_frame(parse(damaged).PixelData, 0, number_of_frames=1)
+        simplejpeg.decode_jpeg(frame, "GRAY", strict=True)
+    print(f"{accepted} of {len(files)} damaged scans decode without a complaint of libjpeg's")
+    assert accepted < len(files) // 2
+
+
+def test_sound_files_of_other_encoders_are_not_taken_for_damaged() -> None:
+    folder = Path(pydicom.__file__).parent / "data" / "test_files"
+    sound = []
+    for path in sorted(folder.rglob("*.dcm")):
+        data = path.read_bytes()
+        if pydicom.uid.JPEGBaseline8Bit.encode() in data:
+            dataset = parse(data)
+            if "PixelData" in dataset and dataset.get("NumberOfFrames", 1) == 1:
+                sound.append(dataset)
+    assert len(sound) == 13
+    for dataset in sound:
+        assert decode_gray(dataset).std() > 0
 
 
 def test_several_frames(make_dicom: DicomMaker) -> None:

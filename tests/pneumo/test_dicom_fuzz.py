@@ -40,7 +40,7 @@ from pydicom.uid import (
     SecondaryCaptureImageStorage,
 )
 
-from pneumo.dicom import read_study_image
+from pneumo.dicom import decode_gray, read_study_image
 from pneumo.errors import DicomError, DicomReason
 
 REASONS = set(get_args(DicomReason))
@@ -111,6 +111,8 @@ def made_files() -> list[tuple[str, bytes]]:
     made.append(("made/htj2k", write_file(ht, lambda d: set_frame(d, HTJ2KLossless, HTJ2K_FRAME))))
     made += [
         ("made/jpeg", write_file(ramp.astype(np.uint8), set_jpeg)),
+        ("made/jpeg-12", write_file(ramp, set_extended_jpeg)),
+        ("made/jpeg-lossless", write_file(ramp, set_lossless_jpeg)),
         ("made/tables", write_file(ramp, add_tables)),
         ("made/deflated", deflate(write_file(ramp, add_tables))),
         ("made/bare", write_file(ramp)[132:]),
@@ -153,6 +155,25 @@ def set_jpeg(dataset: pydicom.Dataset) -> None:
     pixels = np.frombuffer(dataset.PixelData, np.uint8).reshape(dataset.Rows, dataset.Columns)
     Image.fromarray(pixels).save(frame, "JPEG")
     set_frame(dataset, pydicom.uid.JPEGBaseline8Bit, frame.getvalue())
+
+
+def set_extended_jpeg(dataset: pydicom.Dataset) -> None:
+    import imagecodecs
+
+    frame = imagecodecs.jpeg8_encode(_stored(dataset), level=100, bitspersample=12)
+    set_frame(dataset, pydicom.uid.JPEGExtended12Bit, frame)
+    dataset.BitsStored, dataset.HighBit = 12, 11
+
+
+def set_lossless_jpeg(dataset: pydicom.Dataset) -> None:
+    import imagecodecs
+
+    frame = imagecodecs.jpeg8_encode(_stored(dataset), lossless=True, bitspersample=16)
+    set_frame(dataset, pydicom.uid.JPEGLosslessSV1, frame)
+
+
+def _stored(dataset: pydicom.Dataset) -> np.ndarray[Any, Any]:
+    return np.frombuffer(dataset.PixelData, np.uint16).reshape(dataset.Rows, dataset.Columns)
 
 
 def add_tables(dataset: pydicom.Dataset) -> None:
@@ -349,7 +370,28 @@ def describe_outcome(data: bytes) -> str:
     return "picture" if good else f"a picture of {image.pixels.shape}, {image.pixels.dtype}"
 
 
-@pytest.mark.parametrize("name", ["made/jpeg", "made/jpeg-ls", "made/jpeg-2000", "made/htj2k"])
+def test_the_made_files_are_the_pictures_that_they_are_made_of() -> None:
+    ramp = np.arange(64 * 48, dtype=np.uint16).reshape(64, 48)
+    expected = np.rint(ramp * (255 / ramp.max()))
+    for name, data in made_files():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # pydicom's, of the file without a preamble
+            gray = decode_gray(pydicom.dcmread(io.BytesIO(data), force=True)).astype(int)
+        if name == "made/htj2k":
+            np.testing.assert_array_equal(gray, np.arange(256).reshape(16, 16).T)
+        elif name == "made/jpeg":
+            assert np.abs(gray - (ramp % 256)).mean() < 8  # of its loss
+        elif "tables" not in name and "deflated" not in name:
+            assert np.abs(gray - expected).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("made/jpeg", "made/jpeg-12", "made/jpeg-lossless", "made/jpeg-ls", "made/jpeg-2000"),
+        *("made/htj2k", "made/rle", "made/deflated"),
+    ],
+)
 def test_a_small_file_that_claims_much_takes_little_memory(name: str, tmp_path: Path) -> None:
     code = (
         "import sys; from tests.pneumo import test_dicom_fuzz as fuzz; "
@@ -370,11 +412,13 @@ def test_a_small_file_that_claims_much_takes_little_memory(name: str, tmp_path: 
 
 def claim_size(name: str, side: int) -> bytes:
     """The seed `name`, with `side` x `side` pixels in its header and in its codestream."""
+    if name == "made/deflated":
+        return deflate(claim_size("made/tables", side))
     data = bytearray(dict(made_files())[name])
     for element in (0x10, 0x11):
         at = data.find(struct.pack("<HH", 0x28, element))
         struct.pack_into("<H", data, at + 8, side)
-    for marker in (b"\xff\xc0\x00", b"\xff\xf7\x00"):
+    for marker in (b"\xff\xc0\x00", b"\xff\xc1\x00", b"\xff\xc3\x00", b"\xff\xf7\x00"):
         if (at := data.find(marker)) >= 0:
             struct.pack_into(">HH", data, at + 5, side, side)
     if (at := data.find(b"\xff\x4f\xff\x51")) >= 0:
@@ -398,13 +442,17 @@ def test_a_frame_of_64_million_pixels_of_16_bits_takes_little_memory() -> None:
     assert int(mib) < MEMORY_LIMIT_MIB * 3 // 4
 
 
-def test_damaged_files_give_a_picture_or_a_reason(tmp_path: Path) -> None:
-    campaign = run_campaign(NUM_EXAMPLES, tmp_path)
+@pytest.mark.parametrize(
+    "num_examples", [NUM_EXAMPLES, pytest.param(5000, marks=[pytest.mark.slow])]
+)
+@pytest.mark.timeout(1200)
+def test_damaged_files_give_a_picture_or_a_reason(tmp_path: Path, num_examples: int) -> None:
+    campaign = run_campaign(num_examples, tmp_path)
     print(campaign)
     assert not campaign.failures, "\n".join(campaign.failures)
     assert campaign.peak_mib < MEMORY_LIMIT_MIB, campaign.peak
     assert campaign.outcomes["picture"] > 0
-    assert campaign.outcomes.total() == NUM_EXAMPLES
+    assert campaign.outcomes.total() == num_examples
 
 
 if __name__ == "__main__":

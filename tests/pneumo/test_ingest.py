@@ -2,32 +2,44 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
 import shutil
+import subprocess
+import sys
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, ClassVar
 
+import fsspec
 import numpy as np
 import pytest
+import s3fs
+from fsspec.implementations.memory import MemoryFileSystem
 
 from pneumo import storage
 from pneumo.config import Config, override
-from pneumo.errors import BadFilesError, SourceError, StoreError
+from pneumo.errors import AccessError, BadFilesError, SourceError, StoreError
 from pneumo.ingest import (
+    Part,
     Receipt,
     ShardPlan,
     digest_settings,
+    estimate_memory,
     find_store,
     finish_store,
+    has_mended,
     plan_shards,
     prepare_shard,
 )
-from pneumo.shards import Manifest, read_manifest, read_shard, read_studies
-from pneumo.splits import Split, split_studies
+from pneumo.shards import Manifest, read_manifest, read_shard, read_studies, sample_bytes
+from pneumo.splits import Split, audit_split, split_studies
 from pneumo.studies import Source, read_source
 
 FolderMaker = Callable[..., Path]
@@ -49,26 +61,29 @@ class Preparation:
             self.source.studies, config.split, seed=config.seed, has_patients=True
         )
         self.plans = plan_shards(self.source.studies, self.split.by_key, config)
+        self.parts: dict[str, Part] = {}
 
     def file(self, plan: ShardPlan, number: int = 0) -> Path:
         return Path(plan.studies[number].url)
 
-    def do(self, plan: ShardPlan, store: Path) -> tuple[int, int]:
+    def do(self, plan: ShardPlan, store: Path | str) -> tuple[int, int]:
+        """Studies rejected, shards reused."""
         size = self.config.prepare.image_size
-        return prepare_shard(plan, str(store), size, digest_settings(self.config))
+        part = prepare_shard(plan, str(store), size, digest_settings(self.config))
+        self.parts[plan.name] = part
+        return len(part.rejected), int(part.reused)
 
-    def finish(self, store: Path) -> Manifest:
-        return finish_store(
-            str(store),
-            self.source,
-            self.plans,
-            self.split.audit,
-            self.config,
-            num_studies=len(self.source.studies) + len(self.source.rejected),
-        )
+    def finish(self, store: Path | str) -> Manifest:
+        parts = list(self.parts.values())
+        random.shuffle(parts)
+        return finish_store(str(store), self.source, parts, self.split.audit, self.config)
 
     def run(self, store: Path) -> Manifest:
-        assert find_store(str(store), self.source, self.config) is None
+        return self.run_at(str(store))
+
+    def run_at(self, store: str, *, claimed: bool = False) -> Manifest:
+        if not claimed:
+            assert find_store(store, self.source, self.config) is None
         for plan in self.plans:
             self.do(plan, store)
         return self.finish(store)
@@ -155,6 +170,68 @@ def test_a_whole_shard_is_not_made_again(preparation: Preparation, tmp_path: Pat
     assert preparation.do(plan, tmp_path) == (0, 1)
 
 
+def take_away(path: Path) -> None:
+    path.rename(path.with_suffix(".away"))
+
+
+def cut_off(path: Path) -> None:
+    """A download under way."""
+    path.rename(path.with_suffix(".away"))
+    path.write_bytes(path.with_suffix(".away").read_bytes()[:-500])
+
+
+def make_unreadable(path: Path) -> None:
+    path.rename(path.with_suffix(".away"))
+    path.symlink_to(path.name)
+
+
+@pytest.mark.parametrize("spoil", [take_away, cut_off, make_unreadable])
+def test_files_that_come_back_are_tried_again(
+    preparation: Preparation, tmp_path: Path, spoil: Callable[[Path], None]
+) -> None:
+    preparation.run(tmp_path / "plain")
+    files = [preparation.file(preparation.plans[0], i) for i in (0, 1)]
+    files.append(preparation.file(preparation.plans[-1]))
+    for path in files:
+        spoil(path)
+    other = tmp_path / "other"
+    with pytest.raises(BadFilesError, match=r"3 of 120 studies .* and repeat the command"):
+        preparation.run(other)
+    with pytest.raises(BadFilesError, match="3 of 120 studies"):
+        preparation.run(other)
+    for path in files:
+        path.with_suffix(".away").replace(path)
+    done = [preparation.do(plan, other) for plan in preparation.plans]
+    assert done == [(0, 0), *[(0, 1)] * (len(done) - 2), (0, 0)]
+    preparation.finish(other)
+    assert content(other) == content(tmp_path / "plain")
+
+
+def test_a_shard_that_loses_all_its_studies_is_gone(
+    preparation: Preparation, tmp_path: Path
+) -> None:
+    plan = preparation.plans[0]
+    cut_off(preparation.file(plan))
+    preparation.do(plan, tmp_path)
+    assert (tmp_path / plan.name).exists()
+    for study in plan.studies:
+        Path(study.url).unlink()
+    assert preparation.do(plan, tmp_path) == (len(plan.studies), 0)
+    assert not (tmp_path / plan.name).exists()
+
+
+def test_a_finished_store_knows_what_could_be_used_by_now(
+    preparation: Preparation, tmp_path: Path
+) -> None:
+    path = preparation.file(preparation.plans[0])
+    take_away(path)
+    config = override(CONFIG, {"prepare.max_bad_fraction": 0.05})
+    manifest = Preparation(preparation.folder, config).run(tmp_path)
+    assert not has_mended(str(tmp_path), manifest, preparation.source)
+    path.with_suffix(".away").replace(path)
+    assert has_mended(str(tmp_path), manifest, preparation.source)
+
+
 def test_a_receipt_for_something_else_is_not_believed(
     preparation: Preparation, tmp_path: Path
 ) -> None:
@@ -173,6 +250,28 @@ def test_bad_files_may_be_more_without_doing_all_again(preparation: Preparation)
     assert digest_settings(override(CONFIG, {"seed": 1})) != digest_settings(CONFIG)
 
 
+def test_shards_of_large_pictures_hold_fewer_unless_told_otherwise(
+    preparation: Preparation,
+) -> None:
+    studies = [
+        replace(study, key=f"{copy}/{study.key}")
+        for copy in range(20)
+        for study in preparation.source.studies
+    ]
+    by_key = {study.key: "train" for study in studies}
+    for changes, size in (
+        ({"prepare.image_size": 224}, 300),  # eight shards at least
+        ({"prepare.image_size": 1024}, 50),  # 51 are allowed
+        ({"prepare.image_size": 1024, "prepare.samples_per_shard": 200}, 200),
+    ):
+        config = override(Config(), changes)
+        image_size = config.prepare.image_size
+        plans = [plan for plan in plan_shards(studies, by_key, config) if plan.studies]
+        assert max(len(plan.studies) for plan in plans) == size
+        memory = estimate_memory(plans, image_size)
+        assert memory == 384 * 2**20 + 2 * size * sample_bytes(image_size)
+
+
 @pytest.mark.parametrize("samples_per_shard", [1, 7, 64, 1024])
 def test_plans_hold_every_study_once_in_shards_of_a_size(
     preparation: Preparation, samples_per_shard: int
@@ -186,6 +285,12 @@ def test_plans_hold_every_study_once_in_shards_of_a_size(
     assert max(sizes) <= samples_per_shard
     assert max(sizes) - min(sizes) <= 1
     assert all(split.by_key[study.key] == plan.split for plan in plans for study in plan.studies)
+
+
+def test_preparing_needs_no_torch() -> None:
+    """Each worker of a cluster would import it: seconds, and memory that is not there for it."""
+    code = "import sys; import jobs.prepare; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 # --- whose store it is ----------------------------------------------------------------------------
@@ -209,6 +314,79 @@ def test_a_finished_store_of_other_settings_is_left_alone(
         find_store(str(tmp_path), preparation.source, override(CONFIG, {"seed": 1}))
 
 
+class Overtaken(MemoryFileSystem):  # type: ignore[misc]
+    """Objects in memory; something else happens just before a claim is laid or read."""
+
+    protocol = "overtaken"
+    before_claim: ClassVar[list[Callable[[], object]]] = []
+    before_reading: ClassVar[list[Callable[[], object]]] = []
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.removeprefix("overtaken://")))
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **kwargs: Any) -> None:
+        if path.endswith("claim.json") and self.before_claim:
+            self.before_claim.pop()()
+        super().pipe_file(path, value, mode=mode, **kwargs)
+
+    def cat_file(self, path: str, **kwargs: Any) -> bytes:
+        if path.endswith("claim.json") and self.before_reading:
+            self.before_reading.pop()()
+        data: bytes = super().cat_file(path, **kwargs)
+        return data
+
+
+fsspec.register_implementation("overtaken", Overtaken)
+
+
+def test_a_job_that_finishes_while_another_looks_is_not_overwritten(
+    preparation: Preparation, tmp_path: Path
+) -> None:
+    store = f"overtaken://{tmp_path}"
+    Overtaken.before_claim.append(lambda: preparation.run_at(store))
+    with pytest.raises(StoreError, match="holds a store of another source or of other settings"):
+        find_store(store, preparation.source, override(CONFIG, {"seed": 1}))
+    assert not storage.exists(f"{store}/parts"), "its claim is given back"
+    manifest = read_manifest(store)
+    assert find_store(store, preparation.source, CONFIG) == manifest
+
+
+def test_a_job_that_finishes_between_looks_is_believed_if_it_did_the_same(
+    preparation: Preparation, tmp_path: Path
+) -> None:
+    store = f"overtaken://{tmp_path}"
+    Overtaken.before_claim.append(lambda: preparation.run_at(store))
+    assert find_store(store, preparation.source, CONFIG) == read_manifest(store)
+
+
+def test_a_job_that_comes_late_leaves_the_finished_store_as_it_is(
+    preparation: Preparation, tmp_path: Path
+) -> None:
+    """Though it could not read what the other could."""
+    path = preparation.file(preparation.plans[0])
+    late = Preparation(preparation.folder)
+    take_away(path)
+    for plan in late.plans:
+        late.do(plan, tmp_path)
+    path.with_suffix(".away").replace(path)
+    for plan in preparation.plans:
+        preparation.do(plan, tmp_path)
+    manifest = preparation.finish(tmp_path)
+    before = content(tmp_path)
+    assert late.finish(tmp_path) == manifest
+    assert content(tmp_path) == before
+
+
+def test_a_claim_that_is_given_up_while_it_is_read_is_no_failure(
+    preparation: Preparation, tmp_path: Path
+) -> None:
+    store = f"overtaken://{tmp_path}"
+    assert find_store(store, preparation.source, CONFIG) is None
+    Overtaken.before_reading.append(lambda: preparation.run_at(store, claimed=True))
+    assert find_store(store, preparation.source, CONFIG) == read_manifest(store)
+
+
 # --- what the manifest says -----------------------------------------------------------------------
 
 
@@ -227,13 +405,25 @@ def test_statistics_are_those_of_the_stored_pixels(
         )
         for name, entry in manifest.splits.items()
     }
+    for study in preparation.source.studies[:5]:
+        file_sha256 = hashlib.sha256(Path(study.url).read_bytes()).hexdigest()
+        assert read_studies(str(tmp_path), manifest)[study.key].source_sha256 == file_sha256
+    whole = audit_split(
+        preparation.source.studies,
+        preparation.split.by_key,
+        CONFIG.split,
+        seed=CONFIG.seed,
+        salt=preparation.split.audit.salt,
+        has_patients=True,
+    )
+    assert manifest.audit.model_copy(update={"shard_prevalence": {}}) == whole
     assert manifest.mean == pytest.approx(float(pixels["train"].mean() / 255), abs=1e-6)
     assert manifest.std == pytest.approx(float(pixels["train"].std() / 255), abs=1e-6)
     for name, entry in manifest.splits.items():
         assert list(entry.histogram) == np.bincount(pixels[name].ravel(), minlength=256).tolist()
         low, high = manifest.audit.shard_prevalence[name]
         assert low <= entry.positives / entry.samples <= high
-    rows = read_studies(str(tmp_path)).values()
+    rows = read_studies(str(tmp_path), manifest).values()
     assert len(rows) == manifest.splits["train"].samples + sum(
         manifest.splits[name].samples for name in ("val", "test")
     )
@@ -245,8 +435,9 @@ def test_equal_pictures_are_counted(kaggle_folder: FolderMaker, tmp_path: Path) 
     for path in others[:9]:
         path.write_bytes(first.read_bytes())
     # The phantoms that carry no box are equal to begin with.
-    before = Preparation(folder).run(tmp_path / "store").duplicates
-    rows = list(read_studies(str(tmp_path / "store")).values())
+    manifest = Preparation(folder).run(tmp_path / "store")
+    before = manifest.duplicates
+    rows = list(read_studies(str(tmp_path / "store"), manifest).values())
     groups = {
         row.pixels_digest: [r for r in rows if r.pixels_digest == row.pixels_digest] for row in rows
     }
@@ -268,9 +459,14 @@ def test_headers_and_tables_that_disagree_are_counted(
     positive = next(i for i, line in enumerate(lines) if line.endswith(",1"))
     image_id = lines[positive].split(",")[0]
     lines[positive] = f"{image_id},60.0,1.0,9.0,9.0,1"
+    other = next(i for i, line in enumerate(lines) if line.endswith(",1") and i > positive + 2)
+    other_id = lines[other].split(",")[0]
+    lines = [line for line in lines if not line.startswith(other_id)] + [f"{other_id},,,,,1"]
     labels.write_text("\n".join(lines) + "\n")
+    (files[0].parent / "a-file-of-nobody.dcm").write_bytes(b"")
     manifest = Preparation(folder).run(tmp_path)
-    assert manifest.contradictions == {"box_outside": 1, "patient_id": 4}
+    assert manifest.contradictions == {"box_outside": 1, "no_box": 1, "patient_id": 4}
+    assert manifest.unlabelled == 1
 
 
 # --- what cannot be used --------------------------------------------------------------------------
@@ -308,6 +504,7 @@ def test_every_way_of_being_unusable_has_its_code(
         ),
         "undecodable": lambda path: path.write_bytes(make_dicom(gray, elements={"Rows": 70})),
         "missing": lambda path: path.unlink(),
+        "missing ": lambda path: (path.unlink(), path.symlink_to("nothing")),
         "unreadable": lambda path: (path.unlink(), path.symlink_to(path.name)),
         "unreadable ": lambda path: (path.unlink(), path.mkdir()),
         "unreadable  ": lambda path: path.chmod(0),
@@ -338,6 +535,25 @@ def test_every_way_of_being_unusable_has_its_code(
         assert not any(image_id in item.message for item in receipt.rejected)
 
 
+def test_a_bucket_that_refuses_is_told_without_the_names_of_its_files(
+    preparation: Preparation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    s3fs.S3FileSystem.clear_instance_cache()
+    plan = preparation.plans[0]
+    away = tuple(
+        replace(study, url=f"s3://rsna/images/{Path(study.url).name}") for study in plan.studies
+    )
+    with pytest.raises(AccessError, match=f"no credentials for study {away[0].key};") as caught:
+        preparation.do(replace(plan, studies=away), tmp_path)
+    told = "".join(traceback.format_exception(caught.value))
+    assert not [study for study in away if Path(study.url).stem in told]
+
+
 def test_too_many_bad_files_fail_and_are_told(preparation: Preparation, tmp_path: Path) -> None:
     for number in range(3):
         preparation.file(preparation.plans[0], number).unlink()
@@ -352,6 +568,24 @@ def test_too_many_bad_files_fail_and_are_told(preparation: Preparation, tmp_path
     assert manifest.audit.studies == {n: e.samples for n, e in manifest.splits.items()}
     assert manifest.audit.positives == {n: e.positives for n, e in manifest.splits.items()}
     assert manifest.audit.patients == {n: e.patients for n, e in manifest.splits.items()}
+
+
+def test_bad_files_are_a_share_of_what_the_list_names(
+    preparation: Preparation, tmp_path: Path
+) -> None:
+    listed = {
+        study.key: preparation.split.by_key[study.key] for study in preparation.source.studies
+    }
+    named = dict(list(listed.items())[:60])
+    preparation.split = split_studies(
+        preparation.source.studies, CONFIG.split, seed=0, has_patients=True, listed=named
+    )
+    preparation.config = override(CONFIG, {"prepare.max_bad_fraction": 0.04})
+    preparation.plans = plan_shards(preparation.source.studies, named, CONFIG)
+    for number in range(3):
+        preparation.file(preparation.plans[0], number).unlink()
+    with pytest.raises(BadFilesError, match="3 of 60 studies cannot be used"):
+        preparation.run(tmp_path)
 
 
 def test_contradictory_studies_count_as_bad(kaggle_folder: FolderMaker, tmp_path: Path) -> None:

@@ -63,10 +63,19 @@ rows = st.builds(
 tables = st.lists(rows, max_size=6, unique_by=lambda row: row.key)
 
 
+def score_as(table: list[StudyRow], logits: Any) -> Logits:
+    """The rows, scored, with the targets that they have."""
+    return Logits(
+        np.array([row.key for row in table], dtype=np.str_),
+        logits,
+        np.array([row.target for row in table], dtype=np.int8),
+    )
+
+
 def join(table: list[StudyRow], seed: int = 0) -> Predictions:
     rng = np.random.default_rng(seed)
     logits = rng.normal(0, 20, len(table)).astype(np.float32)
-    scored = Logits(np.array([row.key for row in reversed(table)], dtype=np.str_), logits)
+    scored = score_as(table[::-1], logits)
     studies = {row.key: row for row in table}
     return join_predictions(scored, studies, checkpoint="epoch-0003.pt", image_size=SIDE)
 
@@ -111,7 +120,7 @@ def test_predictions_round_trip(table: list[StudyRow], seed: int) -> None:
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Predictions)])
 def test_columns_of_different_lengths_are_refused(name: str) -> None:
-    row = StudyRow("a" * 20, "p", "val", 1, "Lung Opacity", (), 3, "F", "AP", None, "d")
+    row = StudyRow("a" * 20, "p", "val", 1, "Lung Opacity", (), 3, "F", "AP", None, "d", "e")
     predictions = join([row, dataclasses.replace(row, key="b" * 20)])
     with pytest.raises(ValueError, match=rf"columns of different lengths: .*'{name}': 1"):
         dataclasses.replace(predictions, **{name: getattr(predictions, name)[:1]})
@@ -145,9 +154,8 @@ def test_boxes_cover_what_they_cover_on_a_raster(some: list[Box]) -> None:
 
 
 def test_box_area_is_a_share_of_the_stored_image() -> None:
-    half = StudyRow(
-        "a" * 20, "p", "val", 1, "Lung Opacity", (Box(0, 0, SIDE, SIDE / 2),), 3, "F", "AP", 0.1, ""
-    )
+    boxes = (Box(0, 0, SIDE, SIDE / 2),)
+    half = StudyRow("a" * 20, "p", "val", 1, "Lung Opacity", boxes, 3, "F", "AP", 0.1, "", "")
     assert join([half]).box_area_fraction.tolist() == [0.5]
 
 
@@ -163,7 +171,7 @@ def test_splits_are_subsets(table: list[StudyRow]) -> None:
 def test_a_scored_study_that_nobody_knows_is_refused() -> None:
     with pytest.raises(DataError, match=r"2 scored studies are not in studies\.parquet"):
         join_predictions(
-            Logits(np.array(["a", "b"]), np.zeros(2, np.float32)),
+            Logits(np.array(["a", "b"]), np.zeros(2, np.float32), np.zeros(2, np.int8)),
             {},
             checkpoint="c",
             image_size=SIDE,
@@ -171,17 +179,27 @@ def test_a_scored_study_that_nobody_knows_is_refused() -> None:
 
 
 def test_a_study_that_is_scored_twice_is_refused() -> None:
-    row = StudyRow("a" * 20, "p", "val", 1, "Lung Opacity", (), 3, "F", "AP", None, "d")
-    twice = Logits(np.array([row.key] * 2), np.zeros(2, np.float32))
+    row = StudyRow("a" * 20, "p", "val", 1, "Lung Opacity", (), 3, "F", "AP", None, "d", "e")
+    twice = score_as([row, row], np.zeros(2, np.float32))
     with pytest.raises(DataError, match="1 studies are scored more than once"):
         join_predictions(twice, {row.key: row}, checkpoint="c", image_size=SIDE)
 
 
+@pytest.mark.parametrize("target", [0, 1])
+def test_a_target_that_is_another_in_the_shard_is_refused(target: int) -> None:
+    row = StudyRow("a" * 20, "p", "val", target, "Lung Opacity", (), 3, "F", "AP", None, "d", "e")
+    also = dataclasses.replace(row, key="b" * 20)
+    scored = score_as([row, also], np.zeros(2, np.float32))
+    studies = {row.key: row, also.key: dataclasses.replace(also, target=1 - target)}
+    with pytest.raises(DataError, match="1 of 2 scored studies have another target in their shard"):
+        join_predictions(scored, studies, checkpoint="c", image_size=SIDE)
+
+
 @given(tables, st.integers(0, 2**16))
 def test_logits_stay_with_their_studies(table: list[StudyRow], seed: int) -> None:
-    keys = np.array([row.key for row in table], dtype=np.str_)
     logits = np.random.default_rng(seed).normal(size=len(table)).astype(np.float32)
-    parts = [Logits(keys[i::3], logits[i::3]) for i in range(3)]
+    keys = [row.key for row in table]
+    parts = [score_as(table[i::3], logits[i::3]) for i in range(3)]
     joined = Logits.join(parts)
     assert dict(zip(joined.keys, joined.logits, strict=True)) == dict(
         zip(keys, logits, strict=True)
@@ -194,7 +212,7 @@ def test_logits_stay_with_their_studies(table: list[StudyRow], seed: int) -> Non
 
 
 def test_how_the_logits_were_made_stands_in_the_file() -> None:
-    row = StudyRow("a" * 20, "p", "val", 1, "Lung Opacity", (), 3, "F", "AP", None, "d")
+    row = StudyRow("a" * 20, "p", "val", 1, "Lung Opacity", (), 3, "F", "AP", None, "d", "e")
     written = join([row]).to_parquet({"views": 4})
     metadata = pq.read_schema(io.BytesIO(written)).metadata
     assert json.loads(metadata[SCORING.encode()]) == {"views": 4}

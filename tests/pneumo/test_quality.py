@@ -29,6 +29,7 @@ from pneumo.quality import (
 )
 from pneumo.shards import (
     Duplicates,
+    FileEntry,
     Manifest,
     Sample,
     SplitEntry,
@@ -54,6 +55,7 @@ def row(number: int = 0, **changes: object) -> StudyRow:
         view="PA",
         spacing_mm=0.143,
         pixels_digest=f"{number:032x}",
+        source_sha256=f"{number:064x}",
     )
     return dataclasses.replace(study, **changes)  # type: ignore[arg-type]
 
@@ -93,7 +95,10 @@ def manifest_of(rows: Sequence[StudyRow], **changes: object) -> Manifest:
         std=0.2,
         quarantined={"missing": 2},
         contradictions={"sex": 1},
+        unlabelled=0,
         duplicates=Duplicates(pictures=0, studies=0, across_patients=0, across_splits=0),
+        studies=FileEntry(bytes=0, sha256="0" * 64),
+        quarantine=FileEntry(bytes=0, sha256="0" * 64),
         splits=splits,
     )
     return manifest.model_copy(update=changes)
@@ -373,7 +378,8 @@ def test_a_sample_that_the_studies_do_not_know_is_refused() -> None:
 
 def test_only_the_shards_that_are_needed_are_read(tiny_store: Callable[..., str]) -> None:
     store_url = tiny_store(train=80, samples_per_shard=16)
-    manifest, studies = read_manifest(store_url), read_studies(store_url)
+    manifest = read_manifest(store_url)
+    studies = read_studies(store_url, manifest)
     for entry in manifest.splits["train"].shards[1:]:
         Path(store_url, entry.name).unlink()
     sheets = read_contact_sheets(store_url, manifest, studies, per_finding=5)
@@ -385,7 +391,8 @@ def test_only_the_shards_that_are_needed_are_read(tiny_store: Callable[..., str]
 
 def test_a_rare_finding_never_costs_the_whole_split(tiny_store: Callable[..., str]) -> None:
     store_url = tiny_store(train=80, samples_per_shard=4)  # a shard of four is one block
-    manifest, studies = read_manifest(store_url), read_studies(store_url)
+    manifest = read_manifest(store_url)
+    studies = read_studies(store_url, manifest)
     for entry in manifest.splits["train"].shards[16:]:
         Path(store_url, entry.name).unlink()
     sheets = read_contact_sheets(store_url, manifest, studies, per_finding=1_000)

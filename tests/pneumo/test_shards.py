@@ -10,6 +10,7 @@ import tarfile
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from hypothesis import strategies as st
 
 from pneumo import shards, storage
 from pneumo.errors import DataError, StoreError
-from pneumo.shards import Duplicates, Manifest, Sample, ShardEntry, StudyRow
-from pneumo.studies import Box
+from pneumo.shards import Duplicates, FileEntry, Manifest, Sample, ShardEntry, StudyRow
+from pneumo.studies import Box, Rejected
 
 StoreMaker = Callable[..., str]
 SIZE = 8
@@ -139,6 +140,26 @@ def test_blocks_are_whole_tars_of_64_neighbours(number: int) -> None:
             read += [name.split(".")[0] for name in tar.getnames() if name.endswith(".npy")]
     assert read == [sample.key for sample in samples]
     assert not data[end:].strip(b"\0")  # nothing but the end marker is in no block
+
+
+@pytest.mark.parametrize(
+    ("image_size", "block", "shard"),
+    [(32, 64, 1024), (224, 64, 1024), (512, 16, 204), (1024, 4, 51)],
+)
+def test_blocks_and_shards_of_large_pictures_hold_fewer(
+    image_size: int, block: int, shard: int
+) -> None:
+    assert shards.block_samples(image_size) == block
+    assert shards.shard_samples(image_size) == shard
+    pixels = np.zeros((image_size, image_size), np.uint8)
+    number = min(2 * block + 1, 9)
+    samples = [Sample(f"{i:020x}", pixels, 0) for i in range(number)]
+    entry, data = shards.encode_shard("train/000000.tar", samples)
+    # The end marker is of two blocks.
+    assert len(data) == number * shards.sample_bytes(image_size) + 1024
+    assert max(part.samples for part in entry.blocks) == min(block, number)
+    assert block * shards.sample_bytes(image_size) <= 4_300_000
+    assert shard * shards.sample_bytes(image_size) <= 54_000_000
 
 
 def test_threads_decode_without_disturbing_each_other() -> None:
@@ -295,6 +316,15 @@ def test_a_manifest_round_trips(tiny_store: StoreMaker, tmp_path: Path) -> None:
     assert again.digest == manifest.digest
 
 
+def test_a_manifest_is_written_once(tiny_store: StoreMaker, tmp_path: Path) -> None:
+    manifest = shards.read_manifest(tiny_store())
+    for _ in range(2):  # two jobs that did the same
+        shards.write_manifest(str(tmp_path), manifest)
+    with pytest.raises(StoreError, match="another job has finished another store there meanwhile"):
+        shards.write_manifest(str(tmp_path), manifest.model_copy(update={"seed": 77}))
+    assert shards.read_manifest(str(tmp_path)) == manifest
+
+
 def test_the_digest_tells_stores_apart(tiny_store: StoreMaker) -> None:
     one, same, other = (shards.read_manifest(tiny_store(seed=seed)) for seed in (0, 0, 1))
     assert one.digest == same.digest != other.digest
@@ -309,12 +339,12 @@ def test_a_folder_without_manifest_is_no_store(tiny_store: StoreMaker) -> None:
         shards.read_manifest(store_url)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"schema_version": 2}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"schema_version": 3}'])
 def test_an_unreadable_manifest_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
     for read in (shards.find_manifest, shards.read_manifest):
         with pytest.raises(
-            StoreError, match=r"manifest\.json: not a manifest of schema 2: .*prepare"
+            StoreError, match=r"manifest\.json: not a manifest of schema 3: .*prepare"
         ):
             read(str(tmp_path))
 
@@ -323,20 +353,20 @@ def test_a_half_manifest_is_refused(tiny_store: StoreMaker) -> None:
     store_url = tiny_store()
     path = Path(store_url) / "manifest.json"
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(StoreError, match=r"manifest\.json: not a manifest of schema 2"):
+    with pytest.raises(StoreError, match=r"manifest\.json: not a manifest of schema 3"):
         shards.read_manifest(store_url)
 
 
-@pytest.mark.parametrize("version", [1, 3])
+@pytest.mark.parametrize("version", [2, 4])
 def test_a_manifest_of_another_schema_is_refused(tiny_store: StoreMaker, version: int) -> None:
     store_url = tiny_store()
     edit_manifest(store_url, new_field=True)
-    with pytest.raises(StoreError, match="not a manifest of schema 2: new_field: "):
+    with pytest.raises(StoreError, match="not a manifest of schema 3: new_field: "):
         shards.read_manifest(store_url)
     edit_manifest(store_url, schema_version=version)
     for read in (shards.find_manifest, shards.read_manifest):
         with pytest.raises(
-            StoreError, match=f"manifest of schema {version}, this version reads 2; prepare the"
+            StoreError, match=f"manifest of schema {version}, this version reads 3; prepare the"
         ):
             read(store_url)
 
@@ -344,7 +374,7 @@ def test_a_manifest_of_another_schema_is_refused(tiny_store: StoreMaker, version
 def test_a_manifest_without_a_split_is_refused(tiny_store: StoreMaker) -> None:
     store_url = tiny_store()
     edit_manifest(store_url, splits={})
-    with pytest.raises(StoreError, match=r"not a manifest of schema 2: splits: .*train, val, test"):
+    with pytest.raises(StoreError, match=r"not a manifest of schema 3: splits: .*train, val, test"):
         shards.read_manifest(store_url)
 
 
@@ -369,21 +399,30 @@ rows = st.builds(
     view=st.none() | st.sampled_from(["AP", "PA"]),
     spacing_mm=st.none() | st.floats(0.1, 1),
     pixels_digest=keys,
+    source_sha256=keys,
 )
+
+
+@pytest.fixture(scope="module")
+def small_manifest(tiny_store: StoreMaker) -> Manifest:
+    return shards.read_manifest(tiny_store())
 
 
 @settings(max_examples=50)
 @given(st.lists(rows, max_size=5, unique_by=lambda row: row.key))
-def test_studies_round_trip_with_boxes_and_gaps(table: list[StudyRow]) -> None:
-    shards.write_studies("memory://studies", shards.tabulate_studies(table))
-    read = shards.read_studies("memory://studies")
+def test_studies_round_trip_with_boxes_and_gaps(
+    small_manifest: Manifest, table: list[StudyRow]
+) -> None:
+    entry = shards.write_studies("memory://studies", shards.tabulate_studies(table))
+    manifest = small_manifest.model_copy(update={"studies": entry})
+    read = shards.read_studies("memory://studies", manifest)
     assert list(read.values()) == sorted(table, key=lambda row: row.key)
     assert list(read) == [row.key for row in read.values()]
 
 
 def test_columns_have_the_same_types_whatever_is_missing(tmp_path: Path) -> None:
-    row = StudyRow("k", "p", "val", 0, "Normal", (), None, None, None, None, "d")
-    full = StudyRow("k", "p", "val", 1, "Normal", (Box(1, 2, 3, 4),), 3, "F", "AP", 0.1, "d")
+    row = StudyRow("k", "p", "val", 0, "Normal", (), None, None, None, None, "d", "e")
+    full = StudyRow("k", "p", "val", 1, "Normal", (Box(1, 2, 3, 4),), 3, "F", "AP", 0.1, "d", "e")
     schemas = []
     for content in ([row], [full], []):
         shards.write_studies(str(tmp_path), shards.tabulate_studies(content))
@@ -401,32 +440,74 @@ def test_duplicates_are_counted_within_and_across_patients_and_splits(
     table: list[tuple[str, str, str]],
 ) -> None:
     studies = shards.tabulate_studies(
-        StudyRow(str(i), patient, split, 0, "Normal", (), None, None, None, None, picture)
+        StudyRow(str(i), patient, split, 0, "Normal", (), None, None, None, None, picture, "e")
         for i, (picture, patient, split) in enumerate(table)
     )
     groups = [[row for row in table if row[0] == name] for name in "abcd"]
     several = [group for group in groups if len(group) > 1]
-    assert shards.find_duplicates(studies) == Duplicates(
+    found = Duplicates(
         pictures=len(several),
         studies=sum(map(len, several)),
         across_patients=sum(len({row[1] for row in group}) > 1 for group in several),
         across_splits=sum(len({row[2] for row in group}) > 1 for group in several),
     )
+    assert shards.find_duplicates(studies, has_patients=True) == found
+    unknown = found.model_copy(update={"across_patients": None})
+    assert shards.find_duplicates(studies, has_patients=False) == unknown
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut", "text", "other columns"])
-def test_studies_that_cannot_be_read_are_named(tiny_store: StoreMaker, damage: str) -> None:
+@pytest.mark.parametrize("damage", ["missing", "cut", "a byte", "a target"])
+def test_studies_that_are_not_as_vouched_are_refused(tiny_store: StoreMaker, damage: str) -> None:
+    store_url = tiny_store()
+    manifest = shards.read_manifest(store_url)
+    table = list(shards.read_studies(store_url, manifest).values())
+    path = Path(store_url) / "studies.parquet"
+    data = bytearray(path.read_bytes())
+    path.unlink()
+    message = "not what the manifest vouches for: .*; prepare the store again"
+    if damage == "missing":
+        message = f"missing from {store_url}; prepare the store again"
+    elif damage == "cut":
+        path.write_bytes(data[:-100])
+    elif damage == "a byte":
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    elif damage == "a target":  # as a table it is sound
+        table[3] = replace(table[3], target=1 - table[3].target)
+        shards.write_studies(store_url, shards.tabulate_studies(table))
+    with pytest.raises(DataError, match=rf"studies\.parquet: {message}"):
+        shards.read_studies(store_url, manifest)
+
+
+@pytest.mark.parametrize("content", ["text", "other columns"])
+def test_what_is_vouched_for_and_yet_no_table_of_studies_is_refused(
+    tiny_store: StoreMaker, content: str
+) -> None:
     store_url = tiny_store()
     path = Path(store_url) / "studies.parquet"
-    data = path.read_bytes()
-    path.unlink()
-    if damage == "cut":
-        path.write_bytes(data[:-100])
-    elif damage == "text":
+    if content == "text":
         path.write_text("key,patient\n")
-    elif damage == "other columns":
+    else:
         pq.write_table(pa.table({"key": ["a"]}), path)
-    with pytest.raises(
-        DataError, match=r"studies\.parquet: missing or unreadable; prepare the store"
-    ):
-        shards.read_studies(store_url)
+    data = path.read_bytes()
+    entry = FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    manifest = shards.read_manifest(store_url).model_copy(update={"studies": entry})
+    with pytest.raises(DataError, match=r"studies\.parquet: not a table of studies; prepare the"):
+        shards.read_studies(store_url, manifest)
+
+
+def test_the_quarantine_round_trips_and_is_vouched_for(
+    tiny_store: StoreMaker, small_manifest: Manifest
+) -> None:
+    store_url = tiny_store()
+    rejected = [
+        Rejected("b" * 20, "val", "missing", "no DICOM file"),
+        Rejected("a" * 20, None, "contradiction", "two classes"),
+    ]
+    entry = shards.write_quarantine(store_url, rejected)
+    manifest = small_manifest.model_copy(update={"quarantine": entry})
+    assert shards.read_quarantine(store_url, manifest) == rejected[::-1]
+    path = Path(store_url) / "quarantine.jsonl"
+    path.write_text(path.read_text().replace("val", "train"))
+    with pytest.raises(DataError, match=r"quarantine\.jsonl: not what the manifest vouches for"):
+        shards.read_quarantine(store_url, manifest)

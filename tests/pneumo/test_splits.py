@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from pneumo.config import SplitConfig
 from pneumo.errors import SourceError
 from pneumo.splits import (
     SPLITS,
+    LeakageAudit,
     Split,
     check_shards,
     clustered_share,
@@ -277,7 +279,17 @@ def test_a_split_by_patient_reports_what_one_by_image_would_have_leaked() -> Non
 def test_an_image_split_without_patients_knows_no_leak() -> None:
     config = SplitConfig(unit="image")
     audit = split_studies(make_studies(range(300)), config, seed=0, has_patients=False).audit
-    assert audit.leaked_by_image is None
+    assert (audit.leaked_by_image, audit.shared_patients, audit.patients) == (None, None, None)
+
+
+def test_what_is_written_of_an_audit_carries_its_warning() -> None:
+    studies = make_studies([i // 2 for i in range(600)])
+    for unit in ("patient", "image"):
+        audit = split_studies(studies, SplitConfig(unit=unit), seed=0, has_patients=True).audit
+        written = json.loads(audit.model_dump_json())
+        assert written["warning"] == audit.warning
+        assert (audit.warning is None) == (unit == "patient")
+        assert LeakageAudit.model_validate(written) == audit
 
 
 @pytest.mark.parametrize(

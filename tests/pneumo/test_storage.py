@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import importlib.util
+import os
 import re
 import socket
+import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+import traceback
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
@@ -158,6 +164,47 @@ def test_existence_and_removal(root_url: str) -> None:
         storage.read_bytes(url)
 
 
+def test_an_empty_folder_is_not_there(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    assert not storage.exists(str(folder))
+    (folder / ".partial-x").write_bytes(b"half")
+    assert not storage.exists(str(folder))
+    (folder / "object").write_bytes(b"")
+    assert storage.exists(str(folder))
+
+
+def test_links_are_followed_to_files_and_never_in_circles(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "object").write_bytes(b"x")
+    (tmp_path / "folder" / "back").symlink_to(tmp_path)
+    (tmp_path / "to-object").symlink_to(tmp_path / "folder" / "object")
+    (tmp_path / "to-itself").symlink_to(tmp_path / "to-itself")
+    (tmp_path / "to-nothing").symlink_to(tmp_path / "nothing")
+    assert storage.list_names(str(tmp_path)) == ["folder", "to-object"]
+    names = ["folder/object", "to-object"]
+    assert storage.list_urls(str(tmp_path)) == [f"{tmp_path}/{name}" for name in names]
+    assert storage.list_names(str(tmp_path / "to-object")) == []
+
+
+def test_a_folder_that_may_not_be_listed_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir(mode=0)
+    for path in (tmp_path, *tmp_path.parents[:-2]):
+        path.chmod(0o755)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        for call in (storage.list_names, storage.exists, storage.list_urls):
+            with pytest.raises(AccessError, match=f"cannot list {folder}: Permission denied"):
+                call(str(folder))
+        with pytest.raises(AccessError, match=f"cannot list {folder}: Permission denied"):
+            storage.list_urls(str(tmp_path))
+    finally:
+        os.seteuid(user)
+
+
 def test_a_folder_is_uploaded_by_relative_name(root_url: str, tmp_path: Path) -> None:
     folder = tmp_path / "from"
     (folder / "deep").mkdir(parents=True)
@@ -203,6 +250,41 @@ def test_what_is_created_replaces_nothing(root_url: str) -> None:
     assert not storage.create_bytes(url, b"second")
     assert storage.read_bytes(url) == b"first"
     assert storage.list_names(storage.join(root_url, "deep")) == ["object"]
+
+
+@pytest.fixture(params=[errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
+def without_links(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder lies on a mount that has no hard links."""
+
+    def refuse(*args: object, **options: object) -> None:
+        raise OSError(request.param, os.strerror(request.param))
+
+    monkeypatch.setattr(os, "link", refuse)
+
+
+def test_a_mount_without_links_takes_what_is_created(without_links: None, tmp_path: Path) -> None:
+    url = str(tmp_path / "object")
+    assert storage.create_bytes(url, b"first", mode=0o600)
+    assert not storage.create_bytes(url, b"second")
+    assert storage.read_bytes(url) == b"first"
+    assert stat.S_IMODE((tmp_path / "object").stat().st_mode) == 0o600
+    assert [path.name for path in tmp_path.iterdir()] == ["object"]
+    with ThreadPoolExecutor(8) as pool:
+        won = list(
+            pool.map(lambda n: storage.create_bytes(f"{url}-2", b"%d" % n * 10_000), range(8))
+        )
+    assert sum(won) == 1
+    assert storage.read_bytes(f"{url}-2") == b"%d" % won.index(True) * 10_000
+
+
+def test_another_failure_to_link_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise OSError(errno.EIO, "the disk is broken")
+
+    monkeypatch.setattr(os, "link", fail)
+    with pytest.raises(StorageError, match=r"cannot write .*object: the disk is broken"):
+        storage.create_bytes(str(tmp_path / "object"), b"x")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("kind", ["local", "s3"])
@@ -274,6 +356,41 @@ def test_what_a_killed_writer_leaves_is_no_object(tmp_path: Path) -> None:
     assert not storage.exists(str(tmp_path / "object"))
     storage.upload_folder(tmp_path, str(tmp_path.parent / "copy"))
     assert storage.list_urls(str(tmp_path.parent / "copy")) == []
+
+
+def test_what_killed_writers_leave_is_cleared(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "below", tmp_path / "below" / "deep"):
+        folder.mkdir(exist_ok=True)
+        (folder / ".partial-abc").write_bytes(b"half")
+    (tmp_path / "object").write_bytes(b"x")
+    storage.remove_partials(str(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["below", "object"]
+    storage.remove_below(str(tmp_path / "below"))
+    assert [path.name for path in tmp_path.iterdir()] == ["object"]
+    storage.remove_partials("memory://nothing/is/left")
+
+
+@pytest.mark.parametrize("write", [storage.write_bytes, storage.create_bytes])
+def test_a_writer_whose_unfinished_file_is_cleared_away_writes_it_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[str, bytes], object]
+) -> None:
+    folder = tmp_path / "folder"
+    fsync, lost = os.fsync, []
+
+    def lose(descriptor: int) -> None:
+        fsync(descriptor)
+        if len(lost) < 3:
+            lost.append(1)
+            storage.remove_below(str(folder))
+
+    monkeypatch.setattr(os, "fsync", lose)
+    write(str(folder / "object"), b"data")
+    assert len(lost) == 3
+    assert storage.read_bytes(str(folder / "object")) == b"data"
+    lost.clear()
+    monkeypatch.setattr(os, "fsync", lambda _: storage.remove_below(str(folder)))
+    with pytest.raises(StorageError, match=r"cannot write .*object2: No such file"):
+        write(str(folder / "object2"), b"data")
 
 
 def test_a_write_that_fails_leaves_nothing_and_the_old_object_stays(tmp_path: Path) -> None:
@@ -409,6 +526,62 @@ def test_a_dead_endpoint_is_an_error_once_the_budget_is_spent(
     assert len(tried) > 1
 
 
+SECRET = "5e1f5e1f-0000-4000-8000-000000000000"
+
+
+def test_a_label_stands_for_a_url_that_names_a_patient(
+    s3_environment: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"s3://b/{SECRET}.dcm"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    with pytest.raises(AccessError, match="no credentials for study 17; set AWS") as refused:
+        storage.read_bytes(url, label="study 17")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+    s3fs.S3FileSystem.clear_instance_cache()
+    # botocore's own words quote the whole URL of the request.
+    with pytest.raises(StorageError, match=f"{SECRET}"):
+        storage._retried(lambda fs, path: fs.cat_file(path), url, budget_s=0.1)
+    with pytest.raises(StorageError, match=r"study 17: EndpointConnectionError; tried") as failed:
+        storage._retried(lambda fs, path: fs.cat_file(path), url, budget_s=0.1, label="study 17")
+    for caught in (refused, failed):
+        # As --debug and Ray would print it.
+        assert SECRET not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.slow
+def test_what_is_said_while_trying_again_tells_the_label(caplog: pytest.LogCaptureFixture) -> None:
+    started_s = time.monotonic()
+
+    def read(fs: object, path: str) -> bytes:
+        if not caplog.records:
+            assert time.monotonic() - started_s < 60
+            raise ConnectionError(f"cannot connect to https://host/b/{SECRET}")
+        return b"data"
+
+    assert storage._retried(read, f"memory://{SECRET}", label="study 17") == b"data"
+    assert "storage: study 17: ConnectionError; trying again for" in caplog.text
+    assert SECRET not in caplog.text
+
+
+@pytest.mark.parametrize("url", [f"s3://{BUCKET}/{SECRET}", f"memory://{SECRET}", f"/{SECRET}"])
+def test_no_refusal_of_a_labelled_read_tells_the_url(bucket_url: str, url: str) -> None:
+    with pytest.raises(FileNotFoundError) as missing:
+        storage.read_bytes(url, label="study 17")
+    assert SECRET not in repr(missing.value)
+    assert missing.value.filename == "study 17"
+    assert SECRET not in "".join(traceback.format_exception(missing.value)) or "://" not in url
+
+
+def test_other_bytes_than_expected_are_refused_by_label(bucket_url: str) -> None:
+    url = f"{bucket_url}/{SECRET}"
+    storage.write_bytes(url, b"0123456789")
+    for options in ({"size": 11}, {"sha256": "0" * 64}):
+        with pytest.raises(ContentError, match="storage: study 17: ") as caught:
+            storage.read_bytes(url, label="study 17", **options)
+        assert SECRET not in str(caught.value)
+
+
 def test_passing_trouble_is_tried_again() -> None:
     answers: list[bytes | Exception] = [OSError("reset"), TimeoutError(), b"data"]
 
@@ -427,6 +600,9 @@ def test_passing_trouble_is_tried_again() -> None:
         (PermissionError("Forbidden"), AccessError),
         (FileNotFoundError("bucket/key"), FileNotFoundError),
         (ValueError("bad"), StorageError),
+        (AssertionError(), StorageError),
+        (NotImplementedError(), StorageError),
+        (ImportError("Please install gcsfs to access Google Storage"), UserError),
     ],
 )
 def test_lasting_trouble_is_not_tried_again(trouble: Exception, error: type[Exception]) -> None:
@@ -439,6 +615,14 @@ def test_lasting_trouble_is_not_tried_again(trouble: Exception, error: type[Exce
     with pytest.raises(error):
         storage._retried(read, "memory://a", budget_s=30.0)
     assert len(tried) == 1
+
+
+def test_a_scheme_whose_package_is_missing_says_what_to_install() -> None:
+    if importlib.util.find_spec("gcsfs"):
+        pytest.skip("gcsfs is installed")
+    with pytest.raises(UserError, match=r"gs://b/k: .*install gcsfs.*, on every node") as caught:
+        storage.read_bytes("gs://b/k")
+    assert caught.value.exit_code == 2
 
 
 def _answer(code: str, status: int, operation: str = "GetObject") -> Exception:

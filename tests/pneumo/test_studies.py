@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import errno
 import gzip
 import json
+import os
 import re
 import shutil
 import stat
 import time
+import traceback
 import zipfile
 from collections import Counter
 from collections.abc import Callable
@@ -182,6 +185,19 @@ def test_the_secret_beside_the_source_is_private_and_stays(kaggle_folder: Folder
     assert read_hash_key(str(kaggle_folder()), {}) != read_hash_key(str(folder), {})
 
 
+@pytest.mark.parametrize(("mode", "warns"), [(0o600, False), (0o400, False), (0o644, True)])
+def test_a_secret_that_others_can_read_is_warned_of(
+    kaggle_folder: FolderMaker, caplog: pytest.LogCaptureFixture, mode: int, warns: bool
+) -> None:
+    folder = kaggle_folder(num_studies=3)
+    hash_key = read_hash_key(str(folder), {})
+    path = folder / ".pneumo" / "hash_key"
+    path.chmod(mode)
+    assert read_hash_key(str(folder), {}) == hash_key
+    assert (f"{path}: mode 644: others can read the secret" in caplog.text) == warns
+    assert hash_key.decode() not in caplog.text
+
+
 def test_an_empty_secret_is_refused(kaggle_folder: FolderMaker) -> None:
     folder = kaggle_folder()
     (folder / ".pneumo").mkdir()
@@ -212,6 +228,18 @@ def test_jobs_that_start_at_once_agree_on_the_secret(kaggle_folder: FolderMaker)
         shutil.rmtree(folder / ".pneumo")
 
 
+def test_the_secret_can_be_made_on_a_mount_without_hard_links(
+    kaggle_folder: FolderMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise OSError(errno.EPERM, "not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    folder = kaggle_folder(num_studies=3)
+    assert read_hash_key(str(folder), {}) == read_hash_key(str(folder), {})
+    assert stat.S_IMODE((folder / ".pneumo" / "hash_key").stat().st_mode) == 0o600
+
+
 # --- lists ----------------------------------------------------------------------------------------
 
 
@@ -237,7 +265,7 @@ def test_a_list_of_images_or_patients_is_read(kaggle_folder: FolderMaker, tmp_pa
     [
         ("name,split\na,val\n", "no column patientId or patient"),
         ("patientId,where\na,val\n", "no column split"),
-        ("patientId,split\na,validation\n", "split 'validation', expected train, val or test"),
+        ("patientId,split\na,validation\n", "a split that is none of train, val and test"),
         ("patientId,split\na,val\na,test\n", "lists somebody in two splits"),
         ("", "not a readable CSV"),
     ],
@@ -286,7 +314,8 @@ def test_a_missing_table_is_named(kaggle_folder: FolderMaker, name: str, message
 def test_a_missing_column_is_named(kaggle_folder: FolderMaker, table: str, column: str) -> None:
     folder = kaggle_folder()
     edit(folder / table, column, "other")
-    refuse(folder, rf"{table}: no column {column}; it has: .*other")
+    known = "x, y, width, height" if table == LABELS else ".*"
+    refuse(folder, rf"{table}: no column {column}; its first line names .*: .*{known}")
 
 
 @pytest.mark.parametrize("table", [LABELS, CLASSES])
@@ -294,8 +323,10 @@ def test_a_table_that_is_none_is_named(kaggle_folder: FolderMaker, table: str) -
     folder = kaggle_folder()
     (folder / table).write_text("")
     refuse(folder, f"{table}: not a readable CSV")
-    (folder / table).write_text("a,b\n1,2,3\n")
-    refuse(folder, f"{table}: not a readable CSV")
+    (folder / table).write_text("a,b\n1,2\n1,2,3\n")
+    refuse(folder, f"{table}: not a readable CSV: row 3 has 3 cells, not 2")
+    (folder / table).write_bytes(b"a\xff,b\n1,2\n")
+    refuse(folder, f"{table}: not a readable CSV: empty, cut off, or no UTF-8")
 
 
 @pytest.mark.parametrize("table", [LABELS, CLASSES])
@@ -321,6 +352,47 @@ def test_a_damaged_gzip_file_is_named(kaggle_folder: FolderMaker, table: str, da
     refuse(folder, f"{table}.gz: not a readable archive")
 
 
+def one_cell_more(text: str) -> str:
+    lines = text.splitlines()
+    return "\n".join([*lines[:3], f"{lines[3]},1", *lines[4:]])
+
+
+def no_header(text: str) -> str:
+    return "\n".join(text.splitlines()[1:])
+
+
+def columns_turned(text: str) -> str:
+    """Each row's cells in the opposite order, under the same names."""
+    first, *rows = text.splitlines()
+    return "\n".join([first, *(",".join(row.split(",")[::-1]) for row in rows)])
+
+
+@pytest.mark.parametrize("table", [LABELS, CLASSES])
+@pytest.mark.parametrize("damage", [one_cell_more, no_header, columns_turned])
+def test_no_id_of_a_damaged_table_is_repeated(
+    kaggle_folder: FolderMaker, table: str, damage: Callable[[str], str]
+) -> None:
+    folder = kaggle_folder()
+    path = folder / table
+    path.write_text(damage(path.read_text()))
+    assert any(image_id in path.read_text() for image_id in image_ids(folder))
+    with pytest.raises(SourceError) as caught:
+        read_source(str(folder), ENVIRON)
+    told = "".join(traceback.format_exception(caught.value))  # --debug prints it
+    assert not [image_id for image_id in image_ids(folder) if image_id in told]
+
+
+def test_no_id_of_a_damaged_list_is_repeated(kaggle_folder: FolderMaker, tmp_path: Path) -> None:
+    folder = kaggle_folder(num_studies=3)
+    ids = image_ids(folder)
+    for rows in ([f"val,{i}" for i in ids], [f"{i},val,1" for i in ids]):
+        (tmp_path / "list.csv").write_text("\n".join(["patientId,split", *rows]))
+        with pytest.raises(SourceError) as caught:
+            read_split_list(str(tmp_path / "list.csv"), str(folder), ENVIRON)
+        told = "".join(traceback.format_exception(caught.value))
+        assert not [image_id for image_id in ids if image_id in told]
+
+
 # --- what contradicts -----------------------------------------------------------------------------
 
 
@@ -328,7 +400,7 @@ def test_a_damaged_gzip_file_is_named(kaggle_folder: FolderMaker, table: str, da
 def test_a_target_that_is_none_is_refused(kaggle_folder: FolderMaker, value: str) -> None:
     folder = kaggle_folder()
     edit(folder / LABELS, r",0(\r?\n)", rf",{value}\1")
-    refuse(folder, r"label table: Target is \S+ in a row, expected 0 or 1")
+    refuse(folder, r"label table: a Target that is neither 0 nor 1")
 
 
 def rejections(folder: Path, *, left: int) -> list[str]:
@@ -350,9 +422,7 @@ def test_mixed_targets_of_one_image_are_rejected(kaggle_folder: FolderMaker) -> 
 def test_an_unknown_class_is_refused(kaggle_folder: FolderMaker) -> None:
     folder = kaggle_folder()
     edit(folder / CLASSES, ",Normal", ",Healthy")
-    refuse(
-        folder, "class table: class 'Healthy', expected one of: Lung Opacity, No Lung .*, Normal"
-    )
+    refuse(folder, "class table: a class that is none of: Lung Opacity, No Lung .*, Normal")
 
 
 def test_two_classes_of_one_image_are_rejected(kaggle_folder: FolderMaker) -> None:
@@ -371,6 +441,53 @@ def test_tables_that_contradict_each_other_are_rejected(kaggle_folder: FolderMak
     folder = kaggle_folder()
     edit(folder / CLASSES, ",Normal", ",Lung Opacity", count=3)
     assert rejections(folder, left=21) == ["class 'Lung Opacity' with Target 0"] * 3
+
+
+def test_a_negative_with_a_box_is_rejected(kaggle_folder: FolderMaker) -> None:
+    folder = kaggle_folder()
+    edit(folder / LABELS, r",,,,,0", ",1.0,2.0,3.0,4.0,0")
+    assert rejections(folder, left=23) == ["Target 0 with a box"]
+
+
+@pytest.mark.parametrize(
+    ("box", "message"),
+    [
+        ("1.0,2.0,0,4.0", "a box of no size"),
+        ("1.0,2.0,3.0,-4.0", "a box of no size"),
+        ("1.0,2.0,3.0,", "a box that lacks a side"),
+        (",2.0,3.0,4.0", "a box that lacks a side"),
+        ("1.0,2.0,inf,4.0", "a box that lacks a side"),
+    ],
+)
+def test_a_box_that_is_none_is_rejected(kaggle_folder: FolderMaker, box: str, message: str) -> None:
+    folder = kaggle_folder()
+    edit(folder / LABELS, r"(?m)^([^,]+)(,[\d.]+){4},1", rf"\1,{box},1")
+    assert rejections(folder, left=23) == [message]
+
+
+def test_a_column_of_boxes_that_holds_texts_is_refused(kaggle_folder: FolderMaker) -> None:
+    folder = kaggle_folder()
+    edit(folder / LABELS, r",,,,,0", ",left,,,,0")
+    refuse(folder, "label table: column x holds something else than numbers")
+
+
+def test_classes_without_a_label_are_counted(kaggle_folder: FolderMaker) -> None:
+    folder = kaggle_folder()
+    edit(folder / LABELS, r"\S+,0\r?\n", "", count=2)
+    for path in (folder / "stage_2_train_images").iterdir():
+        path.unlink()
+    source = read_source(str(folder), ENVIRON)
+    assert (len(source.studies), source.unlabelled, source.rejected) == (22, 2, ())
+
+
+def test_files_that_nobody_labelled_are_counted(kaggle_folder: FolderMaker) -> None:
+    folder = kaggle_folder()
+    images = folder / "stage_2_train_images"
+    assert read_source(str(folder), ENVIRON).unlabelled == 0
+    for name in ("one.dcm", "two.dcm", "README.txt"):
+        (images / name).write_bytes(b"")
+    next(path for path in images.iterdir() if len(path.stem) > 30).unlink()
+    assert read_source(str(folder), ENVIRON).unlabelled == 2
 
 
 def test_an_incomplete_mapping_is_refused(kaggle_folder: FolderMaker) -> None:
@@ -396,10 +513,13 @@ def test_all_of_rsna(shared_data: Path, tmp_path: Path) -> None:
     (tmp_path / "stage_2_train_images").mkdir()
     started_s = time.process_time()
     source = read_source(str(tmp_path), ENVIRON)
-    print(f"indexed in {time.process_time() - started_s:.1f} s of one core")
+    seconds = time.process_time() - started_s
+    print(f"indexed in {seconds:.1f} s of one core")
+    assert seconds < 10
     studies = source.studies
     assert len(studies) == 26_684
     assert not source.rejected
+    assert all(bool(study.boxes) == bool(study.target) for study in studies)
     assert Counter(study.finding for study in studies) == {
         "Lung Opacity": 6_012,
         "No Lung Opacity / Not Normal": 11_821,
@@ -442,4 +562,6 @@ def test_a_part_of_rsna(shared_data: Path) -> None:
     assert len(source.studies) == 246
     assert sum(study.target for study in source.studies) == 97
     assert len({study.patient for study in source.studies}) == 193
+    assert not source.rejected
+    assert source.unlabelled == 0
     assert all(Path(study.url).is_file() for study in source.studies)

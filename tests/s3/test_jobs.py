@@ -1,14 +1,22 @@
-"""The whole way with store and run in a bucket of a real S3 server."""
+"""The whole way with source, store and run in a bucket of a real S3 server."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pneumo import storage
+from pneumo.shards import read_manifest, read_quarantine
 from pneumo.synthetic import write_phantoms
+from tests.identifiers import Identifiers
 from tests.jobs.conftest import run_module
 
 pytestmark = pytest.mark.s3
@@ -35,3 +43,52 @@ def test_phantoms_become_a_report_in_a_bucket(bucket_url: str, tmp_path: Path) -
     assert 0 <= metrics["test"]["auroc"]["value"] <= 1
     assert storage.exists(f"{run}/report.html")
     assert list(folder.iterdir()) == [], "nothing was to be written here"
+
+
+@pytest.fixture
+def ray_folder() -> Iterator[Path]:
+    """Where Ray writes its logs; a short path, as its sockets lie there too."""
+    folder = tempfile.mkdtemp(prefix="ray-")
+    yield Path(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.timeout(600)
+def test_a_source_in_a_bucket_is_prepared_and_nobody_is_named(
+    bucket_url: str, tmp_path: Path, ray_folder: Path
+) -> None:
+    folder, source, store = tmp_path / "phantoms", f"{bucket_url}/rsna", f"{bucket_url}/store"
+    write_phantoms(folder, num_studies=90, seed=3)
+    identifiers = Identifiers.of(folder)
+    storage.upload_folder(folder, source)
+    lost = storage.list_urls(f"{source}/stage_2_train_images")[7]
+    storage.remove(lost)
+
+    def prepare(*flags: str, **environ: str) -> subprocess.CompletedProcess[str]:
+        places = ("--source", source, "--store", store, "--prepare.image-size", "64")
+        return subprocess.run(
+            [sys.executable, "-m", "jobs.prepare", *places, *flags, "--debug"],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "RAY_TMPDIR": str(ray_folder), "OMP_NUM_THREADS": "1", **environ},
+        )
+
+    without_key = prepare(PNEUMO_HASH_KEY="")
+    assert without_key.returncode == 2
+    assert f"{source}: set PNEUMO_HASH_KEY to a secret" in without_key.stderr
+    failed = prepare(PNEUMO_HASH_KEY="of the tests")
+    assert failed.returncode == 1
+    assert "1 of 90 studies cannot be used (missing 1)" in failed.stderr
+    done = prepare("--prepare.max-bad-fraction", "0.05", PNEUMO_HASH_KEY="of the tests")
+    assert done.returncode == 0, done.stderr
+    manifest = read_manifest(store)
+    assert sum(entry.samples for entry in manifest.splits.values()) == 89
+    assert [item.reason for item in read_quarantine(store, manifest)] == ["missing"]
+    assert storage.exists(f"{source}/.pneumo/split_salts.json")
+    local = tmp_path / "store"
+    for url in storage.list_urls(store):
+        storage.write_bytes(str(local / url.removeprefix(f"{store}/")), storage.read_bytes(url))
+    said = [job.stdout + job.stderr for job in (without_key, failed, done)]
+    assert list(ray_folder.rglob("worker-*"))
+    assert identifiers.find_in(local, ray_folder, *said) == []
