@@ -2,6 +2,11 @@
 
 A run's `checkpoints/index.json` is written after the file it names, and vouches for it by its
 digest; a checkpoint that the index does not name is not there.
+
+Only one attempt at a run may write: the one whose id the index carries, put there by `claim_run`. A
+lost attempt may go on for minutes on a node that nobody reaches; what it writes late changes
+nothing, as its id is no longer there. The id is in the names of its files too, so no two attempts
+write the same one.
 """
 
 from __future__ import annotations
@@ -10,11 +15,12 @@ import hashlib
 import io
 import platform
 import subprocess
+import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -24,6 +30,10 @@ from pneumo.config import Config
 from pneumo.errors import CheckpointError, PneumoError, RunError
 
 SCHEMA_VERSION = 2
+_INDEX = "index.json"
+_SUFFIX = ".pt"
+_UNFINISHED = ".partial-*"
+"""How `storage` names a local file while it is written."""
 
 
 class CheckpointEntry(BaseModel):
@@ -47,6 +57,8 @@ class CheckpointIndex(BaseModel):
 
     model_config = ConfigDict(frozen=True)
     schema_version: int = SCHEMA_VERSION
+    attempt: str = ""
+    """The id of the attempt that may write."""
     finished: bool = False
     """Whether the run has ended: after all its epochs, or early."""
     stopped_early: bool = False
@@ -63,6 +75,10 @@ class CheckpointIndex(BaseModel):
         """The one of the highest val AUROC; the newest where none is defined."""
         scored = [entry for entry in self.entries if entry.val_auroc is not None]
         return max(scored, key=lambda entry: entry.val_auroc or 0.0) if scored else self.latest
+
+    def until(self, entry: CheckpointEntry) -> Self:
+        """The same without what comes after `entry`."""
+        return self.model_copy(update={"entries": self.entries[: self.entries.index(entry) + 1]})
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,16 +121,70 @@ class Checkpoint:
         return self.model if self.ema is None else self.ema
 
 
+def claim_run(run_url: str, index: CheckpointIndex | None = None) -> str:
+    """Make a new attempt the run's only writer, which goes on after the newest of `index`; its id.
+
+    What a lost attempt left is removed: files that `index` does not name, and halves of files.
+    """
+    attempt = uuid.uuid4().hex[:8]
+    claimed = CheckpointIndex(attempt=attempt, entries=() if index is None else index.entries)
+    _write_index(run_url, claimed)
+    _sweep(run_url, {entry.name for entry in claimed.entries})
+    return attempt
+
+
+def check_claim(run_url: str, attempt: str) -> CheckpointIndex:
+    """The run's index as it is now. Raises RunError when the run is no longer this attempt's."""
+    index = _read_index(run_url)
+    if index is None or index.attempt != attempt:
+        raise RunError(
+            f"{run_url}: another attempt has taken this run over, so this one ({attempt}) writes "
+            "nothing more; was the same --run started twice?"
+        )
+    return index
+
+
 def save_checkpoint(
     run_url: str,
     checkpoint: Checkpoint,
     *,
+    attempt: str,
     keep_last: int,
     finished: bool,
     stopped_early: bool = False,
 ) -> None:
     """Write the checkpoint, then the index; then drop what is neither the best nor among the
-    last."""
+    last.
+
+    Raises RunError, and touches nothing, when the run is not `attempt`'s.
+    """
+    check_claim(run_url, attempt)
+    data = _serialise(checkpoint)
+    behind = f"-step-{checkpoint.step:06d}" if checkpoint.step else ""
+    entry = CheckpointEntry(
+        name=f"epoch-{checkpoint.epoch:04d}{behind}-{attempt}{_SUFFIX}",
+        epoch=checkpoint.epoch,
+        step=checkpoint.step,
+        val_auroc=None if checkpoint.step else scored_auroc(checkpoint),
+        weights=checkpoint.weights,
+        sha256=hashlib.sha256(data).hexdigest(),
+    )
+    storage.write_bytes(_url(run_url, entry.name), data)
+    old = check_claim(run_url, attempt)  # again: the bytes may have been under way for minutes
+    entries = (*old.entries, entry)
+    best = CheckpointIndex(entries=entries).best
+    kept = tuple(e for e in entries if e in entries[-keep_last:] or e == best)
+    _write_index(
+        run_url,
+        CheckpointIndex(
+            attempt=attempt, finished=finished, stopped_early=stopped_early, entries=kept
+        ),
+    )
+    for stale in {e.name for e in entries} - {e.name for e in kept}:
+        storage.remove(_url(run_url, stale))
+
+
+def _serialise(checkpoint: Checkpoint) -> bytes:
     buffer = io.BytesIO()
     plain = {
         **{name: getattr(checkpoint, name) for name in checkpoint.__dataclass_fields__},
@@ -123,25 +193,7 @@ def save_checkpoint(
         "history": list(checkpoint.history),
     }
     torch.save(plain, buffer)
-    behind = f"-step-{checkpoint.step:06d}" if checkpoint.step else ""
-    entry = CheckpointEntry(
-        name=f"epoch-{checkpoint.epoch:04d}{behind}.pt",
-        epoch=checkpoint.epoch,
-        step=checkpoint.step,
-        val_auroc=None if checkpoint.step else scored_auroc(checkpoint),
-        weights=checkpoint.weights,
-        sha256=hashlib.sha256(buffer.getvalue()).hexdigest(),
-    )
-    storage.write_bytes(_url(run_url, entry.name), buffer.getvalue())
-    old = find_index(run_url) or CheckpointIndex()
-    entries = (*(e for e in old.entries if (e.epoch, e.step) < (entry.epoch, entry.step)), entry)
-    best = CheckpointIndex(entries=entries).best
-    kept = tuple(e for e in entries if e in entries[-keep_last:] or e == best)
-    _write_index(
-        run_url, CheckpointIndex(finished=finished, stopped_early=stopped_early, entries=kept)
-    )
-    for stale in {e.name for e in (*old.entries, *entries)} - {e.name for e in kept}:
-        storage.remove(_url(run_url, stale))
+    return buffer.getvalue()
 
 
 def scored_auroc(checkpoint: Checkpoint) -> float | None:
@@ -197,14 +249,14 @@ def copy_to_cpu(state: Any) -> Any:
 
 def load_newest(
     run_url: str, index: CheckpointIndex, tell: Callable[[str], None] = lambda line: None
-) -> Checkpoint:
+) -> tuple[CheckpointEntry, Checkpoint]:
     """The newest checkpoint that is whole; `tell` hears of each that is not.
 
     Raises CheckpointError when none of the index's is.
     """
     for number, entry in enumerate(reversed(index.entries), 1):
         try:
-            return load_checkpoint(run_url, entry)
+            return entry, load_checkpoint(run_url, entry)
         except CheckpointError as error:
             if number == len(index.entries):
                 raise
@@ -214,25 +266,14 @@ def load_newest(
 
 def find_index(run_url: str) -> CheckpointIndex | None:
     """The run's index, or None where nothing has been trained. Raises CheckpointError."""
-    url = _url(run_url, "index.json")
-    try:
-        index = CheckpointIndex.model_validate_json(storage.read_bytes(url))
-    except FileNotFoundError:
-        return None
-    except ValidationError as error:
-        raise CheckpointError(f"{url}: not an index of checkpoints of this version") from error
-    if index.schema_version != SCHEMA_VERSION:
-        raise CheckpointError(
-            f"{url}: schema {index.schema_version}, this version reads {SCHEMA_VERSION}; use the "
-            "pneumo that wrote it, or train anew"
-        )
-    return index
+    index = _read_index(run_url)
+    return index if index is not None and index.entries else None
 
 
 def read_index(run_url: str) -> CheckpointIndex:
     """The run's index. Raises RunError where there is no checkpoint."""
     index = find_index(run_url)
-    if index is None or not index.entries:
+    if index is None:
         raise RunError(
             f"{run_url}: no checkpoint in it; train first, or give a run that was trained"
         )
@@ -291,8 +332,45 @@ def describe_code() -> str:
     return f"{__version__}+{revision}"
 
 
+def _read_index(run_url: str) -> CheckpointIndex | None:
+    url = _url(run_url, _INDEX)
+    try:
+        index = CheckpointIndex.model_validate_json(storage.read_bytes(url))
+    except FileNotFoundError as error:
+        # Taking this for a fresh run would sweep them away.
+        if _list_files(run_url):
+            raise CheckpointError(
+                f"{url}: missing, though there are checkpoints, for which nothing else vouches; "
+                "put it back, or give another --run"
+            ) from error
+        return None
+    except ValidationError as error:
+        raise CheckpointError(f"{url}: not an index of checkpoints of this version") from error
+    if index.schema_version != SCHEMA_VERSION:
+        raise CheckpointError(
+            f"{url}: schema {index.schema_version}, this version reads {SCHEMA_VERSION}; use the "
+            "pneumo that wrote it, or train anew"
+        )
+    return index
+
+
 def _write_index(run_url: str, index: CheckpointIndex) -> None:
-    storage.write_text(_url(run_url, "index.json"), index.model_dump_json(indent=1) + "\n")
+    storage.write_text(_url(run_url, _INDEX), index.model_dump_json(indent=1) + "\n")
+
+
+def _sweep(run_url: str, named: set[str]) -> None:
+    for name in _list_files(run_url):
+        if name not in named:
+            storage.remove(_url(run_url, name))
+    if storage.is_local(run_url):
+        for half in storage.local_path(_url(run_url, "")).glob(_UNFINISHED):
+            half.unlink(missing_ok=True)
+
+
+def _list_files(run_url: str) -> list[str]:
+    """Names of the run's checkpoints, whether or not the index knows them."""
+    names = storage.list_names(storage.join(run_url, "checkpoints"))
+    return [name for name in names if name.endswith(_SUFFIX)]
 
 
 def _url(run_url: str, name: str) -> str:

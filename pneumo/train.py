@@ -8,47 +8,40 @@ number of ranks (`learner.py`): losses and weights agree up to the rounding of s
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 
-from pneumo import loader, metrics, partition, storage
+from pneumo import loader, partition, storage
 from pneumo.checkpoint import (
     Checkpoint,
     CheckpointWriter,
+    check_claim,
     copy_to_cpu,
     describe_code,
-    find_index,
-    load_newest,
     save_checkpoint,
 )
 from pneumo.config import Config, TrainConfig
-from pneumo.errors import CheckpointError, DataError, DivergedError, PreemptedError, RunError
+from pneumo.errors import CheckpointError, DivergedError, PreemptedError
 from pneumo.learner import Learner
 from pneumo.loader import Loader
 from pneumo.model import Initialisation, build_model, initialise
 from pneumo.optimise import learning_rate
 from pneumo.outcomes import Divergence, Outcomes
 from pneumo.partition import World
-from pneumo.predict import score
+from pneumo.resumption import Resumption, find_last, take_up
 from pneumo.shards import Manifest, read_manifest
 from pneumo.timing import StepTimes
+from pneumo.validation import validate
 
 METRICS_LOG = "metrics.jsonl"
 DIVERGED = "diverged.json"
-TRAINING_SECTIONS = ("seed", "data", "augment", "model", "train")
-"""The settings that a resumed run must share with its checkpoint, but for those that only say how
-the same weights come about."""
-_NO_MATTER = {"compile", "keep_checkpoints", "checkpoint_every_steps"}
 _REPORTS_PER_EPOCH = 25
 _SLOW_DATA = 0.05
 """Share of an epoch spent waiting for data from which on it is said, where it is a second at
@@ -104,6 +97,8 @@ class _Run:
     manifest: Manifest
     image_size: int
     url: str
+    attempt: str
+    """The id under which this attempt writes."""
     learner: Learner
     initialisation: Initialisation
     writer: CheckpointWriter
@@ -133,7 +128,8 @@ def fit(
     `hooks.should_stop`.
     """
     manifest = read_manifest(store_url)
-    image_size = check_run(config, manifest, run_url, num_workers=world.size)
+    image_size = _check_sizes(config, manifest, num_workers=world.size)
+    resumption = take_up(config, manifest, run_url, world, hooks.on_note)
     train_data, val_data = (
         loader.open_loader(
             store_url,
@@ -149,7 +145,7 @@ def fit(
         )
         for split in ("train", "val")
     )
-    run = _begin(config, manifest, image_size, run_url, world, device, hooks)
+    run = _begin(config, manifest, image_size, run_url, world, device, hooks, resumption)
     first_epoch = len(run.history)
     hooks.on_start(run.initialisation, first_epoch)
     try:
@@ -159,7 +155,7 @@ def fit(
             if epoch > first_epoch:  # in the first a split may be read into memory
                 seconds = time.perf_counter() - started
                 _warn_of_slow_data(trained["data_wait"], seconds, epoch, hooks)
-            validated = _validate(run.learner, val_data, config, world)
+            validated = validate(run.learner, val_data, config, world)
             taken = {"epoch_s": time.perf_counter() - started}
             record = Epoch(epoch + 1, {"epoch": epoch + 1, **trained, **validated, **taken})
             run.history.append(record.metrics)
@@ -186,37 +182,17 @@ def check_run(config: Config, manifest: Manifest, run_url: str, *, num_workers: 
     Raises RunError when the run is finished or of another configuration or store, and ConfigError
     for sizes that do not fit.
     """
-    image_size = loader.input_size(manifest, config.data.image_size)
-    train = config.train
-    partition.check_batch_size(train.batch_size, train.micro_batch_size, num_workers)
-    partition.steps_per_epoch(manifest.splits["train"].samples, config.train.batch_size)
-    index = find_index(run_url)
-    if index is None or not index.entries:
-        return image_size
-    if index.finished:
-        raise RunError(
-            f"{run_url}: holds a finished run of {index.latest.epoch} epochs; give another --run"
-        )
-    before = load_newest(run_url, index)
-    if before.manifest_digest != manifest.digest:
-        raise RunError(
-            f"{run_url}: was begun on another store (manifest {before.manifest_digest[:12]}, not "
-            f"{manifest.digest[:12]}); give another --run"
-        )
-    then, now = (_training_settings(each) for each in (before.config, config))
-    changed = [name for name in TRAINING_SECTIONS if then[name] != now[name]]
-    if changed:
-        raise RunError(
-            f"{run_url}: was begun with other settings in {', '.join(changed)}; repeat them to go "
-            "on, or give another --run"
-        )
+    image_size = _check_sizes(config, manifest, num_workers=num_workers)
+    find_last(config, manifest, run_url)
     return image_size
 
 
-def _training_settings(config: Config) -> dict[str, Any]:
-    settings = config.model_dump(include=set(TRAINING_SECTIONS))
-    train = {name: v for name, v in settings["train"].items() if name not in _NO_MATTER}
-    return {**settings, "data": config.data.image_size, "train": train}
+def _check_sizes(config: Config, manifest: Manifest, *, num_workers: int) -> int:
+    image_size = loader.input_size(manifest, config.data.image_size)
+    train = config.train
+    partition.check_batch_size(train.batch_size, train.micro_batch_size, num_workers)
+    partition.steps_per_epoch(manifest.splits["train"].samples, train.batch_size)
+    return image_size
 
 
 def resolve_pos_weight(config: TrainConfig, manifest: Manifest) -> float:
@@ -240,13 +216,12 @@ def _begin(
     world: World,
     device: torch.device,
     hooks: Hooks,
+    resumption: Resumption,
 ) -> _Run:
-    """A fresh run, or one that goes on after its newest whole checkpoint."""
+    """A fresh run, or one that goes on where `resumption` says."""
     model = build_model(config.model.backbone)
-    index = find_index(run_url)
-    before = None
-    if index is not None and index.entries:
-        before = load_newest(run_url, index, hooks.on_note)
+    before = resumption.before
+    if before is not None:
         _load_weights(model, before.model, run_url)
         behind = f" and {before.step} steps" if before.step else ""
         initialisation = Initialisation(
@@ -270,8 +245,17 @@ def _begin(
         world=world,
         device=device,
     )
-    writer = CheckpointWriter(hooks.on_note)
-    run = _Run(config, manifest, image_size, run_url, learner, initialisation, writer, [])
+    run = _Run(
+        config=config,
+        manifest=manifest,
+        image_size=image_size,
+        url=run_url,
+        attempt=resumption.attempt,
+        learner=learner,
+        initialisation=initialisation,
+        writer=CheckpointWriter(hooks.on_note),
+        history=[],
+    )
     if before is not None:
         learner.optimizer.load_state_dict(before.optimizer)
         if learner.average is not None and before.ema is not None:
@@ -422,49 +406,6 @@ def _is_out_of_patience(history: list[dict[str, float | None]], config: TrainCon
     return len(values) - 1 - values.index(max(values)) >= config.patience
 
 
-def _validate(
-    learner: Learner, data: Loader, config: Config, world: World
-) -> dict[str, float | None]:
-    """Metrics of the whole val split by the weights, and by their average where there is one."""
-    pos_weight = float(learner.pos_weight)
-    found = _judge(learner.model, data, config, world, pos_weight, "val/")
-    if learner.average is not None:
-        found |= _judge(learner.average.model, data, config, world, pos_weight, "val/ema_")
-    return found
-
-
-def _judge(
-    model: nn.Module,
-    data: Loader,
-    config: Config,
-    world: World,
-    pos_weight: float,
-    prefix: str,
-) -> dict[str, float | None]:
-    """Metrics of the whole split, the same on every rank, each sample counted once."""
-    batch_size = max(config.train.batch_size // world.size, 1)
-    scores: Any = score(model, data.evaluation(batch_size=batch_size))
-    parts = [scores]
-    if world.size > 1:
-        parts = [None] * world.size
-        dist.all_gather_object(parts, scores)
-    # The ranks' shares follow one another in the store's order.
-    logits = np.concatenate([part.logits for part in parts]).astype(np.float64)
-    target = np.concatenate([part.targets for part in parts])
-    studies = len({key for part in parts for key in part.keys})
-    if len(logits) != len(data) or studies != len(data):
-        raise DataError(
-            f"val: {len(logits)} scores of {studies} studies, expected {len(data)} once"
-        )
-    loss = F.binary_cross_entropy_with_logits(
-        torch.from_numpy(logits),
-        torch.from_numpy(target).double(),
-        pos_weight=torch.tensor(pos_weight, dtype=torch.float64),
-    )
-    values = {"loss": float(loss), **metrics.binary_metrics_from_logits(target, logits)}
-    return {f"{prefix}{name}": v if math.isfinite(v) else None for name, v in values.items()}
-
-
 def _save(
     run: _Run, *, finished: bool = False, stopped_early: bool = False, wait: bool = False
 ) -> None:
@@ -493,6 +434,7 @@ def _save(
         _write,
         run.url,
         checkpoint,
+        attempt=run.attempt,
         keep_last=run.config.train.keep_checkpoints,
         finished=finished,
         stopped_early=stopped_early,
@@ -502,11 +444,12 @@ def _save(
         run.writer.flush()
 
 
-def _write(run_url: str, checkpoint: Checkpoint, **marks: Any) -> None:
-    """The epochs' metrics, the checkpoint, the index."""
+def _write(run_url: str, checkpoint: Checkpoint, *, attempt: str, **marks: Any) -> None:
+    """The epochs' metrics, the checkpoint, the index; nothing when the run is another attempt's."""
+    check_claim(run_url, attempt)
     lines = (json.dumps(record, allow_nan=False) for record in checkpoint.history)
     storage.write_text(storage.join(run_url, METRICS_LOG), "".join(f"{line}\n" for line in lines))
-    save_checkpoint(run_url, checkpoint, **marks)
+    save_checkpoint(run_url, checkpoint, attempt=attempt, **marks)
 
 
 def _barrier(world: World) -> None:

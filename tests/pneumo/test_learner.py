@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.ranks import run_ranks
+
 _RANK = """
-import sys
-from pathlib import Path
-import torch
-import torch.distributed as dist
 from pneumo.config import TrainConfig
 from pneumo.learner import Learner
 from pneumo.loader import Batch
 from pneumo.model import build_model
-from pneumo.partition import World, micro_batches
+from pneumo.partition import micro_batches
 
-folder, rank, size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-torch.set_num_threads(1)
-if size > 1:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank,
-                            world_size=size)
-world = World(rank, size)
 config = TrainConfig(batch_size=24, micro_batch_size=6, optimizer="sgd", label_smoothing=0.1)
 torch.manual_seed(0)
 model = build_model("resnet18").double()
@@ -47,27 +36,11 @@ for step in range(3):
 weights = torch.cat([p.detach().flatten() for p in model.parameters()])
 torch.save({"steps": steps, "weights": weights, "running": learner.statistics.running,
             "state": [b.clone() for b in model.buffers()]}, folder / f"{size}-{rank}.pt")
-if size > 1:
-    dist.destroy_process_group()
 """
 
 
 def learn(folder: Path, size: int) -> list[dict[str, Any]]:
-    (folder / "meeting").unlink(missing_ok=True)
-    environ = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", _RANK, str(folder), str(rank), str(size)],
-            env=environ,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-    for process in ranks:
-        output, _ = process.communicate(timeout=200)
-        assert process.returncode == 0, output
+    run_ranks(_RANK, folder, size)
     return [torch.load(folder / f"{size}-{rank}.pt") for rank in range(size)]
 
 

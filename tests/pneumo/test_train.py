@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pneumo import shards, storage
-from pneumo.checkpoint import Checkpoint, find_index, load_checkpoint, read_index, save_checkpoint
+from pneumo.checkpoint import (
+    Checkpoint,
+    claim_run,
+    find_index,
+    load_checkpoint,
+    read_index,
+    save_checkpoint,
+)
 from pneumo.config import Config, TrainConfig, override
 from pneumo.errors import ConfigError, DivergedError, PreemptedError, RunError, StoreError
 from pneumo.learner import Learner
@@ -28,6 +32,7 @@ from pneumo.model import Initialisation, build_model, initialise
 from pneumo.optimise import autocast_dtype, build_optimizer, learning_rate
 from pneumo.partition import World
 from pneumo.train import Epoch, Hooks, Pace, check_run, fit, resolve_pos_weight
+from tests.ranks import run_ranks
 
 StoreMaker = Callable[..., str]
 History = list[dict[str, float | None]]
@@ -401,7 +406,7 @@ def test_a_damaged_checkpoint_costs_an_epoch_and_is_told(store_url: str, tmp_pat
     config, notes, started = override(SMALL, {"train.epochs": 3}), [], []
     with pytest.raises(PowerCutError):
         run(config, store_url, str(tmp_path), on_step=cut)
-    damaged = tmp_path / "checkpoints" / "epoch-0002.pt"
+    damaged = tmp_path / "checkpoints" / read_index(str(tmp_path)).latest.name
     damaged.write_bytes(damaged.read_bytes()[:1000])
     run(
         config,
@@ -411,7 +416,7 @@ def test_a_damaged_checkpoint_costs_an_epoch_and_is_told(store_url: str, tmp_pat
         on_start=lambda how, epoch: started.append(epoch),
     )
     assert started == [1]
-    assert any("epoch-0002.pt: not what the index vouches for" in note for note in notes)
+    assert any(f"{damaged.name}: not what the index vouches for" in note for note in notes)
     assert read_index(str(tmp_path)).finished
 
 
@@ -496,7 +501,8 @@ def begun_run(store_url: str, tmp_path: Path) -> str:
         initialisation="random",
         code_version="0",
     )
-    save_checkpoint(str(tmp_path), checkpoint, keep_last=1, finished=False)
+    attempt = claim_run(str(tmp_path))
+    save_checkpoint(str(tmp_path), checkpoint, attempt=attempt, keep_last=1, finished=False)
     return str(tmp_path)
 
 
@@ -568,24 +574,17 @@ def test_a_folder_that_is_no_store_is_refused(tmp_path: Path) -> None:
 # --- several ranks --------------------------------------------------------------------------------
 
 _RANK = """
-import json, sys
-from pathlib import Path
-import torch
-import torch.distributed as dist
 from pneumo.config import Config
 from pneumo.errors import PreemptedError
-from pneumo.partition import World
 from pneumo.train import Hooks, fit
 
-folder, store_url, rank, size = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
+(store_url,) = arguments
 config = Config.model_validate_json((folder / "config.json").read_text())
 asked = iter([False, False, rank == 1])
 
 def train(name, **hooks):
-    history = fit(config, store_url=store_url, run_url=str(folder / name),
-                  world=World(rank, size), device=torch.device("cpu"), hooks=Hooks(**hooks))
+    history = fit(config, store_url=store_url, run_url=str(folder / name), world=world,
+                  device=torch.device("cpu"), hooks=Hooks(**hooks))
     (folder / f"{name}-{rank}.json").write_text(json.dumps(history))
 
 if size == 2:
@@ -596,25 +595,7 @@ if size == 2:
         pass
     train("begun")
 train("fresh")
-dist.destroy_process_group()
 """
-
-
-def run_ranks(folder: Path, store_url: str, size: int) -> None:
-    environ = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", _RANK, str(folder), store_url, str(rank), str(size)],
-            env=environ,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-    for process in ranks:
-        output, _ = process.communicate(timeout=250)
-        assert process.returncode == 0, output
 
 
 def read_history(folder: Path, name: str, rank: int) -> Any:
@@ -661,7 +642,7 @@ def test_any_number_of_ranks_computes_what_one_does(
     with pytest.raises(PowerCutError):
         run(config, store_url, str(tmp_path / "begun"), on_step=cut)
     torch.set_num_threads(threads)
-    run_ranks(tmp_path, store_url, size)
+    run_ranks(_RANK, tmp_path, size, store_url)
 
     reference = newest(str(tmp_path / "alone"))
     # What one rank began, two go on with in mid-epoch.
