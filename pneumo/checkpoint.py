@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pneumo import __version__, storage
 from pneumo.config import Config
-from pneumo.errors import CheckpointError, PneumoError, RunError
+from pneumo.errors import CheckpointError, RunError, StorageError
 
 SCHEMA_VERSION = 2
 _INDEX = "index.json"
@@ -205,22 +205,29 @@ def scored_auroc(checkpoint: Checkpoint) -> float | None:
 class CheckpointWriter:
     """Writes in a thread of its own while training goes on, one checkpoint at a time.
 
-    What is submitted must own its tensors (see `copy_to_cpu`). A checkpoint that cannot be written
-    is told of, and training goes on with the one before it; only `flush` raises.
+    What is submitted must own its tensors (see `copy_to_cpu`). An object store that does not answer
+    is told of and outlived, with the checkpoint before, but not `MOST_FAILURES` times in a row; any
+    other failure is raised by whichever method is called next.
     """
+
+    MOST_FAILURES = 3
 
     def __init__(self, tell: Callable[[str], None]) -> None:
         self._tell = tell
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self._failures = 0
+        """In a row."""
 
     def submit(self, write: Callable[[], None]) -> None:
         """Start `write` once the one before it has ended."""
-        try:
-            self.flush()
-        except (PneumoError, OSError) as error:
-            self._tell(f"warning: a checkpoint could not be written, training goes on: {error}")
+        self._settle()
         self._pending = self._pool.submit(write)
+
+    def check(self) -> None:
+        """Raise what has gone wrong by now; waits for nothing."""
+        if self._pending is not None and self._pending.done():
+            self._settle()
 
     def flush(self) -> None:
         """Return when all is written. Raises what the writing raised."""
@@ -234,6 +241,17 @@ class CheckpointWriter:
         pending, self._pending = self._pending, None
         if pending is not None and (error := pending.exception()) is not None:
             self._tell(f"warning: the last checkpoint could not be written: {error}")
+
+    def _settle(self) -> None:
+        try:
+            self.flush()
+        except StorageError as error:
+            self._failures += 1
+            if self._failures == self.MOST_FAILURES:
+                raise
+            self._tell(f"warning: a checkpoint could not be written, training goes on: {error}")
+        else:
+            self._failures = 0
 
 
 def copy_to_cpu(state: Any) -> Any:

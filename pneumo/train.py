@@ -28,7 +28,7 @@ from pneumo.checkpoint import (
     save_checkpoint,
 )
 from pneumo.config import Config, TrainConfig
-from pneumo.errors import CheckpointError, DivergedError, PreemptedError
+from pneumo.errors import CheckpointError, DivergedError, PreemptedError, StorageError
 from pneumo.learner import Learner
 from pneumo.loader import Loader
 from pneumo.model import Initialisation, build_model, initialise
@@ -314,6 +314,7 @@ def _train_epoch(run: _Run, data: Loader, epoch: int, hooks: Hooks) -> dict[str,
         if outcomes.divergence is not None:
             _diverge(run, outcomes.divergence, epoch, learner.world)
         run.epoch_loss = outcomes.loss_sum
+        run.writer.check()
         if outcomes.should_stop:
             _leave(run, epoch, learner.world)
         if is_kept and run.step < steps:
@@ -445,11 +446,22 @@ def _save(
 
 
 def _write(run_url: str, checkpoint: Checkpoint, *, attempt: str, **marks: Any) -> None:
-    """The epochs' metrics, the checkpoint, the index; nothing when the run is another attempt's."""
-    check_claim(run_url, attempt)
+    """The epochs' metrics, the checkpoint, the index; nothing when the run is another attempt's.
+
+    Raises CheckpointError where a local run cannot be written: a disk does not come back by itself.
+    """
     lines = (json.dumps(record, allow_nan=False) for record in checkpoint.history)
-    storage.write_text(storage.join(run_url, METRICS_LOG), "".join(f"{line}\n" for line in lines))
-    save_checkpoint(run_url, checkpoint, attempt=attempt, **marks)
+    log_url = storage.join(run_url, METRICS_LOG)
+    try:
+        check_claim(run_url, attempt)
+        storage.write_text(log_url, "".join(f"{line}\n" for line in lines))
+        save_checkpoint(run_url, checkpoint, attempt=attempt, **marks)
+    except StorageError as error:
+        if not storage.is_local(run_url):
+            raise
+        raise CheckpointError(
+            f"no checkpoint could be written: {error}; the same command goes on when that is mended"
+        ) from error
 
 
 def _barrier(world: World) -> None:

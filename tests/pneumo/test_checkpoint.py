@@ -8,6 +8,7 @@ import io
 import json
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from pneumo.checkpoint import (
     save_checkpoint,
 )
 from pneumo.config import Config, TrainConfig
-from pneumo.errors import CheckpointError, RunError
+from pneumo.errors import CheckpointError, RunError, StorageError
 
 
 def make_checkpoint(epoch: int = 1, auroc: float | None = 0.7, **changes: Any) -> Checkpoint:
@@ -398,25 +399,60 @@ def test_writing_does_not_hold_up_training_and_goes_one_at_a_time() -> None:
     writer.close()
 
 
-def test_a_failed_write_is_told_and_the_last_one_is_an_error(tmp_path: Path) -> None:
+def store_is_away() -> None:
+    raise StorageError("storage: s3://bucket/run: tried again for 120 s")
+
+
+def test_an_object_store_that_is_away_is_outlived_but_not_for_ever(tmp_path: Path) -> None:
     told: list[str] = []
     writer = CheckpointWriter(told.append)
-
-    def full() -> None:
-        raise OSError(28, "No space left on device")
-
-    writer.submit(full)
+    warning = "warning: a checkpoint could not be written, training goes on: storage: s3://bucket"
+    for _ in range(2):
+        writer.submit(store_is_away)
     writer.submit(lambda: save(str(tmp_path), 0.6))
-    assert told == [
-        "warning: a checkpoint could not be written, training goes on: [Errno 28] No space left on "
-        "device"
-    ]
+    assert [line[: len(warning)] for line in told] == [warning, warning]
     writer.flush()
     assert read_index(str(tmp_path)).latest.epoch == 1
-    writer.submit(full)
-    with pytest.raises(OSError, match="No space left"):
+    for _ in range(3):  # counted anew: one was written in between
+        writer.submit(store_is_away)
+    with pytest.raises(StorageError, match="tried again for 120 s"):
+        writer.submit(store_is_away)
+    writer.close()
+
+
+def test_what_waiting_does_not_mend_is_raised_as_soon_as_it_is_known() -> None:
+    told: list[str] = []
+    begun, go = threading.Event(), threading.Event()
+    writer = CheckpointWriter(told.append)
+
+    def fill() -> None:
+        begun.set()
+        go.wait(20)
+        raise CheckpointError("no checkpoint could be written: No space left on device")
+
+    writer.submit(fill)
+    begun.wait(20)
+    writer.check()  # still under way
+    go.set()
+
+    def keep_checking() -> None:
+        for _ in range(200):
+            writer.check()
+            time.sleep(0.05)
+
+    with pytest.raises(CheckpointError, match="No space left"):
+        keep_checking()
+    writer.close()
+    assert told == []
+
+
+def test_the_last_write_is_waited_for_and_its_failure_is_an_error() -> None:
+    told: list[str] = []
+    writer = CheckpointWriter(told.append)
+    writer.submit(store_is_away)
+    with pytest.raises(StorageError):
         writer.flush()
-    writer.submit(full)
+    writer.submit(store_is_away)
     writer.close()
     assert "the last checkpoint could not be written" in told[-1]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,14 @@ from pneumo.checkpoint import (
     save_checkpoint,
 )
 from pneumo.config import Config, TrainConfig, override
-from pneumo.errors import ConfigError, DivergedError, PreemptedError, RunError, StoreError
+from pneumo.errors import (
+    CheckpointError,
+    ConfigError,
+    DivergedError,
+    PreemptedError,
+    RunError,
+    StoreError,
+)
 from pneumo.learner import Learner
 from pneumo.loader import Batch
 from pneumo.model import Initialisation, build_model, initialise
@@ -418,6 +426,33 @@ def test_a_damaged_checkpoint_costs_an_epoch_and_is_told(store_url: str, tmp_pat
     assert started == [1]
     assert any(f"{damaged.name}: not what the index vouches for" in note for note in notes)
     assert read_index(str(tmp_path)).finished
+
+
+@pytest.fixture
+def _small_files() -> Iterator[None]:
+    """No file of this process may grow above 8 MB: a disk that is full for checkpoints."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8_000_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.usefixtures("_small_files")
+def test_a_disk_that_is_full_ends_the_run_at_the_first_checkpoint(
+    store_url: str, tmp_path: Path
+) -> None:
+    told: list[int] = []
+    message = (
+        r"^no checkpoint could be written: storage: cannot write .*: File too large; the same c"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        run(
+            override(SMALL, {"train.epochs": 9}),
+            store_url,
+            str(tmp_path),
+            on_epoch=lambda epoch: told.append(epoch.number),
+        )
+    assert told in ([1], [1, 2])
 
 
 def test_a_run_ends_early_when_patience_does(store_url: str, run_url: str) -> None:
