@@ -94,7 +94,7 @@ def train_run(config: Config, manifest: Manifest, store_url: str, run_url: str) 
         )
         return trainer.fit().return_value
 
-    recovery = Recovery(cluster, wanted, run_url, board, attempt, messages.put)
+    recovery = Recovery(cluster, wanted, store_url, run_url, board, attempt, messages.put)
     try:
         training = _start(lambda: recovery.run(nodes))
         try:
