@@ -87,27 +87,30 @@ class Recovery:
     leaving: threading.Event = field(default_factory=threading.Event)
     failures: int = 0
 
-    def run(self, nodes: Sequence[Node]) -> None:
-        """Train on `nodes` first. Raises what ended the last attempt when a new one is of no
-        use."""
+    def run(self, nodes: Sequence[Node]) -> bool:
+        """Train on `nodes` first; whether all that was trained is in a checkpoint, which a run that
+        is left in a hurry may not reach.
+
+        Raises what ended the last attempt when a new one is of no use.
+        """
         size = self._size(nodes)
         if size < self.cluster.num_workers:
             self.tell(f"starting with {_workers(size)} of {self.cluster.num_workers}")
         while True:
             self.board.clear()
             if self.leaving.is_set():  # after the board was cleared: no order to leave is lost
-                return
+                return True
             change = self._train(size, nodes)
             if change is None or self.leaving.is_set():
-                return
+                return change is None
             index = self._await_storage(change)
             # A worker may be lost after the last checkpoint was written and before Ray has seen it
             # end: then there is nothing left to train.
             if self.leaving.is_set() or (index is not None and index.finished):
-                return
+                return True
             nodes = self._wait_for_nodes(change)
             if self.leaving.is_set():
-                return
+                return True
             size = self._size(nodes)
             position = describe_position(index)
             self.tell(f"{change.reason}: going on with {_workers(size)} {position}")
@@ -121,16 +124,17 @@ class Recovery:
         self.board.post("stop")
 
     def _train(self, size: int, nodes: Sequence[Node]) -> Change | None:
-        """One attempt; why another is needed, or None when the run is over."""
+        """One attempt; why another is needed, or None when the run is over or was left with a
+        checkpoint."""
         with self._watching(size) as watch:
             try:
                 outcome = self.attempt(size, nodes)
             # Ray's controller reads and writes the run's folder too: without an answer it dies.
             except (TrainingFailedError, ray.exceptions.RayActorError, StorageError) as error:
                 if self.leaving.is_set():
-                    return None
+                    return Change("left", 0)
                 return Change(self._judge(error), len(self._staying()))
-        if outcome != STOPPED:
+        if outcome != STOPPED or self.leaving.is_set():
             return None
         return watch.change or Change("told to stop", size)
 

@@ -100,7 +100,7 @@ def train_run(config: Config, manifest: Manifest, store_url: str, run_url: str) 
         try:
             Follower(messages, tracker, epochs=config.train.epochs).follow(training)
         except KeyboardInterrupt:
-            _leave(recovery, training)
+            leave(recovery.leave, training)
             raise
         tracker.log_artifact(describe_weights(read_index(run_url).best, run_url, manifest))
     finally:
@@ -159,27 +159,32 @@ def build_trainer(
     )
 
 
-def _start(run: Callable[[], None]) -> Future[None]:
+def _start(run: Callable[[], bool]) -> Future[bool]:
     """Begin training in a thread: in the main one Ray Train would take Ctrl-C for itself."""
-    training: Future[None] = Future()
+    training: Future[bool] = Future()
 
     def run_all() -> None:
         try:
-            run()
+            training.set_result(run())
         except BaseException as error:  # handed to whoever asks the future
             training.set_exception(error)
-        else:
-            training.set_result(None)
 
     threading.Thread(target=run_all, name="training", daemon=True).start()
     return training
 
 
-def _leave(recovery: Recovery, training: Future[None]) -> None:
-    """Ctrl-C, or a scheduler's SIGTERM: have a checkpoint written, but not at any price."""
+def leave(
+    order: Callable[[], None], training: Future[bool], timeout_s: float = LEAVE_TIMEOUT_S
+) -> None:
+    """Ctrl-C, or a scheduler's SIGTERM: have a checkpoint written, but not at any price; what
+    `training` comes to says whether it was, or it is said here that it was not."""
     say("train: interrupted; writing a checkpoint (once more leaves without)")
-    recovery.leave()
-    wait([training], timeout=LEAVE_TIMEOUT_S)
+    order()
+    done, _ = wait([training], timeout=timeout_s)
+    if not done:
+        say(f"train: no checkpoint within {timeout_s:.0f} s; going on will be from the one before")
+    elif training.exception() is not None or not training.result():
+        say("train: no checkpoint could be written; going on will be from the one before")
 
 
 def report_training(index: CheckpointIndex, run_url: str, store_url: str) -> None:

@@ -107,6 +107,8 @@ class Checkpoint:
     random draw is made from it: there is no generator whose state would have to be kept."""
     epoch_loss: float = 0.0
     """Sum of these steps' losses."""
+    grad_norm: float | None = None
+    """Of the gradient in these steps, when it was last taken."""
     versions: dict[str, str] = field(default_factory=lambda: describe_versions())
     """Of what computes: python, torch."""
 
@@ -153,8 +155,8 @@ def save_checkpoint(
     finished: bool,
     stopped_early: bool = False,
 ) -> None:
-    """Write the checkpoint, then the index; then drop what is neither the best nor among the
-    last.
+    """Write the checkpoint, then the index; then drop what is neither the best nor among the last
+    `keep_last`: of those of whole epochs, and of those within the epoch after them.
 
     Raises RunError, and touches nothing, when the run is not `attempt`'s.
     """
@@ -172,8 +174,7 @@ def save_checkpoint(
     storage.write_bytes(_url(run_url, entry.name), data)
     old = check_claim(run_url, attempt)  # again: the bytes may have been under way for minutes
     entries = (*old.entries, entry)
-    best = CheckpointIndex(entries=entries).best
-    kept = tuple(e for e in entries if e in entries[-keep_last:] or e == best)
+    kept = _select_kept(entries, keep_last)
     _write_index(
         run_url,
         CheckpointIndex(
@@ -182,6 +183,18 @@ def save_checkpoint(
     )
     for stale in {e.name for e in entries} - {e.name for e in kept}:
         storage.remove(_url(run_url, stale))
+
+
+def _select_kept(
+    entries: tuple[CheckpointEntry, ...], keep_last: int
+) -> tuple[CheckpointEntry, ...]:
+    best = CheckpointIndex(entries=entries).best
+    whole = [entry for entry in entries if entry.step == 0]
+    # Once an epoch has a checkpoint of its own, those within it serve nothing.
+    epochs = whole[-1].epoch if whole else 0
+    inside = [entry for entry in entries if entry.step and entry.epoch >= epochs]
+    wanted = [best, *whole[-keep_last:], *inside[-keep_last:]]
+    return tuple(entry for entry in entries if entry in wanted)
 
 
 def _serialise(checkpoint: Checkpoint) -> bytes:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -42,7 +42,7 @@ from pneumo.validation import validate
 
 METRICS_LOG = "metrics.jsonl"
 DIVERGED = "diverged.json"
-_REPORTS_PER_EPOCH = 25
+_REPORT_INTERVAL_S = 1.0
 _SLOW_DATA = 0.05
 """Share of an epoch spent waiting for data from which on it is said, where it is a second at
 least."""
@@ -83,10 +83,10 @@ class Hooks:
     on_note: Callable[[str], None] = lambda line: None
     """A line worth knowing: how each split is fed, what went wrong and was mended."""
     on_pace: Callable[[Pace], None] = lambda pace: None
-    """About 25 times an epoch."""
+    """About once a second, and at the end of an epoch."""
     should_stop: Callable[[], bool] = lambda: False
-    """Asked each step. One rank's yes ends the run on all, with a checkpoint and
-    PreemptedError."""
+    """Asked after each step and each batch of val. One rank's yes ends the run on all, with a
+    checkpoint and PreemptedError."""
 
 
 @dataclass(eq=False)
@@ -108,6 +108,12 @@ class _Run:
     """Steps done of the epoch after them."""
     epoch_loss: float = 0.0
     """Sum of those steps' losses."""
+    grad_norm: float | None = None
+    """Of the gradient, when it was last taken in the epoch."""
+    saved_at: tuple[int, int] | None = None
+    """Epochs and steps of the latest checkpoint."""
+    saved_s: float = field(default_factory=time.monotonic)
+    """When it was taken, or the run begun, by time.monotonic."""
 
 
 def fit(
@@ -155,11 +161,15 @@ def fit(
             if epoch > first_epoch:  # in the first a split may be read into memory
                 seconds = time.perf_counter() - started
                 _warn_of_slow_data(trained["data_wait"], seconds, epoch, hooks)
-            validated = validate(run.learner, val_data, config, world)
+            if is_worth_saving(time.monotonic() - run.saved_s):
+                _save(run)
+            validated = validate(run.learner, val_data, config, world, hooks.should_stop)
+            if validated is None:
+                _leave(run, epoch, world)
             taken = {"epoch_s": time.perf_counter() - started}
             record = Epoch(epoch + 1, {"epoch": epoch + 1, **trained, **validated, **taken})
             run.history.append(record.metrics)
-            run.step, run.epoch_loss = 0, 0.0
+            run.step, run.epoch_loss, run.grad_norm = 0, 0.0, None
             stopped_early = _is_out_of_patience(run.history, config.train)
             finished = stopped_early or epoch + 1 == config.train.epochs
             _save(run, finished=finished, stopped_early=stopped_early, wait=finished)
@@ -201,6 +211,12 @@ def resolve_pos_weight(config: TrainConfig, manifest: Manifest) -> float:
         return config.pos_weight
     train = manifest.splits["train"]
     return (train.samples - train.positives) / train.positives
+
+
+def is_worth_saving(unsaved_s: float) -> bool:
+    """Whether an epoch's training gets a checkpoint before it is validated, which may take long:
+    when it would take a minute to repeat. A shorter one is not worth another 134 MB."""
+    return unsaved_s >= 60.0
 
 
 def scored_metric(config: TrainConfig) -> str:
@@ -262,6 +278,8 @@ def _begin(
             _load_weights(learner.average.model, before.ema, run_url)
         run.history = list(before.history)
         run.step, run.epoch_loss = before.step, before.epoch_loss
+        run.grad_norm = before.grad_norm
+        run.saved_at = (before.epoch, before.step)
     return run
 
 
@@ -281,9 +299,8 @@ def _train_epoch(run: _Run, data: Loader, epoch: int, hooks: Hooks) -> dict[str,
     """
     config, learner = run.config.train, run.learner
     steps = partition.steps_per_epoch(len(data), config.batch_size)
-    report_every = max(steps // _REPORTS_PER_EPOCH, 1)
     times = StepTimes(config.batch_size, data.device)
-    outcomes = Outcomes(data.device, loss_sum=run.epoch_loss)
+    outcomes = Outcomes(data.device, loss_sum=run.epoch_loss, grad_norm=run.grad_norm)
     paces = _Paces(learner, times, outcomes)
     learner.network.train()
     batches = data.epoch(
@@ -296,7 +313,7 @@ def _train_epoch(run: _Run, data: Loader, epoch: int, hooks: Hooks) -> dict[str,
     )
     for step, batch in enumerate(times.watch(batches), run.step):
         done = epoch * steps + step
-        is_reported = (step + 1) % report_every == 0
+        is_reported = step + 1 == steps or paces.is_due()
         outcome = learner.learn(
             batch,
             epoch=epoch,
@@ -306,18 +323,18 @@ def _train_epoch(run: _Run, data: Loader, epoch: int, hooks: Hooks) -> dict[str,
             stop=hooks.should_stop(),
             with_norm=is_reported,
         )
-        outcomes.put(step, batch.keys, outcome)
+        outcomes.put(step, batch.keys, outcome, learner.gradient_norm)
         run.step = step + 1
         is_kept = config.checkpoint_every_steps and run.step % config.checkpoint_every_steps == 0
         if outcomes.should_stop or is_kept or run.step == steps:
             outcomes.drain()
         if outcomes.divergence is not None:
             _diverge(run, outcomes.divergence, epoch, learner.world)
-        run.epoch_loss = outcomes.loss_sum
+        run.epoch_loss, run.grad_norm = outcomes.loss_sum, outcomes.grad_norm
         run.writer.check()
         if outcomes.should_stop:
             _leave(run, epoch, learner.world)
-        if is_kept and run.step < steps:
+        if is_kept:
             _save(run)
         hooks.on_step(epoch + 1, run.step, steps)
         if is_reported:
@@ -326,7 +343,7 @@ def _train_epoch(run: _Run, data: Loader, epoch: int, hooks: Hooks) -> dict[str,
     return {
         "train/loss": run.epoch_loss / steps,
         "lr": learner.optimizer.param_groups[0]["lr"],
-        "grad_norm": paces.norm,
+        "grad_norm": run.grad_norm,
         **times.read(),
     }
 
@@ -338,21 +355,24 @@ class _Paces:
         self.learner, self.times, self.outcomes = learner, times, outcomes
         self.num_losses = self.num_steps = 0
         """What the reports so far have covered."""
-        self.norm: float | None = None
-        """Of the gradient, at the latest report."""
+        self.taken_s = time.monotonic()
+
+    def is_due(self) -> bool:
+        """Whether the next step is to be reported. Ranks may differ: nothing that they share
+        depends on it."""
+        return time.monotonic() - self.taken_s >= _REPORT_INTERVAL_S
 
     def take(self) -> dict[str, float | None]:
-        """What `Pace.metrics` holds."""
+        """What `Pace.metrics` holds. Waits for nothing: on a GPU it is as of the step before."""
         losses = self.outcomes.losses[self.num_losses :]
-        norm = self.learner.gradient_norm
-        self.norm = None if norm is None else float(norm)
         found = {
             "train/loss": sum(losses) / len(losses) if losses else None,
             "lr": self.learner.optimizer.param_groups[0]["lr"],
-            "grad_norm": self.norm,
+            "grad_norm": self.outcomes.grad_norm,
             **self.times.read(self.num_steps),
         }
         self.num_losses, self.num_steps = len(self.outcomes.losses), len(self.times.steps_s)
+        self.taken_s = time.monotonic()
         return found
 
 
@@ -380,7 +400,7 @@ def _diverge(run: _Run, divergence: Divergence, epoch: int, world: World) -> Non
     )
 
 
-def _leave(run: _Run, epoch: int, world: World) -> None:
+def _leave(run: _Run, epoch: int, world: World) -> NoReturn:
     """Write a checkpoint of this very step, and end the run as was asked."""
     _save(run, wait=True)
     _barrier(world)
@@ -414,6 +434,12 @@ def _save(
     raises."""
     if run.learner.world.rank != 0:
         return
+    place = (len(run.history), run.step)
+    if place == run.saved_at:
+        if wait:
+            run.writer.flush()
+        return
+    run.saved_at, run.saved_s = place, time.monotonic()
     average = run.learner.average
     checkpoint = Checkpoint(
         model=copy_to_cpu(run.learner.model.state_dict()),
@@ -430,6 +456,7 @@ def _save(
         ema=None if average is None else copy_to_cpu(average.model.state_dict()),
         step=run.step,
         epoch_loss=run.epoch_loss,
+        grad_norm=run.grad_norm,
     )
     write = partial(
         _write,

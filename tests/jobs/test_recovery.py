@@ -199,7 +199,20 @@ def test_an_attempt_that_is_told_to_leave_is_the_last(board: Board) -> None:
         return STOPPED
 
     script.outcomes = [leave]
-    recovery.run(usable_nodes(ONE_CPU))
+    assert recovery.run(usable_nodes(ONE_CPU))
+    assert script.told == []
+
+
+def test_a_failure_on_the_way_out_leaves_no_checkpoint(board: Board) -> None:
+    script = Script([])
+    recovery = script.recovery(board, urls=REMOTE_RUN)
+
+    def fail_leaving(size: int) -> str:
+        recovery.leave()
+        raise fail(AWAY)
+
+    script.outcomes = [fail_leaving]
+    assert not recovery.run(usable_nodes(ONE_CPU))
     assert script.told == []
 
 

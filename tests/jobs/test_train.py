@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,36 @@ def test_more_workers_than_the_cluster_has_is_said_before_the_start(
     )
     assert code == 1
     assert "2 workers need 128 CPU (it has" in capsys.readouterr().err
+
+
+def end_with(outcome: bool | Exception) -> Future[bool]:
+    training: Future[bool] = Future()
+    if isinstance(outcome, Exception):
+        training.set_exception(outcome)
+    else:
+        training.set_result(outcome)
+    return training
+
+
+@pytest.mark.parametrize(
+    ("training", "said"),
+    [
+        (end_with(True), ""),
+        (end_with(False), "no checkpoint could be written; going on will be from the one before"),
+        (end_with(OSError()), "no checkpoint could be written; going on will be from the one bef"),
+        (Future(), "train: no checkpoint within 1 s; going on will be from the one before"),
+    ],
+)
+def test_who_leaves_learns_whether_there_is_a_checkpoint(
+    training: Future[bool], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ordered: list[None] = []
+    train.leave(lambda: ordered.append(None), training, timeout_s=1)
+    first, *rest = capsys.readouterr().err.splitlines()
+    assert first.startswith("train: interrupted; writing a checkpoint")
+    assert len(ordered) == 1
+    assert len(rest) == bool(said)
+    assert said in "".join(rest)
 
 
 @pytest.mark.parametrize("present", [[], ["train/000000.tar"]])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import resource
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,15 @@ from pneumo.loader import Batch
 from pneumo.model import Initialisation, build_model, initialise
 from pneumo.optimise import autocast_dtype, build_optimizer, learning_rate
 from pneumo.partition import World
-from pneumo.train import Epoch, Hooks, Pace, check_run, fit, resolve_pos_weight
+from pneumo.train import (
+    Epoch,
+    Hooks,
+    Pace,
+    check_run,
+    fit,
+    is_worth_saving,
+    resolve_pos_weight,
+)
 from tests.ranks import run_ranks
 
 StoreMaker = Callable[..., str]
@@ -406,6 +415,41 @@ def test_a_run_that_is_asked_to_stop_leaves_a_checkpoint_of_that_step(
     assert without_times(rest) == without_times(run(SMALL, store_url, f"{run_url}/whole"))
 
 
+def test_a_run_that_is_asked_to_stop_while_it_is_validated_leaves_its_epoch(
+    store_url: str, run_url: str
+) -> None:
+    asked = iter([False] * 4 + [True])
+    with pytest.raises(PreemptedError, match=r"left in epoch 1 after step 4, with a checkpoint"):
+        run(SMALL, store_url, f"{run_url}/left", should_stop=lambda: next(asked))
+    kept = newest(f"{run_url}/left")
+    assert (kept.epoch, kept.step) == (0, 4)
+    rest = run(SMALL, store_url, f"{run_url}/left")
+    assert without_times(rest) == without_times(run(SMALL, store_url, f"{run_url}/whole"))
+
+
+def test_an_epochs_last_step_is_kept_before_it_is_validated(store_url: str, run_url: str) -> None:
+    config = override(SMALL, {"train.checkpoint_every_steps": 4, "train.keep_checkpoints": 1})
+    asked: list[None] = []
+
+    def cut() -> bool:
+        asked.append(None)
+        if len(asked) == 11:  # twice four steps, two batches of val, and one
+            raise PowerCutError
+        return False
+
+    with pytest.raises(PowerCutError):
+        run(config, store_url, run_url, should_stop=cut)
+    places = [(entry.epoch, entry.step) for entry in read_index(run_url).entries]
+    assert places == [(1, 0), (1, 4)]
+    run(config, store_url, run_url)
+    assert [(e.epoch, e.step) for e in read_index(run_url).entries if e.step] == []
+
+
+def test_only_what_would_take_a_minute_to_repeat_is_kept_before_it_is_validated() -> None:
+    assert not is_worth_saving(59)
+    assert is_worth_saving(61)
+
+
 def test_a_damaged_checkpoint_costs_an_epoch_and_is_told(store_url: str, tmp_path: Path) -> None:
     def cut(epoch: int, step: int, steps: int) -> None:
         if epoch == 3:
@@ -470,14 +514,24 @@ def test_a_run_ends_early_when_patience_does(store_url: str, run_url: str) -> No
     assert notes[-1].startswith("no better val AUROC in 2 epochs (train.patience): the run ends")
 
 
-def test_the_pace_is_told_within_an_epoch(store_url: str, run_url: str) -> None:
+def test_the_pace_is_told_once_a_second_and_at_the_end_of_an_epoch(
+    store_url: str, run_url: str
+) -> None:
     paces: list[Pace] = []
-    history = run(override(SMALL, {"train.epochs": 1}), store_url, run_url, on_pace=paces.append)
-    places = [(pace.epoch, pace.step, pace.steps) for pace in paces]
-    assert places == [(1, step, 4) for step in range(1, 5)]
+    history = run(
+        override(SMALL, {"train.epochs": 1}),
+        store_url,
+        run_url,
+        on_pace=paces.append,
+        on_step=lambda epoch, step, steps: time.sleep(1.1 if step == 1 else 0),
+    )
+    assert [(pace.epoch, pace.step, pace.steps) for pace in paces][-2:] == [(1, 2, 4), (1, 4, 4)]
+    *_, second, last = paces
     losses = [pace.metrics["train/loss"] or 0.0 for pace in paces]
-    assert sum(losses) / 4 == pytest.approx(history[0]["train/loss"])
+    if len(paces) == 2:  # a busy machine may take a second for more steps
+        assert (2 * losses[0] + 2 * losses[1]) / 4 == pytest.approx(history[0]["train/loss"])
     assert all((pace.metrics["grad_norm"] or 0) > 0 for pace in paces)
+    assert last.metrics["grad_norm"] == history[0]["grad_norm"] != second.metrics["grad_norm"]
     for name in ("images_per_s", "step_p50_s", "step_p95_s"):
         assert (history[0][name] or 0) > 0
     assert 0 <= (history[0]["data_wait"] or 0) <= 1
