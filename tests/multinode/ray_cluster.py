@@ -65,21 +65,16 @@ class RayCluster:
         for machine in waits:
             self._wait(machine)
 
-    def drain(self, machine: Machine, *, deadline_s: int) -> None:
-        """Announce that the machine will be taken away, as an autoscaler of spot nodes does."""
-        (raylet,) = machine.processes("raylet/raylet")
-        (node_id,) = re.findall(r"--node_id=(\w+)", " ".join(raylet.cmdline()))
-        process = self.head.start(
-            *(*_RAY, "drain-node", f"--address={self._gcs}", f"--node-id={node_id}"),
-            *("--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot"),
-            f"--deadline-remaining-seconds={deadline_s}",
+    def depart(self, machine: Machine, *, grace_s: int) -> subprocess.Popen[bytes]:
+        """On the machine, what a spot worker's pod runs before its end; it ends when the machine's
+        workers have."""
+        return machine.start(
+            *(sys.executable, "-m", "jobs.departure", "--grace-s", str(grace_s)),
             environ=self.environ,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            cwd=CHECKOUT,
         )
-        said = process.communicate(timeout=60)[0].decode()
-        if process.returncode:
-            raise RuntimeError(f"ray drain-node: exit {process.returncode}:\n{said}")
 
     @contextlib.contextmanager
     def driver(self, *arguments: str, **environ: str) -> Iterator[Driver]:

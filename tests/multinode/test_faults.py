@@ -223,10 +223,13 @@ def test_a_node_that_will_be_taken_away_is_left_before(
     victim = site.cluster.workers[0]
     with site.cluster.driver(*site.train(run, *ELASTIC, epochs=12)) as driver:
         fault_s = driver.wait_for_line(r"epoch +2/12 ", timeout_s=RUN_TIMEOUT_S)
-        site.cluster.drain(victim, deadline_s=60)
+        hook = site.cluster.depart(victim, grace_s=60)
+        said, _ = hook.communicate(timeout=60)
+        assert (hook.returncode, said) == (0, b"")
+        assert not victim.processes("ray::RayTrainWorker")
+        victim.kill()
         again_s = driver.wait_for_line(TRAINS_AGAIN, timeout_s=120)
         end_well(driver)
-    victim.kill()
     assert f"node {victim.address} is being taken away: going on with 1 worker" in driver.said
     losses = read_losses(run, epochs=12)
     table.append(
