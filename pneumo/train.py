@@ -28,7 +28,7 @@ from pneumo.checkpoint import (
     save_checkpoint,
 )
 from pneumo.config import Config, TrainConfig
-from pneumo.errors import CheckpointError, DivergedError, PreemptedError, StorageError
+from pneumo.errors import CheckpointError, ConfigError, DivergedError, PreemptedError, StorageError
 from pneumo.learner import Learner
 from pneumo.loader import Loader
 from pneumo.model import Initialisation, build_model, initialise
@@ -134,7 +134,7 @@ def fit(
     `hooks.should_stop`.
     """
     manifest = read_manifest(store_url)
-    image_size = _check_sizes(config, manifest, num_workers=world.size)
+    image_size = _check_settings(config, manifest, num_workers=world.size)
     resumption = take_up(config, manifest, run_url, world, hooks.on_note)
     train_data, val_data = (
         loader.open_loader(
@@ -190,26 +190,36 @@ def check_run(config: Config, manifest: Manifest, run_url: str, *, num_workers: 
     """What can be known before the first step; the image size to train at.
 
     Raises RunError when the run is finished or of another configuration or store, and ConfigError
-    for sizes that do not fit.
+    for sizes that do not fit and a training split of one class.
     """
-    image_size = _check_sizes(config, manifest, num_workers=num_workers)
+    image_size = _check_settings(config, manifest, num_workers=num_workers)
     find_last(config, manifest, run_url)
     return image_size
 
 
-def _check_sizes(config: Config, manifest: Manifest, *, num_workers: int) -> int:
+def _check_settings(config: Config, manifest: Manifest, *, num_workers: int) -> int:
     image_size = loader.input_size(manifest, config.data.image_size)
     train = config.train
     partition.check_batch_size(train.batch_size, train.micro_batch_size, num_workers)
     partition.steps_per_epoch(manifest.splits["train"].samples, train.batch_size)
+    resolve_pos_weight(train, manifest)
     return image_size
 
 
 def resolve_pos_weight(config: TrainConfig, manifest: Manifest) -> float:
-    """The number behind `pos_weight`: negatives / positives of the training split if balanced."""
+    """The number behind `pos_weight`: negatives / positives of the training split if balanced.
+
+    Raises ConfigError where one of the two is none.
+    """
     if config.pos_weight != "balanced":
         return config.pos_weight
     train = manifest.splits["train"]
+    if not 0 < train.positives < train.samples:
+        raise ConfigError(
+            f"train.pos_weight: balanced needs both classes, and {train.positives} of the "
+            f"{train.samples} studies of the training split are positive; give a number, or "
+            "prepare a store with both"
+        )
     return (train.samples - train.positives) / train.positives
 
 

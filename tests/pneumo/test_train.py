@@ -296,6 +296,20 @@ def test_a_balanced_weight_is_negatives_over_positives_of_train(store_url: str) 
     assert resolve_pos_weight(TrainConfig(pos_weight=3.5), manifest) == 3.5
 
 
+@pytest.mark.parametrize("positives", [0, 51])
+def test_a_split_of_one_class_is_refused_before_the_first_step(
+    store_url: str, tmp_path: Path, positives: int
+) -> None:
+    manifest = shards.read_manifest(store_url)
+    train = manifest.splits["train"].model_copy(update={"positives": positives})
+    one_sided = manifest.model_copy(update={"splits": {**manifest.splits, "train": train}})
+    message = rf"train\.pos_weight: balanced needs both classes, and {positives} of the 51 studies"
+    with pytest.raises(ConfigError, match=message):
+        check_run(SMALL, one_sided, str(tmp_path), num_workers=1)
+    weighted = override(SMALL, {"train.pos_weight": 2.0})
+    assert check_run(weighted, one_sided, str(tmp_path), num_workers=1) == 32
+
+
 # --- a run ----------------------------------------------------------------------------------------
 
 
