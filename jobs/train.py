@@ -9,12 +9,14 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
 import torch
+import torch.distributed as dist
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
@@ -42,8 +44,11 @@ from pneumo.shards import Manifest, read_manifest
 from pneumo.tracking import Tracker, open_tracker
 from pneumo.train import check_run, fit
 
-PROCESS_GROUP_TIMEOUT_S = 180
-"""Longer than storage is retried: the others wait while rank 0 writes."""
+RENDEZVOUS_TIMEOUT_S = 180
+"""Within which the ranks of an attempt must find each other; else another is begun."""
+WAIT_TIMEOUT_S = 1800
+"""How long ranks wait for one another afterwards. One reads its split, or tries storage again and
+again, while the others are done; silent nodes are found by the board within seconds."""
 LEAVE_TIMEOUT_S = 25.0
 """Kubernetes kills 30 s after its SIGTERM."""
 
@@ -141,7 +146,7 @@ def build_trainer(
             "messages": messages,
             "board": board,
         },
-        torch_config=TorchConfig(timeout_s=PROCESS_GROUP_TIMEOUT_S),
+        torch_config=TorchConfig(timeout_s=RENDEZVOUS_TIMEOUT_S),
         scaling_config=ScalingConfig(
             num_workers=cluster.num_workers,
             use_gpu=uses_gpu(cluster),
@@ -217,6 +222,12 @@ def close_tracker(tracker: Tracker, run_url: str) -> None:
     say(f"W&B: not (all) sent; its files are in {places}: fetch them, then `wandb sync` them")
 
 
+def wait_longer() -> None:
+    """Let the ranks, which have found each other, wait WAIT_TIMEOUT_S for one another."""
+    if dist.is_initialized():
+        dist.set_timeout(timedelta(seconds=WAIT_TIMEOUT_S))
+
+
 def _train_worker(settings: dict[str, Any]) -> str | None:
     """What each Ray Train worker runs; STOPPED when it was told to stop."""
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
@@ -226,6 +237,7 @@ def _train_worker(settings: dict[str, Any]) -> str | None:
     )
     config = Config.model_validate(settings["config"])
     torch.set_num_threads(config.cluster.cpus_per_worker)
+    wait_longer()
     hooks = worker_hooks(settings["messages"], world, epochs=config.train.epochs)
     board: Board | None = settings["board"]
     if board is not None:

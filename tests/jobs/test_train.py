@@ -11,6 +11,7 @@ from pneumo.checkpoint import load_checkpoint, read_index
 from pneumo.config import Config
 from pneumo.shards import read_manifest
 from tests.jobs.conftest import SMALL, Prepared
+from tests.ranks import run_ranks
 
 
 def test_a_run_leaves_its_configuration_its_epochs_and_its_checkpoints(
@@ -86,6 +87,23 @@ def test_more_workers_than_the_cluster_has_is_said_before_the_start(
     )
     assert code == 1
     assert "2 workers need 128 CPU (it has" in capsys.readouterr().err
+
+
+_LATE_RANK = """
+from datetime import timedelta
+import time
+from jobs.train import wait_longer
+
+dist.set_timeout(timedelta(seconds=1))
+wait_longer()
+time.sleep(4 * rank)
+dist.barrier()
+"""
+
+
+@pytest.mark.slow
+def test_ranks_wait_for_one_another_longer_than_for_their_meeting(tmp_path: Path) -> None:
+    run_ranks(_LATE_RANK, tmp_path, 2)
 
 
 def end_with(outcome: bool | Exception) -> Future[bool]:
