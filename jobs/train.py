@@ -42,7 +42,7 @@ from pneumo.errors import PreemptedError
 from pneumo.partition import World
 from pneumo.shards import Manifest, read_manifest
 from pneumo.tracking import Tracker, open_tracker
-from pneumo.train import check_run, fit
+from pneumo.train import check_run, fit, read_history
 
 RENDEZVOUS_TIMEOUT_S = 180
 """Within which the ranks of an attempt must find each other; else another is begun."""
@@ -102,11 +102,13 @@ def train_run(config: Config, manifest: Manifest, store_url: str, run_url: str) 
     recovery = Recovery(cluster, wanted, store_url, run_url, board, attempt, messages.put)
     try:
         training = _start(lambda: recovery.run(nodes))
+        follower = Follower(messages, tracker, epochs=config.train.epochs)
         try:
-            Follower(messages, tracker, epochs=config.train.epochs).follow(training)
+            follower.follow(training)
         except KeyboardInterrupt:
             leave(recovery.leave, training)
             raise
+        follower.catch_up(read_history(run_url))
         tracker.log_artifact(describe_weights(read_index(run_url).best, run_url, manifest))
     finally:
         messages.shutdown(force=True)

@@ -49,6 +49,19 @@ least."""
 
 
 @dataclass(frozen=True)
+class Start:
+    """Where an attempt at a run begins."""
+
+    initialisation: Initialisation
+    history: tuple[dict[str, float | None], ...]
+    """Of the epochs that are complete: `Epoch.metrics` of each."""
+    step: int
+    """Steps done of the epoch after them."""
+    steps: int
+    """Of an epoch."""
+
+
+@dataclass(frozen=True)
 class Epoch:
     """What is known after an epoch."""
 
@@ -77,7 +90,7 @@ class Pace:
 class Hooks:
     """What the caller wants to hear; each is called on every rank."""
 
-    on_start: Callable[[Initialisation, int], None] = lambda initialisation, first_epoch: None
+    on_start: Callable[[Start], None] = lambda start: None
     on_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None
     on_epoch: Callable[[Epoch], None] = lambda epoch: None
     on_note: Callable[[str], None] = lambda line: None
@@ -153,7 +166,8 @@ def fit(
     )
     run = _begin(config, manifest, image_size, run_url, world, device, hooks, resumption)
     first_epoch = len(run.history)
-    hooks.on_start(run.initialisation, first_epoch)
+    steps = partition.steps_per_epoch(len(train_data), config.train.batch_size)
+    hooks.on_start(Start(run.initialisation, tuple(run.history), run.step, steps))
     try:
         for epoch in range(first_epoch, config.train.epochs):
             started = time.perf_counter()
@@ -227,6 +241,12 @@ def is_worth_saving(unsaved_s: float) -> bool:
     """Whether an epoch's training gets a checkpoint before it is validated, which may take long:
     when it would take a minute to repeat. A shorter one is not worth another 134 MB."""
     return unsaved_s >= 60.0
+
+
+def read_history(run_url: str) -> list[dict[str, float | None]]:
+    """The run's metrics.jsonl: `Epoch.metrics` of each epoch that is complete."""
+    lines = storage.read_text(storage.join(run_url, METRICS_LOG)).splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def scored_metric(config: TrainConfig) -> str:

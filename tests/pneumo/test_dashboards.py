@@ -14,7 +14,7 @@ def test_views_name_what_the_jobs_log(capsys, monkeypatch):
     found = json.loads(capsys.readouterr().out)
     assert list(found) == ["Train", "Tune", "Evaluate"]
     text = {name: json.dumps(view) for name, view in found.items()}
-    for key in ("train/loss", "val/auroc", "images_per_s"):
+    for key in ("train/loss", "val/auroc", "train/lr", "train/grad_norm", "perf/data_wait"):
         assert key in text["Train"]
     assert "best/val_auroc" in text["Tune"]
     for key in (

@@ -37,13 +37,14 @@ from pneumo.errors import (
 )
 from pneumo.learner import Learner
 from pneumo.loader import Batch
-from pneumo.model import Initialisation, build_model, initialise
+from pneumo.model import build_model, initialise
 from pneumo.optimise import autocast_dtype, build_optimizer, learning_rate
 from pneumo.partition import World
 from pneumo.train import (
     Epoch,
     Hooks,
     Pace,
+    Start,
     check_run,
     fit,
     is_worth_saving,
@@ -315,18 +316,20 @@ def test_a_split_of_one_class_is_refused_before_the_first_step(
 
 def test_a_run_leaves_its_metrics_and_tells_its_hooks(store_url: str, run_url: str) -> None:
     config = override(SMALL, {"train.schedule": "cosine"})
-    started: list[tuple[Initialisation, int]] = []
+    started: list[Start] = []
     steps: list[tuple[int, int, int]] = []
     told: list[Epoch] = []
     history = run(
         config,
         store_url,
         run_url,
-        on_start=lambda *arguments: started.append(arguments),
+        on_start=started.append,
         on_step=lambda *arguments: steps.append(arguments),
         on_epoch=told.append,
     )
-    assert [(how.source, first) for how, first in started] == [("random", 0)]
+    (start,) = started
+    assert start.initialisation.source == "random"
+    assert (start.history, start.step, start.steps) == ((), 0, 4)
     assert steps == [(epoch, step, 4) for epoch in (1, 2) for step in (1, 2, 3, 4)]
     assert [epoch.number for epoch in told] == [1, 2]
     assert [epoch.metrics for epoch in told] == history
@@ -367,7 +370,12 @@ def test_a_run_that_was_cut_goes_on_bit_for_bit(store_url: str, run_url: str) ->
         run(config, store_url, f"{run_url}/cut", on_step=cut)
     assert newest(f"{run_url}/cut").epoch == 2
     started: list[int] = []
-    rest = run(config, store_url, f"{run_url}/cut", on_start=lambda how, e: started.append(e))
+    rest = run(
+        config,
+        store_url,
+        f"{run_url}/cut",
+        on_start=lambda start: started.append(len(start.history)),
+    )
     assert started == [2]
     assert without_times(rest) == without_times(whole)
     one, two = newest(f"{run_url}/whole"), newest(f"{run_url}/cut")
@@ -479,7 +487,7 @@ def test_a_damaged_checkpoint_costs_an_epoch_and_is_told(store_url: str, tmp_pat
         store_url,
         str(tmp_path),
         on_note=notes.append,
-        on_start=lambda how, epoch: started.append(epoch),
+        on_start=lambda start: started.append(len(start.history)),
     )
     assert started == [1]
     assert any(f"{damaged.name}: not what the index vouches for" in note for note in notes)
