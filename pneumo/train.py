@@ -37,15 +37,12 @@ from pneumo.outcomes import Divergence, Outcomes
 from pneumo.partition import World
 from pneumo.resumption import Resumption, find_last, take_up
 from pneumo.shards import Manifest, read_manifest
-from pneumo.timing import StepTimes
+from pneumo.timing import SlowData, StepTimes
 from pneumo.validation import validate
 
 METRICS_LOG = "metrics.jsonl"
 DIVERGED = "diverged.json"
 _REPORT_INTERVAL_S = 1.0
-_SLOW_DATA = 0.05
-"""Share of an epoch spent waiting for data from which on it is said, where it is a second at
-least."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +120,7 @@ class _Run:
     """Sum of those steps' losses."""
     grad_norm: float | None = None
     """Of the gradient, when it was last taken in the epoch."""
+    slow_data: SlowData = field(default_factory=SlowData)
     saved_at: tuple[int, int] | None = None
     """Epochs and steps of the latest checkpoint."""
     saved_s: float = field(default_factory=time.monotonic)
@@ -172,9 +170,6 @@ def fit(
         for epoch in range(first_epoch, config.train.epochs):
             started = time.perf_counter()
             trained = _train_epoch(run, train_data, epoch, hooks)
-            if epoch > first_epoch:  # in the first a split may be read into memory
-                seconds = time.perf_counter() - started
-                _warn_of_slow_data(trained["data_wait"], seconds, epoch, hooks)
             if is_worth_saving(time.monotonic() - run.saved_s):
                 _save(run)
             validated = validate(run.learner, val_data, config, world, hooks.should_stop)
@@ -370,6 +365,7 @@ def _train_epoch(run: _Run, data: Loader, epoch: int, hooks: Hooks) -> dict[str,
         if is_reported:
             hooks.on_pace(Pace(epoch + 1, run.step, steps, paces.take()))
     learner.optimizer.zero_grad(set_to_none=True)
+    _warn_of_slow_data(run.slow_data.add(times), epoch, hooks)
     return {
         "train/loss": run.epoch_loss / steps,
         "lr": learner.optimizer.param_groups[0]["lr"],
@@ -440,12 +436,12 @@ def _leave(run: _Run, epoch: int, world: World) -> NoReturn:
     )
 
 
-def _warn_of_slow_data(data_wait: float | None, seconds: float, epoch: int, hooks: Hooks) -> None:
-    if data_wait is not None and data_wait > _SLOW_DATA and data_wait * seconds > 1:
+def _warn_of_slow_data(share: float | None, epoch: int, hooks: Hooks) -> None:
+    if share is not None:
         hooks.on_note(
-            f"warning: {data_wait:.0%} of epoch {epoch + 1} was spent waiting for data; keep it in "
-            "memory (data.cache), or raise data.readers and cluster.cpus_per_worker, or set "
-            "data.cache_dir"
+            f"warning: {share:.0%} of the time until epoch {epoch + 1} was spent waiting for data; "
+            "keep it in memory (data.cache), or raise data.readers and cluster.cpus_per_worker, or "
+            "set data.cache_dir"
         )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import fsspec
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -557,6 +558,37 @@ def test_the_pace_is_told_once_a_second_and_at_the_end_of_an_epoch(
     for name in ("images_per_s", "step_p50_s", "step_p95_s"):
         assert (history[0][name] or 0) > 0
     assert 0 <= (history[0]["data_wait"] or 0) <= 1
+
+
+class _SlowFileSystem(MemoryFileSystem):
+    """An object store that takes a while for each answer."""
+
+    protocol = "slowly"
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        stripped: str = super()._strip_protocol(path.removeprefix("slowly://"))
+        return stripped
+
+    def cat_file(self, *arguments: Any, **options: Any) -> bytes:
+        time.sleep(0.6)
+        data: bytes = super().cat_file(*arguments, **options)
+        return data
+
+
+def test_waiting_for_data_is_told_in_a_run_of_one_epoch(
+    tiny_store: StoreMaker, run_url: str
+) -> None:
+    folder = Path(tiny_store(train=240, val=13, samples_per_shard=16))
+    fsspec.register_implementation("slowly", _SlowFileSystem, clobber=True)
+    slow = fsspec.filesystem("slowly")
+    for path in folder.rglob("*.*"):
+        slow.pipe_file(f"/store/{path.relative_to(folder)}", path.read_bytes())
+    streamed = {"data.cache": "stream", "data.prefetch_blocks": 1, "data.readers": 1}
+    notes: list[str] = []
+    config = override(SMALL, {"train.epochs": 1, "train.micro_batch_size": 12, **streamed})
+    run(config, "slowly:///store", run_url, on_note=notes.append)
+    assert sum("% of the time until epoch 1 was spent waiting for data; keep" in n for n in notes)
 
 
 def test_held_or_streamed_a_run_is_the_same_bit_for_bit(store_url: str, run_url: str) -> None:
