@@ -30,6 +30,7 @@ from cluster.package import Package, collect, stage
 from cluster.states import JobState, Phase, Started, Write
 from cluster.submission import Submission, is_remote
 from pneumo.errors import AccessError, ClusterError, ConfigError, PneumoError
+from pneumo.revision import REVISION, find_revision
 
 CONNECT_TIMEOUT_S = 5.0
 FIRST_ANSWER_TIMEOUT_S = 5.0
@@ -273,7 +274,11 @@ def submit(client: Client, submission: Submission, package: Package) -> Started:
                 },
                 runtime_env={
                     "working_dir": folder,
-                    "env_vars": {**submission.environment, **STOP_GENTLY},
+                    "env_vars": {
+                        **submission.environment,
+                        **STOP_GENTLY,
+                        **_describe_code(package),
+                    },
                 },
             )
         except _RefusedError:
@@ -283,6 +288,12 @@ def submit(client: Client, submission: Submission, package: Package) -> Started:
                 raise
             return _join(running, submission)
     return Started(new_id, already_running=False)
+
+
+def _describe_code(package: Package) -> dict[str, str]:
+    """What the code that is sent cannot find out there: its revision."""
+    revision = find_revision(package.root)
+    return {REVISION: revision} if revision else {}
 
 
 def follow(

@@ -14,20 +14,21 @@ from __future__ import annotations
 import hashlib
 import io
 import platform
-import subprocess
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pneumo import __version__, storage
+from pneumo import storage
 from pneumo.config import Config
 from pneumo.errors import CheckpointError, RunError, StorageError
+from pneumo.revision import describe_code as describe_code
 
 SCHEMA_VERSION = 2
 _INDEX = "index.json"
@@ -110,7 +111,7 @@ class Checkpoint:
     grad_norm: float | None = None
     """Of the gradient in these steps, when it was last taken."""
     versions: dict[str, str] = field(default_factory=lambda: describe_versions())
-    """Of what computes: python, torch."""
+    """Of what computes: `describe_versions`."""
 
     @property
     def weights(self) -> Literal["raw", "ema"]:
@@ -343,24 +344,14 @@ def load_checkpoint(run_url: str, entry: CheckpointEntry) -> Checkpoint:
 
 
 def describe_versions() -> dict[str, str]:
-    """Of what computes."""
-    return {"python": platform.python_version(), "torch": str(torch.__version__)}
-
-
-def describe_code() -> str:
-    """Package version, and the git revision where the code lies in a checkout."""
-    try:
-        revision = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return __version__
-    return f"{__version__}+{revision}"
+    """Of what computes: Python, torch and what it was built for, and what else is installed."""
+    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    for package in ("torchvision", "ray"):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    if torch.version.cuda is not None:
+        found["cuda"] = torch.version.cuda
+    return found
 
 
 def _read_index(run_url: str) -> CheckpointIndex | None:

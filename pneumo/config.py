@@ -34,13 +34,13 @@ from pydantic_settings import (
 
 from pneumo import storage
 from pneumo.errors import ConfigError
+from pneumo.revision import REVISION
 
 M = TypeVar("M", bound=BaseModel)
 
 ENVIRONMENT_PREFIX = "PNEUMO_"
-NOT_SETTINGS = frozenset({"PNEUMO_HASH_KEY", storage.ANONYMOUS})
-"""Environment variables with our prefix that are no settings: they are about secrets, and read
-where they are needed."""
+NOT_SETTINGS = frozenset({"PNEUMO_HASH_KEY", storage.ANONYMOUS, REVISION})
+"""Environment variables with our prefix that are no settings, and read where they are needed."""
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from cluster import ray_jobs
+from pneumo.revision import REVISION
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 DOCKERFILE = (CHECKOUT / "Dockerfile").read_text()
@@ -86,6 +87,7 @@ def test_dependencies_are_a_layer_of_their_own_and_the_user_is_nobody_special() 
     assert order == ["/opt/pneumo", "/app/pneumo", "/app/jobs"]
     assert "USER 1000:100" in lines
     assert "--require-hashes" in DOCKERFILE
+    assert f"ENV {REVISION}=${{REVISION}}" in lines
     for label in ("title", "description", "licenses", "version", "revision"):
         assert f"org.opencontainers.image.{label}=" in DOCKERFILE
 

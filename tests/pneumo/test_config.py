@@ -268,8 +268,8 @@ def test_toggles_are_off_until_given() -> None:
     assert not arguments.debug
 
 
-def test_the_hash_key_in_the_environment_is_no_setting() -> None:
-    environ = {"PNEUMO_HASH_KEY": "secret"}
+def test_hash_key_and_revision_in_the_environment_are_no_settings() -> None:
+    environ = {"PNEUMO_HASH_KEY": "secret", "PNEUMO_REVISION": "abc1234"}
     assert parse_command_line("train", NEEDED["train"], environ).config == Config()
 
 
