@@ -37,7 +37,7 @@ from jobs.session import (
 )
 from pneumo import storage
 from pneumo.checkpoint import CheckpointIndex, read_index
-from pneumo.config import ClusterConfig, Config, Invocation, TrainArguments
+from pneumo.config import ClusterConfig, Config, Invocation, TrainArguments, override
 from pneumo.errors import PreemptedError
 from pneumo.partition import World
 from pneumo.shards import Manifest, read_manifest
@@ -55,7 +55,7 @@ LEAVE_TIMEOUT_S = 25.0
 
 def train(invocation: Invocation) -> None:
     """Train on `--store`, leaving the run in `--run`."""
-    arguments, config = invocation.arguments, invocation.config
+    arguments, config = invocation.arguments, with_absolute_weights(invocation.config)
     assert isinstance(arguments, TrainArguments)
     store_url = storage.normalise(arguments.store)
     run_url = storage.normalise(arguments.run) if arguments.run else new_run_url("train")
@@ -65,6 +65,13 @@ def train(invocation: Invocation) -> None:
     with ray_session(show_logs=arguments.debug):
         index = train_run(config, manifest, store_url, run_url)
     report_training(index, run_url, store_url)
+
+
+def with_absolute_weights(config: Config) -> Config:
+    """The same, a path of weights made absolute: workers run in folders of their own."""
+    if config.model.weights in ("imagenet", "random"):
+        return config
+    return override(config, {"model.weights": storage.normalise(config.model.weights)})
 
 
 def train_run(config: Config, manifest: Manifest, store_url: str, run_url: str) -> CheckpointIndex:

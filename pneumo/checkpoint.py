@@ -367,7 +367,10 @@ def _read_index(run_url: str) -> CheckpointIndex | None:
             ) from error
         return None
     except ValidationError as error:
-        raise CheckpointError(f"{url}: not an index of checkpoints of this version") from error
+        raise CheckpointError(
+            f"{url}: not an index of checkpoints of this version, and nothing else vouches for the "
+            "files beside it; put a copy of it back, or give another --run"
+        ) from error
     if index.schema_version != SCHEMA_VERSION:
         raise CheckpointError(
             f"{url}: schema {index.schema_version}, this version reads {SCHEMA_VERSION}; use the "

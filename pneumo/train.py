@@ -31,7 +31,7 @@ from pneumo.config import Config, TrainConfig
 from pneumo.errors import CheckpointError, ConfigError, DivergedError, PreemptedError, StorageError
 from pneumo.learner import Learner
 from pneumo.loader import Loader
-from pneumo.model import Initialisation, build_model, initialise
+from pneumo.model import Initialisation, build_model, check_weights, initialise
 from pneumo.optimise import learning_rate
 from pneumo.outcomes import Divergence, Outcomes
 from pneumo.partition import World
@@ -199,10 +199,12 @@ def check_run(config: Config, manifest: Manifest, run_url: str, *, num_workers: 
     """What can be known before the first step; the image size to train at.
 
     Raises RunError when the run is finished or of another configuration or store, and ConfigError
-    for sizes that do not fit and a training split of one class.
+    for sizes that do not fit, a training split of one class, and weights that a fresh run could not
+    begin with.
     """
     image_size = _check_settings(config, manifest, num_workers=num_workers)
-    find_last(config, manifest, run_url)
+    if find_last(config, manifest, run_url) is None:
+        check_weights(config.model)
     return image_size
 
 
@@ -421,8 +423,8 @@ def _diverge(run: _Run, divergence: Divergence, epoch: int, world: World) -> Non
         storage.write_text(url, json.dumps(facts, indent=1) + "\n")
     raise DivergedError(
         f"epoch {epoch + 1}, step {divergence.step + 1}: the training loss is {divergence.loss}; "
-        f"lower train.lr, now {run.config.train.lr:g}, or set train.clip_norm; the keys of the "
-        f"batch are in {url}"
+        f"give another --run with a lower train.lr, now {run.config.train.lr:g}, or with "
+        f"train.clip_norm; the keys of the batch are in {url}"
     )
 
 

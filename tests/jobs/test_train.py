@@ -8,7 +8,7 @@ import pytest
 
 from jobs import train
 from pneumo.checkpoint import load_checkpoint, read_index
-from pneumo.config import Config
+from pneumo.config import Config, override
 from pneumo.shards import read_manifest
 from tests.jobs.conftest import SMALL, Prepared
 from tests.ranks import run_ranks
@@ -57,6 +57,10 @@ def test_a_finished_run_is_left_alone(
             "train.batch_size: 40 is no multiple of train.micro_batch_size 16",
         ),
         (["--cluster.min-workers", "2"], "min_workers 2 is more than num_workers 1"),
+        (
+            ["--model.weights", "no/such.pt"],
+            "such.pt' is no file; give 'imagenet', 'random' or the",
+        ),
         (["--train.lr", "-1"], "train.lr: got '-1'"),
         (["--train.lrr", "1"], "unknown setting --train.lrr"),
     ],
@@ -104,6 +108,15 @@ dist.barrier()
 @pytest.mark.slow
 def test_ranks_wait_for_one_another_longer_than_for_their_meeting(tmp_path: Path) -> None:
     run_ranks(_LATE_RANK, tmp_path, 2)
+
+
+def test_weights_beside_the_driver_are_found_by_workers_in_other_folders(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    beside = override(Config(), {"model.weights": "weights.pt"})
+    assert train.with_absolute_weights(beside).model.weights == str(tmp_path / "weights.pt")
+    assert train.with_absolute_weights(Config()) == Config()
 
 
 def end_with(outcome: bool | Exception) -> Future[bool]:

@@ -615,7 +615,10 @@ def test_held_or_streamed_a_run_is_the_same_bit_for_bit(store_url: str, run_url:
 
 def test_a_loss_that_is_no_number_ends_the_run(store_url: str, run_url: str) -> None:
     config = override(SMALL, {"train.lr": 1e30})
-    message = r"epoch 1, step \d: the training loss is (nan|inf); lower train\.lr, now 1e\+30"
+    message = (
+        r"epoch 1, step \d: the training loss is (nan|inf); give another --run with a lower "
+        r"train\.lr, now 1e\+30"
+    )
     with pytest.raises(DivergedError, match=message):
         run(config, store_url, run_url)
     assert find_index(run_url) is None
@@ -707,6 +710,17 @@ def test_sizes_that_do_not_fit_are_refused_before_the_first_step(
     manifest = shards.read_manifest(store_url)
     with pytest.raises(ConfigError, match=message):
         check_run(override(SMALL, changes), manifest, str(tmp_path), num_workers=num_workers)
+
+
+def test_weights_that_do_not_fit_are_refused_before_the_first_step(
+    store_url: str, tmp_path: Path
+) -> None:
+    manifest = shards.read_manifest(store_url)
+    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "weights.pt")
+    for name, message in (("weights.pt", "does not fit"), ("absent.pt", "is no file; give 'image")):
+        config = override(SMALL, {"model.weights": str(tmp_path / name)})
+        with pytest.raises(ConfigError, match=rf"^model\.weights: .*{name}'? {message}"):
+            check_run(config, manifest, str(tmp_path / "fresh"), num_workers=1)
 
 
 def test_a_folder_that_is_no_store_is_refused(tmp_path: Path) -> None:
