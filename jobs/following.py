@@ -90,12 +90,13 @@ def describe_pace(pace: Pace) -> str:
 
 def name_for_tracking(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
     """An epoch's metrics under the names that a Tracker takes: what has no prefix in metrics.jsonl
-    is about training (`train/lr`) or about its speed (`perf/images_per_s`)."""
+    is about training (`train/lr`) or about its speed (`perf/images_per_s`). What was fed is no
+    curve, and stays there."""
     of_training = ("lr", "grad_norm")
     return {
         name if "/" in name else f"{'train' if name in of_training else 'perf'}/{name}": value
         for name, value in metrics.items()
-        if name != "epoch"
+        if name != "epoch" and not name.startswith("data/")
     }
 
 

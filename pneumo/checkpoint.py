@@ -110,6 +110,9 @@ class Checkpoint:
     """Sum of these steps' losses."""
     grad_norm: float | None = None
     """Of the gradient in these steps, when it was last taken."""
+    samples_fed: int = 0
+    digest_fed: int = 0
+    """What these steps were fed: a `Tally` over all ranks."""
     versions: dict[str, str] = field(default_factory=lambda: describe_versions())
     """Of what computes: `describe_versions`."""
 

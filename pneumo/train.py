@@ -28,7 +28,14 @@ from pneumo.checkpoint import (
     save_checkpoint,
 )
 from pneumo.config import Config, TrainConfig
-from pneumo.errors import CheckpointError, ConfigError, DivergedError, PreemptedError, StorageError
+from pneumo.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DivergedError,
+    PreemptedError,
+    StorageError,
+)
 from pneumo.learner import Learner
 from pneumo.loader import Loader
 from pneumo.model import Initialisation, build_model, check_weights, initialise
@@ -37,6 +44,7 @@ from pneumo.outcomes import Divergence, Outcomes
 from pneumo.partition import World
 from pneumo.resumption import Resumption, find_last, take_up
 from pneumo.shards import Manifest, read_manifest
+from pneumo.tally import Tally
 from pneumo.timing import SlowData, StepTimes
 from pneumo.validation import validate
 
@@ -65,7 +73,8 @@ class Epoch:
     number: int
     """Counted from 1."""
     metrics: dict[str, float | None]
-    """train/loss; lr and grad_norm at its end; val/loss, val/auroc, val/accuracy, val/precision,
+    """train/loss; data/samples and data/digest, what its steps were fed (`Tally`); lr and grad_norm
+    at its end; val/loss, val/auroc, val/accuracy, val/precision,
     val/recall (at p = 0.5; None where undefined) and the same as val/ema_… of the averaged weights;
     epoch_s, and what `StepTimes.read` gives."""
 
@@ -120,6 +129,10 @@ class _Run:
     """Sum of those steps' losses."""
     grad_norm: float | None = None
     """Of the gradient, when it was last taken in the epoch."""
+    tally: Tally = field(default_factory=Tally)
+    """What this rank's part of those steps was fed; on rank 0 with what was fed before it began."""
+    fed: Tally = field(default_factory=Tally)
+    """The same over all ranks, when it was last added up."""
     slow_data: SlowData = field(default_factory=SlowData)
     saved_at: tuple[int, int] | None = None
     """Epochs and steps of the latest checkpoint."""
@@ -179,6 +192,7 @@ def fit(
             record = Epoch(epoch + 1, {"epoch": epoch + 1, **trained, **validated, **taken})
             run.history.append(record.metrics)
             run.step, run.epoch_loss, run.grad_norm = 0, 0.0, None
+            run.tally = run.fed = Tally()
             stopped_early = _is_out_of_patience(run.history, config.train)
             finished = stopped_early or epoch + 1 == config.train.epochs
             _save(run, finished=finished, stopped_early=stopped_early, wait=finished)
@@ -306,6 +320,8 @@ def _begin(
         run.history = list(before.history)
         run.step, run.epoch_loss = before.step, before.epoch_loss
         run.grad_norm = before.grad_norm
+        run.fed = Tally(before.samples_fed, before.digest_fed)
+        run.tally = run.fed if world.rank == 0 else Tally()
         run.saved_at = (before.epoch, before.step)
     return run
 
@@ -353,8 +369,16 @@ def _train_epoch(run: _Run, data: Loader, epoch: int, hooks: Hooks) -> dict[str,
         outcomes.put(step, batch.keys, outcome, learner.gradient_norm)
         run.step = step + 1
         is_kept = config.checkpoint_every_steps and run.step % config.checkpoint_every_steps == 0
-        if outcomes.should_stop or is_kept or run.step == steps:
+        run.tally = run.tally.add(
+            batch.keys,
+            epoch=epoch,
+            step=step,
+            micro_batches=learner.mine,
+            micro_batch_size=config.micro_batch_size,
+        )
+        if outcomes.should_stop or is_kept or run.step == steps:  # the same on all ranks
             outcomes.drain()
+            run.fed = run.tally.total(learner.world, data.device)
         if outcomes.divergence is not None:
             _diverge(run, outcomes.divergence, epoch, learner.world)
         run.epoch_loss, run.grad_norm = outcomes.loss_sum, outcomes.grad_norm
@@ -368,8 +392,15 @@ def _train_epoch(run: _Run, data: Loader, epoch: int, hooks: Hooks) -> dict[str,
             hooks.on_pace(Pace(epoch + 1, run.step, steps, paces.take()))
     learner.optimizer.zero_grad(set_to_none=True)
     _warn_of_slow_data(run.slow_data.add(times), epoch, hooks)
+    if run.fed.samples != steps * config.batch_size:
+        raise DataError(
+            f"epoch {epoch + 1}: fed {run.fed.samples} samples, expected {steps} steps of "
+            f"{config.batch_size}"
+        )
     return {
         "train/loss": run.epoch_loss / steps,
+        "data/samples": run.fed.samples,
+        "data/digest": run.fed.digest,
         "lr": learner.optimizer.param_groups[0]["lr"],
         "grad_norm": run.grad_norm,
         **times.read(),
@@ -485,6 +516,8 @@ def _save(
         step=run.step,
         epoch_loss=run.epoch_loss,
         grad_norm=run.grad_norm,
+        samples_fed=run.fed.samples,
+        digest_fed=run.fed.digest,
     )
     write = partial(
         _write,

@@ -70,7 +70,7 @@ def test_what_is_trained_again_is_said(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_a_trackers_names_have_a_prefix() -> None:
     named = name_for_tracking(make_epoch(1).metrics | {"data/samples": 20.0})
-    assert {name.split("/")[0] for name in named} == {"train", "val", "perf", "data"}
+    assert {name.split("/")[0] for name in named} == {"train", "val", "perf"}
     assert {"train/lr", "train/grad_norm", "perf/images_per_s", "perf/epoch_s"} < set(named)
 
 
