@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pty
 import re
 import secrets
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Iterator
@@ -77,16 +79,21 @@ class RayCluster:
         )
 
     @contextlib.contextmanager
-    def driver(self, *arguments: str, **environ: str) -> Iterator[Driver]:
-        """`python -m arguments` beside the head; killed at the end if it still runs."""
+    def driver(self, *arguments: str, at_terminal: bool = False) -> Iterator[Driver]:
+        """`python -m arguments` beside the head, with a terminal or not; killed at the end if it
+        still runs."""
+        reads, writes = pty.openpty() if at_terminal else os.pipe()
+        if at_terminal:
+            termios.tcsetwinsize(writes, (24, 120))
         guardian = self.head.start(
             *(sys.executable, "-u", "-m", *arguments),
-            environ={**self.environ, "RAY_ADDRESS": self._gcs, **environ},
-            stdout=subprocess.PIPE,
+            environ={**self.environ, "RAY_ADDRESS": self._gcs, "TERM": "xterm"},
+            stdout=writes,
             stderr=subprocess.STDOUT,
             cwd=CHECKOUT,
         )
-        driver = Driver(guardian)
+        os.close(writes)
+        driver = Driver(guardian, reads)
         try:
             yield driver
         finally:
@@ -132,10 +139,11 @@ class RayCluster:
 
 
 class Driver:
-    """A job that runs; what it says is kept with the second it was said."""
+    """A job that runs; what it says is kept with the second it was said. `reads` is where it says
+    it, a file descriptor."""
 
-    def __init__(self, guardian: subprocess.Popen[bytes]) -> None:
-        self.guardian = guardian
+    def __init__(self, guardian: subprocess.Popen[bytes], reads: int) -> None:
+        self.guardian, self._reads = guardian, reads
         self.started_s = time.monotonic()
         self.lines: list[tuple[float, str]] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -174,6 +182,15 @@ class Driver:
         return "\n".join(f"{when - self.started_s:6.1f} {line}" for when, line in list(self.lines))
 
     def _read(self) -> None:
-        assert self.guardian.stdout is not None
-        for line in self.guardian.stdout:
-            self.lines.append((time.monotonic(), line.decode(errors="replace").rstrip()))
+        rest = b""
+        with contextlib.suppress(OSError):  # a terminal whose programs have all ended
+            while chunk := os.read(self._reads, 65536):
+                # At a terminal a bar is drawn again and again in the same line.
+                *whole, rest = re.split(rb"[\r\n]+", rest + chunk)
+                self._keep(whole)
+        self._keep([rest])
+        os.close(self._reads)
+
+    def _keep(self, lines: list[bytes]) -> None:
+        said = (re.sub(rb"\x1b\[[0-9;]*\w", b"", line).decode(errors="replace") for line in lines)
+        self.lines += [(time.monotonic(), line.rstrip()) for line in said if line.strip()]
