@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -685,6 +686,12 @@ def test_settings_that_do_not_touch_training_may_change(begun_run: str, store_ur
     assert check_run(changed, shards.read_manifest(store_url), begun_run, num_workers=3) == 32
 
 
+def test_weights_of_another_model_are_not_taken(begun_run: str, store_url: str) -> None:
+    message = rf"^{begun_run}: its newest checkpoint holds the weights of another model"
+    with pytest.raises(CheckpointError, match=message):
+        run(SMALL, store_url, begun_run)
+
+
 def test_another_store_does_not_go_on_with_a_run(begun_run: str, tiny_store: StoreMaker) -> None:
     other = shards.read_manifest(tiny_store(seed=1))
     message = rf"was begun on another store \(manifest \w{{12}}, not {other.digest[:12]}\); give an"
@@ -731,8 +738,8 @@ def test_a_folder_that_is_no_store_is_refused(tmp_path: Path) -> None:
 # --- several ranks --------------------------------------------------------------------------------
 
 _RANK = """
-from pneumo.config import Config
-from pneumo.errors import PreemptedError
+from pneumo.config import Config, override
+from pneumo.errors import DivergedError, PreemptedError
 from pneumo.train import Hooks, fit
 
 (store_url,) = arguments
@@ -745,6 +752,13 @@ def train(name, **hooks):
     (folder / f"{name}-{rank}.json").write_text(json.dumps(history))
 
 if size == 2:
+    diverging = override(config, {"train.lr": 1e30, "train.optimizer": "adam"})
+    try:
+        fit(diverging, store_url=store_url, run_url=str(folder / "diverged"), world=world,
+            device=torch.device("cpu"), hooks=Hooks())
+        raise SystemExit("went on though the loss is no number")
+    except DivergedError as error:
+        (folder / f"diverged-{rank}.json").write_text(json.dumps(str(error)))
     try:
         train("asked", should_stop=lambda: next(asked, False))
         raise SystemExit("went on though one rank was asked to stop")
@@ -759,6 +773,13 @@ def read_history(folder: Path, name: str, rank: int) -> Any:
     return json.loads((folder / f"{name}-{rank}.json").read_text())
 
 
+def begin_weights() -> dict[str, torch.Tensor]:
+    """The weights of SMALL before its first step."""
+    model = build_model("resnet18")
+    initialise(model, SMALL.model, seed=SMALL.seed)
+    return dict(model.named_parameters())
+
+
 def assert_alike(
     history: Any, checkpoint: Checkpoint, alone: Any, checkpoint_alone: Checkpoint
 ) -> None:
@@ -768,8 +789,12 @@ def assert_alike(
         for name, value in expected.items():
             within = 0.01 if name == "grad_norm" else 1e-3
             assert record[name] == pytest.approx(value, rel=within, abs=within), name
-    one, two = flat(checkpoint.model), flat(checkpoint_alone.model)
-    assert (one - two).norm() < 1e-3 * two.norm()
+    one, two, start = (
+        flat({name: state[name] for name in begin_weights()})
+        for state in (checkpoint.model, checkpoint_alone.model, begin_weights())
+    )
+    # Of the way that they went: all weights are near those that they began with.
+    assert 0 < (one - two).norm() < 1e-2 * (two - start).norm()
     for name, value in checkpoint_alone.model.items():
         if "running" in name:
             torch.testing.assert_close(checkpoint.model[name], value, rtol=1e-2, atol=1e-3)
@@ -811,3 +836,9 @@ def test_any_number_of_ranks_computes_what_one_does(
     if size == 2:
         left = newest(str(tmp_path / "asked"))
         assert (left.epoch, left.step) == (0, 3)
+        # A loss that is no number ends all ranks at once, and the file has the keys of all.
+        said = [read_history(tmp_path, "diverged", rank) for rank in range(size)]
+        assert said[0] == said[1]
+        assert re.match(r"epoch 1, step \d: the training loss is (nan|inf); give ano", said[0])
+        facts = json.loads((tmp_path / "diverged" / "diverged.json").read_text())
+        assert len(facts["keys"]) == len(set(facts["keys"])) == 24
