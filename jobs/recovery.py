@@ -27,6 +27,7 @@ from jobs.nodes import (
     Node,
     answering_nodes,
     list_nodes,
+    release_groups,
     request_room,
     silent_addresses,
     usable_nodes,
@@ -186,6 +187,7 @@ class Recovery:
         started_s = spoken_s = time.monotonic()
         fewest = self.cluster.fewest_workers
         while not self.leaving.is_set():
+            release_groups()
             nodes = usable_nodes(self.wanted)
             fits, waited_s = count_fitting(nodes, self.wanted), time.monotonic() - started_s
             if fits >= fewest and (fits >= change.hopes or waited_s > _SETTLE_S):
