@@ -63,3 +63,10 @@ def test_what_was_fast_for_long_does_not_hide_what_is_slow_now() -> None:
     for _ in range(100):
         assert slow.add(make_times((0.0, 100.0))) is None
     assert slow.add(make_times((2.0, 10.0))) == pytest.approx(0.2)
+
+
+def test_what_tells_a_gpus_utilisation_is_installed() -> None:
+    # torch.cuda.utilization gives up without it, and the log would say nothing.
+    import pynvml
+
+    assert callable(pynvml.nvmlDeviceGetUtilizationRates)
