@@ -292,6 +292,9 @@ def _begin(
             else config.model.model_copy(update={"weights": "random"})
         )
         initialisation = initialise(model, wanted, seed=config.seed)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # what NCCL and the collectives of objects take
+        torch.backends.cudnn.benchmark = True  # micro-batches are all of one shape
     if config.train.compile and device.type == "cpu":
         hooks.on_note("warning: train.compile: on a CPU compiled steps are rarely faster")
     learner = Learner(
