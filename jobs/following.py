@@ -18,9 +18,9 @@ from ray.util.queue import Queue
 
 from jobs.command import say
 from jobs.progress import Progress
+from pneumo.hooks import Epoch, Hooks, Pace, Start
 from pneumo.partition import World
 from pneumo.tracking import Tracker
-from pneumo.train import Epoch, Hooks, Pace, Start
 
 _WORTH_SAYING = 0.05
 """Share of the time that waiting for data may take unnoticed."""

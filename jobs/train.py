@@ -39,10 +39,11 @@ from pneumo import storage
 from pneumo.checkpoint import CheckpointIndex, read_index
 from pneumo.config import ClusterConfig, Config, Invocation, TrainArguments, override
 from pneumo.errors import PreemptedError
+from pneumo.keeping import read_history
 from pneumo.partition import World
 from pneumo.shards import Manifest, read_manifest
 from pneumo.tracking import Tracker, open_tracker
-from pneumo.train import check_run, fit, read_history
+from pneumo.train import check_run, fit
 
 RENDEZVOUS_TIMEOUT_S = 180
 """Within which the ranks of an attempt must find each other; else another is begun."""

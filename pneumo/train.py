@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NoReturn
@@ -19,14 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from pneumo import loader, partition, storage
-from pneumo.checkpoint import (
-    Checkpoint,
-    CheckpointWriter,
-    check_claim,
-    copy_to_cpu,
-    describe_code,
-    save_checkpoint,
-)
+from pneumo.checkpoint import Checkpoint, copy_to_cpu, describe_code
 from pneumo.config import Config, TrainConfig
 from pneumo.errors import (
     CheckpointError,
@@ -34,8 +26,10 @@ from pneumo.errors import (
     DataError,
     DivergedError,
     PreemptedError,
-    StorageError,
 )
+from pneumo.hooks import Epoch, Pace, Start
+from pneumo.hooks import Hooks as Hooks
+from pneumo.keeping import Keeper
 from pneumo.learner import Learner
 from pneumo.loader import Loader
 from pneumo.model import Initialisation, build_model, check_weights, initialise
@@ -48,64 +42,8 @@ from pneumo.tally import Tally
 from pneumo.timing import SlowData, StepTimes
 from pneumo.validation import validate
 
-METRICS_LOG = "metrics.jsonl"
 DIVERGED = "diverged.json"
 _REPORT_INTERVAL_S = 1.0
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where an attempt at a run begins."""
-
-    initialisation: Initialisation
-    history: tuple[dict[str, float | None], ...]
-    """Of the epochs that are complete: `Epoch.metrics` of each."""
-    step: int
-    """Steps done of the epoch after them."""
-    steps: int
-    """Of an epoch."""
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """What is known after an epoch."""
-
-    number: int
-    """Counted from 1."""
-    metrics: dict[str, float | None]
-    """train/loss; data/samples and data/digest, what its steps were fed (`Tally`); lr and grad_norm
-    at its end; val/loss, val/auroc, val/accuracy, val/precision,
-    val/recall (at p = 0.5; None where undefined) and the same as val/ema_… of the averaged weights;
-    epoch_s, and what `StepTimes.read` gives."""
-
-
-@dataclass(frozen=True)
-class Pace:
-    """How training goes within an epoch."""
-
-    epoch: int
-    """Counted from 1."""
-    step: int
-    """Steps done of it."""
-    steps: int
-    metrics: dict[str, float | None]
-    """Since the last one: train/loss, lr, grad_norm and what `StepTimes.read` gives."""
-
-
-@dataclass(frozen=True)
-class Hooks:
-    """What the caller wants to hear; each is called on every rank."""
-
-    on_start: Callable[[Start], None] = lambda start: None
-    on_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None
-    on_epoch: Callable[[Epoch], None] = lambda epoch: None
-    on_note: Callable[[str], None] = lambda line: None
-    """A line worth knowing: how each split is fed, what went wrong and was mended."""
-    on_pace: Callable[[Pace], None] = lambda pace: None
-    """About once a second, and at the end of an epoch."""
-    should_stop: Callable[[], bool] = lambda: False
-    """Asked after each step and each batch of val. One rank's yes ends the run on all, with a
-    checkpoint and PreemptedError."""
 
 
 @dataclass(eq=False)
@@ -116,11 +54,9 @@ class _Run:
     manifest: Manifest
     image_size: int
     url: str
-    attempt: str
-    """The id under which this attempt writes."""
     learner: Learner
     initialisation: Initialisation
-    writer: CheckpointWriter
+    keeper: Keeper
     history: list[dict[str, float | None]]
     """Of the epochs that are complete."""
     step: int = 0
@@ -134,10 +70,6 @@ class _Run:
     fed: Tally = field(default_factory=Tally)
     """The same over all ranks, when it was last added up."""
     slow_data: SlowData = field(default_factory=SlowData)
-    saved_at: tuple[int, int] | None = None
-    """Epochs and steps of the latest checkpoint."""
-    saved_s: float = field(default_factory=time.monotonic)
-    """When it was taken, or the run begun, by time.monotonic."""
 
 
 def fit(
@@ -157,6 +89,9 @@ def fit(
     StoreError, ConfigError, DataError, CheckpointError, DivergedError, and PreemptedError after
     `hooks.should_stop`.
     """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # what NCCL takes for collectives of objects
+        torch.backends.cudnn.benchmark = True  # micro-batches are all of one shape
     manifest = read_manifest(store_url)
     image_size = _check_settings(config, manifest, num_workers=world.size)
     resumption = take_up(config, manifest, run_url, world, hooks.on_note)
@@ -183,7 +118,7 @@ def fit(
         for epoch in range(first_epoch, config.train.epochs):
             started = time.perf_counter()
             trained = _train_epoch(run, train_data, epoch, hooks)
-            if is_worth_saving(time.monotonic() - run.saved_s):
+            if run.keeper.is_worth_saving:
                 _save(run)
             validated = validate(run.learner, val_data, config, world, hooks.should_stop)
             if validated is None:
@@ -205,7 +140,7 @@ def fit(
                 )
                 break
     finally:
-        run.writer.close()
+        run.keeper.close()
     return run.history
 
 
@@ -248,18 +183,6 @@ def resolve_pos_weight(config: TrainConfig, manifest: Manifest) -> float:
     return (train.samples - train.positives) / train.positives
 
 
-def is_worth_saving(unsaved_s: float) -> bool:
-    """Whether an epoch's training gets a checkpoint before it is validated, which may take long:
-    when it would take a minute to repeat. A shorter one is not worth another 134 MB."""
-    return unsaved_s >= 60.0
-
-
-def read_history(run_url: str) -> list[dict[str, float | None]]:
-    """The run's metrics.jsonl: `Epoch.metrics` of each epoch that is complete."""
-    lines = storage.read_text(storage.join(run_url, METRICS_LOG)).splitlines()
-    return [json.loads(line) for line in lines]
-
-
 def scored_metric(config: TrainConfig) -> str:
     """The metric that says which epoch is the best: of the averaged weights where there are any."""
     return "val/auroc" if config.ema_decay is None else "val/ema_auroc"
@@ -292,9 +215,6 @@ def _begin(
             else config.model.model_copy(update={"weights": "random"})
         )
         initialisation = initialise(model, wanted, seed=config.seed)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # what NCCL and the collectives of objects take
-        torch.backends.cudnn.benchmark = True  # micro-batches are all of one shape
     if config.train.compile and device.type == "cpu":
         hooks.on_note("warning: train.compile: on a CPU compiled steps are rarely faster")
     learner = Learner(
@@ -310,10 +230,15 @@ def _begin(
         manifest=manifest,
         image_size=image_size,
         url=run_url,
-        attempt=resumption.attempt,
         learner=learner,
         initialisation=initialisation,
-        writer=CheckpointWriter(hooks.on_note),
+        keeper=Keeper(
+            run_url,
+            resumption.attempt,
+            keep_last=config.train.keep_checkpoints,
+            tell=hooks.on_note,
+            begun_at=None if before is None else (before.epoch, before.step),
+        ),
         history=[],
     )
     if before is not None:
@@ -325,7 +250,6 @@ def _begin(
         run.grad_norm = before.grad_norm
         run.fed = Tally(before.samples_fed, before.digest_fed)
         run.tally = run.fed if world.rank == 0 else Tally()
-        run.saved_at = (before.epoch, before.step)
     return run
 
 
@@ -385,7 +309,7 @@ def _train_epoch(run: _Run, data: Loader, epoch: int, hooks: Hooks) -> dict[str,
         if outcomes.divergence is not None:
             _diverge(run, outcomes.divergence, epoch, learner.world)
         run.epoch_loss, run.grad_norm = outcomes.loss_sum, outcomes.grad_norm
-        run.writer.check()
+        run.keeper.check()
         if outcomes.should_stop:
             _leave(run, epoch, learner.world)
         if is_kept:
@@ -489,21 +413,15 @@ def _is_out_of_patience(history: list[dict[str, float | None]], config: TrainCon
     return len(values) - 1 - values.index(max(values)) >= config.patience
 
 
-def _save(
-    run: _Run, *, finished: bool = False, stopped_early: bool = False, wait: bool = False
-) -> None:
-    """Begin to write a checkpoint of where the run is; `wait` returns when it is written, or
-    raises."""
-    if run.learner.world.rank != 0:
-        return
-    place = (len(run.history), run.step)
-    if place == run.saved_at:
-        if wait:
-            run.writer.flush()
-        return
-    run.saved_at, run.saved_s = place, time.monotonic()
+def _save(run: _Run, **marks: bool) -> None:
+    """Have rank 0 keep where the run is; `marks` are those of `Keeper.save`."""
+    if run.learner.world.rank == 0:
+        run.keeper.save((len(run.history), run.step), partial(_take_checkpoint, run), **marks)
+
+
+def _take_checkpoint(run: _Run) -> Checkpoint:
     average = run.learner.average
-    checkpoint = Checkpoint(
+    return Checkpoint(
         model=copy_to_cpu(run.learner.model.state_dict()),
         optimizer=copy_to_cpu(run.learner.optimizer.state_dict()),
         epoch=len(run.history),
@@ -522,37 +440,6 @@ def _save(
         samples_fed=run.fed.samples,
         digest_fed=run.fed.digest,
     )
-    write = partial(
-        _write,
-        run.url,
-        checkpoint,
-        attempt=run.attempt,
-        keep_last=run.config.train.keep_checkpoints,
-        finished=finished,
-        stopped_early=stopped_early,
-    )
-    run.writer.submit(write)
-    if wait:
-        run.writer.flush()
-
-
-def _write(run_url: str, checkpoint: Checkpoint, *, attempt: str, **marks: Any) -> None:
-    """The epochs' metrics, the checkpoint, the index; nothing when the run is another attempt's.
-
-    Raises CheckpointError where a local run cannot be written: a disk does not come back by itself.
-    """
-    lines = (json.dumps(record, allow_nan=False) for record in checkpoint.history)
-    log_url = storage.join(run_url, METRICS_LOG)
-    try:
-        check_claim(run_url, attempt)
-        storage.write_text(log_url, "".join(f"{line}\n" for line in lines))
-        save_checkpoint(run_url, checkpoint, attempt=attempt, **marks)
-    except StorageError as error:
-        if not storage.is_local(run_url):
-            raise
-        raise CheckpointError(
-            f"no checkpoint could be written: {error}; the same command goes on when that is mended"
-        ) from error
 
 
 def _barrier(world: World) -> None:

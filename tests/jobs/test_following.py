@@ -12,9 +12,9 @@ import pytest
 
 from jobs.following import Follower, Stepped, name_for_tracking
 from jobs.progress import Progress
+from pneumo.hooks import Epoch, Pace, Start
 from pneumo.model import Initialisation
 from pneumo.tracking import MemoryTracker
-from pneumo.train import Epoch, Pace, Start
 
 
 def make_epoch(number: int) -> Epoch:

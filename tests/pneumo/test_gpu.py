@@ -16,13 +16,14 @@ from pneumo import loader, shards, transforms
 from pneumo.ahead import run_ahead, send
 from pneumo.checkpoint import load_checkpoint, read_index
 from pneumo.config import AugmentConfig, Config, DataConfig, TrainConfig, override
+from pneumo.hooks import Hooks
 from pneumo.learner import Learner
 from pneumo.loader import Batch
 from pneumo.model import build_model, initialise
 from pneumo.outcomes import Outcomes
 from pneumo.partition import World
 from pneumo.predict import Member, score_pictures
-from pneumo.train import Hooks, fit
+from pneumo.train import fit
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 

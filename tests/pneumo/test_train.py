@@ -37,21 +37,13 @@ from pneumo.errors import (
     RunError,
     StoreError,
 )
+from pneumo.hooks import Epoch, Hooks, Pace, Start
 from pneumo.learner import Learner
 from pneumo.loader import Batch
 from pneumo.model import build_model, initialise
 from pneumo.optimise import autocast_dtype, build_optimizer, learning_rate
 from pneumo.partition import World
-from pneumo.train import (
-    Epoch,
-    Hooks,
-    Pace,
-    Start,
-    check_run,
-    fit,
-    is_worth_saving,
-    resolve_pos_weight,
-)
+from pneumo.train import check_run, fit, resolve_pos_weight
 from tests.ranks import run_ranks
 
 StoreMaker = Callable[..., str]
@@ -467,11 +459,6 @@ def test_an_epochs_last_step_is_kept_before_it_is_validated(store_url: str, run_
     assert places == [(1, 0), (1, 4)]
     run(config, store_url, run_url)
     assert [(e.epoch, e.step) for e in read_index(run_url).entries if e.step] == []
-
-
-def test_only_what_would_take_a_minute_to_repeat_is_kept_before_it_is_validated() -> None:
-    assert not is_worth_saving(59)
-    assert is_worth_saving(61)
 
 
 def test_a_damaged_checkpoint_costs_an_epoch_and_is_told(store_url: str, tmp_path: Path) -> None:
