@@ -38,6 +38,7 @@ WORKDIR /home/pneumo
 USER 1000:100
 ARG VERSION=0.1.0
 ARG REVISION=unknown
+ENV PNEUMO_REVISION=${REVISION}
 LABEL org.opencontainers.image.title="pneumo" \
       org.opencontainers.image.description="Training and evaluation of a pneumonia classifier on chest X-rays. Research use only." \
       org.opencontainers.image.licenses="Apache-2.0" \

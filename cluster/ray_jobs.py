@@ -30,6 +30,7 @@ from cluster.package import Package, collect, stage
 from cluster.states import JobState, Phase, Started, Write
 from cluster.submission import Submission, is_remote
 from pneumo.errors import AccessError, ClusterError, ConfigError, PneumoError
+from pneumo.revision import REVISION, find_revision
 
 CONNECT_TIMEOUT_S = 5.0
 FIRST_ANSWER_TIMEOUT_S = 5.0
@@ -295,7 +296,11 @@ def submit(client: Client, submission: Submission, package: Package) -> Started:
                 },
                 runtime_env={
                     "working_dir": folder,
-                    "env_vars": {**submission.environment, **STOP_GENTLY},
+                    "env_vars": {
+                        **submission.environment,
+                        **STOP_GENTLY,
+                        **_describe_code(package),
+                    },
                 },
             )
         except _RefusedError:
@@ -319,6 +324,12 @@ def _has_begun(client: Client, job_id: str, submission: Submission) -> bool:
             info = details(client, job_id)
             return (info.metadata or {}).get("settings") == submission.settings
     return False
+
+
+def _describe_code(package: Package) -> dict[str, str]:
+    """What the code that is sent cannot find out there: its revision."""
+    revision = find_revision(package.root)
+    return {REVISION: revision} if revision else {}
 
 
 def follow(

@@ -18,6 +18,7 @@ from cluster import rules
 from cluster.overlays import Document
 from cluster.submission import Submission
 from pneumo.errors import ConfigError
+from pneumo.revision import REVISION
 
 RUN_LABEL = "pneumo/run"
 """On a RayJob and all its pods: the RayJob's name."""
@@ -206,6 +207,7 @@ def _set_preflight(job: Document, submission: Submission) -> None:
 def _environment(container: Document, submission: Submission) -> dict[str, str]:
     """What Ray's driver and workers get; `auto` cannot see GPUs whose nodes are still to come."""
     variables = dict(submission.environment)
+    variables.pop(REVISION, None)  # the code is the image's, and so is what it says of itself
     has_gpu = _GPU in _limits(container)
     if submission.shape is not None and submission.shape.use_gpu == "auto" and has_gpu:
         variables["PNEUMO_CLUSTER__USE_GPU"] = "true"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 Order = Literal["stop", "abandon"]
 """stop: write a checkpoint and return. abandon: end the process, as its peers are out of reach."""
+_LISTEN_AGAIN_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -74,19 +76,28 @@ class Board:
         members: list[Member] = ray.get(self.actor.list_members.remote())
         return members
 
+    def _await_order(self, member: Member) -> Order:
+        while True:
+            try:
+                order: Order = ray.get(self.actor.listen.remote(member))
+            except ray.exceptions.ActorUnavailableError:  # a short break of the network
+                time.sleep(_LISTEN_AGAIN_S)
+            # The driver is gone or thinks so of this process: another attempt may have begun.
+            except ray.exceptions.RayError:
+                return "abandon"
+            else:
+                return order
+
     def listen(self, rank: int) -> threading.Event:
-        """In a worker: an event that is set when it should stop."""
+        """In a worker: an event that is set when it should stop. The process ends when it should
+        not go on, or when the board is lost: nobody could tell it any more."""
         member = Member(
             rank, ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
         )
         heard = threading.Event()
 
         def wait() -> None:
-            try:
-                order = ray.get(self.actor.listen.remote(member))
-            except ray.exceptions.RayError:  # the driver is gone, and Ray ends its workers
-                return
-            if order == "abandon":
+            if self._await_order(member) == "abandon":
                 os._exit(1)
             heard.set()
 

@@ -6,6 +6,7 @@ W&B is written by the driver alone: `wandb.init` in a worker would double epochs
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import Empty
@@ -17,21 +18,12 @@ from ray.util.queue import Queue
 
 from jobs.command import say
 from jobs.progress import Progress
-from pneumo.model import Initialisation
+from pneumo.hooks import Epoch, Hooks, Pace, Start
 from pneumo.partition import World
 from pneumo.tracking import Tracker
-from pneumo.train import Epoch, Hooks, Pace
 
 _WORTH_SAYING = 0.05
 """Share of the time that waiting for data may take unnoticed."""
-
-
-@dataclass(frozen=True)
-class Started:
-    """The network is ready; training goes on after `finished_epochs`."""
-
-    initialisation: Initialisation
-    finished_epochs: int
 
 
 @dataclass(frozen=True)
@@ -43,10 +35,13 @@ class Stepped:
     pace: Pace
 
 
+Message = str | Start | Stepped | Epoch
+
+
 def worker_hooks(messages: Queue | None, world: World, *, epochs: int) -> Hooks:
     """The hooks of a Ray Train worker: rank 0 tells the driver, every rank reports to Ray."""
 
-    def tell(message: str | Started | Stepped | Epoch) -> None:
+    def tell(message: Message) -> None:
         if messages is not None and world.rank == 0:
             messages.put(message)
 
@@ -60,7 +55,7 @@ def worker_hooks(messages: Queue | None, world: World, *, epochs: int) -> Hooks:
         ray.train.report({k: v for k, v in epoch.metrics.items() if v is not None})
 
     return Hooks(
-        on_start=lambda initialisation, finished: tell(Started(initialisation, finished)),
+        on_start=tell,
         on_pace=on_pace,
         on_epoch=on_epoch,
         on_note=tell,
@@ -93,12 +88,27 @@ def describe_pace(pace: Pace) -> str:
     return ", ".join(part for part in parts if part)
 
 
+def name_for_tracking(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
+    """An epoch's metrics under the names that a Tracker takes: what has no prefix in metrics.jsonl
+    is about training (`train/lr`) or about its speed (`perf/images_per_s`). What was fed is no
+    curve, and stays there."""
+    of_training = ("lr", "grad_norm")
+    return {
+        name if "/" in name else f"{'train' if name in of_training else 'perf'}/{name}": value
+        for name, value in metrics.items()
+        if name != "epoch" and not name.startswith("data/")
+    }
+
+
 class Follower:
     """Shows rank 0's messages and logs its epochs."""
 
     def __init__(self, messages: Queue, tracker: Tracker, *, epochs: int) -> None:
         self.messages, self.tracker, self.epochs = messages, tracker, epochs
         self.logged = 0
+        """Epochs."""
+        self.seen = 0
+        """Steps of the run, by the latest message."""
         self.progress: Progress | None = None
 
     def follow(self, training: Future[Any]) -> None:
@@ -112,9 +122,17 @@ class Follower:
                 elif ended:
                     break
         finally:
-            if self.progress is not None:
-                self.progress.__exit__(None, None, None)
+            self._end_progress()
         training.result()
+
+    def catch_up(self, history: Iterable[Mapping[str, float | None]]) -> None:
+        """Log the epochs that have not been: those of an earlier driver, whose W&B run was another,
+        and the last ones of a worker that was lost."""
+        for metrics in history:
+            number = int(metrics["epoch"] or 0)
+            if number > self.logged:  # after a restart an epoch may come twice
+                self.logged = number
+                self.tracker.log(name_for_tracking(metrics), epoch=number)
 
     def _receive(self) -> Any:
         try:
@@ -125,21 +143,33 @@ class Follower:
             time.sleep(0.3)
             return None
 
-    def _show(self, message: str | Started | Stepped | Epoch) -> None:
+    def _show(self, message: Message) -> None:
         if isinstance(message, str):
             self._write(message)
-        elif isinstance(message, Started):
-            warning = "warning: " if message.initialisation.fell_back else ""
-            self._write(f"{warning}model: {message.initialisation.message}")
+        elif isinstance(message, Start):
+            self._begin(message)
         elif isinstance(message, Stepped):
+            self.seen = message.done
             if self.progress is None:
-                self.progress = Progress("train", message.total, "steps")
+                self.progress = Progress("train", message.total, "steps", initial=message.done)
             self.progress.advance_to(message.done, describe_pace(message.pace))
-        elif message.number > self.logged:  # after a restart an epoch may come twice
-            self.logged = message.number
+        elif message.number > self.logged:
             self._write(describe_epoch(message, self.epochs))
-            metrics = {k: v for k, v in message.metrics.items() if v is not None}
-            self.tracker.log(metrics, epoch=message.number)
+            self.catch_up([message.metrics])
+
+    def _begin(self, start: Start) -> None:
+        warning = "warning: " if start.initialisation.fell_back else ""
+        again = self.seen - (len(start.history) * start.steps + start.step)
+        behind = f"; {again} steps again" if again > 0 else ""
+        self._write(f"{warning}model: {start.initialisation.message}{behind}")
+        self.catch_up(start.history)
+        # Another attempt has another pace.
+        self._end_progress()
+
+    def _end_progress(self) -> None:
+        if self.progress is not None:
+            self.progress.__exit__(None, None, None)
+            self.progress = None
 
     def _write(self, line: str) -> None:
         if self.progress is None:

@@ -11,6 +11,8 @@ import ray
 from ray._private.state import available_resources_per_node
 from ray._private.state import state as _cluster_state
 from ray.autoscaler.sdk import request_resources
+from ray.core.generated import gcs_pb2
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 _ANSWER_TIMEOUT_S = 2.0
 
@@ -76,6 +78,20 @@ def request_room(wanted: Mapping[str, float], num_workers: int) -> None:
     """Ask an autoscaler, if the cluster has one, for room for so many workers in all; 0 takes the
     request back. A training that starts replaces it by its own."""
     request_resources(bundles=[dict(wanted)] * num_workers)
+
+
+def release_groups() -> None:
+    """Give back what attempts of this job that have ended still reserve.
+
+    Ray Train gives the resources of its workers back when it shuts them down. Of ranks that did not
+    find each other it only ends the processes, and no later attempt would have room.
+    """
+    job_id = ray.get_runtime_context().get_job_id()
+    for record in _cluster_state._connect_and_get_accessor().get_placement_group_table():
+        group = gcs_pb2.PlacementGroupTableData.FromString(record)
+        is_removed = group.state == gcs_pb2.PlacementGroupTableData.REMOVED
+        if group.creator_job_id.hex() == job_id and group.creator_actor_dead and not is_removed:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
 
 
 def silent_addresses(nodes: Sequence[Node]) -> set[str]:

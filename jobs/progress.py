@@ -17,12 +17,29 @@ _PLAIN_INTERVAL_S = 10.0
 class Progress:
     """Counts `total` things; use as a context manager."""
 
-    def __init__(self, label: str, total: int, unit: str) -> None:
-        self.label, self.total, self.unit = label, total, unit
-        self.done = 0
+    def __init__(
+        self,
+        label: str,
+        total: int,
+        unit: str,
+        *,
+        initial: int = 0,
+        interval_s: float = _PLAIN_INTERVAL_S,
+    ) -> None:
+        """`initial` were done before, and count neither for the rate nor for the time left; plain
+        lines are `interval_s` apart."""
+        self.label, self.total, self.unit, self.interval_s = label, total, unit, interval_s
+        self.done = self.initial = initial
         self.started_s = self.spoken_s = time.monotonic()
         self.bar = (
-            tqdm(total=total, desc=label, unit=unit, leave=False, dynamic_ncols=True)
+            tqdm(
+                total=total,
+                desc=label,
+                unit=unit,
+                leave=False,
+                dynamic_ncols=True,
+                initial=initial,
+            )
             if sys.stderr.isatty()
             else None
         )
@@ -33,12 +50,13 @@ class Progress:
         if self.bar is not None:
             self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(step)
-        elif time.monotonic() - self.spoken_s > _PLAIN_INTERVAL_S and done < self.total:
+        elif time.monotonic() - self.spoken_s > self.interval_s and done < self.total:
             self.spoken_s = time.monotonic()
-            left_s = (self.spoken_s - self.started_s) / max(done, 1) * (self.total - done)
             behind = f", {note}" if note else ""
-            rate = done / (self.spoken_s - self.started_s)
-            left = f", {rate:.3g} a second, about {left_s:.0f} s left" if done else ""
+            rate = (done - self.initial) / (self.spoken_s - self.started_s)
+            left = ""
+            if rate > 0:
+                left = f", {rate:.3g} a second, about {(self.total - done) / rate:.0f} s left"
             say(f"{self.label}: {done}/{self.total} {self.unit}{left}{behind}")
 
     def write(self, line: str) -> None:

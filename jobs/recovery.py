@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 import ray
@@ -27,14 +27,16 @@ from jobs.nodes import (
     Node,
     answering_nodes,
     list_nodes,
+    release_groups,
     request_room,
     silent_addresses,
     usable_nodes,
 )
 from pneumo import storage
-from pneumo.checkpoint import find_index
+from pneumo.checkpoint import CheckpointIndex, find_index
 from pneumo.config import ClusterConfig
-from pneumo.errors import ClusterError, StorageError
+from pneumo.errors import ClusterError, ContentError, PneumoError, StorageError
+from pneumo.shards import read_manifest
 
 STOPPED = "stopped"
 """What an attempt returns that was told to stop and has written its checkpoint."""
@@ -45,6 +47,8 @@ _SILENCE_S = 15.0
 _SETTLE_S = 5.0
 """After a loss the resources of the group come back one by one; so long more are waited for."""
 _REMIND_INTERVAL_S = 60.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
+"""Between looks at storage that is away."""
 
 Attempt = Callable[[int, Sequence[Node]], object]
 """Trains with so many workers on these nodes; returns STOPPED or anything else when done."""
@@ -60,6 +64,13 @@ class Change:
     """Workers that should have room once all is settled."""
 
 
+def look_at_storage(store_url: str, run_url: str) -> CheckpointIndex | None:
+    """The run's index, or None where nothing has been trained; read after the manifest, so that
+    both places have answered. Raises StorageError when one does not."""
+    read_manifest(store_url)
+    return find_index(run_url)
+
+
 @dataclass(eq=False)
 class Recovery:
     """Attempts until the run is done."""
@@ -67,40 +78,43 @@ class Recovery:
     cluster: ClusterConfig
     wanted: Mapping[str, float]
     """What one worker reserves."""
+    store_url: str
     run_url: str
     board: Board
     attempt: Attempt
     tell: Callable[[str], None]
     """One line for the person."""
+    look: Callable[[str, str], CheckpointIndex | None] = look_at_storage
     leaving: threading.Event = field(default_factory=threading.Event)
     failures: int = 0
 
-    def run(self, nodes: Sequence[Node]) -> None:
-        """Train on `nodes` first. Raises what ended the last attempt when a new one is of no
-        use."""
+    def run(self, nodes: Sequence[Node]) -> bool:
+        """Train on `nodes` first; whether all that was trained is in a checkpoint, which a run that
+        is left in a hurry may not reach.
+
+        Raises what ended the last attempt when a new one is of no use.
+        """
         size = self._size(nodes)
         if size < self.cluster.num_workers:
             self.tell(f"starting with {_workers(size)} of {self.cluster.num_workers}")
         while True:
             self.board.clear()
             if self.leaving.is_set():  # after the board was cleared: no order to leave is lost
-                return
-            try:
-                with self._watching(size) as changes:
-                    outcome = self.attempt(size, nodes)
-            except TrainingFailedError as error:
-                if self.leaving.is_set():
-                    return
-                change = Change(self._judge(error), len(self._staying()))
-            else:
-                if outcome != STOPPED or self.leaving.is_set():
-                    return
-                (change,) = changes
+                return True
+            change = self._train(size, nodes)
+            if change is None or self.leaving.is_set():
+                return change is None
+            index = self._await_storage(change)
+            # A worker may be lost after the last checkpoint was written and before Ray has seen it
+            # end: then there is nothing left to train.
+            if self.leaving.is_set() or (index is not None and index.finished):
+                return True
             nodes = self._wait_for_nodes(change)
             if self.leaving.is_set():
-                return
+                return True
             size = self._size(nodes)
-            self.tell(f"{change.reason}: going on with {_workers(size)} {self._position()}")
+            position = describe_position(index)
+            self.tell(f"{change.reason}: going on with {_workers(size)} {position}")
 
     def _size(self, nodes: Sequence[Node]) -> int:
         return min(count_fitting(nodes, self.wanted), self.cluster.num_workers)
@@ -110,13 +124,26 @@ class Recovery:
         self.leaving.set()
         self.board.post("stop")
 
-    def _judge(self, error: TrainingFailedError) -> str:
+    def _train(self, size: int, nodes: Sequence[Node]) -> Change | None:
+        """One attempt; why another is needed, or None when the run is over or was left with a
+        checkpoint."""
+        with self._watching(size) as watch:
+            try:
+                outcome = self.attempt(size, nodes)
+            # Ray's controller reads and writes the run's folder too: without an answer it dies.
+            except (TrainingFailedError, ray.exceptions.RayActorError, StorageError) as error:
+                if self.leaving.is_set():
+                    return Change("left", 0)
+                return Change(self._judge(error), len(self._staying()))
+        if outcome != STOPPED or self.leaving.is_set():
+            return None
+        return watch.change or Change("told to stop", size)
+
+    def _judge(self, error: Exception) -> str:
         """What happened in a few words; raises the error when it would only happen again."""
         cause = find_cause(error)
-        if cause is not None:
-            comes_back = isinstance(cause, StorageError) and not storage.is_local(self.run_url)
-            if not comes_back:
-                raise error
+        if cause is not None and not self._comes_back(cause):
+            raise error
         self.failures += 1
         if 0 <= self.cluster.max_failures < self.failures:
             raise error
@@ -124,12 +151,27 @@ class Recovery:
         what = str(cause) if cause else describe_failure(error, self.board.members())
         return f"{what}, failure {self.failures}{limit}"
 
-    def _position(self) -> str:
-        index = find_index(self.run_url)
-        if index is None or not index.entries:
-            return "from the start"
-        step = f" step {index.latest.step}" if index.latest.step else ""
-        return f"after epoch {index.latest.epoch}{step}"
+    def _comes_back(self, cause: PneumoError) -> bool:
+        """Whether waiting may mend it: an object store that is away, but neither a full disk nor
+        other bytes than the manifest's."""
+        is_remote = not all(storage.is_local(url) for url in (self.store_url, self.run_url))
+        return is_remote and isinstance(cause, StorageError) and not isinstance(cause, ContentError)
+
+    def _await_storage(self, change: Change) -> CheckpointIndex | None:
+        """The run's index, once its folder and the store answer; waits as long as it takes."""
+        pause_s, spoken_s = _FIRST_PAUSE_S, time.monotonic()
+        while not self.leaving.is_set():
+            try:
+                return self.look(self.store_url, self.run_url)
+            except StorageError as error:
+                if not self._comes_back(error):
+                    raise
+                if spoken_s <= time.monotonic():
+                    spoken_s = time.monotonic() + _REMIND_INTERVAL_S
+                    self.tell(f"{change.reason}: waiting, as it is away: {error}")
+            self.leaving.wait(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        return None
 
     def _staying(self) -> list[Member]:
         """Workers of the last attempt whose nodes can take them again."""
@@ -145,6 +187,7 @@ class Recovery:
         started_s = spoken_s = time.monotonic()
         fewest = self.cluster.fewest_workers
         while not self.leaving.is_set():
+            release_groups()
             nodes = usable_nodes(self.wanted)
             fits, waited_s = count_fitting(nodes, self.wanted), time.monotonic() - started_s
             if fits >= fewest and (fits >= change.hopes or waited_s > _SETTLE_S):
@@ -160,26 +203,20 @@ class Recovery:
         return ()
 
     @contextmanager
-    def _watching(self, size: int) -> Iterator[list[Change]]:
-        """Look after the nodes while an attempt runs; yields the change that made it stop, if one
-        did."""
-        changes: list[Change] = []
-        ended = threading.Event()
+    def _watching(self, size: int) -> Iterator[_Watch]:
+        """Look after the nodes while an attempt runs."""
+        watch, ended = _Watch(self, size), threading.Event()
 
-        def watch() -> None:
-            watch = _Watch(self, size)
+        def look() -> None:
             while not ended.wait(_WATCH_INTERVAL_S):
-                try:
-                    change = watch.look()
-                except (ray.exceptions.RayError, OSError):  # the next look may succeed
-                    continue
-                if change is not None:
-                    changes.append(change)
+                # The next look may succeed.
+                with suppress(ray.exceptions.RayError, OSError):
+                    watch.look()
 
-        watcher = threading.Thread(target=watch, name="watch", daemon=True)
+        watcher = threading.Thread(target=look, name="watch", daemon=True)
         watcher.start()
         try:
-            yield changes
+            yield watch
         finally:
             ended.set()
             watcher.join(timeout=10)
@@ -191,22 +228,24 @@ class _Watch:
     def __init__(self, recovery: Recovery, size: int) -> None:
         self.recovery, self.size = recovery, size
         self.silent_since_s: dict[str, float] = {}
-        self.had_room = self.stopping = False
+        self.had_room = self.has_told = False
+        self.change: Change | None = None
+        """Why the workers are to stop; kept before they are told, which may fail half-way."""
 
-    def look(self) -> Change | None:
-        """Look once; why the workers were told to stop, when they just were."""
+    def look(self) -> None:
+        """Look once, and tell the workers to stop where that is needed."""
         members = {member.node_id for member in self.recovery.board.members()}
+        if not members:
+            return
         mine = [node for node in list_nodes() if node.id in members]
-        if len(members) and self._lasting_silence(mine):
+        if self._lasting_silence(mine):
             self.recovery.board.post("abandon")
-            return None
-        if self.stopping or not members:
-            return None
-        change = self._departure(mine) or self._arrival()
-        if change is not None:
-            self.stopping = True
+            return
+        if self.change is None:
+            self.change = self._departure(mine) or self._arrival()
+        if self.change is not None and not self.has_told:
             self.recovery.board.post("stop")
-        return change
+            self.has_told = True
 
     def _lasting_silence(self, nodes: Sequence[Node]) -> bool:
         now_s = time.monotonic()
@@ -294,7 +333,15 @@ def find_lost(members: Sequence[Member]) -> list[Member]:
     return [m for m in members if m.node_id not in alive or m.address in silent]
 
 
-def describe_failure(error: TrainingFailedError, members: Sequence[Member]) -> str:
+def describe_position(index: CheckpointIndex | None) -> str:
+    """Where a run goes on."""
+    if index is None:
+        return "from the start"
+    step = f" step {index.latest.step}" if index.latest.step else ""
+    return f"after epoch {index.latest.epoch}{step}"
+
+
+def describe_failure(error: Exception, members: Sequence[Member]) -> str:
     """In a few words, what became of a group of workers."""
     lost = sorted({member.address for member in find_lost(members)})
     if lost:

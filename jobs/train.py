@@ -8,11 +8,13 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import ray
 import ray.train
 import torch
+import torch.distributed as dist
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
@@ -31,26 +33,29 @@ from jobs.session import (
     uses_gpu,
     worker_resources,
 )
-from jobs.trackers import close_tracker as close_tracker
-from jobs.trackers import tracking_folder as tracking_folder
+from jobs.trackers import close_tracker, tracking_folder
 from pneumo import storage
 from pneumo.checkpoint import CheckpointIndex, read_index
-from pneumo.config import ClusterConfig, Config, Invocation, TrainArguments
+from pneumo.config import ClusterConfig, Config, Invocation, TrainArguments, override
 from pneumo.errors import PreemptedError
+from pneumo.keeping import read_history
 from pneumo.partition import World
 from pneumo.shards import Manifest, read_manifest
 from pneumo.tracking import open_tracker
 from pneumo.train import check_run, fit
 
-PROCESS_GROUP_TIMEOUT_S = 180
-"""Longer than storage is retried: the others wait while rank 0 writes."""
+RENDEZVOUS_TIMEOUT_S = 180
+"""Within which the ranks of an attempt must find each other; else another is begun."""
+WAIT_TIMEOUT_S = 1800
+"""How long ranks wait for one another afterwards. One reads its split, or tries storage again and
+again, while the others are done; silent nodes are found by the board within seconds."""
 LEAVE_TIMEOUT_S = 25.0
 """Kubernetes kills 30 s after its SIGTERM."""
 
 
 def train(invocation: Invocation) -> None:
     """Train on `--store`, leaving the run in `--run`."""
-    arguments, config = invocation.arguments, invocation.config
+    arguments, config = invocation.arguments, with_absolute_weights(invocation.config)
     assert isinstance(arguments, TrainArguments)
     store_url = storage.normalise(arguments.store)
     run_url = storage.normalise(arguments.run) if arguments.run else new_run_url("train")
@@ -60,6 +65,13 @@ def train(invocation: Invocation) -> None:
     with ray_session(show_logs=arguments.debug):
         index = train_run(config, manifest, store_url, run_url)
     report_training(index, run_url, store_url)
+
+
+def with_absolute_weights(config: Config) -> Config:
+    """The same, a path of weights made absolute: workers run in folders of their own."""
+    if config.model.weights in ("imagenet", "random"):
+        return config
+    return override(config, {"model.weights": storage.normalise(config.model.weights)})
 
 
 def train_run(config: Config, manifest: Manifest, store_url: str, run_url: str) -> CheckpointIndex:
@@ -93,15 +105,17 @@ def train_run(config: Config, manifest: Manifest, store_url: str, run_url: str) 
         )
         return trainer.fit().return_value
 
-    recovery = Recovery(cluster, wanted, run_url, board, attempt, messages.put)
+    recovery = Recovery(cluster, wanted, store_url, run_url, board, attempt, messages.put)
     try:
         training = _start(lambda: recovery.run(nodes))
+        follower = Follower(messages, tracker, epochs=config.train.epochs)
         try:
             tracker.log_artifact(describe_dataset(manifest), role="input")  # W&B may take its time
-            Follower(messages, tracker, epochs=config.train.epochs).follow(training)
+            follower.follow(training)
         except KeyboardInterrupt:
-            _leave(recovery, training)
+            leave(recovery.leave, training)
             raise
+        follower.catch_up(read_history(run_url))
         best = describe_weights(read_index(run_url).best, run_url, manifest, ["best"])
         tracker.log_artifact(best)
     finally:
@@ -142,7 +156,7 @@ def build_trainer(
             "messages": messages,
             "board": board,
         },
-        torch_config=TorchConfig(timeout_s=PROCESS_GROUP_TIMEOUT_S),
+        torch_config=TorchConfig(timeout_s=RENDEZVOUS_TIMEOUT_S),
         scaling_config=ScalingConfig(
             num_workers=cluster.num_workers,
             use_gpu=uses_gpu(cluster),
@@ -160,27 +174,32 @@ def build_trainer(
     )
 
 
-def _start(run: Callable[[], None]) -> Future[None]:
+def _start(run: Callable[[], bool]) -> Future[bool]:
     """Begin training in a thread: in the main one Ray Train would take Ctrl-C for itself."""
-    training: Future[None] = Future()
+    training: Future[bool] = Future()
 
     def run_all() -> None:
         try:
-            run()
+            training.set_result(run())
         except BaseException as error:  # handed to whoever asks the future
             training.set_exception(error)
-        else:
-            training.set_result(None)
 
     threading.Thread(target=run_all, name="training", daemon=True).start()
     return training
 
 
-def _leave(recovery: Recovery, training: Future[None]) -> None:
-    """Ctrl-C, or a scheduler's SIGTERM: have a checkpoint written, but not at any price."""
+def leave(
+    order: Callable[[], None], training: Future[bool], timeout_s: float = LEAVE_TIMEOUT_S
+) -> None:
+    """Ctrl-C, or a scheduler's SIGTERM: have a checkpoint written, but not at any price; what
+    `training` comes to says whether it was, or it is said here that it was not."""
     say("train: interrupted; writing a checkpoint (once more leaves without)")
-    recovery.leave()
-    wait([training], timeout=LEAVE_TIMEOUT_S)
+    order()
+    done, _ = wait([training], timeout=timeout_s)
+    if not done:
+        say(f"train: no checkpoint within {timeout_s:.0f} s; going on will be from the one before")
+    elif training.exception() is not None or not training.result():
+        say("train: no checkpoint could be written; going on will be from the one before")
 
 
 def report_training(index: CheckpointIndex, run_url: str, store_url: str) -> None:
@@ -192,6 +211,12 @@ def report_training(index: CheckpointIndex, run_url: str, store_url: str) -> Non
     say(f"next: python -m jobs.evaluate --store {store_url} --run {run_url}")
 
 
+def wait_longer() -> None:
+    """Let the ranks, which have found each other, wait WAIT_TIMEOUT_S for one another."""
+    if dist.is_initialized():
+        dist.set_timeout(timedelta(seconds=WAIT_TIMEOUT_S))
+
+
 def _train_worker(settings: dict[str, Any]) -> str | None:
     """What each Ray Train worker runs; STOPPED when it was told to stop."""
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
@@ -201,6 +226,7 @@ def _train_worker(settings: dict[str, Any]) -> str | None:
     )
     config = Config.model_validate(settings["config"])
     torch.set_num_threads(config.cluster.cpus_per_worker)
+    wait_longer()
     hooks = worker_hooks(settings["messages"], world, epochs=config.train.epochs)
     board: Board | None = settings["board"]
     if board is not None:

@@ -2,6 +2,11 @@
 
 A run's `checkpoints/index.json` is written after the file it names, and vouches for it by its
 digest; a checkpoint that the index does not name is not there.
+
+Only one attempt at a run may write: the one whose id the index carries, put there by `claim_run`. A
+lost attempt may go on for minutes on a node that nobody reaches; what it writes late changes
+nothing, as its id is no longer there. The id is in the names of its files too, so no two attempts
+write the same one.
 """
 
 from __future__ import annotations
@@ -9,21 +14,27 @@ from __future__ import annotations
 import hashlib
 import io
 import platform
-import subprocess
+import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pneumo import __version__, storage
+from pneumo import storage
 from pneumo.config import Config
-from pneumo.errors import CheckpointError, PneumoError, RunError
+from pneumo.errors import CheckpointError, RunError, StorageError
+from pneumo.revision import describe_code as describe_code
 
 SCHEMA_VERSION = 2
+_INDEX = "index.json"
+_SUFFIX = ".pt"
+_UNFINISHED = ".partial-*"
+"""How `storage` names a local file while it is written."""
 
 
 class CheckpointEntry(BaseModel):
@@ -47,6 +58,8 @@ class CheckpointIndex(BaseModel):
 
     model_config = ConfigDict(frozen=True)
     schema_version: int = SCHEMA_VERSION
+    attempt: str = ""
+    """The id of the attempt that may write."""
     finished: bool = False
     """Whether the run has ended: after all its epochs, or early."""
     stopped_early: bool = False
@@ -63,6 +76,10 @@ class CheckpointIndex(BaseModel):
         """The one of the highest val AUROC; the newest where none is defined."""
         scored = [entry for entry in self.entries if entry.val_auroc is not None]
         return max(scored, key=lambda entry: entry.val_auroc or 0.0) if scored else self.latest
+
+    def until(self, entry: CheckpointEntry) -> Self:
+        """The same without what comes after `entry`."""
+        return self.model_copy(update={"entries": self.entries[: self.entries.index(entry) + 1]})
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,8 +108,13 @@ class Checkpoint:
     random draw is made from it: there is no generator whose state would have to be kept."""
     epoch_loss: float = 0.0
     """Sum of these steps' losses."""
+    grad_norm: float | None = None
+    """Of the gradient in these steps, when it was last taken."""
+    samples_fed: int = 0
+    digest_fed: int = 0
+    """What these steps were fed: a `Tally` over all ranks."""
     versions: dict[str, str] = field(default_factory=lambda: describe_versions())
-    """Of what computes: python, torch."""
+    """Of what computes: `describe_versions`."""
 
     @property
     def weights(self) -> Literal["raw", "ema"]:
@@ -105,16 +127,81 @@ class Checkpoint:
         return self.model if self.ema is None else self.ema
 
 
+def claim_run(run_url: str, index: CheckpointIndex | None = None) -> str:
+    """Make a new attempt the run's only writer, which goes on after the newest of `index`; its id.
+
+    What a lost attempt left is removed: files that `index` does not name, and halves of files.
+    """
+    attempt = uuid.uuid4().hex[:8]
+    claimed = CheckpointIndex(attempt=attempt, entries=() if index is None else index.entries)
+    _write_index(run_url, claimed)
+    _sweep(run_url, {entry.name for entry in claimed.entries})
+    return attempt
+
+
+def check_claim(run_url: str, attempt: str) -> CheckpointIndex:
+    """The run's index as it is now. Raises RunError when the run is no longer this attempt's."""
+    index = _read_index(run_url)
+    if index is None or index.attempt != attempt:
+        raise RunError(
+            f"{run_url}: another attempt has taken this run over, so this one ({attempt}) writes "
+            "nothing more; was the same --run started twice?"
+        )
+    return index
+
+
 def save_checkpoint(
     run_url: str,
     checkpoint: Checkpoint,
     *,
+    attempt: str,
     keep_last: int,
     finished: bool,
     stopped_early: bool = False,
 ) -> None:
-    """Write the checkpoint, then the index; then drop what is neither the best nor among the
-    last."""
+    """Write the checkpoint, then the index; then drop what is neither the best nor among the last
+    `keep_last`: of those of whole epochs, and of those within the epoch after them.
+
+    Raises RunError, and touches nothing, when the run is not `attempt`'s.
+    """
+    check_claim(run_url, attempt)
+    data = _serialise(checkpoint)
+    behind = f"-step-{checkpoint.step:06d}" if checkpoint.step else ""
+    entry = CheckpointEntry(
+        name=f"epoch-{checkpoint.epoch:04d}{behind}-{attempt}{_SUFFIX}",
+        epoch=checkpoint.epoch,
+        step=checkpoint.step,
+        val_auroc=None if checkpoint.step else scored_auroc(checkpoint),
+        weights=checkpoint.weights,
+        sha256=hashlib.sha256(data).hexdigest(),
+    )
+    storage.write_bytes(_url(run_url, entry.name), data)
+    old = check_claim(run_url, attempt)  # again: the bytes may have been under way for minutes
+    entries = (*old.entries, entry)
+    kept = _select_kept(entries, keep_last)
+    _write_index(
+        run_url,
+        CheckpointIndex(
+            attempt=attempt, finished=finished, stopped_early=stopped_early, entries=kept
+        ),
+    )
+    for stale in {e.name for e in entries} - {e.name for e in kept}:
+        storage.remove(_url(run_url, stale))
+
+
+def _select_kept(
+    entries: tuple[CheckpointEntry, ...], keep_last: int
+) -> tuple[CheckpointEntry, ...]:
+    best = CheckpointIndex(entries=entries).best
+    whole = [entry for entry in entries if entry.step == 0]
+    # Once an epoch has a checkpoint of its own, those within it serve nothing.
+    epochs = whole[-1].epoch if whole else 0
+    inside = [entry for entry in entries if entry.step and entry.epoch >= epochs]
+    wanted = [best, *whole[-keep_last:], *inside[-keep_last:]]
+    return tuple(entry for entry in entries if entry in wanted)
+
+
+def _serialise(checkpoint: Checkpoint) -> bytes:
     buffer = io.BytesIO()
     plain = {
         **{name: getattr(checkpoint, name) for name in checkpoint.__dataclass_fields__},
@@ -123,25 +210,7 @@ def save_checkpoint(
         "history": list(checkpoint.history),
     }
     torch.save(plain, buffer)
-    behind = f"-step-{checkpoint.step:06d}" if checkpoint.step else ""
-    entry = CheckpointEntry(
-        name=f"epoch-{checkpoint.epoch:04d}{behind}.pt",
-        epoch=checkpoint.epoch,
-        step=checkpoint.step,
-        val_auroc=None if checkpoint.step else scored_auroc(checkpoint),
-        weights=checkpoint.weights,
-        sha256=hashlib.sha256(buffer.getvalue()).hexdigest(),
-    )
-    storage.write_bytes(_url(run_url, entry.name), buffer.getvalue())
-    old = find_index(run_url) or CheckpointIndex()
-    entries = (*(e for e in old.entries if (e.epoch, e.step) < (entry.epoch, entry.step)), entry)
-    best = CheckpointIndex(entries=entries).best
-    kept = tuple(e for e in entries if e in entries[-keep_last:] or e == best)
-    _write_index(
-        run_url, CheckpointIndex(finished=finished, stopped_early=stopped_early, entries=kept)
-    )
-    for stale in {e.name for e in (*old.entries, *entries)} - {e.name for e in kept}:
-        storage.remove(_url(run_url, stale))
+    return buffer.getvalue()
 
 
 def scored_auroc(checkpoint: Checkpoint) -> float | None:
@@ -153,22 +222,29 @@ def scored_auroc(checkpoint: Checkpoint) -> float | None:
 class CheckpointWriter:
     """Writes in a thread of its own while training goes on, one checkpoint at a time.
 
-    What is submitted must own its tensors (see `copy_to_cpu`). A checkpoint that cannot be written
-    is told of, and training goes on with the one before it; only `flush` raises.
+    What is submitted must own its tensors (see `copy_to_cpu`). An object store that does not answer
+    is told of and outlived, with the checkpoint before, but not `MOST_FAILURES` times in a row; any
+    other failure is raised by whichever method is called next.
     """
+
+    MOST_FAILURES = 3
 
     def __init__(self, tell: Callable[[str], None]) -> None:
         self._tell = tell
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self._failures = 0
+        """In a row."""
 
     def submit(self, write: Callable[[], None]) -> None:
         """Start `write` once the one before it has ended."""
-        try:
-            self.flush()
-        except (PneumoError, OSError) as error:
-            self._tell(f"warning: a checkpoint could not be written, training goes on: {error}")
+        self._settle()
         self._pending = self._pool.submit(write)
+
+    def check(self) -> None:
+        """Raise what has gone wrong by now; waits for nothing."""
+        if self._pending is not None and self._pending.done():
+            self._settle()
 
     def flush(self) -> None:
         """Return when all is written. Raises what the writing raised."""
@@ -182,6 +258,17 @@ class CheckpointWriter:
         pending, self._pending = self._pending, None
         if pending is not None and (error := pending.exception()) is not None:
             self._tell(f"warning: the last checkpoint could not be written: {error}")
+
+    def _settle(self) -> None:
+        try:
+            self.flush()
+        except StorageError as error:
+            self._failures += 1
+            if self._failures == self.MOST_FAILURES:
+                raise
+            self._tell(f"warning: a checkpoint could not be written, training goes on: {error}")
+        else:
+            self._failures = 0
 
 
 def copy_to_cpu(state: Any) -> Any:
@@ -197,14 +284,14 @@ def copy_to_cpu(state: Any) -> Any:
 
 def load_newest(
     run_url: str, index: CheckpointIndex, tell: Callable[[str], None] = lambda line: None
-) -> Checkpoint:
+) -> tuple[CheckpointEntry, Checkpoint]:
     """The newest checkpoint that is whole; `tell` hears of each that is not.
 
     Raises CheckpointError when none of the index's is.
     """
     for number, entry in enumerate(reversed(index.entries), 1):
         try:
-            return load_checkpoint(run_url, entry)
+            return entry, load_checkpoint(run_url, entry)
         except CheckpointError as error:
             if number == len(index.entries):
                 raise
@@ -214,25 +301,14 @@ def load_newest(
 
 def find_index(run_url: str) -> CheckpointIndex | None:
     """The run's index, or None where nothing has been trained. Raises CheckpointError."""
-    url = _url(run_url, "index.json")
-    try:
-        index = CheckpointIndex.model_validate_json(storage.read_bytes(url))
-    except FileNotFoundError:
-        return None
-    except ValidationError as error:
-        raise CheckpointError(f"{url}: not an index of checkpoints of this version") from error
-    if index.schema_version != SCHEMA_VERSION:
-        raise CheckpointError(
-            f"{url}: schema {index.schema_version}, this version reads {SCHEMA_VERSION}; use the "
-            "pneumo that wrote it, or train anew"
-        )
-    return index
+    index = _read_index(run_url)
+    return index if index is not None and index.entries else None
 
 
 def read_index(run_url: str) -> CheckpointIndex:
     """The run's index. Raises RunError where there is no checkpoint."""
     index = find_index(run_url)
-    if index is None or not index.entries:
+    if index is None:
         raise RunError(
             f"{run_url}: no checkpoint in it; train first, or give a run that was trained"
         )
@@ -271,28 +347,58 @@ def load_checkpoint(run_url: str, entry: CheckpointEntry) -> Checkpoint:
 
 
 def describe_versions() -> dict[str, str]:
-    """Of what computes."""
-    return {"python": platform.python_version(), "torch": str(torch.__version__)}
+    """Of what computes: Python, torch and what it was built for, and what else is installed."""
+    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    for package in ("torchvision", "ray"):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    if torch.version.cuda is not None:
+        found["cuda"] = torch.version.cuda
+    return found
 
 
-def describe_code() -> str:
-    """Package version, and the git revision where the code lies in a checkout."""
+def _read_index(run_url: str) -> CheckpointIndex | None:
+    url = _url(run_url, _INDEX)
     try:
-        revision = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=True,
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return __version__
-    return f"{__version__}+{revision}"
+        index = CheckpointIndex.model_validate_json(storage.read_bytes(url))
+    except FileNotFoundError as error:
+        # Taking this for a fresh run would sweep them away.
+        if _list_files(run_url):
+            raise CheckpointError(
+                f"{url}: missing, though there are checkpoints, for which nothing else vouches; "
+                "put it back, or give another --run"
+            ) from error
+        return None
+    except ValidationError as error:
+        raise CheckpointError(
+            f"{url}: not an index of checkpoints of this version, and nothing else vouches for the "
+            "files beside it; put a copy of it back, or give another --run"
+        ) from error
+    if index.schema_version != SCHEMA_VERSION:
+        raise CheckpointError(
+            f"{url}: schema {index.schema_version}, this version reads {SCHEMA_VERSION}; use the "
+            "pneumo that wrote it, or train anew"
+        )
+    return index
 
 
 def _write_index(run_url: str, index: CheckpointIndex) -> None:
-    storage.write_text(_url(run_url, "index.json"), index.model_dump_json(indent=1) + "\n")
+    storage.write_text(_url(run_url, _INDEX), index.model_dump_json(indent=1) + "\n")
+
+
+def _sweep(run_url: str, named: set[str]) -> None:
+    for name in _list_files(run_url):
+        if name not in named:
+            storage.remove(_url(run_url, name))
+    if storage.is_local(run_url):
+        for half in storage.local_path(_url(run_url, "")).glob(_UNFINISHED):
+            half.unlink(missing_ok=True)
+
+
+def _list_files(run_url: str) -> list[str]:
+    """Names of the run's checkpoints, whether or not the index knows them."""
+    names = storage.list_names(storage.join(run_url, "checkpoints"))
+    return [name for name in names if name.endswith(_SUFFIX)]
 
 
 def _url(run_url: str, name: str) -> str:

@@ -34,13 +34,13 @@ from pydantic_settings import (
 
 from pneumo import storage
 from pneumo.errors import ConfigError
+from pneumo.revision import REVISION
 
 M = TypeVar("M", bound=BaseModel)
 
 ENVIRONMENT_PREFIX = "PNEUMO_"
-NOT_SETTINGS = frozenset({"PNEUMO_HASH_KEY", storage.ANONYMOUS})
-"""Environment variables with our prefix that are no settings: they are about secrets, and read
-where they are needed."""
+NOT_SETTINGS = frozenset({"PNEUMO_HASH_KEY", storage.ANONYMOUS, REVISION})
+"""Environment variables with our prefix that are no settings, and read where they are needed."""
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -192,8 +192,9 @@ class TrainConfig(Section):
     precision: Literal["auto", "native", "float32", "bfloat16"] = "auto"
     """Arithmetic of forward and backward; auto: bfloat16 autocast on a GPU, float32 on a CPU;
     native: bfloat16 also on a CPU that computes in it (AVX512-BF16, AMX)."""
-    compile: bool = False
-    """torch.compile the network: minutes at the start, faster steps on a GPU."""
+    compile: bool | Literal["max-autotune"] = False
+    """torch.compile the network: a minute at the start, faster steps on a GPU; max-autotune: the
+    fastest kernels are searched for, some minutes. Needs a C compiler on the workers."""
     patience: PositiveInt | None = None
     """End the run after this many epochs without a better val AUROC; none: train them all."""
     keep_checkpoints: PositiveInt = 2

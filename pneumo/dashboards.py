@@ -46,8 +46,20 @@ def _train() -> Mapping[str, Sequence[Any]]:
         return panels.LinePlot(title=title, x="epoch", y=list(keys))
 
     return {
-        "Learning": [line("Loss", "train/loss", "val/loss"), line("AUROC on val", "val/auroc")],
-        "Throughput": [line("Images a second", "images_per_s")],
+        "Learning": [
+            line("Loss", "train/loss", "val/loss"),
+            line("AUROC on val", "val/auroc", "val/ema_auroc"),
+            line("Learning rate", "train/lr"),
+            line("Length of the gradient", "train/grad_norm"),
+        ],
+        "Throughput": [
+            line("Images a second", "perf/images_per_s"),
+            line("Share of the time waiting for data", "perf/data_wait"),
+            line("Seconds a step", "perf/step_p50_s", "perf/step_p95_s"),
+            line("Seconds an epoch", "perf/epoch_s"),
+            line("GPU memory, GB", "perf/gpu_memory_gb"),
+            line("GPU at work, %", "perf/gpu_utilisation"),
+        ],
     }
 
 

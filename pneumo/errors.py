@@ -5,7 +5,7 @@
     │   ├── ConfigError           a setting, a recipe, a flag, an environment variable
     │   ├── SourceError           the folder of DICOM files and tables
     │   ├── StoreError            the store: absent, empty, unreadable, of another image size
-    │   ├── RunError              the run folder: finished already, or of another configuration
+    │   ├── RunError              the run folder: finished, of another configuration, taken over
     │   └── AccessError           no credentials, no right, no such bucket
     ├── DataError                 bytes are not what the manifest vouches for
     ├── BadFilesError             more unusable studies than `prepare.max_bad_fraction` allows

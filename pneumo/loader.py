@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pneumo import memory, partition, transforms
+from pneumo.ahead import run_ahead, send
 from pneumo.cache import BlockCache
 from pneumo.config import AugmentConfig, DataConfig
 from pneumo.errors import ConfigError, DataError
@@ -75,8 +76,9 @@ class Loader:
     ) -> Iterator[Batch]:
         """This rank's whole micro-batches of each step from `start_step` on, augmented.
 
-        Blocks that only earlier steps need are not read. Raises ConfigError when there is not one
-        full batch; DataError and StorageError while it goes on.
+        Blocks that only earlier steps need are not read. Each is made while the one before is in
+        use. Raises ConfigError when there is not one full batch; DataError and StorageError while
+        it goes on.
         """
         steps = partition.steps_per_epoch(len(self), batch_size)
         order = partition.epoch_order(
@@ -92,26 +94,25 @@ class Loader:
             )
             for step in range(start_step, steps)
         ]
-        for samples in self.feed.feed(plan):
-            images = samples.images.to(self.device, non_blocking=True)
-            changed = transforms.augment(
-                images,
-                samples.keys,
-                augment,
-                seed=seed,
-                epoch=epoch,
-                moments=(self.mean, self.std),
+
+        def change(images: Tensor, keys: tuple[str, ...]) -> Tensor:
+            moments = (self.mean, self.std)
+            return transforms.augment(
+                images, keys, augment, seed=seed, epoch=epoch, moments=moments
             )
-            yield self._batch(changed, samples)
+
+        yield from self._run_ahead(self.feed.feed(plan), change)
 
     def evaluation(self, *, batch_size: int) -> Iterator[Batch]:
         """This rank's share of the split in the store's order, each sample on exactly one rank.
 
         `batch_size` is this rank's own. Raises DataError and StorageError.
         """
-        for samples in self.share(batch_size=batch_size):
-            images = samples.images.to(self.device, non_blocking=True)
-            yield self._batch(transforms.normalise(images, self.mean, self.std), samples)
+
+        def normalise(images: Tensor, keys: tuple[str, ...]) -> Tensor:
+            return transforms.normalise(images, self.mean, self.std)
+
+        yield from self._run_ahead(self.share(batch_size=batch_size), normalise)
 
     def share(self, *, batch_size: int) -> Iterator[Samples]:
         """What `evaluation` gives, as it is stored: gray levels, on the CPU when streamed."""
@@ -121,8 +122,17 @@ class Loader:
         ]
         yield from self.feed.feed(plan)
 
-    def _batch(self, images: Tensor, samples: Samples) -> Batch:
-        return Batch(images, samples.targets.to(self.device, non_blocking=True), samples.keys)
+    def _run_ahead(
+        self, stored: Iterable[Samples], change: Callable[[Tensor, tuple[str, ...]], Tensor]
+    ) -> Iterator[Batch]:
+        """Batches of what is stored, changed on the device."""
+
+        def make() -> Generator[Batch, None, None]:
+            for samples in stored:
+                images = change(send(samples.images, self.device), samples.keys)
+                yield Batch(images, send(samples.targets, self.device), samples.keys)
+
+        yield from run_ahead(make(), self.device, lambda batch: (batch.images, batch.targets))
 
 
 def open_loader(

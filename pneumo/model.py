@@ -113,6 +113,12 @@ def initialise(model: nn.Module, config: ModelConfig, *, seed: int) -> Initialis
     return Initialisation("file", f"weights of {url}")
 
 
+def check_weights(config: ModelConfig) -> None:
+    """Raise ConfigError where `initialise` would: for a file that is not there or does not fit."""
+    if config.weights not in ("imagenet", "random"):
+        initialise(build_model(config.backbone), config, seed=0)
+
+
 def load_backbone(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
     """Load a state dict into `model`, its classifier left as it is unless it has one output.
 

@@ -1,4 +1,5 @@
-"""What came of each step, read without holding up a GPU: losses, and requests to stop."""
+"""What came of each step, read without holding up a GPU: losses, requests to stop, gradients'
+lengths."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ class Unread:
     keys: tuple[str, ...]
     """This rank's part of the batch."""
     values: Tensor
-    """(2,) on the host: mean loss, and how many ranks want to stop."""
+    """(3,) on the host: mean loss, how many ranks want to stop, and the length of the gradient, NaN
+    where it was not taken."""
     arrived: torch.cuda.Event | None
 
 
@@ -38,22 +40,30 @@ class Outcomes:
     is not done, and every rank still learns of a request at the same step.
     """
 
-    def __init__(self, device: torch.device, *, loss_sum: float = 0.0) -> None:
+    def __init__(
+        self, device: torch.device, *, loss_sum: float = 0.0, grad_norm: float | None = None
+    ) -> None:
         self._lag = 1 if device.type == "cuda" else 0
+        self._no_norm = torch.full((1,), math.nan, device=device)
         self._unread: deque[Unread] = deque()
         self.losses: list[float] = []
         """Of the steps that have been read."""
         self.loss_sum = loss_sum
         """Of all steps of the epoch that have been read, those before a resumption included."""
+        self.grad_norm = grad_norm
+        """The latest that has been read."""
         self.should_stop = False
         self.divergence: Divergence | None = None
         """The first one."""
 
-    def put(self, step: int, keys: tuple[str, ...], values: Tensor) -> None:
-        """Take what `Learner.learn` gave, and read what has come."""
+    def put(
+        self, step: int, keys: tuple[str, ...], outcome: Tensor, norm: Tensor | None = None
+    ) -> None:
+        """Take what `Learner.learn` gave, (2,) and (), and read what has come."""
+        values = torch.cat([outcome, self._no_norm if norm is None else norm.reshape(1)])
         arrived = None
         if self._lag:
-            host = torch.empty(2, pin_memory=True)
+            host = torch.empty(3, pin_memory=True)
             host.copy_(values, non_blocking=True)
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record()
@@ -70,7 +80,9 @@ class Outcomes:
             unread = self._unread.popleft()
             if unread.arrived is not None:
                 unread.arrived.synchronize()
-            loss, stops = unread.values.tolist()
+            loss, stops, norm = unread.values.tolist()
+            if math.isfinite(norm):
+                self.grad_norm = norm
             self.losses.append(loss)
             self.loss_sum += loss
             self.should_stop |= stops > 0

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any, Self
@@ -133,8 +134,9 @@ class Scores:
 def score(model: nn.Module, batches: Iterable[Batch]) -> Scores:
     """What the model says of the studies in `batches`, in their order.
 
-    Always in float32: the 8 bits of a bfloat16 logit would tie studies that differ. The model is
-    left in evaluation mode.
+    Always in float32: the 8 bits of a bfloat16 logit would tie studies that differ. For the speed
+    of validation a GPU's convolutions may take TF32 products (10 bits), added up in float32. The
+    model is left in evaluation mode.
     """
     model.eval()
     keys: list[str] = []
@@ -183,10 +185,10 @@ def score_pictures(
 
     The first view is the picture itself; view k is moved and recoloured as augmentation would, the
     same way for every picture, so a study's logit depends on its pixels alone. Always computed in
-    float32: the 8 bits of a bfloat16 logit would tie studies that differ.
+    float32, also within a GPU's convolutions, which would take TF32 else.
     """
     total = np.zeros(len(pixels), dtype=np.float64)
-    with torch.inference_mode():
+    with torch.inference_mode(), _exact_convolutions():
         for member in members:
             member.network.eval()
             for number in range(views):
@@ -195,6 +197,18 @@ def score_pictures(
                     logits = member.network(images).squeeze(1).float()
                 total += logits.cpu().numpy()
     return np.asarray(total / (len(members) * views), dtype=np.float32)
+
+
+@contextmanager
+def _exact_convolutions() -> Iterator[None]:
+    """Within it cuDNN computes float32 as IEEE has it; matrix products always are."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32
+    cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32 = before
 
 
 def _draw_view(member: Member, pixels: Sequence[npt.NDArray[np.uint8]], number: int) -> Tensor:

@@ -11,6 +11,10 @@ import torch
 
 T = TypeVar("T")
 
+_SLOW_SHARE, _SLOW_S = 0.05, 1.0
+"""Of the time, and in seconds: waiting for data that is worth a line."""
+_FORGET_S = 60.0
+
 
 class StepTimes:
     """Times of the steps since the last `read`, as the host sees them.
@@ -49,13 +53,35 @@ class StepTimes:
         }
 
 
+class SlowData:
+    """Whether the data path holds training back, over epochs that may be short or the only one."""
+
+    def __init__(self) -> None:
+        self._skipped = 1
+        """Steps at the start that do not count: before the first the split may be read."""
+        self._wait_s = self._total_s = 0.0
+
+    def add(self, times: StepTimes) -> float | None:
+        """Take an epoch's steps; the share of the time that was waited, once it is above 5 % and
+        more than a second, else None. What was said, or is a minute old, is forgotten."""
+        waits, steps = times.waits_s[self._skipped :], times.steps_s[self._skipped :]
+        self._skipped = 0
+        self._wait_s += sum(waits)
+        self._total_s += sum(steps)
+        share = self._wait_s / self._total_s if self._total_s else 0.0
+        is_worth_saying = share > _SLOW_SHARE and self._wait_s > _SLOW_S
+        if is_worth_saying or self._total_s > _FORGET_S:
+            self._wait_s = self._total_s = 0.0
+        return share if is_worth_saying else None
+
+
 def _read_gpu(device: torch.device) -> dict[str, float | None]:
     """Peak memory in GB, and percent of the time at work of late."""
     if device.type != "cuda":
         return {}
     try:
         utilisation: float | None = torch.cuda.utilization(device)
-    except (ModuleNotFoundError, RuntimeError):  # it takes nvidia-ml-py, and a driver that tells
+    except Exception:  # NVML's errors are of no common kind; of a part of a chip it tells nothing
         utilisation = None
     return {
         "gpu_memory_gb": torch.cuda.max_memory_allocated(device) / 1e9,

@@ -8,92 +8,42 @@ number of ranks (`learner.py`): losses and weights agree up to the rounding of s
 from __future__ import annotations
 
 import json
-import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
-import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 
-from pneumo import loader, metrics, partition, storage
-from pneumo.checkpoint import (
-    Checkpoint,
-    CheckpointWriter,
-    copy_to_cpu,
-    describe_code,
-    find_index,
-    load_newest,
-    save_checkpoint,
-)
+from pneumo import loader, partition, storage
+from pneumo.checkpoint import Checkpoint, copy_to_cpu, describe_code
 from pneumo.config import Config, TrainConfig
-from pneumo.errors import CheckpointError, DataError, DivergedError, PreemptedError, RunError
+from pneumo.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DivergedError,
+    PreemptedError,
+)
+from pneumo.hooks import Epoch, Pace, Start
+from pneumo.hooks import Hooks as Hooks
+from pneumo.keeping import Keeper
 from pneumo.learner import Learner
 from pneumo.loader import Loader
-from pneumo.model import Initialisation, build_model, initialise
+from pneumo.model import Initialisation, build_model, check_weights, initialise
 from pneumo.optimise import learning_rate
 from pneumo.outcomes import Divergence, Outcomes
 from pneumo.partition import World
-from pneumo.predict import score
+from pneumo.resumption import Resumption, find_last, take_up
 from pneumo.shards import Manifest, read_manifest
-from pneumo.timing import StepTimes
+from pneumo.tally import Tally
+from pneumo.timing import SlowData, StepTimes
+from pneumo.validation import validate
 
-METRICS_LOG = "metrics.jsonl"
 DIVERGED = "diverged.json"
-TRAINING_SECTIONS = ("seed", "data", "augment", "model", "train")
-"""The settings that a resumed run must share with its checkpoint, but for those that only say how
-the same weights come about."""
-_NO_MATTER = {"compile", "keep_checkpoints", "checkpoint_every_steps"}
-_REPORTS_PER_EPOCH = 25
-_SLOW_DATA = 0.05
-"""Share of an epoch spent waiting for data from which on it is said, where it is a second at
-least."""
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """What is known after an epoch."""
-
-    number: int
-    """Counted from 1."""
-    metrics: dict[str, float | None]
-    """train/loss; lr and grad_norm at its end; val/loss, val/auroc, val/accuracy, val/precision,
-    val/recall (at p = 0.5; None where undefined) and the same as val/ema_… of the averaged weights;
-    epoch_s, and what `StepTimes.read` gives."""
-
-
-@dataclass(frozen=True)
-class Pace:
-    """How training goes within an epoch."""
-
-    epoch: int
-    """Counted from 1."""
-    step: int
-    """Steps done of it."""
-    steps: int
-    metrics: dict[str, float | None]
-    """Since the last one: train/loss, lr, grad_norm and what `StepTimes.read` gives."""
-
-
-@dataclass(frozen=True)
-class Hooks:
-    """What the caller wants to hear; each is called on every rank."""
-
-    on_start: Callable[[Initialisation, int], None] = lambda initialisation, first_epoch: None
-    on_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None
-    on_epoch: Callable[[Epoch], None] = lambda epoch: None
-    on_note: Callable[[str], None] = lambda line: None
-    """A line worth knowing: how each split is fed, what went wrong and was mended."""
-    on_pace: Callable[[Pace], None] = lambda pace: None
-    """About 25 times an epoch."""
-    should_stop: Callable[[], bool] = lambda: False
-    """Asked each step. One rank's yes ends the run on all, with a checkpoint and
-    PreemptedError."""
+_REPORT_INTERVAL_S = 1.0
 
 
 @dataclass(eq=False)
@@ -106,13 +56,20 @@ class _Run:
     url: str
     learner: Learner
     initialisation: Initialisation
-    writer: CheckpointWriter
+    keeper: Keeper
     history: list[dict[str, float | None]]
     """Of the epochs that are complete."""
     step: int = 0
     """Steps done of the epoch after them."""
     epoch_loss: float = 0.0
     """Sum of those steps' losses."""
+    grad_norm: float | None = None
+    """Of the gradient, when it was last taken in the epoch."""
+    tally: Tally = field(default_factory=Tally)
+    """What this rank's part of those steps was fed; on rank 0 with what was fed before it began."""
+    fed: Tally = field(default_factory=Tally)
+    """The same over all ranks, when it was last added up."""
+    slow_data: SlowData = field(default_factory=SlowData)
 
 
 def fit(
@@ -132,8 +89,12 @@ def fit(
     StoreError, ConfigError, DataError, CheckpointError, DivergedError, and PreemptedError after
     `hooks.should_stop`.
     """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # what NCCL takes for collectives of objects
+        torch.backends.cudnn.benchmark = True  # micro-batches are all of one shape
     manifest = read_manifest(store_url)
-    image_size = check_run(config, manifest, run_url, num_workers=world.size)
+    image_size = _check_settings(config, manifest, num_workers=world.size)
+    resumption = take_up(config, manifest, run_url, world, hooks.on_note)
     train_data, val_data = (
         loader.open_loader(
             store_url,
@@ -149,21 +110,24 @@ def fit(
         )
         for split in ("train", "val")
     )
-    run = _begin(config, manifest, image_size, run_url, world, device, hooks)
+    run = _begin(config, manifest, image_size, run_url, world, device, hooks, resumption)
     first_epoch = len(run.history)
-    hooks.on_start(run.initialisation, first_epoch)
+    steps = partition.steps_per_epoch(len(train_data), config.train.batch_size)
+    hooks.on_start(Start(run.initialisation, tuple(run.history), run.step, steps))
     try:
         for epoch in range(first_epoch, config.train.epochs):
             started = time.perf_counter()
             trained = _train_epoch(run, train_data, epoch, hooks)
-            if epoch > first_epoch:  # in the first a split may be read into memory
-                seconds = time.perf_counter() - started
-                _warn_of_slow_data(trained["data_wait"], seconds, epoch, hooks)
-            validated = _validate(run.learner, val_data, config, world)
+            if run.keeper.is_worth_saving:
+                _save(run)
+            validated = validate(run.learner, val_data, config, world, hooks.should_stop)
+            if validated is None:
+                _leave(run, epoch, world)
             taken = {"epoch_s": time.perf_counter() - started}
             record = Epoch(epoch + 1, {"epoch": epoch + 1, **trained, **validated, **taken})
             run.history.append(record.metrics)
-            run.step, run.epoch_loss = 0, 0.0
+            run.step, run.epoch_loss, run.grad_norm = 0, 0.0, None
+            run.tally = run.fed = Tally()
             stopped_early = _is_out_of_patience(run.history, config.train)
             finished = stopped_early or epoch + 1 == config.train.epochs
             _save(run, finished=finished, stopped_early=stopped_early, wait=finished)
@@ -176,7 +140,7 @@ def fit(
                 )
                 break
     finally:
-        run.writer.close()
+        run.keeper.close()
     return run.history
 
 
@@ -184,46 +148,38 @@ def check_run(config: Config, manifest: Manifest, run_url: str, *, num_workers: 
     """What can be known before the first step; the image size to train at.
 
     Raises RunError when the run is finished or of another configuration or store, and ConfigError
-    for sizes that do not fit.
+    for sizes that do not fit, a training split of one class, and weights that a fresh run could not
+    begin with.
     """
-    image_size = loader.input_size(manifest, config.data.image_size)
-    train = config.train
-    partition.check_batch_size(train.batch_size, train.micro_batch_size, num_workers)
-    partition.steps_per_epoch(manifest.splits["train"].samples, config.train.batch_size)
-    index = find_index(run_url)
-    if index is None or not index.entries:
-        return image_size
-    if index.finished:
-        raise RunError(
-            f"{run_url}: holds a finished run of {index.latest.epoch} epochs; give another --run"
-        )
-    before = load_newest(run_url, index)
-    if before.manifest_digest != manifest.digest:
-        raise RunError(
-            f"{run_url}: was begun on another store (manifest {before.manifest_digest[:12]}, not "
-            f"{manifest.digest[:12]}); give another --run"
-        )
-    then, now = (_training_settings(each) for each in (before.config, config))
-    changed = [name for name in TRAINING_SECTIONS if then[name] != now[name]]
-    if changed:
-        raise RunError(
-            f"{run_url}: was begun with other settings in {', '.join(changed)}; repeat them to go "
-            "on, or give another --run"
-        )
+    image_size = _check_settings(config, manifest, num_workers=num_workers)
+    if find_last(config, manifest, run_url) is None:
+        check_weights(config.model)
     return image_size
 
 
-def _training_settings(config: Config) -> dict[str, Any]:
-    settings = config.model_dump(include=set(TRAINING_SECTIONS))
-    train = {name: v for name, v in settings["train"].items() if name not in _NO_MATTER}
-    return {**settings, "data": config.data.image_size, "train": train}
+def _check_settings(config: Config, manifest: Manifest, *, num_workers: int) -> int:
+    image_size = loader.input_size(manifest, config.data.image_size)
+    train = config.train
+    partition.check_batch_size(train.batch_size, train.micro_batch_size, num_workers)
+    partition.steps_per_epoch(manifest.splits["train"].samples, train.batch_size)
+    resolve_pos_weight(train, manifest)
+    return image_size
 
 
 def resolve_pos_weight(config: TrainConfig, manifest: Manifest) -> float:
-    """The number behind `pos_weight`: negatives / positives of the training split if balanced."""
+    """The number behind `pos_weight`: negatives / positives of the training split if balanced.
+
+    Raises ConfigError where one of the two is none.
+    """
     if config.pos_weight != "balanced":
         return config.pos_weight
     train = manifest.splits["train"]
+    if not 0 < train.positives < train.samples:
+        raise ConfigError(
+            f"train.pos_weight: balanced needs both classes, and {train.positives} of the "
+            f"{train.samples} studies of the training split are positive; give a number, or "
+            "prepare a store with both"
+        )
     return (train.samples - train.positives) / train.positives
 
 
@@ -240,13 +196,12 @@ def _begin(
     world: World,
     device: torch.device,
     hooks: Hooks,
+    resumption: Resumption,
 ) -> _Run:
-    """A fresh run, or one that goes on after its newest whole checkpoint."""
+    """A fresh run, or one that goes on where `resumption` says."""
     model = build_model(config.model.backbone)
-    index = find_index(run_url)
-    before = None
-    if index is not None and index.entries:
-        before = load_newest(run_url, index, hooks.on_note)
+    before = resumption.before
+    if before is not None:
         _load_weights(model, before.model, run_url)
         behind = f" and {before.step} steps" if before.step else ""
         initialisation = Initialisation(
@@ -270,14 +225,31 @@ def _begin(
         world=world,
         device=device,
     )
-    writer = CheckpointWriter(hooks.on_note)
-    run = _Run(config, manifest, image_size, run_url, learner, initialisation, writer, [])
+    run = _Run(
+        config=config,
+        manifest=manifest,
+        image_size=image_size,
+        url=run_url,
+        learner=learner,
+        initialisation=initialisation,
+        keeper=Keeper(
+            run_url,
+            resumption.attempt,
+            keep_last=config.train.keep_checkpoints,
+            tell=hooks.on_note,
+            begun_at=None if before is None else (before.epoch, before.step),
+        ),
+        history=[],
+    )
     if before is not None:
         learner.optimizer.load_state_dict(before.optimizer)
         if learner.average is not None and before.ema is not None:
             _load_weights(learner.average.model, before.ema, run_url)
         run.history = list(before.history)
         run.step, run.epoch_loss = before.step, before.epoch_loss
+        run.grad_norm = before.grad_norm
+        run.fed = Tally(before.samples_fed, before.digest_fed)
+        run.tally = run.fed if world.rank == 0 else Tally()
     return run
 
 
@@ -297,9 +269,8 @@ def _train_epoch(run: _Run, data: Loader, epoch: int, hooks: Hooks) -> dict[str,
     """
     config, learner = run.config.train, run.learner
     steps = partition.steps_per_epoch(len(data), config.batch_size)
-    report_every = max(steps // _REPORTS_PER_EPOCH, 1)
     times = StepTimes(config.batch_size, data.device)
-    outcomes = Outcomes(data.device, loss_sum=run.epoch_loss)
+    outcomes = Outcomes(data.device, loss_sum=run.epoch_loss, grad_norm=run.grad_norm)
     paces = _Paces(learner, times, outcomes)
     learner.network.train()
     batches = data.epoch(
@@ -312,7 +283,7 @@ def _train_epoch(run: _Run, data: Loader, epoch: int, hooks: Hooks) -> dict[str,
     )
     for step, batch in enumerate(times.watch(batches), run.step):
         done = epoch * steps + step
-        is_reported = (step + 1) % report_every == 0
+        is_reported = step + 1 == steps or paces.is_due()
         outcome = learner.learn(
             batch,
             epoch=epoch,
@@ -322,26 +293,43 @@ def _train_epoch(run: _Run, data: Loader, epoch: int, hooks: Hooks) -> dict[str,
             stop=hooks.should_stop(),
             with_norm=is_reported,
         )
-        outcomes.put(step, batch.keys, outcome)
+        outcomes.put(step, batch.keys, outcome, learner.gradient_norm)
         run.step = step + 1
         is_kept = config.checkpoint_every_steps and run.step % config.checkpoint_every_steps == 0
-        if outcomes.should_stop or is_kept or run.step == steps:
+        run.tally = run.tally.add(
+            batch.keys,
+            epoch=epoch,
+            step=step,
+            micro_batches=learner.mine,
+            micro_batch_size=config.micro_batch_size,
+        )
+        if outcomes.should_stop or is_kept or run.step == steps:  # the same on all ranks
             outcomes.drain()
+            run.fed = run.tally.total(learner.world, data.device)
         if outcomes.divergence is not None:
             _diverge(run, outcomes.divergence, epoch, learner.world)
-        run.epoch_loss = outcomes.loss_sum
+        run.epoch_loss, run.grad_norm = outcomes.loss_sum, outcomes.grad_norm
+        run.keeper.check()
         if outcomes.should_stop:
             _leave(run, epoch, learner.world)
-        if is_kept and run.step < steps:
+        if is_kept:
             _save(run)
         hooks.on_step(epoch + 1, run.step, steps)
         if is_reported:
             hooks.on_pace(Pace(epoch + 1, run.step, steps, paces.take()))
     learner.optimizer.zero_grad(set_to_none=True)
+    _warn_of_slow_data(run.slow_data.add(times), epoch, hooks)
+    if run.fed.samples != steps * config.batch_size:
+        raise DataError(
+            f"epoch {epoch + 1}: fed {run.fed.samples} samples, expected {steps} steps of "
+            f"{config.batch_size}"
+        )
     return {
         "train/loss": run.epoch_loss / steps,
+        "data/samples": run.fed.samples,
+        "data/digest": run.fed.digest,
         "lr": learner.optimizer.param_groups[0]["lr"],
-        "grad_norm": paces.norm,
+        "grad_norm": run.grad_norm,
         **times.read(),
     }
 
@@ -353,21 +341,24 @@ class _Paces:
         self.learner, self.times, self.outcomes = learner, times, outcomes
         self.num_losses = self.num_steps = 0
         """What the reports so far have covered."""
-        self.norm: float | None = None
-        """Of the gradient, at the latest report."""
+        self.taken_s = time.monotonic()
+
+    def is_due(self) -> bool:
+        """Whether the next step is to be reported. Ranks may differ: nothing that they share
+        depends on it."""
+        return time.monotonic() - self.taken_s >= _REPORT_INTERVAL_S
 
     def take(self) -> dict[str, float | None]:
-        """What `Pace.metrics` holds."""
+        """What `Pace.metrics` holds. Waits for nothing: on a GPU it is as of the step before."""
         losses = self.outcomes.losses[self.num_losses :]
-        norm = self.learner.gradient_norm
-        self.norm = None if norm is None else float(norm)
         found = {
             "train/loss": sum(losses) / len(losses) if losses else None,
             "lr": self.learner.optimizer.param_groups[0]["lr"],
-            "grad_norm": self.norm,
+            "grad_norm": self.outcomes.grad_norm,
             **self.times.read(self.num_steps),
         }
         self.num_losses, self.num_steps = len(self.outcomes.losses), len(self.times.steps_s)
+        self.taken_s = time.monotonic()
         return found
 
 
@@ -390,12 +381,12 @@ def _diverge(run: _Run, divergence: Divergence, epoch: int, world: World) -> Non
         storage.write_text(url, json.dumps(facts, indent=1) + "\n")
     raise DivergedError(
         f"epoch {epoch + 1}, step {divergence.step + 1}: the training loss is {divergence.loss}; "
-        f"lower train.lr, now {run.config.train.lr:g}, or set train.clip_norm; the keys of the "
-        f"batch are in {url}"
+        f"give another --run with a lower train.lr, now {run.config.train.lr:g}, or with "
+        f"train.clip_norm; the keys of the batch are in {url}"
     )
 
 
-def _leave(run: _Run, epoch: int, world: World) -> None:
+def _leave(run: _Run, epoch: int, world: World) -> NoReturn:
     """Write a checkpoint of this very step, and end the run as was asked."""
     _save(run, wait=True)
     _barrier(world)
@@ -405,12 +396,12 @@ def _leave(run: _Run, epoch: int, world: World) -> None:
     )
 
 
-def _warn_of_slow_data(data_wait: float | None, seconds: float, epoch: int, hooks: Hooks) -> None:
-    if data_wait is not None and data_wait > _SLOW_DATA and data_wait * seconds > 1:
+def _warn_of_slow_data(share: float | None, epoch: int, hooks: Hooks) -> None:
+    if share is not None:
         hooks.on_note(
-            f"warning: {data_wait:.0%} of epoch {epoch + 1} was spent waiting for data; keep it in "
-            "memory (data.cache), or raise data.readers and cluster.cpus_per_worker, or set "
-            "data.cache_dir"
+            f"warning: {share:.0%} of the time until epoch {epoch + 1} was spent waiting for data; "
+            "keep it in memory (data.cache), or raise data.readers and cluster.cpus_per_worker, or "
+            "set data.cache_dir"
         )
 
 
@@ -422,58 +413,15 @@ def _is_out_of_patience(history: list[dict[str, float | None]], config: TrainCon
     return len(values) - 1 - values.index(max(values)) >= config.patience
 
 
-def _validate(
-    learner: Learner, data: Loader, config: Config, world: World
-) -> dict[str, float | None]:
-    """Metrics of the whole val split by the weights, and by their average where there is one."""
-    pos_weight = float(learner.pos_weight)
-    found = _judge(learner.model, data, config, world, pos_weight, "val/")
-    if learner.average is not None:
-        found |= _judge(learner.average.model, data, config, world, pos_weight, "val/ema_")
-    return found
+def _save(run: _Run, **marks: bool) -> None:
+    """Have rank 0 keep where the run is; `marks` are those of `Keeper.save`."""
+    if run.learner.world.rank == 0:
+        run.keeper.save((len(run.history), run.step), partial(_take_checkpoint, run), **marks)
 
 
-def _judge(
-    model: nn.Module,
-    data: Loader,
-    config: Config,
-    world: World,
-    pos_weight: float,
-    prefix: str,
-) -> dict[str, float | None]:
-    """Metrics of the whole split, the same on every rank, each sample counted once."""
-    batch_size = max(config.train.batch_size // world.size, 1)
-    scores: Any = score(model, data.evaluation(batch_size=batch_size))
-    parts = [scores]
-    if world.size > 1:
-        parts = [None] * world.size
-        dist.all_gather_object(parts, scores)
-    # The ranks' shares follow one another in the store's order.
-    logits = np.concatenate([part.logits for part in parts]).astype(np.float64)
-    target = np.concatenate([part.targets for part in parts])
-    studies = len({key for part in parts for key in part.keys})
-    if len(logits) != len(data) or studies != len(data):
-        raise DataError(
-            f"val: {len(logits)} scores of {studies} studies, expected {len(data)} once"
-        )
-    loss = F.binary_cross_entropy_with_logits(
-        torch.from_numpy(logits),
-        torch.from_numpy(target).double(),
-        pos_weight=torch.tensor(pos_weight, dtype=torch.float64),
-    )
-    values = {"loss": float(loss), **metrics.binary_metrics_from_logits(target, logits)}
-    return {f"{prefix}{name}": v if math.isfinite(v) else None for name, v in values.items()}
-
-
-def _save(
-    run: _Run, *, finished: bool = False, stopped_early: bool = False, wait: bool = False
-) -> None:
-    """Begin to write a checkpoint of where the run is; `wait` returns when it is written, or
-    raises."""
-    if run.learner.world.rank != 0:
-        return
+def _take_checkpoint(run: _Run) -> Checkpoint:
     average = run.learner.average
-    checkpoint = Checkpoint(
+    return Checkpoint(
         model=copy_to_cpu(run.learner.model.state_dict()),
         optimizer=copy_to_cpu(run.learner.optimizer.state_dict()),
         epoch=len(run.history),
@@ -488,25 +436,10 @@ def _save(
         ema=None if average is None else copy_to_cpu(average.model.state_dict()),
         step=run.step,
         epoch_loss=run.epoch_loss,
+        grad_norm=run.grad_norm,
+        samples_fed=run.fed.samples,
+        digest_fed=run.fed.digest,
     )
-    write = partial(
-        _write,
-        run.url,
-        checkpoint,
-        keep_last=run.config.train.keep_checkpoints,
-        finished=finished,
-        stopped_early=stopped_early,
-    )
-    run.writer.submit(write)
-    if wait:
-        run.writer.flush()
-
-
-def _write(run_url: str, checkpoint: Checkpoint, **marks: Any) -> None:
-    """The epochs' metrics, the checkpoint, the index."""
-    lines = (json.dumps(record, allow_nan=False) for record in checkpoint.history)
-    storage.write_text(storage.join(run_url, METRICS_LOG), "".join(f"{line}\n" for line in lines))
-    save_checkpoint(run_url, checkpoint, **marks)
 
 
 def _barrier(world: World) -> None:

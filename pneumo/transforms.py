@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pneumo.ahead import send
 from pneumo.config import AugmentConfig
 
 Matrices = npt.NDArray[np.float64]
@@ -142,18 +143,18 @@ def _warp_by_grid(images: Tensor, matrices: Matrices, tables: Tables) -> Tensor:
     full = np.concatenate([matrices, np.tile([[[0.0, 0.0, 1.0]]], (len(matrices), 1, 1))], axis=1)
     theta = (to_unit @ full @ np.linalg.inv(to_unit))[:, :2]
     grid = F.affine_grid(
-        torch.as_tensor(theta, dtype=torch.float32, device=images.device),
+        send(torch.from_numpy(theta.astype(np.float32)), images.device),
         list(images.shape),
         align_corners=False,
     )
     moved = F.grid_sample(images.float(), grid, mode="bilinear", align_corners=False)
-    levels = torch.from_numpy(tables).to(images.device)
+    levels = send(torch.from_numpy(tables), images.device)
     return levels.gather(1, moved.round_().flatten(1).long()).reshape(images.shape)
 
 
 def erase(images: Tensor, rectangles: Rectangles, black: float = 0.0) -> Tensor:
     """`images` (B, 1, H, H) with `rectangles` (B, 4) black, in place."""
-    corners = torch.from_numpy(rectangles).to(images.device)[:, :, None, None]
+    corners = send(torch.from_numpy(rectangles), images.device)[:, :, None, None]
     x = torch.arange(images.shape[3], device=images.device)[None, None, :]
     y = torch.arange(images.shape[2], device=images.device)[None, :, None]
     inside = (x >= corners[:, 0]) & (x < corners[:, 2]) & (y >= corners[:, 1]) & (y < corners[:, 3])

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from jobs.scoring import Scored, Scoring, Weights, boxes_of, score_boxes, score_splits
 from jobs.session import ray_session
-from pneumo.checkpoint import Checkpoint, read_index, save_checkpoint
+from pneumo.checkpoint import Checkpoint, claim_run, read_index, save_checkpoint
 from pneumo.config import Config, ModelConfig
 from pneumo.explain import Maps, class_activation, gradcam, randomised
 from pneumo.model import gradcam_layer
@@ -121,7 +121,8 @@ def _write_run(store_url: str, run_url: str) -> None:
         initialisation="random",
         code_version="benchmark",
     )
-    save_checkpoint(run_url, checkpoint, keep_last=1, finished=True)
+    attempt = claim_run(run_url)
+    save_checkpoint(run_url, checkpoint, attempt=attempt, keep_last=1, finished=True)
 
 
 def score_store(store_url: str, run_url: str) -> None:

@@ -4,8 +4,8 @@
         [--paths device compiled …] [--repeats 5] [--json FILE]
     python tests/benchmarks/gpu.py --smoke     tiny and on the CPU: does it run?
 
-It needs torch, torchvision and numpy alone, and nothing of this project, so this one file can be
-carried to a machine that has a GPU. It trains ResNet-18 (one input channel, one logit) in
+It needs torch and numpy alone, and nothing of this project, so this one file can be carried to a
+machine that has a GPU. It trains ResNet-18 (one input channel, one logit) in
 channels_last and bfloat16 autocast with fused Adam and a weighted BCE, on random images that the
 device holds as bytes. A step is one micro-batch, without what `pneumo.learner` does around it: the
 running statistics taken in hand, the average of the weights.
@@ -13,17 +13,19 @@ running statistics taken in hand, the average of the weights.
 The data path mirrors `pneumo.transforms.augment` as it is on a GPU, with the defaults of
 `AugmentConfig`: rows gathered, each image moved by a matrix of its own (grid_sample), rounded, and
 recoloured by a table of its own, which normalises too. `tests/benchmarks/test_gpu.py` compares
-them. It is measured in four ways:
+them. It is measured in five ways:
 
-    host        drawn on the host from a hash of (seed, epoch, key), as pneumo does, and copied
+    host        drawn on the host from a hash of (seed, epoch, key), and copied, in the step's time
+    thread      the same as pneumo does it: one batch ahead in a thread, on a stream of its own
     device      drawn and applied on the device
     compiled    the same, by torch.compile
     ahead       the same, one batch ahead, on a stream of its own
 
 and against none: the bare step, on one batch again and again. They take turns, so that what else
 slows the machine slows all alike. A time is the median over the repeats, each of one epoch's steps
-between two CUDA events. All of it may take half an hour; the JSON file is written as rows come.
-What cannot run, for want of memory or of a compiler, is told in a line.
+between two CUDA events; the chip's peaks are known by its name, or given. All of it may take half
+an hour; the JSON file is written as rows come. What cannot run, for want of memory or of a
+compiler, is told in a line.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -44,7 +47,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 
 RSNA_IMAGES = 21_347
@@ -54,9 +56,18 @@ EPOCH_GOAL_S = 1.0
 DATA_GOAL = 0.05
 """Largest share of a step that the data path may take."""
 
-H200_TFLOPS = 989.0
-"""Dense bfloat16 (NVIDIA's H200 datasheet)."""
-H200_TB_PER_S = 4.8
+PEAKS = {
+    "NVIDIA H200": (989.0, 4.8),
+    "NVIDIA H100 80GB HBM3": (989.0, 3.35),
+    "NVIDIA H100 PCIe": (756.0, 2.0),
+    "NVIDIA A100-SXM4-80GB": (312.0, 2.04),
+    "NVIDIA A100-SXM4-40GB": (312.0, 1.56),
+    "NVIDIA A100 80GB PCIe": (312.0, 1.94),
+    "NVIDIA L40S": (362.0, 0.86),
+    "NVIDIA L4": (121.0, 0.3),
+}
+"""TFLOP/s of dense bfloat16 and TB/s, by the name that the driver gives (NVIDIA's datasheets). A
+part of a chip (MIG) has another name."""
 
 ROTATION_DEGREES, TRANSLATION, SCALE, GRAY = 5.0, 0.05, 0.1, 0.1
 """The defaults of pneumo's AugmentConfig; GRAY is of brightness, contrast and gamma."""
@@ -66,13 +77,15 @@ POS_WEIGHT = 3.4
 WARM_UP_STEPS = 10
 
 MODES = {
-    "eager": "as pneumo.learner runs it",
-    "eager-tuned": "the same, with cudnn.benchmark",
-    "compile": "torch.compile of the network, with cudnn.benchmark",
-    "reduce-overhead": "the same, replayed as CUDA graphs",
-    "max-autotune": "the same, with the fastest kernels searched for: minutes",
+    "eager": "without cudnn.benchmark",
+    "eager-tuned": "with it, as pneumo trains",
+    "compile": "torch.compile of the network, too: pneumo's train.compile true",
+    "max-autotune-no-cudagraphs": "the fastest kernels searched for, minutes: max-autotune there",
+    "reduce-overhead": "compiled and replayed as CUDA graphs; no setting: gradients that add up "
+    "over micro-batches would be overwritten",
+    "max-autotune": "both",
 }
-PATHS = ("host", "device", "compiled", "ahead")
+PATHS = ("host", "thread", "device", "compiled", "ahead")
 
 Batch = tuple[Tensor, Tensor]
 """(B, 1, S, S) float32 normalised, and (B,) float32 of 0 and 1."""
@@ -209,15 +222,21 @@ class Data:
 
     def feed_from_host(self) -> Iterator[Batch]:
         for epoch, rows in self.orders():
-            there = rows.to(self.device)
+            there = self.send(rows)
             uniforms = draw_by_hash([self.keys[i] for i in rows.tolist()], seed=0, epoch=epoch)
             matrices, tables = build_matrices(uniforms), build_tables(uniforms)
             changed = warp(
                 self.images.index_select(0, there),
-                matrices.float().to(self.device),
-                tables.float().to(self.device),
+                self.send(matrices.float()),
+                self.send(tables.float()),
             )
             yield changed, self.targets[there]
+
+    def send(self, tensor: Tensor) -> Tensor:
+        """To the device, waiting for nothing."""
+        if self.device.type != "cuda":
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def feed_from_device(self, augment: Callable[..., Tensor] = augment_rows) -> Iterator[Batch]:
         """Drawn there too; `augment` is as `augment_rows`."""
@@ -230,8 +249,9 @@ class Data:
 
     def feed(self, path: str) -> Iterator[Batch]:
         """Batches without end, made in the way of PATHS that is named."""
-        if path == "host":
-            return self.feed_from_host()
+        if path in ("host", "thread"):
+            batches = self.feed_from_host()
+            return batches if path == "host" else run_in_thread(batches, self.device)
         if path == "device":
             return self.feed_from_device()
         batches = self.feed_from_device(torch.compile(augment_rows, dynamic=False))
@@ -257,14 +277,71 @@ def run_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
         batch = upcoming
 
 
+def run_in_thread(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The same, each made in a thread while the step before computes, as `pneumo.ahead` does."""
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def make() -> tuple[Batch, torch.cuda.Event | None]:
+        if stream is None:
+            return next(batches), None
+        with torch.cuda.stream(stream):
+            return next(batches), stream.record_event()
+
+    pool = ThreadPoolExecutor(1)
+    upcoming = pool.submit(make)
+    while True:
+        batch, is_made = upcoming.result()
+        upcoming = pool.submit(make)
+        if is_made is not None:
+            here = torch.cuda.current_stream(device)
+            here.wait_event(is_made)
+            for tensor in batch:
+                tensor.record_stream(here)
+        yield batch
+
+
 # --- the step
 
 
-def build_model() -> nn.Module:
-    """ResNet-18, (B, 1, S, S) -> (B, 1)."""
-    model: nn.Module = torchvision.models.resnet18(weights=None, num_classes=1)
-    model.conv1 = nn.Conv2d(1, 64, kernel_size=7, stride=2, padding=3, bias=False)
-    return model
+class Block(nn.Module):
+    """Two 3 x 3 convolutions and a shortcut, named as torchvision names them."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.downsample: nn.Module | None = None
+        if stride != 1 or inputs != outputs:
+            shortcut = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
+            self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        out = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return F.relu(self.bn2(self.conv2(out)) + shortcut, inplace=True)
+
+
+class ResNet18(nn.Module):
+    """He et al., Deep Residual Learning for Image Recognition, CVPR 2016, with one input channel
+    and one logit: (B, 1, S, S) -> (B, 1)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 64, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.layer1 = nn.Sequential(Block(64, 64, 1), Block(64, 64, 1))
+        self.layer2 = nn.Sequential(Block(64, 128, 2), Block(128, 128, 1))
+        self.layer3 = nn.Sequential(Block(128, 256, 2), Block(256, 256, 1))
+        self.layer4 = nn.Sequential(Block(256, 512, 2), Block(512, 512, 1))
+        self.fc = nn.Linear(512, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = F.max_pool2d(x, 3, stride=2, padding=1)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(x.mean((2, 3)))
 
 
 class Step:
@@ -273,7 +350,7 @@ class Step:
     def __init__(self, mode: str, device: torch.device) -> None:
         torch.manual_seed(0)
         self.device = device
-        self.model = build_model().to(device).to(memory_format=torch.channels_last).train()
+        self.model = ResNet18().to(device).to(memory_format=torch.channels_last).train()
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-4, fused=True)
         self.pos_weight = torch.tensor(POS_WEIGHT, device=device)
         torch.backends.cudnn.benchmark = mode != "eager"
@@ -426,7 +503,7 @@ def explain(error: Exception) -> str:
 # --- the report
 
 HEAD = (
-    f"{'network':<16}{'batch':>6} {'data path':<10}{'ms/step':>9}{'images/s':>10}{'of FLOPs':>9}"
+    f"{'network':<27}{'batch':>6} {'data path':<10}{'ms/step':>9}{'images/s':>10}{'of FLOPs':>9}"
     f"{'of bytes':>9}{'data':>8}{'epoch s':>9}{'GB':>7}"
 )
 
@@ -435,7 +512,7 @@ def format_row(row: Row) -> str:
     data = "-" if row.data_share is None else f"{row.data_share:.1%}"
     peak = "-" if row.peak_gb is None else f"{row.peak_gb:.1f}"
     return (
-        f"{row.mode:<16}{row.batch_size:>6} {row.path:<10}{row.step_ms:>9.2f}"
+        f"{row.mode:<27}{row.batch_size:>6} {row.path:<10}{row.step_ms:>9.2f}"
         f"{row.images_per_s:>10.0f}{row.of_flops:>9.1%}{row.of_bytes:>9.1%}{data:>8}"
         f"{row.rsna_epoch_s:>9.2f}{peak:>7}"
     )
@@ -447,7 +524,10 @@ def compare_with_goals(rows: Sequence[Row]) -> list[str]:
     for label, found in (
         ("bare", [row for row in rows if row.path == "none"]),
         ("with its data path", [row for row in rows if row.path != "none"]),
-        ("in pneumo's way", [row for row in rows if (row.mode, row.path) == ("eager", "host")]),
+        (
+            "in pneumo's way",
+            [row for row in rows if (row.mode, row.path) == ("eager-tuned", "thread")],
+        ),
     ):
         if not found:
             continue
@@ -462,7 +542,14 @@ def compare_with_goals(rows: Sequence[Row]) -> list[str]:
 
 def describe_machine(device: torch.device) -> dict[str, str]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    return {"device": name, "torch": torch.__version__, "torchvision": torchvision.__version__}
+    return {"device": name, "torch": torch.__version__}
+
+
+def find_peaks(options: argparse.Namespace) -> tuple[float, float] | None:
+    """TFLOP/s and TB/s: those that were given, or the device's; None where it is not known."""
+    if options.peak_tflops and options.peak_tb_per_s:
+        return options.peak_tflops, options.peak_tb_per_s
+    return PEAKS.get(describe_machine(torch.device(options.device))["device"])
 
 
 SMOKE = {
@@ -470,10 +557,12 @@ SMOKE = {
     "image_size": 32,
     "batch_sizes": [8],
     "modes": ["eager"],
-    "paths": ["host", "device"],
+    "paths": ["host", "thread", "device"],
     "repeats": 2,
     "warm_up": 1,
     "device": "cpu",
+    "peak_tflops": 1.0,
+    "peak_tb_per_s": 0.1,
 }
 
 
@@ -490,8 +579,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--warm-up", type=int, default=WARM_UP_STEPS, help="steps, uncounted")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--peak-tflops", type=float, default=H200_TFLOPS, help="default: H200's")
-    parser.add_argument("--peak-tb-per-s", type=float, default=H200_TB_PER_S, help="likewise")
+    parser.add_argument("--peak-tflops", type=float, help="dense bfloat16; default: the device's")
+    parser.add_argument("--peak-tb-per-s", type=float, help="of its memory; default: the device's")
     parser.add_argument("--json", type=Path, help="where the figures go, as they come")
     parser.add_argument("--smoke", action="store_true", help="tiny, on the CPU, in seconds")
     if parser.parse_args(arguments).smoke:  # other flags still count
@@ -505,6 +594,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("no GPU here; --smoke shows that the script runs", file=sys.stderr)
         return 2
     machine = describe_machine(torch.device(options.device))
+    peaks = find_peaks(options)
+    if peaks is None:
+        print(
+            f"no peaks known of {machine['device']}; give --peak-tflops (dense bfloat16) and "
+            "--peak-tb-per-s from its datasheet",
+            file=sys.stderr,
+        )
+        return 2
+    options.peak_tflops, options.peak_tb_per_s = peaks
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     gflop = 3 * count_forward_flops(options.image_size) / 1e9
     print(

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import cv2
@@ -27,7 +28,7 @@ SIDE = 48
 
 def run_alone(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     """The script as on a machine that has nothing of this project: its packages are not found."""
-    for absent in ("pneumo", "jobs", "tests", "ray", "cv2", "pydantic"):
+    for absent in ("pneumo", "jobs", "tests", "ray", "cv2", "pydantic", "torchvision"):
         (folder / absent).mkdir(exist_ok=True)
         (folder / absent / "__init__.py").write_text("raise ImportError('not on this machine')\n")
     script = folder / SCRIPT.name
@@ -44,12 +45,22 @@ def run_alone(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
 
 def test_it_runs_with_torch_alone_and_tells_what_fails(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
-    flags = ["--paths", "host", "ahead", "--batch-sizes", "64", "8", "--json", str(figures)]
+    flags = [
+        "--paths",
+        "host",
+        "thread",
+        "ahead",
+        "--batch-sizes",
+        "64",
+        "8",
+        "--json",
+        str(figures),
+    ]
     done = run_alone(tmp_path, *flags)
     assert done.returncode == 0, done.stderr
     found = json.loads(figures.read_text())
     rows = {row["path"]: row for row in found["rows"]}
-    assert set(rows) == {"none", "host"}
+    assert set(rows) == {"none", "host", "thread"}
     bare, host = rows["none"], rows["host"]
     assert bare["data_share"] is None
     assert host["data_share"] == pytest.approx(1 - bare["step_ms"] / host["step_ms"])
@@ -105,7 +116,7 @@ def test_host_and_device_paths_give_each_image_once_an_epoch() -> None:
     assert [epoch for epoch, _ in first] == [0, 0, 0]
     assert next(orders)[0] == 1
     assert len(set(torch.cat([rows for _, rows in first]).tolist())) == 24
-    for path in ("host", "device"):
+    for path in ("host", "thread", "device"):
         changed, targets = next(data.feed(path))
         assert changed.shape == (8, 1, 32, 32)
         assert changed.dtype == targets.dtype == torch.float32
@@ -114,7 +125,7 @@ def test_host_and_device_paths_give_each_image_once_an_epoch() -> None:
 
 @pytest.mark.parametrize("side", [64, 96, 224])
 def test_flops_and_activations_are_counted_right(side: int) -> None:
-    model = gpu.build_model().eval()
+    model = gpu.ResNet18().eval()
     counted = 0
 
     def add(module: nn.Module, inputs: object, output: torch.Tensor) -> None:
@@ -131,5 +142,38 @@ def test_flops_and_activations_are_counted_right(side: int) -> None:
 
 
 def test_the_network_is_the_one_that_is_trained() -> None:
-    ours, trained = (model.state_dict() for model in (gpu.build_model(), build_model("resnet18")))
-    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in trained.items()}
+    torch.manual_seed(0)
+    ours, trained = gpu.ResNet18(), build_model("resnet18")
+    images = torch.randn(4, 1, 64, 64)
+    ours.load_state_dict(trained.state_dict())
+    for mode in (True, False):  # training moves the running statistics
+        torch.testing.assert_close(ours.train(mode)(images), trained.train(mode)(images))
+    for name, value in trained.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value)
+
+
+def test_a_thread_changes_nothing() -> None:
+    data = gpu.Data(30, 32, 8, torch.device("cpu"))
+    for (images, targets), (threaded, same) in islice(
+        zip(data.feed("host"), data.feed("thread"), strict=False), 4
+    ):
+        assert torch.equal(images, threaded)
+        assert torch.equal(targets, same)
+
+
+def test_peaks_are_the_devices_or_given() -> None:
+    smoke = gpu.parse(["--smoke"])
+    assert gpu.find_peaks(smoke) == (1.0, 0.1)
+    on_cpu = gpu.parse(["--device", "cpu"])
+    assert gpu.find_peaks(on_cpu) is None
+    half = gpu.parse(["--device", "cpu", "--peak-tflops", "100"])
+    assert gpu.find_peaks(half) is None
+    given = gpu.parse(["--device", "cpu", "--peak-tflops", "100", "--peak-tb-per-s", "2"])
+    assert gpu.find_peaks(given) == (100.0, 2.0)
+
+
+def test_an_unknown_device_is_refused_rather_than_taken_for_another(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert gpu.main(["--device", "cpu"]) == 2
+    assert "no peaks known of CPU; give --peak-tflops" in capsys.readouterr().err

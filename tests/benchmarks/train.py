@@ -19,7 +19,6 @@ run, which reads the store, does not count.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import random
@@ -39,14 +38,15 @@ import torch
 from jobs import prepare
 from jobs import train as train_job
 from jobs.session import WORKER_ENVIRONMENT, ray_session
-from pneumo import storage
 from pneumo.config import Config, TrainConfig, parse_command_line
+from pneumo.hooks import Hooks
+from pneumo.keeping import read_history
 from pneumo.learner import Learner
 from pneumo.loader import Batch
 from pneumo.model import build_model, initialise
 from pneumo.partition import World
 from pneumo.synthetic import write_phantoms
-from pneumo.train import METRICS_LOG, Hooks, fit
+from pneumo.train import fit
 from tests.benchmarks.sources import write_linked_source
 
 GOAL = 0.95
@@ -114,8 +114,7 @@ def measure_fit(config: Config, *, store_url: str, run_url: str) -> Rate:
 
 def read_rate(run_url: str, batch_size: int) -> Rate:
     """Of a run's epochs after the first."""
-    lines = storage.read_bytes(storage.join(run_url, METRICS_LOG)).decode().splitlines()
-    epochs = [json.loads(line) for line in lines][1:]
+    epochs = read_history(run_url)[1:]
     return Rate(
         statistics.fmean(epoch["images_per_s"] for epoch in epochs),
         batch_size / statistics.median(epoch["step_p50_s"] for epoch in epochs),

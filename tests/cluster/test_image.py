@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from cluster import package, ray_jobs
+from pneumo.revision import REVISION
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 DOCKERFILE = (CHECKOUT / "Dockerfile").read_text()
@@ -89,6 +90,7 @@ def test_dependencies_are_a_layer_of_their_own_and_the_user_is_nobody_special() 
     uninstalled = [line for line in lines if "pip uninstall" in line]
     assert len(uninstalled) == 2  # the environment's, and the base's in the image that is kept
     assert lines.index(uninstalled[0]) < last_stage < lines.index(uninstalled[1])
+    assert f"ENV {REVISION}=${{REVISION}}" in lines
     for label in ("title", "description", "licenses", "version", "revision"):
         assert f"org.opencontainers.image.{label}=" in DOCKERFILE
 

@@ -651,6 +651,17 @@ def test_a_hook_waits_for_what_must_end(
     assert (time.monotonic() - start_s > 1.5) is waits
 
 
+@pytest.mark.parametrize("overlay", [name for name in OVERLAYS if "spot" in name])
+def test_a_spot_worker_says_that_it_goes_while_there_is_time(
+    rendered: dict[str, list[Document]], overlay: str
+) -> None:
+    worker = _templates(_job(rendered[overlay]))["workers"]["spec"]
+    *command, grace_s = worker["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    assert command == ["python", "-m", "jobs.departure", "--grace-s"]
+    assert (CHECKOUT / "jobs" / "departure.py").is_file()
+    assert 25 < float(grace_s) < worker["terminationGracePeriodSeconds"]
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_gpus_spot_and_queue_are_where_they_belong(
     rendered: dict[str, list[Document]], overlay: str
@@ -668,6 +679,7 @@ def test_gpus_spot_and_queue_are_where_they_belong(
         assert (affinity is not None) is spot
         operators = set(re.findall(r'"operator": "(\w+)"', json.dumps(affinity)))
         assert operators == ({operator} if spot else set())
+    assert ("jobs.departure" in json.dumps(worker["containers"][0]["lifecycle"])) is spot
     queued = overlay.endswith("kueue")
     assert job["spec"].get("suspend", False) is queued
     queue = job["metadata"]["labels"].get("kueue.x-k8s.io/queue-name")

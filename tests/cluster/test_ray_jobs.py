@@ -27,6 +27,7 @@ from packaging.specifiers import SpecifierSet
 from cluster import package, ray_jobs
 from cluster.submission import Submission, plan
 from pneumo.errors import AccessError, ConfigError
+from pneumo.revision import REVISION, find_revision
 from tests.cluster.http_proxy import FaultyProxy, Rule
 
 if TYPE_CHECKING:
@@ -69,12 +70,14 @@ def _numbers(log: str) -> list[int]:
 
 
 def test_code_and_environment_arrive_and_the_log_comes_back(client: ray_jobs.Client) -> None:
-    job_id = _start(client, _probe("ok", 25, 0, 0, "AWS_REGION", AWS_REGION="eu-north-1"))
+    asked = ("AWS_REGION", REVISION)
+    job_id = _start(client, _probe("ok", 25, 0, 0, *asked, AWS_REGION="eu-north-1"))
     log, code = _follow(client, job_id)
     assert code == 0
     assert _numbers(log) == list(range(25))
     assert "folder jobs pneumo\n" in log
     assert "AWS_REGION is eu-north-1\n" in log
+    assert f"{REVISION} is {find_revision(CHECKOUT) or 'absent'}\n" in log
     assert log == ray_jobs.logs(client, job_id)
 
 

@@ -125,7 +125,7 @@ def test_secrets_stay_here_and_the_rest_reaches_the_pods(base: Document) -> None
     environ = {
         "AWS_SECRET_ACCESS_KEY": "hidden", "AWS_ACCESS_KEY_ID": "hidden",
         "WANDB_API_KEY": "hidden", "AWS_SESSION_TOKEN": "hidden", "PNEUMO_HASH_KEY": "hidden",
-        "AWS_REGION": "eu-north-1", "WANDB_NOTES": "$(HOME)",
+        "AWS_REGION": "eu-north-1", "WANDB_NOTES": "$(HOME)", "PNEUMO_REVISION": "the laptop's",
     }  # fmt: skip
     job = _build(base, f"train {PLACES}", environ)
     assert "hidden" not in yaml.safe_dump(job)

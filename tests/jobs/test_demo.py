@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from moto.server import ThreadedMotoServer
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from jobs.train import LEAVE_TIMEOUT_S
 from pneumo.checkpoint import find_index, read_index
 from pneumo.predict import Predictions
 from tests.jobs.conftest import SMALL, Prepared, run_module
@@ -129,7 +131,39 @@ def test_an_interrupted_run_goes_on_where_it_was(prepared: Prepared, tmp_path: P
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     first = next(line for line in process.stderr if line.startswith(("model:", "error:")))
+    assert first.startswith("model: going on from epoch")
+    # One signal has a checkpoint written; another leaves without waiting for it.
+    process.send_signal(signal.SIGTERM)
+    assert any("writing a checkpoint (once more leaves without)" in line for line in process.stderr)
+    told_s = time.monotonic()
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 130
-    assert first.startswith("model: going on from epoch")
+    assert time.monotonic() - told_s < LEAVE_TIMEOUT_S
+    assert not read_index(str(run_folder)).finished
+
+
+@pytest.mark.slow
+def test_ranks_that_do_not_find_each_other_are_a_failure_of_the_start(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    workers = ["--cluster.num-workers", "2", "--cluster.max-failures", "1"]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "jobs.train", "--store", str(prepared.store), *SMALL, *workers),
+            *("--run", str(tmp_path / "run")),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "GLOO_SOCKET_IFNAME": "no-such-interface"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    lines = done.stderr.splitlines()
+    (again,) = [line for line in lines if "going on with" in line]
+    assert again.startswith("workers did not start (")
+    assert again.endswith("failure 1 of 1: going on with 2 workers from the start")
+    assert "no-such-interface" in lines[-1]

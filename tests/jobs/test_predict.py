@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from jobs import evaluate, predict
-from pneumo.checkpoint import load_checkpoint, read_index, save_checkpoint
+from pneumo.checkpoint import claim_run, load_checkpoint, read_index, save_checkpoint
 from pneumo.dicom import GrayImage
 from pneumo.ingest import read_picture
 from pneumo.predict import Predictions
@@ -38,9 +38,10 @@ def ensemble(
     second sees smaller pictures than are stored."""
     folder = tmp_path_factory.mktemp("ensemble")
     run, other = Path(shutil.copytree(trained, folder / "run")), folder / "other"
+    attempt = claim_run(str(other))
     for entry in read_index(str(trained)).entries:
         smaller = replace(load_checkpoint(str(trained), entry), image_size=48)
-        save_checkpoint(str(other), smaller, keep_last=2, finished=True)
+        save_checkpoint(str(other), smaller, attempt=attempt, keep_last=2, finished=True)
     flags = ["--store", str(prepared.store), "--run", str(run), "--members", str(other)]
     assert evaluate.main([*flags, *QUICK, "--evaluate.ensemble", "2", "--evaluate.tta", "3"]) == 0
     return run, other
@@ -144,16 +145,17 @@ def test_files_are_decoded_to_the_pixels_of_the_store(prepared: Prepared) -> Non
 
 
 def test_the_evaluation_says_how_its_logits_were_made(ensemble: tuple[Path, Path]) -> None:
-    run, _ = ensemble
-    metrics = json.loads((run / "metrics.json").read_text())
+    metrics = json.loads((ensemble[0] / "metrics.json").read_text())
     scoring = metrics["model"]["scoring"]
-    assert [(c["run"], c["checkpoint"]) for c in scoring["checkpoints"]] == [
-        (name, f"epoch-000{epoch}.pt") for name in ("run", "other") for epoch in (2, 1)
+    members = [
+        (run.name, entry.name)
+        for run in ensemble
+        for entry in reversed(read_index(str(run)).entries)
     ]
+    assert [(c["run"], c["checkpoint"]) for c in scoring["checkpoints"]] == members
+    run = ensemble[0]
     (checkpoint,) = set(read_predictions(run).checkpoint)
-    assert checkpoint == (
-        "run/epoch-0002.pt + run/epoch-0001.pt + other/epoch-0002.pt + other/epoch-0001.pt"
-    )
+    assert checkpoint == " + ".join(f"{name}/{file}" for name, file in members)
     metadata = pq.read_schema(run / "predictions.parquet").metadata
     assert json.loads(metadata[b"pneumo.scoring"]) == scoring
 

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 
 from jobs import train
 from pneumo.checkpoint import load_checkpoint, read_index
-from pneumo.config import Config
+from pneumo.config import Config, override
 from pneumo.shards import read_manifest
 from tests.jobs.conftest import SMALL, Prepared
+from tests.ranks import run_ranks
 
 
 def test_a_run_leaves_its_configuration_its_epochs_and_its_checkpoints(
@@ -55,6 +57,10 @@ def test_a_finished_run_is_left_alone(
             "train.batch_size: 40 is no multiple of train.micro_batch_size 16",
         ),
         (["--cluster.min-workers", "2"], "min_workers 2 is more than num_workers 1"),
+        (
+            ["--model.weights", "no/such.pt"],
+            "such.pt' is no file; give 'imagenet', 'random' or the",
+        ),
         (["--train.lr", "-1"], "train.lr: got '-1'"),
         (["--train.lrr", "1"], "unknown setting --train.lrr"),
     ],
@@ -85,6 +91,62 @@ def test_more_workers_than_the_cluster_has_is_said_before_the_start(
     )
     assert code == 1
     assert "2 workers need 128 CPU (it has" in capsys.readouterr().err
+
+
+_LATE_RANK = """
+from datetime import timedelta
+import time
+from jobs.train import wait_longer
+
+dist.set_timeout(timedelta(seconds=1))
+wait_longer()
+time.sleep(4 * rank)
+dist.barrier()
+"""
+
+
+@pytest.mark.slow
+def test_ranks_wait_for_one_another_longer_than_for_their_meeting(tmp_path: Path) -> None:
+    run_ranks(_LATE_RANK, tmp_path, 2)
+
+
+def test_weights_beside_the_driver_are_found_by_workers_in_other_folders(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    beside = override(Config(), {"model.weights": "weights.pt"})
+    assert train.with_absolute_weights(beside).model.weights == str(tmp_path / "weights.pt")
+    assert train.with_absolute_weights(Config()) == Config()
+
+
+def end_with(outcome: bool | Exception) -> Future[bool]:
+    training: Future[bool] = Future()
+    if isinstance(outcome, Exception):
+        training.set_exception(outcome)
+    else:
+        training.set_result(outcome)
+    return training
+
+
+@pytest.mark.parametrize(
+    ("training", "said"),
+    [
+        (end_with(True), ""),
+        (end_with(False), "no checkpoint could be written; going on will be from the one before"),
+        (end_with(OSError()), "no checkpoint could be written; going on will be from the one bef"),
+        (Future(), "train: no checkpoint within 1 s; going on will be from the one before"),
+    ],
+)
+def test_who_leaves_learns_whether_there_is_a_checkpoint(
+    training: Future[bool], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ordered: list[None] = []
+    train.leave(lambda: ordered.append(None), training, timeout_s=1)
+    first, *rest = capsys.readouterr().err.splitlines()
+    assert first.startswith("train: interrupted; writing a checkpoint")
+    assert len(ordered) == 1
+    assert len(rest) == bool(said)
+    assert said in "".join(rest)
 
 
 @pytest.mark.parametrize("present", [[], ["train/000000.tar"]])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +19,13 @@ from pneumo.synthetic import write_phantoms
 from tests.multinode.faults import (
     BATCH_SIZE,
     EPOCHS,
+    MANY_EPOCHS,
     MICRO_BATCH_SIZE,
     TRAINING,
     Cost,
+    Record,
     format_table,
-    read_losses,
+    read_records,
 )
 from tests.multinode.namespaces import Machine, Network, why_not
 from tests.multinode.ray_cluster import RayCluster
@@ -47,6 +49,8 @@ class Site:
     cluster: RayCluster
     store: Path
     source: Path
+    stored_copy: str
+    """The URL of the store's copy in the bucket."""
     object_store: Machine
     """Runs an S3 server, and no Ray."""
     small_disk: Path
@@ -56,34 +60,37 @@ class Site:
         self,
         run: Path | str,
         *flags: str,
+        store: str | None = None,
         epochs: int = EPOCHS,
         micro_batch_size: int = MICRO_BATCH_SIZE,
     ) -> tuple[str, ...]:
         """The command that trains in `run`; a step has work for 16 / `micro_batch_size` workers."""
-        places = ("--store", str(self.store), "--run", str(run))
+        places = ("--store", store or str(self.store), "--run", str(run))
         sizes = ("--train.epochs", str(epochs), "--train.micro-batch-size", str(micro_batch_size))
         return ("jobs.train", *places, *TRAINING, *sizes, *flags)
 
     def fetch(self, key: str) -> str:
         """The text of an object in the bucket."""
-        url = f"s3://{BUCKET}/{key}"
-        read = f"from pneumo import storage; print(storage.read_text('{url}'), end='')"
-        endpoint = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{_S3_PORT}"}
-        reader = self.object_store.start(
-            sys.executable, "-c", read, environ={**_S3_KEYS, **endpoint}, stdout=subprocess.PIPE
+        return _use_storage(
+            self.object_store, f"print(storage.read_text('s3://{BUCKET}/{key}'), end='')"
         )
-        text = reader.communicate(timeout=30)[0].decode()
-        assert reader.returncode == 0, key
-        return text
+
+    @contextmanager
+    def without_object_store(self) -> Iterator[None]:
+        """Pull its cable, and put it in again."""
+        self.object_store.cut()
+        try:
+            yield
+        finally:
+            self.object_store.mend()
 
 
 @dataclass(frozen=True)
 class Undisturbed:
     """The run that all others are compared with."""
 
-    losses: list[float]
-    step_s: float
-    """What a step takes."""
+    records: list[Record]
+    """Of its epochs, which are more than most others have."""
     steps_per_epoch: int
 
 
@@ -132,7 +139,12 @@ def site(small_disk: Path) -> Iterator[Site]:
             command = ("jobs.prepare", "--source", str(source), "--store", str(store), *prepare)
             with cluster.driver(*command) as driver:
                 assert driver.wait(timeout_s=RUN_TIMEOUT_S) == 0, driver.said
-            yield Site(cluster, store, source, object_store, small_disk)
+            copy = f"s3://{BUCKET}/store"
+            _use_storage(
+                object_store,
+                f"from pathlib import Path; storage.upload_folder(Path('{store}'), '{copy}')",
+            )
+            yield Site(cluster, store, source, copy, object_store, small_disk)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -149,18 +161,30 @@ def two_workers(site: Site) -> Site:
 @pytest.fixture(scope="session")
 def undisturbed(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    with site.cluster.driver(*site.train(run, "--cluster.num-workers", "2")) as driver:
+    two = ("--cluster.num-workers", "2")
+    with site.cluster.driver(*site.train(run, *two, epochs=MANY_EPOCHS)) as driver:
         assert driver.wait(timeout_s=RUN_TIMEOUT_S) == 0, driver.said
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    fastest = max(row["images_per_s"] for row in rows)
     steps_per_epoch = read_manifest(str(site.store)).splits["train"].samples // BATCH_SIZE
-    return Undisturbed(read_losses(run), BATCH_SIZE / fastest, steps_per_epoch)
+    return Undisturbed(read_records(run, MANY_EPOCHS), steps_per_epoch)
 
 
 @pytest.fixture
 def table(request: pytest.FixtureRequest) -> list[Cost]:
     """Where a test puts what its fault cost."""
     return request.config.stash[_COSTS]
+
+
+def _use_storage(machine: Machine, script: str) -> str:
+    """What a script that uses pneumo's `storage` prints on the object store's machine."""
+    endpoint = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{_S3_PORT}"}
+    process = machine.start(
+        *(sys.executable, "-c", f"from pneumo import storage; {script}"),
+        environ={**_S3_KEYS, **endpoint},
+        stdout=subprocess.PIPE,
+    )
+    text = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == 0, script
+    return text
 
 
 def _start_s3(machine: Machine, log: Path) -> str:

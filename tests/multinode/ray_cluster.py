@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pty
 import re
 import secrets
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Iterator
@@ -65,33 +67,33 @@ class RayCluster:
         for machine in waits:
             self._wait(machine)
 
-    def drain(self, machine: Machine, *, deadline_s: int) -> None:
-        """Announce that the machine will be taken away, as an autoscaler of spot nodes does."""
-        (raylet,) = machine.processes("raylet/raylet")
-        (node_id,) = re.findall(r"--node_id=(\w+)", " ".join(raylet.cmdline()))
-        process = self.head.start(
-            *(*_RAY, "drain-node", f"--address={self._gcs}", f"--node-id={node_id}"),
-            *("--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot"),
-            f"--deadline-remaining-seconds={deadline_s}",
+    def depart(self, machine: Machine, *, grace_s: int) -> subprocess.Popen[bytes]:
+        """On the machine, what a spot worker's pod runs before its end; it ends when the machine's
+        workers have."""
+        return machine.start(
+            *(sys.executable, "-m", "jobs.departure", "--grace-s", str(grace_s)),
             environ=self.environ,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        said = process.communicate(timeout=60)[0].decode()
-        if process.returncode:
-            raise RuntimeError(f"ray drain-node: exit {process.returncode}:\n{said}")
-
-    @contextlib.contextmanager
-    def driver(self, *arguments: str, **environ: str) -> Iterator[Driver]:
-        """`python -m arguments` beside the head; killed at the end if it still runs."""
-        guardian = self.head.start(
-            *(sys.executable, "-u", "-m", *arguments),
-            environ={**self.environ, "RAY_ADDRESS": self._gcs, **environ},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             cwd=CHECKOUT,
         )
-        driver = Driver(guardian)
+
+    @contextlib.contextmanager
+    def driver(self, *arguments: str, at_terminal: bool = False) -> Iterator[Driver]:
+        """`python -m arguments` beside the head, with a terminal or not; killed at the end if it
+        still runs."""
+        reads, writes = pty.openpty() if at_terminal else os.pipe()
+        if at_terminal:
+            termios.tcsetwinsize(writes, (24, 120))
+        guardian = self.head.start(
+            *(sys.executable, "-u", "-m", *arguments),
+            environ={**self.environ, "RAY_ADDRESS": self._gcs, "TERM": "xterm"},
+            stdout=writes,
+            stderr=subprocess.STDOUT,
+            cwd=CHECKOUT,
+        )
+        os.close(writes)
+        driver = Driver(guardian, reads)
         try:
             yield driver
         finally:
@@ -137,10 +139,11 @@ class RayCluster:
 
 
 class Driver:
-    """A job that runs; what it says is kept with the second it was said."""
+    """A job that runs; what it says is kept with the second it was said. `reads` is where it says
+    it, a file descriptor."""
 
-    def __init__(self, guardian: subprocess.Popen[bytes]) -> None:
-        self.guardian = guardian
+    def __init__(self, guardian: subprocess.Popen[bytes], reads: int) -> None:
+        self.guardian, self._reads = guardian, reads
         self.started_s = time.monotonic()
         self.lines: list[tuple[float, str]] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -179,6 +182,15 @@ class Driver:
         return "\n".join(f"{when - self.started_s:6.1f} {line}" for when, line in list(self.lines))
 
     def _read(self) -> None:
-        assert self.guardian.stdout is not None
-        for line in self.guardian.stdout:
-            self.lines.append((time.monotonic(), line.decode(errors="replace").rstrip()))
+        rest = b""
+        with contextlib.suppress(OSError):  # a terminal whose programs have all ended
+            while chunk := os.read(self._reads, 65536):
+                # At a terminal a bar is drawn again and again in the same line.
+                *whole, rest = re.split(rb"[\r\n]+", rest + chunk)
+                self._keep(whole)
+        self._keep([rest])
+        os.close(self._reads)
+
+    def _keep(self, lines: list[bytes]) -> None:
+        said = (re.sub(rb"\x1b\[[0-9;]*\w", b"", line).decode(errors="replace") for line in lines)
+        self.lines += [(time.monotonic(), line.rstrip()) for line in said if line.strip()]

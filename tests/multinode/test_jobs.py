@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.multinode.conftest import RUN_TIMEOUT_S, Site
-from tests.multinode.faults import EPOCHS, read_losses
+from tests.multinode.faults import EPOCHS, read_records
 
 pytestmark = [pytest.mark.multinode, pytest.mark.timeout(420)]
 
@@ -37,7 +37,7 @@ def test_prepare_train_and_tune_over_four_nodes(two_workers: Site, tmp_path: Pat
             assert driver.wait(timeout_s=RUN_TIMEOUT_S) == 0, driver.said
             assert "Traceback" not in driver.said
     assert (store / "manifest.json").read_bytes() == (site.store / "manifest.json").read_bytes()
-    assert len(read_losses(tmp_path / "run")) == EPOCHS
+    assert len(read_records(tmp_path / "run")) == EPOCHS
     assert "tune: 4 trials of 1 epochs, 4 at a time" in driver.said
     assert (tmp_path / "search" / "best.toml").is_file()
 

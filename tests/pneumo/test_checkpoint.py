@@ -8,6 +8,7 @@ import io
 import json
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from pneumo import __version__
+from pneumo import storage
 from pneumo.checkpoint import (
     Checkpoint,
     CheckpointEntry,
     CheckpointIndex,
     CheckpointWriter,
+    claim_run,
     copy_to_cpu,
     describe_code,
     find_index,
@@ -32,7 +34,7 @@ from pneumo.checkpoint import (
     save_checkpoint,
 )
 from pneumo.config import Config, TrainConfig
-from pneumo.errors import CheckpointError, RunError
+from pneumo.errors import CheckpointError, RunError, StorageError
 
 
 def make_checkpoint(epoch: int = 1, auroc: float | None = 0.7, **changes: Any) -> Checkpoint:
@@ -52,12 +54,23 @@ def make_checkpoint(epoch: int = 1, auroc: float | None = 0.7, **changes: Any) -
     return dataclasses.replace(plain, **changes)
 
 
-def save(run_url: str, *aurocs: float | None, keep_last: int = 2) -> None:
+def save(run_url: str, *aurocs: float | None, keep_last: int = 2) -> str:
+    """Checkpoints of so many epochs, written by one attempt; its id."""
+    attempt = claim_run(run_url)
     for epoch, auroc in enumerate(aurocs, 1):
-        finished = epoch == len(aurocs)
         save_checkpoint(
-            run_url, make_checkpoint(epoch, auroc), keep_last=keep_last, finished=finished
+            run_url,
+            make_checkpoint(epoch, auroc),
+            attempt=attempt,
+            keep_last=keep_last,
+            finished=epoch == len(aurocs),
         )
+    return attempt
+
+
+def file_of(run_url: str, number: int = -1) -> Path:
+    """Where a checkpoint of the index lies, by default the newest."""
+    return Path(run_url) / "checkpoints" / read_index(run_url).entries[number].name
 
 
 def replace_file(run_url: str, content: Any) -> CheckpointEntry:
@@ -83,8 +96,8 @@ def plain_content(run_url: str) -> dict[str, Any]:
 
 
 def test_all_that_was_saved_comes_back(tmp_path: Path) -> None:
-    saved = make_checkpoint(2)
-    save_checkpoint(str(tmp_path), saved, keep_last=1, finished=True)
+    saved, attempt = make_checkpoint(2), claim_run(str(tmp_path))
+    save_checkpoint(str(tmp_path), saved, attempt=attempt, keep_last=1, finished=True)
     index = read_index(str(tmp_path))
     assert index.finished
     assert (index.latest.epoch, index.latest.val_auroc) == (2, 0.7)
@@ -110,7 +123,8 @@ def test_an_optimizer_goes_on_where_it_was(tmp_path: Path) -> None:
     for seed in range(3):
         step(model, optimizer, seed)
     saved = make_checkpoint(model=model.state_dict(), optimizer=optimizer.state_dict())
-    save_checkpoint(str(tmp_path), saved, keep_last=1, finished=False)
+    attempt = claim_run(str(tmp_path))
+    save_checkpoint(str(tmp_path), saved, attempt=attempt, keep_last=1, finished=False)
     loaded = load_checkpoint(str(tmp_path), read_index(str(tmp_path)).latest)
     again = nn.Linear(3, 1)
     again.load_state_dict(loaded.model)
@@ -123,8 +137,11 @@ def test_an_optimizer_goes_on_where_it_was(tmp_path: Path) -> None:
     assert torch.equal(again.bias, model.bias)
 
 
-def test_the_code_is_described_by_its_version() -> None:
-    assert describe_code().split("+")[0] == __version__
+def test_what_computes_is_described() -> None:
+    found = make_checkpoint().versions
+    assert found["torch"] == torch.__version__
+    assert {"python", "torchvision", "ray"} <= set(found)
+    assert ("cuda" in found) is (torch.version.cuda is not None)
 
 
 # --- the index ------------------------------------------------------------------------------------
@@ -139,11 +156,18 @@ def test_nothing_trained_is_no_checkpoint(tmp_path: Path) -> None:
 def test_a_file_that_the_index_does_not_name_is_not_there(tmp_path: Path) -> None:
     run_url = str(tmp_path)
     save(run_url, 0.6, 0.7)
-    newest = tmp_path / "checkpoints" / "epoch-0002.pt"
-    (tmp_path / "checkpoints" / "epoch-0003.pt").write_bytes(newest.read_bytes())
+    newest = file_of(run_url)
+    newest.with_name("epoch-0003-01234567.pt").write_bytes(newest.read_bytes())
     assert read_index(run_url).latest.epoch == 2
+
+
+def test_checkpoints_without_an_index_are_not_taken_for_a_fresh_run(tmp_path: Path) -> None:
+    save(str(tmp_path), 0.6)
     (tmp_path / "checkpoints" / "index.json").unlink()
-    assert find_index(run_url) is None
+    with pytest.raises(
+        CheckpointError, match=r"index\.json: missing, .* put it back, or give anot"
+    ):
+        find_index(str(tmp_path))
 
 
 def test_a_reader_never_meets_an_index_whose_file_is_not_whole(tmp_path: Path) -> None:
@@ -165,10 +189,10 @@ def test_a_reader_never_meets_an_index_whose_file_is_not_whole(tmp_path: Path) -
 
     reader = threading.Thread(target=guarded)
     reader.start()
-    big = {"weight": torch.zeros(500_000)}
+    big, attempt = {"weight": torch.zeros(500_000)}, claim_run(run_url)
     for epoch in range(1, 15):
         checkpoint = make_checkpoint(epoch, model=big)
-        save_checkpoint(run_url, checkpoint, keep_last=100, finished=False)
+        save_checkpoint(run_url, checkpoint, attempt=attempt, keep_last=100, finished=False)
     stop.set()
     reader.join()
     assert failures == []
@@ -198,20 +222,21 @@ def test_the_last_and_the_best_are_kept_and_nothing_else(
 
 
 def test_files_of_dropped_checkpoints_are_deleted(tmp_path: Path) -> None:
-    save(str(tmp_path), 0.6, 0.8, 0.7, 0.7, 0.7)
+    attempt = save(str(tmp_path), 0.6, 0.8, 0.7, 0.7, 0.7)
     names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
-    assert names == {"index.json", "epoch-0002.pt", "epoch-0004.pt", "epoch-0005.pt"}
+    assert names == {"index.json", *(f"epoch-000{epoch}-{attempt}.pt" for epoch in (2, 4, 5))}
 
 
 def test_an_epoch_that_is_trained_again_replaces_its_checkpoint(tmp_path: Path) -> None:
     run_url = str(tmp_path)
     save(run_url, 0.6, 0.7, 0.8, keep_last=3)
-    again = make_checkpoint(2, 0.9)
-    save_checkpoint(run_url, again, keep_last=3, finished=False)
+    index = read_index(run_url)
+    again = claim_run(run_url, index.until(index.entries[0]))
+    save_checkpoint(run_url, make_checkpoint(2, 0.9), attempt=again, keep_last=3, finished=False)
     index = read_index(run_url)
     assert [(entry.epoch, entry.val_auroc) for entry in index.entries] == [(1, 0.6), (2, 0.9)]
     assert not index.finished
-    assert not (tmp_path / "checkpoints" / "epoch-0003.pt").exists()
+    assert len(list((tmp_path / "checkpoints").glob("epoch-*"))) == 2
 
 
 def test_the_best_of_undefined_scores_is_the_newest() -> None:
@@ -222,6 +247,74 @@ def test_the_best_of_undefined_scores_is_the_newest() -> None:
     assert CheckpointIndex(entries=entries).best.epoch == 3
 
 
+# --- one writer -----------------------------------------------------------------------------------
+
+
+def read_folder(run_url: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (Path(run_url) / "checkpoints").iterdir()}
+
+
+@pytest.mark.parametrize("late_epoch", [2, 4, 9])
+def test_a_late_writer_of_a_lost_attempt_changes_nothing(tmp_path: Path, late_epoch: int) -> None:
+    run_url = str(tmp_path)
+    lost = save(run_url, 0.6)
+    attempt = claim_run(run_url, read_index(run_url))
+    for epoch, auroc in ((3, 0.7), (4, 0.9)):
+        save_checkpoint(
+            run_url,
+            make_checkpoint(epoch, auroc, history=({"val/auroc": auroc},)),
+            attempt=attempt,
+            keep_last=2,
+            finished=epoch == 4,
+        )
+    before = read_folder(run_url)
+    late = make_checkpoint(late_epoch, 0.99, history=({"val/auroc": 0.99},))
+    message = rf"^{run_url}: another attempt has taken this run over, so this one \({lost}\) writes"
+    with pytest.raises(RunError, match=message):
+        save_checkpoint(run_url, late, attempt=lost, keep_last=2, finished=False)
+    assert read_folder(run_url) == before
+    index = read_index(run_url)
+    assert index.finished
+    assert [entry.epoch for entry in index.entries] == [3, 4]
+
+
+class _Overtaken:
+    """Takes so long to pickle that another attempt begins meanwhile."""
+
+    def __init__(self, run_url: str) -> None:
+        self.run_url = run_url
+
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        claim_run(self.run_url, read_index(self.run_url))
+        return dict, ()
+
+
+def test_a_writer_that_loses_the_run_while_it_writes_leaves_the_index_alone(
+    tmp_path: Path,
+) -> None:
+    run_url = str(tmp_path)
+    attempt = save(run_url, 0.6)
+    slow = make_checkpoint(2, optimizer={"state": _Overtaken(run_url)})
+    with pytest.raises(RunError, match="another attempt has taken this run over"):
+        save_checkpoint(run_url, slow, attempt=attempt, keep_last=2, finished=False)
+    index = read_index(run_url)
+    assert [entry.epoch for entry in index.entries] == [1]
+    assert index.attempt != attempt
+    assert (tmp_path / "checkpoints" / f"epoch-0002-{attempt}.pt").exists(), "it did get so far"
+
+
+def test_who_takes_a_run_over_removes_what_nobody_vouches_for(tmp_path: Path) -> None:
+    run_url, folder = str(tmp_path), tmp_path / "checkpoints"
+    save(run_url, 0.6, 0.7)
+    kept = {path.name for path in folder.iterdir()}
+    (folder / "epoch-0003-01234567.pt").write_bytes(b"written, and killed before the index was")
+    (folder / f"{storage._PARTIAL_PREFIX}abc").write_bytes(b"half")
+    (folder / "notes.txt").write_text("a person's")
+    claim_run(run_url, read_index(run_url))
+    assert {path.name for path in folder.iterdir()} == {*kept, "notes.txt"}
+    assert [entry.epoch for entry in read_index(run_url).entries] == [1, 2]
+
+
 # --- within an epoch, of averages, while training goes on -----------------------------------------
 
 
@@ -229,29 +322,30 @@ def test_a_place_within_an_epoch_comes_after_the_epoch_and_is_never_the_best(
     tmp_path: Path,
 ) -> None:
     run_url = str(tmp_path)
-    save(run_url, 0.6)
+    attempt = save(run_url, 0.6)
     for step in (5, 10):
         inside = make_checkpoint(1, 0.9, step=step, epoch_loss=2.5)
-        save_checkpoint(run_url, inside, keep_last=2, finished=False)
+        save_checkpoint(run_url, inside, attempt=attempt, keep_last=2, finished=False)
     index = read_index(run_url)
     assert [(e.epoch, e.step) for e in index.entries] == [(1, 0), (1, 5), (1, 10)]
-    assert index.latest.name == "epoch-0001-step-000010.pt"
+    assert index.latest.name == f"epoch-0001-step-000010-{attempt}.pt"
     assert index.best.step == 0
     loaded = load_checkpoint(run_url, index.latest)
     assert (loaded.step, loaded.epoch_loss) == (10, 2.5)
-    save_checkpoint(run_url, make_checkpoint(2, 0.5), keep_last=1, finished=False)
+    after = make_checkpoint(2, 0.5)
+    save_checkpoint(run_url, after, attempt=attempt, keep_last=1, finished=False)
     assert [(e.epoch, e.step) for e in read_index(run_url).entries] == [(1, 0), (2, 0)]
 
 
 def test_the_average_is_what_is_scored_where_there_is_one(tmp_path: Path) -> None:
-    run_url = str(tmp_path)
+    run_url, attempt = str(tmp_path), claim_run(str(tmp_path))
     for epoch, (raw, averaged) in enumerate([(0.9, 0.6), (0.5, 0.8)], 1):
         checkpoint = make_checkpoint(
             epoch,
             history=({"val/auroc": raw, "val/ema_auroc": averaged},),
             ema={"weight": torch.zeros(2, 2)},
         )
-        save_checkpoint(run_url, checkpoint, keep_last=2, finished=True)
+        save_checkpoint(run_url, checkpoint, attempt=attempt, keep_last=2, finished=True)
     best = read_index(run_url).best
     assert (best.epoch, best.val_auroc, best.weights) == (2, 0.8, "ema")
     loaded = load_checkpoint(run_url, best)
@@ -264,7 +358,12 @@ def test_the_average_is_what_is_scored_where_there_is_one(tmp_path: Path) -> Non
 
 def test_an_early_end_is_said_in_the_index(tmp_path: Path) -> None:
     save_checkpoint(
-        str(tmp_path), make_checkpoint(1), keep_last=1, finished=True, stopped_early=True
+        str(tmp_path),
+        make_checkpoint(1),
+        attempt=claim_run(str(tmp_path)),
+        keep_last=1,
+        finished=True,
+        stopped_early=True,
     )
     assert read_index(str(tmp_path)).stopped_early
 
@@ -272,14 +371,17 @@ def test_an_early_end_is_said_in_the_index(tmp_path: Path) -> None:
 def test_the_one_before_a_damaged_checkpoint_is_taken_and_it_is_said(tmp_path: Path) -> None:
     run_url, told = str(tmp_path), []
     save(run_url, 0.6, 0.5, 0.4, keep_last=3)
-    folder = tmp_path / "checkpoints"
-    (folder / "epoch-0003.pt").write_bytes((folder / "epoch-0003.pt").read_bytes()[:99])
-    (folder / "epoch-0002.pt").unlink()
-    assert load_newest(run_url, read_index(run_url), told.append).epoch == 1
-    assert "epoch-0003.pt: not what the index vouches for" in told[0]
-    assert "epoch-0002.pt: the index names it, but it is gone; taking the one before" in told[1]
-    (folder / "epoch-0001.pt").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"epoch-0001\.pt: not what the index vouches for"):
+    first, second, third = (file_of(run_url, number) for number in range(3))
+    third.write_bytes(third.read_bytes()[:99])
+    second.unlink()
+    entry, loaded = load_newest(run_url, read_index(run_url), told.append)
+    assert entry.epoch == loaded.epoch == 1
+    assert f"{third.name}: not what the index vouches for" in told[0]
+    assert f"{second.name}: the index names it, but it is gone; taking the one before" in told[1]
+    first.write_bytes(b"")
+    with pytest.raises(
+        CheckpointError, match=r"epoch-0001-\w{8}\.pt: not what the index vouches for"
+    ):
         load_newest(run_url, read_index(run_url))
 
 
@@ -300,25 +402,60 @@ def test_writing_does_not_hold_up_training_and_goes_one_at_a_time() -> None:
     writer.close()
 
 
-def test_a_failed_write_is_told_and_the_last_one_is_an_error(tmp_path: Path) -> None:
+def store_is_away() -> None:
+    raise StorageError("storage: s3://bucket/run: tried again for 120 s")
+
+
+def test_an_object_store_that_is_away_is_outlived_but_not_for_ever(tmp_path: Path) -> None:
     told: list[str] = []
     writer = CheckpointWriter(told.append)
-
-    def full() -> None:
-        raise OSError(28, "No space left on device")
-
-    writer.submit(full)
+    warning = "warning: a checkpoint could not be written, training goes on: storage: s3://bucket"
+    for _ in range(2):
+        writer.submit(store_is_away)
     writer.submit(lambda: save(str(tmp_path), 0.6))
-    assert told == [
-        "warning: a checkpoint could not be written, training goes on: [Errno 28] No space left on "
-        "device"
-    ]
+    assert [line[: len(warning)] for line in told] == [warning, warning]
     writer.flush()
     assert read_index(str(tmp_path)).latest.epoch == 1
-    writer.submit(full)
-    with pytest.raises(OSError, match="No space left"):
+    for _ in range(3):  # counted anew: one was written in between
+        writer.submit(store_is_away)
+    with pytest.raises(StorageError, match="tried again for 120 s"):
+        writer.submit(store_is_away)
+    writer.close()
+
+
+def test_what_waiting_does_not_mend_is_raised_as_soon_as_it_is_known() -> None:
+    told: list[str] = []
+    begun, go = threading.Event(), threading.Event()
+    writer = CheckpointWriter(told.append)
+
+    def fill() -> None:
+        begun.set()
+        go.wait(20)
+        raise CheckpointError("no checkpoint could be written: No space left on device")
+
+    writer.submit(fill)
+    begun.wait(20)
+    writer.check()  # still under way
+    go.set()
+
+    def keep_checking() -> None:
+        for _ in range(200):
+            writer.check()
+            time.sleep(0.05)
+
+    with pytest.raises(CheckpointError, match="No space left"):
+        keep_checking()
+    writer.close()
+    assert told == []
+
+
+def test_the_last_write_is_waited_for_and_its_failure_is_an_error() -> None:
+    told: list[str] = []
+    writer = CheckpointWriter(told.append)
+    writer.submit(store_is_away)
+    with pytest.raises(StorageError):
         writer.flush()
-    writer.submit(full)
+    writer.submit(store_is_away)
     writer.close()
     assert "the last checkpoint could not be written" in told[-1]
 
@@ -340,7 +477,8 @@ def test_a_snapshot_does_not_change_with_the_model() -> None:
 def test_an_unreadable_index_is_refused(tmp_path: Path, text: str) -> None:
     save(str(tmp_path), 0.6)
     (tmp_path / "checkpoints" / "index.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"index\.json: not an index of checkpoints of this"):
+    message = r"index\.json: not an index of checkpoints of this version, .* give another --run"
+    with pytest.raises(CheckpointError, match=message):
         read_index(str(tmp_path))
 
 
@@ -355,24 +493,28 @@ def test_a_newer_index_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("place", [0, 0.3, 0.6, 0.999])
 def test_a_changed_byte_is_refused(tmp_path: Path, place: float) -> None:
     save(str(tmp_path), 0.6)
-    path = tmp_path / "checkpoints" / "epoch-0001.pt"
+    path = file_of(str(tmp_path))
     data = bytearray(path.read_bytes())
     data[int(place * len(data))] ^= 1
     path.write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"epoch-0001\.pt: not what the index vouches for"):
+    with pytest.raises(
+        CheckpointError, match=r"epoch-0001-\w{8}\.pt: not what the index vouches for"
+    ):
         load_checkpoint(str(tmp_path), read_index(str(tmp_path)).latest)
 
 
 def test_a_cut_or_missing_file_is_refused(tmp_path: Path) -> None:
     save(str(tmp_path), 0.6)
-    path = tmp_path / "checkpoints" / "epoch-0001.pt"
+    path = file_of(str(tmp_path))
     path.write_bytes(path.read_bytes()[:-1])
     entry = read_index(str(tmp_path)).latest
-    with pytest.raises(CheckpointError, match=r"epoch-0001\.pt: not what the index vouches for"):
+    with pytest.raises(
+        CheckpointError, match=r"epoch-0001-\w{8}\.pt: not what the index vouches for"
+    ):
         load_checkpoint(str(tmp_path), entry)
     path.unlink()
     with pytest.raises(
-        CheckpointError, match=r"epoch-0001\.pt: the index names it, but it is gone"
+        CheckpointError, match=r"epoch-0001-\w{8}\.pt: the index names it, but it is gone"
     ):
         load_checkpoint(str(tmp_path), entry)
 
@@ -391,7 +533,7 @@ def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
     run_url, trace = str(tmp_path), tmp_path / "ran"
     save(run_url, 0.6)
     entry = replace_file(run_url, plain_content(run_url) | {"code_version": _Malice(trace)})
-    with pytest.raises(CheckpointError, match=r"epoch-0001\.pt: not a readable checkpoint"):
+    with pytest.raises(CheckpointError, match=r"epoch-0001-\w{8}\.pt: not a readable checkpoint"):
         load_checkpoint(run_url, entry)
     assert not trace.exists()
     torch.load(tmp_path / "checkpoints" / entry.name, weights_only=False)
@@ -401,7 +543,7 @@ def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04"])
 def test_a_file_that_is_something_else_is_refused(tmp_path: Path, content: bytes) -> None:
     save(str(tmp_path), 0.6)
-    with pytest.raises(CheckpointError, match=r"epoch-0001\.pt: not a readable checkpoint"):
+    with pytest.raises(CheckpointError, match=r"epoch-0001-\w{8}\.pt: not a readable checkpoint"):
         load_checkpoint(str(tmp_path), replace_file(str(tmp_path), content))
 
 
@@ -410,7 +552,7 @@ def test_a_file_of_another_schema_is_refused(tmp_path: Path, version: object) ->
     run_url = str(tmp_path)
     save(run_url, 0.6)
     entry = replace_file(run_url, plain_content(run_url) | {"schema_version": version})
-    with pytest.raises(CheckpointError, match=r"epoch-0001\.pt: of another schema than 2"):
+    with pytest.raises(CheckpointError, match=r"epoch-0001-\w{8}\.pt: of another schema than 2"):
         load_checkpoint(run_url, entry)
     with pytest.raises(CheckpointError, match=r"of another schema than 2"):
         load_checkpoint(run_url, replace_file(run_url, [1, 2]))
@@ -425,5 +567,7 @@ def test_a_file_with_fields_of_another_version_is_refused(
     run_url = str(tmp_path)
     save(run_url, 0.6)
     entry = replace_file(run_url, plain_content(run_url) | change)
-    with pytest.raises(CheckpointError, match=r"epoch-0001\.pt: written by another version of pne"):
+    with pytest.raises(
+        CheckpointError, match=r"epoch-0001-\w{8}\.pt: written by another version of "
+    ):
         load_checkpoint(run_url, entry)

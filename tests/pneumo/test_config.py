@@ -268,8 +268,14 @@ def test_toggles_are_off_until_given() -> None:
     assert not arguments.debug
 
 
-def test_the_hash_key_in_the_environment_is_no_setting() -> None:
-    environ = {"PNEUMO_HASH_KEY": "secret"}
+@pytest.mark.parametrize(("given", "meant"), [("true", True), ("max-autotune", "max-autotune")])
+def test_a_network_is_compiled_in_two_ways(given: str, meant: object) -> None:
+    flags = [*NEEDED["train"], "--train.compile", given]
+    assert parse_command_line("train", flags, {}).config.train.compile == meant
+
+
+def test_hash_key_and_revision_in_the_environment_are_no_settings() -> None:
+    environ = {"PNEUMO_HASH_KEY": "secret", "PNEUMO_REVISION": "abc1234"}
     assert parse_command_line("train", NEEDED["train"], environ).config == Config()
 
 

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.ranks import run_ranks
+
 _RANK = """
-import sys
-from pathlib import Path
-import torch
-import torch.distributed as dist
 from pneumo.config import TrainConfig
 from pneumo.learner import Learner
 from pneumo.loader import Batch
 from pneumo.model import build_model
-from pneumo.partition import World, micro_batches
+from pneumo.partition import micro_batches
 
-folder, rank, size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-torch.set_num_threads(1)
-if size > 1:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank,
-                            world_size=size)
-world = World(rank, size)
 config = TrainConfig(batch_size=24, micro_batch_size=6, optimizer="sgd", label_smoothing=0.1)
 torch.manual_seed(0)
 model = build_model("resnet18").double()
@@ -47,28 +37,53 @@ for step in range(3):
 weights = torch.cat([p.detach().flatten() for p in model.parameters()])
 torch.save({"steps": steps, "weights": weights, "running": learner.statistics.running,
             "state": [b.clone() for b in model.buffers()]}, folder / f"{size}-{rank}.pt")
-if size > 1:
-    dist.destroy_process_group()
 """
 
 
 def learn(folder: Path, size: int) -> list[dict[str, Any]]:
-    (folder / "meeting").unlink(missing_ok=True)
-    environ = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", _RANK, str(folder), str(rank), str(size)],
-            env=environ,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-    for process in ranks:
-        output, _ = process.communicate(timeout=200)
-        assert process.returncode == 0, output
+    run_ranks(_RANK, folder, size)
     return [torch.load(folder / f"{size}-{rank}.pt") for rank in range(size)]
+
+
+_COMPILED_RANK = """
+from pneumo.config import TrainConfig
+from pneumo.learner import Learner
+from pneumo.loader import Batch
+from pneumo.model import build_model
+from pneumo.partition import micro_batches
+
+def learn(compiled):
+    config = TrainConfig(batch_size=16, micro_batch_size=4, optimizer="sgd", compile=compiled)
+    torch.manual_seed(0)
+    model = build_model("resnet18")
+    learner = Learner(model, config, pos_weight=2.0, seed=0, world=world,
+                      device=torch.device("cpu"))
+    if compiled:  # as the setting does, but without a C compiler
+        model.compile(backend="aot_eager")
+    learner.network.train()
+    mine = micro_batches(16, 4, world)
+    here = slice(mine[0] * 4, (mine[-1] + 1) * 4)
+    generator = torch.Generator().manual_seed(1)
+    outcomes = []
+    for step in range(3):
+        images = torch.randn(16, 1, 64, 64, generator=generator)[here]
+        batch = Batch(images, torch.arange(16)[here] % 2.0, ("key",) * len(images))
+        outcome = learner.learn(batch, epoch=0, step=step, num_steps=step + 1, lr=1e-3,
+                                with_norm=True)
+        outcomes.append([float(outcome[0]), float(learner.gradient_norm)])
+    return outcomes
+
+(folder / f"compiled-{rank}.json").write_text(json.dumps([learn(False), learn(True)]))
+"""
+
+
+@pytest.mark.slow
+def test_a_compiled_network_learns_the_same_on_two_ranks(tmp_path: Path) -> None:
+    run_ranks(_COMPILED_RANK, tmp_path, 2)
+    told = [json.loads((tmp_path / f"compiled-{rank}.json").read_text()) for rank in range(2)]
+    plain, compiled = (torch.tensor(outcomes) for outcomes in told[0])
+    torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-5)
+    assert [step[0] for step in told[1][1]] == [step[0] for step in told[0][1]]
 
 
 @pytest.mark.slow

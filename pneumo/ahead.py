@@ -1,0 +1,67 @@
+"""Batches made one step ahead: in a thread, and on a GPU in a stream of their own.
+
+While step k computes, batch k + 1 is read, drawn for, copied and changed; the step that needs it
+waits only for what is not done by then. Nothing about a batch depends on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+Made = tuple[T, torch.cuda.Event | None]
+"""A batch, and what tells that the device has made it."""
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` of the host on the device, waiting for nothing: the copy is queued in the current
+    stream, from memory that the device reads by itself."""
+    if device.type != "cuda" or tensor.device.type == "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def run_ahead(
+    batches: Generator[T, None, None],
+    device: torch.device,
+    tensors_of: Callable[[T], Iterable[Tensor]],
+) -> Iterator[T]:
+    """The same batches in the same order, the next of which is made while one is in use.
+
+    What making a batch raises is raised where that batch would be. When this is closed or dropped,
+    `batches` is closed and its thread ends, after the batch under way. `tensors_of` gives the
+    tensors of a batch that are on the device.
+    """
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def make() -> Made[T] | None:
+        if stream is None:
+            batch = next(batches, None)
+            return None if batch is None else (batch, None)
+        with torch.cuda.stream(stream):
+            batch = next(batches, None)
+            return None if batch is None else (batch, stream.record_event())
+
+    pool = ThreadPoolExecutor(1, thread_name_prefix="pneumo-ahead")
+    upcoming: Future[Made[T] | None] = pool.submit(make)
+    try:
+        while (made := upcoming.result()) is not None:
+            upcoming = pool.submit(make)
+            batch, is_made = made
+            if is_made is not None:
+                here = torch.cuda.current_stream(device)
+                here.wait_event(is_made)
+                for tensor in tensors_of(batch):  # else its memory is used again too early
+                    tensor.record_stream(here)
+            yield batch
+    finally:
+        upcoming.cancel()
+        with suppress(RuntimeError):  # the interpreter is ending, and its generators with it
+            pool.submit(batches.close)
+        pool.shutdown(wait=False)

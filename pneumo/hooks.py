@@ -1,0 +1,63 @@
+"""What a training tells whoever called it, and what it asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pneumo.model import Initialisation
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where an attempt at a run begins."""
+
+    initialisation: Initialisation
+    history: tuple[dict[str, float | None], ...]
+    """Of the epochs that are complete: `Epoch.metrics` of each."""
+    step: int
+    """Steps done of the epoch after them."""
+    steps: int
+    """Of an epoch."""
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What is known after an epoch."""
+
+    number: int
+    """Counted from 1."""
+    metrics: dict[str, float | None]
+    """train/loss; data/samples and data/digest, what its steps were fed (`Tally`); lr and grad_norm
+    at its end; val/loss, val/auroc, val/accuracy, val/precision, val/recall (at p = 0.5; None where
+    undefined) and the same as val/ema_… of the averaged weights; epoch_s, and what `StepTimes.read`
+    gives."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How training goes within an epoch."""
+
+    epoch: int
+    """Counted from 1."""
+    step: int
+    """Steps done of it."""
+    steps: int
+    metrics: dict[str, float | None]
+    """Since the last one: train/loss, lr, grad_norm and what `StepTimes.read` gives."""
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the caller wants to hear; each is called on every rank."""
+
+    on_start: Callable[[Start], None] = lambda start: None
+    on_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None
+    on_epoch: Callable[[Epoch], None] = lambda epoch: None
+    on_note: Callable[[str], None] = lambda line: None
+    """A line worth knowing: how each split is fed, what went wrong and was mended."""
+    on_pace: Callable[[Pace], None] = lambda pace: None
+    """About once a second, and at the end of an epoch."""
+    should_stop: Callable[[], bool] = lambda: False
+    """Asked after each step and each batch of val. One rank's yes ends the run on all, with a
+    checkpoint and PreemptedError."""

@@ -1,0 +1,42 @@
+"""Which code this is: for the checkpoints that it writes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+from pneumo import __version__
+
+REVISION = "PNEUMO_REVISION"
+"""The environment variable that says it where no checkout does: in the image, and in code that was
+sent to a cluster."""
+
+
+@cache
+def describe_code() -> str:
+    """Package version and git revision, as far as it is known. Asked once a process."""
+    return describe(Path(__file__).parent, os.environ)
+
+
+def describe(folder: Path, environ: Mapping[str, str]) -> str:
+    """Of the code in `folder`: what the environment says wins, as the folder may be a copy."""
+    revision = environ.get(REVISION) or find_revision(folder)
+    return f"{__version__}+{revision}" if revision else __version__
+
+
+def find_revision(folder: Path) -> str:
+    """What git calls the commit that is checked out in `folder`; '' where it is no checkout."""
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
