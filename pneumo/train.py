@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -33,13 +34,14 @@ from pneumo.checkpoint import (
 )
 from pneumo.config import Config, TrainConfig
 from pneumo.errors import CheckpointError, DataError, DivergedError, PreemptedError, RunError
+from pneumo.feeds import Held
 from pneumo.learner import Learner
 from pneumo.loader import Loader
 from pneumo.model import Initialisation, build_model, initialise
 from pneumo.optimise import learning_rate
 from pneumo.outcomes import Divergence, Outcomes
 from pneumo.partition import World
-from pneumo.predict import score
+from pneumo.predict import Scores, score
 from pneumo.shards import Manifest, read_manifest
 from pneumo.timing import StepTimes
 
@@ -91,6 +93,9 @@ class Hooks:
     """A line worth knowing: how each split is fed, what went wrong and was mended."""
     on_pace: Callable[[Pace], None] = lambda pace: None
     """About 25 times an epoch."""
+    judge: Callable[[Scores], Mapping[str, float | None]] = lambda scores: {}
+    """More metrics of an epoch: from all of val's scores, in the store's order, by the weights that
+    are scored with."""
     should_stop: Callable[[], bool] = lambda: False
     """Asked each step. One rank's yes ends the run on all, with a checkpoint and
     PreemptedError."""
@@ -123,9 +128,10 @@ def fit(
     world: World,
     device: torch.device,
     hooks: Hooks,
+    held: Mapping[str, Held] = MappingProxyType({}),
 ) -> list[dict[str, float | None]]:
     """Train on the store's train split, judge on val, leave checkpoints and metrics.jsonl in the
-    run.
+    run. Splits that are `held` are not read.
 
     Goes on after the run's newest checkpoint that is whole, if there is one. Returns the epochs'
     metrics. With `world.size` > 1 torch.distributed must be initialised. Raises RunError,
@@ -146,6 +152,7 @@ def fit(
             world=world,
             device=device,
             tell=hooks.on_note,
+            held=held.get(split),
         )
         for split in ("train", "val")
     )
@@ -159,7 +166,7 @@ def fit(
             if epoch > first_epoch:  # in the first a split may be read into memory
                 seconds = time.perf_counter() - started
                 _warn_of_slow_data(trained["data_wait"], seconds, epoch, hooks)
-            validated = _validate(run.learner, val_data, config, world)
+            validated = _validate(run.learner, val_data, config, world, hooks)
             taken = {"epoch_s": time.perf_counter() - started}
             record = Epoch(epoch + 1, {"epoch": epoch + 1, **trained, **validated, **taken})
             run.history.append(record.metrics)
@@ -186,10 +193,7 @@ def check_run(config: Config, manifest: Manifest, run_url: str, *, num_workers: 
     Raises RunError when the run is finished or of another configuration or store, and ConfigError
     for sizes that do not fit.
     """
-    image_size = loader.input_size(manifest, config.data.image_size)
-    train = config.train
-    partition.check_batch_size(train.batch_size, train.micro_batch_size, num_workers)
-    partition.steps_per_epoch(manifest.splits["train"].samples, config.train.batch_size)
+    image_size = check_sizes(config, manifest, num_workers=num_workers)
     index = find_index(run_url)
     if index is None or not index.entries:
         return image_size
@@ -211,6 +215,15 @@ def check_run(config: Config, manifest: Manifest, run_url: str, *, num_workers: 
             "on, or give another --run"
         )
     return image_size
+
+
+def check_sizes(config: Config, manifest: Manifest, *, num_workers: int) -> int:
+    """The image size to train at. Raises ConfigError for sizes that do not fit each other or the
+    store."""
+    train = config.train
+    partition.check_batch_size(train.batch_size, train.micro_batch_size, num_workers)
+    partition.steps_per_epoch(manifest.splits["train"].samples, train.batch_size)
+    return loader.input_size(manifest, config.data.image_size)
 
 
 def _training_settings(config: Config) -> dict[str, Any]:
@@ -423,45 +436,48 @@ def _is_out_of_patience(history: list[dict[str, float | None]], config: TrainCon
 
 
 def _validate(
-    learner: Learner, data: Loader, config: Config, world: World
+    learner: Learner, data: Loader, config: Config, world: World, hooks: Hooks
 ) -> dict[str, float | None]:
     """Metrics of the whole val split by the weights, and by their average where there is one."""
-    pos_weight = float(learner.pos_weight)
-    found = _judge(learner.model, data, config, world, pos_weight, "val/")
+    scores = _score_all(learner.model, data, config, world)
+    found = _describe_scores(scores, learner, "val/")
     if learner.average is not None:
-        found |= _judge(learner.average.model, data, config, world, pos_weight, "val/ema_")
+        scores = _score_all(learner.average.model, data, config, world)
+        found |= _describe_scores(scores, learner, "val/ema_")
+    return {**found, **hooks.judge(scores)}
+
+
+def _score_all(model: nn.Module, data: Loader, config: Config, world: World) -> Scores:
+    """What the model says of the whole split, the same on every rank, each study once."""
+    batch_size = max(config.train.batch_size // world.size, 1)
+    scores = score(model, data.evaluation(batch_size=batch_size))
+    parts = [scores]
+    if world.size > 1:
+        gathered: list[Any] = [None] * world.size
+        dist.all_gather_object(gathered, scores)
+        parts = gathered
+    # The ranks' shares follow one another in the store's order.
+    found = Scores(
+        tuple(key for part in parts for key in part.keys),
+        np.concatenate([part.logits for part in parts]),
+        np.concatenate([part.targets for part in parts]),
+    )
+    studies = len(set(found.keys))
+    if len(found.keys) != len(data) or studies != len(data):
+        raise DataError(
+            f"val: {len(found.keys)} scores of {studies} studies, expected {len(data)} once"
+        )
     return found
 
 
-def _judge(
-    model: nn.Module,
-    data: Loader,
-    config: Config,
-    world: World,
-    pos_weight: float,
-    prefix: str,
-) -> dict[str, float | None]:
-    """Metrics of the whole split, the same on every rank, each sample counted once."""
-    batch_size = max(config.train.batch_size // world.size, 1)
-    scores: Any = score(model, data.evaluation(batch_size=batch_size))
-    parts = [scores]
-    if world.size > 1:
-        parts = [None] * world.size
-        dist.all_gather_object(parts, scores)
-    # The ranks' shares follow one another in the store's order.
-    logits = np.concatenate([part.logits for part in parts]).astype(np.float64)
-    target = np.concatenate([part.targets for part in parts])
-    studies = len({key for part in parts for key in part.keys})
-    if len(logits) != len(data) or studies != len(data):
-        raise DataError(
-            f"val: {len(logits)} scores of {studies} studies, expected {len(data)} once"
-        )
+def _describe_scores(scores: Scores, learner: Learner, prefix: str) -> dict[str, float | None]:
+    logits = scores.logits.astype(np.float64)
     loss = F.binary_cross_entropy_with_logits(
         torch.from_numpy(logits),
-        torch.from_numpy(target).double(),
-        pos_weight=torch.tensor(pos_weight, dtype=torch.float64),
+        torch.from_numpy(scores.targets).double(),
+        pos_weight=learner.pos_weight.double().cpu(),
     )
-    values = {"loss": float(loss), **metrics.binary_metrics_from_logits(target, logits)}
+    values = {"loss": float(loss), **metrics.binary_metrics_from_logits(scores.targets, logits)}
     return {f"{prefix}{name}": v if math.isfinite(v) else None for name, v in values.items()}
 
 

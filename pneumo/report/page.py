@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from pneumo import figures
 from pneumo.comparison import ComparedRuns
 from pneumo.evaluate import DECISION, SCREENING, Evaluation
@@ -16,6 +14,7 @@ from pneumo.report import performance
 from pneumo.report.card import CLAIM, NOT_ANSWERED
 from pneumo.report.data import describe_data, describe_quality
 from pneumo.report.drawings import draw_curves, draw_training, inline, show_pairs, show_thumbnails
+from pneumo.report.environment import make_environment
 from pneumo.report.facts import DataFacts, ModelFacts, Provenance
 from pneumo.report.groups import describe_groups
 from pneumo.report.looks import describe_looks
@@ -36,31 +35,28 @@ def render_report(
     compared: ComparedRuns | None = None,
 ) -> str:
     """The page. `pictures` and `looks` are of test; `looks` is None where maps were not scored."""
-    environment = Environment(
-        loader=PackageLoader("pneumo.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html.j2").render(
-        evaluation=evaluation,
-        data=describe_data(data),
-        quality=describe_quality(data),
-        model=model,
-        provenance=provenance,
-        warnings=find_warnings(evaluation, data, model),
-        sentence=summarise(evaluation),
-        answers=answer(evaluation, looks),
-        groups=describe_groups(evaluation),
-        looks=describe_looks(looks),
-        comparison=performance.describe_comparison(compared),
-        training=draw_training(history),
-        claim=CLAIM,
-        not_claimed=NOT_ANSWERED,
-        test_n=figures.describe_n(evaluation.test).capitalize(),
-        **_describe_performance(evaluation),
-        **_describe_pictures(pictures),
+    return (
+        make_environment()
+        .get_template("page.html.j2")
+        .render(
+            evaluation=evaluation,
+            data=describe_data(data),
+            quality=describe_quality(data),
+            model=model,
+            provenance=provenance,
+            warnings=find_warnings(evaluation, data, model),
+            sentence=summarise(evaluation),
+            answers=answer(evaluation, looks),
+            groups=describe_groups(evaluation),
+            looks=describe_looks(looks),
+            comparison=performance.describe_comparison(compared),
+            training=draw_training(history),
+            claim=CLAIM,
+            not_claimed=NOT_ANSWERED,
+            test_n=figures.describe_n(evaluation.test).capitalize(),
+            **_describe_performance(evaluation),
+            **_describe_pictures(pictures),
+        )
     )
 
 

@@ -16,7 +16,7 @@ def test_views_name_what_the_jobs_log(capsys, monkeypatch):
     text = {name: json.dumps(view) for name, view in found.items()}
     for key in ("train/loss", "val/auroc", "images_per_s"):
         assert key in text["Train"]
-    assert "best/val_auroc" in text["Tune"]
+    assert "tune/objective" in text["Tune"]
     for key in (
         "eval/test/auroc",
         "eval/gallery/tp",
