@@ -12,7 +12,7 @@ from pathlib import Path
 from jobs.command import run_main, say
 from jobs.evaluate import evaluate_run
 from jobs.prepare import prepare
-from jobs.results import BEST
+from jobs.search_results import BEST
 from jobs.session import ray_session
 from jobs.train import train
 from jobs.tune import tune

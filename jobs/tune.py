@@ -30,7 +30,7 @@ from jobs.records import (
     trial_url,
     write_ended,
 )
-from jobs.results import BEST, REPORT, print_search, write_results
+from jobs.search_results import BEST, REPORT, print_search, write_results
 from jobs.session import ray_session, wait_for_resources
 from jobs.trial_tracking import TrialTracking
 from jobs.trials import make_trainable, share, trial_config, trials_at_once

@@ -7,9 +7,9 @@ Every patient is in one of five folds, the same for all variants and seeds. For 
 is trained on three others, its epoch is chosen on the fourth, and the fold itself is scored once.
 `base` is the recipe `baseline` with random weights at the given size; a variant changes one thing
 of `cosine`, save `lr 1e-3` and `cosine` themselves. Told are, per variant, the mean AUROC over
-folds and seeds, its standard deviation over seeds, and the difference to `cosine` in pairs of equal fold
-and seed with its standard error over the pairs. Without the real X-rays beside the checkout the
-source is phantoms. Runs that stand in `--out` already are not done again.
+folds and seeds, its standard deviation over seeds, and the difference to `cosine` in pairs of equal
+fold and seed with its standard error over the pairs. Without the real X-rays beside the checkout
+the source is phantoms. Runs that stand in `--out` already are not done again.
 """
 
 from __future__ import annotations

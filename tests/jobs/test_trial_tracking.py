@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from jobs.records import write_begun, write_ended, write_history
-from jobs.results import BEST, REPORT, TRIALS, log_search
+from jobs.search_results import BEST, REPORT, TRIALS, log_search
 from jobs.trial_tracking import TrialTracking, log_trial
 from pneumo.config import Config, override
 from pneumo.dashboards import build_views, describe_view
