@@ -12,15 +12,24 @@ RUN python3.11 -m venv /opt/pneumo \
  && /opt/pneumo/bin/pip uninstall --yes --quiet pip
 
 FROM ${BASE_IMAGE}
-# The operator's probes of older KubeRay call wget.
+# wget is called by the probes of older KubeRay; ssh and rsync by Ray's launcher, which fills
+# containers of VMs so, and by the autoscaler of its head, which starts the workers from inside one.
+# The launcher's shells are login shells, whose /etc/profile forgets ENV PATH; the folder of its token
+# would be root's if mounting the token made it.
 RUN apt-get update -qq \
- && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends wget > /dev/null \
+ && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+    openssh-client rsync wget > /dev/null \
  && rm -rf /var/lib/apt/lists/* \
- && useradd --uid 1000 --gid 100 --create-home --home-dir /home/pneumo pneumo
+ && { python3.11 -m pip uninstall --yes --quiet pip setuptools wheel 2> /dev/null || true; } \
+ && useradd --uid 1000 --gid 100 --create-home --home-dir /home/pneumo pneumo \
+ && install -d -m 700 -o 1000 -g 100 /home/pneumo/.ray \
+ && echo 'PATH=/opt/pneumo/bin:$PATH' > /etc/profile.d/pneumo.sh
 COPY --from=dependencies /opt/pneumo /opt/pneumo
 COPY pneumo /app/pneumo
 COPY jobs /app/jobs
+# HOME is said here too, for the launcher reads it from the image and takes /root else.
 ENV PATH=/opt/pneumo/bin:$PATH \
+    HOME=/home/pneumo \
     PYTHONPATH=/app \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \

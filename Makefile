@@ -4,7 +4,7 @@
 #   make test       the tests that take minutes;  make test-slow: the others
 #   make test-s3    the tests against a real S3 server, which it starts
 #   make test-cluster  as root: faults on Ray clusters of several nodes;  make test-all: all four
-#   make debian     as root: for the tests Debian's dcmtk, an independent DICOM decoder, etcd, Chromium
+#   make debian     as root: for the tests Debian's dcmtk (a DICOM decoder), etcd, kubectl, Chromium
 #   make check      format, lint, types, import rules: never writes;  make fix: mends what it can
 #   make bench      what decoding, preparing, explaining, judging and loading cost, as ratios of one run
 #   make bench-train [ARGS="--rounds 5"]: images/s of the bare step, from a store, under Ray, as ratios
@@ -34,7 +34,7 @@ ARGS ?=
 
 # Where a job runs: here, or submitted to the cluster of RAY_ADDRESS or to Kubernetes.
 ifeq ($(TARGET),k8s)
-job = $(call needs,OVERLAY)$(BIN)/python -m cluster submit --target k8s --overlay $(OVERLAY) $(1)
+job = $(call needs,OVERLAY)$(BIN)/python -m cluster submit --target k8s --overlay $(call quoted,OVERLAY) $(1)
 else ifneq ($(TARGET),)
 $(error TARGET=$(TARGET): say TARGET=k8s, or RAY_ADDRESS=http://head:8265, or neither)
 else ifneq ($(filter http://% https://%,$(RAY_ADDRESS)),)
@@ -43,6 +43,10 @@ else
 job = $(BIN)/python -m jobs.$(1)
 endif
 needs = $(if $($(1)),,$(error make $@: say $(1)=…, see make help))
+# As one word of the shell, whatever is in it; ARGS are words as they stand.
+quoted = '$(subst ','\'',$($(1)))'
+
+vms = cluster/$(call quoted,PROVIDER).yaml
 
 IMAGE ?= pneumo:dev
 CONTAINERS ?= $(or $(shell command -v podman),docker)
@@ -68,31 +72,33 @@ $(READY): requirements.lock pyproject.toml
 	@touch $@
 
 demo: $(READY)
-	@$(BIN)/python -m jobs.demo --store $(STORE) $(ARGS)
+	@$(BIN)/python -m jobs.demo --store $(call quoted,STORE) $(ARGS)
 
 prepare: $(READY)
 	$(call needs,SOURCE)$(call needs,STORE)
-	@$(call job,prepare) --source $(SOURCE) --store $(STORE) $(ARGS)
+	@$(call job,prepare) --source $(call quoted,SOURCE) --store $(call quoted,STORE) $(ARGS)
 
 train tune: $(READY)
 	$(call needs,STORE)
-	@$(call job,$@) --store $(STORE) $(if $(RUN),--run $(RUN)) $(ARGS)
+	@$(call job,$@) --store $(call quoted,STORE) $(if $(RUN),--run $(call quoted,RUN)) $(ARGS)
 
 evaluate: $(READY)
 	$(call needs,STORE)$(call needs,RUN)
-	@$(call job,evaluate) --store $(STORE) --run $(RUN) $(ARGS)
+	@$(call job,evaluate) --store $(call quoted,STORE) --run $(call quoted,RUN) $(ARGS)
 
 predict: $(READY)
 	$(call needs,SOURCE)$(call needs,RUN)$(call needs,OUTPUT)
-	@$(call job,predict) --source $(SOURCE) --run $(RUN) --output $(OUTPUT) $(ARGS)
+	@$(call job,predict) --source $(call quoted,SOURCE) --run $(call quoted,RUN) \
+	  --output $(call quoted,OUTPUT) $(ARGS)
 
 dashboards: $(READY)
 	@$(BIN)/python -m pneumo.dashboards $(ARGS)
 
-# A cluster of VMs by Ray's own launcher; what it starts costs money until `make down`.
+# A cluster of VMs by Ray's own launcher; what it starts costs money until `make down`. Its newer
+# autoscaler (the default) does not start the workers of machines that are there: of Ray 2.60 it was seen.
 up: $(READY)
 	$(call needs,PROVIDER)
-	@$(BIN)/ray up --yes cluster/$(PROVIDER).yaml
+	@$(if $(filter onprem,$(PROVIDER)),RAY_UP_enable_autoscaler_v2=0 )$(BIN)/ray up --yes $(call vms)
 
 ifeq ($(TARGET),k8s)
 down: $(READY)
@@ -100,38 +106,36 @@ down: $(READY)
 else
 down: $(READY)
 	$(call needs,PROVIDER)
-	@$(BIN)/ray down --yes cluster/$(PROVIDER).yaml
+	@$(BIN)/ray down --yes $(call vms)
 endif
 
 forward: $(READY)
 	$(call needs,PROVIDER)
-	@$(BIN)/ray dashboard cluster/$(PROVIDER).yaml
+	@$(BIN)/ray dashboard $(call vms)
 
 setup-k8s:
 	$(call needs,OVERLAY)
 	@kubectl apply -k k8s/rbac
-	@kubectl apply -k k8s/overlays/$(OVERLAY) --selector '$(WITHOUT_RUN)'
+	@kubectl apply -k k8s/overlays/$(call quoted,OVERLAY) --selector '$(WITHOUT_RUN)'
 
 image:
-	$(CONTAINERS) build --tag $(IMAGE) --build-arg REVISION=$$(git rev-parse HEAD) \
-	  $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE)) .
+	$(CONTAINERS) build --tag $(call quoted,IMAGE) --build-arg REVISION=$$(git rev-parse HEAD) \
+	  $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(call quoted,BASE_IMAGE)) .
 
 k8s/components/monitoring/ray-train.json: $(READY)
 	@$(BIN)/python -c 'import json; from ray.dashboard.modules.metrics.grafana_dashboard_factory import \
 	  generate_train_grafana_dashboard as g; print(json.dumps(json.loads(g()[0]), separators=(",", ":")))' > $@
 
-# A DICOM decoder that some tests compare ours with, and the API server's store; where they cannot be
-# had those tests skip, and say so.
+# What some tests need of Debian; where it cannot be had those tests skip, and say so.
 debian:
-	@command -v chromium > /dev/null || { test "$$(id -u)" = 0 && apt-get update -qq \
-	  && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium; } > /dev/null \
-	  || echo "make debian: no Chromium here (apt-get install chromium, as root); the tests that need it skip" >&2
-	@command -v etcd > /dev/null || { test "$$(id -u)" = 0 && apt-get update -qq \
-	  && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends etcd-server; } > /dev/null \
-	  || echo "make debian: no etcd here (apt-get install etcd-server, as root); the tests that need it skip" >&2
-	@command -v dcm2pnm > /dev/null || { test "$$(id -u)" = 0 && apt-get update -qq \
-	  && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends dcmtk; } > /dev/null \
-	  || echo "make debian: no DCMTK here (apt-get install dcmtk, as root); the tests that need it skip" >&2
+	$(call install,chromium,chromium)
+	$(call install,etcd,etcd-server)
+	$(call install,dcm2pnm,dcmtk)
+	$(call install,kubectl,kubernetes-client)
+
+install = @command -v $(1) > /dev/null || { test "$$(id -u)" = 0 && apt-get update -qq \
+	  && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(2); } > /dev/null \
+	  || echo "make debian: no $(1) here (apt-get install $(2), as root); the tests that need it skip" >&2
 
 check: $(READY)
 	$(BIN)/ruff format --check .
@@ -173,10 +177,10 @@ bench-train: $(READY)
 	$(BIN)/python -m tests.benchmarks.train $(ARGS)
 
 lock: $(READY)
-	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile --quiet --extra dev --extra codecs --allow-unsafe \
+	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile --quiet --extra dev --extra codecs --extra vm --allow-unsafe \
 	  --generate-hashes --strip-extras --no-emit-index-url --no-emit-find-links \
 	  --no-emit-trusted-host --output-file requirements.lock pyproject.toml
-	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile --quiet --extra codecs --allow-unsafe \
+	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile --quiet --extra codecs --extra vm --allow-unsafe \
 	  --generate-hashes --strip-extras --no-emit-index-url --no-emit-find-links --no-emit-trusted-host \
 	  --constraint requirements.lock --output-file requirements-image.lock pyproject.toml
 

@@ -6,7 +6,8 @@
     package.py           which files of the checkout travel
     ray_jobs.py          the Ray Jobs API of any running Ray cluster
     overlays.py          a kustomization of k8s/overlays, rendered
-    rayjob.py            a run as a KubeRay RayJob, and the operator's own rules; pure
+    rayjob.py            a run as a KubeRay RayJob; pure
+    rules.py             the operator's own rules for one; pure
     troubles.py          what goes wrong with its pods, one line each; pure
     kubernetes_api.py    what is asked of the Kubernetes API server
     kubernetes_jobs.py   a run on KubeRay

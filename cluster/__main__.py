@@ -144,10 +144,14 @@ def _cancel(target: Target, job_id: str) -> int:
 
 
 def _take_down(target: Target, confirmed: bool) -> int:
-    """Cancel every job that has not ended; on Kubernetes their clusters go with them."""
-    running = [state.id for state in target.list() if not state.has_ended]
+    """Cancel every job of ours that has not ended; on Kubernetes their clusters go with them."""
+    going_on = [state for state in target.list() if not state.has_ended]
+    running = [state.id for state in going_on if state.is_ours]
+    others = [state.id for state in going_on if not state.is_ours]
+    if others:
+        _say(f"left alone, for they were not submitted by this: {', '.join(others)}")
     if not running:
-        _say("nothing is running")
+        _say("nothing of ours is running")
         return 0
     if not confirmed:
         raise ConfigError(f"cluster: down would cancel {', '.join(running)}; add --yes")
@@ -256,7 +260,7 @@ def _parser() -> _Parser:
         command.add_argument("id", metavar="ID", help="as submit and list print it")
         if name == "logs":
             command.add_argument("--follow", action="store_true", help="stay until the job ends")
-    down = commands.add_parser("down", parents=[where, debug], help="cancel every job")
+    down = commands.add_parser("down", parents=[where, debug], help="cancel every job of ours")
     down.add_argument("--yes", action="store_true", help="do not only say which")
     return parser
 

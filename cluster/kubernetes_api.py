@@ -8,13 +8,16 @@ repeat, because a RayJob's name says which run it is.
 from __future__ import annotations
 
 import json
+import logging
 import re
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import urllib3
+import yaml
 from kubernetes import client as kubernetes_client
 from kubernetes import config as kubernetes_config
 from kubernetes.client.exceptions import ApiException
@@ -29,6 +32,7 @@ PATIENCE_S = 20.0
 """How long a request that may yet succeed is tried again."""
 _PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 5.0
+_EVENTS_A_PAGE = "500"
 _MAY_PASS = frozenset({408, 429, 500, 502, 503, 504})
 
 NEEDS = (
@@ -58,16 +62,33 @@ class MissingError(ClusterError):
 
 @dataclass(frozen=True)
 class Api:
-    """The API server of a kubeconfig's context, and the namespace there."""
+    """The API server of a kubeconfig's context ("" in a pod, whose own it is), and the namespace
+    there."""
 
     client: Any
     namespace: str
     context: str
     patience_s: float = PATIENCE_S
 
+    @property
+    def place(self) -> str:
+        """What messages call it."""
+        return f"context {self.context}" if self.context else "this pod's cluster"
+
     def create_rayjob(self, job: Document) -> Document:
-        """Raises AlreadyThereError, ConfigError for what the server finds invalid."""
-        return self._ask("POST", self._rayjobs(), body=job)
+        """Raises AlreadyThereError, ConfigError for what the server finds invalid or not known.
+
+        A server before Kubernetes 1.25 drops what it does not know in silence: the RayJob is then
+        deleted again.
+        """
+        created = self._ask("POST", self._rayjobs(), {"fieldValidation": "Strict"}, job)
+        for field in dropped_fields(job, created):
+            self.delete_rayjob(job["metadata"]["name"])
+            raise ConfigError(
+                f"kubernetes: {self.place}: its KubeRay knows no field {field}; correct the "
+                "overlay, or have the operator and its CRDs updated to 1.7 or later"
+            )
+        return created
 
     def get_rayjob(self, name: str) -> Document:
         """Raises MissingError."""
@@ -84,9 +105,22 @@ class Api:
         return list(self._ask("GET", self._core("pods"), {"labelSelector": selector})["items"])
 
     def list_warnings(self) -> list[Document]:
-        """The events of the namespace that are warnings; at most 500 of them."""
-        query = {"fieldSelector": "type=Warning", "limit": "500"}
-        return list(self._ask("GET", self._core("events"), query)["items"])
+        """The events of the namespace that tell of trouble: all warnings, and evictions by taint,
+        which Kubernetes calls normal."""
+        return [
+            *self._list_events("type=Warning"),
+            *self._list_events("type=Normal,reason=TaintManagerEviction"),
+        ]
+
+    def _list_events(self, selector: str) -> Iterator[Document]:
+        query = {"fieldSelector": selector, "limit": _EVENTS_A_PAGE}
+        while True:
+            page = self._ask("GET", self._core("events"), query)
+            yield from page["items"]
+            position = page["metadata"].get("continue")
+            if not position:
+                return
+            query["continue"] = position
 
     def wait_for_change(self, name: str, version: str, timeout_s: int) -> None:
         """Return when the RayJob is no longer of `version`, or after `timeout_s`.
@@ -213,7 +247,7 @@ class Api:
         return response
 
     def _refuse(self, error: Exception, method: str) -> NoReturn:
-        where = f"kubernetes: context {self.context}"
+        where = f"kubernetes: {self.place}"
         if not isinstance(error, ApiException) or error.status == 0:
             raise OutOfReachError(
                 f"{where}: no answer from the API server ({_cause(error)}); is the cluster up, and "
@@ -233,7 +267,10 @@ class Api:
             )
         if code == 403:
             return AccessError(f"{where}: {_forbidden(said)}", 403)
-        if code == 404 and not (status.get("details") or {}).get("name"):
+        details = status.get("details") or {}
+        if code == 404 and details.get("kind") == "namespaces":
+            return ConfigError(f"{where}: no namespace '{details.get('name')}'; give --namespace")
+        if code == 404 and not details.get("name"):
             return ConfigError(
                 f"{where}: it has no RayJob kind (ray.io/v1); have its administrator install the "
                 "KubeRay operator, 1.7 or later"
@@ -257,26 +294,73 @@ def connect(context: str | None, namespace: str | None) -> Api:
     settings = kubernetes_client.Configuration()
     settings.retries = False
     try:
-        found, current = kubernetes_config.list_kube_config_contexts()
-        chosen = next((c for c in found if c["name"] == context), None) if context else current
-        if chosen is None:
-            names = ", ".join(sorted(c["name"] for c in found)) or "none"
-            raise ConfigError(f"kubernetes: no context '{context}' in the kubeconfig; has: {names}")
-        kubernetes_config.load_kube_config(
-            context=chosen["name"], client_configuration=settings, persist_config=False
-        )
-        own = chosen["context"].get("namespace")
-        name = chosen["name"]
-    except (ConfigException, OSError, ValueError, TypeError, KeyError) as error:
+        with _logged_errors() as errors:
+            chosen = _load_context(settings, context)
+    except _UNUSABLE as error:
         if context is not None or not _load_pod(settings):
             raise ConfigError(
-                f"kubernetes: no usable kubeconfig ({_first_line(error)}); set KUBECONFIG, or get "
-                "one from your cloud (aws eks update-kubeconfig, gcloud container clusters "
+                f"kubernetes: no usable kubeconfig ({_flaw(error)}); set KUBECONFIG, or get one "
+                "from your cloud (aws eks update-kubeconfig, gcloud container clusters "
                 "get-credentials)"
             ) from error
-        own, name = None, "of this pod"
-    client = kubernetes_client.ApiClient(settings)
-    return Api(client, namespace or own or "default", name)
+        return Api(kubernetes_client.ApiClient(settings), namespace or "default", "")
+    if errors and not (settings.api_key or settings.cert_file):
+        raise AccessError(
+            f"kubernetes: context {chosen['name']}: its log-in gives no credentials "
+            f"({_first_line(errors[-1])}); install the plugin that the kubeconfig names, or log in"
+        )
+    own = chosen["context"].get("namespace")
+    return Api(kubernetes_client.ApiClient(settings), namespace or own or "default", chosen["name"])
+
+
+_UNUSABLE = (
+    ConfigException, yaml.YAMLError, OSError, ValueError, TypeError, KeyError, AttributeError,
+)  # fmt: skip
+"""What the client raises about a kubeconfig that it cannot read."""
+
+
+def _load_context(settings: Any, context: str | None) -> Document:
+    """Load a context of the kubeconfig, by default the current one; what it says."""
+    found, current = kubernetes_config.list_kube_config_contexts()
+    chosen = next((c for c in found if c["name"] == context), None) if context else current
+    if chosen is None:
+        names = ", ".join(sorted(c["name"] for c in found)) or "none"
+        raise ConfigError(f"kubernetes: no context '{context}' in the kubeconfig; has: {names}")
+    kubernetes_config.load_kube_config(
+        context=chosen["name"], client_configuration=settings, persist_config=False
+    )
+    return dict(chosen)
+
+
+@contextmanager
+def _logged_errors() -> Iterator[list[str]]:
+    """What the client logs meanwhile: it goes on without credentials where a plugin fails."""
+    errors: list[str] = []
+
+    class Keeper(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            errors.append(record.getMessage())
+
+    keeper = Keeper(logging.ERROR)
+    logging.getLogger().addHandler(keeper)
+    try:
+        yield errors
+    finally:
+        logging.getLogger().removeHandler(keeper)
+
+
+def dropped_fields(sent: Any, kept: Any, path: str = "") -> Iterator[str]:
+    """The fields of `sent` that `kept` lacks, by their path; values may differ."""
+    if isinstance(sent, dict) and isinstance(kept, dict):
+        for key, value in sent.items():
+            below = f"{path}.{key}" if path else key
+            if key in kept:
+                yield from dropped_fields(value, kept[key], below)
+            elif value is not None:
+                yield below
+    elif isinstance(sent, list) and isinstance(kept, list):
+        for number, (value, there) in enumerate(zip(sent, kept, strict=False)):
+            yield from dropped_fields(value, there, f"{path}[{number}]")
 
 
 def _load_pod(settings: Any) -> bool:
@@ -344,5 +428,13 @@ def _cause(error: Exception) -> str:
     return type(error).__name__
 
 
-def _first_line(error: BaseException) -> str:
+def _flaw(error: BaseException) -> str:
+    """What is wrong with a kubeconfig, in one line."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is not None:
+        return f"{mark.name}, line {mark.line + 1}: {getattr(error, 'problem', 'no YAML')}"
+    return _first_line(error)
+
+
+def _first_line(error: object) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

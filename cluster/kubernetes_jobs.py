@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from cluster import overlays, rayjob, troubles
+from cluster import kept_logs, overlays, rayjob, troubles
 from cluster.kubernetes_api import (
     AlreadyThereError,
     Api,
@@ -27,15 +27,14 @@ from cluster.kubernetes_api import connect as connect_api
 from cluster.overlays import Document
 from cluster.states import JobState, Phase, Started, Write
 from cluster.submission import Submission
-from cluster.troubles import Trouble
-from pneumo.errors import AccessError, ConfigError
+from cluster.troubles import SUBMITTER, Trouble
+from pneumo.errors import AccessError, ClusterError, ConfigError, PneumoError
 
 ROUND_S = 5.0
 """A log is left this often to look whether the pods are well."""
 PATIENCE_S = 600.0
 """How long an API server that was there may be out of reach while a job is followed."""
 CANCEL_TIMEOUT_S = 120.0
-SUBMITTER = "ray-job-submitter"
 _WHOLE_LOG_S = 60.0
 _TRIES = 10
 
@@ -58,7 +57,8 @@ class KubernetesTarget:
 
     @property
     def flags(self) -> str:
-        return f"--target k8s --context {self.api.context} --namespace {self.api.namespace}"
+        context = f"--context {self.api.context} " if self.api.context else ""
+        return f"--target k8s {context}--namespace {self.api.namespace}"
 
     def submit(self, submission: Submission, note: Write) -> Started:
         folder = self.overlay or overlays.find_overlay(None)
@@ -68,11 +68,15 @@ class KubernetesTarget:
         missing = self.api.missing_rights()
         if missing:
             raise AccessError(
-                f"kubernetes: context {self.api.context}: {lacking(missing, self.api.namespace)}"
+                f"kubernetes: {self.api.place}: {lacking(missing, self.api.namespace)}"
             )
-        attempts, running = self._attempts(submission.id)
+        attempts, running, leaving = self._attempts(submission.id)
         if running is not None:
-            return _join(running, submission)
+            started = _join(running, submission)
+            for difference in rayjob.differences(job, running):
+                note(f"it goes on as it was started: {difference}")
+            return started
+        self._wait_until_gone(submission.id, leaving, note)
         if attempts:
             job = self._build(documents, submission, f"{submission.id}-{attempts + 1}")
         try:
@@ -96,12 +100,14 @@ class KubernetesTarget:
         return to_state(job, found)
 
     def logs(self, job_id: str) -> str:
-        _, pods, _ = self.look(job_id)
+        """The log so far, after those of earlier attempts, whose pods are gone."""
+        job, pods, _ = self.look(job_id)
         lines: list[str] = []
-        for pod in submitters(pods)[-1:]:
+        there = submitters(pods)[-1:]
+        for pod in there:
             cursor = LogCursor(lines.append)
             cursor.read_all(self.api, pod["metadata"]["name"])
-        return "".join(lines)
+        return "".join([*_earlier_logs(job, is_there=bool(there)), *lines])
 
     def cancel(self, job_id: str) -> JobState:
         """Delete the RayJob: the operator stops the job and takes the cluster down."""
@@ -114,7 +120,7 @@ class KubernetesTarget:
                 job = self.api.get_rayjob(job_id)
         except MissingError:
             return JobState(job_id, "cancelled")
-        return replace(to_state(job, ()), why="being deleted")
+        return replace(to_state(job, ()), phase="running", why="being deleted")
 
     def look(self, job_id: str) -> tuple[Document, Sequence[Document], Sequence[Trouble]]:
         """The RayJob, its pods, and what is wrong with them. ConfigError for an unknown job."""
@@ -122,8 +128,8 @@ class KubernetesTarget:
             job = self.api.get_rayjob(job_id)
         except MissingError as error:
             raise ConfigError(
-                f"kubernetes: no RayJob '{job_id}' in namespace {self.api.namespace} of context "
-                f"{self.api.context}; python -m cluster list --target k8s shows those there are"
+                f"kubernetes: no RayJob '{job_id}' in namespace {self.api.namespace} of "
+                f"{self.api.place}; python -m cluster list --target k8s shows those there are"
             ) from error
         pods = self.api.list_pods(f"{rayjob.RUN_LABEL}={job_id}")
         return job, pods, troubles.find(job, pods, self.api.list_warnings())
@@ -133,14 +139,53 @@ class KubernetesTarget:
             documents, submission, name=name, image=self.image, workers=self.workers
         )
 
-    def _attempts(self, submission_id: str) -> tuple[int, Document | None]:
-        """The highest attempt at the run that there is, and the one that has not ended."""
+    def _attempts(self, submission_id: str) -> tuple[int, Document | None, Sequence[str]]:
+        """The highest attempt at the run that there is, the one that has not ended, and the names
+        of those that are being deleted."""
         used, running = 0, None
+        leaving = []
         for job in self.api.list_rayjobs(f"{rayjob.SUBMISSION_LABEL}={submission_id}"):
-            number = job["metadata"]["name"].removeprefix(submission_id).lstrip("-")
+            name = job["metadata"]["name"]
+            number = name.removeprefix(submission_id).lstrip("-")
             used = max(used, int(number) if number.isdigit() else 1)
-            running = running if to_state(job, ()).has_ended else job
-        return used, running
+            if is_leaving(job):
+                leaving.append(name)
+            elif not to_state(job, ()).has_ended:
+                running = job
+        return used, running, leaving
+
+    def _wait_until_gone(self, submission_id: str, leaving: Sequence[str], note: Write) -> None:
+        """Return once nothing of the run that is being deleted can write where the next will.
+
+        Pods outlive their RayJob, for a checkpoint; one on a node that is lost is not waited for
+        longer than the others.
+        """
+        deadline_s = time.monotonic() + CANCEL_TIMEOUT_S
+        said = False
+        while True:
+            pods = self.api.list_pods(f"{rayjob.SUBMISSION_LABEL}={submission_id}")
+            jobs = [name for name in leaving if self._is_there(name)]
+            names = jobs or [pod["metadata"]["name"] for pod in pods if is_leaving(pod)]
+            if not names:
+                return
+            if not said:
+                note(f"waiting: for {names[0]} to be gone, which is being deleted")
+            said = True
+            if time.monotonic() > deadline_s:
+                break
+            time.sleep(1.0)
+        if jobs:
+            raise ClusterError(
+                f"kubernetes: {jobs[0]} writes the same place and is still being deleted after "
+                f"{CANCEL_TIMEOUT_S:g} s; submit again when list shows it no more"
+            )
+
+    def _is_there(self, name: str) -> bool:
+        try:
+            self.api.get_rayjob(name)
+        except MissingError:
+            return False
+        return True
 
 
 def connect(
@@ -164,17 +209,43 @@ def to_state(job: Document, found: Sequence[Trouble]) -> JobState:
     phase: Phase = _ENDED.get(deployment, "running" if deployment == "Running" else "waiting")
     if status.get("jobStatus") == "STOPPED" and deployment in _ENDED:
         phase = "cancelled"
+    why = _why(deployment, phase, status, found)
+    if is_leaving(job) and deployment not in _ENDED:
+        phase, why = "cancelled", "being deleted"
     annotations = metadata.get("annotations") or {}
     return JobState(
         id=metadata["name"],
         phase=phase,
         target=annotations.get(rayjob.TARGET, ""),
-        entrypoint=job["spec"].get("entrypoint", ""),
-        why=_why(deployment, phase, status, found),
+        entrypoint=annotations.get(rayjob.ENTRYPOINT) or job["spec"].get("entrypoint", ""),
+        why=why,
         driver_exit_code=driver_exit_code(status),
         started_s=_seconds(status.get("startTime")),
         ended_s=_seconds(status.get("endTime")),
+        is_ours=rayjob.SETTINGS in annotations,
     )
+
+
+def _earlier_logs(job: Document, *, is_there: bool) -> Iterator[str]:
+    """What the attempts said whose pods are gone; the last attempt's are not, where `is_there`."""
+    folder = rayjob.log_folder(job)
+    failed = (job.get("status") or {}).get("failed", 0)
+    if not folder or (not failed and (is_there or not to_state(job, ()).has_ended)):
+        return
+    try:
+        kept = kept_logs.read(folder)
+    except PneumoError as error:
+        yield f"--- the logs of other attempts are in {folder}, and cannot be read here: {error}\n"
+        return
+    for log in kept[:-1] if is_there else kept:
+        yield f"--- the attempt of {log.name} UTC, kept in {folder}\n{log.text}"
+    if kept[1:] and is_there:
+        yield "--- the last attempt\n"
+
+
+def is_leaving(thing: Document) -> bool:
+    """Whether a RayJob or a pod is being deleted; what it runs may run on for a while."""
+    return bool(thing["metadata"].get("deletionTimestamp"))
 
 
 def driver_exit_code(status: Document) -> int | None:
@@ -205,6 +276,8 @@ class LogCursor:
     last: str = ""
     at_last: int = 0
     """Lines written of the time `last`."""
+    aside: str = ""
+    """The last line without a time."""
 
     def read(self, api: Api, pod: str, *, follow: bool, limit_s: float) -> Left:
         """Write what is new, for at most about `limit_s`; how that ended."""
@@ -214,8 +287,7 @@ class LogCursor:
         lines = api.stream_log(pod, SUBMITTER, since=since, follow=follow, silence_s=limit_s)
         try:
             for line in lines:
-                moment, _, text = line.partition(" ")
-                repeated = self._take(_sortable(moment), text, repeated)
+                repeated = self._take(line, repeated)
                 if time.monotonic() - start_s > limit_s:
                     return "going on"
         except MissingError:
@@ -233,8 +305,15 @@ class LogCursor:
                 return
             time.sleep(1.0)
 
-    def _take(self, moment: str, text: str, repeated: int) -> int:
+    def _take(self, line: str, repeated: int) -> int:
         """Write a line unless it was written; how many lines of the time `last` there were."""
+        stamp, _, text = line.partition(" ")
+        moment = _utc(stamp)
+        if moment is None:  # the kubelet's own words, about a log that it cannot read
+            if line != self.aside:
+                self.write(f"{line}\n")
+            self.aside = line
+            return repeated
         if moment < self.last:
             return repeated
         if moment > self.last:
@@ -276,6 +355,8 @@ class _Following:
             raise
         self.seen, self.lost_at_s = True, None
         state = to_state(job, found)
+        if is_leaving(job):  # its last words are still to come
+            state = replace(state, phase="running")
         pod = self._submitter(pods)
         hopeless = None if state.has_ended else _hopeless(job, state, found)
         if hopeless is None:
@@ -343,13 +424,12 @@ def _hopeless(job: Document, state: JobState, found: Sequence[Trouble]) -> JobSt
 def _describe(job: Document, submission: Submission, overlay: str, note: Write) -> None:
     group = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
     container = group["template"]["spec"]["containers"][0]
-    each = ", ".join(f"{v} {k}" for k, v in container["resources"]["limits"].items())
+    each = rayjob.describe_limits(container)
     note(f"overlay {overlay}: {group['replicas']} workers of {each}; image {container['image']}")
-    secret = rayjob.secret_names(submission)
-    if secret:
+    if submission.secrets:
         note(
-            f"not sent, for they are secrets: {', '.join(secret)}; the pods take theirs from the "
-            f"Kubernetes secret {rayjob.SECRETS}"
+            f"not sent, for they are secrets: {', '.join(submission.secrets)}; the pods take "
+            f"theirs from the Kubernetes secret {rayjob.SECRETS}"
         )
 
 
@@ -386,7 +466,11 @@ def _seconds(text: str | None) -> float | None:
     return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp() if text else None
 
 
-def _sortable(moment: str) -> str:
-    """A UTC time of nine decimals, so that text order is time order."""
-    whole, _, decimals = moment.removesuffix("Z").partition(".")
-    return f"{whole}.{decimals:<09s}"
+def _utc(stamp: str) -> str | None:
+    """The time of a line, which kubelets print in the zone of their node, in UTC and with nine
+    decimals, so that text order is time order; None for what is no time."""
+    found = re.fullmatch(r"(\S{19})(?:\.(\d+))?(Z|[+-]\d\d:\d\d)", stamp)
+    if found is None:
+        return None
+    second = datetime.fromisoformat(f"{found[1]}{found[3]}").astimezone(UTC)
+    return f"{second:%Y-%m-%dT%H:%M:%S}.{found[2] or '':0<9}"

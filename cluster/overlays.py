@@ -6,6 +6,8 @@ Kubernetes has one of them; a renderer of our own would be right only for some o
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -19,7 +21,8 @@ Document = dict[str, Any]
 
 OVERLAYS = Path(__file__).resolve().parents[1] / "k8s" / "overlays"
 
-_TOOLS = (("kubectl", ("kubectl", "kustomize")), ("kustomize", ("kustomize", "build")))
+OLDEST_KUBECTL = (1, 27)
+"""Before, its kustomize does not know all that k8s/ uses; Debian 12 has 1.20."""
 _TIMEOUT_S = 60.0
 
 
@@ -37,12 +40,7 @@ def find_overlay(name: str | None, folder: Path = OVERLAYS) -> Path:
 
 def render(folder: Path) -> list[Document]:
     """The documents of the kustomization in `folder`. Raises ConfigError when it cannot be had."""
-    command = next((command for tool, command in _TOOLS if shutil.which(tool)), None)
-    if command is None:
-        raise ConfigError(
-            "cluster: neither kubectl nor kustomize is on PATH; install one of them (kubectl 1.27 "
-            "or later), it renders the manifests"
-        )
+    command = find_renderer()
     try:
         done = subprocess.run(
             [*command, str(folder)],
@@ -60,3 +58,37 @@ def render(folder: Path) -> list[Document]:
         why = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
         raise ConfigError(f"cluster: {' '.join(command)} {folder}: {why}")
     return [document for document in yaml.safe_load_all(done.stdout) if document]
+
+
+def find_renderer() -> tuple[str, ...]:
+    """The command that renders a folder. Raises ConfigError where there is none that does."""
+    oldest = ".".join(map(str, OLDEST_KUBECTL))
+    found = _kubectl_version() if shutil.which("kubectl") else None
+    if found is not None and found >= OLDEST_KUBECTL:
+        return ("kubectl", "kustomize")
+    if shutil.which("kustomize"):
+        return ("kustomize", "build")
+    got = (
+        "neither kubectl nor kustomize is on PATH"
+        if found is None
+        else f"kubectl {'.'.join(map(str, found))} is too old to render k8s/, and no kustomize is "
+        "on PATH"
+    )
+    raise ConfigError(
+        f"cluster: {got}; install one of them (kubectl {oldest} or later), it renders the manifests"
+    )
+
+
+def _kubectl_version() -> tuple[int, ...]:
+    done = subprocess.run(
+        ["kubectl", "version", "--client", "--output", "json"],
+        capture_output=True,
+        text=True,
+        timeout=_TIMEOUT_S,
+        check=False,
+    )
+    try:
+        version = json.loads(done.stdout)["clientVersion"]
+        return tuple(int(re.sub(r"\D", "", version[part])) for part in ("major", "minor"))
+    except (ValueError, KeyError, TypeError):
+        return (0, 0)

@@ -46,6 +46,10 @@ default is SIGTERM, which ends a driver abnormally, and SIGKILL after 3 s."""
 PYTHONS = ("3.11", "3.12")
 """What pyproject.toml's requires-python allows; a test holds the two together."""
 
+_BUSY = frozenset({408, 429})
+"""Besides 5xx, what an answer's status says that may pass."""
+_TRIES = 5
+
 _PREFLIGHT = "preflight"
 
 PREFLIGHT_TIMEOUT_S = 90.0
@@ -62,6 +66,14 @@ _PHASES: Mapping[JobStatus, Phase] = {
 
 class OutOfReachError(ClusterError):
     """The cluster's dashboard did not answer in time, or not at all."""
+
+
+class BusyError(OutOfReachError):
+    """The dashboard, or a proxy before it, answered that it cannot just now."""
+
+
+class LostError(ClusterError):
+    """The cluster knows the job no more, though it did."""
 
 
 class _RefusedError(PneumoError):
@@ -98,6 +110,8 @@ class Client(JobSubmissionClient):  # type: ignore[misc]  # ray is untyped
                 "of a running Ray dashboard, and is the port forwarded?"
             ) from error
         if endpoint == "/api/version" and not _is_dashboard(response):
+            if _is_busy(response):
+                self._raise_error(response)
             raise ConfigError(
                 f"cluster: {self._address} answers, but is no Ray dashboard (HTTP "
                 f"{response.status_code}); give its address, usually http://HEAD:8265"
@@ -106,6 +120,8 @@ class Client(JobSubmissionClient):  # type: ignore[misc]  # ray is untyped
 
     def _raise_error(self, r: requests.Response) -> NoReturn:
         lines = r.text.strip().splitlines() or ["no reason given"]
+        if _is_busy(r):
+            raise BusyError(f"cluster: {self._address} answers HTTP {r.status_code}: {lines[-1]}")
         raise _RefusedError(
             f"cluster: {self._address} refused (HTTP {r.status_code}): {lines[-1]}", r.status_code
         )
@@ -142,6 +158,11 @@ class RayTarget:
 
     def submit(self, submission: Submission, note: Write) -> Started:
         code = collect()
+        if submission.secrets and self.address.startswith("http://") and is_remote(self.address):
+            note(
+                f"warning: {', '.join(submission.secrets)} will go to {self.address} unencrypted; "
+                "forward the port (ssh -L, make forward), or give an https:// address"
+            )
         check_versions(self.client)
         started = join_running(self.client, submission)
         if started is None:
@@ -241,6 +262,7 @@ def state(info: JobDetails) -> JobState:
         driver_exit_code=info.driver_exit_code,
         started_s=info.start_time / 1000 if info.start_time else None,
         ended_s=info.end_time / 1000 if info.end_time else None,
+        is_ours="settings" in (info.metadata or {}),
     )
 
 
@@ -282,7 +304,21 @@ def submit(client: Client, submission: Submission, package: Package) -> Started:
             if running is None:
                 raise
             return _join(running, submission)
+        except OutOfReachError:
+            # The answer may be lost, and the job there.
+            if not _has_begun(client, new_id, submission):
+                raise
     return Started(new_id, already_running=False)
+
+
+def _has_begun(client: Client, job_id: str, submission: Submission) -> bool:
+    """Whether a request whose answer never came has started the job after all."""
+    for _ in range(_TRIES):
+        time.sleep(1.0)
+        with suppress(OutOfReachError, ConfigError):
+            info = details(client, job_id)
+            return (info.metadata or {}).get("settings") == submission.settings
+    return False
 
 
 def follow(
@@ -302,26 +338,49 @@ def follow(
     """
     cursor = _Cursor(write)
     notes: set[str] = set()
+    looks = 0
     lost_at_s: float | None = None
     while True:
-        asyncio.run(_stream(client, job_id, cursor, silence_s))
         try:
             info = details(client, job_id)
             if info.status.is_terminal():
-                cursor.show_from_start(logs(client, job_id))
+                _show_rest(client, job_id, cursor, note)
                 return info
         except OutOfReachError as error:
             lost_at_s = lost_at_s or time.monotonic()
             if time.monotonic() - lost_at_s > patience_s:
                 raise
             text = f"{str(error).split(';')[0]}; the job goes on, trying again"
+        except ConfigError as error:
+            if not looks:
+                raise
+            raise LostError(
+                f"cluster: {job_id} was lost with the head of {client.get_address()}, which has "
+                "started anew; submit again: a run goes on from its last checkpoint"
+            ) from error
         else:
-            lost_at_s = None
-            text = f"waiting: {info.message}" if info.status == JobStatus.PENDING else ""
+            looks, lost_at_s = looks + 1, None
+            # Every job is pending for a moment.
+            waits = looks > 1 and info.status == JobStatus.PENDING
+            text = f"waiting: {info.message}" if waits else ""
         if text and text not in notes:
             notes.add(text)
             note(text)
+        asyncio.run(_stream(client, job_id, cursor, silence_s))
         time.sleep(1.0)
+
+
+def _show_rest(client: Client, job_id: str, cursor: _Cursor, note: Write) -> None:
+    """What of an ended job's log was not shown yet; Ray answers 500 when its node is gone."""
+    for tries_left in range(_TRIES, 0, -1):
+        try:
+            cursor.show_from_start(logs(client, job_id))
+        except BusyError as error:
+            if tries_left == 1:
+                note(f"the end of its log cannot be had: {error}")
+            time.sleep(1.0)
+        else:
+            return
 
 
 def details(client: Client, job_id: str) -> JobDetails:
@@ -341,7 +400,8 @@ def list_jobs(client: Client) -> list[JobDetails]:
 
 
 def logs(client: Client, job_id: str) -> str:
-    """The job's log so far; empty when its node is gone. Raises ConfigError for an unknown job."""
+    """The job's log so far; empty when its node is gone. Raises ConfigError for an unknown job,
+    BusyError when it may yet be had."""
     try:
         with _unknown_job(client, job_id):
             return str(client.get_job_logs(job_id))
@@ -494,6 +554,10 @@ def _is_dashboard(response: requests.Response) -> bool:
         return response.ok and "ray_version" in response.json()
     except (requests.JSONDecodeError, TypeError):
         return False
+
+
+def _is_busy(response: requests.Response) -> bool:
+    return response.status_code in _BUSY or response.status_code >= 500
 
 
 def _cause(error: requests.RequestException) -> str:

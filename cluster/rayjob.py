@@ -1,7 +1,7 @@
 """A run as a RayJob: what an overlay renders to, and on top of it only what differs per run.
 
-Pure. What the operator or a shell on the way would refuse or mangle is refused here, before
-anything is sent.
+Pure. What does not fit, or what the operator (see `rules`) or a shell on the way would refuse or
+mangle, is refused here, before anything is sent.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from typing import Any
 
+from cluster import rules
 from cluster.overlays import Document
 from cluster.submission import Submission
 from pneumo.errors import ConfigError
@@ -22,7 +22,7 @@ from pneumo.errors import ConfigError
 RUN_LABEL = "pneumo/run"
 """On a RayJob and all its pods: the RayJob's name."""
 SUBMISSION_LABEL = "pneumo/submission"
-"""On a RayJob: the submission's id, the same for every attempt at the same run."""
+"""On a RayJob and all its pods: the submission's id, the same for every attempt at the same run."""
 TARGET, SETTINGS, ENTRYPOINT = "pneumo/target", "pneumo/settings", "pneumo/entrypoint"
 """Annotations of a RayJob: what it writes, the digest of its settings, its command."""
 SELECTOR = "app.kubernetes.io/part-of=pneumo"
@@ -30,13 +30,7 @@ SELECTOR = "app.kubernetes.io/part-of=pneumo"
 SECRETS = "pneumo-secrets"
 """The Kubernetes secret from which the pods take credentials."""
 
-MAX_NAME = 47
-"""KubeRay appends to the name of a RayJob, and Kubernetes' names end at 63 characters."""
-
-_NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
-_SECRET_LIKE = re.compile(r"KEY|SECRET|TOKEN|PASSWORD|CREDENTIAL")
 _SHELL_SAFE = re.compile(r"[A-Za-z0-9_.,:/=@%+-]+")
-_SHELL_ACTIVE = re.compile(r"[;&|`$<>\n\\\"'(){}*?!#~]")
 _GPU = "nvidia.com/gpu"
 _UNITS = {"m": Fraction(1, 1000), "": Fraction(1), "k": Fraction(1000)}
 
@@ -52,17 +46,14 @@ def build(
     """The RayJob that runs `submission`. Raises ConfigError where overlay and job do not fit."""
     submission = _without_secrets(submission)
     job = copy.deepcopy(_only_rayjob(documents))
+    _check_form(job)
     _check_shell(submission.entrypoint)
     _name(job, submission, name)
-    spec = job["spec"]
-    spec["entrypoint"] = submission.entrypoint
-    groups = spec["rayClusterSpec"].get("workerGroupSpecs", [])
-    if len(groups) != 1:
-        raise ConfigError(f"cluster: the overlay has {len(groups)} workerGroupSpecs, expected 1")
-    container = groups[0]["template"]["spec"]["containers"][0]
+    job["spec"]["entrypoint"] = _keeping_log(job, submission)
+    group, container = _workers(job)
     per_pod = _workers_per_pod(container, submission)
-    count = _replicas(groups[0], submission, per_pod, workers)
-    groups[0].update(replicas=count, minReplicas=count, maxReplicas=count)
+    count = _replicas(group, submission, per_pod, workers)
+    group.update(replicas=count, minReplicas=count, maxReplicas=count)
     _set_preflight(job, submission)
     _set_environment(job, _environment(container, submission))
     if image is not None:
@@ -72,81 +63,43 @@ def build(
     return job
 
 
+def differences(asked: Document, running: Document) -> Iterator[str]:
+    """What a RayJob that runs already has otherwise than it would be started now."""
+    (group, container), (there, its) = _workers(asked), _workers(running)
+    if group["replicas"] != there.get("replicas"):
+        yield f"{there.get('replicas')} worker pods, not {group['replicas']}"
+    if container["image"] != its["image"]:
+        yield f"image {its['image']}, not {container['image']}"
+    wanted, given = (_limits(each) for each in (container, its))
+    if wanted != given:
+        yield f"worker pods of {describe_limits(its)}, not of {describe_limits(container)}"
+
+
+def log_folder(job: Document) -> str:
+    """Where `jobs.logbook` keeps the logs of a RayJob's attempts; "" for one that is not ours."""
+    target = (job["metadata"].get("annotations") or {}).get(TARGET, "")
+    return f"{target}/logs/{job['metadata']['name']}" if target else ""
+
+
+def _keeping_log(job: Document, submission: Submission) -> str:
+    """The command, inside the one that keeps its log: the pods of a failed attempt are deleted."""
+    return f"python -m jobs.logbook {shlex.quote(log_folder(job))} {submission.entrypoint}"
+
+
+def describe_limits(container: Document) -> str:
+    """`4 cpu, 16Gi memory`."""
+    return ", ".join(f"{value} {name}" for name, value in _limits(container).items()) or "no limits"
+
+
 def check(job: Document) -> None:
     """Raise ConfigError for the first thing that KubeRay 1.7 or a shell would not take."""
-    for problem in problems(job):
+    for problem in rules.problems(job):
         raise ConfigError(f"cluster: the RayJob: {problem}")
 
 
-def problems(job: Document) -> Iterator[str]:
-    """What no schema says, and only the operator would, when the job waits for it already."""
-    name, spec = job["metadata"]["name"], job["spec"]
-    ends = spec.get("shutdownAfterJobFinishes", False)
-    if len(name) > MAX_NAME or not _NAME.fullmatch(name):
-        yield (
-            f"name '{name}' ({len(name)} characters): at most {MAX_NAME} of a-z, 0-9 and '-', "
-            "beginning with a letter"
-        )
-    if spec.get("suspend") and not ends:
-        yield "suspend needs shutdownAfterJobFinishes: true"
-    if spec.get("suspend") and (spec.get("deletionStrategy") or {}).get("deletionRules"):
-        yield "suspend (Kueue) excludes deletionStrategy.deletionRules"
-    if spec.get("ttlSecondsAfterFinished", 0) > 0 and not ends:
-        yield "ttlSecondsAfterFinished needs shutdownAfterJobFinishes: true"
-    for field, least in (("ttlSecondsAfterFinished", 0), ("backoffLimit", 0)):
-        if spec.get(field, 0) < least:
-            yield f"{field} {spec[field]}: at least {least}"
-    for field in ("activeDeadlineSeconds", "preRunningDeadlineSeconds"):
-        if spec.get(field, 1) <= 0:
-            yield f"{field} {spec[field]}: above 0"
-    if _SHELL_ACTIVE.search(spec["entrypoint"]):
-        yield f"entrypoint '{spec['entrypoint']}': a shell reads it; one command, plain words"
-    yield from _mode_problems(spec)
-    yield from _cluster_problems(spec["rayClusterSpec"])
-
-
-def _mode_problems(spec: Mapping[str, Any]) -> Iterator[str]:
-    mode = spec.get("submissionMode", "K8sJobMode")
-    if mode == "InteractiveMode" and spec.get("backoffLimit", 0) > 0:
-        yield "InteractiveMode forbids backoffLimit"
-    if mode != "SidecarMode":
-        return
-    for field in ("submitterPodTemplate", "submitterConfig"):
-        if spec.get(field) is not None:
-            yield f"SidecarMode forbids {field}"
-    head = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
-    if head.get("restartPolicy", "Never") != "Never":
-        yield "SidecarMode needs the head's restartPolicy Never"
-
-
-def _cluster_problems(cluster: Mapping[str, Any]) -> Iterator[str]:
-    version_text = cluster.get("rayVersion", "")
-    version = tuple(int(part) for part in re.findall(r"\d+", version_text)[:2])
-    if (cluster.get("authOptions") or {}).get("mode") == "token" and version < (2, 52):
-        yield f"token authentication needs rayVersion 2.52 or later, got '{version_text}'"
-    groups = [cluster["headGroupSpec"], *cluster.get("workerGroupSpecs", [])]
-    scaler = cluster.get("autoscalerOptions") or {}
-    if cluster.get("enableInTreeAutoscaling") and scaler.get("version") == "v2":
-        for group in groups:
-            if group["template"]["spec"].get("restartPolicy", "Never") != "Never":
-                yield "autoscaler v2 needs every pod's restartPolicy Never or unset"
-    for group in groups:
-        if group.get("resources") and {"num-cpus", "num-gpus", "memory", "resources"} & set(
-            group.get("rayStartParams", {})
-        ):
-            yield "a group sets resources both in rayStartParams and in resources; use one"
-        if "labels" in group.get("rayStartParams", {}):
-            yield "rayStartParams.labels is not taken; use the group's labels"
-
-
-def secret_names(submission: Submission) -> tuple[str, ...]:
-    """Variables of this environment that are never written into an object of the cluster."""
-    return tuple(name for name in submission.environment if _SECRET_LIKE.search(name))
-
-
 def _without_secrets(submission: Submission) -> Submission:
-    secret = secret_names(submission)
-    plain = {k: v for k, v in submission.environment.items() if k not in secret}
+    """Secrets are never written into an object of the cluster: the pods have their own."""
+    plain = {k: v for k, v in submission.environment.items() if k not in submission.secrets}
     return replace(submission, environment=plain)
 
 
@@ -155,6 +108,24 @@ def _only_rayjob(documents: Sequence[Document]) -> Document:
     if len(jobs) != 1:
         raise ConfigError(f"cluster: the overlay renders to {len(jobs)} RayJobs, expected 1")
     return jobs[0]
+
+
+def _check_form(job: Document) -> None:
+    """Raise ConfigError where the overlay's RayJob lacks what the rest takes for granted."""
+    spec = job.get("spec") or {}
+    cluster = spec.get("rayClusterSpec") or {}
+    if not cluster or spec.get("clusterSelector"):
+        raise ConfigError(
+            "cluster: the overlay's RayJob has no rayClusterSpec, or a clusterSelector besides: a "
+            "run gets a cluster of its own; one that is there takes jobs by --address"
+        )
+    groups = cluster.get("workerGroupSpecs") or []
+    if len(groups) != 1:
+        raise ConfigError(f"cluster: the overlay has {len(groups)} workerGroupSpecs, expected 1")
+    for name, group in (("headGroupSpec", cluster.get("headGroupSpec")), ("workers", groups[0])):
+        pod = ((group or {}).get("template") or {}).get("spec") or {}
+        if not pod.get("containers"):
+            raise ConfigError(f"cluster: the overlay's {name}: template.spec has no containers")
 
 
 def _check_shell(entrypoint: str) -> None:
@@ -182,14 +153,18 @@ def _name(job: Document, submission: Submission, name: str) -> None:
     }
     for template in _templates(job):
         own = template.setdefault("metadata", {})
-        own["labels"] = {**own.get("labels", {}), RUN_LABEL: name}
+        own["labels"] = {
+            **own.get("labels", {}),
+            RUN_LABEL: name,
+            SUBMISSION_LABEL: submission.id,
+        }
 
 
 def _workers_per_pod(container: Document, submission: Submission) -> int:
     """How many of the job's workers fit into a worker pod; ConfigError when not one does."""
     if submission.shape is None:
         return 1
-    limits = container.get("resources", {}).get("limits", {})
+    limits = _limits(container)
     cpus, gpus = _quantity(limits.get("cpu", "0")), _quantity(limits.get(_GPU, "0"))
     shape = submission.shape
     if shape.cpus_per_worker > cpus:
@@ -224,13 +199,14 @@ def _set_preflight(job: Document, submission: Submission) -> None:
     checks = shlex.split(submission.preflight)[3:]
     for container in cluster["headGroupSpec"]["template"]["spec"].get("initContainers", []):
         if container["name"] == "preflight":
-            container["args"] = ["--ray", cluster["rayVersion"], *checks]
+            version = cluster.get("rayVersion")
+            container["args"] = [*(["--ray", version] if version else []), *checks]
 
 
 def _environment(container: Document, submission: Submission) -> dict[str, str]:
     """What Ray's driver and workers get; `auto` cannot see GPUs whose nodes are still to come."""
     variables = dict(submission.environment)
-    has_gpu = _GPU in container.get("resources", {}).get("limits", {})
+    has_gpu = _GPU in _limits(container)
     if submission.shape is not None and submission.shape.use_gpu == "auto" and has_gpu:
         variables["PNEUMO_CLUSTER__USE_GPU"] = "true"
     return variables
@@ -244,6 +220,17 @@ def _set_environment(job: Document, variables: Mapping[str, str]) -> None:
             # Kubernetes expands $(NAME) in values; a doubled dollar is one.
             added = [{"name": k, "value": v.replace("$", "$$")} for k, v in variables.items()]
             container["env"] = kept + added
+
+
+def _workers(job: Document) -> tuple[Document, Document]:
+    """The worker group and its pods' first container."""
+    group = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
+    return group, group["template"]["spec"]["containers"][0]
+
+
+def _limits(container: Document) -> Document:
+    limits: Document = (container.get("resources") or {}).get("limits") or {}
+    return limits
 
 
 def _templates(job: Document) -> list[Document]:

@@ -1,9 +1,10 @@
-"""What changes with the number of GPUs, on paper: a small model out of measured constants.
+"""What changes with the number of GPUs, on paper: a small model out of constants, of which some
+were measured and some are estimates.
 
     python -m cluster.sizing --gpus 8 64 512
 
 Where the constants come from stands beside each; docs/cluster.md has the results and what they
-leave out. The model is arithmetic to size a cluster by, no promise: GPU rates are estimates.
+leave out. The model is arithmetic to size a cluster by, no promise: no GPU was at hand.
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 SAMPLE_BYTES = 51_712
-"""Of a shard for one 224 px study: 50,176 of pixels, the .npy and tar headers, the label."""
+"""Of a shard for one 224 px study: 50,176 of pixels, the .npy and tar headers, the label. Measured;
+a test does it again."""
 BLOCK_SAMPLES = 64
 """What one range request reads; pneumo.shards."""
 CHECKPOINT_BYTES = 134_000_000
-"""ResNet-18's 11.17 M float32 parameters, and twice as much of Adam's."""
+"""ResNet-18's 11.17 M float32 parameters, and twice as much of Adam's: counted, by a test too."""
 IMAGES_PER_S_PER_GPU = 12_000.0
 """ResNet-18 in bfloat16 at 224 px: the low end of what an H200 is expected to do eagerly (12 to
 18 k/s, from its memory bandwidth; not measured). A slower GPU asks for less of all that follows."""
 GRADIENT_BYTES = 4 * 11_170_000
-"""What an optimiser step all-reduces."""
+"""What an optimiser step all-reduces: counted."""
 SMALL_BATCH = 128
 """Fewest images a step for each GPU at which it is still well used; an estimate."""
 S3_GETS_PER_S = 5_500
@@ -36,8 +38,8 @@ HEAD_BASE_GB = 4.0
 WORKERS_PER_HEAD_CPU = 64
 """Heartbeats, metrics and logs of so many workers keep one CPU of the head busy; an estimate."""
 DRIVER_TRIALS_PER_S = 1.0
-"""Starts of trials that one driver manages: 9.8 s for a search of 4 were measured with reused
-actors on two cores, most of it Ray's start."""
+"""Starts of trials that one driver manages. An estimate, on the safe side of a measurement: 9.8 s
+for a search of 4 with reused actors on two cores, most of it Ray's start."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,11 @@ class Workload:
 
 @dataclass(frozen=True)
 class Sizing:
-    """What a run of `gpus` workers needs; rates are averages over an epoch that streams."""
+    """What a run of `gpus` workers needs; rates are averages over an epoch that streams.
+
+    `steps_per_epoch` is 0 where the batch is larger than the data: training refuses that, and what
+    follows from a step is 0 too.
+    """
 
     gpus: int
     batch_size: int
@@ -75,9 +81,10 @@ def size(gpus: int, workload: Workload | None = None) -> Sizing:
         raise ValueError(f"gpus {gpus}: at least 1")
     workload = workload or Workload()
     batch = gpus * workload.batch_size_per_gpu
-    steps = max(1, workload.train_samples // batch)
+    steps = workload.train_samples // batch
     rate = gpus * workload.images_per_s_per_gpu
     epoch_s = steps * batch / rate
+    steps_per_s = rate / batch if steps else 0.0
     per_shard = samples_per_shard(workload.train_samples, gpus)
     return Sizing(
         gpus=gpus,
@@ -86,10 +93,10 @@ def size(gpus: int, workload: Workload | None = None) -> Sizing:
         epoch_s=epoch_s,
         samples_per_shard=per_shard,
         shards=math.ceil(workload.train_samples / per_shard),
-        gets_per_s=rate / BLOCK_SAMPLES,
-        read_gb_per_s=rate * SAMPLE_BYTES / 1e9,
-        checkpoint_gb_per_min=CHECKPOINT_BYTES / 1e9 / epoch_s * 60,
-        all_reduce_gb_per_s_per_gpu=_all_reduce(gpus) * steps / epoch_s / 1e9,
+        gets_per_s=steps_per_s * batch / BLOCK_SAMPLES,
+        read_gb_per_s=steps_per_s * batch * SAMPLE_BYTES / 1e9,
+        checkpoint_gb_per_min=CHECKPOINT_BYTES / 1e9 / epoch_s * 60 if steps else 0.0,
+        all_reduce_gb_per_s_per_gpu=_all_reduce(gpus) * steps_per_s / 1e9,
         head_cpus=max(2, math.ceil(gpus / WORKERS_PER_HEAD_CPU) + 1),
         head_memory_gb=HEAD_BASE_GB + gpus * HEAD_MB_PER_WORKER / 1000,
         trials_at_once=min(gpus, round(DRIVER_TRIALS_PER_S * _trial_s(workload))),
@@ -106,17 +113,22 @@ def warnings(sizing: Sizing, workload: Workload | None = None) -> list[str]:
     """What breaks at this size, and what to do about it."""
     workload = workload or Workload()
     found = []
+    if not sizing.steps_per_epoch:
+        found.append(
+            f"not possible: a batch of {sizing.batch_size:,} is more than the "
+            f"{workload.train_samples:,} training samples, and training refuses it"
+        )
     if sizing.gets_per_s > S3_GETS_PER_S:
         found.append(
             f"{sizing.gets_per_s:,.0f} GET/s is above S3's {S3_GETS_PER_S:,} of a prefix: "
             "--data.cache memory, where a worker reads its split once, or --data.cache-dir"
         )
-    if workload.train_samples < 20 * sizing.batch_size:
+    if 0 < sizing.steps_per_epoch < 20:
         found.append(
             f"an epoch is {sizing.steps_per_epoch} steps of {sizing.batch_size:,}: too few to "
             "learn from; use the GPUs for more trials or folds at once, not for one run"
         )
-    if sizing.epoch_s < 60:
+    if 0 < sizing.epoch_s < 60:
         found.append(
             f"an epoch takes {sizing.epoch_s:.2g} s, and writes a checkpoint of "
             f"{CHECKPOINT_BYTES / 1e6:.0f} MB: writing it takes longer than computing it"
@@ -133,13 +145,16 @@ def table(sizings: Sequence[Sizing]) -> str:
     """The sizings side by side, as a Markdown table."""
     rows: list[tuple[str, list[str]]] = [
         ("global batch", [f"{s.batch_size:,}" for s in sizings]),
-        ("steps an epoch", [f"{s.steps_per_epoch:,}" for s in sizings]),
-        ("seconds an epoch", [f"{s.epoch_s:.2g}" for s in sizings]),
+        ("steps an epoch", [_of_steps(s, f"{s.steps_per_epoch:,}") for s in sizings]),
+        ("seconds an epoch", [_of_steps(s, f"{s.epoch_s:.2g}") for s in sizings]),
         ("samples a shard, shards", [f"{s.samples_per_shard}, {s.shards:,}" for s in sizings]),
-        ("GET/s while streaming", [f"{s.gets_per_s:,.0f}" for s in sizings]),
-        ("GB/s while streaming", [f"{s.read_gb_per_s:.1f}" for s in sizings]),
-        ("checkpoints, GB/min", [f"{s.checkpoint_gb_per_min:,.1f}" for s in sizings]),
-        ("all-reduce, GB/s a GPU", [f"{s.all_reduce_gb_per_s_per_gpu:.1f}" for s in sizings]),
+        ("GET/s while streaming", [_of_steps(s, f"{s.gets_per_s:,.0f}") for s in sizings]),
+        ("GB/s while streaming", [_of_steps(s, f"{s.read_gb_per_s:.1f}") for s in sizings]),
+        ("checkpoints, GB/min", [_of_steps(s, f"{s.checkpoint_gb_per_min:,.1f}") for s in sizings]),
+        (
+            "all-reduce, GB/s a GPU",
+            [_of_steps(s, f"{s.all_reduce_gb_per_s_per_gpu:.1f}") for s in sizings],
+        ),
         ("head: CPUs, GB", [f"{s.head_cpus}, {s.head_memory_gb:.0f}" for s in sizings]),
         ("trials of one GPU at once", [str(s.trials_at_once) for s in sizings]),
     ]
@@ -166,6 +181,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for warning in warnings(sizing, workload):
             print(f"{sizing.gpus} GPUs: {warning}")
     return 0
+
+
+def _of_steps(sizing: Sizing, text: str) -> str:
+    return text if sizing.steps_per_epoch else "not possible"
 
 
 def _all_reduce(gpus: int) -> float:

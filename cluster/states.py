@@ -18,7 +18,7 @@ class JobState:
     """How a job is doing.
 
     `target` is the URL that it writes, `why` is what it waits for or failed of, in one line; times
-    are seconds since the epoch.
+    are seconds since the epoch; `is_ours`: this project submitted it.
     """
 
     id: str
@@ -29,6 +29,7 @@ class JobState:
     driver_exit_code: int | None = None
     started_s: float | None = None
     ended_s: float | None = None
+    is_ours: bool = True
 
     @property
     def has_ended(self) -> bool:

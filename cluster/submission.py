@@ -22,6 +22,7 @@ from pneumo.config import (
     JOBS,
     ClusterConfig,
     Invocation,
+    PrepareArguments,
     parse_command_line,
     read_recipe,
 )
@@ -35,16 +36,21 @@ OF_THIS_MACHINE = frozenset(
         "AWS_CA_BUNDLE", "AWS_CONFIG_FILE", "AWS_CONTAINER_AUTHORIZATION_TOKEN",
         "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_FULL_URI",
         "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_DATA_PATH", "AWS_DEFAULT_PROFILE",
-        "AWS_PROFILE", "AWS_SHARED_CREDENTIALS_FILE", "AWS_WEB_IDENTITY_TOKEN_FILE",
+        "AWS_PROFILE", "AWS_ROLE_ARN", "AWS_ROLE_SESSION_NAME", "AWS_SHARED_CREDENTIALS_FILE",
+        "AWS_WEB_IDENTITY_TOKEN_FILE",
         "WANDB_ARTIFACT_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_DIR",
     }
 )  # fmt: skip
-"""Of those, the ones that name files or services of this machine: kept from a remote cluster."""
+"""Of those, the ones that name files, services or the role of this machine: kept from a remote
+cluster, which has its own."""
 
-_PLACES = ("source", "store", "run", "members", "output")
+_PLACES = ("source", "store", "run", "members", "compare_with", "output")
 """Arguments that name places; whichever a job has. It writes the last of those in `_WRITTEN`."""
 
 _WRITTEN = ("store", "run", "output")
+_NO_FILES = ("imagenet", "random")
+"""Values of model.weights that are not the path of a file."""
+_SECRET_LIKE = re.compile(r"KEY|SECRET|TOKEN|PASSWORD|CREDENTIAL")
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -54,8 +60,9 @@ class Submission:
 
     `id` is the same for the same job and the same place that it writes (for most a run), so that
     submitting twice does not run twice; `settings` is a digest of all that was asked. `preflight`
-    is the command that looks whether the cluster reaches `places`; `shape` what the job takes of
-    the cluster, None where it takes whatever there is.
+    is the command that looks whether the cluster reaches `places` and has the secrets that the job
+    cannot do without; `shape` what the job takes of the cluster (a trial, for tune), None where it
+    takes whatever there is.
     """
 
     job: str
@@ -69,6 +76,11 @@ class Submission:
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
     recipe: Path | None = None
     warnings: tuple[str, ...] = ()
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """Variables of `environment` whose names say that they are secrets."""
+        return tuple(name for name in self.environment if _SECRET_LIKE.search(name))
 
 
 def is_remote(address: str) -> bool:
@@ -115,8 +127,14 @@ def plan(
         target=target,
         settings=_settings_digest(invocation, places),
         places=tuple(url for name in places for url in _urls(places, name)),
-        preflight=shlex.join(["python", "-m", "jobs.preflight", *_preflight_flags(places)]),
-        shape=invocation.config.cluster if "cluster" in JOBS[job].sections else None,
+        preflight=shlex.join(
+            [
+                *("python", "-m", "jobs.preflight"),
+                *_preflight_flags(places),
+                *(text for name in _needs(invocation, environ) for text in ("--needs", name)),
+            ]
+        ),
+        shape=_shape(invocation),
         environment=sent,
         recipe=recipe if sends_files else None,
         warnings=_warnings(places, sent, kept) if remote else (),
@@ -163,11 +181,46 @@ def _places(invocation: Invocation, *, remote: bool, now: datetime) -> dict[str,
                 f"with it; give a URL that outlives it, such as s3://bucket/runs/{invocation.job}-1"
             )
         arguments["run"] = f"runs/{invocation.job}-{now:%Y%m%d-%H%M%S}"
-    given = {name: arguments[name] for name in _PLACES if arguments.get(name)}
+    given = {name.replace("_", "-"): arguments[name] for name in _PLACES if arguments.get(name)}
+    given |= _files_of_settings(invocation)
     return {
         name: ",".join(map(_absolute, value)) if isinstance(value, list) else _absolute(value)
         for name, value in given.items()
     }
+
+
+def _files_of_settings(invocation: Invocation) -> dict[str, str]:
+    """The settings that name a file, wherever they were set."""
+    sections, config = JOBS[invocation.job].sections, invocation.config
+    found = {}
+    if "split" in sections and config.split.list is not None:
+        found["split.list"] = config.split.list
+    if "model" in sections and config.model.weights not in _NO_FILES:
+        found["model.weights"] = config.model.weights
+    return found
+
+
+def _needs(invocation: Invocation, environ: Mapping[str, str]) -> list[str]:
+    """The secrets without which the job fails, or does something else than here."""
+    needs = []
+    arguments = invocation.arguments
+    if isinstance(arguments, PrepareArguments):
+        far = "://" in arguments.source and not arguments.source.startswith("file://")
+        if far or environ.get("PNEUMO_HASH_KEY"):
+            needs.append("PNEUMO_HASH_KEY")
+    if "tracking" in JOBS[invocation.job].sections and invocation.config.tracking.mode == "online":
+        needs.append("WANDB_API_KEY")
+    return needs
+
+
+def _shape(invocation: Invocation) -> ClusterConfig | None:
+    """What the job takes of the cluster; of a search, what a trial takes."""
+    config = invocation.config
+    if "cluster" not in JOBS[invocation.job].sections:
+        return None
+    if invocation.job != "tune":
+        return config.cluster
+    return config.cluster.model_copy(update={"num_workers": config.tune.workers_per_trial})
 
 
 def _written(places: Mapping[str, str]) -> str:

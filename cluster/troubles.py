@@ -15,9 +15,27 @@ from cluster.overlays import Document
 
 _IMAGE = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"}
 _CONFIG = {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
-_LOST = {"NodeLost", "NodeShutdown", "Shutdown", "Terminated"}
 _LOST_EVENTS = {"NodeNotReady", "TaintManagerEviction"}
-_EVICTED = {"Evicted", "Preempting", "Preempted"}
+_GAVE_WAY = {"Preempting", "Preempted", "PreemptionByScheduler"}
+_EVICTED = {"Evicted", "EvictionByEvictionAPI", "TerminationByKubelet"}
+"""Reasons of pods and of their condition DisruptionTarget; others mean that the node is gone."""
+_TOLD_BY_STATUS = {
+    "BackOff", "ErrImageNeverPull", "Failed", "FailedScheduling", "InspectFailed", "NodeNotReady",
+    "Evicted", "Preempted", "Preempting", "TaintManagerEviction",
+}  # fmt: skip
+"""Events about pods of which the pod's own status tells, and more."""
+_MANY_FAILED_PROBES = 10
+"""Fewer are usual while Ray starts."""
+_POD_ADVICE = {
+    "FailedMount": "a volume, secret or config map that the overlay names may not be there",
+    "FailedAttachVolume": "its volume may still be attached to another node",
+    "FailedCreatePodSandBox": "the node's network or runtime; if it stays, tell the cluster's "
+    "administrator",
+    "Unhealthy": "Ray does not answer there; kubectl logs of the pod tells more",
+}
+NODE_TYPE = "ray.io/node-type"
+"""KubeRay's label: head or worker."""
+SUBMITTER = "ray-job-submitter"
 PREFLIGHT = "preflight"
 _PATIENT_RESTARTS = 2
 """A preflight that fails of time, not of a mistake, may be the pod's network coming up."""
@@ -42,7 +60,7 @@ def find(job: Document, pods: Sequence[Document], warnings: Sequence[Document]) 
     """The troubles of a run, those that explain others first."""
     found = [
         *_of_job(job),
-        *(trouble for pod in pods for trouble in _of_pod(pod)),
+        *(trouble for pod in pods for trouble in _of_pod(pod, job)),
         *_of_warnings(job, pods, warnings),
     ]
     return list({trouble.key: trouble for trouble in reversed(found)}.values())[::-1]
@@ -59,6 +77,10 @@ def _of_job(job: Document) -> Iterator[Trouble]:
         "PreRunningDeadlineExceeded": "it waited longer than preRunningDeadlineSeconds; lower "
         "--workers, or take an overlay whose nodes there are",
         "ValidationFailed": "the operator refuses the RayJob; correct the overlay",
+        "JobStatusCheckTimeoutExceeded": "the operator could not ask the head how the job does; is "
+        "the head alive, and does the NetworkPolicy let the operator in?",
+        "JobDeploymentStatusTransitionGracePeriodExceeded": "the job ended, its submitter did not; "
+        "its log and the run's folder tell how",
     }.get(str(reason))
     if advice:
         yield Trouble(
@@ -66,7 +88,7 @@ def _of_job(job: Document) -> Iterator[Trouble]:
         )
 
 
-def _of_pod(pod: Document) -> Iterator[Trouble]:
+def _of_pod(pod: Document, job: Document) -> Iterator[Trouble]:
     name, status = pod["metadata"]["name"], pod.get("status") or {}
     specs = {
         each["name"]: each
@@ -74,12 +96,15 @@ def _of_pod(pod: Document) -> Iterator[Trouble]:
         for each in pod["spec"].get(part, [])
     }
     yield from _of_scheduling(name, status)
-    yield from _of_loss(name, status)
+    is_head = (pod["metadata"].get("labels") or {}).get(NODE_TYPE) == "head"
+    yield from _of_loss(name, status, is_head=is_head)
     for container in [
         *status.get("initContainerStatuses", []),
         *status.get("containerStatuses", []),
     ]:
         yield from _of_container(name, container, specs.get(container["name"], {}))
+        if container["name"] == SUBMITTER:
+            yield from _of_submitter(name, container, job)
 
 
 def _of_scheduling(name: str, status: Mapping[str, Any]) -> Iterator[Trouble]:
@@ -104,27 +129,32 @@ def _scheduling(message: str) -> str:
     return f"{message}; compare the overlay with the cluster's nodes"
 
 
-def _of_loss(name: str, status: Mapping[str, Any]) -> Iterator[Trouble]:
+def _of_loss(name: str, status: Mapping[str, Any], *, is_head: bool) -> Iterator[Trouble]:
     reason, message = str(status.get("reason", "")), _line(status.get("message"))
     for condition in status.get("conditions", []):
         if condition.get("type") == "DisruptionTarget" and condition.get("status") == "True":
             reason = reason or str(condition.get("reason", ""))
             message = message or _line(condition.get("message"))
-    if reason in _EVICTED:
-        yield Trouble(
-            (name, "lost"), f"pod {name} was evicted ({message}); see the overlay's sizes"
+    why = f"{reason}{f': {message}' if message else ''}"
+    if reason in _GAVE_WAY:
+        what = f"gave way to one of higher priority ({why})"
+    elif reason == "Evicted":
+        what = f"was evicted ({message}), see the overlay's sizes"
+    elif reason in _EVICTED:
+        what = f"was sent off its node ({why})"
+    else:
+        what = f"lost its node ({why})"
+    if reason:
+        yield Trouble((name, "lost"), f"pod {name} {what}; {_after(is_head=is_head)}")
+
+
+def _after(*, is_head: bool) -> str:
+    if is_head:
+        return (
+            "the job is lost with it; another cluster is started, and goes on from the last "
+            "checkpoint"
         )
-    elif reason:
-        yield Trouble((name, "lost"), _lost(name, f"{reason}{f': {message}' if message else ''}"))
-
-
-def _lost(name: str, why: str) -> str:
-    after = (
-        "the job is lost with it; another cluster is started, and goes on from the last checkpoint"
-        if "-head" in name
-        else "another is started, and the run goes on from the last checkpoint"
-    )
-    return f"pod {name} lost its node ({why}); {after}"
+    return "another is started, and the run goes on from the last checkpoint"
 
 
 def _of_container(name: str, status: Document, spec: Document) -> Iterator[Trouble]:
@@ -162,6 +192,19 @@ def _of_container(name: str, status: Document, spec: Document) -> Iterator[Troub
         )
 
 
+def _of_submitter(name: str, status: Document, job: Document) -> Iterator[Trouble]:
+    """One that ended without the job having ended: it could not start it, or lost it."""
+    ended = (status.get("state") or {}).get("terminated") or {}
+    job_status = (job.get("status") or {}).get("jobStatus")
+    if ended.get("exitCode") and job_status not in {"SUCCEEDED", "FAILED", "STOPPED"}:
+        said = _line(ended.get("message"), last=True) or ended.get("reason", "no reason given")
+        yield Trouble(
+            (name, "submitter"),
+            f"submitter {name} ended with exit code {ended['exitCode']} ({said}); another is "
+            "started while there are tries left",
+        )
+
+
 def _preflight(name: str, status: Document, ended: Document) -> Trouble:
     said = _line(ended.get("message"), last=True).removeprefix("error: ")
     lasting = ended["exitCode"] == 2 or status.get("restartCount", 0) >= _PATIENT_RESTARTS
@@ -184,7 +227,7 @@ def _of_warnings(
 ) -> Iterator[Trouble]:
     name = job["metadata"]["name"]
     cluster = (job.get("status") or {}).get("rayClusterName") or name
-    there = {pod["metadata"]["name"] for pod in pods}
+    there = {pod["metadata"]["name"]: pod for pod in pods}
     for warning in sorted(warnings, key=_time, reverse=True):
         about, reason = warning.get("involvedObject") or {}, str(warning.get("reason", ""))
         kind, who = str(about.get("kind", "")), str(about.get("name", ""))
@@ -192,11 +235,31 @@ def _of_warnings(
         if kind == "Workload" and re.fullmatch(rf"rayjob-{re.escape(name)}-[0-9a-z]{{5}}", who):
             if reason == "Pending" and (job.get("spec") or {}).get("suspend"):
                 yield Trouble(("queue", "quota"), f"Kueue has no quota for it yet: {message}")
+        elif kind == "Pod" and who in there:
+            yield from _of_living_pod(there[who], warning)
         elif kind == "Pod" and reason in _LOST_EVENTS and who.startswith(f"{cluster}-"):
-            if who not in there:
-                yield Trouble((who, "lost"), _lost(who, f"{reason}: {message}"))
+            if not message.startswith("Cancelling"):
+                is_head = who.startswith(f"{cluster}-head-")
+                what = f"pod {who} lost its node ({reason}: {message})"
+                yield Trouble((who, "lost"), f"{what}; {_after(is_head=is_head)}")
         elif who in {name, cluster} and kind in {"RayJob", "RayCluster", "Job"}:
             yield from _of_controller(reason, message)
+
+
+def _of_living_pod(pod: Document, warning: Document) -> Iterator[Trouble]:
+    """What an event says of a pod that is not well, if the pod does not say it itself."""
+    name, reason = pod["metadata"]["name"], str(warning.get("reason", ""))
+    conditions = (pod.get("status") or {}).get("conditions", [])
+    ready = any(each["type"] == "Ready" and each["status"] == "True" for each in conditions)
+    count = warning.get("count") or (warning.get("series") or {}).get("count") or 1
+    if ready or reason in _TOLD_BY_STATUS:
+        return
+    if reason == "Unhealthy" and count < _MANY_FAILED_PROBES:
+        return
+    advice = _POD_ADVICE.get(reason, "it is tried again")
+    yield Trouble(
+        (name, reason), f"pod {name}: {reason}: {_line(warning.get('message'))}; {advice}"
+    )
 
 
 def _of_controller(reason: str, message: str) -> Iterator[Trouble]:

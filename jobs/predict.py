@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from jobs.command import run_job, say
@@ -22,12 +23,13 @@ from jobs.session import ray_session, wait_for_resources
 from pneumo import storage
 from pneumo.checkpoint import load_checkpoint, read_index
 from pneumo.config import Invocation, PredictArguments
+from pneumo.dicom import GrayImage
 from pneumo.errors import DataError, RunError, SourceError
 from pneumo.explain import class_activation
-from pneumo.figures import draw_overlay
+from pneumo.figures import draw_overlay, show_threshold
 from pneumo.ingest import Unusable, read_picture
 from pneumo.predict import Member, prepare_input, score_pictures, sigmoid
-from pneumo.readings import NOTICE, Readings, Rule, encode_csv, encode_parquet
+from pneumo.readings import NOT_A_NUMBER, NOTICE, Readings, Rule, encode_csv, encode_parquet
 
 SCHEMA_VERSION = 1
 CSV = "predictions.csv"
@@ -173,28 +175,52 @@ def read_files(task: Task, files: Sequence[str]) -> Readings:
 
 def _read_batch(task: Task, members: Sequence[Member], files: Sequence[str]) -> Readings:
     images = [read_picture(storage.join(task.source_url, f), task.stored_size) for f in files]
-    good = [i for i, image in enumerate(images) if not isinstance(image, Unusable)]
-    pixels = [image.pixels for image in images if not isinstance(image, Unusable)]
+    pixels = {i: image.pixels for i, image in enumerate(images) if not isinstance(image, Unusable)}
     logit = np.full(len(files), np.nan, dtype=np.float32)
-    names = [_spell(file) for file in files]
-    overlay = [""] * len(files)
     if pixels:
-        logit[good] = score_pictures(members, pixels, views=task.scoring.views)
-    if pixels and task.overlays:
-        cams = class_activation(members[0].network, prepare_input(pixels, members[0]))
-        for i, picture, cam in zip(good, pixels, cams, strict=True):
-            overlay[i] = f"{OVERLAYS}/{names[i]}.png"
-            caption = f"p = {sigmoid(logit[i]):.3f}   {NOTICE}"
-            url = storage.join(task.output_url, overlay[i])
-            storage.write_bytes(url, draw_overlay(picture, cam, caption))
-    bad = [image if isinstance(image, Unusable) else Unusable("", "") for image in images]
+        every = list(pixels.values())
+        logit[list(pixels)] = score_pictures(members, every, views=task.scoring.views)
+    names = [_spell(file) for file in files]
+    scored = {names[i]: picture for i, picture in pixels.items() if np.isfinite(logit[i])}
+    chances = zip(names, sigmoid(logit).tolist(), strict=True)
+    captions = {name: f"p = {chance:.3f}   {NOTICE}" for name, chance in chances}
+    overlays = _write_overlays(task, members[0], scored, captions) if task.overlays else {}
+    why = [_find_reason(image, x) for image, x in zip(images, logit, strict=True)]
     return Readings(
         file=np.array(names, dtype=np.str_),
         logit=logit,
-        overlay=np.array(overlay, dtype=np.str_),
-        reason=np.array([why.reason for why in bad], dtype=np.str_),
-        message=np.array([why.message for why in bad], dtype=np.str_),
+        overlay=np.array([overlays.get(name, "") for name in names], dtype=np.str_),
+        reason=np.array([one.reason for one in why], dtype=np.str_),
+        message=np.array([one.message for one in why], dtype=np.str_),
     )
+
+
+def _find_reason(image: GrayImage | Unusable, logit: np.float32) -> Unusable:
+    """Why a file has no score; empty where it has one."""
+    if isinstance(image, Unusable):
+        return image
+    if np.isfinite(logit):
+        return Unusable("", "")
+    return Unusable(NOT_A_NUMBER, "the network's logit is NaN or infinite; did training diverge?")
+
+
+def _write_overlays(
+    task: Task,
+    member: Member,
+    pictures: Mapping[str, npt.NDArray[np.uint8]],
+    captions: Mapping[str, str],
+) -> dict[str, str]:
+    """Draw each picture beside its map; where each is, by name. None of a map without numbers."""
+    if not pictures:
+        return {}
+    cams = class_activation(member.network, prepare_input(list(pictures.values()), member))
+    written = {}
+    for (name, picture), cam in zip(pictures.items(), cams, strict=True):
+        if np.isfinite(cam).all():
+            written[name] = f"{OVERLAYS}/{name}.png"
+            url = storage.join(task.output_url, written[name])
+            storage.write_bytes(url, draw_overlay(picture, cam, captions[name]))
+    return written
 
 
 def _spell(file: str) -> str:
@@ -239,9 +265,8 @@ def print_summary(summary: dict[str, Any], output_url: str) -> None:
         say(f"warning: no calibrated probability: {summary['calibration_reason']}")
     print(f"{summary['scored']} of {summary['files']} files scored")
     if summary["called_positive"] is not None:
-        print(
-            f"  {summary['called_positive']} at or above the threshold {summary['threshold']:.4f}"
-        )
+        threshold = show_threshold(summary["threshold"])
+        print(f"  {summary['called_positive']} at or above the threshold {threshold}")
     for reason, number in summary["unusable"].items():
         print(f"  {number} not usable: {reason}")
     print(f"{NOTICE}\npredictions {storage.join(output_url, CSV)}")

@@ -1,6 +1,7 @@
-"""Can the job's places be reached from here? Asked inside the cluster, answered within seconds.
+"""Can the job's places be reached from here, and are its secrets there? Asked inside the cluster,
+answered within seconds.
 
-    python -m jobs.preflight --reads s3://bucket/store --writes s3://bucket/runs/1
+    python -m jobs.preflight --reads s3://bucket/store --writes s3://bucket/runs/1 --needs NAME
 
 `python -m cluster submit` runs it before a job; on Kubernetes the head's pod does, before Ray
 starts. Exits 0, or 1 or 2 with one line that says which place and why.
@@ -14,7 +15,7 @@ import platform
 import sys
 import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -32,11 +33,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ray", help="the version that the image must have")
     parser.add_argument("--reads", action="append", default=[], metavar="URL")
     parser.add_argument("--writes", action="append", default=[], metavar="URL")
+    parser.add_argument(
+        "--needs", action="append", default=[], metavar="NAME", help="a variable that must be set"
+    )
     options = parser.parse_args(argv)
     checks = [(url, check_readable) for url in options.reads]
     checks += [(url, check_writable) for url in options.writes]
     try:
         check_ray(options.ray)
+        check_variables(options.needs, os.environ)
         within(ANSWER_TIMEOUT_S, checks)
     except PneumoError as error:
         say(f"error: preflight: {error}")
@@ -55,6 +60,16 @@ def check_ray(expected: str | None) -> None:
         raise ConfigError(
             f"the image holds Ray {there}, the manifest says rayVersion {expected}; build the "
             "image from this checkout (make image), or correct the manifest"
+        )
+
+
+def check_variables(names: Sequence[str], environ: Mapping[str, str]) -> None:
+    """Raise ConfigError for the names that are not set here; no value is shown."""
+    missing = [name for name in names if not environ.get(name)]
+    if missing:
+        raise ConfigError(
+            f"{', '.join(missing)}: not set on the cluster, and the job needs it; on Kubernetes "
+            "put it into the secret pneumo-secrets, elsewhere set it where you submit"
         )
 
 
@@ -97,9 +112,10 @@ def within(timeout_s: float, checks: Sequence[tuple[str, Callable[[str], None]]]
         if url in errors:
             raise errors[url]
         if thread.is_alive():
+            endpoint = " (AWS_ENDPOINT_URL)" if url.startswith(("s3://", "s3a://")) else ""
             raise StorageError(
                 f"{url}: no answer within {timeout_s:g} s, seen from the cluster; check the "
-                "endpoint (AWS_ENDPOINT_URL), name look-up and firewalls there"
+                f"endpoint{endpoint}, name look-up and firewalls there"
             )
 
 

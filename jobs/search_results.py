@@ -9,7 +9,7 @@ from typing import Any
 import tomli_w
 
 from jobs.live_table import describe_settings, show_value
-from jobs.train import close_tracker, tracking_folder
+from jobs.trackers import close_tracker, tracking_folder
 from pneumo import storage
 from pneumo.checkpoint import describe_code
 from pneumo.report import render_search

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jobs.lineage import describe_dataset, describe_results, describe_weights
+from jobs.pictures import MAX_TOLD_AGE
+from jobs.results import DATA_FIGURE, REPORT, Judged, describe_faults, render
+from jobs.subject import METRICS, PREDICTIONS, Subject
 from pneumo import figures
 from pneumo.config import Config
 from pneumo.decision_curve import THRESHOLDS
 from pneumo.evaluate import DECISION, SCREENING, Evaluation, SplitEvaluation
 from pneumo.figures import Case, Pictures, shrink
+from pneumo.predict import Predictions
 from pneumo.report import DataFacts
 from pneumo.saliency import SaliencySummary
 from pneumo.tracking import (
@@ -19,6 +26,7 @@ from pneumo.tracking import (
     Gallery,
     LineChart,
     Overlay,
+    Page,
     Picture,
     PictureTable,
     Scalar,
@@ -30,16 +38,38 @@ CAM_LEVELS: Mapping[int, str] = {1: "map ≥ 25 %", 2: "map ≥ 50 %", 3: "map �
 """Classes of the mask: shares of the map's own maximum."""
 
 
-# --- the data ------------------------------------------------------------------------------------
-
-
-def describe_faults(data: DataFacts) -> dict[str, Any]:
-    """What is wrong with the data, for machines."""
-    return {
-        "quarantined": sum(data.quality.quarantined.values()),
-        "duplicates_across_splits": data.quality.duplicates.across_splits,
-        "warning": data.audit.warning,
+def send_evaluation(
+    tracker: Tracker, subject: Subject, judged: Judged, folder: Path, config: Config
+) -> None:
+    """All of it; `folder` holds what the run has. Pictures and ages are coarser than there."""
+    tracker.log_artifact(describe_dataset(subject.manifest), role="input")
+    for weights in subject.scored.scoring.weights:
+        record = describe_weights(weights.entry, weights.run_url, subject.manifest)
+        tracker.log_artifact(record, role="input")
+    size = config.tracking.image_pixels
+    coarse = judged.shrink(size)
+    report = render(subject, coarse, config)
+    log_data(tracker, coarse.data, (folder / "figures" / DATA_FIGURE).read_bytes())
+    log_evaluation(tracker, judged.evaluation, judged.looks.get("test"))
+    log_pictures(tracker, coarse.pictures, judged.evaluation)
+    tracker.log_media("eval/report", Page(report))
+    files: dict[str, Path | bytes] = {
+        METRICS: folder / METRICS,
+        PREDICTIONS: cap_ages(judged.evaluation.predictions).to_parquet(
+            subject.scored.scoring.to_json()
+        ),
+        REPORT: report.encode(),
     }
+    tracker.log_artifact(describe_results(subject.name, files))
+
+
+def cap_ages(predictions: Predictions) -> Predictions:
+    """The same with every age above MAX_TOLD_AGE told as 90."""
+    age = predictions.age
+    return replace(predictions, age=np.where(age > MAX_TOLD_AGE, MAX_TOLD_AGE + 1.0, age))
+
+
+# --- the data ------------------------------------------------------------------------------------
 
 
 def log_data(tracker: Tracker, data: DataFacts, drawing: bytes) -> None:
@@ -149,48 +179,45 @@ def _trace_benefit(test: SplitEvaluation) -> dict[str, tuple[list[float], list[f
 
 
 def _tabulate_subgroups(test: SplitEvaluation) -> Table:
-    columns = ["by", "group", "n", "positives", "auroc", "low", "high", "sensitivity",
-               "specificity", "why not known"]  # fmt: skip
-    return Table(
-        columns,
+    groups = test.subgroups.groups
+    names = [name for group in groups[:1] for name in group.estimates]
+    ends = [column for name in names for column in (name, f"{name} low", f"{name} high")]
+    rows = [
         [
-            [
-                *(group.by, group.name, group.n, group.positives),
-                *(group.auroc.value, group.auroc.low, group.auroc.high),
-                *(group.sensitivity.value, group.specificity.value, group.auroc.reason),
-            ]
-            for group in test.subgroups.groups
-        ],
-    )
+            *(group.by, group.name, group.n, group.positives, group.patients),
+            *(end for one in group.estimates.values() for end in (one.value, one.low, one.high)),
+            group.auroc.reason,
+        ]
+        for group in groups
+    ]
+    return Table(["by", "group", "n", "positives", "patients", *ends, "why not known"], rows)
 
 
 # --- the pictures --------------------------------------------------------------------------------
 
 
-def log_pictures(
-    tracker: Tracker, pictures: Pictures, evaluation: Evaluation, config: Config
-) -> None:
+def log_pictures(tracker: Tracker, pictures: Pictures, evaluation: Evaluation) -> None:
     """Galleries and errors with boxes and maps as overlays, the grid, and a table of studies."""
-    size = config.tracking.image_pixels
     kinds = (("gallery", pictures.gallery), ("errors", pictures.errors))
     for kind, groups in kinds:
         for outcome, cases in groups.items():
             if cases:
-                shown = [show_case(shrink(case, size)) for case in cases]
+                shown = [show_case(case) for case in cases]
                 tracker.log_media(f"eval/{kind}/{outcome}", Gallery(shown))
     if pictures.grid:
-        grid = [shrink(case, size) for case in pictures.grid]
-        title = f"Predictions: {len(grid)} of {evaluation.test.n} test studies"
-        drawn = Picture(figures.draw_prediction_grid(grid, title=title), title)
+        title = f"Predictions: {len(pictures.grid)} of {evaluation.test.n} test studies"
+        drawn = Picture(figures.draw_prediction_grid(pictures.grid, title=title), title)
         tracker.log_media("eval/prediction_grid", Gallery([drawn]))
-    table = tabulate_cases(pictures, size)
+    table = tabulate_cases(pictures)
     if table.rows:
         tracker.log_media("eval/predictions", table)
+    tracker.summarise({"eval/not_shown": pictures.reason})
 
 
 def show_case(case: Case) -> Picture:
     """The study with the readers' boxes and the network's map as overlays."""
-    overlay = None if case.cam is None else Overlay(_level(case), dict(CAM_LEVELS), "Grad-CAM")
+    has_map = case.cam is not None and bool(np.isfinite(case.cam).all())
+    overlay = Overlay(_level(case), dict(CAM_LEVELS), "Grad-CAM") if has_map else None
     caption = f"{case.outcome.upper()}  {case.caption}"
     return Picture(figures.encode_image(case.image), caption, case.boxes, mask=overlay)
 
@@ -205,23 +232,18 @@ def _level(case: Case) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return np.digitize(case.cam[np.ix_(rows, columns)], [0.25, 0.5, 0.75]).astype(np.uint8)
 
 
-def tabulate_cases(pictures: Pictures, size: int) -> PictureTable:
-    """The shown studies of every outcome, with thumbnails and without a key.
-
-    The galleries are the stratified sample: of each outcome the most certain, the least certain,
-    and some that were drawn.
-    """
-    columns = ["picture", "outcome", "label", "probability", "threshold", "chosen as", "finding",
-               "view", "age band", "boxes"]  # fmt: skip
-    rows: list[list[Picture | Scalar]] = []
-    for outcome, cases in pictures.gallery.items():
-        for case in cases:
-            small = shrink(case, min(size, figures.CONTACT_PIXELS))
-            rows.append(
-                [
-                    show_case(small),
-                    *(outcome, case.target, case.probability, case.threshold, case.why),
-                    *(case.finding, case.view or None, case.age_band or None, len(case.boxes)),
-                ]
-            )
+def tabulate_cases(pictures: Pictures) -> PictureTable:
+    """A sample of test with thumbnails and without a key, so many of each outcome and view; a row
+    stands for 1 / (rows of its outcome and view) of the studies `drawn of`."""
+    columns = ["picture", "outcome", "label", "probability", "threshold", "finding", "view",
+               "age band", "boxes", "drawn of"]  # fmt: skip
+    rows: list[list[Picture | Scalar]] = [
+        [
+            show_case(shrink(case, figures.CONTACT_PIXELS)),
+            *(case.outcome, case.target, case.probability, case.threshold),
+            *(case.finding, case.view or None, case.age_band or None),
+            *(len(case.boxes), case.drawn_of),
+        ]
+        for case in pictures.sample
+    ]
     return PictureTable(columns, rows)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -34,13 +32,14 @@ from jobs.session import (
     uses_gpu,
     worker_resources,
 )
+from jobs.trackers import close_tracker, tracking_folder
 from pneumo import storage
 from pneumo.checkpoint import CheckpointIndex, read_index
 from pneumo.config import ClusterConfig, Config, Invocation, TrainArguments
 from pneumo.errors import PreemptedError
 from pneumo.partition import World
 from pneumo.shards import Manifest, read_manifest
-from pneumo.tracking import Tracker, open_tracker
+from pneumo.tracking import open_tracker
 from pneumo.train import check_run, fit
 
 PROCESS_GROUP_TIMEOUT_S = 180
@@ -82,7 +81,6 @@ def train_run(config: Config, manifest: Manifest, store_url: str, run_url: str) 
             "data_warning": manifest.audit.warning,
         },
     )
-    tracker.log_artifact(describe_dataset(manifest), role="input")
     # On this node, whose loss ends the job anyway.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     messages = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
@@ -99,11 +97,13 @@ def train_run(config: Config, manifest: Manifest, store_url: str, run_url: str) 
     try:
         training = _start(lambda: recovery.run(nodes))
         try:
+            tracker.log_artifact(describe_dataset(manifest), role="input")  # W&B may take its time
             Follower(messages, tracker, epochs=config.train.epochs).follow(training)
         except KeyboardInterrupt:
             _leave(recovery, training)
             raise
-        tracker.log_artifact(describe_weights(read_index(run_url).best, run_url, manifest))
+        best = describe_weights(read_index(run_url).best, run_url, manifest, ["best"])
+        tracker.log_artifact(best)
     finally:
         messages.shutdown(force=True)
         close_tracker(tracker, run_url)
@@ -193,27 +193,6 @@ def report_training(index: CheckpointIndex, run_url: str, store_url: str) -> Non
     print(f"best epoch {best.epoch}  val AUROC {auroc}  of {index.latest.epoch} epochs")
     print(f"run {run_url}")
     say(f"next: python -m jobs.evaluate --store {store_url} --run {run_url}")
-
-
-def tracking_folder(run_url: str) -> Path:
-    """A local folder for W&B's files: the run's own where it is local, else a temporary one."""
-    if storage.is_local(run_url):
-        return storage.local_path(run_url)
-    return Path(tempfile.mkdtemp(prefix="pneumo-tracking-"))
-
-
-def close_tracker(tracker: Tracker, run_url: str) -> None:
-    """Finish tracking; what W&B could not send ends in the run's own folder, and it is said."""
-    outcome = tracker.finish()
-    if outcome.sync_command is None or outcome.folder is None or storage.is_local(run_url):
-        for line in outcome.lines():
-            say(line)
-        return
-    kept = [storage.join(run_url, "wandb", folder.name) for folder in outcome.folders]
-    for folder, kept_url in zip(outcome.folders, kept, strict=True):
-        storage.upload_folder(folder, kept_url)
-    places = " and ".join(kept)
-    say(f"W&B: not (all) sent; its files are in {places}: fetch them, then `wandb sync` them")
 
 
 def _train_worker(settings: dict[str, Any]) -> str | None:

@@ -6,13 +6,12 @@ A thread of its own writes them, one after the other: W&B may be slow, and no tr
 from __future__ import annotations
 
 import queue
-import shlex
 import threading
 from typing import Self
 
 from jobs.command import say
 from jobs.records import trial_url
-from jobs.train import tracking_folder
+from jobs.trackers import finish_quietly, tracking_folder
 from jobs.trials import trial_config
 from pneumo import storage
 from pneumo.config import Config, TuneConfig
@@ -85,21 +84,14 @@ class TrialTracking:
             },
         )
         log_trial(tracker, trial, self.config.tune)
-        self.outcomes.append(tracker.finish())
+        self.outcomes.append(finish_quietly(tracker, self.run_url))
         storage.write_text(sent, "")
 
     def _say(self) -> None:
-        """Where W&B's files of runs that were not sent are, in one line."""
-        kept = [one for one in self.outcomes if one.sync_command is not None]
-        if not kept:
-            return
-        folders = [str(folder) for one in kept for folder in one.folders]
-        if not storage.is_local(self.run_url):
-            for one in kept:
-                for folder in one.folders:
-                    url = storage.join(self.run_url, "wandb", folder.name)
-                    storage.upload_folder(folder, url)
-            say(f"W&B: {len(kept)} trials not (all) sent; their files are in {self.run_url}/wandb")
-            return
-        shown = shlex.quote(str(self.folder / "wandb")) + "/offline-run-*"
-        say(f"W&B: {len(kept)} trials offline in {len(folders)} runs; to send: wandb sync {shown}")
+        """How to send what was not sent, in one line."""
+        kept = [outcome for outcome in self.outcomes if outcome.sync_command is not None]
+        if kept:
+            say(
+                f"W&B: {len(kept)} of {len(self.outcomes)} trials not (all) sent; to send them: "
+                f"python -m pneumo.tracking sync {self.run_url}"
+            )

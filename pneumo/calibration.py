@@ -256,7 +256,47 @@ def _newton(z: Floats, y: Floats, weights: Floats, start: Floats) -> Floats:
     return settled
 
 
+def fit_offset(x: Floats, y: Floats, weights: Floats) -> Floats:
+    """Intercept (R,) of logistic regressions of `y` (N,) in [0, 1] on `x` (N,) with slope 1.
+
+    One a column of `weights` (N, R), by Newton's method; NaN where the drawn `y` are all 0 or all
+    1.
+    """
+
+    if not 0 < y.sum() < len(y):
+        return np.full(weights.shape[1], np.nan)
+
+    def surplus(intercept: float) -> float:
+        return float(np.sum(expit(x + intercept) - y))
+
+    reach = float(np.abs(x).max()) + 40.0
+    # Resamples start where the whole ends, so near their own ends that no step is too long.
+    a = np.full(weights.shape[1], brentq(surplus, -reach, reach))
+    drawn, total = y @ weights, weights.sum(axis=0)
+    a[(drawn == 0) | (drawn == total)] = np.nan
+    for _ in range(_MAX_STEPS):
+        p = expit(x[:, None] + a)
+        curvature = np.einsum("nr,nr->r", weights, p * (1 - p))
+        step = divide(drawn - np.einsum("nr,nr->r", weights, p), curvature)
+        a = a + np.clip(step, -2.0, 2.0)
+        if not (np.abs(step) >= _TOLERANCE).any():
+            return a
+    a[np.abs(step) >= _TOLERANCE] = np.nan
+    return a
+
+
 # --- reported on any split ------------------------------------------------------------------------
+
+
+MEASURES = (
+    "brier",
+    "log_loss",
+    "ece",
+    "slope",
+    "intercept",
+    "intercept_at_slope_1",
+    "in_the_large",
+)
 
 
 @dataclass(frozen=True)
@@ -285,7 +325,10 @@ class Reliability:
     slope: Estimate
     """Of the logistic recalibration (Cox 1958); 1 is right, below 1 too extreme."""
     intercept: Estimate
-    """Of the logistic recalibration; 0 is right."""
+    """Of the same fit, beside that slope; 0 is right, and says little where the slope is not 1."""
+    intercept_at_slope_1: Estimate
+    """Of the recalibration whose slope is held at 1: calibration in the large on the logit's scale
+    (Van Calster 2016); 0 is right, below 0 the probabilities are too high."""
     in_the_large: Estimate
     """Mean probability - share of positives; 0 is right, above 0 too high."""
     curve: tuple[Bin, ...]
@@ -298,13 +341,12 @@ class Reliability:
     def undefined(cls, reason: str) -> Reliability:
         """Nothing can be said, and why."""
         nothing = Estimate.undefined(reason)
-        return cls(nothing, nothing, nothing, nothing, nothing, nothing, (), None)
+        return cls(**dict.fromkeys(MEASURES, nothing), curve=(), decomposition=None)
 
     def to_json(self) -> dict[str, Any]:
         """Estimates by name, the curve's bins, the parts of the Brier score."""
-        names = ("brier", "log_loss", "ece", "slope", "intercept", "in_the_large")
         return {
-            **{name: getattr(self, name).to_json() for name in names},
+            **{name: getattr(self, name).to_json() for name in MEASURES},
             "brier_decomposition": self.decomposition,
             "curve": [part.to_json() for part in self.curve],
         }
@@ -332,6 +374,7 @@ def reliability_statistics(
     return {
         "brier": metrics.brier_statistic(positive, probability),
         "log_loss": metrics.log_loss_statistic(positive, scaled),
+        "offset": partial(fit_offset, scaled, positive.astype(float)),
         "bins": metrics.sums_statistic(bins, int(bins.max()) + 1, one, positive, probability),
     }
 
@@ -357,6 +400,7 @@ def judge_reliability(
         ece=found["bins"].derive(_expected_error).estimate(),
         slope=after.estimate(1, settles),
         intercept=after.estimate(0, settles),
+        intercept_at_slope_1=found["offset"].estimate(reason="one class only"),
         in_the_large=found["bins"].derive(_in_the_large).estimate(),
         curve=tuple(
             Bin(int(sums[0, k]), float(sums[2, k] / sums[0, k]), observed.estimate(k))

@@ -331,6 +331,8 @@ class EvaluateConfig(Section):
     over the positives."""
     error_images: PositiveInt = 12
     """Most confident false positives, and false negatives, to show."""
+    table_images: PositiveInt = 4
+    """Studies of each outcome and view in W&B's table of predictions, drawn by the seed."""
 
 
 class PredictConfig(Section):

@@ -15,6 +15,7 @@
     ├── PreemptedError            exit 130: told to stop; all that was trained is in a checkpoint
     ├── ClusterError              the cluster does not give what the job asks for
     ├── MetricError               a metric that is undefined for this input
+    ├── TrackingError             W&B did not get what was to be sent to it afterwards
     └── StorageError              the object store did not answer within the time allowed
         └── ContentError          it did, with other bytes than those that were expected
 
@@ -88,6 +89,10 @@ class ClusterError(PneumoError):
 
 class MetricError(PneumoError):
     """A metric is undefined for the given targets and scores."""
+
+
+class TrackingError(PneumoError):
+    """W&B did not take a run that was kept for it; it is still there to be sent."""
 
 
 class StorageError(PneumoError):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -46,6 +46,7 @@ from pneumo.operating_points import (
     DECISION,
     SCREENING,
     AtPoint,
+    Decision,
     OperatingPoint,
     choose_points,
     judge_points,
@@ -141,6 +142,11 @@ class Evaluation:
     """Those that were judged, with the calibrated probability filled in."""
     val: SplitEvaluation
     test: SplitEvaluation
+
+    def decide(self, split: Literal["val", "test"]) -> Decision:
+        """What calls a study of the split positive; nothing where its scores have a fault."""
+        judged = {"val": self.val, "test": self.test}[split]
+        return Decision.of(self.points[DECISION], judged.at[DECISION])
 
     def to_metrics(
         self,

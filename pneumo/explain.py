@@ -20,7 +20,15 @@ from torch import Tensor, nn
 
 from pneumo.config import ModelConfig
 from pneumo.errors import MetricError
-from pneumo.metrics import Estimate, wilson
+from pneumo.metrics import (
+    WILSON,
+    WILSON_OVER_PATIENTS,
+    Estimate,
+    divide,
+    resample,
+    sums_statistic,
+    wilson,
+)
 from pneumo.model import build_model, gradcam_layer, initialise
 
 Outcome = Literal["tp", "fp", "fn", "tn"]
@@ -173,6 +181,38 @@ def choose_gallery(
     return chosen
 
 
+@dataclass(frozen=True)
+class Draw:
+    """A study of a stratified sample."""
+
+    row: int
+    """Its place in the arrays it was drawn from."""
+    drawn_of: int
+    """Studies of its outcome and view."""
+
+
+def draw_sample(
+    target: npt.NDArray[Any],
+    probability: npt.NDArray[Any],
+    view: npt.NDArray[np.str_],
+    threshold: float,
+    *,
+    per_stratum: int,
+    seed: int,
+) -> list[Draw]:
+    """At most `per_stratum` studies of each outcome and view, by outcome, then by view; drawn by
+    `seed`. All inputs (N,)."""
+    sample = []
+    for i, outcome in enumerate(OUTCOMES):
+        rows = np.sort(_by_certainty(target, probability, threshold, outcome))
+        for k, name in enumerate(np.unique(view)):
+            stratum = rows[view[rows] == name]
+            # A generator per stratum: one's number does not change another's draw.
+            drawn = np.random.default_rng([seed, i, k]).permutation(stratum)[:per_stratum]
+            sample += [Draw(int(row), len(stratum)) for row in drawn]
+    return sample
+
+
 def choose_errors(
     target: npt.NDArray[Any], probability: npt.NDArray[Any], threshold: float, *, count: int
 ) -> dict[Outcome, npt.NDArray[np.intp]]:
@@ -206,16 +246,19 @@ class FindingErrors:
     called_positive: int
     errors: int
     """False negatives where the finding is a positive one, false positives elsewhere."""
+    rate: Estimate
+    """The share of errors, with an interval over patients."""
+    wilson: Estimate
+    """The same with Wilson's, which takes images as independent."""
 
     def to_json(self) -> dict[str, Any]:
-        """The counts, and the share of errors with Wilson's interval."""
-        low, high = wilson(self.errors / self.n, self.n)
-        rate = Estimate(self.errors / self.n, low, high, "Wilson, images taken as independent")
+        """The counts, and the share of errors twice."""
         return {
             "n": self.n,
             "called_positive": self.called_positive,
             "errors": self.errors,
-            "error_rate": rate.to_json(),
+            "error_rate": self.rate.to_json(),
+            "wilson": self.wilson.to_json(),
         }
 
 
@@ -224,12 +267,35 @@ def count_errors(
     target: npt.NDArray[Any],
     probability: npt.NDArray[Any],
     threshold: float,
+    *,
+    patient: npt.NDArray[np.str_],
+    resamples: int,
+    seed: int,
 ) -> list[FindingErrors]:
-    """The errors by finding, in the findings' alphabetical order. All inputs (N,)."""
+    """The errors by finding, in the findings' alphabetical order. All arrays (N,)."""
     called = np.asarray(probability) >= threshold
     wrong = called != (np.asarray(target) == 1)
+    names, code = np.unique(finding, return_inverse=True)
+    sums = sums_statistic(code, len(names), wrong, np.ones(len(code)))
+    found = resample(patient, {"sums": sums}, resamples=resamples, seed=seed)["sums"]
+    rates = found.derive(lambda both: divide(both[: len(names)], both[len(names) :]))
     return [
-        FindingErrors(str(name), int(here.sum()), int(called[here].sum()), int(wrong[here].sum()))
-        for name in np.unique(finding)
-        for here in (finding == name,)
+        _judge_errors(str(name), called[here], wrong[here], patient[here], rates.estimate(row))
+        for row, name in enumerate(names)
+        for here in (code == row,)
     ]
+
+
+def _judge_errors(
+    finding: str,
+    called: npt.NDArray[np.bool_],
+    wrong: npt.NDArray[np.bool_],
+    patient: npt.NDArray[np.str_],
+    rate: Estimate,
+) -> FindingErrors:
+    n, errors = len(wrong), int(wrong.sum())
+    share = errors / n
+    if share in (0.0, 1.0):  # it never varies under resampling
+        rate = Estimate(share, *wilson(share, len(np.unique(patient))), WILSON_OVER_PATIENTS)
+    by_image = Estimate(share, *wilson(share, n), WILSON)
+    return FindingErrors(finding, n, int(called.sum()), errors, rate, by_image)

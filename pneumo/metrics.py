@@ -242,6 +242,7 @@ def rates(counts: Confusion) -> dict[str, float]:
     return {name: float(rate(*columns)[0]) for name, rate in RATES.items()}
 
 
+WILSON = "Wilson, images taken as independent"
 WILSON_OVER_PATIENTS = "Wilson over patients"
 """The method of a proportion of exactly 0 or 1, which never varies under resampling."""
 

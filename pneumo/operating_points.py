@@ -37,7 +37,6 @@ STANDARD: Mapping[str, tuple[Rule, float]] = {
 """Chosen for every run, whatever is configured, so that any two can be compared at one."""
 PREVALENCES = (0.05, 0.10, 0.225, 0.365)
 """Where a predictive value is told, from rare to common; RSNA has 22.5 %."""
-WILSON = "Wilson, images taken as independent"
 BAYES_ENDS = "Bayes at the ends of sensitivity's and specificity's intervals"
 
 
@@ -82,6 +81,11 @@ class AtPoint:
     at_prevalence: tuple[PredictiveValues, ...]
     """At each of PREVALENCES, by Bayes from this split's sensitivity and specificity."""
 
+    @property
+    def reason(self) -> str | None:
+        """Why nothing is counted, where nothing is."""
+        return None if self.counts is not None else self.rates["accuracy"].reason
+
     @classmethod
     def undefined(cls, reason: str) -> AtPoint:
         """Nothing can be said, and why."""
@@ -101,6 +105,21 @@ class AtPoint:
             "wilson": {name: estimate.to_json() for name, estimate in self.wilson.items()},
             "at_prevalence": [values.to_json() for values in self.at_prevalence],
         }
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What calls a study of one split positive."""
+
+    threshold: float | None
+    """On the probability; None where no study may be called anything."""
+    reason: str | None = None
+    """Why there is none."""
+
+    @classmethod
+    def of(cls, point: OperatingPoint, at: AtPoint) -> Decision:
+        """The point's threshold, where the split could be judged by it."""
+        return cls(point.threshold) if at.reason is None else cls(None, at.reason)
 
 
 # --- chosen on val --------------------------------------------------------------------------------
@@ -127,7 +146,7 @@ def choose_points(val: Predictions, config: EvaluateConfig) -> dict[str, Operati
 def _choose(
     name: str, val: Predictions, rule: Rule, target: float, min_patients: int
 ) -> OperatingPoint:
-    words = "Youden's index" if rule == "youden" else f"{rule} ≥ {target:.2f}"
+    words = "Youden's index" if rule == "youden" else f"{rule} ≥ {_spell(target)}"
     rules: Mapping[Rule, Callable[[npt.ArrayLike, npt.ArrayLike], float]] = {
         "youden": metrics.youden_threshold,
         "sensitivity": partial(metrics.sensitivity_threshold, sensitivity=target),
@@ -139,6 +158,12 @@ def _choose(
     except MetricError as error:
         return OperatingPoint(name, words, None, f"val: {error}")
     return OperatingPoint(name, words, threshold)
+
+
+def _spell(target: float) -> str:
+    """`0.90`, `0.904`: never rounded, as a point is known by its rule in words."""
+    short = f"{target:.2f}"
+    return short if float(short) == target else repr(target)
 
 
 def check_enough(val: Predictions, rule: Rule, min_patients: int, target: float = math.nan) -> None:
@@ -206,9 +231,9 @@ def _judge(rows: Predictions, threshold: float, cells: Resampled) -> AtPoint:
     for key, members in metrics.DENOMINATORS.items():
         value, n = estimates[key].value, int(sum(cells.value[members]))
         if value is None:
-            by_wilson[key] = Estimate.undefined(metrics.UNDEFINED[key], WILSON)
+            by_wilson[key] = Estimate.undefined(metrics.UNDEFINED[key], metrics.WILSON)
             continue
-        by_wilson[key] = Estimate(value, *metrics.wilson(value, n), WILSON)
+        by_wilson[key] = Estimate(value, *metrics.wilson(value, n), metrics.WILSON)
         if value in (0.0, 1.0):
             # It never varies under resampling.
             num_patients = len(np.unique(rows.patient[np.isin(code, members)]))

@@ -22,6 +22,8 @@ from pneumo.errors import RunError
 from pneumo.evaluate import DECISION
 from pneumo.predict import sigmoid
 
+NOT_A_NUMBER = "not_a_number"
+"""The reason of a file that could be read, but of which the network says nothing finite."""
 NOTICE = "Research use only: no medical device, never validated for care."
 
 
@@ -99,12 +101,12 @@ class Readings:
     file: npt.NDArray[np.str_]
     """Its path below the source."""
     logit: npt.NDArray[np.float32]
-    """NaN where the file could not be used."""
+    """NaN where the file could not be used, and no finite number with NOT_A_NUMBER."""
     overlay: npt.NDArray[np.str_]
     """Path of its picture below the output; '' where there is none."""
     reason: npt.NDArray[np.str_]
-    """Why the file could not be used: missing, unreadable, or a code of `pneumo.errors.DicomError`;
-    '' where it was scored."""
+    """Why there is no score: missing, unreadable, a code of `pneumo.errors.DicomError`, or
+    NOT_A_NUMBER; '' where it was scored."""
     message: npt.NDArray[np.str_]
     """The same in words."""
 
@@ -113,12 +115,12 @@ class Readings:
 
     @property
     def num_scored(self) -> int:
-        """Files that could be used."""
+        """Files with a score."""
         return int((self.reason == "").sum())
 
     @property
     def unusable(self) -> dict[str, int]:
-        """Files that could not be used, by reason."""
+        """Files without a score, by reason."""
         return dict(sorted(Counter(self.reason[self.reason != ""].tolist()).items()))
 
     @classmethod
@@ -129,10 +131,11 @@ class Readings:
         return cls(**{name: column[order] for name, column in columns.items()})
 
     def decide(self, rule: Rule) -> npt.NDArray[np.bool_] | None:
-        """Whether each file is called positive; None without a threshold. False where unusable."""
+        """Whether each file is called positive; None without a threshold. False without a
+        score."""
         if rule.threshold is None:
             return None
-        return np.asarray(sigmoid(self.logit) >= rule.threshold)
+        return np.asarray((self.reason == "") & (sigmoid(self.logit) >= rule.threshold))
 
     def to_table(self, rule: Rule, checkpoint: str) -> pa.Table:
         """The rows with what `rule` makes of them; null where there is nothing to say."""

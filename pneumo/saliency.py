@@ -313,6 +313,8 @@ class SaliencySummary:
     """Of them those without a box that covers a pixel of the input, or whose map is no number."""
     checkpoint: str
     """Whose maps these are."""
+    prior_studies: int
+    """Positives of train whose boxes made the prior map; of none it is uniform."""
     groups: Mapping[Group, GroupSummary]
 
     def to_json(self) -> dict[str, Any]:
@@ -321,6 +323,7 @@ class SaliencySummary:
             "positives": self.positives,
             "unscored": self.unscored,
             "checkpoint": self.checkpoint,
+            "prior_studies": self.prior_studies,
             "pointing_tolerance": POINTING_TOLERANCE,
             **{name: group.to_json() for name, group in self.groups.items()},
         }
@@ -339,9 +342,10 @@ def summarise_saliency(
     scores: BoxScores,
     *,
     patient: npt.NDArray[np.str_],
-    is_called: npt.NDArray[np.bool_] | None,
+    is_called: npt.NDArray[np.bool_] | str,
     positives: int,
     checkpoint: str,
+    prior_studies: int,
     iou_thresholds: Mapping[MapName, float | None],
     resamples: int,
     seed: int,
@@ -349,19 +353,18 @@ def summarise_saliency(
     """The scores of a split's positives with patient-bootstrap intervals.
 
     `patient` and `is_called` (N,) belong to the rows of `scores`: whose study it is, and whether
-    the model calls it positive; None where there is no threshold. `positives` counts all of the
-    split's.
+    the model calls it positive, or why it calls none anything. `positives` counts all of the
+    split's, `prior_studies` those of train that made the prior map.
     """
-    every = np.ones(len(scores), dtype=np.bool_)
-    rows: dict[Group, npt.NDArray[np.bool_] | None] = {
-        "all": every,
-        "true_positives": None if is_called is None else every & is_called,
-        "false_negatives": None if is_called is None else every & ~is_called,
+    rows: dict[Group, npt.NDArray[np.bool_] | str] = {
+        "all": np.ones(len(scores), dtype=np.bool_),
+        "true_positives": is_called,
+        "false_negatives": is_called if isinstance(is_called, str) else ~is_called,
     }
 
-    def summarise(chosen: npt.NDArray[np.bool_] | None) -> GroupSummary:
-        if chosen is None:
-            return GroupSummary(0, "no threshold could be chosen on val")
+    def summarise(chosen: npt.NDArray[np.bool_] | str) -> GroupSummary:
+        if isinstance(chosen, str):
+            return GroupSummary(0, chosen)
         part = BoxScores(scores.keys[chosen], scores.values[chosen])
         return _summarise_group(
             part, patient[chosen], iou_thresholds, resamples=resamples, seed=seed
@@ -371,6 +374,7 @@ def summarise_saliency(
         positives=positives,
         unscored=positives - len(scores),
         checkpoint=checkpoint,
+        prior_studies=prior_studies,
         groups={name: summarise(chosen) for name, chosen in rows.items()},
     )
 

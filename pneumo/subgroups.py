@@ -38,6 +38,10 @@ _SHARED: Mapping[str, str] = {
     "negatives": "the positives are those of the whole split",
     "box_area": "the negatives are those of the whole split",
 }
+_NAMES = {"recall": "sensitivity"}
+_COUNTED: Mapping[str, tuple[By, ...]] = {"recall": ("negatives",), "specificity": ("box_area",)}
+"""In which kinds of group a rate would be that of the whole split; all others mix the classes in a
+share that is nobody's, so there they are told in neither."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,24 +66,37 @@ class Subgroup:
     patients: int
     auroc: Estimate
     average_precision: Estimate
-    sensitivity: Estimate
-    """At the decision point, as `specificity`."""
-    specificity: Estimate
+    rates: Mapping[str, Estimate]
+    """Every metric of `metrics.RATES` at the decision point."""
+    brier: Estimate
+    """Of the calibrated probability."""
     in_the_large: Estimate
     """Mean calibrated probability - share of positives."""
     gap: Estimate
     """AUROC - AUROC of the studies in the other groups."""
 
+    @property
+    def estimates(self) -> dict[str, Estimate]:
+        """All of them, by the names of metrics.json."""
+        rates = {_NAMES.get(key, key): rate for key, rate in self.rates.items()}
+        return {
+            "auroc": self.auroc,
+            "average_precision": self.average_precision,
+            **rates,
+            "brier": self.brier,
+            "in_the_large": self.in_the_large,
+            "gap": self.gap,
+        }
+
     def to_json(self) -> dict[str, Any]:
         """Names, counts and estimates."""
-        names = ("auroc", "average_precision", "sensitivity", "specificity", "in_the_large", "gap")
         return {
             "by": self.by,
             "name": self.name,
             "n": self.n,
             "positives": self.positives,
             "patients": self.patients,
-            **{name: getattr(self, name).to_json() for name in names},
+            **{name: estimate.to_json() for name, estimate in self.estimates.items()},
         }
 
 
@@ -220,12 +237,15 @@ def _rank(rows: Predictions, members: Members) -> dict[str, Statistic]:
 
 
 def _sums(rows: Predictions, members: Members, threshold: float | None) -> dict[str, Statistic]:
-    """Positives found, positives, negatives cleared, negatives, sum of probabilities: (5, R)."""
+    """tp, fp, fn, tn, sum of probabilities and of their squared errors: (6, R)."""
     positive, probability = metrics.check_scores(rows.target, rows.probability, both_classes=False)
     called = probability >= (math.inf if threshold is None else threshold)
-    values = (positive & called, positive, ~positive & ~called, ~positive)
+    calibrated = np.nan_to_num(rows.calibrated_probability)
     code = np.where(members.rows, 0, -1)
-    sums = metrics.sums_statistic(code, 1, *values, np.nan_to_num(rows.calibrated_probability))
+    sums = metrics.sums_statistic(
+        *(code, 1, positive & called, ~positive & called, positive & ~called, ~positive & ~called),
+        *(calibrated, (calibrated - positive) ** 2),
+    )
     return {"sums": sums}
 
 
@@ -253,64 +273,78 @@ def _judge_group(
     sums: Part,
     min_patients: int,
 ) -> Subgroup:
-    target, patient = rows.target[members.rows], rows.patient[members.rows]
-    few_positive = _too_few(target, patient, 1, min_patients)
-    few_negative = _too_few(target, patient, 0, min_patients)
+    group = rows.take(members.rows)
+    few = {value: _too_few(group.target, group.patient, value, min_patients) for value in (1, 0)}
     if members.by == "box_area" and cut_tertiles(rows) is None:
-        few_positive = "no positive has a box"
-    few = few_positive or few_negative
-    no_point = "no threshold was chosen on val" if threshold is None else None
-    shared = _SHARED.get(members.by)
+        few[1] = "no positive has a box"
+    either = few[1] or few[0]
     uncalibrated = "no calibration" if np.isnan(rows.calibrated_probability).any() else None
-
+    mixed = _SHARED.get(members.by) or either or uncalibrated
     return Subgroup(
         by=members.by,
         name=members.name,
-        n=len(target),
-        positives=int(target.sum()),
-        patients=len(np.unique(patient)),
-        auroc=Estimate.undefined(few) if few else rank.estimate("aurocs"),
-        average_precision=Estimate.undefined(few) if few else rank.estimate("average_precision"),
-        sensitivity=_rate(
-            sums,
-            (shared if members.by == "negatives" else None) or few_positive or no_point,
-            lambda s: divide(s[0], s[1])[None],
-            patient[target == 1],
+        n=len(group),
+        positives=int(group.target.sum()),
+        patients=len(np.unique(group.patient)),
+        auroc=Estimate.undefined(either) if either else rank.estimate("aurocs"),
+        average_precision=Estimate.undefined(either)
+        if either
+        else rank.estimate("average_precision"),
+        rates=_judge_rates(group, members.by, threshold, sums, few),
+        brier=_derive(sums, mixed, lambda s: divide(s[5], s[:4].sum(axis=0))[None]),
+        in_the_large=_derive(
+            sums, mixed, lambda s: divide(s[4] - s[0] - s[2], s[:4].sum(axis=0))[None]
         ),
-        specificity=_rate(
-            sums,
-            (shared if members.by == "box_area" else None) or few_negative or no_point,
-            lambda s: divide(s[2], s[3])[None],
-            patient[target == 0],
-        ),
-        in_the_large=_sum_estimate(
-            sums,
-            shared or few or uncalibrated,
-            lambda s: divide(s[4] - s[1], s[1] + s[3])[None],
-        ),
-        gap=_gap(rank, few or _few_in_rest(rows, members, min_patients)),
+        gap=_gap(rank, either or _few_in_rest(rows, members, min_patients)),
     )
 
 
-def _sum_estimate(sums: Part, reason: str | None, function: Callable[[Floats], Floats]) -> Estimate:
-    reason = sums.reason or reason
-    if reason is not None:
-        return Estimate.undefined(reason)
-    return sums.resampled["sums"].derive(function).estimate()
+def _judge_rates(
+    group: Predictions,
+    by: By,
+    threshold: float | None,
+    sums: Part,
+    few: Mapping[int, str | None],
+) -> dict[str, Estimate]:
+    """Every metric of `metrics.RATES` of the group; `few` says by class where patients lack."""
+    shared, no_point = _SHARED.get(by), None
+    if threshold is None:
+        no_point = "no threshold was chosen on val"
+    counted = {"recall": few[1], "specificity": few[0]}
+    found = {}
+    for key, rate in metrics.RATES.items():
+        is_shared = by in _COUNTED[key] if key in _COUNTED else True
+        reason = (shared if is_shared else None) or counted.get(key, few[1] or few[0]) or no_point
+        one = _derive(sums, reason, partial(_apply, rate), metrics.UNDEFINED[key])
+        if one.value in (0.0, 1.0) and key in metrics.DENOMINATORS and threshold is not None:
+            # It never varies under resampling.
+            interval = metrics.wilson(one.value, _count_patients(group, threshold, key))
+            one = Estimate(one.value, *interval, metrics.WILSON_OVER_PATIENTS)
+        found[key] = one
+    return found
 
 
-def _rate(
+def _apply(rate: Callable[[Floats, Floats, Floats, Floats], Floats], sums: Floats) -> Floats:
+    return rate(sums[0], sums[1], sums[2], sums[3])[None]
+
+
+def _count_patients(group: Predictions, threshold: float, key: str) -> int:
+    """The patients in the denominator of a rate."""
+    positive, called = group.target == 1, group.probability >= threshold
+    outcome = np.where(called, np.where(positive, 0, 1), np.where(positive, 2, 3))
+    return len(np.unique(group.patient[np.isin(outcome, metrics.DENOMINATORS[key])]))
+
+
+def _derive(
     sums: Part,
     reason: str | None,
     function: Callable[[Floats], Floats],
-    patient: npt.NDArray[Any],
+    undefined: str = "undefined for these studies",
 ) -> Estimate:
-    """A proportion of the studies of `patient`; of exactly 0 or 1 with Wilson's interval."""
-    found = _sum_estimate(sums, reason, function)
-    if found.value in (0.0, 1.0):
-        interval = metrics.wilson(found.value, len(np.unique(patient)))
-        return Estimate(found.value, *interval, metrics.WILSON_OVER_PATIENTS)
-    return found
+    reason = sums.reason or reason
+    if reason is not None:
+        return Estimate.undefined(reason)
+    return sums.resampled["sums"].derive(function).estimate(reason=undefined)
 
 
 def _gap(rank: Part, few: str | None) -> Estimate:

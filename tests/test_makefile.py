@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -28,20 +29,20 @@ def dry_run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_job_runs_here_without_an_address() -> None:
     shown = dry_run("train", "STORE=s3://b/store", "RUN=s3://b/run", "ARGS=--recipe fast").stdout
-    assert "-m jobs.train --store s3://b/store --run s3://b/run --recipe fast" in shown
+    assert "-m jobs.train --store 's3://b/store' --run 's3://b/run' --recipe fast" in shown
 
 
 @pytest.mark.parametrize("job", ["train", "tune"])
 def test_a_job_is_submitted_to_a_cluster_that_is_named(job: str) -> None:
     shown = dry_run(job, "STORE=s", "RAY_ADDRESS=http://head:8265").stdout
-    assert f"-m cluster submit {job} --store s" in shown
+    assert f"-m cluster submit {job} --store 's'" in shown
     assert "jobs." not in shown
 
 
 @pytest.mark.parametrize("job", ["train", "tune"])
 def test_a_job_is_submitted_to_kubernetes(job: str) -> None:
     shown = dry_run(job, "STORE=s", "TARGET=k8s", "OVERLAY=gpu-spot").stdout
-    assert f"-m cluster submit --target k8s --overlay gpu-spot {job} --store s" in shown
+    assert f"-m cluster submit --target k8s --overlay 'gpu-spot' {job} --store 's'" in shown
     assert "jobs." not in shown
 
 
@@ -53,9 +54,11 @@ def test_another_target_is_no_target() -> None:
 
 @pytest.mark.parametrize("provider", ["aws", "gcp", "onprem"])
 def test_vms_come_and_go(provider: str) -> None:
-    assert f"ray up --yes cluster/{provider}.yaml" in dry_run("up", f"PROVIDER={provider}").stdout
+    up = dry_run("up", f"PROVIDER={provider}").stdout
+    assert f"ray up --yes cluster/'{provider}'.yaml" in up
+    assert ("RAY_UP_enable_autoscaler_v2=0 " in up) is (provider == "onprem")
     down = dry_run("down", f"PROVIDER={provider}").stdout
-    assert f"ray down --yes cluster/{provider}.yaml" in down
+    assert f"ray down --yes cluster/'{provider}'.yaml" in down
     assert "cluster down --target k8s" in dry_run("down", "TARGET=k8s").stdout
 
 
@@ -81,5 +84,30 @@ def test_what_is_missing_is_named(target: str, given: list[str], missing: str) -
 
 def test_the_demo_takes_another_store() -> None:
     shown = dry_run("demo", "STORE=s3://b/demo").stdout
-    assert "-m jobs.demo --store s3://b/demo" in shown
-    assert "-m jobs.demo --store data/demo/store" in dry_run("demo").stdout
+    assert "-m jobs.demo --store 's3://b/demo'" in shown
+    assert "-m jobs.demo --store 'data/demo/store'" in dry_run("demo").stdout
+
+
+@pytest.mark.parametrize(
+    ("target", "given"),
+    [
+        ("train", ["STORE"]),
+        ("train", ["STORE", "RUN"]),
+        ("prepare", ["SOURCE", "STORE"]),
+        ("evaluate", ["STORE", "RUN"]),
+        ("predict", ["SOURCE", "RUN", "OUTPUT"]),
+        ("demo", ["STORE"]),
+        ("up", ["PROVIDER"]),
+        ("forward", ["PROVIDER"]),
+        ("setup-k8s", ["OVERLAY"]),
+        ("image", ["IMAGE", "BASE_IMAGE"]),
+    ],
+)
+def test_nothing_that_is_given_is_run(target: str, given: list[str]) -> None:
+    """Each is one word of the shell, whose parts no command could be."""
+    evil = "s3://b/x y;touch '$(id)' `id`"
+    shown = dry_run(target, *(f"{name}={evil.replace('$', '$$')}" for name in given)).stdout
+    lines = shown.replace("\\\n", " ").splitlines()
+    words = [word for line in lines if "s3://" in line for word in shlex.split(line)]
+    assert sum(evil in word for word in words) == len(given), shown
+    assert "touch" not in words

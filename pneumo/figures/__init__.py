@@ -32,8 +32,16 @@ from pneumo.figures.data import (
     draw_contact_sheet,
     draw_intensity,
     draw_quality,
+    shrink_sheet,
 )
-from pneumo.figures.style import INK, RULE, describe_estimate, describe_n, encode_image
+from pneumo.figures.style import (
+    INK,
+    RULE,
+    describe_estimate,
+    describe_n,
+    encode_image,
+    show_threshold,
+)
 
 __all__ = [
     "BOX",
@@ -67,5 +75,7 @@ __all__ = [
     "draw_roc",
     "draw_validation",
     "encode_image",
+    "show_threshold",
     "shrink",
+    "shrink_sheet",
 ]

@@ -10,7 +10,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Self
 
 import matplotlib as mpl
 import numpy as np
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from pneumo.explain import FindingErrors, Maps, Outcome, Why
-from pneumo.figures.style import INK, STYLE, encode_figure
+from pneumo.figures.style import INK, STYLE, encode_figure, say_nothing
 from pneumo.studies import Box
 
 RIGHT = "#1a7f37"
@@ -58,6 +58,8 @@ class Case:
     """Such as `60-69`; '' where unknown."""
     why: Why | None = None
     """Why this study is shown, where there was a reason."""
+    drawn_of: int | None = None
+    """Studies of its outcome and view, where it was drawn from these."""
 
     @property
     def prediction(self) -> int:
@@ -84,7 +86,7 @@ class Case:
 
 @dataclass(frozen=True, eq=False)
 class Pictures:
-    """The studies of test that are shown; empty where no threshold could be chosen."""
+    """The studies of test that are shown; empty where none can be called anything."""
 
     grid: list[Case]
     """Drawn by the seed."""
@@ -93,6 +95,29 @@ class Pictures:
     errors: dict[Outcome, list[Case]]
     """Of 'fp' and 'fn' those that the model is most certain of, with Grad-CAM and boxes."""
     by_finding: list[FindingErrors]
+    reason: str | None = None
+    """Why none is shown, where none is."""
+    sample: Sequence[Case] = ()
+    """So many of each outcome and view, drawn by the seed."""
+
+    def shrink(self, size: int) -> Self:
+        """The same with no picture higher than `size` pixels."""
+        return replace(
+            self,
+            grid=[shrink(case, size) for case in self.grid],
+            gallery=_shrink_all(self.gallery, size),
+            errors=_shrink_all(self.errors, size),
+            sample=[shrink(case, size) for case in self.sample],
+        )
+
+    @classmethod
+    def none(cls, reason: str) -> Self:
+        """No picture, and why."""
+        return cls([], {}, {}, [], reason)
+
+
+def _shrink_all(groups: Mapping[Outcome, list[Case]], size: int) -> dict[Outcome, list[Case]]:
+    return {outcome: [shrink(case, size) for case in cases] for outcome, cases in groups.items()}
 
 
 def shrink(case: Case, size: int) -> Case:
@@ -114,8 +139,11 @@ def shrink(case: Case, size: int) -> Case:
     )
 
 
-def draw_prediction_grid(cases: Sequence[Case], *, title: str) -> bytes:
-    """`prediction_grid.png`: a cell a study, green and ✓ where right, red and ✗ where wrong."""
+def draw_prediction_grid(cases: Sequence[Case], *, title: str, reason: str | None = None) -> bytes:
+    """`prediction_grid.png`: a cell a study, green and ✓ where right, red and ✗ where wrong; where
+    there is no study `reason` says why."""
+    if not cases:
+        return _draw_reason(title, reason)
     columns = min(4, max(len(cases), 1))
     rows = max(1, math.ceil(len(cases) / columns))
     with mpl.rc_context(STYLE):
@@ -139,8 +167,10 @@ def draw_case(case: Case) -> bytes:
     return _draw_pairs([case], "webp", title=None)
 
 
-def draw_gradcam_example(cases: Sequence[Case], *, title: str) -> bytes:
-    """`gradcam_example.png`: one row a study."""
+def draw_gradcam_example(cases: Sequence[Case], *, title: str, reason: str | None = None) -> bytes:
+    """`gradcam_example.png`: one row a study; where there is none `reason` says why."""
+    if not cases:
+        return _draw_reason(title, reason)
     return _draw_pairs(cases, "png", title=title)
 
 
@@ -163,6 +193,16 @@ def _draw_pairs(
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
         return encode_figure(figure, file_format)
+
+
+def _draw_reason(title: str, reason: str | None) -> bytes:
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(6.2, 2.4), layout="constrained")
+        axes = figure.subplots()
+        axes.set_axis_off()
+        say_nothing(axes, f"not shown: {reason or 'no study'}")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+        return encode_figure(figure, "png")
 
 
 def compose_case(case: Case, *, size: int) -> npt.NDArray[np.uint8]:

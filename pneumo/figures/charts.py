@@ -26,6 +26,7 @@ from pneumo.figures.style import (
     draw_chart,
     encode_figure,
     say_nothing,
+    show_threshold,
 )
 from pneumo.metrics import Confusion
 
@@ -151,11 +152,12 @@ def _finish_unit_square(axes: Axes, title: str, x_label: str, y_label: str) -> N
 
 def plot_confusion(axes: Axes, evaluation: Evaluation, name: str) -> None:
     """Test at one operating point: counts, and shares of each row."""
-    point, counts = evaluation.points[name], evaluation.test.at[name].counts
+    point, at = evaluation.points[name], evaluation.test.at[name]
+    counts = at.counts
     axes.grid(visible=False)
     if counts is None:
         axes.set_title(f"{name.capitalize()} ({point.rule})")
-        say_nothing(axes, "no threshold could be chosen on val")
+        say_nothing(axes, str(at.reason))
         return
     table = confusion_table(counts)
     rows = table.sum(axis=1, keepdims=True)
@@ -176,9 +178,8 @@ def plot_confusion(axes: Axes, evaluation: Evaluation, name: str) -> None:
     axes.set_yticklabels(["negative", "positive"], rotation=90, va="center")
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    axes.set_title(
-        f"{name.capitalize()}: {point.rule}\np ≥ {point.threshold:.3f}, test n = {table.sum()}"
-    )
+    threshold = "" if point.threshold is None else f"p ≥ {show_threshold(point.threshold)}, "
+    axes.set_title(f"{name.capitalize()}: {point.rule}\n{threshold}test n = {table.sum()}")
 
 
 def plot_reliability(axes: Axes, evaluation: Evaluation) -> None:
@@ -202,11 +203,11 @@ def plot_reliability(axes: Axes, evaluation: Evaluation) -> None:
             label=f"{label}, n = {test.n}" if points else None,
         )
     if not test.before.curve:
-        say_nothing(axes, "nothing to show")
+        say_nothing(axes, str(test.before.brier.reason))
         axes.set_title("Calibration")
         return
     _finish_unit_square(axes, "Calibration", "predicted probability", "share of positives")
-    axes.legend(loc="upper left")
+    axes.legend(loc="best")
 
 
 def plot_decision_curve(axes: Axes, evaluation: Evaluation) -> None:
@@ -215,7 +216,7 @@ def plot_decision_curve(axes: Axes, evaluation: Evaluation) -> None:
     curve = test.decision_curve
     axes.set_title("Decision curve")
     if curve.reason is not None:
-        say_nothing(axes, "nothing to show")
+        say_nothing(axes, curve.reason)
         return
     model = [_number(one.value) for one in curve.model]
     low = [_number(one.low) for one in curve.model]

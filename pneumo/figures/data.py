@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import matplotlib as mpl
 import numpy as np
@@ -21,7 +23,7 @@ from pneumo.figures.style import (
 from pneumo.quality import AGE_BIN_YEARS, UNKNOWN, ContactSheet, Quality
 
 CONTACT_PIXELS = 128
-"""Height and width of a picture in a contact sheet."""
+"""Height and width of a picture in a contact sheet, at most."""
 _CONTACT_COLUMNS, _CONTACT_GAP = 3, 4
 
 
@@ -46,18 +48,30 @@ def draw_intensity(quality: Quality) -> bytes:
     return draw_chart("intensity", lambda axes: plot_intensity(axes, quality))
 
 
+def shrink_sheet(sheet: ContactSheet, size: int) -> ContactSheet:
+    """The sheet with no picture higher than `size` pixels."""
+    return replace(
+        sheet,
+        pictures=tuple(
+            pixels
+            if len(pixels) <= size
+            else np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.LANCZOS))
+            for pixels in sheet.pictures
+        ),
+    )
+
+
 def draw_contact_sheet(sheet: ContactSheet) -> bytes:
     """The pictures (WebP), three in a row, and nothing else: the gaps are transparent, so that the
-    sheet lies on any ground, and the caption is text beside it."""
+    sheet lies on any ground, and the caption is text beside it. None is enlarged."""
+    side = min(CONTACT_PIXELS, max((len(pixels) for pixels in sheet.pictures), default=1))
     columns = min(_CONTACT_COLUMNS, max(len(sheet.pictures), 1))
     rows = max(1, math.ceil(len(sheet.pictures) / columns))
-    step = CONTACT_PIXELS + _CONTACT_GAP
+    step = side + _CONTACT_GAP
     size = (columns * step - _CONTACT_GAP, rows * step - _CONTACT_GAP)
     page = Image.new("RGBA", size, (0, 0, 0, 0))
     for i, pixels in enumerate(sheet.pictures):
-        picture = Image.fromarray(pixels).resize(
-            (CONTACT_PIXELS, CONTACT_PIXELS), Image.Resampling.LANCZOS
-        )
+        picture = Image.fromarray(pixels).resize((side, side), Image.Resampling.LANCZOS)
         row, column = divmod(i, columns)
         page.paste(picture.convert("RGBA"), (column * step, row * step))
     return encode_image(np.asarray(page))
@@ -98,13 +112,13 @@ def _list_counts(quality: Quality, what: str) -> list[tuple[str, int]]:
 
 def plot_ages(axes: Axes, quality: Quality) -> None:
     """Share of each split's studies by age, of those whose age is known."""
-    for name, split in quality.splits.items():
-        known = sum(split.ages)
+    ages = {name: _join_oldest(split.ages) for name, split in quality.splits.items()}
+    for name, bins in ages.items():
+        known = sum(bins)
         if known:
-            edges = [AGE_BIN_YEARS * i for i in range(len(split.ages) + 1)]
             axes.stairs(
-                [100 * n / known for n in split.ages],
-                edges,
+                [100 * n / known for n in bins],
+                [AGE_BIN_YEARS * i for i in range(len(bins) + 1)],
                 label=f"{name}, n = {known:,}",
                 **SPLIT_STYLES[name],
             )
@@ -112,10 +126,17 @@ def plot_ages(axes: Axes, quality: Quality) -> None:
     if not axes.patches:
         say_nothing(axes, "no age is known")
         return
-    last = max(i for split in quality.splits.values() for i, n in enumerate(split.ages) if n)
-    axes.set(xlabel="years", ylabel="% of studies of known age")
+    last = max(i for bins in ages.values() for i, n in enumerate(bins) if n)
+    axes.set(xlabel="years; 90 and over together", ylabel="% of studies of known age")
     axes.set(xlim=(0, AGE_BIN_YEARS * (last + 1)), ylim=(0, 1.25 * axes.dataLim.ymax))
     axes.legend(loc="upper left")
+
+
+def _join_oldest(bins: Sequence[int]) -> list[int]:
+    """The bins with that of 90 years as the last: who is older is told of as one group (45 CFR
+    164.514(b)(2)(i)(C))."""
+    last = 90 // AGE_BIN_YEARS
+    return [*bins[:last], sum(bins[last:])]
 
 
 def plot_intensity(axes: Axes, quality: Quality) -> None:

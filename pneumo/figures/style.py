@@ -6,6 +6,7 @@ Equal input gives equal bytes on one version of matplotlib: no date, no random i
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -70,6 +71,14 @@ def describe_n(part: SplitEvaluation) -> str:
     )
 
 
+def show_threshold(value: float) -> str:
+    """`0.412`; with as many digits more as it takes to tell it from 0 and 1."""
+    digits = 3
+    while digits < 9 and 0 < value < 1 and float(f"{value:.{digits}f}") in (0.0, 1.0):
+        digits += 1
+    return f"{value:.{digits}f}"
+
+
 def draw_chart(name: str, plot: Any) -> bytes:
     """One panel as SVG. The salt is the name: ids of two figures in one page must differ."""
     with mpl.rc_context({**STYLE, "svg.hashsalt": name}):
@@ -97,5 +106,6 @@ def encode_image(image: npt.NDArray[np.uint8]) -> bytes:
 
 
 def say_nothing(axes: Axes, why: str) -> None:
-    axes.text(0.5, 0.5, why, ha="center", va="center", transform=axes.transAxes, color=GRAY)
+    text = textwrap.fill(why, 40)
+    axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes, color=GRAY)
     axes.set(xticks=[], yticks=[])

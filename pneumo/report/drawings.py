@@ -16,9 +16,7 @@ from pneumo.report.words import Cell, count
 
 THUMBNAIL_PIXELS = 176
 PAIR_PIXELS = (256, 192, 144, 112, 80)
-"""Heights of a study beside its map, tried from the first."""
-PICTURES_BYTES = 1_400_000
-"""Of all pairs together, before base64 makes them a third longer."""
+"""Heights of a study beside its map, tried from the first until the page is small enough."""
 
 
 def inline(svg: bytes, alt: str) -> dict[str, Any]:
@@ -73,17 +71,9 @@ def show_thumbnails(cases: Sequence[Case]) -> list[dict[str, Any]]:
     ]
 
 
-def show_pairs(groups: Sequence[Sequence[Case]]) -> list[list[dict[str, Any]]]:
-    """Each study beside its map, as large as PICTURES_BYTES allows all of them to be."""
-    encoded: list[list[bytes]] = []
-    for size in PAIR_PIXELS:
-        encoded = [[_pair(case, size) for case in cases] for cases in groups]
-        if sum(len(picture) for pictures in encoded for picture in pictures) <= PICTURES_BYTES:
-            break
-    return [
-        [_show(case, picture) for case, picture in zip(cases, pictures, strict=True)]
-        for cases, pictures in zip(groups, encoded, strict=True)
-    ]
+def show_pairs(cases: Sequence[Case], size: int) -> list[dict[str, Any]]:
+    """Each study beside its map, at most `size` pixels high."""
+    return [_show(case, _pair(case, size)) for case in cases]
 
 
 def _pair(case: Case, size: int) -> bytes:
@@ -95,7 +85,12 @@ def _show(case: Case, picture: bytes) -> dict[str, Any]:
     word = OUTCOME_WORDS[case.outcome]
     age = f"{case.age_band.replace('-', '–')} years" if case.age_band else ""
     boxes = count(len(case.boxes), "box", "boxes") if case.boxes else ""
-    known = ", ".join(fact for fact in (case.finding, case.view, age, boxes) if fact)
+    is_empty = case.cam is not None and not case.cam.any()
+    known = ", ".join(
+        fact
+        for fact in (case.finding, case.view, age, boxes, "empty map" if is_empty else "")
+        if fact
+    )
     return {
         "source": embed(picture),
         "is_right": case.is_right,

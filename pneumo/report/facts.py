@@ -46,6 +46,9 @@ class ModelFacts:
     """Height and width of the input, in pixels."""
     selection: str
     """One sentence: which checkpoints were taken, and how they are scored."""
+    mean: float
+    """Of train's gray levels, which the input is standardised by, from 0 to 1; as `std`."""
+    std: float
 
 
 @dataclass(frozen=True)

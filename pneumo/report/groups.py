@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
 
-from pneumo.evaluate import Evaluation
+from pneumo.evaluate import DECISION, Evaluation
 from pneumo.metrics import Estimate
 from pneumo.report.words import Cell
-from pneumo.subgroups import By, Subgroup, Worst
+from pneumo.subgroups import COMPARED, By, Subgroup, Worst
 
 TITLES: Mapping[By, str] = {
     "sex": "Sex",
@@ -20,10 +20,14 @@ TITLES: Mapping[By, str] = {
     "box_area": "Positives by area of their boxes, in thirds, against all negatives",
 }
 
+_MORE = ("precision", "npv", "accuracy", "f1", "mcc")
+"""Rates of a table of their own, before the Brier score."""
+
 
 def describe_groups(evaluation: Evaluation) -> dict[str, Any]:
     """The forest of test: an axis, and a row a group with its bar in percent of the axis."""
     test = evaluation.test
+    rates = test.at[DECISION].rates
     every = [test.auroc, *(group.auroc for group in test.subgroups.groups)]
     start = _start_axis(every)
     worst = test.subgroups.worst
@@ -34,14 +38,23 @@ def describe_groups(evaluation: Evaluation) -> dict[str, Any]:
             "bar": _place(test.auroc, start),
             "n": test.n,
             "positives": test.positives,
+            "beside": _tell_beside(
+                rates["recall"],
+                rates["specificity"],
+                test.average_precision,
+                test.after.in_the_large,
+            ),
+            "more": [Cell.of(one, 2) for one in (*(rates[key] for key in _MORE), test.after.brier)],
         },
         "blocks": [
             {
+                "by": by,
                 "title": TITLES[by],
                 "rows": [_describe_group(group, start, worst) for group in groups],
             }
             for by, groups in groupby(test.subgroups.groups, key=lambda group: group.by)
         ],
+        "whole": [*COMPARED],
         "worst": describe_worst(worst),
         "is_shown": worst.is_shown,
         "judged": worst.compared,
@@ -95,7 +108,26 @@ def _describe_group(group: Subgroup, start: float, worst: Worst) -> dict[str, An
         "patients": group.patients,
         "auroc": Cell.of(group.auroc),
         "bar": _place(group.auroc, start),
-        "sensitivity": Cell.of(group.sensitivity, 2),
-        "specificity": Cell.of(group.specificity, 2),
+        "beside": _tell_beside(
+            group.rates["recall"],
+            group.rates["specificity"],
+            group.average_precision,
+            group.in_the_large,
+        ),
+        "more": [Cell.of(one, 2) for one in (*(group.rates[key] for key in _MORE), group.brier)],
         "is_worst": (group.by, group.name) == (worst.by, worst.name),
     }
+
+
+def _tell_beside(
+    sensitivity: Estimate, specificity: Estimate, precision: Estimate, in_the_large: Estimate
+) -> list[tuple[str, Cell]]:
+    """What stands below a group's AUROC; a number that the group has not by its nature is left
+    out."""
+    found = {
+        "Sensitivity": Cell.of(sensitivity, 2),
+        "Specificity": Cell.of(specificity, 2),
+        "Average precision": Cell.of(precision, 2),
+        "In the large": Cell.of(in_the_large, 2, signed=True),
+    }
+    return [(name, cell) for name, cell in found.items() if cell.value]

@@ -26,14 +26,16 @@ OFF = "Maps were not scored: evaluate.saliency is off."
 def describe_looks(looks: SaliencySummary | None) -> dict[str, Any]:
     """A table a group of positives, and what it means."""
     if looks is None:
-        return {"verdict": OFF, "groups": [], "checkpoint": "", "unscored": ""}
-    unscored = ""
+        return {"verdict": OFF, "groups": [], "notes": []}
+    notes = [f"The maps are those of {looks.checkpoint}."]
     if looks.unscored:
-        unscored = f"{count(looks.unscored, 'positive has', 'positives have')} no box to score."
+        missing = count(looks.unscored, "positive has", "positives have")
+        notes.append(f"{missing} no box to score, or a map that is no number.")
+    if not looks.prior_studies:
+        notes.append("Train has no boxes: the lung prior is uniform, and no test of anything.")
     return {
         "verdict": judge_looks(looks),
-        "checkpoint": looks.checkpoint,
-        "unscored": unscored,
+        "notes": notes,
         "groups": [_describe_group(GROUPS[name], found) for name, found in looks.groups.items()],
     }
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pneumo import figures
 from pneumo.comparison import ComparedRuns
 from pneumo.evaluate import DECISION, SCREENING, Evaluation
-from pneumo.explain import ERRORS, OUTCOMES, FindingErrors
-from pneumo.figures import OUTCOME_WORDS, History, Pictures
-from pneumo.metrics import Estimate, wilson
+from pneumo.explain import ERRORS, OUTCOMES, FindingErrors, Outcome
+from pneumo.figures import OUTCOME_WORDS, Case, History, Pictures
 from pneumo.report import performance
-from pneumo.report.card import CLAIM, NOT_ANSWERED
+from pneumo.report.card import CLAIM, NOT_ANSWERED, describe_card
 from pneumo.report.data import describe_data, describe_quality
-from pneumo.report.drawings import draw_curves, draw_training, inline, show_pairs, show_thumbnails
+from pneumo.report.drawings import (
+    PAIR_PIXELS,
+    draw_curves,
+    draw_training,
+    inline,
+    show_pairs,
+    show_thumbnails,
+)
 from pneumo.report.environment import make_environment
 from pneumo.report.facts import DataFacts, ModelFacts, Provenance
 from pneumo.report.groups import describe_groups
@@ -21,6 +28,9 @@ from pneumo.report.looks import describe_looks
 from pneumo.report.summary import answer, find_warnings, summarise
 from pneumo.report.words import Cell
 from pneumo.saliency import SaliencySummary
+
+MAX_PAGE_BYTES = 3_000_000
+"""Of report.html: what a mail or a phone takes."""
 
 
 def render_report(
@@ -34,30 +44,37 @@ def render_report(
     looks: SaliencySummary | None = None,
     compared: ComparedRuns | None = None,
 ) -> str:
-    """The page. `pictures` and `looks` are of test; `looks` is None where maps were not scored."""
-    return (
-        make_environment()
-        .get_template("page.html.j2")
-        .render(
-            evaluation=evaluation,
-            data=describe_data(data),
-            quality=describe_quality(data),
-            model=model,
-            provenance=provenance,
-            warnings=find_warnings(evaluation, data, model),
-            sentence=summarise(evaluation),
-            answers=answer(evaluation, looks),
-            groups=describe_groups(evaluation),
-            looks=describe_looks(looks),
-            comparison=performance.describe_comparison(compared),
-            training=draw_training(history),
-            claim=CLAIM,
-            not_claimed=NOT_ANSWERED,
-            test_n=figures.describe_n(evaluation.test).capitalize(),
-            **_describe_performance(evaluation),
-            **_describe_pictures(pictures),
-        )
+    """The page. `pictures` and `looks` are of test; `looks` is None where maps were not scored.
+
+    Studies beside their maps are as large as MAX_PAGE_BYTES allows; a page of very many is larger
+    than that all the same.
+    """
+    facts = dict(
+        evaluation=evaluation,
+        data=describe_data(data),
+        quality=describe_quality(data),
+        model=model,
+        provenance=provenance,
+        warnings=find_warnings(evaluation, data, model),
+        sentence=summarise(evaluation),
+        answers=answer(evaluation, looks),
+        groups=describe_groups(evaluation),
+        looks=describe_looks(looks),
+        comparison=performance.describe_comparison(compared),
+        training=draw_training(history),
+        claim=CLAIM,
+        not_claimed=NOT_ANSWERED,
+        test_n=figures.describe_n(evaluation.test).capitalize(),
+        card=describe_card(data, model),
+        **_describe_performance(evaluation),
     )
+    template = make_environment().get_template("page.html.j2")
+    page = ""
+    for size in PAIR_PIXELS:
+        page = template.render(facts, **_describe_pictures(pictures, size))
+        if len(page.encode()) <= MAX_PAGE_BYTES:
+            break
+    return page
 
 
 def _describe_performance(evaluation: Evaluation) -> dict[str, Any]:
@@ -88,32 +105,25 @@ def _describe_performance(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def _describe_pictures(pictures: Pictures) -> dict[str, Any]:
-    groups = [
-        *(("gallery", outcome, pictures.gallery.get(outcome, [])) for outcome in OUTCOMES),
-        *(("errors", outcome, pictures.errors.get(outcome, [])) for outcome in ERRORS),
-    ]
-    # One size for all, so that the page stays below its limit.
-    shown = show_pairs([cases for _, _, cases in groups])
-    described = [
-        {"place": place, "word": OUTCOME_WORDS[outcome], "cases": cases}
-        for (place, outcome, _), cases in zip(groups, shown, strict=True)
-    ]
+def _describe_pictures(pictures: Pictures, size: int) -> dict[str, Any]:
+    def describe(outcome: Outcome, cases: Sequence[Case]) -> dict[str, Any]:
+        return {"word": OUTCOME_WORDS[outcome], "cases": show_pairs(cases, size)}
+
     return {
+        "not_shown": pictures.reason,
         "grid": show_thumbnails(pictures.grid),
-        "gallery": [group for group in described if group["place"] == "gallery"],
-        "errors": [group for group in described if group["place"] == "errors"],
+        "gallery": [describe(outcome, pictures.gallery.get(outcome, [])) for outcome in OUTCOMES],
+        "errors": [describe(outcome, pictures.errors.get(outcome, [])) for outcome in ERRORS],
         "by_finding": [_describe_finding(found) for found in pictures.by_finding],
     }
 
 
 def _describe_finding(found: FindingErrors) -> dict[str, Any]:
-    share = found.errors / found.n
-    rate = Estimate(share, *wilson(share, found.n), "Wilson, images taken as independent")
     return {
         "finding": found.finding,
         "n": found.n,
         "called": found.called_positive,
         "errors": found.errors,
-        "rate": Cell.of(rate, 2),
+        "rate": Cell.of(found.rate, 2),
+        "wilson": Cell.of(found.wilson, 2),
     }

@@ -14,7 +14,7 @@ from pneumo.decision_curve import THRESHOLDS
 from pneumo.delong import PairedTest
 from pneumo.evaluate import DECISION, SCREENING, Evaluation
 from pneumo.operating_points import STANDARD, OperatingPoint
-from pneumo.report.words import Cell, Row, decimal, p_value, show_threshold
+from pneumo.report.words import Cell, Row, decimal, p_value
 
 _RANKING_ROWS = (
     ("AUROC", "chance that a positive scores above a negative; 0.5 is a coin", "auroc"),
@@ -34,10 +34,15 @@ _RELIABILITY_ROWS = (
     ("Log loss", "surprise in nats; lower is better", "log_loss"),
     ("Calibration error", "mean distance of predicted and observed over the bins", "ece"),
     ("Slope", "1 is right; below 1 the probabilities are too extreme", "slope"),
-    ("Intercept", "0 is right", "intercept"),
+    ("Intercept beside that slope", "of the same fit; 0 is right", "intercept"),
+    (
+        "Intercept at slope 1",
+        "calibration in the large, log odds; 0 is right, below 0 too high",
+        "intercept_at_slope_1",
+    ),
     ("In the large", "mean probability − share of positives; 0 is right", "in_the_large"),
 )
-_SIGNED = ("intercept", "in_the_large")
+_SIGNED = ("intercept", "intercept_at_slope_1", "in_the_large")
 _COMPARED_NAMES = {
     "auroc": "AUROC",
     "average_precision": "Average precision",
@@ -69,7 +74,7 @@ def describe_point(evaluation: Evaluation, name: str) -> dict[str, Any]:
     described: dict[str, Any] = {
         "name": name.capitalize(),
         "rule": point.rule,
-        "threshold": None if point.threshold is None else show_threshold(point.threshold),
+        "threshold": None if point.threshold is None else figures.show_threshold(point.threshold),
         "reason": at_test.rates["accuracy"].reason,
         "cells": None,
     }
@@ -102,7 +107,7 @@ def _describe_rates(evaluation: Evaluation, point: OperatingPoint) -> dict[str, 
     return {
         "rule": point.rule,
         "uses": [],
-        "threshold": None if point.threshold is None else show_threshold(point.threshold),
+        "threshold": None if point.threshold is None else figures.show_threshold(point.threshold),
         "reason": point.reason or at.rates["accuracy"].reason,
         "rates": [(Cell.of(at.rates[key], 2), Cell.of(at.wilson[key], 2)) for key in names],
     }

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pneumo.evaluate import DECISION, Evaluation
+from pneumo.figures import show_threshold
 from pneumo.metrics import Estimate
 from pneumo.report.facts import DataFacts, ModelFacts
 from pneumo.report.groups import describe_worst
 from pneumo.report.looks import OFF, judge_looks
-from pneumo.report.words import Cell, count, percent, show_threshold
+from pneumo.report.words import Cell, count, percent
 from pneumo.saliency import SaliencySummary
 
 FEW_POSITIVES = 50

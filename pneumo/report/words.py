@@ -63,14 +63,6 @@ def decimal(value: float, digits: int = 3, *, signed: bool = False) -> str:
     return sign + text.replace("-", "\N{MINUS SIGN}")
 
 
-def show_threshold(value: float) -> str:
-    """`0.412`; with as many digits more as it takes to tell it from 0 and 1."""
-    digits = 3
-    while digits < 9 and 0 < value < 1 and float(f"{value:.{digits}f}") in (0.0, 1.0):
-        digits += 1
-    return f"{value:.{digits}f}"
-
-
 def percent(share: float) -> str:
     """`91 %`, never broken over lines."""
     return f"{100 * share:.0f}\N{NO-BREAK SPACE}%"

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta, timezone
 from pathlib import Path
 
 import pytest
@@ -144,7 +145,7 @@ def kube_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KubeServer
 
 @pytest.fixture(scope="session")
 def kubelet(kube_server: KubeServer) -> Iterator[Kubelet]:
-    kubelet = Kubelet(kube_server)
+    kubelet = Kubelet(kube_server, timezone(timedelta(hours=2)))  # none prints UTC because we do
     yield kubelet
     kubelet.close()
 

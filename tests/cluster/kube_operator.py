@@ -18,7 +18,7 @@ import urllib.error
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, tzinfo
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +26,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from cluster import package, ray_jobs
+from pneumo.errors import PneumoError
 from tests.cluster.kube_server import KubeServer
 
 Document = dict[str, Any]
@@ -34,10 +35,16 @@ FINALIZER = "ray.io/rayjob-finalizer"
 
 
 class Kubelet:
-    """The logs of pods over HTTPS, as the API server asks a node for them."""
+    """The logs of pods over HTTPS, as the API server asks a node for them.
 
-    def __init__(self, server: KubeServer) -> None:
-        self.lines: dict[str, list[tuple[str, str]]] = {}
+    Times are printed as the container runtime writes them: in the zone of the node.
+    """
+
+    def __init__(self, server: KubeServer, zone: tzinfo) -> None:
+        self.zone = zone
+        self.zone_of: dict[str, tzinfo] = {}
+        """Of a pod's node, where it is another."""
+        self.lines: dict[str, list[tuple[datetime, str]]] = {}
         self.ended: set[str] = set()
         key, certificate = server.folder / "kubelet.key", server.folder / "kubelet.crt"
         subprocess.run(
@@ -66,8 +73,7 @@ class Kubelet:
         )
 
     def write(self, pod: str, text: str) -> None:
-        moment = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%f") + "000Z"
-        self.lines.setdefault(pod, []).append((moment, text))
+        self.lines.setdefault(pod, []).append((datetime.now(UTC), text))
 
     def close(self) -> None:
         self._http.shutdown()
@@ -102,19 +108,23 @@ class Kubelet:
         return Handler
 
     def _send(self, pod: str, query: dict[str, str], chunk: Callable[[str], None]) -> None:
-        since = query.get("sinceTime", "")[:19]
+        since = datetime.fromisoformat(query.get("sinceTime", "1970-01-01T00:00:00Z"))
         sent = 0
         while True:
             ended = pod in self.ended
             lines = self.lines.get(pod, [])
             for moment, text in lines[sent:]:
-                if moment[:19] >= since:
-                    stamp = f"{moment} " if query.get("timestamps") == "true" else ""
-                    chunk(f"{stamp}{text}\n")
+                if moment >= since:
+                    chunk(f"{self._stamp(moment, pod)} {text}\n")
             sent = len(lines)
             if ended or query.get("follow") != "true":
                 return
             time.sleep(0.1)
+
+    def _stamp(self, moment: datetime, pod: str) -> str:
+        zone = self.zone_of.get(pod, self.zone)
+        there = moment.astimezone(zone).isoformat(timespec="microseconds")
+        return f"{there[:26]}000{there[26:].replace('+00:00', 'Z')}"
 
 
 @dataclass
@@ -122,7 +132,8 @@ class Operator:
     """Moves the RayJobs of `namespace` on, until closed.
 
     `admitted` is what Kueue decides, `image_there` what a registry answers, `preflight_says` with
-    what the head's container of that name ends; the first `attempts_that_lose_the_head` do.
+    what the head's container of that name ends; the first `attempts_that_lose_the_head` do, once
+    the job has said `lost_after`.
     """
 
     server: KubeServer
@@ -133,6 +144,7 @@ class Operator:
     image_there: bool = True
     preflight_says: str = ""
     attempts_that_lose_the_head: int = 0
+    lost_after: str = ""
     errors: list[str] = field(default_factory=list)
     _shown: dict[str, int] = field(default_factory=dict)
     _end: threading.Event = field(default_factory=threading.Event)
@@ -215,10 +227,12 @@ class Operator:
         attempt = (job.get("status") or {}).get("failed", 0) + 1
         cluster = f"{name}-{attempt}abcd"
         spec = spec["rayClusterSpec"]
-        self._create_pod(f"{cluster}-head-x1", cluster, spec["headGroupSpec"]["template"])
-        group = spec["workerGroupSpecs"][0]
+        head, group = spec["headGroupSpec"], spec["workerGroupSpecs"][0]
+        own = {"ray.io/cluster": cluster, "ray.io/node-type": "head"}
+        self._create_pod(f"{cluster}-head-x1", head["template"], own)
         for number in range(group["replicas"]):
-            self._create_pod(f"{cluster}-workers-w{number}", cluster, group["template"])
+            name_of_pod = f"{cluster}-workers-w{number}"
+            self._create_pod(name_of_pod, group["template"], {**own, "ray.io/node-type": "worker"})
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         self._set(
             name, jobDeploymentStatus="Initializing", rayClusterName=cluster, startTime=now,
@@ -250,7 +264,7 @@ class Operator:
         for pod in pods:
             self.set_pod(pod["metadata"]["name"], {"phase": "Running"})
         submitter = f"{status['rayClusterName']}-s"
-        self._create_pod(submitter, None, job["spec"]["submitterPodTemplate"], name)
+        self._create_pod(submitter, job["spec"]["submitterPodTemplate"], {"job-name": name})
         self.set_pod(submitter, {"phase": "Running"})
         self._submit(job, status["jobId"])
         self._shown[submitter] = 0
@@ -279,7 +293,8 @@ class Operator:
             self.kubelet.write(submitter, line.rstrip("\n"))
         self._shown[submitter] = len(whole)
         failed = status.get("failed", 0)
-        if self.attempts_that_lose_the_head > failed and whole:
+        said = bool(whole) and self.lost_after in "".join(whole)
+        if self.attempts_that_lose_the_head > failed and said:
             self._lose_head(status["rayClusterName"], submitter, job_id)
             self._fail(job, failed, "AppFailed", "the head was lost", job_status="RUNNING")
         elif done:
@@ -296,8 +311,8 @@ class Operator:
             self._set(name, jobStatus=info.status.value)
 
     def _lose_head(self, cluster: str, submitter: str, job_id: str) -> None:
-        with suppress(Exception):
-            self.ray.stop_job(job_id)
+        with suppress(PneumoError):
+            ray_jobs.cancel(self.ray, job_id)
         self.kubelet.ended.add(submitter)
         self.warn("Pod", f"{cluster}-head-x1", "NodeNotReady", "Node is not ready")
         self.server.ask("DELETE", f"{self._core('pods')}/{cluster}-head-x1?gracePeriodSeconds=0")
@@ -330,26 +345,26 @@ class Operator:
         """What deleting the cluster and the submitter comes to; Ray's job is stopped first."""
         name, status = job["metadata"]["name"], job.get("status") or {}
         if status.get("jobId") and status.get("jobStatus") not in {"SUCCEEDED", "FAILED"}:
-            with suppress(Exception):
+            with suppress(PneumoError):
                 self.ray.stop_job(status["jobId"])
         for pod in self._pods(name):
             self.kubelet.ended.add(pod["metadata"]["name"])
             path = f"{self._core('pods')}/{pod['metadata']['name']}"
             self.server.ask("DELETE", f"{path}?gracePeriodSeconds=0")
 
-    def _create_pod(
-        self, name: str, cluster: str | None, template: Document, job: str | None = None
-    ) -> None:
-        labels = {**template["metadata"]["labels"]}
-        labels |= {"ray.io/cluster": cluster} if cluster else {"job-name": str(job)}
+    def _create_pod(self, name: str, template: Document, own: dict[str, str]) -> None:
+        labels = {**template["metadata"]["labels"], **own}
         pod = {
             "apiVersion": "v1",
             "kind": "Pod",
             "metadata": {**template["metadata"], "name": name, "labels": labels},
             "spec": {**template["spec"], "nodeName": NODE},
         }
-        with suppress(urllib.error.HTTPError):
+        try:
             self.server.apply(pod, self.namespace)
+        except urllib.error.HTTPError as error:
+            if error.code != 409:  # of an earlier look, cut short
+                raise
 
     def _pods(self, name: str) -> list[Document]:
         pods: list[Document] = self.server.ask(

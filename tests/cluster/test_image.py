@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster import ray_jobs
+from cluster import package, ray_jobs
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 DOCKERFILE = (CHECKOUT / "Dockerfile").read_text()
@@ -86,6 +86,9 @@ def test_dependencies_are_a_layer_of_their_own_and_the_user_is_nobody_special() 
     assert order == ["/opt/pneumo", "/app/pneumo", "/app/jobs"]
     assert "USER 1000:100" in lines
     assert "--require-hashes" in DOCKERFILE
+    uninstalled = [line for line in lines if "pip uninstall" in line]
+    assert len(uninstalled) == 2  # the environment's, and the base's in the image that is kept
+    assert lines.index(uninstalled[0]) < last_stage < lines.index(uninstalled[1])
     for label in ("title", "description", "licenses", "version", "revision"):
         assert f"org.opencontainers.image.{label}=" in DOCKERFILE
 
@@ -102,6 +105,9 @@ def test_only_code_goes_into_the_image() -> None:
         "!jobs",
         "!requirements-image.lock",
     }
+    # Of what is let in, what a job's package leaves out as likely secrets; the last match counts.
+    refused = allowed[allowed.index("!requirements-image.lock") :]
+    assert {f"**/{name}" for name in package.SECRET_LIKE} <= set(refused)
 
 
 @pytest.fixture(scope="module")
@@ -136,14 +142,17 @@ def test_the_image_runs_jobs_hardened_as_in_the_pods(
 ) -> None:
     tool, name = image
     tmp_path.chmod(0o777)
+    # Not `! command`: bash's -e takes that for a test that was meant to fail.
+    absent = "for tool in gcc pip pip3; do if command -v $tool; then exit 9; fi; done"
     script = (
         "set -e; cd /tmp; python -m pneumo.synthetic --out /data/source --studies 60;"
         " python -m jobs.preflight --reads /data/source --writes /data/store;"
         " python -m jobs.prepare --source /data/source --store /data/store"
         " --prepare.image-size 64;"
         " WANDB_MODE=disabled python -m jobs.train --store /data/store --run /data/run"
-        " --recipe fast --data.image-size 64 --train.epochs 1 --train.batch-size 8;"
-        " ! command -v gcc; ! command -v pip; id -u; touch /app/x 2>&1 | grep -o Read-only || true"
+        " --recipe fast --data.image-size 64 --train.epochs 1 --train.batch-size 16;"
+        f" {absent}; if python -m pip --version; then exit 9; fi;"
+        " id -u; touch /app/x 2>&1 | grep -o Read-only || true"
     )
     done = subprocess.run(
         [tool, "run", "--rm", *HARDENED, "-v", f"{tmp_path}:/data", name, "bash", "-c", script],
@@ -155,3 +164,42 @@ def test_the_image_runs_jobs_hardened_as_in_the_pods(
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-2:] == ["1000", "Read-only"]
     assert (tmp_path / "run" / "checkpoints" / "index.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_rays_launcher_finds_what_it_calls(image: tuple[str, str]) -> None:
+    """In the shells and by the commands of `ray up`, which a container of a VM hears."""
+    tool, name = image
+    started = subprocess.run(
+        [tool, "run", "--rm", "-d", "-it", "--network", "none", name, "bash"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
+    container = started.stdout.strip()
+    try:
+        said = []
+        for command in (
+            # As ray.autoscaler._private.command_runner writes them.
+            ["bash", "--login", "-c", "-i", "true && source ~/.bashrc; ray --version"],
+            ["printenv", "HOME"],
+            ["rsync", "--version"],
+            ["bash", "--login", "-c", "command -v ssh; touch ~/.ray/x && echo writable"],
+            ["bash", "--login", "-c", "python -c 'import boto3, googleapiclient.discovery'"],
+        ):
+            done = subprocess.run(
+                [tool, "exec", container, *command],
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=120,
+            )
+            assert done.returncode == 0, (command, done.stdout + done.stderr)
+            said.append(done.stdout.strip())
+    finally:
+        subprocess.run([tool, "kill", container], capture_output=True, check=False)
+    assert said[0] == f"ray, version {_pins('requirements-image.lock')['ray']}"
+    assert said[1] == "/home/pneumo"
+    assert said[3].splitlines()[-1] == "writable"

@@ -3,44 +3,46 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import yaml
 
-from cluster import kubernetes_api, kubernetes_jobs, ray_jobs
-from cluster.kubernetes_jobs import KubernetesTarget
+from cluster import kubernetes_api, kubernetes_jobs, ray_jobs, rayjob
+from cluster.kubernetes_jobs import KubernetesTarget, LogCursor
 from cluster.overlays import find_overlay
 from cluster.submission import Submission, plan
 from pneumo.errors import AccessError, ConfigError
+from tests.cluster.http_proxy import FaultyProxy, Rule
 from tests.cluster.kube_operator import Kubelet, Operator
-from tests.cluster.kube_proxy import KubeProxy, Rule
 from tests.cluster.kube_server import KubeServer
+from tests.cluster.renderer import NO_RENDERER
 
 if TYPE_CHECKING:
     from conftest import RayCluster
 
 pytestmark = [
     pytest.mark.cluster,
-    pytest.mark.skipif(
-        not (shutil.which("kubectl") or shutil.which("kustomize")),
-        reason="neither kubectl nor kustomize is on PATH",
-    ),
+    pytest.mark.skipif(bool(NO_RENDERER), reason=NO_RENDERER),
 ]
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 PROBE = Path(__file__).with_name("probe.py")
+PROBES = Path(tempfile.gettempdir()) / f"probes-{os.getpid()}"
+"""Where probes write, and their logs are kept."""
 SUBMITTER, STRANGER = "submitter", "stranger"
 
 
@@ -68,12 +70,18 @@ def _target(
     return KubernetesTarget(api, find_overlay("kind-cpu"), patience_s=5.0)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _no_litter() -> Iterator[None]:
+    yield
+    shutil.rmtree(PROBES, ignore_errors=True)
+
+
 def _probe(name: str, *arguments: object, settings: str = "a") -> Submission:
     return Submission(
         job="prepare",
         id=f"probe-{name}",
         entrypoint=shlex.join(["python", str(PROBE), *map(str, arguments)]),
-        target=f"/nowhere/{name}",
+        target=str(PROBES / name),
         settings=settings,
         preflight="python -m jobs.preflight --writes /nowhere",
     )
@@ -160,6 +168,51 @@ def test_submit_queue_run_log_and_exit_code(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_train_outlives_its_head_and_is_evaluated(
+    kube_server: KubeServer, namespace: str, operator: Operator, tiny_store: Callable[..., str]
+) -> None:
+    """By the next attempt, from the last checkpoint; then another RayJob judges the run."""
+    store = tiny_store(train=64, val=24, test=24)
+    run = Path(store).with_name(f"{Path(store).name}-run")
+    operator.attempts_that_lose_the_head, operator.lost_after = 1, "epoch   1/2"
+    small = ("--cluster.num-workers", "1", "--cluster.cpus-per-worker", "1")
+    trained = _command(
+        kube_server,
+        namespace,
+        *("submit", "--overlay", "cpu", "train", "--store", store, "--run", str(run), *small),
+        *("--recipe", "fast", "--data.image-size", "32", "--train.epochs", "2"),
+        *("--train.batch-size", "16"),
+        WANDB_MODE="disabled",
+        timeout_s=360,
+    )
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    assert "lost its node (NodeNotReady" in trained.stderr
+    assert "another submitter took over" in trained.stderr
+    assert "going on from epoch 1 " in trained.stdout
+    epochs = re.findall(r"^epoch +(\d+)/2 ", trained.stdout, re.MULTILINE)
+    assert epochs == ["1", "2"], trained.stdout  # none twice
+    operator.attempts_that_lose_the_head = 0
+    judged = _command(
+        kube_server,
+        namespace,
+        *("submit", "--overlay", "cpu", "evaluate", "--store", store, "--run", str(run), *small),
+        *("--evaluate.bootstrap-resamples", "100", "--evaluate.saliency", "false"),
+        *("--evaluate.gallery-images", "1", "--evaluate.grid-images", "1"),
+        WANDB_MODE="disabled",
+        timeout_s=240,
+    )
+    assert judged.returncode == 0, judged.stdout + judged.stderr
+    assert (run / "metrics.json").is_file()
+    assert {path.name for path in (run / "logs").iterdir()} == {_job_id(trained), _job_id(judged)}
+    assert "epoch   1/2" in _command(kube_server, namespace, "logs", _job_id(trained)).stdout
+
+
+def _job_id(done: subprocess.CompletedProcess[str]) -> str:
+    return done.stderr.splitlines()[-1].split()[0]
+
+
+@pytest.mark.slow
 def test_the_users_mistake_is_exit_code_2_and_is_not_tried_again(
     kube_server: KubeServer, namespace: str, operator: Operator, tmp_path: Path
 ) -> None:
@@ -179,12 +232,21 @@ def test_the_users_mistake_is_exit_code_2_and_is_not_tried_again(
 def test_a_lost_head_is_told_and_the_next_attempt_is_followed(
     kube_server: KubeServer, namespace: str, operator: Operator
 ) -> None:
-    operator.attempts_that_lose_the_head = 1
+    operator.attempts_that_lose_the_head, operator.lost_after = 1, "line 3"
     target = replace(_target(kube_server, namespace), overlay=find_overlay("gpu-ondemand"))
     started = target.submit(_probe(f"head-{namespace}", 15, 0.2, 0), lambda _: None)
     numbers, notes, code = _follow(target, started.id)
     assert code == 0
     assert numbers[-15:] == list(range(15))
+    log = target.logs(started.id)
+    first, last = log.split("--- the last attempt\n")
+    assert re.match(r"--- the attempt of \d{8}-\d{6} UTC, kept in \S+/logs/\S+\n", first)
+    assert "line 3\n" in first
+    assert [int(line.split()[1]) for line in last.splitlines() if line.startswith("line ")] == (
+        list(range(15))
+    )
+    shutil.rmtree(rayjob.log_folder(target.api.get_rayjob(started.id)))
+    assert target.logs(started.id) == last
     assert [note for note in notes if "lost its node (NodeNotReady" in note], notes
     assert [note for note in notes if "another submitter took over" in note], notes
 
@@ -264,6 +326,61 @@ def test_submitting_twice_runs_once(kube_server: KubeServer, namespace: str) -> 
     assert target.submit(asked, lambda _: None).id == "probe-twice-2"
 
 
+def test_what_a_running_job_has_otherwise_is_said(kube_server: KubeServer, namespace: str) -> None:
+    target = _target(kube_server, namespace)
+    target.submit(_probe("joined", 1, 0, 0), lambda _: None)
+    notes: list[str] = []
+    other = replace(
+        target, image="r.io/x@sha256:1", workers=3, overlay=find_overlay("gpu-ondemand")
+    )
+    assert other.submit(_probe("joined", 1, 0, 0), notes.append).already_running
+    assert notes == [
+        "it goes on as it was started: 1 worker pods, not 3",
+        "it goes on as it was started: image pneumo:dev, not r.io/x@sha256:1",
+        "it goes on as it was started: worker pods of 1 cpu, 3Gi memory, not of 4 cpu, 16Gi "
+        "memory, 1 nvidia.com/gpu",
+    ]
+
+
+def test_a_job_that_is_being_deleted_is_not_joined(kube_server: KubeServer, namespace: str) -> None:
+    target = _target(kube_server, namespace)
+    name = target.submit(_probe("leaving", 1, 0, 0), lambda _: None).id
+    path = f"/apis/ray.io/v1/namespaces/{namespace}/rayjobs/{name}"
+    kube_server.ask("PATCH", path, {"metadata": {"finalizers": ["ray.io/x"]}}, patch=True)
+    kube_server.ask("DELETE", path)
+    state = target.state(name)
+    assert (state.phase, state.why, state.has_ended) == ("cancelled", "being deleted", True)
+    gone = threading.Timer(
+        3.0,
+        lambda: kube_server.ask("PATCH", path, {"metadata": {"finalizers": None}}, patch=True),
+    )
+    gone.start()
+    notes: list[str] = []
+    started = target.submit(_probe("leaving", 1, 0, 0), notes.append)
+    assert gone.finished.is_set()
+    assert not started.already_running
+    assert notes[0] == "waiting: for probe-leaving to be gone, which is being deleted"
+    assert [state.id for state in target.list()] == [started.id]
+
+
+def test_pods_that_still_write_are_waited_for(kube_server: KubeServer, namespace: str) -> None:
+    """A RayJob is gone before its pods, which are given time for a checkpoint."""
+    labels = {"pneumo/submission": "probe-writing"}
+    spec = {"nodeName": "node-1", "containers": [{"name": "ray-head", "image": "x"}]}
+    metadata = {"name": "head", "labels": labels}
+    kube_server.apply(
+        {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}, namespace
+    )
+    pod = f"/api/v1/namespaces/{namespace}/pods/head"
+    kube_server.ask("DELETE", f"{pod}?gracePeriodSeconds=60")  # no kubelet ends it
+    end = threading.Timer(2.5, lambda: kube_server.ask("DELETE", f"{pod}?gracePeriodSeconds=0"))
+    end.start()
+    notes: list[str] = []
+    _target(kube_server, namespace).submit(_probe("writing", 1, 0, 0), notes.append)
+    assert end.finished.is_set()
+    assert notes[0] == "waiting: for head to be gone, which is being deleted"
+
+
 @pytest.mark.parametrize(
     "rule",
     [
@@ -281,7 +398,7 @@ def test_submitting_twice_runs_once(kube_server: KubeServer, namespace: str) -> 
 def test_what_passes_is_waited_for_and_the_job_is_created_once(
     kube_server: KubeServer, namespace: str, rule: Rule
 ) -> None:
-    with KubeProxy(kube_server.url, [replace(rule)]) as proxy:
+    with FaultyProxy(kube_server.url, [replace(rule)]) as proxy:
         target = _target(kube_server, namespace, url=proxy.url)
         started = target.submit(_probe("once", 1, 0, 0), lambda _: None)
         assert started == kubernetes_jobs.Started("probe-once", already_running=False)
@@ -312,7 +429,7 @@ def test_what_passes_is_waited_for_and_the_job_is_created_once(
 def test_what_does_not_pass_is_one_line(
     kube_server: KubeServer, namespace: str, rule: Rule, error: type[Exception], message: str
 ) -> None:
-    with KubeProxy(kube_server.url, [replace(rule)]) as proxy:
+    with FaultyProxy(kube_server.url, [replace(rule)]) as proxy:
         target = _target(kube_server, namespace, url=proxy.url)
         with pytest.raises(error, match=message) as raised:
             target.submit(_probe("refused", 1, 0, 0), lambda _: None)
@@ -332,7 +449,7 @@ def test_a_log_that_breaks_and_watches_that_expire_lose_and_repeat_nothing(
         Rule("GET", "/pods?", "answer", 500, times=2),
         Rule("GET", "/events?", "drop after", times=2),
     ]
-    with KubeProxy(kube_server.url, rules) as proxy:
+    with FaultyProxy(kube_server.url, rules) as proxy:
         target = _target(kube_server, namespace, url=proxy.url)
         started = target.submit(_probe(f"breaks-{namespace}", 80, 0.1, 3), lambda _: None)
         numbers, _, code = _follow(target, started.id)
@@ -343,10 +460,51 @@ def test_a_log_that_breaks_and_watches_that_expire_lose_and_repeat_nothing(
     assert ("watch=true", "answer") in broken
 
 
+@pytest.mark.parametrize("hours", [0, 2, -7])
+def test_a_nodes_zone_costs_no_line(
+    kube_server: KubeServer, kubelet: Kubelet, namespace: str, hours: int
+) -> None:
+    """A log that is taken up again is asked for from a time on, which the API reads as UTC."""
+    pod = f"zone-{hours + 12}"
+    kubelet.zone_of[pod] = timezone(timedelta(hours=hours))
+    container = {"name": "ray-job-submitter", "image": "x"}
+    spec = {"nodeName": "node-1", "containers": [container]}
+    kube_server.apply(
+        {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": pod}, "spec": spec}, namespace
+    )
+    api = _target(kube_server, namespace).api
+    written: list[str] = []
+    cursor = LogCursor(written.append)
+    for number in range(6):
+        kubelet.write(pod, f"line {number}")
+        cursor.read(api, pod, follow=False, limit_s=5.0)
+    assert written == [f"line {number}\n" for number in range(6)]
+
+
+def test_the_kubelets_own_words_do_not_end_a_log() -> None:
+    written: list[str] = []
+    cursor = LogCursor(written.append)
+    repeated = 0
+    for line in (
+        "2026-01-02T03:04:05.1+02:00 one",
+        "unable to retrieve container logs for containerd://0",
+        "unable to retrieve container logs for containerd://0",
+        "2026-01-02T01:04:05.100000001Z two",
+        "2026-01-01T18:34:06-06:30 three",
+    ):
+        repeated = cursor._take(line, repeated)
+    assert "".join(written).splitlines() == [
+        "one",
+        "unable to retrieve container logs for containerd://0",
+        "two",
+        "three",
+    ]
+
+
 def test_a_server_that_goes_away_ends_the_following_not_the_job(
     kube_server: KubeServer, namespace: str
 ) -> None:
-    with KubeProxy(kube_server.url) as proxy:
+    with FaultyProxy(kube_server.url) as proxy:
         target = replace(_target(kube_server, namespace, url=proxy.url), patience_s=1.0)
         target = replace(target, api=replace(target.api, patience_s=0.5))
         started = target.submit(_probe("away", 1, 0, 0), lambda _: None)
@@ -407,46 +565,93 @@ def test_a_person_without_rights_hears_which_before_anything_is_made(
 
 
 def test_a_cluster_without_kuberay(kube_server: KubeServer, namespace: str) -> None:
-    with KubeProxy(kube_server.url, rewrite=("/apis/ray.io/", "/apis/nobody.io/")) as proxy:
+    with FaultyProxy(kube_server.url, rewrite=("/apis/ray.io/", "/apis/nobody.io/")) as proxy:
         admin = _target(kube_server, namespace, user="admin", url=proxy.url)
         with pytest.raises(ConfigError, match=r"has no RayJob kind \(ray\.io/v1\).*KubeRay oper"):
             admin.submit(_probe("absent", 1, 0, 0), lambda _: None)
 
 
-def test_what_the_api_server_finds_invalid_is_said(
+def _overlay(folder: Path, *patch: dict[str, object], base: str = "overlays/kind-cpu") -> Path:
+    """An overlay of one's own, which changes its RayJob by `patch`."""
+    resources = [os.path.relpath(CHECKOUT / "k8s" / base, folder)]
+    patches = [{"target": {"kind": "RayJob"}, "patch": yaml.safe_dump(list(patch))}]
+    (folder / "kustomization.yaml").write_text(
+        yaml.safe_dump({"resources": resources, "patches": patches})
+    )
+    return folder
+
+
+def _put(path: str, value: object) -> dict[str, object]:
+    return {"op": "add", "path": path, "value": value}
+
+
+CLUSTER = "/spec/rayClusterSpec"
+WORKERS = f"{CLUSTER}/workerGroupSpecs/0/template/spec"
+
+
+@pytest.mark.parametrize(
+    ("patch", "message"),
+    [
+        (_put(f"{CLUSTER}/authOptions/mode", "tokens"), r'Unsupported value: "tokens"'),
+        (_put("/spec/backofLimit", 1), r"knows no field spec\.backofLimit; correct the over"),
+        (
+            _put(f"{WORKERS}/containers/0/imagePullPolciy", "Always"),
+            r"knows no field spec\.rayClusterSpec\.workerGroupSpecs\[0\]\.template\.spec\."
+            r"containers\[0\]\.imagePullPolciy",
+        ),
+        ({"op": "remove", "path": CLUSTER}, r"the overlay's RayJob has no rayClusterSpec"),
+        (
+            _put("/spec/clusterSelector", {"ray.io/cluster": "there"}),
+            r"or a clusterSelector besides: .*takes jobs by --address",
+        ),
+        (_put(f"{WORKERS}/containers", []), r"overlay's workers: template\.spec has no containers"),
+        (_put("/spec/submissionMode", "K8sJobmode"), r"the RayJob: submissionMode 'K8sJobmode'"),
+    ],
+    ids=["enum", "field", "field of a pod", "no cluster", "selector", "no containers", "mode"],
+)
+def test_a_wrong_overlay_is_one_line_and_makes_nothing(
+    kube_server: KubeServer,
+    namespace: str,
+    tmp_path: Path,
+    patch: dict[str, object],
+    message: str,
+) -> None:
+    target = replace(_target(kube_server, namespace), overlay=_overlay(tmp_path, patch))
+    with pytest.raises(ConfigError, match=message) as raised:
+        target.submit(_probe("invalid", 1, 0, 0), lambda _: None)
+    assert "\n" not in str(raised.value)
+    assert target.list() == []
+
+
+def test_a_new_server_is_asked_to_be_strict(kube_server: KubeServer, namespace: str) -> None:
+    rule = Rule("POST", "rayjobs?fieldValidation=Strict", "answer", 400)
+    with FaultyProxy(kube_server.url, [rule]) as proxy:
+        target = _target(kube_server, namespace, url=proxy.url)
+        with pytest.raises(ConfigError, match=r"refused \(HTTP 400\): injected 400"):
+            target.submit(_probe("strict", 1, 0, 0), lambda _: None)
+
+
+def test_workers_without_limits_are_taken(
     kube_server: KubeServer, namespace: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "kustomization.yaml").write_text(
-        yaml.safe_dump(
-            {
-                "resources": [os.path.relpath(CHECKOUT / "k8s" / "base", tmp_path)],
-                "patches": [
-                    {
-                        "target": {"kind": "RayJob"},
-                        "patch": yaml.safe_dump(
-                            [
-                                {
-                                    "op": "replace",
-                                    "path": "/spec/rayClusterSpec/authOptions/mode",
-                                    "value": "tokens",
-                                }
-                            ]
-                        ),
-                    }
-                ],
-            }
-        )
-    )
-    target = replace(_target(kube_server, namespace), overlay=tmp_path)
-    with pytest.raises(ConfigError, match=r"HTTP 422.*Unsupported value: \"tokens\""):
-        target.submit(_probe("invalid", 1, 0, 0), lambda _: None)
+    overlay = _overlay(tmp_path, {"op": "remove", "path": f"{WORKERS}/containers/0/resources"})
+    notes: list[str] = []
+    target = replace(_target(kube_server, namespace), overlay=overlay)
+    target.submit(_probe("limitless", 1, 0, 0), notes.append)
+    assert "1 workers of no limits; image pneumo:dev" in notes[0]
+
+
+def test_a_namespace_that_is_not_there(kube_server: KubeServer) -> None:
+    target = _target(kube_server, "nowhere", user="admin")
+    with pytest.raises(ConfigError, match=r"no namespace 'nowhere'; give --namespace"):
+        target.submit(_probe("nowhere", 1, 0, 0), lambda _: None)
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("", "--overlay is required with --target k8s; give one of gpu-ondemand"),
-        ("--overlay gpu-spott", "no overlay 'gpu-spott'; give one of gpu-ondemand, gpu-spot"),
+        ("", "--overlay is required with --target k8s; give one of cpu, gpu-onde"),
+        ("--overlay gpu-spott", "no overlay 'gpu-spott'; give one of cpu, gpu-ondemand, gpu-spot"),
         ("--overlay kind-cpu --context nobody", "no context 'nobody' in the kubeconfig; has: tes"),
         ("--overlay kind-cpu --workers 0", "--workers 0: at least 1"),
     ],
@@ -465,20 +670,57 @@ def test_a_wrong_flag_is_one_line(
     assert message in line
 
 
-def test_no_kubeconfig_is_one_line(tmp_path: Path) -> None:
+PLUGIN = """
+apiVersion: v1
+kind: Config
+current-context: c
+clusters: [{name: c, cluster: {server: "https://127.0.0.1:1"}}]
+contexts: [{name: c, context: {cluster: c, user: u}}]
+users:
+- name: u
+  user:
+    exec: {apiVersion: client.authentication.k8s.io/v1, command: no-such-plugin}
+"""
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "kubernetes: no usable kubeconfig ("),
+        ("", "kubernetes: no usable kubeconfig ("),
+        ("a: b: c\n", "none, line 1: mapping values are not allowed here); set KUBECONFIG"),
+        ("just words\n", "kubernetes: no usable kubeconfig ("),
+        ("[1, 2]\n", "kubernetes: no usable kubeconfig ("),
+        (PLUGIN, "context c: its log-in gives no credentials ("),
+    ],
+    ids=["absent", "empty", "no YAML", "words", "list", "no plugin"],
+)
+def test_a_kubeconfig_that_does_not_do_is_one_line(
+    tmp_path: Path, content: str | None, message: str
+) -> None:
+    path = tmp_path / "none"
+    if content is not None:
+        path.write_text(content)
     own = {k: v for k, v in os.environ.items() if not k.startswith("KUBERNETES_")}
     done = subprocess.run(
         [sys.executable, "-m", "cluster", "list", "--target", "k8s"],
-        env=own | {"KUBECONFIG": str(tmp_path / "none"), "HOME": str(tmp_path)},
+        env=own | {"KUBECONFIG": str(path), "HOME": str(tmp_path)},
         cwd=CHECKOUT,
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
     )
-    assert done.returncode == 2
+    assert done.returncode == 2, done.stderr
     [line] = done.stderr.splitlines()
-    assert line.startswith("error: kubernetes: no usable kubeconfig (")
+    assert line.startswith("error: kubernetes: ")
+    assert message in line
+
+
+def test_the_way_back_from_a_pod_names_no_context() -> None:
+    api = kubernetes_api.Api(None, "team", "")
+    assert KubernetesTarget(api).flags == "--target k8s --namespace team"
+    assert api.place == "this pod's cluster"
 
 
 def test_nobody_answers() -> None:
@@ -490,6 +732,30 @@ def test_nobody_answers() -> None:
     with pytest.raises(kubernetes_api.OutOfReachError, match=r"\(connection refused\)"):
         KubernetesTarget(api).list()
     assert time.monotonic() - start_s < 5
+
+
+def test_all_warnings_are_seen_and_evictions_by_taint(
+    kube_server: KubeServer, namespace: str
+) -> None:
+    def event(number: int, kind: str, reason: str) -> None:
+        kube_server.apply(
+            {
+                "apiVersion": "v1",
+                "kind": "Event",
+                "metadata": {"name": f"e{number}"},
+                "involvedObject": {"kind": "Pod", "name": f"p{number}", "namespace": namespace},
+                "reason": reason,
+                "type": kind,
+            },
+            namespace,
+        )
+
+    for number in range(505):
+        event(number, "Warning", "FailedMount")
+    event(900, "Normal", "TaintManagerEviction")
+    event(901, "Normal", "Scheduled")
+    seen = [each["reason"] for each in _target(kube_server, namespace).api.list_warnings()]
+    assert seen == ["FailedMount"] * 505 + ["TaintManagerEviction"]
 
 
 def test_a_job_that_nobody_knows(kube_server: KubeServer, namespace: str) -> None:

@@ -27,6 +27,7 @@ from packaging.specifiers import SpecifierSet
 from cluster import package, ray_jobs
 from cluster.submission import Submission, plan
 from pneumo.errors import AccessError, ConfigError
+from tests.cluster.http_proxy import FaultyProxy, Rule
 
 if TYPE_CHECKING:
     from conftest import RayCluster
@@ -135,6 +136,102 @@ def test_a_cluster_that_goes_away_ends_the_following(
     assert "the job goes on, trying again" in str(notes[-1])
     assert len(notes) == len(set(notes))
     assert ray_jobs.exit_code(ray_jobs.cancel(client, job_id)) == 130
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_an_answer_that_may_pass_is_waited_out(
+    client: ray_jobs.Client, ray_cluster: RayCluster, status: int
+) -> None:
+    """Also that the log is whole: a proxy that speaks HTTP alone lets no stream through."""
+    job_id = _start(client, _probe(f"busy-{status}", 5, 0.1, 3))
+    rules = [
+        Rule("GET", f"/api/jobs/{job_id}/logs", "answer", status, times=2),
+        Rule("GET", f"/api/jobs/{job_id}", "answer", status, times=2),
+    ]
+    notes: list[object] = []
+    with FaultyProxy(ray_cluster.address) as proxy:
+        through = ray_jobs.connect(proxy.url, ray_cluster.environ)
+        proxy.rules += rules
+        log, code = _follow(through, job_id, note=notes.append)
+    assert (_numbers(log), code) == ([0, 1, 2, 3, 4], 1)
+    assert len(proxy.injected) == 4
+    assert f"answers HTTP {status}: " in str(notes[0])
+
+
+def test_a_dashboard_that_is_busy_is_no_wrong_address(ray_cluster: RayCluster) -> None:
+    rule = Rule("GET", "/api/version", "answer", 503)
+    with (
+        FaultyProxy(ray_cluster.address, [rule]) as proxy,
+        pytest.raises(ray_jobs.OutOfReachError, match="answers HTTP 503"),
+    ):
+        ray_jobs.connect(proxy.url, ray_cluster.environ)
+
+
+def test_a_job_that_went_with_the_head_is_lost_not_unknown(
+    client: ray_jobs.Client, ray_cluster: RayCluster
+) -> None:
+    job_id = _start(client, _probe("lost", 600, 0.1, 0))
+    forgotten = Rule("GET", f"/api/jobs/{job_id}", "answer", 404, times=99)
+    with FaultyProxy(ray_cluster.address) as proxy:
+        through = ray_jobs.connect(proxy.url, ray_cluster.environ)
+        threading.Timer(1.5, lambda: proxy.rules.append(forgotten)).start()
+        with pytest.raises(ray_jobs.LostError, match=r"lost with the head.*submit again") as raised:
+            _follow(through, job_id)
+    assert raised.value.exit_code == 1
+    ray_jobs.cancel(client, job_id)
+
+
+def test_a_job_whose_submission_was_not_answered_is_found(
+    client: ray_jobs.Client, ray_cluster: RayCluster
+) -> None:
+    with FaultyProxy(ray_cluster.address) as proxy:
+        through = ray_jobs.connect(proxy.url, ray_cluster.environ)
+        proxy.rules.append(Rule("POST", "/api/jobs/", "drop after"))
+        started = ray_jobs.submit(through, _probe("unanswered", 1, 0, 0), package.collect())
+        assert started == ray_jobs.Started("probe-unanswered", already_running=False)
+        proxy.rules.append(Rule("POST", "/api/jobs/", "drop before"))
+        with pytest.raises(ray_jobs.OutOfReachError, match="no answer"):
+            ray_jobs.submit(through, _probe("unheard", 1, 0, 0), package.collect())
+    assert _follow(client, started.id)[1] == 0
+    assert "probe-unheard" not in {info.submission_id for info in ray_jobs.list_jobs(client)}
+
+
+def test_down_leaves_the_jobs_of_others_alone(
+    client: ray_jobs.Client, ray_cluster: RayCluster
+) -> None:
+    other = client.submit_job(entrypoint="sleep 600", submission_id="somebody-elses")
+    mine = _start(client, _probe("mine", 600, 0.1, 0))
+    asked = ray_cluster.command("down")
+    assert asked.returncode == 2
+    assert mine in asked.stderr.splitlines()[-1]
+    assert other not in asked.stderr.splitlines()[-1]
+    done = ray_cluster.command("down", "--yes")
+    assert done.returncode == 0, done.stderr
+    assert f"left alone, for they were not submitted by this: {other}" in done.stderr
+    assert ray_jobs.details(client, mine).status.is_terminal()
+    assert not ray_jobs.details(client, other).status.is_terminal()
+    client.stop_job(other)
+
+
+@pytest.mark.parametrize(
+    ("address", "warned"),
+    [
+        ("http://head.example.org:8265", True),
+        ("https://head.example.org", False),
+        ("http://127.0.0.1:8265", False),
+    ],
+)
+def test_secrets_on_an_open_wire_are_warned_of(address: str, *, warned: bool) -> None:
+    """Before anything is sent; the cluster that is asked then is of another version."""
+    notes: list[str] = []
+    asked = _probe("open", 1, 0, 0, AWS_SECRET_ACCESS_KEY="hidden", AWS_REGION="eu-north-1")
+    with _Dashboard("2.51.0", "3.11.7") as dashboard:
+        client = ray_jobs.connect(dashboard.address, {"RAY_AUTH_MODE": "disabled"})
+        with pytest.raises(ConfigError, match=r"runs Ray 2\.51"):
+            ray_jobs.RayTarget(address, client).submit(asked, notes.append)
+    told = f"warning: AWS_SECRET_ACCESS_KEY will go to {address} unencrypted; "
+    assert [note.startswith(told) for note in notes] == [True] * warned
+    assert "hidden" not in "".join(notes)
 
 
 @contextmanager
@@ -308,24 +405,34 @@ def test_a_train_on_an_empty_store_is_the_users_mistake(
 
 
 @pytest.mark.slow
-def test_prepare_on_the_cluster_writes_a_store(ray_cluster: RayCluster, tmp_path: Path) -> None:
-    source, store = tmp_path / "source", tmp_path / "store"
+def test_prepare_train_and_evaluate_on_the_cluster(ray_cluster: RayCluster, tmp_path: Path) -> None:
+    source, store, run = (str(tmp_path / name) for name in ("source", "store", "run"))
     subprocess.run(
-        [sys.executable, "-m", "pneumo.synthetic", "--out", str(source), "--studies", "60"],
+        [sys.executable, "-m", "pneumo.synthetic", "--out", source, "--studies", "150"],
         cwd=CHECKOUT,
         env=dict(ray_cluster.environ),
         capture_output=True,
         check=True,
         timeout=120,
     )
-    done = ray_cluster.command(
-        *("submit", "prepare", "--source", str(source), "--store", str(store)),
-        *("--prepare.image-size", "64"),
-        timeout_s=180,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (store / "manifest.json").is_file()
-    assert done.stderr.splitlines()[-1].endswith("succeeded")
+    for job, *flags in (
+        ("prepare", "--source", source, "--store", store, "--prepare.image-size", "64"),
+        (
+            *("train", "--store", store, "--run", run, "--recipe", "fast"),
+            *("--data.image-size", "64", "--train.epochs", "1", "--train.batch-size", "16"),
+        ),
+        (
+            *("evaluate", "--store", store, "--run", run),
+            *("--evaluate.bootstrap-resamples", "100", "--evaluate.saliency", "false"),
+            *("--evaluate.gallery-images", "1", "--evaluate.grid-images", "1"),
+        ),
+    ):
+        done = ray_cluster.command("submit", job, *flags, timeout_s=180)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stderr.splitlines()[-1].endswith("succeeded")
+    judged = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert judged["test"]["n"] > 0
+    assert "test: " in done.stdout
 
 
 class _Dashboard:

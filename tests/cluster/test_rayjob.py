@@ -59,14 +59,17 @@ def test_only_what_differs_is_set(base: Document) -> None:
     job = _build(base, f"train {PLACES} --cluster.num-workers 3 --cluster.cpus-per-worker 4")
     assert base == before
     assert job["metadata"]["name"].startswith("train-1-")
-    assert job["spec"]["entrypoint"].startswith("python -m jobs.train --store s3://b/store")
+    name = job["metadata"]["name"]
+    assert job["spec"]["entrypoint"].startswith(
+        f"python -m jobs.logbook s3://b/runs/1/logs/{name} python -m jobs.train --store s3://b/store"
+    )
+    assert job["metadata"]["annotations"]["pneumo/entrypoint"].startswith("python -m jobs.train")
     head = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
     assert head["initContainers"][0]["args"] == [
         "--ray", "2.60.0", "--reads", "s3://b/store", "--writes", "s3://b/runs/1",
     ]  # fmt: skip
     group = _workers(job)
     assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (3, 3, 3)
-    name = job["metadata"]["name"]
     spec = job["spec"]
     for template in (
         spec["rayClusterSpec"]["headGroupSpec"]["template"],
@@ -104,6 +107,10 @@ def test_a_job_that_takes_what_there_is_keeps_the_overlays_pods(base: Document) 
     assert _workers(_build(base, prepare))["replicas"] == 2
     assert _workers(_build(base, prepare, workers=40))["replicas"] == 40
     assert _workers(_build(base, f"tune {PLACES}"))["replicas"] == 2
+    several = f"tune {PLACES} --tune.workers-per-trial 5 --cluster.cpus-per-worker 4"
+    assert _workers(_build(base, several))["replicas"] == 5
+    with pytest.raises(ConfigError, match=r"--workers 4: .* need 5 pods"):
+        _build(base, several, workers=4)
 
 
 def test_gpus_that_are_still_to_come_are_asked_for(base: Document) -> None:
@@ -124,10 +131,12 @@ def test_secrets_stay_here_and_the_rest_reaches_the_pods(base: Document) -> None
     assert "hidden" not in yaml.safe_dump(job)
     assert _environment(job) == {
         "HOME": "/tmp",
+        "RAY_JOB_STOP_SIGNAL": "SIGINT",
+        "RAY_JOB_STOP_WAIT_TIME_S": "30",
         "AWS_REGION": "eu-north-1",
         "WANDB_NOTES": "$$(HOME)",
     }
-    assert rayjob.secret_names(_plan(f"train {PLACES}", **environ)) == (
+    assert _plan(f"train {PLACES}", **environ).secrets == (
         "AWS_ACCESS_KEY_ID",
         "AWS_SECRET_ACCESS_KEY",
         "AWS_SESSION_TOKEN",

@@ -48,10 +48,13 @@ def test_the_arithmetic_holds_everywhere(gpus: int, samples: int, rate: float) -
     assert found.shards * found.samples_per_shard >= samples
     assert (found.shards - 1) * found.samples_per_shard < samples
     images = found.steps_per_epoch * found.batch_size
+    assert (images == 0) is (samples < found.batch_size)
+    assert (found.gets_per_s > 0) is (images > 0)
     assert found.read_gb_per_s * found.epoch_s * 1e9 == pytest.approx(images * sizing.SAMPLE_BYTES)
     assert found.gets_per_s * found.epoch_s == pytest.approx(images / sizing.BLOCK_SAMPLES)
     twice = size(2 * gpus, workload)
-    assert twice.gets_per_s == pytest.approx(2 * found.gets_per_s)
+    if twice.steps_per_epoch:
+        assert twice.gets_per_s == pytest.approx(2 * found.gets_per_s)
     assert twice.head_memory_gb >= found.head_memory_gb
     assert 1 <= found.trials_at_once <= gpus or found.trials_at_once == 0
 
@@ -66,9 +69,17 @@ def test_one_gpu_reduces_nothing_and_many_send_twice_the_gradients() -> None:
 
 def test_what_breaks_is_said() -> None:
     assert [w for w in sizing.warnings(size(64)) if "above S3's 5,500" in w]
-    assert [w for w in sizing.warnings(size(512)) if "too few to learn from" in w]
+    assert [w for w in sizing.warnings(size(64)) if "too few to learn from" in w]
     calm = Workload(train_samples=50_000_000, images_per_s_per_gpu=500)
     assert sizing.warnings(size(8, calm), calm) == []
+
+
+def test_a_batch_of_more_than_there_is_is_not_possible() -> None:
+    """As training itself refuses it."""
+    found = size(512)
+    assert found.steps_per_epoch == 0
+    assert sizing.table([found]).count("not possible") == 6
+    assert [w for w in sizing.warnings(found) if w.startswith("not possible: a batch of 65,536")]
 
 
 def test_the_documentation_has_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:

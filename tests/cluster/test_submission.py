@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,58 @@ def test_the_runs_of_an_ensemble_become_absolute(
         f"python -m jobs.evaluate --store s3://b/s --run {tmp_path}/a "
         f"--members {tmp_path}/b,s3://b/c,{tmp_path}/d"
     )
+
+
+def test_a_run_to_compare_with_and_files_of_settings_are_places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    compared = _plan("evaluate --store s3://b/s --run s3://b/r --compare-with old --evaluate.tta 3")
+    assert compared.entrypoint.endswith(
+        f"--run s3://b/r --compare-with {tmp_path}/old --evaluate.tta 3"
+    )
+    assert f"--reads {tmp_path}/old" in compared.preflight
+    listed = _plan("prepare --source raw --store s --split.list=who.csv")
+    assert listed.entrypoint.endswith(f"--split.list {tmp_path}/who.csv")
+    assert listed.places == (f"{tmp_path}/raw", f"{tmp_path}/s", f"{tmp_path}/who.csv")
+    assert listed.target == f"{tmp_path}/s"
+    weights = _plan("train --store /s --run /r", PNEUMO_MODEL__WEIGHTS="mine.pt")
+    assert weights.entrypoint.endswith(f"--model.weights {tmp_path}/mine.pt")
+    assert "model.weights" not in _plan("train --store /s --run /r --recipe fast").entrypoint
+
+
+def test_a_file_in_a_recipe_is_a_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.toml").write_text('[split]\nlist = "who.csv"\n')
+    submission = _plan("prepare --source /raw --store /s --recipe mine.toml")
+    assert f"--split.list {tmp_path}/who.csv" in submission.entrypoint
+
+
+def test_a_search_takes_what_a_trial_takes() -> None:
+    shape = _plan("tune --store /s --run /r --tune.workers-per-trial 4").shape
+    assert shape is not None
+    assert shape.num_workers == 4
+    train = _plan("train --store /s --run /r --cluster.num-workers 3").shape
+    assert train is not None
+    assert train.num_workers == 3
+    assert _plan("prepare --source /raw --store /s").shape is None
+
+
+@pytest.mark.parametrize(
+    ("command", "environ", "needs"),
+    [
+        ("prepare --source s3://b/raw --store /s", {}, ["PNEUMO_HASH_KEY"]),
+        ("prepare --source /raw --store /s", {}, []),
+        ("prepare --source /raw --store /s", {"PNEUMO_HASH_KEY": "x"}, ["PNEUMO_HASH_KEY"]),
+        ("train --store /s --run /r", {"PNEUMO_HASH_KEY": "x", "WANDB_API_KEY": "x"}, []),
+        ("train --store /s --run /r --tracking.mode online", {}, ["WANDB_API_KEY"]),
+    ],
+)
+def test_the_secrets_that_a_job_cannot_do_without_are_asked_for(
+    command: str, environ: dict[str, str], needs: list[str]
+) -> None:
+    words = shlex.split(_plan(command, **environ).preflight)
+    assert [after for flag, after in pairwise(words) if flag == "--needs"] == needs
 
 
 def test_local_places_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,11 +201,16 @@ def test_the_environment_goes_by_prefix_and_is_not_shown() -> None:
 
 
 def test_what_names_files_of_this_machine_stays_here() -> None:
-    environ = {"AWS_PROFILE": "me", "AWS_REGION": "eu-central-1", "WANDB_DIR": "/x"}
+    environ = {
+        "AWS_PROFILE": "me",
+        "AWS_REGION": "eu-central-1",
+        "AWS_ROLE_ARN": "arn:aws:iam::0:role/of-the-laptop",
+        "WANDB_DIR": "/x",
+    }
     assert split_environment(environ, remote=False) == (environ, ())
     assert split_environment(environ, remote=True) == (
         {"AWS_REGION": "eu-central-1"},
-        ("AWS_PROFILE", "WANDB_DIR"),
+        ("AWS_PROFILE", "AWS_ROLE_ARN", "WANDB_DIR"),
     )
 
 

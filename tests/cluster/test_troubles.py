@@ -86,12 +86,23 @@ def _event(kind: str, name: str, reason: str, message: str) -> Document:
     }
 
 
-DISRUPTED = {
-    "type": "DisruptionTarget",
-    "status": "True",
-    "reason": "DeletionByTaintManager",
-    "message": "Taint manager: deleting due to NoExecute taint",
-}
+def _disrupted(reason: str, message: str) -> Document:
+    condition = {"type": "DisruptionTarget", "status": "True"}
+    return _pod(conditions=[{**condition, "reason": reason, "message": message}])
+
+
+def _submitter(exit_code: int, said: str) -> Document:
+    terminated = {"exitCode": exit_code, "reason": "Error", "message": said}
+    status = {"name": "ray-job-submitter", "state": {"terminated": terminated}}
+    return {
+        "metadata": {"name": "train-1-0a1b2c3d-p8x2m"},
+        "spec": {"containers": [{"name": "ray-job-submitter"}]},
+        "status": {"containerStatuses": [status]},
+    }
+
+
+DISRUPTED = _disrupted("DeletionByTaintManager", "Taint manager: deleting due to NoExecute taint")
+HEADS = {"ray.io/node-type": "head"}
 CASES: dict[str, tuple[Document, list[Document], list[Document], str]] = {
     "image pull": (
         _job(),
@@ -144,7 +155,7 @@ CASES: dict[str, tuple[Document, list[Document], list[Document], str]] = {
     ),
     "spot node taken": (
         _job(),
-        [_pod(conditions=[DISRUPTED])],
+        [DISRUPTED],
         [],
         r"lost its node \(DeletionByTaintManager",
     ),
@@ -153,6 +164,78 @@ CASES: dict[str, tuple[Document, list[Document], list[Document], str]] = {
         [],
         [_event("Pod", HEAD, "NodeNotReady", "Node is not ready")],
         r"-head-9fzqm lost its node \(NodeNotReady.*another cluster is started",
+    ),
+    "a worker of a run whose name has -head in it": (
+        _job(),
+        [_pod("two-head-0a1b2c3d-x7k2p-workers-worker-l2x8d", reason="NodeLost")],
+        [],
+        r"lost its node \(NodeLost\); another is started, and the run goes on",
+    ),
+    "the head, by its label": (
+        _job(),
+        [{**_pod("h", reason="NodeLost"), "metadata": {"name": "h", "labels": HEADS}}],
+        [],
+        r"pod h lost its node \(NodeLost\); the job is lost with it",
+    ),
+    "taken by taint, pod gone": (
+        _job(),
+        [],
+        [_event("Pod", WORKER, "TaintManagerEviction", f"Marking for deletion Pod team/{WORKER}")],
+        r"lost its node \(TaintManagerEviction: Marking for deletion",
+    ),
+    "gave way": (
+        _job(),
+        [_disrupted("PreemptionByScheduler", "default-scheduler: preempting to accommodate")],
+        [],
+        r"gave way to one of higher priority \(PreemptionByScheduler: .*another is started",
+    ),
+    "drained": (
+        _job(),
+        [_disrupted("EvictionByEvictionAPI", "Eviction API: evicting")],
+        [],
+        r"was sent off its node \(EvictionByEvictionAPI: Eviction API: evicting\); another is",
+    ),
+    "shut down": (
+        _job(),
+        [_disrupted("TerminationByKubelet", "The node was shut down")],
+        [],
+        r"was sent off its node \(TerminationByKubelet",
+    ),
+    "a volume that is not there": (
+        _job(),
+        [_pod(phase="Pending")],
+        [_event("Pod", WORKER, "FailedMount", 'MountVolume.SetUp failed: secret "x" not found')],
+        r"FailedMount: MountVolume\.SetUp failed: .*; a volume, secret or config map that",
+    ),
+    "a node without a network": (
+        _job(),
+        [_pod(phase="Pending")],
+        [_event("Pod", WORKER, "FailedCreatePodSandBox", "failed to setup network for sandbox")],
+        r"FailedCreatePodSandBox: failed to setup network for sandbox; the node's network",
+    ),
+    "probes that fail on and on": (
+        _job(),
+        [_pod(HEAD, phase="Running")],
+        [{**_event("Pod", HEAD, "Unhealthy", "Readiness probe failed: x"), "count": 40}],
+        r"Unhealthy: Readiness probe failed: x; Ray does not answer there",
+    ),
+    "a submitter that could not": (
+        _job(jobStatus="PENDING"),
+        [_submitter(1, "noise\nConnectionError: Failed to connect to Ray at address http://x")],
+        [],
+        r"submitter \S+ ended with exit code 1 \(ConnectionError: .*; another is started",
+    ),
+    "a head that does not answer": (
+        _job(reason="JobStatusCheckTimeoutExceeded", message="Timed out"),
+        [],
+        [],
+        r"JobStatusCheckTimeoutExceeded: Timed out; the operator could not ask the head",
+    ),
+    "a submitter that does not end": (
+        _job(reason="JobDeploymentStatusTransitionGracePeriodExceeded"),
+        [],
+        [],
+        r"GracePeriodExceeded; the job ended, its submitter did not",
     ),
     "evicted": (
         _job(),
@@ -256,6 +339,14 @@ def test_what_is_well_is_no_trouble() -> None:
         _pod(phase="Running", containerStatuses=[running], initContainerStatuses=[done]),
         _pod(phase="Pending", containerStatuses=[creating]),
     ]
+    ready = {"type": "Ready", "status": "True"}
+    well = _pod("well", phase="Running", conditions=[ready])
+    passed = _event("Pod", "well", "FailedMount", "it was late")
+    starting = {**_event("Pod", WORKER, "Unhealthy", "Readiness probe failed"), "count": 3}
+    stays = _event("Pod", "train-1-0a1b2c3d-x7k2p-workers-y", "TaintManagerEviction", "Cancelling")
+    failed = _submitter(1, "error: store: no such bucket")
+    assert find(_job(), [well, *pods], [passed, starting, stays]) == []
+    assert find(_job(jobStatus="FAILED"), [failed], []) == []
     others = [
         _event("Pod", "train-1-0a1b2c3d-2-x-head-1", "NodeNotReady", "another run's"),
         _event("Workload", "rayjob-train-1-0a1b2c3d-2-5c2f1", "Pending", "another run's"),

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from jobs import prepare, train
 from jobs.session import ray_session
+from pneumo.checkpoint import load_checkpoint, read_index, save_checkpoint
 from pneumo.synthetic import write_phantoms
 
 NUM_STUDIES = 90
+OVERFLOW = 3.4e38
+"""The end of float32: what was above 1 becomes infinite."""
 SMALL = [
     *("--model.weights", "random"),
     *("--train.batch-size", "16"),
@@ -66,6 +70,27 @@ def trained(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Pat
     )
     assert code == 0
     return run
+
+
+@pytest.fixture(scope="session")
+def overflowing(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run like one that diverged: of some studies the logit is infinite, of others a number."""
+    run = tmp_path_factory.mktemp("overflowing") / "run"
+    checkpoint = load_checkpoint(str(trained), read_index(str(trained)).best)
+    weights = dict(checkpoint.scored_model)
+    for name in ("fc.weight", "fc.bias"):
+        weights[name] = weights[name] * OVERFLOW
+    save_checkpoint(str(run), replace(checkpoint, model=weights), keep_last=1, finished=True)
+    return run
+
+
+def list_identifiers(source: Path) -> set[str]:
+    """What names a study or a patient in a folder of Kaggle's layout: files and the mapping."""
+    mapping = source / "pneumonia-challenge-dataset-mappings_2018.json"
+    names = {path.stem for path in (source / "stage_2_train_images").glob("*.dcm")}
+    for row in json.loads(mapping.read_text()):
+        names |= {row["subset_img_id"], row["img_id"], row["img_id"].split("_")[0]}
+    return names
 
 
 def run_module(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -11,11 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
+import numpy as np
 import pytest
 import ray
 from moto.server import ThreadedMotoServer
+from PIL import Image
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 from pneumo.checkpoint import find_index, read_index
+from pneumo.predict import Predictions
 from tests.jobs.conftest import SMALL, Prepared, run_module
 
 REAL_STUDIES = Path(__file__).parents[3] / "shared" / "data" / "rsna-mini"
@@ -72,10 +76,35 @@ def test_real_x_rays_go_the_same_way(tmp_path: Path, monkeypatch: pytest.MonkeyP
     workers = ["--cluster.num-workers", "2", "--tracking.mode", "disabled"]
     run_module("jobs.train", "--store", store, "--run", train, *recipe, *workers, cwd=tmp_path)
     run_module("jobs.evaluate", "--store", store, "--run", train, cwd=tmp_path)
-    metrics = json.loads((tmp_path / "train" / "metrics.json").read_text())
+    assert_evaluated(tmp_path / "train")
+
+
+def assert_evaluated(run: Path) -> None:
+    """All that an evaluation of real studies leaves is there, and says the same as scikit-learn."""
+    metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["dataset"]["unit"] == "patient"
-    assert metrics["val"]["n"] + metrics["test"]["n"] > 50
-    assert 0 < metrics["test"]["auroc"]["value"] < 1
+    predictions = Predictions.from_parquet((run / "predictions.parquet").read_bytes())
+    assert len(predictions) == metrics["val"]["n"] + metrics["test"]["n"] > 50
+    test, found = predictions.subset("test"), metrics["test"]
+    assert found["fault"] is None
+    expected = roc_auc_score(test.target, test.logit)
+    assert found["auroc"]["value"] == pytest.approx(expected, abs=1e-9)
+    assert found["average_precision"]["value"] == pytest.approx(
+        average_precision_score(test.target, test.logit), abs=1e-9
+    )
+    saliency = found["saliency"]
+    assert saliency["all"]["n"] + saliency["unscored"] == found["positives"]
+    assert saliency["prior_studies"] > 50
+    assert 0 < saliency["all"]["maps"]["prior"]["auprc"]["value"] < 1
+    groups = {(group["by"], group["name"]): group for group in found["subgroups"]["groups"]}
+    assert groups["view", "AP"]["n"] + groups["view", "PA"]["n"] == found["n"]
+    for name in ("metrics.png", "prediction_grid.png", "gradcam_example.png"):
+        with Image.open(run / "figures" / name) as picture:
+            assert np.asarray(picture.convert("L")).std() > 10  # not a blank sheet
+    report = (run / "report.html").read_text()
+    assert len(report.encode()) < 3_000_000
+    assert f"{expected:.3f}" in report
+    assert "adults and children together" in report
 
 
 @pytest.mark.slow

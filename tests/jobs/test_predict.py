@@ -96,14 +96,14 @@ def test_files_get_the_logits_that_their_studies_got(
     threshold = json.loads((run / "metrics.json").read_text())["operating_points"]["decision"][
         "threshold"
     ]
+    assert threshold is not None
     for key, logit, probability in zip(
         judged.key.tolist(), judged.logit, judged.probability, strict=True
     ):
         row = found[key]
         assert float(row["logit"]) == pytest.approx(float(logit), abs=1e-5)
         assert float(row["probability"]) == pytest.approx(float(probability), abs=1e-5)
-        called = None if threshold is None else int(float(row["probability"]) >= threshold)
-        assert row["decision"] == ("" if called is None else str(called))
+        assert row["decision"] == str(int(float(row["probability"]) >= threshold))
         with Image.open(output / row["overlay"]) as picture:
             assert picture.format == "PNG"
             assert np.asarray(picture.convert("L")).std() > 10
@@ -204,3 +204,40 @@ def test_nothing_that_can_be_scored_is_a_failure(
     assert predict.main(flags) == 1
     assert "none of 1 files could be scored" in capsys.readouterr().err
     assert read_rows(output)["notes.txt"]["reason"] == "not_dicom"
+
+
+def test_a_logit_that_is_no_number_is_no_decision(
+    prepared: Prepared, overflowing: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run's scores overflow in part; a threshold would call NaN negative."""
+    run = Path(shutil.copytree(overflowing, tmp_path / "run"))
+    (run / "metrics.json").write_text(json.dumps(FROZEN))
+    source = prepared.source / "stage_2_train_images"
+    flags = ["--source", str(source), "--run", str(run), "--output", str(tmp_path / "out")]
+    assert predict.main(flags) == 0
+    rows, summary = read_rows(tmp_path / "out").values(), read_summary(tmp_path / "out")
+    unscored = [row for row in rows if row["reason"] == "not_a_number"]
+    assert 0 < len(unscored) < len(rows)
+    for row in unscored:
+        values = ("logit", "probability", "calibrated_probability", "decision", "overlay")
+        assert {row[name] for name in values} == {""}
+        assert "NaN or infinite" in row["message"]
+    assert summary["scored"] == len(rows) - len(unscored)
+    assert summary["unusable"] == {"not_a_number": len(unscored)}
+    assert len(list((tmp_path / "out" / "overlays").rglob("*.png"))) <= summary["scored"]
+    assert f"{len(unscored)} not usable: not_a_number" in capsys.readouterr().out
+
+    only = tmp_path / "only"
+    only.mkdir()
+    shutil.copyfile(source / unscored[0]["file"], only / "a.dcm")
+    flags = ["--source", str(only), "--run", str(run), "--output", str(tmp_path / "none")]
+    assert predict.main(flags) == 1
+    assert "none of 1 files could be scored" in capsys.readouterr().err
+
+
+FROZEN: dict[str, Any] = {
+    "operating_points": {"decision": {"threshold": 0.5}},
+    "model": {},
+    "dataset": {"image_size": 64},
+    "calibration": {"method": "platt", "slope": 1.0, "intercept": 0.0},
+}

@@ -27,6 +27,7 @@ def test_places_that_are_there(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["--writes", "/proc/version/run"], "/proc/version/run: /proc/version cannot be written"),
         (["--ray", "1.0.0"], "holds Ray 2."),
         (["--reads", "gopher://x"], "unknown scheme"),
+        (["--needs", "PATH", "--needs", "NO_SUCH"], "NO_SUCH: not set on the cluster"),
     ],
 )
 def test_places_that_are_not(
@@ -40,6 +41,12 @@ def test_places_that_are_not(
 
 def test_a_place_that_says_nothing_is_not_waited_for() -> None:
     start_s = time.monotonic()
-    with pytest.raises(StorageError, match=r"s3://b: no answer within 0\.1 s"):
+    with pytest.raises(StorageError, match=r"s3://b: no answer within 0\.1 s.*AWS_ENDPOINT_URL"):
         preflight.within(0.1, [("/ok", lambda _: None), ("s3://b", lambda _: time.sleep(5))])
     assert time.monotonic() - start_s < 2
+
+
+def test_only_s3_has_its_endpoint_blamed() -> None:
+    with pytest.raises(StorageError) as raised:
+        preflight.within(0.1, [("gs://b", lambda _: time.sleep(5))])
+    assert "AWS" not in str(raised.value)

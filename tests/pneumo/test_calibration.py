@@ -9,15 +9,17 @@ import statsmodels.api as sm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
-from sklearn.calibration import _sigmoid_calibration
+from sklearn.calibration import _sigmoid_calibration, calibration_curve
 from sklearn.linear_model import LogisticRegression
 
 from pneumo import metrics
 from pneumo.calibration import (
+    MEASURES,
     Scaling,
     bin_by_probability,
     calibrate,
     fit_logistic,
+    fit_offset,
     fit_scaling,
     judge_reliability,
     recalibration_statistic,
@@ -190,6 +192,32 @@ def test_the_json_says_all_that_prediction_needs():
     assert fitted["temperature"]["temperature"] == 1 / fitted["temperature"]["slope"]
 
 
+def test_intercept_at_slope_1_equals_statsmodels_offset_model():
+    target, logit = drawn(400, slope=2, shift=1)
+    weights = np.stack([np.ones(400), np.random.default_rng(0).poisson(1, 400)], axis=1)
+    found = fit_offset(logit, target.astype(float), weights.astype(float))
+    for column, intercept in zip(weights.T, found, strict=True):
+        model = sm.GLM(
+            target, np.ones(400), family=sm.families.Binomial(), offset=logit, freq_weights=column
+        )
+        assert intercept == pytest.approx(model.fit().params[0], abs=1e-7)
+    measured = measure(target, logit)
+    assert measured.intercept_at_slope_1.value == pytest.approx(found[0])
+    # Too high by 1 on average, and too extreme: the joint fit mends both at once, differently.
+    assert measured.intercept_at_slope_1.high < 0
+    assert measured.intercept.value != pytest.approx(found[0], abs=0.05)
+
+
+def test_offset_of_drawn_studies_of_one_class_is_not_invented():
+    logit, target = np.linspace(-3, 3, 20), (np.arange(20) > 9).astype(float)
+    weights = np.stack([np.ones(20), target, 1 - target], axis=1)
+    found = fit_offset(logit, target, weights)
+    assert np.isnan(found).tolist() == [False, True, True]
+    assert np.isnan(fit_offset(logit, np.zeros(20), weights)).all()
+    far = fit_offset(logit + 500, target, weights[:, :1])
+    assert far[0] == pytest.approx(found[0] - 500)
+
+
 # --- measuring ------------------------------------------------------------------------------------
 
 
@@ -206,6 +234,23 @@ def test_calibration_error_equals_its_definition(num_bins):
     assert found.ece.low <= found.ece.value <= found.ece.high
     assert sum(part.n for part in found.curve) == 1003
     assert max(part.n for part in found.curve) - min(part.n for part in found.curve) <= 1
+
+
+@pytest.mark.parametrize("num_bins", [5, 10, 20])
+@pytest.mark.parametrize("n", [1000, 1007])
+def test_curve_and_error_equal_scikit_learns(n, num_bins):
+    target, logit = drawn(n, slope=2, shift=1)
+    found = measure(target, logit, num_bins=num_bins)
+    observed, predicted = calibration_curve(
+        target, sigmoid(logit), n_bins=num_bins, strategy="quantile"
+    )
+    # Of 1007 studies the two cut differently: ours have equal numbers, scikit-learn's interpolate.
+    close = 1e-12 if n == 1000 else 0.03
+    assert [part.predicted for part in found.curve] == pytest.approx(predicted, abs=close)
+    assert [part.observed.value for part in found.curve] == pytest.approx(observed, abs=close)
+    shares = np.array([part.n for part in found.curve]) / n
+    expected = shares @ np.abs(observed - predicted)
+    assert found.ece.value == pytest.approx(expected, abs=1e-12 if n == 1000 else 0.003)
 
 
 @given(st.lists(st.sampled_from([0.0, 0.1, 0.5, 0.9]), min_size=1, max_size=40))
@@ -238,7 +283,7 @@ def test_slope_after_scaling_needs_no_second_fit():
     scaling = Scaling("platt", 0.7, -0.3, 0.0)
     found = measure(target, logit, scaling)
     again = measure(target, 0.7 * logit - 0.3)
-    for name in ("slope", "intercept", "ece", "brier", "in_the_large"):
+    for name in MEASURES:
         one, two = getattr(found, name), getattr(again, name)
         assert (one.value, one.low, one.high) == pytest.approx((two.value, two.low, two.high)), name
 

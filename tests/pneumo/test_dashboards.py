@@ -14,18 +14,7 @@ def test_views_name_what_the_jobs_log(capsys, monkeypatch):
     found = json.loads(capsys.readouterr().out)
     assert list(found) == ["Train", "Tune", "Evaluate"]
     text = {name: json.dumps(view) for name, view in found.items()}
-    for key in ("train/loss", "val/auroc", "images_per_s"):
-        assert key in text["Train"]
-    assert "tune/objective" in text["Tune"]
-    for key in (
-        "eval/test/auroc",
-        "eval/gallery/tp",
-        "eval/errors/fn",
-        "eval/predictions",
-        "eval/roc_table",
-        "eval/reliability_table",
-    ):
-        assert key in text["Evaluate"]
+    assert "tune/objective" in text["Tune"]  # of the others see tests/jobs
 
 
 def test_saving_needs_a_team(capsys):

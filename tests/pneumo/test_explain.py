@@ -1,5 +1,6 @@
 """Grad-CAM is the library's, the fast path is equal to it, and the right studies are shown."""
 
+from collections import Counter
 from typing import get_args
 
 import numpy as np
@@ -14,11 +15,11 @@ from pneumo.config import ModelConfig
 from pneumo.errors import MetricError
 from pneumo.explain import (
     OUTCOMES,
-    FindingErrors,
     choose_errors,
     choose_gallery,
     class_activation,
     count_errors,
+    draw_sample,
     gradcam,
     randomised,
 )
@@ -205,14 +206,55 @@ def test_errors_are_the_most_confident_ones():
     }
 
 
+def test_a_sample_holds_so_many_of_each_outcome_and_view():
+    rng = np.random.default_rng(0)
+    target, view = rng.integers(0, 2, 400), rng.choice(["AP", "PA", ""], 400, p=[0.5, 0.48, 0.02])
+    probability = rng.random(400)
+    sample = draw_sample(target, probability, view, 0.5, per_stratum=4, seed=3)
+    assert len({draw.row for draw in sample}) == len(sample)
+    outcomes = {(1, True): "tp", (0, True): "fp", (1, False): "fn", (0, False): "tn"}
+    strata = Counter(
+        (outcomes[t, p >= 0.5], v) for t, p, v in zip(target, probability, view, strict=True)
+    )
+    found = Counter()
+    for draw in sample:
+        key = outcomes[target[draw.row], probability[draw.row] >= 0.5], view[draw.row]
+        assert draw.drawn_of == strata[key]
+        found[key] += 1
+    assert found == {key: min(4, n) for key, n in strata.items()}
+    assert draw_sample(target, probability, view, 0.5, per_stratum=4, seed=3) == sample
+    assert draw_sample(target, probability, view, 0.5, per_stratum=4, seed=4) != sample
+    more = draw_sample(target, probability, view, 0.5, per_stratum=5, seed=3)
+    assert {draw.row for draw in sample} <= {draw.row for draw in more}
+
+
 def test_errors_are_counted_by_finding():
     finding = np.array(["Normal", "Opacity", "Normal", "Opacity", "Other"])
     target, probability = np.array([0, 1, 0, 1, 0]), np.array([0.9, 0.2, 0.1, 0.8, 0.3])
-    found = count_errors(finding, target, probability, 0.5)
-    assert found == [
-        FindingErrors("Normal", n=2, called_positive=1, errors=1),
-        FindingErrors("Opacity", n=2, called_positive=1, errors=1),
-        FindingErrors("Other", n=1, called_positive=0, errors=0),
+    patient = np.array(list("abcde"))
+    found = count_errors(finding, target, probability, 0.5, patient=patient, resamples=200, seed=0)
+    assert [(one.finding, one.n, one.called_positive, one.errors) for one in found] == [
+        ("Normal", 2, 1, 1),
+        ("Opacity", 2, 1, 1),
+        ("Other", 1, 0, 0),
     ]
-    rate = found[0].to_json()["error_rate"]
-    assert rate["low"] < rate["value"] == 0.5 < rate["high"]
+    wilson = found[0].to_json()["wilson"]
+    assert wilson["low"] < wilson["value"] == 0.5 < wilson["high"]
+    assert found[2].rate.method == "Wilson over patients"
+
+
+def test_the_share_of_errors_knows_that_images_of_a_patient_are_alike():
+    rng = np.random.default_rng(0)
+    wrong = np.repeat(rng.random(100) < 0.3, 8)  # a patient's eight images are called alike
+    found, *_ = count_errors(
+        np.full(800, "Normal"),
+        np.zeros(800),
+        wrong.astype(float),
+        0.5,
+        patient=np.repeat(np.arange(100), 8).astype(np.str_),
+        resamples=500,
+        seed=0,
+    )
+    assert found.rate.value == found.wilson.value == wrong.mean()
+    width = found.rate.high - found.rate.low
+    assert width == pytest.approx(8**0.5 * (found.wilson.high - found.wilson.low), rel=0.15)

@@ -116,7 +116,7 @@ def test_case_names_its_outcome():
         lambda: figures.draw_quality(quality()),
         lambda: figures.draw_ages(quality()),
         lambda: figures.draw_intensity(quality()),
-        lambda: figures.draw_contact_sheet(contact(20)),
+        lambda: figures.draw_contact_sheet(contact(20, 128)),
     ],
 )
 def test_equal_input_gives_equal_bytes(draw):
@@ -148,11 +148,21 @@ def test_metrics_picture_is_readable_in_size():
 def test_degenerate_input_is_drawn_with_its_reason():
     hollow = evaluation(target=np.zeros(120, dtype=np.int8))
     assert figures.draw_metrics(hollow, [])
-    assert "no threshold could be chosen on val" in texts(figures.draw_confusion(hollow))
+    told = " ".join(texts(figures.draw_confusion(hollow)).split())
+    assert "no threshold: val: one class only: 0 of 60" in told
     assert "no training history" in texts(figures.draw_loss([]))
     assert figures.draw_validation([{"epoch": 1, "val/auroc": None}])
     assert figures.draw_prediction_grid([], title="none")
     assert figures.draw_gradcam_example([], title="none")
+
+
+def test_a_figure_of_no_study_says_why():
+    for draw in (figures.draw_prediction_grid, figures.draw_gradcam_example):
+        blank, told = (
+            np.asarray(Image.open(io.BytesIO(draw([], title="t", reason=why))).convert("L"))
+            for why in (" ", "5 of 60 scores are NaN or infinite")
+        )
+        assert (told != blank).sum() > 200
 
 
 def test_grid_is_green_where_right_and_red_where_wrong():
@@ -207,9 +217,10 @@ def test_drawings_of_the_data_say_what_is_missing():
 @pytest.mark.parametrize(
     ("count", "columns", "rows"), [(1, 1, 1), (3, 3, 1), (4, 3, 2), (12, 3, 4)]
 )
-def test_contact_sheet_holds_every_picture_and_nothing_else(count, columns, rows):
-    sheet = Image.open(io.BytesIO(figures.draw_contact_sheet(contact(count))))
-    side = figures.CONTACT_PIXELS
+@pytest.mark.parametrize("size", [64, 224])
+def test_contact_sheet_holds_every_picture_and_nothing_else(count, columns, rows, size):
+    sheet = Image.open(io.BytesIO(figures.draw_contact_sheet(contact(count, size))))
+    side = min(size, figures.CONTACT_PIXELS)
     step = side + 4
     assert sheet.size == (columns * step - 4, rows * step - 4)
     pixels = np.asarray(sheet.convert("RGBA")).astype(int)

@@ -42,6 +42,13 @@ def test_every_rule_keeps_on_val_what_it_says():
         assert wanted <= metrics.rates(counts)[key] < wanted + 0.02, name
 
 
+def test_a_target_is_told_in_full():
+    val = make_predictions(600)
+    for target, words in ((0.9, "0.90"), (0.904, "0.904"), (0.9000001, "0.9000001"), (1.0, "1.00")):
+        config = EvaluateConfig(operating_point="sensitivity", sensitivity=target)
+        assert choose_points(val, config)[DECISION].rule == f"sensitivity ≥ {words}"
+
+
 @pytest.mark.parametrize(
     ("positives", "missing"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from scipy.special import expit
 
 from pneumo.errors import RunError
-from pneumo.readings import NOTICE, Calibration, Readings, Rule, encode_csv
+from pneumo.readings import NOT_A_NUMBER, NOTICE, Calibration, Readings, Rule, encode_csv
 
 
 def make_metrics(**changes: Any) -> dict[str, Any]:
@@ -73,6 +74,21 @@ def test_a_file_that_cannot_be_used_has_a_reason_and_no_number() -> None:
     numbers = ("logit", "probability", "calibrated_probability", "decision")
     assert [bad[name] for name in numbers] == [None] * 4
     assert rows["c, d.dcm"]["logit"] == -1
+
+
+def test_an_infinite_logit_is_called_nothing() -> None:
+    found = make_readings()
+    wild = replace(
+        found,
+        logit=np.array([np.inf, np.nan, np.nan], np.float32),
+        reason=np.array([NOT_A_NUMBER, "no_pixels", NOT_A_NUMBER]),
+    )
+    rule = Rule.from_metrics(make_metrics())
+    assert wild.decide(rule).tolist() == [False] * 3
+    assert wild.num_scored == 0
+    assert wild.unusable == {"no_pixels": 1, NOT_A_NUMBER: 2}
+    for row in read_back(wild, rule):
+        assert (row["logit"], row["probability"], row["decision"]) == (None, None, None)
 
 
 def test_without_an_evaluation_there_is_no_decision_and_it_is_said() -> None:

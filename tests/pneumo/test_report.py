@@ -92,7 +92,9 @@ def with_quality(**changes):
     return dataclasses.replace(DATA, quality=dataclasses.replace(QUALITY, **changes))
 
 
-MODEL = ModelFacts("resnet18", "ImageNet weights", True, False, 3, 224, "The best on val.")
+MODEL = ModelFacts(
+    "resnet18", "ImageNet weights", True, False, 3, 224, "The best on val.", 0.49, 0.24
+)
 PROVENANCE = Provenance(
     "run <1>", "1 May 2026", 0, Config().to_json(), "make evaluate", {"PyTorch": "2"}
 )
@@ -223,6 +225,37 @@ def test_page_stays_below_three_megabytes_with_large_noisy_pictures():
     errors = {outcome: cases(12, size=512) for outcome in ("fp", "fn")}
     page = render(pictures=Pictures(cases(16, size=512), every, errors, []))
     assert len(page.encode()) < 3_000_000
+
+
+def test_the_card_is_true_of_the_store():
+    text = section(render(), "card")
+    assert "adults alone" in text
+    assert "otherwise ill" not in text  # no study of the kind
+    assert "resampled by area to 224 × 224 px" in text
+    assert "mean 0.490 and standard deviation 0.240" in text
+    splits = {
+        name: dataclasses.replace(
+            split,
+            counts={
+                **split.counts,
+                "age": {"under 18": 3, "40–59": 9},
+                "finding": {"Normal": 5, "No Lung Opacity / Not Normal": 7},
+            },
+        )
+        for name, split in QUALITY.splits.items()
+    }
+    model = dataclasses.replace(MODEL, image_size=128)
+    text = section(render(data=with_quality(splits=splits), model=model), "card")
+    assert "adults and children together. The negatives are healthy as well as" in text
+    assert "The network sees it resampled to 128 × 128 px" in text
+
+
+def test_every_answer_to_claim_is_where_it_is_said_to_be():
+    page = render()
+    text = section(page, "claim")
+    assert "9 Preprocessing Model card" in text
+    assert "12 Missing data Data quality" in text
+    assert "unknown is a group" in section(page, "quality")
 
 
 def test_degenerate_evaluation_is_reported_with_its_reason():

@@ -7,14 +7,15 @@ import re
 import numpy as np
 import pytest
 
+from pneumo import figures
 from pneumo.comparison import ComparedRuns, compare
 from pneumo.config import EvaluateConfig
 from pneumo.evaluate import evaluate
-from pneumo.figures import Pictures
+from pneumo.figures import Pictures, show_threshold
 from pneumo.metrics import Estimate
 from pneumo.predict import Predictions, sigmoid
 from pneumo.report.looks import judge_looks
-from pneumo.report.words import Cell, show_threshold
+from pneumo.report.words import Cell
 from pneumo.saliency import (
     BASELINES,
     IOU_THRESHOLDS,
@@ -96,6 +97,35 @@ def test_bad_predictions_are_reported_with_their_reason(kind, words, split):
         assert "no calibration" in text
 
 
+def test_a_fault_of_test_is_not_blamed_on_val():
+    judged = evaluate(damage("nan", "test"), config=CONFIG, seed=0)
+    why = "5 of 120 scores are NaN or infinite"
+    page = render(judged, pictures=Pictures.none(why))
+    for name in ("looks", "errors", "grid"):
+        assert why in section(page, name)
+        assert "threshold" not in section(page, name)
+    assert f"test: {why}" in section(page, "data")
+    assert "each exactly once" not in section(page, "data")
+    assert "no threshold" not in figures.draw_confusion(judged).decode()
+
+
+def test_studies_that_are_scored_twice_are_not_said_to_be_scored_once():
+    found = predictions()
+    twice = np.append(np.arange(len(found)), 0)  # one of test
+    text = section(render(evaluate(found.take(twice), config=CONFIG, seed=0)), "data")
+    assert "121 test studies; test: 1 studies are scored more than once" in text
+    assert "each exactly once" in section(render(), "data")
+
+
+def test_a_target_near_a_standard_one_hides_no_point():
+    config = EvaluateConfig(
+        bootstrap_resamples=100, operating_point="sensitivity", sensitivity=0.904
+    )
+    text = section(render(evaluate(predictions(), config=config, seed=0)), "points")
+    rows = ("0.904 decision, screening", "0.90 ", "0.95 ")
+    assert all(f"sensitivity ≥ {row}" in text for row in rows)
+
+
 def test_a_group_of_three_is_said_to_be_too_small():
     text = section(render(evaluate(predictions(), config=CONFIG, seed=0)), "whom")
     assert re.search(r"M 3 \(\d\) not known: too small: \d patients", text)
@@ -118,7 +148,7 @@ def test_another_run_stands_beside():
     assert 'id="comparison"' not in render(judged)
 
 
-def looks(low, high):
+def looks(low, high, prior_studies=30):
     one = Estimate(0.3, 0.2, 0.4, "m")
     gain = Estimate((low + high) / 2, low, high, "m")
     curve = dict.fromkeys(IOU_THRESHOLDS, 0.1)
@@ -132,7 +162,7 @@ def looks(low, high):
     )
     few = GroupSummary(3, "3 studies with boxes, fewer than 5")
     groups = {"all": whole, "true_positives": whole, "false_negatives": few}
-    return SaliencySummary(20, 0, "best", groups)
+    return SaliencySummary(20, 0, "best", prior_studies, groups)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +180,9 @@ def test_the_maps_are_judged_against_the_lung_prior(low, high, words):
     assert words in text
     assert "Lung prior" in text
     assert "Not known: 3 studies with boxes, fewer than 5" in text
+    assert "Train has no boxes" not in text
+    without = section(render(looks=looks(low, high, prior_studies=0)), "looks")
+    assert "Train has no boxes: the lung prior is uniform" in without
 
 
 def test_errors_say_what_is_known_of_the_study():
@@ -159,6 +192,10 @@ def test_errors_say_what_is_known_of_the_study():
     ]
     text = section(render(pictures=Pictures([], {}, {"fp": wrong, "fn": []}, [])), "errors")
     assert "most certain Normal, AP, 60–69 years" in text
+    assert "empty map" not in text
+    blank = dataclasses.replace(wrong[0], cam=np.zeros((8, 8), np.float32))
+    page = render(pictures=Pictures([], {}, {"fp": [blank]}, []))
+    assert "60–69 years, empty map" in section(page, "errors")
     assert "The most confident false negatives None on test at this threshold." in text
 
 

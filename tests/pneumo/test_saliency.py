@@ -171,6 +171,7 @@ def summarise(scores: BoxScores, **options: Any) -> Any:
         "is_called": np.arange(len(scores)) % 4 > 0,
         "positives": len(scores),
         "checkpoint": "run/epoch-0001.pt",
+        "prior_studies": 40,
         "iou_thresholds": choose_iou_thresholds(scores),
         "resamples": 200,
         "seed": 0,
@@ -225,12 +226,13 @@ def test_the_threshold_of_the_iou_comes_from_val() -> None:
 def test_what_cannot_be_had_is_null_with_a_reason() -> None:
     none = summarise(draw_scores(0), positives=7).to_json()
     assert none["unscored"] == 7
+    assert none["prior_studies"] == 40
     assert none["all"] == {"n": 0, "maps": None, "reason": "no such study with boxes"}
     few = summarise(draw_scores(4)).to_json()
     assert few["all"]["reason"] == "4 studies with boxes, fewer than 5"
-    undecided = summarise(draw_scores(9), is_called=None).to_json()
+    undecided = summarise(draw_scores(9), is_called="no threshold: val: no study").to_json()
     assert undecided["all"]["maps"] is not None
-    assert undecided["true_positives"]["reason"] == "no threshold could be chosen on val"
+    assert undecided["true_positives"]["reason"] == "no threshold: val: no study"
     assert set(choose_iou_thresholds(draw_scores(4)).values()) == {None}
     without_val = summarise(draw_scores(9), iou_thresholds=dict.fromkeys(MAPS)).to_json()
     iou = without_val["all"]["maps"]["cam"]["iou"]

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import sklearn.metrics as reference
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from pneumo import metrics
@@ -53,11 +54,13 @@ def test_groups_equal_scikit_learn_on_their_studies():
         assert group.average_precision.value == pytest.approx(
             average_precision_score(part.target, part.logit)
         )
-        rates = {1: group.sensitivity, 0: group.specificity}
-        for value, rate in rates.items():
-            if rate.reason is None:
-                share = (called == value)[part.target == value].mean()
-                assert rate.value == pytest.approx(share), key
+        shares = {"recall": called[part.target == 1], "specificity": ~called[part.target == 0]}
+        for name, found in shares.items():
+            rate = group.rates[name]
+            if key[0] in ("sex", "age", "view") or rate.reason is None:
+                assert rate.value == pytest.approx(found.mean()), key
+        if key[0] in ("sex", "age", "view"):
+            assert_headlines(group, part, called)
         for one in (group.auroc, group.average_precision):
             assert one.low < one.value < one.high
     female = rows.take(rows.sex == "F")
@@ -70,23 +73,42 @@ def test_groups_equal_scikit_learn_on_their_studies():
     )
 
 
+def assert_headlines(group, part, called):
+    expected = {
+        "accuracy": reference.accuracy_score(part.target, called),
+        "precision": reference.precision_score(part.target, called),
+        "npv": reference.precision_score(1 - part.target, ~called),
+        "f1": reference.f1_score(part.target, called),
+        "mcc": reference.matthews_corrcoef(part.target, called),
+    }
+    assert {name: group.rates[name].value for name in expected} == pytest.approx(expected)
+    brier = reference.brier_score_loss(part.target, part.calibrated_probability)
+    assert group.brier.value == pytest.approx(brier)
+    for one in (*group.rates.values(), group.brier):
+        assert one.low < one.value < one.high
+
+
 def test_a_group_that_is_all_found_still_has_an_interval():
     group = by_name(judge(draw(), threshold=0.0))["sex", "F"]
-    assert (group.sensitivity.value, group.sensitivity.high) == (1.0, 1.0)
-    assert 0.9 < group.sensitivity.low < 1
-    assert group.specificity.value == 0
-    assert group.specificity.method == "Wilson over patients"
+    sensitivity, specificity = group.rates["recall"], group.rates["specificity"]
+    assert (sensitivity.value, sensitivity.high) == (1.0, 1.0)
+    assert 0.9 < sensitivity.low < 1
+    assert specificity.value == 0
+    assert specificity.method == "Wilson over patients"
+    assert group.rates["npv"].reason == "no study is called negative"
 
 
 def test_what_two_groups_share_is_told_once():
     groups = by_name(judge(draw()))
     normal, small = groups["negatives", "Normal"], groups["box_area", "smallest"]
-    assert normal.sensitivity.reason == "the positives are those of the whole split"
-    assert normal.specificity.value is not None
-    assert small.specificity.reason == "the negatives are those of the whole split"
-    assert small.sensitivity.value is not None
-    assert normal.in_the_large.value is None
-    assert small.in_the_large.value is None
+    assert normal.rates["recall"].reason == "the positives are those of the whole split"
+    assert normal.rates["specificity"].value is not None
+    assert small.rates["specificity"].reason == "the negatives are those of the whole split"
+    assert small.rates["recall"].value is not None
+    for group in (normal, small):
+        mixed = [group.rates[name] for name in ("precision", "npv", "accuracy", "f1", "mcc")]
+        for one in (*mixed, group.brier, group.in_the_large):
+            assert one.reason.endswith("are those of the whole split")
 
 
 def test_groups_of_one_kind_hold_every_study():
@@ -108,7 +130,7 @@ def test_a_group_of_three_patients_is_not_judged():
     assert (small.n, small.patients) == (6, 3)
     assert small.auroc.value is None
     assert "too small" in small.auroc.reason
-    assert "10 are needed" in small.sensitivity.reason
+    assert "10 are needed" in small.rates["recall"].reason
     assert rest.auroc.value is not None
     assert rest.gap.reason.startswith("the rest is too small")
     assert found.worst.by != "view"
@@ -123,14 +145,16 @@ def test_nothing_is_invented_without_boxes_ages_or_threshold():
     for name in ("smallest", "middle", "largest"):
         group = groups["box_area", name]
         assert group.positives == 0
-        for one in (group.auroc, group.sensitivity, group.gap):
+        for one in (group.auroc, group.rates["recall"], group.gap):
             assert one.reason == "no positive has a box"
     assert groups["age", "40–59"].n == 0
     assert groups["age", "40–59"].auroc.value is None
     assert groups["age", "unknown"].n == 1500
     female = groups["sex", "F"]
     assert female.auroc.value is not None
-    assert female.sensitivity.reason == "no threshold was chosen on val"
+    for one in female.rates.values():
+        assert one.reason == "no threshold was chosen on val"
+    assert female.brier.reason == "no calibration"
     assert female.in_the_large.reason == "no calibration"
     json.dumps(found.to_json(), allow_nan=False)
 
@@ -139,7 +163,7 @@ def test_a_split_of_one_class_has_no_worst_group():
     found = judge(draw(target=np.zeros(1500, dtype=np.int8)))
     assert (found.worst.by, found.worst.compared, found.worst.is_shown) == (None, 0, False)
     assert by_name(found)["sex", "F"].auroc.value is None
-    assert by_name(found)["sex", "F"].specificity.value is not None
+    assert by_name(found)["sex", "F"].rates["specificity"].value is not None
 
 
 def test_the_group_that_is_truly_worse_is_named():

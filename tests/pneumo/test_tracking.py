@@ -3,7 +3,9 @@
 import io
 import json
 import os
+import socket
 import struct
+import sys
 import time
 import zlib
 from pathlib import Path
@@ -59,6 +61,11 @@ def png(size=8):
 
 
 def log_everything(tracker, folder):
+    log_all_but_the_end(tracker, folder)
+    return tracker.finish()
+
+
+def log_all_but_the_end(tracker, folder):
     weights = folder / "weights.bin"
     weights.write_bytes(b"weights")
     tracker.log({"train/loss": 0.7, "val/auroc": None}, epoch=1)
@@ -76,7 +83,6 @@ def log_everything(tracker, folder):
     )
     tracker.log_artifact(Artifact("net", "model", {"weights.bin": weights}, ["best"]))
     tracker.summarise({"test/auroc": 0.8, "test/f1": None})
-    return tracker.finish()
 
 
 def read_run(folder: Path):
@@ -109,7 +115,7 @@ def items(entries):
 
 
 def warned(caplog):
-    return [r.getMessage() for r in caplog.records if r.name == "pneumo.tracking"]
+    return [r.getMessage() for r in caplog.records if r.name.startswith("pneumo.tracking")]
 
 
 def open_offline(folder, **changes):
@@ -183,7 +189,8 @@ def test_offline_run_read_back(tmp_path, clean_environment):
     assert Path(entry.local_path).is_relative_to(run_dir)  # or `wandb sync` loses it
     assert Path(entry.local_path).read_bytes() == b"weights"
     config = [items(r.config.update) for r in records if r.HasField("config")]
-    assert {"name": "shards", "digest": "abc"} in [c.get("input/dataset") for c in config]
+    shards = {"name": "shards", "type": "dataset", "digest": "abc"}
+    assert [shards] in [c.get("inputs") for c in config]
 
 
 def test_nothing_reaches_the_terminal(tmp_path, clean_environment, capfd):
@@ -297,11 +304,11 @@ def test_outcome_says_what_to_do():
     folder = Path("runs/a b/wandb/run-1")
     sent = TrackingOutcome("online", folder, "https://wandb.example.org/r")
     assert sent.lines() == ["W&B: https://wandb.example.org/r"]
-    half = TrackingOutcome("online", folder, "https://wandb.example.org/r", ("W&B: …",))
+    half = TrackingOutcome("offline", folder, "https://wandb.example.org/r", ("W&B: …",))
     assert half.lines() == ["W&B: not all was sent; to send it: wandb sync 'runs/a b/wandb/run-1'"]
 
 
-def open_online(folder, backend, monkeypatch, key=KEY):
+def open_online(folder, backend, monkeypatch, key=KEY, **changes):
     monkeypatch.setenv("WANDB_API_KEY", key)
     monkeypatch.setenv("WANDB_BASE_URL", backend.url)
     return open_tracker(
@@ -313,6 +320,8 @@ def open_online(folder, backend, monkeypatch, key=KEY):
         settings={"seed": 3},
         start_timeout_s=5.0,
         finish_timeout_s=6.0,
+        request_timeout_s=1.0,
+        **changes,
     )
 
 
@@ -342,34 +351,104 @@ def test_a_wrong_key_goes_on_offline(tmp_path, clean_environment, monkeypatch, c
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("when", ["start", "middle", "end"])
-def test_a_server_that_goes_away_neither_fails_nor_hangs(
-    tmp_path, clean_environment, monkeypatch, when
+@pytest.mark.parametrize(
+    ("fault", "when"),
+    [
+        ("away", "start"),
+        ("away", "middle"),
+        ("away", "end"),
+        ("uploads 403", "middle"),
+        ("uploads 403", "late"),
+        ("uploads 403", "end"),
+        ("uploads 503", "middle"),
+        ("uploads hang", "late"),
+        ("uploads hang", "end"),
+        ("GraphQL hangs", "start"),
+        ("GraphQL hangs", "middle"),
+    ],
+)
+def test_a_fault_of_the_server_neither_fails_nor_hangs_nor_loses_anything(
+    tmp_path, clean_environment, monkeypatch, fault, when
 ):
+    """late: between what was used and what was made; end: after the last artifact."""
     with serve(KEY) as backend:
-        backend.away = when == "start"
+        backend.fault = fault if when == "start" else None
         started = time.monotonic()
         tracker = open_online(tmp_path / "run", backend, monkeypatch)
-        tracker.log({"train/loss": 0.7}, epoch=1)
-        backend.away = when in ("start", "middle")
-        if when != "end":
-            outcome = log_everything(tracker, tmp_path)
-        else:
-            tracker.log_media("eval/gallery", Gallery([Picture(png(), "TP")]))
-            backend.away = True
-            outcome = tracker.finish()
-        took = time.monotonic() - started
-    assert took < 90
+        backend.fault = fault if when in ("start", "middle") else None
+        log_inputs(tracker)
+        backend.fault = fault if when in ("start", "middle", "late") else None
+        log_all_but_the_end(tracker, tmp_path)
+        backend.fault = fault
+        tracker.log_media("eval/last", Gallery([Picture(png(16), "last")]))
+        outcome = tracker.finish()
+        assert time.monotonic() - started < 90
+
+    assert outcome.mode == "offline"
     assert outcome.failures
-    assert outcome.sync_command is not None
-    assert "wandb sync" in outcome.lines()[0]
-    records = [record for folder in outcome.folders for record in read_run(folder)]
+    assert outcome.lines()[0].endswith(f"wandb sync {outcome.folder}")
+    assert_complete(read_run(outcome.folder))
+    assert (outcome.folder / "files" / "media" / "images" / "eval").is_dir()
+
+
+def log_inputs(tracker):
+    tracker.log({"train/loss": 0.7}, epoch=1)
+    content = {"manifest.json": b"{}"}
+    for name in ("shards", "other"):
+        tracker.log_artifact(Artifact(name, "dataset", content), role="input")
+
+
+def assert_complete(records):
+    """One run holds all of it, whatever had been sent before."""
     history = [items(r.history.item) for r in records if r.HasField("history")]
-    assert (1, 0.7) in [(h.get("epoch"), h.get("train/loss")) for h in history]
-    if when == "middle":  # nothing is lost of what came after
-        logged = {key for row in history for key in row}
-        assert {"eval/gallery/captions", "eval/roc_table/nrows", "eval/report/_type"} <= logged
-        assert {r.artifact.name for r in records if r.HasField("artifact")} >= {"net"}
+    rows = [(h["epoch"], h["train/loss"]) for h in history if "epoch" in h]
+    assert rows == [(1, 0.7), (1, 0.7), (2, 0.5)]
+    logged = {key for row in history for key in row}
+    assert {"eval/gallery/captions", "eval/roc_table/nrows", "eval/report/_type"} <= logged
+    assert "eval/last/captions" in logged
+    artifacts = {r.artifact.name: r.artifact for r in records if r.HasField("artifact")}
+    assert "best" in artifacts["net"].aliases
+    configs = [items(r.config.update) for r in records if r.HasField("config")]
+    assert [i["name"] for i in configs[-1]["inputs"]] == ["shards", "other", "shards"]
+    summary = [items(r.summary.update) for r in records if r.HasField("summary")]
+    assert {"test/auroc": 0.8} in summary
+
+
+@pytest.mark.slow
+def test_a_step_that_never_ends_is_left_behind(tmp_path, clean_environment, monkeypatch):
+    with serve(KEY) as backend:
+        tracker = open_online(tmp_path / "run", backend, monkeypatch, step_timeout_s=1.0)
+        backend.fault = "uploads hang"
+        log_inputs(tracker)
+        outcome = tracker.finish()
+    assert "TimeoutError: no answer for 1 s" in outcome.failures[0]
+    assert outcome.sync_command is not None
+
+
+def test_inputs_keep_their_aliases_and_stand_in_the_config(
+    tmp_path, clean_environment, monkeypatch
+):
+    with serve(KEY) as backend:
+        tracker = open_online(tmp_path / "run", backend, monkeypatch)
+        for name in ("model-a", "model-b"):
+            used = Artifact(name, "model", {"x": name.encode()}, ["best"], {"run": name[-1]})
+            tracker.log_artifact(used, role="input")
+        assert tracker.finish().failures == ()
+    given = {a["name"]: a["input"].get("aliases") for a in backend.artifacts.values()}
+    for name in ("model-a", "model-b"):
+        assert "best" not in str(given[name])
+    assert backend.used == ["model-a", "model-b"]
+    (run,) = backend.runs.values()
+    kept = json.loads(run["config"])["inputs"]["value"]
+    assert [(i["name"], i["run"]) for i in kept] == [("model-a", "a"), ("model-b", "b")]
+
+
+def test_host_and_command_line_are_not_told(tmp_path, clean_environment, monkeypatch):
+    with serve(KEY) as backend:
+        log_everything(open_online(tmp_path / "run", backend, monkeypatch), tmp_path)
+    sent = b"".join(backend.uploads.values()) + json.dumps(backend.runs).encode()
+    for private in (f'"{socket.gethostname()}"', sys.executable, "-m pytest", "--tb"):
+        assert private.encode() not in sent
 
 
 def test_overlays_and_thumbnails_are_read_back(tmp_path, clean_environment):

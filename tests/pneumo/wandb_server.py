@@ -1,7 +1,6 @@
 """A W&B backend on loopback, as much of one as wandb-core needs to send a run; and its faults.
 
-It answers the GraphQL operations by name, keeps what is sent, and can go away: `away` makes every
-request fail as a broken connection does.
+It answers the GraphQL operations by name, keeps what is sent, and can fail in the ways of FAULTS.
 """
 
 from __future__ import annotations
@@ -16,8 +15,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Literal, get_args
 
+Fault = Literal["away", "uploads 503", "uploads 403", "uploads hang", "GraphQL hangs"]
+"""away: every request ends in a broken connection. The others leave the rest of the server well:
+an upload is refused, or no answer ever comes."""
+FAULTS: tuple[Fault, ...] = get_args(Fault)
 ENTITY = "tester"
 PROJECT = {"id": "UDox", "internalId": "UDox", "name": "pneumo", "entity": {"name": ENTITY}}
 
@@ -28,7 +31,7 @@ class Backend:
 
     key: str
     url: str = ""
-    away: bool = False
+    fault: Fault | None = None
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
     stream: dict[str, dict[int, str]] = field(default_factory=lambda: defaultdict(dict))
     uploads: dict[str, bytes] = field(default_factory=dict)
@@ -38,6 +41,8 @@ class Backend:
     manifests: int = 0
     unknown: list[str] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    closed: threading.Event = field(default_factory=threading.Event)
+    """Whoever hangs may go."""
 
     def history(self) -> list[dict[str, Any]]:
         """The rows that were logged, in order."""
@@ -181,9 +186,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self._read()
-        if self.backend.away:
-            self.close_connection = True
-            self.connection.close()
+        if self._fail():
             return
         with self.backend.lock:
             if self.path == "/graphql":
@@ -200,6 +203,23 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send(404, {})
 
     do_PUT = do_GET = do_HEAD = do_POST  # noqa: N815
+
+    def _fail(self) -> bool:
+        """Whether the fault has met this request."""
+        fault, is_upload = self.backend.fault, self.path.startswith("/upload/")
+        if fault in ("uploads 503", "uploads 403") and is_upload:
+            self._send(int(fault[-3:]), {})
+            return True
+        is_silent = (fault == "uploads hang" and is_upload) or (
+            fault == "GraphQL hangs" and self.path == "/graphql"
+        )
+        if is_silent:
+            self.backend.closed.wait()
+        if is_silent or fault == "away":
+            self.close_connection = True
+            self.connection.close()
+            return True
+        return False
 
     def _answer_query(self, query: dict[str, Any]) -> None:
         named = re.search(r"(?:query|mutation)\s+(\w+)", query["query"])
@@ -236,18 +256,22 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Nothing on the terminal of a client that did not wait."""
+
+
 @contextmanager
 def serve(key: str) -> Iterator[Backend]:
     """A backend that takes `key`, on a port of its own."""
     backend = Backend(key)
-    server = ThreadingHTTPServer(
-        ("127.0.0.1", 0), type("Handler", (_Handler,), {"backend": backend})
-    )
+    server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"backend": backend}))
     server.daemon_threads = True
     backend.url = f"http://127.0.0.1:{server.server_address[1]}"
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     try:
         yield backend
     finally:
+        backend.closed.set()
         server.shutdown()
         server.server_close()

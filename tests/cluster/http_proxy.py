@@ -1,4 +1,4 @@
-"""A proxy in front of an API server that fails as told."""
+"""A proxy in front of an API server or a Ray dashboard that fails as told."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Rule:
 
 
 @dataclass
-class KubeProxy:
+class FaultyProxy:
     """Plain HTTP on loopback, relayed to `upstream` with the caller's token."""
 
     upstream: str
@@ -44,7 +44,7 @@ class KubeProxy:
     """What of each path is asked of the server as what."""
     injected: list[Rule] = field(default_factory=list)
 
-    def __enter__(self) -> KubeProxy:
+    def __enter__(self) -> FaultyProxy:
         self._http = _Server(self)
         self.url = f"http://127.0.0.1:{self._http.server_port}"
         threading.Thread(target=self._http.serve_forever, daemon=True).start()
@@ -75,6 +75,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._relay()
 
     def do_POST(self) -> None:
+        self._relay()
+
+    def do_PUT(self) -> None:
         self._relay()
 
     def do_DELETE(self) -> None:
@@ -135,15 +138,17 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             sent += len(data)
 
-    def _ask(self) -> http.client.HTTPSConnection:
+    def _ask(self) -> http.client.HTTPConnection:
         proxy = self.server.proxy
         target = urlsplit(proxy.upstream)
-        upstream = http.client.HTTPSConnection(
-            str(target.hostname),
-            target.port,
-            context=ssl._create_unverified_context(),
-            timeout=60,
-        )
+        host, port = str(target.hostname), target.port
+        if target.scheme == "https":
+            trust = ssl._create_unverified_context()
+            upstream: http.client.HTTPConnection = http.client.HTTPSConnection(
+                host, port, context=trust, timeout=60
+            )
+        else:
+            upstream = http.client.HTTPConnection(host, port, timeout=60)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         headers = {k: v for k, v in self.headers.items() if k.lower() != "host"}
         path = self.path.replace(*proxy.rewrite) if proxy.rewrite[0] else self.path
@@ -157,6 +162,6 @@ class _Handler(BaseHTTPRequestHandler):
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self, proxy: KubeProxy) -> None:
+    def __init__(self, proxy: FaultyProxy) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.proxy = proxy

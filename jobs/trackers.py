@@ -1,0 +1,37 @@
+"""A job's run in W&B: where its files lie while it is open, and what becomes of them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from jobs.command import say
+from pneumo import storage
+from pneumo.tracking import Tracker, TrackingOutcome
+from pneumo.tracking.backlog import keep_backlog
+
+
+def tracking_folder(run_url: str) -> Path | None:
+    """Where W&B's files go: into the run's own folder where it is local; None lets `open_tracker`
+    take a temporary one, which `close_tracker` deletes."""
+    return storage.local_path(run_url) if storage.is_local(run_url) else None
+
+
+def close_tracker(tracker: Tracker, run_url: str) -> None:
+    """Finish tracking; what W&B could not send ends in the run's own folder, and it is said."""
+    outcome = finish_quietly(tracker, run_url)
+    if outcome.sync_command is not None and not storage.is_local(run_url):
+        say(f"W&B: not (all) sent; to send it: python -m pneumo.tracking sync {run_url}")
+        return
+    for line in outcome.lines():
+        say(line)
+
+
+def finish_quietly(tracker: Tracker, run_url: str) -> TrackingOutcome:
+    """The same without a word."""
+    outcome = tracker.finish()
+    if outcome.root is not None and not storage.is_local(run_url):
+        if outcome.sync_command is not None:
+            keep_backlog(outcome, run_url)
+        shutil.rmtree(outcome.root.parent, ignore_errors=True)
+    return outcome

@@ -1,0 +1,117 @@
+"""What a run can be told to log: pictures, charts, tables, a page, files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Scalar = float | int | str | bool | None
+MAX_IMAGES = 108
+"""W&B shows no more pictures under one key."""
+MAX_ROWS = 10_000
+"""W&B draws no more rows."""
+
+
+@dataclass(frozen=True, eq=False)
+class Overlay:
+    """Classes of pixels, which W&B can lay over a picture and take off again."""
+
+    classes: npt.NDArray[np.uint8]
+    """(H, W) of the picture; 0 is nothing."""
+    labels: Mapping[int, str]
+    name: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An encoded image (PNG, WebP), its caption, and boxes to draw over it."""
+
+    data: bytes
+    caption: str
+    boxes: Sequence[tuple[float, float, float, float]] = ()
+    """(x, y, width, height) in pixels of the picture."""
+    box_label: str = "reference"
+    mask: Overlay | None = None
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Pictures side by side; the first MAX_IMAGES are shown."""
+
+    pictures: Sequence[Picture]
+
+
+@dataclass(frozen=True)
+class LineChart:
+    """An interactive chart."""
+
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]]
+    """(x, y) of equal length, by the line's name; MAX_ROWS points altogether."""
+    title: str
+    x_label: str
+    y_label: str
+
+    def rows(self) -> list[tuple[str, float, float]]:
+        """(line, x, y) of every point."""
+        return [
+            (name, float(x), float(y))
+            for name, (xs, ys) in self.series.items()
+            for x, y in zip(xs, ys, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class ConfusionChart:
+    """A confusion matrix from the counts tp, fp, fn, tn."""
+
+    counts: Mapping[str, int]
+    title: str
+
+    def rows(self) -> list[tuple[str, str, int]]:
+        """(actual, predicted, count) of each cell."""
+        cells = (("0", "0", "tn"), ("0", "1", "fp"), ("1", "0", "fn"), ("1", "1", "tp"))
+        return [(actual, predicted, self.counts[name]) for actual, predicted, name in cells]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of scalars; W&B shows MAX_ROWS."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Scalar]]
+
+
+@dataclass(frozen=True)
+class PictureTable:
+    """Rows of scalars and pictures; W&B shows MAX_ROWS."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Picture | Scalar]]
+
+
+@dataclass(frozen=True)
+class Page:
+    """A self-contained HTML page."""
+
+    html: str
+
+
+Media = Gallery | LineChart | ConfusionChart | Table | PictureTable | Page
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """Files under a versioned name; W&B takes equal content for one version."""
+
+    name: str
+    type: str
+    """'dataset', 'model' or 'evaluation'."""
+    files: Mapping[str, Path | bytes]
+    """Name inside the artifact -> local file, which is copied, or content."""
+    aliases: Sequence[str] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,51 @@
+"""Whether W&B is asked for online, offline or not at all."""
+
+from __future__ import annotations
+
+import netrc
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+from pneumo.config import TrackingConfig
+
+Mode = Literal["online", "offline", "disabled"]
+
+_MODES: tuple[Mode, ...] = ("online", "offline", "disabled")
+"""From the least private to the most."""
+CLOUD_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
+"""Whose login in the netrc file counts when WANDB_BASE_URL names no other server."""
+
+
+def choose_mode(config: TrackingConfig, environ: Mapping[str, str]) -> Mode:
+    """What `config.mode` means here.
+
+    auto is online with a key (WANDB_API_KEY or a login in the netrc file) and offline without.
+    WANDB_MODE replaces auto; where both are explicit, the more private of the two holds.
+    """
+    mode: Mode = _default_mode(environ) if config.mode == "auto" else config.mode
+    wanted = {"dryrun": "offline", "run": "online"}.get(
+        environ.get("WANDB_MODE", ""), environ.get("WANDB_MODE")
+    )
+    for candidate in _MODES:
+        if candidate == wanted and (config.mode == "auto" or _is_more_private(candidate, mode)):
+            return candidate
+    return mode
+
+
+def _is_more_private(one: Mode, other: Mode) -> bool:
+    return _MODES.index(one) > _MODES.index(other)
+
+
+def _default_mode(environ: Mapping[str, str]) -> Mode:
+    if environ.get("WANDB_API_KEY"):
+        return "online"
+    base_url = environ.get("WANDB_BASE_URL")
+    hosts = [urlsplit(base_url).netloc] if base_url else CLOUD_HOSTS
+    path = Path(environ.get("NETRC") or Path(environ.get("HOME", "~")).expanduser() / ".netrc")
+    try:
+        logins = netrc.netrc(path)
+    except (OSError, netrc.NetrcParseError):
+        return "offline"
+    return "online" if any(logins.authenticators(host) for host in hosts) else "offline"

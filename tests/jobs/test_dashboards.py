@@ -1,0 +1,92 @@
+"""The workspaces show what the jobs send, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import queue
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from jobs import sending
+from jobs.following import Follower
+from pneumo.config import Config, override
+from pneumo.dashboards import build_views, describe_view
+from pneumo.explain import ERRORS, OUTCOMES
+from pneumo.figures import Pictures
+from pneumo.partition import World
+from pneumo.tracking import ConfusionChart, LineChart, MemoryTracker
+from pneumo.train import Hooks, fit
+from tests.conftest import StoreMaker
+from tests.jobs.test_sending import case, judged
+from tests.pneumo.test_report_degenerate import looks
+
+
+def list_keys(view: Any) -> set[str]:
+    """What the panels of a workspace are told to show."""
+
+    def walk(part: Any, name: str = "") -> Iterator[str]:
+        if isinstance(part, dict):
+            for key, value in part.items():
+                yield from walk(value, key)
+        elif isinstance(part, list):
+            for value in part:
+                yield from walk(value, name)
+        elif isinstance(part, str) and (name in ("metrics", "mediaKeys") or part[:5] == "eval/"):
+            yield part
+
+    return set(walk(describe_view(view)))
+
+
+def list_sent(tracker: MemoryTracker) -> set[str]:
+    """Under which keys W&B has what a tracker was given; a chart's rows are a table."""
+    charts = {
+        f"{key}_table"
+        for key, media in tracker.media.items()
+        if isinstance(media, LineChart | ConfusionChart)
+    }
+    rows = {key for row in tracker.history for key in row}
+    return charts | rows | set(tracker.media) | set(tracker.summary)
+
+
+def test_the_workspace_of_training_shows_what_is_logged(
+    tiny_store: StoreMaker, tmp_path: Path
+) -> None:
+    settings = {
+        "model.weights": "random",
+        "train.epochs": 1,
+        "train.batch_size": 16,
+        "train.micro_batch_size": 16,
+    }
+    messages: Any = queue.Queue()
+    fit(
+        override(Config(), settings),
+        store_url=tiny_store(),
+        run_url=str(tmp_path),
+        world=World(0, 1),
+        device=torch.device("cpu"),
+        hooks=Hooks(on_epoch=messages.put),
+    )
+    tracker, ended = MemoryTracker(), Future[None]()
+    ended.set_result(None)
+    Follower(messages, tracker, epochs=1).follow(ended)
+    wanted = list_keys(build_views("pneumo", "team")["Train"])
+    assert wanted
+    assert wanted - list_sent(tracker) == set()
+
+
+def test_the_workspace_of_evaluation_shows_what_is_sent() -> None:
+    tracker, found = MemoryTracker(), judged()
+    shown = [dataclasses.replace(case(), cam=np.zeros((8, 8), np.float32))]
+    pictures = Pictures(
+        shown, dict.fromkeys(OUTCOMES, shown), dict.fromkeys(ERRORS, shown), [], sample=shown
+    )
+    sending.log_evaluation(tracker, found, looks(0.1, 0.2))
+    sending.log_pictures(tracker, pictures, found)
+    wanted = list_keys(build_views("pneumo", "team")["Evaluate"])
+    assert len(wanted) > 15
+    assert wanted - list_sent(tracker) == set()
