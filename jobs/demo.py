@@ -12,9 +12,10 @@ from pathlib import Path
 from jobs.command import run_main, say
 from jobs.evaluate import evaluate_run
 from jobs.prepare import prepare
+from jobs.search_results import BEST
 from jobs.session import ray_session
 from jobs.train import train
-from jobs.tune import BEST, tune
+from jobs.tune import tune
 from pneumo import storage
 from pneumo.config import Invocation, parse_command_line
 from pneumo.studies import PRIVATE_FOLDER

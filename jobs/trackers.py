@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jobs.command import say
 from pneumo import storage
-from pneumo.tracking import Tracker
+from pneumo.tracking import Tracker, TrackingOutcome
 from pneumo.tracking.backlog import keep_backlog
 
 
@@ -19,14 +19,19 @@ def tracking_folder(run_url: str) -> Path | None:
 
 def close_tracker(tracker: Tracker, run_url: str) -> None:
     """Finish tracking; what W&B could not send ends in the run's own folder, and it is said."""
-    outcome = tracker.finish()
-    if storage.is_local(run_url) or outcome.root is None:
-        for line in outcome.lines():
-            say(line)
-        return
-    if outcome.sync_command is None:
-        say(f"W&B: {outcome.url}")
-    else:
-        keep_backlog(outcome, run_url)
+    outcome = finish_quietly(tracker, run_url)
+    if outcome.sync_command is not None and not storage.is_local(run_url):
         say(f"W&B: not (all) sent; to send it: python -m pneumo.tracking sync {run_url}")
-    shutil.rmtree(outcome.root.parent, ignore_errors=True)
+        return
+    for line in outcome.lines():
+        say(line)
+
+
+def finish_quietly(tracker: Tracker, run_url: str) -> TrackingOutcome:
+    """The same without a word."""
+    outcome = tracker.finish()
+    if outcome.root is not None and not storage.is_local(run_url):
+        if outcome.sync_command is not None:
+            keep_backlog(outcome, run_url)
+        shutil.rmtree(outcome.root.parent, ignore_errors=True)
+    return outcome

@@ -23,6 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from jobs.board import Board
 from jobs.command import new_run_url, run_job, say
 from jobs.following import Follower, worker_hooks
+from jobs.judging import Shared, TrialJudge
 from jobs.lineage import describe_dataset, describe_weights
 from jobs.nodes import Node
 from jobs.recovery import STOPPED, Recovery, wait_for_workers
@@ -134,12 +135,14 @@ def build_trainer(
     cluster: ClusterConfig | None = None,
     board: Board | None = None,
     nodes: Sequence[Node] = (),
+    shared: Shared | None = None,
 ) -> TorchTrainer:
     """A TorchTrainer whose every worker runs `fit` as one DDP rank, on `nodes` if there are any.
 
     `cluster` says how many there are and what each gets, where that is not what the configuration
     says, which a checkpoint keeps. With a board, workers stop when it says so, and the first
-    failure ends the trainer's `fit`: `Recovery` deals with it.
+    failure ends the trainer's `fit`: `Recovery` deals with it. `shared` makes it a trial of a
+    search.
     """
     cluster = cluster or config.cluster
     failures = (
@@ -155,6 +158,7 @@ def build_trainer(
             "run_url": run_url,
             "messages": messages,
             "board": board,
+            "shared": shared,
         },
         torch_config=TorchConfig(timeout_s=RENDEZVOUS_TIMEOUT_S),
         scaling_config=ScalingConfig(
@@ -231,6 +235,12 @@ def _train_worker(settings: dict[str, Any]) -> str | None:
     board: Board | None = settings["board"]
     if board is not None:
         hooks = replace(hooks, should_stop=board.listen(world.rank).is_set)
+    shared: Shared | None = settings["shared"]
+    held = {}
+    if shared is not None:
+        judge = TrialJudge(shared, settings["run_url"], world)
+        hooks = judge.hooks(hooks, ray.train.report)
+        held = shared.fetch(config.data.image_size)
     try:
         fit(
             config,
@@ -239,6 +249,7 @@ def _train_worker(settings: dict[str, Any]) -> str | None:
             world=world,
             device=ray.train.torch.get_device(),
             hooks=hooks,
+            held=held,
         )
     except PreemptedError:
         return STOPPED

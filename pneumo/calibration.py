@@ -153,9 +153,32 @@ def _fit_checked(
     return Scaling(method, slope, intercept, _cross_validate(method, positive, logit, folds))
 
 
+def cross_validated_losses(
+    method: Method,
+    target: npt.ArrayLike,
+    logit: npt.ArrayLike,
+    patient: npt.NDArray[Any],
+    *,
+    seed: int,
+) -> Floats:
+    """The log loss in nats of each study (N,), scaled by what the other folds' patients say.
+
+    Raises MetricError for one class only, a NaN or an infinity.
+    """
+    positive, logit64 = check_scores(target, logit)
+    scaled = _scale_by_others(method, positive, logit64, _draw_folds(patient, seed))
+    return _log_losses(positive, scaled)
+
+
 def _cross_validate(
     method: Method, positive: npt.NDArray[np.bool_], logit: Floats, folds: npt.NDArray[np.intp]
 ) -> float:
+    return float(np.mean(_log_losses(positive, _scale_by_others(method, positive, logit, folds))))
+
+
+def _scale_by_others(
+    method: Method, positive: npt.NDArray[np.bool_], logit: Floats, folds: npt.NDArray[np.intp]
+) -> Floats:
     scaled = np.empty(len(logit))
     for fold in range(FOLDS):
         held_out = folds == fold
@@ -164,7 +187,7 @@ def _cross_validate(
         except MetricError:  # a fold of one class only
             slope, intercept = 1.0, 0.0
         scaled[held_out] = slope * logit[held_out] + intercept
-    return _log_loss(positive, scaled)
+    return scaled
 
 
 def _draw_folds(patient: npt.NDArray[Any], seed: int) -> npt.NDArray[np.intp]:
@@ -175,7 +198,11 @@ def _draw_folds(patient: npt.NDArray[Any], seed: int) -> npt.NDArray[np.intp]:
 
 
 def _log_loss(positive: npt.NDArray[np.bool_], logit: Floats) -> float:
-    return float(np.mean(np.logaddexp(0, np.where(positive, -logit, logit))))
+    return float(np.mean(_log_losses(positive, logit)))
+
+
+def _log_losses(positive: npt.NDArray[np.bool_], logit: Floats) -> Floats:
+    return np.logaddexp(0, np.where(positive, -logit, logit))
 
 
 def fit_logistic(x: Floats, y: Floats, weights: Floats) -> tuple[Floats, Floats]:

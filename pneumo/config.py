@@ -21,7 +21,15 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
@@ -35,6 +43,7 @@ from pydantic_settings import (
 from pneumo import storage
 from pneumo.errors import ConfigError
 from pneumo.revision import REVISION
+from pneumo.space import Domain, Space, flatten, grid_points, sample
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -210,35 +219,87 @@ class TrainConfig(Section):
 
 
 class TuneConfig(Section):
-    """What the search tries."""
+    """What the search tries, and how it judges."""
 
-    num_trials: PositiveInt = 8
-    """Settings to try."""
-    epochs: PositiveInt = 4
-    """Epochs of a trial."""
-    lr_low: PositiveFloat = 1e-5
-    """Smallest learning rate; the search is uniform in its logarithm."""
-    lr_high: PositiveFloat = 3e-3
-    """Largest learning rate."""
-    pos_weight_low: PositiveFloat = 0.5
-    """Smallest weight of positives; the search is uniform in its logarithm."""
-    pos_weight_high: PositiveFloat = 10.0
-    """Largest weight of positives."""
+    space: Annotated[Space, BeforeValidator(flatten)] = {
+        "train.lr": Domain.model_validate(["log_uniform", 1e-5, 3e-3]),
+        "train.pos_weight": Domain.model_validate(["log_uniform", 0.5, 10.0]),
+    }
+    """Keys of the configuration and what each may be, best written in a recipe, see
+    pneumo/space.py: `train.lr = ["log_uniform", 1e-5, 3e-3]`, uniform, integer, choice, or a
+    value."""
+    algorithm: Literal["tpe", "random", "grid"] = "tpe"
+    """How settings are drawn: Optuna's TPE, which learns from the trials, at random, or all of a
+    grid."""
+    num_trials: PositiveInt = 16
+    """Settings to try; a grid has its own number."""
+    epochs: PositiveInt = 8
+    """Epochs of a trial that is not stopped early."""
+    early_stopping: Literal["asha", "none"] = "asha"
+    """ASHA stops, at each rung, the trials that are behind those that got there before."""
+    grace_epochs: PositiveInt = 2
+    """Epochs that each trial gets: the first rung; the next are `reduction_factor` times as
+    high."""
+    reduction_factor: Annotated[int, Field(ge=2, le=16)] = 3
+    """One in so many trials goes on from a rung."""
+    objective: Literal["auroc", "sensitivity", "log_loss"] = "auroc"
+    """What is looked for on val: the highest AUROC, the highest sensitivity at `specificity`, or
+    the lowest log loss after Platt's calibration, which pos_weight distorts otherwise."""
+    specificity: Annotated[float, Field(gt=0, lt=1)] = 0.90
+    """Specificity at which objective 'sensitivity' is taken."""
+    smoothing_epochs: PositiveInt = 2
+    """A trial is judged by the mean over its last so many epochs, not by its luckiest one."""
+    confirm: Annotated[int, Field(ge=0)] = 0
+    """Train each of the best settings again with so many new seeds, and choose by their mean;
+    0: trust the search."""
+    confirm_settings: PositiveInt = 3
+    """How many of the best settings are confirmed."""
     workers_per_trial: PositiveInt = 1
     """Workers of one trial; above 1 each trial is a Ray Train run of its own."""
-    early_stopping: bool = True
-    """Whether ASHA stops the trials that fall behind."""
 
     @model_validator(mode="after")
-    def _bounds_in_order(self) -> Self:
-        if self.lr_low > self.lr_high:
-            raise ValueError(f"lr_low {self.lr_low} is above lr_high {self.lr_high}")
-        if self.pos_weight_low > self.pos_weight_high:
-            raise ValueError(
-                f"pos_weight_low {self.pos_weight_low} is above "
-                f"pos_weight_high {self.pos_weight_high}"
-            )
+    def _everything_has_an_effect(self) -> Self:
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+
+        def refuse(name: str, why: str) -> None:
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(f"{name} {getattr(self, name)} has no effect {why}")
+
+        if self.early_stopping == "none":
+            refuse("grace_epochs", "without early_stopping")
+            refuse("reduction_factor", "without early_stopping")
+        elif self.grace_epochs > self.epochs and self.grace_epochs != defaults["grace_epochs"]:
+            raise ValueError(f"grace_epochs {self.grace_epochs} are more than epochs {self.epochs}")
+        if self.objective != "sensitivity":
+            refuse("specificity", f"on objective {self.objective}")
+        if not self.confirm:
+            refuse("confirm_settings", "without confirm")
+        if self.algorithm == "grid":
+            refuse("num_trials", "on a grid, which has its own number")
+            grid_points(self.space)
+        elif not any(domain.varies for domain in self.space.values()):
+            raise ValueError("space holds nothing that varies; give a range or a choice")
+        for key, domain in self.space.items():
+            if domain.points is not None and self.algorithm != "grid":
+                raise ValueError(
+                    f"space: {key}: points {domain.points} have an effect on a grid only"
+                )
         return self
+
+    @property
+    def trials(self) -> int:
+        """Settings that will be tried."""
+        return grid_points(self.space) if self.algorithm == "grid" else self.num_trials
+
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        """Epochs after which ASHA compares, in order; none without early stopping."""
+        if self.early_stopping == "none":
+            return ()
+        rungs = [min(self.grace_epochs, self.epochs)]
+        while rungs[-1] * self.reduction_factor < self.epochs:
+            rungs.append(rungs[-1] * self.reduction_factor)
+        return tuple(rung for rung in rungs if rung < self.epochs)
 
 
 class EvaluateConfig(Section):
@@ -473,6 +534,8 @@ def parse_command_line(
     arguments = {k: v for k, v in flags.items() if k in spec.arguments.model_fields}
     layers[-1] = (layers[-1][0], {k: v for k, v in flags.items() if k not in arguments})
     config = _validate(Config, layers)
+    if job == "tune":
+        check_space(config)
     if job != "train" and config.cluster.min_workers is not None:
         raise ConfigError(f"cluster.min_workers: {job} is not elastic, only train is; leave it out")
     return Invocation(
@@ -492,6 +555,39 @@ def override(config: Config, changes: Mapping[str, Any], layer: str = "the searc
             branch = branch.setdefault(parent, {})
         branch[leaf] = value
     return _validate(Config, [("the configuration", config.model_dump()), (layer, tree)])
+
+
+def check_space(config: Config) -> list[dict[str, Any]]:
+    """Settings that stand for all that the search space may draw, each of them allowed.
+
+    Raises ConfigError naming the key that is unknown, not to be searched, or may draw a value that
+    is not allowed.
+    """
+    known = tuple(_flatten_fields(Config))
+    for key in config.tune.space:
+        if key not in known:
+            raise ConfigError(f"tune.space: unknown setting {key}{_did_you_mean(key, known)}")
+        if reason := _NOT_SEARCHED.get(key):
+            raise ConfigError(f"tune.space: {key} cannot be searched: {reason}")
+        if key.split(".")[0] not in _SEARCHED and key != "data.image_size":
+            raise ConfigError(
+                f"tune.space: {key} has no effect on how a model learns; searched are "
+                f"data.image_size and what is in {', '.join(_SEARCHED)}"
+            )
+    settings = sample(config.tune.space)
+    for setting in settings:
+        override(config, setting, "tune.space")
+    return settings
+
+
+_SEARCHED = ("augment", "model", "train")
+_NOT_SEARCHED = {
+    "seed": "the luckiest would win; tune.confirm trains the best with new ones",
+    "train.epochs": "a trial has tune.epochs",
+    "train.keep_checkpoints": "it changes no model",
+    "train.checkpoint_every_steps": "it changes no model",
+    "train.compile": "it changes no model",
+}
 
 
 def read_recipe(name_or_url: str) -> dict[str, Any]:

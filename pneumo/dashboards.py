@@ -66,14 +66,17 @@ def _train() -> Mapping[str, Sequence[Any]]:
 def _tune() -> Mapping[str, Sequence[Any]]:
     columns = [
         panels.ParallelCoordinatesPlotColumn(metric=key)
-        for key in ("c::train.lr", "c::train.pos_weight", "best/val_auroc")
+        for key in ("c::train.lr", "c::train.pos_weight", "tune/objective")
     ]
     return {
         "Search": [
             panels.ParallelCoordinatesPlot(columns=columns),
-            panels.ParameterImportancePlot(with_respect_to="best/val_auroc"),
-            panels.ScatterPlot(x="best/lr", y="best/val_auroc"),
-        ]
+            panels.ParameterImportancePlot(with_respect_to="tune/objective"),
+            panels.ScatterPlot(x="c::train.lr", y="tune/objective"),
+            panels.ScatterPlot(x="c::train.pos_weight", y="tune/objective"),
+        ],
+        "Learning": [panels.LinePlot(title="Objective on val", x="epoch", y=["val/objective"])],
+        "Trials": [panels.WeavePanelSummaryTable(table_name="tune/trials")],
     }
 
 

@@ -8,6 +8,7 @@ with an error that names the shard.
 
 from __future__ import annotations
 
+import warnings
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,6 +43,18 @@ class Samples:
     """(B, 1, S, S) uint8, 0 = black."""
     targets: Tensor
     """(B,) float32, 0 or 1, on the CPU."""
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """A whole split, decoded: several trainings on one machine can share its memory."""
+
+    keys: tuple[str, ...]
+    """(N,) in the store's order."""
+    images: npt.NDArray[np.uint8]
+    """(N, 1, S, S), 0 = black; may be read-only."""
+    targets: npt.NDArray[np.float32]
+    """(N,) of 0 and 1."""
 
 
 class Feed(Protocol):
@@ -123,16 +136,36 @@ class Blocks:
 class Memory:
     """A split as one uint8 tensor, filled with what is asked for when it first is."""
 
-    def __init__(self, blocks: Blocks, *, readers: int, device: torch.device) -> None:
+    def __init__(
+        self, blocks: Blocks, *, readers: int, device: torch.device, held: Held | None = None
+    ) -> None:
+        """`held`: the split as somebody else has read it; nothing is read then."""
         count = int(blocks.sizes.sum())
-        size = blocks.image_size
+        shape = (count, 1, blocks.image_size, blocks.image_size)
         self.blocks, self.readers = blocks, readers
-        # On a CPU pages that are never written take no memory: a rank that evaluates a share of the
-        # split holds its share.
-        self.images = torch.empty((count, 1, size, size), dtype=torch.uint8, device=device)
-        self.targets = torch.empty(count, dtype=torch.float32)
         self.keys = [""] * count
         self.loaded: set[int] = set()
+        if held is None:
+            # On a CPU pages that are never written take no memory: a rank that evaluates a share
+            # of the split holds its share.
+            self.images = torch.empty(shape, dtype=torch.uint8, device=device)
+            self.targets = torch.empty(count, dtype=torch.float32)
+            return
+        if held.images.shape != shape:
+            raise DataError(
+                f"split {blocks.split}: pictures {held.images.shape} are held, expected {shape}"
+            )
+        with warnings.catch_warnings():  # shared memory cannot be written to, and is not
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            self.images = torch.from_numpy(held.images).to(device)
+            self.targets = torch.from_numpy(held.targets)
+        self.keys = list(held.keys)
+        self.loaded = set(range(len(blocks.sizes)))
+
+    def hold(self) -> Held:
+        """All of the split, read if need be; it shares this object's memory."""
+        self._fill([np.arange(len(self.keys), dtype=np.int64)])
+        return Held(tuple(self.keys), self.images.numpy(), self.targets.numpy())
 
     def feed(self, plan: Sequence[Rows]) -> Iterator[Samples]:
         self._fill(plan)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from pneumo.model import Initialisation
+from pneumo.predict import Scores
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,9 @@ class Hooks:
     """A line worth knowing: how each split is fed, what went wrong and was mended."""
     on_pace: Callable[[Pace], None] = lambda pace: None
     """About once a second, and at the end of an epoch."""
+    judge: Callable[[Scores], Mapping[str, float | None]] = lambda scores: {}
+    """More metrics of an epoch: from all of val's scores, in the store's order, by the weights that
+    are scored with."""
     should_stop: Callable[[], bool] = lambda: False
     """Asked after each step and each batch of val. One rank's yes ends the run on all, with a
     checkpoint and PreemptedError."""

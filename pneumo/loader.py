@@ -16,7 +16,7 @@ from pneumo.ahead import run_ahead, send
 from pneumo.cache import BlockCache
 from pneumo.config import AugmentConfig, DataConfig
 from pneumo.errors import ConfigError, DataError
-from pneumo.feeds import Blocks, Feed, Memory, Samples, Stream
+from pneumo.feeds import Blocks, Feed, Held, Memory, Samples, Stream
 from pneumo.partition import Rows, World
 from pneumo.shards import Manifest, read_shard
 
@@ -147,8 +147,10 @@ def open_loader(
     world: World,
     device: torch.device | str,
     tell: Callable[[str], None] = lambda line: None,
+    held: Held | None = None,
 ) -> Loader:
-    """A loader of a split at `image_size`, in the way that `config.cache` says or that fits.
+    """A loader of a split at `image_size`, in the way that `config.cache` says or that fits; of
+    `held` pictures where they have been read already.
 
     `tell` hears in one line which way it is and why. Raises DataError when the manifest does not
     add up or a shard is missing or cut, and ConfigError for settings that cannot be met.
@@ -158,6 +160,11 @@ def open_loader(
     if config.cache_dir is not None:
         cache = BlockCache(config.cache_dir, int(config.cache_gb * 1e9))
     blocks = Blocks(store_url, manifest, split, image_size=image_size, cache=cache)
+    sizes = tuple(blocks.sizes.tolist())
+    if held is not None:
+        tell(f"data: {split}: shared with the others on this machine")
+        shared = Memory(blocks, readers=config.readers, device=device, held=held)
+        return Loader(shared, sizes, world, device, mean, std)
     blocks.check_shards(config.readers)
     choice = choose_way(
         config.cache,
@@ -172,7 +179,27 @@ def open_loader(
         feed = Memory(blocks, readers=config.readers, device=held_on)
     else:
         feed = Stream(blocks, readers=config.readers, prefetch_blocks=config.prefetch_blocks)
-    return Loader(feed, tuple(blocks.sizes.tolist()), world, device, mean, std)
+    return Loader(feed, sizes, world, device, mean, std)
+
+
+def hold_split(
+    store_url: str, manifest: Manifest, split: str, config: DataConfig, *, image_size: int
+) -> Held | None:
+    """The whole split in memory, for several trainings to share; None where it would be streamed.
+
+    Raises DataError, StorageError and ConfigError as `open_loader` and what it gives.
+    """
+    choice = choose_way(
+        config.cache,
+        manifest.splits[split].samples * image_size**2,
+        host_bytes=memory.free_bytes(),
+        device_bytes=None,
+    )
+    if choice.way == "stream":
+        return None
+    blocks = Blocks(store_url, manifest, split, image_size=image_size)
+    blocks.check_shards(config.readers)
+    return Memory(blocks, readers=config.readers, device=torch.device("cpu")).hold()
 
 
 def choose_way(

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
@@ -27,8 +29,8 @@ from pneumo.errors import (
     DivergedError,
     PreemptedError,
 )
-from pneumo.hooks import Epoch, Pace, Start
-from pneumo.hooks import Hooks as Hooks
+from pneumo.feeds import Held
+from pneumo.hooks import Epoch, Hooks, Pace, Start
 from pneumo.keeping import Keeper
 from pneumo.learner import Learner
 from pneumo.loader import Loader
@@ -80,9 +82,10 @@ def fit(
     world: World,
     device: torch.device,
     hooks: Hooks,
+    held: Mapping[str, Held] = MappingProxyType({}),
 ) -> list[dict[str, float | None]]:
     """Train on the store's train split, judge on val, leave checkpoints and metrics.jsonl in the
-    run.
+    run. Splits that are `held` are not read.
 
     Goes on after the run's newest checkpoint that is whole, if there is one. Returns the epochs'
     metrics. With `world.size` > 1 torch.distributed must be initialised. Raises RunError,
@@ -93,7 +96,7 @@ def fit(
         torch.cuda.set_device(device)  # what NCCL takes for collectives of objects
         torch.backends.cudnn.benchmark = True  # micro-batches are all of one shape
     manifest = read_manifest(store_url)
-    image_size = _check_settings(config, manifest, num_workers=world.size)
+    image_size = check_sizes(config, manifest, num_workers=world.size)
     resumption = take_up(config, manifest, run_url, world, hooks.on_note)
     train_data, val_data = (
         loader.open_loader(
@@ -107,6 +110,7 @@ def fit(
             world=world,
             device=device,
             tell=hooks.on_note,
+            held=held.get(split),
         )
         for split in ("train", "val")
     )
@@ -120,7 +124,9 @@ def fit(
             trained = _train_epoch(run, train_data, epoch, hooks)
             if run.keeper.is_worth_saving:
                 _save(run)
-            validated = validate(run.learner, val_data, config, world, hooks.should_stop)
+            validated = validate(
+                run.learner, val_data, config, world, hooks.should_stop, hooks.judge
+            )
             if validated is None:
                 _leave(run, epoch, world)
             taken = {"epoch_s": time.perf_counter() - started}
@@ -151,13 +157,15 @@ def check_run(config: Config, manifest: Manifest, run_url: str, *, num_workers: 
     for sizes that do not fit, a training split of one class, and weights that a fresh run could not
     begin with.
     """
-    image_size = _check_settings(config, manifest, num_workers=num_workers)
+    image_size = check_sizes(config, manifest, num_workers=num_workers)
     if find_last(config, manifest, run_url) is None:
         check_weights(config.model)
     return image_size
 
 
-def _check_settings(config: Config, manifest: Manifest, *, num_workers: int) -> int:
+def check_sizes(config: Config, manifest: Manifest, *, num_workers: int) -> int:
+    """The image size to train at. Raises ConfigError for sizes that do not fit each other or the
+    store, and for a training split of one class."""
     image_size = loader.input_size(manifest, config.data.image_size)
     train = config.train
     partition.check_batch_size(train.batch_size, train.micro_batch_size, num_workers)

@@ -7,6 +7,7 @@ model card, how to reproduce it). It holds thumbnails and numbers, and nothing t
 from pneumo.report.data import describe_duplicates
 from pneumo.report.facts import DataFacts, ModelFacts, Provenance
 from pneumo.report.page import MAX_PAGE_BYTES, render_report
+from pneumo.report.search import render_search
 from pneumo.report.summary import find_warnings, summarise
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "describe_duplicates",
     "find_warnings",
     "render_report",
+    "render_search",
     "summarise",
 ]

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from pneumo import figures
 from pneumo.comparison import ComparedRuns
 from pneumo.evaluate import DECISION, SCREENING, Evaluation
@@ -23,6 +21,7 @@ from pneumo.report.drawings import (
     show_pairs,
     show_thumbnails,
 )
+from pneumo.report.environment import make_environment
 from pneumo.report.facts import DataFacts, ModelFacts, Provenance
 from pneumo.report.groups import describe_groups
 from pneumo.report.looks import describe_looks
@@ -50,13 +49,6 @@ def render_report(
     Studies beside their maps are as large as MAX_PAGE_BYTES allows; a page of very many is larger
     than that all the same.
     """
-    environment = Environment(
-        loader=PackageLoader("pneumo.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     facts = dict(
         evaluation=evaluation,
         data=describe_data(data),
@@ -76,7 +68,7 @@ def render_report(
         card=describe_card(data, model),
         **_describe_performance(evaluation),
     )
-    template = environment.get_template("page.html.j2")
+    template = make_environment().get_template("page.html.j2")
     page = ""
     for size in PAIR_PIXELS:
         page = template.render(facts, **_describe_pictures(pictures, size))

@@ -18,9 +18,10 @@ from pneumo.config import Config, override
 from pneumo.dashboards import build_views, describe_view
 from pneumo.explain import ERRORS, OUTCOMES
 from pneumo.figures import Pictures
+from pneumo.hooks import Hooks
 from pneumo.partition import World
 from pneumo.tracking import ConfusionChart, LineChart, MemoryTracker
-from pneumo.train import Hooks, fit
+from pneumo.train import fit
 from tests.conftest import StoreMaker
 from tests.jobs.test_sending import case, judged
 from tests.pneumo.test_report_degenerate import looks

@@ -1,65 +1,318 @@
+"""Searches on a real Ray cluster: what they leave, what they refuse, what they outlast."""
+
 from __future__ import annotations
 
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 from jobs import tune
-from jobs.tune import Trial, make_recipe, search_space, trial_config, trials_at_once
+from jobs.judging import Shared
+from jobs.records import read_history, read_trials, trial_url
+from jobs.trials import share, trial_config, trials_at_once
+from jobs.tune import check_search
 from pneumo.config import Config, override, parse_command_line
-from pneumo.errors import ClusterError
+from pneumo.errors import ClusterError, ConfigError
+from pneumo.loader import open_loader
+from pneumo.partition import World
+from pneumo.shards import read_manifest
 from tests.jobs.conftest import SMALL, Prepared
+from tests.jobs.test_prepare import kill
+
+QUICK = [
+    *SMALL,
+    *("--tune.epochs", "1", "--tune.smoothing-epochs", "1", "--tune.early-stopping", "none"),
+]
+WIDE = json.dumps(
+    {"train.lr": ["log_uniform", 1e-5, 3e-3], "train.pos_weight": [*("choice", 1, 3)]}
+)
 
 
-def test_a_search_ends_with_a_table_and_a_recipe_that_train_takes(
+def wait_until(is_true: Callable[[], bool], timeout_s: float = 120) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not is_true():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+
+
+def places(prepared: Prepared, run: Path) -> list[str]:
+    return ["--store", str(prepared.store), "--run", str(run)]
+
+
+def read_table(run: Path) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = pq.read_table(run / "trials.parquet").to_pylist()
+    return rows
+
+
+def test_a_search_ends_with_a_table_a_page_and_a_recipe_that_train_takes(
     prepared: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "search"
-    flags = ["--store", str(prepared.store), "--run", str(run), *SMALL]
-    assert tune.main([*flags, "--tune.num-trials", "3", "--tune.epochs", "1"]) == 0
-    table = pq.read_table(run / "trials.parquet").to_pylist()
-    assert len(table) == 3
-    scores = [row["val_auroc"] for row in table]
-    assert scores == sorted(scores, reverse=True)
-    assert all(1e-5 <= row["lr"] <= 3e-3 and 0.5 <= row["pos_weight"] <= 10 for row in table)
-    assert len({row["lr"] for row in table}) == 3
-    recipe = run / "best.toml"
-    invocation = parse_command_line("train", ["--store", "x", "--recipe", str(recipe)], {})
-    assert invocation.config.train.lr == table[0]["lr"]
-    assert invocation.config.train.pos_weight == table[0]["pos_weight"]
+    command = [*places(prepared, run), *QUICK, "--tune.num-trials", "3"]
+    assert tune.main(command) == 0
+    table = read_table(run)
+    assert [row["state"] for row in table] == ["finished"] * 3
+    scores = [row["objective"] for row in table]
+    assert scores == sorted(scores, reverse=True)  # type: ignore[type-var]
+    assert all(row["low"] < row["objective"] < row["high"] for row in table)  # type: ignore[operator]
+    assert all(1e-5 <= row["train.lr"] <= 3e-3 for row in table)  # type: ignore[operator]
+    (chosen,) = (row for row in table if row["chosen"])
+    invocation = parse_command_line(
+        "train", ["--store", "x", "--recipe", str(run / "best.toml")], {}
+    )
+    assert invocation.config.train.lr == chosen["train.lr"]
+    assert invocation.config.train.pos_weight == chosen["train.pos_weight"]
     assert invocation.config.train.epochs == Config().train.epochs  # a trial's are fewer
-    assert table[0]["name"] in capsys.readouterr().out
+    provenance = (run / "best.toml").read_text()
+    manifest = read_manifest(str(prepared.store))
+    assert f"trial {chosen['name']} of 3" in provenance
+    assert manifest.digest[:12] in provenance
+    assert f"Trial {chosen['name']} is taken" in (run / "report.html").read_text()
+    said = capsys.readouterr()
+    assert f"taken {chosen['name']}" in said.out
+    assert "3 trials of 1 epochs, 2 at a time" in said.err
     assert not list(run.rglob("*.pt"))
-    assert tune.main(flags) == 2
+    assert not (run / "ray").exists()
+    assert tune.main(command) == 2
     assert "holds a finished search" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_trials_of_two_workers_take_turns_on_two_cpus(prepared: Prepared, tmp_path: Path) -> None:
-    code = tune.main(
-        [
-            *("--store", str(prepared.store), "--run", str(tmp_path / "search"), *SMALL),
-            *("--tune.num-trials", "2", "--tune.epochs", "1", "--tune.workers-per-trial", "2"),
-        ]
-    )
-    assert code == 0
-    table = pq.read_table(tmp_path / "search" / "trials.parquet").to_pylist()
-    assert [row["error"] for row in table] == [None, None]
+def test_the_objective_is_val_alone(prepared: Prepared, tmp_path: Path) -> None:
+    """What a trial keeps of its last epoch are val's studies, each once."""
+    run = tmp_path / "search"
+    assert tune.main([*places(prepared, run), *QUICK, "--tune.num-trials", "1"]) == 0
+    keys = pq.read_table(run / "trials" / "t001" / "val.parquet")["key"].to_pylist()
+    rows = pq.read_table(prepared.store / "studies.parquet").to_pylist()
+    assert sorted(keys) == sorted(row["key"] for row in rows if row["split"] == "val")
 
 
 def test_one_bad_setting_does_not_end_the_search(
     prepared: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = tune.main(
-        [
-            *("--store", str(prepared.store), "--run", str(tmp_path / "search"), *SMALL),
-            *("--tune.num-trials", "2", "--tune.epochs", "1"),
-            *("--tune.lr-low", "1e30", "--tune.lr-high", "1e30"),
+    run = tmp_path / "search"
+    grid = ["--tune.algorithm", "grid", "--tune.space", '{"train.lr": ["choice", 1e-3, 1e30]}']
+    assert tune.main([*places(prepared, run), *QUICK, *grid]) == 0
+    good, bad = read_table(run)
+    assert (good["train.lr"], good["state"]) == (1e-3, "finished")
+    assert (bad["train.lr"], bad["state"]) == (1e30, "diverged")
+    assert "lower train.lr" in str(bad["error"])
+    said = capsys.readouterr()
+    assert "diverged: epoch 1" in said.out
+    assert "Traceback" not in said.err
+
+
+def test_a_search_of_bad_settings_alone_says_why(
+    prepared: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "search"
+    grid = ["--tune.algorithm", "grid", "--tune.space", '{"train.lr": ["choice", 1e30, 1e31]}']
+    assert tune.main([*places(prepared, run), *QUICK, *grid]) == 1
+    assert "every trial failed" in capsys.readouterr().err
+    assert not (run / "best.toml").exists()
+
+
+def test_the_best_are_trained_again_with_new_seeds(
+    prepared: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "search"
+    again = ["--tune.confirm", "2", "--tune.confirm-settings", "1", "--tune.num-trials", "2"]
+    assert tune.main([*places(prepared, run), *QUICK, *again]) == 0
+    table = read_table(run)
+    search, confirm = ([r for r in table if r["role"] == role] for role in ("search", "confirm"))
+    assert len(search) == 2
+    assert [row["seed"] for row in sorted(confirm, key=lambda r: str(r["name"]))] == [1, 2]
+    assert {row["train.lr"] for row in confirm} == {search[0]["train.lr"]}
+    assert len({row["objective"] for row in confirm}) == 2
+    assert f"confirmed {search[0]['name']}: mean" in capsys.readouterr().out
+    assert "2 new seeds" in (run / "best.toml").read_text()
+
+
+def test_a_search_of_another_space_is_refused_before_anything_starts(
+    prepared: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "search"
+    command = [*places(prepared, run), *QUICK, "--tune.num-trials", "1"]
+    assert tune.main(command) == 0
+    (run / "best.toml").unlink()
+    assert tune.main([*command, "--tune.space", WIDE]) == 2
+    assert "with another tune.space.train.pos_weight" in capsys.readouterr().err
+    assert tune.main([*command, "--train.batch-size", "32"]) == 2
+    assert "with another train.batch_size" in capsys.readouterr().err
+
+
+def test_a_search_goes_on_with_what_its_records_say(
+    prepared: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after a kill: one trial has ended, one has its epochs but no end, one has only begun."""
+    run = tmp_path / "search"
+    command = [*places(prepared, run), *QUICK, "--tune.num-trials", "3"]
+    assert tune.main(command) == 0
+    before = read_table(run)
+    (run / "best.toml").unlink()
+    (run / "trials" / "t002" / "end.json").unlink()
+    for name in ("end.json", "metrics.jsonl", "val.parquet"):
+        (run / "trials" / "t003" / name).unlink()
+    kept = {n: (run / "trials" / n / "metrics.jsonl").stat().st_mtime_ns for n in ("t001", "t002")}
+    capsys.readouterr()
+    assert tune.main(command) == 0
+    assert "going on: 1 trials have ended, 2 were under way" in capsys.readouterr().err
+    for name, written_ns in kept.items():
+        assert (run / "trials" / name / "metrics.jsonl").stat().st_mtime_ns == written_ns
+    after = read_table(run)
+    volatile = {"seconds"}
+    assert [{k: v for k, v in r.items() if k not in volatile} for r in after] == [
+        {k: v for k, v in r.items() if k not in volatile} for r in before
+    ]
+
+
+def test_trials_read_one_copy_and_train_as_if_they_had_read_the_store(
+    prepared: Prepared, ray_here: None
+) -> None:
+    config = Config(tune={"space": {"data.image_size": ["choice", 64, 48]}})  # type: ignore[arg-type]
+    manifest = read_manifest(str(prepared.store))
+    shared = share(config, manifest, str(prepared.store))
+    assert set(shared.held) == {64, 48}
+    for size in (64, 48):
+        held = shared.fetch(size)
+        assert set(held) == {"train", "val"}
+        assert not held["train"].images.flags.writeable  # the node's shared memory itself
+        own, common = (
+            open_loader(
+                str(prepared.store),
+                manifest,
+                "train",
+                config.data,
+                image_size=size,
+                mean=manifest.mean,
+                std=manifest.std,
+                world=World(),
+                device="cpu",
+                held=given,
+            )
+            for given in (None, held["train"])
+        )
+        arguments = {"seed": 0, "batch_size": 16, "augment": config.augment}
+        for one, other in zip(own.epoch(1, **arguments), common.epoch(1, **arguments), strict=True):  # type: ignore[arg-type]
+            assert one.keys == other.keys
+            assert one.images.equal(other.images)
+            assert one.targets.equal(other.targets)
+
+
+def test_splits_that_are_streamed_are_not_shared(prepared: Prepared, ray_here: None) -> None:
+    config = override(Config(), {"data.cache": "stream"})
+    shared = share(config, read_manifest(str(prepared.store)), str(prepared.store))
+    assert shared.fetch(None) == {}
+
+
+def test_a_copy_that_is_lost_is_read_again_by_who_needs_it(ray_here: None) -> None:
+    class Owner:
+        def put(self) -> list[ray.ObjectRef]:
+            return [ray.put(np.zeros(1_000_000))]
+
+    owner = ray.remote(num_cpus=0)(Owner).remote()
+    (reference,) = ray.get(owner.put.remote())
+    shared = Shared(Config().tune, 0.5, 64, None, {64: {"train": reference}})
+    assert len(shared.fetch(64)["train"]) == 1_000_000  # type: ignore[arg-type]
+    ray.kill(owner)
+    wait_until(lambda: shared.fetch(64) == {}, timeout_s=30)
+
+
+@pytest.mark.slow
+def test_trials_of_two_workers_take_turns_on_two_cpus(prepared: Prepared, tmp_path: Path) -> None:
+    run = tmp_path / "search"
+    more = ["--tune.num-trials", "2", "--tune.workers-per-trial", "2"]
+    assert tune.main([*places(prepared, run), *QUICK, *more]) == 0
+    table = read_table(run)
+    assert [row["state"] for row in table] == ["finished", "finished"]
+    # The same settings on one worker give the same objective: a trial's size changes no result.
+    alone = tmp_path / "alone"
+    assert tune.main([*places(prepared, alone), *QUICK, "--tune.num-trials", "2"]) == 0
+    for one, other in zip(table, read_table(alone), strict=True):
+        assert one["train.lr"] == other["train.lr"]
+        assert one["objective"] == pytest.approx(other["objective"], abs=0.02)
+
+
+LONG = [
+    *SMALL,
+    *("--tune.num-trials", "4", "--tune.epochs", "6", "--tune.grace-epochs", "6"),
+    *("--tune.algorithm", "random"),
+]
+
+
+def has_epochs(run: Path, name: str, number: int) -> bool:
+    return len(read_history(trial_url(str(run), name))) >= number
+
+
+@pytest.mark.slow
+def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(
+    prepared: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "search"
+    killed: list[int] = []
+
+    def strike() -> None:
+        wait_until(lambda: has_epochs(run, "t001", 2))
+        victims = [
+            process
+            for process in psutil.Process().children(recursive=True)
+            if "ray::ImplicitFunc" in " ".join(process.cmdline())
         ]
-    )
-    assert code == 1  # every trial diverged: that is the answer
-    assert "lower train.lr" in capsys.readouterr().err
+        killed.append(victims[0].pid)
+        victims[0].kill()
+
+    striker = threading.Thread(target=strike, daemon=True)
+    striker.start()
+    assert tune.main([*places(prepared, run), *LONG]) == 0
+    assert killed
+    table = read_table(run)
+    assert [row["state"] for row in table] == ["finished"] * 4
+    assert [row["epochs"] for row in table] == [6] * 4
+    assert "lost its worker; goes on from its checkpoint" in capsys.readouterr().err
+    for name in ("t001", "t002", "t003", "t004"):
+        numbers = [record["epoch"] for record in read_history(trial_url(str(run), name))]
+        assert numbers == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(420)
+def test_a_search_that_is_killed_goes_on_where_it_was(prepared: Prepared, tmp_path: Path) -> None:
+    environ = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    trials: dict[str, dict[str, object]] = {}
+    for name, strikes in (("whole", 0), ("cut", 2)):
+        run = tmp_path / name
+        command = [sys.executable, "-m", "jobs.tune", *places(prepared, run), *LONG]
+        for strike in range(strikes):
+            with (tmp_path / f"{name}-{strike}.log").open("wb") as log:
+                job = subprocess.Popen(command, stdout=log, stderr=log, env=environ)
+            target = f"t{1 + 2 * strike:03}"
+            wait_until(lambda run=run, target=target: has_epochs(run, target, 3))  # type: ignore[misc]
+            kill(job)
+        begun = {
+            trial.name: trial.epochs for trial in read_trials(str(run)).values() if trial.is_open
+        }
+        done = subprocess.run(command, capture_output=True, text=True, env=environ, check=False)
+        assert done.returncode == 0, done.stderr
+        if strikes:
+            assert any(epochs >= 3 for epochs in begun.values())
+            assert "tune: going on:" in done.stderr
+            resumed = re.findall(r"trial (t\d+)", done.stderr)
+            assert set(begun) <= set(resumed)
+        trials[name] = {str(row["name"]): row["objective"] for row in read_table(run)}
+    # Drawn at random, a trial depends on the seed and its number alone: nothing was lost, nothing
+    # was trained otherwise.
+    assert trials["cut"] == trials["whole"]
 
 
 @pytest.mark.parametrize(
@@ -73,23 +326,43 @@ def test_as_many_trials_at_once_as_have_all_their_workers(
     assert trials_at_once(config, {"CPU": cpus, "GPU": gpus}) == trials
 
 
-def test_a_cluster_too_small_for_one_trial_says_what_is_missing() -> None:
+def test_a_cluster_too_small_for_one_trial_says_what_is_missing(
+    prepared: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = override(Config(), {"tune.workers_per_trial": 4})
     with pytest.raises(ClusterError, match="needs 4 CPU, the cluster has 2 CPU"):
         trials_at_once(config, {"CPU": 2})
+    many = ["--tune.workers-per-trial", "16", "--train.batch-size", "64"]
+    smallest = ["--train.micro-batch-size", "2"]
+    run = tmp_path / "search"
+    assert tune.main([*places(prepared, run), *QUICK, *many, *smallest]) == 1
+    said = capsys.readouterr().err
+    assert "16 workers need 16 CPU (it has 2)" in said
+    assert not (run / "trials").exists()
 
 
-def test_equal_bounds_fix_a_setting() -> None:
-    config = override(Config(), {"tune.lr_low": 1e-3, "tune.lr_high": 1e-3})
-    assert search_space(config)["train.lr"] == 1e-3
-    assert not isinstance(search_space(config)["train.pos_weight"], float)
+def test_sizes_that_a_trial_could_not_train_at_are_refused_before(prepared: Prepared) -> None:
+    manifest = read_manifest(str(prepared.store))
+    space = {"data.image_size": ["choice", 64, 128]}
+    config = Config.model_validate({"tune": {"space": space}, "train": {"batch_size": 16}})
+    with pytest.raises(ConfigError, match=r"tune.space may draw .*128.*above the store's 64"):
+        check_search(config, manifest)
+    space = {"train.batch_size": ["integer", 16, 32]}
+    config = Config.model_validate({"tune": {"space": space}})
+    with pytest.raises(ConfigError, match=r"may draw .*17.*no multiple of train.micro_batch_size"):
+        check_search(config, manifest)
 
 
-def test_a_recipe_holds_the_differences_from_the_defaults_only() -> None:
-    base = override(Config(), {"train.epochs": 3, "data.image_size": 96})
-    best = Trial("a", lr=0.01, pos_weight=2.0, val_auroc=0.9, epochs=1, seconds=1.0, error=None)
-    assert make_recipe(base, best) == {
-        "data": {"image_size": 96},
-        "train": {"epochs": 3, "lr": 0.01, "pos_weight": 2.0},
-    }
-    assert trial_config(base, {"train.lr": 0.01}).train.epochs == Config().tune.epochs
+def test_an_objective_that_val_does_not_define_is_refused(prepared: Prepared) -> None:
+    manifest = read_manifest(str(prepared.store))
+    val = manifest.splits["val"].model_copy(update={"positives": 0})
+    without = manifest.model_copy(update={"splits": {**manifest.splits, "val": val}})
+    with pytest.raises(ConfigError, match="auroc is not defined on val, where 0 of"):
+        check_search(Config(), without)
+
+
+def test_a_trial_is_the_configuration_but_shorter() -> None:
+    base = override(Config(), {"train.epochs": 35, "tune.epochs": 5, "tune.workers_per_trial": 2})
+    config = trial_config(base, {"train.lr": 0.01}, seed=7)
+    assert (config.train.epochs, config.train.lr, config.seed) == (5, 0.01, 7)
+    assert config.cluster.num_workers == 2

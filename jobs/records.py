@@ -1,0 +1,110 @@
+"""What is kept of each trial of a search, in the run itself: whoever starts the same search again,
+on whatever cluster, goes on from here.
+
+    trials/t007/trial.json       what was drawn; written before the trial starts
+                metrics.jsonl    its epochs; written before Tune hears of them
+                val.parquet      what it says of val after its last epoch
+                end.json         how it ended; written last
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pneumo import storage
+from pneumo.config import TuneConfig
+from pneumo.keeping import METRICS_LOG
+from pneumo.objective import Judgement, judge
+from pneumo.predict import Scores
+from pneumo.search import History, State, Trial
+from pneumo.space import Scalar
+
+_BEGUN, _SCORES, _ENDED = "trial.json", "val.parquet", "end.json"
+
+
+def trial_url(run_url: str, name: str) -> str:
+    """A trial's folder."""
+    return storage.join(run_url, "trials", name)
+
+
+def write_begun(run_url: str, name: str, settings: Mapping[str, Scalar], seed: int) -> None:
+    """That a trial of these settings begins."""
+    text = json.dumps({"settings": dict(settings), "seed": seed})
+    storage.write_text(storage.join(trial_url(run_url, name), _BEGUN), f"{text}\n")
+
+
+def write_history(url: str, history: History) -> None:
+    """Metrics of all epochs so far, into the trial's folder."""
+    text = "".join(f"{json.dumps(record, allow_nan=False)}\n" for record in history)
+    storage.write_text(storage.join(url, METRICS_LOG), text)
+
+
+def write_scores(url: str, scores: Scores, patients: Mapping[str, str]) -> None:
+    """What a trial says of each study of val: key, patient, target, logit."""
+    table = pa.table(
+        {
+            "key": scores.keys,
+            "patient": [patients[key] for key in scores.keys],
+            "target": scores.targets,
+            "logit": scores.logits,
+        }
+    )
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    storage.write_bytes(storage.join(url, _SCORES), buffer.getvalue())
+
+
+def write_ended(run_url: str, name: str, state: State, error: str | None) -> None:
+    """How a trial ended."""
+    text = json.dumps({"state": state, "error": error})
+    storage.write_text(storage.join(trial_url(run_url, name), _ENDED), f"{text}\n")
+
+
+def read_history(url: str) -> History:
+    """Metrics of the trial's epochs, in order; empty where there are none yet."""
+    text = _read(storage.join(url, METRICS_LOG))
+    return () if text is None else tuple(json.loads(line) for line in text.splitlines())
+
+
+def read_trial(run_url: str, name: str) -> Trial:
+    """What is known of a trial that has begun. Raises FileNotFoundError where none has."""
+    url = trial_url(run_url, name)
+    begun = json.loads(storage.read_text(storage.join(url, _BEGUN)))
+    ended = json.loads(_read(storage.join(url, _ENDED)) or '{"state": "unfinished", "error": null}')
+    return Trial(name, begun["settings"], begun["seed"], history=read_history(url), **ended)
+
+
+def read_trials(run_url: str) -> dict[str, Trial]:
+    """All that have begun, by name."""
+    found = storage.list_urls(storage.join(run_url, "trials"))
+    names = sorted(url.split("/")[-2] for url in found if url.endswith(f"/{_BEGUN}"))
+    return {name: read_trial(run_url, name) for name in names}
+
+
+def read_judgement(url: str, config: TuneConfig) -> Judgement | None:
+    """The trial's last epoch, judged anew; None where it did not have all its epochs."""
+    try:
+        data = storage.read_bytes(storage.join(url, _SCORES))
+    except FileNotFoundError:
+        return None
+    table = pq.read_table(io.BytesIO(data))
+    target, logit, patient = (table[name].to_numpy() for name in ("target", "logit", "patient"))
+    return judge(target, logit, patient, config)
+
+
+def drop_checkpoints(url: str) -> None:
+    """Remove the weights of a trial that will not go on: a search's result is the recipe."""
+    storage.remove_below(storage.join(url, "checkpoints"))
+
+
+def _read(url: str) -> Any:
+    try:
+        return storage.read_text(url)
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,98 @@
+"""W&B's runs of a search: one a trial, in the search's group, written as the trials end.
+
+A thread of its own writes them, one after the other: W&B may be slow, and no trial waits for it.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from typing import Self
+
+from jobs.command import say
+from jobs.following import name_for_tracking
+from jobs.records import trial_url
+from jobs.trackers import finish_quietly, tracking_folder
+from jobs.trials import trial_config
+from pneumo import storage
+from pneumo.config import Config, TuneConfig
+from pneumo.search import Trial
+from pneumo.shards import Manifest
+from pneumo.tracking import Tracker, TrackingOutcome, open_tracker
+
+_SENT = "tracked"
+"""Marks, in a trial's folder, that W&B has its run; a search that goes on sends none twice."""
+
+
+def log_trial(tracker: Tracker, trial: Trial, config: TuneConfig) -> None:
+    """A trial's epochs, and what became of it."""
+    for number, record in enumerate(trial.history, 1):
+        tracker.log(name_for_tracking(record), epoch=number)
+    tracker.summarise(
+        {
+            "tune/objective": trial.objective(config),
+            "tune/epochs": trial.epochs,
+            "tune/state": trial.state,
+            "tune/error": trial.error,
+        }
+    )
+
+
+class TrialTracking:
+    """Sends trials that have ended; a context manager whose end waits for the last."""
+
+    def __init__(self, config: Config, manifest: Manifest, run_url: str) -> None:
+        self.config, self.manifest, self.run_url = config, manifest, run_url
+        self.folder = tracking_folder(run_url)
+        self.group = config.tracking.group or run_url.rsplit("/", 1)[-1]
+        self.outcomes: list[TrackingOutcome] = []
+        self._ended: queue.Queue[Trial | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._send_all, name="trial-tracking", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.put(None)
+        self._thread.join()
+        self._say()
+
+    def put(self, trial: Trial) -> None:
+        """A trial that has ended."""
+        self._ended.put(trial)
+
+    def _send_all(self) -> None:
+        while (trial := self._ended.get()) is not None:
+            self._send(trial)
+
+    def _send(self, trial: Trial) -> None:
+        if self.config.tracking.mode == "disabled":
+            return
+        sent = storage.join(trial_url(self.run_url, trial.name), _SENT)
+        if storage.exists(sent):
+            return
+        tracker = open_tracker(
+            self.config.tracking,
+            run_dir=self.folder,
+            name=f"{self.group}-{trial.name}",
+            job_type="tune-trial",
+            group=self.group,
+            settings={
+                **trial_config(self.config, trial.settings).model_dump(mode="json"),
+                "seed": trial.seed,
+                "dataset_digest": self.manifest.digest,
+            },
+        )
+        log_trial(tracker, trial, self.config.tune)
+        self.outcomes.append(finish_quietly(tracker, self.run_url))
+        storage.write_text(sent, "")
+
+    def _say(self) -> None:
+        """How to send what was not sent, in one line."""
+        kept = [outcome for outcome in self.outcomes if outcome.sync_command is not None]
+        if kept:
+            say(
+                f"W&B: {len(kept)} of {len(self.outcomes)} trials not (all) sent; to send them: "
+                f"python -m pneumo.tracking sync {self.run_url}"
+            )

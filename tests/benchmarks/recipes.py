@@ -1,0 +1,271 @@
+"""Which settings of training help, from scratch: patient-grouped 5-fold over seeds.
+
+    python -m tests.benchmarks.recipes [--source rsna|phantoms] [--seeds 3] [--image-size 96]
+        [--epochs 20] [--only base,cosine] [--processes 2] [--out recipes.jsonl]
+
+Every patient is in one of five folds, the same for all variants and seeds. For each fold a network
+is trained on three others, its epoch is chosen on the fourth, and the fold itself is scored once.
+`base` is the recipe `baseline` with random weights at the given size; a variant changes one thing
+of `cosine`, save `lr 1e-3` and `cosine` themselves. Told are, per variant, the mean AUROC over
+folds and seeds, its standard deviation over seeds, and the difference to `cosine` in pairs of equal
+fold and seed with its standard error over the pairs. Without the real X-rays beside the checkout
+the source is phantoms. Runs that stand in `--out` already are not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.model_selection import StratifiedGroupKFold
+
+from jobs import prepare
+from jobs.session import ray_session
+from pneumo import metrics
+from pneumo.checkpoint import load_checkpoint, read_index
+from pneumo.config import Config, override, parse_command_line, read_recipe
+from pneumo.hooks import Hooks
+from pneumo.loader import open_loader
+from pneumo.model import build_model
+from pneumo.partition import World
+from pneumo.predict import score
+from pneumo.shards import read_manifest
+from pneumo.synthetic import write_phantoms
+from pneumo.train import fit
+from tests.benchmarks.sources import find_real_data
+
+FOLDS = 5
+REFERENCE = "cosine"
+COSINE = {"train.lr": 1e-3, "train.schedule": "cosine", "train.warmup_fraction": 0.1}
+STRONG = {
+    "augment.rotation_degrees": 15.0,
+    "augment.translation_fraction": 0.1,
+    "augment.scale_fraction": 0.2,
+    "augment.brightness_fraction": 0.3,
+    "augment.contrast_fraction": 0.3,
+    "augment.gamma_fraction": 0.3,
+}
+NO_AUGMENTATION = dict.fromkeys(STRONG, 0.0)
+VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "base": {},
+    "lr 1e-3": {"train.lr": 1e-3},
+    "cosine": COSINE,
+    "cosine, lr 3e-3": {**COSINE, "train.lr": 3e-3},
+    "pos_weight 1": {**COSINE, "train.pos_weight": 1.0},
+    "pos_weight balanced": {**COSINE, "train.pos_weight": "balanced"},
+    "no augmentation": {**COSINE, **NO_AUGMENTATION},
+    "strong augmentation": {**COSINE, **STRONG},
+    "flip": {**COSINE, "augment.flip": True},
+    "erasing": {**COSINE, "augment.erase_fraction": 0.2},
+    "ema": {**COSINE, "train.ema_decay": 0.99},
+    "adamw, decay 0.05": {**COSINE, "train.optimizer": "adamw", "train.weight_decay": 0.05},
+    "label smoothing": {**COSINE, "train.label_smoothing": 0.1},
+    "clip 1": {**COSINE, "train.clip_norm": 1.0},
+    "batch 32": {**COSINE, "train.batch_size": 32},
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One network: a variant, a fold, a seed."""
+
+    variant: str
+    fold: int
+    seed: int
+    image_size: int
+    epochs: int
+    source: str
+
+
+# --- folds ----------------------------------------------------------------------------------------
+
+
+def make_stores(source: Path, folder: Path, image_size: int) -> list[str]:
+    """A store a fold, whose test is the fold and whose val is the next one."""
+    mapping = json.loads(next(source.glob("*mappings*.json")).read_text())
+    patient = {row["subset_img_id"]: row["img_id"].split("_")[0] for row in mapping}
+    with next(source.glob("*labels.csv")).open() as file:
+        target = {row["patientId"]: int(row["Target"]) for row in csv.DictReader(file)}
+    ids = sorted(target)
+    groups = [patient[i] for i in ids]
+    splitter = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=0)
+    parts = splitter.split(np.zeros(len(ids)), [target[i] for i in ids], groups)
+    fold_of = {groups[row]: fold for fold, (_, rows) in enumerate(parts) for row in rows}
+    stores = []
+    with ray_session():
+        for fold in range(FOLDS):
+            table = folder / f"fold-{fold}.csv"
+            names = {fold: "test", (fold + 1) % FOLDS: "val"}
+            rows = [f"{p},{names.get(f, 'train')}\n" for p, f in sorted(fold_of.items())]
+            table.write_text("patient,split\n" + "".join(rows))
+            store = str(folder / f"store-{fold}")
+            size = ("--prepare.image-size", str(image_size))
+            flags = ["--source", str(source), "--store", store, "--split.list", str(table), *size]
+            prepare.prepare(parse_command_line("prepare", flags, {}))
+            stores.append(store)
+    return stores
+
+
+# --- one run --------------------------------------------------------------------------------------
+
+
+def configure(run: Run) -> Config:
+    """`baseline` from scratch, changed as the variant says; `best` is the recipe."""
+    recipe = "best" if run.variant == "best" else "baseline"
+    config = override(Config(), read_recipe(recipe), f"recipe {recipe}")
+    fixed = {
+        "seed": run.seed,
+        "model.weights": "random",
+        "data.image_size": run.image_size,
+        "train.epochs": run.epochs,
+        "train.keep_checkpoints": 1,
+        "train.precision": "native",
+    }
+    return override(config, {**fixed, **VARIANTS.get(run.variant, {})})
+
+
+def train_and_score(run: Run, store: str) -> dict[str, Any]:
+    """Train, choose the epoch on val, score the fold once."""
+    torch.set_num_threads(1)
+    config, started = configure(run), time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        history = fit(
+            config,
+            store_url=store,
+            run_url=folder,
+            world=World(),
+            device=torch.device("cpu"),
+            hooks=Hooks(),
+        )
+        best = read_index(folder).best
+        checkpoint = load_checkpoint(folder, best)
+    model = build_model(config.model.backbone)
+    model.load_state_dict(checkpoint.scored_model)
+    model.to(memory_format=torch.channels_last)
+    manifest = read_manifest(store)
+    test = open_loader(
+        store,
+        manifest,
+        "test",
+        config.data,
+        image_size=checkpoint.image_size,
+        mean=checkpoint.mean,
+        std=checkpoint.std,
+        world=World(),
+        device="cpu",
+    )
+    scores = score(model, test.evaluation(batch_size=64))
+    return {
+        **asdict(run),
+        "auroc": metrics.auroc(scores.targets, scores.logits),
+        "val_auroc": best.val_auroc,
+        "epoch": best.epoch,
+        "train_loss": history[-1]["train/loss"],
+        "seconds": time.perf_counter() - started,
+    }
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+
+def tabulate(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """A line a variant, best first."""
+    by_variant: dict[str, dict[tuple[int, int], float]] = defaultdict(dict)
+    for row in rows:
+        by_variant[row["variant"]][row["fold"], row["seed"]] = row["auroc"]
+    yield "| variant | AUROC | sd over seeds | − cosine | standard error | runs |"
+    yield "|---|---|---|---|---|---|"
+    order = sorted(by_variant, key=lambda name: -statistics.fmean(by_variant[name].values()))
+    for name in order:
+        found = by_variant[name]
+        seeds: dict[int, list[float]] = defaultdict(list)
+        for (_, seed), value in found.items():
+            seeds[seed].append(value)
+        means = [statistics.fmean(values) for values in seeds.values()]
+        spread = f"{statistics.stdev(means):.3f}" if len(means) > 1 else ""
+        pairs = [found[k] - v for k, v in by_variant.get(REFERENCE, {}).items() if k in found]
+        gain = error = ""
+        if name != REFERENCE and len(pairs) > 1:
+            gain = f"{statistics.fmean(pairs):+.3f}"
+            error = f"{statistics.stdev(pairs) / math.sqrt(len(pairs)):.3f}"
+        mean = statistics.fmean(found.values())
+        yield f"| {name} | {mean:.3f} | {spread} | {gain} | {error} | {len(found)} |"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--source", choices=["rsna", "phantoms"], default="rsna")
+    parser.add_argument("--studies", type=int, default=400, help="phantoms to draw")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--image-size", type=int, default=96)
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--only", help="variants, by comma; `best` is the recipe")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("recipes.jsonl"))
+    options = parser.parse_args(argv)
+    names = options.only.split(",") if options.only else list(VARIANTS)
+    real = find_real_data("rsna-mini")
+    kind = "rsna" if options.source == "rsna" and real is not None else "phantoms"
+    runs = [
+        Run(name, fold, seed, options.image_size, options.epochs, kind)
+        for seed in range(options.seeds)
+        for name in names
+        for fold in range(FOLDS)
+    ]
+    done = [json.loads(line) for line in _lines(options.out)]
+    known = {tuple(row[field] for field in Run.__dataclass_fields__) for row in done}
+    left = [run for run in runs if tuple(asdict(run).values()) not in known]
+    with tempfile.TemporaryDirectory(prefix="pneumo-recipes-") as temporary:
+        folder = Path(temporary)
+        source = folder / "source"
+        if kind == "rsna" and real is not None:
+            source.mkdir()
+            for path in real.iterdir():
+                (source / path.name).symlink_to(path)
+        else:
+            write_phantoms(source, num_studies=options.studies, seed=5)
+        stores = make_stores(source, folder, options.image_size) if left else []
+        with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
+            pending = [pool.submit(train_and_score, run, stores[run.fold]) for run in left]
+            for future in pending:
+                row = future.result()
+                with options.out.open("a") as file:
+                    file.write(f"{json.dumps(row)}\n")
+                done.append(row)
+                what = f"{row['variant']:<22} fold {row['fold']} seed {row['seed']}"
+                print(f"{what}  {row['auroc']:.3f}", flush=True)
+    shown = [
+        r
+        for r in done
+        if (r["image_size"], r["epochs"], r["source"]) == (options.image_size, options.epochs, kind)
+    ]
+    print(f"\n{kind}, {options.image_size} px, {options.epochs} epochs")
+    for line in tabulate(shown):
+        print(line)
+    return 0
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+if __name__ == "__main__":
+    sys.exit(main())

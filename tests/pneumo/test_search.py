@@ -1,0 +1,206 @@
+"""Which setting a search takes, and why; what it leaves behind."""
+
+from __future__ import annotations
+
+import io
+import json
+import tomllib
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import tomli_w
+
+from pneumo.config import Config, override
+from pneumo.objective import Judgement
+from pneumo.search import (
+    Choice,
+    Confirmation,
+    Plainness,
+    Search,
+    Trial,
+    choose,
+    choose_confirmed,
+    make_recipe,
+    measure_importance,
+    measure_plainness,
+    rank,
+    settings_to_confirm,
+    to_parquet,
+)
+from pneumo.shards import read_manifest
+from tests.conftest import StoreMaker
+from tests.searches import make_search, trial
+
+TUNE = override(Config(), {"tune.smoothing_epochs": 1}).tune
+
+
+def judgement(error: float, studies: int = 400, seed: int = 0) -> Judgement:
+    """With this standard error, and none in common with a judgement of another seed."""
+    influence = np.random.default_rng(seed).normal(size=studies)
+    influence -= influence.mean()
+    patient = np.arange(studies).astype(str)
+    raw = Judgement(0.0, influence, patient)
+    return Judgement(0.0, influence * error / raw.standard_error, patient)
+
+
+def plain_by_name(order: str) -> object:
+    return lambda one: Plainness(order.index(one.name), 0, 0.0)
+
+
+def test_the_best_is_taken_where_nobody_comes_near() -> None:
+    trials = [trial("a", 0.90), trial("b", 0.80)]
+    judgements = {"a": judgement(0.01), "b": judgement(0.01, seed=1)}
+    choice = choose(trials, judgements, TUNE, plain_by_name("ba"))  # type: ignore[arg-type]
+    assert choice is not None
+    assert choice.trial.name == "a"
+    assert choice.ties == ("a",)
+
+
+def test_of_equals_the_plainest_is_taken() -> None:
+    trials = [trial("a", 0.90), trial("b", 0.895), trial("c", 0.80)]
+    judgements = {name: judgement(0.01, seed=i) for i, name in enumerate("abc")}
+    choice = choose(trials, judgements, TUNE, plain_by_name("cba"))  # type: ignore[arg-type]
+    assert choice is not None
+    assert choice.trial.name == "b"
+    assert choice.best.name == "a"
+    assert choice.ties == ("a", "b")
+    assert "trial a" in choice.reason
+
+
+def test_trials_that_err_on_the_same_studies_are_told_apart() -> None:
+    """In pairs: the errors are equal, so a difference below either of them is certain."""
+    trials = [trial("a", 0.900), trial("b", 0.895)]
+    same = judgement(0.01)
+    choice = choose(trials, {"a": same, "b": same}, TUNE, plain_by_name("ba"))  # type: ignore[arg-type]
+    assert choice is not None
+    assert choice.trial.name == "a"
+
+
+def test_a_trial_that_was_stopped_cannot_win() -> None:
+    trials = [trial("a", 0.95, state="stopped"), trial("b", 0.80)]
+    choice = choose(trials, {}, TUNE, plain_by_name("ab"))  # type: ignore[arg-type]
+    assert choice is not None
+    assert choice.trial.name == "b"
+    assert choose(trials[:1], {}, TUNE, plain_by_name("ab")) is None  # type: ignore[arg-type]
+
+
+def test_the_luckiest_epoch_is_not_what_counts() -> None:
+    lucky, steady = trial("lucky", 0.80, 0.95, 0.80), trial("steady", 0.85, 0.86, 0.87)
+    smoothed = override(Config(), {"tune.smoothing_epochs": 2}).tune
+    assert rank([lucky, steady], TUNE)[0] is steady
+    assert lucky.objective(smoothed) == pytest.approx(0.875)
+    assert lucky.objective(smoothed, epochs=1) == 0.80
+
+
+def test_ranking_puts_the_finished_first_and_failures_last() -> None:
+    trials = [
+        trial("failed", state="failed"),
+        trial("early", 0.99, state="stopped"),
+        trial("diverged", state="diverged"),
+        trial("late", 0.5, 0.6, state="stopped"),
+        trial("done", 0.4),
+    ]
+    assert [one.name for one in rank(trials, TUNE)] == [
+        "done",
+        "late",
+        "early",
+        "diverged",
+        "failed",
+    ]
+
+
+def confirmed(*found: Confirmation, order: str = "abc") -> Choice:
+    trials = [trial("a", 0.95), trial("b", 0.94), trial("c", 0.93)]
+    before = Choice(trials[0], trials[0], ("a",), "the best")
+    return choose_confirmed(before, trials, found, plain_by_name(order))  # type: ignore[arg-type]
+
+
+def test_new_seeds_overrule_the_search() -> None:
+    choice = confirmed(Confirmation("a", (0.80, 0.81, 0.80)), Confirmation("b", (0.90, 0.91, 0.92)))
+    assert choice.trial.name == "b"
+    assert choice.best.name == "a"
+    assert "3 new seeds" in choice.reason
+
+
+def test_means_that_seeds_do_not_tell_apart_are_equal() -> None:
+    near = (Confirmation("a", (0.90, 0.80, 0.95)), Confirmation("b", (0.89, 0.79, 0.94)))
+    assert confirmed(*near, order="bac").trial.name == "b"
+    one_seed = (Confirmation("a", (0.90,)), Confirmation("b", (0.89,)))
+    assert confirmed(*one_seed, order="bac").trial.name == "a"  # no spread to say they are equal
+
+
+def test_a_confirmation_tells_mean_and_spread() -> None:
+    one = Confirmation("a", (0.8, 0.9))
+    assert one.mean == pytest.approx(0.85)
+    assert one.spread == pytest.approx(0.0707, abs=1e-4)
+    assert Confirmation("a", (0.8,)).spread is None
+
+
+def test_what_is_confirmed_had_all_its_epochs() -> None:
+    trials = [
+        trial("a", 0.9, state="stopped"),
+        *(trial(n, 0.5 + i / 9) for i, n in enumerate("bcde")),
+    ]
+    assert [one.name for one in settings_to_confirm(trials, TUNE)] == ["e", "d", "c"]
+
+
+def test_less_work_is_plainer_then_fewer_changes_then_less_distortion(
+    tiny_store: StoreMaker,
+) -> None:
+    manifest = read_manifest(tiny_store(image_size=64))
+
+    def measure(**settings: object) -> Plainness:
+        drawn = {name.replace("__", "."): value for name, value in settings.items()}
+        return measure_plainness(Config(), trial("a", 0.5, **drawn), manifest)
+
+    small, large = measure(model__backbone="resnet18"), measure(model__backbone="resnet50")
+    assert small < large
+    assert measure(train__ema_decay=None) < measure(train__ema_decay=0.99)
+    assert measure(train__pos_weight=1.5) < measure(train__pos_weight=0.2)
+    assert measure(data__image_size=32).multiply_adds < small.multiply_adds
+
+
+def test_a_recipe_holds_the_differences_from_the_defaults_only() -> None:
+    base = override(Config(), {"train.epochs": 3, "data.image_size": 96})
+    recipe = make_recipe(base, {"train.lr": 0.01, "train.pos_weight": 2.0})
+    assert recipe == {
+        "data": {"image_size": 96},
+        "train": {"epochs": 3, "lr": 0.01, "pos_weight": 2.0},
+    }
+    assert tomllib.loads(tomli_w.dumps(recipe)) == recipe
+
+
+def test_importance_names_what_matters() -> None:
+    search = make_search()
+    assert list(search.importance) == ["train.lr", "train.pos_weight"]
+    assert search.importance["train.lr"] > 0.8
+    assert sum(search.importance.values()) == pytest.approx(1)
+    few = measure_importance(search.trials[:5], search.config.tune.space, search.config.tune, 0)
+    assert few == {}
+
+
+def test_the_table_of_trials_can_be_read_back() -> None:
+    search = make_search()
+    table = pq.read_table(io.BytesIO(to_parquet(search)))
+    rows = table.to_pylist()
+    assert [row["name"] for row in rows] == [one.name for one in search.trials]
+    assert [row["name"] for row in rows if row["chosen"]] == [search.choice.trial.name]
+    assert rows[0]["low"] < rows[0]["objective"] < rows[0]["high"]
+    assert rows[-1]["state"] == "diverged"
+    assert rows[-1]["error"] == "the loss is nan"
+    assert rows[-1]["objective"] is None
+    assert {"train.lr", "train.pos_weight"} <= set(rows[0])
+    choice = json.loads(table.schema.metadata[b"pneumo.choice"])
+    assert choice["trial"] == search.choice.trial.name
+
+
+def test_a_column_of_numbers_and_words_becomes_text() -> None:
+    search = make_search(8)
+    mixed = [
+        Trial(t.name, {"train.pos_weight": w}, 0, t.state, t.history)
+        for t, w in zip(search.trials, ["balanced", 1, 2.5, None, 1, 1, 1, 1], strict=True)
+    ]
+    changed = Search("a", search.config, "0", tuple(mixed), search.choice)
+    column = pq.read_table(io.BytesIO(to_parquet(changed)))["train.pos_weight"].to_pylist()
+    assert set(column) == {"balanced", "1", "2.5", None}

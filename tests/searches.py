@@ -1,0 +1,85 @@
+"""Searches that never ran: trials of drawn settings with learning curves as trials have them."""
+
+from __future__ import annotations
+
+import math
+import random
+
+from pneumo.config import Config, override
+from pneumo.search import (
+    ERROR,
+    OBJECTIVE,
+    Choice,
+    Confirmation,
+    Search,
+    State,
+    Trial,
+    measure_importance,
+    rank,
+)
+
+
+def epoch(number: int, objective: float, error: float = 0.02) -> dict[str, float | None]:
+    """Metrics of one epoch."""
+    return {
+        "epoch": number,
+        OBJECTIVE: objective,
+        ERROR: error,
+        "val/auroc": objective,
+        "val/loss": 1 - objective,
+        "train/loss": 1 - objective,
+        "epoch_s": 2.0,
+    }
+
+
+def trial(
+    name: str,
+    *objectives: float,
+    state: State = "finished",
+    error: str | None = None,
+    **settings: object,
+) -> Trial:
+    """A trial with these objectives after its epochs."""
+    drawn = settings or {"train.lr": 1e-3, "train.pos_weight": 2.0}
+    history = tuple(epoch(i, value) for i, value in enumerate(objectives, 1))
+    return Trial(name, drawn, 0, state, history, error)  # type: ignore[arg-type]
+
+
+def make_search(num_trials: int = 24, *, confirm: int = 0, **changes: object) -> Search:
+    """A search whose objective is best at a learning rate of 5e-4, whatever else was drawn."""
+    config = override(Config(), {"tune.num_trials": num_trials, "tune.confirm": confirm, **changes})
+    draws = random.Random(3)
+    trials = []
+    for number in range(1, num_trials + 1):
+        lr, weight = 10 ** draws.uniform(-5, -2.53), 10 ** draws.uniform(-0.3, 1)
+        top = 0.88 - 0.08 * math.log10(lr / 5e-4) ** 2 - 0.01 * math.log10(weight) ** 2
+        epochs = 8 if top > 0.8 else 2
+        state: State = "finished" if epochs == 8 else "stopped"
+        values = [top - 0.3 * math.exp(-0.6 * e) for e in range(1, epochs + 1)]
+        name = f"t{number:03}"
+        if number == 5:
+            trials.append(
+                trial(name, state="diverged", error="the loss is nan", **_settings(lr, weight))
+            )
+            continue
+        trials.append(trial(name, *values, state=state, **_settings(lr, weight)))
+    ranked = rank(trials, config.tune)
+    confirmations = tuple(
+        Confirmation(one.name, (0.85, 0.86, 0.87)[:confirm])
+        for one in ranked[: 3 if confirm else 0]
+    )
+    choice = Choice(
+        ranked[1], ranked[0], (ranked[0].name, ranked[1].name), "the plainest", confirmations
+    )
+    return Search(
+        "made-up",
+        config,
+        "0123456789abcdef",
+        ranked,
+        choice,
+        importance=measure_importance(ranked, config.tune.space, config.tune, seed=0),
+    )
+
+
+def _settings(lr: float, weight: float) -> dict[str, float]:
+    return {"train.lr": lr, "train.pos_weight": weight}
