@@ -727,7 +727,8 @@ def test_a_folder_that_is_no_store_is_refused(tmp_path: Path) -> None:
 _RANK = """
 from pneumo.config import Config, override
 from pneumo.errors import DivergedError, PreemptedError
-from pneumo.train import Hooks, fit
+from pneumo.hooks import Hooks
+from pneumo.train import fit
 
 (store_url,) = arguments
 config = Config.model_validate_json((folder / "config.json").read_text())
