@@ -708,9 +708,10 @@ def _explain(
             lines[f"--{key.replace('_', '-')} is required"] = []
         else:
             text = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-            head = f"{key}: got {item['input']!r} from {layer}, expected "
+            inner = f" {path[2]}:" if key == "tune.space" and len(path) > 2 else ""
+            head = f"{key}:{inner} got {item['input']!r} from {layer}, expected "
             if item["type"] == "value_error":
-                head = f"{key}: "
+                head = f"{key}:{inner} "
             lines.setdefault(head, []).append(text)
     return "; ".join(head + " or ".join(texts) for head, texts in lines.items())
 

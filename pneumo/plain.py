@@ -127,5 +127,5 @@ def _read_only_fragment(data: bytes, place: int) -> bytes | None:
             return None
         place += 8 + length
     group, number, length = struct.unpack_from("<HHI", data.ljust(place + 8, b"\0"), place)
-    offsets_known = len(fragments[0]) in (0, 4)
-    return fragments[1] if offsets_known and group << 16 | number == _END_OF_ITEMS else None
+    begins_at_once = fragments[0] in (b"", bytes(4))  # the table of offsets
+    return fragments[1] if begins_at_once and group << 16 | number == _END_OF_ITEMS else None

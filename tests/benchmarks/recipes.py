@@ -76,7 +76,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "adamw, decay 0.05": {**COSINE, "train.optimizer": "adamw", "train.weight_decay": 0.05},
     "label smoothing": {**COSINE, "train.label_smoothing": 0.1},
     "clip 1": {**COSINE, "train.clip_norm": 1.0},
-    "batch 32": {**COSINE, "train.batch_size": 32},
+    "batch 32": {**COSINE, "train.batch_size": 32, "train.micro_batch_size": 32},
 }
 
 

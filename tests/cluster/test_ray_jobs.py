@@ -309,6 +309,7 @@ def test_a_bucket_out_of_reach_is_told_by_a_preflight_job(ray_cluster: RayCluste
 
 
 def test_a_preflight_that_passes(client: ray_jobs.Client, tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").touch()  # an empty source is none
     asked = plan(
         "prepare",
         ["--source", str(tmp_path), "--store", str(tmp_path / "store")],

@@ -14,7 +14,7 @@ import pytest
 
 from jobs import prepare, train
 from jobs.session import ray_session
-from pneumo.checkpoint import load_checkpoint, read_index, save_checkpoint
+from pneumo.checkpoint import claim_run, load_checkpoint, read_index, save_checkpoint
 from pneumo.synthetic import write_phantoms
 
 NUM_STUDIES = 90
@@ -80,7 +80,13 @@ def overflowing(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     weights = dict(checkpoint.scored_model)
     for name in ("fc.weight", "fc.bias"):
         weights[name] = weights[name] * OVERFLOW
-    save_checkpoint(str(run), replace(checkpoint, model=weights), keep_last=1, finished=True)
+    save_checkpoint(
+        str(run),
+        replace(checkpoint, model=weights),
+        attempt=claim_run(str(run)),
+        keep_last=1,
+        finished=True,
+    )
     return run
 
 

@@ -136,7 +136,7 @@ def tune(space: str, *more: str) -> Config:
         ('{"data.readers": ["integer", 1, 5]}', "no effect on how a model learns"),
         ('{"tune.epochs": ["integer", 1, 5]}', "no effect on how a model learns"),
         ('{"train.lr": 1e-3}', "nothing that varies"),
-        ('{"train.lr": ["uniform", 2, 1]}', "the low 2 is above the high 1"),
+        ('{"train.lr": ["uniform", 2, 1]}', "tune.space: train.lr: the low 2 is above the high 1"),
         ('{"train.lr": ["uniform", 1, 2, 3]}', "points 3 have an effect on a grid only"),
     ],
 )
