@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -21,7 +22,7 @@ from pneumo.partition import Rows, World
 from pneumo.shards import Manifest, read_shard
 
 _HOST_SHARE = 0.5
-"""A split may take this share of the free memory; the rest is for the model and for batches."""
+"""Splits may take this share of the free memory; the rest is for the model and for batches."""
 _DEVICE_SHARE = 0.25
 """And this one of the device's: activations need far more there than the weights."""
 
@@ -147,39 +148,76 @@ def open_loader(
     world: World,
     device: torch.device | str,
     tell: Callable[[str], None] = lambda line: None,
-    held: Held | None = None,
 ) -> Loader:
-    """A loader of a split at `image_size`, in the way that `config.cache` says or that fits; of
-    `held` pictures where they have been read already.
+    """A loader of one split: see `open_loaders`."""
+    [opened] = open_loaders(
+        store_url,
+        manifest,
+        (split,),
+        config,
+        image_size=image_size,
+        mean=mean,
+        std=std,
+        world=world,
+        device=device,
+        tell=tell,
+    )
+    return opened
 
-    `tell` hears in one line which way it is and why. Raises DataError when the manifest does not
-    add up or a shard is missing or cut, and ConfigError for settings that cannot be met.
+
+def open_loaders(
+    store_url: str,
+    manifest: Manifest,
+    splits: Sequence[str],
+    config: DataConfig,
+    *,
+    image_size: int,
+    mean: float,
+    std: float,
+    world: World,
+    device: torch.device | str,
+    tell: Callable[[str], None] = lambda line: None,
+    held: Mapping[str, Held] = MappingProxyType({}),
+) -> tuple[Loader, ...]:
+    """Loaders of splits at `image_size`, in the way that `config.cache` says or that fits beside
+    one another; of `held` pictures where a split has been read already.
+
+    `tell` hears in one line each which way it is and why. Raises DataError when the manifest does
+    not add up or a shard is missing or cut, and ConfigError for settings that cannot be met.
     """
     device = torch.device(device)
     cache = None
     if config.cache_dir is not None:
         cache = BlockCache(config.cache_dir, int(config.cache_gb * 1e9))
-    blocks = Blocks(store_url, manifest, split, image_size=image_size, cache=cache)
-    sizes = tuple(blocks.sizes.tolist())
-    if held is not None:
-        tell(f"data: {split}: shared with the others on this machine")
-        shared = Memory(blocks, readers=config.readers, device=device, held=held)
-        return Loader(shared, sizes, world, device, mean, std)
-    blocks.check_shards(config.readers)
-    choice = choose_way(
+    blocks = {
+        split: Blocks(store_url, manifest, split, image_size=image_size, cache=cache)
+        for split in splits
+    }
+    unread = [split for split in splits if split not in held]
+    for split in unread:
+        blocks[split].check_shards(config.readers)
+    choices = choose_ways(
         config.cache,
-        manifest.splits[split].samples * image_size**2,
+        {split: manifest.splits[split].samples * image_size**2 for split in unread},
         host_bytes=memory.free_bytes() // world.local_size,
         device_bytes=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
     )
-    tell(f"data: {split}: {choice.reason}")
-    feed: Feed
-    if choice.way == "memory":
-        held_on = device if choice.on_device else torch.device("cpu")
-        feed = Memory(blocks, readers=config.readers, device=held_on)
-    else:
-        feed = Stream(blocks, readers=config.readers, prefetch_blocks=config.prefetch_blocks)
-    return Loader(feed, sizes, world, device, mean, std)
+
+    def choose_feed(split: str) -> Feed:
+        choice, readers = choices.get(split), config.readers
+        if choice is None:
+            tell(f"data: {split}: shared with the others on this machine")
+            return Memory(blocks[split], readers=readers, device=device, held=held[split])
+        tell(f"data: {split}: {choice.reason}")
+        if choice.way == "stream":
+            return Stream(blocks[split], readers=readers, prefetch_blocks=config.prefetch_blocks)
+        keeper = device if choice.on_device else torch.device("cpu")
+        return Memory(blocks[split], readers=readers, device=keeper)
+
+    return tuple(
+        Loader(choose_feed(split), tuple(blocks[split].sizes.tolist()), world, device, mean, std)
+        for split in splits
+    )
 
 
 def hold_split(
@@ -189,44 +227,71 @@ def hold_split(
 
     Raises DataError, StorageError and ConfigError as `open_loader` and what it gives.
     """
-    choice = choose_way(
-        config.cache,
-        manifest.splits[split].samples * image_size**2,
-        host_bytes=memory.free_bytes(),
-        device_bytes=None,
+    decoded_bytes = {split: manifest.splits[split].samples * image_size**2}
+    choices = choose_ways(
+        config.cache, decoded_bytes, host_bytes=memory.free_bytes(), device_bytes=None
     )
-    if choice.way == "stream":
+    if choices[split].way == "stream":
         return None
     blocks = Blocks(store_url, manifest, split, image_size=image_size)
     blocks.check_shards(config.readers)
     return Memory(blocks, readers=config.readers, device=torch.device("cpu")).hold()
 
 
-def choose_way(
+def choose_ways(
     wanted: Literal["auto", "memory", "stream"],
-    decoded_bytes: int,
+    decoded_bytes: Mapping[str, int],
     *,
     host_bytes: int,
     device_bytes: int | None,
-) -> Choice:
-    """How to feed `decoded_bytes` of images with so much memory free; no device, no bytes there.
+) -> dict[str, Choice]:
+    """How to feed splits of so many bytes of images with so much memory free for all of them; no
+    device, no bytes there. The first split has the first choice.
 
     Raises ConfigError when memory is demanded and does not suffice.
     """
-    size, free = f"{decoded_bytes / 1e9:.2f} GB decoded", f"{host_bytes / 1e9:.2f} GB free"
+    choices: dict[str, Choice] = {}
+    for split, size in decoded_bytes.items():
+        taken = {True: 0, False: 0}
+        for other, choice in choices.items():
+            if choice.way == "memory":
+                taken[choice.on_device] += decoded_bytes[other]
+        choices[split] = _choose_way(
+            wanted,
+            size,
+            host_bytes,
+            device_bytes,
+            host_taken=taken[False],
+            device_taken=taken[True],
+        )
+    return choices
+
+
+def _choose_way(
+    wanted: Literal["auto", "memory", "stream"],
+    decoded_bytes: int,
+    host_bytes: int,
+    device_bytes: int | None,
+    *,
+    host_taken: int,
+    device_taken: int,
+) -> Choice:
+    size = f"{decoded_bytes / 1e9:.2f} GB decoded"
+    free = f"{(host_bytes - host_taken) / 1e9:.2f} GB free for this worker"
+    if host_taken:
+        free += " beside the others"
     if wanted == "stream":
         return Choice("stream", False, f"streamed, as data.cache says ({size})")
-    if device_bytes is not None and decoded_bytes <= _DEVICE_SHARE * device_bytes:
-        on_device = f"{device_bytes / 1e9:.2f} GB free there"
+    if device_bytes is not None and device_taken + decoded_bytes <= _DEVICE_SHARE * device_bytes:
+        on_device = f"{(device_bytes - device_taken) / 1e9:.2f} GB free there"
         return Choice("memory", True, f"kept on the device ({size}, {on_device})")
-    if decoded_bytes <= (_HOST_SHARE if wanted == "auto" else 1) * host_bytes:
-        return Choice("memory", False, f"kept in memory ({size}, {free} for this worker)")
+    if host_taken + decoded_bytes <= (_HOST_SHARE if wanted == "auto" else 1) * host_bytes:
+        return Choice("memory", False, f"kept in memory ({size}, {free})")
     if wanted == "memory":
         raise ConfigError(
-            f"data.cache: memory: {size}, {free} for this worker; use stream or auto, or fewer "
-            "workers a machine"
+            f"data.cache: memory: {size}, {free}; use stream or auto, or fewer workers a machine"
         )
-    return Choice("stream", False, f"streamed ({size}, {free} for this worker)")
+    return Choice("stream", False, f"streamed ({size}, {free})")
 
 
 def input_size(manifest: Manifest, wanted: int | None) -> int:

@@ -98,21 +98,18 @@ def fit(
     manifest = read_manifest(store_url)
     image_size = check_sizes(config, manifest, num_workers=world.size)
     resumption = take_up(config, manifest, run_url, world, hooks.on_note)
-    train_data, val_data = (
-        loader.open_loader(
-            store_url,
-            manifest,
-            split,
-            config.data,
-            image_size=image_size,
-            mean=manifest.mean,
-            std=manifest.std,
-            world=world,
-            device=device,
-            tell=hooks.on_note,
-            held=held.get(split),
-        )
-        for split in ("train", "val")
+    train_data, val_data = loader.open_loaders(
+        store_url,
+        manifest,
+        ("train", "val"),
+        config.data,
+        image_size=image_size,
+        mean=manifest.mean,
+        std=manifest.std,
+        world=world,
+        device=device,
+        tell=hooks.on_note,
+        held=held,
     )
     run = _begin(config, manifest, image_size, run_url, world, device, hooks, resumption)
     first_epoch = len(run.history)

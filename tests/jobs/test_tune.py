@@ -25,7 +25,7 @@ from jobs.trials import share, trial_config, trials_at_once
 from jobs.tune import check_search
 from pneumo.config import Config, override, parse_command_line
 from pneumo.errors import ClusterError, ConfigError
-from pneumo.loader import open_loader
+from pneumo.loader import open_loaders
 from pneumo.partition import World
 from pneumo.shards import read_manifest
 from tests.jobs.conftest import SMALL, Prepared
@@ -189,10 +189,10 @@ def test_trials_read_one_copy_and_train_as_if_they_had_read_the_store(
         assert set(held) == {"train", "val"}
         assert not held["train"].images.flags.writeable  # the node's shared memory itself
         own, common = (
-            open_loader(
+            open_loaders(
                 str(prepared.store),
                 manifest,
-                "train",
+                ("train",),
                 config.data,
                 image_size=size,
                 mean=manifest.mean,
@@ -200,8 +200,8 @@ def test_trials_read_one_copy_and_train_as_if_they_had_read_the_store(
                 world=World(),
                 device="cpu",
                 held=given,
-            )
-            for given in (None, held["train"])
+            )[0]
+            for given in ({}, held)
         )
         arguments = {"seed": 0, "batch_size": 16, "augment": config.augment}
         for one, other in zip(own.epoch(1, **arguments), common.epoch(1, **arguments), strict=True):  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ import torch
 from pneumo import feeds, loader, partition, shards, storage, transforms
 from pneumo.config import AugmentConfig, Config, DataConfig, override
 from pneumo.errors import ConfigError, DataError
-from pneumo.loader import Batch, Loader, choose_way
+from pneumo.loader import Batch, Loader, choose_ways
 from pneumo.partition import World
 from pneumo.shards import Manifest, Sample
 
@@ -656,7 +656,8 @@ GB = 10**9
 def test_the_way_follows_size_and_memory(
     wanted: Any, decoded: int, host: int, device: int | None, way: str, on_device: bool
 ) -> None:
-    choice = choose_way(wanted, decoded, host_bytes=host, device_bytes=device)
+    choices = choose_ways(wanted, {"train": decoded}, host_bytes=host, device_bytes=device)
+    choice = choices["train"]
     assert (choice.way, choice.on_device) == (way, on_device)
     assert f"{decoded / 1e9:.2f} GB decoded" in choice.reason
 
@@ -664,7 +665,38 @@ def test_the_way_follows_size_and_memory(
 def test_memory_that_does_not_suffice_is_refused() -> None:
     message = r"^data\.cache: memory: 3\.00 GB decoded, 2\.00 GB free for this worker; use stream"
     with pytest.raises(ConfigError, match=message):
-        choose_way("memory", 3 * GB, host_bytes=2 * GB, device_bytes=None)
+        choose_ways("memory", {"train": 3 * GB}, host_bytes=2 * GB, device_bytes=None)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "host", "device", "ways"),
+    [
+        ((4, 1), 10, None, ("memory", "memory")),
+        ((4, 2), 10, None, ("memory", "stream")),  # each alone would fit
+        ((6, 2), 10, None, ("stream", "memory")),
+        ((5, 2), 10, 24, ("device", "memory")),
+        ((5, 1), 10, 24, ("device", "device")),
+    ],
+)
+def test_splits_fit_beside_one_another(
+    sizes: tuple[int, int], host: int, device: int | None, ways: tuple[str, str]
+) -> None:
+    choices = choose_ways(
+        "auto",
+        {"train": sizes[0] * GB, "val": sizes[1] * GB},
+        host_bytes=host * GB,
+        device_bytes=None if device is None else device * GB,
+    )
+    found = ["device" if choice.on_device else choice.way for choice in choices.values()]
+    assert tuple(found) == ways
+
+
+def test_memory_that_suffices_for_one_split_only_is_refused() -> None:
+    message = (
+        r"^data\.cache: memory: 2\.00 GB decoded, 1\.00 GB free for this worker beside the oth"
+    )
+    with pytest.raises(ConfigError, match=message):
+        choose_ways("memory", {"a": 2 * GB, "b": 2 * GB}, host_bytes=3 * GB, device_bytes=None)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,161 @@
+"""Between the loader and a real S3 server: the epoch that the disk gives, or an error that names
+the shard; never fewer samples."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+
+from pneumo import storage
+from pneumo.config import AugmentConfig, DataConfig
+from pneumo.errors import DataError
+from pneumo.loader import Batch, Loader, open_loader
+from pneumo.partition import World
+from pneumo.shards import read_manifest
+from tests.conftest import StoreMaker
+from tests.s3.conftest import Reach
+from tests.s3.proxy import Fault, FaultyProxy, running
+from tests.s3.server import CephServer
+
+pytestmark = pytest.mark.s3
+
+Way = Literal["memory", "stream"]
+BATCH = 32
+SAMPLES = 1_000
+EPOCHS = 2
+USED = SAMPLES // BATCH * BATCH
+
+
+@pytest.fixture(scope="module")
+def local_store(tiny_store: StoreMaker) -> str:
+    """Shards of 200 pictures of 4 kB, in blocks of 64."""
+    return tiny_store(train=SAMPLES, image_size=64, samples_per_shard=200)
+
+
+@pytest.fixture(scope="module")
+def expected(local_store: str) -> list[Batch]:
+    """What the disk gives."""
+    return list(read_epochs(open_train(local_store, "memory")))
+
+
+@pytest.fixture
+def store_url(local_store: str, bucket_url: str) -> str:
+    """The same store on the server."""
+    url = f"{bucket_url}/store"
+    storage.upload_folder(Path(local_store), url)
+    return url
+
+
+def open_train(store_url: str, way: Way) -> Loader:
+    return open_loader(
+        store_url,
+        read_manifest(store_url),
+        "train",
+        DataConfig(cache=way, readers=4, prefetch_blocks=4),
+        image_size=64,
+        mean=0.4,
+        std=0.2,
+        world=World(),
+        device="cpu",
+    )
+
+
+def read_epochs(data: Loader) -> Iterator[Batch]:
+    for epoch in range(EPOCHS):
+        yield from data.epoch(epoch, seed=3, batch_size=BATCH, augment=AugmentConfig())
+
+
+def count_lost(batches: list[Batch], expected: list[Batch]) -> int:
+    """Samples that are not where they belong; asserts that their pictures are the same."""
+    assert len(batches) == len(expected)
+    lost = 0
+    for batch, other in zip(batches, expected, strict=True):
+        lost += sum(a != b for a, b in zip(batch.keys, other.keys, strict=True))
+        assert torch.equal(batch.images, other.images)
+        assert torch.equal(batch.targets, other.targets)
+    return lost
+
+
+def tell(fault: str, way: Way, injected: int, lost: int, seconds: float) -> None:
+    print(f"| {fault} | {way} | {injected} | {lost} of {EPOCHS * USED} | {seconds:.1f} |")
+
+
+@pytest.mark.parametrize("way", ["memory", "stream"])
+@pytest.mark.parametrize(
+    "fault", ["cut", "end early", "wrong length", "delay", "500", "503", "bad gateway", "flip"]
+)
+def test_a_faulty_network_loses_no_sample(
+    fault: Fault, way: Way, store_url: str, expected: list[Batch], endpoint: str, reach: Reach
+) -> None:
+    started_s = time.monotonic()
+    with running(FaultyProxy(endpoint, fault, rate=0.3)) as proxy:
+        reach(proxy.endpoint)
+        batches = list(read_epochs(open_train(store_url, way)))
+        reach()
+    lost = count_lost(batches, expected)
+    tell(fault, way, proxy.injected, lost, time.monotonic() - started_s)
+    assert proxy.injected >= 3
+    assert lost == 0
+
+
+@pytest.mark.parametrize("way", ["memory", "stream"])
+def test_a_server_killed_in_mid_epoch_loses_no_sample(
+    way: Way, store_url: str, expected: list[Batch], ceph: CephServer
+) -> None:
+    """In memory all is read at once."""
+    started_s, steps = time.monotonic(), len(expected)
+    outages_s = {0: 2.0} if way == "memory" else {0: 2.0, steps // 4: 0.0, steps // 2: 1.0}
+    batches, coming = [], read_epochs(open_train(store_url, way))
+    returning = []
+    for step in range(steps):
+        if step in outages_s:
+            ceph.kill_gateway()
+            returning.append(_return_after(ceph, outages_s[step]))
+        batches.append(next(coming))
+        if step in outages_s:
+            returning[-1].join()
+    lost = count_lost(batches, expected)
+    tell("server killed", way, len(returning), lost, time.monotonic() - started_s)
+    assert lost == 0
+
+
+def _return_after(ceph: CephServer, outage_s: float) -> threading.Thread:
+    def start() -> None:
+        time.sleep(outage_s)
+        ceph.start_gateway()
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("way", ["memory", "stream"])
+def test_bytes_that_always_arrive_changed_end_the_epoch_with_the_shard(
+    way: Way, store_url: str, endpoint: str, reach: Reach
+) -> None:
+    data = open_train(store_url, way)
+    with running(FaultyProxy(endpoint, "flip", rate=1.0)) as proxy:
+        reach(proxy.endpoint)
+        with pytest.raises(DataError, match=r"shard train/\d{6}\.tar: .*changed or damaged"):
+            list(read_epochs(data))
+        reach()
+    assert proxy.injected >= 2
+
+
+@pytest.mark.parametrize("way", ["memory", "stream"])
+def test_a_shard_that_goes_in_mid_epoch_ends_it_with_its_name(
+    way: Way, store_url: str, expected: list[Batch]
+) -> None:
+    data = open_train(store_url, way)
+    batches = read_epochs(data)
+    if way == "stream":
+        next(batches)
+    storage.remove(f"{store_url}/train/000003.tar")
+    with pytest.raises(DataError, match=r"shard train/000003\.tar: missing"):
+        list(batches)
