@@ -354,13 +354,12 @@ def remove_below(url: str) -> None:
     for found in list_urls(url):
         remove(found)
     if is_local(url):
-        root = local_path(url)
-        for path in root.rglob(f"{_PARTIAL_PREFIX}*"):
-            path.unlink(missing_ok=True)
-        folders = [path for path in root.rglob("*") if path.is_dir()]
-        for folder in [*sorted(folders, reverse=True), root]:
+        for folder, _, names in os.walk(local_path(url), topdown=False):
+            for name in names:
+                if name.startswith(_PARTIAL_PREFIX):
+                    Path(folder, name).unlink(missing_ok=True)
             with contextlib.suppress(OSError):  # somebody else writes there, or has removed it
-                folder.rmdir()
+                Path(folder).rmdir()
 
 
 def upload_folder(folder: Path, url: str) -> None:

@@ -358,6 +358,19 @@ def test_what_a_killed_writer_leaves_is_no_object(tmp_path: Path) -> None:
     assert storage.list_urls(str(tmp_path.parent / "copy")) == []
 
 
+def test_several_remove_the_same_folder_at_once(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(30):
+            for number in range(20):
+                storage.write_text(str(root / f"{number % 5}" / f"{number}" / "object"), "x")
+            removals = [pool.submit(storage.remove_below, str(root)) for _ in range(4)]
+            for removal in removals:
+                removal.result()
+            assert not root.exists()
+
+
+
 def test_what_killed_writers_leave_is_cleared(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "below", tmp_path / "below" / "deep"):
         folder.mkdir(exist_ok=True)
