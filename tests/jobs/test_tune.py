@@ -40,7 +40,7 @@ WIDE = json.dumps(
 )
 
 
-def wait_until(is_true: Callable[[], bool], timeout_s: float = 120) -> None:
+def wait_until(is_true: Callable[[], bool], timeout_s: float = 240) -> None:
     deadline_s = time.monotonic() + timeout_s
     while not is_true():
         assert time.monotonic() < deadline_s
@@ -230,6 +230,7 @@ def test_a_copy_that_is_lost_is_read_again_by_who_needs_it(ray_here: None) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_trials_of_two_workers_take_turns_on_two_cpus(prepared: Prepared, tmp_path: Path) -> None:
     run = tmp_path / "search"
     more = ["--tune.num-trials", "2", "--tune.workers-per-trial", "2"]
@@ -256,6 +257,7 @@ def has_epochs(run: Path, name: str, number: int) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(
     prepared: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -286,7 +288,7 @@ def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(600)
 def test_a_search_that_is_killed_goes_on_where_it_was(prepared: Prepared, tmp_path: Path) -> None:
     environ = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     trials: dict[str, dict[str, object]] = {}
