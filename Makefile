@@ -170,7 +170,7 @@ bench: $(READY)
 	$(BIN)/python -m tests.benchmarks.metrics
 	$(BIN)/python -m tests.benchmarks.explain cost
 	$(BIN)/python -m tests.benchmarks.explain memory
-	$(BIN)/python -m tests.s3.server -- $(BIN)/python -m tests.benchmarks.loader $(ARGS)
+	$(BIN)/python -m tests.s3.server --if-possible -- $(BIN)/python -m tests.benchmarks.loader $(ARGS)
 
 # On a machine with a GPU also: python tests/benchmarks/gpu.py, which needs torch alone.
 bench-train: $(READY)

@@ -370,7 +370,6 @@ def test_several_remove_the_same_folder_at_once(tmp_path: Path) -> None:
             assert not root.exists()
 
 
-
 def test_what_killed_writers_leave_is_cleared(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "below", tmp_path / "below" / "deep"):
         folder.mkdir(exist_ok=True)

@@ -1,10 +1,11 @@
 """A real S3 server on loopback for the tests: Ceph's radosgw, as Debian packages it.
 
-    python -m tests.s3.server -- COMMAND …
+    python -m tests.s3.server [--if-possible] -- COMMAND …
 
 starts it in a temporary folder, runs the command with the environment that reaches it, and ends
 and removes all of it, however the command ends. An endpoint named in TEST_S3_ENDPOINT, with its
-AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, is taken instead. Its objects are in the memory of the
+AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, is taken instead. With `--if-possible`
+the command runs without one where none can be had. Its objects are in the memory of the
 storage daemon, so they outlive the gateway, which a test may kill.
 """
 
@@ -287,12 +288,19 @@ def _run(command: list[str], environment: dict[str, str]) -> int:
 
 def main(arguments: list[str]) -> int:
     """Run a command beside a server; its exit code."""
-    if arguments[:1] != ["--"] or not arguments[1:]:
-        raise SystemExit("usage: python -m tests.s3.server -- COMMAND …")
-    command = arguments[1:]
+    if_possible = arguments[:1] == ["--if-possible"]
+    separator, *command = arguments[if_possible:] or [""]
+    if separator != "--" or not command:
+        raise SystemExit("usage: python -m tests.s3.server [--if-possible] -- COMMAND …")
     if os.environ.get(ENDPOINT):
         return _run(command, {})
-    _install()
+    try:
+        _install()
+    except SystemExit as error:
+        if not if_possible:
+            raise
+        print(f"{error}\nwithout a server: {' '.join(command)}", file=sys.stderr, flush=True)
+        return _run(command, {})
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="pneumo-s3-") as folder:
         server = CephServer(Path(folder))

@@ -1,0 +1,36 @@
+"""The benchmark of the data path runs at a tiny size, so that it cannot rot."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.s3 import server
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+def test_ways_are_compared_and_what_cannot_run_is_left_out() -> None:
+    ways = ("memory-first", "memory-later", "seed", "png", "memory-s3", "memory")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "tests.benchmarks.loader", "--only", *ways),
+            *("--num-samples", "128", "--memory-samples", "200"),
+            *("--image-size", "32", "--rounds", "1"),
+        ],
+        cwd=CHECKOUT,
+        env={name: value for name, value in os.environ.items() if name != server.ENDPOINT},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "memory: 0 MB decoded" in done.stdout
+    assert "128 samples, 32 px" in done.stdout
+    assert done.stdout.count("  goal ") == 4
+    assert "left out: ours: memory, first epoch, S3: no S3 server" in done.stdout
