@@ -147,11 +147,12 @@ fix: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Two at a time: much of it waits for processes to start.
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow and not s3 and not multinode"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not s3 and not multinode"
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m "slow and not s3 and not multinode"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not s3 and not multinode"
 
 test-s3: $(READY)
 	$(BIN)/python -m tests.s3.server -- $(BIN)/python -m pytest -m s3

@@ -1,15 +1,15 @@
 """Which settings of training help, from scratch: patient-grouped 5-fold over seeds.
 
-    python -m tests.benchmarks.recipes [--source rsna|phantoms] [--seeds 3] [--image-size 96]
-        [--epochs 20] [--only base,cosine] [--processes 2] [--out recipes.jsonl]
+    python -m tests.benchmarks.recipes [--source rsna|phantoms] [--seeds 3] [--image-size 64]
+        [--epochs 30] [--batch-size 16] [--only base,cosine] [--processes 2] [--out recipes.jsonl]
 
 Every patient is in one of five folds, the same for all variants and seeds. For each fold a network
 is trained on three others, its epoch is chosen on the fourth, and the fold itself is scored once.
-`base` is the recipe `baseline` with random weights at the given size; a variant changes one thing
-of `cosine`, save `lr 1e-3` and `cosine` themselves. Told are, per variant, the mean AUROC over
-folds and seeds, its standard deviation over seeds, and the difference to `cosine` in pairs of equal
-fold and seed with its standard error over the pairs. Without the real X-rays beside the checkout
-the source is phantoms. Runs that stand in `--out` already are not done again.
+`base` is the recipe `baseline` with random weights at the given size and batch; a variant changes
+one thing of `cosine`, save `lr 1e-3` and `cosine` themselves. Told are, per variant, the mean AUROC
+over folds and seeds, its standard deviation over seeds, and the difference to `cosine` in pairs of
+equal fold and seed with its standard error over the pairs. Without the real X-rays beside the
+checkout the source is phantoms. Runs that stand in `--out` already are not done again.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "base": {},
     "lr 1e-3": {"train.lr": 1e-3},
     "cosine": COSINE,
-    "cosine, lr 3e-3": {**COSINE, "train.lr": 3e-3},
+    "cosine 3e-3": {**COSINE, "train.lr": 3e-3},
     "pos_weight 1": {**COSINE, "train.pos_weight": 1.0},
     "pos_weight balanced": {**COSINE, "train.pos_weight": "balanced"},
     "no augmentation": {**COSINE, **NO_AUGMENTATION},
@@ -73,10 +73,10 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "flip": {**COSINE, "augment.flip": True},
     "erasing": {**COSINE, "augment.erase_fraction": 0.2},
     "ema": {**COSINE, "train.ema_decay": 0.99},
-    "adamw, decay 0.05": {**COSINE, "train.optimizer": "adamw", "train.weight_decay": 0.05},
+    "adamw 0.05": {**COSINE, "train.optimizer": "adamw", "train.weight_decay": 0.05},
     "label smoothing": {**COSINE, "train.label_smoothing": 0.1},
     "clip 1": {**COSINE, "train.clip_norm": 1.0},
-    "batch 32": {**COSINE, "train.batch_size": 32, "train.micro_batch_size": 32},
+    "twice the batch": COSINE,
 }
 
 
@@ -89,6 +89,7 @@ class Run:
     seed: int
     image_size: int
     epochs: int
+    batch_size: int
     source: str
 
 
@@ -128,11 +129,14 @@ def configure(run: Run) -> Config:
     """`baseline` from scratch, changed as the variant says; `best` is the recipe."""
     recipe = "best" if run.variant == "best" else "baseline"
     config = override(Config(), read_recipe(recipe), f"recipe {recipe}")
+    batch_size = run.batch_size * (2 if run.variant == "twice the batch" else 1)
     fixed = {
         "seed": run.seed,
         "model.weights": "random",
         "data.image_size": run.image_size,
         "train.epochs": run.epochs,
+        "train.batch_size": batch_size,
+        "train.micro_batch_size": batch_size,  # BatchNorm over the whole batch, as in `baseline`
         "train.keep_checkpoints": 1,
         "train.precision": "native",
     }
@@ -215,17 +219,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--source", choices=["rsna", "phantoms"], default="rsna")
     parser.add_argument("--studies", type=int, default=400, help="phantoms to draw")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--image-size", type=int, default=96)
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--image-size", type=int, default=64)
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--batch-size", type=int, default=16, help="few studies make few steps")
     parser.add_argument("--only", help="variants, by comma; `best` is the recipe")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("recipes.jsonl"))
     options = parser.parse_args(argv)
     names = options.only.split(",") if options.only else list(VARIANTS)
+    if unknown := set(names) - {*VARIANTS, "best"}:
+        parser.error(
+            f"--only: no variant {', '.join(sorted(unknown))}; there are {', '.join(VARIANTS)}"
+        )
     real = find_real_data("rsna-mini")
     kind = "rsna" if options.source == "rsna" and real is not None else "phantoms"
     runs = [
-        Run(name, fold, seed, options.image_size, options.epochs, kind)
+        Run(name, fold, seed, options.image_size, options.epochs, options.batch_size, kind)
         for seed in range(options.seeds)
         for name in names
         for fold in range(FOLDS)
@@ -252,12 +261,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 done.append(row)
                 what = f"{row['variant']:<22} fold {row['fold']} seed {row['seed']}"
                 print(f"{what}  {row['auroc']:.3f}", flush=True)
+    asked = (options.image_size, options.epochs, options.batch_size, kind)
     shown = [
-        r
-        for r in done
-        if (r["image_size"], r["epochs"], r["source"]) == (options.image_size, options.epochs, kind)
+        r for r in done if (r["image_size"], r["epochs"], r["batch_size"], r["source"]) == asked
     ]
-    print(f"\n{kind}, {options.image_size} px, {options.epochs} epochs")
+    sizes = f"{options.image_size} px, {options.epochs} epochs, batches of {options.batch_size}"
+    print(f"\n{kind}, {sizes}")
     for line in tabulate(shown):
         print(line)
     return 0

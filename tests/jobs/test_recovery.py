@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -102,8 +103,17 @@ def fail(*causes: BaseException) -> WorkerGroupError:
     return WorkerGroupError("workers failed", dict(enumerate(causes)))
 
 
+def wait_for_nodes() -> list[Node]:
+    """Those with a free CPU: what an earlier test used may not be free at once."""
+    deadline_s = time.monotonic() + 60
+    while not (nodes := usable_nodes(ONE_CPU)):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.1)
+    return nodes
+
+
 def run(script: Script, board: Board, urls: tuple[str, str] = REMOTE_RUN, **cluster: Any) -> None:
-    script.recovery(board, urls=urls, **cluster).run(usable_nodes(ONE_CPU))
+    script.recovery(board, urls=urls, **cluster).run(wait_for_nodes())
 
 
 # --- what is tried again --------------------------------------------------------------------------
@@ -186,7 +196,7 @@ def test_an_order_to_leave_ends_each_wait(board: Board) -> None:
     script = Script([fail(AWAY)], [AWAY])
     recovery = script.recovery(board, urls=REMOTE_RUN)
     recovery.tell = lambda line: recovery.leave()
-    recovery.run(usable_nodes(ONE_CPU))
+    recovery.run(wait_for_nodes())
     assert script.looked == 1
 
 
@@ -199,7 +209,7 @@ def test_an_attempt_that_is_told_to_leave_is_the_last(board: Board) -> None:
         return STOPPED
 
     script.outcomes = [leave]
-    assert recovery.run(usable_nodes(ONE_CPU))
+    assert recovery.run(wait_for_nodes())
     assert script.told == []
 
 
@@ -212,7 +222,7 @@ def test_a_failure_on_the_way_out_leaves_no_checkpoint(board: Board) -> None:
         raise fail(AWAY)
 
     script.outcomes = [fail_leaving]
-    assert not recovery.run(usable_nodes(ONE_CPU))
+    assert not recovery.run(wait_for_nodes())
     assert script.told == []
 
 
@@ -253,7 +263,7 @@ def test_an_attempt_of_fewer_workers_is_stopped_when_there_is_room(
         ray.kill(worker)
         return STOPPED
 
-    there = usable_nodes(ONE_CPU)
+    there = wait_for_nodes()
     most = count_fitting(there, ONE_CPU)
     script = Script([train_until_told, None])
     one = [Node(n.id, n.address, n.port, n.total, ONE_CPU, draining=False) for n in there]
