@@ -251,47 +251,32 @@ def choose_ways(
     Raises ConfigError when memory is demanded and does not suffice.
     """
     choices: dict[str, Choice] = {}
-    for split, size in decoded_bytes.items():
-        taken = {True: 0, False: 0}
-        for other, choice in choices.items():
-            if choice.way == "memory":
-                taken[choice.on_device] += decoded_bytes[other]
-        choices[split] = _choose_way(
-            wanted,
-            size,
-            host_bytes,
-            device_bytes,
-            host_taken=taken[False],
-            device_taken=taken[True],
-        )
+    host_taken = device_taken = 0
+    host_room = host_bytes * (_HOST_SHARE if wanted == "auto" else 1)
+    device_room = 0 if device_bytes is None else device_bytes * _DEVICE_SHARE
+    for split, number in decoded_bytes.items():
+        size = f"{number / 1e9:.2f} GB decoded"
+        free = f"{(host_bytes - host_taken) / 1e9:.2f} GB free for this worker"
+        if host_taken:
+            free += " beside the others"
+        if wanted == "stream":
+            choice = Choice("stream", False, f"streamed, as data.cache says ({size})")
+        elif device_bytes is not None and device_taken + number <= device_room:
+            on_device = f"{(device_bytes - device_taken) / 1e9:.2f} GB free there"
+            choice = Choice("memory", True, f"kept on the device ({size}, {on_device})")
+            device_taken += number
+        elif host_taken + number <= host_room:
+            choice = Choice("memory", False, f"kept in memory ({size}, {free})")
+            host_taken += number
+        elif wanted == "memory":
+            raise ConfigError(
+                f"data.cache: memory: {size}, {free}; use stream or auto, or fewer workers a "
+                "machine"
+            )
+        else:
+            choice = Choice("stream", False, f"streamed ({size}, {free})")
+        choices[split] = choice
     return choices
-
-
-def _choose_way(
-    wanted: Literal["auto", "memory", "stream"],
-    decoded_bytes: int,
-    host_bytes: int,
-    device_bytes: int | None,
-    *,
-    host_taken: int,
-    device_taken: int,
-) -> Choice:
-    size = f"{decoded_bytes / 1e9:.2f} GB decoded"
-    free = f"{(host_bytes - host_taken) / 1e9:.2f} GB free for this worker"
-    if host_taken:
-        free += " beside the others"
-    if wanted == "stream":
-        return Choice("stream", False, f"streamed, as data.cache says ({size})")
-    if device_bytes is not None and device_taken + decoded_bytes <= _DEVICE_SHARE * device_bytes:
-        on_device = f"{(device_bytes - device_taken) / 1e9:.2f} GB free there"
-        return Choice("memory", True, f"kept on the device ({size}, {on_device})")
-    if host_taken + decoded_bytes <= (_HOST_SHARE if wanted == "auto" else 1) * host_bytes:
-        return Choice("memory", False, f"kept in memory ({size}, {free})")
-    if wanted == "memory":
-        raise ConfigError(
-            f"data.cache: memory: {size}, {free}; use stream or auto, or fewer workers a machine"
-        )
-    return Choice("stream", False, f"streamed ({size}, {free})")
 
 
 def input_size(manifest: Manifest, wanted: int | None) -> int:
