@@ -7,7 +7,8 @@ quality   jobs.tune with its defaults (TPE, ASHA) beside a plain random search t
           both on phantoms, each seed with draws of its own. Told are the epochs that each search
           trained, its best objective, and after how many epochs the default search had a finished
           trial as good as the random search's best (less one standard error of the difference of
-          two trials, about what val can tell apart; and as good outright).
+          two trials, about what val can tell apart; and as good outright); and the trials an hour
+          and core hours of both.
 overhead  trials of one epoch: `fit` in one process, by Tune in used processes, and as Ray Train
           runs of one and of two workers; then how long a trial waits for its data when each reads
           the store, and when all share one copy. Seconds a trial, in one run.
@@ -24,6 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 
 from jobs import prepare
@@ -80,7 +82,14 @@ def compare_quality(options: argparse.Namespace, folder: Path) -> None:
                     **more,
                 }
                 config = override(Config(), {**SETTINGS, **changes})
+                started = time.perf_counter()
                 found[name] = search(config, manifest, store, str(folder / f"{name}-{seed}"))
+                hours = (time.perf_counter() - started) / 3600
+                cores = ray.cluster_resources()["CPU"]
+                print(
+                    f"seed {seed}: {name}: {options.trials / hours:.0f} trials an hour, "
+                    f"{hours * cores:.3f} core hours"
+                )
             ratios.append(found["random"].epochs / found["default"].epochs)
             reached.append(describe_seed(seed, found, folder))
     print(
