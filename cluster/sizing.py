@@ -20,6 +20,8 @@ SAMPLE_BYTES = 51_712
 a test does it again."""
 BLOCK_SAMPLES = 64
 """What one range request reads; pneumo.shards."""
+SHARD_SAMPLES = 512
+"""A full shard's; pneumo.shards."""
 CHECKPOINT_BYTES = 134_000_000
 """ResNet-18's 11.17 M float32 parameters, and twice as much of Adam's: counted, by a test too."""
 IMAGES_PER_S_PER_GPU = 12_000.0
@@ -104,9 +106,9 @@ def size(gpus: int, workload: Workload | None = None) -> Sizing:
 
 
 def samples_per_shard(train_samples: int, gpus: int) -> int:
-    """At least four shards for each GPU, of whole blocks, and none above 1024 samples (53 MB)."""
+    """At least four shards for each GPU, of whole blocks, and none above SHARD_SAMPLES."""
     wanted = train_samples / (4 * gpus)
-    return max(BLOCK_SAMPLES, min(1024, int(wanted // BLOCK_SAMPLES) * BLOCK_SAMPLES))
+    return max(BLOCK_SAMPLES, min(SHARD_SAMPLES, int(wanted // BLOCK_SAMPLES) * BLOCK_SAMPLES))
 
 
 def warnings(sizing: Sizing, workload: Workload | None = None) -> list[str]:

@@ -11,11 +11,11 @@ import hashlib
 import io
 import json
 import tarfile
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,10 +38,11 @@ QUARANTINE = "quarantine.jsonl"
 BLOCK_SAMPLES = 64
 """Neighbours in a shard that are read and shuffled together: one range request of 3.3 MB at 224
 px. Of large pictures they are fewer."""
-SHARD_SAMPLES = 1024
-"""Samples in a shard: 53 MB at 224 px, one PUT. Of large pictures they are fewer."""
+SHARD_SAMPLES = 512
+"""Samples in a shard: 27 MB at 224 px, one PUT; all of RSNA makes 53, enough to share out. Of large
+pictures they are fewer."""
 _BLOCK_BYTES = 4_300_000
-_SHARD_BYTES = 54_000_000
+_SHARD_BYTES = 27_000_000
 
 _CHECKSUM_AT = 148
 """Where a tar header has its checksum: six octal digits and a zero."""
@@ -197,7 +198,7 @@ def block_samples(image_size: int) -> int:
 
 
 def shard_samples(image_size: int) -> int:
-    """Samples in a full shard, unless told otherwise: SHARD_SAMPLES, or as many as make 53 MB."""
+    """Samples in a full shard, unless told otherwise: SHARD_SAMPLES, or as many as make 27 MB."""
     return max(1, min(SHARD_SAMPLES, _SHARD_BYTES // sample_bytes(image_size)))
 
 
@@ -207,49 +208,80 @@ def encode_shard(name: str, samples: Iterable[Sample]) -> tuple[ShardEntry, byte
     Equal samples give equal bytes. They are taken one at a time, so only the tar is in memory.
     """
     buffer = io.BytesIO()
-    starts, count, positives, in_block = [0], 0, 0, BLOCK_SAMPLES
+    entry = _encode_shard(buffer, name, samples)
+    return entry, buffer.getvalue()
+
+
+def _encode_shard(buffer: io.BytesIO, name: str, samples: Iterable[Sample]) -> ShardEntry:
+    """`encode_shard` into the first bytes of `buffer`, whose content is of no account.
+
+    All is hashed as it is written: later it would have to come back from memory, for twice the
+    time.
+    """
+    buffer.seek(0)
+    whole, part = hashlib.sha256(), hashlib.sha256()
+    blocks = list[BlockEntry]()
+    start = count = counted = positives = 0
+    in_block = BLOCK_SAMPLES
+
+    def end_block() -> None:
+        nonlocal start, counted, part
+        if count > counted:
+            end = buffer.tell()
+            blocks.append(
+                BlockEntry(
+                    offset=start,
+                    bytes=end - start,
+                    samples=count - counted,
+                    sha256=part.hexdigest(),
+                )
+            )
+            start, counted, part = end, count, hashlib.sha256()
+
     for sample in samples:
         if not count:
             in_block = block_samples(len(sample.pixels))
-        # In the order of webdataset's own writer.
-        buffer.write(_encode_member(f"{sample.key}.cls", str(sample.target).encode()))
-        header = _npy_header(sample.pixels.shape, sample.pixels.dtype.str)
-        buffer.write(_encode_member(f"{sample.key}.npy", header, sample.pixels.tobytes()))
+        for content in _encode_sample(sample):
+            buffer.write(content)
+            whole.update(content)
+            part.update(content)
         count += 1
         positives += sample.target
         if count % in_block == 0:
-            starts.append(buffer.tell())
-    if count % in_block:
-        starts.append(buffer.tell())
-    buffer.write(bytes(2 * tarfile.BLOCKSIZE))  # the end marker
-    data = buffer.getvalue()
-    entry = ShardEntry(
+            end_block()
+    end_block()
+    end_marker = bytes(2 * tarfile.BLOCKSIZE)
+    buffer.write(end_marker)
+    whole.update(end_marker)
+    return ShardEntry(
         name=name,
         samples=count,
         positives=positives,
-        bytes=len(data),
-        sha256=hashlib.sha256(data).hexdigest(),
-        blocks=tuple(
-            BlockEntry(
-                offset=start,
-                bytes=end - start,
-                samples=min(in_block, count - i * in_block),
-                sha256=hashlib.sha256(memoryview(data)[start:end]).hexdigest(),
-            )
-            for i, (start, end) in enumerate(pairwise(starts))
-        ),
+        bytes=buffer.tell(),
+        sha256=whole.hexdigest(),
+        blocks=tuple(blocks),
     )
-    return entry, data
 
 
-def _encode_member(name: str, *content: bytes) -> bytes:
-    """One file of a tar: no time, no owner and no extended header, so the same bytes every time."""
-    size = sum(map(len, content))
-    return b"".join((_encode_header(name, size), *content, bytes(-size % tarfile.BLOCKSIZE)))
+def _encode_sample(sample: Sample) -> Iterator[bytes | memoryview]:
+    """Its members of the tar, in the order of webdataset's own writer."""
+    target = str(sample.target).encode()
+    label = _encode_header(f"{sample.key}.cls", len(target)) + target + _padding(len(target))
+    header = _npy_header(sample.pixels.shape, sample.pixels.dtype.str)
+    pixels = np.ascontiguousarray(sample.pixels).data
+    size = len(header) + pixels.nbytes
+    yield label + _encode_header(f"{sample.key}.npy", size) + header
+    yield pixels
+    yield _padding(size)
+
+
+def _padding(size: int) -> bytes:
+    return bytes(-size % tarfile.BLOCKSIZE)
 
 
 def _encode_header(name: str, size: int) -> bytes:
-    """What tarfile makes of these, twenty times as fast: members differ in little but the name."""
+    """What tarfile makes of a file without time, owner and extended header, so that the bytes are
+    the same every time; twenty times as fast: members differ in little but the name."""
     encoded = name.encode("ascii")
     assert len(encoded) <= tarfile.LENGTH_NAME, name
     nameless, checksum = _nameless_header(size)
@@ -431,13 +463,25 @@ def _read_members(data: bytes, where: str) -> Iterator[_Member]:
 
 def write_shard(store_url: str, name: str, samples: Iterable[Sample]) -> ShardEntry:
     """Encode and publish one shard; the entry that the manifest will carry."""
-    entry, data = encode_shard(name, samples)
-    url = storage.join(store_url, name)
+    url, buffer = storage.join(store_url, name), _MEMORY.buffer
+    entry = _encode_shard(buffer, name, samples)
     if entry.samples:
-        storage.write_bytes(url, data)
+        with buffer.getbuffer() as memory, memory[: entry.bytes] as data:
+            storage.write_bytes(url, data)
     else:
         storage.remove(url)  # of an earlier attempt that had some
     return entry
+
+
+class _Memory(threading.local):
+    """Memory of a thread that one shard after the other is made in: fresh pages cost as much as
+    writing to them does."""
+
+    def __init__(self) -> None:
+        self.buffer = io.BytesIO()
+
+
+_MEMORY = _Memory()
 
 
 def digest_pixels(pixels: npt.NDArray[np.uint8]) -> str:

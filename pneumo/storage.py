@@ -294,7 +294,7 @@ class _Reading:
 # --- writing --------------------------------------------------------------------------------------
 
 
-def write_bytes(url: str, data: bytes) -> None:
+def write_bytes(url: str, data: bytes | memoryview) -> None:
     """Publish `data` at `url` at once, replacing what was there.
 
     Local: written beside, flushed to disk, renamed. Object store: one PUT, which is atomic there,
@@ -303,9 +303,11 @@ def write_bytes(url: str, data: bytes) -> None:
     if is_local(url):
         _publish_file(local_path(url), data, lambda partial, path: partial.replace(path))
     elif _is_s3(url):
-        _retried(lambda fs, path: _put(fs, path, data), url)
+        body = bytes(data)
+        _retried(lambda fs, path: _put(fs, path, body), url)
     else:
-        _retried(lambda fs, path: fs.pipe_file(path, data), url)
+        body = bytes(data)
+        _retried(lambda fs, path: fs.pipe_file(path, body), url)
 
 
 def create_bytes(url: str, data: bytes, *, mode: int = 0o644) -> bool:
@@ -381,7 +383,7 @@ def remove(url: str) -> None:
 
 
 def _publish_file(
-    path: Path, data: bytes, publish: Callable[[Path, Path], T], mode: int = 0o644
+    path: Path, data: bytes | memoryview, publish: Callable[[Path, Path], T], mode: int = 0o644
 ) -> T:
     attempts = 0
     while True:
@@ -428,7 +430,7 @@ def _reserve(partial: Path, path: Path) -> bool:
 
 
 @contextmanager
-def _partial_file(path: Path, data: bytes, mode: int) -> Iterator[Path]:
+def _partial_file(path: Path, data: bytes | memoryview, mode: int) -> Iterator[Path]:
     """A file beside `path` with `data` on the disk, which is gone afterwards."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=_PARTIAL_PREFIX, delete=False) as file:

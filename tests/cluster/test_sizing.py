@@ -27,6 +27,7 @@ def test_a_sample_has_the_size_of_a_stored_one(tmp_path: Path) -> None:
     entry = shards.write_shard(str(tmp_path), "train/000000.tar", samples)
     assert entry.bytes / 128 == pytest.approx(sizing.SAMPLE_BYTES, rel=0.02)
     assert shards.BLOCK_SAMPLES == sizing.BLOCK_SAMPLES
+    assert shards.SHARD_SAMPLES == sizing.SHARD_SAMPLES
 
 
 def test_a_checkpoint_is_weights_and_adams_two_moments() -> None:

@@ -261,7 +261,7 @@ def test_shards_of_large_pictures_hold_fewer_unless_told_otherwise(
     by_key = {study.key: "train" for study in studies}
     for changes, size in (
         ({"prepare.image_size": 224}, 300),  # eight shards at least
-        ({"prepare.image_size": 1024}, 50),  # 51 are allowed
+        ({"prepare.image_size": 1024}, 25),
         ({"prepare.image_size": 1024, "prepare.samples_per_shard": 200}, 200),
     ):
         config = override(Config(), changes)

@@ -8,7 +8,7 @@ import io
 import json
 import tarfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -144,7 +144,7 @@ def test_blocks_are_whole_tars_of_64_neighbours(number: int) -> None:
 
 @pytest.mark.parametrize(
     ("image_size", "block", "shard"),
-    [(32, 64, 1024), (224, 64, 1024), (512, 16, 204), (1024, 4, 51)],
+    [(32, 64, 512), (224, 64, 512), (512, 16, 102), (1024, 4, 25)],
 )
 def test_blocks_and_shards_of_large_pictures_hold_fewer(
     image_size: int, block: int, shard: int
@@ -159,7 +159,25 @@ def test_blocks_and_shards_of_large_pictures_hold_fewer(
     assert len(data) == number * shards.sample_bytes(image_size) + 1024
     assert max(part.samples for part in entry.blocks) == min(block, number)
     assert block * shards.sample_bytes(image_size) <= 4_300_000
-    assert shard * shards.sample_bytes(image_size) <= 54_000_000
+    assert shard * shards.sample_bytes(image_size) <= 27_000_000
+
+
+def test_shards_written_one_after_the_other_share_memory_but_nothing_else(tmp_path: Path) -> None:
+    class BrokenError(Exception):
+        pass
+
+    def breaking(samples: list[Sample]) -> Iterator[Sample]:
+        yield from samples
+        raise BrokenError
+
+    for k, number in enumerate((70, 3, 65, 1)):
+        samples, name = some_samples(number), f"train/{k:06d}.tar"
+        with pytest.raises(BrokenError):
+            shards.write_shard(str(tmp_path), name, breaking(some_samples(90)))
+        assert not (tmp_path / name).exists()
+        entry, data = shards.encode_shard(name, samples)
+        assert shards.write_shard(str(tmp_path), name, iter(samples)) == entry
+        assert (tmp_path / name).read_bytes() == data
 
 
 def test_threads_decode_without_disturbing_each_other() -> None:
