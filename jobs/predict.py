@@ -27,7 +27,7 @@ from pneumo.dicom import GrayImage
 from pneumo.errors import DataError, RunError, SourceError
 from pneumo.explain import class_activation
 from pneumo.figures import draw_overlay, show_threshold
-from pneumo.ingest import Unusable, read_picture
+from pneumo.ingest import Unusable, read_pictures
 from pneumo.predict import Member, prepare_input, score_pictures, sigmoid
 from pneumo.readings import NOT_A_NUMBER, NOTICE, Readings, Rule, encode_csv, encode_parquet
 
@@ -174,7 +174,8 @@ def read_files(task: Task, files: Sequence[str]) -> Readings:
 
 
 def _read_batch(task: Task, members: Sequence[Member], files: Sequence[str]) -> Readings:
-    images = [read_picture(storage.join(task.source_url, f), task.stored_size) for f in files]
+    urls = [storage.join(task.source_url, file) for file in files]
+    images = list(read_pictures(urls, task.stored_size))
     pixels = {i: image.pixels for i, image in enumerate(images) if not isinstance(image, Unusable)}
     logit = np.full(len(files), np.nan, dtype=np.float32)
     if pixels:

@@ -16,7 +16,7 @@ from PIL import Image
 from jobs import evaluate, predict
 from pneumo.checkpoint import claim_run, load_checkpoint, read_index, save_checkpoint
 from pneumo.dicom import GrayImage
-from pneumo.ingest import read_picture
+from pneumo.ingest import read_pictures
 from pneumo.predict import Predictions
 from pneumo.shards import digest_pixels, read_manifest, read_studies
 from pneumo.studies import read_source
@@ -138,8 +138,9 @@ def test_files_are_decoded_to_the_pixels_of_the_store(prepared: Prepared) -> Non
     store = str(prepared.store)
     manifest = read_manifest(store)
     rows, size = read_studies(store, manifest), manifest.image_size
-    for study in read_source(str(prepared.source)).studies[:20]:
-        image = read_picture(study.url, size)
+    studies = read_source(str(prepared.source)).studies[:20]
+    images = read_pictures([study.url for study in studies], size)
+    for study, image in zip(studies, images, strict=True):
         assert isinstance(image, GrayImage)
         assert digest_pixels(image.pixels) == rows[study.key].pixels_digest
 

@@ -9,6 +9,8 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +27,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from pneumo import storage
 from pneumo.config import Config, override
-from pneumo.errors import AccessError, BadFilesError, SourceError, StoreError
+from pneumo.errors import AccessError, BadFilesError, SourceError, StorageError, StoreError
 from pneumo.ingest import (
     Part,
     Receipt,
@@ -533,6 +535,55 @@ def test_every_way_of_being_unusable_has_its_code(
     for study in plan.studies:
         image_id = Path(study.url).stem
         assert not any(image_id in item.message for item in receipt.rejected)
+
+
+def test_files_of_a_bucket_are_read_while_others_are_decoded(
+    preparation: Preparation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bucket answers late, in any order, and not always: the shard is the disk's."""
+    plan = preparation.plans[0]
+    preparation.file(plan, 5).unlink()
+    assert preparation.do(plan, tmp_path / "from_disk") == (1, 0)
+    images = Path(plan.studies[0].url).parent
+    under_way, most, lock = 0, 0, threading.Lock()
+    of_disk = storage.read_bytes
+
+    def answer_late(url: str, **options: Any) -> bytes:
+        nonlocal under_way, most
+        if not url.startswith("s3://rsna/"):
+            return of_disk(url, **options)
+        with lock:
+            under_way += 1
+            most = max(most, under_way)
+        try:
+            time.sleep(random.random() / 50)
+            return (images / url.rsplit("/", 1)[1]).read_bytes()
+        finally:
+            with lock:
+                under_way -= 1
+
+    monkeypatch.setattr(storage, "read_bytes", answer_late)
+    away = tuple(replace(s, url=f"s3://rsna/images/{Path(s.url).name}") for s in plan.studies)
+    assert preparation.do(replace(plan, studies=away), tmp_path / "from_bucket") == (1, 0)
+    assert content(tmp_path / "from_bucket") == content(tmp_path / "from_disk")
+    assert 4 <= most <= 8
+    # All of it is over before an error is told, and nothing more is asked for.
+    asked = list[str]()
+
+    def fail(url: str, **options: Any) -> bytes:
+        if not url.startswith("s3://rsna/"):
+            return of_disk(url, **options)
+        asked.append(url)
+        if len(asked) > 3:
+            raise StorageError("the bucket is away")
+        return answer_late(url)
+
+    monkeypatch.setattr(storage, "read_bytes", fail)
+    with pytest.raises(StorageError, match="the bucket is away"):
+        preparation.do(replace(plan, studies=away), tmp_path / "broken")
+    assert under_way == 0
+    assert len(asked) <= 3 + 8 + 8
+    assert not list((tmp_path / "broken").rglob("*.tar"))
 
 
 def test_a_bucket_that_refuses_is_told_without_the_names_of_its_files(
