@@ -6,14 +6,17 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import ray.tune
+from ray import cloudpickle
+from ray.exceptions import RayActorError
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from jobs.command import say
+from jobs.command import find_cause, say
 from jobs.judging import METRIC
 from pneumo.config import TuneConfig
 
@@ -30,6 +33,20 @@ def describe_settings(settings: Mapping[str, Any]) -> str:
 def show_value(value: Any) -> str:
     """A number in three digits, all else as it is."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def read_error(trial: Any) -> str:
+    """Why a trial of Tune's failed the last time, in a line.
+
+    From the driver's own folder: `trial.get_error` looks in the run, where it comes later.
+    """
+    path = trial.pickled_error_file
+    if path is None or not Path(path).exists():
+        return "for a reason that Ray does not tell"
+    cause: BaseException = cloudpickle.loads(Path(path).read_bytes())
+    if isinstance(cause, RayActorError):
+        return "its process was lost"
+    return (str(find_cause(cause) or cause).strip().splitlines() or [type(cause).__name__])[-1]
 
 
 class LiveTable(ray.tune.Callback):  # type: ignore[misc]
@@ -85,10 +102,11 @@ class LiveTable(ray.tune.Callback):  # type: ignore[misc]
         self._end(trial, outcome)
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        self._end(trial, "failed; the search goes on")
+        self._end(trial, f"failed: {read_error(trial)}; the search goes on")
 
     def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        self._say(f"trial {trial.config['name']}  lost its worker; goes on from its checkpoint")
+        why = read_error(trial)
+        self._say(f"trial {trial.config['name']}  {why}; goes on from its checkpoint")
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         self.trials = trials

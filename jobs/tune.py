@@ -21,7 +21,7 @@ from ray.tune.schedulers import FIFOScheduler
 from jobs.command import find_cause, new_run_url, run_job, say
 from jobs.draws import Draw, Drawn, Listed, Rungs, list_grid
 from jobs.judging import Shared
-from jobs.live_table import LiveTable
+from jobs.live_table import LiveTable, read_error
 from jobs.records import (
     drop_checkpoints,
     read_judgement,
@@ -294,9 +294,7 @@ class _Runner:
         if error is not None:
             state = "diverged"
         elif trial.status == "ERROR":
-            cause = trial.get_error()
-            known = cause and (find_cause(cause) or cause)
-            state, error = "failed", (str(known).strip().splitlines() or ["?"])[-1]
+            state, error = "failed", read_error(trial)
         elif trial.last_result.get("epoch", 0) < self.config.tune.epochs:
             state = "stopped"
         write_ended(self.run_url, name, state, error)

@@ -233,11 +233,11 @@ class TuneConfig(Section):
     grid."""
     num_trials: PositiveInt = 16
     """Settings to try; a grid has its own number."""
-    epochs: PositiveInt = 8
+    epochs: PositiveInt = 9
     """Epochs of a trial that is not stopped early."""
     early_stopping: Literal["asha", "none"] = "asha"
     """ASHA stops, at each rung, the trials that are behind those that got there before."""
-    grace_epochs: PositiveInt = 2
+    grace_epochs: PositiveInt = 1
     """Epochs that each trial gets: the first rung; the next are `reduction_factor` times as
     high."""
     reduction_factor: Annotated[int, Field(ge=2, le=16)] = 3
@@ -268,7 +268,7 @@ class TuneConfig(Section):
         if self.early_stopping == "none":
             refuse("grace_epochs", "without early_stopping")
             refuse("reduction_factor", "without early_stopping")
-        elif self.grace_epochs > self.epochs and self.grace_epochs != defaults["grace_epochs"]:
+        elif self.grace_epochs > self.epochs:
             raise ValueError(f"grace_epochs {self.grace_epochs} are more than epochs {self.epochs}")
         if self.objective != "sensitivity":
             refuse("specificity", f"on objective {self.objective}")
@@ -296,7 +296,7 @@ class TuneConfig(Section):
         """Epochs after which ASHA compares, in order; none without early stopping."""
         if self.early_stopping == "none":
             return ()
-        rungs = [min(self.grace_epochs, self.epochs)]
+        rungs = [self.grace_epochs]
         while rungs[-1] * self.reduction_factor < self.epochs:
             rungs.append(rungs[-1] * self.reduction_factor)
         return tuple(rung for rung in rungs if rung < self.epochs)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import io
 import pickle
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray import cloudpickle
+from ray.exceptions import ActorDiedError, ActorUnavailableError
+from ray.tune import TuneError
 from rich.console import Console
 
 from jobs.live_table import LiveTable, describe_settings
 from pneumo.config import Config, override
+from pneumo.errors import DataError
 
 TUNE = override(Config(), {"tune.num_trials": 20, "tune.epochs": 8}).tune
 
@@ -21,6 +26,13 @@ def tune_trial(number: int, status: str, epoch: int = 0, objective: float = 0.0)
     settings = {"train.lr": 10.0**-number, "train.optimizer": "adam"}
     config = {"name": f"t{number:03}", "settings": settings, "seed": 0}
     return SimpleNamespace(trial_id=str(number), config=config, status=status, last_result=result)
+
+
+def caused_by(cause: Exception) -> Exception:
+    """As Ray wraps it."""
+    error = TuneError("a worker failed")
+    error.cause = cause
+    return error
 
 
 def draw(table: LiveTable) -> str:
@@ -72,6 +84,32 @@ def test_lines_tell_of_each_end(capsys: pytest.CaptureFixture[str]) -> None:
     assert said[1].endswith("0.9000 after 8 epochs")
     assert said[2].endswith("failed: the loss is nan")
     assert ended == [stopped, done, diverged]
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ActorDiedError(), "its process was lost"),
+        (ActorUnavailableError("no answer", None), "its process was lost"),
+        (TuneError("first line\n\nlast line\n"), "last line"),
+        (caused_by(DataError("shard 3: gone")), "shard 3: gone"),
+        (MemoryError(), "MemoryError"),
+        (None, "for a reason that Ray does not tell"),
+    ],
+)
+def test_lines_tell_why_a_trial_failed(
+    error: Exception | None, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trial, file = tune_trial(1, "ERROR", 2, 0.6), tmp_path / "error.pkl"
+    if error is not None:
+        file.write_bytes(cloudpickle.dumps(error))
+    trial.pickled_error_file = str(file)
+    table = LiveTable("search", TUNE, 20, 0)
+    table.on_trial_recover(1, [], trial)
+    table.on_trial_error(1, [], trial)
+    recovered, failed = capsys.readouterr().err.splitlines()
+    assert recovered == f"trial t001  {told}; goes on from its checkpoint"
+    assert failed.endswith(f"  failed: {told}; the search goes on")
 
 
 def test_time_left_counts_what_this_process_did(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -256,16 +256,12 @@ def has_epochs(run: Path, name: str, number: int) -> bool:
     return len(read_history(trial_url(str(run), name))) >= number
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(
-    prepared: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = tmp_path / "search"
+def strike_later(run: Path, epochs: int) -> list[int]:
+    """Kill the process of some trial once the first has so many epochs; whom, when it is done."""
     killed: list[int] = []
 
     def strike() -> None:
-        wait_until(lambda: has_epochs(run, "t001", 2))
+        wait_until(lambda: has_epochs(run, "t001", epochs))
         victims = [
             process
             for process in psutil.Process().children(recursive=True)
@@ -274,14 +270,40 @@ def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(
         killed.append(victims[0].pid)
         victims[0].kill()
 
-    striker = threading.Thread(target=strike, daemon=True)
-    striker.start()
+    threading.Thread(target=strike, daemon=True).start()
+    return killed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_trial_that_fails_for_good_is_told_and_the_search_goes_on(
+    prepared: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "search"
+    killed = strike_later(run, 1)
+    assert tune.main([*places(prepared, run), *LONG, "--cluster.max-failures", "0"]) == 0
+    assert killed
+    table = {str(row["name"]): row for row in read_table(run)}
+    failed = [name for name, row in table.items() if row["state"] == "failed"]
+    assert len(failed) == 1
+    assert [row["state"] for name, row in table.items() if name not in failed] == ["finished"] * 3
+    assert table[failed[0]]["error"] == "its process was lost"
+    assert "failed: its process was lost; the search goes on" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(
+    prepared: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "search"
+    killed = strike_later(run, 2)
     assert tune.main([*places(prepared, run), *LONG]) == 0
     assert killed
     table = read_table(run)
     assert [row["state"] for row in table] == ["finished"] * 4
     assert [row["epochs"] for row in table] == [4] * 4
-    assert "lost its worker; goes on from its checkpoint" in capsys.readouterr().err
+    assert "its process was lost; goes on from its checkpoint" in capsys.readouterr().err
     for name in ("t001", "t002", "t003", "t004"):
         numbers = [record["epoch"] for record in read_history(trial_url(str(run), name))]
         assert numbers == [1, 2, 3, 4]

@@ -166,7 +166,7 @@ def test_any_key_that_makes_a_model_can_be_searched() -> None:
         (["--tune.specificity", "0.8"], "specificity 0.8 has no effect on objective auroc"),
         (["--tune.confirm-settings", "2"], "confirm_settings 2 has no effect without confirm"),
         (["--tune.algorithm", "grid"], "train.lr: a grid needs the number of points"),
-        (["--tune.grace-epochs", "9"], "grace_epochs 9 are more than epochs 8"),
+        (["--tune.grace-epochs", "10"], "grace_epochs 10 are more than epochs 9"),
     ],
 )
 def test_settings_of_a_search_without_effect_are_refused(more: list[str], complaint: str) -> None:
