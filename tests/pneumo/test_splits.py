@@ -131,6 +131,22 @@ def test_the_chosen_salt_balances_better_than_most() -> None:
     assert chosen < 0.2
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_few_studies_are_split_if_any_salt_can(seed: int) -> None:
+    """One patient alone has the last finding, so every salt is as wrong as can be in that."""
+    studies = make_studies([i // 2 for i in range(38)], [i % 2 for i in range(36)] + [2, 2])
+
+    def works(salt: int | None) -> bool:
+        try:
+            split_studies(studies, SplitConfig(salt=salt), seed=seed, has_patients=True)
+        except SourceError as error:
+            assert "would have no" in str(error)
+            return False
+        return True
+
+    assert works(None) == any(works(salt) for salt in range(64))
+
+
 @pytest.mark.parametrize(("val", "test"), [(0.15, 0.15), (0.1, 0.3), (0.4, 0.4)])
 def test_shares_are_near_the_wanted_ones(val: float, test: float) -> None:
     config = SplitConfig(val_fraction=val, test_fraction=test)
