@@ -139,8 +139,7 @@ def test_few_studies_are_split_if_any_salt_can(seed: int) -> None:
     def works(salt: int | None) -> bool:
         try:
             split_studies(studies, SplitConfig(salt=salt), seed=seed, has_patients=True)
-        except SourceError as error:
-            assert "would have no" in str(error)
+        except SourceError:
             return False
         return True
 
