@@ -302,11 +302,11 @@ def write_bytes(url: str, data: bytes | memoryview) -> None:
     """
     if is_local(url):
         _publish_file(local_path(url), data, lambda partial, path: partial.replace(path))
-    elif _is_s3(url):
-        body = bytes(data)
+        return
+    body = bytes(data)  # botocore takes no memoryview
+    if _is_s3(url):
         _retried(lambda fs, path: _put(fs, path, body), url)
     else:
-        body = bytes(data)
         _retried(lambda fs, path: fs.pipe_file(path, body), url)
 
 
