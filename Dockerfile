@@ -14,11 +14,12 @@ RUN python3.11 -m venv /opt/pneumo \
 FROM ${BASE_IMAGE}
 # wget is called by the probes of older KubeRay; ssh and rsync by Ray's launcher, which fills
 # containers of VMs so, and by the autoscaler of its head, which starts the workers from inside one.
+# gcc is called by torch.compile.
 # The launcher's shells are login shells, whose /etc/profile forgets ENV PATH; the folder of its token
 # would be root's if mounting the token made it.
 RUN apt-get update -qq \
  && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
-    openssh-client rsync wget > /dev/null \
+    gcc libc6-dev openssh-client rsync wget > /dev/null \
  && rm -rf /var/lib/apt/lists/* \
  && { python3.11 -m pip uninstall --yes --quiet pip setuptools wheel 2> /dev/null || true; } \
  && useradd --uid 1000 --gid 100 --create-home --home-dir /home/pneumo pneumo \

@@ -202,8 +202,9 @@ class TrainConfig(Section):
     """Arithmetic of forward and backward; auto: bfloat16 autocast on a GPU, float32 on a CPU;
     native: bfloat16 also on a CPU that computes in it (AVX512-BF16, AMX)."""
     compile: bool | Literal["max-autotune"] = False
-    """torch.compile the network: a minute at the start, faster steps on a GPU; max-autotune: the
-    fastest kernels are searched for, some minutes. Needs a C compiler on the workers."""
+    """torch.compile the network and, on a GPU, the augmentation: half a minute at the start, and
+    steps in two thirds of the time on a GPU; max-autotune: the fastest kernels are searched for,
+    some minutes. Needs a C compiler on the workers."""
     patience: PositiveInt | None = None
     """End the run after this many epochs without a better val AUROC; none: train them all."""
     keep_checkpoints: PositiveInt = 2

@@ -60,6 +60,8 @@ class Loader:
     device: torch.device
     mean: float
     std: float
+    compiled: bool = False
+    """Whether a GPU's augmentation goes through torch.compile."""
 
     def __len__(self) -> int:
         """Samples of the split, on all ranks together."""
@@ -99,7 +101,13 @@ class Loader:
         def change(images: Tensor, keys: tuple[str, ...]) -> Tensor:
             moments = (self.mean, self.std)
             return transforms.augment(
-                images, keys, augment, seed=seed, epoch=epoch, moments=moments
+                images,
+                keys,
+                augment,
+                seed=seed,
+                epoch=epoch,
+                moments=moments,
+                compiled=self.compiled,
             )
 
         yield from self._run_ahead(self.feed.feed(plan), change)
@@ -178,9 +186,10 @@ def open_loaders(
     device: torch.device | str,
     tell: Callable[[str], None] = lambda line: None,
     held: Mapping[str, Held] = MappingProxyType({}),
+    compiled: bool = False,
 ) -> tuple[Loader, ...]:
     """Loaders of splits at `image_size`, in the way that `config.cache` says or that fits beside
-    one another; of `held` pictures where a split has been read already.
+    one another; of `held` pictures where a split has been read already, and `compiled` or not.
 
     `tell` hears in one line each which way it is and why. Raises DataError when the manifest does
     not add up or a shard is missing or cut, and ConfigError for settings that cannot be met.
@@ -215,7 +224,15 @@ def open_loaders(
         return Memory(blocks[split], readers=readers, device=keeper)
 
     return tuple(
-        Loader(choose_feed(split), tuple(blocks[split].sizes.tolist()), world, device, mean, std)
+        Loader(
+            choose_feed(split),
+            tuple(blocks[split].sizes.tolist()),
+            world,
+            device,
+            mean,
+            std,
+            compiled,
+        )
         for split in splits
     )
 

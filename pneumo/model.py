@@ -18,6 +18,7 @@ from torchvision.models import ConvNeXt, DenseNet, EfficientNet, ResNet
 from pneumo import storage
 from pneumo.config import ModelConfig
 from pneumo.errors import ConfigError
+from pneumo.stem import Stem
 
 _DOWNLOAD_TIMEOUT_S = 15.0
 _NESTS = ("state_dict", "model_state_dict", "teacher", "student", "model", "net", "encoder")
@@ -62,7 +63,7 @@ def build_model(backbone: str) -> nn.Module:
     name = _anatomy(model).first_conv
     old = model.get_submodule(name)
     assert isinstance(old, nn.Conv2d)
-    first = nn.Conv2d(
+    first = Stem(
         1,
         old.out_channels,
         kernel_size=old.kernel_size,  # type: ignore[arg-type]

@@ -8,6 +8,8 @@ number of ranks (`learner.py`): losses and weights agree up to the rounding of s
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -93,8 +95,11 @@ def fit(
     `hooks.should_stop`.
     """
     if device.type == "cuda":
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         torch.cuda.set_device(device)  # what NCCL takes for collectives of objects
         torch.backends.cudnn.benchmark = True  # micro-batches are all of one shape
+    _check_compiler(config.train)
     manifest = read_manifest(store_url)
     image_size = check_sizes(config, manifest, num_workers=world.size)
     resumption = take_up(config, manifest, run_url, world, hooks.on_note)
@@ -110,6 +115,7 @@ def fit(
         device=device,
         tell=hooks.on_note,
         held=held,
+        compiled=bool(config.train.compile),
     )
     run = _begin(config, manifest, image_size, run_url, world, device, hooks, resumption)
     first_epoch = len(run.history)
@@ -191,6 +197,16 @@ def resolve_pos_weight(config: TrainConfig, manifest: Manifest) -> float:
 def scored_metric(config: TrainConfig) -> str:
     """The metric that says which epoch is the best: of the averaged weights where there are any."""
     return "val/auroc" if config.ema_decay is None else "val/ema_auroc"
+
+
+def _check_compiler(config: TrainConfig) -> None:
+    """Raise ConfigError where the network is to be compiled and nothing here can."""
+    found = os.environ.get("CC") or any(shutil.which(name) for name in ("gcc", "clang", "cc"))
+    if config.compile and not found:
+        raise ConfigError(
+            "train.compile: torch.compile needs a C compiler on every worker, and here is none of "
+            "gcc, clang, cc; install one, or say --train.compile false"
+        )
 
 
 def _begin(

@@ -1,7 +1,7 @@
 """What one GPU makes of training: images/s, its share of the chip's limit, an epoch of RSNA.
 
     python tests/benchmarks/gpu.py [--batch-sizes 256 512 1024 2048] [--modes eager compile …]
-        [--paths device compiled …] [--repeats 5] [--json FILE]
+        [--paths thread thread-compiled …] [--plain-stem] [--repeats 5] [--json FILE]
     python tests/benchmarks/gpu.py --smoke     tiny and on the CPU: does it run?
 
 It needs torch and numpy alone, and nothing of this project, so this one file can be carried to a
@@ -13,10 +13,11 @@ running statistics taken in hand, the average of the weights.
 The data path mirrors `pneumo.transforms.augment` as it is on a GPU, with the defaults of
 `AugmentConfig`: rows gathered, each image moved by a matrix of its own (grid_sample), rounded, and
 recoloured by a table of its own, which normalises too. `tests/benchmarks/test_gpu.py` compares
-them. It is measured in five ways:
+them. It is measured in six ways:
 
     host        drawn on the host from a hash of (seed, epoch, key), and copied, in the step's time
     thread      the same as pneumo does it: one batch ahead in a thread, on a stream of its own
+    thread-compiled    the same, applied by torch.compile: pneumo's train.compile true
     device      drawn and applied on the device
     compiled    the same, by torch.compile
     ahead       the same, one batch ahead, on a stream of its own
@@ -85,7 +86,7 @@ MODES = {
     "over micro-batches would be overwritten",
     "max-autotune": "both",
 }
-PATHS = ("host", "thread", "device", "compiled", "ahead")
+PATHS = ("host", "thread", "thread-compiled", "device", "compiled", "ahead")
 
 Batch = tuple[Tensor, Tensor]
 """(B, 1, S, S) float32 normalised, and (B,) float32 of 0 and 1."""
@@ -220,12 +221,13 @@ class Data:
             for rows in order.split(self.batch_size)[: self.steps]:
                 yield epoch, rows
 
-    def feed_from_host(self) -> Iterator[Batch]:
+    def feed_from_host(self, apply: Callable[..., Tensor] = warp) -> Iterator[Batch]:
+        """Drawn on the host; `apply` is as `warp`."""
         for epoch, rows in self.orders():
             there = self.send(rows)
             uniforms = draw_by_hash([self.keys[i] for i in rows.tolist()], seed=0, epoch=epoch)
             matrices, tables = build_matrices(uniforms), build_tables(uniforms)
-            changed = warp(
+            changed = apply(
                 self.images.index_select(0, there),
                 self.send(matrices.float()),
                 self.send(tables.float()),
@@ -249,9 +251,13 @@ class Data:
 
     def feed(self, path: str) -> Iterator[Batch]:
         """Batches without end, made in the way of PATHS that is named."""
-        if path in ("host", "thread"):
-            batches = self.feed_from_host()
-            return batches if path == "host" else run_in_thread(batches, self.device)
+        if path == "host":
+            return self.feed_from_host()
+        if path == "thread":
+            return run_in_thread(self.feed_from_host(), self.device)
+        if path == "thread-compiled":
+            batches = self.feed_from_host(torch.compile(warp, dynamic=False))
+            return run_in_thread(batches, self.device)
         if path == "device":
             return self.feed_from_device()
         batches = self.feed_from_device(torch.compile(augment_rows, dynamic=False))
@@ -323,13 +329,26 @@ class Block(nn.Module):
         return F.relu(self.bn2(self.conv2(out)) + shortcut, inplace=True)
 
 
+class Stem(nn.Conv2d):
+    """7 x 7 with stride 2 over one channel, on a GPU as 4 x 4 with stride 1 over four channels, as
+    `pneumo.stem` has it: cuDNN has no fast kernels for one channel."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not input.is_cuda or input.shape[-1] % 2:
+            return super().forward(input)
+        kernel = F.pixel_unshuffle(F.pad(self.weight, (1, 0, 1, 0)), 2)
+        channels = F.pad(F.pixel_unshuffle(input, 2), (2, 1, 2, 1))
+        return F.conv2d(channels.contiguous(memory_format=torch.channels_last), kernel)
+
+
 class ResNet18(nn.Module):
     """He et al., Deep Residual Learning for Image Recognition, CVPR 2016, with one input channel
     and one logit: (B, 1, S, S) -> (B, 1)."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, plain_stem: bool = False) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(1, 64, 7, stride=2, padding=3, bias=False)
+        stem = nn.Conv2d if plain_stem else Stem
+        self.conv1 = stem(1, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.layer1 = nn.Sequential(Block(64, 64, 1), Block(64, 64, 1))
         self.layer2 = nn.Sequential(Block(64, 128, 2), Block(128, 128, 1))
@@ -347,10 +366,10 @@ class ResNet18(nn.Module):
 class Step:
     """A network and what trains it."""
 
-    def __init__(self, mode: str, device: torch.device) -> None:
+    def __init__(self, mode: str, device: torch.device, *, plain_stem: bool = False) -> None:
         torch.manual_seed(0)
         self.device = device
-        self.model = ResNet18().to(device).to(memory_format=torch.channels_last).train()
+        self.model = ResNet18(plain_stem=plain_stem).to(device).to(memory_format=torch.channels_last).train()
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-4, fused=True)
         self.pos_weight = torch.tensor(POS_WEIGHT, device=device)
         torch.backends.cudnn.benchmark = mode != "eager"
@@ -429,7 +448,7 @@ def measure(
     """
     device = torch.device(options.device)
     data = Data(options.num_images, options.image_size, batch_size, device)
-    step = Step(mode, device)
+    step = Step(mode, device, plain_stem=options.plain_stem)
     feeds = {"none": itertools.repeat(next(data.feed_from_device()))}
     peaks = {"none": warm_up(step, feeds["none"], options.warm_up)}
     failures = []
@@ -503,7 +522,7 @@ def explain(error: Exception) -> str:
 # --- the report
 
 HEAD = (
-    f"{'network':<27}{'batch':>6} {'data path':<10}{'ms/step':>9}{'images/s':>10}{'of FLOPs':>9}"
+    f"{'network':<27}{'batch':>6} {'data path':<16}{'ms/step':>9}{'images/s':>10}{'of FLOPs':>9}"
     f"{'of bytes':>9}{'data':>8}{'epoch s':>9}{'GB':>7}"
 )
 
@@ -512,7 +531,7 @@ def format_row(row: Row) -> str:
     data = "-" if row.data_share is None else f"{row.data_share:.1%}"
     peak = "-" if row.peak_gb is None else f"{row.peak_gb:.1f}"
     return (
-        f"{row.mode:<27}{row.batch_size:>6} {row.path:<10}{row.step_ms:>9.2f}"
+        f"{row.mode:<27}{row.batch_size:>6} {row.path:<16}{row.step_ms:>9.2f}"
         f"{row.images_per_s:>10.0f}{row.of_flops:>9.1%}{row.of_bytes:>9.1%}{data:>8}"
         f"{row.rsna_epoch_s:>9.2f}{peak:>7}"
     )
@@ -527,6 +546,10 @@ def compare_with_goals(rows: Sequence[Row]) -> list[str]:
         (
             "in pneumo's way",
             [row for row in rows if (row.mode, row.path) == ("eager-tuned", "thread")],
+        ),
+        (
+            "in pneumo's way, compiled",
+            [row for row in rows if (row.mode, row.path) == ("compile", "thread-compiled")],
         ),
     ):
         if not found:
@@ -576,6 +599,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[256, 512, 1024, 2048])
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--paths", nargs="+", choices=PATHS, default=list(PATHS))
+    parser.add_argument("--plain-stem", action="store_true", help="the first convolution by cuDNN")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--warm-up", type=int, default=WARM_UP_STEPS, help="steps, uncounted")
     parser.add_argument("--device", default="cuda")

@@ -27,5 +27,5 @@ def test_it_runs_and_tells_its_ratios() -> None:
     assert done.returncode == 0, done.stderr
     assert "120 studies, 32 px, 1 CPUs and " in done.stdout
     rows = done.stdout.splitlines()
-    for ratio in ("fit / step", "ray / fit", "step / step-64"):
+    for ratio in ("fit / step", "ray / fit", "step / whole"):
         assert any(row.startswith(ratio) and "by median step" in row for row in rows), ratio

@@ -1,17 +1,18 @@
 """What training loses between the bare step and Ray: images/s by the step, by fit, by jobs.train.
 
     python -m tests.benchmarks.train [--rounds 3] [--epochs 3] [--num-studies 700]
-        [--image-size 128] [--cpus-per-worker 2] [--phantoms 60]
+        [--image-size 128] [--phantoms 60] [--cpus-per-worker 2] [--recipe gpu] …
 
     step      Learner.learn on one synthetic batch again and again
     fit       pneumo.train.fit in one process, from a store through the loader
     ray       jobs.train with one worker; Ray runs all the while
-    step-64   as step, a batch being one micro-batch and not four of 16
+    whole     as step, a batch being one micro-batch, where it is several
 
-ResNet-18 with the defaults of the configuration, and as many threads as a worker of so many CPUs
-has; on the GPU where there is one. Each runs in a process of its own, and in a round they take
-turns in random order. Ratios are of neighbours in one round: a busy machine spoils them less than
-it spoils rates, and the load is printed beside them. Epochs are short here, so what is done once
+ResNet-18 with random weights; what else is given is a flag of jobs.train, and what is not is the
+default. As many threads as a worker of so many CPUs has; on the GPU where there is one. Each runs
+in a process of its own, and in a round they take turns in random order. Ratios are of neighbours in
+one round: a busy machine spoils them less than it spoils rates, and the load is printed beside
+them. Epochs are short here, so what is done once
 an epoch, a checkpoint, weighs more than on RSNA; "median step" leaves it out. The first epoch of a
 run, which reads the store, does not count.
 """
@@ -26,6 +27,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -38,7 +40,7 @@ import torch
 from jobs import prepare
 from jobs import train as train_job
 from jobs.session import WORKER_ENVIRONMENT, ray_session
-from pneumo.config import Config, TrainConfig, parse_command_line
+from pneumo.config import Config, parse_command_line
 from pneumo.hooks import Hooks
 from pneumo.keeping import read_history
 from pneumo.learner import Learner
@@ -50,11 +52,12 @@ from pneumo.train import fit
 from tests.benchmarks.sources import write_linked_source
 
 GOAL = 0.95
-ONE_MICRO_BATCH = "step-64"
+UNCOUNTED_STEPS = 3
+ONE_MICRO_BATCH = "whole"
 RATIOS = (
     ("fit", "step", f"from the store / bare step, goal {GOAL}"),
     ("ray", "fit", f"under Ray / alone, goal {GOAL}"),
-    ("step", ONE_MICRO_BATCH, "micro-batches of 16 / one of 64"),
+    ("step", ONE_MICRO_BATCH, "in micro-batches / in one"),
 )
 
 
@@ -70,11 +73,12 @@ class Rate(NamedTuple):
 
 def settle(threads: int) -> torch.device:
     torch.set_num_threads(threads)
+    torch.backends.cudnn.benchmark = True  # as fit has it
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def measure_step(config: Config, *, image_size: int, num_steps: int) -> Rate:
-    """Steps of the learner on one batch of noise, after two that do not count."""
+    """Steps of the learner on one batch of noise, after those that do not count."""
     device = settle(config.cluster.cpus_per_worker)
     train = config.train
     model = build_model(config.model.backbone)
@@ -87,12 +91,12 @@ def measure_step(config: Config, *, image_size: int, num_steps: int) -> Rate:
     keys = tuple(str(i) for i in range(train.batch_size))
     batch = Batch(images.to(device), targets.to(device), keys)
     ends_s, before = [], torch.zeros(1)
-    for step in range(num_steps + 2):
+    for step in range(num_steps + UNCOUNTED_STEPS):
         outcome = learner.learn(batch, epoch=0, step=step, num_steps=step + 1, lr=train.lr)
         before.tolist()  # as in fit, the host runs one step ahead of a GPU
         before = outcome
         ends_s.append(time.perf_counter())
-    steps_s = [b - a for a, b in pairwise(ends_s[1:])]
+    steps_s = [b - a for a, b in pairwise(ends_s[UNCOUNTED_STEPS - 1 :])]
     return Rate(
         train.batch_size / statistics.fmean(steps_s), train.batch_size / statistics.median(steps_s)
     )
@@ -142,14 +146,14 @@ def write_store(folder: Path, options: argparse.Namespace) -> str:
 
 
 def list_ways(
-    options: argparse.Namespace, store_url: str, run_url: str
+    options: argparse.Namespace, flags: Sequence[str], store_url: str, run_url: str
 ) -> dict[str, Callable[[], Rate]]:
     """What to call for the rate of each way; its run begins with `run_url`."""
-    flags = ["--model.weights", "random", "--tracking.mode", "disabled"]
+    flags = ["--model.weights", "random", "--tracking.mode", "disabled", *flags]
     flags += ["--train.epochs", str(options.epochs), "--store", store_url]
     flags += ["--cluster.cpus-per-worker", str(options.cpus_per_worker)]
     config = parse_command_line("train", flags).config
-    whole = TrainConfig(micro_batch_size=config.train.batch_size)
+    whole = config.train.model_copy(update={"micro_batch_size": config.train.batch_size})
     step = partial(measure_step, image_size=options.image_size, num_steps=options.steps)
     alone = partial(measure_fit, config, store_url=store_url, run_url=f"{run_url}-fit")
 
@@ -157,24 +161,25 @@ def list_ways(
         train_job.train(parse_command_line("train", [*flags, "--run", f"{run_url}-ray"]))
         return read_rate(f"{run_url}-ray", config.train.batch_size)
 
-    return {
+    ways = {
         "step": partial(run_fresh, partial(step, config)),
         "fit": partial(run_fresh, alone),
         "ray": measure_ray,
-        ONE_MICRO_BATCH: partial(
-            run_fresh, partial(step, config.model_copy(update={"train": whole}))
-        ),
     }
+    if whole != config.train:
+        one = partial(step, config.model_copy(update={"train": whole}))
+        ways[ONE_MICRO_BATCH] = partial(run_fresh, one)
+    return ways
 
 
-def measure(options: argparse.Namespace) -> dict[str, list[Rate]]:
+def measure(options: argparse.Namespace, flags: Sequence[str]) -> dict[str, list[Rate]]:
     """Rates of each way by round."""
-    rates: dict[str, list[Rate]] = {"step": [], "fit": [], "ray": [], ONE_MICRO_BATCH: []}
+    rates: dict[str, list[Rate]] = defaultdict(list)
     rng = random.Random(0)
     with tempfile.TemporaryDirectory(prefix="pneumo-bench-") as scratch, ray_session():
         store_url = write_store(Path(scratch), options)
         for number in range(1, options.rounds + 1):
-            ways = list_ways(options, store_url, str(Path(scratch) / f"run-{number}"))
+            ways = list_ways(options, flags, store_url, str(Path(scratch) / f"run-{number}"))
             for name in rng.sample(list(ways), len(ways)):
                 rate, load = ways[name](), os.getloadavg()[0]
                 rates[name].append(rate)
@@ -197,6 +202,8 @@ def compare(rates: dict[str, list[Rate]]) -> list[str]:
     """Each ratio, by images/s and by the median step."""
     rows = []
     for name, other, label in RATIOS:
+        if not rates.keys() >= {name, other}:
+            continue
         pairs = list(zip(rates[name], rates[other], strict=True))
         mean = spread([ours.mean / theirs.mean for ours, theirs in pairs])
         median = spread([ours.by_median_step / theirs.by_median_step for ours, theirs in pairs])
@@ -218,12 +225,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--phantoms", type=int, default=60, help="pictures behind the studies")
     parser.add_argument("--image-size", type=int, default=128)
     parser.add_argument("--cpus-per-worker", type=int, default=2)
-    options = parser.parse_args(arguments)
+    options, flags = parser.parse_known_args(arguments)
     if options.epochs < 2:
         parser.error("--epochs: at least 2, as the first does not count")
     # Before torch starts its threads in the processes to come; Ray's workers take it over.
     os.environ |= {"OMP_NUM_THREADS": str(options.cpus_per_worker), **WORKER_ENVIRONMENT}
-    rates = measure(options)
+    rates = measure(options, flags)
     where = "a GPU" if torch.cuda.is_available() else "no GPU"
     print(
         f"\n{options.num_studies} studies, {options.image_size} px, {options.cpus_per_worker} CPUs "

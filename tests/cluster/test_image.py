@@ -188,6 +188,7 @@ def test_rays_launcher_finds_what_it_calls(image: tuple[str, str]) -> None:
             ["bash", "--login", "-c", "-i", "true && source ~/.bashrc; ray --version"],
             ["printenv", "HOME"],
             ["rsync", "--version"],
+            ["gcc", "--version"],  # for torch.compile
             ["bash", "--login", "-c", "command -v ssh; touch ~/.ray/x && echo writable"],
             ["bash", "--login", "-c", "python -c 'import boto3, googleapiclient.discovery'"],
         ):
@@ -204,4 +205,4 @@ def test_rays_launcher_finds_what_it_calls(image: tuple[str, str]) -> None:
         subprocess.run([tool, "kill", container], capture_output=True, check=False)
     assert said[0] == f"ray, version {_pins('requirements-image.lock')['ray']}"
     assert said[1] == "/home/pneumo"
-    assert said[3].splitlines()[-1] == "writable"
+    assert said[4].splitlines()[-1] == "writable"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from pneumo.model import build_model, initialise
 from pneumo.outcomes import Outcomes
 from pneumo.partition import World
 from pneumo.predict import Member, score_pictures
+from pneumo.stem import Stem
 from pneumo.train import fit
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -90,21 +92,40 @@ def test_a_step_is_the_one_on_a_cpu_and_bfloat16_is_near_it() -> None:
     assert rough != expected
 
 
+def has_compiler() -> bool:
+    return any(shutil.which(name) for name in ("gcc", "clang", "cc"))
+
+
+@pytest.mark.skipif(not has_compiler(), reason="no C compiler here")
 @pytest.mark.parametrize("how", [True, "max-autotune"])
 def test_a_compiled_step_is_the_plain_one(how: Any) -> None:
-    try:
-        compiled = learn(make_learner(GPU, compile=how))
-    except Exception as error:
-        if "compiler" in str(error).lower():
-            pytest.skip(f"no C compiler here: {error}")
-        raise
+    compiled = learn(make_learner(GPU, compile=how))
     assert compiled == pytest.approx(learn(make_learner(GPU)), rel=0.02)
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "efficientnet_v2_s", "convnext_tiny"])
+def test_the_stem_on_the_device_is_the_plain_convolution(backbone: str) -> None:
+    [stem] = [module for module in build_model(backbone).modules() if isinstance(module, Stem)]
+    images = torch.randn(4, 1, 64, 96)
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        for odd in (0, 1):  # an odd side goes the plain way
+            part = images[..., : 64 - odd, :]
+            expected = stem.cpu()(part)
+            torch.testing.assert_close(
+                stem.to(GPU)(part.to(GPU)).cpu(), expected, rtol=1e-4, atol=1e-5
+            )
+    finally:
+        torch.backends.cudnn.allow_tf32 = True
 
 
 # --- batches --------------------------------------------------------------------------------------
 
 
-def test_a_warp_on_the_device_is_the_one_on_the_host() -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_warp_on_the_device_is_the_one_on_the_host(compiled: bool) -> None:
+    if compiled and not has_compiler():
+        pytest.skip("no C compiler here")
     rng = np.random.default_rng(0)
     coarse = torch.from_numpy(rng.uniform(0, 255, (16, 1, 9, 9)).astype(np.float32))
     smooth = torch.nn.functional.interpolate(coarse, size=64, mode="bicubic").clamp(0, 255).byte()
@@ -112,7 +133,9 @@ def test_a_warp_on_the_device_is_the_one_on_the_host() -> None:
     options: dict[str, Any] = {"seed": 1, "epoch": 2, "moments": (0.5, 0.25)}
     config = AugmentConfig(erase_fraction=0.2, flip=True)
     on_host = transforms.augment(smooth, keys, config, **options)
-    on_device = transforms.augment(smooth.to(GPU), keys, config, **options).cpu()
+    on_device = transforms.augment(
+        smooth.to(GPU), keys, config, **options, compiled=compiled
+    ).cpu()
     levels = (on_device - on_host).abs() * 0.25 * 255
     assert levels.quantile(0.95) <= 1.5
 
@@ -198,6 +221,25 @@ def test_a_run_that_was_cut_goes_on_where_it_was(tiny_store: StoreMaker, tmp_pat
     index = read_index(str(tmp_path / "cut"))
     loaded = load_checkpoint(str(tmp_path / "cut"), index.latest)
     assert all(tensor.device == CPU for tensor in loaded.model.values())
+
+
+def test_a_device_needs_no_number_and_a_run_may_be_compiled(
+    tiny_store: StoreMaker, tmp_path: Path
+) -> None:
+    store_url = tiny_store(train=51, val=13)
+    config = override(SMALL, {"train.compile": has_compiler()})
+    plain = run(SMALL, store_url, str(tmp_path / "plain"))
+    found = fit(
+        config,
+        store_url=store_url,
+        run_url=str(tmp_path / "compiled"),
+        world=World(),
+        device=torch.device("cuda"),
+        hooks=Hooks(),
+    )
+    for record, expected in zip(found, plain, strict=True):
+        assert record["data/digest"] == expected["data/digest"]
+        assert record["train/loss"] == pytest.approx(expected["train/loss"], rel=0.05)
 
 
 def test_one_rank_of_nccl_trains(tiny_store: StoreMaker, tmp_path: Path) -> None:

@@ -717,6 +717,18 @@ def test_weights_that_do_not_fit_are_refused_before_the_first_step(
             check_run(config, manifest, str(tmp_path / "fresh"), num_workers=1)
 
 
+def test_compiling_without_a_compiler_is_refused_before_the_first_step(
+    tiny_store: StoreMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    config = override(SMALL, {"train.compile": True})
+    with pytest.raises(ConfigError, match=r"^train\.compile: .* here is none of gcc, clang, cc;"):
+        run(config, tiny_store(), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    assert run(SMALL, tiny_store(), str(tmp_path / "run"))
+
+
 def test_a_folder_that_is_no_store_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"no manifest\.json"):
         run(SMALL, str(tmp_path / "none"), str(tmp_path / "run"))

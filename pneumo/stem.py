@@ -1,0 +1,46 @@
+"""A first convolution of one channel, as a GPU is fast at it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Stem(nn.Conv2d):
+    """A convolution of one channel with a stride, (B, 1, H, W) -> (B, C, H / stride, W / stride),
+    with the weights and the result of nn.Conv2d.
+
+    cuDNN has no fast kernels for a single channel: of ResNet-18's step on an H200 that convolution
+    took 9.5 of 40 ms. There the image is first cut into stride x stride channels, each with every
+    stride-th row and column, and a convolution of stride 1 goes over them: the same products, in
+    another order. Images whose sides are no multiple of the stride go the plain way.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        stride = self.stride[0]
+        if not input.is_cuda or input.shape[-2] % stride or input.shape[-1] % stride:
+            return super().forward(input)
+        return convolve_unshuffled(
+            input, self.weight, self.bias, stride=stride, padding=int(self.padding[0])
+        )
+
+
+def convolve_unshuffled(
+    images: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int, padding: int
+) -> Tensor:
+    """F.conv2d of (B, 1, H, W) with (C, 1, K, K), where H and W are multiples of the stride and the
+    result is (B, C, H / stride, W / stride)."""
+    size = weight.shape[-1]
+    if not 0 < size - 2 * padding <= stride:
+        raise ValueError(f"kernel {size}, stride {stride}, padding {padding}: another size results")
+    # Output i begins at row stride * i - padding: `before` blocks of `stride` rows up, and `lead`
+    # rows into that block.
+    before = -(-padding // stride)
+    lead = stride * before - padding
+    blocks = -(-(size + lead) // stride)
+    tail = stride * blocks - lead - size
+    kernel = F.pixel_unshuffle(F.pad(weight, (lead, tail, lead, tail)), stride)
+    after = blocks - 1 - before
+    channels = F.pad(F.pixel_unshuffle(images, stride), (before, after, before, after))
+    return F.conv2d(channels.contiguous(memory_format=torch.channels_last), kernel, bias)
