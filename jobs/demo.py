@@ -6,8 +6,10 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+import ray
 
 from jobs.command import run_main, say
 from jobs.evaluate import evaluate_run
@@ -25,8 +27,8 @@ PHANTOMS = Path("data/demo/phantoms")
 
 
 def demo(argv: Sequence[str]) -> None:
-    """Draw phantoms, prepare them, search, train with two workers, evaluate; say where the report
-    is."""
+    """Draw phantoms, prepare them, search, train with two workers or on one GPU, evaluate; say
+    where the report is."""
     options = _parser().parse_args(argv)
     started = time.monotonic()
     run_url = storage.join(options.run or f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -34,22 +36,29 @@ def demo(argv: Sequence[str]) -> None:
     train_url = storage.join(run_url, "train")
     recipe = storage.join(tune_url, BEST)
     phantoms = PHANTOMS.with_name(f"phantoms-{options.studies}")
-    cluster = ["--cluster.num-workers", "2"]
     steps: list[tuple[str, Callable[[Invocation], None], list[str]]] = [
         ("prepare", prepare, ["--source", str(phantoms), "--store", store_url]),
         ("tune", tune, ["--store", store_url, "--run", tune_url, "--recipe", "fast"]),
-        ("train", train, ["--store", store_url, "--run", train_url, "--recipe", recipe, *cluster]),
-        ("evaluate", evaluate_run, ["--store", store_url, "--run", train_url, *cluster]),
+        ("train", train, ["--store", store_url, "--run", train_url, "--recipe", recipe]),
+        ("evaluate", evaluate_run, ["--store", store_url, "--run", train_url]),
     ]
     say(f"1/5 phantoms: {options.studies} chest X-rays drawn from a seed, no patient's")
     write_phantoms(phantoms, num_studies=options.studies, seed=0, progress=True)
     _fix_hash_key(phantoms)
     with ray_session(show_logs=options.debug):
+        workers = count_workers(ray.cluster_resources())
         for number, (job, run, flags) in enumerate(steps, start=2):
+            if job in ("train", "evaluate"):
+                flags += ["--cluster.num-workers", str(workers)]
             say(f"\n{number}/5 {job}: python -m jobs.{job} {' '.join(flags)}")
             run(parse_command_line(job, flags))
     seconds = time.monotonic() - started
     say(f"\nthe whole way took {seconds // 60:.0f} min {seconds % 60:.0f} s; open the report above")
+
+
+def count_workers(resources: Mapping[str, float]) -> int:
+    """Two, to show that there may be several; where there are GPUs, as many as get one each."""
+    return min(2, int(resources.get("GPU", 0)) or 2)
 
 
 def _fix_hash_key(phantoms: Path) -> None:
