@@ -9,14 +9,13 @@ import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from queue import Empty
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 import ray.train
-from ray.util.queue import Queue
 
 from jobs.command import say
+from jobs.mailbox import Mailbox
 from jobs.progress import Progress
 from pneumo.hooks import Epoch, Hooks, Pace, Start
 from pneumo.partition import World
@@ -24,6 +23,8 @@ from pneumo.tracking import Tracker
 
 _WORTH_SAYING = 0.05
 """Share of the time that waiting for data may take unnoticed."""
+_LOOK_AGAIN_S = 0.3
+"""How long the end of training may stay unnoticed."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Stepped:
 Message = str | Start | Stepped | Epoch
 
 
-def worker_hooks(messages: Queue | None, world: World, *, epochs: int) -> Hooks:
+def worker_hooks(messages: Mailbox | None, world: World, *, epochs: int) -> Hooks:
     """The hooks of a Ray Train worker: rank 0 tells the driver, every rank reports to Ray."""
 
     def tell(message: Message) -> None:
@@ -100,10 +101,18 @@ def name_for_tracking(metrics: Mapping[str, float | None]) -> dict[str, float | 
     }
 
 
+class Messages(Protocol):
+    """Where messages come from."""
+
+    def take(self, timeout_s: float) -> list[Any]:
+        """What has come, oldest first; empty when nothing comes in time."""
+        ...
+
+
 class Follower:
     """Shows rank 0's messages and logs its epochs."""
 
-    def __init__(self, messages: Queue, tracker: Tracker, *, epochs: int) -> None:
+    def __init__(self, messages: Messages, tracker: Tracker, *, epochs: int) -> None:
         self.messages, self.tracker, self.epochs = messages, tracker, epochs
         self.logged = 0
         """Epochs."""
@@ -116,10 +125,10 @@ class Follower:
         try:
             while True:
                 ended = training.done()
-                message = self._receive()
-                if message is not None:
+                received = self._receive(0.0 if ended else _LOOK_AGAIN_S)
+                for message in received:
                     self._show(message)
-                elif ended:
+                if ended and not received:
                     break
         finally:
             self._end_progress()
@@ -134,14 +143,12 @@ class Follower:
                 self.logged = number
                 self.tracker.log(name_for_tracking(metrics), epoch=number)
 
-    def _receive(self) -> Any:
+    def _receive(self, timeout_s: float) -> list[Any]:
         try:
-            return self.messages.get(timeout=0.3)
-        except Empty:
-            return None
-        except ray.exceptions.RayError:  # the queue's node is gone; the training's end will tell
-            time.sleep(0.3)
-            return None
+            return self.messages.take(timeout_s)
+        except ray.exceptions.RayError:  # the mailbox is lost; the training's end will tell
+            time.sleep(timeout_s)
+            return []
 
     def _show(self, message: Message) -> None:
         if isinstance(message, str):

@@ -17,14 +17,13 @@ import torch
 import torch.distributed as dist
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.util.queue import Queue
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.board import Board
 from jobs.command import new_run_url, run_job, say
 from jobs.following import Follower, worker_hooks
 from jobs.judging import Shared, TrialJudge
 from jobs.lineage import describe_dataset, describe_weights
+from jobs.mailbox import Mailbox
 from jobs.nodes import Node
 from jobs.recovery import STOPPED, Recovery, wait_for_workers
 from jobs.session import (
@@ -94,10 +93,7 @@ def train_run(config: Config, manifest: Manifest, store_url: str, run_url: str) 
             "data_warning": manifest.audit.warning,
         },
     )
-    # On this node, whose loss ends the job anyway.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    messages = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-    board = Board()
+    messages, board = Mailbox(), Board()
 
     def attempt(num_workers: int, nodes: Sequence[Node]) -> object:
         fixed = cluster.model_copy(update={"num_workers": num_workers})
@@ -120,7 +116,7 @@ def train_run(config: Config, manifest: Manifest, store_url: str, run_url: str) 
         best = describe_weights(read_index(run_url).best, run_url, manifest, ["best"])
         tracker.log_artifact(best)
     finally:
-        messages.shutdown(force=True)
+        messages.close()
         close_tracker(tracker, run_url)
     return read_index(run_url)
 
@@ -129,7 +125,7 @@ def build_trainer(
     config: Config,
     store_url: str,
     run_url: str,
-    messages: Queue | None,
+    messages: Mailbox | None,
     callbacks: Sequence[Any] = (),
     *,
     cluster: ClusterConfig | None = None,

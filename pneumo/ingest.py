@@ -188,6 +188,8 @@ def plan_shards(
         # Equal shards, none above the wanted size, and enough of them to share out a small source;
         # never a question of how many workers there are, or the store would depend on it.
         count = max(-(-len(members) // per_shard), min(8, len(members) // 16), 1)
+        if count > 8:  # so that 2, 4 or 8 workers have equally many, and end together
+            count = -(-count // 8) * 8
         bounds = [len(members) * i // count for i in range(count + 1)]
         plans += [
             ShardPlan(name, f"{name}/{i:06d}.tar", tuple(members[bounds[i] : bounds[i + 1]]))
@@ -430,11 +432,13 @@ def _decode_study(
     study: Study, data: bytes | Unusable, split: str, image_size: int
 ) -> tuple[GrayImage, str] | Rejected:
     """The study's picture and the SHA-256 of its file, or why it cannot be used."""
-    image = data if isinstance(data, Unusable) else _decode_file(data, image_size)
+    if isinstance(data, Unusable):
+        return Rejected(study.key, split, data.reason, data.message)
+    source_sha256 = hashlib.sha256(data).hexdigest()  # now, while the file is in the core's cache
+    image = _decode_file(data, image_size)
     if isinstance(image, Unusable):
         return Rejected(study.key, split, image.reason, image.message)
-    assert isinstance(data, bytes)
-    return image, hashlib.sha256(data).hexdigest()
+    return image, source_sha256
 
 
 def _make_row(study: Study, split: str, image: GrayImage, source_sha256: str) -> StudyRow:

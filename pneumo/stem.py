@@ -17,7 +17,7 @@ class Stem(nn.Conv2d):
     another order. Images whose sides are no multiple of the stride go the plain way.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Conv2d names it
         stride = self.stride[0]
         if not input.is_cuda or input.shape[-2] % stride or input.shape[-1] % stride:
             return super().forward(input)

@@ -108,9 +108,7 @@ def draw_rectangles(
     return np.concatenate([corners, corners + sides], axis=1)
 
 
-def warp(
-    images: Tensor, matrices: Matrices, tables: Tables, *, compiled: bool = False
-) -> Tensor:
+def warp(images: Tensor, matrices: Matrices, tables: Tables, *, compiled: bool = False) -> Tensor:
     """`images` (B, 1, H, H) uint8, seen through `matrices` and recoloured by `tables` (B, 256).
 
     Bilinear, rounded to a gray level; black, as the table has it, outside. (B, 1, H, H) float32.

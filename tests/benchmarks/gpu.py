@@ -333,7 +333,7 @@ class Stem(nn.Conv2d):
     """7 x 7 with stride 2 over one channel, on a GPU as 4 x 4 with stride 1 over four channels, as
     `pneumo.stem` has it: cuDNN has no fast kernels for one channel."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Conv2d names it
         if not input.is_cuda or input.shape[-1] % 2:
             return super().forward(input)
         kernel = F.pixel_unshuffle(F.pad(self.weight, (1, 0, 1, 0)), 2)
@@ -369,7 +369,9 @@ class Step:
     def __init__(self, mode: str, device: torch.device, *, plain_stem: bool = False) -> None:
         torch.manual_seed(0)
         self.device = device
-        self.model = ResNet18(plain_stem=plain_stem).to(device).to(memory_format=torch.channels_last).train()
+        self.model = (
+            ResNet18(plain_stem=plain_stem).to(device).to(memory_format=torch.channels_last).train()
+        )
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-4, fused=True)
         self.pos_weight = torch.tensor(POS_WEIGHT, device=device)
         torch.backends.cudnn.benchmark = mode != "eager"

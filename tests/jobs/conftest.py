@@ -6,9 +6,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +28,20 @@ SMALL = [
     *("--train.lr", "1e-3"),
     *("--tracking.mode", "disabled"),
 ]
+
+
+class LocalMailbox:
+    """A mailbox without Ray."""
+
+    def __init__(self, messages: Iterable[Any] = ()) -> None:
+        self.messages = list(messages)
+
+    def put(self, message: Any) -> None:
+        self.messages.append(message)
+
+    def take(self, timeout_s: float) -> list[Any]:
+        taken, self.messages = self.messages, []
+        return taken
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import queue
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -23,6 +22,7 @@ from pneumo.partition import World
 from pneumo.tracking import ConfusionChart, LineChart, MemoryTracker
 from pneumo.train import fit
 from tests.conftest import StoreMaker
+from tests.jobs.conftest import LocalMailbox
 from tests.jobs.test_sending import case, judged
 from tests.pneumo.test_report_degenerate import looks
 
@@ -64,7 +64,7 @@ def test_the_workspace_of_training_shows_what_is_logged(
         "train.micro_batch_size": 16,
         "train.ema_decay": 0.9,
     }
-    messages: Any = queue.Queue()
+    messages = LocalMailbox()
     fit(
         override(Config(), settings),
         store_url=tiny_store(),

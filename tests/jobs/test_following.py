@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import time
 from concurrent.futures import Future
-from queue import Queue
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from jobs.progress import Progress
 from pneumo.hooks import Epoch, Pace, Start
 from pneumo.model import Initialisation
 from pneumo.tracking import MemoryTracker
+from tests.jobs.conftest import LocalMailbox
 
 
 def make_epoch(number: int) -> Epoch:
@@ -35,13 +35,11 @@ def step_to(done: int) -> Stepped:
 
 
 def follow(*messages: Any) -> tuple[Follower, MemoryTracker]:
-    queue: Queue[Any] = Queue()
-    for message in messages:
-        queue.put(message)
+    mailbox = LocalMailbox(messages)
     ended: Future[None] = Future()
     ended.set_result(None)
     tracker = MemoryTracker()
-    follower = Follower(queue, tracker, epochs=5)  # type: ignore[arg-type]
+    follower = Follower(mailbox, tracker, epochs=5)
     follower.follow(ended)
     return follower, tracker
 

@@ -133,9 +133,7 @@ def test_a_warp_on_the_device_is_the_one_on_the_host(compiled: bool) -> None:
     options: dict[str, Any] = {"seed": 1, "epoch": 2, "moments": (0.5, 0.25)}
     config = AugmentConfig(erase_fraction=0.2, flip=True)
     on_host = transforms.augment(smooth, keys, config, **options)
-    on_device = transforms.augment(
-        smooth.to(GPU), keys, config, **options, compiled=compiled
-    ).cpu()
+    on_device = transforms.augment(smooth.to(GPU), keys, config, **options, compiled=compiled).cpu()
     levels = (on_device - on_host).abs() * 0.25 * 255
     assert levels.quantile(0.95) <= 1.5
 
