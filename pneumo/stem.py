@@ -11,8 +11,8 @@ class Stem(nn.Conv2d):
     """A convolution of one channel with a stride, (B, 1, H, W) -> (B, C, H / stride, W / stride),
     with the weights and the result of nn.Conv2d.
 
-    cuDNN has no fast kernels for a single channel: of ResNet-18's step on an H200 that convolution
-    took 9.5 of 40 ms. There the image is first cut into stride x stride channels, each with every
+    cuDNN has no fast kernels for a single channel: this way ResNet-18's step on an H200 takes 33.5
+    ms, not 40.0 (512 images, bfloat16). On a GPU the image is first cut into stride x stride channels, each with every
     stride-th row and column, and a convolution of stride 1 goes over them: the same products, in
     another order. Images whose sides are no multiple of the stride go the plain way.
     """
