@@ -22,8 +22,8 @@ class StepTimes:
     On a GPU the host runs one step ahead at most, so its steps take as long as the device's.
     """
 
-    def __init__(self, batch_size: int, device: torch.device) -> None:
-        self.batch_size, self.device = batch_size, device
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
         self.steps_s: list[float] = []
         self.waits_s: list[float] = []
         self._begun_s = time.perf_counter()
@@ -41,7 +41,7 @@ class StepTimes:
 
     def read(self, start: int = 0) -> dict[str, float | None]:
         """images_per_s, data_wait (share of the time), step_p50_s and step_p95_s of the steps from
-        number `start` on, and the GPU's memory and utilisation; None where unknown."""
+        number `start` on; None where unknown."""
         steps, waits = self.steps_s[start:], self.waits_s[start : len(self.steps_s)]
         seconds = sum(steps)
         return {
@@ -49,7 +49,6 @@ class StepTimes:
             "data_wait": sum(waits) / seconds if steps else None,
             "step_p50_s": float(np.percentile(steps, 50)) if steps else None,
             "step_p95_s": float(np.percentile(steps, 95)) if steps else None,
-            **_read_gpu(self.device),
         }
 
 
@@ -75,8 +74,9 @@ class SlowData:
         return share if is_worth_saying else None
 
 
-def _read_gpu(device: torch.device) -> dict[str, float | None]:
-    """Peak memory in GB, and percent of the time at work of late."""
+def read_gpu(device: torch.device) -> dict[str, float | None]:
+    """gpu_memory_gb, at most so far, and gpu_utilisation, percent of the time of late; nothing on a
+    CPU. It asks the driver, which may take longer than a step: not for every second."""
     if device.type != "cuda":
         return {}
     try:

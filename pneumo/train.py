@@ -43,7 +43,7 @@ from pneumo.partition import World
 from pneumo.resumption import Resumption, find_last, take_up
 from pneumo.shards import Manifest, read_manifest
 from pneumo.tally import Tally
-from pneumo.timing import SlowData, StepTimes
+from pneumo.timing import SlowData, StepTimes, read_gpu
 from pneumo.validation import validate
 
 DIVERGED = "diverged.json"
@@ -290,7 +290,7 @@ def _train_epoch(run: _Run, data: Loader, epoch: int, hooks: Hooks) -> dict[str,
     """
     config, learner = run.config.train, run.learner
     steps = partition.steps_per_epoch(len(data), config.batch_size)
-    times = StepTimes(config.batch_size, data.device)
+    times = StepTimes(config.batch_size)
     outcomes = Outcomes(data.device, loss_sum=run.epoch_loss, grad_norm=run.grad_norm)
     paces = _Paces(learner, times, outcomes)
     learner.network.train()
@@ -352,6 +352,7 @@ def _train_epoch(run: _Run, data: Loader, epoch: int, hooks: Hooks) -> dict[str,
         "lr": learner.optimizer.param_groups[0]["lr"],
         "grad_norm": run.grad_norm,
         **times.read(),
+        **read_gpu(data.device),
     }
 
 

@@ -6,14 +6,13 @@ import time
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 from pneumo.timing import SlowData, StepTimes
 
 
 def make_times(*steps: tuple[float, float]) -> StepTimes:
     """Of steps of (seconds waited, seconds altogether)."""
-    times = StepTimes(8, torch.device("cpu"))
+    times = StepTimes(8)
     times.waits_s = [wait for wait, _ in steps]
     times.steps_s = [total for _, total in steps]
     return times
@@ -25,7 +24,7 @@ def test_waiting_and_working_are_told_apart() -> None:
             time.sleep(0.05)
             yield number
 
-    times = StepTimes(8, torch.device("cpu"))
+    times = StepTimes(8)
     for _ in times.watch(batches()):
         time.sleep(0.01)
     found = times.read()
