@@ -19,7 +19,6 @@ from moto.server import ThreadedMotoServer
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from jobs.demo import count_workers
 from jobs.train import LEAVE_TIMEOUT_S
 from pneumo.checkpoint import find_index, read_index
 from pneumo.predict import Predictions
@@ -35,14 +34,6 @@ def _no_cluster_of_ours() -> Iterator[None]:
     ray.shutdown()
     yield
     ray.shutdown()
-
-
-@pytest.mark.parametrize(
-    ("resources", "workers"),
-    [({"CPU": 2}, 2), ({"CPU": 64}, 2), ({"GPU": 0}, 2), ({"GPU": 1}, 1), ({"GPU": 8}, 2)],
-)
-def test_it_asks_for_no_more_gpus_than_there_are(resources: dict[str, float], workers: int) -> None:
-    assert count_workers(resources) == workers
 
 
 @pytest.fixture

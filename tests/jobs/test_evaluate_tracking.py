@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from jobs import evaluate
+from jobs.session import ray_session
 from pneumo.predict import Predictions
 from pneumo.shards import read_manifest
 from pneumo.tracking.transaction_log import read_records
@@ -33,6 +34,14 @@ QUICK = [
 ]
 PIXELS = 32
 """Half of what is stored."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray(prepared: Prepared, trained: Path) -> Iterator[None]:
+    """Ray runs before a test has another HOME, where Ray would find no token. That of `ray_here`
+    may be gone: test_demo.py ends it."""
+    with ray_session():
+        yield
 
 
 @pytest.fixture
