@@ -10,11 +10,12 @@ import os
 import threading
 import time
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import ray
 import ray.exceptions
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from jobs.nodes import start_here
 
 Order = Literal["stop", "abandon"]
 """stop: write a checkpoint and return. abandon: end the process, as its peers are out of reach."""
@@ -59,9 +60,7 @@ class Board:
     """A handle that can be sent to workers."""
 
     def __init__(self) -> None:
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        actor = ray.remote(num_cpus=0)(_Board)
-        self.actor: Any = actor.options(scheduling_strategy=here).remote()
+        self.actor = start_here(_Board)
 
     def post(self, order: Order) -> None:
         """Every worker that listens hears it; so does one that begins to, until `clear`."""

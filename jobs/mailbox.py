@@ -7,7 +7,8 @@ from contextlib import suppress
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from jobs.nodes import start_here
 
 
 class _Mailbox:
@@ -37,10 +38,7 @@ class Mailbox:
     """
 
     def __init__(self) -> None:
-        # On this node, whose loss ends the job anyway.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        actor = ray.remote(num_cpus=0)(_Mailbox)
-        self.actor: Any = actor.options(scheduling_strategy=here).remote()
+        self.actor = start_here(_Mailbox)
 
     def put(self, message: Any) -> None:
         """Leave a message; once this returns it is there. Raises RayError."""

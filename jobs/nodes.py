@@ -1,4 +1,4 @@
-"""Which of the cluster's nodes can take workers now."""
+"""Which of the cluster's nodes can take workers now, and what runs on the driver's."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import socket
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 from ray._private.state import available_resources_per_node
@@ -13,6 +14,7 @@ from ray._private.state import state as _cluster_state
 from ray.autoscaler.sdk import request_resources
 from ray.core.generated import gcs_pb2
 from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 _ANSWER_TIMEOUT_S = 2.0
 
@@ -35,6 +37,13 @@ class Node:
     def fits(self, wanted: Mapping[str, float]) -> int:
         """How many workers of these resources could start on it."""
         return min(int(self.free.get(name, 0.0) // each) for name, each in wanted.items() if each)
+
+
+def start_here(kind: type) -> Any:
+    """An actor of this class on this process's node, whose loss ends the job anyway. It reserves
+    nothing."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0)(kind).options(scheduling_strategy=here).remote()
 
 
 def list_nodes() -> list[Node]:
