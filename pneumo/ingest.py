@@ -189,7 +189,7 @@ def plan_shards(
         # never a question of how many workers there are, or the store would depend on it.
         count = max(-(-len(members) // per_shard), min(8, len(members) // 16), 1)
         if count > 8:  # so that 2, 4 or 8 workers have equally many, and end together
-            count = -(-count // 8) * 8
+            count = min(-(-count // 8) * 8, len(members))
         bounds = [len(members) * i // count for i in range(count + 1)]
         plans += [
             ShardPlan(name, f"{name}/{i:06d}.tar", tuple(members[bounds[i] : bounds[i + 1]]))
