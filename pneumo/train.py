@@ -199,10 +199,14 @@ def scored_metric(config: TrainConfig) -> str:
     return "val/auroc" if config.ema_decay is None else "val/ema_auroc"
 
 
+def has_compiler() -> bool:
+    """Whether this machine has the C compiler that torch.compile calls."""
+    return "CC" in os.environ or any(shutil.which(name) for name in ("gcc", "clang", "cc"))
+
+
 def _check_compiler(config: TrainConfig) -> None:
     """Raise ConfigError where the network is to be compiled and nothing here can."""
-    found = os.environ.get("CC") or any(shutil.which(name) for name in ("gcc", "clang", "cc"))
-    if config.compile and not found:
+    if config.compile and not has_compiler():
         raise ConfigError(
             "train.compile: torch.compile needs a C compiler on every worker, and here is none of "
             "gcc, clang, cc; install one, or say --train.compile false"

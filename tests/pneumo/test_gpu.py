@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from pneumo.outcomes import Outcomes
 from pneumo.partition import World
 from pneumo.predict import Member, score_pictures
 from pneumo.stem import Stem
-from pneumo.train import fit
+from pneumo.train import fit, has_compiler
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
@@ -90,10 +89,6 @@ def test_a_step_is_the_one_on_a_cpu_and_bfloat16_is_near_it() -> None:
     rough = learn(make_learner(GPU))
     assert rough == pytest.approx(expected, rel=0.05)
     assert rough != expected
-
-
-def has_compiler() -> bool:
-    return any(shutil.which(name) for name in ("gcc", "clang", "cc"))
 
 
 @pytest.mark.skipif(not has_compiler(), reason="no C compiler here")
