@@ -12,9 +12,8 @@ ResNet-18 with random weights; what else is given is a flag of jobs.train, and w
 default. As many threads as a worker of so many CPUs has; on the GPU where there is one. Each runs
 in a process of its own, and in a round they take turns in random order. Ratios are of neighbours in
 one round: a busy machine spoils them less than it spoils rates, and the load is printed beside
-them. Epochs are short here, so what is done once
-an epoch, a checkpoint, weighs more than on RSNA; "median step" leaves it out. The first epoch of a
-run, which reads the store, does not count.
+them. Epochs are short here, so what is done once an epoch, a checkpoint, weighs more than on RSNA;
+"median step" leaves it out. The first epoch of a run, which reads the store, does not count.
 """
 
 from __future__ import annotations
