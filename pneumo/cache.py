@@ -7,7 +7,6 @@ come from the store.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
@@ -16,6 +15,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
+
+from blake3 import blake3
 
 from pneumo import storage
 from pneumo.errors import ConfigError
@@ -60,25 +61,25 @@ class BlockCache:
                 f"data.cache_dir: cannot write {self.folder}: {error.strerror}"
             ) from error
 
-    def find(self, sha256: str) -> bytes | None:
+    def find(self, digest: str) -> bytes | None:
         """The block with this digest; None where it is not here, or not what its name says."""
-        path = self.folder / sha256
+        path = self.folder / digest
         try:
             data = path.read_bytes()
         except OSError:
             return None
-        if hashlib.sha256(data).hexdigest() != sha256:
+        if blake3(data).hexdigest() != digest:
             path.unlink(missing_ok=True)
             return None
         with suppress(OSError):  # another process has just removed it
             _stamp(path)
         return data
 
-    def keep(self, sha256: str, data: bytes) -> None:
+    def keep(self, digest: str, data: bytes) -> None:
         """Store a block whose digest the caller has checked, if there is room."""
         try:
             if self._make_room(len(data)):
-                self._write(self.folder / sha256, data)
+                self._write(self.folder / digest, data)
         except OSError as error:
             if not self._warned:
                 self._warned = True

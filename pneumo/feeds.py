@@ -91,7 +91,7 @@ class Blocks:
             raise DataError(
                 f"split {split}: {total} samples in its blocks, the manifest says {entry.samples}"
             )
-        if len({block.sha256 for _, block in self.entries}) != len(self.entries):
+        if len({block.blake3 for _, block in self.entries}) != len(self.entries):
             raise DataError(f"split {split}: a block stands twice in the manifest")
 
     def containing(self, rows: Rows) -> Rows:
@@ -102,11 +102,11 @@ class Blocks:
         """Read block `number` and decode it to the training size, into `out` where that is given:
         (B, 1, S, S) uint8 on the CPU. Raises DataError."""
         shard, block = self.entries[number]
-        data = self.cache.find(block.sha256) if self.cache else None
+        data = self.cache.find(block.blake3) if self.cache else None
         if data is None:
             data = read_block(self.store_url, shard, block)
             if self.cache:
-                self.cache.keep(block.sha256, data)
+                self.cache.keep(block.blake3, data)
         samples = list(decode_block(data, shard, block, self.stored_size))
         return Samples(
             tuple(sample.key for sample in samples),

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import fsspec
+from blake3 import blake3 as new_blake3
 from fsspec.asyn import sync
 
 from pneumo.errors import AccessError, ContentError, StorageError, UserError
@@ -115,15 +116,16 @@ def read_bytes(
     `label` stands in errors and warnings for a URL that must not be told, as it names a patient.
     Raises FileNotFoundError, AccessError, StorageError, or ContentError for other bytes.
     """
-    return _read_expected(url, 0, None, sha256, size, label)
+    return _read_expected(url, 0, None, hashlib.sha256, sha256, size, label)
 
 
-def read_range(url: str, start: int, length: int, *, sha256: str | None = None) -> bytes:
-    """Exactly `length` bytes of the object at `url` from byte `start` on.
+def read_range(url: str, start: int, length: int, *, blake3: str | None = None) -> bytes:
+    """Exactly `length` bytes of the object at `url` from byte `start` on, checked against a digest
+    where it is given.
 
     Raises ContentError when the object ends before, and as `read_bytes` does.
     """
-    return _read_expected(url, start, length, sha256, length)
+    return _read_expected(url, start, length, new_blake3, blake3, length)
 
 
 def read_text(url: str) -> str:
@@ -135,7 +137,8 @@ def _read_expected(
     url: str,
     start: int,
     length: int | None,
-    sha256: str | None,
+    hasher: Callable[[bytes], Any],
+    expected: str | None,
     size: int | None,
     label: str | None = None,
 ) -> bytes:
@@ -146,16 +149,16 @@ def _read_expected(
         data = read(url, start, length, label)
         if size is not None and len(data) != size:
             raise ContentError(f"storage: {name}: {len(data)} bytes, expected {size}")
-        if sha256 is None:
+        if expected is None:
             return data
-        digest = hashlib.sha256(data).hexdigest()
-        if digest == sha256:
+        digest = hasher(data).hexdigest()
+        if digest == expected:
             return data
         # The same wrong digest twice is what lies there.
         if is_local(url) or digest in found or len(found) == _MOST_DIGESTS:
             part = "" if length is None else f", bytes {start} to {start + length - 1}"
             raise ContentError(
-                f"storage: {name}{part}: changed or damaged: SHA-256 {digest}, expected {sha256}"
+                f"storage: {name}{part}: changed or damaged: digest {digest}, expected {expected}"
             )
         found.add(digest)
 

@@ -228,7 +228,7 @@ def _write_store(
                     view=("AP", "PA")[i % 2],
                     spacing_mm=None if i % 4 == 0 else 0.143,
                     pixels_digest=shards.digest_pixels(samples[-1].pixels),
-                    source_sha256=hashlib.sha256(key.encode()).hexdigest(),
+                    source_blake3=hashlib.sha256(key.encode()).hexdigest(),
                 )
             )
         gray = np.stack([sample.pixels for sample in samples])

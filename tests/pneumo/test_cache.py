@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import subprocess
@@ -11,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 
 from pneumo.cache import BlockCache
 from pneumo.errors import ConfigError
@@ -18,7 +18,7 @@ from pneumo.errors import ConfigError
 
 def make_block(number: int, size: int = 1000) -> tuple[str, bytes]:
     data = f"{number:08d}".encode() * (size // 8)
-    return hashlib.sha256(data).hexdigest(), data
+    return blake3(data).hexdigest(), data
 
 
 def bytes_in(folder: Path) -> int:
@@ -144,13 +144,14 @@ def test_a_disk_that_fails_later_is_said_once_and_nothing_is_lost(
 
 
 _PROCESS = """
-import hashlib, random, sys
+import random, sys
+from blake3 import blake3
 from pneumo.cache import BlockCache
 cache = BlockCache(sys.argv[1], 20_000)
 draw = random.Random(sys.argv[2])
 for _ in range(400):
     data = f"{draw.randrange(60):08d}".encode() * 125
-    name = hashlib.sha256(data).hexdigest()
+    name = blake3(data).hexdigest()
     found = cache.find(name)
     assert found in (None, data)
     if found is None:
@@ -169,7 +170,7 @@ def test_several_processes_share_a_folder(tmp_path: Path) -> None:
                 data = path.read_bytes()
             except FileNotFoundError:
                 continue
-            assert hashlib.sha256(data).hexdigest() == path.name
+            assert blake3(data).hexdigest() == path.name
     assert [process.returncode for process in processes] == [0] * 4
     # Each counts its own writes exactly and the others' after a hundredth of the limit.
     assert 15_000 <= bytes_in(tmp_path) <= 24_000

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -23,6 +22,7 @@ import fsspec
 import numpy as np
 import pytest
 import s3fs
+from blake3 import blake3
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pneumo import storage
@@ -412,8 +412,8 @@ def test_statistics_are_those_of_the_stored_pixels(
         for name, entry in manifest.splits.items()
     }
     for study in preparation.source.studies[:5]:
-        file_sha256 = hashlib.sha256(Path(study.url).read_bytes()).hexdigest()
-        assert read_studies(str(tmp_path), manifest)[study.key].source_sha256 == file_sha256
+        file_blake3 = blake3(Path(study.url).read_bytes()).hexdigest()
+        assert read_studies(str(tmp_path), manifest)[study.key].source_blake3 == file_blake3
     whole = audit_split(
         preparation.source.studies,
         preparation.split.by_key,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import threading
 import time
@@ -15,6 +14,7 @@ import fsspec
 import numpy as np
 import pytest
 import torch
+from blake3 import blake3
 
 from pneumo import feeds, loader, partition, shards, storage, transforms
 from pneumo.config import AugmentConfig, Config, DataConfig, override
@@ -441,7 +441,7 @@ def test_a_damaged_cached_block_is_read_again(
     assert_same(list(train_batches(open_split(remote, "stream", **settings), epoch=1)), whole)
     assert len(counted.reads) == 2
     for path in (one, two):
-        assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
+        assert blake3(path.read_bytes()).hexdigest() == path.name
 
 
 # --- what is wrong with a store -------------------------------------------------------------------
@@ -493,9 +493,7 @@ def with_block(manifest: Manifest, data: bytes, **changes: Any) -> Manifest:
     block = (
         train.shards[0]
         .blocks[0]
-        .model_copy(
-            update={"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data), **changes}
-        )
+        .model_copy(update={"blake3": blake3(data).hexdigest(), "bytes": len(data), **changes})
     )
     shard = train.shards[0].model_copy(update={"blocks": (block,)})
     train = train.model_copy(update={"shards": (shard, *train.shards[1:])})

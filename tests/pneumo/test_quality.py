@@ -55,7 +55,7 @@ def row(number: int = 0, **changes: object) -> StudyRow:
         view="PA",
         spacing_mm=0.143,
         pixels_digest=f"{number:032x}",
-        source_sha256=f"{number:064x}",
+        source_blake3=f"{number:064x}",
     )
     return dataclasses.replace(study, **changes)  # type: ignore[arg-type]
 

@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
+from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -135,7 +136,7 @@ def test_blocks_are_whole_tars_of_64_neighbours(number: int) -> None:
         assert block.offset == end
         end = block.offset + block.bytes
         part = data[block.offset : end]
-        assert hashlib.sha256(part).hexdigest() == block.sha256
+        assert blake3(part).hexdigest() == block.blake3
         with tarfile.open(fileobj=io.BytesIO(part)) as tar:
             read += [name.split(".")[0] for name in tar.getnames() if name.endswith(".npy")]
     assert read == [sample.key for sample in samples]
@@ -357,12 +358,12 @@ def test_a_folder_without_manifest_is_no_store(tiny_store: StoreMaker) -> None:
         shards.read_manifest(store_url)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"schema_version": 3}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"schema_version": 4}'])
 def test_an_unreadable_manifest_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
     for read in (shards.find_manifest, shards.read_manifest):
         with pytest.raises(
-            StoreError, match=r"manifest\.json: not a manifest of schema 3: .*prepare"
+            StoreError, match=r"manifest\.json: not a manifest of schema 4: .*prepare"
         ):
             read(str(tmp_path))
 
@@ -371,20 +372,20 @@ def test_a_half_manifest_is_refused(tiny_store: StoreMaker) -> None:
     store_url = tiny_store()
     path = Path(store_url) / "manifest.json"
     path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(StoreError, match=r"manifest\.json: not a manifest of schema 3"):
+    with pytest.raises(StoreError, match=r"manifest\.json: not a manifest of schema 4"):
         shards.read_manifest(store_url)
 
 
-@pytest.mark.parametrize("version", [2, 4])
+@pytest.mark.parametrize("version", [3, 5])
 def test_a_manifest_of_another_schema_is_refused(tiny_store: StoreMaker, version: int) -> None:
     store_url = tiny_store()
     edit_manifest(store_url, new_field=True)
-    with pytest.raises(StoreError, match="not a manifest of schema 3: new_field: "):
+    with pytest.raises(StoreError, match="not a manifest of schema 4: new_field: "):
         shards.read_manifest(store_url)
     edit_manifest(store_url, schema_version=version)
     for read in (shards.find_manifest, shards.read_manifest):
         with pytest.raises(
-            StoreError, match=f"manifest of schema {version}, this version reads 3; prepare the"
+            StoreError, match=f"manifest of schema {version}, this version reads 4; prepare the"
         ):
             read(store_url)
 
@@ -392,7 +393,7 @@ def test_a_manifest_of_another_schema_is_refused(tiny_store: StoreMaker, version
 def test_a_manifest_without_a_split_is_refused(tiny_store: StoreMaker) -> None:
     store_url = tiny_store()
     edit_manifest(store_url, splits={})
-    with pytest.raises(StoreError, match=r"not a manifest of schema 3: splits: .*train, val, test"):
+    with pytest.raises(StoreError, match=r"not a manifest of schema 4: splits: .*train, val, test"):
         shards.read_manifest(store_url)
 
 
@@ -417,7 +418,7 @@ rows = st.builds(
     view=st.none() | st.sampled_from(["AP", "PA"]),
     spacing_mm=st.none() | st.floats(0.1, 1),
     pixels_digest=keys,
-    source_sha256=keys,
+    source_blake3=keys,
 )
 
 

@@ -52,7 +52,7 @@ def test_a_range_is_exact_or_an_error(bucket_url: str) -> None:
         with pytest.raises(ContentError, match=rf"{url}: ends at byte 5000000; bytes {start} to"):
             storage.read_range(url, start, length)
     with pytest.raises(ContentError, match=rf"{url}, bytes 3 to 6: changed or damaged"):
-        storage.read_range(url, 3, 4, sha256="0" * 64)
+        storage.read_range(url, 3, 4, blake3="0" * 64)
     with pytest.raises(FileNotFoundError, match=f"{bucket_url}/none"):
         storage.read_range(f"{bucket_url}/none", 0, 1)
 
