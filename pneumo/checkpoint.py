@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import platform
 import uuid
 from collections.abc import Callable
@@ -202,14 +203,30 @@ def _select_kept(
 
 
 def _serialise(checkpoint: Checkpoint) -> bytes:
-    buffer = io.BytesIO()
     plain = {
         **{name: getattr(checkpoint, name) for name in checkpoint.__dataclass_fields__},
         "schema_version": SCHEMA_VERSION,
         "config": checkpoint.config.model_dump(mode="json"),
         "history": list(checkpoint.history),
     }
-    torch.save(plain, buffer)
+    return to_bytes(plain)
+
+
+def to_bytes(state: dict[str, Any]) -> bytes:
+    """What torch.save makes of `state`, by way of a file in memory where the system has such.
+
+    To a file torch writes without Python's lock. To a BytesIO it writes with it, by which the steps
+    that train meanwhile take 2.5 times as long on the host, and a GPU runs dry.
+    """
+    # Other systems have no such files, and a limit on a file's size holds for them too.
+    with (
+        suppress(AttributeError, OSError, RuntimeError),
+        os.fdopen(os.memfd_create("checkpoint"), "rb", buffering=0) as file,
+    ):
+        torch.save(state, f"/proc/self/fd/{file.fileno()}")
+        return file.read()
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
     return buffer.getvalue()
 
 

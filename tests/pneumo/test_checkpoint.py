@@ -95,7 +95,12 @@ def plain_content(run_url: str) -> dict[str, Any]:
 # --- round trip -----------------------------------------------------------------------------------
 
 
-def test_all_that_was_saved_comes_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_files_in_memory", [True, False])
+def test_all_that_was_saved_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_files_in_memory: bool
+) -> None:
+    if not has_files_in_memory:  # as on macOS
+        monkeypatch.delattr(os, "memfd_create", raising=False)
     saved, attempt = make_checkpoint(2), claim_run(str(tmp_path))
     save_checkpoint(str(tmp_path), saved, attempt=attempt, keep_last=1, finished=True)
     index = read_index(str(tmp_path))
