@@ -63,6 +63,8 @@ class LiveTable(ray.tune.Callback):  # type: ignore[misc]
         self.known_epochs: int | None = None
         """Epochs that were there before this process began."""
         self.live: Live | None = None
+        self.told: set[str] = set()
+        """Trials of Tune's whose end is known."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune pickles its callbacks for a way of going on that is not ours."""
@@ -110,8 +112,12 @@ class LiveTable(ray.tune.Callback):  # type: ignore[misc]
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         self.trials = trials
+        for trial in trials:  # that Tune has given up without a word
+            if trial.status == "ERROR" and trial.trial_id not in self.told:
+                self.on_trial_error(0, trials, trial)
 
     def _end(self, trial: Any, outcome: str) -> None:
+        self.told.add(trial.trial_id)
         self.on_end(trial)
         drawn = trial.config
         shown = describe_settings(drawn["settings"])

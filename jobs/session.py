@@ -26,6 +26,9 @@ WORKER_ENVIRONMENT = {
     "OMP_WAIT_POLICY": "passive",
     # Workers whose peers are gone cannot say good-bye: they are ended after 1 s, not 30.
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "1",
+    # A trial that is stopped may have a checkpoint to write. Tune would wait 2 s for it, and then
+    # give up the trial that comes next in its process, without a word, or wait for it for ever.
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "86400",
 }
 
 _QUIET = {

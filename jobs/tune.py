@@ -284,7 +284,12 @@ class _Runner:
         names = [trial.config["name"] for trial in table.trials]
         if not names:
             raise find_cause(results.errors[0]) or ClusterError("tune: no trial could start")
-        return [read_trial(self.run_url, name) for name in names]
+        trials = [read_trial(self.run_url, name) for name in names]
+        if lost := [trial.name for trial in trials if trial.state == "unfinished"]:
+            raise ClusterError(
+                f"tune: Ray Tune gave up {', '.join(lost)} without a word; the same command goes on"
+            )
+        return trials
 
     def _end(self, trial: Any) -> Trial:
         """Write down how a trial of Tune's ended; what is known of it."""

@@ -70,6 +70,27 @@ def test_the_table_shows_who_trains_then_the_best() -> None:
     assert "3 of 20 trials" in draw(table)
 
 
+def test_a_trial_that_tune_gives_up_without_a_word_is_told(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ended: list[Any] = []
+    table = LiveTable("search", TUNE, 20, 0)
+    table.on_end = ended.append
+    done, failed, lost = (
+        tune_trial(1, "TERMINATED", 8, 0.9),
+        tune_trial(2, "ERROR"),
+        tune_trial(3, "ERROR"),
+    )
+    for trial in (failed, lost):
+        trial.pickled_error_file = None
+    trials = [done, failed, lost]
+    table.on_trial_complete(1, trials, done)
+    table.on_trial_error(2, trials, failed)
+    table.on_experiment_end(trials)
+    assert ended == [done, failed, lost]
+    assert capsys.readouterr().err.count("the search goes on") == 2
+
+
 def test_lines_tell_of_each_end(capsys: pytest.CaptureFixture[str]) -> None:
     ended: list[Any] = []
     table = LiveTable("search", TUNE, 20, 0)

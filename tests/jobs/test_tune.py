@@ -245,6 +245,43 @@ def test_trials_of_two_workers_take_turns_on_two_cpus(prepared: Prepared, tmp_pa
         assert one["objective"] == pytest.approx(other["objective"], abs=0.02)
 
 
+SLOW_DISK = """
+import os, time
+fsync = os.fsync
+def slow(descriptor):
+    if os.fstat(descriptor).st_size > 2**20:  # a checkpoint
+        time.sleep(4)
+    fsync(descriptor)
+os.fsync = slow
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_stopped_trial_that_still_writes_costs_the_next_one_nothing(
+    prepared: Prepared, tmp_path: Path
+) -> None:
+    """Of two trials in a process, the first is stopped at a rung while its checkpoint is under
+    way."""
+    run = tmp_path / "search"
+    (tmp_path / "sitecustomize.py").write_text(SLOW_DISK)
+    environ = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    few = ("--tune.num-trials", "5", "--tune.epochs", "2", "--tune.grace-epochs", "1")
+    command = [sys.executable, "-m", "jobs.tune", *places(prepared, run), *SMALL, *few]
+    done = subprocess.run(
+        [*command, "--tune.algorithm", "random", "--tune.smoothing-epochs", "1"],
+        capture_output=True,
+        text=True,
+        env={**environ, "PYTHONPATH": str(tmp_path)},
+        check=False,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr
+    states = [row["state"] for row in read_table(run)]
+    assert len(states) == 5
+    assert set(states) == {"finished", "stopped"}, done.stderr
+
+
 LONG = [
     *SMALL,
     *("--tune.num-trials", "4", "--tune.epochs", "4", "--tune.grace-epochs", "4"),
@@ -328,6 +365,7 @@ def test_a_search_that_is_killed_goes_on_where_it_was(prepared: Prepared, tmp_pa
         }
         done = subprocess.run(command, capture_output=True, text=True, env=environ, check=False)
         assert done.returncode == 0, done.stderr
+        assert [row["state"] for row in read_table(run)] == ["finished"] * 4, done.stderr
         if strikes:
             assert any(epochs >= 2 for epochs in begun.values())
             assert "tune: going on:" in done.stderr
