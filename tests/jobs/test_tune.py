@@ -11,6 +11,8 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import psutil
@@ -243,6 +245,34 @@ def test_trials_of_two_workers_take_turns_on_two_cpus(prepared: Prepared, tmp_pa
     for one, other in zip(table, read_table(alone), strict=True):
         assert one["train.lr"] == other["train.lr"]
         assert one["objective"] == pytest.approx(other["objective"], abs=0.02)
+
+
+def test_a_search_that_ends_without_a_trial_says_so_and_can_go_on(
+    prepared: Prepared,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Forgetful:
+        """A Tuner that draws a trial, and ends before it runs."""
+
+        def __init__(self, trainable: object, tune_config: Any, run_config: Any) -> None:
+            self.searcher, (self.table,) = tune_config.search_alg, run_config.callbacks
+
+        def fit(self) -> None:
+            drawn = self.searcher.suggest("1")
+            trial = SimpleNamespace(trial_id="1", config=drawn, status="PENDING", last_result={})
+            self.table.on_experiment_end([trial])
+
+    run = tmp_path / "search"
+    command = [*places(prepared, run), *QUICK, "--tune.num-trials", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(ray.tune, "Tuner", Forgetful)
+        assert tune.main(command) == 1
+    assert "Ray Tune gave up t001 without a word" in capsys.readouterr().err
+    assert not (run / "best.toml").exists()
+    assert tune.main(command) == 0
+    assert [(row["name"], row["state"]) for row in read_table(run)] == [("t001", "finished")]
 
 
 SLOW_DISK = """
