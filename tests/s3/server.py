@@ -34,6 +34,9 @@ STRANGER_KEY, STRANGER_SECRET = "pneumo-stranger", "no-right-to-anything"
 
 _DAEMONS = ("gateway", "osd", "mon")
 _START_TIMEOUT_S = 120.0
+_STARTS = 3
+_MEMORY = Path("/dev/shm")
+_MEMORY_NEEDED_BYTES = 1 << 30
 # Ceph's command line is a script for Debian's python3, not for the one of a virtual environment.
 _ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"}
 
@@ -74,8 +77,9 @@ mon max pg per osd = 2000
 # A lone monitor has nobody to wait for.
 paxos propose interval = 0.05
 paxos min wait = 0.01
-mon data avail crit = 1
-mon data avail warn = 2
+# How full the disk is, is the tests' affair.
+mon data avail crit = 0
+mon data avail warn = 0
 
 [client.gateway]
 # Without tcp_nodelay every small answer waits 40 ms for an acknowledgement.
@@ -99,7 +103,25 @@ class CephServer:
         return (self.folder / "endpoint").read_text()
 
     def start(self) -> None:
-        """Set up in the empty folder, and return once S3 requests are answered."""
+        """Set up in the empty folder, and return once S3 requests are answered.
+
+        A daemon that fails, as one does whose port another process took in the meantime, has all
+        of it begin again. RuntimeError, with what the daemons said, after the third time.
+        """
+        for start in range(1, _STARTS + 1):
+            try:
+                self._start()
+            except RuntimeError as error:
+                self.stop()
+                failed = f"start {start} of {_STARTS} of the S3 server: {error}{self._said()}"
+                if start == _STARTS:
+                    raise RuntimeError(failed) from error
+                print(failed, file=sys.stderr, flush=True)
+                self._clear()
+            else:
+                return
+
+    def _start(self) -> None:
         port, mon_port = _free_ports(2)
         fsid = str(uuid.uuid4())
         (self.folder / "endpoint").write_text(f"http://127.0.0.1:{port}")
@@ -150,8 +172,13 @@ class CephServer:
         )
         keyring = str(self.folder / "keyring")
         self._run("ceph-mon", "--mkfs", "-i", "a", "--monmap", map_path, "--keyring", keyring)
-        self._spawn("mon", "ceph-mon", "-f", "-i", "a")
-        self._run("ceph", "--connect-timeout", "60", "mon", "stat")
+        pid = self._spawn("mon", "ceph-mon", "-f", "-i", "a")
+
+        def answers() -> bool:
+            command = ("ceph", "--connect-timeout", "2", "mon", "stat")
+            return self._call(*command).returncode == 0
+
+        self._wait(answers, "mon", pid)
 
     def _start_storage(self) -> None:
         osd_id = str(uuid.uuid4())
@@ -176,17 +203,23 @@ class CephServer:
         return {**_ENVIRONMENT, "CEPH_CONF": str(self.folder / "ceph.conf")}
 
     def _run(self, *command: str) -> str:
-        done = subprocess.run(
-            command,
-            env=self._environment(),
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=_START_TIMEOUT_S,
-        )
+        done = self._call(*command)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: exit {done.returncode}\n{done.stderr}")
         return done.stdout
+
+    def _call(self, *command: str) -> subprocess.CompletedProcess[str]:
+        try:
+            return subprocess.run(
+                command,
+                env=self._environment(),
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=_START_TIMEOUT_S,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeError(str(error)) from error
 
     def _spawn(self, name: str, *command: str) -> int:
         with (self.folder / f"{name}.out").open("ab") as out:
@@ -228,9 +261,20 @@ class CephServer:
         deadline_s = time.monotonic() + _START_TIMEOUT_S
         while not ready():
             if time.monotonic() > deadline_s or not _runs(pid):
-                said = (self.folder / f"{name}.out").read_text()[-2000:]
-                raise RuntimeError(f"{name} did not start:\n{said}")
+                raise RuntimeError(f"{name} did not start")
             time.sleep(0.05)
+
+    def _said(self) -> str:
+        """The last that each daemon printed."""
+        paths = sorted(self.folder.glob("*.out"))
+        return "".join(f"\n{path.name}: {path.read_text()[-2000:]}" for path in paths)
+
+    def _clear(self) -> None:
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def _runs(pid: int) -> bool:
@@ -250,6 +294,13 @@ def _free_ports(number: int) -> list[int]:
     for listener in listeners:
         listener.close()
     return ports
+
+
+def _place() -> Path | None:
+    """Memory where there is enough: the monitor waits for its disk, which tests keep busy."""
+    if _MEMORY.is_dir() and shutil.disk_usage(_MEMORY).free > _MEMORY_NEEDED_BYTES:
+        return _MEMORY
+    return None
 
 
 def _install() -> None:
@@ -302,7 +353,7 @@ def main(arguments: list[str]) -> int:
         print(f"{error}\nwithout a server: {' '.join(command)}", file=sys.stderr, flush=True)
         return _run(command, {})
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    with tempfile.TemporaryDirectory(prefix="pneumo-s3-") as folder:
+    with tempfile.TemporaryDirectory(prefix="pneumo-s3-", dir=_place()) as folder:
         server = CephServer(Path(folder))
         try:
             server.start()
