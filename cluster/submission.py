@@ -21,12 +21,16 @@ from pneumo.config import (
     ENVIRONMENT_PREFIX,
     JOBS,
     ClusterConfig,
+    Config,
     Invocation,
     PrepareArguments,
+    Section,
+    override,
     parse_command_line,
     read_recipe,
 )
 from pneumo.errors import ConfigError
+from pneumo.space import flatten
 
 PASSED_ON = ("AWS_", "WANDB_", "PNEUMO_")
 """Environment variables with these prefixes go along; RAY_* never: the cluster has its own."""
@@ -118,12 +122,13 @@ def plan(
     written = _written(places)
     target = places[written]
     sent, kept = split_environment(environ, remote=remote)
+    there = [*flags, *_without(argv, replaced)]
+    if recipe is not None and not sends_files:
+        _check_same(invocation, parse_command_line(job, there, sent), places)
     return Submission(
         job=job,
         id=submission_id(job, target),
-        entrypoint=shlex.join(
-            ["python", "-m", JOBS[job].module, *flags, *_without(argv, replaced)]
-        ),
+        entrypoint=shlex.join(["python", "-m", JOBS[job].module, *there]),
         target=target,
         settings=_settings_digest(invocation, places),
         places=tuple(url for name in places for url in _urls(places, name)),
@@ -160,16 +165,37 @@ def split_environment(
     return {name: value for name, value in wanted.items() if name not in kept}, kept
 
 
-def recipe_environment(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """A recipe's settings as the environment variables that mean the same."""
+def recipe_environment(
+    settings: Mapping[str, Any],
+    section: type[Section] = Config,
+    prefix: str = ENVIRONMENT_PREFIX,
+) -> dict[str, str]:
+    """A recipe's settings as the environment variables that mean the same; what is no plain value,
+    as a search's space, is one variable of JSON."""
     variables: dict[str, str] = {}
     for key, value in settings.items():
-        name = f"{prefix or ENVIRONMENT_PREFIX}{key.upper()}"
-        if isinstance(value, Mapping):
-            variables |= recipe_environment(value, f"{name}__")
+        name = f"{prefix}{key.upper()}"
+        below = section.model_fields[key].annotation
+        if isinstance(below, type) and issubclass(below, Section):
+            variables |= recipe_environment(value, below, f"{name}__")
         else:
-            variables[name] = str(value)
+            plain = not isinstance(value, Mapping | list)
+            variables[name] = str(value) if plain else json.dumps(value)
     return variables
+
+
+def _check_same(here: Invocation, there: Invocation, places: Mapping[str, str]) -> None:
+    """Raise ConfigError where a recipe sent as variables means something else: a table that a
+    recipe and a variable both fill is merged here, and replaced there."""
+    files = {name: places[name] for name in _files_of_settings(here)}
+    wanted = flatten(override(here.config, files, "the places").model_dump())
+    found = flatten(there.config.model_dump())
+    changed = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
+    if changed:
+        raise ConfigError(
+            f"{', '.join(changed)}: set by the recipe and by a variable, which cannot both be "
+            "sent; write it in the recipe alone"
+        )
 
 
 def _places(invocation: Invocation, *, remote: bool, now: datetime) -> dict[str, str]:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from datetime import datetime, timedelta, timezone
+from datetime import timedelta, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,7 @@ import yaml
 from cluster import kubernetes_api, kubernetes_jobs, ray_jobs, rayjob
 from cluster.kubernetes_jobs import KubernetesTarget, LogCursor
 from cluster.overlays import find_overlay
-from cluster.submission import Submission, plan
+from cluster.submission import Submission
 from pneumo.errors import AccessError, ConfigError
 from tests.cluster.http_proxy import FaultyProxy, Rule
 from tests.cluster.kube_operator import Kubelet, Operator
@@ -765,27 +765,3 @@ def test_a_job_that_nobody_knows(kube_server: KubeServer, namespace: str) -> Non
             ask("nobody")
     with pytest.raises(ConfigError, match="no RayJob 'nobody'"):
         target.follow("nobody", lambda _: None, lambda _: None)
-
-
-def test_recipe_and_settings_arrive_without_files(tmp_path: Path) -> None:
-    recipe = tmp_path / "mine.toml"
-    recipe.write_text("seed = 3\n[train]\nlr = 2e-4\nepochs = 3\n[augment]\nflip = true\n")
-    asked = plan(
-        "train",
-        shlex.split(f"--store s3://b/s --run s3://b/r --recipe {recipe} --train.epochs 5"),
-        {"PNEUMO_TRAIN__LR": "1e-3"},
-        remote=True,
-        now=datetime(2026, 1, 2),
-        sends_files=False,
-    )
-    assert asked.recipe is None
-    assert "--recipe" not in asked.entrypoint
-    from pneumo.config import parse_command_line
-
-    there = parse_command_line("train", shlex.split(asked.entrypoint)[3:], asked.environment)
-    here = parse_command_line(
-        "train",
-        shlex.split(f"--store s3://b/s --run s3://b/r --recipe {recipe} --train.epochs 5"),
-        {"PNEUMO_TRAIN__LR": "1e-3"},
-    )
-    assert there.config == here.config

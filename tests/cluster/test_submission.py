@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
@@ -237,3 +238,51 @@ def test_a_remote_cluster_is_warned_of_what_it_cannot_reach() -> None:
 )
 def test_loopback_is_this_machine(address: str, *, remote: bool) -> None:
     assert is_remote(address) is remote
+
+
+_RECIPES = {
+    "plain": "seed = 3\n[train]\nlr = 2e-4\nepochs = 3\n[augment]\nflip = true\n",
+    "a space": (
+        '[tune.space]\ntrain.lr = ["log_uniform", 1e-5, 3e-3]\nmodel.backbone = "resnet34"\n'
+    ),
+    "choices": (
+        '[tune]\nalgorithm = "grid"\n[tune.space]\n'
+        'model.backbone = ["choice", "resnet18", "resnet34"]\n"train.lr" = ["uniform", 0.1, 1, 3]\n'
+    ),
+}
+
+
+@pytest.mark.parametrize("recipe", _RECIPES)
+@pytest.mark.parametrize("job", ["train", "tune"])
+def test_recipe_and_settings_arrive_without_files(job: str, recipe: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(_RECIPES[recipe])
+    asked = f"--store s3://b/s --run s3://b/r --recipe {path} --train.batch-size 32"
+    environ = {"PNEUMO_TRAIN__LR": "1e-3"}
+    submission = _plan_without_files(job, asked, environ)
+    assert submission.recipe is None
+    assert "--recipe" not in submission.entrypoint
+    words = shlex.split(submission.entrypoint)[3:]
+    there = parse_command_line(job, words, submission.environment)
+    assert there.config == parse_command_line(job, shlex.split(asked), environ).config
+
+
+def test_a_space_of_recipe_and_variable_cannot_be_sent_without_files(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(_RECIPES["a space"])
+    environ = {"PNEUMO_TUNE__SPACE": '{"train.weight_decay": ["uniform", 0, 0.1]}'}
+    with pytest.raises(
+        ConfigError, match=r"tune\.space\.train\.lr.* set by the recipe and by a var"
+    ):
+        _plan_without_files("tune", f"--store s3://b/s --run s3://b/r --recipe {path}", environ)
+
+
+def _plan_without_files(job: str, asked: str, environ: Mapping[str, str]) -> Submission:
+    return plan(
+        job,
+        shlex.split(asked),
+        environ,
+        remote=True,
+        now=datetime(2026, 1, 2),
+        sends_files=False,
+    )
