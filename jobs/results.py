@@ -112,7 +112,7 @@ def write_files(folder: Path, subject: Subject, judged: Judged, config: Config) 
     n = evaluation.test.n
     first_of_each = [cases[0] for cases in pictures.gallery.values() if cases]
     drawn = {
-        "metrics.png": figures.draw_metrics(evaluation, subject.checkpoint.history),
+        "metrics.png": figures.draw_metrics(evaluation, subject.history, subject.checkpoint.epoch),
         "roc.svg": figures.draw_roc(evaluation),
         "precision_recall.svg": figures.draw_precision_recall(evaluation),
         "reliability.svg": figures.draw_reliability(evaluation),
@@ -152,16 +152,16 @@ def render(subject: Subject, judged: Judged, config: Config) -> str:
     return render_report(
         judged.evaluation,
         data=judged.data,
-        model=describe_model(subject.checkpoint, subject.scored.scoring),
+        model=describe_model(subject.checkpoint, subject.scored.scoring, config.evaluate.ensemble),
         provenance=describe_provenance(subject, config),
-        history=subject.checkpoint.history,
+        history=subject.history,
         pictures=judged.pictures,
         looks=judged.looks.get("test"),
         compared=judged.compared,
     )
 
 
-def describe_model(checkpoint: Checkpoint, scoring: Scoring) -> ModelFacts:
+def describe_model(checkpoint: Checkpoint, scoring: Scoring, ensemble: int | str) -> ModelFacts:
     """What the report says of the model."""
     wanted, source = checkpoint.config.model.weights, checkpoint.initialisation
     sentence = {
@@ -176,16 +176,20 @@ def describe_model(checkpoint: Checkpoint, scoring: Scoring) -> ModelFacts:
         fell_back=source == "random" and wanted != "random",
         epoch=checkpoint.epoch,
         image_size=checkpoint.image_size,
-        selection=describe_selection(scoring),
+        selection=describe_selection(scoring, ensemble),
         mean=checkpoint.mean,
         std=checkpoint.std,
     )
 
 
-def describe_selection(scoring: Scoring) -> str:
-    """Which checkpoints were taken, and how a study's score is made of them."""
+def describe_selection(scoring: Scoring, ensemble: int | str) -> str:
+    """Which checkpoints were taken, and how a study's score is made of them; `ensemble` is
+    evaluate.ensemble."""
     count = len(scoring.weights)
-    words = "The checkpoint of the highest AUROC on val."
+    if ensemble == "best":
+        words = "The checkpoint of the highest AUROC on val."
+    else:
+        words = "The last checkpoint."
     if count > 1:
         words = f"The mean logit of {count} checkpoints: {scoring.checkpoint}."
     if scoring.views > 1:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from jobs.command import say
 from jobs.scoring import Scored, Scoring, Weights
 from pneumo import storage
-from pneumo.checkpoint import Checkpoint, load_checkpoint, read_index
+from pneumo.checkpoint import (
+    Checkpoint,
+    CheckpointEntry,
+    CheckpointIndex,
+    load_checkpoint,
+    read_index,
+)
 from pneumo.config import EvaluateArguments, EvaluateConfig
 from pneumo.errors import RunError, StoreError
+from pneumo.keeping import read_history
 from pneumo.predict import Predictions
 from pneumo.shards import Manifest, StudyRow, read_manifest
 
@@ -29,6 +36,8 @@ class Subject:
     checkpoint: Checkpoint
     """The first of those that are scored: its maps are shown."""
     scored: Scored
+    history: Sequence[Mapping[str, float | None]]
+    """Metrics of all epochs of the run, those after the checkpoint's included."""
 
     @property
     def name(self) -> str:
@@ -67,7 +76,7 @@ def find_subject(arguments: EvaluateArguments, config: EvaluateConfig) -> Subjec
     for other in weights[1:]:
         _load_trained_on(other, store_url, manifest)
     scored = Scored(Scoring(weights, views=config.tta or 1), store_url)
-    return Subject(run_url, store_url, manifest, first, scored)
+    return Subject(run_url, store_url, manifest, first, scored, _read_history(run_url, first))
 
 
 def find_weights(run_url: str, ensemble: int | str) -> tuple[Weights, ...]:
@@ -80,12 +89,31 @@ def find_weights(run_url: str, ensemble: int | str) -> tuple[Weights, ...]:
         say(f"warning: {run_url} is not trained to its end; evaluating what there is so far")
     if isinstance(ensemble, str):
         return (Weights(run_url, index.best),)
-    if len(index.entries) < ensemble:
+    last = _last_in_a_row(index)
+    if len(last) < ensemble:
         raise RunError(
-            f"{run_url}: has {len(index.entries)} checkpoints, not the {ensemble} of "
+            f"{run_url}: of its last checkpoints {len(last)} are kept, not the {ensemble} of "
             "evaluate.ensemble; lower it, or train with a higher train.keep_checkpoints"
         )
-    return tuple(Weights(run_url, entry) for entry in reversed(index.entries[-ensemble:]))
+    return tuple(Weights(run_url, entry) for entry in last[:ensemble])
+
+
+def _last_in_a_row(index: CheckpointIndex) -> list[CheckpointEntry]:
+    """The last checkpoints, newest first; the best, kept from long before them, is none of them."""
+    found = [index.latest]
+    for entry in reversed(index.entries[:-1]):
+        if entry.epoch < found[-1].epoch - 1:
+            break
+        found.append(entry)
+    return found
+
+
+def _read_history(run_url: str, checkpoint: Checkpoint) -> Sequence[Mapping[str, float | None]]:
+    """Of all epochs; of those up to the checkpoint where it was copied without its run."""
+    try:
+        return read_history(run_url)
+    except FileNotFoundError:
+        return checkpoint.history
 
 
 def _load_trained_on(weights: Weights, store_url: str, manifest: Manifest) -> Checkpoint:

@@ -34,16 +34,19 @@ History = Sequence[Mapping[str, float | None]]
 """A mapping an epoch, as in the run's metrics.jsonl; may be empty."""
 
 
-def draw_metrics(evaluation: Evaluation, history: History) -> bytes:
-    """`metrics.png`: ROC, precision-recall, confusion matrix and training curves."""
+def draw_metrics(
+    evaluation: Evaluation, history: History, scored_epoch: int | None = None
+) -> bytes:
+    """`metrics.png`: ROC, precision-recall, confusion matrix and training curves, in which the
+    epoch that is scored is marked."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(13, 8), layout="constrained")
         axes = figure.subplots(2, 3)
         plot_roc(axes[0, 0], evaluation)
         plot_precision_recall(axes[0, 1], evaluation)
         plot_confusion(axes[0, 2], evaluation, DECISION)
-        plot_loss(axes[1, 0], history)
-        plot_validation(axes[1, 1], history)
+        plot_loss(axes[1, 0], history, scored_epoch)
+        plot_validation(axes[1, 1], history, scored_epoch)
         plot_confusion(axes[1, 2], evaluation, SCREENING)
         figure.suptitle(
             f"Pneumonia on frontal chest X-rays: {describe_n(evaluation.test)}",
@@ -74,14 +77,14 @@ def draw_decision_curve(evaluation: Evaluation) -> bytes:
     return draw_chart("decision_curve", lambda axes: plot_decision_curve(axes, evaluation))
 
 
-def draw_loss(history: History) -> bytes:
+def draw_loss(history: History, scored_epoch: int | None = None) -> bytes:
     """`loss.svg`."""
-    return draw_chart("loss", lambda axes: plot_loss(axes, history))
+    return draw_chart("loss", lambda axes: plot_loss(axes, history, scored_epoch))
 
 
-def draw_validation(history: History) -> bytes:
+def draw_validation(history: History, scored_epoch: int | None = None) -> bytes:
     """`validation.svg`: AUROC, precision and recall on val by epoch."""
-    return draw_chart("validation", lambda axes: plot_validation(axes, history))
+    return draw_chart("validation", lambda axes: plot_validation(axes, history, scored_epoch))
 
 
 def draw_confusion(evaluation: Evaluation) -> bytes:
@@ -237,49 +240,60 @@ def confusion_table(counts: Confusion) -> npt.NDArray[np.int64]:
     return np.array([[counts.tn, counts.fp], [counts.fn, counts.tp]])
 
 
-def plot_loss(axes: Axes, history: History) -> None:
+def plot_loss(axes: Axes, history: History, scored_epoch: int | None = None) -> None:
     """Loss of train and val by epoch."""
     _plot_history(
         axes,
         history,
-        {"train/loss": ("train", GRAY, "--"), "val/loss": ("val", BLUE, "-")},
+        {
+            "train/loss": ("train", GRAY, "--"),
+            "val/loss": ("val", BLUE, "-"),
+            "val/ema_loss": ("val, averaged weights", ORANGE, "-"),
+        },
+        scored_epoch,
     )
     axes.set(xlabel="epoch", ylabel="weighted cross-entropy (nats)")
     axes.set_title(f"Loss, {len(history)} epochs")
 
 
-def plot_validation(axes: Axes, history: History) -> None:
-    """AUROC, precision and recall at p = 0.5 on val by epoch; the best AUROC is marked."""
+def plot_validation(axes: Axes, history: History, scored_epoch: int | None = None) -> None:
+    """AUROC, precision and recall at p = 0.5 on val by epoch, of the weights that are scored with:
+    the averaged ones where there are any."""
+    averaged = any("val/ema_auroc" in epoch for epoch in history)
+    prefix, whose = ("val/ema_", ", averaged weights") if averaged else ("val/", "")
     _plot_history(
         axes,
         history,
         {
-            "val/auroc": ("AUROC", BLUE, "-"),
-            "val/recall": ("recall", ORANGE, "--"),
-            "val/precision": ("precision", GRAY, ":"),
+            f"{prefix}auroc": (f"AUROC{whose}", BLUE, "-"),
+            f"{prefix}recall": (f"recall{whose}", ORANGE, "--"),
+            f"{prefix}precision": (f"precision{whose}", GRAY, ":"),
         },
+        scored_epoch,
     )
-    aurocs = [_number(epoch.get("val/auroc")) for epoch in history]
-    if not np.isnan(aurocs).all():
-        best = int(np.nanargmax(aurocs))
-        axes.plot(
-            _number(history[best]["epoch"]), aurocs[best], "o", color=BLUE, markersize=7, zorder=3
-        )
     axes.set(xlabel="epoch", ylabel="val (thresholded at p = 0.5)", ylim=(-0.02, 1.02))
     axes.set_title(f"Validation, {len(history)} epochs")
 
 
-def _plot_history(axes: Axes, history: History, lines: Mapping[str, tuple[str, str, str]]) -> None:
+def _plot_history(
+    axes: Axes,
+    history: History,
+    lines: Mapping[str, tuple[str, str, str]],
+    scored_epoch: int | None,
+) -> None:
     for key, (label, color, line) in lines.items():
         values = [_number(epoch.get(key)) for epoch in history]
         if not np.isnan(values).all():
             epochs = [_number(epoch["epoch"]) for epoch in history]
             axes.plot(epochs, values, line, color=color, marker=".", label=label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    if axes.lines:
-        axes.legend(loc="best")
-    else:
+    if not axes.lines:
         say_nothing(axes, "no training history")
+        return
+    if scored_epoch is not None:
+        label = f"epoch {scored_epoch}, scored"
+        axes.axvline(scored_epoch, color="black", linewidth=0.8, label=label)
+    axes.legend(loc="best")
 
 
 def _number(value: float | None) -> float:

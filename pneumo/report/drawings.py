@@ -53,14 +53,17 @@ def draw_curves(evaluation: Evaluation) -> list[dict[str, Any]]:
     ]
 
 
-def draw_training(history: History) -> list[dict[str, Any]]:
+def draw_training(history: History, scored_epoch: int) -> list[dict[str, Any]]:
     """Loss and validation by epoch; nothing without a history."""
     if not history:
         return []
-    n = len(history)
+    told = f"{len(history)} epochs; epoch {scored_epoch} is scored"
     return [
-        inline(figures.draw_loss(history), f"Loss on train and val over {n} epochs"),
-        inline(figures.draw_validation(history), f"AUROC, precision and recall on val, {n} epochs"),
+        inline(figures.draw_loss(history, scored_epoch), f"Loss on train and val over {told}"),
+        inline(
+            figures.draw_validation(history, scored_epoch),
+            f"AUROC, precision and recall on val over {told}",
+        ),
     ]
 
 

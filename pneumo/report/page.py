@@ -61,7 +61,7 @@ def render_report(
         groups=describe_groups(evaluation),
         looks=describe_looks(looks),
         comparison=performance.describe_comparison(compared),
-        training=draw_training(history),
+        training=draw_training(history, model.epoch),
         claim=CLAIM,
         not_claimed=NOT_ANSWERED,
         test_n=figures.describe_n(evaluation.test).capitalize(),

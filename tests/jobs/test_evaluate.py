@@ -246,7 +246,7 @@ def test_more_checkpoints_than_a_run_has_are_refused(
 ) -> None:
     flags = ["--store", str(prepared.store), "--run", str(trained), *QUICK]
     assert evaluate.main([*flags, "--evaluate.ensemble", "3"]) == 2
-    assert "has 2 checkpoints, not the 3 of evaluate.ensemble" in capsys.readouterr().err
+    assert "of its last checkpoints 2 are kept, not the 3 of" in capsys.readouterr().err
     assert evaluate.main([*flags, "--members", str(trained)]) == 2
     assert "a run is named twice" in capsys.readouterr().err
 

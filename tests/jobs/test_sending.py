@@ -142,7 +142,7 @@ def subject(tiny_store):
         )
         for n, run in enumerate(("a b", "c"), start=1)
     )
-    return Subject("runs/a b", url, manifest, checkpoint, Scored(Scoring(weights), url))
+    return Subject("runs/a b", url, manifest, checkpoint, Scored(Scoring(weights), url), history=())
 
 
 def send(subject, folder, pixels=96, data=DATA):

@@ -139,6 +139,22 @@ def test_svg_carries_title_n_interval_and_no_date():
     assert "Screening: sensitivity ≥ 0.90" in words
 
 
+def test_the_scored_epoch_is_marked_in_all_of_the_history():
+    told = texts(figures.draw_validation(HISTORY, 1))
+    assert "Validation, 2 epochs" in told
+    assert "epoch 1, scored" in told
+    assert "Loss, 2 epochs" in texts(figures.draw_loss(HISTORY, 1))
+    assert "scored" not in texts(figures.draw_loss(HISTORY))
+    assert "scored" not in texts(figures.draw_loss([], 1))
+
+
+def test_averaged_weights_are_shown_where_they_are_scored_with():
+    history = [{**epoch, "val/ema_auroc": 0.9, "val/ema_loss": 0.5} for epoch in HISTORY]
+    assert "AUROC, averaged weights" in texts(figures.draw_validation(history))
+    assert "val, averaged weights" in texts(figures.draw_loss(history))
+    assert "averaged" not in texts(figures.draw_validation(HISTORY))
+
+
 def test_metrics_picture_is_readable_in_size():
     image = Image.open(io.BytesIO(figures.draw_metrics(evaluation(), HISTORY)))
     assert image.format == "PNG"

@@ -1,0 +1,68 @@
+"""Which checkpoints of a run are scored, and what the report says of that."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from jobs.results import describe_selection
+from jobs.scoring import Scoring
+from jobs.subject import find_subject, find_weights
+from pneumo.checkpoint import claim_run, load_checkpoint, read_index, save_checkpoint
+from pneumo.config import EvaluateArguments, EvaluateConfig
+from pneumo.errors import RunError
+from pneumo.keeping import METRICS_LOG
+from tests.jobs.conftest import Prepared
+
+AUROCS = [0.7, 0.6, 0.95, 0.8, 0.8, 0.7]
+"""The best epoch is the third of six; the last two are kept besides."""
+
+
+@pytest.fixture(scope="module")
+def overfitted(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("overfitted") / "run"
+    attempt = claim_run(str(run))
+    base = load_checkpoint(str(trained), read_index(str(trained)).best)
+    history = tuple({"epoch": n, "val/auroc": auroc} for n, auroc in enumerate(AUROCS, 1))
+    for epoch in range(1, len(AUROCS) + 1):
+        checkpoint = replace(base, epoch=epoch, history=history[:epoch])
+        last = epoch == len(AUROCS)
+        save_checkpoint(str(run), checkpoint, attempt=attempt, keep_last=2, finished=last)
+    (run / METRICS_LOG).write_text("".join(f'{{"epoch": {n + 1}}}\n' for n in range(len(AUROCS))))
+    return run
+
+
+def test_the_history_is_that_of_the_run_not_of_the_checkpoint(
+    prepared: Prepared, overfitted: Path
+) -> None:
+    arguments = EvaluateArguments(store=str(prepared.store), run=str(overfitted))
+    subject = find_subject(arguments, EvaluateConfig())
+    assert subject.checkpoint.epoch == 3
+    assert [epoch["epoch"] for epoch in subject.history] == [1, 2, 3, 4, 5, 6]
+
+    (overfitted / METRICS_LOG).rename(overfitted / "elsewhere")
+    assert len(find_subject(arguments, EvaluateConfig()).history) == 3
+    (overfitted / "elsewhere").rename(overfitted / METRICS_LOG)
+
+
+def test_the_last_checkpoints_are_those_in_a_row(overfitted: Path) -> None:
+    def epochs(ensemble: int | str) -> list[int]:
+        return [weights.entry.epoch for weights in find_weights(str(overfitted), ensemble)]
+
+    assert [entry.epoch for entry in read_index(str(overfitted)).entries] == [3, 5, 6]
+    assert epochs("best") == [3]
+    assert epochs(1) == [6]
+    assert epochs(2) == [6, 5]
+    with pytest.raises(RunError, match="of its last checkpoints 2 are kept, not the 3"):
+        epochs(3)
+
+
+def test_the_report_says_which_checkpoint_was_taken(overfitted: Path) -> None:
+    def told(ensemble: int | str) -> str:
+        return describe_selection(Scoring(find_weights(str(overfitted), ensemble)), ensemble)
+
+    assert told("best") == "The checkpoint of the highest AUROC on val."
+    assert told(1) == "The last checkpoint."
+    assert told(2).startswith("The mean logit of 2 checkpoints: run/epoch-0006")
