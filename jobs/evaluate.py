@@ -157,7 +157,7 @@ def track(subject: Subject, judged: Judged, folder: Path, config: Config) -> Non
         job_type="evaluate",
         group=config.tracking.group,
         settings={
-            **subject.checkpoint.config.model_dump(mode="json"),
+            **subject.checkpoint.config.for_others(),
             "dataset_digest": subject.manifest.digest,
             "checkpoint_sha256": " ".join(subject.digests),
             "data_warning": judged.data.audit.warning,

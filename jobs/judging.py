@@ -15,7 +15,7 @@ import numpy as np
 import ray
 import ray.exceptions
 
-from jobs.records import read_history, write_history, write_scores
+from jobs.records import read_history, write_history, write_scores, write_started
 from pneumo.config import TuneConfig
 from pneumo.errors import DivergedError, MetricError
 from pneumo.feeds import Held
@@ -27,6 +27,8 @@ from pneumo.search import ERROR, OBJECTIVE
 
 METRIC = "objective"
 """What Tune compares, higher is better."""
+WARNING = "warning"
+"""What the person at the terminal must know of a trial's start."""
 _HELD_TIMEOUT_S = 120.0
 
 
@@ -60,6 +62,7 @@ class TrialJudge:
     def __init__(self, shared: Shared, trial_url: str, world: World) -> None:
         self.shared, self.trial_url, self.world = shared, trial_url, world
         self.history: list[Mapping[str, float | None]] = []
+        self._warning: str | None = None
         self._scores: Scores | None = None
         self._patients: Mapping[str, str] = ray.get(shared.patients)
 
@@ -91,6 +94,11 @@ class TrialJudge:
 
     def _begin(self, start: Start) -> None:
         self.history = list(start.history)
+        begins = not start.history and not start.step  # later it goes on from its own checkpoint
+        if begins and self.world.rank == 0:
+            write_started(self.trial_url, start.initialisation)
+        if start.initialisation.fell_back:
+            self._warning = start.initialisation.message
 
     def _judge(self, scores: Scores) -> dict[str, float | None]:
         self._scores = scores
@@ -116,6 +124,7 @@ class TrialJudge:
         last = {name: value for name, value in self.history[-1].items() if value is not None}
         return {
             **last,
+            **({} if self._warning is None else {WARNING: self._warning}),
             "epoch": len(self.history),
             METRIC: smooth(known, self.shared.tune.smoothing_epochs),
         }

@@ -17,8 +17,8 @@ from rich.live import Live
 from rich.table import Table
 
 from jobs.command import find_cause, say
-from jobs.judging import METRIC
-from pneumo.config import TuneConfig
+from jobs.judging import METRIC, WARNING
+from pneumo.config import TuneConfig, without_folders
 
 _ROWS = 16
 _PLAIN_INTERVAL_S = 20.0
@@ -31,8 +31,8 @@ def describe_settings(settings: Mapping[str, Any]) -> str:
 
 
 def show_value(value: Any) -> str:
-    """A number in three digits, all else as it is."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    """A number in three digits, a file without its folders, all else as it is."""
+    return f"{value:.3g}" if isinstance(value, float) else str(without_folders(value))
 
 
 def read_error(trial: Any) -> str:
@@ -65,6 +65,7 @@ class LiveTable(ray.tune.Callback):  # type: ignore[misc]
         self.live: Live | None = None
         self.told: set[str] = set()
         """Trials of Tune's whose end is known."""
+        self.warned: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune pickles its callbacks for a way of going on that is not ours."""
@@ -91,6 +92,14 @@ class LiveTable(ray.tune.Callback):  # type: ignore[misc]
         elif self.live is None and now_s - self.spoken_s > _PLAIN_INTERVAL_S:
             self.spoken_s = now_s
             say(f"{self.label}: {self._describe_progress()}")
+
+    def on_trial_result(
+        self, iteration: int, trials: Any, trial: Any, result: Mapping[str, Any], **info: Any
+    ) -> None:
+        warning = result.get(WARNING)
+        if warning is not None and warning not in self.warned:
+            self.warned.add(warning)
+            self._say(f"warning: trial {trial.config['name']}: model: {warning}")
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         result = trial.last_result

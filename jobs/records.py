@@ -2,6 +2,7 @@
 on whatever cluster, goes on from here.
 
     trials/t007/trial.json       what was drawn; written before the trial starts
+                start.json       where its weights came from; written when they are there
                 metrics.jsonl    its epochs; written before Tune hears of them
                 val.parquet      what it says of val after its last epoch
                 end.json         how it ended; written last
@@ -20,12 +21,13 @@ import pyarrow.parquet as pq
 from pneumo import storage
 from pneumo.config import TuneConfig
 from pneumo.keeping import METRICS_LOG
+from pneumo.model import Initialisation
 from pneumo.objective import Judgement, judge
 from pneumo.predict import Scores
 from pneumo.search import History, State, Trial
 from pneumo.space import Scalar
 
-_BEGUN, _SCORES, _ENDED = "trial.json", "val.parquet", "end.json"
+_BEGUN, _STARTED, _SCORES, _ENDED = "trial.json", "start.json", "val.parquet", "end.json"
 
 
 def trial_url(run_url: str, name: str) -> str:
@@ -37,6 +39,12 @@ def write_begun(run_url: str, name: str, settings: Mapping[str, Scalar], seed: i
     """That a trial of these settings begins."""
     text = json.dumps({"settings": dict(settings), "seed": seed})
     storage.write_text(storage.join(trial_url(run_url, name), _BEGUN), f"{text}\n")
+
+
+def write_started(url: str, initialisation: Initialisation) -> None:
+    """Where a trial's weights came from, into its folder."""
+    found = {"weights": initialisation.source, "fell_back": initialisation.fell_back}
+    storage.write_text(storage.join(url, _STARTED), f"{json.dumps(found)}\n")
 
 
 def write_history(url: str, history: History) -> None:
@@ -77,7 +85,15 @@ def read_trial(run_url: str, name: str) -> Trial:
     url = trial_url(run_url, name)
     begun = json.loads(storage.read_text(storage.join(url, _BEGUN)))
     ended = json.loads(_read(storage.join(url, _ENDED)) or '{"state": "unfinished", "error": null}')
-    return Trial(name, begun["settings"], begun["seed"], history=read_history(url), **ended)
+    started = json.loads(_read(storage.join(url, _STARTED)) or "{}")
+    return Trial(
+        name,
+        begun["settings"],
+        begun["seed"],
+        history=read_history(url),
+        fell_back=started.get("fell_back", False),
+        **ended,
+    )
 
 
 def read_trials(run_url: str) -> dict[str, Trial]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Mapping
@@ -204,7 +205,7 @@ def describe_provenance(subject: Subject, config: Config) -> Provenance:
         run=subject.name,
         created=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         seed=trained.seed,
-        config_json=trained.to_json(),
+        config_json=json.dumps(trained.for_others(), indent=2) + "\n",
         command="python -m jobs.train --store STORE --run RUN --recipe RECIPE; "
         "python -m jobs.evaluate --store STORE --run RUN",
         facts={

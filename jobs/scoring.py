@@ -194,9 +194,11 @@ def run_shares(
     whose worker dies is run again.
     """
     resources = worker_resources(config)
-    task = ray.remote(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0), max_retries=3)(
-        function
-    )
+    task = ray.remote(
+        num_cpus=resources["CPU"],
+        num_gpus=resources.get("GPU", 0),
+        max_retries=config.max_failures,
+    )(function)
     todo, done = list(reversed(calls)), 0
     running: list[Any] = []
     with Progress(label, total, "studies") as progress:

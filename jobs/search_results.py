@@ -8,10 +8,12 @@ from typing import Any
 
 import tomli_w
 
+from jobs.command import say
 from jobs.live_table import describe_settings, show_value
 from jobs.trackers import close_tracker, tracking_folder
 from pneumo import storage
 from pneumo.checkpoint import describe_code
+from pneumo.config import without_folders
 from pneumo.report import render_search
 from pneumo.search import Search, Trial, make_recipe, to_parquet
 from pneumo.shards import Manifest
@@ -45,13 +47,15 @@ def print_search(search: Search) -> None:
         print(f"confirmed {one.name}: mean {one.mean:.4f}{spread} over {seeds}")
     choice = search.choice
     print(f"taken {choice.trial.name}: {choice.reason}")
+    if search.warning:
+        say(f"warning: {search.warning}")
 
 
 def write_results(search: Search, manifest: Manifest, run_url: str) -> None:
     """Everything into the run; the recipe last, whose presence says that the search is done."""
     page = render_search(
         search,
-        warning=manifest.audit.warning,
+        warnings=[text for text in (search.warning, manifest.audit.warning) if text],
         created=time.strftime("%Y-%m-%d %H:%M"),
         code=describe_code(),
     )
@@ -78,6 +82,7 @@ def describe_recipe(search: Search) -> str:
             for one in choice.confirmations
             if one.name == choice.trial.name
         ),
+        *([] if search.warning is None else [f"Warning: {search.warning}."]),
         f"Data set {search.manifest_digest[:12]}, code {describe_code()}; trials had "
         f"{config.epochs} epochs.",
     ]
@@ -95,7 +100,7 @@ def _track(search: Search, manifest: Manifest, run_url: str, files: Mapping[str,
         job_type="tune",
         group=config.tracking.group or search.name,
         settings={
-            **config.model_dump(mode="json"),
+            **config.for_others(),
             "dataset_digest": manifest.digest,
             "data_warning": manifest.audit.warning,
         },
@@ -116,7 +121,7 @@ def log_search(tracker: Tracker, search: Search, files: Mapping[str, bytes]) -> 
             "tune/trial": best.name,
             "tune/reason": search.choice.reason,
             "tune/epochs": search.epochs,
-            **{f"tune/{key}": value for key, value in best.settings.items()},
+            **{f"tune/{key}": without_folders(value) for key, value in best.settings.items()},
         }
     )
 

@@ -88,7 +88,7 @@ def train_run(config: Config, manifest: Manifest, store_url: str, run_url: str) 
         job_type="train",
         group=config.tracking.group,
         settings={
-            **config.model_dump(mode="json"),
+            **config.for_others(),
             "dataset_digest": manifest.digest,
             "data_warning": manifest.audit.warning,
         },

@@ -79,7 +79,7 @@ class TrialTracking:
             job_type="tune-trial",
             group=self.group,
             settings={
-                **trial_config(self.config, trial.settings).model_dump(mode="json"),
+                **trial_config(self.config, trial.settings).for_others(),
                 "seed": trial.seed,
                 "dataset_digest": self.manifest.digest,
             },

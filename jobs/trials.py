@@ -35,10 +35,14 @@ _HELD_SHARE = 0.5
 
 
 def trial_config(config: Config, settings: Mapping[str, Any], seed: int | None = None) -> Config:
-    """The configuration of one trial: shorter, and with its settings; None: the search's seed."""
+    """The configuration of one trial: shorter, and with its settings; None: the search's seed.
+
+    How long a run is, and what it keeps, are for the training with best.toml.
+    """
     changes = {
         "seed": config.seed if seed is None else seed,
         "train.epochs": config.tune.epochs,
+        "train.patience": None,
         "train.keep_checkpoints": 1,
         "cluster.num_workers": config.tune.workers_per_trial,
         **settings,

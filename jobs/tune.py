@@ -32,11 +32,13 @@ from jobs.records import (
 )
 from jobs.search_results import BEST, REPORT, print_search, write_results
 from jobs.session import ray_session, wait_for_resources
+from jobs.train import with_absolute_weights
 from jobs.trial_tracking import TrialTracking
 from jobs.trials import make_trainable, share, trial_config, trials_at_once
 from pneumo import storage
-from pneumo.config import Config, Invocation, TuneArguments, check_space
+from pneumo.config import Config, Invocation, ModelConfig, TuneArguments, check_space
 from pneumo.errors import ClusterError, ConfigError, RunError
+from pneumo.model import check_weights
 from pneumo.objective import describe_objective, knows_nothing
 from pneumo.search import (
     Choice,
@@ -62,7 +64,7 @@ _SAME = ("seed", "data", "augment", "model", "train", "tune")
 
 def tune(invocation: Invocation) -> None:
     """Search on `--store`, leaving trials.parquet, report.html and best.toml in `--run`."""
-    arguments, config = invocation.arguments, invocation.config
+    arguments, config = invocation.arguments, with_absolute_weights(invocation.config)
     assert isinstance(arguments, TuneArguments)
     store_url = storage.normalise(arguments.store)
     run_url = storage.normalise(arguments.run) if arguments.run else new_run_url("tune")
@@ -86,12 +88,16 @@ def check_search(config: Config, manifest: Manifest) -> None:
             f"tune.objective: {config.tune.objective} is not defined on val, where {val.positives} "
             f"of {val.samples} studies are positive; prepare a store with both classes in val"
         )
+    models = set[ModelConfig]()
     for settings in check_space(config):
         trial = trial_config(config, settings)
         try:
             check_sizes(trial, manifest, num_workers=config.tune.workers_per_trial)
+            if trial.model not in models:
+                check_weights(trial.model)
         except ConfigError as error:
             raise ConfigError(f"tune.space may draw {settings}, but {error}") from error
+        models.add(trial.model)
 
 
 def begin(config: Config, manifest: Manifest, run_url: str) -> None:

@@ -1,4 +1,4 @@
-"""A local folder of blocks read before, each named by its SHA-256. Several processes may share it.
+"""A local folder of blocks read before, each named by its BLAKE3. Several processes may share it.
 
 Nothing in it is trusted: a block is compared with its name whenever it is read, and one that was
 damaged is forgotten. Nothing depends on it either: where it cannot be written (a full disk), blocks

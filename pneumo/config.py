@@ -60,6 +60,12 @@ NUM_SALTS = 64
 """Splits of one seed to choose from."""
 
 
+def without_folders(value: Any) -> Any:
+    """The name of a file of this machine; what is none, or a URL, is as it was."""
+    is_path = isinstance(value, str) and "/" in value and storage.is_local(value)
+    return value.rsplit("/", 1)[-1] if is_path else value
+
+
 class Section(BaseModel):
     """A branch of the tree."""
 
@@ -361,7 +367,8 @@ class ClusterConfig(Section):
     cpus_per_worker: PositiveInt = 1
     """CPUs that a worker reserves; also its thread count."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
-    """Worker failures that a run survives by going on from its last checkpoint; -1: any number."""
+    """Worker failures that a run survives by going on from its last checkpoint, a trial of a search
+    likewise, and a task of an evaluation or a prediction by being done again; -1: any number."""
     start_timeout_s: PositiveFloat = 120.0
     """How long to wait for the workers' resources before giving up; a run that has begun waits as
     long as it takes."""
@@ -415,6 +422,15 @@ class Config(Section):
     def to_json(self) -> str:
         """The tree as JSON, two spaces deep; `Config.model_validate_json` reads it back."""
         return self.model_dump_json(indent=2) + "\n"
+
+    def for_others(self) -> dict[str, Any]:
+        """The tree as W&B and the report get it: of a file of this machine, its name alone."""
+        tree = self.model_dump(mode="json")
+        for section, name in (("model", "weights"), ("data", "cache_dir"), ("split", "list")):
+            tree[section][name] = without_folders(tree[section][name])
+        space = tree["tune"]["space"]
+        space.update({key: [*map(without_folders, domain)] for key, domain in space.items()})
+        return tree
 
     def digest(self, *sections: str) -> str:
         """SHA-256 (hex) of the canonical JSON of `sections`, or of the whole tree without any."""
@@ -539,6 +555,11 @@ def parse_command_line(
         check_space(config)
     if job != "train" and config.cluster.min_workers is not None:
         raise ConfigError(f"cluster.min_workers: {job} is not elastic, only train is; leave it out")
+    if job == "tune" and config.cluster.num_workers != ClusterConfig().num_workers:
+        raise ConfigError(
+            "cluster.num_workers: a search takes what the cluster has; the workers of a trial are "
+            "tune.workers_per_trial"
+        )
     return Invocation(
         job=job,
         arguments=_validate(spec.arguments, [("the command line", arguments)]),
@@ -565,7 +586,7 @@ def check_space(config: Config) -> list[dict[str, Any]]:
     is not allowed.
     """
     known = tuple(_flatten_fields(Config))
-    for key in config.tune.space:
+    for key, domain in config.tune.space.items():
         if key not in known:
             raise ConfigError(f"tune.space: unknown setting {key}{_did_you_mean(key, known)}")
         if reason := _NOT_SEARCHED.get(key):
@@ -575,16 +596,29 @@ def check_space(config: Config) -> list[dict[str, Any]]:
                 f"tune.space: {key} has no effect on how a model learns; searched are "
                 f"data.image_size and what is in {', '.join(_SEARCHED)}"
             )
+        if key == "model.weights":
+            _check_searched_weights(domain)
     settings = sample(config.tune.space)
     for setting in settings:
         override(config, setting, "tune.space")
     return settings
 
 
+def _check_searched_weights(domain: Domain) -> None:
+    for value in map(str, domain.values):
+        whole = value.startswith("/") or "://" in value
+        if value not in ("imagenet", "random") and not whole:
+            raise ConfigError(
+                f"tune.space: model.weights: {value!r} must be a whole path or a URL; trials run "
+                "in folders of their own"
+            )
+
+
 _SEARCHED = ("augment", "model", "train")
 _NOT_SEARCHED = {
     "seed": "the luckiest would win; tune.confirm trains the best with new ones",
     "train.epochs": "a trial has tune.epochs",
+    "train.patience": "a trial has tune.epochs, and tune.early_stopping is what ends it before",
     "train.keep_checkpoints": "it changes no model",
     "train.checkpoint_every_steps": "it changes no model",
     "train.compile": "it changes no model",

@@ -52,6 +52,8 @@ class Trial:
     """Metrics of its epochs, each once, in order."""
     error: str | None = None
     """Why it failed."""
+    fell_back: bool = False
+    """Whether it started from random weights where others were asked for."""
 
     @property
     def epochs(self) -> int:
@@ -143,6 +145,24 @@ class Search:
     """What confirmation trained; each is named after its setting's trial."""
     importance: Mapping[str, float] = field(default_factory=dict)
     """Share of the objective's variation that each key accounts for; empty where unknown."""
+
+    @property
+    def warning(self) -> str | None:
+        """What makes its result doubtful; None: nothing."""
+        begun = [trial for trial in (*self.trials, *self.confirmed) if trial.epochs]
+        random = sum(trial.fell_back for trial in begun)
+        if not random:
+            return None
+        weights = self.config.model.weights
+        if random == len(begun):
+            return (
+                f"model.weights {weights} could not be had: all trials started from random "
+                "weights, and what was found holds for those"
+            )
+        return (
+            f"model.weights could not be had everywhere: {random} of {len(begun)} trials started "
+            "from random weights, and cannot be compared with the others"
+        )
 
     @property
     def epochs(self) -> int:

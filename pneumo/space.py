@@ -5,7 +5,7 @@
     train.pos_weight = ["log_uniform", 0.5, 10, 5]    # 5 points where a grid is searched
     augment.rotation_degrees = ["uniform", 0, 15]
     train.warmup_fraction = ["choice", 0.0, 0.1]
-    train.patience = ["integer", 2, 5]                # both ends included
+    data.image_size = ["integer", 160, 224]           # both ends included
     model.backbone = "resnet34"                       # fixed; ["fixed", "resnet34"] is the same
 
 What a key may hold is the configuration's own affair: `search.check_space` asks it.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from pneumo.config import without_folders
 from pneumo.figures import search as drawings
 from pneumo.objective import describe_objective, name_objective
 from pneumo.report.drawings import inline
@@ -20,8 +22,8 @@ _STATES: dict[State, str] = {
 }
 
 
-def render_search(search: Search, *, warning: str | None, created: str, code: str) -> str:
-    """The page. `warning` is what makes every number of the data set doubtful, `created` when, as
+def render_search(search: Search, *, warnings: Sequence[str], created: str, code: str) -> str:
+    """The page. `warnings` are what makes every number doubtful, `created` when, as
     the reader shall see it, `code` which revision."""
     config, choice = search.config.tune, search.choice
     keys = list(config.space)
@@ -33,7 +35,7 @@ def render_search(search: Search, *, warning: str | None, created: str, code: st
             search=search,
             created=created,
             code=code,
-            warning=warning,
+            warnings=warnings,
             objective=describe_objective(config),
             lead=_summarise(search),
             space=[
@@ -123,7 +125,7 @@ def _describe_settings(trial: Trial, keys: list[str]) -> list[str]:
 
 
 def _show(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.3g}" if isinstance(value, float) else str(without_folders(value))
 
 
 def _show_all(values: tuple[Any, ...]) -> str:

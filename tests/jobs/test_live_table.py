@@ -153,3 +153,13 @@ def test_tune_can_pickle_it() -> None:
 def test_settings_in_a_line() -> None:
     drawn = {"train.lr": 0.000312345, "model.backbone": "resnet18", "train.patience": None}
     assert describe_settings(drawn) == "lr 0.000312  backbone resnet18  patience None"
+
+
+def test_a_start_that_was_not_asked_for_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    table = LiveTable("search", TUNE, 20, 0)
+    result = {"epoch": 1, "objective": 0.5, "warning": "random weights: ImageNet out of reach"}
+    for number in (1, 2):
+        table.on_trial_result(1, [], tune_trial(number, "RUNNING", 1, 0.5), result)
+        table.on_trial_result(1, [], tune_trial(number, "RUNNING", 1, 0.5), {"epoch": 1})
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["warning: trial t001: model: random weights: ImageNet out of reach"]

@@ -19,16 +19,21 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import ray
+import torch
 
 from jobs import tune
-from jobs.judging import Shared
-from jobs.records import read_history, read_trials, trial_url
+from jobs.judging import Shared, TrialJudge
+from jobs.records import read_history, read_trials, trial_url, write_begun
+from jobs.train import with_absolute_weights
 from jobs.trials import share, trial_config, trials_at_once
 from jobs.tune import check_search
 from pneumo.config import Config, override, parse_command_line
 from pneumo.errors import ClusterError, ConfigError
+from pneumo.hooks import Hooks, Start
 from pneumo.loader import open_loaders
+from pneumo.model import Initialisation, build_model
 from pneumo.partition import World
+from pneumo.search import ERROR, OBJECTIVE
 from pneumo.shards import read_manifest
 from tests.jobs.conftest import SMALL, Prepared
 from tests.jobs.test_prepare import kill
@@ -445,6 +450,45 @@ def test_sizes_that_a_trial_could_not_train_at_are_refused_before(prepared: Prep
         check_search(config, manifest)
 
 
+def test_weights_that_a_trial_could_not_load_are_refused_before(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = read_manifest(str(prepared.store))
+    nowhere = Config.model_validate({"model": {"weights": str(tmp_path / "nowhere.pt")}})
+    with pytest.raises(ConfigError, match=r"model.weights: .*nowhere.pt' is no file"):
+        check_search(nowhere, manifest)
+    space = {"model.weights": ["choice", "random", str(tmp_path / "none.pt")]}
+    with pytest.raises(ConfigError, match=r"may draw .*none.pt.*is no file"):
+        check_search(Config.model_validate({"tune": {"space": space}}), manifest)
+
+    monkeypatch.chdir(tmp_path)
+    torch.save(build_model("resnet18").state_dict(), "mine.pt")
+    relative = Config.model_validate({"model": {"weights": "mine.pt"}})
+    assert with_absolute_weights(relative).model.weights == str(tmp_path / "mine.pt")
+    check_search(with_absolute_weights(relative), manifest)
+
+
+def test_a_trial_of_other_weights_than_asked_for_is_known(ray_here: None, tmp_path: Path) -> None:
+    shared = Shared(Config().tune, 0.5, 64, ray.put({}))
+    record: dict[str, float | None] = {OBJECTIVE: 0.6, ERROR: 0.1}
+
+    def train(name: str, initialisation: Initialisation, history: int = 0) -> Any:
+        url, told = trial_url(str(tmp_path), name), list[Any]()
+        hooks = TrialJudge(shared, url, World()).hooks(Hooks(), told.append)
+        hooks.on_start(Start(initialisation, (record,) * history, 0, 8))
+        hooks.on_epoch(SimpleNamespace(metrics=record))  # type: ignore[arg-type]
+        if not history:
+            write_begun(str(tmp_path), name, {}, 0)
+        return told[-1].get("warning")
+
+    fell_back = Initialisation("random", "no ImageNet here", fell_back=True)
+    assert train("t001", fell_back) == "no ImageNet here"
+    assert train("t001", Initialisation("random", "going on"), history=1) is None
+    assert train("t002", Initialisation("imagenet", "ImageNet")) is None
+    found = read_trials(str(tmp_path))
+    assert {name: trial.fell_back for name, trial in found.items()} == {"t001": True, "t002": False}
+
+
 def test_an_objective_that_val_does_not_define_is_refused(prepared: Prepared) -> None:
     manifest = read_manifest(str(prepared.store))
     val = manifest.splits["val"].model_copy(update={"positives": 0})
@@ -458,3 +502,4 @@ def test_a_trial_is_the_configuration_but_shorter() -> None:
     config = trial_config(base, {"train.lr": 0.01}, seed=7)
     assert (config.train.epochs, config.train.lr, config.seed) == (5, 0.01, 7)
     assert config.cluster.num_workers == 2
+    assert trial_config(override(base, {"train.patience": 2}), {}).train.patience is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from importlib import resources
 from pathlib import Path
@@ -196,6 +197,11 @@ def test_only_training_is_elastic(job: str) -> None:
     environ = {"PNEUMO_CLUSTER__NUM_WORKERS": "2", "PNEUMO_CLUSTER__MIN_WORKERS": "1"}
     with pytest.raises(ConfigError, match=rf"cluster\.min_workers: {job} is not elastic"):
         parse_command_line(job, NEEDED[job], environ)
+
+
+def test_workers_of_a_trial_are_not_those_of_a_training() -> None:
+    with pytest.raises(ConfigError, match=r"cluster\.num_workers: .*tune\.workers_per_trial"):
+        parse_command_line("tune", NEEDED["tune"], {"PNEUMO_CLUSTER__NUM_WORKERS": "2"})
 
 
 def test_a_literal_lists_what_is_allowed() -> None:
@@ -394,3 +400,24 @@ def test_a_shipped_recipe_holds_differences_from_the_defaults_only(recipe: str) 
 def test_a_configuration_error_is_the_users_mistake() -> None:
     assert issubclass(ConfigError, UserError)
     assert ConfigError.exit_code == 2
+
+
+def test_others_are_told_no_folder_of_this_machine() -> None:
+    config = override(
+        Config(),
+        {
+            "model.weights": "/home/alice/enc.pt",
+            "data.cache_dir": "~/secret/blocks",
+            "split.list": "file:///home/alice/split.csv",
+            "tune.space": {
+                "model.weights": ["choice", "random", "/home/alice/b.pt", "s3://b/c.pt"]
+            },
+        },
+    )
+    told = config.for_others()
+    assert told["model"]["weights"] == "enc.pt"
+    assert told["data"]["cache_dir"] == "blocks"
+    assert told["split"]["list"] == "split.csv"
+    assert told["tune"]["space"]["model.weights"] == ["choice", "random", "b.pt", "s3://b/c.pt"]
+    assert "alice" not in json.dumps(told)
+    assert Config().for_others() == Config().model_dump(mode="json")

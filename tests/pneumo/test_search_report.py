@@ -17,8 +17,8 @@ from tests.searches import make_search
 VOID = {"meta", "link", "br", "img", "hr", "line", "circle", "path", "use", "input"}
 
 
-def render(search: Search, warning: str | None = None) -> str:
-    return render_search(search, warning=warning, created="2026-01-01 12:00", code="0.1.0+abc")
+def render(search: Search, *warnings: str) -> str:
+    return render_search(search, warnings=warnings, created="2026-01-01 12:00", code="0.1.0+abc")
 
 
 class Balance(HTMLParser):
@@ -72,7 +72,7 @@ def test_confirmation_replaces_the_warning_of_luck() -> None:
 
 
 def test_a_warning_of_the_data_stands_first() -> None:
-    page = render(make_search(), warning="split by image")
+    page = render(make_search(), "split by image", "of random weights")
     assert page.index("split by image") < page.index("What to take")
 
 
@@ -107,3 +107,13 @@ def test_a_space_of_words_has_no_landscape_and_says_so() -> None:
     page = render(words)
     assert "fewer than two numbers were searched" in page
     assert "too few trials, or one key, to tell" in page
+
+
+def test_a_search_of_weights_that_were_not_asked_for_says_so() -> None:
+    search = make_search()
+    assert search.warning is None
+    begun = [one for one in search.trials if one.epochs]
+    all_fell = tuple(replace(one, fell_back=bool(one.epochs)) for one in search.trials)
+    assert "all trials started from random" in (replace(search, trials=all_fell).warning or "")
+    one_fell = (replace(begun[0], fell_back=True), *search.trials[1:])
+    assert f"1 of {len(begun)} trials" in (replace(search, trials=one_fell).warning or "")

@@ -133,6 +133,8 @@ def tune(space: str, *more: str) -> Config:
         ('{"train.momentum": ["choice", 0.5, 0.9]}', "momentum 0.5 has no effect on adam"),
         ('{"seed": ["integer", 0, 5]}', "the luckiest would win"),
         ('{"train.epochs": ["integer", 1, 5]}', "a trial has tune.epochs"),
+        ('{"train.patience": ["integer", 2, 5]}', "tune.early_stopping is what ends it before"),
+        ('{"model.weights": ["choice", "random", "a.pt"]}', "'a.pt' must be a whole path or a URL"),
         ('{"data.readers": ["integer", 1, 5]}', "no effect on how a model learns"),
         ('{"tune.epochs": ["integer", 1, 5]}', "no effect on how a model learns"),
         ('{"train.lr": 1e-3}', "nothing that varies"),
@@ -149,7 +151,7 @@ def test_a_space_that_cannot_be_searched_is_one_line(space: str, complaint: str)
 def test_any_key_that_makes_a_model_can_be_searched() -> None:
     space = (
         '{"train": {"lr": ["log_uniform", 1e-4, 1e-2], "pos_weight": ["choice", "balanced", 3],'
-        ' "patience": ["choice", null, 3]}, "augment.rotation_degrees": ["uniform", 0, 15],'
+        ' "clip_norm": ["choice", null, 3]}, "augment.rotation_degrees": ["uniform", 0, 15],'
         ' "model.backbone": "resnet34", "data.image_size": ["choice", 64, 96]}'
     )
     config = tune(space)
