@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import re
 import struct
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -124,7 +123,9 @@ def read_format(dataset: pydicom.Dataset) -> FrameFormat:
     if frames != 1:
         raise DicomError(f"{frames} frames, expected one", "multi_frame")
     rows, columns = int(dataset.Rows), int(dataset.Columns)
-    if not 0 < rows * columns <= MAX_PIXELS:
+    if rows < 1 or columns < 1:
+        raise DicomError(f"claims {rows} x {columns} pixels", "no_pixels")
+    if rows * columns > MAX_PIXELS:
         raise DicomError(f"claims {rows} x {columns} pixels", "too_large")
     samples = _integer(dataset, "SamplesPerPixel", 1)
     photometric = str(dataset.get("PhotometricInterpretation") or "")
@@ -200,11 +201,10 @@ def _installed(syntax: str) -> Collection[str]:
 
 
 def _name(syntax: str) -> str:
-    """A transfer syntax for a message: by name, never a text that is no UID."""
-    if not re.fullmatch(r"[0-9.]{1,64}", syntax):
-        return "an invalid transfer syntax"
+    """A transfer syntax for a message: by name, never a text that is no registered UID, which could
+    be anything."""
     name = UID(syntax).name
-    return syntax if name == syntax else f"{name} ({syntax})"
+    return "an unknown transfer syntax" if name == syntax else f"{name} ({syntax})"
 
 
 def decode_stored(dataset: pydicom.Dataset, form: FrameFormat) -> tuple[Stored, str]:
@@ -226,6 +226,9 @@ def decode_stored(dataset: pydicom.Dataset, form: FrameFormat) -> tuple[Stored, 
             check_scan(frame)
     elif element.is_undefined_length:
         raise DicomError("encapsulated pixel data in an uncompressed transfer syntax")
+    raw_bits = _holds_raw_bits(syntax) or (
+        syntax in _JPEG_LS and _precision(frame) > form.bits_stored
+    )
     try:
         if plugin == _IMAGECODECS:
             return _decode_jpeg(frame, form), form.photometric
@@ -236,7 +239,7 @@ def decode_stored(dataset: pydicom.Dataset, form: FrameFormat) -> tuple[Stored, 
             index=0,
             raw=True,
             decoding_plugin=plugin,
-            **_decoder_options(form, raw_bits=_holds_raw_bits(syntax), vr=str(element.VR)),
+            **_decoder_options(form, raw_bits=raw_bits, vr=str(element.VR)),
         )
     except (KeyboardInterrupt, SystemExit):
         raise
@@ -244,7 +247,7 @@ def decode_stored(dataset: pydicom.Dataset, form: FrameFormat) -> tuple[Stored, 
         raise DicomError(f"pixel data does not decode: {type(error).__name__}") from error
     if stored.dtype.itemsize > 2:
         raise DicomError("the codestream has more than 16 bits a sample", "photometric")
-    if _holds_raw_bits(syntax):
+    if raw_bits:
         stored = _drop_unused_bits(stored, form, form.high_bit)
     # Big endian data has a dtype of its own, which neither OpenCV nor a view understands.
     native = stored.astype(stored.dtype.newbyteorder("="), copy=False)
@@ -263,7 +266,9 @@ def _decode_jpeg(frame: bytes, form: FrameFormat) -> Stored:
         raise DicomError(f"the codestream has more than {form.bits_allocated} bits a sample")
     unsigned = samples.astype(f"u{form.bits_allocated // 8}", copy=False)
     stored = unsigned.view(f"i{form.bits_allocated // 8}") if form.signed else unsigned
-    return _drop_unused_bits(stored, form, form.bits_stored - 1)
+    # A writer that encodes the header's bit fields as they are says so by their precision.
+    raw_bits = _precision(frame) > form.bits_stored
+    return _drop_unused_bits(stored, form, form.high_bit if raw_bits else form.bits_stored - 1)
 
 
 def _precision(frame: bytes) -> int:
@@ -272,7 +277,7 @@ def _precision(frame: bytes) -> int:
 
 
 def _holds_raw_bits(syntax: UID) -> bool:
-    """Whether samples come as the header's bit fields; a JPEG codestream holds plain numbers."""
+    """Whether samples always come as the header's bit fields; a JPEG codestream holds numbers."""
     return syntax in _NATIVE or syntax == RLELossless
 
 

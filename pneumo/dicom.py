@@ -18,7 +18,7 @@ import re
 import threading
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,7 +29,9 @@ import numpy as np
 import numpy.typing as npt
 import pydicom
 import simplejpeg
-from pydicom.filereader import read_dataset
+from pydicom.dataelem import RawDataElement
+from pydicom.filereader import read_dataset, read_partial
+from pydicom.tag import BaseTag
 from pydicom.uid import (
     UID,
     ComputedRadiographyImageStorage,
@@ -85,6 +87,11 @@ _PIXEL_SPACING, _IMAGER_SPACING = 0x280030, 0x181164
 _SINGLE_TEXTS = {_SOP_CLASS: b"UI", _PATIENT_ID: b"LO", _SEX: b"CS", _AGE: b"AS", _VIEW: b"CS"}
 _TEXTS = {**_SINGLE_TEXTS, _PIXEL_SPACING: b"DS", _IMAGER_SPACING: b"DS"}
 _MAX_INFLATED_BYTES = 3 * MAX_PIXELS
+_MAX_READS = 500_000  # of a header, two an element: a second's work
+_MAX_ELEMENT_BYTES = 2 * 2**20
+_PIXEL_DATA = 0x7FE00010
+_PIXELS = {_PIXEL_DATA, 0x7FE00008, 0x7FE00009}
+_LOOK_UP_TABLES = {0x00283000, 0x00283010}  # of the modality and of interest
 _BAND_ROWS = 128  # resampled at a time, so that their floats stay in the cache
 _LONGEST_PERIOD = 64  # of the area weights, in pixels; beyond it OpenCV is as fast
 
@@ -320,14 +327,58 @@ def _parse(data: bytes) -> pydicom.Dataset:
     if _DEFLATED in data:
         data = _inflate(data)
     try:
-        dataset = pydicom.dcmread(io.BytesIO(data), force=True)
+        dataset = read_partial(_Reads(data), stop_when=_after_pixels(), force=True)
+    except DicomError:
+        raise
     except Exception as error:
         raise DicomError(
             f"the header does not parse: {type(error).__name__}", "not_dicom"
         ) from error
     if bare and "SOPClassUID" not in dataset and "PixelData" not in dataset:
         raise DicomError("not a DICOM file", "not_dicom")
+    _drop_large(dataset)
     return dataset
+
+
+def _drop_large(dataset: pydicom.Dataset) -> None:
+    """Remove what is larger than anything that is used besides pixels: pydicom would parse it when
+    it is asked for, which may take minutes."""
+    for tag, element in list(dataset.items()):
+        raw = isinstance(element, RawDataElement)
+        if not raw or tag in _PIXELS or len(element.value or b"") <= _MAX_ELEMENT_BYTES:
+            continue
+        if tag in _LOOK_UP_TABLES:
+            raise DicomError(f"a look-up table of {len(element.value or b'')} bytes", "too_large")
+        del dataset[tag]
+
+
+class _Reads(io.BytesIO):
+    """A file in memory that is not read in ever so many pieces: eight bytes may be an element, and
+    a small file may inflate to millions of them."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.left = _MAX_READS
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.left -= 1
+        if self.left < 0:
+            raise DicomError(f"the header takes more than {_MAX_READS} reads", "too_large")
+        return super().read(size)
+
+
+def _after_pixels() -> Callable[[BaseTag, str | None, int], bool]:
+    """For pydicom: when to stop, which is after the pixel data, whatever fills up the file."""
+    seen = False
+
+    def stop(tag: BaseTag, vr: str | None, length: int) -> bool:
+        nonlocal seen
+        if seen:
+            return True
+        seen = tag == _PIXEL_DATA
+        return False
+
+    return stop
 
 
 def _starts_like_a_dataset(data: bytes) -> bool:

@@ -2,9 +2,10 @@
 
 The order is PS3.3 C.7.6.3.1.2 and PS3.4 N.2: stored values -> modality LUT or rescale -> VOI LUT,
 or else the first window -> presentation (MONOCHROME1 inverted). All of them are folded into one
-look-up table over the codes of the stored type. Without a VOI LUT and without a window, 8 unsigned
-bits are shown as they are; anything else spans from its least value, black, to its greatest, white.
-Pixel padding is black and takes no part in that span. A colour picture becomes its luminance.
+look-up table over the codes of the stored type. Without a VOI LUT and without a valid window, 8
+unsigned bits are shown as they are; anything else spans from its least value, black, to its
+greatest, white. Pixel padding is black and takes no part in that span. A colour picture becomes its
+luminance.
 """
 
 from __future__ import annotations
@@ -95,9 +96,16 @@ def _find_padding(
     limits = [dataset.get("PixelPaddingValue"), dataset.get("PixelPaddingRangeLimit")]
     if limits[0] in (None, ""):
         return np.zeros(values.shape, np.bool_)
-    # Some writers store a negative value under the unsigned representation, or the other way round.
-    modulus = 256**stored_type.itemsize
-    codes = [int(limit) % modulus for limit in limits if limit not in (None, "")]
+    # Some writers store a negative value under the unsigned representation, or the other way round;
+    # a number that no stored value can be is left over from another picture.
+    bits = 8 * stored_type.itemsize
+    codes = [
+        int(limit) % 2**bits
+        for limit in limits
+        if limit not in (None, "") and -(2 ** (bits - 1)) <= int(limit) < 2**bits
+    ]
+    if not codes:
+        return np.zeros(values.shape, np.bool_)
     ends = np.array(codes, f"u{stored_type.itemsize}").view(stored_type)
     return np.asarray((values >= ends.min()) & (values <= ends.max()))
 
@@ -114,7 +122,8 @@ def _apply_modality(dataset: pydicom.Dataset, values: Values) -> Values:
 
 
 def _apply_voi(dataset: pydicom.Dataset, values: Values) -> Values | None:
-    """`values` through the VOI LUT or the first window, to [0, 1] (PS3.3 C.11.2); None without."""
+    """`values` through the VOI LUT or the first window, to [0, 1] (PS3.3 C.11.2); None without, or
+    with a window too narrow to be one."""
     if dataset.get("VOILUTSequence"):
         looked_up, bits = _apply_table(dataset, dataset.VOILUTSequence[0], values)
         return np.asarray(looked_up / (2**bits - 1))
@@ -122,9 +131,12 @@ def _apply_voi(dataset: pydicom.Dataset, values: Values) -> Values | None:
         read_number(dataset.get("WindowCenter")),
         read_number(dataset.get("WindowWidth")),
     )
+    function = str(dataset.get("VOILUTFunction") or "LINEAR")
     if center is None or width is None:
         return None
-    return apply_window(values, center, width, str(dataset.get("VOILUTFunction") or "LINEAR"))
+    if width <= 0 or (width < 1 and function not in ("SIGMOID", "LINEAR_EXACT")):
+        return None
+    return apply_window(values, center, width, function)
 
 
 def _apply_table(
@@ -137,6 +149,12 @@ def _apply_table(
     """
     count, first, bits = (int(number) for number in item.LUTDescriptor)
     count = count % 2**16 or 2**16
+    # Of its 16 bits, the first value has a sign where what is looked up has: some writers, and all
+    # who read implicit VR, take the header's pixel representation instead.
+    if first >= 2**15 and values.min() < 0:
+        first -= 2**16
+    elif first < 0 <= values.min():
+        first += 2**16
     if not 8 <= bits <= 16:
         raise DicomError(f"a look-up table of {bits} bits, expected 8 to 16")
     data = item.LUTData
@@ -200,11 +218,14 @@ def _palette_table(dataset: pydicom.Dataset, stored: Stored) -> Gray:
 def apply_window(
     values: npt.NDArray[np.float64], center: float, width: float, function: str = "LINEAR"
 ) -> npt.NDArray[np.float64]:
-    """`values` windowed to [0, 1], by the formulas of PS3.3 C.11.2.1.2 and C.11.2.1.3."""
+    """`values` windowed to [0, 1], by the formulas of PS3.3 C.11.2.1.2 and C.11.2.1.3.
+
+    `width` is at least 1, and of SIGMOID and LINEAR_EXACT above 0.
+    """
     if function == "SIGMOID":
-        return np.asarray(expit(4.0 * (values - center) / max(width, 1e-6)))  # never overflows
+        return np.asarray(expit(4.0 * (values - center) / width))  # never overflows
     if function == "LINEAR_EXACT":
-        return np.clip((values - center) / max(width, 1e-6) + 0.5, 0.0, 1.0)
+        return np.clip((values - center) / width + 0.5, 0.0, 1.0)
     if width <= 1:
         return (values > center - 0.5).astype(np.float64)
     return np.clip((values - (center - 0.5)) / (width - 1.0) + 0.5, 0.0, 1.0)

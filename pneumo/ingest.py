@@ -62,7 +62,7 @@ CLAIM = "parts/claim.json"
 _LIBRARIES_BYTES = 384 * 2**20
 _READS_AT_ONCE = 8
 """Files of a bucket that a task reads ahead: an answer takes as long as decoding ten."""
-_FORMAT = 2
+_FORMAT = 3
 """Raised when the same source and settings would give other bytes than before."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import time
 import warnings
 import zlib
 from collections.abc import Callable
@@ -19,6 +20,7 @@ import simplejpeg
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate, get_frame
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
@@ -260,6 +262,47 @@ def test_padding_is_black_and_does_not_count(
     gray = decode_gray(parse(make_dicom(padded, elements=elements)))
     np.testing.assert_array_equal(gray[:-2], expected)
     assert not gray[-2:].any()
+
+
+def padded_with(data: bytes, padding: int) -> Pixels:
+    """The gray levels of `data` with this padding value, signed or not."""
+    dataset, kind = parse(data), "SS" if padding < 0 else "US"
+    dataset[0x00280120] = DataElement(0x00280120, kind, padding)
+    return decode_gray(dataset)
+
+
+@pytest.mark.parametrize("padding", [-2000, -129, 256, 1000, 65_000])
+def test_padding_that_no_stored_value_can_be_is_none(make_dicom: DicomMaker, padding: int) -> None:
+    np.testing.assert_array_equal(padded_with(make_dicom(RAMP), padding), RAMP)
+
+
+@pytest.mark.parametrize(("padding", "black"), [(-1, 255), (255, 255), (-128, 128)])
+def test_padding_of_the_other_sign_is_the_same_bits(
+    make_dicom: DicomMaker, padding: int, black: int
+) -> None:
+    gray = padded_with(make_dicom(RAMP), padding)
+    np.testing.assert_array_equal(gray, np.where(black == RAMP, 0, RAMP))
+
+
+@pytest.mark.parametrize("function", [None, "LINEAR", "LINEAR_EXACT", "SIGMOID"])
+@pytest.mark.parametrize("width", [0, -4000])
+@pytest.mark.parametrize("jpeg_quality", [None, 90])
+def test_a_window_too_narrow_to_be_one_is_none(
+    make_dicom: DicomMaker, width: int, function: str | None, jpeg_quality: int | None
+) -> None:
+    window = {"WindowCenter": 100, "WindowWidth": width}
+    if function:
+        window["VOILUTFunction"] = function
+    pixels = phantom(64)
+    expected = read_study_image(make_dicom(pixels, jpeg_quality=jpeg_quality), 32)
+    found = read_study_image(make_dicom(pixels, jpeg_quality=jpeg_quality, elements=window), 32)
+    # Of a JPEG, the expected one was decoded at half scale.
+    assert np.abs(found.pixels.astype(int) - expected.pixels).max() <= (3 if jpeg_quality else 0)
+    if jpeg_quality is None:
+        deep = (pixels.astype(np.uint16) * 9) + 7
+        spanned = decode_gray(parse(make_dicom(deep)))
+        shown = decode_gray(parse(make_dicom(deep, elements=window)))
+        np.testing.assert_array_equal(shown, spanned)
 
 
 def test_eight_bits_with_padding_are_black_there(make_dicom: DicomMaker) -> None:
@@ -603,7 +646,7 @@ def test_a_frame_that_claims_too_much_is_refused_before_it_is_decoded(
     error = refused(make_dicom(RAMP, elements={"Rows": 60_000, "Columns": 60_000}))
     assert (error.reason, str(error)) == ("too_large", "claims 60000 x 60000 pixels")
     assert MAX_PIXELS < 60_000**2
-    assert refused(make_dicom(RAMP, elements={"Rows": 0})).reason == "too_large"
+    assert refused(make_dicom(RAMP, elements={"Rows": 0})).reason == "no_pixels"
 
 
 def test_less_data_than_claimed(make_dicom: DicomMaker) -> None:
@@ -670,6 +713,8 @@ def test_a_transfer_syntax_that_nothing_reads(make_dicom: DicomMaker) -> None:
     assert "JPEG 2000 Part 2" in str(error)
     assert uid.decode() in str(error)
     assert str(error).endswith("this transfer syntax is not supported")
+    error = refused(data.replace(b"1.2.840.10008.1.2.4.50", b"1.2.840.11361.19530417"))
+    assert (error.reason, "19530417" in str(error)) == ("no_decoder", False)
 
 
 @pytest.mark.parametrize("syntax", ["70", "80", "201"])
@@ -696,14 +741,56 @@ def test_a_codestream_of_another_size_is_refused_before_it_is_decoded(
     assert "holds 64 x 64 x 1 samples, the header says 7000 x 7000 x 1" in str(error)
 
 
-def test_a_deflated_bomb_is_not_inflated(make_dicom: DicomMaker) -> None:
-    header = make_dicom(RAMP)[:132]
+def deflated(header: bytes, *contents: bytes) -> bytes:
+    """A file whose data set is `contents`, deflated, of which a few thousand bytes are left."""
     uid = DeflatedExplicitVRLittleEndian.encode()
     meta = b"\x02\x00\x10\x00UI" + len(uid).to_bytes(2, "little") + uid
     packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
-    packed = b"".join(packer.compress(bytes(2**20)) for _ in range(300)) + packer.flush()
-    error = refused(header + meta + packed)
-    assert (error.reason, len(packed) < 2**19) == ("too_large", True)
+    packed = b"".join(map(packer.compress, contents)) + packer.flush()
+    return header[:132] + meta + packed
+
+
+def test_a_deflated_bomb_is_not_inflated(make_dicom: DicomMaker) -> None:
+    data = deflated(make_dicom(RAMP), *[bytes(2**20)] * 300)
+    assert len(data) < 2**19
+    assert refused(data).reason == "too_large"
+
+
+EMPTY_ITEM = b"\xfe\xff\x00\xe0\0\0\0\0"
+
+
+@pytest.mark.parametrize(
+    "element",
+    [
+        b"",
+        b"\x08\0\x05\0CS\0\0",
+        b"\x28\0\x10\x30SQ\0\0\xff\xff\xff\xff" + EMPTY_ITEM,  # of any length, parsed at once
+        b"\x28\0\x10\x30SQ\0\0" + (2**27).to_bytes(4, "little"),  # parsed when it is asked for
+        b"\x10\0\x10\x10SQ\0\0" + (2**27).to_bytes(4, "little"),  # where an age should be
+    ],
+    ids=["zeros", "elements", "items", "items of a look-up table", "items of an age"],
+)
+def test_a_small_file_of_very_many_elements_is_given_up_within_seconds(
+    make_dicom: DicomMaker, element: bytes
+) -> None:
+    filling = EMPTY_ITEM if b"SQ" in element else element or bytes(8)
+    data = deflated(make_dicom(RAMP), element, *[filling * 2**17] * 128)
+    assert len(data) < 2**21
+    begun_s = time.perf_counter()
+    assert refused(data).reason in ("too_large", "no_pixels", "not_dicom")
+    assert time.perf_counter() - begun_s < 10
+
+
+def test_what_fills_up_a_file_after_its_pixels_is_not_read(make_dicom: DicomMaker) -> None:
+    data = make_dicom(RAMP)
+    begun_s = time.perf_counter()
+    np.testing.assert_array_equal(read_study_image(data + bytes(2**25), 16).pixels, RAMP)
+    assert time.perf_counter() - begun_s < 5
+
+
+def test_a_large_element_that_nobody_asks_for_does_no_harm(make_dicom: DicomMaker) -> None:
+    data = make_dicom(RAMP, elements={"EncapsulatedDocument": bytes(3 * 2**20)})
+    np.testing.assert_array_equal(read_study_image(data, 16).pixels, RAMP)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.9])

@@ -103,7 +103,7 @@ def dcmtk(path: Path, dataset: Dataset, folder: Path) -> Pixels:
         pytest.skip(f"needs DCMTK's {tool}, which is not on the PATH")
     if dataset.get("VOILUTSequence"):
         options = ["+Wl", "1"]
-    elif "WindowCenter" in dataset:
+    elif dataset.get("WindowWidth"):
         options = ["+Wi", "1"]
         options += ["+Wfs"] if dataset.get("VOILUTFunction") == "SIGMOID" else []
     elif dataset.SamplesPerPixel == 1 and (dataset.BitsStored > 8 or dataset.PixelRepresentation):
@@ -183,6 +183,7 @@ def table(values: Pixels, first: int, bits: int) -> list[Dataset]:
 
 
 UNSIGNED_12 = {"BitsStored": 12, "HighBit": 11}
+BELOW_ZERO = {"RescaleSlope": 1, "RescaleIntercept": -1024, "RescaleType": "US"}
 CURVE = np.sqrt(np.arange(4096) / 4095)
 MADE: dict[str, tuple[Pixels, Mapping[str, Any]]] = {
     "signed 12 in 16": ((SMOOTH - 2000).astype(np.int16), {"BitsStored": 12, "HighBit": 11}),
@@ -211,6 +212,18 @@ MADE: dict[str, tuple[Pixels, Mapping[str, Any]]] = {
     "VOI LUT": (
         SMOOTH.astype(np.uint16),
         UNSIGNED_12 | {"VOILUTSequence": table(CURVE * 4095, 0, 12)},
+    ),
+    "VOI LUT below zero": (
+        SMOOTH.astype(np.uint16),
+        UNSIGNED_12 | BELOW_ZERO | {"VOILUTSequence": table(CURVE * 65535, -1024, 16)},
+    ),
+    "VOI LUT below zero, said without a sign": (
+        SMOOTH.astype(np.uint16),
+        UNSIGNED_12 | BELOW_ZERO | {"VOILUTSequence": table(CURVE * 65535, 2**16 - 1024, 16)},
+    ),
+    "a window of no width": (
+        SMOOTH.astype(np.uint16),
+        UNSIGNED_12 | {"WindowCenter": 0, "WindowWidth": 0},
     ),
     "VOI LUT before a window": (
         SMOOTH.astype(np.uint16),
@@ -301,3 +314,20 @@ def test_jpeg_of_more_than_8_bits(
     subprocess.run(["dcmcjpeg", "-q", *options, plain, packed], check=True)
     difference = decode_gray(read(packed)).astype(int) - decode_gray(read(plain))
     assert np.abs(difference).max() <= (8 if extended else 0)  # of the loss
+
+
+@pytest.mark.parametrize("tool", ["dcmcjpeg", "dcmcjpls"])
+def test_a_codestream_of_the_headers_bit_fields(
+    make_dicom: DicomMaker, tool: str, tmp_path: Path
+) -> None:
+    """DCMTK's encoders put whole words in, with the unused low bits of a high bit of 15."""
+    pytest.importorskip("imagecodecs", reason="needs the extra 'codecs'")
+    if shutil.which(tool) is None:
+        pytest.skip(f"needs DCMTK's {tool}, which is not on the PATH")
+    pixels, elements = MADE["high bits used"]
+    plain, packed = tmp_path / "plain.dcm", tmp_path / "packed.dcm"
+    plain.write_bytes(make_dicom(pixels, elements=elements))
+    subprocess.run([tool, plain, packed], check=True, capture_output=True)
+    gray = decode_gray(read(packed))
+    np.testing.assert_array_equal(gray, decode_gray(read(plain)))
+    assert np.abs(gray.astype(int) - dcmtk(packed, read(packed), tmp_path)).max() <= 2
