@@ -7,6 +7,7 @@ import hashlib
 import random
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -20,6 +21,7 @@ from pneumo.config import Config, Invocation, PrepareArguments, override
 from pneumo.ingest import (
     Part,
     ShardPlan,
+    check_shards_are_there,
     clear_parts,
     digest_settings,
     estimate_memory,
@@ -44,7 +46,8 @@ def prepare(invocation: Invocation) -> None:
     source, split = _limit(source, split, config)
     there = find_store(store_url, source, config)
     if there is not None:
-        clear_parts(store_url)
+        clear_parts(store_url, there)
+        check_shards_are_there(store_url, there)
         say(f"prepare: {store_url} holds a store of these tables and settings; nothing to do")
         if has_mended(store_url, there, source):
             say(
@@ -56,7 +59,7 @@ def prepare(invocation: Invocation) -> None:
         say(f"warning: {split.audit.warning}")
     plans = plan_shards(source.studies, split.by_key, config)
     with ray_session(show_logs=arguments.debug):
-        parts = _run_plans(plans, store_url, config)
+        parts = _run_plans(plans, store_url, config, source.file_key)
         if reused := sum(part.reused for part in parts):
             say(f"prepare: {reused} of {len(plans)} shards were there already, and whole")
         manifest = finish_store(store_url, source, parts, split.audit, config)
@@ -96,15 +99,11 @@ def _split(source: Source, source_url: str, config: Config) -> tuple[Split, Conf
 def _limit(source: Source, split: Split, config: Config) -> tuple[Source, Split]:
     """A taste: some of the studies, in the places that the whole source gives them."""
     limit = config.prepare.limit
-    if limit is None or limit >= len(source.studies):
+    placed = [study for study in source.studies if study.key in split.by_key]
+    if limit is None or limit >= len(placed):
         return source, split
-    chosen = random.Random(f"limit/{config.seed}").sample(range(len(source.studies)), limit)
-    taste = Source(
-        studies=tuple(source.studies[i] for i in sorted(chosen)),
-        rejected=(),
-        has_patients=source.has_patients,
-        unlabelled=source.unlabelled,
-    )
+    chosen = random.Random(f"limit/{config.seed}").sample(range(len(placed)), limit)
+    taste = replace(source, studies=tuple(placed[i] for i in sorted(chosen)), rejected=())
     audit = audit_split(
         taste.studies,
         split.by_key,
@@ -116,7 +115,9 @@ def _limit(source: Source, split: Split, config: Config) -> tuple[Source, Split]
     return taste, Split(split.by_key, audit)
 
 
-def _run_plans(plans: Sequence[ShardPlan], store_url: str, config: Config) -> list[Part]:
+def _run_plans(
+    plans: Sequence[ShardPlan], store_url: str, config: Config, file_key: bytes
+) -> list[Part]:
     """Run the tasks, only so many at once that arguments stay small."""
     memory = estimate_memory(plans, config.prepare.image_size)
     # No more than the largest node has, or no task would ever start; it then runs one at a time.
@@ -133,7 +134,8 @@ def _run_plans(plans: Sequence[ShardPlan], store_url: str, config: Config) -> li
             in_flight = max(2 * int(ray.cluster_resources().get("CPU", 1)), 2)
             while todo and len(running) < in_flight:
                 plan = todo.pop()
-                running[task.remote(plan, store_url, config.prepare.image_size, digest)] = plan
+                size = config.prepare.image_size
+                running[task.remote(plan, store_url, size, digest, file_key)] = plan
             ready, _ = ray.wait(list(running), timeout=1.0)
             for reference in ready:
                 part: Part = ray.get(reference)

@@ -126,7 +126,7 @@ class Blocks:
                 raise DataError(f"shard {shard.name}: missing from {self.store_url}") from error
             except ContentError as error:
                 raise DataError(
-                    f"shard {shard.name}: cut: {error}; prepare the store again"
+                    f"shard {shard.name}: cut: {error}; delete the store and prepare it again"
                 ) from error
 
         with ThreadPoolExecutor(readers, thread_name_prefix=_READER) as pool:
@@ -199,7 +199,7 @@ class Memory:
             if twice := len(present) - len(set(present)):
                 raise DataError(
                     f"split {self.blocks.split}: {twice} of {len(present)} studies stand in it "
-                    "more than once; prepare the store again"
+                    "more than once; delete the store and prepare it again"
                 )
 
     def _place(self, number: int) -> slice:

@@ -37,6 +37,7 @@ from pneumo.errors import (
 )
 from pneumo.shards import (
     QUARANTINE,
+    SHARD_SUFFIX,
     Manifest,
     Sample,
     ShardEntry,
@@ -72,6 +73,7 @@ class ShardPlan:
 
     split: str
     name: str
+    """`train/000000`, relative to the store; its shard's name has the digest besides."""
     studies: tuple[Study, ...]
 
     @property
@@ -193,7 +195,7 @@ def plan_shards(
             count = min(-(-count // 8) * 8, len(members))
         bounds = [len(members) * i // count for i in range(count + 1)]
         plans += [
-            ShardPlan(name, f"{name}/{i:06d}.tar", tuple(members[bounds[i] : bounds[i + 1]]))
+            ShardPlan(name, f"{name}/{i:06d}", tuple(members[bounds[i] : bounds[i + 1]]))
             for i in range(count)
         ]
     return plans
@@ -205,8 +207,11 @@ def estimate_memory(plans: Sequence[ShardPlan], image_size: int) -> int:
     return _LIBRARIES_BYTES + 2 * largest * sample_bytes(image_size)
 
 
-def prepare_shard(plan: ShardPlan, store_url: str, image_size: int, prepare_digest: str) -> Part:
-    """Make sure that a plan's shard and receipt are there; what they add to the store.
+def prepare_shard(
+    plan: ShardPlan, store_url: str, image_size: int, prepare_digest: str, file_key: bytes
+) -> Part:
+    """Make sure that a plan's shard and receipt are there; what they add to the store. `file_key`
+    is `Source.file_key`.
 
     A receipt that vouches for the same plan, with its shard as it says, is left as it is while the
     files that it rejects still cannot be used.
@@ -216,7 +221,7 @@ def prepare_shard(plan: ShardPlan, store_url: str, image_size: int, prepare_dige
     kept = _find_receipt(plan, store_url, image_size, digest)
     if kept is not None:
         return Part.of(kept, reused=True)
-    receipt = _write_shard(plan, store_url, image_size, digest)
+    receipt = _write_shard(plan, store_url, image_size, digest, file_key)
     storage.write_text(storage.join(store_url, plan.receipt), receipt.model_dump_json())
     return Part.of(receipt, reused=False)
 
@@ -234,7 +239,7 @@ def finish_store(
     """
     finished = _find_own(store_url, (source.digest, digest_settings(config)))
     if finished is not None:
-        clear_parts(store_url)
+        clear_parts(store_url, finished)
         return finished
     parts = sorted(parts, key=lambda part: part.entry.name)
     rejected = [*source.rejected, *(item for part in parts for item in part.rejected)]
@@ -267,7 +272,7 @@ def finish_store(
         splits=splits,
     )
     write_manifest(store_url, manifest)
-    clear_parts(store_url)
+    clear_parts(store_url, manifest)
     return manifest
 
 
@@ -341,11 +346,41 @@ def has_mended(store_url: str, manifest: Manifest, source: Source) -> bool:
     )
 
 
-def clear_parts(store_url: str) -> None:
-    """Remove what a preparation leaves besides the store itself, killed ones included."""
+def clear_parts(store_url: str, manifest: Manifest) -> None:
+    """Remove what preparations leave besides the finished store itself, killed ones included: a
+    shard that the manifest does not name is of a job that found other files."""
     storage.remove_below(storage.join(store_url, PARTS))
+    for url in _list_shards(store_url) - _shard_urls(store_url, manifest):
+        storage.remove(url)
     for folder in (store_url, *(storage.join(store_url, name) for name in SPLITS)):
         storage.remove_partials(folder)
+
+
+def check_shards_are_there(store_url: str, manifest: Manifest) -> None:
+    """Raise StoreError where a finished store has lost shards; what they hold, readers check."""
+    lost = len(_shard_urls(store_url, manifest) - _list_shards(store_url))
+    if lost:
+        raise StoreError(
+            f"{store_url}: {lost} shards of the finished store are missing; delete it, and repeat "
+            "the command"
+        )
+
+
+def _list_shards(store_url: str) -> set[str]:
+    return {
+        url
+        for name in SPLITS
+        for url in storage.list_urls(storage.join(store_url, name))
+        if url.endswith(SHARD_SUFFIX)
+    }
+
+
+def _shard_urls(store_url: str, manifest: Manifest) -> set[str]:
+    return {
+        storage.join(store_url, shard.name)
+        for entry in manifest.splits.values()
+        for shard in entry.shards
+    }
 
 
 def digest_settings(config: Config) -> str:
@@ -377,7 +412,8 @@ def _find_receipt(plan: ShardPlan, store_url: str, image_size: int, digest: str)
         if receipt.plan_digest != digest:
             return None
         if receipt.entry.samples:
-            entry, url = receipt.entry, storage.join(store_url, plan.name)
+            entry = receipt.entry
+            url = storage.join(store_url, entry.name)
             storage.read_bytes(url, sha256=entry.sha256, size=entry.bytes)
     except (FileNotFoundError, ValidationError, ContentError):
         return None
@@ -388,7 +424,9 @@ def _find_receipt(plan: ShardPlan, store_url: str, image_size: int, digest: str)
     return receipt if as_it_was else None
 
 
-def _write_shard(plan: ShardPlan, store_url: str, image_size: int, digest: str) -> Receipt:
+def _write_shard(
+    plan: ShardPlan, store_url: str, image_size: int, digest: str, file_key: bytes
+) -> Receipt:
     rows: list[StudyRow] = []
     rejected: list[Rejected] = []
     contradictions: Counter[str] = Counter()
@@ -397,19 +435,20 @@ def _write_shard(plan: ShardPlan, store_url: str, image_size: int, digest: str) 
     def samples() -> Iterator[Sample]:
         files = _read_files([(study.url, _label(study)) for study in plan.studies])
         for study, data in zip(plan.studies, files, strict=True):
-            found = _decode_study(study, data, plan.split, image_size)
-            if isinstance(found, Rejected):
-                rejected.append(found)
+            # First, while the file is in the core's cache.
+            hashed = "" if isinstance(data, Unusable) else blake3(data, key=file_key).hexdigest()
+            image = _decode_study(study, data, plan.split, image_size)
+            if isinstance(image, Rejected):
+                rejected.append(image)
                 continue
-            image, source_blake3 = found
             # OpenCV counts in float32, exact to 16 million pixels, and five times as fast as numpy.
             counts = cv2.calcHist([image.pixels], [0], None, [256], [0, 256])
             np.add(histogram, counts.ravel().astype(np.int64), out=histogram)
             contradictions.update(_contradictions(study, image))
-            rows.append(_make_row(study, plan.split, image, source_blake3))
+            rows.append(_make_row(study, plan.split, image, hashed))
             yield Sample(study.key, image.pixels, study.target)
 
-    entry = write_shard(store_url, plan.name, samples())
+    entry = write_shard(store_url, f"{plan.name}-{{digest}}{SHARD_SUFFIX}", samples())
     return Receipt(
         plan_digest=digest,
         entry=entry,
@@ -425,21 +464,18 @@ def _label(study: Study) -> str:
     return f"study {study.key}"
 
 
-def _read_study(study: Study, split: str, image_size: int) -> tuple[GrayImage, str] | Rejected:
+def _read_study(study: Study, split: str, image_size: int) -> GrayImage | Rejected:
     return _decode_study(study, _read_file(study.url, _label(study)), split, image_size)
 
 
 def _decode_study(
     study: Study, data: bytes | Unusable, split: str, image_size: int
-) -> tuple[GrayImage, str] | Rejected:
-    """The study's picture and the BLAKE3 of its file, or why it cannot be used."""
-    if isinstance(data, Unusable):
-        return Rejected(study.key, split, data.reason, data.message)
-    source_blake3 = blake3(data).hexdigest()  # now, while the file is in the core's cache
-    image = _decode_file(data, image_size)
+) -> GrayImage | Rejected:
+    """The study's picture, or why it cannot be used."""
+    image = data if isinstance(data, Unusable) else _decode_file(data, image_size)
     if isinstance(image, Unusable):
         return Rejected(study.key, split, image.reason, image.message)
-    return image, source_blake3
+    return image
 
 
 def _make_row(study: Study, split: str, image: GrayImage, source_blake3: str) -> StudyRow:

@@ -265,7 +265,7 @@ def join_predictions(
     if other:
         raise DataError(
             f"predictions: {other} of {len(keys)} scored studies have another target in their "
-            "shard than in studies.parquet; prepare the store again"
+            "shard than in studies.parquet; delete the store and prepare it again"
         )
     order = sorted(range(len(keys)), key=lambda i: (studies[keys[i]].split, keys[i]))
     rows = [studies[keys[i]] for i in order]

@@ -188,7 +188,7 @@ def summarise_quality(studies: Iterable[StudyRow], manifest: Manifest) -> Qualit
         if len(members) != manifest.splits[name].samples:
             raise DataError(
                 f"studies.parquet: {len(members)} studies of {name}, the manifest says "
-                f"{manifest.splits[name].samples}; prepare the store again"
+                f"{manifest.splits[name].samples}; delete the store and prepare it again"
             )
     are_listed = len({row.spacing_mm for row in rows} - {None}) <= _FEW_SPACINGS
     words = {
@@ -407,6 +407,7 @@ def _join(
         row = studies.get(sample.key)
         if row is None or row.split != "train":
             raise DataError(
-                "studies.parquet: a study in a shard of train is not in it; prepare the store again"
+                "studies.parquet: a study in a shard of train is not in it; delete the store and "
+                "prepare it again"
             )
         yield sample, row

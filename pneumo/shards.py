@@ -35,6 +35,7 @@ from pneumo.studies import Box, Rejected
 SCHEMA_VERSION = 4
 MANIFEST = "manifest.json"
 STUDIES = "studies.parquet"
+SHARD_SUFFIX = ".tar"
 QUARANTINE = "quarantine.jsonl"
 BLOCK_SAMPLES = 64
 """Neighbours in a shard that are read and shuffled together: one range request of 3.3 MB at 224
@@ -66,7 +67,7 @@ class ShardEntry(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
-    """Relative to the store: `train/000000.tar`."""
+    """Relative to the store: `train/000000-0123456789ab.tar`, with digits of its SHA-256."""
     samples: int
     positives: int
     bytes: int
@@ -185,8 +186,8 @@ class StudyRow:
     pixels_digest: str
     """Digest of the stored picture, 32 hex digits: equal pictures have equal ones."""
     source_blake3: str
-    """BLAKE3 of the DICOM file, in hex, as b3sum prints it: a picture that looks wrong is traced to
-    it."""
+    """BLAKE3 of the DICOM file, in hex, keyed by `studies.derive_file_key`: a picture that looks
+    wrong is traced to its file by whoever has the hash key, and by nobody else."""
 
 
 def sample_bytes(image_size: int) -> int:
@@ -321,7 +322,7 @@ def decode_shard(data: bytes, entry: ShardEntry, image_size: int) -> Iterator[Sa
     if len(data) != entry.bytes or hashlib.sha256(data).hexdigest() != entry.sha256:
         raise DataError(
             f"shard {entry.name}: {len(data)} bytes, not the {entry.bytes} that the manifest "
-            "vouches for, or changed since; prepare the store again"
+            "vouches for, or changed since; delete the store and prepare it again"
         )
     yield from _decode_samples(data, entry, image_size)
 
@@ -400,10 +401,13 @@ def _naming(what: str, store_url: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise DataError(f"{what}: missing from {store_url}; prepare the store again") from error
+        raise DataError(
+            f"{what}: missing from {store_url}; delete the store and prepare it again"
+        ) from error
     except ContentError as error:
         raise DataError(
-            f"{what}: not what the manifest vouches for: {error}; prepare the store again"
+            f"{what}: not what the manifest vouches for: {error}; delete the store and prepare it "
+            "again"
         ) from error
 
 
@@ -465,14 +469,17 @@ def _read_members(data: bytes, where: str) -> Iterator[_Member]:
 
 
 def write_shard(store_url: str, name: str, samples: Iterable[Sample]) -> ShardEntry:
-    """Encode and publish one shard; the entry that the manifest will carry."""
-    url, buffer = storage.join(store_url, name), _MEMORY.buffer
+    """Encode and publish one shard, if it has samples; the entry that the manifest will carry.
+
+    `{digest}` in `name` becomes the first digits of its SHA-256: another content is then another
+    shard, and never replaces one that a manifest vouches for.
+    """
+    buffer = _MEMORY.buffer
     entry = _encode_shard(buffer, name, samples)
+    entry = entry.model_copy(update={"name": name.format(digest=entry.sha256[:12])})
     if entry.samples:
         with buffer.getbuffer() as memory, memory[: entry.bytes] as data:
-            storage.write_bytes(url, data)
-    else:
-        storage.remove(url)  # of an earlier attempt that had some
+            storage.write_bytes(storage.join(store_url, entry.name), data)
     return entry
 
 
@@ -542,7 +549,7 @@ def find_manifest(store_url: str) -> Manifest | None:
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise StoreError(
             f"{url}: not a manifest of schema {SCHEMA_VERSION}: {where}: {first['msg']}; "
-            "prepare the store again with this version"
+            "delete the store and prepare it again with this version"
         ) from error
 
 
@@ -605,7 +612,8 @@ def read_studies(store_url: str, manifest: Manifest) -> dict[str, StudyRow]:
         table = pq.read_table(io.BytesIO(data), columns=list(StudyRow.__dataclass_fields__))
     except pa.ArrowInvalid as error:
         raise DataError(
-            f"{storage.join(store_url, STUDIES)}: not a table of studies; prepare the store again"
+            f"{storage.join(store_url, STUDIES)}: not a table of studies; delete the store and "
+            "prepare it again"
         ) from error
     rows = (
         StudyRow(**{**row, "boxes": tuple(Box(*box) for box in row["boxes"])})

@@ -21,6 +21,7 @@ import logging
 import os
 import random
 import re
+import stat
 import tempfile
 import time
 import uuid
@@ -167,6 +168,9 @@ def _read_file(url: str, start: int, length: int | None, label: str | None) -> b
     path = local_path(url)
     name = label or path
     try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # a pipe would be waited for
+            raise OSError(errno.EINVAL, "not a regular file")  # noqa: TRY301  as of a lost mount
         with path.open("rb") as file:
             file.seek(start)
             data = file.read(length)

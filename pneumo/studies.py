@@ -20,12 +20,13 @@ import stat
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import pyarrow as pa
 import pyarrow.csv as pacsv
+from blake3 import blake3
 from pyarrow.types import is_floating, is_integer, is_null
 
 from pneumo import storage
@@ -100,12 +101,16 @@ class Source:
     """Whether the mapping told who the patients are."""
     unlabelled: int
     """Images that have a DICOM file or a class, but no label; they are left out."""
+    file_key: bytes = field(repr=False)
+    """32 bytes made of the hash key, by which DICOM files are hashed: a plain hash would tell the
+    study's key to whoever has the file."""
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of all that the tables say, with keyed hashes for ids."""
         rows = [(s.key, s.patient, s.target, s.finding, s.boxes) for s in self.studies]
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        rejected = [(item.key, item.message) for item in self.rejected]
+        return hashlib.sha256(json.dumps([rows, rejected]).encode()).hexdigest()
 
 
 def read_source(source_url: str, environ: Mapping[str, str] | None = None) -> Source:
@@ -123,12 +128,13 @@ def read_source(source_url: str, environ: Mapping[str, str] | None = None) -> So
     classes = _read_table(
         _find(files, CLASS_TABLES, "class table", source_url), "patientId", "class"
     )
-    images_url = _find(files, IMAGE_FOLDERS, "image folder", source_url)
+    images_url = _find_images(files, source_url)
     targets, boxes, faulty = _collect_labels(labels)
     findings = _collect_findings(classes)
-    patients = _read_patients(files)
+    patients, remapped = _read_patients(files)
     if patients is not None:
         _check_mapped(targets, patients)
+    faulty.update(remapped)
     hash_key = read_hash_key(source_url, environ)
     derive_patient = lru_cache(maxsize=None)(partial(_derive, hash_key, "patient"))
     studies, rejected = [], []
@@ -159,6 +165,7 @@ def read_source(source_url: str, environ: Mapping[str, str] | None = None) -> So
         rejected=tuple(sorted(rejected, key=lambda item: item.key)),
         has_patients=patients is not None,
         unlabelled=len((_list_images(images_url) | findings.keys()) - targets.keys()),
+        file_key=derive_file_key(hash_key),
     )
 
 
@@ -221,6 +228,11 @@ def read_hash_key(source_url: str, environ: Mapping[str, str]) -> bytes:
     return hash_key
 
 
+def derive_file_key(hash_key: bytes) -> bytes:
+    """The key of BLAKE3 by which a store's `source_blake3` is the hash of a DICOM file."""
+    return blake3(hash_key, derive_key_context="pneumo 2026-11-26 DICOM files").digest()
+
+
 def _derive(hash_key: bytes, kind: str, identifier: str) -> str:
     return hmac.digest(hash_key, f"{kind}:{identifier}".encode(), "sha256").hex()[:20]
 
@@ -246,8 +258,10 @@ def _list_folder(folder_url: str) -> dict[str, str]:
     return {name: storage.join(folder_url, name) for name in storage.list_names(folder_url)}
 
 
-def _first_present(files: Mapping[str, str], names: Sequence[str]) -> str | None:
-    return next((f"{n}{p}" for n in names for p in PACKINGS if f"{n}{p}" in files), None)
+def _first_present(
+    files: Mapping[str, str], names: Sequence[str], packings: Sequence[str] = PACKINGS
+) -> str | None:
+    return next((f"{n}{p}" for n in names for p in packings if f"{n}{p}" in files), None)
 
 
 def _find(files: Mapping[str, str], names: tuple[str, ...], what: str, source_url: str) -> str:
@@ -255,6 +269,17 @@ def _find(files: Mapping[str, str], names: tuple[str, ...], what: str, source_ur
     if name is None:
         raise SourceError(f"{source_url}: no {what}; expected one of: {', '.join(names)}")
     return files[name]
+
+
+def _find_images(files: Mapping[str, str], source_url: str) -> str:
+    name = _first_present(files, IMAGE_FOLDERS, ("",))
+    if name is not None:
+        return files[name]
+    packed = _first_present(files, IMAGE_FOLDERS, PACKINGS[1:])
+    if packed is not None:
+        folder = packed.split(".", 1)[0]
+        raise SourceError(f"{source_url}: {packed} is still packed; unpack it into {folder}/")
+    return _find(files, IMAGE_FOLDERS, "image folder", source_url)
 
 
 def _read_plain(url: str) -> bytes:
@@ -336,7 +361,9 @@ def _collect_labels(
         elif box.width <= 0 or box.height <= 0:
             faulty[image_id] = "a box of no size"
         else:
-            boxes.setdefault(image_id, []).append(box)
+            known_boxes = boxes.setdefault(image_id, [])
+            if box not in known_boxes:  # a row that is there twice
+                known_boxes.append(box)
     return targets, boxes, faulty
 
 
@@ -399,17 +426,25 @@ def _check_mapped(targets: Mapping[str, object], patients: Mapping[str, str]) ->
         )
 
 
-def _read_patients(files: Mapping[str, str]) -> dict[str, str] | None:
-    """Image id -> NIH patient number; None without the mapping file."""
+def _read_patients(
+    files: Mapping[str, str],
+) -> tuple[dict[str, str] | None, dict[str, str]]:
+    """Image id -> NIH patient number, None without the mapping file; and what is wrong with the
+    images that it gives to two patients."""
     name = _first_present(files, MAPPING)
     if name is None:
-        return None
+        return None, {}
     url = files[name]
+    patients: dict[str, str] = {}
+    remapped: dict[str, str] = {}
     try:
-        rows = json.loads(_read_plain(url))
-        return {row["subset_img_id"]: row["img_id"].split("_")[0] for row in rows}
+        for row in json.loads(_read_plain(url)):
+            image_id, patient = row["subset_img_id"], row["img_id"].split("_")[0]
+            if patients.setdefault(image_id, patient) != patient:
+                remapped[image_id] = "two patients"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SourceError(
             f"{url}: not the published mapping: expected a JSON list of objects with "
             "subset_img_id and img_id"
         ) from error
+    return patients, remapped

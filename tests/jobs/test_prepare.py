@@ -20,6 +20,7 @@ import ray
 
 from jobs import prepare
 from pneumo.shards import StudyRow, find_manifest, read_manifest, read_studies
+from pneumo.studies import read_source
 from tests.benchmarks.sources import write_linked_source
 from tests.identifiers import Identifiers
 from tests.jobs.conftest import NUM_STUDIES, Prepared
@@ -217,6 +218,22 @@ def test_a_taste_puts_nobody_elsewhere(prepared: Prepared, tmp_path: Path) -> No
     }
 
 
+def test_a_taste_is_of_those_that_have_a_place(prepared: Prepared, tmp_path: Path) -> None:
+    source = copy_source(prepared, tmp_path)
+    splits = {key: row.split for key, row in read_store(prepared.store).items()}
+    studies = read_source(str(source)).studies
+    in_train = [study for study in studies if splits[study.key] == "train"]
+    left_out = {study.key for study in in_train[::2]}
+    some = [study for study in studies if study.key not in left_out]
+    rows = "".join(f"{Path(study.url).stem},{splits[study.key]}\n" for study in some)
+    (tmp_path / "list.csv").write_text(f"patientId,split\n{rows}")
+    listed = ("--split.list", str(tmp_path / "list.csv"))
+    assert run(source, tmp_path / "taste", *listed, "--prepare.limit", str(len(some) - 4)) == 0
+    assert len(read_store(tmp_path / "taste")) == len(some) - 4
+    assert run(source, tmp_path / "all", *listed, "--prepare.limit", str(len(some) + 4)) == 0
+    assert set(read_store(tmp_path / "all")) == {study.key for study in some}
+
+
 def test_studies_that_come_later_move_nobody(prepared: Prepared, tmp_path: Path) -> None:
     source = copy_source(prepared, tmp_path)
     (source / ".pneumo" / "split_salts.json").unlink()
@@ -334,13 +351,13 @@ def test_a_job_killed_at_any_moment_goes_on(many: Prepared, tmp_path: Path) -> N
     for _ in range(int(os.environ.get("TEST_KILLS", "2"))):
         wanted = rng.randrange(1, 10)  # of 60 shards
         job = start(flags(many.source, store), cpus=2)
-        before = len(list(store.rglob("*.tar.json")))
-        while job.poll() is None and len(list(store.rglob("*.tar.json"))) < before + wanted:
+        before = len(list(store.glob("parts/*/*.json")))
+        while job.poll() is None and len(list(store.glob("parts/*/*.json"))) < before + wanted:
             time.sleep(0.01)
         assert job.poll() is None, "it was killed while it worked"
         kill(job, whole=bool(len(reused) % 2))
         assert not (store / "manifest.json").exists()
-        reused.append(len(list(store.rglob("*.tar.json"))))
+        reused.append(len(list(store.glob("parts/*/*.json"))))
     assert start(flags(many.source, store), cpus=2).wait() == 0
     assert content(store) == content(many.store)
     print(f"receipts found after each kill: {reused}")

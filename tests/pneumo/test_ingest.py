@@ -32,6 +32,7 @@ from pneumo.ingest import (
     Part,
     Receipt,
     ShardPlan,
+    check_shards_are_there,
     digest_settings,
     estimate_memory,
     find_store,
@@ -42,7 +43,7 @@ from pneumo.ingest import (
 )
 from pneumo.shards import Manifest, read_manifest, read_shard, read_studies, sample_bytes
 from pneumo.splits import SPLITS, Split, audit_split, split_studies
-from pneumo.studies import Source, read_source
+from pneumo.studies import Source, derive_file_key, read_source
 
 FolderMaker = Callable[..., Path]
 DicomMaker = Callable[..., bytes]
@@ -71,7 +72,8 @@ class Preparation:
     def do(self, plan: ShardPlan, store: Path | str) -> tuple[int, int]:
         """Studies rejected, shards reused."""
         size = self.config.prepare.image_size
-        part = prepare_shard(plan, str(store), size, digest_settings(self.config))
+        digest, key = digest_settings(self.config), self.source.file_key
+        part = prepare_shard(plan, str(store), size, digest, key)
         self.parts[plan.name] = part
         return len(part.rejected), int(part.reused)
 
@@ -136,7 +138,8 @@ def test_order_repetition_and_interruption_change_no_byte(
             ["none", "none", "none", "no receipt", "no shard", "cut", "cut receipt", "changed"]
         )
         preparation.do(plan, other)
-        shard, receipt = other / plan.name, other / plan.receipt
+        shard = other / preparation.parts[plan.name].entry.name
+        receipt = other / plan.receipt
         if damage == "no receipt":
             receipt.unlink()
         elif damage == "no shard":
@@ -209,17 +212,47 @@ def test_files_that_come_back_are_tried_again(
     assert content(other) == content(tmp_path / "plain")
 
 
-def test_a_shard_that_loses_all_its_studies_is_gone(
+@pytest.mark.parametrize("late", ["writes before the other ends", "writes after it"])
+def test_a_job_that_finds_more_files_takes_nothing_from_another(
+    preparation: Preparation, tmp_path: Path, late: str
+) -> None:
+    """Both have begun; what one could not read is there when the other comes to it."""
+    path = preparation.file(preparation.plans[0])
+    first, second = preparation, Preparation(preparation.folder)
+    assert find_store(str(tmp_path), first.source, CONFIG) is None
+    assert find_store(str(tmp_path), second.source, CONFIG) is None
+    take_away(path)
+    for plan in first.plans:
+        first.do(plan, tmp_path)
+    path.with_suffix(".away").replace(path)
+
+    def do_all() -> None:
+        for plan in second.plans:
+            second.do(plan, tmp_path)
+
+    if late == "writes before the other ends":
+        do_all()
+    manifest = first.finish(tmp_path)
+    assert manifest.quarantined == {"missing": 1}
+    if late == "writes after it":
+        do_all()
+    assert second.finish(tmp_path) == manifest
+    shards = [shard for entry in manifest.splits.values() for shard in entry.shards]
+    samples = sum(len(list(read_shard(str(tmp_path), shard, 32))) for shard in shards)
+    assert samples == len(first.source.studies) - 1
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.tar")} == {
+        shard.name for shard in shards
+    }
+
+
+def test_a_finished_store_that_lost_a_shard_is_not_called_finished(
     preparation: Preparation, tmp_path: Path
 ) -> None:
-    plan = preparation.plans[0]
-    cut_off(preparation.file(plan))
-    preparation.do(plan, tmp_path)
-    assert (tmp_path / plan.name).exists()
-    for study in plan.studies:
-        Path(study.url).unlink()
-    assert preparation.do(plan, tmp_path) == (len(plan.studies), 0)
-    assert not (tmp_path / plan.name).exists()
+    manifest = preparation.run(tmp_path)
+    check_shards_are_there(str(tmp_path), manifest)
+    (tmp_path / manifest.splits["val"].shards[0].name).unlink()
+    with pytest.raises(StoreError, match="1 shards of the finished store are missing; delete it"):
+        check_shards_are_there(str(tmp_path), manifest)
 
 
 def test_a_finished_store_knows_what_could_be_used_by_now(
@@ -412,7 +445,8 @@ def test_statistics_are_those_of_the_stored_pixels(
         for name, entry in manifest.splits.items()
     }
     for study in preparation.source.studies[:5]:
-        file_blake3 = blake3(Path(study.url).read_bytes()).hexdigest()
+        file_key = derive_file_key(ENVIRON["PNEUMO_HASH_KEY"].encode())
+        file_blake3 = blake3(Path(study.url).read_bytes(), key=file_key).hexdigest()
         assert read_studies(str(tmp_path), manifest)[study.key].source_blake3 == file_blake3
     whole = audit_split(
         preparation.source.studies,
@@ -514,6 +548,7 @@ def test_every_way_of_being_unusable_has_its_code(
         "unreadable": lambda path: (path.unlink(), path.symlink_to(path.name)),
         "unreadable ": lambda path: (path.unlink(), path.mkdir()),
         "unreadable  ": lambda path: path.chmod(0),
+        "unreadable   ": lambda path: (path.unlink(), os.mkfifo(path)),
     }
     preparation = Preparation(
         kaggle_folder(num_studies=120),
@@ -672,6 +707,7 @@ def test_a_shard_of_bad_files_alone_is_no_shard(preparation: Preparation, tmp_pa
         Path(study.url).write_bytes(b"")
     config = override(CONFIG, {"prepare.max_bad_fraction": 0.5})
     manifest = Preparation(preparation.folder, config).run(tmp_path)
-    assert plan.name not in {shard.name for shard in manifest.splits["train"].shards}
-    assert not (tmp_path / plan.name).exists()
+    names = {shard.name for shard in manifest.splits["train"].shards}
+    assert not any(name.startswith(plan.name) for name in names)
+    assert not list(tmp_path.glob(f"{plan.name}*"))
     shutil.rmtree(preparation.folder)

@@ -248,7 +248,7 @@ def test_a_changed_byte_is_refused(place: float, change: int) -> None:
     data = bytearray(encode(some_samples()))
     entry = describe(bytes(data), 4)
     data[int(place * len(data))] ^= change
-    with pytest.raises(DataError, match=r"shard train/000007\.tar: .*or changed since; prepare"):
+    with pytest.raises(DataError, match=r"shard train/000007\.tar: .*or changed since; delete"):
         list(shards.decode_shard(bytes(data), entry, SIZE))
 
 
@@ -483,9 +483,9 @@ def test_studies_that_are_not_as_vouched_are_refused(tiny_store: StoreMaker, dam
     path = Path(store_url) / "studies.parquet"
     data = bytearray(path.read_bytes())
     path.unlink()
-    message = "not what the manifest vouches for: .*; prepare the store again"
+    message = "not what the manifest vouches for: .*; delete the store and prepare it again"
     if damage == "missing":
-        message = f"missing from {store_url}; prepare the store again"
+        message = f"missing from {store_url}; delete the store and prepare it again"
     elif damage == "cut":
         path.write_bytes(data[:-100])
     elif damage == "a byte":
@@ -511,7 +511,7 @@ def test_what_is_vouched_for_and_yet_no_table_of_studies_is_refused(
     data = path.read_bytes()
     entry = FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
     manifest = shards.read_manifest(store_url).model_copy(update={"studies": entry})
-    with pytest.raises(DataError, match=r"studies\.parquet: not a table of studies; prepare the"):
+    with pytest.raises(DataError, match=r"studies\.parquet: not a table of studies; delete the"):
         shards.read_studies(store_url, manifest)
 
 

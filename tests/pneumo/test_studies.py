@@ -24,7 +24,7 @@ import pytest
 
 from pneumo.dicom import read_header
 from pneumo.errors import SourceError
-from pneumo.studies import Box, read_hash_key, read_source, read_split_list
+from pneumo.studies import Box, derive_file_key, read_hash_key, read_source, read_split_list
 
 FolderMaker = Callable[..., Path]
 
@@ -502,6 +502,54 @@ def test_a_mapping_that_is_none_is_refused(kaggle_folder: FolderMaker, text: str
     folder = kaggle_folder()
     (folder / MAPPING).write_text(text)
     refuse(folder, "mappings_2018.json: ")
+
+
+def test_an_image_of_two_patients_is_rejected(kaggle_folder: FolderMaker) -> None:
+    folder = kaggle_folder()
+    path = folder / MAPPING
+    rows = json.loads(path.read_text())
+    other = next(r for r in rows if r["img_id"].split("_")[0] != rows[0]["img_id"].split("_")[0])
+    again = [{**rows[0], "img_id": other["img_id"]}, dict(rows[1])]
+    for first in (rows + again, again + rows):
+        path.write_text(json.dumps(first))
+        assert rejections(folder, left=23) == ["two patients"]
+
+
+def test_a_row_that_is_there_twice_adds_no_box(kaggle_folder: FolderMaker) -> None:
+    folder = kaggle_folder()
+    before = {s.key: s.boxes for s in read_source(str(folder), ENVIRON).studies}
+    edit(folder / LABELS, r"(\S+,\S+,\S+,\S+,\S+,1\r?\n)", r"\1\1")
+    assert {s.key: s.boxes for s in read_source(str(folder), ENVIRON).studies} == before
+
+
+def test_the_digest_tells_of_a_new_contradiction(kaggle_folder: FolderMaker) -> None:
+    folder = kaggle_folder()
+    before = read_source(str(folder), ENVIRON)
+    edit(folder / LABELS, r"(\r?\n)$", r"\1one-more,1.0,2.0,3.0,4.0,1\1one-more,,,,,0\1")
+    mapping = json.loads((folder / MAPPING).read_text())
+    more = {**mapping[0], "subset_img_id": "one-more"}
+    (folder / MAPPING).write_text(json.dumps([*mapping, more]))
+    after = read_source(str(folder), ENVIRON)
+    assert after.studies == before.studies
+    assert len(after.rejected) == 1
+    assert after.digest != before.digest
+
+
+def test_pictures_that_are_still_packed_are_told(kaggle_folder: FolderMaker) -> None:
+    folder = kaggle_folder()
+    images = folder / "stage_2_train_images"
+    (folder / "stage_2_train_images.zip").write_bytes(b"PK")
+    assert all(images in Path(s.url).parents for s in read_source(str(folder), ENVIRON).studies)
+    images.rename(folder / "elsewhere")
+    with pytest.raises(SourceError, match=r"stage_2_train_images\.zip is still packed; unpack it"):
+        read_source(str(folder), ENVIRON)
+
+
+def test_the_key_of_files_is_made_of_the_secret(kaggle_folder: FolderMaker) -> None:
+    source = read_source(str(kaggle_folder()), ENVIRON)
+    secret = ENVIRON["PNEUMO_HASH_KEY"].encode()
+    assert source.file_key == derive_file_key(secret) != derive_file_key(secret + b"x")
+    assert repr(source.file_key) not in repr(source)
 
 
 # --- the real thing -------------------------------------------------------------------------------
