@@ -292,7 +292,7 @@ def _plot_history(
         return
     if scored_epoch is not None:
         label = f"epoch {scored_epoch}, scored"
-        axes.axvline(scored_epoch, color="black", linewidth=0.8, label=label)
+        axes.axvline(scored_epoch, color=GRAY, linewidth=1.2, alpha=0.6, label=label)
     axes.legend(loc="best")
 
 
