@@ -74,6 +74,7 @@ def judge(subject: Subject, studies: Mapping[str, StudyRow], config: Config) -> 
             config=config.evaluate,
             seed=config.seed,
             train=Metadata.of_split(studies.values(), "train"),
+            has_patients=subject.manifest.audit.patients is not None,
         )
 
 
@@ -129,7 +130,7 @@ def describe_data(store_url: str, manifest: Manifest, studies: Mapping[str, Stud
 def leave(subject: Subject, judged: Judged, folder: Path, config: Config) -> None:
     """Write everything to `folder` and the run, metrics.json last; then tell W&B."""
     write_files(folder, subject, judged, config)
-    metrics = compose_metrics(subject, judged)
+    metrics = compose_metrics(subject, judged, config)
     text = json.dumps(metrics, indent=1, allow_nan=False) + "\n"
     _clear(subject.run_url)
     storage.upload_folder(folder, subject.run_url)

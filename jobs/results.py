@@ -51,7 +51,7 @@ class Judged:
 # --- metrics.json ---------------------------------------------------------------------------------
 
 
-def compose_metrics(subject: Subject, judged: Judged) -> dict[str, Any]:
+def compose_metrics(subject: Subject, judged: Judged, config: Config) -> dict[str, Any]:
     """The content of metrics.json."""
     metrics = judged.evaluation.to_metrics(
         run=subject.name,
@@ -72,6 +72,7 @@ def compose_metrics(subject: Subject, judged: Judged) -> dict[str, Any]:
     for split, found in describe_looks(judged.looks).items():
         metrics[split] |= found
     metrics["test"] |= describe_errors(judged.pictures)
+    metrics["evaluation"] = {"seed": config.seed, **config.evaluate.model_dump(mode="json")}
     if judged.compared is not None:
         metrics["comparison"] = judged.compared.to_json()
     return metrics
@@ -198,6 +199,19 @@ def describe_selection(scoring: Scoring, ensemble: int | str) -> str:
     return words
 
 
+def describe_command(subject: Subject, config: Config) -> str:
+    """The evaluation's, with every setting that is not the default."""
+    usual = Config()
+    flags = [] if config.seed == usual.seed else [f"--seed {config.seed}"]
+    runs = {weights.run_url for weights in subject.scored.scoring.weights}
+    if len(runs) > 1:
+        flags.append(f"--members {','.join(f'RUN{n}' for n in range(2, len(runs) + 1))}")
+    for name, value in config.evaluate.model_dump(mode="json").items():
+        if value != getattr(usual.evaluate, name):
+            flags.append(f"--evaluate.{name.replace('_', '-')} {json.dumps(value)}")
+    return " ".join(["python -m jobs.evaluate --store STORE --run RUN", *flags])
+
+
 def describe_provenance(subject: Subject, config: Config) -> Provenance:
     """What it takes to do it again."""
     trained = subject.checkpoint.config.model_copy(update={"evaluate": config.evaluate})
@@ -207,8 +221,9 @@ def describe_provenance(subject: Subject, config: Config) -> Provenance:
         seed=trained.seed,
         config_json=json.dumps(trained.for_others(), indent=2) + "\n",
         command="python -m jobs.train --store STORE --run RUN --recipe RECIPE; "
-        "python -m jobs.evaluate --store STORE --run RUN",
+        + describe_command(subject, config),
         facts={
+            "seed of the evaluation": str(config.seed),
             "code": subject.checkpoint.code_version,
             "manifest": subject.manifest.digest,
             "checkpoint": " ".join(subject.digests),

@@ -100,7 +100,8 @@ def calibrate(val: Predictions, *, min_patients: int, seed: int) -> Calibration:
     """Both scalings fitted on `val`, and the better one chosen by RULE.
 
     There is none where `val` has fewer than `min_patients` patients of a class, or can't be ranked.
-    A scaling that would turn the order round (slope not above 0) is not used.
+    Where the free one, Platt's, would turn the order round (slope not above 0), neither is used: a
+    temperature keeps the order of logits that are all of one sign whatever they say.
     """
     try:
         positive, logit = check_scores(val.target, val.logit)
@@ -112,7 +113,7 @@ def calibrate(val: Predictions, *, min_patients: int, seed: int) -> Calibration:
     temperature = _fit_checked("temperature", positive, logit, folds)
     platt = _fit_checked("platt", positive, logit, folds)
     fitted = [scaling for scaling in (temperature, platt) if scaling is not None]
-    if not fitted:
+    if platt is None:
         reason = "val: a higher logit does not mean a higher risk, so scaling can't mend it"
         return Calibration(None, None, None, before, reason)
     chosen = min(fitted, key=lambda scaling: scaling.log_loss)

@@ -10,7 +10,7 @@ import numpy as np
 
 from pneumo import metrics
 from pneumo.delong import PairedTest, delong_test
-from pneumo.errors import DataError
+from pneumo.errors import DataError, MetricError
 from pneumo.metrics import Estimate, Part, Statistic
 from pneumo.predict import Predictions
 
@@ -92,7 +92,7 @@ def compare(first: Predictions, second: Predictions, *, resamples: int, seed: in
         "average_precision": lambda: _pair(
             metrics.average_precision_statistic, first, second, "logit"
         ),
-        "brier": lambda: _pair(metrics.brier_statistic, first, second, "calibrated_probability"),
+        "brier": lambda: _pair_calibrated(first, second),
     }
     found = metrics.resample_parts(first.patient, parts, resamples=resamples, seed=seed)
     scores = first.target, first.logit, second.logit
@@ -130,6 +130,12 @@ def align(first: Predictions, second: Predictions) -> tuple[Predictions, Predict
                 "one store"
             )
     return first, second
+
+
+def _pair_calibrated(first: Predictions, second: Predictions) -> dict[str, Statistic]:
+    if any(np.isnan(rows.calibrated_probability).all() for rows in (first, second)):
+        raise MetricError("a run is not calibrated, see its calibration")
+    return _pair(metrics.brier_statistic, first, second, "calibrated_probability")
 
 
 def _pair(

@@ -143,6 +143,6 @@ def _normal_interval(placed: Placements, patient: npt.NDArray[Any] | None, metho
     except MetricError as error:
         return Estimate(value, None, None, method, str(error))
     if variance <= 0:
-        return Estimate(value, None, None, method, "every study is ranked alike: no variance")
+        return Estimate(value, None, None, method, "these studies show no variance")
     margin = Z_95 * math.sqrt(variance)
     return Estimate(value, value - margin, value + margin, method)

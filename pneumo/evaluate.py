@@ -76,7 +76,8 @@ class SplitEvaluation:
     split: str
     n: int
     positives: int
-    patients: int
+    patients: int | None
+    """None where nobody knows who they are: intervals then resample images."""
     fault: str | None
     """What is wrong with the predictions, so that nothing below has a value; None: nothing."""
     auroc: Estimate
@@ -222,11 +223,13 @@ def evaluate(
     config: EvaluateConfig,
     seed: int,
     train: Metadata | None = None,
+    has_patients: bool = True,
 ) -> Evaluation:
     """Choose the operating points and the calibration on val, judge val and test with them.
 
     `predictions` holds both splits; others are left alone. `train` is what is known of the training
-    studies besides their pixels, for the metadata baseline. `seed` draws the bootstrap's patients.
+    studies besides their pixels, for the metadata baseline. `seed` draws the bootstrap's patients,
+    who are the images themselves without `has_patients`.
     Never raises for degenerate predictions: see the reasons of the estimates.
     """
     val = predictions.subset("val")
@@ -245,6 +248,8 @@ def evaluate(
         evaluate_split(calibrated.subset(name), name, chosen, config=config, seed=seed)
         for name in ("val", "test")
     )
+    if not has_patients:
+        val_found, test_found = (replace(one, patients=None) for one in (val_found, test_found))
     return Evaluation(
         points=points,
         calibration=calibration,

@@ -270,8 +270,12 @@ def youden_threshold(target: npt.ArrayLike, probability: npt.ArrayLike) -> float
     false_alarms, sensitivity, threshold = roc_curve(
         positive, probability64, drop_intermediate=False
     )
-    # The first point calls nothing positive: its threshold is infinite and no use on new data.
-    return float(threshold[1:][np.argmax((sensitivity - false_alarms)[1:])])
+    positives, negatives = int(positive.sum()), int((~positive).sum())
+    true = np.rint(sensitivity * positives).astype(np.int64)
+    false = np.rint(false_alarms * negatives).astype(np.int64)
+    # In whole numbers, so that equally good ones are equal. The first point calls nothing positive:
+    # its threshold is infinite and no use on new data.
+    return float(threshold[1:][np.argmax((true * negatives - false * positives)[1:])])
 
 
 def sensitivity_threshold(

@@ -302,13 +302,13 @@ def find_shifts(by_split: Mapping[str, Sequence[StudyRow]]) -> tuple[Shift, ...]
         train = _Group.measure(by_split["train"], value)
         for split in ("val", "test"):
             other = _Group.measure(by_split[split], value)
-            if not (train.patients and other.patients):
+            if not (train.draws and other.draws):
                 continue
             difference = standardise_difference(
                 train.mean, other.mean, train.variance, other.variance
             )
             if abs(difference) > NOTABLE_DIFFERENCE:
-                by_chance = 1.96 * math.sqrt(1 / train.patients + 1 / other.patients)
+                by_chance = 1.96 * math.sqrt(1 / train.draws + 1 / other.draws)
                 shifts.append(
                     Shift(what, unit, split, train.mean, other.mean, difference, by_chance)
                 )
@@ -332,19 +332,31 @@ class _Group:
 
     mean: float
     variance: float
-    patients: int
-    """With a known value: studies of one patient are alike, so they are the number of draws."""
+    draws: float
+    """Independent studies whose mean would vary as this one does: those of one patient are alike,
+    and some patients have many."""
 
     @classmethod
     def measure(cls, rows: Sequence[StudyRow], value: Callable[[StudyRow], float | None]) -> _Group:
-        known = [(found, row.patient) for row in rows if (found := value(row)) is not None]
-        values = [float(found) for found, _ in known]
-        if not values:
-            return cls(math.nan, math.nan, 0)
+        known = [(float(found), row.patient) for row in rows if (found := value(row)) is not None]
+        if not known:
+            return cls(math.nan, math.nan, 0.0)
         # fmean rounds once, whatever the order; of a constant it may still leave a tiny variance.
-        mean = statistics.fmean(values)
-        spread = 0.0 if len(set(values)) == 1 else statistics.fmean((v - mean) ** 2 for v in values)
-        return cls(mean, spread, len({patient for _, patient in known}))
+        mean = statistics.fmean(found for found, _ in known)
+        constant = len({found for found, _ in known}) == 1
+        variance = 0.0 if constant else statistics.fmean((v - mean) ** 2 for v, _ in known)
+        return cls(mean, variance, _count_draws(known, mean, variance))
+
+
+def _count_draws(known: Sequence[tuple[float, str]], mean: float, variance: float) -> float:
+    """The variance of a study by that of the mean, which is a ratio of patients' sums."""
+    residuals: dict[str, list[float]] = {}
+    for found, patient in known:
+        residuals.setdefault(patient, []).append(found - mean)
+    m = len(residuals)
+    squares = math.fsum(math.fsum(own) ** 2 for own in residuals.values())
+    of_mean = m / max(m - 1, 1) * squares / len(known) ** 2
+    return min(variance / of_mean, len(known)) if of_mean > 0 and variance > 0 else float(m)
 
 
 # --- contact sheets ------------------------------------------------------------------------------

@@ -69,8 +69,8 @@ class LeakageAudit(BaseModel):
     """Patients in more than one split: 0 for unit 'patient'; null where nobody knows who they
     are."""
     leaked_by_image: float | None
-    """Share of val studies whose patient a split by image would have put into train as well;
-    null where the mapping does not say who the patients are."""
+    """Share of val studies whose patient this split by image has in train as well; of a split by
+    patient, what one by image would have had. Null where the mapping does not say who they are."""
 
     @computed_field  # type: ignore[prop-decorator]  # so that the manifest says it
     @property
@@ -78,13 +78,17 @@ class LeakageAudit(BaseModel):
         """What the reader of any number from this split must know, or None."""
         if self.unit == "patient":
             return None
-        share = (
-            "an unknown share" if self.leaked_by_image is None else f"{self.leaked_by_image:.0%}"
-        )
-        return (
-            f"split by image: {share} of the val studies have their patient in train; every "
-            "metric will be too good"
-        )
+        if self.leaked_by_image is None:
+            told = (
+                "an unknown share of the val studies have their patient in train, and intervals, "
+                "which take each image for a patient's only one, are too narrow"
+            )
+        else:
+            told = (
+                f"{self.leaked_by_image:.0%} of the val studies have their patient in train, and "
+                f"{self.shared_patients} patients are in more than one split"
+            )
+        return f"split by image: {told}; every metric will be too good"
 
 
 @dataclass(frozen=True)
@@ -199,6 +203,9 @@ def audit_split(
     """
     placed = [s for s in studies if s.key in by_key]
     _check_classes(placed, by_key)
+    by_image = by_key
+    if config.unit == "patient":
+        by_image = _place_groups([s.key for s in placed], config, seed, salt or 0)
     patients = {name: {s.patient for s in placed if by_key[s.key] == name} for name in SPLITS}
     number = Counter(by_key[s.key] for s in placed)
     positives = Counter(by_key[s.key] for s in placed if s.target)
@@ -216,7 +223,7 @@ def audit_split(
         },
         shard_prevalence={},
         shared_patients=_count_shared(list(patients.values())) if has_patients else None,
-        leaked_by_image=_leaked(placed, config, seed, salt or 0) if has_patients else None,
+        leaked_by_image=_leaked(placed, by_image) if has_patients else None,
     )
 
 
@@ -331,9 +338,8 @@ def _count_shared(groups: Sequence[set[str]]) -> int:
     return sum(number > 1 for number in Counter(p for group in groups for p in group).values())
 
 
-def _leaked(studies: Sequence[Study], config: SplitConfig, seed: int, salt: int) -> float:
-    """Share of val studies whose patient is in train too, had each image its own place."""
-    by_image = _place_groups([s.key for s in studies], config, seed, salt)
+def _leaked(studies: Sequence[Study], by_image: Mapping[str, str]) -> float:
+    """Share of val studies whose patient is in train too."""
     trained_on = {s.patient for s in studies if by_image[s.key] == "train"}
     val = [s.patient for s in studies if by_image[s.key] == "val"]
     return sum(patient in trained_on for patient in val) / max(len(val), 1)

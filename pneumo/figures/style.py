@@ -66,9 +66,8 @@ def describe_estimate(estimate: Estimate, digits: int = 3) -> str:
 
 def describe_n(part: SplitEvaluation) -> str:
     """`test, n = 30 studies of 21 patients, 9 positive`."""
-    return (
-        f"{part.split}, n = {part.n} studies of {part.patients} patients, {part.positives} positive"
-    )
+    whose = "unknown patients" if part.patients is None else f"{part.patients} patients"
+    return f"{part.split}, n = {part.n} studies of {whose}, {part.positives} positive"
 
 
 def show_threshold(value: float) -> str:

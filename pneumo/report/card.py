@@ -4,6 +4,7 @@ the paper."""
 from __future__ import annotations
 
 from pneumo.report.facts import DataFacts, ModelFacts
+from pneumo.report.words import percent
 
 CLAIM: tuple[tuple[int, str, str, str], ...] = (
     (1, "AI methodology and its category named", "card", "Model card"),
@@ -68,6 +69,9 @@ def _tell_limits(data: DataFacts) -> str:
         (True, False): "children alone",
         (False, True): "adults alone",
     }.get((young > 0, old > 0), "of unknown age")
+    if unknown := ages.get("unknown", 0):
+        share = percent(unknown / sum(ages.values()))
+        who += "" if young + old == 0 else f", the age of {share} unknown"
     healthy, ill = (findings.get(name, 0) for name in ("Normal", "No Lung Opacity / Not Normal"))
     negatives = ""
     if healthy and ill:

@@ -20,6 +20,9 @@ GROUPS: Mapping[Group, str] = {
     "true_positives": "Positives that the model finds",
     "false_negatives": "Positives that the model misses",
 }
+ENOUGH_FOR_PRIOR = 1000
+"""Positives of train from which on no fixed map is better than the prior: one that is the same for
+every study gains 0.09 of AUPRC over a prior of 10, 0.06 of 40, and none of 1000."""
 OFF = "Maps were not scored: evaluate.saliency is off."
 
 
@@ -74,11 +77,24 @@ def judge_looks(looks: SaliencySummary) -> str:
         return f"It cannot be said where the network looks: {gain.reason}."
     difference = Cell.of(gain, 2, signed=True)
     if gain.low > 0:
-        return (
+        better = (
             "The network's maps agree with the boxes better than a fixed map of where opacities "
-            f"usually lie: AUPRC {difference}. They point to the opacity of the study at hand, not "
-            "merely to the lungs."
+            f"usually lie: AUPRC {difference}. "
         )
+        if looks.prior_studies < ENOUGH_FOR_PRIOR:
+            made_of = count(looks.prior_studies, "positive", "positives")
+            return (
+                f"{better}That map is made of {made_of} of train only, so a smoother one that sees "
+                "no image could be better as well: whether they point to the opacity of the study "
+                "at hand is not shown."
+            )
+        centre = found.gain["centre"]["auprc"]
+        if centre.low is None or centre.low <= 0:
+            return (
+                f"{better}They are not shown to agree better than the middle of the image: AUPRC "
+                f"{Cell.of(centre, 2, signed=True)}."
+            )
+        return f"{better}They point to the opacity of the study at hand, not merely to the lungs."
     if gain.high < 0:
         return (
             "A fixed map of where opacities usually lie, which looks at no image, agrees with the "

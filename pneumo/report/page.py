@@ -62,6 +62,7 @@ def render_report(
         looks=describe_looks(looks),
         comparison=performance.describe_comparison(compared),
         training=draw_training(history, model.epoch),
+        patients_known=evaluation.test.patients is not None,
         claim=CLAIM,
         not_claimed=NOT_ANSWERED,
         test_n=figures.describe_n(evaluation.test).capitalize(),

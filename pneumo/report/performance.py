@@ -158,9 +158,11 @@ def _tell_calibration(evaluation: Evaluation) -> str:
             f"Platt's scaling (slope {decimal(chosen.slope, 2)}, intercept "
             f"{decimal(chosen.intercept, 2, signed=True)})"
         )
+    both = evaluation.calibration.temperature and evaluation.calibration.platt
+    why = "had the lower cross-validated log loss" if both else "is the one that could be fitted"
     return (
-        f"Fitted on val: {how}, which had the lower cross-validated log loss there. It moves no "
-        "study across a threshold and changes no ranking."
+        f"Fitted on val: {how}, which {why} there. It moves no study across a threshold and "
+        "changes no ranking."
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pneumo.evaluate import DECISION, Evaluation
+from pneumo.evaluate import DECISION, Evaluation, SplitEvaluation
 from pneumo.figures import show_threshold
 from pneumo.metrics import Estimate
 from pneumo.report.facts import DataFacts, ModelFacts
@@ -54,6 +54,11 @@ def _in_percent(estimate: Estimate) -> str:
     return f" (95 % interval {percent(estimate.low)} to {percent(estimate.high)})"
 
 
+def count_patients(test: SplitEvaluation) -> str:
+    """`21 patients`."""
+    return "unknown patients" if test.patients is None else count(test.patients, "patient")
+
+
 def find_warnings(evaluation: Evaluation, data: DataFacts, model: ModelFacts) -> list[str]:
     """What the reader must know before believing a number; most severe first."""
     test = evaluation.test
@@ -66,6 +71,11 @@ def find_warnings(evaluation: Evaluation, data: DataFacts, model: ModelFacts) ->
             f"The data was split by {audit.unit}, not by patient: patients of the training data "
             f"may be judged again{share}. The numbers are too good."
         )
+        if test.patients is None:
+            warnings.append(
+                "Nobody knows which studies are of one patient: each counts as its own, so all "
+                "intervals are too narrow."
+            )
     elif audit.shared_patients:
         warnings.append(f"{audit.shared_patients} patients are in more than one split.")
     if quality.duplicates.across_splits:
@@ -82,7 +92,7 @@ def find_warnings(evaluation: Evaluation, data: DataFacts, model: ModelFacts) ->
     smaller = min(test.positives, test.n - test.positives)
     if smaller < FEW_POSITIVES:
         warnings.append(
-            f"Test is small: {test.n} studies of {test.patients} patients, {test.positives} "
+            f"Test is small: {test.n} studies of {count_patients(test)}, {test.positives} "
             "positive. The intervals are wide; do not rank models by these numbers."
         )
     if not model.is_pretrained:
@@ -140,7 +150,7 @@ def _answer_good(evaluation: Evaluation) -> Answer:
 def _answer_sure(evaluation: Evaluation) -> Answer:
     test = evaluation.test
     counts = (
-        f"{count(test.n, 'study', 'studies')} of {count(test.patients, 'patient')}, "
+        f"{count(test.n, 'study', 'studies')} of {count_patients(test)}, "
         f"{test.positives:,} positive."
     )
     found = Cell.of(test.auroc)

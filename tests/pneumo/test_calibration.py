@@ -302,3 +302,14 @@ def test_separated_classes_have_no_slope_and_say_so():
     assert found.slope.value is None
     assert "separate" in found.slope.reason
     assert found.brier.value is not None
+
+
+@pytest.mark.parametrize("shift", [-6.0, 0.0, 6.0])
+def test_a_model_that_ranks_the_wrong_way_is_not_calibrated(shift):
+    """A temperature could be fitted where all logits are of one sign: it says nothing of order."""
+    rng = np.random.default_rng(3)
+    target = (rng.uniform(size=300) < 0.3).astype(np.int8)
+    logit = (-1.5 * target + rng.normal(size=300) + shift).astype(np.float32)
+    found = calibrate(val(target, logit), min_patients=1, seed=0)
+    assert found.chosen is found.temperature is found.platt is None
+    assert found.reason is not None

@@ -114,7 +114,7 @@ def test_undefined_input_is_said():
     assert delong([1, 1], [0.1, 0.2]).reason == "one class only: 2 of 2 are positive"
     perfect = delong([0, 0, 1, 1], [0, 1, 2, 3])
     assert (perfect.value, perfect.low) == (1.0, None)
-    assert perfect.reason == "every study is ranked alike: no variance"
+    assert perfect.reason == "these studies show no variance"
     constant = delong([0, 0, 1, 1], [5, 5, 5, 5])
     assert (constant.value, constant.low) == (0.5, None)
     assert delong([0, 1, 1], [1, 2, 0]).reason.startswith("DeLong's variance needs two")

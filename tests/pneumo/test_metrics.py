@@ -2,6 +2,7 @@
 
 import json
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -267,6 +268,14 @@ def test_youden_threshold_is_not_beaten_by_any_other(data):
     threshold = metrics.youden_threshold(target, probability)
     assert threshold in probability
     assert youden(threshold) >= max(youden(other) for other in probability) - 1e-12
+
+    def exact(threshold):
+        called = probability >= threshold
+        right, wrong = (int((called & (target == value)).sum()) for value in (1, 0))
+        return Fraction(right, int(target.sum())) - Fraction(wrong, int((target == 0).sum()))
+
+    best = max(map(exact, probability))
+    assert threshold == max(other for other in probability if exact(other) == best)
 
 
 # --- intervals ------------------------------------------------------------------------------------

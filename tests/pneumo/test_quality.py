@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from pneumo.quality import (
     UNKNOWN,
     Intensity,
     Quality,
+    _Group,
     choose_contact,
     find_shifts,
     name_age_band,
@@ -294,7 +297,7 @@ def test_a_shift_has_the_numbers_of_a_straightforward_computation() -> None:
     assert not age.is_by_chance
     assert (view.what, view.unit) == ("AP among known views", "%")
     assert view.difference == pytest.approx(0.2 / math.sqrt(0.6 * 0.4))
-    assert view.by_chance == pytest.approx(1.96 * math.sqrt(1 / 400 + 1 / 200))
+    assert view.by_chance == pytest.approx(1.96 * math.sqrt(1 / 399 + 1 / 199))
     assert str(view) == (
         "AP among known views: 40.0\N{NO-BREAK SPACE}% in train, 60.0\N{NO-BREAK SPACE}% in test "
         "(standardised difference +0.41, chance explains ±0.17)"
@@ -303,12 +306,33 @@ def test_a_shift_has_the_numbers_of_a_straightforward_computation() -> None:
 
 def test_images_of_few_patients_are_little_evidence() -> None:
     train, test = population("train", 200, 0.4, 50), population("test", 200, 0.6, 50)
-    few = [dataclasses.replace(study, patient=f"q{i % 5}") for i, study in enumerate(test)]
+    few = [dataclasses.replace(study, patient=f"q{i // 40}") for i, study in enumerate(test)]
     (shift,) = find_shifts({"train": train, "val": [], "test": test})
     (doubtful,) = find_shifts({"train": train, "val": [], "test": few})
     assert shift.difference == doubtful.difference
     assert doubtful.is_by_chance
     assert not shift.is_by_chance
+
+
+def test_chance_explains_as_much_as_patients_who_change_places_do() -> None:
+    """Most patients have one study, some have many, which are alike: 400 random splits of them."""
+    draws = random.Random(5)
+    patients = []
+    for number in range(600):
+        view = draws.choice(["AP", "PA"])
+        size = 30 if number % 20 == 0 else 1
+        patients.append(
+            [row(1000 * number + i, patient=f"p{number}", view=view) for i in range(size)]
+        )
+    beyond = 0
+    for _ in range(400):
+        draws.shuffle(patients)
+        parts = [list(chain(*some)) for some in (patients[:400], patients[400:])]
+        train, test = (_Group.measure(part, lambda study: study.view == "AP") for part in parts)
+        difference = standardise_difference(train.mean, test.mean, train.variance, test.variance)
+        bound = 1.96 * math.sqrt(1 / train.draws + 1 / test.draws)
+        beyond += abs(difference) > bound
+    assert 0.01 < beyond / 400 < 0.10  # of 0.05; by the number of patients it is a third
 
 
 def test_what_is_unknown_in_one_split_alone_is_a_shift_and_never_a_value() -> None:

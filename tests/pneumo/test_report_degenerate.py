@@ -148,7 +148,7 @@ def test_another_run_stands_beside():
     assert 'id="comparison"' not in render(judged)
 
 
-def looks(low, high, prior_studies=30):
+def looks(low, high, prior_studies=3000):
     one = Estimate(0.3, 0.2, 0.4, "m")
     gain = Estimate((low + high) / 2, low, high, "m")
     curve = dict.fromkeys(IOU_THRESHOLDS, 0.1)
@@ -163,6 +163,31 @@ def looks(low, high, prior_studies=30):
     few = GroupSummary(3, "3 studies with boxes, fewer than 5")
     groups = {"all": whole, "true_positives": whole, "false_negatives": few}
     return SaliencySummary(20, 0, "best", prior_studies, groups)
+
+
+def test_better_than_a_prior_of_few_studies_is_not_yet_at_hand():
+    assert "to the opacity of the study at hand, not merely" in judge_looks(looks(0.1, 0.2))
+    few = judge_looks(looks(0.1, 0.2, prior_studies=40))
+    assert "made of 40 positives of train only" in few
+    assert "is not shown" in few
+    found = looks(0.1, 0.2)
+    centre = dict.fromkeys(("auprc", "pointing", "energy"), Estimate(0.0, -0.1, 0.1, "m"))
+    whole = found.groups["all"]
+    whole = dataclasses.replace(whole, gain={**whole.gain, "centre": centre})
+    found = dataclasses.replace(found, groups={**found.groups, "all": whole})
+    assert "not shown to agree better than the middle of the image" in judge_looks(found)
+
+
+def test_without_a_mapping_nothing_is_said_of_patients():
+    known = evaluate(predictions(), config=CONFIG, seed=0)
+    unknown = evaluate(predictions(), config=CONFIG, seed=0, has_patients=False)
+    assert known.test.to_json()["patients"] > 0
+    assert unknown.test.to_json()["patients"] is None
+    text = section(render(unknown), "good")
+    assert "Intervals resample images, whose patients are unknown, and are too narrow" in text
+    assert "of unknown patients" in text
+    assert "clustered by patient" not in text
+    assert "Intervals resample patients, not images" in section(render(known), "good")
 
 
 @pytest.mark.parametrize(

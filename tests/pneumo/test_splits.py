@@ -215,7 +215,20 @@ def test_a_list_that_divides_a_patient_needs_a_word() -> None:
         studies, SplitConfig(unit="image"), seed=0, has_patients=True, listed=listed
     ).audit
     assert audit.shared_patients == 30
-    assert audit.warning is not None
+    trained_on = {s.patient for s in studies if listed[s.key] == "train"}
+    val = [s.patient for s in studies if listed[s.key] == "val"]
+    leaked = sum(patient in trained_on for patient in val) / len(val)
+    assert audit.leaked_by_image == leaked
+    assert f"{leaked:.0%} of the val studies have their patient in train, and 30" in audit.warning
+
+
+def test_a_patient_in_val_and_test_leaks_nothing_into_train() -> None:
+    studies = make_studies([i // 2 for i in range(60)])
+    listed = {s.key: "train" if i < 40 else ("val", "test")[i % 2] for i, s in enumerate(studies)}
+    audit = split_studies(
+        studies, SplitConfig(unit="image"), seed=0, has_patients=True, listed=listed
+    ).audit
+    assert (audit.leaked_by_image, audit.shared_patients) == (0.0, 10)
 
 
 def test_a_list_of_another_data_set_is_refused() -> None:
