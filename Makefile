@@ -43,6 +43,8 @@ else
 job = $(BIN)/python -m jobs.$(1)
 endif
 needs = $(if $($(1)),,$(error make $@: say $(1)=…, see make help))
+# An overlay of k8s/overlays by name, or the folder of your own.
+OVERLAY_FOLDER = $(if $(wildcard k8s/overlays/$(OVERLAY)/kustomization.yaml),k8s/overlays/$(OVERLAY),$(OVERLAY))
 # As one word of the shell, whatever is in it; ARGS are words as they stand.
 quoted = '$(subst ','\'',$($(1)))'
 
@@ -116,7 +118,7 @@ forward: $(READY)
 setup-k8s:
 	$(call needs,OVERLAY)
 	@kubectl apply -k k8s/rbac
-	@kubectl apply -k k8s/overlays/$(call quoted,OVERLAY) --selector '$(WITHOUT_RUN)'
+	@kubectl apply -k $(call quoted,OVERLAY_FOLDER) --selector '$(WITHOUT_RUN)'
 
 image:
 	$(CONTAINERS) build --tag $(call quoted,IMAGE) --build-arg REVISION=$$(git rev-parse HEAD) \

@@ -42,7 +42,8 @@ OF_THIS_MACHINE = frozenset(
         "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_DATA_PATH", "AWS_DEFAULT_PROFILE",
         "AWS_PROFILE", "AWS_ROLE_ARN", "AWS_ROLE_SESSION_NAME", "AWS_SHARED_CREDENTIALS_FILE",
         "AWS_WEB_IDENTITY_TOKEN_FILE",
-        "WANDB_ARTIFACT_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_DIR",
+        "WANDB_ARTIFACT_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_CREDENTIALS_FILE",
+        "WANDB_DATA_DIR", "WANDB_DIR", "WANDB_IDENTITY_TOKEN_FILE",
     }
 )  # fmt: skip
 """Of those, the ones that name files, services or the role of this machine: kept from a remote
@@ -88,8 +89,15 @@ class Submission:
 
 
 def is_remote(address: str) -> bool:
-    """Whether `http://host:port` is another machine. A forwarded port looks like this one."""
-    return (urlsplit(address).hostname or "") not in _LOOPBACK
+    """Whether `http://host:port` is another machine. A forwarded port looks like this one.
+
+    Raises ConfigError for what is no address.
+    """
+    try:
+        host = urlsplit(address).hostname
+    except ValueError as error:
+        raise ConfigError(f"{address}: is no address: {error}") from error
+    return (host or "") not in _LOOPBACK
 
 
 def plan(
@@ -234,7 +242,10 @@ def _needs(invocation: Invocation, environ: Mapping[str, str]) -> list[str]:
         far = "://" in arguments.source and not arguments.source.startswith("file://")
         if far or environ.get("PNEUMO_HASH_KEY"):
             needs.append("PNEUMO_HASH_KEY")
-    if "tracking" in JOBS[invocation.job].sections and invocation.config.tracking.mode == "online":
+    is_tracked = "tracking" in JOBS[invocation.job].sections
+    # The more private of the two holds, as in pneumo.tracking.
+    is_private = environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled")
+    if is_tracked and invocation.config.tracking.mode == "online" and not is_private:
         needs.append("WANDB_API_KEY")
     return needs
 

@@ -98,11 +98,11 @@ class Logbook:
             return
         try:
             storage.write_bytes(self.url, text)
+            self._kept = said
         except PneumoError as error:
             if str(error) != self._trouble:
                 say(f"logbook: {error}; the job goes on, and its log goes with its pod")
             self._trouble = str(error)
-        self._kept = said
 
 
 if __name__ == "__main__":

@@ -94,23 +94,24 @@ def check_writable(url: str) -> None:
 
 def within(timeout_s: float, checks: Sequence[tuple[str, Callable[[str], None]]]) -> None:
     """Make all checks at once; raise what the first to fail raised, or StorageError when late."""
-    errors: dict[str, Exception] = {}
+    errors: dict[int, Exception] = {}
 
-    def make(url: str, check: Callable[[str], None]) -> None:
+    def make(number: int, url: str, check: Callable[[str], None]) -> None:
         try:
             check(url)
         except Exception as error:  # raised again where the caller can see it
-            errors[url] = error
+            errors[number] = error
 
-    threads = {
-        url: threading.Thread(target=make, args=(url, check), daemon=True) for url, check in checks
-    }
-    for thread in threads.values():
+    threads = [
+        threading.Thread(target=make, args=(number, url, check), daemon=True)
+        for number, (url, check) in enumerate(checks)
+    ]
+    for thread in threads:
         thread.start()
-    for url, thread in threads.items():
+    for number, ((url, _), thread) in enumerate(zip(checks, threads, strict=True)):
         thread.join(timeout_s)
-        if url in errors:
-            raise errors[url]
+        if number in errors:
+            raise errors[number]
         if thread.is_alive():
             endpoint = " (AWS_ENDPOINT_URL)" if url.startswith(("s3://", "s3a://")) else ""
             raise StorageError(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from jobs.command import say
 from pneumo import storage
+from pneumo.errors import PneumoError
 from pneumo.tracking import Tracker, TrackingOutcome
 from pneumo.tracking.backlog import keep_backlog
 
@@ -31,7 +33,12 @@ def finish_quietly(tracker: Tracker, run_url: str) -> TrackingOutcome:
     """The same without a word."""
     outcome = tracker.finish()
     if outcome.root is not None and not storage.is_local(run_url):
-        if outcome.sync_command is not None:
-            keep_backlog(outcome, run_url)
+        try:
+            if outcome.sync_command is not None:
+                keep_backlog(outcome, run_url)
+        except PneumoError as error:  # the job has ended as it has, and its only copy lies there
+            say(f"W&B: not all was sent, nor could it be kept in the run: {error}")
+            say(f"W&B: to send it from here: {outcome.sync_command}")
+            return replace(outcome, folder=None)
         shutil.rmtree(outcome.root.parent, ignore_errors=True)
     return outcome

@@ -5,6 +5,7 @@ A thread of its own writes them, one after the other: W&B may be slow, and no tr
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from typing import Self
@@ -16,12 +17,14 @@ from jobs.trackers import finish_quietly, tracking_folder
 from jobs.trials import trial_config
 from pneumo import storage
 from pneumo.config import Config, TuneConfig
+from pneumo.errors import PneumoError
 from pneumo.search import Trial
 from pneumo.shards import Manifest
-from pneumo.tracking import Tracker, TrackingOutcome, open_tracker
+from pneumo.tracking import NullTracker, Tracker, TrackingOutcome, open_tracker
 
 _SENT = "tracked"
 """Marks, in a trial's folder, that W&B has its run; a search that goes on sends none twice."""
+_LEAVE_TIMEOUT_S = 5.0
 
 
 def log_trial(tracker: Tracker, trial: Trial, config: TuneConfig) -> None:
@@ -53,9 +56,13 @@ class TrialTracking:
         self._thread.start()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is not None:  # the search is to end now; the same command sends the rest
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    self._ended.get_nowait()
         self._ended.put(None)
-        self._thread.join()
+        self._thread.join(None if kind is None else _LEAVE_TIMEOUT_S)
         self._say()
 
     def put(self, trial: Trial) -> None:
@@ -64,7 +71,10 @@ class TrialTracking:
 
     def _send_all(self) -> None:
         while (trial := self._ended.get()) is not None:
-            self._send(trial)
+            try:
+                self._send(trial)
+            except PneumoError as error:  # the run's storage, which a later try finds again
+                say(f"W&B: trial {trial.name} is not told: {error}; the same command tells it")
 
     def _send(self, trial: Trial) -> None:
         if self.config.tracking.mode == "disabled":
@@ -84,8 +94,13 @@ class TrialTracking:
                 "dataset_digest": self.manifest.digest,
             },
         )
+        if isinstance(tracker, NullTracker):  # W&B is off, or could not even begin a run here
+            return
         log_trial(tracker, trial, self.config.tune)
-        self.outcomes.append(finish_quietly(tracker, self.run_url))
+        outcome = finish_quietly(tracker, self.run_url)
+        if outcome.mode == "offline" and outcome.folder is None:  # neither sent nor kept
+            return
+        self.outcomes.append(outcome)
         storage.write_text(sent, "")
 
     def _say(self) -> None:

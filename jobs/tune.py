@@ -247,7 +247,7 @@ class _Runner:
             worst = knows_nothing(config, self.shared.prevalence)
             searcher = Drawn(self.config, before, self.run_url, worst=worst)
         scheduler = Rungs(config, before) if config.early_stopping == "asha" else FIFOScheduler()
-        return [*ended, *self._run("search", searcher, scheduler, left, config.trials)]
+        return [*ended, *self._run("search", searcher, scheduler, left, ended)]
 
     def confirm(self, draws: Sequence[Draw]) -> list[Trial]:
         """The draws, each trained to its end."""
@@ -256,18 +256,20 @@ class _Runner:
         done = {trial.name for trial in ended}
         searcher = Listed([draw for draw in draws if draw.name not in done], self.run_url)
         left = len(searcher.left)
-        return [*ended, *self._run("confirm", searcher, FIFOScheduler(), left, len(draws))]
+        return [*ended, *self._run("confirm", searcher, FIFOScheduler(), left, ended)]
 
     def _run(
-        self, label: str, searcher: Listed, scheduler: Any, left: int, total: int
+        self, label: str, searcher: Listed, scheduler: Any, left: int, ended: Sequence[Trial]
     ) -> list[Trial]:
-        if left <= 0:
-            return []
         config = self.config
         with (
             TrialTracking(config, self.manifest, self.run_url) as tracking,
-            LiveTable(label, config.tune, left, total - left) as table,
+            LiveTable(label, config.tune, left, len(ended)) as table,
         ):
+            for trial in ended:  # that an earlier try may not have told W&B of
+                tracking.put(trial)
+            if left <= 0:
+                return []
             table.on_end = lambda trial: tracking.put(self._end(trial))
             tuner = ray.tune.Tuner(
                 self.trainable,

@@ -111,3 +111,8 @@ def test_nothing_that_is_given_is_run(target: str, given: list[str]) -> None:
     words = [word for line in lines if "s3://" in line for word in shlex.split(line)]
     assert sum(evil in word for word in words) == len(given), shown
     assert "touch" not in words
+
+
+def test_an_overlay_is_a_name_or_a_folder(tmp_path: Path) -> None:
+    assert "apply -k 'k8s/overlays/gpu-spot'" in dry_run("setup-k8s", "OVERLAY=gpu-spot").stdout
+    assert f"apply -k '{tmp_path}'" in dry_run("setup-k8s", f"OVERLAY={tmp_path}").stdout

@@ -152,8 +152,13 @@ class WandbTracker:
             logged.wait()  # or nobody hears that an upload failed
 
     def _use(self, artifact: Artifact, packed: Any) -> None:
+        run = self._run
         if self.mode == "online":
-            self._run.use_artifact(packed)
+            run.use_artifact(packed)
+            if (
+                run is not self._run or self.mode != "online"
+            ):  # given up meanwhile, and done again offline
+                return
         # Offline W&B knows no inputs: the config names what a later reader needs, in any mode.
         self._inputs.append({"name": artifact.name, "type": artifact.type, **artifact.metadata})
         config: Any = self._run.config  # half of it has no types

@@ -105,6 +105,7 @@ def test_a_search_takes_what_a_trial_takes() -> None:
         ("prepare --source /raw --store /s", {"PNEUMO_HASH_KEY": "x"}, ["PNEUMO_HASH_KEY"]),
         ("train --store /s --run /r", {"PNEUMO_HASH_KEY": "x", "WANDB_API_KEY": "x"}, []),
         ("train --store /s --run /r --tracking.mode online", {}, ["WANDB_API_KEY"]),
+        ("train --store /s --run /r --tracking.mode online", {"WANDB_MODE": "offline"}, []),
     ],
 )
 def test_the_secrets_that_a_job_cannot_do_without_are_asked_for(
@@ -286,3 +287,9 @@ def _plan_without_files(job: str, asked: str, environ: Mapping[str, str]) -> Sub
         now=datetime(2026, 1, 2),
         sends_files=False,
     )
+
+
+def test_what_is_no_address_is_told() -> None:
+    for nothing in ("http://[::1:8265", "http://[x"):
+        with pytest.raises(ConfigError, match="is no address"):
+            is_remote(nothing)

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from jobs import logbook
+from pneumo import storage
+from pneumo.errors import StorageError
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -101,3 +103,21 @@ def test_of_a_long_log_the_end_is_kept(tmp_path: Path) -> None:
     threading.Thread(target=book.keep_up, daemon=True).start()
     book.close()
     assert _kept(tmp_path) == "x the end\n"
+
+
+def test_the_end_is_written_though_the_writing_before_it_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    book = logbook.Logbook(str(tmp_path / "log"))
+    book.copy(io.BytesIO(b"all it said"))  # type: ignore[arg-type]
+    write = storage.write_bytes
+
+    def fail_once(url: str, data: bytes) -> None:
+        monkeypatch.setattr(storage, "write_bytes", write)
+        raise StorageError("away")
+
+    monkeypatch.setattr(storage, "write_bytes", fail_once)
+    book._keep()
+    assert not (tmp_path / "log").exists()
+    book._keep()
+    assert (tmp_path / "log").read_text() == "all it said"

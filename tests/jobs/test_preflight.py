@@ -51,3 +51,13 @@ def test_only_s3_has_its_endpoint_blamed() -> None:
     with pytest.raises(StorageError) as raised:
         preflight.within(0.1, [("gs://b", lambda _: time.sleep(5))])
     assert "AWS" not in str(raised.value)
+
+
+def test_a_place_that_is_read_and_written_is_looked_at_for_both() -> None:
+    asked = []
+    checks = [
+        ("/b", lambda url: asked.append(("reads", url))),
+        ("/b", lambda url: asked.append(("writes", url))),
+    ]
+    preflight.within(5.0, checks)
+    assert sorted(asked) == [("reads", "/b"), ("writes", "/b")]

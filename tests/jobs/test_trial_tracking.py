@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,11 @@ import pytest
 from jobs.records import write_begun, write_ended, write_history
 from jobs.search_results import BEST, REPORT, TRIALS, log_search
 from jobs.trial_tracking import TrialTracking, log_trial
+from pneumo import storage
 from pneumo.config import Config, override
 from pneumo.dashboards import build_views, describe_view
+from pneumo.errors import StorageError
+from pneumo.search import Trial
 from pneumo.shards import read_manifest
 from pneumo.tracking import MemoryTracker, Page, Table
 from tests.jobs.conftest import Prepared
@@ -82,3 +86,68 @@ def test_a_search_that_is_not_tracked_leaves_nothing(prepared: Prepared, tmp_pat
     with TrialTracking(config, manifest, str(tmp_path / "run")) as tracking:
         tracking.put(make_search(8).trials[0])
     assert not list(tmp_path.rglob("*"))
+
+
+def _begin(run: Path, number: int) -> tuple[Config, list[Trial]]:
+    search = make_search(8)
+    trials = list(search.trials[:number])
+    for trial in trials:
+        write_begun(str(run), trial.name, trial.settings, trial.seed)
+    return override(search.config, {"tracking.mode": "offline"}), trials
+
+
+def test_a_fault_of_the_storage_costs_one_trial_until_the_next_try(
+    prepared: Prepared,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config, trials = _begin(tmp_path, 3)
+    manifest = read_manifest(str(prepared.store))
+    exists = storage.exists
+
+    def fail_once(url: str) -> bool:
+        monkeypatch.setattr(storage, "exists", exists)
+        raise StorageError("the bucket is away")
+
+    monkeypatch.setattr(storage, "exists", fail_once)
+    for found in (2, 3):
+        with TrialTracking(config, manifest, str(tmp_path)) as tracking:
+            for trial in trials:
+                tracking.put(trial)
+        assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == found
+        if found == 2:
+            said = capsys.readouterr().err
+            assert f"trial {trials[0].name} is not told: the bucket is away" in said
+
+
+def test_a_search_that_is_interrupted_does_not_wait_for_wandb(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, trials = _begin(tmp_path, 3)
+    sent: list[str] = []
+
+    def send(self: TrialTracking, trial: Trial) -> None:
+        time.sleep(1.0)
+        sent.append(trial.name)
+
+    monkeypatch.setattr(TrialTracking, "_send", send)
+    tracking = TrialTracking(config, read_manifest(str(prepared.store)), str(tmp_path))
+    begun_s = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), tracking:  # noqa: PT012  it is raised within
+        for trial in trials:
+            tracking.put(trial)
+        time.sleep(0.2)
+        raise KeyboardInterrupt
+    assert time.monotonic() - begun_s < 2.5
+    assert sent == [trials[0].name]
+
+
+def test_a_trial_is_not_called_sent_where_wandb_is_off(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, trials = _begin(tmp_path, 1)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    with TrialTracking(config, read_manifest(str(prepared.store)), str(tmp_path)) as tracking:
+        tracking.put(trials[0])
+    assert not list(tmp_path.rglob("tracked"))
