@@ -265,8 +265,8 @@ class CephServer:
             time.sleep(0.05)
 
     def _said(self) -> str:
-        """The last that each daemon printed."""
-        paths = sorted(self.folder.glob("*.out"))
+        """The last that each daemon printed and logged."""
+        paths = sorted(path for path in self.folder.iterdir() if path.suffix in (".out", ".log"))
         return "".join(f"\n{path.name}: {path.read_text()[-2000:]}" for path in paths)
 
     def _clear(self) -> None:
