@@ -66,6 +66,7 @@ def _fix_hash_key(phantoms: Path) -> None:
     path = phantoms / PRIVATE_FOLDER / "hash_key"
     path.parent.mkdir(exist_ok=True)
     path.write_text("phantoms need no secret")
+    path.chmod(0o600)  # or `prepare` warns of it
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -62,6 +62,7 @@ def test_the_demo_ends_with_a_report_and_goes_through_an_object_store(
     for name in ("auroc", "accuracy", "precision", "recall", "f1"):
         assert f"  {name} " in shown.stdout
     assert report.exists()
+    assert "others can read" not in shown.stderr
     assert not (tmp_path / "data" / "demo" / "store").exists()
 
 
