@@ -20,6 +20,7 @@ from cluster.package import RECIPE_FOLDER
 from pneumo.config import (
     ENVIRONMENT_PREFIX,
     JOBS,
+    WEIGHTS_WITHOUT_FILE,
     ClusterConfig,
     Config,
     Invocation,
@@ -53,8 +54,6 @@ _PLACES = ("source", "store", "run", "members", "compare_with", "output")
 """Arguments that name places; whichever a job has. It writes the last of those in `_WRITTEN`."""
 
 _WRITTEN = ("store", "run", "output")
-_NO_FILES = ("imagenet", "random")
-"""Values of model.weights that are not the path of a file."""
 _SECRET_LIKE = re.compile(r"KEY|SECRET|TOKEN|PASSWORD|CREDENTIAL")
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
@@ -229,7 +228,7 @@ def _files_of_settings(invocation: Invocation) -> dict[str, str]:
     found = {}
     if "split" in sections and config.split.list is not None:
         found["split.list"] = config.split.list
-    if "model" in sections and config.model.weights not in _NO_FILES:
+    if "model" in sections and config.model.weights not in WEIGHTS_WITHOUT_FILE:
         found["model.weights"] = config.model.weights
     return found
 

@@ -27,7 +27,7 @@ from pneumo.dicom import GrayImage
 from pneumo.errors import DataError, RunError, SourceError
 from pneumo.explain import class_activation
 from pneumo.figures import draw_overlay, show_threshold
-from pneumo.ingest import Unusable, read_pictures
+from pneumo.files import Unusable, read_pictures
 from pneumo.predict import Member, prepare_input, score_pictures, sigmoid
 from pneumo.readings import NOT_A_NUMBER, NOTICE, Readings, Rule, encode_csv, encode_parquet
 

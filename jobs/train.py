@@ -36,7 +36,14 @@ from jobs.session import (
 from jobs.trackers import close_tracker, tracking_folder
 from pneumo import storage
 from pneumo.checkpoint import CheckpointIndex, read_index
-from pneumo.config import ClusterConfig, Config, Invocation, TrainArguments, override
+from pneumo.config import (
+    WEIGHTS_WITHOUT_FILE,
+    ClusterConfig,
+    Config,
+    Invocation,
+    TrainArguments,
+    override,
+)
 from pneumo.errors import PreemptedError
 from pneumo.keeping import read_history
 from pneumo.partition import World
@@ -69,7 +76,7 @@ def train(invocation: Invocation) -> None:
 
 def with_absolute_weights(config: Config) -> Config:
     """The same, a path of weights made absolute: workers run in folders of their own."""
-    if config.model.weights in ("imagenet", "random"):
+    if config.model.weights in WEIGHTS_WITHOUT_FILE:
         return config
     return override(config, {"model.weights": storage.normalise(config.model.weights)})
 

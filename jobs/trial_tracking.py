@@ -49,6 +49,7 @@ class TrialTracking:
         self.folder = tracking_folder(run_url)
         self.group = config.tracking.group or run_url.rsplit("/", 1)[-1]
         self.outcomes: list[TrackingOutcome] = []
+        self._leaving = False
         self._ended: queue.Queue[Trial | None] = queue.Queue()
         self._thread = threading.Thread(target=self._send_all, name="trial-tracking", daemon=True)
 
@@ -58,6 +59,7 @@ class TrialTracking:
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if kind is not None:  # the search is to end now; the same command sends the rest
+            self._leaving = True
             with contextlib.suppress(queue.Empty):
                 while True:
                     self._ended.get_nowait()
@@ -70,11 +72,22 @@ class TrialTracking:
         self._ended.put(trial)
 
     def _send_all(self) -> None:
+        put_off = []
         while (trial := self._ended.get()) is not None:
-            try:
-                self._send(trial)
-            except PneumoError as error:  # the run's storage, which a later try finds again
-                say(f"W&B: trial {trial.name} is not told: {error}; the same command tells it")
+            if not self._try(trial, "is put off"):
+                put_off.append(trial)
+        for trial in put_off:  # a search that has ended is not gone on with
+            if not self._leaving:
+                self._try(trial, "is not told")
+
+    def _try(self, trial: Trial, otherwise: str) -> bool:
+        """Whether W&B has it; no fault of the run's storage ends the others."""
+        try:
+            self._send(trial)
+        except PneumoError as error:
+            say(f"W&B: trial {trial.name} {otherwise}: {error}")
+            return False
+        return True
 
     def _send(self, trial: Trial) -> None:
         if self.config.tracking.mode == "disabled":

@@ -56,6 +56,8 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
+WEIGHTS_WITHOUT_FILE = ("imagenet", "random")
+"""Values of model.weights that name no file."""
 NUM_SALTS = 64
 """Splits of one seed to choose from."""
 
@@ -607,7 +609,7 @@ def check_space(config: Config) -> list[dict[str, Any]]:
 def _check_searched_weights(domain: Domain) -> None:
     for value in map(str, domain.values):
         whole = value.startswith("/") or "://" in value
-        if value not in ("imagenet", "random") and not whole:
+        if value not in WEIGHTS_WITHOUT_FILE and not whole:
             raise ConfigError(
                 f"tune.space: model.weights: {value!r} must be a whole path or a URL; trials run "
                 "in folders of their own"

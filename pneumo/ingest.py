@@ -12,9 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import cv2
@@ -25,16 +24,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pneumo import storage
 from pneumo.config import Config
-from pneumo.dicom import GrayImage, read_study_image
+from pneumo.dicom import GrayImage
 from pneumo.errors import (
-    AccessError,
     BadFilesError,
     ContentError,
-    DicomError,
     SourceError,
-    StorageError,
     StoreError,
 )
+from pneumo.files import Unusable, decode_file, read_file, read_files
 from pneumo.shards import (
     QUARANTINE,
     SHARD_SUFFIX,
@@ -61,8 +58,6 @@ from pneumo.studies import Rejected, Source, Study
 PARTS = "parts"
 CLAIM = "parts/claim.json"
 _LIBRARIES_BYTES = 384 * 2**20
-_READS_AT_ONCE = 8
-"""Files of a bucket that a task reads ahead: an answer takes as long as decoding ten."""
 _FORMAT = 3
 """Raised when the same source and settings would give other bytes than before."""
 
@@ -276,62 +271,6 @@ def finish_store(
     return manifest
 
 
-@dataclass(frozen=True)
-class Unusable:
-    """Why a picture cannot be had, in words that name nobody."""
-
-    reason: str
-    """missing, unreadable, or a code of `pneumo.errors.DicomError`."""
-    message: str
-
-
-def read_pictures(urls: Sequence[str], image_size: int) -> Iterator[GrayImage | Unusable]:
-    """The pictures of DICOM files as a store holds them, in the order of `urls`.
-
-    Raises AccessError and StorageError for a bucket that is away: that says nothing about a file.
-    """
-    for data in _read_files([(url, None) for url in urls]):
-        yield data if isinstance(data, Unusable) else _decode_file(data, image_size)
-
-
-def _decode_file(data: bytes, image_size: int) -> GrayImage | Unusable:
-    try:
-        return read_study_image(data, image_size)
-    except DicomError as error:
-        return Unusable(error.reason, str(error))
-
-
-def _read_files(files: Sequence[tuple[str, str | None]]) -> Iterator[bytes | Unusable]:
-    """What each of the files holds, in their order, given as (url, what errors call it); from a
-    bucket some are read while one is in use."""
-    if all(storage.is_local(url) for url, _ in files):
-        for url, label in files:
-            yield _read_file(url, label)
-        return
-    coming = deque[Future[bytes | Unusable]]()
-    with ThreadPoolExecutor(_READS_AT_ONCE, thread_name_prefix="pneumo-read") as pool:
-        try:
-            for url, label in files:
-                coming.append(pool.submit(_read_file, url, label))
-                if len(coming) > _READS_AT_ONCE:
-                    yield coming.popleft().result()
-            while coming:
-                yield coming.popleft().result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _read_file(url: str, label: str | None) -> bytes | Unusable:
-    try:
-        return storage.read_bytes(url, label=label)
-    except FileNotFoundError:
-        return Unusable("missing", "no DICOM file")
-    except (AccessError, StorageError) as error:
-        if not storage.is_local(url):
-            raise
-        return Unusable("unreadable", type(error.__cause__).__name__)
-
-
 def has_mended(store_url: str, manifest: Manifest, source: Source) -> bool:
     """Whether a file that a finished store had to leave out can be used now.
 
@@ -358,11 +297,11 @@ def clear_parts(store_url: str, manifest: Manifest) -> None:
 
 def check_shards_are_there(store_url: str, manifest: Manifest) -> None:
     """Raise StoreError where a finished store has lost shards; what they hold, readers check."""
-    lost = len(_shard_urls(store_url, manifest) - _list_shards(store_url))
-    if lost:
+    wanted = _shard_urls(store_url, manifest)
+    if lost := wanted - _list_shards(store_url):
         raise StoreError(
-            f"{store_url}: {lost} shards of the finished store are missing; delete it, and repeat "
-            "the command"
+            f"{store_url}: {len(lost)} of the finished store's {len(wanted)} shards are missing; "
+            "delete it, and repeat the command"
         )
 
 
@@ -433,7 +372,7 @@ def _write_shard(
     histogram = np.zeros(256, np.int64)
 
     def samples() -> Iterator[Sample]:
-        files = _read_files([(study.url, _label(study)) for study in plan.studies])
+        files = read_files([(study.url, _label(study)) for study in plan.studies])
         for study, data in zip(plan.studies, files, strict=True):
             # First, while the file is in the core's cache.
             hashed = "" if isinstance(data, Unusable) else blake3(data, key=file_key).hexdigest()
@@ -465,14 +404,14 @@ def _label(study: Study) -> str:
 
 
 def _read_study(study: Study, split: str, image_size: int) -> GrayImage | Rejected:
-    return _decode_study(study, _read_file(study.url, _label(study)), split, image_size)
+    return _decode_study(study, read_file(study.url, _label(study)), split, image_size)
 
 
 def _decode_study(
     study: Study, data: bytes | Unusable, split: str, image_size: int
 ) -> GrayImage | Rejected:
     """The study's picture, or why it cannot be used."""
-    image = data if isinstance(data, Unusable) else _decode_file(data, image_size)
+    image = data if isinstance(data, Unusable) else decode_file(data, image_size)
     if isinstance(image, Unusable):
         return Rejected(study.key, split, image.reason, image.message)
     return image

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import ConvNeXt, DenseNet, EfficientNet, ResNet
 
 from pneumo import storage
-from pneumo.config import ModelConfig
+from pneumo.config import WEIGHTS_WITHOUT_FILE, ModelConfig
 from pneumo.errors import ConfigError
 from pneumo.stem import Stem
 
@@ -128,7 +128,7 @@ def initialise(model: nn.Module, config: ModelConfig, *, seed: int) -> Initialis
 
 def check_weights(config: ModelConfig) -> None:
     """Raise ConfigError where `initialise` would: for a file that is not there or does not fit."""
-    if config.weights not in ("imagenet", "random"):
+    if config.weights not in WEIGHTS_WITHOUT_FILE:
         initialise(build_model(config.backbone), config, seed=0)
 
 

@@ -155,10 +155,8 @@ class WandbTracker:
         run = self._run
         if self.mode == "online":
             run.use_artifact(packed)
-            if (
-                run is not self._run or self.mode != "online"
-            ):  # given up meanwhile, and done again offline
-                return
+            if run is not self._run or self.mode != "online":
+                return  # given up meanwhile, and done again offline
         # Offline W&B knows no inputs: the config names what a later reader needs, in any mode.
         self._inputs.append({"name": artifact.name, "type": artifact.type, **artifact.metadata})
         config: Any = self._run.config  # half of it has no types

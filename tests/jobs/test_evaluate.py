@@ -82,6 +82,7 @@ def test_metrics_are_those_of_the_predictions(evaluated: Path) -> None:
     test = read_predictions(evaluated).subset("test")
     assert metrics["schema_version"] == 2
     assert metrics["dataset"]["warning"] is None
+    assert (metrics["evaluation"]["seed"], metrics["evaluation"]["bootstrap_resamples"]) == (0, 200)
     assert metrics["dataset"]["quarantined"] == 0
     assert metrics["dataset"]["duplicates_across_splits"] == 0
     assert metrics["dataset"]["duplicates_across_patients"] == 0

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from jobs.results import describe_selection
+from jobs.results import describe_command, describe_selection
 from jobs.scoring import Scoring
 from jobs.subject import find_subject, find_weights
 from pneumo.checkpoint import claim_run, load_checkpoint, read_index, save_checkpoint
-from pneumo.config import EvaluateArguments, EvaluateConfig
+from pneumo.config import (
+    Config,
+    EvaluateArguments,
+    EvaluateConfig,
+    override,
+    parse_command_line,
+)
 from pneumo.errors import RunError
 from pneumo.keeping import METRICS_LOG
 from tests.jobs.conftest import Prepared
@@ -66,3 +73,24 @@ def test_the_report_says_which_checkpoint_was_taken(overfitted: Path) -> None:
     assert told("best") == "The checkpoint of the highest AUROC on val."
     assert told(1) == "The last checkpoint."
     assert told(2).startswith("The mean logit of 2 checkpoints: run/epoch-0006")
+
+
+def test_the_report_says_how_to_evaluate_again(prepared: Prepared, overfitted: Path) -> None:
+    def command(**changes: object) -> str:
+        config = override(Config(), changes)
+        arguments = EvaluateArguments(store=str(prepared.store), run=str(overfitted))
+        return describe_command(find_subject(arguments, config.evaluate), config)
+
+    usual = "python -m jobs.evaluate --store STORE --run RUN"
+    assert command() == usual
+    asked = command(
+        **{"seed": 7, "evaluate.ensemble": 2, "evaluate.operating_point": "sensitivity"}
+    )
+    assert asked.startswith(f"{usual} --seed 7 ")
+    flags = shlex.split(asked)[3:]
+    again = parse_command_line("evaluate", flags, {}).config
+    assert (again.seed, again.evaluate.ensemble, again.evaluate.operating_point) == (
+        7,
+        2,
+        "sensitivity",
+    )

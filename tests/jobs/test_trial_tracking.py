@@ -96,29 +96,35 @@ def _begin(run: Path, number: int) -> tuple[Config, list[Trial]]:
     return override(search.config, {"tracking.mode": "offline"}), trials
 
 
-def test_a_fault_of_the_storage_costs_one_trial_until_the_next_try(
+@pytest.mark.parametrize(("faults", "told"), [(1, 3), (2, 2)])
+def test_a_fault_of_the_storage_puts_a_trial_off_and_ends_nothing(
     prepared: Prepared,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
+    faults: int,
+    told: int,
 ) -> None:
     config, trials = _begin(tmp_path, 3)
     manifest = read_manifest(str(prepared.store))
-    exists = storage.exists
+    exists, left = storage.exists, [faults]
 
-    def fail_once(url: str) -> bool:
-        monkeypatch.setattr(storage, "exists", exists)
-        raise StorageError("the bucket is away")
+    def fail(url: str) -> bool:
+        if trials[0].name in url and left[0]:
+            left[0] -= 1
+            raise StorageError("the bucket is away")
+        return exists(url)
 
-    monkeypatch.setattr(storage, "exists", fail_once)
-    for found in (2, 3):
+    monkeypatch.setattr(storage, "exists", fail)
+    for attempt, found in enumerate((told, 3)):  # then as a search that goes on
         with TrialTracking(config, manifest, str(tmp_path)) as tracking:
             for trial in trials:
                 tracking.put(trial)
         assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == found
-        if found == 2:
-            said = capsys.readouterr().err
-            assert f"trial {trials[0].name} is not told: the bucket is away" in said
+        said = capsys.readouterr().err
+        if not attempt:
+            assert f"trial {trials[0].name} is put off: the bucket is away" in said
+            assert (f"{trials[0].name} is not told: the bucket is away" in said) == (told == 2)
 
 
 def test_a_search_that_is_interrupted_does_not_wait_for_wandb(

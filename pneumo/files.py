@@ -1,0 +1,74 @@
+"""DICOM files, one after the other: their bytes, their pictures, or why there are none, in words
+that name nobody."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from pneumo import storage
+from pneumo.dicom import GrayImage, read_study_image
+from pneumo.errors import AccessError, DicomError, StorageError
+
+_READS_AT_ONCE = 8
+"""Files of a bucket that are read ahead: an answer takes as long as decoding ten."""
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """Why a picture cannot be had, in words that name nobody."""
+
+    reason: str
+    """missing, unreadable, or a code of `pneumo.errors.DicomError`."""
+    message: str
+
+
+def read_pictures(urls: Sequence[str], image_size: int) -> Iterator[GrayImage | Unusable]:
+    """The pictures of DICOM files as a store holds them, in the order of `urls`.
+
+    Raises AccessError and StorageError for a bucket that is away: that says nothing about a file.
+    """
+    for data in read_files([(url, None) for url in urls]):
+        yield data if isinstance(data, Unusable) else decode_file(data, image_size)
+
+
+def decode_file(data: bytes, image_size: int) -> GrayImage | Unusable:
+    """The picture in a DICOM file as a store of `image_size` holds it."""
+    try:
+        return read_study_image(data, image_size)
+    except DicomError as error:
+        return Unusable(error.reason, str(error))
+
+
+def read_files(files: Sequence[tuple[str, str | None]]) -> Iterator[bytes | Unusable]:
+    """What each of the files holds, in their order, given as (url, what errors call it); from a
+    bucket some are read while one is in use."""
+    if all(storage.is_local(url) for url, _ in files):
+        for url, label in files:
+            yield read_file(url, label)
+        return
+    coming = deque[Future[bytes | Unusable]]()
+    with ThreadPoolExecutor(_READS_AT_ONCE, thread_name_prefix="pneumo-read") as pool:
+        try:
+            for url, label in files:
+                coming.append(pool.submit(read_file, url, label))
+                if len(coming) > _READS_AT_ONCE:
+                    yield coming.popleft().result()
+            while coming:
+                yield coming.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def read_file(url: str, label: str | None) -> bytes | Unusable:
+    """What the file holds; `label` is what errors call it. Raises as `read_pictures`."""
+    try:
+        return storage.read_bytes(url, label=label)
+    except FileNotFoundError:
+        return Unusable("missing", "no DICOM file")
+    except (AccessError, StorageError) as error:
+        if not storage.is_local(url):
+            raise
+        return Unusable("unreadable", type(error.__cause__).__name__)
