@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from pneumo.errors import DataError
 from pneumo.shards import Duplicates, Manifest, Sample, StudyRow, decode_block, read_block
-from pneumo.splits import SPLITS
+from pneumo.splits import SPLITS, count_draws
 from pneumo.studies import Finding
 
 UNKNOWN = "unknown"
@@ -338,25 +338,14 @@ class _Group:
 
     @classmethod
     def measure(cls, rows: Sequence[StudyRow], value: Callable[[StudyRow], float | None]) -> _Group:
-        known = [(float(found), row.patient) for row in rows if (found := value(row)) is not None]
+        known = [(row.patient, float(found)) for row in rows if (found := value(row)) is not None]
         if not known:
             return cls(math.nan, math.nan, 0.0)
         # fmean rounds once, whatever the order; of a constant it may still leave a tiny variance.
-        mean = statistics.fmean(found for found, _ in known)
-        constant = len({found for found, _ in known}) == 1
-        variance = 0.0 if constant else statistics.fmean((v - mean) ** 2 for v, _ in known)
-        return cls(mean, variance, _count_draws(known, mean, variance))
-
-
-def _count_draws(known: Sequence[tuple[float, str]], mean: float, variance: float) -> float:
-    """The variance of a study by that of the mean, which is a ratio of patients' sums."""
-    residuals: dict[str, list[float]] = {}
-    for found, patient in known:
-        residuals.setdefault(patient, []).append(found - mean)
-    m = len(residuals)
-    squares = math.fsum(math.fsum(own) ** 2 for own in residuals.values())
-    of_mean = m / max(m - 1, 1) * squares / len(known) ** 2
-    return min(variance / of_mean, len(known)) if of_mean > 0 and variance > 0 else float(m)
+        mean = statistics.fmean(found for _, found in known)
+        constant = len({found for _, found in known}) == 1
+        variance = 0.0 if constant else statistics.fmean((v - mean) ** 2 for _, v in known)
+        return cls(mean, variance, count_draws(known))
 
 
 # --- contact sheets ------------------------------------------------------------------------------

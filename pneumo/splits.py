@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import statistics
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -230,21 +231,31 @@ def audit_split(
 def clustered_share(pairs: Sequence[tuple[str, int]]) -> Interval:
     """The share of ones among `(patient, 0 or 1)`, with its 95 % interval.
 
-    The variance is that of a ratio of patients' sums; the interval is Clopper-Pearson's on the
-    number of independent studies that would have this variance (Korn & Graubard 1998, Survey
-    Methodology 24:193), never more than there are.
+    The interval is Clopper-Pearson's on the number of independent studies that would vary as these
+    do (Korn & Graubard 1998, Survey Methodology 24:193), never more than there are.
     """
-    n, value = len(pairs), sum(target for _, target in pairs) / len(pairs)
-    sums: dict[str, float] = {}
-    for patient, target in pairs:
-        sums[patient] = sums.get(patient, 0.0) + target - value
-    m = len(sums)
-    variance = m / max(m - 1, 1) * math.fsum(r * r for r in sums.values()) / n**2
-    effective = min(value * (1 - value) / variance, n) if variance > 0 else float(m)
+    value = sum(target for _, target in pairs) / len(pairs)
+    effective = count_draws(pairs)
     k = value * effective
     low = float(beta.ppf(0.025, k, effective - k + 1)) if value > 0 else 0.0
     high = float(beta.ppf(0.975, k + 1, effective - k)) if value < 1 else 1.0
     return Interval(value=value, low=low, high=high)
+
+
+def count_draws(pairs: Sequence[tuple[str, float]]) -> float:
+    """Independent studies whose mean would vary as that of these `(patient, value)` does, whose
+    variance is that of a ratio of patients' sums; never more than there are."""
+    mean = statistics.fmean(value for _, value in pairs)
+    variance = statistics.fmean((value - mean) ** 2 for _, value in pairs)
+    residuals: dict[str, list[float]] = {}
+    for patient, value in pairs:
+        residuals.setdefault(patient, []).append(value - mean)
+    m = len(residuals)
+    if len({value for _, value in pairs}) == 1:  # rounding may leave it a tiny variance
+        return float(m)
+    squares = math.fsum(math.fsum(own) ** 2 for own in residuals.values())
+    of_mean = m / max(m - 1, 1) * squares / len(pairs) ** 2
+    return min(variance / of_mean, len(pairs)) if of_mean > 0 else float(m)
 
 
 def check_shards(shards: Mapping[str, Sequence[tuple[int, int]]]) -> dict[str, tuple[float, float]]:
