@@ -30,7 +30,7 @@ from cluster.package import Package, collect, stage
 from cluster.states import JobState, Phase, Started, Write
 from cluster.submission import Submission, is_remote
 from pneumo.errors import AccessError, ClusterError, ConfigError, PneumoError
-from pneumo.revision import REVISION, find_revision
+from pneumo.version import REVISION, find_revision
 
 CONNECT_TIMEOUT_S = 5.0
 FIRST_ANSWER_TIMEOUT_S = 5.0

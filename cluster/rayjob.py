@@ -18,7 +18,7 @@ from cluster import rules
 from cluster.overlays import Document
 from cluster.submission import Submission
 from pneumo.errors import ConfigError
-from pneumo.revision import REVISION
+from pneumo.version import REVISION
 
 RUN_LABEL = "pneumo/run"
 """On a RayJob and all its pods: the RayJob's name."""

@@ -31,7 +31,7 @@ from pneumo.config import (
     read_recipe,
 )
 from pneumo.errors import ConfigError
-from pneumo.space import flatten
+from pneumo.search_space import flatten
 
 PASSED_ON = ("AWS_", "WANDB_", "PNEUMO_")
 """Environment variables with these prefixes go along; RAY_* never: the cluster has its own."""

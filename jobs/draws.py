@@ -22,7 +22,7 @@ from jobs.records import write_begun
 from pneumo.config import Config, TuneConfig
 from pneumo.objective import smooth
 from pneumo.search import OBJECTIVE, Trial, to_distribution
-from pneumo.space import Scalar
+from pneumo.search_space import Scalar
 
 _STARTUP_SHARE = 4
 """TPE draws the first quarter of the trials at random, at least 4 and at most 10."""

@@ -25,7 +25,7 @@ from pneumo.model import Initialisation
 from pneumo.objective import Judgement, judge
 from pneumo.predict import Scores
 from pneumo.search import History, State, Trial
-from pneumo.space import Scalar
+from pneumo.search_space import Scalar
 
 _BEGUN, _STARTED, _SCORES, _ENDED = "trial.json", "start.json", "val.parquet", "end.json"
 

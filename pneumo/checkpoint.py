@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pneumo import storage
 from pneumo.config import Config
 from pneumo.errors import CheckpointError, RunError, StorageError
-from pneumo.revision import describe_code as describe_code
+from pneumo.version import describe_code as describe_code
 
 SCHEMA_VERSION = 2
 _INDEX = "index.json"

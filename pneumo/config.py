@@ -42,8 +42,8 @@ from pydantic_settings import (
 
 from pneumo import storage
 from pneumo.errors import ConfigError
-from pneumo.revision import REVISION
-from pneumo.space import Domain, Space, flatten, grid_points, sample
+from pneumo.search_space import Domain, Space, flatten, grid_points, sample
+from pneumo.version import REVISION
 
 M = TypeVar("M", bound=BaseModel)
 

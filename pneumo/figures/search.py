@@ -29,7 +29,7 @@ from pneumo.figures.style import (
 )
 from pneumo.objective import name_objective, smooth
 from pneumo.search import OBJECTIVE, Search, Trial
-from pneumo.space import Domain
+from pneumo.search_space import Domain
 
 _COLOURS = "viridis"
 _JUDGED = ("finished", "stopped")

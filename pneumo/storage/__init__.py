@@ -1,4 +1,4 @@
-"""Bytes by URL: a local path, `file://`, `s3://`, or what fsspec speaks. `from pneumo import storage`."""
+"""Bytes by URL: a local path, `file://`, `s3://`, or what fsspec speaks."""
 
 from pneumo.storage.objects import (
     ANONYMOUS,

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from cluster import package, ray_jobs
-from pneumo.revision import REVISION
+from pneumo.version import REVISION
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 DOCKERFILE = (CHECKOUT / "Dockerfile").read_text()

@@ -27,7 +27,7 @@ from packaging.specifiers import SpecifierSet
 from cluster import package, ray_jobs
 from cluster.submission import Submission, plan
 from pneumo.errors import AccessError, ConfigError
-from pneumo.revision import REVISION, find_revision
+from pneumo.version import REVISION, find_revision
 from tests.cluster.http_proxy import FaultyProxy, Rule
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 from pneumo import __version__
-from pneumo.revision import REVISION, describe, describe_code, find_revision
+from pneumo.version import REVISION, describe, describe_code, find_revision
 
 
 def test_what_the_environment_says_wins(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from pneumo.config import Config, check_space, override, parse_command_line
 from pneumo.errors import ConfigError
-from pneumo.space import Domain, flatten, grid_points, sample
+from pneumo.search_space import Domain, flatten, grid_points, sample
 
 
 def domain(*written: object) -> Domain:
