@@ -24,14 +24,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pneumo import storage
 from pneumo.config import Config
-from pneumo.dicom import GrayImage
 from pneumo.errors import (
     BadFilesError,
     ContentError,
     SourceError,
     StoreError,
 )
-from pneumo.files import Unusable, decode_file, read_file, read_files
+from pneumo.images.dicom import GrayImage
+from pneumo.images.dicom_files import Unusable, decode_file, read_file, read_files
 from pneumo.shards import (
     QUARANTINE,
     SHARD_SUFFIX,

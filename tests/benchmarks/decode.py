@@ -29,7 +29,7 @@ import pydicom
 from pydicom.pixels import pixel_array
 from threadpoolctl import threadpool_limits
 
-from pneumo.dicom import read_study_image
+from pneumo.images.dicom import read_study_image
 from pneumo.synthetic import write_phantoms
 
 Way = Callable[[bytes, int], npt.NDArray[Any] | None]

@@ -46,15 +46,15 @@ from pydicom.uid import (
     SecondaryCaptureImageStorage,
 )
 
-from pneumo.codecs import (
+from pneumo.errors import DicomError
+from pneumo.images.fast_dicom import PlainFile, read_plain
+from pneumo.images.gray_levels import Gray, apply_window, read_number, render_gray
+from pneumo.images.pixel_decoders import (
     MAX_PIXELS,
     decode_stored,
     read_format,
     read_jpeg_size,
 )
-from pneumo.errors import DicomError
-from pneumo.grayscale import Gray, apply_window, read_number, render_gray
-from pneumo.plain import PlainFile, read_plain
 from pneumo.studies import Box
 
 __all__ = [

@@ -32,9 +32,9 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from pneumo.codecs import decode_stored, read_format
-from pneumo.dicom import decode_gray, read_study_image
 from pneumo.errors import DicomError
+from pneumo.images.dicom import decode_gray, read_study_image
+from pneumo.images.pixel_decoders import decode_stored, read_format
 
 DicomMaker = Callable[..., bytes]
 Pixels = npt.NDArray[Any]

@@ -40,8 +40,8 @@ from pydicom.uid import (
     SecondaryCaptureImageStorage,
 )
 
-from pneumo.dicom import decode_gray, read_study_image
 from pneumo.errors import DicomError, DicomReason
+from pneumo.images.dicom import decode_gray, read_study_image
 
 REASONS = set(get_args(DicomReason))
 NUM_EXAMPLES = int(os.environ.get("DICOM_FUZZ_EXAMPLES", "300"))

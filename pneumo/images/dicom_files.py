@@ -9,8 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from pneumo import storage
-from pneumo.dicom import GrayImage, read_study_image
 from pneumo.errors import AccessError, DicomError, StorageError
+from pneumo.images.dicom import GrayImage, read_study_image
 
 _READS_AT_ONCE = 8
 """Files of a bucket that are read ahead: an answer takes as long as decoding ten."""

@@ -32,8 +32,8 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
 )
 
-from pneumo.codecs import FrameFormat, check_runs, choose_plugin
-from pneumo.dicom import (
+from pneumo.errors import DicomError, DicomReason
+from pneumo.images.dicom import (
     MAX_PIXELS,
     apply_window,
     decode_gray,
@@ -41,7 +41,7 @@ from pneumo.dicom import (
     parse_age,
     read_study_image,
 )
-from pneumo.errors import DicomError, DicomReason
+from pneumo.images.pixel_decoders import FrameFormat, check_runs, choose_plugin
 from pneumo.studies import Box
 
 DicomMaker = Callable[..., bytes]

@@ -21,8 +21,8 @@ from pydicom.pixels.processing import apply_color_lut
 from pydicom.uid import ExplicitVRBigEndian
 from scipy.special import expit
 
-from pneumo.codecs import FrameFormat, Stored, transfer_syntax
 from pneumo.errors import DicomError
+from pneumo.images.pixel_decoders import FrameFormat, Stored, transfer_syntax
 
 Gray = npt.NDArray[np.uint8]
 Values = npt.NDArray[np.float64]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from pydicom.uid import JPEGBaseline8Bit
 
-from pneumo.codecs import MAX_PIXELS, FrameFormat
+from pneumo.images.pixel_decoders import MAX_PIXELS, FrameFormat
 
 _LONG_LENGTHS = {b"OB", b"OW", b"OF", b"OD", b"OL", b"OV", b"SQ", b"UC", b"UN", b"UR", b"UT"}
 _SHORT_LENGTHS = {

@@ -1,0 +1,1 @@
+"""One radiograph: DICOM bytes in, an 8-bit gray image out."""
