@@ -19,9 +19,9 @@ SAMPLE_BYTES = 51_712
 """Of a shard for one 224 px study: 50,176 of pixels, the .npy and tar headers, the label. Measured;
 a test does it again."""
 BLOCK_SAMPLES = 64
-"""What one range request reads; pneumo.shards."""
+"""What one range request reads; pneumo.dataset.shards."""
 SHARD_SAMPLES = 512
-"""A full shard's; pneumo.shards."""
+"""A full shard's; pneumo.dataset.shards."""
 CHECKPOINT_BYTES = 134_000_000
 """ResNet-18's 11.17 M float32 parameters, and twice as much of Adam's: counted, by a test too."""
 IMAGES_PER_S_PER_GPU = 12_000.0

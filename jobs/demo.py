@@ -20,8 +20,8 @@ from jobs.train import train
 from jobs.tune import tune
 from pneumo import storage
 from pneumo.config import Invocation, parse_command_line
-from pneumo.studies import PRIVATE_FOLDER
-from pneumo.synthetic import write_phantoms
+from pneumo.dataset.phantoms.source_folder import write_phantoms
+from pneumo.dataset.source import PRIVATE_FOLDER
 
 PHANTOMS = Path("data/demo/phantoms")
 

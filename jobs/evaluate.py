@@ -23,12 +23,12 @@ from pneumo import storage
 from pneumo.baselines import Metadata
 from pneumo.comparison import ComparedRuns, Comparison, compare
 from pneumo.config import Config, EvaluateArguments, Invocation
+from pneumo.dataset.quality import read_contact_sheets, summarise_quality
+from pneumo.dataset.shards import Manifest, StudyRow, read_studies
 from pneumo.evaluate import Evaluation, check_complete, evaluate
 from pneumo.predict import Predictions, join_predictions
-from pneumo.quality import read_contact_sheets, summarise_quality
 from pneumo.report import DataFacts
 from pneumo.saliency import SaliencySummary
-from pneumo.shards import Manifest, StudyRow, read_studies
 from pneumo.tracking import open_tracker
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pneumo.checkpoint import CheckpointEntry
-from pneumo.shards import Manifest
+from pneumo.dataset.shards import Manifest
 from pneumo.tracking import Artifact
 
 _MAX_NAME = 128

@@ -11,6 +11,9 @@ import numpy.typing as npt
 
 from jobs.scoring import Explained, Scored, boxes_of, explain_studies, score_boxes
 from pneumo.config import Config
+from pneumo.dataset.quality import AGE_BIN_YEARS
+from pneumo.dataset.shards import StudyRow
+from pneumo.dataset.source import Box
 from pneumo.explain import (
     Choice,
     Draw,
@@ -24,7 +27,6 @@ from pneumo.explain import (
 from pneumo.figures import Case, Pictures
 from pneumo.operating_points import Decision
 from pneumo.predict import Predictions
-from pneumo.quality import AGE_BIN_YEARS
 from pneumo.saliency import (
     SaliencySummary,
     choose_iou_thresholds,
@@ -32,8 +34,6 @@ from pneumo.saliency import (
     scale_boxes,
     summarise_saliency,
 )
-from pneumo.shards import StudyRow
-from pneumo.studies import Box
 
 MAX_TOLD_AGE = 89
 """Years. Who is older is told of as one group: 45 CFR 164.514(b)(2)(i)(C)."""

@@ -18,7 +18,7 @@ from jobs.progress import Progress
 from jobs.session import ray_session
 from pneumo import storage
 from pneumo.config import Config, Invocation, PrepareArguments, override
-from pneumo.ingest import (
+from pneumo.dataset.preparation import (
     Part,
     ShardPlan,
     check_shards_are_there,
@@ -31,9 +31,9 @@ from pneumo.ingest import (
     plan_shards,
     prepare_shard,
 )
-from pneumo.shards import QUARANTINE, Manifest
-from pneumo.splits import Split, audit_split, recall_salt, remember_salt, split_studies
-from pneumo.studies import Source, read_source, read_split_list
+from pneumo.dataset.shards import QUARANTINE, Manifest
+from pneumo.dataset.source import Source, read_source, read_split_list
+from pneumo.dataset.splits import Split, audit_split, recall_salt, remember_salt, split_studies
 
 
 def prepare(invocation: Invocation) -> None:

@@ -35,8 +35,8 @@ from jobs.nodes import (
 from pneumo import storage
 from pneumo.checkpoint import CheckpointIndex, find_index
 from pneumo.config import ClusterConfig
+from pneumo.dataset.shards import read_manifest
 from pneumo.errors import ClusterError, ContentError, PneumoError, StorageError
-from pneumo.shards import read_manifest
 
 STOPPED = "stopped"
 """What an attempt returns that was told to stop and has written its checkpoint."""

@@ -21,6 +21,8 @@ from jobs.progress import Progress
 from jobs.session import worker_resources
 from pneumo.checkpoint import CheckpointEntry, load_checkpoint
 from pneumo.config import ClusterConfig, Config, DataConfig
+from pneumo.dataset.shards import Manifest, StudyRow, read_manifest
+from pneumo.dataset.source import Box
 from pneumo.errors import MetricError
 from pneumo.explain import Maps, class_activation, gradcam, randomised
 from pneumo.feeds import Samples
@@ -29,8 +31,6 @@ from pneumo.model import build_model
 from pneumo.partition import World
 from pneumo.predict import Logits, Member, prepare_input, score_pictures
 from pneumo.saliency import BoxScores, FixedMaps
-from pneumo.shards import Manifest, StudyRow, read_manifest
-from pneumo.studies import Box
 
 T = TypeVar("T")
 

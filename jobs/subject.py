@@ -16,10 +16,10 @@ from pneumo.checkpoint import (
     read_index,
 )
 from pneumo.config import EvaluateArguments, EvaluateConfig
+from pneumo.dataset.shards import Manifest, StudyRow, read_manifest
 from pneumo.errors import RunError, StoreError
 from pneumo.keeping import read_history
 from pneumo.predict import Predictions
-from pneumo.shards import Manifest, StudyRow, read_manifest
 
 METRICS = "metrics.json"
 PREDICTIONS = "predictions.parquet"

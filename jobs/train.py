@@ -44,10 +44,10 @@ from pneumo.config import (
     TrainArguments,
     override,
 )
+from pneumo.dataset.shards import Manifest, read_manifest
 from pneumo.errors import PreemptedError
 from pneumo.keeping import read_history
 from pneumo.partition import World
-from pneumo.shards import Manifest, read_manifest
 from pneumo.tracking import open_tracker
 from pneumo.train import check_run, fit
 

@@ -17,9 +17,9 @@ from jobs.trackers import finish_quietly, tracking_folder
 from jobs.trials import trial_config
 from pneumo import storage
 from pneumo.config import Config, TuneConfig
+from pneumo.dataset.shards import Manifest
 from pneumo.errors import PneumoError
 from pneumo.search import Trial
-from pneumo.shards import Manifest
 from pneumo.tracking import NullTracker, Tracker, TrackingOutcome, open_tracker
 
 _SENT = "tracked"

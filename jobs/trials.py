@@ -21,12 +21,12 @@ from jobs.records import drop_checkpoints, trial_url
 from jobs.session import uses_gpu, worker_resources
 from jobs.train import build_trainer
 from pneumo.config import Config, DataConfig, override
+from pneumo.dataset.shards import Manifest, read_studies
 from pneumo.errors import ClusterError, DivergedError
 from pneumo.feeds import Held
 from pneumo.hooks import Hooks
 from pneumo.loader import hold_split, input_size
 from pneumo.partition import World
-from pneumo.shards import Manifest, read_studies
 from pneumo.train import fit
 
 _DRIVER_MEMORY_BYTES = 200 * 2**20

@@ -37,6 +37,7 @@ from jobs.trial_tracking import TrialTracking
 from jobs.trials import make_trainable, share, trial_config, trials_at_once
 from pneumo import storage
 from pneumo.config import Config, Invocation, ModelConfig, TuneArguments, check_space
+from pneumo.dataset.shards import Manifest, read_manifest
 from pneumo.errors import ClusterError, ConfigError, RunError
 from pneumo.model import check_weights
 from pneumo.objective import describe_objective, knows_nothing
@@ -54,7 +55,6 @@ from pneumo.search import (
     rank,
     settings_to_confirm,
 )
-from pneumo.shards import Manifest, read_manifest
 from pneumo.train import check_sizes
 
 _IDENTITY = "search.json"

@@ -18,12 +18,12 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import OneHotEncoder
 
 from pneumo import metrics
+from pneumo.dataset.quality import name_age_band
+from pneumo.dataset.shards import StudyRow
 from pneumo.delong import PairedTest, delong_test
 from pneumo.errors import MetricError
 from pneumo.metrics import Estimate, Part, Statistic, within
 from pneumo.predict import Predictions
-from pneumo.quality import name_age_band
-from pneumo.shards import StudyRow
 
 FEATURES = ("view", "sex", "age", "spacing_mm")
 _RARE = 0.01

@@ -25,9 +25,9 @@ from torch import Tensor
 from pneumo import storage
 from pneumo.ahead import send
 from pneumo.cache import BlockCache
+from pneumo.dataset.shards import BlockEntry, Manifest, ShardEntry, decode_block, read_block
 from pneumo.errors import ContentError, DataError
 from pneumo.partition import Rows
-from pneumo.shards import BlockEntry, Manifest, ShardEntry, decode_block, read_block
 
 _READER = "pneumo-reader"
 _HELD_STEPS = 32

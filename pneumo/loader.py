@@ -16,10 +16,10 @@ from pneumo import memory, partition, transforms
 from pneumo.ahead import run_ahead, send
 from pneumo.cache import BlockCache
 from pneumo.config import AugmentConfig, DataConfig
+from pneumo.dataset.shards import Manifest, read_shard
 from pneumo.errors import ConfigError, DataError
 from pneumo.feeds import Blocks, Feed, Held, Memory, Samples, Stream
 from pneumo.partition import Rows, World
-from pneumo.shards import Manifest, read_shard
 
 _HOST_SHARE = 0.5
 """Splits may take this share of the free memory; the rest is for the model and for batches."""

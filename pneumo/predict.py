@@ -23,11 +23,11 @@ from scipy.special import expit
 from torch import Tensor, nn
 
 from pneumo.config import AugmentConfig
+from pneumo.dataset.shards import StudyRow
+from pneumo.dataset.source import Box
 from pneumo.errors import DataError
 from pneumo.feeds import to_input
 from pneumo.loader import Batch
-from pneumo.shards import StudyRow
-from pneumo.studies import Box
 from pneumo.transforms import augment, normalise
 
 StrArray = npt.NDArray[np.str_]

@@ -24,6 +24,7 @@ from torch import nn
 from pneumo import loader, partition, storage
 from pneumo.checkpoint import Checkpoint, copy_to_cpu, describe_code
 from pneumo.config import Config, TrainConfig
+from pneumo.dataset.shards import Manifest, read_manifest
 from pneumo.errors import (
     CheckpointError,
     ConfigError,
@@ -41,7 +42,6 @@ from pneumo.optimise import learning_rate
 from pneumo.outcomes import Divergence, Outcomes
 from pneumo.partition import World
 from pneumo.resumption import Resumption, find_last, take_up
-from pneumo.shards import Manifest, read_manifest
 from pneumo.tally import Tally
 from pneumo.timing import SlowData, StepTimes, read_gpu
 from pneumo.validation import validate

@@ -24,11 +24,11 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import ExplicitVRLittleEndian, JPEGBaseline8Bit, SecondaryCaptureImageStorage
 
-from pneumo import shards
 from pneumo.config import SplitConfig
-from pneumo.shards import Manifest, Sample, SplitEntry, StudyRow
-from pneumo.splits import Interval, LeakageAudit
-from pneumo.studies import Box
+from pneumo.dataset import shards
+from pneumo.dataset.shards import Manifest, Sample, SplitEntry, StudyRow
+from pneumo.dataset.source import Box
+from pneumo.dataset.splits import Interval, LeakageAudit
 
 DicomMaker = Callable[..., bytes]
 FolderMaker = Callable[..., Path]

@@ -18,9 +18,9 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from pneumo.dataset.source import Box
 from pneumo.explain import FindingErrors, Maps, Outcome, Why
 from pneumo.figures.style import INK, STYLE, encode_figure, say_nothing
-from pneumo.studies import Box
 
 RIGHT = "#1a7f37"
 WRONG = "#cf222e"

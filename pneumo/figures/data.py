@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from pneumo.dataset.quality import AGE_BIN_YEARS, UNKNOWN, ContactSheet, Quality
 from pneumo.figures.style import (
     SPLIT_STYLES,
     STYLE,
@@ -20,7 +21,6 @@ from pneumo.figures.style import (
     encode_image,
     say_nothing,
 )
-from pneumo.quality import AGE_BIN_YEARS, UNKNOWN, ContactSheet, Quality
 
 CONTACT_PIXELS = 128
 """Height and width of a picture in a contact sheet, at most."""

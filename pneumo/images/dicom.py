@@ -46,6 +46,7 @@ from pydicom.uid import (
     SecondaryCaptureImageStorage,
 )
 
+from pneumo.dataset.source import Box
 from pneumo.errors import DicomError
 from pneumo.images.fast_dicom import PlainFile, read_plain
 from pneumo.images.gray_levels import Gray, apply_window, read_number, render_gray
@@ -55,7 +56,6 @@ from pneumo.images.pixel_decoders import (
     read_format,
     read_jpeg_size,
 )
-from pneumo.studies import Box
 
 __all__ = [
     "MAX_PIXELS",

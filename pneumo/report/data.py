@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pneumo import figures
-from pneumo.quality import Quality, SplitQuality
+from pneumo.dataset.quality import Quality, SplitQuality
+from pneumo.dataset.shards import Duplicates
+from pneumo.dataset.splits import LeakageAudit
 from pneumo.report.drawings import embed, inline
 from pneumo.report.facts import DataFacts
 from pneumo.report.words import count, fine_percent, percent, percent_range
-from pneumo.shards import Duplicates
-from pneumo.splits import LeakageAudit
 
 
 def describe_data(data: DataFacts) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from pneumo.quality import ContactSheet, Quality
-from pneumo.splits import LeakageAudit
+from pneumo.dataset.quality import ContactSheet, Quality
+from pneumo.dataset.splits import LeakageAudit
 
 
 @dataclass(frozen=True)

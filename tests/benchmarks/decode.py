@@ -29,8 +29,8 @@ import pydicom
 from pydicom.pixels import pixel_array
 from threadpoolctl import threadpool_limits
 
+from pneumo.dataset.phantoms.source_folder import write_phantoms
 from pneumo.images.dicom import read_study_image
-from pneumo.synthetic import write_phantoms
 
 Way = Callable[[bytes, int], npt.NDArray[Any] | None]
 _REFERENCE = "pixel_array + area"

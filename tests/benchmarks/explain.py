@@ -23,11 +23,11 @@ from jobs.scoring import Scored, Scoring, Weights, boxes_of, score_boxes, score_
 from jobs.session import ray_session
 from pneumo.checkpoint import Checkpoint, claim_run, read_index, save_checkpoint
 from pneumo.config import Config, ModelConfig
+from pneumo.dataset.shards import read_manifest, read_studies
+from pneumo.dataset.source import Box
 from pneumo.explain import Maps, class_activation, gradcam, randomised
 from pneumo.model import gradcam_layer
 from pneumo.saliency import FixedMaps, centre_map, prior_map
-from pneumo.shards import read_manifest, read_studies
-from pneumo.studies import Box
 from tests.benchmarks.prepare import Sampler
 from tests.conftest import _write_store as write_store
 

@@ -60,11 +60,11 @@ from torchvision.transforms import InterpolationMode, v2
 
 from pneumo import storage, transforms
 from pneumo.config import AugmentConfig, DataConfig
+from pneumo.dataset.phantoms.drawing import render_study
+from pneumo.dataset.phantoms.source_folder import draw_population
+from pneumo.dataset.shards import Manifest, Sample, ShardEntry, SplitEntry, write_shard
 from pneumo.loader import Loader, open_loader
 from pneumo.partition import World
-from pneumo.phantom import render_study
-from pneumo.shards import Manifest, Sample, ShardEntry, SplitEntry, write_shard
-from pneumo.synthetic import draw_population
 from tests.s3 import server
 
 BATCH_SIZE = 64

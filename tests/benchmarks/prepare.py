@@ -31,9 +31,9 @@ import psutil
 from jobs import prepare
 from jobs.session import ray_session
 from pneumo.config import Config
+from pneumo.dataset.source import read_source
+from pneumo.dataset.splits import split_studies
 from pneumo.images.dicom import read_study_image
-from pneumo.splits import split_studies
-from pneumo.studies import read_source
 from tests.benchmarks.sources import find_real_data, list_images, write_linked_source
 from tests.conftest import encode_dicom
 

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from pneumo.synthetic import write_phantoms
+from pneumo.dataset.phantoms.source_folder import write_phantoms
 
 FINDINGS = ("Lung Opacity", "Normal", "No Lung Opacity / Not Normal")
 _LINKS = 20_000

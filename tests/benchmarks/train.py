@@ -40,13 +40,13 @@ from jobs import prepare
 from jobs import train as train_job
 from jobs.session import WORKER_ENVIRONMENT, ray_session
 from pneumo.config import Config, parse_command_line
+from pneumo.dataset.phantoms.source_folder import write_phantoms
 from pneumo.hooks import Hooks
 from pneumo.keeping import read_history
 from pneumo.learner import Learner
 from pneumo.loader import Batch
 from pneumo.model import build_model, initialise
 from pneumo.partition import World
-from pneumo.synthetic import write_phantoms
 from pneumo.train import fit
 from tests.benchmarks.sources import write_linked_source
 

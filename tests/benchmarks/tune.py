@@ -35,12 +35,12 @@ from jobs.train import build_trainer
 from jobs.trials import share, trial_config
 from jobs.tune import search
 from pneumo.config import Config, override, parse_command_line
+from pneumo.dataset.phantoms.source_folder import write_phantoms
+from pneumo.dataset.shards import Manifest, read_manifest
 from pneumo.feeds import Held
 from pneumo.hooks import Hooks
 from pneumo.partition import World
 from pneumo.search import Search
-from pneumo.shards import Manifest, read_manifest
-from pneumo.synthetic import write_phantoms
 from pneumo.train import fit
 
 GOAL = 3.0

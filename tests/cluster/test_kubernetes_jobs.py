@@ -125,7 +125,15 @@ def test_submit_queue_run_log_and_exit_code(
 ) -> None:
     source, store = tmp_path / "source", tmp_path / "store"
     subprocess.run(
-        [sys.executable, "-m", "pneumo.synthetic", "--out", str(source), "--studies", "40"],
+        [
+            sys.executable,
+            "-m",
+            "pneumo.dataset.phantoms.source_folder",
+            "--out",
+            str(source),
+            "--studies",
+            "40",
+        ],
         cwd=CHECKOUT,
         capture_output=True,
         check=True,

@@ -412,7 +412,15 @@ def test_a_train_on_an_empty_store_is_the_users_mistake(
 def test_prepare_train_and_evaluate_on_the_cluster(ray_cluster: RayCluster, tmp_path: Path) -> None:
     source, store, run = (str(tmp_path / name) for name in ("source", "store", "run"))
     subprocess.run(
-        [sys.executable, "-m", "pneumo.synthetic", "--out", source, "--studies", "150"],
+        [
+            sys.executable,
+            "-m",
+            "pneumo.dataset.phantoms.source_folder",
+            "--out",
+            source,
+            "--studies",
+            "150",
+        ],
         cwd=CHECKOUT,
         env=dict(ray_cluster.environ),
         capture_output=True,

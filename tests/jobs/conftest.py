@@ -16,7 +16,7 @@ import pytest
 from jobs import prepare, train
 from jobs.session import ray_session
 from pneumo.checkpoint import claim_run, load_checkpoint, read_index, save_checkpoint
-from pneumo.synthetic import write_phantoms
+from pneumo.dataset.phantoms.source_folder import write_phantoms
 
 NUM_STUDIES = 90
 OVERFLOW = 3.4e38

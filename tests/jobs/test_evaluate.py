@@ -25,10 +25,7 @@ from jobs.scoring import (
 )
 from pneumo.checkpoint import read_index
 from pneumo.config import Config, override
-from pneumo.operating_points import Decision
-from pneumo.predict import Predictions, sigmoid
-from pneumo.saliency import MAPS, MEASURES, RankedMap, box_mask, prior_map, score_map
-from pneumo.shards import (
+from pneumo.dataset.shards import (
     Duplicates,
     StudyRow,
     read_manifest,
@@ -36,6 +33,9 @@ from pneumo.shards import (
     tabulate_studies,
     write_studies,
 )
+from pneumo.operating_points import Decision
+from pneumo.predict import Predictions, sigmoid
+from pneumo.saliency import MAPS, MEASURES, RankedMap, box_mask, prior_map, score_map
 from pneumo.tracking import Gallery, MemoryTracker, Table
 from tests.identifiers import Identifiers
 from tests.jobs.conftest import NUM_STUDIES, SMALL, Prepared

@@ -15,11 +15,11 @@ from PIL import Image
 
 from jobs import evaluate, predict
 from pneumo.checkpoint import claim_run, load_checkpoint, read_index, save_checkpoint
+from pneumo.dataset.shards import digest_pixels, read_manifest, read_studies
+from pneumo.dataset.source import read_source
 from pneumo.images.dicom import GrayImage
 from pneumo.images.dicom_files import read_pictures
 from pneumo.predict import Predictions
-from pneumo.shards import digest_pixels, read_manifest, read_studies
-from pneumo.studies import read_source
 from tests.conftest import DicomMaker
 from tests.jobs.conftest import Prepared
 

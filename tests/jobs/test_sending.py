@@ -17,12 +17,12 @@ from jobs.scoring import Scored, Scoring, Weights
 from jobs.subject import Subject
 from pneumo.checkpoint import Checkpoint, CheckpointEntry
 from pneumo.config import Config, EvaluateConfig, override
+from pneumo.dataset.quality import ContactSheet
+from pneumo.dataset.shards import read_manifest
+from pneumo.dataset.source import Box
 from pneumo.evaluate import evaluate
 from pneumo.figures import Case, Pictures
 from pneumo.predict import Predictions
-from pneumo.quality import ContactSheet
-from pneumo.shards import read_manifest
-from pneumo.studies import Box
 from pneumo.tracking import Gallery, LineChart, MemoryTracker, Picture, PictureTable, Table
 from tests.pneumo.test_report import DATA
 from tests.pneumo.test_report_degenerate import damage, predictions

@@ -14,9 +14,9 @@ from jobs.trial_tracking import TrialTracking, log_trial
 from pneumo import storage
 from pneumo.config import Config, override
 from pneumo.dashboards import build_views, describe_view
+from pneumo.dataset.shards import read_manifest
 from pneumo.errors import StorageError
 from pneumo.search import Trial
-from pneumo.shards import read_manifest
 from pneumo.tracking import MemoryTracker, Page, Table
 from tests.jobs.conftest import Prepared
 from tests.searches import make_search

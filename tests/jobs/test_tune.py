@@ -28,13 +28,13 @@ from jobs.train import with_absolute_weights
 from jobs.trials import share, trial_config, trials_at_once
 from jobs.tune import check_search
 from pneumo.config import Config, override, parse_command_line
+from pneumo.dataset.shards import read_manifest
 from pneumo.errors import ClusterError, ConfigError
 from pneumo.hooks import Hooks, Start
 from pneumo.loader import open_loaders
 from pneumo.model import Initialisation, build_model
 from pneumo.partition import World
 from pneumo.search import ERROR, OBJECTIVE
-from pneumo.shards import read_manifest
 from tests.jobs.conftest import SMALL, Prepared
 from tests.jobs.test_prepare import kill
 

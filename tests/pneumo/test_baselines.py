@@ -18,8 +18,8 @@ from pneumo.baselines import (
     metadata_parts,
     view_parts,
 )
+from pneumo.dataset.shards import StudyRow
 from pneumo.errors import MetricError
-from pneumo.shards import StudyRow
 from tests.predictions import make_predictions
 
 

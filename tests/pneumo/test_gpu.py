@@ -12,10 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pneumo import loader, shards, transforms
+from pneumo import loader, transforms
 from pneumo.ahead import run_ahead, send
 from pneumo.checkpoint import load_checkpoint, read_index
 from pneumo.config import AugmentConfig, Config, DataConfig, TrainConfig, override
+from pneumo.dataset import shards
 from pneumo.hooks import Hooks
 from pneumo.learner import Learner
 from pneumo.loader import Batch

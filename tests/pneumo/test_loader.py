@@ -16,12 +16,13 @@ import pytest
 import torch
 from blake3 import blake3
 
-from pneumo import feeds, loader, partition, shards, storage, transforms
+from pneumo import feeds, loader, partition, storage, transforms
 from pneumo.config import AugmentConfig, Config, DataConfig, override
+from pneumo.dataset import shards
+from pneumo.dataset.shards import Manifest, Sample
 from pneumo.errors import ConfigError, DataError
 from pneumo.loader import Batch, Loader, choose_ways
 from pneumo.partition import World
-from pneumo.shards import Manifest, Sample
 
 StoreMaker = Callable[..., str]
 

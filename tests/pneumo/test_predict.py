@@ -18,8 +18,11 @@ from hypothesis.extra.numpy import arrays
 from scipy.special import expit
 from torch import nn
 
-from pneumo import loader, shards
+from pneumo import loader
 from pneumo.config import DataConfig
+from pneumo.dataset import shards
+from pneumo.dataset.shards import StudyRow
+from pneumo.dataset.source import Box
 from pneumo.errors import DataError
 from pneumo.loader import Batch
 from pneumo.model import build_model
@@ -38,8 +41,6 @@ from pneumo.predict import (
     score_pictures,
     sigmoid,
 )
-from pneumo.shards import StudyRow
-from pneumo.studies import Box
 
 SIDE = 64
 StoreMaker = Callable[..., str]

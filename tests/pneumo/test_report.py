@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 
 from pneumo.config import Config, EvaluateConfig
+from pneumo.dataset.quality import ContactSheet, Intensity, Quality, Shift, SplitQuality
+from pneumo.dataset.shards import Duplicates
+from pneumo.dataset.source import Box
+from pneumo.dataset.splits import SPLITS, Interval, LeakageAudit
 from pneumo.evaluate import evaluate
 from pneumo.figures import Case, Pictures
 from pneumo.predict import Predictions, sigmoid
-from pneumo.quality import ContactSheet, Intensity, Quality, Shift, SplitQuality
 from pneumo.report import (
     DataFacts,
     ModelFacts,
@@ -22,9 +25,6 @@ from pneumo.report import (
     render_report,
     summarise,
 )
-from pneumo.shards import Duplicates
-from pneumo.splits import SPLITS, Interval, LeakageAudit
-from pneumo.studies import Box
 
 HISTORY = [{"epoch": 1, "train/loss": 0.9, "val/loss": 0.8, "val/auroc": 0.7}]
 AUDIT = LeakageAudit(

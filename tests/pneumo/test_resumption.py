@@ -11,10 +11,10 @@ import pytest
 
 from pneumo.checkpoint import Checkpoint, claim_run, read_index, save_checkpoint
 from pneumo.config import Config
+from pneumo.dataset.shards import read_manifest
 from pneumo.errors import RunError
 from pneumo.partition import World
 from pneumo.resumption import take_up
-from pneumo.shards import read_manifest
 from tests.ranks import run_ranks
 
 StoreMaker = Callable[..., str]
@@ -45,7 +45,7 @@ _RANK = """
 from pneumo.config import Config
 from pneumo.errors import PneumoError
 from pneumo.resumption import take_up
-from pneumo.shards import read_manifest
+from pneumo.dataset.shards import read_manifest
 
 (store_url,) = arguments
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from sklearn.metrics import average_precision_score
 
+from pneumo.dataset.source import Box
 from pneumo.errors import MetricError
 from pneumo.saliency import (
     IOU_THRESHOLDS,
@@ -31,7 +32,6 @@ from pneumo.saliency import (
     uniform_map,
     widen,
 )
-from pneumo.studies import Box
 
 SIZE = 12
 boxes_on_map = st.lists(

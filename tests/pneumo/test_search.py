@@ -12,6 +12,7 @@ import pytest
 import tomli_w
 
 from pneumo.config import Config, override
+from pneumo.dataset.shards import read_manifest
 from pneumo.objective import Judgement
 from pneumo.search import (
     Choice,
@@ -28,7 +29,6 @@ from pneumo.search import (
     settings_to_confirm,
     to_parquet,
 )
-from pneumo.shards import read_manifest
 from tests.conftest import StoreMaker
 from tests.searches import make_search, trial
 

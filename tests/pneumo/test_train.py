@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from pneumo import shards, storage
+from pneumo import storage
 from pneumo.checkpoint import (
     Checkpoint,
     claim_run,
@@ -29,6 +29,7 @@ from pneumo.checkpoint import (
     save_checkpoint,
 )
 from pneumo.config import Config, TrainConfig, override
+from pneumo.dataset import shards
 from pneumo.errors import (
     CheckpointError,
     ConfigError,

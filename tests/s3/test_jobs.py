@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from pneumo import storage
-from pneumo.shards import read_manifest, read_quarantine
-from pneumo.synthetic import write_phantoms
+from pneumo.dataset.phantoms.source_folder import write_phantoms
+from pneumo.dataset.shards import read_manifest, read_quarantine
 from tests.identifiers import Identifiers
 from tests.jobs.conftest import run_module
 

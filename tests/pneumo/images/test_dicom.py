@@ -32,6 +32,7 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
 )
 
+from pneumo.dataset.source import Box
 from pneumo.errors import DicomError, DicomReason
 from pneumo.images.dicom import (
     MAX_PIXELS,
@@ -42,7 +43,6 @@ from pneumo.images.dicom import (
     read_study_image,
 )
 from pneumo.images.pixel_decoders import FrameFormat, check_runs, choose_plugin
-from pneumo.studies import Box
 
 DicomMaker = Callable[..., bytes]
 Pixels = npt.NDArray[Any]

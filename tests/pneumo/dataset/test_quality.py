@@ -16,8 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pneumo.config import SplitConfig
-from pneumo.errors import DataError
-from pneumo.quality import (
+from pneumo.dataset.quality import (
     AGE_BANDS,
     UNKNOWN,
     Intensity,
@@ -30,7 +29,7 @@ from pneumo.quality import (
     standardise_difference,
     summarise_quality,
 )
-from pneumo.shards import (
+from pneumo.dataset.shards import (
     Duplicates,
     FileEntry,
     Manifest,
@@ -40,7 +39,8 @@ from pneumo.shards import (
     read_manifest,
     read_studies,
 )
-from pneumo.splits import SPLITS, Interval, LeakageAudit
+from pneumo.dataset.splits import SPLITS, Interval, LeakageAudit
+from pneumo.errors import DataError
 
 FINDINGS = ("Lung Opacity", "No Lung Opacity / Not Normal", "Normal")
 

@@ -17,10 +17,10 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from pneumo.dataset.shards import Duplicates, Manifest, Sample, StudyRow, decode_block, read_block
+from pneumo.dataset.source import Finding
+from pneumo.dataset.splits import SPLITS, count_draws
 from pneumo.errors import DataError
-from pneumo.shards import Duplicates, Manifest, Sample, StudyRow, decode_block, read_block
-from pneumo.splits import SPLITS, count_draws
-from pneumo.studies import Finding
 
 UNKNOWN = "unknown"
 AGE_BANDS: Mapping[str, int] = {

@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydicom.uid import JPEGBaseline8Bit, SecondaryCaptureImageStorage
 
-from pneumo import phantom, synthetic
+from pneumo.dataset.phantoms import drawing, source_folder
 from pneumo.errors import SourceError
 
 FINDINGS = {"Lung Opacity", "No Lung Opacity / Not Normal", "Normal"}
@@ -24,7 +24,7 @@ NUM_STUDIES = 24
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("phantoms") / "kaggle"
-    summary = synthetic.write_phantoms(out, num_studies=NUM_STUDIES, seed=3, num_processes=1)
+    summary = source_folder.write_phantoms(out, num_studies=NUM_STUDIES, seed=3, num_processes=1)
     return out, summary
 
 
@@ -38,7 +38,7 @@ def contents(folder):
 
 
 def run_cli(*arguments):
-    command = [sys.executable, "-m", "pneumo.synthetic", *map(str, arguments)]
+    command = [sys.executable, "-m", "pneumo.dataset.phantoms.source_folder", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -48,7 +48,7 @@ def run_cli(*arguments):
 @given(seed=st.integers(0, 2**32), num_studies=st.integers(1, 300))
 @settings(max_examples=25, deadline=None)
 def test_population_keeps_its_promises_at_any_size(seed, num_studies):
-    studies = synthetic.draw_population(num_studies, seed)
+    studies = source_folder.draw_population(num_studies, seed)
     assert len(studies) == num_studies == len({s.name for s in studies})
     assert [s.name for s in studies] == sorted(s.name for s in studies)
     findings = Counter(s.finding for s in studies)
@@ -63,7 +63,7 @@ def test_population_keeps_its_promises_at_any_size(seed, num_studies):
 
 
 def test_population_has_the_shares_of_the_real_one():
-    studies = synthetic.draw_population(4000, seed=1)
+    studies = source_folder.draw_population(4000, seed=1)
     patients = Counter(s.patient.index for s in studies)
     assert 1.9 < len(studies) / len(patients) < 2.8
     assert max(patients.values()) > 15
@@ -81,17 +81,17 @@ def test_population_has_the_shares_of_the_real_one():
 
 
 def test_a_patients_studies_share_anatomy_but_not_the_picture():
-    studies = [s for s in synthetic.draw_population(20, seed=0) if s.patient.index == 0]
+    studies = [s for s in source_folder.draw_population(20, seed=0) if s.patient.index == 0]
     assert len(studies) >= 2
     assert len({s.patient.anatomy for s in studies}) == 1
-    first, second = (phantom.render_study(s).pixels for s in studies[:2])
+    first, second = (drawing.render_study(s).pixels for s in studies[:2])
     assert not np.array_equal(first, second)
 
 
 @pytest.mark.parametrize(("num_studies", "seed"), [(0, 0), (-1, 0), (5, -1)])
 def test_population_refuses_impossible_arguments(num_studies, seed):
     with pytest.raises(ValueError, match="expected >= 1 and >= 0"):
-        synthetic.draw_population(num_studies, seed)
+        source_folder.draw_population(num_studies, seed)
 
 
 # --- the pictures
@@ -101,9 +101,9 @@ def test_population_refuses_impossible_arguments(num_studies, seed):
 @given(seed=st.integers(0, 2**32))
 @settings(max_examples=8, deadline=None)
 def test_boxes_hold_the_opacity_and_nothing_else_changes(seed):
-    study = next(s for s in synthetic.draw_population(6, seed) if s.positive)
-    drawn = phantom.render_study(study)
-    clear = phantom.render_study(study, with_opacity=False)
+    study = next(s for s in source_folder.draw_population(6, seed) if s.positive)
+    drawn = drawing.render_study(study)
+    clear = drawing.render_study(study, with_opacity=False)
     assert drawn.pixels.shape == (1024, 1024)
     assert drawn.pixels.dtype == np.uint8
     assert not clear.boxes
@@ -124,17 +124,17 @@ def test_boxes_hold_the_opacity_and_nothing_else_changes(seed):
 
 
 def test_a_study_is_the_same_wherever_it_is_rendered_and_differs_between_seeds():
-    one, other = (synthetic.draw_population(3, seed)[0] for seed in (0, 1))
-    first, again = phantom.render_study(one), phantom.render_study(one)
+    one, other = (source_folder.draw_population(3, seed)[0] for seed in (0, 1))
+    first, again = drawing.render_study(one), drawing.render_study(one)
     assert np.array_equal(first.pixels, again.pixels)
     assert first.boxes == again.boxes
-    assert not np.array_equal(first.pixels, phantom.render_study(other).pixels)
+    assert not np.array_equal(first.pixels, drawing.render_study(other).pixels)
     assert one.name != other.name
 
 
 def test_median_box_covers_about_six_percent():
-    positives = [s for s in synthetic.draw_population(120, seed=5) if s.positive]
-    boxes = [b for s in positives for b in phantom.render_study(s).boxes]
+    positives = [s for s in source_folder.draw_population(120, seed=5) if s.positive]
+    boxes = [b for s in positives for b in drawing.render_study(s).boxes]
     assert 0.04 < np.median([b.width * b.height for b in boxes]) / 1024**2 < 0.085
 
 
@@ -191,27 +191,27 @@ def test_headers_have_the_real_quirks(folder):
 
 def test_bytes_do_not_depend_on_the_number_of_processes(folder, tmp_path):
     out, _ = folder
-    synthetic.write_phantoms(tmp_path, num_studies=NUM_STUDIES, seed=3, num_processes=2)
+    source_folder.write_phantoms(tmp_path, num_studies=NUM_STUDIES, seed=3, num_processes=2)
     assert contents(tmp_path) == contents(out)
 
 
 def test_a_whole_folder_is_left_alone_and_a_damaged_one_mended(tmp_path):
-    first = synthetic.write_phantoms(tmp_path, num_studies=3, seed=0)
+    first = source_folder.write_phantoms(tmp_path, num_studies=3, seed=0)
     whole = contents(tmp_path)
     stamps = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
-    second = synthetic.write_phantoms(tmp_path, num_studies=3, seed=0)
+    second = source_folder.write_phantoms(tmp_path, num_studies=3, seed=0)
     assert (first.reused, second.reused) == (False, True)
     assert stamps == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     image = next((tmp_path / "stage_2_train_images").iterdir())
     for damage in (image.unlink, lambda: image.write_bytes(b"half")):
         damage()
-        assert not synthetic.write_phantoms(tmp_path, num_studies=3, seed=0).reused
+        assert not source_folder.write_phantoms(tmp_path, num_studies=3, seed=0).reused
         assert contents(tmp_path) == whole
 
 
 def test_a_half_written_folder_is_written_anew(tmp_path):
     whole, half = tmp_path / "whole", tmp_path / "half"
-    synthetic.write_phantoms(whole, num_studies=3, seed=0)
+    source_folder.write_phantoms(whole, num_studies=3, seed=0)
     expected = contents(whole)
     # What an interrupted run leaves: the claim, some images, no marker.
     half.mkdir()
@@ -221,27 +221,27 @@ def test_a_half_written_folder_is_written_anew(tmp_path):
     (half / "stage_2_train_images").mkdir()
     name = next((whole / "stage_2_train_images").iterdir()).name
     (half / "stage_2_train_images" / name).write_bytes(b"cut sh")
-    assert not synthetic.write_phantoms(half, num_studies=3, seed=0).reused
+    assert not source_folder.write_phantoms(half, num_studies=3, seed=0).reused
     assert contents(half) == expected
 
 
 def test_a_folder_of_something_else_is_refused_untouched(tmp_path):
     (tmp_path / "thesis.txt").write_text("do not touch")
     with pytest.raises(SourceError, match="name another folder"):
-        synthetic.write_phantoms(tmp_path, num_studies=3, seed=0)
+        source_folder.write_phantoms(tmp_path, num_studies=3, seed=0)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
 def test_phantoms_of_other_arguments_are_refused_by_both_values(tmp_path):
-    synthetic.write_phantoms(tmp_path, num_studies=1, seed=0)
+    source_folder.write_phantoms(tmp_path, num_studies=1, seed=0)
     with pytest.raises(SourceError, match=r"got .*num_studies 1, .*expected .*num_studies 2"):
-        synthetic.write_phantoms(tmp_path, num_studies=2, seed=0)
+        source_folder.write_phantoms(tmp_path, num_studies=2, seed=0)
 
 
 def test_a_path_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SourceError, match="name a folder that can be written"):
-        synthetic.write_phantoms(tmp_path / "file", num_studies=1, seed=0)
+        source_folder.write_phantoms(tmp_path / "file", num_studies=1, seed=0)
 
 
 # --- the command
@@ -269,7 +269,7 @@ def test_command_answers_mistakes_with_one_line_and_exit_code_2(tmp_path):
 @pytest.mark.parametrize("flag", ["--studies=0", "--seed=-1", "--jobs=0"])
 def test_flags_out_of_range_are_refused(flag, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_info:
-        synthetic.main(["--out", str(tmp_path / "x"), flag])
+        source_folder.main(["--out", str(tmp_path / "x"), flag])
     assert exit_info.value.code == 2
     assert "or more" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from pneumo.config import SplitConfig
-from pneumo.errors import SourceError
-from pneumo.splits import (
+from pneumo.dataset.source import Finding, Study, read_source
+from pneumo.dataset.splits import (
     SPLITS,
     LeakageAudit,
     Split,
@@ -28,7 +28,7 @@ from pneumo.splits import (
     remember_salt,
     split_studies,
 )
-from pneumo.studies import Finding, Study, read_source
+from pneumo.errors import SourceError
 
 FINDINGS: tuple[Finding, ...] = ("Lung Opacity", "Normal", "No Lung Opacity / Not Normal")
 

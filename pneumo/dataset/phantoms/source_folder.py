@@ -1,6 +1,6 @@
 """Phantom chest X-rays in the layout of Kaggle's RSNA Pneumonia data: the embedded default data.
 
-    python -m pneumo.synthetic --out data/phantoms --studies 200 --seed 0
+    python -m pneumo.dataset.phantoms.source_folder --out data/phantoms --studies 200 --seed 0
 
 Nothing here comes from a patient: every picture is drawn from (seed, patient index, study index).
 The population keeps what makes the real data hard: several studies of one patient, AP views far
@@ -38,8 +38,7 @@ from pydicom.encaps import encapsulate
 from pydicom.uid import UID, JPEGBaseline8Bit, SecondaryCaptureImageStorage
 from tqdm import tqdm
 
-from pneumo.errors import SourceError, UserError
-from pneumo.phantom import (
+from pneumo.dataset.phantoms.drawing import (
     HEADER,
     IMAGE_SIDE_PX,
     Anatomy,
@@ -50,6 +49,7 @@ from pneumo.phantom import (
     generator,
     render_study,
 )
+from pneumo.errors import SourceError, UserError
 
 Item = TypeVar("Item")
 
@@ -399,7 +399,7 @@ def _write_tables(
 def main(argv: Sequence[str] | None = None) -> int:
     """Write a folder of phantoms; return 0, or 2 for a mistake in the arguments."""
     parser = argparse.ArgumentParser(
-        prog="python -m pneumo.synthetic",
+        prog="python -m pneumo.dataset.phantoms.source_folder",
         description="Write phantom chest X-rays in the layout of Kaggle's RSNA Pneumonia data.",
     )
     add = parser.add_argument

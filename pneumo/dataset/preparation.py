@@ -24,15 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pneumo import storage
 from pneumo.config import Config
-from pneumo.errors import (
-    BadFilesError,
-    ContentError,
-    SourceError,
-    StoreError,
-)
-from pneumo.images.dicom import GrayImage
-from pneumo.images.dicom_files import Unusable, decode_file, read_file, read_files
-from pneumo.shards import (
+from pneumo.dataset.shards import (
     QUARANTINE,
     SHARD_SUFFIX,
     Manifest,
@@ -52,8 +44,16 @@ from pneumo.shards import (
     write_shard,
     write_studies,
 )
-from pneumo.splits import SPLITS, LeakageAudit, audit_split, check_shards
-from pneumo.studies import Rejected, Source, Study
+from pneumo.dataset.source import Rejected, Source, Study
+from pneumo.dataset.splits import SPLITS, LeakageAudit, audit_split, check_shards
+from pneumo.errors import (
+    BadFilesError,
+    ContentError,
+    SourceError,
+    StoreError,
+)
+from pneumo.images.dicom import GrayImage
+from pneumo.images.dicom_files import Unusable, decode_file, read_file, read_files
 
 PARTS = "parts"
 CLAIM = "parts/claim.json"

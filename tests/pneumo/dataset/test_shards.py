@@ -23,10 +23,11 @@ from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pneumo import shards, storage
+from pneumo import storage
+from pneumo.dataset import shards
+from pneumo.dataset.shards import Duplicates, FileEntry, Manifest, Sample, ShardEntry, StudyRow
+from pneumo.dataset.source import Box, Rejected
 from pneumo.errors import DataError, StoreError
-from pneumo.shards import Duplicates, FileEntry, Manifest, Sample, ShardEntry, StudyRow
-from pneumo.studies import Box, Rejected
 
 StoreMaker = Callable[..., str]
 SIZE = 8

@@ -28,9 +28,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from pneumo import storage
 from pneumo.config import SplitConfig
+from pneumo.dataset.source import Box, Rejected
+from pneumo.dataset.splits import SPLITS, LeakageAudit
 from pneumo.errors import ContentError, DataError, StoreError
-from pneumo.splits import SPLITS, LeakageAudit
-from pneumo.studies import Box, Rejected
 
 SCHEMA_VERSION = 4
 MANIFEST = "manifest.json"

@@ -27,8 +27,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from pneumo import storage
 from pneumo.config import Config, override
-from pneumo.errors import AccessError, BadFilesError, SourceError, StorageError, StoreError
-from pneumo.ingest import (
+from pneumo.dataset.preparation import (
     Part,
     Receipt,
     ShardPlan,
@@ -41,9 +40,10 @@ from pneumo.ingest import (
     plan_shards,
     prepare_shard,
 )
-from pneumo.shards import Manifest, read_manifest, read_shard, read_studies, sample_bytes
-from pneumo.splits import SPLITS, Split, audit_split, split_studies
-from pneumo.studies import Source, derive_file_key, read_source
+from pneumo.dataset.shards import Manifest, read_manifest, read_shard, read_studies, sample_bytes
+from pneumo.dataset.source import Source, derive_file_key, read_source
+from pneumo.dataset.splits import SPLITS, Split, audit_split, split_studies
+from pneumo.errors import AccessError, BadFilesError, SourceError, StorageError, StoreError
 
 FolderMaker = Callable[..., Path]
 DicomMaker = Callable[..., bytes]

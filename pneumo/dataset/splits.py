@@ -24,8 +24,8 @@ from scipy.stats import beta, hypergeom
 
 from pneumo import storage
 from pneumo.config import NUM_SALTS, SplitConfig
+from pneumo.dataset.source import PRIVATE_FOLDER, Study
 from pneumo.errors import AccessError, SourceError, StorageError
-from pneumo.studies import PRIVATE_FOLDER, Study
 
 SPLITS = ("train", "val", "test")
 SALTS_FILE = "split_salts.json"

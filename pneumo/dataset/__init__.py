@@ -1,0 +1,1 @@
+"""The data set: source folder -> studies -> splits -> shards and manifest."""

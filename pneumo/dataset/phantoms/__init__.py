@@ -1,0 +1,1 @@
+"""Phantom chest X-rays in Kaggle's layout, drawn from a seed."""
