@@ -18,7 +18,7 @@ from jobs.command import say
 from jobs.mailbox import Mailbox
 from jobs.progress import Progress
 from pneumo.hooks import Epoch, Hooks, Pace, Start
-from pneumo.partition import World
+from pneumo.loading.sample_order import World
 from pneumo.tracking import Tracker
 
 _WORTH_SAYING = 0.05

@@ -25,10 +25,10 @@ from pneumo.dataset.shards import Manifest, StudyRow, read_manifest
 from pneumo.dataset.source import Box
 from pneumo.errors import MetricError
 from pneumo.explain import Maps, class_activation, gradcam, randomised
-from pneumo.feeds import Samples
-from pneumo.loader import open_loader, read_images
+from pneumo.loading.feeds import Samples
+from pneumo.loading.loader import open_loader, read_images
+from pneumo.loading.sample_order import World
 from pneumo.model import build_model
-from pneumo.partition import World
 from pneumo.predict import Logits, Member, prepare_input, score_pictures
 from pneumo.saliency import BoxScores, FixedMaps
 

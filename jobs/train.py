@@ -47,7 +47,7 @@ from pneumo.config import (
 from pneumo.dataset.shards import Manifest, read_manifest
 from pneumo.errors import PreemptedError
 from pneumo.keeping import read_history
-from pneumo.partition import World
+from pneumo.loading.sample_order import World
 from pneumo.tracking import open_tracker
 from pneumo.train import check_run, fit
 

@@ -23,10 +23,10 @@ from jobs.train import build_trainer
 from pneumo.config import Config, DataConfig, override
 from pneumo.dataset.shards import Manifest, read_studies
 from pneumo.errors import ClusterError, DivergedError
-from pneumo.feeds import Held
 from pneumo.hooks import Hooks
-from pneumo.loader import hold_split, input_size
-from pneumo.partition import World
+from pneumo.loading.feeds import Held
+from pneumo.loading.loader import hold_split, input_size
+from pneumo.loading.sample_order import World
 from pneumo.train import fit
 
 _DRIVER_MEMORY_BYTES = 200 * 2**20

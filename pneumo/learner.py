@@ -19,10 +19,10 @@ from torchvision.ops import StochasticDepth
 
 from pneumo.averaging import WeightAverage
 from pneumo.config import TrainConfig
-from pneumo.loader import Batch
+from pneumo.loading.loader import Batch
+from pneumo.loading.sample_order import World, micro_batches
 from pneumo.normalisation import RunningStatistics
 from pneumo.optimise import autocast_dtype, bce_loss, build_optimizer, gradient_norm
-from pneumo.partition import World, micro_batches
 
 
 class Learner:

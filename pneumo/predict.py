@@ -26,9 +26,9 @@ from pneumo.config import AugmentConfig
 from pneumo.dataset.shards import StudyRow
 from pneumo.dataset.source import Box
 from pneumo.errors import DataError
-from pneumo.feeds import to_input
-from pneumo.loader import Batch
-from pneumo.transforms import augment, normalise
+from pneumo.loading.augmentation import augment, normalise
+from pneumo.loading.feeds import to_input
+from pneumo.loading.loader import Batch
 
 StrArray = npt.NDArray[np.str_]
 

@@ -20,7 +20,7 @@ from pneumo.checkpoint import (
 from pneumo.config import Config
 from pneumo.dataset.shards import Manifest
 from pneumo.errors import PneumoError, RunError
-from pneumo.partition import World
+from pneumo.loading.sample_order import World
 
 TRAINING_SECTIONS = ("seed", "data", "augment", "model", "train")
 """The settings that a resumed run must share with its checkpoint, but for those that only say how

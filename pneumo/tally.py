@@ -16,7 +16,7 @@ from typing import Self
 import torch
 import torch.distributed as dist
 
-from pneumo.partition import World
+from pneumo.loading.sample_order import World
 
 _MODULUS = 2**48
 """What a float holds exactly, as JSON's readers have it, and 32,768 ranks can add up in 64 bits."""

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pneumo import loader, partition, storage
+from pneumo import storage
 from pneumo.checkpoint import Checkpoint, copy_to_cpu, describe_code
 from pneumo.config import Config, TrainConfig
 from pneumo.dataset.shards import Manifest, read_manifest
@@ -32,15 +32,16 @@ from pneumo.errors import (
     DivergedError,
     PreemptedError,
 )
-from pneumo.feeds import Held
 from pneumo.hooks import Epoch, Hooks, Pace, Start
 from pneumo.keeping import Keeper
 from pneumo.learner import Learner
-from pneumo.loader import Loader
+from pneumo.loading import loader, sample_order
+from pneumo.loading.feeds import Held
+from pneumo.loading.loader import Loader
+from pneumo.loading.sample_order import World
 from pneumo.model import Initialisation, build_model, check_weights, initialise
 from pneumo.optimise import learning_rate
 from pneumo.outcomes import Divergence, Outcomes
-from pneumo.partition import World
 from pneumo.resumption import Resumption, find_last, take_up
 from pneumo.tally import Tally
 from pneumo.timing import SlowData, StepTimes, read_gpu
@@ -119,7 +120,7 @@ def fit(
     )
     run = _begin(config, manifest, image_size, run_url, world, device, hooks, resumption)
     first_epoch = len(run.history)
-    steps = partition.steps_per_epoch(len(train_data), config.train.batch_size)
+    steps = sample_order.steps_per_epoch(len(train_data), config.train.batch_size)
     hooks.on_start(Start(run.initialisation, tuple(run.history), run.step, steps))
     try:
         for epoch in range(first_epoch, config.train.epochs):
@@ -171,8 +172,8 @@ def check_sizes(config: Config, manifest: Manifest, *, num_workers: int) -> int:
     store, and for a training split of one class."""
     image_size = loader.input_size(manifest, config.data.image_size)
     train = config.train
-    partition.check_batch_size(train.batch_size, train.micro_batch_size, num_workers)
-    partition.steps_per_epoch(manifest.splits["train"].samples, train.batch_size)
+    sample_order.check_batch_size(train.batch_size, train.micro_batch_size, num_workers)
+    sample_order.steps_per_epoch(manifest.splits["train"].samples, train.batch_size)
     resolve_pos_weight(train, manifest)
     return image_size
 
@@ -293,7 +294,7 @@ def _train_epoch(run: _Run, data: Loader, epoch: int, hooks: Hooks) -> dict[str,
     Raises DivergedError and PreemptedError.
     """
     config, learner = run.config.train, run.learner
-    steps = partition.steps_per_epoch(len(data), config.batch_size)
+    steps = sample_order.steps_per_epoch(len(data), config.batch_size)
     times = StepTimes(config.batch_size)
     outcomes = Outcomes(data.device, loss_sum=run.epoch_loss, grad_norm=run.grad_norm)
     paces = _Paces(learner, times, outcomes)

@@ -15,8 +15,8 @@ from pneumo import metrics
 from pneumo.config import Config
 from pneumo.errors import DataError
 from pneumo.learner import Learner
-from pneumo.loader import Batch, Loader
-from pneumo.partition import World
+from pneumo.loading.loader import Batch, Loader
+from pneumo.loading.sample_order import World
 from pneumo.predict import Scores, score
 
 

@@ -12,7 +12,7 @@ import json, sys
 from pathlib import Path
 import torch
 import torch.distributed as dist
-from pneumo.partition import World
+from pneumo.loading.sample_order import World
 
 folder, rank, size, arguments = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
 world = World(rank, size)

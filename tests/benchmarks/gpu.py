@@ -10,7 +10,7 @@ channels_last and bfloat16 autocast with fused Adam and a weighted BCE, on rando
 device holds as bytes. A step is one micro-batch, without what `pneumo.learner` does around it: the
 running statistics taken in hand, the average of the weights.
 
-The data path mirrors `pneumo.transforms.augment` as it is on a GPU, with the defaults of
+The data path mirrors `pneumo.loading.augmentation.augment` as it is on a GPU, with the defaults of
 `AugmentConfig`: rows gathered, each image moved by a matrix of its own (grid_sample), rounded, and
 recoloured by a table of its own, which normalises too. `tests/benchmarks/test_gpu.py` compares
 them. It is measured in six ways:
@@ -284,7 +284,7 @@ def run_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
 
 
 def run_in_thread(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """The same, each made in a thread while the step before computes, as `pneumo.ahead` does."""
+    """The same, each made in a thread while the step before computes, as `pneumo.loading.prefetch` does."""
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def make() -> tuple[Batch, torch.cuda.Event | None]:

@@ -58,13 +58,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import InterpolationMode, v2
 
-from pneumo import storage, transforms
+from pneumo import storage
 from pneumo.config import AugmentConfig, DataConfig
 from pneumo.dataset.phantoms.drawing import render_study
 from pneumo.dataset.phantoms.source_folder import draw_population
 from pneumo.dataset.shards import Manifest, Sample, ShardEntry, SplitEntry, write_shard
-from pneumo.loader import Loader, open_loader
-from pneumo.partition import World
+from pneumo.loading import augmentation
+from pneumo.loading.loader import Loader, open_loader
+from pneumo.loading.sample_order import World
 from tests.s3 import server
 
 BATCH_SIZE = 64
@@ -368,8 +369,8 @@ def open_raw_with_ours(data: Data) -> Epoch:
     def feed(epoch: int) -> Iterator[Tensor]:
         for pixels, keys in dataset:
             images = torch.from_numpy(np.asarray(pixels)).unsqueeze(1)
-            changed = transforms.augment(images, keys, AFFINE_ONLY, seed=0, epoch=epoch)
-            yield transforms.normalise(changed, data.mean, data.std)
+            changed = augmentation.augment(images, keys, AFFINE_ONLY, seed=0, epoch=epoch)
+            yield augmentation.normalise(changed, data.mean, data.std)
 
     return feed
 

@@ -42,9 +42,9 @@ from pneumo.config import Config, override, parse_command_line, read_recipe
 from pneumo.dataset.phantoms.source_folder import write_phantoms
 from pneumo.dataset.shards import read_manifest
 from pneumo.hooks import Hooks
-from pneumo.loader import open_loader
+from pneumo.loading.loader import open_loader
+from pneumo.loading.sample_order import World
 from pneumo.model import build_model
-from pneumo.partition import World
 from pneumo.predict import score
 from pneumo.train import fit
 from tests.benchmarks.sources import find_real_data

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pneumo import transforms
 from pneumo.config import AugmentConfig
+from pneumo.loading import augmentation
 from pneumo.model import build_model
 from tests.benchmarks import gpu
 
@@ -77,11 +77,11 @@ def test_nothing_measured_is_an_error(tmp_path: Path) -> None:
 def test_draws_are_those_of_training() -> None:
     uniforms = gpu.draw_by_hash(KEYS, seed=3, epoch=5)
     config = AugmentConfig()
-    tables = transforms.draw_tables(KEYS, config, seed=3, epoch=5)
+    tables = augmentation.draw_tables(KEYS, config, seed=3, epoch=5)
     np.testing.assert_allclose(
         gpu.build_tables(uniforms).numpy() * gpu.STD + gpu.MEAN, tables / 255, atol=1e-6
     )
-    pixels = transforms.draw_affine(KEYS, config, image_size=SIDE, seed=3, epoch=5)
+    pixels = augmentation.draw_affine(KEYS, config, image_size=SIDE, seed=3, epoch=5)
     ours = gpu.build_matrices(uniforms).numpy()
     np.testing.assert_allclose(ours[:, :, :2], pixels[:, :, :2], atol=1e-12)
     # Where the centre comes from: 0 on its axes, (side - 1) / 2 in pixels.
@@ -95,7 +95,7 @@ def test_images_are_those_of_training() -> None:
     noise = rng.integers(0, 256, (len(KEYS), SIDE, SIDE), dtype=np.uint8)
     smooth = np.stack([cv2.GaussianBlur(image, (0, 0), 4) for image in noise])
     images = torch.from_numpy(smooth).unsqueeze(1)
-    trained_on = transforms.augment(
+    trained_on = augmentation.augment(
         images, KEYS, AugmentConfig(), seed=1, epoch=2, moments=(gpu.MEAN, gpu.STD)
     )
     uniforms = gpu.draw_by_hash(KEYS, seed=1, epoch=2)
@@ -105,7 +105,7 @@ def test_images_are_those_of_training() -> None:
     assert levels.quantile(0.95) <= 1.5
     untouched = levels[..., 8:-8, 8:-8]
     assert untouched.max() <= 2.5
-    unchanged = transforms.normalise(images.float(), gpu.MEAN, gpu.STD)
+    unchanged = augmentation.normalise(images.float(), gpu.MEAN, gpu.STD)
     assert (unchanged - ours).abs().max() > 0.5
 
 

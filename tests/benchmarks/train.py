@@ -44,9 +44,9 @@ from pneumo.dataset.phantoms.source_folder import write_phantoms
 from pneumo.hooks import Hooks
 from pneumo.keeping import read_history
 from pneumo.learner import Learner
-from pneumo.loader import Batch
+from pneumo.loading.loader import Batch
+from pneumo.loading.sample_order import World
 from pneumo.model import build_model, initialise
-from pneumo.partition import World
 from pneumo.train import fit
 from tests.benchmarks.sources import write_linked_source
 

@@ -37,9 +37,9 @@ from jobs.tune import search
 from pneumo.config import Config, override, parse_command_line
 from pneumo.dataset.phantoms.source_folder import write_phantoms
 from pneumo.dataset.shards import Manifest, read_manifest
-from pneumo.feeds import Held
 from pneumo.hooks import Hooks
-from pneumo.partition import World
+from pneumo.loading.feeds import Held
+from pneumo.loading.sample_order import World
 from pneumo.search import Search
 from pneumo.train import fit
 

@@ -18,7 +18,7 @@ from pneumo.dashboards import build_views, describe_view
 from pneumo.explain import ERRORS, OUTCOMES
 from pneumo.figures import Pictures
 from pneumo.hooks import Hooks
-from pneumo.partition import World
+from pneumo.loading.sample_order import World
 from pneumo.tracking import ConfusionChart, LineChart, MemoryTracker
 from pneumo.train import fit
 from tests.conftest import StoreMaker

@@ -31,9 +31,9 @@ from pneumo.config import Config, override, parse_command_line
 from pneumo.dataset.shards import read_manifest
 from pneumo.errors import ClusterError, ConfigError
 from pneumo.hooks import Hooks, Start
-from pneumo.loader import open_loaders
+from pneumo.loading.loader import open_loaders
+from pneumo.loading.sample_order import World
 from pneumo.model import Initialisation, build_model
-from pneumo.partition import World
 from pneumo.search import ERROR, OBJECTIVE
 from tests.jobs.conftest import SMALL, Prepared
 from tests.jobs.test_prepare import kill

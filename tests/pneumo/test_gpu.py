@@ -12,17 +12,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pneumo import loader, transforms
-from pneumo.ahead import run_ahead, send
 from pneumo.checkpoint import load_checkpoint, read_index
 from pneumo.config import AugmentConfig, Config, DataConfig, TrainConfig, override
 from pneumo.dataset import shards
 from pneumo.hooks import Hooks
 from pneumo.learner import Learner
-from pneumo.loader import Batch
+from pneumo.loading import augmentation, loader
+from pneumo.loading.loader import Batch
+from pneumo.loading.prefetch import run_ahead, send
+from pneumo.loading.sample_order import World
 from pneumo.model import build_model, initialise
 from pneumo.outcomes import Outcomes
-from pneumo.partition import World
 from pneumo.predict import Member, score_pictures
 from pneumo.stem import Stem
 from pneumo.train import fit, has_compiler
@@ -128,8 +128,10 @@ def test_a_warp_on_the_device_is_the_one_on_the_host(compiled: bool) -> None:
     keys = [f"study-{i}" for i in range(16)]
     options: dict[str, Any] = {"seed": 1, "epoch": 2, "moments": (0.5, 0.25)}
     config = AugmentConfig(erase_fraction=0.2, flip=True)
-    on_host = transforms.augment(smooth, keys, config, **options)
-    on_device = transforms.augment(smooth.to(GPU), keys, config, **options, compiled=compiled).cpu()
+    on_host = augmentation.augment(smooth, keys, config, **options)
+    on_device = augmentation.augment(
+        smooth.to(GPU), keys, config, **options, compiled=compiled
+    ).cpu()
     levels = (on_device - on_host).abs() * 0.25 * 255
     assert levels.quantile(0.95) <= 1.5
 

@@ -14,9 +14,9 @@ from tests.ranks import run_ranks
 _RANK = """
 from pneumo.config import TrainConfig
 from pneumo.learner import Learner
-from pneumo.loader import Batch
+from pneumo.loading.loader import Batch
 from pneumo.model import build_model
-from pneumo.partition import micro_batches
+from pneumo.loading.sample_order import micro_batches
 
 config = TrainConfig(batch_size=24, micro_batch_size=6, optimizer="sgd", label_smoothing=0.1)
 torch.manual_seed(0)
@@ -48,9 +48,9 @@ def learn(folder: Path, size: int) -> list[dict[str, Any]]:
 _COMPILED_RANK = """
 from pneumo.config import TrainConfig
 from pneumo.learner import Learner
-from pneumo.loader import Batch
+from pneumo.loading.loader import Batch
 from pneumo.model import build_model
-from pneumo.partition import micro_batches
+from pneumo.loading.sample_order import micro_batches
 
 def learn(compiled):
     config = TrainConfig(batch_size=16, micro_batch_size=4, optimizer="sgd", compile=compiled)

@@ -18,15 +18,15 @@ from hypothesis.extra.numpy import arrays
 from scipy.special import expit
 from torch import nn
 
-from pneumo import loader
 from pneumo.config import DataConfig
 from pneumo.dataset import shards
 from pneumo.dataset.shards import StudyRow
 from pneumo.dataset.source import Box
 from pneumo.errors import DataError
-from pneumo.loader import Batch
+from pneumo.loading import loader
+from pneumo.loading.loader import Batch
+from pneumo.loading.sample_order import World
 from pneumo.model import build_model
-from pneumo.partition import World
 from pneumo.predict import (
     SCORING,
     VIEWS,

@@ -13,7 +13,7 @@ from pneumo.checkpoint import Checkpoint, claim_run, read_index, save_checkpoint
 from pneumo.config import Config
 from pneumo.dataset.shards import read_manifest
 from pneumo.errors import RunError
-from pneumo.partition import World
+from pneumo.loading.sample_order import World
 from pneumo.resumption import take_up
 from tests.ranks import run_ranks
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pneumo.partition import World, micro_batches
+from pneumo.loading.sample_order import World, micro_batches
 from pneumo.tally import Tally
 
 CPU = torch.device("cpu")

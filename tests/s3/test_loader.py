@@ -16,8 +16,8 @@ from pneumo import storage
 from pneumo.config import AugmentConfig, DataConfig
 from pneumo.dataset.shards import read_manifest
 from pneumo.errors import DataError
-from pneumo.loader import Batch, Loader, open_loader
-from pneumo.partition import World
+from pneumo.loading.loader import Batch, Loader, open_loader
+from pneumo.loading.sample_order import World
 from tests.conftest import StoreMaker
 from tests.s3.conftest import Reach
 from tests.s3.proxy import Fault, FaultyProxy, running

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pneumo.ahead import send
 from pneumo.config import AugmentConfig
+from pneumo.loading.prefetch import send
 
 Matrices = npt.NDArray[np.float64]
 Tables = npt.NDArray[np.float32]

@@ -12,14 +12,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pneumo import memory, partition, transforms
-from pneumo.ahead import run_ahead, send
-from pneumo.cache import BlockCache
 from pneumo.config import AugmentConfig, DataConfig
 from pneumo.dataset.shards import Manifest, read_shard
 from pneumo.errors import ConfigError, DataError
-from pneumo.feeds import Blocks, Feed, Held, Memory, Samples, Stream
-from pneumo.partition import Rows, World
+from pneumo.loading import augmentation, free_memory, sample_order
+from pneumo.loading.block_cache import BlockCache
+from pneumo.loading.feeds import Blocks, Feed, Held, Memory, Samples, Stream
+from pneumo.loading.prefetch import run_ahead, send
+from pneumo.loading.sample_order import Rows, World
 
 _HOST_SHARE = 0.5
 """Splits may take this share of the free memory; the rest is for the model and for batches."""
@@ -83,12 +83,12 @@ class Loader:
         use. Raises ConfigError when there is not one full batch; DataError and StorageError while
         it goes on.
         """
-        steps = partition.steps_per_epoch(len(self), batch_size)
-        order = partition.epoch_order(
+        steps = sample_order.steps_per_epoch(len(self), batch_size)
+        order = sample_order.epoch_order(
             self.block_sizes, batch_size=batch_size, seed=seed, epoch=epoch
         )
         plan = [
-            partition.train_rows(
+            sample_order.train_rows(
                 order,
                 step,
                 batch_size=batch_size,
@@ -100,7 +100,7 @@ class Loader:
 
         def change(images: Tensor, keys: tuple[str, ...]) -> Tensor:
             moments = (self.mean, self.std)
-            return transforms.augment(
+            return augmentation.augment(
                 images,
                 keys,
                 augment,
@@ -119,13 +119,13 @@ class Loader:
         """
 
         def normalise(images: Tensor, keys: tuple[str, ...]) -> Tensor:
-            return transforms.normalise(images, self.mean, self.std)
+            return augmentation.normalise(images, self.mean, self.std)
 
         yield from self._run_ahead(self.share(batch_size=batch_size), normalise)
 
     def share(self, *, batch_size: int) -> Iterator[Samples]:
         """What `evaluation` gives, as it is stored: gray levels, on the CPU when streamed."""
-        rows = partition.evaluation_rows(self.block_sizes, self.world)
+        rows = sample_order.evaluation_rows(self.block_sizes, self.world)
         plan: list[Rows] = [
             rows[start : start + batch_size] for start in range(0, len(rows), batch_size)
         ]
@@ -208,7 +208,7 @@ def open_loaders(
     choices = choose_ways(
         config.cache,
         {split: manifest.splits[split].samples * image_size**2 for split in unread},
-        host_bytes=memory.free_bytes() // world.local_size,
+        host_bytes=free_memory.free_bytes() // world.local_size,
         device_bytes=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
     )
 
@@ -246,7 +246,7 @@ def hold_split(
     """
     decoded_bytes = {split: manifest.splits[split].samples * image_size**2}
     choices = choose_ways(
-        config.cache, decoded_bytes, host_bytes=memory.free_bytes(), device_bytes=None
+        config.cache, decoded_bytes, host_bytes=free_memory.free_bytes(), device_bytes=None
     )
     if choices[split].way == "stream":
         return None

@@ -16,13 +16,14 @@ import pytest
 import torch
 from blake3 import blake3
 
-from pneumo import feeds, loader, partition, storage, transforms
+from pneumo import storage
 from pneumo.config import AugmentConfig, Config, DataConfig, override
 from pneumo.dataset import shards
 from pneumo.dataset.shards import Manifest, Sample
 from pneumo.errors import ConfigError, DataError
-from pneumo.loader import Batch, Loader, choose_ways
-from pneumo.partition import World
+from pneumo.loading import augmentation, feeds, loader, sample_order
+from pneumo.loading.loader import Batch, Loader, choose_ways
+from pneumo.loading.sample_order import World
 
 StoreMaker = Callable[..., str]
 
@@ -124,9 +125,9 @@ def join(parts: tuple[Batch, ...]) -> Batch:
 
 def blocks_of(data: Loader, steps: range, rank: int = 0, size: int = 1) -> set[int]:
     """The blocks in which the samples of some steps of epoch 0 lie."""
-    order = partition.epoch_order(data.block_sizes, batch_size=BATCH, seed=5, epoch=0)
+    order = sample_order.epoch_order(data.block_sizes, batch_size=BATCH, seed=5, epoch=0)
     rows = [
-        partition.train_rows(order, step, batch_size=BATCH, world=World(rank, size))
+        sample_order.train_rows(order, step, batch_size=BATCH, world=World(rank, size))
         for step in steps
     ]
     ends = np.cumsum(data.block_sizes)
@@ -169,7 +170,7 @@ def test_images_are_resampled_by_area(store: tuple[str, Manifest], image_size: i
     for image, sample in zip(images[:, 0].numpy(), samples, strict=True):
         expected = cv2.resize(sample.pixels, (image_size,) * 2, interpolation=cv2.INTER_AREA)
         np.testing.assert_array_equal(image, expected)
-    expected_batch = transforms.normalise(images, 0.4, 0.2)
+    expected_batch = augmentation.normalise(images, 0.4, 0.2)
     for way in WAYS:
         data = open_split(store, way, split="test", image_size=image_size)
         [batch] = data.evaluation(batch_size=9)
@@ -230,16 +231,18 @@ def test_a_batch_is_the_partitions_rows_augmented_and_normalised(
     samples = stored(store, "train")
     data = open_split(store, way)
     assert len(data) == 751
-    order = partition.epoch_order(data.block_sizes, batch_size=BATCH, seed=5, epoch=3)
+    order = sample_order.epoch_order(data.block_sizes, batch_size=BATCH, seed=5, epoch=3)
     batches = list(train_batches(data, epoch=3))
     assert len(batches) == 25
     for step, batch in enumerate(batches):
-        rows = partition.train_rows(order, step, batch_size=BATCH, world=World())
+        rows = sample_order.train_rows(order, step, batch_size=BATCH, world=World())
         assert batch.keys == tuple(samples[row].key for row in rows)
         assert batch.targets.tolist() == [samples[row].target for row in rows]
         assert batch.targets.dtype == torch.float32
         pixels = feeds.to_input([samples[row].pixels for row in rows], 32)
-        moved = transforms.augment(pixels, batch.keys, AUGMENT, seed=5, epoch=3, moments=(0.4, 0.2))
+        moved = augmentation.augment(
+            pixels, batch.keys, AUGMENT, seed=5, epoch=3, moments=(0.4, 0.2)
+        )
         assert torch.equal(batch.images, moved)
 
 
@@ -307,7 +310,7 @@ def test_evaluation_feeds_every_study_once_on_any_number_of_ranks(
     together = join(tuple(fed))
     assert together.targets.tolist() == [sample.target for sample in samples]
     pixels = feeds.to_input([sample.pixels for sample in samples], 32)
-    assert torch.equal(together.images, transforms.normalise(pixels, 0.4, 0.2))
+    assert torch.equal(together.images, augmentation.normalise(pixels, 0.4, 0.2))
     assert max(len(batch.keys) for batch in fed) <= 7
 
 
@@ -351,7 +354,7 @@ def test_memory_holds_a_rank_its_share_of_an_evaluation(
     remote: tuple[str, Manifest], counted: type[CountedFiles]
 ) -> None:
     data = open_split(remote, "memory", split="val", rank=1, size=2)
-    rows = partition.evaluation_rows(data.block_sizes, World(1, 2))
+    rows = sample_order.evaluation_rows(data.block_sizes, World(1, 2))
     list(data.evaluation(batch_size=9))
     ends = np.cumsum(data.block_sizes)
     assert len(counted.reads) == len(set(np.searchsorted(ends, rows, side="right").tolist())) < 6

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pneumo.config import AugmentConfig
-from pneumo.transforms import (
+from pneumo.loading.augmentation import (
     Tables,
     _warp_by_grid,
     _warp_by_opencv,

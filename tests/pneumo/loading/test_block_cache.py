@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
-from pneumo.cache import BlockCache
 from pneumo.errors import ConfigError
+from pneumo.loading.block_cache import BlockCache
 
 
 def make_block(number: int, size: int = 1000) -> tuple[str, bytes]:
@@ -146,7 +146,7 @@ def test_a_disk_that_fails_later_is_said_once_and_nothing_is_lost(
 _PROCESS = """
 import random, sys
 from blake3 import blake3
-from pneumo.cache import BlockCache
+from pneumo.loading.block_cache import BlockCache
 cache = BlockCache(sys.argv[1], 20_000)
 draw = random.Random(sys.argv[2])
 for _ in range(400):

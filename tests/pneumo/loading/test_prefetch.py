@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pneumo.ahead import run_ahead, send
+from pneumo.loading.prefetch import run_ahead, send
 
 CPU = torch.device("cpu")
 

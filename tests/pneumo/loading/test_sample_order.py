@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pneumo.errors import ConfigError
-from pneumo.partition import (
+from pneumo.loading.sample_order import (
     Rows,
     World,
     check_batch_size,

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pneumo.memory import cgroup_free_bytes, free_bytes
+from pneumo.loading.free_memory import cgroup_free_bytes, free_bytes
 
 
 def write_v2(group: Path, limit: str, used: int, cached: int) -> None:

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from pneumo import storage
-from pneumo.ahead import send
-from pneumo.cache import BlockCache
 from pneumo.dataset.shards import BlockEntry, Manifest, ShardEntry, decode_block, read_block
 from pneumo.errors import ContentError, DataError
-from pneumo.partition import Rows
+from pneumo.loading.block_cache import BlockCache
+from pneumo.loading.prefetch import send
+from pneumo.loading.sample_order import Rows
 
 _READER = "pneumo-reader"
 _HELD_STEPS = 32
