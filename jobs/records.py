@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from pneumo import storage
 from pneumo.config import TuneConfig
 from pneumo.keeping import METRICS_LOG
-from pneumo.model import Initialisation
+from pneumo.network.backbones import Initialisation
 from pneumo.objective import Judgement, judge
 from pneumo.predict import Scores
 from pneumo.search import History, State, Trial

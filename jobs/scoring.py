@@ -28,7 +28,7 @@ from pneumo.explain import Maps, class_activation, gradcam, randomised
 from pneumo.loading.feeds import Samples
 from pneumo.loading.loader import open_loader, read_images
 from pneumo.loading.sample_order import World
-from pneumo.model import build_model
+from pneumo.network.backbones import build_model
 from pneumo.predict import Logits, Member, prepare_input, score_pictures
 from pneumo.saliency import BoxScores, FixedMaps
 

@@ -39,7 +39,7 @@ from pneumo import storage
 from pneumo.config import Config, Invocation, ModelConfig, TuneArguments, check_space
 from pneumo.dataset.shards import Manifest, read_manifest
 from pneumo.errors import ClusterError, ConfigError, RunError
-from pneumo.model import check_weights
+from pneumo.network.backbones import check_weights
 from pneumo.objective import describe_objective, knows_nothing
 from pneumo.search import (
     Choice,

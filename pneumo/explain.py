@@ -29,7 +29,7 @@ from pneumo.metrics import (
     sums_statistic,
     wilson,
 )
-from pneumo.model import build_model, gradcam_layer, initialise
+from pneumo.network.backbones import build_model, gradcam_layer, initialise
 
 Outcome = Literal["tp", "fp", "fn", "tn"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from pneumo.model import Initialisation
+from pneumo.network.backbones import Initialisation
 from pneumo.predict import Scores
 
 

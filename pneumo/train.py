@@ -39,7 +39,7 @@ from pneumo.loading import loader, sample_order
 from pneumo.loading.feeds import Held
 from pneumo.loading.loader import Loader
 from pneumo.loading.sample_order import World
-from pneumo.model import Initialisation, build_model, check_weights, initialise
+from pneumo.network.backbones import Initialisation, build_model, check_weights, initialise
 from pneumo.optimise import learning_rate
 from pneumo.outcomes import Divergence, Outcomes
 from pneumo.resumption import Resumption, find_last, take_up

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from pneumo.checkpoint import to_bytes
-from pneumo.model import build_model
+from pneumo.network.backbones import build_model
 
 BIT_S = 0.0002
 """Of work before the lock is let go."""

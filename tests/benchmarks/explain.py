@@ -26,7 +26,7 @@ from pneumo.config import Config, ModelConfig
 from pneumo.dataset.shards import read_manifest, read_studies
 from pneumo.dataset.source import Box
 from pneumo.explain import Maps, class_activation, gradcam, randomised
-from pneumo.model import gradcam_layer
+from pneumo.network.backbones import gradcam_layer
 from pneumo.saliency import FixedMaps, centre_map, prior_map
 from tests.benchmarks.prepare import Sampler
 from tests.conftest import _write_store as write_store

@@ -331,7 +331,7 @@ class Block(nn.Module):
 
 class Stem(nn.Conv2d):
     """7 x 7 with stride 2 over one channel, on a GPU as 4 x 4 with stride 1 over four channels, as
-    `pneumo.stem` has it: cuDNN has no fast kernels for one channel."""
+    `pneumo.network.gray_convolution` has it: cuDNN has no fast kernels for one channel."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Conv2d names it
         if not input.is_cuda or input.shape[-1] % 2:

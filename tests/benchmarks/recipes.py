@@ -44,7 +44,7 @@ from pneumo.dataset.shards import read_manifest
 from pneumo.hooks import Hooks
 from pneumo.loading.loader import open_loader
 from pneumo.loading.sample_order import World
-from pneumo.model import build_model
+from pneumo.network.backbones import build_model
 from pneumo.predict import score
 from pneumo.train import fit
 from tests.benchmarks.sources import find_real_data

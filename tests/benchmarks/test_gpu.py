@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pneumo.config import AugmentConfig
 from pneumo.loading import augmentation
-from pneumo.model import build_model
+from pneumo.network.backbones import build_model
 from tests.benchmarks import gpu
 
 SCRIPT = Path(gpu.__file__)

@@ -46,7 +46,7 @@ from pneumo.keeping import read_history
 from pneumo.learner import Learner
 from pneumo.loading.loader import Batch
 from pneumo.loading.sample_order import World
-from pneumo.model import build_model, initialise
+from pneumo.network.backbones import build_model, initialise
 from pneumo.train import fit
 from tests.benchmarks.sources import write_linked_source
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from cluster import sizing
 from cluster.sizing import Workload, size
 from pneumo.dataset import shards
-from pneumo.model import build_model
+from pneumo.network.backbones import build_model
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 

@@ -12,7 +12,7 @@ import pytest
 from jobs.following import Follower, Stepped, name_for_tracking
 from jobs.progress import Progress
 from pneumo.hooks import Epoch, Pace, Start
-from pneumo.model import Initialisation
+from pneumo.network.backbones import Initialisation
 from pneumo.tracking import MemoryTracker
 from tests.jobs.conftest import LocalMailbox
 

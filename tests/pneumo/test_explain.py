@@ -23,7 +23,7 @@ from pneumo.explain import (
     gradcam,
     randomised,
 )
-from pneumo.model import build_model
+from pneumo.network.backbones import build_model
 
 
 @pytest.fixture(scope="module")

@@ -21,10 +21,10 @@ from pneumo.loading import augmentation, loader
 from pneumo.loading.loader import Batch
 from pneumo.loading.prefetch import run_ahead, send
 from pneumo.loading.sample_order import World
-from pneumo.model import build_model, initialise
+from pneumo.network.backbones import build_model, initialise
+from pneumo.network.gray_convolution import Stem
 from pneumo.outcomes import Outcomes
 from pneumo.predict import Member, score_pictures
-from pneumo.stem import Stem
 from pneumo.train import fit, has_compiler
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")

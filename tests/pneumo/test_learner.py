@@ -15,7 +15,7 @@ _RANK = """
 from pneumo.config import TrainConfig
 from pneumo.learner import Learner
 from pneumo.loading.loader import Batch
-from pneumo.model import build_model
+from pneumo.network.backbones import build_model
 from pneumo.loading.sample_order import micro_batches
 
 config = TrainConfig(batch_size=24, micro_batch_size=6, optimizer="sgd", label_smoothing=0.1)
@@ -49,7 +49,7 @@ _COMPILED_RANK = """
 from pneumo.config import TrainConfig
 from pneumo.learner import Learner
 from pneumo.loading.loader import Batch
-from pneumo.model import build_model
+from pneumo.network.backbones import build_model
 from pneumo.loading.sample_order import micro_batches
 
 def learn(compiled):

@@ -26,7 +26,7 @@ from pneumo.errors import DataError
 from pneumo.loading import loader
 from pneumo.loading.loader import Batch
 from pneumo.loading.sample_order import World
-from pneumo.model import build_model
+from pneumo.network.backbones import build_model
 from pneumo.predict import (
     SCORING,
     VIEWS,

@@ -42,7 +42,7 @@ from pneumo.hooks import Epoch, Hooks, Pace, Start
 from pneumo.learner import Learner
 from pneumo.loading.loader import Batch
 from pneumo.loading.sample_order import World
-from pneumo.model import build_model, initialise
+from pneumo.network.backbones import build_model, initialise
 from pneumo.optimise import autocast_dtype, build_optimizer, learning_rate
 from pneumo.train import check_run, fit, resolve_pos_weight
 from tests.ranks import run_ranks

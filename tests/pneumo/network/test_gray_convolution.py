@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from pneumo.config import ModelConfig
-from pneumo.model import build_model
-from pneumo.stem import Stem, convolve_unshuffled
+from pneumo.network.backbones import build_model
+from pneumo.network.gray_convolution import Stem, convolve_unshuffled
 
 # Of ResNet and DenseNet, EfficientNet, ConvNeXt; then others.
 KERNELS = [(7, 2, 3), (3, 2, 1), (4, 4, 0), (5, 2, 2), (2, 2, 0), (8, 4, 2), (1, 1, 0), (5, 3, 1)]

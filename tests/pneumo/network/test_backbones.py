@@ -17,7 +17,7 @@ from torch import nn
 
 from pneumo.config import ModelConfig
 from pneumo.errors import ConfigError, UserError
-from pneumo.model import (
+from pneumo.network.backbones import (
     Initialisation,
     build_model,
     gradcam_layer,

@@ -18,7 +18,7 @@ from torchvision.models import ConvNeXt, DenseNet, EfficientNet, ResNet
 from pneumo import storage
 from pneumo.config import WEIGHTS_WITHOUT_FILE, ModelConfig
 from pneumo.errors import ConfigError
-from pneumo.stem import Stem
+from pneumo.network.gray_convolution import Stem
 
 _DOWNLOAD_TIMEOUT_S = 15.0
 _NESTS = ("state_dict", "model_state_dict", "teacher", "student", "model", "net", "encoder")

@@ -1,0 +1,1 @@
+"""The network: backbones with a one-channel first convolution and one logit."""
