@@ -20,15 +20,15 @@ from jobs.session import ray_session, wait_for_resources
 from jobs.subject import JUDGED_SPLITS, METRICS, Subject, find_subject, name_run, read_other
 from jobs.trackers import close_tracker, tracking_folder
 from pneumo import storage
-from pneumo.baselines import Metadata
-from pneumo.comparison import ComparedRuns, Comparison, compare
 from pneumo.config import Config, EvaluateArguments, Invocation
 from pneumo.dataset.quality import read_contact_sheets, summarise_quality
 from pneumo.dataset.shards import Manifest, StudyRow, read_studies
-from pneumo.evaluate import Evaluation, check_complete, evaluate
-from pneumo.predict import Predictions, join_predictions
+from pneumo.evaluation.baselines import Metadata
+from pneumo.evaluation.comparison import ComparedRuns, Comparison, compare
+from pneumo.evaluation.evaluation import Evaluation, check_complete, evaluate
+from pneumo.evaluation.map_scores import SaliencySummary
+from pneumo.evaluation.predictions import Predictions, join_predictions
 from pneumo.report import DataFacts
-from pneumo.saliency import SaliencySummary
 from pneumo.tracking import open_tracker
 
 

@@ -14,7 +14,16 @@ from pneumo.config import Config
 from pneumo.dataset.quality import AGE_BIN_YEARS
 from pneumo.dataset.shards import StudyRow
 from pneumo.dataset.source import Box
-from pneumo.explain import (
+from pneumo.evaluation.map_scores import (
+    SaliencySummary,
+    choose_iou_thresholds,
+    prior_map,
+    scale_boxes,
+    summarise_saliency,
+)
+from pneumo.evaluation.operating_points import Decision
+from pneumo.evaluation.predictions import Predictions
+from pneumo.evaluation.shown_studies import (
     Choice,
     Draw,
     Outcome,
@@ -25,15 +34,6 @@ from pneumo.explain import (
     draw_sample,
 )
 from pneumo.figures import Case, Pictures
-from pneumo.operating_points import Decision
-from pneumo.predict import Predictions
-from pneumo.saliency import (
-    SaliencySummary,
-    choose_iou_thresholds,
-    prior_map,
-    scale_boxes,
-    summarise_saliency,
-)
 
 MAX_TOLD_AGE = 89
 """Years. Who is older is told of as one group: 45 CFR 164.514(b)(2)(i)(C)."""

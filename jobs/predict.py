@@ -24,12 +24,19 @@ from pneumo import storage
 from pneumo.checkpoint import load_checkpoint, read_index
 from pneumo.config import Invocation, PredictArguments
 from pneumo.errors import DataError, RunError, SourceError
-from pneumo.explain import class_activation
+from pneumo.evaluation.file_predictions import (
+    NOT_A_NUMBER,
+    NOTICE,
+    Readings,
+    Rule,
+    encode_csv,
+    encode_parquet,
+)
+from pneumo.evaluation.predictions import Member, prepare_input, score_pictures, sigmoid
+from pneumo.evaluation.shown_studies import class_activation
 from pneumo.figures import draw_overlay, show_threshold
 from pneumo.images.dicom import GrayImage
 from pneumo.images.dicom_files import Unusable, read_pictures
-from pneumo.predict import Member, prepare_input, score_pictures, sigmoid
-from pneumo.readings import NOT_A_NUMBER, NOTICE, Readings, Rule, encode_csv, encode_parquet
 
 SCHEMA_VERSION = 1
 CSV = "predictions.csv"

@@ -20,10 +20,10 @@ import pyarrow.parquet as pq
 
 from pneumo import storage
 from pneumo.config import TuneConfig
+from pneumo.evaluation.predictions import Scores
 from pneumo.keeping import METRICS_LOG
 from pneumo.network.backbones import Initialisation
 from pneumo.objective import Judgement, judge
-from pneumo.predict import Scores
 from pneumo.search import History, State, Trial
 from pneumo.search_space import Scalar
 

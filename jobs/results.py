@@ -18,12 +18,12 @@ from jobs.scoring import Scoring
 from jobs.subject import JUDGED_SPLITS, PREDICTIONS, Subject
 from pneumo import figures
 from pneumo.checkpoint import Checkpoint
-from pneumo.comparison import ComparedRuns
 from pneumo.config import Config
-from pneumo.evaluate import Evaluation
+from pneumo.evaluation.comparison import ComparedRuns
+from pneumo.evaluation.evaluation import Evaluation
+from pneumo.evaluation.map_scores import SaliencySummary
 from pneumo.figures import Pictures, shrink_sheet
 from pneumo.report import MAX_PAGE_BYTES, DataFacts, ModelFacts, Provenance, render_report
-from pneumo.saliency import SaliencySummary
 
 REPORT = "report.html"
 DATA_FIGURE = "data_quality.png"

@@ -15,12 +15,12 @@ from jobs.results import DATA_FIGURE, REPORT, Judged, describe_faults, render
 from jobs.subject import METRICS, PREDICTIONS, Subject
 from pneumo import figures
 from pneumo.config import Config
-from pneumo.decision_curve import THRESHOLDS
-from pneumo.evaluate import DECISION, SCREENING, Evaluation, SplitEvaluation
+from pneumo.evaluation.decision_curve import THRESHOLDS
+from pneumo.evaluation.evaluation import DECISION, SCREENING, Evaluation, SplitEvaluation
+from pneumo.evaluation.map_scores import SaliencySummary
+from pneumo.evaluation.predictions import Predictions
 from pneumo.figures import Case, Pictures, shrink
-from pneumo.predict import Predictions
 from pneumo.report import DataFacts
-from pneumo.saliency import SaliencySummary
 from pneumo.tracking import (
     ConfusionChart,
     Gallery,

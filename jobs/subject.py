@@ -18,8 +18,8 @@ from pneumo.checkpoint import (
 from pneumo.config import EvaluateArguments, EvaluateConfig
 from pneumo.dataset.shards import Manifest, StudyRow, read_manifest
 from pneumo.errors import RunError, StoreError
+from pneumo.evaluation.predictions import Predictions
 from pneumo.keeping import read_history
-from pneumo.predict import Predictions
 
 METRICS = "metrics.json"
 PREDICTIONS = "predictions.parquet"

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pneumo.explain import ERRORS, OUTCOMES
+from pneumo.evaluation.shown_studies import ERRORS, OUTCOMES
 
 with warnings.catch_warnings():
     # The package still speaks pydantic's first dialect.

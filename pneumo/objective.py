@@ -18,11 +18,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from pneumo.calibration import cross_validated_losses
 from pneumo.config import TuneConfig
-from pneumo.delong import placements
 from pneumo.errors import MetricError
-from pneumo.metrics import Floats, check_scores
+from pneumo.evaluation.calibration import cross_validated_losses
+from pneumo.evaluation.delong import placements
+from pneumo.evaluation.metrics import Floats, check_scores
 
 Objective = Literal["auroc", "sensitivity", "log_loss"]
 

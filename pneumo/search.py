@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from pneumo.config import Config, TuneConfig, override
 from pneumo.dataset.shards import Manifest
-from pneumo.metrics import Z_95
+from pneumo.evaluation.metrics import Z_95
 from pneumo.network.backbones import count_multiply_adds
 from pneumo.objective import Judgement, smooth
 from pneumo.search_space import Domain, Scalar

@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from pneumo import metrics
 from pneumo.config import Config
 from pneumo.errors import DataError
+from pneumo.evaluation import metrics
+from pneumo.evaluation.predictions import Scores, score
 from pneumo.learner import Learner
 from pneumo.loading.loader import Batch, Loader
 from pneumo.loading.sample_order import World
-from pneumo.predict import Scores, score
 
 
 def validate(

@@ -8,9 +8,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pneumo import metrics
-from pneumo.operating_points import AtPoint, OperatingPoint, judge_points, outcomes_statistic
-from pneumo.predict import Predictions, sigmoid
+from pneumo.evaluation import metrics
+from pneumo.evaluation.operating_points import (
+    AtPoint,
+    OperatingPoint,
+    judge_points,
+    outcomes_statistic,
+)
+from pneumo.evaluation.predictions import Predictions, sigmoid
 
 
 def make_predictions(

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from pneumo.dataset.source import Box
-from pneumo.explain import FindingErrors, Maps, Outcome, Why
+from pneumo.evaluation.shown_studies import FindingErrors, Maps, Outcome, Why
 from pneumo.figures.style import INK, STYLE, encode_figure, say_nothing
 
 RIGHT = "#1a7f37"

@@ -13,8 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pneumo.decision_curve import THRESHOLDS
-from pneumo.evaluate import DECISION, SCREENING, Evaluation, SplitEvaluation
+from pneumo.evaluation.decision_curve import THRESHOLDS
+from pneumo.evaluation.evaluation import DECISION, SCREENING, Evaluation, SplitEvaluation
+from pneumo.evaluation.metrics import Confusion
 from pneumo.figures.style import (
     BLUE,
     GRAY,
@@ -28,7 +29,6 @@ from pneumo.figures.style import (
     say_nothing,
     show_threshold,
 )
-from pneumo.metrics import Confusion
 
 History = Sequence[Mapping[str, float | None]]
 """A mapping an epoch, as in the run's metrics.jsonl; may be empty."""

@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from pneumo import figures
-from pneumo.evaluate import Evaluation
+from pneumo.evaluation.evaluation import Evaluation
 from pneumo.figures import OUTCOME_WORDS, Case, History, shrink
 from pneumo.report.words import Cell, count
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
 
-from pneumo.evaluate import DECISION, Evaluation
-from pneumo.metrics import Estimate
+from pneumo.evaluation.evaluation import DECISION, Evaluation
+from pneumo.evaluation.metrics import Estimate
+from pneumo.evaluation.subgroups import COMPARED, By, Subgroup, Worst
 from pneumo.report.words import Cell
-from pneumo.subgroups import COMPARED, By, Subgroup, Worst
 
 TITLES: Mapping[By, str] = {
     "sex": "Sex",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pneumo.evaluation.map_scores import MAPS, Group, GroupSummary, MapName, SaliencySummary
 from pneumo.report.words import Cell, count
-from pneumo.saliency import MAPS, Group, GroupSummary, MapName, SaliencySummary
 
 NAMES: Mapping[MapName, tuple[str, str]] = {
     "cam": ("The network's maps", "Grad-CAM"),

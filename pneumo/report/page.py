@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from pneumo import figures
-from pneumo.comparison import ComparedRuns
-from pneumo.evaluate import DECISION, SCREENING, Evaluation
-from pneumo.explain import ERRORS, OUTCOMES, FindingErrors, Outcome
+from pneumo.evaluation.comparison import ComparedRuns
+from pneumo.evaluation.evaluation import DECISION, SCREENING, Evaluation
+from pneumo.evaluation.map_scores import SaliencySummary
+from pneumo.evaluation.shown_studies import ERRORS, OUTCOMES, FindingErrors, Outcome
 from pneumo.figures import OUTCOME_WORDS, Case, History, Pictures
 from pneumo.report import performance
 from pneumo.report.card import CLAIM, NOT_ANSWERED, describe_card
@@ -27,7 +28,6 @@ from pneumo.report.groups import describe_groups
 from pneumo.report.looks import describe_looks
 from pneumo.report.summary import answer, find_warnings, summarise
 from pneumo.report.words import Cell
-from pneumo.saliency import SaliencySummary
 
 MAX_PAGE_BYTES = 3_000_000
 """Of report.html: what a mail or a phone takes."""

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 
 from pneumo import figures
-from pneumo.baselines import Baseline, ViewBaseline
-from pneumo.calibration import Reliability
-from pneumo.comparison import COMPARED, ComparedRuns
-from pneumo.decision_curve import THRESHOLDS
-from pneumo.delong import PairedTest
-from pneumo.evaluate import DECISION, SCREENING, Evaluation
-from pneumo.operating_points import STANDARD, OperatingPoint
+from pneumo.evaluation.baselines import Baseline, ViewBaseline
+from pneumo.evaluation.calibration import Reliability
+from pneumo.evaluation.comparison import COMPARED, ComparedRuns
+from pneumo.evaluation.decision_curve import THRESHOLDS
+from pneumo.evaluation.delong import PairedTest
+from pneumo.evaluation.evaluation import DECISION, SCREENING, Evaluation
+from pneumo.evaluation.operating_points import STANDARD, OperatingPoint
 from pneumo.report.words import Cell, Row, decimal, p_value
 
 _RANKING_ROWS = (

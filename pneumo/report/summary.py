@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pneumo.evaluate import DECISION, Evaluation, SplitEvaluation
+from pneumo.evaluation.evaluation import DECISION, Evaluation, SplitEvaluation
+from pneumo.evaluation.map_scores import SaliencySummary
+from pneumo.evaluation.metrics import Estimate
 from pneumo.figures import show_threshold
-from pneumo.metrics import Estimate
 from pneumo.report.facts import DataFacts, ModelFacts
 from pneumo.report.groups import describe_worst
 from pneumo.report.looks import OFF, judge_looks
 from pneumo.report.words import Cell, count, percent
-from pneumo.saliency import SaliencySummary
 
 FEW_POSITIVES = 50
 """Below this many positives or negatives in test the intervals are too wide to compare models."""

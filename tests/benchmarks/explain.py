@@ -25,9 +25,9 @@ from pneumo.checkpoint import Checkpoint, claim_run, read_index, save_checkpoint
 from pneumo.config import Config, ModelConfig
 from pneumo.dataset.shards import read_manifest, read_studies
 from pneumo.dataset.source import Box
-from pneumo.explain import Maps, class_activation, gradcam, randomised
+from pneumo.evaluation.map_scores import FixedMaps, centre_map, prior_map
+from pneumo.evaluation.shown_studies import Maps, class_activation, gradcam, randomised
 from pneumo.network.backbones import gradcam_layer
-from pneumo.saliency import FixedMaps, centre_map, prior_map
 from tests.benchmarks.prepare import Sampler
 from tests.conftest import _write_store as write_store
 

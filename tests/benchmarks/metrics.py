@@ -15,11 +15,11 @@ from functools import partial
 
 from threadpoolctl import threadpool_limits
 
-from pneumo import metrics
-from pneumo.baselines import Metadata
 from pneumo.config import EvaluateConfig
-from pneumo.delong import delong, delong_test
-from pneumo.evaluate import evaluate
+from pneumo.evaluation import metrics
+from pneumo.evaluation.baselines import Metadata
+from pneumo.evaluation.delong import delong, delong_test
+from pneumo.evaluation.evaluation import evaluate
 from tests.predictions import make_predictions
 
 NUM_PREDICTIONS = 30_000

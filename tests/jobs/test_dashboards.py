@@ -15,7 +15,7 @@ from jobs import sending
 from jobs.following import Follower
 from pneumo.config import Config, override
 from pneumo.dashboards import build_views, describe_view
-from pneumo.explain import ERRORS, OUTCOMES
+from pneumo.evaluation.shown_studies import ERRORS, OUTCOMES
 from pneumo.figures import Pictures
 from pneumo.hooks import Hooks
 from pneumo.loading.sample_order import World

@@ -33,9 +33,9 @@ from pneumo.dataset.shards import (
     tabulate_studies,
     write_studies,
 )
-from pneumo.operating_points import Decision
-from pneumo.predict import Predictions, sigmoid
-from pneumo.saliency import MAPS, MEASURES, RankedMap, box_mask, prior_map, score_map
+from pneumo.evaluation.map_scores import MAPS, MEASURES, RankedMap, box_mask, prior_map, score_map
+from pneumo.evaluation.operating_points import Decision
+from pneumo.evaluation.predictions import Predictions, sigmoid
 from pneumo.tracking import Gallery, MemoryTracker, Table
 from tests.identifiers import Identifiers
 from tests.jobs.conftest import NUM_STUDIES, SMALL, Prepared

@@ -9,7 +9,7 @@ from jobs.pictures import call_studies, choose_pictures
 from jobs.results import describe_errors
 from jobs.scoring import Scored, Scoring
 from pneumo.config import Config, EvaluateConfig
-from pneumo.evaluate import evaluate
+from pneumo.evaluation.evaluation import evaluate
 from tests.pneumo.test_report_degenerate import damage, predictions
 
 UNUSED = Scored(Scoring(()), "no store is opened")

@@ -20,9 +20,9 @@ from pneumo.config import Config, EvaluateConfig, override
 from pneumo.dataset.quality import ContactSheet
 from pneumo.dataset.shards import read_manifest
 from pneumo.dataset.source import Box
-from pneumo.evaluate import evaluate
+from pneumo.evaluation.evaluation import evaluate
+from pneumo.evaluation.predictions import Predictions
 from pneumo.figures import Case, Pictures
-from pneumo.predict import Predictions
 from pneumo.tracking import Gallery, LineChart, MemoryTracker, Picture, PictureTable, Table
 from tests.pneumo.test_report import DATA
 from tests.pneumo.test_report_degenerate import damage, predictions

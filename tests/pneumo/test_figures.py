@@ -13,10 +13,10 @@ from pneumo.config import EvaluateConfig
 from pneumo.dataset.quality import ContactSheet, Intensity, Quality, SplitQuality
 from pneumo.dataset.shards import Duplicates
 from pneumo.dataset.source import Box
-from pneumo.evaluate import evaluate
+from pneumo.evaluation.evaluation import evaluate
+from pneumo.evaluation.metrics import Estimate
+from pneumo.evaluation.predictions import Predictions, sigmoid
 from pneumo.figures import Case
-from pneumo.metrics import Estimate
-from pneumo.predict import Predictions, sigmoid
 
 HISTORY = [
     {"epoch": 1, "train/loss": 0.9, "val/loss": 0.8, "val/auroc": 0.7, "val/precision": None},

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from pneumo.checkpoint import load_checkpoint, read_index
 from pneumo.config import AugmentConfig, Config, DataConfig, TrainConfig, override
 from pneumo.dataset import shards
+from pneumo.evaluation.predictions import Member, score_pictures
 from pneumo.hooks import Hooks
 from pneumo.learner import Learner
 from pneumo.loading import augmentation, loader
@@ -24,7 +25,6 @@ from pneumo.loading.sample_order import World
 from pneumo.network.backbones import build_model, initialise
 from pneumo.network.gray_convolution import Stem
 from pneumo.outcomes import Outcomes
-from pneumo.predict import Member, score_pictures
 from pneumo.train import fit, has_compiler
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")

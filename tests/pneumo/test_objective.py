@@ -11,9 +11,9 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from sklearn.model_selection import GroupKFold, cross_val_predict
 
 from pneumo.config import Config, TuneConfig, override
-from pneumo.delong import delong, delong_test
 from pneumo.errors import MetricError
-from pneumo.metrics import Z_95
+from pneumo.evaluation.delong import delong, delong_test
+from pneumo.evaluation.metrics import Z_95
 from pneumo.objective import (
     Objective,
     describe_objective,

@@ -13,9 +13,9 @@ from pneumo.dataset.quality import ContactSheet, Intensity, Quality, Shift, Spli
 from pneumo.dataset.shards import Duplicates
 from pneumo.dataset.source import Box
 from pneumo.dataset.splits import SPLITS, Interval, LeakageAudit
-from pneumo.evaluate import evaluate
+from pneumo.evaluation.evaluation import evaluate
+from pneumo.evaluation.predictions import Predictions, sigmoid
 from pneumo.figures import Case, Pictures
-from pneumo.predict import Predictions, sigmoid
 from pneumo.report import (
     DataFacts,
     ModelFacts,

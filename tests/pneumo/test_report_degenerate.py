@@ -8,15 +8,10 @@ import numpy as np
 import pytest
 
 from pneumo import figures
-from pneumo.comparison import ComparedRuns, compare
 from pneumo.config import EvaluateConfig
-from pneumo.evaluate import evaluate
-from pneumo.figures import Pictures, show_threshold
-from pneumo.metrics import Estimate
-from pneumo.predict import Predictions, sigmoid
-from pneumo.report.looks import judge_looks
-from pneumo.report.words import Cell
-from pneumo.saliency import (
+from pneumo.evaluation.comparison import ComparedRuns, compare
+from pneumo.evaluation.evaluation import evaluate
+from pneumo.evaluation.map_scores import (
     BASELINES,
     IOU_THRESHOLDS,
     MAPS,
@@ -24,6 +19,11 @@ from pneumo.saliency import (
     MapSummary,
     SaliencySummary,
 )
+from pneumo.evaluation.metrics import Estimate
+from pneumo.evaluation.predictions import Predictions, sigmoid
+from pneumo.figures import Pictures, show_threshold
+from pneumo.report.looks import judge_looks
+from pneumo.report.words import Cell
 from tests.pneumo.test_report import cases, render, section
 
 NOTHING = Pictures([], {}, {}, [])

@@ -19,8 +19,8 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from pneumo.errors import RunError
-from pneumo.evaluate import DECISION
-from pneumo.predict import sigmoid
+from pneumo.evaluation.evaluation import DECISION
+from pneumo.evaluation.predictions import sigmoid
 
 NOT_A_NUMBER = "not_a_number"
 """The reason of a file that could be read, but of which the network says nothing finite."""

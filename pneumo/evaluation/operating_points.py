@@ -15,11 +15,11 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from pneumo import metrics
 from pneumo.config import EvaluateConfig
 from pneumo.errors import MetricError
-from pneumo.metrics import Confusion, Estimate, Floats, Resampled, Statistic, divide
-from pneumo.predict import Predictions
+from pneumo.evaluation import metrics
+from pneumo.evaluation.metrics import Confusion, Estimate, Floats, Resampled, Statistic, divide
+from pneumo.evaluation.predictions import Predictions
 
 Rule = Literal["youden", "sensitivity", "specificity"]
 Proportion = Literal["accuracy", "precision", "recall", "specificity", "npv"]

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from pneumo.comparison import compare
 from pneumo.errors import DataError
-from pneumo.predict import sigmoid
+from pneumo.evaluation.comparison import compare
+from pneumo.evaluation.predictions import sigmoid
 from tests.predictions import make_predictions
 
 

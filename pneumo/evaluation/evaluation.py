@@ -15,8 +15,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pneumo import metrics
-from pneumo.baselines import (
+from pneumo.config import EvaluateConfig
+from pneumo.errors import DataError, MetricError
+from pneumo.evaluation import metrics
+from pneumo.evaluation.baselines import (
     FEATURES,
     Baseline,
     Metadata,
@@ -28,7 +30,7 @@ from pneumo.baselines import (
     metadata_parts,
     view_parts,
 )
-from pneumo.calibration import (
+from pneumo.evaluation.calibration import (
     Calibration,
     Reliability,
     Scaling,
@@ -37,12 +39,10 @@ from pneumo.calibration import (
     recalibration_statistic,
     reliability_statistics,
 )
-from pneumo.config import EvaluateConfig
-from pneumo.decision_curve import DecisionCurve, judge_net_benefit, net_benefit_statistic
-from pneumo.delong import delong
-from pneumo.errors import DataError, MetricError
-from pneumo.metrics import Curve, Estimate, Part, Statistic
-from pneumo.operating_points import (
+from pneumo.evaluation.decision_curve import DecisionCurve, judge_net_benefit, net_benefit_statistic
+from pneumo.evaluation.delong import delong
+from pneumo.evaluation.metrics import Curve, Estimate, Part, Statistic
+from pneumo.evaluation.operating_points import (
     DECISION,
     SCREENING,
     AtPoint,
@@ -52,8 +52,8 @@ from pneumo.operating_points import (
     judge_points,
     outcomes_statistic,
 )
-from pneumo.predict import Predictions
-from pneumo.subgroups import Subgroups, judge_subgroups, subgroup_parts
+from pneumo.evaluation.predictions import Predictions
+from pneumo.evaluation.subgroups import Subgroups, judge_subgroups, subgroup_parts
 
 __all__ = [
     "DECISION",

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from pneumo.dataset.source import Box
 from pneumo.errors import MetricError
-from pneumo.metrics import Estimate, Floats, Statistic, patient_bootstrap
+from pneumo.evaluation.metrics import Estimate, Floats, Statistic, patient_bootstrap
 
 MapName = Literal["cam", "random", "prior", "centre", "uniform"]
 MAPS: tuple[MapName, ...] = get_args(MapName)

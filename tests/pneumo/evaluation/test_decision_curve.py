@@ -5,14 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 
-from pneumo import metrics
-from pneumo.decision_curve import (
+from pneumo.errors import MetricError
+from pneumo.evaluation import metrics
+from pneumo.evaluation.decision_curve import (
     THRESHOLDS,
     DecisionCurve,
     judge_net_benefit,
     net_benefit_statistic,
 )
-from pneumo.errors import MetricError
 from tests.predictions import make_predictions
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from pneumo import metrics
-from pneumo.delong import PairedTest, delong_test
 from pneumo.errors import DataError, MetricError
-from pneumo.metrics import Estimate, Part, Statistic
-from pneumo.predict import Predictions
+from pneumo.evaluation import metrics
+from pneumo.evaluation.delong import PairedTest, delong_test
+from pneumo.evaluation.metrics import Estimate, Part, Statistic
+from pneumo.evaluation.predictions import Predictions
 
 COMPARED = ("auroc", "average_precision", "brier")
 

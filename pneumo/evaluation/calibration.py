@@ -17,11 +17,11 @@ import numpy.typing as npt
 from scipy.optimize import brentq
 from scipy.special import expit
 
-from pneumo import metrics
 from pneumo.errors import MetricError
-from pneumo.metrics import Estimate, Floats, Resampled, Statistic, check_scores, divide
-from pneumo.operating_points import check_enough
-from pneumo.predict import Predictions, sigmoid
+from pneumo.evaluation import metrics
+from pneumo.evaluation.metrics import Estimate, Floats, Resampled, Statistic, check_scores, divide
+from pneumo.evaluation.operating_points import check_enough
+from pneumo.evaluation.predictions import Predictions, sigmoid
 
 Method = Literal["temperature", "platt"]
 

@@ -23,9 +23,9 @@ from torchmetrics.functional.classification import (
     binary_specificity,
 )
 
-from pneumo import metrics
-from pneumo.delong import delong
 from pneumo.errors import MetricError
+from pneumo.evaluation import metrics
+from pneumo.evaluation.delong import delong
 from tests.predictions import judge_threshold, with_scores
 
 relaxed = settings(max_examples=50, deadline=None)

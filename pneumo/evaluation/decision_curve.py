@@ -11,9 +11,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from pneumo import metrics
-from pneumo.metrics import Estimate, Floats, Resampled, Statistic, check_scores
-from pneumo.predict import Predictions
+from pneumo.evaluation import metrics
+from pneumo.evaluation.metrics import Estimate, Floats, Resampled, Statistic, check_scores
+from pneumo.evaluation.predictions import Predictions
 
 THRESHOLDS: tuple[float, ...] = tuple(k / 100 for k in range(1, 51))
 

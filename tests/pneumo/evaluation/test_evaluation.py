@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pneumo import metrics
-from pneumo.baselines import Metadata
-from pneumo.comparison import compare
 from pneumo.config import EvaluateConfig
 from pneumo.errors import DataError
-from pneumo.evaluate import DECISION, SCREENING, check_complete, evaluate
-from pneumo.predict import Predictions, sigmoid
+from pneumo.evaluation import metrics
+from pneumo.evaluation.baselines import Metadata
+from pneumo.evaluation.comparison import compare
+from pneumo.evaluation.evaluation import DECISION, SCREENING, check_complete, evaluate
+from pneumo.evaluation.predictions import Predictions, sigmoid
 
 CONFIG = EvaluateConfig(bootstrap_resamples=200)
 DATASET = {"digest": "d" * 64, "unit": "patient"}

@@ -12,7 +12,14 @@ import pytest
 from scipy.special import expit
 
 from pneumo.errors import RunError
-from pneumo.readings import NOT_A_NUMBER, NOTICE, Calibration, Readings, Rule, encode_csv
+from pneumo.evaluation.file_predictions import (
+    NOT_A_NUMBER,
+    NOTICE,
+    Calibration,
+    Readings,
+    Rule,
+    encode_csv,
+)
 
 
 def make_metrics(**changes: Any) -> dict[str, Any]:

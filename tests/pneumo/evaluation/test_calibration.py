@@ -12,8 +12,8 @@ from scipy.optimize import minimize
 from sklearn.calibration import _sigmoid_calibration, calibration_curve
 from sklearn.linear_model import LogisticRegression
 
-from pneumo import metrics
-from pneumo.calibration import (
+from pneumo.evaluation import metrics
+from pneumo.evaluation.calibration import (
     MEASURES,
     Scaling,
     bin_by_probability,
@@ -25,7 +25,7 @@ from pneumo.calibration import (
     recalibration_statistic,
     reliability_statistics,
 )
-from pneumo.predict import sigmoid
+from pneumo.evaluation.predictions import sigmoid
 from tests.predictions import make_predictions
 
 

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from pneumo import metrics
-from pneumo.baselines import (
+from pneumo.dataset.shards import StudyRow
+from pneumo.errors import MetricError
+from pneumo.evaluation import metrics
+from pneumo.evaluation.baselines import (
     Metadata,
     fit_metadata,
     judge_metadata,
@@ -18,8 +20,6 @@ from pneumo.baselines import (
     metadata_parts,
     view_parts,
 )
-from pneumo.dataset.shards import StudyRow
-from pneumo.errors import MetricError
 from tests.predictions import make_predictions
 
 

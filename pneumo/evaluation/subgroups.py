@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import ndtri
 
-from pneumo import metrics
 from pneumo.dataset.quality import AGE_BANDS, UNKNOWN, name_age_band
-from pneumo.metrics import Estimate, Floats, Part, Resampled, Statistic, divide, within
-from pneumo.predict import Predictions
+from pneumo.evaluation import metrics
+from pneumo.evaluation.metrics import Estimate, Floats, Part, Resampled, Statistic, divide, within
+from pneumo.evaluation.predictions import Predictions
 
 By = Literal["sex", "age", "view", "negatives", "box_area"]
 Bools = npt.NDArray[np.bool_]

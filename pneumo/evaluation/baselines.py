@@ -17,13 +17,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import OneHotEncoder
 
-from pneumo import metrics
 from pneumo.dataset.quality import name_age_band
 from pneumo.dataset.shards import StudyRow
-from pneumo.delong import PairedTest, delong_test
 from pneumo.errors import MetricError
-from pneumo.metrics import Estimate, Part, Statistic, within
-from pneumo.predict import Predictions
+from pneumo.evaluation import metrics
+from pneumo.evaluation.delong import PairedTest, delong_test
+from pneumo.evaluation.metrics import Estimate, Part, Statistic, within
+from pneumo.evaluation.predictions import Predictions
 
 FEATURES = ("view", "sex", "age", "spacing_mm")
 _RARE = 0.01

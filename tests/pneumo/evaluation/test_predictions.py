@@ -23,11 +23,7 @@ from pneumo.dataset import shards
 from pneumo.dataset.shards import StudyRow
 from pneumo.dataset.source import Box
 from pneumo.errors import DataError
-from pneumo.loading import loader
-from pneumo.loading.loader import Batch
-from pneumo.loading.sample_order import World
-from pneumo.network.backbones import build_model
-from pneumo.predict import (
+from pneumo.evaluation.predictions import (
     SCORING,
     VIEWS,
     Logits,
@@ -41,6 +37,10 @@ from pneumo.predict import (
     score_pictures,
     sigmoid,
 )
+from pneumo.loading import loader
+from pneumo.loading.loader import Batch
+from pneumo.loading.sample_order import World
+from pneumo.network.backbones import build_model
 
 SIDE = 64
 StoreMaker = Callable[..., str]

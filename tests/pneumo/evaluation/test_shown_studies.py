@@ -13,7 +13,7 @@ from torch import nn
 
 from pneumo.config import ModelConfig
 from pneumo.errors import MetricError
-from pneumo.explain import (
+from pneumo.evaluation.shown_studies import (
     OUTCOMES,
     choose_errors,
     choose_gallery,

@@ -14,7 +14,7 @@ from sklearn.metrics import average_precision_score
 
 from pneumo.dataset.source import Box
 from pneumo.errors import MetricError
-from pneumo.saliency import (
+from pneumo.evaluation.map_scores import (
     IOU_THRESHOLDS,
     MAPS,
     MEASURES,

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from MLstatkit import Delong_test
 
-from pneumo import metrics
-from pneumo.delong import CLUSTERED, INDEPENDENT, delong, delong_test, placements
 from pneumo.errors import MetricError
+from pneumo.evaluation import metrics
+from pneumo.evaluation.delong import CLUSTERED, INDEPENDENT, delong, delong_test, placements
 
 
 def simulated(num_patients=80, images_per_patient=1, seed=0, cluster=0.0):

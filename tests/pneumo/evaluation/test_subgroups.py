@@ -8,9 +8,9 @@ import pytest
 import sklearn.metrics as reference
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from pneumo import metrics
-from pneumo.metrics import Resampled
-from pneumo.subgroups import divide_studies, find_worst, judge_subgroups, subgroup_parts
+from pneumo.evaluation import metrics
+from pneumo.evaluation.metrics import Resampled
+from pneumo.evaluation.subgroups import divide_studies, find_worst, judge_subgroups, subgroup_parts
 from tests.predictions import make_predictions
 
 THRESHOLD = 0.3

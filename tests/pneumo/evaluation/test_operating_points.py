@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pneumo import metrics
 from pneumo.config import EvaluateConfig
-from pneumo.operating_points import (
+from pneumo.evaluation import metrics
+from pneumo.evaluation.operating_points import (
     DECISION,
     PREVALENCES,
     SCREENING,
