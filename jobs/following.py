@@ -17,9 +17,9 @@ import ray.train
 from jobs.command import say
 from jobs.mailbox import Mailbox
 from jobs.progress import Progress
-from pneumo.hooks import Epoch, Hooks, Pace, Start
 from pneumo.loading.sample_order import World
 from pneumo.tracking import Tracker
+from pneumo.training.callbacks import Epoch, Hooks, Pace, Start
 
 _WORTH_SAYING = 0.05
 """Share of the time that waiting for data may take unnoticed."""

@@ -19,11 +19,11 @@ from jobs.records import read_history, write_history, write_scores, write_starte
 from pneumo.config import TuneConfig
 from pneumo.errors import DivergedError, MetricError
 from pneumo.evaluation.predictions import Scores
-from pneumo.hooks import Epoch, Hooks, Start
 from pneumo.loading.feeds import Held
 from pneumo.loading.sample_order import World
 from pneumo.objective import judge, knows_nothing, smooth
 from pneumo.search import ERROR, OBJECTIVE
+from pneumo.training.callbacks import Epoch, Hooks, Start
 
 METRIC = "objective"
 """What Tune compares, higher is better."""

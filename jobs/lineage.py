@@ -12,9 +12,9 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pneumo.checkpoint import CheckpointEntry
 from pneumo.dataset.shards import Manifest
 from pneumo.tracking import Artifact
+from pneumo.training.checkpoints import CheckpointEntry
 
 _MAX_NAME = 128
 

@@ -21,7 +21,6 @@ from jobs.command import run_job, say
 from jobs.scoring import Place, Scoring, Weights, find_place, load_members, run_shares, share_out
 from jobs.session import ray_session, wait_for_resources
 from pneumo import storage
-from pneumo.checkpoint import load_checkpoint, read_index
 from pneumo.config import Invocation, PredictArguments
 from pneumo.errors import DataError, RunError, SourceError
 from pneumo.evaluation.file_predictions import (
@@ -37,6 +36,7 @@ from pneumo.evaluation.shown_studies import class_activation
 from pneumo.figures import draw_overlay, show_threshold
 from pneumo.images.dicom import GrayImage
 from pneumo.images.dicom_files import Unusable, read_pictures
+from pneumo.training.checkpoints import load_checkpoint, read_index
 
 SCHEMA_VERSION = 1
 CSV = "predictions.csv"

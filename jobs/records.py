@@ -21,11 +21,11 @@ import pyarrow.parquet as pq
 from pneumo import storage
 from pneumo.config import TuneConfig
 from pneumo.evaluation.predictions import Scores
-from pneumo.keeping import METRICS_LOG
 from pneumo.network.backbones import Initialisation
 from pneumo.objective import Judgement, judge
 from pneumo.search import History, State, Trial
 from pneumo.search_space import Scalar
+from pneumo.training.checkpoint_writer import METRICS_LOG
 
 _BEGUN, _STARTED, _SCORES, _ENDED = "trial.json", "start.json", "val.parquet", "end.json"
 

@@ -33,10 +33,10 @@ from jobs.nodes import (
     usable_nodes,
 )
 from pneumo import storage
-from pneumo.checkpoint import CheckpointIndex, find_index
 from pneumo.config import ClusterConfig
 from pneumo.dataset.shards import read_manifest
 from pneumo.errors import ClusterError, ContentError, PneumoError, StorageError
+from pneumo.training.checkpoints import CheckpointIndex, find_index
 
 STOPPED = "stopped"
 """What an attempt returns that was told to stop and has written its checkpoint."""

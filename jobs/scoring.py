@@ -19,7 +19,6 @@ import torch
 
 from jobs.progress import Progress
 from jobs.session import worker_resources
-from pneumo.checkpoint import CheckpointEntry, load_checkpoint
 from pneumo.config import ClusterConfig, Config, DataConfig
 from pneumo.dataset.shards import Manifest, StudyRow, read_manifest
 from pneumo.dataset.source import Box
@@ -31,6 +30,7 @@ from pneumo.loading.feeds import Samples
 from pneumo.loading.loader import open_loader, read_images
 from pneumo.loading.sample_order import World
 from pneumo.network.backbones import build_model
+from pneumo.training.checkpoints import CheckpointEntry, load_checkpoint
 
 T = TypeVar("T")
 

@@ -12,12 +12,12 @@ from jobs.command import say
 from jobs.live_table import describe_settings, show_value
 from jobs.trackers import close_tracker, tracking_folder
 from pneumo import storage
-from pneumo.checkpoint import describe_code
 from pneumo.config import without_folders
 from pneumo.dataset.shards import Manifest
 from pneumo.report import render_search
 from pneumo.search import Search, Trial, make_recipe, to_parquet
 from pneumo.tracking import Artifact, Page, Table, Tracker, open_tracker
+from pneumo.training.checkpoints import describe_code
 
 BEST = "best.toml"
 TRIALS = "trials.parquet"

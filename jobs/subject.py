@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from jobs.command import say
 from jobs.scoring import Scored, Scoring, Weights
 from pneumo import storage
-from pneumo.checkpoint import (
+from pneumo.config import EvaluateArguments, EvaluateConfig
+from pneumo.dataset.shards import Manifest, StudyRow, read_manifest
+from pneumo.errors import RunError, StoreError
+from pneumo.evaluation.predictions import Predictions
+from pneumo.training.checkpoint_writer import read_history
+from pneumo.training.checkpoints import (
     Checkpoint,
     CheckpointEntry,
     CheckpointIndex,
     load_checkpoint,
     read_index,
 )
-from pneumo.config import EvaluateArguments, EvaluateConfig
-from pneumo.dataset.shards import Manifest, StudyRow, read_manifest
-from pneumo.errors import RunError, StoreError
-from pneumo.evaluation.predictions import Predictions
-from pneumo.keeping import read_history
 
 METRICS = "metrics.json"
 PREDICTIONS = "predictions.parquet"

@@ -1,4 +1,4 @@
-"""Train one model: Ray Train starts the workers, `pneumo.train.fit` does the work in each."""
+"""Train one model: Ray Train starts the workers, `pneumo.training.fit.fit` does the work in each."""
 
 from __future__ import annotations
 
@@ -35,7 +35,6 @@ from jobs.session import (
 )
 from jobs.trackers import close_tracker, tracking_folder
 from pneumo import storage
-from pneumo.checkpoint import CheckpointIndex, read_index
 from pneumo.config import (
     WEIGHTS_WITHOUT_FILE,
     ClusterConfig,
@@ -46,10 +45,11 @@ from pneumo.config import (
 )
 from pneumo.dataset.shards import Manifest, read_manifest
 from pneumo.errors import PreemptedError
-from pneumo.keeping import read_history
 from pneumo.loading.sample_order import World
 from pneumo.tracking import open_tracker
-from pneumo.train import check_run, fit
+from pneumo.training.checkpoint_writer import read_history
+from pneumo.training.checkpoints import CheckpointIndex, read_index
+from pneumo.training.fit import check_run, fit
 
 RENDEZVOUS_TIMEOUT_S = 180
 """Within which the ranks of an attempt must find each other; else another is begun."""

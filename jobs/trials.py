@@ -23,11 +23,11 @@ from jobs.train import build_trainer
 from pneumo.config import Config, DataConfig, override
 from pneumo.dataset.shards import Manifest, read_studies
 from pneumo.errors import ClusterError, DivergedError
-from pneumo.hooks import Hooks
 from pneumo.loading.feeds import Held
 from pneumo.loading.loader import hold_split, input_size
 from pneumo.loading.sample_order import World
-from pneumo.train import fit
+from pneumo.training.callbacks import Hooks
+from pneumo.training.fit import fit
 
 _DRIVER_MEMORY_BYTES = 200 * 2**20
 _HELD_SHARE = 0.5

@@ -55,7 +55,7 @@ from pneumo.search import (
     rank,
     settings_to_confirm,
 )
-from pneumo.train import check_sizes
+from pneumo.training.fit import check_sizes
 
 _IDENTITY = "search.json"
 _SAME = ("seed", "data", "augment", "model", "train", "tune")

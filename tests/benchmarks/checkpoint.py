@@ -9,7 +9,7 @@ step, the GPU runs dry.
 
     nothing   no checkpoint is written
     BytesIO   torch.save into an object of Python's
-    pneumo    pneumo.checkpoint.to_bytes
+    pneumo    pneumo.training.checkpoints.to_bytes
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 
-from pneumo.checkpoint import to_bytes
 from pneumo.network.backbones import build_model
+from pneumo.training.checkpoints import to_bytes
 
 BIT_S = 0.0002
 """Of work before the lock is let go."""

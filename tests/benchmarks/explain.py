@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 from jobs.scoring import Scored, Scoring, Weights, boxes_of, score_boxes, score_splits
 from jobs.session import ray_session
-from pneumo.checkpoint import Checkpoint, claim_run, read_index, save_checkpoint
 from pneumo.config import Config, ModelConfig
 from pneumo.dataset.shards import read_manifest, read_studies
 from pneumo.dataset.source import Box
 from pneumo.evaluation.map_scores import FixedMaps, centre_map, prior_map
 from pneumo.evaluation.shown_studies import Maps, class_activation, gradcam, randomised
 from pneumo.network.backbones import gradcam_layer
+from pneumo.training.checkpoints import Checkpoint, claim_run, read_index, save_checkpoint
 from tests.benchmarks.prepare import Sampler
 from tests.conftest import _write_store as write_store
 

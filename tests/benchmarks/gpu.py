@@ -7,7 +7,7 @@
 It needs torch and numpy alone, and nothing of this project, so this one file can be carried to a
 machine that has a GPU. It trains ResNet-18 (one input channel, one logit) in
 channels_last and bfloat16 autocast with fused Adam and a weighted BCE, on random images that the
-device holds as bytes. A step is one micro-batch, without what `pneumo.learner` does around it: the
+device holds as bytes. A step is one micro-batch, without what `pneumo.training.train_step` does around it: the
 running statistics taken in hand, the average of the weights.
 
 The data path mirrors `pneumo.loading.augmentation.augment` as it is on a GPU, with the defaults of

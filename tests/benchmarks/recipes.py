@@ -36,17 +36,17 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from jobs import prepare
 from jobs.session import ray_session
-from pneumo.checkpoint import load_checkpoint, read_index
 from pneumo.config import Config, override, parse_command_line, read_recipe
 from pneumo.dataset.phantoms.source_folder import write_phantoms
 from pneumo.dataset.shards import read_manifest
 from pneumo.evaluation import metrics
 from pneumo.evaluation.predictions import score
-from pneumo.hooks import Hooks
 from pneumo.loading.loader import open_loader
 from pneumo.loading.sample_order import World
 from pneumo.network.backbones import build_model
-from pneumo.train import fit
+from pneumo.training.callbacks import Hooks
+from pneumo.training.checkpoints import load_checkpoint, read_index
+from pneumo.training.fit import fit
 from tests.benchmarks.sources import find_real_data
 
 FOLDS = 5

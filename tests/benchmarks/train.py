@@ -4,7 +4,7 @@
         [--image-size 128] [--phantoms 60] [--cpus-per-worker 2] [--recipe gpu] …
 
     step      Learner.learn on one synthetic batch again and again
-    fit       pneumo.train.fit in one process, from a store through the loader
+    fit       pneumo.training.fit.fit in one process, from a store through the loader
     ray       jobs.train with one worker; Ray runs all the while
     whole     as step, a batch being one micro-batch, where it is several
 
@@ -41,13 +41,13 @@ from jobs import train as train_job
 from jobs.session import WORKER_ENVIRONMENT, ray_session
 from pneumo.config import Config, parse_command_line
 from pneumo.dataset.phantoms.source_folder import write_phantoms
-from pneumo.hooks import Hooks
-from pneumo.keeping import read_history
-from pneumo.learner import Learner
 from pneumo.loading.loader import Batch
 from pneumo.loading.sample_order import World
 from pneumo.network.backbones import build_model, initialise
-from pneumo.train import fit
+from pneumo.training.callbacks import Hooks
+from pneumo.training.checkpoint_writer import read_history
+from pneumo.training.fit import fit
+from pneumo.training.train_step import Learner
 from tests.benchmarks.sources import write_linked_source
 
 GOAL = 0.95

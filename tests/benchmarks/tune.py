@@ -37,11 +37,11 @@ from jobs.tune import search
 from pneumo.config import Config, override, parse_command_line
 from pneumo.dataset.phantoms.source_folder import write_phantoms
 from pneumo.dataset.shards import Manifest, read_manifest
-from pneumo.hooks import Hooks
 from pneumo.loading.feeds import Held
 from pneumo.loading.sample_order import World
 from pneumo.search import Search
-from pneumo.train import fit
+from pneumo.training.callbacks import Hooks
+from pneumo.training.fit import fit
 
 GOAL = 3.0
 SETTINGS = {

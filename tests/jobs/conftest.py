@@ -15,8 +15,8 @@ import pytest
 
 from jobs import prepare, train
 from jobs.session import ray_session
-from pneumo.checkpoint import claim_run, load_checkpoint, read_index, save_checkpoint
 from pneumo.dataset.phantoms.source_folder import write_phantoms
+from pneumo.training.checkpoints import claim_run, load_checkpoint, read_index, save_checkpoint
 
 NUM_STUDIES = 90
 OVERFLOW = 3.4e38

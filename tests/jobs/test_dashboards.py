@@ -17,10 +17,10 @@ from pneumo.config import Config, override
 from pneumo.dashboards import build_views, describe_view
 from pneumo.evaluation.shown_studies import ERRORS, OUTCOMES
 from pneumo.figures import Pictures
-from pneumo.hooks import Hooks
 from pneumo.loading.sample_order import World
 from pneumo.tracking import ConfusionChart, LineChart, MemoryTracker
-from pneumo.train import fit
+from pneumo.training.callbacks import Hooks
+from pneumo.training.fit import fit
 from tests.conftest import StoreMaker
 from tests.jobs.conftest import LocalMailbox
 from tests.jobs.test_sending import case, judged

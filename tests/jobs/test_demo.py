@@ -20,8 +20,8 @@ from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from jobs.train import LEAVE_TIMEOUT_S
-from pneumo.checkpoint import find_index, read_index
 from pneumo.evaluation.predictions import Predictions
+from pneumo.training.checkpoints import find_index, read_index
 from tests.jobs.conftest import SMALL, Prepared, run_module
 
 REAL_STUDIES = Path(__file__).parents[3] / "shared" / "data" / "rsna-mini"

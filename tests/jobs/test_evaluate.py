@@ -23,7 +23,6 @@ from jobs.scoring import (
     score_boxes,
     score_splits,
 )
-from pneumo.checkpoint import read_index
 from pneumo.config import Config, override
 from pneumo.dataset.shards import (
     Duplicates,
@@ -37,6 +36,7 @@ from pneumo.evaluation.map_scores import MAPS, MEASURES, RankedMap, box_mask, pr
 from pneumo.evaluation.operating_points import Decision
 from pneumo.evaluation.predictions import Predictions, sigmoid
 from pneumo.tracking import Gallery, MemoryTracker, Table
+from pneumo.training.checkpoints import read_index
 from tests.identifiers import Identifiers
 from tests.jobs.conftest import NUM_STUDIES, SMALL, Prepared
 

@@ -11,9 +11,9 @@ import pytest
 
 from jobs.following import Follower, Stepped, name_for_tracking
 from jobs.progress import Progress
-from pneumo.hooks import Epoch, Pace, Start
 from pneumo.network.backbones import Initialisation
 from pneumo.tracking import MemoryTracker
+from pneumo.training.callbacks import Epoch, Pace, Start
 from tests.jobs.conftest import LocalMailbox
 
 

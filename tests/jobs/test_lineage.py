@@ -6,8 +6,8 @@ import pytest
 import wandb
 
 from jobs.lineage import describe_dataset, describe_results, describe_weights
-from pneumo.checkpoint import CheckpointEntry
 from pneumo.dataset.shards import read_manifest
+from pneumo.training.checkpoints import CheckpointEntry
 
 ENTRY = CheckpointEntry(name="epoch-0003.pt", epoch=3, val_auroc=0.9, sha256="ab" * 32)
 

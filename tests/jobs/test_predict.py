@@ -14,12 +14,12 @@ import pytest
 from PIL import Image
 
 from jobs import evaluate, predict
-from pneumo.checkpoint import claim_run, load_checkpoint, read_index, save_checkpoint
 from pneumo.dataset.shards import digest_pixels, read_manifest, read_studies
 from pneumo.dataset.source import read_source
 from pneumo.evaluation.predictions import Predictions
 from pneumo.images.dicom import GrayImage
 from pneumo.images.dicom_files import read_pictures
+from pneumo.training.checkpoints import claim_run, load_checkpoint, read_index, save_checkpoint
 from tests.conftest import DicomMaker
 from tests.jobs.conftest import Prepared
 

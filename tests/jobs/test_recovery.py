@@ -21,7 +21,6 @@ from jobs.recovery import (
     describe_position,
     wait_for_workers,
 )
-from pneumo.checkpoint import CheckpointEntry, CheckpointIndex
 from pneumo.config import ClusterConfig
 from pneumo.errors import (
     ClusterError,
@@ -31,6 +30,7 @@ from pneumo.errors import (
     RunError,
     StorageError,
 )
+from pneumo.training.checkpoints import CheckpointEntry, CheckpointIndex
 
 ONE_CPU = {"CPU": 1.0}
 AWAY = StorageError("storage: s3://bucket/store/manifest.json: tried again for 120 s")

@@ -15,7 +15,6 @@ from jobs.pictures import describe_age
 from jobs.results import Judged
 from jobs.scoring import Scored, Scoring, Weights
 from jobs.subject import Subject
-from pneumo.checkpoint import Checkpoint, CheckpointEntry
 from pneumo.config import Config, EvaluateConfig, override
 from pneumo.dataset.quality import ContactSheet
 from pneumo.dataset.shards import read_manifest
@@ -24,6 +23,7 @@ from pneumo.evaluation.evaluation import evaluate
 from pneumo.evaluation.predictions import Predictions
 from pneumo.figures import Case, Pictures
 from pneumo.tracking import Gallery, LineChart, MemoryTracker, Picture, PictureTable, Table
+from pneumo.training.checkpoints import Checkpoint, CheckpointEntry
 from tests.pneumo.test_report import DATA
 from tests.pneumo.test_report_degenerate import damage, predictions
 

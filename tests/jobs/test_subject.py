@@ -11,7 +11,6 @@ import pytest
 from jobs.results import describe_command, describe_selection
 from jobs.scoring import Scoring
 from jobs.subject import find_subject, find_weights
-from pneumo.checkpoint import claim_run, load_checkpoint, read_index, save_checkpoint
 from pneumo.config import (
     Config,
     EvaluateArguments,
@@ -20,7 +19,8 @@ from pneumo.config import (
     parse_command_line,
 )
 from pneumo.errors import RunError
-from pneumo.keeping import METRICS_LOG
+from pneumo.training.checkpoint_writer import METRICS_LOG
+from pneumo.training.checkpoints import claim_run, load_checkpoint, read_index, save_checkpoint
 from tests.jobs.conftest import Prepared
 
 AUROCS = [0.7, 0.6, 0.95, 0.8, 0.8, 0.7]

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from jobs import train
-from pneumo.checkpoint import load_checkpoint, read_index
 from pneumo.config import Config, override
 from pneumo.dataset.shards import read_manifest
+from pneumo.training.checkpoints import load_checkpoint, read_index
 from tests.jobs.conftest import SMALL, Prepared
 from tests.ranks import run_ranks
 

@@ -30,11 +30,11 @@ from jobs.tune import check_search
 from pneumo.config import Config, override, parse_command_line
 from pneumo.dataset.shards import read_manifest
 from pneumo.errors import ClusterError, ConfigError
-from pneumo.hooks import Hooks, Start
 from pneumo.loading.loader import open_loaders
 from pneumo.loading.sample_order import World
 from pneumo.network.backbones import Initialisation, build_model
 from pneumo.search import ERROR, OBJECTIVE
+from pneumo.training.callbacks import Hooks, Start
 from tests.jobs.conftest import SMALL, Prepared
 from tests.jobs.test_prepare import kill
 

@@ -30,7 +30,7 @@ class Record:
     samples: int
     """That its steps were fed."""
     digest: int
-    """Of which these were, and in which steps: see `pneumo.tally`."""
+    """Of which these were, and in which steps: see `pneumo.training.tally`."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pneumo.checkpoint import CheckpointEntry, find_index
+from pneumo.training.checkpoints import CheckpointEntry, find_index
 from tests.multinode.conftest import BUCKET, RUN_TIMEOUT_S, Site, Undisturbed
 from tests.multinode.faults import EPOCHS, LARGEST_DIFFERENCE, Cost, read_records
 from tests.multinode.ray_cluster import Driver

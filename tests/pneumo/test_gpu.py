@@ -12,20 +12,20 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pneumo.checkpoint import load_checkpoint, read_index
 from pneumo.config import AugmentConfig, Config, DataConfig, TrainConfig, override
 from pneumo.dataset import shards
 from pneumo.evaluation.predictions import Member, score_pictures
-from pneumo.hooks import Hooks
-from pneumo.learner import Learner
 from pneumo.loading import augmentation, loader
 from pneumo.loading.loader import Batch
 from pneumo.loading.prefetch import run_ahead, send
 from pneumo.loading.sample_order import World
 from pneumo.network.backbones import build_model, initialise
 from pneumo.network.gray_convolution import Stem
-from pneumo.outcomes import Outcomes
-from pneumo.train import fit, has_compiler
+from pneumo.training.callbacks import Hooks
+from pneumo.training.checkpoints import load_checkpoint, read_index
+from pneumo.training.fit import fit, has_compiler
+from pneumo.training.step_results import Outcomes
+from pneumo.training.train_step import Learner
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from pneumo.checkpoint import Checkpoint, claim_run, read_index, save_checkpoint
 from pneumo.config import Config
 from pneumo.dataset.shards import read_manifest
 from pneumo.errors import RunError
 from pneumo.loading.sample_order import World
-from pneumo.resumption import take_up
+from pneumo.training.checkpoints import Checkpoint, claim_run, read_index, save_checkpoint
+from pneumo.training.resuming import take_up
 from tests.ranks import run_ranks
 
 StoreMaker = Callable[..., str]
@@ -44,7 +44,7 @@ def write_run(run_url: str, store_url: str, *, epochs: int, finished: bool = Fal
 _RANK = """
 from pneumo.config import Config
 from pneumo.errors import PneumoError
-from pneumo.resumption import take_up
+from pneumo.training.resuming import take_up
 from pneumo.dataset.shards import read_manifest
 
 (store_url,) = arguments

@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pneumo import storage
-from pneumo.checkpoint import (
+from pneumo.config import Config, TrainConfig
+from pneumo.errors import CheckpointError, RunError, StorageError
+from pneumo.training.checkpoints import (
     Checkpoint,
     CheckpointEntry,
     CheckpointIndex,
@@ -33,8 +35,6 @@ from pneumo.checkpoint import (
     read_index,
     save_checkpoint,
 )
-from pneumo.config import Config, TrainConfig
-from pneumo.errors import CheckpointError, RunError, StorageError
 
 
 def make_checkpoint(epoch: int = 1, auroc: float | None = 0.7, **changes: Any) -> Checkpoint:

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from functools import partial
 
 from pneumo import storage
-from pneumo.checkpoint import Checkpoint, CheckpointWriter, check_claim, save_checkpoint
 from pneumo.errors import CheckpointError, StorageError
+from pneumo.training.checkpoints import Checkpoint, CheckpointWriter, check_claim, save_checkpoint
 
 METRICS_LOG = "metrics.jsonl"
 _WORTH_SAVING_S = 60.0

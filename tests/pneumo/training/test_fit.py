@@ -20,14 +20,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pneumo import storage
-from pneumo.checkpoint import (
-    Checkpoint,
-    claim_run,
-    find_index,
-    load_checkpoint,
-    read_index,
-    save_checkpoint,
-)
 from pneumo.config import Config, TrainConfig, override
 from pneumo.dataset import shards
 from pneumo.errors import (
@@ -38,13 +30,21 @@ from pneumo.errors import (
     RunError,
     StoreError,
 )
-from pneumo.hooks import Epoch, Hooks, Pace, Start
-from pneumo.learner import Learner
 from pneumo.loading.loader import Batch
 from pneumo.loading.sample_order import World
 from pneumo.network.backbones import build_model, initialise
-from pneumo.optimise import autocast_dtype, build_optimizer, learning_rate
-from pneumo.train import check_run, fit, resolve_pos_weight
+from pneumo.training.callbacks import Epoch, Hooks, Pace, Start
+from pneumo.training.checkpoints import (
+    Checkpoint,
+    claim_run,
+    find_index,
+    load_checkpoint,
+    read_index,
+    save_checkpoint,
+)
+from pneumo.training.fit import check_run, fit, resolve_pos_weight
+from pneumo.training.optimisation import autocast_dtype, build_optimizer, learning_rate
+from pneumo.training.train_step import Learner
 from tests.ranks import run_ranks
 
 StoreMaker = Callable[..., str]
@@ -740,8 +740,8 @@ def test_a_folder_that_is_no_store_is_refused(tmp_path: Path) -> None:
 _RANK = """
 from pneumo.config import Config, override
 from pneumo.errors import DivergedError, PreemptedError
-from pneumo.hooks import Hooks
-from pneumo.train import fit
+from pneumo.training.callbacks import Hooks
+from pneumo.training.fit import fit
 
 (store_url,) = arguments
 config = Config.model_validate_json((folder / "config.json").read_text())

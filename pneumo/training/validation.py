@@ -15,9 +15,9 @@ from pneumo.config import Config
 from pneumo.errors import DataError
 from pneumo.evaluation import metrics
 from pneumo.evaluation.predictions import Scores, score
-from pneumo.learner import Learner
 from pneumo.loading.loader import Batch, Loader
 from pneumo.loading.sample_order import World
+from pneumo.training.train_step import Learner
 
 
 def validate(

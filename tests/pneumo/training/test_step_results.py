@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from pneumo.outcomes import Outcomes
+from pneumo.training.step_results import Outcomes
 
 CPU = torch.device("cpu")
 

@@ -17,12 +17,12 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops import StochasticDepth
 
-from pneumo.averaging import WeightAverage
 from pneumo.config import TrainConfig
 from pneumo.loading.loader import Batch
 from pneumo.loading.sample_order import World, micro_batches
-from pneumo.normalisation import RunningStatistics
-from pneumo.optimise import autocast_dtype, bce_loss, build_optimizer, gradient_norm
+from pneumo.training.batch_norm import RunningStatistics
+from pneumo.training.optimisation import autocast_dtype, bce_loss, build_optimizer, gradient_norm
+from pneumo.training.weight_average import WeightAverage
 
 
 class Learner:

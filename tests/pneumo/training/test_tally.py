@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pneumo.loading.sample_order import World, micro_batches
-from pneumo.tally import Tally
+from pneumo.training.tally import Tally
 
 CPU = torch.device("cpu")
 SIZE = 3

@@ -13,7 +13,7 @@ from tests.ranks import run_ranks
 
 _RANK = """
 from pneumo.config import TrainConfig
-from pneumo.learner import Learner
+from pneumo.training.train_step import Learner
 from pneumo.loading.loader import Batch
 from pneumo.network.backbones import build_model
 from pneumo.loading.sample_order import micro_batches
@@ -47,7 +47,7 @@ def learn(folder: Path, size: int) -> list[dict[str, Any]]:
 
 _COMPILED_RANK = """
 from pneumo.config import TrainConfig
-from pneumo.learner import Learner
+from pneumo.training.train_step import Learner
 from pneumo.loading.loader import Batch
 from pneumo.network.backbones import build_model
 from pneumo.loading.sample_order import micro_batches

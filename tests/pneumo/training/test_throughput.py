@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pneumo.timing import SlowData, StepTimes
+from pneumo.training.throughput import SlowData, StepTimes
 
 
 def make_times(*steps: tuple[float, float]) -> StepTimes:

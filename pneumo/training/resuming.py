@@ -8,7 +8,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pneumo.checkpoint import (
+from pneumo.config import Config
+from pneumo.dataset.shards import Manifest
+from pneumo.errors import PneumoError, RunError
+from pneumo.loading.sample_order import World
+from pneumo.training.checkpoints import (
     Checkpoint,
     CheckpointEntry,
     CheckpointIndex,
@@ -17,10 +21,6 @@ from pneumo.checkpoint import (
     load_checkpoint,
     load_newest,
 )
-from pneumo.config import Config
-from pneumo.dataset.shards import Manifest
-from pneumo.errors import PneumoError, RunError
-from pneumo.loading.sample_order import World
 
 TRAINING_SECTIONS = ("seed", "data", "augment", "model", "train")
 """The settings that a resumed run must share with its checkpoint, but for those that only say how

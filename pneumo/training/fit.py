@@ -22,7 +22,6 @@ import torch.distributed as dist
 from torch import nn
 
 from pneumo import storage
-from pneumo.checkpoint import Checkpoint, copy_to_cpu, describe_code
 from pneumo.config import Config, TrainConfig
 from pneumo.dataset.shards import Manifest, read_manifest
 from pneumo.errors import (
@@ -32,20 +31,21 @@ from pneumo.errors import (
     DivergedError,
     PreemptedError,
 )
-from pneumo.hooks import Epoch, Hooks, Pace, Start
-from pneumo.keeping import Keeper
-from pneumo.learner import Learner
 from pneumo.loading import loader, sample_order
 from pneumo.loading.feeds import Held
 from pneumo.loading.loader import Loader
 from pneumo.loading.sample_order import World
 from pneumo.network.backbones import Initialisation, build_model, check_weights, initialise
-from pneumo.optimise import learning_rate
-from pneumo.outcomes import Divergence, Outcomes
-from pneumo.resumption import Resumption, find_last, take_up
-from pneumo.tally import Tally
-from pneumo.timing import SlowData, StepTimes, read_gpu
-from pneumo.validation import validate
+from pneumo.training.callbacks import Epoch, Hooks, Pace, Start
+from pneumo.training.checkpoint_writer import Keeper
+from pneumo.training.checkpoints import Checkpoint, copy_to_cpu, describe_code
+from pneumo.training.optimisation import learning_rate
+from pneumo.training.resuming import Resumption, find_last, take_up
+from pneumo.training.step_results import Divergence, Outcomes
+from pneumo.training.tally import Tally
+from pneumo.training.throughput import SlowData, StepTimes, read_gpu
+from pneumo.training.train_step import Learner
+from pneumo.training.validation import validate
 
 DIVERGED = "diverged.json"
 _REPORT_INTERVAL_S = 1.0

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from pneumo.checkpoint import Checkpoint, claim_run, read_index
 from pneumo.config import Config
 from pneumo.errors import RunError
-from pneumo.keeping import Keeper, read_history
+from pneumo.training.checkpoint_writer import Keeper, read_history
+from pneumo.training.checkpoints import Checkpoint, claim_run, read_index
 
 
 def make_checkpoint(epoch: int, step: int = 0) -> Checkpoint:
