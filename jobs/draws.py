@@ -20,9 +20,9 @@ from ray.tune.search import Searcher
 from jobs.judging import METRIC
 from jobs.records import write_begun
 from pneumo.config import Config, TuneConfig
-from pneumo.objective import smooth
-from pneumo.search import OBJECTIVE, Trial, to_distribution
 from pneumo.search_space import Scalar
+from pneumo.tuning.objective import smooth
+from pneumo.tuning.search import OBJECTIVE, Trial, to_distribution
 
 _STARTUP_SHARE = 4
 """TPE draws the first quarter of the trials at random, at least 4 and at most 10."""

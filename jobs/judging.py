@@ -21,9 +21,9 @@ from pneumo.errors import DivergedError, MetricError
 from pneumo.evaluation.predictions import Scores
 from pneumo.loading.feeds import Held
 from pneumo.loading.sample_order import World
-from pneumo.objective import judge, knows_nothing, smooth
-from pneumo.search import ERROR, OBJECTIVE
 from pneumo.training.callbacks import Epoch, Hooks, Start
+from pneumo.tuning.objective import judge, knows_nothing, smooth
+from pneumo.tuning.search import ERROR, OBJECTIVE
 
 METRIC = "objective"
 """What Tune compares, higher is better."""

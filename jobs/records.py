@@ -22,10 +22,10 @@ from pneumo import storage
 from pneumo.config import TuneConfig
 from pneumo.evaluation.predictions import Scores
 from pneumo.network.backbones import Initialisation
-from pneumo.objective import Judgement, judge
-from pneumo.search import History, State, Trial
 from pneumo.search_space import Scalar
 from pneumo.training.checkpoint_writer import METRICS_LOG
+from pneumo.tuning.objective import Judgement, judge
+from pneumo.tuning.search import History, State, Trial
 
 _BEGUN, _STARTED, _SCORES, _ENDED = "trial.json", "start.json", "val.parquet", "end.json"
 

@@ -15,9 +15,9 @@ from pneumo import storage
 from pneumo.config import without_folders
 from pneumo.dataset.shards import Manifest
 from pneumo.report import render_search
-from pneumo.search import Search, Trial, make_recipe, to_parquet
 from pneumo.tracking import Artifact, Page, Table, Tracker, open_tracker
 from pneumo.training.checkpoints import describe_code
+from pneumo.tuning.search import Search, Trial, make_recipe, to_parquet
 
 BEST = "best.toml"
 TRIALS = "trials.parquet"

@@ -19,8 +19,8 @@ from pneumo import storage
 from pneumo.config import Config, TuneConfig
 from pneumo.dataset.shards import Manifest
 from pneumo.errors import PneumoError
-from pneumo.search import Trial
 from pneumo.tracking import NullTracker, Tracker, TrackingOutcome, open_tracker
+from pneumo.tuning.search import Trial
 
 _SENT = "tracked"
 """Marks, in a trial's folder, that W&B has its run; a search that goes on sends none twice."""

@@ -40,8 +40,9 @@ from pneumo.config import Config, Invocation, ModelConfig, TuneArguments, check_
 from pneumo.dataset.shards import Manifest, read_manifest
 from pneumo.errors import ClusterError, ConfigError, RunError
 from pneumo.network.backbones import check_weights
-from pneumo.objective import describe_objective, knows_nothing
-from pneumo.search import (
+from pneumo.training.fit import check_sizes
+from pneumo.tuning.objective import describe_objective, knows_nothing
+from pneumo.tuning.search import (
     Choice,
     Confirmation,
     Plainness,
@@ -55,7 +56,6 @@ from pneumo.search import (
     rank,
     settings_to_confirm,
 )
-from pneumo.training.fit import check_sizes
 
 _IDENTITY = "search.json"
 _SAME = ("seed", "data", "augment", "model", "train", "tune")

@@ -6,7 +6,7 @@ import math
 import random
 
 from pneumo.config import Config, override
-from pneumo.search import (
+from pneumo.tuning.search import (
     ERROR,
     OBJECTIVE,
     Choice,

@@ -27,9 +27,9 @@ from pneumo.figures.style import (
     encode_figure,
     say_nothing,
 )
-from pneumo.objective import name_objective, smooth
-from pneumo.search import OBJECTIVE, Search, Trial
 from pneumo.search_space import Domain
+from pneumo.tuning.objective import name_objective, smooth
+from pneumo.tuning.search import OBJECTIVE, Search, Trial
 
 _COLOURS = "viridis"
 _JUDGED = ("finished", "stopped")

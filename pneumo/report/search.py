@@ -7,11 +7,11 @@ from typing import Any
 
 from pneumo.config import without_folders
 from pneumo.figures import search as drawings
-from pneumo.objective import describe_objective, name_objective
 from pneumo.report.drawings import inline
 from pneumo.report.environment import make_environment
 from pneumo.report.words import count, decimal
-from pneumo.search import Search, State, Trial, make_recipe
+from pneumo.tuning.objective import describe_objective, name_objective
+from pneumo.tuning.search import Search, State, Trial, make_recipe
 
 _STATES: dict[State, str] = {
     "finished": "all epochs",

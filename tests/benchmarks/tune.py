@@ -39,9 +39,9 @@ from pneumo.dataset.phantoms.source_folder import write_phantoms
 from pneumo.dataset.shards import Manifest, read_manifest
 from pneumo.loading.feeds import Held
 from pneumo.loading.sample_order import World
-from pneumo.search import Search
 from pneumo.training.callbacks import Hooks
 from pneumo.training.fit import fit
+from pneumo.tuning.search import Search
 
 GOAL = 3.0
 SETTINGS = {

@@ -13,7 +13,7 @@ from jobs.draws import Draw, Drawn, Listed, Rungs, list_grid
 from jobs.judging import METRIC
 from jobs.records import read_trials, write_ended
 from pneumo.config import Config, override
-from pneumo.search import Trial
+from pneumo.tuning.search import Trial
 from tests.searches import trial
 
 

@@ -16,8 +16,8 @@ from pneumo.config import Config, override
 from pneumo.dashboards import build_views, describe_view
 from pneumo.dataset.shards import read_manifest
 from pneumo.errors import StorageError
-from pneumo.search import Trial
 from pneumo.tracking import MemoryTracker, Page, Table
+from pneumo.tuning.search import Trial
 from tests.jobs.conftest import Prepared
 from tests.searches import make_search
 

@@ -33,8 +33,8 @@ from pneumo.errors import ClusterError, ConfigError
 from pneumo.loading.loader import open_loaders
 from pneumo.loading.sample_order import World
 from pneumo.network.backbones import Initialisation, build_model
-from pneumo.search import ERROR, OBJECTIVE
 from pneumo.training.callbacks import Hooks, Start
+from pneumo.tuning.search import ERROR, OBJECTIVE
 from tests.jobs.conftest import SMALL, Prepared
 from tests.jobs.test_prepare import kill
 

@@ -11,7 +11,7 @@ import pytest
 from pneumo.config import Config
 from pneumo.figures import search as drawings
 from pneumo.report import render_search
-from pneumo.search import Search
+from pneumo.tuning.search import Search
 from tests.searches import make_search
 
 VOID = {"meta", "link", "br", "img", "hr", "line", "circle", "path", "use", "input"}

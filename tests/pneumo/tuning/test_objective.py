@@ -14,7 +14,7 @@ from pneumo.config import Config, TuneConfig, override
 from pneumo.errors import MetricError
 from pneumo.evaluation.delong import delong, delong_test
 from pneumo.evaluation.metrics import Z_95
-from pneumo.objective import (
+from pneumo.tuning.objective import (
     Objective,
     describe_objective,
     judge,

@@ -13,8 +13,8 @@ import tomli_w
 
 from pneumo.config import Config, override
 from pneumo.dataset.shards import read_manifest
-from pneumo.objective import Judgement
-from pneumo.search import (
+from pneumo.tuning.objective import Judgement
+from pneumo.tuning.search import (
     Choice,
     Confirmation,
     Plainness,

@@ -24,9 +24,9 @@ from pneumo.config import Config, TuneConfig, override
 from pneumo.dataset.shards import Manifest
 from pneumo.evaluation.metrics import Z_95
 from pneumo.network.backbones import count_multiply_adds
-from pneumo.objective import Judgement, smooth
 from pneumo.search_space import Domain, Scalar
 from pneumo.training.fit import resolve_pos_weight
+from pneumo.tuning.objective import Judgement, smooth
 
 State = Literal["finished", "stopped", "diverged", "failed", "unfinished"]
 """finished: had all its epochs; stopped: fell behind at a rung; diverged: the setting cannot be
