@@ -242,7 +242,7 @@ def _needs(invocation: Invocation, environ: Mapping[str, str]) -> list[str]:
         if far or environ.get("PNEUMO_HASH_KEY"):
             needs.append("PNEUMO_HASH_KEY")
     is_tracked = "tracking" in JOBS[invocation.job].sections
-    # The more private of the two holds, as in pneumo.tracking.
+    # The more private of the two holds, as in pneumo.reporting.tracking.
     is_private = environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled")
     if is_tracked and invocation.config.tracking.mode == "online" and not is_private:
         needs.append("WANDB_API_KEY")

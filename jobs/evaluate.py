@@ -28,8 +28,8 @@ from pneumo.evaluation.comparison import ComparedRuns, Comparison, compare
 from pneumo.evaluation.evaluation import Evaluation, check_complete, evaluate
 from pneumo.evaluation.map_scores import SaliencySummary
 from pneumo.evaluation.predictions import Predictions, join_predictions
-from pneumo.report import DataFacts
-from pneumo.tracking import open_tracker
+from pneumo.reporting.page import DataFacts
+from pneumo.reporting.tracking import open_tracker
 
 
 def evaluate_run(invocation: Invocation) -> None:

@@ -18,7 +18,7 @@ from jobs.command import say
 from jobs.mailbox import Mailbox
 from jobs.progress import Progress
 from pneumo.loading.sample_order import World
-from pneumo.tracking import Tracker
+from pneumo.reporting.tracking import Tracker
 from pneumo.training.callbacks import Epoch, Hooks, Pace, Start
 
 _WORTH_SAYING = 0.05

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pneumo.dataset.shards import Manifest
-from pneumo.tracking import Artifact
+from pneumo.reporting.tracking import Artifact
 from pneumo.training.checkpoints import CheckpointEntry
 
 _MAX_NAME = 128

@@ -33,9 +33,9 @@ from pneumo.evaluation.file_predictions import (
 )
 from pneumo.evaluation.predictions import Member, prepare_input, score_pictures, sigmoid
 from pneumo.evaluation.shown_studies import class_activation
-from pneumo.figures import draw_overlay, show_threshold
 from pneumo.images.dicom import GrayImage
 from pneumo.images.dicom_files import Unusable, read_pictures
+from pneumo.reporting.figures import draw_overlay, show_threshold
 from pneumo.training.checkpoints import load_checkpoint, read_index
 
 SCHEMA_VERSION = 1

@@ -16,13 +16,13 @@ import torch
 from jobs.command import say
 from jobs.scoring import Scoring
 from jobs.subject import JUDGED_SPLITS, PREDICTIONS, Subject
-from pneumo import figures
 from pneumo.config import Config
 from pneumo.evaluation.comparison import ComparedRuns
 from pneumo.evaluation.evaluation import Evaluation
 from pneumo.evaluation.map_scores import SaliencySummary
-from pneumo.figures import Pictures, shrink_sheet
-from pneumo.report import MAX_PAGE_BYTES, DataFacts, ModelFacts, Provenance, render_report
+from pneumo.reporting import figures
+from pneumo.reporting.figures import Pictures, shrink_sheet
+from pneumo.reporting.page import MAX_PAGE_BYTES, DataFacts, ModelFacts, Provenance, render_report
 from pneumo.training.checkpoints import Checkpoint
 
 REPORT = "report.html"

@@ -14,8 +14,8 @@ from jobs.trackers import close_tracker, tracking_folder
 from pneumo import storage
 from pneumo.config import without_folders
 from pneumo.dataset.shards import Manifest
-from pneumo.report import render_search
-from pneumo.tracking import Artifact, Page, Table, Tracker, open_tracker
+from pneumo.reporting.page import render_search
+from pneumo.reporting.tracking import Artifact, Page, Table, Tracker, open_tracker
 from pneumo.training.checkpoints import describe_code
 from pneumo.tuning.search import Search, Trial, make_recipe, to_parquet
 

@@ -13,15 +13,15 @@ from jobs.lineage import describe_dataset, describe_results, describe_weights
 from jobs.pictures import MAX_TOLD_AGE
 from jobs.results import DATA_FIGURE, REPORT, Judged, describe_faults, render
 from jobs.subject import METRICS, PREDICTIONS, Subject
-from pneumo import figures
 from pneumo.config import Config
 from pneumo.evaluation.decision_curve import THRESHOLDS
 from pneumo.evaluation.evaluation import DECISION, SCREENING, Evaluation, SplitEvaluation
 from pneumo.evaluation.map_scores import SaliencySummary
 from pneumo.evaluation.predictions import Predictions
-from pneumo.figures import Case, Pictures, shrink
-from pneumo.report import DataFacts
-from pneumo.tracking import (
+from pneumo.reporting import figures
+from pneumo.reporting.figures import Case, Pictures, shrink
+from pneumo.reporting.page import DataFacts
+from pneumo.reporting.tracking import (
     ConfusionChart,
     Gallery,
     LineChart,

@@ -9,8 +9,8 @@ from pathlib import Path
 from jobs.command import say
 from pneumo import storage
 from pneumo.errors import PneumoError
-from pneumo.tracking import Tracker, TrackingOutcome
-from pneumo.tracking.backlog import keep_backlog
+from pneumo.reporting.tracking import Tracker, TrackingOutcome
+from pneumo.reporting.tracking.backlog import keep_backlog
 
 
 def tracking_folder(run_url: str) -> Path | None:
@@ -23,7 +23,7 @@ def close_tracker(tracker: Tracker, run_url: str) -> None:
     """Finish tracking; what W&B could not send ends in the run's own folder, and it is said."""
     outcome = finish_quietly(tracker, run_url)
     if outcome.sync_command is not None and not storage.is_local(run_url):
-        say(f"W&B: not (all) sent; to send it: python -m pneumo.tracking sync {run_url}")
+        say(f"W&B: not (all) sent; to send it: python -m pneumo.reporting.tracking sync {run_url}")
         return
     for line in outcome.lines():
         say(line)

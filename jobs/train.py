@@ -46,7 +46,7 @@ from pneumo.config import (
 from pneumo.dataset.shards import Manifest, read_manifest
 from pneumo.errors import PreemptedError
 from pneumo.loading.sample_order import World
-from pneumo.tracking import open_tracker
+from pneumo.reporting.tracking import open_tracker
 from pneumo.training.checkpoint_writer import read_history
 from pneumo.training.checkpoints import CheckpointIndex, read_index
 from pneumo.training.fit import check_run, fit

@@ -19,7 +19,7 @@ from pneumo import storage
 from pneumo.config import Config, TuneConfig
 from pneumo.dataset.shards import Manifest
 from pneumo.errors import PneumoError
-from pneumo.tracking import NullTracker, Tracker, TrackingOutcome, open_tracker
+from pneumo.reporting.tracking import NullTracker, Tracker, TrackingOutcome, open_tracker
 from pneumo.tuning.search import Trial
 
 _SENT = "tracked"
@@ -122,5 +122,5 @@ class TrialTracking:
         if kept:
             say(
                 f"W&B: {len(kept)} of {len(self.outcomes)} trials not (all) sent; to send them: "
-                f"python -m pneumo.tracking sync {self.run_url}"
+                f"python -m pneumo.reporting.tracking sync {self.run_url}"
             )

@@ -14,11 +14,11 @@ import torch
 from jobs import sending
 from jobs.following import Follower
 from pneumo.config import Config, override
-from pneumo.dashboards import build_views, describe_view
 from pneumo.evaluation.shown_studies import ERRORS, OUTCOMES
-from pneumo.figures import Pictures
 from pneumo.loading.sample_order import World
-from pneumo.tracking import ConfusionChart, LineChart, MemoryTracker
+from pneumo.reporting.figures import Pictures
+from pneumo.reporting.tracking import ConfusionChart, LineChart, MemoryTracker
+from pneumo.reporting.tracking.dashboards import build_views, describe_view
 from pneumo.training.callbacks import Hooks
 from pneumo.training.fit import fit
 from tests.conftest import StoreMaker

@@ -35,7 +35,7 @@ from pneumo.dataset.shards import (
 from pneumo.evaluation.map_scores import MAPS, MEASURES, RankedMap, box_mask, prior_map, score_map
 from pneumo.evaluation.operating_points import Decision
 from pneumo.evaluation.predictions import Predictions, sigmoid
-from pneumo.tracking import Gallery, MemoryTracker, Table
+from pneumo.reporting.tracking import Gallery, MemoryTracker, Table
 from pneumo.training.checkpoints import read_index
 from tests.identifiers import Identifiers
 from tests.jobs.conftest import NUM_STUDIES, SMALL, Prepared

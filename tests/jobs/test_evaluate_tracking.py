@@ -18,7 +18,7 @@ from jobs import evaluate
 from jobs.session import ray_session
 from pneumo.dataset.shards import read_manifest
 from pneumo.evaluation.predictions import Predictions
-from pneumo.tracking.transaction_log import read_records
+from pneumo.reporting.tracking.transaction_log import read_records
 from tests.jobs.conftest import Prepared, list_identifiers
 from tests.pneumo.test_tracking import KEY, clean_environment  # noqa: F401
 from tests.pneumo.wandb_server import Backend, serve

@@ -12,7 +12,7 @@ import pytest
 from jobs.following import Follower, Stepped, name_for_tracking
 from jobs.progress import Progress
 from pneumo.network.backbones import Initialisation
-from pneumo.tracking import MemoryTracker
+from pneumo.reporting.tracking import MemoryTracker
 from pneumo.training.callbacks import Epoch, Pace, Start
 from tests.jobs.conftest import LocalMailbox
 

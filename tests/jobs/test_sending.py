@@ -21,8 +21,15 @@ from pneumo.dataset.shards import read_manifest
 from pneumo.dataset.source import Box
 from pneumo.evaluation.evaluation import evaluate
 from pneumo.evaluation.predictions import Predictions
-from pneumo.figures import Case, Pictures
-from pneumo.tracking import Gallery, LineChart, MemoryTracker, Picture, PictureTable, Table
+from pneumo.reporting.figures import Case, Pictures
+from pneumo.reporting.tracking import (
+    Gallery,
+    LineChart,
+    MemoryTracker,
+    Picture,
+    PictureTable,
+    Table,
+)
 from pneumo.training.checkpoints import Checkpoint, CheckpointEntry
 from tests.pneumo.test_report import DATA
 from tests.pneumo.test_report_degenerate import damage, predictions

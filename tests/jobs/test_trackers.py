@@ -8,7 +8,7 @@ import pytest
 
 from jobs import trackers
 from pneumo.errors import StorageError
-from pneumo.tracking import MemoryTracker, TrackingOutcome
+from pneumo.reporting.tracking import MemoryTracker, TrackingOutcome
 
 
 class Unsent(MemoryTracker):
@@ -36,7 +36,7 @@ def test_what_cannot_be_kept_stays_where_it_is_and_is_told(
     said = capsys.readouterr().err
     assert "nor could it be kept in the run: the bucket is away" in said
     assert f"wandb sync {root / 'offline-run-1'}" in said
-    assert "pneumo.tracking sync" not in said
+    assert "pneumo.reporting.tracking sync" not in said
     assert (root / "offline-run-1").is_dir()
 
 
@@ -47,5 +47,5 @@ def test_what_is_kept_leaves_no_copy(
     (root / "offline-run-1").mkdir(parents=True)
     monkeypatch.setattr(trackers, "keep_backlog", lambda *_: None)
     trackers.close_tracker(Unsent(root), "s3://bucket/runs/1")
-    assert "python -m pneumo.tracking sync s3://bucket/runs/1" in capsys.readouterr().err
+    assert "python -m pneumo.reporting.tracking sync s3://bucket/runs/1" in capsys.readouterr().err
     assert not root.exists()

@@ -13,10 +13,10 @@ from jobs.search_results import BEST, REPORT, TRIALS, log_search
 from jobs.trial_tracking import TrialTracking, log_trial
 from pneumo import storage
 from pneumo.config import Config, override
-from pneumo.dashboards import build_views, describe_view
 from pneumo.dataset.shards import read_manifest
 from pneumo.errors import StorageError
-from pneumo.tracking import MemoryTracker, Page, Table
+from pneumo.reporting.tracking import MemoryTracker, Page, Table
+from pneumo.reporting.tracking.dashboards import build_views, describe_view
 from pneumo.tuning.search import Trial
 from tests.jobs.conftest import Prepared
 from tests.searches import make_search
@@ -77,7 +77,7 @@ def test_each_trial_is_sent_once(
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1
     assert "2 of 2 trials not (all) sent" in said[0]
-    assert f"python -m pneumo.tracking sync {run}" in said[0]
+    assert f"python -m pneumo.reporting.tracking sync {run}" in said[0]
 
 
 def test_a_search_that_is_not_tracked_leaves_nothing(prepared: Prepared, tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Evaluation -> figures, report.html, W&B."""

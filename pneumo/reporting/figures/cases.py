@@ -1,0 +1,257 @@
+"""Studies as pictures: the grid, the galleries, Grad-CAM over a study, boxes drawn in.
+
+Right and wrong are green and red, as everyone expects, and carry a sign and a word for who cannot
+tell the two apart.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Self
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+
+from pneumo.dataset.source import Box
+from pneumo.evaluation.shown_studies import FindingErrors, Maps, Outcome, Why
+from pneumo.reporting.figures.style import INK, STYLE, encode_figure, say_nothing
+
+RIGHT = "#1a7f37"
+WRONG = "#cf222e"
+BOX = (0, 214, 255)
+"""Of the radiologists' boxes: unlike any gray and any color of the map."""
+OUTCOME_WORDS: Mapping[Outcome, str] = {
+    "tp": "true positive",
+    "fp": "false positive",
+    "fn": "false negative",
+    "tn": "true negative",
+}
+OVERLAY_PIXELS = 384
+"""Height of an overlay's pictures."""
+_CAPTION_PIXELS = 24
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One study to show."""
+
+    image: npt.NDArray[np.uint8]
+    """(H, W)."""
+    target: int
+    probability: float
+    threshold: float
+    """A probability at or above it is called positive."""
+    boxes: Sequence[Box] = ()
+    """In pixels of `image`."""
+    cam: Maps | None = None
+    """(H, W) in [0, 1]."""
+    finding: str = ""
+    view: str = ""
+    """'AP', 'PA' or '' where unknown."""
+    age_band: str = ""
+    """Such as `60-69`; '' where unknown."""
+    why: Why | None = None
+    """Why this study is shown, where there was a reason."""
+    drawn_of: int | None = None
+    """Studies of its outcome and view, where it was drawn from these."""
+
+    @property
+    def prediction(self) -> int:
+        """1 where the model calls pneumonia."""
+        return int(self.probability >= self.threshold)
+
+    @property
+    def is_right(self) -> bool:
+        """Whether prediction and target agree."""
+        return self.prediction == self.target
+
+    @property
+    def outcome(self) -> Outcome:
+        """tp, fp, fn or tn."""
+        if self.prediction:
+            return "tp" if self.target else "fp"
+        return "fn" if self.target else "tn"
+
+    @property
+    def caption(self) -> str:
+        """`Pred: 1  p=0.87  Label: 1`."""
+        return f"Pred: {self.prediction}  p={self.probability:.2f}  Label: {self.target}"
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """The studies of test that are shown; empty where none can be called anything."""
+
+    grid: list[Case]
+    """Drawn by the seed."""
+    gallery: dict[Outcome, list[Case]]
+    """With Grad-CAM and boxes, each case with why it was chosen."""
+    errors: dict[Outcome, list[Case]]
+    """Of 'fp' and 'fn' those that the model is most certain of, with Grad-CAM and boxes."""
+    by_finding: list[FindingErrors]
+    reason: str | None = None
+    """Why none is shown, where none is."""
+    sample: Sequence[Case] = ()
+    """So many of each outcome and view, drawn by the seed."""
+
+    def shrink(self, size: int) -> Self:
+        """The same with no picture higher than `size` pixels."""
+        return replace(
+            self,
+            grid=[shrink(case, size) for case in self.grid],
+            gallery=_shrink_all(self.gallery, size),
+            errors=_shrink_all(self.errors, size),
+            sample=[shrink(case, size) for case in self.sample],
+        )
+
+    @classmethod
+    def none(cls, reason: str) -> Self:
+        """No picture, and why."""
+        return cls([], {}, {}, [], reason)
+
+
+def _shrink_all(groups: Mapping[Outcome, list[Case]], size: int) -> dict[Outcome, list[Case]]:
+    return {outcome: [shrink(case, size) for case in cases] for outcome, cases in groups.items()}
+
+
+def shrink(case: Case, size: int) -> Case:
+    """The case at most `size` pixels high, its boxes and its map with it."""
+    height, width = case.image.shape
+    scale = size / height
+    if scale >= 1:
+        return case
+    shape = (max(1, round(width * scale)), size)
+    cam = case.cam
+    if cam is not None:
+        small = Image.fromarray(cam).resize(shape, Image.Resampling.BILINEAR)
+        cam = np.asarray(small).clip(0, 1)
+    return replace(
+        case,
+        image=np.asarray(Image.fromarray(case.image).resize(shape, Image.Resampling.LANCZOS)),
+        boxes=tuple(Box(*(scale * side for side in box)) for box in case.boxes),
+        cam=cam,
+    )
+
+
+def draw_prediction_grid(cases: Sequence[Case], *, title: str, reason: str | None = None) -> bytes:
+    """`prediction_grid.png`: a cell a study, green and ✓ where right, red and ✗ where wrong; where
+    there is no study `reason` says why."""
+    if not cases:
+        return _draw_reason(title, reason)
+    columns = min(4, max(len(cases), 1))
+    rows = max(1, math.ceil(len(cases) / columns))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(2.6 * columns, 2.82 * rows + 0.4), layout="constrained")
+        for axes in np.ravel(figure.subplots(rows, columns, squeeze=False)):
+            axes.set_axis_off()
+        for axes, case in zip(figure.axes, cases, strict=False):
+            color = RIGHT if case.is_right else WRONG
+            sign = "✓" if case.is_right else "✗"
+            axes.imshow(case.image, cmap="gray", vmin=0, vmax=255)
+            axes.set_title(f"{sign} {case.caption}", color=color, fontsize=9, loc="center")
+            axes.set_axis_on()
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set(visible=True, color=color, linewidth=2.5)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+        return encode_figure(figure, "png")
+
+
+def draw_case(case: Case) -> bytes:
+    """A gallery picture (WebP): the study beside its Grad-CAM, the boxes drawn into both."""
+    return _draw_pairs([case], "webp", title=None)
+
+
+def draw_gradcam_example(cases: Sequence[Case], *, title: str, reason: str | None = None) -> bytes:
+    """`gradcam_example.png`: one row a study; where there is none `reason` says why."""
+    if not cases:
+        return _draw_reason(title, reason)
+    return _draw_pairs(cases, "png", title=title)
+
+
+def _draw_pairs(
+    cases: Sequence[Case], file_format: Literal["png", "webp"], *, title: str | None
+) -> bytes:
+    rows = max(1, len(cases))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(6.2, 3.3 * rows + (0.35 if title else 0)), layout="constrained")
+        for axes in np.ravel(figure.subplots(rows, 1, squeeze=False)):
+            axes.set_axis_off()
+        for axes, case in zip(figure.axes, cases, strict=False):
+            axes.imshow(compose_case(case, size=336))
+            sign = "✓" if case.is_right else "✗"
+            axes.set_title(
+                f"{sign} {OUTCOME_WORDS[case.outcome]}   {case.caption}",
+                color=RIGHT if case.is_right else WRONG,
+                fontsize=9,
+            )
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+        return encode_figure(figure, file_format)
+
+
+def _draw_reason(title: str, reason: str | None) -> bytes:
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(6.2, 2.4), layout="constrained")
+        axes = figure.subplots()
+        axes.set_axis_off()
+        say_nothing(axes, f"not shown: {reason or 'no study'}")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+        return encode_figure(figure, "png")
+
+
+def compose_case(case: Case, *, size: int) -> npt.NDArray[np.uint8]:
+    """The study and, where it has a map, the map over it, side by side: (size, W, 3) uint8.
+
+    Warm colors are where the evidence for pneumonia is, cyan outlines the radiologists' boxes.
+    """
+    return compose_picture(case.image, case.cam, case.boxes, size=size)
+
+
+def compose_picture(
+    image: npt.NDArray[np.uint8], cam: Maps | None, boxes: Sequence[Box] = (), *, size: int
+) -> npt.NDArray[np.uint8]:
+    """`compose_case` of a study of which nothing else is known."""
+    scale = size / image.shape[0]
+    width = max(1, round(image.shape[1] * scale))
+    gray = np.asarray(Image.fromarray(image).resize((width, size), Image.Resampling.LANCZOS))
+    panels = [np.repeat(gray[..., None], 3, axis=2)]
+    if cam is not None:
+        cam = np.asarray(
+            Image.fromarray(cam).resize((width, size), Image.Resampling.BILINEAR)
+        ).clip(0, 1)
+        heat = mpl.colormaps["inferno"](0.25 + 0.75 * cam)[..., :3] * 255
+        # Opaque where the evidence is, so that the anatomy elsewhere keeps its grays.
+        opacity = 0.6 * cam[..., None]
+        panels.append((panels[0] * (1 - opacity) + heat * opacity).astype(np.uint8))
+    gap = np.full((size, max(2, size // 48), 3), 255, dtype=np.uint8)
+    outlined = [_outline(panel, boxes, scale) for panel in panels]
+    return np.concatenate([outlined[0], *(p for panel in outlined[1:] for p in (gap, panel))], 1)
+
+
+def draw_overlay(image: npt.NDArray[np.uint8], cam: Maps, caption: str) -> bytes:
+    """A PNG of `compose_picture` with a line of text below it."""
+    pair = compose_picture(image, cam, size=OVERLAY_PIXELS)
+    page = Image.new("RGB", (pair.shape[1], pair.shape[0] + _CAPTION_PIXELS), "white")
+    page.paste(Image.fromarray(pair))
+    font = ImageFont.load_default(size=0.6 * _CAPTION_PIXELS)
+    ImageDraw.Draw(page).text((4, pair.shape[0] + 3), caption, fill=INK, font=font)
+    buffer = io.BytesIO()
+    page.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _outline(
+    panel: npt.NDArray[np.uint8], boxes: Sequence[Box], scale: float
+) -> npt.NDArray[np.uint8]:
+    image = Image.fromarray(panel)
+    pen = ImageDraw.Draw(image)
+    for x, y, width, height in boxes:
+        corners = (x * scale, y * scale, (x + width) * scale, (y + height) * scale)
+        pen.rectangle(corners, outline=BOX, width=max(1, panel.shape[0] // 110))
+    return np.asarray(image)

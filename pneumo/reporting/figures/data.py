@@ -1,0 +1,156 @@
+"""What the store holds, drawn: findings, ages, gray levels, contact sheets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from pneumo.dataset.quality import AGE_BIN_YEARS, UNKNOWN, ContactSheet, Quality
+from pneumo.reporting.figures.style import (
+    SPLIT_STYLES,
+    STYLE,
+    draw_chart,
+    encode_figure,
+    encode_image,
+    say_nothing,
+)
+
+CONTACT_PIXELS = 128
+"""Height and width of a picture in a contact sheet, at most."""
+_CONTACT_COLUMNS, _CONTACT_GAP = 3, 4
+
+
+def draw_quality(quality: Quality) -> bytes:
+    """`data_quality.png`: findings, views and sexes, ages and gray levels by split."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(15, 4.2), layout="constrained")
+        left, middle, right = figure.subplots(1, 3, width_ratios=(1.3, 1, 1))
+        plot_composition(left, quality)
+        plot_ages(middle, quality)
+        plot_intensity(right, quality)
+        return encode_figure(figure, "png")
+
+
+def draw_ages(quality: Quality) -> bytes:
+    """`ages.svg`."""
+    return draw_chart("ages", lambda axes: plot_ages(axes, quality))
+
+
+def draw_intensity(quality: Quality) -> bytes:
+    """`intensity.svg`."""
+    return draw_chart("intensity", lambda axes: plot_intensity(axes, quality))
+
+
+def shrink_sheet(sheet: ContactSheet, size: int) -> ContactSheet:
+    """The sheet with no picture higher than `size` pixels."""
+    return replace(
+        sheet,
+        pictures=tuple(
+            pixels
+            if len(pixels) <= size
+            else np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.LANCZOS))
+            for pixels in sheet.pictures
+        ),
+    )
+
+
+def draw_contact_sheet(sheet: ContactSheet) -> bytes:
+    """The pictures (WebP), three in a row, and nothing else: the gaps are transparent, so that the
+    sheet lies on any ground, and the caption is text beside it. None is enlarged."""
+    side = min(CONTACT_PIXELS, max((len(pixels) for pixels in sheet.pictures), default=1))
+    columns = min(_CONTACT_COLUMNS, max(len(sheet.pictures), 1))
+    rows = max(1, math.ceil(len(sheet.pictures) / columns))
+    step = side + _CONTACT_GAP
+    size = (columns * step - _CONTACT_GAP, rows * step - _CONTACT_GAP)
+    page = Image.new("RGBA", size, (0, 0, 0, 0))
+    for i, pixels in enumerate(sheet.pictures):
+        picture = Image.fromarray(pixels).resize((side, side), Image.Resampling.LANCZOS)
+        row, column = divmod(i, columns)
+        page.paste(picture.convert("RGBA"), (column * step, row * step))
+    return encode_image(np.asarray(page))
+
+
+def plot_composition(axes: Axes, quality: Quality) -> None:
+    """Share of each split's studies with each finding, view and sex."""
+    shown = [
+        (what, value)
+        for what in ("finding", "view", "sex")
+        for value, *_ in _list_counts(quality, what)
+    ]
+    height = 0.8 / len(quality.splits)
+    for k, (name, split) in enumerate(quality.splits.items()):
+        shares = [100 * split.counts[what][value] / max(split.studies, 1) for what, value in shown]
+        axes.barh(
+            [i + (k - 1) * height for i in range(len(shown))],
+            shares,
+            height=0.9 * height,
+            color=SPLIT_STYLES[name]["color"],
+            label=f"{name}, n = {split.studies:,}",
+        )
+    labels = [f"{what} {value}" if value == UNKNOWN else value for what, value in shown]
+    axes.set_yticks(range(len(shown)), labels)
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.set(xlabel="% of the split's studies")
+    axes.set_title("Finding, view and sex")
+    axes.legend(loc="best")
+
+
+def _list_counts(quality: Quality, what: str) -> list[tuple[str, int]]:
+    """Value and studies of a property in all splits, without 'unknown' where nothing is."""
+    values = next(iter(quality.splits.values())).counts[what]
+    totals = [(v, sum(s.counts[what][v] for s in quality.splits.values())) for v in values]
+    return [(value, total) for value, total in totals if total or value != UNKNOWN]
+
+
+def plot_ages(axes: Axes, quality: Quality) -> None:
+    """Share of each split's studies by age, of those whose age is known."""
+    ages = {name: _join_oldest(split.ages) for name, split in quality.splits.items()}
+    for name, bins in ages.items():
+        known = sum(bins)
+        if known:
+            axes.stairs(
+                [100 * n / known for n in bins],
+                [AGE_BIN_YEARS * i for i in range(len(bins) + 1)],
+                label=f"{name}, n = {known:,}",
+                **SPLIT_STYLES[name],
+            )
+    axes.set_title(f"Age, by {AGE_BIN_YEARS} years")
+    if not axes.patches:
+        say_nothing(axes, "no age is known")
+        return
+    last = max(i for bins in ages.values() for i, n in enumerate(bins) if n)
+    axes.set(xlabel="years; 90 and over together", ylabel="% of studies of known age")
+    axes.set(xlim=(0, AGE_BIN_YEARS * (last + 1)), ylim=(0, 1.25 * axes.dataLim.ymax))
+    axes.legend(loc="upper left")
+
+
+def _join_oldest(bins: Sequence[int]) -> list[int]:
+    """The bins with that of 90 years as the last: who is older is told of as one group (45 CFR
+    164.514(b)(2)(i)(C))."""
+    last = 90 // AGE_BIN_YEARS
+    return [*bins[:last], sum(bins[last:])]
+
+
+def plot_intensity(axes: Axes, quality: Quality) -> None:
+    """Share of each split's pixels by gray level, between pure black and pure white."""
+    for name, split in quality.splits.items():
+        histogram = np.array(split.intensity.histogram, dtype=np.float64)
+        if histogram.sum():
+            # Two levels a point: JPEG leaves some levels empty.
+            share = 100 * histogram[1:-1].reshape(-1, 2).mean(axis=1) / histogram.sum()
+            axes.plot(np.arange(1.5, 255, 2), share, label=name, **SPLIT_STYLES[name])
+    axes.set_title("Gray levels of the stored pictures")
+    if not axes.lines:
+        say_nothing(axes, "no pictures")
+        return
+    axes.set(xlabel="gray level (0 and 255 left out)", ylabel="% of pixels a level")
+    axes.set(xlim=(0, 255), ylim=(0, None))
+    axes.legend(loc="best")

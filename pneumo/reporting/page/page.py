@@ -1,0 +1,132 @@
+"""The page: every section's facts in one template."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pneumo.evaluation.comparison import ComparedRuns
+from pneumo.evaluation.evaluation import DECISION, SCREENING, Evaluation
+from pneumo.evaluation.map_scores import SaliencySummary
+from pneumo.evaluation.shown_studies import ERRORS, OUTCOMES, FindingErrors, Outcome
+from pneumo.reporting import figures
+from pneumo.reporting.figures import OUTCOME_WORDS, Case, History, Pictures
+from pneumo.reporting.page import performance_section
+from pneumo.reporting.page.data_section import describe_data, describe_quality
+from pneumo.reporting.page.embedding import (
+    PAIR_PIXELS,
+    draw_curves,
+    draw_training,
+    inline,
+    show_pairs,
+    show_thumbnails,
+)
+from pneumo.reporting.page.formatting import Cell
+from pneumo.reporting.page.model_card import CLAIM, NOT_ANSWERED, describe_card
+from pneumo.reporting.page.page_inputs import DataFacts, ModelFacts, Provenance
+from pneumo.reporting.page.saliency_section import describe_looks
+from pneumo.reporting.page.subgroup_section import describe_groups
+from pneumo.reporting.page.summary import answer, find_warnings, summarise
+from pneumo.reporting.page.templates import make_environment
+
+MAX_PAGE_BYTES = 3_000_000
+"""Of report.html: what a mail or a phone takes."""
+
+
+def render_report(
+    evaluation: Evaluation,
+    *,
+    data: DataFacts,
+    model: ModelFacts,
+    provenance: Provenance,
+    history: History,
+    pictures: Pictures,
+    looks: SaliencySummary | None = None,
+    compared: ComparedRuns | None = None,
+) -> str:
+    """The page. `pictures` and `looks` are of test; `looks` is None where maps were not scored.
+
+    Studies beside their maps are as large as MAX_PAGE_BYTES allows; a page of very many is larger
+    than that all the same.
+    """
+    facts = dict(
+        evaluation=evaluation,
+        data=describe_data(data),
+        quality=describe_quality(data),
+        model=model,
+        provenance=provenance,
+        warnings=find_warnings(evaluation, data, model),
+        sentence=summarise(evaluation),
+        answers=answer(evaluation, looks),
+        groups=describe_groups(evaluation),
+        looks=describe_looks(looks),
+        comparison=performance_section.describe_comparison(compared),
+        training=draw_training(history, model.epoch),
+        patients_known=evaluation.test.patients is not None,
+        claim=CLAIM,
+        not_claimed=NOT_ANSWERED,
+        test_n=figures.describe_n(evaluation.test).capitalize(),
+        card=describe_card(data, model),
+        **_describe_performance(evaluation),
+    )
+    template = make_environment().get_template("page.html.j2")
+    page = ""
+    for size in PAIR_PIXELS:
+        page = template.render(facts, **_describe_pictures(pictures, size))
+        if len(page.encode()) <= MAX_PAGE_BYTES:
+            break
+    return page
+
+
+def _describe_performance(evaluation: Evaluation) -> dict[str, Any]:
+    test = evaluation.test
+    slope = Cell.of(test.before.slope, 2)
+    return {
+        "rows": performance_section.headline_rows(evaluation),
+        "delong": Cell.of(test.auroc_delong),
+        "delong_clustered": Cell.of(test.auroc_delong_clustered),
+        "curves": draw_curves(evaluation),
+        "matrices": [
+            performance_section.describe_point(evaluation, n) for n in (DECISION, SCREENING)
+        ],
+        "points": performance_section.describe_points(evaluation),
+        "prevalences": performance_section.describe_prevalences(evaluation),
+        "calibration": performance_section.describe_calibration(evaluation),
+        "reliability": inline(
+            figures.draw_reliability(evaluation),
+            f"Calibration on test: share of positives over predicted probability, n = {test.n}; "
+            f"slope before calibration {slope}",
+        ),
+        "decision": performance_section.describe_decision(evaluation),
+        "decision_curve": inline(
+            figures.draw_decision_curve(evaluation),
+            f"Decision curve on test, n = {test.n}: net benefit in true positives a study, over "
+            "the threshold",
+        ),
+        "baselines": performance_section.describe_baselines(evaluation),
+        "view_rows": performance_section.view_rows(evaluation),
+    }
+
+
+def _describe_pictures(pictures: Pictures, size: int) -> dict[str, Any]:
+    def describe(outcome: Outcome, cases: Sequence[Case]) -> dict[str, Any]:
+        return {"word": OUTCOME_WORDS[outcome], "cases": show_pairs(cases, size)}
+
+    return {
+        "not_shown": pictures.reason,
+        "grid": show_thumbnails(pictures.grid),
+        "gallery": [describe(outcome, pictures.gallery.get(outcome, [])) for outcome in OUTCOMES],
+        "errors": [describe(outcome, pictures.errors.get(outcome, [])) for outcome in ERRORS],
+        "by_finding": [_describe_finding(found) for found in pictures.by_finding],
+    }
+
+
+def _describe_finding(found: FindingErrors) -> dict[str, Any]:
+    return {
+        "finding": found.finding,
+        "n": found.n,
+        "called": found.called_positive,
+        "errors": found.errors,
+        "rate": Cell.of(found.rate, 2),
+        "wilson": Cell.of(found.wilson, 2),
+    }

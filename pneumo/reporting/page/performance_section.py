@@ -1,0 +1,281 @@
+"""How good, at what threshold, against what: the tables of numbers, for the template."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pneumo.evaluation.baselines import Baseline, ViewBaseline
+from pneumo.evaluation.calibration import Reliability
+from pneumo.evaluation.comparison import COMPARED, ComparedRuns
+from pneumo.evaluation.decision_curve import THRESHOLDS
+from pneumo.evaluation.delong import PairedTest
+from pneumo.evaluation.evaluation import DECISION, SCREENING, Evaluation
+from pneumo.evaluation.operating_points import STANDARD, OperatingPoint
+from pneumo.reporting import figures
+from pneumo.reporting.page.formatting import Cell, Row, decimal, p_value
+
+_RANKING_ROWS = (
+    ("AUROC", "chance that a positive scores above a negative; 0.5 is a coin", "auroc"),
+    ("Average precision", "mean precision over the positives", "average_precision"),
+)
+_RATE_ROWS = (
+    ("Accuracy", "share of studies called right", "accuracy"),
+    ("Precision (PPV)", "share of positive calls that are right", "precision"),
+    ("Recall (sensitivity)", "share of positives found", "recall"),
+    ("Specificity", "share of negatives cleared", "specificity"),
+    ("NPV", "share of negative calls that are right", "npv"),
+    ("F1", "harmonic mean of precision and recall", "f1"),
+    ("MCC", "correlation of call and label; 0 is a guess, 1 is right throughout", "mcc"),
+)
+_RELIABILITY_ROWS = (
+    ("Brier score", "mean squared error of the probability; lower is better", "brier"),
+    ("Log loss", "surprise in nats; lower is better", "log_loss"),
+    ("Calibration error", "mean distance of predicted and observed over the bins", "ece"),
+    ("Slope", "1 is right; below 1 the probabilities are too extreme", "slope"),
+    ("Intercept beside that slope", "of the same fit; 0 is right", "intercept"),
+    (
+        "Intercept at slope 1",
+        "calibration in the large, log odds; 0 is right, below 0 too high",
+        "intercept_at_slope_1",
+    ),
+    ("In the large", "mean probability − share of positives; 0 is right", "in_the_large"),
+)
+_SIGNED = ("intercept", "intercept_at_slope_1", "in_the_large")
+_COMPARED_NAMES = {
+    "auroc": "AUROC",
+    "average_precision": "Average precision",
+    "brier": "Brier score, calibrated (lower is better)",
+}
+SHOWN_THRESHOLDS = (0.05, 0.10, 0.20, 0.30, 0.40, 0.50)
+
+
+def headline_rows(evaluation: Evaluation) -> list[Row]:
+    """AUROC and average precision, then the decision point."""
+    val, test = evaluation.val, evaluation.test
+    ranking = [
+        Row.of(name, meaning, getattr(test, key), getattr(val, key))
+        for name, meaning, key in _RANKING_ROWS
+    ]
+    at_point = [
+        Row.of(name, meaning, test.at[DECISION].rates[key], val.at[DECISION].rates[key])
+        for name, meaning, key in _RATE_ROWS
+    ]
+    return [*ranking, *at_point]
+
+
+# --- thresholds ----------------------------------------------------------------------------------
+
+
+def describe_point(evaluation: Evaluation, name: str) -> dict[str, Any]:
+    """The confusion matrix at an operating point, with shares of its rows."""
+    point, at_test = evaluation.points[name], evaluation.test.at[name]
+    described: dict[str, Any] = {
+        "name": name.capitalize(),
+        "rule": point.rule,
+        "threshold": None if point.threshold is None else figures.show_threshold(point.threshold),
+        "reason": at_test.rates["accuracy"].reason,
+        "cells": None,
+    }
+    if at_test.counts is not None:
+        table = figures.confusion_table(at_test.counts)
+        share = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
+        described["cells"] = [
+            [(int(table[i, j]), float(share[i, j])) for j in (0, 1)] for i in (0, 1)
+        ]
+    return described
+
+
+def describe_points(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Every operating point once: what it is used for, its threshold, its rates on test.
+
+    The configured points mostly are standard ones by another name, and then share a row.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    for name in (DECISION, SCREENING, *STANDARD):
+        point = evaluation.points[name]
+        row = rows.setdefault(point.rule, _describe_rates(evaluation, point))
+        if name in (DECISION, SCREENING):
+            row["uses"].append(name)
+    return list(rows.values())
+
+
+def _describe_rates(evaluation: Evaluation, point: OperatingPoint) -> dict[str, Any]:
+    at = evaluation.test.at[point.name]
+    names = ("recall", "specificity", "precision", "npv")
+    return {
+        "rule": point.rule,
+        "uses": [],
+        "threshold": None if point.threshold is None else figures.show_threshold(point.threshold),
+        "reason": point.reason or at.rates["accuracy"].reason,
+        "rates": [(Cell.of(at.rates[key], 2), Cell.of(at.wilson[key], 2)) for key in names],
+    }
+
+
+def describe_prevalences(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """PPV and NPV at each prevalence, at the decision and the screening point, on test."""
+    columns = [evaluation.test.at[name].at_prevalence for name in (DECISION, SCREENING)]
+    return [
+        {
+            "prevalence": f"{100 * found[0].prevalence:g}\N{NO-BREAK SPACE}%",
+            "cells": [Cell.of(one, 2) for point in found for one in (point.ppv, point.npv)],
+        }
+        for found in zip(*columns, strict=True)
+    ]
+
+
+# --- calibration ---------------------------------------------------------------------------------
+
+
+def describe_calibration(evaluation: Evaluation) -> dict[str, Any]:
+    """How the probabilities were mended on val, and test before and after."""
+    test = evaluation.test
+    return {
+        "sentence": _tell_calibration(evaluation),
+        "rows": [
+            {
+                "name": name,
+                "meaning": meaning,
+                "cells": [_cell_of(found, key) for found in (test.before, test.after)],
+            }
+            for name, meaning, key in _RELIABILITY_ROWS
+        ],
+    }
+
+
+def _cell_of(found: Reliability, key: str) -> Cell:
+    return Cell.of(getattr(found, key), signed=key in _SIGNED)
+
+
+def _tell_calibration(evaluation: Evaluation) -> str:
+    chosen = evaluation.calibration.chosen
+    if chosen is None:
+        return f"No calibration could be fitted: {evaluation.calibration.reason}."
+    how = f"temperature scaling (T = {1 / chosen.slope:.2f})"
+    if chosen.method == "platt":
+        how = (
+            f"Platt's scaling (slope {decimal(chosen.slope, 2)}, intercept "
+            f"{decimal(chosen.intercept, 2, signed=True)})"
+        )
+    both = evaluation.calibration.temperature and evaluation.calibration.platt
+    why = "had the lower cross-validated log loss" if both else "is the one that could be fitted"
+    return (
+        f"Fitted on val: {how}, which {why} there. It moves no study across a threshold and "
+        "changes no ranking."
+    )
+
+
+# --- worth ---------------------------------------------------------------------------------------
+
+
+def describe_decision(evaluation: Evaluation) -> dict[str, Any]:
+    """Net benefit over acting on all or on nobody, at some thresholds, on test."""
+    curve = evaluation.test.decision_curve
+    if curve.reason is not None:
+        return {"sentence": f"There is no decision curve: {curve.reason}.", "rows": []}
+    better = [
+        threshold
+        for threshold, gain in zip(THRESHOLDS, curve.gain, strict=True)
+        if gain.low is not None and gain.low > 0
+    ]
+    sentence = "At no threshold is acting on the model shown to be worth more than the better of "
+    sentence += "acting on all and on nobody."
+    if better:
+        sentence = (
+            f"At {len(better)} of the {len(THRESHOLDS)} thresholds, between {better[0]:.2f} and "
+            f"{better[-1]:.2f}, acting on the model is worth more than the better of acting on all "
+            "and on nobody (interval above 0)."
+        )
+    rows = [
+        {
+            "threshold": f"{threshold:.2f}",
+            "cells": [Cell.of(curve.model[k], signed=True), Cell.of(curve.gain[k], signed=True)],
+            "treat_all": decimal(curve.treat_all[k], signed=True),
+        }
+        for k, threshold in enumerate(THRESHOLDS)
+        if threshold in SHOWN_THRESHOLDS
+    ]
+    return {"sentence": sentence, "rows": rows}
+
+
+# --- against what --------------------------------------------------------------------------------
+
+
+def describe_baselines(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """The model beside each guess without pixels, on test."""
+    test = evaluation.test
+    return [
+        _describe_baseline("View alone", "AP counts as positive", test.view),
+        _describe_baseline(
+            "View, sex, age, pixel spacing",
+            "logistic regression fitted on train",
+            test.metadata,
+        ),
+    ]
+
+
+def _describe_baseline(name: str, meaning: str, found: ViewBaseline | Baseline) -> dict[str, Any]:
+    alone = found.view_only if isinstance(found, ViewBaseline) else found.alone
+    return {
+        "name": name,
+        "meaning": meaning,
+        "n": found.n,
+        "alone": Cell.of(alone),
+        "model": Cell.of(found.model),
+        "gain": Cell.of(found.gain, signed=True),
+        "test": _tell_test(found.gain_delong),
+    }
+
+
+def _tell_test(found: PairedTest) -> str:
+    return "" if found.difference.value is None else f"DeLong by patient: {p_value(found.p_value)}"
+
+
+def view_rows(evaluation: Evaluation) -> list[Row]:
+    """The model where the view is of no help."""
+    val, test = evaluation.val.view.within, evaluation.test.view.within
+    return [
+        Row.of(f"Model within {view}", "the view is of no help here", test[view], val[view])
+        for view in ("AP", "PA")
+    ]
+
+
+def describe_comparison(compared: ComparedRuns | None) -> dict[str, Any] | None:
+    """Both runs on test and val, and whether one is shown to be better."""
+    if compared is None:
+        return None
+    test = compared.splits["test"]
+    return {
+        "first": compared.first,
+        "second": compared.second,
+        "n": test.n,
+        "positives": test.positives,
+        "patients": test.patients,
+        "rows": [
+            {
+                "name": _COMPARED_NAMES[key],
+                "cells": [
+                    Cell.of(getattr(test, key).first),
+                    Cell.of(getattr(test, key).second),
+                    Cell.of(getattr(test, key).difference, signed=True),
+                ],
+            }
+            for key in COMPARED
+        ],
+        "sentence": tell_comparison(compared),
+    }
+
+
+def tell_comparison(compared: ComparedRuns) -> str:
+    """Which run ranks better on test, in a sentence."""
+    found = compared.splits["test"]
+    gain = found.auroc.difference
+    if gain.value is None:
+        return f"The runs cannot be compared on test: {gain.reason}."
+    tested = _tell_test(found.auroc_delong_clustered)
+    numbers = f"{Cell.of(gain, signed=True)}{'; ' + tested if tested else ''}"
+    if gain.low is None or gain.high is None or gain.low <= 0 <= gain.high:
+        return f"Neither run is shown to rank better: the difference in AUROC is {numbers}."
+    better = compared.first if gain.low > 0 else compared.second
+    return f"{better} ranks better: the difference in AUROC is {numbers}."

@@ -1,0 +1,205 @@
+"""The first screen: what the numbers mean, in words, and what to know before believing them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pneumo.evaluation.evaluation import DECISION, Evaluation, SplitEvaluation
+from pneumo.evaluation.map_scores import SaliencySummary
+from pneumo.evaluation.metrics import Estimate
+from pneumo.reporting.figures import show_threshold
+from pneumo.reporting.page.formatting import Cell, count, percent
+from pneumo.reporting.page.page_inputs import DataFacts, ModelFacts
+from pneumo.reporting.page.saliency_section import OFF, judge_looks
+from pneumo.reporting.page.subgroup_section import describe_worst
+
+FEW_POSITIVES = 50
+"""Below this many positives or negatives in test the intervals are too wide to compare models."""
+
+
+def summarise(evaluation: Evaluation) -> str:
+    """What the numbers mean, in two or three sentences."""
+    test = evaluation.test
+    if test.auroc.value is None:
+        return f"The model cannot be judged on test: {test.auroc.reason}."
+    words = [
+        f"Of a random positive and a random negative study, the model scores the positive higher "
+        f"in {percent(test.auroc.value)} of cases{_in_percent(test.auroc)}."
+    ]
+    rates = test.at[DECISION].rates
+    recall, specificity = rates["recall"], rates["specificity"]
+    if recall.value is not None and specificity.value is not None:
+        words.append(
+            f"At the threshold chosen on val it finds {percent(recall.value)} of the positives "
+            f"and clears {percent(specificity.value)} of the negatives."
+        )
+    view = test.view
+    if view.gain.value is not None and view.view_only.value is not None:
+        alone = f"The view (AP or PA) alone reaches {view.view_only.value:.2f}"
+        if view.gain.low is None:
+            words.append(f"{alone}.")
+        elif view.gain.low > 0:
+            words.append(f"{alone}; the model gains {Cell.of(view.gain, 2, signed=True)}.")
+        else:
+            words.append(
+                f"{alone}; that the model is better is not shown: the difference is "
+                f"{Cell.of(view.gain, 2, signed=True)}."
+            )
+    return " ".join(words)
+
+
+def _in_percent(estimate: Estimate) -> str:
+    if estimate.low is None or estimate.high is None:
+        return ""
+    return f" (95 % interval {percent(estimate.low)} to {percent(estimate.high)})"
+
+
+def count_patients(test: SplitEvaluation) -> str:
+    """`21 patients`."""
+    return "unknown patients" if test.patients is None else count(test.patients, "patient")
+
+
+def find_warnings(evaluation: Evaluation, data: DataFacts, model: ModelFacts) -> list[str]:
+    """What the reader must know before believing a number; most severe first."""
+    test = evaluation.test
+    warnings = []
+    audit, quality = data.audit, data.quality
+    if audit.unit != "patient":
+        leaked = audit.leaked_by_image
+        share = "" if leaked is None else f" ({percent(leaked)} of val)"
+        warnings.append(
+            f"The data was split by {audit.unit}, not by patient: patients of the training data "
+            f"may be judged again{share}. The numbers are too good."
+        )
+        if test.patients is None:
+            warnings.append(
+                "Nobody knows which studies are of one patient: each counts as its own, so all "
+                "intervals are too narrow."
+            )
+    elif audit.shared_patients:
+        warnings.append(f"{audit.shared_patients} patients are in more than one split.")
+    if quality.duplicates.across_splits:
+        pictures = count(quality.duplicates.across_splits, "picture is", "pictures are")
+        warnings.append(
+            f"{pictures} in more than one split, pixel by pixel: the model is judged on what it "
+            "was trained or chosen on, and its numbers are too good."
+        )
+    if test.auroc.value is None:
+        warnings.append(f"Test cannot be judged: {test.auroc.reason}.")
+    point = evaluation.points[DECISION]
+    if point.threshold is None:
+        warnings.append(f"No threshold could be chosen: {point.reason}.")
+    smaller = min(test.positives, test.n - test.positives)
+    if smaller < FEW_POSITIVES:
+        warnings.append(
+            f"Test is small: {test.n} studies of {count_patients(test)}, {test.positives} "
+            "positive. The intervals are wide; do not rank models by these numbers."
+        )
+    if not model.is_pretrained:
+        wish = "because the weights asked for could not be had" if model.fell_back else "as asked"
+        warnings.append(
+            f"The model started from random weights, {wish}. Expect less than from ImageNet's."
+        )
+    gain = test.view.gain
+    if gain.low is not None and gain.low <= 0:
+        warnings.append("The model is not shown to be better than the view (AP or PA) alone.")
+    if quality.quarantined:
+        studies = count(sum(quality.quarantined.values()), "study is", "studies are")
+        warnings.append(
+            f"{studies} in no split, as no picture could be had; the store's quarantine.jsonl says "
+            "why."
+        )
+    return warnings
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A line of the summary."""
+
+    question: str
+    section: str
+    """Where the page says more."""
+    short: str
+    """A number or two; '' where there is none."""
+    words: str
+
+
+def answer(evaluation: Evaluation, looks: SaliencySummary | None) -> list[Answer]:
+    """The questions of a reader with a minute, in the order of the page."""
+    return [
+        _answer_good(evaluation),
+        _answer_sure(evaluation),
+        _answer_whom(evaluation),
+        _answer_threshold(evaluation),
+        _answer_baseline(evaluation),
+        _answer_looks(looks),
+    ]
+
+
+def _answer_good(evaluation: Evaluation) -> Answer:
+    test = evaluation.test
+    found = Cell.of(test.auroc)
+    words = found.reason
+    if found.value:
+        precision = Cell.of(test.average_precision, 2)
+        chance = f"{test.prevalence:.2f} would be chance"
+        words = f"AUROC; 0.5 would be chance. Average precision {precision}; {chance}."
+    return Answer("How good?", "good", found.value, words)
+
+
+def _answer_sure(evaluation: Evaluation) -> Answer:
+    test = evaluation.test
+    counts = (
+        f"{count(test.n, 'study', 'studies')} of {count_patients(test)}, "
+        f"{test.positives:,} positive."
+    )
+    found = Cell.of(test.auroc)
+    return Answer(
+        "How sure?",
+        "good",
+        found.interval,
+        f"95 % interval of the AUROC; {counts}" if found.interval else f"{found.reason}; {counts}",
+    )
+
+
+def _answer_whom(evaluation: Evaluation) -> Answer:
+    worst = evaluation.test.subgroups.worst
+    short = Cell.of(worst.gap, 2, signed=True).value if worst.name else ""
+    return Answer("For whom?", "whom", short, describe_worst(worst))
+
+
+def _answer_threshold(evaluation: Evaluation) -> Answer:
+    point, at = evaluation.points[DECISION], evaluation.test.at[DECISION]
+    if point.threshold is None:
+        return Answer(
+            "At what threshold?", "points", "", f"No threshold could be chosen: {point.reason}."
+        )
+    recall, specificity = Cell.of(at.rates["recall"], 2), Cell.of(at.rates["specificity"], 2)
+    return Answer(
+        "At what threshold?",
+        "points",
+        f"p ≥ {show_threshold(point.threshold)}",
+        f"Chosen on val ({point.rule}). On test sensitivity {recall}, specificity {specificity}.",
+    )
+
+
+def _answer_baseline(evaluation: Evaluation) -> Answer:
+    view, metadata = evaluation.test.view, evaluation.test.metadata
+    gain = Cell.of(view.gain, 2, signed=True)
+    others = Cell.of(metadata.gain, 2, signed=True)
+    words = (
+        f"AUROC more than the view (AP or PA) alone, which reaches {Cell.of(view.view_only, 2)}; "
+        f"the gain is {gain}. "
+        if gain.value
+        else f"Beside the view alone: {gain}. "
+    )
+    words += f"Over view, sex, age and pixel spacing together: {others}."
+    return Answer("Against what baseline?", "baselines", gain.value, words)
+
+
+def _answer_looks(looks: SaliencySummary | None) -> Answer:
+    short = ""
+    if looks is not None and looks.groups["all"].gain is not None:
+        short = Cell.of(looks.groups["all"].gain["prior"]["auprc"], 2, signed=True).value
+    words = OFF if looks is None else judge_looks(looks)
+    return Answer("Does it look at the lung?", "looks", short, words)

@@ -1,0 +1,146 @@
+"""W&B workspaces as code: three views of a project. Built without a network; saving needs a key.
+
+`python -m pneumo.reporting.tracking.dashboards` prints them as JSON; with `--save --entity TEAM` they are saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pneumo.evaluation.shown_studies import ERRORS, OUTCOMES
+
+with warnings.catch_warnings():
+    # The package still speaks pydantic's first dialect.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    import wandb_workspaces.reports.v2 as panels
+    import wandb_workspaces.workspaces as workspaces
+
+HEADLINES = ("auroc", "average_precision", "recall", "specificity", "gain_over_view", "map_auprc")
+CHARTS = ("roc", "precision_recall", "reliability", "decision_curve", "confusion")
+
+
+def build_views(project: str, entity: str) -> dict[str, Any]:
+    """The workspaces Train, Tune and Evaluate by name; touches no network."""
+    sections = {"Train": _train(), "Tune": _tune(), "Evaluate": _evaluate()}
+    return {
+        name: workspaces.Workspace(
+            entity=entity,
+            project=project,
+            name=name,
+            sections=[
+                workspaces.Section(name=title, panels=list(shown), is_open=True)
+                for title, shown in found.items()
+            ],
+        )
+        for name, found in sections.items()
+    }
+
+
+def _train() -> Mapping[str, Sequence[Any]]:
+    def line(title: str, *keys: str) -> Any:
+        return panels.LinePlot(title=title, x="epoch", y=list(keys))
+
+    return {
+        "Learning": [
+            line("Loss", "train/loss", "val/loss"),
+            line("AUROC on val", "val/auroc", "val/ema_auroc"),
+            line("Learning rate", "train/lr"),
+            line("Length of the gradient", "train/grad_norm"),
+        ],
+        "Throughput": [
+            line("Images a second", "perf/images_per_s"),
+            line("Share of the time waiting for data", "perf/data_wait"),
+            line("Seconds a step", "perf/step_p50_s", "perf/step_p95_s"),
+            line("Seconds an epoch", "perf/epoch_s"),
+            line("GPU memory, GB", "perf/gpu_memory_gb"),
+            line("GPU at work, %", "perf/gpu_utilisation"),
+        ],
+    }
+
+
+def _tune() -> Mapping[str, Sequence[Any]]:
+    columns = [
+        panels.ParallelCoordinatesPlotColumn(metric=key)
+        for key in ("c::train.lr", "c::train.pos_weight", "tune/objective")
+    ]
+    return {
+        "Search": [
+            panels.ParallelCoordinatesPlot(columns=columns),
+            panels.ParameterImportancePlot(with_respect_to="tune/objective"),
+            panels.ScatterPlot(x="c::train.lr", y="tune/objective"),
+            panels.ScatterPlot(x="c::train.pos_weight", y="tune/objective"),
+        ],
+        "Learning": [panels.LinePlot(title="Objective on val", x="epoch", y=["val/objective"])],
+        "Trials": [panels.WeavePanelSummaryTable(table_name="tune/trials")],
+    }
+
+
+def _evaluate() -> Mapping[str, Sequence[Any]]:
+    galleries = [f"eval/gallery/{outcome}" for outcome in OUTCOMES]
+    errors = [f"eval/errors/{outcome}" for outcome in ERRORS]
+    return {
+        "Headlines": [
+            panels.ScalarChart(title=name, metric=f"eval/test/{name}") for name in HEADLINES
+        ],
+        "Curves": [_draw_table(name) for name in CHARTS],
+        "Where it looks": [panels.MediaBrowser(media_keys=[key]) for key in galleries],
+        "Errors": [panels.MediaBrowser(media_keys=[key]) for key in errors],
+        "Studies and groups": [
+            panels.WeavePanelSummaryTable(table_name="eval/predictions"),
+            panels.WeavePanelSummaryTable(table_name="eval/subgroups"),
+        ],
+        "Runs": [panels.RunComparer()],
+    }
+
+
+def _draw_table(name: str) -> Any:
+    """The chart that `tracking` logs as a table of W&B's."""
+    table = {"summaryTable": {"tableKey": f"eval/{name}_table"}}
+    if name == "confusion":
+        columns = ("Actual", "Predicted", "nPredictions")
+        fields, chart = {column: column for column in columns}, "wandb/confusion_matrix/v1"
+    else:
+        fields, chart = {"x": "x", "y": "y", "class": "series"}, "wandb/area-under-curve/v0"
+    return panels.CustomChart(query=table, chart_name=chart, chart_fields=fields)
+
+
+def describe_view(view: Any) -> dict[str, Any]:
+    """The workspace as W&B stores it, plain JSON."""
+    found: dict[str, Any] = json.loads(view._to_model().model_dump_json(by_alias=True))
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pneumo.reporting.tracking.dashboards", description=__doc__
+    )
+    parser.add_argument("--project", default="pneumo", help="the W&B project (default pneumo)")
+    parser.add_argument("--entity", default="", help="the W&B team or user")
+    parser.add_argument("--save", action="store_true", help="save them at W&B; needs a key")
+    options = parser.parse_args(argv)
+    if options.save and not options.entity:
+        parser.error("--save needs --entity, the W&B team or user")
+    views = build_views(options.project, options.entity)
+    if not options.save:
+        json.dump({name: describe_view(view) for name, view in views.items()}, sys.stdout, indent=1)
+        print()
+        return 0
+    for name, view in views.items():
+        try:
+            print(f"{name}: {view.save().url}")
+        # Whatever W&B throws, a person reads one line.
+        except Exception as error:
+            message = (str(error).splitlines() or [""])[0]
+            print(f"error: {name}: not saved ({type(error).__name__}: {message})", file=sys.stderr)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

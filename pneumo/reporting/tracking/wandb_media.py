@@ -1,0 +1,101 @@
+"""Our nouns -> W&B's. Imports wandb where it is called: it takes 0.7 s, and may not be there."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from PIL import Image
+
+from pneumo.reporting.tracking.media import (
+    MAX_IMAGES,
+    MAX_ROWS,
+    Artifact,
+    ConfusionChart,
+    Gallery,
+    LineChart,
+    Media,
+    Page,
+    Picture,
+    PictureTable,
+    Table,
+)
+
+
+def convert(media: Media) -> Any:
+    """What `wandb.Run.log` takes. An object of W&B's belongs to one run: convert anew for another.
+
+    Raises what Pillow and wandb raise of a picture or a table that is none.
+    """
+    import wandb
+
+    match media:
+        case Gallery(pictures):
+            return [_convert_picture(picture) for picture in pictures[:MAX_IMAGES]]
+        case Page(html):
+            return wandb.Html(html)
+        case Table(columns, rows):
+            return wandb.Table(columns=list(columns), data=[list(row) for row in rows[:MAX_ROWS]])
+        case PictureTable(columns, rows):
+            cells = [
+                [_convert_picture(cell) if isinstance(cell, Picture) else cell for cell in row]
+                for row in rows[:MAX_ROWS]
+            ]
+            return wandb.Table(columns=list(columns), data=cells)
+        case LineChart(title=title, x_label=x_label, y_label=y_label):
+            return wandb.plot_table(
+                "wandb/area-under-curve/v0",
+                wandb.Table(columns=["series", "x", "y"], data=media.rows()[:MAX_ROWS]),
+                {"x": "x", "y": "y", "class": "series"},
+                {"title": title, "x-axis-title": x_label, "y-axis-title": y_label},
+            )
+        case ConfusionChart(title=title):
+            names = ("Actual", "Predicted", "nPredictions")
+            return wandb.plot_table(
+                "wandb/confusion_matrix/v1",
+                wandb.Table(columns=list(names), data=media.rows()),
+                {name: name for name in names},
+                {"title": title},
+            )
+
+
+def _convert_picture(picture: Picture) -> Any:
+    import wandb
+
+    boxes = [
+        {
+            "position": {"minX": x, "minY": y, "maxX": x + width, "maxY": y + height},
+            "domain": "pixel",
+            "class_id": 1,
+        }
+        for x, y, width, height in picture.boxes
+    ]
+    masks = None
+    if picture.mask is not None:
+        named = {0: "none", **picture.mask.labels}
+        layer = {"mask_data": picture.mask.classes, "class_labels": named}
+        masks = {picture.mask.name: layer}
+    overlay = {"boxes": {"box_data": boxes, "class_labels": {1: picture.box_label}}}
+    return wandb.Image(
+        Image.open(io.BytesIO(picture.data)),
+        caption=picture.caption,
+        boxes=overlay if boxes else None,
+        masks=masks,
+    )
+
+
+def pack(artifact: Artifact) -> Any:
+    """The artifact as W&B's draft of one, its files copied into W&B's staging folder.
+
+    Raises ValueError for a name that W&B does not take, OSError for a file that is not there.
+    """
+    import wandb
+
+    packed = wandb.Artifact(artifact.name, type=artifact.type, metadata=dict(artifact.metadata))
+    for name, content in artifact.files.items():
+        if isinstance(content, bytes):
+            with packed.new_file(name, mode="wb") as file:
+                file.write(content)
+        else:
+            packed.add_file(str(content), name=name)
+    return packed

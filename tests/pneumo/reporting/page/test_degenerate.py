@@ -1,0 +1,233 @@
+"""Whatever is wrong with the predictions, the page says so in words."""
+
+import dataclasses
+import html
+import re
+
+import numpy as np
+import pytest
+from tests.pneumo.test_report import cases, render, section
+
+from pneumo.config import EvaluateConfig
+from pneumo.evaluation.comparison import ComparedRuns, compare
+from pneumo.evaluation.evaluation import evaluate
+from pneumo.evaluation.map_scores import (
+    BASELINES,
+    IOU_THRESHOLDS,
+    MAPS,
+    GroupSummary,
+    MapSummary,
+    SaliencySummary,
+)
+from pneumo.evaluation.metrics import Estimate
+from pneumo.evaluation.predictions import Predictions, sigmoid
+from pneumo.reporting import figures
+from pneumo.reporting.figures import Pictures, show_threshold
+from pneumo.reporting.page.formatting import Cell
+from pneumo.reporting.page.saliency_section import judge_looks
+
+NOTHING = Pictures([], {}, {}, [])
+CONFIG = EvaluateConfig(bootstrap_resamples=100)
+
+
+def predictions(n=240):
+    rng = np.random.default_rng(0)
+    target = rng.integers(0, 2, n).astype(np.int8)
+    logit = (2 * target + rng.normal(size=n) - 1).astype(np.float32)
+    return Predictions(
+        key=np.array([f"k{i}" for i in range(n)]),
+        patient=np.array([f"p{i}" for i in range(n)]),
+        split=np.where(np.arange(n) % 2, "val", "test"),
+        target=target,
+        logit=logit,
+        probability=sigmoid(logit),
+        calibrated_probability=np.full(n, np.nan),
+        checkpoint=np.full(n, "best"),
+        finding=np.where(target == 1, "Lung Opacity", "Normal"),
+        age=np.full(n, 50.0),
+        sex=np.where(np.arange(n) < 6, "M", "F"),
+        view=np.where(rng.random(n) < 0.5, "AP", "PA"),
+        spacing_mm=np.full(n, 0.143),
+        box_area_fraction=np.where(target == 1, rng.random(n) / 5, np.nan),
+    )
+
+
+def damage(kind, split):
+    found = predictions()
+    rows = found.split == split
+    if kind == "one class":
+        return dataclasses.replace(found, target=np.where(rows, 0, found.target).astype(np.int8))
+    if kind == "nan":
+        bad = np.where(rows & (np.arange(len(rows)) < 9), np.nan, found.logit).astype(np.float32)
+        return dataclasses.replace(found, logit=bad, probability=sigmoid(bad))
+    if kind == "empty":
+        return found.take(~rows)
+    if kind == "too small":
+        return found.take(~rows | (np.cumsum(rows) <= 8))
+    assert kind == "without boxes"
+    area = np.where(rows, np.nan, found.box_area_fraction)
+    return dataclasses.replace(found, box_area_fraction=area)
+
+
+def visible(page):
+    """The page's words, without its style, configuration and drawings."""
+    page = re.sub(r"<(style|pre|svg).*?</\1>", " ", page, flags=re.DOTALL)
+    return " ".join(html.unescape(re.sub("<[^>]+>", " ", page)).split())
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("one class", "one class only"),
+        ("nan", "scores are NaN or infinite"),
+        ("empty", "no study"),
+        ("too small", "too small"),
+        ("without boxes", "no positive has a box"),
+    ],
+)
+def test_bad_predictions_are_reported_with_their_reason(kind, words, split):
+    judged = evaluate(damage(kind, split), config=CONFIG, seed=0)
+    text = visible(render(judged, pictures=NOTHING))
+    if kind != "without boxes" or split == "test":
+        assert words in text
+    assert not re.search(r"\b(None(?! on test| is in)|nan|inf|n/a)\b", text)
+    if kind in ("nan", "empty", "one class") and split == "val":
+        assert "No threshold could be chosen" in text
+        assert "no calibration" in text
+
+
+def test_a_fault_of_test_is_not_blamed_on_val():
+    judged = evaluate(damage("nan", "test"), config=CONFIG, seed=0)
+    why = "5 of 120 scores are NaN or infinite"
+    page = render(judged, pictures=Pictures.none(why))
+    for name in ("looks", "errors", "grid"):
+        assert why in section(page, name)
+        assert "threshold" not in section(page, name)
+    assert f"test: {why}" in section(page, "data")
+    assert "each exactly once" not in section(page, "data")
+    assert "no threshold" not in figures.draw_confusion(judged).decode()
+
+
+def test_studies_that_are_scored_twice_are_not_said_to_be_scored_once():
+    found = predictions()
+    twice = np.append(np.arange(len(found)), 0)  # one of test
+    text = section(render(evaluate(found.take(twice), config=CONFIG, seed=0)), "data")
+    assert "121 test studies; test: 1 studies are scored more than once" in text
+    assert "each exactly once" in section(render(), "data")
+
+
+def test_a_target_near_a_standard_one_hides_no_point():
+    config = EvaluateConfig(
+        bootstrap_resamples=100, operating_point="sensitivity", sensitivity=0.904
+    )
+    text = section(render(evaluate(predictions(), config=config, seed=0)), "points")
+    rows = ("0.904 decision, screening", "0.90 ", "0.95 ")
+    assert all(f"sensitivity ≥ {row}" in text for row in rows)
+
+
+def test_a_group_of_three_is_said_to_be_too_small():
+    text = section(render(evaluate(predictions(), config=CONFIG, seed=0)), "whom")
+    assert re.search(r"M 3 \(\d\) not known: too small: \d patients", text)
+
+
+def test_another_run_stands_beside():
+    found = evaluate(predictions(), config=CONFIG, seed=0).predictions
+    worse = dataclasses.replace(
+        found, logit=-found.logit, calibrated_probability=1 - found.calibrated_probability
+    )
+    splits = {
+        name: compare(found.subset(name), worse.subset(name), resamples=100, seed=0)
+        for name in ("val", "test")
+    }
+    judged = evaluate(found, config=CONFIG, seed=0)
+    page = render(judged, compared=ComparedRuns("new", "old", splits))
+    text = section(page, "comparison")
+    assert text.startswith("Beside another run new ranks better: the difference in AUROC is +0.")
+    assert "DeLong by patient: p < 0.001" in text
+    assert 'id="comparison"' not in render(judged)
+
+
+def looks(low, high, prior_studies=3000):
+    one = Estimate(0.3, 0.2, 0.4, "m")
+    gain = Estimate((low + high) / 2, low, high, "m")
+    curve = dict.fromkeys(IOU_THRESHOLDS, 0.1)
+    summary = MapSummary(one, one, one, one, one, one, 0.5, curve, 0)
+    whole = GroupSummary(
+        20,
+        None,
+        one,
+        dict.fromkeys(MAPS, summary),
+        {name: dict.fromkeys(("auprc", "pointing", "energy"), gain) for name in BASELINES},
+    )
+    few = GroupSummary(3, "3 studies with boxes, fewer than 5")
+    groups = {"all": whole, "true_positives": whole, "false_negatives": few}
+    return SaliencySummary(20, 0, "best", prior_studies, groups)
+
+
+def test_better_than_a_prior_of_few_studies_is_not_yet_at_hand():
+    assert "to the opacity of the study at hand, not merely" in judge_looks(looks(0.1, 0.2))
+    few = judge_looks(looks(0.1, 0.2, prior_studies=40))
+    assert "made of 40 positives of train only" in few
+    assert "is not shown" in few
+    found = looks(0.1, 0.2)
+    centre = dict.fromkeys(("auprc", "pointing", "energy"), Estimate(0.0, -0.1, 0.1, "m"))
+    whole = found.groups["all"]
+    whole = dataclasses.replace(whole, gain={**whole.gain, "centre": centre})
+    found = dataclasses.replace(found, groups={**found.groups, "all": whole})
+    assert "not shown to agree better than the middle of the image" in judge_looks(found)
+
+
+def test_without_a_mapping_nothing_is_said_of_patients():
+    known = evaluate(predictions(), config=CONFIG, seed=0)
+    unknown = evaluate(predictions(), config=CONFIG, seed=0, has_patients=False)
+    assert known.test.to_json()["patients"] > 0
+    assert unknown.test.to_json()["patients"] is None
+    text = section(render(unknown), "good")
+    assert "Intervals resample images, whose patients are unknown, and are too narrow" in text
+    assert "of unknown patients" in text
+    assert "clustered by patient" not in text
+    assert "Intervals resample patients, not images" in section(render(known), "good")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [
+        (0.1, 0.2, "better than a fixed map"),
+        (-0.2, -0.1, "A fixed map of where opacities usually lie, which looks at no image"),
+        (-0.1, 0.1, "not shown to agree"),
+    ],
+)
+def test_the_maps_are_judged_against_the_lung_prior(low, high, words):
+    found = looks(low, high)
+    assert words in judge_looks(found)
+    text = section(render(looks=found), "looks")
+    assert words in text
+    assert "Lung prior" in text
+    assert "Not known: 3 studies with boxes, fewer than 5" in text
+    assert "Train has no boxes" not in text
+    without = section(render(looks=looks(low, high, prior_studies=0)), "looks")
+    assert "Train has no boxes: the lung prior is uniform" in without
+
+
+def test_errors_say_what_is_known_of_the_study():
+    wrong = [
+        dataclasses.replace(case, finding="Normal", view="AP", age_band="60-69", why="most certain")
+        for case in cases(2)
+    ]
+    text = section(render(pictures=Pictures([], {}, {"fp": wrong, "fn": []}, [])), "errors")
+    assert "most certain Normal, AP, 60–69 years" in text
+    assert "empty map" not in text
+    blank = dataclasses.replace(wrong[0], cam=np.zeros((8, 8), np.float32))
+    page = render(pictures=Pictures([], {}, {"fp": [blank]}, []))
+    assert "60–69 years, empty map" in section(page, "errors")
+    assert "The most confident false negatives None on test at this threshold." in text
+
+
+def test_numbers_in_words():
+    assert str(Cell.of(Estimate(0.5, 0.25, 0.75, "m"), 2)) == "0.50 (0.25–0.75)"
+    assert str(Cell.of(Estimate.undefined("no study"))) == "not known (no study)"
+    assert Cell.of(Estimate(-0.0001, -0.1, 0.2, "m"), 2, signed=True) == Cell(
+        "0.00", "−0.10 to +0.20"
+    )
+    assert [show_threshold(x) for x in (0.4123, 0.99964, 1.0)] == ["0.412", "0.9996", "1.000"]

@@ -1,0 +1,253 @@
+"""Pictures come out whole, equal for equal input, and say what they show."""
+
+import io
+import re
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pneumo.config import EvaluateConfig
+from pneumo.dataset.quality import ContactSheet, Intensity, Quality, SplitQuality
+from pneumo.dataset.shards import Duplicates
+from pneumo.dataset.source import Box
+from pneumo.evaluation.evaluation import evaluate
+from pneumo.evaluation.metrics import Estimate
+from pneumo.evaluation.predictions import Predictions, sigmoid
+from pneumo.reporting import figures
+from pneumo.reporting.figures import Case
+
+HISTORY = [
+    {"epoch": 1, "train/loss": 0.9, "val/loss": 0.8, "val/auroc": 0.7, "val/precision": None},
+    {"epoch": 2, "train/loss": 0.6, "val/loss": 0.7, "val/auroc": 0.8, "val/precision": 0.5},
+]
+
+
+def evaluation(seed=0, target=None):
+    rng = np.random.default_rng(seed)
+    n = 120
+    target = rng.integers(0, 2, n).astype(np.int8) if target is None else target
+    logit = (2 * target + rng.normal(size=n) - 1).astype(np.float32)
+    predictions = Predictions(
+        key=np.array([f"k{i}" for i in range(n)]),
+        patient=np.array([f"p{i}" for i in range(n)]),
+        split=np.where(np.arange(n) % 2, "val", "test"),
+        target=target,
+        logit=logit,
+        probability=sigmoid(logit),
+        calibrated_probability=np.full(n, np.nan),
+        checkpoint=np.full(n, "best"),
+        finding=np.full(n, "Normal"),
+        age=np.full(n, 50.0),
+        sex=np.full(n, "F"),
+        view=np.where(rng.random(n) < 0.5, "AP", "PA"),
+        spacing_mm=np.full(n, 0.143),
+        box_area_fraction=np.where(target == 1, rng.random(n) / 5, np.nan),
+    )
+    return evaluate(predictions, config=EvaluateConfig(bootstrap_resamples=100), seed=0)
+
+
+def case(target=1, probability=0.87, size=64, with_cam=True):
+    ramp = np.linspace(0, 255, size).astype(np.uint8)
+    cam = np.zeros((size, size), dtype=np.float32)
+    cam[size // 2 :, size // 2 :] = 1
+    image = np.tile(ramp, (size, 1))
+    return Case(image, target, probability, 0.5, [Box(8, 16, 20, 24)], cam if with_cam else None)
+
+
+def split_quality(studies, unknown=0, histogram=(5,) * 256, ages=(0, 3, 8, 4)):
+    known = studies - unknown
+    return SplitQuality(
+        studies=studies,
+        patients=studies,
+        counts={
+            "finding": {"Lung Opacity": 9, "Normal": studies - 9},
+            "view": {"AP": known, "PA": 0, "unknown": unknown},
+            "sex": {"F": 4, "M": studies - 4, "unknown": 0},
+        },
+        ages=ages,
+        age_median=None,
+        spacing_quartiles=None,
+        intensity=Intensity(tuple(histogram)),
+    )
+
+
+def quality(**options):
+    return Quality(
+        splits={
+            name: split_quality(n, **options)
+            for name, n in (("train", 40), ("val", 12), ("test", 12))
+        },
+        shifts=(),
+        duplicates=Duplicates(pictures=0, studies=0, across_patients=0, across_splits=0),
+        quarantined={},
+        contradictions={},
+    )
+
+
+def contact(count, size=64):
+    pictures = tuple(np.full((size, size), 10 * (i + 1), np.uint8) for i in range(count))
+    return ContactSheet("Normal", 30, pictures, ("AP",) * count)
+
+
+def texts(svg):
+    return " ".join("".join(e.itertext()) for e in ElementTree.fromstring(svg).iter() if e.text)
+
+
+def test_case_names_its_outcome():
+    assert [
+        (case(target, probability).outcome, case(target, probability).is_right)
+        for target, probability in [(1, 0.5), (0, 0.5), (1, 0.49), (0, 0.49)]
+    ] == [("tp", True), ("fp", False), ("fn", False), ("tn", True)]
+    assert case().caption == "Pred: 1  p=0.87  Label: 1"
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: figures.draw_metrics(evaluation(), HISTORY),
+        lambda: figures.draw_roc(evaluation()),
+        lambda: figures.draw_confusion(evaluation()),
+        lambda: figures.draw_loss(HISTORY),
+        lambda: figures.draw_prediction_grid([case(), case(0)], title="2 of 9"),
+        lambda: figures.draw_gradcam_example([case(), case(0)], title="n = 2"),
+        lambda: figures.draw_case(case()),
+        lambda: figures.draw_quality(quality()),
+        lambda: figures.draw_ages(quality()),
+        lambda: figures.draw_intensity(quality()),
+        lambda: figures.draw_contact_sheet(contact(20, 128)),
+    ],
+)
+def test_equal_input_gives_equal_bytes(draw):
+    first = draw()
+    assert first == draw()
+    assert len(first) > 1000
+
+
+def test_svg_carries_title_n_interval_and_no_date():
+    svg = figures.draw_roc(evaluation())
+    words = texts(svg)
+    assert "AUROC (95 % interval)" in words
+    assert re.search(r"test 0\.\d{3} \(0\.\d{3}–\d\.\d{3}\), n = 60", words)
+    assert "sensitivity" in words
+    assert b"dc:date" not in svg
+
+    words = texts(figures.draw_confusion(evaluation()))
+    assert "test n = 60" in words
+    assert "Decision: Youden's index" in words
+    assert "Screening: sensitivity ≥ 0.90" in words
+
+
+def test_the_scored_epoch_is_marked_in_all_of_the_history():
+    told = texts(figures.draw_validation(HISTORY, 1))
+    assert "Validation, 2 epochs" in told
+    assert "epoch 1, scored" in told
+    assert "Loss, 2 epochs" in texts(figures.draw_loss(HISTORY, 1))
+    assert "scored" not in texts(figures.draw_loss(HISTORY))
+    assert "scored" not in texts(figures.draw_loss([], 1))
+
+
+def test_averaged_weights_are_shown_where_they_are_scored_with():
+    history = [{**epoch, "val/ema_auroc": 0.9, "val/ema_loss": 0.5} for epoch in HISTORY]
+    assert "AUROC, averaged weights" in texts(figures.draw_validation(history))
+    assert "val, averaged weights" in texts(figures.draw_loss(history))
+    assert "averaged" not in texts(figures.draw_validation(HISTORY))
+
+
+def test_metrics_picture_is_readable_in_size():
+    image = Image.open(io.BytesIO(figures.draw_metrics(evaluation(), HISTORY)))
+    assert image.format == "PNG"
+    assert min(image.size) > 800
+
+
+def test_degenerate_input_is_drawn_with_its_reason():
+    hollow = evaluation(target=np.zeros(120, dtype=np.int8))
+    assert figures.draw_metrics(hollow, [])
+    told = " ".join(texts(figures.draw_confusion(hollow)).split())
+    assert "no threshold: val: one class only: 0 of 60" in told
+    assert "no training history" in texts(figures.draw_loss([]))
+    assert figures.draw_validation([{"epoch": 1, "val/auroc": None}])
+    assert figures.draw_prediction_grid([], title="none")
+    assert figures.draw_gradcam_example([], title="none")
+
+
+def test_a_figure_of_no_study_says_why():
+    for draw in (figures.draw_prediction_grid, figures.draw_gradcam_example):
+        blank, told = (
+            np.asarray(Image.open(io.BytesIO(draw([], title="t", reason=why))).convert("L"))
+            for why in (" ", "5 of 60 scores are NaN or infinite")
+        )
+        assert (told != blank).sum() > 200
+
+
+def test_grid_is_green_where_right_and_red_where_wrong():
+    picture = figures.draw_prediction_grid([case(1), case(0)], title="2 of 2")
+    pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB")).astype(int)
+    middle = pixels.shape[1] // 2
+
+    def share(half, color):
+        wanted = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+        return (np.abs(half - wanted).sum(axis=2) < 12).mean()
+
+    left, right = pixels[:, :middle], pixels[:, middle:]
+    assert share(left, figures.RIGHT) > 0.01 > share(left, figures.WRONG)
+    assert share(right, figures.WRONG) > 0.01 > share(right, figures.RIGHT)
+
+
+def test_composed_case_keeps_the_image_draws_the_boxes_and_warms_the_evidence():
+    shown = figures.compose_case(case(), size=64)
+    assert shown.shape[0] == 64
+    assert shown.shape[1] == 64 + 2 + 64
+    study, overlay = shown[:, :64].astype(int), shown[:, 66:].astype(int)
+    assert tuple(study[16, 12]) == tuple(overlay[16, 12]) == figures.BOX
+    assert (study[4] == study[4, :, :1]).all()  # gray
+    assert np.abs(study[4] - overlay[4]).max() == 0  # no evidence, no tint
+    assert (overlay[60, 40:, 0] > overlay[60, 40:, 2]).all()  # warm
+
+    alone = figures.compose_case(case(with_cam=False), size=128)
+    assert alone.shape == (128, 128, 3)
+    assert tuple(alone[32, 24]) == figures.BOX  # boxes scale with the picture
+
+
+def test_estimates_in_words():
+    assert figures.describe_estimate(Estimate(0.9134, 0.854, 0.962, "m")) == "0.913 (0.854–0.962)"
+    assert figures.describe_estimate(Estimate(0.9134, None, None, "m", "r"), 2) == "0.91"
+    assert figures.describe_estimate(Estimate.undefined("r")) == "n/a"
+
+
+def test_drawings_of_the_data_say_how_many_studies_they_show():
+    words = texts(figures.draw_ages(quality()))
+    assert "train, n = 15" in words  # of known age
+    assert "% of studies of known age" in words
+    assert "0 and 255 left out" in texts(figures.draw_intensity(quality()))
+
+
+def test_drawings_of_the_data_say_what_is_missing():
+    hollow = quality(ages=(0,) * 13, histogram=(0,) * 256, unknown=2)
+    assert "no age is known" in texts(figures.draw_ages(hollow))
+    assert "no pictures" in texts(figures.draw_intensity(hollow))
+    assert figures.draw_quality(hollow) != figures.draw_quality(quality())
+
+
+@pytest.mark.parametrize(
+    ("count", "columns", "rows"), [(1, 1, 1), (3, 3, 1), (4, 3, 2), (12, 3, 4)]
+)
+@pytest.mark.parametrize("size", [64, 224])
+def test_contact_sheet_holds_every_picture_and_nothing_else(count, columns, rows, size):
+    sheet = Image.open(io.BytesIO(figures.draw_contact_sheet(contact(count, size))))
+    side = min(size, figures.CONTACT_PIXELS)
+    step = side + 4
+    assert sheet.size == (columns * step - 4, rows * step - 4)
+    pixels = np.asarray(sheet.convert("RGBA")).astype(int)
+    for i in range(count):
+        row, column = divmod(i, 3)
+        cell = pixels[row * step : row * step + side, column * step : column * step + side]
+        assert np.abs(cell[..., :3] - 10 * (i + 1)).max() < 8  # no letter stands on it
+        assert (cell[..., 3] == 255).all()
+    if count > 1:
+        assert (pixels[:side, side : side + 4, 3] == 0).all()
+
+
+def test_contact_sheet_of_a_finding_that_was_not_drawn_is_blank():
+    assert np.asarray(Image.open(io.BytesIO(figures.draw_contact_sheet(contact(0))))).max() == 0
