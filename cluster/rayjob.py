@@ -77,14 +77,16 @@ def differences(asked: Document, running: Document) -> Iterator[str]:
 
 
 def log_folder(job: Document) -> str:
-    """Where `jobs.logbook` keeps the logs of a RayJob's attempts; "" for one that is not ours."""
+    """Where `jobs.terminal.log_keeper` keeps the logs of a RayJob's attempts; "" for one that is not ours."""
     target = (job["metadata"].get("annotations") or {}).get(TARGET, "")
     return f"{target}/logs/{job['metadata']['name']}" if target else ""
 
 
 def _keeping_log(job: Document, submission: Submission) -> str:
     """The command, inside the one that keeps its log: the pods of a failed attempt are deleted."""
-    return f"python -m jobs.logbook {shlex.quote(log_folder(job))} {submission.entrypoint}"
+    return (
+        f"python -m jobs.terminal.log_keeper {shlex.quote(log_folder(job))} {submission.entrypoint}"
+    )
 
 
 def describe_limits(container: Document) -> str:

@@ -11,14 +11,20 @@ from typing import Any
 
 from threadpoolctl import threadpool_limits
 
-from jobs.command import run_job, say
-from jobs.pictures import choose_pictures, score_saliency
-from jobs.results import REPORT, Judged, compose_metrics, write_files
-from jobs.scoring import score_splits
-from jobs.sending import send_evaluation
-from jobs.session import ray_session, wait_for_resources
-from jobs.subject import JUDGED_SPLITS, METRICS, Subject, find_subject, name_run, read_other
-from jobs.trackers import close_tracker, tracking_folder
+from jobs.evaluation.evaluated_run import (
+    JUDGED_SPLITS,
+    METRICS,
+    Subject,
+    find_subject,
+    name_run,
+    read_other,
+)
+from jobs.evaluation.ray_scoring import score_splits
+from jobs.evaluation.result_files import REPORT, Judged, compose_metrics, write_files
+from jobs.evaluation.shown_studies import choose_pictures, score_saliency
+from jobs.evaluation.wandb_results import send_evaluation
+from jobs.ray_cluster.session import ray_session, wait_for_resources
+from jobs.terminal.entry_point import run_job, say
 from pneumo import storage
 from pneumo.config import Config, EvaluateArguments, Invocation
 from pneumo.dataset.quality import read_contact_sheets, summarise_quality
@@ -30,6 +36,7 @@ from pneumo.evaluation.map_scores import SaliencySummary
 from pneumo.evaluation.predictions import Predictions, join_predictions
 from pneumo.reporting.page import DataFacts
 from pneumo.reporting.tracking import open_tracker
+from pneumo.reporting.tracking.closing import close_tracker, tracking_folder
 
 
 def evaluate_run(invocation: Invocation) -> None:

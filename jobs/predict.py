@@ -17,9 +17,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from jobs.command import run_job, say
-from jobs.scoring import Place, Scoring, Weights, find_place, load_members, run_shares, share_out
-from jobs.session import ray_session, wait_for_resources
+from jobs.evaluation.ray_scoring import (
+    Place,
+    Scoring,
+    Weights,
+    find_place,
+    load_members,
+    run_shares,
+    share_out,
+)
+from jobs.ray_cluster.session import ray_session, wait_for_resources
+from jobs.terminal.entry_point import run_job, say
 from pneumo import storage
 from pneumo.config import Invocation, PredictArguments
 from pneumo.errors import DataError, RunError, SourceError

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from jobs.command import say
+from jobs.terminal.entry_point import say
 from pneumo import storage
 from pneumo.errors import ConfigError, PneumoError, SourceError, StorageError
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import ray
 
-from jobs.command import run_job, say
-from jobs.nodes import list_nodes
-from jobs.progress import Progress
-from jobs.session import ray_session
+from jobs.ray_cluster.nodes import list_nodes
+from jobs.ray_cluster.session import ray_session
+from jobs.terminal.entry_point import run_job, say
+from jobs.terminal.progress import Progress
 from pneumo import storage
 from pneumo.config import Config, Invocation, PrepareArguments, override
 from pneumo.dataset.preparation import (

@@ -18,22 +18,20 @@ import torch.distributed as dist
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from jobs.board import Board
-from jobs.command import new_run_url, run_job, say
-from jobs.following import Follower, worker_hooks
-from jobs.judging import Shared, TrialJudge
-from jobs.lineage import describe_dataset, describe_weights
-from jobs.mailbox import Mailbox
-from jobs.nodes import Node
-from jobs.recovery import STOPPED, Recovery, wait_for_workers
-from jobs.session import (
+from jobs.ray_cluster.nodes import Node
+from jobs.ray_cluster.session import (
     ray_session,
     settle_devices,
     start_timeout_s,
     uses_gpu,
     worker_resources,
 )
-from jobs.trackers import close_tracker, tracking_folder
+from jobs.terminal.entry_point import new_run_url, run_job, say
+from jobs.training.epoch_log import Follower, worker_hooks
+from jobs.training.messages import Mailbox
+from jobs.training.recovery import STOPPED, Recovery, wait_for_workers
+from jobs.training.stop_signal import Board
+from jobs.tuning.trial_judge import Shared, TrialJudge
 from pneumo import storage
 from pneumo.config import (
     WEIGHTS_WITHOUT_FILE,
@@ -47,6 +45,8 @@ from pneumo.dataset.shards import Manifest, read_manifest
 from pneumo.errors import PreemptedError
 from pneumo.loading.sample_order import World
 from pneumo.reporting.tracking import open_tracker
+from pneumo.reporting.tracking.artifacts import describe_dataset, describe_weights
+from pneumo.reporting.tracking.closing import close_tracker, tracking_folder
 from pneumo.training.checkpoint_writer import read_history
 from pneumo.training.checkpoints import CheckpointIndex, read_index
 from pneumo.training.fit import check_run, fit

@@ -18,11 +18,14 @@ import ray
 import ray.tune
 from ray.tune.schedulers import FIFOScheduler
 
-from jobs.command import find_cause, new_run_url, run_job, say
-from jobs.draws import Draw, Drawn, Listed, Rungs, list_grid
-from jobs.judging import Shared
-from jobs.live_table import LiveTable, read_error
-from jobs.records import (
+from jobs.ray_cluster.session import ray_session, wait_for_resources
+from jobs.terminal.entry_point import find_cause, new_run_url, run_job, say
+from jobs.train import with_absolute_weights
+from jobs.tuning.live_table import LiveTable, read_error
+from jobs.tuning.search_results import BEST, REPORT, print_search, write_results
+from jobs.tuning.searchers import Draw, Drawn, Listed, Rungs, list_grid
+from jobs.tuning.trial_judge import Shared
+from jobs.tuning.trial_records import (
     drop_checkpoints,
     read_judgement,
     read_trial,
@@ -30,11 +33,8 @@ from jobs.records import (
     trial_url,
     write_ended,
 )
-from jobs.search_results import BEST, REPORT, print_search, write_results
-from jobs.session import ray_session, wait_for_resources
-from jobs.train import with_absolute_weights
-from jobs.trial_tracking import TrialTracking
-from jobs.trials import make_trainable, share, trial_config, trials_at_once
+from jobs.tuning.trial_runs import make_trainable, share, trial_config, trials_at_once
+from jobs.tuning.trial_wandb import TrialTracking
 from pneumo import storage
 from pneumo.config import Config, Invocation, ModelConfig, TuneArguments, check_space
 from pneumo.dataset.shards import Manifest, read_manifest

@@ -19,8 +19,15 @@ from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import BinaryClassifierOutputTarget
 from torch import Tensor, nn
 
-from jobs.scoring import Scored, Scoring, Weights, boxes_of, score_boxes, score_splits
-from jobs.session import ray_session
+from jobs.evaluation.ray_scoring import (
+    Scored,
+    Scoring,
+    Weights,
+    boxes_of,
+    score_boxes,
+    score_splits,
+)
+from jobs.ray_cluster.session import ray_session
 from pneumo.config import Config, ModelConfig
 from pneumo.dataset.shards import read_manifest, read_studies
 from pneumo.dataset.source import Box

@@ -29,7 +29,7 @@ import numpy as np
 import psutil
 
 from jobs import prepare
-from jobs.session import ray_session
+from jobs.ray_cluster.session import ray_session
 from pneumo.config import Config
 from pneumo.dataset.source import read_source
 from pneumo.dataset.splits import split_studies

@@ -35,7 +35,7 @@ import torch
 from sklearn.model_selection import StratifiedGroupKFold
 
 from jobs import prepare
-from jobs.session import ray_session
+from jobs.ray_cluster.session import ray_session
 from pneumo.config import Config, override, parse_command_line, read_recipe
 from pneumo.dataset.phantoms.source_folder import write_phantoms
 from pneumo.dataset.shards import read_manifest

@@ -38,7 +38,7 @@ import torch
 
 from jobs import prepare
 from jobs import train as train_job
-from jobs.session import WORKER_ENVIRONMENT, ray_session
+from jobs.ray_cluster.session import WORKER_ENVIRONMENT, ray_session
 from pneumo.config import Config, parse_command_line
 from pneumo.dataset.phantoms.source_folder import write_phantoms
 from pneumo.loading.loader import Batch

@@ -627,7 +627,7 @@ def test_pods_that_are_deleted_have_time_for_a_checkpoint(
     ("role", "title", "waits"),
     [
         ("head", "python -m jobs.train --store x", True),
-        ("head", "python -m jobs.logbook x python", True),
+        ("head", "python -m jobs.terminal.log_keeper x python", True),
         ("head", "python dashboard.py --modules-to-load=job", False),
         ("workers", "ray::RayTrainWorker.execute", True),
         ("workers", "ray::prepare_shard", True),
@@ -657,7 +657,7 @@ def test_a_spot_worker_says_that_it_goes_while_there_is_time(
 ) -> None:
     worker = _templates(_job(rendered[overlay]))["workers"]["spec"]
     *command, grace_s = worker["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
-    assert command == ["python", "-m", "jobs.departure", "--grace-s"]
+    assert command == ["python", "-m", "jobs.ray_cluster.node_drain", "--grace-s"]
     assert (CHECKOUT / "jobs" / "departure.py").is_file()
     assert 25 < float(grace_s) < worker["terminationGracePeriodSeconds"]
 
@@ -679,7 +679,9 @@ def test_gpus_spot_and_queue_are_where_they_belong(
         assert (affinity is not None) is spot
         operators = set(re.findall(r'"operator": "(\w+)"', json.dumps(affinity)))
         assert operators == ({operator} if spot else set())
-    assert ("jobs.departure" in json.dumps(worker["containers"][0]["lifecycle"])) is spot
+    assert (
+        "jobs.ray_cluster.node_drain" in json.dumps(worker["containers"][0]["lifecycle"])
+    ) is spot
     queued = overlay.endswith("kueue")
     assert job["spec"].get("suspend", False) is queued
     queue = job["metadata"]["labels"].get("kueue.x-k8s.io/queue-name")

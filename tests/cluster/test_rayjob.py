@@ -61,7 +61,7 @@ def test_only_what_differs_is_set(base: Document) -> None:
     assert job["metadata"]["name"].startswith("train-1-")
     name = job["metadata"]["name"]
     assert job["spec"]["entrypoint"].startswith(
-        f"python -m jobs.logbook s3://b/runs/1/logs/{name} python -m jobs.train --store s3://b/store"
+        f"python -m jobs.terminal.log_keeper s3://b/runs/1/logs/{name} python -m jobs.train --store s3://b/store"
     )
     assert job["metadata"]["annotations"]["pneumo/entrypoint"].startswith("python -m jobs.train")
     head = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]

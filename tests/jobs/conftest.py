@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from jobs import prepare, train
-from jobs.session import ray_session
+from jobs.ray_cluster.session import ray_session
 from pneumo.dataset.phantoms.source_folder import write_phantoms
 from pneumo.training.checkpoints import claim_run, load_checkpoint, read_index, save_checkpoint
 

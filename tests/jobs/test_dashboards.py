@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from jobs import sending
-from jobs.following import Follower
+from jobs.evaluation import wandb_results
+from jobs.training.epoch_log import Follower
 from pneumo.config import Config, override
 from pneumo.evaluation.shown_studies import ERRORS, OUTCOMES
 from pneumo.loading.sample_order import World
@@ -88,8 +88,8 @@ def test_the_workspace_of_evaluation_shows_what_is_sent() -> None:
     pictures = Pictures(
         shown, dict.fromkeys(OUTCOMES, shown), dict.fromkeys(ERRORS, shown), [], sample=shown
     )
-    sending.log_evaluation(tracker, found, looks(0.1, 0.2))
-    sending.log_pictures(tracker, pictures, found)
+    wandb_results.log_evaluation(tracker, found, looks(0.1, 0.2))
+    wandb_results.log_pictures(tracker, pictures, found)
     wanted = list_keys(build_views("pneumo", "team")["Evaluate"])
     assert len(wanted) > 15
     assert wanted - list_sent(tracker) == set()

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from jobs import evaluate, sending, train
-from jobs.pictures import choose_pictures
-from jobs.scoring import (
+from jobs import evaluate, train
+from jobs.evaluation import wandb_results
+from jobs.evaluation.ray_scoring import (
     Scored,
     Scoring,
     Weights,
@@ -23,6 +23,7 @@ from jobs.scoring import (
     score_boxes,
     score_splits,
 )
+from jobs.evaluation.shown_studies import choose_pictures
 from pneumo.config import Config, override
 from pneumo.dataset.shards import (
     Duplicates,
@@ -296,7 +297,7 @@ def test_tracker_gets_the_data_and_what_is_wrong_with_them(
     )
     tracker = MemoryTracker()
     drawing = b"a drawing"
-    sending.log_data(tracker, evaluate.describe_data(store_url, bad, studies), drawing)
+    wandb_results.log_data(tracker, evaluate.describe_data(store_url, bad, studies), drawing)
     assert tracker.summary == {
         "data/quarantined": 3,
         "data/duplicates_across_splits": 3,
@@ -312,7 +313,7 @@ def test_tracker_gets_the_data_and_what_is_wrong_with_them(
     assert not [row for row in studies.values() if row.key in said or row.patient in said]
 
     sound = MemoryTracker()
-    sending.log_data(sound, evaluate.describe_data(store_url, manifest, studies), drawing)
+    wandb_results.log_data(sound, evaluate.describe_data(store_url, manifest, studies), drawing)
     assert sound.summary == {
         "data/quarantined": 0,
         "data/duplicates_across_splits": 0,

@@ -71,7 +71,7 @@ class RayCluster:
         """On the machine, what a spot worker's pod runs before its end; it ends when the machine's
         workers have."""
         return machine.start(
-            *(sys.executable, "-m", "jobs.departure", "--grace-s", str(grace_s)),
+            *(sys.executable, "-m", "jobs.ray_cluster.node_drain", "--grace-s", str(grace_s)),
             environ=self.environ,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

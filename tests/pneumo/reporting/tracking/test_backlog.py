@@ -9,13 +9,13 @@ import pytest
 from tests.pneumo.test_tracking import KEY, clean_environment, log_all_but_the_end  # noqa: F401
 from tests.pneumo.wandb_server import serve
 
-from jobs.trackers import close_tracker, tracking_folder
 from pneumo import storage
 from pneumo.config import TrackingConfig
 from pneumo.errors import TrackingError
 from pneumo.reporting.tracking import open_tracker
 from pneumo.reporting.tracking.__main__ import main
 from pneumo.reporting.tracking.backlog import find_unsent, send_backlog
+from pneumo.reporting.tracking.closing import close_tracker, tracking_folder
 from pneumo.reporting.tracking.transaction_log import read_records, relocate, write_records
 
 pytestmark = pytest.mark.filterwarnings(

@@ -1,0 +1,1 @@
+"""Evaluating a run with Ray workers."""

@@ -1,0 +1,148 @@
+"""What is evaluated: checkpoints of a run, and of others, on the store of their training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from jobs.evaluation.ray_scoring import Scored, Scoring, Weights
+from jobs.terminal.entry_point import say
+from pneumo import storage
+from pneumo.config import EvaluateArguments, EvaluateConfig
+from pneumo.dataset.shards import Manifest, StudyRow, read_manifest
+from pneumo.errors import RunError, StoreError
+from pneumo.evaluation.predictions import Predictions
+from pneumo.training.checkpoint_writer import read_history
+from pneumo.training.checkpoints import (
+    Checkpoint,
+    CheckpointEntry,
+    CheckpointIndex,
+    load_checkpoint,
+    read_index,
+)
+
+METRICS = "metrics.json"
+PREDICTIONS = "predictions.parquet"
+JUDGED_SPLITS = ("val", "test")
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """Checkpoints and the store."""
+
+    run_url: str
+    store_url: str
+    manifest: Manifest
+    checkpoint: Checkpoint
+    """The first of those that are scored: its maps are shown."""
+    scored: Scored
+    history: Sequence[Mapping[str, float | None]]
+    """Metrics of all epochs of the run, those after the checkpoint's included."""
+
+    @property
+    def name(self) -> str:
+        """The run's."""
+        return name_run(self.run_url)
+
+    @property
+    def digests(self) -> list[str]:
+        """SHA-256 of each checkpoint."""
+        return [weights.entry.sha256 for weights in self.scored.scoring.weights]
+
+
+def name_run(run_url: str) -> str:
+    """The last part of its URL."""
+    return storage.normalise(run_url).rsplit("/", 1)[-1]
+
+
+def find_subject(arguments: EvaluateArguments, config: EvaluateConfig) -> Subject:
+    """The checkpoints that are to be scored, checked against the store.
+
+    Raises RunError when a run is not trained or evaluated already, StoreError when the store is not
+    the one that it was trained on.
+    """
+    store_url, run_url = storage.normalise(arguments.store), storage.normalise(arguments.run)
+    manifest = read_manifest(store_url)
+    run_urls = [run_url, *(storage.normalise(url) for url in arguments.members)]
+    if len(set(run_urls)) < len(run_urls):
+        raise RunError("--members: a run is named twice; each counts once")
+    weights = tuple(found for url in run_urls for found in find_weights(url, config.ensemble))
+    if not arguments.overwrite and storage.exists(storage.join(run_url, METRICS)):
+        raise RunError(
+            f"{run_url}: is evaluated already (a test set is looked at once); --overwrite does it "
+            "again"
+        )
+    first = _load_trained_on(weights[0], store_url, manifest)
+    for other in weights[1:]:
+        _load_trained_on(other, store_url, manifest)
+    scored = Scored(Scoring(weights, views=config.tta or 1), store_url)
+    return Subject(run_url, store_url, manifest, first, scored, _read_history(run_url, first))
+
+
+def find_weights(run_url: str, ensemble: int | str) -> tuple[Weights, ...]:
+    """The run's best checkpoint, or its last so many, newest first.
+
+    Raises RunError where there are fewer.
+    """
+    index = read_index(run_url)
+    if not index.finished:
+        say(f"warning: {run_url} is not trained to its end; evaluating what there is so far")
+    if isinstance(ensemble, str):
+        return (Weights(run_url, index.best),)
+    last = _last_in_a_row(index)
+    if len(last) < ensemble:
+        raise RunError(
+            f"{run_url}: of its last checkpoints {len(last)} are kept, not the {ensemble} of "
+            "evaluate.ensemble; lower it, or train with a higher train.keep_checkpoints"
+        )
+    return tuple(Weights(run_url, entry) for entry in last[:ensemble])
+
+
+def _last_in_a_row(index: CheckpointIndex) -> list[CheckpointEntry]:
+    """The last checkpoints, newest first; the best, kept from long before them, is none of them."""
+    found = [index.latest]
+    for entry in reversed(index.entries[:-1]):
+        if entry.epoch < found[-1].epoch - 1:
+            break
+        found.append(entry)
+    return found
+
+
+def _read_history(run_url: str, checkpoint: Checkpoint) -> Sequence[Mapping[str, float | None]]:
+    """Of all epochs; of those up to the checkpoint where it was copied without its run."""
+    try:
+        return read_history(run_url)
+    except FileNotFoundError:
+        return checkpoint.history
+
+
+def _load_trained_on(weights: Weights, store_url: str, manifest: Manifest) -> Checkpoint:
+    checkpoint = load_checkpoint(weights.run_url, weights.entry)
+    if checkpoint.manifest_digest != manifest.digest:
+        raise StoreError(
+            f"{store_url}: is not the store that {weights.run_url} was trained on (manifest "
+            f"{manifest.digest[:12]}, not {checkpoint.manifest_digest[:12]}); its test studies may "
+            "be in that training set"
+        )
+    return checkpoint
+
+
+def read_other(run_url: str, studies: Mapping[str, StudyRow]) -> Predictions:
+    """What another run said. Raises RunError where it is not evaluated, or on other studies."""
+    url = storage.join(storage.normalise(run_url), PREDICTIONS)
+    try:
+        other = Predictions.from_parquet(storage.read_bytes(url))
+    except FileNotFoundError as error:
+        raise RunError(f"--compare-with {run_url}: is not evaluated; evaluate it first") from error
+    except KeyError as error:
+        raise RunError(
+            f"--compare-with {run_url}: its {PREDICTIONS} has no column {error}: an older version "
+            "wrote it; evaluate it again with --overwrite"
+        ) from error
+    judged = {key for key, row in studies.items() if row.split in JUDGED_SPLITS}
+    if set(other.key.tolist()) != judged:
+        raise RunError(
+            f"--compare-with {run_url}: was evaluated on another store, or another split of it; "
+            "evaluate both runs on one store"
+        )
+    return other

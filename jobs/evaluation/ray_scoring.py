@@ -1,0 +1,345 @@
+"""What Ray workers do for an evaluation: logits of a share of a split, maps of its positives,
+pictures of a few.
+
+A split is shared out by its blocks, each to exactly one share. A share streams its batches and
+gives back arrays, so neither a worker nor the driver holds more for more studies than their keys
+and numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import ray
+import torch
+
+from jobs.ray_cluster.session import worker_resources
+from jobs.terminal.progress import Progress
+from pneumo.config import ClusterConfig, Config, DataConfig
+from pneumo.dataset.shards import Manifest, StudyRow, read_manifest
+from pneumo.dataset.source import Box
+from pneumo.errors import MetricError
+from pneumo.evaluation.map_scores import BoxScores, FixedMaps
+from pneumo.evaluation.predictions import Logits, Member, prepare_input, score_pictures
+from pneumo.evaluation.shown_studies import Maps, class_activation, gradcam, randomised
+from pneumo.loading.feeds import Samples
+from pneumo.loading.loader import open_loader, read_images
+from pneumo.loading.sample_order import World
+from pneumo.network.backbones import build_model
+from pneumo.training.checkpoints import CheckpointEntry, load_checkpoint
+
+T = TypeVar("T")
+
+_SHARE_SAMPLES = 512
+"""Of a CPU's share: seconds of work, so that progress is seen and a lost worker costs little. A
+GPU's worker process ends with its task, so it gets one share."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One checkpoint of one run."""
+
+    run_url: str
+    entry: CheckpointEntry
+
+    @property
+    def name(self) -> str:
+        """`<run>/<checkpoint>`."""
+        return f"{self.run_url.rsplit('/', 1)[-1]}/{self.entry.name}"
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a study's logit is made: the mean over these checkpoints and views."""
+
+    weights: tuple[Weights, ...]
+    """The first is the one whose maps are shown."""
+    views: int = 1
+    """Of each picture: itself, and `views` - 1 moved ones."""
+
+    @property
+    def checkpoint(self) -> str:
+        """For the predictions' column: `epoch-0003.pt`, of an ensemble `a/epoch-0003.pt + …`."""
+        if len(self.weights) == 1:
+            return self.weights[0].entry.name
+        return " + ".join(weights.name for weights in self.weights)
+
+    def to_json(self) -> dict[str, Any]:
+        """What metrics.json and predictions.parquet say of it."""
+        return {
+            "checkpoints": [
+                {"run": weights.run_url.rsplit("/", 1)[-1], **_describe(weights.entry)}
+                for weights in self.weights
+            ],
+            "views": self.views,
+        }
+
+
+def _describe(entry: CheckpointEntry) -> dict[str, str]:
+    return {"checkpoint": entry.name, "sha256": entry.sha256}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Which weights score which store, as a worker needs to know it."""
+
+    scoring: Scoring
+    store_url: str
+
+
+@dataclass(frozen=True, eq=False)
+class Explained:
+    """A study's picture as it is stored, and where the network saw evidence."""
+
+    pixels: npt.NDArray[np.uint8]
+    """(S, S) uint8."""
+    cam: npt.NDArray[np.float32]
+    """(H, W) float32 in [0, 1], at the network's input size."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a task runs, and in what portions."""
+
+    device: str
+    num_threads: int
+    batch_size: int
+
+
+# --- from the driver ------------------------------------------------------------------------------
+
+
+def score_splits(scored: Scored, splits: Sequence[str], config: Config) -> Logits:
+    """Logits of whole splits, shared out to the cluster's workers; sorted by key."""
+    manifest = read_manifest(scored.store_url)
+    place = find_place(config.cluster, config.evaluate.batch_size_per_worker)
+    calls = [
+        (scored, split, world, place)
+        for split in splits
+        for world in share_out(manifest.splits[split].samples, config.cluster, place)
+    ]
+    total = sum(manifest.splits[split].samples for split in splits)
+    return Logits.join(list(run_shares(_score_share, calls, config.cluster, "score", total)))
+
+
+def score_boxes(
+    scored: Scored,
+    boxes: Mapping[str, Mapping[str, Sequence[Box]]],
+    prior: npt.NDArray[Any],
+    config: Config,
+) -> dict[str, BoxScores]:
+    """By split, the maps of its positives against their boxes.
+
+    `boxes` holds by split and key what is to be scored, `prior` is the prior map; both in pixels of
+    the first checkpoint's input.
+    """
+    manifest = read_manifest(scored.store_url)
+    place = find_place(config.cluster, config.evaluate.batch_size_per_worker)
+    # Once to the object store, not with each of the tasks.
+    shared = {split: ray.put(dict(of_split)) for split, of_split in boxes.items()}
+    fixed = ray.put(FixedMaps.of(prior))
+    calls = [
+        (scored, split, world, place, shared[split], fixed, config.seed)
+        for split, of_split in boxes.items()
+        if of_split
+        for world in share_out(manifest.splits[split].samples, config.cluster, place)
+    ]
+    total = sum(len(of_split) for of_split in boxes.values())
+    parts: dict[str, list[BoxScores]] = {split: [] for split in boxes}
+    for split, part in run_shares(_score_maps, calls, config.cluster, "saliency", total):
+        parts[split].append(part)
+    return {split: BoxScores.join(found) for split, found in parts.items()}
+
+
+def explain_studies(
+    scored: Scored, split: str, keys: Sequence[str], config: Config
+) -> dict[str, Explained]:
+    """Pictures and Grad-CAM of a few studies, by one worker."""
+    if not keys:
+        return {}
+    place = find_place(config.cluster, config.evaluate.batch_size_per_worker)
+    call = (scored, split, list(keys), place)
+    (explained,) = run_shares(_explain, [call], config.cluster, "explain", len(keys))
+    return explained
+
+
+def find_place(config: ClusterConfig, batch_size: int) -> Place:
+    """Where the cluster's workers compute."""
+    device = "cuda" if "GPU" in worker_resources(config) else "cpu"
+    return Place(device, config.cpus_per_worker, batch_size)
+
+
+def share_out(samples: int, config: ClusterConfig, place: Place) -> list[World]:
+    """The shares of so many samples: at least one a worker, on CPUs more of them if large."""
+    size = config.num_workers
+    if place.device == "cpu":
+        size = max(size, -(-samples // _SHARE_SAMPLES))
+    return [World(rank, size) for rank in range(size)]
+
+
+def run_shares(
+    function: Callable[..., T],
+    calls: Sequence[tuple[Any, ...]],
+    config: ClusterConfig,
+    label: str,
+    total: int,
+) -> Iterator[T]:
+    """What `function` gives for each of `calls`, as they end, at most `num_workers` at a time.
+
+    A result's length (of a pair its second's) advances the progress towards `total` studies. A task
+    whose worker dies is run again.
+    """
+    resources = worker_resources(config)
+    task = ray.remote(
+        num_cpus=resources["CPU"],
+        num_gpus=resources.get("GPU", 0),
+        max_retries=config.max_failures,
+    )(function)
+    todo, done = list(reversed(calls)), 0
+    running: list[Any] = []
+    with Progress(label, total, "studies") as progress:
+        while todo or running:
+            while todo and len(running) < config.num_workers:
+                running.append(task.remote(*todo.pop()))
+            ready, running = ray.wait(running, timeout=1.0)
+            for reference in ready:
+                result = ray.get(reference)
+                done += len(result[1] if isinstance(result, tuple) else result)
+                yield result
+            progress.advance_to(done)
+
+
+# --- in a worker ----------------------------------------------------------------------------------
+
+
+def load_members(scoring: Scoring, device: str) -> list[Member]:
+    """The networks of a scoring, in its order, in evaluation mode."""
+    members = []
+    for weights in scoring.weights:
+        checkpoint = load_checkpoint(weights.run_url, weights.entry)
+        backbone = checkpoint.config.model.backbone
+        network = build_model(backbone)
+        network.load_state_dict(checkpoint.scored_model)
+        network.to(device)
+        network.to(memory_format=torch.channels_last)
+        size, mean, std = checkpoint.image_size, checkpoint.mean, checkpoint.std
+        members.append(Member(network.eval(), backbone, size, mean, std))
+    return members
+
+
+def _score_share(scored: Scored, split: str, world: World, place: Place) -> Logits:
+    torch.set_num_threads(place.num_threads)
+    members = load_members(scored.scoring, place.device)
+    parts = [
+        Logits(
+            np.array(samples.keys, dtype=np.str_),
+            score_pictures(members, _pictures(samples), views=scored.scoring.views),
+            samples.targets.numpy().astype(np.int8),
+        )
+        for samples in _stream(scored.store_url, split, world, place.batch_size)
+    ]
+    return Logits.join(parts)
+
+
+def _score_maps(
+    scored: Scored,
+    split: str,
+    world: World,
+    place: Place,
+    boxes: Mapping[str, Sequence[Box]],
+    fixed: FixedMaps,
+    seed: int,
+) -> tuple[str, BoxScores]:
+    torch.set_num_threads(place.num_threads)
+    (member,) = load_members(Scoring(scored.scoring.weights[:1]), place.device)
+    random = randomised(member.backbone, seed=seed).to(place.device)
+    parts = []
+    for keys, pixels in _positives(scored.store_url, split, world, place.batch_size, boxes):
+        images = prepare_input(pixels, member)
+        cams, randoms = class_activation(member.network, images), class_activation(random, images)
+        for key, cam, other in zip(keys, cams, randoms, strict=True):
+            values = _score_one(fixed, cam, other, boxes[key])
+            if values is not None:
+                parts.append(BoxScores(np.array([key]), values[None]))
+    return split, BoxScores.join(parts)
+
+
+def _score_one(
+    fixed: FixedMaps, cam: Maps, random: Maps, boxes: Sequence[Box]
+) -> npt.NDArray[np.float64] | None:
+    """None where the boxes cover no pixel or a map is no number; the driver counts who is
+    missing."""
+    try:
+        return fixed.score(cam, random, boxes)
+    except MetricError:
+        return None
+
+
+def _positives(
+    store_url: str,
+    split: str,
+    world: World,
+    batch_size: int,
+    boxes: Mapping[str, Sequence[Box]],
+) -> Iterator[tuple[list[str], list[npt.NDArray[np.uint8]]]]:
+    """Keys and pictures of the share's studies in `boxes`, in full batches but for the last."""
+    keys: list[str] = []
+    pixels: list[npt.NDArray[np.uint8]] = []
+    for samples in _stream(store_url, split, world, batch_size):
+        for key, picture in zip(samples.keys, _pictures(samples), strict=True):
+            if key in boxes:
+                keys.append(key)
+                pixels.append(picture)
+            if len(keys) == batch_size:
+                yield keys, pixels
+                keys, pixels = [], []
+    if keys:
+        yield keys, pixels
+
+
+def _stream(store_url: str, split: str, world: World, batch_size: int) -> Iterator[Samples]:
+    """A share of a split as it is stored, each sample in exactly one share."""
+    manifest: Manifest = read_manifest(store_url)
+    share = open_loader(
+        store_url,
+        manifest,
+        split,
+        DataConfig(cache="stream"),  # each picture is needed once
+        image_size=manifest.image_size,
+        mean=manifest.mean,
+        std=manifest.std,
+        world=world,
+        device="cpu",
+    )
+    return share.share(batch_size=batch_size)
+
+
+def _pictures(samples: Samples) -> list[npt.NDArray[np.uint8]]:
+    return list(samples.images[:, 0].numpy())
+
+
+def _explain(scored: Scored, split: str, keys: list[str], place: Place) -> dict[str, Explained]:
+    torch.set_num_threads(place.num_threads)
+    (member,) = load_members(Scoring(scored.scoring.weights[:1]), place.device)
+    found = read_images(scored.store_url, read_manifest(scored.store_url), split, keys)
+    explained: dict[str, Explained] = {}
+    for start in range(0, len(keys), place.batch_size):
+        chosen = keys[start : start + place.batch_size]
+        cams = gradcam(member.network, prepare_input([found[key] for key in chosen], member))
+        explained |= {
+            key: Explained(found[key], cam) for key, cam in zip(chosen, cams, strict=True)
+        }
+    return explained
+
+
+def boxes_of(studies: Mapping[str, StudyRow], split: str) -> dict[str, tuple[Box, ...]]:
+    """The positives of a split that have boxes, in stored pixels."""
+    return {
+        row.key: row.boxes
+        for row in studies.values()
+        if row.split == split and row.target == 1 and row.boxes
+    }

@@ -1,0 +1,234 @@
+"""What an evaluation leaves in its run: metrics, predictions, figures, gallery, report."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import ray
+import torch
+
+from jobs.evaluation.evaluated_run import JUDGED_SPLITS, PREDICTIONS, Subject
+from jobs.evaluation.ray_scoring import Scoring
+from jobs.terminal.entry_point import say
+from pneumo.config import Config
+from pneumo.evaluation.comparison import ComparedRuns
+from pneumo.evaluation.evaluation import Evaluation
+from pneumo.evaluation.map_scores import SaliencySummary
+from pneumo.reporting import figures
+from pneumo.reporting.figures import Pictures, shrink_sheet
+from pneumo.reporting.page import MAX_PAGE_BYTES, DataFacts, ModelFacts, Provenance, render_report
+from pneumo.training.checkpoints import Checkpoint
+
+REPORT = "report.html"
+DATA_FIGURE = "data_quality.png"
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """All that is known when the results are written."""
+
+    data: DataFacts
+    evaluation: Evaluation
+    pictures: Pictures
+    looks: Mapping[str, SaliencySummary]
+    """By split; empty with evaluate.saliency off."""
+    compared: ComparedRuns | None
+
+    def shrink(self, size: int) -> Self:
+        """The same with no study's picture higher than `size` pixels."""
+        sheets = [shrink_sheet(sheet, size) for sheet in self.data.contact]
+        return replace(
+            self, data=replace(self.data, contact=sheets), pictures=self.pictures.shrink(size)
+        )
+
+
+# --- metrics.json ---------------------------------------------------------------------------------
+
+
+def compose_metrics(subject: Subject, judged: Judged, config: Config) -> dict[str, Any]:
+    """The content of metrics.json."""
+    metrics = judged.evaluation.to_metrics(
+        run=subject.name,
+        dataset={
+            "digest": subject.manifest.digest,
+            "unit": subject.manifest.audit.unit,
+            "image_size": subject.manifest.image_size,
+            **describe_faults(judged.data),
+        },
+        model={
+            "backbone": subject.checkpoint.config.model.backbone,
+            "initialisation": subject.checkpoint.initialisation,
+            "epoch": subject.checkpoint.epoch,
+            "image_size": subject.checkpoint.image_size,
+            "scoring": subject.scored.scoring.to_json(),
+        },
+    )
+    for split, found in describe_looks(judged.looks).items():
+        metrics[split] |= found
+    metrics["test"] |= describe_errors(judged.pictures)
+    metrics["evaluation"] = {"seed": config.seed, **config.evaluate.model_dump(mode="json")}
+    if judged.compared is not None:
+        metrics["comparison"] = judged.compared.to_json()
+    return metrics
+
+
+def describe_faults(data: DataFacts) -> dict[str, Any]:
+    """What is wrong with the data, for machines."""
+    return {
+        "quarantined": sum(data.quality.quarantined.values()),
+        "duplicates_across_splits": data.quality.duplicates.across_splits,
+        "duplicates_across_patients": data.quality.duplicates.across_patients,
+        "warning": data.audit.warning,
+    }
+
+
+def describe_looks(looks: Mapping[str, SaliencySummary]) -> dict[str, dict[str, Any]]:
+    """By split, what metrics.json says of where the network looks."""
+    if looks:
+        return {split: {"saliency": found.to_json()} for split, found in looks.items()}
+    reason = "evaluate.saliency is off"
+    return {split: {"saliency": None, "saliency_reason": reason} for split in JUDGED_SPLITS}
+
+
+def describe_errors(pictures: Pictures) -> dict[str, Any]:
+    """What metrics.json says of the errors by finding: null where no study is called anything."""
+    if pictures.reason is not None:
+        return {"errors_by_finding": None, "errors_by_finding_reason": pictures.reason}
+    return {"errors_by_finding": {found.finding: found.to_json() for found in pictures.by_finding}}
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def write_files(folder: Path, subject: Subject, judged: Judged, config: Config) -> None:
+    """Predictions, figures, gallery and report below `folder`."""
+    evaluation, pictures = judged.evaluation, judged.pictures
+    table = evaluation.predictions.to_parquet(subject.scored.scoring.to_json())
+    (folder / PREDICTIONS).write_bytes(table)
+    n = evaluation.test.n
+    first_of_each = [cases[0] for cases in pictures.gallery.values() if cases]
+    drawn = {
+        "metrics.png": figures.draw_metrics(evaluation, subject.history, subject.checkpoint.epoch),
+        "roc.svg": figures.draw_roc(evaluation),
+        "precision_recall.svg": figures.draw_precision_recall(evaluation),
+        "reliability.svg": figures.draw_reliability(evaluation),
+        "decision_curve.svg": figures.draw_decision_curve(evaluation),
+        "confusion.svg": figures.draw_confusion(evaluation),
+        "prediction_grid.png": figures.draw_prediction_grid(
+            pictures.grid,
+            title=f"Predictions: {len(pictures.grid)} of {n} test studies",
+            reason=pictures.reason,
+        ),
+        "gradcam_example.png": figures.draw_gradcam_example(
+            first_of_each,
+            title="Grad-CAM, one test study of each outcome",
+            reason=pictures.reason,
+        ),
+        DATA_FIGURE: figures.draw_quality(judged.data.quality),
+    }
+    (folder / "figures").mkdir()
+    for name, picture in drawn.items():
+        (folder / "figures" / name).write_bytes(picture)
+    (folder / "gallery").mkdir()
+    for outcome, cases in pictures.gallery.items():
+        for number, shown in enumerate(cases):
+            path = folder / "gallery" / f"{outcome}-{number:02d}.webp"
+            path.write_bytes(figures.draw_case(shown))
+    report = render(subject, judged, config).encode()
+    if len(report) > MAX_PAGE_BYTES:
+        say(
+            f"warning: {REPORT} has {len(report) / 1e6:.1f} MB; lower evaluate.gallery_images or "
+            "evaluate.error_images"
+        )
+    (folder / REPORT).write_bytes(report)
+
+
+def render(subject: Subject, judged: Judged, config: Config) -> str:
+    """report.html."""
+    return render_report(
+        judged.evaluation,
+        data=judged.data,
+        model=describe_model(subject.checkpoint, subject.scored.scoring, config.evaluate.ensemble),
+        provenance=describe_provenance(subject, config),
+        history=subject.history,
+        pictures=judged.pictures,
+        looks=judged.looks.get("test"),
+        compared=judged.compared,
+    )
+
+
+def describe_model(checkpoint: Checkpoint, scoring: Scoring, ensemble: int | str) -> ModelFacts:
+    """What the report says of the model."""
+    wanted, source = checkpoint.config.model.weights, checkpoint.initialisation
+    sentence = {
+        "imagenet": "ImageNet weights of torchvision",
+        "random": f"Random weights, seed {checkpoint.config.seed}",
+        "file": f"Weights of {wanted.rsplit('/', 1)[-1]}",
+    }[source]
+    return ModelFacts(
+        backbone=checkpoint.config.model.backbone,
+        initialisation=sentence,
+        is_pretrained=source != "random",
+        fell_back=source == "random" and wanted != "random",
+        epoch=checkpoint.epoch,
+        image_size=checkpoint.image_size,
+        selection=describe_selection(scoring, ensemble),
+        mean=checkpoint.mean,
+        std=checkpoint.std,
+    )
+
+
+def describe_selection(scoring: Scoring, ensemble: int | str) -> str:
+    """Which checkpoints were taken, and how a study's score is made of them; `ensemble` is
+    evaluate.ensemble."""
+    count = len(scoring.weights)
+    if ensemble == "best":
+        words = "The checkpoint of the highest AUROC on val."
+    else:
+        words = "The last checkpoint."
+    if count > 1:
+        words = f"The mean logit of {count} checkpoints: {scoring.checkpoint}."
+    if scoring.views > 1:
+        words += f" Each image is scored in {scoring.views} views, whose logits are averaged."
+    return words
+
+
+def describe_command(subject: Subject, config: Config) -> str:
+    """The evaluation's, with every setting that is not the default."""
+    usual = Config()
+    flags = [] if config.seed == usual.seed else [f"--seed {config.seed}"]
+    runs = {weights.run_url for weights in subject.scored.scoring.weights}
+    if len(runs) > 1:
+        flags.append(f"--members {','.join(f'RUN{n}' for n in range(2, len(runs) + 1))}")
+    for name, value in config.evaluate.model_dump(mode="json").items():
+        if value != getattr(usual.evaluate, name):
+            flags.append(f"--evaluate.{name.replace('_', '-')} {json.dumps(value)}")
+    return " ".join(["python -m jobs.evaluate --store STORE --run RUN", *flags])
+
+
+def describe_provenance(subject: Subject, config: Config) -> Provenance:
+    """What it takes to do it again."""
+    trained = subject.checkpoint.config.model_copy(update={"evaluate": config.evaluate})
+    return Provenance(
+        run=subject.name,
+        created=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        seed=trained.seed,
+        config_json=json.dumps(trained.for_others(), indent=2) + "\n",
+        command="python -m jobs.train --store STORE --run RUN --recipe RECIPE; "
+        + describe_command(subject, config),
+        facts={
+            "seed of the evaluation": str(config.seed),
+            "code": subject.checkpoint.code_version,
+            "manifest": subject.manifest.digest,
+            "checkpoint": " ".join(subject.digests),
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "ray": ray.__version__,
+        },
+    )

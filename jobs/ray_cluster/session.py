@@ -1,0 +1,148 @@
+"""The Ray cluster that a job runs on: the one it was submitted to, or one of its own on this
+machine."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray._private import ray_logging
+
+from jobs.terminal.entry_point import say
+from pneumo.config import ClusterConfig
+from pneumo.errors import ClusterError, ConfigError
+
+# One thread a worker, and threads that sleep while they wait: two DDP ranks that spin on two cores
+# are ten times slower.
+WORKER_ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "passive",
+    # Workers whose peers are gone cannot say good-bye: they are ended after 1 s, not 30.
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "1",
+    # A trial that is stopped may have a checkpoint to write. Tune would wait 2 s for it, and then
+    # give up the trial that comes next in its process, without a word, or wait for it for ever.
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "86400",
+}
+
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    # jobs.training.recovery watches over the nodes; Ray's watcher would let a run go on to the deadline.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+    "RAY_AIR_NEW_OUTPUT": "0",  # Tune's tables; our own narrator speaks
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends a search as it ends every job
+    "RAY_DEDUP_LOGS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    **WORKER_ENVIRONMENT,
+}
+
+
+@contextmanager
+def ray_session(*, show_logs: bool = False) -> Iterator[None]:
+    """Connect to the cluster of RAY_ADDRESS, or start one here; leave both as they were found.
+
+    `show_logs` lets the workers' own output through.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    if address and address.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"RAY_ADDRESS={address}: jobs are submitted there: use `python -m cluster submit`"
+        )
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    options: dict[str, Any] = {}
+    if not address:
+        # Nobody looks at the dashboard of a cluster that ends with its job; without, it starts 2 s
+        # sooner and has eleven processes less on the cores that compute.
+        options = {"num_cpus": max(os.cpu_count() or 1, 2), "include_dashboard": False}
+        say(f"ray: starting on this machine with {options['num_cpus']} CPUs")
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(
+            address=address or "local",
+            logging_level=logging.ERROR,
+            log_to_driver=show_logs,
+            configure_logging=True,
+            runtime_env={
+                "env_vars": WORKER_ENVIRONMENT,
+                "worker_process_setup_hook": "jobs.ray_cluster.worker_setup.know_cluster",
+            },
+            **options,
+        )
+    except (ConnectionError, RuntimeError) as error:
+        raise ClusterError(
+            f"ray: cannot connect to {address or 'a local cluster'}: {error}"
+        ) from error
+    if not show_logs:  # Ray prints its errors to stdout otherwise; ours say the same in one line
+        ray_logging.stdout_deduplicator.skip_re = re.compile("")
+    # Ray's own handler would end the process in an abort, exit code 134.
+    signal.signal(signal.SIGTERM, on_sigterm)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def uses_gpu(config: ClusterConfig) -> bool:
+    """Whether workers get a GPU each."""
+    if config.use_gpu == "auto":
+        return bool(ray.cluster_resources().get("GPU", 0) >= 1)
+    return config.use_gpu
+
+
+def worker_resources(config: ClusterConfig) -> dict[str, float]:
+    """What one worker reserves."""
+    gpu = {"GPU": 1.0} if uses_gpu(config) else {}
+    return {"CPU": float(config.cpus_per_worker), **gpu}
+
+
+def settle_devices(config: ClusterConfig) -> ClusterConfig:
+    """The same with `use_gpu` decided, once: a run that loses its only GPU waits for another, and
+    does not go on without."""
+    return config.model_copy(update={"use_gpu": uses_gpu(config)})
+
+
+def start_timeout_s(config: ClusterConfig, num_workers: int) -> float:
+    """How long waiting for the resources of the workers makes sense, in seconds.
+
+    A cluster of our own does not grow: what it lacks is not waited for, only what is in use.
+    """
+    if os.environ.get("RAY_ADDRESS"):
+        return config.start_timeout_s
+    there, wanted = ray.cluster_resources(), worker_resources(config)
+    enough = all(there.get(name, 0) >= each * num_workers for name, each in wanted.items())
+    return config.start_timeout_s if enough else 0.0
+
+
+def wait_for_resources(config: ClusterConfig, num_workers: int) -> None:
+    """Return once the cluster has what the workers need; it may be growing.
+
+    Raises ClusterError after `cluster.start_timeout_s`, saying what was asked and what there is. A
+    cluster of our own does not grow and is not waited for.
+    """
+    wanted = {name: value * num_workers for name, value in worker_resources(config).items()}
+    grows = bool(os.environ.get("RAY_ADDRESS"))
+    deadline_s = time.monotonic() + (config.start_timeout_s if grows else 0)
+    while True:
+        there = ray.cluster_resources()
+        missing = {k: v for k, v in wanted.items() if there.get(k, 0) < v}
+        if not missing:
+            return
+        if time.monotonic() >= deadline_s:
+            lacks = ", ".join(f"{v:g} {k} (it has {there.get(k, 0):g})" for k, v in missing.items())
+            raise ClusterError(
+                f"cluster: {num_workers} workers need {lacks}; lower --cluster.num-workers or add "
+                "nodes"
+            )
+        time.sleep(min(1.0, math.ceil(deadline_s - time.monotonic())))

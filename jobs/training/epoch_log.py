@@ -1,0 +1,185 @@
+"""What rank 0 tells the driver while it trains, and what the driver shows and logs of it.
+
+W&B is written by the driver alone: `wandb.init` in a worker would double epochs after a restart.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import ray
+import ray.train
+
+from jobs.terminal.entry_point import say
+from jobs.terminal.progress import Progress
+from jobs.training.messages import Mailbox
+from pneumo.loading.sample_order import World
+from pneumo.reporting.tracking import Tracker
+from pneumo.training.callbacks import Epoch, Hooks, Pace, Start
+
+_WORTH_SAYING = 0.05
+"""Share of the time that waiting for data may take unnoticed."""
+_LOOK_AGAIN_S = 0.3
+"""How long the end of training may stay unnoticed."""
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """Steps done, of all in the run."""
+
+    done: int
+    total: int
+    pace: Pace
+
+
+Message = str | Start | Stepped | Epoch
+
+
+def worker_hooks(messages: Mailbox | None, world: World, *, epochs: int) -> Hooks:
+    """The hooks of a Ray Train worker: rank 0 tells the driver, every rank reports to Ray."""
+
+    def tell(message: Message) -> None:
+        if messages is not None and world.rank == 0:
+            messages.put(message)
+
+    def on_pace(pace: Pace) -> None:
+        tell(Stepped((pace.epoch - 1) * pace.steps + pace.step, epochs * pace.steps, pace))
+
+    def on_epoch(epoch: Epoch) -> None:
+        tell(epoch)
+        # A barrier over the ranks; Ray's dashboards and Tune hear of the epoch here. Checkpoints
+        # are our own: they are the same under torchrun, and one index vouches for them.
+        ray.train.report({k: v for k, v in epoch.metrics.items() if v is not None})
+
+    return Hooks(
+        on_start=tell,
+        on_pace=on_pace,
+        on_epoch=on_epoch,
+        on_note=tell,
+    )
+
+
+def describe_epoch(epoch: Epoch, epochs: int) -> str:
+    """One line for the terminal."""
+
+    def number(name: str) -> str:
+        value = epoch.metrics[name]
+        return "  -  " if value is None else f"{value:.3f}"
+
+    return (
+        f"epoch {epoch.number:3}/{epochs}  loss {number('train/loss')}  val loss "
+        f"{number('val/loss')}  AUROC {number('val/auroc')}  accuracy {number('val/accuracy')}  "
+        f"precision {number('val/precision')}  recall {number('val/recall')}  "
+        f"{epoch.metrics['images_per_s'] or 0:.0f} images/s"
+    )
+
+
+def describe_pace(pace: Pace) -> str:
+    """What stands behind the progress bar."""
+    loss, rate, wait = (pace.metrics[n] for n in ("train/loss", "images_per_s", "data_wait"))
+    parts = [
+        "" if loss is None else f"loss {loss:.3f}",
+        "" if rate is None else f"{rate:.0f} images/s",
+        "" if wait is None or wait < _WORTH_SAYING else f"{wait:.0%} waiting for data",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def name_for_tracking(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
+    """An epoch's metrics under the names that a Tracker takes: what has no prefix in metrics.jsonl
+    is about training (`train/lr`) or about its speed (`perf/images_per_s`). What was fed is no
+    curve, and stays there."""
+    of_training = ("lr", "grad_norm")
+    return {
+        name if "/" in name else f"{'train' if name in of_training else 'perf'}/{name}": value
+        for name, value in metrics.items()
+        if name != "epoch" and not name.startswith("data/")
+    }
+
+
+class Messages(Protocol):
+    """Where messages come from."""
+
+    def take(self, timeout_s: float) -> list[Any]:
+        """What has come, oldest first; empty when nothing comes in time."""
+        ...
+
+
+class Follower:
+    """Shows rank 0's messages and logs its epochs."""
+
+    def __init__(self, messages: Messages, tracker: Tracker, *, epochs: int) -> None:
+        self.messages, self.tracker, self.epochs = messages, tracker, epochs
+        self.logged = 0
+        """Epochs."""
+        self.seen = 0
+        """Steps of the run, by the latest message."""
+        self.progress: Progress | None = None
+
+    def follow(self, training: Future[Any]) -> None:
+        """Return when `training` has ended and its last message is shown; raises what it raised."""
+        try:
+            while True:
+                ended = training.done()
+                received = self._receive(0.0 if ended else _LOOK_AGAIN_S)
+                for message in received:
+                    self._show(message)
+                if ended and not received:
+                    break
+        finally:
+            self._end_progress()
+        training.result()
+
+    def catch_up(self, history: Iterable[Mapping[str, float | None]]) -> None:
+        """Log the epochs that have not been: those of an earlier driver, whose W&B run was another,
+        and the last ones of a worker that was lost."""
+        for metrics in history:
+            number = int(metrics["epoch"] or 0)
+            if number > self.logged:  # after a restart an epoch may come twice
+                self.logged = number
+                self.tracker.log(name_for_tracking(metrics), epoch=number)
+
+    def _receive(self, timeout_s: float) -> list[Any]:
+        try:
+            return self.messages.take(timeout_s)
+        except ray.exceptions.RayError:  # the mailbox is lost; the training's end will tell
+            time.sleep(timeout_s)
+            return []
+
+    def _show(self, message: Message) -> None:
+        if isinstance(message, str):
+            self._write(message)
+        elif isinstance(message, Start):
+            self._begin(message)
+        elif isinstance(message, Stepped):
+            self.seen = message.done
+            if self.progress is None:
+                self.progress = Progress("train", message.total, "steps", initial=message.done)
+            self.progress.advance_to(message.done, describe_pace(message.pace))
+        elif message.number > self.logged:
+            self._write(describe_epoch(message, self.epochs))
+            self.catch_up([message.metrics])
+
+    def _begin(self, start: Start) -> None:
+        warning = "warning: " if start.initialisation.fell_back else ""
+        again = self.seen - (len(start.history) * start.steps + start.step)
+        behind = f"; {again} steps again" if again > 0 else ""
+        self._write(f"{warning}model: {start.initialisation.message}{behind}")
+        self.catch_up(start.history)
+        # Another attempt has another pace.
+        self._end_progress()
+
+    def _end_progress(self) -> None:
+        if self.progress is not None:
+            self.progress.__exit__(None, None, None)
+            self.progress = None
+
+    def _write(self, line: str) -> None:
+        if self.progress is None:
+            say(line)
+        else:
+            self.progress.write(line)

@@ -1,0 +1,365 @@
+"""A training run that outlasts its workers: what is done when some are lost, leave or come.
+
+Each attempt is a Ray Train run of a fixed number of workers that goes on from the newest
+checkpoint. It ends in one of three ways: the training is done; something failed; or it was told to
+stop, wrote a checkpoint and left, because a node is about to go, more workers have room, or the
+job was asked to leave. Then the next attempt takes the nodes that answer.
+
+Ray Train can do part of this within one attempt (FailureConfig, elastic ScalingConfig). It then
+believes its list of nodes, which is up to 80 s old: here the nodes are asked, which takes a moment.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+
+import ray
+import ray.exceptions
+from ray.train import TrainingFailedError
+
+from jobs.ray_cluster.nodes import (
+    Node,
+    answering_nodes,
+    list_nodes,
+    release_groups,
+    request_room,
+    silent_addresses,
+    usable_nodes,
+)
+from jobs.terminal.entry_point import find_cause
+from jobs.training.stop_signal import Board, Member
+from pneumo import storage
+from pneumo.config import ClusterConfig
+from pneumo.dataset.shards import read_manifest
+from pneumo.errors import ClusterError, ContentError, PneumoError, StorageError
+from pneumo.training.checkpoints import CheckpointIndex, find_index
+
+STOPPED = "stopped"
+"""What an attempt returns that was told to stop and has written its checkpoint."""
+
+_WATCH_INTERVAL_S = 2.0
+_SILENCE_S = 15.0
+"""A node that takes no connection for this long is given up; a shorter break mends itself."""
+_SETTLE_S = 5.0
+"""After a loss the resources of the group come back one by one; so long more are waited for."""
+_REMIND_INTERVAL_S = 60.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
+"""Between looks at storage that is away."""
+
+Attempt = Callable[[int, Sequence[Node]], object]
+"""Trains with so many workers on these nodes; returns STOPPED or anything else when done."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """Why another attempt is needed."""
+
+    reason: str
+    """What happened, in a few words."""
+    hopes: int
+    """Workers that should have room once all is settled."""
+
+
+def look_at_storage(store_url: str, run_url: str) -> CheckpointIndex | None:
+    """The run's index, or None where nothing has been trained; read after the manifest, so that
+    both places have answered. Raises StorageError when one does not."""
+    read_manifest(store_url)
+    return find_index(run_url)
+
+
+@dataclass(eq=False)
+class Recovery:
+    """Attempts until the run is done."""
+
+    cluster: ClusterConfig
+    wanted: Mapping[str, float]
+    """What one worker reserves."""
+    store_url: str
+    run_url: str
+    board: Board
+    attempt: Attempt
+    tell: Callable[[str], None]
+    """One line for the person."""
+    look: Callable[[str, str], CheckpointIndex | None] = look_at_storage
+    leaving: threading.Event = field(default_factory=threading.Event)
+    failures: int = 0
+
+    def run(self, nodes: Sequence[Node]) -> bool:
+        """Train on `nodes` first; whether all that was trained is in a checkpoint, which a run that
+        is left in a hurry may not reach.
+
+        Raises what ended the last attempt when a new one is of no use.
+        """
+        size = self._size(nodes)
+        if size < self.cluster.num_workers:
+            self.tell(f"starting with {_workers(size)} of {self.cluster.num_workers}")
+        while True:
+            self.board.clear()
+            if self.leaving.is_set():  # after the board was cleared: no order to leave is lost
+                return True
+            change = self._train(size, nodes)
+            if change is None or self.leaving.is_set():
+                return change is None
+            index = self._await_storage(change)
+            # A worker may be lost after the last checkpoint was written and before Ray has seen it
+            # end: then there is nothing left to train.
+            if self.leaving.is_set() or (index is not None and index.finished):
+                return True
+            nodes = self._wait_for_nodes(change)
+            if self.leaving.is_set():
+                return True
+            size = self._size(nodes)
+            position = describe_position(index)
+            self.tell(f"{change.reason}: going on with {_workers(size)} {position}")
+
+    def _size(self, nodes: Sequence[Node]) -> int:
+        return min(count_fitting(nodes, self.wanted), self.cluster.num_workers)
+
+    def leave(self) -> None:
+        """Have the attempt write a checkpoint and return, and be the last."""
+        self.leaving.set()
+        self.board.post("stop")
+
+    def _train(self, size: int, nodes: Sequence[Node]) -> Change | None:
+        """One attempt; why another is needed, or None when the run is over or was left with a
+        checkpoint."""
+        with self._watching(size) as watch:
+            try:
+                outcome = self.attempt(size, nodes)
+            # Ray's controller reads and writes the run's folder too: without an answer it dies.
+            except (TrainingFailedError, ray.exceptions.RayActorError, StorageError) as error:
+                if self.leaving.is_set():
+                    return Change("left", 0)
+                return Change(self._judge(error), len(self._staying()))
+        if outcome != STOPPED or self.leaving.is_set():
+            return None
+        return watch.change or Change("told to stop", size)
+
+    def _judge(self, error: Exception) -> str:
+        """What happened in a few words; raises the error when it would only happen again."""
+        cause = find_cause(error)
+        if cause is not None and not self._comes_back(cause):
+            raise error
+        self.failures += 1
+        if 0 <= self.cluster.max_failures < self.failures:
+            raise error
+        limit = "" if self.cluster.max_failures < 0 else f" of {self.cluster.max_failures}"
+        what = str(cause) if cause else describe_failure(error, self.board.members())
+        return f"{what}, failure {self.failures}{limit}"
+
+    def _comes_back(self, cause: PneumoError) -> bool:
+        """Whether waiting may mend it: an object store that is away, but neither a full disk nor
+        other bytes than the manifest's."""
+        is_remote = not all(storage.is_local(url) for url in (self.store_url, self.run_url))
+        return is_remote and isinstance(cause, StorageError) and not isinstance(cause, ContentError)
+
+    def _await_storage(self, change: Change) -> CheckpointIndex | None:
+        """The run's index, once its folder and the store answer; waits as long as it takes."""
+        pause_s, spoken_s = _FIRST_PAUSE_S, time.monotonic()
+        while not self.leaving.is_set():
+            try:
+                return self.look(self.store_url, self.run_url)
+            except StorageError as error:
+                if not self._comes_back(error):
+                    raise
+                if spoken_s <= time.monotonic():
+                    spoken_s = time.monotonic() + _REMIND_INTERVAL_S
+                    self.tell(f"{change.reason}: waiting, as it is away: {error}")
+            self.leaving.wait(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        return None
+
+    def _staying(self) -> list[Member]:
+        """Workers of the last attempt whose nodes can take them again."""
+        members = self.board.members()
+        gone = {member.rank for member in find_lost(members)}
+        return [member for member in members if member.rank not in gone]
+
+    def _wait_for_nodes(self, change: Change) -> Sequence[Node]:
+        """Nodes for as many workers as possible; waits for the fewest allowed, however long.
+
+        As many as the change lets hope for are waited for a little longer.
+        """
+        started_s = spoken_s = time.monotonic()
+        fewest = self.cluster.fewest_workers
+        while not self.leaving.is_set():
+            release_groups()
+            nodes = usable_nodes(self.wanted)
+            fits, waited_s = count_fitting(nodes, self.wanted), time.monotonic() - started_s
+            if fits >= fewest and (fits >= change.hopes or waited_s > _SETTLE_S):
+                return nodes
+            if fits < fewest and waited_s > _SETTLE_S and spoken_s <= time.monotonic():
+                spoken_s = time.monotonic() + _REMIND_INTERVAL_S
+                request_room(self.wanted, self.cluster.num_workers)
+                self.tell(
+                    f"{change.reason}: waiting for room for {_workers(fewest)}, there is for {fits}"
+                )
+            self.leaving.wait(0.3)
+        request_room(self.wanted, 0)
+        return ()
+
+    @contextmanager
+    def _watching(self, size: int) -> Iterator[_Watch]:
+        """Look after the nodes while an attempt runs."""
+        watch, ended = _Watch(self, size), threading.Event()
+
+        def look() -> None:
+            while not ended.wait(_WATCH_INTERVAL_S):
+                # The next look may succeed.
+                with suppress(ray.exceptions.RayError, OSError):
+                    watch.look()
+
+        watcher = threading.Thread(target=look, name="watch", daemon=True)
+        watcher.start()
+        try:
+            yield watch
+        finally:
+            ended.set()
+            watcher.join(timeout=10)
+
+
+class _Watch:
+    """Sees nodes fall silent, be announced to go, or come; tells the board."""
+
+    def __init__(self, recovery: Recovery, size: int) -> None:
+        self.recovery, self.size = recovery, size
+        self.silent_since_s: dict[str, float] = {}
+        self.had_room = self.has_told = False
+        self.change: Change | None = None
+        """Why the workers are to stop; kept before they are told, which may fail half-way."""
+
+    def look(self) -> None:
+        """Look once, and tell the workers to stop where that is needed."""
+        members = {member.node_id for member in self.recovery.board.members()}
+        if not members:
+            return
+        mine = [node for node in list_nodes() if node.id in members]
+        if self._lasting_silence(mine):
+            self.recovery.board.post("abandon")
+            return
+        if self.change is None:
+            self.change = self._departure(mine) or self._arrival()
+        if self.change is not None and not self.has_told:
+            self.recovery.board.post("stop")
+            self.has_told = True
+
+    def _lasting_silence(self, nodes: Sequence[Node]) -> bool:
+        now_s = time.monotonic()
+        silent = silent_addresses(nodes)
+        self.silent_since_s = {a: self.silent_since_s.get(a, now_s) for a in silent}
+        return any(now_s - since_s >= _SILENCE_S for since_s in self.silent_since_s.values())
+
+    def _departure(self, nodes: Sequence[Node]) -> Change | None:
+        going = {node.id: node.address for node in nodes if node.draining}
+        if not going:
+            return None
+        staying = [m for m in self.recovery.board.members() if m.node_id not in going]
+        return Change(f"node {', '.join(going.values())} is being taken away", len(staying))
+
+    def _arrival(self) -> Change | None:
+        """Room for more workers that was there at the last look too."""
+        most = self.recovery.cluster.num_workers
+        if self.size >= most:
+            return None
+        wanted = self.recovery.wanted
+        room = count_fitting(usable_nodes(wanted), wanted)
+        had_room, self.had_room = self.had_room, room > 0
+        if not (room and had_room):
+            return None
+        size = min(self.size + room, most)
+        return Change(f"there is room for {_workers(size)}", size)
+
+
+def count_fitting(nodes: Sequence[Node], wanted: Mapping[str, float]) -> int:
+    """Workers that could start on the nodes."""
+    return sum(node.fits(wanted) for node in nodes)
+
+
+def wait_for_workers(
+    cluster: ClusterConfig, wanted: Mapping[str, float], *, timeout_s: float
+) -> Sequence[Node]:
+    """Nodes with room for `cluster.num_workers` workers; for fewer, but not fewer than
+    `cluster.fewest_workers`, when no more have come soon.
+
+    Raises ClusterError after `timeout_s`, saying what was asked and what there is.
+    """
+    started_s = time.monotonic()
+    fewest, most = cluster.fewest_workers, cluster.num_workers
+    with _room_requested(wanted, most):
+        while True:
+            nodes = usable_nodes(wanted)
+            fits, waited_s = count_fitting(nodes, wanted), time.monotonic() - started_s
+            if fits >= most or (fits >= fewest and waited_s >= min(_SETTLE_S, timeout_s)):
+                return nodes
+            if waited_s >= timeout_s:
+                raise ClusterError(_describe_lack(fewest, wanted, waited_s))
+            time.sleep(0.3)
+
+
+@contextmanager
+def _room_requested(wanted: Mapping[str, float], num_workers: int) -> Iterator[None]:
+    """Have an autoscaler make room; the request is taken back when what is done meanwhile fails."""
+    request_room(wanted, num_workers)
+    try:
+        yield
+    except BaseException:
+        request_room(wanted, 0)
+        raise
+
+
+def _describe_lack(num_workers: int, wanted: Mapping[str, float], waited_s: float) -> str:
+    there = answering_nodes()
+
+    def add(name: str, each: float) -> str:
+        total = sum(node.total.get(name, 0.0) for node in there)
+        free = sum(node.free.get(name, 0.0) for node in there)
+        return f"{each * num_workers:g} {name} (it has {total:g}, {free:g} free)"
+
+    lacks = ", ".join(add(name, each) for name, each in wanted.items())
+    return (
+        f"cluster: {_workers(num_workers)} need {lacks}; waited {waited_s:.0f} s; lower "
+        "--cluster.num-workers, give --cluster.min-workers, or add nodes"
+    )
+
+
+def find_lost(members: Sequence[Member]) -> list[Member]:
+    """Those whose nodes are dead, or do not answer."""
+    alive = {node.id: node for node in list_nodes()}
+    silent = silent_addresses([alive[m.node_id] for m in members if m.node_id in alive])
+    return [m for m in members if m.node_id not in alive or m.address in silent]
+
+
+def describe_position(index: CheckpointIndex | None) -> str:
+    """Where a run goes on."""
+    if index is None:
+        return "from the start"
+    step = f" step {index.latest.step}" if index.latest.step else ""
+    return f"after epoch {index.latest.epoch}{step}"
+
+
+def describe_failure(error: Exception, members: Sequence[Member]) -> str:
+    """In a few words, what became of a group of workers."""
+    lost = sorted({member.address for member in find_lost(members)})
+    if lost:
+        return f"worker lost (node {', '.join(lost)} does not answer)"
+    failures: Mapping[int, BaseException] = getattr(error, "worker_failures", {})
+    address = {member.rank: member.address for member in members}
+    for rank, failure in failures.items():
+        inner = getattr(failure, "health_check_failure", failure)
+        if isinstance(inner, ray.exceptions.RayActorError):
+            return f"worker lost (its process on node {address.get(rank, '?')} ended)"
+    first: BaseException = next(iter(failures.values()), error)
+    inner = getattr(first, "controller_failure", getattr(first, "cause", None)) or first
+    text = (str(inner).strip().splitlines() or [""])[-1]
+    if "onnection closed by peer" in text or "onnection reset by peer" in text:
+        return "worker lost (it closed its connection to the others)"
+    begun = "workers failed" if members else "workers did not start"
+    return f"{begun} ({type(inner).__name__}: {text[:200]})"
+
+
+def _workers(number: int) -> str:
+    return f"{number} worker" if number == 1 else f"{number} workers"

@@ -1,0 +1,190 @@
+"""What a search trains next, and which trials it stops: Optuna's draws and ASHA's rungs, each
+beginning with what an earlier try of the same search left."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from types import SimpleNamespace
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search import Searcher
+
+from jobs.tuning.trial_judge import METRIC
+from jobs.tuning.trial_records import write_begun
+from pneumo.config import Config, TuneConfig
+from pneumo.search_space import Scalar
+from pneumo.tuning.objective import smooth
+from pneumo.tuning.search import OBJECTIVE, Trial, to_distribution
+
+_STARTUP_SHARE = 4
+"""TPE draws the first quarter of the trials at random, at least 4 and at most 10."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A trial to be trained."""
+
+    name: str
+    settings: Mapping[str, Scalar]
+    seed: int
+
+    def to_config(self) -> dict[str, Any]:
+        """As Tune hands it to the trial."""
+        return {"name": self.name, "settings": dict(self.settings), "seed": self.seed}
+
+
+def list_grid(config: Config) -> list[Draw]:
+    """Every setting of the grid, in an order drawn by the seed: in the space's own, ASHA would
+    compare neighbours only."""
+    space = config.tune.space
+    settings = [
+        dict(zip(space, values, strict=True))
+        for values in product(*(domain.grid() for domain in space.values()))
+    ]
+    random.Random(f"pneumo/grid/{config.seed}").shuffle(settings)
+    return [Draw(name_trial(i), drawn, config.seed) for i, drawn in enumerate(settings, 1)]
+
+
+def name_trial(number: int) -> str:
+    """t001, t002 …"""
+    return f"t{number:03}"
+
+
+class Listed(Searcher):  # type: ignore[misc]
+    """Trains what is on a list."""
+
+    def __init__(self, draws: Sequence[Draw], run_url: str) -> None:
+        super().__init__(metric=METRIC, mode="max")
+        self.left, self.run_url = list(draws), run_url
+
+    def suggest(self, trial_id: str) -> Any:
+        if not self.left:
+            return Searcher.FINISHED
+        draw = self.left.pop(0)
+        write_begun(self.run_url, draw.name, draw.settings, draw.seed)
+        return draw.to_config()
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        pass
+
+    def set_search_properties(self, metric: Any, mode: Any, config: Any, **spec: Any) -> bool:
+        return True
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: what is left to do follows from the trials' own records."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Never called."""
+
+
+class Drawn(Listed):
+    """Trains what was begun, then what Optuna draws, which learns from every trial that ended."""
+
+    def __init__(
+        self, config: Config, before: Mapping[str, Trial], run_url: str, *, worst: float
+    ) -> None:
+        """`worst` is what a setting that cannot be trained counts."""
+        begun = [trial for trial in before.values() if trial.is_open]
+        super().__init__([Draw(t.name, t.settings, t.seed) for t in begun], run_url)
+        self.config, self.next_number = config, len(before) + 1
+        self.space = {key: to_distribution(domain) for key, domain in config.tune.space.items()}
+        self.study = optuna.create_study(direction="maximize")
+        self.asked: dict[str, optuna.Trial] = {}
+        for trial in before.values():
+            if not trial.is_open:
+                self.study.add_trial(_as_optuna(trial, self.space, config.tune, worst))
+        for trial in begun:
+            self.study.enqueue_trial(dict(trial.settings))
+
+    def suggest(self, trial_id: str) -> Any:
+        self.study.sampler = _make_sampler(self.config, len(self.study.trials))
+        asked = self.asked[trial_id] = self.study.ask(fixed_distributions=self.space)
+        if not self.left:
+            name = name_trial(self.next_number)
+            self.left.append(Draw(name, dict(asked.params), self.config.seed))
+            self.next_number += 1
+        return super().suggest(trial_id)
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        asked = self.asked.pop(trial_id)
+        if error or not result or METRIC not in result:
+            self.study.tell(asked, state=TrialState.FAIL)
+        elif int(result["epoch"]) < self.config.tune.epochs and "error" not in result:
+            # Pruned, for Optuna: worse than all that came further.
+            asked.report(result[METRIC], int(result["epoch"]))
+            self.study.tell(asked, state=TrialState.PRUNED)
+        else:
+            self.study.tell(asked, result[METRIC])
+
+
+def _make_sampler(config: Config, number: int) -> optuna.samplers.BaseSampler:
+    """What draws the trial of this number, from its own random bits: a search that goes on draws
+    no setting for a second time."""
+    digest = hashlib.blake2b(f"pneumo/tune/{config.seed}/{number}".encode(), digest_size=4)
+    seed = int.from_bytes(digest.digest(), "little")
+    if config.tune.algorithm == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    startup = min(max(config.tune.num_trials // _STARTUP_SHARE, 4), 10)
+    with warnings.catch_warnings():
+        # Running trials count as bad ones, so that trials at the same time are not alike.
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, constant_liar=True)
+
+
+def _as_optuna(
+    trial: Trial, space: Mapping[str, Any], config: TuneConfig, worst: float
+) -> optuna.trial.FrozenTrial:
+    value = trial.objective(config)
+    known: dict[str, Any] = {"params": dict(trial.settings), "distributions": dict(space)}
+    if trial.state == "stopped" and value is not None:
+        known |= {"state": TrialState.PRUNED, "intermediate_values": {trial.epochs: value}}
+        return optuna.trial.create_trial(**known)
+    return optuna.trial.create_trial(value=value if trial.state == "finished" else worst, **known)
+
+
+class Rungs(ASHAScheduler):  # type: ignore[misc]
+    """ASHA that knows how far the trials of an earlier try came.
+
+    Tune keeps no scheduler's state: it would let trials pass rungs as if nobody had reached them.
+    """
+
+    def __init__(self, config: TuneConfig, before: Mapping[str, Trial]) -> None:
+        super().__init__(
+            time_attr="epoch",
+            metric=METRIC,
+            mode="max",
+            max_t=config.epochs,
+            grace_period=min(config.grace_epochs, config.epochs),
+            reduction_factor=config.reduction_factor,
+        )
+        self.smoothing_epochs = config.smoothing_epochs
+        self.open = {name: trial for name, trial in before.items() if trial.is_open}
+        for trial in before.values():
+            if not trial.is_open:
+                ended = SimpleNamespace(trial_id=trial.name)
+                super().on_trial_add(None, ended)
+                self._replay(ended, trial)
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        super().on_trial_add(tune_controller, trial)
+        before = self.open.get(trial.config["name"])
+        if before is not None:
+            self._replay(trial, before)
+
+    def _replay(self, trial: Any, before: Trial) -> None:
+        values = [record[OBJECTIVE] for record in before.history]
+        for epoch in range(1, len(values) + 1):
+            objective = smooth([v for v in values[:epoch] if v is not None], self.smoothing_epochs)
+            super().on_trial_result(None, trial, {"epoch": epoch, METRIC: objective})

@@ -1,0 +1,130 @@
+"""What a trial of a search does besides training: it judges val after each epoch, keeps what it
+said in its own folder, and only then tells Tune.
+
+So the record of a search never lags behind what was decided on it, and a trial or a search that is
+killed goes on from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import ray
+import ray.exceptions
+
+from jobs.tuning.trial_records import read_history, write_history, write_scores, write_started
+from pneumo.config import TuneConfig
+from pneumo.errors import DivergedError, MetricError
+from pneumo.evaluation.predictions import Scores
+from pneumo.loading.feeds import Held
+from pneumo.loading.sample_order import World
+from pneumo.training.callbacks import Epoch, Hooks, Start
+from pneumo.tuning.objective import judge, knows_nothing, smooth
+from pneumo.tuning.search import ERROR, OBJECTIVE
+
+METRIC = "objective"
+"""What Tune compares, higher is better."""
+WARNING = "warning"
+"""What the person at the terminal must know of a trial's start."""
+_HELD_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all trials of a search share; references lead to one copy on each node."""
+
+    tune: TuneConfig
+    prevalence: float
+    """Share of positives in val."""
+    stored_size: int
+    """Image size of the store, in pixels."""
+    patients: Any
+    """Reference to the patient of each study of val, by key."""
+    held: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    """References to the splits in memory, by image size and name."""
+
+    def fetch(self, image_size: int | None) -> dict[str, Held]:
+        """The splits at this size, none being the store's, that are in the node's memory; those
+        that are lost are read by whoever needs them."""
+        references = self.held.get(image_size or self.stored_size, {})
+        try:
+            return {n: ray.get(r, timeout=_HELD_TIMEOUT_S) for n, r in references.items()}
+        except (ray.exceptions.ObjectLostError, ray.exceptions.GetTimeoutError):
+            return {}
+
+
+class TrialJudge:
+    """Judges one trial on one rank."""
+
+    def __init__(self, shared: Shared, trial_url: str, world: World) -> None:
+        self.shared, self.trial_url, self.world = shared, trial_url, world
+        self.history: list[Mapping[str, float | None]] = []
+        self._warning: str | None = None
+        self._scores: Scores | None = None
+        self._patients: Mapping[str, str] = ray.get(shared.patients)
+
+    def hooks(self, hooks: Hooks, tell: Any) -> Hooks:
+        """`hooks` of a training, with which each epoch is judged and told of."""
+        return replace(
+            hooks,
+            on_start=self._begin,
+            judge=self._judge,
+            on_epoch=lambda epoch: tell(self._record(epoch)),
+        )
+
+    def recall(self) -> dict[str, Any] | None:
+        """What to tell Tune of a trial that had all its epochs before it was started again."""
+        history = read_history(self.trial_url)
+        if len(history) < self.shared.tune.epochs:
+            return None
+        self.history = list(history)
+        return self._describe()
+
+    def fail(self, error: DivergedError) -> dict[str, Any]:
+        """What to tell Tune of a setting that cannot be trained: it is worth as much as a model
+        that knows nothing. So the search learns to stay away, and goes on."""
+        return {
+            "epoch": max(len(self.history), 1),
+            METRIC: knows_nothing(self.shared.tune, self.shared.prevalence),
+            "error": str(error),
+        }
+
+    def _begin(self, start: Start) -> None:
+        self.history = list(start.history)
+        begins = not start.history and not start.step  # later it goes on from its own checkpoint
+        if begins and self.world.rank == 0:
+            write_started(self.trial_url, start.initialisation)
+        if start.initialisation.fell_back:
+            self._warning = start.initialisation.message
+
+    def _judge(self, scores: Scores) -> dict[str, float | None]:
+        self._scores = scores
+        patient = np.array([self._patients[key] for key in scores.keys])
+        try:
+            found = judge(scores.targets, scores.logits, patient, self.shared.tune)
+        except MetricError as error:
+            raise DivergedError(f"val after epoch {len(self.history) + 1}: {error}") from error
+        return {OBJECTIVE: found.value, ERROR: found.standard_error}
+
+    def _record(self, epoch: Epoch) -> dict[str, Any]:
+        self.history.append(epoch.metrics)
+        if self.world.rank == 0:
+            if len(self.history) == self.shared.tune.epochs:
+                assert self._scores is not None
+                write_scores(self.trial_url, self._scores, self._patients)
+            write_history(self.trial_url, self.history)
+        return self._describe()
+
+    def _describe(self) -> dict[str, Any]:
+        values = [record[OBJECTIVE] for record in self.history]
+        known = [value for value in values if value is not None]
+        last = {name: value for name, value in self.history[-1].items() if value is not None}
+        return {
+            **last,
+            **({} if self._warning is None else {WARNING: self._warning}),
+            "epoch": len(self.history),
+            METRIC: smooth(known, self.shared.tune.smoothing_epochs),
+        }

@@ -1,0 +1,194 @@
+"""What Tune runs for each trial, the resources that it reserves, and what all of them share.
+
+A trial of one worker is a plain Tune function around `fit`, whose process is used for the next one;
+a trial of several is a Ray Train run of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ray
+import ray.train
+import ray.tune
+import torch
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from jobs.ray_cluster.session import uses_gpu, worker_resources
+from jobs.terminal.entry_point import find_cause
+from jobs.train import build_trainer
+from jobs.tuning.trial_judge import Shared, TrialJudge
+from jobs.tuning.trial_records import drop_checkpoints, trial_url
+from pneumo.config import Config, DataConfig, override
+from pneumo.dataset.shards import Manifest, read_studies
+from pneumo.errors import ClusterError, DivergedError
+from pneumo.loading.feeds import Held
+from pneumo.loading.loader import hold_split, input_size
+from pneumo.loading.sample_order import World
+from pneumo.training.callbacks import Hooks
+from pneumo.training.fit import fit
+
+_DRIVER_MEMORY_BYTES = 200 * 2**20
+_HELD_SHARE = 0.5
+"""Of a node's object store: the rest is for what Ray itself passes around."""
+
+
+def trial_config(config: Config, settings: Mapping[str, Any], seed: int | None = None) -> Config:
+    """The configuration of one trial: shorter, and with its settings; None: the search's seed.
+
+    How long a run is, and what it keeps, are for the training with best.toml.
+    """
+    changes = {
+        "seed": config.seed if seed is None else seed,
+        "train.epochs": config.tune.epochs,
+        "train.patience": None,
+        "train.keep_checkpoints": 1,
+        "cluster.num_workers": config.tune.workers_per_trial,
+        **settings,
+    }
+    return override(config, changes)
+
+
+def trials_at_once(config: Config, resources: Mapping[str, float]) -> int:
+    """How many trials fit into the cluster with all their workers, so that none waits for ever.
+
+    Raises ClusterError when not one fits.
+    """
+    workers = config.tune.workers_per_trial
+    wanted = {"CPU": float(config.cluster.cpus_per_worker)}
+    if config.cluster.use_gpu is True or (
+        config.cluster.use_gpu == "auto" and resources.get("GPU", 0) >= 1
+    ):
+        wanted["GPU"] = 1.0
+    fits = min(int(resources.get(name, 0) // (value * workers)) for name, value in wanted.items())
+    if fits < 1:
+        asked = ", ".join(f"{value * workers:g} {name}" for name, value in wanted.items())
+        there = ", ".join(f"{resources.get(name, 0):g} {name}" for name in wanted)
+        raise ClusterError(
+            f"tune: a trial of {workers} workers needs {asked}, the cluster has {there}; lower "
+            "--tune.workers-per-trial or add nodes"
+        )
+    return min(fits, config.tune.trials)
+
+
+def share(config: Config, manifest: Manifest, store_url: str) -> Shared:
+    """Read once what every trial needs, into the memory of the nodes: the patients of val, and the
+    splits where they fit there."""
+    val = manifest.splits["val"]
+    studies = read_studies(store_url, manifest)
+    patients = {key: row.patient for key, row in studies.items() if row.split == "val"}
+    return Shared(
+        config.tune,
+        val.positives / val.samples,
+        manifest.image_size,
+        ray.put(patients),
+        {size: _hold(config, manifest, store_url, size) for size in _sizes(config, manifest)},
+    )
+
+
+def _sizes(config: Config, manifest: Manifest) -> list[int]:
+    """The image sizes that trials will train at; none where they are drawn from a range."""
+    domain = config.tune.space.get("data.image_size")
+    if domain is None:
+        return [input_size(manifest, config.data.image_size)]
+    if domain.kind not in ("choice", "fixed"):
+        return []
+    return [input_size(manifest, size) for size in domain.values if isinstance(size, int | None)]
+
+
+def _hold(config: Config, manifest: Manifest, store_url: str, size: int) -> dict[str, Any]:
+    """References to the splits at `size`; none where a node could not hold them."""
+    splits = ("train", "val")
+    room = [
+        node["Resources"].get("object_store_memory", 0.0)
+        for node in ray.nodes()
+        if node["Alive"] and node["Resources"].get("CPU", 0) >= config.cluster.cpus_per_worker
+    ]
+    wanted = sum(manifest.splits[split].samples for split in splits) * size**2
+    if wanted > _HELD_SHARE * min(room, default=0.0):
+        return {}
+    # In turns, with a worker's CPUs: trials start only after it.
+    read = ray.remote(num_cpus=config.cluster.cpus_per_worker, num_returns=2)(_read_split)
+    held = {}
+    for split in splits:
+        is_held, held[split] = read.remote(store_url, manifest, split, config.data, size)
+        if not ray.get(is_held):
+            return {}
+    return held
+
+
+def _read_split(
+    store_url: str, manifest: Manifest, split: str, config: DataConfig, image_size: int
+) -> tuple[bool, Held | None]:
+    held = hold_split(store_url, manifest, split, config, image_size=image_size)
+    return held is not None, held
+
+
+def make_trainable(config: Config, store_url: str, run_url: str, shared: Shared) -> Any:
+    """What Tune runs for each trial, with the resources that it reserves."""
+    search = {
+        "config": config.model_dump(mode="json"),
+        "store_url": store_url,
+        "run_url": run_url,
+        "shared": shared,
+    }
+    several = config.tune.workers_per_trial > 1
+    trainable = ray.tune.with_parameters(_run_on_workers if several else _run_here, search=search)
+    # The trial of several workers only waits for them; a CPU for it could starve them for ever.
+    resources = {"memory": _DRIVER_MEMORY_BYTES} if several else worker_resources(config.cluster)
+    return ray.tune.with_resources(trainable, resources)
+
+
+def _run_here(drawn: dict[str, Any], search: dict[str, Any]) -> None:
+    config, url, shared = _prepare(drawn, search)
+    torch.set_num_threads(config.cluster.cpus_per_worker)
+    judge = TrialJudge(shared, url, World())
+
+    def train() -> None:
+        fit(
+            config,
+            store_url=search["store_url"],
+            run_url=url,
+            world=World(),
+            device=torch.device("cuda" if uses_gpu(config.cluster) else "cpu"),
+            hooks=judge.hooks(Hooks(), ray.tune.report),
+            held=shared.fetch(config.data.image_size),
+        )
+
+    _report(judge, train)
+
+
+def _run_on_workers(drawn: dict[str, Any], search: dict[str, Any]) -> None:
+    config, url, shared = _prepare(drawn, search)
+    callbacks = [TuneReportCallback()]
+    trainer = build_trainer(config, search["store_url"], url, None, callbacks, shared=shared)
+    _report(TrialJudge(shared, url, World()), trainer.fit)
+
+
+def _report(judge: TrialJudge, train: Callable[[], Any]) -> None:
+    """Train, and tell Tune what became of it."""
+    known = judge.recall()
+    if known is not None:
+        ray.tune.report(known)
+        return
+    try:
+        train()
+    except SystemExit:  # stopped at a rung, for good
+        drop_checkpoints(judge.trial_url)
+        raise
+    except Exception as error:  # whatever Ray Train wraps around a worker's exception
+        cause = find_cause(error)
+        if not isinstance(cause, DivergedError):
+            raise
+        ray.tune.report(judge.fail(cause))
+    drop_checkpoints(judge.trial_url)
+
+
+def _prepare(drawn: Mapping[str, Any], search: Mapping[str, Any]) -> tuple[Config, str, Shared]:
+    config = Config.model_validate(search["config"])
+    return (
+        trial_config(config, drawn["settings"], drawn["seed"]),
+        trial_url(search["run_url"], drawn["name"]),
+        search["shared"],
+    )

@@ -1,0 +1,96 @@
+"""Which checkpoints of a run are scored, and what the report says of that."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from jobs.evaluation.evaluated_run import find_subject, find_weights
+from jobs.evaluation.ray_scoring import Scoring
+from jobs.evaluation.result_files import describe_command, describe_selection
+from pneumo.config import (
+    Config,
+    EvaluateArguments,
+    EvaluateConfig,
+    override,
+    parse_command_line,
+)
+from pneumo.errors import RunError
+from pneumo.training.checkpoint_writer import METRICS_LOG
+from pneumo.training.checkpoints import claim_run, load_checkpoint, read_index, save_checkpoint
+from tests.jobs.conftest import Prepared
+
+AUROCS = [0.7, 0.6, 0.95, 0.8, 0.8, 0.7]
+"""The best epoch is the third of six; the last two are kept besides."""
+
+
+@pytest.fixture(scope="module")
+def overfitted(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("overfitted") / "run"
+    attempt = claim_run(str(run))
+    base = load_checkpoint(str(trained), read_index(str(trained)).best)
+    history = tuple({"epoch": n, "val/auroc": auroc} for n, auroc in enumerate(AUROCS, 1))
+    for epoch in range(1, len(AUROCS) + 1):
+        checkpoint = replace(base, epoch=epoch, history=history[:epoch])
+        last = epoch == len(AUROCS)
+        save_checkpoint(str(run), checkpoint, attempt=attempt, keep_last=2, finished=last)
+    (run / METRICS_LOG).write_text("".join(f'{{"epoch": {n + 1}}}\n' for n in range(len(AUROCS))))
+    return run
+
+
+def test_the_history_is_that_of_the_run_not_of_the_checkpoint(
+    prepared: Prepared, overfitted: Path
+) -> None:
+    arguments = EvaluateArguments(store=str(prepared.store), run=str(overfitted))
+    subject = find_subject(arguments, EvaluateConfig())
+    assert subject.checkpoint.epoch == 3
+    assert [epoch["epoch"] for epoch in subject.history] == [1, 2, 3, 4, 5, 6]
+
+    (overfitted / METRICS_LOG).rename(overfitted / "elsewhere")
+    assert len(find_subject(arguments, EvaluateConfig()).history) == 3
+    (overfitted / "elsewhere").rename(overfitted / METRICS_LOG)
+
+
+def test_the_last_checkpoints_are_those_in_a_row(overfitted: Path) -> None:
+    def epochs(ensemble: int | str) -> list[int]:
+        return [weights.entry.epoch for weights in find_weights(str(overfitted), ensemble)]
+
+    assert [entry.epoch for entry in read_index(str(overfitted)).entries] == [3, 5, 6]
+    assert epochs("best") == [3]
+    assert epochs(1) == [6]
+    assert epochs(2) == [6, 5]
+    with pytest.raises(RunError, match="of its last checkpoints 2 are kept, not the 3"):
+        epochs(3)
+
+
+def test_the_report_says_which_checkpoint_was_taken(overfitted: Path) -> None:
+    def told(ensemble: int | str) -> str:
+        return describe_selection(Scoring(find_weights(str(overfitted), ensemble)), ensemble)
+
+    assert told("best") == "The checkpoint of the highest AUROC on val."
+    assert told(1) == "The last checkpoint."
+    assert told(2).startswith("The mean logit of 2 checkpoints: run/epoch-0006")
+
+
+def test_the_report_says_how_to_evaluate_again(prepared: Prepared, overfitted: Path) -> None:
+    def command(**changes: object) -> str:
+        config = override(Config(), changes)
+        arguments = EvaluateArguments(store=str(prepared.store), run=str(overfitted))
+        return describe_command(find_subject(arguments, config.evaluate), config)
+
+    usual = "python -m jobs.evaluate --store STORE --run RUN"
+    assert command() == usual
+    asked = command(
+        **{"seed": 7, "evaluate.ensemble": 2, "evaluate.operating_point": "sensitivity"}
+    )
+    assert asked.startswith(f"{usual} --seed 7 ")
+    flags = shlex.split(asked)[3:]
+    again = parse_command_line("evaluate", flags, {}).config
+    assert (again.seed, again.evaluate.ensemble, again.evaluate.operating_point) == (
+        7,
+        2,
+        "sensitivity",
+    )

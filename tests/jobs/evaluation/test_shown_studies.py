@@ -1,0 +1,61 @@
+"""Studies whose score is no number have no outcome: nothing is shown or counted of them."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from tests.pneumo.test_report_degenerate import damage, predictions
+
+from jobs.evaluation.ray_scoring import Scored, Scoring
+from jobs.evaluation.result_files import describe_errors
+from jobs.evaluation.shown_studies import call_studies, choose_pictures
+from pneumo.config import Config, EvaluateConfig
+from pneumo.evaluation.evaluation import evaluate
+
+UNUSED = Scored(Scoring(()), "no store is opened")
+
+
+def judged(kind, split):
+    return evaluate(damage(kind, split), config=EvaluateConfig(bootstrap_resamples=100), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "split", "words"),
+    [
+        ("nan", "test", "5 of 120 scores are NaN or infinite"),
+        ("nan", "val", "no threshold: val: "),
+        ("empty", "test", "no study"),
+    ],
+)
+def test_no_picture_and_no_error_is_counted_without_a_call(kind, split, words):
+    found = judged(kind, split)
+    decision = found.decide("test")
+    assert decision.threshold is None
+    pictures = choose_pictures(UNUSED, found.predictions, {}, decision, Config())
+    assert (pictures.grid, pictures.gallery, pictures.errors) == ([], {}, {})
+    assert words in str(pictures.reason)
+    assert describe_errors(pictures) == {
+        "errors_by_finding": None,
+        "errors_by_finding_reason": pictures.reason,
+    }
+
+
+def test_saliency_is_told_why_a_study_is_not_called():
+    found = judged("nan", "test")
+    rows = found.predictions
+    keys = rows.key[rows.target == 1]
+    assert call_studies(rows, keys, found.decide("test")) == "5 of 120 scores are NaN or infinite"
+    in_val = rows.subset("val")
+    called = call_studies(rows, in_val.key, found.decide("val"))
+    assert isinstance(called, np.ndarray)
+    threshold = found.points["decision"].threshold
+    np.testing.assert_array_equal(called, in_val.probability >= threshold)
+
+
+def test_studies_are_called_by_their_key():
+    rows = predictions()
+    found = evaluate(rows, config=EvaluateConfig(bootstrap_resamples=100), seed=0)
+    shuffled = replace(found, predictions=rows.take(np.random.default_rng(1).permutation(240)))
+    decision = found.decide("test")
+    called = call_studies(shuffled.predictions, rows.key, decision)
+    np.testing.assert_array_equal(called, rows.probability >= decision.threshold)

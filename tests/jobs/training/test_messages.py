@@ -1,0 +1,66 @@
+"""The mailbox on one local Ray: nothing is lost, and all is in order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import ray
+
+from jobs.training.messages import Mailbox
+
+
+class _Writer:
+    """A process that writes."""
+
+    def write(self, mailbox: Mailbox, name: str, count: int) -> None:
+        for number in range(count):
+            mailbox.put((name, number))
+
+
+@pytest.fixture
+def mailbox(ray_here: None) -> Iterator[Mailbox]:
+    mailbox = Mailbox()
+    yield mailbox
+    mailbox.close()
+
+
+def test_all_messages_of_several_workers_arrive_each_in_order(mailbox: Mailbox) -> None:
+    names, count = ("a", "b"), 60
+    writers = [ray.remote(num_cpus=0)(_Writer).remote() for _ in names]
+    writing = [w.write.remote(mailbox, n, count) for w, n in zip(writers, names, strict=True)]
+    received: list[tuple[str, int]] = []
+    deadline_s = time.monotonic() + 60
+    while len(received) < count * len(names) and time.monotonic() < deadline_s:
+        received += mailbox.take(0.01)  # ends again and again just as something comes
+    ray.get(writing)
+    for name in names:
+        assert [number for of, number in received if of == name] == list(range(count))
+    assert mailbox.take(0.0) == []
+
+
+def test_a_message_is_there_once_put_has_returned(mailbox: Mailbox) -> None:
+    for message in ("one", ("two", 2), {"three": 3}):
+        mailbox.put(message)
+    assert mailbox.take(0.0) == ["one", ("two", 2), {"three": 3}]
+
+
+def test_who_takes_is_woken_at_once_and_otherwise_after_the_timeout(mailbox: Mailbox) -> None:
+    waiting = mailbox.actor.take.remote(30.0)
+    mailbox.put("now")
+    assert ray.get(waiting, timeout=10) == ["now"]
+    begun_s = time.monotonic()
+    assert mailbox.take(0.4) == []
+    assert 0.35 < time.monotonic() - begun_s < 10
+
+
+def test_a_lost_mailbox_is_an_error_of_ray(ray_here: None) -> None:
+    mailbox = Mailbox()
+    mailbox.put("before")
+    mailbox.close()
+    calls: list[Any] = [lambda: mailbox.put("after"), lambda: mailbox.take(0.1)]
+    for call in calls:
+        with pytest.raises(ray.exceptions.RayError):
+            call()

@@ -1,0 +1,347 @@
+"""Attempts at a run on one local Ray: what is tried again, what ends the job, what is said."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import ray
+from ray.train import WorkerGroupError
+
+from jobs.ray_cluster.nodes import Node, list_nodes, silent_addresses, usable_nodes
+from jobs.training.recovery import (
+    STOPPED,
+    Recovery,
+    count_fitting,
+    describe_failure,
+    describe_position,
+    wait_for_workers,
+)
+from jobs.training.stop_signal import Board, Member, Order
+from pneumo.config import ClusterConfig
+from pneumo.errors import (
+    ClusterError,
+    ContentError,
+    DataError,
+    PneumoError,
+    RunError,
+    StorageError,
+)
+from pneumo.training.checkpoints import CheckpointEntry, CheckpointIndex
+
+ONE_CPU = {"CPU": 1.0}
+AWAY = StorageError("storage: s3://bucket/store/manifest.json: tried again for 120 s")
+
+
+def make_index(epoch: int, step: int = 0, *, finished: bool = False) -> CheckpointIndex:
+    entry = CheckpointEntry(name="a", epoch=epoch, step=step, val_auroc=None, sha256="")
+    return CheckpointIndex(entries=(entry,), finished=finished)
+
+
+@dataclass
+class Script:
+    """What happens in each attempt, and at each look at storage: an exception is raised."""
+
+    outcomes: Sequence[Any]
+    looks: Sequence[Any] = ()
+    sizes: list[int] = field(default_factory=list)
+    told: list[str] = field(default_factory=list)
+    looked: int = 0
+
+    def attempt(self, size: int, nodes: Sequence[Node]) -> object:
+        self.sizes.append(size)
+        outcome = self.outcomes[len(self.sizes) - 1]
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome(size) if callable(outcome) else outcome
+
+    def look(self, store_url: str, run_url: str) -> CheckpointIndex | None:
+        self.looked += 1
+        found = self.looks[self.looked - 1] if self.looked <= len(self.looks) else make_index(1)
+        if isinstance(found, BaseException):
+            raise found
+        assert found is None or isinstance(found, CheckpointIndex)
+        return found
+
+    def recovery(self, board: Board, *, urls: tuple[str, str], **cluster: Any) -> Recovery:
+        config = ClusterConfig(**cluster)
+        return Recovery(config, ONE_CPU, *urls, board, self.attempt, self.told.append, self.look)
+
+
+REMOTE_STORE = ("s3://bucket/store", "/runs/1")
+REMOTE_RUN = ("/store", "s3://bucket/runs/1")
+ALL_LOCAL = ("/store", "/runs/1")
+
+
+@pytest.fixture
+def board(ray_here: None) -> Iterator[Board]:
+    board = Board()
+    yield board
+    ray.kill(board.actor)
+
+
+@pytest.fixture(scope="module")
+def died(ray_here: None) -> ray.exceptions.ActorDiedError:
+    """What Ray raises when its controller cannot be built, as with its storage away."""
+
+    class Controller:
+        def __init__(self) -> None:
+            raise OSError("AWS Error NETWORK_CONNECTION")
+
+        def run(self) -> None: ...
+
+    controller = ray.remote(num_cpus=0)(Controller).remote()
+    with pytest.raises(ray.exceptions.ActorDiedError) as caught:
+        ray.get(controller.run.remote())
+    return caught.value
+
+
+def fail(*causes: BaseException) -> WorkerGroupError:
+    return WorkerGroupError("workers failed", dict(enumerate(causes)))
+
+
+def wait_for_nodes() -> list[Node]:
+    """Those with a free CPU: what an earlier test used may not be free at once."""
+    deadline_s = time.monotonic() + 60
+    while not (nodes := usable_nodes(ONE_CPU)):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.1)
+    return nodes
+
+
+def run(script: Script, board: Board, urls: tuple[str, str] = REMOTE_RUN, **cluster: Any) -> None:
+    script.recovery(board, urls=urls, **cluster).run(wait_for_nodes())
+
+
+# --- what is tried again --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("urls", [REMOTE_STORE, REMOTE_RUN])
+def test_an_object_store_that_is_away_is_a_failure_and_is_waited_for(
+    board: Board, urls: tuple[str, str]
+) -> None:
+    script = Script([fail(AWAY), None], [AWAY, AWAY, make_index(2, 3)])
+    run(script, board, urls)
+    failure = f"{AWAY}, failure 1 of 3"
+    assert script.told == [
+        f"{failure}: waiting, as it is away: {AWAY}",
+        f"{failure}: going on with 1 worker after epoch 2 step 3",
+    ]
+    assert script.sizes == [1, 1]
+
+
+def test_a_controller_of_ray_that_dies_is_a_failure(
+    board: Board, died: ray.exceptions.ActorDiedError
+) -> None:
+    script = Script([died, None])
+    run(script, board)
+    (line,) = script.told
+    assert line.startswith("workers did not start (ActorDiedError: ")
+    assert line.endswith("failure 1 of 3: going on with 1 worker after epoch 1")
+
+
+def test_failures_are_counted_and_the_last_one_is_raised(
+    board: Board, died: ray.exceptions.ActorDiedError
+) -> None:
+    script = Script([fail(AWAY), died, fail(ValueError("lost")), fail(AWAY)])
+    with pytest.raises(WorkerGroupError) as caught:
+        run(script, board, max_failures=3)
+    assert caught.value is script.outcomes[3]
+    assert len(script.told) == 3
+
+
+def test_a_worker_lost_after_the_last_checkpoint_does_no_harm(board: Board) -> None:
+    script = Script([fail(ValueError("lost"))], [make_index(10, finished=True)])
+    run(script, board, ALL_LOCAL)
+    assert script.told == []
+
+
+def test_a_stop_whose_reason_was_lost_is_no_end(board: Board) -> None:
+    script = Script([STOPPED, None])
+    run(script, board)
+    assert script.told == ["told to stop: going on with 1 worker after epoch 1"]
+
+
+# --- what ends the job ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cause", "urls"),
+    [
+        (DataError("shard train/000000.tar: missing"), REMOTE_STORE),
+        (ContentError("storage: s3://bucket/store/x: changed or damaged"), REMOTE_STORE),
+        (RunError("/runs/1: another attempt has taken this run over"), REMOTE_RUN),
+        (StorageError("storage: cannot read /store: Input/output error"), ALL_LOCAL),
+    ],
+)
+def test_what_would_only_happen_again_ends_the_job(
+    board: Board, cause: PneumoError, urls: tuple[str, str]
+) -> None:
+    script = Script([fail(cause)])
+    with pytest.raises(WorkerGroupError):
+        run(script, board, urls)
+    assert script.told == []
+
+
+def test_storage_that_answers_with_a_refusal_ends_the_wait(board: Board) -> None:
+    script = Script([fail(AWAY)], [AWAY, RunError("/runs/1: not yours")])
+    with pytest.raises(RunError, match="not yours"):
+        run(script, board)
+
+
+def test_an_order_to_leave_ends_each_wait(board: Board) -> None:
+    script = Script([fail(AWAY)], [AWAY])
+    recovery = script.recovery(board, urls=REMOTE_RUN)
+    recovery.tell = lambda line: recovery.leave()
+    recovery.run(wait_for_nodes())
+    assert script.looked == 1
+
+
+def test_an_attempt_that_is_told_to_leave_is_the_last(board: Board) -> None:
+    script = Script([])
+    recovery = script.recovery(board, urls=REMOTE_RUN)
+
+    def leave(size: int) -> str:
+        recovery.leave()
+        return STOPPED
+
+    script.outcomes = [leave]
+    assert recovery.run(wait_for_nodes())
+    assert script.told == []
+
+
+def test_a_failure_on_the_way_out_leaves_no_checkpoint(board: Board) -> None:
+    script = Script([])
+    recovery = script.recovery(board, urls=REMOTE_RUN)
+
+    def fail_leaving(size: int) -> str:
+        recovery.leave()
+        raise fail(AWAY)
+
+    script.outcomes = [fail_leaving]
+    assert not recovery.run(wait_for_nodes())
+    assert script.told == []
+
+
+# --- growing back ---------------------------------------------------------------------------------
+
+
+class _Worker:
+    def __init__(self, board: Board) -> None:
+        self.heard = board.listen(0)
+
+    def wait(self) -> bool:
+        return self.heard.wait(30)
+
+
+class _FlakyBoard(Board):
+    """Its first order is heard, but whoever posts it does not learn of that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_new = True
+
+    def post(self, order: Order) -> None:
+        super().post(order)
+        if self.is_new:
+            self.is_new = False
+            raise ray.exceptions.RayActorError
+
+
+@pytest.mark.parametrize("kind", [Board, _FlakyBoard])
+def test_an_attempt_of_fewer_workers_is_stopped_when_there_is_room(
+    ray_here: None, kind: type[Board]
+) -> None:
+    board = kind()
+
+    def train_until_told(size: int) -> str:
+        worker = ray.remote(num_cpus=0)(_Worker).remote(board)
+        assert ray.get(worker.wait.remote())
+        ray.kill(worker)
+        return STOPPED
+
+    there = wait_for_nodes()
+    most = count_fitting(there, ONE_CPU)
+    script = Script([train_until_told, None])
+    one = [Node(n.id, n.address, n.port, n.total, ONE_CPU, draining=False) for n in there]
+    recovery = script.recovery(board, urls=REMOTE_RUN, num_workers=most, min_workers=1)
+    recovery.run(one)
+    assert script.sizes == [1, most]
+    assert script.told == [
+        f"starting with 1 worker of {most}",
+        f"there is room for {most} workers: going on with {most} workers after epoch 1",
+    ]
+    ray.kill(board.actor)
+
+
+# --- nodes, and what is said of them --------------------------------------------------------------
+
+
+def make_node(**changes: Any) -> Node:
+    known: dict[str, Any] = {
+        "id": "a",
+        "address": "192.0.2.1",
+        "port": 1,
+        "total": {"CPU": 8.0, "GPU": 2.0},
+        "free": {"CPU": 5.0, "GPU": 2.0},
+        "draining": False,
+    }
+    return Node(**known | changes)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "fits"),
+    [({"CPU": 1.0}, 5), ({"CPU": 2.0, "GPU": 1.0}, 2), ({"CPU": 6.0}, 0), ({"TPU": 1.0}, 0)],
+)
+def test_a_node_takes_as_many_workers_as_its_scarcest_resource(
+    wanted: dict[str, float], fits: int
+) -> None:
+    assert make_node().fits(wanted) == fits
+    assert count_fitting([make_node(), make_node(free={})], wanted) == fits
+
+
+def test_the_nodes_of_this_cluster_answer_and_a_closed_port_does_not(ray_here: None) -> None:
+    (here,) = list_nodes()
+    assert not here.draining
+    assert silent_addresses([here]) == set()
+    closed = make_node(address="127.0.0.1", port=1)
+    assert silent_addresses([closed]) == {"127.0.0.1"}
+    assert usable_nodes(ONE_CPU, avoid=[here.address]) == []
+
+
+def test_what_a_cluster_lacks_is_said_after_the_wait(ray_here: None) -> None:
+    (here,) = list_nodes()
+    there = here.total["CPU"]
+    message = rf"cluster: 2 workers need 128 CPU \(it has {there:g}, [\d.]+ free\); waited 0 s; low"
+    with pytest.raises(ClusterError, match=message):
+        wait_for_workers(ClusterConfig(num_workers=2), {"CPU": 64.0}, timeout_s=0)
+
+
+def test_a_place_in_a_run_is_said_in_a_few_words() -> None:
+    assert describe_position(None) == "from the start"
+    assert describe_position(make_index(2)) == "after epoch 2"
+    assert describe_position(make_index(0, 7)) == "after epoch 0 step 7"
+
+
+def test_a_failure_is_said_in_a_few_words(
+    ray_here: None, died: ray.exceptions.ActorDiedError
+) -> None:
+    (here,) = list_nodes()
+    mine, gone = Member(0, here.id, here.address), Member(1, "f" * 56, "192.0.2.9")
+    assert describe_failure(fail(ValueError()), [mine, gone]) == (
+        "worker lost (node 192.0.2.9 does not answer)"
+    )
+    assert describe_failure(fail(died), [mine]) == (
+        f"worker lost (its process on node {here.address} ended)"
+    )
+    closed = RuntimeError("gloo: Connection closed by peer [192.0.2.9]:1234")
+    assert describe_failure(fail(closed), [mine]) == (
+        "worker lost (it closed its connection to the others)"
+    )
+    assert describe_failure(fail(ValueError("odd")), [mine]) == "workers failed (ValueError: odd)"
+    assert describe_failure(fail(ValueError("odd")), []) == (
+        "workers did not start (ValueError: odd)"
+    )

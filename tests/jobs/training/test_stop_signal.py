@@ -1,0 +1,93 @@
+"""The notice board on one local Ray: who listens hears, and nobody trains on unheard."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import ray
+
+from jobs.training.stop_signal import Board
+
+
+class _Worker:
+    """A process that listens."""
+
+    def __init__(self, board: Board, rank: int) -> None:
+        self.heard = board.listen(rank)
+
+    def has_heard(self) -> bool:
+        return self.heard.is_set()
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+def start_worker(board: Board, rank: int) -> Any:
+    worker = ray.remote(num_cpus=0)(_Worker).remote(board, rank)
+    ray.get(worker.pid.remote())
+    return worker
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 30
+    while not is_so():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+
+
+def ends(worker: Any) -> bool:
+    try:
+        ray.get(worker.pid.remote())
+    except ray.exceptions.RayActorError:
+        return True
+    return False
+
+
+@pytest.fixture
+def board(ray_here: None) -> Iterator[Board]:
+    board = Board()
+    yield board
+    ray.kill(board.actor)
+
+
+def test_an_order_reaches_who_listens_and_who_comes_later(board: Board) -> None:
+    first = start_worker(board, 0)
+    wait_until(lambda: len(board.members()) == 1)
+    assert not ray.get(first.has_heard.remote())
+    board.post("stop")
+    second = start_worker(board, 1)
+    for worker in (first, second):
+        wait_until(lambda worker=worker: ray.get(worker.has_heard.remote()))
+    assert [member.rank for member in board.members()] == [0, 1]
+    assert {m.node_id for m in board.members()} == {ray.get_runtime_context().get_node_id()}
+    for worker in (first, second):
+        ray.kill(worker)
+
+
+def test_what_was_posted_before_is_not_for_the_next_group(board: Board) -> None:
+    board.post("stop")
+    board.clear()
+    assert board.members() == []
+    worker = start_worker(board, 0)
+    wait_until(lambda: len(board.members()) == 1)
+    time.sleep(0.3)
+    assert not ray.get(worker.has_heard.remote())
+    ray.kill(worker)
+
+
+def test_a_process_that_is_abandoned_ends(board: Board) -> None:
+    worker = start_worker(board, 0)
+    board.post("abandon")
+    wait_until(lambda: ends(worker))
+
+
+def test_a_process_whose_board_is_lost_ends(ray_here: None) -> None:
+    board = Board()
+    worker = start_worker(board, 0)
+    wait_until(lambda: len(board.members()) == 1)
+    ray.kill(board.actor)
+    wait_until(lambda: ends(worker))
