@@ -94,7 +94,7 @@ predict: $(READY)
 	  --output $(call quoted,OUTPUT) $(ARGS)
 
 dashboards: $(READY)
-	@$(BIN)/python -m pneumo.reporting.tracking.dashboards $(ARGS)
+	@$(BIN)/python -m pneumo.dashboards $(ARGS)
 
 # A cluster of VMs by Ray's own launcher; what it starts costs money until `make down`. Its newer
 # autoscaler (the default) does not start the workers of machines that are there: of Ray 2.60 it was seen.

@@ -1,4 +1,4 @@
-"""The logs of a run's earlier attempts, as `jobs.terminal.log_keeper` kept them where the run writes.
+"""Logs of a run's earlier attempts, where `jobs.terminal.log_keeper` kept them.
 
 Read with the laptop's own credentials, which may not do: then it is said where they are.
 """

@@ -77,7 +77,7 @@ def differences(asked: Document, running: Document) -> Iterator[str]:
 
 
 def log_folder(job: Document) -> str:
-    """Where `jobs.terminal.log_keeper` keeps the logs of a RayJob's attempts; "" for one that is not ours."""
+    """Where `jobs.terminal.log_keeper` keeps attempts' logs; "" for a RayJob that is not ours."""
     target = (job["metadata"].get("annotations") or {}).get(TARGET, "")
     return f"{target}/logs/{job['metadata']['name']}" if target else ""
 

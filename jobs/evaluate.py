@@ -172,7 +172,7 @@ def track(subject: Subject, judged: Judged, folder: Path, config: Config) -> Non
         },
     )
     send_evaluation(tracker, subject, judged, folder, config)
-    close_tracker(tracker, subject.run_url)
+    close_tracker(tracker, subject.run_url, say)
 
 
 def print_summary(metrics: Mapping[str, Any], run_url: str) -> None:

@@ -1,4 +1,4 @@
-"""Train one model: Ray Train starts the workers, `pneumo.training.fit.fit` does the work in each."""
+"""Train one model: Ray Train starts the workers, each of which calls `pneumo.training.fit`."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def train_run(config: Config, manifest: Manifest, store_url: str, run_url: str) 
         tracker.log_artifact(best)
     finally:
         messages.close()
-        close_tracker(tracker, run_url)
+        close_tracker(tracker, run_url, say)
     return read_index(run_url)
 
 

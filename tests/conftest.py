@@ -27,8 +27,8 @@ from pydicom.uid import ExplicitVRLittleEndian, JPEGBaseline8Bit, SecondaryCaptu
 from pneumo.config import SplitConfig
 from pneumo.dataset import shards
 from pneumo.dataset.shards import Manifest, Sample, SplitEntry, StudyRow
-from pneumo.dataset.source import Box
 from pneumo.dataset.splits import Interval, LeakageAudit
+from pneumo.images.boxes import Box
 
 DicomMaker = Callable[..., bytes]
 FolderMaker = Callable[..., Path]

@@ -21,11 +21,11 @@ from jobs.ray_cluster.session import worker_resources
 from jobs.terminal.progress import Progress
 from pneumo.config import ClusterConfig, Config, DataConfig
 from pneumo.dataset.shards import Manifest, StudyRow, read_manifest
-from pneumo.dataset.source import Box
 from pneumo.errors import MetricError
 from pneumo.evaluation.map_scores import BoxScores, FixedMaps
 from pneumo.evaluation.predictions import Logits, Member, prepare_input, score_pictures
 from pneumo.evaluation.shown_studies import Maps, class_activation, gradcam, randomised
+from pneumo.images.boxes import Box
 from pneumo.loading.feeds import Samples
 from pneumo.loading.loader import open_loader, read_images
 from pneumo.loading.sample_order import World

@@ -13,7 +13,6 @@ from jobs.evaluation.ray_scoring import Explained, Scored, boxes_of, explain_stu
 from pneumo.config import Config
 from pneumo.dataset.quality import AGE_BIN_YEARS
 from pneumo.dataset.shards import StudyRow
-from pneumo.dataset.source import Box
 from pneumo.evaluation.map_scores import (
     SaliencySummary,
     choose_iou_thresholds,
@@ -33,6 +32,7 @@ from pneumo.evaluation.shown_studies import (
     count_errors,
     draw_sample,
 )
+from pneumo.images.boxes import Box
 from pneumo.reporting.figures import Case, Pictures
 
 MAX_TOLD_AGE = 89

@@ -34,7 +34,7 @@ WORKER_ENVIRONMENT = {
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    # jobs.training.recovery watches over the nodes; Ray's watcher would let a run go on to the deadline.
+    # jobs.training.recovery watches the nodes; Ray's watcher would let a run go on too long.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's tables; our own narrator speaks

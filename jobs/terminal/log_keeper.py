@@ -1,6 +1,6 @@
 """What a job says, kept where it writes: for a cluster that goes, with its logs, when the job ends.
 
-    python -m jobs.terminal.log_keeper s3://bucket/runs/1/logs/ID python -m jobs.train --store … --run …
+    python -m jobs.terminal.log_keeper s3://bucket/runs/1/logs/ID python -m jobs.train …
 
 Runs the command, shows what it says, and keeps that as `<folder>/<when it began>.log`: soon, every
 half minute, and at the end. The exit code is the command's. On Kubernetes a failed attempt's pods

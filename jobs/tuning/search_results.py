@@ -106,7 +106,7 @@ def _track(search: Search, manifest: Manifest, run_url: str, files: Mapping[str,
         },
     )
     log_search(tracker, search, files)
-    close_tracker(tracker, run_url)
+    close_tracker(tracker, run_url, say)
 
 
 def log_search(tracker: Tracker, search: Search, files: Mapping[str, bytes]) -> None:

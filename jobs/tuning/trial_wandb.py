@@ -110,7 +110,7 @@ class TrialTracking:
         if isinstance(tracker, NullTracker):  # W&B is off, or could not even begin a run here
             return
         log_trial(tracker, trial, self.config.tune)
-        outcome = finish_quietly(tracker, self.run_url)
+        outcome = finish_quietly(tracker, self.run_url, say)
         if outcome.mode == "offline" and outcome.folder is None:  # neither sent nor kept
             return
         self.outcomes.append(outcome)
@@ -122,5 +122,5 @@ class TrialTracking:
         if kept:
             say(
                 f"W&B: {len(kept)} of {len(self.outcomes)} trials not (all) sent; to send them: "
-                f"python -m pneumo.reporting.tracking sync {self.run_url}"
+                f"python -m pneumo.tracking sync {self.run_url}"
             )

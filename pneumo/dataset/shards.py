@@ -28,9 +28,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from pneumo import storage
 from pneumo.config import SplitConfig
-from pneumo.dataset.source import Box, Rejected
+from pneumo.dataset.source import Rejected
 from pneumo.dataset.splits import SPLITS, LeakageAudit
 from pneumo.errors import ContentError, DataError, StoreError
+from pneumo.images.boxes import Box
 
 SCHEMA_VERSION = 4
 MANIFEST = "manifest.json"

@@ -22,7 +22,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import pyarrow as pa
 import pyarrow.csv as pacsv
@@ -31,31 +31,37 @@ from pyarrow.types import is_floating, is_integer, is_null
 
 from pneumo import storage
 from pneumo.errors import AccessError, SourceError, StorageError
+from pneumo.images.boxes import Box
 
 Finding = Literal["Lung Opacity", "No Lung Opacity / Not Normal", "Normal"]
 
+
 LABEL_TABLES = ("stage_2_train_labels.csv", "train_labels.csv", "stage_1_train_labels.csv")
+
+
 PACKINGS = ("", ".gz", ".zip")
+
+
 CLASS_TABLES = (
     "stage_2_detailed_class_info.csv",
     "detailed_class_info.csv",
     "stage_1_detailed_class_info.csv",
 )
+
+
 IMAGE_FOLDERS = ("stage_2_train_images", "train_images", "stage_1_train_images")
+
+
 MAPPING = ("pneumonia-challenge-dataset-mappings_2018.json",)
+
+
 PRIVATE_FOLDER = ".pneumo"
+
+
 HASH_KEY_VARIABLE = "PNEUMO_HASH_KEY"
 
+
 _logger = logging.getLogger(__name__)
-
-
-class Box(NamedTuple):
-    """A rectangle around an opacity, in pixels; (x, y) is its upper left corner."""
-
-    x: float
-    y: float
-    width: float
-    height: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,9 +19,9 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 import numpy.typing as npt
 
-from pneumo.dataset.source import Box
 from pneumo.errors import MetricError
 from pneumo.evaluation.metrics import Estimate, Floats, Statistic, patient_bootstrap
+from pneumo.images.boxes import Box
 
 MapName = Literal["cam", "random", "prior", "centre", "uniform"]
 MAPS: tuple[MapName, ...] = get_args(MapName)

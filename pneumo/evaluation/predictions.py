@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from pneumo.config import AugmentConfig
 from pneumo.dataset.shards import StudyRow
-from pneumo.dataset.source import Box
 from pneumo.errors import DataError
+from pneumo.images.boxes import Box
 from pneumo.loading.augmentation import augment, normalise
 from pneumo.loading.feeds import to_input
 from pneumo.loading.loader import Batch

@@ -46,8 +46,8 @@ from pydicom.uid import (
     SecondaryCaptureImageStorage,
 )
 
-from pneumo.dataset.source import Box
 from pneumo.errors import DicomError
+from pneumo.images.boxes import Box
 from pneumo.images.fast_dicom import PlainFile, read_plain
 from pneumo.images.gray_levels import Gray, apply_window, read_number, render_gray
 from pneumo.images.pixel_decoders import (

@@ -7,8 +7,8 @@
 It needs torch and numpy alone, and nothing of this project, so this one file can be carried to a
 machine that has a GPU. It trains ResNet-18 (one input channel, one logit) in
 channels_last and bfloat16 autocast with fused Adam and a weighted BCE, on random images that the
-device holds as bytes. A step is one micro-batch, without what `pneumo.training.train_step` does around it: the
-running statistics taken in hand, the average of the weights.
+device holds as bytes. A step is one micro-batch, without what
+`pneumo.training.train_step` does around it: running statistics, the average of the weights.
 
 The data path mirrors `pneumo.loading.augmentation.augment` as it is on a GPU, with the defaults of
 `AugmentConfig`: rows gathered, each image moved by a matrix of its own (grid_sample), rounded, and
@@ -284,7 +284,7 @@ def run_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
 
 
 def run_in_thread(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """The same, each made in a thread while the step before computes, as `pneumo.loading.prefetch` does."""
+    """The same, each made in a thread while the step before computes."""
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def make() -> tuple[Batch, torch.cuda.Event | None]:

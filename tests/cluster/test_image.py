@@ -147,7 +147,7 @@ def test_the_image_runs_jobs_hardened_as_in_the_pods(
     # Not `! command`: bash's -e takes that for a test that was meant to fail.
     absent = "for tool in gcc pip pip3; do if command -v $tool; then exit 9; fi; done"
     script = (
-        "set -e; cd /tmp; python -m pneumo.dataset.phantoms.source_folder --out /data/source --studies 60;"
+        "set -e; cd /tmp; python -m pneumo.synthetic --out /data/source --studies 60;"
         " python -m jobs.preflight --reads /data/source --writes /data/store;"
         " python -m jobs.prepare --source /data/source --store /data/store"
         " --prepare.image-size 64;"

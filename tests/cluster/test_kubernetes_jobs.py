@@ -128,7 +128,7 @@ def test_submit_queue_run_log_and_exit_code(
         [
             sys.executable,
             "-m",
-            "pneumo.dataset.phantoms.source_folder",
+            "pneumo.synthetic",
             "--out",
             str(source),
             "--studies",

@@ -415,7 +415,7 @@ def test_prepare_train_and_evaluate_on_the_cluster(ray_cluster: RayCluster, tmp_
         [
             sys.executable,
             "-m",
-            "pneumo.dataset.phantoms.source_folder",
+            "pneumo.synthetic",
             "--out",
             source,
             "--studies",

@@ -1,6 +1,6 @@
 """Phantom chest X-rays in the layout of Kaggle's RSNA Pneumonia data: the embedded default data.
 
-    python -m pneumo.dataset.phantoms.source_folder --out data/phantoms --studies 200 --seed 0
+    python -m pneumo.synthetic --out data/phantoms --studies 200 --seed 0
 
 Nothing here comes from a patient: every picture is drawn from (seed, patient index, study index).
 The population keeps what makes the real data hard: several studies of one patient, AP views far
@@ -399,7 +399,7 @@ def _write_tables(
 def main(argv: Sequence[str] | None = None) -> int:
     """Write a folder of phantoms; return 0, or 2 for a mistake in the arguments."""
     parser = argparse.ArgumentParser(
-        prog="python -m pneumo.dataset.phantoms.source_folder",
+        prog="python -m pneumo.synthetic",
         description="Write phantom chest X-rays in the layout of Kaggle's RSNA Pneumonia data.",
     )
     add = parser.add_argument
@@ -433,7 +433,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{summary.num_positives} positive, in {summary.out} ({summary.seconds:.1f} s)"
     )
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from jobs.terminal.entry_point import say
 from pneumo import storage
 from pneumo.errors import PneumoError
 from pneumo.reporting.tracking import Tracker, TrackingOutcome
@@ -19,26 +19,27 @@ def tracking_folder(run_url: str) -> Path | None:
     return storage.local_path(run_url) if storage.is_local(run_url) else None
 
 
-def close_tracker(tracker: Tracker, run_url: str) -> None:
-    """Finish tracking; what W&B could not send ends in the run's own folder, and it is said."""
-    outcome = finish_quietly(tracker, run_url)
+def close_tracker(tracker: Tracker, run_url: str, tell: Callable[[str], None]) -> None:
+    """Finish tracking. What W&B could not send ends in the run's own folder, and `tell` gets a line
+    about it."""
+    outcome = finish_quietly(tracker, run_url, tell)
     if outcome.sync_command is not None and not storage.is_local(run_url):
-        say(f"W&B: not (all) sent; to send it: python -m pneumo.reporting.tracking sync {run_url}")
+        tell(f"W&B: not (all) sent; to send it: python -m pneumo.tracking sync {run_url}")
         return
     for line in outcome.lines():
-        say(line)
+        tell(line)
 
 
-def finish_quietly(tracker: Tracker, run_url: str) -> TrackingOutcome:
-    """The same without a word."""
+def finish_quietly(tracker: Tracker, run_url: str, tell: Callable[[str], None]) -> TrackingOutcome:
+    """The same, and only what was lost is told."""
     outcome = tracker.finish()
     if outcome.root is not None and not storage.is_local(run_url):
         try:
             if outcome.sync_command is not None:
                 keep_backlog(outcome, run_url)
         except PneumoError as error:  # the job has ended as it has, and its only copy lies there
-            say(f"W&B: not all was sent, nor could it be kept in the run: {error}")
-            say(f"W&B: to send it from here: {outcome.sync_command}")
+            tell(f"W&B: not all was sent, nor could it be kept in the run: {error}")
+            tell(f"W&B: to send it from here: {outcome.sync_command}")
             return replace(outcome, folder=None)
         shutil.rmtree(outcome.root.parent, ignore_errors=True)
     return outcome

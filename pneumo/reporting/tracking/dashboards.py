@@ -1,6 +1,6 @@
 """W&B workspaces as code: three views of a project. Built without a network; saving needs a key.
 
-`python -m pneumo.reporting.tracking.dashboards` prints them as JSON; with `--save --entity TEAM` they are saved.
+`python -m pneumo.dashboards` prints them as JSON; with `--save --entity TEAM` they are saved.
 """
 
 from __future__ import annotations
@@ -117,9 +117,7 @@ def describe_view(view: Any) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pneumo.reporting.tracking.dashboards", description=__doc__
-    )
+    parser = argparse.ArgumentParser(prog="python -m pneumo.dashboards", description=__doc__)
     parser.add_argument("--project", default="pneumo", help="the W&B project (default pneumo)")
     parser.add_argument("--entity", default="", help="the W&B team or user")
     parser.add_argument("--save", action="store_true", help="save them at W&B; needs a key")
@@ -140,7 +138,3 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {name}: not saved ({type(error).__name__}: {message})", file=sys.stderr)
             return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -20,9 +20,9 @@ from jobs.evaluation.shown_studies import describe_age
 from pneumo.config import Config, EvaluateConfig, override
 from pneumo.dataset.quality import ContactSheet
 from pneumo.dataset.shards import read_manifest
-from pneumo.dataset.source import Box
 from pneumo.evaluation.evaluation import evaluate
 from pneumo.evaluation.predictions import Predictions
+from pneumo.images.boxes import Box
 from pneumo.reporting.figures import Case, Pictures
 from pneumo.reporting.tracking import (
     Gallery,

@@ -16,8 +16,7 @@ import pytest
 from jobs.terminal import log_keeper
 from pneumo import storage
 from pneumo.errors import StorageError
-
-CHECKOUT = Path(__file__).resolve().parents[2]
+from tests import CHECKOUT
 
 
 def _start(folder: str, code: str) -> subprocess.Popen[str]:

@@ -77,7 +77,7 @@ def test_each_trial_is_sent_once(
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1
     assert "2 of 2 trials not (all) sent" in said[0]
-    assert f"python -m pneumo.reporting.tracking sync {run}" in said[0]
+    assert f"python -m pneumo.tracking sync {run}" in said[0]
 
 
 def test_a_search_that_is_not_tracked_leaves_nothing(prepared: Prepared, tmp_path: Path) -> None:

@@ -26,8 +26,9 @@ from hypothesis import strategies as st
 from pneumo import storage
 from pneumo.dataset import shards
 from pneumo.dataset.shards import Duplicates, FileEntry, Manifest, Sample, ShardEntry, StudyRow
-from pneumo.dataset.source import Box, Rejected
+from pneumo.dataset.source import Rejected
 from pneumo.errors import DataError, StoreError
+from pneumo.images.boxes import Box
 
 StoreMaker = Callable[..., str]
 SIZE = 8

@@ -22,8 +22,9 @@ from pathlib import Path
 import pydicom
 import pytest
 
-from pneumo.dataset.source import Box, derive_file_key, read_hash_key, read_source, read_split_list
+from pneumo.dataset.source import derive_file_key, read_hash_key, read_source, read_split_list
 from pneumo.errors import SourceError
+from pneumo.images.boxes import Box
 from pneumo.images.dicom import read_header
 
 FolderMaker = Callable[..., Path]

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from pneumo.evaluation.baselines import Metadata
 from pneumo.evaluation.comparison import compare
 from pneumo.evaluation.evaluation import DECISION, SCREENING, check_complete, evaluate
 from pneumo.evaluation.predictions import Predictions, sigmoid
+from tests import CHECKOUT
 
 CONFIG = EvaluateConfig(bootstrap_resamples=200)
 DATASET = {"digest": "d" * 64, "unit": "patient"}
@@ -109,7 +109,7 @@ def test_metrics_json_has_the_documented_form():
 
 
 def test_every_key_of_metrics_json_is_documented():
-    text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    text = (CHECKOUT / "docs" / "metrics.md").read_text()
     found = predictions()
     content = metrics_json(evaluate(found, config=CONFIG, seed=0, train=Metadata.of(found)))
     content["comparison"] = compare(

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from sklearn.metrics import average_precision_score
 
-from pneumo.dataset.source import Box
 from pneumo.errors import MetricError
 from pneumo.evaluation.map_scores import (
     IOU_THRESHOLDS,
@@ -32,6 +31,7 @@ from pneumo.evaluation.map_scores import (
     uniform_map,
     widen,
 )
+from pneumo.images.boxes import Box
 
 SIZE = 12
 boxes_on_map = st.lists(

@@ -21,7 +21,6 @@ from torch import nn
 from pneumo.config import DataConfig
 from pneumo.dataset import shards
 from pneumo.dataset.shards import StudyRow
-from pneumo.dataset.source import Box
 from pneumo.errors import DataError
 from pneumo.evaluation.predictions import (
     SCORING,
@@ -37,6 +36,7 @@ from pneumo.evaluation.predictions import (
     score_pictures,
     sigmoid,
 )
+from pneumo.images.boxes import Box
 from pneumo.loading import loader
 from pneumo.loading.loader import Batch
 from pneumo.loading.sample_order import World

@@ -32,8 +32,8 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
 )
 
-from pneumo.dataset.source import Box
 from pneumo.errors import DicomError, DicomReason
+from pneumo.images.boxes import Box
 from pneumo.images.dicom import (
     MAX_PIXELS,
     apply_window,

@@ -42,6 +42,7 @@ from pydicom.uid import (
 
 from pneumo.errors import DicomError, DicomReason
 from pneumo.images.dicom import decode_gray, read_study_image
+from tests import CHECKOUT
 
 REASONS = set(get_args(DicomReason))
 NUM_EXAMPLES = int(os.environ.get("DICOM_FUZZ_EXAMPLES", "300"))
@@ -49,7 +50,6 @@ SIZE = 32
 TIME_LIMIT_S = 10
 MEMORY_LIMIT_MIB = 1024
 LARGEST_SEED_BYTES = 150_000
-CHECKOUT = Path(__file__).resolve().parents[2]
 
 # 16 x 16 of 8 bits, made with OpenJPH: nothing in the `codecs` extra writes HTJ2K.
 HTJ2K_FRAME = base64.b85decode(

@@ -38,7 +38,7 @@ def contents(folder):
 
 
 def run_cli(*arguments):
-    command = [sys.executable, "-m", "pneumo.dataset.phantoms.source_folder", *map(str, arguments)]
+    command = [sys.executable, "-m", "pneumo.synthetic", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

@@ -11,10 +11,10 @@ import pytest
 from pneumo.config import Config, EvaluateConfig
 from pneumo.dataset.quality import ContactSheet, Intensity, Quality, Shift, SplitQuality
 from pneumo.dataset.shards import Duplicates
-from pneumo.dataset.source import Box
 from pneumo.dataset.splits import SPLITS, Interval, LeakageAudit
 from pneumo.evaluation.evaluation import evaluate
 from pneumo.evaluation.predictions import Predictions, sigmoid
+from pneumo.images.boxes import Box
 from pneumo.reporting.figures import Case, Pictures
 from pneumo.reporting.page import (
     DataFacts,

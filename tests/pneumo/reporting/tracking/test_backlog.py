@@ -3,9 +3,11 @@
 import os
 import shutil
 import struct
+import sys
 from pathlib import Path
 
 import pytest
+from pneumo.reporting.tracking.__main__ import main
 from tests.pneumo.test_tracking import KEY, clean_environment, log_all_but_the_end  # noqa: F401
 from tests.pneumo.wandb_server import serve
 
@@ -13,7 +15,6 @@ from pneumo import storage
 from pneumo.config import TrackingConfig
 from pneumo.errors import TrackingError
 from pneumo.reporting.tracking import open_tracker
-from pneumo.reporting.tracking.__main__ import main
 from pneumo.reporting.tracking.backlog import find_unsent, send_backlog
 from pneumo.reporting.tracking.closing import close_tracker, tracking_folder
 from pneumo.reporting.tracking.transaction_log import read_records, relocate, write_records
@@ -47,7 +48,7 @@ def track(run_url, folder, mode="offline"):
         request_timeout_s=1.0,
     )
     log_all_but_the_end(tracker, folder)
-    close_tracker(tracker, run_url)
+    close_tracker(tracker, run_url, lambda line: print(line, file=sys.stderr))
 
 
 def sync(backend, run_url, monkeypatch):
@@ -114,7 +115,7 @@ def test_a_run_in_a_bucket_leaves_no_temporary_folder(tmp_path, temporary, monke
     assert storage.list_urls(run_url) == []
     track(run_url, tmp_path)
     assert list(temporary.glob("pneumo-*")) == []
-    assert f"python -m pneumo.reporting.tracking sync {run_url}" in capsys.readouterr().err
+    assert f"python -m pneumo.tracking sync {run_url}" in capsys.readouterr().err
     with serve(KEY) as backend:
         monkeypatch.setenv("WANDB_API_KEY", KEY)
         monkeypatch.setenv("WANDB_BASE_URL", backend.url)

@@ -1,4 +1,4 @@
-"""Send to W&B what a run could not send: `python -m pneumo.reporting.tracking sync RUN`.
+"""Send to W&B what a run could not send: `python -m pneumo.tracking sync RUN`.
 
 RUN is a run's folder or URL. Unlike `wandb sync` it finds the files of a run that was moved or lies
 in a bucket, and exits 1 where something did not arrive.
@@ -19,9 +19,7 @@ from pneumo.reporting.tracking.backlog import send_backlog
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pneumo.reporting.tracking", description=__doc__
-    )
+    parser = argparse.ArgumentParser(prog="python -m pneumo.tracking", description=__doc__)
     ways = parser.add_subparsers(dest="way", required=True)
     sync = ways.add_parser("sync", help="send what could not be sent")
     sync.add_argument("run", help="the run's folder or URL")
@@ -34,7 +32,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     print(f"{number} sent" if number else f"{run_url}: nothing to send")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,14 @@
+"""A rectangle around an opacity."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Box(NamedTuple):
+    """A rectangle around an opacity, in pixels; (x, y) is its upper left corner."""
+
+    x: float
+    y: float
+    width: float
+    height: float
