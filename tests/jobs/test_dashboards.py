@@ -23,8 +23,8 @@ from pneumo.training.callbacks import Hooks
 from pneumo.training.fit import fit
 from tests.conftest import StoreMaker
 from tests.jobs.conftest import LocalMailbox
-from tests.jobs.test_sending import case, judged
-from tests.pneumo.test_report_degenerate import looks
+from tests.jobs.evaluation.test_wandb_results import case, judged
+from tests.pneumo.reporting.page.test_degenerate import looks
 
 
 def list_keys(view: Any) -> set[str]:

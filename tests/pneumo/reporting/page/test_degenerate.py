@@ -6,7 +6,6 @@ import re
 
 import numpy as np
 import pytest
-from tests.pneumo.test_report import cases, render, section
 
 from pneumo.config import EvaluateConfig
 from pneumo.evaluation.comparison import ComparedRuns, compare
@@ -25,6 +24,7 @@ from pneumo.reporting import figures
 from pneumo.reporting.figures import Pictures, show_threshold
 from pneumo.reporting.page.formatting import Cell
 from pneumo.reporting.page.saliency_section import judge_looks
+from tests.pneumo.reporting.page.test_page import cases, render, section
 
 NOTHING = Pictures([], {}, {}, [])
 CONFIG = EvaluateConfig(bootstrap_resamples=100)

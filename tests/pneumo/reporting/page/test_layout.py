@@ -7,8 +7,9 @@ import shutil
 import subprocess
 
 import pytest
-from tests.pneumo.test_report import render
-from tests.pneumo.test_report_degenerate import looks
+
+from tests.pneumo.reporting.page.test_degenerate import looks
+from tests.pneumo.reporting.page.test_page import render
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium (apt-get install chromium)")
