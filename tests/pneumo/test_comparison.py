@@ -12,6 +12,8 @@ from pneumo.errors import DataError
 from pneumo.predict import sigmoid
 from tests.predictions import make_predictions
 
+pytestmark = pytest.mark.processors
+
 
 def two_models(n=1000, noise=1.0):
     first = make_predictions(n, images_per_patient=2)

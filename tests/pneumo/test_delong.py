@@ -12,6 +12,8 @@ from pneumo import metrics
 from pneumo.delong import CLUSTERED, INDEPENDENT, delong, delong_test, placements
 from pneumo.errors import MetricError
 
+pytestmark = pytest.mark.processors
+
 
 def simulated(num_patients=80, images_per_patient=1, seed=0, cluster=0.0):
     """(patient, target, first, second): a patient's studies share a part of both scores."""

@@ -44,6 +44,8 @@ from pneumo.errors import DicomError, DicomReason
 from pneumo.studies import Box
 from tests.waiting import count_calls
 
+pytestmark = pytest.mark.processors
+
 DicomMaker = Callable[..., bytes]
 Pixels = npt.NDArray[Any]
 

@@ -36,6 +36,8 @@ from pneumo.codecs import decode_stored, read_format
 from pneumo.dicom import decode_gray, read_study_image
 from pneumo.errors import DicomError
 
+pytestmark = pytest.mark.processors
+
 DicomMaker = Callable[..., bytes]
 Pixels = npt.NDArray[Any]
 

@@ -17,6 +17,8 @@ from pneumo.errors import DataError
 from pneumo.evaluate import DECISION, SCREENING, check_complete, evaluate
 from pneumo.predict import Predictions, sigmoid
 
+pytestmark = pytest.mark.processors
+
 CONFIG = EvaluateConfig(bootstrap_resamples=200)
 DATASET = {"digest": "d" * 64, "unit": "patient"}
 

@@ -25,6 +25,8 @@ from pneumo.explain import (
 )
 from pneumo.model import build_model
 
+pytestmark = pytest.mark.processors
+
 
 @pytest.fixture(scope="module")
 def model():

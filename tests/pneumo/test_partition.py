@@ -21,6 +21,8 @@ from pneumo.partition import (
 )
 from tests.waiting import count_calls
 
+pytestmark = pytest.mark.processors
+
 seeds = st.integers(0, 2**31 - 1)
 epochs = st.integers(0, 1000)
 ranks = st.integers(1, 64)

@@ -41,6 +41,8 @@ from pneumo.predict import (
 from pneumo.shards import StudyRow
 from pneumo.studies import Box
 
+pytestmark = pytest.mark.processors
+
 SIDE = 64
 StoreMaker = Callable[..., str]
 

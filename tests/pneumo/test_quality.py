@@ -42,6 +42,8 @@ from pneumo.shards import (
 )
 from pneumo.splits import SPLITS, Interval, LeakageAudit
 
+pytestmark = pytest.mark.processors
+
 FINDINGS = ("Lung Opacity", "No Lung Opacity / Not Normal", "Normal")
 
 

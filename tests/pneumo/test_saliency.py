@@ -33,6 +33,8 @@ from pneumo.saliency import (
 )
 from pneumo.studies import Box
 
+pytestmark = pytest.mark.processors
+
 SIZE = 12
 boxes_on_map = st.lists(
     st.builds(Box, *[st.floats(-2, 9) for _ in range(2)], *[st.floats(0.5, 8) for _ in range(2)]),

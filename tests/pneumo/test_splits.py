@@ -30,6 +30,8 @@ from pneumo.splits import (
 )
 from pneumo.studies import Finding, Study, read_source
 
+pytestmark = pytest.mark.processors
+
 FINDINGS: tuple[Finding, ...] = ("Lung Opacity", "Normal", "No Lung Opacity / Not Normal")
 
 

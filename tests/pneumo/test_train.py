@@ -131,6 +131,7 @@ def make_learner(model: nn.Module, **changes: Any) -> Learner:
     )
 
 
+@pytest.mark.processors
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
 @pytest.mark.parametrize(("smoothing", "clip"), [(0.0, None), (0.2, 0.5)])
 def test_a_step_is_that_of_plain_torch(
@@ -212,6 +213,7 @@ def test_random_layers_draw_from_the_place_in_the_run() -> None:
     assert not torch.equal(train(1), one)
 
 
+@pytest.mark.processors
 def test_a_compiled_network_learns_the_same() -> None:
     pytest.importorskip("torch._inductor")
     losses = []
@@ -230,6 +232,7 @@ def test_a_compiled_network_learns_the_same() -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
+@pytest.mark.processors
 def test_bfloat16_computes_roughly_and_keeps_exact_weights() -> None:
     """bfloat16 rounds by 2^-9 at most. The network rounds some 40 times one after the other, each
     time either way, so the loss moves by about 40^0.5 * 2^-9 = 0.012; the tolerance is thrice that.
@@ -519,6 +522,7 @@ def test_a_disk_that_is_full_ends_the_run_at_the_first_checkpoint(
     assert told in ([1], [1, 2])
 
 
+@pytest.mark.processors
 def test_a_run_ends_early_when_patience_does(store_url: str, run_url: str) -> None:
     # So small a rate changes no rank: the first epoch stays the best.
     notes: list[str] = []
@@ -592,6 +596,7 @@ def test_waiting_for_data_is_told_in_a_run_of_one_epoch(
     assert sum("% of the time until epoch 1 was spent waiting for data; keep" in n for n in notes)
 
 
+@pytest.mark.processors
 def test_held_or_streamed_a_run_is_the_same_bit_for_bit(store_url: str, run_url: str) -> None:
     notes: list[str] = []
     histories = [
