@@ -2,6 +2,7 @@
 #
 #   make demo       phantoms -> prepare -> tune -> train -> evaluate -> report.html
 #   make test       the tests that take minutes;  make test-slow: the others
+#   make test-processors  what computes, as if on several processors, and on busy cores: minutes
 #   make test-s3    the tests against a real S3 server, which it starts
 #   make test-cluster  as root: faults on Ray clusters of several nodes;  make test-all: all four
 #   make debian     as root: for the tests Debian's dcmtk (a DICOM decoder), etcd, kubectl, Chromium
@@ -54,7 +55,7 @@ IMAGE ?= pneumo:dev
 CONTAINERS ?= $(or $(shell command -v podman),docker)
 WITHOUT_RUN := app.kubernetes.io/component!=run
 
-.PHONY: help setup debian demo prepare train tune evaluate predict dashboards check fix test test-slow test-s3 test-cluster test-all \
+.PHONY: help setup debian demo prepare train tune evaluate predict dashboards check fix test test-slow test-processors test-s3 test-cluster test-all \
   bench bench-train lock clean up down forward image setup-k8s
 
 help:
@@ -155,6 +156,9 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not s3 and not multinode"
+
+test-processors: $(READY)
+	@$(BIN)/python -m tests.processors
 
 test-s3: $(READY)
 	$(BIN)/python -m tests.s3.server -- $(BIN)/python -m pytest -m s3

@@ -208,7 +208,8 @@ class TrainConfig(Section):
     """Share of the steps over which the learning rate rises from 0."""
     precision: Literal["auto", "native", "float32", "bfloat16"] = "auto"
     """Arithmetic of forward and backward; auto: bfloat16 autocast on a GPU, float32 on a CPU;
-    native: bfloat16 also on a CPU that computes in it (AVX512-BF16, AMX)."""
+    native: bfloat16 also on a CPU that computes in it (AVX512-BF16, AMX). Any other CPU imitates
+    bfloat16, as exactly, but a step takes 2 (AVX-512) to 10 times (AVX2) as long as in float32."""
     compile: bool | Literal["max-autotune"] = False
     """torch.compile the network and, on a GPU, the augmentation: half a minute at the start, and
     steps in two thirds of the time on a GPU; max-autotune: the fastest kernels are searched for,

@@ -87,7 +87,7 @@ _PIXEL_SPACING, _IMAGER_SPACING = 0x280030, 0x181164
 _SINGLE_TEXTS = {_SOP_CLASS: b"UI", _PATIENT_ID: b"LO", _SEX: b"CS", _AGE: b"AS", _VIEW: b"CS"}
 _TEXTS = {**_SINGLE_TEXTS, _PIXEL_SPACING: b"DS", _IMAGER_SPACING: b"DS"}
 _MAX_INFLATED_BYTES = 3 * MAX_PIXELS
-_MAX_READS = 500_000  # of a header, two an element: a second's work
+_MAX_READS = 500_000  # of a header, two an element: some seconds' work at most
 _MAX_ELEMENT_BYTES = 2 * 2**20
 _PIXEL_DATA = 0x7FE00010
 _PIXELS = {_PIXEL_DATA, 0x7FE00008, 0x7FE00009}
@@ -326,11 +326,14 @@ def _parse(data: bytes) -> pydicom.Dataset:
         raise DicomError("not a DICOM file", "not_dicom")
     if _DEFLATED in data:
         data = _inflate(data)
+    reads = _Reads(data)
     try:
-        dataset = read_partial(_Reads(data), stop_when=_after_pixels(), force=True)
-    except DicomError:
-        raise
+        dataset = read_partial(reads, stop_when=_after_pixels(), force=True)
     except Exception as error:
+        if reads.left < 0:  # within a sequence pydicom replaces the error by one of its own
+            raise DicomError(
+                f"the header takes more than {_MAX_READS} reads", "too_large"
+            ) from error
         raise DicomError(
             f"the header does not parse: {type(error).__name__}", "not_dicom"
         ) from error
@@ -353,8 +356,8 @@ def _drop_large(dataset: pydicom.Dataset) -> None:
 
 
 class _Reads(io.BytesIO):
-    """A file in memory that is not read in ever so many pieces: eight bytes may be an element, and
-    a small file may inflate to millions of them."""
+    """A file in memory that fails after `_MAX_READS` reads, to bound parsing: eight bytes may be an
+    element, and a small file may inflate to millions of them."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(data)
@@ -363,7 +366,7 @@ class _Reads(io.BytesIO):
     def read(self, size: int | None = -1, /) -> bytes:
         self.left -= 1
         if self.left < 0:
-            raise DicomError(f"the header takes more than {_MAX_READS} reads", "too_large")
+            raise OSError("too many reads")
         return super().read(size)
 
 

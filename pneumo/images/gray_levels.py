@@ -211,8 +211,11 @@ def _palette_table(dataset: pydicom.Dataset, stored: Stored) -> Gray:
         raise DicomError("a palette picture without its palette", "photometric")
     codes = _every_value(stored).astype(np.int64)
     rgb = apply_color_lut(np.maximum(codes, 0), dataset)
-    white = 255.0 if rgb.dtype.itemsize == 1 else 65535.0
-    return np.rint(rgb @ [0.299, 0.587, 0.114] * (255.0 / white)).astype(np.uint8)
+    # In whole numbers: a level may lie half-way between two grays, and floats summed by another
+    # processor's instructions would be rounded the other way.
+    thousandths = rgb.astype(np.int64) @ np.array([299, 587, 114])
+    white = 255 if rgb.dtype.itemsize == 1 else 65535
+    return np.rint(thousandths * 255 / (1000 * white)).astype(np.uint8)
 
 
 def apply_window(

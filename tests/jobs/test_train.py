@@ -86,11 +86,11 @@ def test_more_workers_than_the_cluster_has_is_said_before_the_start(
     code = train.main(
         [
             *("--store", str(prepared.store), "--run", str(tmp_path / "run"), *SMALL),
-            *("--cluster.num-workers", "2", "--cluster.cpus-per-worker", "64"),
+            *("--cluster.num-workers", "2", "--cluster.cpus-per-worker", "64000"),
         ]
     )
     assert code == 1
-    assert "2 workers need 128 CPU (it has" in capsys.readouterr().err
+    assert "2 workers need 128000 CPU (it has" in capsys.readouterr().err
 
 
 _LATE_RANK = """

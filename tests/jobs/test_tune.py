@@ -8,8 +8,6 @@ import re
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +35,7 @@ from pneumo.training.callbacks import Hooks, Start
 from pneumo.tuning.search import ERROR, OBJECTIVE
 from tests.jobs.conftest import SMALL, Prepared
 from tests.jobs.test_prepare import kill
+from tests.waiting import wait_until
 
 QUICK = [
     *SMALL,
@@ -45,13 +44,6 @@ QUICK = [
 WIDE = json.dumps(
     {"train.lr": ["log_uniform", 1e-5, 3e-3], "train.pos_weight": [*("choice", 1, 3)]}
 )
-
-
-def wait_until(is_true: Callable[[], bool], timeout_s: float = 240) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not is_true():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.02)
 
 
 def places(prepared: Prepared, run: Path) -> list[str]:
@@ -141,7 +133,10 @@ def test_the_best_are_trained_again_with_new_seeds(
     assert len(search) == 2
     assert [row["seed"] for row in sorted(confirm, key=lambda r: str(r["name"]))] == [1, 2]
     assert {row["train.lr"] for row in confirm} == {search[0]["train.lr"]}
-    assert len({row["objective"] for row in confirm}) == 2
+    # Of so few studies two objectives may be equal; losses are not.
+    names = [str(row["name"]) for row in confirm]
+    losses = [read_history(trial_url(str(run), name))[0]["train/loss"] for name in names]
+    assert losses[0] != losses[1]
     assert f"confirmed {search[0]['name']}: mean" in capsys.readouterr().out
     assert "2 new seeds" in (run / "best.toml").read_text()
 
@@ -233,7 +228,7 @@ def test_a_copy_that_is_lost_is_read_again_by_who_needs_it(ray_here: None) -> No
     shared = Shared(Config().tune, 0.5, 64, None, {64: {"train": reference}})
     assert len(shared.fetch(64)["train"]) == 1_000_000  # type: ignore[arg-type]
     ray.kill(owner)
-    wait_until(lambda: shared.fetch(64) == {}, timeout_s=30)
+    wait_until(lambda: shared.fetch(64) == {}, "the held split to be given back")
 
 
 @pytest.mark.slow
@@ -249,7 +244,14 @@ def test_trials_of_two_workers_take_turns_on_two_cpus(prepared: Prepared, tmp_pa
     assert tune.main([*places(prepared, alone), *QUICK, "--tune.num-trials", "2"]) == 0
     for one, other in zip(table, read_table(alone), strict=True):
         assert one["train.lr"] == other["train.lr"]
-        assert one["objective"] == pytest.approx(other["objective"], abs=0.02)
+        # The result is the same up to the rounding of sums, which turns no more than a few of the
+        # pairs of a positive and a negative that the objective counts.
+        losses = [
+            read_history(trial_url(str(where), str(one["name"])))[0]["train/loss"]
+            for where in (run, alone)
+        ]
+        assert losses[0] == pytest.approx(losses[1], rel=0.01)
+        assert one["objective"] == pytest.approx(other["objective"], abs=0.1)
 
 
 def test_a_search_that_ends_without_a_trial_says_so_and_can_go_on(
@@ -333,7 +335,9 @@ def strike_later(run: Path, epochs: int) -> list[int]:
     killed: list[int] = []
 
     def strike() -> None:
-        wait_until(lambda: has_epochs(run, "t001", epochs))
+        wait_until(
+            lambda: has_epochs(run, "t001", epochs), f"epoch {epochs} of t001", timeout_s=240
+        )
         victims = [
             process
             for process in psutil.Process().children(recursive=True)
@@ -393,7 +397,11 @@ def test_a_search_that_is_killed_goes_on_where_it_was(prepared: Prepared, tmp_pa
             with (tmp_path / f"{name}-{strike}.log").open("wb") as log:
                 job = subprocess.Popen(command, stdout=log, stderr=log, env=environ)
             target = f"t{1 + 2 * strike:03}"
-            wait_until(lambda run=run, target=target: has_epochs(run, target, 2))  # type: ignore[misc]
+            wait_until(
+                lambda run=run, target=target: has_epochs(run, target, 2),  # type: ignore[misc]
+                f"epoch 2 of {target}",
+                timeout_s=240,
+            )
             kill(job, whole=bool(strike))
         begun = {
             trial.name: trial.epochs for trial in read_trials(str(run)).values() if trial.is_open

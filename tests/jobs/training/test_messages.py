@@ -10,6 +10,7 @@ import pytest
 import ray
 
 from jobs.training.messages import Mailbox
+from tests.waiting import wait_until
 
 
 class _Writer:
@@ -32,9 +33,12 @@ def test_all_messages_of_several_workers_arrive_each_in_order(mailbox: Mailbox) 
     writers = [ray.remote(num_cpus=0)(_Writer).remote() for _ in names]
     writing = [w.write.remote(mailbox, n, count) for w, n in zip(writers, names, strict=True)]
     received: list[tuple[str, int]] = []
-    deadline_s = time.monotonic() + 60
-    while len(received) < count * len(names) and time.monotonic() < deadline_s:
-        received += mailbox.take(0.01)  # ends again and again just as something comes
+
+    def take_all() -> bool:
+        received.extend(mailbox.take(0.01))  # ends again and again just as something comes
+        return len(received) >= count * len(names)
+
+    wait_until(take_all, lambda: f"all messages, of which {len(received)} came", pause_s=0)
     ray.get(writing)
     for name in names:
         assert [number for of, number in received if of == name] == list(range(count))
@@ -48,12 +52,12 @@ def test_a_message_is_there_once_put_has_returned(mailbox: Mailbox) -> None:
 
 
 def test_who_takes_is_woken_at_once_and_otherwise_after_the_timeout(mailbox: Mailbox) -> None:
-    waiting = mailbox.actor.take.remote(30.0)
+    waiting = mailbox.actor.take.remote(3600.0)
     mailbox.put("now")
-    assert ray.get(waiting, timeout=10) == ["now"]
+    assert ray.get(waiting, timeout=120) == ["now"]
     begun_s = time.monotonic()
     assert mailbox.take(0.4) == []
-    assert 0.35 < time.monotonic() - begun_s < 10
+    assert time.monotonic() - begun_s > 0.35
 
 
 def test_a_lost_mailbox_is_an_error_of_ray(ray_here: None) -> None:

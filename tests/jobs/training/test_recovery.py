@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +30,7 @@ from pneumo.errors import (
     StorageError,
 )
 from pneumo.training.checkpoints import CheckpointEntry, CheckpointIndex
+from tests.waiting import wait_until
 
 ONE_CPU = {"CPU": 1.0}
 AWAY = StorageError("storage: s3://bucket/store/manifest.json: tried again for 120 s")
@@ -105,11 +105,7 @@ def fail(*causes: BaseException) -> WorkerGroupError:
 
 def wait_for_nodes() -> list[Node]:
     """Those with a free CPU: what an earlier test used may not be free at once."""
-    deadline_s = time.monotonic() + 60
-    while not (nodes := usable_nodes(ONE_CPU)):
-        assert time.monotonic() < deadline_s
-        time.sleep(0.1)
-    return nodes
+    return wait_until(lambda: usable_nodes(ONE_CPU), "a node with a free CPU")
 
 
 def run(script: Script, board: Board, urls: tuple[str, str] = REMOTE_RUN, **cluster: Any) -> None:
@@ -315,9 +311,9 @@ def test_the_nodes_of_this_cluster_answer_and_a_closed_port_does_not(ray_here: N
 def test_what_a_cluster_lacks_is_said_after_the_wait(ray_here: None) -> None:
     (here,) = list_nodes()
     there = here.total["CPU"]
-    message = rf"cluster: 2 workers need 128 CPU \(it has {there:g}, [\d.]+ free\); waited 0 s; low"
+    message = rf"2 workers need 128000 CPU \(it has {there:g}, [\d.]+ free\); waited 0 s; low"
     with pytest.raises(ClusterError, match=message):
-        wait_for_workers(ClusterConfig(num_workers=2), {"CPU": 64.0}, timeout_s=0)
+        wait_for_workers(ClusterConfig(num_workers=2), {"CPU": 64_000.0}, timeout_s=0)
 
 
 def test_a_place_in_a_run_is_said_in_a_few_words() -> None:

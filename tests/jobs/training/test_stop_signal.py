@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import ray
 
 from jobs.training.stop_signal import Board
+from tests.waiting import wait_until
 
 
 class _Worker:
@@ -32,13 +33,6 @@ def start_worker(board: Board, rank: int) -> Any:
     return worker
 
 
-def wait_until(is_so: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + 30
-    while not is_so():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.05)
-
-
 def ends(worker: Any) -> bool:
     try:
         ray.get(worker.pid.remote())
@@ -56,12 +50,12 @@ def board(ray_here: None) -> Iterator[Board]:
 
 def test_an_order_reaches_who_listens_and_who_comes_later(board: Board) -> None:
     first = start_worker(board, 0)
-    wait_until(lambda: len(board.members()) == 1)
+    wait_until(lambda: len(board.members()) == 1, "the worker to be a member")
     assert not ray.get(first.has_heard.remote())
     board.post("stop")
     second = start_worker(board, 1)
     for worker in (first, second):
-        wait_until(lambda worker=worker: ray.get(worker.has_heard.remote()))
+        wait_until(lambda worker=worker: ray.get(worker.has_heard.remote()), "the order to arrive")
     assert [member.rank for member in board.members()] == [0, 1]
     assert {m.node_id for m in board.members()} == {ray.get_runtime_context().get_node_id()}
     for worker in (first, second):
@@ -73,7 +67,7 @@ def test_what_was_posted_before_is_not_for_the_next_group(board: Board) -> None:
     board.clear()
     assert board.members() == []
     worker = start_worker(board, 0)
-    wait_until(lambda: len(board.members()) == 1)
+    wait_until(lambda: len(board.members()) == 1, "the worker to be a member")
     time.sleep(0.3)
     assert not ray.get(worker.has_heard.remote())
     ray.kill(worker)
@@ -82,12 +76,12 @@ def test_what_was_posted_before_is_not_for_the_next_group(board: Board) -> None:
 def test_a_process_that_is_abandoned_ends(board: Board) -> None:
     worker = start_worker(board, 0)
     board.post("abandon")
-    wait_until(lambda: ends(worker))
+    wait_until(lambda: ends(worker), "the abandoned process to end")
 
 
 def test_a_process_whose_board_is_lost_ends(ray_here: None) -> None:
     board = Board()
     worker = start_worker(board, 0)
-    wait_until(lambda: len(board.members()) == 1)
+    wait_until(lambda: len(board.members()) == 1, "the worker to be a member")
     ray.kill(board.actor)
-    wait_until(lambda: ends(worker))
+    wait_until(lambda: ends(worker), "the abandoned process to end")

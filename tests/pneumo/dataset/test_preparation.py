@@ -585,21 +585,23 @@ def test_files_of_a_bucket_are_read_while_others_are_decoded(
     preparation.file(plan, 5).unlink()
     assert preparation.do(plan, tmp_path / "from_disk") == (1, 0)
     images = Path(plan.studies[0].url).parent
-    under_way, most, lock = 0, 0, threading.Lock()
+    under_way, most, changed = 0, 0, threading.Condition()
     of_disk = storage.read_bytes
 
     def answer_late(url: str, **options: Any) -> bytes:
         nonlocal under_way, most
         if not url.startswith("s3://rsna/"):
             return of_disk(url, **options)
-        with lock:
+        with changed:
             under_way += 1
             most = max(most, under_way)
+            changed.notify_all()
+            assert changed.wait_for(lambda: most >= 4, 120), f"waited for 4 reads, got {most}"
         try:
             time.sleep(random.random() / 50)
             return (images / url.rsplit("/", 1)[1]).read_bytes()
         finally:
-            with lock:
+            with changed:
                 under_way -= 1
 
     monkeypatch.setattr(storage, "read_bytes", answer_late)

@@ -30,6 +30,8 @@ from pneumo.dataset.splits import (
 )
 from pneumo.errors import SourceError
 
+pytestmark = pytest.mark.processors
+
 FINDINGS: tuple[Finding, ...] = ("Lung Opacity", "Normal", "No Lung Opacity / Not Normal")
 
 

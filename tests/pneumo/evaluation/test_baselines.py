@@ -22,6 +22,8 @@ from pneumo.evaluation.baselines import (
 )
 from tests.predictions import make_predictions
 
+pytestmark = pytest.mark.processors
+
 
 def resample(rows, parts):
     return metrics.resample_parts(rows.patient, parts, resamples=200, seed=0)

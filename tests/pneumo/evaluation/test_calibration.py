@@ -28,6 +28,8 @@ from pneumo.evaluation.calibration import (
 from pneumo.evaluation.predictions import sigmoid
 from tests.predictions import make_predictions
 
+pytestmark = pytest.mark.processors
+
 
 def drawn(n=2000, seed=0, slope=1.0, shift=0.0):
     """(target, logit): the truth is sigmoid((logit - shift) / slope)."""

@@ -12,6 +12,8 @@ from pneumo.evaluation.comparison import compare
 from pneumo.evaluation.predictions import sigmoid
 from tests.predictions import make_predictions
 
+pytestmark = pytest.mark.processors
+
 
 def two_models(n=1000, noise=1.0):
     first = make_predictions(n, images_per_patient=2)

@@ -15,6 +15,8 @@ from pneumo.evaluation.decision_curve import (
 )
 from tests.predictions import make_predictions
 
+pytestmark = pytest.mark.processors
+
 
 def draw(n=500, **columns):
     rows = make_predictions(n)

@@ -12,6 +12,8 @@ from pneumo.errors import MetricError
 from pneumo.evaluation import metrics
 from pneumo.evaluation.delong import CLUSTERED, INDEPENDENT, delong, delong_test, placements
 
+pytestmark = pytest.mark.processors
+
 
 def simulated(num_patients=80, images_per_patient=1, seed=0, cluster=0.0):
     """(patient, target, first, second): a patient's studies share a part of both scores."""

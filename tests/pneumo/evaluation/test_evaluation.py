@@ -17,6 +17,8 @@ from pneumo.evaluation.evaluation import DECISION, SCREENING, check_complete, ev
 from pneumo.evaluation.predictions import Predictions, sigmoid
 from tests import CHECKOUT
 
+pytestmark = pytest.mark.processors
+
 CONFIG = EvaluateConfig(bootstrap_resamples=200)
 DATASET = {"digest": "d" * 64, "unit": "patient"}
 

@@ -28,6 +28,8 @@ from pneumo.evaluation import metrics
 from pneumo.evaluation.delong import delong
 from tests.predictions import judge_threshold, with_scores
 
+pytestmark = pytest.mark.processors
+
 relaxed = settings(max_examples=50, deadline=None)
 
 

@@ -22,6 +22,8 @@ from pneumo.evaluation.operating_points import (
 )
 from tests.predictions import judge_threshold, make_predictions, with_scores
 
+pytestmark = pytest.mark.processors
+
 CONFIG = EvaluateConfig()
 
 

@@ -42,6 +42,8 @@ from pneumo.loading.loader import Batch
 from pneumo.loading.sample_order import World
 from pneumo.network.backbones import build_model
 
+pytestmark = pytest.mark.processors
+
 SIDE = 64
 StoreMaker = Callable[..., str]
 

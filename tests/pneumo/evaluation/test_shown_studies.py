@@ -25,6 +25,8 @@ from pneumo.evaluation.shown_studies import (
 )
 from pneumo.network.backbones import build_model
 
+pytestmark = pytest.mark.processors
+
 
 @pytest.fixture(scope="module")
 def model():

@@ -13,6 +13,8 @@ from pneumo.evaluation.metrics import Resampled
 from pneumo.evaluation.subgroups import divide_studies, find_worst, judge_subgroups, subgroup_parts
 from tests.predictions import make_predictions
 
+pytestmark = pytest.mark.processors
+
 THRESHOLD = 0.3
 
 

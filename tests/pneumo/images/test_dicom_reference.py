@@ -36,6 +36,8 @@ from pneumo.errors import DicomError
 from pneumo.images.dicom import decode_gray, read_study_image
 from pneumo.images.pixel_decoders import decode_stored, read_format
 
+pytestmark = pytest.mark.processors
+
 DicomMaker = Callable[..., bytes]
 Pixels = npt.NDArray[Any]
 

@@ -25,6 +25,8 @@ from pneumo.loading.augmentation import (
     warp,
 )
 
+pytestmark = pytest.mark.processors
+
 UNMOVED = {"rotation_degrees": 0, "translation_fraction": 0, "scale_fraction": 0}
 UNTINTED = {"brightness_fraction": 0, "contrast_fraction": 0, "gamma_fraction": 0}
 STILL = AugmentConfig(**UNMOVED, **UNTINTED)

@@ -24,6 +24,9 @@ from pneumo.errors import ConfigError, DataError
 from pneumo.loading import augmentation, feeds, loader, sample_order
 from pneumo.loading.loader import Batch, Loader, choose_ways
 from pneumo.loading.sample_order import World
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.processors
 
 StoreMaker = Callable[..., str]
 
@@ -139,10 +142,7 @@ def readers_alive() -> list[str]:
 
 
 def wait_for_readers_to_end() -> None:
-    deadline_s = time.monotonic() + 10
-    while readers_alive() and time.monotonic() < deadline_s:
-        time.sleep(0.01)
-    assert readers_alive() == []
+    wait_until(lambda: not readers_alive(), lambda: f"the threads {readers_alive()} to end")
 
 
 # --- sizes ----------------------------------------------------------------------------------------
@@ -390,9 +390,10 @@ def test_a_stream_reads_ahead_as_far_as_it_is_told(
     batches = train_batches(data)
     next(batches)
     first = len(blocks_of(data, range(1)))
-    deadline_s = time.monotonic() + 10
-    while len(counted.reads) < first + 3 and time.monotonic() < deadline_s:
-        time.sleep(0.01)
+    wait_until(
+        lambda: len(counted.reads) >= first + 3,
+        lambda: f"{first + 3} reads, of which there are {len(counted.reads)}",
+    )
     time.sleep(0.05)
     assert len(counted.reads) == first + 3
 

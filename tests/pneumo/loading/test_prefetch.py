@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 
 import pytest
 import torch
 from torch import Tensor
 
 from pneumo.loading.prefetch import run_ahead, send
+from tests.waiting import wait_until
 
 CPU = torch.device("cpu")
 
@@ -38,13 +39,6 @@ def no_tensors(batch: int) -> list[Tensor]:
     return []
 
 
-def wait_until(is_so: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + 20
-    while not is_so():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.01)
-
-
 def threads() -> int:
     return sum(thread.name.startswith("pneumo-ahead") for thread in threading.enumerate())
 
@@ -52,7 +46,7 @@ def threads() -> int:
 def test_all_come_in_their_order_and_the_thread_ends() -> None:
     source = Source(20)
     assert list(run_ahead(source.generate(), CPU, no_tensors)) == list(range(20))
-    wait_until(lambda: source.is_closed and threads() == 0)
+    wait_until(lambda: source.is_closed and threads() == 0, "the thread to end")
 
 
 def test_the_next_is_made_while_one_is_in_use_and_no_more() -> None:
@@ -60,7 +54,10 @@ def test_the_next_is_made_while_one_is_in_use_and_no_more() -> None:
     batches = run_ahead(source.generate(), CPU, no_tensors)
     for number in (0, 1, 2):
         assert next(batches) == number
-        wait_until(lambda number=number: source.made == list(range(number + 2)))
+        wait_until(
+            lambda number=number: source.made == list(range(number + 2)),
+            f"batch {number + 1} to be made while {number} is in use",
+        )
     time.sleep(0.1)
     assert source.made == [0, 1, 2, 3]
     del batches
@@ -73,7 +70,7 @@ def test_what_fails_is_raised_in_its_place(failing_at: int) -> None:
         assert next(batches) == number
     with pytest.raises(ValueError, match=f"number {failing_at}"):
         next(batches)
-    wait_until(lambda: threads() == 0)
+    wait_until(lambda: threads() == 0, "the thread to end")
 
 
 @pytest.mark.parametrize("dropped", [False, True])
@@ -84,7 +81,7 @@ def test_a_consumer_that_leaves_ends_it(dropped: bool) -> None:
     if not dropped:
         batches.close()  # type: ignore[attr-defined]
     del batches
-    wait_until(lambda: source.is_closed and threads() == 0)
+    wait_until(lambda: source.is_closed and threads() == 0, "the thread to end")
     assert len(source.made) <= 2
 
 

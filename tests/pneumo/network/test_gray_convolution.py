@@ -11,6 +11,8 @@ from pneumo.config import ModelConfig
 from pneumo.network.backbones import build_model
 from pneumo.network.gray_convolution import Stem, convolve_unshuffled
 
+pytestmark = pytest.mark.processors
+
 # Of ResNet and DenseNet, EfficientNet, ConvNeXt; then others.
 KERNELS = [(7, 2, 3), (3, 2, 1), (4, 4, 0), (5, 2, 2), (2, 2, 0), (8, 4, 2), (1, 1, 0), (5, 3, 1)]
 

@@ -571,7 +571,7 @@ def test_what_is_said_while_trying_again_tells_the_label(caplog: pytest.LogCaptu
 
     def read(fs: object, path: str) -> bytes:
         if not caplog.records:
-            assert time.monotonic() - started_s < 60
+            assert time.monotonic() - started_s < 100, "in 100 s nothing is said"
             raise ConnectionError(f"cannot connect to https://host/b/{SECRET}")
         return b"data"
 

@@ -8,7 +8,6 @@ import io
 import json
 import os
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from pneumo.training.checkpoints import (
     read_index,
     save_checkpoint,
 )
+from tests.waiting import wait_until
 
 
 def make_checkpoint(epoch: int = 1, auroc: float | None = 0.7, **changes: Any) -> Checkpoint:
@@ -434,21 +434,16 @@ def test_what_waiting_does_not_mend_is_raised_as_soon_as_it_is_known() -> None:
 
     def fill() -> None:
         begun.set()
-        go.wait(20)
+        go.wait(120)
         raise CheckpointError("no checkpoint could be written: No space left on device")
 
     writer.submit(fill)
-    begun.wait(20)
+    assert begun.wait(120), "the write did not begin"
     writer.check()  # still under way
     go.set()
 
-    def keep_checking() -> None:
-        for _ in range(200):
-            writer.check()
-            time.sleep(0.05)
-
     with pytest.raises(CheckpointError, match="No space left"):
-        keep_checking()
+        wait_until(writer.check, "the failure to be raised")
     writer.close()
     assert told == []
 

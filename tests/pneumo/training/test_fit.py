@@ -132,6 +132,7 @@ def make_learner(model: nn.Module, **changes: Any) -> Learner:
     )
 
 
+@pytest.mark.processors
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
 @pytest.mark.parametrize(("smoothing", "clip"), [(0.0, None), (0.2, 0.5)])
 def test_a_step_is_that_of_plain_torch(
@@ -213,6 +214,7 @@ def test_random_layers_draw_from_the_place_in_the_run() -> None:
     assert not torch.equal(train(1), one)
 
 
+@pytest.mark.processors
 def test_a_compiled_network_learns_the_same() -> None:
     pytest.importorskip("torch._inductor")
     losses = []
@@ -231,17 +233,27 @@ def test_a_compiled_network_learns_the_same() -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
+@pytest.mark.processors
 def test_bfloat16_computes_roughly_and_keeps_exact_weights() -> None:
+    """bfloat16 rounds by 2^-9 at most. The network rounds some 40 times one after the other, each
+    time either way, so the loss moves by about 40^0.5 * 2^-9 = 0.012; the tolerance is thrice that.
+
+    It holds where each normalisation sees many values, here 64 and more. Over the three values of
+    a micro-batch that has shrunk to 1x1, rounding may turn a sign.
+    """
+    generator = torch.Generator().manual_seed(0)
+    images, targets = torch.randn(16, 1, 64, 64, generator=generator), torch.arange(16) % 3 == 0
+    batch = Batch(images, targets.float(), tuple(map(str, range(16))))
     losses = []
     for precision in ("float32", "bfloat16"):
         model = make_model()
-        learner = make_learner(model, precision=precision)
-        loss, _ = learner.learn(make_batch(), epoch=0, step=0, num_steps=1, lr=1e-3)
+        learner = make_learner(model, precision=precision, batch_size=16, micro_batch_size=16)
+        loss, _ = learner.learn(batch, epoch=0, step=0, num_steps=1, lr=1e-3)
         assert loss.dtype == torch.float32
         assert {p.dtype for p in model.parameters()} == {torch.float32}
         losses.append(float(loss))
     assert losses[0] != losses[1]
-    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    assert losses[0] == pytest.approx(losses[1], rel=0.036)
 
 
 def test_the_arithmetic_follows_the_device_unless_it_is_set() -> None:
@@ -511,15 +523,17 @@ def test_a_disk_that_is_full_ends_the_run_at_the_first_checkpoint(
     assert told in ([1], [1, 2])
 
 
+@pytest.mark.processors
 def test_a_run_ends_early_when_patience_does(store_url: str, run_url: str) -> None:
     # So small a rate changes no rank: the first epoch stays the best.
     notes: list[str] = []
-    config = override(SMALL, {"train.lr": 1e-30, "train.epochs": 9, "train.patience": 2})
+    # Only running statistics change, so no record is broken for long.
+    config = override(SMALL, {"train.lr": 1e-30, "train.epochs": 40, "train.patience": 2})
     config = override(config, {"train.optimizer": "sgd"})
     history = run(config, store_url, run_url, on_note=notes.append)
     scores = [record["val/auroc"] or 0.0 for record in history]
     best = scores.index(max(scores))
-    assert len(history) == best + 3 < 9
+    assert len(history) == best + 3 < 40
     index = read_index(run_url)
     assert index.finished
     assert index.stopped_early
@@ -530,6 +544,7 @@ def test_the_pace_is_told_once_a_second_and_at_the_end_of_an_epoch(
     store_url: str, run_url: str
 ) -> None:
     paces: list[Pace] = []
+    begun_s = time.monotonic()
     history = run(
         override(SMALL, {"train.epochs": 1}),
         store_url,
@@ -537,10 +552,12 @@ def test_the_pace_is_told_once_a_second_and_at_the_end_of_an_epoch(
         on_pace=paces.append,
         on_step=lambda epoch, step, steps: time.sleep(1.1 if step == 1 else 0),
     )
-    assert [(pace.epoch, pace.step, pace.steps) for pace in paces][-2:] == [(1, 2, 4), (1, 4, 4)]
-    *_, second, last = paces
+    assert len(paces) <= time.monotonic() - begun_s + 1
+    by_place = {(pace.epoch, pace.step, pace.steps): pace for pace in paces}
+    second, last = by_place[1, 2, 4], by_place[1, 4, 4]
+    assert last is paces[-1]
     losses = [pace.metrics["train/loss"] or 0.0 for pace in paces]
-    if len(paces) == 2:  # a busy machine may take a second for more steps
+    if len(paces) == 2:  # on a busy machine more steps may take a second
         assert (2 * losses[0] + 2 * losses[1]) / 4 == pytest.approx(history[0]["train/loss"])
     assert all((pace.metrics["grad_norm"] or 0) > 0 for pace in paces)
     assert last.metrics["grad_norm"] == history[0]["grad_norm"] != second.metrics["grad_norm"]
@@ -580,6 +597,7 @@ def test_waiting_for_data_is_told_in_a_run_of_one_epoch(
     assert sum("% of the time until epoch 1 was spent waiting for data; keep" in n for n in notes)
 
 
+@pytest.mark.processors
 def test_held_or_streamed_a_run_is_the_same_bit_for_bit(store_url: str, run_url: str) -> None:
     notes: list[str] = []
     histories = [

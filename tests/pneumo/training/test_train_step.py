@@ -11,6 +11,8 @@ import torch
 
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.processors
+
 _RANK = """
 from pneumo.config import TrainConfig
 from pneumo.training.train_step import Learner

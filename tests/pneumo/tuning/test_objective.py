@@ -23,6 +23,8 @@ from pneumo.tuning.objective import (
     smooth,
 )
 
+pytestmark = pytest.mark.processors
+
 OBJECTIVES: tuple[Objective, ...] = ("auroc", "sensitivity", "log_loss")
 
 
