@@ -1,0 +1,45 @@
+"""URLs: what they name, and how they are put together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import fsspec
+
+from pneumo.errors import UserError
+
+_SHELL_SCHEMES = frozenset({"pipe", "cmd", "sh", "bash", "ssh", "sftp"})
+
+
+def is_local(url: str) -> bool:
+    """Whether `url` names a path of this machine."""
+    return "://" not in url or url.startswith("file://")
+
+
+def local_path(url: str) -> Path:
+    """The path that a local URL names, absolute."""
+    return Path(url.removeprefix("file://")).expanduser().absolute()
+
+
+def normalise(url: str) -> str:
+    """`url` as the jobs pass it on: absolute when local (workers change directory), no final slash.
+
+    Raises UserError for a scheme that would run a command, or that fsspec does not know.
+    """
+    scheme = url.split(":", 1)[0] if ":" in url else ""
+    if scheme in _SHELL_SCHEMES:
+        raise UserError(f"storage: '{scheme}:' URLs are refused; use a path, file:// or s3://")
+    if is_local(url):
+        return str(local_path(url))
+    if scheme not in fsspec.available_protocols():
+        raise UserError(f"storage: unknown scheme in '{url}'; use a path, file:// or s3://")
+    return url.rstrip("/")
+
+
+def join(url: str, *parts: str) -> str:
+    """`url` with `parts` below it."""
+    return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def is_s3(url: str) -> bool:
+    return url.startswith(("s3://", "s3a://"))
