@@ -1,24 +1,17 @@
-"""Which errors of a server are permanent, and what is said of them."""
+"""Which errors of a server are permanent, and what a person is told of them."""
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from pneumo.errors import AccessError, ContentError, StorageError, UserError
+from pneumo.errors import AccessError, StorageError, UserError
 from pneumo.storage.connection import ANONYMOUS
 
-
-def ends_early(name: str, start: int, length: int, end: int) -> ContentError:
-    return ContentError(
-        f"storage: {name}: ends at byte {end}; bytes {start} to {start + length - 1} were asked for"
-    )
-
-
 _REFUSALS: Mapping[str, tuple[str, str]] = {
-    "NoSuchBucket": ("no such bucket", "create it first, or mend its name"),
-    "InvalidBucketName": ("not a bucket's name", "mend it"),
+    "NoSuchBucket": ("no such bucket", "create it first, or correct its name"),
+    "InvalidBucketName": ("not a bucket's name", "correct it"),
     "AccessDenied": (
         "no right to do this",
         "the key needs s3:GetObject, s3:PutObject, s3:DeleteObject and s3:ListBucket there",
@@ -44,7 +37,6 @@ _REFUSALS: Mapping[str, tuple[str, str]] = {
 }
 """S3 error code -> what is wrong, what to do."""
 
-
 _PASSING_CODES = frozenset(
     {
         *("SlowDown", "Throttling", "TooManyRequests", "429", "RequestTimeout", "408"),
@@ -52,79 +44,64 @@ _PASSING_CODES = frozenset(
         *("BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch"),
     }
 )
-"""Errors of kind 4xx that another try may not meet: overload, and what the network did to us."""
-
+"""4xx that another try may not meet: overload, and bytes that the network changed."""
 
 _NO_CREDENTIALS = frozenset({"NoCredentialsError", "PartialCredentialsError"})
-
-
-_MISTAKES = (
-    *(TypeError, ValueError, LookupError, AttributeError, NameError, AssertionError),
-    *(ArithmeticError, NotImplementedError),
-)
-"""Of a program, ours or a library's: no waiting mends them."""
-
-
 _BAD_SETUP = frozenset(
     {"ProfileNotFound", "ConfigParseError", "InvalidRegionError", "ParamValidationError"}
 )
+"""Names of botocore's errors, which is imported only where S3 is used."""
+_PROGRAM_ERRORS = (
+    *(TypeError, ValueError, LookupError, AttributeError, NameError, AssertionError),
+    *(ArithmeticError, NotImplementedError),
+)
+"""Mistakes in a program, ours or a library's: another try meets them again."""
 
 
-def describe(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, or else its kind."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def name_kind(error: BaseException) -> str:
-    return type(error).__name__
+def permanent_error(error: Exception, name: str, text: str | None = None) -> Exception | None:
+    """What to raise for an error that another try would meet again; None for passing trouble.
 
-
-def permanent_error(
-    error: Exception, name: str, describe: Callable[[BaseException], str] = describe
-) -> Exception | None:
-    """What to raise for an error that no waiting mends; None for passing trouble.
-
-    `name` and `describe` say what is told of the object and of the error.
+    `name` is what the object is called, `text` what is told of the error: its first line if None.
     """
     if isinstance(error, (StorageError, UserError)):
         return error
     if isinstance(error, ImportError):  # fsspec's, which says what to install
-        return UserError(f"storage: {name}: {describe(error)}, on every node of the cluster")
+        return UserError(f"storage: {name}: {first_line(error)}, on every node of the cluster")
+    text = first_line(error) if text is None else text
     code, operation = s3_error(error)
     if code is not None:
-        return _permanent_s3_error(error, code, operation or "", name, describe)
+        return _permanent_s3_error(error, code, operation, name, text)
     kind = type(error).__name__
     if kind in _NO_CREDENTIALS:
         return AccessError(
             f"storage: no credentials for {name}; set AWS_PROFILE or AWS_ACCESS_KEY_ID and "
             f"AWS_SECRET_ACCESS_KEY, or {ANONYMOUS}=1 for a public bucket"
         )
-    said = describe(error)
     if kind in _BAD_SETUP:
-        return AccessError(f"storage: {name}: {said}")
+        return AccessError(f"storage: {name}: {text}")
     if isinstance(error, ValueError) and str(error).startswith("Invalid endpoint"):
-        return AccessError(
-            f"storage: {name}: {said}; AWS_ENDPOINT_URL is to be http(s)://host:port"
-        )
+        return AccessError(f"storage: {name}: {text}; AWS_ENDPOINT_URL must be http(s)://host:port")
     if any(sign in str(error) for sign in ("CERTIFICATE_VERIFY_FAILED", "WRONG_VERSION_NUMBER")):
         return AccessError(
-            f"storage: {name}: {said}; check http or https in AWS_ENDPOINT_URL, or set "
+            f"storage: {name}: {text}; check http or https in AWS_ENDPOINT_URL, or set "
             "AWS_CA_BUNDLE"
         )
     if isinstance(error, FileNotFoundError):
-        return no_such_object(name)
+        return _no_such_object(name)
     if isinstance(error, PermissionError):
-        return AccessError(f"storage: access to {name} refused: {said}")
-    if isinstance(error, _MISTAKES):
-        return StorageError(f"storage: {name}: {kind}: {said}")
+        return AccessError(f"storage: access to {name} refused: {text}")
+    if isinstance(error, _PROGRAM_ERRORS):
+        return StorageError(f"storage: {name}: {kind}: {text}")
     return None
 
 
 def _permanent_s3_error(
-    error: Exception,
-    code: str,
-    operation: str,
-    name: str,
-    describe: Callable[[BaseException], str],
+    error: Exception, code: str, operation: str, name: str, text: str
 ) -> Exception | None:
     """`permanent_error` for what an S3 server, or something else that speaks HTTP, answered."""
     if operation.startswith("AssumeRole"):
@@ -137,38 +114,39 @@ def _permanent_s3_error(
     if code in _PASSING_CODES:
         return None
     if code.isdecimal():
-        # The answer had no body with S3's own code. To HEAD that is usual.
+        # The answer had no body with S3's own code, as is usual for HEAD.
         if int(code) >= 500 and code != "501":
             return None
         if not operation.startswith("Head"):
-            return not_s3(name, f"HTTP {code}")
+            return not_s3(name, f" (HTTP {code})")
     if isinstance(error, FileNotFoundError):
-        return no_such_object(name)
+        return _no_such_object(name)
     if isinstance(error, PermissionError):
         return AccessError(f"storage: access to {name} refused: {code}")
     status = _s3_response(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
     if 400 <= status < 500 or status == 501:
-        return StorageError(f"storage: {name}: the server refuses: {code}: {describe(error)}")
+        return StorageError(f"storage: {name}: the server refuses: {code}: {text}")
     return None
 
 
-def no_such_object(name: str) -> FileNotFoundError:
+def _no_such_object(name: str) -> FileNotFoundError:
     return FileNotFoundError(errno.ENOENT, "no such object", name)
 
 
-def not_s3(name: str, answered: str = "") -> AccessError:
+def not_s3(name: str, answer: str = "") -> AccessError:
+    """The error for a server that speaks HTTP, but not S3."""
     return AccessError(
-        f"storage: {name}: something answered, but not as an S3 server does"
-        f"{f' ({answered})' if answered else ''}; check AWS_ENDPOINT_URL"
+        f"storage: {name}: something answered, but not as an S3 server does{answer}; check "
+        "AWS_ENDPOINT_URL"
     )
 
 
-def s3_error(error: BaseException) -> tuple[str | None, str | None]:
-    """The code and the operation of botocore's ClientError; a message may quote a key that looks
-    like a code. s3fs hides it behind an error of Python's."""
-    response = _s3_response(error)
+def s3_error(error: BaseException) -> tuple[str | None, str]:
+    """The code and the operation of botocore's ClientError, which s3fs hides behind an error of
+    Python's; not from the message, which may quote a key that looks like a code."""
     source = error if getattr(error, "response", None) else error.__cause__
-    return response.get("Error", {}).get("Code"), getattr(source, "operation_name", None)
+    code = _s3_response(error).get("Error", {}).get("Code")
+    return code, getattr(source, "operation_name", "")
 
 
 def _s3_response(error: BaseException) -> Mapping[str, Any]:

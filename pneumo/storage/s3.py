@@ -5,25 +5,26 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NoReturn
 
 from fsspec.asyn import sync
 
 from pneumo.errors import StorageError
-from pneumo.storage.failures import ends_early, not_s3, s3_error
+from pneumo.storage.failures import not_s3, s3_error
 from pneumo.storage.retries import CHUNK_BYTES, retried
+from pneumo.storage.urls import Range
 
 _MOST_BYTES_OF_A_PUT = 5 * 2**30
+_CONDITION_FAILED = frozenset({"PreconditionFailed", "412"})
 
 
 class ResumableRead:
     """A read from S3 under way: what has arrived so far, and of which version of the object."""
 
-    def __init__(self, name: str, start: int, length: int | None) -> None:
-        """`name` is what errors call the object."""
-        self.name, self.start, self.asked = name, start, length
+    def __init__(self, wanted: Range) -> None:
+        self.wanted = wanted
         self.received = 0
         """All bytes that came, those of a version since replaced too."""
         self._begin()
@@ -32,18 +33,22 @@ class ResumableRead:
         self.chunks: list[bytes] = []
         self.held = 0
         """Bytes in `chunks`."""
-        self.length = self.asked
-        self.version: str | None = None
+        self.length = self.wanted.length
+        self.etag: str | None = None
 
     def go_on(self, fs: Any, path: str) -> None:
-        """Ask once for what is missing, and take it."""
+        """Ask once for what is missing, and take it.
+
+        Raises ContentError when the object ends before; any other error leaves what has come, for
+        the next call to go on from.
+        """
         sync(fs.loop, self._receive, fs, path)
 
     async def _receive(self, fs: Any, path: str) -> None:
-        first = self.start + self.held
-        last = "" if self.length is None else self.start + self.length - 1
+        first = self.wanted.start + self.held
+        last = "" if self.length is None else self.wanted.start + self.length - 1
         bucket, key, _ = fs.split_path(path)
-        condition = {"IfMatch": self.version} if self.version else {}
+        condition = {"IfMatch": self.etag} if self.etag else {}
         try:
             answer = await fs._call_s3(
                 "get_object", Bucket=bucket, Key=key, Range=f"bytes={first}-{last}", **condition
@@ -51,9 +56,10 @@ class ResumableRead:
         except OSError as error:
             code, _ = s3_error(error)
             if code in {"InvalidRange", "416"}:
-                await self._end_at(await fs._call_s3("head_object", Bucket=bucket, Key=key))
+                head = await fs._call_s3("head_object", Bucket=bucket, Key=key)
+                self._end_at(head["ContentLength"])
                 return
-            if code in {"PreconditionFailed", "412"}:
+            if code in _CONDITION_FAILED:
                 self._begin_again()
             raise
         async with answer["Body"] as body:
@@ -72,35 +78,36 @@ class ResumableRead:
     def _check(self, answer: Mapping[str, Any], first: int) -> None:
         """Compare the answer's head with what was asked.
 
-        When the body is whole is known from Content-Range: Content-Length is the connection's, and
-        wrong at times.
+        Content-Range says when the body is whole: Content-Length is the connection's, and wrong at
+        times.
         """
+        wanted = self.wanted
         if "ETag" not in answer:
-            raise not_s3(self.name)
-        if self.version is not None and answer["ETag"] != self.version:
+            raise not_s3(wanted.name)
+        if self.etag is not None and answer["ETag"] != self.etag:
             self._begin_again()
         shown = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", answer.get("ContentRange", ""))
         if shown is None:
-            if first or self.asked is not None:
+            if first or wanted.length is not None:
                 raise StorageError(
-                    f"storage: {self.name}: the server does not answer range requests; use another"
+                    f"storage: {wanted.name}: the server does not answer range requests; use "
+                    "another"
                 )
             begin, end, total = 0, answer["ContentLength"] - 1, answer["ContentLength"]
         else:
             begin, end, total = (int(number) for number in shown.groups())
-        self.version = answer["ETag"]
+        self.etag = answer["ETag"]
         if self.length is None:
-            self.length = total - self.start
-        if total < self.start + self.length:
-            raise ends_early(self.name, self.start, self.length, total)
-        if (begin, end) != (first, self.start + self.length - 1):
+            self.length = total - wanted.start
+        if total < wanted.start + self.length:
+            raise wanted.ends_early(total)
+        if (begin, end) != (first, wanted.start + self.length - 1):
             raise ConnectionError(f"asked from byte {first}, answered bytes {begin} to {end}")
 
-    async def _end_at(self, head: Mapping[str, Any]) -> None:
+    def _end_at(self, total: int) -> None:
         """Beyond the object's end: an empty object, or one that is shorter than asked for."""
-        total = head["ContentLength"]
-        if self.asked is not None:
-            raise ends_early(self.name, self.start, self.asked, total)
+        if self.wanted.length is not None:
+            raise self.wanted.ends_early(total)
         if total or self.held:
             self._begin_again()
 
@@ -109,8 +116,9 @@ class ResumableRead:
         raise ConnectionError("replaced while it was read")
 
 
-def put(fs: Any, path: str, data: bytes, **options: Any) -> None:
-    # Never in parts: the end of a multipart upload ignores If-None-Match on some servers.
+def put_object(fs: Any, path: str, data: bytes, **options: Any) -> None:
+    """One PUT, never in parts: the end of a multipart upload ignores If-None-Match on some
+    servers. Raises ValueError above the 5 GiB that S3 takes so."""
     if len(data) > _MOST_BYTES_OF_A_PUT:
         raise ValueError(f"{len(data)} bytes are more than the 5 GiB of one PUT")
     bucket, key, _ = fs.split_path(path)
@@ -119,8 +127,11 @@ def put(fs: Any, path: str, data: bytes, **options: Any) -> None:
 
 
 def create_object(fs: Any, path: str, data: bytes, writer: str) -> bool:
-    """`writer` is kept with the object: a PUT whose answer was lost, and which is therefore sent
-    again, finds its own object."""
+    """PUT `data` unless an object is there; whether it was this writer that did.
+
+    `writer` is kept with the object: a PUT whose answer was lost, and which is therefore sent
+    again, finds its own object.
+    """
     mark = {"Metadata": {"pneumo-writer": writer}}
     bucket, key, _ = fs.split_path(path)
 
@@ -129,10 +140,10 @@ def create_object(fs: Any, path: str, data: bytes, writer: str) -> bool:
         return bool(head["Metadata"].get("pneumo-writer") == writer)
 
     try:
-        put(fs, path, data, IfNoneMatch="*", **mark)
+        put_object(fs, path, data, IfNoneMatch="*", **mark)
     except OSError as error:
         code, _ = s3_error(error)
-        if code in {"PreconditionFailed", "412"}:
+        if code in _CONDITION_FAILED:
             return is_ours()
         if code not in {"NotImplemented", "501"}:
             raise
@@ -141,19 +152,23 @@ def create_object(fs: Any, path: str, data: bytes, writer: str) -> bool:
     try:
         return is_ours()
     except FileNotFoundError:
-        put(fs, path, data, **mark)
+        put_object(fs, path, data, **mark)
         return True
 
 
-def list_pages(url: str, **options: Any) -> Iterator[Mapping[str, Any]]:
-    """The answers to one listing below `url`, each of at most 1,000 keys and tried again by
-    itself."""
+def list_keys(url: str, **options: Any) -> list[str]:
+    """The keys below `url`, asked for in pages of at most 1,000, each tried again by itself; with
+    `Delimiter="/"` those directly below it, and the folders."""
+    keys: list[str] = []
     position: dict[str, str] = {}
     while True:
         page = retried(partial(_list_page, **options, **position), url)
-        yield page
+        found = [entry["Key"] for entry in page.get("Contents", ())]
+        # A key with a final slash is how consoles draw an empty folder.
+        keys += [key for key in found if not key.endswith("/")]
+        keys += [entry["Prefix"].rstrip("/") for entry in page.get("CommonPrefixes", ())]
         if not page.get("IsTruncated"):
-            return
+            return keys
         position = {"ContinuationToken": page["NextContinuationToken"]}
 
 
@@ -167,6 +182,7 @@ def _list_page(fs: Any, path: str, **options: Any) -> Mapping[str, Any]:
 
 
 def object_exists(fs: Any, path: str) -> bool:
+    """Whether an object, or one below it, is at `path`."""
     bucket, key, _ = fs.split_path(path)
     refusal = None
     if key:

@@ -1,12 +1,13 @@
-"""URLs: what they name, and how they are put together."""
+"""What a URL names, and how URLs are put together. No URL is ever handed to a shell."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import fsspec
 
-from pneumo.errors import UserError
+from pneumo.errors import ContentError, UserError
 
 _SHELL_SCHEMES = frozenset({"pipe", "cmd", "sh", "bash", "ssh", "sftp"})
 
@@ -14,6 +15,11 @@ _SHELL_SCHEMES = frozenset({"pipe", "cmd", "sh", "bash", "ssh", "sftp"})
 def is_local(url: str) -> bool:
     """Whether `url` names a path of this machine."""
     return "://" not in url or url.startswith("file://")
+
+
+def is_s3(url: str) -> bool:
+    """Whether `url` names an object of an S3 server."""
+    return url.startswith(("s3://", "s3a://"))
 
 
 def local_path(url: str) -> Path:
@@ -41,5 +47,25 @@ def join(url: str, *parts: str) -> str:
     return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
-def is_s3(url: str) -> bool:
-    return url.startswith(("s3://", "s3a://"))
+@dataclass(frozen=True)
+class Range:
+    """The bytes of an object from `start` on: `length` of them, or all to its end."""
+
+    url: str
+    start: int = 0
+    length: int | None = None
+    label: str | None = None
+    """Stands in errors for a URL that must not be shown."""
+
+    @property
+    def name(self) -> str:
+        """What errors call the object."""
+        return self.label or self.url
+
+    def ends_early(self, end: int) -> ContentError:
+        """The error for an object that has only `end` bytes."""
+        assert self.length is not None
+        return ContentError(
+            f"storage: {self.name}: ends at byte {end}; bytes {self.start} to "
+            f"{self.start + self.length - 1} were asked for"
+        )
