@@ -19,7 +19,7 @@ from jobs.train import train
 from jobs.tune import tune
 from jobs.tuning.search_results import BEST
 from pneumo import storage
-from pneumo.config import Invocation, parse_command_line
+from pneumo.command_line import Invocation, parse_command_line
 from pneumo.dataset.phantoms.source_folder import write_phantoms
 from pneumo.dataset.source import PRIVATE_FOLDER
 

@@ -26,7 +26,8 @@ from jobs.evaluation.wandb_results import send_evaluation
 from jobs.ray_cluster.session import ray_session, wait_for_resources
 from jobs.terminal.entry_point import run_job, say
 from pneumo import storage
-from pneumo.config import Config, EvaluateArguments, Invocation
+from pneumo.command_line import EvaluateArguments, Invocation
+from pneumo.config import Config
 from pneumo.dataset.quality import read_contact_sheets, summarise_quality
 from pneumo.dataset.shards import Manifest, StudyRow, read_studies
 from pneumo.evaluation.baselines import Metadata

@@ -29,7 +29,7 @@ from jobs.evaluation.ray_scoring import (
 from jobs.ray_cluster.session import ray_session, wait_for_resources
 from jobs.terminal.entry_point import run_job, say
 from pneumo import storage
-from pneumo.config import Invocation, PredictArguments
+from pneumo.command_line import Invocation, PredictArguments
 from pneumo.errors import DataError, RunError, SourceError
 from pneumo.evaluation.file_predictions import (
     NOT_A_NUMBER,

@@ -17,7 +17,9 @@ from jobs.ray_cluster.session import ray_session
 from jobs.terminal.entry_point import run_job, say
 from jobs.terminal.progress import Progress
 from pneumo import storage
-from pneumo.config import Config, Invocation, PrepareArguments, override
+from pneumo.command_line import Invocation, PrepareArguments
+from pneumo.config import Config
+from pneumo.config_layers import override
 from pneumo.dataset.preparation import (
     Part,
     ShardPlan,

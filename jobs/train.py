@@ -33,14 +33,9 @@ from jobs.training.recovery import STOPPED, Recovery, wait_for_workers
 from jobs.training.stop_signal import Board
 from jobs.tuning.trial_judge import Shared, TrialJudge
 from pneumo import storage
-from pneumo.config import (
-    WEIGHTS_WITHOUT_FILE,
-    ClusterConfig,
-    Config,
-    Invocation,
-    TrainArguments,
-    override,
-)
+from pneumo.command_line import Invocation, TrainArguments
+from pneumo.config import WEIGHTS_WITHOUT_FILE, ClusterConfig, Config
+from pneumo.config_layers import override
 from pneumo.dataset.shards import Manifest, read_manifest
 from pneumo.errors import PreemptedError
 from pneumo.loading.sample_order import World

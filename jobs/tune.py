@@ -36,7 +36,9 @@ from jobs.tuning.trial_records import (
 from jobs.tuning.trial_runs import make_trainable, share, trial_config, trials_at_once
 from jobs.tuning.trial_wandb import TrialTracking
 from pneumo import storage
-from pneumo.config import Config, Invocation, ModelConfig, TuneArguments, check_space
+from pneumo.command_line import Invocation, TuneArguments
+from pneumo.config import Config, ModelConfig
+from pneumo.config_layers import check_space
 from pneumo.dataset.shards import Manifest, read_manifest
 from pneumo.errors import ClusterError, ConfigError, RunError
 from pneumo.network.backbones import check_weights

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from jobs.evaluation.ray_scoring import Scored, Scoring, Weights
 from jobs.terminal.entry_point import say
 from pneumo import storage
-from pneumo.config import EvaluateArguments, EvaluateConfig
+from pneumo.command_line import EvaluateArguments
+from pneumo.config import EvaluateConfig
 from pneumo.dataset.shards import Manifest, StudyRow, read_manifest
 from pneumo.errors import RunError, StoreError
 from pneumo.evaluation.predictions import Predictions

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from pneumo import storage
-from pneumo.config import Invocation, parse_command_line
+from pneumo.command_line import Invocation, parse_command_line
 from pneumo.errors import PneumoError
 
 

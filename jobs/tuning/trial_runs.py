@@ -20,7 +20,8 @@ from jobs.terminal.entry_point import find_cause
 from jobs.train import build_trainer
 from jobs.tuning.trial_judge import Shared, TrialJudge
 from jobs.tuning.trial_records import drop_checkpoints, trial_url
-from pneumo.config import Config, DataConfig, override
+from pneumo.config import Config, DataConfig
+from pneumo.config_layers import override
 from pneumo.dataset.shards import Manifest, read_studies
 from pneumo.errors import ClusterError, DivergedError
 from pneumo.loading.feeds import Held

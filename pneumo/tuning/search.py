@@ -20,7 +20,8 @@ import optuna
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pneumo.config import Config, TuneConfig, override
+from pneumo.config import Config, TuneConfig
+from pneumo.config_layers import override
 from pneumo.dataset.shards import Manifest
 from pneumo.evaluation.metrics import Z_95
 from pneumo.network.backbones import count_multiply_adds

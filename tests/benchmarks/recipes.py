@@ -36,7 +36,9 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from jobs import prepare
 from jobs.ray_cluster.session import ray_session
-from pneumo.config import Config, override, parse_command_line, read_recipe
+from pneumo.command_line import parse_command_line
+from pneumo.config import Config
+from pneumo.config_layers import override, read_recipe
 from pneumo.dataset.phantoms.source_folder import write_phantoms
 from pneumo.dataset.shards import read_manifest
 from pneumo.evaluation import metrics

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from jobs import train
-from pneumo.config import Config, override
+from pneumo.config import Config
+from pneumo.config_layers import override
 from pneumo.dataset.shards import read_manifest
 from pneumo.training.checkpoints import load_checkpoint, read_index
 from tests.jobs.conftest import SMALL, Prepared

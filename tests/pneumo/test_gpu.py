@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pneumo.config import AugmentConfig, Config, DataConfig, TrainConfig, override
+from pneumo.config import AugmentConfig, Config, DataConfig, TrainConfig
+from pneumo.config_layers import override
 from pneumo.dataset import shards
 from pneumo.evaluation.predictions import Member, score_pictures
 from pneumo.loading import augmentation, loader

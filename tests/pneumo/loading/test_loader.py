@@ -17,7 +17,8 @@ import torch
 from blake3 import blake3
 
 from pneumo import storage
-from pneumo.config import AugmentConfig, Config, DataConfig, override
+from pneumo.config import AugmentConfig, Config, DataConfig
+from pneumo.config_layers import override
 from pneumo.dataset import shards
 from pneumo.dataset.shards import Manifest, Sample
 from pneumo.errors import ConfigError, DataError

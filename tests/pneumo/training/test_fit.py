@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pneumo import storage
-from pneumo.config import Config, TrainConfig, override
+from pneumo.config import Config, TrainConfig
+from pneumo.config_layers import override
 from pneumo.dataset import shards
 from pneumo.errors import (
     CheckpointError,
