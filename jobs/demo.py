@@ -11,12 +11,12 @@ from pathlib import Path
 
 import ray
 
-from jobs.evaluate import evaluate_run
-from jobs.prepare import prepare
+from jobs.evaluation.job import evaluate_run
+from jobs.preparation import prepare
 from jobs.ray_cluster.session import ray_session
 from jobs.terminal.entry_point import run_main, say
-from jobs.train import train
-from jobs.tune import tune
+from jobs.training.job import train
+from jobs.tuning.job import tune
 from jobs.tuning.search_results import BEST
 from pneumo import storage
 from pneumo.command_line import Invocation, parse_command_line

@@ -97,7 +97,7 @@ def test_more_workers_than_the_cluster_has_is_said_before_the_start(
 _LATE_RANK = """
 from datetime import timedelta
 import time
-from jobs.train import wait_longer
+from jobs.training.job import wait_longer
 
 dist.set_timeout(timedelta(seconds=1))
 wait_longer()

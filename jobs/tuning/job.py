@@ -20,7 +20,7 @@ from ray.tune.schedulers import FIFOScheduler
 
 from jobs.ray_cluster.session import ray_session, wait_for_resources
 from jobs.terminal.entry_point import find_cause, new_run_url, run_job, say
-from jobs.train import with_absolute_weights
+from jobs.training.job import with_absolute_weights
 from jobs.tuning.live_table import LiveTable, read_error
 from jobs.tuning.search_results import BEST, REPORT, print_search, write_results
 from jobs.tuning.searchers import Draw, Drawn, Listed, Rungs, list_grid
