@@ -6,7 +6,6 @@ The files keep their names, because all of it goes to the user's own folder. Not
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -27,7 +26,7 @@ from jobs.evaluation.ray_scoring import (
     share_out,
 )
 from jobs.ray_cluster.session import ray_session, wait_for_resources
-from jobs.terminal.entry_point import run_job, say
+from jobs.terminal.entry_point import say
 from pneumo import storage
 from pneumo.command_line import Invocation, PredictArguments
 from pneumo.errors import DataError, RunError, SourceError
@@ -70,16 +69,12 @@ class Task:
 def predict(invocation: Invocation) -> None:
     """Score the files below `--source` with the run of `--run`; the summary is written last.
 
-    Raises SourceError without a file, RunError without a model or when the output is taken, and
-    DataError when no file could be scored.
+    Raises SourceError without a file, RunError without a model, and DataError when no file could be
+    scored.
     """
     arguments, config = invocation.arguments, invocation.config
     assert isinstance(arguments, PredictArguments)
     source_url, output_url = (storage.normalise(u) for u in (arguments.source, arguments.output))
-    if not arguments.overwrite and storage.exists(storage.join(output_url, CSV)):
-        raise RunError(
-            f"{output_url}: holds predictions already; give another --output, or --overwrite"
-        )
     files = find_files(source_url, output_url)
     run_urls = [storage.normalise(url) for url in (arguments.run, *arguments.members)]
     rule = Rule.from_metrics(_read_metrics(run_urls[0]))
@@ -94,7 +89,7 @@ def predict(invocation: Invocation) -> None:
             scoring,
             rule.stored_size or image_size,
             config.predict.overlays,
-            find_place(config.cluster, config.predict.batch_size_per_worker),
+            find_place(config.cluster, rule.stored_size or image_size),
         )
         clear(output_url)
         shares = share_out(len(files), config.cluster, task.place)
@@ -286,12 +281,3 @@ def print_summary(summary: dict[str, Any], output_url: str) -> None:
     for reason, number in summary["unusable"].items():
         print(f"  {number} not usable: {reason}")
     print(f"{NOTICE}\npredictions {storage.join(output_url, CSV)}")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    return run_job("predict", predict, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,7 +13,7 @@ import ray
 
 from jobs.ray_cluster.nodes import list_nodes
 from jobs.ray_cluster.session import ray_session
-from jobs.terminal.entry_point import run_job, say
+from jobs.terminal.entry_point import say
 from jobs.terminal.progress import Progress
 from pneumo import storage
 from pneumo.command_line import Invocation, PrepareArguments
@@ -188,12 +187,3 @@ _CONTRADICTIONS = {
     "box_outside": "a box reaches beyond the image",
     "no_box": "positive, but no box says where",
 }
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    return run_job("prepare", prepare, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,8 @@
-"""The arguments of the jobs, and their command lines."""
+"""The arguments of the jobs, and what their command lines add up to.
+
+What a job reads and writes (`--store`, `--run`) is no configuration: it does not change the digest.
+The docstring under a field is its line in `--help`.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +12,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from pydantic import (
-    create_model,
-)
-from pydantic_settings import (
-    BaseSettings,
-    CliSettingsSource,
-    CliToggleFlag,
-)
+from pydantic import Field, create_model
+from pydantic_settings import BaseSettings, CliSettingsSource, CliToggleFlag
 
 from pneumo.config import ClusterConfig, Config, Section
 from pneumo.config_layers import (
     ENVIRONMENT_PREFIX,
     check_space,
-    did_you_mean,
-    flatten_fields,
+    list_settings,
     read_environment,
     read_recipe,
+    suggest,
     validate,
 )
 from pneumo.errors import ConfigError
@@ -88,25 +86,18 @@ class PredictArguments(Arguments):
 
 @dataclass(frozen=True)
 class Job:
-    """What a job is called, and which parts of the configuration have an effect on it."""
+    """A job's module, its arguments, and the sections of the configuration that it uses."""
 
     module: str
     arguments: type[Arguments]
     sections: tuple[str, ...]
 
 
+_TRAINING = ("seed", "data", "augment", "model", "train", "cluster", "tracking")
 JOBS: Mapping[str, Job] = {
     "prepare": Job("jobs.prepare", PrepareArguments, ("seed", "prepare", "split")),
-    "train": Job(
-        "jobs.train",
-        TrainArguments,
-        ("seed", "data", "augment", "model", "train", "cluster", "tracking"),
-    ),
-    "tune": Job(
-        "jobs.tune",
-        TuneArguments,
-        ("seed", "data", "augment", "model", "train", "tune", "cluster", "tracking"),
-    ),
+    "train": Job("jobs.train", TrainArguments, _TRAINING),
+    "tune": Job("jobs.tune", TuneArguments, (*_TRAINING, "tune")),
     "evaluate": Job(
         "jobs.evaluate", EvaluateArguments, ("seed", "evaluate", "cluster", "tracking")
     ),
@@ -131,17 +122,14 @@ def parse_command_line(
     Raises ConfigError for anything unknown or not allowed. `--help` prints and exits 0.
     """
     spec = JOBS[job]
-    environ = os.environ if environ is None else environ
     flags = _read_flags(spec, argv)
-    recipe = flags.get("recipe")
+    given = {k: flags.pop(k) for k in list(flags) if k in spec.arguments.model_fields}
     layers = [
-        ("the environment", read_environment(environ)),
+        ("the environment", read_environment(os.environ if environ is None else environ)),
         ("the command line", flags),
     ]
-    if recipe is not None:
+    if (recipe := given.get("recipe")) is not None:
         layers.insert(0, (f"recipe {recipe}", read_recipe(str(recipe))))
-    arguments = {k: v for k, v in flags.items() if k in spec.arguments.model_fields}
-    layers[-1] = (layers[-1][0], {k: v for k, v in flags.items() if k not in arguments})
     config = validate(Config, layers)
     if job == "tune":
         check_space(config)
@@ -152,34 +140,27 @@ def parse_command_line(
             "cluster.num_workers: a search takes what the cluster has; the workers of a trial are "
             "tune.workers_per_trial"
         )
-    return Invocation(
-        job=job,
-        arguments=validate(spec.arguments, [("the command line", arguments)]),
-        config=config,
-    )
+    arguments = validate(spec.arguments, [("the command line", given)])
+    return Invocation(job, arguments, config)
 
 
 def _read_flags(spec: Job, argv: Sequence[str]) -> dict[str, Any]:
-    fields: dict[str, Any] = {
-        name: (field.annotation, field)
-        for name, field in [
-            *spec.arguments.model_fields.items(),
-            *((name, Config.model_fields[name]) for name in spec.sections),
-        ]
-    }
+    found = spec.arguments.model_fields | {n: Config.model_fields[n] for n in spec.sections}
+    fields: dict[str, Any] = {name: (field.annotation, field) for name, field in found.items()}
     settings = create_model(
         "Flags",
         __base__=BaseSettings,
         __cls_kwargs__={"extra": "forbid", "cli_kebab_case": True, "cli_hide_none_type": True},
         **fields,
     )
+    required = [f"--{name} URL" for name, field in found.items() if field.is_required()]
     parser = _Parser(
         prog=f"python -m {spec.module}",
-        usage=f"python -m {spec.module} {_required(spec.arguments)} [settings]",
+        usage=f"python -m {spec.module} {' '.join(required)} [settings]",
         description=f"See {ENVIRONMENT_PREFIX}TRAIN__LR-like variables and recipes for other ways "
         "to set the same. Research use only, never a diagnostic device.",
         allow_abbrev=False,
-        known_keys=tuple(flatten_fields(settings)),
+        known_keys=list_settings(settings),
     )
     source: CliSettingsSource[Any] = CliSettingsSource(
         settings, root_parser=parser, cli_avoid_json=True
@@ -188,15 +169,10 @@ def _read_flags(spec: Job, argv: Sequence[str]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
-def _required(arguments: type[Arguments]) -> str:
-    fields = arguments.model_fields.items()
-    return " ".join(f"--{name} URL" for name, field in fields if field.is_required())
-
-
 class _Parser(argparse.ArgumentParser):
     """argparse that raises instead of printing its usage and leaving."""
 
-    def __init__(self, *args: Any, known_keys: tuple[str, ...] = (), **kwargs: Any) -> None:
+    def __init__(self, *args: Any, known_keys: Sequence[str] = (), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.known_keys = known_keys
 
@@ -205,5 +181,5 @@ class _Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments:"):
             flag = message.split(": ", 1)[1].split()[0].split("=")[0]
             message = f"unknown setting {flag}"
-            hint = did_you_mean(flag.lstrip("-").replace("-", "_"), self.known_keys, flag=True)
+            hint = suggest(flag.lstrip("-").replace("-", "_"), self.known_keys, flag=True)
         raise ConfigError(f"{message}{hint}; see {self.prog} --help")

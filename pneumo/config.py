@@ -1,11 +1,7 @@
-"""The whole configuration: one frozen, typed tree, and the layers that fill it.
+"""The whole configuration: one frozen, typed tree.
 
-    defaults  <  recipe (TOML)  <  environment (PNEUMO_TRAIN__LR=1e-3)  <  flags (--train.lr 1e-3)
-
-Unknown keys and values that are not allowed raise ConfigError before anything starts; the message
-names the key, the layer it came from and what is allowed. The docstring under a field is its line
-in `--help`. What a job reads and writes (`--store`, `--run`) is no configuration: it stands in the
-job's arguments, and does not change the digest.
+`config_layers.py` fills it from a recipe, the environment and flags. The docstring under a field is
+its line in `--help`.
 """
 
 from __future__ import annotations
@@ -40,6 +36,8 @@ WEIGHTS_WITHOUT_FILE = ("imagenet", "random")
 
 NUM_SALTS = 64
 """Splits of one seed to choose from."""
+REDUCTION_FACTOR = 3
+"""One in this many trials goes on from a rung of ASHA; the next rung is this many times as high."""
 
 
 def without_folders(value: Any) -> Any:
@@ -63,62 +61,43 @@ class PrepareConfig(Section):
     """Samples in a full shard, which is one PUT; none: 512, or of pictures above 224 px as many as
     make 27 MB."""
     max_bad_fraction: Fraction = 0.01
-    """The job fails when a larger share of the studies cannot be used."""
+    """The job fails when a larger fraction of the studies cannot be used."""
     limit: PositiveInt | None = None
-    """Use only this many studies, drawn by the seed: for a taste."""
+    """Use only a random subset of this many studies, for trying out."""
 
 
 class SplitConfig(Section):
-    """Who goes to train, val and test."""
+    """Which studies go to train, val and test."""
 
     unit: Literal["patient", "image"] = "patient"
-    """What stays whole: 'patient' needs the NIH mapping file; 'image' leaks patients, and says
-    so."""
+    """What is never in two splits: 'patient' needs the NIH mapping file; 'image' lets patients be
+    in several, and warns of it."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    """Share of the patients in val, where thresholds and models are chosen."""
+    """Fraction of the patients in val, where thresholds and models are chosen."""
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    """Share of the patients in test, which only reports."""
+    """Fraction of the patients in test, where nothing is chosen."""
     salt: Annotated[int, Field(ge=0, lt=NUM_SALTS)] | None = None
     """Picks one of the 64 splits of a seed; none: the one remembered beside the source, at first
     the best balanced. The manifest states it."""
     list: str | None = None
-    """CSV that says who goes where, to reproduce a published split: columns `patientId` (image ids)
-    or `patient` (NIH patient numbers), and `split` (train, val, test). Others are left out."""
+    """CSV of a published split: columns `patientId` (image ids) or `patient` (NIH patient numbers),
+    and `split` (train, val, test). Studies that are not listed are left out."""
 
     @model_validator(mode="after")
-    def _leaves_training_patients(self) -> Self:
+    def _train_is_not_empty(self) -> Self:
         if self.val_fraction + self.test_fraction >= 1:
             raise ValueError("val_fraction + test_fraction must be below 1")
         return self
 
 
 class DataConfig(Section):
-    """What the model is fed, and how it gets there; the latter changes no batch."""
+    """What the model is fed."""
 
     image_size: Annotated[int, Field(ge=32, le=1024)] | None = None
     """Input height and width in pixels; none: the store's. Above the store's is an error."""
     cache: Literal["auto", "memory", "stream"] = "auto"
     """memory: a split is read once and kept decoded; stream: it is read anew each epoch; auto:
-    memory where the split fits into half of what is free."""
-    cache_dir: str | None = None
-    """Local folder that keeps blocks of shards for later epochs and runs; none: no such cache."""
-    cache_gb: PositiveFloat = 20.0
-    """Largest size of `cache_dir`, in GB."""
-    prefetch_blocks: PositiveInt = 16
-    """Blocks, of 64 samples or 4 MB, that a stream reads ahead of the step that needs them."""
-    readers: Annotated[int, Field(ge=1, le=64)] = 4
-    """Threads of a worker that read and decode."""
-
-    @model_validator(mode="after")
-    def _limit_has_a_folder(self) -> Self:
-        if self.cache_dir is None and self.cache_gb != type(self).model_fields["cache_gb"].default:
-            raise ValueError(f"cache_gb {self.cache_gb:g} limits nothing without cache_dir")
-        if self.cache_dir is not None and not self.cache_dir.startswith(("/", "~")):
-            raise ValueError(
-                f"cache_dir {self.cache_dir}: give a local folder by its absolute path; workers run"
-                " in folders of their own"
-            )
-        return self
+    memory where the split fits into half of the free memory. The batches are the same."""
 
 
 class AugmentConfig(Section):
@@ -127,7 +106,7 @@ class AugmentConfig(Section):
     rotation_degrees: Annotated[float, Field(ge=0, le=180)] = 5.0
     """Largest rotation either way."""
     translation_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.05
-    """Largest shift along either axis, as a share of the image."""
+    """Largest shift along either axis, as a fraction of the image."""
     scale_fraction: Annotated[float, Field(ge=0, lt=0.9)] = 0.1
     """Largest change of size either way: 0.1 draws from 0.9 to 1.1."""
     flip: bool = False
@@ -138,8 +117,6 @@ class AugmentConfig(Section):
     """Largest change of contrast about the middle gray: 0.1 draws from 0.9 to 1.1."""
     gamma_fraction: Annotated[float, Field(ge=0, lt=10)] = 0.1
     """Largest change of gamma: 0.1 draws from 1 / 1.1 to 1.1."""
-    erase_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Largest share of the image that one black rectangle hides; its area is drawn from 0 on."""
 
 
 class ModelConfig(Section):
@@ -165,17 +142,16 @@ class TrainConfig(Section):
     """Samples that go through the network at once, and over which BatchNorm takes its statistics;
     they make up `batch_size`, however many workers share them. Larger is faster on a GPU."""
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
-    """What makes a step of the gradients."""
+    """The optimiser; sgd has a momentum of 0.9."""
     lr: PositiveFloat = 1e-4
     """Learning rate."""
-    momentum: Fraction = 0.9
-    """Momentum of sgd."""
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """L2 penalty of adam and sgd; decoupled decay of adamw."""
     clip_norm: PositiveFloat | None = None
-    """Longest gradient over all weights; a longer one is shortened to it. None: no limit."""
+    """Largest norm of the gradient over all weights; a larger one is scaled down to it. None: no
+    limit."""
     label_smoothing: Fraction = 0.0
-    """Share of a target that is taken from its class and spread over both."""
+    """Fraction of a target that is taken from its class and spread over both."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Keep an exponential moving average of the weights with this decay a step, and score with it;
     none: no average."""
@@ -185,38 +161,29 @@ class TrainConfig(Section):
     schedule: Literal["constant", "cosine"] = "constant"
     """Learning rate over the run: constant, or cosine from `lr` to 0."""
     warmup_fraction: Fraction = 0.0
-    """Share of the steps over which the learning rate rises from 0."""
-    precision: Literal["auto", "native", "float32", "bfloat16"] = "auto"
-    """Arithmetic of forward and backward; auto: bfloat16 autocast on a GPU, float32 on a CPU;
-    native: bfloat16 also on a CPU that computes in it (AVX512-BF16, AMX)."""
-    compile: bool | Literal["max-autotune"] = False
+    """Fraction of the steps over which the learning rate rises from 0."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of forward and backward; auto: bfloat16 autocast on a GPU, float32 on a CPU."""
+    compile: bool = False
     """torch.compile the network and, on a GPU, the augmentation: half a minute at the start, and
-    steps in two thirds of the time on a GPU; max-autotune: the fastest kernels are searched for,
-    some minutes. Needs a C compiler on the workers."""
+    steps in two thirds of the time on a GPU. Needs a C compiler on the workers."""
     patience: PositiveInt | None = None
     """End the run after this many epochs without a better val AUROC; none: train them all."""
     keep_checkpoints: PositiveInt = 2
-    """The last this many checkpoints stay, besides the best."""
+    """How many of the last checkpoints are kept, besides the best."""
     checkpoint_every_steps: PositiveInt | None = None
     """Steps between checkpoints within an epoch; none: only after each epoch."""
 
-    @model_validator(mode="after")
-    def _momentum_has_an_effect(self) -> Self:
-        if self.optimizer != "sgd" and self.momentum != type(self).model_fields["momentum"].default:
-            raise ValueError(f"momentum {self.momentum:g} has no effect on {self.optimizer}")
-        return self
-
 
 class TuneConfig(Section):
-    """What the search tries, and how it judges."""
+    """What the search tries, and how trials are compared."""
 
     space: Annotated[Space, BeforeValidator(flatten)] = {
         "train.lr": Domain.model_validate(["log_uniform", 1e-5, 3e-3]),
         "train.pos_weight": Domain.model_validate(["log_uniform", 0.5, 10.0]),
     }
-    """Keys of the configuration and what each may be, best written in a recipe, see
-    pneumo/space.py: `train.lr = ["log_uniform", 1e-5, 3e-3]`, uniform, integer, choice, or a
-    value."""
+    """Settings and what each may be, best written in a recipe, see pneumo/search_space.py:
+    `train.lr = ["log_uniform", 1e-5, 3e-3]`, uniform, integer, choice, or a value."""
     algorithm: Literal["tpe", "random", "grid"] = "tpe"
     """How settings are drawn: Optuna's TPE, which learns from the trials, at random, or all of a
     grid."""
@@ -225,24 +192,16 @@ class TuneConfig(Section):
     epochs: PositiveInt = 9
     """Epochs of a trial that is not stopped early."""
     early_stopping: Literal["asha", "none"] = "asha"
-    """ASHA stops, at each rung, the trials that are behind those that got there before."""
-    grace_epochs: PositiveInt = 1
-    """Epochs that each trial gets: the first rung; the next are `reduction_factor` times as
-    high."""
-    reduction_factor: Annotated[int, Field(ge=2, le=16)] = 3
-    """One in so many trials goes on from a rung."""
+    """ASHA compares the trials after 1, 3, 9, … epochs, and stops those that are not in the best
+    third of what was there so far."""
     objective: Literal["auroc", "sensitivity", "log_loss"] = "auroc"
-    """What is looked for on val: the highest AUROC, the highest sensitivity at `specificity`, or
-    the lowest log loss after Platt's calibration, which pos_weight distorts otherwise."""
+    """What is best on val: the highest AUROC, the highest sensitivity at `specificity`, or the
+    lowest log loss after Platt's calibration, which pos_weight distorts otherwise."""
     specificity: Annotated[float, Field(gt=0, lt=1)] = 0.90
     """Specificity at which objective 'sensitivity' is taken."""
-    smoothing_epochs: PositiveInt = 2
-    """A trial is judged by the mean over its last so many epochs, not by its luckiest one."""
     confirm: Annotated[int, Field(ge=0)] = 0
-    """Train each of the best settings again with so many new seeds, and choose by their mean;
-    0: trust the search."""
-    confirm_settings: PositiveInt = 3
-    """How many of the best settings are confirmed."""
+    """Train each of the best 3 settings again with this many new seeds, and choose by their mean;
+    0: take the best trial."""
     workers_per_trial: PositiveInt = 1
     """Workers of one trial; above 1 each trial is a Ray Train run of its own."""
 
@@ -254,15 +213,8 @@ class TuneConfig(Section):
             if getattr(self, name) != defaults[name]:
                 raise ValueError(f"{name} {getattr(self, name)} has no effect {why}")
 
-        if self.early_stopping == "none":
-            refuse("grace_epochs", "without early_stopping")
-            refuse("reduction_factor", "without early_stopping")
-        elif self.grace_epochs > self.epochs:
-            raise ValueError(f"grace_epochs {self.grace_epochs} are more than epochs {self.epochs}")
         if self.objective != "sensitivity":
             refuse("specificity", f"on objective {self.objective}")
-        if not self.confirm:
-            refuse("confirm_settings", "without confirm")
         if self.algorithm == "grid":
             refuse("num_trials", "on a grid, which has its own number")
             grid_points(self.space)
@@ -281,18 +233,23 @@ class TuneConfig(Section):
         return grid_points(self.space) if self.algorithm == "grid" else self.num_trials
 
     @property
+    def smoothing_epochs(self) -> int:
+        """A trial is judged by the mean over its last so many epochs, not by its luckiest one."""
+        return 2 if self.epochs > 3 else 1
+
+    @property
     def rungs(self) -> tuple[int, ...]:
         """Epochs after which ASHA compares, in order; none without early stopping."""
         if self.early_stopping == "none":
             return ()
-        rungs = [self.grace_epochs]
-        while rungs[-1] * self.reduction_factor < self.epochs:
-            rungs.append(rungs[-1] * self.reduction_factor)
-        return tuple(rung for rung in rungs if rung < self.epochs)
+        rungs = [1]
+        while rungs[-1] < self.epochs:
+            rungs.append(rungs[-1] * REDUCTION_FACTOR)
+        return tuple(rungs[:-1])
 
 
 class EvaluateConfig(Section):
-    """How predictions are judged."""
+    """How predictions are evaluated."""
 
     operating_point: Literal["youden", "sensitivity"] = "youden"
     """How the threshold is chosen on val: Youden's index, or the highest that keeps
@@ -301,17 +258,12 @@ class EvaluateConfig(Section):
     """Sensitivity to keep on val; used by operating_point 'sensitivity' and the screening row."""
     bootstrap_resamples: Annotated[int, Field(ge=100)] = 2000
     """Resamples of the patients behind each interval."""
-    gallery_images: PositiveInt = 6
-    """Grad-CAM pictures of each outcome (true and false positives and negatives)."""
-    grid_images: PositiveInt = 16
-    """Pictures in the prediction grid."""
-    batch_size_per_worker: PositiveInt = 64
-    """Images scored at once by a worker."""
+    pictures: PositiveInt = 6
+    """Studies shown of each outcome (true and false positives and negatives), and half of the most
+    confident errors that are shown of each kind."""
     min_patients: PositiveInt = 10
     """Fewest patients of a class for a threshold or a calibration to be chosen on val, and for a
     subgroup to be judged."""
-    calibration_bins: Annotated[int, Field(ge=2, le=100)] = 10
-    """Bins of equal number in the reliability curve and the calibration error."""
     ensemble: Literal["best"] | PositiveInt = "best"
     """Checkpoints of each run whose logits are averaged: the best alone, or the last this many."""
     tta: Annotated[int, Field(ge=2, le=64)] | None = None
@@ -320,10 +272,6 @@ class EvaluateConfig(Section):
     saliency: bool = True
     """Whether maps of all positives are scored against the radiologists' boxes: two passes more
     over the positives."""
-    error_images: PositiveInt = 12
-    """Most confident false positives, and false negatives, to show."""
-    table_images: PositiveInt = 4
-    """Studies of each outcome and view in W&B's table of predictions, drawn by the seed."""
 
 
 class PredictConfig(Section):
@@ -332,8 +280,6 @@ class PredictConfig(Section):
 
     overlays: bool = True
     """Whether each image gets a PNG of itself and its Grad-CAM."""
-    batch_size_per_worker: PositiveInt = 32
-    """Images read and scored at once by a worker."""
 
 
 class ClusterConfig(Section):
@@ -379,9 +325,7 @@ class TrackingConfig(Section):
     entity: str | None = None
     """The W&B team or user; none: the key's default."""
     group: str | None = None
-    """Runs of one experiment share a group."""
-    image_pixels: Annotated[int, Field(ge=16, le=4096)] = 192
-    """Largest height of a study's picture in W&B; nothing larger is sent."""
+    """The W&B group: that of the runs of one experiment."""
 
 
 class Config(Section):
@@ -408,7 +352,7 @@ class Config(Section):
     def for_others(self) -> dict[str, Any]:
         """The tree as W&B and the report get it: of a file of this machine, its name alone."""
         tree = self.model_dump(mode="json")
-        for section, name in (("model", "weights"), ("data", "cache_dir"), ("split", "list")):
+        for section, name in (("model", "weights"), ("split", "list")):
             tree[section][name] = without_folders(tree[section][name])
         space = tree["tune"]["space"]
         space.update({key: [*map(without_folders, domain)] for key, domain in space.items()})

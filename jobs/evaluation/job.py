@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from jobs.evaluation.result_files import REPORT, Judged, compose_metrics, write_
 from jobs.evaluation.shown_studies import choose_pictures, score_saliency
 from jobs.evaluation.wandb_results import send_evaluation
 from jobs.ray_cluster.session import ray_session, wait_for_resources
-from jobs.terminal.entry_point import run_job, say
+from jobs.terminal.entry_point import say
 from pneumo import storage
 from pneumo.command_line import EvaluateArguments, Invocation
 from pneumo.config import Config
@@ -190,12 +189,3 @@ def print_summary(metrics: Mapping[str, Any], run_url: str) -> None:
             low, high = estimate["low"], estimate["high"]
             print(f"  {name:9}  {estimate['value']:.3f}  [{low:.3f}, {high:.3f}]")
     print(f"report {storage.join(run_url, REPORT)}")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    return run_job("evaluate", evaluate_run, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

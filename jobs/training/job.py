@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
@@ -26,7 +25,7 @@ from jobs.ray_cluster.session import (
     uses_gpu,
     worker_resources,
 )
-from jobs.terminal.entry_point import new_run_url, run_job, say
+from jobs.terminal.entry_point import new_run_url, say
 from jobs.training.epoch_log import Follower, worker_hooks
 from jobs.training.messages import Mailbox
 from jobs.training.recovery import STOPPED, Recovery, wait_for_workers
@@ -252,12 +251,3 @@ def _train_worker(settings: dict[str, Any]) -> str | None:
     except PreemptedError:
         return STOPPED
     return None
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    return run_job("train", train, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

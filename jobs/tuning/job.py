@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ import ray.tune
 from ray.tune.schedulers import FIFOScheduler
 
 from jobs.ray_cluster.session import ray_session, wait_for_resources
-from jobs.terminal.entry_point import find_cause, new_run_url, run_job, say
+from jobs.terminal.entry_point import find_cause, new_run_url, say
 from jobs.training.job import with_absolute_weights
 from jobs.tuning.live_table import LiveTable, read_error
 from jobs.tuning.search_results import BEST, REPORT, print_search, write_results
@@ -38,7 +37,7 @@ from jobs.tuning.trial_wandb import TrialTracking
 from pneumo import storage
 from pneumo.command_line import Invocation, TuneArguments
 from pneumo.config import Config, ModelConfig
-from pneumo.config_layers import check_space
+from pneumo.config_layers import check_space, drop_removed
 from pneumo.dataset.shards import Manifest, read_manifest
 from pneumo.errors import ClusterError, ConfigError, RunError
 from pneumo.network.backbones import check_weights
@@ -103,10 +102,8 @@ def check_search(config: Config, manifest: Manifest) -> None:
 
 
 def begin(config: Config, manifest: Manifest, run_url: str) -> None:
-    """Make the folder this search's own. Raises RunError where it holds a finished search, or one
-    of another space, store or setting."""
-    if storage.exists(storage.join(run_url, BEST)):
-        raise RunError(f"{run_url}: holds a finished search; give another --run")
+    """Make the folder this search's own. Raises RunError where it holds one of another space, store
+    or setting."""
     mine: dict[str, Any] = {
         "manifest": manifest.digest,
         **{name: config.model_dump(mode="json")[name] for name in _SAME},
@@ -117,7 +114,7 @@ def begin(config: Config, manifest: Manifest, run_url: str) -> None:
     except FileNotFoundError:
         storage.write_text(url, json.dumps(mine, indent=1) + "\n")
         return
-    changed = _differences(theirs, mine)
+    changed = _differences(drop_removed(theirs), mine)
     if changed:
         raise RunError(
             f"{run_url}: holds a search with another {', '.join(changed[:3])}; repeat its settings "
@@ -314,12 +311,3 @@ class _Runner:
             state = "stopped"
         write_ended(self.run_url, name, state, error)
         return read_trial(self.run_url, name)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    return run_job("tune", tune, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -294,10 +294,13 @@ def choose_confirmed(
     )
 
 
+CONFIRMED_SETTINGS = 3
+
+
 def settings_to_confirm(trials: Sequence[Trial], config: TuneConfig) -> tuple[Trial, ...]:
-    """The best settings, as many as `confirm_settings`."""
+    """The best settings."""
     finished = [trial for trial in rank(trials, config) if trial.state == "finished"]
-    return tuple(finished[: config.confirm_settings])
+    return tuple(finished[:CONFIRMED_SETTINGS])
 
 
 def make_recipe(config: Config, settings: Mapping[str, Scalar]) -> dict[str, Any]:
