@@ -74,7 +74,6 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "no augmentation": dict.fromkeys(STRONG, 0.0),
     "strong augmentation": STRONG,
     "flip": {"augment.flip": True},
-    "erasing": {"augment.erase_fraction": 0.2},
     "ema": {"train.ema_decay": 0.99},
     "adamw 0.05": {"train.optimizer": "adamw", "train.weight_decay": 0.05},
     "label smoothing": {"train.label_smoothing": 0.1},
@@ -141,7 +140,6 @@ def configure(run: Run) -> Config:
         "train.batch_size": batch_size,
         "train.micro_batch_size": batch_size,  # BatchNorm over the whole batch, as in `baseline`
         "train.keep_checkpoints": 1,
-        "train.precision": "native",
     }
     return override(config, {**fixed, **VARIANTS.get(run.variant, {})})
 

@@ -145,7 +145,7 @@ def count_until(found: Search, wanted: float) -> int | None:
 
 def measure_overhead(options: argparse.Namespace, folder: Path) -> None:
     """Print seconds a trial, in every way."""
-    changes = {"tune.num_trials": options.trials, "tune.epochs": 1, "tune.smoothing_epochs": 1}
+    changes = {"tune.num_trials": options.trials, "tune.epochs": 1}
     more = {"tune.early_stopping": "none", "tune.algorithm": "random"}
     config = override(Config(), {**SETTINGS, **changes, **more})
     torch.set_num_threads(1)

@@ -174,10 +174,7 @@ def test_maps_score_the_same_on_any_number_of_workers(
     """And as the slow way does, one study after the other."""
     weights = Weights(str(evaluated), read_index(str(evaluated)).best)
     scored = Scored(Scoring((weights,)), str(prepared.store))
-    config = override(
-        Config(),
-        {"cluster.num_workers": workers, "evaluate.batch_size_per_worker": 3 * workers},
-    )
+    config = override(Config(), {"cluster.num_workers": workers})
     boxes = boxes_of(read_store(prepared.store), "train")
     prior = prior_map(list(boxes.values()), 64)
     (found,) = score_boxes(scored, {"train": boxes}, prior, config).values()
@@ -207,7 +204,7 @@ def test_cases_say_what_is_known_of_the_study_and_why_it_is_shown(
     scored = Scored(Scoring((weights,)), str(prepared.store))
     studies, test = read_store(prepared.store), read_predictions(evaluated).subset("test")
     threshold = float(np.median(test.probability))
-    settings = {"evaluate.gallery_images": 3, "evaluate.error_images": 2}
+    settings = {"evaluate.pictures": 3}
     config = override(Config(), settings)
     found = choose_pictures(scored, test, studies, Decision(threshold), config)
 

@@ -42,7 +42,7 @@ from tests.jobs.test_prepare import kill
 
 QUICK = [
     *SMALL,
-    *("--tune.epochs", "1", "--tune.smoothing-epochs", "1", "--tune.early-stopping", "none"),
+    *("--tune.epochs", "1", "--tune.early-stopping", "none"),
 ]
 WIDE = json.dumps(
     {"train.lr": ["log_uniform", 1e-5, 3e-3], "train.pos_weight": [*("choice", 1, 3)]}
@@ -303,10 +303,10 @@ def test_a_stopped_trial_that_still_writes_costs_the_next_one_nothing(
     run = tmp_path / "search"
     (tmp_path / "sitecustomize.py").write_text(SLOW_DISK)
     environ = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    few = ("--tune.num-trials", "5", "--tune.epochs", "2", "--tune.grace-epochs", "1")
+    few = ("--tune.num-trials", "5", "--tune.epochs", "2")
     command = [sys.executable, "-m", "jobs.tune", *places(prepared, run), *SMALL, *few]
     done = subprocess.run(
-        [*command, "--tune.algorithm", "random", "--tune.smoothing-epochs", "1"],
+        [*command, "--tune.algorithm", "random"],
         capture_output=True,
         text=True,
         env={**environ, "PYTHONPATH": str(tmp_path)},

@@ -19,7 +19,7 @@ from tests.searches import trial
 
 
 def config_of(**changes: object) -> Config:
-    small = {"num_trials": 12, "epochs": 9, "grace_epochs": 1, "smoothing_epochs": 1}
+    small = {"num_trials": 12, "epochs": 9}
     return override(Config(), {f"tune.{name}": v for name, v in {**small, **changes}.items()})
 
 
