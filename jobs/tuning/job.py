@@ -19,7 +19,6 @@ from ray.tune.schedulers import FIFOScheduler
 
 from jobs.ray_cluster.session import ray_session, wait_for_resources
 from jobs.terminal.entry_point import find_cause, new_run_url, say
-from jobs.training.job import with_absolute_weights
 from jobs.tuning.live_table import LiveTable, read_error
 from jobs.tuning.search_results import BEST, REPORT, print_search, write_results
 from jobs.tuning.searchers import Draw, Drawn, Listed, Rungs, list_grid
@@ -37,7 +36,7 @@ from jobs.tuning.trial_wandb import TrialTracking
 from pneumo import storage
 from pneumo.command_line import Invocation, TuneArguments
 from pneumo.config import Config, ModelConfig
-from pneumo.config_layers import check_space, drop_removed
+from pneumo.config_layers import check_space, drop_removed, with_absolute_weights
 from pneumo.dataset.shards import Manifest, read_manifest
 from pneumo.errors import ClusterError, ConfigError, RunError
 from pneumo.network.backbones import check_weights

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from sklearn.model_selection import StratifiedGroupKFold
 
-from jobs import prepare
+from jobs.preparation import prepare
 from jobs.ray_cluster.session import ray_session
 from pneumo.command_line import parse_command_line
 from pneumo.config import Config
@@ -119,7 +119,7 @@ def make_stores(source: Path, folder: Path, image_size: int) -> list[str]:
             store = str(folder / f"store-{fold}")
             size = ("--prepare.image-size", str(image_size))
             flags = ["--source", str(source), "--store", store, "--split.list", str(table), *size]
-            prepare.prepare(parse_command_line("prepare", flags, {}))
+            prepare(parse_command_line("prepare", flags, {}))
             stores.append(store)
     return stores
 

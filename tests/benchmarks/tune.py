@@ -30,7 +30,7 @@ import torch
 
 from jobs import prepare
 from jobs.ray_cluster.session import ray_session
-from jobs.training.job import build_trainer
+from jobs.training.trainer import build_trainer
 from jobs.tuning.job import search
 from jobs.tuning.trial_records import read_judgement, trial_url
 from jobs.tuning.trial_runs import share, trial_config

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import re
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pneumo.config import Config
-from pneumo.config_layers import drop_removed, list_settings, override, read_recipe
+from pneumo.config_layers import (
+    drop_removed,
+    list_settings,
+    override,
+    read_recipe,
+    with_absolute_weights,
+)
 from pneumo.errors import ConfigError
 
 RECIPES = sorted(
@@ -144,3 +151,12 @@ def test_a_removed_setting_is_refused_with_what_holds_now(key: str, hint: str) -
     with pytest.raises(ConfigError, match=f"^unknown setting {key} in the test, {hint}$"):
         override(Config(), {key: 8}, "the test")
     assert key not in list_settings(Config)
+
+
+def test_weights_beside_the_driver_are_found_by_workers_in_other_folders(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    beside = override(Config(), {"model.weights": "weights.pt"})
+    assert with_absolute_weights(beside).model.weights == str(tmp_path / "weights.pt")
+    assert with_absolute_weights(Config()) == Config()
