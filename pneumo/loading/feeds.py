@@ -25,10 +25,13 @@ from torch import Tensor
 from pneumo import storage
 from pneumo.dataset.shards import BlockEntry, Manifest, ShardEntry, decode_block, read_block
 from pneumo.errors import ContentError, DataError
-from pneumo.loading.block_cache import BlockCache
 from pneumo.loading.prefetch import send
 from pneumo.loading.sample_order import Rows
 
+READERS = 4
+"""Threads of a worker that read and decode."""
+PREFETCH_BLOCKS = 16
+"""Blocks, of 64 samples or 4 MB, that a stream reads ahead of the step that needs them."""
 _READER = "pneumo-reader"
 _HELD_STEPS = 32
 """A block that is needed again within so many steps is held; twice what it lasts in a lane."""
@@ -75,12 +78,11 @@ class Blocks:
         split: str,
         *,
         image_size: int,
-        cache: BlockCache | None = None,
     ) -> None:
         """Raises DataError when the manifest's numbers do not add up."""
         entry = manifest.splits[split]
         self.store_url, self.split, self.shards = store_url, split, entry.shards
-        self.stored_size, self.image_size, self.cache = manifest.image_size, image_size, cache
+        self.stored_size, self.image_size = manifest.image_size, image_size
         self.entries: list[tuple[ShardEntry, BlockEntry]] = [
             (shard, block) for shard in entry.shards for block in shard.blocks
         ]
@@ -102,11 +104,7 @@ class Blocks:
         """Read block `number` and decode it to the training size, into `out` where that is given:
         (B, 1, S, S) uint8 on the CPU. Raises DataError."""
         shard, block = self.entries[number]
-        data = self.cache.find(block.blake3) if self.cache else None
-        if data is None:
-            data = read_block(self.store_url, shard, block)
-            if self.cache:
-                self.cache.keep(block.blake3, data)
+        data = read_block(self.store_url, shard, block)
         samples = list(decode_block(data, shard, block, self.stored_size))
         return Samples(
             tuple(sample.key for sample in samples),
@@ -114,7 +112,7 @@ class Blocks:
             torch.tensor([sample.target for sample in samples], dtype=torch.float32),
         )
 
-    def check_shards(self, readers: int) -> None:
+    def check_shards(self) -> None:
         """Read the last byte of every shard: one that is missing or cut is known before the first
         step. Raises DataError."""
 
@@ -129,7 +127,7 @@ class Blocks:
                     f"shard {shard.name}: cut: {error}; delete the store and prepare it again"
                 ) from error
 
-        with ThreadPoolExecutor(readers, thread_name_prefix=_READER) as pool:
+        with ThreadPoolExecutor(READERS, thread_name_prefix=_READER) as pool:
             list(pool.map(check, self.shards))
 
 
@@ -137,7 +135,12 @@ class Memory:
     """A split as one uint8 tensor, filled with what is asked for when it first is."""
 
     def __init__(
-        self, blocks: Blocks, *, readers: int, device: torch.device, held: Held | None = None
+        self,
+        blocks: Blocks,
+        *,
+        device: torch.device,
+        held: Held | None = None,
+        readers: int = READERS,
     ) -> None:
         """`held`: the split as somebody else has read it; nothing is read then."""
         count = int(blocks.sizes.sum())
@@ -231,7 +234,9 @@ class Memory:
 class Stream:
     """Blocks read shortly before they are needed, and dropped afterwards."""
 
-    def __init__(self, blocks: Blocks, *, readers: int, prefetch_blocks: int) -> None:
+    def __init__(
+        self, blocks: Blocks, *, readers: int = READERS, prefetch_blocks: int = PREFETCH_BLOCKS
+    ) -> None:
         self.blocks, self.readers, self.prefetch_blocks = blocks, readers, prefetch_blocks
 
     def feed(self, plan: Sequence[Rows]) -> Iterator[Samples]:

@@ -16,7 +16,6 @@ from pneumo.config import AugmentConfig, DataConfig
 from pneumo.dataset.shards import Manifest, read_shard
 from pneumo.errors import ConfigError, DataError
 from pneumo.loading import augmentation, free_memory, sample_order
-from pneumo.loading.block_cache import BlockCache
 from pneumo.loading.feeds import Blocks, Feed, Held, Memory, Samples, Stream
 from pneumo.loading.prefetch import run_ahead, send
 from pneumo.loading.sample_order import Rows, World
@@ -195,16 +194,10 @@ def open_loaders(
     not add up or a shard is missing or cut, and ConfigError for settings that cannot be met.
     """
     device = torch.device(device)
-    cache = None
-    if config.cache_dir is not None:
-        cache = BlockCache(config.cache_dir, int(config.cache_gb * 1e9))
-    blocks = {
-        split: Blocks(store_url, manifest, split, image_size=image_size, cache=cache)
-        for split in splits
-    }
+    blocks = {split: Blocks(store_url, manifest, split, image_size=image_size) for split in splits}
     unread = [split for split in splits if split not in held]
     for split in unread:
-        blocks[split].check_shards(config.readers)
+        blocks[split].check_shards()
     choices = choose_ways(
         config.cache,
         {split: manifest.splits[split].samples * image_size**2 for split in unread},
@@ -213,15 +206,15 @@ def open_loaders(
     )
 
     def choose_feed(split: str) -> Feed:
-        choice, readers = choices.get(split), config.readers
+        choice = choices.get(split)
         if choice is None:
             tell(f"data: {split}: shared with the others on this machine")
-            return Memory(blocks[split], readers=readers, device=device, held=held[split])
+            return Memory(blocks[split], device=device, held=held[split])
         tell(f"data: {split}: {choice.reason}")
         if choice.way == "stream":
-            return Stream(blocks[split], readers=readers, prefetch_blocks=config.prefetch_blocks)
+            return Stream(blocks[split])
         keeper = device if choice.on_device else torch.device("cpu")
-        return Memory(blocks[split], readers=readers, device=keeper)
+        return Memory(blocks[split], device=keeper)
 
     return tuple(
         Loader(
@@ -251,8 +244,8 @@ def hold_split(
     if choices[split].way == "stream":
         return None
     blocks = Blocks(store_url, manifest, split, image_size=image_size)
-    blocks.check_shards(config.readers)
-    return Memory(blocks, readers=config.readers, device=torch.device("cpu")).hold()
+    blocks.check_shards()
+    return Memory(blocks, device=torch.device("cpu")).hold()
 
 
 def choose_ways(

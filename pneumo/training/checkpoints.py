@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pneumo import storage
 from pneumo.config import Config
+from pneumo.config_layers import drop_removed
 from pneumo.errors import CheckpointError, RunError, StorageError
 from pneumo.version import describe_code as describe_code
 
@@ -356,7 +357,7 @@ def load_checkpoint(run_url: str, entry: CheckpointEntry) -> Checkpoint:
             "wrote it, or train anew"
         )
     try:
-        plain["config"] = Config.model_validate(plain["config"])
+        plain["config"] = Config.model_validate(drop_removed(plain["config"]))
         plain["history"] = tuple(plain["history"])
         return Checkpoint(**plain)
     except (KeyError, TypeError, ValidationError) as error:

@@ -427,8 +427,7 @@ def _warn_of_slow_data(share: float | None, epoch: int, hooks: Hooks) -> None:
     if share is not None:
         hooks.on_note(
             f"warning: {share:.0%} of the time until epoch {epoch + 1} was spent waiting for data; "
-            "keep it in memory (data.cache), or raise data.readers and cluster.cpus_per_worker, or "
-            "set data.cache_dir"
+            "keep it in memory (data.cache), or raise cluster.cpus_per_worker"
         )
 
 

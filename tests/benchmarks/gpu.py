@@ -81,7 +81,7 @@ MODES = {
     "eager": "without cudnn.benchmark",
     "eager-tuned": "with it, as pneumo trains",
     "compile": "torch.compile of the network, too: pneumo's train.compile true",
-    "max-autotune-no-cudagraphs": "the fastest kernels searched for, minutes: max-autotune there",
+    "max-autotune-no-cudagraphs": "the fastest kernels searched for, in minutes",
     "reduce-overhead": "compiled and replayed as CUDA graphs; no setting: gradients that add up "
     "over micro-batches would be overwritten",
     "max-autotune": "both",

@@ -34,9 +34,11 @@ import numpy as np
 import torch
 from sklearn.model_selection import StratifiedGroupKFold
 
-from jobs import prepare
+from jobs.preparation import prepare
 from jobs.ray_cluster.session import ray_session
-from pneumo.config import Config, override, parse_command_line, read_recipe
+from pneumo.command_line import parse_command_line
+from pneumo.config import Config
+from pneumo.config_layers import override, read_recipe
 from pneumo.dataset.phantoms.source_folder import write_phantoms
 from pneumo.dataset.shards import read_manifest
 from pneumo.evaluation import metrics
@@ -72,7 +74,6 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "no augmentation": dict.fromkeys(STRONG, 0.0),
     "strong augmentation": STRONG,
     "flip": {"augment.flip": True},
-    "erasing": {"augment.erase_fraction": 0.2},
     "ema": {"train.ema_decay": 0.99},
     "adamw 0.05": {"train.optimizer": "adamw", "train.weight_decay": 0.05},
     "label smoothing": {"train.label_smoothing": 0.1},
@@ -118,7 +119,7 @@ def make_stores(source: Path, folder: Path, image_size: int) -> list[str]:
             store = str(folder / f"store-{fold}")
             size = ("--prepare.image-size", str(image_size))
             flags = ["--source", str(source), "--store", store, "--split.list", str(table), *size]
-            prepare.prepare(parse_command_line("prepare", flags, {}))
+            prepare(parse_command_line("prepare", flags, {}))
             stores.append(store)
     return stores
 
@@ -139,7 +140,6 @@ def configure(run: Run) -> Config:
         "train.batch_size": batch_size,
         "train.micro_batch_size": batch_size,  # BatchNorm over the whole batch, as in `baseline`
         "train.keep_checkpoints": 1,
-        "train.precision": "native",
     }
     return override(config, {**fixed, **VARIANTS.get(run.variant, {})})
 

@@ -37,9 +37,10 @@ from typing import NamedTuple
 import torch
 
 from jobs import prepare
-from jobs import train as train_job
 from jobs.ray_cluster.session import WORKER_ENVIRONMENT, ray_session
-from pneumo.config import Config, parse_command_line
+from jobs.training.job import train as train_job
+from pneumo.command_line import parse_command_line
+from pneumo.config import Config
 from pneumo.dataset.phantoms.source_folder import write_phantoms
 from pneumo.loading.loader import Batch
 from pneumo.loading.sample_order import World
@@ -157,7 +158,7 @@ def list_ways(
     alone = partial(measure_fit, config, store_url=store_url, run_url=f"{run_url}-fit")
 
     def measure_ray() -> Rate:
-        train_job.train(parse_command_line("train", [*flags, "--run", f"{run_url}-ray"]))
+        train_job(parse_command_line("train", [*flags, "--run", f"{run_url}-ray"]))
         return read_rate(f"{run_url}-ray", config.train.batch_size)
 
     ways = {

@@ -30,11 +30,13 @@ import torch
 
 from jobs import prepare
 from jobs.ray_cluster.session import ray_session
-from jobs.train import build_trainer
-from jobs.tune import search
+from jobs.training.trainer import build_trainer
+from jobs.tuning.job import search
 from jobs.tuning.trial_records import read_judgement, trial_url
 from jobs.tuning.trial_runs import share, trial_config
-from pneumo.config import Config, override, parse_command_line
+from pneumo.command_line import parse_command_line
+from pneumo.config import Config
+from pneumo.config_layers import override
 from pneumo.dataset.phantoms.source_folder import write_phantoms
 from pneumo.dataset.shards import Manifest, read_manifest
 from pneumo.loading.feeds import Held
@@ -143,7 +145,7 @@ def count_until(found: Search, wanted: float) -> int | None:
 
 def measure_overhead(options: argparse.Namespace, folder: Path) -> None:
     """Print seconds a trial, in every way."""
-    changes = {"tune.num_trials": options.trials, "tune.epochs": 1, "tune.smoothing_epochs": 1}
+    changes = {"tune.num_trials": options.trials, "tune.epochs": 1}
     more = {"tune.early_stopping": "none", "tune.algorithm": "random"}
     config = override(Config(), {**SETTINGS, **changes, **more})
     torch.set_num_threads(1)

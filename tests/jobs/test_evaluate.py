@@ -14,6 +14,7 @@ from sklearn.metrics import roc_auc_score
 
 from jobs import evaluate, train
 from jobs.evaluation import wandb_results
+from jobs.evaluation.job import describe_data
 from jobs.evaluation.ray_scoring import (
     Scored,
     Scoring,
@@ -24,7 +25,8 @@ from jobs.evaluation.ray_scoring import (
     score_splits,
 )
 from jobs.evaluation.shown_studies import choose_pictures
-from pneumo.config import Config, override
+from pneumo.config import Config
+from pneumo.config_layers import override
 from pneumo.dataset.shards import (
     Duplicates,
     StudyRow,
@@ -173,10 +175,7 @@ def test_maps_score_the_same_on_any_number_of_workers(
     """And as the slow way does, one study after the other."""
     weights = Weights(str(evaluated), read_index(str(evaluated)).best)
     scored = Scored(Scoring((weights,)), str(prepared.store))
-    config = override(
-        Config(),
-        {"cluster.num_workers": workers, "evaluate.batch_size_per_worker": 3 * workers},
-    )
+    config = override(Config(), {"cluster.num_workers": workers})
     boxes = boxes_of(read_store(prepared.store), "train")
     prior = prior_map(list(boxes.values()), 64)
     (found,) = score_boxes(scored, {"train": boxes}, prior, config).values()
@@ -206,7 +205,7 @@ def test_cases_say_what_is_known_of_the_study_and_why_it_is_shown(
     scored = Scored(Scoring((weights,)), str(prepared.store))
     studies, test = read_store(prepared.store), read_predictions(evaluated).subset("test")
     threshold = float(np.median(test.probability))
-    settings = {"evaluate.gallery_images": 3, "evaluate.error_images": 2}
+    settings = {"evaluate.pictures": 3}
     config = override(Config(), settings)
     found = choose_pictures(scored, test, studies, Decision(threshold), config)
 
@@ -297,7 +296,7 @@ def test_tracker_gets_the_data_and_what_is_wrong_with_them(
     )
     tracker = MemoryTracker()
     drawing = b"a drawing"
-    wandb_results.log_data(tracker, evaluate.describe_data(store_url, bad, studies), drawing)
+    wandb_results.log_data(tracker, describe_data(store_url, bad, studies), drawing)
     assert tracker.summary == {
         "data/quarantined": 3,
         "data/duplicates_across_splits": 3,
@@ -313,7 +312,7 @@ def test_tracker_gets_the_data_and_what_is_wrong_with_them(
     assert not [row for row in studies.values() if row.key in said or row.patient in said]
 
     sound = MemoryTracker()
-    wandb_results.log_data(sound, evaluate.describe_data(store_url, manifest, studies), drawing)
+    wandb_results.log_data(sound, describe_data(store_url, manifest, studies), drawing)
     assert sound.summary == {
         "data/quarantined": 0,
         "data/duplicates_across_splits": 0,

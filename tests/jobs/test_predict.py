@@ -89,7 +89,7 @@ def test_files_get_the_logits_that_their_studies_got(
 
     flags = ["--source", str(folder), "--run", str(run), "--output", str(output)]
     members = ["--members", str(other), "--cluster.num-workers", "2"]
-    assert predict.main([*flags, *members, "--predict.batch-size-per-worker", "5"]) == 0
+    assert predict.main([*flags, *members]) == 0
 
     rows, judged = read_rows(output), read_predictions(run)
     assert len(rows) == len(by_key) + 3

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from jobs import train
-from pneumo.config import Config, override
+from jobs.training.job import leave
+from pneumo.config import Config
 from pneumo.dataset.shards import read_manifest
 from pneumo.training.checkpoints import load_checkpoint, read_index
 from tests.jobs.conftest import SMALL, Prepared
@@ -96,7 +97,7 @@ def test_more_workers_than_the_cluster_has_is_said_before_the_start(
 _LATE_RANK = """
 from datetime import timedelta
 import time
-from jobs.train import wait_longer
+from jobs.training.trainer import wait_longer
 
 dist.set_timeout(timedelta(seconds=1))
 wait_longer()
@@ -108,15 +109,6 @@ dist.barrier()
 @pytest.mark.slow
 def test_ranks_wait_for_one_another_longer_than_for_their_meeting(tmp_path: Path) -> None:
     run_ranks(_LATE_RANK, tmp_path, 2)
-
-
-def test_weights_beside_the_driver_are_found_by_workers_in_other_folders(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    beside = override(Config(), {"model.weights": "weights.pt"})
-    assert train.with_absolute_weights(beside).model.weights == str(tmp_path / "weights.pt")
-    assert train.with_absolute_weights(Config()) == Config()
 
 
 def end_with(outcome: bool | Exception) -> Future[bool]:
@@ -141,7 +133,7 @@ def test_who_leaves_learns_whether_there_is_a_checkpoint(
     training: Future[bool], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ordered: list[None] = []
-    train.leave(lambda: ordered.append(None), training, timeout_s=1)
+    leave(lambda: ordered.append(None), training, timeout_s=1)
     first, *rest = capsys.readouterr().err.splitlines()
     assert first.startswith("train: interrupted; writing a checkpoint")
     assert len(ordered) == 1

@@ -20,12 +20,13 @@ import ray
 import torch
 
 from jobs import tune
-from jobs.train import with_absolute_weights
-from jobs.tune import check_search
+from jobs.tuning.job import check_search
 from jobs.tuning.trial_judge import Shared, TrialJudge
 from jobs.tuning.trial_records import read_history, read_trials, trial_url, write_begun
 from jobs.tuning.trial_runs import share, trial_config, trials_at_once
-from pneumo.config import Config, override, parse_command_line
+from pneumo.command_line import parse_command_line
+from pneumo.config import Config
+from pneumo.config_layers import override, with_absolute_weights
 from pneumo.dataset.shards import read_manifest
 from pneumo.errors import ClusterError, ConfigError
 from pneumo.loading.loader import open_loaders
@@ -39,7 +40,7 @@ from tests.waiting import wait_until
 
 QUICK = [
     *SMALL,
-    *("--tune.epochs", "1", "--tune.smoothing-epochs", "1", "--tune.early-stopping", "none"),
+    *("--tune.epochs", "1", "--tune.early-stopping", "none"),
 ]
 WIDE = json.dumps(
     {"train.lr": ["log_uniform", 1e-5, 3e-3], "train.pos_weight": [*("choice", 1, 3)]}
@@ -303,10 +304,10 @@ def test_a_stopped_trial_that_still_writes_costs_the_next_one_nothing(
     run = tmp_path / "search"
     (tmp_path / "sitecustomize.py").write_text(SLOW_DISK)
     environ = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    few = ("--tune.num-trials", "5", "--tune.epochs", "2", "--tune.grace-epochs", "1")
+    few = ("--tune.num-trials", "5", "--tune.epochs", "2")
     command = [sys.executable, "-m", "jobs.tune", *places(prepared, run), *SMALL, *few]
     done = subprocess.run(
-        [*command, "--tune.algorithm", "random", "--tune.smoothing-epochs", "1"],
+        [*command, "--tune.algorithm", "random"],
         capture_output=True,
         text=True,
         env={**environ, "PYTHONPATH": str(tmp_path)},

@@ -57,7 +57,7 @@ def open_train(store_url: str, way: Way) -> Loader:
         store_url,
         read_manifest(store_url),
         "train",
-        DataConfig(cache=way, readers=4, prefetch_blocks=4),
+        DataConfig(cache=way),
         image_size=64,
         mean=0.4,
         std=0.2,

@@ -15,7 +15,7 @@ from jobs.evaluation.evaluated_run import Subject
 from jobs.evaluation.ray_scoring import Scored, Scoring, Weights
 from jobs.evaluation.result_files import Judged
 from jobs.evaluation.shown_studies import describe_age
-from pneumo.config import Config, EvaluateConfig, override
+from pneumo.config import Config, EvaluateConfig
 from pneumo.dataset.quality import ContactSheet
 from pneumo.dataset.shards import read_manifest
 from pneumo.evaluation.evaluation import evaluate
@@ -152,20 +152,19 @@ def subject(tiny_store):
     return Subject("runs/a b", url, manifest, checkpoint, Scored(Scoring(weights), url), history=())
 
 
-def send(subject, folder, pixels=96, data=DATA):
+def send(subject, folder, data=DATA):
     """Everything that a tracker is given of an evaluation with pictures of 224 pixels."""
     found, tracker = judged(), MemoryTracker()
     (folder / "figures").mkdir()
     (folder / "figures" / "data_quality.png").write_bytes(b"a drawing")
     (folder / "metrics.json").write_text("{}")
-    config = override(Config(), {"tracking.image_pixels": pixels})
     wandb_results.send_evaluation(
-        tracker, subject, Judged(data, found, PICTURES, {}, None), folder, config
+        tracker, subject, Judged(data, found, PICTURES, {}, None), folder, Config()
     )
     return tracker
 
 
-def test_no_study_is_shown_larger_than_asked_anywhere(subject, tmp_path):
+def test_no_study_is_shown_larger_than_192_pixels_anywhere(subject, tmp_path):
     sheet = ContactSheet("Normal", 9, (np.full((224, 224), 99, np.uint8),) * 4, ("AP",) * 4)
     data = dataclasses.replace(DATA, contact=[sheet])
     tracker = send(subject, tmp_path, data=data)
@@ -178,15 +177,15 @@ def test_no_study_is_shown_larger_than_asked_anywhere(subject, tmp_path):
     ]
     assert len(sizes) == 4
     # Two rows of a contact sheet with a gap of 4; the others are one study high.
-    assert sorted(height for _, height in sizes) == [96, 96, 96, 2 * 96 + 4]
+    assert sorted(height for _, height in sizes) == [192, 192, 192, 2 * 192 + 4]
     for key in ("eval/gallery/tp", "eval/errors/fp"):
         (picture,) = tracker.media[key].pictures
-        assert Image.open(io.BytesIO(picture.data)).height == 96
-        assert picture.mask is None or picture.mask.classes.shape == (96, 96)
+        assert Image.open(io.BytesIO(picture.data)).height == 192
+        assert picture.mask is None or picture.mask.classes.shape == (192, 192)
     ((picture, *_),) = tracker.media["eval/predictions"].rows
-    assert Image.open(io.BytesIO(picture.data)).height <= 96
+    assert Image.open(io.BytesIO(picture.data)).height <= 192
     (sheet_sent,) = tracker.media["data/contact"].pictures
-    assert Image.open(io.BytesIO(sheet_sent.data)).height == 2 * 96 + 4
+    assert Image.open(io.BytesIO(sheet_sent.data)).height == 2 * 192 + 4
 
 
 def test_lineage_names_each_store_and_run_and_moves_no_alias_of_an_input(subject, tmp_path):

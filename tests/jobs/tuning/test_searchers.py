@@ -12,13 +12,14 @@ from ray.tune.search import Searcher
 from jobs.tuning.searchers import Draw, Drawn, Listed, Rungs, list_grid
 from jobs.tuning.trial_judge import METRIC
 from jobs.tuning.trial_records import read_trials, write_ended
-from pneumo.config import Config, override
+from pneumo.config import Config
+from pneumo.config_layers import override
 from pneumo.tuning.search import Trial
 from tests.searches import trial
 
 
 def config_of(**changes: object) -> Config:
-    small = {"num_trials": 12, "epochs": 9, "grace_epochs": 1, "smoothing_epochs": 1}
+    small = {"num_trials": 12, "epochs": 9}
     return override(Config(), {f"tune.{name}": v for name, v in {**small, **changes}.items()})
 
 

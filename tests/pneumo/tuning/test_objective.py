@@ -10,7 +10,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score, roc_curve
 from sklearn.model_selection import GroupKFold, cross_val_predict
 
-from pneumo.config import Config, TuneConfig, override
+from pneumo.config import Config, TuneConfig
+from pneumo.config_layers import override
 from pneumo.errors import MetricError
 from pneumo.evaluation.delong import delong, delong_test
 from pneumo.evaluation.metrics import Z_95
@@ -155,6 +156,6 @@ def test_smoothing_takes_the_last_epochs() -> None:
 
 
 def test_objectives_have_names_that_a_reader_understands() -> None:
-    config = config_of("sensitivity", specificity=0.8, smoothing_epochs=1)
+    config = config_of("sensitivity", specificity=0.8, epochs=3)
     assert name_objective(config) == "sensitivity on val at specificity 0.8"
     assert describe_objective(config_of("auroc")) == "AUROC on val, mean of the last 2 epochs"

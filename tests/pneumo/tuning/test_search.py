@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import tomli_w
 
-from pneumo.config import Config, override
+from pneumo.config import Config
+from pneumo.config_layers import override
 from pneumo.dataset.shards import read_manifest
 from pneumo.tuning.objective import Judgement
 from pneumo.tuning.search import (
@@ -32,7 +33,7 @@ from pneumo.tuning.search import (
 from tests.conftest import StoreMaker
 from tests.searches import make_search, trial
 
-TUNE = override(Config(), {"tune.smoothing_epochs": 1}).tune
+TUNE = override(Config(), {"tune.epochs": 3}).tune
 
 
 def judgement(error: float, studies: int = 400, seed: int = 0) -> Judgement:
@@ -87,7 +88,7 @@ def test_a_trial_that_was_stopped_cannot_win() -> None:
 
 def test_the_luckiest_epoch_is_not_what_counts() -> None:
     lucky, steady = trial("lucky", 0.80, 0.95, 0.80), trial("steady", 0.85, 0.86, 0.87)
-    smoothed = override(Config(), {"tune.smoothing_epochs": 2}).tune
+    smoothed = Config().tune
     assert rank([lucky, steady], TUNE)[0] is steady
     assert lucky.objective(smoothed) == pytest.approx(0.875)
     assert lucky.objective(smoothed, epochs=1) == 0.80

@@ -1,0 +1,133 @@
+"""What Ray Train runs: every worker calls `pneumo.training.fit` as one DDP rank."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import ray
+import ray.train
+import torch
+import torch.distributed as dist
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from jobs.ray_cluster.nodes import Node
+from jobs.ray_cluster.session import (
+    uses_gpu,
+    worker_resources,
+)
+from jobs.training.epoch_log import worker_hooks
+from jobs.training.messages import Mailbox
+from jobs.training.recovery import STOPPED
+from jobs.training.stop_signal import Board
+from jobs.tuning.trial_judge import Shared, TrialJudge
+from pneumo.config import ClusterConfig, Config
+from pneumo.errors import PreemptedError
+from pneumo.loading.sample_order import World
+from pneumo.training.fit import fit
+
+RENDEZVOUS_TIMEOUT_S = 180
+"""Within which the ranks of an attempt must find each other; else another is begun."""
+
+
+WAIT_TIMEOUT_S = 1800
+"""How long ranks wait for one another afterwards. One reads its split, or tries storage again and
+again, while the others are done; silent nodes are found by the board within seconds."""
+
+
+def build_trainer(
+    config: Config,
+    store_url: str,
+    run_url: str,
+    messages: Mailbox | None,
+    callbacks: Sequence[Any] = (),
+    *,
+    cluster: ClusterConfig | None = None,
+    board: Board | None = None,
+    nodes: Sequence[Node] = (),
+    shared: Shared | None = None,
+) -> TorchTrainer:
+    """A TorchTrainer whose every worker runs `fit` as one DDP rank, on `nodes` if there are any.
+
+    `cluster` says how many there are and what each gets, where that is not what the configuration
+    says, which a checkpoint keeps. With a board, workers stop when it says so, and the first
+    failure ends the trainer's `fit`: `Recovery` deals with it. `shared` makes it a trial of a
+    search.
+    """
+    cluster = cluster or config.cluster
+    failures = (
+        FailureConfig(max_failures=cluster.max_failures)
+        if board is None
+        else FailureConfig(max_failures=0, controller_failure_limit=0)
+    )
+    return TorchTrainer(
+        _train_worker,
+        train_loop_config={
+            "config": config.model_dump(mode="json"),
+            "store_url": store_url,
+            "run_url": run_url,
+            "messages": messages,
+            "board": board,
+            "shared": shared,
+        },
+        torch_config=TorchConfig(timeout_s=RENDEZVOUS_TIMEOUT_S),
+        scaling_config=ScalingConfig(
+            num_workers=cluster.num_workers,
+            use_gpu=uses_gpu(cluster),
+            resources_per_worker=worker_resources(cluster),
+            label_selector=(
+                {"ray.io/node-id": f"in({','.join(node.id for node in nodes)})"} if nodes else None
+            ),
+        ),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=run_url,
+            failure_config=failures,
+            callbacks=list(callbacks),
+        ),
+    )
+
+
+def wait_longer() -> None:
+    """Let the ranks, which have found each other, wait WAIT_TIMEOUT_S for one another."""
+    if dist.is_initialized():
+        dist.set_timeout(timedelta(seconds=WAIT_TIMEOUT_S))
+
+
+def _train_worker(settings: dict[str, Any]) -> str | None:
+    """What each Ray Train worker runs; STOPPED when it was told to stop."""
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    context = ray.train.get_context()
+    world = World(
+        context.get_world_rank(), context.get_world_size(), context.get_local_world_size()
+    )
+    config = Config.model_validate(settings["config"])
+    torch.set_num_threads(config.cluster.cpus_per_worker)
+    wait_longer()
+    hooks = worker_hooks(settings["messages"], world, epochs=config.train.epochs)
+    board: Board | None = settings["board"]
+    if board is not None:
+        hooks = replace(hooks, should_stop=board.listen(world.rank).is_set)
+    shared: Shared | None = settings["shared"]
+    held = {}
+    if shared is not None:
+        judge = TrialJudge(shared, settings["run_url"], world)
+        hooks = judge.hooks(hooks, ray.train.report)
+        held = shared.fetch(config.data.image_size)
+    try:
+        fit(
+            config,
+            store_url=settings["store_url"],
+            run_url=settings["run_url"],
+            world=world,
+            device=ray.train.torch.get_device(),
+            hooks=hooks,
+            held=held,
+        )
+    except PreemptedError:
+        return STOPPED
+    return None

@@ -1,0 +1,117 @@
+"""Missing and taken places are told before a job begins."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jobs.terminal.places import check_places
+from pneumo.command_line import parse_command_line
+from pneumo.errors import ConfigError, RunError, SourceError, StoreError, UserError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A store, a run that is being trained, one that is evaluated, and a folder of files."""
+    for name in ("store/manifest.json", "run/checkpoints/index.json", "files/a.dcm"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    write_index(tmp_path / "judged", finished=True)
+    (tmp_path / "judged" / "predictions.parquet").write_bytes(b"")
+    (tmp_path / "judged" / "metrics.json").write_text("{}")
+    return tmp_path
+
+
+def write_index(run: Path, *, finished: bool) -> None:
+    (run / "checkpoints").mkdir(parents=True)
+    index = {"finished": finished, "entries": [{"epoch": 1}, {"epoch": 7}]}
+    (run / "checkpoints" / "index.json").write_text(json.dumps(index))
+
+
+def check(folder: Path, job: str, flags: str) -> None:
+    """Check the places of a command line; `@` stands for the folder."""
+    check_places(parse_command_line(job, flags.replace("@", f"{folder}/").split(), {}))
+
+
+@pytest.mark.parametrize(
+    ("job", "flags"),
+    [
+        ("prepare", "--source @files --store @new"),
+        ("train", "--store @store"),
+        ("train", "--store @store --run @run"),
+        ("train", "--store @store --run @new --model.weights @files/a.dcm"),
+        ("tune", "--store @store --run @new"),
+        ("evaluate", "--store @store --run @run --members @judged --compare-with @judged"),
+        ("evaluate", "--store @store --run @judged --overwrite"),
+        ("predict", "--source @files --run @judged --output @new --members @run"),
+    ],
+)
+def test_places_that_serve_pass(folder: Path, job: str, flags: str) -> None:
+    check(folder, job, flags)
+    assert not (folder / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("job", "flags", "error", "message"),
+    [
+        ("prepare", "--source @new --store @store", SourceError, "new: no such folder"),
+        (
+            "prepare",
+            "--source @files --store @new --split.list @no.csv",
+            SourceError,
+            r"split\.list: .*no\.csv' is no file",
+        ),
+        ("train", "--store @files", StoreError, r"files: no manifest\.json, so nothing is prep"),
+        (
+            "train",
+            "--store @store --run @judged",
+            RunError,
+            "judged: holds a finished run of 7 epochs; give another --run",
+        ),
+        (
+            "tune",
+            "--store @store --model.weights @no.pt",
+            ConfigError,
+            r"model\.weights: .*no\.pt' is no file; give 'imagenet', 'random' or the path of a",
+        ),
+        ("evaluate", "--store @store --run @files", RunError, "files: no checkpoint in it"),
+        ("evaluate", "--store @store --run @run --members @run,@new", RunError, "new: no checkp"),
+        (
+            "evaluate",
+            "--store @store --run @run --compare-with @run",
+            RunError,
+            "run: is not evaluated; evaluate it first",
+        ),
+        ("evaluate", "--store @store --run @judged", RunError, "judged: is evaluated already"),
+        ("predict", "--source @new --run @run --output @out", SourceError, "new: no file in it"),
+    ],
+)
+def test_a_place_that_does_not_serve_is_named(
+    folder: Path, job: str, flags: str, error: type[UserError], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        check(folder, job, flags)
+
+
+@pytest.mark.parametrize(
+    ("job", "flags", "marker", "message"),
+    [
+        ("tune", "--store @store --run @out", "best.toml", "out: holds a finished search; give"),
+        (
+            "predict",
+            "--source @files --run @run --output @out",
+            "predictions.csv",
+            "out: holds predictions already; give another --output, or --overwrite",
+        ),
+    ],
+)
+def test_a_place_that_is_taken_is_named(
+    folder: Path, job: str, flags: str, marker: str, message: str
+) -> None:
+    check(folder, job, flags)
+    (folder / "out").mkdir()
+    (folder / "out" / marker).write_text("")
+    with pytest.raises(RunError, match=message):
+        check(folder, job, flags)

@@ -1,0 +1,59 @@
+"""`--help` and mistakes are answered before anything heavy is imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = {
+    *("torch", "torchvision", "torchmetrics", "ray", "optuna", "kubernetes", "wandb"),
+    *("scipy", "sklearn", "pandas", "pyarrow", "matplotlib", "s3fs", "aiobotocore"),
+}
+"""Packages that take a tenth of a second or more each."""
+
+RUN = """
+import runpy, sys
+module, *sys.argv[1:] = sys.argv[1:]
+try:
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+except SystemExit as left:
+    print("exit", left.code, *sys.modules)
+"""
+NOWHERE = "/nowhere/at/all"
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        *((f"jobs.{job} --help", 0) for job in ("prepare", "train", "tune", "evaluate", "predict")),
+        *((f"{module} --help", 0) for module in ("jobs.demo", "jobs.preflight")),
+        *((f"pneumo.{module} --help", 0) for module in ("synthetic", "dashboards")),
+        ("cluster --help", 0),
+        ("cluster submit train --help", 0),
+        ("cluster submit train --store s --train.lrr 1", 2),
+        ("cluster list", 2),
+        ("jobs.train", 2),
+        ("jobs.train --store s --train.lr=-1", 2),
+        ("jobs.train --store s --recipe none", 2),
+        ("jobs.tune --store s --tune.num-trial 3", 2),
+        (f"jobs.train --store {NOWHERE}", 2),
+        (f"jobs.tune --store {NOWHERE}", 2),
+        (f"jobs.evaluate --store {NOWHERE} --run {NOWHERE}", 2),
+        (f"jobs.predict --source {NOWHERE} --run {NOWHERE} --output {NOWHERE}", 2),
+        (f"jobs.prepare --source {NOWHERE} --store {NOWHERE}", 2),
+    ],
+)
+def test_nothing_heavy_is_imported_for_an_answer(command: str, code: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, *command.split()],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={},
+    )
+    marker, exit_code, *modules = done.stdout.splitlines()[-1].split()
+    assert (marker, exit_code) == ("exit", str(code))
+    assert len(done.stderr.splitlines()) == (1 if code else 0)
+    assert HEAVY & {name.split(".")[0] for name in modules} == set()
