@@ -36,7 +36,7 @@ class Judged:
     data: DataFacts
     evaluation: Evaluation
     pictures: Pictures
-    looks: Mapping[str, SaliencySummary]
+    saliency: Mapping[str, SaliencySummary]
     """By split; empty with evaluate.saliency off."""
     compared: ComparedRuns | None
 
@@ -69,7 +69,7 @@ def compose_metrics(subject: Subject, judged: Judged, config: Config) -> dict[st
             "scoring": subject.scored.scoring.to_json(),
         },
     )
-    for split, found in describe_looks(judged.looks).items():
+    for split, found in describe_saliency(judged.saliency).items():
         metrics[split] |= found
     metrics["test"] |= describe_errors(judged.pictures)
     metrics["evaluation"] = {"seed": config.seed, **config.evaluate.model_dump(mode="json")}
@@ -88,10 +88,10 @@ def describe_faults(data: DataFacts) -> dict[str, Any]:
     }
 
 
-def describe_looks(looks: Mapping[str, SaliencySummary]) -> dict[str, dict[str, Any]]:
+def describe_saliency(saliency: Mapping[str, SaliencySummary]) -> dict[str, dict[str, Any]]:
     """By split, what metrics.json says of where the network looks."""
-    if looks:
-        return {split: {"saliency": found.to_json()} for split, found in looks.items()}
+    if saliency:
+        return {split: {"saliency": found.to_json()} for split, found in saliency.items()}
     reason = "evaluate.saliency is off"
     return {split: {"saliency": None, "saliency_reason": reason} for split in JUDGED_SPLITS}
 
@@ -158,7 +158,7 @@ def render(subject: Subject, judged: Judged, config: Config) -> str:
         provenance=describe_provenance(subject, config),
         history=subject.history,
         pictures=judged.pictures,
-        looks=judged.looks.get("test"),
+        saliency=judged.saliency.get("test"),
         compared=judged.compared,
     )
 

@@ -15,7 +15,6 @@ from pneumo.dataset.quality import AGE_BIN_YEARS
 from pneumo.dataset.shards import StudyRow
 from pneumo.evaluation.map_scores import (
     SaliencySummary,
-    choose_iou_thresholds,
     prior_map,
     scale_boxes,
     summarise_saliency,
@@ -159,7 +158,7 @@ def score_saliency(
     """By split, val and test, the network's maps against the boxes of every positive.
 
     `decisions` are by split. `image_size` is of the input of the first checkpoint, whose maps they
-    are. The prior map is of train, the IoU's thresholds are of val.
+    are. The prior map is of train.
     """
 
     def in_input(split: str) -> dict[str, tuple[Box, ...]]:
@@ -171,7 +170,6 @@ def score_saliency(
     of_train = list(in_input("train").values())
     prior = prior_map(of_train, image_size)
     found = score_boxes(scored, {s: in_input(s) for s in ("val", "test")}, prior, config)
-    iou_thresholds = choose_iou_thresholds(found["val"])
     return {
         split: summarise_saliency(
             scores,
@@ -180,7 +178,6 @@ def score_saliency(
             positives=int(predictions.subset(split).target.sum()),
             checkpoint=scored.scoring.weights[0].name,
             prior_studies=len(of_train),
-            iou_thresholds=iou_thresholds,
             resamples=config.evaluate.bootstrap_resamples,
             seed=config.seed,
         )

@@ -50,7 +50,7 @@ def send_evaluation(
     coarse = judged.shrink(size)
     report = render(subject, coarse, config)
     log_data(tracker, coarse.data, (folder / "figures" / DATA_FIGURE).read_bytes())
-    log_evaluation(tracker, judged.evaluation, judged.looks.get("test"))
+    log_evaluation(tracker, judged.evaluation, judged.saliency.get("test"))
     log_pictures(tracker, coarse.pictures, judged.evaluation)
     tracker.log_media("eval/report", Page(report))
     files: dict[str, Path | bytes] = {
@@ -86,9 +86,11 @@ def log_data(tracker: Tracker, data: DataFacts, drawing: bytes) -> None:
 # --- the numbers ---------------------------------------------------------------------------------
 
 
-def log_evaluation(tracker: Tracker, evaluation: Evaluation, looks: SaliencySummary | None) -> None:
+def log_evaluation(
+    tracker: Tracker, evaluation: Evaluation, saliency: SaliencySummary | None
+) -> None:
     """Headlines, curves, confusion matrices, subgroups, and the maps' scores."""
-    tracker.summarise(_summarise(evaluation, looks))
+    tracker.summarise(_summarise(evaluation, saliency))
     for key, chart in _draw_charts(evaluation).items():
         if chart.series:
             tracker.log_media(f"eval/{key}", chart)
@@ -101,7 +103,7 @@ def log_evaluation(tracker: Tracker, evaluation: Evaluation, looks: SaliencySumm
     tracker.log_media("eval/subgroups", _tabulate_subgroups(evaluation.test))
 
 
-def _summarise(evaluation: Evaluation, looks: SaliencySummary | None) -> dict[str, Scalar]:
+def _summarise(evaluation: Evaluation, saliency: SaliencySummary | None) -> dict[str, Scalar]:
     test = evaluation.test
     found = {
         "auroc": test.auroc,
@@ -117,9 +119,9 @@ def _summarise(evaluation: Evaluation, looks: SaliencySummary | None) -> dict[st
         "auroc_within_AP": test.view.within["AP"],
         "auroc_within_PA": test.view.within["PA"],
     }
-    if looks is not None and looks.groups["all"].maps is not None:
-        found["map_auprc"] = looks.groups["all"].maps["cam"].auprc
-        found["map_auprc_of_prior"] = looks.groups["all"].maps["prior"].auprc
+    if saliency is not None and saliency.groups["all"].maps is not None:
+        found["map_auprc"] = saliency.groups["all"].maps["cam"].auprc
+        found["map_auprc_of_prior"] = saliency.groups["all"].maps["prior"].auprc
     ends: dict[str, Scalar] = {}
     for name, estimate in found.items():
         ends[f"eval/test/{name}"] = estimate.value

@@ -66,7 +66,7 @@ __all__ = [
     "evaluate_split",
 ]
 
-METRICS_SCHEMA_VERSION = 2
+METRICS_SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from pneumo.training.fit import fit
 from tests.conftest import StoreMaker
 from tests.jobs.conftest import LocalMailbox
 from tests.jobs.test_sending import case, judged
-from tests.pneumo.test_report_degenerate import looks
+from tests.pneumo.reporting.page.test_degenerate import saliency
 
 
 def list_keys(view: Any) -> set[str]:
@@ -88,7 +88,7 @@ def test_the_workspace_of_evaluation_shows_what_is_sent() -> None:
     pictures = Pictures(
         shown, dict.fromkeys(OUTCOMES, shown), dict.fromkeys(ERRORS, shown), [], sample=shown
     )
-    wandb_results.log_evaluation(tracker, found, looks(0.1, 0.2))
+    wandb_results.log_evaluation(tracker, found, saliency(0.1, 0.2))
     wandb_results.log_pictures(tracker, pictures, found)
     wanted = list_keys(build_views("pneumo", "team")["Evaluate"])
     assert len(wanted) > 15

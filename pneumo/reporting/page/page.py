@@ -24,7 +24,7 @@ from pneumo.reporting.page.embedding import (
 from pneumo.reporting.page.formatting import Cell
 from pneumo.reporting.page.model_card import CLAIM, NOT_ANSWERED, describe_card
 from pneumo.reporting.page.page_inputs import DataFacts, ModelFacts, Provenance
-from pneumo.reporting.page.saliency_section import describe_looks
+from pneumo.reporting.page.saliency_section import describe_saliency
 from pneumo.reporting.page.subgroup_section import describe_groups
 from pneumo.reporting.page.summary import answer, find_warnings, summarise
 from pneumo.reporting.page.templates import make_environment
@@ -41,10 +41,10 @@ def render_report(
     provenance: Provenance,
     history: History,
     pictures: Pictures,
-    looks: SaliencySummary | None = None,
+    saliency: SaliencySummary | None = None,
     compared: ComparedRuns | None = None,
 ) -> str:
-    """The page. `pictures` and `looks` are of test; `looks` is None where maps were not scored.
+    """The page. `pictures` and `saliency` are of test; None: maps were not scored.
 
     Studies beside their maps are as large as MAX_PAGE_BYTES allows; a page of very many is larger
     than that all the same.
@@ -57,9 +57,9 @@ def render_report(
         provenance=provenance,
         warnings=find_warnings(evaluation, data, model),
         sentence=summarise(evaluation),
-        answers=answer(evaluation, looks),
+        answers=answer(evaluation, saliency),
         groups=describe_groups(evaluation),
-        looks=describe_looks(looks),
+        saliency=describe_saliency(saliency),
         comparison=performance_section.describe_comparison(compared),
         training=draw_training(history, model.epoch),
         patients_known=evaluation.test.patients is not None,

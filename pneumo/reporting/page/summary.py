@@ -10,7 +10,7 @@ from pneumo.evaluation.metrics import Estimate
 from pneumo.reporting.figures import show_threshold
 from pneumo.reporting.page.formatting import Cell, count, percent
 from pneumo.reporting.page.page_inputs import DataFacts, ModelFacts
-from pneumo.reporting.page.saliency_section import OFF, judge_looks
+from pneumo.reporting.page.saliency_section import OFF, tell_saliency
 from pneumo.reporting.page.subgroup_section import describe_worst
 
 FEW_POSITIVES = 50
@@ -124,7 +124,7 @@ class Answer:
     words: str
 
 
-def answer(evaluation: Evaluation, looks: SaliencySummary | None) -> list[Answer]:
+def answer(evaluation: Evaluation, saliency: SaliencySummary | None) -> list[Answer]:
     """The questions of a reader with a minute, in the order of the page."""
     return [
         _answer_good(evaluation),
@@ -132,7 +132,7 @@ def answer(evaluation: Evaluation, looks: SaliencySummary | None) -> list[Answer
         _answer_whom(evaluation),
         _answer_threshold(evaluation),
         _answer_baseline(evaluation),
-        _answer_looks(looks),
+        _answer_saliency(saliency),
     ]
 
 
@@ -197,9 +197,9 @@ def _answer_baseline(evaluation: Evaluation) -> Answer:
     return Answer("Against what baseline?", "baselines", gain.value, words)
 
 
-def _answer_looks(looks: SaliencySummary | None) -> Answer:
+def _answer_saliency(saliency: SaliencySummary | None) -> Answer:
     short = ""
-    if looks is not None and looks.groups["all"].gain is not None:
-        short = Cell.of(looks.groups["all"].gain["prior"]["auprc"], 2, signed=True).value
-    words = OFF if looks is None else judge_looks(looks)
-    return Answer("Does it look at the lung?", "looks", short, words)
+    if saliency is not None and saliency.groups["all"].gain is not None:
+        short = Cell.of(saliency.groups["all"].gain["prior"]["auprc"], 2, signed=True).value
+    words = OFF if saliency is None else tell_saliency(saliency)
+    return Answer("Does it look at the lung?", "saliency", short, words)

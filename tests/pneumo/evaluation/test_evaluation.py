@@ -90,7 +90,7 @@ def test_metrics_json_has_the_documented_form():
         "schema_version", "run", "dataset", "model", "operating_points", "calibration",
         "baselines", "val", "test",
     ]  # fmt: skip
-    assert content["schema_version"] == 2
+    assert content["schema_version"] == 3
     assert content["dataset"] == DATASET
     test = content["test"]
     assert (test["n"], test["patients"]) == (200, 100)
