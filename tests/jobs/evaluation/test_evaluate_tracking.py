@@ -13,8 +13,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from tests.pneumo.test_tracking import KEY, clean_environment  # noqa: F401
-from tests.pneumo.wandb_server import Backend, serve
 
 from jobs import evaluate
 from jobs.ray_cluster.session import ray_session
@@ -22,6 +20,8 @@ from pneumo.dataset.shards import read_manifest
 from pneumo.evaluation.predictions import Predictions
 from pneumo.reporting.tracking.transaction_log import read_records
 from tests.jobs.conftest import Prepared, list_identifiers
+from tests.pneumo.reporting.tracking.test_tracker import KEY, clean_environment  # noqa: F401
+from tests.pneumo.reporting.tracking.wandb_server import Backend, serve
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Implicitly cleaning up:ResourceWarning",

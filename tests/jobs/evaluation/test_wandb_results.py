@@ -9,8 +9,6 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
-from tests.pneumo.test_report import DATA
-from tests.pneumo.test_report_degenerate import damage, predictions
 
 from jobs.evaluation import wandb_results
 from jobs.evaluation.evaluated_run import Subject
@@ -33,6 +31,8 @@ from pneumo.reporting.tracking import (
     Table,
 )
 from pneumo.training.checkpoints import Checkpoint, CheckpointEntry
+from tests.pneumo.reporting.page.test_degenerate import damage, predictions
+from tests.pneumo.reporting.page.test_page import DATA
 
 
 def case(target=1, probability=0.9):

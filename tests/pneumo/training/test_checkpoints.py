@@ -18,7 +18,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from pneumo import storage
 from pneumo.config import Config, TrainConfig
 from pneumo.errors import CheckpointError, RunError, StorageError
 from pneumo.training.checkpoints import (
@@ -313,7 +312,7 @@ def test_who_takes_a_run_over_removes_what_nobody_vouches_for(tmp_path: Path) ->
     save(run_url, 0.6, 0.7)
     kept = {path.name for path in folder.iterdir()}
     (folder / "epoch-0003-01234567.pt").write_bytes(b"written, and killed before the index was")
-    (folder / f"{storage._PARTIAL_PREFIX}abc").write_bytes(b"half")
+    (folder / ".partial-abc").write_bytes(b"half")
     (folder / "notes.txt").write_text("a person's")
     claim_run(run_url, read_index(run_url))
     assert {path.name for path in folder.iterdir()} == {*kept, "notes.txt"}

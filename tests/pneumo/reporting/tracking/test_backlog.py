@@ -7,9 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from pneumo.reporting.tracking.__main__ import main
-from tests.pneumo.test_tracking import KEY, clean_environment, log_all_but_the_end  # noqa: F401
-from tests.pneumo.wandb_server import serve
 
 from pneumo import storage
 from pneumo.config import TrackingConfig
@@ -17,7 +14,10 @@ from pneumo.errors import TrackingError
 from pneumo.reporting.tracking import open_tracker
 from pneumo.reporting.tracking.backlog import find_unsent, send_backlog
 from pneumo.reporting.tracking.closing import close_tracker, tracking_folder
+from pneumo.reporting.tracking.command import main
 from pneumo.reporting.tracking.transaction_log import read_records, relocate, write_records
+from tests.pneumo.reporting.tracking.test_tracker import KEY, clean_environment, log_all_but_the_end  # noqa: F401
+from tests.pneumo.reporting.tracking.wandb_server import serve
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Implicitly cleaning up:ResourceWarning",

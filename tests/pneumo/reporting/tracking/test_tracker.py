@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tests.pneumo.wandb_server import serve
 
 from pneumo.config import TrackingConfig
 from pneumo.reporting.tracking import (
@@ -32,6 +31,7 @@ from pneumo.reporting.tracking import (
     choose_mode,
     open_tracker,
 )
+from tests.pneumo.reporting.tracking.wandb_server import serve
 
 # wandb leaves its temporary folders to the garbage collector.
 pytestmark = pytest.mark.filterwarnings(
