@@ -23,7 +23,7 @@ from pneumo.training.callbacks import Hooks
 from pneumo.training.fit import fit
 from tests.conftest import StoreMaker
 from tests.jobs.conftest import LocalMailbox
-from tests.jobs.test_sending import case, judged
+from tests.jobs.evaluation.test_wandb_results import case, judged
 from tests.pneumo.reporting.page.test_degenerate import saliency
 
 
