@@ -41,21 +41,19 @@ from pneumo.dataset.shards import Manifest, read_manifest
 from pneumo.errors import ClusterError, ConfigError, RunError
 from pneumo.network.backbones import check_weights
 from pneumo.training.fit import check_sizes
-from pneumo.tuning.objective import describe_objective, knows_nothing
-from pneumo.tuning.search import (
-    Choice,
+from pneumo.tuning.choice import (
     Confirmation,
-    Plainness,
-    Search,
-    State,
-    Trial,
-    choose,
+    SettingChoice,
+    SimplicityKey,
     choose_confirmed,
-    measure_importance,
-    measure_plainness,
-    rank,
+    choose_setting,
+    measure_simplicity,
     settings_to_confirm,
 )
+from pneumo.tuning.objective import describe_objective, knows_nothing
+from pneumo.tuning.optuna_study import measure_importance
+from pneumo.tuning.search import Search
+from pneumo.tuning.trials import State, Trial, rank
 
 _IDENTITY = "search.json"
 _SAME = ("seed", "data", "augment", "model", "train", "tune")
@@ -166,26 +164,28 @@ def search(config: Config, manifest: Manifest, store_url: str, run_url: str) -> 
     return found
 
 
-def _choose(trials: Sequence[Trial], config: Config, manifest: Manifest, run_url: str) -> Choice:
+def _choose(
+    trials: Sequence[Trial], config: Config, manifest: Manifest, run_url: str
+) -> SettingChoice:
     judgements = {
         trial.name: judgement
         for trial in trials
         if (judgement := read_judgement(trial_url(run_url, trial.name), config.tune)) is not None
     }
-    choice = choose(trials, judgements, config.tune, _measure(config, manifest))
+    choice = choose_setting(trials, judgements, config.tune, _measure(config, manifest))
     if choice is None:
         why = next((trial.error for trial in trials if trial.error), "none had all its epochs")
         raise ClusterError(f"tune: every trial failed, the first with: {why}")
     return choice
 
 
-def _measure(config: Config, manifest: Manifest) -> Callable[[Trial], Plainness]:
-    return lambda trial: measure_plainness(config, trial, manifest)
+def _measure(config: Config, manifest: Manifest) -> Callable[[Trial], SimplicityKey]:
+    return lambda trial: measure_simplicity(config, trial, manifest)
 
 
 def _confirm(
-    runner: _Runner, trials: Sequence[Trial], choice: Choice
-) -> tuple[tuple[Trial, ...], Choice]:
+    runner: _Runner, trials: Sequence[Trial], choice: SettingChoice
+) -> tuple[tuple[Trial, ...], SettingChoice]:
     """Train the best settings with new seeds, and choose again."""
     config = runner.config
     again = settings_to_confirm(trials, config.tune)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pneumo.evaluation import metrics
+from pneumo.evaluation import bootstrap
 from pneumo.evaluation.operating_points import (
     AtPoint,
     OperatingPoint,
@@ -54,7 +54,7 @@ def judge_threshold(
     """What `rows` are worth at one threshold."""
     points = {"p": OperatingPoint("p", "", threshold)}
     statistic = {"outcomes": outcomes_statistic(rows, points)}
-    found = metrics.resample(rows.patient, statistic, resamples=resamples, seed=seed)
+    found = bootstrap.resample(rows.patient, statistic, resamples=resamples, seed=seed)
     return judge_points(rows, points, found["outcomes"])["p"]
 
 

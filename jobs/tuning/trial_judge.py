@@ -23,7 +23,7 @@ from pneumo.loading.feeds import Held
 from pneumo.loading.sample_order import World
 from pneumo.training.callbacks import Epoch, Hooks, Start
 from pneumo.tuning.objective import judge, knows_nothing, smooth
-from pneumo.tuning.search import ERROR, OBJECTIVE
+from pneumo.tuning.trials import ERROR, OBJECTIVE
 
 METRIC = "objective"
 """What Tune compares, higher is better."""

@@ -20,9 +20,9 @@ from sklearn.preprocessing import OneHotEncoder
 from pneumo.dataset.quality import name_age_band
 from pneumo.dataset.shards import StudyRow
 from pneumo.errors import MetricError
-from pneumo.evaluation import metrics
+from pneumo.evaluation import bootstrap, metrics
+from pneumo.evaluation.bootstrap import Estimate, Statistic, StatisticSet, within
 from pneumo.evaluation.delong import PairedTest, delong_test
-from pneumo.evaluation.metrics import Estimate, Part, Statistic, within
 from pneumo.evaluation.predictions import Predictions
 
 FEATURES = ("view", "sex", "age", "spacing_mm")
@@ -167,7 +167,7 @@ def view_parts(rows: Predictions) -> dict[str, Callable[[], Mapping[str, Statist
     }
 
 
-def judge_view(rows: Predictions, found: Mapping[str, Part]) -> ViewBaseline:
+def judge_view(rows: Predictions, found: Mapping[str, StatisticSet]) -> ViewBaseline:
     """The model beside the view, on the studies of `rows` whose view is known."""
     known = rows.take(rows.view != "")
     return ViewBaseline(
@@ -187,7 +187,9 @@ def metadata_parts(
     return {"metadata": lambda: _beside(rows, np.arange(len(rows)), model.score(rows))}
 
 
-def judge_metadata(rows: Predictions, model: MetadataModel, found: Mapping[str, Part]) -> Baseline:
+def judge_metadata(
+    rows: Predictions, model: MetadataModel, found: Mapping[str, StatisticSet]
+) -> Baseline:
     """The model beside the metadata; what is unknown of a study is a value of its own."""
     reason = found["metadata"].reason
     score = np.zeros(len(rows)) if reason is not None else model.score(rows)
@@ -214,4 +216,4 @@ def _beside(
     rows: Predictions, part: npt.NDArray[np.intp], score: npt.NDArray[Any]
 ) -> dict[str, Statistic]:
     alone = within(part, metrics.auroc_statistic(rows.target[part], score))
-    return {"pair": metrics.stack(_auroc(rows, part), alone)}
+    return {"pair": bootstrap.stack(_auroc(rows, part), alone)}

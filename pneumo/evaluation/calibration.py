@@ -18,8 +18,9 @@ from scipy.optimize import brentq
 from scipy.special import expit
 
 from pneumo.errors import MetricError
-from pneumo.evaluation import metrics
-from pneumo.evaluation.metrics import Estimate, Floats, Resampled, Statistic, check_scores, divide
+from pneumo.evaluation import bootstrap, metrics
+from pneumo.evaluation.bootstrap import Estimate, Floats, Resampled, Statistic, divide
+from pneumo.evaluation.metrics import check_scores
 from pneumo.evaluation.operating_points import check_enough
 from pneumo.evaluation.predictions import Predictions, sigmoid
 
@@ -376,7 +377,7 @@ def reliability_statistics(
         "brier": metrics.brier_statistic(positive, probability),
         "log_loss": metrics.log_loss_statistic(positive, scaled),
         "offset": partial(fit_offset, scaled, positive.astype(float)),
-        "bins": metrics.sums_statistic(bins, int(bins.max()) + 1, one, positive, probability),
+        "bins": bootstrap.sums_statistic(bins, int(bins.max()) + 1, one, positive, probability),
     }
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from pneumo.errors import DataError, MetricError
-from pneumo.evaluation import metrics
+from pneumo.evaluation import bootstrap, metrics
+from pneumo.evaluation.bootstrap import Estimate, Statistic, StatisticSet
 from pneumo.evaluation.delong import PairedTest, delong_test
-from pneumo.evaluation.metrics import Estimate, Part, Statistic
 from pneumo.evaluation.predictions import Predictions
 
 COMPARED = ("auroc", "average_precision", "brier")
@@ -94,7 +94,7 @@ def compare(first: Predictions, second: Predictions, *, resamples: int, seed: in
         ),
         "brier": lambda: _pair_calibrated(first, second),
     }
-    found = metrics.resample_parts(first.patient, parts, resamples=resamples, seed=seed)
+    found = bootstrap.resample_sets(first.patient, parts, resamples=resamples, seed=seed)
     scores = first.target, first.logit, second.logit
     return Comparison(
         n=len(first),
@@ -142,8 +142,8 @@ def _pair(
     build: Callable[[Any, Any], Statistic], first: Predictions, second: Predictions, column: str
 ) -> dict[str, Statistic]:
     both = (build(rows.target, getattr(rows, column)) for rows in (first, second))
-    return {"pair": metrics.stack(*both)}
+    return {"pair": bootstrap.stack(*both)}
 
 
-def _difference(part: Part) -> Difference:
+def _difference(part: StatisticSet) -> Difference:
     return Difference(part.estimate("pair", 0), part.estimate("pair", 1), part.difference("pair"))

@@ -17,7 +17,7 @@ import numpy as np
 
 from pneumo.config import EvaluateConfig
 from pneumo.errors import DataError, MetricError
-from pneumo.evaluation import metrics
+from pneumo.evaluation import bootstrap, metrics
 from pneumo.evaluation.baselines import (
     FEATURES,
     Baseline,
@@ -30,6 +30,7 @@ from pneumo.evaluation.baselines import (
     metadata_parts,
     view_parts,
 )
+from pneumo.evaluation.bootstrap import Estimate, Statistic, StatisticSet
 from pneumo.evaluation.calibration import (
     Calibration,
     Reliability,
@@ -41,7 +42,7 @@ from pneumo.evaluation.calibration import (
 )
 from pneumo.evaluation.decision_curve import DecisionCurve, judge_net_benefit, net_benefit_statistic
 from pneumo.evaluation.delong import delong
-from pneumo.evaluation.metrics import Curve, Estimate, Part, Statistic
+from pneumo.evaluation.metrics import Curve
 from pneumo.evaluation.operating_points import (
     DECISION,
     SCREENING,
@@ -327,7 +328,7 @@ _HEADLINES = ("auroc", "average_precision", "log_loss", "brier")
 
 def _resample(
     rows: Predictions, chosen: Chosen, fault: str | None, config: EvaluateConfig, seed: int
-) -> dict[str, Part]:
+) -> dict[str, StatisticSet]:
     """All that needs the bootstrap, in one pass over the same resamples."""
     scores = rows.target, rows.logit
     num_bins = config.calibration_bins
@@ -347,14 +348,14 @@ def _resample(
         **metadata_parts(rows, chosen.metadata),
     }
     if fault is not None:
-        return dict.fromkeys(parts, Part({}, fault))
-    return metrics.resample_parts(
+        return dict.fromkeys(parts, StatisticSet({}, fault))
+    return bootstrap.resample_sets(
         rows.patient, parts, resamples=config.bootstrap_resamples, seed=seed
     )
 
 
 def _judge_at_points(
-    rows: Predictions, points: Mapping[str, OperatingPoint], part: Part
+    rows: Predictions, points: Mapping[str, OperatingPoint], part: StatisticSet
 ) -> dict[str, AtPoint]:
     if part.reason is None:
         return judge_points(rows, points, part.resampled["outcomes"])
@@ -367,7 +368,7 @@ def _judge_at_points(
 
 
 def _judge_reliability(
-    part: Part, recalibration: Part, scaling: Scaling | None = None
+    part: StatisticSet, recalibration: StatisticSet, scaling: Scaling | None = None
 ) -> Reliability:
     reason = part.reason or recalibration.reason
     if reason is not None:
@@ -376,7 +377,7 @@ def _judge_reliability(
 
 
 def _judge_calibrated(
-    found: Mapping[str, Part], calibration: Calibration
+    found: Mapping[str, StatisticSet], calibration: Calibration
 ) -> tuple[Reliability, DecisionCurve]:
     """What needs the calibrated probabilities."""
     if calibration.chosen is None:

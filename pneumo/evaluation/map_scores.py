@@ -19,7 +19,7 @@ import numpy.typing as npt
 from sklearn.metrics import average_precision_score
 
 from pneumo.errors import MetricError
-from pneumo.evaluation.metrics import Estimate, Floats, Statistic, divide, patient_bootstrap
+from pneumo.evaluation.bootstrap import Estimate, Floats, Statistic, divide, patient_bootstrap
 from pneumo.images.boxes import Box
 
 MapName = Literal["cam", "prior", "random"]

@@ -17,8 +17,9 @@ import numpy.typing as npt
 
 from pneumo.config import EvaluateConfig
 from pneumo.errors import MetricError
-from pneumo.evaluation import metrics
-from pneumo.evaluation.metrics import Confusion, Estimate, Floats, Resampled, Statistic, divide
+from pneumo.evaluation import bootstrap, metrics, thresholds
+from pneumo.evaluation.bootstrap import Estimate, Floats, Resampled, Statistic, divide
+from pneumo.evaluation.metrics import Confusion
 from pneumo.evaluation.predictions import Predictions
 
 Rule = Literal["youden", "sensitivity", "specificity"]
@@ -148,9 +149,9 @@ def _choose(
 ) -> OperatingPoint:
     words = "Youden's index" if rule == "youden" else f"{rule} ≥ {_spell(target)}"
     rules: Mapping[Rule, Callable[[npt.ArrayLike, npt.ArrayLike], float]] = {
-        "youden": metrics.youden_threshold,
-        "sensitivity": partial(metrics.sensitivity_threshold, sensitivity=target),
-        "specificity": partial(metrics.specificity_threshold, specificity=target),
+        "youden": thresholds.youden_threshold,
+        "sensitivity": partial(thresholds.sensitivity_threshold, sensitivity=target),
+        "specificity": partial(thresholds.specificity_threshold, specificity=target),
     }
     try:
         threshold = rules[rule](val.target, val.probability)
@@ -192,7 +193,7 @@ def outcomes_statistic(rows: Predictions, points: Mapping[str, OperatingPoint]) 
     thresholds = [p.threshold for p in points.values() if p.threshold is not None]
     codes = [_code_outcomes(rows, threshold) for threshold in thresholds]
     one = np.ones(len(rows))
-    parts = [metrics.sums_statistic(code, 4, one) for code in codes]
+    parts = [bootstrap.sums_statistic(code, 4, one) for code in codes]
     return lambda weights: np.concatenate(
         [np.empty((0, weights.shape[1])), *(part(weights) for part in parts)]
     )
@@ -231,14 +232,14 @@ def _judge(rows: Predictions, threshold: float, cells: Resampled) -> AtPoint:
     for key, members in metrics.DENOMINATORS.items():
         value, n = estimates[key].value, int(sum(cells.value[members]))
         if value is None:
-            by_wilson[key] = Estimate.undefined(metrics.UNDEFINED[key], metrics.WILSON)
+            by_wilson[key] = Estimate.undefined(metrics.UNDEFINED[key], bootstrap.WILSON)
             continue
-        by_wilson[key] = Estimate(value, *metrics.wilson(value, n), metrics.WILSON)
+        by_wilson[key] = Estimate(value, *bootstrap.wilson(value, n), bootstrap.WILSON)
         if value in (0.0, 1.0):
             # It never varies under resampling.
             num_patients = len(np.unique(rows.patient[np.isin(code, members)]))
-            interval = metrics.wilson(value, num_patients)
-            estimates[key] = Estimate(value, *interval, metrics.WILSON_OVER_PATIENTS)
+            interval = bootstrap.wilson(value, num_patients)
+            estimates[key] = Estimate(value, *interval, bootstrap.WILSON_OVER_PATIENTS)
     predictive = tuple(
         PredictiveValues(p, *_predict_values(cells, p, estimates)) for p in PREVALENCES
     )

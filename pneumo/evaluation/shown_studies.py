@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pneumo.config import ModelConfig
 from pneumo.errors import MetricError
-from pneumo.evaluation.metrics import (
+from pneumo.evaluation.bootstrap import (
     WILSON,
     WILSON_OVER_PATIENTS,
     Estimate,

@@ -17,8 +17,16 @@ import numpy.typing as npt
 from scipy.special import ndtri
 
 from pneumo.dataset.quality import AGE_BANDS, UNKNOWN, name_age_band
-from pneumo.evaluation import metrics
-from pneumo.evaluation.metrics import Estimate, Floats, Part, Resampled, Statistic, divide, within
+from pneumo.evaluation import bootstrap, metrics
+from pneumo.evaluation.bootstrap import (
+    Estimate,
+    Floats,
+    Resampled,
+    Statistic,
+    StatisticSet,
+    divide,
+    within,
+)
 from pneumo.evaluation.predictions import Predictions
 
 By = Literal["sex", "age", "view", "negatives", "box_area"]
@@ -233,7 +241,7 @@ def _rank(rows: Predictions, members: Members) -> dict[str, Statistic]:
     aurocs = [within(group, metrics.auroc_statistic(target[group], logit[group]))]
     if 0 < target[rest].sum() < len(rest):
         aurocs.append(within(rest, metrics.auroc_statistic(target[rest], logit[rest])))
-    return {"aurocs": metrics.stack(*aurocs), "average_precision": within(group, precision)}
+    return {"aurocs": bootstrap.stack(*aurocs), "average_precision": within(group, precision)}
 
 
 def _sums(rows: Predictions, members: Members, threshold: float | None) -> dict[str, Statistic]:
@@ -242,7 +250,7 @@ def _sums(rows: Predictions, members: Members, threshold: float | None) -> dict[
     called = probability >= (math.inf if threshold is None else threshold)
     calibrated = np.nan_to_num(rows.calibrated_probability)
     code = np.where(members.rows, 0, -1)
-    sums = metrics.sums_statistic(
+    sums = bootstrap.sums_statistic(
         *(code, 1, positive & called, ~positive & called, positive & ~called, ~positive & ~called),
         *(calibrated, (calibrated - positive) ** 2),
     )
@@ -250,7 +258,7 @@ def _sums(rows: Predictions, members: Members, threshold: float | None) -> dict[
 
 
 def judge_subgroups(
-    rows: Predictions, threshold: float | None, found: Mapping[str, Part], min_patients: int
+    rows: Predictions, threshold: float | None, found: Mapping[str, StatisticSet], min_patients: int
 ) -> Subgroups:
     """Every group of `rows`; null with a reason where it has fewer than `min_patients` patients of
     a class that a number counts."""
@@ -260,7 +268,7 @@ def judge_subgroups(
         group = _judge_group(rows, members, threshold, rank, sums, min_patients)
         groups.append(group)
         if members.by in COMPARED and members.name != UNKNOWN and group.gap.low is not None:
-            gap = rank.resampled["aurocs"].derive(metrics.first_less_second)
+            gap = rank.resampled["aurocs"].derive(bootstrap.first_less_second)
             gaps[(members.by, members.name)] = gap
     return Subgroups(tuple(groups), find_worst(gaps), cut_tertiles(rows))
 
@@ -269,8 +277,8 @@ def _judge_group(
     rows: Predictions,
     members: Members,
     threshold: float | None,
-    rank: Part,
-    sums: Part,
+    rank: StatisticSet,
+    sums: StatisticSet,
     min_patients: int,
 ) -> Subgroup:
     group = rows.take(members.rows)
@@ -303,7 +311,7 @@ def _judge_rates(
     group: Predictions,
     by: By,
     threshold: float | None,
-    sums: Part,
+    sums: StatisticSet,
     few: Mapping[int, str | None],
 ) -> dict[str, Estimate]:
     """Every metric of `metrics.RATES` of the group; `few` says by class where patients lack."""
@@ -318,8 +326,8 @@ def _judge_rates(
         one = _derive(sums, reason, partial(_apply, rate), metrics.UNDEFINED[key])
         if one.value in (0.0, 1.0) and key in metrics.DENOMINATORS and threshold is not None:
             # It never varies under resampling.
-            interval = metrics.wilson(one.value, _count_patients(group, threshold, key))
-            one = Estimate(one.value, *interval, metrics.WILSON_OVER_PATIENTS)
+            interval = bootstrap.wilson(one.value, _count_patients(group, threshold, key))
+            one = Estimate(one.value, *interval, bootstrap.WILSON_OVER_PATIENTS)
         found[key] = one
     return found
 
@@ -336,7 +344,7 @@ def _count_patients(group: Predictions, threshold: float, key: str) -> int:
 
 
 def _derive(
-    sums: Part,
+    sums: StatisticSet,
     reason: str | None,
     function: Callable[[Floats], Floats],
     undefined: str = "undefined for these studies",
@@ -347,7 +355,7 @@ def _derive(
     return sums.resampled["sums"].derive(function).estimate(reason=undefined)
 
 
-def _gap(rank: Part, few: str | None) -> Estimate:
+def _gap(rank: StatisticSet, few: str | None) -> Estimate:
     if few is not None:
         return Estimate.undefined(few)
     if rank.reason is None and len(rank.resampled["aurocs"].value) < 2:

@@ -20,9 +20,10 @@ import numpy.typing as npt
 
 from pneumo.config import TuneConfig
 from pneumo.errors import MetricError
+from pneumo.evaluation.bootstrap import Floats
 from pneumo.evaluation.calibration import cross_validated_losses
 from pneumo.evaluation.delong import placements
-from pneumo.evaluation.metrics import Floats, check_scores
+from pneumo.evaluation.metrics import check_scores
 
 Objective = Literal["auroc", "sensitivity", "log_loss"]
 

@@ -29,7 +29,8 @@ from pneumo.reporting.figures.style import (
 )
 from pneumo.search_space import Domain
 from pneumo.tuning.objective import name_objective, smooth
-from pneumo.tuning.search import OBJECTIVE, Search, Trial
+from pneumo.tuning.search import Search
+from pneumo.tuning.trials import OBJECTIVE, Trial
 
 _COLOURS = "viridis"
 _JUDGED = ("finished", "stopped")

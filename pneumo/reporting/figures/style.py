@@ -17,8 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from pneumo.evaluation.bootstrap import Estimate
 from pneumo.evaluation.evaluation import SplitEvaluation
-from pneumo.evaluation.metrics import Estimate
 
 INK = "#1d2733"
 """Text and axes; the report puts its own ink in its place."""

@@ -11,7 +11,8 @@ from pneumo.reporting.page.embedding import inline
 from pneumo.reporting.page.formatting import count, decimal
 from pneumo.reporting.page.templates import make_environment
 from pneumo.tuning.objective import describe_objective, name_objective
-from pneumo.tuning.search import Search, State, Trial, make_recipe
+from pneumo.tuning.search import Search, make_recipe
+from pneumo.tuning.trials import State, Trial
 
 _STATES: dict[State, str] = {
     "finished": "all epochs",

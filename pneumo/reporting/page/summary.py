@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pneumo.evaluation.bootstrap import Estimate
 from pneumo.evaluation.evaluation import DECISION, Evaluation, SplitEvaluation
 from pneumo.evaluation.map_scores import SaliencySummary
-from pneumo.evaluation.metrics import Estimate
 from pneumo.reporting.figures import show_threshold
 from pneumo.reporting.page.formatting import Cell, count, percent
 from pneumo.reporting.page.page_inputs import DataFacts, ModelFacts

@@ -13,7 +13,7 @@ from jobs.tuning.searchers import Draw, Drawn, Listed, Rungs, list_grid
 from jobs.tuning.trial_judge import METRIC
 from jobs.tuning.trial_records import read_trials, write_ended
 from pneumo.config import Config, override
-from pneumo.tuning.search import Trial
+from pneumo.tuning.trials import Trial
 from tests.searches import trial
 
 

@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 
 from pneumo.dataset.shards import StudyRow
 from pneumo.errors import MetricError
-from pneumo.evaluation import metrics
+from pneumo.evaluation import bootstrap
 from pneumo.evaluation.baselines import (
     Metadata,
     fit_metadata,
@@ -24,7 +24,7 @@ from tests.predictions import make_predictions
 
 
 def resample(rows, parts):
-    return metrics.resample_parts(rows.patient, parts, resamples=200, seed=0)
+    return bootstrap.resample_sets(rows.patient, parts, resamples=200, seed=0)
 
 
 def test_metadata_baseline_is_fitted_on_train_and_paired_with_the_model():

@@ -12,7 +12,7 @@ from scipy.optimize import minimize
 from sklearn.calibration import _sigmoid_calibration, calibration_curve
 from sklearn.linear_model import LogisticRegression
 
-from pneumo.evaluation import metrics
+from pneumo.evaluation import bootstrap
 from pneumo.evaluation.calibration import (
     MEASURES,
     Scaling,
@@ -43,7 +43,7 @@ def measure(target, logit, scaling=None, num_bins=10, resamples=100):
         "fit": recalibration_statistic(target, logit),
     }
     patient = np.arange(len(target))
-    found = metrics.resample(patient, statistics, resamples=resamples, seed=0)
+    found = bootstrap.resample(patient, statistics, resamples=resamples, seed=0)
     return judge_reliability(found, found["fit"], scaling)
 
 

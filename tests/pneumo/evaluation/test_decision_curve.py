@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pneumo.errors import MetricError
-from pneumo.evaluation import metrics
+from pneumo.evaluation import bootstrap
 from pneumo.evaluation.decision_curve import (
     THRESHOLDS,
     DecisionCurve,
@@ -23,7 +23,7 @@ def draw(n=500, **columns):
 
 def judge(rows, resamples=200):
     statistic = {"curve": net_benefit_statistic(rows)}
-    found = metrics.resample(rows.patient, statistic, resamples=resamples, seed=0)
+    found = bootstrap.resample(rows.patient, statistic, resamples=resamples, seed=0)
     return judge_net_benefit(found["curve"])
 
 

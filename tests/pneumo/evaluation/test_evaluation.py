@@ -10,7 +10,7 @@ import pytest
 
 from pneumo.config import EvaluateConfig
 from pneumo.errors import DataError
-from pneumo.evaluation import metrics
+from pneumo.evaluation import metrics, thresholds
 from pneumo.evaluation.baselines import Metadata
 from pneumo.evaluation.comparison import compare
 from pneumo.evaluation.evaluation import DECISION, SCREENING, check_complete, evaluate
@@ -63,8 +63,8 @@ def test_thresholds_are_chosen_on_val_and_applied_to_test():
     evaluation = evaluate(found, config=CONFIG, seed=0)
 
     decision, screening = evaluation.points[DECISION], evaluation.points[SCREENING]
-    assert decision.threshold == metrics.youden_threshold(val.target, val.probability)
-    assert screening.threshold == metrics.sensitivity_threshold(val.target, val.probability, 0.9)
+    assert decision.threshold == thresholds.youden_threshold(val.target, val.probability)
+    assert screening.threshold == thresholds.sensitivity_threshold(val.target, val.probability, 0.9)
     assert evaluation.val.at[SCREENING].rates["recall"].value >= 0.9
     expected = metrics.confusion(test.target, test.probability, decision.threshold)
     assert evaluation.test.at[DECISION].counts == expected

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pneumo.config import EvaluateConfig
-from pneumo.evaluation import metrics
+from pneumo.evaluation import bootstrap, metrics
 from pneumo.evaluation.operating_points import (
     DECISION,
     PREVALENCES,
@@ -131,7 +131,7 @@ def test_wilson_stands_beside_the_bootstrap_and_is_narrower_where_patients_recur
 def test_nothing_is_said_without_a_threshold_or_a_class():
     rows = make_predictions(100)
     points = {"p": OperatingPoint("p", "", None, "val: because")}
-    found = metrics.resample(
+    found = bootstrap.resample(
         rows.patient, {"o": outcomes_statistic(rows, points)}, resamples=100, seed=0
     )
     nothing = judge_points(rows, points, found["o"])["p"]

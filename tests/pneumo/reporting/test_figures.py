@@ -11,8 +11,8 @@ from PIL import Image
 from pneumo.config import EvaluateConfig
 from pneumo.dataset.quality import ContactSheet, Intensity, Quality, SplitQuality
 from pneumo.dataset.shards import Duplicates
+from pneumo.evaluation.bootstrap import Estimate
 from pneumo.evaluation.evaluation import evaluate
-from pneumo.evaluation.metrics import Estimate
 from pneumo.evaluation.predictions import Predictions, sigmoid
 from pneumo.images.boxes import Box
 from pneumo.reporting import figures

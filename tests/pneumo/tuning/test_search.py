@@ -13,22 +13,19 @@ import tomli_w
 
 from pneumo.config import Config, override
 from pneumo.dataset.shards import read_manifest
-from pneumo.tuning.objective import Judgement
-from pneumo.tuning.search import (
-    Choice,
+from pneumo.tuning.choice import (
     Confirmation,
-    Plainness,
-    Search,
-    Trial,
-    choose,
+    SettingChoice,
+    SimplicityKey,
     choose_confirmed,
-    make_recipe,
-    measure_importance,
-    measure_plainness,
-    rank,
+    choose_setting,
+    measure_simplicity,
     settings_to_confirm,
-    to_parquet,
 )
+from pneumo.tuning.objective import Judgement
+from pneumo.tuning.optuna_study import measure_importance
+from pneumo.tuning.search import Search, make_recipe, to_parquet
+from pneumo.tuning.trials import Trial, rank
 from tests.conftest import StoreMaker
 from tests.searches import make_search, trial
 
@@ -45,13 +42,13 @@ def judgement(error: float, studies: int = 400, seed: int = 0) -> Judgement:
 
 
 def plain_by_name(order: str) -> object:
-    return lambda one: Plainness(order.index(one.name), 0, 0.0)
+    return lambda one: SimplicityKey(order.index(one.name), 0, 0.0)
 
 
 def test_the_best_is_taken_where_nobody_comes_near() -> None:
     trials = [trial("a", 0.90), trial("b", 0.80)]
     judgements = {"a": judgement(0.01), "b": judgement(0.01, seed=1)}
-    choice = choose(trials, judgements, TUNE, plain_by_name("ba"))  # type: ignore[arg-type]
+    choice = choose_setting(trials, judgements, TUNE, plain_by_name("ba"))  # type: ignore[arg-type]
     assert choice is not None
     assert choice.trial.name == "a"
     assert choice.ties == ("a",)
@@ -60,7 +57,7 @@ def test_the_best_is_taken_where_nobody_comes_near() -> None:
 def test_of_equals_the_plainest_is_taken() -> None:
     trials = [trial("a", 0.90), trial("b", 0.895), trial("c", 0.80)]
     judgements = {name: judgement(0.01, seed=i) for i, name in enumerate("abc")}
-    choice = choose(trials, judgements, TUNE, plain_by_name("cba"))  # type: ignore[arg-type]
+    choice = choose_setting(trials, judgements, TUNE, plain_by_name("cba"))  # type: ignore[arg-type]
     assert choice is not None
     assert choice.trial.name == "b"
     assert choice.best.name == "a"
@@ -72,17 +69,17 @@ def test_trials_that_err_on_the_same_studies_are_told_apart() -> None:
     """In pairs: the errors are equal, so a difference below either of them is certain."""
     trials = [trial("a", 0.900), trial("b", 0.895)]
     same = judgement(0.01)
-    choice = choose(trials, {"a": same, "b": same}, TUNE, plain_by_name("ba"))  # type: ignore[arg-type]
+    choice = choose_setting(trials, {"a": same, "b": same}, TUNE, plain_by_name("ba"))  # type: ignore[arg-type]
     assert choice is not None
     assert choice.trial.name == "a"
 
 
 def test_a_trial_that_was_stopped_cannot_win() -> None:
     trials = [trial("a", 0.95, state="stopped"), trial("b", 0.80)]
-    choice = choose(trials, {}, TUNE, plain_by_name("ab"))  # type: ignore[arg-type]
+    choice = choose_setting(trials, {}, TUNE, plain_by_name("ab"))  # type: ignore[arg-type]
     assert choice is not None
     assert choice.trial.name == "b"
-    assert choose(trials[:1], {}, TUNE, plain_by_name("ab")) is None  # type: ignore[arg-type]
+    assert choose_setting(trials[:1], {}, TUNE, plain_by_name("ab")) is None  # type: ignore[arg-type]
 
 
 def test_the_luckiest_epoch_is_not_what_counts() -> None:
@@ -110,9 +107,9 @@ def test_ranking_puts_the_finished_first_and_failures_last() -> None:
     ]
 
 
-def confirmed(*found: Confirmation, order: str = "abc") -> Choice:
+def confirmed(*found: Confirmation, order: str = "abc") -> SettingChoice:
     trials = [trial("a", 0.95), trial("b", 0.94), trial("c", 0.93)]
-    before = Choice(trials[0], trials[0], ("a",), "the best")
+    before = SettingChoice(trials[0], trials[0], ("a",), "the best")
     return choose_confirmed(before, trials, found, plain_by_name(order))  # type: ignore[arg-type]
 
 
@@ -150,9 +147,9 @@ def test_less_work_is_plainer_then_fewer_changes_then_less_distortion(
 ) -> None:
     manifest = read_manifest(tiny_store(image_size=64))
 
-    def measure(**settings: object) -> Plainness:
+    def measure(**settings: object) -> SimplicityKey:
         drawn = {name.replace("__", "."): value for name, value in settings.items()}
-        return measure_plainness(Config(), trial("a", 0.5, **drawn), manifest)
+        return measure_simplicity(Config(), trial("a", 0.5, **drawn), manifest)
 
     small, large = measure(model__backbone="resnet18"), measure(model__backbone="resnet50")
     assert small < large

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pneumo.config import EvaluateConfig
+from pneumo.evaluation.bootstrap import Estimate
 from pneumo.evaluation.comparison import ComparedRuns, compare
 from pneumo.evaluation.evaluation import evaluate
 from pneumo.evaluation.map_scores import (
@@ -18,7 +19,6 @@ from pneumo.evaluation.map_scores import (
     MapSummary,
     SaliencySummary,
 )
-from pneumo.evaluation.metrics import Estimate
 from pneumo.evaluation.predictions import Predictions, sigmoid
 from pneumo.reporting import figures
 from pneumo.reporting.figures import Pictures, show_threshold
