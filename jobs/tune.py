@@ -21,10 +21,11 @@ from ray.tune.schedulers import FIFOScheduler
 from jobs.ray_cluster.session import ray_session, wait_for_resources
 from jobs.terminal.entry_point import find_cause, new_run_url, run_job, say
 from jobs.train import with_absolute_weights
-from jobs.tuning.live_table import LiveTable, read_error
+from jobs.tuning.live_table import LiveTable
 from jobs.tuning.search_results import BEST, REPORT, print_search, write_results
 from jobs.tuning.searchers import Draw, Drawn, Listed, Rungs, list_grid
 from jobs.tuning.trial_judge import Shared
+from jobs.tuning.trial_lines import TrialLines, read_error
 from jobs.tuning.trial_records import (
     drop_checkpoints,
     read_judgement,
@@ -50,7 +51,7 @@ from pneumo.tuning.choice import (
     measure_simplicity,
     settings_to_confirm,
 )
-from pneumo.tuning.objective import describe_objective, knows_nothing
+from pneumo.tuning.objective import chance_level, describe_objective
 from pneumo.tuning.optuna_study import measure_importance
 from pneumo.tuning.search import Search
 from pneumo.tuning.trials import State, Trial, rank
@@ -155,7 +156,7 @@ def search(config: Config, manifest: Manifest, store_url: str, run_url: str) -> 
         trials=trials,
         choice=choice,
         confirmed=confirmed,
-        importance=measure_importance(trials, tune.space, tune, config.seed),
+        importance=measure_importance(trials, tune, config.seed),
     )
     write_results(found, manifest, run_url)
     for trial in (*trials, *confirmed):
@@ -208,8 +209,8 @@ def _confirm(
             confirmations.append(Confirmation(trial.name, known))
     if not confirmations:
         raise ClusterError("tune: no setting could be trained again with another seed")
-    plainness = _measure(config, runner.manifest)
-    return tuple(ran), choose_confirmed(choice, trials, confirmations, plainness)
+    simplicity = _measure(config, runner.manifest)
+    return tuple(ran), choose_confirmed(choice, trials, confirmations, simplicity)
 
 
 class _Runner:
@@ -244,7 +245,7 @@ class _Runner:
             draws = [draw for draw in list_grid(self.config) if draw.name not in done]
             searcher = Listed(draws, self.run_url)
         else:
-            worst = knows_nothing(config, self.shared.prevalence)
+            worst = chance_level(config, self.shared.prevalence)
             searcher = Drawn(self.config, before, self.run_url, worst=worst)
         scheduler = Rungs(config, before) if config.early_stopping == "asha" else FIFOScheduler()
         return [*ended, *self._run("search", searcher, scheduler, left, ended)]
@@ -270,7 +271,7 @@ class _Runner:
                 tracking.put(trial)
             if left <= 0:
                 return []
-            table.on_end = lambda trial: tracking.put(self._end(trial))
+            lines = TrialLines(config.tune, lambda trial: tracking.put(self._end(trial)))
             tuner = ray.tune.Tuner(
                 self.trainable,
                 tune_config=ray.tune.TuneConfig(
@@ -285,7 +286,7 @@ class _Runner:
                     storage_path=storage.join(self.run_url, "ray"),
                     verbose=0,
                     failure_config=ray.tune.FailureConfig(config.cluster.max_failures),
-                    callbacks=[table],
+                    callbacks=[lines, table],
                 ),
             )
             results = tuner.fit()

@@ -62,7 +62,7 @@ def make_search(num_trials: int = 24, *, confirm: int = 0, **changes: object) ->
         for one in ranked[: 3 if confirm else 0]
     )
     choice = SettingChoice(
-        ranked[1], ranked[0], (ranked[0].name, ranked[1].name), "the plainest", confirmations
+        ranked[1], ranked[0], (ranked[0].name, ranked[1].name), "the simplest", confirmations
     )
     return Search(
         "made-up",
@@ -70,7 +70,7 @@ def make_search(num_trials: int = 24, *, confirm: int = 0, **changes: object) ->
         "0123456789abcdef",
         ranked,
         choice,
-        importance=measure_importance(ranked, config.tune.space, config.tune, seed=0),
+        importance=measure_importance(ranked, config.tune, seed=0),
     )
 
 

@@ -14,9 +14,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from pneumo.config import Config, TuneConfig, override
 from pneumo.dataset.shards import Manifest
-from pneumo.network.backbones import count_multiply_adds
+from pneumo.network.backbones import build_model
 from pneumo.training.fit import resolve_pos_weight
 from pneumo.tuning.objective import Judgement
 from pneumo.tuning.trials import Trial, rank
@@ -24,10 +26,10 @@ from pneumo.tuning.trials import Trial, rank
 
 @dataclass(frozen=True, order=True)
 class SimplicityKey:
-    """What is preferred among equals: less work, then plainer; less is better."""
+    """What is preferred among equals; less is simpler."""
 
-    multiply_adds: int
-    """Of one image, forward."""
+    parameters: int
+    """Of the network."""
     changed: int
     """Searched settings other than the configuration's own."""
     weight_distortion: float
@@ -39,9 +41,9 @@ class Confirmation:
     """One setting, trained again with new seeds."""
 
     name: str
-    """Of the trial."""
+    """Of the setting's trial."""
     objectives: tuple[float, ...]
-    """One a seed."""
+    """One for each seed."""
 
     @property
     def mean(self) -> float:
@@ -69,25 +71,30 @@ class SettingChoice:
 
 
 def measure_simplicity(config: Config, trial: Trial, manifest: Manifest) -> SimplicityKey:
-    """How much work a trial's network is, and how plain its setting."""
+    """How large a trial's network is, and how far its setting is from the configuration's."""
     chosen = override(config, trial.settings)
-    size = chosen.data.image_size or manifest.image_size
     base = config.model_dump()
     changed = sum(_look_up(base, key) != value for key, value in trial.settings.items())
     return SimplicityKey(
-        count_multiply_adds(chosen.model.backbone, size),
+        count_parameters(chosen.model.backbone),
         changed,
         abs(math.log(resolve_pos_weight(chosen.train, manifest))),
     )
+
+
+def count_parameters(backbone: str) -> int:
+    """How many numbers the network learns; no memory is taken for them."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in build_model(backbone).parameters())
 
 
 def choose_setting(
     trials: Sequence[Trial],
     judgements: Mapping[str, Judgement],
     config: TuneConfig,
-    plainness: Callable[[Trial], SimplicityKey],
+    simplicity: Callable[[Trial], SimplicityKey],
 ) -> SettingChoice | None:
-    """The plainest of the trials that are not significantly behind the best; None where no trial
+    """The simplest of the trials that are not significantly behind the best; None where no trial
     had all its epochs.
 
     Behind by at most one standard error of the difference, on the same studies of val, is not
@@ -98,14 +105,14 @@ def choose_setting(
         return None
     best = finished[0]
     ties = [trial for trial in finished if _is_tie(trial, best, judgements, config)]
-    taken = min(ties, key=plainness)
+    taken = min(ties, key=simplicity)
     if len(ties) == 1:
         reason = "the best, and no other is within the standard error of its difference to it"
     elif taken is best:
-        reason = f"the best, and the plainest of the {len(ties)} within the standard error of it"
+        reason = f"the best, and the simplest of the {len(ties)} within the standard error of it"
     else:
         reason = (
-            f"the plainest of the {len(ties)} that are within the standard error of the "
+            f"the simplest of the {len(ties)} that are within the standard error of the "
             f"difference to the best, trial {best.name}"
         )
     return SettingChoice(taken, best, tuple(trial.name for trial in ties), reason)
@@ -116,25 +123,21 @@ def _is_tie(
 ) -> bool:
     if trial is best:
         return True
+    own, other = judgements.get(trial.name), judgements.get(best.name)
     mine, theirs = trial.objective(config), best.objective(config)
-    if (
-        trial.name not in judgements
-        or best.name not in judgements
-        or mine is None
-        or theirs is None
-    ):
+    if own is None or other is None or mine is None or theirs is None:
         return False
-    return theirs - mine <= judgements[best.name].error_of_difference(judgements[trial.name])
+    return theirs - mine <= other.error_of_difference(own)
 
 
 def choose_confirmed(
     choice: SettingChoice,
     trials: Sequence[Trial],
     confirmations: Sequence[Confirmation],
-    plainness: Callable[[Trial], SimplicityKey],
+    simplicity: Callable[[Trial], SimplicityKey],
 ) -> SettingChoice:
     """The choice after confirmation: by the mean over new seeds; ties, within the standard error of
-    the difference of means, go to the plainest."""
+    the difference of means, go to the simplest."""
     by_name = {trial.name: trial for trial in trials}
     best = max(confirmations, key=lambda one: one.mean)
 
@@ -150,13 +153,13 @@ def choose_confirmed(
         return best.mean - other.mean <= error
 
     ties = [one for one in confirmations if is_tie(one)]
-    taken = min(ties, key=lambda one: plainness(by_name[one.name]))
+    taken = min(ties, key=lambda one: simplicity(by_name[one.name]))
     seeds = len(best.objectives)
     if taken is best:
         reason = f"the highest mean over {seeds} new seeds"
     else:
         reason = (
-            f"the plainest of the {len(ties)} settings whose means over {seeds} new seeds are "
+            f"the simplest of the {len(ties)} settings whose means over {seeds} new seeds are "
             f"within the standard error of the highest, trial {best.name}"
         )
     return SettingChoice(

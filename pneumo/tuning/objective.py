@@ -66,8 +66,8 @@ def judge(
     return Judgement(value, influence, np.asarray(patient))
 
 
-def knows_nothing(config: TuneConfig, prevalence: float) -> float:
-    """The objective of a model that says the same of every study; what a failed trial counts."""
+def chance_level(config: TuneConfig, prevalence: float) -> float:
+    """The objective where every study has the same score; what a failed trial counts."""
     if config.objective == "auroc":
         return 0.5
     if config.objective == "sensitivity":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import optuna
 
@@ -13,28 +13,36 @@ from pneumo.tuning.trials import Trial
 MIN_TRIALS_FOR_IMPORTANCE = 8
 
 
-def measure_importance(
-    trials: Sequence[Trial], space: Mapping[str, Domain], config: TuneConfig, seed: int
-) -> dict[str, float]:
-    """Optuna's fANOVA (Hutter et al. 2014) of the objective over the keys that vary, most important
-    first; sums to 1. Empty where fewer than MIN_TRIALS_FOR_IMPORTANCE trials or one key tell.
+def to_optuna_study(trials: Sequence[Trial], config: TuneConfig) -> optuna.Study:
+    """The judged trials in their order: the keys that vary, the smoothed objective of each epoch.
 
-    Trials that were stopped count with the objective they were stopped at.
+    Trials that were stopped count with the objective that they were stopped at.
     """
-    varied = {key: to_distribution(domain) for key, domain in space.items() if domain.varies}
+    varied = {key: to_distribution(domain) for key, domain in config.space.items() if domain.varies}
     study = optuna.create_study(direction="maximize")
     for trial in trials:
         value = trial.objective(config)
-        if value is not None and trial.state in ("finished", "stopped"):
-            study.add_trial(
-                optuna.trial.create_trial(
-                    params={key: trial.settings[key] for key in varied},
-                    distributions=varied,
-                    value=value,
-                )
+        if value is None or not trial.is_judged:
+            continue
+        by_epoch = {n: trial.objective(config, n) for n in range(1, trial.epochs + 1)}
+        study.add_trial(
+            optuna.trial.create_trial(
+                params={key: trial.settings[key] for key in varied},
+                distributions=varied,
+                value=value,
+                intermediate_values={n: one for n, one in by_epoch.items() if one is not None},
             )
-    values = {trial.value for trial in study.trials}
-    if len(varied) < 2 or len(study.trials) < MIN_TRIALS_FOR_IMPORTANCE or len(values) < 2:
+        )
+    return study
+
+
+def measure_importance(trials: Sequence[Trial], config: TuneConfig, seed: int) -> dict[str, float]:
+    """Optuna's fANOVA (Hutter et al. 2014) of the objective over the keys that vary, most important
+    first; sums to 1. Empty where fewer than MIN_TRIALS_FOR_IMPORTANCE trials or one key tell."""
+    study = to_optuna_study(trials, config)
+    num_varied = sum(domain.varies for domain in config.space.values())
+    num_values = len({trial.value for trial in study.trials})
+    if num_varied < 2 or len(study.trials) < MIN_TRIALS_FOR_IMPORTANCE or num_values < 2:
         return {}
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=seed)
     found: dict[str, float] = optuna.importance.get_param_importances(study, evaluator=evaluator)

@@ -1,10 +1,4 @@
-"""What a search found: its trials, which setting to take and why, and the recipe of it.
-
-The best of many trials on one val split is partly luck. So a trial is judged after its last epochs
-(`objective.smooth`), only trials that had all their epochs can win, and one that is not
-significantly behind the best counts as equal: of equals the cheapest and plainest is taken. With
-confirmation the best settings are trained again with seeds that had no part in choosing them.
-"""
+"""What a search found: its trials, the setting that is taken, and the recipe and table of it."""
 
 from __future__ import annotations
 
@@ -36,7 +30,7 @@ class Search:
     confirmed: tuple[Trial, ...] = ()
     """What confirmation trained; each is named after its setting's trial."""
     importance: Mapping[str, float] = field(default_factory=dict)
-    """Share of the objective's variation that each key accounts for; empty where unknown."""
+    """Fraction of the objective's variation that each key accounts for; empty where unknown."""
 
     @property
     def warning(self) -> str | None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from pneumo.config import TuneConfig
+from pneumo.config import TuneConfig, without_folders
 from pneumo.evaluation.bootstrap import Z_95
 from pneumo.search_space import Scalar
 from pneumo.tuning.objective import smooth
@@ -15,14 +15,9 @@ from pneumo.tuning.objective import smooth
 State = Literal["finished", "stopped", "diverged", "failed", "unfinished"]
 """finished: had all its epochs; stopped: fell behind at a rung; diverged: the setting cannot be
 trained; failed: something else broke, so that another try makes sense."""
-
-
 OBJECTIVE = "val/objective"
 """Name of one epoch's objective among its metrics, beside `ERROR`, its standard error."""
-
-
 ERROR = "val/objective_error"
-
 
 History = Sequence[Mapping[str, float | None]]
 
@@ -45,7 +40,7 @@ class Trial:
 
     @property
     def epochs(self) -> int:
-        """How many it had."""
+        """How many were trained."""
         return len(self.history)
 
     @property
@@ -54,8 +49,13 @@ class Trial:
         return self.state in ("unfinished", "failed")
 
     @property
+    def is_judged(self) -> bool:
+        """Whether its objective, where it has one, says how good its setting is."""
+        return self.state in ("finished", "stopped")
+
+    @property
     def seconds(self) -> float:
-        """That its epochs took."""
+        """Training time of its epochs."""
         return sum(epoch["epoch_s"] or 0.0 for epoch in self.history)
 
     def objective(self, config: TuneConfig, epochs: int | None = None) -> float | None:
@@ -76,21 +76,25 @@ class Trial:
 def rank(trials: Sequence[Trial], config: TuneConfig) -> tuple[Trial, ...]:
     """Best first: those that had all their epochs, then those that were stopped, by how far they
     came; failed ones last."""
-    order: Mapping[State, int] = {
-        "finished": 0,
-        "stopped": 1,
-        "unfinished": 2,
-        "diverged": 3,
-        "failed": 4,
-    }
+    order: tuple[State, ...] = ("finished", "stopped", "unfinished", "diverged", "failed")
 
-    def place(trial: Trial) -> tuple[int, int, float, str]:
+    def key(trial: Trial) -> tuple[int, int, float, str]:
         value = trial.objective(config)
         return (
-            order[trial.state],
+            order.index(trial.state),
             -trial.epochs if trial.state != "finished" else 0,
             math.inf if value is None else -value,
             trial.name,
         )
 
-    return tuple(sorted(trials, key=place))
+    return tuple(sorted(trials, key=key))
+
+
+def describe_settings(settings: Mapping[str, Scalar]) -> str:
+    """`lr 0.00031  pos_weight 2.4`."""
+    return "  ".join(f"{key.split('.')[-1]} {show_setting(v)}" for key, v in settings.items())
+
+
+def show_setting(value: Any) -> str:
+    """A number in three digits, a file without its folders, all else as it is."""
+    return f"{value:.3g}" if isinstance(value, float) else str(without_folders(value))
