@@ -22,9 +22,9 @@ from pneumo.evaluation.map_scores import (
 from pneumo.evaluation.operating_points import Decision
 from pneumo.evaluation.predictions import Predictions
 from pneumo.evaluation.shown_studies import (
-    Choice,
-    Draw,
+    GalleryChoice,
     Outcome,
+    SampledStudy,
     Why,
     choose_errors,
     choose_gallery,
@@ -85,9 +85,9 @@ class Chosen:
     """Which rows of test are shown, and where."""
 
     grid: list[int]
-    gallery: Mapping[Outcome, list[Choice]]
+    gallery: Mapping[Outcome, list[GalleryChoice]]
     errors: Mapping[Outcome, list[int]]
-    sample: list[Draw]
+    sample: list[SampledStudy]
 
     @property
     def union(self) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ def log_evaluation(
         if counts is not None:
             title = f"Confusion at the {name} point, test, n = {evaluation.test.n}"
             key = "eval/confusion" if name == DECISION else f"eval/confusion_{name}"
-            tracker.log_media(key, ConfusionChart(counts.to_json(), title))
+            tracker.log_media(key, ConfusionChart(asdict(counts), title))
     tracker.log_media("eval/subgroups", _tabulate_subgroups(evaluation.test))
 
 

@@ -2,36 +2,33 @@
 
 Images of one patient resemble each other, so intervals resample patients, never images. A metric is
 therefore written once, as a `Statistic` of sample weights: weights of 1 give the value, the number
-of times that each patient was drawn gives one resample."""
+of times that each patient was drawn gives one resample.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 from scipy.sparse import csr_array, vstack
+from scipy.stats import binomtest
 
 from pneumo.errors import MetricError
 
 Floats = npt.NDArray[np.float64]
-
-
 Statistic = Callable[[Floats], Floats]
 """Weights (N, R), one column a resample, to values (R,) or (K, R); NaN where undefined."""
-
+Statistics = Mapping[str, Callable[[], Mapping[str, Statistic]]]
+"""By the name of a set: what builds its statistics, or raises MetricError where there are none."""
 
 Z_95 = 1.959963984540054
 """The standard normal's 97.5 % point: every interval here is a 95 % interval."""
-
-
 MAX_UNDEFINED_FRACTION = 0.05
 """More undefined resamples than this, and what is left no longer stands for the data."""
-
-
 _CHUNK_ELEMENTS = 2_000_000
 """Weights held at once: 16 MB, small enough for the cache to help and the memory to stay flat."""
 
@@ -54,25 +51,35 @@ class Estimate:
 
     def to_json(self) -> dict[str, Any]:
         """The object of metrics.json: value, low, high, method, and a reason where one is due."""
-        estimate = {"value": self.value, "low": self.low, "high": self.high, "method": self.method}
-        return estimate if self.reason is None else {**estimate, "reason": self.reason}
+        return {name: one for name, one in vars(self).items() if name != "reason" or one}
+
+
+def as_json(value: Any, *, leave_out: Collection[str] = ()) -> Any:
+    """A result as metrics.json holds it: by its own `to_json`, else by the names of its fields.
+
+    `leave_out` names fields that the caller puts elsewhere.
+    """
+    if hasattr(value, "to_json") and not leave_out:
+        return value.to_json()
+    if is_dataclass(value):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        return {key: as_json(one) for key, one in value.items() if key not in leave_out}
+    if isinstance(value, list | tuple):
+        return [as_json(one) for one in value]
+    return value
 
 
 WILSON = "Wilson, images taken as independent"
-
-
 WILSON_OVER_PATIENTS = "Wilson over patients"
 """The method of a proportion of exactly 0 or 1, which never varies under resampling."""
 
 
 def wilson(value: float, n: int) -> tuple[float, float]:
     """Wilson's 95 % interval (1927) of the proportion `value` of `n` independent trials, n > 0."""
-    z = Z_95
-    centre = value + z * z / (2 * n)
-    margin = z * math.sqrt(value * (1 - value) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    # Rounding must not push an end past the value at 0 or 1.
-    return min(value, max(0.0, (centre - margin) / scale)), max(value, (centre + margin) / scale)
+    interval = binomtest(round(value * n), n).proportion_ci(0.95, method="wilson")
+    # Rounding must not push an end past the value.
+    return min(value, float(interval.low)), max(value, float(interval.high))
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +139,7 @@ class StatisticSet:
     reason: str | None = None
 
     def estimate(self, key: str, row: int = 0, reason: str = "undefined here") -> Estimate:
-        """The estimate of a statistic of the part; undefined where the part is."""
+        """The estimate of one statistic; undefined where the set is."""
         if self.reason is not None:
             return Estimate.undefined(self.reason)
         return self.resampled[key].estimate(row, reason)
@@ -146,15 +153,15 @@ class StatisticSet:
 
 def resample_sets(
     patient: npt.NDArray[Any],
-    parts: Mapping[str, Callable[[], Mapping[str, Statistic]]],
+    sets: Statistics,
     *,
     resamples: int,
     seed: int,
 ) -> dict[str, StatisticSet]:
-    """`resample` of all statistics of all parts in one pass; a part may raise MetricError."""
+    """`resample` of the statistics of all sets in one pass."""
     statistics: dict[str, Mapping[str, Statistic]] = {}
     reasons: dict[str, str] = {}
-    for name, build in parts.items():
+    for name, build in sets.items():
         try:
             statistics[name] = build()
         except MetricError as error:
@@ -165,7 +172,7 @@ def resample_sets(
         name: StatisticSet({}, reasons[name])
         if name in reasons
         else StatisticSet({key: found[f"{name}/{key}"] for key in statistics[name]})
-        for name in parts
+        for name in sets
     }
 
 

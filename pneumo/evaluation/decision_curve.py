@@ -80,7 +80,7 @@ def net_benefit_statistic(rows: Predictions) -> Statistic:
     return statistic
 
 
-def judge_net_benefit(found: Resampled) -> DecisionCurve:
+def summarise_net_benefit(found: Resampled) -> DecisionCurve:
     """The curve of what `net_benefit_statistic` resampled."""
     num = len(THRESHOLDS)
     gain = found.derive(lambda both: both[:num] - np.maximum(both[num:], 0))

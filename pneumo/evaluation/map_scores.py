@@ -19,7 +19,14 @@ import numpy.typing as npt
 from sklearn.metrics import average_precision_score
 
 from pneumo.errors import MetricError
-from pneumo.evaluation.bootstrap import Estimate, Floats, Statistic, divide, patient_bootstrap
+from pneumo.evaluation.bootstrap import (
+    Estimate,
+    Floats,
+    Statistic,
+    as_json,
+    divide,
+    patient_bootstrap,
+)
 from pneumo.images.boxes import Box
 
 MapName = Literal["cam", "prior", "random"]
@@ -124,13 +131,6 @@ class MapSummary:
     empty: int
     """Maps that are 0 everywhere."""
 
-    def to_json(self) -> dict[str, Any]:
-        """The estimates by name, and the count of empty maps."""
-        return {
-            **{measure: getattr(self, measure).to_json() for measure in MEASURES},
-            "empty": self.empty,
-        }
-
 
 @dataclass(frozen=True)
 class GroupSummary:
@@ -148,14 +148,7 @@ class GroupSummary:
         """`n`, and the summaries or null with the reason."""
         if self.maps is None or self.gain is None:
             return {"n": self.n, "maps": None, "reason": self.reason}
-        return {
-            "n": self.n,
-            "maps": {name: summary.to_json() for name, summary in self.maps.items()},
-            "gain": {
-                name: {measure: found.to_json() for measure, found in gains.items()}
-                for name, gains in self.gain.items()
-            },
-        }
+        return {"n": self.n, "maps": as_json(self.maps), "gain": as_json(self.gain)}
 
 
 Group = Literal["all", "true_positives", "false_negatives"]
@@ -177,13 +170,7 @@ class SaliencySummary:
 
     def to_json(self) -> dict[str, Any]:
         """The object `saliency` of metrics.json."""
-        return {
-            "positives": self.positives,
-            "unscored": self.unscored,
-            "checkpoint": self.checkpoint,
-            "prior_studies": self.prior_studies,
-            **{name: group.to_json() for name, group in self.groups.items()},
-        }
+        return {**as_json(self, leave_out={"groups"}), **as_json(self.groups)}
 
 
 def summarise_saliency(

@@ -5,9 +5,7 @@ probability is computed once, in float64, since a float32 sigmoid turns every la
 exactly 1 and so invents ties. A thresholded metric calls a study positive when its probability is
 greater than or equal to the threshold.
 
-Images of one patient resemble each other, so intervals resample patients, never images. A metric is
-therefore written once, as a `Statistic` of sample weights: weights of 1 give the value, the number
-of times that each patient was drawn gives one resample.
+A metric with an interval is a `Statistic` of sample weights, see `bootstrap`.
 """
 
 from __future__ import annotations
@@ -26,8 +24,6 @@ from pneumo.errors import MetricError
 from pneumo.evaluation.bootstrap import Floats, Statistic, divide
 
 MAX_CURVE_POINTS = 500
-
-
 MAX_JSON_POINTS = 100
 
 
@@ -152,10 +148,6 @@ class Confusion:
     fp: int
     fn: int
     tn: int
-
-    def to_json(self) -> dict[str, int]:
-        """Four plain counts."""
-        return {"tp": self.tp, "fp": self.fp, "fn": self.fn, "tn": self.tn}
 
 
 def confusion(target: npt.ArrayLike, probability: npt.ArrayLike, threshold: float) -> Confusion:

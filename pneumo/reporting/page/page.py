@@ -127,6 +127,6 @@ def _describe_finding(found: FindingErrors) -> dict[str, Any]:
         "n": found.n,
         "called": found.called_positive,
         "errors": found.errors,
-        "rate": Cell.of(found.rate, 2),
+        "rate": Cell.of(found.error_rate, 2),
         "wilson": Cell.of(found.wilson, 2),
     }

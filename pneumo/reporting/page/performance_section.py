@@ -216,13 +216,13 @@ def describe_baselines(evaluation: Evaluation) -> list[dict[str, Any]]:
 
 
 def _describe_baseline(name: str, meaning: str, found: ViewBaseline | Baseline) -> dict[str, Any]:
-    alone = found.view_only if isinstance(found, ViewBaseline) else found.alone
+    alone = found.view_only_auroc if isinstance(found, ViewBaseline) else found.alone_auroc
     return {
         "name": name,
         "meaning": meaning,
         "n": found.n,
         "alone": Cell.of(alone),
-        "model": Cell.of(found.model),
+        "model": Cell.of(found.model_auroc),
         "gain": Cell.of(found.gain, signed=True),
         "test": _tell_test(found.gain_delong),
     }

@@ -34,8 +34,8 @@ def summarise(evaluation: Evaluation) -> str:
             f"and clears {percent(specificity.value)} of the negatives."
         )
     view = test.view
-    if view.gain.value is not None and view.view_only.value is not None:
-        alone = f"The view (AP or PA) alone reaches {view.view_only.value:.2f}"
+    if view.gain.value is not None and view.view_only_auroc.value is not None:
+        alone = f"The view (AP or PA) alone reaches {view.view_only_auroc.value:.2f}"
         if view.gain.low is None:
             words.append(f"{alone}.")
         elif view.gain.low > 0:
@@ -188,7 +188,8 @@ def _answer_baseline(evaluation: Evaluation) -> Answer:
     gain = Cell.of(view.gain, 2, signed=True)
     others = Cell.of(metadata.gain, 2, signed=True)
     words = (
-        f"AUROC more than the view (AP or PA) alone, which reaches {Cell.of(view.view_only, 2)}; "
+        "AUROC more than the view (AP or PA) alone, which reaches "
+        f"{Cell.of(view.view_only_auroc, 2)}; "
         f"the gain is {gain}. "
         if gain.value
         else f"Beside the view alone: {gain}. "

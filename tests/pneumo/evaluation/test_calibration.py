@@ -21,9 +21,9 @@ from pneumo.evaluation.calibration import (
     fit_logistic,
     fit_offset,
     fit_scaling,
-    judge_reliability,
     recalibration_statistic,
     reliability_statistics,
+    summarise_reliability,
 )
 from pneumo.evaluation.predictions import sigmoid
 from tests.predictions import make_predictions
@@ -44,7 +44,7 @@ def measure(target, logit, scaling=None, num_bins=10, resamples=100):
     }
     patient = np.arange(len(target))
     found = bootstrap.resample(patient, statistics, resamples=resamples, seed=0)
-    return judge_reliability(found, found["fit"], scaling)
+    return summarise_reliability(found, found["fit"], scaling)
 
 
 def val(target, logit, patient=None):
@@ -267,7 +267,7 @@ def test_brier_and_its_parts():
     found = measure(target, logit)
     assert found.brier.value == pytest.approx(reference.brier_score_loss(target, sigmoid(logit)))
     assert found.log_loss.value == pytest.approx(reference.log_loss(target, sigmoid(logit)))
-    parts = found.decomposition
+    parts = found.brier_decomposition
     total = parts["reliability"] - parts["resolution"] + parts["uncertainty"] + parts["within_bins"]
     assert total == pytest.approx(found.brier.value, abs=1e-12)
     assert parts["uncertainty"] == pytest.approx(target.mean() * (1 - target.mean()))
@@ -275,7 +275,7 @@ def test_brier_and_its_parts():
     # Of few distinct probabilities the bins are those, and nothing is left over.
     few = np.random.default_rng(0).choice([-2.0, 0.0, 1.0], 500)
     label = (np.random.default_rng(1).random(500) < sigmoid(few)).astype(int)
-    assert measure(label, few).decomposition["within_bins"] == pytest.approx(0, abs=1e-12)
+    assert measure(label, few).brier_decomposition["within_bins"] == pytest.approx(0, abs=1e-12)
 
 
 def test_slope_after_scaling_needs_no_second_fit():

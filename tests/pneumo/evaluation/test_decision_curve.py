@@ -10,8 +10,8 @@ from pneumo.evaluation import bootstrap
 from pneumo.evaluation.decision_curve import (
     THRESHOLDS,
     DecisionCurve,
-    judge_net_benefit,
     net_benefit_statistic,
+    summarise_net_benefit,
 )
 from tests.predictions import make_predictions
 
@@ -24,7 +24,7 @@ def draw(n=500, **columns):
 def judge(rows, resamples=200):
     statistic = {"curve": net_benefit_statistic(rows)}
     found = bootstrap.resample(rows.patient, statistic, resamples=resamples, seed=0)
-    return judge_net_benefit(found["curve"])
+    return summarise_net_benefit(found["curve"])
 
 
 @pytest.mark.parametrize("ties", [False, True])

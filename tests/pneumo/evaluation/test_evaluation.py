@@ -147,13 +147,13 @@ def test_view_baseline_uses_only_studies_of_known_view():
     view[:40] = ""
     baseline = evaluate(replaced(found, view=view), config=CONFIG, seed=0).val.view
     assert baseline.n == 180
-    assert baseline.view_only.value > 0.6
+    assert baseline.view_only_auroc.value > 0.6
     assert baseline.gain.value > 0
 
     unknown = evaluate(
         replaced(found, view=np.full(len(view), "")), config=CONFIG, seed=0
     ).test.view
-    assert (unknown.n, unknown.model.value) == (0, None)
+    assert (unknown.n, unknown.model_auroc.value) == (0, None)
     assert unknown.within["AP"].reason == "no study"
 
 

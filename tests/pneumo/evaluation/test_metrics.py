@@ -26,7 +26,7 @@ from torchmetrics.functional.classification import (
 from pneumo.errors import MetricError
 from pneumo.evaluation import bootstrap, metrics, thresholds
 from pneumo.evaluation.delong import delong
-from tests.predictions import judge_threshold, with_scores
+from tests.predictions import evaluate_threshold, with_scores
 
 relaxed = settings(max_examples=50, deadline=None)
 
@@ -290,7 +290,7 @@ def test_bootstrap_interval_contains_the_value_or_gives_a_reason(data, seed):
         **bootstrap.patient_bootstrap(
             patient, {"auroc": metrics.auroc_statistic(target, score)}, resamples=100, seed=seed
         ),
-        **judge_threshold(with_scores(target, score, patient), 0.5, seed=seed).rates,
+        **evaluate_threshold(with_scores(target, score, patient), 0.5, seed=seed).rates,
     }
     for name, found in estimates.items():
         if found.value is None or found.low is None:
@@ -348,7 +348,7 @@ def test_estimates_say_why_they_are_empty():
     assert found.value == 0.0
     assert found.reason.startswith("too few patients: undefined in")
 
-    none_called = judge_threshold(with_scores([0, 1, 0], [0.1, 0.2, 0.3]), 0.9).rates
+    none_called = evaluate_threshold(with_scores([0, 1, 0], [0.1, 0.2, 0.3]), 0.9).rates
     assert none_called["precision"].to_json() == {
         "value": None,
         "low": None,
