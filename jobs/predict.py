@@ -43,7 +43,8 @@ from pneumo.evaluation.predictions import Member, prepare_input, score_pictures,
 from pneumo.evaluation.shown_studies import class_activation
 from pneumo.images.dicom import GrayImage
 from pneumo.images.dicom_files import Unusable, read_pictures
-from pneumo.reporting.figures import draw_overlay, show_threshold
+from pneumo.reporting.figures.case_pictures import draw_overlay
+from pneumo.reporting.figures.style import show_threshold
 from pneumo.training.checkpoints import load_checkpoint, read_index
 
 SCHEMA_VERSION = 1

@@ -32,7 +32,7 @@ from pneumo.evaluation.shown_studies import (
     draw_sample,
 )
 from pneumo.images.boxes import Box
-from pneumo.reporting.figures import Case, Pictures
+from pneumo.reporting.figures.case_pictures import Case, Pictures
 
 MAX_TOLD_AGE = 89
 """Years. Who is older is told of as one group: 45 CFR 164.514(b)(2)(i)(C)."""

@@ -17,8 +17,8 @@ from pneumo.evaluation.decision_curve import THRESHOLDS
 from pneumo.evaluation.evaluation import DECISION, SCREENING, Evaluation, SplitEvaluation
 from pneumo.evaluation.map_scores import SaliencySummary
 from pneumo.evaluation.predictions import Predictions
-from pneumo.reporting import figures
-from pneumo.reporting.figures import Case, Pictures, shrink
+from pneumo.reporting.figures import case_pictures, data_charts, style
+from pneumo.reporting.figures.case_pictures import Case, Pictures, shrink
 from pneumo.reporting.page import DataFacts
 from pneumo.reporting.tracking import (
     ConfusionChart,
@@ -78,7 +78,9 @@ def log_data(tracker: Tracker, data: DataFacts, drawing: bytes) -> None:
     columns = ["property", "value", *(f"studies of {name}" for name in data.quality.splits)]
     tracker.log_media("data/counts", Table(columns, data.quality.rows()))
     tracker.log_media("data/quality", Gallery([Picture(drawing, "findings, ages, gray levels")]))
-    sheets = [Picture(figures.draw_contact_sheet(sheet), sheet.caption) for sheet in data.contact]
+    sheets = [
+        Picture(data_charts.draw_contact_sheet(sheet), sheet.caption) for sheet in data.contact
+    ]
     if sheets:
         tracker.log_media("data/contact", Gallery(sheets))
 
@@ -210,7 +212,7 @@ def log_pictures(tracker: Tracker, pictures: Pictures, evaluation: Evaluation) -
                 tracker.log_media(f"eval/{kind}/{outcome}", Gallery(shown))
     if pictures.grid:
         title = f"Predictions: {len(pictures.grid)} of {evaluation.test.n} test studies"
-        drawn = Picture(figures.draw_prediction_grid(pictures.grid, title=title), title)
+        drawn = Picture(case_pictures.draw_prediction_grid(pictures.grid, title=title), title)
         tracker.log_media("eval/prediction_grid", Gallery([drawn]))
     table = tabulate_cases(pictures)
     if table.rows:
@@ -223,7 +225,7 @@ def show_case(case: Case) -> Picture:
     has_map = case.cam is not None and bool(np.isfinite(case.cam).all())
     overlay = Overlay(_level(case), dict(CAM_LEVELS), "Grad-CAM") if has_map else None
     caption = f"{case.outcome.upper()}  {case.caption}"
-    return Picture(figures.encode_image(case.image), caption, case.boxes, mask=overlay)
+    return Picture(style.encode_image(case.image), caption, case.boxes, mask=overlay)
 
 
 def _level(case: Case) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -243,7 +245,7 @@ def tabulate_cases(pictures: Pictures) -> PictureTable:
                "age band", "boxes", "drawn of"]  # fmt: skip
     rows: list[list[Picture | Scalar]] = [
         [
-            show_case(shrink(case, figures.CONTACT_PIXELS)),
+            show_case(shrink(case, data_charts.CONTACT_PIXELS)),
             *(case.outcome, case.target, case.probability, case.threshold),
             *(case.finding, case.view or None, case.age_band or None),
             *(len(case.boxes), case.drawn_of),

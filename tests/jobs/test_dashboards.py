@@ -16,7 +16,7 @@ from jobs.training.epoch_log import Follower
 from pneumo.config import Config, override
 from pneumo.evaluation.shown_studies import ERRORS, OUTCOMES
 from pneumo.loading.sample_order import World
-from pneumo.reporting.figures import Pictures
+from pneumo.reporting.figures.case_pictures import Pictures
 from pneumo.reporting.tracking import ConfusionChart, LineChart, MemoryTracker
 from pneumo.reporting.tracking.dashboards import build_views, describe_view
 from pneumo.training.callbacks import Hooks

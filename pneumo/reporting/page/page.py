@@ -9,8 +9,9 @@ from pneumo.evaluation.comparison import ComparedRuns
 from pneumo.evaluation.evaluation import DECISION, SCREENING, Evaluation
 from pneumo.evaluation.map_scores import SaliencySummary
 from pneumo.evaluation.shown_studies import ERRORS, OUTCOMES, FindingErrors, Outcome
-from pneumo.reporting import figures
-from pneumo.reporting.figures import OUTCOME_WORDS, Case, History, Pictures
+from pneumo.reporting.figures import charts, style
+from pneumo.reporting.figures.case_pictures import OUTCOME_WORDS, Case, Pictures
+from pneumo.reporting.figures.charts import History
 from pneumo.reporting.page import performance_section
 from pneumo.reporting.page.data_section import describe_data, describe_quality
 from pneumo.reporting.page.embedding import (
@@ -65,7 +66,7 @@ def render_report(
         patients_known=evaluation.test.patients is not None,
         claim=CLAIM,
         not_claimed=NOT_ANSWERED,
-        test_n=figures.describe_n(evaluation.test).capitalize(),
+        test_n=style.describe_n(evaluation.test).capitalize(),
         card=describe_card(data, model),
         **_describe_performance(evaluation),
     )
@@ -93,13 +94,13 @@ def _describe_performance(evaluation: Evaluation) -> dict[str, Any]:
         "prevalences": performance_section.describe_prevalences(evaluation),
         "calibration": performance_section.describe_calibration(evaluation),
         "reliability": inline(
-            figures.draw_reliability(evaluation),
+            charts.draw_reliability(evaluation),
             f"Calibration on test: share of positives over predicted probability, n = {test.n}; "
             f"slope before calibration {slope}",
         ),
         "decision": performance_section.describe_decision(evaluation),
         "decision_curve": inline(
-            figures.draw_decision_curve(evaluation),
+            charts.draw_decision_curve(evaluation),
             f"Decision curve on test, n = {test.n}: net benefit in true positives a study, over "
             "the threshold",
         ),

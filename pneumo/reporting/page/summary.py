@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pneumo.evaluation.bootstrap import Estimate
 from pneumo.evaluation.evaluation import DECISION, Evaluation, SplitEvaluation
 from pneumo.evaluation.map_scores import SaliencySummary
-from pneumo.reporting.figures import show_threshold
+from pneumo.reporting.figures.style import show_threshold
 from pneumo.reporting.page.formatting import Cell, count, percent
 from pneumo.reporting.page.page_inputs import DataFacts, ModelFacts
 from pneumo.reporting.page.saliency_section import OFF, tell_saliency

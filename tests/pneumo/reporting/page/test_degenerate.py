@@ -20,8 +20,9 @@ from pneumo.evaluation.map_scores import (
     SaliencySummary,
 )
 from pneumo.evaluation.predictions import Predictions, sigmoid
-from pneumo.reporting import figures
-from pneumo.reporting.figures import Pictures, show_threshold
+from pneumo.reporting.figures import charts
+from pneumo.reporting.figures.case_pictures import Pictures
+from pneumo.reporting.figures.style import show_threshold
 from pneumo.reporting.page.formatting import Cell
 from pneumo.reporting.page.saliency_section import tell_saliency
 from tests.pneumo.reporting.page.test_page import cases, render, section
@@ -106,7 +107,7 @@ def test_a_fault_of_test_is_not_blamed_on_val():
         assert "threshold" not in section(page, name)
     assert f"test: {why}" in section(page, "data")
     assert "each exactly once" not in section(page, "data")
-    assert "no threshold" not in figures.draw_confusion(judged).decode()
+    assert "no threshold" not in charts.draw_confusion(judged).decode()
 
 
 def test_studies_that_are_scored_twice_are_not_said_to_be_scored_once():
