@@ -33,8 +33,8 @@ from pneumo.errors import DataError, RunError, SourceError
 from pneumo.evaluation.file_predictions import (
     NOT_A_NUMBER,
     NOTICE,
+    FrozenRule,
     Readings,
-    Rule,
     encode_csv,
     encode_parquet,
 )
@@ -42,7 +42,8 @@ from pneumo.evaluation.predictions import Member, prepare_input, score_pictures,
 from pneumo.evaluation.shown_studies import class_activation
 from pneumo.images.dicom import GrayImage
 from pneumo.images.dicom_files import Unusable, read_pictures
-from pneumo.reporting.figures import draw_overlay, show_threshold
+from pneumo.reporting.figures.case_pictures import draw_overlay
+from pneumo.reporting.figures.style import show_threshold
 from pneumo.training.checkpoints import load_checkpoint, read_index
 
 SCHEMA_VERSION = 1
@@ -77,7 +78,7 @@ def predict(invocation: Invocation) -> None:
     source_url, output_url = (storage.normalise(u) for u in (arguments.source, arguments.output))
     files = find_files(source_url, output_url)
     run_urls = [storage.normalise(url) for url in (arguments.run, *arguments.members)]
-    rule = Rule.from_metrics(_read_metrics(run_urls[0]))
+    rule = FrozenRule.from_metrics(_read_metrics(run_urls[0]))
     scoring = Scoring(find_evaluated(run_urls, rule), views=rule.views)
     first = scoring.weights[0]
     image_size = load_checkpoint(first.run_url, first.entry).image_size
@@ -124,7 +125,7 @@ def find_files(source_url: str, output_url: str) -> list[str]:
     return files
 
 
-def find_evaluated(run_urls: Sequence[str], rule: Rule) -> tuple[Weights, ...]:
+def find_evaluated(run_urls: Sequence[str], rule: FrozenRule) -> tuple[Weights, ...]:
     """The checkpoints that were evaluated, as threshold and calibration belong to their logits;
     of runs that are not evaluated the best.
 
@@ -242,7 +243,9 @@ def _spell(file: str) -> str:
 # --- results --------------------------------------------------------------------------------------
 
 
-def write_readings(readings: Readings, task: Task, rule: Rule, run_url: str) -> dict[str, Any]:
+def write_readings(
+    readings: Readings, task: Task, rule: FrozenRule, run_url: str
+) -> dict[str, Any]:
     """Both tables, then the summary, which is returned."""
     table = readings.to_table(rule, task.scoring.checkpoint)
     storage.write_bytes(storage.join(task.output_url, PARQUET), encode_parquet(table))

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pneumo.evaluation import metrics
+from pneumo.evaluation import bootstrap
 from pneumo.evaluation.operating_points import (
     AtPoint,
     OperatingPoint,
-    judge_points,
+    evaluate_points,
     outcomes_statistic,
 )
 from pneumo.evaluation.predictions import Predictions, sigmoid
@@ -48,14 +48,14 @@ def make_predictions(
     )
 
 
-def judge_threshold(
+def evaluate_threshold(
     rows: Predictions, threshold: float, *, resamples: int = 100, seed: int = 0
 ) -> AtPoint:
     """What `rows` are worth at one threshold."""
     points = {"p": OperatingPoint("p", "", threshold)}
     statistic = {"outcomes": outcomes_statistic(rows, points)}
-    found = metrics.resample(rows.patient, statistic, resamples=resamples, seed=seed)
-    return judge_points(rows, points, found["outcomes"])["p"]
+    found = bootstrap.resample(rows.patient, statistic, resamples=resamples, seed=seed)
+    return evaluate_points(rows, points, found["outcomes"])["p"]
 
 
 def with_scores(

@@ -19,18 +19,26 @@ from pathlib import Path
 
 import numpy as np
 import pydicom
-from pneumo.dicom import decode_gray, letterbox
-from pneumo.grayscale import apply_window
-from pneumo.ingest import digest_settings, find_store, finish_store, plan_shards, prepare_shard
-from pneumo.partition import epoch_order
-from pneumo.splits import choose_salt, split_studies
-from pneumo.studies import read_source
-from pneumo.transforms import draw_rectangles, draw_uniforms
+from pneumo.transforms import draw_rectangles
 from pydicom.uid import UID
 
-from pneumo.config import AugmentConfig, Config, override
+from pneumo.config import AugmentConfig, Config
+from pneumo.config_layers import override
+from pneumo.dataset.phantoms.source_folder import write_phantoms
+from pneumo.dataset.preparation import (
+    digest_settings,
+    find_store,
+    finish_store,
+    plan_shards,
+    prepare_shard,
+)
+from pneumo.dataset.source import read_source
+from pneumo.dataset.splits import choose_salt, split_studies
 from pneumo.errors import DicomError
-from pneumo.synthetic import write_phantoms
+from pneumo.images.dicom import decode_gray, letterbox
+from pneumo.images.gray_levels import apply_window
+from pneumo.loading.augmentation import draw_uniforms
+from pneumo.loading.sample_order import epoch_order
 
 ENVIRON = {"PNEUMO_HASH_KEY": "a secret of the tests"}
 CONFIG = override(Config(), {"prepare.image_size": 56, "prepare.samples_per_shard": 8})

@@ -7,17 +7,10 @@ import random
 
 from pneumo.config import Config
 from pneumo.config_layers import override
-from pneumo.tuning.search import (
-    ERROR,
-    OBJECTIVE,
-    Choice,
-    Confirmation,
-    Search,
-    State,
-    Trial,
-    measure_importance,
-    rank,
-)
+from pneumo.tuning.choice import Confirmation, SettingChoice
+from pneumo.tuning.optuna_study import measure_importance
+from pneumo.tuning.search import Search
+from pneumo.tuning.trials import ERROR, OBJECTIVE, State, Trial, rank
 
 
 def epoch(number: int, objective: float, error: float = 0.02) -> dict[str, float | None]:
@@ -69,8 +62,8 @@ def make_search(num_trials: int = 24, *, confirm: int = 0, **changes: object) ->
         Confirmation(one.name, (0.85, 0.86, 0.87)[:confirm])
         for one in ranked[: 3 if confirm else 0]
     )
-    choice = Choice(
-        ranked[1], ranked[0], (ranked[0].name, ranked[1].name), "the plainest", confirmations
+    choice = SettingChoice(
+        ranked[1], ranked[0], (ranked[0].name, ranked[1].name), "the simplest", confirmations
     )
     return Search(
         "made-up",
@@ -78,7 +71,7 @@ def make_search(num_trials: int = 24, *, confirm: int = 0, **changes: object) ->
         "0123456789abcdef",
         ranked,
         choice,
-        importance=measure_importance(ranked, config.tune.space, config.tune, seed=0),
+        importance=measure_importance(ranked, config.tune, seed=0),
     )
 
 

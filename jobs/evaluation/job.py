@@ -53,12 +53,12 @@ def evaluate_run(invocation: Invocation) -> None:
         pictures = choose_pictures(
             subject.scored, evaluation.predictions, studies, evaluation.decide("test"), config
         )
-        looks = find_looks(subject, evaluation, studies, config)
+        saliency = find_saliency(subject, evaluation, studies, config)
     compared = None
     if other is not None and arguments.compare_with is not None:
         splits = compare_splits(evaluation.predictions, other, config)
         compared = ComparedRuns(subject.name, name_run(arguments.compare_with), splits)
-    judged = Judged(data, evaluation, pictures, looks, compared)
+    judged = Judged(data, evaluation, pictures, saliency, compared)
     with tempfile.TemporaryDirectory() as folder:
         leave(subject, judged, Path(folder), config)
 
@@ -101,7 +101,7 @@ def compare_splits(
     }
 
 
-def find_looks(
+def find_saliency(
     subject: Subject, evaluation: Evaluation, studies: Mapping[str, StudyRow], config: Config
 ) -> Mapping[str, SaliencySummary]:
     """By split, where the network looks; empty with evaluate.saliency off."""

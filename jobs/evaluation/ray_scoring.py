@@ -8,6 +8,7 @@ and numbers.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -22,9 +23,9 @@ from jobs.terminal.progress import Progress
 from pneumo.config import ClusterConfig, Config, DataConfig
 from pneumo.dataset.shards import Manifest, StudyRow, read_manifest
 from pneumo.errors import MetricError
-from pneumo.evaluation.map_scores import BoxScores, FixedMaps
+from pneumo.evaluation.map_scores import BoxScores, score_map
 from pneumo.evaluation.predictions import Logits, Member, prepare_input, score_pictures
-from pneumo.evaluation.shown_studies import Maps, class_activation, gradcam, randomised
+from pneumo.evaluation.shown_studies import class_activation, gradcam, randomised
 from pneumo.images.boxes import Box
 from pneumo.loading.feeds import Samples
 from pneumo.loading.loader import open_loader, read_images
@@ -141,9 +142,9 @@ def score_boxes(
     place = find_place(config.cluster, manifest.image_size)
     # Once to the object store, not with each of the tasks.
     shared = {split: ray.put(dict(of_split)) for split, of_split in boxes.items()}
-    fixed = ray.put(FixedMaps.of(prior))
+    shared_prior = ray.put(prior)
     calls = [
-        (scored, split, world, place, shared[split], fixed, config.seed)
+        (scored, split, world, place, shared[split], shared_prior, config.seed)
         for split, of_split in boxes.items()
         if of_split
         for world in share_out(manifest.splits[split].samples, config.cluster, place)
@@ -254,7 +255,7 @@ def _score_maps(
     world: World,
     place: Place,
     boxes: Mapping[str, Sequence[Box]],
-    fixed: FixedMaps,
+    prior: npt.NDArray[np.float64],
     seed: int,
 ) -> tuple[str, BoxScores]:
     torch.set_num_threads(place.num_threads)
@@ -265,21 +266,10 @@ def _score_maps(
         images = prepare_input(pixels, member)
         cams, randoms = class_activation(member.network, images), class_activation(random, images)
         for key, cam, other in zip(keys, cams, randoms, strict=True):
-            values = _score_one(fixed, cam, other, boxes[key])
-            if values is not None:
+            with contextlib.suppress(MetricError):  # the driver counts who is missing
+                values = np.stack([score_map(one, boxes[key]) for one in (cam, prior, other)])
                 parts.append(BoxScores(np.array([key]), values[None]))
     return split, BoxScores.join(parts)
-
-
-def _score_one(
-    fixed: FixedMaps, cam: Maps, random: Maps, boxes: Sequence[Box]
-) -> npt.NDArray[np.float64] | None:
-    """None where the boxes cover no pixel or a map is no number; the driver counts who is
-    missing."""
-    try:
-        return fixed.score(cam, random, boxes)
-    except MetricError:
-        return None
 
 
 def _positives(

@@ -20,8 +20,9 @@ from pneumo.config import Config
 from pneumo.evaluation.comparison import ComparedRuns
 from pneumo.evaluation.evaluation import Evaluation
 from pneumo.evaluation.map_scores import SaliencySummary
-from pneumo.reporting import figures
-from pneumo.reporting.figures import Pictures, shrink_sheet
+from pneumo.reporting.figures import case_pictures, charts, data_charts
+from pneumo.reporting.figures.case_pictures import Pictures
+from pneumo.reporting.figures.data_charts import shrink_sheet
 from pneumo.reporting.page import MAX_PAGE_BYTES, DataFacts, ModelFacts, Provenance, render_report
 from pneumo.training.checkpoints import Checkpoint
 
@@ -36,7 +37,7 @@ class Judged:
     data: DataFacts
     evaluation: Evaluation
     pictures: Pictures
-    looks: Mapping[str, SaliencySummary]
+    saliency: Mapping[str, SaliencySummary]
     """By split; empty with evaluate.saliency off."""
     compared: ComparedRuns | None
 
@@ -69,7 +70,7 @@ def compose_metrics(subject: Subject, judged: Judged, config: Config) -> dict[st
             "scoring": subject.scored.scoring.to_json(),
         },
     )
-    for split, found in describe_looks(judged.looks).items():
+    for split, found in describe_saliency(judged.saliency).items():
         metrics[split] |= found
     metrics["test"] |= describe_errors(judged.pictures)
     metrics["evaluation"] = {"seed": config.seed, **config.evaluate.model_dump(mode="json")}
@@ -88,10 +89,10 @@ def describe_faults(data: DataFacts) -> dict[str, Any]:
     }
 
 
-def describe_looks(looks: Mapping[str, SaliencySummary]) -> dict[str, dict[str, Any]]:
+def describe_saliency(saliency: Mapping[str, SaliencySummary]) -> dict[str, dict[str, Any]]:
     """By split, what metrics.json says of where the network looks."""
-    if looks:
-        return {split: {"saliency": found.to_json()} for split, found in looks.items()}
+    if saliency:
+        return {split: {"saliency": found.to_json()} for split, found in saliency.items()}
     reason = "evaluate.saliency is off"
     return {split: {"saliency": None, "saliency_reason": reason} for split in JUDGED_SPLITS}
 
@@ -114,23 +115,23 @@ def write_files(folder: Path, subject: Subject, judged: Judged, config: Config) 
     n = evaluation.test.n
     first_of_each = [cases[0] for cases in pictures.gallery.values() if cases]
     drawn = {
-        "metrics.png": figures.draw_metrics(evaluation, subject.history, subject.checkpoint.epoch),
-        "roc.svg": figures.draw_roc(evaluation),
-        "precision_recall.svg": figures.draw_precision_recall(evaluation),
-        "reliability.svg": figures.draw_reliability(evaluation),
-        "decision_curve.svg": figures.draw_decision_curve(evaluation),
-        "confusion.svg": figures.draw_confusion(evaluation),
-        "prediction_grid.png": figures.draw_prediction_grid(
+        "metrics.png": charts.draw_metrics(evaluation, subject.history, subject.checkpoint.epoch),
+        "roc.svg": charts.draw_roc(evaluation),
+        "precision_recall.svg": charts.draw_precision_recall(evaluation),
+        "reliability.svg": charts.draw_reliability(evaluation),
+        "decision_curve.svg": charts.draw_decision_curve(evaluation),
+        "confusion.svg": charts.draw_confusion(evaluation),
+        "prediction_grid.png": case_pictures.draw_prediction_grid(
             pictures.grid,
             title=f"Predictions: {len(pictures.grid)} of {n} test studies",
             reason=pictures.reason,
         ),
-        "gradcam_example.png": figures.draw_gradcam_example(
+        "gradcam_example.png": case_pictures.draw_gradcam_example(
             first_of_each,
             title="Grad-CAM, one test study of each outcome",
             reason=pictures.reason,
         ),
-        DATA_FIGURE: figures.draw_quality(judged.data.quality),
+        DATA_FIGURE: data_charts.draw_quality(judged.data.quality),
     }
     (folder / "figures").mkdir()
     for name, picture in drawn.items():
@@ -139,7 +140,7 @@ def write_files(folder: Path, subject: Subject, judged: Judged, config: Config) 
     for outcome, cases in pictures.gallery.items():
         for number, shown in enumerate(cases):
             path = folder / "gallery" / f"{outcome}-{number:02d}.webp"
-            path.write_bytes(figures.draw_case(shown))
+            path.write_bytes(case_pictures.draw_case(shown))
     report = render(subject, judged, config).encode()
     if len(report) > MAX_PAGE_BYTES:
         say(f"warning: {REPORT} has {len(report) / 1e6:.1f} MB; lower evaluate.pictures")
@@ -155,7 +156,7 @@ def render(subject: Subject, judged: Judged, config: Config) -> str:
         provenance=describe_provenance(subject, config),
         history=subject.history,
         pictures=judged.pictures,
-        looks=judged.looks.get("test"),
+        saliency=judged.saliency.get("test"),
         compared=judged.compared,
     )
 

@@ -15,7 +15,6 @@ from pneumo.dataset.quality import AGE_BIN_YEARS
 from pneumo.dataset.shards import StudyRow
 from pneumo.evaluation.map_scores import (
     SaliencySummary,
-    choose_iou_thresholds,
     prior_map,
     scale_boxes,
     summarise_saliency,
@@ -23,9 +22,9 @@ from pneumo.evaluation.map_scores import (
 from pneumo.evaluation.operating_points import Decision
 from pneumo.evaluation.predictions import Predictions
 from pneumo.evaluation.shown_studies import (
-    Choice,
-    Draw,
+    GalleryChoice,
     Outcome,
+    SampledStudy,
     Why,
     choose_errors,
     choose_gallery,
@@ -33,7 +32,7 @@ from pneumo.evaluation.shown_studies import (
     draw_sample,
 )
 from pneumo.images.boxes import Box
-from pneumo.reporting.figures import Case, Pictures
+from pneumo.reporting.figures.case_pictures import Case, Pictures
 
 MAX_TOLD_AGE = 89
 """Years. Who is older is told of as one group: 45 CFR 164.514(b)(2)(i)(C)."""
@@ -86,9 +85,9 @@ class Chosen:
     """Which rows of test are shown, and where."""
 
     grid: list[int]
-    gallery: Mapping[Outcome, list[Choice]]
+    gallery: Mapping[Outcome, list[GalleryChoice]]
     errors: Mapping[Outcome, list[int]]
-    sample: list[Draw]
+    sample: list[SampledStudy]
 
     @property
     def union(self) -> list[int]:
@@ -165,7 +164,7 @@ def score_saliency(
     """By split, val and test, the network's maps against the boxes of every positive.
 
     `decisions` are by split. `image_size` is of the input of the first checkpoint, whose maps they
-    are. The prior map is of train, the IoU's thresholds are of val.
+    are. The prior map is of train.
     """
 
     def in_input(split: str) -> dict[str, tuple[Box, ...]]:
@@ -177,7 +176,6 @@ def score_saliency(
     of_train = list(in_input("train").values())
     prior = prior_map(of_train, image_size)
     found = score_boxes(scored, {s: in_input(s) for s in ("val", "test")}, prior, config)
-    iou_thresholds = choose_iou_thresholds(found["val"])
     return {
         split: summarise_saliency(
             scores,
@@ -186,7 +184,6 @@ def score_saliency(
             positives=int(predictions.subset(split).target.sum()),
             checkpoint=scored.scoring.weights[0].name,
             prior_studies=len(of_train),
-            iou_thresholds=iou_thresholds,
             resamples=config.evaluate.bootstrap_resamples,
             seed=config.seed,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ from jobs.evaluation.result_files import DATA_FIGURE, REPORT, Judged, describe_f
 from jobs.evaluation.shown_studies import MAX_TOLD_AGE
 from pneumo.config import Config
 from pneumo.evaluation.decision_curve import THRESHOLDS
-from pneumo.evaluation.evaluation import DECISION, SCREENING, Evaluation, SplitEvaluation
+from pneumo.evaluation.evaluation import Evaluation, SplitEvaluation
 from pneumo.evaluation.map_scores import SaliencySummary
+from pneumo.evaluation.operating_points import DECISION, SCREENING
 from pneumo.evaluation.predictions import Predictions
-from pneumo.reporting import figures
-from pneumo.reporting.figures import Case, Pictures, shrink
+from pneumo.reporting.figures import case_pictures, data_charts, style
+from pneumo.reporting.figures.case_pictures import Case, Pictures, shrink
 from pneumo.reporting.page import DataFacts
 from pneumo.reporting.tracking import (
     ConfusionChart,
@@ -51,7 +52,7 @@ def send_evaluation(
     coarse = judged.shrink(LARGEST_PIXELS)
     report = render(subject, coarse, config)
     log_data(tracker, coarse.data, (folder / "figures" / DATA_FIGURE).read_bytes())
-    log_evaluation(tracker, judged.evaluation, judged.looks.get("test"))
+    log_evaluation(tracker, judged.evaluation, judged.saliency.get("test"))
     log_pictures(tracker, coarse.pictures, judged.evaluation)
     tracker.log_media("eval/report", Page(report))
     files: dict[str, Path | bytes] = {
@@ -79,7 +80,9 @@ def log_data(tracker: Tracker, data: DataFacts, drawing: bytes) -> None:
     columns = ["property", "value", *(f"studies of {name}" for name in data.quality.splits)]
     tracker.log_media("data/counts", Table(columns, data.quality.rows()))
     tracker.log_media("data/quality", Gallery([Picture(drawing, "findings, ages, gray levels")]))
-    sheets = [Picture(figures.draw_contact_sheet(sheet), sheet.caption) for sheet in data.contact]
+    sheets = [
+        Picture(data_charts.draw_contact_sheet(sheet), sheet.caption) for sheet in data.contact
+    ]
     if sheets:
         tracker.log_media("data/contact", Gallery(sheets))
 
@@ -87,9 +90,11 @@ def log_data(tracker: Tracker, data: DataFacts, drawing: bytes) -> None:
 # --- the numbers ---------------------------------------------------------------------------------
 
 
-def log_evaluation(tracker: Tracker, evaluation: Evaluation, looks: SaliencySummary | None) -> None:
+def log_evaluation(
+    tracker: Tracker, evaluation: Evaluation, saliency: SaliencySummary | None
+) -> None:
     """Headlines, curves, confusion matrices, subgroups, and the maps' scores."""
-    tracker.summarise(_summarise(evaluation, looks))
+    tracker.summarise(_summarise(evaluation, saliency))
     for key, chart in _draw_charts(evaluation).items():
         if chart.series:
             tracker.log_media(f"eval/{key}", chart)
@@ -98,11 +103,11 @@ def log_evaluation(tracker: Tracker, evaluation: Evaluation, looks: SaliencySumm
         if counts is not None:
             title = f"Confusion at the {name} point, test, n = {evaluation.test.n}"
             key = "eval/confusion" if name == DECISION else f"eval/confusion_{name}"
-            tracker.log_media(key, ConfusionChart(counts.to_json(), title))
+            tracker.log_media(key, ConfusionChart(asdict(counts), title))
     tracker.log_media("eval/subgroups", _tabulate_subgroups(evaluation.test))
 
 
-def _summarise(evaluation: Evaluation, looks: SaliencySummary | None) -> dict[str, Scalar]:
+def _summarise(evaluation: Evaluation, saliency: SaliencySummary | None) -> dict[str, Scalar]:
     test = evaluation.test
     found = {
         "auroc": test.auroc,
@@ -118,9 +123,9 @@ def _summarise(evaluation: Evaluation, looks: SaliencySummary | None) -> dict[st
         "auroc_within_AP": test.view.within["AP"],
         "auroc_within_PA": test.view.within["PA"],
     }
-    if looks is not None and looks.groups["all"].maps is not None:
-        found["map_auprc"] = looks.groups["all"].maps["cam"].auprc
-        found["map_auprc_of_prior"] = looks.groups["all"].maps["prior"].auprc
+    if saliency is not None and saliency.groups["all"].maps is not None:
+        found["map_auprc"] = saliency.groups["all"].maps["cam"].auprc
+        found["map_auprc_of_prior"] = saliency.groups["all"].maps["prior"].auprc
     ends: dict[str, Scalar] = {}
     for name, estimate in found.items():
         ends[f"eval/test/{name}"] = estimate.value
@@ -209,7 +214,7 @@ def log_pictures(tracker: Tracker, pictures: Pictures, evaluation: Evaluation) -
                 tracker.log_media(f"eval/{kind}/{outcome}", Gallery(shown))
     if pictures.grid:
         title = f"Predictions: {len(pictures.grid)} of {evaluation.test.n} test studies"
-        drawn = Picture(figures.draw_prediction_grid(pictures.grid, title=title), title)
+        drawn = Picture(case_pictures.draw_prediction_grid(pictures.grid, title=title), title)
         tracker.log_media("eval/prediction_grid", Gallery([drawn]))
     table = tabulate_cases(pictures)
     if table.rows:
@@ -222,7 +227,7 @@ def show_case(case: Case) -> Picture:
     has_map = case.cam is not None and bool(np.isfinite(case.cam).all())
     overlay = Overlay(_level(case), dict(CAM_LEVELS), "Grad-CAM") if has_map else None
     caption = f"{case.outcome.upper()}  {case.caption}"
-    return Picture(figures.encode_image(case.image), caption, case.boxes, mask=overlay)
+    return Picture(style.encode_image(case.image), caption, case.boxes, mask=overlay)
 
 
 def _level(case: Case) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -242,7 +247,7 @@ def tabulate_cases(pictures: Pictures) -> PictureTable:
                "age band", "boxes", "drawn of"]  # fmt: skip
     rows: list[list[Picture | Scalar]] = [
         [
-            show_case(shrink(case, figures.CONTACT_PIXELS)),
+            show_case(shrink(case, data_charts.CONTACT_PIXELS)),
             *(case.outcome, case.target, case.probability, case.threshold),
             *(case.finding, case.view or None, case.age_band or None),
             *(len(case.boxes), case.drawn_of),

@@ -19,10 +19,11 @@ from ray.tune.schedulers import FIFOScheduler
 
 from jobs.ray_cluster.session import ray_session, wait_for_resources
 from jobs.terminal.entry_point import find_cause, new_run_url, say
-from jobs.tuning.live_table import LiveTable, read_error
+from jobs.tuning.live_table import LiveTable
 from jobs.tuning.search_results import BEST, REPORT, print_search, write_results
 from jobs.tuning.searchers import Draw, Drawn, Listed, Rungs, list_grid
 from jobs.tuning.trial_judge import Shared
+from jobs.tuning.trial_lines import TrialLines, read_error
 from jobs.tuning.trial_records import (
     drop_checkpoints,
     read_judgement,
@@ -41,21 +42,19 @@ from pneumo.dataset.shards import Manifest, read_manifest
 from pneumo.errors import ClusterError, ConfigError, RunError
 from pneumo.network.backbones import check_weights
 from pneumo.training.fit import check_sizes
-from pneumo.tuning.objective import describe_objective, knows_nothing
-from pneumo.tuning.search import (
-    Choice,
+from pneumo.tuning.choice import (
     Confirmation,
-    Plainness,
-    Search,
-    State,
-    Trial,
-    choose,
+    SettingChoice,
+    SimplicityKey,
     choose_confirmed,
-    measure_importance,
-    measure_plainness,
-    rank,
+    choose_setting,
+    measure_simplicity,
     settings_to_confirm,
 )
+from pneumo.tuning.objective import chance_level, describe_objective
+from pneumo.tuning.optuna_study import measure_importance
+from pneumo.tuning.search import Search
+from pneumo.tuning.trials import State, Trial, rank
 
 _IDENTITY = "search.json"
 _SAME = ("seed", "data", "augment", "model", "train", "tune")
@@ -155,7 +154,7 @@ def search(config: Config, manifest: Manifest, store_url: str, run_url: str) -> 
         trials=trials,
         choice=choice,
         confirmed=confirmed,
-        importance=measure_importance(trials, tune.space, tune, config.seed),
+        importance=measure_importance(trials, tune, config.seed),
     )
     write_results(found, manifest, run_url)
     for trial in (*trials, *confirmed):
@@ -164,26 +163,28 @@ def search(config: Config, manifest: Manifest, store_url: str, run_url: str) -> 
     return found
 
 
-def _choose(trials: Sequence[Trial], config: Config, manifest: Manifest, run_url: str) -> Choice:
+def _choose(
+    trials: Sequence[Trial], config: Config, manifest: Manifest, run_url: str
+) -> SettingChoice:
     judgements = {
         trial.name: judgement
         for trial in trials
         if (judgement := read_judgement(trial_url(run_url, trial.name), config.tune)) is not None
     }
-    choice = choose(trials, judgements, config.tune, _measure(config, manifest))
+    choice = choose_setting(trials, judgements, config.tune, _measure(config, manifest))
     if choice is None:
         why = next((trial.error for trial in trials if trial.error), "none had all its epochs")
         raise ClusterError(f"tune: every trial failed, the first with: {why}")
     return choice
 
 
-def _measure(config: Config, manifest: Manifest) -> Callable[[Trial], Plainness]:
-    return lambda trial: measure_plainness(config, trial, manifest)
+def _measure(config: Config, manifest: Manifest) -> Callable[[Trial], SimplicityKey]:
+    return lambda trial: measure_simplicity(config, trial, manifest)
 
 
 def _confirm(
-    runner: _Runner, trials: Sequence[Trial], choice: Choice
-) -> tuple[tuple[Trial, ...], Choice]:
+    runner: _Runner, trials: Sequence[Trial], choice: SettingChoice
+) -> tuple[tuple[Trial, ...], SettingChoice]:
     """Train the best settings with new seeds, and choose again."""
     config = runner.config
     again = settings_to_confirm(trials, config.tune)
@@ -206,8 +207,8 @@ def _confirm(
             confirmations.append(Confirmation(trial.name, known))
     if not confirmations:
         raise ClusterError("tune: no setting could be trained again with another seed")
-    plainness = _measure(config, runner.manifest)
-    return tuple(ran), choose_confirmed(choice, trials, confirmations, plainness)
+    simplicity = _measure(config, runner.manifest)
+    return tuple(ran), choose_confirmed(choice, trials, confirmations, simplicity)
 
 
 class _Runner:
@@ -242,7 +243,7 @@ class _Runner:
             draws = [draw for draw in list_grid(self.config) if draw.name not in done]
             searcher = Listed(draws, self.run_url)
         else:
-            worst = knows_nothing(config, self.shared.prevalence)
+            worst = chance_level(config, self.shared.prevalence)
             searcher = Drawn(self.config, before, self.run_url, worst=worst)
         scheduler = Rungs(config, before) if config.early_stopping == "asha" else FIFOScheduler()
         return [*ended, *self._run("search", searcher, scheduler, left, ended)]
@@ -268,7 +269,7 @@ class _Runner:
                 tracking.put(trial)
             if left <= 0:
                 return []
-            table.on_end = lambda trial: tracking.put(self._end(trial))
+            lines = TrialLines(config.tune, lambda trial: tracking.put(self._end(trial)))
             tuner = ray.tune.Tuner(
                 self.trainable,
                 tune_config=ray.tune.TuneConfig(
@@ -283,7 +284,7 @@ class _Runner:
                     storage_path=storage.join(self.run_url, "ray"),
                     verbose=0,
                     failure_config=ray.tune.FailureConfig(config.cluster.max_failures),
-                    callbacks=[table],
+                    callbacks=[lines, table],
                 ),
             )
             results = tuner.fit()

@@ -9,15 +9,15 @@ from typing import Any
 import tomli_w
 
 from jobs.terminal.entry_point import say
-from jobs.tuning.live_table import describe_settings, show_value
 from pneumo import storage
 from pneumo.config import without_folders
 from pneumo.dataset.shards import Manifest
 from pneumo.reporting.page import render_search
 from pneumo.reporting.tracking import Artifact, Page, Table, Tracker, open_tracker
 from pneumo.reporting.tracking.closing import close_tracker, tracking_folder
-from pneumo.training.checkpoints import describe_code
-from pneumo.tuning.search import Search, Trial, make_recipe, to_parquet
+from pneumo.tuning.search import Search, make_recipe, to_parquet
+from pneumo.tuning.trials import Trial, describe_settings, show_setting
+from pneumo.version import describe_code
 
 BEST = "best.toml"
 TRIALS = "trials.parquet"
@@ -138,7 +138,7 @@ def _tabulate(search: Search) -> Table:
             *interval,
             trial.epochs,
             # One type a column, as W&B wants it.
-            *(show_value(trial.settings[key]) for key in keys),
+            *(show_setting(trial.settings[key]) for key in keys),
         ]
 
     columns = ["trial", "state", "objective", "low", "high", "epochs", *keys]

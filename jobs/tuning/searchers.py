@@ -22,7 +22,8 @@ from jobs.tuning.trial_records import write_begun
 from pneumo.config import REDUCTION_FACTOR, Config, TuneConfig
 from pneumo.search_space import Scalar
 from pneumo.tuning.objective import smooth
-from pneumo.tuning.search import OBJECTIVE, Trial, to_distribution
+from pneumo.tuning.optuna_study import to_distribution
+from pneumo.tuning.trials import OBJECTIVE, Trial
 
 _STARTUP_SHARE = 4
 """TPE draws the first quarter of the trials at random, at least 4 and at most 10."""

@@ -22,8 +22,8 @@ from pneumo.evaluation.predictions import Scores
 from pneumo.loading.feeds import Held
 from pneumo.loading.sample_order import World
 from pneumo.training.callbacks import Epoch, Hooks, Start
-from pneumo.tuning.objective import judge, knows_nothing, smooth
-from pneumo.tuning.search import ERROR, OBJECTIVE
+from pneumo.tuning.objective import chance_level, judge, smooth
+from pneumo.tuning.trials import ERROR, OBJECTIVE
 
 METRIC = "objective"
 """What Tune compares, higher is better."""
@@ -88,7 +88,7 @@ class TrialJudge:
         that knows nothing. So the search learns to stay away, and goes on."""
         return {
             "epoch": max(len(self.history), 1),
-            METRIC: knows_nothing(self.shared.tune, self.shared.prevalence),
+            METRIC: chance_level(self.shared.tune, self.shared.prevalence),
             "error": str(error),
         }
 

@@ -25,7 +25,7 @@ from pneumo.network.backbones import Initialisation
 from pneumo.search_space import Scalar
 from pneumo.training.checkpoint_writer import METRICS_LOG
 from pneumo.tuning.objective import Judgement, judge
-from pneumo.tuning.search import History, State, Trial
+from pneumo.tuning.trials import History, State, Trial
 
 _BEGUN, _STARTED, _SCORES, _ENDED = "trial.json", "start.json", "val.parquet", "end.json"
 

@@ -20,7 +20,7 @@ from pneumo.dataset.shards import Manifest
 from pneumo.errors import PneumoError
 from pneumo.reporting.tracking import NullTracker, Tracker, TrackingOutcome, open_tracker
 from pneumo.reporting.tracking.closing import finish_quietly, tracking_folder
-from pneumo.tuning.search import Trial
+from pneumo.tuning.trials import Trial
 
 _SENT = "tracked"
 """Marks, in a trial's folder, that W&B has its run; a search that goes on sends none twice."""

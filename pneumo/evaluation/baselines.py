@@ -6,7 +6,7 @@ chance, and sex, age and pixel spacing add to it. A model is worth what it adds 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -20,9 +20,16 @@ from sklearn.preprocessing import OneHotEncoder
 from pneumo.dataset.quality import name_age_band
 from pneumo.dataset.shards import StudyRow
 from pneumo.errors import MetricError
-from pneumo.evaluation import metrics
+from pneumo.evaluation import bootstrap, metrics
+from pneumo.evaluation.bootstrap import (
+    Estimate,
+    Statistic,
+    Statistics,
+    StatisticSet,
+    as_json,
+    within,
+)
 from pneumo.evaluation.delong import PairedTest, delong_test
-from pneumo.evaluation.metrics import Estimate, Part, Statistic, within
 from pneumo.evaluation.predictions import Predictions
 
 FEATURES = ("view", "sex", "age", "spacing_mm")
@@ -110,23 +117,13 @@ class Baseline:
 
     n: int
     """Studies that the guess can be made for."""
-    alone: Estimate
+    alone_auroc: Estimate
     """The guess's AUROC."""
-    model: Estimate
+    model_auroc: Estimate
     """The model's AUROC on the same studies."""
     gain: Estimate
-    """model - alone, over the same resamples."""
+    """model_auroc - alone_auroc, over the same resamples."""
     gain_delong: PairedTest
-
-    def to_json(self) -> dict[str, Any]:
-        """The count, the estimates, and the paired test."""
-        return {
-            "n": self.n,
-            "alone_auroc": self.alone.to_json(),
-            "model_auroc": self.model.to_json(),
-            "gain": self.gain.to_json(),
-            "gain_delong": self.gain_delong.to_json(),
-        }
 
 
 @dataclass(frozen=True)
@@ -135,30 +132,24 @@ class ViewBaseline:
 
     n: int
     """Studies whose view is known."""
-    view_only: Estimate
+    view_only_auroc: Estimate
     """AUROC of AP = 1, PA = 0."""
-    model: Estimate
+    model_auroc: Estimate
     """The model's AUROC on the same studies."""
     gain: Estimate
-    """model - view_only, over the same resamples."""
+    """model_auroc - view_only_auroc, over the same resamples."""
     within: Mapping[str, Estimate]
     """The model's AUROC within AP and within PA, where the view is of no help."""
     gain_delong: PairedTest
 
     def to_json(self) -> dict[str, Any]:
-        """The estimates and the count."""
-        return {
-            "n": self.n,
-            "view_only_auroc": self.view_only.to_json(),
-            "model_auroc": self.model.to_json(),
-            "gain": self.gain.to_json(),
-            "gain_delong": self.gain_delong.to_json(),
-            **{f"auroc_within_{view}": found.to_json() for view, found in self.within.items()},
-        }
+        """The fields by name, `within` as `auroc_within_AP` and `auroc_within_PA`."""
+        by_view = {f"auroc_within_{view}": found for view, found in self.within.items()}
+        return {**as_json(self, leave_out={"within"}), **as_json(by_view)}
 
 
-def view_parts(rows: Predictions) -> dict[str, Callable[[], Mapping[str, Statistic]]]:
-    """What `judge_view` needs to have resampled."""
+def view_statistics(rows: Predictions) -> Statistics:
+    """What `compare_with_view` needs to have resampled."""
     known = np.flatnonzero(rows.view != "")
     return {
         "view": lambda: _beside(rows, known, rows.view[known] == "AP"),
@@ -167,34 +158,34 @@ def view_parts(rows: Predictions) -> dict[str, Callable[[], Mapping[str, Statist
     }
 
 
-def judge_view(rows: Predictions, found: Mapping[str, Part]) -> ViewBaseline:
+def compare_with_view(rows: Predictions, found: Mapping[str, StatisticSet]) -> ViewBaseline:
     """The model beside the view, on the studies of `rows` whose view is known."""
     known = rows.take(rows.view != "")
     return ViewBaseline(
         n=len(known),
-        view_only=found["view"].estimate("pair", 1),
-        model=found["view"].estimate("pair", 0),
+        view_only_auroc=found["view"].estimate("pair", 1),
+        model_auroc=found["view"].estimate("pair", 0),
         gain=found["view"].difference("pair"),
         within={name: found[f"view/{name}"].estimate("auroc") for name in ("AP", "PA")},
         gain_delong=_test_gain(known, known.view == "AP", found["view"].reason),
     )
 
 
-def metadata_parts(
-    rows: Predictions, model: MetadataModel
-) -> dict[str, Callable[[], Mapping[str, Statistic]]]:
-    """What `judge_metadata` needs to have resampled."""
+def metadata_statistics(rows: Predictions, model: MetadataModel) -> Statistics:
+    """What `compare_with_metadata` needs to have resampled."""
     return {"metadata": lambda: _beside(rows, np.arange(len(rows)), model.score(rows))}
 
 
-def judge_metadata(rows: Predictions, model: MetadataModel, found: Mapping[str, Part]) -> Baseline:
+def compare_with_metadata(
+    rows: Predictions, model: MetadataModel, found: Mapping[str, StatisticSet]
+) -> Baseline:
     """The model beside the metadata; what is unknown of a study is a value of its own."""
     reason = found["metadata"].reason
     score = np.zeros(len(rows)) if reason is not None else model.score(rows)
     return Baseline(
         n=len(rows),
-        alone=found["metadata"].estimate("pair", 1),
-        model=found["metadata"].estimate("pair", 0),
+        alone_auroc=found["metadata"].estimate("pair", 1),
+        model_auroc=found["metadata"].estimate("pair", 0),
         gain=found["metadata"].difference("pair"),
         gain_delong=_test_gain(rows, score, reason),
     )
@@ -214,4 +205,4 @@ def _beside(
     rows: Predictions, part: npt.NDArray[np.intp], score: npt.NDArray[Any]
 ) -> dict[str, Statistic]:
     alone = within(part, metrics.auroc_statistic(rows.target[part], score))
-    return {"pair": metrics.stack(_auroc(rows, part), alone)}
+    return {"pair": bootstrap.stack(_auroc(rows, part), alone)}

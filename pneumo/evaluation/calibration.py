@@ -16,10 +16,12 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import brentq
 from scipy.special import expit
+from sklearn.linear_model import LogisticRegression
 
 from pneumo.errors import MetricError
-from pneumo.evaluation import metrics
-from pneumo.evaluation.metrics import Estimate, Floats, Resampled, Statistic, check_scores, divide
+from pneumo.evaluation import bootstrap, metrics
+from pneumo.evaluation.bootstrap import Estimate, Floats, Resampled, Statistic, as_json, divide
+from pneumo.evaluation.metrics import check_scores
 from pneumo.evaluation.operating_points import check_enough
 from pneumo.evaluation.predictions import Predictions, sigmoid
 
@@ -50,10 +52,10 @@ class Scaling:
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers; `temperature` too where it is one."""
-        numbers = {"slope": self.slope, "intercept": self.intercept, "log_loss": self.log_loss}
+        numbers = as_json(self, leave_out={"method"})
         if self.method == "temperature":
-            return {"temperature": 1 / self.slope, **numbers}
-        return numbers
+            numbers["temperature"] = 1 / self.slope
+        return dict(numbers)
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,8 @@ class Calibration:
             "rule": RULE,
             "log_loss_before": self.log_loss_before,
             "fitted": {
-                "temperature": None if self.temperature is None else self.temperature.to_json(),
-                "platt": None if self.platt is None else self.platt.to_json(),
+                "temperature": as_json(self.temperature),
+                "platt": as_json(self.platt),
             },
             **({} if self.reason is None else {"reason": self.reason}),
         }
@@ -130,19 +132,20 @@ def fit_scaling(method: Method, target: npt.ArrayLike, logit: npt.ArrayLike) -> 
     positive, logit64 = check_scores(target, logit)
     num_positive, num_negative = int(positive.sum()), int((~positive).sum())
     soft = np.where(positive, (num_positive + 1) / (num_positive + 2), 1 / (num_negative + 2))
-    if method == "platt":
-        slope, intercept = fit_logistic(logit64, soft, np.ones((len(soft), 1)))
-        return float(slope[0]), float(intercept[0])
-
-    def descend(slope: float) -> float:
-        return float(np.mean((expit(slope * logit64) - soft) * logit64))
-
-    if np.ptp(logit64) == 0 or descend(0.0) >= 0:
-        return 0.0, 0.0  # the logits say nothing, or the reverse
-    high = 1.0
-    while descend(high) < 0:
-        high *= 2
-    return float(brentq(descend, 0.0, high, xtol=1e-300, rtol=1e-14)), 0.0
+    reach = float(np.abs(logit64).max())
+    if np.ptp(logit64) == 0 or reach == 0:
+        return 0.0, 0.0  # the logits say nothing
+    # A soft target is a study of either class, each with a weight.
+    model = LogisticRegression(
+        C=np.inf, fit_intercept=method == "platt", solver="newton-cholesky", tol=1e-10
+    )
+    both = np.concatenate([logit64, logit64])[:, None] / reach
+    classes = np.repeat([1, 0], len(logit64))
+    model.fit(both, classes, sample_weight=np.concatenate([soft, 1 - soft]))
+    slope = float(model.coef_[0, 0]) / reach
+    if method == "temperature":
+        return max(slope, 0.0), 0.0  # 0: the logits say the reverse
+    return slope, float(model.intercept_[0])
 
 
 def _fit_checked(
@@ -209,61 +212,24 @@ def _log_losses(positive: npt.NDArray[np.bool_], logit: Floats) -> Floats:
 def fit_logistic(x: Floats, y: Floats, weights: Floats) -> tuple[Floats, Floats]:
     """Slope (R,) and intercept (R,) of logistic regressions of `y` (N,) in [0, 1] on `x` (N,).
 
-    One a column of `weights` (N, R), by Newton's method; NaN where it does not settle, as when `x`
-    separates the classes.
+    One a column of `weights` (N, R); NaN where it does not settle, as when `x` separates the
+    classes.
     """
     centre, spread = float(x.mean()), float(x.std())
-    num = weights.shape[1]
-    slope, intercept = np.full(num, np.nan), np.full(num, np.nan)
     if spread == 0:
-        return slope, intercept
-    z = ((x - centre) / spread)[:, None]
-    b = np.zeros((2, num))
-    if num > 1:  # resamples start where the whole ends
-        whole = np.array(_newton(z, y, np.ones((len(x), 1)), np.zeros((2, 1))))
-        if np.isnan(whole).any():
-            return slope, intercept
-        b += whole
-    a, b_z = _newton(z, y, weights, b)
-    slope = b_z / spread
-    return slope, a - slope * centre
-
-
-def _newton(z: Floats, y: Floats, weights: Floats, start: Floats) -> Floats:
-    """Intercept and slope (2, R) on standardised `z` (N, 1); NaN where not settled."""
-    settled = np.full_like(start, np.nan)
-    active = np.arange(start.shape[1])
-    b, drawn = start.copy(), weights
-    column = z[:, 0]
-    for _ in range(_MAX_STEPS):
-        p = expit(z * b[1] + b[0])
-        residual = drawn * (y[:, None] - p)
-        curvature = drawn * p * (1 - p)
-        gradient = np.stack([residual.sum(axis=0), column @ residual])
-        h0, h1, h2 = curvature.sum(axis=0), column @ curvature, (column**2) @ curvature
-        determinant = h0 * h2 - h1**2
-        raw = np.stack([h2 * gradient[0] - h1 * gradient[1], h0 * gradient[1] - h1 * gradient[0]])
-        step = divide(raw, np.broadcast_to(determinant, raw.shape))
-        step *= np.minimum(1, divide(np.full(step.shape[1], 2.0), np.abs(step).max(axis=0)))
-        step[:, (gradient == 0).all(axis=0)] = 0
-        b = b + step
-        done = np.abs(step).max(axis=0) < _TOLERANCE
-        settled[:, active[done]] = b[:, done]
-        lost = done | np.isnan(b).any(axis=0) | (np.abs(b).max(axis=0) > 50)
-        if lost.all():
-            break
-        if lost.any():
-            b, active, drawn = b[:, ~lost], active[~lost], drawn[:, ~lost]
-    return settled
+        nothing = np.full(weights.shape[1], np.nan)
+        return nothing, nothing
+    columns = np.stack([np.ones(len(x)), (x - centre) / spread], axis=1)
+    whole = _fit_weighted(columns, y, np.ones((len(x), 1)), np.zeros((2, 1)))
+    intercept, slope = _fit_weighted(columns, y, weights, whole)
+    return slope / spread, intercept - slope / spread * centre
 
 
 def fit_offset(x: Floats, y: Floats, weights: Floats) -> Floats:
     """Intercept (R,) of logistic regressions of `y` (N,) in [0, 1] on `x` (N,) with slope 1.
 
-    One a column of `weights` (N, R), by Newton's method; NaN where the drawn `y` are all 0 or all
-    1.
+    One a column of `weights` (N, R); NaN where the drawn `y` are all 0 or all 1.
     """
-
     if not 0 < y.sum() < len(y):
         return np.full(weights.shape[1], np.nan)
 
@@ -271,19 +237,44 @@ def fit_offset(x: Floats, y: Floats, weights: Floats) -> Floats:
         return float(np.sum(expit(x + intercept) - y))
 
     reach = float(np.abs(x).max()) + 40.0
-    # Resamples start where the whole ends, so near their own ends that no step is too long.
-    a = np.full(weights.shape[1], brentq(surplus, -reach, reach))
-    drawn, total = y @ weights, weights.sum(axis=0)
-    a[(drawn == 0) | (drawn == total)] = np.nan
+    whole = np.array([[brentq(surplus, -reach, reach)]])
+    fitted: Floats = _fit_weighted(np.ones((len(x), 1)), y, weights, whole, offset=x)[0]
+    return fitted
+
+
+def _fit_weighted(
+    columns: Floats, y: Floats, weights: Floats, start: Floats, offset: Floats | float = 0.0
+) -> Floats:
+    """Coefficients (K, R) of the logistic regressions of `y` (N,) on `columns` (N, K), one for each
+    column of `weights` (N, R), by Newton's method from `start` (K, 1); NaN where not settled.
+
+    All resamples of a bootstrap at once, which a library would fit one after the other.
+    """
+    num = columns.shape[1]
+    settled = np.full((num, weights.shape[1]), np.nan)
+    if np.isnan(start).any():
+        return settled
+    products = np.einsum("nk,nl->kln", columns, columns).reshape(num * num, -1)
+    shift = np.broadcast_to(offset, len(y))[:, None]
+    active, drawn = np.arange(weights.shape[1]), weights
+    b = np.repeat(start, len(active), axis=1)
     for _ in range(_MAX_STEPS):
-        p = expit(x[:, None] + a)
-        curvature = np.einsum("nr,nr->r", weights, p * (1 - p))
-        step = divide(drawn - np.einsum("nr,nr->r", weights, p), curvature)
-        a = a + np.clip(step, -2.0, 2.0)
-        if not (np.abs(step) >= _TOLERANCE).any():
-            return a
-    a[np.abs(step) >= _TOLERANCE] = np.nan
-    return a
+        p = expit(columns @ b + shift)
+        gradient = columns.T @ (drawn * (y[:, None] - p))
+        curvature = (products @ (drawn * p * (1 - p))).T.reshape(-1, num, num)
+        curvature[np.linalg.det(curvature) == 0] = np.nan
+        step = np.linalg.solve(curvature, gradient.T[:, :, None])[:, :, 0].T
+        step *= np.minimum(1, 2 / np.maximum(np.abs(step).max(axis=0), _TOLERANCE))
+        b = b + step
+        done = np.abs(step).max(axis=0) < _TOLERANCE
+        settled[:, active[done]] = b[:, done]
+        lost = np.isnan(b).any(axis=0) | (np.abs(b - start).max(axis=0) > 50)
+        keep = ~(done | lost)
+        if not keep.any():
+            break
+        if not keep.all():
+            b, active, drawn = b[:, keep], active[keep], drawn[:, keep]
+    return settled
 
 
 # --- reported on any split ------------------------------------------------------------------------
@@ -310,10 +301,6 @@ class Bin:
     observed: Estimate
     """The share of them that is positive."""
 
-    def to_json(self) -> dict[str, Any]:
-        """A count, a number, an estimate."""
-        return {"n": self.n, "predicted": self.predicted, "observed": self.observed.to_json()}
-
 
 @dataclass(frozen=True)
 class Reliability:
@@ -334,7 +321,7 @@ class Reliability:
     """Mean probability - share of positives; 0 is right, above 0 too high."""
     curve: tuple[Bin, ...]
     """From the lowest probability to the highest."""
-    decomposition: dict[str, float] | None
+    brier_decomposition: dict[str, float] | None
     """Brier = reliability - resolution + uncertainty + within_bins (Murphy 1973; the last is what
     lumping into bins leaves over)."""
 
@@ -342,15 +329,7 @@ class Reliability:
     def undefined(cls, reason: str) -> Reliability:
         """Nothing can be said, and why."""
         nothing = Estimate.undefined(reason)
-        return cls(**dict.fromkeys(MEASURES, nothing), curve=(), decomposition=None)
-
-    def to_json(self) -> dict[str, Any]:
-        """Estimates by name, the curve's bins, the parts of the Brier score."""
-        return {
-            **{name: getattr(self, name).to_json() for name in MEASURES},
-            "brier_decomposition": self.decomposition,
-            "curve": [part.to_json() for part in self.curve],
-        }
+        return cls(**dict.fromkeys(MEASURES, nothing), curve=(), brier_decomposition=None)
 
 
 def bin_by_probability(probability: Floats, num_bins: int) -> npt.NDArray[np.int64]:
@@ -363,7 +342,7 @@ def bin_by_probability(probability: Floats, num_bins: int) -> npt.NDArray[np.int
 def reliability_statistics(
     target: npt.ArrayLike, logit: npt.ArrayLike, scaling: Scaling | None, num_bins: int
 ) -> dict[str, Statistic]:
-    """What `judge_reliability` needs to have resampled, of the logits after `scaling`.
+    """What `summarise_reliability` needs to have resampled, of the logits after `scaling`.
 
     The bins are those of the whole split, in every resample. Raises MetricError for one class only
     or a NaN.
@@ -376,7 +355,7 @@ def reliability_statistics(
         "brier": metrics.brier_statistic(positive, probability),
         "log_loss": metrics.log_loss_statistic(positive, scaled),
         "offset": partial(fit_offset, scaled, positive.astype(float)),
-        "bins": metrics.sums_statistic(bins, int(bins.max()) + 1, one, positive, probability),
+        "bins": bootstrap.sums_statistic(bins, int(bins.max()) + 1, one, positive, probability),
     }
 
 
@@ -386,7 +365,7 @@ def recalibration_statistic(target: npt.ArrayLike, logit: npt.ArrayLike) -> Stat
     return lambda weights: np.stack(fit_logistic(logit64, positive.astype(float), weights)[::-1])
 
 
-def judge_reliability(
+def summarise_reliability(
     found: Mapping[str, Resampled], recalibration: Resampled, scaling: Scaling | None
 ) -> Reliability:
     """`found` as by `reliability_statistics`, `recalibration` of the logits as they are."""
@@ -407,7 +386,7 @@ def judge_reliability(
             Bin(int(sums[0, k]), float(sums[2, k] / sums[0, k]), observed.estimate(k))
             for k in range(num_bins)
         ),
-        decomposition=_decompose(sums, float(found["brier"].value[0])),
+        brier_decomposition=_decompose(sums, float(found["brier"].value[0])),
     )
 
 

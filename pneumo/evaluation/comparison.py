@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from pneumo.errors import DataError, MetricError
-from pneumo.evaluation import metrics
+from pneumo.evaluation import bootstrap, metrics
+from pneumo.evaluation.bootstrap import Estimate, Statistic, Statistics, StatisticSet, as_json
 from pneumo.evaluation.delong import PairedTest, delong_test
-from pneumo.evaluation.metrics import Estimate, Part, Statistic
 from pneumo.evaluation.predictions import Predictions
 
 COMPARED = ("auroc", "average_precision", "brier")
@@ -24,14 +24,6 @@ class Difference:
     first: Estimate
     second: Estimate
     difference: Estimate
-
-    def to_json(self) -> dict[str, Any]:
-        """Three estimates."""
-        return {
-            "first": self.first.to_json(),
-            "second": self.second.to_json(),
-            "difference": self.difference.to_json(),
-        }
 
 
 @dataclass(frozen=True)
@@ -50,17 +42,6 @@ class Comparison:
     auroc_delong_clustered: PairedTest
     """Patients taken as independent."""
 
-    def to_json(self) -> dict[str, Any]:
-        """Counts, differences and tests."""
-        return {
-            "n": self.n,
-            "positives": self.positives,
-            "patients": self.patients,
-            **{name: getattr(self, name).to_json() for name in COMPARED},
-            "auroc_delong": self.auroc_delong.to_json(),
-            "auroc_delong_clustered": self.auroc_delong_clustered.to_json(),
-        }
-
 
 @dataclass(frozen=True)
 class ComparedRuns:
@@ -76,7 +57,7 @@ class ComparedRuns:
         return {
             "first": self.first,
             "second": self.second,
-            **{name: found.to_json() for name, found in self.splits.items()},
+            **as_json(self.splits),
         }
 
 
@@ -87,14 +68,14 @@ def compare(first: Predictions, second: Predictions, *, resamples: int, seed: in
     patients. What can't be computed is null with a reason.
     """
     first, second = align(first, second)
-    parts = {
+    sets: Statistics = {
         "auroc": lambda: _pair(metrics.auroc_statistic, first, second, "logit"),
         "average_precision": lambda: _pair(
             metrics.average_precision_statistic, first, second, "logit"
         ),
         "brier": lambda: _pair_calibrated(first, second),
     }
-    found = metrics.resample_parts(first.patient, parts, resamples=resamples, seed=seed)
+    found = bootstrap.resample_sets(first.patient, sets, resamples=resamples, seed=seed)
     scores = first.target, first.logit, second.logit
     return Comparison(
         n=len(first),
@@ -142,8 +123,8 @@ def _pair(
     build: Callable[[Any, Any], Statistic], first: Predictions, second: Predictions, column: str
 ) -> dict[str, Statistic]:
     both = (build(rows.target, getattr(rows, column)) for rows in (first, second))
-    return {"pair": metrics.stack(*both)}
+    return {"pair": bootstrap.stack(*both)}
 
 
-def _difference(part: Part) -> Difference:
+def _difference(part: StatisticSet) -> Difference:
     return Difference(part.estimate("pair", 0), part.estimate("pair", 1), part.difference("pair"))

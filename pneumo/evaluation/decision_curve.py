@@ -11,8 +11,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from pneumo.evaluation import metrics
-from pneumo.evaluation.metrics import Estimate, Floats, Resampled, Statistic, check_scores
+from pneumo.evaluation import bootstrap
+from pneumo.evaluation.bootstrap import Estimate, Floats, Resampled, Statistic
+from pneumo.evaluation.metrics import check_scores
 from pneumo.evaluation.predictions import Predictions
 
 THRESHOLDS: tuple[float, ...] = tuple(k / 100 for k in range(1, 51))
@@ -61,7 +62,7 @@ def net_benefit_statistic(rows: Predictions) -> Statistic:
     threshold = np.array(THRESHOLDS)
     # How many of the thresholds a study is at or above; those of k are called up to the k-th.
     reached = np.searchsorted(threshold, probability, side="right")
-    sums = metrics.sums_statistic(reached, len(threshold) + 1, positive, ~positive)
+    sums = bootstrap.sums_statistic(reached, len(threshold) + 1, positive, ~positive)
     odds = (threshold / (1 - threshold))[:, None]
 
     def statistic(weights: Floats) -> Floats:
@@ -79,7 +80,7 @@ def net_benefit_statistic(rows: Predictions) -> Statistic:
     return statistic
 
 
-def judge_net_benefit(found: Resampled) -> DecisionCurve:
+def summarise_net_benefit(found: Resampled) -> DecisionCurve:
     """The curve of what `net_benefit_statistic` resampled."""
     num = len(THRESHOLDS)
     gain = found.derive(lambda both: both[:num] - np.maximum(both[num:], 0))

@@ -18,7 +18,8 @@ from scipy.special import ndtr
 from scipy.stats import rankdata
 
 from pneumo.errors import MetricError
-from pneumo.evaluation.metrics import Z_95, Estimate, Floats, check_scores
+from pneumo.evaluation.bootstrap import Z_95, Estimate, Floats
+from pneumo.evaluation.metrics import check_scores
 
 INDEPENDENT = "DeLong, images taken as independent"
 CLUSTERED = "DeLong, clustered by patient (Obuchowski 1997)"

@@ -9,7 +9,7 @@ a run; docs/metrics.md describes it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -17,31 +17,36 @@ import numpy as np
 
 from pneumo.config import EvaluateConfig
 from pneumo.errors import DataError, MetricError
-from pneumo.evaluation import metrics
+from pneumo.evaluation import bootstrap, metrics
 from pneumo.evaluation.baselines import (
     FEATURES,
     Baseline,
     Metadata,
     MetadataModel,
     ViewBaseline,
+    compare_with_metadata,
+    compare_with_view,
     fit_metadata,
-    judge_metadata,
-    judge_view,
-    metadata_parts,
-    view_parts,
+    metadata_statistics,
+    view_statistics,
 )
+from pneumo.evaluation.bootstrap import Estimate, Statistics, StatisticSet, as_json
 from pneumo.evaluation.calibration import (
     Calibration,
     Reliability,
     Scaling,
     calibrate,
-    judge_reliability,
     recalibration_statistic,
     reliability_statistics,
+    summarise_reliability,
 )
-from pneumo.evaluation.decision_curve import DecisionCurve, judge_net_benefit, net_benefit_statistic
+from pneumo.evaluation.decision_curve import (
+    DecisionCurve,
+    net_benefit_statistic,
+    summarise_net_benefit,
+)
 from pneumo.evaluation.delong import delong
-from pneumo.evaluation.metrics import Curve, Estimate, Part, Statistic
+from pneumo.evaluation.metrics import Curve
 from pneumo.evaluation.operating_points import (
     DECISION,
     SCREENING,
@@ -49,11 +54,11 @@ from pneumo.evaluation.operating_points import (
     Decision,
     OperatingPoint,
     choose_points,
-    judge_points,
+    evaluate_points,
     outcomes_statistic,
 )
 from pneumo.evaluation.predictions import Predictions
-from pneumo.evaluation.subgroups import Subgroups, judge_subgroups, subgroup_parts
+from pneumo.evaluation.subgroups import Subgroups, evaluate_subgroups, subgroup_statistics
 
 __all__ = [
     "DECISION",
@@ -66,12 +71,12 @@ __all__ = [
     "evaluate_split",
 ]
 
-METRICS_SCHEMA_VERSION = 2
+METRICS_SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True)
 class SplitEvaluation:
-    """One split, judged."""
+    """One split, evaluated."""
 
     split: str
     n: int
@@ -108,26 +113,9 @@ class SplitEvaluation:
     def to_json(self) -> dict[str, Any]:
         """The split's object in metrics.json, thresholded metrics at the decision point."""
         return {
-            "n": self.n,
-            "positives": self.positives,
-            "patients": self.patients,
-            "fault": self.fault,
-            "auroc": self.auroc.to_json(),
-            "auroc_delong": self.auroc_delong.to_json(),
-            "auroc_delong_clustered": self.auroc_delong_clustered.to_json(),
-            "average_precision": self.average_precision.to_json(),
+            **as_json(self, leave_out={"split", "at", "before", "after"}),
             **self.at[DECISION].to_json(),
-            "log_loss": self.log_loss.to_json(),
-            "brier": self.brier.to_json(),
-            "calibration": {"before": self.before.to_json(), "after": self.after.to_json()},
-            "roc": None if self.roc is None else self.roc.to_json(),
-            "precision_recall": None
-            if self.precision_recall is None
-            else self.precision_recall.to_json(),
-            "decision_curve": self.decision_curve.to_json(),
-            "subgroups": self.subgroups.to_json(),
-            "view": self.view.to_json(),
-            "metadata": self.metadata.to_json(),
+            "calibration": {"before": as_json(self.before), "after": as_json(self.after)},
         }
 
 
@@ -140,14 +128,14 @@ class Evaluation:
     calibration: Calibration
     metadata: MetadataModel
     predictions: Predictions
-    """Those that were judged, with the calibrated probability filled in."""
+    """Those that were evaluated, with the calibrated probability filled in."""
     val: SplitEvaluation
     test: SplitEvaluation
 
     def decide(self, split: Literal["val", "test"]) -> Decision:
         """What calls a study of the split positive; nothing where its scores have a fault."""
-        judged = {"val": self.val, "test": self.test}[split]
-        return Decision.of(self.points[DECISION], judged.at[DECISION])
+        found = {"val": self.val, "test": self.test}[split]
+        return Decision.of(self.points[DECISION], found.at[DECISION])
 
     def to_metrics(
         self,
@@ -225,7 +213,7 @@ def evaluate(
     train: Metadata | None = None,
     has_patients: bool = True,
 ) -> Evaluation:
-    """Choose the operating points and the calibration on val, judge val and test with them.
+    """Choose the operating points and the calibration on val, evaluate val and test with them.
 
     `predictions` holds both splits; others are left alone. `train` is what is known of the training
     studies besides their pixels, for the metadata baseline. `seed` draws the bootstrap's patients,
@@ -243,9 +231,9 @@ def evaluate(
         }
         calibration = Calibration(None, None, None, None, f"val: {fault}")
     calibrated = replace(predictions, calibrated_probability=calibration.apply(predictions.logit))
-    chosen = Chosen(points, calibration, fit_metadata(train))
+    fitted = Fitted(points, calibration, fit_metadata(train))
     val_found, test_found = (
-        evaluate_split(calibrated.subset(name), name, chosen, config=config, seed=seed)
+        evaluate_split(calibrated.subset(name), name, fitted, config=config, seed=seed)
         for name in ("val", "test")
     )
     if not has_patients:
@@ -253,7 +241,7 @@ def evaluate(
     return Evaluation(
         points=points,
         calibration=calibration,
-        metadata=chosen.metadata,
+        metadata=fitted.metadata,
         predictions=calibrated,
         val=val_found,
         test=test_found,
@@ -261,8 +249,8 @@ def evaluate(
 
 
 @dataclass(frozen=True, eq=False)
-class Chosen:
-    """What is settled before a split is judged."""
+class Fitted:
+    """What is fitted before a split is evaluated."""
 
     points: Mapping[str, OperatingPoint]
     calibration: Calibration
@@ -290,15 +278,15 @@ def find_fault(rows: Predictions) -> str | None:
 
 
 def evaluate_split(
-    rows: Predictions, split: str, chosen: Chosen, *, config: EvaluateConfig, seed: int
+    rows: Predictions, split: str, fitted: Fitted, *, config: EvaluateConfig, seed: int
 ) -> SplitEvaluation:
-    """Judge `rows`, all of one split, by what is already chosen."""
+    """Evaluate `rows`, all of one split, by what is already fitted."""
     fault = find_fault(rows)
-    threshold = chosen.points[DECISION].threshold
-    found = _resample(rows, chosen, fault, config, seed)
+    threshold = fitted.points[DECISION].threshold
+    found = _resample(rows, fitted, fault, config, seed)
     roc, precision_recall = _draw_curves(rows, fault)
     scores = rows.target, rows.logit
-    after, net_benefit = _judge_calibrated(found, chosen.calibration)
+    after, net_benefit = _evaluate_calibrated(found, fitted.calibration)
     return SplitEvaluation(
         split=split,
         n=len(rows),
@@ -310,15 +298,15 @@ def evaluate_split(
         auroc_delong_clustered=Estimate.undefined(fault)
         if fault
         else delong(*scores, rows.patient),
-        at=_judge_at_points(rows, chosen.points, found["points"]),
+        at=_evaluate_at_points(rows, fitted.points, found["points"]),
         roc=roc,
         precision_recall=precision_recall,
-        before=_judge_reliability(found["before"], found["recalibration"]),
+        before=_summarise_reliability(found["before"], found["recalibration"]),
         after=after,
         decision_curve=net_benefit,
-        subgroups=judge_subgroups(rows, threshold, found, config.min_patients),
-        view=judge_view(rows, found),
-        metadata=judge_metadata(rows, chosen.metadata, found),
+        subgroups=evaluate_subgroups(rows, threshold, found, config.min_patients),
+        view=compare_with_view(rows, found),
+        metadata=compare_with_metadata(rows, fitted.metadata, found),
     )
 
 
@@ -328,37 +316,37 @@ _HEADLINES = ("auroc", "average_precision", "log_loss", "brier")
 
 
 def _resample(
-    rows: Predictions, chosen: Chosen, fault: str | None, config: EvaluateConfig, seed: int
-) -> dict[str, Part]:
+    rows: Predictions, fitted: Fitted, fault: str | None, config: EvaluateConfig, seed: int
+) -> dict[str, StatisticSet]:
     """All that needs the bootstrap, in one pass over the same resamples."""
     scores = rows.target, rows.logit
-    scaling = chosen.calibration.chosen
-    parts: dict[str, Callable[[], Mapping[str, Statistic]]] = {
+    scaling = fitted.calibration.chosen
+    sets: Statistics = {
         "auroc": lambda: {"value": metrics.auroc_statistic(*scores)},
         "average_precision": lambda: {"value": metrics.average_precision_statistic(*scores)},
         "log_loss": lambda: {"value": metrics.log_loss_statistic(*scores)},
         "brier": lambda: {"value": metrics.brier_statistic(rows.target, rows.probability)},
-        "points": lambda: {"outcomes": outcomes_statistic(rows, chosen.points)},
+        "points": lambda: {"outcomes": outcomes_statistic(rows, fitted.points)},
         "recalibration": lambda: {"fit": recalibration_statistic(*scores)},
         "before": lambda: reliability_statistics(*scores, None, NUM_BINS),
         "after": lambda: reliability_statistics(*scores, scaling, NUM_BINS),
         "net_benefit": lambda: {"curve": net_benefit_statistic(rows)},
-        **subgroup_parts(rows, chosen.points[DECISION].threshold),
-        **view_parts(rows),
-        **metadata_parts(rows, chosen.metadata),
+        **subgroup_statistics(rows, fitted.points[DECISION].threshold),
+        **view_statistics(rows),
+        **metadata_statistics(rows, fitted.metadata),
     }
     if fault is not None:
-        return dict.fromkeys(parts, Part({}, fault))
-    return metrics.resample_parts(
-        rows.patient, parts, resamples=config.bootstrap_resamples, seed=seed
+        return dict.fromkeys(sets, StatisticSet({}, fault))
+    return bootstrap.resample_sets(
+        rows.patient, sets, resamples=config.bootstrap_resamples, seed=seed
     )
 
 
-def _judge_at_points(
-    rows: Predictions, points: Mapping[str, OperatingPoint], part: Part
+def _evaluate_at_points(
+    rows: Predictions, points: Mapping[str, OperatingPoint], part: StatisticSet
 ) -> dict[str, AtPoint]:
     if part.reason is None:
-        return judge_points(rows, points, part.resampled["outcomes"])
+        return evaluate_points(rows, points, part.resampled["outcomes"])
     return {
         name: AtPoint.undefined(
             part.reason if point.threshold is not None else f"no threshold: {point.reason}"
@@ -367,27 +355,27 @@ def _judge_at_points(
     }
 
 
-def _judge_reliability(
-    part: Part, recalibration: Part, scaling: Scaling | None = None
+def _summarise_reliability(
+    part: StatisticSet, recalibration: StatisticSet, scaling: Scaling | None = None
 ) -> Reliability:
     reason = part.reason or recalibration.reason
     if reason is not None:
         return Reliability.undefined(reason)
-    return judge_reliability(part.resampled, recalibration.resampled["fit"], scaling)
+    return summarise_reliability(part.resampled, recalibration.resampled["fit"], scaling)
 
 
-def _judge_calibrated(
-    found: Mapping[str, Part], calibration: Calibration
+def _evaluate_calibrated(
+    found: Mapping[str, StatisticSet], calibration: Calibration
 ) -> tuple[Reliability, DecisionCurve]:
     """What needs the calibrated probabilities."""
     if calibration.chosen is None:
         reason = f"no calibration: {calibration.reason}"
         return Reliability.undefined(reason), DecisionCurve.undefined(reason)
-    after = _judge_reliability(found["after"], found["recalibration"], calibration.chosen)
+    after = _summarise_reliability(found["after"], found["recalibration"], calibration.chosen)
     part = found["net_benefit"]
     if part.reason is not None:
         return after, DecisionCurve.undefined(part.reason)
-    return after, judge_net_benefit(part.resampled["curve"])
+    return after, summarise_net_benefit(part.resampled["curve"])
 
 
 def _draw_curves(rows: Predictions, fault: str | None) -> tuple[Curve | None, Curve | None]:

@@ -7,6 +7,7 @@ the user's own folder and nowhere else.
 from __future__ import annotations
 
 import io
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -19,7 +20,8 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from pneumo.errors import RunError
-from pneumo.evaluation.evaluation import DECISION
+from pneumo.evaluation.calibration import Scaling
+from pneumo.evaluation.operating_points import DECISION
 from pneumo.evaluation.predictions import sigmoid
 
 NOT_A_NUMBER = "not_a_number"
@@ -28,30 +30,16 @@ NOTICE = "Research use only: no medical device, never validated for care."
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """What val says of how far a logit can be believed: probability = sigmoid(slope * logit +
-    intercept), as Platt (1999); a temperature T is the slope 1 / T."""
-
-    method: str
-    slope: float
-    intercept: float
-
-    def apply(self, logit: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-        """The calibrated probabilities of logits of any shape; float64."""
-        return sigmoid(self.slope * np.asarray(logit, dtype=np.float64) + self.intercept)
-
-
-@dataclass(frozen=True)
-class Rule:
+class FrozenRule:
     """What a run's evaluation froze on val, for data that comes later; None where it has not."""
 
     threshold: float | None
     """On the probability, not the calibrated one."""
     threshold_reason: str | None
-    calibration: Calibration | None
+    calibration: Scaling | None
     calibration_reason: str | None
     checkpoints: tuple[str, ...] | None
-    """SHA-256 of those whose mean logit was judged."""
+    """SHA-256 of those whose mean logit was evaluated."""
     views: int
     stored_size: int | None
     """Height and width that the evaluated pictures were stored at, in pixels."""
@@ -83,10 +71,11 @@ class Rule:
             ) from error
 
 
-def _read_calibration(found: Mapping[str, Any] | None) -> Calibration | None:
+def _read_calibration(found: Mapping[str, Any] | None) -> Scaling | None:
     if not found or found.get("method") is None:
         return None
-    return Calibration(str(found["method"]), float(found["slope"]), float(found["intercept"]))
+    slope, intercept = float(found["slope"]), float(found["intercept"])
+    return Scaling(found["method"], slope, intercept, found.get("log_loss", math.nan))
 
 
 def _why_uncalibrated(metrics: Mapping[str, Any]) -> str:
@@ -130,14 +119,14 @@ class Readings:
         order = np.argsort(columns["file"], kind="stable")
         return cls(**{name: column[order] for name, column in columns.items()})
 
-    def decide(self, rule: Rule) -> npt.NDArray[np.bool_] | None:
+    def decide(self, rule: FrozenRule) -> npt.NDArray[np.bool_] | None:
         """Whether each file is called positive; None without a threshold. False without a
         score."""
         if rule.threshold is None:
             return None
         return np.asarray((self.reason == "") & (sigmoid(self.logit) >= rule.threshold))
 
-    def to_table(self, rule: Rule, checkpoint: str) -> pa.Table:
+    def to_table(self, rule: FrozenRule, checkpoint: str) -> pa.Table:
         """The rows with what `rule` makes of them; null where there is nothing to say."""
         is_missing = self.reason != ""
 

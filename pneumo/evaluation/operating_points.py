@@ -17,18 +17,19 @@ import numpy.typing as npt
 
 from pneumo.config import EvaluateConfig
 from pneumo.errors import MetricError
-from pneumo.evaluation import metrics
-from pneumo.evaluation.metrics import Confusion, Estimate, Floats, Resampled, Statistic, divide
+from pneumo.evaluation import bootstrap, metrics, thresholds
+from pneumo.evaluation.bootstrap import Estimate, Floats, Resampled, Statistic, as_json, divide
+from pneumo.evaluation.metrics import Confusion
 from pneumo.evaluation.predictions import Predictions
 
-Rule = Literal["youden", "sensitivity", "specificity"]
+ThresholdRule = Literal["youden", "sensitivity", "specificity"]
 Proportion = Literal["accuracy", "precision", "recall", "specificity", "npv"]
 
 DECISION = "decision"
 """The operating point that headline numbers are given at."""
 SCREENING = "screening"
 """The operating point that keeps `evaluate.sensitivity` on val."""
-STANDARD: Mapping[str, tuple[Rule, float]] = {
+STANDARD: Mapping[str, tuple[ThresholdRule, float]] = {
     "youden": ("youden", math.nan),
     "sensitivity_90": ("sensitivity", 0.90),
     "sensitivity_95": ("sensitivity", 0.95),
@@ -58,14 +59,6 @@ class PredictiveValues:
     prevalence: float
     ppv: Estimate
     npv: Estimate
-
-    def to_json(self) -> dict[str, Any]:
-        """The prevalence, a plain number, and two estimates."""
-        return {
-            "prevalence": self.prevalence,
-            "ppv": self.ppv.to_json(),
-            "npv": self.npv.to_json(),
-        }
 
 
 @dataclass(frozen=True)
@@ -100,10 +93,10 @@ class AtPoint:
     def to_json(self) -> dict[str, Any]:
         """The rates by name, `confusion` (four counts or null), `wilson` and `at_prevalence`."""
         return {
-            **{name: estimate.to_json() for name, estimate in self.rates.items()},
-            "confusion": None if self.counts is None else self.counts.to_json(),
-            "wilson": {name: estimate.to_json() for name, estimate in self.wilson.items()},
-            "at_prevalence": [values.to_json() for values in self.at_prevalence],
+            **as_json(self.rates),
+            "confusion": as_json(self.counts),
+            "wilson": as_json(self.wilson),
+            "at_prevalence": as_json(self.at_prevalence),
         }
 
 
@@ -132,7 +125,7 @@ def choose_points(val: Predictions, config: EvaluateConfig) -> dict[str, Operati
     that its rule counts, or fewer than 1 / (1 - target): with fewer positives than 20, "at least
     0.95" could only mean all of them.
     """
-    wanted: dict[str, tuple[Rule, float]] = {
+    wanted: dict[str, tuple[ThresholdRule, float]] = {
         DECISION: (config.operating_point, config.sensitivity),
         SCREENING: ("sensitivity", config.sensitivity),
         **STANDARD,
@@ -144,13 +137,13 @@ def choose_points(val: Predictions, config: EvaluateConfig) -> dict[str, Operati
 
 
 def _choose(
-    name: str, val: Predictions, rule: Rule, target: float, min_patients: int
+    name: str, val: Predictions, rule: ThresholdRule, target: float, min_patients: int
 ) -> OperatingPoint:
     words = "Youden's index" if rule == "youden" else f"{rule} ≥ {_spell(target)}"
-    rules: Mapping[Rule, Callable[[npt.ArrayLike, npt.ArrayLike], float]] = {
-        "youden": metrics.youden_threshold,
-        "sensitivity": partial(metrics.sensitivity_threshold, sensitivity=target),
-        "specificity": partial(metrics.specificity_threshold, specificity=target),
+    rules: Mapping[ThresholdRule, Callable[[npt.ArrayLike, npt.ArrayLike], float]] = {
+        "youden": thresholds.youden_threshold,
+        "sensitivity": partial(thresholds.sensitivity_threshold, sensitivity=target),
+        "specificity": partial(thresholds.specificity_threshold, specificity=target),
     }
     try:
         threshold = rules[rule](val.target, val.probability)
@@ -166,7 +159,9 @@ def _spell(target: float) -> str:
     return short if float(short) == target else repr(target)
 
 
-def check_enough(val: Predictions, rule: Rule, min_patients: int, target: float = math.nan) -> None:
+def check_enough(
+    val: Predictions, rule: ThresholdRule, min_patients: int, target: float = math.nan
+) -> None:
     """Raise MetricError where `val` is too small for the rule (Youden's counts both classes)."""
     of_class = {"sensitivity": (1,), "specificity": (0,), "youden": (1, 0)}[rule]
     needed = min_patients
@@ -192,7 +187,7 @@ def outcomes_statistic(rows: Predictions, points: Mapping[str, OperatingPoint]) 
     thresholds = [p.threshold for p in points.values() if p.threshold is not None]
     codes = [_code_outcomes(rows, threshold) for threshold in thresholds]
     one = np.ones(len(rows))
-    parts = [metrics.sums_statistic(code, 4, one) for code in codes]
+    parts = [bootstrap.sums_statistic(code, 4, one) for code in codes]
     return lambda weights: np.concatenate(
         [np.empty((0, weights.shape[1])), *(part(weights) for part in parts)]
     )
@@ -204,7 +199,7 @@ def _code_outcomes(rows: Predictions, threshold: float) -> npt.NDArray[np.int64]
     return np.where(probability >= threshold, np.where(positive, 0, 1), np.where(positive, 2, 3))
 
 
-def judge_points(
+def evaluate_points(
     rows: Predictions, points: Mapping[str, OperatingPoint], found: Resampled
 ) -> dict[str, AtPoint]:
     """`rows` at every point; `found` is what `outcomes_statistic` made of them."""
@@ -215,12 +210,12 @@ def judge_points(
             judged[name] = AtPoint.undefined(f"no threshold: {point.reason}")
             continue
         cells = Resampled(found.value[start : start + 4], found.drawn[start : start + 4])
-        judged[name] = _judge(rows, point.threshold, cells)
+        judged[name] = _evaluate_at(rows, point.threshold, cells)
         start += 4
     return judged
 
 
-def _judge(rows: Predictions, threshold: float, cells: Resampled) -> AtPoint:
+def _evaluate_at(rows: Predictions, threshold: float, cells: Resampled) -> AtPoint:
     counts = Confusion(*(int(count) for count in cells.value))
     estimates = {
         key: cells.derive(partial(_rate, key)).estimate(reason=metrics.UNDEFINED[key])
@@ -231,14 +226,14 @@ def _judge(rows: Predictions, threshold: float, cells: Resampled) -> AtPoint:
     for key, members in metrics.DENOMINATORS.items():
         value, n = estimates[key].value, int(sum(cells.value[members]))
         if value is None:
-            by_wilson[key] = Estimate.undefined(metrics.UNDEFINED[key], metrics.WILSON)
+            by_wilson[key] = Estimate.undefined(metrics.UNDEFINED[key], bootstrap.WILSON)
             continue
-        by_wilson[key] = Estimate(value, *metrics.wilson(value, n), metrics.WILSON)
+        by_wilson[key] = Estimate(value, *bootstrap.wilson(value, n), bootstrap.WILSON)
         if value in (0.0, 1.0):
             # It never varies under resampling.
             num_patients = len(np.unique(rows.patient[np.isin(code, members)]))
-            interval = metrics.wilson(value, num_patients)
-            estimates[key] = Estimate(value, *interval, metrics.WILSON_OVER_PATIENTS)
+            interval = bootstrap.wilson(value, num_patients)
+            estimates[key] = Estimate(value, *interval, bootstrap.WILSON_OVER_PATIENTS)
     predictive = tuple(
         PredictiveValues(p, *_predict_values(cells, p, estimates)) for p in PREVALENCES
     )

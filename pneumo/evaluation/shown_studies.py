@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from pneumo.config import ModelConfig
 from pneumo.errors import MetricError
-from pneumo.evaluation.metrics import (
+from pneumo.evaluation.bootstrap import (
     WILSON,
     WILSON_OVER_PATIENTS,
     Estimate,
+    as_json,
     divide,
     resample,
     sums_statistic,
@@ -141,7 +142,7 @@ Why = Literal["most certain", "least certain", "drawn"]
 
 
 @dataclass(frozen=True)
-class Choice:
+class GalleryChoice:
     """A study to show, and why this one."""
 
     row: int
@@ -156,14 +157,14 @@ def choose_gallery(
     *,
     per_outcome: int,
     seed: int,
-) -> dict[Outcome, list[Choice]]:
+) -> dict[Outcome, list[GalleryChoice]]:
     """Which studies to show, at most `per_outcome` of each outcome.
 
     A third are those that the model is most certain of, most certain first; a third those whose
     probability is nearest to the threshold, nearest first; the rest are drawn by `seed` from all
     others, so that the gallery is not of the extremes alone. All inputs (N,).
     """
-    chosen: dict[Outcome, list[Choice]] = {}
+    chosen: dict[Outcome, list[GalleryChoice]] = {}
     for number, outcome in enumerate(OUTCOMES):
         rows = _by_certainty(target, probability, threshold, outcome)
         num_most = min(-(-per_outcome // 3), len(rows))
@@ -177,12 +178,12 @@ def choose_gallery(
             ("least certain", rows[len(rows) - num_least :][::-1]),
             ("drawn", drawn),
         )
-        chosen[outcome] = [Choice(int(row), why) for why, part in parts for row in part]
+        chosen[outcome] = [GalleryChoice(int(row), why) for why, part in parts for row in part]
     return chosen
 
 
 @dataclass(frozen=True)
-class Draw:
+class SampledStudy:
     """A study of a stratified sample."""
 
     row: int
@@ -199,7 +200,7 @@ def draw_sample(
     *,
     per_stratum: int,
     seed: int,
-) -> list[Draw]:
+) -> list[SampledStudy]:
     """At most `per_stratum` studies of each outcome and view, by outcome, then by view; drawn by
     `seed`. All inputs (N,)."""
     sample = []
@@ -209,7 +210,7 @@ def draw_sample(
             stratum = rows[view[rows] == name]
             # A generator per stratum: one's number does not change another's draw.
             drawn = np.random.default_rng([seed, i, k]).permutation(stratum)[:per_stratum]
-            sample += [Draw(int(row), len(stratum)) for row in drawn]
+            sample += [SampledStudy(int(row), len(stratum)) for row in drawn]
     return sample
 
 
@@ -246,20 +247,14 @@ class FindingErrors:
     called_positive: int
     errors: int
     """False negatives where the finding is a positive one, false positives elsewhere."""
-    rate: Estimate
-    """The share of errors, with an interval over patients."""
+    error_rate: Estimate
+    """The fraction of errors, with an interval over patients."""
     wilson: Estimate
     """The same with Wilson's, which takes images as independent."""
 
     def to_json(self) -> dict[str, Any]:
-        """The counts, and the share of errors twice."""
-        return {
-            "n": self.n,
-            "called_positive": self.called_positive,
-            "errors": self.errors,
-            "error_rate": self.rate.to_json(),
-            "wilson": self.wilson.to_json(),
-        }
+        """All but the name of the finding."""
+        return dict(as_json(self, leave_out={"finding"}))
 
 
 def count_errors(
@@ -280,13 +275,13 @@ def count_errors(
     found = resample(patient, {"sums": sums}, resamples=resamples, seed=seed)["sums"]
     rates = found.derive(lambda both: divide(both[: len(names)], both[len(names) :]))
     return [
-        _judge_errors(str(name), called[here], wrong[here], patient[here], rates.estimate(row))
+        _estimate_errors(str(name), called[here], wrong[here], patient[here], rates.estimate(row))
         for row, name in enumerate(names)
         for here in (code == row,)
     ]
 
 
-def _judge_errors(
+def _estimate_errors(
     finding: str,
     called: npt.NDArray[np.bool_],
     wrong: npt.NDArray[np.bool_],

@@ -17,8 +17,18 @@ import numpy.typing as npt
 from scipy.special import ndtri
 
 from pneumo.dataset.quality import AGE_BANDS, UNKNOWN, name_age_band
-from pneumo.evaluation import metrics
-from pneumo.evaluation.metrics import Estimate, Floats, Part, Resampled, Statistic, divide, within
+from pneumo.evaluation import bootstrap, metrics
+from pneumo.evaluation.bootstrap import (
+    Estimate,
+    Floats,
+    Resampled,
+    Statistic,
+    Statistics,
+    StatisticSet,
+    as_json,
+    divide,
+    within,
+)
 from pneumo.evaluation.predictions import Predictions
 
 By = Literal["sex", "age", "view", "negatives", "box_area"]
@@ -45,7 +55,7 @@ share that is nobody's, so there they are told in neither."""
 
 
 @dataclass(frozen=True, eq=False)
-class Members:
+class GroupRows:
     """Which studies are in a group, and which it is compared with; masks (N,)."""
 
     by: By
@@ -90,14 +100,8 @@ class Subgroup:
 
     def to_json(self) -> dict[str, Any]:
         """Names, counts and estimates."""
-        return {
-            "by": self.by,
-            "name": self.name,
-            "n": self.n,
-            "positives": self.positives,
-            "patients": self.patients,
-            **{name: estimate.to_json() for name, estimate in self.estimates.items()},
-        }
+        counts = as_json(self, leave_out={"rates", *self.estimates})
+        return {**counts, **as_json(self.estimates)}
 
 
 @dataclass(frozen=True)
@@ -119,14 +123,7 @@ class Worst:
 
     def to_json(self) -> dict[str, Any]:
         """The group, its gap, whether it is shown, and the rule."""
-        return {
-            "by": self.by,
-            "name": self.name,
-            "gap": self.gap.to_json(),
-            "shown": self.is_shown,
-            "compared": self.compared,
-            "rule": WORST_RULE,
-        }
+        return {**as_json(vars(self)), "shown": self.is_shown, "rule": WORST_RULE}
 
 
 @dataclass(frozen=True)
@@ -140,18 +137,14 @@ class Subgroups:
 
     def to_json(self) -> dict[str, Any]:
         """The groups as a list, the worst, and where the tertiles were cut."""
-        return {
-            "groups": [group.to_json() for group in self.groups],
-            "worst": self.worst.to_json(),
-            "box_area_cuts": None if self.box_area_cuts is None else list(self.box_area_cuts),
-            "multiplicity": "each interval is by itself; only worst.gap allows for their number",
-        }
+        multiplicity = "each interval is by itself; only worst.gap allows for their number"
+        return {**as_json(vars(self)), "multiplicity": multiplicity}
 
 
 # --- who is where ---------------------------------------------------------------------------------
 
 
-def divide_studies(rows: Predictions) -> list[Members]:
+def divide_studies(rows: Predictions) -> list[GroupRows]:
     """Every group of `rows`, empty ones included; what is unknown is a group where it occurs."""
     positive = rows.target == 1
     ages = [name_age_band(None if math.isnan(age) else int(age)) for age in rows.age]
@@ -169,12 +162,12 @@ def divide_studies(rows: Predictions) -> list[Members]:
 
 def _beside(
     by: By, shared: Bools, column: npt.NDArray[np.str_], names: Sequence[str]
-) -> list[Members]:
+) -> list[GroupRows]:
     """Groups that each hold the `shared` studies too."""
     return _with_rest(by, names, [shared | (column == name) for name in names])
 
 
-def _by_name(by: By, column: npt.NDArray[np.str_], names: Sequence[str]) -> list[Members]:
+def _by_name(by: By, column: npt.NDArray[np.str_], names: Sequence[str]) -> list[GroupRows]:
     known = {name: column == name for name in names}
     unknown = ~np.isin(column, names)
     if unknown.any():
@@ -182,9 +175,9 @@ def _by_name(by: By, column: npt.NDArray[np.str_], names: Sequence[str]) -> list
     return _with_rest(by, tuple(known), list(known.values()))
 
 
-def _with_rest(by: By, names: Sequence[str], masks: Sequence[Bools]) -> list[Members]:
+def _with_rest(by: By, names: Sequence[str], masks: Sequence[Bools]) -> list[GroupRows]:
     return [
-        Members(by, name, mask, np.any([other for other in masks if other is not mask], axis=0))
+        GroupRows(by, name, mask, np.any([other for other in masks if other is not mask], axis=0))
         for name, mask in zip(names, masks, strict=True)
     ]
 
@@ -211,66 +204,64 @@ def _tertile(rows: Predictions) -> npt.NDArray[np.int64]:
 # --- judged ---------------------------------------------------------------------------------------
 
 
-def subgroup_parts(
-    rows: Predictions, threshold: float | None
-) -> dict[str, Callable[[], Mapping[str, Statistic]]]:
-    """What `judge_subgroups` needs to have resampled, by part."""
-    parts: dict[str, Callable[[], Mapping[str, Statistic]]] = {}
+def subgroup_statistics(rows: Predictions, threshold: float | None) -> Statistics:
+    """What `evaluate_subgroups` needs to have resampled, by part."""
+    sets: dict[str, Callable[[], Mapping[str, Statistic]]] = {}
     for members in divide_studies(rows):
-        parts[_name(members, "rank")] = partial(_rank, rows, members)
-        parts[_name(members, "sums")] = partial(_sums, rows, members, threshold)
-    return parts
+        sets[_name(members, "rank")] = partial(_rank, rows, members)
+        sets[_name(members, "sums")] = partial(_sums, rows, members, threshold)
+    return sets
 
 
-def _name(members: Members, part: str) -> str:
+def _name(members: GroupRows, part: str) -> str:
     return f"subgroup/{members.by}/{members.name}/{part}"
 
 
-def _rank(rows: Predictions, members: Members) -> dict[str, Statistic]:
+def _rank(rows: Predictions, members: GroupRows) -> dict[str, Statistic]:
     group, rest = np.flatnonzero(members.rows), np.flatnonzero(members.rest)
     target, logit = rows.target, rows.logit
     precision = metrics.average_precision_statistic(target[group], logit[group])
     aurocs = [within(group, metrics.auroc_statistic(target[group], logit[group]))]
     if 0 < target[rest].sum() < len(rest):
         aurocs.append(within(rest, metrics.auroc_statistic(target[rest], logit[rest])))
-    return {"aurocs": metrics.stack(*aurocs), "average_precision": within(group, precision)}
+    return {"aurocs": bootstrap.stack(*aurocs), "average_precision": within(group, precision)}
 
 
-def _sums(rows: Predictions, members: Members, threshold: float | None) -> dict[str, Statistic]:
+def _sums(rows: Predictions, members: GroupRows, threshold: float | None) -> dict[str, Statistic]:
     """tp, fp, fn, tn, sum of probabilities and of their squared errors: (6, R)."""
     positive, probability = metrics.check_scores(rows.target, rows.probability, both_classes=False)
     called = probability >= (math.inf if threshold is None else threshold)
     calibrated = np.nan_to_num(rows.calibrated_probability)
     code = np.where(members.rows, 0, -1)
-    sums = metrics.sums_statistic(
+    sums = bootstrap.sums_statistic(
         *(code, 1, positive & called, ~positive & called, positive & ~called, ~positive & ~called),
         *(calibrated, (calibrated - positive) ** 2),
     )
     return {"sums": sums}
 
 
-def judge_subgroups(
-    rows: Predictions, threshold: float | None, found: Mapping[str, Part], min_patients: int
+def evaluate_subgroups(
+    rows: Predictions, threshold: float | None, found: Mapping[str, StatisticSet], min_patients: int
 ) -> Subgroups:
     """Every group of `rows`; null with a reason where it has fewer than `min_patients` patients of
     a class that a number counts."""
     groups, gaps = [], {}
     for members in divide_studies(rows):
         rank, sums = found[_name(members, "rank")], found[_name(members, "sums")]
-        group = _judge_group(rows, members, threshold, rank, sums, min_patients)
+        group = _evaluate_group(rows, members, threshold, rank, sums, min_patients)
         groups.append(group)
         if members.by in COMPARED and members.name != UNKNOWN and group.gap.low is not None:
-            gap = rank.resampled["aurocs"].derive(metrics.first_less_second)
+            gap = rank.resampled["aurocs"].derive(bootstrap.first_less_second)
             gaps[(members.by, members.name)] = gap
     return Subgroups(tuple(groups), find_worst(gaps), cut_tertiles(rows))
 
 
-def _judge_group(
+def _evaluate_group(
     rows: Predictions,
-    members: Members,
+    members: GroupRows,
     threshold: float | None,
-    rank: Part,
-    sums: Part,
+    rank: StatisticSet,
+    sums: StatisticSet,
     min_patients: int,
 ) -> Subgroup:
     group = rows.take(members.rows)
@@ -290,7 +281,7 @@ def _judge_group(
         average_precision=Estimate.undefined(either)
         if either
         else rank.estimate("average_precision"),
-        rates=_judge_rates(group, members.by, threshold, sums, few),
+        rates=_estimate_rates(group, members.by, threshold, sums, few),
         brier=_derive(sums, mixed, lambda s: divide(s[5], s[:4].sum(axis=0))[None]),
         in_the_large=_derive(
             sums, mixed, lambda s: divide(s[4] - s[0] - s[2], s[:4].sum(axis=0))[None]
@@ -299,11 +290,11 @@ def _judge_group(
     )
 
 
-def _judge_rates(
+def _estimate_rates(
     group: Predictions,
     by: By,
     threshold: float | None,
-    sums: Part,
+    sums: StatisticSet,
     few: Mapping[int, str | None],
 ) -> dict[str, Estimate]:
     """Every metric of `metrics.RATES` of the group; `few` says by class where patients lack."""
@@ -318,8 +309,8 @@ def _judge_rates(
         one = _derive(sums, reason, partial(_apply, rate), metrics.UNDEFINED[key])
         if one.value in (0.0, 1.0) and key in metrics.DENOMINATORS and threshold is not None:
             # It never varies under resampling.
-            interval = metrics.wilson(one.value, _count_patients(group, threshold, key))
-            one = Estimate(one.value, *interval, metrics.WILSON_OVER_PATIENTS)
+            interval = bootstrap.wilson(one.value, _count_patients(group, threshold, key))
+            one = Estimate(one.value, *interval, bootstrap.WILSON_OVER_PATIENTS)
         found[key] = one
     return found
 
@@ -336,7 +327,7 @@ def _count_patients(group: Predictions, threshold: float, key: str) -> int:
 
 
 def _derive(
-    sums: Part,
+    sums: StatisticSet,
     reason: str | None,
     function: Callable[[Floats], Floats],
     undefined: str = "undefined for these studies",
@@ -347,7 +338,7 @@ def _derive(
     return sums.resampled["sums"].derive(function).estimate(reason=undefined)
 
 
-def _gap(rank: Part, few: str | None) -> Estimate:
+def _gap(rank: StatisticSet, few: str | None) -> Estimate:
     if few is not None:
         return Estimate.undefined(few)
     if rank.reason is None and len(rank.resampled["aurocs"].value) < 2:
@@ -355,7 +346,7 @@ def _gap(rank: Part, few: str | None) -> Estimate:
     return rank.difference("aurocs")
 
 
-def _few_in_rest(rows: Predictions, members: Members, min_patients: int) -> str | None:
+def _few_in_rest(rows: Predictions, members: GroupRows, min_patients: int) -> str | None:
     target, patient = rows.target[members.rest], rows.patient[members.rest]
     found = [_too_few(target, patient, value, min_patients) for value in (1, 0)]
     reasons = [f"the rest is {reason}" for reason in found if reason is not None]

@@ -12,7 +12,6 @@ from http.client import HTTPException
 import torch
 import torchvision
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import ConvNeXt, DenseNet, EfficientNet, ResNet
 
 from pneumo import storage
@@ -74,17 +73,6 @@ def build_model(backbone: str) -> nn.Module:
     nn.init.kaiming_normal_(first.weight, mode="fan_out", nonlinearity="relu")
     model.set_submodule(name, first)
     return model
-
-
-def count_multiply_adds(backbone: str, image_size: int) -> int:
-    """Multiplications with an addition that one image of S x S takes, forward, in convolutions and
-    products of matrices."""
-    with torch.device("meta"), torch.no_grad():
-        model = build_model(backbone).eval()
-        with FlopCounterMode(display=False) as counted:
-            model(torch.empty(1, 1, image_size, image_size))
-    flops: int = counted.get_total_flops()
-    return flops // 2
 
 
 def initialise(model: nn.Module, config: ModelConfig, *, seed: int) -> Initialisation:

@@ -38,7 +38,7 @@ from pneumo.loading.sample_order import World
 from pneumo.network.backbones import Initialisation, build_model, check_weights, initialise
 from pneumo.training.callbacks import Epoch, Hooks, Pace, Start
 from pneumo.training.checkpoint_writer import Keeper
-from pneumo.training.checkpoints import Checkpoint, copy_to_cpu, describe_code
+from pneumo.training.checkpoints import Checkpoint, copy_to_cpu
 from pneumo.training.optimisation import learning_rate
 from pneumo.training.resuming import Resumption, find_last, take_up
 from pneumo.training.step_results import Divergence, Outcomes
@@ -46,6 +46,7 @@ from pneumo.training.tally import Tally
 from pneumo.training.throughput import SlowData, StepTimes, read_gpu
 from pneumo.training.train_step import Learner
 from pneumo.training.validation import validate
+from pneumo.version import describe_code
 
 DIVERGED = "diverged.json"
 _REPORT_INTERVAL_S = 1.0

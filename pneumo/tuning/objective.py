@@ -20,9 +20,10 @@ import numpy.typing as npt
 
 from pneumo.config import TuneConfig
 from pneumo.errors import MetricError
+from pneumo.evaluation.bootstrap import Floats
 from pneumo.evaluation.calibration import cross_validated_losses
 from pneumo.evaluation.delong import placements
-from pneumo.evaluation.metrics import Floats, check_scores
+from pneumo.evaluation.metrics import check_scores
 
 Objective = Literal["auroc", "sensitivity", "log_loss"]
 
@@ -65,8 +66,8 @@ def judge(
     return Judgement(value, influence, np.asarray(patient))
 
 
-def knows_nothing(config: TuneConfig, prevalence: float) -> float:
-    """The objective of a model that says the same of every study; what a failed trial counts."""
+def chance_level(config: TuneConfig, prevalence: float) -> float:
+    """The objective where every study has the same score; what a failed trial counts."""
     if config.objective == "auroc":
         return 0.5
     if config.objective == "sensitivity":

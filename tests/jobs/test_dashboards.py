@@ -17,7 +17,7 @@ from pneumo.config import Config
 from pneumo.config_layers import override
 from pneumo.evaluation.shown_studies import ERRORS, OUTCOMES
 from pneumo.loading.sample_order import World
-from pneumo.reporting.figures import Pictures
+from pneumo.reporting.figures.case_pictures import Pictures
 from pneumo.reporting.tracking import ConfusionChart, LineChart, MemoryTracker
 from pneumo.reporting.tracking.dashboards import build_views, describe_view
 from pneumo.training.callbacks import Hooks
@@ -25,7 +25,7 @@ from pneumo.training.fit import fit
 from tests.conftest import StoreMaker
 from tests.jobs.conftest import LocalMailbox
 from tests.jobs.evaluation.test_wandb_results import case, judged
-from tests.pneumo.reporting.page.test_degenerate import looks
+from tests.pneumo.reporting.page.test_degenerate import saliency
 
 
 def list_keys(view: Any) -> set[str]:
@@ -89,7 +89,7 @@ def test_the_workspace_of_evaluation_shows_what_is_sent() -> None:
     pictures = Pictures(
         shown, dict.fromkeys(OUTCOMES, shown), dict.fromkeys(ERRORS, shown), [], sample=shown
     )
-    wandb_results.log_evaluation(tracker, found, looks(0.1, 0.2))
+    wandb_results.log_evaluation(tracker, found, saliency(0.1, 0.2))
     wandb_results.log_pictures(tracker, pictures, found)
     wanted = list_keys(build_views("pneumo", "team")["Evaluate"])
     assert len(wanted) > 15

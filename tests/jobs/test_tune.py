@@ -33,7 +33,7 @@ from pneumo.loading.loader import open_loaders
 from pneumo.loading.sample_order import World
 from pneumo.network.backbones import Initialisation, build_model
 from pneumo.training.callbacks import Hooks, Start
-from pneumo.tuning.search import ERROR, OBJECTIVE
+from pneumo.tuning.trials import ERROR, OBJECTIVE
 from tests.jobs.conftest import SMALL, Prepared
 from tests.jobs.test_prepare import kill
 from tests.waiting import wait_until

@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from pneumo.evaluation.decision_curve import THRESHOLDS
-from pneumo.evaluation.evaluation import DECISION, SCREENING, Evaluation, SplitEvaluation
+from pneumo.evaluation.evaluation import Evaluation, SplitEvaluation
 from pneumo.evaluation.metrics import Confusion
+from pneumo.evaluation.operating_points import DECISION, SCREENING
 from pneumo.reporting.figures.style import (
     BLUE,
     GRAY,
@@ -25,8 +26,8 @@ from pneumo.reporting.figures.style import (
     describe_estimate,
     describe_n,
     draw_chart,
+    draw_placeholder,
     encode_figure,
-    say_nothing,
     show_threshold,
 )
 
@@ -160,7 +161,7 @@ def plot_confusion(axes: Axes, evaluation: Evaluation, name: str) -> None:
     axes.grid(visible=False)
     if counts is None:
         axes.set_title(f"{name.capitalize()} ({point.rule})")
-        say_nothing(axes, str(at.reason))
+        draw_placeholder(axes, str(at.reason))
         return
     table = confusion_table(counts)
     rows = table.sum(axis=1, keepdims=True)
@@ -206,7 +207,7 @@ def plot_reliability(axes: Axes, evaluation: Evaluation) -> None:
             label=f"{label}, n = {test.n}" if points else None,
         )
     if not test.before.curve:
-        say_nothing(axes, str(test.before.brier.reason))
+        draw_placeholder(axes, str(test.before.brier.reason))
         axes.set_title("Calibration")
         return
     _finish_unit_square(axes, "Calibration", "predicted probability", "share of positives")
@@ -219,7 +220,7 @@ def plot_decision_curve(axes: Axes, evaluation: Evaluation) -> None:
     curve = test.decision_curve
     axes.set_title("Decision curve")
     if curve.reason is not None:
-        say_nothing(axes, curve.reason)
+        draw_placeholder(axes, curve.reason)
         return
     model = [_number(one.value) for one in curve.model]
     low = [_number(one.low) for one in curve.model]
@@ -288,7 +289,7 @@ def _plot_history(
             axes.plot(epochs, values, line, color=color, marker=".", label=label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if not axes.lines:
-        say_nothing(axes, "no training history")
+        draw_placeholder(axes, "no training history")
         return
     if scored_epoch is not None:
         label = f"epoch {scored_epoch}, scored"

@@ -17,8 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from pneumo.evaluation.bootstrap import Estimate
 from pneumo.evaluation.evaluation import SplitEvaluation
-from pneumo.evaluation.metrics import Estimate
 
 INK = "#1d2733"
 """Text and axes; the report puts its own ink in its place."""
@@ -104,7 +104,8 @@ def encode_image(image: npt.NDArray[np.uint8]) -> bytes:
     return buffer.getvalue()
 
 
-def say_nothing(axes: Axes, why: str) -> None:
+def draw_placeholder(axes: Axes, why: str) -> None:
+    """Why a chart is empty, in place of it."""
     text = textwrap.fill(why, 40)
     axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes, color=GRAY)
     axes.set(xticks=[], yticks=[])

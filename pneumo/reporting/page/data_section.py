@@ -8,7 +8,7 @@ from typing import Any
 from pneumo.dataset.quality import Quality, SplitQuality
 from pneumo.dataset.shards import Duplicates
 from pneumo.dataset.splits import LeakageAudit
-from pneumo.reporting import figures
+from pneumo.reporting.figures import data_charts
 from pneumo.reporting.page.embedding import embed, inline
 from pneumo.reporting.page.formatting import count, fine_percent, percent, percent_range
 from pneumo.reporting.page.page_inputs import DataFacts
@@ -138,7 +138,7 @@ def describe_quality(data: DataFacts) -> dict[str, Any]:
         "duplicates": describe_duplicates(quality.duplicates, has_patients=data.has_patients),
         "drawings": _draw_quality(quality),
         "contact": [
-            {"source": embed(figures.draw_contact_sheet(sheet)), "caption": sheet.caption}
+            {"source": embed(data_charts.draw_contact_sheet(sheet)), "caption": sheet.caption}
             for sheet in data.contact
         ],
     }
@@ -176,6 +176,6 @@ def _draw_quality(quality: Quality) -> list[dict[str, Any]]:
     ages = f"Age by split; median {', '.join(medians)}"
     levels = f"Gray levels by split; mean {', '.join(means)}"
     return [
-        inline(figures.draw_ages(quality), ages),
-        inline(figures.draw_intensity(quality), levels),
+        inline(data_charts.draw_ages(quality), ages),
+        inline(data_charts.draw_intensity(quality), levels),
     ]

@@ -10,8 +10,9 @@ from typing import Any
 from markupsafe import Markup
 
 from pneumo.evaluation.evaluation import Evaluation
-from pneumo.reporting import figures
-from pneumo.reporting.figures import OUTCOME_WORDS, Case, History, shrink
+from pneumo.reporting.figures import case_pictures, charts, style
+from pneumo.reporting.figures.case_pictures import OUTCOME_WORDS, Case, shrink
+from pneumo.reporting.figures.charts import History
 from pneumo.reporting.page.formatting import Cell, count
 
 THUMBNAIL_PIXELS = 176
@@ -32,7 +33,7 @@ def inline(svg: bytes, alt: str) -> dict[str, Any]:
     view_box = re.search(r'viewBox="[^"]+"', head)
     assert view_box is not None
     escaped = Markup.escape(alt)
-    rest = rest.replace(figures.INK, "var(--ink)").replace(figures.RULE, "var(--rule)")
+    rest = rest.replace(style.INK, "var(--ink)").replace(style.RULE, "var(--rule)")
     opening = (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
         f'{view_box[0]} role="img" aria-label="{escaped}"'
@@ -45,9 +46,9 @@ def draw_curves(evaluation: Evaluation) -> list[dict[str, Any]]:
     test = evaluation.test
     auroc, precision = Cell.of(test.auroc), Cell.of(test.average_precision)
     return [
-        inline(figures.draw_roc(evaluation), f"ROC curve, n = {test.n}; AUROC on test {auroc}"),
+        inline(charts.draw_roc(evaluation), f"ROC curve, n = {test.n}; AUROC on test {auroc}"),
         inline(
-            figures.draw_precision_recall(evaluation),
+            charts.draw_precision_recall(evaluation),
             f"Precision-recall curve, n = {test.n}; average precision on test {precision}",
         ),
     ]
@@ -59,9 +60,9 @@ def draw_training(history: History, scored_epoch: int) -> list[dict[str, Any]]:
         return []
     told = f"{len(history)} epochs; epoch {scored_epoch} is scored"
     return [
-        inline(figures.draw_loss(history, scored_epoch), f"Loss on train and val over {told}"),
+        inline(charts.draw_loss(history, scored_epoch), f"Loss on train and val over {told}"),
         inline(
-            figures.draw_validation(history, scored_epoch),
+            charts.draw_validation(history, scored_epoch),
             f"AUROC, precision and recall on val over {told}",
         ),
     ]
@@ -69,9 +70,7 @@ def draw_training(history: History, scored_epoch: int) -> list[dict[str, Any]]:
 
 def show_thumbnails(cases: Sequence[Case]) -> list[dict[str, Any]]:
     """The studies alone."""
-    return [
-        _show(case, figures.encode_image(shrink(case, THUMBNAIL_PIXELS).image)) for case in cases
-    ]
+    return [_show(case, style.encode_image(shrink(case, THUMBNAIL_PIXELS).image)) for case in cases]
 
 
 def show_pairs(cases: Sequence[Case], size: int) -> list[dict[str, Any]]:
@@ -81,7 +80,7 @@ def show_pairs(cases: Sequence[Case], size: int) -> list[dict[str, Any]]:
 
 def _pair(case: Case, size: int) -> bytes:
     height = min(size, case.image.shape[0])
-    return figures.encode_image(figures.compose_case(case, size=height))
+    return style.encode_image(case_pictures.compose_case(case, size=height))
 
 
 def _show(case: Case, picture: bytes) -> dict[str, Any]:

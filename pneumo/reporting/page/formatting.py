@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
-from pneumo.evaluation.metrics import Estimate
+from pneumo.evaluation.bootstrap import Estimate
 
 NO_INTERVAL = "no interval"
 

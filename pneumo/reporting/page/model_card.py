@@ -27,7 +27,7 @@ CLAIM: tuple[tuple[int, str, str, str], ...] = (
     (28, "Metrics of performance", "good", "How good, how sure?"),
     (29, "Uncertainty and significance", "good", "How good, how sure?"),
     (30, "Robustness: subgroups", "whom", "For whom?"),
-    (31, "Explainability, and its test", "looks", "Where does it look?"),
+    (31, "Explainability, and its test", "saliency", "Does it look at the lung?"),
     (32, "Evaluation on internal data", "good", "How good, how sure?"),
     (35, "Studies included and excluded", "data", "Data and leakage audit"),
     (36, "Demographics of each partition", "quality", "Data quality"),

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from pneumo.evaluation.comparison import ComparedRuns
-from pneumo.evaluation.evaluation import DECISION, SCREENING, Evaluation
+from pneumo.evaluation.evaluation import Evaluation
 from pneumo.evaluation.map_scores import SaliencySummary
+from pneumo.evaluation.operating_points import DECISION, SCREENING
 from pneumo.evaluation.shown_studies import ERRORS, OUTCOMES, FindingErrors, Outcome
-from pneumo.reporting import figures
-from pneumo.reporting.figures import OUTCOME_WORDS, Case, History, Pictures
+from pneumo.reporting.figures import charts, style
+from pneumo.reporting.figures.case_pictures import OUTCOME_WORDS, Case, Pictures
+from pneumo.reporting.figures.charts import History
 from pneumo.reporting.page import performance_section
 from pneumo.reporting.page.data_section import describe_data, describe_quality
 from pneumo.reporting.page.embedding import (
@@ -24,7 +26,7 @@ from pneumo.reporting.page.embedding import (
 from pneumo.reporting.page.formatting import Cell
 from pneumo.reporting.page.model_card import CLAIM, NOT_ANSWERED, describe_card
 from pneumo.reporting.page.page_inputs import DataFacts, ModelFacts, Provenance
-from pneumo.reporting.page.saliency_section import describe_looks
+from pneumo.reporting.page.saliency_section import describe_saliency
 from pneumo.reporting.page.subgroup_section import describe_groups
 from pneumo.reporting.page.summary import answer, find_warnings, summarise
 from pneumo.reporting.page.templates import make_environment
@@ -41,10 +43,10 @@ def render_report(
     provenance: Provenance,
     history: History,
     pictures: Pictures,
-    looks: SaliencySummary | None = None,
+    saliency: SaliencySummary | None = None,
     compared: ComparedRuns | None = None,
 ) -> str:
-    """The page. `pictures` and `looks` are of test; `looks` is None where maps were not scored.
+    """The page. `pictures` and `saliency` are of test; None: maps were not scored.
 
     Studies beside their maps are as large as MAX_PAGE_BYTES allows; a page of very many is larger
     than that all the same.
@@ -57,15 +59,15 @@ def render_report(
         provenance=provenance,
         warnings=find_warnings(evaluation, data, model),
         sentence=summarise(evaluation),
-        answers=answer(evaluation, looks),
+        answers=answer(evaluation, saliency),
         groups=describe_groups(evaluation),
-        looks=describe_looks(looks),
+        saliency=describe_saliency(saliency),
         comparison=performance_section.describe_comparison(compared),
         training=draw_training(history, model.epoch),
         patients_known=evaluation.test.patients is not None,
         claim=CLAIM,
         not_claimed=NOT_ANSWERED,
-        test_n=figures.describe_n(evaluation.test).capitalize(),
+        test_n=style.describe_n(evaluation.test).capitalize(),
         card=describe_card(data, model),
         **_describe_performance(evaluation),
     )
@@ -93,13 +95,13 @@ def _describe_performance(evaluation: Evaluation) -> dict[str, Any]:
         "prevalences": performance_section.describe_prevalences(evaluation),
         "calibration": performance_section.describe_calibration(evaluation),
         "reliability": inline(
-            figures.draw_reliability(evaluation),
+            charts.draw_reliability(evaluation),
             f"Calibration on test: share of positives over predicted probability, n = {test.n}; "
             f"slope before calibration {slope}",
         ),
         "decision": performance_section.describe_decision(evaluation),
         "decision_curve": inline(
-            figures.draw_decision_curve(evaluation),
+            charts.draw_decision_curve(evaluation),
             f"Decision curve on test, n = {test.n}: net benefit in true positives a study, over "
             "the threshold",
         ),
@@ -127,6 +129,6 @@ def _describe_finding(found: FindingErrors) -> dict[str, Any]:
         "n": found.n,
         "called": found.called_positive,
         "errors": found.errors,
-        "rate": Cell.of(found.rate, 2),
+        "rate": Cell.of(found.error_rate, 2),
         "wilson": Cell.of(found.wilson, 2),
     }

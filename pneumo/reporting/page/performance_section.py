@@ -11,9 +11,9 @@ from pneumo.evaluation.calibration import Reliability
 from pneumo.evaluation.comparison import COMPARED, ComparedRuns
 from pneumo.evaluation.decision_curve import THRESHOLDS
 from pneumo.evaluation.delong import PairedTest
-from pneumo.evaluation.evaluation import DECISION, SCREENING, Evaluation
-from pneumo.evaluation.operating_points import STANDARD, OperatingPoint
-from pneumo.reporting import figures
+from pneumo.evaluation.evaluation import Evaluation
+from pneumo.evaluation.operating_points import DECISION, SCREENING, STANDARD, OperatingPoint
+from pneumo.reporting.figures import charts, style
 from pneumo.reporting.page.formatting import Cell, Row, decimal, p_value
 
 _RANKING_ROWS = (
@@ -74,12 +74,12 @@ def describe_point(evaluation: Evaluation, name: str) -> dict[str, Any]:
     described: dict[str, Any] = {
         "name": name.capitalize(),
         "rule": point.rule,
-        "threshold": None if point.threshold is None else figures.show_threshold(point.threshold),
+        "threshold": None if point.threshold is None else style.show_threshold(point.threshold),
         "reason": at_test.rates["accuracy"].reason,
         "cells": None,
     }
     if at_test.counts is not None:
-        table = figures.confusion_table(at_test.counts)
+        table = charts.confusion_table(at_test.counts)
         share = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
         described["cells"] = [
             [(int(table[i, j]), float(share[i, j])) for j in (0, 1)] for i in (0, 1)
@@ -107,7 +107,7 @@ def _describe_rates(evaluation: Evaluation, point: OperatingPoint) -> dict[str, 
     return {
         "rule": point.rule,
         "uses": [],
-        "threshold": None if point.threshold is None else figures.show_threshold(point.threshold),
+        "threshold": None if point.threshold is None else style.show_threshold(point.threshold),
         "reason": point.reason or at.rates["accuracy"].reason,
         "rates": [(Cell.of(at.rates[key], 2), Cell.of(at.wilson[key], 2)) for key in names],
     }
@@ -216,13 +216,13 @@ def describe_baselines(evaluation: Evaluation) -> list[dict[str, Any]]:
 
 
 def _describe_baseline(name: str, meaning: str, found: ViewBaseline | Baseline) -> dict[str, Any]:
-    alone = found.view_only if isinstance(found, ViewBaseline) else found.alone
+    alone = found.view_only_auroc if isinstance(found, ViewBaseline) else found.alone_auroc
     return {
         "name": name,
         "meaning": meaning,
         "n": found.n,
         "alone": Cell.of(alone),
-        "model": Cell.of(found.model),
+        "model": Cell.of(found.model_auroc),
         "gain": Cell.of(found.gain, signed=True),
         "test": _tell_test(found.gain_delong),
     }

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pneumo.config import without_folders
 from pneumo.reporting.figures import search as drawings
 from pneumo.reporting.page.embedding import inline
 from pneumo.reporting.page.formatting import count, decimal
 from pneumo.reporting.page.templates import make_environment
 from pneumo.tuning.objective import describe_objective, name_objective
-from pneumo.tuning.search import Search, State, Trial, make_recipe
+from pneumo.tuning.search import Search, make_recipe
+from pneumo.tuning.trials import State, Trial, show_setting
 
 _STATES: dict[State, str] = {
     "finished": "all epochs",
@@ -84,24 +84,25 @@ def _summarise(search: Search) -> str:
     return f"{sentence} Trained again with {seeds} its mean is {decimal(confirmed.mean)}{spread}."
 
 
-def _draw(search: Search) -> list[dict[str, Any]]:
+def _draw(search: Search) -> dict[str, dict[str, Any]]:
     objective, n = name_objective(search.config.tune), len(search.trials)
-    return [
-        inline(
+    importance = ", ".join(f"{k} {v:.0%}" for k, v in search.importance.items()) or "not known"
+    return {
+        "parallel": inline(
             drawings.draw_parallel(search),
-            f"Parallel coordinates of {n} trials: each setting, and the {objective} at the right",
+            f"Parallel coordinates of {n} trials: the {objective} at the left, then each setting",
         ),
-        inline(
-            drawings.draw_landscape(search),
-            f"Trials over {' and '.join(drawings.choose_axes(search))}, colour: {objective}",
+        "contour": inline(
+            drawings.draw_contour(search),
+            f"{objective} over {' and '.join(drawings.choose_axes(search))}",
         ),
-        inline(drawings.draw_learning(search), f"{objective} on val by epoch, {n} trials"),
-        inline(
-            drawings.draw_importance(search),
-            "Importance of each searched setting: "
-            + (", ".join(f"{k} {v:.0%}" for k, v in search.importance.items()) or "not known"),
+        "learning": inline(
+            drawings.draw_learning(search), f"{objective} on val by epoch, {n} trials"
         ),
-    ]
+        "importance": inline(
+            drawings.draw_importance(search), f"Importance of each searched setting: {importance}"
+        ),
+    }
 
 
 def _describe(trial: Trial, search: Search) -> dict[str, Any]:
@@ -121,15 +122,15 @@ def _describe(trial: Trial, search: Search) -> dict[str, Any]:
 
 
 def _describe_settings(trial: Trial, keys: list[str]) -> list[str]:
-    return [_show(trial.settings[key]) for key in keys]
-
-
-def _show(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(without_folders(value))
+    return [show_setting(trial.settings[key]) for key in keys]
 
 
 def _show_all(values: tuple[Any, ...]) -> str:
-    return " – ".join(map(_show, values)) if len(values) == 2 else ", ".join(map(_show, values))
+    return (
+        " – ".join(map(show_setting, values))
+        if len(values) == 2
+        else ", ".join(map(show_setting, values))
+    )
 
 
 def _objective(trial: Trial, search: Search) -> float:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pneumo.evaluation.evaluation import DECISION, Evaluation, SplitEvaluation
+from pneumo.evaluation.bootstrap import Estimate
+from pneumo.evaluation.evaluation import Evaluation, SplitEvaluation
 from pneumo.evaluation.map_scores import SaliencySummary
-from pneumo.evaluation.metrics import Estimate
-from pneumo.reporting.figures import show_threshold
+from pneumo.evaluation.operating_points import DECISION
+from pneumo.reporting.figures.style import show_threshold
 from pneumo.reporting.page.formatting import Cell, count, percent
 from pneumo.reporting.page.page_inputs import DataFacts, ModelFacts
-from pneumo.reporting.page.saliency_section import OFF, judge_looks
+from pneumo.reporting.page.saliency_section import OFF, tell_saliency
 from pneumo.reporting.page.subgroup_section import describe_worst
 
 FEW_POSITIVES = 50
@@ -34,8 +35,8 @@ def summarise(evaluation: Evaluation) -> str:
             f"and clears {percent(specificity.value)} of the negatives."
         )
     view = test.view
-    if view.gain.value is not None and view.view_only.value is not None:
-        alone = f"The view (AP or PA) alone reaches {view.view_only.value:.2f}"
+    if view.gain.value is not None and view.view_only_auroc.value is not None:
+        alone = f"The view (AP or PA) alone reaches {view.view_only_auroc.value:.2f}"
         if view.gain.low is None:
             words.append(f"{alone}.")
         elif view.gain.low > 0:
@@ -124,7 +125,7 @@ class Answer:
     words: str
 
 
-def answer(evaluation: Evaluation, looks: SaliencySummary | None) -> list[Answer]:
+def answer(evaluation: Evaluation, saliency: SaliencySummary | None) -> list[Answer]:
     """The questions of a reader with a minute, in the order of the page."""
     return [
         _answer_good(evaluation),
@@ -132,7 +133,7 @@ def answer(evaluation: Evaluation, looks: SaliencySummary | None) -> list[Answer
         _answer_whom(evaluation),
         _answer_threshold(evaluation),
         _answer_baseline(evaluation),
-        _answer_looks(looks),
+        _answer_saliency(saliency),
     ]
 
 
@@ -188,7 +189,8 @@ def _answer_baseline(evaluation: Evaluation) -> Answer:
     gain = Cell.of(view.gain, 2, signed=True)
     others = Cell.of(metadata.gain, 2, signed=True)
     words = (
-        f"AUROC more than the view (AP or PA) alone, which reaches {Cell.of(view.view_only, 2)}; "
+        "AUROC more than the view (AP or PA) alone, which reaches "
+        f"{Cell.of(view.view_only_auroc, 2)}; "
         f"the gain is {gain}. "
         if gain.value
         else f"Beside the view alone: {gain}. "
@@ -197,9 +199,9 @@ def _answer_baseline(evaluation: Evaluation) -> Answer:
     return Answer("Against what baseline?", "baselines", gain.value, words)
 
 
-def _answer_looks(looks: SaliencySummary | None) -> Answer:
+def _answer_saliency(saliency: SaliencySummary | None) -> Answer:
     short = ""
-    if looks is not None and looks.groups["all"].gain is not None:
-        short = Cell.of(looks.groups["all"].gain["prior"]["auprc"], 2, signed=True).value
-    words = OFF if looks is None else judge_looks(looks)
-    return Answer("Does it look at the lung?", "looks", short, words)
+    if saliency is not None and saliency.groups["all"].gain is not None:
+        short = Cell.of(saliency.groups["all"].gain["prior"]["auprc"], 2, signed=True).value
+    words = OFF if saliency is None else tell_saliency(saliency)
+    return Answer("Does it look at the lung?", "saliency", short, words)

@@ -21,7 +21,7 @@ from pneumo.dataset.shards import read_manifest
 from pneumo.evaluation.evaluation import evaluate
 from pneumo.evaluation.predictions import Predictions
 from pneumo.images.boxes import Box
-from pneumo.reporting.figures import Case, Pictures
+from pneumo.reporting.figures.case_pictures import Case, Pictures
 from pneumo.reporting.tracking import (
     Gallery,
     LineChart,

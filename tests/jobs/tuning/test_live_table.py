@@ -14,10 +14,12 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 from ray.tune import TuneError
 from rich.console import Console
 
-from jobs.tuning.live_table import LiveTable, describe_settings
+from jobs.tuning.live_table import LiveTable
+from jobs.tuning.trial_lines import TrialLines
 from pneumo.config import Config
 from pneumo.config_layers import override
 from pneumo.errors import DataError
+from pneumo.tuning.trials import describe_settings
 
 TUNE = override(Config(), {"tune.num_trials": 20, "tune.epochs": 8}).tune
 
@@ -38,7 +40,7 @@ def caused_by(cause: Exception) -> Exception:
 
 def draw(table: LiveTable) -> str:
     console = Console(file=io.StringIO(), width=120)
-    console.print(table._draw())
+    console.print(table.draw())
     text: str = console.file.getvalue()  # type: ignore[attr-defined]
     return text
 
@@ -62,7 +64,7 @@ def test_the_table_shows_who_trains_then_the_best() -> None:
         "t005",
     ]
     assert "trains" in lines[0]
-    assert "3/8" in lines[0]
+    assert " 3 " in lines[0]
     assert "done" in lines[1]
     assert "0.9100" in lines[1]
     assert "stopped" in lines[2]
@@ -75,8 +77,7 @@ def test_a_trial_that_tune_gives_up_without_a_word_is_told(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     ended: list[Any] = []
-    table = LiveTable("search", TUNE, 20, 0)
-    table.on_end = ended.append
+    lines = TrialLines(TUNE, ended.append)
     done, failed, lost = (
         tune_trial(1, "TERMINATED", 8, 0.9),
         tune_trial(2, "ERROR"),
@@ -85,22 +86,21 @@ def test_a_trial_that_tune_gives_up_without_a_word_is_told(
     for trial in (failed, lost):
         trial.pickled_error_file = None
     trials = [done, failed, lost]
-    table.on_trial_complete(1, trials, done)
-    table.on_trial_error(2, trials, failed)
-    table.on_experiment_end(trials)
+    lines.on_trial_complete(1, trials, done)
+    lines.on_trial_error(2, trials, failed)
+    lines.on_experiment_end(trials)
     assert ended == [done, failed, lost]
     assert capsys.readouterr().err.count("the search goes on") == 2
 
 
 def test_lines_tell_of_each_end(capsys: pytest.CaptureFixture[str]) -> None:
     ended: list[Any] = []
-    table = LiveTable("search", TUNE, 20, 0)
-    table.on_end = ended.append
+    lines = TrialLines(TUNE, ended.append)
     stopped, done = tune_trial(1, "TERMINATED", 2, 0.6), tune_trial(2, "TERMINATED", 8, 0.9)
     diverged = tune_trial(3, "TERMINATED", 1, 0.5)
     diverged.last_result["error"] = "the loss is nan"
     for one in (stopped, done, diverged):
-        table.on_trial_complete(1, [], one)
+        lines.on_trial_complete(1, [], one)
     said = capsys.readouterr().err.splitlines()
     assert said[0] == "trial t001  lr 0.1  optimizer adam  0.6000, stopped after 2 epochs"
     assert said[1].endswith("0.9000 after 8 epochs")
@@ -126,29 +126,29 @@ def test_lines_tell_why_a_trial_failed(
     if error is not None:
         file.write_bytes(cloudpickle.dumps(error))
     trial.pickled_error_file = str(file)
-    table = LiveTable("search", TUNE, 20, 0)
-    table.on_trial_recover(1, [], trial)
-    table.on_trial_error(1, [], trial)
+    lines = TrialLines(TUNE, lambda trial: None)
+    lines.on_trial_recover(1, [], trial)
+    lines.on_trial_error(1, [], trial)
     recovered, failed = capsys.readouterr().err.splitlines()
     assert recovered == f"trial t001  {told}; goes on from its checkpoint"
     assert failed.endswith(f"  failed: {told}; the search goes on")
 
 
-def test_time_left_counts_what_this_process_did(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_left_counts_what_this_process_did() -> None:
     table = LiveTable("search", TUNE, 10, 10)
     table.on_step_end(1, [tune_trial(1, "RUNNING", 4, 0.5)])  # there before
-    assert "left" not in table._describe_progress()
+    assert "left" not in table.describe_progress()
     table.trials = [tune_trial(1, "TERMINATED", 8, 0.9)]
-    text = table._describe_progress()
+    text = table.describe_progress()
     assert "11 of 20 trials, 8 of 80 epochs" in text
     assert "left" in text
     assert "best 0.9000" in text
 
 
-def test_tune_can_pickle_it() -> None:
+def test_tune_can_pickle_them() -> None:
     table = LiveTable("search", TUNE, 1, 0)
-    table.on_end = lambda trial: print(table)
-    pickle.loads(pickle.dumps(table))
+    for callback in (table, TrialLines(TUNE, lambda trial: print(table))):
+        pickle.loads(pickle.dumps(callback))
 
 
 def test_settings_in_a_line() -> None:
@@ -157,10 +157,10 @@ def test_settings_in_a_line() -> None:
 
 
 def test_a_start_that_was_not_asked_for_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
-    table = LiveTable("search", TUNE, 20, 0)
+    lines = TrialLines(TUNE, lambda trial: None)
     result = {"epoch": 1, "objective": 0.5, "warning": "random weights: ImageNet out of reach"}
     for number in (1, 2):
-        table.on_trial_result(1, [], tune_trial(number, "RUNNING", 1, 0.5), result)
-        table.on_trial_result(1, [], tune_trial(number, "RUNNING", 1, 0.5), {"epoch": 1})
+        lines.on_trial_result(1, [], tune_trial(number, "RUNNING", 1, 0.5), result)
+        lines.on_trial_result(1, [], tune_trial(number, "RUNNING", 1, 0.5), {"epoch": 1})
     said = capsys.readouterr().err.splitlines()
     assert said == ["warning: trial t001: model: random weights: ImageNet out of reach"]

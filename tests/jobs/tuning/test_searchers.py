@@ -14,7 +14,7 @@ from jobs.tuning.trial_judge import METRIC
 from jobs.tuning.trial_records import read_trials, write_ended
 from pneumo.config import Config
 from pneumo.config_layers import override
-from pneumo.tuning.search import Trial
+from pneumo.tuning.trials import Trial
 from tests.searches import trial
 
 

@@ -19,7 +19,7 @@ from pneumo.dataset.shards import read_manifest
 from pneumo.errors import StorageError
 from pneumo.reporting.tracking import MemoryTracker, Page, Table
 from pneumo.reporting.tracking.dashboards import build_views, describe_view
-from pneumo.tuning.search import Trial
+from pneumo.tuning.trials import Trial
 from tests.jobs.conftest import Prepared
 from tests.searches import make_search
 

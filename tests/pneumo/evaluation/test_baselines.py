@@ -11,14 +11,14 @@ from sklearn.metrics import roc_auc_score
 
 from pneumo.dataset.shards import StudyRow
 from pneumo.errors import MetricError
-from pneumo.evaluation import metrics
+from pneumo.evaluation import bootstrap
 from pneumo.evaluation.baselines import (
     Metadata,
+    compare_with_metadata,
+    compare_with_view,
     fit_metadata,
-    judge_metadata,
-    judge_view,
-    metadata_parts,
-    view_parts,
+    metadata_statistics,
+    view_statistics,
 )
 from tests.predictions import make_predictions
 
@@ -26,17 +26,17 @@ pytestmark = pytest.mark.processors
 
 
 def resample(rows, parts):
-    return metrics.resample_parts(rows.patient, parts, resamples=200, seed=0)
+    return bootstrap.resample_sets(rows.patient, parts, resamples=200, seed=0)
 
 
 def test_metadata_baseline_is_fitted_on_train_and_paired_with_the_model():
     rows = make_predictions(2000, images_per_patient=2)
     model = fit_metadata(Metadata.of(make_predictions(2000, seed=1)))
-    found = judge_metadata(rows, model, resample(rows, metadata_parts(rows, model)))
+    found = compare_with_metadata(rows, model, resample(rows, metadata_statistics(rows, model)))
     alone, own = (roc_auc_score(rows.target, score) for score in (model.score(rows), rows.logit))
     assert model.n == found.n == 2000
     assert alone > 0.65  # AP is twice as common among the positives
-    assert found.alone.value == pytest.approx(alone)
+    assert found.alone_auroc.value == pytest.approx(alone)
     assert found.gain.value == pytest.approx(own - alone)
     assert found.gain.low > 0
     assert found.gain_delong.difference.value == pytest.approx(own - alone)
@@ -85,8 +85,8 @@ def test_values_that_train_never_had_are_scored():
 def test_no_baseline_without_a_train_of_both_classes(train, reason):
     rows = make_predictions(100)
     model = fit_metadata(train)
-    found = judge_metadata(rows, model, resample(rows, metadata_parts(rows, model)))
-    assert found.alone.reason == found.gain_delong.difference.reason == reason
+    found = compare_with_metadata(rows, model, resample(rows, metadata_statistics(rows, model)))
+    assert found.alone_auroc.reason == found.gain_delong.difference.reason == reason
     with pytest.raises(MetricError, match=r"no metadata|one class"):
         model.score(rows)
 
@@ -108,11 +108,13 @@ def test_metadata_of_a_store_is_that_of_its_rows():
 def test_view_baseline_equals_scikit_learn_where_the_view_is_known():
     rows = make_predictions(1000)
     rows = dataclasses.replace(rows, view=np.where(np.arange(1000) < 100, "", rows.view))
-    found = judge_view(rows, resample(rows, view_parts(rows)))
+    found = compare_with_view(rows, resample(rows, view_statistics(rows)))
     known = rows.take(rows.view != "")
     assert found.n == 900
-    assert found.view_only.value == pytest.approx(roc_auc_score(known.target, known.view == "AP"))
-    assert found.model.value == pytest.approx(roc_auc_score(known.target, known.logit))
+    assert found.view_only_auroc.value == pytest.approx(
+        roc_auc_score(known.target, known.view == "AP")
+    )
+    assert found.model_auroc.value == pytest.approx(roc_auc_score(known.target, known.logit))
     for view in ("AP", "PA"):
         part = known.take(known.view == view)
         assert found.within[view].value == pytest.approx(roc_auc_score(part.target, part.logit))

@@ -12,7 +12,7 @@ from scipy.optimize import minimize
 from sklearn.calibration import _sigmoid_calibration, calibration_curve
 from sklearn.linear_model import LogisticRegression
 
-from pneumo.evaluation import metrics
+from pneumo.evaluation import bootstrap
 from pneumo.evaluation.calibration import (
     MEASURES,
     Scaling,
@@ -21,9 +21,9 @@ from pneumo.evaluation.calibration import (
     fit_logistic,
     fit_offset,
     fit_scaling,
-    judge_reliability,
     recalibration_statistic,
     reliability_statistics,
+    summarise_reliability,
 )
 from pneumo.evaluation.predictions import sigmoid
 from tests.predictions import make_predictions
@@ -45,8 +45,8 @@ def measure(target, logit, scaling=None, num_bins=10, resamples=100):
         "fit": recalibration_statistic(target, logit),
     }
     patient = np.arange(len(target))
-    found = metrics.resample(patient, statistics, resamples=resamples, seed=0)
-    return judge_reliability(found, found["fit"], scaling)
+    found = bootstrap.resample(patient, statistics, resamples=resamples, seed=0)
+    return summarise_reliability(found, found["fit"], scaling)
 
 
 def val(target, logit, patient=None):
@@ -269,7 +269,7 @@ def test_brier_and_its_parts():
     found = measure(target, logit)
     assert found.brier.value == pytest.approx(reference.brier_score_loss(target, sigmoid(logit)))
     assert found.log_loss.value == pytest.approx(reference.log_loss(target, sigmoid(logit)))
-    parts = found.decomposition
+    parts = found.brier_decomposition
     total = parts["reliability"] - parts["resolution"] + parts["uncertainty"] + parts["within_bins"]
     assert total == pytest.approx(found.brier.value, abs=1e-12)
     assert parts["uncertainty"] == pytest.approx(target.mean() * (1 - target.mean()))
@@ -277,7 +277,7 @@ def test_brier_and_its_parts():
     # Of few distinct probabilities the bins are those, and nothing is left over.
     few = np.random.default_rng(0).choice([-2.0, 0.0, 1.0], 500)
     label = (np.random.default_rng(1).random(500) < sigmoid(few)).astype(int)
-    assert measure(label, few).decomposition["within_bins"] == pytest.approx(0, abs=1e-12)
+    assert measure(label, few).brier_decomposition["within_bins"] == pytest.approx(0, abs=1e-12)
 
 
 def test_slope_after_scaling_needs_no_second_fit():

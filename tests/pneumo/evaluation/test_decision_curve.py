@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from pneumo.errors import MetricError
-from pneumo.evaluation import metrics
+from pneumo.evaluation import bootstrap
 from pneumo.evaluation.decision_curve import (
     THRESHOLDS,
     DecisionCurve,
-    judge_net_benefit,
     net_benefit_statistic,
+    summarise_net_benefit,
 )
 from tests.predictions import make_predictions
 
@@ -25,8 +25,8 @@ def draw(n=500, **columns):
 
 def judge(rows, resamples=200):
     statistic = {"curve": net_benefit_statistic(rows)}
-    found = metrics.resample(rows.patient, statistic, resamples=resamples, seed=0)
-    return judge_net_benefit(found["curve"])
+    found = bootstrap.resample(rows.patient, statistic, resamples=resamples, seed=0)
+    return summarise_net_benefit(found["curve"])
 
 
 @pytest.mark.parametrize("ties", [False, True])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from MLstatkit import Delong_test
 
 from pneumo.errors import MetricError
-from pneumo.evaluation import metrics
+from pneumo.evaluation import bootstrap, metrics
 from pneumo.evaluation.delong import CLUSTERED, INDEPENDENT, delong, delong_test, placements
 
 pytestmark = pytest.mark.processors
@@ -81,18 +81,18 @@ def test_clustered_agrees_with_the_patient_bootstrap_and_delong_is_too_narrow():
     patient, target, first, second = simulated(300, 5, cluster=0.8)
     statistics = {
         "auroc": metrics.auroc_statistic(target, first),
-        "pair": metrics.stack(
+        "pair": bootstrap.stack(
             metrics.auroc_statistic(target, first), metrics.auroc_statistic(target, second)
         ),
     }
-    found = metrics.resample(patient, statistics, resamples=1000, seed=0)
+    found = bootstrap.resample(patient, statistics, resamples=1000, seed=0)
     placed = placements(target, first)
     assert math.sqrt(placed.clustered_variance(patient)) == pytest.approx(
         found["auroc"].drawn.std(), rel=0.08
     )
     gain = placed.minus(placements(target, second))
     assert math.sqrt(gain.clustered_variance(patient)) == pytest.approx(
-        found["pair"].derive(metrics.first_less_second).drawn.std(), rel=0.08
+        found["pair"].derive(bootstrap.first_less_second).drawn.std(), rel=0.08
     )
 
 

@@ -10,10 +10,11 @@ import pytest
 
 from pneumo.config import EvaluateConfig
 from pneumo.errors import DataError
-from pneumo.evaluation import metrics
+from pneumo.evaluation import metrics, thresholds
 from pneumo.evaluation.baselines import Metadata
 from pneumo.evaluation.comparison import compare
-from pneumo.evaluation.evaluation import DECISION, SCREENING, check_complete, evaluate
+from pneumo.evaluation.evaluation import check_complete, evaluate
+from pneumo.evaluation.operating_points import DECISION, SCREENING
 from pneumo.evaluation.predictions import Predictions, sigmoid
 from tests import CHECKOUT
 
@@ -65,8 +66,8 @@ def test_thresholds_are_chosen_on_val_and_applied_to_test():
     evaluation = evaluate(found, config=CONFIG, seed=0)
 
     decision, screening = evaluation.points[DECISION], evaluation.points[SCREENING]
-    assert decision.threshold == metrics.youden_threshold(val.target, val.probability)
-    assert screening.threshold == metrics.sensitivity_threshold(val.target, val.probability, 0.9)
+    assert decision.threshold == thresholds.youden_threshold(val.target, val.probability)
+    assert screening.threshold == thresholds.sensitivity_threshold(val.target, val.probability, 0.9)
     assert evaluation.val.at[SCREENING].rates["recall"].value >= 0.9
     expected = metrics.confusion(test.target, test.probability, decision.threshold)
     assert evaluation.test.at[DECISION].counts == expected
@@ -92,7 +93,7 @@ def test_metrics_json_has_the_documented_form():
         "schema_version", "run", "dataset", "model", "operating_points", "calibration",
         "baselines", "val", "test",
     ]  # fmt: skip
-    assert content["schema_version"] == 2
+    assert content["schema_version"] == 3
     assert content["dataset"] == DATASET
     test = content["test"]
     assert (test["n"], test["patients"]) == (200, 100)
@@ -149,13 +150,13 @@ def test_view_baseline_uses_only_studies_of_known_view():
     view[:40] = ""
     baseline = evaluate(replaced(found, view=view), config=CONFIG, seed=0).val.view
     assert baseline.n == 180
-    assert baseline.view_only.value > 0.6
+    assert baseline.view_only_auroc.value > 0.6
     assert baseline.gain.value > 0
 
     unknown = evaluate(
         replaced(found, view=np.full(len(view), "")), config=CONFIG, seed=0
     ).test.view
-    assert (unknown.n, unknown.model.value) == (0, None)
+    assert (unknown.n, unknown.model_auroc.value) == (0, None)
     assert unknown.within["AP"].reason == "no study"
 
 

@@ -15,9 +15,8 @@ from pneumo.errors import RunError
 from pneumo.evaluation.file_predictions import (
     NOT_A_NUMBER,
     NOTICE,
-    Calibration,
+    FrozenRule,
     Readings,
-    Rule,
     encode_csv,
 )
 
@@ -41,7 +40,7 @@ def make_readings() -> Readings:
     )
 
 
-def read_back(readings: Readings, rule: Rule) -> list[dict[str, Any]]:
+def read_back(readings: Readings, rule: FrozenRule) -> list[dict[str, Any]]:
     table = readings.to_table(rule, "epoch-0001.pt")
     assert table.schema.metadata[b"notice"].decode() == NOTICE
     rows: list[dict[str, Any]] = pyarrow.csv.read_csv(
@@ -61,11 +60,12 @@ def read_back(readings: Readings, rule: Rule) -> list[dict[str, Any]]:
 def test_what_the_evaluation_froze_is_used(
     found: dict[str, Any], slope: float, intercept: float
 ) -> None:
-    rule = Rule.from_metrics(make_metrics(calibration=found))
+    rule = FrozenRule.from_metrics(make_metrics(calibration=found))
     assert rule.threshold == 0.6
     assert rule.checkpoints == ("ab",)
     assert (rule.views, rule.stored_size) == (3, 224)
-    assert rule.calibration == Calibration(found["method"], slope, intercept)
+    assert rule.calibration is not None
+    assert (rule.calibration.slope, rule.calibration.intercept) == (slope, intercept)
     used = read_back(make_readings(), rule)[0]
     assert used["file"] == "a.dcm"
     assert used["probability"] == pytest.approx(expit(2.0))
@@ -75,7 +75,7 @@ def test_what_the_evaluation_froze_is_used(
 
 
 def test_a_file_that_cannot_be_used_has_a_reason_and_no_number() -> None:
-    rows = {row["file"]: row for row in read_back(make_readings(), Rule.from_metrics(None))}
+    rows = {row["file"]: row for row in read_back(make_readings(), FrozenRule.from_metrics(None))}
     bad = rows["deep/b.dcm"]
     assert (bad["reason"], bad["message"]) == ("no_pixels", "no pixel data")
     numbers = ("logit", "probability", "calibrated_probability", "decision")
@@ -90,7 +90,7 @@ def test_an_infinite_logit_is_called_nothing() -> None:
         logit=np.array([np.inf, np.nan, np.nan], np.float32),
         reason=np.array([NOT_A_NUMBER, "no_pixels", NOT_A_NUMBER]),
     )
-    rule = Rule.from_metrics(make_metrics())
+    rule = FrozenRule.from_metrics(make_metrics())
     assert wild.decide(rule).tolist() == [False] * 3
     assert wild.num_scored == 0
     assert wild.unusable == {"no_pixels": 1, NOT_A_NUMBER: 2}
@@ -99,7 +99,7 @@ def test_an_infinite_logit_is_called_nothing() -> None:
 
 
 def test_without_an_evaluation_there_is_no_decision_and_it_is_said() -> None:
-    rule = Rule.from_metrics(None)
+    rule = FrozenRule.from_metrics(None)
     assert rule.threshold is rule.calibration is rule.checkpoints is None
     assert rule.threshold_reason == rule.calibration_reason == "the run is not evaluated"
     assert {row["decision"] for row in read_back(make_readings(), rule)} == {None}
@@ -114,19 +114,19 @@ def test_without_an_evaluation_there_is_no_decision_and_it_is_said() -> None:
     ],
 )
 def test_no_calibration_is_null_with_a_reason(calibration: Any, reason: str) -> None:
-    rule = Rule.from_metrics(make_metrics(calibration=calibration))
+    rule = FrozenRule.from_metrics(make_metrics(calibration=calibration))
     assert rule.calibration is None
     assert reason in str(rule.calibration_reason)
 
 
 def test_no_threshold_carries_the_evaluations_reason() -> None:
     point = {"decision": {"threshold": None, "reason": "val: one class only"}}
-    rule = Rule.from_metrics(make_metrics(operating_points=point))
+    rule = FrozenRule.from_metrics(make_metrics(operating_points=point))
     assert (rule.threshold, rule.threshold_reason) == (None, "val: one class only")
 
 
 def test_an_evaluation_from_before_ensembles_names_no_checkpoint() -> None:
-    rule = Rule.from_metrics(make_metrics(model={}))
+    rule = FrozenRule.from_metrics(make_metrics(model={}))
     assert (rule.checkpoints, rule.views, rule.threshold) == (None, 1, 0.6)
 
 
@@ -135,7 +135,7 @@ def test_an_evaluation_from_before_ensembles_names_no_checkpoint() -> None:
 )
 def test_other_json_is_refused(broken: dict[str, Any]) -> None:
     with pytest.raises(RunError, match="evaluate the run again"):
-        Rule.from_metrics(broken)
+        FrozenRule.from_metrics(broken)
 
 
 def test_parts_join_by_file_and_bad_ones_are_counted() -> None:

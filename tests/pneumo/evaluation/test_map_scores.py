@@ -1,5 +1,4 @@
-"""The scores of maps against boxes: brute force, scikit-learn, and what maps without knowledge
-get."""
+"""The scores of maps against boxes: brute force, scikit-learn, and maps that look nowhere."""
 
 from __future__ import annotations
 
@@ -14,22 +13,15 @@ from sklearn.metrics import average_precision_score
 
 from pneumo.errors import MetricError
 from pneumo.evaluation.map_scores import (
-    IOU_THRESHOLDS,
+    BASELINES,
     MAPS,
     MEASURES,
-    POINTING_TOLERANCE,
     BoxScores,
-    FixedMaps,
-    RankedMap,
     box_mask,
-    centre_map,
-    choose_iou_thresholds,
     prior_map,
     scale_boxes,
     score_map,
     summarise_saliency,
-    uniform_map,
-    widen,
 )
 from pneumo.images.boxes import Box
 
@@ -45,8 +37,8 @@ boxes_on_map = st.lists(
 maps = arrays(np.float32, (SIZE, SIZE), elements=st.sampled_from([0, 0.25, 0.5, 0.75, 1]))
 
 
-def measure(values: Any, boxes: list[Box]) -> dict[str, float]:
-    return dict(zip(MEASURES, score_map(RankedMap.of(values), boxes).tolist(), strict=True))
+def measure(values: Any, boxes: list[Box]) -> dict[Any, float]:
+    return dict(zip(MEASURES, score_map(values, boxes).tolist(), strict=True))
 
 
 # --- one map --------------------------------------------------------------------------------------
@@ -56,21 +48,13 @@ def measure(values: Any, boxes: list[Box]) -> dict[str, float]:
 def test_measures_are_those_of_brute_force_and_scikit_learn(values: Any, boxes: list[Box]) -> None:
     found = measure(values, boxes)
     mask = box_mask(values.shape, boxes)
-    assert found["area"] == mask.mean()
     assert found["auprc"] == pytest.approx(average_precision_score(mask.ravel(), values.ravel()))
     if values.max() == 0:
         assert np.isnan(found["energy"])
-        assert found["pointing"] == found["pointing_near"] == found["iou_0.5"] == 0
+        assert found["pointing"] == 0
         return
     assert found["energy"] == pytest.approx(values[mask].sum() / values.sum())
-    near = box_mask(values.shape, widen(boxes, POINTING_TOLERANCE * SIZE))
-    peaks = values == values.max()
-    assert found["pointing"] == pytest.approx(mask[peaks].mean())
-    assert found["pointing_near"] == pytest.approx(near[peaks].mean())
-    for threshold in IOU_THRESHOLDS:
-        marked = values >= threshold * values.max()
-        expected = (marked & mask).sum() / (marked | mask).sum()
-        assert found[f"iou_{threshold}"] == pytest.approx(expected)
+    assert found["pointing"] == pytest.approx(mask[values == values.max()].mean())
 
 
 @given(maps, boxes_on_map, st.sampled_from([0.125, 4.0]))
@@ -81,38 +65,24 @@ def test_no_measure_depends_on_the_scale(values: Any, boxes: list[Box], factor: 
 
 @given(boxes_on_map)
 def test_a_uniform_map_gets_the_area_and_a_perfect_one_everything(boxes: list[Box]) -> None:
-    uniform, perfect = (
-        measure(values, boxes)
-        for values in (uniform_map(SIZE), box_mask((SIZE, SIZE), boxes).astype(np.float32))
-    )
-    area = uniform["area"]
-    for name in ("pointing", "energy", "auprc", "iou_0.5"):
-        assert uniform[name] == pytest.approx(area)
-        assert perfect[name] == pytest.approx(1)
-
-
-def test_a_maximum_just_outside_a_box_is_near_it() -> None:
-    values = np.zeros((224, 224), np.float32)
-    values[100, 114] = 1
-    inside = {margin: Box(50, 90, 64.5 - margin, 20) for margin in (0, 10, 14, 16)}
-    assert measure(values, [Box(50, 90, 65, 20)])["pointing"] == 1
-    found = {margin: measure(values, [box]) for margin, box in inside.items()}
-    assert {m: f["pointing"] for m, f in found.items()} == {0: 0, 10: 0, 14: 0, 16: 0}
-    assert {m: f["pointing_near"] for m, f in found.items()} == {0: 1, 10: 1, 14: 1, 16: 0}
+    mask = box_mask((SIZE, SIZE), boxes)
+    uniform = measure(np.ones((SIZE, SIZE)), boxes)
+    assert uniform == pytest.approx(dict.fromkeys(MEASURES, mask.mean()))
+    assert measure(mask.astype(np.float32), boxes) == pytest.approx(dict.fromkeys(MEASURES, 1))
 
 
 @pytest.mark.parametrize("boxes", [[], [Box(50, 50, 4, 4)], [Box(1.6, 1.6, 0.3, 0.3)]])
 def test_boxes_that_cover_no_pixel_cannot_be_scored(boxes: list[Box]) -> None:
     with pytest.raises(MetricError, match="no box lies on the map"):
-        score_map(RankedMap.of(uniform_map(SIZE)), boxes)
+        score_map(np.ones((SIZE, SIZE)), boxes)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -0.1])
 def test_a_map_that_is_no_evidence_is_refused(bad: float) -> None:
-    values = uniform_map(SIZE)
+    values = np.ones((SIZE, SIZE))
     values[3, 4] = bad
     with pytest.raises(MetricError, match="negative or no number"):
-        RankedMap.of(values)
+        score_map(values, [Box(0, 0, 4, 4)])
 
 
 # --- boxes and baselines --------------------------------------------------------------------------
@@ -138,18 +108,7 @@ def test_the_prior_is_the_mean_of_the_masks() -> None:
     boxes = [[Box(0, 0, 4, 4)], [Box(2, 2, 4, 4), Box(8, 8, 2, 2)]]
     expected = np.mean([box_mask((SIZE, SIZE), of_study) for of_study in boxes], axis=0)
     np.testing.assert_allclose(prior_map(boxes, SIZE), expected)
-    np.testing.assert_array_equal(prior_map([], SIZE), uniform_map(SIZE))
-
-
-@pytest.mark.parametrize("size", [9, 10])
-def test_the_centre_map_is_symmetric_and_falls_off(size: int) -> None:
-    values = centre_map(size)
-    np.testing.assert_allclose(values, values.T)
-    np.testing.assert_allclose(values, values[::-1, ::-1])
-    # An even size has four pixels in the middle, equal up to the rounding of `exp`.
-    assert values[size // 2, size // 2] == pytest.approx(values.max(), rel=1e-12)
-    assert values.max() <= 1
-    assert (np.diff(values[size // 2, size // 2 :]) < 0).all()
+    np.testing.assert_array_equal(prior_map([], SIZE), np.ones((SIZE, SIZE)))
 
 
 # --- a split --------------------------------------------------------------------------------------
@@ -158,13 +117,12 @@ def test_the_centre_map_is_symmetric_and_falls_off(size: int) -> None:
 def draw_scores(count: int, seed: int = 0) -> BoxScores:
     """Maps that look at the boxes, and random ones that do not."""
     rng = np.random.default_rng(seed)
-    fixed = FixedMaps.of(centre_map(32))
+    prior = rng.random((32, 32))
     values = []
     for _ in range(count):
         box = Box(*rng.uniform(0, 20, 2), *rng.uniform(4, 11, 2))
         cam = rng.random((32, 32)) + 2 * box_mask((32, 32), [box])
-        random = rng.random((32, 32))
-        values.append(fixed.score(cam.astype(np.float32), random.astype(np.float32), [box]))
+        values.append([score_map(one, [box]) for one in (cam, prior, rng.random((32, 32)))])
     keys = np.array([f"{i:04d}" for i in range(count)])
     return BoxScores(keys, np.array(values).reshape(-1, len(MAPS), len(MEASURES)))
 
@@ -176,7 +134,6 @@ def summarise(scores: BoxScores, **options: Any) -> Any:
         "positives": len(scores),
         "checkpoint": "run/epoch-0001.pt",
         "prior_studies": 40,
-        "iou_thresholds": choose_iou_thresholds(scores),
         "resamples": 200,
         "seed": 0,
     }
@@ -190,41 +147,22 @@ def test_a_map_that_looks_at_the_boxes_beats_every_baseline() -> None:
     assert every.n == 40
     assert found.groups["true_positives"].n == 30
     assert found.groups["false_negatives"].n == 10
-    for measure_name, column in (("auprc", "auprc"), ("energy", "energy"), ("pointing",) * 2):
-        value = getattr(every.maps["cam"], measure_name).value
-        assert value == pytest.approx(scores.values[:, 0, MEASURES.index(column)].mean())
-        for baseline in MAPS[1:]:
-            gain = every.gain[baseline][measure_name]
-            other = getattr(every.maps[baseline], measure_name).value
+    for name in MEASURES:
+        value = getattr(every.maps["cam"], name).value
+        assert value == pytest.approx(scores.column("cam", name).mean())
+        for baseline in BASELINES:
+            gain = every.gain[baseline][name]
+            other = getattr(every.maps[baseline], name).value
             assert gain.value == pytest.approx(value - other)
             assert gain.value > 0
             assert gain.low is None or gain.low > 0  # None: the same in every resample
-    assert every.maps["uniform"].lift.value == pytest.approx(1)
-    assert every.maps["cam"].lift.value == pytest.approx(
-        every.maps["cam"].energy.value / every.area.value
-    )
 
 
 def test_the_groups_are_their_own_studies() -> None:
     scores, called = draw_scores(24), np.arange(24) % 3 == 0
     missed = summarise(scores, is_called=called).groups["false_negatives"]
-    expected = scores.values[~called, 0, MEASURES.index("auprc")].mean()
+    expected = scores.column("cam", "auprc")[~called].mean()
     assert missed.maps["cam"].auprc.value == pytest.approx(expected)
-
-
-def test_the_threshold_of_the_iou_comes_from_val() -> None:
-    scores = draw_scores(20)
-    for name, threshold in choose_iou_thresholds(scores).items():
-        means = [
-            scores.values[:, MAPS.index(name), MEASURES.index(f"iou_{t}")].mean()
-            for t in IOU_THRESHOLDS
-        ]
-        assert threshold == IOU_THRESHOLDS[int(np.argmax(means))]
-    chosen = dict.fromkeys(MAPS, 0.9)
-    found = summarise(scores, iou_thresholds=chosen).groups["all"].maps["cam"]
-    assert found.iou_threshold == 0.9
-    assert found.iou.value == pytest.approx(scores.values[:, 0, MEASURES.index("iou_0.9")].mean())
-    assert found.iou.value == pytest.approx(found.iou_curve[0.9])
 
 
 def test_what_cannot_be_had_is_null_with_a_reason() -> None:
@@ -237,22 +175,15 @@ def test_what_cannot_be_had_is_null_with_a_reason() -> None:
     undecided = summarise(draw_scores(9), is_called="no threshold: val: no study").to_json()
     assert undecided["all"]["maps"] is not None
     assert undecided["true_positives"]["reason"] == "no threshold: val: no study"
-    assert set(choose_iou_thresholds(draw_scores(4)).values()) == {None}
-    without_val = summarise(draw_scores(9), iou_thresholds=dict.fromkeys(MAPS)).to_json()
-    iou = without_val["all"]["maps"]["cam"]["iou"]
-    assert iou["value"] is None
-    assert "val has too few positives" in iou["reason"]
 
 
 def test_empty_maps_are_counted_and_take_no_part_in_the_energy() -> None:
-    scores, fixed = draw_scores(10), FixedMaps.of(centre_map(32))
-    empty = np.zeros((32, 32), np.float32)
+    scores = draw_scores(10)
     values = scores.values.copy()
-    values[:3] = fixed.score(empty, empty, [Box(4, 4, 9, 9)])
+    values[:3, 0] = score_map(np.zeros((32, 32), np.float32), [Box(4, 4, 9, 9)])
     found = summarise(BoxScores(scores.keys, values)).groups["all"].maps["cam"]
     assert found.empty == 3
-    energy = values[3:, 0, MEASURES.index("energy")]
-    assert found.energy.value == pytest.approx(energy.mean())
+    assert found.energy.value == pytest.approx(scores.column("cam", "energy")[3:].mean())
 
 
 def test_parts_join_to_the_same_whole_in_any_order() -> None:

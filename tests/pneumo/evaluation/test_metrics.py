@@ -24,9 +24,9 @@ from torchmetrics.functional.classification import (
 )
 
 from pneumo.errors import MetricError
-from pneumo.evaluation import metrics
+from pneumo.evaluation import bootstrap, metrics, thresholds
 from pneumo.evaluation.delong import delong
-from tests.predictions import judge_threshold, with_scores
+from tests.predictions import evaluate_threshold, with_scores
 
 pytestmark = pytest.mark.processors
 
@@ -126,14 +126,14 @@ def test_log_loss_is_finite_where_the_probability_rounds_to_zero():
 @pytest.mark.parametrize(("hits", "n"), [(0, 7), (3, 7), (7, 7), (811, 1000), (1, 100_000)])
 def test_wilson_equals_statsmodels(hits, n):
     low, high = proportion_confint(hits, n, method="wilson")
-    assert metrics.wilson(hits / n, n) == pytest.approx((low, high), abs=1e-9)
+    assert bootstrap.wilson(hits / n, n) == pytest.approx((low, high), abs=1e-9)
 
 
 def test_sums_by_group_equal_numpys():
     rng = np.random.default_rng(0)
     code, value = rng.integers(-1, 4, 50), rng.normal(size=50)
     weights = rng.integers(0, 3, (50, 5)).astype(float)
-    found = metrics.sums_statistic(code, 4, np.ones(50), value)(weights)
+    found = bootstrap.sums_statistic(code, 4, np.ones(50), value)(weights)
     expected = [
         (weights[code == k] * column[code == k, None]).sum(axis=0)
         for column in (np.ones(50), value)
@@ -144,8 +144,8 @@ def test_sums_by_group_equal_numpys():
 
 def test_wilson_equals_the_published_example():
     # Newcombe 1998, table I: 81 of 263, and 0 of 20
-    assert metrics.wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
-    assert metrics.wilson(0.0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+    assert bootstrap.wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
+    assert bootstrap.wilson(0.0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
 
 
 @relaxed
@@ -239,7 +239,7 @@ def test_curves_keep_their_ends_and_their_shape_in_few_points():
 @given(scored(), st.floats(0.01, 1.0))
 def test_sensitivity_threshold_is_the_highest_that_keeps_it(data, wanted):
     target, probability = data
-    threshold = metrics.sensitivity_threshold(target, probability, wanted)
+    threshold = thresholds.sensitivity_threshold(target, probability, wanted)
     positives = probability[target == 1]
 
     assert np.mean(positives >= threshold) >= wanted - 1e-9
@@ -250,7 +250,7 @@ def test_sensitivity_threshold_is_the_highest_that_keeps_it(data, wanted):
 @given(scored(), st.sampled_from([0.5, 0.9, 0.95, 1.0]))
 def test_specificity_threshold_is_the_lowest_that_keeps_it(data, wanted):
     target, probability = data
-    threshold = metrics.specificity_threshold(target, probability, wanted)
+    threshold = thresholds.specificity_threshold(target, probability, wanted)
     negatives = probability[target == 0]
 
     assert np.mean(negatives < threshold) >= wanted - 1e-9
@@ -267,7 +267,7 @@ def test_youden_threshold_is_not_beaten_by_any_other(data):
         found = metrics.rates(metrics.confusion(target, probability, threshold))
         return found["recall"] + found["specificity"]
 
-    threshold = metrics.youden_threshold(target, probability)
+    threshold = thresholds.youden_threshold(target, probability)
     assert threshold in probability
     assert youden(threshold) >= max(youden(other) for other in probability) - 1e-12
 
@@ -289,10 +289,10 @@ def test_bootstrap_interval_contains_the_value_or_gives_a_reason(data, seed):
     target, score = data
     patient = np.arange(len(target)) // 2
     estimates = {
-        **metrics.patient_bootstrap(
+        **bootstrap.patient_bootstrap(
             patient, {"auroc": metrics.auroc_statistic(target, score)}, resamples=100, seed=seed
         ),
-        **judge_threshold(with_scores(target, score, patient), 0.5, seed=seed).rates,
+        **evaluate_threshold(with_scores(target, score, patient), 0.5, seed=seed).rates,
     }
     for name, found in estimates.items():
         if found.value is None or found.low is None:
@@ -310,7 +310,7 @@ def test_patient_bootstrap_is_wider_than_image_bootstrap_and_covers():
         statistic = {"auroc": metrics.auroc_statistic(target, logit)}
         widths = {}
         for unit, groups in {"patient": patient, "image": np.arange(len(patient))}.items():
-            found = metrics.patient_bootstrap(groups, statistic, resamples=300, seed=1)["auroc"]
+            found = bootstrap.patient_bootstrap(groups, statistic, resamples=300, seed=1)["auroc"]
             covered[unit] += found.low <= truth <= found.high
             widths[unit] = found.high - found.low
         assert widths["patient"] > 1.3 * widths["image"]
@@ -321,7 +321,7 @@ def test_patient_bootstrap_is_wider_than_image_bootstrap_and_covers():
 def test_image_bootstrap_agrees_with_delong():
     _, target, logit = simulated(num_patients=1500)
     statistic = {"auroc": metrics.auroc_statistic(target, logit)}
-    found = metrics.patient_bootstrap(np.arange(1500), statistic, resamples=1000, seed=0)["auroc"]
+    found = bootstrap.patient_bootstrap(np.arange(1500), statistic, resamples=1000, seed=0)["auroc"]
     analytic = delong(target, logit)
 
     assert found.low == pytest.approx(analytic.low, abs=0.004)
@@ -334,23 +334,23 @@ def test_bootstrap_is_the_same_for_the_same_seed_and_any_order_of_the_samples():
 
     def interval(rows):
         statistic = {"auroc": metrics.auroc_statistic(target[rows], logit[rows])}
-        return metrics.patient_bootstrap(patient[rows], statistic, resamples=200, seed=3)["auroc"]
+        return bootstrap.patient_bootstrap(patient[rows], statistic, resamples=200, seed=3)["auroc"]
 
     assert interval(np.arange(len(patient))) == interval(order)
 
 
 def test_estimates_say_why_they_are_empty():
     perfect = {"auroc": metrics.auroc_statistic([0] * 20 + [1] * 20, np.arange(40.0))}
-    found = metrics.patient_bootstrap(np.arange(40), perfect, resamples=100, seed=0)["auroc"]
+    found = bootstrap.patient_bootstrap(np.arange(40), perfect, resamples=100, seed=0)["auroc"]
     assert (found.value, found.low, found.high) == (1.0, None, None)
     assert found.reason == "the same in nearly every resample"
 
     lonely = {"auroc": metrics.auroc_statistic([1] + [0] * 20, np.arange(21.0))}
-    found = metrics.patient_bootstrap(np.arange(21), lonely, resamples=100, seed=0)["auroc"]
+    found = bootstrap.patient_bootstrap(np.arange(21), lonely, resamples=100, seed=0)["auroc"]
     assert found.value == 0.0
     assert found.reason.startswith("too few patients: undefined in")
 
-    none_called = judge_threshold(with_scores([0, 1, 0], [0.1, 0.2, 0.3]), 0.9).rates
+    none_called = evaluate_threshold(with_scores([0, 1, 0], [0.1, 0.2, 0.3]), 0.9).rates
     assert none_called["precision"].to_json() == {
         "value": None,
         "low": None,

@@ -9,18 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pneumo.config import EvaluateConfig
-from pneumo.evaluation import metrics
+from pneumo.evaluation import bootstrap, metrics
 from pneumo.evaluation.operating_points import (
     DECISION,
     PREVALENCES,
     SCREENING,
     OperatingPoint,
     choose_points,
-    judge_points,
+    evaluate_points,
     outcomes_statistic,
     predictive_values,
 )
-from tests.predictions import judge_threshold, make_predictions, with_scores
+from tests.predictions import evaluate_threshold, make_predictions, with_scores
 
 pytestmark = pytest.mark.processors
 
@@ -91,7 +91,7 @@ def test_predictive_values_equal_counting_a_population(sensitivity, specificity,
 
 def test_predictive_values_at_the_splits_own_prevalence_are_its_precision_and_npv():
     rows = make_predictions(400)
-    found = judge_threshold(rows, 0.3)
+    found = evaluate_threshold(rows, 0.3)
     own = [
         predictive_values(
             np.array([found.rates["recall"].value]), np.array([found.rates["specificity"].value]),
@@ -110,7 +110,7 @@ def test_predictive_values_at_the_splits_own_prevalence_are_its_precision_and_np
 
 
 def test_predictive_values_of_a_perfect_split_still_have_an_interval():
-    found = judge_threshold(with_scores([0] * 30 + [1] * 20, np.arange(50) / 50), 0.6)
+    found = evaluate_threshold(with_scores([0] * 30 + [1] * 20, np.arange(50) / 50), 0.6)
     ppv = found.at_prevalence[0].ppv
     assert (ppv.value, ppv.high) == (1.0, 1.0)
     assert 0.1 < ppv.low < 0.9
@@ -122,7 +122,7 @@ def test_wilson_stands_beside_the_bootstrap_and_is_narrower_where_patients_recur
     alike = dataclasses.replace(
         rows, probability=np.repeat(rows.probability[::6], 6), target=np.repeat(rows.target[::6], 6)
     )
-    found = judge_threshold(alike, 0.3, resamples=500)
+    found = evaluate_threshold(alike, 0.3, resamples=500)
     for key in ("accuracy", "recall", "specificity", "precision", "npv"):
         by_image, by_patient = found.wilson[key], found.rates[key]
         assert by_image.value == by_patient.value
@@ -133,15 +133,15 @@ def test_wilson_stands_beside_the_bootstrap_and_is_narrower_where_patients_recur
 def test_nothing_is_said_without_a_threshold_or_a_class():
     rows = make_predictions(100)
     points = {"p": OperatingPoint("p", "", None, "val: because")}
-    found = metrics.resample(
+    found = bootstrap.resample(
         rows.patient, {"o": outcomes_statistic(rows, points)}, resamples=100, seed=0
     )
-    nothing = judge_points(rows, points, found["o"])["p"]
+    nothing = evaluate_points(rows, points, found["o"])["p"]
     assert nothing.counts is None
     assert nothing.rates["recall"].reason == "no threshold: val: because"
     assert nothing.at_prevalence[0].ppv.reason == "no threshold: val: because"
 
-    no_positive = judge_threshold(with_scores([0, 0, 0], [0.1, 0.2, 0.9]), 0.5)
+    no_positive = evaluate_threshold(with_scores([0, 0, 0], [0.1, 0.2, 0.9]), 0.5)
     assert no_positive.wilson["recall"].reason == "no study is positive"
     assert no_positive.at_prevalence[0].npv.value is None
     assert no_positive.at_prevalence[0].npv.reason == "no study is positive"

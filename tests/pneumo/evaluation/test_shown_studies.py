@@ -242,7 +242,7 @@ def test_errors_are_counted_by_finding():
     ]
     wilson = found[0].to_json()["wilson"]
     assert wilson["low"] < wilson["value"] == 0.5 < wilson["high"]
-    assert found[2].rate.method == "Wilson over patients"
+    assert found[2].error_rate.method == "Wilson over patients"
 
 
 def test_the_share_of_errors_knows_that_images_of_a_patient_are_alike():
@@ -257,6 +257,6 @@ def test_the_share_of_errors_knows_that_images_of_a_patient_are_alike():
         resamples=500,
         seed=0,
     )
-    assert found.rate.value == found.wilson.value == wrong.mean()
-    width = found.rate.high - found.rate.low
+    assert found.error_rate.value == found.wilson.value == wrong.mean()
+    width = found.error_rate.high - found.error_rate.low
     assert width == pytest.approx(8**0.5 * (found.wilson.high - found.wilson.low), rel=0.15)

@@ -8,9 +8,14 @@ import pytest
 import sklearn.metrics as reference
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from pneumo.evaluation import metrics
-from pneumo.evaluation.metrics import Resampled
-from pneumo.evaluation.subgroups import divide_studies, find_worst, judge_subgroups, subgroup_parts
+from pneumo.evaluation import bootstrap
+from pneumo.evaluation.bootstrap import Resampled
+from pneumo.evaluation.subgroups import (
+    divide_studies,
+    evaluate_subgroups,
+    find_worst,
+    subgroup_statistics,
+)
 from tests.predictions import make_predictions
 
 pytestmark = pytest.mark.processors
@@ -24,9 +29,9 @@ def draw(n=1500, **columns):
 
 
 def judge(rows, threshold=THRESHOLD, resamples=200, min_patients=10):
-    parts = subgroup_parts(rows, threshold)
-    found = metrics.resample_parts(rows.patient, parts, resamples=resamples, seed=0)
-    return judge_subgroups(rows, threshold, found, min_patients)
+    parts = subgroup_statistics(rows, threshold)
+    found = bootstrap.resample_sets(rows.patient, parts, resamples=resamples, seed=0)
+    return evaluate_subgroups(rows, threshold, found, min_patients)
 
 
 def by_name(found):

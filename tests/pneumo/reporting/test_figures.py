@@ -11,12 +11,12 @@ from PIL import Image
 from pneumo.config import EvaluateConfig
 from pneumo.dataset.quality import ContactSheet, Intensity, Quality, SplitQuality
 from pneumo.dataset.shards import Duplicates
+from pneumo.evaluation.bootstrap import Estimate
 from pneumo.evaluation.evaluation import evaluate
-from pneumo.evaluation.metrics import Estimate
 from pneumo.evaluation.predictions import Predictions, sigmoid
 from pneumo.images.boxes import Box
-from pneumo.reporting import figures
-from pneumo.reporting.figures import Case
+from pneumo.reporting.figures import case_pictures, charts, data_charts, style
+from pneumo.reporting.figures.case_pictures import Case
 
 HISTORY = [
     {"epoch": 1, "train/loss": 0.9, "val/loss": 0.8, "val/auroc": 0.7, "val/precision": None},
@@ -106,17 +106,17 @@ def test_case_names_its_outcome():
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda: figures.draw_metrics(evaluation(), HISTORY),
-        lambda: figures.draw_roc(evaluation()),
-        lambda: figures.draw_confusion(evaluation()),
-        lambda: figures.draw_loss(HISTORY),
-        lambda: figures.draw_prediction_grid([case(), case(0)], title="2 of 9"),
-        lambda: figures.draw_gradcam_example([case(), case(0)], title="n = 2"),
-        lambda: figures.draw_case(case()),
-        lambda: figures.draw_quality(quality()),
-        lambda: figures.draw_ages(quality()),
-        lambda: figures.draw_intensity(quality()),
-        lambda: figures.draw_contact_sheet(contact(20, 128)),
+        lambda: charts.draw_metrics(evaluation(), HISTORY),
+        lambda: charts.draw_roc(evaluation()),
+        lambda: charts.draw_confusion(evaluation()),
+        lambda: charts.draw_loss(HISTORY),
+        lambda: case_pictures.draw_prediction_grid([case(), case(0)], title="2 of 9"),
+        lambda: case_pictures.draw_gradcam_example([case(), case(0)], title="n = 2"),
+        lambda: case_pictures.draw_case(case()),
+        lambda: data_charts.draw_quality(quality()),
+        lambda: data_charts.draw_ages(quality()),
+        lambda: data_charts.draw_intensity(quality()),
+        lambda: data_charts.draw_contact_sheet(contact(20, 128)),
     ],
 )
 def test_equal_input_gives_equal_bytes(draw):
@@ -126,54 +126,54 @@ def test_equal_input_gives_equal_bytes(draw):
 
 
 def test_svg_carries_title_n_interval_and_no_date():
-    svg = figures.draw_roc(evaluation())
+    svg = charts.draw_roc(evaluation())
     words = texts(svg)
     assert "AUROC (95 % interval)" in words
     assert re.search(r"test 0\.\d{3} \(0\.\d{3}–\d\.\d{3}\), n = 60", words)
     assert "sensitivity" in words
     assert b"dc:date" not in svg
 
-    words = texts(figures.draw_confusion(evaluation()))
+    words = texts(charts.draw_confusion(evaluation()))
     assert "test n = 60" in words
     assert "Decision: Youden's index" in words
     assert "Screening: sensitivity ≥ 0.90" in words
 
 
 def test_the_scored_epoch_is_marked_in_all_of_the_history():
-    told = texts(figures.draw_validation(HISTORY, 1))
+    told = texts(charts.draw_validation(HISTORY, 1))
     assert "Validation, 2 epochs" in told
     assert "epoch 1, scored" in told
-    assert "Loss, 2 epochs" in texts(figures.draw_loss(HISTORY, 1))
-    assert "scored" not in texts(figures.draw_loss(HISTORY))
-    assert "scored" not in texts(figures.draw_loss([], 1))
+    assert "Loss, 2 epochs" in texts(charts.draw_loss(HISTORY, 1))
+    assert "scored" not in texts(charts.draw_loss(HISTORY))
+    assert "scored" not in texts(charts.draw_loss([], 1))
 
 
 def test_averaged_weights_are_shown_where_they_are_scored_with():
     history = [{**epoch, "val/ema_auroc": 0.9, "val/ema_loss": 0.5} for epoch in HISTORY]
-    assert "AUROC, averaged weights" in texts(figures.draw_validation(history))
-    assert "val, averaged weights" in texts(figures.draw_loss(history))
-    assert "averaged" not in texts(figures.draw_validation(HISTORY))
+    assert "AUROC, averaged weights" in texts(charts.draw_validation(history))
+    assert "val, averaged weights" in texts(charts.draw_loss(history))
+    assert "averaged" not in texts(charts.draw_validation(HISTORY))
 
 
 def test_metrics_picture_is_readable_in_size():
-    image = Image.open(io.BytesIO(figures.draw_metrics(evaluation(), HISTORY)))
+    image = Image.open(io.BytesIO(charts.draw_metrics(evaluation(), HISTORY)))
     assert image.format == "PNG"
     assert min(image.size) > 800
 
 
 def test_degenerate_input_is_drawn_with_its_reason():
     hollow = evaluation(target=np.zeros(120, dtype=np.int8))
-    assert figures.draw_metrics(hollow, [])
-    told = " ".join(texts(figures.draw_confusion(hollow)).split())
+    assert charts.draw_metrics(hollow, [])
+    told = " ".join(texts(charts.draw_confusion(hollow)).split())
     assert "no threshold: val: one class only: 0 of 60" in told
-    assert "no training history" in texts(figures.draw_loss([]))
-    assert figures.draw_validation([{"epoch": 1, "val/auroc": None}])
-    assert figures.draw_prediction_grid([], title="none")
-    assert figures.draw_gradcam_example([], title="none")
+    assert "no training history" in texts(charts.draw_loss([]))
+    assert charts.draw_validation([{"epoch": 1, "val/auroc": None}])
+    assert case_pictures.draw_prediction_grid([], title="none")
+    assert case_pictures.draw_gradcam_example([], title="none")
 
 
 def test_a_figure_of_no_study_says_why():
-    for draw in (figures.draw_prediction_grid, figures.draw_gradcam_example):
+    for draw in (case_pictures.draw_prediction_grid, case_pictures.draw_gradcam_example):
         blank, told = (
             np.asarray(Image.open(io.BytesIO(draw([], title="t", reason=why))).convert("L"))
             for why in (" ", "5 of 60 scores are NaN or infinite")
@@ -182,7 +182,7 @@ def test_a_figure_of_no_study_says_why():
 
 
 def test_grid_is_green_where_right_and_red_where_wrong():
-    picture = figures.draw_prediction_grid([case(1), case(0)], title="2 of 2")
+    picture = case_pictures.draw_prediction_grid([case(1), case(0)], title="2 of 2")
     pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB")).astype(int)
     middle = pixels.shape[1] // 2
 
@@ -191,43 +191,43 @@ def test_grid_is_green_where_right_and_red_where_wrong():
         return (np.abs(half - wanted).sum(axis=2) < 12).mean()
 
     left, right = pixels[:, :middle], pixels[:, middle:]
-    assert share(left, figures.RIGHT) > 0.01 > share(left, figures.WRONG)
-    assert share(right, figures.WRONG) > 0.01 > share(right, figures.RIGHT)
+    assert share(left, case_pictures.RIGHT) > 0.01 > share(left, case_pictures.WRONG)
+    assert share(right, case_pictures.WRONG) > 0.01 > share(right, case_pictures.RIGHT)
 
 
 def test_composed_case_keeps_the_image_draws_the_boxes_and_warms_the_evidence():
-    shown = figures.compose_case(case(), size=64)
+    shown = case_pictures.compose_case(case(), size=64)
     assert shown.shape[0] == 64
     assert shown.shape[1] == 64 + 2 + 64
     study, overlay = shown[:, :64].astype(int), shown[:, 66:].astype(int)
-    assert tuple(study[16, 12]) == tuple(overlay[16, 12]) == figures.BOX
+    assert tuple(study[16, 12]) == tuple(overlay[16, 12]) == case_pictures.BOX
     assert (study[4] == study[4, :, :1]).all()  # gray
     assert np.abs(study[4] - overlay[4]).max() == 0  # no evidence, no tint
     assert (overlay[60, 40:, 0] > overlay[60, 40:, 2]).all()  # warm
 
-    alone = figures.compose_case(case(with_cam=False), size=128)
+    alone = case_pictures.compose_case(case(with_cam=False), size=128)
     assert alone.shape == (128, 128, 3)
-    assert tuple(alone[32, 24]) == figures.BOX  # boxes scale with the picture
+    assert tuple(alone[32, 24]) == case_pictures.BOX  # boxes scale with the picture
 
 
 def test_estimates_in_words():
-    assert figures.describe_estimate(Estimate(0.9134, 0.854, 0.962, "m")) == "0.913 (0.854–0.962)"
-    assert figures.describe_estimate(Estimate(0.9134, None, None, "m", "r"), 2) == "0.91"
-    assert figures.describe_estimate(Estimate.undefined("r")) == "n/a"
+    assert style.describe_estimate(Estimate(0.9134, 0.854, 0.962, "m")) == "0.913 (0.854–0.962)"
+    assert style.describe_estimate(Estimate(0.9134, None, None, "m", "r"), 2) == "0.91"
+    assert style.describe_estimate(Estimate.undefined("r")) == "n/a"
 
 
 def test_drawings_of_the_data_say_how_many_studies_they_show():
-    words = texts(figures.draw_ages(quality()))
+    words = texts(data_charts.draw_ages(quality()))
     assert "train, n = 15" in words  # of known age
     assert "% of studies of known age" in words
-    assert "0 and 255 left out" in texts(figures.draw_intensity(quality()))
+    assert "0 and 255 left out" in texts(data_charts.draw_intensity(quality()))
 
 
 def test_drawings_of_the_data_say_what_is_missing():
     hollow = quality(ages=(0,) * 13, histogram=(0,) * 256, unknown=2)
-    assert "no age is known" in texts(figures.draw_ages(hollow))
-    assert "no pictures" in texts(figures.draw_intensity(hollow))
-    assert figures.draw_quality(hollow) != figures.draw_quality(quality())
+    assert "no age is known" in texts(data_charts.draw_ages(hollow))
+    assert "no pictures" in texts(data_charts.draw_intensity(hollow))
+    assert data_charts.draw_quality(hollow) != data_charts.draw_quality(quality())
 
 
 @pytest.mark.parametrize(
@@ -235,8 +235,8 @@ def test_drawings_of_the_data_say_what_is_missing():
 )
 @pytest.mark.parametrize("size", [64, 224])
 def test_contact_sheet_holds_every_picture_and_nothing_else(count, columns, rows, size):
-    sheet = Image.open(io.BytesIO(figures.draw_contact_sheet(contact(count, size))))
-    side = min(size, figures.CONTACT_PIXELS)
+    sheet = Image.open(io.BytesIO(data_charts.draw_contact_sheet(contact(count, size))))
+    side = min(size, data_charts.CONTACT_PIXELS)
     step = side + 4
     assert sheet.size == (columns * step - 4, rows * step - 4)
     pixels = np.asarray(sheet.convert("RGBA")).astype(int)
@@ -250,4 +250,4 @@ def test_contact_sheet_holds_every_picture_and_nothing_else(count, columns, rows
 
 
 def test_contact_sheet_of_a_finding_that_was_not_drawn_is_blank():
-    assert np.asarray(Image.open(io.BytesIO(figures.draw_contact_sheet(contact(0))))).max() == 0
+    assert np.asarray(Image.open(io.BytesIO(data_charts.draw_contact_sheet(contact(0))))).max() == 0

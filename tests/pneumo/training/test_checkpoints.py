@@ -26,13 +26,13 @@ from pneumo.training.checkpoints import (
     CheckpointWriter,
     claim_run,
     copy_to_cpu,
-    describe_code,
     find_index,
     load_checkpoint,
     load_newest,
     read_index,
     save_checkpoint,
 )
+from pneumo.version import describe_code
 from tests.waiting import wait_until
 
 

@@ -13,13 +13,13 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 from pneumo.config import Config, TuneConfig
 from pneumo.config_layers import override
 from pneumo.errors import MetricError
+from pneumo.evaluation.bootstrap import Z_95
 from pneumo.evaluation.delong import delong, delong_test
-from pneumo.evaluation.metrics import Z_95
 from pneumo.tuning.objective import (
     Objective,
+    chance_level,
     describe_objective,
     judge,
-    knows_nothing,
     name_objective,
     smooth,
 )
@@ -131,11 +131,11 @@ def test_a_better_model_is_judged_better(objective: Objective) -> None:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_model_that_says_one_thing_knows_nothing(objective: Objective) -> None:
+def test_a_model_that_says_one_thing_chance_level(objective: Objective) -> None:
     config = config_of(objective)
     target, _, patient = draw(8)
     found = judge(target, np.random.default_rng(0).normal(size=len(target)), patient, config)
-    assert found.value == pytest.approx(knows_nothing(config, float(target.mean())), abs=0.06)
+    assert found.value == pytest.approx(chance_level(config, float(target.mean())), abs=0.06)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -14,22 +14,19 @@ import tomli_w
 from pneumo.config import Config
 from pneumo.config_layers import override
 from pneumo.dataset.shards import read_manifest
-from pneumo.tuning.objective import Judgement
-from pneumo.tuning.search import (
-    Choice,
+from pneumo.tuning.choice import (
     Confirmation,
-    Plainness,
-    Search,
-    Trial,
-    choose,
+    SettingChoice,
+    SimplicityKey,
     choose_confirmed,
-    make_recipe,
-    measure_importance,
-    measure_plainness,
-    rank,
+    choose_setting,
+    measure_simplicity,
     settings_to_confirm,
-    to_parquet,
 )
+from pneumo.tuning.objective import Judgement
+from pneumo.tuning.optuna_study import measure_importance
+from pneumo.tuning.search import Search, make_recipe, to_parquet
+from pneumo.tuning.trials import Trial, rank
 from tests.conftest import StoreMaker
 from tests.searches import make_search, trial
 
@@ -45,23 +42,23 @@ def judgement(error: float, studies: int = 400, seed: int = 0) -> Judgement:
     return Judgement(0.0, influence * error / raw.standard_error, patient)
 
 
-def plain_by_name(order: str) -> object:
-    return lambda one: Plainness(order.index(one.name), 0, 0.0)
+def order_by_name(order: str) -> object:
+    return lambda one: SimplicityKey(order.index(one.name), 0, 0.0)
 
 
 def test_the_best_is_taken_where_nobody_comes_near() -> None:
     trials = [trial("a", 0.90), trial("b", 0.80)]
     judgements = {"a": judgement(0.01), "b": judgement(0.01, seed=1)}
-    choice = choose(trials, judgements, TUNE, plain_by_name("ba"))  # type: ignore[arg-type]
+    choice = choose_setting(trials, judgements, TUNE, order_by_name("ba"))  # type: ignore[arg-type]
     assert choice is not None
     assert choice.trial.name == "a"
     assert choice.ties == ("a",)
 
 
-def test_of_equals_the_plainest_is_taken() -> None:
+def test_of_equals_the_simplest_is_taken() -> None:
     trials = [trial("a", 0.90), trial("b", 0.895), trial("c", 0.80)]
     judgements = {name: judgement(0.01, seed=i) for i, name in enumerate("abc")}
-    choice = choose(trials, judgements, TUNE, plain_by_name("cba"))  # type: ignore[arg-type]
+    choice = choose_setting(trials, judgements, TUNE, order_by_name("cba"))  # type: ignore[arg-type]
     assert choice is not None
     assert choice.trial.name == "b"
     assert choice.best.name == "a"
@@ -73,17 +70,17 @@ def test_trials_that_err_on_the_same_studies_are_told_apart() -> None:
     """In pairs: the errors are equal, so a difference below either of them is certain."""
     trials = [trial("a", 0.900), trial("b", 0.895)]
     same = judgement(0.01)
-    choice = choose(trials, {"a": same, "b": same}, TUNE, plain_by_name("ba"))  # type: ignore[arg-type]
+    choice = choose_setting(trials, {"a": same, "b": same}, TUNE, order_by_name("ba"))  # type: ignore[arg-type]
     assert choice is not None
     assert choice.trial.name == "a"
 
 
 def test_a_trial_that_was_stopped_cannot_win() -> None:
     trials = [trial("a", 0.95, state="stopped"), trial("b", 0.80)]
-    choice = choose(trials, {}, TUNE, plain_by_name("ab"))  # type: ignore[arg-type]
+    choice = choose_setting(trials, {}, TUNE, order_by_name("ab"))  # type: ignore[arg-type]
     assert choice is not None
     assert choice.trial.name == "b"
-    assert choose(trials[:1], {}, TUNE, plain_by_name("ab")) is None  # type: ignore[arg-type]
+    assert choose_setting(trials[:1], {}, TUNE, order_by_name("ab")) is None  # type: ignore[arg-type]
 
 
 def test_the_luckiest_epoch_is_not_what_counts() -> None:
@@ -111,10 +108,10 @@ def test_ranking_puts_the_finished_first_and_failures_last() -> None:
     ]
 
 
-def confirmed(*found: Confirmation, order: str = "abc") -> Choice:
+def confirmed(*found: Confirmation, order: str = "abc") -> SettingChoice:
     trials = [trial("a", 0.95), trial("b", 0.94), trial("c", 0.93)]
-    before = Choice(trials[0], trials[0], ("a",), "the best")
-    return choose_confirmed(before, trials, found, plain_by_name(order))  # type: ignore[arg-type]
+    before = SettingChoice(trials[0], trials[0], ("a",), "the best")
+    return choose_confirmed(before, trials, found, order_by_name(order))  # type: ignore[arg-type]
 
 
 def test_new_seeds_overrule_the_search() -> None:
@@ -146,20 +143,20 @@ def test_what_is_confirmed_had_all_its_epochs() -> None:
     assert [one.name for one in settings_to_confirm(trials, TUNE)] == ["e", "d", "c"]
 
 
-def test_less_work_is_plainer_then_fewer_changes_then_less_distortion(
+def test_fewer_parameters_are_simpler_then_fewer_changes_then_less_distortion(
     tiny_store: StoreMaker,
 ) -> None:
     manifest = read_manifest(tiny_store(image_size=64))
 
-    def measure(**settings: object) -> Plainness:
+    def measure(**settings: object) -> SimplicityKey:
         drawn = {name.replace("__", "."): value for name, value in settings.items()}
-        return measure_plainness(Config(), trial("a", 0.5, **drawn), manifest)
+        return measure_simplicity(Config(), trial("a", 0.5, **drawn), manifest)
 
     small, large = measure(model__backbone="resnet18"), measure(model__backbone="resnet50")
     assert small < large
+    assert 11_100_000 < small.parameters < 11_200_000
     assert measure(train__ema_decay=None) < measure(train__ema_decay=0.99)
     assert measure(train__pos_weight=1.5) < measure(train__pos_weight=0.2)
-    assert measure(data__image_size=32).multiply_adds < small.multiply_adds
 
 
 def test_a_recipe_holds_the_differences_from_the_defaults_only() -> None:
@@ -177,7 +174,7 @@ def test_importance_names_what_matters() -> None:
     assert list(search.importance) == ["train.lr", "train.pos_weight"]
     assert search.importance["train.lr"] > 0.8
     assert sum(search.importance.values()) == pytest.approx(1)
-    few = measure_importance(search.trials[:5], search.config.tune.space, search.config.tune, 0)
+    few = measure_importance(search.trials[:5], search.config.tune, 0)
     assert few == {}
 
 

@@ -8,22 +8,23 @@ import numpy as np
 import pytest
 
 from pneumo.config import EvaluateConfig
+from pneumo.evaluation.bootstrap import Estimate
 from pneumo.evaluation.comparison import ComparedRuns, compare
 from pneumo.evaluation.evaluation import evaluate
 from pneumo.evaluation.map_scores import (
     BASELINES,
-    IOU_THRESHOLDS,
     MAPS,
+    MEASURES,
     GroupSummary,
     MapSummary,
     SaliencySummary,
 )
-from pneumo.evaluation.metrics import Estimate
 from pneumo.evaluation.predictions import Predictions, sigmoid
-from pneumo.reporting import figures
-from pneumo.reporting.figures import Pictures, show_threshold
+from pneumo.reporting.figures import charts
+from pneumo.reporting.figures.case_pictures import Pictures
+from pneumo.reporting.figures.style import show_threshold
 from pneumo.reporting.page.formatting import Cell
-from pneumo.reporting.page.saliency_section import judge_looks
+from pneumo.reporting.page.saliency_section import tell_saliency
 from tests.pneumo.reporting.page.test_page import cases, render, section
 
 NOTHING = Pictures([], {}, {}, [])
@@ -101,12 +102,12 @@ def test_a_fault_of_test_is_not_blamed_on_val():
     judged = evaluate(damage("nan", "test"), config=CONFIG, seed=0)
     why = "5 of 120 scores are NaN or infinite"
     page = render(judged, pictures=Pictures.none(why))
-    for name in ("looks", "errors", "grid"):
+    for name in ("saliency", "errors", "grid"):
         assert why in section(page, name)
         assert "threshold" not in section(page, name)
     assert f"test: {why}" in section(page, "data")
     assert "each exactly once" not in section(page, "data")
-    assert "no threshold" not in figures.draw_confusion(judged).decode()
+    assert "no threshold" not in charts.draw_confusion(judged).decode()
 
 
 def test_studies_that_are_scored_twice_are_not_said_to_be_scored_once():
@@ -148,17 +149,15 @@ def test_another_run_stands_beside():
     assert 'id="comparison"' not in render(judged)
 
 
-def looks(low, high, prior_studies=3000):
+def saliency(low, high, prior_studies=3000, **gains):
+    """`gains` by baseline are others than `low` to `high`."""
     one = Estimate(0.3, 0.2, 0.4, "m")
     gain = Estimate((low + high) / 2, low, high, "m")
-    curve = dict.fromkeys(IOU_THRESHOLDS, 0.1)
-    summary = MapSummary(one, one, one, one, one, one, 0.5, curve, 0)
     whole = GroupSummary(
         20,
         None,
-        one,
-        dict.fromkeys(MAPS, summary),
-        {name: dict.fromkeys(("auprc", "pointing", "energy"), gain) for name in BASELINES},
+        dict.fromkeys(MAPS, MapSummary(one, one, one, 0)),
+        {name: dict.fromkeys(MEASURES, gains.get(name, gain)) for name in BASELINES},
     )
     few = GroupSummary(3, "3 studies with boxes, fewer than 5")
     groups = {"all": whole, "true_positives": whole, "false_negatives": few}
@@ -166,16 +165,12 @@ def looks(low, high, prior_studies=3000):
 
 
 def test_better_than_a_prior_of_few_studies_is_not_yet_at_hand():
-    assert "to the opacity of the study at hand, not merely" in judge_looks(looks(0.1, 0.2))
-    few = judge_looks(looks(0.1, 0.2, prior_studies=40))
+    assert "to the opacity of the study at hand, not merely" in tell_saliency(saliency(0.1, 0.2))
+    few = tell_saliency(saliency(0.1, 0.2, prior_studies=40))
     assert "made of 40 positives of train only" in few
     assert "is not shown" in few
-    found = looks(0.1, 0.2)
-    centre = dict.fromkeys(("auprc", "pointing", "energy"), Estimate(0.0, -0.1, 0.1, "m"))
-    whole = found.groups["all"]
-    whole = dataclasses.replace(whole, gain={**whole.gain, "centre": centre})
-    found = dataclasses.replace(found, groups={**found.groups, "all": whole})
-    assert "not shown to agree better than the middle of the image" in judge_looks(found)
+    no_better = saliency(0.1, 0.2, random=Estimate(0.0, -0.1, 0.1, "m"))
+    assert "better than the maps of a network with random weights" in tell_saliency(no_better)
 
 
 def test_without_a_mapping_nothing_is_said_of_patients():
@@ -199,15 +194,15 @@ def test_without_a_mapping_nothing_is_said_of_patients():
     ],
 )
 def test_the_maps_are_judged_against_the_lung_prior(low, high, words):
-    found = looks(low, high)
-    assert words in judge_looks(found)
-    text = section(render(looks=found), "looks")
+    found = saliency(low, high)
+    assert words in tell_saliency(found)
+    text = section(render(saliency=found), "saliency")
     assert words in text
     assert "Lung prior" in text
-    assert "Not known: 3 studies with boxes, fewer than 5" in text
+    assert "not known: 3 studies with boxes, fewer than 5" in text
     assert "Train has no boxes" not in text
-    without = section(render(looks=looks(low, high, prior_studies=0)), "looks")
-    assert "Train has no boxes: the lung prior is uniform" in without
+    without = section(render(saliency=saliency(low, high, prior_studies=0)), "saliency")
+    assert "Train has no boxes: the lung prior is the same everywhere" in without
 
 
 def test_errors_say_what_is_known_of_the_study():

@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from tests.pneumo.reporting.page.test_degenerate import looks
+from tests.pneumo.reporting.page.test_degenerate import saliency
 from tests.pneumo.reporting.page.test_page import render
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -75,7 +75,7 @@ def lay_out(folder, page, width, exempt=".scroll, pre, svg"):
 
 @pytest.fixture(scope="module")
 def page():
-    return render(looks=looks(0.1, 0.2))
+    return render(saliency=saliency(0.1, 0.2))
 
 
 @pytest.mark.parametrize("width", [320, 390, 1100])

@@ -15,7 +15,7 @@ from pneumo.dataset.splits import SPLITS, Interval, LeakageAudit
 from pneumo.evaluation.evaluation import evaluate
 from pneumo.evaluation.predictions import Predictions, sigmoid
 from pneumo.images.boxes import Box
-from pneumo.reporting.figures import Case, Pictures
+from pneumo.reporting.figures.case_pictures import Case, Pictures
 from pneumo.reporting.page import (
     DataFacts,
     ModelFacts,

@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from typing import Any
 
+import matplotlib
 import pytest
+from matplotlib import pyplot
 
 from pneumo.config import Config
 from pneumo.reporting.figures import search as drawings
@@ -79,34 +82,49 @@ def test_a_warning_of_the_data_stands_first() -> None:
 @pytest.mark.parametrize(
     "draw",
     [
-        drawings.draw_landscape,
+        drawings.draw_contour,
         drawings.draw_parallel,
         drawings.draw_learning,
         drawings.draw_importance,
     ],
 )
-def test_equal_searches_give_equal_drawings_with_title_and_n(draw: object) -> None:
-    one, other = (draw(make_search()) for _ in range(2))  # type: ignore[operator]
+def test_equal_searches_give_equal_drawings_with_title_and_n(draw: Any) -> None:
+    before = dict(matplotlib.rcParams)
+    one, other = (draw(make_search()) for _ in range(2))
     assert one == other
-    assert b"n = 2" in one  # 24 trials, 23 of them judged
+    assert b"n = 23 trials" in one  # of 24, one diverged
+    assert {**before, "backend": ""} == {**matplotlib.rcParams, "backend": ""}
+    assert not pyplot.get_fignums()
 
 
-def test_a_space_of_words_has_no_landscape_and_says_so() -> None:
+def test_a_space_of_one_key_has_no_contour_and_no_importance_and_says_so() -> None:
     numbers = make_search(9)
-    space = {
-        "train.lr": ["log_uniform", 1e-5, 3e-3],
-        "train.optimizer": ["choice", "adam", "adamw"],
-    }
+    space = {"train.lr": ["log_uniform", 1e-5, 3e-3], "train.optimizer": "adam"}
     config = Config.model_validate({"tune": {"space": space, "num_trials": 9}})
-    settings = [{**one.settings, "train.optimizer": "adam"} for one in numbers.trials]
     trials = tuple(
-        replace(one, settings=drawn) for one, drawn in zip(numbers.trials, settings, strict=True)
+        replace(one, settings={"train.lr": one.settings["train.lr"], "train.optimizer": "adam"})
+        for one in numbers.trials
     )
     choice = replace(numbers.choice, trial=trials[0], best=trials[0])
-    words = replace(numbers, config=config, trials=trials, choice=choice, importance={})
-    page = render(words)
-    assert "fewer than two numbers were searched" in page
+    page = render(replace(numbers, config=config, trials=trials, choice=choice, importance={}))
+    assert "fewer than two keys have more than one value" in page
     assert "too few trials, or one key, to tell" in page
+
+
+def test_words_are_drawn_and_one_trial_is_too_few() -> None:
+    search = make_search(9)
+    space = {"train.lr": ["log_uniform", 1e-5, 3e-3], "train.optimizer": ["choice", "sgd", "adam"]}
+    config = Config.model_validate({"tune": {"space": space, "num_trials": 9}})
+    trials = tuple(
+        replace(one, settings={**one.settings, "train.optimizer": ["sgd", "adam"][i % 2]})
+        for i, one in enumerate(search.trials)
+    )
+    words = replace(search, config=config, trials=trials, importance={})
+    for draw in (drawings.draw_contour, drawings.draw_parallel):
+        assert all(f">{word}<".encode() in draw(words) for word in ("sgd", "adam"))
+    alone = replace(words, trials=trials[:1])
+    assert b"fewer than two" in drawings.draw_contour(alone)
+    assert b"fewer than two trials" in drawings.draw_learning(alone)
 
 
 def test_a_search_of_weights_that_were_not_asked_for_says_so() -> None:

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pneumo.evaluation.shown_studies import FindingErrors, Maps, Outcome, Why
 from pneumo.images.boxes import Box
-from pneumo.reporting.figures.style import INK, STYLE, encode_figure, say_nothing
+from pneumo.reporting.figures.style import INK, STYLE, draw_placeholder, encode_figure
 
 RIGHT = "#1a7f37"
 WRONG = "#cf222e"
@@ -200,7 +200,7 @@ def _draw_reason(title: str, reason: str | None) -> bytes:
         figure = Figure(figsize=(6.2, 2.4), layout="constrained")
         axes = figure.subplots()
         axes.set_axis_off()
-        say_nothing(axes, f"not shown: {reason or 'no study'}")
+        draw_placeholder(axes, f"not shown: {reason or 'no study'}")
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
         return encode_figure(figure, "png")
 

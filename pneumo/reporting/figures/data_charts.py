@@ -17,9 +17,9 @@ from pneumo.reporting.figures.style import (
     SPLIT_STYLES,
     STYLE,
     draw_chart,
+    draw_placeholder,
     encode_figure,
     encode_image,
-    say_nothing,
 )
 
 CONTACT_PIXELS = 128
@@ -124,7 +124,7 @@ def plot_ages(axes: Axes, quality: Quality) -> None:
             )
     axes.set_title(f"Age, by {AGE_BIN_YEARS} years")
     if not axes.patches:
-        say_nothing(axes, "no age is known")
+        draw_placeholder(axes, "no age is known")
         return
     last = max(i for bins in ages.values() for i, n in enumerate(bins) if n)
     axes.set(xlabel="years; 90 and over together", ylabel="% of studies of known age")
@@ -149,7 +149,7 @@ def plot_intensity(axes: Axes, quality: Quality) -> None:
             axes.plot(np.arange(1.5, 255, 2), share, label=name, **SPLIT_STYLES[name])
     axes.set_title("Gray levels of the stored pictures")
     if not axes.lines:
-        say_nothing(axes, "no pictures")
+        draw_placeholder(axes, "no pictures")
         return
     axes.set(xlabel="gray level (0 and 255 left out)", ylabel="% of pixels a level")
     axes.set(xlim=(0, 255), ylim=(0, None))

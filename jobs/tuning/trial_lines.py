@@ -1,0 +1,77 @@
+"""A line for each trial that ends, for the person who started the search."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ray.tune
+from ray import cloudpickle
+from ray.exceptions import RayActorError
+
+from jobs.terminal.entry_point import find_cause, say
+from jobs.tuning.trial_judge import METRIC, WARNING
+from pneumo.config import TuneConfig
+from pneumo.tuning.trials import describe_settings
+
+
+class TrialLines(ray.tune.Callback):  # type: ignore[misc]
+    """Says how each of Tune's trials ends, and calls `on_end` with it."""
+
+    def __init__(self, config: TuneConfig, on_end: Callable[[Any], None]) -> None:
+        self.config, self.on_end = config, on_end
+        self.told: set[str] = set()
+        """Trials whose end was told, and warnings."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles its callbacks for a way of resuming that is not ours."""
+        return {}
+
+    def on_trial_result(
+        self, iteration: int, trials: Any, trial: Any, result: Mapping[str, Any], **info: Any
+    ) -> None:
+        warning = result.get(WARNING)
+        if warning is not None and warning not in self.told:
+            self.told.add(warning)
+            say(f"warning: trial {trial.config['name']}: model: {warning}")
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        result, epochs = trial.last_result, trial.last_result.get("epoch", 0)
+        if "error" in result:
+            self._end(trial, f"failed: {result['error']}")
+            return
+        stopped = ", stopped" if epochs < self.config.epochs else ""
+        plural = "" if epochs == 1 else "s"
+        self._end(trial, f"{result[METRIC]:.4f}{stopped} after {epochs} epoch{plural}")
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self._end(trial, f"failed: {read_error(trial)}; the search goes on")
+
+    def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        say(f"trial {trial.config['name']}  {read_error(trial)}; goes on from its checkpoint")
+
+    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        for trial in trials:  # that Tune has given up without a word
+            if trial.status == "ERROR" and trial.trial_id not in self.told:
+                self.on_trial_error(0, trials, trial)
+
+    def _end(self, trial: Any, outcome: str) -> None:
+        self.told.add(trial.trial_id)
+        self.on_end(trial)
+        settings = describe_settings(trial.config["settings"])
+        say(f"trial {trial.config['name']}  {settings}  {outcome}")
+
+
+def read_error(trial: Any) -> str:
+    """Why a trial of Tune's failed the last time, in a line.
+
+    From the driver's own folder: `trial.get_error` looks in the run, where it comes later.
+    """
+    path = trial.pickled_error_file
+    if path is None or not Path(path).exists():
+        return "for a reason that Ray does not tell"
+    cause: BaseException = cloudpickle.loads(Path(path).read_bytes())
+    if isinstance(cause, RayActorError):
+        return "its process was lost"
+    return (str(find_cause(cause) or cause).strip().splitlines() or [type(cause).__name__])[-1]

@@ -1,0 +1,259 @@
+"""Intervals by resampling patients.
+
+Images of one patient resemble each other, so intervals resample patients, never images. A metric is
+therefore written once, as a `Statistic` of sample weights: weights of 1 give the value, the number
+of times that each patient was drawn gives one resample.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, is_dataclass, replace
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+from scipy.sparse import csr_array, vstack
+from scipy.stats import binomtest
+
+from pneumo.errors import MetricError
+
+Floats = npt.NDArray[np.float64]
+Statistic = Callable[[Floats], Floats]
+"""Weights (N, R), one column a resample, to values (R,) or (K, R); NaN where undefined."""
+Statistics = Mapping[str, Callable[[], Mapping[str, Statistic]]]
+"""By the name of a set: what builds its statistics, or raises MetricError where there are none."""
+
+Z_95 = 1.959963984540054
+"""The standard normal's 97.5 % point: every interval here is a 95 % interval."""
+MAX_UNDEFINED_FRACTION = 0.05
+"""More undefined resamples than this, and what is left no longer stands for the data."""
+_CHUNK_ELEMENTS = 2_000_000
+"""Weights held at once: 16 MB, small enough for the cache to help and the memory to stay flat."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its interval; None where there is none, and `reason` says why."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    method: str
+    """How the interval was made."""
+    reason: str | None = None
+
+    @classmethod
+    def undefined(cls, reason: str, method: str = "none") -> Self:
+        """Neither value nor interval."""
+        return cls(None, None, None, method, reason)
+
+    def to_json(self) -> dict[str, Any]:
+        """The object of metrics.json: value, low, high, method, and a reason where one is due."""
+        return {name: one for name, one in vars(self).items() if name != "reason" or one}
+
+
+def as_json(value: Any, *, leave_out: Collection[str] = ()) -> Any:
+    """A result as metrics.json holds it: by its own `to_json`, else by the names of its fields.
+
+    `leave_out` names fields that the caller puts elsewhere.
+    """
+    if hasattr(value, "to_json") and not leave_out:
+        return value.to_json()
+    if is_dataclass(value):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        return {key: as_json(one) for key, one in value.items() if key not in leave_out}
+    if isinstance(value, list | tuple):
+        return [as_json(one) for one in value]
+    return value
+
+
+WILSON = "Wilson, images taken as independent"
+WILSON_OVER_PATIENTS = "Wilson over patients"
+"""The method of a proportion of exactly 0 or 1, which never varies under resampling."""
+
+
+def wilson(value: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval (1927) of the proportion `value` of `n` independent trials, n > 0."""
+    interval = binomtest(round(value * n), n).proportion_ci(0.95, method="wilson")
+    # Rounding must not push an end past the value.
+    return min(value, float(interval.low)), max(value, float(interval.high))
+
+
+@dataclass(frozen=True, eq=False)
+class Resampled:
+    """Statistics of one kind: their values (K,), and what they were in each resample (K, R)."""
+
+    value: Floats
+    drawn: Floats
+
+    def derive(self, function: Callable[[Floats], Floats]) -> Self:
+        """A function (K, R) -> (J, R) of these statistics, as statistics of their own."""
+        return replace(self, value=function(self.value[:, None])[:, 0], drawn=function(self.drawn))
+
+    def estimate(self, row: int = 0, reason: str = "undefined for these studies") -> Estimate:
+        """One of them with its 95 % percentile interval; `reason` is said where it has no value."""
+        return _percentile_interval(float(self.value[row]), self.drawn[row], reason)
+
+
+def first_less_second(pair: Floats) -> Floats:
+    """(2, R) to (1, R)."""
+    return pair[:1] - pair[1:]
+
+
+def resample(
+    patient: npt.NDArray[Any],
+    statistics: Mapping[str, Statistic],
+    *,
+    resamples: int,
+    seed: int,
+) -> dict[str, Resampled]:
+    """Each statistic on all studies and on `resamples` draws of the patients, with replacement.
+
+    `patient` (N,) names the patient of each sample. All statistics see the same resamples, so a
+    difference of two is a statistic like any other. The result does not depend on the order of the
+    samples. (Field & Welsh 2007: bootstrapping clustered data.)
+    """
+    name, index = np.unique(patient, return_inverse=True)
+    if len(index) == 0:
+        return {key: Resampled(np.full(1, np.nan), np.full((1, 1), np.nan)) for key in statistics}
+    drawn: dict[str, list[Floats]] = {key: [] for key in statistics}
+    for counts in _resample_counts(len(name), len(index), resamples, seed):
+        weights = counts[index]
+        for key, statistic in statistics.items():
+            drawn[key].append(np.atleast_2d(statistic(weights)))
+    one = np.ones((len(index), 1))
+    return {
+        key: Resampled(np.atleast_2d(statistic(one))[:, 0], np.concatenate(drawn[key], axis=1))
+        for key, statistic in statistics.items()
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class StatisticSet:
+    """Some statistics after resampling, or the reason why there are none."""
+
+    resampled: Mapping[str, Resampled]
+    reason: str | None = None
+
+    def estimate(self, key: str, row: int = 0, reason: str = "undefined here") -> Estimate:
+        """The estimate of one statistic; undefined where the set is."""
+        if self.reason is not None:
+            return Estimate.undefined(self.reason)
+        return self.resampled[key].estimate(row, reason)
+
+    def difference(self, key: str) -> Estimate:
+        """The estimate of the first of two stacked statistics less the second."""
+        if self.reason is not None:
+            return Estimate.undefined(self.reason)
+        return self.resampled[key].derive(first_less_second).estimate()
+
+
+def resample_sets(
+    patient: npt.NDArray[Any],
+    sets: Statistics,
+    *,
+    resamples: int,
+    seed: int,
+) -> dict[str, StatisticSet]:
+    """`resample` of the statistics of all sets in one pass."""
+    statistics: dict[str, Mapping[str, Statistic]] = {}
+    reasons: dict[str, str] = {}
+    for name, build in sets.items():
+        try:
+            statistics[name] = build()
+        except MetricError as error:
+            reasons[name] = str(error)
+    flat = {f"{name}/{key}": one for name, some in statistics.items() for key, one in some.items()}
+    found = resample(patient, flat, resamples=resamples, seed=seed)
+    return {
+        name: StatisticSet({}, reasons[name])
+        if name in reasons
+        else StatisticSet({key: found[f"{name}/{key}"] for key in statistics[name]})
+        for name in sets
+    }
+
+
+def patient_bootstrap(
+    patient: npt.NDArray[Any],
+    statistics: Mapping[str, Statistic],
+    *,
+    resamples: int,
+    seed: int,
+) -> dict[str, Estimate]:
+    """Each statistic (R,) with its 95 % percentile interval over resamples of the patients.
+
+    An interval is null, with a reason, where more than 5 % of the resamples leave the statistic
+    undefined (too few patients of a class) or where it never varies.
+    """
+    found = resample(patient, statistics, resamples=resamples, seed=seed)
+    return {key: one.estimate() for key, one in found.items()}
+
+
+def within(rows: npt.NDArray[np.intp], statistic: Statistic) -> Statistic:
+    """`statistic`, which was built of the samples `rows` (indices) alone, of weights of all."""
+    return lambda weights: statistic(weights[rows])
+
+
+def stack(*statistics: Statistic) -> Statistic:
+    """Several statistics (R,) as one (K, R)."""
+    return lambda weights: np.stack([statistic(weights) for statistic in statistics])
+
+
+def sums_statistic(
+    code: npt.NDArray[np.integer[Any]], num_codes: int, *values: npt.NDArray[Any]
+) -> Statistic:
+    """Weighted sums by group: (N, R) to (len(values) * num_codes, R), the first value's sums first.
+
+    `code` (N,) names the group of each sample, 0 to num_codes - 1, or -1 for none; each of `values`
+    is (N,). Sparse: the cost does not grow with the number of groups.
+    """
+    rows = np.flatnonzero(code >= 0)
+    tables = [
+        csr_array(
+            (np.asarray(value, dtype=np.float64)[rows], (code[rows], rows)),
+            shape=(num_codes, len(code)),
+        )
+        for value in values
+    ]
+    table = vstack(tables, format="csr")
+    return lambda weights: np.asarray(table @ weights)
+
+
+def _resample_counts(
+    num_patients: int, num_samples: int, resamples: int, seed: int
+) -> Iterator[Floats]:
+    """How often each patient is drawn: (P, R) pieces that add up to all resamples."""
+    rng = np.random.default_rng(seed)
+    chunk = max(1, _CHUNK_ELEMENTS // num_samples)
+    for start in range(0, resamples, chunk):
+        size = min(chunk, resamples - start)
+        counts = np.empty((num_patients, size))
+        for column in range(size):
+            picked = rng.integers(num_patients, size=num_patients)
+            counts[:, column] = np.bincount(picked, minlength=num_patients)
+        yield counts
+
+
+def _percentile_interval(value: float, drawn: Floats, reason: str) -> Estimate:
+    method = "patient bootstrap"
+    if math.isnan(value):
+        return Estimate.undefined(reason, method)
+    defined = drawn[~np.isnan(drawn)]
+    num_undefined = len(drawn) - len(defined)
+    if num_undefined > MAX_UNDEFINED_FRACTION * len(drawn):
+        why = f"too few patients: undefined in {num_undefined} of {len(drawn)} resamples"
+        return Estimate(value, None, None, method, why)
+    low, high = np.quantile(defined, [0.025, 0.975])
+    if low == high:
+        return Estimate(value, None, None, method, "the same in nearly every resample")
+    # Of a skewed statistic the value itself can lie just outside the percentiles.
+    return Estimate(value, min(float(low), value), max(float(high), value), method)
+
+
+def divide(numerator: Floats, denominator: Floats) -> Floats:
+    """NaN where the denominator is 0."""
+    missing = np.full_like(numerator, np.nan)
+    return np.divide(numerator, denominator, out=missing, where=denominator != 0)
