@@ -202,7 +202,8 @@ class TuneConfig(Section):
         if self.algorithm == "grid":
             if self.num_trials != fields["num_trials"].default:
                 raise ValueError(
-                    f"num_trials {self.num_trials} has no effect on a grid, which has its own number"
+                    f"num_trials {self.num_trials} has no effect on a grid, which has its own "
+                    "number"
                 )
             grid_points(self.space)
         elif not any(domain.varies for domain in self.space.values()):
