@@ -22,9 +22,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import NoReturn
 
-from cluster import submission
-from cluster.states import JobState, Target
-from pneumo.command_line import JOBS, parse_command_line
+from cluster.states import JobState, Target, is_remote
 from pneumo.errors import AccessError, ClusterError, ConfigError, PneumoError
 
 SECOND_THOUGHT_S = 3.0
@@ -61,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _submit(options: argparse.Namespace, flags: list[str]) -> int:
+    from cluster import submission  # only here: what is not submitted needs no settings
+    from pneumo.command_line import JOBS, parse_command_line
+
     if options.job is None:
         raise ConfigError(f"cluster: submit which job? One of: {', '.join(JOBS)}")
     asked = [flag for flag in flags if flag != "--"]
@@ -70,7 +71,7 @@ def _submit(options: argparse.Namespace, flags: list[str]) -> int:
     now = datetime.now()
     wanted = submission.plan(options.job, asked, os.environ, remote=False, now=now)
     on_k8s = options.target == "k8s"
-    if on_k8s or submission.is_remote(_address(options)):
+    if on_k8s or is_remote(_address(options)):
         wanted = submission.plan(
             options.job, asked, os.environ, remote=True, now=now, sends_files=not on_k8s
         )
@@ -176,9 +177,9 @@ def _connect(options: argparse.Namespace) -> Target:
     stray = [name for name in _ON_K8S if getattr(options, name, None) is not None]
     if stray:
         raise ConfigError(f"cluster: --{stray[0]} has no effect without --target k8s")
+    address = _address(options)
     from cluster import ray_jobs
 
-    address = _address(options)
     return ray_jobs.RayTarget(address, ray_jobs.connect(address, os.environ))
 
 
@@ -242,13 +243,13 @@ def _parser() -> _Parser:
     )
     submit.set_defaults(follow=True)
     jobs = submit.add_subparsers(dest="job", metavar="JOB")
-    for name, job in JOBS.items():
+    for name in ("prepare", "train", "tune", "evaluate", "predict"):
         jobs.add_parser(
             name,
             parents=[where, stay],
             allow_abbrev=False,
             add_help=False,
-            help=f"takes the flags of python -m {job.module}, and --help shows them",
+            help=f"takes the flags of python -m jobs.{name}, and --help shows them",
         )
     commands.add_parser("list", parents=[where, debug], help="the jobs that the cluster remembers")
     for name, text in (

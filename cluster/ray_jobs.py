@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import urlsplit
 
 import requests
@@ -27,10 +27,12 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from cluster.package import Package, collect, stage
-from cluster.states import JobState, Phase, Started, Write
-from cluster.submission import Submission, is_remote
+from cluster.states import JobState, Phase, Started, Write, is_remote
 from pneumo.errors import AccessError, ClusterError, ConfigError, PneumoError
 from pneumo.version import REVISION, find_revision
+
+if TYPE_CHECKING:
+    from cluster.submission import Submission
 
 CONNECT_TIMEOUT_S = 5.0
 FIRST_ANSWER_TIMEOUT_S = 5.0

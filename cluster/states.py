@@ -4,13 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
+from urllib.parse import urlsplit
 
-from cluster.submission import Submission
+from pneumo.errors import ConfigError
+
+if TYPE_CHECKING:  # what reads the configuration takes a quarter of a second to import
+    from cluster.submission import Submission
 
 Phase = Literal["waiting", "running", "succeeded", "failed", "cancelled"]
 
 Write = Callable[[str], object]
+
+
+_LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
+def is_remote(address: str) -> bool:
+    """Whether `http://host:port` is another machine. A forwarded port looks like this one.
+
+    Raises ConfigError for what is no address.
+    """
+    try:
+        host = urlsplit(address).hostname
+    except ValueError as error:
+        raise ConfigError(f"{address}: is no address: {error}") from error
+    return (host or "") not in _LOOPBACK
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from cluster.package import RECIPE_FOLDER
+from cluster.states import is_remote
 from pneumo.command_line import JOBS, Invocation, PrepareArguments, parse_command_line
 from pneumo.config import WEIGHTS_WITHOUT_FILE, ClusterConfig, Config, Section
 from pneumo.config_layers import ENVIRONMENT_PREFIX, override, read_recipe
@@ -45,7 +45,6 @@ _PLACES = ("source", "store", "run", "members", "compare_with", "output")
 
 _WRITTEN = ("store", "run", "output")
 _SECRET_LIKE = re.compile(r"KEY|SECRET|TOKEN|PASSWORD|CREDENTIAL")
-_LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 @dataclass(frozen=True)
@@ -75,18 +74,6 @@ class Submission:
     def secrets(self) -> tuple[str, ...]:
         """Variables of `environment` whose names say that they are secrets."""
         return tuple(name for name in self.environment if _SECRET_LIKE.search(name))
-
-
-def is_remote(address: str) -> bool:
-    """Whether `http://host:port` is another machine. A forwarded port looks like this one.
-
-    Raises ConfigError for what is no address.
-    """
-    try:
-        host = urlsplit(address).hostname
-    except ValueError as error:
-        raise ConfigError(f"{address}: is no address: {error}") from error
-    return (host or "") not in _LOOPBACK
 
 
 def plan(

@@ -1,2 +1,4 @@
-"""Ray jobs: prepare, train, tune, evaluate. Each is a thin main over `pneumo`, run inside the
-cluster."""
+"""Ray jobs, run inside the cluster: `python -m jobs.prepare`, train, tune, evaluate, predict, demo.
+
+These entry modules check the command line and import what does the work afterwards.
+"""

@@ -10,30 +10,17 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from pneumo import storage
 from pneumo.search_space import Domain, Space, flatten, grid_points
 
 PositiveInt = Annotated[int, Field(gt=0)]
-
-
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-
 
 WEIGHTS_WITHOUT_FILE = ("imagenet", "random")
 """Values of model.weights that name no file."""
-
-
 NUM_SALTS = 64
 """Splits of one seed to choose from."""
 REDUCTION_FACTOR = 3
@@ -41,7 +28,7 @@ REDUCTION_FACTOR = 3
 
 
 def without_folders(value: Any) -> Any:
-    """The name of a file of this machine; what is none, or a URL, is as it was."""
+    """The name alone of a file of this machine; any other value as it is."""
     is_path = isinstance(value, str) and "/" in value and storage.is_local(value)
     return value.rsplit("/", 1)[-1] if is_path else value
 
@@ -209,16 +196,17 @@ class TuneConfig(Section):
 
     @model_validator(mode="after")
     def _everything_has_an_effect(self) -> Self:
-        defaults = {name: field.default for name, field in type(self).model_fields.items()}
-
-        def refuse(name: str, why: str) -> None:
-            if getattr(self, name) != defaults[name]:
-                raise ValueError(f"{name} {getattr(self, name)} has no effect {why}")
-
-        if self.objective != "sensitivity":
-            refuse("specificity", f"on objective {self.objective}")
+        fields = type(self).model_fields
+        if self.objective != "sensitivity" and self.specificity != fields["specificity"].default:
+            raise ValueError(
+                f"specificity {self.specificity} has no effect on objective {self.objective}"
+            )
         if self.algorithm == "grid":
-            refuse("num_trials", "on a grid, which has its own number")
+            if self.num_trials != fields["num_trials"].default:
+                raise ValueError(
+                    f"num_trials {self.num_trials} has no effect on a grid, which has its own "
+                    "number"
+                )
             grid_points(self.space)
         elif not any(domain.varies for domain in self.space.values()):
             raise ValueError("space holds nothing that varies; give a range or a choice")
@@ -261,8 +249,8 @@ class EvaluateConfig(Section):
     bootstrap_resamples: Annotated[int, Field(ge=100)] = 2000
     """Resamples of the patients behind each interval."""
     pictures: PositiveInt = 6
-    """Studies shown of each outcome (true and false positives and negatives), and half of the most
-    confident errors that are shown of each kind."""
+    """Studies shown of each outcome (true and false positives and negatives); of the most confident
+    errors of each kind, twice as many."""
     min_patients: PositiveInt = 10
     """Fewest patients of a class for a threshold or a calibration to be chosen on val, and for a
     subgroup to be judged."""

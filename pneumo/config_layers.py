@@ -52,7 +52,7 @@ _REMOVED = {
     "tracking.image_pixels": "pictures are at most 192 pixels high",
 }
 """Settings of earlier versions, and what holds in their place."""
-_REMOVED_VALUES = {
+_REMOVED_VALUES: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("train", "precision"): {"native": "auto"},
     ("train", "compile"): {"max-autotune": True},
 }

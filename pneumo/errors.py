@@ -1,23 +1,13 @@
 """Every error that a user can meet.
 
-    PneumoError                   exit 1: something failed
-    ├── UserError                 exit 2: the user's mistake; the message says what to change
-    │   ├── ConfigError           a setting, a recipe, a flag, an environment variable
-    │   ├── SourceError           the folder of DICOM files and tables
-    │   ├── StoreError            the store: absent, empty, unreadable, of another image size
-    │   ├── RunError              the run folder: finished, of another configuration, taken over
-    │   └── AccessError           no credentials, no right, no such bucket
-    ├── DataError                 bytes are not what the manifest vouches for
-    ├── BadFilesError             more unusable studies than `prepare.max_bad_fraction` allows
-    ├── DicomError                one file cannot be used; ends in quarantine, not on the screen
-    ├── CheckpointError           a checkpoint that cannot be read
-    ├── DivergedError             the loss is no longer a number
-    ├── PreemptedError            exit 130: told to stop; all that was trained is in a checkpoint
-    ├── ClusterError              the cluster does not give what the job asks for
-    ├── MetricError               a metric that is undefined for this input
-    ├── TrackingError             W&B did not get what was to be sent to it afterwards
-    └── StorageError              the object store did not answer within the time allowed
-        └── ContentError          it did, with other bytes than those that were expected
+    PneumoError               exit 1: something failed
+    ├── UserError             exit 2: the user's mistake; the message says what to change
+    │   └── ConfigError, SourceError, StoreError, RunError, AccessError
+    ├── DataError, BadFilesError, DicomError, CheckpointError, DivergedError, ClusterError,
+    │   MetricError, TrackingError
+    ├── PreemptedError        exit 130: told to stop; all that was trained is in a checkpoint
+    └── StorageError
+        └── ContentError
 
 Each takes its message as the only positional argument, so that it survives pickling between Ray
 processes. A message is one line: where, got, expected, what to do. Nothing from a patient's header
@@ -36,7 +26,7 @@ class PneumoError(Exception):
 
 
 class UserError(PneumoError):
-    """A mistake that the user can mend."""
+    """A mistake that the user can correct."""
 
     exit_code: ClassVar[int] = 2
 

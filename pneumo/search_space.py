@@ -8,7 +8,7 @@
     data.image_size = ["integer", 160, 224]           # both ends included
     model.backbone = "resnet34"                       # fixed; ["fixed", "resnet34"] is the same
 
-What a key may hold is the configuration's own affair: `search.check_space` asks it.
+Whether a key exists and may have such values, `config_layers.check_space` checks.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Domain(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _read(cls, written: Any) -> Any:
-        if isinstance(written, Mapping):  # not a form a person writes
+        if isinstance(written, Mapping):
             raise ValueError(f"give {_FORMS}; got {dict(written)!r}")  # noqa: TRY004  pydantic's
         if not isinstance(written, list | tuple):
             return {"kind": "fixed", "values": (written,)}
@@ -72,7 +72,7 @@ class Domain(BaseModel):
             if not self.values:
                 raise ValueError('["choice", …] without a value to choose')
             if len(set(map(repr, self.values))) != len(self.values):
-                raise ValueError(f"a choice stands twice in {self.values}")
+                raise ValueError(f"a choice is given twice in {self.values}")
             return self
         self._check_range()
         return self
@@ -97,24 +97,24 @@ class Domain(BaseModel):
 
     @property
     def low(self) -> float:
-        """Of a range."""
+        """The lowest value of a range."""
         assert isinstance(self.values[0], int | float)
         return self.values[0]
 
     @property
     def high(self) -> float:
-        """Of a range, which includes it."""
+        """The highest value of a range, included."""
         assert isinstance(self.values[1], int | float)
         return self.values[1]
 
     @property
     def varies(self) -> bool:
-        """Whether there is anything to search."""
+        """Whether it can have more than one value."""
         return self.kind != "fixed" and len(set(map(repr, self.values))) > 1
 
     def samples(self) -> tuple[Scalar, ...]:
-        """Values of which all are allowed if every draw is: the ends of a range and one that is as
-        odd as draws are; every choice."""
+        """Values to check in place of every draw: the ends of a range and a value between them that
+        is no round number; every choice."""
         if self.kind in ("choice", "fixed"):
             return self.values
         if self.kind == "integer":
@@ -149,7 +149,7 @@ class Domain(BaseModel):
 
 
 Space = dict[str, Domain]
-"""By dotted key."""
+"""The domain of each searched setting, by dotted key."""
 
 
 def flatten(tree: Any, prefix: str = "") -> Any:
@@ -164,8 +164,8 @@ def flatten(tree: Any, prefix: str = "") -> Any:
 
 
 def sample(space: Mapping[str, Domain], limit: int = 2048) -> list[dict[str, Scalar]]:
-    """Settings of which all are allowed if every draw is: all combinations of the domains' samples,
-    or the first `limit` of them and each sample by itself."""
+    """Settings to check in place of every draw: all combinations of the domains' samples, or the
+    first `limit` of them and each sample by itself."""
     keys = list(space)
     combinations = product(*(space[key].samples() for key in keys))
     found = [dict(zip(keys, values, strict=True)) for values in islice(combinations, limit)]

@@ -1,4 +1,4 @@
-"""Which code this is: for the checkpoints that it writes."""
+"""Which code this is, for the checkpoints that it writes."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from pathlib import Path
 from pneumo import __version__
 
 REVISION = "PNEUMO_REVISION"
-"""The environment variable that says it where no checkout does: in the image, and in code that was
-sent to a cluster."""
+"""The environment variable that holds the git revision where there is no checkout: in the image,
+and in code that was sent to a cluster."""
 
 
 @cache
 def describe_code() -> str:
-    """Package version and git revision, as far as it is known. Asked once a process."""
+    """Package version and git revision, '1.0+ab12cd3'; the revision as far as it is known."""
     return describe(Path(__file__).parent, os.environ)
 
 
 def describe(folder: Path, environ: Mapping[str, str]) -> str:
-    """Of the code in `folder`: what the environment says wins, as the folder may be a copy."""
+    """The same of the code in `folder`; the environment wins, as the folder may be a copy."""
     revision = environ.get(REVISION) or find_revision(folder)
     return f"{__version__}+{revision}" if revision else __version__
 

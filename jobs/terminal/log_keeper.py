@@ -1,8 +1,8 @@
-"""What a job says, kept where it writes: for a cluster that goes, with its logs, when the job ends.
+"""A job's output, kept where the job writes: a cluster that ends with its job takes its logs along.
 
     python -m jobs.terminal.log_keeper s3://bucket/runs/1/logs/ID python -m jobs.train …
 
-Runs the command, shows what it says, and keeps that as `<folder>/<when it began>.log`: soon, every
+Runs the command, shows its output, and keeps that as `<folder>/<when it began>.log`: soon, every
 half minute, and at the end. The exit code is the command's. On Kubernetes a failed attempt's pods
 are deleted before the next begins; `python -m cluster logs` reads here why it failed.
 """
@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import IO
 
@@ -32,36 +32,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the command's exit code, 128 more than the signal that ended it."""
     folder_url, *command = sys.argv[1:] if argv is None else argv
     try:
-        book = Logbook(
-            storage.join(storage.normalise(folder_url), f"{datetime.now(UTC):%Y%m%d-%H%M%S}.log")
-        )
+        name = f"{datetime.now(UTC):%Y%m%d-%H%M%S}.log"
+        keeper = LogKeeper(storage.join(storage.normalise(folder_url), name))
     except PneumoError as error:
-        say(f"error: logbook: {error}")
+        say(f"error: log: {error}")
         return error.exit_code
-    # Ray signals the command as well, which then ends in its own time. Handlers, for what is
-    # ignored here would be ignored by the command too.
+    # Ray signals the command as well, which then ends in its own time. Handlers, because the
+    # command would inherit an ignored signal.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert process.stdout is not None
-    reader = threading.Thread(target=book.copy, args=(process.stdout,), daemon=True)
+    reader = threading.Thread(target=keeper.copy, args=(process.stdout,), daemon=True)
     reader.start()
-    threading.Thread(target=book.keep_up, daemon=True).start()
+    threading.Thread(target=keeper.run, daemon=True).start()
     code = process.wait()
     reader.join(timeout=2.0)  # a grandchild may hold the pipe
-    book.close()
+    keeper.close()
     return code if code >= 0 else 128 - code
 
 
-class Logbook:
+class LogKeeper:
     """The log so far, and as much of it as lies at `url`."""
 
-    def __init__(self, url: str, most_bytes: int = MOST_BYTES) -> None:
-        self.url, self.most_bytes = url, most_bytes
+    def __init__(
+        self,
+        url: str,
+        most_bytes: int = MOST_BYTES,
+        write: Callable[[str, bytes], None] = storage.write_bytes,
+    ) -> None:
+        self.url, self.most_bytes, self.write = url, most_bytes, write
         self._text = bytearray()
-        self._kept = -1
+        self._read_bytes = 0
+        self._written_bytes = -1
+        """`_read_bytes` when the log was last written."""
         self._trouble = ""
-        self._said = 0
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._closed = threading.Event()
@@ -73,36 +78,37 @@ class Logbook:
             sys.stdout.buffer.flush()
             with self._lock:
                 self._text += chunk
-                self._said += len(chunk)
+                self._read_bytes += len(chunk)
                 del self._text[: -self.most_bytes]
 
-    def keep_up(self) -> None:
-        """Write what is new now and then, and once more at the end."""
+    def run(self) -> None:
+        """Flush now and then, and once more when closed."""
         pause_s = 1.0
         while not self._ended.wait(pause_s):
-            self._keep()
+            self.flush()
             pause_s = KEEP_EVERY_S
-        self._keep()
+        self.flush()
         self._closed.set()
 
-    def close(self) -> None:
-        """Have the end written, but not at the price of the job's."""
-        self._ended.set()
-        if not self._closed.wait(LAST_WRITE_S):
-            say(f"logbook: {self.url}: not written within {LAST_WRITE_S:g} s; its end is lost")
-
-    def _keep(self) -> None:
+    def flush(self) -> None:
+        """Write the log where there is more of it than is written; a fault is told once."""
         with self._lock:
-            text, said = bytes(self._text), self._said
-        if said == self._kept:
+            text, read_bytes = bytes(self._text), self._read_bytes
+        if read_bytes == self._written_bytes:
             return
         try:
-            storage.write_bytes(self.url, text)
-            self._kept = said
+            self.write(self.url, text)
+            self._written_bytes = read_bytes
         except PneumoError as error:
             if str(error) != self._trouble:
-                say(f"logbook: {error}; the job goes on, and its log goes with its pod")
+                say(f"log: {error}; the job goes on, and its log is lost with its pod")
             self._trouble = str(error)
+
+    def close(self) -> None:
+        """Have `run` write the end, but wait for it no longer than LAST_WRITE_S."""
+        self._ended.set()
+        if not self._closed.wait(LAST_WRITE_S):
+            say(f"log: {self.url}: not written within {LAST_WRITE_S:g} s; its end is lost")
 
 
 if __name__ == "__main__":

@@ -10,28 +10,21 @@ from tqdm import tqdm
 
 from jobs.terminal.entry_point import say
 
-_PLAIN_INTERVAL_S = 10.0
-
 
 class Progress:
     """Counts `total` things; use as a context manager."""
 
     def __init__(
-        self,
-        label: str,
-        total: int,
-        unit: str,
-        *,
-        initial: int = 0,
-        interval_s: float = _PLAIN_INTERVAL_S,
+        self, label: str, total: int, unit: str, *, initial: int = 0, interval_s: float = 10.0
     ) -> None:
         """`initial` were done before, and count neither for the rate nor for the time left; plain
         lines are `interval_s` apart."""
         self.label, self.total, self.unit, self.interval_s = label, total, unit, interval_s
         self.done = self.initial = initial
-        self.started_s = self.spoken_s = time.monotonic()
-        self.bar = (
-            tqdm(
+        self.started_s = self.told_s = time.monotonic()
+        self.bar = None
+        if sys.stderr.isatty():
+            self.bar = tqdm(
                 total=total,
                 desc=label,
                 unit=unit,
@@ -39,26 +32,23 @@ class Progress:
                 dynamic_ncols=True,
                 initial=initial,
             )
-            if sys.stderr.isatty()
-            else None
-        )
 
     def advance_to(self, done: int, note: str = "") -> None:
-        """Say that `done` of the total are done; `note` stands behind the numbers."""
+        """Show that `done` of the total are done; `note` stands behind the numbers."""
         step, self.done = done - self.done, done
         if self.bar is not None:
             self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(step)
-        elif time.monotonic() - self.spoken_s > self.interval_s and done < self.total:
-            self.spoken_s = time.monotonic()
-            behind = f", {note}" if note else ""
-            rate = (done - self.initial) / (self.spoken_s - self.started_s)
+        elif time.monotonic() - self.told_s > self.interval_s and done < self.total:
+            self.told_s = time.monotonic()
+            rate = (done - self.initial) / (self.told_s - self.started_s)
             left = ""
             if rate > 0:
                 left = f", {rate:.3g} a second, about {(self.total - done) / rate:.0f} s left"
-            say(f"{self.label}: {done}/{self.total} {self.unit}{left}{behind}")
+            end = f", {note}" if note else ""
+            say(f"{self.label}: {done}/{self.total} {self.unit}{left}{end}")
 
-    def write(self, line: str) -> None:
+    def tell(self, line: str) -> None:
         """A line of text above the bar."""
         if self.bar is not None:
             self.bar.write(line, file=sys.stderr)

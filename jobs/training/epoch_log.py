@@ -182,4 +182,4 @@ class Follower:
         if self.progress is None:
             say(line)
         else:
-            self.progress.write(line)
+            self.progress.tell(line)

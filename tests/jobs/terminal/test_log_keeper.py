@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.terminal import log_keeper
-from pneumo import storage
+from jobs.terminal.log_keeper import LogKeeper
 from pneumo.errors import StorageError
 from tests import CHECKOUT
 from tests.waiting import wait_until
@@ -85,7 +84,7 @@ def test_a_log_that_cannot_be_kept_does_not_cost_the_job() -> None:
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (0, "done\n")
     [line] = err.splitlines()
-    assert line.startswith("logbook: ")
+    assert line.startswith("log: ")
     assert "the job goes on" in line
 
 
@@ -93,30 +92,27 @@ def test_no_url_is_the_users_mistake() -> None:
     with _start("gopher://x", "print('never')") as process:
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (2, "")
-    assert err.startswith("error: logbook: storage: unknown scheme")
+    assert err.startswith("error: log: storage: unknown scheme")
 
 
 def test_of_a_long_log_the_end_is_kept(tmp_path: Path) -> None:
-    book = log_keeper.Logbook(str(tmp_path / "x.log"), most_bytes=10)
-    book.copy(io.BytesIO(b"begin" + b"x" * 1000 + b" the end\n"))
-    threading.Thread(target=book.keep_up, daemon=True).start()
-    book.close()
+    keeper = LogKeeper(str(tmp_path / "x.log"), most_bytes=10)
+    keeper.copy(io.BytesIO(b"begin" + b"x" * 1000 + b" the end\n"))
+    threading.Thread(target=keeper.run, daemon=True).start()
+    keeper.close()
     assert _kept(tmp_path) == "x the end\n"
 
 
-def test_the_end_is_written_though_the_writing_before_it_failed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    book = log_keeper.Logbook(str(tmp_path / "log"))
-    book.copy(io.BytesIO(b"all it said"))  # type: ignore[arg-type]
-    write = storage.write_bytes
+def test_what_could_not_be_written_is_written_next_time_and_then_no_more() -> None:
+    written: list[bytes] = []
 
     def fail_once(url: str, data: bytes) -> None:
-        monkeypatch.setattr(storage, "write_bytes", write)
-        raise StorageError("away")
+        written.append(data)
+        if len(written) == 1:
+            raise StorageError("away")
 
-    monkeypatch.setattr(storage, "write_bytes", fail_once)
-    book._keep()
-    assert not (tmp_path / "log").exists()
-    book._keep()
-    assert (tmp_path / "log").read_text() == "all it said"
+    keeper = LogKeeper("s3://bucket/log", write=fail_once)
+    keeper.copy(io.BytesIO(b"all it said"))
+    for _ in range(3):
+        keeper.flush()
+    assert written == [b"all it said"] * 2
