@@ -39,10 +39,11 @@ from pneumo.evaluation.file_predictions import (
     encode_csv,
     encode_parquet,
 )
-from pneumo.evaluation.predictions import Member, prepare_input, score_pictures, sigmoid
-from pneumo.evaluation.shown_studies import class_activation
+from pneumo.evaluation.predictions import sigmoid
 from pneumo.images.dicom import GrayImage
 from pneumo.images.dicom_files import Unusable, read_pictures
+from pneumo.network.gradcam import class_activation
+from pneumo.network.scoring import Member, prepare_input, score_pictures
 from pneumo.reporting.figures import draw_overlay, show_threshold
 from pneumo.training.checkpoints import load_checkpoint, read_index
 

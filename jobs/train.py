@@ -49,7 +49,8 @@ from pneumo.reporting.tracking.artifacts import describe_dataset, describe_weigh
 from pneumo.reporting.tracking.closing import close_tracker, tracking_folder
 from pneumo.training.checkpoint_writer import read_history
 from pneumo.training.checkpoints import CheckpointIndex, read_index
-from pneumo.training.fit import check_run, fit
+from pneumo.training.fit import fit
+from pneumo.training.preconditions import check_run
 
 RENDEZVOUS_TIMEOUT_S = 180
 """Within which the ranks of an attempt must find each other; else another is begun."""

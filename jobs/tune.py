@@ -40,7 +40,7 @@ from pneumo.config import Config, Invocation, ModelConfig, TuneArguments, check_
 from pneumo.dataset.shards import Manifest, read_manifest
 from pneumo.errors import ClusterError, ConfigError, RunError
 from pneumo.network.backbones import check_weights
-from pneumo.training.fit import check_sizes
+from pneumo.training.preconditions import check_sizes
 from pneumo.tuning.objective import describe_objective, knows_nothing
 from pneumo.tuning.search import (
     Choice,

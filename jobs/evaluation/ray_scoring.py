@@ -23,13 +23,13 @@ from pneumo.config import ClusterConfig, Config, DataConfig
 from pneumo.dataset.shards import Manifest, StudyRow, read_manifest
 from pneumo.errors import MetricError
 from pneumo.evaluation.map_scores import BoxScores, FixedMaps
-from pneumo.evaluation.predictions import Logits, Member, prepare_input, score_pictures
-from pneumo.evaluation.shown_studies import Maps, class_activation, gradcam, randomised
 from pneumo.images.boxes import Box
-from pneumo.loading.feeds import Samples
+from pneumo.loading.blocks import Samples
 from pneumo.loading.loader import open_loader, read_images
 from pneumo.loading.sample_order import World
 from pneumo.network.backbones import build_model
+from pneumo.network.gradcam import Maps, class_activation, gradcam, randomised
+from pneumo.network.scoring import Logits, Member, prepare_input, score_pictures
 from pneumo.training.checkpoints import CheckpointEntry, load_checkpoint
 
 T = TypeVar("T")

@@ -18,9 +18,9 @@ import ray.exceptions
 from jobs.tuning.trial_records import read_history, write_history, write_scores, write_started
 from pneumo.config import TuneConfig
 from pneumo.errors import DivergedError, MetricError
-from pneumo.evaluation.predictions import Scores
-from pneumo.loading.feeds import Held
+from pneumo.loading.in_memory import InMemorySplit
 from pneumo.loading.sample_order import World
+from pneumo.network.scoring import Scores
 from pneumo.training.callbacks import Epoch, Hooks, Start
 from pneumo.tuning.objective import judge, knows_nothing, smooth
 from pneumo.tuning.search import ERROR, OBJECTIVE
@@ -46,7 +46,7 @@ class Shared:
     held: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     """References to the splits in memory, by image size and name."""
 
-    def fetch(self, image_size: int | None) -> dict[str, Held]:
+    def fetch(self, image_size: int | None) -> dict[str, InMemorySplit]:
         """The splits at this size, none being the store's, that are in the node's memory; those
         that are lost are read by whoever needs them."""
         references = self.held.get(image_size or self.stored_size, {})

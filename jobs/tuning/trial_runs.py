@@ -23,7 +23,7 @@ from jobs.tuning.trial_records import drop_checkpoints, trial_url
 from pneumo.config import Config, DataConfig, override
 from pneumo.dataset.shards import Manifest, read_studies
 from pneumo.errors import ClusterError, DivergedError
-from pneumo.loading.feeds import Held
+from pneumo.loading.in_memory import InMemorySplit
 from pneumo.loading.loader import hold_split, input_size
 from pneumo.loading.sample_order import World
 from pneumo.training.callbacks import Hooks
@@ -120,7 +120,7 @@ def _hold(config: Config, manifest: Manifest, store_url: str, size: int) -> dict
 
 def _read_split(
     store_url: str, manifest: Manifest, split: str, config: DataConfig, image_size: int
-) -> tuple[bool, Held | None]:
+) -> tuple[bool, InMemorySplit | None]:
     held = hold_split(store_url, manifest, split, config, image_size=image_size)
     return held is not None, held
 

@@ -17,9 +17,11 @@ from pneumo.dataset.shards import Manifest, read_shard
 from pneumo.errors import ConfigError, DataError
 from pneumo.loading import augmentation, free_memory, sample_order
 from pneumo.loading.block_cache import BlockCache
-from pneumo.loading.feeds import Blocks, Feed, Held, Memory, Samples, Stream
+from pneumo.loading.blocks import Blocks, Feed, Samples
+from pneumo.loading.in_memory import InMemoryFeed, InMemorySplit
 from pneumo.loading.prefetch import run_ahead, send
 from pneumo.loading.sample_order import Rows, World
+from pneumo.loading.streaming import StreamingFeed
 
 _HOST_SHARE = 0.5
 """Splits may take this share of the free memory; the rest is for the model and for batches."""
@@ -185,7 +187,7 @@ def open_loaders(
     world: World,
     device: torch.device | str,
     tell: Callable[[str], None] = lambda line: None,
-    held: Mapping[str, Held] = MappingProxyType({}),
+    held: Mapping[str, InMemorySplit] = MappingProxyType({}),
     compiled: bool = False,
 ) -> tuple[Loader, ...]:
     """Loaders of splits at `image_size`, in the way that `config.cache` says or that fits beside
@@ -216,12 +218,14 @@ def open_loaders(
         choice, readers = choices.get(split), config.readers
         if choice is None:
             tell(f"data: {split}: shared with the others on this machine")
-            return Memory(blocks[split], readers=readers, device=device, held=held[split])
+            return InMemoryFeed(blocks[split], readers=readers, device=device, held=held[split])
         tell(f"data: {split}: {choice.reason}")
         if choice.way == "stream":
-            return Stream(blocks[split], readers=readers, prefetch_blocks=config.prefetch_blocks)
+            return StreamingFeed(
+                blocks[split], readers=readers, prefetch_blocks=config.prefetch_blocks
+            )
         keeper = device if choice.on_device else torch.device("cpu")
-        return Memory(blocks[split], readers=readers, device=keeper)
+        return InMemoryFeed(blocks[split], readers=readers, device=keeper)
 
     return tuple(
         Loader(
@@ -239,7 +243,7 @@ def open_loaders(
 
 def hold_split(
     store_url: str, manifest: Manifest, split: str, config: DataConfig, *, image_size: int
-) -> Held | None:
+) -> InMemorySplit | None:
     """The whole split in memory, for several trainings to share; None where it would be streamed.
 
     Raises DataError, StorageError and ConfigError as `open_loader` and what it gives.
@@ -252,7 +256,7 @@ def hold_split(
         return None
     blocks = Blocks(store_url, manifest, split, image_size=image_size)
     blocks.check_shards(config.readers)
-    return Memory(blocks, readers=config.readers, device=torch.device("cpu")).hold()
+    return InMemoryFeed(blocks, readers=config.readers, device=torch.device("cpu")).hold()
 
 
 def choose_ways(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from pneumo.evaluation.predictions import Scores
 from pneumo.network.backbones import Initialisation
+from pneumo.network.scoring import Scores
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,6 @@ number of ranks (`learner.py`): losses and weights agree up to the rounding of s
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,21 +24,21 @@ from pneumo.config import Config, TrainConfig
 from pneumo.dataset.shards import Manifest, read_manifest
 from pneumo.errors import (
     CheckpointError,
-    ConfigError,
     DataError,
     DivergedError,
     PreemptedError,
 )
 from pneumo.loading import loader, sample_order
-from pneumo.loading.feeds import Held
+from pneumo.loading.in_memory import InMemorySplit
 from pneumo.loading.loader import Loader
 from pneumo.loading.sample_order import World
-from pneumo.network.backbones import Initialisation, build_model, check_weights, initialise
+from pneumo.network.backbones import Initialisation, build_model, initialise
 from pneumo.training.callbacks import Epoch, Hooks, Pace, Start
 from pneumo.training.checkpoint_writer import Keeper
 from pneumo.training.checkpoints import Checkpoint, copy_to_cpu, describe_code
 from pneumo.training.optimisation import learning_rate
-from pneumo.training.resuming import Resumption, find_last, take_up
+from pneumo.training.preconditions import check_compiler, check_sizes, resolve_pos_weight
+from pneumo.training.resuming import Resumption, take_up
 from pneumo.training.step_results import Divergence, Outcomes
 from pneumo.training.tally import Tally
 from pneumo.training.throughput import SlowData, StepTimes, read_gpu
@@ -48,6 +46,8 @@ from pneumo.training.train_step import Learner
 from pneumo.training.validation import validate
 
 DIVERGED = "diverged.json"
+
+
 _REPORT_INTERVAL_S = 1.0
 
 
@@ -85,7 +85,7 @@ def fit(
     world: World,
     device: torch.device,
     hooks: Hooks,
-    held: Mapping[str, Held] = MappingProxyType({}),
+    held: Mapping[str, InMemorySplit] = MappingProxyType({}),
 ) -> list[dict[str, float | None]]:
     """Train on the store's train split, judge on val, leave checkpoints and metrics.jsonl in the
     run. Splits that are `held` are not read.
@@ -100,7 +100,7 @@ def fit(
             device = torch.device("cuda", torch.cuda.current_device())
         torch.cuda.set_device(device)  # what NCCL takes for collectives of objects
         torch.backends.cudnn.benchmark = True  # micro-batches are all of one shape
-    _check_compiler(config.train)
+    check_compiler(config.train)
     manifest = read_manifest(store_url)
     image_size = check_sizes(config, manifest, num_workers=world.size)
     resumption = take_up(config, manifest, run_url, world, hooks.on_note)
@@ -154,64 +154,9 @@ def fit(
     return run.history
 
 
-def check_run(config: Config, manifest: Manifest, run_url: str, *, num_workers: int) -> int:
-    """What can be known before the first step; the image size to train at.
-
-    Raises RunError when the run is finished or of another configuration or store, and ConfigError
-    for sizes that do not fit, a training split of one class, and weights that a fresh run could not
-    begin with.
-    """
-    image_size = check_sizes(config, manifest, num_workers=num_workers)
-    if find_last(config, manifest, run_url) is None:
-        check_weights(config.model)
-    return image_size
-
-
-def check_sizes(config: Config, manifest: Manifest, *, num_workers: int) -> int:
-    """The image size to train at. Raises ConfigError for sizes that do not fit each other or the
-    store, and for a training split of one class."""
-    image_size = loader.input_size(manifest, config.data.image_size)
-    train = config.train
-    sample_order.check_batch_size(train.batch_size, train.micro_batch_size, num_workers)
-    sample_order.steps_per_epoch(manifest.splits["train"].samples, train.batch_size)
-    resolve_pos_weight(train, manifest)
-    return image_size
-
-
-def resolve_pos_weight(config: TrainConfig, manifest: Manifest) -> float:
-    """The number behind `pos_weight`: negatives / positives of the training split if balanced.
-
-    Raises ConfigError where one of the two is none.
-    """
-    if config.pos_weight != "balanced":
-        return config.pos_weight
-    train = manifest.splits["train"]
-    if not 0 < train.positives < train.samples:
-        raise ConfigError(
-            f"train.pos_weight: balanced needs both classes, and {train.positives} of the "
-            f"{train.samples} studies of the training split are positive; give a number, or "
-            "prepare a store with both"
-        )
-    return (train.samples - train.positives) / train.positives
-
-
 def scored_metric(config: TrainConfig) -> str:
     """The metric that says which epoch is the best: of the averaged weights where there are any."""
     return "val/auroc" if config.ema_decay is None else "val/ema_auroc"
-
-
-def has_compiler() -> bool:
-    """Whether this machine has the C compiler that torch.compile calls."""
-    return "CC" in os.environ or any(shutil.which(name) for name in ("gcc", "clang", "cc"))
-
-
-def _check_compiler(config: TrainConfig) -> None:
-    """Raise ConfigError where the network is to be compiled and nothing here can."""
-    if config.compile and not has_compiler():
-        raise ConfigError(
-            "train.compile: torch.compile needs a C compiler on every worker, and here is none of "
-            "gcc, clang, cc; install one, or say --train.compile false"
-        )
 
 
 def _begin(

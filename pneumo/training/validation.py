@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from pneumo.config import Config
 from pneumo.errors import DataError
 from pneumo.evaluation import metrics
-from pneumo.evaluation.predictions import Scores, score
 from pneumo.loading.loader import Batch, Loader
 from pneumo.loading.sample_order import World
+from pneumo.network.scoring import Scores, score
 from pneumo.training.train_step import Learner
 
 

@@ -25,7 +25,7 @@ from pneumo.dataset.shards import Manifest
 from pneumo.evaluation.metrics import Z_95
 from pneumo.network.backbones import count_multiply_adds
 from pneumo.search_space import Domain, Scalar
-from pneumo.training.fit import resolve_pos_weight
+from pneumo.training.preconditions import resolve_pos_weight
 from pneumo.tuning.objective import Judgement, smooth
 
 State = Literal["finished", "stopped", "diverged", "failed", "unfinished"]

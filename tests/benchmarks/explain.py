@@ -31,9 +31,9 @@ from jobs.ray_cluster.session import ray_session
 from pneumo.config import Config, ModelConfig
 from pneumo.dataset.shards import read_manifest, read_studies
 from pneumo.evaluation.map_scores import FixedMaps, centre_map, prior_map
-from pneumo.evaluation.shown_studies import Maps, class_activation, gradcam, randomised
 from pneumo.images.boxes import Box
 from pneumo.network.backbones import gradcam_layer
+from pneumo.network.gradcam import Maps, class_activation, gradcam, randomised
 from pneumo.training.checkpoints import Checkpoint, claim_run, read_index, save_checkpoint
 from tests.benchmarks.prepare import Sampler
 from tests.conftest import _write_store as write_store

@@ -40,10 +40,10 @@ from pneumo.config import Config, override, parse_command_line, read_recipe
 from pneumo.dataset.phantoms.source_folder import write_phantoms
 from pneumo.dataset.shards import read_manifest
 from pneumo.evaluation import metrics
-from pneumo.evaluation.predictions import score
 from pneumo.loading.loader import open_loader
 from pneumo.loading.sample_order import World
 from pneumo.network.backbones import build_model
+from pneumo.network.scoring import score
 from pneumo.training.callbacks import Hooks
 from pneumo.training.checkpoints import load_checkpoint, read_index
 from pneumo.training.fit import fit

@@ -37,7 +37,7 @@ from jobs.tuning.trial_runs import share, trial_config
 from pneumo.config import Config, override, parse_command_line
 from pneumo.dataset.phantoms.source_folder import write_phantoms
 from pneumo.dataset.shards import Manifest, read_manifest
-from pneumo.loading.feeds import Held
+from pneumo.loading.in_memory import InMemorySplit
 from pneumo.loading.sample_order import World
 from pneumo.training.callbacks import Hooks
 from pneumo.training.fit import fit
@@ -171,7 +171,7 @@ def measure_overhead(options: argparse.Namespace, folder: Path) -> None:
         print(f"{what:<42} {seconds:7.2f} s a trial", flush=True)
 
 
-def _fit(config: Config, store: str, run: Path, held: dict[str, Held]) -> float:
+def _fit(config: Config, store: str, run: Path, held: dict[str, InMemorySplit]) -> float:
     started = time.perf_counter()
     fit(
         trial_config(config, {}),

@@ -14,16 +14,17 @@ import torch.distributed as dist
 
 from pneumo.config import AugmentConfig, Config, DataConfig, TrainConfig, override
 from pneumo.dataset import shards
-from pneumo.evaluation.predictions import Member, score_pictures
 from pneumo.loading import augmentation, loader
 from pneumo.loading.loader import Batch
 from pneumo.loading.prefetch import run_ahead, send
 from pneumo.loading.sample_order import World
 from pneumo.network.backbones import build_model, initialise
 from pneumo.network.gray_convolution import Stem
+from pneumo.network.scoring import Member, score_pictures
 from pneumo.training.callbacks import Hooks
 from pneumo.training.checkpoints import load_checkpoint, read_index
-from pneumo.training.fit import fit, has_compiler
+from pneumo.training.fit import fit
+from pneumo.training.preconditions import has_compiler
 from pneumo.training.step_results import Outcomes
 from pneumo.training.train_step import Learner
 

@@ -24,16 +24,9 @@ from pneumo.dataset.shards import StudyRow
 from pneumo.errors import DataError
 from pneumo.evaluation.predictions import (
     SCORING,
-    VIEWS,
-    Logits,
-    Member,
     Predictions,
-    Scores,
     cover_boxes,
     join_predictions,
-    prepare_input,
-    score,
-    score_pictures,
     sigmoid,
 )
 from pneumo.images.boxes import Box
@@ -41,6 +34,15 @@ from pneumo.loading import loader
 from pneumo.loading.loader import Batch
 from pneumo.loading.sample_order import World
 from pneumo.network.backbones import build_model
+from pneumo.network.scoring import (
+    VIEWS,
+    Logits,
+    Member,
+    Scores,
+    prepare_input,
+    score,
+    score_pictures,
+)
 
 SIDE = 64
 StoreMaker = Callable[..., str]

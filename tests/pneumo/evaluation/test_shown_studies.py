@@ -17,13 +17,11 @@ from pneumo.evaluation.shown_studies import (
     OUTCOMES,
     choose_errors,
     choose_gallery,
-    class_activation,
     count_errors,
     draw_sample,
-    gradcam,
-    randomised,
 )
 from pneumo.network.backbones import build_model
+from pneumo.network.gradcam import class_activation, gradcam, randomised
 
 
 @pytest.fixture(scope="module")

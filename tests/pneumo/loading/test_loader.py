@@ -21,7 +21,7 @@ from pneumo.config import AugmentConfig, Config, DataConfig, override
 from pneumo.dataset import shards
 from pneumo.dataset.shards import Manifest, Sample
 from pneumo.errors import ConfigError, DataError
-from pneumo.loading import augmentation, feeds, loader, sample_order
+from pneumo.loading import augmentation, blocks, in_memory, loader, sample_order, streaming
 from pneumo.loading.loader import Batch, Loader, choose_ways
 from pneumo.loading.sample_order import World
 
@@ -164,7 +164,7 @@ def test_an_input_size_above_the_stores_is_refused(store: tuple[str, Manifest]) 
 @pytest.mark.parametrize("image_size", [32, 24, 16])
 def test_images_are_resampled_by_area(store: tuple[str, Manifest], image_size: int) -> None:
     samples = stored(store, "test")
-    images = feeds.to_input([sample.pixels for sample in samples], image_size)
+    images = blocks.to_input([sample.pixels for sample in samples], image_size)
     assert images.shape == (9, 1, image_size, image_size)
     assert images.dtype == torch.uint8
     for image, sample in zip(images[:, 0].numpy(), samples, strict=True):
@@ -180,7 +180,7 @@ def test_images_are_resampled_by_area(store: tuple[str, Manifest], image_size: i
 def test_half_size_is_the_mean_of_four(store: tuple[str, Manifest]) -> None:
     pixels = [sample.pixels for sample in stored(store, "test")]
     means = np.stack(pixels).reshape(9, 16, 2, 16, 2).mean(axis=(2, 4))
-    assert np.abs(feeds.to_input(pixels, 16)[:, 0].numpy() - means).max() <= 0.5
+    assert np.abs(blocks.to_input(pixels, 16)[:, 0].numpy() - means).max() <= 0.5
 
 
 # --- settings -------------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ def test_a_batch_is_the_partitions_rows_augmented_and_normalised(
         assert batch.keys == tuple(samples[row].key for row in rows)
         assert batch.targets.tolist() == [samples[row].target for row in rows]
         assert batch.targets.dtype == torch.float32
-        pixels = feeds.to_input([samples[row].pixels for row in rows], 32)
+        pixels = blocks.to_input([samples[row].pixels for row in rows], 32)
         moved = augmentation.augment(
             pixels, batch.keys, AUGMENT, seed=5, epoch=3, moments=(0.4, 0.2)
         )
@@ -309,7 +309,7 @@ def test_evaluation_feeds_every_study_once_on_any_number_of_ranks(
     assert [key for batch in fed for key in batch.keys] == [sample.key for sample in samples]
     together = join(tuple(fed))
     assert together.targets.tolist() == [sample.target for sample in samples]
-    pixels = feeds.to_input([sample.pixels for sample in samples], 32)
+    pixels = blocks.to_input([sample.pixels for sample in samples], 32)
     assert torch.equal(together.images, augmentation.normalise(pixels, 0.4, 0.2))
     assert max(len(batch.keys) for batch in fed) <= 7
 
@@ -401,8 +401,8 @@ def test_a_block_needed_again_much_later_is_read_again(
     store: tuple[str, Manifest], counted: type[CountedFiles]
 ) -> None:
     """So that a long epoch does not hold the blocks that two lanes share."""
-    blocks = feeds.Blocks(f"counted://{store[0]}", store[1], "train", image_size=32)
-    stream = feeds.Stream(blocks, readers=1, prefetch_blocks=1)
+    source = blocks.Blocks(f"counted://{store[0]}", store[1], "train", image_size=32)
+    stream = streaming.StreamingFeed(source, readers=1, prefetch_blocks=1)
     plan = [np.array([row]) for row in [0, 1, *range(64, 97), 2, 100, 3]]
     fed = list(stream.feed(plan))
     samples = stored(store, "train")
@@ -723,7 +723,9 @@ def test_the_way_and_its_reason_are_told_in_a_line(
         device="cpu",
         tell=lines.append,
     )
-    assert isinstance(opened.feed, feeds.Stream if way == "stream" else feeds.Memory)
+    assert isinstance(
+        opened.feed, streaming.StreamingFeed if way == "stream" else in_memory.InMemoryFeed
+    )
     [told] = lines
     assert re.match(line, told)
 

@@ -42,8 +42,9 @@ from pneumo.training.checkpoints import (
     read_index,
     save_checkpoint,
 )
-from pneumo.training.fit import check_run, fit, resolve_pos_weight
+from pneumo.training.fit import fit
 from pneumo.training.optimisation import autocast_dtype, build_optimizer, learning_rate
+from pneumo.training.preconditions import check_run, resolve_pos_weight
 from pneumo.training.train_step import Learner
 from tests.ranks import run_ranks
 
