@@ -1,4 +1,4 @@
-"""A split's blocks: what is read by one request, checked against its digest, and decoded."""
+"""A split's blocks: each is read by one request, checked against its digest and decoded."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from pneumo import storage
+from pneumo.config import DataConfig
 from pneumo.dataset.shards import BlockEntry, Manifest, ShardEntry, decode_block, read_block
-from pneumo.errors import ContentError, DataError
+from pneumo.errors import ConfigError, ContentError, DataError
 from pneumo.loading.block_cache import BlockCache
 from pneumo.loading.sample_order import Rows
 
-_READER = "pneumo-reader"
+READER_THREAD = "pneumo-reader"
+"""How the names of the threads begin that read and decode."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,30 +35,56 @@ class Samples:
     """(B,) float32, 0 or 1, on the CPU."""
 
 
+@dataclass(frozen=True)
+class PreparedStore:
+    """A prepared store, and the settings by which it is read."""
+
+    url: str
+    manifest: Manifest
+    config: DataConfig
+
+    @property
+    def image_size(self) -> int:
+        """The size to train at. Raises ConfigError: see `input_size`."""
+        return input_size(self.manifest, self.config.image_size)
+
+    def decoded_bytes(self, split: str) -> int:
+        """What the split takes in memory."""
+        return self.manifest.splits[split].samples * self.image_size**2
+
+
+def input_size(manifest: Manifest, wanted: int | None) -> int:
+    """The size to train at; None: the store's. Raises ConfigError when it is above the store's:
+    pixels are not invented."""
+    if wanted is not None and wanted > manifest.image_size:
+        raise ConfigError(
+            f"data.image_size: {wanted} is above the store's {manifest.image_size}; lower it, or "
+            f"prepare a store with --prepare.image-size {wanted}"
+        )
+    return wanted or manifest.image_size
+
+
 class Feed(Protocol):
-    """A way to get samples."""
+    """A way to get samples: `InMemoryFeed` or `StreamingFeed`, which give the same bytes."""
 
     def feed(self, plan: Sequence[Rows]) -> Iterator[Samples]:
-        """The samples of each step of `plan`. Raises DataError and StorageError."""
+        """The samples of each step of `plan`, in its order.
+
+        What breaks in a reader thread is raised in the step that needs it: DataError, which names
+        the shard, and StorageError.
+        """
         ...
 
 
 class Blocks:
-    """A split's blocks, in the store's order, and how one is had."""
+    """A split's blocks, in the store's order."""
 
-    def __init__(
-        self,
-        store_url: str,
-        manifest: Manifest,
-        split: str,
-        *,
-        image_size: int,
-        cache: BlockCache | None = None,
-    ) -> None:
+    def __init__(self, store: PreparedStore, split: str, cache: BlockCache | None = None) -> None:
         """Raises DataError when the manifest's numbers do not add up."""
-        entry = manifest.splits[split]
-        self.store_url, self.split, self.shards = store_url, split, entry.shards
-        self.stored_size, self.image_size, self.cache = manifest.image_size, image_size, cache
+        entry = store.manifest.splits[split]
+        self.store_url, self.split, self.shards = store.url, split, entry.shards
+        self.stored_size, self.image_size = store.manifest.image_size, store.image_size
+        self.cache = cache
         self.entries: list[tuple[ShardEntry, BlockEntry]] = [
             (shard, block) for shard in entry.shards for block in shard.blocks
         ]
@@ -76,7 +104,7 @@ class Blocks:
 
     def load(self, number: int, out: Tensor | None = None) -> Samples:
         """Read block `number` and decode it to the training size, into `out` where that is given:
-        (B, 1, S, S) uint8 on the CPU. Raises DataError."""
+        (B, 1, S, S) uint8 on the CPU. Raises DataError and StorageError."""
         shard, block = self.entries[number]
         data = self.cache.find(block.blake3) if self.cache else None
         if data is None:
@@ -105,20 +133,18 @@ class Blocks:
                     f"shard {shard.name}: cut: {error}; delete the store and prepare it again"
                 ) from error
 
-        with ThreadPoolExecutor(readers, thread_name_prefix=_READER) as pool:
+        with ThreadPoolExecutor(readers, thread_name_prefix=READER_THREAD) as pool:
             list(pool.map(check, self.shards))
 
 
 def to_input(
     pixels: Sequence[npt.NDArray[np.uint8]], image_size: int, out: Tensor | None = None
 ) -> Tensor:
-    """Stored pictures -> (B, 1, S, S) uint8 at the training size, resampled by area.
-
-    Into `out` where that is given, which must have this shape.
-    """
+    """Stored images (S, S) uint8 -> (B, 1, H, H) uint8 at `image_size`, resampled by area; into
+    `out` where that is given."""
     if out is None:
         out = torch.empty((len(pixels), 1, image_size, image_size), dtype=torch.uint8)
-    # numpy copies a picture at once, torch a pixel at a time.
+    # numpy copies an image at once, torch a pixel at a time.
     for image, place in zip(pixels, out.numpy()[:, 0], strict=True):
         if image.shape == place.shape:
             place[:] = image

@@ -1,4 +1,4 @@
-"""A split streamed: blocks are read shortly before they are needed."""
+"""A split streamed: blocks are read shortly before they are needed, and dropped afterwards."""
 
 from __future__ import annotations
 
@@ -12,39 +12,38 @@ import numpy as np
 import torch
 
 from pneumo.errors import DataError
-from pneumo.loading.blocks import Blocks, Samples
+from pneumo.loading.blocks import READER_THREAD, Blocks, Samples
 from pneumo.loading.sample_order import Rows
 
-_READER = "pneumo-reader"
-
-_HELD_STEPS = 32
-"""A block that is needed again within so many steps is held; twice what it lasts in a lane."""
+_KEPT_STEPS = 32
+"""A block that is needed again within this many steps is kept; twice what it lasts in a lane."""
 
 
 class StreamingFeed:
-    """Blocks read shortly before they are needed, and dropped afterwards."""
+    """Reads at most `prefetch_blocks` blocks ahead of the step that needs them."""
 
     def __init__(self, blocks: Blocks, *, readers: int, prefetch_blocks: int) -> None:
         self.blocks, self.readers, self.prefetch_blocks = blocks, readers, prefetch_blocks
 
     def feed(self, plan: Sequence[Rows]) -> Iterator[Samples]:
-        visits = _list_visits([self.blocks.containing(rows) for rows in plan])
-        asked = 0
-        ahead: deque[tuple[_Visit, Future[Samples]]] = deque()
-        here: dict[int, tuple[_Visit, Future[Samples]]] = {}
+        """See `Feed.feed`."""
+        uses = _list_uses([self.blocks.containing(rows) for rows in plan])
+        num_asked = 0
+        ahead: deque[tuple[_BlockUse, Future[Samples]]] = deque()
+        current: dict[int, tuple[_BlockUse, Future[Samples]]] = {}
         row_of: dict[str, int] = {}
-        pool = ThreadPoolExecutor(self.readers, thread_name_prefix=_READER)
+        pool = ThreadPoolExecutor(self.readers, thread_name_prefix=READER_THREAD)
         try:
             for step, rows in enumerate(plan):
-                begun = bisect_right(visits, step, key=lambda visit: visit.first)
-                for visit in visits[asked : begun + self.prefetch_blocks]:
-                    ahead.append((visit, pool.submit(self.blocks.load, visit.block)))
-                    asked += 1
+                begun = bisect_right(uses, step, key=lambda use: use.first)
+                for use in uses[num_asked : begun + self.prefetch_blocks]:
+                    ahead.append((use, pool.submit(self.blocks.load, use.block)))
+                    num_asked += 1
                 while ahead and ahead[0][0].first <= step:
                     due = ahead.popleft()
-                    here[due[0].block] = due
-                samples = self._gather(rows, {number: here[number][1] for number in here})
-                here = {number: held for number, held in here.items() if held[0].last > step}
+                    current[due[0].block] = due
+                samples = self._gather(rows, {number: current[number][1] for number in current})
+                current = {number: use for number, use in current.items() if use[0].last > step}
                 self._check_keys(samples.keys, rows, row_of)
                 yield samples
         finally:
@@ -61,7 +60,7 @@ class StreamingFeed:
                 "store again"
             )
 
-    def _gather(self, rows: Rows, held: Mapping[int, Future[Samples]]) -> Samples:
+    def _gather(self, rows: Rows, blocks: Mapping[int, Future[Samples]]) -> Samples:
         size = self.blocks.image_size
         # numpy copies a row at once, torch a pixel at a time: 10 against 100 us a sample.
         images = np.empty((len(rows), 1, size, size), dtype=np.uint8)
@@ -70,7 +69,7 @@ class StreamingFeed:
         numbers = self.blocks.containing(rows)
         inside = rows - self.blocks.starts[numbers]
         for place, (number, i) in enumerate(zip(numbers.tolist(), inside.tolist(), strict=True)):
-            block = held[number].result()
+            block = blocks[number].result()
             images[place] = block.images[i].numpy()
             targets[place] = block.targets[i]
             keys.append(block.keys[i])
@@ -78,27 +77,27 @@ class StreamingFeed:
 
 
 @dataclass
-class _Visit:
-    """A stretch of steps that need a block."""
+class _BlockUse:
+    """A stretch of steps, `first` to `last`, that need a block."""
 
     block: int
     first: int
     last: int
 
 
-def _list_visits(blocks_of_steps: Sequence[Rows]) -> list[_Visit]:
-    """The visits to blocks, by their first step.
+def _list_uses(blocks_of_steps: Sequence[Rows]) -> list[_BlockUse]:
+    """The uses of blocks, by their first step.
 
-    A block that two lanes share is needed at the epoch's begin and again at its end: it is dropped
-    in between, and read twice.
+    A block that two lanes have in common is needed at the epoch's begin and again at its end: it is
+    dropped in between, and read twice.
     """
-    visits: list[_Visit] = []
-    latest: dict[int, _Visit] = {}
+    uses: list[_BlockUse] = []
+    latest: dict[int, _BlockUse] = {}
     for step, numbers in enumerate(blocks_of_steps):
         for number in dict.fromkeys(numbers.tolist()):
-            visit = latest.get(number)
-            if visit is None or step - visit.last > _HELD_STEPS:
-                visit = latest[number] = _Visit(number, step, step)
-                visits.append(visit)
-            visit.last = step
-    return visits
+            use = latest.get(number)
+            if use is None or step - use.last > _KEPT_STEPS:
+                use = latest[number] = _BlockUse(number, step, step)
+                uses.append(use)
+            use.last = step
+    return uses

@@ -40,6 +40,7 @@ from pneumo.config import Config, override, parse_command_line, read_recipe
 from pneumo.dataset.phantoms.source_folder import write_phantoms
 from pneumo.dataset.shards import read_manifest
 from pneumo.evaluation import metrics
+from pneumo.loading.blocks import PreparedStore
 from pneumo.loading.loader import open_loader
 from pneumo.loading.sample_order import World
 from pneumo.network.backbones import build_model
@@ -163,17 +164,8 @@ def train_and_score(run: Run, store: str) -> dict[str, Any]:
     model.load_state_dict(checkpoint.scored_model)
     model.to(memory_format=torch.channels_last)
     manifest = read_manifest(store)
-    test = open_loader(
-        store,
-        manifest,
-        "test",
-        config.data,
-        image_size=checkpoint.image_size,
-        mean=checkpoint.mean,
-        std=checkpoint.std,
-        world=World(),
-        device="cpu",
-    )
+    source = PreparedStore(store, manifest, config.data)
+    test = open_loader(source, "test", world=World(), device="cpu")
     scores = score(model, test.evaluation(batch_size=64))
     return {
         **asdict(run),

@@ -180,7 +180,7 @@ def _fit(config: Config, store: str, run: Path, held: dict[str, InMemorySplit]) 
         world=World(),
         device=torch.device("cpu"),
         hooks=Hooks(),
-        held=held,
+        shared_splits=held,
     )
     return time.perf_counter() - started
 

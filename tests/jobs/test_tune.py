@@ -27,9 +27,10 @@ from jobs.tune import check_search
 from jobs.tuning.trial_judge import Shared, TrialJudge
 from jobs.tuning.trial_records import read_history, read_trials, trial_url, write_begun
 from jobs.tuning.trial_runs import share, trial_config, trials_at_once
-from pneumo.config import Config, override, parse_command_line
+from pneumo.config import Config, DataConfig, override, parse_command_line
 from pneumo.dataset.shards import read_manifest
 from pneumo.errors import ClusterError, ConfigError
+from pneumo.loading.blocks import PreparedStore
 from pneumo.loading.loader import open_loaders
 from pneumo.loading.sample_order import World
 from pneumo.network.backbones import Initialisation, build_model
@@ -197,16 +198,11 @@ def test_trials_read_one_copy_and_train_as_if_they_had_read_the_store(
         assert not held["train"].images.flags.writeable  # the node's shared memory itself
         own, common = (
             open_loaders(
-                str(prepared.store),
-                manifest,
+                PreparedStore(str(prepared.store), manifest, DataConfig(image_size=size)),
                 ("train",),
-                config.data,
-                image_size=size,
-                mean=manifest.mean,
-                std=manifest.std,
                 world=World(),
                 device="cpu",
-                held=given,
+                shared_splits=given,
             )[0]
             for given in ({}, held)
         )
