@@ -42,7 +42,7 @@ from pneumo.evaluation.file_predictions import (
 from pneumo.evaluation.predictions import sigmoid
 from pneumo.images.dicom import GrayImage
 from pneumo.images.dicom_files import Unusable, read_pictures
-from pneumo.network.gradcam import class_activation
+from pneumo.network.gradcam import gradcam
 from pneumo.network.scoring import Member, prepare_input, score_pictures
 from pneumo.reporting.figures import draw_overlay, show_threshold
 from pneumo.training.checkpoints import load_checkpoint, read_index
@@ -230,7 +230,7 @@ def _write_overlays(
     """Draw each picture beside its map; where each is, by name. None of a map without numbers."""
     if not pictures:
         return {}
-    cams = class_activation(member.network, prepare_input(list(pictures.values()), member))
+    cams = gradcam(member.network, prepare_input(list(pictures.values()), member))
     written = {}
     for (name, picture), cam in zip(pictures.items(), cams, strict=True):
         if np.isfinite(cam).all():

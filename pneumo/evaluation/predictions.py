@@ -1,4 +1,4 @@
-"""Predictions: what a model says of each study, one row a study; and the scoring that makes them.
+"""Predictions: what a model says of each study, one row a study.
 
 Everything to the right of this noun (metrics, figures, report) reruns from it without a GPU and
 without images, save the Grad-CAM gallery.
@@ -22,7 +22,7 @@ from scipy.special import expit
 from pneumo.dataset.shards import StudyRow
 from pneumo.errors import DataError
 from pneumo.images.boxes import Box
-from pneumo.network.scoring import Logits
+from pneumo.network.scoring import Scores
 
 StrArray = npt.NDArray[np.str_]
 
@@ -116,9 +116,9 @@ def sigmoid(logit: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
 
 
 def join_predictions(
-    scored: Logits, studies: Mapping[str, StudyRow], *, checkpoint: str, image_size: int
+    scored: Scores, studies: Mapping[str, StudyRow], *, checkpoint: str, image_size: int
 ) -> Predictions:
-    """Logits and what is known of the studies, sorted by split and key.
+    """Scores and what is known of the studies, sorted by split and key.
 
     `checkpoint` names whose logits they are; `image_size` is the height and width of the stored
     images, which boxes are in. Raises DataError when a scored study is unknown, scored twice, or of

@@ -1,7 +1,4 @@
-"""Where the model looks: Grad-CAM, whom to show it of, and which studies the model gets wrong.
-
-A map says what moved the logit, not what is ill: it is an aid to find shortcuts, no diagnosis.
-"""
+"""Which studies are shown with their Grad-CAM, and which ones the model gets wrong."""
 
 from __future__ import annotations
 

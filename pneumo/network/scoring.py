@@ -1,4 +1,4 @@
-"""What a network says of studies."""
+"""Running trained networks: from stored images or batches to one logit a study."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ from pneumo.loading.augmentation import augment, normalise
 from pneumo.loading.blocks import to_input
 from pneumo.loading.loader import Batch
 
-StrArray = npt.NDArray[np.str_]
-
 VIEWS = AugmentConfig()
 """How far the views of test-time augmentation are moved: never flipped, as the heart is on one
 side."""
@@ -26,11 +24,24 @@ side."""
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """What a model says of some studies, beside what they are; both arrays have shape (N,)."""
+    """What networks say of some studies, beside what these are; all arrays have shape (N,)."""
 
-    keys: tuple[str, ...]
+    keys: npt.NDArray[np.str_]
     logits: npt.NDArray[np.float32]
     targets: npt.NDArray[np.int8]
+    """0 or 1, as they stand beside the images, in the shards."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @classmethod
+    def join(cls, parts: Sequence[Self]) -> Self:
+        """All parts as one, in their order."""
+        return cls(
+            np.concatenate([np.empty(0, np.str_), *(part.keys for part in parts)]),
+            np.concatenate([np.empty(0, np.float32), *(part.logits for part in parts)]),
+            np.concatenate([np.empty(0, np.int8), *(part.targets for part in parts)]),
+        )
 
 
 def score(model: nn.Module, batches: Iterable[Batch]) -> Scores:
@@ -49,10 +60,13 @@ def score(model: nn.Module, batches: Iterable[Batch]) -> Scores:
                 logits.append(model(batch.images).squeeze(1).float())
             targets.append(batch.targets)
             keys += batch.keys
+    if not keys:
+        return Scores.join([])
+    # Only now: a copy to the host within the loop would wait for each batch.
     return Scores(
-        tuple(keys),
-        torch.cat(logits).cpu().numpy() if logits else np.empty(0, dtype=np.float32),
-        torch.cat(targets).cpu().numpy().astype(np.int8) if targets else np.empty(0, np.int8),
+        np.array(keys, dtype=np.str_),
+        torch.cat(logits).cpu().numpy(),
+        torch.cat(targets).cpu().numpy().astype(np.int8),
     )
 
 
@@ -75,7 +89,7 @@ class Member:
 
 
 def prepare_input(pixels: Sequence[npt.NDArray[np.uint8]], member: Member) -> Tensor:
-    """Stored pictures (S, S) uint8 as the member takes them: (B, 1, H, W) float32, normalised."""
+    """Stored images (S, S) uint8 as the member takes them: (B, 1, H, W) float32, normalised."""
     images = to_input(pixels, member.image_size).to(member.device)
     return normalise(images, member.mean, member.std)
 
@@ -83,10 +97,10 @@ def prepare_input(pixels: Sequence[npt.NDArray[np.uint8]], member: Member) -> Te
 def score_pictures(
     members: Sequence[Member], pixels: Sequence[npt.NDArray[np.uint8]], *, views: int = 1
 ) -> npt.NDArray[np.float32]:
-    """The mean logit (B,) of stored pictures (S, S) uint8 over all members and `views`.
+    """The mean logit (B,) of stored images (S, S) uint8 over all members and `views`.
 
-    The first view is the picture itself; view k is moved and recoloured as augmentation would, the
-    same way for every picture, so a study's logit depends on its pixels alone. Always computed in
+    The first view is the image itself; view k is moved and recoloured as augmentation would, the
+    same way for every image, so a study's logit depends on its pixels alone. Always computed in
     float32, also within a GPU's convolutions, which would take TF32 else.
     """
     total = np.zeros(len(pixels), dtype=np.float64)
@@ -117,29 +131,7 @@ def _draw_view(member: Member, pixels: Sequence[npt.NDArray[np.uint8]], number: 
     if number == 0:
         return prepare_input(pixels, member)
     images = to_input(pixels, member.image_size).to(member.device)
-    # Drawn by the view's number: as if all pictures were one study in one epoch.
+    # Drawn by the view's number: as if all images were one study in one epoch.
     keys = ["view"] * len(pixels)
     moments = (member.mean, member.std)
     return augment(images, keys, VIEWS, seed=0, epoch=number, moments=moments)
-
-
-@dataclass(frozen=True, eq=False)
-class Logits:
-    """What was said of which studies; all arrays have shape (N,)."""
-
-    keys: StrArray
-    logits: npt.NDArray[np.float32]
-    targets: npt.NDArray[np.int8]
-    """As they stand beside the pictures, in the shards."""
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    @classmethod
-    def join(cls, parts: Sequence[Self]) -> Self:
-        """All parts as one, sorted by key, so that it is the same however it was shared out."""
-        keys = np.concatenate([np.empty(0, np.str_), *(part.keys for part in parts)])
-        logits = np.concatenate([np.empty(0, np.float32), *(part.logits for part in parts)])
-        targets = np.concatenate([np.empty(0, np.int8), *(part.targets for part in parts)])
-        order = np.argsort(keys, kind="stable")
-        return cls(keys[order], logits[order], targets[order])

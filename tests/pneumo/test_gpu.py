@@ -14,8 +14,9 @@ import torch.distributed as dist
 
 from pneumo.config import AugmentConfig, Config, DataConfig, TrainConfig, override
 from pneumo.dataset import shards
-from pneumo.loading import augmentation, loader
-from pneumo.loading.loader import Batch
+from pneumo.loading import augmentation
+from pneumo.loading.blocks import PreparedStore
+from pneumo.loading.loader import Batch, open_loader
 from pneumo.loading.prefetch import run_ahead, send
 from pneumo.loading.sample_order import World
 from pneumo.network.backbones import build_model, initialise
@@ -143,17 +144,8 @@ def test_batches_on_the_device_are_those_on_the_host(tiny_store: StoreMaker, way
     manifest = shards.read_manifest(store_url)
 
     def batches(device: torch.device) -> Iterator[Batch]:
-        data = loader.open_loader(
-            store_url,
-            manifest,
-            "train",
-            DataConfig(cache=way),
-            image_size=32,
-            mean=manifest.mean,
-            std=manifest.std,
-            world=World(),
-            device=device,
-        )
+        store = PreparedStore(store_url, manifest, DataConfig(cache=way))
+        data = open_loader(store, "train", world=World(), device=device)
         still = AugmentConfig(rotation_degrees=0, translation_fraction=0, scale_fraction=0)
         for epoch in (0, 1):
             yield from data.epoch(epoch, seed=0, batch_size=12, augment=still)
