@@ -21,7 +21,7 @@ from pneumo.errors import DivergedError, MetricError
 from pneumo.loading.in_memory import InMemorySplit
 from pneumo.loading.sample_order import World
 from pneumo.network.scoring import Scores
-from pneumo.training.callbacks import Epoch, Hooks, Start
+from pneumo.training.callbacks import Callbacks, Epoch, Start
 from pneumo.tuning.objective import judge, knows_nothing, smooth
 from pneumo.tuning.search import ERROR, OBJECTIVE
 
@@ -66,12 +66,12 @@ class TrialJudge:
         self._scores: Scores | None = None
         self._patients: Mapping[str, str] = ray.get(shared.patients)
 
-    def hooks(self, hooks: Hooks, tell: Any) -> Hooks:
-        """`hooks` of a training, with which each epoch is judged and told of."""
+    def callbacks(self, callbacks: Callbacks, tell: Any) -> Callbacks:
+        """`callbacks` of a training, with which each epoch is judged and told of."""
         return replace(
-            hooks,
+            callbacks,
             on_start=self._begin,
-            judge=self._judge,
+            extra_metrics=self._judge,
             on_epoch=lambda epoch: tell(self._record(epoch)),
         )
 

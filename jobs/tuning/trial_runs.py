@@ -27,7 +27,7 @@ from pneumo.loading.blocks import PreparedStore, input_size
 from pneumo.loading.in_memory import InMemorySplit
 from pneumo.loading.loader import read_in_memory
 from pneumo.loading.sample_order import World
-from pneumo.training.callbacks import Hooks
+from pneumo.training.callbacks import Callbacks
 from pneumo.training.fit import fit
 
 _DRIVER_MEMORY_BYTES = 200 * 2**20
@@ -154,7 +154,7 @@ def _run_here(drawn: dict[str, Any], search: dict[str, Any]) -> None:
             run_url=url,
             world=World(),
             device=torch.device("cuda" if uses_gpu(config.cluster) else "cpu"),
-            hooks=judge.hooks(Hooks(), ray.tune.report),
+            callbacks=judge.callbacks(Callbacks(), ray.tune.report),
             shared_splits=shared.fetch(config.data.image_size),
         )
 

@@ -220,7 +220,8 @@ def _find_prefix(state: Mapping[str, Tensor], first_key: str, own: Mapping[str, 
 def _randomise(model: nn.Module, backbone: str, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if not isinstance(model, ResNet):  # each kind has a way of its own, which torchvision knows
+        if type(model) is not ResNet and type(model) in _ANATOMIES:
+            # Each kind has a way of its own, which torchvision knows.
             model.load_state_dict(build_model(backbone).state_dict())
             return
         for module in model.modules():

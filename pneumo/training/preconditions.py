@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
+
+import torch
 
 from pneumo.config import Config, TrainConfig
 from pneumo.dataset.shards import Manifest
-from pneumo.errors import (
-    ConfigError,
-)
-from pneumo.loading import loader, sample_order
+from pneumo.errors import ConfigError
+from pneumo.loading import sample_order
+from pneumo.loading.blocks import input_size
 from pneumo.network.backbones import check_weights
 from pneumo.training.resuming import find_last
 
 
 def check_run(config: Config, manifest: Manifest, run_url: str, *, num_workers: int) -> int:
-    """What can be known before the first step; the image size to train at.
+    """The image size to train at.
 
     Raises RunError when the run is finished or of another configuration or store, and ConfigError
     for sizes that do not fit, a training split of one class, and weights that a fresh run could not
@@ -31,7 +33,7 @@ def check_run(config: Config, manifest: Manifest, run_url: str, *, num_workers: 
 def check_sizes(config: Config, manifest: Manifest, *, num_workers: int) -> int:
     """The image size to train at. Raises ConfigError for sizes that do not fit each other or the
     store, and for a training split of one class."""
-    image_size = loader.input_size(manifest, config.data.image_size)
+    image_size = input_size(manifest, config.data.image_size)
     train = config.train
     sample_order.check_batch_size(train.batch_size, train.micro_batch_size, num_workers)
     sample_order.steps_per_epoch(manifest.splits["train"].samples, train.batch_size)
@@ -61,8 +63,10 @@ def has_compiler() -> bool:
     return "CC" in os.environ or any(shutil.which(name) for name in ("gcc", "clang", "cc"))
 
 
-def check_compiler(config: TrainConfig) -> None:
-    """Raise ConfigError where the network is to be compiled and nothing here can."""
+def check_compiler(config: TrainConfig, device: torch.device, tell: Callable[[str], None]) -> None:
+    """Raise ConfigError where the network is to be compiled and nothing here can; warn on a CPU."""
+    if config.compile and device.type == "cpu":
+        tell("warning: train.compile: on a CPU compiled steps are rarely faster")
     if config.compile and not has_compiler():
         raise ConfigError(
             "train.compile: torch.compile needs a C compiler on every worker, and here is none of "

@@ -8,6 +8,7 @@ a step computes the same on any number of ranks, up to the rounding of sums.
 from __future__ import annotations
 
 import hashlib
+import math
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -22,7 +23,7 @@ from pneumo.loading.loader import Batch
 from pneumo.loading.sample_order import World, micro_batches
 from pneumo.training.batch_norm import RunningStatistics
 from pneumo.training.optimisation import autocast_dtype, bce_loss, build_optimizer, gradient_norm
-from pneumo.training.weight_average import WeightAverage
+from pneumo.training.weight_average import average_weights
 
 
 class Learner:
@@ -54,17 +55,16 @@ class Learner:
         elif config.compile:
             model.compile()
         self.network = _distribute(model, world)
-        self.average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
+        self.average = average_weights(model, config.ema_decay) if config.ema_decay else None
         self.statistics = RunningStatistics(model)
-        self.mine = micro_batches(config.batch_size, config.micro_batch_size, world)
+        self.micro_batches = micro_batches(config.batch_size, config.micro_batch_size, world)
+        """The numbers of this rank's micro-batches within a step."""
         self.micro_batches_per_step = config.batch_size // config.micro_batch_size
-        self.draws = any(
+        self.is_random = any(
             isinstance(module, _DropoutNd | StochasticDepth) and module.p > 0
             for module in model.modules()
         )
         """Whether layers of the network draw random numbers."""
-        self.gradient_norm: Tensor | None = None
-        """Of the last step, before clipping; None where it was not computed."""
 
     def learn(
         self,
@@ -72,15 +72,15 @@ class Learner:
         *,
         epoch: int,
         step: int,
-        num_steps: int,
         lr: float,
         stop: bool = False,
         with_norm: bool = False,
     ) -> Tensor:
-        """One step on this rank's part of a batch; (2,) on the device: the mean loss over all
-        ranks, and how many of them want to stop.
+        """One step on this rank's part of a batch; `epoch` and `step` count from 0.
 
-        `step` counts in the epoch from 0, `num_steps` in the run from 1.
+        Returns (4,) on the device: the mean loss over all ranks, how many of them want to stop, how
+        many samples they were fed, and the length of the gradient before clipping, NaN where it was
+        not computed: without `with_norm` and clipping.
         """
         losses = self._accumulate(batch, epoch, step)
         totals = torch.cat(
@@ -88,25 +88,28 @@ class Learner:
                 self.statistics.sums,
                 losses.reshape(1),
                 torch.full((1,), float(stop), device=self.device),
+                torch.full((1,), float(len(batch.keys)), device=self.device),
             ]
         )
         if self.world.size > 1:
             dist.all_reduce(totals)
-        totals[:-1] /= self.micro_batches_per_step
-        self.gradient_norm = None
-        if self.config.clip_norm is not None:
-            self.gradient_norm = torch.nn.utils.clip_grad_norm_(
-                self.model.parameters(), self.config.clip_norm
-            )
-        elif with_norm:
-            self.gradient_norm = gradient_norm(self.model)
+        totals[:-2] /= self.micro_batches_per_step
+        norm = self._gradient_norm(with_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        self.statistics.update(totals[:-2])
+        self.statistics.update(totals[:-3])
         if self.average is not None:
-            self.average.update(num_steps)
-        return totals[-2:]
+            self.average.update_parameters(self.model)
+        return torch.cat([totals[-3:], norm.reshape(1)])
+
+    def _gradient_norm(self, wanted: bool) -> Tensor:
+        """Clip the gradient where the settings say so; its length before that, or NaN."""
+        if self.config.clip_norm is not None:
+            return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        if wanted:
+            return gradient_norm(self.model)
+        return torch.full((), math.nan, device=self.device)
 
     def _accumulate(self, batch: Batch, epoch: int, step: int) -> Tensor:
         """Gradients of the step's mean loss, averaged by DDP over the ranks; the sum of this rank's
@@ -115,14 +118,14 @@ class Learner:
         size = self.config.micro_batch_size
         total = torch.zeros((), device=self.device)
         for number, images, targets in zip(
-            self.mine,
+            self.micro_batches,
             torch.split(batch.images, size),
             torch.split(batch.targets, size),
             strict=True,
         ):
-            if self.draws:
+            if self.is_random:
                 torch.manual_seed(_draw_seed(self.seed, epoch, step, number))
-            is_last = number == self.mine[-1]
+            is_last = number == self.micro_batches[-1]
             # Ranks meet once a step, in the backward pass of the last micro-batch.
             with nullcontext() if is_last else self._alone():
                 with torch.autocast(
@@ -136,8 +139,8 @@ class Learner:
                     label_smoothing=self.config.label_smoothing,
                 )
                 # DDP divides the sum over ranks by their number.
-                share = self.world.size / self.micro_batches_per_step
-                (loss * share).backward()  # type: ignore[no-untyped-call]
+                weight = self.world.size / self.micro_batches_per_step
+                (loss * weight).backward()  # type: ignore[no-untyped-call]
             self.statistics.add()
             total += loss.detach()
         return total

@@ -45,7 +45,7 @@ from pneumo.loading.loader import open_loader
 from pneumo.loading.sample_order import World
 from pneumo.network.backbones import build_model
 from pneumo.network.scoring import score
-from pneumo.training.callbacks import Hooks
+from pneumo.training.callbacks import Callbacks
 from pneumo.training.checkpoints import load_checkpoint, read_index
 from pneumo.training.fit import fit
 from tests.benchmarks.sources import find_real_data
@@ -156,7 +156,7 @@ def train_and_score(run: Run, store: str) -> dict[str, Any]:
             run_url=folder,
             world=World(),
             device=torch.device("cpu"),
-            hooks=Hooks(),
+            callbacks=Callbacks(),
         )
         best = read_index(folder).best
         checkpoint = load_checkpoint(folder, best)

@@ -39,7 +39,7 @@ from pneumo.dataset.phantoms.source_folder import write_phantoms
 from pneumo.dataset.shards import Manifest, read_manifest
 from pneumo.loading.in_memory import InMemorySplit
 from pneumo.loading.sample_order import World
-from pneumo.training.callbacks import Hooks
+from pneumo.training.callbacks import Callbacks
 from pneumo.training.fit import fit
 from pneumo.tuning.search import Search
 
@@ -179,7 +179,7 @@ def _fit(config: Config, store: str, run: Path, held: dict[str, InMemorySplit]) 
         run_url=str(run),
         world=World(),
         device=torch.device("cpu"),
-        hooks=Hooks(),
+        callbacks=Callbacks(),
         shared_splits=held,
     )
     return time.perf_counter() - started

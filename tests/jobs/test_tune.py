@@ -34,7 +34,7 @@ from pneumo.loading.blocks import PreparedStore
 from pneumo.loading.loader import open_loaders
 from pneumo.loading.sample_order import World
 from pneumo.network.backbones import Initialisation, build_model
-from pneumo.training.callbacks import Hooks, Start
+from pneumo.training.callbacks import Callbacks, Start
 from pneumo.tuning.search import ERROR, OBJECTIVE
 from tests.jobs.conftest import SMALL, Prepared
 from tests.jobs.test_prepare import kill
@@ -470,9 +470,9 @@ def test_a_trial_of_other_weights_than_asked_for_is_known(ray_here: None, tmp_pa
 
     def train(name: str, initialisation: Initialisation, history: int = 0) -> Any:
         url, told = trial_url(str(tmp_path), name), list[Any]()
-        hooks = TrialJudge(shared, url, World()).hooks(Hooks(), told.append)
-        hooks.on_start(Start(initialisation, (record,) * history, 0, 8))
-        hooks.on_epoch(SimpleNamespace(metrics=record))  # type: ignore[arg-type]
+        callbacks = TrialJudge(shared, url, World()).callbacks(Callbacks(), told.append)
+        callbacks.on_start(Start(initialisation, (record,) * history, 0, 8))
+        callbacks.on_epoch(SimpleNamespace(metrics=record))  # type: ignore[arg-type]
         if not history:
             write_begun(str(tmp_path), name, {}, 0)
         return told[-1].get("warning")
