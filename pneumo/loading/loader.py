@@ -188,10 +188,9 @@ def open_loaders(
         )
 
     moments = (store.manifest.mean, store.manifest.std)
+    sizes = {split: tuple(blocks[split].sizes.tolist()) for split in splits}
     return tuple(
-        Loader(
-            build_feed(split), tuple(blocks[split].sizes.tolist()), world, device, moments, compiled
-        )
+        Loader(build_feed(split), sizes[split], world, device, moments, compiled)
         for split in splits
     )
 
