@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import random
 
-from pneumo.config import Config, override
+from pneumo.config import Config
+from pneumo.config_layers import override
 from pneumo.tuning.search import (
     ERROR,
     OBJECTIVE,

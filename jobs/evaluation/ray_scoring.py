@@ -116,7 +116,7 @@ class Place:
 def score_splits(scored: Scored, splits: Sequence[str], config: Config) -> Scores:
     """Scores of whole splits, split over the cluster's workers, in no order."""
     manifest = read_manifest(scored.store_url)
-    place = find_place(config.cluster, config.evaluate.batch_size_per_worker)
+    place = find_place(config.cluster, manifest.image_size)
     calls = [
         (scored, split, world, place)
         for split in splits
@@ -138,7 +138,7 @@ def score_boxes(
     the first checkpoint's input.
     """
     manifest = read_manifest(scored.store_url)
-    place = find_place(config.cluster, config.evaluate.batch_size_per_worker)
+    place = find_place(config.cluster, manifest.image_size)
     # Once to the object store, not with each of the tasks.
     shared = {split: ray.put(dict(of_split)) for split, of_split in boxes.items()}
     fixed = ray.put(FixedMaps.of(prior))
@@ -161,15 +161,18 @@ def explain_studies(
     """Pictures and Grad-CAM of a few studies, by one worker."""
     if not keys:
         return {}
-    place = find_place(config.cluster, config.evaluate.batch_size_per_worker)
+    image_size = read_manifest(scored.store_url).image_size
+    place = find_place(config.cluster, image_size)
     call = (scored, split, list(keys), place)
     (explained,) = run_shares(_explain, [call], config.cluster, "explain", len(keys))
     return explained
 
 
-def find_place(config: ClusterConfig, batch_size: int) -> Place:
-    """Where the cluster's workers compute."""
+def find_place(config: ClusterConfig, image_size: int) -> Place:
+    """Where the cluster's workers compute, and how many pictures of so many pixels at once: 64 up
+    to 224 x 224 pixels, and as many pixels of larger ones."""
     device = "cuda" if "GPU" in worker_resources(config) else "cpu"
+    batch_size = min(64, max(1, 64 * 224**2 // image_size**2))
     return Place(device, config.cpus_per_worker, batch_size)
 
 

@@ -17,10 +17,11 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from jobs.ray_cluster.session import uses_gpu, worker_resources
 from jobs.terminal.entry_point import find_cause
-from jobs.train import build_trainer
+from jobs.training.job import build_trainer
 from jobs.tuning.trial_judge import Shared, TrialJudge
 from jobs.tuning.trial_records import drop_checkpoints, trial_url
-from pneumo.config import Config, DataConfig, override
+from pneumo.config import Config, DataConfig
+from pneumo.config_layers import override
 from pneumo.dataset.shards import Manifest, read_studies
 from pneumo.errors import ClusterError, DivergedError
 from pneumo.loading.blocks import PreparedStore, input_size

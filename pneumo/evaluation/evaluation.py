@@ -322,6 +322,8 @@ def evaluate_split(
     )
 
 
+NUM_BINS = 10
+"""Bins of equal number in the reliability curve and the calibration error."""
 _HEADLINES = ("auroc", "average_precision", "log_loss", "brier")
 
 
@@ -330,7 +332,6 @@ def _resample(
 ) -> dict[str, Part]:
     """All that needs the bootstrap, in one pass over the same resamples."""
     scores = rows.target, rows.logit
-    num_bins = config.calibration_bins
     scaling = chosen.calibration.chosen
     parts: dict[str, Callable[[], Mapping[str, Statistic]]] = {
         "auroc": lambda: {"value": metrics.auroc_statistic(*scores)},
@@ -339,8 +340,8 @@ def _resample(
         "brier": lambda: {"value": metrics.brier_statistic(rows.target, rows.probability)},
         "points": lambda: {"outcomes": outcomes_statistic(rows, chosen.points)},
         "recalibration": lambda: {"fit": recalibration_statistic(*scores)},
-        "before": lambda: reliability_statistics(*scores, None, num_bins),
-        "after": lambda: reliability_statistics(*scores, scaling, num_bins),
+        "before": lambda: reliability_statistics(*scores, None, NUM_BINS),
+        "after": lambda: reliability_statistics(*scores, scaling, NUM_BINS),
         "net_benefit": lambda: {"curve": net_benefit_statistic(rows)},
         **subgroup_parts(rows, chosen.points[DECISION].threshold),
         **view_parts(rows),

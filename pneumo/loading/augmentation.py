@@ -1,11 +1,10 @@
 """Batched augmentation and normalisation, on whatever device the batch is.
 
 Each study's random changes are a pure function of (seed, epoch, key), so the same study gets the
-same augmentation on any rank. They are drawn on the CPU: an affine matrix, a table of gray levels
-and a rectangle for each sample, applied in this order. Matrix and table are applied by OpenCV on a
-CPU (several times as fast there) and by `grid_sample` and indexing on a GPU. Both round a moved
-pixel to a whole gray level before they look it up, and agree to one level, save at hard edges:
-OpenCV places pixels to 1/32.
+same augmentation on any rank. An affine matrix and a table of gray levels are drawn for each sample
+on the CPU, and applied in this order: by OpenCV on a CPU (several times as fast there), by
+`grid_sample` and indexing on a GPU. Both round a moved pixel to a whole gray level before they look
+it up, and agree to one level, save at hard edges: OpenCV places pixels to 1/32.
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ from pneumo.loading.prefetch import send
 
 Matrices = npt.NDArray[np.float64]
 Tables = npt.NDArray[np.float32]
-Rectangles = npt.NDArray[np.int64]
 
 
 def draw_uniforms(
@@ -91,23 +89,6 @@ def draw_tables(keys: Sequence[str], config: AugmentConfig, *, seed: int, epoch:
     return np.asarray(np.clip(gray, 0, 1) * 255, dtype=np.float32)
 
 
-def draw_rectangles(
-    keys: Sequence[str], config: AugmentConfig, *, image_size: int, seed: int, epoch: int
-) -> Rectangles:
-    """(B, 4) rectangles to hide, x0, y0, x1, y1 in whole pixels, the ends excluded.
-
-    An area between 0 and `erase_fraction` of the image, up to twice as wide as high or the reverse,
-    wholly inside (after Zhong et al., Random Erasing Data Augmentation, AAAI 2020).
-    """
-    u = draw_uniforms(keys, seed=seed, epoch=epoch, count=4, kind="erase")
-    area, ratio = config.erase_fraction * u[:, :1], 2 ** (2 * u[:, 1:2] - 1)
-    sides = np.sqrt(np.concatenate([area * ratio, area / ratio], axis=1)).clip(max=1) * image_size
-    sides = np.floor(sides).astype(np.int64)
-    corners = np.floor(u[:, 2:] * (image_size - sides + 1)).astype(np.int64)
-    corners = np.minimum(corners, image_size - sides)  # a draw may be 1
-    return np.concatenate([corners, corners + sides], axis=1)
-
-
 def warp(images: Tensor, matrices: Matrices, tables: Tables, *, compiled: bool = False) -> Tensor:
     """`images` (B, 1, H, H) uint8, moved by `matrices` (B, 2, 3), gray levels by `tables` (B, 256).
 
@@ -165,15 +146,6 @@ def _compile_grid() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return torch.compile(_apply_grid, dynamic=False)
 
 
-def erase(images: Tensor, rectangles: Rectangles, black: float = 0.0) -> Tensor:
-    """`images` (B, 1, H, H) with `rectangles` (B, 4) black, in place."""
-    corners = send(torch.from_numpy(rectangles), images.device)[:, :, None, None]
-    x = torch.arange(images.shape[3], device=images.device)[None, None, :]
-    y = torch.arange(images.shape[2], device=images.device)[None, :, None]
-    inside = (x >= corners[:, 0]) & (x < corners[:, 2]) & (y >= corners[:, 1]) & (y < corners[:, 3])
-    return images.masked_fill_(inside.unsqueeze(1), black)
-
-
 def augment(
     images: Tensor,
     keys: Sequence[str],
@@ -189,16 +161,11 @@ def augment(
     Gray levels in [0, 255], normalised if `moments` are given, the training set's mean and standard
     deviation: the tables then give normalised levels, at no cost.
     """
-    size = images.shape[-1]
-    matrices = draw_affine(keys, config, image_size=size, seed=seed, epoch=epoch)
-    tables, black = draw_tables(keys, config, seed=seed, epoch=epoch), 0.0
+    matrices = draw_affine(keys, config, image_size=images.shape[-1], seed=seed, epoch=epoch)
+    tables = draw_tables(keys, config, seed=seed, epoch=epoch)
     if moments is not None:
-        tables, black = _normalised(tables, *moments), float(_normalised(np.zeros(1), *moments)[0])
-    changed = warp(images, matrices, tables, compiled=compiled)
-    if config.erase_fraction:
-        rectangles = draw_rectangles(keys, config, image_size=size, seed=seed, epoch=epoch)
-        erase(changed, rectangles, black)
-    return changed
+        tables = _normalised(tables, *moments)
+    return warp(images, matrices, tables, compiled=compiled)
 
 
 def _normalised(levels: npt.NDArray[Any], mean: float, std: float) -> Tables:

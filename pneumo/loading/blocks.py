@@ -17,11 +17,12 @@ from pneumo import storage
 from pneumo.config import DataConfig
 from pneumo.dataset.shards import BlockEntry, Manifest, ShardEntry, decode_block, read_block
 from pneumo.errors import ConfigError, ContentError, DataError
-from pneumo.loading.block_cache import BlockCache
 from pneumo.loading.sample_order import Rows
 
+READERS = 4
+"""Threads of a worker that read and decode."""
 READER_THREAD = "pneumo-reader"
-"""How the names of the threads begin that read and decode."""
+"""How their names begin."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,12 +80,11 @@ class Feed(Protocol):
 class Blocks:
     """A split's blocks, in the store's order."""
 
-    def __init__(self, store: PreparedStore, split: str, cache: BlockCache | None = None) -> None:
+    def __init__(self, store: PreparedStore, split: str) -> None:
         """Raises DataError when the manifest's numbers do not add up."""
         entry = store.manifest.splits[split]
         self.store_url, self.split, self.shards = store.url, split, entry.shards
         self.stored_size, self.image_size = store.manifest.image_size, store.image_size
-        self.cache = cache
         self.entries: list[tuple[ShardEntry, BlockEntry]] = [
             (shard, block) for shard in entry.shards for block in shard.blocks
         ]
@@ -106,11 +106,7 @@ class Blocks:
         """Read block `number` and decode it to the training size, into `out` where that is given:
         (B, 1, S, S) uint8 on the CPU. Raises DataError and StorageError."""
         shard, block = self.entries[number]
-        data = self.cache.find(block.blake3) if self.cache else None
-        if data is None:
-            data = read_block(self.store_url, shard, block)
-            if self.cache:
-                self.cache.keep(block.blake3, data)
+        data = read_block(self.store_url, shard, block)
         samples = list(decode_block(data, shard, block, self.stored_size))
         return Samples(
             tuple(sample.key for sample in samples),
@@ -118,7 +114,7 @@ class Blocks:
             torch.tensor([sample.target for sample in samples], dtype=torch.float32),
         )
 
-    def check_shards(self, readers: int) -> None:
+    def check_shards(self) -> None:
         """Read the last byte of every shard: one that is missing or cut is known before the first
         step. Raises DataError."""
 
@@ -133,7 +129,7 @@ class Blocks:
                     f"shard {shard.name}: cut: {error}; delete the store and prepare it again"
                 ) from error
 
-        with ThreadPoolExecutor(readers, thread_name_prefix=READER_THREAD) as pool:
+        with ThreadPoolExecutor(READERS, thread_name_prefix=READER_THREAD) as pool:
             list(pool.map(check, self.shards))
 
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from pneumo.errors import DataError
-from pneumo.loading.blocks import READER_THREAD, Blocks, Samples
+from pneumo.loading.blocks import READER_THREAD, READERS, Blocks, Samples
 from pneumo.loading.prefetch import send
 from pneumo.loading.sample_order import Rows
 
@@ -36,9 +36,9 @@ class InMemoryFeed:
         self,
         blocks: Blocks,
         *,
-        readers: int,
         device: torch.device,
         loaded: InMemorySplit | None = None,
+        readers: int = READERS,
     ) -> None:
         """`loaded`: the split as another process has read it; nothing is read then."""
         count = int(blocks.sizes.sum())

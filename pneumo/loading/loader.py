@@ -17,7 +17,6 @@ from pneumo.config import AugmentConfig
 from pneumo.dataset.shards import Manifest, read_shard
 from pneumo.errors import ConfigError, DataError
 from pneumo.loading import augmentation, free_memory, sample_order
-from pneumo.loading.block_cache import BlockCache
 from pneumo.loading.blocks import Blocks, Feed, PreparedStore, Samples
 from pneumo.loading.in_memory import InMemoryFeed, InMemorySplit
 from pneumo.loading.prefetch import run_ahead, send
@@ -159,33 +158,28 @@ def open_loaders(
     Raises DataError when the manifest does not add up or a shard is missing or cut, and ConfigError
     for settings that cannot be met.
     """
-    device, config = torch.device(device), store.config
-    cache = None
-    if config.cache_dir is not None:
-        cache = BlockCache(config.cache_dir, int(config.cache_gb * 1e9))
-    blocks = {split: Blocks(store, split, cache) for split in splits}
+    device = torch.device(device)
+    blocks = {split: Blocks(store, split) for split in splits}
     unread = [split for split in splits if split not in shared_splits]
     for split in unread:
-        blocks[split].check_shards(config.readers)
+        blocks[split].check_shards()
     choices = choose_feeds(
-        config.cache,
+        store.config.cache,
         {split: store.decoded_bytes(split) for split in unread},
         host_bytes=free_memory.free_bytes() // world.local_size,
         device_bytes=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
     )
 
     def build_feed(split: str) -> Feed:
-        in_memory = partial(InMemoryFeed, blocks[split], readers=config.readers)
         if split in shared_splits:
             tell(f"data: {split}: shared with the other trainings on this machine")
-            return in_memory(device=device, loaded=shared_splits[split])
+            return InMemoryFeed(blocks[split], device=device, loaded=shared_splits[split])
         choice = choices[split]
         tell(f"data: {split}: {choice.reason}")
-        if choice.place != "stream":
-            return in_memory(device=device if choice.place == "device" else torch.device("cpu"))
-        return StreamingFeed(
-            blocks[split], readers=config.readers, prefetch_blocks=config.prefetch_blocks
-        )
+        if choice.place == "stream":
+            return StreamingFeed(blocks[split])
+        where = device if choice.place == "device" else torch.device("cpu")
+        return InMemoryFeed(blocks[split], device=where)
 
     moments = (store.manifest.mean, store.manifest.std)
     sizes = {split: tuple(blocks[split].sizes.tolist()) for split in splits}
@@ -200,9 +194,8 @@ def read_in_memory(store: PreparedStore, split: str) -> InMemorySplit | None:
 
     Raises DataError, StorageError and ConfigError.
     """
-    config = store.config
     choices = choose_feeds(
-        config.cache,
+        store.config.cache,
         {split: store.decoded_bytes(split)},
         host_bytes=free_memory.free_bytes(),
         device_bytes=None,
@@ -210,8 +203,8 @@ def read_in_memory(store: PreparedStore, split: str) -> InMemorySplit | None:
     if choices[split].place == "stream":
         return None
     blocks = Blocks(store, split)
-    blocks.check_shards(config.readers)
-    return InMemoryFeed(blocks, readers=config.readers, device=torch.device("cpu")).read_all()
+    blocks.check_shards()
+    return InMemoryFeed(blocks, device=torch.device("cpu")).read_all()
 
 
 @dataclass(frozen=True)

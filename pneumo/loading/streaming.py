@@ -12,9 +12,11 @@ import numpy as np
 import torch
 
 from pneumo.errors import DataError
-from pneumo.loading.blocks import READER_THREAD, Blocks, Samples
+from pneumo.loading.blocks import READER_THREAD, READERS, Blocks, Samples
 from pneumo.loading.sample_order import Rows
 
+PREFETCH_BLOCKS = 16
+"""Blocks, of 64 samples or 4 MB, that are read ahead of the step that needs them."""
 _KEPT_STEPS = 32
 """A block that is needed again within this many steps is kept; twice what it lasts in a lane."""
 
@@ -22,7 +24,9 @@ _KEPT_STEPS = 32
 class StreamingFeed:
     """Reads at most `prefetch_blocks` blocks ahead of the step that needs them."""
 
-    def __init__(self, blocks: Blocks, *, readers: int, prefetch_blocks: int) -> None:
+    def __init__(
+        self, blocks: Blocks, *, readers: int = READERS, prefetch_blocks: int = PREFETCH_BLOCKS
+    ) -> None:
         self.blocks, self.readers, self.prefetch_blocks = blocks, readers, prefetch_blocks
 
     def feed(self, plan: Sequence[Rows]) -> Iterator[Samples]:

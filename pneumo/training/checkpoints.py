@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pneumo import storage
 from pneumo.config import Config
+from pneumo.config_layers import drop_removed
 from pneumo.errors import CheckpointError, RunError
 
 SCHEMA_VERSION = 2
@@ -304,7 +305,7 @@ def load_checkpoint(run_url: str, entry: CheckpointEntry) -> Checkpoint:
             "wrote it, or train anew"
         )
     try:
-        plain["config"] = Config.model_validate(plain["config"])
+        plain["config"] = Config.model_validate(drop_removed(plain["config"]))
         plain["history"] = tuple(plain["history"])
         plain.pop("digest_fed", None)  # of earlier versions
         return Checkpoint(**plain)

@@ -289,8 +289,8 @@ class _Run:
         if fraction is not None:
             self.callbacks.tell(
                 f"warning: {fraction:.0%} of the time until epoch {len(self.history) + 1} was "
-                "spent waiting for data; keep it in memory (data.cache), or raise data.readers and "
-                "cluster.cpus_per_worker, or set data.cache_dir"
+                "spent waiting for data; keep it in memory (data.cache), or raise "
+                "cluster.cpus_per_worker"
             )
 
     def _save(self, **marks: bool) -> None:

@@ -22,6 +22,9 @@ def bce_loss(
     return F.binary_cross_entropy_with_logits(logits.float(), targets, pos_weight=pos_weight)
 
 
+SGD_MOMENTUM = 0.9
+
+
 def build_optimizer(
     parameters: Iterable[nn.Parameter], config: TrainConfig
 ) -> torch.optim.Optimizer:
@@ -29,7 +32,7 @@ def build_optimizer(
     decay = config.weight_decay
     if config.optimizer == "sgd":
         return torch.optim.SGD(
-            parameters, lr=config.lr, momentum=config.momentum, weight_decay=decay, fused=True
+            parameters, lr=config.lr, momentum=SGD_MOMENTUM, weight_decay=decay, fused=True
         )
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
     return kind(parameters, lr=config.lr, weight_decay=decay, fused=True)
@@ -49,10 +52,7 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
 
 def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     """The arithmetic of forward and backward; weights, optimiser and scoring stay float32."""
-    if config.precision == "native" and device.type == "cpu":
-        has = torch.cpu.get_capabilities()
-        return torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_bf16") else torch.float32
-    if config.precision in ("auto", "native"):
+    if config.precision == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.bfloat16 if config.precision == "bfloat16" else torch.float32
 

@@ -48,11 +48,7 @@ class Learner:
         self.seed, self.pos_weight = seed, torch.tensor(pos_weight, device=device)
         self.dtype = autocast_dtype(config, device)
         self.optimizer = build_optimizer(model.parameters(), config)
-        if config.compile == "max-autotune":
-            # Without CUDA graphs, whose replay would overwrite the gradients that micro-batches
-            # add up.
-            model.compile(mode="max-autotune-no-cudagraphs")
-        elif config.compile:
+        if config.compile:
             model.compile()
         self.network = _distribute(model, world)
         self.average = average_weights(model, config.ema_decay) if config.ema_decay else None

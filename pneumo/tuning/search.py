@@ -20,7 +20,8 @@ import optuna
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pneumo.config import Config, TuneConfig, override
+from pneumo.config import Config, TuneConfig
+from pneumo.config_layers import override
 from pneumo.dataset.shards import Manifest
 from pneumo.evaluation.metrics import Z_95
 from pneumo.network.backbones import count_multiply_adds
@@ -293,10 +294,13 @@ def choose_confirmed(
     )
 
 
+CONFIRMED_SETTINGS = 3
+
+
 def settings_to_confirm(trials: Sequence[Trial], config: TuneConfig) -> tuple[Trial, ...]:
-    """The best settings, as many as `confirm_settings`."""
+    """The best settings."""
     finished = [trial for trial in rank(trials, config) if trial.state == "finished"]
-    return tuple(finished[: config.confirm_settings])
+    return tuple(finished[:CONFIRMED_SETTINGS])
 
 
 def make_recipe(config: Config, settings: Mapping[str, Scalar]) -> dict[str, Any]:

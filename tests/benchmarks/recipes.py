@@ -36,7 +36,9 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from jobs import prepare
 from jobs.ray_cluster.session import ray_session
-from pneumo.config import Config, override, parse_command_line, read_recipe
+from pneumo.command_line import parse_command_line
+from pneumo.config import Config
+from pneumo.config_layers import override, read_recipe
 from pneumo.dataset.phantoms.source_folder import write_phantoms
 from pneumo.dataset.shards import read_manifest
 from pneumo.evaluation import metrics
@@ -73,7 +75,6 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "no augmentation": dict.fromkeys(STRONG, 0.0),
     "strong augmentation": STRONG,
     "flip": {"augment.flip": True},
-    "erasing": {"augment.erase_fraction": 0.2},
     "ema": {"train.ema_decay": 0.99},
     "adamw 0.05": {"train.optimizer": "adamw", "train.weight_decay": 0.05},
     "label smoothing": {"train.label_smoothing": 0.1},

@@ -39,7 +39,8 @@ import torch
 from jobs import prepare
 from jobs import train as train_job
 from jobs.ray_cluster.session import WORKER_ENVIRONMENT, ray_session
-from pneumo.config import Config, parse_command_line
+from pneumo.command_line import parse_command_line
+from pneumo.config import Config
 from pneumo.dataset.phantoms.source_folder import write_phantoms
 from pneumo.loading.loader import Batch
 from pneumo.loading.sample_order import World

@@ -30,11 +30,13 @@ import torch
 
 from jobs import prepare
 from jobs.ray_cluster.session import ray_session
-from jobs.train import build_trainer
-from jobs.tune import search
+from jobs.training.job import build_trainer
+from jobs.tuning.job import search
 from jobs.tuning.trial_records import read_judgement, trial_url
 from jobs.tuning.trial_runs import share, trial_config
-from pneumo.config import Config, override, parse_command_line
+from pneumo.command_line import parse_command_line
+from pneumo.config import Config
+from pneumo.config_layers import override
 from pneumo.dataset.phantoms.source_folder import write_phantoms
 from pneumo.dataset.shards import Manifest, read_manifest
 from pneumo.loading.in_memory import InMemorySplit

@@ -13,7 +13,8 @@ import torch
 
 from jobs.evaluation import wandb_results
 from jobs.training.epoch_log import Follower
-from pneumo.config import Config, override
+from pneumo.config import Config
+from pneumo.config_layers import override
 from pneumo.evaluation.shown_studies import ERRORS, OUTCOMES
 from pneumo.loading.sample_order import World
 from pneumo.reporting.figures import Pictures

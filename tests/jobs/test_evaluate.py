@@ -24,7 +24,8 @@ from jobs.evaluation.ray_scoring import (
     score_splits,
 )
 from jobs.evaluation.shown_studies import choose_pictures
-from pneumo.config import Config, override
+from pneumo.config import Config
+from pneumo.config_layers import override
 from pneumo.dataset.shards import (
     Duplicates,
     StudyRow,

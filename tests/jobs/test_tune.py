@@ -22,12 +22,14 @@ import ray
 import torch
 
 from jobs import tune
-from jobs.train import with_absolute_weights
-from jobs.tune import check_search
+from jobs.training.job import with_absolute_weights
+from jobs.tuning.job import check_search
 from jobs.tuning.trial_judge import Shared, TrialJudge
 from jobs.tuning.trial_records import read_history, read_trials, trial_url, write_begun
 from jobs.tuning.trial_runs import share, trial_config, trials_at_once
-from pneumo.config import Config, DataConfig, override, parse_command_line
+from pneumo.command_line import parse_command_line
+from pneumo.config import Config, DataConfig
+from pneumo.config_layers import override
 from pneumo.dataset.shards import read_manifest
 from pneumo.errors import ClusterError, ConfigError
 from pneumo.loading.blocks import PreparedStore

@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pneumo.config import AugmentConfig, Config, DataConfig, TrainConfig, override
+from pneumo.config import AugmentConfig, Config, DataConfig, TrainConfig
+from pneumo.config_layers import override
 from pneumo.dataset import shards
 from pneumo.loading import augmentation
 from pneumo.loading.blocks import PreparedStore
@@ -91,9 +92,8 @@ def test_a_step_is_the_one_on_a_cpu_and_bfloat16_is_near_it() -> None:
 
 
 @pytest.mark.skipif(not has_compiler(), reason="no C compiler here")
-@pytest.mark.parametrize("how", [True, "max-autotune"])
-def test_a_compiled_step_is_the_plain_one(how: Any) -> None:
-    compiled = learn(make_learner(GPU, compile=how))
+def test_a_compiled_step_is_the_plain_one() -> None:
+    compiled = learn(make_learner(GPU, compile=True))
     assert compiled == pytest.approx(learn(make_learner(GPU)), rel=0.02)
 
 
@@ -125,7 +125,7 @@ def test_a_warp_on_the_device_is_the_one_on_the_host(compiled: bool) -> None:
     smooth = torch.nn.functional.interpolate(coarse, size=64, mode="bicubic").clamp(0, 255).byte()
     keys = [f"study-{i}" for i in range(16)]
     options: dict[str, Any] = {"seed": 1, "epoch": 2, "moments": (0.5, 0.25)}
-    config = AugmentConfig(erase_fraction=0.2, flip=True)
+    config = AugmentConfig(flip=True)
     on_host = augmentation.augment(smooth, keys, config, **options)
     on_device = augmentation.augment(
         smooth.to(GPU), keys, config, **options, compiled=compiled
@@ -172,14 +172,14 @@ def test_a_batch_made_ahead_is_whole_when_it_is_used() -> None:
 # --- a run ----------------------------------------------------------------------------------------
 
 
-def run(config: Config, store_url: str, run_url: str, **hooks: Any) -> list[dict[str, Any]]:
+def run(config: Config, store_url: str, run_url: str, **callbacks: Any) -> list[dict[str, Any]]:
     return fit(
         config,
         store_url=store_url,
         run_url=run_url,
         world=World(),
         device=GPU,
-        callbacks=Callbacks(**hooks),
+        callbacks=Callbacks(**callbacks),
     )
 
 

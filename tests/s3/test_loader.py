@@ -54,7 +54,7 @@ def store_url(local_store: str, bucket_url: str) -> str:
 
 
 def open_train(store_url: str, way: Way) -> Loader:
-    config = DataConfig(cache=way, image_size=64, readers=4, prefetch_blocks=4)
+    config = DataConfig(cache=way, image_size=64)
     store = PreparedStore(store_url, read_manifest(store_url), config)
     return open_loader(store, "train", world=World(), device="cpu")
 

@@ -15,7 +15,8 @@ from ray.tune import TuneError
 from rich.console import Console
 
 from jobs.tuning.live_table import LiveTable, describe_settings
-from pneumo.config import Config, override
+from pneumo.config import Config
+from pneumo.config_layers import override
 from pneumo.errors import DataError
 
 TUNE = override(Config(), {"tune.num_trials": 20, "tune.epochs": 8}).tune

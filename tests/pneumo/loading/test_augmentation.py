@@ -14,10 +14,8 @@ from pneumo.loading.augmentation import (
     Tables,
     augment,
     draw_affine,
-    draw_rectangles,
     draw_tables,
     draw_uniforms,
-    erase,
     normalise,
     warp,
     warp_by_grid,
@@ -42,7 +40,6 @@ amounts = st.builds(
     brightness_fraction=st.floats(0, 0.5),
     contrast_fraction=st.floats(0, 0.5),
     gamma_fraction=st.floats(0, 0.5),
-    erase_fraction=st.just(0.0) | st.floats(0, 0.9),
 )
 
 
@@ -99,7 +96,7 @@ def test_seed_and_epoch_change_every_draw(keys: list[str], seed: int, epoch: int
 
 def test_each_kind_of_change_has_draws_of_its_own() -> None:
     keys = [str(i) for i in range(100)]
-    one, two = (draw_uniforms(keys, seed=0, epoch=0, count=3, kind=k) for k in ("gray", "erase"))
+    one, two = (draw_uniforms(keys, seed=0, epoch=0, count=3, kind=k) for k in ("gray", "flip"))
     assert not np.isin(one, two).any()
 
 
@@ -287,7 +284,7 @@ def test_an_image_in_place_is_looked_up_in_its_table() -> None:
         np.testing.assert_array_equal(out.numpy(), table[image.numpy()])
 
 
-# --- flip and erasing -----------------------------------------------------------------------------
+# --- flip -----------------------------------------------------------------------------
 
 
 def test_half_of_the_images_are_mirrored_where_that_is_wanted() -> None:
@@ -300,37 +297,6 @@ def test_half_of_the_images_are_mirrored_where_that_is_wanted() -> None:
     for image, is_mirrored in zip(out, mirrored, strict=True):
         assert is_mirrored or torch.equal(image, images[0].float())
     assert AugmentConfig().flip is False
-
-
-@given(st.floats(0, 0.99), seeds, st.integers(32, 256))
-def test_rectangles_are_inside_and_not_larger_than_allowed(
-    share: float, seed: int, size: int
-) -> None:
-    keys = [str(i) for i in range(32)]
-    config = AugmentConfig(erase_fraction=share)
-    x0, y0, x1, y1 = draw_rectangles(keys, config, image_size=size, seed=seed, epoch=0).T
-    assert (x0 >= 0).all()
-    assert (y0 >= 0).all()
-    assert (x1 >= x0).all()
-    assert (y1 >= y0).all()
-    assert max(x1.max(), y1.max()) <= size
-    assert ((x1 - x0) * (y1 - y0)).max() <= share * size**2
-    if share > 0.1:
-        assert ((x1 - x0) * (y1 - y0)).max() > 0.5 * share * size**2
-
-
-def test_erasing_blackens_its_rectangles_and_nothing_else() -> None:
-    images = smooth_images(16, 40) // 2 + 100
-    keys = [str(i) for i in range(16)]
-    config = AugmentConfig(erase_fraction=0.4)
-    whole = augment(images, keys, AugmentConfig(), seed=0, epoch=0)
-    erased = augment(images, keys, config, seed=0, epoch=0)
-    rectangles = draw_rectangles(keys, config, image_size=40, seed=0, epoch=0)
-    for before, after, (x0, y0, x1, y1) in zip(whole, erased, rectangles, strict=True):
-        expected = before.clone()
-        expected[:, y0:y1, x0:x1] = 0
-        assert torch.equal(after, expected)
-    assert torch.equal(erase(whole, rectangles), erased)
 
 
 def test_outside_is_black() -> None:

@@ -6,6 +6,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,7 +18,8 @@ import torch
 from blake3 import blake3
 
 from pneumo import storage
-from pneumo.config import AugmentConfig, Config, DataConfig, override
+from pneumo.config import AugmentConfig, Config, DataConfig
+from pneumo.config_layers import override
 from pneumo.dataset import shards
 from pneumo.dataset.shards import Manifest, Sample
 from pneumo.errors import ConfigError, DataError
@@ -32,7 +34,7 @@ StoreMaker = Callable[..., str]
 
 BATCH = 30  # divides into 1, 2, 3 and 5 ranks
 WAYS = ("memory", "stream")
-AUGMENT = AugmentConfig(flip=True, erase_fraction=0.2)
+AUGMENT = AugmentConfig(flip=True)
 CPU = torch.device("cpu")
 
 
@@ -187,13 +189,7 @@ def test_half_size_is_the_mean_of_four(store: tuple[str, Manifest]) -> None:
     ("key", "value", "message"),
     [
         ("cache", "disk", "expected 'auto', 'memory' or 'stream'"),
-        ("cache_gb", 5.0, "data: cache_gb 5 limits nothing without cache_dir"),
-        ("cache_gb", 0.0, "expected greater than 0"),
-        ("cache_dir", "blocks", "data: cache_dir blocks: give a local folder by its absolute path"),
-        ("cache_dir", "s3://bucket/blocks", "give a local folder by its absolute path"),
-        ("prefetch_blocks", 0, "expected greater than 0"),
-        ("readers", 0, "expected greater than or equal to 1"),
-        ("readers", 65, "expected less than or equal to 64"),
+        ("image_size", 0, "expected greater than or equal to"),
     ],
 )
 def test_settings_of_a_loader_that_make_no_sense_are_refused(
@@ -209,7 +205,6 @@ def test_settings_of_a_loader_that_make_no_sense_are_refused(
         ("brightness_fraction", 1.0),
         ("contrast_fraction", -0.1),
         ("gamma_fraction", 10.0),
-        ("erase_fraction", 1.0),
         ("flip", "sometimes"),
     ],
 )
@@ -268,11 +263,12 @@ def test_both_ways_feed_the_same_bits_on_any_ranks_from_any_step(
 def test_threads_and_read_ahead_change_nothing(
     store: tuple[str, Manifest], whole: list[Batch], readers: int, prefetch_blocks: int
 ) -> None:
-    data = open_split(store, "stream", readers=readers, prefetch_blocks=prefetch_blocks)
-    assert_same(list(train_batches(data, epoch=1)), whole)
-    if prefetch_blocks == 1:
-        held = open_split(store, "memory", readers=readers)
-        assert_same(list(train_batches(held, epoch=1)), whole)
+    blocks = Blocks(PreparedStore(*store, DataConfig()), "train")
+    streamed = StreamingFeed(blocks, readers=readers, prefetch_blocks=prefetch_blocks)
+    held = InMemoryFeed(blocks, device=CPU, readers=readers)
+    for feed in (streamed, held):
+        data = replace(open_split(store, "stream"), feed=feed)
+        assert_same(list(train_batches(data, epoch=1)), whole)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -383,7 +379,10 @@ def test_going_on_reads_no_block_that_only_consumed_steps_needed(
 def test_a_stream_reads_ahead_as_far_as_it_is_told(
     remote: tuple[str, Manifest], counted: type[CountedFiles]
 ) -> None:
-    data = open_split(remote, "stream", prefetch_blocks=3)
+    blocks = Blocks(PreparedStore(*remote, DataConfig()), "train")
+    data = replace(
+        open_split(remote, "stream"), feed=StreamingFeed(blocks, readers=4, prefetch_blocks=3)
+    )
     batches = train_batches(data)
     next(batches)
     first = len(blocks_of(data, range(1)))
@@ -398,7 +397,7 @@ def test_a_block_needed_again_much_later_is_read_again(
     store: tuple[str, Manifest], counted: type[CountedFiles]
 ) -> None:
     """So that a long epoch does not hold the blocks that two lanes share."""
-    source = Blocks(PreparedStore(f"counted://{store[0]}", store[1]), "train")
+    source = Blocks(PreparedStore(f"counted://{store[0]}", store[1], DataConfig()), "train")
     stream = StreamingFeed(source, readers=1, prefetch_blocks=1)
     plan = [np.array([row]) for row in [0, 1, *range(64, 97), 2, 100, 3]]
     fed = list(stream.feed(plan))
@@ -406,43 +405,6 @@ def test_a_block_needed_again_much_later_is_read_again(
     assert [s.keys[0] for s in fed] == [samples[int(rows[0])].key for rows in plan]
     assert len(counted.reads) == 4  # block 0, then 1 (64 to 79) and 2, then 0 once more
     assert len(set(counted.reads)) == 3
-
-
-# --- a local cache of blocks ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_a_cached_block_is_not_read_again(
-    remote: tuple[str, Manifest],
-    counted: type[CountedFiles],
-    whole: list[Batch],
-    tmp_path: Path,
-    way: str,
-) -> None:
-    settings = {"cache_dir": str(tmp_path / "cache"), "cache_gb": 1.0}
-    assert_same(list(train_batches(open_split(remote, way, **settings), epoch=1)), whole)
-    assert len(counted.reads) == 19
-    for again in WAYS:
-        assert_same(list(train_batches(open_split(remote, again, **settings), epoch=1)), whole)
-    assert len(counted.reads) == 19
-
-
-def test_a_damaged_cached_block_is_read_again(
-    remote: tuple[str, Manifest],
-    counted: type[CountedFiles],
-    whole: list[Batch],
-    tmp_path: Path,
-) -> None:
-    settings = {"cache_dir": str(tmp_path)}
-    list(train_batches(open_split(remote, "stream", **settings), epoch=1))
-    one, two = sorted(tmp_path.iterdir())[:2]
-    one.write_bytes(one.read_bytes()[:-1] + b"x")
-    two.write_bytes(b"")
-    counted.reads.clear()
-    assert_same(list(train_batches(open_split(remote, "stream", **settings), epoch=1)), whole)
-    assert len(counted.reads) == 2
-    for path in (one, two):
-        assert blake3(path.read_bytes()).hexdigest() == path.name
 
 
 # --- what is wrong with a store -------------------------------------------------------------------
@@ -593,7 +555,11 @@ def test_an_epoch_that_cannot_be_read_ends_with_an_error_not_early(
 ) -> None:
     store_url = tiny_store(train=480, image_size=32)
     manifest = shards.read_manifest(store_url)
-    data = open_split((f"counted://{store_url}", manifest), "stream", prefetch_blocks=1)
+    remote = (f"counted://{store_url}", manifest)
+    blocks = Blocks(PreparedStore(*remote, DataConfig()), "train")
+    data = replace(
+        open_split(remote, "stream"), feed=StreamingFeed(blocks, readers=4, prefetch_blocks=1)
+    )
     batches = train_batches(data)
     next(batches)
     for shard in manifest.splits["train"].shards:

@@ -311,7 +311,7 @@ def test_who_takes_a_run_over_removes_what_the_index_does_not_name(tmp_path: Pat
     save(run_url, 0.6, 0.7)
     kept = {path.name for path in folder.iterdir()}
     (folder / "epoch-0003-01234567.pt").write_bytes(b"written, and killed before the index was")
-    (folder / f"{storage._PARTIAL_PREFIX}abc").write_bytes(b"half")
+    (folder / f"{storage.PARTIAL_PREFIX}abc").write_bytes(b"half")
     (folder / "notes.txt").write_text("a person's")
     claim_run(run_url, read_index(run_url))
     assert {path.name for path in folder.iterdir()} == {*kept, "notes.txt"}

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pneumo import storage
-from pneumo.config import Config, TrainConfig, override
+from pneumo.config import Config, TrainConfig
+from pneumo.config_layers import override
 from pneumo.dataset import shards
 from pneumo.errors import (
     CheckpointError,
@@ -572,7 +573,7 @@ class _SlowFileSystem(MemoryFileSystem):
         return stripped
 
     def cat_file(self, *arguments: Any, **options: Any) -> bytes:
-        time.sleep(0.6)
+        time.sleep(1.0)
         data: bytes = super().cat_file(*arguments, **options)
         return data
 
@@ -585,7 +586,7 @@ def test_waiting_for_data_is_told_in_a_run_of_one_epoch(
     slow = fsspec.filesystem("slowly")
     for path in folder.rglob("*.*"):
         slow.pipe_file(f"/store/{path.relative_to(folder)}", path.read_bytes())
-    streamed = {"data.cache": "stream", "data.prefetch_blocks": 1, "data.readers": 1}
+    streamed = {"data.cache": "stream"}
     notes: list[str] = []
     config = override(SMALL, {"train.epochs": 1, "train.micro_batch_size": 12, **streamed})
     run(config, "slowly:///store", run_url, tell=notes.append)
@@ -679,8 +680,6 @@ def test_settings_that_do_not_touch_training_may_change(begun_run: str, store_ur
             "evaluate.sensitivity": 0.8,
             "tracking.mode": "offline",
             "data.cache": "stream",
-            "data.readers": 2,
-            "data.cache_dir": "/tmp/blocks",
         },
     )
     assert check_run(changed, shards.read_manifest(store_url), begun_run, num_workers=3) == 32
