@@ -10,9 +10,9 @@ class TinyNetwork(nn.Module):
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(1, 8, 3, stride=2, padding=1)
+        self.conv1 = nn.Conv2d(1, 8, 3, stride=2, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(8)
-        self.layer4 = nn.Sequential(nn.Conv2d(8, 16, 3, stride=2, padding=1))
+        self.layer4 = nn.Sequential(nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False))
         self.head = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(16, 1)

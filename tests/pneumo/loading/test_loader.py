@@ -160,8 +160,10 @@ def test_an_input_size_above_the_stores_is_refused(store: tuple[str, Manifest]) 
         input_size(store[1], 33)
 
 
-@pytest.mark.parametrize("image_size", [32, 24, 16])
-def test_images_are_resampled_by_area(store: tuple[str, Manifest], image_size: int) -> None:
+@pytest.mark.parametrize("image_size", [64, 48, 32])
+def test_images_are_resampled_by_area(tiny_store: StoreMaker, image_size: int) -> None:
+    store_url = tiny_store(train=9, test=9, image_size=64)
+    store = (store_url, shards.read_manifest(store_url))
     samples = stored(store, "test")
     images = to_input([sample.pixels for sample in samples], image_size)
     assert images.shape == (9, 1, image_size, image_size)
@@ -169,7 +171,7 @@ def test_images_are_resampled_by_area(store: tuple[str, Manifest], image_size: i
     for image, sample in zip(images[:, 0].numpy(), samples, strict=True):
         expected = cv2.resize(sample.pixels, (image_size,) * 2, interpolation=cv2.INTER_AREA)
         np.testing.assert_array_equal(image, expected)
-    expected_batch = augmentation.normalise(images, 0.4, 0.2)
+    expected_batch = augmentation.normalise(images, store[1].mean, store[1].std)
     for way in WAYS:
         data = open_split(store, way, split="test", image_size=image_size)
         [batch] = data.evaluation(batch_size=9)
