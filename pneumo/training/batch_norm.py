@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class RunningStatistics:
@@ -23,7 +22,7 @@ class RunningStatistics:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+        layers = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
         self.buffers: list[Tensor] = []
         momenta: list[float] = []
         for layer in layers:

@@ -115,7 +115,7 @@ class Checkpoint:
     samples_fed: int = 0
     """What these steps were fed, on all ranks."""
     versions: dict[str, str] = field(default_factory=lambda: describe_versions())
-    """Of what computes: `describe_versions`."""
+    """Of Python, torch and the like: `describe_versions`."""
 
     @property
     def weights(self) -> Literal["raw", "ema"]:
@@ -202,7 +202,7 @@ def _select_kept(
 ) -> tuple[CheckpointEntry, ...]:
     best = CheckpointIndex(entries=entries).best
     whole = [entry for entry in entries if entry.step == 0]
-    # Once an epoch has a checkpoint of its own, those within it serve nothing.
+    # Once an epoch has a checkpoint of its own, those within it are not needed.
     epochs = whole[-1].epoch if whole else 0
     inside = [entry for entry in entries if entry.step and entry.epoch >= epochs]
     wanted = [best, *whole[-keep_last:], *inside[-keep_last:]]
@@ -220,12 +220,12 @@ def _serialise(checkpoint: Checkpoint) -> bytes:
 
 
 def to_bytes(state: dict[str, Any]) -> bytes:
-    """What torch.save makes of `state`, by way of a file in memory where the system has such.
+    """What torch.save makes of `state`, by way of a file in memory (Linux's memfd).
 
-    To a file torch writes without Python's lock. To a BytesIO it writes with it, by which the steps
-    that train meanwhile take 2.5 times as long on the host, and a GPU runs dry.
+    torch writes to a file without Python's lock. With a BytesIO it holds the lock, and the steps
+    that train meanwhile take 2.5 times as long on the host.
     """
-    # Other systems have no such files, and a limit on a file's size holds for them too.
+    # Other systems have no memfd, and a limit on a file's size holds for it too.
     with (
         suppress(AttributeError, OSError, RuntimeError),
         os.fdopen(os.memfd_create("checkpoint"), "rb", buffering=0) as file,
@@ -238,7 +238,7 @@ def to_bytes(state: dict[str, Any]) -> bytes:
 
 
 def copy_to_cpu(state: Any) -> Any:
-    """A state dict of tensors, lists and plain values, its tensors copied."""
+    """A state dict of tensors, lists and plain values, its tensors copied to the CPU."""
     if torch.is_tensor(state):
         return state.detach().to("cpu", copy=True)
     if isinstance(state, dict):
@@ -314,7 +314,7 @@ def load_checkpoint(run_url: str, entry: CheckpointEntry) -> Checkpoint:
 
 
 def describe_versions() -> dict[str, str]:
-    """Of what computes: Python, torch and what it was built for, and what else is installed."""
+    """Versions of Python, torch, torchvision, Ray and CUDA, where they are installed."""
     found = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for package in ("torchvision", "ray"):
         with suppress(PackageNotFoundError):

@@ -240,7 +240,7 @@ class _Run:
     def _act_on(self, results: StepResults) -> None:
         """After a step: end the run where it diverged or is asked to stop, save where it is due."""
         every = self.config.train.checkpoint_every_steps
-        is_saved = bool(every) and self.totals.step % every == 0
+        is_saved = every is not None and self.totals.step % every == 0
         is_last = self.totals.step == self.steps_per_epoch
         if results.should_stop or is_saved or is_last:  # the same on all ranks
             results.read_all()

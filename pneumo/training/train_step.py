@@ -1,8 +1,8 @@
 """One step of training: micro-batches, gradients, running statistics, weights, their average.
 
 A step's batch is cut into micro-batches of fixed size, and each rank takes some whole ones. The
-gradient is that of the mean loss over all of them, and each is normalised by its own statistics, so
-a step computes the same on any number of ranks, up to the rounding of sums.
+gradient is that of the mean loss over all of them, and each is normalised by its own statistics: a
+step computes the same on any number of ranks, up to the rounding of sums.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops import StochasticDepth
 
@@ -57,7 +56,7 @@ class Learner:
         """The numbers of this rank's micro-batches within a step."""
         self.micro_batches_per_step = config.batch_size // config.micro_batch_size
         self.is_random = any(
-            isinstance(module, _DropoutNd | StochasticDepth) and module.p > 0
+            isinstance(module, nn.Dropout | StochasticDepth) and module.p > 0
             for module in model.modules()
         )
         """Whether layers of the network draw random numbers."""
@@ -122,8 +121,8 @@ class Learner:
             if self.is_random:
                 torch.manual_seed(_draw_seed(self.seed, epoch, step, number))
             is_last = number == self.micro_batches[-1]
-            # Ranks meet once a step, in the backward pass of the last micro-batch.
-            with nullcontext() if is_last else self._alone():
+            # Ranks add up gradients once a step, in the backward pass of the last micro-batch.
+            with nullcontext() if is_last else self._without_sync():
                 with torch.autocast(
                     self.device.type, self.dtype, enabled=self.dtype != torch.float32
                 ):
@@ -141,7 +140,7 @@ class Learner:
             total += loss.detach()
         return total
 
-    def _alone(self) -> AbstractContextManager[None]:
+    def _without_sync(self) -> AbstractContextManager[None]:
         network = self.network
         if isinstance(network, DistributedDataParallel):
             return network.no_sync()
@@ -160,6 +159,6 @@ def _distribute(model: nn.Module, world: World) -> nn.Module:
 
 
 def _draw_seed(seed: int, epoch: int, step: int, micro_batch: int) -> int:
-    """What the random layers of a micro-batch draw from."""
+    """The seed of the random layers for a micro-batch."""
     name = f"pneumo/layers/{seed}/{epoch}/{step}/{micro_batch}"
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "little")
