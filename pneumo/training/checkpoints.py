@@ -33,8 +33,6 @@ from pneumo.errors import CheckpointError, RunError
 SCHEMA_VERSION = 2
 _INDEX = "index.json"
 _SUFFIX = ".pt"
-_UNFINISHED = ".partial-*"
-"""How `storage` names a local file while it is written."""
 AUROC_OF = {"raw": "val/auroc", "ema": "val/ema_auroc"}
 """The metric that says which epoch is the best, by the weights that are scored with."""
 
@@ -358,7 +356,7 @@ def _sweep(run_url: str, named: set[str]) -> None:
         if name not in named:
             storage.remove(_url(run_url, name))
     if storage.is_local(run_url):
-        for half in storage.local_path(_url(run_url, "")).glob(_UNFINISHED):
+        for half in storage.local_path(_url(run_url, "")).glob(f"{storage.PARTIAL_PREFIX}*"):
             half.unlink(missing_ok=True)
 
 
