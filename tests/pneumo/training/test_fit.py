@@ -143,11 +143,10 @@ def make_learner(model: nn.Module, **changes: Any) -> Learner:
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
-@pytest.mark.parametrize(("smoothing", "clip"), [(0.0, None), (0.2, 0.5)])
+@pytest.mark.parametrize(("smoothing", "clip"), [(0.0, None), (0.2, 0.05)])
 def test_a_step_is_that_of_plain_torch(
     optimizer: str, smoothing: float, clip: float | None
 ) -> None:
-    # In float64: of three samples at 1x1 the network makes much of a rounding.
     batch, ours, plain = make_batch(), make_model().double(), make_model().double()
     batch = Batch(batch.images.double(), batch.targets.double(), batch.keys)
     rate = 1e-2 if optimizer == "sgd" else 1e-3
@@ -749,7 +748,8 @@ def test_a_folder_that_is_no_store_is_refused(tmp_path: Path) -> None:
 # --- several ranks --------------------------------------------------------------------------------
 
 _RANK = """
-from pneumo.config import Config, override
+from pneumo.config import Config
+from pneumo.config_layers import override
 from pneumo.errors import DivergedError, PreemptedError
 from pneumo.training.callbacks import Callbacks
 from pneumo.training.fit import fit
@@ -808,7 +808,7 @@ def assert_alike(
         for state in (checkpoint.model, checkpoint_alone.model, begin_weights())
     )
     # Of the way that they went: all weights are near those that they began with.
-    assert 0 < (one - two).norm() < 1e-2 * (two - start).norm()
+    assert (one - two).norm() < 1e-2 * (two - start).norm()
     for name, value in checkpoint_alone.model.items():
         if "running" in name:
             torch.testing.assert_close(checkpoint.model[name], value, rtol=1e-2, atol=1e-3)
@@ -821,11 +821,9 @@ def assert_alike(
 def test_any_number_of_ranks_computes_what_one_does(
     tiny_store: StoreMaker, tmp_path: Path, size: int
 ) -> None:
-    # Of so many and so large pictures that no layer's variance is near 0, where gradients explode.
     store_url = tiny_store(train=99, val=13, image_size=64)
     changes = {"train.batch_size": 24, "train.micro_batch_size": 6, "train.optimizer": "sgd"}
-    # Steps so small that a difference of rounding is not fed back into the next ones.
-    config = override(SMALL, {**changes, "train.lr": 1e-5, "train.checkpoint_every_steps": 2})
+    config = override(SMALL, {**changes, "train.lr": 1e-3, "train.checkpoint_every_steps": 2})
     (tmp_path / "config.json").write_text(config.to_json())
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the ranks: sums in the same order
