@@ -247,8 +247,8 @@ def whole(store: tuple[str, Manifest]) -> list[Batch]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("size", [1, 2, 3, 5])
-@pytest.mark.parametrize("start_step", [0, 1, 12, 24, 25])
+@pytest.mark.parametrize("size", [1, 3, 5])
+@pytest.mark.parametrize("start_step", [0, 12, 25])
 def test_both_ways_feed_the_same_bits_on_any_ranks_from_any_step(
     store: tuple[str, Manifest], whole: list[Batch], way: str, size: int, start_step: int
 ) -> None:
@@ -289,7 +289,7 @@ def test_an_epoch_has_whole_batches_of_different_studies(whole: list[Batch]) -> 
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 60])
+@pytest.mark.parametrize("size", [1, 3, 60])
 def test_evaluation_feeds_every_study_once_on_any_number_of_ranks(
     store: tuple[str, Manifest], way: str, size: int
 ) -> None:
@@ -357,7 +357,7 @@ def test_memory_holds_a_rank_its_slice_of_an_evaluation(
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("rank", "size"), [(0, 1), (1, 3), (4, 5)])
-@pytest.mark.parametrize("start_step", [0, 9, 20, 24])
+@pytest.mark.parametrize("start_step", [0, 9, 24])
 def test_going_on_reads_no_block_that_only_consumed_steps_needed(
     remote: tuple[str, Manifest],
     counted: type[CountedFiles],
