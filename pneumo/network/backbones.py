@@ -97,8 +97,8 @@ def initialise(model: nn.Module, config: ModelConfig, *, seed: int) -> Initialis
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             return Initialisation(
                 "random",
-                f"ImageNet weights cannot be had ({reason}): random weights, seed {seed}, instead; "
-                "expect a lower AUROC. --model.weights random says that it is meant",
+                f"ImageNet weights are not available ({reason}): random weights, seed {seed}, "
+                "instead; expect a lower AUROC. --model.weights random says that it is meant",
                 fell_back=True,
             )
         load_backbone(model, state, "torchvision's ImageNet weights")
