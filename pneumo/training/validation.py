@@ -96,7 +96,8 @@ def compute_metrics(
         pos_weight=torch.tensor(pos_weight, dtype=torch.float64),
         reduction="none",
     )
-    loss = MeanMetric(nan_strategy="disable").set_dtype(torch.float64).to(device)
+    # In this order: `to` would make it float32 again.
+    loss = MeanMetric(nan_strategy="disable").to(device).set_dtype(torch.float64)
     counts = BinaryStatScores(validate_args=False).to(device)
     loss.update(losses.to(device))
     # Calls, as torchmetrics takes a probability of exactly 0.5 for a negative; in one row, as it
