@@ -38,10 +38,11 @@ from pneumo.evaluation.file_predictions import (
     encode_csv,
     encode_parquet,
 )
-from pneumo.evaluation.predictions import Member, prepare_input, score_pictures, sigmoid
-from pneumo.evaluation.shown_studies import class_activation
+from pneumo.evaluation.predictions import sigmoid
 from pneumo.images.dicom import GrayImage
 from pneumo.images.dicom_files import Unusable, read_pictures
+from pneumo.network.gradcam import gradcam
+from pneumo.network.scoring import Member, prepare_input, score_pictures
 from pneumo.reporting.figures.case_pictures import draw_overlay
 from pneumo.reporting.figures.style import show_threshold
 from pneumo.training.checkpoints import load_checkpoint, read_index
@@ -225,7 +226,7 @@ def _write_overlays(
     """Draw each picture beside its map; where each is, by name. None of a map without numbers."""
     if not pictures:
         return {}
-    cams = class_activation(member.network, prepare_input(list(pictures.values()), member))
+    cams = gradcam(member.network, prepare_input(list(pictures.values()), member))
     written = {}
     for (name, picture), cam in zip(pictures.items(), cams, strict=True):
         if np.isfinite(cam).all():

@@ -29,7 +29,7 @@ from pneumo.reporting.tracking.artifacts import describe_dataset, describe_weigh
 from pneumo.reporting.tracking.closing import close_tracker, tracking_folder
 from pneumo.training.checkpoint_writer import read_history
 from pneumo.training.checkpoints import CheckpointIndex, read_index
-from pneumo.training.fit import check_run
+from pneumo.training.preconditions import check_run
 
 LEAVE_TIMEOUT_S = 25.0
 """Kubernetes kills 30 s after its SIGTERM."""

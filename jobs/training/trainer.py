@@ -20,7 +20,7 @@ from jobs.ray_cluster.session import (
     uses_gpu,
     worker_resources,
 )
-from jobs.training.epoch_log import worker_hooks
+from jobs.training.epoch_log import worker_callbacks
 from jobs.training.messages import Mailbox
 from jobs.training.recovery import STOPPED
 from jobs.training.stop_signal import Board
@@ -108,16 +108,16 @@ def _train_worker(settings: dict[str, Any]) -> str | None:
     config = Config.model_validate(settings["config"])
     torch.set_num_threads(config.cluster.cpus_per_worker)
     wait_longer()
-    hooks = worker_hooks(settings["messages"], world, epochs=config.train.epochs)
+    callbacks = worker_callbacks(settings["messages"], world, epochs=config.train.epochs)
     board: Board | None = settings["board"]
     if board is not None:
-        hooks = replace(hooks, should_stop=board.listen(world.rank).is_set)
+        callbacks = replace(callbacks, should_stop=board.listen(world.rank).is_set)
     shared: Shared | None = settings["shared"]
-    held = {}
+    shared_splits = {}
     if shared is not None:
         judge = TrialJudge(shared, settings["run_url"], world)
-        hooks = judge.hooks(hooks, ray.train.report)
-        held = shared.fetch(config.data.image_size)
+        callbacks = judge.callbacks(callbacks, ray.train.report)
+        shared_splits = shared.fetch(config.data.image_size)
     try:
         fit(
             config,
@@ -125,8 +125,8 @@ def _train_worker(settings: dict[str, Any]) -> str | None:
             run_url=settings["run_url"],
             world=world,
             device=ray.train.torch.get_device(),
-            hooks=hooks,
-            held=held,
+            callbacks=callbacks,
+            shared_splits=shared_splits,
         )
     except PreemptedError:
         return STOPPED

@@ -41,7 +41,7 @@ from pneumo.config_layers import check_space, drop_removed, with_absolute_weight
 from pneumo.dataset.shards import Manifest, read_manifest
 from pneumo.errors import ClusterError, ConfigError, RunError
 from pneumo.network.backbones import check_weights
-from pneumo.training.fit import check_sizes
+from pneumo.training.preconditions import check_sizes
 from pneumo.tuning.choice import (
     Confirmation,
     SettingChoice,

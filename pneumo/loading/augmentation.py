@@ -1,11 +1,10 @@
 """Batched augmentation and normalisation, on whatever device the batch is.
 
 Each study's random changes are a pure function of (seed, epoch, key), so the same study gets the
-same augmentation on any rank. They are drawn on the CPU: an affine matrix and a table of gray
-levels a sample, applied in this order. Matrix and table are applied by OpenCV on a CPU
-(several times as fast there) and by `grid_sample` and indexing on a GPU. Both round a moved pixel
-to a whole gray level before they look it up, and agree to one level, save at hard edges: OpenCV
-places pixels to 1/32. The matrix that moves an image moves its boxes.
+same augmentation on any rank. An affine matrix and a table of gray levels are drawn for each sample
+on the CPU, and applied in this order: by OpenCV on a CPU (several times as fast there), by
+`grid_sample` and indexing on a GPU. Both round a moved pixel to a whole gray level before they look
+it up, and agree to one level, save at hard edges: OpenCV places pixels to 1/32.
 """
 
 from __future__ import annotations
@@ -91,22 +90,22 @@ def draw_tables(keys: Sequence[str], config: AugmentConfig, *, seed: int, epoch:
 
 
 def warp(images: Tensor, matrices: Matrices, tables: Tables, *, compiled: bool = False) -> Tensor:
-    """`images` (B, 1, H, H) uint8, seen through `matrices` and recoloured by `tables` (B, 256).
+    """`images` (B, 1, H, H) uint8, moved by `matrices` (B, 2, 3), gray levels by `tables` (B, 256).
 
-    Bilinear, rounded to a gray level; black, as the table has it, outside. (B, 1, H, H) float32.
-    `compiled`: on a GPU by one kernel that torch.compile makes, in a sixth of the time.
+    Bilinear, rounded to a gray level; outside is black, as the table has it. (B, 1, H, H) float32.
+    `compiled`: on a GPU one kernel of torch.compile does it, in a sixth of the time.
     """
     if images.device.type == "cpu":
-        return _warp_by_opencv(images, matrices, tables)
-    return _warp_by_grid(images, matrices, tables, compiled=compiled)
+        return warp_by_opencv(images, matrices, tables)
+    return warp_by_grid(images, matrices, tables, compiled=compiled)
 
 
-def _warp_by_opencv(images: Tensor, matrices: Matrices, tables: Tables) -> Tensor:
+def warp_by_opencv(images: Tensor, matrices: Matrices, tables: Tables) -> Tensor:
     flat = images[:, 0].numpy()
     moved = np.empty(flat.shape[1:], dtype=np.uint8)
     out = np.empty(flat.shape, dtype=np.float32)
     for i, (image, matrix, table) in enumerate(zip(flat, matrices, tables, strict=True)):
-        # Moved as bytes: a third of the time that floats take.
+        # As bytes: a third of the time that floats take.
         cv2.warpAffine(
             image,
             matrix,
@@ -118,7 +117,7 @@ def _warp_by_opencv(images: Tensor, matrices: Matrices, tables: Tables) -> Tenso
     return torch.from_numpy(out).unsqueeze(1)
 
 
-def _warp_by_grid(
+def warp_by_grid(
     images: Tensor, matrices: Matrices, tables: Tables, *, compiled: bool = False
 ) -> Tensor:
     side = images.shape[-1]
@@ -157,10 +156,10 @@ def augment(
     moments: tuple[float, float] | None = None,
     compiled: bool = False,
 ) -> Tensor:
-    """`images` (B, 1, H, H) uint8 -> float32, changed at random; `compiled` as of `warp`.
+    """`images` (B, 1, H, H) uint8 -> float32, changed at random; `compiled` as for `warp`.
 
-    Gray levels in [0, 255]; with `moments`, the training set's mean and standard deviation, they
-    are normalised by them. That costs nothing here: the tables give normalised levels.
+    Gray levels in [0, 255], normalised if `moments` are given, the training set's mean and standard
+    deviation: the tables then give normalised levels, at no cost.
     """
     matrices = draw_affine(keys, config, image_size=images.shape[-1], seed=seed, epoch=epoch)
     tables = draw_tables(keys, config, seed=seed, epoch=epoch)
@@ -171,26 +170,6 @@ def augment(
 
 def _normalised(levels: npt.NDArray[Any], mean: float, std: float) -> Tables:
     return ((levels / 255.0 - mean) / max(std, 1e-6)).astype(np.float32)
-
-
-def transform_boxes(
-    boxes: npt.ArrayLike, matrix: npt.NDArray[np.float64], *, image_size: int
-) -> npt.NDArray[np.float64]:
-    """Where `boxes` are in an image seen through `matrix` (2, 3), one of `draw_affine`'s.
-
-    (N, 4) float64 of x, y, width, height in pixels, (x, y) the upper left corner, as `studies.Box`.
-    A turned box becomes the upright one around it, cut to the image; one that has left the image
-    has width or height 0.
-    """
-    x, y, width, height = np.asarray(boxes, dtype=np.float64).reshape(-1, 4).T
-    # A box is bounded by pixels' edges, half a pixel from their centres, which the matrix maps.
-    corners = (
-        np.stack([[x, x + width, x, x + width], [y, y, y + height, y + height]], axis=0) - 0.5
-    )  # (2, 4, N)
-    forward = np.linalg.inv(matrix[:, :2])
-    moved = np.einsum("ij,jkn->ikn", forward, corners - matrix[:, 2, None, None]) + 0.5
-    low, high = moved.min(axis=1).clip(0, image_size), moved.max(axis=1).clip(0, image_size)
-    return np.concatenate([low, high - low]).T
 
 
 def normalise(images: Tensor, mean: float, std: float) -> Tensor:

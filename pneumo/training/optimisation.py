@@ -16,7 +16,7 @@ def bce_loss(
     logits: Tensor, targets: Tensor, *, pos_weight: Tensor, label_smoothing: float = 0.0
 ) -> Tensor:
     """Mean binary cross-entropy of logits (B,) and targets (B,) of 0 and 1; positives count
-    `pos_weight` times. Smoothing moves each target by half its share towards the other class."""
+    `pos_weight` times. Smoothing by s makes targets of s / 2 and 1 - s / 2."""
     if label_smoothing:
         targets = targets * (1 - label_smoothing) + label_smoothing / 2
     return F.binary_cross_entropy_with_logits(logits.float(), targets, pos_weight=pos_weight)
@@ -28,7 +28,7 @@ SGD_MOMENTUM = 0.9
 def build_optimizer(
     parameters: Iterable[nn.Parameter], config: TrainConfig
 ) -> torch.optim.Optimizer:
-    """The one that `train.optimizer` names, all weights updated by one fused kernel."""
+    """The optimiser that `train.optimizer` names, in its fused implementation."""
     decay = config.weight_decay
     if config.optimizer == "sgd":
         return torch.optim.SGD(
@@ -39,8 +39,8 @@ def build_optimizer(
 
 
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
-    """The rate at a step of the run: warm-up, then constant or half a cosine. No state to
-    resume."""
+    """The rate at `step` of the run, from 0: warm-up, then constant or half a cosine. It has no
+    state to resume."""
     warmup_steps = round(config.warmup_fraction * total_steps)
     if step < warmup_steps:
         return config.lr * (step + 1) / warmup_steps

@@ -20,7 +20,7 @@ from pneumo.config import Config, TuneConfig
 from pneumo.config_layers import override
 from pneumo.dataset.shards import Manifest
 from pneumo.network.backbones import build_model
-from pneumo.training.fit import resolve_pos_weight
+from pneumo.training.preconditions import resolve_pos_weight
 from pneumo.tuning.objective import Judgement
 from pneumo.tuning.trials import Trial, rank
 

@@ -42,11 +42,12 @@ from pneumo.config_layers import override, read_recipe
 from pneumo.dataset.phantoms.source_folder import write_phantoms
 from pneumo.dataset.shards import read_manifest
 from pneumo.evaluation import metrics
-from pneumo.evaluation.predictions import score
+from pneumo.loading.blocks import PreparedStore
 from pneumo.loading.loader import open_loader
 from pneumo.loading.sample_order import World
 from pneumo.network.backbones import build_model
-from pneumo.training.callbacks import Hooks
+from pneumo.network.scoring import score
+from pneumo.training.callbacks import Callbacks
 from pneumo.training.checkpoints import load_checkpoint, read_index
 from pneumo.training.fit import fit
 from tests.benchmarks.sources import find_real_data
@@ -155,7 +156,7 @@ def train_and_score(run: Run, store: str) -> dict[str, Any]:
             run_url=folder,
             world=World(),
             device=torch.device("cpu"),
-            hooks=Hooks(),
+            callbacks=Callbacks(),
         )
         best = read_index(folder).best
         checkpoint = load_checkpoint(folder, best)
@@ -163,17 +164,8 @@ def train_and_score(run: Run, store: str) -> dict[str, Any]:
     model.load_state_dict(checkpoint.scored_model)
     model.to(memory_format=torch.channels_last)
     manifest = read_manifest(store)
-    test = open_loader(
-        store,
-        manifest,
-        "test",
-        config.data,
-        image_size=checkpoint.image_size,
-        mean=checkpoint.mean,
-        std=checkpoint.std,
-        world=World(),
-        device="cpu",
-    )
+    source = PreparedStore(store, manifest, config.data)
+    test = open_loader(source, "test", world=World(), device="cpu")
     scores = score(model, test.evaluation(batch_size=64))
     return {
         **asdict(run),

@@ -39,9 +39,9 @@ from pneumo.config import Config
 from pneumo.config_layers import override
 from pneumo.dataset.phantoms.source_folder import write_phantoms
 from pneumo.dataset.shards import Manifest, read_manifest
-from pneumo.loading.feeds import Held
+from pneumo.loading.in_memory import InMemorySplit
 from pneumo.loading.sample_order import World
-from pneumo.training.callbacks import Hooks
+from pneumo.training.callbacks import Callbacks
 from pneumo.training.fit import fit
 from pneumo.tuning.search import Search
 
@@ -173,7 +173,7 @@ def measure_overhead(options: argparse.Namespace, folder: Path) -> None:
         print(f"{what:<42} {seconds:7.2f} s a trial", flush=True)
 
 
-def _fit(config: Config, store: str, run: Path, held: dict[str, Held]) -> float:
+def _fit(config: Config, store: str, run: Path, held: dict[str, InMemorySplit]) -> float:
     started = time.perf_counter()
     fit(
         trial_config(config, {}),
@@ -181,8 +181,8 @@ def _fit(config: Config, store: str, run: Path, held: dict[str, Held]) -> float:
         run_url=str(run),
         world=World(),
         device=torch.device("cpu"),
-        hooks=Hooks(),
-        held=held,
+        callbacks=Callbacks(),
+        shared_splits=held,
     )
     return time.perf_counter() - started
 
