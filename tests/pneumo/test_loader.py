@@ -24,8 +24,6 @@ from pneumo.partition import World
 from pneumo.shards import Manifest, Sample
 from tests.waiting import wait_until
 
-pytestmark = pytest.mark.processors
-
 StoreMaker = Callable[..., str]
 
 BATCH = 30  # divides into 1, 2, 3 and 5 ranks

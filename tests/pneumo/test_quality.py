@@ -42,8 +42,6 @@ from pneumo.shards import (
 )
 from pneumo.splits import SPLITS, Interval, LeakageAudit
 
-pytestmark = pytest.mark.processors
-
 FINDINGS = ("Lung Opacity", "No Lung Opacity / Not Normal", "Normal")
 
 

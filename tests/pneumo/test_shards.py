@@ -28,8 +28,6 @@ from pneumo.errors import DataError, StoreError
 from pneumo.shards import Duplicates, FileEntry, Manifest, Sample, ShardEntry, StudyRow
 from pneumo.studies import Box, Rejected
 
-pytestmark = pytest.mark.processors
-
 StoreMaker = Callable[..., str]
 SIZE = 8
 
