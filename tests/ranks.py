@@ -28,7 +28,7 @@ if size > 1:
 
 
 def run_ranks(
-    script: str, folder: Path, size: int, *arguments: str, timeout_s: float = 250
+    script: str, folder: Path, size: int, *arguments: str, timeout_s: float = 500
 ) -> None:
     """Run `script` in so many processes, each with its `folder`, `rank`, `size`, `world` and
     `arguments`; they form a gloo group where there are several. Fails when one of them does."""
@@ -46,8 +46,14 @@ def run_ranks(
         for rank in range(size)
     ]
     try:
-        for process in ranks:
-            output, _ = process.communicate(timeout=timeout_s)
+        for rank, process in enumerate(ranks):
+            try:
+                output, _ = process.communicate(timeout=timeout_s)
+            except subprocess.TimeoutExpired as late:
+                said = (late.stdout or b"").decode(errors="replace")
+                raise AssertionError(
+                    f"waited {timeout_s:g} s for rank {rank} of {size} to end; it said {said!r}"
+                ) from None
             assert process.returncode == 0, output
     finally:
         for process in ranks:

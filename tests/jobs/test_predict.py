@@ -102,8 +102,8 @@ def test_files_get_the_logits_that_their_studies_got(
         judged.key.tolist(), judged.logit, judged.probability, strict=True
     ):
         row = found[key]
-        assert float(row["logit"]) == pytest.approx(float(logit), abs=1e-5)
-        assert float(row["probability"]) == pytest.approx(float(probability), abs=1e-5)
+        assert float(row["logit"]) == pytest.approx(float(logit), abs=1e-4)
+        assert float(row["probability"]) == pytest.approx(float(probability), abs=1e-4)
         assert row["decision"] == str(int(float(row["probability"]) >= threshold))
         with Image.open(output / row["overlay"]) as picture:
             assert picture.format == "PNG"
@@ -184,7 +184,7 @@ def test_a_run_that_is_not_evaluated_gives_no_decision_and_says_so(
     flags = ["--source", str(folder), "--run", str(trained), "--output", str(output)]
     assert predict.main(flags) == 0
     rows = read_rows(output)
-    assert float(rows["a"]["logit"]) == pytest.approx(float(rows["b"]["logit"]), abs=1e-5)
+    assert float(rows["a"]["logit"]) == pytest.approx(float(rows["b"]["logit"]), abs=1e-4)
     assert {row["decision"] for row in rows.values()} == {""}
     assert {row["calibrated_probability"] for row in rows.values()} == {""}
     summary = read_summary(output)

@@ -230,7 +230,7 @@ class _Worker:
         self.heard = board.listen(0)
 
     def wait(self) -> bool:
-        return self.heard.wait(30)
+        return self.heard.wait(120)
 
 
 class _FlakyBoard(Board):
@@ -255,7 +255,7 @@ def test_an_attempt_of_fewer_workers_is_stopped_when_there_is_room(
 
     def train_until_told(size: int) -> str:
         worker = ray.remote(num_cpus=0)(_Worker).remote(board)
-        assert ray.get(worker.wait.remote())
+        assert ray.get(worker.wait.remote()), "waited 120 s for the order to stop"
         ray.kill(worker)
         return STOPPED
 

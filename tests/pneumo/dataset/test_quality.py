@@ -42,8 +42,6 @@ from pneumo.dataset.shards import (
 from pneumo.dataset.splits import SPLITS, Interval, LeakageAudit
 from pneumo.errors import DataError
 
-pytestmark = pytest.mark.processors
-
 FINDINGS = ("Lung Opacity", "No Lung Opacity / Not Normal", "Normal")
 
 

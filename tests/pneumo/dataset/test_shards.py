@@ -30,8 +30,6 @@ from pneumo.dataset.source import Rejected
 from pneumo.errors import DataError, StoreError
 from pneumo.images.boxes import Box
 
-pytestmark = pytest.mark.processors
-
 StoreMaker = Callable[..., str]
 SIZE = 8
 

@@ -31,8 +31,6 @@ from pneumo.loading.sample_order import World
 from pneumo.loading.streaming import StreamingFeed
 from tests.waiting import wait_until
 
-pytestmark = pytest.mark.processors
-
 StoreMaker = Callable[..., str]
 
 BATCH = 30  # divides into 1, 2, 3 and 5 ranks

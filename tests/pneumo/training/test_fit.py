@@ -223,7 +223,6 @@ def test_random_layers_draw_from_the_place_in_the_run() -> None:
     assert not torch.equal(train(1), one)
 
 
-@pytest.mark.processors
 def test_a_compiled_network_learns_the_same() -> None:
     pytest.importorskip("torch._inductor")
     losses = []
@@ -535,7 +534,6 @@ def test_a_disk_that_is_full_ends_the_run_at_the_first_checkpoint(
     assert told in ([1], [1, 2])
 
 
-@pytest.mark.processors
 def test_a_run_ends_early_when_patience_does(store_url: str, run_url: str) -> None:
     # So small a rate changes no rank: the first epoch stays the best.
     notes: list[str] = []
@@ -609,7 +607,6 @@ def test_waiting_for_data_is_told_in_a_run_of_one_epoch(
     assert sum("% of the time until epoch 1 was spent waiting for data; keep" in n for n in notes)
 
 
-@pytest.mark.processors
 def test_held_or_streamed_a_run_is_the_same_bit_for_bit(store_url: str, run_url: str) -> None:
     notes: list[str] = []
     histories = [
