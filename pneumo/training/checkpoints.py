@@ -357,7 +357,7 @@ def load_checkpoint(run_url: str, entry: CheckpointEntry) -> Checkpoint:
             "wrote it, or train anew"
         )
     try:
-        plain["config"] = Config.model_validate(drop_removed(plain["config"]))
+        plain["config"] = Config.model_validate(drop_removed(dict(plain["config"])))
         plain["history"] = tuple(plain["history"])
         return Checkpoint(**plain)
     except (KeyError, TypeError, ValidationError) as error:
