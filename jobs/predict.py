@@ -1,17 +1,11 @@
 """Score a folder of DICOM files with a trained run."""
 
-from __future__ import annotations
-
 import sys
-from collections.abc import Sequence
+from functools import partial
 
 from jobs.terminal.entry_point import run_job
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    return run_job("predict", "jobs.prediction:predict", argv)
-
+main = partial(run_job, "predict", "jobs.prediction:predict")
 
 if __name__ == "__main__":
     sys.exit(main())

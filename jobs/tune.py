@@ -1,17 +1,11 @@
 """Search settings of the training."""
 
-from __future__ import annotations
-
 import sys
-from collections.abc import Sequence
+from functools import partial
 
 from jobs.terminal.entry_point import run_job
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    return run_job("tune", "jobs.tuning.job:tune", argv)
-
+main = partial(run_job, "tune", "jobs.tuning.job:tune")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -4,85 +4,77 @@ seconds to import."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from typing import NamedTuple
 
 from pneumo import storage
 from pneumo.command_line import Invocation
 from pneumo.config import WEIGHTS_WITHOUT_FILE
 from pneumo.errors import ConfigError, RunError, SourceError, StoreError, UserError
 
-Check = tuple[str, type[UserError], str]
-"""The object that shows what a place is, the error, and what it says behind the place's URL."""
-
 _INDEX = "checkpoints/index.json"
-_KAGGLE = ("", SourceError, "no such folder, or nothing in it; expected Kaggle's layout")
-_FILES = ("", SourceError, "no file in it; give the folder of the DICOM files")
-_STORE = (
-    "manifest.json",
-    StoreError,
-    "no manifest.json, so nothing is prepared there (or not to its end); run jobs.prepare",
-)
-_RUN = (_INDEX, RunError, "no checkpoint in it; train first, or give a run that was trained")
-_EVALUATED = ("predictions.parquet", RunError, "is not evaluated; evaluate it first")
 
-_READ: Mapping[str, Mapping[str, Check]] = {
-    "prepare": {"source": _KAGGLE},
-    "train": {"store": _STORE},
-    "tune": {"store": _STORE},
-    "evaluate": {"store": _STORE, "run": _RUN, "members": _RUN, "compare_with": _EVALUATED},
-    "predict": {"source": _FILES, "run": _RUN, "members": _RUN},
-}
-"""By job and argument, what must be there."""
-_TAKEN: Mapping[str, tuple[str, Check]] = {
-    "tune": ("run", ("best.toml", RunError, "holds a finished search; give another --run")),
-    "evaluate": (
-        "run",
-        (
-            "metrics.json",
-            RunError,
-            "is evaluated already (a test set is looked at once); --overwrite does it again",
-        ),
-    ),
-    "predict": (
-        "output",
-        (
-            "predictions.csv",
-            RunError,
-            "holds predictions already; give another --output, or --overwrite",
-        ),
-    ),
-}
-"""By job, the argument that it writes, and what must not be there without --overwrite."""
+
+class _Rule(NamedTuple):
+    """What must, or without --overwrite must not, lie at a URL that a job is given."""
+
+    jobs: str
+    argument: str
+    must_be: bool
+    name: str
+    """Of the object below the URL; none: anything."""
+    error: type[UserError]
+    message: str
+
+
+_NO_STORE = "no manifest.json, so nothing is prepared there (or not to its end); run jobs.prepare"
+_NO_RUN = "no checkpoint in it; train first, or give a run that was trained"
+_NO_FOLDER = "no such folder, or nothing in it; expected Kaggle's layout"
+_NO_FILE = "no file in it; give the folder of the DICOM files"
+_NOT_EVALUATED = "is not evaluated; evaluate it first"
+_SEARCHED = "holds a finished search; give another --run"
+_EVALUATED = "is evaluated already (a test set is looked at once); --overwrite does it again"
+_PREDICTED = "holds predictions already; give another --output, or --overwrite"
+_RULES = (
+    _Rule("prepare", "source", True, "", SourceError, _NO_FOLDER),
+    _Rule("predict", "source", True, "", SourceError, _NO_FILE),
+    _Rule("train tune evaluate", "store", True, "manifest.json", StoreError, _NO_STORE),
+    _Rule("evaluate predict", "run", True, _INDEX, RunError, _NO_RUN),
+    _Rule("evaluate predict", "members", True, _INDEX, RunError, _NO_RUN),
+    _Rule("evaluate", "compare_with", True, "predictions.parquet", RunError, _NOT_EVALUATED),
+    _Rule("tune", "run", False, "best.toml", RunError, _SEARCHED),
+    _Rule("evaluate", "run", False, "metrics.json", RunError, _EVALUATED),
+    _Rule("predict", "output", False, "predictions.csv", RunError, _PREDICTED),
+)
 
 
 def check_places(invocation: Invocation) -> None:
     """Raise a UserError that names the first place that is missing or taken, or the first setting
     whose file is missing; AccessError and StorageError as `storage` does."""
-    job, given = invocation.job, invocation.arguments.model_dump()
-    for name, (marker, error, message) in _READ[job].items():
-        value = given[name] or []
+    given = invocation.arguments.model_dump()
+    for rule in _RULES:
+        if invocation.job not in rule.jobs.split():
+            continue
+        if given.get("overwrite") and not rule.must_be:
+            continue
+        value = given[rule.argument] or []
         for url in [value] if isinstance(value, str) else value:
-            if not _holds(url, marker):
-                raise error(f"{storage.normalise(url)}: {message}")
+            if _holds(url, rule.name) != rule.must_be:
+                raise rule.error(f"{storage.normalise(url)}: {rule.message}")
     weights, listed = invocation.config.model.weights, invocation.config.split.list
-    if weights not in WEIGHTS_WITHOUT_FILE and not _holds(weights, ""):
+    if weights not in WEIGHTS_WITHOUT_FILE and not _holds(weights):
         raise ConfigError(
             f"model.weights: {weights!r} is no file; give 'imagenet', 'random' or the path of a "
             "state dict"
         )
-    if listed is not None and not _holds(listed, ""):
+    if listed is not None and not _holds(listed):
         raise SourceError(f"split.list: {listed!r} is no file")
-    if job in _TAKEN and not given.get("overwrite"):
-        name, (marker, error, message) = _TAKEN[job]
-        if given[name] and _holds(given[name], marker):
-            raise error(f"{storage.normalise(given[name])}: {message}")
-    if job == "train" and given["run"]:
+    if invocation.job == "train" and given["run"]:
         _check_is_unfinished(storage.normalise(given["run"]))
 
 
-def _holds(url: str, marker: str) -> bool:
+def _holds(url: str, name: str = "") -> bool:
     url = storage.normalise(url)
-    return storage.exists(storage.join(url, marker) if marker else url)
+    return storage.exists(storage.join(url, name) if name else url)
 
 
 def _check_is_unfinished(run_url: str) -> None:

@@ -16,10 +16,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from jobs.ray_cluster.nodes import Node
-from jobs.ray_cluster.session import (
-    uses_gpu,
-    worker_resources,
-)
+from jobs.ray_cluster.session import uses_gpu, worker_resources
 from jobs.training.epoch_log import worker_callbacks
 from jobs.training.messages import Mailbox
 from jobs.training.recovery import STOPPED
@@ -32,8 +29,6 @@ from pneumo.training.fit import fit
 
 RENDEZVOUS_TIMEOUT_S = 180
 """Within which the ranks of an attempt must find each other; else another is begun."""
-
-
 WAIT_TIMEOUT_S = 1800
 """How long ranks wait for one another afterwards. One reads its split, or tries storage again and
 again, while the others are done; silent nodes are found by the board within seconds."""

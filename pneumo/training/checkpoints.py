@@ -303,7 +303,7 @@ def load_checkpoint(run_url: str, entry: CheckpointEntry) -> Checkpoint:
             "wrote it, or train anew"
         )
     try:
-        plain["config"] = Config.model_validate(drop_removed(plain["config"]))
+        plain["config"] = Config.model_validate(drop_removed(dict(plain["config"])))
         plain["history"] = tuple(plain["history"])
         plain.pop("digest_fed", None)  # of earlier versions
         return Checkpoint(**plain)

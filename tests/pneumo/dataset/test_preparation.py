@@ -329,7 +329,7 @@ def test_plans_hold_every_study_once_in_shards_of_a_size(
 
 def test_preparing_needs_no_torch() -> None:
     """Each worker of a cluster would import it: seconds, and memory that is not there for it."""
-    code = "import sys; import jobs.prepare; sys.exit('torch' in sys.modules)"
+    code = "import sys; import jobs.preparation; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -485,6 +485,16 @@ def test_a_file_of_another_schema_is_refused(tmp_path: Path, version: object) ->
         load_checkpoint(run_url, replace_file(run_url, [1, 2]))
 
 
+def test_settings_that_were_removed_since_do_not_matter(tmp_path: Path) -> None:
+    run_url = str(tmp_path)
+    save(run_url, 0.6)
+    before, plain = load_checkpoint(run_url, read_index(run_url).latest), plain_content(run_url)
+    plain["config"]["data"] |= {"readers": 4, "cache_dir": None}
+    plain["config"]["train"] |= {"precision": "native", "momentum": 0.9}
+    checkpoint = load_checkpoint(run_url, replace_file(run_url, plain))
+    assert checkpoint.config == before.config
+
+
 @pytest.mark.parametrize(
     "change", [{"config": {"train": {"new": 1}}}, {"config": None}, {"new_field": 1}]
 )

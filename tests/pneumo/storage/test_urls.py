@@ -1,0 +1,43 @@
+"""What URLs are refused, and how the others are spelled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pneumo import storage
+from pneumo.errors import UserError
+
+
+@pytest.mark.parametrize("scheme", ["pipe", "cmd", "sh", "bash", "ssh", "sftp"])
+@pytest.mark.parametrize("rest", ["cat /etc/passwd", "//host/path"])
+def test_a_scheme_that_runs_a_command_is_refused(scheme: str, rest: str) -> None:
+    with pytest.raises(UserError, match=f"'{scheme}:' URLs are refused; use a path, file:// or s3"):
+        storage.normalise(f"{scheme}:{rest}")
+
+
+def test_an_unknown_scheme_is_refused() -> None:
+    with pytest.raises(UserError, match="unknown scheme in 's4://bucket/key'; use a path"):
+        storage.normalise("s4://bucket/key")
+
+
+def test_a_local_url_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert storage.normalise("runs/one/") == f"{tmp_path}/runs/one"
+    assert storage.normalise(f"file://{tmp_path}/a") == f"{tmp_path}/a"
+    assert storage.normalise("~/a") == f"{tmp_path}/a"
+    assert storage.normalise("s3://bucket/a/") == "s3://bucket/a"
+
+
+names = st.text("abc", min_size=1)
+
+
+@given(names, st.lists(names.map(lambda name: f"/{name}/"), max_size=3))
+def test_join_puts_one_slash_between_parts(base: str, parts: list[str]) -> None:
+    joined = storage.join(f"s3://{base}/", *parts)
+    assert joined == "s3://" + "/".join([base, *(part.strip("/") for part in parts)])
+    assert storage.join(f"s3://{base}", *parts) == joined
