@@ -61,8 +61,8 @@ def build_model(backbone: str) -> nn.Module:
     name = _layer_names(model).first_conv
     old = model.get_submodule(name)
     assert isinstance(old, nn.Conv2d)
-    sizes: Any = (old.out_channels, old.kernel_size, old.stride, old.padding)
-    first = Stem(1, *sizes, bias=old.bias is not None)
+    sizes: Any = {"kernel_size": old.kernel_size, "stride": old.stride, "padding": old.padding}
+    first = Stem(1, old.out_channels, bias=old.bias is not None, **sizes)
     nn.init.kaiming_normal_(first.weight, mode="fan_out", nonlinearity="relu")
     model.set_submodule(name, first)
     return model

@@ -10,15 +10,18 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
 
 def average_weights(model: nn.Module, decay: float) -> AveragedModel:
     """The average, which each `update_parameters` takes further by one step; its `module` is the
     averaged model, in evaluation mode, its `n_averaged` the number of the next step, from 1."""
 
-    def update(averaged: list[Tensor], current: list[Tensor], _: object) -> None:
+    def update(averaged: Tensors, current: Tensors, _: Tensor | int) -> None:
         if averaged[0].is_floating_point():  # BatchNorm's counts of batches are left out
             step = int(average.n_averaged)  # the host's: for the device's copy it would wait
-            get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))(averaged, current, step)
+            step_decay = min(decay, (1 + step) / (10 + step))
+            get_ema_multi_avg_fn(step_decay)(averaged, current, step)  # type: ignore[no-untyped-call]
 
     average = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
     average.eval().requires_grad_(False)

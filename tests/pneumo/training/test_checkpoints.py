@@ -404,7 +404,7 @@ def test_a_snapshot_does_not_change_with_the_model() -> None:
 def test_an_unreadable_index_is_refused(tmp_path: Path, text: str) -> None:
     save(str(tmp_path), 0.6)
     (tmp_path / "checkpoints" / "index.json").write_text(text)
-    message = r"index\.json: not an index of checkpoints of this version, .* give another --run"
+    message = r"index\.json: not an index of checkpoints of this version; .* give another --run"
     with pytest.raises(CheckpointError, match=message):
         read_index(str(tmp_path))
 
