@@ -168,12 +168,17 @@ def check_enough(
     if rule != "youden" and target < 1:
         needed = max(needed, math.ceil(1 / (1 - target) - 1e-9))
     for value in of_class:
-        found = len(np.unique(val.patient[val.target == value]))
-        if found < needed:
-            word = "positive" if value else "negative"
-            raise MetricError(
-                f"too small: {found} patients with a {word} study, {needed} are needed"
-            )
+        if reason := find_too_few(val, value, needed):
+            raise MetricError(reason)
+
+
+def find_too_few(rows: Predictions, value: int, needed: int) -> str | None:
+    """Why `rows` are too few of a class, 1 or 0; None where `needed` patients have it."""
+    found = len(np.unique(rows.patient[rows.target == value]))
+    if found >= needed:
+        return None
+    word = "positive" if value else "negative"
+    return f"too small: {found} patients with a {word} study, {needed} are needed"
 
 
 # --- judged on any split --------------------------------------------------------------------------
@@ -229,11 +234,8 @@ def _evaluate_at(rows: Predictions, threshold: float, cells: Resampled) -> AtPoi
             by_wilson[key] = Estimate.undefined(metrics.UNDEFINED[key], bootstrap.WILSON)
             continue
         by_wilson[key] = Estimate(value, *bootstrap.wilson(value, n), bootstrap.WILSON)
-        if value in (0.0, 1.0):
-            # It never varies under resampling.
-            num_patients = len(np.unique(rows.patient[np.isin(code, members)]))
-            interval = bootstrap.wilson(value, num_patients)
-            estimates[key] = Estimate(value, *interval, bootstrap.WILSON_OVER_PATIENTS)
+        patients = np.unique(rows.patient[np.isin(code, members)])
+        estimates[key] = bootstrap.with_wilson(estimates[key], len(patients))
     predictive = tuple(
         PredictiveValues(p, *_predict_values(cells, p, estimates)) for p in PREVALENCES
     )

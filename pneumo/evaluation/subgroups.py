@@ -29,6 +29,7 @@ from pneumo.evaluation.bootstrap import (
     divide,
     within,
 )
+from pneumo.evaluation.operating_points import find_too_few
 from pneumo.evaluation.predictions import Predictions
 
 By = Literal["sex", "age", "view", "negatives", "box_area"]
@@ -232,12 +233,10 @@ def _sums(rows: Predictions, members: GroupRows, threshold: float | None) -> dic
     positive, probability = metrics.check_scores(rows.target, rows.probability, both_classes=False)
     called = probability >= (math.inf if threshold is None else threshold)
     calibrated = np.nan_to_num(rows.calibrated_probability)
+    outcomes = positive & called, ~positive & called, positive & ~called, ~positive & ~called
+    squared = (calibrated - positive) ** 2
     code = np.where(members.rows, 0, -1)
-    sums = bootstrap.sums_statistic(
-        *(code, 1, positive & called, ~positive & called, positive & ~called, ~positive & ~called),
-        *(calibrated, (calibrated - positive) ** 2),
-    )
-    return {"sums": sums}
+    return {"sums": bootstrap.sums_statistic(code, 1, *outcomes, calibrated, squared)}
 
 
 def evaluate_subgroups(
@@ -265,7 +264,7 @@ def _evaluate_group(
     min_patients: int,
 ) -> Subgroup:
     group = rows.take(members.rows)
-    few = {value: _too_few(group.target, group.patient, value, min_patients) for value in (1, 0)}
+    few = {value: find_too_few(group, value, min_patients) for value in (1, 0)}
     if members.by == "box_area" and cut_tertiles(rows) is None:
         few[1] = "no positive has a box"
     either = few[1] or few[0]
@@ -298,19 +297,16 @@ def _estimate_rates(
     few: Mapping[int, str | None],
 ) -> dict[str, Estimate]:
     """Every metric of `metrics.RATES` of the group; `few` says by class where patients lack."""
-    shared, no_point = _SHARED.get(by), None
-    if threshold is None:
-        no_point = "no threshold was chosen on val"
+    shared = _SHARED.get(by)
+    no_point = "no threshold was chosen on val" if threshold is None else None
     counted = {"recall": few[1], "specificity": few[0]}
     found = {}
     for key, rate in metrics.RATES.items():
         is_shared = by in _COUNTED[key] if key in _COUNTED else True
         reason = (shared if is_shared else None) or counted.get(key, few[1] or few[0]) or no_point
         one = _derive(sums, reason, partial(_apply, rate), metrics.UNDEFINED[key])
-        if one.value in (0.0, 1.0) and key in metrics.DENOMINATORS and threshold is not None:
-            # It never varies under resampling.
-            interval = bootstrap.wilson(one.value, _count_patients(group, threshold, key))
-            one = Estimate(one.value, *interval, bootstrap.WILSON_OVER_PATIENTS)
+        if key in metrics.DENOMINATORS and threshold is not None:
+            one = bootstrap.with_wilson(one, _count_patients(group, threshold, key))
         found[key] = one
     return found
 
@@ -347,20 +343,9 @@ def _gap(rank: StatisticSet, few: str | None) -> Estimate:
 
 
 def _few_in_rest(rows: Predictions, members: GroupRows, min_patients: int) -> str | None:
-    target, patient = rows.target[members.rest], rows.patient[members.rest]
-    found = [_too_few(target, patient, value, min_patients) for value in (1, 0)]
-    reasons = [f"the rest is {reason}" for reason in found if reason is not None]
-    return reasons[0] if reasons else None
-
-
-def _too_few(
-    target: npt.NDArray[Any], patient: npt.NDArray[Any], value: int, min_patients: int
-) -> str | None:
-    found = len(np.unique(patient[target == value]))
-    if found >= min_patients:
-        return None
-    word = "positive" if value else "negative"
-    return f"too small: {found} patients with a {word} study, {min_patients} are needed"
+    rest = rows.take(members.rest)
+    found = [find_too_few(rest, value, min_patients) for value in (1, 0)]
+    return next((f"the rest is {reason}" for reason in found if reason is not None), None)
 
 
 def find_worst(gaps: Mapping[tuple[By, str], Resampled]) -> Worst:

@@ -103,7 +103,8 @@ def _draw(
         why = "fewer than two trials with different objectives"
         return draw_chart(name, lambda axes: draw_placeholder(axes, why))
     # Optuna sets a style of its own, through pyplot, and warns that its plots may change.
-    with mpl.rc_context({**STYLE, "svg.hashsalt": name, "backend": "agg"}):
+    layout = {"figure.constrained_layout.use": True, "figure.figsize": size, "backend": "agg"}
+    with mpl.rc_context({**STYLE, **layout, "svg.hashsalt": name}):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             axes = plot(study)
@@ -117,8 +118,6 @@ def _draw(
             if legend := part.get_legend():  # a name for each trial, or for the objective alone
                 legend.remove()
         axes.title.set(fontsize=10)
-        figure.set(size_inches=size)
-        figure.set_layout_engine("constrained")
         drawn = encode_figure(figure, "svg")
         plt.close(figure)
     return drawn
