@@ -14,8 +14,9 @@ from jobs.evaluation.result_files import DATA_FIGURE, REPORT, Judged, describe_f
 from jobs.evaluation.shown_studies import MAX_TOLD_AGE
 from pneumo.config import Config
 from pneumo.evaluation.decision_curve import THRESHOLDS
-from pneumo.evaluation.evaluation import DECISION, SCREENING, Evaluation, SplitEvaluation
+from pneumo.evaluation.evaluation import Evaluation, SplitEvaluation
 from pneumo.evaluation.map_scores import SaliencySummary
+from pneumo.evaluation.operating_points import DECISION, SCREENING
 from pneumo.evaluation.predictions import Predictions
 from pneumo.reporting.figures import case_pictures, data_charts, style
 from pneumo.reporting.figures.case_pictures import Case, Pictures, shrink

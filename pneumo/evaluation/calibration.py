@@ -299,7 +299,7 @@ class Bin:
     predicted: float
     """Their mean probability."""
     observed: Estimate
-    """The share of them that is positive."""
+    """The fraction of them that is positive."""
 
 
 @dataclass(frozen=True)
@@ -318,7 +318,7 @@ class Reliability:
     """Of the recalibration whose slope is held at 1: calibration in the large on the logit's scale
     (Van Calster 2016); 0 is right, below 0 the probabilities are too high."""
     in_the_large: Estimate
-    """Mean probability - share of positives; 0 is right, above 0 too high."""
+    """Mean probability - fraction of positives; 0 is right, above 0 too high."""
     curve: tuple[Bin, ...]
     """From the lowest probability to the highest."""
     brier_decomposition: dict[str, float] | None

@@ -49,7 +49,6 @@ from pneumo.evaluation.delong import delong
 from pneumo.evaluation.metrics import Curve
 from pneumo.evaluation.operating_points import (
     DECISION,
-    SCREENING,
     AtPoint,
     Decision,
     OperatingPoint,
@@ -59,17 +58,6 @@ from pneumo.evaluation.operating_points import (
 )
 from pneumo.evaluation.predictions import Predictions
 from pneumo.evaluation.subgroups import Subgroups, evaluate_subgroups, subgroup_statistics
-
-__all__ = [
-    "DECISION",
-    "METRICS_SCHEMA_VERSION",
-    "SCREENING",
-    "Evaluation",
-    "SplitEvaluation",
-    "check_complete",
-    "evaluate",
-    "evaluate_split",
-]
 
 METRICS_SCHEMA_VERSION = 3
 
@@ -107,7 +95,7 @@ class SplitEvaluation:
 
     @property
     def prevalence(self) -> float:
-        """Share of positives; NaN of an empty split."""
+        """Fraction of positives; NaN of an empty split."""
         return self.positives / self.n if self.n else float("nan")
 
     def to_json(self) -> dict[str, Any]:

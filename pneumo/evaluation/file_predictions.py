@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from pneumo.errors import RunError
 from pneumo.evaluation.calibration import Scaling
-from pneumo.evaluation.evaluation import DECISION
+from pneumo.evaluation.operating_points import DECISION
 from pneumo.evaluation.predictions import sigmoid
 
 NOT_A_NUMBER = "not_a_number"

@@ -54,7 +54,7 @@ class OperatingPoint:
 
 @dataclass(frozen=True)
 class PredictiveValues:
-    """What a call would mean where another share of the studies is positive."""
+    """What a call would mean where another fraction of the studies is positive."""
 
     prevalence: float
     ppv: Estimate

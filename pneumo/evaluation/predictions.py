@@ -71,7 +71,7 @@ class Predictions:
     spacing_mm: npt.NDArray[np.float64]
     """Distance of two pixels of the original image; NaN where unknown."""
     box_area_fraction: npt.NDArray[np.float64]
-    """Share of the image that lies in a box of the radiologists', from 0 to 1; NaN without one."""
+    """Fraction of the image that lies in a radiologist's box; NaN without one."""
 
     def __post_init__(self) -> None:
         lengths = {field.name: len(getattr(self, field.name)) for field in fields(self)}

@@ -51,8 +51,8 @@ _SHARED: Mapping[str, str] = {
 }
 _NAMES = {"recall": "sensitivity"}
 _COUNTED: Mapping[str, tuple[By, ...]] = {"recall": ("negatives",), "specificity": ("box_area",)}
-"""In which kinds of group a rate would be that of the whole split; all others mix the classes in a
-share that is nobody's, so there they are told in neither."""
+"""In which kinds of group a rate is that of the whole split. Rates not named here depend on the
+ratio of the classes, which is artificial in both kinds, so they are undefined in either."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +82,7 @@ class Subgroup:
     brier: Estimate
     """Of the calibrated probability."""
     in_the_large: Estimate
-    """Mean calibrated probability - share of positives."""
+    """Mean calibrated probability - fraction of positives."""
     gap: Estimate
     """AUROC - AUROC of the studies in the other groups."""
 
@@ -134,7 +134,7 @@ class Subgroups:
     groups: tuple[Subgroup, ...]
     worst: Worst
     box_area_cuts: tuple[float, float] | None
-    """Between the tertiles: shares of the image; None without boxes."""
+    """Between the tertiles: fractions of the image; None without boxes."""
 
     def to_json(self) -> dict[str, Any]:
         """The groups as a list, the worst, and where the tertiles were cut."""

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from pneumo.evaluation.comparison import ComparedRuns
-from pneumo.evaluation.evaluation import DECISION, SCREENING, Evaluation
+from pneumo.evaluation.evaluation import Evaluation
 from pneumo.evaluation.map_scores import SaliencySummary
+from pneumo.evaluation.operating_points import DECISION, SCREENING
 from pneumo.evaluation.shown_studies import ERRORS, OUTCOMES, FindingErrors, Outcome
 from pneumo.reporting.figures import charts, style
 from pneumo.reporting.figures.case_pictures import OUTCOME_WORDS, Case, Pictures
@@ -95,7 +96,7 @@ def _describe_performance(evaluation: Evaluation) -> dict[str, Any]:
         "calibration": performance_section.describe_calibration(evaluation),
         "reliability": inline(
             charts.draw_reliability(evaluation),
-            f"Calibration on test: share of positives over predicted probability, n = {test.n}; "
+            f"Calibration on test: fraction of positives over predicted probability, n = {test.n}; "
             f"slope before calibration {slope}",
         ),
         "decision": performance_section.describe_decision(evaluation),

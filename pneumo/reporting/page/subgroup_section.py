@@ -8,7 +8,8 @@ from itertools import groupby
 from typing import Any
 
 from pneumo.evaluation.bootstrap import Estimate
-from pneumo.evaluation.evaluation import DECISION, Evaluation
+from pneumo.evaluation.evaluation import Evaluation
+from pneumo.evaluation.operating_points import DECISION
 from pneumo.evaluation.subgroups import COMPARED, By, Subgroup, Worst
 from pneumo.reporting.page.formatting import Cell
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pneumo.evaluation.bootstrap import Estimate
-from pneumo.evaluation.evaluation import DECISION, Evaluation, SplitEvaluation
+from pneumo.evaluation.evaluation import Evaluation, SplitEvaluation
 from pneumo.evaluation.map_scores import SaliencySummary
+from pneumo.evaluation.operating_points import DECISION
 from pneumo.reporting.figures.style import show_threshold
 from pneumo.reporting.page.formatting import Cell, count, percent
 from pneumo.reporting.page.page_inputs import DataFacts, ModelFacts
@@ -66,10 +67,10 @@ def find_warnings(evaluation: Evaluation, data: DataFacts, model: ModelFacts) ->
     audit, quality = data.audit, data.quality
     if audit.unit != "patient":
         leaked = audit.leaked_by_image
-        share = "" if leaked is None else f" ({percent(leaked)} of val)"
+        fraction = "" if leaked is None else f" ({percent(leaked)} of val)"
         warnings.append(
             f"The data was split by {audit.unit}, not by patient: patients of the training data "
-            f"may be judged again{share}. The numbers are too good."
+            f"may be judged again{fraction}. The numbers are too good."
         )
         if test.patients is None:
             warnings.append(

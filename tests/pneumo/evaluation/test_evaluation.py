@@ -14,7 +14,8 @@ from pneumo.evaluation import metrics, thresholds
 from pneumo.evaluation.baselines import Metadata
 from pneumo.evaluation.bootstrap import as_json
 from pneumo.evaluation.comparison import compare
-from pneumo.evaluation.evaluation import DECISION, SCREENING, check_complete, evaluate
+from pneumo.evaluation.evaluation import check_complete, evaluate
+from pneumo.evaluation.operating_points import DECISION, SCREENING
 from pneumo.evaluation.predictions import Predictions, sigmoid
 from tests import CHECKOUT
 
