@@ -110,14 +110,14 @@ def _draw(
             axes = plot(study)
         figure = axes.get_figure(root=True)
         assert figure is not None
-        axes.set_title(f"{title}, n = {len(study.trials)} trials", loc="left", fontweight="bold")
         for part in figure.axes:
             part.tick_params(which="both", colors=INK, grid_color=RULE, labelsize=8)
             for text in (part.title, part.xaxis.label, part.yaxis.label, *part.texts):
                 text.set(color=INK, fontsize=9)
             if legend := part.get_legend():  # a name for each trial, or for the objective alone
                 legend.remove()
-        axes.title.set(fontsize=10)
+        title = f"{title}, n = {len(study.trials)} trials"
+        axes.set_title(title, loc="left", color=INK, fontsize=10, fontweight="bold")
         drawn = encode_figure(figure, "svg")
         plt.close(figure)
     return drawn
