@@ -102,7 +102,7 @@ class Resampled:
         return replace(self, value=function(self.value[:, None])[:, 0], drawn=function(self.drawn))
 
     def estimate(self, row: int = 0, reason: str = "undefined for these studies") -> Estimate:
-        """One of them with its 95 % percentile interval; `reason` is said where it has no value."""
+        """One of them with its 95 % percentile interval, or `reason` where it has no value."""
         return _percentile_interval(float(self.value[row]), self.drawn[row], reason)
 
 

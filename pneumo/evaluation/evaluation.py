@@ -1,4 +1,4 @@
-"""Predictions -> Evaluation: what the model is worth, decided on val and reported on test.
+"""Predictions -> Evaluation: how good the model is, chosen on val and reported on test.
 
 Thresholds and calibration come from val alone and are frozen before test is looked at. What can't
 be computed (one class only, too few patients, a NaN from a diverged model) is null with a reason;
@@ -135,7 +135,7 @@ class Evaluation:
         """The content of metrics.json.
 
         `run` names the run, `dataset` holds the manifest's digest and the unit of the split,
-        `model` what is worth knowing of the model (initialisation, epoch of the checkpoint). An
+        `model` facts of the model (initialisation, epoch of the checkpoint). An
         estimate is {value, low, high, method}, null where undefined, with a `reason`; a count is a
         plain number.
         """

@@ -1,4 +1,4 @@
-"""Operating points: thresholds chosen on val, frozen, and what a split is worth at each.
+"""Operating points: thresholds chosen on val, frozen, and the metrics of a split at each.
 
 Thresholds stand on the probability as the network gives it; a calibration keeps the order, so
 it moves no study across one.
@@ -37,7 +37,7 @@ STANDARD: Mapping[str, tuple[ThresholdRule, float]] = {
 }
 """Chosen for every run, whatever is configured, so that any two can be compared at one."""
 PREVALENCES = (0.05, 0.10, 0.225, 0.365)
-"""Where a predictive value is told, from rare to common; RSNA has 22.5 %."""
+"""At which predictive values are given, from rare to common; RSNA has 22.5 %."""
 BAYES_ENDS = "Bayes at the ends of sensitivity's and specificity's intervals"
 
 
@@ -81,7 +81,7 @@ class AtPoint:
 
     @classmethod
     def undefined(cls, reason: str) -> AtPoint:
-        """Nothing can be said, and why."""
+        """No estimate, and why."""
         nothing = Estimate.undefined(reason)
         return cls(
             None,
@@ -208,16 +208,16 @@ def evaluate_points(
     rows: Predictions, points: Mapping[str, OperatingPoint], found: Resampled
 ) -> dict[str, AtPoint]:
     """`rows` at every point; `found` is what `outcomes_statistic` made of them."""
-    judged = {}
+    found_at = {}
     start = 0
     for name, point in points.items():
         if point.threshold is None:
-            judged[name] = AtPoint.undefined(f"no threshold: {point.reason}")
+            found_at[name] = AtPoint.undefined(f"no threshold: {point.reason}")
             continue
         cells = Resampled(found.value[start : start + 4], found.drawn[start : start + 4])
-        judged[name] = _evaluate_at(rows, point.threshold, cells)
+        found_at[name] = _evaluate_at(rows, point.threshold, cells)
         start += 4
-    return judged
+    return found_at
 
 
 def _evaluate_at(rows: Predictions, threshold: float, cells: Resampled) -> AtPoint:

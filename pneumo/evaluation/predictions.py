@@ -1,4 +1,4 @@
-"""Predictions: what a model says of each study, one row a study; and the scoring that makes them.
+"""Predictions: a model's score of each study, one row a study; and the scoring that makes them.
 
 Everything to the right of this noun (metrics, figures, report) reruns from it without a GPU and
 without images, save the Grad-CAM gallery.
@@ -59,7 +59,7 @@ class Predictions:
     calibrated_probability: npt.NDArray[np.float64]
     """The probability after calibration on val; NaN where none was done."""
     checkpoint: StrArray
-    """Which checkpoint said so."""
+    """Which checkpoint gave the logit."""
     finding: StrArray
     """The study's detailed class."""
     age: npt.NDArray[np.float64]

@@ -36,8 +36,8 @@ By = Literal["sex", "age", "view", "negatives", "box_area"]
 Bools = npt.NDArray[np.bool_]
 
 COMPARED: tuple[By, ...] = ("sex", "age", "view")
-"""The worst group is looked for among these. The others part the studies by what the readers said:
-that subtle findings are harder is no news of a patient."""
+"""The worst group is looked for among these. The others divide the studies by the
+readers' findings: that subtle findings are harder tells nothing about a kind of patient."""
 WORST_RULE = (
     "of the groups by sex, age and view that can be judged, the one whose AUROC less that of the "
     "rest has the lowest upper bound, which a small group's wide interval keeps high; shown worse "
@@ -156,12 +156,12 @@ def divide_studies(rows: Predictions) -> list[GroupRows]:
     ]
     findings = np.where(positive, "", rows.finding)
     areas = np.array([*TERTILES, ""])[_tertile(rows)]
-    found += _beside("negatives", positive, findings, NEGATIVES)
-    found += _beside("box_area", ~positive, areas, TERTILES)
+    found += _groups_with_shared("negatives", positive, findings, NEGATIVES)
+    found += _groups_with_shared("box_area", ~positive, areas, TERTILES)
     return found
 
 
-def _beside(
+def _groups_with_shared(
     by: By, shared: Bools, column: npt.NDArray[np.str_], names: Sequence[str]
 ) -> list[GroupRows]:
     """Groups that each hold the `shared` studies too."""
@@ -296,7 +296,7 @@ def _estimate_rates(
     sums: StatisticSet,
     few: Mapping[int, str | None],
 ) -> dict[str, Estimate]:
-    """Every metric of `metrics.RATES` of the group; `few` says by class where patients lack."""
+    """Every metric of `metrics.RATES`; `few` is by class why the group has too few patients."""
     shared = _SHARED.get(by)
     no_point = "no threshold was chosen on val" if threshold is None else None
     counted = {"recall": few[1], "specificity": few[0]}

@@ -1,4 +1,4 @@
-"""What an evaluation says, drawn: curves, confusion matrices, calibration, training."""
+"""Charts of an evaluation: curves, confusion matrices, calibration, training."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def plot_reliability(axes: Axes, evaluation: Evaluation) -> None:
     calibration; bars are intervals over patients."""
     test = evaluation.test
     axes.plot([0, 1], [0, 1], color=GRAY, linewidth=0.8, linestyle=":", label="right")
-    shown = (("as the network says", test.before, GRAY, "s"), ("calibrated", test.after, BLUE, "o"))
+    shown = (("uncalibrated", test.before, GRAY, "s"), ("calibrated", test.after, BLUE, "o"))
     for label, found, color, marker in shown:
         points = [(part.predicted, part.observed) for part in found.curve]
         for x, observed in points:

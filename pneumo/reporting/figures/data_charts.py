@@ -1,4 +1,4 @@
-"""What the store holds, drawn: findings, ages, gray levels, contact sheets."""
+"""Charts of what the store holds: findings, ages, gray levels, contact sheets."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def plot_ages(axes: Axes, quality: Quality) -> None:
 
 
 def _join_oldest(bins: Sequence[int]) -> list[int]:
-    """The bins with that of 90 years as the last: who is older is told of as one group (45 CFR
+    """The bins with that of 90 years as the last: older patients are one group (45 CFR
     164.514(b)(2)(i)(C))."""
     last = 90 // AGE_BIN_YEARS
     return [*bins[:last], sum(bins[last:])]
