@@ -24,7 +24,7 @@ from typing import NoReturn
 
 from cluster import submission
 from cluster.states import JobState, Target
-from pneumo.config import JOBS, parse_command_line
+from pneumo.command_line import JOBS, parse_command_line
 from pneumo.errors import AccessError, ClusterError, ConfigError, PneumoError
 
 SECOND_THOUGHT_S = 3.0

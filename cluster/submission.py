@@ -17,19 +17,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from cluster.package import RECIPE_FOLDER
-from pneumo.config import (
-    ENVIRONMENT_PREFIX,
-    JOBS,
-    WEIGHTS_WITHOUT_FILE,
-    ClusterConfig,
-    Config,
-    Invocation,
-    PrepareArguments,
-    Section,
-    override,
-    parse_command_line,
-    read_recipe,
-)
+from pneumo.command_line import JOBS, Invocation, PrepareArguments, parse_command_line
+from pneumo.config import WEIGHTS_WITHOUT_FILE, ClusterConfig, Config, Section
+from pneumo.config_layers import ENVIRONMENT_PREFIX, override, read_recipe
 from pneumo.errors import ConfigError
 from pneumo.search_space import flatten
 

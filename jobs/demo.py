@@ -9,19 +9,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import ray
-
-from jobs.evaluate import evaluate_run
-from jobs.prepare import prepare
-from jobs.ray_cluster.session import ray_session
-from jobs.terminal.entry_point import run_main, say
-from jobs.train import train
-from jobs.tune import tune
-from jobs.tuning.search_results import BEST
+from jobs.terminal.entry_point import check_invocation, run_main, say
 from pneumo import storage
-from pneumo.config import Invocation, parse_command_line
-from pneumo.dataset.phantoms.source_folder import write_phantoms
-from pneumo.dataset.source import PRIVATE_FOLDER
+from pneumo.command_line import Invocation
 
 PHANTOMS = Path("data/demo/phantoms")
 
@@ -30,30 +20,46 @@ def demo(argv: Sequence[str]) -> None:
     """Draw phantoms, prepare them, search, train with two workers or on one GPU, evaluate; say
     where the report is."""
     options = _parser().parse_args(argv)
-    started = time.monotonic()
     run_url = storage.join(options.run or f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}")
-    store_url, tune_url = storage.normalise(options.store), storage.join(run_url, "tune")
-    train_url = storage.join(run_url, "train")
+    started_s = time.monotonic()
+    run_demo(storage.normalise(options.store), run_url, options.studies, show_logs=options.debug)
+    seconds = time.monotonic() - started_s
+    say(f"\nthe whole way took {seconds // 60:.0f} min {seconds % 60:.0f} s; open the report above")
+
+
+def run_demo(store_url: str, run_url: str, num_studies: int, *, show_logs: bool) -> None:
+    """Each job in turn, as its own command would run it."""
+    # After the command line is parsed: these take seconds.
+    import ray
+
+    from jobs.evaluation.job import evaluate_run
+    from jobs.preparation import prepare
+    from jobs.ray_cluster.session import ray_session
+    from jobs.training.job import train
+    from jobs.tuning.job import tune
+    from jobs.tuning.search_results import BEST
+    from pneumo.dataset.phantoms.source_folder import write_phantoms
+    from pneumo.dataset.source import PRIVATE_FOLDER
+
+    tune_url, train_url = storage.join(run_url, "tune"), storage.join(run_url, "train")
     recipe = storage.join(tune_url, BEST)
-    phantoms = PHANTOMS.with_name(f"phantoms-{options.studies}")
+    phantoms = PHANTOMS.with_name(f"phantoms-{num_studies}")
     steps: list[tuple[str, Callable[[Invocation], None], list[str]]] = [
         ("prepare", prepare, ["--source", str(phantoms), "--store", store_url]),
         ("tune", tune, ["--store", store_url, "--run", tune_url, "--recipe", "fast"]),
         ("train", train, ["--store", store_url, "--run", train_url, "--recipe", recipe]),
         ("evaluate", evaluate_run, ["--store", store_url, "--run", train_url]),
     ]
-    say(f"1/5 phantoms: {options.studies} chest X-rays drawn from a seed, no patient's")
-    write_phantoms(phantoms, num_studies=options.studies, seed=0, progress=True)
-    _fix_hash_key(phantoms)
-    with ray_session(show_logs=options.debug):
+    say(f"1/5 phantoms: {num_studies} chest X-rays drawn from a seed, no patient's")
+    write_phantoms(phantoms, num_studies=num_studies, seed=0, progress=True)
+    _fix_hash_key(phantoms / PRIVATE_FOLDER)
+    with ray_session(show_logs=show_logs):
         workers = count_workers(ray.cluster_resources())
         for number, (job, run, flags) in enumerate(steps, start=2):
             if job in ("train", "evaluate"):
                 flags += ["--cluster.num-workers", str(workers)]
             say(f"\n{number}/5 {job}: python -m jobs.{job} {' '.join(flags)}")
-            run(parse_command_line(job, flags))
-    seconds = time.monotonic() - started
-    say(f"\nthe whole way took {seconds // 60:.0f} min {seconds % 60:.0f} s; open the report above")
+            run(check_invocation(job, flags))
 
 
 def count_workers(resources: Mapping[str, float]) -> int:
@@ -61,9 +67,9 @@ def count_workers(resources: Mapping[str, float]) -> int:
     return min(2, int(resources.get("GPU", 0)) or 2)
 
 
-def _fix_hash_key(phantoms: Path) -> None:
+def _fix_hash_key(folder: Path) -> None:
     """Phantoms need no secret; a known one gives every machine the same split."""
-    path = phantoms / PRIVATE_FOLDER / "hash_key"
+    path = folder / "hash_key"
     path.parent.mkdir(exist_ok=True)
     path.write_text("phantoms need no secret")
     path.chmod(0o600)  # or `prepare` warns of it

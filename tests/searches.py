@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import random
 
-from pneumo.config import Config, override
+from pneumo.config import Config
+from pneumo.config_layers import override
 from pneumo.tuning.choice import Confirmation, SettingChoice
 from pneumo.tuning.optuna_study import measure_importance
 from pneumo.tuning.search import Search

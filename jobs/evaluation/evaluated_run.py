@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from jobs.evaluation.ray_scoring import Scored, Scoring, Weights
 from jobs.terminal.entry_point import say
 from pneumo import storage
-from pneumo.config import EvaluateArguments, EvaluateConfig
+from pneumo.command_line import EvaluateArguments
+from pneumo.config import EvaluateConfig
 from pneumo.dataset.shards import Manifest, StudyRow, read_manifest
 from pneumo.errors import RunError, StoreError
 from pneumo.evaluation.predictions import Predictions
@@ -58,8 +59,8 @@ def name_run(run_url: str) -> str:
 def find_subject(arguments: EvaluateArguments, config: EvaluateConfig) -> Subject:
     """The checkpoints that are to be scored, checked against the store.
 
-    Raises RunError when a run is not trained or evaluated already, StoreError when the store is not
-    the one that it was trained on.
+    Raises RunError when a run is not trained, StoreError when the store is not the one that it was
+    trained on.
     """
     store_url, run_url = storage.normalise(arguments.store), storage.normalise(arguments.run)
     manifest = read_manifest(store_url)
@@ -67,11 +68,6 @@ def find_subject(arguments: EvaluateArguments, config: EvaluateConfig) -> Subjec
     if len(set(run_urls)) < len(run_urls):
         raise RunError("--members: a run is named twice; each counts once")
     weights = tuple(found for url in run_urls for found in find_weights(url, config.ensemble))
-    if not arguments.overwrite and storage.exists(storage.join(run_url, METRICS)):
-        raise RunError(
-            f"{run_url}: is evaluated already (a test set is looked at once); --overwrite does it "
-            "again"
-        )
     first = _load_trained_on(weights[0], store_url, manifest)
     for other in weights[1:]:
         _load_trained_on(other, store_url, manifest)
@@ -132,8 +128,6 @@ def read_other(run_url: str, studies: Mapping[str, StudyRow]) -> Predictions:
     url = storage.join(storage.normalise(run_url), PREDICTIONS)
     try:
         other = Predictions.from_parquet(storage.read_bytes(url))
-    except FileNotFoundError as error:
-        raise RunError(f"--compare-with {run_url}: is not evaluated; evaluate it first") from error
     except KeyError as error:
         raise RunError(
             f"--compare-with {run_url}: its {PREDICTIONS} has no column {error}: an older version "

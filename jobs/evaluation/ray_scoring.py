@@ -21,16 +21,16 @@ import torch
 from jobs.ray_cluster.session import worker_resources
 from jobs.terminal.progress import Progress
 from pneumo.config import ClusterConfig, Config, DataConfig
-from pneumo.dataset.shards import Manifest, StudyRow, read_manifest
+from pneumo.dataset.shards import StudyRow, read_manifest
 from pneumo.errors import MetricError
 from pneumo.evaluation.map_scores import BoxScores, score_map
-from pneumo.evaluation.predictions import Logits, Member, prepare_input, score_pictures
-from pneumo.evaluation.shown_studies import class_activation, gradcam, randomised
 from pneumo.images.boxes import Box
-from pneumo.loading.feeds import Samples
+from pneumo.loading.blocks import PreparedStore, Samples
 from pneumo.loading.loader import open_loader, read_images
 from pneumo.loading.sample_order import World
 from pneumo.network.backbones import build_model
+from pneumo.network.gradcam import build_random_network, gradcam
+from pneumo.network.scoring import Member, Scores, prepare_input, score_pictures
 from pneumo.training.checkpoints import CheckpointEntry, load_checkpoint
 
 T = TypeVar("T")
@@ -114,17 +114,17 @@ class Place:
 # --- from the driver ------------------------------------------------------------------------------
 
 
-def score_splits(scored: Scored, splits: Sequence[str], config: Config) -> Logits:
-    """Logits of whole splits, shared out to the cluster's workers; sorted by key."""
+def score_splits(scored: Scored, splits: Sequence[str], config: Config) -> Scores:
+    """Scores of whole splits, split over the cluster's workers, in no order."""
     manifest = read_manifest(scored.store_url)
-    place = find_place(config.cluster, config.evaluate.batch_size_per_worker)
+    place = find_place(config.cluster, manifest.image_size)
     calls = [
         (scored, split, world, place)
         for split in splits
         for world in share_out(manifest.splits[split].samples, config.cluster, place)
     ]
     total = sum(manifest.splits[split].samples for split in splits)
-    return Logits.join(list(run_shares(_score_share, calls, config.cluster, "score", total)))
+    return Scores.join(list(run_shares(_score_share, calls, config.cluster, "score", total)))
 
 
 def score_boxes(
@@ -139,7 +139,7 @@ def score_boxes(
     the first checkpoint's input.
     """
     manifest = read_manifest(scored.store_url)
-    place = find_place(config.cluster, config.evaluate.batch_size_per_worker)
+    place = find_place(config.cluster, manifest.image_size)
     # Once to the object store, not with each of the tasks.
     shared = {split: ray.put(dict(of_split)) for split, of_split in boxes.items()}
     shared_prior = ray.put(prior)
@@ -162,15 +162,18 @@ def explain_studies(
     """Pictures and Grad-CAM of a few studies, by one worker."""
     if not keys:
         return {}
-    place = find_place(config.cluster, config.evaluate.batch_size_per_worker)
+    image_size = read_manifest(scored.store_url).image_size
+    place = find_place(config.cluster, image_size)
     call = (scored, split, list(keys), place)
     (explained,) = run_shares(_explain, [call], config.cluster, "explain", len(keys))
     return explained
 
 
-def find_place(config: ClusterConfig, batch_size: int) -> Place:
-    """Where the cluster's workers compute."""
+def find_place(config: ClusterConfig, image_size: int) -> Place:
+    """Where the cluster's workers compute, and how many pictures of so many pixels at once: 64 up
+    to 224 x 224 pixels, and as many pixels of larger ones."""
     device = "cuda" if "GPU" in worker_resources(config) else "cpu"
+    batch_size = min(64, max(1, 64 * 224**2 // image_size**2))
     return Place(device, config.cpus_per_worker, batch_size)
 
 
@@ -232,18 +235,18 @@ def load_members(scoring: Scoring, device: str) -> list[Member]:
     return members
 
 
-def _score_share(scored: Scored, split: str, world: World, place: Place) -> Logits:
+def _score_share(scored: Scored, split: str, world: World, place: Place) -> Scores:
     torch.set_num_threads(place.num_threads)
     members = load_members(scored.scoring, place.device)
     parts = [
-        Logits(
+        Scores(
             np.array(samples.keys, dtype=np.str_),
             score_pictures(members, _pictures(samples), views=scored.scoring.views),
             samples.targets.numpy().astype(np.int8),
         )
         for samples in _stream(scored.store_url, split, world, place.batch_size)
     ]
-    return Logits.join(parts)
+    return Scores.join(parts)
 
 
 def _score_maps(
@@ -257,11 +260,11 @@ def _score_maps(
 ) -> tuple[str, BoxScores]:
     torch.set_num_threads(place.num_threads)
     (member,) = load_members(Scoring(scored.scoring.weights[:1]), place.device)
-    random = randomised(member.backbone, seed=seed).to(place.device)
+    random = build_random_network(member.backbone, seed=seed).to(place.device)
     parts = []
     for keys, pixels in _positives(scored.store_url, split, world, place.batch_size, boxes):
         images = prepare_input(pixels, member)
-        cams, randoms = class_activation(member.network, images), class_activation(random, images)
+        cams, randoms = gradcam(member.network, images), gradcam(random, images)
         for key, cam, other in zip(keys, cams, randoms, strict=True):
             with contextlib.suppress(MetricError):  # the driver counts who is missing
                 values = np.stack([score_map(one, boxes[key]) for one in (cam, prior, other)])
@@ -292,20 +295,11 @@ def _positives(
 
 
 def _stream(store_url: str, split: str, world: World, batch_size: int) -> Iterator[Samples]:
-    """A share of a split as it is stored, each sample in exactly one share."""
-    manifest: Manifest = read_manifest(store_url)
-    share = open_loader(
-        store_url,
-        manifest,
-        split,
-        DataConfig(cache="stream"),  # each picture is needed once
-        image_size=manifest.image_size,
-        mean=manifest.mean,
-        std=manifest.std,
-        world=world,
-        device="cpu",
-    )
-    return share.share(batch_size=batch_size)
+    """A slice of a split as it is stored, each sample in exactly one slice."""
+    # Streamed: each picture is needed once.
+    store = PreparedStore(store_url, read_manifest(store_url), DataConfig(cache="stream"))
+    loader = open_loader(store, split, world=world, device="cpu")
+    return loader.rank_slice(batch_size=batch_size)
 
 
 def _pictures(samples: Samples) -> list[npt.NDArray[np.uint8]]:

@@ -143,10 +143,7 @@ def write_files(folder: Path, subject: Subject, judged: Judged, config: Config) 
             path.write_bytes(case_pictures.draw_case(shown))
     report = render(subject, judged, config).encode()
     if len(report) > MAX_PAGE_BYTES:
-        say(
-            f"warning: {REPORT} has {len(report) / 1e6:.1f} MB; lower evaluate.gallery_images or "
-            "evaluate.error_images"
-        )
+        say(f"warning: {REPORT} has {len(report) / 1e6:.1f} MB; lower evaluate.pictures")
     (folder / REPORT).write_bytes(report)
 
 

@@ -98,23 +98,29 @@ class Chosen:
         return sorted(set(rows))
 
 
+GRID_PICTURES = 16
+"""Random studies of test in the grid."""
+TABLE_PICTURES = 4
+"""Random studies of each outcome and view in W&B's table of predictions."""
+
+
 def choose_rows(test: Predictions, threshold: float, config: Config) -> Chosen:
     """Some drawn by the seed, some of each outcome, the most certain errors, and some of each
     outcome and view."""
-    settings, seed = config.evaluate, config.seed
+    pictures, seed = config.evaluate.pictures, config.seed
     called = (test.target, test.probability, threshold)
-    grid = np.random.default_rng(seed).permutation(len(test))[: settings.grid_images]
-    errors = choose_errors(*called, count=settings.error_images)
+    grid = np.random.default_rng(seed).permutation(len(test))[:GRID_PICTURES]
+    errors = choose_errors(*called, count=2 * pictures)
     return Chosen(
         grid=grid.tolist(),
-        gallery=choose_gallery(*called, per_outcome=settings.gallery_images, seed=seed),
+        gallery=choose_gallery(*called, per_outcome=pictures, seed=seed),
         errors={outcome: rows.tolist() for outcome, rows in errors.items()},
         sample=draw_sample(
             test.target,
             test.probability,
             test.view,
             threshold,
-            per_stratum=settings.table_images,
+            per_stratum=TABLE_PICTURES,
             seed=seed,
         ),
     )

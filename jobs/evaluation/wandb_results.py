@@ -35,6 +35,8 @@ from pneumo.reporting.tracking import (
 )
 from pneumo.reporting.tracking.artifacts import describe_dataset, describe_results, describe_weights
 
+LARGEST_PIXELS = 192
+"""No picture of a study is higher in W&B."""
 CAM_LEVELS: Mapping[int, str] = {1: "map ≥ 25 %", 2: "map ≥ 50 %", 3: "map ≥ 75 %"}
 """Classes of the mask: shares of the map's own maximum."""
 
@@ -47,8 +49,7 @@ def send_evaluation(
     for weights in subject.scored.scoring.weights:
         record = describe_weights(weights.entry, weights.run_url, subject.manifest)
         tracker.log_artifact(record, role="input")
-    size = config.tracking.image_pixels
-    coarse = judged.shrink(size)
+    coarse = judged.shrink(LARGEST_PIXELS)
     report = render(subject, coarse, config)
     log_data(tracker, coarse.data, (folder / "figures" / DATA_FIGURE).read_bytes())
     log_evaluation(tracker, judged.evaluation, judged.saliency.get("test"))

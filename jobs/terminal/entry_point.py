@@ -1,45 +1,62 @@
 """How every job starts and ends: its command line, its errors and its exit code.
 
 0 done, 1 failed, 2 the user's mistake, 130 interrupted. An error is one line; `--debug` adds the
-traceback.
+traceback. Nothing here imports torch, Ray or what reads pictures: a mistake is answered at once.
 """
 
 from __future__ import annotations
 
 import io
+import pkgutil
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
 
+from jobs.terminal.places import check_places
 from pneumo import storage
-from pneumo.config import Invocation, parse_command_line
+from pneumo.command_line import Invocation, parse_command_line
 from pneumo.errors import PneumoError
 
 
-def run_job(job: str, main: Callable[[Invocation], None], argv: Sequence[str] | None = None) -> int:
-    """Parse the command line, run `main`, turn what happens into an exit code."""
-    return run_main(job, lambda arguments: main(parse_command_line(job, arguments)), argv)
+def run_job(job: str, function: str, argv: Sequence[str] | None = None) -> int:
+    """Check the command line, then import and call `function` ("module:name"); the exit code."""
+
+    def main(arguments: Sequence[str]) -> None:
+        invocation = check_invocation(job, arguments)
+        pkgutil.resolve_name(function)(invocation)
+
+    return run_main(job, main, argv)
+
+
+def check_invocation(job: str, argv: Sequence[str]) -> Invocation:
+    """The invocation of a job whose settings are allowed and whose places are there and free.
+
+    Raises UserError.
+    """
+    invocation = parse_command_line(job, argv)
+    check_places(invocation)
+    return invocation
 
 
 def run_main(
     job: str, main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
 ) -> int:
-    """Run `main` on the command line, turn what happens into an exit code."""
+    """Call `main` with the command line (`sys.argv` if None), print what it raises; the exit
+    code."""
     if argv is None:  # a process of its own: a scheduler's SIGTERM ends it as Ctrl-C does
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(line_buffering=True)  # in a log, results stand in their order
         signal.signal(signal.SIGTERM, lambda number, frame: _interrupt())
     arguments = sys.argv[1:] if argv is None else list(argv)
-    debug = "--debug" in arguments
     try:
         main(arguments)
     except KeyboardInterrupt:
         say(f"{job}: interrupted; the same command goes on from what is finished")
         return 130
     except Exception as error:  # the top of the process: everything ends in one line
-        if debug:
+        if "--debug" in arguments:
             traceback.print_exc()
         known = find_cause(error)
         if known is not None:
@@ -74,7 +91,7 @@ def _interrupt() -> None:
 
 
 def new_run_url(job: str) -> str:
-    """Where a run goes when nobody said: runs/<job>-<time>."""
+    """Where a run goes without `--run`: runs/<job>-<time>."""
     return storage.normalise(f"runs/{job}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 

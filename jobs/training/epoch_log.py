@@ -19,7 +19,7 @@ from jobs.terminal.progress import Progress
 from jobs.training.messages import Mailbox
 from pneumo.loading.sample_order import World
 from pneumo.reporting.tracking import Tracker
-from pneumo.training.callbacks import Epoch, Hooks, Pace, Start
+from pneumo.training.callbacks import Callbacks, Epoch, Pace, Start
 
 _WORTH_SAYING = 0.05
 """Share of the time that waiting for data may take unnoticed."""
@@ -39,8 +39,8 @@ class Stepped:
 Message = str | Start | Stepped | Epoch
 
 
-def worker_hooks(messages: Mailbox | None, world: World, *, epochs: int) -> Hooks:
-    """The hooks of a Ray Train worker: rank 0 tells the driver, every rank reports to Ray."""
+def worker_callbacks(messages: Mailbox | None, world: World, *, epochs: int) -> Callbacks:
+    """The callbacks of a Ray Train worker: rank 0 tells the driver, every rank reports to Ray."""
 
     def tell(message: Message) -> None:
         if messages is not None and world.rank == 0:
@@ -55,11 +55,11 @@ def worker_hooks(messages: Mailbox | None, world: World, *, epochs: int) -> Hook
         # are our own: they are the same under torchrun, and one index vouches for them.
         ray.train.report({k: v for k, v in epoch.metrics.items() if v is not None})
 
-    return Hooks(
+    return Callbacks(
         on_start=tell,
         on_pace=on_pace,
         on_epoch=on_epoch,
-        on_note=tell,
+        tell=tell,
     )
 
 

@@ -15,9 +15,9 @@ from pneumo.dataset.shards import Manifest
 from pneumo.reporting.page import render_search
 from pneumo.reporting.tracking import Artifact, Page, Table, Tracker, open_tracker
 from pneumo.reporting.tracking.closing import close_tracker, tracking_folder
-from pneumo.training.checkpoints import describe_code
 from pneumo.tuning.search import Search, make_recipe, to_parquet
 from pneumo.tuning.trials import Trial, describe_settings, show_setting
+from pneumo.version import describe_code
 
 BEST = "best.toml"
 TRIALS = "trials.parquet"

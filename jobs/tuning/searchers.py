@@ -19,7 +19,7 @@ from ray.tune.search import Searcher
 
 from jobs.tuning.trial_judge import METRIC
 from jobs.tuning.trial_records import write_begun
-from pneumo.config import Config, TuneConfig
+from pneumo.config import REDUCTION_FACTOR, Config, TuneConfig
 from pneumo.search_space import Scalar
 from pneumo.tuning.objective import smooth
 from pneumo.tuning.optuna_study import to_distribution
@@ -167,8 +167,8 @@ class Rungs(ASHAScheduler):  # type: ignore[misc]
             metric=METRIC,
             mode="max",
             max_t=config.epochs,
-            grace_period=min(config.grace_epochs, config.epochs),
-            reduction_factor=config.reduction_factor,
+            grace_period=1,
+            reduction_factor=REDUCTION_FACTOR,
         )
         self.smoothing_epochs = config.smoothing_epochs
         self.open = {name: trial for name, trial in before.items() if trial.is_open}

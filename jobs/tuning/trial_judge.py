@@ -18,10 +18,10 @@ import ray.exceptions
 from jobs.tuning.trial_records import read_history, write_history, write_scores, write_started
 from pneumo.config import TuneConfig
 from pneumo.errors import DivergedError, MetricError
-from pneumo.evaluation.predictions import Scores
-from pneumo.loading.feeds import Held
+from pneumo.loading.in_memory import InMemorySplit
 from pneumo.loading.sample_order import World
-from pneumo.training.callbacks import Epoch, Hooks, Start
+from pneumo.network.scoring import Scores
+from pneumo.training.callbacks import Callbacks, Epoch, Start
 from pneumo.tuning.objective import chance_level, judge, smooth
 from pneumo.tuning.trials import ERROR, OBJECTIVE
 
@@ -46,7 +46,7 @@ class Shared:
     held: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     """References to the splits in memory, by image size and name."""
 
-    def fetch(self, image_size: int | None) -> dict[str, Held]:
+    def fetch(self, image_size: int | None) -> dict[str, InMemorySplit]:
         """The splits at this size, none being the store's, that are in the node's memory; those
         that are lost are read by whoever needs them."""
         references = self.held.get(image_size or self.stored_size, {})
@@ -66,12 +66,12 @@ class TrialJudge:
         self._scores: Scores | None = None
         self._patients: Mapping[str, str] = ray.get(shared.patients)
 
-    def hooks(self, hooks: Hooks, tell: Any) -> Hooks:
-        """`hooks` of a training, with which each epoch is judged and told of."""
+    def callbacks(self, callbacks: Callbacks, tell: Any) -> Callbacks:
+        """`callbacks` of a training, with which each epoch is judged and told of."""
         return replace(
-            hooks,
+            callbacks,
             on_start=self._begin,
-            judge=self._judge,
+            extra_metrics=self._judge,
             on_epoch=lambda epoch: tell(self._record(epoch)),
         )
 

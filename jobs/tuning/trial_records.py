@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 
 from pneumo import storage
 from pneumo.config import TuneConfig
-from pneumo.evaluation.predictions import Scores
 from pneumo.network.backbones import Initialisation
+from pneumo.network.scoring import Scores
 from pneumo.search_space import Scalar
 from pneumo.training.checkpoint_writer import METRICS_LOG
 from pneumo.tuning.objective import Judgement, judge

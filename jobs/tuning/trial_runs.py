@@ -17,16 +17,18 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from jobs.ray_cluster.session import uses_gpu, worker_resources
 from jobs.terminal.entry_point import find_cause
-from jobs.train import build_trainer
+from jobs.training.job import build_trainer
 from jobs.tuning.trial_judge import Shared, TrialJudge
 from jobs.tuning.trial_records import drop_checkpoints, trial_url
-from pneumo.config import Config, DataConfig, override
+from pneumo.config import Config, DataConfig
+from pneumo.config_layers import override
 from pneumo.dataset.shards import Manifest, read_studies
 from pneumo.errors import ClusterError, DivergedError
-from pneumo.loading.feeds import Held
-from pneumo.loading.loader import hold_split, input_size
+from pneumo.loading.blocks import PreparedStore, input_size
+from pneumo.loading.in_memory import InMemorySplit
+from pneumo.loading.loader import read_in_memory
 from pneumo.loading.sample_order import World
-from pneumo.training.callbacks import Hooks
+from pneumo.training.callbacks import Callbacks
 from pneumo.training.fit import fit
 
 _DRIVER_MEMORY_BYTES = 200 * 2**20
@@ -120,9 +122,10 @@ def _hold(config: Config, manifest: Manifest, store_url: str, size: int) -> dict
 
 def _read_split(
     store_url: str, manifest: Manifest, split: str, config: DataConfig, image_size: int
-) -> tuple[bool, Held | None]:
-    held = hold_split(store_url, manifest, split, config, image_size=image_size)
-    return held is not None, held
+) -> tuple[bool, InMemorySplit | None]:
+    at_size = config.model_copy(update={"image_size": image_size})
+    found = read_in_memory(PreparedStore(store_url, manifest, at_size), split)
+    return found is not None, found
 
 
 def make_trainable(config: Config, store_url: str, run_url: str, shared: Shared) -> Any:
@@ -152,8 +155,8 @@ def _run_here(drawn: dict[str, Any], search: dict[str, Any]) -> None:
             run_url=url,
             world=World(),
             device=torch.device("cuda" if uses_gpu(config.cluster) else "cpu"),
-            hooks=judge.hooks(Hooks(), ray.tune.report),
-            held=shared.fetch(config.data.image_size),
+            callbacks=judge.callbacks(Callbacks(), ray.tune.report),
+            shared_splits=shared.fetch(config.data.image_size),
         )
 
     _report(judge, train)

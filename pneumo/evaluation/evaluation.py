@@ -298,6 +298,8 @@ def evaluate_split(
     )
 
 
+NUM_BINS = 10
+"""Bins of equal number in the reliability curve and the calibration error."""
 _HEADLINES = ("auroc", "average_precision", "log_loss", "brier")
 
 
@@ -306,7 +308,6 @@ def _resample(
 ) -> dict[str, StatisticSet]:
     """All that needs the bootstrap, in one pass over the same resamples."""
     scores = rows.target, rows.logit
-    num_bins = config.calibration_bins
     scaling = fitted.calibration.chosen
     sets: Statistics = {
         "auroc": lambda: {"value": metrics.auroc_statistic(*scores)},
@@ -315,8 +316,8 @@ def _resample(
         "brier": lambda: {"value": metrics.brier_statistic(rows.target, rows.probability)},
         "points": lambda: {"outcomes": outcomes_statistic(rows, fitted.points)},
         "recalibration": lambda: {"fit": recalibration_statistic(*scores)},
-        "before": lambda: reliability_statistics(*scores, None, num_bins),
-        "after": lambda: reliability_statistics(*scores, scaling, num_bins),
+        "before": lambda: reliability_statistics(*scores, None, NUM_BINS),
+        "after": lambda: reliability_statistics(*scores, scaling, NUM_BINS),
         "net_benefit": lambda: {"curve": net_benefit_statistic(rows)},
         **subgroup_statistics(rows, fitted.points[DECISION].threshold),
         **view_statistics(rows),

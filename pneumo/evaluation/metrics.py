@@ -216,25 +216,6 @@ def _mean_statistic(values: Floats) -> Statistic:
     return lambda weights: divide(values @ weights, weights.sum(axis=0))
 
 
-def binary_metrics_from_logits(target: npt.ArrayLike, logit: npt.ArrayLike) -> dict[str, float]:
-    """What a training epoch prints: auroc, and accuracy, precision, recall at p >= 0.5.
-
-    `target` (N,) of 0 and 1, `logit` (N,). NaN where undefined: AUROC of one class, precision
-    without a positive call, recall without a positive, and all four when a logit is NaN, which a
-    diverging training is free to bring about.
-    """
-    try:
-        positive, logit64 = check_scores(target, logit, both_classes=False)
-    except MetricError:
-        return dict.fromkeys(("auroc", "accuracy", "precision", "recall"), math.nan)
-    has_both = 0 < positive.sum() < len(positive)
-    at_half = rates(confusion(positive, logit64, 0.0))  # p >= 0.5 is logit >= 0
-    return {
-        "auroc": auroc(positive, logit64) if has_both else math.nan,
-        **{name: at_half[name] for name in ("accuracy", "precision", "recall")},
-    }
-
-
 def check_scores(
     target: npt.ArrayLike, score: npt.ArrayLike, *, both_classes: bool = True
 ) -> tuple[npt.NDArray[np.bool_], Floats]:

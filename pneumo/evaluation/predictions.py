@@ -1,4 +1,4 @@
-"""Predictions: a model's score of each study, one row a study; and the scoring that makes them.
+"""Predictions: a model's score of each study, one row a study.
 
 Everything to the right of this noun (metrics, figures, report) reruns from it without a GPU and
 without images, save the Grad-CAM gallery.
@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any, Self
@@ -18,25 +17,17 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from scipy.special import expit
-from torch import Tensor, nn
 
-from pneumo.config import AugmentConfig
 from pneumo.dataset.shards import StudyRow
 from pneumo.errors import DataError
 from pneumo.images.boxes import Box
-from pneumo.loading.augmentation import augment, normalise
-from pneumo.loading.feeds import to_input
-from pneumo.loading.loader import Batch
+from pneumo.network.scoring import Scores
 
 StrArray = npt.NDArray[np.str_]
 
 SCORING = "pneumo.scoring"
 """Key of the Parquet metadata that says how the logits were made."""
-VIEWS = AugmentConfig()
-"""How far the views of test-time augmentation are moved: never flipped, as the heart is on one
-side."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +100,8 @@ class Predictions:
 
 
 _NUMBERS = ("probability", "calibrated_probability", "age", "spacing_mm", "box_area_fraction")
+
+
 _DTYPES = {
     **dict.fromkeys(("key", "patient", "split", "checkpoint", "finding", "sex", "view"), np.str_),
     **dict.fromkeys(_NUMBERS, np.float64),
@@ -122,131 +115,10 @@ def sigmoid(logit: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     return np.asarray(expit(np.asarray(logit, dtype=np.float64)))
 
 
-@dataclass(frozen=True, eq=False)
-class Scores:
-    """What a model says of some studies, beside what they are; both arrays have shape (N,)."""
-
-    keys: tuple[str, ...]
-    logits: npt.NDArray[np.float32]
-    targets: npt.NDArray[np.int8]
-
-
-def score(model: nn.Module, batches: Iterable[Batch]) -> Scores:
-    """What the model says of the studies in `batches`, in their order.
-
-    Always in float32: the 8 bits of a bfloat16 logit would tie studies that differ. For the speed
-    of validation a GPU's convolutions may take TF32 products (10 bits), added up in float32. The
-    model is left in evaluation mode.
-    """
-    model.eval()
-    keys: list[str] = []
-    logits, targets = [], []
-    with torch.inference_mode():
-        for batch in batches:
-            with torch.autocast(batch.images.device.type, enabled=False):
-                logits.append(model(batch.images).squeeze(1).float())
-            targets.append(batch.targets)
-            keys += batch.keys
-    return Scores(
-        tuple(keys),
-        torch.cat(logits).cpu().numpy() if logits else np.empty(0, dtype=np.float32),
-        torch.cat(targets).cpu().numpy().astype(np.int8) if targets else np.empty(0, np.int8),
-    )
-
-
-@dataclass(frozen=True, eq=False)
-class Member:
-    """One trained network of those whose logits are averaged, and how it is fed."""
-
-    network: nn.Module
-    backbone: str
-    image_size: int
-    """Height and width of its input, in pixels."""
-    mean: float
-    """Of the gray levels it was trained on, in [0, 1], as `std`."""
-    std: float
-
-    @property
-    def device(self) -> torch.device:
-        """Where the network is."""
-        return next(self.network.parameters()).device
-
-
-def prepare_input(pixels: Sequence[npt.NDArray[np.uint8]], member: Member) -> Tensor:
-    """Stored pictures (S, S) uint8 as the member takes them: (B, 1, H, W) float32, normalised."""
-    images = to_input(pixels, member.image_size).to(member.device)
-    return normalise(images, member.mean, member.std)
-
-
-def score_pictures(
-    members: Sequence[Member], pixels: Sequence[npt.NDArray[np.uint8]], *, views: int = 1
-) -> npt.NDArray[np.float32]:
-    """The mean logit (B,) of stored pictures (S, S) uint8 over all members and `views`.
-
-    The first view is the picture itself; view k is moved and recoloured as augmentation would, the
-    same way for every picture, so a study's logit depends on its pixels alone. Always computed in
-    float32, also within a GPU's convolutions, which would take TF32 else.
-    """
-    total = np.zeros(len(pixels), dtype=np.float64)
-    with torch.inference_mode(), _exact_convolutions():
-        for member in members:
-            member.network.eval()
-            for number in range(views):
-                images = _draw_view(member, pixels, number)
-                with torch.autocast(member.device.type, enabled=False):
-                    logits = member.network(images).squeeze(1).float()
-                total += logits.cpu().numpy()
-    return np.asarray(total / (len(members) * views), dtype=np.float32)
-
-
-@contextmanager
-def _exact_convolutions() -> Iterator[None]:
-    """Within it cuDNN computes float32 as IEEE has it; matrix products always are."""
-    cudnn = torch.backends.cudnn
-    before = cudnn.allow_tf32
-    cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        cudnn.allow_tf32 = before
-
-
-def _draw_view(member: Member, pixels: Sequence[npt.NDArray[np.uint8]], number: int) -> Tensor:
-    if number == 0:
-        return prepare_input(pixels, member)
-    images = to_input(pixels, member.image_size).to(member.device)
-    # Drawn by the view's number: as if all pictures were one study in one epoch.
-    keys = ["view"] * len(pixels)
-    moments = (member.mean, member.std)
-    return augment(images, keys, VIEWS, seed=0, epoch=number, moments=moments)
-
-
-@dataclass(frozen=True, eq=False)
-class Logits:
-    """What was said of which studies; all arrays have shape (N,)."""
-
-    keys: StrArray
-    logits: npt.NDArray[np.float32]
-    targets: npt.NDArray[np.int8]
-    """As they stand beside the pictures, in the shards."""
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    @classmethod
-    def join(cls, parts: Sequence[Self]) -> Self:
-        """All parts as one, sorted by key, so that it is the same however it was shared out."""
-        keys = np.concatenate([np.empty(0, np.str_), *(part.keys for part in parts)])
-        logits = np.concatenate([np.empty(0, np.float32), *(part.logits for part in parts)])
-        targets = np.concatenate([np.empty(0, np.int8), *(part.targets for part in parts)])
-        order = np.argsort(keys, kind="stable")
-        return cls(keys[order], logits[order], targets[order])
-
-
 def join_predictions(
-    scored: Logits, studies: Mapping[str, StudyRow], *, checkpoint: str, image_size: int
+    scored: Scores, studies: Mapping[str, StudyRow], *, checkpoint: str, image_size: int
 ) -> Predictions:
-    """Logits and what is known of the studies, sorted by split and key.
+    """Scores and what is known of the studies, sorted by split and key.
 
     `checkpoint` names whose logits they are; `image_size` is the height and width of the stored
     images, which boxes are in. Raises DataError when a scored study is unknown, scored twice, or of

@@ -1,1 +1,1 @@
-"""Shards -> batches, in an order that depends on the seed alone."""
+"""From shards to batches, in an order that depends on the seed alone."""

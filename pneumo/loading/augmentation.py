@@ -1,11 +1,10 @@
 """Batched augmentation and normalisation, on whatever device the batch is.
 
 Each study's random changes are a pure function of (seed, epoch, key), so the same study gets the
-same augmentation on any rank. They are drawn on the CPU: an affine matrix, a table of gray levels
-and a rectangle a sample, applied in this order. Matrix and table are applied by OpenCV on a CPU
-(several times as fast there) and by `grid_sample` and indexing on a GPU. Both round a moved pixel
-to a whole gray level before they look it up, and agree to one level, save at hard edges: OpenCV
-places pixels to 1/32. The matrix that moves an image moves its boxes.
+same augmentation on any rank. An affine matrix and a table of gray levels are drawn for each sample
+on the CPU, and applied in this order: by OpenCV on a CPU (several times as fast there), by
+`grid_sample` and indexing on a GPU. Both round a moved pixel to a whole gray level before they look
+it up, and agree to one level, save at hard edges: OpenCV places pixels to 1/32.
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ from pneumo.loading.prefetch import send
 
 Matrices = npt.NDArray[np.float64]
 Tables = npt.NDArray[np.float32]
-Rectangles = npt.NDArray[np.int64]
 
 
 def draw_uniforms(
@@ -91,40 +89,23 @@ def draw_tables(keys: Sequence[str], config: AugmentConfig, *, seed: int, epoch:
     return np.asarray(np.clip(gray, 0, 1) * 255, dtype=np.float32)
 
 
-def draw_rectangles(
-    keys: Sequence[str], config: AugmentConfig, *, image_size: int, seed: int, epoch: int
-) -> Rectangles:
-    """(B, 4) rectangles to hide, x0, y0, x1, y1 in whole pixels, the ends excluded.
-
-    An area between 0 and `erase_fraction` of the image, up to twice as wide as high or the reverse,
-    wholly inside (after Zhong et al., Random Erasing Data Augmentation, AAAI 2020).
-    """
-    u = draw_uniforms(keys, seed=seed, epoch=epoch, count=4, kind="erase")
-    area, ratio = config.erase_fraction * u[:, :1], 2 ** (2 * u[:, 1:2] - 1)
-    sides = np.sqrt(np.concatenate([area * ratio, area / ratio], axis=1)).clip(max=1) * image_size
-    sides = np.floor(sides).astype(np.int64)
-    corners = np.floor(u[:, 2:] * (image_size - sides + 1)).astype(np.int64)
-    corners = np.minimum(corners, image_size - sides)  # a draw may be 1
-    return np.concatenate([corners, corners + sides], axis=1)
-
-
 def warp(images: Tensor, matrices: Matrices, tables: Tables, *, compiled: bool = False) -> Tensor:
-    """`images` (B, 1, H, H) uint8, seen through `matrices` and recoloured by `tables` (B, 256).
+    """`images` (B, 1, H, H) uint8, moved by `matrices` (B, 2, 3), gray levels by `tables` (B, 256).
 
-    Bilinear, rounded to a gray level; black, as the table has it, outside. (B, 1, H, H) float32.
-    `compiled`: on a GPU by one kernel that torch.compile makes, in a sixth of the time.
+    Bilinear, rounded to a gray level; outside is black, as the table has it. (B, 1, H, H) float32.
+    `compiled`: on a GPU one kernel of torch.compile does it, in a sixth of the time.
     """
     if images.device.type == "cpu":
-        return _warp_by_opencv(images, matrices, tables)
-    return _warp_by_grid(images, matrices, tables, compiled=compiled)
+        return warp_by_opencv(images, matrices, tables)
+    return warp_by_grid(images, matrices, tables, compiled=compiled)
 
 
-def _warp_by_opencv(images: Tensor, matrices: Matrices, tables: Tables) -> Tensor:
+def warp_by_opencv(images: Tensor, matrices: Matrices, tables: Tables) -> Tensor:
     flat = images[:, 0].numpy()
     moved = np.empty(flat.shape[1:], dtype=np.uint8)
     out = np.empty(flat.shape, dtype=np.float32)
     for i, (image, matrix, table) in enumerate(zip(flat, matrices, tables, strict=True)):
-        # Moved as bytes: a third of the time that floats take.
+        # As bytes: a third of the time that floats take.
         cv2.warpAffine(
             image,
             matrix,
@@ -136,7 +117,7 @@ def _warp_by_opencv(images: Tensor, matrices: Matrices, tables: Tables) -> Tenso
     return torch.from_numpy(out).unsqueeze(1)
 
 
-def _warp_by_grid(
+def warp_by_grid(
     images: Tensor, matrices: Matrices, tables: Tables, *, compiled: bool = False
 ) -> Tensor:
     side = images.shape[-1]
@@ -165,15 +146,6 @@ def _compile_grid() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return torch.compile(_apply_grid, dynamic=False)
 
 
-def erase(images: Tensor, rectangles: Rectangles, black: float = 0.0) -> Tensor:
-    """`images` (B, 1, H, H) with `rectangles` (B, 4) black, in place."""
-    corners = send(torch.from_numpy(rectangles), images.device)[:, :, None, None]
-    x = torch.arange(images.shape[3], device=images.device)[None, None, :]
-    y = torch.arange(images.shape[2], device=images.device)[None, :, None]
-    inside = (x >= corners[:, 0]) & (x < corners[:, 2]) & (y >= corners[:, 1]) & (y < corners[:, 3])
-    return images.masked_fill_(inside.unsqueeze(1), black)
-
-
 def augment(
     images: Tensor,
     keys: Sequence[str],
@@ -184,45 +156,20 @@ def augment(
     moments: tuple[float, float] | None = None,
     compiled: bool = False,
 ) -> Tensor:
-    """`images` (B, 1, H, H) uint8 -> float32, changed at random; `compiled` as of `warp`.
+    """`images` (B, 1, H, H) uint8 -> float32, changed at random; `compiled` as for `warp`.
 
-    Gray levels in [0, 255]; with `moments`, the training set's mean and standard deviation, they
-    are normalised by them. That costs nothing here: the tables give normalised levels.
+    Gray levels in [0, 255], normalised if `moments` are given, the training set's mean and standard
+    deviation: the tables then give normalised levels, at no cost.
     """
-    size = images.shape[-1]
-    matrices = draw_affine(keys, config, image_size=size, seed=seed, epoch=epoch)
-    tables, black = draw_tables(keys, config, seed=seed, epoch=epoch), 0.0
+    matrices = draw_affine(keys, config, image_size=images.shape[-1], seed=seed, epoch=epoch)
+    tables = draw_tables(keys, config, seed=seed, epoch=epoch)
     if moments is not None:
-        tables, black = _normalised(tables, *moments), float(_normalised(np.zeros(1), *moments)[0])
-    changed = warp(images, matrices, tables, compiled=compiled)
-    if config.erase_fraction:
-        rectangles = draw_rectangles(keys, config, image_size=size, seed=seed, epoch=epoch)
-        erase(changed, rectangles, black)
-    return changed
+        tables = _normalised(tables, *moments)
+    return warp(images, matrices, tables, compiled=compiled)
 
 
 def _normalised(levels: npt.NDArray[Any], mean: float, std: float) -> Tables:
     return ((levels / 255.0 - mean) / max(std, 1e-6)).astype(np.float32)
-
-
-def transform_boxes(
-    boxes: npt.ArrayLike, matrix: npt.NDArray[np.float64], *, image_size: int
-) -> npt.NDArray[np.float64]:
-    """Where `boxes` are in an image seen through `matrix` (2, 3), one of `draw_affine`'s.
-
-    (N, 4) float64 of x, y, width, height in pixels, (x, y) the upper left corner, as `studies.Box`.
-    A turned box becomes the upright one around it, cut to the image; one that has left the image
-    has width or height 0.
-    """
-    x, y, width, height = np.asarray(boxes, dtype=np.float64).reshape(-1, 4).T
-    # A box is bounded by pixels' edges, half a pixel from their centres, which the matrix maps.
-    corners = (
-        np.stack([[x, x + width, x, x + width], [y, y, y + height, y + height]], axis=0) - 0.5
-    )  # (2, 4, N)
-    forward = np.linalg.inv(matrix[:, :2])
-    moved = np.einsum("ij,jkn->ikn", forward, corners - matrix[:, 2, None, None]) + 0.5
-    low, high = moved.min(axis=1).clip(0, image_size), moved.max(axis=1).clip(0, image_size)
-    return np.concatenate([low, high - low]).T
 
 
 def normalise(images: Tensor, mean: float, std: float) -> Tensor:

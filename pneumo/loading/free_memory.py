@@ -1,4 +1,4 @@
-"""How much memory this process may still take, which a container often knows better than Linux."""
+"""How much memory this process may still take: the machine's, or what its control groups leave."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
-"""Store + partition -> batches: read by one of two ways, augmented and normalised on the device."""
+"""From a store to batches: read from memory or streamed, augmented and normalised on the device."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Literal
 
@@ -12,18 +13,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pneumo.config import AugmentConfig, DataConfig
+from pneumo.config import AugmentConfig
 from pneumo.dataset.shards import Manifest, read_shard
 from pneumo.errors import ConfigError, DataError
 from pneumo.loading import augmentation, free_memory, sample_order
-from pneumo.loading.block_cache import BlockCache
-from pneumo.loading.feeds import Blocks, Feed, Held, Memory, Samples, Stream
+from pneumo.loading.blocks import Blocks, Feed, PreparedStore, Samples
+from pneumo.loading.in_memory import InMemoryFeed, InMemorySplit
 from pneumo.loading.prefetch import run_ahead, send
-from pneumo.loading.sample_order import Rows, World
+from pneumo.loading.sample_order import World
+from pneumo.loading.streaming import StreamingFeed
 
-_HOST_SHARE = 0.5
-"""Splits may take this share of the free memory; the rest is for the model and for batches."""
-_DEVICE_SHARE = 0.25
+_HOST_FRACTION = 0.5
+"""Splits may take this fraction of the free memory; the rest is for the model and for batches."""
+_DEVICE_FRACTION = 0.25
 """And this one of the device's: activations need far more there than the weights."""
 
 
@@ -38,15 +40,6 @@ class Batch:
     keys: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Choice:
-    """How a split is fed, and why."""
-
-    way: Literal["memory", "stream"]
-    on_device: bool
-    reason: str
-
-
 @dataclass(frozen=True, eq=False)
 class Loader:
     """Feeds one rank from one split; `open_loader` makes it.
@@ -58,8 +51,8 @@ class Loader:
     block_sizes: tuple[int, ...]
     world: World
     device: torch.device
-    mean: float
-    std: float
+    moments: tuple[float, float]
+    """Mean and standard deviation of the training split's gray levels, in [0, 1]."""
     compiled: bool = False
     """Whether a GPU's augmentation goes through torch.compile."""
 
@@ -79,57 +72,49 @@ class Loader:
     ) -> Iterator[Batch]:
         """This rank's whole micro-batches of each step from `start_step` on, augmented.
 
-        Blocks that only earlier steps need are not read. Each is made while the one before is in
-        use. Raises ConfigError when there is not one full batch; DataError and StorageError while
-        it goes on.
+        Blocks that only earlier steps need are not read. Each batch is made while the one before is
+        in use. Raises ConfigError when there is not one full batch; DataError and StorageError
+        while it goes on.
         """
         steps = sample_order.steps_per_epoch(len(self), batch_size)
         order = sample_order.epoch_order(
             self.block_sizes, batch_size=batch_size, seed=seed, epoch=epoch
         )
-        plan = [
-            sample_order.train_rows(
-                order,
-                step,
-                batch_size=batch_size,
-                world=self.world,
-                micro_batch_size=micro_batch_size,
-            )
-            for step in range(start_step, steps)
-        ]
-
-        def change(images: Tensor, keys: tuple[str, ...]) -> Tensor:
-            moments = (self.mean, self.std)
-            return augmentation.augment(
-                images,
-                keys,
-                augment,
-                seed=seed,
-                epoch=epoch,
-                moments=moments,
-                compiled=self.compiled,
-            )
-
+        rows_of_step = partial(
+            sample_order.train_rows,
+            order,
+            batch_size=batch_size,
+            world=self.world,
+            micro_batch_size=micro_batch_size,
+        )
+        change = partial(
+            augmentation.augment,
+            config=augment,
+            seed=seed,
+            epoch=epoch,
+            moments=self.moments,
+            compiled=self.compiled,
+        )
+        plan = [rows_of_step(step) for step in range(start_step, steps)]
         yield from self._run_ahead(self.feed.feed(plan), change)
 
     def evaluation(self, *, batch_size: int) -> Iterator[Batch]:
-        """This rank's share of the split in the store's order, each sample on exactly one rank.
+        """This rank's slice of the split in the store's order, each sample on exactly one rank.
 
         `batch_size` is this rank's own. Raises DataError and StorageError.
         """
 
         def normalise(images: Tensor, keys: tuple[str, ...]) -> Tensor:
-            return augmentation.normalise(images, self.mean, self.std)
+            return augmentation.normalise(images, *self.moments)
 
-        yield from self._run_ahead(self.share(batch_size=batch_size), normalise)
+        yield from self._run_ahead(self.rank_slice(batch_size=batch_size), normalise)
 
-    def share(self, *, batch_size: int) -> Iterator[Samples]:
+    def rank_slice(self, *, batch_size: int) -> Iterator[Samples]:
         """What `evaluation` gives, as it is stored: gray levels, on the CPU when streamed."""
         rows = sample_order.evaluation_rows(self.block_sizes, self.world)
-        plan: list[Rows] = [
-            rows[start : start + batch_size] for start in range(0, len(rows), batch_size)
-        ]
-        yield from self.feed.feed(plan)
+        yield from self.feed.feed(
+            [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+        )
 
     def _run_ahead(
         self, stored: Iterable[Samples], change: Callable[[Tensor, tuple[str, ...]], Tensor]
@@ -145,145 +130,120 @@ class Loader:
 
 
 def open_loader(
-    store_url: str,
-    manifest: Manifest,
+    store: PreparedStore,
     split: str,
-    config: DataConfig,
     *,
-    image_size: int,
-    mean: float,
-    std: float,
     world: World,
     device: torch.device | str,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Loader:
     """A loader of one split: see `open_loaders`."""
-    [opened] = open_loaders(
-        store_url,
-        manifest,
-        (split,),
-        config,
-        image_size=image_size,
-        mean=mean,
-        std=std,
-        world=world,
-        device=device,
-        tell=tell,
-    )
+    [opened] = open_loaders(store, (split,), world=world, device=device, tell=tell)
     return opened
 
 
 def open_loaders(
-    store_url: str,
-    manifest: Manifest,
+    store: PreparedStore,
     splits: Sequence[str],
-    config: DataConfig,
     *,
-    image_size: int,
-    mean: float,
-    std: float,
     world: World,
     device: torch.device | str,
     tell: Callable[[str], None] = lambda line: None,
-    held: Mapping[str, Held] = MappingProxyType({}),
+    shared_splits: Mapping[str, InMemorySplit] = MappingProxyType({}),
     compiled: bool = False,
 ) -> tuple[Loader, ...]:
-    """Loaders of splits at `image_size`, in the way that `config.cache` says or that fits beside
-    one another; of `held` pictures where a split has been read already, and `compiled` or not.
+    """Loaders of `splits`, in memory or streamed as `data.cache` says or as memory allows; those
+    in `shared_splits` are not read again. `tell` gets a line a split: how it is fed, and why.
 
-    `tell` hears in one line each which way it is and why. Raises DataError when the manifest does
-    not add up or a shard is missing or cut, and ConfigError for settings that cannot be met.
+    Raises DataError when the manifest does not add up or a shard is missing or cut, and ConfigError
+    for settings that cannot be met.
     """
     device = torch.device(device)
-    cache = None
-    if config.cache_dir is not None:
-        cache = BlockCache(config.cache_dir, int(config.cache_gb * 1e9))
-    blocks = {
-        split: Blocks(store_url, manifest, split, image_size=image_size, cache=cache)
-        for split in splits
-    }
-    unread = [split for split in splits if split not in held]
+    blocks = {split: Blocks(store, split) for split in splits}
+    unread = [split for split in splits if split not in shared_splits]
     for split in unread:
-        blocks[split].check_shards(config.readers)
-    choices = choose_ways(
-        config.cache,
-        {split: manifest.splits[split].samples * image_size**2 for split in unread},
+        blocks[split].check_shards()
+    choices = choose_feeds(
+        store.config.cache,
+        {split: store.decoded_bytes(split) for split in unread},
         host_bytes=free_memory.free_bytes() // world.local_size,
         device_bytes=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
     )
 
-    def choose_feed(split: str) -> Feed:
-        choice, readers = choices.get(split), config.readers
-        if choice is None:
-            tell(f"data: {split}: shared with the others on this machine")
-            return Memory(blocks[split], readers=readers, device=device, held=held[split])
+    def build_feed(split: str) -> Feed:
+        if split in shared_splits:
+            tell(f"data: {split}: shared with the other trainings on this machine")
+            return InMemoryFeed(blocks[split], device=device, loaded=shared_splits[split])
+        choice = choices[split]
         tell(f"data: {split}: {choice.reason}")
-        if choice.way == "stream":
-            return Stream(blocks[split], readers=readers, prefetch_blocks=config.prefetch_blocks)
-        keeper = device if choice.on_device else torch.device("cpu")
-        return Memory(blocks[split], readers=readers, device=keeper)
+        if choice.place == "stream":
+            return StreamingFeed(blocks[split])
+        where = device if choice.place == "device" else torch.device("cpu")
+        return InMemoryFeed(blocks[split], device=where)
 
+    moments = (store.manifest.mean, store.manifest.std)
+    sizes = {split: tuple(blocks[split].sizes.tolist()) for split in splits}
     return tuple(
-        Loader(
-            choose_feed(split),
-            tuple(blocks[split].sizes.tolist()),
-            world,
-            device,
-            mean,
-            std,
-            compiled,
-        )
+        Loader(build_feed(split), sizes[split], world, device, moments, compiled)
         for split in splits
     )
 
 
-def hold_split(
-    store_url: str, manifest: Manifest, split: str, config: DataConfig, *, image_size: int
-) -> Held | None:
-    """The whole split in memory, for several trainings to share; None where it would be streamed.
+def read_in_memory(store: PreparedStore, split: str) -> InMemorySplit | None:
+    """The whole split, for several trainings to share; None where it would be streamed.
 
-    Raises DataError, StorageError and ConfigError as `open_loader` and what it gives.
+    Raises DataError, StorageError and ConfigError.
     """
-    decoded_bytes = {split: manifest.splits[split].samples * image_size**2}
-    choices = choose_ways(
-        config.cache, decoded_bytes, host_bytes=free_memory.free_bytes(), device_bytes=None
+    choices = choose_feeds(
+        store.config.cache,
+        {split: store.decoded_bytes(split)},
+        host_bytes=free_memory.free_bytes(),
+        device_bytes=None,
     )
-    if choices[split].way == "stream":
+    if choices[split].place == "stream":
         return None
-    blocks = Blocks(store_url, manifest, split, image_size=image_size)
-    blocks.check_shards(config.readers)
-    return Memory(blocks, readers=config.readers, device=torch.device("cpu")).hold()
+    blocks = Blocks(store, split)
+    blocks.check_shards()
+    return InMemoryFeed(blocks, device=torch.device("cpu")).read_all()
 
 
-def choose_ways(
+@dataclass(frozen=True)
+class FeedChoice:
+    """How a split is fed, and why."""
+
+    place: Literal["device", "memory", "stream"]
+    reason: str
+
+
+def choose_feeds(
     wanted: Literal["auto", "memory", "stream"],
     decoded_bytes: Mapping[str, int],
     *,
     host_bytes: int,
     device_bytes: int | None,
-) -> dict[str, Choice]:
-    """How to feed splits of so many bytes of images with so much memory free for all of them; no
-    device, no bytes there. The first split has the first choice.
+) -> dict[str, FeedChoice]:
+    """How to feed splits of so many bytes with so much free memory for all of them; the first split
+    has the first choice, and `device_bytes` is None without a GPU.
 
     Raises ConfigError when memory is demanded and does not suffice.
     """
-    choices: dict[str, Choice] = {}
+    choices: dict[str, FeedChoice] = {}
     host_taken = device_taken = 0
-    host_room = host_bytes * (_HOST_SHARE if wanted == "auto" else 1)
-    device_room = 0 if device_bytes is None else device_bytes * _DEVICE_SHARE
+    host_room = host_bytes * (_HOST_FRACTION if wanted == "auto" else 1)
+    device_room = 0 if device_bytes is None else device_bytes * _DEVICE_FRACTION
     for split, number in decoded_bytes.items():
         size = f"{number / 1e9:.2f} GB decoded"
         free = f"{(host_bytes - host_taken) / 1e9:.2f} GB free for this worker"
         if host_taken:
             free += " beside the others"
         if wanted == "stream":
-            choice = Choice("stream", False, f"streamed, as data.cache says ({size})")
+            choice = FeedChoice("stream", f"streamed, as data.cache says ({size})")
         elif device_bytes is not None and device_taken + number <= device_room:
             on_device = f"{(device_bytes - device_taken) / 1e9:.2f} GB free there"
-            choice = Choice("memory", True, f"kept on the device ({size}, {on_device})")
+            choice = FeedChoice("device", f"kept on the device ({size}, {on_device})")
             device_taken += number
         elif host_taken + number <= host_room:
-            choice = Choice("memory", False, f"kept in memory ({size}, {free})")
+            choice = FeedChoice("memory", f"kept in memory ({size}, {free})")
             host_taken += number
         elif wanted == "memory":
             raise ConfigError(
@@ -291,26 +251,16 @@ def choose_ways(
                 "machine"
             )
         else:
-            choice = Choice("stream", False, f"streamed ({size}, {free})")
+            choice = FeedChoice("stream", f"streamed ({size}, {free})")
         choices[split] = choice
     return choices
-
-
-def input_size(manifest: Manifest, wanted: int | None) -> int:
-    """The size to train at. Raises ConfigError when it is above the store's: pixels are not
-    invented."""
-    if wanted is not None and wanted > manifest.image_size:
-        raise ConfigError(
-            f"data.image_size: {wanted} is above the store's {manifest.image_size}; lower it, or "
-            f"prepare a store with --prepare.image-size {wanted}"
-        )
-    return wanted or manifest.image_size
 
 
 def read_images(
     store_url: str, manifest: Manifest, split: str, keys: Iterable[str]
 ) -> dict[str, npt.NDArray[np.uint8]]:
-    """The stored pictures of `keys` in a split, (S, S) uint8 each."""
+    """The stored images of `keys` in a split, (S, S) uint8 each. Raises DataError for a key that is
+    not in it."""
     wanted = set(keys)
     found: dict[str, npt.NDArray[np.uint8]] = {}
     for shard in manifest.splits[split].shards:

@@ -1,7 +1,6 @@
 """Batches made one step ahead: in a thread, and on a GPU in a stream of their own.
 
-While step k computes, batch k + 1 is read, drawn for, copied and changed; the step that needs it
-waits only for what is not done by then. Nothing about a batch depends on it.
+While step k computes, batch k + 1 is read, copied and augmented. It is the same batch as without.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from torch import Tensor
 
 T = TypeVar("T")
 Made = tuple[T, torch.cuda.Event | None]
-"""A batch, and what tells that the device has made it."""
+"""A batch, and the event after which the device has made it."""
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` of the host on the device, waiting for nothing: the copy is queued in the current
-    stream, from memory that the device reads by itself."""
+    """A tensor of the host on the device: from pinned memory the copy is queued in the current
+    stream, and the host does not wait."""
     if device.type != "cuda" or tensor.device.type == "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
@@ -32,9 +31,9 @@ def run_ahead(
     device: torch.device,
     tensors_of: Callable[[T], Iterable[Tensor]],
 ) -> Iterator[T]:
-    """The same batches in the same order, the next of which is made while one is in use.
+    """The same batches in the same order; the next one is made while one is in use.
 
-    What making a batch raises is raised where that batch would be. When this is closed or dropped,
+    An error in making a batch is raised where that batch would be. When this is closed or dropped,
     `batches` is closed and its thread ends, after the batch under way. `tensors_of` gives the
     tensors of a batch that are on the device.
     """

@@ -1,24 +1,22 @@
 """Which samples go where: pure arithmetic on (seed, epoch, step, world). No torch, no I/O.
 
-A split is a row of blocks, each some neighbours in a shard that are read by one request. An epoch's
-order mixes them so that every batch is mixed and yet little is read or held at a time:
+A split is a sequence of blocks; a block is up to 64 neighbours in a shard, read by one request. An
+epoch's order mixes them so that each batch is mixed and yet little is read or in memory at a time:
 
-    the blocks are permuted, and each block's samples, which makes one long sequence;
-    it is cut into G / 4 lanes of equal length (G: samples of a global batch);
-    each step takes the next 4 samples of every lane; the sequence's end that fills no batch is
+    permute the blocks, and the samples of each block: one long sequence;
+    cut it into G / 4 lanes of equal length (G: samples of a global batch);
+    each step takes the next 4 samples of every lane; the end of the sequence that fills no batch is
     left out, and is another one each epoch.
 
-So a batch is made of G / 4 blocks from all over the split. A rank's slice of it, where the slice is
-a multiple of 4, is lanes of its own: the rank reads one stretch of the sequence, of which other
-ranks read at most the blocks at its two ends, and holds one block a lane for 64 / 4 steps. Lanes
-change their blocks at different steps, so reading is even. (Windows of G / 4 blocks that give piece
-after piece, tried before, made 8 ranks read RSNA twice: a short block shifted all that followed,
-and everyone read the blocks of the last, narrower window.)
+So a batch comes from G / 4 blocks of the whole split. A rank's slice of it, a multiple of 4, is
+lanes of its own: the rank reads one stretch of the sequence, of which other ranks read at most the
+blocks at its two ends, and keeps one block a lane for 64 / 4 steps. Lanes change their blocks at
+different steps, so reading is even.
 
 The order depends on (seed, epoch, G, the blocks' sizes) alone. Global step k takes positions
-[k*G, (k+1)*G) of it, in micro-batches of fixed size, and rank r a run of whole ones, as equal as
-can be; so what a step trains on does not depend on the number of ranks or of threads that read, and
-a run goes on in mid-epoch with the very next sample.
+[k*G, (k+1)*G) of it, in micro-batches of fixed size, and each rank consecutive whole ones; so what
+a step trains on does not depend on the number of ranks or reader threads, and a run goes on in
+mid-epoch with the very next sample.
 """
 
 from __future__ import annotations
@@ -45,7 +43,7 @@ class World:
     rank: int = 0
     size: int = 1
     local_size: int = 1
-    """Workers on this one's machine, which share its memory."""
+    """Ranks on this one's machine, which divide its memory."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
@@ -62,9 +60,9 @@ def epoch_order(block_sizes: Sequence[int], *, batch_size: int, seed: int, epoch
     sizes = np.asarray(block_sizes, dtype=np.int64)
     num_samples = int(sizes.sum())
     draws = _draw_bits(len(sizes) + num_samples, seed=seed, epoch=epoch)
-    place = np.argsort(np.argsort(draws[: len(sizes)], kind="stable"), kind="stable")
-    # By the place of its block, then by 40 random bits.
-    keys = np.repeat(place.astype(np.uint64) << np.uint64(40), sizes)
+    position = np.argsort(np.argsort(draws[: len(sizes)], kind="stable"), kind="stable")
+    # By the position of its block, then by 40 random bits.
+    keys = np.repeat(position.astype(np.uint64) << np.uint64(40), sizes)
     sequence = np.argsort(keys | (draws[len(sizes) :] >> np.uint64(24)), kind="stable")
 
     steps = num_samples // batch_size
@@ -116,7 +114,7 @@ def check_batch_size(batch_size: int, micro_batch_size: int, num_workers: int) -
 
 
 def micro_batches(batch_size: int, micro_batch_size: int, world: World) -> range:
-    """Which of a step's micro-batches are this rank's: consecutive, and one more at most than
+    """The numbers of this rank's micro-batches in a step: consecutive, and at most one more than
     another rank's."""
     count = batch_size // micro_batch_size
     return range(world.rank * count // world.size, (world.rank + 1) * count // world.size)
@@ -134,10 +132,10 @@ def train_rows(
 def evaluation_rows(block_sizes: Sequence[int], world: World) -> Rows:
     """Rows that this rank scores, in order: each sample on exactly one rank, blocks whole.
 
-    A share differs from an equal one by less than the largest block.
+    A slice differs from an equal one by less than the largest block.
     """
     ends = np.concatenate([[0], np.cumsum(np.asarray(block_sizes, dtype=np.int64))])
-    # Each bound of the equal shares is moved down to where a block begins.
+    # Each bound of the equal slices is moved down to where a block begins.
     equal = [int(ends[-1]) * r // world.size for r in (world.rank, world.rank + 1)]
     first, last = ends[np.searchsorted(ends, equal, side="right") - 1]
     return np.arange(first, last, dtype=np.int64)

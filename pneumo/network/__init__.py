@@ -1,1 +1,1 @@
-"""The network: backbones with a one-channel first convolution and one logit."""
+"""The network: backbones for gray images with one logit, scoring with them, Grad-CAM."""

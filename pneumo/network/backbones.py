@@ -1,4 +1,4 @@
-"""A torchvision network with one input channel and one logit, and what its weights start from."""
+"""torchvision's networks with one input channel and one logit, and their first weights."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
+from typing import Any, NamedTuple
 
 import torch
 import torchvision
@@ -20,56 +21,48 @@ from pneumo.errors import ConfigError
 from pneumo.network.gray_convolution import Stem
 
 _DOWNLOAD_TIMEOUT_S = 15.0
-_NESTS = ("state_dict", "model_state_dict", "teacher", "student", "model", "net", "encoder")
-"""Where training programs put the weights in their checkpoints."""
+_WRAPPERS = ("state_dict", "model_state_dict", "teacher", "student", "model", "net", "encoder")
+"""The names under which training programs put the weights in their checkpoints."""
 
 
 @dataclass(frozen=True)
 class Initialisation:
-    """Where the weights came from: for the person at the terminal, the checkpoint and the
-    report."""
+    """Where the first weights came from."""
 
     source: str
     """'imagenet', 'random' or 'file'."""
     message: str
-    """One sentence."""
+    """One sentence for the person at the terminal."""
     fell_back: bool = False
     """Whether something else had been asked for."""
 
 
-@dataclass(frozen=True)
-class Anatomy:
-    """Where a kind of backbone keeps what we must reach."""
+class LayerNames(NamedTuple):
+    """The names of a backbone's layers that are used here."""
 
     first_conv: str
     head: str
     """The last linear layer."""
-    maps: str
-    """The layer whose maps Grad-CAM explains: the last one that is an image."""
+    blocks: str
+    """The last of these gives the maps of Grad-CAM."""
 
 
-_ANATOMIES: Mapping[type[nn.Module], Anatomy] = {
-    ResNet: Anatomy("conv1", "fc", "layer4"),
-    DenseNet: Anatomy("features.conv0", "classifier", "features"),
-    ConvNeXt: Anatomy("features.0.0", "classifier.2", "features"),
-    EfficientNet: Anatomy("features.0.0", "classifier.1", "features"),
+_LAYER_NAMES: Mapping[type[nn.Module], LayerNames] = {
+    ResNet: LayerNames("conv1", "fc", "layer4"),
+    DenseNet: LayerNames("features.conv0", "classifier", "features"),
+    ConvNeXt: LayerNames("features.0.0", "classifier.2", "features"),
+    EfficientNet: LayerNames("features.0.0", "classifier.1", "features"),
 }
 
 
 def build_model(backbone: str) -> nn.Module:
     """The network with random weights: float images (B, 1, H, W) -> logits (B, 1)."""
     model: nn.Module = getattr(torchvision.models, backbone)(weights=None, num_classes=1)
-    name = _anatomy(model).first_conv
+    name = _layer_names(model).first_conv
     old = model.get_submodule(name)
     assert isinstance(old, nn.Conv2d)
-    first = Stem(
-        1,
-        old.out_channels,
-        kernel_size=old.kernel_size,  # type: ignore[arg-type]
-        stride=old.stride,  # type: ignore[arg-type]
-        padding=old.padding,  # type: ignore[arg-type]
-        bias=old.bias is not None,
-    )
+    sizes: Any = (old.out_channels, old.kernel_size, old.stride, old.padding)
+    first = Stem(1, *sizes, bias=old.bias is not None)
     nn.init.kaiming_normal_(first.weight, mode="fan_out", nonlinearity="relu")
     model.set_submodule(name, first)
     return model
@@ -78,8 +71,8 @@ def build_model(backbone: str) -> nn.Module:
 def initialise(model: nn.Module, config: ModelConfig, *, seed: int) -> Initialisation:
     """Fill `model` as `config.weights` asks; never silently with something else.
 
-    Random weights depend on the seed. Weights that cannot be had (no cache, no network) leave the
-    random ones, and the result says so. Raises ConfigError for a file that does not fit.
+    Random weights depend on the seed. Where ImageNet weights are neither cached nor reachable, the
+    random ones stay, and the result says so. Raises ConfigError for a file that does not fit.
     """
     _randomise(model, config.backbone, seed)
     if config.weights == "random":
@@ -87,13 +80,13 @@ def initialise(model: nn.Module, config: ModelConfig, *, seed: int) -> Initialis
     if config.weights == "imagenet":
         try:
             state = _download(config.backbone)
-        # A cache that holds something else fails as torch.load does; a proxy as http.client does.
+        # A broken cache fails as torch.load does; a proxy as http.client does.
         except (OSError, RuntimeError, HTTPException, pickle.UnpicklingError, EOFError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             return Initialisation(
                 "random",
-                f"ImageNet weights cannot be had ({reason}): random weights, seed {seed}, instead; "
-                "expect a lower AUROC. --model.weights random says that it is meant",
+                f"ImageNet weights are not available ({reason}): random weights, seed {seed}, "
+                "instead; expect a lower AUROC. --model.weights random says that it is meant",
                 fell_back=True,
             )
         load_backbone(model, state, "torchvision's ImageNet weights")
@@ -124,13 +117,13 @@ def load_backbone(model: nn.Module, state: Mapping[str, Tensor], name: str) -> N
     """Load a state dict into `model`, its classifier left as it is unless it has one output.
 
     A first convolution of three channels is summed over them: a gray image repeated three times
-    gives the same activations. Names may stand behind a prefix, as an encoder's do in a file of
-    self-supervised training; what is outside of it is left. Raises ConfigError naming what does not
-    fit.
+    gives the same activations. The names may have a prefix, as an encoder's have in a file of
+    self-supervised training; entries without it are left out. Raises ConfigError, which names what
+    does not fit.
     """
-    anatomy, own = _anatomy(model), model.state_dict()
-    first_key = f"{anatomy.first_conv}.weight"
-    head_root = anatomy.head.split(".")[0] + "."
+    names, own = _layer_names(model), model.state_dict()
+    first_key = f"{names.first_conv}.weight"
+    head_root = names.head.split(".")[0] + "."
     prefix = _find_prefix(state, first_key, own)
     fitted = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     if prefix:  # a projection head in the classifier's place
@@ -141,7 +134,7 @@ def load_backbone(model: nn.Module, state: Mapping[str, Tensor], name: str) -> N
     # Weights from before PyTorch 0.4.1, such as torchvision's of ResNet-18, count no batches.
     fitted = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")} | fitted
     for key in (key for key in own if key.startswith(head_root)):
-        of_head = key.startswith(f"{anatomy.head}.")
+        of_head = key.startswith(f"{names.head}.")
         if key not in fitted or (of_head and fitted[key].shape != own[key].shape):
             fitted[key] = own[key]
     wrong = [
@@ -162,12 +155,12 @@ def load_backbone(model: nn.Module, state: Mapping[str, Tensor], name: str) -> N
 
 def gradcam_layer(model: nn.Module) -> nn.Module:
     """The last convolutional block, whose maps the classifier averages."""
-    return model.get_submodule(_anatomy(model).maps)[-1]  # type: ignore[index, no-any-return]
+    return model.get_submodule(_layer_names(model).blocks)[-1]  # type: ignore[index, no-any-return]
 
 
-def _anatomy(model: nn.Module) -> Anatomy:
-    # A network of another's making is taken for one that names its parts as ResNet does.
-    return _ANATOMIES.get(type(model), _ANATOMIES[ResNet])
+def _layer_names(model: nn.Module) -> LayerNames:
+    # Other networks must name their layers as ResNet does.
+    return _LAYER_NAMES.get(type(model), _LAYER_NAMES[ResNet])
 
 
 def _unwrap(content: object, url: str) -> Mapping[str, Tensor]:
@@ -181,10 +174,10 @@ def _unwrap(content: object, url: str) -> Mapping[str, Tensor]:
         tensors = {k: v for k, v in content.items() if torch.is_tensor(v)}
         if tensors and len(tensors) == len(content):
             return tensors
-        content = next((content[name] for name in _NESTS if name in content), None)
+        content = next((content[name] for name in _WRAPPERS if name in content), None)
     raise ConfigError(
         f"model.weights: {url} is no state dict: names of tensors, at the top or under one of "
-        f"{', '.join(_NESTS)}"
+        f"{', '.join(_WRAPPERS)}"
     )
 
 
@@ -208,7 +201,8 @@ def _find_prefix(state: Mapping[str, Tensor], first_key: str, own: Mapping[str, 
 def _randomise(model: nn.Module, backbone: str, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if not isinstance(model, ResNet):  # each kind has a way of its own, which torchvision knows
+        if type(model) is not ResNet and type(model) in _LAYER_NAMES:
+            # Each kind has rules of its own, which torchvision follows when it builds one.
             model.load_state_dict(build_model(backbone).state_dict())
             return
         for module in model.modules():
@@ -219,7 +213,7 @@ def _randomise(model: nn.Module, backbone: str, seed: int) -> None:
 
 
 def _download(backbone: str) -> Mapping[str, Tensor]:
-    """torchvision's ImageNet weights, from its cache or the network, not waiting for ever."""
+    """torchvision's ImageNet weights, from its cache or the network, within a time limit."""
     weights = torchvision.models.get_model_weights(backbone).DEFAULT
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT_S)

@@ -1,18 +1,12 @@
 """Bytes by URL: a local path, `file://`, `s3://`, or what fsspec speaks."""
 
+from pneumo.storage.connection import ANONYMOUS, READ_TIMEOUT_S
+from pneumo.storage.local_files import PARTIAL_PREFIX
 from pneumo.storage.objects import (
-    ANONYMOUS,
-    CONNECT_TIMEOUT_S,
-    READ_TIMEOUT_S,
-    RETRY_BUDGET_S,
     create_bytes,
     exists,
-    is_local,
-    join,
     list_names,
     list_urls,
-    local_path,
-    normalise,
     read_bytes,
     read_range,
     read_text,
@@ -23,12 +17,12 @@ from pneumo.storage.objects import (
     write_bytes,
     write_text,
 )
+from pneumo.storage.urls import is_local, join, local_path, normalise
 
 __all__ = [
     "ANONYMOUS",
-    "CONNECT_TIMEOUT_S",
+    "PARTIAL_PREFIX",
     "READ_TIMEOUT_S",
-    "RETRY_BUDGET_S",
     "create_bytes",
     "exists",
     "is_local",

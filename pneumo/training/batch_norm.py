@@ -12,18 +12,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class RunningStatistics:
-    """Takes the running statistics of all of a model's BatchNorm layers into its own hand.
+    """The running statistics of all BatchNorm layers of a model, instead of the layers' own.
 
-    From construction on a layer's buffers hold, after a forward pass in training mode, the
-    statistics of that micro-batch alone, until `update` puts the running ones there.
+    From construction on, a forward pass in training mode leaves the statistics of that micro-batch
+    alone in a layer's buffers, until `update` puts the running ones there.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+        layers = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
         self.buffers: list[Tensor] = []
         momenta: list[float] = []
         for layer in layers:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from pneumo.evaluation.predictions import Scores
 from pneumo.network.backbones import Initialisation
+from pneumo.network.scoring import Scores
+
+Metrics = dict[str, float | None]
+"""By name; None where undefined."""
 
 
 @dataclass(frozen=True)
@@ -14,7 +17,7 @@ class Start:
     """Where an attempt at a run begins."""
 
     initialisation: Initialisation
-    history: tuple[dict[str, float | None], ...]
+    history: tuple[Metrics, ...]
     """Of the epochs that are complete: `Epoch.metrics` of each."""
     step: int
     """Steps done of the epoch after them."""
@@ -28,11 +31,10 @@ class Epoch:
 
     number: int
     """Counted from 1."""
-    metrics: dict[str, float | None]
-    """train/loss; data/samples and data/digest, what its steps were fed (`Tally`); lr and grad_norm
-    at its end; val/loss, val/auroc, val/accuracy, val/precision, val/recall (at p = 0.5; None where
-    undefined) and the same as val/ema_… of the averaged weights; epoch_s, and what `StepTimes.read`
-    gives."""
+    metrics: Metrics
+    """train/loss; data/samples, what its steps were fed; lr and grad_norm at its end; val/loss,
+    val/auroc, val/accuracy, val/precision, val/recall (at p = 0.5) and the same as val/ema_… of the
+    averaged weights; epoch_s, and what `StepTimes.read` gives."""
 
 
 @dataclass(frozen=True)
@@ -44,22 +46,22 @@ class Pace:
     step: int
     """Steps done of it."""
     steps: int
-    metrics: dict[str, float | None]
+    metrics: Metrics
     """Since the last one: train/loss, lr, grad_norm and what `StepTimes.read` gives."""
 
 
 @dataclass(frozen=True)
-class Hooks:
+class Callbacks:
     """What the caller wants to hear; each is called on every rank."""
 
     on_start: Callable[[Start], None] = lambda start: None
     on_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None
     on_epoch: Callable[[Epoch], None] = lambda epoch: None
-    on_note: Callable[[str], None] = lambda line: None
-    """A line worth knowing: how each split is fed, what went wrong and was mended."""
     on_pace: Callable[[Pace], None] = lambda pace: None
     """About once a second, and at the end of an epoch."""
-    judge: Callable[[Scores], Mapping[str, float | None]] = lambda scores: {}
+    tell: Callable[[str], None] = lambda line: None
+    """Takes one line for the person: how each split is fed, what went wrong and was mended."""
+    extra_metrics: Callable[[Scores], Mapping[str, float | None]] = lambda scores: {}
     """More metrics of an epoch: from all of val's scores, in the store's order, by the weights that
     are scored with."""
     should_stop: Callable[[], bool] = lambda: False

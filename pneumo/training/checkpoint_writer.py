@@ -1,25 +1,77 @@
-"""How a run is kept while it is trained: its checkpoints and metrics.jsonl, behind the training."""
+"""How a run is written while it is trained: checkpoints and metrics.jsonl, behind the training."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 from pneumo import storage
 from pneumo.errors import CheckpointError, StorageError
-from pneumo.training.checkpoints import Checkpoint, CheckpointWriter, check_claim, save_checkpoint
+from pneumo.training.checkpoints import Checkpoint, check_claim, save_checkpoint
 
 METRICS_LOG = "metrics.jsonl"
 _WORTH_SAVING_S = 60.0
+_MOST_FAILURES = 3
 
-Place = tuple[int, int]
+Position = tuple[int, int]
 """Epochs completed, and steps of the one after them."""
 
 
-class Keeper:
-    """Writes what rank 0 gives it, one checkpoint after the other and each place once."""
+class BackgroundWriter:
+    """Writes in a thread of its own while training goes on, one checkpoint at a time.
+
+    What is submitted must own its tensors (see `copy_to_cpu`). An object store that does not answer
+    is told of and outlived, with the checkpoint before, but not three times in a row; any other
+    failure is raised by whichever method is called next.
+    """
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell = tell
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self._failures = 0
+        """In a row."""
+
+    def submit(self, write: Callable[[], None]) -> None:
+        """Start `write` once the one before it has ended."""
+        self._settle()
+        self._pending = self._pool.submit(write)
+
+    def check(self) -> None:
+        """Raise what has gone wrong by now; waits for nothing."""
+        if self._pending is not None and self._pending.done():
+            self._settle()
+
+    def flush(self) -> None:
+        """Return when all is written. Raises what the writing raised."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """End the thread after what it is writing; a failure is told of."""
+        self._pool.shutdown(wait=True)
+        pending, self._pending = self._pending, None
+        if pending is not None and (error := pending.exception()) is not None:
+            self._tell(f"warning: the last checkpoint could not be written: {error}")
+
+    def _settle(self) -> None:
+        try:
+            self.flush()
+        except StorageError as error:
+            self._failures += 1
+            if self._failures == _MOST_FAILURES:
+                raise
+            self._tell(f"warning: a checkpoint could not be written, training goes on: {error}")
+        else:
+            self._failures = 0
+
+
+class RunWriter(BackgroundWriter):
+    """Writes what rank 0 gives it, each position of the run once."""
 
     def __init__(
         self,
@@ -28,23 +80,23 @@ class Keeper:
         *,
         keep_last: int,
         tell: Callable[[str], None],
-        begun_at: Place | None = None,
+        begun_at: Position | None = None,
     ) -> None:
-        """`attempt` is the id under which it writes, `begun_at` where the run is kept already."""
+        """`attempt` is the id under which it writes, `begun_at` what is saved already."""
+        super().__init__(tell)
         self.run_url, self.attempt, self.keep_last = run_url, attempt, keep_last
-        self.kept_at = begun_at
-        self.kept_s = time.monotonic()
-        self.writer = CheckpointWriter(tell)
+        self.saved_at = begun_at
+        self.saved_s = time.monotonic()
 
     @property
     def is_worth_saving(self) -> bool:
-        """Whether training is to be kept before its epoch is validated, which may take long: when
+        """Whether training is to be saved before its epoch is validated, which may take long: when
         it would take a minute to repeat. Less is not worth another 134 MB."""
-        return time.monotonic() - self.kept_s >= _WORTH_SAVING_S
+        return time.monotonic() - self.saved_s >= _WORTH_SAVING_S
 
     def save(
         self,
-        place: Place,
+        position: Position,
         take: Callable[[], Checkpoint],
         *,
         finished: bool = False,
@@ -53,22 +105,15 @@ class Keeper:
     ) -> None:
         """Begin to write the checkpoint that `take` gives; `wait` returns when it is written.
 
-        Raises what writing this one, or one before, has raised: see `CheckpointWriter`.
+        Raises what writing this one, or one before, has raised: see `BackgroundWriter`.
         """
-        if place != self.kept_at:
-            self.kept_at, self.kept_s = place, time.monotonic()
-            write = partial(self._write, take(), finished=finished, stopped_early=stopped_early)
-            self.writer.submit(write)
+        if position != self.saved_at:
+            self.saved_at, self.saved_s = position, time.monotonic()
+            self.submit(
+                partial(self._write, take(), finished=finished, stopped_early=stopped_early)
+            )
         if wait:
-            self.writer.flush()
-
-    def check(self) -> None:
-        """Raise what has gone wrong by now; waits for nothing."""
-        self.writer.check()
-
-    def close(self) -> None:
-        """End after what is being written."""
-        self.writer.close()
+            self.flush()
 
     def _write(self, checkpoint: Checkpoint, *, finished: bool, stopped_early: bool) -> None:
         """The epochs' metrics, the checkpoint, the index; nothing when the run is another

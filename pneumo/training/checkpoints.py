@@ -1,7 +1,7 @@
 """Self-describing checkpoints: all that is needed to go on, to score, and to know what this is.
 
-A run's `checkpoints/index.json` is written after the file it names, and vouches for it by its
-digest; a checkpoint that the index does not name is not there.
+A run's `checkpoints/index.json` is written after the file it names, and holds the file's SHA-256;
+a checkpoint that the index does not name does not count.
 
 Only one attempt at a run may write: the one whose id the index carries, put there by `claim_run`. A
 lost attempt may go on for minutes on a node that nobody reaches; what it writes late changes
@@ -17,7 +17,6 @@ import os
 import platform
 import uuid
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -28,14 +27,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pneumo import storage
 from pneumo.config import Config
-from pneumo.errors import CheckpointError, RunError, StorageError
-from pneumo.version import describe_code as describe_code
+from pneumo.config_layers import drop_removed
+from pneumo.errors import CheckpointError, RunError
 
 SCHEMA_VERSION = 2
 _INDEX = "index.json"
 _SUFFIX = ".pt"
-_UNFINISHED = ".partial-*"
-"""How `storage` names a local file while it is written."""
+AUROC_OF = {"raw": "val/auroc", "ema": "val/ema_auroc"}
+"""The metric that says which epoch is the best, by the weights that are scored with."""
 
 
 class CheckpointEntry(BaseModel):
@@ -112,15 +111,21 @@ class Checkpoint:
     grad_norm: float | None = None
     """Of the gradient in these steps, when it was last taken."""
     samples_fed: int = 0
-    digest_fed: int = 0
-    """What these steps were fed: a `Tally` over all ranks."""
+    """What these steps were fed, on all ranks."""
     versions: dict[str, str] = field(default_factory=lambda: describe_versions())
-    """Of what computes: `describe_versions`."""
+    """Of Python, torch and the like: `describe_versions`."""
 
     @property
     def weights(self) -> Literal["raw", "ema"]:
         """Which weights to score with."""
         return "raw" if self.ema is None else "ema"
+
+    @property
+    def val_auroc(self) -> float | None:
+        """Of the weights to score with; None in mid-epoch and where undefined."""
+        if self.step or not self.history:
+            return None
+        return self.history[-1][AUROC_OF[self.weights]]
 
     @property
     def scored_model(self) -> dict[str, torch.Tensor]:
@@ -172,7 +177,7 @@ def save_checkpoint(
         name=f"epoch-{checkpoint.epoch:04d}{behind}-{attempt}{_SUFFIX}",
         epoch=checkpoint.epoch,
         step=checkpoint.step,
-        val_auroc=None if checkpoint.step else scored_auroc(checkpoint),
+        val_auroc=checkpoint.val_auroc,
         weights=checkpoint.weights,
         sha256=hashlib.sha256(data).hexdigest(),
     )
@@ -195,7 +200,7 @@ def _select_kept(
 ) -> tuple[CheckpointEntry, ...]:
     best = CheckpointIndex(entries=entries).best
     whole = [entry for entry in entries if entry.step == 0]
-    # Once an epoch has a checkpoint of its own, those within it serve nothing.
+    # Once an epoch has a checkpoint of its own, those within it are not needed.
     epochs = whole[-1].epoch if whole else 0
     inside = [entry for entry in entries if entry.step and entry.epoch >= epochs]
     wanted = [best, *whole[-keep_last:], *inside[-keep_last:]]
@@ -213,12 +218,12 @@ def _serialise(checkpoint: Checkpoint) -> bytes:
 
 
 def to_bytes(state: dict[str, Any]) -> bytes:
-    """What torch.save makes of `state`, by way of a file in memory where the system has such.
+    """What torch.save makes of `state`, by way of a file in memory (Linux's memfd).
 
-    To a file torch writes without Python's lock. To a BytesIO it writes with it, by which the steps
-    that train meanwhile take 2.5 times as long on the host, and a GPU runs dry.
+    torch writes to a file without Python's lock. With a BytesIO it holds the lock, and the steps
+    that train meanwhile take 2.5 times as long on the host.
     """
-    # Other systems have no such files, and a limit on a file's size holds for them too.
+    # Other systems have no memfd, and a limit on a file's size holds for it too.
     with (
         suppress(AttributeError, OSError, RuntimeError),
         os.fdopen(os.memfd_create("checkpoint"), "rb", buffering=0) as file,
@@ -230,66 +235,8 @@ def to_bytes(state: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def scored_auroc(checkpoint: Checkpoint) -> float | None:
-    """The last epoch's val AUROC of the weights that are scored with."""
-    name = "val/auroc" if checkpoint.ema is None else "val/ema_auroc"
-    return checkpoint.history[-1][name] if checkpoint.history else None
-
-
-class CheckpointWriter:
-    """Writes in a thread of its own while training goes on, one checkpoint at a time.
-
-    What is submitted must own its tensors (see `copy_to_cpu`). An object store that does not answer
-    is told of and outlived, with the checkpoint before, but not `MOST_FAILURES` times in a row; any
-    other failure is raised by whichever method is called next.
-    """
-
-    MOST_FAILURES = 3
-
-    def __init__(self, tell: Callable[[str], None]) -> None:
-        self._tell = tell
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None
-        self._failures = 0
-        """In a row."""
-
-    def submit(self, write: Callable[[], None]) -> None:
-        """Start `write` once the one before it has ended."""
-        self._settle()
-        self._pending = self._pool.submit(write)
-
-    def check(self) -> None:
-        """Raise what has gone wrong by now; waits for nothing."""
-        if self._pending is not None and self._pending.done():
-            self._settle()
-
-    def flush(self) -> None:
-        """Return when all is written. Raises what the writing raised."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
-
-    def close(self) -> None:
-        """End the thread after what it is writing; a failure is told of."""
-        self._pool.shutdown(wait=True)
-        pending, self._pending = self._pending, None
-        if pending is not None and (error := pending.exception()) is not None:
-            self._tell(f"warning: the last checkpoint could not be written: {error}")
-
-    def _settle(self) -> None:
-        try:
-            self.flush()
-        except StorageError as error:
-            self._failures += 1
-            if self._failures == self.MOST_FAILURES:
-                raise
-            self._tell(f"warning: a checkpoint could not be written, training goes on: {error}")
-        else:
-            self._failures = 0
-
-
 def copy_to_cpu(state: Any) -> Any:
-    """A state dict of tensors, lists and plain values, its tensors copied."""
+    """A state dict of tensors, lists and plain values, its tensors copied to the CPU."""
     if torch.is_tensor(state):
         return state.detach().to("cpu", copy=True)
     if isinstance(state, dict):
@@ -344,7 +291,7 @@ def load_checkpoint(run_url: str, entry: CheckpointEntry) -> Checkpoint:
     except FileNotFoundError as error:
         raise CheckpointError(f"{url}: the index names it, but it is gone") from error
     if hashlib.sha256(data).hexdigest() != entry.sha256:
-        raise CheckpointError(f"{url}: not what the index vouches for; it was changed or cut")
+        raise CheckpointError(f"{url}: its SHA-256 is not the index's; it was changed or cut")
     try:
         plain = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
@@ -356,15 +303,16 @@ def load_checkpoint(run_url: str, entry: CheckpointEntry) -> Checkpoint:
             "wrote it, or train anew"
         )
     try:
-        plain["config"] = Config.model_validate(plain["config"])
+        plain["config"] = Config.model_validate(drop_removed(plain["config"]))
         plain["history"] = tuple(plain["history"])
+        plain.pop("digest_fed", None)  # of earlier versions
         return Checkpoint(**plain)
     except (KeyError, TypeError, ValidationError) as error:
         raise CheckpointError(f"{url}: written by another version of pneumo") from error
 
 
 def describe_versions() -> dict[str, str]:
-    """Of what computes: Python, torch and what it was built for, and what else is installed."""
+    """Versions of Python, torch, torchvision, Ray and CUDA, where they are installed."""
     found = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for package in ("torchvision", "ray"):
         with suppress(PackageNotFoundError):
@@ -382,14 +330,14 @@ def _read_index(run_url: str) -> CheckpointIndex | None:
         # Taking this for a fresh run would sweep them away.
         if _list_files(run_url):
             raise CheckpointError(
-                f"{url}: missing, though there are checkpoints, for which nothing else vouches; "
+                f"{url}: missing, though there are checkpoints, whose digests it holds; "
                 "put it back, or give another --run"
             ) from error
         return None
     except ValidationError as error:
         raise CheckpointError(
-            f"{url}: not an index of checkpoints of this version, and nothing else vouches for the "
-            "files beside it; put a copy of it back, or give another --run"
+            f"{url}: not an index of checkpoints of this version; put a copy of it back, or give "
+            "another --run"
         ) from error
     if index.schema_version != SCHEMA_VERSION:
         raise CheckpointError(
@@ -408,7 +356,7 @@ def _sweep(run_url: str, named: set[str]) -> None:
         if name not in named:
             storage.remove(_url(run_url, name))
     if storage.is_local(run_url):
-        for half in storage.local_path(_url(run_url, "")).glob(_UNFINISHED):
+        for half in storage.local_path(_url(run_url, "")).glob(f"{storage.PARTIAL_PREFIX}*"):
             half.unlink(missing_ok=True)
 
 

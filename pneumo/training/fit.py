@@ -2,18 +2,14 @@
 
 The same function runs alone, under torchrun and under Ray Train; who calls it says which rank this
 is and hears of every epoch. Batches, gradients and BatchNorm's statistics do not depend on the
-number of ranks (`learner.py`): losses and weights agree up to the rounding of sums.
+number of ranks (`train_step.py`): losses and weights agree up to the rounding of sums.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -22,59 +18,28 @@ import torch.distributed as dist
 from torch import nn
 
 from pneumo import storage
-from pneumo.config import Config, TrainConfig
-from pneumo.dataset.shards import Manifest, read_manifest
-from pneumo.errors import (
-    CheckpointError,
-    ConfigError,
-    DataError,
-    DivergedError,
-    PreemptedError,
-)
-from pneumo.loading import loader, sample_order
-from pneumo.loading.feeds import Held
-from pneumo.loading.loader import Loader
-from pneumo.loading.sample_order import World
-from pneumo.network.backbones import Initialisation, build_model, check_weights, initialise
-from pneumo.training.callbacks import Epoch, Hooks, Pace, Start
-from pneumo.training.checkpoint_writer import Keeper
-from pneumo.training.checkpoints import Checkpoint, copy_to_cpu, describe_code
+from pneumo.config import Config
+from pneumo.dataset.shards import read_manifest
+from pneumo.errors import CheckpointError, DivergedError, PreemptedError
+from pneumo.loading.blocks import PreparedStore
+from pneumo.loading.in_memory import InMemorySplit
+from pneumo.loading.loader import Loader, open_loaders
+from pneumo.loading.sample_order import World, steps_per_epoch
+from pneumo.network.backbones import Initialisation, build_model, initialise
+from pneumo.training.callbacks import Callbacks, Epoch, Metrics, Pace, Start
+from pneumo.training.checkpoint_writer import RunWriter
+from pneumo.training.checkpoints import AUROC_OF, Checkpoint, copy_to_cpu
 from pneumo.training.optimisation import learning_rate
-from pneumo.training.resuming import Resumption, find_last, take_up
-from pneumo.training.step_results import Divergence, Outcomes
-from pneumo.training.tally import Tally
+from pneumo.training.preconditions import check_compiler, check_sizes, resolve_pos_weight
+from pneumo.training.resuming import Resumption, claim_and_resume
+from pneumo.training.step_results import Divergence, EpochTotals, StepResults
 from pneumo.training.throughput import SlowData, StepTimes, read_gpu
 from pneumo.training.train_step import Learner
 from pneumo.training.validation import validate
+from pneumo.version import describe_code
 
 DIVERGED = "diverged.json"
 _REPORT_INTERVAL_S = 1.0
-
-
-@dataclass(eq=False)
-class _Run:
-    """What changes while training, and where it is kept."""
-
-    config: Config
-    manifest: Manifest
-    image_size: int
-    url: str
-    learner: Learner
-    initialisation: Initialisation
-    keeper: Keeper
-    history: list[dict[str, float | None]]
-    """Of the epochs that are complete."""
-    step: int = 0
-    """Steps done of the epoch after them."""
-    epoch_loss: float = 0.0
-    """Sum of those steps' losses."""
-    grad_norm: float | None = None
-    """Of the gradient, when it was last taken in the epoch."""
-    tally: Tally = field(default_factory=Tally)
-    """What this rank's part of those steps was fed; on rank 0 with what was fed before it began."""
-    fed: Tally = field(default_factory=Tally)
-    """The same over all ranks, when it was last added up."""
-    slow_data: SlowData = field(default_factory=SlowData)
 
 
 def fit(
@@ -84,199 +49,322 @@ def fit(
     run_url: str,
     world: World,
     device: torch.device,
-    hooks: Hooks,
-    held: Mapping[str, Held] = MappingProxyType({}),
-) -> list[dict[str, float | None]]:
-    """Train on the store's train split, judge on val, leave checkpoints and metrics.jsonl in the
-    run. Splits that are `held` are not read.
+    callbacks: Callbacks,
+    shared_splits: Mapping[str, InMemorySplit] = MappingProxyType({}),
+    build_network: Callable[[str], nn.Module] = build_model,
+) -> list[Metrics]:
+    """Train on the store's train split, validate on val, leave checkpoints and metrics.jsonl in the
+    run; the epochs' metrics. `shared_splits` are not read; `build_network` gets the backbone's name
+    and gives a network (B, 1, H, W) -> (B, 1).
 
-    Goes on after the run's newest checkpoint that is whole, if there is one. Returns the epochs'
-    metrics. With `world.size` > 1 torch.distributed must be initialised. Raises RunError,
-    StoreError, ConfigError, DataError, CheckpointError, DivergedError, and PreemptedError after
-    `hooks.should_stop`.
+    Goes on after the run's newest checkpoint that is whole, if there is one. With `world.size` > 1
+    torch.distributed must be initialised. Raises RunError, StoreError, ConfigError, DataError,
+    CheckpointError, DivergedError, and PreemptedError after `callbacks.should_stop`.
     """
-    if device.type == "cuda":
-        if device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
-        torch.cuda.set_device(device)  # what NCCL takes for collectives of objects
-        torch.backends.cudnn.benchmark = True  # micro-batches are all of one shape
-    _check_compiler(config.train)
-    manifest = read_manifest(store_url)
-    image_size = check_sizes(config, manifest, num_workers=world.size)
-    resumption = take_up(config, manifest, run_url, world, hooks.on_note)
-    train_data, val_data = loader.open_loaders(
-        store_url,
-        manifest,
+    device = _settle_device(device)
+    check_compiler(config.train, device, callbacks.tell)
+    store = PreparedStore(store_url, read_manifest(store_url), config.data)
+    check_sizes(config, store.manifest, num_workers=world.size)
+    resumption = claim_and_resume(config, store.manifest, run_url, world, callbacks.tell)
+    train_data, val_data = open_loaders(
+        store,
         ("train", "val"),
-        config.data,
-        image_size=image_size,
-        mean=manifest.mean,
-        std=manifest.std,
         world=world,
         device=device,
-        tell=hooks.on_note,
-        held=held,
+        tell=callbacks.tell,
+        shared_splits=shared_splits,
         compiled=bool(config.train.compile),
     )
-    run = _begin(config, manifest, image_size, run_url, world, device, hooks, resumption)
-    first_epoch = len(run.history)
-    steps = sample_order.steps_per_epoch(len(train_data), config.train.batch_size)
-    hooks.on_start(Start(run.initialisation, tuple(run.history), run.step, steps))
+    network = build_network(config.model.backbone)
+    initialisation = _fill(network, config, world, run_url, resumption.checkpoint)
+    weight = resolve_pos_weight(config.train, store.manifest)
+    learner = Learner(
+        network, config.train, pos_weight=weight, seed=config.seed, world=world, device=device
+    )
+    run = _Run(config, store, run_url, learner, initialisation, callbacks, resumption)
+    callbacks.on_start(
+        Start(initialisation, tuple(run.history), run.totals.step, run.steps_per_epoch)
+    )
     try:
-        for epoch in range(first_epoch, config.train.epochs):
-            started = time.perf_counter()
-            trained = _train_epoch(run, train_data, epoch, hooks)
-            if run.keeper.is_worth_saving:
-                _save(run)
-            validated = validate(
-                run.learner, val_data, config, world, hooks.should_stop, hooks.judge
-            )
-            if validated is None:
-                _leave(run, epoch, world)
-            taken = {"epoch_s": time.perf_counter() - started}
-            record = Epoch(epoch + 1, {"epoch": epoch + 1, **trained, **validated, **taken})
-            run.history.append(record.metrics)
-            run.step, run.epoch_loss, run.grad_norm = 0, 0.0, None
-            run.tally = run.fed = Tally()
-            stopped_early = _is_out_of_patience(run.history, config.train)
-            finished = stopped_early or epoch + 1 == config.train.epochs
-            _save(run, finished=finished, stopped_early=stopped_early, wait=finished)
-            _barrier(world)
-            hooks.on_epoch(record)
-            if stopped_early:
-                hooks.on_note(
-                    f"no better val AUROC in {config.train.patience} epochs (train.patience): the "
-                    f"run ends after epoch {epoch + 1}"
-                )
-                break
+        while not run.is_finished:
+            run.complete_epoch(train_data, val_data)
     finally:
-        run.keeper.close()
+        run.writer.close()
     return run.history
 
 
-def check_run(config: Config, manifest: Manifest, run_url: str, *, num_workers: int) -> int:
-    """What can be known before the first step; the image size to train at.
-
-    Raises RunError when the run is finished or of another configuration or store, and ConfigError
-    for sizes that do not fit, a training split of one class, and weights that a fresh run could not
-    begin with.
-    """
-    image_size = check_sizes(config, manifest, num_workers=num_workers)
-    if find_last(config, manifest, run_url) is None:
-        check_weights(config.model)
-    return image_size
+def _settle_device(device: torch.device) -> torch.device:
+    """The device with its number, made the process's own."""
+    if device.type != "cuda":
+        return device
+    if device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    torch.cuda.set_device(device)  # what NCCL takes for collectives of objects
+    torch.backends.cudnn.benchmark = True  # micro-batches are all of one shape
+    return device
 
 
-def check_sizes(config: Config, manifest: Manifest, *, num_workers: int) -> int:
-    """The image size to train at. Raises ConfigError for sizes that do not fit each other or the
-    store, and for a training split of one class."""
-    image_size = loader.input_size(manifest, config.data.image_size)
-    train = config.train
-    sample_order.check_batch_size(train.batch_size, train.micro_batch_size, num_workers)
-    sample_order.steps_per_epoch(manifest.splits["train"].samples, train.batch_size)
-    resolve_pos_weight(train, manifest)
-    return image_size
+class _Run:
+    """An attempt at a run: what changes while it trains, and where that is kept."""
 
-
-def resolve_pos_weight(config: TrainConfig, manifest: Manifest) -> float:
-    """The number behind `pos_weight`: negatives / positives of the training split if balanced.
-
-    Raises ConfigError where one of the two is none.
-    """
-    if config.pos_weight != "balanced":
-        return config.pos_weight
-    train = manifest.splits["train"]
-    if not 0 < train.positives < train.samples:
-        raise ConfigError(
-            f"train.pos_weight: balanced needs both classes, and {train.positives} of the "
-            f"{train.samples} studies of the training split are positive; give a number, or "
-            "prepare a store with both"
+    def __init__(
+        self,
+        config: Config,
+        store: PreparedStore,
+        url: str,
+        learner: Learner,
+        initialisation: Initialisation,
+        callbacks: Callbacks,
+        resumption: Resumption,
+    ) -> None:
+        self.config, self.store, self.url, self.callbacks = config, store, url, callbacks
+        self.learner, self.initialisation = learner, initialisation
+        self.steps_per_epoch = steps_per_epoch(
+            store.manifest.splits["train"].samples, config.train.batch_size
         )
-    return (train.samples - train.positives) / train.positives
-
-
-def scored_metric(config: TrainConfig) -> str:
-    """The metric that says which epoch is the best: of the averaged weights where there are any."""
-    return "val/auroc" if config.ema_decay is None else "val/ema_auroc"
-
-
-def has_compiler() -> bool:
-    """Whether this machine has the C compiler that torch.compile calls."""
-    return "CC" in os.environ or any(shutil.which(name) for name in ("gcc", "clang", "cc"))
-
-
-def _check_compiler(config: TrainConfig) -> None:
-    """Raise ConfigError where the network is to be compiled and nothing here can."""
-    if config.compile and not has_compiler():
-        raise ConfigError(
-            "train.compile: torch.compile needs a C compiler on every worker, and here is none of "
-            "gcc, clang, cc; install one, or say --train.compile false"
+        self.history: list[Metrics] = []
+        """Of the epochs that are complete."""
+        self.totals = EpochTotals()
+        """Of the steps done of the epoch after them."""
+        self.slow_data = SlowData()
+        before = resumption.checkpoint
+        if before is not None:
+            self._go_on_from(before)
+        self.writer = RunWriter(
+            url,
+            resumption.attempt,
+            keep_last=config.train.keep_checkpoints,
+            tell=callbacks.tell,
+            begun_at=None if before is None else (before.epoch, before.step),
         )
 
+    def _go_on_from(self, before: Checkpoint) -> None:
+        """Take over all that is not in the model."""
+        self.history = list(before.history)
+        self.totals = EpochTotals(
+            before.step, before.epoch_loss, before.samples_fed, before.grad_norm
+        )
+        self.learner.optimizer.load_state_dict(before.optimizer)
+        average = self.learner.average
+        if average is not None and before.ema is not None:
+            _load_weights(average.module, before.ema, self.url)
+            average.n_averaged += before.epoch * self.steps_per_epoch + before.step
 
-def _begin(
-    config: Config,
-    manifest: Manifest,
-    image_size: int,
-    run_url: str,
-    world: World,
-    device: torch.device,
-    hooks: Hooks,
-    resumption: Resumption,
-) -> _Run:
-    """A fresh run, or one that goes on where `resumption` says."""
-    model = build_model(config.model.backbone)
-    before = resumption.before
+    @property
+    def stopped_early(self) -> bool:
+        """Whether `train.patience` epochs have brought nothing better."""
+        patience = self.config.train.patience
+        if patience is None or not self.history:
+            return False
+        name = AUROC_OF["raw" if self.config.train.ema_decay is None else "ema"]
+        values = [-1.0 if (value := record[name]) is None else value for record in self.history]
+        return len(values) - 1 - values.index(max(values)) >= patience
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether there is nothing left to train."""
+        return self.stopped_early or len(self.history) >= self.config.train.epochs
+
+    def complete_epoch(self, train_data: Loader, val_data: Loader) -> None:
+        """Train the rest of an epoch, validate, save, tell. Raises as `fit`."""
+        started_s = time.perf_counter()
+        number = len(self.history) + 1
+        trained = self._train(train_data)
+        if self.writer.is_worth_saving:
+            self._save()
+        validated = validate(self.learner, val_data, self.config, self.callbacks)
+        if validated is None:
+            self._leave()
+        taken = {"epoch_s": time.perf_counter() - started_s}
+        record = Epoch(number, {"epoch": number, **trained, **validated, **taken})
+        self.history.append(record.metrics)
+        self.totals = EpochTotals()
+        self._save(
+            finished=self.is_finished, stopped_early=self.stopped_early, wait=self.is_finished
+        )
+        self._barrier()
+        self.callbacks.on_epoch(record)
+        if self.stopped_early:
+            self.callbacks.tell(
+                f"no better val AUROC in {self.config.train.patience} epochs (train.patience): the "
+                f"run ends after epoch {number}"
+            )
+
+    def _train(self, data: Loader) -> Metrics:
+        """The rest of an epoch; its mean loss over all ranks and how it went.
+
+        Raises DivergedError and PreemptedError.
+        """
+        config, learner, epoch = self.config.train, self.learner, len(self.history)
+        times = StepTimes(config.batch_size)
+        results = StepResults(data.device, self.totals)
+        paces = _Paces(learner, times, results)
+        learner.network.train()
+        batches = data.epoch(
+            epoch,
+            seed=self.config.seed,
+            batch_size=config.batch_size,
+            micro_batch_size=config.micro_batch_size,
+            augment=self.config.augment,
+            start_step=self.totals.step,
+        )
+        num_steps = config.epochs * self.steps_per_epoch
+        for step, batch in enumerate(times.watch(batches), self.totals.step):
+            is_reported = step + 1 == self.steps_per_epoch or paces.is_due()
+            values = learner.learn(
+                batch,
+                epoch=epoch,
+                step=step,
+                lr=learning_rate(config, epoch * self.steps_per_epoch + step, num_steps),
+                stop=self.callbacks.should_stop(),
+                with_norm=is_reported,
+            )
+            results.put(step, batch.keys, values)
+            self._act_on(results)
+            self.callbacks.on_step(epoch + 1, step + 1, self.steps_per_epoch)
+            if is_reported:
+                pace = Pace(epoch + 1, step + 1, self.steps_per_epoch, paces.take())
+                self.callbacks.on_pace(pace)
+        assert self.totals.samples == self.steps_per_epoch * config.batch_size
+        learner.optimizer.zero_grad(set_to_none=True)
+        self._warn_of_slow_data(times)
+        return {
+            "train/loss": self.totals.loss / self.steps_per_epoch,
+            "data/samples": self.totals.samples,
+            "lr": learner.optimizer.param_groups[0]["lr"],
+            "grad_norm": self.totals.grad_norm,
+            **times.read(),
+            **read_gpu(data.device),
+        }
+
+    def _act_on(self, results: StepResults) -> None:
+        """After a step: end the run where it diverged or is asked to stop, save where it is due."""
+        every = self.config.train.checkpoint_every_steps
+        is_saved = every is not None and self.totals.step % every == 0
+        is_last = self.totals.step == self.steps_per_epoch
+        if results.should_stop or is_saved or is_last:  # the same on all ranks
+            results.read_all()
+        if results.divergence is not None:
+            self._diverge(results.divergence)
+        self.writer.check()
+        if results.should_stop:
+            self._leave()
+        if is_saved:
+            self._save()
+
+    def _diverge(self, divergence: Divergence) -> NoReturn:
+        """Leave what the step was made of in the run, and end it."""
+        world, epoch = self.learner.world, len(self.history) + 1
+        parts: list[Any] = [divergence.keys]
+        if world.size > 1:
+            parts = [None] * world.size
+            dist.all_gather_object(parts, divergence.keys)
+        url = storage.join(self.url, DIVERGED)
+        if world.rank == 0:
+            facts = {
+                "epoch": epoch,
+                "step": divergence.step + 1,
+                "loss": str(divergence.loss),
+                "lr": self.learner.optimizer.param_groups[0]["lr"],
+                "keys": [key for part in parts for key in part],
+            }
+            storage.write_text(url, json.dumps(facts, indent=1) + "\n")
+        raise DivergedError(
+            f"epoch {epoch}, step {divergence.step + 1}: the training loss is {divergence.loss}; "
+            f"give another --run with a lower train.lr, now {self.config.train.lr:g}, or with "
+            f"train.clip_norm; the keys of the batch are in {url}"
+        )
+
+    def _leave(self) -> NoReturn:
+        """Write a checkpoint of this very step, and end the run as was asked."""
+        self._save(wait=True)
+        self._barrier()
+        raise PreemptedError(
+            f"asked to stop: left in epoch {len(self.history) + 1} after step {self.totals.step}, "
+            f"with a checkpoint; start again with --run {self.url} to go on"
+        )
+
+    def _warn_of_slow_data(self, times: StepTimes) -> None:
+        fraction = self.slow_data.add(times)
+        if fraction is not None:
+            self.callbacks.tell(
+                f"warning: {fraction:.0%} of the time until epoch {len(self.history) + 1} was "
+                "spent waiting for data; keep it in memory (data.cache), or raise "
+                "cluster.cpus_per_worker"
+            )
+
+    def _save(self, **marks: bool) -> None:
+        """Have rank 0 save where the run is; `marks` are those of `RunWriter.save`."""
+        if self.learner.world.rank == 0:
+            position = (len(self.history), self.totals.step)
+            self.writer.save(position, self._take_checkpoint, **marks)
+
+    def _take_checkpoint(self) -> Checkpoint:
+        learner, manifest, average = self.learner, self.store.manifest, self.learner.average
+        return Checkpoint(
+            model=copy_to_cpu(learner.model.state_dict()),
+            optimizer=copy_to_cpu(learner.optimizer.state_dict()),
+            epoch=len(self.history),
+            config=self.config,
+            manifest_digest=manifest.digest,
+            image_size=self.store.image_size,
+            mean=manifest.mean,
+            std=manifest.std,
+            history=tuple(self.history),
+            initialisation=self.initialisation.source,
+            code_version=describe_code(),
+            ema=None if average is None else copy_to_cpu(average.module.state_dict()),
+            step=self.totals.step,
+            epoch_loss=self.totals.loss,
+            grad_norm=self.totals.grad_norm,
+            samples_fed=self.totals.samples,
+        )
+
+    def _barrier(self) -> None:
+        if self.learner.world.size > 1:
+            dist.barrier()
+
+
+class _Paces:
+    """How an epoch goes, from one report to the next."""
+
+    def __init__(self, learner: Learner, times: StepTimes, results: StepResults) -> None:
+        self.learner, self.times, self.results = learner, times, results
+        self.num_losses = self.num_steps = 0
+        """What the reports so far have covered."""
+        self.taken_s = time.monotonic()
+
+    def is_due(self) -> bool:
+        """Whether the next step is to be reported. Ranks may differ: nothing that they have in
+        common depends on it."""
+        return time.monotonic() - self.taken_s >= _REPORT_INTERVAL_S
+
+    def take(self) -> Metrics:
+        """What `Pace.metrics` holds. Waits for nothing: on a GPU it is as of the step before."""
+        losses = self.results.losses[self.num_losses :]
+        found = {
+            "train/loss": sum(losses) / len(losses) if losses else None,
+            "lr": self.learner.optimizer.param_groups[0]["lr"],
+            "grad_norm": self.results.totals.grad_norm,
+            **self.times.read(self.num_steps),
+        }
+        self.num_losses, self.num_steps = len(self.results.losses), len(self.times.steps_s)
+        self.taken_s = time.monotonic()
+        return found
+
+
+def _fill(
+    model: nn.Module, config: Config, world: World, run_url: str, before: Checkpoint | None
+) -> Initialisation:
+    """Fill the model with the weights that the attempt begins with."""
     if before is not None:
         _load_weights(model, before.model, run_url)
         behind = f" and {before.step} steps" if before.step else ""
-        initialisation = Initialisation(
-            before.initialisation, f"going on from epoch {before.epoch}{behind} of this run"
-        )
-    else:
-        # Only rank 0 fetches weights; DDP hands them to the others when it wraps the model.
-        wanted = (
-            config.model
-            if world.rank == 0
-            else config.model.model_copy(update={"weights": "random"})
-        )
-        initialisation = initialise(model, wanted, seed=config.seed)
-    if config.train.compile and device.type == "cpu":
-        hooks.on_note("warning: train.compile: on a CPU compiled steps are rarely faster")
-    learner = Learner(
-        model,
-        config.train,
-        pos_weight=resolve_pos_weight(config.train, manifest),
-        seed=config.seed,
-        world=world,
-        device=device,
-    )
-    run = _Run(
-        config=config,
-        manifest=manifest,
-        image_size=image_size,
-        url=run_url,
-        learner=learner,
-        initialisation=initialisation,
-        keeper=Keeper(
-            run_url,
-            resumption.attempt,
-            keep_last=config.train.keep_checkpoints,
-            tell=hooks.on_note,
-            begun_at=None if before is None else (before.epoch, before.step),
-        ),
-        history=[],
-    )
-    if before is not None:
-        learner.optimizer.load_state_dict(before.optimizer)
-        if learner.average is not None and before.ema is not None:
-            _load_weights(learner.average.model, before.ema, run_url)
-        run.history = list(before.history)
-        run.step, run.epoch_loss = before.step, before.epoch_loss
-        run.grad_norm = before.grad_norm
-        run.fed = Tally(before.samples_fed, before.digest_fed)
-        run.tally = run.fed if world.rank == 0 else Tally()
-    return run
+        message = f"going on from epoch {before.epoch}{behind} of this run"
+        return Initialisation(before.initialisation, message)
+    # Only rank 0 fetches weights; DDP hands them to the others when it wraps the model.
+    random = config.model.model_copy(update={"weights": "random"})
+    return initialise(model, config.model if world.rank == 0 else random, seed=config.seed)
 
 
 def _load_weights(model: nn.Module, weights: dict[str, torch.Tensor], run_url: str) -> None:
@@ -286,189 +374,3 @@ def _load_weights(model: nn.Module, weights: dict[str, torch.Tensor], run_url: s
         raise CheckpointError(
             f"{run_url}: its newest checkpoint holds the weights of another model"
         ) from error
-
-
-def _train_epoch(run: _Run, data: Loader, epoch: int, hooks: Hooks) -> dict[str, float | None]:
-    """The rest of an epoch; its mean loss over all ranks and how it went.
-
-    Raises DivergedError and PreemptedError.
-    """
-    config, learner = run.config.train, run.learner
-    steps = sample_order.steps_per_epoch(len(data), config.batch_size)
-    times = StepTimes(config.batch_size)
-    outcomes = Outcomes(data.device, loss_sum=run.epoch_loss, grad_norm=run.grad_norm)
-    paces = _Paces(learner, times, outcomes)
-    learner.network.train()
-    batches = data.epoch(
-        epoch,
-        seed=run.config.seed,
-        batch_size=config.batch_size,
-        micro_batch_size=config.micro_batch_size,
-        augment=run.config.augment,
-        start_step=run.step,
-    )
-    for step, batch in enumerate(times.watch(batches), run.step):
-        done = epoch * steps + step
-        is_reported = step + 1 == steps or paces.is_due()
-        outcome = learner.learn(
-            batch,
-            epoch=epoch,
-            step=step,
-            num_steps=done + 1,
-            lr=learning_rate(config, done, config.epochs * steps),
-            stop=hooks.should_stop(),
-            with_norm=is_reported,
-        )
-        outcomes.put(step, batch.keys, outcome, learner.gradient_norm)
-        run.step = step + 1
-        is_kept = config.checkpoint_every_steps and run.step % config.checkpoint_every_steps == 0
-        run.tally = run.tally.add(
-            batch.keys,
-            epoch=epoch,
-            step=step,
-            micro_batches=learner.mine,
-            micro_batch_size=config.micro_batch_size,
-        )
-        if outcomes.should_stop or is_kept or run.step == steps:  # the same on all ranks
-            outcomes.drain()
-            run.fed = run.tally.total(learner.world, data.device)
-        if outcomes.divergence is not None:
-            _diverge(run, outcomes.divergence, epoch, learner.world)
-        run.epoch_loss, run.grad_norm = outcomes.loss_sum, outcomes.grad_norm
-        run.keeper.check()
-        if outcomes.should_stop:
-            _leave(run, epoch, learner.world)
-        if is_kept:
-            _save(run)
-        hooks.on_step(epoch + 1, run.step, steps)
-        if is_reported:
-            hooks.on_pace(Pace(epoch + 1, run.step, steps, paces.take()))
-    learner.optimizer.zero_grad(set_to_none=True)
-    _warn_of_slow_data(run.slow_data.add(times), epoch, hooks)
-    if run.fed.samples != steps * config.batch_size:
-        raise DataError(
-            f"epoch {epoch + 1}: fed {run.fed.samples} samples, expected {steps} steps of "
-            f"{config.batch_size}"
-        )
-    return {
-        "train/loss": run.epoch_loss / steps,
-        "data/samples": run.fed.samples,
-        "data/digest": run.fed.digest,
-        "lr": learner.optimizer.param_groups[0]["lr"],
-        "grad_norm": run.grad_norm,
-        **times.read(),
-        **read_gpu(data.device),
-    }
-
-
-class _Paces:
-    """How an epoch goes, from one report to the next."""
-
-    def __init__(self, learner: Learner, times: StepTimes, outcomes: Outcomes) -> None:
-        self.learner, self.times, self.outcomes = learner, times, outcomes
-        self.num_losses = self.num_steps = 0
-        """What the reports so far have covered."""
-        self.taken_s = time.monotonic()
-
-    def is_due(self) -> bool:
-        """Whether the next step is to be reported. Ranks may differ: nothing that they share
-        depends on it."""
-        return time.monotonic() - self.taken_s >= _REPORT_INTERVAL_S
-
-    def take(self) -> dict[str, float | None]:
-        """What `Pace.metrics` holds. Waits for nothing: on a GPU it is as of the step before."""
-        losses = self.outcomes.losses[self.num_losses :]
-        found = {
-            "train/loss": sum(losses) / len(losses) if losses else None,
-            "lr": self.learner.optimizer.param_groups[0]["lr"],
-            "grad_norm": self.outcomes.grad_norm,
-            **self.times.read(self.num_steps),
-        }
-        self.num_losses, self.num_steps = len(self.outcomes.losses), len(self.times.steps_s)
-        self.taken_s = time.monotonic()
-        return found
-
-
-def _diverge(run: _Run, divergence: Divergence, epoch: int, world: World) -> None:
-    """Leave what the step was made of in the run, and end it."""
-    parts: list[Any] = [divergence.keys]
-    if world.size > 1:
-        parts = [None] * world.size
-        dist.all_gather_object(parts, divergence.keys)
-    url = storage.join(run.url, DIVERGED)
-    lr = run.learner.optimizer.param_groups[0]["lr"]
-    if world.rank == 0:
-        facts = {
-            "epoch": epoch + 1,
-            "step": divergence.step + 1,
-            "loss": str(divergence.loss),
-            "lr": lr,
-            "keys": [key for part in parts for key in part],
-        }
-        storage.write_text(url, json.dumps(facts, indent=1) + "\n")
-    raise DivergedError(
-        f"epoch {epoch + 1}, step {divergence.step + 1}: the training loss is {divergence.loss}; "
-        f"give another --run with a lower train.lr, now {run.config.train.lr:g}, or with "
-        f"train.clip_norm; the keys of the batch are in {url}"
-    )
-
-
-def _leave(run: _Run, epoch: int, world: World) -> NoReturn:
-    """Write a checkpoint of this very step, and end the run as was asked."""
-    _save(run, wait=True)
-    _barrier(world)
-    raise PreemptedError(
-        f"asked to stop: left in epoch {epoch + 1} after step {run.step}, with a checkpoint; start "
-        f"again with --run {run.url} to go on"
-    )
-
-
-def _warn_of_slow_data(share: float | None, epoch: int, hooks: Hooks) -> None:
-    if share is not None:
-        hooks.on_note(
-            f"warning: {share:.0%} of the time until epoch {epoch + 1} was spent waiting for data; "
-            "keep it in memory (data.cache), or raise data.readers and cluster.cpus_per_worker, or "
-            "set data.cache_dir"
-        )
-
-
-def _is_out_of_patience(history: list[dict[str, float | None]], config: TrainConfig) -> bool:
-    if config.patience is None:
-        return False
-    scores = [record[scored_metric(config)] for record in history]
-    values = [-1.0 if score is None else score for score in scores]
-    return len(values) - 1 - values.index(max(values)) >= config.patience
-
-
-def _save(run: _Run, **marks: bool) -> None:
-    """Have rank 0 keep where the run is; `marks` are those of `Keeper.save`."""
-    if run.learner.world.rank == 0:
-        run.keeper.save((len(run.history), run.step), partial(_take_checkpoint, run), **marks)
-
-
-def _take_checkpoint(run: _Run) -> Checkpoint:
-    average = run.learner.average
-    return Checkpoint(
-        model=copy_to_cpu(run.learner.model.state_dict()),
-        optimizer=copy_to_cpu(run.learner.optimizer.state_dict()),
-        epoch=len(run.history),
-        config=run.config,
-        manifest_digest=run.manifest.digest,
-        image_size=run.image_size,
-        mean=run.manifest.mean,
-        std=run.manifest.std,
-        history=tuple(run.history),
-        initialisation=run.initialisation.source,
-        code_version=describe_code(),
-        ema=None if average is None else copy_to_cpu(average.model.state_dict()),
-        step=run.step,
-        epoch_loss=run.epoch_loss,
-        grad_norm=run.grad_norm,
-        samples_fed=run.fed.samples,
-        digest_fed=run.fed.digest,
-    )
-
-
-def _barrier(world: World) -> None:
-    if world.size > 1:
-        dist.barrier()

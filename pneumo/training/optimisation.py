@@ -16,28 +16,31 @@ def bce_loss(
     logits: Tensor, targets: Tensor, *, pos_weight: Tensor, label_smoothing: float = 0.0
 ) -> Tensor:
     """Mean binary cross-entropy of logits (B,) and targets (B,) of 0 and 1; positives count
-    `pos_weight` times. Smoothing moves each target by half its share towards the other class."""
+    `pos_weight` times. Smoothing by s makes targets of s / 2 and 1 - s / 2."""
     if label_smoothing:
         targets = targets * (1 - label_smoothing) + label_smoothing / 2
     return F.binary_cross_entropy_with_logits(logits.float(), targets, pos_weight=pos_weight)
 
 
+SGD_MOMENTUM = 0.9
+
+
 def build_optimizer(
     parameters: Iterable[nn.Parameter], config: TrainConfig
 ) -> torch.optim.Optimizer:
-    """The one that `train.optimizer` names, all weights updated by one fused kernel."""
+    """The optimiser that `train.optimizer` names, in its fused implementation."""
     decay = config.weight_decay
     if config.optimizer == "sgd":
         return torch.optim.SGD(
-            parameters, lr=config.lr, momentum=config.momentum, weight_decay=decay, fused=True
+            parameters, lr=config.lr, momentum=SGD_MOMENTUM, weight_decay=decay, fused=True
         )
     kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
     return kind(parameters, lr=config.lr, weight_decay=decay, fused=True)
 
 
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
-    """The rate at a step of the run: warm-up, then constant or half a cosine. No state to
-    resume."""
+    """The rate at `step` of the run, from 0: warm-up, then constant or half a cosine. It has no
+    state to resume."""
     warmup_steps = round(config.warmup_fraction * total_steps)
     if step < warmup_steps:
         return config.lr * (step + 1) / warmup_steps
@@ -49,10 +52,7 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
 
 def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
     """The arithmetic of forward and backward; weights, optimiser and scoring stay float32."""
-    if config.precision == "native" and device.type == "cpu":
-        has = torch.cpu.get_capabilities()
-        return torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_bf16") else torch.float32
-    if config.precision in ("auto", "native"):
+    if config.precision == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.bfloat16 if config.precision == "bfloat16" else torch.float32
 

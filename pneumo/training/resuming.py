@@ -22,10 +22,10 @@ from pneumo.training.checkpoints import (
     load_newest,
 )
 
-TRAINING_SECTIONS = ("seed", "data", "augment", "model", "train")
-"""The settings that a resumed run must share with its checkpoint, but for those that only say how
-the same weights come about."""
-_NO_MATTER = {"compile", "keep_checkpoints", "checkpoint_every_steps"}
+_TRAINING_SECTIONS = ("seed", "data", "augment", "model", "train")
+"""The settings that a resumed run must have in common with its checkpoint, save those that leave
+the weights as they are."""
+_CHANGES_NO_WEIGHT = {"compile", "keep_checkpoints", "checkpoint_every_steps"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,11 +34,11 @@ class Resumption:
 
     attempt: str
     """The id under which it writes."""
-    before: Checkpoint | None
+    checkpoint: Checkpoint | None
     """What it goes on from; None from the start."""
 
 
-def take_up(
+def claim_and_resume(
     config: Config,
     manifest: Manifest,
     run_url: str,
@@ -52,11 +52,11 @@ def take_up(
     Raises on every rank what rank 0's choice raised: RunError, CheckpointError, StorageError; and
     CheckpointError on a rank that cannot read the same bytes.
     """
-    before: Checkpoint | None = None
+    checkpoint: Checkpoint | None = None
     chosen: list[Any] = [None]
     if world.rank == 0:
         try:
-            attempt, entry, before = _choose(config, manifest, run_url, tell)
+            attempt, entry, checkpoint = _claim(config, manifest, run_url, tell)
             chosen = [(attempt, entry)]
         except PneumoError as error:
             chosen = [error]
@@ -66,19 +66,19 @@ def take_up(
         raise chosen[0]
     attempt, entry = chosen[0]
     if world.rank > 0 and entry is not None:
-        before = load_checkpoint(run_url, entry)
-    return Resumption(attempt, before)
+        checkpoint = load_checkpoint(run_url, entry)
+    return Resumption(attempt, checkpoint)
 
 
-def _choose(
+def _claim(
     config: Config, manifest: Manifest, run_url: str, tell: Callable[[str], None]
 ) -> tuple[str, CheckpointEntry | None, Checkpoint | None]:
     """The attempt's id, and the newest whole checkpoint, if there is any."""
     last = find_last(config, manifest, run_url, tell)
     if last is None:
         return claim_run(run_url), None, None
-    index, before = last
-    return claim_run(run_url, index), index.latest, before
+    index, checkpoint = last
+    return claim_run(run_url, index), index.latest, checkpoint
 
 
 def find_last(
@@ -100,23 +100,23 @@ def find_last(
         raise RunError(
             f"{run_url}: holds a finished run of {index.latest.epoch} epochs; give another --run"
         )
-    entry, before = load_newest(run_url, index, tell)
-    if before.manifest_digest != manifest.digest:
+    entry, checkpoint = load_newest(run_url, index, tell)
+    if checkpoint.manifest_digest != manifest.digest:
         raise RunError(
-            f"{run_url}: was begun on another store (manifest {before.manifest_digest[:12]}, not "
-            f"{manifest.digest[:12]}); give another --run"
+            f"{run_url}: was begun on another store (manifest {checkpoint.manifest_digest[:12]}, "
+            f"not {manifest.digest[:12]}); give another --run"
         )
-    then, now = (_training_settings(each) for each in (before.config, config))
-    changed = [name for name in TRAINING_SECTIONS if then[name] != now[name]]
+    then, now = (_training_settings(each) for each in (checkpoint.config, config))
+    changed = [name for name in _TRAINING_SECTIONS if then[name] != now[name]]
     if changed:
         raise RunError(
             f"{run_url}: was begun with other settings in {', '.join(changed)}; repeat them to go "
             "on, or give another --run"
         )
-    return index.until(entry), before
+    return index.until(entry), checkpoint
 
 
 def _training_settings(config: Config) -> dict[str, Any]:
-    settings = config.model_dump(include=set(TRAINING_SECTIONS))
-    train = {name: v for name, v in settings["train"].items() if name not in _NO_MATTER}
+    settings = config.model_dump(include=set(_TRAINING_SECTIONS))
+    train = {name: v for name, v in settings["train"].items() if name not in _CHANGES_NO_WEIGHT}
     return {**settings, "data": config.data.image_size, "train": train}

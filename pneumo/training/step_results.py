@@ -1,5 +1,4 @@
-"""What came of each step, read without holding up a GPU: losses, requests to stop, gradients'
-lengths."""
+"""The results of steps, read without holding up a GPU: losses, requests to stop, gradient norms."""
 
 from __future__ import annotations
 
@@ -10,69 +9,76 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+NUM_VALUES = 4
 
-@dataclass(frozen=True, eq=False)
-class Unread:
-    """A step whose outcome is still on its way to the host."""
 
-    step: int
-    keys: tuple[str, ...]
-    """This rank's part of the batch."""
-    values: Tensor
-    """(3,) on the host: mean loss, how many ranks want to stop, and the length of the gradient, NaN
-    where it was not taken."""
-    arrived: torch.cuda.Event | None
+@dataclass
+class EpochTotals:
+    """What the steps of an epoch have come to, those before a resumption included."""
+
+    step: int = 0
+    """Steps done."""
+    loss: float = 0.0
+    """Sum of the steps' losses."""
+    samples: int = 0
+    """That all ranks were fed."""
+    grad_norm: float | None = None
+    """The latest that was computed."""
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """A step whose loss is no number."""
+    """A step whose loss is not finite."""
 
     step: int
     keys: tuple[str, ...]
+    """This rank's part of the batch."""
     loss: float
 
 
-class Outcomes:
-    """Outcomes of the steps of an epoch, the same on every rank.
+@dataclass(frozen=True, eq=False)
+class _Unread:
+    """A step whose results are still on their way to the host."""
+
+    step: int
+    keys: tuple[str, ...]
+    values: Tensor
+    """(4,) on the host."""
+    arrived: torch.cuda.Event | None
+
+
+class StepResults:
+    """Results of an epoch's steps, the same on every rank, added up in `totals`.
 
     On a GPU a step's are read after the next one has been queued: the host waits for nothing that
-    is not done, and every rank still learns of a request at the same step.
+    is not done, and every rank still learns of a request to stop at the same step.
     """
 
-    def __init__(
-        self, device: torch.device, *, loss_sum: float = 0.0, grad_norm: float | None = None
-    ) -> None:
-        self._lag = 1 if device.type == "cuda" else 0
-        self._no_norm = torch.full((1,), math.nan, device=device)
-        self._unread: deque[Unread] = deque()
+    def __init__(self, device: torch.device, totals: EpochTotals) -> None:
+        self.totals = totals
         self.losses: list[float] = []
         """Of the steps that have been read."""
-        self.loss_sum = loss_sum
-        """Of all steps of the epoch that have been read, those before a resumption included."""
-        self.grad_norm = grad_norm
-        """The latest that has been read."""
         self.should_stop = False
         self.divergence: Divergence | None = None
         """The first one."""
+        self._lag = 1 if device.type == "cuda" else 0
+        self._unread: deque[_Unread] = deque()
 
-    def put(
-        self, step: int, keys: tuple[str, ...], outcome: Tensor, norm: Tensor | None = None
-    ) -> None:
-        """Take what `Learner.learn` gave, (2,) and (), and read what has come."""
-        values = torch.cat([outcome, self._no_norm if norm is None else norm.reshape(1)])
+    def put(self, step: int, keys: tuple[str, ...], values: Tensor) -> None:
+        """Take what `Learner.learn` gave, (4,), and read what has arrived."""
         arrived = None
         if self._lag:
-            host = torch.empty(3, pin_memory=True)
+            host = torch.empty(NUM_VALUES, pin_memory=True)
             host.copy_(values, non_blocking=True)
             arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             arrived.record()
             values = host
-        self._unread.append(Unread(step, keys, values, arrived))
+        self._unread.append(_Unread(step, keys, values, arrived))
         self._read(leave=self._lag)
+        self.totals.step = step + 1
 
-    def drain(self) -> None:
-        """Read all."""
+    def read_all(self) -> None:
+        """Wait for what has not arrived."""
         self._read(leave=0)
 
     def _read(self, leave: int) -> None:
@@ -80,11 +86,12 @@ class Outcomes:
             unread = self._unread.popleft()
             if unread.arrived is not None:
                 unread.arrived.synchronize()
-            loss, stops, norm = unread.values.tolist()
-            if math.isfinite(norm):
-                self.grad_norm = norm
+            loss, stops, samples, norm = unread.values.tolist()
             self.losses.append(loss)
-            self.loss_sum += loss
+            self.totals.loss += loss
+            self.totals.samples += int(samples)
+            if math.isfinite(norm):
+                self.totals.grad_norm = norm
             self.should_stop |= stops > 0
             if not math.isfinite(loss) and self.divergence is None:
                 self.divergence = Divergence(unread.step, unread.keys, loss)

@@ -11,8 +11,8 @@ import torch
 
 T = TypeVar("T")
 
-_SLOW_SHARE, _SLOW_S = 0.05, 1.0
-"""Of the time, and in seconds: waiting for data that is worth a line."""
+_SLOW_FRACTION, _SLOW_S = 0.05, 1.0
+"""Waiting for data is told of above both: of the time, and in seconds."""
 _FORGET_S = 60.0
 
 
@@ -40,8 +40,8 @@ class StepTimes:
             self.steps_s.append(time.perf_counter() - self._begun_s)
 
     def read(self, start: int = 0) -> dict[str, float | None]:
-        """images_per_s, data_wait (share of the time), step_p50_s and step_p95_s of the steps from
-        number `start` on; None where unknown."""
+        """images_per_s, data_wait (a fraction of the time), step_p50_s and step_p95_s of the steps
+        from number `start` on; None where unknown."""
         steps, waits = self.steps_s[start:], self.waits_s[start : len(self.steps_s)]
         seconds = sum(steps)
         return {
@@ -53,7 +53,7 @@ class StepTimes:
 
 
 class SlowData:
-    """Whether the data path holds training back, over epochs that may be short or the only one."""
+    """Whether training waits for data, over epochs that may be short or the only one."""
 
     def __init__(self) -> None:
         self._skipped = 1
@@ -61,27 +61,27 @@ class SlowData:
         self._wait_s = self._total_s = 0.0
 
     def add(self, times: StepTimes) -> float | None:
-        """Take an epoch's steps; the share of the time that was waited, once it is above 5 % and
-        more than a second, else None. What was said, or is a minute old, is forgotten."""
+        """Add an epoch's steps; the fraction of the time that was waited, once it is above 5 % and
+        more than a second, else None. What was returned, or is a minute old, is forgotten."""
         waits, steps = times.waits_s[self._skipped :], times.steps_s[self._skipped :]
         self._skipped = 0
         self._wait_s += sum(waits)
         self._total_s += sum(steps)
-        share = self._wait_s / self._total_s if self._total_s else 0.0
-        is_worth_saying = share > _SLOW_SHARE and self._wait_s > _SLOW_S
-        if is_worth_saying or self._total_s > _FORGET_S:
+        fraction = self._wait_s / self._total_s if self._total_s else 0.0
+        is_slow = fraction > _SLOW_FRACTION and self._wait_s > _SLOW_S
+        if is_slow or self._total_s > _FORGET_S:
             self._wait_s = self._total_s = 0.0
-        return share if is_worth_saying else None
+        return fraction if is_slow else None
 
 
 def read_gpu(device: torch.device) -> dict[str, float | None]:
-    """gpu_memory_gb, at most so far, and gpu_utilisation, percent of the time of late; nothing on a
-    CPU. It asks the driver, which may take longer than a step: not for every second."""
+    """gpu_memory_gb, the most so far, and gpu_utilisation, in percent of the last moments; nothing
+    on a CPU. It asks the driver, which may take longer than a step: once an epoch."""
     if device.type != "cuda":
         return {}
     try:
         utilisation: float | None = torch.cuda.utilization(device)
-    except Exception:  # NVML's errors are of no common kind; of a part of a chip it tells nothing
+    except Exception:  # NVML's errors have no common class; for a part of a GPU it has no number
         utilisation = None
     return {
         "gpu_memory_gb": torch.cuda.max_memory_allocated(device) / 1e9,

@@ -1,19 +1,19 @@
 """One step of training: micro-batches, gradients, running statistics, weights, their average.
 
 A step's batch is cut into micro-batches of fixed size, and each rank takes some whole ones. The
-gradient is that of the mean loss over all of them, and each is normalised by its own statistics, so
-a step computes the same on any number of ranks, up to the rounding of sums.
+gradient is that of the mean loss over all of them, and each is normalised by its own statistics: a
+step computes the same on any number of ranks, up to the rounding of sums.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops import StochasticDepth
 
@@ -22,7 +22,7 @@ from pneumo.loading.loader import Batch
 from pneumo.loading.sample_order import World, micro_batches
 from pneumo.training.batch_norm import RunningStatistics
 from pneumo.training.optimisation import autocast_dtype, bce_loss, build_optimizer, gradient_norm
-from pneumo.training.weight_average import WeightAverage
+from pneumo.training.weight_average import average_weights
 
 
 class Learner:
@@ -47,24 +47,19 @@ class Learner:
         self.seed, self.pos_weight = seed, torch.tensor(pos_weight, device=device)
         self.dtype = autocast_dtype(config, device)
         self.optimizer = build_optimizer(model.parameters(), config)
-        if config.compile == "max-autotune":
-            # Without CUDA graphs, whose replay would overwrite the gradients that micro-batches
-            # add up.
-            model.compile(mode="max-autotune-no-cudagraphs")
-        elif config.compile:
+        if config.compile:
             model.compile()
         self.network = _distribute(model, world)
-        self.average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
+        self.average = average_weights(model, config.ema_decay) if config.ema_decay else None
         self.statistics = RunningStatistics(model)
-        self.mine = micro_batches(config.batch_size, config.micro_batch_size, world)
+        self.micro_batches = micro_batches(config.batch_size, config.micro_batch_size, world)
+        """The numbers of this rank's micro-batches within a step."""
         self.micro_batches_per_step = config.batch_size // config.micro_batch_size
-        self.draws = any(
-            isinstance(module, _DropoutNd | StochasticDepth) and module.p > 0
+        self.is_random = any(
+            isinstance(module, nn.Dropout | StochasticDepth) and module.p > 0
             for module in model.modules()
         )
         """Whether layers of the network draw random numbers."""
-        self.gradient_norm: Tensor | None = None
-        """Of the last step, before clipping; None where it was not computed."""
 
     def learn(
         self,
@@ -72,15 +67,15 @@ class Learner:
         *,
         epoch: int,
         step: int,
-        num_steps: int,
         lr: float,
         stop: bool = False,
         with_norm: bool = False,
     ) -> Tensor:
-        """One step on this rank's part of a batch; (2,) on the device: the mean loss over all
-        ranks, and how many of them want to stop.
+        """One step on this rank's part of a batch; `epoch` and `step` count from 0.
 
-        `step` counts in the epoch from 0, `num_steps` in the run from 1.
+        Returns (4,) on the device: the mean loss over all ranks, how many of them want to stop, how
+        many samples they were fed, and the length of the gradient before clipping, NaN where it was
+        not computed: without `with_norm` and clipping.
         """
         losses = self._accumulate(batch, epoch, step)
         totals = torch.cat(
@@ -88,25 +83,28 @@ class Learner:
                 self.statistics.sums,
                 losses.reshape(1),
                 torch.full((1,), float(stop), device=self.device),
+                torch.full((1,), float(len(batch.keys)), device=self.device),
             ]
         )
         if self.world.size > 1:
             dist.all_reduce(totals)
-        totals[:-1] /= self.micro_batches_per_step
-        self.gradient_norm = None
-        if self.config.clip_norm is not None:
-            self.gradient_norm = torch.nn.utils.clip_grad_norm_(
-                self.model.parameters(), self.config.clip_norm
-            )
-        elif with_norm:
-            self.gradient_norm = gradient_norm(self.model)
+        totals[:-2] /= self.micro_batches_per_step
+        norm = self._gradient_norm(with_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
-        self.statistics.update(totals[:-2])
+        self.statistics.update(totals[:-3])
         if self.average is not None:
-            self.average.update(num_steps)
-        return totals[-2:]
+            self.average.update_parameters(self.model)
+        return torch.cat([totals[-3:], norm.reshape(1)])
+
+    def _gradient_norm(self, wanted: bool) -> Tensor:
+        """Clip the gradient where the settings say so; its length before that, or NaN."""
+        if self.config.clip_norm is not None:
+            return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        if wanted:
+            return gradient_norm(self.model)
+        return torch.full((), math.nan, device=self.device)
 
     def _accumulate(self, batch: Batch, epoch: int, step: int) -> Tensor:
         """Gradients of the step's mean loss, averaged by DDP over the ranks; the sum of this rank's
@@ -115,16 +113,16 @@ class Learner:
         size = self.config.micro_batch_size
         total = torch.zeros((), device=self.device)
         for number, images, targets in zip(
-            self.mine,
+            self.micro_batches,
             torch.split(batch.images, size),
             torch.split(batch.targets, size),
             strict=True,
         ):
-            if self.draws:
+            if self.is_random:
                 torch.manual_seed(_draw_seed(self.seed, epoch, step, number))
-            is_last = number == self.mine[-1]
-            # Ranks meet once a step, in the backward pass of the last micro-batch.
-            with nullcontext() if is_last else self._alone():
+            is_last = number == self.micro_batches[-1]
+            # Ranks add up gradients once a step, in the backward pass of the last micro-batch.
+            with nullcontext() if is_last else self._without_sync():
                 with torch.autocast(
                     self.device.type, self.dtype, enabled=self.dtype != torch.float32
                 ):
@@ -136,13 +134,13 @@ class Learner:
                     label_smoothing=self.config.label_smoothing,
                 )
                 # DDP divides the sum over ranks by their number.
-                share = self.world.size / self.micro_batches_per_step
-                (loss * share).backward()  # type: ignore[no-untyped-call]
+                weight = self.world.size / self.micro_batches_per_step
+                (loss * weight).backward()  # type: ignore[no-untyped-call]
             self.statistics.add()
             total += loss.detach()
         return total
 
-    def _alone(self) -> AbstractContextManager[None]:
+    def _without_sync(self) -> AbstractContextManager[None]:
         network = self.network
         if isinstance(network, DistributedDataParallel):
             return network.no_sync()
@@ -161,6 +159,6 @@ def _distribute(model: nn.Module, world: World) -> nn.Module:
 
 
 def _draw_seed(seed: int, epoch: int, step: int, micro_batch: int) -> int:
-    """What the random layers of a micro-batch draw from."""
+    """The seed of the random layers for a micro-batch."""
     name = f"pneumo/layers/{seed}/{epoch}/{step}/{micro_batch}"
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "little")

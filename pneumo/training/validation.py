@@ -3,59 +3,51 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torchmetrics import MeanMetric
+from torchmetrics.classification import BinaryStatScores
 
 from pneumo.config import Config
 from pneumo.errors import DataError
-from pneumo.evaluation import metrics
-from pneumo.evaluation.predictions import Scores, score
+from pneumo.evaluation.metrics import Confusion, auroc, rates
 from pneumo.loading.loader import Batch, Loader
-from pneumo.loading.sample_order import World
+from pneumo.network.scoring import Scores, score
+from pneumo.training.callbacks import Callbacks, Metrics
 from pneumo.training.train_step import Learner
 
 
 def validate(
-    learner: Learner,
-    data: Loader,
-    config: Config,
-    world: World,
-    should_stop: Callable[[], bool] = lambda: False,
-    judge: Callable[[Scores], Mapping[str, float | None]] = lambda scores: {},
-) -> dict[str, float | None] | None:
+    learner: Learner, data: Loader, config: Config, callbacks: Callbacks
+) -> Metrics | None:
     """Metrics of the whole val split by the weights, and by their average where there is one, and
-    what `judge` finds in the scores of the average, or, where there is none, of the weights.
+    `callbacks.extra_metrics` of the scores of the average, or, where there is none, of the weights.
 
-    None, on every rank, when one of them was asked to stop; `should_stop` is asked after each
-    batch. Raises DataError.
+    None, on every rank, when one of them was asked to stop. Raises DataError unless each study was
+    scored once.
     """
     models = {"val/": learner.model}
     if learner.average is not None:
-        models["val/ema_"] = learner.average.model
-    batch_size = max(config.train.batch_size // world.size, 1)
-    found: dict[str, float | None] = {}
+        models["val/ema_"] = learner.average.module
+    batch_size = max(config.train.batch_size // learner.world.size, 1)
+    found: Metrics = {}
     for prefix, model in models.items():
-        batches = _Batches(data.evaluation(batch_size=batch_size), should_stop)
-        share: Any = (score(model, batches), batches.stopped)
-        parts = [share]
-        if world.size > 1:
-            # Also where the ranks agree: one that was not asked goes on to here, and learns of it.
-            parts = [None] * world.size
-            dist.all_gather_object(parts, share)
-        if any(stopped for _, stopped in parts):
+        batches = _StoppableBatches(data.evaluation(batch_size=batch_size), callbacks.should_stop)
+        mine = score(model, batches)
+        scores = _gather(mine, batches.stopped, learner.world.size, len(data))
+        if scores is None:
             return None
-        scores = _join([scored for scored, _ in parts], len(data))
-        values = _describe(scores, float(learner.pos_weight))
+        values = compute_metrics(mine, scores, float(learner.pos_weight), learner.device)
         found |= {f"{prefix}{name}": v if math.isfinite(v) else None for name, v in values.items()}
-    return {**found, **judge(scores)}
+    return {**found, **callbacks.extra_metrics(scores)}
 
 
-class _Batches:
+class _StoppableBatches:
     """The same batches, until it should stop."""
 
     def __init__(self, batches: Iterator[Batch], should_stop: Callable[[], bool]) -> None:
@@ -70,29 +62,52 @@ class _Batches:
                 return
 
 
-def _join(parts: Sequence[Scores], count: int) -> Scores:
-    """The scores of a split of `count` samples, each once.
-
-    `parts` are the ranks' shares, which follow one another in the store's order.
-    """
-    found = Scores(
-        tuple(key for part in parts for key in part.keys),
-        np.concatenate([part.logits for part in parts]),
-        np.concatenate([part.targets for part in parts]),
-    )
-    studies = len(set(found.keys))
-    if len(found.keys) != count or studies != count:
-        raise DataError(
-            f"val: {len(found.keys)} scores of {studies} studies, expected {count} once"
-        )
+def _gather(mine: Scores, stopped: bool, num_ranks: int, count: int) -> Scores | None:
+    """The scores of a split of `count` samples, each once, in the store's order, which the ranks'
+    slices follow; None when a rank has stopped."""
+    parts: list[Any] = [(mine, stopped)]
+    if num_ranks > 1:
+        # Also where the ranks agree: one that was not asked goes on to here, and learns of it.
+        parts = [None] * num_ranks
+        dist.all_gather_object(parts, (mine, stopped))
+    if any(has_stopped for _, has_stopped in parts):
+        return None
+    found = Scores.join([part for part, _ in parts])
+    studies = len(np.unique(found.keys))
+    if len(found) != count or studies != count:
+        raise DataError(f"val: {len(found)} scores of {studies} studies, expected {count} once")
     return found
 
 
-def _describe(scores: Scores, pos_weight: float) -> dict[str, float]:
-    logits = scores.logits.astype(np.float64)
-    loss = F.binary_cross_entropy_with_logits(
-        torch.from_numpy(logits),
-        torch.from_numpy(scores.targets).double(),
+def compute_metrics(
+    mine: Scores, scores: Scores, pos_weight: float, device: torch.device
+) -> dict[str, float]:
+    """loss, auroc, and accuracy, precision and recall at p >= 0.5 over all ranks; NaN where
+    undefined: AUROC of one class, precision without a positive call, all of logits that are NaN.
+
+    `mine` are this rank's scores, `scores` those of all ranks. torchmetrics adds up loss and counts
+    over the ranks of a process group, on `device`. AUROC is `evaluation.metrics`' own, of the ranks
+    of all logits: torchmetrics' goes through a sigmoid, which ties large logits, and float32.
+    """
+    logits, targets = torch.from_numpy(mine.logits).double(), torch.from_numpy(mine.targets)
+    losses = F.binary_cross_entropy_with_logits(
+        logits,
+        targets.double(),
         pos_weight=torch.tensor(pos_weight, dtype=torch.float64),
+        reduction="none",
     )
-    return {"loss": float(loss), **metrics.binary_metrics_from_logits(scores.targets, logits)}
+    # In this order: `to` would make it float32 again.
+    loss = MeanMetric(nan_strategy="disable").to(device).set_dtype(torch.float64)
+    counts = BinaryStatScores(validate_args=False).to(device)
+    loss.update(losses.to(device))
+    # Calls, as torchmetrics takes a probability of exactly 0.5 for a negative; in one row, as it
+    # cannot reshape the empty slice of a rank.
+    counts.update((logits >= 0).long()[None].to(device), targets.long()[None].to(device))
+    found = {"loss": float(loss.compute())}
+    tp, fp, tn, fn, _ = (int(count) for count in counts.compute())
+    if not np.isfinite(scores.logits).all():
+        return found | dict.fromkeys(("auroc", "accuracy", "precision", "recall"), math.nan)
+    at_half = rates(Confusion(tp, fp, fn, tn))
+    has_both = 0 < tp + fn < len(scores)
+    found["auroc"] = auroc(scores.targets, scores.logits) if has_both else math.nan
+    return found | {name: at_half[name] for name in ("accuracy", "precision", "recall")}

@@ -7,28 +7,20 @@ soon forgotten.
 
 from __future__ import annotations
 
-import copy
-
-import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
-class WeightAverage:
-    """The average, as a model of its own in evaluation mode."""
+def average_weights(model: nn.Module, decay: float) -> AveragedModel:
+    """The average, which each `update_parameters` takes further by one step; its `module` is the
+    averaged model, in evaluation mode, its `n_averaged` the number of the next step, from 1."""
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self._mine, self._theirs = _floats(self.model), _floats(model)
+    def update(averaged: list[Tensor], current: list[Tensor], _: object) -> None:
+        if averaged[0].is_floating_point():  # BatchNorm's counts of batches are left out
+            step = int(average.n_averaged)  # the host's: for the device's copy it would wait
+            get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))(averaged, current, step)
 
-    @torch.no_grad()
-    def update(self, num_steps: int) -> None:
-        """Take the weights after step `num_steps` of the run, counted from 1, into the average."""
-        decay = min(self.decay, (1 + num_steps) / (10 + num_steps))
-        torch._foreach_lerp_(self._mine, self._theirs, 1 - decay)
-
-
-def _floats(model: nn.Module) -> list[Tensor]:
-    """Weights and running statistics; counts are left out."""
-    every = [*model.parameters(), *model.buffers()]
-    return [tensor.detach() for tensor in every if tensor.is_floating_point()]
+    average = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+    average.eval().requires_grad_(False)
+    average.n_averaged.fill_(1)  # at 0 the first update would copy the weights
+    return average

@@ -16,12 +16,16 @@ from typing import Any
 
 import torch
 
-from pneumo.config import Config, TuneConfig, override
+from pneumo.config import Config, TuneConfig
+from pneumo.config_layers import override
 from pneumo.dataset.shards import Manifest
 from pneumo.network.backbones import build_model
-from pneumo.training.fit import resolve_pos_weight
+from pneumo.training.preconditions import resolve_pos_weight
 from pneumo.tuning.objective import Judgement
 from pneumo.tuning.trials import Trial, rank
+
+CONFIRMED_SETTINGS = 3
+"""How many settings confirmation trains again."""
 
 
 @dataclass(frozen=True, order=True)
@@ -172,9 +176,9 @@ def choose_confirmed(
 
 
 def settings_to_confirm(trials: Sequence[Trial], config: TuneConfig) -> tuple[Trial, ...]:
-    """The best settings, as many as `confirm_settings`."""
+    """The best CONFIRMED_SETTINGS."""
     finished = [trial for trial in rank(trials, config) if trial.state == "finished"]
-    return tuple(finished[: config.confirm_settings])
+    return tuple(finished[:CONFIRMED_SETTINGS])
 
 
 def _look_up(tree: Mapping[str, Any], key: str) -> Any:

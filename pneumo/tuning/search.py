@@ -11,7 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pneumo.config import Config, override
+from pneumo.config import Config
+from pneumo.config_layers import override
 from pneumo.search_space import Scalar
 from pneumo.tuning.choice import SettingChoice
 from pneumo.tuning.trials import Trial, rank

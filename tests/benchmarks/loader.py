@@ -64,6 +64,7 @@ from pneumo.dataset.phantoms.drawing import render_study
 from pneumo.dataset.phantoms.source_folder import draw_population
 from pneumo.dataset.shards import Manifest, Sample, ShardEntry, SplitEntry, write_shard
 from pneumo.loading import augmentation
+from pneumo.loading.blocks import PreparedStore
 from pneumo.loading.loader import Loader, open_loader
 from pneumo.loading.sample_order import World
 from tests.s3 import server
@@ -224,18 +225,10 @@ def open_ours(data: Data, cache: str, store_url: str | None = None) -> Loader:
     entry = SplitEntry.model_validate_json((data.folder / "store" / "train.json").read_bytes())
     # Of the rest of a manifest the loader wants nothing.
     known: dict[str, Any] = {"image_size": data.image_size, "splits": {"train": entry}}
-    manifest = Manifest.model_construct(**known)
-    return open_loader(
-        store_url or str(data.folder / "store"),
-        manifest,
-        "train",
-        DataConfig.model_validate({"cache": cache}),
-        image_size=data.image_size,
-        mean=data.mean,
-        std=data.std,
-        world=World(),
-        device="cpu",
-    )
+    manifest = Manifest.model_construct(**known, mean=data.mean, std=data.std)
+    config = DataConfig.model_validate({"cache": cache})
+    store = PreparedStore(store_url or str(data.folder / "store"), manifest, config)
+    return open_loader(store, "train", world=World(), device="cpu")
 
 
 def feed_ours(loader: Loader, epoch: int, augment: AugmentConfig = AFFINE_ONLY) -> Iterator[Tensor]:

@@ -36,15 +36,18 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from jobs import prepare
 from jobs.ray_cluster.session import ray_session
-from pneumo.config import Config, override, parse_command_line, read_recipe
+from pneumo.command_line import parse_command_line
+from pneumo.config import Config
+from pneumo.config_layers import override, read_recipe
 from pneumo.dataset.phantoms.source_folder import write_phantoms
 from pneumo.dataset.shards import read_manifest
 from pneumo.evaluation import metrics
-from pneumo.evaluation.predictions import score
+from pneumo.loading.blocks import PreparedStore
 from pneumo.loading.loader import open_loader
 from pneumo.loading.sample_order import World
 from pneumo.network.backbones import build_model
-from pneumo.training.callbacks import Hooks
+from pneumo.network.scoring import score
+from pneumo.training.callbacks import Callbacks
 from pneumo.training.checkpoints import load_checkpoint, read_index
 from pneumo.training.fit import fit
 from tests.benchmarks.sources import find_real_data
@@ -72,7 +75,6 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "no augmentation": dict.fromkeys(STRONG, 0.0),
     "strong augmentation": STRONG,
     "flip": {"augment.flip": True},
-    "erasing": {"augment.erase_fraction": 0.2},
     "ema": {"train.ema_decay": 0.99},
     "adamw 0.05": {"train.optimizer": "adamw", "train.weight_decay": 0.05},
     "label smoothing": {"train.label_smoothing": 0.1},
@@ -155,7 +157,7 @@ def train_and_score(run: Run, store: str) -> dict[str, Any]:
             run_url=folder,
             world=World(),
             device=torch.device("cpu"),
-            hooks=Hooks(),
+            callbacks=Callbacks(),
         )
         best = read_index(folder).best
         checkpoint = load_checkpoint(folder, best)
@@ -163,17 +165,8 @@ def train_and_score(run: Run, store: str) -> dict[str, Any]:
     model.load_state_dict(checkpoint.scored_model)
     model.to(memory_format=torch.channels_last)
     manifest = read_manifest(store)
-    test = open_loader(
-        store,
-        manifest,
-        "test",
-        config.data,
-        image_size=checkpoint.image_size,
-        mean=checkpoint.mean,
-        std=checkpoint.std,
-        world=World(),
-        device="cpu",
-    )
+    source = PreparedStore(store, manifest, config.data)
+    test = open_loader(source, "test", world=World(), device="cpu")
     scores = score(model, test.evaluation(batch_size=64))
     return {
         **asdict(run),

@@ -39,12 +39,13 @@ import torch
 from jobs import prepare
 from jobs import train as train_job
 from jobs.ray_cluster.session import WORKER_ENVIRONMENT, ray_session
-from pneumo.config import Config, parse_command_line
+from pneumo.command_line import parse_command_line
+from pneumo.config import Config
 from pneumo.dataset.phantoms.source_folder import write_phantoms
 from pneumo.loading.loader import Batch
 from pneumo.loading.sample_order import World
 from pneumo.network.backbones import build_model, initialise
-from pneumo.training.callbacks import Hooks
+from pneumo.training.callbacks import Callbacks
 from pneumo.training.checkpoint_writer import read_history
 from pneumo.training.fit import fit
 from pneumo.training.train_step import Learner
@@ -110,7 +111,7 @@ def measure_fit(config: Config, *, store_url: str, run_url: str) -> Rate:
         run_url=run_url,
         world=World(),
         device=device,
-        hooks=Hooks(),
+        callbacks=Callbacks(),
     )
     return read_rate(run_url, config.train.batch_size)
 

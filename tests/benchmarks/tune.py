@@ -30,16 +30,18 @@ import torch
 
 from jobs import prepare
 from jobs.ray_cluster.session import ray_session
-from jobs.train import build_trainer
-from jobs.tune import search
+from jobs.training.job import build_trainer
+from jobs.tuning.job import search
 from jobs.tuning.trial_records import read_judgement, trial_url
 from jobs.tuning.trial_runs import share, trial_config
-from pneumo.config import Config, override, parse_command_line
+from pneumo.command_line import parse_command_line
+from pneumo.config import Config
+from pneumo.config_layers import override
 from pneumo.dataset.phantoms.source_folder import write_phantoms
 from pneumo.dataset.shards import Manifest, read_manifest
-from pneumo.loading.feeds import Held
+from pneumo.loading.in_memory import InMemorySplit
 from pneumo.loading.sample_order import World
-from pneumo.training.callbacks import Hooks
+from pneumo.training.callbacks import Callbacks
 from pneumo.training.fit import fit
 from pneumo.tuning.search import Search
 
@@ -171,7 +173,7 @@ def measure_overhead(options: argparse.Namespace, folder: Path) -> None:
         print(f"{what:<42} {seconds:7.2f} s a trial", flush=True)
 
 
-def _fit(config: Config, store: str, run: Path, held: dict[str, Held]) -> float:
+def _fit(config: Config, store: str, run: Path, held: dict[str, InMemorySplit]) -> float:
     started = time.perf_counter()
     fit(
         trial_config(config, {}),
@@ -179,8 +181,8 @@ def _fit(config: Config, store: str, run: Path, held: dict[str, Held]) -> float:
         run_url=str(run),
         world=World(),
         device=torch.device("cpu"),
-        hooks=Hooks(),
-        held=held,
+        callbacks=Callbacks(),
+        shared_splits=held,
     )
     return time.perf_counter() - started
 

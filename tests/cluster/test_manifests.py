@@ -22,7 +22,7 @@ import pytest
 import yaml
 
 from cluster import kubernetes_api, overlays, ray_jobs, rules
-from pneumo.config import parse_command_line
+from pneumo.command_line import parse_command_line
 from pneumo.errors import ConfigError
 from tests.cluster.kube_server import CHECKOUT, CRDS, KubeServer
 from tests.cluster.renderer import NO_RENDERER

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cluster.submission import Submission, is_remote, plan, split_environment, submission_id
-from pneumo.config import JOBS, parse_command_line
+from pneumo.command_line import JOBS, parse_command_line
 from pneumo.errors import ConfigError
 
 NOW = datetime(2026, 1, 2, 3, 4, 5)

@@ -13,13 +13,14 @@ import torch
 
 from jobs.evaluation import wandb_results
 from jobs.training.epoch_log import Follower
-from pneumo.config import Config, override
+from pneumo.config import Config
+from pneumo.config_layers import override
 from pneumo.evaluation.shown_studies import ERRORS, OUTCOMES
 from pneumo.loading.sample_order import World
 from pneumo.reporting.figures.case_pictures import Pictures
 from pneumo.reporting.tracking import ConfusionChart, LineChart, MemoryTracker
 from pneumo.reporting.tracking.dashboards import build_views, describe_view
-from pneumo.training.callbacks import Hooks
+from pneumo.training.callbacks import Callbacks
 from pneumo.training.fit import fit
 from tests.conftest import StoreMaker
 from tests.jobs.conftest import LocalMailbox
@@ -71,7 +72,7 @@ def test_the_workspace_of_training_shows_what_is_logged(
         run_url=str(tmp_path),
         world=World(0, 1),
         device=torch.device("cpu"),
-        hooks=Hooks(on_epoch=messages.put),
+        callbacks=Callbacks(on_epoch=messages.put),
     )
     tracker, ended = MemoryTracker(), Future[None]()
     ended.set_result(None)

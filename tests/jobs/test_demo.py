@@ -19,7 +19,7 @@ from moto.server import ThreadedMotoServer
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from jobs.train import LEAVE_TIMEOUT_S
+from jobs.training.job import LEAVE_TIMEOUT_S
 from pneumo.evaluation.predictions import Predictions
 from pneumo.training.checkpoints import find_index, read_index
 from tests.jobs.conftest import SMALL, Prepared, run_module

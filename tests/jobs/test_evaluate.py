@@ -14,6 +14,7 @@ from sklearn.metrics import roc_auc_score
 
 from jobs import evaluate, train
 from jobs.evaluation import wandb_results
+from jobs.evaluation.job import describe_data
 from jobs.evaluation.ray_scoring import (
     Scored,
     Scoring,
@@ -24,7 +25,8 @@ from jobs.evaluation.ray_scoring import (
     score_splits,
 )
 from jobs.evaluation.shown_studies import choose_pictures
-from pneumo.config import Config, override
+from pneumo.config import Config
+from pneumo.config_layers import override
 from pneumo.dataset.shards import (
     Duplicates,
     StudyRow,
@@ -287,7 +289,7 @@ def test_tracker_gets_the_data_and_what_is_wrong_with_them(
     )
     tracker = MemoryTracker()
     drawing = b"a drawing"
-    wandb_results.log_data(tracker, evaluate.describe_data(store_url, bad, studies), drawing)
+    wandb_results.log_data(tracker, describe_data(store_url, bad, studies), drawing)
     assert tracker.summary == {
         "data/quarantined": 3,
         "data/duplicates_across_splits": 3,
@@ -303,7 +305,7 @@ def test_tracker_gets_the_data_and_what_is_wrong_with_them(
     assert not [row for row in studies.values() if row.key in said or row.patient in said]
 
     sound = MemoryTracker()
-    wandb_results.log_data(sound, evaluate.describe_data(store_url, manifest, studies), drawing)
+    wandb_results.log_data(sound, describe_data(store_url, manifest, studies), drawing)
     assert sound.summary == {
         "data/quarantined": 0,
         "data/duplicates_across_splits": 0,

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from jobs import train
-from pneumo.config import Config, override
+from pneumo.config import Config
+from pneumo.config_layers import override
 from pneumo.dataset.shards import read_manifest
 from pneumo.training.checkpoints import load_checkpoint, read_index
 from tests.jobs.conftest import SMALL, Prepared
@@ -96,7 +97,7 @@ def test_more_workers_than_the_cluster_has_is_said_before_the_start(
 _LATE_RANK = """
 from datetime import timedelta
 import time
-from jobs.train import wait_longer
+from jobs.training.job import wait_longer
 
 dist.set_timeout(timedelta(seconds=1))
 wait_longer()

@@ -22,18 +22,21 @@ import ray
 import torch
 
 from jobs import tune
-from jobs.train import with_absolute_weights
-from jobs.tune import check_search
+from jobs.training.job import with_absolute_weights
+from jobs.tuning.job import check_search
 from jobs.tuning.trial_judge import Shared, TrialJudge
 from jobs.tuning.trial_records import read_history, read_trials, trial_url, write_begun
 from jobs.tuning.trial_runs import share, trial_config, trials_at_once
-from pneumo.config import Config, override, parse_command_line
+from pneumo.command_line import parse_command_line
+from pneumo.config import Config, DataConfig
+from pneumo.config_layers import override
 from pneumo.dataset.shards import read_manifest
 from pneumo.errors import ClusterError, ConfigError
+from pneumo.loading.blocks import PreparedStore
 from pneumo.loading.loader import open_loaders
 from pneumo.loading.sample_order import World
 from pneumo.network.backbones import Initialisation, build_model
-from pneumo.training.callbacks import Hooks, Start
+from pneumo.training.callbacks import Callbacks, Start
 from pneumo.tuning.trials import ERROR, OBJECTIVE
 from tests.jobs.conftest import SMALL, Prepared
 from tests.jobs.test_prepare import kill
@@ -197,16 +200,11 @@ def test_trials_read_one_copy_and_train_as_if_they_had_read_the_store(
         assert not held["train"].images.flags.writeable  # the node's shared memory itself
         own, common = (
             open_loaders(
-                str(prepared.store),
-                manifest,
+                PreparedStore(str(prepared.store), manifest, DataConfig(image_size=size)),
                 ("train",),
-                config.data,
-                image_size=size,
-                mean=manifest.mean,
-                std=manifest.std,
                 world=World(),
                 device="cpu",
-                held=given,
+                shared_splits=given,
             )[0]
             for given in ({}, held)
         )
@@ -474,9 +472,9 @@ def test_a_trial_of_other_weights_than_asked_for_is_known(ray_here: None, tmp_pa
 
     def train(name: str, initialisation: Initialisation, history: int = 0) -> Any:
         url, told = trial_url(str(tmp_path), name), list[Any]()
-        hooks = TrialJudge(shared, url, World()).hooks(Hooks(), told.append)
-        hooks.on_start(Start(initialisation, (record,) * history, 0, 8))
-        hooks.on_epoch(SimpleNamespace(metrics=record))  # type: ignore[arg-type]
+        callbacks = TrialJudge(shared, url, World()).callbacks(Callbacks(), told.append)
+        callbacks.on_start(Start(initialisation, (record,) * history, 0, 8))
+        callbacks.on_epoch(SimpleNamespace(metrics=record))  # type: ignore[arg-type]
         if not history:
             write_begun(str(tmp_path), name, {}, 0)
         return told[-1].get("warning")

@@ -29,8 +29,6 @@ class Record:
     loss: float
     samples: int
     """That its steps were fed."""
-    digest: int
-    """Of which these were, and in which steps: see `pneumo.training.tally`."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +47,10 @@ class Cost:
     """Of the same epochs in a run that nobody disturbed."""
 
     @property
-    def samples_lost(self) -> int | None:
-        """None where the count is right and other samples were fed."""
-        pairs = list(zip(self.records, self.undisturbed, strict=True))
-        lost = sum(abs(ours.samples - theirs.samples) for ours, theirs in pairs)
-        same = all(ours.digest == theirs.digest for ours, theirs in pairs)
-        return lost if same or lost else None
+    def samples_lost(self) -> int:
+        """That other samples were not fed in their place shows in the losses."""
+        pairs = zip(self.records, self.undisturbed, strict=True)
+        return sum(abs(ours.samples - theirs.samples) for ours, theirs in pairs)
 
     @property
     def largest_difference(self) -> float:
@@ -64,12 +60,11 @@ class Cost:
 
     def cells(self) -> tuple[str, ...]:
         """The row as text."""
-        lost = "others fed" if self.samples_lost is None else str(self.samples_lost)
         difference = self.largest_difference
         losses = "equal" if difference == 0 else f"within {difference:.1e}"
         return (
             *(self.fault, self.outcome, f"{self.seconds_lost:.0f}", str(self.steps_again)),
-            *(lost, losses),
+            *(str(self.samples_lost), losses),
         )
 
 
@@ -88,4 +83,4 @@ def read_records(run: Path | str, epochs: int = EPOCHS) -> list[Record]:
     """Each epoch's; every epoch is there once, in order, or an assertion fails."""
     rows = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == list(range(1, epochs + 1))
-    return [Record(row["train/loss"], row["data/samples"], row["data/digest"]) for row in rows]
+    return [Record(row["train/loss"], row["data/samples"]) for row in rows]

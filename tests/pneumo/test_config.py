@@ -13,16 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pneumo.config import (
-    JOBS,
-    Config,
-    EvaluateArguments,
-    Section,
-    TrainArguments,
-    override,
-    parse_command_line,
-    read_recipe,
-)
+from pneumo.command_line import JOBS, EvaluateArguments, TrainArguments, parse_command_line
+from pneumo.config import Config, Section
+from pneumo.config_layers import override, read_recipe
 from pneumo.errors import ConfigError, UserError
 
 NEEDED = {

@@ -12,19 +12,22 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pneumo.config import AugmentConfig, Config, DataConfig, TrainConfig, override
+from pneumo.config import AugmentConfig, Config, DataConfig, TrainConfig
+from pneumo.config_layers import override
 from pneumo.dataset import shards
-from pneumo.evaluation.predictions import Member, score_pictures
-from pneumo.loading import augmentation, loader
-from pneumo.loading.loader import Batch
+from pneumo.loading import augmentation
+from pneumo.loading.blocks import PreparedStore
+from pneumo.loading.loader import Batch, open_loader
 from pneumo.loading.prefetch import run_ahead, send
 from pneumo.loading.sample_order import World
 from pneumo.network.backbones import build_model, initialise
 from pneumo.network.gray_convolution import Stem
-from pneumo.training.callbacks import Hooks
+from pneumo.network.scoring import Member, score_pictures
+from pneumo.training.callbacks import Callbacks
 from pneumo.training.checkpoints import load_checkpoint, read_index
-from pneumo.training.fit import fit, has_compiler
-from pneumo.training.step_results import Outcomes
+from pneumo.training.fit import fit
+from pneumo.training.preconditions import has_compiler
+from pneumo.training.step_results import EpochTotals, StepResults
 from pneumo.training.train_step import Learner
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -59,25 +62,21 @@ def make_batch(device: torch.device) -> Batch:
 
 def learn(learner: Learner, steps: int = 3) -> list[float]:
     batch = make_batch(learner.device)
-    return [
-        float(learner.learn(batch, epoch=0, step=i, num_steps=i + 1, lr=1e-3)[0])
-        for i in range(steps)
-    ]
+    return [float(learner.learn(batch, epoch=0, step=i, lr=1e-3)[0]) for i in range(steps)]
 
 
 # --- a step ---------------------------------------------------------------------------------------
 
 
-def test_outcomes_are_read_one_step_late_and_whole() -> None:
-    outcomes = Outcomes(GPU)
+def test_results_are_read_one_step_late_and_whole() -> None:
+    results = StepResults(GPU, EpochTotals())
     for step in range(5):
-        values = torch.tensor([step + 0.5, float(step == 3)], device=GPU)
-        outcomes.put(step, (f"key-{step}",), values, torch.tensor(float(step), device=GPU))
-        assert outcomes.losses == [i + 0.5 for i in range(step)]
-        assert outcomes.should_stop is (step > 3)
-    outcomes.drain()
-    assert outcomes.loss_sum == 12.5
-    assert outcomes.grad_norm == 4.0
+        values = torch.tensor([step + 0.5, float(step == 3), 8.0, float(step)], device=GPU)
+        results.put(step, (f"key-{step}",), values)
+        assert results.losses == [i + 0.5 for i in range(step)]
+        assert results.should_stop is (step > 3)
+    results.read_all()
+    assert results.totals == EpochTotals(step=5, loss=12.5, samples=40, grad_norm=4.0)
 
 
 def test_a_step_is_the_one_on_a_cpu_and_bfloat16_is_near_it() -> None:
@@ -93,9 +92,8 @@ def test_a_step_is_the_one_on_a_cpu_and_bfloat16_is_near_it() -> None:
 
 
 @pytest.mark.skipif(not has_compiler(), reason="no C compiler here")
-@pytest.mark.parametrize("how", [True, "max-autotune"])
-def test_a_compiled_step_is_the_plain_one(how: Any) -> None:
-    compiled = learn(make_learner(GPU, compile=how))
+def test_a_compiled_step_is_the_plain_one() -> None:
+    compiled = learn(make_learner(GPU, compile=True))
     assert compiled == pytest.approx(learn(make_learner(GPU)), rel=0.02)
 
 
@@ -127,7 +125,7 @@ def test_a_warp_on_the_device_is_the_one_on_the_host(compiled: bool) -> None:
     smooth = torch.nn.functional.interpolate(coarse, size=64, mode="bicubic").clamp(0, 255).byte()
     keys = [f"study-{i}" for i in range(16)]
     options: dict[str, Any] = {"seed": 1, "epoch": 2, "moments": (0.5, 0.25)}
-    config = AugmentConfig(erase_fraction=0.2, flip=True)
+    config = AugmentConfig(flip=True)
     on_host = augmentation.augment(smooth, keys, config, **options)
     on_device = augmentation.augment(
         smooth.to(GPU), keys, config, **options, compiled=compiled
@@ -142,17 +140,8 @@ def test_batches_on_the_device_are_those_on_the_host(tiny_store: StoreMaker, way
     manifest = shards.read_manifest(store_url)
 
     def batches(device: torch.device) -> Iterator[Batch]:
-        data = loader.open_loader(
-            store_url,
-            manifest,
-            "train",
-            DataConfig(cache=way),
-            image_size=32,
-            mean=manifest.mean,
-            std=manifest.std,
-            world=World(),
-            device=device,
-        )
+        store = PreparedStore(store_url, manifest, DataConfig(cache=way))
+        data = open_loader(store, "train", world=World(), device=device)
         still = AugmentConfig(rotation_degrees=0, translation_fraction=0, scale_fraction=0)
         for epoch in (0, 1):
             yield from data.epoch(epoch, seed=0, batch_size=12, augment=still)
@@ -183,14 +172,14 @@ def test_a_batch_made_ahead_is_whole_when_it_is_used() -> None:
 # --- a run ----------------------------------------------------------------------------------------
 
 
-def run(config: Config, store_url: str, run_url: str, **hooks: Any) -> list[dict[str, Any]]:
+def run(config: Config, store_url: str, run_url: str, **callbacks: Any) -> list[dict[str, Any]]:
     return fit(
         config,
         store_url=store_url,
         run_url=run_url,
         world=World(),
         device=GPU,
-        hooks=Hooks(**hooks),
+        callbacks=Callbacks(**callbacks),
     )
 
 
@@ -211,7 +200,7 @@ def test_a_run_that_was_cut_goes_on_where_it_was(tiny_store: StoreMaker, tmp_pat
         run(config, store_url, str(tmp_path / "cut"), on_step=cut)
     rest = run(config, store_url, str(tmp_path / "cut"))
     for record, expected in zip(rest, whole, strict=True):
-        assert record["data/digest"] == expected["data/digest"]
+        assert record["data/samples"] == expected["data/samples"]
         assert record["train/loss"] == pytest.approx(expected["train/loss"], rel=0.05)
         assert record["gpu_memory_gb"] > 0
     index = read_index(str(tmp_path / "cut"))
@@ -231,10 +220,10 @@ def test_a_device_needs_no_number_and_a_run_may_be_compiled(
         run_url=str(tmp_path / "compiled"),
         world=World(),
         device=torch.device("cuda"),
-        hooks=Hooks(),
+        callbacks=Callbacks(),
     )
     for record, expected in zip(found, plain, strict=True):
-        assert record["data/digest"] == expected["data/digest"]
+        assert record["data/samples"] == expected["data/samples"]
         assert record["train/loss"] == pytest.approx(expected["train/loss"], rel=0.05)
 
 

@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pneumo.config import Config, check_space, override, parse_command_line
+from pneumo.command_line import parse_command_line
+from pneumo.config import Config
+from pneumo.config_layers import check_space, override
 from pneumo.errors import ConfigError
 from pneumo.search_space import Domain, flatten, grid_points, sample
 

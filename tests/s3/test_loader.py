@@ -16,6 +16,7 @@ from pneumo import storage
 from pneumo.config import AugmentConfig, DataConfig
 from pneumo.dataset.shards import read_manifest
 from pneumo.errors import DataError
+from pneumo.loading.blocks import PreparedStore
 from pneumo.loading.loader import Batch, Loader, open_loader
 from pneumo.loading.sample_order import World
 from tests.conftest import StoreMaker
@@ -53,17 +54,9 @@ def store_url(local_store: str, bucket_url: str) -> str:
 
 
 def open_train(store_url: str, way: Way) -> Loader:
-    return open_loader(
-        store_url,
-        read_manifest(store_url),
-        "train",
-        DataConfig(cache=way, readers=4, prefetch_blocks=4),
-        image_size=64,
-        mean=0.4,
-        std=0.2,
-        world=World(),
-        device="cpu",
-    )
+    config = DataConfig(cache=way, image_size=64)
+    store = PreparedStore(store_url, read_manifest(store_url), config)
+    return open_loader(store, "train", world=World(), device="cpu")
 
 
 def read_epochs(data: Loader) -> Iterator[Batch]:

@@ -20,6 +20,9 @@ import pytest
 
 from pneumo import storage
 from pneumo.errors import AccessError, ContentError, StorageError
+from pneumo.storage.retries import retried
+from pneumo.storage.s3 import ResumableRead
+from pneumo.storage.urls import Range
 from tests.s3.conftest import Reach
 from tests.s3.proxy import FaultyProxy, running
 from tests.s3.server import STRANGER_KEY, STRANGER_SECRET, CephServer
@@ -227,4 +230,4 @@ def test_an_endpoint_where_nothing_listens_is_named(reach: Reach) -> None:
         port = listener.getsockname()[1]
     reach(f"http://127.0.0.1:{port}")
     with pytest.raises(StorageError, match=rf"s3://b/k: .*127\.0\.0\.1:{port}.*AWS_ENDPOINT_URL\?"):
-        storage._retried(storage._Reading("s3://b/k", 0, None).go_on, "s3://b/k", budget_s=2)
+        retried(ResumableRead(Range("s3://b/k")).go_on, "s3://b/k", budget_s=2)

@@ -18,8 +18,9 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from pneumo.evaluation.shown_studies import FindingErrors, Maps, Outcome, Why
+from pneumo.evaluation.shown_studies import FindingErrors, Outcome, Why
 from pneumo.images.boxes import Box
+from pneumo.network.gradcam import Maps
 from pneumo.reporting.figures.style import INK, STYLE, draw_placeholder, encode_figure
 
 RIGHT = "#1a7f37"

@@ -1,13 +1,8 @@
-"""W&B workspaces as code: three views of a project. Built without a network; saving needs a key.
-
-`python -m pneumo.dashboards` prints them as JSON; with `--save --entity TEAM` they are saved.
-"""
+"""W&B workspaces as code: three views of a project. Built without a network; saving needs a key."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -113,28 +108,3 @@ def describe_view(view: Any) -> dict[str, Any]:
     """The workspace as W&B stores it, plain JSON."""
     found: dict[str, Any] = json.loads(view._to_model().model_dump_json(by_alias=True))
     return found
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m pneumo.dashboards", description=__doc__)
-    parser.add_argument("--project", default="pneumo", help="the W&B project (default pneumo)")
-    parser.add_argument("--entity", default="", help="the W&B team or user")
-    parser.add_argument("--save", action="store_true", help="save them at W&B; needs a key")
-    options = parser.parse_args(argv)
-    if options.save and not options.entity:
-        parser.error("--save needs --entity, the W&B team or user")
-    views = build_views(options.project, options.entity)
-    if not options.save:
-        json.dump({name: describe_view(view) for name, view in views.items()}, sys.stdout, indent=1)
-        print()
-        return 0
-    for name, view in views.items():
-        try:
-            print(f"{name}: {view.save().url}")
-        # Whatever W&B throws, a person reads one line.
-        except Exception as error:
-            message = (str(error).splitlines() or [""])[0]
-            print(f"error: {name}: not saved ({type(error).__name__}: {message})", file=sys.stderr)
-            return 1
-    return 0

@@ -11,13 +11,9 @@ import pytest
 from jobs.evaluation.evaluated_run import find_subject, find_weights
 from jobs.evaluation.ray_scoring import Scoring
 from jobs.evaluation.result_files import describe_command, describe_selection
-from pneumo.config import (
-    Config,
-    EvaluateArguments,
-    EvaluateConfig,
-    override,
-    parse_command_line,
-)
+from pneumo.command_line import EvaluateArguments, parse_command_line
+from pneumo.config import Config, EvaluateConfig
+from pneumo.config_layers import override
 from pneumo.errors import RunError
 from pneumo.training.checkpoint_writer import METRICS_LOG
 from pneumo.training.checkpoints import claim_run, load_checkpoint, read_index, save_checkpoint

@@ -15,7 +15,8 @@ from jobs.evaluation.evaluated_run import Subject
 from jobs.evaluation.ray_scoring import Scored, Scoring, Weights
 from jobs.evaluation.result_files import Judged
 from jobs.evaluation.shown_studies import describe_age
-from pneumo.config import Config, EvaluateConfig, override
+from pneumo.config import Config, EvaluateConfig
+from pneumo.config_layers import override
 from pneumo.dataset.quality import ContactSheet
 from pneumo.dataset.shards import read_manifest
 from pneumo.evaluation.evaluation import evaluate

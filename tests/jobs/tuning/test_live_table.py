@@ -16,7 +16,8 @@ from rich.console import Console
 
 from jobs.tuning.live_table import LiveTable
 from jobs.tuning.trial_lines import TrialLines
-from pneumo.config import Config, override
+from pneumo.config import Config
+from pneumo.config_layers import override
 from pneumo.errors import DataError
 from pneumo.tuning.trials import describe_settings
 

@@ -12,7 +12,8 @@ from ray.tune.search import Searcher
 from jobs.tuning.searchers import Draw, Drawn, Listed, Rungs, list_grid
 from jobs.tuning.trial_judge import METRIC
 from jobs.tuning.trial_records import read_trials, write_ended
-from pneumo.config import Config, override
+from pneumo.config import Config
+from pneumo.config_layers import override
 from pneumo.tuning.trials import Trial
 from tests.searches import trial
 

@@ -12,7 +12,8 @@ from jobs.tuning.search_results import BEST, REPORT, TRIALS, log_search
 from jobs.tuning.trial_records import write_begun, write_ended, write_history
 from jobs.tuning.trial_wandb import TrialTracking, log_trial
 from pneumo import storage
-from pneumo.config import Config, override
+from pneumo.config import Config
+from pneumo.config_layers import override
 from pneumo.dataset.shards import read_manifest
 from pneumo.errors import StorageError
 from pneumo.reporting.tracking import MemoryTracker, Page, Table

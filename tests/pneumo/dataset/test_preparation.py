@@ -26,7 +26,8 @@ from blake3 import blake3
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pneumo import storage
-from pneumo.config import Config, override
+from pneumo.config import Config
+from pneumo.config_layers import override
 from pneumo.dataset.preparation import (
     Part,
     Receipt,

@@ -358,18 +358,3 @@ def test_estimates_say_why_they_are_empty():
     }
     assert none_called["recall"].method == "Wilson over patients"
     assert "reason" not in none_called["recall"].to_json()
-
-
-# --- the trainer's --------------------------------------------------------------------------------
-
-
-def test_binary_metrics_from_logits():
-    found = metrics.binary_metrics_from_logits([0, 1, 1, 0], np.float32([-1, 0, -2, 3]))
-    assert found == {"auroc": 0.25, "accuracy": 0.5, "precision": 0.5, "recall": 0.5}
-
-    one_class = metrics.binary_metrics_from_logits([0, 0], [-1, -2])
-    assert one_class["accuracy"] == 1.0
-    assert all(math.isnan(one_class[name]) for name in ("auroc", "precision", "recall"))
-
-    diverged = metrics.binary_metrics_from_logits([0, 1], [math.nan, 1])
-    assert all(math.isnan(value) for value in diverged.values())

@@ -11,36 +11,24 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.special import expit
-from torch import nn
 
-from pneumo.config import DataConfig
-from pneumo.dataset import shards
 from pneumo.dataset.shards import StudyRow
 from pneumo.errors import DataError
 from pneumo.evaluation.predictions import (
     SCORING,
-    VIEWS,
-    Logits,
-    Member,
     Predictions,
-    Scores,
     cover_boxes,
     join_predictions,
-    prepare_input,
-    score,
-    score_pictures,
     sigmoid,
 )
 from pneumo.images.boxes import Box
-from pneumo.loading import loader
-from pneumo.loading.loader import Batch
-from pneumo.loading.sample_order import World
-from pneumo.network.backbones import build_model
+from pneumo.network.scoring import (
+    Scores,
+)
 
 SIDE = 64
 StoreMaker = Callable[..., str]
@@ -64,9 +52,9 @@ rows = st.builds(
 tables = st.lists(rows, max_size=6, unique_by=lambda row: row.key)
 
 
-def score_as(table: list[StudyRow], logits: Any) -> Logits:
+def score_as(table: list[StudyRow], logits: Any) -> Scores:
     """The rows, scored, with the targets that they have."""
-    return Logits(
+    return Scores(
         np.array([row.key for row in table], dtype=np.str_),
         logits,
         np.array([row.target for row in table], dtype=np.int8),
@@ -172,7 +160,7 @@ def test_splits_are_subsets(table: list[StudyRow]) -> None:
 def test_a_scored_study_that_nobody_knows_is_refused() -> None:
     with pytest.raises(DataError, match=r"2 scored studies are not in studies\.parquet"):
         join_predictions(
-            Logits(np.array(["a", "b"]), np.zeros(2, np.float32), np.zeros(2, np.int8)),
+            Scores(np.array(["a", "b"]), np.zeros(2, np.float32), np.zeros(2, np.int8)),
             {},
             checkpoint="c",
             image_size=SIDE,
@@ -201,7 +189,7 @@ def test_logits_stay_with_their_studies(table: list[StudyRow], seed: int) -> Non
     logits = np.random.default_rng(seed).normal(size=len(table)).astype(np.float32)
     keys = [row.key for row in table]
     parts = [score_as(table[i::3], logits[i::3]) for i in range(3)]
-    joined = Logits.join(parts)
+    joined = Scores.join(parts)
     assert dict(zip(joined.keys, joined.logits, strict=True)) == dict(
         zip(keys, logits, strict=True)
     )
@@ -218,127 +206,3 @@ def test_how_the_logits_were_made_stands_in_the_file() -> None:
     metadata = pq.read_schema(io.BytesIO(written)).metadata
     assert json.loads(metadata[SCORING.encode()]) == {"views": 4}
     assert_equal(Predictions.from_parquet(written), join([row]))
-
-
-# --- scoring --------------------------------------------------------------------------------------
-
-
-def open_val(store_url: str, rank: int = 0, size: int = 1, batch_size: int = 4) -> list[Batch]:
-    opened = loader.open_loader(
-        store_url,
-        shards.read_manifest(store_url),
-        "val",
-        DataConfig(cache="stream"),
-        image_size=32,
-        mean=0.4,
-        std=0.2,
-        world=World(rank, size),
-        device="cpu",
-    )
-    return list(opened.evaluation(batch_size=batch_size))
-
-
-@pytest.fixture(scope="module")
-def store_url(tiny_store: StoreMaker) -> str:
-    return tiny_store(val=53)
-
-
-@pytest.fixture(scope="module")
-def data(store_url: str) -> Batch:
-    """The whole val split."""
-    [batch] = open_val(store_url, batch_size=53)
-    return batch
-
-
-@pytest.fixture(scope="module")
-def model() -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = build_model("resnet18")
-        model(torch.randn(16, 1, 32, 32))  # running statistics, so that logits are of usual size
-    return model
-
-
-def as_dict(scores: Scores) -> dict[str, float]:
-    return dict(zip(scores.keys, scores.logits.tolist(), strict=True))
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 20])
-def test_any_number_of_ranks_scores_each_study_once_and_the_same(
-    model: nn.Module, data: Batch, store_url: str, size: int
-) -> None:
-    with torch.inference_mode():
-        expected = model.eval()(data.images).squeeze(1).numpy()
-    assert np.ptp(expected) > 0.01
-    parts = [score(model.train(), open_val(store_url, rank, size)) for rank in range(size)]
-    assert not model.training
-    assert tuple(key for part in parts for key in part.keys) == data.keys
-    logits = np.concatenate([part.logits for part in parts])
-    assert logits.dtype == np.float32
-    np.testing.assert_allclose(logits, expected, atol=1e-4)
-    targets = np.concatenate([part.targets for part in parts])
-    assert targets.dtype == np.int8
-    np.testing.assert_array_equal(targets, data.targets.numpy())
-
-
-def test_the_batch_size_does_not_change_the_scores(model: nn.Module, store_url: str) -> None:
-    one, whole = (as_dict(score(model, open_val(store_url, batch_size=size))) for size in (1, 53))
-    assert list(one) == list(whole)
-    np.testing.assert_allclose(list(one.values()), list(whole.values()), atol=1e-4)
-
-
-def test_scores_are_float32_whatever_the_caller_trains_in(model: nn.Module, data: Batch) -> None:
-    exact = as_dict(score(model, [data]))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert as_dict(score(model, [data])) == exact
-
-
-# --- ensembles and views --------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def pictures() -> list[Any]:
-    rng = np.random.default_rng(5)
-    return list(rng.integers(0, 256, (7, 32, 32), dtype=np.uint8))
-
-
-def make_member(seed: int, image_size: int = 32) -> Member:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = build_model("resnet18")
-        network(torch.randn(16, 1, 32, 32))
-    return Member(network.eval(), "resnet18", image_size, 0.4 + seed / 100, 0.2)
-
-
-def test_one_network_and_one_view_give_its_logit(pictures: list[Any]) -> None:
-    member = make_member(1)
-    with torch.inference_mode():
-        expected = member.network(prepare_input(pictures, member)).squeeze(1).numpy()
-    np.testing.assert_array_equal(score_pictures([member], pictures), expected)
-
-
-def test_an_ensemble_is_the_mean_of_its_members_each_fed_as_it_was_trained(
-    pictures: list[Any],
-) -> None:
-    members = [make_member(1), make_member(2, image_size=24), make_member(3)]
-    alone = np.stack([score_pictures([member], pictures) for member in members])
-    assert np.ptp(alone, axis=0).min() > 1e-3
-    found = score_pictures(members, pictures)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, alone.mean(axis=0), rtol=1e-5, atol=1e-6)
-
-
-def test_views_are_averaged_and_depend_on_the_pixels_alone(pictures: list[Any]) -> None:
-    assert not VIEWS.flip
-    member = make_member(1)
-    several = score_pictures([member], pictures, views=4)
-    one, two = (score_pictures([member], pictures, views=n) for n in (1, 2))
-    assert np.abs(several - one).min() > 0
-    second = 2 * two - one  # the second view's own logit
-    assert np.abs(second - one).min() > 0
-    np.testing.assert_array_equal(score_pictures([member], pictures, views=4), several)
-    # Whatever stands beside a picture, and wherever it stands.
-    backwards = score_pictures([member], pictures[::-1], views=4)[::-1]
-    np.testing.assert_allclose(backwards, several, atol=1e-5)
-    alone = [score_pictures([member], [picture], views=4)[0] for picture in pictures]
-    np.testing.assert_allclose(alone, several, atol=1e-5)

@@ -12,17 +12,14 @@ from hypothesis import strategies as st
 from pneumo.config import AugmentConfig
 from pneumo.loading.augmentation import (
     Tables,
-    _warp_by_grid,
-    _warp_by_opencv,
     augment,
     draw_affine,
-    draw_rectangles,
     draw_tables,
     draw_uniforms,
-    erase,
     normalise,
-    transform_boxes,
     warp,
+    warp_by_grid,
+    warp_by_opencv,
 )
 
 UNMOVED = {"rotation_degrees": 0, "translation_fraction": 0, "scale_fraction": 0}
@@ -43,7 +40,6 @@ amounts = st.builds(
     brightness_fraction=st.floats(0, 0.5),
     contrast_fraction=st.floats(0, 0.5),
     gamma_fraction=st.floats(0, 0.5),
-    erase_fraction=st.just(0.0) | st.floats(0, 0.9),
 )
 
 
@@ -100,7 +96,7 @@ def test_seed_and_epoch_change_every_draw(keys: list[str], seed: int, epoch: int
 
 def test_each_kind_of_change_has_draws_of_its_own() -> None:
     keys = [str(i) for i in range(100)]
-    one, two = (draw_uniforms(keys, seed=0, epoch=0, count=3, kind=k) for k in ("gray", "erase"))
+    one, two = (draw_uniforms(keys, seed=0, epoch=0, count=3, kind=k) for k in ("gray", "flip"))
     assert not np.isin(one, two).any()
 
 
@@ -156,7 +152,7 @@ def test_the_next_epoch_changes_images_in_another_way() -> None:
     assert all((a - b).abs().max() > 1 for a, b in zip(one, two, strict=True))
 
 
-@pytest.mark.parametrize("warp_images", [_warp_by_opencv, _warp_by_grid])
+@pytest.mark.parametrize("warp_images", [warp_by_opencv, warp_by_grid])
 def test_nothing_is_changed_when_every_amount_is_zero(warp_images) -> None:  # type: ignore[no-untyped-def]
     rng = np.random.default_rng(0)
     images = torch.from_numpy(rng.integers(0, 256, (3, 1, 33, 33), dtype=np.uint8))
@@ -166,7 +162,7 @@ def test_nothing_is_changed_when_every_amount_is_zero(warp_images) -> None:  # t
     assert torch.equal(augment(images, list("abc"), STILL, seed=0, epoch=0), images.float())
 
 
-@pytest.mark.parametrize("warp_images", [_warp_by_opencv, _warp_by_grid])
+@pytest.mark.parametrize("warp_images", [warp_by_opencv, warp_by_grid])
 @pytest.mark.parametrize(
     ("matrix", "source", "target"),
     [
@@ -192,9 +188,9 @@ def warp_both_ways(
     keys = [str(i) for i in range(len(images))]
     matrices = draw_affine(keys, config, image_size=images.shape[-1], seed=seed, epoch=0)
     tables = draw_tables(keys, config, seed=seed, epoch=0)
-    by_opencv = _warp_by_opencv(images, matrices, tables)
+    by_opencv = warp_by_opencv(images, matrices, tables)
     assert torch.equal(warp(images, matrices, tables), by_opencv)
-    return by_opencv, _warp_by_grid(images, matrices, tables), tables
+    return by_opencv, warp_by_grid(images, matrices, tables), tables
 
 
 @settings(max_examples=25)
@@ -231,7 +227,7 @@ def test_moving_is_what_torch_does_to_half_a_level(config: AugmentConfig, seed: 
     keys = list("abc")
     matrices = draw_affine(keys, config, image_size=96, seed=seed, epoch=0)
     units = np.array([[2 / 96, 0, -95 / 96], [0, 2 / 96, -95 / 96], [0, 0, 1]])
-    for warp_images in (_warp_by_opencv, _warp_by_grid):
+    for warp_images in (warp_by_opencv, warp_by_grid):
         moved = warp_images(images, matrices, same_gray(3))
         for image, matrix, got in zip(images, matrices, moved, strict=True):
             theta = units @ np.vstack([matrix, [0, 0, 1]]) @ np.linalg.inv(units)
@@ -288,7 +284,7 @@ def test_an_image_in_place_is_looked_up_in_its_table() -> None:
         np.testing.assert_array_equal(out.numpy(), table[image.numpy()])
 
 
-# --- flip and erasing -----------------------------------------------------------------------------
+# --- flip -----------------------------------------------------------------------------
 
 
 def test_half_of_the_images_are_mirrored_where_that_is_wanted() -> None:
@@ -303,88 +299,10 @@ def test_half_of_the_images_are_mirrored_where_that_is_wanted() -> None:
     assert AugmentConfig().flip is False
 
 
-@given(st.floats(0, 0.99), seeds, st.integers(32, 256))
-def test_rectangles_are_inside_and_not_larger_than_allowed(
-    share: float, seed: int, size: int
-) -> None:
-    keys = [str(i) for i in range(32)]
-    config = AugmentConfig(erase_fraction=share)
-    x0, y0, x1, y1 = draw_rectangles(keys, config, image_size=size, seed=seed, epoch=0).T
-    assert (x0 >= 0).all()
-    assert (y0 >= 0).all()
-    assert (x1 >= x0).all()
-    assert (y1 >= y0).all()
-    assert max(x1.max(), y1.max()) <= size
-    assert ((x1 - x0) * (y1 - y0)).max() <= share * size**2
-    if share > 0.1:
-        assert ((x1 - x0) * (y1 - y0)).max() > 0.5 * share * size**2
-
-
-def test_erasing_blackens_its_rectangles_and_nothing_else() -> None:
-    images = smooth_images(16, 40) // 2 + 100
-    keys = [str(i) for i in range(16)]
-    config = AugmentConfig(erase_fraction=0.4)
-    whole = augment(images, keys, AugmentConfig(), seed=0, epoch=0)
-    erased = augment(images, keys, config, seed=0, epoch=0)
-    rectangles = draw_rectangles(keys, config, image_size=40, seed=0, epoch=0)
-    for before, after, (x0, y0, x1, y1) in zip(whole, erased, rectangles, strict=True):
-        expected = before.clone()
-        expected[:, y0:y1, x0:x1] = 0
-        assert torch.equal(after, expected)
-    assert torch.equal(erase(whole, rectangles), erased)
-
-
-# --- boxes ----------------------------------------------------------------------------------------
-
-
-@settings(max_examples=50)
-@given(
-    st.builds(
-        AugmentConfig,
-        rotation_degrees=st.floats(0, 180),
-        translation_fraction=st.floats(0, 0.1),
-        scale_fraction=st.floats(0, 0.3),
-        flip=st.booleans(),
-    ),
-    seeds,
-    st.tuples(*[st.integers(48, 80)] * 2, *[st.integers(4, 32)] * 2),
-)
-def test_a_box_goes_where_its_painted_rectangle_goes(
-    config: AugmentConfig, seed: int, painted: tuple[int, int, int, int]
-) -> None:
-    x, y, width, height = painted
-    image = torch.zeros((1, 1, 160, 160), dtype=torch.uint8)
-    image[0, 0, y : y + height, x : x + width] = 255
-    matrices = draw_affine(["a"], config, image_size=160, seed=seed, epoch=0)
-    [box] = transform_boxes([painted], matrices[0], image_size=160)
-    for warp_images in (_warp_by_opencv, _warp_by_grid):
-        seen = warp_images(image, matrices, same_gray(1))[0, 0].numpy() > 8
-        y_seen, x_seen = np.nonzero(seen)
-        around = [x_seen.min(), y_seen.min(), x_seen.max() + 1, y_seen.max() + 1]
-        # A pixel shows when it is touched: within 1.5 pixels, as bilinear blending reaches.
-        np.testing.assert_allclose([*box[:2], *(box[:2] + box[2:])], around, atol=1.5)
-
-
-@pytest.mark.parametrize(
-    ("matrix", "expected"),
-    [
-        ([[1, 0, 0], [0, 1, 0]], (2, 3, 10, 5)),
-        ([[1, 0, 4], [0, 1, -2]], (0, 5, 8, 5)),  # out(x, y) = in(x + 4, y - 2), cut at the left
-        ([[-1, 0, 39], [0, 1, 0]], (28, 3, 10, 5)),  # mirrored in 40 pixels
-        ([[0, 1, 0], [-1, 0, 39]], (32, 2, 5, 10)),  # a quarter turn
-        ([[1, 0, 80], [0, 1, 0]], (0, 3, 0, 5)),  # gone to the left
-    ],
-)
-def test_boxes_of_simple_moves(matrix: list[list[int]], expected: tuple[int, ...]) -> None:
-    moved = transform_boxes([(2, 3, 10, 5)], np.array(matrix, dtype=np.float64), image_size=40)
-    np.testing.assert_allclose(moved, [expected])
-    assert transform_boxes([], np.array(matrix, dtype=np.float64), image_size=40).shape == (0, 4)
-
-
 def test_outside_is_black() -> None:
     images = torch.full((1, 1, 32, 32), 255, dtype=torch.uint8)
     shifted = np.array([[[1.0, 0.0, 10.0], [0.0, 1.0, 0.0]]])
-    for warp_images in (_warp_by_opencv, _warp_by_grid):
+    for warp_images in (warp_by_opencv, warp_by_grid):
         out = warp_images(images, shifted, same_gray(1))
         assert (out[..., 22:] == 0).all()
         torch.testing.assert_close(out[..., :22], torch.full((1, 1, 32, 22), 255.0))

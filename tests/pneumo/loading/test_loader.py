@@ -6,6 +6,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,19 +18,23 @@ import torch
 from blake3 import blake3
 
 from pneumo import storage
-from pneumo.config import AugmentConfig, Config, DataConfig, override
+from pneumo.config import AugmentConfig, Config, DataConfig
+from pneumo.config_layers import override
 from pneumo.dataset import shards
 from pneumo.dataset.shards import Manifest, Sample
 from pneumo.errors import ConfigError, DataError
-from pneumo.loading import augmentation, feeds, loader, sample_order
-from pneumo.loading.loader import Batch, Loader, choose_ways
+from pneumo.loading import augmentation, loader, sample_order
+from pneumo.loading.blocks import Blocks, PreparedStore, input_size, to_input
+from pneumo.loading.in_memory import InMemoryFeed
+from pneumo.loading.loader import Batch, Loader, choose_feeds
 from pneumo.loading.sample_order import World
+from pneumo.loading.streaming import StreamingFeed
 
 StoreMaker = Callable[..., str]
 
 BATCH = 30  # divides into 1, 2, 3 and 5 ranks
 WAYS = ("memory", "stream")
-AUGMENT = AugmentConfig(flip=True, erase_fraction=0.2)
+AUGMENT = AugmentConfig(flip=True)
 CPU = torch.device("cpu")
 
 
@@ -70,7 +75,8 @@ def counted() -> Iterator[type[CountedFiles]]:
 def store(tiny_store: StoreMaker) -> tuple[str, Manifest]:
     """19 training blocks, of which some are short: shards of 80 samples in blocks of 64 and 16."""
     store_url = tiny_store(train=751, val=203, test=9, image_size=32, samples_per_shard=80)
-    return store_url, shards.read_manifest(store_url)
+    manifest = shards.read_manifest(store_url)
+    return store_url, manifest.model_copy(update={"mean": 0.4, "std": 0.2})
 
 
 def open_split(
@@ -83,16 +89,9 @@ def open_split(
     image_size: int = 32,
     **settings: Any,
 ) -> Loader:
+    config = DataConfig.model_validate({"cache": way, "image_size": image_size, **settings})
     return loader.open_loader(
-        store[0],
-        store[1],
-        split,
-        DataConfig.model_validate({"cache": way, **settings}),
-        image_size=image_size,
-        mean=0.4,
-        std=0.2,
-        world=World(rank, size),
-        device=CPU,
+        PreparedStore(*store, config), split, world=World(rank, size), device=CPU
     )
 
 
@@ -151,26 +150,28 @@ def wait_for_readers_to_end() -> None:
 def test_the_input_size_is_the_stores_unless_smaller_is_wanted(
     store: tuple[str, Manifest],
 ) -> None:
-    assert loader.input_size(store[1], None) == 32
-    assert loader.input_size(store[1], 32) == 32
+    assert input_size(store[1], None) == 32
+    assert input_size(store[1], 32) == 32
 
 
 def test_an_input_size_above_the_stores_is_refused(store: tuple[str, Manifest]) -> None:
     message = r"data\.image_size: 33 is above the store's 32; .*--prepare\.image-size 33"
     with pytest.raises(ConfigError, match=message):
-        loader.input_size(store[1], 33)
+        input_size(store[1], 33)
 
 
-@pytest.mark.parametrize("image_size", [32, 24, 16])
-def test_images_are_resampled_by_area(store: tuple[str, Manifest], image_size: int) -> None:
+@pytest.mark.parametrize("image_size", [64, 48, 32])
+def test_images_are_resampled_by_area(tiny_store: StoreMaker, image_size: int) -> None:
+    store_url = tiny_store(train=9, test=9, image_size=64)
+    store = (store_url, shards.read_manifest(store_url))
     samples = stored(store, "test")
-    images = feeds.to_input([sample.pixels for sample in samples], image_size)
+    images = to_input([sample.pixels for sample in samples], image_size)
     assert images.shape == (9, 1, image_size, image_size)
     assert images.dtype == torch.uint8
     for image, sample in zip(images[:, 0].numpy(), samples, strict=True):
         expected = cv2.resize(sample.pixels, (image_size,) * 2, interpolation=cv2.INTER_AREA)
         np.testing.assert_array_equal(image, expected)
-    expected_batch = augmentation.normalise(images, 0.4, 0.2)
+    expected_batch = augmentation.normalise(images, store[1].mean, store[1].std)
     for way in WAYS:
         data = open_split(store, way, split="test", image_size=image_size)
         [batch] = data.evaluation(batch_size=9)
@@ -180,7 +181,7 @@ def test_images_are_resampled_by_area(store: tuple[str, Manifest], image_size: i
 def test_half_size_is_the_mean_of_four(store: tuple[str, Manifest]) -> None:
     pixels = [sample.pixels for sample in stored(store, "test")]
     means = np.stack(pixels).reshape(9, 16, 2, 16, 2).mean(axis=(2, 4))
-    assert np.abs(feeds.to_input(pixels, 16)[:, 0].numpy() - means).max() <= 0.5
+    assert np.abs(to_input(pixels, 16)[:, 0].numpy() - means).max() <= 0.5
 
 
 # --- settings -------------------------------------------------------------------------------------
@@ -190,13 +191,7 @@ def test_half_size_is_the_mean_of_four(store: tuple[str, Manifest]) -> None:
     ("key", "value", "message"),
     [
         ("cache", "disk", "expected 'auto', 'memory' or 'stream'"),
-        ("cache_gb", 5.0, "data: cache_gb 5 limits nothing without cache_dir"),
-        ("cache_gb", 0.0, "expected greater than 0"),
-        ("cache_dir", "blocks", "data: cache_dir blocks: give a local folder by its absolute path"),
-        ("cache_dir", "s3://bucket/blocks", "give a local folder by its absolute path"),
-        ("prefetch_blocks", 0, "expected greater than 0"),
-        ("readers", 0, "expected greater than or equal to 1"),
-        ("readers", 65, "expected less than or equal to 64"),
+        ("image_size", 0, "expected greater than or equal to"),
     ],
 )
 def test_settings_of_a_loader_that_make_no_sense_are_refused(
@@ -212,7 +207,6 @@ def test_settings_of_a_loader_that_make_no_sense_are_refused(
         ("brightness_fraction", 1.0),
         ("contrast_fraction", -0.1),
         ("gamma_fraction", 10.0),
-        ("erase_fraction", 1.0),
         ("flip", "sometimes"),
     ],
 )
@@ -225,7 +219,7 @@ def test_amounts_out_of_range_are_refused(key: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_batch_is_the_partitions_rows_augmented_and_normalised(
+def test_a_batch_is_the_planned_rows_augmented_and_normalised(
     store: tuple[str, Manifest], way: str
 ) -> None:
     samples = stored(store, "train")
@@ -239,7 +233,7 @@ def test_a_batch_is_the_partitions_rows_augmented_and_normalised(
         assert batch.keys == tuple(samples[row].key for row in rows)
         assert batch.targets.tolist() == [samples[row].target for row in rows]
         assert batch.targets.dtype == torch.float32
-        pixels = feeds.to_input([samples[row].pixels for row in rows], 32)
+        pixels = to_input([samples[row].pixels for row in rows], 32)
         moved = augmentation.augment(
             pixels, batch.keys, AUGMENT, seed=5, epoch=3, moments=(0.4, 0.2)
         )
@@ -253,8 +247,8 @@ def whole(store: tuple[str, Manifest]) -> list[Batch]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("size", [1, 2, 3, 5])
-@pytest.mark.parametrize("start_step", [0, 1, 12, 24, 25])
+@pytest.mark.parametrize("size", [1, 3, 5])
+@pytest.mark.parametrize("start_step", [0, 12, 25])
 def test_both_ways_feed_the_same_bits_on_any_ranks_from_any_step(
     store: tuple[str, Manifest], whole: list[Batch], way: str, size: int, start_step: int
 ) -> None:
@@ -271,11 +265,12 @@ def test_both_ways_feed_the_same_bits_on_any_ranks_from_any_step(
 def test_threads_and_read_ahead_change_nothing(
     store: tuple[str, Manifest], whole: list[Batch], readers: int, prefetch_blocks: int
 ) -> None:
-    data = open_split(store, "stream", readers=readers, prefetch_blocks=prefetch_blocks)
-    assert_same(list(train_batches(data, epoch=1)), whole)
-    if prefetch_blocks == 1:
-        held = open_split(store, "memory", readers=readers)
-        assert_same(list(train_batches(held, epoch=1)), whole)
+    blocks = Blocks(PreparedStore(*store, DataConfig()), "train")
+    streamed = StreamingFeed(blocks, readers=readers, prefetch_blocks=prefetch_blocks)
+    held = InMemoryFeed(blocks, device=CPU, readers=readers)
+    for feed in (streamed, held):
+        data = replace(open_split(store, "stream"), feed=feed)
+        assert_same(list(train_batches(data, epoch=1)), whole)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -294,7 +289,7 @@ def test_an_epoch_has_whole_batches_of_different_studies(whole: list[Batch]) -> 
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 60])
+@pytest.mark.parametrize("size", [1, 3, 60])
 def test_evaluation_feeds_every_study_once_on_any_number_of_ranks(
     store: tuple[str, Manifest], way: str, size: int
 ) -> None:
@@ -309,7 +304,7 @@ def test_evaluation_feeds_every_study_once_on_any_number_of_ranks(
     assert [key for batch in fed for key in batch.keys] == [sample.key for sample in samples]
     together = join(tuple(fed))
     assert together.targets.tolist() == [sample.target for sample in samples]
-    pixels = feeds.to_input([sample.pixels for sample in samples], 32)
+    pixels = to_input([sample.pixels for sample in samples], 32)
     assert torch.equal(together.images, augmentation.normalise(pixels, 0.4, 0.2))
     assert max(len(batch.keys) for batch in fed) <= 7
 
@@ -350,7 +345,7 @@ def test_memory_reads_each_block_once_in_a_run(
     assert len(counted.reads) == len(set(counted.reads)) == len(data.block_sizes) == 19
 
 
-def test_memory_holds_a_rank_its_share_of_an_evaluation(
+def test_memory_holds_a_rank_its_slice_of_an_evaluation(
     remote: tuple[str, Manifest], counted: type[CountedFiles]
 ) -> None:
     data = open_split(remote, "memory", split="val", rank=1, size=2)
@@ -362,7 +357,7 @@ def test_memory_holds_a_rank_its_share_of_an_evaluation(
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("rank", "size"), [(0, 1), (1, 3), (4, 5)])
-@pytest.mark.parametrize("start_step", [0, 9, 20, 24])
+@pytest.mark.parametrize("start_step", [0, 9, 24])
 def test_going_on_reads_no_block_that_only_consumed_steps_needed(
     remote: tuple[str, Manifest],
     counted: type[CountedFiles],
@@ -386,7 +381,10 @@ def test_going_on_reads_no_block_that_only_consumed_steps_needed(
 def test_a_stream_reads_ahead_as_far_as_it_is_told(
     remote: tuple[str, Manifest], counted: type[CountedFiles]
 ) -> None:
-    data = open_split(remote, "stream", prefetch_blocks=3)
+    blocks = Blocks(PreparedStore(*remote, DataConfig()), "train")
+    data = replace(
+        open_split(remote, "stream"), feed=StreamingFeed(blocks, readers=4, prefetch_blocks=3)
+    )
     batches = train_batches(data)
     next(batches)
     first = len(blocks_of(data, range(1)))
@@ -401,51 +399,14 @@ def test_a_block_needed_again_much_later_is_read_again(
     store: tuple[str, Manifest], counted: type[CountedFiles]
 ) -> None:
     """So that a long epoch does not hold the blocks that two lanes share."""
-    blocks = feeds.Blocks(f"counted://{store[0]}", store[1], "train", image_size=32)
-    stream = feeds.Stream(blocks, readers=1, prefetch_blocks=1)
+    source = Blocks(PreparedStore(f"counted://{store[0]}", store[1], DataConfig()), "train")
+    stream = StreamingFeed(source, readers=1, prefetch_blocks=1)
     plan = [np.array([row]) for row in [0, 1, *range(64, 97), 2, 100, 3]]
     fed = list(stream.feed(plan))
     samples = stored(store, "train")
     assert [s.keys[0] for s in fed] == [samples[int(rows[0])].key for rows in plan]
     assert len(counted.reads) == 4  # block 0, then 1 (64 to 79) and 2, then 0 once more
     assert len(set(counted.reads)) == 3
-
-
-# --- a local cache of blocks ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_a_cached_block_is_not_read_again(
-    remote: tuple[str, Manifest],
-    counted: type[CountedFiles],
-    whole: list[Batch],
-    tmp_path: Path,
-    way: str,
-) -> None:
-    settings = {"cache_dir": str(tmp_path / "cache"), "cache_gb": 1.0}
-    assert_same(list(train_batches(open_split(remote, way, **settings), epoch=1)), whole)
-    assert len(counted.reads) == 19
-    for again in WAYS:
-        assert_same(list(train_batches(open_split(remote, again, **settings), epoch=1)), whole)
-    assert len(counted.reads) == 19
-
-
-def test_a_damaged_cached_block_is_read_again(
-    remote: tuple[str, Manifest],
-    counted: type[CountedFiles],
-    whole: list[Batch],
-    tmp_path: Path,
-) -> None:
-    settings = {"cache_dir": str(tmp_path)}
-    list(train_batches(open_split(remote, "stream", **settings), epoch=1))
-    one, two = sorted(tmp_path.iterdir())[:2]
-    one.write_bytes(one.read_bytes()[:-1] + b"x")
-    two.write_bytes(b"")
-    counted.reads.clear()
-    assert_same(list(train_batches(open_split(remote, "stream", **settings), epoch=1)), whole)
-    assert len(counted.reads) == 2
-    for path in (one, two):
-        assert blake3(path.read_bytes()).hexdigest() == path.name
 
 
 # --- what is wrong with a store -------------------------------------------------------------------
@@ -596,7 +557,11 @@ def test_an_epoch_that_cannot_be_read_ends_with_an_error_not_early(
 ) -> None:
     store_url = tiny_store(train=480, image_size=32)
     manifest = shards.read_manifest(store_url)
-    data = open_split((f"counted://{store_url}", manifest), "stream", prefetch_blocks=1)
+    remote = (f"counted://{store_url}", manifest)
+    blocks = Blocks(PreparedStore(*remote, DataConfig()), "train")
+    data = replace(
+        open_split(remote, "stream"), feed=StreamingFeed(blocks, readers=4, prefetch_blocks=1)
+    )
     batches = train_batches(data)
     next(batches)
     for shard in manifest.splits["train"].shards:
@@ -643,35 +608,35 @@ GB = 10**9
 
 
 @pytest.mark.parametrize(
-    ("wanted", "decoded", "host", "device", "way", "on_device"),
+    ("wanted", "decoded", "host", "device", "place"),
     [
-        ("auto", 1 * GB, 2 * GB, None, "memory", False),
-        ("auto", 1 * GB + 1, 2 * GB, None, "stream", False),
-        ("auto", 7 * GB, 2 * GB, 28 * GB, "memory", True),
-        ("auto", 7 * GB, 14 * GB, 24 * GB, "memory", False),
-        ("auto", 7 * GB, 10 * GB, 24 * GB, "stream", False),
-        ("memory", 2 * GB, 2 * GB, None, "memory", False),
-        ("memory", 2 * GB, 1 * GB, 8 * GB, "memory", True),
-        ("stream", 1, 2 * GB, 2 * GB, "stream", False),
+        ("auto", 1 * GB, 2 * GB, None, "memory"),
+        ("auto", 1 * GB + 1, 2 * GB, None, "stream"),
+        ("auto", 7 * GB, 2 * GB, 28 * GB, "device"),
+        ("auto", 7 * GB, 14 * GB, 24 * GB, "memory"),
+        ("auto", 7 * GB, 10 * GB, 24 * GB, "stream"),
+        ("memory", 2 * GB, 2 * GB, None, "memory"),
+        ("memory", 2 * GB, 1 * GB, 8 * GB, "device"),
+        ("stream", 1, 2 * GB, 2 * GB, "stream"),
     ],
 )
 def test_the_way_follows_size_and_memory(
-    wanted: Any, decoded: int, host: int, device: int | None, way: str, on_device: bool
+    wanted: Any, decoded: int, host: int, device: int | None, place: str
 ) -> None:
-    choices = choose_ways(wanted, {"train": decoded}, host_bytes=host, device_bytes=device)
+    choices = choose_feeds(wanted, {"train": decoded}, host_bytes=host, device_bytes=device)
     choice = choices["train"]
-    assert (choice.way, choice.on_device) == (way, on_device)
+    assert choice.place == place
     assert f"{decoded / 1e9:.2f} GB decoded" in choice.reason
 
 
 def test_memory_that_does_not_suffice_is_refused() -> None:
     message = r"^data\.cache: memory: 3\.00 GB decoded, 2\.00 GB free for this worker; use stream"
     with pytest.raises(ConfigError, match=message):
-        choose_ways("memory", {"train": 3 * GB}, host_bytes=2 * GB, device_bytes=None)
+        choose_feeds("memory", {"train": 3 * GB}, host_bytes=2 * GB, device_bytes=None)
 
 
 @pytest.mark.parametrize(
-    ("sizes", "host", "device", "ways"),
+    ("sizes", "host", "device", "places"),
     [
         ((4, 1), 10, None, ("memory", "memory")),
         ((4, 2), 10, None, ("memory", "stream")),  # each alone would fit
@@ -681,16 +646,15 @@ def test_memory_that_does_not_suffice_is_refused() -> None:
     ],
 )
 def test_splits_fit_beside_one_another(
-    sizes: tuple[int, int], host: int, device: int | None, ways: tuple[str, str]
+    sizes: tuple[int, int], host: int, device: int | None, places: tuple[str, str]
 ) -> None:
-    choices = choose_ways(
+    choices = choose_feeds(
         "auto",
         {"train": sizes[0] * GB, "val": sizes[1] * GB},
         host_bytes=host * GB,
         device_bytes=None if device is None else device * GB,
     )
-    found = ["device" if choice.on_device else choice.way for choice in choices.values()]
-    assert tuple(found) == ways
+    assert tuple(choice.place for choice in choices.values()) == places
 
 
 def test_memory_that_suffices_for_one_split_only_is_refused() -> None:
@@ -698,7 +662,7 @@ def test_memory_that_suffices_for_one_split_only_is_refused() -> None:
         r"^data\.cache: memory: 2\.00 GB decoded, 1\.00 GB free for this worker beside the oth"
     )
     with pytest.raises(ConfigError, match=message):
-        choose_ways("memory", {"a": 2 * GB, "b": 2 * GB}, host_bytes=3 * GB, device_bytes=None)
+        choose_feeds("memory", {"a": 2 * GB, "b": 2 * GB}, host_bytes=3 * GB, device_bytes=None)
 
 
 @pytest.mark.parametrize(
@@ -713,17 +677,13 @@ def test_the_way_and_its_reason_are_told_in_a_line(
 ) -> None:
     lines: list[str] = []
     opened = loader.open_loader(
-        *store,
+        PreparedStore(*store, DataConfig(cache=way)),
         "train",
-        DataConfig(cache=way),
-        image_size=32,
-        mean=0.0,
-        std=1.0,
         world=World(),
         device="cpu",
         tell=lines.append,
     )
-    assert isinstance(opened.feed, feeds.Stream if way == "stream" else feeds.Memory)
+    assert isinstance(opened.feed, StreamingFeed if way == "stream" else InMemoryFeed)
     [told] = lines
     assert re.match(line, told)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -141,16 +139,6 @@ def test_ranks_share_at_most_the_blocks_where_they_meet(size: int, samples_per_s
         rows = [train_rows(order, step, batch_size=256, world=world) for step in range(73)]
         read += len(np.unique(np.searchsorted(np.cumsum(sizes), np.concatenate(rows), "right")))
     assert read <= len(sizes) + size - 1
-
-
-def test_an_order_of_100_000_takes_less_than_50_ms() -> None:
-    sizes = shard_blocks(100_000, 1024)
-    times = []
-    for epoch in range(10):
-        started = time.perf_counter()
-        epoch_order(sizes, batch_size=64, seed=0, epoch=epoch)
-        times.append(time.perf_counter() - started)
-    assert min(times) < 0.05
 
 
 # --- training -------------------------------------------------------------------------------------

@@ -327,7 +327,7 @@ def assert_fell_back(told: Initialisation, model: nn.Module) -> None:
     assert told.fell_back
     assert told.source == "random"
     assert re.match(
-        r"ImageNet weights cannot be had \(.+\): random weights, seed 3, instead; .*"
+        r"ImageNet weights are not available \(.+\): random weights, seed 3, instead; .*"
         r"--model\.weights random says that it is meant$",
         told.message,
     )

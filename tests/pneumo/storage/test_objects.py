@@ -30,7 +30,9 @@ from s3fs.errors import translate_boto_error
 
 from pneumo import storage
 from pneumo.errors import AccessError, ContentError, StorageError, UserError
-from pneumo.storage import objects
+from pneumo.storage.failures import permanent_error
+from pneumo.storage.retries import retried
+from pneumo.storage.s3 import create_object
 
 BUCKET = "the-bucket"
 """Its name is in the message of every missing key; that must not be read as a missing bucket."""
@@ -307,7 +309,6 @@ def test_of_many_creators_at_once_one_wins(
 _WRITE_FOR_EVER = """
 import sys
 from pneumo import storage
-from pneumo.storage import objects
 data = [bytes([i]) * 30_000_000 for i in (1, 2)]
 for i in range(10**6):
     storage.write_bytes(sys.argv[1], data[i % 2])
@@ -334,7 +335,6 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_object(tmp_path: Path) -> 
 _HANG_WHILE_WRITING = """
 import os, sys
 from pneumo import storage
-from pneumo.storage import objects
 def never_return(descriptor):
     print("begun", flush=True)
     sys.stdin.read()
@@ -538,7 +538,7 @@ def test_a_dead_endpoint_is_an_error_once_the_budget_is_spent(
         return data
 
     with pytest.raises(StorageError, match=rf"s3://b/k: .*connect.*127\.0\.0\.1:{port}"):
-        objects._retried(read, "s3://b/k", budget_s=5)
+        retried(read, "s3://b/k", budget_s=5)
     assert len(tried) > 1
 
 
@@ -557,9 +557,9 @@ def test_a_label_stands_for_a_url_that_names_a_patient(
     s3fs.S3FileSystem.clear_instance_cache()
     # botocore's own words quote the whole URL of the request.
     with pytest.raises(StorageError, match=f"{SECRET}"):
-        objects._retried(lambda fs, path: fs.cat_file(path), url, budget_s=0.1)
+        retried(lambda fs, path: fs.cat_file(path), url, budget_s=0.1)
     with pytest.raises(StorageError, match=r"study 17: EndpointConnectionError; tried") as failed:
-        objects._retried(lambda fs, path: fs.cat_file(path), url, budget_s=0.1, label="study 17")
+        retried(lambda fs, path: fs.cat_file(path), url, budget_s=0.1, label="study 17")
     for caught in (refused, failed):
         # As --debug and Ray would print it.
         assert SECRET not in "".join(traceback.format_exception(caught.value))
@@ -575,7 +575,7 @@ def test_what_is_said_while_trying_again_tells_the_label(caplog: pytest.LogCaptu
             raise ConnectionError(f"cannot connect to https://host/b/{SECRET}")
         return b"data"
 
-    assert objects._retried(read, f"memory://{SECRET}", label="study 17") == b"data"
+    assert retried(read, f"memory://{SECRET}", label="study 17") == b"data"
     assert "storage: study 17: ConnectionError; trying again for" in caplog.text
     assert SECRET not in caplog.text
 
@@ -607,7 +607,7 @@ def test_passing_trouble_is_tried_again() -> None:
             raise answer
         return answer
 
-    assert objects._retried(read, "memory://a", budget_s=30.0) == b"data"
+    assert retried(read, "memory://a", budget_s=30.0) == b"data"
 
 
 @pytest.mark.parametrize(
@@ -621,7 +621,7 @@ def test_passing_trouble_is_tried_again() -> None:
         (ImportError("Please install gcsfs to access Google Storage"), UserError),
     ],
 )
-def test_lasting_trouble_is_not_tried_again(trouble: Exception, error: type[Exception]) -> None:
+def test_permanent_trouble_is_not_tried_again(trouble: Exception, error: type[Exception]) -> None:
     tried = []
 
     def read(fs: object, path: str) -> bytes:
@@ -629,7 +629,7 @@ def test_lasting_trouble_is_not_tried_again(trouble: Exception, error: type[Exce
         raise trouble
 
     with pytest.raises(error):
-        objects._retried(read, "memory://a", budget_s=30.0)
+        retried(read, "memory://a", budget_s=30.0)
     assert len(tried) == 1
 
 
@@ -664,9 +664,9 @@ def _answer(code: str, status: int, operation: str = "GetObject") -> Exception:
     ],
 )
 def test_a_refusal_says_which_and_what_to_do(code: str, status: int, message: str) -> None:
-    lasting = objects._lasting(_answer(code, status), "s3://b/k")
-    assert isinstance(lasting, AccessError)
-    assert re.search(message, str(lasting))
+    permanent = permanent_error(_answer(code, status), "s3://b/k")
+    assert isinstance(permanent, AccessError)
+    assert re.search(message, str(permanent))
 
 
 @pytest.mark.parametrize(
@@ -687,8 +687,8 @@ def test_a_refusal_says_which_and_what_to_do(code: str, status: int, message: st
 def test_only_what_may_pass_is_waited_for(
     code: str, status: int, kind: type[Exception] | None
 ) -> None:
-    lasting = objects._lasting(_answer(code, status), "s3://b/k")
-    assert lasting is None if kind is None else type(lasting) is kind
+    permanent = permanent_error(_answer(code, status), "s3://b/k")
+    assert permanent is None if kind is None else type(permanent) is kind
 
 
 class _WithoutConditions:
@@ -714,10 +714,10 @@ class _WithoutConditions:
 
 def test_a_server_without_conditions_is_asked_first() -> None:
     server = _WithoutConditions()
-    assert objects._create_object(server, "bucket/key", b"first", "writer 1")
-    assert not objects._create_object(server, "bucket/key", b"second", "writer 2")
+    assert create_object(server, "bucket/key", b"first", "writer 1")
+    assert not create_object(server, "bucket/key", b"second", "writer 2")
     assert server.objects["key"]["Body"] == b"first"
-    assert objects._create_object(server, "bucket/key", b"first", "writer 1"), "sent again"
+    assert create_object(server, "bucket/key", b"first", "writer 1"), "sent again"
 
 
 def test_a_read_that_gets_on_is_given_more_time() -> None:
@@ -730,9 +730,9 @@ def test_a_read_that_gets_on_is_given_more_time() -> None:
             raise ConnectionError("cut")
         return "all of it"
 
-    assert objects._retried(read, "memory://a", 1.0, progress=lambda: received) == "all of it"
+    assert retried(read, "memory://a", 1.0, progress=lambda: received) == "all of it"
     with pytest.raises(StorageError, match="memory://a: cut; tried again for 1 s"):
-        objects._retried(lambda fs, path: _raise(ConnectionError("cut")), "memory://a", 1.0)
+        retried(lambda fs, path: _raise(ConnectionError("cut")), "memory://a", 1.0)
 
 
 def _raise(error: Exception) -> None:

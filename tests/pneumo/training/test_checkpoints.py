@@ -1,4 +1,4 @@
-"""What a checkpoint holds comes back; what the index does not vouch for is not there."""
+"""What a checkpoint holds comes back; what the index does not name does not count."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import io
 import json
 import os
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +17,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from pneumo import storage
 from pneumo.config import Config, TrainConfig
-from pneumo.errors import CheckpointError, RunError, StorageError
+from pneumo.errors import CheckpointError, RunError
 from pneumo.training.checkpoints import (
     Checkpoint,
     CheckpointEntry,
     CheckpointIndex,
-    CheckpointWriter,
     claim_run,
     copy_to_cpu,
-    describe_code,
     find_index,
     load_checkpoint,
     load_newest,
     read_index,
     save_checkpoint,
 )
+from pneumo.version import describe_code
 
 
 def make_checkpoint(epoch: int = 1, auroc: float | None = 0.7, **changes: Any) -> Checkpoint:
@@ -73,7 +72,7 @@ def file_of(run_url: str, number: int = -1) -> Path:
 
 
 def replace_file(run_url: str, content: Any) -> CheckpointEntry:
-    """Put something else in the newest checkpoint's place, and let the index vouch for it."""
+    """Put something else in the newest checkpoint's place, with its digest in the index."""
     folder = Path(run_url) / "checkpoints"
     index = json.loads((folder / "index.json").read_text())
     buffer = io.BytesIO()
@@ -307,12 +306,12 @@ def test_a_writer_that_loses_the_run_while_it_writes_leaves_the_index_alone(
     assert (tmp_path / "checkpoints" / f"epoch-0002-{attempt}.pt").exists(), "it did get so far"
 
 
-def test_who_takes_a_run_over_removes_what_nobody_vouches_for(tmp_path: Path) -> None:
+def test_who_takes_a_run_over_removes_what_the_index_does_not_name(tmp_path: Path) -> None:
     run_url, folder = str(tmp_path), tmp_path / "checkpoints"
     save(run_url, 0.6, 0.7)
     kept = {path.name for path in folder.iterdir()}
     (folder / "epoch-0003-01234567.pt").write_bytes(b"written, and killed before the index was")
-    (folder / ".partial-abc").write_bytes(b"half")
+    (folder / f"{storage.PARTIAL_PREFIX}abc").write_bytes(b"half")
     (folder / "notes.txt").write_text("a person's")
     claim_run(run_url, read_index(run_url))
     assert {path.name for path in folder.iterdir()} == {*kept, "notes.txt"}
@@ -380,88 +379,13 @@ def test_the_one_before_a_damaged_checkpoint_is_taken_and_it_is_said(tmp_path: P
     second.unlink()
     entry, loaded = load_newest(run_url, read_index(run_url), told.append)
     assert entry.epoch == loaded.epoch == 1
-    assert f"{third.name}: not what the index vouches for" in told[0]
+    assert f"{third.name}: its SHA-256 is not the index's" in told[0]
     assert f"{second.name}: the index names it, but it is gone; taking the one before" in told[1]
     first.write_bytes(b"")
     with pytest.raises(
-        CheckpointError, match=r"epoch-0001-\w{8}\.pt: not what the index vouches for"
+        CheckpointError, match=r"epoch-0001-\w{8}\.pt: its SHA-256 is not the index's"
     ):
         load_newest(run_url, read_index(run_url))
-
-
-def test_writing_does_not_hold_up_training_and_goes_one_at_a_time() -> None:
-    written: list[int] = []
-    go = threading.Event()
-    writer = CheckpointWriter(lambda line: None)
-    writer.submit(lambda: written.append(int(go.wait(20))))
-    assert written == []
-    second = threading.Thread(target=writer.submit, args=(lambda: written.append(2),))
-    second.start()
-    second.join(0.2)
-    assert second.is_alive(), "a second one waits for the first"
-    go.set()
-    second.join()
-    writer.flush()
-    assert written == [1, 2]
-    writer.close()
-
-
-def store_is_away() -> None:
-    raise StorageError("storage: s3://bucket/run: tried again for 120 s")
-
-
-def test_an_object_store_that_is_away_is_outlived_but_not_for_ever(tmp_path: Path) -> None:
-    told: list[str] = []
-    writer = CheckpointWriter(told.append)
-    warning = "warning: a checkpoint could not be written, training goes on: storage: s3://bucket"
-    for _ in range(2):
-        writer.submit(store_is_away)
-    writer.submit(lambda: save(str(tmp_path), 0.6))
-    assert [line[: len(warning)] for line in told] == [warning, warning]
-    writer.flush()
-    assert read_index(str(tmp_path)).latest.epoch == 1
-    for _ in range(3):  # counted anew: one was written in between
-        writer.submit(store_is_away)
-    with pytest.raises(StorageError, match="tried again for 120 s"):
-        writer.submit(store_is_away)
-    writer.close()
-
-
-def test_what_waiting_does_not_mend_is_raised_as_soon_as_it_is_known() -> None:
-    told: list[str] = []
-    begun, go = threading.Event(), threading.Event()
-    writer = CheckpointWriter(told.append)
-
-    def fill() -> None:
-        begun.set()
-        go.wait(20)
-        raise CheckpointError("no checkpoint could be written: No space left on device")
-
-    writer.submit(fill)
-    begun.wait(20)
-    writer.check()  # still under way
-    go.set()
-
-    def keep_checking() -> None:
-        for _ in range(200):
-            writer.check()
-            time.sleep(0.05)
-
-    with pytest.raises(CheckpointError, match="No space left"):
-        keep_checking()
-    writer.close()
-    assert told == []
-
-
-def test_the_last_write_is_waited_for_and_its_failure_is_an_error() -> None:
-    told: list[str] = []
-    writer = CheckpointWriter(told.append)
-    writer.submit(store_is_away)
-    with pytest.raises(StorageError):
-        writer.flush()
-    writer.submit(store_is_away)
-    writer.close()
-    assert "the last checkpoint could not be written" in told[-1]
 
 
 def test_a_snapshot_does_not_change_with_the_model() -> None:
@@ -502,7 +426,7 @@ def test_a_changed_byte_is_refused(tmp_path: Path, place: float) -> None:
     data[int(place * len(data))] ^= 1
     path.write_bytes(data)
     with pytest.raises(
-        CheckpointError, match=r"epoch-0001-\w{8}\.pt: not what the index vouches for"
+        CheckpointError, match=r"epoch-0001-\w{8}\.pt: its SHA-256 is not the index's"
     ):
         load_checkpoint(str(tmp_path), read_index(str(tmp_path)).latest)
 
@@ -513,7 +437,7 @@ def test_a_cut_or_missing_file_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     entry = read_index(str(tmp_path)).latest
     with pytest.raises(
-        CheckpointError, match=r"epoch-0001-\w{8}\.pt: not what the index vouches for"
+        CheckpointError, match=r"epoch-0001-\w{8}\.pt: its SHA-256 is not the index's"
     ):
         load_checkpoint(str(tmp_path), entry)
     path.unlink()

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pneumo import storage
-from pneumo.config import Config, TrainConfig, override
+from pneumo.config import Config, TrainConfig
+from pneumo.config_layers import override
 from pneumo.dataset import shards
 from pneumo.errors import (
     CheckpointError,
@@ -33,7 +34,7 @@ from pneumo.errors import (
 from pneumo.loading.loader import Batch
 from pneumo.loading.sample_order import World
 from pneumo.network.backbones import build_model, initialise
-from pneumo.training.callbacks import Epoch, Hooks, Pace, Start
+from pneumo.training.callbacks import Callbacks, Epoch, Pace, Start
 from pneumo.training.checkpoints import (
     Checkpoint,
     claim_run,
@@ -42,9 +43,11 @@ from pneumo.training.checkpoints import (
     read_index,
     save_checkpoint,
 )
-from pneumo.training.fit import check_run, fit, resolve_pos_weight
+from pneumo.training.fit import fit
 from pneumo.training.optimisation import autocast_dtype, build_optimizer, learning_rate
+from pneumo.training.preconditions import check_run, resolve_pos_weight
 from pneumo.training.train_step import Learner
+from tests.networks import TinyNetwork, build_tiny
 from tests.ranks import run_ranks
 
 StoreMaker = Callable[..., str]
@@ -78,14 +81,21 @@ def run_url() -> Iterator[str]:
         memory.rm("/runs", recursive=True)
 
 
-def run(config: Config, store_url: str, run_url: str, **hooks: Any) -> History:
+def run(
+    config: Config,
+    store_url: str,
+    run_url: str,
+    build_network: Callable[[str], nn.Module] = build_tiny,
+    **callbacks: Any,
+) -> History:
     return fit(
         config,
         store_url=store_url,
         run_url=run_url,
         world=World(),
         device=CPU,
-        hooks=Hooks(**hooks),
+        callbacks=Callbacks(**callbacks),
+        build_network=build_network,
     )
 
 
@@ -115,7 +125,7 @@ def make_batch(size: int = 6) -> Batch:
 
 
 def make_model() -> nn.Module:
-    model = build_model("resnet18")
+    model = TinyNetwork()
     initialise(model, SMALL.model, seed=4)
     return model.train()
 
@@ -133,11 +143,10 @@ def make_learner(model: nn.Module, **changes: Any) -> Learner:
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
-@pytest.mark.parametrize(("smoothing", "clip"), [(0.0, None), (0.2, 0.5)])
+@pytest.mark.parametrize(("smoothing", "clip"), [(0.0, None), (0.2, 0.05)])
 def test_a_step_is_that_of_plain_torch(
     optimizer: str, smoothing: float, clip: float | None
 ) -> None:
-    # In float64: of three samples at 1x1 the network makes much of a rounding.
     batch, ours, plain = make_batch(), make_model().double(), make_model().double()
     batch = Batch(batch.images.double(), batch.targets.double(), batch.keys)
     rate = 1e-2 if optimizer == "sgd" else 1e-3
@@ -155,7 +164,8 @@ def test_a_step_is_that_of_plain_torch(
     plain_optimizer = kind(plain.parameters(), lr=rate, weight_decay=0.01, **extra)
     averaged = flat(dict(plain.named_parameters())).detach()
     for step in range(2):
-        loss, _ = learner.learn(batch, epoch=0, step=step, num_steps=step + 1, lr=rate)
+        loss, _, samples, found_norm = learner.learn(batch, epoch=0, step=step, lr=rate)
+        assert samples == 6
         buffers = {n: b.clone() for n, b in plain.named_buffers()}
         plain_optimizer.zero_grad()
         losses: list[float] = []
@@ -170,8 +180,7 @@ def test_a_step_is_that_of_plain_torch(
             means.append({n: b.clone() for n, b in plain.named_buffers()})
         if clip is not None:
             norm = nn.utils.clip_grad_norm_(plain.parameters(), clip)
-            assert learner.gradient_norm is not None
-            assert float(learner.gradient_norm) == pytest.approx(float(norm), rel=1e-2)
+            assert float(found_norm) == pytest.approx(float(norm), rel=1e-2)
             assert norm > clip
         plain_optimizer.step()
         joint = {n: (means[0][n] + means[1][n]) / 2 for n in buffers}
@@ -187,7 +196,7 @@ def test_a_step_is_that_of_plain_torch(
     for name, buffer in plain.named_buffers():
         torch.testing.assert_close(ours.state_dict()[name], buffer, rtol=1e-3, atol=1e-4)
     assert learner.average is not None
-    ema = flat(dict(learner.average.model.named_parameters()))
+    ema = flat(dict(learner.average.module.named_parameters()))
     assert (ema - averaged).norm() < 0.02 * moved
 
 
@@ -200,10 +209,10 @@ def test_a_fused_optimiser_is_used(optimizer: Any) -> None:
 def test_random_layers_draw_from_the_place_in_the_run() -> None:
     def train(starts: int) -> torch.Tensor:
         torch.manual_seed(starts)
-        model = build_model("efficientnet_v2_s")
-        initialise(model, override(SMALL, {"model.backbone": "efficientnet_v2_s"}).model, seed=1)
+        model = TinyNetwork(dropout=0.5)
+        initialise(model, SMALL.model, seed=1)
         learner = make_learner(model.train(), optimizer="sgd")
-        learner.learn(make_batch(), epoch=0, step=place, num_steps=1, lr=0.01)
+        learner.learn(make_batch(), epoch=0, step=place, lr=0.01)
         return flat(model.state_dict())
 
     place = 0
@@ -222,10 +231,7 @@ def test_a_compiled_network_learns_the_same() -> None:
         if compiled:
             model.compile(backend="aot_eager")  # as the setting does, but without a C++ compiler
         losses.append(
-            [
-                float(learner.learn(make_batch(), epoch=0, step=i, num_steps=i + 1, lr=1e-4)[0])
-                for i in range(2)
-            ]
+            [float(learner.learn(make_batch(), epoch=0, step=i, lr=1e-4)[0]) for i in range(2)]
         )
         assert not any("_orig_mod" in name for name in model.state_dict())
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
@@ -236,7 +242,7 @@ def test_bfloat16_computes_roughly_and_keeps_exact_weights() -> None:
     for precision in ("float32", "bfloat16"):
         model = make_model()
         learner = make_learner(model, precision=precision)
-        loss, _ = learner.learn(make_batch(), epoch=0, step=0, num_steps=1, lr=1e-3)
+        loss, *_ = learner.learn(make_batch(), epoch=0, step=0, lr=1e-3)
         assert loss.dtype == torch.float32
         assert {p.dtype for p in model.parameters()} == {torch.float32}
         losses.append(float(loss))
@@ -309,7 +315,7 @@ def test_a_split_of_one_class_is_refused_before_the_first_step(
 # --- a run ----------------------------------------------------------------------------------------
 
 
-def test_a_run_leaves_its_metrics_and_tells_its_hooks(store_url: str, run_url: str) -> None:
+def test_a_run_leaves_its_metrics_and_tells_its_caller(store_url: str, run_url: str) -> None:
     config = override(SMALL, {"train.schedule": "cosine"})
     started: list[Start] = []
     steps: list[tuple[int, int, int]] = []
@@ -360,15 +366,16 @@ def test_a_run_that_was_cut_goes_on_bit_for_bit(store_url: str, run_url: str) ->
         if (epoch, step) == (3, 2):
             raise PowerCutError
 
-    whole = run(config, store_url, f"{run_url}/whole")
+    whole = run(config, store_url, f"{run_url}/whole", build_model)
     with pytest.raises(PowerCutError):
-        run(config, store_url, f"{run_url}/cut", on_step=cut)
+        run(config, store_url, f"{run_url}/cut", build_model, on_step=cut)
     assert newest(f"{run_url}/cut").epoch == 2
     started: list[int] = []
     rest = run(
         config,
         store_url,
         f"{run_url}/cut",
+        build_model,
         on_start=lambda start: started.append(len(start.history)),
     )
     assert started == [2]
@@ -388,25 +395,29 @@ def test_a_run_that_was_cut_goes_on_bit_for_bit(store_url: str, run_url: str) ->
     assert max(record["val/auroc"] or 0.0 for record in whole) > 0.9
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "efficientnet_v2_s"])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_a_run_that_was_cut_within_an_epoch_goes_on_bit_for_bit(
-    store_url: str, run_url: str, backbone: str
+    store_url: str, run_url: str, dropout: float
 ) -> None:
-    every = {"train.checkpoint_every_steps": 2, "train.ema_decay": 0.9, "model.backbone": backbone}
+    def build(backbone: str) -> nn.Module:
+        return TinyNetwork(dropout)
+
+    every = {"train.checkpoint_every_steps": 2, "train.ema_decay": 0.9}
     config = override(SMALL, {"train.keep_checkpoints": 1, **every})
-    notes: list[str] = []
     steps: list[tuple[int, int, int]] = []
 
     def cut(epoch: int, step: int, steps: int) -> None:
         if (epoch, step) == (2, 3):
             raise PowerCutError
 
-    whole = run(config, store_url, f"{run_url}/whole")
+    whole = run(config, store_url, f"{run_url}/whole", build)
     with pytest.raises(PowerCutError):
-        run(config, store_url, f"{run_url}/cut", on_step=cut, on_note=notes.append)
+        run(config, store_url, f"{run_url}/cut", build, on_step=cut)
     kept = newest(f"{run_url}/cut")
     assert (kept.epoch, kept.step) == (1, 2)
-    rest = run(config, store_url, f"{run_url}/cut", on_step=lambda *numbers: steps.append(numbers))
+    rest = run(
+        config, store_url, f"{run_url}/cut", build, on_step=lambda *numbers: steps.append(numbers)
+    )
     assert steps == [(2, 3, 4), (2, 4, 4)]
     assert without_times(rest) == without_times(whole)
     one, two = newest(f"{run_url}/whole"), newest(f"{run_url}/cut")
@@ -476,11 +487,11 @@ def test_a_damaged_checkpoint_costs_an_epoch_and_is_told(store_url: str, tmp_pat
         config,
         store_url,
         str(tmp_path),
-        on_note=notes.append,
+        tell=notes.append,
         on_start=lambda start: started.append(len(start.history)),
     )
     assert started == [1]
-    assert any(f"{damaged.name}: not what the index vouches for" in note for note in notes)
+    assert any(f"{damaged.name}: its SHA-256 is not the index's" in note for note in notes)
     assert read_index(str(tmp_path)).finished
 
 
@@ -506,6 +517,7 @@ def test_a_disk_that_is_full_ends_the_run_at_the_first_checkpoint(
             override(SMALL, {"train.epochs": 9}),
             store_url,
             str(tmp_path),
+            build_model,  # of 134 MB
             on_epoch=lambda epoch: told.append(epoch.number),
         )
     assert told in ([1], [1, 2])
@@ -516,7 +528,7 @@ def test_a_run_ends_early_when_patience_does(store_url: str, run_url: str) -> No
     notes: list[str] = []
     config = override(SMALL, {"train.lr": 1e-30, "train.epochs": 9, "train.patience": 2})
     config = override(config, {"train.optimizer": "sgd"})
-    history = run(config, store_url, run_url, on_note=notes.append)
+    history = run(config, store_url, run_url, tell=notes.append)
     scores = [record["val/auroc"] or 0.0 for record in history]
     best = scores.index(max(scores))
     assert len(history) == best + 3 < 9
@@ -560,7 +572,7 @@ class _SlowFileSystem(MemoryFileSystem):
         return stripped
 
     def cat_file(self, *arguments: Any, **options: Any) -> bytes:
-        time.sleep(0.6)
+        time.sleep(1.0)
         data: bytes = super().cat_file(*arguments, **options)
         return data
 
@@ -573,10 +585,10 @@ def test_waiting_for_data_is_told_in_a_run_of_one_epoch(
     slow = fsspec.filesystem("slowly")
     for path in folder.rglob("*.*"):
         slow.pipe_file(f"/store/{path.relative_to(folder)}", path.read_bytes())
-    streamed = {"data.cache": "stream", "data.prefetch_blocks": 1, "data.readers": 1}
+    streamed = {"data.cache": "stream"}
     notes: list[str] = []
     config = override(SMALL, {"train.epochs": 1, "train.micro_batch_size": 12, **streamed})
-    run(config, "slowly:///store", run_url, on_note=notes.append)
+    run(config, "slowly:///store", run_url, tell=notes.append)
     assert sum("% of the time until epoch 1 was spent waiting for data; keep" in n for n in notes)
 
 
@@ -587,7 +599,7 @@ def test_held_or_streamed_a_run_is_the_same_bit_for_bit(store_url: str, run_url:
             override(SMALL, {"data.cache": way}),
             store_url,
             f"{run_url}/{way}",
-            on_note=notes.append,
+            tell=notes.append,
         )
         for way in ("memory", "stream")
     ]
@@ -667,8 +679,6 @@ def test_settings_that_do_not_touch_training_may_change(begun_run: str, store_ur
             "evaluate.sensitivity": 0.8,
             "tracking.mode": "offline",
             "data.cache": "stream",
-            "data.readers": 2,
-            "data.cache_dir": "/tmp/blocks",
         },
     )
     assert check_run(changed, shards.read_manifest(store_url), begun_run, num_workers=3) == 32
@@ -738,25 +748,28 @@ def test_a_folder_that_is_no_store_is_refused(tmp_path: Path) -> None:
 # --- several ranks --------------------------------------------------------------------------------
 
 _RANK = """
-from pneumo.config import Config, override
+from pneumo.config import Config
+from pneumo.config_layers import override
 from pneumo.errors import DivergedError, PreemptedError
-from pneumo.training.callbacks import Hooks
+from pneumo.training.callbacks import Callbacks
 from pneumo.training.fit import fit
+from tests.networks import build_tiny
 
 (store_url,) = arguments
 config = Config.model_validate_json((folder / "config.json").read_text())
 asked = iter([False, False, rank == 1])
 
-def train(name, **hooks):
+def train(name, **callbacks):
     history = fit(config, store_url=store_url, run_url=str(folder / name), world=world,
-                  device=torch.device("cpu"), hooks=Hooks(**hooks))
+                  device=torch.device("cpu"), callbacks=Callbacks(**callbacks),
+                  build_network=build_tiny)
     (folder / f"{name}-{rank}.json").write_text(json.dumps(history))
 
 if size == 2:
     diverging = override(config, {"train.lr": 1e30, "train.optimizer": "adam"})
     try:
         fit(diverging, store_url=store_url, run_url=str(folder / "diverged"), world=world,
-            device=torch.device("cpu"), hooks=Hooks())
+            device=torch.device("cpu"), callbacks=Callbacks(), build_network=build_tiny)
         raise SystemExit("went on though the loss is no number")
     except DivergedError as error:
         (folder / f"diverged-{rank}.json").write_text(json.dumps(str(error)))
@@ -776,7 +789,7 @@ def read_history(folder: Path, name: str, rank: int) -> Any:
 
 def begin_weights() -> dict[str, torch.Tensor]:
     """The weights of SMALL before its first step."""
-    model = build_model("resnet18")
+    model = TinyNetwork()
     initialise(model, SMALL.model, seed=SMALL.seed)
     return dict(model.named_parameters())
 
@@ -795,7 +808,7 @@ def assert_alike(
         for state in (checkpoint.model, checkpoint_alone.model, begin_weights())
     )
     # Of the way that they went: all weights are near those that they began with.
-    assert 0 < (one - two).norm() < 1e-2 * (two - start).norm()
+    assert (one - two).norm() < 1e-2 * (two - start).norm()
     for name, value in checkpoint_alone.model.items():
         if "running" in name:
             torch.testing.assert_close(checkpoint.model[name], value, rtol=1e-2, atol=1e-3)
@@ -808,11 +821,9 @@ def assert_alike(
 def test_any_number_of_ranks_computes_what_one_does(
     tiny_store: StoreMaker, tmp_path: Path, size: int
 ) -> None:
-    # Of so many and so large pictures that no layer's variance is near 0, where gradients explode.
     store_url = tiny_store(train=99, val=13, image_size=64)
     changes = {"train.batch_size": 24, "train.micro_batch_size": 6, "train.optimizer": "sgd"}
-    # Steps so small that a difference of rounding is not fed back into the next ones.
-    config = override(SMALL, {**changes, "train.lr": 1e-5, "train.checkpoint_every_steps": 2})
+    config = override(SMALL, {**changes, "train.lr": 1e-3, "train.checkpoint_every_steps": 2})
     (tmp_path / "config.json").write_text(config.to_json())
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the ranks: sums in the same order

@@ -14,7 +14,7 @@ from pneumo.dataset.shards import read_manifest
 from pneumo.errors import RunError
 from pneumo.loading.sample_order import World
 from pneumo.training.checkpoints import Checkpoint, claim_run, read_index, save_checkpoint
-from pneumo.training.resuming import take_up
+from pneumo.training.resuming import claim_and_resume
 from tests.ranks import run_ranks
 
 StoreMaker = Callable[..., str]
@@ -44,7 +44,7 @@ def write_run(run_url: str, store_url: str, *, epochs: int, finished: bool = Fal
 _RANK = """
 from pneumo.config import Config
 from pneumo.errors import PneumoError
-from pneumo.training.resuming import take_up
+from pneumo.training.resuming import claim_and_resume
 from pneumo.dataset.shards import read_manifest
 
 (store_url,) = arguments
@@ -52,10 +52,10 @@ from pneumo.dataset.shards import read_manifest
 def begin(rank_0_sees, others_see):
     run_url = folder / (others_see if rank else rank_0_sees)
     try:
-        found = take_up(Config(), read_manifest(store_url), str(run_url), world)
+        found = claim_and_resume(Config(), read_manifest(store_url), str(run_url), world)
     except PneumoError as error:
         return f"{type(error).__name__}: {error}"
-    return [found.attempt, found.before and found.before.epoch]
+    return [found.attempt, found.checkpoint and found.checkpoint.epoch]
 
 told = [begin("run", "stale"), begin("run", "empty"), begin("finished", "run"), begin("new", "run")]
 (folder / f"told-{rank}.json").write_text(json.dumps(told))
@@ -97,7 +97,7 @@ def test_what_is_refused_does_not_take_the_run_from_its_owner(
     write_run(run_url, store_url, epochs=2)
     owner = read_index(run_url).attempt
     with pytest.raises(RunError, match="was begun with other settings in seed"):
-        take_up(Config(seed=9), read_manifest(store_url), run_url, World())
+        claim_and_resume(Config(seed=9), read_manifest(store_url), run_url, World())
     assert read_index(run_url).attempt == owner
 
 
@@ -108,9 +108,9 @@ def test_what_comes_after_the_newest_whole_checkpoint_is_dropped(
     write_run(run_url, store_url, epochs=2)
     damaged = tmp_path / "checkpoints" / read_index(run_url).latest.name
     damaged.write_bytes(damaged.read_bytes()[:99])
-    found = take_up(Config(), read_manifest(store_url), run_url, World(), told.append)
-    assert found.before is not None
-    assert found.before.epoch == 1
+    found = claim_and_resume(Config(), read_manifest(store_url), run_url, World(), told.append)
+    assert found.checkpoint is not None
+    assert found.checkpoint.epoch == 1
     index = read_index(run_url)
     assert [entry.epoch for entry in index.entries] == [1]
     assert index.attempt == found.attempt

@@ -10,7 +10,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score, roc_curve
 from sklearn.model_selection import GroupKFold, cross_val_predict
 
-from pneumo.config import Config, TuneConfig, override
+from pneumo.config import Config, TuneConfig
+from pneumo.config_layers import override
 from pneumo.errors import MetricError
 from pneumo.evaluation.bootstrap import Z_95
 from pneumo.evaluation.delong import delong, delong_test

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import tomli_w
 
-from pneumo.config import Config, override
+from pneumo.config import Config
+from pneumo.config_layers import override
 from pneumo.dataset.shards import read_manifest
 from pneumo.tuning.choice import (
     Confirmation,

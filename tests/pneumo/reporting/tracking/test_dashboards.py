@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pneumo.reporting.tracking import dashboards
+from pneumo import dashboards
 
 
 def test_views_name_what_the_jobs_log(capsys, monkeypatch):

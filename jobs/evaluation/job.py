@@ -1,0 +1,191 @@
+"""Score val and test once per study, judge, draw, report: all that a run says of its model."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from threadpoolctl import threadpool_limits
+
+from jobs.evaluation.evaluated_run import (
+    JUDGED_SPLITS,
+    METRICS,
+    Subject,
+    find_subject,
+    name_run,
+    read_other,
+)
+from jobs.evaluation.ray_scoring import score_splits
+from jobs.evaluation.result_files import REPORT, Judged, compose_metrics, write_files
+from jobs.evaluation.shown_studies import choose_pictures, score_saliency
+from jobs.evaluation.wandb_results import send_evaluation
+from jobs.ray_cluster.session import ray_session, wait_for_resources
+from jobs.terminal.entry_point import say
+from pneumo import storage
+from pneumo.command_line import EvaluateArguments, Invocation
+from pneumo.config import Config
+from pneumo.dataset.quality import read_contact_sheets, summarise_quality
+from pneumo.dataset.shards import Manifest, StudyRow, read_studies
+from pneumo.evaluation.baselines import Metadata
+from pneumo.evaluation.comparison import ComparedRuns, Comparison, compare
+from pneumo.evaluation.evaluation import Evaluation, check_complete, evaluate
+from pneumo.evaluation.map_scores import SaliencySummary
+from pneumo.evaluation.predictions import Predictions, join_predictions
+from pneumo.reporting.page import DataFacts
+from pneumo.reporting.tracking import open_tracker
+from pneumo.reporting.tracking.closing import close_tracker, tracking_folder
+
+
+def evaluate_run(invocation: Invocation) -> None:
+    """Evaluate the run of `--run` on `--store`, leaving the results in it, metrics.json last."""
+    arguments, config = invocation.arguments, invocation.config
+    assert isinstance(arguments, EvaluateArguments)
+    subject = find_subject(arguments, config.evaluate)
+    studies = read_studies(subject.store_url, subject.manifest)
+    data = describe_data(subject.store_url, subject.manifest, studies)
+    other = None if arguments.compare_with is None else read_other(arguments.compare_with, studies)
+    with ray_session(show_logs=arguments.debug):
+        wait_for_resources(config.cluster, 1)
+        evaluation = judge(subject, studies, config)
+        pictures = choose_pictures(
+            subject.scored, evaluation.predictions, studies, evaluation.decide("test"), config
+        )
+        saliency = find_saliency(subject, evaluation, studies, config)
+    compared = None
+    if other is not None and arguments.compare_with is not None:
+        splits = compare_splits(evaluation.predictions, other, config)
+        compared = ComparedRuns(subject.name, name_run(arguments.compare_with), splits)
+    judged = Judged(data, evaluation, pictures, saliency, compared)
+    with tempfile.TemporaryDirectory() as folder:
+        leave(subject, judged, Path(folder), config)
+
+
+def judge(subject: Subject, studies: Mapping[str, StudyRow], config: Config) -> Evaluation:
+    """Score val and test, each study exactly once, and judge the scores."""
+    logits = score_splits(subject.scored, JUDGED_SPLITS, config)
+    predictions = join_predictions(
+        logits,
+        studies,
+        checkpoint=subject.scored.scoring.checkpoint,
+        image_size=subject.manifest.image_size,
+    )
+    expected = {name: subject.manifest.splits[name].samples for name in JUDGED_SPLITS}
+    check_complete(predictions, expected)
+    say("evaluate: intervals, figures, Grad-CAM")
+    with threadpool_limits(1):  # the bootstrap's small products are slower on many threads
+        return evaluate(
+            predictions,
+            config=config.evaluate,
+            seed=config.seed,
+            train=Metadata.of_split(studies.values(), "train"),
+            has_patients=subject.manifest.audit.patients is not None,
+        )
+
+
+def compare_splits(
+    first: Predictions, second: Predictions, config: Config
+) -> dict[str, Comparison]:
+    """Both models on val and on test.
+
+    Raises DataError when they are not of the same studies.
+    """
+    resamples = config.evaluate.bootstrap_resamples
+    return {
+        split: compare(
+            first.subset(split), second.subset(split), resamples=resamples, seed=config.seed
+        )
+        for split in JUDGED_SPLITS
+    }
+
+
+def find_saliency(
+    subject: Subject, evaluation: Evaluation, studies: Mapping[str, StudyRow], config: Config
+) -> Mapping[str, SaliencySummary]:
+    """By split, where the network looks; empty with evaluate.saliency off."""
+    if not config.evaluate.saliency:
+        return {}
+    return score_saliency(
+        subject.scored,
+        evaluation.predictions,
+        studies,
+        {"val": evaluation.decide("val"), "test": evaluation.decide("test")},
+        config,
+        stored_size=subject.manifest.image_size,
+        image_size=subject.checkpoint.image_size,
+    )
+
+
+def describe_data(store_url: str, manifest: Manifest, studies: Mapping[str, StudyRow]) -> DataFacts:
+    """What the report says of the store, some pictures of train included.
+
+    Raises DataError when `studies`, by key, or a shard of train is not what the manifest vouches
+    for.
+    """
+    return DataFacts(
+        digest=manifest.digest,
+        image_size=manifest.image_size,
+        seed=manifest.seed,
+        audit=manifest.audit,
+        quality=summarise_quality(studies.values(), manifest),
+        contact=read_contact_sheets(store_url, manifest, studies),
+    )
+
+
+def leave(subject: Subject, judged: Judged, folder: Path, config: Config) -> None:
+    """Write everything to `folder` and the run, metrics.json last; then tell W&B."""
+    write_files(folder, subject, judged, config)
+    metrics = compose_metrics(subject, judged, config)
+    text = json.dumps(metrics, indent=1, allow_nan=False) + "\n"
+    _clear(subject.run_url)
+    storage.upload_folder(folder, subject.run_url)
+    storage.write_text(storage.join(subject.run_url, METRICS), text)
+    print_summary(metrics, subject.run_url)
+    # All is there, whatever W&B does now, or a person who does not want to wait for it.
+    (folder / METRICS).write_text(text)
+    track(subject, judged, folder, config)
+
+
+def _clear(run_url: str) -> None:
+    """Remove an earlier evaluation, its marker first, so that it never vouches for a mixture."""
+    storage.remove(storage.join(run_url, METRICS))
+    for folder in ("gallery", "figures"):
+        for url in storage.list_urls(storage.join(run_url, folder)):
+            storage.remove(url)
+
+
+def track(subject: Subject, judged: Judged, folder: Path, config: Config) -> None:
+    """Push everything to W&B, whose faults never fail the evaluation."""
+    tracker = open_tracker(
+        config.tracking,
+        run_dir=tracking_folder(subject.run_url),
+        name=f"{subject.name}-evaluate",
+        job_type="evaluate",
+        group=config.tracking.group,
+        settings={
+            **subject.checkpoint.config.for_others(),
+            "dataset_digest": subject.manifest.digest,
+            "checkpoint_sha256": " ".join(subject.digests),
+            "data_warning": judged.data.audit.warning,
+        },
+    )
+    send_evaluation(tracker, subject, judged, folder, config)
+    close_tracker(tracker, subject.run_url, say)
+
+
+def print_summary(metrics: Mapping[str, Any], run_url: str) -> None:
+    """The headline of test on stdout."""
+    test = metrics["test"]
+    print(f"test: {test['n']} studies, {test['positives']} positive; 95 % intervals over patients")
+    for name in ("auroc", "accuracy", "precision", "recall", "f1"):
+        estimate = test[name]
+        if estimate["value"] is None:
+            print(f"  {name:9}  -      {estimate['reason']}")
+        elif estimate["low"] is None:
+            print(f"  {name:9}  {estimate['value']:.3f}  {estimate.get('reason', '')}")
+        else:
+            low, high = estimate["low"], estimate["high"]
+            print(f"  {name:9}  {estimate['value']:.3f}  [{low:.3f}, {high:.3f}]")
+    print(f"report {storage.join(run_url, REPORT)}")

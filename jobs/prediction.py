@@ -1,0 +1,288 @@
+"""A folder of DICOM files -> what a run's model says of each: CSV, Parquet and Grad-CAM overlays.
+
+The files keep their names, because all of it goes to the user's own folder. Nothing goes to W&B.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from jobs.evaluation.ray_scoring import (
+    Place,
+    Scoring,
+    Weights,
+    find_place,
+    load_members,
+    run_shares,
+    share_out,
+)
+from jobs.ray_cluster.session import ray_session, wait_for_resources
+from jobs.terminal.entry_point import say
+from pneumo import storage
+from pneumo.command_line import Invocation, PredictArguments
+from pneumo.errors import DataError, RunError, SourceError
+from pneumo.evaluation.bootstrap import as_json
+from pneumo.evaluation.file_predictions import (
+    NOT_A_NUMBER,
+    NOTICE,
+    FrozenRule,
+    Readings,
+    encode_csv,
+    encode_parquet,
+)
+from pneumo.evaluation.predictions import sigmoid
+from pneumo.images.dicom import GrayImage
+from pneumo.images.dicom_files import Unusable, read_pictures
+from pneumo.network.gradcam import gradcam
+from pneumo.network.scoring import Member, prepare_input, score_pictures
+from pneumo.reporting.figures.case_pictures import draw_overlay
+from pneumo.reporting.figures.style import show_threshold
+from pneumo.training.checkpoints import load_checkpoint, read_index
+
+SCHEMA_VERSION = 1
+CSV = "predictions.csv"
+PARQUET = "predictions.parquet"
+SUMMARY = "summary.json"
+OVERLAYS = "overlays"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a worker needs to know to read some files."""
+
+    source_url: str
+    output_url: str
+    scoring: Scoring
+    stored_size: int
+    """Pictures are decoded to this height and width, as the evaluated store was, and then resampled
+    to the input's."""
+    overlays: bool
+    place: Place
+
+
+def predict(invocation: Invocation) -> None:
+    """Score the files below `--source` with the run of `--run`; the summary is written last.
+
+    Raises SourceError without a file, RunError without a model, and DataError when no file could be
+    scored.
+    """
+    arguments, config = invocation.arguments, invocation.config
+    assert isinstance(arguments, PredictArguments)
+    source_url, output_url = (storage.normalise(u) for u in (arguments.source, arguments.output))
+    files = find_files(source_url, output_url)
+    run_urls = [storage.normalise(url) for url in (arguments.run, *arguments.members)]
+    rule = FrozenRule.from_metrics(_read_metrics(run_urls[0]))
+    scoring = Scoring(find_evaluated(run_urls, rule), views=rule.views)
+    first = scoring.weights[0]
+    image_size = load_checkpoint(first.run_url, first.entry).image_size
+    with ray_session(show_logs=arguments.debug):
+        wait_for_resources(config.cluster, 1)
+        task = Task(
+            source_url,
+            output_url,
+            scoring,
+            rule.stored_size or image_size,
+            config.predict.overlays,
+            find_place(config.cluster, rule.stored_size or image_size),
+        )
+        clear(output_url)
+        shares = share_out(len(files), config.cluster, task.place)
+        bounds = [len(files) * share.rank // share.size for share in shares] + [len(files)]
+        calls = [(task, files[a:b]) for a, b in pairwise(bounds) if a < b]
+        parts = list(run_shares(read_files, calls, config.cluster, "predict", len(files)))
+    readings = Readings.join(parts)
+    if len(readings) != len(files):
+        raise AssertionError(f"{len(readings)} readings of {len(files)} files")
+    summary = write_readings(readings, task, rule, run_urls[0])
+    print_summary(summary, output_url)
+    if not readings.num_scored:
+        raise DataError(
+            f"predict: none of {len(files)} files could be scored; {output_url}/{CSV} says why"
+        )
+
+
+def find_files(source_url: str, output_url: str) -> list[str]:
+    """The paths of the files below the source, sorted; hidden ones and the output left out.
+
+    Raises SourceError when there is none.
+    """
+    prefix, own = f"{source_url.rstrip('/')}/", f"{output_url.rstrip('/')}/"
+    found = [
+        url.removeprefix(prefix)
+        for url in storage.list_urls(source_url)
+        if url.startswith(prefix) and not url.startswith(own)
+    ]
+    files = [p for p in found if not any(part.startswith(".") for part in PurePosixPath(p).parts)]
+    if not files:
+        raise SourceError(f"{source_url}: no file in it; give the folder of the DICOM files")
+    return files
+
+
+def find_evaluated(run_urls: Sequence[str], rule: FrozenRule) -> tuple[Weights, ...]:
+    """The checkpoints that were evaluated, as threshold and calibration belong to their logits;
+    of runs that are not evaluated the best.
+
+    Raises RunError when one is not among the runs, or a run has none of them.
+    """
+    if rule.checkpoints is None:
+        return tuple(Weights(url, read_index(url).best) for url in run_urls)
+    there = {
+        entry.sha256: Weights(url, entry) for url in run_urls for entry in read_index(url).entries
+    }
+    if missing := sum(digest not in there for digest in rule.checkpoints):
+        raise RunError(
+            f"{run_urls[0]}: {missing} of the {len(rule.checkpoints)} checkpoints that were "
+            "evaluated are not there; name the ensemble's other runs with --members, or evaluate "
+            "again"
+        )
+    weights = tuple(there[digest] for digest in rule.checkpoints)
+    if idle := set(run_urls) - {found.run_url for found in weights}:
+        raise RunError(
+            f"--members: {', '.join(sorted(idle))} was no part of what {run_urls[0]} was evaluated "
+            "as; leave it out, or evaluate the ensemble first"
+        )
+    return weights
+
+
+def clear(output_url: str) -> None:
+    """Remove what an earlier prediction left, its marker first."""
+    for name in (SUMMARY, CSV, PARQUET):
+        storage.remove(storage.join(output_url, name))
+    storage.remove_below(storage.join(output_url, OVERLAYS))
+
+
+def _read_metrics(run_url: str) -> dict[str, Any] | None:
+    try:
+        metrics: dict[str, Any] = json.loads(
+            storage.read_text(storage.join(run_url, "metrics.json"))
+        )
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise RunError(f"{run_url}/metrics.json: no JSON; evaluate the run again") from error
+    return metrics
+
+
+# --- in a worker ----------------------------------------------------------------------------------
+
+
+def read_files(task: Task, files: Sequence[str]) -> Readings:
+    """What the model says of some files, in their order; a file that cannot be used is a row with a
+    reason. Overlays are written as they are made, so that memory does not grow."""
+    torch.set_num_threads(task.place.num_threads)
+    members = load_members(task.scoring, task.place.device)
+    size = task.place.batch_size
+    return Readings.join(
+        [_read_batch(task, members, files[i : i + size]) for i in range(0, len(files), size)]
+    )
+
+
+def _read_batch(task: Task, members: Sequence[Member], files: Sequence[str]) -> Readings:
+    urls = [storage.join(task.source_url, file) for file in files]
+    images = list(read_pictures(urls, task.stored_size))
+    pixels = {i: image.pixels for i, image in enumerate(images) if not isinstance(image, Unusable)}
+    logit = np.full(len(files), np.nan, dtype=np.float32)
+    if pixels:
+        every = list(pixels.values())
+        logit[list(pixels)] = score_pictures(members, every, views=task.scoring.views)
+    names = [_spell(file) for file in files]
+    scored = {names[i]: picture for i, picture in pixels.items() if np.isfinite(logit[i])}
+    chances = zip(names, sigmoid(logit).tolist(), strict=True)
+    captions = {name: f"p = {chance:.3f}   {NOTICE}" for name, chance in chances}
+    overlays = _write_overlays(task, members[0], scored, captions) if task.overlays else {}
+    why = [_find_reason(image, x) for image, x in zip(images, logit, strict=True)]
+    return Readings(
+        file=np.array(names, dtype=np.str_),
+        logit=logit,
+        overlay=np.array([overlays.get(name, "") for name in names], dtype=np.str_),
+        reason=np.array([one.reason for one in why], dtype=np.str_),
+        message=np.array([one.message for one in why], dtype=np.str_),
+    )
+
+
+def _find_reason(image: GrayImage | Unusable, logit: np.float32) -> Unusable:
+    """Why a file has no score; empty where it has one."""
+    if isinstance(image, Unusable):
+        return image
+    if np.isfinite(logit):
+        return Unusable("", "")
+    return Unusable(NOT_A_NUMBER, "the network's logit is NaN or infinite; did training diverge?")
+
+
+def _write_overlays(
+    task: Task,
+    member: Member,
+    pictures: Mapping[str, npt.NDArray[np.uint8]],
+    captions: Mapping[str, str],
+) -> dict[str, str]:
+    """Draw each picture beside its map; where each is, by name. None of a map without numbers."""
+    if not pictures:
+        return {}
+    cams = gradcam(member.network, prepare_input(list(pictures.values()), member))
+    written = {}
+    for (name, picture), cam in zip(pictures.items(), cams, strict=True):
+        if np.isfinite(cam).all():
+            written[name] = f"{OVERLAYS}/{name}.png"
+            url = storage.join(task.output_url, written[name])
+            storage.write_bytes(url, draw_overlay(picture, cam, captions[name]))
+    return written
+
+
+def _spell(file: str) -> str:
+    """The path as text that can be written: a name may be no UTF-8 at all."""
+    return file.encode("utf-8", "backslashreplace").decode()
+
+
+# --- results --------------------------------------------------------------------------------------
+
+
+def write_readings(
+    readings: Readings, task: Task, rule: FrozenRule, run_url: str
+) -> dict[str, Any]:
+    """Both tables, then the summary, which is returned."""
+    table = readings.to_table(rule, task.scoring.checkpoint)
+    storage.write_bytes(storage.join(task.output_url, PARQUET), encode_parquet(table))
+    storage.write_bytes(storage.join(task.output_url, CSV), encode_csv(table))
+    called = readings.decide(rule)
+    summary = {
+        "schema_version": SCHEMA_VERSION,
+        "notice": NOTICE,
+        "run": run_url.rsplit("/", 1)[-1],
+        "scoring": task.scoring.to_json(),
+        "decoded_at": task.stored_size,
+        "threshold": rule.threshold,
+        "threshold_reason": rule.threshold_reason,
+        "calibration": as_json(rule.calibration, leave_out={"log_loss"}),
+        "calibration_reason": rule.calibration_reason,
+        "files": len(readings),
+        "scored": readings.num_scored,
+        "called_positive": None if called is None else int(called.sum()),
+        "unusable": readings.unusable,
+    }
+    text = json.dumps(summary, indent=1, allow_nan=False) + "\n"
+    storage.write_text(storage.join(task.output_url, SUMMARY), text)
+    return summary
+
+
+def print_summary(summary: dict[str, Any], output_url: str) -> None:
+    """What was done on stdout, what is missing on stderr."""
+    if summary["threshold"] is None:
+        say(f"warning: no decision: {summary['threshold_reason']}")
+    if summary["calibration"] is None:
+        say(f"warning: no calibrated probability: {summary['calibration_reason']}")
+    print(f"{summary['scored']} of {summary['files']} files scored")
+    if summary["called_positive"] is not None:
+        threshold = show_threshold(summary["threshold"])
+        print(f"  {summary['called_positive']} at or above the threshold {threshold}")
+    for reason, number in summary["unusable"].items():
+        print(f"  {number} not usable: {reason}")
+    print(f"{NOTICE}\npredictions {storage.join(output_url, CSV)}")

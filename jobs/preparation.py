@@ -1,0 +1,189 @@
+"""Kaggle folder -> store: Ray tasks decode DICOM files, one shard a task; the manifest comes
+last."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import ray
+
+from jobs.ray_cluster.nodes import list_nodes
+from jobs.ray_cluster.session import ray_session
+from jobs.terminal.entry_point import say
+from jobs.terminal.progress import Progress
+from pneumo import storage
+from pneumo.command_line import Invocation, PrepareArguments
+from pneumo.config import Config
+from pneumo.config_layers import override
+from pneumo.dataset.preparation import (
+    Part,
+    ShardPlan,
+    check_shards_are_there,
+    clear_parts,
+    digest_settings,
+    estimate_memory,
+    find_store,
+    finish_store,
+    has_mended,
+    plan_shards,
+    prepare_shard,
+)
+from pneumo.dataset.shards import QUARANTINE, Manifest
+from pneumo.dataset.source import Source, read_source, read_split_list
+from pneumo.dataset.splits import Split, audit_split, recall_salt, remember_salt, split_studies
+
+
+def prepare(invocation: Invocation) -> None:
+    """Write the store of `--source` to `--store`."""
+    arguments = invocation.arguments
+    assert isinstance(arguments, PrepareArguments)
+    source_url, store_url = storage.normalise(arguments.source), storage.normalise(arguments.store)
+    source = read_source(source_url)
+    split, config = _split(source, source_url, invocation.config)
+    source, split = _limit(source, split, config)
+    there = find_store(store_url, source, config)
+    if there is not None:
+        clear_parts(store_url, there)
+        check_shards_are_there(store_url, there)
+        say(f"prepare: {store_url} holds a store of these tables and settings; nothing to do")
+        if has_mended(store_url, there, source):
+            say(
+                "warning: a study that was quarantined then can be used now; a finished store "
+                "never changes: delete it first, or give another --store"
+            )
+        return
+    if split.audit.warning:
+        say(f"warning: {split.audit.warning}")
+    plans = plan_shards(source.studies, split.by_key, config)
+    with ray_session(show_logs=arguments.debug):
+        parts = _run_plans(plans, store_url, config, source.file_key)
+        if reused := sum(part.reused for part in parts):
+            say(f"prepare: {reused} of {len(plans)} shards were there already, and whole")
+        manifest = finish_store(store_url, source, parts, split.audit, config)
+    _report(store_url, manifest)
+
+
+def _split(source: Source, source_url: str, config: Config) -> tuple[Split, Config]:
+    """The split, and the configuration with what it was decided by filled in."""
+    listed: Mapping[str, str] | None = None
+    if config.split.list is not None:
+        list_url = storage.normalise(config.split.list)
+        listed = read_split_list(list_url, source_url)
+        digest = hashlib.sha256(storage.read_bytes(list_url)).hexdigest()
+        config = override(config, {"split.list": f"sha256:{digest}"}, "the list")
+    elif config.split.salt is None:
+        salt = recall_salt(source_url, config.split, seed=config.seed)
+        config = override(config, {"split.salt": salt}, f"{source_url}/.pneumo")
+    chosen = config.split.salt is None
+    split = split_studies(
+        source.studies,
+        config.split,
+        seed=config.seed,
+        has_patients=source.has_patients,
+        listed=listed,
+    )
+    salt = split.audit.salt
+    if salt is None or not chosen:
+        return split, config
+    if not remember_salt(source_url, config.split, seed=config.seed, salt=salt):
+        say(
+            f"prepare: cannot write beside the source; give --split.salt {salt} next time, so that "
+            "studies that come later move no patient"
+        )
+    return split, override(config, {"split.salt": salt}, "the balanced split")
+
+
+def _limit(source: Source, split: Split, config: Config) -> tuple[Source, Split]:
+    """A taste: some of the studies, in the places that the whole source gives them."""
+    limit = config.prepare.limit
+    placed = [study for study in source.studies if study.key in split.by_key]
+    if limit is None or limit >= len(placed):
+        return source, split
+    chosen = random.Random(f"limit/{config.seed}").sample(range(len(placed)), limit)
+    taste = replace(source, studies=tuple(placed[i] for i in sorted(chosen)), rejected=())
+    audit = audit_split(
+        taste.studies,
+        split.by_key,
+        config.split,
+        seed=config.seed,
+        salt=split.audit.salt,
+        has_patients=source.has_patients,
+    )
+    return taste, Split(split.by_key, audit)
+
+
+def _run_plans(
+    plans: Sequence[ShardPlan], store_url: str, config: Config, file_key: bytes
+) -> list[Part]:
+    """Run the tasks, only so many at once that arguments stay small."""
+    memory = estimate_memory(plans, config.prepare.image_size)
+    # No more than the largest node has, or no task would ever start; it then runs one at a time.
+    memory = min(memory, max(int(node.total.get("memory", 0)) for node in list_nodes()))
+    task = ray.remote(num_cpus=1, memory=memory, max_retries=3)(prepare_shard)
+    digest = digest_settings(config)
+    todo = list(reversed(plans))
+    running: dict[Any, ShardPlan] = {}
+    parts: list[Part] = []
+    done = bad = 0
+    with Progress("prepare", sum(len(plan.studies) for plan in plans), "studies") as progress:
+        while todo or running:
+            # Asked for anew each time: a cluster that grows is filled.
+            in_flight = max(2 * int(ray.cluster_resources().get("CPU", 1)), 2)
+            while todo and len(running) < in_flight:
+                plan = todo.pop()
+                size = config.prepare.image_size
+                running[task.remote(plan, store_url, size, digest, file_key)] = plan
+            ready, _ = ray.wait(list(running), timeout=1.0)
+            for reference in ready:
+                part: Part = ray.get(reference)
+                parts.append(part)
+                done += len(running.pop(reference).studies)
+                bad += len(part.rejected)
+            progress.advance_to(done, note=f"{bad} bad" if bad else "")
+    return parts
+
+
+def _report(store_url: str, manifest: Manifest) -> None:
+    audit = manifest.audit
+    for name, entry in manifest.splits.items():
+        share = audit.prevalence[name]
+        patients = "" if entry.patients is None else f"{entry.patients:6} patients  "
+        print(
+            f"{name:5}  {entry.samples:6} studies  {patients}"
+            f"{entry.positives / entry.samples:6.1%} positive [{share.low:.1%}, {share.high:.1%}]  "
+            f"{len(entry.shards)} shards"
+        )
+    if audit.leaked_by_image is not None and audit.unit == "patient":
+        print(
+            f"no patient is in two splits; a split by image would have leaked "
+            f"{audit.leaked_by_image:.0%} of val"
+        )
+    if audit.unlisted:
+        print(f"{audit.unlisted} studies are not on the list and are in no split")
+    if manifest.quarantined:
+        told = ", ".join(f"{reason} {number}" for reason, number in manifest.quarantined.items())
+        print(
+            f"{sum(manifest.quarantined.values())} studies quarantined ({told}), see {QUARANTINE}"
+        )
+    if manifest.unlabelled:
+        print(f"{manifest.unlabelled} images are not in the label table and are left out")
+    for kind, number in manifest.contradictions.items():
+        print(f"{number} studies: {_CONTRADICTIONS[kind]}")
+    same = manifest.duplicates
+    if same.pictures:
+        several = [f"{same.across_splits} of them in several splits"]
+        if same.across_patients is not None:
+            several.append(f"{same.across_patients} with several patients")
+        print(f"{same.pictures} pictures occur in {same.studies} studies; {', '.join(several)}")
+    print(f"store {store_url}  manifest {manifest.digest[:12]}")
+
+
+_CONTRADICTIONS = {
+    "patient_id": "the header's PatientID is not the id that the tables give the image",
+    "box_outside": "a box reaches beyond the image",
+    "no_box": "positive, but no box says where",
+}

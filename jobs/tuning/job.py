@@ -1,0 +1,314 @@
+"""Search settings with Ray Tune; ends with a table, a page and a recipe, best.toml.
+
+Killed anywhere, the same command goes on: trials that have ended are kept, those that were under
+way go on from their checkpoints. Trials at a time are what the cluster's resources allow, so that
+none waits for another's workers.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import optuna
+import ray
+import ray.tune
+from ray.tune.schedulers import FIFOScheduler
+
+from jobs.ray_cluster.session import ray_session, wait_for_resources
+from jobs.terminal.entry_point import find_cause, new_run_url, say
+from jobs.training.job import with_absolute_weights
+from jobs.tuning.live_table import LiveTable
+from jobs.tuning.search_results import BEST, REPORT, print_search, write_results
+from jobs.tuning.searchers import Draw, Drawn, Listed, Rungs, list_grid
+from jobs.tuning.trial_judge import Shared
+from jobs.tuning.trial_lines import TrialLines, read_error
+from jobs.tuning.trial_records import (
+    drop_checkpoints,
+    read_judgement,
+    read_trial,
+    read_trials,
+    trial_url,
+    write_ended,
+)
+from jobs.tuning.trial_runs import make_trainable, share, trial_config, trials_at_once
+from jobs.tuning.trial_wandb import TrialTracking
+from pneumo import storage
+from pneumo.command_line import Invocation, TuneArguments
+from pneumo.config import Config, ModelConfig
+from pneumo.config_layers import check_space, drop_removed
+from pneumo.dataset.shards import Manifest, read_manifest
+from pneumo.errors import ClusterError, ConfigError, RunError
+from pneumo.network.backbones import check_weights
+from pneumo.training.preconditions import check_sizes
+from pneumo.tuning.choice import (
+    Confirmation,
+    SettingChoice,
+    SimplicityKey,
+    choose_confirmed,
+    choose_setting,
+    measure_simplicity,
+    settings_to_confirm,
+)
+from pneumo.tuning.objective import chance_level, describe_objective
+from pneumo.tuning.optuna_study import measure_importance
+from pneumo.tuning.search import Search
+from pneumo.tuning.trials import State, Trial, rank
+
+_IDENTITY = "search.json"
+_SAME = ("seed", "data", "augment", "model", "train", "tune")
+"""The settings that a search which goes on must share with its beginning."""
+
+
+def tune(invocation: Invocation) -> None:
+    """Search on `--store`, leaving trials.parquet, report.html and best.toml in `--run`."""
+    arguments, config = invocation.arguments, with_absolute_weights(invocation.config)
+    assert isinstance(arguments, TuneArguments)
+    store_url = storage.normalise(arguments.store)
+    run_url = storage.normalise(arguments.run) if arguments.run else new_run_url("tune")
+    manifest = read_manifest(store_url)
+    check_search(config, manifest)
+    begin(config, manifest, run_url)
+    storage.write_text(storage.join(run_url, "config.json"), config.to_json())
+    with ray_session(show_logs=arguments.debug):
+        found = search(config, manifest, store_url, run_url)
+    print_search(found)
+    print(f"report {storage.join(run_url, REPORT)}")
+    print(f"recipe {storage.join(run_url, BEST)}")
+    say(f"next: python -m jobs.train --store {store_url} --recipe {storage.join(run_url, BEST)}")
+
+
+def check_search(config: Config, manifest: Manifest) -> None:
+    """What can be known before the first trial. Raises ConfigError naming what does not fit."""
+    val = manifest.splits["val"]
+    if not 0 < val.positives < val.samples:
+        raise ConfigError(
+            f"tune.objective: {config.tune.objective} is not defined on val, where {val.positives} "
+            f"of {val.samples} studies are positive; prepare a store with both classes in val"
+        )
+    models = set[ModelConfig]()
+    for settings in check_space(config):
+        trial = trial_config(config, settings)
+        try:
+            check_sizes(trial, manifest, num_workers=config.tune.workers_per_trial)
+            if trial.model not in models:
+                check_weights(trial.model)
+        except ConfigError as error:
+            raise ConfigError(f"tune.space may draw {settings}, but {error}") from error
+        models.add(trial.model)
+
+
+def begin(config: Config, manifest: Manifest, run_url: str) -> None:
+    """Make the folder this search's own. Raises RunError where it holds one of another space, store
+    or setting."""
+    mine: dict[str, Any] = {
+        "manifest": manifest.digest,
+        **{name: config.model_dump(mode="json")[name] for name in _SAME},
+    }
+    url = storage.join(run_url, _IDENTITY)
+    try:
+        theirs = json.loads(storage.read_text(url))
+    except FileNotFoundError:
+        storage.write_text(url, json.dumps(mine, indent=1) + "\n")
+        return
+    changed = _differences(drop_removed(theirs), mine)
+    if changed:
+        raise RunError(
+            f"{run_url}: holds a search with another {', '.join(changed[:3])}; repeat its settings "
+            "to go on, or give another --run"
+        )
+
+
+def _differences(one: Any, other: Any, name: str = "") -> list[str]:
+    """Dotted names of what differs."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        keys = dict.fromkeys([*one, *other])
+        found = [_differences(one.get(k), other.get(k), f"{name}.{k}".strip(".")) for k in keys]
+        return [difference for differences in found for difference in differences]
+    return [] if one == other else [name]
+
+
+def search(config: Config, manifest: Manifest, store_url: str, run_url: str) -> Search:
+    """Run the trials in the Ray session that is open; write what was found, the recipe last."""
+    wait_for_resources(config.cluster, config.tune.workers_per_trial)
+    at_once = trials_at_once(config, ray.cluster_resources())
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the table tells of failed trials
+    tune = config.tune
+    say(
+        f"tune: {tune.trials} trials of {tune.epochs} epochs, {at_once} at a time; judged by "
+        f"{describe_objective(tune)}"
+    )
+    shared = share(config, manifest, store_url)
+    runner = _Runner(config, manifest, store_url, run_url, shared, at_once)
+    trials = rank(runner.search(), tune)
+    choice = _choose(trials, config, manifest, run_url)
+    confirmed: tuple[Trial, ...] = ()
+    if tune.confirm:
+        confirmed, choice = _confirm(runner, trials, choice)
+    found = Search(
+        name=run_url.rsplit("/", 1)[-1],
+        config=config,
+        manifest_digest=manifest.digest,
+        trials=trials,
+        choice=choice,
+        confirmed=confirmed,
+        importance=measure_importance(trials, tune, config.seed),
+    )
+    write_results(found, manifest, run_url)
+    for trial in (*trials, *confirmed):
+        drop_checkpoints(trial_url(run_url, trial.name))
+    storage.remove_below(storage.join(run_url, "ray"))
+    return found
+
+
+def _choose(
+    trials: Sequence[Trial], config: Config, manifest: Manifest, run_url: str
+) -> SettingChoice:
+    judgements = {
+        trial.name: judgement
+        for trial in trials
+        if (judgement := read_judgement(trial_url(run_url, trial.name), config.tune)) is not None
+    }
+    choice = choose_setting(trials, judgements, config.tune, _measure(config, manifest))
+    if choice is None:
+        why = next((trial.error for trial in trials if trial.error), "none had all its epochs")
+        raise ClusterError(f"tune: every trial failed, the first with: {why}")
+    return choice
+
+
+def _measure(config: Config, manifest: Manifest) -> Callable[[Trial], SimplicityKey]:
+    return lambda trial: measure_simplicity(config, trial, manifest)
+
+
+def _confirm(
+    runner: _Runner, trials: Sequence[Trial], choice: SettingChoice
+) -> tuple[tuple[Trial, ...], SettingChoice]:
+    """Train the best settings with new seeds, and choose again."""
+    config = runner.config
+    again = settings_to_confirm(trials, config.tune)
+    seeds = range(config.seed + 1, config.seed + 1 + config.tune.confirm)
+    say(f"confirm: the best {len(again)} settings with {len(seeds)} new seeds each")
+    names = {trial.name: [f"{trial.name}-seed{seed}" for seed in seeds] for trial in again}
+    ran = runner.confirm(
+        [
+            Draw(name, trial.settings, seed)
+            for trial in again
+            for name, seed in zip(names[trial.name], seeds, strict=True)
+        ]
+    )
+    confirmations = []
+    for trial in again:
+        mine = [one for one in ran if one.name in names[trial.name] and one.state == "finished"]
+        values = [one.objective(config.tune) for one in mine]
+        known = tuple(value for value in values if value is not None)
+        if known:
+            confirmations.append(Confirmation(trial.name, known))
+    if not confirmations:
+        raise ClusterError("tune: no setting could be trained again with another seed")
+    simplicity = _measure(config, runner.manifest)
+    return tuple(ran), choose_confirmed(choice, trials, confirmations, simplicity)
+
+
+class _Runner:
+    """Has Tune run what a search is made of, but for what an earlier try has done of it."""
+
+    def __init__(
+        self,
+        config: Config,
+        manifest: Manifest,
+        store_url: str,
+        run_url: str,
+        shared: Shared,
+        at_once: int,
+    ) -> None:
+        self.config, self.manifest, self.run_url = config, manifest, run_url
+        self.shared, self.at_once = shared, at_once
+        self.trainable = make_trainable(config, store_url, run_url, shared)
+
+    def search(self) -> list[Trial]:
+        """The trials of the space."""
+        config = self.config.tune
+        before = {n: t for n, t in read_trials(self.run_url).items() if "-" not in n}
+        ended = [trial for trial in before.values() if not trial.is_open]
+        if before:
+            say(
+                f"tune: going on: {len(ended)} trials have ended, {len(before) - len(ended)} were "
+                "under way"
+            )
+        left = config.trials - len(ended)
+        if config.algorithm == "grid":
+            done = {trial.name for trial in ended}
+            draws = [draw for draw in list_grid(self.config) if draw.name not in done]
+            searcher = Listed(draws, self.run_url)
+        else:
+            worst = chance_level(config, self.shared.prevalence)
+            searcher = Drawn(self.config, before, self.run_url, worst=worst)
+        scheduler = Rungs(config, before) if config.early_stopping == "asha" else FIFOScheduler()
+        return [*ended, *self._run("search", searcher, scheduler, left, ended)]
+
+    def confirm(self, draws: Sequence[Draw]) -> list[Trial]:
+        """The draws, each trained to its end."""
+        before = read_trials(self.run_url)
+        ended = [before[d.name] for d in draws if d.name in before and not before[d.name].is_open]
+        done = {trial.name for trial in ended}
+        searcher = Listed([draw for draw in draws if draw.name not in done], self.run_url)
+        left = len(searcher.left)
+        return [*ended, *self._run("confirm", searcher, FIFOScheduler(), left, ended)]
+
+    def _run(
+        self, label: str, searcher: Listed, scheduler: Any, left: int, ended: Sequence[Trial]
+    ) -> list[Trial]:
+        config = self.config
+        with (
+            TrialTracking(config, self.manifest, self.run_url) as tracking,
+            LiveTable(label, config.tune, left, len(ended)) as table,
+        ):
+            for trial in ended:  # that an earlier try may not have told W&B of
+                tracking.put(trial)
+            if left <= 0:
+                return []
+            lines = TrialLines(config.tune, lambda trial: tracking.put(self._end(trial)))
+            tuner = ray.tune.Tuner(
+                self.trainable,
+                tune_config=ray.tune.TuneConfig(
+                    num_samples=left,
+                    max_concurrent_trials=self.at_once,
+                    reuse_actors=config.tune.workers_per_trial == 1,
+                    search_alg=searcher,
+                    scheduler=scheduler,
+                ),
+                run_config=ray.tune.RunConfig(
+                    name=label,
+                    storage_path=storage.join(self.run_url, "ray"),
+                    verbose=0,
+                    failure_config=ray.tune.FailureConfig(config.cluster.max_failures),
+                    callbacks=[lines, table],
+                ),
+            )
+            results = tuner.fit()
+        names = [trial.config["name"] for trial in table.trials]
+        if not names:
+            raise find_cause(results.errors[0]) or ClusterError("tune: no trial could start")
+        trials = [read_trial(self.run_url, name) for name in names]
+        if lost := [trial.name for trial in trials if trial.state == "unfinished"]:
+            raise ClusterError(
+                f"tune: Ray Tune gave up {', '.join(lost)} without a word; the same command goes on"
+            )
+        return trials
+
+    def _end(self, trial: Any) -> Trial:
+        """Write down how a trial of Tune's ended; what is known of it."""
+        name = trial.config["name"]
+        state: State = "finished"
+        error = trial.last_result.get("error")
+        if error is not None:
+            state = "diverged"
+        elif trial.status == "ERROR":
+            state, error = "failed", read_error(trial)
+        elif trial.last_result.get("epoch", 0) < self.config.tune.epochs:
+            state = "stopped"
+        write_ended(self.run_url, name, state, error)
+        return read_trial(self.run_url, name)

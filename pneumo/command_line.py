@@ -1,0 +1,185 @@
+"""The arguments of the jobs, and what their command lines add up to.
+
+What a job reads and writes (`--store`, `--run`) is no configuration: it does not change the digest.
+The docstring under a field is its line in `--help`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from pydantic import Field, create_model
+from pydantic_settings import BaseSettings, CliSettingsSource, CliToggleFlag
+
+from pneumo.config import ClusterConfig, Config, Section
+from pneumo.config_layers import (
+    ENVIRONMENT_PREFIX,
+    check_space,
+    list_settings,
+    read_environment,
+    read_recipe,
+    suggest,
+    validate,
+)
+from pneumo.errors import ConfigError
+
+
+class Arguments(Section):
+    """What every job takes besides the configuration."""
+
+    recipe: str | None = None
+    """A recipe's name (`fast`) or a TOML file: settings that differ from the defaults."""
+    debug: CliToggleFlag[bool] = False
+    """Show the traceback of an error."""
+
+
+class PrepareArguments(Arguments):
+    source: str
+    """Folder in Kaggle's layout: label and class tables, the NIH mapping, the DICOM files."""
+    store: str
+    """Where the shards go: a folder or s3:// URL."""
+
+
+class TrainArguments(Arguments):
+    store: str
+    """A prepared store: a folder or s3:// URL."""
+    run: str | None = None
+    """Where the run is written; none: runs/<job>-<time>. The URL of an unfinished run resumes
+    it."""
+
+
+class TuneArguments(TrainArguments):
+    pass
+
+
+class EvaluateArguments(Arguments):
+    store: str
+    """A prepared store: a folder or s3:// URL."""
+    run: str
+    """The run to evaluate; its best checkpoint is scored and the results are written into it."""
+    members: list[str] = Field(default=[])
+    """More runs, trained on the same store, whose logits are averaged with the run's:
+    `--members RUN2,RUN3`."""
+    overwrite: CliToggleFlag[bool] = False
+    """Evaluate a run again that has been evaluated."""
+    compare_with: str | None = None
+    """Another run, evaluated on the same studies, whose predictions this one's are compared
+    with."""
+
+
+class PredictArguments(Arguments):
+    source: str
+    """A folder or s3:// URL with DICOM files in it, however deep; nothing else is needed."""
+    run: str
+    """A trained run; where it is evaluated, its threshold and calibration are used."""
+    output: str
+    """Where predictions.csv, predictions.parquet and overlays/ go: a folder or s3:// URL."""
+    members: list[str] = Field(default=[])
+    """The other runs of the ensemble that was evaluated: `--members RUN2,RUN3`."""
+    overwrite: CliToggleFlag[bool] = False
+    """Replace what an earlier prediction left in the output."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job's module, its arguments, and the sections of the configuration that it uses."""
+
+    module: str
+    arguments: type[Arguments]
+    sections: tuple[str, ...]
+
+
+_TRAINING = ("seed", "data", "augment", "model", "train", "cluster", "tracking")
+JOBS: Mapping[str, Job] = {
+    "prepare": Job("jobs.prepare", PrepareArguments, ("seed", "prepare", "split")),
+    "train": Job("jobs.train", TrainArguments, _TRAINING),
+    "tune": Job("jobs.tune", TuneArguments, (*_TRAINING, "tune")),
+    "evaluate": Job(
+        "jobs.evaluate", EvaluateArguments, ("seed", "evaluate", "cluster", "tracking")
+    ),
+    "predict": Job("jobs.predict", PredictArguments, ("predict", "cluster")),
+}
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """A job with its arguments and configuration, checked."""
+
+    job: str
+    arguments: Arguments
+    config: Config
+
+
+def parse_command_line(
+    job: str, argv: Sequence[str], environ: Mapping[str, str] | None = None
+) -> Invocation:
+    """The invocation that the layers add up to.
+
+    Raises ConfigError for anything unknown or not allowed. `--help` prints and exits 0.
+    """
+    spec = JOBS[job]
+    flags = _read_flags(spec, argv)
+    given = {k: flags.pop(k) for k in list(flags) if k in spec.arguments.model_fields}
+    layers = [
+        ("the environment", read_environment(os.environ if environ is None else environ)),
+        ("the command line", flags),
+    ]
+    if (recipe := given.get("recipe")) is not None:
+        layers.insert(0, (f"recipe {recipe}", read_recipe(str(recipe))))
+    config = validate(Config, layers)
+    if job == "tune":
+        check_space(config)
+    if job != "train" and config.cluster.min_workers is not None:
+        raise ConfigError(f"cluster.min_workers: {job} is not elastic, only train is; leave it out")
+    if job == "tune" and config.cluster.num_workers != ClusterConfig().num_workers:
+        raise ConfigError(
+            "cluster.num_workers: a search takes what the cluster has; the workers of a trial are "
+            "tune.workers_per_trial"
+        )
+    arguments = validate(spec.arguments, [("the command line", given)])
+    return Invocation(job, arguments, config)
+
+
+def _read_flags(spec: Job, argv: Sequence[str]) -> dict[str, Any]:
+    found = spec.arguments.model_fields | {n: Config.model_fields[n] for n in spec.sections}
+    fields: dict[str, Any] = {name: (field.annotation, field) for name, field in found.items()}
+    settings = create_model(
+        "Flags",
+        __base__=BaseSettings,
+        __cls_kwargs__={"extra": "forbid", "cli_kebab_case": True, "cli_hide_none_type": True},
+        **fields,
+    )
+    required = [f"--{name} URL" for name, field in found.items() if field.is_required()]
+    parser = _Parser(
+        prog=f"python -m {spec.module}",
+        usage=f"python -m {spec.module} {' '.join(required)} [settings]",
+        description=f"See {ENVIRONMENT_PREFIX}TRAIN__LR-like variables and recipes for other ways "
+        "to set the same. Research use only, never a diagnostic device.",
+        allow_abbrev=False,
+        known_keys=list_settings(settings),
+    )
+    source: CliSettingsSource[Any] = CliSettingsSource(
+        settings, root_parser=parser, cli_avoid_json=True
+    )
+    values = source(args=list(argv))()
+    return {key: value for key, value in values.items() if value is not None}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that raises instead of printing its usage and leaving."""
+
+    def __init__(self, *args: Any, known_keys: Sequence[str] = (), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.known_keys = known_keys
+
+    def error(self, message: str) -> NoReturn:
+        hint = ""
+        if message.startswith("unrecognized arguments:"):
+            flag = message.split(": ", 1)[1].split()[0].split("=")[0]
+            message = f"unknown setting {flag}"
+            hint = suggest(flag.lstrip("-").replace("-", "_"), self.known_keys, flag=True)
+        raise ConfigError(f"{message}{hint}; see {self.prog} --help")

@@ -1,0 +1,245 @@
+"""The layers that fill the configuration, and what a mistake in one of them says.
+
+    defaults  <  recipe (TOML)  <  environment (PNEUMO_TRAIN__LR=1e-3)  <  flags (--train.lr 1e-3)
+
+Unknown keys and values that are not allowed raise ConfigError before anything starts; the message
+names the key, the layer it came from and what is allowed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict, SettingsError
+
+from pneumo import storage
+from pneumo.config import WEIGHTS_WITHOUT_FILE, Config, Section
+from pneumo.errors import ConfigError
+from pneumo.search_space import sample
+from pneumo.version import REVISION
+
+M = TypeVar("M", bound=BaseModel)
+Layer = tuple[str, Mapping[str, Any]]
+"""What a layer is called in messages, and its settings as a tree."""
+
+ENVIRONMENT_PREFIX = "PNEUMO_"
+_NOT_SETTINGS = frozenset({"PNEUMO_HASH_KEY", storage.ANONYMOUS, REVISION})
+"""Environment variables with our prefix that are no settings, and read where they are needed."""
+
+_REMOVED = {
+    "data.cache_dir": "data.cache keeps a split in memory",
+    "data.cache_gb": "data.cache keeps a split in memory",
+    "data.prefetch_blocks": "a stream reads 16 blocks ahead",
+    "data.readers": "4 threads of a worker read and decode",
+    "augment.erase_fraction": "nothing is erased",
+    "train.momentum": "it is 0.9",
+    "tune.grace_epochs": "trials are compared after 1, 3, 9, … epochs",
+    "tune.reduction_factor": "trials are compared after 1, 3, 9, … epochs",
+    "tune.smoothing_epochs": "it follows from tune.epochs",
+    "tune.confirm_settings": "the best 3 are confirmed",
+    "evaluate.gallery_images": "use evaluate.pictures",
+    "evaluate.grid_images": "use evaluate.pictures",
+    "evaluate.error_images": "use evaluate.pictures",
+    "evaluate.table_images": "use evaluate.pictures",
+    "evaluate.batch_size_per_worker": "it follows from the image size",
+    "evaluate.calibration_bins": "there are 10",
+    "predict.batch_size_per_worker": "it follows from the image size",
+    "tracking.image_pixels": "pictures are at most 192 pixels high",
+}
+"""Settings of earlier versions, and what holds in their place."""
+_REMOVED_VALUES = {
+    ("train", "precision"): {"native": "auto"},
+    ("train", "compile"): {"max-autotune": True},
+}
+
+
+def override(config: Config, changes: Mapping[str, Any], layer: str = "the search space") -> Config:
+    """`config` with `changes` by dotted key (`{"train.lr": 1e-3}`). Raises ConfigError."""
+    tree: dict[str, Any] = {}
+    for key, value in changes.items():
+        branch = tree
+        *parents, leaf = key.split(".")
+        for parent in parents:
+            branch = branch.setdefault(parent, {})
+        branch[leaf] = value
+    return validate(Config, [("the configuration", config.model_dump()), (layer, tree)])
+
+
+def drop_removed(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved configuration without the settings and values that only earlier versions had."""
+    tree: dict[str, Any] = {}
+    for section, settings in saved.items():
+        tree[section] = settings
+        if isinstance(settings, Mapping):
+            tree[section] = {
+                name: _REMOVED_VALUES.get((section, name), {}).get(str(value), value)
+                for name, value in settings.items()
+                if f"{section}.{name}" not in _REMOVED
+            }
+    return tree
+
+
+def check_space(config: Config) -> list[dict[str, Any]]:
+    """Settings that stand for all that the search space may draw, each of them allowed.
+
+    Raises ConfigError naming the key that is unknown, not to be searched, or may draw a value that
+    is not allowed.
+    """
+    known = list_settings(Config)
+    for key, domain in config.tune.space.items():
+        if key not in known:
+            raise ConfigError(f"tune.space: unknown setting {key}{suggest(key, known)}")
+        if reason := _NOT_SEARCHED.get(key):
+            raise ConfigError(f"tune.space: {key} cannot be searched: {reason}")
+        if key.split(".")[0] not in _SEARCHED and key != "data.image_size":
+            raise ConfigError(
+                f"tune.space: {key} has no effect on how a model learns; searched are "
+                f"data.image_size and what is in {', '.join(_SEARCHED)}"
+            )
+        for value in map(str, domain.values if key == "model.weights" else ()):
+            whole = value.startswith("/") or "://" in value
+            if value not in WEIGHTS_WITHOUT_FILE and not whole:
+                raise ConfigError(
+                    f"tune.space: model.weights: {value!r} must be a whole path or a URL; trials "
+                    "run in folders of their own"
+                )
+    settings = sample(config.tune.space)
+    for setting in settings:
+        override(config, setting, "tune.space")
+    return settings
+
+
+_SEARCHED = ("augment", "model", "train")
+_NOT_SEARCHED = {
+    "seed": "the luckiest would win; tune.confirm trains the best with new ones",
+    "train.epochs": "a trial has tune.epochs",
+    "train.patience": "a trial has tune.epochs, and tune.early_stopping is what ends it before",
+    "train.keep_checkpoints": "it changes no model",
+    "train.checkpoint_every_steps": "it changes no model",
+    "train.compile": "it changes no model",
+}
+
+
+def read_recipe(name_or_url: str) -> dict[str, Any]:
+    """The settings of a recipe: a name in `jobs/recipes`, or the path or URL of a TOML file.
+
+    Raises ConfigError where there is none, or where it is no TOML.
+    """
+    folder = resources.files("jobs") / "recipes"
+    try:
+        if name_or_url.endswith(".toml"):
+            text = storage.read_text(storage.normalise(name_or_url))
+        else:
+            text = (folder / f"{name_or_url}.toml").read_text()
+        return tomllib.loads(text)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        names = sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir())
+        raise ConfigError(
+            f"recipe {name_or_url}: not found; give a TOML file or one of: {', '.join(names)}"
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {name_or_url}: not valid TOML: {error}") from error
+
+
+def read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    """The settings among environment variables. Raises ConfigError for one that is no setting."""
+
+    class Environment(Config, BaseSettings):
+        model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX, env_nested_delimiter="__")
+
+    for name in environ:
+        if not name.startswith(ENVIRONMENT_PREFIX) or name in _NOT_SETTINGS:
+            continue
+        section, *below = name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__")
+        if section not in Config.model_fields or (below and section == "seed"):
+            raise ConfigError(
+                f"environment variable {name}: no such setting; variables are "
+                f"{ENVIRONMENT_PREFIX}SECTION__KEY, sections: {', '.join(Config.model_fields)}"
+            )
+    source = EnvSettingsSource(Environment)
+    source.env_vars = {k.lower(): v for k, v in environ.items()}
+    try:
+        return source()
+    except SettingsError as error:
+        raise ConfigError(
+            f"the environment: {error}; set one key a variable: {ENVIRONMENT_PREFIX}SECTION__KEY"
+        ) from error
+
+
+def validate(model: type[M], layers: Sequence[Layer]) -> M:
+    """The model that the layers add up to, the last one winning. Raises ConfigError."""
+    merged: dict[str, Any] = {}
+    for _, tree in layers:
+        _merge(merged, tree)
+    try:
+        return model.model_validate(merged)
+    except ValidationError as error:
+        raise ConfigError(_explain(model, error, layers)) from error
+
+
+def _merge(target: dict[str, Any], source: Mapping[str, Any]) -> None:
+    for key, value in source.items():
+        if isinstance(value, Mapping) and isinstance(target.get(key), dict):
+            _merge(target[key], value)
+        else:
+            target[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def _explain(model: type[BaseModel], error: ValidationError, layers: Sequence[Layer]) -> str:
+    """One line for all mistakes; what one value may be instead is told together."""
+    allowed: dict[str, list[str]] = {}
+    for item in error.errors(include_url=False):
+        path = [str(part) for part in item["loc"]]
+        key = ".".join(path[: 2 if len(path) > 1 and path[0] in Config.model_fields else 1])
+        layer = next((n for n, tree in reversed(layers) if _has(tree, key)), "the command line")
+        if item["type"] == "extra_forbidden":
+            allowed[f"unknown setting {key} in {layer}{suggest(key, list_settings(model))}"] = []
+        elif item["type"] == "missing":
+            allowed[f"--{key.replace('_', '-')} is required"] = []
+        else:
+            text = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+            head = f"{key}:{f' {path[2]}:' if key == 'tune.space' and len(path) > 2 else ''} "
+            if item["type"] != "value_error":
+                head += f"got {item['input']!r} from {layer}, expected "
+            allowed.setdefault(head, []).append(text)
+    return "; ".join(head + " or ".join(texts) for head, texts in allowed.items())
+
+
+def _has(tree: Mapping[str, Any], key: str) -> bool:
+    branch: Any = tree
+    for part in key.split("."):
+        if not isinstance(branch, Mapping) or part not in branch:
+            return False
+        branch = branch[part]
+    return True
+
+
+def suggest(key: str, known: Sequence[str], *, flag: bool = False) -> str:
+    """What to write for an unknown key, behind the message; '' where nothing can be said."""
+    if removed := _REMOVED.get(key):
+        return f", which was removed: {removed}"
+    section = key.split(".")[0]
+    if section == key:
+        known = [*dict.fromkeys(k.split(".")[0] for k in known)]
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    siblings = [k for k in known if k.startswith(section + ".") or (section == key and not flag)]
+    show = [f"--{k.replace('_', '-')}" if flag else k for k in close or siblings]
+    if close:
+        return f", did you mean {show[0]}?"
+    return f", allowed: {', '.join(show)}" if show else ""
+
+
+def list_settings(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """The dotted keys of all settings of a model."""
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            keys += list_settings(field.annotation, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys

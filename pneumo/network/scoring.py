@@ -1,0 +1,137 @@
+"""Running trained networks: from stored images or batches to one logit a study."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from pneumo.config import AugmentConfig
+from pneumo.loading.augmentation import augment, normalise
+from pneumo.loading.blocks import to_input
+from pneumo.loading.loader import Batch
+
+VIEWS = AugmentConfig()
+"""How far the views of test-time augmentation are moved: never flipped, as the heart is on one
+side."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What networks say of some studies, beside what these are; all arrays have shape (N,)."""
+
+    keys: npt.NDArray[np.str_]
+    logits: npt.NDArray[np.float32]
+    targets: npt.NDArray[np.int8]
+    """0 or 1, as they stand beside the images, in the shards."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @classmethod
+    def join(cls, parts: Sequence[Self]) -> Self:
+        """All parts as one, in their order."""
+        return cls(
+            np.concatenate([np.empty(0, np.str_), *(part.keys for part in parts)]),
+            np.concatenate([np.empty(0, np.float32), *(part.logits for part in parts)]),
+            np.concatenate([np.empty(0, np.int8), *(part.targets for part in parts)]),
+        )
+
+
+def score(model: nn.Module, batches: Iterable[Batch]) -> Scores:
+    """What the model says of the studies in `batches`, in their order.
+
+    Always in float32: the 8 bits of a bfloat16 logit would tie studies that differ. For the speed
+    of validation a GPU's convolutions may take TF32 products (10 bits), added up in float32. The
+    model is left in evaluation mode.
+    """
+    model.eval()
+    keys: list[str] = []
+    logits, targets = [], []
+    with torch.inference_mode():
+        for batch in batches:
+            with torch.autocast(batch.images.device.type, enabled=False):
+                logits.append(model(batch.images).squeeze(1).float())
+            targets.append(batch.targets)
+            keys += batch.keys
+    if not keys:
+        return Scores.join([])
+    # Only now: a copy to the host within the loop would wait for each batch.
+    return Scores(
+        np.array(keys, dtype=np.str_),
+        torch.cat(logits).cpu().numpy(),
+        torch.cat(targets).cpu().numpy().astype(np.int8),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One trained network of those whose logits are averaged, and how it is fed."""
+
+    network: nn.Module
+    backbone: str
+    image_size: int
+    """Height and width of its input, in pixels."""
+    mean: float
+    """Of the gray levels it was trained on, in [0, 1], as `std`."""
+    std: float
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.network.parameters()).device
+
+
+def prepare_input(pixels: Sequence[npt.NDArray[np.uint8]], member: Member) -> Tensor:
+    """Stored images (S, S) uint8 as the member takes them: (B, 1, H, W) float32, normalised."""
+    images = to_input(pixels, member.image_size).to(member.device)
+    return normalise(images, member.mean, member.std)
+
+
+def score_pictures(
+    members: Sequence[Member], pixels: Sequence[npt.NDArray[np.uint8]], *, views: int = 1
+) -> npt.NDArray[np.float32]:
+    """The mean logit (B,) of stored images (S, S) uint8 over all members and `views`.
+
+    The first view is the image itself; view k is moved and recoloured as augmentation would, the
+    same way for every image, so a study's logit depends on its pixels alone. Always computed in
+    float32, also within a GPU's convolutions, which would take TF32 else.
+    """
+    total = np.zeros(len(pixels), dtype=np.float64)
+    with torch.inference_mode(), _exact_convolutions():
+        for member in members:
+            member.network.eval()
+            for number in range(views):
+                images = _draw_view(member, pixels, number)
+                with torch.autocast(member.device.type, enabled=False):
+                    logits = member.network(images).squeeze(1).float()
+                total += logits.cpu().numpy()
+    return np.asarray(total / (len(members) * views), dtype=np.float32)
+
+
+@contextmanager
+def _exact_convolutions() -> Iterator[None]:
+    """Within it cuDNN computes float32 as IEEE has it; matrix products always are."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32
+    cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32 = before
+
+
+def _draw_view(member: Member, pixels: Sequence[npt.NDArray[np.uint8]], number: int) -> Tensor:
+    if number == 0:
+        return prepare_input(pixels, member)
+    images = to_input(pixels, member.image_size).to(member.device)
+    # Drawn by the view's number: as if all images were one study in one epoch.
+    keys = ["view"] * len(pixels)
+    moments = (member.mean, member.std)
+    return augment(images, keys, VIEWS, seed=0, epoch=number, moments=moments)

@@ -1,0 +1,53 @@
+"""How a server is reached: fsspec's filesystems, with our time limits.
+
+Credentials and endpoints follow the AWS conventions (profiles, AWS_ENDPOINT_URL, IRSA).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import fsspec
+
+from pneumo.errors import UserError
+from pneumo.storage.urls import is_s3
+
+ANONYMOUS = "PNEUMO_S3_ANONYMOUS"
+"""The environment variable that has S3 requests sent unsigned, for public buckets."""
+
+READ_TIMEOUT_S = 20.0
+"""How long an object store may be silent before the request counts as failed."""
+
+_S3_OPTIONS = {
+    "connect_timeout": 5.0,
+    "read_timeout": READ_TIMEOUT_S,
+    # `retries.py` tries again, in one place and within one time budget.
+    "retries": {"total_max_attempts": 1, "mode": "standard"},
+    # Servers older than these checksums refuse them; all know Content-MD5.
+    "request_checksum_calculation": "when_required",
+    "response_checksum_validation": "when_required",
+    "max_pool_connections": 32,
+}
+
+
+def open_filesystem(url: str) -> tuple[Any, str]:
+    """The process's filesystem for `url`, and the path in it.
+
+    fsspec keeps the instance, and makes another after a fork. Listings are not cached: keys that
+    another process adds must be seen. Raises UserError for a bad PNEUMO_S3_ANONYMOUS.
+    """
+    if not is_s3(url):
+        fs, path = fsspec.url_to_fs(url, use_listings_cache=False)
+        return fs, path
+    value = os.environ.get(ANONYMOUS, "").lower()
+    if value not in {"", "0", "false", "1", "true"}:
+        raise UserError(f"{ANONYMOUS}={value}: expected 1 or 0")
+    fs, path = fsspec.url_to_fs(
+        url,
+        use_listings_cache=False,
+        anon=value in {"1", "true"},
+        config_kwargs=_S3_OPTIONS,
+    )
+    fs.retries = 1
+    return fs, path

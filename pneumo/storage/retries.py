@@ -1,0 +1,74 @@
+"""Requests to a server, sent again within a time budget while the trouble looks passing."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from pneumo.errors import StorageError
+from pneumo.storage.connection import open_filesystem
+from pneumo.storage.failures import first_line, permanent_error
+
+T = TypeVar("T")
+
+RETRY_BUDGET_S = 120.0
+"""How long a failing request is sent again before StorageError."""
+
+CHUNK_BYTES = 2**20
+"""Bytes of a read after which its budget begins anew."""
+
+_FIRST_PAUSE_S = 0.2
+_LONGEST_PAUSE_S = 15.0
+_SILENT_RETRIES_S = 5.0
+"""How long a request fails before a warning is logged."""
+
+_logger = logging.getLogger(__name__)
+
+
+def retried(
+    call: Callable[[Any, str], T],
+    url: str,
+    budget_s: float = RETRY_BUDGET_S,
+    progress: Callable[[], int] = lambda: 0,
+    label: str | None = None,
+) -> T:
+    """What `call(filesystem, path)` returns, tried again with jittered exponential back-off.
+
+    `budget_s` counts from the first failure, and anew once `progress`, in bytes, has grown by
+    CHUNK_BYTES since. With a `label`, which stands for the URL, the text of an error, which may
+    quote the URL, is not told either. Raises what `permanent_error` makes of an error, and
+    StorageError once the budget is spent.
+    """
+    name = label or url
+    failing_since_s, pause_s, is_told = None, _FIRST_PAUSE_S, False
+    reached = renewed_at = 0
+    while True:
+        try:
+            fs, path = open_filesystem(url)
+            return call(fs, path)
+        except Exception as error:
+            text, cause = (
+                (first_line(error), error) if label is None else (type(error).__name__, None)
+            )
+            permanent = permanent_error(error, name, text)
+            if permanent is not None:
+                raise permanent from cause
+            now_s, now_reached = time.monotonic(), progress()
+            if now_reached > reached:
+                pause_s, reached = _FIRST_PAUSE_S, now_reached
+            if failing_since_s is None or reached >= renewed_at + CHUNK_BYTES:
+                failing_since_s, renewed_at = now_s, reached
+            left_s = budget_s - (now_s - failing_since_s)
+            if pause_s > left_s:
+                raise StorageError(
+                    f"storage: {name}: {text}; tried again for {budget_s:.0f} s; is the server up, "
+                    "and is it the one of AWS_ENDPOINT_URL?"
+                ) from cause
+            if left_s < budget_s - _SILENT_RETRIES_S and not is_told:
+                _logger.warning("storage: %s: %s; trying again for %.0f s", name, text, left_s)
+                is_told = True
+            time.sleep(pause_s * random.uniform(0.5, 1.5))
+            pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)

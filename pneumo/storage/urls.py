@@ -1,0 +1,71 @@
+"""What a URL names, and how URLs are put together. No URL is ever handed to a shell."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import fsspec
+
+from pneumo.errors import ContentError, UserError
+
+_SHELL_SCHEMES = frozenset({"pipe", "cmd", "sh", "bash", "ssh", "sftp"})
+
+
+def is_local(url: str) -> bool:
+    """Whether `url` names a path of this machine."""
+    return "://" not in url or url.startswith("file://")
+
+
+def is_s3(url: str) -> bool:
+    """Whether `url` names an object of an S3 server."""
+    return url.startswith(("s3://", "s3a://"))
+
+
+def local_path(url: str) -> Path:
+    """The path that a local URL names, absolute."""
+    return Path(url.removeprefix("file://")).expanduser().absolute()
+
+
+def normalise(url: str) -> str:
+    """`url` as the jobs pass it on: absolute when local (workers change directory), no final slash.
+
+    Raises UserError for a scheme that would run a command, or that fsspec does not know.
+    """
+    scheme = url.split(":", 1)[0] if ":" in url else ""
+    if scheme in _SHELL_SCHEMES:
+        raise UserError(f"storage: '{scheme}:' URLs are refused; use a path, file:// or s3://")
+    if is_local(url):
+        return str(local_path(url))
+    if scheme not in fsspec.available_protocols():
+        raise UserError(f"storage: unknown scheme in '{url}'; use a path, file:// or s3://")
+    return url.rstrip("/")
+
+
+def join(url: str, *parts: str) -> str:
+    """`url` with `parts` below it."""
+    return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+@dataclass(frozen=True)
+class Range:
+    """The bytes of an object from `start` on: `length` of them, or all to its end."""
+
+    url: str
+    start: int = 0
+    length: int | None = None
+    label: str | None = None
+    """Stands in errors for a URL that must not be shown."""
+
+    @property
+    def name(self) -> str:
+        """What errors call the object."""
+        return self.label or self.url
+
+    def ends_early(self, end: int) -> ContentError:
+        """The error for an object that has only `end` bytes."""
+        assert self.length is not None
+        return ContentError(
+            f"storage: {self.name}: ends at byte {end}; bytes {self.start} to "
+            f"{self.start + self.length - 1} were asked for"
+        )
