@@ -190,7 +190,7 @@ def plot_reliability(axes: Axes, evaluation: Evaluation) -> None:
     """Fraction of positives over predicted probability, by bin of test, before and after
     calibration; bars are intervals over patients."""
     test = evaluation.test
-    axes.plot([0, 1], [0, 1], color=GRAY, linewidth=0.8, linestyle=":", label="right")
+    axes.plot([0, 1], [0, 1], color=GRAY, linewidth=0.8, linestyle=":", label="perfect")
     shown = (("uncalibrated", test.before, GRAY, "s"), ("calibrated", test.after, BLUE, "o"))
     for label, found, color, marker in shown:
         points = [(part.predicted, part.observed) for part in found.curve]
