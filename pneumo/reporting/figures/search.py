@@ -41,7 +41,7 @@ def draw_contour(search: Search) -> bytes:
     """`contour.svg`: the objective over the two keys that matter most."""
     keys = choose_axes(search)
     if len(keys) < 2:
-        why = "fewer than two keys have more than one value"
+        why = "fewer than two keys vary"
         return draw_chart("contour", lambda axes: draw_placeholder(axes, why))
 
     def plot(study: Study) -> Axes:
