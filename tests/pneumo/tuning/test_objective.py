@@ -154,6 +154,6 @@ def test_smoothing_takes_the_last_epochs() -> None:
 
 
 def test_objectives_have_names_that_a_reader_understands() -> None:
-    config = config_of("sensitivity", specificity=0.8, smoothing_epochs=1)
+    config = config_of("sensitivity", specificity=0.8, epochs=3)
     assert name_objective(config) == "sensitivity on val at specificity 0.8"
     assert describe_objective(config_of("auroc")) == "AUROC on val, mean of the last 2 epochs"
