@@ -45,7 +45,9 @@ def draw_contour(search: Search) -> bytes:
         return draw_chart("contour", lambda axes: draw_placeholder(axes, why))
 
     def plot(study: Study) -> Axes:
-        return plots.plot_contour(study, list(keys), target_name=_name(search))
+        axes = plots.plot_contour(study, list(keys), target_name=_name(search))
+        assert isinstance(axes, Axes)  # of two keys; of more there would be several
+        return axes
 
     return _draw("contour", "Contour", search, plot)
 
