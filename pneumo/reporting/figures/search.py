@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import matplotlib as mpl
 import optuna
@@ -25,13 +26,14 @@ from pneumo.tuning.objective import name_objective
 from pneumo.tuning.optuna_study import to_optuna_study
 from pneumo.tuning.search import Search
 
-Study = optuna.Study
+_Plot = Callable[[Any], Any]
+"""An Optuna study to the axes of its plot; Optuna has no types."""
 
 
 def draw_parallel(search: Search) -> bytes:
     """`parallel.svg`: a line a trial, from its objective across all keys that vary."""
 
-    def plot(study: Study) -> Axes:
+    def plot(study: Any) -> Any:
         return plots.plot_parallel_coordinate(study, target_name=_name(search))
 
     return _draw("parallel", "Settings", search, plot, size=(9.2, 4.4))
@@ -44,10 +46,8 @@ def draw_contour(search: Search) -> bytes:
         why = "fewer than two keys vary"
         return draw_chart("contour", lambda axes: draw_placeholder(axes, why))
 
-    def plot(study: Study) -> Axes:
-        axes = plots.plot_contour(study, list(keys), target_name=_name(search))
-        assert isinstance(axes, Axes)  # of two keys; of more there would be several
-        return axes
+    def plot(study: Any) -> Any:
+        return plots.plot_contour(study, list(keys), target_name=_name(search))
 
     return _draw("contour", "Contour", search, plot)
 
@@ -55,7 +55,7 @@ def draw_contour(search: Search) -> bytes:
 def draw_learning(search: Search) -> bytes:
     """`learning.svg`: the smoothed objective by epoch, with the rungs."""
 
-    def plot(study: Study) -> Axes:
+    def plot(study: Any) -> Any:
         axes = plots.plot_intermediate_values(study)
         axes.set(xlabel="epoch", ylabel=_name(search))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -72,7 +72,7 @@ def draw_importance(search: Search) -> bytes:
         why = "too few trials, or one key, to tell"
         return draw_chart("importance", lambda axes: draw_placeholder(axes, why))
 
-    def plot(study: Study) -> Axes:
+    def plot(study: Any) -> Any:
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=search.config.seed)
         axes = plots.plot_param_importances(study, evaluator=evaluator)
         axes.set(xlabel="fraction of the objective's variation", ylabel="")
@@ -96,7 +96,7 @@ def _draw(
     name: str,
     title: str,
     search: Search,
-    plot: Callable[[Study], Axes],
+    plot: _Plot,
     size: tuple[float, float] = (4.4, 4.0),
 ) -> bytes:
     """One of Optuna's plots as SVG, in the page's ink."""
@@ -105,11 +105,17 @@ def _draw(
         why = "fewer than two trials with different objectives"
         return draw_chart(name, lambda axes: draw_placeholder(axes, why))
     # Optuna sets a style of its own, through pyplot, and warns that its plots may change.
-    layout = {"figure.constrained_layout.use": True, "figure.figsize": size, "backend": "agg"}
-    with mpl.rc_context({**STYLE, **layout, "svg.hashsalt": name}):
+    settings: dict[Any, Any] = {
+        **STYLE,
+        "figure.constrained_layout.use": True,
+        "figure.figsize": size,
+        "backend": "agg",
+        "svg.hashsalt": name,
+    }
+    with mpl.rc_context(settings):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            axes = plot(study)
+            axes: Axes = plot(study)
         figure = axes.get_figure(root=True)
         assert figure is not None
         for part in figure.axes:
