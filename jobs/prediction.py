@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Any
@@ -30,6 +30,7 @@ from jobs.terminal.entry_point import say
 from pneumo import storage
 from pneumo.command_line import Invocation, PredictArguments
 from pneumo.errors import DataError, RunError, SourceError
+from pneumo.evaluation.bootstrap import as_json
 from pneumo.evaluation.file_predictions import (
     NOT_A_NUMBER,
     NOTICE,
@@ -260,7 +261,7 @@ def write_readings(
         "decoded_at": task.stored_size,
         "threshold": rule.threshold,
         "threshold_reason": rule.threshold_reason,
-        "calibration": None if rule.calibration is None else asdict(rule.calibration),
+        "calibration": as_json(rule.calibration, leave_out={"log_loss"}),
         "calibration_reason": rule.calibration_reason,
         "files": len(readings),
         "scored": readings.num_scored,

@@ -113,7 +113,7 @@ def fit_metadata(train: Metadata | None) -> MetadataModel:
 
 @dataclass(frozen=True)
 class Baseline:
-    """The model beside a guess from metadata, on the same studies."""
+    """The model compared with a guess from metadata, on the same studies."""
 
     n: int
     """Studies that the guess can be made for."""
@@ -152,14 +152,14 @@ def view_statistics(rows: Predictions) -> Statistics:
     """What `compare_with_view` needs to have resampled."""
     known = np.flatnonzero(rows.view != "")
     return {
-        "view": lambda: _beside(rows, known, rows.view[known] == "AP"),
+        "view": lambda: _both_aurocs(rows, known, rows.view[known] == "AP"),
         "view/AP": lambda: {"auroc": _auroc(rows, np.flatnonzero(rows.view == "AP"))},
         "view/PA": lambda: {"auroc": _auroc(rows, np.flatnonzero(rows.view == "PA"))},
     }
 
 
 def compare_with_view(rows: Predictions, found: Mapping[str, StatisticSet]) -> ViewBaseline:
-    """The model beside the view, on the studies of `rows` whose view is known."""
+    """The model compared with the view, on the studies of `rows` whose view is known."""
     known = rows.take(rows.view != "")
     return ViewBaseline(
         n=len(known),
@@ -173,13 +173,13 @@ def compare_with_view(rows: Predictions, found: Mapping[str, StatisticSet]) -> V
 
 def metadata_statistics(rows: Predictions, model: MetadataModel) -> Statistics:
     """What `compare_with_metadata` needs to have resampled."""
-    return {"metadata": lambda: _beside(rows, np.arange(len(rows)), model.score(rows))}
+    return {"metadata": lambda: _both_aurocs(rows, np.arange(len(rows)), model.score(rows))}
 
 
 def compare_with_metadata(
     rows: Predictions, model: MetadataModel, found: Mapping[str, StatisticSet]
 ) -> Baseline:
-    """The model beside the metadata; what is unknown of a study is a value of its own."""
+    """The model compared with the metadata; an unknown value counts as a value of its own."""
     reason = found["metadata"].reason
     score = np.zeros(len(rows)) if reason is not None else model.score(rows)
     return Baseline(
@@ -201,7 +201,7 @@ def _auroc(rows: Predictions, part: npt.NDArray[np.intp]) -> Statistic:
     return within(part, metrics.auroc_statistic(rows.target[part], rows.logit[part]))
 
 
-def _beside(
+def _both_aurocs(
     rows: Predictions, part: npt.NDArray[np.intp], score: npt.NDArray[Any]
 ) -> dict[str, Statistic]:
     alone = within(part, metrics.auroc_statistic(rows.target[part], score))

@@ -82,6 +82,14 @@ def wilson(value: float, n: int) -> tuple[float, float]:
     return min(value, float(interval.low)), max(value, float(interval.high))
 
 
+def with_wilson(rate: Estimate, num_patients: int) -> Estimate:
+    """`rate`; where it is exactly 0 or 1, and so never varies under resampling, with Wilson's
+    interval over the patients in its denominator."""
+    if rate.value is None or 0 < rate.value < 1:
+        return rate
+    return Estimate(rate.value, *wilson(rate.value, num_patients), WILSON_OVER_PATIENTS)
+
+
 @dataclass(frozen=True, eq=False)
 class Resampled:
     """Statistics of one kind: their values (K,), and what they were in each resample (K, R)."""
@@ -94,7 +102,7 @@ class Resampled:
         return replace(self, value=function(self.value[:, None])[:, 0], drawn=function(self.drawn))
 
     def estimate(self, row: int = 0, reason: str = "undefined for these studies") -> Estimate:
-        """One of them with its 95 % percentile interval; `reason` is said where it has no value."""
+        """One of them with its 95 % percentile interval, or `reason` where it has no value."""
         return _percentile_interval(float(self.value[row]), self.drawn[row], reason)
 
 

@@ -1,4 +1,4 @@
-"""Calibration: how far a probability can be believed, and how it is mended on val.
+"""Calibration: how far a probability can be trusted, and how it is corrected on val.
 
 Temperature scaling (Guo 2017) and Platt's scaling (1999) are fitted on val by maximum likelihood;
 test only reports. A weight of positives in training shifts every logit by its logarithm, which only
@@ -60,7 +60,7 @@ class Scaling:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What val says of the logits, and which scaling is used."""
+    """Both scalings as fitted on val, and which one is used."""
 
     chosen: Scaling | None
     """None where val can't be calibrated on."""
@@ -103,7 +103,7 @@ def calibrate(val: Predictions, *, min_patients: int, seed: int) -> Calibration:
 
     There is none where `val` has fewer than `min_patients` patients of a class, or can't be ranked.
     Where the free one, Platt's, would turn the order round (slope not above 0), neither is used: a
-    temperature keeps the order of logits that are all of one sign whatever they say.
+    temperature cannot turn the order of logits round that are all of one sign.
     """
     try:
         positive, logit = check_scores(val.target, val.logit)
@@ -116,7 +116,7 @@ def calibrate(val: Predictions, *, min_patients: int, seed: int) -> Calibration:
     platt = _fit_checked("platt", positive, logit, folds)
     fitted = [scaling for scaling in (temperature, platt) if scaling is not None]
     if platt is None:
-        reason = "val: a higher logit does not mean a higher risk, so scaling can't mend it"
+        reason = "val: a higher logit does not mean a higher risk, so scaling can't correct it"
         return Calibration(None, None, None, before, reason)
     chosen = min(fitted, key=lambda scaling: scaling.log_loss)
     return Calibration(chosen, temperature, platt, before)
@@ -126,7 +126,7 @@ def fit_scaling(method: Method, target: npt.ArrayLike, logit: npt.ArrayLike) -> 
     """Slope and intercept of the greatest likelihood; the intercept of a temperature is 0.
 
     The targets are Platt's, (P + 1) / (P + 2) and 1 / (Q + 2) of P positives and Q negatives: as if
-    one study of either class had been seen besides. That keeps the fit finite where the logits
+    one more study of each class had been seen. That keeps the fit finite where the logits
     separate the classes, and does not matter where there are many. Raises MetricError.
     """
     positive, logit64 = check_scores(target, logit)
@@ -134,7 +134,7 @@ def fit_scaling(method: Method, target: npt.ArrayLike, logit: npt.ArrayLike) -> 
     soft = np.where(positive, (num_positive + 1) / (num_positive + 2), 1 / (num_negative + 2))
     reach = float(np.abs(logit64).max())
     if np.ptp(logit64) == 0 or reach == 0:
-        return 0.0, 0.0  # the logits say nothing
+        return 0.0, 0.0  # logits without information
     # A soft target is a study of either class, each with a weight.
     model = LogisticRegression(
         C=np.inf, fit_intercept=method == "platt", solver="newton-cholesky", tol=1e-10
@@ -144,7 +144,7 @@ def fit_scaling(method: Method, target: npt.ArrayLike, logit: npt.ArrayLike) -> 
     model.fit(both, classes, sample_weight=np.concatenate([soft, 1 - soft]))
     slope = float(model.coef_[0, 0]) / reach
     if method == "temperature":
-        return max(slope, 0.0), 0.0  # 0: the logits say the reverse
+        return max(slope, 0.0), 0.0  # 0: a higher logit means a lower risk
     return slope, float(model.intercept_[0])
 
 
@@ -165,7 +165,7 @@ def cross_validated_losses(
     *,
     seed: int,
 ) -> Floats:
-    """The log loss in nats of each study (N,), scaled by what the other folds' patients say.
+    """The log loss in nats of each study (N,), scaled by a fit on the other folds' patients.
 
     Raises MetricError for one class only, a NaN or an infinity.
     """
@@ -299,7 +299,7 @@ class Bin:
     predicted: float
     """Their mean probability."""
     observed: Estimate
-    """The share of them that is positive."""
+    """The fraction of them that is positive."""
 
 
 @dataclass(frozen=True)
@@ -313,21 +313,21 @@ class Reliability:
     slope: Estimate
     """Of the logistic recalibration (Cox 1958); 1 is right, below 1 too extreme."""
     intercept: Estimate
-    """Of the same fit, beside that slope; 0 is right, and says little where the slope is not 1."""
+    """Of the same fit; 0 is right, and means little where the slope is not 1."""
     intercept_at_slope_1: Estimate
     """Of the recalibration whose slope is held at 1: calibration in the large on the logit's scale
     (Van Calster 2016); 0 is right, below 0 the probabilities are too high."""
     in_the_large: Estimate
-    """Mean probability - share of positives; 0 is right, above 0 too high."""
+    """Mean probability - fraction of positives; 0 is right, above 0 too high."""
     curve: tuple[Bin, ...]
     """From the lowest probability to the highest."""
     brier_decomposition: dict[str, float] | None
     """Brier = reliability - resolution + uncertainty + within_bins (Murphy 1973; the last is what
-    lumping into bins leaves over)."""
+    binning leaves over)."""
 
     @classmethod
     def undefined(cls, reason: str) -> Reliability:
-        """Nothing can be said, and why."""
+        """No estimate, and why."""
         nothing = Estimate.undefined(reason)
         return cls(**dict.fromkeys(MEASURES, nothing), curve=(), brier_decomposition=None)
 

@@ -21,7 +21,7 @@ THRESHOLDS: tuple[float, ...] = tuple(k / 100 for k in range(1, 51))
 
 @dataclass(frozen=True)
 class DecisionCurve:
-    """Net benefit, in true positives a study, at each of THRESHOLDS; treating nobody is worth 0."""
+    """Net benefit, in true positives a study, at each of THRESHOLDS; treating nobody has 0."""
 
     model: tuple[Estimate, ...]
     treat_all: tuple[float, ...]

@@ -2,8 +2,8 @@
 
 DeLong, DeLong & Clarke-Pearson (Biometrics 1988) take studies as independent; Obuchowski
 (Biometrics 1997) takes patients as independent and their studies as alike as they are. Both rest
-on each study's placement: the share of the other class that it is ranked right against. Placements
-come from midranks in O(n log n) (Sun & Xu, IEEE Signal Processing Letters 2014).
+on each study's placement: the fraction of the other class that it is ranked right against.
+Placements come from midranks in O(n log n) (Sun & Xu, IEEE Signal Processing Letters 2014).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ CLUSTERED = "DeLong, clustered by patient (Obuchowski 1997)"
 
 @dataclass(frozen=True, eq=False)
 class Placements:
-    """How well each study is ranked: of a positive the share of the negatives below it, of a
-    negative the share of the positives above it, ties counting one half."""
+    """How well each study is ranked: of a positive the fraction of the negatives below it, of a
+    negative the fraction of the positives above it, ties counting one half."""
 
     positive: npt.NDArray[np.bool_]
     """(N,)"""

@@ -1,4 +1,4 @@
-"""Predictions -> Evaluation: what the model is worth, decided on val and reported on test.
+"""Predictions -> Evaluation: how good the model is, chosen on val and reported on test.
 
 Thresholds and calibration come from val alone and are frozen before test is looked at. What can't
 be computed (one class only, too few patients, a NaN from a diverged model) is null with a reason;
@@ -49,7 +49,6 @@ from pneumo.evaluation.delong import delong
 from pneumo.evaluation.metrics import Curve
 from pneumo.evaluation.operating_points import (
     DECISION,
-    SCREENING,
     AtPoint,
     Decision,
     OperatingPoint,
@@ -59,17 +58,6 @@ from pneumo.evaluation.operating_points import (
 )
 from pneumo.evaluation.predictions import Predictions
 from pneumo.evaluation.subgroups import Subgroups, evaluate_subgroups, subgroup_statistics
-
-__all__ = [
-    "DECISION",
-    "METRICS_SCHEMA_VERSION",
-    "SCREENING",
-    "Evaluation",
-    "SplitEvaluation",
-    "check_complete",
-    "evaluate",
-    "evaluate_split",
-]
 
 METRICS_SCHEMA_VERSION = 3
 
@@ -107,7 +95,7 @@ class SplitEvaluation:
 
     @property
     def prevalence(self) -> float:
-        """Share of positives; NaN of an empty split."""
+        """Fraction of positives; NaN of an empty split."""
         return self.positives / self.n if self.n else float("nan")
 
     def to_json(self) -> dict[str, Any]:
@@ -147,7 +135,7 @@ class Evaluation:
         """The content of metrics.json.
 
         `run` names the run, `dataset` holds the manifest's digest and the unit of the split,
-        `model` what is worth knowing of the model (initialisation, epoch of the checkpoint). An
+        `model` facts of the model (initialisation, epoch of the checkpoint). An
         estimate is {value, low, high, method}, null where undefined, with a `reason`; a count is a
         plain number.
         """

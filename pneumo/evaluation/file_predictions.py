@@ -1,4 +1,4 @@
-"""What a model says of loose files: one row a file, its decision by the run's own frozen rule.
+"""A model's scores of loose files: one row a file, its decision by the run's own frozen rule.
 
 Unlike everything else that pneumo writes, a reading carries the user's own file names: it goes to
 the user's own folder and nowhere else.
@@ -25,7 +25,7 @@ from pneumo.evaluation.operating_points import DECISION
 from pneumo.evaluation.predictions import sigmoid
 
 NOT_A_NUMBER = "not_a_number"
-"""The reason of a file that could be read, but of which the network says nothing finite."""
+"""The reason of a file that could be read, but whose logit is not finite."""
 NOTICE = "Research use only: no medical device, never validated for care."
 
 
@@ -127,7 +127,7 @@ class Readings:
         return np.asarray((self.reason == "") & (sigmoid(self.logit) >= rule.threshold))
 
     def to_table(self, rule: FrozenRule, checkpoint: str) -> pa.Table:
-        """The rows with what `rule` makes of them; null where there is nothing to say."""
+        """The rows with what `rule` makes of them; null where there is none."""
         is_missing = self.reason != ""
 
         def numbers(values: npt.NDArray[Any] | None, kind: pa.DataType) -> pa.Array:

@@ -1,8 +1,8 @@
-"""How well maps of evidence agree with the radiologists' boxes, beside two that know less.
+"""How well maps of evidence agree with the radiologists' boxes, compared with two that know less.
 
 Every measure is of a map (H, W) of values from 0 up and boxes in its pixels, and none depends on
 the map's scale. A map that looks at no image still scores, because pneumonia lies in the lungs and
-the lungs in the middle; so each measure of the network's maps stands beside those of
+the lungs in the middle; so each measure of the network's maps is compared with those of
 
     prior     the fraction of the train split's positives that have a box there
     random    the same network with random weights (Adebayo 2018)

@@ -1,4 +1,4 @@
-"""Operating points: thresholds chosen on val, frozen, and what a split is worth at each.
+"""Operating points: thresholds chosen on val, frozen, and the metrics of a split at each.
 
 Thresholds stand on the probability as the network gives it; a calibration keeps the order, so
 it moves no study across one.
@@ -37,7 +37,7 @@ STANDARD: Mapping[str, tuple[ThresholdRule, float]] = {
 }
 """Chosen for every run, whatever is configured, so that any two can be compared at one."""
 PREVALENCES = (0.05, 0.10, 0.225, 0.365)
-"""Where a predictive value is told, from rare to common; RSNA has 22.5 %."""
+"""At which predictive values are given, from rare to common; RSNA has 22.5 %."""
 BAYES_ENDS = "Bayes at the ends of sensitivity's and specificity's intervals"
 
 
@@ -54,7 +54,7 @@ class OperatingPoint:
 
 @dataclass(frozen=True)
 class PredictiveValues:
-    """What a call would mean where another share of the studies is positive."""
+    """What a call would mean where another fraction of the studies is positive."""
 
     prevalence: float
     ppv: Estimate
@@ -81,7 +81,7 @@ class AtPoint:
 
     @classmethod
     def undefined(cls, reason: str) -> AtPoint:
-        """Nothing can be said, and why."""
+        """No estimate, and why."""
         nothing = Estimate.undefined(reason)
         return cls(
             None,
@@ -168,12 +168,17 @@ def check_enough(
     if rule != "youden" and target < 1:
         needed = max(needed, math.ceil(1 / (1 - target) - 1e-9))
     for value in of_class:
-        found = len(np.unique(val.patient[val.target == value]))
-        if found < needed:
-            word = "positive" if value else "negative"
-            raise MetricError(
-                f"too small: {found} patients with a {word} study, {needed} are needed"
-            )
+        if reason := find_too_few(val, value, needed):
+            raise MetricError(reason)
+
+
+def find_too_few(rows: Predictions, value: int, needed: int) -> str | None:
+    """Why `rows` are too few of a class, 1 or 0; None where `needed` patients have it."""
+    found = len(np.unique(rows.patient[rows.target == value]))
+    if found >= needed:
+        return None
+    word = "positive" if value else "negative"
+    return f"too small: {found} patients with a {word} study, {needed} are needed"
 
 
 # --- judged on any split --------------------------------------------------------------------------
@@ -203,16 +208,16 @@ def evaluate_points(
     rows: Predictions, points: Mapping[str, OperatingPoint], found: Resampled
 ) -> dict[str, AtPoint]:
     """`rows` at every point; `found` is what `outcomes_statistic` made of them."""
-    judged = {}
+    found_at = {}
     start = 0
     for name, point in points.items():
         if point.threshold is None:
-            judged[name] = AtPoint.undefined(f"no threshold: {point.reason}")
+            found_at[name] = AtPoint.undefined(f"no threshold: {point.reason}")
             continue
         cells = Resampled(found.value[start : start + 4], found.drawn[start : start + 4])
-        judged[name] = _evaluate_at(rows, point.threshold, cells)
+        found_at[name] = _evaluate_at(rows, point.threshold, cells)
         start += 4
-    return judged
+    return found_at
 
 
 def _evaluate_at(rows: Predictions, threshold: float, cells: Resampled) -> AtPoint:
@@ -229,11 +234,8 @@ def _evaluate_at(rows: Predictions, threshold: float, cells: Resampled) -> AtPoi
             by_wilson[key] = Estimate.undefined(metrics.UNDEFINED[key], bootstrap.WILSON)
             continue
         by_wilson[key] = Estimate(value, *bootstrap.wilson(value, n), bootstrap.WILSON)
-        if value in (0.0, 1.0):
-            # It never varies under resampling.
-            num_patients = len(np.unique(rows.patient[np.isin(code, members)]))
-            interval = bootstrap.wilson(value, num_patients)
-            estimates[key] = Estimate(value, *interval, bootstrap.WILSON_OVER_PATIENTS)
+        patients = np.unique(rows.patient[np.isin(code, members)])
+        estimates[key] = bootstrap.with_wilson(estimates[key], len(patients))
     predictive = tuple(
         PredictiveValues(p, *_predict_values(cells, p, estimates)) for p in PREVALENCES
     )

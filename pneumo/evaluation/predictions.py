@@ -1,4 +1,4 @@
-"""Predictions: what a model says of each study, one row a study.
+"""Predictions: a model's score of each study, one row a study.
 
 Everything to the right of this noun (metrics, figures, report) reruns from it without a GPU and
 without images, save the Grad-CAM gallery.
@@ -50,7 +50,7 @@ class Predictions:
     calibrated_probability: npt.NDArray[np.float64]
     """The probability after calibration on val; NaN where none was done."""
     checkpoint: StrArray
-    """Which checkpoint said so."""
+    """Which checkpoint gave the logit."""
     finding: StrArray
     """The study's detailed class."""
     age: npt.NDArray[np.float64]
@@ -62,7 +62,7 @@ class Predictions:
     spacing_mm: npt.NDArray[np.float64]
     """Distance of two pixels of the original image; NaN where unknown."""
     box_area_fraction: npt.NDArray[np.float64]
-    """Share of the image that lies in a box of the radiologists', from 0 to 1; NaN without one."""
+    """Fraction of the image that lies in a radiologist's box; NaN without one."""
 
     def __post_init__(self) -> None:
         lengths = {field.name: len(getattr(self, field.name)) for field in fields(self)}

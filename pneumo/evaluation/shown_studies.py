@@ -10,13 +10,13 @@ import numpy.typing as npt
 
 from pneumo.evaluation.bootstrap import (
     WILSON,
-    WILSON_OVER_PATIENTS,
     Estimate,
     as_json,
     divide,
     resample,
     sums_statistic,
     wilson,
+    with_wilson,
 )
 
 Outcome = Literal["tp", "fp", "fn", "tn"]
@@ -179,8 +179,7 @@ def _estimate_errors(
     rate: Estimate,
 ) -> FindingErrors:
     n, errors = len(wrong), int(wrong.sum())
-    share = errors / n
-    if share in (0.0, 1.0):  # it never varies under resampling
-        rate = Estimate(share, *wilson(share, len(np.unique(patient))), WILSON_OVER_PATIENTS)
-    by_image = Estimate(share, *wilson(share, n), WILSON)
+    fraction = errors / n
+    rate = with_wilson(rate, len(np.unique(patient)))
+    by_image = Estimate(fraction, *wilson(fraction, n), WILSON)
     return FindingErrors(finding, n, int(called.sum()), errors, rate, by_image)

@@ -29,14 +29,15 @@ from pneumo.evaluation.bootstrap import (
     divide,
     within,
 )
+from pneumo.evaluation.operating_points import find_too_few
 from pneumo.evaluation.predictions import Predictions
 
 By = Literal["sex", "age", "view", "negatives", "box_area"]
 Bools = npt.NDArray[np.bool_]
 
 COMPARED: tuple[By, ...] = ("sex", "age", "view")
-"""The worst group is looked for among these. The others part the studies by what the readers said:
-that subtle findings are harder is no news of a patient."""
+"""The worst group is looked for among these. The others divide the studies by the
+readers' findings: that subtle findings are harder tells nothing about a kind of patient."""
 WORST_RULE = (
     "of the groups by sex, age and view that can be judged, the one whose AUROC less that of the "
     "rest has the lowest upper bound, which a small group's wide interval keeps high; shown worse "
@@ -50,8 +51,8 @@ _SHARED: Mapping[str, str] = {
 }
 _NAMES = {"recall": "sensitivity"}
 _COUNTED: Mapping[str, tuple[By, ...]] = {"recall": ("negatives",), "specificity": ("box_area",)}
-"""In which kinds of group a rate would be that of the whole split; all others mix the classes in a
-share that is nobody's, so there they are told in neither."""
+"""In which kinds of group a rate is that of the whole split. Rates not named here depend on the
+ratio of the classes, which is artificial in both kinds, so they are undefined in either."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +82,7 @@ class Subgroup:
     brier: Estimate
     """Of the calibrated probability."""
     in_the_large: Estimate
-    """Mean calibrated probability - share of positives."""
+    """Mean calibrated probability - fraction of positives."""
     gap: Estimate
     """AUROC - AUROC of the studies in the other groups."""
 
@@ -133,7 +134,7 @@ class Subgroups:
     groups: tuple[Subgroup, ...]
     worst: Worst
     box_area_cuts: tuple[float, float] | None
-    """Between the tertiles: shares of the image; None without boxes."""
+    """Between the tertiles: fractions of the image; None without boxes."""
 
     def to_json(self) -> dict[str, Any]:
         """The groups as a list, the worst, and where the tertiles were cut."""
@@ -155,12 +156,12 @@ def divide_studies(rows: Predictions) -> list[GroupRows]:
     ]
     findings = np.where(positive, "", rows.finding)
     areas = np.array([*TERTILES, ""])[_tertile(rows)]
-    found += _beside("negatives", positive, findings, NEGATIVES)
-    found += _beside("box_area", ~positive, areas, TERTILES)
+    found += _groups_with_shared("negatives", positive, findings, NEGATIVES)
+    found += _groups_with_shared("box_area", ~positive, areas, TERTILES)
     return found
 
 
-def _beside(
+def _groups_with_shared(
     by: By, shared: Bools, column: npt.NDArray[np.str_], names: Sequence[str]
 ) -> list[GroupRows]:
     """Groups that each hold the `shared` studies too."""
@@ -232,12 +233,10 @@ def _sums(rows: Predictions, members: GroupRows, threshold: float | None) -> dic
     positive, probability = metrics.check_scores(rows.target, rows.probability, both_classes=False)
     called = probability >= (math.inf if threshold is None else threshold)
     calibrated = np.nan_to_num(rows.calibrated_probability)
+    outcomes = positive & called, ~positive & called, positive & ~called, ~positive & ~called
+    squared = (calibrated - positive) ** 2
     code = np.where(members.rows, 0, -1)
-    sums = bootstrap.sums_statistic(
-        *(code, 1, positive & called, ~positive & called, positive & ~called, ~positive & ~called),
-        *(calibrated, (calibrated - positive) ** 2),
-    )
-    return {"sums": sums}
+    return {"sums": bootstrap.sums_statistic(code, 1, *outcomes, calibrated, squared)}
 
 
 def evaluate_subgroups(
@@ -265,7 +264,7 @@ def _evaluate_group(
     min_patients: int,
 ) -> Subgroup:
     group = rows.take(members.rows)
-    few = {value: _too_few(group.target, group.patient, value, min_patients) for value in (1, 0)}
+    few = {value: find_too_few(group, value, min_patients) for value in (1, 0)}
     if members.by == "box_area" and cut_tertiles(rows) is None:
         few[1] = "no positive has a box"
     either = few[1] or few[0]
@@ -297,20 +296,17 @@ def _estimate_rates(
     sums: StatisticSet,
     few: Mapping[int, str | None],
 ) -> dict[str, Estimate]:
-    """Every metric of `metrics.RATES` of the group; `few` says by class where patients lack."""
-    shared, no_point = _SHARED.get(by), None
-    if threshold is None:
-        no_point = "no threshold was chosen on val"
+    """Every metric of `metrics.RATES`; `few` is by class why the group has too few patients."""
+    shared = _SHARED.get(by)
+    no_point = "no threshold was chosen on val" if threshold is None else None
     counted = {"recall": few[1], "specificity": few[0]}
     found = {}
     for key, rate in metrics.RATES.items():
         is_shared = by in _COUNTED[key] if key in _COUNTED else True
         reason = (shared if is_shared else None) or counted.get(key, few[1] or few[0]) or no_point
         one = _derive(sums, reason, partial(_apply, rate), metrics.UNDEFINED[key])
-        if one.value in (0.0, 1.0) and key in metrics.DENOMINATORS and threshold is not None:
-            # It never varies under resampling.
-            interval = bootstrap.wilson(one.value, _count_patients(group, threshold, key))
-            one = Estimate(one.value, *interval, bootstrap.WILSON_OVER_PATIENTS)
+        if key in metrics.DENOMINATORS and threshold is not None:
+            one = bootstrap.with_wilson(one, _count_patients(group, threshold, key))
         found[key] = one
     return found
 
@@ -347,20 +343,9 @@ def _gap(rank: StatisticSet, few: str | None) -> Estimate:
 
 
 def _few_in_rest(rows: Predictions, members: GroupRows, min_patients: int) -> str | None:
-    target, patient = rows.target[members.rest], rows.patient[members.rest]
-    found = [_too_few(target, patient, value, min_patients) for value in (1, 0)]
-    reasons = [f"the rest is {reason}" for reason in found if reason is not None]
-    return reasons[0] if reasons else None
-
-
-def _too_few(
-    target: npt.NDArray[Any], patient: npt.NDArray[Any], value: int, min_patients: int
-) -> str | None:
-    found = len(np.unique(patient[target == value]))
-    if found >= min_patients:
-        return None
-    word = "positive" if value else "negative"
-    return f"too small: {found} patients with a {word} study, {min_patients} are needed"
+    rest = rows.take(members.rest)
+    found = [find_too_few(rest, value, min_patients) for value in (1, 0)]
+    return next((f"the rest is {reason}" for reason in found if reason is not None), None)
 
 
 def find_worst(gaps: Mapping[tuple[By, str], Resampled]) -> Worst:

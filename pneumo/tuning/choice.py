@@ -24,6 +24,9 @@ from pneumo.training.preconditions import resolve_pos_weight
 from pneumo.tuning.objective import Judgement
 from pneumo.tuning.trials import Trial, rank
 
+CONFIRMED_SETTINGS = 3
+"""How many settings confirmation trains again."""
+
 
 @dataclass(frozen=True, order=True)
 class SimplicityKey:
@@ -172,11 +175,8 @@ def choose_confirmed(
     )
 
 
-CONFIRMED_SETTINGS = 3
-
-
 def settings_to_confirm(trials: Sequence[Trial], config: TuneConfig) -> tuple[Trial, ...]:
-    """The best settings, at most `CONFIRMED_SETTINGS`."""
+    """The best CONFIRMED_SETTINGS."""
     finished = [trial for trial in rank(trials, config) if trial.state == "finished"]
     return tuple(finished[:CONFIRMED_SETTINGS])
 

@@ -53,7 +53,7 @@ class Search:
 
     @property
     def epochs(self) -> int:
-        """That all trials had, confirmation left out."""
+        """Of all trials, without confirmation."""
         return sum(trial.epochs for trial in self.trials)
 
 

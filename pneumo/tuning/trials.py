@@ -50,7 +50,7 @@ class Trial:
 
     @property
     def is_judged(self) -> bool:
-        """Whether its objective, where it has one, says how good its setting is."""
+        """Whether its objective, where it has one, tells how good its setting is."""
         return self.state in ("finished", "stopped")
 
     @property

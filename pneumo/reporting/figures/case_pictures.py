@@ -141,8 +141,8 @@ def shrink(case: Case, size: int) -> Case:
 
 
 def draw_prediction_grid(cases: Sequence[Case], *, title: str, reason: str | None = None) -> bytes:
-    """`prediction_grid.png`: a cell a study, green and ✓ where right, red and ✗ where wrong; where
-    there is no study `reason` says why."""
+    """`prediction_grid.png`: a cell a study, green and ✓ where right, red and ✗ where wrong;
+    without studies, `reason` instead."""
     if not cases:
         return _draw_reason(title, reason)
     columns = min(4, max(len(cases), 1))
@@ -169,7 +169,7 @@ def draw_case(case: Case) -> bytes:
 
 
 def draw_gradcam_example(cases: Sequence[Case], *, title: str, reason: str | None = None) -> bytes:
-    """`gradcam_example.png`: one row a study; where there is none `reason` says why."""
+    """`gradcam_example.png`: one row a study; without studies, `reason` instead."""
     if not cases:
         return _draw_reason(title, reason)
     return _draw_pairs(cases, "png", title=title)

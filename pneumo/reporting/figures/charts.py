@@ -1,4 +1,4 @@
-"""What an evaluation says, drawn: curves, confusion matrices, calibration, training."""
+"""Charts of an evaluation: curves, confusion matrices, calibration, training."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def _finish_unit_square(axes: Axes, title: str, x_label: str, y_label: str) -> N
 
 
 def plot_confusion(axes: Axes, evaluation: Evaluation, name: str) -> None:
-    """Test at one operating point: counts, and shares of each row."""
+    """Test at one operating point: counts, and fractions of each row."""
     point, at = evaluation.points[name], evaluation.test.at[name]
     counts = at.counts
     axes.grid(visible=False)
@@ -165,17 +165,17 @@ def plot_confusion(axes: Axes, evaluation: Evaluation, name: str) -> None:
         return
     table = confusion_table(counts)
     rows = table.sum(axis=1, keepdims=True)
-    share = np.divide(table, rows, out=np.zeros((2, 2)), where=rows > 0)
-    axes.imshow(share, cmap="Blues", vmin=0, vmax=1.15, aspect="equal")
+    fraction = np.divide(table, rows, out=np.zeros((2, 2)), where=rows > 0)
+    axes.imshow(fraction, cmap="Blues", vmin=0, vmax=1.15, aspect="equal")
     for row, column in np.ndindex(2, 2):
         axes.text(
             column,
             row,
-            f"{table[row, column]}\n{share[row, column]:.0%}",
+            f"{table[row, column]}\n{fraction[row, column]:.0%}",
             ha="center",
             va="center",
             fontsize=13,
-            color="white" if share[row, column] > 0.6 else INK,
+            color="white" if fraction[row, column] > 0.6 else INK,
         )
     axes.set(xticks=[0, 1], yticks=[0, 1], xlabel="predicted", ylabel="label")
     axes.set_xticklabels(["negative", "positive"])
@@ -187,11 +187,11 @@ def plot_confusion(axes: Axes, evaluation: Evaluation, name: str) -> None:
 
 
 def plot_reliability(axes: Axes, evaluation: Evaluation) -> None:
-    """Share of positives over predicted probability, by bin of test, before and after calibration;
-    bars are intervals over patients."""
+    """Fraction of positives over predicted probability, by bin of test, before and after
+    calibration; bars are intervals over patients."""
     test = evaluation.test
-    axes.plot([0, 1], [0, 1], color=GRAY, linewidth=0.8, linestyle=":", label="right")
-    shown = (("as the network says", test.before, GRAY, "s"), ("calibrated", test.after, BLUE, "o"))
+    axes.plot([0, 1], [0, 1], color=GRAY, linewidth=0.8, linestyle=":", label="perfect")
+    shown = (("uncalibrated", test.before, GRAY, "s"), ("calibrated", test.after, BLUE, "o"))
     for label, found, color, marker in shown:
         points = [(part.predicted, part.observed) for part in found.curve]
         for x, observed in points:
@@ -210,7 +210,7 @@ def plot_reliability(axes: Axes, evaluation: Evaluation) -> None:
         draw_placeholder(axes, str(test.before.brier.reason))
         axes.set_title("Calibration")
         return
-    _finish_unit_square(axes, "Calibration", "predicted probability", "share of positives")
+    _finish_unit_square(axes, "Calibration", "predicted probability", "fraction of positives")
     axes.legend(loc="best")
 
 

@@ -1,4 +1,4 @@
-"""What the store holds, drawn: findings, ages, gray levels, contact sheets."""
+"""Charts of what the store holds: findings, ages, gray levels, contact sheets."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def draw_contact_sheet(sheet: ContactSheet) -> bytes:
 
 
 def plot_composition(axes: Axes, quality: Quality) -> None:
-    """Share of each split's studies with each finding, view and sex."""
+    """Fraction of each split's studies with each finding, view and sex."""
     shown = [
         (what, value)
         for what in ("finding", "view", "sex")
@@ -86,10 +86,12 @@ def plot_composition(axes: Axes, quality: Quality) -> None:
     ]
     height = 0.8 / len(quality.splits)
     for k, (name, split) in enumerate(quality.splits.items()):
-        shares = [100 * split.counts[what][value] / max(split.studies, 1) for what, value in shown]
+        fractions = [
+            100 * split.counts[what][value] / max(split.studies, 1) for what, value in shown
+        ]
         axes.barh(
             [i + (k - 1) * height for i in range(len(shown))],
-            shares,
+            fractions,
             height=0.9 * height,
             color=SPLIT_STYLES[name]["color"],
             label=f"{name}, n = {split.studies:,}",
@@ -111,7 +113,7 @@ def _list_counts(quality: Quality, what: str) -> list[tuple[str, int]]:
 
 
 def plot_ages(axes: Axes, quality: Quality) -> None:
-    """Share of each split's studies by age, of those whose age is known."""
+    """Fraction of each split's studies by age, of those whose age is known."""
     ages = {name: _join_oldest(split.ages) for name, split in quality.splits.items()}
     for name, bins in ages.items():
         known = sum(bins)
@@ -133,20 +135,20 @@ def plot_ages(axes: Axes, quality: Quality) -> None:
 
 
 def _join_oldest(bins: Sequence[int]) -> list[int]:
-    """The bins with that of 90 years as the last: who is older is told of as one group (45 CFR
+    """The bins with that of 90 years as the last: older patients are one group (45 CFR
     164.514(b)(2)(i)(C))."""
     last = 90 // AGE_BIN_YEARS
     return [*bins[:last], sum(bins[last:])]
 
 
 def plot_intensity(axes: Axes, quality: Quality) -> None:
-    """Share of each split's pixels by gray level, between pure black and pure white."""
+    """Fraction of each split's pixels by gray level, between pure black and pure white."""
     for name, split in quality.splits.items():
         histogram = np.array(split.intensity.histogram, dtype=np.float64)
         if histogram.sum():
             # Two levels a point: JPEG leaves some levels empty.
-            share = 100 * histogram[1:-1].reshape(-1, 2).mean(axis=1) / histogram.sum()
-            axes.plot(np.arange(1.5, 255, 2), share, label=name, **SPLIT_STYLES[name])
+            fraction = 100 * histogram[1:-1].reshape(-1, 2).mean(axis=1) / histogram.sum()
+            axes.plot(np.arange(1.5, 255, 2), fraction, label=name, **SPLIT_STYLES[name])
     axes.set_title("Gray levels of the stored pictures")
     if not axes.lines:
         draw_placeholder(axes, "no pictures")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import matplotlib as mpl
 import optuna
@@ -25,13 +26,14 @@ from pneumo.tuning.objective import name_objective
 from pneumo.tuning.optuna_study import to_optuna_study
 from pneumo.tuning.search import Search
 
-Study = optuna.Study
+_Plot = Callable[[Any], Any]
+"""An Optuna study to the axes of its plot; Optuna has no types."""
 
 
 def draw_parallel(search: Search) -> bytes:
     """`parallel.svg`: a line a trial, from its objective across all keys that vary."""
 
-    def plot(study: Study) -> Axes:
+    def plot(study: Any) -> Any:
         return plots.plot_parallel_coordinate(study, target_name=_name(search))
 
     return _draw("parallel", "Settings", search, plot, size=(9.2, 4.4))
@@ -41,10 +43,10 @@ def draw_contour(search: Search) -> bytes:
     """`contour.svg`: the objective over the two keys that matter most."""
     keys = choose_axes(search)
     if len(keys) < 2:
-        why = "fewer than two keys have more than one value"
+        why = "fewer than two keys vary"
         return draw_chart("contour", lambda axes: draw_placeholder(axes, why))
 
-    def plot(study: Study) -> Axes:
+    def plot(study: Any) -> Any:
         return plots.plot_contour(study, list(keys), target_name=_name(search))
 
     return _draw("contour", "Contour", search, plot)
@@ -53,7 +55,7 @@ def draw_contour(search: Search) -> bytes:
 def draw_learning(search: Search) -> bytes:
     """`learning.svg`: the smoothed objective by epoch, with the rungs."""
 
-    def plot(study: Study) -> Axes:
+    def plot(study: Any) -> Any:
         axes = plots.plot_intermediate_values(study)
         axes.set(xlabel="epoch", ylabel=_name(search))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -70,7 +72,7 @@ def draw_importance(search: Search) -> bytes:
         why = "too few trials, or one key, to tell"
         return draw_chart("importance", lambda axes: draw_placeholder(axes, why))
 
-    def plot(study: Study) -> Axes:
+    def plot(study: Any) -> Any:
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=search.config.seed)
         axes = plots.plot_param_importances(study, evaluator=evaluator)
         axes.set(xlabel="fraction of the objective's variation", ylabel="")
@@ -94,7 +96,7 @@ def _draw(
     name: str,
     title: str,
     search: Search,
-    plot: Callable[[Study], Axes],
+    plot: _Plot,
     size: tuple[float, float] = (4.4, 4.0),
 ) -> bytes:
     """One of Optuna's plots as SVG, in the page's ink."""
@@ -103,22 +105,27 @@ def _draw(
         why = "fewer than two trials with different objectives"
         return draw_chart(name, lambda axes: draw_placeholder(axes, why))
     # Optuna sets a style of its own, through pyplot, and warns that its plots may change.
-    with mpl.rc_context({**STYLE, "svg.hashsalt": name, "backend": "agg"}):
+    settings: dict[Any, Any] = {
+        **STYLE,
+        "figure.constrained_layout.use": True,
+        "figure.figsize": size,
+        "backend": "agg",
+        "svg.hashsalt": name,
+    }
+    with mpl.rc_context(settings):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            axes = plot(study)
+            axes: Axes = plot(study)
         figure = axes.get_figure(root=True)
         assert figure is not None
-        axes.set_title(f"{title}, n = {len(study.trials)} trials", loc="left", fontweight="bold")
         for part in figure.axes:
             part.tick_params(which="both", colors=INK, grid_color=RULE, labelsize=8)
             for text in (part.title, part.xaxis.label, part.yaxis.label, *part.texts):
                 text.set(color=INK, fontsize=9)
             if legend := part.get_legend():  # a name for each trial, or for the objective alone
                 legend.remove()
-        axes.title.set(fontsize=10)
-        figure.set(size_inches=size)
-        figure.set_layout_engine("constrained")
+        title = f"{title}, n = {len(study.trials)} trials"
+        axes.set_title(title, loc="left", color=INK, fontsize=10, fontweight="bold")
         drawn = encode_figure(figure, "svg")
         plt.close(figure)
     return drawn

@@ -63,14 +63,14 @@ def decimal(value: float, digits: int = 3, *, signed: bool = False) -> str:
     return sign + text.replace("-", "\N{MINUS SIGN}")
 
 
-def percent(share: float) -> str:
+def percent(fraction: float) -> str:
     """`91 %`, never broken over lines."""
-    return f"{100 * share:.0f}\N{NO-BREAK SPACE}%"
+    return f"{100 * fraction:.0f}\N{NO-BREAK SPACE}%"
 
 
-def fine_percent(share: float) -> str:
+def fine_percent(fraction: float) -> str:
     """`91.3 %`."""
-    return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
+    return f"{100 * fraction:.1f}\N{NO-BREAK SPACE}%"
 
 
 def percent_range(low: float, high: float) -> str:

@@ -70,8 +70,8 @@ def _tell_limits(data: DataFacts) -> str:
         (False, True): "adults alone",
     }.get((young > 0, old > 0), "of unknown age")
     if unknown := ages.get("unknown", 0):
-        share = percent(unknown / sum(ages.values()))
-        who += "" if young + old == 0 else f", the age of {share} unknown"
+        fraction = percent(unknown / sum(ages.values()))
+        who += "" if young + old == 0 else f", the age of {fraction} unknown"
     healthy, ill = (findings.get(name, 0) for name in ("Normal", "No Lung Opacity / Not Normal"))
     negatives = ""
     if healthy and ill:

@@ -96,7 +96,7 @@ def _describe_performance(evaluation: Evaluation) -> dict[str, Any]:
         "calibration": performance_section.describe_calibration(evaluation),
         "reliability": inline(
             charts.draw_reliability(evaluation),
-            f"Calibration on test: share of positives over predicted probability, n = {test.n}; "
+            f"Calibration on test: fraction of positives over predicted probability, n = {test.n}; "
             f"slope before calibration {slope}",
         ),
         "decision": performance_section.describe_decision(evaluation),

@@ -21,11 +21,11 @@ _RANKING_ROWS = (
     ("Average precision", "mean precision over the positives", "average_precision"),
 )
 _RATE_ROWS = (
-    ("Accuracy", "share of studies called right", "accuracy"),
-    ("Precision (PPV)", "share of positive calls that are right", "precision"),
-    ("Recall (sensitivity)", "share of positives found", "recall"),
-    ("Specificity", "share of negatives cleared", "specificity"),
-    ("NPV", "share of negative calls that are right", "npv"),
+    ("Accuracy", "fraction of studies called right", "accuracy"),
+    ("Precision (PPV)", "fraction of positive calls that are right", "precision"),
+    ("Recall (sensitivity)", "fraction of positives found", "recall"),
+    ("Specificity", "fraction of negatives cleared", "specificity"),
+    ("NPV", "fraction of negative calls that are right", "npv"),
     ("F1", "harmonic mean of precision and recall", "f1"),
     ("MCC", "correlation of call and label; 0 is a guess, 1 is right throughout", "mcc"),
 )
@@ -40,7 +40,7 @@ _RELIABILITY_ROWS = (
         "calibration in the large, log odds; 0 is right, below 0 too high",
         "intercept_at_slope_1",
     ),
-    ("In the large", "mean probability − share of positives; 0 is right", "in_the_large"),
+    ("In the large", "mean probability − fraction of positives; 0 is right", "in_the_large"),
 )
 _SIGNED = ("intercept", "intercept_at_slope_1", "in_the_large")
 _COMPARED_NAMES = {
@@ -69,7 +69,7 @@ def headline_rows(evaluation: Evaluation) -> list[Row]:
 
 
 def describe_point(evaluation: Evaluation, name: str) -> dict[str, Any]:
-    """The confusion matrix at an operating point, with shares of its rows."""
+    """The confusion matrix at an operating point, with fractions of its rows."""
     point, at_test = evaluation.points[name], evaluation.test.at[name]
     described: dict[str, Any] = {
         "name": name.capitalize(),
@@ -80,9 +80,9 @@ def describe_point(evaluation: Evaluation, name: str) -> dict[str, Any]:
     }
     if at_test.counts is not None:
         table = charts.confusion_table(at_test.counts)
-        share = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
+        fraction = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
         described["cells"] = [
-            [(int(table[i, j]), float(share[i, j])) for j in (0, 1)] for i in (0, 1)
+            [(int(table[i, j]), float(fraction[i, j])) for j in (0, 1)] for i in (0, 1)
         ]
     return described
 

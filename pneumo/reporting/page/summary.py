@@ -67,10 +67,10 @@ def find_warnings(evaluation: Evaluation, data: DataFacts, model: ModelFacts) ->
     audit, quality = data.audit, data.quality
     if audit.unit != "patient":
         leaked = audit.leaked_by_image
-        share = "" if leaked is None else f" ({percent(leaked)} of val)"
+        fraction = "" if leaked is None else f" ({percent(leaked)} of val)"
         warnings.append(
             f"The data was split by {audit.unit}, not by patient: patients of the training data "
-            f"may be judged again{share}. The numbers are too good."
+            f"may be judged again{fraction}. The numbers are too good."
         )
         if test.patients is None:
             warnings.append(

@@ -8,6 +8,7 @@ import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from pneumo.errors import DataError
+from pneumo.evaluation.bootstrap import as_json
 from pneumo.evaluation.comparison import compare
 from pneumo.evaluation.predictions import sigmoid
 from tests.predictions import make_predictions
@@ -42,7 +43,7 @@ def test_difference_equals_scikit_learn_in_any_order_of_the_rows():
         assert test.difference.value == pytest.approx(aurocs[0] - aurocs[1])
         assert test.p_value < 0.001
         assert test.difference.low == pytest.approx(found.auroc.difference.low, abs=0.012)
-    assert json.dumps(found.to_json(), allow_nan=False)
+    assert json.dumps(as_json(found), allow_nan=False)
     assert compare(first, second, resamples=300, seed=0) == found
 
     turned = compare(second, first, resamples=300, seed=0)

@@ -107,7 +107,7 @@ def test_a_space_of_one_key_has_no_contour_and_no_importance_and_says_so() -> No
     )
     choice = replace(numbers.choice, trial=trials[0], best=trials[0])
     page = render(replace(numbers, config=config, trials=trials, choice=choice, importance={}))
-    assert "fewer than two keys have more than one value" in page
+    assert "fewer than two keys vary" in page
     assert "too few trials, or one key, to tell" in page
 
 
