@@ -21,7 +21,7 @@ from jobs.tuning.search_results import BEST
 from pneumo import storage
 from pneumo.config import Invocation, parse_command_line
 from pneumo.dataset.phantoms.source_folder import write_phantoms
-from pneumo.dataset.source import PRIVATE_FOLDER
+from pneumo.dataset.study_keys import PRIVATE_FOLDER
 
 PHANTOMS = Path("data/demo/phantoms")
 

@@ -18,22 +18,19 @@ from jobs.terminal.entry_point import run_job, say
 from jobs.terminal.progress import Progress
 from pneumo import storage
 from pneumo.config import Config, Invocation, PrepareArguments, override
+from pneumo.dataset.manifest import Manifest
 from pneumo.dataset.preparation import (
-    Part,
-    ShardPlan,
     check_shards_are_there,
     clear_parts,
-    digest_settings,
-    estimate_memory,
     find_store,
     finish_store,
     has_mended,
-    plan_shards,
-    prepare_shard,
 )
-from pneumo.dataset.shards import QUARANTINE, Manifest
+from pneumo.dataset.receipts import Part, prepare_shard
+from pneumo.dataset.shard_plans import ShardPlan, digest_settings, estimate_memory, plan_shards
 from pneumo.dataset.source import Source, read_source, read_split_list
 from pneumo.dataset.splits import Split, audit_split, recall_salt, remember_salt, split_studies
+from pneumo.dataset.study_table import QUARANTINE
 
 
 def prepare(invocation: Invocation) -> None:

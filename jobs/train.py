@@ -41,7 +41,7 @@ from pneumo.config import (
     TrainArguments,
     override,
 )
-from pneumo.dataset.shards import Manifest, read_manifest
+from pneumo.dataset.manifest import Manifest, read_manifest
 from pneumo.errors import PreemptedError
 from pneumo.loading.sample_order import World
 from pneumo.reporting.tracking import open_tracker

@@ -37,7 +37,7 @@ from jobs.tuning.trial_runs import make_trainable, share, trial_config, trials_a
 from jobs.tuning.trial_wandb import TrialTracking
 from pneumo import storage
 from pneumo.config import Config, Invocation, ModelConfig, TuneArguments, check_space
-from pneumo.dataset.shards import Manifest, read_manifest
+from pneumo.dataset.manifest import Manifest, read_manifest
 from pneumo.errors import ClusterError, ConfigError, RunError
 from pneumo.network.backbones import check_weights
 from pneumo.training.fit import check_sizes

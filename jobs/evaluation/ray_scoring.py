@@ -20,7 +20,8 @@ import torch
 from jobs.ray_cluster.session import worker_resources
 from jobs.terminal.progress import Progress
 from pneumo.config import ClusterConfig, Config, DataConfig
-from pneumo.dataset.shards import Manifest, StudyRow, read_manifest
+from pneumo.dataset.manifest import Manifest, read_manifest
+from pneumo.dataset.study_table import StudyRow
 from pneumo.errors import MetricError
 from pneumo.evaluation.map_scores import BoxScores, FixedMaps
 from pneumo.evaluation.predictions import Logits, Member, prepare_input, score_pictures

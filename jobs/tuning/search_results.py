@@ -12,7 +12,7 @@ from jobs.terminal.entry_point import say
 from jobs.tuning.live_table import describe_settings, show_value
 from pneumo import storage
 from pneumo.config import without_folders
-from pneumo.dataset.shards import Manifest
+from pneumo.dataset.manifest import Manifest
 from pneumo.reporting.page import render_search
 from pneumo.reporting.tracking import Artifact, Page, Table, Tracker, open_tracker
 from pneumo.reporting.tracking.closing import close_tracker, tracking_folder

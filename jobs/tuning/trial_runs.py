@@ -21,7 +21,8 @@ from jobs.train import build_trainer
 from jobs.tuning.trial_judge import Shared, TrialJudge
 from jobs.tuning.trial_records import drop_checkpoints, trial_url
 from pneumo.config import Config, DataConfig, override
-from pneumo.dataset.shards import Manifest, read_studies
+from pneumo.dataset.manifest import Manifest
+from pneumo.dataset.study_table import read_studies
 from pneumo.errors import ClusterError, DivergedError
 from pneumo.loading.feeds import Held
 from pneumo.loading.loader import hold_split, input_size

@@ -10,19 +10,21 @@ import math
 import statistics
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
-import numpy.typing as npt
 
-from pneumo.dataset.shards import Duplicates, Manifest, Sample, StudyRow, decode_block, read_block
+from pneumo.dataset.manifest import Duplicates, Manifest
 from pneumo.dataset.source import Finding
 from pneumo.dataset.splits import SPLITS, count_draws
+from pneumo.dataset.study_table import StudyRow
 from pneumo.errors import DataError
 
 UNKNOWN = "unknown"
+
+
 AGE_BANDS: Mapping[str, int] = {
     "under 18": 0,
     "18–39": 18,
@@ -31,14 +33,19 @@ AGE_BANDS: Mapping[str, int] = {
     "80 and over": 80,
 }
 """Name -> first year of the band."""
+
+
 AGE_BIN_YEARS = 10
+
+
 NOTABLE_DIFFERENCE = 0.1
 """Standardised differences above it are told (Austin 2009, doi:10.1002/sim.3697)."""
 
+
 _OLDEST = 120
+
+
 _FEW_SPACINGS = 8
-_MOST_BLOCKS = 16
-"""The contact sheets never cost more than this many blocks: 52 MB at 224 px."""
 
 
 @dataclass(frozen=True)
@@ -151,32 +158,6 @@ class Quality:
         ]
 
 
-@dataclass(frozen=True, eq=False)
-class ContactSheet:
-    """Some pictures of train with one finding, drawn at random."""
-
-    finding: str
-    studies: int
-    """Studies of train that have it."""
-    pictures: tuple[npt.NDArray[np.uint8], ...]
-    """(S, S) uint8 each, 0 = black."""
-    views: tuple[str, ...]
-    """Of each picture: 'AP', 'PA' or 'unknown'."""
-
-    @property
-    def caption(self) -> str:
-        """`Normal: 12 of 4,321 studies of train, 5 AP, 7 PA`; nothing that names a study."""
-        views = (
-            f"{n} of unknown view" if view == UNKNOWN else f"{n} {view}"
-            for view, n in sorted(Counter(self.views).items())
-        )
-        start = f"{self.finding}: {len(self.pictures)} of {self.studies:,} studies of train"
-        return ", ".join([start, *views])
-
-
-# --- counting ------------------------------------------------------------------------------------
-
-
 def summarise_quality(studies: Iterable[StudyRow], manifest: Manifest) -> Quality:
     """Count `studies`, all of the store's.
 
@@ -195,7 +176,7 @@ def summarise_quality(studies: Iterable[StudyRow], manifest: Manifest) -> Qualit
         name: [_describe(row, are_listed) for row in members] for name, members in by_split.items()
     }
     values = {
-        what: _order_values({word[what] for part in words.values() for word in part}, expected)
+        what: order_values({word[what] for part in words.values() for word in part}, expected)
         for what, expected in _EXPECTED.items()
     }
     return Quality(
@@ -247,7 +228,7 @@ def _describe(row: StudyRow, is_spacing_listed: bool) -> dict[str, str]:
     }
 
 
-def _order_values(found: set[str], expected: Sequence[str]) -> list[str]:
+def order_values(found: set[str], expected: Sequence[str]) -> list[str]:
     """What is expected in its order, then what was not, 'unknown' last."""
     known = [*expected, *sorted(found - {*expected})]
     return sorted(known, key=lambda value: value == UNKNOWN)
@@ -275,9 +256,6 @@ def _summarise_split(
         spacing_quartiles=None if quartiles is None else tuple(quartiles),
         intensity=intensity,
     )
-
-
-# --- differences between splits ------------------------------------------------------------------
 
 
 _COMPARED: Sequence[tuple[str, Literal["%", "years", "mm"], Callable[[StudyRow], float | None]]] = (
@@ -346,69 +324,3 @@ class _Group:
         constant = len({found for _, found in known}) == 1
         variance = 0.0 if constant else statistics.fmean((v - mean) ** 2 for _, v in known)
         return cls(mean, variance, count_draws(known))
-
-
-# --- contact sheets ------------------------------------------------------------------------------
-
-
-def read_contact_sheets(
-    store_url: str, manifest: Manifest, studies: Mapping[str, StudyRow], *, per_finding: int = 12
-) -> tuple[ContactSheet, ...]:
-    """Pictures of train for each finding, `studies` by key.
-
-    Shards were filled in a random order, so the first studies are a random sample: usually one
-    block is read, and never more than `_MOST_BLOCKS`. A rare finding then has fewer pictures.
-    Raises DataError when a shard is missing or not as vouched.
-    """
-    blocks = [(entry, block) for entry in manifest.splits["train"].shards for block in entry.blocks]
-    samples = (
-        sample
-        for entry, block in blocks[:_MOST_BLOCKS]
-        for sample in decode_block(
-            read_block(store_url, entry, block), entry, block, manifest.image_size
-        )
-    )
-    return choose_contact(samples, studies, per_finding=per_finding)
-
-
-def choose_contact(
-    samples: Iterable[Sample], studies: Mapping[str, StudyRow], *, per_finding: int = 12
-) -> tuple[ContactSheet, ...]:
-    """The first `per_finding` of `samples` with each finding that train has; takes no more samples
-    than that needs.
-
-    Raises DataError for a sample that `studies` does not know.
-    """
-    totals = Counter(row.finding for row in studies.values() if row.split == "train")
-    order = _order_values(
-        set(totals), [finding for finding in get_args(Finding) if totals[finding]]
-    )
-    chosen: dict[str, list[tuple[Sample, StudyRow]]] = {finding: [] for finding in order}
-    wanted = sum(min(per_finding, number) for number in totals.values())
-    for sample, row in _join(samples, studies):
-        if len(chosen[row.finding]) < per_finding:
-            chosen[row.finding].append((sample, row))
-        if sum(map(len, chosen.values())) >= wanted:
-            break
-    return tuple(
-        ContactSheet(
-            finding=finding,
-            studies=totals[finding],
-            pictures=tuple(sample.pixels for sample, _ in taken),
-            views=tuple(row.view or UNKNOWN for _, row in taken),
-        )
-        for finding, taken in chosen.items()
-    )
-
-
-def _join(
-    samples: Iterable[Sample], studies: Mapping[str, StudyRow]
-) -> Iterator[tuple[Sample, StudyRow]]:
-    for sample in samples:
-        row = studies.get(sample.key)
-        if row is None or row.split != "train":
-            raise DataError(
-                "studies.parquet: a study in a shard of train is not in it; delete the store and "
-                "prepare it again"
-            )
-        yield sample, row

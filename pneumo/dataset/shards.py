@@ -9,154 +9,42 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import tarfile
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from blake3 import blake3
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from pneumo import storage
-from pneumo.config import SplitConfig
-from pneumo.dataset.source import Rejected
-from pneumo.dataset.splits import SPLITS, LeakageAudit
-from pneumo.errors import ContentError, DataError, StoreError
-from pneumo.images.boxes import Box
+from pneumo.dataset.manifest import BlockEntry, ShardEntry, naming_file
+from pneumo.errors import DataError
 
-SCHEMA_VERSION = 4
-MANIFEST = "manifest.json"
-STUDIES = "studies.parquet"
 SHARD_SUFFIX = ".tar"
-QUARANTINE = "quarantine.jsonl"
+
+
 BLOCK_SAMPLES = 64
 """Neighbours in a shard that are read and shuffled together: one range request of 3.3 MB at 224
 px. Of large pictures they are fewer."""
+
+
 SHARD_SAMPLES = 512
 """Samples in a shard: 27 MB at 224 px, one PUT; all of RSNA makes 53, enough to share out. Of large
 pictures they are fewer."""
+
+
 _BLOCK_BYTES = 4_300_000
+
+
 _SHARD_BYTES = 27_000_000
+
 
 _CHECKSUM_AT = 148
 """Where a tar header has its checksum: six octal digits and a zero."""
-
-
-class BlockEntry(BaseModel):
-    """Some neighbouring samples of a shard: bytes that are a whole tar but for its end marker."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    offset: int
-    """Where the block begins in the shard, in bytes."""
-    bytes: int
-    samples: int
-    blake3: str
-    """Every reader checks every block, and this takes a third of the time of SHA-256."""
-
-
-class ShardEntry(BaseModel):
-    """What the manifest says of one shard."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    name: str
-    """Relative to the store: `train/000000-0123456789ab.tar`, with digits of its SHA-256."""
-    samples: int
-    positives: int
-    bytes: int
-    sha256: str
-    blocks: tuple[BlockEntry, ...]
-    """The shard's blocks in order; all but the last hold equally many samples."""
-
-
-class SplitEntry(BaseModel):
-    """What the manifest says of one split."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    samples: int
-    positives: int
-    patients: int | None
-    """Null where the source's mapping does not say who they are."""
-    histogram: tuple[int, ...]
-    """Stored pixels of each gray level, 0 to 255; letterbox borders count as 0."""
-    shards: tuple[ShardEntry, ...]
-
-
-class FileEntry(BaseModel):
-    """What the manifest says of a file beside the shards."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    bytes: int
-    sha256: str
-
-
-class Duplicates(BaseModel):
-    """Studies whose stored pictures are equal, pixel by pixel."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    pictures: int
-    """Pictures that more than one study has."""
-    studies: int
-    """Studies that have one of them."""
-    across_patients: int | None
-    """Of the pictures, those found with more than one patient; null where nobody knows who they
-    are."""
-    across_splits: int
-    """Of the pictures, those found in more than one split: each leaks."""
-
-
-class Manifest(BaseModel):
-    """The store's table of contents."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    schema_version: int = SCHEMA_VERSION
-    source_digest: str
-    """SHA-256 of the source's tables, with hashed ids."""
-    prepare_digest: str
-    """SHA-256 of the settings that decided what the shards hold."""
-    image_size: int
-    """Height and width of the images, in pixels."""
-    codec: str = "npy"
-    """How an image is encoded in its shard."""
-    seed: int
-    split: SplitConfig
-    audit: LeakageAudit
-    mean: float
-    """Mean gray level of the training images, in [0, 1]."""
-    std: float
-    """Standard deviation of the gray level of the training images' pixels, in [0, 1]."""
-    quarantined: dict[str, int]
-    """Studies that could not be used, by reason code; quarantine.jsonl lists them."""
-    contradictions: dict[str, int]
-    """Studies whose tables and header disagree, or lack something, by what it is; they are used."""
-    unlabelled: int
-    """Images of the source that have a DICOM file or a class, but no label; they are left out."""
-    duplicates: Duplicates
-    studies: FileEntry
-    """studies.parquet, by which an evaluation judges."""
-    quarantine: FileEntry
-    """quarantine.jsonl."""
-    splits: dict[str, SplitEntry]
-
-    @field_validator("splits")
-    @classmethod
-    def _has_every_split(cls, splits: dict[str, SplitEntry]) -> dict[str, SplitEntry]:
-        if set(splits) != set(SPLITS):
-            raise ValueError(f"expected {', '.join(SPLITS)}, got {', '.join(splits) or 'none'}")
-        return splits
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the manifest: the data set's version."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -167,28 +55,6 @@ class Sample:
     pixels: npt.NDArray[np.uint8]
     """(S, S) uint8, 0 = black."""
     target: int
-
-
-@dataclass(frozen=True)
-class StudyRow:
-    """One row of studies.parquet: what is known of a study, without any identifier."""
-
-    key: str
-    patient: str
-    split: str
-    target: int
-    finding: str
-    boxes: tuple[Box, ...]
-    """In pixels of the stored image."""
-    age: int | None
-    sex: str | None
-    view: str | None
-    spacing_mm: float | None
-    pixels_digest: str
-    """Digest of the stored picture, 32 hex digits: equal pictures have equal ones."""
-    source_blake3: str
-    """BLAKE3 of the DICOM file, in hex, keyed by `studies.derive_file_key`: a picture that looks
-    wrong is traced to its file by whoever has the hash key, and by nobody else."""
 
 
 def sample_bytes(image_size: int) -> int:
@@ -380,7 +246,7 @@ def _read_groups(data: bytes, entry: ShardEntry) -> Iterator[dict[str, Any]]:
 def read_shard(store_url: str, entry: ShardEntry, image_size: int) -> Iterator[Sample]:
     """The samples of one shard of a store. Raises DataError when it is missing or not as
     vouched."""
-    with _naming(f"shard {entry.name}", store_url):
+    with naming_file(f"shard {entry.name}", store_url):
         url = storage.join(store_url, entry.name)
         data = storage.read_bytes(url, sha256=entry.sha256, size=entry.bytes)
     return _decode_samples(data, entry, image_size)
@@ -391,25 +257,9 @@ def read_block(store_url: str, entry: ShardEntry, block: BlockEntry) -> bytes:
 
     Raises DataError, naming the shard, when it is missing, cut or changed since its preparation.
     """
-    with _naming(f"shard {entry.name}", store_url):
+    with naming_file(f"shard {entry.name}", store_url):
         url = storage.join(store_url, entry.name)
         return storage.read_range(url, block.offset, block.bytes, blake3=block.blake3)
-
-
-@contextmanager
-def _naming(what: str, store_url: str) -> Iterator[None]:
-    """Within it, what is wrong with the bytes of a file is a DataError that names the file."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise DataError(
-            f"{what}: missing from {store_url}; delete the store and prepare it again"
-        ) from error
-    except ContentError as error:
-        raise DataError(
-            f"{what}: not what the manifest vouches for: {error}; delete the store and prepare it "
-            "again"
-        ) from error
 
 
 def decode_block(
@@ -493,159 +343,3 @@ class _Memory(threading.local):
 
 
 _MEMORY = _Memory()
-
-
-def digest_pixels(pixels: npt.NDArray[np.uint8]) -> str:
-    """What `StudyRow.pixels_digest` holds: the first half of the BLAKE3, in hex."""
-    return blake3(np.ascontiguousarray(pixels).data).hexdigest()[:32]
-
-
-def find_duplicates(studies: pa.Table, *, has_patients: bool) -> Duplicates:
-    """Which pictures occur with more than one study; `studies` as `tabulate_studies` makes it, and
-    whether its patients are more than images."""
-    groups = studies.group_by("pixels_digest").aggregate(
-        [("key", "count"), ("patient", "count_distinct"), ("split", "count_distinct")]
-    )
-    several = groups.filter(pc.field("key_count") > 1)
-    across = sum(n > 1 for n in several["patient_count_distinct"].to_pylist())
-    return Duplicates(
-        pictures=len(several),
-        studies=sum(several["key_count"].to_pylist()),
-        across_patients=across if has_patients else None,
-        across_splits=sum(n > 1 for n in several["split_count_distinct"].to_pylist()),
-    )
-
-
-def write_manifest(store_url: str, manifest: Manifest) -> None:
-    """Publish the manifest: the last write of a preparation, which never replaces another.
-
-    An equal one is as good as this. Raises StoreError when another is there.
-    """
-    text = manifest.model_dump_json(indent=1) + "\n"
-    if storage.create_bytes(storage.join(store_url, MANIFEST), text.encode()):
-        return
-    there = find_manifest(store_url)
-    if there != manifest:
-        raise StoreError(
-            f"{store_url}: another job has finished another store there meanwhile; give another "
-            "--store"
-        )
-
-
-def find_manifest(store_url: str) -> Manifest | None:
-    """The manifest of a store, or None where there is none.
-
-    Raises StoreError when it is unreadable or of another schema.
-    """
-    url = storage.join(store_url, MANIFEST)
-    try:
-        text = storage.read_bytes(url)
-    except FileNotFoundError:
-        return None
-    _check_schema(url, text)
-    try:
-        return Manifest.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise StoreError(
-            f"{url}: not a manifest of schema {SCHEMA_VERSION}: {where}: {first['msg']}; "
-            "delete the store and prepare it again with this version"
-        ) from error
-
-
-def _check_schema(url: str, text: bytes) -> None:
-    try:
-        found = json.loads(text)["schema_version"]
-    except (ValueError, KeyError, TypeError):
-        return  # not a manifest at all: its validation says what is wrong
-    if found != SCHEMA_VERSION:
-        raise StoreError(
-            f"{url}: manifest of schema {found}, this version reads {SCHEMA_VERSION}; prepare the "
-            "store again"
-        )
-
-
-def read_manifest(store_url: str) -> Manifest:
-    """The manifest of a store. Raises StoreError when it is absent, unreadable or of another
-    schema."""
-    manifest = find_manifest(store_url)
-    if manifest is None:
-        raise StoreError(
-            f"{store_url}: no {MANIFEST}, so nothing is prepared there (or not to its end); "
-            "run jobs.prepare"
-        )
-    return manifest
-
-
-def tabulate_studies(rows: Iterable[StudyRow]) -> pa.Table:
-    """The rows as they stand in studies.parquet."""
-    columns: dict[str, list[Any]] = {name: [] for name in StudyRow.__dataclass_fields__}
-    for row in rows:
-        for name, values in columns.items():
-            value = getattr(row, name)
-            values.append([list(box) for box in value] if name == "boxes" else value)
-    types = {
-        "boxes": pa.list_(pa.list_(pa.float64())),
-        "target": pa.int64(),
-        "age": pa.int64(),
-        "spacing_mm": pa.float64(),
-    }
-    return pa.table(
-        {name: pa.array(column, types.get(name, pa.string())) for name, column in columns.items()}
-    )
-
-
-def write_studies(store_url: str, table: pa.Table) -> FileEntry:
-    """Publish studies.parquet, its rows sorted by key; the entry that the manifest will carry."""
-    buffer = io.BytesIO()
-    pq.write_table(table.sort_by("key").combine_chunks(), buffer)
-    return _write_vouched(store_url, STUDIES, buffer.getvalue())
-
-
-def read_studies(store_url: str, manifest: Manifest) -> dict[str, StudyRow]:
-    """The rows of studies.parquet by key.
-
-    Raises DataError when it is missing, or not what the manifest vouches for.
-    """
-    data = _read_vouched(store_url, STUDIES, manifest.studies)
-    try:
-        table = pq.read_table(io.BytesIO(data), columns=list(StudyRow.__dataclass_fields__))
-    except pa.ArrowInvalid as error:
-        raise DataError(
-            f"{storage.join(store_url, STUDIES)}: not a table of studies; delete the store and "
-            "prepare it again"
-        ) from error
-    rows = (
-        StudyRow(**{**row, "boxes": tuple(Box(*box) for box in row["boxes"])})
-        for row in table.to_pylist()
-    )
-    return {row.key: row for row in rows}
-
-
-def write_quarantine(store_url: str, rejected: Iterable[Rejected]) -> FileEntry:
-    """Publish quarantine.jsonl, sorted by key; the entry that the manifest will carry."""
-    lines = (json.dumps(asdict(item)) for item in sorted(rejected, key=lambda item: item.key))
-    text = "".join(f"{line}\n" for line in lines)
-    return _write_vouched(store_url, QUARANTINE, text.encode())
-
-
-def read_quarantine(store_url: str, manifest: Manifest) -> list[Rejected]:
-    """The studies that could not be used, sorted by key.
-
-    Raises DataError when the list is missing, or not what the manifest vouches for.
-    """
-    data = _read_vouched(store_url, QUARANTINE, manifest.quarantine)
-    return [Rejected(**json.loads(line)) for line in data.splitlines()]
-
-
-def _write_vouched(store_url: str, name: str, data: bytes) -> FileEntry:
-    storage.write_bytes(storage.join(store_url, name), data)
-    return FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-
-
-def _read_vouched(store_url: str, name: str, entry: FileEntry) -> bytes:
-    with _naming(name, store_url):
-        return storage.read_bytes(
-            storage.join(store_url, name), sha256=entry.sha256, size=entry.bytes
-        )

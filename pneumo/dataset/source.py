@@ -9,14 +9,10 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import hmac
 import io
 import json
-import logging
 import math
 import os
-import secrets
-import stat
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -26,11 +22,11 @@ from typing import Any, Literal, get_args
 
 import pyarrow as pa
 import pyarrow.csv as pacsv
-from blake3 import blake3
 from pyarrow.types import is_floating, is_integer, is_null
 
 from pneumo import storage
-from pneumo.errors import AccessError, SourceError, StorageError
+from pneumo.dataset.study_keys import derive_file_key, derive_key, read_hash_key
+from pneumo.errors import SourceError
 from pneumo.images.boxes import Box
 
 Finding = Literal["Lung Opacity", "No Lung Opacity / Not Normal", "Normal"]
@@ -53,15 +49,6 @@ IMAGE_FOLDERS = ("stage_2_train_images", "train_images", "stage_1_train_images")
 
 
 MAPPING = ("pneumonia-challenge-dataset-mappings_2018.json",)
-
-
-PRIVATE_FOLDER = ".pneumo"
-
-
-HASH_KEY_VARIABLE = "PNEUMO_HASH_KEY"
-
-
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,10 +129,10 @@ def read_source(source_url: str, environ: Mapping[str, str] | None = None) -> So
         _check_mapped(targets, patients)
     faulty.update(remapped)
     hash_key = read_hash_key(source_url, environ)
-    derive_patient = lru_cache(maxsize=None)(partial(_derive, hash_key, "patient"))
+    derive_patient = lru_cache(maxsize=None)(partial(derive_key, hash_key, "patient"))
     studies, rejected = [], []
     for image_id, target_values in targets.items():
-        key = _derive(hash_key, "study", image_id)
+        key = derive_key(hash_key, "study", image_id)
         its_boxes = boxes.get(image_id, ())
         contradiction = faulty.get(image_id) or _contradiction(
             target_values, findings.get(image_id, ()), its_boxes
@@ -197,50 +184,9 @@ def read_split_list(
         if split not in ("train", "val", "test"):
             # The value is not repeated: of columns in another order it would be an id.
             raise SourceError(f"{list_url}: a split that is none of train, val and test")
-        if listed.setdefault(_derive(hash_key, kind, str(identifier)), split) != split:
+        if listed.setdefault(derive_key(hash_key, kind, str(identifier)), split) != split:
             raise SourceError(f"{list_url}: lists somebody in two splits")
     return listed
-
-
-def read_hash_key(source_url: str, environ: Mapping[str, str]) -> bytes:
-    """The secret behind study keys: PNEUMO_HASH_KEY, or a file beside the source made on first use.
-
-    The file is `.pneumo/hash_key`, mode 600; another mode is warned of. Who has it can link keys to
-    ids; who loses it gets other keys from the same source.
-    """
-    if environ.get(HASH_KEY_VARIABLE):
-        return environ[HASH_KEY_VARIABLE].encode()
-    if not storage.is_local(source_url):
-        raise SourceError(f"{source_url}: set {HASH_KEY_VARIABLE} to a secret; keys derive from it")
-    path = storage.local_path(source_url) / PRIVATE_FOLDER / "hash_key"
-    try:
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        if not path.exists():  # of two jobs at once one wins
-            storage.create_bytes(str(path), secrets.token_hex(32).encode(), mode=0o600)
-        hash_key = path.read_text().strip().encode()
-    except (OSError, AccessError, StorageError) as error:
-        raise SourceError(
-            f"{path}: cannot be made or read; make it writable, or set {HASH_KEY_VARIABLE} to a "
-            "secret"
-        ) from error
-    if (mode := stat.S_IMODE(path.stat().st_mode)) & 0o077:
-        _logger.warning(
-            "%s: mode %03o: others can read the secret behind the study keys; chmod 600 it",
-            path,
-            mode,
-        )
-    if not hash_key:
-        raise SourceError(f"{path}: empty; delete it, or set {HASH_KEY_VARIABLE} to a secret")
-    return hash_key
-
-
-def derive_file_key(hash_key: bytes) -> bytes:
-    """The key of BLAKE3 by which a store's `source_blake3` is the hash of a DICOM file."""
-    return blake3(hash_key, derive_key_context="pneumo 2026-11-26 DICOM files").digest()
-
-
-def _derive(hash_key: bytes, kind: str, identifier: str) -> str:
-    return hmac.digest(hash_key, f"{kind}:{identifier}".encode(), "sha256").hex()[:20]
 
 
 def _list_source(source_url: str) -> dict[str, str]:

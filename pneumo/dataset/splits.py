@@ -24,7 +24,8 @@ from scipy.stats import beta, hypergeom
 
 from pneumo import storage
 from pneumo.config import NUM_SALTS, SplitConfig
-from pneumo.dataset.source import PRIVATE_FOLDER, Study
+from pneumo.dataset.source import Study
+from pneumo.dataset.study_keys import PRIVATE_FOLDER
 from pneumo.errors import AccessError, SourceError, StorageError
 
 SPLITS = ("train", "val", "test")

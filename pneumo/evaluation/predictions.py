@@ -23,7 +23,7 @@ from scipy.special import expit
 from torch import Tensor, nn
 
 from pneumo.config import AugmentConfig
-from pneumo.dataset.shards import StudyRow
+from pneumo.dataset.study_table import StudyRow
 from pneumo.errors import DataError
 from pneumo.images.boxes import Box
 from pneumo.loading.augmentation import augment, normalise

@@ -13,16 +13,12 @@ PresentationLUTShape is not looked at: it says again what the photometric interp
 from __future__ import annotations
 
 import io
-import math
-import re
 import threading
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
 
 import cv2
 import numpy as np
@@ -49,7 +45,9 @@ from pydicom.uid import (
 from pneumo.errors import DicomError
 from pneumo.images.boxes import Box
 from pneumo.images.fast_dicom import PlainFile, read_plain
-from pneumo.images.gray_levels import Gray, apply_window, read_number, render_gray
+from pneumo.images.gray_levels import Gray, apply_window, render_gray
+from pneumo.images.headers import OLDEST_PLAUSIBLE_AGE, Header, make_header, parse_age, read_header
+from pneumo.images.letterbox import fit_shape, letterbox
 from pneumo.images.pixel_decoders import (
     MAX_PIXELS,
     decode_stored,
@@ -70,7 +68,6 @@ __all__ = [
     "read_study_image",
 ]
 
-OLDEST_PLAUSIBLE_AGE = 120
 
 _RADIOGRAPHS = {
     ComputedRadiographyImageStorage,
@@ -82,32 +79,36 @@ _RADIOGRAPHS = {
     MultiFrameGrayscaleWordSecondaryCaptureImageStorage,
     MultiFrameTrueColorSecondaryCaptureImageStorage,
 }
+
+
 _SOP_CLASS, _PATIENT_ID, _SEX, _AGE, _VIEW = 0x80016, 0x100020, 0x100040, 0x101010, 0x185101
+
+
 _PIXEL_SPACING, _IMAGER_SPACING = 0x280030, 0x181164
+
+
 _SINGLE_TEXTS = {_SOP_CLASS: b"UI", _PATIENT_ID: b"LO", _SEX: b"CS", _AGE: b"AS", _VIEW: b"CS"}
+
+
 _TEXTS = {**_SINGLE_TEXTS, _PIXEL_SPACING: b"DS", _IMAGER_SPACING: b"DS"}
+
+
 _MAX_INFLATED_BYTES = 3 * MAX_PIXELS
+
+
 _MAX_READS = 500_000  # of a header, two an element: a second's work
+
+
 _MAX_ELEMENT_BYTES = 2 * 2**20
+
+
 _PIXEL_DATA = 0x7FE00010
+
+
 _PIXELS = {_PIXEL_DATA, 0x7FE00008, 0x7FE00009}
+
+
 _LOOK_UP_TABLES = {0x00283000, 0x00283010}  # of the modality and of interest
-_BAND_ROWS = 128  # resampled at a time, so that their floats stay in the cache
-_LONGEST_PERIOD = 64  # of the area weights, in pixels; beyond it OpenCV is as fast
-
-
-@dataclass(frozen=True)
-class Header:
-    """What is kept of a header; None where absent or implausible."""
-
-    age: int | None
-    """Years, 0 to 120."""
-    sex: str | None
-    """'M' or 'F'."""
-    view: str | None
-    """'AP' or 'PA'."""
-    spacing_mm: float | None
-    """Distance of pixel centres in the original image, rows."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ def _read_fast(plain: PlainFile, image_size: int) -> GrayImage | None:
         gray,
         image_size,
         shape=(plain.form.rows, plain.form.columns),
-        header=_make_header(
+        header=make_header(
             age=texts.get(_AGE, ""),
             sex=texts.get(_SEX),
             view=texts.get(_VIEW),
@@ -198,7 +199,7 @@ def _make_image(
 ) -> GrayImage:
     """The picture of `gray`, which may be smaller than the original's `shape`."""
     pixels, offset = letterbox(gray, image_size)
-    height, width = _fitted(shape, image_size)
+    height, width = fit_shape(shape, image_size)
     return GrayImage(
         pixels=pixels,
         header=header,
@@ -233,89 +234,6 @@ def decode_gray(dataset: pydicom.Dataset) -> Gray:
     with _refuse_all_else():
         form = read_format(dataset)
         return render_gray(dataset, form, *decode_stored(dataset, form))
-
-
-def letterbox(image: Gray, size: int) -> tuple[Gray, tuple[int, int]]:
-    """`image` (H, W) resampled by area into (size, size), black outside; and its (x, y) corner."""
-    height, width = _fitted(image.shape, size)
-    small = _resample(image, height, width)
-    if (height, width) == (size, size):
-        return np.ascontiguousarray(small), (0, 0)
-    top, left = (size - height) // 2, (size - width) // 2
-    canvas = np.zeros((size, size), np.uint8)
-    canvas[top : top + height, left : left + width] = small
-    return canvas, (left, top)
-
-
-def _fitted(shape: tuple[int, ...], size: int) -> tuple[int, int]:
-    """(height, width) of an image of `shape` whose longer side becomes `size`."""
-    scale = size / max(shape)
-    return max(1, round(shape[0] * scale)), max(1, round(shape[1] * scale))
-
-
-def _resample(image: Gray, height: int, width: int) -> Gray:
-    """`image` at (height, width): each pixel the mean over the area that it covers.
-
-    Area weights repeat: 1024 -> 224 is 7 outputs of 32 inputs, 32 times. Where the period is short
-    this is two small matrix products, three times faster than OpenCV's general way. The weights are
-    whole numbers and every sum stays below 2^24, so float32 is exact and each CPU gives the same.
-    """
-    rows, columns = image.shape
-    whole = rows % height == 0 and columns % width == 0
-    if height > rows or width > columns:
-        return np.asarray(cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR))
-    vertical, horizontal = rows // math.gcd(rows, height), columns // math.gcd(columns, width)
-    if whole or max(vertical, horizontal) > _LONGEST_PERIOD:
-        return np.asarray(cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA))
-    by_row = _area_weights(vertical, height * vertical // rows)
-    by_column = _area_weights(horizontal, width * horizontal // columns)
-    resampled = np.empty((height, width), np.uint8)
-    step = vertical * max(1, _BAND_ROWS // vertical)
-    for top in range(0, rows, step):
-        band = image[top : top + step].astype(np.float32).reshape(-1, vertical, columns)
-        sums = np.matmul(by_row, band).reshape(-1, columns // horizontal, horizontal)
-        cells = np.matmul(sums, by_column.T).reshape(-1, width)
-        above = top * height // rows
-        mean = cells / np.float32(vertical * horizontal)
-        resampled[above : above + len(mean)] = np.rint(mean)
-    return resampled
-
-
-@lru_cache(maxsize=64)
-def _area_weights(inputs: int, outputs: int) -> npt.NDArray[np.float32]:
-    """(outputs, inputs): how far each output covers each input, in 1/`outputs` of an input."""
-    first, place = np.arange(outputs)[:, None] * inputs, np.arange(inputs) * outputs
-    shared = np.minimum(first + inputs, place + outputs) - np.maximum(first, place)
-    return np.asarray(np.maximum(shared, 0), np.float32)
-
-
-def read_header(dataset: pydicom.Dataset) -> Header:
-    """Age (0010,1010), sex (0010,0040), view (0018,5101) and pixel spacing (0028,0030)."""
-    return _make_header(
-        age=str(dataset.get("PatientAge") or ""),
-        sex=dataset.get("PatientSex"),
-        view=dataset.get("ViewPosition"),
-        spacing=dataset.get("PixelSpacing") or dataset.get("ImagerPixelSpacing"),
-    )
-
-
-def _make_header(*, age: str, sex: Any, view: Any, spacing: Any) -> Header:
-    return Header(
-        age=parse_age(age),
-        sex=sex if sex in ("M", "F") else None,
-        view=view if view in ("AP", "PA") else None,
-        spacing_mm=_parse_spacing(spacing),
-    )
-
-
-def parse_age(text: str) -> int | None:
-    """Years from an AS value (`062Y`, `008M`) or RSNA's bare integer (`62`); None if
-    implausible."""
-    match = re.fullmatch(r"\s*(\d{1,3})([DWMY]?)\s*", text)
-    if match is None:
-        return None
-    years = int(int(match[1]) / {"D": 365.25, "W": 52.18, "M": 12, "Y": 1, "": 1}[match[2]])
-    return years if years <= OLDEST_PLAUSIBLE_AGE else None
 
 
 def _parse(data: bytes) -> pydicom.Dataset:
@@ -421,6 +339,8 @@ def _inflate(data: bytes) -> bytes:
 
 
 _DEFLATED = DeflatedExplicitVRLittleEndian.encode()
+
+
 _NOT_DEFLATED = ExplicitVRLittleEndian.encode().ljust(len(_DEFLATED), b"\0")
 
 
@@ -477,13 +397,5 @@ _BUFFER = _Buffer()
 def _halves_well(shape: tuple[int, int], image_size: int) -> bool:
     """Whether each output covers whole pixels of the picture at half size; else an edge within one
     is off by up to 40 gray levels."""
-    sides = zip(shape, _fitted(shape, image_size), strict=True)
+    sides = zip(shape, fit_shape(shape, image_size), strict=True)
     return all(side % (2 * fitted) == 0 for side, fitted in sides)
-
-
-def _parse_spacing(value: Any) -> float | None:
-    try:
-        spacing = read_number(value)
-    except (TypeError, ValueError):
-        return None
-    return spacing if spacing is not None and 0 < spacing < 10 else None

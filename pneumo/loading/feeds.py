@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from pneumo import storage
-from pneumo.dataset.shards import BlockEntry, Manifest, ShardEntry, decode_block, read_block
+from pneumo.dataset.manifest import BlockEntry, Manifest, ShardEntry
+from pneumo.dataset.shards import decode_block, read_block
 from pneumo.errors import ContentError, DataError
 from pneumo.loading.block_cache import BlockCache
 from pneumo.loading.prefetch import send

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from pneumo.config import AugmentConfig, DataConfig
-from pneumo.dataset.shards import Manifest, read_shard
+from pneumo.dataset.manifest import Manifest
+from pneumo.dataset.shards import read_shard
 from pneumo.errors import ConfigError, DataError
 from pneumo.loading import augmentation, free_memory, sample_order
 from pneumo.loading.block_cache import BlockCache

@@ -23,7 +23,7 @@ from torch import nn
 
 from pneumo import storage
 from pneumo.config import Config, TrainConfig
-from pneumo.dataset.shards import Manifest, read_manifest
+from pneumo.dataset.manifest import Manifest, read_manifest
 from pneumo.errors import (
     CheckpointError,
     ConfigError,

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pneumo.config import Config, TuneConfig, override
-from pneumo.dataset.shards import Manifest
+from pneumo.dataset.manifest import Manifest
 from pneumo.evaluation.metrics import Z_95
 from pneumo.network.backbones import count_multiply_adds
 from pneumo.search_space import Domain, Scalar

@@ -60,9 +60,10 @@ from torchvision.transforms import InterpolationMode, v2
 
 from pneumo import storage
 from pneumo.config import AugmentConfig, DataConfig
+from pneumo.dataset.manifest import Manifest, ShardEntry, SplitEntry
 from pneumo.dataset.phantoms.drawing import render_study
 from pneumo.dataset.phantoms.source_folder import draw_population
-from pneumo.dataset.shards import Manifest, Sample, ShardEntry, SplitEntry, write_shard
+from pneumo.dataset.shards import Sample, write_shard
 from pneumo.loading import augmentation
 from pneumo.loading.loader import Loader, open_loader
 from pneumo.loading.sample_order import World

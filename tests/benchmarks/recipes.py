@@ -37,8 +37,8 @@ from sklearn.model_selection import StratifiedGroupKFold
 from jobs import prepare
 from jobs.ray_cluster.session import ray_session
 from pneumo.config import Config, override, parse_command_line, read_recipe
+from pneumo.dataset.manifest import read_manifest
 from pneumo.dataset.phantoms.source_folder import write_phantoms
-from pneumo.dataset.shards import read_manifest
 from pneumo.evaluation import metrics
 from pneumo.evaluation.predictions import score
 from pneumo.loading.loader import open_loader

@@ -35,8 +35,8 @@ from jobs.tune import search
 from jobs.tuning.trial_records import read_judgement, trial_url
 from jobs.tuning.trial_runs import share, trial_config
 from pneumo.config import Config, override, parse_command_line
+from pneumo.dataset.manifest import Manifest, read_manifest
 from pneumo.dataset.phantoms.source_folder import write_phantoms
-from pneumo.dataset.shards import Manifest, read_manifest
 from pneumo.loading.feeds import Held
 from pneumo.loading.sample_order import World
 from pneumo.training.callbacks import Hooks

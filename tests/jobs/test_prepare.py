@@ -19,8 +19,9 @@ import pytest
 import ray
 
 from jobs import prepare
-from pneumo.dataset.shards import StudyRow, find_manifest, read_manifest, read_studies
+from pneumo.dataset.manifest import find_manifest, read_manifest
 from pneumo.dataset.source import read_source
+from pneumo.dataset.study_table import StudyRow, read_studies
 from tests.benchmarks.sources import write_linked_source
 from tests.identifiers import Identifiers
 from tests.jobs.conftest import NUM_STUDIES, Prepared

@@ -28,7 +28,7 @@ from jobs.tuning.trial_judge import Shared, TrialJudge
 from jobs.tuning.trial_records import read_history, read_trials, trial_url, write_begun
 from jobs.tuning.trial_runs import share, trial_config, trials_at_once
 from pneumo.config import Config, override, parse_command_line
-from pneumo.dataset.shards import read_manifest
+from pneumo.dataset.manifest import read_manifest
 from pneumo.errors import ClusterError, ConfigError
 from pneumo.loading.loader import open_loaders
 from pneumo.loading.sample_order import World

@@ -13,7 +13,7 @@ from jobs.tuning.trial_records import write_begun, write_ended, write_history
 from jobs.tuning.trial_wandb import TrialTracking, log_trial
 from pneumo import storage
 from pneumo.config import Config, override
-from pneumo.dataset.shards import read_manifest
+from pneumo.dataset.manifest import read_manifest
 from pneumo.errors import StorageError
 from pneumo.reporting.tracking import MemoryTracker, Page, Table
 from pneumo.reporting.tracking.dashboards import build_views, describe_view

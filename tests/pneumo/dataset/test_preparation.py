@@ -27,22 +27,15 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from pneumo import storage
 from pneumo.config import Config, override
-from pneumo.dataset.preparation import (
-    Part,
-    Receipt,
-    ShardPlan,
-    check_shards_are_there,
-    digest_settings,
-    estimate_memory,
-    find_store,
-    finish_store,
-    has_mended,
-    plan_shards,
-    prepare_shard,
-)
-from pneumo.dataset.shards import Manifest, read_manifest, read_shard, read_studies, sample_bytes
-from pneumo.dataset.source import Source, derive_file_key, read_source
+from pneumo.dataset.manifest import Manifest, read_manifest
+from pneumo.dataset.preparation import check_shards_are_there, find_store, finish_store, has_mended
+from pneumo.dataset.receipts import Part, Receipt, prepare_shard
+from pneumo.dataset.shard_plans import ShardPlan, digest_settings, estimate_memory, plan_shards
+from pneumo.dataset.shards import read_shard, sample_bytes
+from pneumo.dataset.source import Source, read_source
 from pneumo.dataset.splits import SPLITS, Split, audit_split, split_studies
+from pneumo.dataset.study_keys import derive_file_key
+from pneumo.dataset.study_table import read_studies
 from pneumo.errors import AccessError, BadFilesError, SourceError, StorageError, StoreError
 
 FolderMaker = Callable[..., Path]

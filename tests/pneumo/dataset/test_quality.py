@@ -16,30 +16,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pneumo.config import SplitConfig
+from pneumo.dataset.contact_sheets import choose_contact, read_contact_sheets
+from pneumo.dataset.manifest import Duplicates, FileEntry, Manifest, SplitEntry, read_manifest
 from pneumo.dataset.quality import (
     AGE_BANDS,
     UNKNOWN,
     Intensity,
     Quality,
     _Group,
-    choose_contact,
     find_shifts,
     name_age_band,
-    read_contact_sheets,
     standardise_difference,
     summarise_quality,
 )
-from pneumo.dataset.shards import (
-    Duplicates,
-    FileEntry,
-    Manifest,
-    Sample,
-    SplitEntry,
-    StudyRow,
-    read_manifest,
-    read_studies,
-)
+from pneumo.dataset.shards import Sample
 from pneumo.dataset.splits import SPLITS, Interval, LeakageAudit
+from pneumo.dataset.study_table import StudyRow, read_studies
 from pneumo.errors import DataError
 
 FINDINGS = ("Lung Opacity", "No Lung Opacity / Not Normal", "Normal")

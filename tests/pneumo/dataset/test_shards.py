@@ -24,9 +24,36 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pneumo import storage
-from pneumo.dataset import shards
-from pneumo.dataset.shards import Duplicates, FileEntry, Manifest, Sample, ShardEntry, StudyRow
+from pneumo.dataset.manifest import (
+    Duplicates,
+    FileEntry,
+    Manifest,
+    ShardEntry,
+    find_manifest,
+    read_manifest,
+    write_manifest,
+)
+from pneumo.dataset.shards import (
+    BLOCK_SAMPLES,
+    Sample,
+    block_samples,
+    decode_shard,
+    encode_shard,
+    read_shard,
+    sample_bytes,
+    shard_samples,
+    write_shard,
+)
 from pneumo.dataset.source import Rejected
+from pneumo.dataset.study_table import (
+    StudyRow,
+    find_duplicates,
+    read_quarantine,
+    read_studies,
+    tabulate_studies,
+    write_quarantine,
+    write_studies,
+)
 from pneumo.errors import DataError, StoreError
 from pneumo.images.boxes import Box
 
@@ -55,7 +82,7 @@ def some_samples(number: int = 4) -> list[Sample]:
 
 
 def encode(samples: Iterable[Sample]) -> bytes:
-    return shards.encode_shard("train/000007.tar", samples)[1]
+    return encode_shard("train/000007.tar", samples)[1]
 
 
 def describe(data: bytes, samples: int) -> ShardEntry:
@@ -82,7 +109,7 @@ def assert_equal(one: list[Sample], two: list[Sample]) -> None:
 @given(samples_of_a_shard())
 def test_a_shard_round_trips_in_order_and_encodes_to_equal_bytes(samples: list[Sample]) -> None:
     data = encode(samples)
-    assert_equal(list(shards.decode_shard(data, describe(data, len(samples)), SIZE)), samples)
+    assert_equal(list(decode_shard(data, describe(data, len(samples)), SIZE)), samples)
     assert encode(iter(samples)) == data
 
 
@@ -119,19 +146,19 @@ def test_plain_webdataset_reads_a_shard(tmp_path: Path) -> None:
 
 def test_a_written_shard_is_described_and_read(tmp_path: Path) -> None:
     samples = some_samples(5)
-    entry = shards.write_shard(str(tmp_path), "val/000000.tar", samples)
+    entry = write_shard(str(tmp_path), "val/000000.tar", samples)
     path = tmp_path / "val" / "000000.tar"
     assert (entry.samples, entry.positives, entry.bytes) == (5, 2, path.stat().st_size)
     assert entry.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert_equal(list(shards.read_shard(str(tmp_path), entry, SIZE)), samples)
+    assert_equal(list(read_shard(str(tmp_path), entry, SIZE)), samples)
 
 
 @pytest.mark.parametrize("number", [0, 1, 63, 64, 65, 200])
 def test_blocks_are_whole_tars_of_64_neighbours(number: int) -> None:
     samples = some_samples(number)
-    entry, data = shards.encode_shard("train/000000.tar", samples)
+    entry, data = encode_shard("train/000000.tar", samples)
     assert sum(block.samples for block in entry.blocks) == entry.samples == number
-    assert all(block.samples == shards.BLOCK_SAMPLES for block in entry.blocks[:-1])
+    assert all(block.samples == BLOCK_SAMPLES for block in entry.blocks[:-1])
     read: list[str] = []
     end = 0
     for block in entry.blocks:
@@ -152,17 +179,17 @@ def test_blocks_are_whole_tars_of_64_neighbours(number: int) -> None:
 def test_blocks_and_shards_of_large_pictures_hold_fewer(
     image_size: int, block: int, shard: int
 ) -> None:
-    assert shards.block_samples(image_size) == block
-    assert shards.shard_samples(image_size) == shard
+    assert block_samples(image_size) == block
+    assert shard_samples(image_size) == shard
     pixels = np.zeros((image_size, image_size), np.uint8)
     number = min(2 * block + 1, 9)
     samples = [Sample(f"{i:020x}", pixels, 0) for i in range(number)]
-    entry, data = shards.encode_shard("train/000000.tar", samples)
+    entry, data = encode_shard("train/000000.tar", samples)
     # The end marker is of two blocks.
-    assert len(data) == number * shards.sample_bytes(image_size) + 1024
+    assert len(data) == number * sample_bytes(image_size) + 1024
     assert max(part.samples for part in entry.blocks) == min(block, number)
-    assert block * shards.sample_bytes(image_size) <= 4_300_000
-    assert shard * shards.sample_bytes(image_size) <= 27_000_000
+    assert block * sample_bytes(image_size) <= 4_300_000
+    assert shard * sample_bytes(image_size) <= 27_000_000
 
 
 def test_shards_written_one_after_the_other_share_memory_but_nothing_else(tmp_path: Path) -> None:
@@ -176,10 +203,10 @@ def test_shards_written_one_after_the_other_share_memory_but_nothing_else(tmp_pa
     for k, number in enumerate((70, 3, 65, 1)):
         samples, name = some_samples(number), f"train/{k:06d}.tar"
         with pytest.raises(BrokenError):
-            shards.write_shard(str(tmp_path), name, breaking(some_samples(90)))
+            write_shard(str(tmp_path), name, breaking(some_samples(90)))
         assert not (tmp_path / name).exists()
-        entry, data = shards.encode_shard(name, samples)
-        assert shards.write_shard(str(tmp_path), name, iter(samples)) == entry
+        entry, data = encode_shard(name, samples)
+        assert write_shard(str(tmp_path), name, iter(samples)) == entry
         assert (tmp_path / name).read_bytes() == data
 
 
@@ -197,7 +224,7 @@ def test_threads_decode_without_disturbing_each_other() -> None:
     gc.set_threshold(30)
     try:
         with ThreadPoolExecutor(4) as pool:
-            reads = pool.map(lambda _: list(shards.decode_shard(data, entry, SIZE)), range(32))
+            reads = pool.map(lambda _: list(decode_shard(data, entry, SIZE)), range(32))
             for read in reads:
                 assert_equal(read, samples)
     finally:
@@ -207,7 +234,7 @@ def test_threads_decode_without_disturbing_each_other() -> None:
 
 def test_pixels_can_be_written_to() -> None:
     data = encode(some_samples(1))
-    [sample] = shards.decode_shard(data, describe(data, 1), SIZE)
+    [sample] = decode_shard(data, describe(data, 1), SIZE)
     sample.pixels[0, 0] = 7
     assert sample.pixels[0, 0] == 7
 
@@ -219,7 +246,7 @@ def test_other_spellings_of_the_same_array_are_read() -> None:
     np.lib.format.write_array(second, pixels, version=(2, 0))
     for encoded in (fortran, second):
         data = write_tar({"a.npy": encoded.getvalue(), "a.cls": b"1"})
-        [sample] = shards.decode_shard(data, describe(data, 1), SIZE)
+        [sample] = decode_shard(data, describe(data, 1), SIZE)
         np.testing.assert_array_equal(sample.pixels, pixels)
 
 
@@ -233,7 +260,7 @@ def test_a_shard_cut_anywhere_between_members_is_refused() -> None:
         with pytest.raises(
             DataError, match=rf"shard train/000007\.tar: {end} bytes, not the {len(data)}"
         ):
-            list(shards.decode_shard(data[:end], entry, SIZE))
+            list(decode_shard(data[:end], entry, SIZE))
 
 
 def test_a_shard_that_was_cut_before_it_was_described_is_refused() -> None:
@@ -242,7 +269,7 @@ def test_a_shard_that_was_cut_before_it_was_described_is_refused() -> None:
         end_of_samples = max(m.offset_data + m.size for m in tar.getmembers())
     for end in range(0, end_of_samples, 256):
         with pytest.raises(DataError, match=r"shard train/000007\.tar: "):
-            list(shards.decode_shard(data[:end], describe(data[:end], 4), SIZE))
+            list(decode_shard(data[:end], describe(data[:end], 4), SIZE))
 
 
 @given(st.floats(0, 1, exclude_max=True), st.integers(1, 255))
@@ -251,26 +278,26 @@ def test_a_changed_byte_is_refused(place: float, change: int) -> None:
     entry = describe(bytes(data), 4)
     data[int(place * len(data))] ^= change
     with pytest.raises(DataError, match=r"shard train/000007\.tar: .*or changed since; delete"):
-        list(shards.decode_shard(bytes(data), entry, SIZE))
+        list(decode_shard(bytes(data), entry, SIZE))
 
 
 def test_another_shard_in_the_place_of_one_is_refused(tmp_path: Path) -> None:
-    entry = shards.write_shard(str(tmp_path), "a.tar", some_samples(4))
-    shards.write_shard(str(tmp_path), "a.tar", some_samples(4)[::-1])
+    entry = write_shard(str(tmp_path), "a.tar", some_samples(4))
+    write_shard(str(tmp_path), "a.tar", some_samples(4)[::-1])
     with pytest.raises(DataError, match=r"shard a\.tar: "):
-        list(shards.read_shard(str(tmp_path), entry, SIZE))
+        list(read_shard(str(tmp_path), entry, SIZE))
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=rf"shard train/000007\.tar: missing from {tmp_path}"):
-        shards.read_shard(str(tmp_path), describe(b"", 0), SIZE)
+        read_shard(str(tmp_path), describe(b"", 0), SIZE)
 
 
 @pytest.mark.parametrize("claimed", [3, 5])
 def test_a_wrong_number_of_samples_is_refused(claimed: int) -> None:
     data = encode(some_samples(4))
     with pytest.raises(DataError, match=f"000007.tar: 4 samples, the manifest says {claimed}"):
-        list(shards.decode_shard(data, describe(data, claimed), SIZE))
+        list(decode_shard(data, describe(data, claimed), SIZE))
 
 
 @pytest.mark.parametrize(
@@ -284,7 +311,7 @@ def test_a_wrong_number_of_samples_is_refused(claimed: int) -> None:
 def test_a_sample_of_another_shape_is_refused(pixels: Any, found: str) -> None:
     data = encode([Sample("0" * 20, pixels, 0)])
     with pytest.raises(DataError, match=rf"sample 0 is {found}, expected uint8 \(8, 8\)"):
-        list(shards.decode_shard(data, describe(data, 1), SIZE))
+        list(decode_shard(data, describe(data, 1), SIZE))
 
 
 def write_tar(members: dict[str, bytes]) -> bytes:
@@ -318,7 +345,7 @@ def encoded_image(*, pickled: bool = False) -> bytes:
 def test_a_sample_that_does_not_decode_is_refused(members: dict[str, bytes]) -> None:
     data = write_tar(members)
     with pytest.raises(DataError, match=r"shard train/000007\.tar: sample 0 does not decode"):
-        list(shards.decode_shard(data, describe(data, 1), SIZE))
+        list(decode_shard(data, describe(data, 1), SIZE))
 
 
 # --- manifest -------------------------------------------------------------------------------------
@@ -330,24 +357,24 @@ def edit_manifest(store_url: str, **changes: Any) -> None:
 
 
 def test_a_manifest_round_trips(tiny_store: StoreMaker, tmp_path: Path) -> None:
-    manifest = shards.read_manifest(tiny_store())
-    shards.write_manifest(str(tmp_path), manifest)
-    again = shards.read_manifest(str(tmp_path))
+    manifest = read_manifest(tiny_store())
+    write_manifest(str(tmp_path), manifest)
+    again = read_manifest(str(tmp_path))
     assert again == manifest
     assert again.digest == manifest.digest
 
 
 def test_a_manifest_is_written_once(tiny_store: StoreMaker, tmp_path: Path) -> None:
-    manifest = shards.read_manifest(tiny_store())
+    manifest = read_manifest(tiny_store())
     for _ in range(2):  # two jobs that did the same
-        shards.write_manifest(str(tmp_path), manifest)
+        write_manifest(str(tmp_path), manifest)
     with pytest.raises(StoreError, match="another job has finished another store there meanwhile"):
-        shards.write_manifest(str(tmp_path), manifest.model_copy(update={"seed": 77}))
-    assert shards.read_manifest(str(tmp_path)) == manifest
+        write_manifest(str(tmp_path), manifest.model_copy(update={"seed": 77}))
+    assert read_manifest(str(tmp_path)) == manifest
 
 
 def test_the_digest_tells_stores_apart(tiny_store: StoreMaker) -> None:
-    one, same, other = (shards.read_manifest(tiny_store(seed=seed)) for seed in (0, 0, 1))
+    one, same, other = (read_manifest(tiny_store(seed=seed)) for seed in (0, 0, 1))
     assert one.digest == same.digest != other.digest
     assert one.model_copy(update={"quarantined": {"missing": 1}}).digest != one.digest
 
@@ -355,15 +382,15 @@ def test_the_digest_tells_stores_apart(tiny_store: StoreMaker) -> None:
 def test_a_folder_without_manifest_is_no_store(tiny_store: StoreMaker) -> None:
     store_url = tiny_store()
     storage.remove(storage.join(store_url, "manifest.json"))
-    assert shards.find_manifest(store_url) is None
+    assert find_manifest(store_url) is None
     with pytest.raises(StoreError, match=rf"^{store_url}: no manifest\.json.*run jobs\.prepare"):
-        shards.read_manifest(store_url)
+        read_manifest(store_url)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"schema_version": 4}'])
 def test_an_unreadable_manifest_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
-    for read in (shards.find_manifest, shards.read_manifest):
+    for read in (find_manifest, read_manifest):
         with pytest.raises(
             StoreError, match=r"manifest\.json: not a manifest of schema 4: .*prepare"
         ):
@@ -375,7 +402,7 @@ def test_a_half_manifest_is_refused(tiny_store: StoreMaker) -> None:
     path = Path(store_url) / "manifest.json"
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(StoreError, match=r"manifest\.json: not a manifest of schema 4"):
-        shards.read_manifest(store_url)
+        read_manifest(store_url)
 
 
 @pytest.mark.parametrize("version", [3, 5])
@@ -383,9 +410,9 @@ def test_a_manifest_of_another_schema_is_refused(tiny_store: StoreMaker, version
     store_url = tiny_store()
     edit_manifest(store_url, new_field=True)
     with pytest.raises(StoreError, match="not a manifest of schema 4: new_field: "):
-        shards.read_manifest(store_url)
+        read_manifest(store_url)
     edit_manifest(store_url, schema_version=version)
-    for read in (shards.find_manifest, shards.read_manifest):
+    for read in (find_manifest, read_manifest):
         with pytest.raises(
             StoreError, match=f"manifest of schema {version}, this version reads 4; prepare the"
         ):
@@ -396,7 +423,7 @@ def test_a_manifest_without_a_split_is_refused(tiny_store: StoreMaker) -> None:
     store_url = tiny_store()
     edit_manifest(store_url, splits={})
     with pytest.raises(StoreError, match=r"not a manifest of schema 4: splits: .*train, val, test"):
-        shards.read_manifest(store_url)
+        read_manifest(store_url)
 
 
 def test_every_field_of_the_manifest_is_of_a_plain_type(tiny_store: StoreMaker) -> None:
@@ -426,7 +453,7 @@ rows = st.builds(
 
 @pytest.fixture(scope="module")
 def small_manifest(tiny_store: StoreMaker) -> Manifest:
-    return shards.read_manifest(tiny_store())
+    return read_manifest(tiny_store())
 
 
 @settings(max_examples=50)
@@ -434,9 +461,9 @@ def small_manifest(tiny_store: StoreMaker) -> Manifest:
 def test_studies_round_trip_with_boxes_and_gaps(
     small_manifest: Manifest, table: list[StudyRow]
 ) -> None:
-    entry = shards.write_studies("memory://studies", shards.tabulate_studies(table))
+    entry = write_studies("memory://studies", tabulate_studies(table))
     manifest = small_manifest.model_copy(update={"studies": entry})
-    read = shards.read_studies("memory://studies", manifest)
+    read = read_studies("memory://studies", manifest)
     assert list(read.values()) == sorted(table, key=lambda row: row.key)
     assert list(read) == [row.key for row in read.values()]
 
@@ -446,7 +473,7 @@ def test_columns_have_the_same_types_whatever_is_missing(tmp_path: Path) -> None
     full = StudyRow("k", "p", "val", 1, "Normal", (Box(1, 2, 3, 4),), 3, "F", "AP", 0.1, "d", "e")
     schemas = []
     for content in ([row], [full], []):
-        shards.write_studies(str(tmp_path), shards.tabulate_studies(content))
+        write_studies(str(tmp_path), tabulate_studies(content))
         schemas.append(pq.read_schema(tmp_path / "studies.parquet"))
     assert schemas[0] == schemas[1] == schemas[2]
 
@@ -460,7 +487,7 @@ places = st.sampled_from(["train", "val"])
 def test_duplicates_are_counted_within_and_across_patients_and_splits(
     table: list[tuple[str, str, str]],
 ) -> None:
-    studies = shards.tabulate_studies(
+    studies = tabulate_studies(
         StudyRow(str(i), patient, split, 0, "Normal", (), None, None, None, None, picture, "e")
         for i, (picture, patient, split) in enumerate(table)
     )
@@ -472,16 +499,16 @@ def test_duplicates_are_counted_within_and_across_patients_and_splits(
         across_patients=sum(len({row[1] for row in group}) > 1 for group in several),
         across_splits=sum(len({row[2] for row in group}) > 1 for group in several),
     )
-    assert shards.find_duplicates(studies, has_patients=True) == found
+    assert find_duplicates(studies, has_patients=True) == found
     unknown = found.model_copy(update={"across_patients": None})
-    assert shards.find_duplicates(studies, has_patients=False) == unknown
+    assert find_duplicates(studies, has_patients=False) == unknown
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "a byte", "a target"])
 def test_studies_that_are_not_as_vouched_are_refused(tiny_store: StoreMaker, damage: str) -> None:
     store_url = tiny_store()
-    manifest = shards.read_manifest(store_url)
-    table = list(shards.read_studies(store_url, manifest).values())
+    manifest = read_manifest(store_url)
+    table = list(read_studies(store_url, manifest).values())
     path = Path(store_url) / "studies.parquet"
     data = bytearray(path.read_bytes())
     path.unlink()
@@ -495,9 +522,9 @@ def test_studies_that_are_not_as_vouched_are_refused(tiny_store: StoreMaker, dam
         path.write_bytes(data)
     elif damage == "a target":  # as a table it is sound
         table[3] = replace(table[3], target=1 - table[3].target)
-        shards.write_studies(store_url, shards.tabulate_studies(table))
+        write_studies(store_url, tabulate_studies(table))
     with pytest.raises(DataError, match=rf"studies\.parquet: {message}"):
-        shards.read_studies(store_url, manifest)
+        read_studies(store_url, manifest)
 
 
 @pytest.mark.parametrize("content", ["text", "other columns"])
@@ -512,9 +539,9 @@ def test_what_is_vouched_for_and_yet_no_table_of_studies_is_refused(
         pq.write_table(pa.table({"key": ["a"]}), path)
     data = path.read_bytes()
     entry = FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-    manifest = shards.read_manifest(store_url).model_copy(update={"studies": entry})
+    manifest = read_manifest(store_url).model_copy(update={"studies": entry})
     with pytest.raises(DataError, match=r"studies\.parquet: not a table of studies; delete the"):
-        shards.read_studies(store_url, manifest)
+        read_studies(store_url, manifest)
 
 
 def test_the_quarantine_round_trips_and_is_vouched_for(
@@ -525,10 +552,10 @@ def test_the_quarantine_round_trips_and_is_vouched_for(
         Rejected("b" * 20, "val", "missing", "no DICOM file"),
         Rejected("a" * 20, None, "contradiction", "two classes"),
     ]
-    entry = shards.write_quarantine(store_url, rejected)
+    entry = write_quarantine(store_url, rejected)
     manifest = small_manifest.model_copy(update={"quarantine": entry})
-    assert shards.read_quarantine(store_url, manifest) == rejected[::-1]
+    assert read_quarantine(store_url, manifest) == rejected[::-1]
     path = Path(store_url) / "quarantine.jsonl"
     path.write_text(path.read_text().replace("val", "train"))
     with pytest.raises(DataError, match=r"quarantine\.jsonl: not what the manifest vouches for"):
-        shards.read_quarantine(store_url, manifest)
+        read_quarantine(store_url, manifest)

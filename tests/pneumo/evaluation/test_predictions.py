@@ -19,8 +19,8 @@ from scipy.special import expit
 from torch import nn
 
 from pneumo.config import DataConfig
-from pneumo.dataset import shards
-from pneumo.dataset.shards import StudyRow
+from pneumo.dataset.manifest import read_manifest
+from pneumo.dataset.study_table import StudyRow
 from pneumo.errors import DataError
 from pneumo.evaluation.predictions import (
     SCORING,
@@ -226,7 +226,7 @@ def test_how_the_logits_were_made_stands_in_the_file() -> None:
 def open_val(store_url: str, rank: int = 0, size: int = 1, batch_size: int = 4) -> list[Batch]:
     opened = loader.open_loader(
         store_url,
-        shards.read_manifest(store_url),
+        read_manifest(store_url),
         "val",
         DataConfig(cache="stream"),
         image_size=32,

@@ -18,8 +18,8 @@ from blake3 import blake3
 
 from pneumo import storage
 from pneumo.config import AugmentConfig, Config, DataConfig, override
-from pneumo.dataset import shards
-from pneumo.dataset.shards import Manifest, Sample
+from pneumo.dataset.manifest import Manifest, read_manifest
+from pneumo.dataset.shards import Sample, read_shard, write_shard
 from pneumo.errors import ConfigError, DataError
 from pneumo.loading import augmentation, feeds, loader, sample_order
 from pneumo.loading.loader import Batch, Loader, choose_ways
@@ -70,7 +70,7 @@ def counted() -> Iterator[type[CountedFiles]]:
 def store(tiny_store: StoreMaker) -> tuple[str, Manifest]:
     """19 training blocks, of which some are short: shards of 80 samples in blocks of 64 and 16."""
     store_url = tiny_store(train=751, val=203, test=9, image_size=32, samples_per_shard=80)
-    return store_url, shards.read_manifest(store_url)
+    return store_url, read_manifest(store_url)
 
 
 def open_split(
@@ -103,9 +103,7 @@ def train_batches(data: Loader, epoch: int = 0, start_step: int = 0) -> Iterator
 def stored(store: tuple[str, Manifest], split: str) -> list[Sample]:
     store_url, manifest = store
     entries = manifest.splits[split].shards
-    return [
-        s for entry in entries for s in shards.read_shard(store_url, entry, manifest.image_size)
-    ]
+    return [s for entry in entries for s in read_shard(store_url, entry, manifest.image_size)]
 
 
 def assert_same(one: list[Batch], two: list[Batch]) -> None:
@@ -459,7 +457,7 @@ def read_all(store_url: str, manifest: Manifest, way: str) -> None:
 def spoilt(tiny_store: StoreMaker) -> tuple[str, Manifest]:
     """A store of three shards of one block, to be damaged."""
     store_url = tiny_store(train=48)
-    return store_url, shards.read_manifest(store_url)
+    return store_url, read_manifest(store_url)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -558,7 +556,7 @@ def test_a_study_that_stands_twice_is_refused(spoilt: tuple[str, Manifest], way:
     store_url, manifest = spoilt
     samples = stored(spoilt, "train")
     entries = manifest.splits["train"].shards
-    again = shards.write_shard(store_url, "train/000002.tar", [*samples[32:47], samples[3]])
+    again = write_shard(store_url, "train/000002.tar", [*samples[32:47], samples[3]])
     train = manifest.splits["train"].model_copy(update={"shards": (*entries[:2], again)})
     wrong = manifest.model_copy(update={"splits": {**manifest.splits, "train": train}})
     message = "split train: (1 of 48 studies stand|a study stands) in it more than once"
@@ -595,7 +593,7 @@ def test_an_epoch_that_cannot_be_read_ends_with_an_error_not_early(
     tiny_store: StoreMaker, counted: type[CountedFiles]
 ) -> None:
     store_url = tiny_store(train=480, image_size=32)
-    manifest = shards.read_manifest(store_url)
+    manifest = read_manifest(store_url)
     data = open_split((f"counted://{store_url}", manifest), "stream", prefetch_blocks=1)
     batches = train_batches(data)
     next(batches)

@@ -12,7 +12,7 @@ import pytest
 import tomli_w
 
 from pneumo.config import Config, override
-from pneumo.dataset.shards import read_manifest
+from pneumo.dataset.manifest import read_manifest
 from pneumo.tuning.objective import Judgement
 from pneumo.tuning.search import (
     Choice,
