@@ -43,7 +43,7 @@ def demo(argv: Sequence[str]) -> None:
         ("evaluate", evaluate_run, ["--store", store_url, "--run", train_url]),
     ]
     say(f"1/5 phantoms: {options.studies} chest X-rays drawn from a seed, no patient's")
-    write_phantoms(phantoms, num_studies=options.studies, seed=0, progress=True)
+    write_phantoms(phantoms, num_studies=options.studies, seed=0)
     _fix_hash_key(phantoms)
     with ray_session(show_logs=options.debug):
         workers = count_workers(ray.cluster_resources())
