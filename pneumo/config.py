@@ -79,13 +79,10 @@ class PrepareConfig(Section):
 
     image_size: Annotated[int, Field(ge=32, le=1024)] = 224
     """Height and width of the stored images, in pixels."""
-    samples_per_shard: PositiveInt | None = None
-    """Samples in a full shard, which is one PUT; none: 512, or of pictures above 224 px as many as
-    make 27 MB."""
     max_bad_fraction: Fraction = 0.01
     """The job fails when a larger share of the studies cannot be used."""
     limit: PositiveInt | None = None
-    """Use only this many studies, drawn by the seed: for a taste."""
+    """A random subset of this size, for trying out."""
 
 
 class SplitConfig(Section):

@@ -1,9 +1,9 @@
-"""Some pictures of the training split for each finding, for the eye."""
+"""Some pictures of the training split for each finding, to be looked at."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import get_args
 
@@ -18,7 +18,7 @@ from pneumo.dataset.study_table import StudyRow
 from pneumo.errors import DataError
 
 _MOST_BLOCKS = 16
-"""The contact sheets never cost more than this many blocks: 52 MB at 224 px."""
+"""Most blocks that are read for the contact sheets: 52 MB at 224 px."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +76,13 @@ def choose_contact(
     order = order_values(set(totals), [finding for finding in get_args(Finding) if totals[finding]])
     chosen: dict[str, list[tuple[Sample, StudyRow]]] = {finding: [] for finding in order}
     wanted = sum(min(per_finding, number) for number in totals.values())
-    for sample, row in _join(samples, studies):
+    for sample in samples:
+        row = studies.get(sample.key)
+        if row is None or row.split != "train":
+            raise DataError(
+                "studies.parquet: a study in a shard of train is not in it; delete the store and "
+                "prepare it again"
+            )
         if len(chosen[row.finding]) < per_finding:
             chosen[row.finding].append((sample, row))
         if sum(map(len, chosen.values())) >= wanted:
@@ -90,16 +96,3 @@ def choose_contact(
         )
         for finding, taken in chosen.items()
     )
-
-
-def _join(
-    samples: Iterable[Sample], studies: Mapping[str, StudyRow]
-) -> Iterator[tuple[Sample, StudyRow]]:
-    for sample in samples:
-        row = studies.get(sample.key)
-        if row is None or row.split != "train":
-            raise DataError(
-                "studies.parquet: a study in a shard of train is not in it; delete the store and "
-                "prepare it again"
-            )
-        yield sample, row

@@ -18,8 +18,6 @@ from pneumo.dataset.splits import SPLITS, LeakageAudit
 from pneumo.errors import ContentError, DataError, StoreError
 
 SCHEMA_VERSION = 4
-
-
 MANIFEST = "manifest.json"
 
 
@@ -133,7 +131,7 @@ class Manifest(BaseModel):
 
 @contextmanager
 def naming_file(what: str, store_url: str) -> Iterator[None]:
-    """Within it, what is wrong with the bytes of a file is a DataError that names the file."""
+    """In it, a file that is missing or changed raises DataError, which names the file."""
     try:
         yield
     except FileNotFoundError as error:

@@ -1,10 +1,7 @@
-"""Source -> store, one shard at a time: what each task does, what it leaves, how it all is joined.
+"""Source -> store: whose store it is, how the tasks' shards are joined, what the manifest says.
 
-A task writes its shard and then a receipt for it, under `parts/`, and hands both back as a part. A
-preparation that was killed finds the receipts, checks the shards that they vouch for, tries the
-files that they reject anew, and does the rest. Everything depends on the source, the settings and
-the seed alone, so whoever does a task, and however often, the bytes are the same. The manifest
-comes last, and the receipts go.
+A preparation that was killed is gone on with: the receipts of the shards that are done lie under
+`parts/`. The manifest comes last, and the receipts go.
 """
 
 from __future__ import annotations
@@ -19,7 +16,7 @@ import pyarrow as pa
 from pneumo import storage
 from pneumo.config import Config
 from pneumo.dataset.manifest import Manifest, SplitEntry, find_manifest, write_manifest
-from pneumo.dataset.receipts import Part, read_study
+from pneumo.dataset.receipts import PreparedShard, Receipt, read_study
 from pneumo.dataset.shard_plans import PARTS, digest_settings
 from pneumo.dataset.shards import SHARD_SUFFIX
 from pneumo.dataset.source import Rejected, Source
@@ -41,11 +38,10 @@ CLAIM = "parts/claim.json"
 
 
 def find_store(store_url: str, source: Source, config: Config) -> Manifest | None:
-    """The manifest that is there already for these tables and settings, or None; whether a file has
-    changed since is not looked at.
+    """The manifest that is there already for these tables and settings, or None, with a claim laid
+    for them. Whether a DICOM file has changed since is not checked.
 
-    Raises StoreError when the store, or what a preparation left of one, is of another source or of
-    other settings.
+    Raises StoreError when the store, or an unfinished one, is of another source or other settings.
     """
     wanted = (source.digest, digest_settings(config))
     url, claim = storage.join(store_url, CLAIM), _encode_claim(wanted)
@@ -85,36 +81,41 @@ def _find_own(store_url: str, wanted: tuple[str, str]) -> Manifest | None:
 
 
 def finish_store(
-    store_url: str, source: Source, parts: Iterable[Part], audit: LeakageAudit, config: Config
+    store_url: str,
+    source: Source,
+    prepared: Iterable[PreparedShard],
+    audit: LeakageAudit,
+    config: Config,
 ) -> Manifest:
-    """Join the parts, in whatever order they come: the policy on bad files, the tables, the
-    manifest; then clear what the tasks left besides. Where another job has finished this store
-    meanwhile, it is left as it is.
+    """Join the shards, in whatever order they come: check how many files are bad, write the tables
+    and the manifest, remove the receipts. A store that another job has finished meanwhile stays.
 
-    Raises BadFilesError when too many of the studies that have a place, and of those that the
-    tables contradict themselves on, could not be used; SourceError when a split or a shard is left
-    lopsided.
+    Raises BadFilesError when too many of the studies that have a split, and of those that the
+    tables contradict themselves on, could not be used; SourceError when a split has one class, or a
+    shard an improbable class ratio.
     """
-    finished = _find_own(store_url, (source.digest, digest_settings(config)))
+    prepare_digest = digest_settings(config)
+    finished = _find_own(store_url, (source.digest, prepare_digest))
     if finished is not None:
         clear_parts(store_url, finished)
         return finished
-    parts = sorted(parts, key=lambda part: part.entry.name)
-    rejected = [*source.rejected, *(item for part in parts for item in part.rejected)]
+    prepared = list(prepared)
+    receipts = sorted((shard.receipt for shard in prepared), key=lambda item: item.entry.name)
+    rejected = [*source.rejected, *(item for receipt in receipts for item in receipt.rejected)]
     quarantine = write_quarantine(store_url, rejected)
-    wanted = sum(part.entry.samples for part in parts) + len(rejected)
-    _check_policy(rejected, wanted, config, store_url)
-    table = pa.concat_tables([part.studies for part in parts])
-    splits = _join_splits(parts, table, has_patients=source.has_patients)
+    used = sum(receipt.entry.samples for receipt in receipts)
+    _check_bad_files(rejected, used + len(rejected), config, store_url)
+    table = pa.concat_tables([shard.studies for shard in prepared])
+    splits = _join_splits(receipts, table, has_patients=source.has_patients)
     shard_prevalence = _check_classes(splits)
     if len(rejected) > len(source.rejected):
         audit = _audit_used(source, table, audit, config)
     studies = write_studies(store_url, table)
-    contradictions = sum((Counter(part.contradictions) for part in parts), Counter())
+    contradictions = sum((Counter(receipt.contradictions) for receipt in receipts), Counter())
     mean, std = _moments(splits["train"].histogram)
     manifest = Manifest(
         source_digest=source.digest,
-        prepare_digest=digest_settings(config),
+        prepare_digest=prepare_digest,
         image_size=config.prepare.image_size,
         seed=config.seed,
         split=config.split,
@@ -149,8 +150,8 @@ def has_mended(store_url: str, manifest: Manifest, source: Source) -> bool:
 
 
 def clear_parts(store_url: str, manifest: Manifest) -> None:
-    """Remove what preparations leave besides the finished store itself, killed ones included: a
-    shard that the manifest does not name is of a job that found other files."""
+    """Remove what preparations, killed ones too, leave beside the finished store: receipts, and
+    shards that the manifest does not name."""
     storage.remove_below(storage.join(store_url, PARTS))
     for url in _list_shards(store_url) - _shard_urls(store_url, manifest):
         storage.remove(url)
@@ -189,7 +190,9 @@ def _encode_claim(claim: tuple[str, str]) -> bytes:
     return json.dumps({"source_digest": claim[0], "prepare_digest": claim[1]}).encode()
 
 
-def _check_policy(rejected: Sequence[Rejected], total: int, config: Config, store_url: str) -> None:
+def _check_bad_files(
+    rejected: Sequence[Rejected], total: int, config: Config, store_url: str
+) -> None:
     if len(rejected) > config.prepare.max_bad_fraction * total:
         reasons = sorted(Counter(item.reason for item in rejected).items())
         told = ", ".join(f"{reason} {number}" for reason, number in reasons)
@@ -201,20 +204,20 @@ def _check_policy(rejected: Sequence[Rejected], total: int, config: Config, stor
 
 
 def _join_splits(
-    parts: Sequence[Part], table: pa.Table, *, has_patients: bool
+    receipts: Sequence[Receipt], table: pa.Table, *, has_patients: bool
 ) -> dict[str, SplitEntry]:
     counted = table.group_by("split").aggregate([("patient", "count_distinct")]).to_pylist()
     patients = {row["split"]: row["patient_count_distinct"] for row in counted}
     joined = {}
     for name in SPLITS:
-        mine = [part for part in parts if part.split == name]
-        histogram = np.array([part.histogram for part in mine], np.int64).sum(axis=0)
+        own = [item for item in receipts if item.entry.name.startswith(f"{name}/")]
+        histogram = np.array([item.histogram for item in own], np.int64).sum(axis=0)
         joined[name] = SplitEntry(
-            samples=sum(part.entry.samples for part in mine),
-            positives=sum(part.entry.positives for part in mine),
+            samples=sum(item.entry.samples for item in own),
+            positives=sum(item.entry.positives for item in own),
             patients=patients.get(name, 0) if has_patients else None,
             histogram=tuple(histogram.tolist()),
-            shards=tuple(part.entry for part in mine if part.entry.samples),
+            shards=tuple(item.entry for item in own if item.entry.samples),
         )
     return joined
 

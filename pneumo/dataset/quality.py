@@ -1,6 +1,5 @@
-"""Store -> Quality: what the data hold, split by split, whatever a model makes of them.
+"""What a store's data are, split by split: counts, and where val or test differ from train.
 
-Counting, and two findings: pictures that occur twice, and where val or test differ from train.
 What is unknown is counted as such, never left out. Nothing here names a study or a patient.
 """
 
@@ -12,13 +11,13 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
 from pneumo.dataset.manifest import Duplicates, Manifest
 from pneumo.dataset.source import Finding
-from pneumo.dataset.splits import SPLITS, count_draws
+from pneumo.dataset.splits import SPLITS, count_independent
 from pneumo.dataset.study_table import StudyRow
 from pneumo.errors import DataError
 
@@ -36,15 +35,9 @@ AGE_BANDS: Mapping[str, int] = {
 
 
 AGE_BIN_YEARS = 10
-
-
 NOTABLE_DIFFERENCE = 0.1
-"""Standardised differences above it are told (Austin 2009, doi:10.1002/sim.3697)."""
-
-
+"""Standardised differences above it are reported (Austin 2009, doi:10.1002/sim.3697)."""
 _OLDEST = 120
-
-
 _FEW_SPACINGS = 8
 
 
@@ -63,15 +56,15 @@ class Intensity:
 
     @property
     def black(self) -> float | None:
-        """Share of pixels that are 0."""
-        return self._share(0)
+        """Fraction of pixels that are 0."""
+        return self._fraction(0)
 
     @property
     def white(self) -> float | None:
-        """Share of pixels that are 255."""
-        return self._share(-1)
+        """Fraction of pixels that are 255."""
+        return self._fraction(-1)
 
-    def _share(self, level: int) -> float | None:
+    def _fraction(self, level: int) -> float | None:
         total = sum(self.histogram)
         return self.histogram[level] / total if total else None
 
@@ -108,7 +101,7 @@ class Shift:
     unit: Literal["%", "years", "mm"]
     split: str
     in_train: float
-    """Mean in train: of a share in [0, 1], else in `unit`."""
+    """Mean in train: a fraction where `unit` is %, else in `unit`."""
     in_split: float
     difference: float
     """(in_split - in_train) / pooled standard deviation; infinite where neither varies."""
@@ -273,20 +266,22 @@ _COMPARED: Sequence[tuple[str, Literal["%", "years", "mm"], Callable[[StudyRow],
 """In words, its unit, and a study's value; None leaves the study out."""
 
 
-def find_shifts(by_split: Mapping[str, Sequence[StudyRow]]) -> tuple[Shift, ...]:
-    """Where val or test differ from train by more than NOTABLE_DIFFERENCE, the largest first."""
+def find_shifts(
+    by_split: Mapping[str, Sequence[StudyRow]], notable: float = NOTABLE_DIFFERENCE
+) -> tuple[Shift, ...]:
+    """Where val or test differ from train by more than `notable`, the largest first."""
     shifts = []
     for what, unit, value in _COMPARED:
-        train = _Group.measure(by_split["train"], value)
+        train = _measure(by_split["train"], value)
         for split in ("val", "test"):
-            other = _Group.measure(by_split[split], value)
-            if not (train.draws and other.draws):
+            other = _measure(by_split[split], value)
+            if train is None or other is None:
                 continue
             difference = standardise_difference(
                 train.mean, other.mean, train.variance, other.variance
             )
-            if abs(difference) > NOTABLE_DIFFERENCE:
-                by_chance = 1.96 * math.sqrt(1 / train.draws + 1 / other.draws)
+            if abs(difference) > notable:
+                by_chance = 1.96 * math.sqrt(1 / train.independent + 1 / other.independent)
                 shifts.append(
                     Shift(what, unit, split, train.mean, other.mean, difference, by_chance)
                 )
@@ -304,23 +299,23 @@ def standardise_difference(
     return (second - first) / spread if spread else math.copysign(math.inf, second - first)
 
 
-@dataclass(frozen=True)
-class _Group:
-    """One property of one split."""
+class _Measured(NamedTuple):
+    """One property of one split, of the studies that have it."""
 
     mean: float
     variance: float
-    draws: float
-    """Independent studies whose mean would vary as this one does: those of one patient are alike,
-    and some patients have many."""
+    independent: float
+    """Effective number of studies; see `splits.count_independent`."""
 
-    @classmethod
-    def measure(cls, rows: Sequence[StudyRow], value: Callable[[StudyRow], float | None]) -> _Group:
-        known = [(row.patient, float(found)) for row in rows if (found := value(row)) is not None]
-        if not known:
-            return cls(math.nan, math.nan, 0.0)
-        # fmean rounds once, whatever the order; of a constant it may still leave a tiny variance.
-        mean = statistics.fmean(found for _, found in known)
-        constant = len({found for _, found in known}) == 1
-        variance = 0.0 if constant else statistics.fmean((v - mean) ** 2 for _, v in known)
-        return cls(mean, variance, count_draws(known))
+
+def _measure(
+    rows: Sequence[StudyRow], value: Callable[[StudyRow], float | None]
+) -> _Measured | None:
+    known = [(row.patient, float(found)) for row in rows if (found := value(row)) is not None]
+    if not known:
+        return None
+    # fmean rounds once, whatever the order; of a constant it may still leave a tiny variance.
+    mean = statistics.fmean(found for _, found in known)
+    constant = len({found for _, found in known}) == 1
+    variance = 0.0 if constant else statistics.fmean((v - mean) ** 2 for _, v in known)
+    return _Measured(mean, variance, count_independent(known))

@@ -1,9 +1,13 @@
-"""What one task of a preparation does: it writes a shard, and a receipt that vouches for it."""
+"""What one task of a preparation does: it writes a shard, then a receipt for it under `parts/`.
+
+Everything depends on the source, the settings and the seed alone: whoever does a task, and however
+often, the bytes are the same.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import cv2
@@ -41,82 +45,62 @@ class Receipt(BaseModel):
     histogram: tuple[int, ...]
     """Stored pixels of each gray level."""
     contradictions: dict[str, int]
-    """Studies whose tables and header disagree, or lack something, by what it is."""
+    """Studies whose tables and header disagree, or lack something, by kind."""
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
-    """What a task hands back: its receipt, the rows tabulated, so that the driver has nothing to
-    read or to parse when all are done."""
+class PreparedShard:
+    """What a task hands back."""
 
-    entry: ShardEntry
+    receipt: Receipt
+    """Its rows are in `studies` instead, so that joining is quick."""
     studies: pa.Table
     """As in studies.parquet."""
-    rejected: tuple[Rejected, ...]
-    histogram: tuple[int, ...]
-    contradictions: Mapping[str, int]
     reused: bool
-    """Whether an earlier run had done it."""
+    """Whether an earlier run had written it."""
 
     @classmethod
-    def of(cls, receipt: Receipt, *, reused: bool) -> Part:
-        """The part that a receipt describes."""
-        return cls(
-            entry=receipt.entry,
-            studies=tabulate_studies(receipt.rows),
-            rejected=receipt.rejected,
-            histogram=receipt.histogram,
-            contradictions=receipt.contradictions,
-            reused=reused,
-        )
-
-    @property
-    def split(self) -> str:
-        """Of the shard, whose name begins with it."""
-        return self.entry.name.split("/")[0]
+    def of(cls, receipt: Receipt, *, reused: bool) -> PreparedShard:
+        """The shard that a receipt describes."""
+        table = tabulate_studies(receipt.rows)
+        return cls(receipt.model_copy(update={"rows": ()}), table, reused)
 
 
 def prepare_shard(
     plan: ShardPlan, store_url: str, image_size: int, prepare_digest: str, file_key: bytes
-) -> Part:
-    """Make sure that a plan's shard and receipt are there; what they add to the store. `file_key`
-    is `Source.file_key`.
+) -> PreparedShard:
+    """Write a plan's shard and receipt, unless an earlier run did; `file_key` is `Source.file_key`.
 
-    A receipt that vouches for the same plan, with its shard as it says, is left as it is while the
-    files that it rejects still cannot be used.
+    An earlier run's are kept where the shard is whole and the files that the receipt rejects still
+    cannot be used.
     """
     cv2.setNumThreads(1)
     digest = plan.digest(prepare_digest)
     kept = _find_receipt(plan, store_url, image_size, digest)
     if kept is not None:
-        return Part.of(kept, reused=True)
+        return PreparedShard.of(kept, reused=True)
     receipt = _write_shard(plan, store_url, image_size, digest, file_key)
     storage.write_text(storage.join(store_url, plan.receipt), receipt.model_dump_json())
-    return Part.of(receipt, reused=False)
+    return PreparedShard.of(receipt, reused=False)
 
 
 def _find_receipt(plan: ShardPlan, store_url: str, image_size: int, digest: str) -> Receipt | None:
-    """The receipt of an earlier run for just this plan, if its shard is whole and what it rejects
-    is as it was; else None.
-
-    A file may have come since, its permission may have been mended, its server may be back.
-    """
+    """An earlier run's receipt for this very plan, if its shard is whole and the same files are
+    unusable as then; else None."""
     try:
         text = storage.read_bytes(storage.join(store_url, plan.receipt))
         receipt = Receipt.model_validate_json(text)
         if receipt.plan_digest != digest:
             return None
-        if receipt.entry.samples:
-            entry = receipt.entry
+        entry = receipt.entry
+        if entry.samples:
             url = storage.join(store_url, entry.name)
             storage.read_bytes(url, sha256=entry.sha256, size=entry.bytes)
     except (FileNotFoundError, ValidationError, ContentError):
         return None
     studies = {study.key: study for study in plan.studies}
-    as_it_was = all(
-        read_study(studies[item.key], plan.split, image_size) == item for item in receipt.rejected
-    )
-    return receipt if as_it_was else None
+    now = [read_study(studies[item.key], plan.split, image_size) for item in receipt.rejected]
+    return receipt if now == list(receipt.rejected) else None
 
 
 def _write_shard(
@@ -160,13 +144,13 @@ def _label(study: Study) -> str:
 
 
 def read_study(study: Study, split: str, image_size: int) -> GrayImage | Rejected:
+    """The study's picture, or why it cannot be used. Raises as `dicom_files.read_pictures`."""
     return _decode_study(study, read_file(study.url, _label(study)), split, image_size)
 
 
 def _decode_study(
     study: Study, data: bytes | Unusable, split: str, image_size: int
 ) -> GrayImage | Rejected:
-    """The study's picture, or why it cannot be used."""
     image = data if isinstance(data, Unusable) else decode_file(data, image_size)
     if isinstance(image, Unusable):
         return Rejected(study.key, split, image.reason, image.message)
@@ -191,7 +175,7 @@ def _make_row(study: Study, split: str, image: GrayImage, source_blake3: str) ->
 
 
 def _contradictions(study: Study, image: GrayImage) -> Iterator[str]:
-    """What the tables say of a study that its file does not bear out."""
+    """In what the tables disagree with the study's file, or lack something."""
     image_id = study.url.rsplit("/", 1)[-1].removesuffix(".dcm")
     if image.identifier is not None and image.identifier != image_id:
         yield "patient_id"

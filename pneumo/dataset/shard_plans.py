@@ -9,16 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pneumo.config import Config
-from pneumo.dataset.shards import sample_bytes, shard_samples
+from pneumo.dataset.shards import sample_bytes
 from pneumo.dataset.source import Study
 from pneumo.dataset.splits import SPLITS
 
 PARTS = "parts"
-
-
 _LIBRARIES_BYTES = 384 * 2**20
-
-
 _FORMAT = 3
 """Raised when the same source and settings would give other bytes than before."""
 
@@ -39,23 +35,25 @@ class ShardPlan:
 
     def digest(self, prepare_digest: str) -> str:
         """SHA-256 of all that the shard's bytes follow from, the DICOM files aside."""
-        described = [_FORMAT, prepare_digest, self.split, [_describe(s) for s in self.studies]]
+        studies = [[s.key, s.patient, s.target, s.finding, s.boxes] for s in self.studies]
+        described = [_FORMAT, prepare_digest, self.split, studies]
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
 
 def plan_shards(
-    studies: Sequence[Study], by_key: Mapping[str, str], config: Config
+    studies: Sequence[Study], by_key: Mapping[str, str], *, seed: int, samples_per_shard: int
 ) -> list[ShardPlan]:
     """Which studies go to which shard: shuffled by the seed, so that no shard is skewed by a
-    name."""
-    per_shard = config.prepare.samples_per_shard or shard_samples(config.prepare.image_size)
+    name. A shard holds `samples_per_shard` at most.
+
+    It does not depend on how many workers there are, or the store would.
+    """
     plans = []
     for name in SPLITS:
         members = [study for study in studies if by_key.get(study.key) == name]
-        random.Random(f"shards/{config.seed}/{name}").shuffle(members)
-        # Equal shards, none above the wanted size, and enough of them to share out a small source;
-        # never a question of how many workers there are, or the store would depend on it.
-        count = max(-(-len(members) // per_shard), min(8, len(members) // 16), 1)
+        random.Random(f"shards/{seed}/{name}").shuffle(members)
+        # Equal shards, and of a small source enough of them for several tasks.
+        count = max(-(-len(members) // samples_per_shard), min(8, len(members) // 16), 1)
         if count > 8:  # so that 2, 4 or 8 workers have equally many, and end together
             count = min(-(-count // 8) * 8, len(members))
         bounds = [len(members) * i // count for i in range(count + 1)]
@@ -77,9 +75,7 @@ def digest_settings(config: Config) -> str:
 
     How many bad files are too many is none of them: a preparation that failed for that goes on.
     """
-    neutral = config.prepare.model_copy(update={"max_bad_fraction": 0.0})
-    return config.model_copy(update={"prepare": neutral}).digest("seed", "prepare", "split")
-
-
-def _describe(study: Study) -> list[object]:
-    return [study.key, study.patient, study.target, study.finding, study.boxes]
+    tree = config.model_dump(mode="json", include={"seed", "prepare", "split"})
+    # `samples_per_shard` was a setting: stores that were prepared with its default are the same.
+    tree["prepare"] |= {"max_bad_fraction": 0.0, "samples_per_shard": None}
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

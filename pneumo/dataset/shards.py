@@ -1,20 +1,23 @@
-"""The store's format, owned here: samples in tar shards, and the manifest that vouches for them.
+"""The shards of a store: tar files of samples, written and read.
 
-A sample is two WebDataset members, `<key>.npy` (uint8 (S, S)) and `<key>.cls` (the target in
-ASCII). Who the study is (patient group, age, boxes) stands in studies.parquet, not in the shards.
-The manifest is written last; without it a store is not there.
+A sample is two WebDataset members, `<key>.cls` (the target in ASCII) and `<key>.npy` (uint8
+(S, S)). Who the study is (patient, age, boxes) stands in studies.parquet, not in the shards.
+The bytes are those of `webdataset.TarWriter` without its padding at the end (a test compares them).
+We write them ourselves because importing webdataset imports torch: 3 s and 440 MB in each task of
+a preparation, and 16 times as long as writing a shard.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import tarfile
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,24 +28,14 @@ from pneumo.dataset.manifest import BlockEntry, ShardEntry, naming_file
 from pneumo.errors import DataError
 
 SHARD_SUFFIX = ".tar"
-
-
 BLOCK_SAMPLES = 64
 """Neighbours in a shard that are read and shuffled together: one range request of 3.3 MB at 224
 px. Of large pictures they are fewer."""
-
-
 SHARD_SAMPLES = 512
-"""Samples in a shard: 27 MB at 224 px, one PUT; all of RSNA makes 53, enough to share out. Of large
-pictures they are fewer."""
-
-
+"""Samples in a shard: 27 MB at 224 px, one PUT; all of RSNA makes 53. Of large pictures they are
+fewer."""
 _BLOCK_BYTES = 4_300_000
-
-
 _SHARD_BYTES = 27_000_000
-
-
 _CHECKSUM_AT = 148
 """Where a tar header has its checksum: six octal digits and a zero."""
 
@@ -69,64 +62,41 @@ def block_samples(image_size: int) -> int:
 
 
 def shard_samples(image_size: int) -> int:
-    """Samples in a full shard, unless told otherwise: SHARD_SAMPLES, or as many as make 27 MB."""
+    """Samples in a full shard: SHARD_SAMPLES, or as many as make 27 MB."""
     return max(1, min(SHARD_SAMPLES, _SHARD_BYTES // sample_bytes(image_size)))
 
 
-def encode_shard(name: str, samples: Iterable[Sample]) -> tuple[ShardEntry, bytes]:
-    """The tar of `samples`, in their order, and what the manifest will say of it.
+def encode_shard(buffer: io.BytesIO, name: str, samples: Iterable[Sample]) -> ShardEntry:
+    """Write the tar of `samples`, in their order; what the manifest will say of it.
 
-    Equal samples give equal bytes. They are taken one at a time, so only the tar is in memory.
-    """
-    buffer = io.BytesIO()
-    entry = _encode_shard(buffer, name, samples)
-    return entry, buffer.getvalue()
-
-
-def _encode_shard(buffer: io.BytesIO, name: str, samples: Iterable[Sample]) -> ShardEntry:
-    """`encode_shard` into the first bytes of `buffer`, whose content is of no account.
-
-    All is hashed as it is written: later it would have to come back from memory, for twice the
-    time.
+    Overwrites `buffer` from its start, which may be longer than the tar. Equal samples give equal
+    bytes. A block of samples is in memory at a time, and hashed as it is written.
     """
     buffer.seek(0)
-    whole, part = hashlib.sha256(), blake3()
-    blocks = list[BlockEntry]()
-    start = count = counted = positives = 0
-    in_block = BLOCK_SAMPLES
-
-    def end_block() -> None:
-        nonlocal start, counted, part
-        if count > counted:
-            end = buffer.tell()
-            blocks.append(
-                BlockEntry(
-                    offset=start,
-                    bytes=end - start,
-                    samples=count - counted,
-                    blake3=part.hexdigest(),
-                )
-            )
-            start, counted, part = end, count, blake3()
-
-    for sample in samples:
-        if not count:
-            in_block = block_samples(len(sample.pixels))
-        for content in _encode_sample(sample):
+    whole, blocks, positives = hashlib.sha256(), list[BlockEntry](), 0
+    samples = iter(samples)
+    for first in samples:
+        block = [first, *itertools.islice(samples, block_samples(len(first.pixels)) - 1)]
+        start, digest = buffer.tell(), blake3()
+        for content in itertools.chain.from_iterable(map(_encode_sample, block)):
             buffer.write(content)
             whole.update(content)
-            part.update(content)
-        count += 1
-        positives += sample.target
-        if count % in_block == 0:
-            end_block()
-    end_block()
+            digest.update(content)
+        blocks.append(
+            BlockEntry(
+                offset=start,
+                bytes=buffer.tell() - start,
+                samples=len(block),
+                blake3=digest.hexdigest(),
+            )
+        )
+        positives += sum(sample.target for sample in block)
     end_marker = bytes(2 * tarfile.BLOCKSIZE)
     buffer.write(end_marker)
     whole.update(end_marker)
     return ShardEntry(
         name=name,
-        samples=count,
+        samples=sum(block.samples for block in blocks),
         positives=positives,
         bytes=buffer.tell(),
         sha256=whole.hexdigest(),
@@ -135,7 +105,7 @@ def _encode_shard(buffer: io.BytesIO, name: str, samples: Iterable[Sample]) -> S
 
 
 def _encode_sample(sample: Sample) -> Iterator[bytes | memoryview]:
-    """Its members of the tar, in the order of webdataset's own writer."""
+    """Its members of the tar, in the order of `webdataset.TarWriter`."""
     target = str(sample.target).encode()
     label = _encode_header(f"{sample.key}.cls", len(target)) + target + _padding(len(target))
     header = _npy_header(sample.pixels.shape, sample.pixels.dtype.str)
@@ -151,8 +121,8 @@ def _padding(size: int) -> bytes:
 
 
 def _encode_header(name: str, size: int) -> bytes:
-    """What tarfile makes of a file without time, owner and extended header, so that the bytes are
-    the same every time; twenty times as fast: members differ in little but the name."""
+    """What tarfile writes before a file without time, owner and extended header; twenty times as
+    fast, since members differ in little but the name."""
     encoded = name.encode("ascii")
     assert len(encoded) <= tarfile.LENGTH_NAME, name
     nameless, checksum = _nameless_header(size)
@@ -184,72 +154,60 @@ def _npy_header(shape: tuple[int, ...], dtype: str = "|u1") -> bytes:
     return header.getvalue()
 
 
-def decode_shard(data: bytes, entry: ShardEntry, image_size: int) -> Iterator[Sample]:
-    """The samples of a shard, checked against its entry. Raises DataError, naming the shard."""
-    if len(data) != entry.bytes or hashlib.sha256(data).hexdigest() != entry.sha256:
-        raise DataError(
-            f"shard {entry.name}: {len(data)} bytes, not the {entry.bytes} that the manifest "
-            "vouches for, or changed since; delete the store and prepare it again"
-        )
-    yield from _decode_samples(data, entry, image_size)
+def _decode_sample(
+    key: str, image: bytes | memoryview, label: bytes | memoryview, image_size: int, where: str
+) -> Sample:
+    """The sample of a .npy and a .cls file, its pixels a view of `image`.
 
-
-def _decode_samples(data: bytes, entry: ShardEntry, image_size: int) -> Iterator[Sample]:
-    """The samples of a shard whose digest is right.
-
-    webdataset alone ends early and silently on a shard cut at a member's end; so the count and each
-    sample's parts are checked here.
+    An array's header is not parsed where it is as we write it: np.load parses it with `ast`, which
+    fails at random in threads before Python 3.11.9 (python/cpython#106905), and takes seven times
+    as long. Raises DataError.
     """
-    count = 0
-    for group in _read_groups(data, entry):
-        try:
-            pixels = _decode_image(group["npy"], image_size).copy()
-            target = int(group["cls"])
-        except (KeyError, ValueError, EOFError) as error:
-            raise DataError(f"shard {entry.name}: sample {count} does not decode") from error
-        if pixels.shape != (image_size, image_size) or pixels.dtype != np.uint8:
-            raise DataError(
-                f"shard {entry.name}: sample {count} is {pixels.dtype} {pixels.shape}, expected "
-                f"uint8 {(image_size, image_size)}"
-            )
-        count += 1
-        yield Sample(str(group["__key__"]), pixels, target)
-    if count != entry.samples:
-        raise DataError(f"shard {entry.name}: {count} samples, the manifest says {entry.samples}")
-
-
-def _decode_image(data: bytes | memoryview, image_size: int) -> npt.NDArray[Any]:
-    """The array of a .npy file, a view of it; its header is not parsed where it is as we write it.
-
-    np.load parses the header with `ast`, which fails at random in threads before Python 3.11.9
-    (python/cpython#106905), and takes seven times as long.
-    """
-    header = _npy_header((image_size, image_size))
-    if data[: len(header)] == header and len(data) == len(header) + image_size**2:
-        pixels = np.frombuffer(data, np.uint8, offset=len(header))
-        return pixels.reshape(image_size, image_size)
-    return np.asarray(np.load(io.BytesIO(data), allow_pickle=False))
-
-
-def _read_groups(data: bytes, entry: ShardEntry) -> Iterator[dict[str, Any]]:
-    # It imports torch, which whoever prepares a store has no use for: 2 s and 400 MB a process.
-    from webdataset.tariterators import group_by_keys, tar_file_expander
-
+    shape = (image_size, image_size)
+    header = _npy_header(shape)
     try:
-        yield from group_by_keys(
-            tar_file_expander([{"url": entry.name, "stream": io.BytesIO(data)}])
-        )
-    except (tarfile.TarError, ValueError) as error:
-        raise DataError(f"shard {entry.name}: not a readable tar") from error
+        if image[: len(header)] == header and len(image) == len(header) + image_size**2:
+            pixels = np.frombuffer(image, np.uint8, offset=len(header)).reshape(shape)
+        else:
+            pixels = np.load(io.BytesIO(image), allow_pickle=False)
+        target = int(bytes(label))
+    except (ValueError, EOFError) as error:
+        raise DataError(f"{where} does not decode") from error
+    if pixels.shape != shape or pixels.dtype != np.uint8:
+        raise DataError(f"{where} is {pixels.dtype} {pixels.shape}, expected uint8 {shape}")
+    return Sample(key, pixels, target)
 
 
 def read_shard(store_url: str, entry: ShardEntry, image_size: int) -> Iterator[Sample]:
-    """The samples of one shard of a store. Raises DataError when it is missing or not as
-    vouched."""
-    with naming_file(f"shard {entry.name}", store_url):
+    """The samples of one shard of a store, read as a whole by webdataset.
+
+    Raises DataError, naming the shard, when it is missing, not as the manifest says, or when a
+    sample does not decode.
+    """
+    where = f"shard {entry.name}"
+    with naming_file(where, store_url):
         url = storage.join(store_url, entry.name)
         data = storage.read_bytes(url, sha256=entry.sha256, size=entry.bytes)
-    return _decode_samples(data, entry, image_size)
+    # Here, since it imports torch, which a preparation does without.
+    from webdataset.tariterators import group_by_keys, tar_file_expander
+
+    count = 0
+    try:
+        files = tar_file_expander([{"url": entry.name, "stream": io.BytesIO(data)}])
+        for group in group_by_keys(files):
+            sample = _decode_sample(
+                group["__key__"],
+                group.get("npy", b""),
+                group.get("cls", b""),
+                image_size,
+                f"{where}: sample {count}",
+            )
+            yield replace(sample, pixels=sample.pixels.copy())  # to be written to
+            count += 1
+    except (tarfile.TarError, ValueError) as error:
+        raise DataError(f"{where}: not a readable tar") from error
+    if count != entry.samples:  # a tar that is cut at a member's end just ends
+        raise DataError(f"{where}: {count} samples, the manifest says {entry.samples}")
 
 
 def read_block(store_url: str, entry: ShardEntry, block: BlockEntry) -> bytes:
@@ -280,17 +238,7 @@ def decode_block(
         key = label.name.removesuffix(".cls")
         if (label.name, image.name) != (f"{key}.cls", f"{key}.npy"):
             raise DataError(f"{where}: sample {i} is not a .cls and a .npy of one key")
-        try:
-            pixels = _decode_image(image.content, image_size)
-            target = int(bytes(label.content))
-        except (ValueError, EOFError) as error:
-            raise DataError(f"{where}: sample {i} does not decode") from error
-        if pixels.shape != (image_size, image_size) or pixels.dtype != np.uint8:
-            raise DataError(
-                f"{where}: sample {i} is {pixels.dtype} {pixels.shape}, expected uint8 "
-                f"{(image_size, image_size)}"
-            )
-        yield Sample(key, pixels, target)
+        yield _decode_sample(key, image.content, label.content, image_size, f"{where}: sample {i}")
 
 
 class _Member(NamedTuple):
@@ -326,7 +274,7 @@ def write_shard(store_url: str, name: str, samples: Iterable[Sample]) -> ShardEn
     shard, and never replaces one that a manifest vouches for.
     """
     buffer = _MEMORY.buffer
-    entry = _encode_shard(buffer, name, samples)
+    entry = encode_shard(buffer, name, samples)
     entry = entry.model_copy(update={"name": name.format(digest=entry.sha256[:12])})
     if entry.samples:
         with buffer.getbuffer() as memory, memory[: entry.bytes] as data:
@@ -335,8 +283,8 @@ def write_shard(store_url: str, name: str, samples: Iterable[Sample]) -> ShardEn
 
 
 class _Memory(threading.local):
-    """Memory of a thread that one shard after the other is made in: fresh pages cost as much as
-    writing to them does."""
+    """A thread's memory for the shard in work, kept: fresh pages would cost as much as writing to
+    them does."""
 
     def __init__(self) -> None:
         self.buffer = io.BytesIO()

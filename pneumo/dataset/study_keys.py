@@ -16,16 +16,14 @@ from pneumo.errors import AccessError, SourceError, StorageError
 _logger = logging.getLogger(__name__)
 
 PRIVATE_FOLDER = ".pneumo"
-
-
 HASH_KEY_VARIABLE = "PNEUMO_HASH_KEY"
 
 
 def read_hash_key(source_url: str, environ: Mapping[str, str]) -> bytes:
-    """The secret behind study keys: PNEUMO_HASH_KEY, or a file beside the source made on first use.
+    """The secret behind study keys: PNEUMO_HASH_KEY, or `.pneumo/hash_key` beside the source, made
+    on first use with mode 600. Who loses it gets other keys from the same source.
 
-    The file is `.pneumo/hash_key`, mode 600; another mode is warned of. Who has it can link keys to
-    ids; who loses it gets other keys from the same source.
+    Raises SourceError. Warns where others can read the file.
     """
     if environ.get(HASH_KEY_VARIABLE):
         return environ[HASH_KEY_VARIABLE].encode()
@@ -43,20 +41,19 @@ def read_hash_key(source_url: str, environ: Mapping[str, str]) -> bytes:
             "secret"
         ) from error
     if (mode := stat.S_IMODE(path.stat().st_mode)) & 0o077:
-        _logger.warning(
-            "%s: mode %03o: others can read the secret behind the study keys; chmod 600 it",
-            path,
-            mode,
-        )
+        what = "others can read the secret behind the study keys; chmod 600 it"
+        _logger.warning("%s: mode %03o: %s", path, mode, what)
     if not hash_key:
         raise SourceError(f"{path}: empty; delete it, or set {HASH_KEY_VARIABLE} to a secret")
     return hash_key
 
 
 def derive_file_key(hash_key: bytes) -> bytes:
-    """The key of BLAKE3 by which a store's `source_blake3` is the hash of a DICOM file."""
+    """The 32-byte key of the BLAKE3 hash `source_blake3` of a DICOM file: a plain hash would tell
+    the study's key to whoever has the file."""
     return blake3(hash_key, derive_key_context="pneumo 2026-11-26 DICOM files").digest()
 
 
 def derive_key(hash_key: bytes, kind: str, identifier: str) -> str:
+    """The keyed hash of an identifier of a `kind` (study, patient), 20 hex digits."""
     return hmac.digest(hash_key, f"{kind}:{identifier}".encode(), "sha256").hex()[:20]

@@ -23,8 +23,6 @@ from pneumo.errors import DataError
 from pneumo.images.boxes import Box
 
 STUDIES = "studies.parquet"
-
-
 QUARANTINE = "quarantine.jsonl"
 
 
@@ -46,8 +44,8 @@ class StudyRow:
     pixels_digest: str
     """Digest of the stored picture, 32 hex digits: equal pictures have equal ones."""
     source_blake3: str
-    """BLAKE3 of the DICOM file, in hex, keyed by `studies.derive_file_key`: a picture that looks
-    wrong is traced to its file by whoever has the hash key, and by nobody else."""
+    """BLAKE3 of the DICOM file, in hex, keyed by `study_keys.derive_file_key`: who has the hash key
+    can find the file of a picture, and nobody else."""
 
 
 def digest_pixels(pixels: npt.NDArray[np.uint8]) -> str:

@@ -1,13 +1,9 @@
-"""DICOM bytes -> an 8-bit grayscale image, 0 = black, and the four header values that we keep.
+"""DICOM bytes -> an 8-bit gray picture, 0 = black, and the four header values that are kept.
 
-`codecs` reads the stored values and `grayscale` says which gray they are. Refused as `photometric`:
-pixels of fewer than 8 or more than 16 bits, floating-point pixels, segmented palettes.
-
-The usual case, one 8-bit JPEG-baseline frame without any LUT, takes a faster way round pydicom
-(`plain`); `decode_gray` stays the reference. Where the picture at half size shrinks by a whole
-number, libjpeg decodes at half scale in the DCT domain, within 3 gray levels of the full decode.
-PresentationLUTShape is not looked at: it says again what the photometric interpretation says
-(PS3.3 C.8.11.3.1).
+`pixel_decoders` reads the stored values and `gray_levels` makes them gray. The usual file, one
+8-bit JPEG-baseline frame without any look-up table, goes a faster way round pydicom
+(`fast_dicom`); `decode_gray` is the reference. Where the store's picture is a whole fraction of the
+picture at half size, libjpeg decodes at half size, within 3 gray levels of the full decode.
 """
 
 from __future__ import annotations
@@ -45,8 +41,8 @@ from pydicom.uid import (
 from pneumo.errors import DicomError
 from pneumo.images.boxes import Box
 from pneumo.images.fast_dicom import PlainFile, read_plain
-from pneumo.images.gray_levels import Gray, apply_window, render_gray
-from pneumo.images.headers import OLDEST_PLAUSIBLE_AGE, Header, make_header, parse_age, read_header
+from pneumo.images.gray_levels import Gray, render_gray
+from pneumo.images.headers import Header, make_header, read_header
 from pneumo.images.letterbox import fit_shape, letterbox
 from pneumo.images.pixel_decoders import (
     MAX_PIXELS,
@@ -54,20 +50,6 @@ from pneumo.images.pixel_decoders import (
     read_format,
     read_jpeg_size,
 )
-
-__all__ = [
-    "MAX_PIXELS",
-    "OLDEST_PLAUSIBLE_AGE",
-    "GrayImage",
-    "Header",
-    "apply_window",
-    "decode_gray",
-    "letterbox",
-    "parse_age",
-    "read_header",
-    "read_study_image",
-]
-
 
 _RADIOGRAPHS = {
     ComputedRadiographyImageStorage,
@@ -88,26 +70,12 @@ _PIXEL_SPACING, _IMAGER_SPACING = 0x280030, 0x181164
 
 
 _SINGLE_TEXTS = {_SOP_CLASS: b"UI", _PATIENT_ID: b"LO", _SEX: b"CS", _AGE: b"AS", _VIEW: b"CS"}
-
-
 _TEXTS = {**_SINGLE_TEXTS, _PIXEL_SPACING: b"DS", _IMAGER_SPACING: b"DS"}
-
-
 _MAX_INFLATED_BYTES = 3 * MAX_PIXELS
-
-
-_MAX_READS = 500_000  # of a header, two an element: a second's work
-
-
+_MAX_READS = 500_000  # of a header, two an element: about a second
 _MAX_ELEMENT_BYTES = 2 * 2**20
-
-
 _PIXEL_DATA = 0x7FE00010
-
-
 _PIXELS = {_PIXEL_DATA, 0x7FE00008, 0x7FE00009}
-
-
 _LOOK_UP_TABLES = {0x00283000, 0x00283010}  # of the modality and of interest
 
 
@@ -147,12 +115,9 @@ def read_study_image(data: bytes, image_size: int) -> GrayImage:
     """
     plain = read_plain(data, _TEXTS)
     image = None if plain is None else _read_fast(plain, image_size)
-    return _read_slowly(data, image_size) if image is None else image
-
-
-def _read_slowly(data: bytes, image_size: int) -> GrayImage:
-    """Any file, by pydicom: the reference way."""
-    with _refuse_all_else():
+    if image is not None:
+        return image
+    with _only_dicom_errors():
         dataset = _parse(data)
         _check_class(dataset)
         return _make_image(
@@ -165,7 +130,7 @@ def _read_slowly(data: bytes, image_size: int) -> GrayImage:
 
 
 def _read_fast(plain: PlainFile, image_size: int) -> GrayImage | None:
-    """The usual file; None where pydicom must say what is wrong with it, or whether anything is."""
+    """The usual file; None where pydicom must look at it."""
     texts = plain.texts
     if any("\\" in texts.get(tag, "") for tag in _SINGLE_TEXTS):
         return None
@@ -212,9 +177,9 @@ def _make_image(
 
 
 @contextmanager
-def _refuse_all_else() -> Iterator[None]:
-    """Within it pydicom does not warn of values, which could be a patient's, and every error is a
-    DicomError."""
+def _only_dicom_errors() -> Iterator[None]:
+    """In it every error is a DicomError, and pydicom warns of no value, which could be a
+    patient's."""
     try:
         # A bare `62` is no valid Age String, and pydicom says so for every file.
         with warnings.catch_warnings(), pydicom.config.disable_value_validation():
@@ -227,11 +192,11 @@ def _refuse_all_else() -> Iterator[None]:
 
 
 def decode_gray(dataset: pydicom.Dataset) -> Gray:
-    """The frame at full resolution, (H, W) uint8, 0 = black: the reference way, of any SOP class.
+    """The frame at full resolution, (H, W) uint8, 0 = black, of any SOP class: the reference.
 
     Raises DicomError: no_pixels, multi_frame, too_large, photometric, no_decoder, undecodable.
     """
-    with _refuse_all_else():
+    with _only_dicom_errors():
         form = read_format(dataset)
         return render_gray(dataset, form, *decode_stored(dataset, form))
 
@@ -245,7 +210,7 @@ def _parse(data: bytes) -> pydicom.Dataset:
     if _DEFLATED in data:
         data = _inflate(data)
     try:
-        dataset = read_partial(_Reads(data), stop_when=_after_pixels(), force=True)
+        dataset = read_partial(_BoundedReads(data), stop_when=_after_pixels(), force=True)
     except DicomError:
         raise
     except Exception as error:
@@ -259,8 +224,7 @@ def _parse(data: bytes) -> pydicom.Dataset:
 
 
 def _drop_large(dataset: pydicom.Dataset) -> None:
-    """Remove what is larger than anything that is used besides pixels: pydicom would parse it when
-    it is asked for, which may take minutes."""
+    """Remove large elements that are no pixels: to parse them could take pydicom minutes."""
     for tag, element in list(dataset.items()):
         raw = isinstance(element, RawDataElement)
         if not raw or tag in _PIXELS or len(element.value or b"") <= _MAX_ELEMENT_BYTES:
@@ -270,9 +234,9 @@ def _drop_large(dataset: pydicom.Dataset) -> None:
         del dataset[tag]
 
 
-class _Reads(io.BytesIO):
-    """A file in memory that is not read in ever so many pieces: eight bytes may be an element, and
-    a small file may inflate to millions of them."""
+class _BoundedReads(io.BytesIO):
+    """A file in memory that fails after 500,000 reads, to bound parsing: a small file may inflate
+    to millions of elements of eight bytes."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(data)
@@ -286,7 +250,7 @@ class _Reads(io.BytesIO):
 
 
 def _after_pixels() -> Callable[[BaseTag, str | None, int], bool]:
-    """For pydicom: when to stop, which is after the pixel data, whatever fills up the file."""
+    """For pydicom's `stop_when`: stop after the pixel data."""
     seen = False
 
     def stop(tag: BaseTag, vr: str | None, length: int) -> bool:
@@ -300,8 +264,8 @@ def _after_pixels() -> Callable[[BaseTag, str | None, int], bool]:
 
 
 def _starts_like_a_dataset(data: bytes) -> bool:
-    """Whether the first element is of group 0002 or 0008 and lies within `data`; old files have
-    neither preamble nor prefix."""
+    """Whether the first element is of group 0002 or 0008 and lies within `data`, as in old files,
+    which have neither preamble nor prefix."""
     if data[:2] not in (b"\x02\x00", b"\x08\x00", b"\x00\x08"):
         return False
     explicit = data[4:6].isalpha() and data[4:6].isupper()
@@ -311,9 +275,8 @@ def _starts_like_a_dataset(data: bytes) -> bool:
 def _inflate(data: bytes) -> bytes:
     """`data` with its deflated data set (PS3.5 A.5) inflated, and marked as not deflated.
 
-    pydicom would inflate whatever there is, and a thousandfold is possible. So it never gets to see
-    that transfer syntax, however it may read a damaged header; what is plain in its place is of the
-    same length.
+    pydicom would inflate without a limit, and a thousandfold is possible. So its transfer syntax is
+    replaced by the uncompressed one, of the same length.
     """
     stream = io.BytesIO(data)
     stream.seek(132 if data[128:132] == b"DICM" else 0)
@@ -339,8 +302,6 @@ def _inflate(data: bytes) -> bytes:
 
 
 _DEFLATED = DeflatedExplicitVRLittleEndian.encode()
-
-
 _NOT_DEFLATED = ExplicitVRLittleEndian.encode().ljust(len(_DEFLATED), b"\0")
 
 
@@ -354,8 +315,8 @@ def _check_class(dataset: pydicom.Dataset) -> None:
 
 
 def _decode_fast(plain: PlainFile, image_size: int) -> Gray | None:
-    """The JPEG frame by libjpeg-turbo, at half size if that is near enough, valid until the next
-    one; None where it does not hold what the header says."""
+    """The JPEG frame by libjpeg-turbo, at half size where that will do; overwritten by the next
+    call. None where it does not hold what the header says."""
     form = plain.form
     if read_jpeg_size(plain.frame) != (form.rows, form.columns, 1, 8):
         return None
@@ -369,7 +330,7 @@ def _decode_fast(plain: PlainFile, image_size: int) -> Gray | None:
             min_width=columns,
             buffer=_BUFFER.take(form.rows * form.columns),
         )
-    except ValueError:  # damaged, or merely odd: `codecs` tells which
+    except ValueError:  # damaged, or merely odd: the reference tells which
         return None
     if pixels.shape != (rows, columns, 1):
         return None
@@ -378,8 +339,8 @@ def _decode_fast(plain: PlainFile, image_size: int) -> Gray | None:
 
 
 class _Buffer(threading.local):
-    """Memory of a thread that one frame after the other is decoded into: fresh pages cost a third
-    of the decoding."""
+    """A thread's memory for the decoded frame, kept: fresh pages would cost a third of the
+    decoding."""
 
     def __init__(self) -> None:
         self.memory = np.empty(0, np.uint8)
@@ -395,7 +356,7 @@ _BUFFER = _Buffer()
 
 
 def _halves_well(shape: tuple[int, int], image_size: int) -> bool:
-    """Whether each output covers whole pixels of the picture at half size; else an edge within one
-    is off by up to 40 gray levels."""
+    """Whether each output covers whole pixels of the picture at half size; else an edge inside a
+    pixel is wrong by up to 40 gray levels."""
     sides = zip(shape, fit_shape(shape, image_size), strict=True)
     return all(side % (2 * fitted) == 0 for side, fitted in sides)

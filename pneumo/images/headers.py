@@ -38,11 +38,16 @@ def read_header(dataset: pydicom.Dataset) -> Header:
 
 
 def make_header(*, age: str, sex: Any, view: Any, spacing: Any) -> Header:
+    """A header of these values as they stand in the file; what is implausible becomes None."""
+    try:
+        spacing_mm = read_number(spacing) or 0.0
+    except (TypeError, ValueError):
+        spacing_mm = 0.0
     return Header(
         age=parse_age(age),
         sex=sex if sex in ("M", "F") else None,
         view=view if view in ("AP", "PA") else None,
-        spacing_mm=_parse_spacing(spacing),
+        spacing_mm=spacing_mm if 0 < spacing_mm < 10 else None,
     )
 
 
@@ -54,11 +59,3 @@ def parse_age(text: str) -> int | None:
         return None
     years = int(int(match[1]) / {"D": 365.25, "W": 52.18, "M": 12, "Y": 1, "": 1}[match[2]])
     return years if years <= OLDEST_PLAUSIBLE_AGE else None
-
-
-def _parse_spacing(value: Any) -> float | None:
-    try:
-        spacing = read_number(value)
-    except (TypeError, ValueError):
-        return None
-    return spacing if spacing is not None and 0 < spacing < 10 else None

@@ -12,8 +12,6 @@ import numpy.typing as npt
 from pneumo.images.gray_levels import Gray
 
 _BAND_ROWS = 128  # resampled at a time, so that their floats stay in the cache
-
-
 _LONGEST_PERIOD = 64  # of the area weights, in pixels; beyond it OpenCV is as fast
 
 
@@ -66,6 +64,6 @@ def _resample(image: Gray, height: int, width: int) -> Gray:
 @lru_cache(maxsize=64)
 def _area_weights(inputs: int, outputs: int) -> npt.NDArray[np.float32]:
     """(outputs, inputs): how far each output covers each input, in 1/`outputs` of an input."""
-    first, place = np.arange(outputs)[:, None] * inputs, np.arange(inputs) * outputs
-    shared = np.minimum(first + inputs, place + outputs) - np.maximum(first, place)
-    return np.asarray(np.maximum(shared, 0), np.float32)
+    first, second = np.arange(outputs)[:, None] * inputs, np.arange(inputs) * outputs
+    overlap = np.minimum(first + inputs, second + outputs) - np.maximum(first, second)
+    return np.asarray(np.maximum(overlap, 0), np.float32)
