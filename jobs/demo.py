@@ -39,7 +39,7 @@ def run_demo(store_url: str, run_url: str, num_studies: int, *, show_logs: bool)
     from jobs.tuning.job import tune
     from jobs.tuning.search_results import BEST
     from pneumo.dataset.phantoms.source_folder import write_phantoms
-    from pneumo.dataset.source import PRIVATE_FOLDER
+    from pneumo.dataset.study_keys import PRIVATE_FOLDER
 
     tune_url, train_url = storage.join(run_url, "tune"), storage.join(run_url, "train")
     recipe = storage.join(tune_url, BEST)
@@ -51,7 +51,7 @@ def run_demo(store_url: str, run_url: str, num_studies: int, *, show_logs: bool)
         ("evaluate", evaluate_run, ["--store", store_url, "--run", train_url]),
     ]
     say(f"1/5 phantoms: {num_studies} chest X-rays drawn from a seed, no patient's")
-    write_phantoms(phantoms, num_studies=num_studies, seed=0, progress=True)
+    write_phantoms(phantoms, num_studies=num_studies, seed=0)
     _fix_hash_key(phantoms / PRIVATE_FOLDER)
     with ray_session(show_logs=show_logs):
         workers = count_workers(ray.cluster_resources())

@@ -19,22 +19,20 @@ from pneumo import storage
 from pneumo.command_line import Invocation, PrepareArguments
 from pneumo.config import Config
 from pneumo.config_layers import override
+from pneumo.dataset.manifest import Manifest
 from pneumo.dataset.preparation import (
-    Part,
-    ShardPlan,
     check_shards_are_there,
     clear_parts,
-    digest_settings,
-    estimate_memory,
     find_store,
     finish_store,
     has_mended,
-    plan_shards,
-    prepare_shard,
 )
-from pneumo.dataset.shards import QUARANTINE, Manifest
+from pneumo.dataset.receipts import PreparedShard, prepare_shard
+from pneumo.dataset.shard_plans import ShardPlan, digest_settings, estimate_memory, plan_shards
+from pneumo.dataset.shards import shard_samples
 from pneumo.dataset.source import Source, read_source, read_split_list
 from pneumo.dataset.splits import Split, audit_split, recall_salt, remember_salt, split_studies
+from pneumo.dataset.study_table import QUARANTINE
 
 
 def prepare(invocation: Invocation) -> None:
@@ -58,12 +56,13 @@ def prepare(invocation: Invocation) -> None:
         return
     if split.audit.warning:
         say(f"warning: {split.audit.warning}")
-    plans = plan_shards(source.studies, split.by_key, config)
+    per_shard = shard_samples(config.prepare.image_size)
+    plans = plan_shards(source.studies, split.by_key, seed=config.seed, samples_per_shard=per_shard)
     with ray_session(show_logs=arguments.debug):
-        parts = _run_plans(plans, store_url, config, source.file_key)
-        if reused := sum(part.reused for part in parts):
+        prepared = _run_plans(plans, store_url, config, source.file_key)
+        if reused := sum(shard.reused for shard in prepared):
             say(f"prepare: {reused} of {len(plans)} shards were there already, and whole")
-        manifest = finish_store(store_url, source, parts, split.audit, config)
+        manifest = finish_store(store_url, source, prepared, split.audit, config)
     _report(store_url, manifest)
 
 
@@ -98,27 +97,27 @@ def _split(source: Source, source_url: str, config: Config) -> tuple[Split, Conf
 
 
 def _limit(source: Source, split: Split, config: Config) -> tuple[Source, Split]:
-    """A taste: some of the studies, in the places that the whole source gives them."""
+    """A random subset of the studies, in the splits that the whole source gives them."""
     limit = config.prepare.limit
     placed = [study for study in source.studies if study.key in split.by_key]
     if limit is None or limit >= len(placed):
         return source, split
     chosen = random.Random(f"limit/{config.seed}").sample(range(len(placed)), limit)
-    taste = replace(source, studies=tuple(placed[i] for i in sorted(chosen)), rejected=())
+    subset = replace(source, studies=tuple(placed[i] for i in sorted(chosen)), rejected=())
     audit = audit_split(
-        taste.studies,
+        subset.studies,
         split.by_key,
         config.split,
         seed=config.seed,
         salt=split.audit.salt,
         has_patients=source.has_patients,
     )
-    return taste, Split(split.by_key, audit)
+    return subset, Split(split.by_key, audit)
 
 
 def _run_plans(
     plans: Sequence[ShardPlan], store_url: str, config: Config, file_key: bytes
-) -> list[Part]:
+) -> list[PreparedShard]:
     """Run the tasks, only so many at once that arguments stay small."""
     memory = estimate_memory(plans, config.prepare.image_size)
     # No more than the largest node has, or no task would ever start; it then runs one at a time.
@@ -127,7 +126,7 @@ def _run_plans(
     digest = digest_settings(config)
     todo = list(reversed(plans))
     running: dict[Any, ShardPlan] = {}
-    parts: list[Part] = []
+    prepared: list[PreparedShard] = []
     done = bad = 0
     with Progress("prepare", sum(len(plan.studies) for plan in plans), "studies") as progress:
         while todo or running:
@@ -139,22 +138,23 @@ def _run_plans(
                 running[task.remote(plan, store_url, size, digest, file_key)] = plan
             ready, _ = ray.wait(list(running), timeout=1.0)
             for reference in ready:
-                part: Part = ray.get(reference)
-                parts.append(part)
+                shard: PreparedShard = ray.get(reference)
+                prepared.append(shard)
                 done += len(running.pop(reference).studies)
-                bad += len(part.rejected)
+                bad += len(shard.receipt.rejected)
             progress.advance_to(done, note=f"{bad} bad" if bad else "")
-    return parts
+    return prepared
 
 
 def _report(store_url: str, manifest: Manifest) -> None:
     audit = manifest.audit
     for name, entry in manifest.splits.items():
-        share = audit.prevalence[name]
+        prevalence = audit.prevalence[name]
         patients = "" if entry.patients is None else f"{entry.patients:6} patients  "
         print(
             f"{name:5}  {entry.samples:6} studies  {patients}"
-            f"{entry.positives / entry.samples:6.1%} positive [{share.low:.1%}, {share.high:.1%}]  "
+            f"{entry.positives / entry.samples:6.1%} positive "
+            f"[{prevalence.low:.1%}, {prevalence.high:.1%}]  "
             f"{len(entry.shards)} shards"
         )
     if audit.leaked_by_image is not None and audit.unit == "patient":

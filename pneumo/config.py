@@ -44,13 +44,10 @@ class PrepareConfig(Section):
 
     image_size: Annotated[int, Field(ge=32, le=1024)] = 224
     """Height and width of the stored images, in pixels."""
-    samples_per_shard: PositiveInt | None = None
-    """Samples in a full shard, which is one PUT; none: 512, or of pictures above 224 px as many as
-    make 27 MB."""
     max_bad_fraction: Fraction = 0.01
     """The job fails when a larger fraction of the studies cannot be used."""
     limit: PositiveInt | None = None
-    """Use only a random subset of this many studies, for trying out."""
+    """A random subset of this size, for trying out."""
 
 
 class SplitConfig(Section):

@@ -32,6 +32,7 @@ _NOT_SETTINGS = frozenset({"PNEUMO_HASH_KEY", storage.ANONYMOUS, REVISION})
 """Environment variables with our prefix that are no settings, and read where they are needed."""
 
 _REMOVED = {
+    "prepare.samples_per_shard": "it follows from the image size",
     "data.cache_dir": "data.cache keeps a split in memory",
     "data.cache_gb": "data.cache keeps a split in memory",
     "data.prefetch_blocks": "a stream reads 16 blocks ahead",

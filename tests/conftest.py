@@ -25,9 +25,17 @@ from pydicom.encaps import encapsulate
 from pydicom.uid import ExplicitVRLittleEndian, JPEGBaseline8Bit, SecondaryCaptureImageStorage
 
 from pneumo.config import SplitConfig
-from pneumo.dataset import shards
-from pneumo.dataset.shards import Manifest, Sample, SplitEntry, StudyRow
+from pneumo.dataset.manifest import Manifest, SplitEntry, write_manifest
+from pneumo.dataset.shards import Sample, write_shard
 from pneumo.dataset.splits import Interval, LeakageAudit
+from pneumo.dataset.study_table import (
+    StudyRow,
+    digest_pixels,
+    find_duplicates,
+    tabulate_studies,
+    write_quarantine,
+    write_studies,
+)
 from pneumo.images.boxes import Box
 
 DicomMaker = Callable[..., bytes]
@@ -227,7 +235,7 @@ def _write_store(
                     sex=(None, "F", "M")[i % 3],
                     view=("AP", "PA")[i % 2],
                     spacing_mm=None if i % 4 == 0 else 0.143,
-                    pixels_digest=shards.digest_pixels(samples[-1].pixels),
+                    pixels_digest=digest_pixels(samples[-1].pixels),
                     source_blake3=hashlib.sha256(key.encode()).hexdigest(),
                 )
             )
@@ -235,7 +243,7 @@ def _write_store(
         if name == "train":
             mean, std = float(gray.mean() / 255), float(gray.std() / 255)
         entries = tuple(
-            shards.write_shard(
+            write_shard(
                 store_url, f"{name}/{k:06d}.tar", samples[start : start + samples_per_shard]
             )
             for k, start in enumerate(range(0, number, samples_per_shard))
@@ -247,7 +255,7 @@ def _write_store(
             histogram=tuple(np.bincount(gray.ravel(), minlength=256).tolist()),
             shards=entries,
         )
-    studies = shards.tabulate_studies(rows)
+    studies = tabulate_studies(rows)
     manifest = Manifest(
         source_digest="0" * 64,
         prepare_digest="1" * 64,
@@ -260,12 +268,12 @@ def _write_store(
         quarantined={},
         contradictions={},
         unlabelled=0,
-        duplicates=shards.find_duplicates(studies, has_patients=True),
-        studies=shards.write_studies(store_url, studies),
-        quarantine=shards.write_quarantine(store_url, []),
+        duplicates=find_duplicates(studies, has_patients=True),
+        studies=write_studies(store_url, studies),
+        quarantine=write_quarantine(store_url, []),
         splits=splits,
     )
-    shards.write_manifest(store_url, manifest)
+    write_manifest(store_url, manifest)
     return store_url
 
 

@@ -24,23 +24,20 @@ from pydicom.uid import UID
 from pneumo.config import Config
 from pneumo.config_layers import override
 from pneumo.dataset.phantoms.source_folder import write_phantoms
-from pneumo.dataset.preparation import (
-    digest_settings,
-    find_store,
-    finish_store,
-    plan_shards,
-    prepare_shard,
-)
+from pneumo.dataset.preparation import find_store, finish_store
+from pneumo.dataset.receipts import prepare_shard
+from pneumo.dataset.shard_plans import digest_settings, plan_shards
 from pneumo.dataset.source import read_source
 from pneumo.dataset.splits import choose_salt, split_studies
 from pneumo.errors import DicomError
-from pneumo.images.dicom import decode_gray, letterbox
+from pneumo.images.dicom import decode_gray
 from pneumo.images.gray_levels import apply_window
+from pneumo.images.letterbox import letterbox
 from pneumo.loading.augmentation import draw_uniforms
 from pneumo.loading.sample_order import epoch_order
 
 ENVIRON = {"PNEUMO_HASH_KEY": "a secret of the tests"}
-CONFIG = override(Config(), {"prepare.image_size": 56, "prepare.samples_per_shard": 8})
+CONFIG = override(Config(), {"prepare.image_size": 56})
 SHAPES = ((1024, 1024), (1280, 1024), (2048, 1777), (448, 448), (300, 200), (40, 50))
 """Resampled to 224: by repeating weights, with a border, generally, by whole numbers, enlarged."""
 
@@ -63,7 +60,9 @@ def store(source_folder: Path) -> str:
         assert find_store(folder, source, CONFIG) is None
         parts = [
             prepare_shard(plan, folder, 56, digest_settings(CONFIG), source.file_key)
-            for plan in plan_shards(source.studies, split.by_key, CONFIG)
+            for plan in plan_shards(
+                source.studies, split.by_key, seed=CONFIG.seed, samples_per_shard=8
+            )
         ]
         finish_store(folder, source, parts, split.audit, CONFIG)
         files = sorted(path for path in Path(folder).rglob("*") if path.is_file())

@@ -10,7 +10,8 @@ from jobs.terminal.entry_point import say
 from pneumo import storage
 from pneumo.command_line import EvaluateArguments
 from pneumo.config import EvaluateConfig
-from pneumo.dataset.shards import Manifest, StudyRow, read_manifest
+from pneumo.dataset.manifest import Manifest, read_manifest
+from pneumo.dataset.study_table import StudyRow
 from pneumo.errors import RunError, StoreError
 from pneumo.evaluation.predictions import Predictions
 from pneumo.training.checkpoint_writer import read_history

@@ -27,8 +27,10 @@ from jobs.terminal.entry_point import say
 from pneumo import storage
 from pneumo.command_line import EvaluateArguments, Invocation
 from pneumo.config import Config
-from pneumo.dataset.quality import read_contact_sheets, summarise_quality
-from pneumo.dataset.shards import Manifest, StudyRow, read_studies
+from pneumo.dataset.contact_sheets import read_contact_sheets
+from pneumo.dataset.manifest import Manifest
+from pneumo.dataset.quality import summarise_quality
+from pneumo.dataset.study_table import StudyRow, read_studies
 from pneumo.evaluation.baselines import Metadata
 from pneumo.evaluation.comparison import ComparedRuns, Comparison, compare
 from pneumo.evaluation.evaluation import Evaluation, check_complete, evaluate

@@ -21,7 +21,8 @@ import torch
 from jobs.ray_cluster.session import worker_resources
 from jobs.terminal.progress import Progress
 from pneumo.config import ClusterConfig, Config, DataConfig
-from pneumo.dataset.shards import StudyRow, read_manifest
+from pneumo.dataset.manifest import read_manifest
+from pneumo.dataset.study_table import StudyRow
 from pneumo.errors import MetricError
 from pneumo.evaluation.map_scores import BoxScores, score_map
 from pneumo.images.boxes import Box

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from jobs.evaluation.ray_scoring import Explained, Scored, boxes_of, explain_studies, score_boxes
 from pneumo.config import Config
 from pneumo.dataset.quality import AGE_BIN_YEARS
-from pneumo.dataset.shards import StudyRow
+from pneumo.dataset.study_table import StudyRow
 from pneumo.evaluation.map_scores import (
     SaliencySummary,
     prior_map,

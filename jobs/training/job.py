@@ -23,7 +23,7 @@ from pneumo import storage
 from pneumo.command_line import Invocation, TrainArguments
 from pneumo.config import Config
 from pneumo.config_layers import with_absolute_weights
-from pneumo.dataset.shards import Manifest, read_manifest
+from pneumo.dataset.manifest import Manifest, read_manifest
 from pneumo.reporting.tracking import open_tracker
 from pneumo.reporting.tracking.artifacts import describe_dataset, describe_weights
 from pneumo.reporting.tracking.closing import close_tracker, tracking_folder

@@ -34,7 +34,7 @@ from jobs.terminal.entry_point import find_cause
 from jobs.training.stop_signal import Board, Member
 from pneumo import storage
 from pneumo.config import ClusterConfig
-from pneumo.dataset.shards import read_manifest
+from pneumo.dataset.manifest import read_manifest
 from pneumo.errors import ClusterError, ContentError, PneumoError, StorageError
 from pneumo.training.checkpoints import CheckpointIndex, find_index
 

@@ -38,7 +38,7 @@ from pneumo import storage
 from pneumo.command_line import Invocation, TuneArguments
 from pneumo.config import Config, ModelConfig
 from pneumo.config_layers import check_space, drop_removed, with_absolute_weights
-from pneumo.dataset.shards import Manifest, read_manifest
+from pneumo.dataset.manifest import Manifest, read_manifest
 from pneumo.errors import ClusterError, ConfigError, RunError
 from pneumo.network.backbones import check_weights
 from pneumo.training.preconditions import check_sizes

@@ -11,7 +11,7 @@ import tomli_w
 from jobs.terminal.entry_point import say
 from pneumo import storage
 from pneumo.config import without_folders
-from pneumo.dataset.shards import Manifest
+from pneumo.dataset.manifest import Manifest
 from pneumo.reporting.page import render_search
 from pneumo.reporting.tracking import Artifact, Page, Table, Tracker, open_tracker
 from pneumo.reporting.tracking.closing import close_tracker, tracking_folder

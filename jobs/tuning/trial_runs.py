@@ -22,7 +22,8 @@ from jobs.tuning.trial_judge import Shared, TrialJudge
 from jobs.tuning.trial_records import drop_checkpoints, trial_url
 from pneumo.config import Config, DataConfig
 from pneumo.config_layers import override
-from pneumo.dataset.shards import Manifest, read_studies
+from pneumo.dataset.manifest import Manifest
+from pneumo.dataset.study_table import read_studies
 from pneumo.errors import ClusterError, DivergedError
 from pneumo.loading.blocks import PreparedStore, input_size
 from pneumo.loading.in_memory import InMemorySplit

@@ -16,7 +16,7 @@ from jobs.tuning.trial_records import trial_url
 from jobs.tuning.trial_runs import trial_config
 from pneumo import storage
 from pneumo.config import Config, TuneConfig
-from pneumo.dataset.shards import Manifest
+from pneumo.dataset.manifest import Manifest
 from pneumo.errors import PneumoError
 from pneumo.reporting.tracking import NullTracker, Tracker, TrackingOutcome, open_tracker
 from pneumo.reporting.tracking.closing import finish_quietly, tracking_folder

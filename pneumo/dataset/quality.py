@@ -1,6 +1,5 @@
-"""Store -> Quality: what the data hold, split by split, whatever a model makes of them.
+"""What a store's data are, split by split: counts, and where val or test differ from train.
 
-Counting, and two findings: pictures that occur twice, and where val or test differ from train.
 What is unknown is counted as such, never left out. Nothing here names a study or a patient.
 """
 
@@ -10,19 +9,21 @@ import math
 import statistics
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
-import numpy.typing as npt
 
-from pneumo.dataset.shards import Duplicates, Manifest, Sample, StudyRow, decode_block, read_block
+from pneumo.dataset.manifest import Duplicates, Manifest
 from pneumo.dataset.source import Finding
-from pneumo.dataset.splits import SPLITS, count_draws
+from pneumo.dataset.splits import SPLITS, count_independent
+from pneumo.dataset.study_table import StudyRow
 from pneumo.errors import DataError
 
 UNKNOWN = "unknown"
+
+
 AGE_BANDS: Mapping[str, int] = {
     "under 18": 0,
     "18–39": 18,
@@ -31,14 +32,13 @@ AGE_BANDS: Mapping[str, int] = {
     "80 and over": 80,
 }
 """Name -> first year of the band."""
+
+
 AGE_BIN_YEARS = 10
 NOTABLE_DIFFERENCE = 0.1
-"""Standardised differences above it are told (Austin 2009, doi:10.1002/sim.3697)."""
-
+"""Standardised differences above it are reported (Austin 2009, doi:10.1002/sim.3697)."""
 _OLDEST = 120
 _FEW_SPACINGS = 8
-_MOST_BLOCKS = 16
-"""The contact sheets never cost more than this many blocks: 52 MB at 224 px."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +56,15 @@ class Intensity:
 
     @property
     def black(self) -> float | None:
-        """Share of pixels that are 0."""
-        return self._share(0)
+        """Fraction of pixels that are 0."""
+        return self._fraction(0)
 
     @property
     def white(self) -> float | None:
-        """Share of pixels that are 255."""
-        return self._share(-1)
+        """Fraction of pixels that are 255."""
+        return self._fraction(-1)
 
-    def _share(self, level: int) -> float | None:
+    def _fraction(self, level: int) -> float | None:
         total = sum(self.histogram)
         return self.histogram[level] / total if total else None
 
@@ -101,7 +101,7 @@ class Shift:
     unit: Literal["%", "years", "mm"]
     split: str
     in_train: float
-    """Mean in train: of a share in [0, 1], else in `unit`."""
+    """Mean in train: a fraction where `unit` is %, else in `unit`."""
     in_split: float
     difference: float
     """(in_split - in_train) / pooled standard deviation; infinite where neither varies."""
@@ -151,32 +151,6 @@ class Quality:
         ]
 
 
-@dataclass(frozen=True, eq=False)
-class ContactSheet:
-    """Some pictures of train with one finding, drawn at random."""
-
-    finding: str
-    studies: int
-    """Studies of train that have it."""
-    pictures: tuple[npt.NDArray[np.uint8], ...]
-    """(S, S) uint8 each, 0 = black."""
-    views: tuple[str, ...]
-    """Of each picture: 'AP', 'PA' or 'unknown'."""
-
-    @property
-    def caption(self) -> str:
-        """`Normal: 12 of 4,321 studies of train, 5 AP, 7 PA`; nothing that names a study."""
-        views = (
-            f"{n} of unknown view" if view == UNKNOWN else f"{n} {view}"
-            for view, n in sorted(Counter(self.views).items())
-        )
-        start = f"{self.finding}: {len(self.pictures)} of {self.studies:,} studies of train"
-        return ", ".join([start, *views])
-
-
-# --- counting ------------------------------------------------------------------------------------
-
-
 def summarise_quality(studies: Iterable[StudyRow], manifest: Manifest) -> Quality:
     """Count `studies`, all of the store's.
 
@@ -195,7 +169,7 @@ def summarise_quality(studies: Iterable[StudyRow], manifest: Manifest) -> Qualit
         name: [_describe(row, are_listed) for row in members] for name, members in by_split.items()
     }
     values = {
-        what: _order_values({word[what] for part in words.values() for word in part}, expected)
+        what: order_values({word[what] for part in words.values() for word in part}, expected)
         for what, expected in _EXPECTED.items()
     }
     return Quality(
@@ -247,7 +221,7 @@ def _describe(row: StudyRow, is_spacing_listed: bool) -> dict[str, str]:
     }
 
 
-def _order_values(found: set[str], expected: Sequence[str]) -> list[str]:
+def order_values(found: set[str], expected: Sequence[str]) -> list[str]:
     """What is expected in its order, then what was not, 'unknown' last."""
     known = [*expected, *sorted(found - {*expected})]
     return sorted(known, key=lambda value: value == UNKNOWN)
@@ -277,9 +251,6 @@ def _summarise_split(
     )
 
 
-# --- differences between splits ------------------------------------------------------------------
-
-
 _COMPARED: Sequence[tuple[str, Literal["%", "years", "mm"], Callable[[StudyRow], float | None]]] = (
     ("Positive studies", "%", lambda row: row.target),
     ("Studies without any finding", "%", lambda row: row.finding == "Normal"),
@@ -295,20 +266,22 @@ _COMPARED: Sequence[tuple[str, Literal["%", "years", "mm"], Callable[[StudyRow],
 """In words, its unit, and a study's value; None leaves the study out."""
 
 
-def find_shifts(by_split: Mapping[str, Sequence[StudyRow]]) -> tuple[Shift, ...]:
-    """Where val or test differ from train by more than NOTABLE_DIFFERENCE, the largest first."""
+def find_shifts(
+    by_split: Mapping[str, Sequence[StudyRow]], notable: float = NOTABLE_DIFFERENCE
+) -> tuple[Shift, ...]:
+    """Where val or test differ from train by more than `notable`, the largest first."""
     shifts = []
     for what, unit, value in _COMPARED:
-        train = _Group.measure(by_split["train"], value)
+        train = _measure(by_split["train"], value)
         for split in ("val", "test"):
-            other = _Group.measure(by_split[split], value)
-            if not (train.draws and other.draws):
+            other = _measure(by_split[split], value)
+            if train is None or other is None:
                 continue
             difference = standardise_difference(
                 train.mean, other.mean, train.variance, other.variance
             )
-            if abs(difference) > NOTABLE_DIFFERENCE:
-                by_chance = 1.96 * math.sqrt(1 / train.draws + 1 / other.draws)
+            if abs(difference) > notable:
+                by_chance = 1.96 * math.sqrt(1 / train.independent + 1 / other.independent)
                 shifts.append(
                     Shift(what, unit, split, train.mean, other.mean, difference, by_chance)
                 )
@@ -326,89 +299,23 @@ def standardise_difference(
     return (second - first) / spread if spread else math.copysign(math.inf, second - first)
 
 
-@dataclass(frozen=True)
-class _Group:
-    """One property of one split."""
+class _Measured(NamedTuple):
+    """One property of one split, of the studies that have it."""
 
     mean: float
     variance: float
-    draws: float
-    """Independent studies whose mean would vary as this one does: those of one patient are alike,
-    and some patients have many."""
-
-    @classmethod
-    def measure(cls, rows: Sequence[StudyRow], value: Callable[[StudyRow], float | None]) -> _Group:
-        known = [(row.patient, float(found)) for row in rows if (found := value(row)) is not None]
-        if not known:
-            return cls(math.nan, math.nan, 0.0)
-        # fmean rounds once, whatever the order; of a constant it may still leave a tiny variance.
-        mean = statistics.fmean(found for _, found in known)
-        constant = len({found for _, found in known}) == 1
-        variance = 0.0 if constant else statistics.fmean((v - mean) ** 2 for _, v in known)
-        return cls(mean, variance, count_draws(known))
+    independent: float
+    """Effective number of studies; see `splits.count_independent`."""
 
 
-# --- contact sheets ------------------------------------------------------------------------------
-
-
-def read_contact_sheets(
-    store_url: str, manifest: Manifest, studies: Mapping[str, StudyRow], *, per_finding: int = 12
-) -> tuple[ContactSheet, ...]:
-    """Pictures of train for each finding, `studies` by key.
-
-    Shards were filled in a random order, so the first studies are a random sample: usually one
-    block is read, and never more than `_MOST_BLOCKS`. A rare finding then has fewer pictures.
-    Raises DataError when a shard is missing or not as vouched.
-    """
-    blocks = [(entry, block) for entry in manifest.splits["train"].shards for block in entry.blocks]
-    samples = (
-        sample
-        for entry, block in blocks[:_MOST_BLOCKS]
-        for sample in decode_block(
-            read_block(store_url, entry, block), entry, block, manifest.image_size
-        )
-    )
-    return choose_contact(samples, studies, per_finding=per_finding)
-
-
-def choose_contact(
-    samples: Iterable[Sample], studies: Mapping[str, StudyRow], *, per_finding: int = 12
-) -> tuple[ContactSheet, ...]:
-    """The first `per_finding` of `samples` with each finding that train has; takes no more samples
-    than that needs.
-
-    Raises DataError for a sample that `studies` does not know.
-    """
-    totals = Counter(row.finding for row in studies.values() if row.split == "train")
-    order = _order_values(
-        set(totals), [finding for finding in get_args(Finding) if totals[finding]]
-    )
-    chosen: dict[str, list[tuple[Sample, StudyRow]]] = {finding: [] for finding in order}
-    wanted = sum(min(per_finding, number) for number in totals.values())
-    for sample, row in _join(samples, studies):
-        if len(chosen[row.finding]) < per_finding:
-            chosen[row.finding].append((sample, row))
-        if sum(map(len, chosen.values())) >= wanted:
-            break
-    return tuple(
-        ContactSheet(
-            finding=finding,
-            studies=totals[finding],
-            pictures=tuple(sample.pixels for sample, _ in taken),
-            views=tuple(row.view or UNKNOWN for _, row in taken),
-        )
-        for finding, taken in chosen.items()
-    )
-
-
-def _join(
-    samples: Iterable[Sample], studies: Mapping[str, StudyRow]
-) -> Iterator[tuple[Sample, StudyRow]]:
-    for sample in samples:
-        row = studies.get(sample.key)
-        if row is None or row.split != "train":
-            raise DataError(
-                "studies.parquet: a study in a shard of train is not in it; delete the store and "
-                "prepare it again"
-            )
-        yield sample, row
+def _measure(
+    rows: Sequence[StudyRow], value: Callable[[StudyRow], float | None]
+) -> _Measured | None:
+    known = [(row.patient, float(found)) for row in rows if (found := value(row)) is not None]
+    if not known:
+        return None
+    # fmean rounds once, whatever the order; of a constant it may still leave a tiny variance.
+    mean = statistics.fmean(found for _, found in known)
+    constant = len({found for _, found in known}) == 1
+    variance = 0.0 if constant else statistics.fmean((v - mean) ** 2 for _, v in known)
+    return _Measured(mean, variance, count_independent(known))

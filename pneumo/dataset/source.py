@@ -1,67 +1,44 @@
-"""RSNA tables and the NIH mapping -> Study: one row a study, keyed so that nobody can be named.
+"""A folder in Kaggle's layout -> its studies, keyed so that nobody can be named.
 
-Kaggle's `patientId` is an image id. Who the patient is stands in the published mapping to NIH
-ChestX-ray14, whose file names begin with the patient's number. Facts: RSNA Pneumonia Detection
-Challenge, https://www.rsna.org/rsnai/ai-image-challenge/rsna-pneumonia-detection-challenge-2018
+Kaggle's `patientId` is an image id. The patient stands in the published mapping to NIH
+ChestX-ray14, whose file names begin with the patient's number.
+https://www.rsna.org/rsnai/ai-image-challenge/rsna-pneumonia-detection-challenge-2018
 """
 
 from __future__ import annotations
 
 import gzip
 import hashlib
-import hmac
 import io
 import json
-import logging
 import math
 import os
-import secrets
-import stat
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from typing import Any, Literal, get_args
 
 import pyarrow as pa
 import pyarrow.csv as pacsv
-from blake3 import blake3
 from pyarrow.types import is_floating, is_integer, is_null
 
 from pneumo import storage
-from pneumo.errors import AccessError, SourceError, StorageError
+from pneumo.dataset.study_keys import derive_file_key, derive_key, read_hash_key
+from pneumo.errors import SourceError
 from pneumo.images.boxes import Box
 
 Finding = Literal["Lung Opacity", "No Lung Opacity / Not Normal", "Normal"]
-
-
 LABEL_TABLES = ("stage_2_train_labels.csv", "train_labels.csv", "stage_1_train_labels.csv")
-
-
 PACKINGS = ("", ".gz", ".zip")
-
-
 CLASS_TABLES = (
     "stage_2_detailed_class_info.csv",
     "detailed_class_info.csv",
     "stage_1_detailed_class_info.csv",
 )
-
-
 IMAGE_FOLDERS = ("stage_2_train_images", "train_images", "stage_1_train_images")
-
-
 MAPPING = ("pneumonia-challenge-dataset-mappings_2018.json",)
-
-
-PRIVATE_FOLDER = ".pneumo"
-
-
-HASH_KEY_VARIABLE = "PNEUMO_HASH_KEY"
-
-
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +46,7 @@ class Study:
     """One frontal radiograph and what the readers said of it."""
 
     key: str
-    """Keyed hash of the image id: 20 hex digits, no dots (webdataset ends a key at the first
-    one)."""
+    """Keyed hash of the image id, 20 hex digits; in webdataset, no key holds a dot."""
     patient: str
     """Keyed hash of the patient; of the image id where there is no mapping."""
     url: str
@@ -100,7 +76,7 @@ class Source:
     """A folder in Kaggle's layout, read."""
 
     studies: tuple[Study, ...]
-    """Sorted by key: an order that has nothing to do with ids or labels."""
+    """Sorted by key, so in no order of ids or labels."""
     rejected: tuple[Rejected, ...]
     """Studies of which the tables say two different things."""
     has_patients: bool
@@ -108,8 +84,7 @@ class Source:
     unlabelled: int
     """Images that have a DICOM file or a class, but no label; they are left out."""
     file_key: bytes = field(repr=False)
-    """32 bytes made of the hash key, by which DICOM files are hashed: a plain hash would tell the
-    study's key to whoever has the file."""
+    """See `study_keys.derive_file_key`."""
 
     @cached_property
     def digest(self) -> str:
@@ -120,52 +95,36 @@ class Source:
 
 
 def read_source(source_url: str, environ: Mapping[str, str] | None = None) -> Source:
-    """Read the tables of a source folder: Kaggle's names, or the older plain ones, as they are,
-    .gz or .zip, directly in the folder or in the one folder that an unpacked download makes.
+    """Read the tables of a source folder: under Kaggle's names or the older plain ones, bare, .gz
+    or .zip, in the folder or in the one folder that an unpacked download makes.
 
     Raises SourceError when the folder, a table or a column is missing, or a value is not
     understood. A study of which the tables say two different things is rejected, not guessed.
     """
     environ = os.environ if environ is None else environ
     files = _list_source(source_url)
-    labels = _read_table(
-        _find(files, LABEL_TABLES, "label table", source_url), "patientId", "Target"
-    )
-    classes = _read_table(
-        _find(files, CLASS_TABLES, "class table", source_url), "patientId", "class"
-    )
+    label_url = _find(files, LABEL_TABLES, "label table", source_url)
+    class_url = _find(files, CLASS_TABLES, "class table", source_url)
     images_url = _find_images(files, source_url)
-    targets, boxes, faulty = _collect_labels(labels)
-    findings = _collect_findings(classes)
-    patients, remapped = _read_patients(files)
-    if patients is not None:
-        _check_mapped(targets, patients)
+    targets, boxes, faulty = _collect_labels(_read_table(label_url, "patientId", "Target"))
+    findings = _collect_findings(_read_table(class_url, "patientId", "class"))
+    patients, remapped = _read_patients(files, targets.keys())
     faulty.update(remapped)
     hash_key = read_hash_key(source_url, environ)
-    derive_patient = lru_cache(maxsize=None)(partial(_derive, hash_key, "patient"))
+    derive_patient = lru_cache(maxsize=None)(partial(derive_key, hash_key, "patient"))
     studies, rejected = [], []
-    for image_id, target_values in targets.items():
-        key = _derive(hash_key, "study", image_id)
-        its_boxes = boxes.get(image_id, ())
-        contradiction = faulty.get(image_id) or _contradiction(
-            target_values, findings.get(image_id, ()), its_boxes
-        )
-        if contradiction is not None:
-            rejected.append(Rejected(key, None, "contradiction", contradiction))
+    for image_id, values in targets.items():
+        key = derive_key(hash_key, "study", image_id)
+        own, named = tuple(boxes.get(image_id, ())), findings.get(image_id, [])
+        wrong = faulty.get(image_id) or _contradiction(values, named, own)
+        if wrong is not None:
+            rejected.append(Rejected(key, None, "contradiction", wrong))
             continue
-        patient = image_id if patients is None else patients[image_id]
-        studies.append(
-            Study(
-                key=key,
-                patient=derive_patient(patient),
-                url=storage.join(images_url, f"{image_id}.dcm"),
-                target=target_values[0],
-                finding=findings[image_id][0],
-                boxes=tuple(its_boxes),
-            )
-        )
+        patient = derive_patient(image_id if patients is None else patients[image_id])
+        url = storage.join(images_url, f"{image_id}.dcm")
+        studies.append(Study(key, patient, url, values[0], named[0], own))
     if len({study.key for study in studies}) != len(studies):
-        raise SourceError(f"{source_url}: two image ids share a hash; set another hash key")
+        raise SourceError(f"{source_url}: two image ids have one hash; set another hash key")
     return Source(
         studies=tuple(sorted(studies, key=lambda study: study.key)),
         rejected=tuple(sorted(rejected, key=lambda item: item.key)),
@@ -191,61 +150,18 @@ def read_split_list(
     hash_key = read_hash_key(source_url, environ)
     kind = "study" if column == "patientId" else "patient"
     listed: dict[str, str] = {}
-    for identifier, split in zip(
-        table[column].to_pylist(), table["split"].to_pylist(), strict=True
-    ):
+    for row in table.select([column, "split"]).to_pylist():
+        identifier, split = str(row[column]), row["split"]
         if split not in ("train", "val", "test"):
             # The value is not repeated: of columns in another order it would be an id.
             raise SourceError(f"{list_url}: a split that is none of train, val and test")
-        if listed.setdefault(_derive(hash_key, kind, str(identifier)), split) != split:
+        if listed.setdefault(derive_key(hash_key, kind, identifier), split) != split:
             raise SourceError(f"{list_url}: lists somebody in two splits")
     return listed
 
 
-def read_hash_key(source_url: str, environ: Mapping[str, str]) -> bytes:
-    """The secret behind study keys: PNEUMO_HASH_KEY, or a file beside the source made on first use.
-
-    The file is `.pneumo/hash_key`, mode 600; another mode is warned of. Who has it can link keys to
-    ids; who loses it gets other keys from the same source.
-    """
-    if environ.get(HASH_KEY_VARIABLE):
-        return environ[HASH_KEY_VARIABLE].encode()
-    if not storage.is_local(source_url):
-        raise SourceError(f"{source_url}: set {HASH_KEY_VARIABLE} to a secret; keys derive from it")
-    path = storage.local_path(source_url) / PRIVATE_FOLDER / "hash_key"
-    try:
-        path.parent.mkdir(mode=0o700, exist_ok=True)
-        if not path.exists():  # of two jobs at once one wins
-            storage.create_bytes(str(path), secrets.token_hex(32).encode(), mode=0o600)
-        hash_key = path.read_text().strip().encode()
-    except (OSError, AccessError, StorageError) as error:
-        raise SourceError(
-            f"{path}: cannot be made or read; make it writable, or set {HASH_KEY_VARIABLE} to a "
-            "secret"
-        ) from error
-    if (mode := stat.S_IMODE(path.stat().st_mode)) & 0o077:
-        _logger.warning(
-            "%s: mode %03o: others can read the secret behind the study keys; chmod 600 it",
-            path,
-            mode,
-        )
-    if not hash_key:
-        raise SourceError(f"{path}: empty; delete it, or set {HASH_KEY_VARIABLE} to a secret")
-    return hash_key
-
-
-def derive_file_key(hash_key: bytes) -> bytes:
-    """The key of BLAKE3 by which a store's `source_blake3` is the hash of a DICOM file."""
-    return blake3(hash_key, derive_key_context="pneumo 2026-11-26 DICOM files").digest()
-
-
-def _derive(hash_key: bytes, kind: str, identifier: str) -> str:
-    return hmac.digest(hash_key, f"{kind}:{identifier}".encode(), "sha256").hex()[:20]
-
-
 def _list_source(source_url: str) -> dict[str, str]:
-    """Name -> URL of what the source holds; of its only folder that looks like one when the source
-    itself does not."""
+    """Name -> URL of what the source holds, or its only folder that has a label table."""
     files = _list_folder(source_url)
     if not files:
         raise SourceError(
@@ -303,10 +219,10 @@ def _read_plain(url: str) -> bytes:
 
 
 def _read_table(url: str, *required: str) -> pa.Table:
-    """The CSV at `url`; no error quotes a cell, nor a first line that may be no header."""
+    """The CSV at `url`. No error quotes a cell, nor a first line that may be no header."""
     wrong: list[Any] = []
 
-    def note(row: Any) -> str:
+    def keep(row: Any) -> str:
         wrong.append(row)
         return "error"
 
@@ -315,7 +231,7 @@ def _read_table(url: str, *required: str) -> pa.Table:
             io.BytesIO(_read_plain(url)),
             # Threads would not know a row's number.
             read_options=pacsv.ReadOptions(use_threads=False),
-            parse_options=pacsv.ParseOptions(invalid_row_handler=note),
+            parse_options=pacsv.ParseOptions(invalid_row_handler=keep),
             # An id of digits alone must keep its leading zeros.
             convert_options=pacsv.ConvertOptions(
                 column_types={"patientId": pa.string(), "patient": pa.string()}
@@ -346,8 +262,7 @@ _COLUMNS = ("patientId", *Box._fields, "Target", "class", "patient", "split")
 def _collect_labels(
     table: pa.Table,
 ) -> tuple[dict[str, list[int]], dict[str, list[Box]], dict[str, str]]:
-    """Different targets, boxes, and what is wrong with a box, by image id; the table repeats an
-    image's row for each of its boxes."""
+    """By image id: different targets, boxes, and what is wrong with a box. There is a row a box."""
     targets: dict[str, list[int]] = {}
     boxes: dict[str, list[Box]] = {}
     faulty: dict[str, str] = {}
@@ -389,9 +304,8 @@ def _collect_findings(table: pa.Table) -> dict[str, list[Finding]]:
     """Different findings by image id."""
     allowed = get_args(Finding)
     findings: dict[str, list[Any]] = {}
-    for image_id, finding in zip(
-        table["patientId"].to_pylist(), table["class"].to_pylist(), strict=True
-    ):
+    for row in table.select(["patientId", "class"]).to_pylist():
+        image_id, finding = row["patientId"], row["class"]
         if finding not in allowed:
             raise SourceError(f"class table: a class that is none of: {', '.join(allowed)}")
         known = findings.setdefault(image_id, [])
@@ -423,17 +337,8 @@ def _list_images(images_url: str) -> set[str]:
     return {name.removesuffix(".dcm") for name in names if name.endswith(".dcm")}
 
 
-def _check_mapped(targets: Mapping[str, object], patients: Mapping[str, str]) -> None:
-    unmapped = sum(image_id not in patients for image_id in targets)
-    if unmapped:
-        raise SourceError(
-            f"{MAPPING[0]}: {unmapped} of {len(targets)} labelled images are not in it; "
-            "use the complete mapping file"
-        )
-
-
 def _read_patients(
-    files: Mapping[str, str],
+    files: Mapping[str, str], labelled: Collection[str]
 ) -> tuple[dict[str, str] | None, dict[str, str]]:
     """Image id -> NIH patient number, None without the mapping file; and what is wrong with the
     images that it gives to two patients."""
@@ -453,4 +358,9 @@ def _read_patients(
             f"{url}: not the published mapping: expected a JSON list of objects with "
             "subset_img_id and img_id"
         ) from error
+    if unmapped := sum(image_id not in patients for image_id in labelled):
+        raise SourceError(
+            f"{MAPPING[0]}: {unmapped} of {len(labelled)} labelled images are not in it; "
+            "use the complete mapping file"
+        )
     return patients, remapped

@@ -1,9 +1,9 @@
 """Patients -> train, val, test; and the audit that says what the split does and does not leak.
 
-A patient's place is a hash of (seed, salt, patient) against fixed thresholds, so it never depends
-on who else is there. Balance of the target and of each finding comes from choosing, among 64 salts,
-the one whose splits look most alike (rerandomisation: Morgan & Rubin 2012, doi:10.1214/12-AOS1008).
-The salt is remembered beside the source and stated in the manifest: studies that come later move
+A patient's split is a hash of (seed, salt, patient) against fixed thresholds: it never depends on
+who else is there. Target and findings are balanced by choosing, among 64 salts, the one whose
+splits look most alike (rerandomisation: Morgan & Rubin 2012, doi:10.1214/12-AOS1008). The salt is
+remembered beside the source and stated in the manifest, so that studies that come later move
 nobody. A published split is taken from a list instead.
 """
 
@@ -24,17 +24,18 @@ from scipy.stats import beta, hypergeom
 
 from pneumo import storage
 from pneumo.config import NUM_SALTS, SplitConfig
-from pneumo.dataset.source import PRIVATE_FOLDER, Study
+from pneumo.dataset.source import Study
+from pneumo.dataset.study_keys import PRIVATE_FOLDER
 from pneumo.errors import AccessError, SourceError, StorageError
 
 SPLITS = ("train", "val", "test")
 SALTS_FILE = "split_salts.json"
 _SKEWED_P = 1e-6
-"""A shard less likely than this, over all shards, was not drawn at random."""
+"""Below this probability, over all shards, a shard's class ratio is no random one."""
 
 
 class Interval(BaseModel):
-    """A share with its 95 % interval."""
+    """A fraction with its 95 % interval."""
 
     model_config = ConfigDict(frozen=True)
     value: float
@@ -62,27 +63,26 @@ class LeakageAudit(BaseModel):
     patients: dict[str, int] | None
     """Patients by split; null where the mapping does not say who they are."""
     prevalence: dict[str, Interval]
-    """Positives / studies by split, with an interval that knows that studies of one patient are
-    alike: Clopper-Pearson on the effective number of studies (Korn & Graubard 1998)."""
+    """Positives / studies by split; of the interval see `clustered_fraction`."""
     shard_prevalence: dict[str, tuple[float, float]]
-    """Lowest and highest share of positives among the split's shards."""
+    """Lowest and highest fraction of positives among the split's shards."""
     shared_patients: int | None
     """Patients in more than one split: 0 for unit 'patient'; null where nobody knows who they
     are."""
     leaked_by_image: float | None
-    """Share of val studies whose patient this split by image has in train as well; of a split by
-    patient, what one by image would have had. Null where the mapping does not say who they are."""
+    """Fraction of val studies whose patient a split by image has in train as well: this split, or
+    the one by image in place of this. Null where the mapping does not say who they are."""
 
     @computed_field  # type: ignore[prop-decorator]  # so that the manifest says it
     @property
     def warning(self) -> str | None:
-        """What the reader of any number from this split must know, or None."""
+        """What a reader of metrics of this split must know, or None."""
         if self.unit == "patient":
             return None
         if self.leaked_by_image is None:
             told = (
-                "an unknown share of the val studies have their patient in train, and intervals, "
-                "which take each image for a patient's only one, are too narrow"
+                "an unknown fraction of the val studies have their patient in train, and "
+                "intervals, which take each image for a patient's only one, are too narrow"
             )
         else:
             told = (
@@ -126,11 +126,11 @@ def split_studies(
         raise SourceError("no studies, so nothing to split; check the source's label table")
     if listed is None:
         salt = choose_salt(studies, config, seed=seed) if config.salt is None else config.salt
-        places = _place_groups({_group(s, config) for s in studies}, config, seed, salt)
-        by_key = {s.key: places[_group(s, config)] for s in studies}
+        by_group = assign_groups({_group(s, config) for s in studies}, config, seed, salt)
+        by_key = {s.key: by_group[_group(s, config)] for s in studies}
     else:
         salt = None
-        by_key = _place_listed(studies, listed)
+        by_key = _assign_listed(studies, listed)
     audit = audit_split(studies, by_key, config, seed=seed, salt=salt, has_patients=has_patients)
     if config.unit == "patient" and audit.shared_patients:
         raise SourceError(
@@ -140,16 +140,19 @@ def split_studies(
     return Split(by_key, audit)
 
 
-def place_group(group: str, config: SplitConfig, seed: int, salt: int) -> str:
-    """The split of one patient (or image): a pure function of its arguments."""
-    return _place_groups([group], config, seed, salt)[group]
+def assign_groups(
+    groups: Collection[str], config: SplitConfig, seed: int, salt: int
+) -> dict[str, str]:
+    """The split of each patient (or image): of each a pure function of the other arguments."""
+    chosen = _choose_splits(_uniform(groups, seed, range(salt, salt + 1)), config)[:, 0].tolist()
+    return {group: SPLITS[i] for group, i in zip(groups, chosen, strict=True)}
 
 
 def choose_salt(studies: Sequence[Study], config: SplitConfig, *, seed: int) -> int:
-    """The salt whose val and test deviate least, in their worst finding, from the wanted share.
+    """The salt whose val and test deviate least, in their worst finding, from the wanted fraction.
 
-    Of few studies many salts do equally badly in a finding that one patient has: those with both
-    classes in every split come first, and among equals the one that deviates least altogether.
+    Before that come salts with both classes in every split; among equals the one that deviates
+    least over all findings, since of few studies many are equally far off in the worst.
     """
     groups = sorted({_group(s, config) for s in studies})
     index = {group: i for i, group in enumerate(groups)}
@@ -158,16 +161,16 @@ def choose_salt(studies: Sequence[Study], config: SplitConfig, *, seed: int) -> 
     for s in studies:
         counts[index[_group(s, config)], findings.index(s.finding)] += 1
         classes[index[_group(s, config)], s.target] += 1
-    places = _place(_draw(groups, seed, range(NUM_SALTS)), config)
-    lacking, worst, all_in_all = np.zeros(NUM_SALTS), np.zeros(NUM_SALTS), np.zeros(NUM_SALTS)
-    for split, share in enumerate((None, config.val_fraction, config.test_fraction)):
-        members = (places == split).T.astype(np.float64)
+    chosen = _choose_splits(_uniform(groups, seed, range(NUM_SALTS)), config)
+    lacking, worst, total = np.zeros((3, NUM_SALTS))
+    for split, fraction in enumerate((None, config.val_fraction, config.test_fraction)):
+        members = (chosen == split).T.astype(np.float64)
         lacking += (members @ classes == 0).sum(axis=1)
-        if share is not None:
-            deviation = np.abs(members @ counts / counts.sum(axis=0) - share) / share
+        if fraction is not None:
+            deviation = np.abs(members @ counts / counts.sum(axis=0) - fraction) / fraction
             worst = np.maximum(worst, deviation.max(axis=1))
-            all_in_all += deviation.sum(axis=1)
-    return int(np.lexsort((all_in_all, worst, lacking))[0])
+            total += deviation.sum(axis=1)
+    return int(np.lexsort((total, worst, lacking))[0])
 
 
 def recall_salt(source_url: str, config: SplitConfig, *, seed: int) -> int | None:
@@ -179,8 +182,7 @@ def recall_salt(source_url: str, config: SplitConfig, *, seed: int) -> int | Non
 
 
 def remember_salt(source_url: str, config: SplitConfig, *, seed: int, salt: int) -> bool:
-    """Write the salt beside the source, so that studies that come later move nobody; False where
-    nothing can be written there."""
+    """Write the salt beside the source; False where nothing can be written there."""
     salts = {**_read_salts(source_url), _salt_name(config, seed): salt}
     try:
         storage.write_text(_salts_url(source_url), json.dumps(salts, indent=1) + "\n")
@@ -206,45 +208,44 @@ def audit_split(
     _check_classes(placed, by_key)
     by_image = by_key
     if config.unit == "patient":
-        by_image = _place_groups([s.key for s in placed], config, seed, salt or 0)
-    patients = {name: {s.patient for s in placed if by_key[s.key] == name} for name in SPLITS}
-    number = Counter(by_key[s.key] for s in placed)
-    positives = Counter(by_key[s.key] for s in placed if s.target)
+        by_image = assign_groups([s.key for s in placed], config, seed, salt or 0)
+    members: dict[str, list[tuple[str, int]]] = {name: [] for name in SPLITS}
+    for s in placed:
+        members[by_key[s.key]].append((s.patient, s.target))
+    patients = {name: {patient for patient, _ in pairs} for name, pairs in members.items()}
     return LeakageAudit(
         unit=config.unit,
         salt=salt,
         list_digest=config.list,
         unlisted=len(studies) - len(placed),
-        studies={name: number[name] for name in SPLITS},
-        positives={name: positives[name] for name in SPLITS},
+        studies={name: len(pairs) for name, pairs in members.items()},
+        positives={name: sum(target for _, target in pairs) for name, pairs in members.items()},
         patients={name: len(patients[name]) for name in SPLITS} if has_patients else None,
-        prevalence={
-            name: clustered_share([(s.patient, s.target) for s in placed if by_key[s.key] == name])
-            for name in SPLITS
-        },
+        prevalence={name: clustered_fraction(pairs) for name, pairs in members.items()},
         shard_prevalence={},
         shared_patients=_count_shared(list(patients.values())) if has_patients else None,
         leaked_by_image=_leaked(placed, by_image) if has_patients else None,
     )
 
 
-def clustered_share(pairs: Sequence[tuple[str, int]]) -> Interval:
-    """The share of ones among `(patient, 0 or 1)`, with its 95 % interval.
+def clustered_fraction(pairs: Sequence[tuple[str, int]]) -> Interval:
+    """The fraction of ones among `(patient, 0 or 1)`, with its 95 % interval.
 
-    The interval is Clopper-Pearson's on the number of independent studies that would vary as these
-    do (Korn & Graubard 1998, Survey Methodology 24:193), never more than there are.
+    Studies of one patient are alike: the interval is Clopper-Pearson's on the effective number of
+    studies (Korn & Graubard 1998, Survey Methodology 24:193).
     """
     value = sum(target for _, target in pairs) / len(pairs)
-    effective = count_draws(pairs)
+    effective = count_independent(pairs)
     k = value * effective
     low = float(beta.ppf(0.025, k, effective - k + 1)) if value > 0 else 0.0
     high = float(beta.ppf(0.975, k + 1, effective - k)) if value < 1 else 1.0
     return Interval(value=value, low=low, high=high)
 
 
-def count_draws(pairs: Sequence[tuple[str, float]]) -> float:
-    """Independent studies whose mean would vary as that of these `(patient, value)` does, whose
-    variance is that of a ratio of patients' sums; never more than there are."""
+def count_independent(pairs: Sequence[tuple[str, float]]) -> float:
+    """The effective number of studies: how many independent ones would have a mean that varies as
+    that of these `(patient, value)`, by the variance of a ratio of patients' sums. Never more than
+    there are."""
     mean = statistics.fmean(value for _, value in pairs)
     variance = statistics.fmean((value - mean) ** 2 for _, value in pairs)
     residuals: dict[str, list[float]] = {}
@@ -259,9 +260,9 @@ def count_draws(pairs: Sequence[tuple[str, float]]) -> float:
 
 
 def check_shards(shards: Mapping[str, Sequence[tuple[int, int]]]) -> dict[str, tuple[float, float]]:
-    """Lowest and highest share of positives by split, from each shard's (samples, positives).
+    """Lowest and highest fraction of positives by split, from each shard's (samples, positives).
 
-    Raises SourceError for a shard that chance would not give: training on it teaches the order.
+    Raises SourceError for a shard with an improbable class ratio: its order would be learnt.
     """
     number = sum(len(entries) for entries in shards.values())
     for split, entries in shards.items():
@@ -284,15 +285,7 @@ def _group(study: Study, config: SplitConfig) -> str:
     return study.patient if config.unit == "patient" else study.key
 
 
-def _place_groups(
-    groups: Collection[str], config: SplitConfig, seed: int, salt: int
-) -> dict[str, str]:
-    """The split of each group."""
-    places = _place(_draw(groups, seed, range(salt, salt + 1)), config)[:, 0].tolist()
-    return {group: SPLITS[place] for group, place in zip(groups, places, strict=True)}
-
-
-def _draw(groups: Collection[str], seed: int, salts: range) -> npt.NDArray[np.float64]:
+def _uniform(groups: Collection[str], seed: int, salts: range) -> npt.NDArray[np.float64]:
     """(groups, salts): numbers in [0, 1)."""
     part = slice(8 * salts.start, 8 * salts.stop)
     stream = b"".join(
@@ -301,15 +294,15 @@ def _draw(groups: Collection[str], seed: int, salts: range) -> npt.NDArray[np.fl
     return np.frombuffer(stream, ">u8").reshape(-1, len(salts)).astype(np.float64) / 2.0**64
 
 
-def _place(u: npt.NDArray[np.float64], config: SplitConfig) -> npt.NDArray[np.int8]:
+def _choose_splits(u: npt.NDArray[np.float64], config: SplitConfig) -> npt.NDArray[np.int8]:
     """Index into SPLITS, same shape: val below its fraction, test below the next, train above."""
     bounds = [config.val_fraction, config.val_fraction + config.test_fraction]
     return np.array([1, 2, 0], np.int8)[np.searchsorted(bounds, u, side="right")]
 
 
-def _place_listed(studies: Sequence[Study], listed: Mapping[str, str]) -> dict[str, str]:
-    places = ((s.key, listed.get(s.key) or listed.get(s.patient)) for s in studies)
-    by_key = {key: place for key, place in places if place is not None}
+def _assign_listed(studies: Sequence[Study], listed: Mapping[str, str]) -> dict[str, str]:
+    found = ((s.key, listed.get(s.key) or listed.get(s.patient)) for s in studies)
+    by_key = {key: split for key, split in found if split is not None}
     if not by_key:
         raise SourceError("the list names none of the source's studies; is it of another data set?")
     return by_key
@@ -350,7 +343,7 @@ def _count_shared(groups: Sequence[set[str]]) -> int:
 
 
 def _leaked(studies: Sequence[Study], by_image: Mapping[str, str]) -> float:
-    """Share of val studies whose patient is in train too."""
+    """Fraction of val studies whose patient is in train too."""
     trained_on = {s.patient for s in studies if by_image[s.key] == "train"}
     val = [s.patient for s in studies if by_image[s.key] == "val"]
     return sum(patient in trained_on for patient in val) / max(len(val), 1)

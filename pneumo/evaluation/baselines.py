@@ -18,7 +18,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import OneHotEncoder
 
 from pneumo.dataset.quality import name_age_band
-from pneumo.dataset.shards import StudyRow
+from pneumo.dataset.study_table import StudyRow
 from pneumo.errors import MetricError
 from pneumo.evaluation import bootstrap, metrics
 from pneumo.evaluation.bootstrap import (

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy.special import expit
 
-from pneumo.dataset.shards import StudyRow
+from pneumo.dataset.study_table import StudyRow
 from pneumo.errors import DataError
 from pneumo.images.boxes import Box
 from pneumo.network.scoring import Scores

@@ -1,28 +1,20 @@
-"""DICOM bytes -> an 8-bit grayscale image, 0 = black, and the four header values that we keep.
+"""DICOM bytes -> an 8-bit gray picture, 0 = black, and the four header values that are kept.
 
-`codecs` reads the stored values and `grayscale` says which gray they are. Refused as `photometric`:
-pixels of fewer than 8 or more than 16 bits, floating-point pixels, segmented palettes.
-
-The usual case, one 8-bit JPEG-baseline frame without any LUT, takes a faster way round pydicom
-(`plain`); `decode_gray` stays the reference. Where the picture at half size shrinks by a whole
-number, libjpeg decodes at half scale in the DCT domain, within 3 gray levels of the full decode.
-PresentationLUTShape is not looked at: it says again what the photometric interpretation says
-(PS3.3 C.8.11.3.1).
+`pixel_decoders` reads the stored values and `gray_levels` makes them gray. The usual file, one
+8-bit JPEG-baseline frame without any look-up table, goes a faster way round pydicom
+(`fast_dicom`); `decode_gray` is the reference. Where the store's picture is a whole fraction of the
+picture at half size, libjpeg decodes at half size, within 3 gray levels of the full decode.
 """
 
 from __future__ import annotations
 
 import io
-import math
-import re
 import threading
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
 
 import cv2
 import numpy as np
@@ -49,28 +41,15 @@ from pydicom.uid import (
 from pneumo.errors import DicomError
 from pneumo.images.boxes import Box
 from pneumo.images.fast_dicom import PlainFile, read_plain
-from pneumo.images.gray_levels import Gray, apply_window, read_number, render_gray
+from pneumo.images.gray_levels import Gray, render_gray
+from pneumo.images.headers import Header, make_header, read_header
+from pneumo.images.letterbox import fit_shape, letterbox
 from pneumo.images.pixel_decoders import (
     MAX_PIXELS,
     decode_stored,
     read_format,
     read_jpeg_size,
 )
-
-__all__ = [
-    "MAX_PIXELS",
-    "OLDEST_PLAUSIBLE_AGE",
-    "GrayImage",
-    "Header",
-    "apply_window",
-    "decode_gray",
-    "letterbox",
-    "parse_age",
-    "read_header",
-    "read_study_image",
-]
-
-OLDEST_PLAUSIBLE_AGE = 120
 
 _RADIOGRAPHS = {
     ComputedRadiographyImageStorage,
@@ -82,32 +61,22 @@ _RADIOGRAPHS = {
     MultiFrameGrayscaleWordSecondaryCaptureImageStorage,
     MultiFrameTrueColorSecondaryCaptureImageStorage,
 }
+
+
 _SOP_CLASS, _PATIENT_ID, _SEX, _AGE, _VIEW = 0x80016, 0x100020, 0x100040, 0x101010, 0x185101
+
+
 _PIXEL_SPACING, _IMAGER_SPACING = 0x280030, 0x181164
+
+
 _SINGLE_TEXTS = {_SOP_CLASS: b"UI", _PATIENT_ID: b"LO", _SEX: b"CS", _AGE: b"AS", _VIEW: b"CS"}
 _TEXTS = {**_SINGLE_TEXTS, _PIXEL_SPACING: b"DS", _IMAGER_SPACING: b"DS"}
 _MAX_INFLATED_BYTES = 3 * MAX_PIXELS
-_MAX_READS = 500_000  # of a header, two an element: some seconds' work at most
+_MAX_READS = 500_000  # of a header, two an element: about a second
 _MAX_ELEMENT_BYTES = 2 * 2**20
 _PIXEL_DATA = 0x7FE00010
 _PIXELS = {_PIXEL_DATA, 0x7FE00008, 0x7FE00009}
 _LOOK_UP_TABLES = {0x00283000, 0x00283010}  # of the modality and of interest
-_BAND_ROWS = 128  # resampled at a time, so that their floats stay in the cache
-_LONGEST_PERIOD = 64  # of the area weights, in pixels; beyond it OpenCV is as fast
-
-
-@dataclass(frozen=True)
-class Header:
-    """What is kept of a header; None where absent or implausible."""
-
-    age: int | None
-    """Years, 0 to 120."""
-    sex: str | None
-    """'M' or 'F'."""
-    view: str | None
-    """'AP' or 'PA'."""
-    spacing_mm: float | None
-    """Distance of pixel centres in the original image, rows."""
 
 
 @dataclass(frozen=True)
@@ -146,12 +115,9 @@ def read_study_image(data: bytes, image_size: int) -> GrayImage:
     """
     plain = read_plain(data, _TEXTS)
     image = None if plain is None else _read_fast(plain, image_size)
-    return _read_slowly(data, image_size) if image is None else image
-
-
-def _read_slowly(data: bytes, image_size: int) -> GrayImage:
-    """Any file, by pydicom: the reference way."""
-    with _refuse_all_else():
+    if image is not None:
+        return image
+    with _only_dicom_errors():
         dataset = _parse(data)
         _check_class(dataset)
         return _make_image(
@@ -164,7 +130,7 @@ def _read_slowly(data: bytes, image_size: int) -> GrayImage:
 
 
 def _read_fast(plain: PlainFile, image_size: int) -> GrayImage | None:
-    """The usual file; None where pydicom must say what is wrong with it, or whether anything is."""
+    """The usual file; None where pydicom must look at it."""
     texts = plain.texts
     if any("\\" in texts.get(tag, "") for tag in _SINGLE_TEXTS):
         return None
@@ -178,7 +144,7 @@ def _read_fast(plain: PlainFile, image_size: int) -> GrayImage | None:
         gray,
         image_size,
         shape=(plain.form.rows, plain.form.columns),
-        header=_make_header(
+        header=make_header(
             age=texts.get(_AGE, ""),
             sex=texts.get(_SEX),
             view=texts.get(_VIEW),
@@ -198,7 +164,7 @@ def _make_image(
 ) -> GrayImage:
     """The picture of `gray`, which may be smaller than the original's `shape`."""
     pixels, offset = letterbox(gray, image_size)
-    height, width = _fitted(shape, image_size)
+    height, width = fit_shape(shape, image_size)
     return GrayImage(
         pixels=pixels,
         header=header,
@@ -211,9 +177,9 @@ def _make_image(
 
 
 @contextmanager
-def _refuse_all_else() -> Iterator[None]:
-    """Within it pydicom does not warn of values, which could be a patient's, and every error is a
-    DicomError."""
+def _only_dicom_errors() -> Iterator[None]:
+    """In it every error is a DicomError, and pydicom warns of no value, which could be a
+    patient's."""
     try:
         # A bare `62` is no valid Age String, and pydicom says so for every file.
         with warnings.catch_warnings(), pydicom.config.disable_value_validation():
@@ -226,96 +192,13 @@ def _refuse_all_else() -> Iterator[None]:
 
 
 def decode_gray(dataset: pydicom.Dataset) -> Gray:
-    """The frame at full resolution, (H, W) uint8, 0 = black: the reference way, of any SOP class.
+    """The frame at full resolution, (H, W) uint8, 0 = black, of any SOP class: the reference.
 
     Raises DicomError: no_pixels, multi_frame, too_large, photometric, no_decoder, undecodable.
     """
-    with _refuse_all_else():
+    with _only_dicom_errors():
         form = read_format(dataset)
         return render_gray(dataset, form, *decode_stored(dataset, form))
-
-
-def letterbox(image: Gray, size: int) -> tuple[Gray, tuple[int, int]]:
-    """`image` (H, W) resampled by area into (size, size), black outside; and its (x, y) corner."""
-    height, width = _fitted(image.shape, size)
-    small = _resample(image, height, width)
-    if (height, width) == (size, size):
-        return np.ascontiguousarray(small), (0, 0)
-    top, left = (size - height) // 2, (size - width) // 2
-    canvas = np.zeros((size, size), np.uint8)
-    canvas[top : top + height, left : left + width] = small
-    return canvas, (left, top)
-
-
-def _fitted(shape: tuple[int, ...], size: int) -> tuple[int, int]:
-    """(height, width) of an image of `shape` whose longer side becomes `size`."""
-    scale = size / max(shape)
-    return max(1, round(shape[0] * scale)), max(1, round(shape[1] * scale))
-
-
-def _resample(image: Gray, height: int, width: int) -> Gray:
-    """`image` at (height, width): each pixel the mean over the area that it covers.
-
-    Area weights repeat: 1024 -> 224 is 7 outputs of 32 inputs, 32 times. Where the period is short
-    this is two small matrix products, three times faster than OpenCV's general way. The weights are
-    whole numbers and every sum stays below 2^24, so float32 is exact and each CPU gives the same.
-    """
-    rows, columns = image.shape
-    whole = rows % height == 0 and columns % width == 0
-    if height > rows or width > columns:
-        return np.asarray(cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR))
-    vertical, horizontal = rows // math.gcd(rows, height), columns // math.gcd(columns, width)
-    if whole or max(vertical, horizontal) > _LONGEST_PERIOD:
-        return np.asarray(cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA))
-    by_row = _area_weights(vertical, height * vertical // rows)
-    by_column = _area_weights(horizontal, width * horizontal // columns)
-    resampled = np.empty((height, width), np.uint8)
-    step = vertical * max(1, _BAND_ROWS // vertical)
-    for top in range(0, rows, step):
-        band = image[top : top + step].astype(np.float32).reshape(-1, vertical, columns)
-        sums = np.matmul(by_row, band).reshape(-1, columns // horizontal, horizontal)
-        cells = np.matmul(sums, by_column.T).reshape(-1, width)
-        above = top * height // rows
-        mean = cells / np.float32(vertical * horizontal)
-        resampled[above : above + len(mean)] = np.rint(mean)
-    return resampled
-
-
-@lru_cache(maxsize=64)
-def _area_weights(inputs: int, outputs: int) -> npt.NDArray[np.float32]:
-    """(outputs, inputs): how far each output covers each input, in 1/`outputs` of an input."""
-    first, place = np.arange(outputs)[:, None] * inputs, np.arange(inputs) * outputs
-    shared = np.minimum(first + inputs, place + outputs) - np.maximum(first, place)
-    return np.asarray(np.maximum(shared, 0), np.float32)
-
-
-def read_header(dataset: pydicom.Dataset) -> Header:
-    """Age (0010,1010), sex (0010,0040), view (0018,5101) and pixel spacing (0028,0030)."""
-    return _make_header(
-        age=str(dataset.get("PatientAge") or ""),
-        sex=dataset.get("PatientSex"),
-        view=dataset.get("ViewPosition"),
-        spacing=dataset.get("PixelSpacing") or dataset.get("ImagerPixelSpacing"),
-    )
-
-
-def _make_header(*, age: str, sex: Any, view: Any, spacing: Any) -> Header:
-    return Header(
-        age=parse_age(age),
-        sex=sex if sex in ("M", "F") else None,
-        view=view if view in ("AP", "PA") else None,
-        spacing_mm=_parse_spacing(spacing),
-    )
-
-
-def parse_age(text: str) -> int | None:
-    """Years from an AS value (`062Y`, `008M`) or RSNA's bare integer (`62`); None if
-    implausible."""
-    match = re.fullmatch(r"\s*(\d{1,3})([DWMY]?)\s*", text)
-    if match is None:
-        return None
-    years = int(int(match[1]) / {"D": 365.25, "W": 52.18, "M": 12, "Y": 1, "": 1}[match[2]])
-    return years if years <= OLDEST_PLAUSIBLE_AGE else None
 
 
 def _parse(data: bytes) -> pydicom.Dataset:
@@ -326,7 +209,7 @@ def _parse(data: bytes) -> pydicom.Dataset:
         raise DicomError("not a DICOM file", "not_dicom")
     if _DEFLATED in data:
         data = _inflate(data)
-    reads = _Reads(data)
+    reads = _BoundedReads(data)
     try:
         dataset = read_partial(reads, stop_when=_after_pixels(), force=True)
     except Exception as error:
@@ -344,8 +227,7 @@ def _parse(data: bytes) -> pydicom.Dataset:
 
 
 def _drop_large(dataset: pydicom.Dataset) -> None:
-    """Remove what is larger than anything that is used besides pixels: pydicom would parse it when
-    it is asked for, which may take minutes."""
+    """Remove large elements that are no pixels: to parse them could take pydicom minutes."""
     for tag, element in list(dataset.items()):
         raw = isinstance(element, RawDataElement)
         if not raw or tag in _PIXELS or len(element.value or b"") <= _MAX_ELEMENT_BYTES:
@@ -355,9 +237,9 @@ def _drop_large(dataset: pydicom.Dataset) -> None:
         del dataset[tag]
 
 
-class _Reads(io.BytesIO):
-    """A file in memory that fails after `_MAX_READS` reads, to bound parsing: eight bytes may be an
-    element, and a small file may inflate to millions of them."""
+class _BoundedReads(io.BytesIO):
+    """A file in memory that fails after 500,000 reads, to bound parsing: a small file may inflate
+    to millions of elements of eight bytes."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(data)
@@ -371,7 +253,7 @@ class _Reads(io.BytesIO):
 
 
 def _after_pixels() -> Callable[[BaseTag, str | None, int], bool]:
-    """For pydicom: when to stop, which is after the pixel data, whatever fills up the file."""
+    """For pydicom's `stop_when`: stop after the pixel data."""
     seen = False
 
     def stop(tag: BaseTag, vr: str | None, length: int) -> bool:
@@ -385,8 +267,8 @@ def _after_pixels() -> Callable[[BaseTag, str | None, int], bool]:
 
 
 def _starts_like_a_dataset(data: bytes) -> bool:
-    """Whether the first element is of group 0002 or 0008 and lies within `data`; old files have
-    neither preamble nor prefix."""
+    """Whether the first element is of group 0002 or 0008 and lies within `data`, as in old files,
+    which have neither preamble nor prefix."""
     if data[:2] not in (b"\x02\x00", b"\x08\x00", b"\x00\x08"):
         return False
     explicit = data[4:6].isalpha() and data[4:6].isupper()
@@ -396,9 +278,8 @@ def _starts_like_a_dataset(data: bytes) -> bool:
 def _inflate(data: bytes) -> bytes:
     """`data` with its deflated data set (PS3.5 A.5) inflated, and marked as not deflated.
 
-    pydicom would inflate whatever there is, and a thousandfold is possible. So it never gets to see
-    that transfer syntax, however it may read a damaged header; what is plain in its place is of the
-    same length.
+    pydicom would inflate without a limit, and a thousandfold is possible. So its transfer syntax is
+    replaced by the uncompressed one, of the same length.
     """
     stream = io.BytesIO(data)
     stream.seek(132 if data[128:132] == b"DICM" else 0)
@@ -437,8 +318,8 @@ def _check_class(dataset: pydicom.Dataset) -> None:
 
 
 def _decode_fast(plain: PlainFile, image_size: int) -> Gray | None:
-    """The JPEG frame by libjpeg-turbo, at half size if that is near enough, valid until the next
-    one; None where it does not hold what the header says."""
+    """The JPEG frame by libjpeg-turbo, at half size where that will do; overwritten by the next
+    call. None where it does not hold what the header says."""
     form = plain.form
     if read_jpeg_size(plain.frame) != (form.rows, form.columns, 1, 8):
         return None
@@ -452,7 +333,7 @@ def _decode_fast(plain: PlainFile, image_size: int) -> Gray | None:
             min_width=columns,
             buffer=_BUFFER.take(form.rows * form.columns),
         )
-    except ValueError:  # damaged, or merely odd: `codecs` tells which
+    except ValueError:  # damaged, or merely odd: the reference tells which
         return None
     if pixels.shape != (rows, columns, 1):
         return None
@@ -461,8 +342,8 @@ def _decode_fast(plain: PlainFile, image_size: int) -> Gray | None:
 
 
 class _Buffer(threading.local):
-    """Memory of a thread that one frame after the other is decoded into: fresh pages cost a third
-    of the decoding."""
+    """A thread's memory for the decoded frame, kept: fresh pages would cost a third of the
+    decoding."""
 
     def __init__(self) -> None:
         self.memory = np.empty(0, np.uint8)
@@ -478,15 +359,7 @@ _BUFFER = _Buffer()
 
 
 def _halves_well(shape: tuple[int, int], image_size: int) -> bool:
-    """Whether each output covers whole pixels of the picture at half size; else an edge within one
-    is off by up to 40 gray levels."""
-    sides = zip(shape, _fitted(shape, image_size), strict=True)
+    """Whether each output covers whole pixels of the picture at half size; else an edge inside a
+    pixel is wrong by up to 40 gray levels."""
+    sides = zip(shape, fit_shape(shape, image_size), strict=True)
     return all(side % (2 * fitted) == 0 for side, fitted in sides)
-
-
-def _parse_spacing(value: Any) -> float | None:
-    try:
-        spacing = read_number(value)
-    except (TypeError, ValueError):
-        return None
-    return spacing if spacing is not None and 0 < spacing < 10 else None

@@ -1,5 +1,4 @@
-"""DICOM files, one after the other: their bytes, their pictures, or why there are none, in words
-that name nobody."""
+"""DICOM files one after the other: their bytes and pictures, or why there are none."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The usual file, read in one pass: explicit VR, little endian, one JPEG frame of 8 gray bits.
 
-pydicom takes as long for such a header as libjpeg for a third of the picture. What is not just so
-is left to pydicom: every doubt gives None, never an error, and what is read here is what pydicom
-reads (tests compare them over damaged files, too). PS3.5 7.1.2 and A.4.
+pydicom takes as long for such a header as libjpeg for a third of the picture. Any other file, or
+any doubt, gives None, and pydicom reads it; tests compare the two, also over damaged files. PS3.5
+7.1.2 and A.4.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Stored values of a frame -> 8-bit gray levels, 0 = black.
 
 The order is PS3.3 C.7.6.3.1.2 and PS3.4 N.2: stored values -> modality LUT or rescale -> VOI LUT,
-or else the first window -> presentation (MONOCHROME1 inverted). All of them are folded into one
-look-up table over the codes of the stored type. Without a VOI LUT and without a valid window, 8
-unsigned bits are shown as they are; anything else spans from its least value, black, to its
-greatest, white. Pixel padding is black and takes no part in that span. A colour picture becomes its
-luminance.
+or else the first window -> presentation (MONOCHROME1 inverted), folded into one look-up table.
+PresentationLUTShape repeats the photometric interpretation (PS3.3 C.8.11.3.1), and is ignored.
+Without VOI LUT and valid window, 8 unsigned bits are shown as they are; anything else spans from
+its least value, black, to its greatest, white. Padding is black and takes no part in that span. A
+colour picture becomes its luminance.
 """
 
 from __future__ import annotations
@@ -96,8 +96,7 @@ def _find_padding(
     limits = [dataset.get("PixelPaddingValue"), dataset.get("PixelPaddingRangeLimit")]
     if limits[0] in (None, ""):
         return np.zeros(values.shape, np.bool_)
-    # Some writers store a negative value under the unsigned representation, or the other way round;
-    # a number that no stored value can be is left over from another picture.
+    # Some writers mix up signed and unsigned; a number that no stored value can be is ignored.
     bits = 8 * stored_type.itemsize
     codes = [
         int(limit) % 2**bits
@@ -114,10 +113,8 @@ def _apply_modality(dataset: pydicom.Dataset, values: Values) -> Values:
     """`values` through the modality LUT, or rescaled (PS3.3 C.11.1)."""
     if dataset.get("ModalityLUTSequence"):
         return _apply_table(dataset, dataset.ModalityLUTSequence[0], values)[0]
-    slope, intercept = (
-        read_number(dataset.get("RescaleSlope")),
-        read_number(dataset.get("RescaleIntercept")),
-    )
+    slope = read_number(dataset.get("RescaleSlope"))
+    intercept = read_number(dataset.get("RescaleIntercept"))
     return values * (1.0 if slope is None else slope) + (intercept or 0.0)
 
 
@@ -127,10 +124,8 @@ def _apply_voi(dataset: pydicom.Dataset, values: Values) -> Values | None:
     if dataset.get("VOILUTSequence"):
         looked_up, bits = _apply_table(dataset, dataset.VOILUTSequence[0], values)
         return np.asarray(looked_up / (2**bits - 1))
-    center, width = (
-        read_number(dataset.get("WindowCenter")),
-        read_number(dataset.get("WindowWidth")),
-    )
+    center = read_number(dataset.get("WindowCenter"))
+    width = read_number(dataset.get("WindowWidth"))
     function = str(dataset.get("VOILUTFunction") or "LINEAR")
     if center is None or width is None:
         return None
@@ -185,9 +180,6 @@ def _span(values: Values, used: npt.NDArray[np.bool_]) -> Values:
         return np.zeros_like(values)
     low, high = float(values[used].min()), float(values[used].max())
     return np.clip((values - low) / ((high - low) or 1.0), 0.0, 1.0)
-
-
-# --- colour to gray levels
 
 
 def _luminance(stored: Stored, photometric: str, bits: int) -> Gray:

@@ -1,10 +1,8 @@
-"""The pixel data of one DICOM frame -> its stored values: which decoder reads which transfer
-syntax.
+"""The pixel data of one DICOM frame -> its stored values, by the decoder of its transfer syntax.
 
-A decoder is always named, so that a library which happens to be installed never takes over: the
-same file gives the same picture everywhere. What a frame claims is checked here before a decoder
-in C or C++ sees it: these libraries take memory for whatever the codestream says, and some crash
-instead of refusing. So its size must be that of the header, and expansion is bounded.
+A decoder is always named, so that the same file gives the same picture whatever is installed.
+What a frame claims is checked before a decoder in C or C++ sees it: they take memory for whatever
+the codestream says, and some crash. So its size must be the header's, and expansion is bounded.
 """
 
 from __future__ import annotations
@@ -152,16 +150,9 @@ def read_format(dataset: pydicom.Dataset) -> FrameFormat:
             f"high bit {high_bit} of {allocated}, pixel representation {representation}, "
             f"planar configuration {planar}"
         )
+    signed = representation == 1
     return FrameFormat(
-        rows,
-        columns,
-        samples,
-        photometric,
-        allocated,
-        stored,
-        high_bit,
-        representation == 1,
-        planar,
+        rows, columns, samples, photometric, allocated, stored, high_bit, signed, planar
     )
 
 
@@ -201,8 +192,7 @@ def _installed(syntax: str) -> Collection[str]:
 
 
 def _name(syntax: str) -> str:
-    """A transfer syntax for a message: by name, never a text that is no registered UID, which could
-    be anything."""
+    """A transfer syntax for a message; a text that is no registered UID is not repeated."""
     name = UID(syntax).name
     return "an unknown transfer syntax" if name == syntax else f"{name} ({syntax})"
 
@@ -226,8 +216,11 @@ def decode_stored(dataset: pydicom.Dataset, form: FrameFormat) -> tuple[Stored, 
             check_scan(frame)
     elif element.is_undefined_length:
         raise DicomError("encapsulated pixel data in an uncompressed transfer syntax")
-    raw_bits = _holds_raw_bits(syntax) or (
-        syntax in _JPEG_LS and _precision(frame) > form.bits_stored
+    # Whether samples are the header's bit fields; in a JPEG codestream they are numbers.
+    raw_bits = (
+        syntax in _NATIVE
+        or syntax == RLELossless
+        or (syntax in _JPEG_LS and _precision(frame) > form.bits_stored)
     )
     try:
         if plugin == _IMAGECODECS:
@@ -243,7 +236,7 @@ def decode_stored(dataset: pydicom.Dataset, form: FrameFormat) -> tuple[Stored, 
         )
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # C libraries raise anything; a panic in Rust is no Exception
+    except BaseException as error:  # a panic in Rust is no Exception
         raise DicomError(f"pixel data does not decode: {type(error).__name__}") from error
     if stored.dtype.itemsize > 2:
         raise DicomError("the codestream has more than 16 bits a sample", "photometric")
@@ -276,11 +269,6 @@ def _precision(frame: bytes) -> int:
     return 0 if size is None else size.precision
 
 
-def _holds_raw_bits(syntax: UID) -> bool:
-    """Whether samples always come as the header's bit fields; a JPEG codestream holds numbers."""
-    return syntax in _NATIVE or syntax == RLELossless
-
-
 def _decoder_options(form: FrameFormat, *, raw_bits: bool, vr: str) -> dict[str, Any]:
     return {
         "rows": form.rows,
@@ -308,9 +296,6 @@ def _drop_unused_bits(stored: Stored, form: FrameFormat, high_bit: int) -> Store
     # The shift back is arithmetic where the type is signed.
     shifted = np.left_shift(stored, form.bits_allocated - 1 - high_bit)
     return np.right_shift(shifted, form.bits_allocated - form.bits_stored, out=shifted)
-
-
-# --- what a codestream claims
 
 
 def read_frame(dataset: pydicom.Dataset, form: FrameFormat) -> bytes:
@@ -346,7 +331,7 @@ def read_jpeg_size(frame: bytes) -> FrameSize | None:
     if frame[:2] != b"\xff\xd8":
         return None
     place = 2
-    # libjpeg skips whatever stands before a marker, and so must what looks ahead for it.
+    # What stands before a marker is skipped, as libjpeg does.
     while (place := frame.find(b"\xff", place)) >= 0 and place + 10 <= len(frame):
         marker = frame[place + 1]
         if marker in _FRAME_HEADERS:
@@ -387,16 +372,14 @@ def _read_jpeg2000_size(frame: bytes) -> FrameSize | None:
 def check_scan(frame: bytes) -> None:
     """Raise DicomError where libjpeg calls the entropy-coded data of a JPEG frame corrupt.
 
-    It then goes on with whatever bits follow, and most of the picture may be wrong; Pillow does not
-    pass its warnings on. Other oddities are none of this function's business.
+    It only warns of that, and Pillow does not pass it on, though most of the picture may be wrong.
     """
     try:
-        # At an eighth of the size: every code is read all the same.
+        # At an eighth of the size, which reads every code too.
         simplejpeg.decode_jpeg(frame, "GRAY", min_height=1, min_width=1)
     except ValueError as error:
-        said = str(error)
-        if said.startswith("Corrupt JPEG data"):
-            raise DicomError(f"the JPEG frame is damaged: {said}") from error
+        if str(error).startswith("Corrupt JPEG data"):
+            raise DicomError(f"the JPEG frame is damaged: {error}") from error
 
 
 def check_runs(frame: bytes, form: FrameFormat) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from pneumo import storage
 from pneumo.config import DataConfig
-from pneumo.dataset.shards import BlockEntry, Manifest, ShardEntry, decode_block, read_block
+from pneumo.dataset.manifest import BlockEntry, Manifest, ShardEntry
+from pneumo.dataset.shards import decode_block, read_block
 from pneumo.errors import ConfigError, ContentError, DataError
 from pneumo.loading.sample_order import Rows
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from pneumo.config import AugmentConfig
-from pneumo.dataset.shards import Manifest, read_shard
+from pneumo.dataset.manifest import Manifest
+from pneumo.dataset.shards import read_shard
 from pneumo.errors import ConfigError, DataError
 from pneumo.loading import augmentation, free_memory, sample_order
 from pneumo.loading.blocks import Blocks, Feed, PreparedStore, Samples

@@ -19,7 +19,7 @@ from torch import nn
 
 from pneumo import storage
 from pneumo.config import Config
-from pneumo.dataset.shards import read_manifest
+from pneumo.dataset.manifest import read_manifest
 from pneumo.errors import CheckpointError, DivergedError, PreemptedError
 from pneumo.loading.blocks import PreparedStore
 from pneumo.loading.in_memory import InMemorySplit

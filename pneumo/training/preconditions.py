@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from pneumo.config import Config, TrainConfig
-from pneumo.dataset.shards import Manifest
+from pneumo.dataset.manifest import Manifest
 from pneumo.errors import ConfigError
 from pneumo.loading import sample_order
 from pneumo.loading.blocks import input_size

@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from pneumo.config import Config
-from pneumo.dataset.shards import Manifest
+from pneumo.dataset.manifest import Manifest
 from pneumo.errors import PneumoError, RunError
 from pneumo.loading.sample_order import World
 from pneumo.training.checkpoints import (

@@ -18,7 +18,7 @@ import torch
 
 from pneumo.config import Config, TuneConfig
 from pneumo.config_layers import override
-from pneumo.dataset.shards import Manifest
+from pneumo.dataset.manifest import Manifest
 from pneumo.network.backbones import build_model
 from pneumo.training.preconditions import resolve_pos_weight
 from pneumo.tuning.objective import Judgement

@@ -29,7 +29,8 @@ from jobs.evaluation.ray_scoring import (
 )
 from jobs.ray_cluster.session import ray_session
 from pneumo.config import Config, ModelConfig
-from pneumo.dataset.shards import read_manifest, read_studies
+from pneumo.dataset.manifest import read_manifest
+from pneumo.dataset.study_table import read_studies
 from pneumo.evaluation.map_scores import prior_map, score_map
 from pneumo.images.boxes import Box
 from pneumo.network.backbones import gradcam_layer

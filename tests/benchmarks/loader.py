@@ -60,9 +60,10 @@ from torchvision.transforms import InterpolationMode, v2
 
 from pneumo import storage
 from pneumo.config import AugmentConfig, DataConfig
+from pneumo.dataset.manifest import Manifest, ShardEntry, SplitEntry
 from pneumo.dataset.phantoms.drawing import render_study
-from pneumo.dataset.phantoms.source_folder import draw_population
-from pneumo.dataset.shards import Manifest, Sample, ShardEntry, SplitEntry, write_shard
+from pneumo.dataset.phantoms.population import draw_population
+from pneumo.dataset.shards import Sample, write_shard
 from pneumo.loading import augmentation
 from pneumo.loading.blocks import PreparedStore
 from pneumo.loading.loader import Loader, open_loader
@@ -115,7 +116,7 @@ class LeftOutError(Exception):
 def draw_images(num_samples: int, image_size: int) -> Iterator[Gray]:
     """Windows of phantoms, (S, S) uint8, the same at every call."""
     rng = np.random.default_rng(0)
-    pictures = [render_study(study).pixels for study in draw_population(PHANTOMS, 0)[:PHANTOMS]]
+    pictures = [render_study(study)[0] for study in draw_population(PHANTOMS, 0)[:PHANTOMS]]
     for i in range(num_samples):
         picture = pictures[i % PHANTOMS]
         x, y = rng.integers(0, picture.shape[0] - WINDOW_PX, 2)

@@ -39,8 +39,8 @@ from jobs.ray_cluster.session import ray_session
 from pneumo.command_line import parse_command_line
 from pneumo.config import Config
 from pneumo.config_layers import override, read_recipe
+from pneumo.dataset.manifest import read_manifest
 from pneumo.dataset.phantoms.source_folder import write_phantoms
-from pneumo.dataset.shards import read_manifest
 from pneumo.evaluation import metrics
 from pneumo.loading.blocks import PreparedStore
 from pneumo.loading.loader import open_loader

@@ -37,8 +37,8 @@ from jobs.tuning.trial_runs import share, trial_config
 from pneumo.command_line import parse_command_line
 from pneumo.config import Config
 from pneumo.config_layers import override
+from pneumo.dataset.manifest import Manifest, read_manifest
 from pneumo.dataset.phantoms.source_folder import write_phantoms
-from pneumo.dataset.shards import Manifest, read_manifest
 from pneumo.loading.in_memory import InMemorySplit
 from pneumo.loading.sample_order import World
 from pneumo.training.callbacks import Callbacks

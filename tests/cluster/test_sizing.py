@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cluster import sizing
 from cluster.sizing import Workload, size
-from pneumo.dataset import shards
+from pneumo.dataset.shards import BLOCK_SAMPLES, SHARD_SAMPLES, Sample, write_shard
 from pneumo.network.backbones import build_model
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -21,13 +21,13 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 def test_a_sample_has_the_size_of_a_stored_one(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     samples = [
-        shards.Sample(f"{i:020x}", rng.integers(0, 255, (224, 224), dtype=np.uint8), i % 2)
+        Sample(f"{i:020x}", rng.integers(0, 255, (224, 224), dtype=np.uint8), i % 2)
         for i in range(128)
     ]
-    entry = shards.write_shard(str(tmp_path), "train/000000.tar", samples)
+    entry = write_shard(str(tmp_path), "train/000000.tar", samples)
     assert entry.bytes / 128 == pytest.approx(sizing.SAMPLE_BYTES, rel=0.02)
-    assert shards.BLOCK_SAMPLES == sizing.BLOCK_SAMPLES
-    assert shards.SHARD_SAMPLES == sizing.SHARD_SAMPLES
+    assert BLOCK_SAMPLES == sizing.BLOCK_SAMPLES
+    assert SHARD_SAMPLES == sizing.SHARD_SAMPLES
 
 
 def test_a_checkpoint_is_weights_and_adams_two_moments() -> None:

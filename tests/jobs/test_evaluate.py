@@ -27,14 +27,8 @@ from jobs.evaluation.ray_scoring import (
 from jobs.evaluation.shown_studies import choose_pictures
 from pneumo.config import Config
 from pneumo.config_layers import override
-from pneumo.dataset.shards import (
-    Duplicates,
-    StudyRow,
-    read_manifest,
-    read_studies,
-    tabulate_studies,
-    write_studies,
-)
+from pneumo.dataset.manifest import Duplicates, read_manifest
+from pneumo.dataset.study_table import StudyRow, read_studies, tabulate_studies, write_studies
 from pneumo.evaluation.map_scores import prior_map, score_map
 from pneumo.evaluation.operating_points import Decision
 from pneumo.evaluation.predictions import Predictions, sigmoid

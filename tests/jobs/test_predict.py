@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 from jobs import evaluate, predict
-from pneumo.dataset.shards import digest_pixels, read_manifest, read_studies
+from pneumo.dataset.manifest import read_manifest
 from pneumo.dataset.source import read_source
+from pneumo.dataset.study_table import digest_pixels, read_studies
 from pneumo.evaluation.predictions import Predictions
 from pneumo.images.dicom import GrayImage
 from pneumo.images.dicom_files import read_pictures

@@ -19,8 +19,9 @@ import pytest
 import ray
 
 from jobs import prepare
-from pneumo.dataset.shards import StudyRow, find_manifest, read_manifest, read_studies
+from pneumo.dataset.manifest import find_manifest, read_manifest
 from pneumo.dataset.source import read_source
+from pneumo.dataset.study_table import StudyRow, read_studies
 from tests.benchmarks.sources import write_linked_source
 from tests.identifiers import Identifiers
 from tests.jobs.conftest import NUM_STUDIES, Prepared
@@ -288,7 +289,7 @@ sys.exit(prepare.main(sys.argv[3:]))
 
 
 def flags(source: Path, store: Path) -> list[str]:
-    size = ("--prepare.image-size", "64", "--prepare.samples-per-shard", "16")
+    size = ("--prepare.image-size", "64")
     return ["--source", str(source), "--store", str(store), *size]
 
 
@@ -349,7 +350,7 @@ def test_a_job_killed_at_any_moment_goes_on(many: Prepared, tmp_path: Path) -> N
     store = tmp_path / "store"
     reused = []
     for _ in range(int(os.environ.get("TEST_KILLS", "2"))):
-        wanted = rng.randrange(1, 10)  # of 60 shards
+        wanted = rng.randrange(1, 6)  # of 24 shards
         job = start(flags(many.source, store), cpus=2)
         before = len(list(store.glob("parts/*/*.json")))
         while job.poll() is None and len(list(store.glob("parts/*/*.json"))) < before + wanted:

@@ -9,7 +9,7 @@ import pytest
 from jobs import train
 from jobs.training.job import leave
 from pneumo.config import Config
-from pneumo.dataset.shards import read_manifest
+from pneumo.dataset.manifest import read_manifest
 from pneumo.training.checkpoints import load_checkpoint, read_index
 from tests.jobs.conftest import SMALL, Prepared
 from tests.ranks import run_ranks

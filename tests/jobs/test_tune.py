@@ -27,7 +27,7 @@ from jobs.tuning.trial_runs import share, trial_config, trials_at_once
 from pneumo.command_line import parse_command_line
 from pneumo.config import Config, DataConfig
 from pneumo.config_layers import override, with_absolute_weights
-from pneumo.dataset.shards import read_manifest
+from pneumo.dataset.manifest import read_manifest
 from pneumo.errors import ClusterError, ConfigError
 from pneumo.loading.blocks import PreparedStore
 from pneumo.loading.loader import open_loaders

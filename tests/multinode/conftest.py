@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from pneumo.dataset.manifest import read_manifest
 from pneumo.dataset.phantoms.source_folder import write_phantoms
-from pneumo.dataset.shards import read_manifest
 from tests.multinode.faults import (
     BATCH_SIZE,
     EPOCHS,

@@ -32,7 +32,6 @@ RECIPES = sorted(
         ("seed", -1),
         ("seed", 2**31),
         ("prepare.image_size", 31),
-        ("prepare.samples_per_shard", 0),
         ("prepare.max_bad_fraction", 1.0),
         ("prepare.limit", 0),
         ("split.unit", "study"),

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from pneumo.config import AugmentConfig, Config, DataConfig, TrainConfig
 from pneumo.config_layers import override
-from pneumo.dataset import shards
+from pneumo.dataset.manifest import read_manifest
 from pneumo.loading import augmentation
 from pneumo.loading.blocks import PreparedStore
 from pneumo.loading.loader import Batch, open_loader
@@ -137,7 +137,7 @@ def test_a_warp_on_the_device_is_the_one_on_the_host(compiled: bool) -> None:
 @pytest.mark.parametrize("way", ["memory", "stream"])
 def test_batches_on_the_device_are_those_on_the_host(tiny_store: StoreMaker, way: Any) -> None:
     store_url = tiny_store(train=51, val=13)
-    manifest = shards.read_manifest(store_url)
+    manifest = read_manifest(store_url)
 
     def batches(device: torch.device) -> Iterator[Batch]:
         store = PreparedStore(store_url, manifest, DataConfig(cache=way))

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from pneumo import storage
+from pneumo.dataset.manifest import read_manifest
 from pneumo.dataset.phantoms.source_folder import write_phantoms
-from pneumo.dataset.shards import read_manifest, read_quarantine
+from pneumo.dataset.study_table import read_quarantine
 from tests.identifiers import Identifiers
 from tests.jobs.conftest import run_module
 

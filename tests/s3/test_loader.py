@@ -14,7 +14,7 @@ import torch
 
 from pneumo import storage
 from pneumo.config import AugmentConfig, DataConfig
-from pneumo.dataset.shards import read_manifest
+from pneumo.dataset.manifest import read_manifest
 from pneumo.errors import DataError
 from pneumo.loading.blocks import PreparedStore
 from pneumo.loading.loader import Batch, Loader, open_loader

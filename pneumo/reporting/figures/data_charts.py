@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from pneumo.dataset.quality import AGE_BIN_YEARS, UNKNOWN, ContactSheet, Quality
+from pneumo.dataset.contact_sheets import ContactSheet
+from pneumo.dataset.quality import AGE_BIN_YEARS, UNKNOWN, Quality
 from pneumo.reporting.figures.style import (
     SPLIT_STYLES,
     STYLE,

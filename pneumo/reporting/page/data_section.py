@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from pneumo.dataset.manifest import Duplicates
 from pneumo.dataset.quality import Quality, SplitQuality
-from pneumo.dataset.shards import Duplicates
 from pneumo.dataset.splits import LeakageAudit
 from pneumo.reporting.figures import data_charts
 from pneumo.reporting.page.embedding import embed, inline

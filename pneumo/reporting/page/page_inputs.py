@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from pneumo.dataset.quality import ContactSheet, Quality
+from pneumo.dataset.contact_sheets import ContactSheet
+from pneumo.dataset.quality import Quality
 from pneumo.dataset.splits import LeakageAudit
 
 

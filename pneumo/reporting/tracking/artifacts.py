@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pneumo.dataset.shards import Manifest
+from pneumo.dataset.manifest import Manifest
 from pneumo.reporting.tracking import Artifact
 from pneumo.training.checkpoints import CheckpointEntry
 

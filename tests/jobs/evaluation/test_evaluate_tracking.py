@@ -15,7 +15,7 @@ import pytest
 
 from jobs import evaluate
 from jobs.ray_cluster.session import ray_session
-from pneumo.dataset.shards import read_manifest
+from pneumo.dataset.manifest import read_manifest
 from pneumo.evaluation.predictions import Predictions
 from pneumo.reporting.tracking.transaction_log import read_records
 from tests.jobs.conftest import Prepared, list_identifiers

@@ -16,8 +16,8 @@ from jobs.evaluation.ray_scoring import Scored, Scoring, Weights
 from jobs.evaluation.result_files import Judged
 from jobs.evaluation.shown_studies import describe_age
 from pneumo.config import Config, EvaluateConfig
-from pneumo.dataset.quality import ContactSheet
-from pneumo.dataset.shards import read_manifest
+from pneumo.dataset.contact_sheets import ContactSheet
+from pneumo.dataset.manifest import read_manifest
 from pneumo.evaluation.evaluation import evaluate
 from pneumo.evaluation.predictions import Predictions
 from pneumo.images.boxes import Box

@@ -15,7 +15,7 @@ from jobs.tuning.trial_wandb import TrialTracking, log_trial
 from pneumo import storage
 from pneumo.config import Config
 from pneumo.config_layers import override
-from pneumo.dataset.shards import read_manifest
+from pneumo.dataset.manifest import read_manifest
 from pneumo.errors import StorageError
 from pneumo.reporting.tracking import MemoryTracker, Page, Table
 from pneumo.reporting.tracking.dashboards import build_views, describe_view

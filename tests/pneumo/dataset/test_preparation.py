@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import shutil
@@ -11,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,44 +29,48 @@ from fsspec.implementations.memory import MemoryFileSystem
 from pneumo import storage
 from pneumo.config import Config
 from pneumo.config_layers import override
+from pneumo.dataset.manifest import Manifest, read_manifest
 from pneumo.dataset.preparation import (
-    Part,
-    Receipt,
-    ShardPlan,
     check_shards_are_there,
-    digest_settings,
-    estimate_memory,
     find_store,
     finish_store,
     has_mended,
-    plan_shards,
-    prepare_shard,
 )
-from pneumo.dataset.shards import Manifest, read_manifest, read_shard, read_studies, sample_bytes
-from pneumo.dataset.source import Source, derive_file_key, read_source
+from pneumo.dataset.receipts import PreparedShard, Receipt, prepare_shard
+from pneumo.dataset.shard_plans import ShardPlan, digest_settings, estimate_memory, plan_shards
+from pneumo.dataset.shards import read_shard, sample_bytes, shard_samples
+from pneumo.dataset.source import Source, read_source
 from pneumo.dataset.splits import SPLITS, Split, audit_split, split_studies
-from pneumo.errors import AccessError, BadFilesError, SourceError, StorageError, StoreError
+from pneumo.dataset.study_keys import derive_file_key
+from pneumo.dataset.study_table import read_studies
+from pneumo.errors import AccessError, BadFilesError, SourceError, StoreError
 
 FolderMaker = Callable[..., Path]
 DicomMaker = Callable[..., bytes]
 
 ENVIRON = {"PNEUMO_HASH_KEY": "a secret of the tests"}
-CONFIG = override(
-    Config(), {"prepare.image_size": 32, "prepare.samples_per_shard": 8, "split.salt": 3}
-)
+CONFIG = override(Config(), {"prepare.image_size": 32, "split.salt": 3})
 
 
 class Preparation:
     """A source with its plans, as jobs.prepare would have it."""
 
-    def __init__(self, folder: Path, config: Config = CONFIG) -> None:
+    def __init__(self, folder: Path, config: Config = CONFIG, samples_per_shard: int = 8) -> None:
         self.folder, self.config = folder, config
         self.source: Source = read_source(str(folder), ENVIRON)
         self.split: Split = split_studies(
             self.source.studies, config.split, seed=config.seed, has_patients=True
         )
-        self.plans = plan_shards(self.source.studies, self.split.by_key, config)
-        self.parts: dict[str, Part] = {}
+        self.plans = self.plan(self.split.by_key, samples_per_shard)
+        self.parts: dict[str, PreparedShard] = {}
+
+    def plan(self, by_key: Mapping[str, str], samples_per_shard: int = 8) -> list[ShardPlan]:
+        return plan_shards(
+            self.source.studies,
+            by_key,
+            seed=self.config.seed,
+            samples_per_shard=samples_per_shard,
+        )
 
     def file(self, plan: ShardPlan, number: int = 0) -> Path:
         return Path(plan.studies[number].url)
@@ -76,7 +81,7 @@ class Preparation:
         digest, key = digest_settings(self.config), self.source.file_key
         part = prepare_shard(plan, str(store), size, digest, key)
         self.parts[plan.name] = part
-        return len(part.rejected), int(part.reused)
+        return len(part.receipt.rejected), int(part.reused)
 
     def finish(self, store: Path | str) -> Manifest:
         parts = list(self.parts.values())
@@ -139,7 +144,7 @@ def test_order_repetition_and_interruption_change_no_byte(
             ["none", "none", "none", "no receipt", "no shard", "cut", "cut receipt", "changed"]
         )
         preparation.do(plan, other)
-        shard = other / preparation.parts[plan.name].entry.name
+        shard = other / preparation.parts[plan.name].receipt.entry.name
         receipt = other / plan.receipt
         if damage == "no receipt":
             receipt.unlink()
@@ -286,8 +291,12 @@ def test_bad_files_may_be_more_without_doing_all_again(preparation: Preparation)
     assert digest_settings(override(CONFIG, {"seed": 1})) != digest_settings(CONFIG)
 
 
-def test_shards_of_large_pictures_hold_fewer_unless_told_otherwise(
-    preparation: Preparation,
+@pytest.mark.parametrize(
+    ("image_size", "largest"),
+    [(224, 300), (1024, 25)],  # of small pictures eight shards at least
+)
+def test_a_task_needs_memory_for_its_largest_shard_twice(
+    preparation: Preparation, image_size: int, largest: int
 ) -> None:
     studies = [
         replace(study, key=f"{copy}/{study.key}")
@@ -295,26 +304,18 @@ def test_shards_of_large_pictures_hold_fewer_unless_told_otherwise(
         for study in preparation.source.studies
     ]
     by_key = {study.key: "train" for study in studies}
-    for changes, size in (
-        ({"prepare.image_size": 224}, 300),  # eight shards at least
-        ({"prepare.image_size": 1024}, 25),
-        ({"prepare.image_size": 1024, "prepare.samples_per_shard": 200}, 150),  # 16, not 12
-    ):
-        config = override(Config(), changes)
-        image_size = config.prepare.image_size
-        plans = [plan for plan in plan_shards(studies, by_key, config) if plan.studies]
-        assert max(len(plan.studies) for plan in plans) == size
-        memory = estimate_memory(plans, image_size)
-        assert memory == 384 * 2**20 + 2 * size * sample_bytes(image_size)
+    plans = plan_shards(studies, by_key, seed=0, samples_per_shard=shard_samples(image_size))
+    assert max(len(plan.studies) for plan in plans) == largest
+    memory = estimate_memory(plans, image_size)
+    assert memory == 384 * 2**20 + 2 * largest * sample_bytes(image_size)
 
 
 @pytest.mark.parametrize("samples_per_shard", [1, 7, 64, 1024])
 def test_plans_hold_every_study_once_in_shards_of_a_size(
     preparation: Preparation, samples_per_shard: int
 ) -> None:
-    config = override(CONFIG, {"prepare.samples_per_shard": samples_per_shard})
     source, split = preparation.source, preparation.split
-    plans = plan_shards(source.studies, split.by_key, config)
+    plans = preparation.plan(split.by_key, samples_per_shard)
     keys = [study.key for plan in plans for study in plan.studies]
     assert sorted(keys) == sorted(study.key for study in source.studies)
     sizes = {len(plan.studies) for plan in plans if plan.split == "train"}
@@ -325,6 +326,13 @@ def test_plans_hold_every_study_once_in_shards_of_a_size(
         assert len(members) <= 8 or len(members) % 8 == 0 or set(members) == {1}
         assert min(members) > 0
     assert all(split.by_key[study.key] == plan.split for plan in plans for study in plan.studies)
+
+
+def test_settings_of_a_store_of_before_are_the_same_settings() -> None:
+    """The digest that stores had when `samples_per_shard` was a setting too."""
+    assert digest_settings(Config()) == (
+        "cbb5194941c1042975f478d1de93d84ea82282f2e38d3c3e734c0104e452f23b"
+    )
 
 
 def test_preparing_needs_no_torch() -> None:
@@ -551,10 +559,8 @@ def test_every_way_of_being_unusable_has_its_code(
         "unreadable  ": lambda path: path.chmod(0),
         "unreadable   ": lambda path: (path.unlink(), os.mkfifo(path)),
     }
-    preparation = Preparation(
-        kaggle_folder(num_studies=120),
-        override(CONFIG, {"prepare.samples_per_shard": 60, "prepare.max_bad_fraction": 0.2}),
-    )
+    config = override(CONFIG, {"prepare.max_bad_fraction": 0.2})
+    preparation = Preparation(kaggle_folder(num_studies=120), config, samples_per_shard=60)
     plan = preparation.plans[0]
     assert plan.split == "train"
     for number, spoil in enumerate(bad.values()):
@@ -577,55 +583,63 @@ def test_every_way_of_being_unusable_has_its_code(
         assert not any(image_id in item.message for item in receipt.rejected)
 
 
+class Late(MemoryFileSystem):  # type: ignore[misc]
+    """Objects in memory that come late, in any order; after `allowed` reads access is refused."""
+
+    protocol = "late"
+    lock: ClassVar[threading.Lock] = threading.Lock()
+    under_way: ClassVar[int] = 0
+    most: ClassVar[int] = 0
+    asked: ClassVar[int] = 0
+    allowed: ClassVar[float] = math.inf
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.removeprefix("late://")))
+
+    def cat_file(self, path: str, **kwargs: Any) -> bytes:
+        with Late.lock:
+            Late.asked += 1
+            Late.under_way += 1
+            Late.most = max(Late.most, Late.under_way)
+            refused = Late.asked > Late.allowed
+        try:
+            time.sleep(random.random() / 50)
+            if refused:
+                raise PermissionError("the bucket is closed")
+            data: bytes = super().cat_file(path, **kwargs)
+            return data
+        finally:
+            with Late.lock:
+                Late.under_way -= 1
+
+
+fsspec.register_implementation("late", Late)
+
+
 def test_files_of_a_bucket_are_read_while_others_are_decoded(
-    preparation: Preparation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    preparation: Preparation, tmp_path: Path
 ) -> None:
     """A bucket answers late, in any order, and not always: the shard is the disk's."""
     one, other = preparation.plans[:2]
     plan = replace(one, studies=one.studies + other.studies)
     preparation.file(plan, 5).unlink()
     assert preparation.do(plan, tmp_path / "from_disk") == (1, 0)
-    images = Path(plan.studies[0].url).parent
-    under_way, most, changed = 0, 0, threading.Condition()
-    of_disk = storage.read_bytes
-
-    def answer_late(url: str, **options: Any) -> bytes:
-        nonlocal under_way, most
-        if not url.startswith("s3://rsna/"):
-            return of_disk(url, **options)
-        with changed:
-            under_way += 1
-            most = max(most, under_way)
-            changed.notify_all()
-            assert changed.wait_for(lambda: most >= 4, 120), f"waited for 4 reads, got {most}"
-        try:
-            time.sleep(random.random() / 50)
-            return (images / url.rsplit("/", 1)[1]).read_bytes()
-        finally:
-            with changed:
-                under_way -= 1
-
-    monkeypatch.setattr(storage, "read_bytes", answer_late)
-    away = tuple(replace(s, url=f"s3://rsna/images/{Path(s.url).name}") for s in plan.studies)
+    bucket = f"late://{tmp_path.name}"
+    for study in plan.studies:
+        if Path(study.url).exists():
+            storage.write_bytes(f"{bucket}/{Path(study.url).name}", Path(study.url).read_bytes())
+    away = tuple(replace(s, url=f"{bucket}/{Path(s.url).name}") for s in plan.studies)
+    Late.most, Late.asked, Late.allowed = 0, 0, math.inf
     assert preparation.do(replace(plan, studies=away), tmp_path / "from_bucket") == (1, 0)
     assert content(tmp_path / "from_bucket") == content(tmp_path / "from_disk")
-    assert 4 <= most <= 8
-    # All of it is over before an error is told, and nothing more is asked for.
-    asked = list[str]()
-
-    def fail(url: str, **options: Any) -> bytes:
-        if not url.startswith("s3://rsna/"):
-            return of_disk(url, **options)
-        asked.append(url)
-        if len(asked) > 3:
-            raise StorageError("the bucket is away")
-        return answer_late(url)
-
-    monkeypatch.setattr(storage, "read_bytes", fail)
-    with pytest.raises(StorageError, match="the bucket is away"):
+    assert 4 <= Late.most <= 8
+    # All of it is over before an error is raised, and nothing more is asked for.
+    Late.asked, Late.allowed = 0, 3
+    with pytest.raises(AccessError):
         preparation.do(replace(plan, studies=away), tmp_path / "broken")
-    assert under_way == 0
-    assert len(asked) <= 3 + 8 + 8
+    assert Late.under_way == 0
+    assert Late.asked <= 3 + 8 + 8
     assert not list((tmp_path / "broken").rglob("*.tar"))
 
 
@@ -675,7 +689,7 @@ def test_bad_files_are_a_share_of_what_the_list_names(
         preparation.source.studies, CONFIG.split, seed=0, has_patients=True, listed=named
     )
     preparation.config = override(CONFIG, {"prepare.max_bad_fraction": 0.04})
-    preparation.plans = plan_shards(preparation.source.studies, named, CONFIG)
+    preparation.plans = preparation.plan(named)
     for number in range(3):
         preparation.file(preparation.plans[0], number).unlink()
     with pytest.raises(BadFilesError, match="3 of 60 studies cannot be used"):

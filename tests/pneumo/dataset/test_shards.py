@@ -22,11 +22,39 @@ import webdataset as wds
 from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
 from pneumo import storage
-from pneumo.dataset import shards
-from pneumo.dataset.shards import Duplicates, FileEntry, Manifest, Sample, ShardEntry, StudyRow
+from pneumo.dataset.manifest import (
+    Duplicates,
+    FileEntry,
+    Manifest,
+    ShardEntry,
+    find_manifest,
+    read_manifest,
+    write_manifest,
+)
+from pneumo.dataset.shards import (
+    BLOCK_SAMPLES,
+    Sample,
+    block_samples,
+    decode_block,
+    encode_shard,
+    read_shard,
+    sample_bytes,
+    shard_samples,
+    write_shard,
+)
 from pneumo.dataset.source import Rejected
+from pneumo.dataset.study_table import (
+    StudyRow,
+    find_duplicates,
+    read_quarantine,
+    read_studies,
+    tabulate_studies,
+    write_quarantine,
+    write_studies,
+)
 from pneumo.errors import DataError, StoreError
 from pneumo.images.boxes import Box
 
@@ -54,8 +82,10 @@ def some_samples(number: int = 4) -> list[Sample]:
     ]
 
 
-def encode(samples: Iterable[Sample]) -> bytes:
-    return shards.encode_shard("train/000007.tar", samples)[1]
+def encode(samples: Iterable[Sample], name: str = "train/000007.tar") -> tuple[ShardEntry, bytes]:
+    buffer = io.BytesIO()
+    entry = encode_shard(buffer, name, samples)
+    return entry, buffer.getvalue()
 
 
 def describe(data: bytes, samples: int) -> ShardEntry:
@@ -67,6 +97,15 @@ def describe(data: bytes, samples: int) -> ShardEntry:
         sha256=hashlib.sha256(data).hexdigest(),
         blocks=(),
     )
+
+
+def read(store: Path, data: bytes, samples: int) -> list[Sample]:
+    """The samples of a shard of these bytes, which the manifest vouches for."""
+    entry = describe(data, samples)
+    path = store / entry.name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(data)
+    return list(read_shard(str(store), entry, SIZE))
 
 
 def assert_equal(one: list[Sample], two: list[Sample]) -> None:
@@ -81,14 +120,35 @@ def assert_equal(one: list[Sample], two: list[Sample]) -> None:
 
 @given(samples_of_a_shard())
 def test_a_shard_round_trips_in_order_and_encodes_to_equal_bytes(samples: list[Sample]) -> None:
-    data = encode(samples)
-    assert_equal(list(shards.decode_shard(data, describe(data, len(samples)), SIZE)), samples)
-    assert encode(iter(samples)) == data
+    entry, data = encode(samples)
+    storage.write_bytes(f"memory://shards/{entry.name}", data)
+    assert_equal(list(read_shard("memory://shards", entry, SIZE)), samples)
+    blocks = [
+        decode_block(data[block.offset : block.offset + block.bytes], entry, block, SIZE)
+        for block in entry.blocks
+    ]
+    assert_equal([sample for block in blocks for sample in block], samples)
+    assert encode(iter(samples)) == (entry, data)
+
+
+@given(samples_of_a_shard())
+def test_the_bytes_are_those_of_webdatasets_writer(samples: list[Sample]) -> None:
+    """It alone pads a tar with zeros to a multiple of 10,240 bytes."""
+    buffer = io.BytesIO()
+    with wds.TarWriter(buffer, user="", group="", mtime=0, encoder=False) as writer:
+        for sample in samples:
+            array = io.BytesIO()
+            np.save(array, sample.pixels)
+            label = str(sample.target).encode()
+            writer.write({"__key__": sample.key, "npy": array.getvalue(), "cls": label})
+    written, (_, data) = buffer.getvalue(), encode(samples)
+    assert written[: len(data)] == data
+    assert not written[len(data) :].strip(b"\0")
 
 
 def test_members_carry_no_time_no_owner_and_no_extended_header() -> None:
     samples = [Sample("0123456789abcdef0123", np.arange(64, dtype=np.uint8).reshape(8, 8), 1)]
-    with tarfile.open(fileobj=io.BytesIO(encode(samples))) as tar:
+    with tarfile.open(fileobj=io.BytesIO(encode(samples)[1])) as tar:
         members = tar.getmembers()
     assert [(m.name, m.mtime, m.uname, m.gname, m.pax_headers) for m in members] == [
         (f"0123456789abcdef0123.{extension}", 0, "", "", {}) for extension in ("cls", "npy")
@@ -97,7 +157,7 @@ def test_members_carry_no_time_no_owner_and_no_extended_header() -> None:
 
 def test_the_standard_library_reads_a_shard() -> None:
     samples = some_samples()
-    with tarfile.open(fileobj=io.BytesIO(encode(samples))) as tar:
+    with tarfile.open(fileobj=io.BytesIO(encode(samples)[1])) as tar:
         content = {m.name: tar.extractfile(m) for m in tar.getmembers()}
         assert len(content) == 2 * len(samples)
         for sample in samples:
@@ -108,30 +168,41 @@ def test_the_standard_library_reads_a_shard() -> None:
             assert target.read() == str(sample.target).encode()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_plain_webdataset_reads_a_shard(tmp_path: Path) -> None:
-    samples = some_samples()
-    (tmp_path / "0.tar").write_bytes(encode(samples))
-    plain = wds.WebDataset(str(tmp_path / "0.tar"), shardshuffle=False, empty_check=False).decode()
-    read = [Sample(row["__key__"], row["npy"], row["cls"]) for row in plain]
-    assert_equal(read, samples)
+def test_plain_webdataset_reads_a_prepared_store_on_two_workers(tiny_store: StoreMaker) -> None:
+    store_url = tiny_store(train=40, samples_per_shard=10)
+    manifest = read_manifest(store_url)
+    urls = [f"{store_url}/{entry.name}" for entry in manifest.splits["train"].shards]
+    split = wds.WebDataset(urls, shardshuffle=False).decode().to_tuple("__key__", "npy", "cls")
+    batches = list(DataLoader(split.batched(4), batch_size=None, num_workers=2))
+    assert {images.shape[1:] for _, images, _ in batches} == {(32, 32)}
+    assert len(batches) == 2 * 5  # each worker has two shards of ten
+    found = {
+        key: (image, target)
+        for keys, images, targets in batches
+        for key, image, target in zip(keys, images, targets, strict=True)
+    }
+    expected = [s for e in manifest.splits["train"].shards for s in read_shard(store_url, e, 32)]
+    assert set(found) == {sample.key for sample in expected}
+    for sample in expected:
+        np.testing.assert_array_equal(found[sample.key][0], sample.pixels)
+        assert found[sample.key][1] == sample.target
 
 
 def test_a_written_shard_is_described_and_read(tmp_path: Path) -> None:
     samples = some_samples(5)
-    entry = shards.write_shard(str(tmp_path), "val/000000.tar", samples)
+    entry = write_shard(str(tmp_path), "val/000000.tar", samples)
     path = tmp_path / "val" / "000000.tar"
     assert (entry.samples, entry.positives, entry.bytes) == (5, 2, path.stat().st_size)
     assert entry.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert_equal(list(shards.read_shard(str(tmp_path), entry, SIZE)), samples)
+    assert_equal(list(read_shard(str(tmp_path), entry, SIZE)), samples)
 
 
 @pytest.mark.parametrize("number", [0, 1, 63, 64, 65, 200])
 def test_blocks_are_whole_tars_of_64_neighbours(number: int) -> None:
     samples = some_samples(number)
-    entry, data = shards.encode_shard("train/000000.tar", samples)
+    entry, data = encode(samples)
     assert sum(block.samples for block in entry.blocks) == entry.samples == number
-    assert all(block.samples == shards.BLOCK_SAMPLES for block in entry.blocks[:-1])
+    assert all(block.samples == BLOCK_SAMPLES for block in entry.blocks[:-1])
     read: list[str] = []
     end = 0
     for block in entry.blocks:
@@ -152,17 +223,17 @@ def test_blocks_are_whole_tars_of_64_neighbours(number: int) -> None:
 def test_blocks_and_shards_of_large_pictures_hold_fewer(
     image_size: int, block: int, shard: int
 ) -> None:
-    assert shards.block_samples(image_size) == block
-    assert shards.shard_samples(image_size) == shard
+    assert block_samples(image_size) == block
+    assert shard_samples(image_size) == shard
     pixels = np.zeros((image_size, image_size), np.uint8)
     number = min(2 * block + 1, 9)
     samples = [Sample(f"{i:020x}", pixels, 0) for i in range(number)]
-    entry, data = shards.encode_shard("train/000000.tar", samples)
+    entry, data = encode(samples)
     # The end marker is of two blocks.
-    assert len(data) == number * shards.sample_bytes(image_size) + 1024
+    assert len(data) == number * sample_bytes(image_size) + 1024
     assert max(part.samples for part in entry.blocks) == min(block, number)
-    assert block * shards.sample_bytes(image_size) <= 4_300_000
-    assert shard * shards.sample_bytes(image_size) <= 27_000_000
+    assert block * sample_bytes(image_size) <= 4_300_000
+    assert shard * sample_bytes(image_size) <= 27_000_000
 
 
 def test_shards_written_one_after_the_other_share_memory_but_nothing_else(tmp_path: Path) -> None:
@@ -176,18 +247,17 @@ def test_shards_written_one_after_the_other_share_memory_but_nothing_else(tmp_pa
     for k, number in enumerate((70, 3, 65, 1)):
         samples, name = some_samples(number), f"train/{k:06d}.tar"
         with pytest.raises(BrokenError):
-            shards.write_shard(str(tmp_path), name, breaking(some_samples(90)))
+            write_shard(str(tmp_path), name, breaking(some_samples(90)))
         assert not (tmp_path / name).exists()
-        entry, data = shards.encode_shard(name, samples)
-        assert shards.write_shard(str(tmp_path), name, iter(samples)) == entry
+        entry, data = encode(samples, name)
+        assert write_shard(str(tmp_path), name, iter(samples)) == entry
         assert (tmp_path / name).read_bytes() == data
 
 
-def test_threads_decode_without_disturbing_each_other() -> None:
+def test_threads_decode_without_disturbing_each_other(tmp_path: Path) -> None:
     # Python before 3.11.9 fails when a collection lets another thread in while it parses a header.
     samples = some_samples(64)
-    data = encode(samples)
-    entry = describe(data, 64)
+    entry = write_shard(str(tmp_path), "a.tar", samples)
 
     def let_others_in(phase: str, info: dict[str, int]) -> None:
         time.sleep(0)
@@ -197,80 +267,74 @@ def test_threads_decode_without_disturbing_each_other() -> None:
     gc.set_threshold(30)
     try:
         with ThreadPoolExecutor(4) as pool:
-            reads = pool.map(lambda _: list(shards.decode_shard(data, entry, SIZE)), range(32))
-            for read in reads:
-                assert_equal(read, samples)
+            reads = pool.map(lambda _: list(read_shard(str(tmp_path), entry, SIZE)), range(32))
+            for found in reads:
+                assert_equal(found, samples)
     finally:
         gc.set_threshold(*threshold)
         gc.callbacks.remove(let_others_in)
 
 
-def test_pixels_can_be_written_to() -> None:
-    data = encode(some_samples(1))
-    [sample] = shards.decode_shard(data, describe(data, 1), SIZE)
+def test_pixels_can_be_written_to(tmp_path: Path) -> None:
+    [sample] = read(tmp_path, encode(some_samples(1))[1], 1)
     sample.pixels[0, 0] = 7
     assert sample.pixels[0, 0] == 7
 
 
-def test_other_spellings_of_the_same_array_are_read() -> None:
+def test_other_spellings_of_the_same_array_are_read(tmp_path: Path) -> None:
     pixels = np.arange(SIZE * SIZE, dtype=np.uint8).reshape(SIZE, SIZE)
     fortran, second = io.BytesIO(), io.BytesIO()
     np.save(fortran, np.asfortranarray(pixels))
     np.lib.format.write_array(second, pixels, version=(2, 0))
     for encoded in (fortran, second):
         data = write_tar({"a.npy": encoded.getvalue(), "a.cls": b"1"})
-        [sample] = shards.decode_shard(data, describe(data, 1), SIZE)
+        [sample] = read(tmp_path, data, 1)
         np.testing.assert_array_equal(sample.pixels, pixels)
 
 
 # --- damage ---------------------------------------------------------------------------------------
 
 
-def test_a_shard_cut_anywhere_between_members_is_refused() -> None:
-    data = encode(some_samples())
-    entry = describe(data, 4)
-    for end in range(0, len(data), 512):
-        with pytest.raises(
-            DataError, match=rf"shard train/000007\.tar: {end} bytes, not the {len(data)}"
-        ):
-            list(shards.decode_shard(data[:end], entry, SIZE))
+@pytest.mark.parametrize("damage", ["cut", "a byte"])
+def test_a_shard_that_changed_is_refused(tmp_path: Path, damage: str) -> None:
+    entry = write_shard(str(tmp_path), "a.tar", some_samples())
+    path = tmp_path / "a.tar"
+    data = bytearray(path.read_bytes())
+    for place in range(0, len(data), 600):
+        changed = bytearray(data[:place]) if damage == "cut" else bytearray(data)
+        if damage == "a byte":
+            changed[place] ^= 1
+        path.write_bytes(changed)
+        with pytest.raises(DataError, match=r"shard a\.tar: not what the manifest vouches for"):
+            list(read_shard(str(tmp_path), entry, SIZE))
 
 
-def test_a_shard_that_was_cut_before_it_was_described_is_refused() -> None:
-    data = encode(some_samples())
+def test_a_shard_that_was_cut_before_it_was_described_is_refused(tmp_path: Path) -> None:
+    _, data = encode(some_samples())
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         end_of_samples = max(m.offset_data + m.size for m in tar.getmembers())
     for end in range(0, end_of_samples, 256):
         with pytest.raises(DataError, match=r"shard train/000007\.tar: "):
-            list(shards.decode_shard(data[:end], describe(data[:end], 4), SIZE))
-
-
-@given(st.floats(0, 1, exclude_max=True), st.integers(1, 255))
-def test_a_changed_byte_is_refused(place: float, change: int) -> None:
-    data = bytearray(encode(some_samples()))
-    entry = describe(bytes(data), 4)
-    data[int(place * len(data))] ^= change
-    with pytest.raises(DataError, match=r"shard train/000007\.tar: .*or changed since; delete"):
-        list(shards.decode_shard(bytes(data), entry, SIZE))
+            read(tmp_path, data[:end], 4)
 
 
 def test_another_shard_in_the_place_of_one_is_refused(tmp_path: Path) -> None:
-    entry = shards.write_shard(str(tmp_path), "a.tar", some_samples(4))
-    shards.write_shard(str(tmp_path), "a.tar", some_samples(4)[::-1])
+    entry = write_shard(str(tmp_path), "a.tar", some_samples(4))
+    write_shard(str(tmp_path), "a.tar", some_samples(4)[::-1])
     with pytest.raises(DataError, match=r"shard a\.tar: "):
-        list(shards.read_shard(str(tmp_path), entry, SIZE))
+        list(read_shard(str(tmp_path), entry, SIZE))
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=rf"shard train/000007\.tar: missing from {tmp_path}"):
-        shards.read_shard(str(tmp_path), describe(b"", 0), SIZE)
+        list(read_shard(str(tmp_path), describe(b"", 0), SIZE))
 
 
 @pytest.mark.parametrize("claimed", [3, 5])
-def test_a_wrong_number_of_samples_is_refused(claimed: int) -> None:
-    data = encode(some_samples(4))
+def test_a_wrong_number_of_samples_is_refused(tmp_path: Path, claimed: int) -> None:
+    _, data = encode(some_samples(4))
     with pytest.raises(DataError, match=f"000007.tar: 4 samples, the manifest says {claimed}"):
-        list(shards.decode_shard(data, describe(data, claimed), SIZE))
+        read(tmp_path, data, claimed)
 
 
 @pytest.mark.parametrize(
@@ -281,10 +345,10 @@ def test_a_wrong_number_of_samples_is_refused(claimed: int) -> None:
         (np.zeros((SIZE, SIZE, 1), np.uint8), r"uint8 \(8, 8, 1\)"),
     ],
 )
-def test_a_sample_of_another_shape_is_refused(pixels: Any, found: str) -> None:
-    data = encode([Sample("0" * 20, pixels, 0)])
+def test_a_sample_of_another_shape_is_refused(tmp_path: Path, pixels: Any, found: str) -> None:
+    _, data = encode([Sample("0" * 20, pixels, 0)])
     with pytest.raises(DataError, match=rf"sample 0 is {found}, expected uint8 \(8, 8\)"):
-        list(shards.decode_shard(data, describe(data, 1), SIZE))
+        read(tmp_path, data, 1)
 
 
 def write_tar(members: dict[str, bytes]) -> bytes:
@@ -315,10 +379,12 @@ def encoded_image(*, pickled: bool = False) -> bytes:
     ],
     ids=["no target", "no image", "bad target", "empty image", "half an image", "a pickle"],
 )
-def test_a_sample_that_does_not_decode_is_refused(members: dict[str, bytes]) -> None:
+def test_a_sample_that_does_not_decode_is_refused(
+    tmp_path: Path, members: dict[str, bytes]
+) -> None:
     data = write_tar(members)
     with pytest.raises(DataError, match=r"shard train/000007\.tar: sample 0 does not decode"):
-        list(shards.decode_shard(data, describe(data, 1), SIZE))
+        read(tmp_path, data, 1)
 
 
 # --- manifest -------------------------------------------------------------------------------------
@@ -330,24 +396,24 @@ def edit_manifest(store_url: str, **changes: Any) -> None:
 
 
 def test_a_manifest_round_trips(tiny_store: StoreMaker, tmp_path: Path) -> None:
-    manifest = shards.read_manifest(tiny_store())
-    shards.write_manifest(str(tmp_path), manifest)
-    again = shards.read_manifest(str(tmp_path))
+    manifest = read_manifest(tiny_store())
+    write_manifest(str(tmp_path), manifest)
+    again = read_manifest(str(tmp_path))
     assert again == manifest
     assert again.digest == manifest.digest
 
 
 def test_a_manifest_is_written_once(tiny_store: StoreMaker, tmp_path: Path) -> None:
-    manifest = shards.read_manifest(tiny_store())
+    manifest = read_manifest(tiny_store())
     for _ in range(2):  # two jobs that did the same
-        shards.write_manifest(str(tmp_path), manifest)
+        write_manifest(str(tmp_path), manifest)
     with pytest.raises(StoreError, match="another job has finished another store there meanwhile"):
-        shards.write_manifest(str(tmp_path), manifest.model_copy(update={"seed": 77}))
-    assert shards.read_manifest(str(tmp_path)) == manifest
+        write_manifest(str(tmp_path), manifest.model_copy(update={"seed": 77}))
+    assert read_manifest(str(tmp_path)) == manifest
 
 
 def test_the_digest_tells_stores_apart(tiny_store: StoreMaker) -> None:
-    one, same, other = (shards.read_manifest(tiny_store(seed=seed)) for seed in (0, 0, 1))
+    one, same, other = (read_manifest(tiny_store(seed=seed)) for seed in (0, 0, 1))
     assert one.digest == same.digest != other.digest
     assert one.model_copy(update={"quarantined": {"missing": 1}}).digest != one.digest
 
@@ -355,15 +421,15 @@ def test_the_digest_tells_stores_apart(tiny_store: StoreMaker) -> None:
 def test_a_folder_without_manifest_is_no_store(tiny_store: StoreMaker) -> None:
     store_url = tiny_store()
     storage.remove(storage.join(store_url, "manifest.json"))
-    assert shards.find_manifest(store_url) is None
+    assert find_manifest(store_url) is None
     with pytest.raises(StoreError, match=rf"^{store_url}: no manifest\.json.*run jobs\.prepare"):
-        shards.read_manifest(store_url)
+        read_manifest(store_url)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"schema_version": 4}'])
 def test_an_unreadable_manifest_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
-    for read in (shards.find_manifest, shards.read_manifest):
+    for read in (find_manifest, read_manifest):
         with pytest.raises(
             StoreError, match=r"manifest\.json: not a manifest of schema 4: .*prepare"
         ):
@@ -375,7 +441,7 @@ def test_a_half_manifest_is_refused(tiny_store: StoreMaker) -> None:
     path = Path(store_url) / "manifest.json"
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(StoreError, match=r"manifest\.json: not a manifest of schema 4"):
-        shards.read_manifest(store_url)
+        read_manifest(store_url)
 
 
 @pytest.mark.parametrize("version", [3, 5])
@@ -383,9 +449,9 @@ def test_a_manifest_of_another_schema_is_refused(tiny_store: StoreMaker, version
     store_url = tiny_store()
     edit_manifest(store_url, new_field=True)
     with pytest.raises(StoreError, match="not a manifest of schema 4: new_field: "):
-        shards.read_manifest(store_url)
+        read_manifest(store_url)
     edit_manifest(store_url, schema_version=version)
-    for read in (shards.find_manifest, shards.read_manifest):
+    for read in (find_manifest, read_manifest):
         with pytest.raises(
             StoreError, match=f"manifest of schema {version}, this version reads 4; prepare the"
         ):
@@ -396,7 +462,7 @@ def test_a_manifest_without_a_split_is_refused(tiny_store: StoreMaker) -> None:
     store_url = tiny_store()
     edit_manifest(store_url, splits={})
     with pytest.raises(StoreError, match=r"not a manifest of schema 4: splits: .*train, val, test"):
-        shards.read_manifest(store_url)
+        read_manifest(store_url)
 
 
 def test_every_field_of_the_manifest_is_of_a_plain_type(tiny_store: StoreMaker) -> None:
@@ -426,7 +492,7 @@ rows = st.builds(
 
 @pytest.fixture(scope="module")
 def small_manifest(tiny_store: StoreMaker) -> Manifest:
-    return shards.read_manifest(tiny_store())
+    return read_manifest(tiny_store())
 
 
 @settings(max_examples=50)
@@ -434,9 +500,9 @@ def small_manifest(tiny_store: StoreMaker) -> Manifest:
 def test_studies_round_trip_with_boxes_and_gaps(
     small_manifest: Manifest, table: list[StudyRow]
 ) -> None:
-    entry = shards.write_studies("memory://studies", shards.tabulate_studies(table))
+    entry = write_studies("memory://studies", tabulate_studies(table))
     manifest = small_manifest.model_copy(update={"studies": entry})
-    read = shards.read_studies("memory://studies", manifest)
+    read = read_studies("memory://studies", manifest)
     assert list(read.values()) == sorted(table, key=lambda row: row.key)
     assert list(read) == [row.key for row in read.values()]
 
@@ -446,7 +512,7 @@ def test_columns_have_the_same_types_whatever_is_missing(tmp_path: Path) -> None
     full = StudyRow("k", "p", "val", 1, "Normal", (Box(1, 2, 3, 4),), 3, "F", "AP", 0.1, "d", "e")
     schemas = []
     for content in ([row], [full], []):
-        shards.write_studies(str(tmp_path), shards.tabulate_studies(content))
+        write_studies(str(tmp_path), tabulate_studies(content))
         schemas.append(pq.read_schema(tmp_path / "studies.parquet"))
     assert schemas[0] == schemas[1] == schemas[2]
 
@@ -460,7 +526,7 @@ places = st.sampled_from(["train", "val"])
 def test_duplicates_are_counted_within_and_across_patients_and_splits(
     table: list[tuple[str, str, str]],
 ) -> None:
-    studies = shards.tabulate_studies(
+    studies = tabulate_studies(
         StudyRow(str(i), patient, split, 0, "Normal", (), None, None, None, None, picture, "e")
         for i, (picture, patient, split) in enumerate(table)
     )
@@ -472,16 +538,16 @@ def test_duplicates_are_counted_within_and_across_patients_and_splits(
         across_patients=sum(len({row[1] for row in group}) > 1 for group in several),
         across_splits=sum(len({row[2] for row in group}) > 1 for group in several),
     )
-    assert shards.find_duplicates(studies, has_patients=True) == found
+    assert find_duplicates(studies, has_patients=True) == found
     unknown = found.model_copy(update={"across_patients": None})
-    assert shards.find_duplicates(studies, has_patients=False) == unknown
+    assert find_duplicates(studies, has_patients=False) == unknown
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "a byte", "a target"])
 def test_studies_that_are_not_as_vouched_are_refused(tiny_store: StoreMaker, damage: str) -> None:
     store_url = tiny_store()
-    manifest = shards.read_manifest(store_url)
-    table = list(shards.read_studies(store_url, manifest).values())
+    manifest = read_manifest(store_url)
+    table = list(read_studies(store_url, manifest).values())
     path = Path(store_url) / "studies.parquet"
     data = bytearray(path.read_bytes())
     path.unlink()
@@ -495,9 +561,9 @@ def test_studies_that_are_not_as_vouched_are_refused(tiny_store: StoreMaker, dam
         path.write_bytes(data)
     elif damage == "a target":  # as a table it is sound
         table[3] = replace(table[3], target=1 - table[3].target)
-        shards.write_studies(store_url, shards.tabulate_studies(table))
+        write_studies(store_url, tabulate_studies(table))
     with pytest.raises(DataError, match=rf"studies\.parquet: {message}"):
-        shards.read_studies(store_url, manifest)
+        read_studies(store_url, manifest)
 
 
 @pytest.mark.parametrize("content", ["text", "other columns"])
@@ -512,9 +578,9 @@ def test_what_is_vouched_for_and_yet_no_table_of_studies_is_refused(
         pq.write_table(pa.table({"key": ["a"]}), path)
     data = path.read_bytes()
     entry = FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-    manifest = shards.read_manifest(store_url).model_copy(update={"studies": entry})
+    manifest = read_manifest(store_url).model_copy(update={"studies": entry})
     with pytest.raises(DataError, match=r"studies\.parquet: not a table of studies; delete the"):
-        shards.read_studies(store_url, manifest)
+        read_studies(store_url, manifest)
 
 
 def test_the_quarantine_round_trips_and_is_vouched_for(
@@ -525,10 +591,10 @@ def test_the_quarantine_round_trips_and_is_vouched_for(
         Rejected("b" * 20, "val", "missing", "no DICOM file"),
         Rejected("a" * 20, None, "contradiction", "two classes"),
     ]
-    entry = shards.write_quarantine(store_url, rejected)
+    entry = write_quarantine(store_url, rejected)
     manifest = small_manifest.model_copy(update={"quarantine": entry})
-    assert shards.read_quarantine(store_url, manifest) == rejected[::-1]
+    assert read_quarantine(store_url, manifest) == rejected[::-1]
     path = Path(store_url) / "quarantine.jsonl"
     path.write_text(path.read_text().replace("val", "train"))
     with pytest.raises(DataError, match=r"quarantine\.jsonl: not what the manifest vouches for"):
-        shards.read_quarantine(store_url, manifest)
+        read_quarantine(store_url, manifest)

@@ -22,10 +22,11 @@ from pathlib import Path
 import pydicom
 import pytest
 
-from pneumo.dataset.source import derive_file_key, read_hash_key, read_source, read_split_list
+from pneumo.dataset.source import read_source, read_split_list
+from pneumo.dataset.study_keys import derive_file_key, read_hash_key
 from pneumo.errors import SourceError
 from pneumo.images.boxes import Box
-from pneumo.images.dicom import read_header
+from pneumo.images.headers import read_header
 
 FolderMaker = Callable[..., Path]
 

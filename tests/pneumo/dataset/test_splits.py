@@ -21,9 +21,9 @@ from pneumo.dataset.splits import (
     SPLITS,
     LeakageAudit,
     Split,
+    assign_groups,
     check_shards,
-    clustered_share,
-    place_group,
+    clustered_fraction,
     recall_salt,
     remember_salt,
     split_studies,
@@ -151,18 +151,16 @@ def test_few_studies_are_split_if_any_salt_can(seed: int) -> None:
 @pytest.mark.parametrize(("val", "test"), [(0.15, 0.15), (0.1, 0.3), (0.4, 0.4)])
 def test_shares_are_near_the_wanted_ones(val: float, test: float) -> None:
     config = SplitConfig(val_fraction=val, test_fraction=test)
-    placed = Counter(place_group(str(i), config, 3, 1) for i in range(20_000))
+    placed = Counter(assign_groups([str(i) for i in range(20_000)], config, 3, 1).values())
     # Four standard deviations of a binomial share.
     for name, share in (("val", val), ("test", test), ("train", 1 - val - test)):
         assert abs(placed[name] / 20_000 - share) < 4 * (share * (1 - share) / 20_000) ** 0.5
 
 
 def test_a_larger_share_moves_patients_out_of_train_only() -> None:
-    def place(patient: int, val: float) -> str:
-        config = SplitConfig(val_fraction=val)
-        return place_group(str(patient), config, 0, 0)
-
-    moved = {(place(i, 0.1), place(i, 0.2)) for i in range(3000)}
+    patients = [str(i) for i in range(3000)]
+    few, many = (assign_groups(patients, SplitConfig(val_fraction=v), 0, 0) for v in (0.1, 0.2))
+    moved = {(few[patient], many[patient]) for patient in patients}
     assert ("val", "train") not in moved
     assert ("val", "test") not in moved
     assert ("train", "test") in moved
@@ -244,7 +242,7 @@ def test_a_list_of_another_data_set_is_refused() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 8).map(str), st.integers(0, 1)), min_size=1, max_size=60))
 def test_an_interval_of_a_share_holds_the_share(pairs: list[tuple[str, int]]) -> None:
-    interval = clustered_share(pairs)
+    interval = clustered_fraction(pairs)
     assert interval.value == sum(target for _, target in pairs) / len(pairs)
     assert 0 <= interval.low <= interval.value <= interval.high <= 1
     if len(pairs) < 30:
@@ -254,7 +252,7 @@ def test_an_interval_of_a_share_holds_the_share(pairs: list[tuple[str, int]]) ->
 def test_studies_of_one_patient_are_no_new_evidence() -> None:
     alone = [(str(i), int(i % 4 == 0)) for i in range(400)]
     tenfold = [pair for pair in alone for _ in range(10)]
-    one, ten = clustered_share(alone), clustered_share(tenfold)
+    one, ten = clustered_fraction(alone), clustered_fraction(tenfold)
     assert ten.low == pytest.approx(one.low, abs=2e-3)
     assert ten.high == pytest.approx(one.high, abs=2e-3)
     exact = binomtest(100, 400).proportion_ci(method="exact")
@@ -361,6 +359,6 @@ def test_all_of_rsna(shared_data: Path, tmp_path: Path) -> None:
     assert 0.66 < audit.leaked_by_image < 0.74
     for name in SPLITS:
         assert audit.prevalence[name].value == pytest.approx(0.2253, abs=0.005)
-    everyone = clustered_share([(s.patient, s.target) for s in source.studies])
+    everyone = clustered_fraction([(s.patient, s.target) for s in source.studies])
     # The standard error is 0.0053 by patient (a bootstrap says 0.0052), and 0.0025 by image.
     assert (everyone.high - everyone.low) / 2 / 1.96 == pytest.approx(0.0053, abs=1e-4)

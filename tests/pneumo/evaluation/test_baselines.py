@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from pneumo.dataset.shards import StudyRow
+from pneumo.dataset.study_table import StudyRow
 from pneumo.errors import MetricError
 from pneumo.evaluation import bootstrap
 from pneumo.evaluation.baselines import (

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.special import expit
 
-from pneumo.dataset.shards import StudyRow
+from pneumo.dataset.study_table import StudyRow
 from pneumo.errors import DataError
 from pneumo.evaluation.predictions import (
     SCORING,

@@ -4,7 +4,7 @@ Decoders in C and C++ may crash, hang or fill the memory, so the examples run in
 own. `run_campaign` restarts such a process after a crash and says which example it was; an example
 is made from its number alone. A larger campaign:
 
-    DICOM_FUZZ_EXAMPLES=20000 python -m pytest tests/pneumo/test_dicom_fuzz.py -s
+    DICOM_FUZZ_EXAMPLES=20000 python -m pytest tests/pneumo/images/test_dicom_fuzz.py -s
 """
 
 from __future__ import annotations
@@ -300,7 +300,14 @@ def run_campaign(num_examples: int, folder: Path) -> Campaign:
         notes = folder / f"{start}.jsonl"
         stop = min(start + 1000, num_examples)
         process = subprocess.run(
-            [sys.executable, "-m", "tests.pneumo.test_dicom_fuzz", str(start), str(stop), notes],
+            [
+                sys.executable,
+                "-m",
+                "tests.pneumo.images.test_dicom_fuzz",
+                str(start),
+                str(stop),
+                notes,
+            ],
             cwd=CHECKOUT,
             capture_output=True,
             check=False,
@@ -394,7 +401,7 @@ def test_the_made_files_are_the_pictures_that_they_are_made_of() -> None:
 )
 def test_a_small_file_that_claims_much_takes_little_memory(name: str, tmp_path: Path) -> None:
     code = (
-        "import sys; from tests.pneumo import test_dicom_fuzz as fuzz; "
+        "import sys; from tests.pneumo.images import test_dicom_fuzz as fuzz; "
         "print(fuzz.describe_outcome(fuzz.claim_size(sys.argv[1], int(sys.argv[2]))), "
         "fuzz.peak_mib())"
     )
@@ -429,7 +436,7 @@ def claim_size(name: str, side: int) -> bytes:
 
 def test_a_frame_of_64_million_pixels_of_16_bits_takes_little_memory() -> None:
     code = (
-        "import numpy as np; from tests.pneumo import test_dicom_fuzz as fuzz; "
+        "import numpy as np; from tests.pneumo.images import test_dicom_fuzz as fuzz; "
         "data = fuzz.write_file(np.arange(64_000_000, dtype=np.uint16).reshape(8000, 8000)); "
         "open('/proc/self/clear_refs', 'w').write('5'); "  # the peak starts anew
         "print(fuzz.describe_outcome(data), fuzz.peak_mib())"

@@ -21,7 +21,8 @@ from pneumo import storage
 from pneumo.config import AugmentConfig, Config, DataConfig
 from pneumo.config_layers import override
 from pneumo.dataset import shards
-from pneumo.dataset.shards import Manifest, Sample
+from pneumo.dataset.manifest import Manifest, read_manifest
+from pneumo.dataset.shards import Sample, read_shard, write_shard
 from pneumo.errors import ConfigError, DataError
 from pneumo.loading import augmentation, loader, sample_order
 from pneumo.loading.blocks import Blocks, PreparedStore, input_size, to_input
@@ -102,9 +103,7 @@ def train_batches(data: Loader, epoch: int = 0, start_step: int = 0) -> Iterator
 def stored(store: tuple[str, Manifest], split: str) -> list[Sample]:
     store_url, manifest = store
     entries = manifest.splits[split].shards
-    return [
-        s for entry in entries for s in shards.read_shard(store_url, entry, manifest.image_size)
-    ]
+    return [s for entry in entries for s in read_shard(store_url, entry, manifest.image_size)]
 
 
 def assert_same(one: list[Batch], two: list[Batch]) -> None:
@@ -418,7 +417,7 @@ def read_all(store_url: str, manifest: Manifest, way: str) -> None:
 def spoilt(tiny_store: StoreMaker) -> tuple[str, Manifest]:
     """A store of three shards of one block, to be damaged."""
     store_url = tiny_store(train=48)
-    return store_url, shards.read_manifest(store_url)
+    return store_url, read_manifest(store_url)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -517,7 +516,7 @@ def test_a_study_that_stands_twice_is_refused(spoilt: tuple[str, Manifest], way:
     store_url, manifest = spoilt
     samples = stored(spoilt, "train")
     entries = manifest.splits["train"].shards
-    again = shards.write_shard(store_url, "train/000002.tar", [*samples[32:47], samples[3]])
+    again = write_shard(store_url, "train/000002.tar", [*samples[32:47], samples[3]])
     train = manifest.splits["train"].model_copy(update={"shards": (*entries[:2], again)})
     wrong = manifest.model_copy(update={"splits": {**manifest.splits, "train": train}})
     message = "split train: (1 of 48 studies stand|a study stands) in it more than once"

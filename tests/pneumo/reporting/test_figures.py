@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from pneumo.config import EvaluateConfig
-from pneumo.dataset.quality import ContactSheet, Intensity, Quality, SplitQuality
-from pneumo.dataset.shards import Duplicates
+from pneumo.dataset.contact_sheets import ContactSheet
+from pneumo.dataset.manifest import Duplicates
+from pneumo.dataset.quality import Intensity, Quality, SplitQuality
 from pneumo.evaluation.bootstrap import Estimate
 from pneumo.evaluation.evaluation import evaluate
 from pneumo.evaluation.predictions import Predictions, sigmoid

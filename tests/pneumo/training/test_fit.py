@@ -22,7 +22,7 @@ from torch import nn
 from pneumo import storage
 from pneumo.config import Config, TrainConfig
 from pneumo.config_layers import override
-from pneumo.dataset import shards
+from pneumo.dataset.manifest import read_manifest
 from pneumo.errors import (
     CheckpointError,
     ConfigError,
@@ -303,7 +303,7 @@ def test_a_cosine_is_half_way_in_the_middle_and_ends_at_zero(total: int) -> None
 
 
 def test_a_balanced_weight_is_negatives_over_positives_of_train(store_url: str) -> None:
-    manifest = shards.read_manifest(store_url)
+    manifest = read_manifest(store_url)
     assert manifest.splits["train"].positives == 17
     assert resolve_pos_weight(TrainConfig(), manifest) == (51 - 17) / 17
     assert resolve_pos_weight(TrainConfig(pos_weight=3.5), manifest) == 3.5
@@ -313,7 +313,7 @@ def test_a_balanced_weight_is_negatives_over_positives_of_train(store_url: str) 
 def test_a_split_of_one_class_is_refused_before_the_first_step(
     store_url: str, tmp_path: Path, positives: int
 ) -> None:
-    manifest = shards.read_manifest(store_url)
+    manifest = read_manifest(store_url)
     train = manifest.splits["train"].model_copy(update={"positives": positives})
     one_sided = manifest.model_copy(update={"splits": {**manifest.splits, "train": train}})
     message = rf"train\.pos_weight: balanced needs both classes, and {positives} of the 51 studies"
@@ -358,7 +358,7 @@ def test_a_run_leaves_its_metrics_and_tells_its_caller(store_url: str, run_url: 
     index = read_index(run_url)
     assert index.finished
     checkpoint = newest(run_url)
-    manifest = shards.read_manifest(store_url)
+    manifest = read_manifest(store_url)
     assert checkpoint.config == config
     assert checkpoint.manifest_digest == manifest.digest
     assert (checkpoint.mean, checkpoint.std) == (manifest.mean, manifest.std)
@@ -655,7 +655,7 @@ def begun_run(store_url: str, tmp_path: Path) -> str:
         optimizer={},
         epoch=1,
         config=SMALL,
-        manifest_digest=shards.read_manifest(store_url).digest,
+        manifest_digest=read_manifest(store_url).digest,
         image_size=32,
         mean=0.5,
         std=0.2,
@@ -680,7 +680,7 @@ def begun_run(store_url: str, tmp_path: Path) -> str:
 def test_other_settings_do_not_go_on_with_a_run(
     begun_run: str, store_url: str, changes: dict[str, Any], named: str
 ) -> None:
-    manifest = shards.read_manifest(store_url)
+    manifest = read_manifest(store_url)
     message = rf"^{begun_run}: was begun with other settings in {named}; repeat them to go on, or"
     with pytest.raises(RunError, match=message):
         check_run(override(SMALL, changes), manifest, begun_run, num_workers=1)
@@ -696,7 +696,7 @@ def test_settings_that_do_not_touch_training_may_change(begun_run: str, store_ur
             "data.cache": "stream",
         },
     )
-    assert check_run(changed, shards.read_manifest(store_url), begun_run, num_workers=3) == 32
+    assert check_run(changed, read_manifest(store_url), begun_run, num_workers=3) == 32
 
 
 def test_weights_of_another_model_are_not_taken(begun_run: str, store_url: str) -> None:
@@ -706,7 +706,7 @@ def test_weights_of_another_model_are_not_taken(begun_run: str, store_url: str) 
 
 
 def test_another_store_does_not_go_on_with_a_run(begun_run: str, tiny_store: StoreMaker) -> None:
-    other = shards.read_manifest(tiny_store(seed=1))
+    other = read_manifest(tiny_store(seed=1))
     message = rf"was begun on another store \(manifest \w{{12}}, not {other.digest[:12]}\); give an"
     with pytest.raises(RunError, match=message):
         check_run(SMALL, other, begun_run, num_workers=1)
@@ -727,7 +727,7 @@ def test_another_store_does_not_go_on_with_a_run(begun_run: str, tiny_store: Sto
 def test_sizes_that_do_not_fit_are_refused_before_the_first_step(
     store_url: str, tmp_path: Path, changes: dict[str, Any], num_workers: int, message: str
 ) -> None:
-    manifest = shards.read_manifest(store_url)
+    manifest = read_manifest(store_url)
     with pytest.raises(ConfigError, match=message):
         check_run(override(SMALL, changes), manifest, str(tmp_path), num_workers=num_workers)
 
@@ -735,7 +735,7 @@ def test_sizes_that_do_not_fit_are_refused_before_the_first_step(
 def test_weights_that_do_not_fit_are_refused_before_the_first_step(
     store_url: str, tmp_path: Path
 ) -> None:
-    manifest = shards.read_manifest(store_url)
+    manifest = read_manifest(store_url)
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "weights.pt")
     for name, message in (("weights.pt", "does not fit"), ("absent.pt", "is no file; give 'image")):
         config = override(SMALL, {"model.weights": str(tmp_path / name)})

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pneumo.config import Config
-from pneumo.dataset.shards import read_manifest
+from pneumo.dataset.manifest import read_manifest
 from pneumo.errors import RunError
 from pneumo.loading.sample_order import World
 from pneumo.training.checkpoints import Checkpoint, claim_run, read_index, save_checkpoint

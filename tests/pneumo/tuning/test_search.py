@@ -13,7 +13,7 @@ import tomli_w
 
 from pneumo.config import Config
 from pneumo.config_layers import override
-from pneumo.dataset.shards import read_manifest
+from pneumo.dataset.manifest import read_manifest
 from pneumo.tuning.choice import (
     Confirmation,
     SettingChoice,

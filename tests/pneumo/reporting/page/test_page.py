@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from pneumo.config import Config, EvaluateConfig
-from pneumo.dataset.quality import ContactSheet, Intensity, Quality, Shift, SplitQuality
-from pneumo.dataset.shards import Duplicates
+from pneumo.dataset.contact_sheets import ContactSheet
+from pneumo.dataset.manifest import Duplicates
+from pneumo.dataset.quality import Intensity, Quality, Shift, SplitQuality
 from pneumo.dataset.splits import SPLITS, Interval, LeakageAudit
 from pneumo.evaluation.evaluation import evaluate
 from pneumo.evaluation.predictions import Predictions, sigmoid

@@ -5,7 +5,7 @@ import json
 import pytest
 import wandb
 
-from pneumo.dataset.shards import read_manifest
+from pneumo.dataset.manifest import read_manifest
 from pneumo.reporting.tracking.artifacts import describe_dataset, describe_results, describe_weights
 from pneumo.training.checkpoints import CheckpointEntry
 

@@ -1,0 +1,98 @@
+"""Some pictures of the training split for each finding, to be looked at."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from pneumo.dataset.manifest import Manifest
+from pneumo.dataset.quality import UNKNOWN, order_values
+from pneumo.dataset.shards import Sample, decode_block, read_block
+from pneumo.dataset.source import Finding
+from pneumo.dataset.study_table import StudyRow
+from pneumo.errors import DataError
+
+_MOST_BLOCKS = 16
+"""Most blocks that are read for the contact sheets: 52 MB at 224 px."""
+
+
+@dataclass(frozen=True, eq=False)
+class ContactSheet:
+    """Some pictures of train with one finding, drawn at random."""
+
+    finding: str
+    studies: int
+    """Studies of train that have it."""
+    pictures: tuple[npt.NDArray[np.uint8], ...]
+    """(S, S) uint8 each, 0 = black."""
+    views: tuple[str, ...]
+    """Of each picture: 'AP', 'PA' or 'unknown'."""
+
+    @property
+    def caption(self) -> str:
+        """`Normal: 12 of 4,321 studies of train, 5 AP, 7 PA`; nothing that names a study."""
+        views = (
+            f"{n} of unknown view" if view == UNKNOWN else f"{n} {view}"
+            for view, n in sorted(Counter(self.views).items())
+        )
+        start = f"{self.finding}: {len(self.pictures)} of {self.studies:,} studies of train"
+        return ", ".join([start, *views])
+
+
+def read_contact_sheets(
+    store_url: str, manifest: Manifest, studies: Mapping[str, StudyRow], *, per_finding: int = 12
+) -> tuple[ContactSheet, ...]:
+    """Pictures of train for each finding, `studies` by key.
+
+    Shards were filled in a random order, so the first studies are a random sample: usually one
+    block is read, and never more than `_MOST_BLOCKS`. A rare finding then has fewer pictures.
+    Raises DataError when a shard is missing or not as vouched.
+    """
+    blocks = [(entry, block) for entry in manifest.splits["train"].shards for block in entry.blocks]
+    samples = (
+        sample
+        for entry, block in blocks[:_MOST_BLOCKS]
+        for sample in decode_block(
+            read_block(store_url, entry, block), entry, block, manifest.image_size
+        )
+    )
+    return choose_contact(samples, studies, per_finding=per_finding)
+
+
+def choose_contact(
+    samples: Iterable[Sample], studies: Mapping[str, StudyRow], *, per_finding: int = 12
+) -> tuple[ContactSheet, ...]:
+    """The first `per_finding` of `samples` with each finding that train has; takes no more samples
+    than that needs.
+
+    Raises DataError for a sample that `studies` does not know.
+    """
+    totals = Counter(row.finding for row in studies.values() if row.split == "train")
+    order = order_values(set(totals), [finding for finding in get_args(Finding) if totals[finding]])
+    chosen: dict[str, list[tuple[Sample, StudyRow]]] = {finding: [] for finding in order}
+    wanted = sum(min(per_finding, number) for number in totals.values())
+    for sample in samples:
+        row = studies.get(sample.key)
+        if row is None or row.split != "train":
+            raise DataError(
+                "studies.parquet: a study in a shard of train is not in it; delete the store and "
+                "prepare it again"
+            )
+        if len(chosen[row.finding]) < per_finding:
+            chosen[row.finding].append((sample, row))
+        if sum(map(len, chosen.values())) >= wanted:
+            break
+    return tuple(
+        ContactSheet(
+            finding=finding,
+            studies=totals[finding],
+            pictures=tuple(sample.pixels for sample, _ in taken),
+            views=tuple(row.view or UNKNOWN for _, row in taken),
+        )
+        for finding, taken in chosen.items()
+    )

@@ -1,0 +1,142 @@
+"""What a store says of its studies beside the shards: studies.parquet, and quarantine.jsonl."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from blake3 import blake3
+
+from pneumo import storage
+from pneumo.dataset.manifest import Duplicates, FileEntry, Manifest, naming_file
+from pneumo.dataset.source import Rejected
+from pneumo.errors import DataError
+from pneumo.images.boxes import Box
+
+STUDIES = "studies.parquet"
+QUARANTINE = "quarantine.jsonl"
+
+
+@dataclass(frozen=True)
+class StudyRow:
+    """One row of studies.parquet: what is known of a study, without any identifier."""
+
+    key: str
+    patient: str
+    split: str
+    target: int
+    finding: str
+    boxes: tuple[Box, ...]
+    """In pixels of the stored image."""
+    age: int | None
+    sex: str | None
+    view: str | None
+    spacing_mm: float | None
+    pixels_digest: str
+    """Digest of the stored picture, 32 hex digits: equal pictures have equal ones."""
+    source_blake3: str
+    """BLAKE3 of the DICOM file, in hex, keyed by `study_keys.derive_file_key`: who has the hash key
+    can find the file of a picture, and nobody else."""
+
+
+def digest_pixels(pixels: npt.NDArray[np.uint8]) -> str:
+    """What `StudyRow.pixels_digest` holds: the first half of the BLAKE3, in hex."""
+    return blake3(np.ascontiguousarray(pixels).data).hexdigest()[:32]
+
+
+def find_duplicates(studies: pa.Table, *, has_patients: bool) -> Duplicates:
+    """Which pictures occur with more than one study; `studies` as `tabulate_studies` makes it, and
+    whether its patients are more than images."""
+    groups = studies.group_by("pixels_digest").aggregate(
+        [("key", "count"), ("patient", "count_distinct"), ("split", "count_distinct")]
+    )
+    several = groups.filter(pc.field("key_count") > 1)
+    across = sum(n > 1 for n in several["patient_count_distinct"].to_pylist())
+    return Duplicates(
+        pictures=len(several),
+        studies=sum(several["key_count"].to_pylist()),
+        across_patients=across if has_patients else None,
+        across_splits=sum(n > 1 for n in several["split_count_distinct"].to_pylist()),
+    )
+
+
+def tabulate_studies(rows: Iterable[StudyRow]) -> pa.Table:
+    """The rows as they stand in studies.parquet."""
+    columns: dict[str, list[Any]] = {name: [] for name in StudyRow.__dataclass_fields__}
+    for row in rows:
+        for name, values in columns.items():
+            value = getattr(row, name)
+            values.append([list(box) for box in value] if name == "boxes" else value)
+    types = {
+        "boxes": pa.list_(pa.list_(pa.float64())),
+        "target": pa.int64(),
+        "age": pa.int64(),
+        "spacing_mm": pa.float64(),
+    }
+    return pa.table(
+        {name: pa.array(column, types.get(name, pa.string())) for name, column in columns.items()}
+    )
+
+
+def write_studies(store_url: str, table: pa.Table) -> FileEntry:
+    """Publish studies.parquet, its rows sorted by key; the entry that the manifest will carry."""
+    buffer = io.BytesIO()
+    pq.write_table(table.sort_by("key").combine_chunks(), buffer)
+    return _write_vouched(store_url, STUDIES, buffer.getvalue())
+
+
+def read_studies(store_url: str, manifest: Manifest) -> dict[str, StudyRow]:
+    """The rows of studies.parquet by key.
+
+    Raises DataError when it is missing, or not what the manifest vouches for.
+    """
+    data = _read_vouched(store_url, STUDIES, manifest.studies)
+    try:
+        table = pq.read_table(io.BytesIO(data), columns=list(StudyRow.__dataclass_fields__))
+    except pa.ArrowInvalid as error:
+        raise DataError(
+            f"{storage.join(store_url, STUDIES)}: not a table of studies; delete the store and "
+            "prepare it again"
+        ) from error
+    rows = (
+        StudyRow(**{**row, "boxes": tuple(Box(*box) for box in row["boxes"])})
+        for row in table.to_pylist()
+    )
+    return {row.key: row for row in rows}
+
+
+def write_quarantine(store_url: str, rejected: Iterable[Rejected]) -> FileEntry:
+    """Publish quarantine.jsonl, sorted by key; the entry that the manifest will carry."""
+    lines = (json.dumps(asdict(item)) for item in sorted(rejected, key=lambda item: item.key))
+    text = "".join(f"{line}\n" for line in lines)
+    return _write_vouched(store_url, QUARANTINE, text.encode())
+
+
+def read_quarantine(store_url: str, manifest: Manifest) -> list[Rejected]:
+    """The studies that could not be used, sorted by key.
+
+    Raises DataError when the list is missing, or not what the manifest vouches for.
+    """
+    data = _read_vouched(store_url, QUARANTINE, manifest.quarantine)
+    return [Rejected(**json.loads(line)) for line in data.splitlines()]
+
+
+def _write_vouched(store_url: str, name: str, data: bytes) -> FileEntry:
+    storage.write_bytes(storage.join(store_url, name), data)
+    return FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def _read_vouched(store_url: str, name: str, entry: FileEntry) -> bytes:
+    with naming_file(name, store_url):
+        return storage.read_bytes(
+            storage.join(store_url, name), sha256=entry.sha256, size=entry.bytes
+        )
