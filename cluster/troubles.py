@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cluster import rayjob
 from cluster.overlays import Document
 
 _IMAGE = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"}
@@ -36,7 +37,14 @@ _POD_ADVICE = {
 NODE_TYPE = "ray.io/node-type"
 """KubeRay's label: head or worker."""
 SUBMITTER = "ray-job-submitter"
+GIVEN_UP = "JobStatusCheckTimeoutExceeded"
+"""Why an operator of 1.7 ends a run whose head did not answer for 300 s, without another try."""
 PREFLIGHT = "preflight"
+OLDEST_OPERATOR = (1, 7)
+"""Before, `preRunningDeadlineSeconds` is dropped; before 1.6, token authentication is."""
+_OPERATOR_TAGS = "RAY_USAGE_STATS_EXTRA_TAGS"
+_IS_SO_ALREADY = re.compile(r"already exists|not found")
+"""What the operator's own haste makes it complain of: created twice, deleted twice."""
 _PATIENT_RESTARTS = 2
 """A preflight that fails of time, not of a mistake, may be the pod's network coming up."""
 
@@ -58,9 +66,11 @@ class Trouble:
 
 def find(job: Document, pods: Sequence[Document], warnings: Sequence[Document]) -> list[Trouble]:
     """The troubles of a run, those that explain others first."""
+    pods = sorted(pods, key=lambda pod: not is_head(pod))
     found = [
         *_of_job(job),
         *(trouble for pod in pods for trouble in _of_pod(pod, job)),
+        *_of_operator(job, pods),
         *_of_warnings(job, pods, warnings),
     ]
     return list({trouble.key: trouble for trouble in reversed(found)}.values())[::-1]
@@ -77,8 +87,8 @@ def _of_job(job: Document) -> Iterator[Trouble]:
         "PreRunningDeadlineExceeded": "it waited longer than preRunningDeadlineSeconds; lower "
         "--workers, or take an overlay whose nodes there are",
         "ValidationFailed": "the operator refuses the RayJob; correct the overlay",
-        "JobStatusCheckTimeoutExceeded": "the operator could not ask the head how the job does; is "
-        "the head alive, and does the NetworkPolicy let the operator in?",
+        GIVEN_UP: "the operator did not reach the head for minutes, and does not try again by "
+        f"itself; the run goes on from its last checkpoint with: {rayjob.command(job)}",
         "JobDeploymentStatusTransitionGracePeriodExceeded": "the job ended, its submitter did not; "
         "its log and the run's folder tell how",
     }.get(str(reason))
@@ -96,8 +106,7 @@ def _of_pod(pod: Document, job: Document) -> Iterator[Trouble]:
         for each in pod["spec"].get(part, [])
     }
     yield from _of_scheduling(name, status)
-    is_head = (pod["metadata"].get("labels") or {}).get(NODE_TYPE) == "head"
-    yield from _of_loss(name, status, is_head=is_head)
+    yield from _of_loss(pod)
     for container in [
         *status.get("initContainerStatuses", []),
         *status.get("containerStatuses", []),
@@ -129,32 +138,57 @@ def _scheduling(message: str) -> str:
     return f"{message}; compare the overlay with the cluster's nodes"
 
 
-def _of_loss(name: str, status: Mapping[str, Any], *, is_head: bool) -> Iterator[Trouble]:
+def _of_loss(pod: Document) -> Iterator[Trouble]:
+    name, status = pod["metadata"]["name"], pod.get("status") or {}
     reason, message = str(status.get("reason", "")), _line(status.get("message"))
     for condition in status.get("conditions", []):
         if condition.get("type") == "DisruptionTarget" and condition.get("status") == "True":
             reason = reason or str(condition.get("reason", ""))
             message = message or _line(condition.get("message"))
     why = f"{reason}{f': {message}' if message else ''}"
+    then = _GOES_ON
     if reason in _GAVE_WAY:
         what = f"gave way to one of higher priority ({why})"
     elif reason == "Evicted":
         what = f"was evicted ({message}), see the overlay's sizes"
     elif reason in _EVICTED:
         what = f"was sent off its node ({why})"
+    elif reason == "DeletionByTaintManager":
+        node = pod["spec"].get("nodeName", "")
+        what = f"is being deleted, for its node {node} does not answer or was tainted ({reason})"
+        then = (
+            "another is started once it is gone, not before: when the node answers again, or its "
+            f"Node object goes, as clouds see to; elsewhere, where the machine is surely off, an "
+            f"administrator types: kubectl delete node {node}"
+        )
     else:
         what = f"lost its node ({why})"
     if reason:
-        yield Trouble((name, "lost"), f"pod {name} {what}; {_after(is_head=is_head)}")
+        yield Trouble((name, "lost"), f"pod {name} {what}; {then}")
 
 
-def _after(*, is_head: bool) -> str:
-    if is_head:
-        return (
-            "the job is lost with it; another cluster is started, and goes on from the last "
-            "checkpoint"
-        )
-    return "another is started, and the run goes on from the last checkpoint"
+_GOES_ON = "another is started, and the run goes on from its last checkpoint"
+
+
+def _of_operator(job: Document, pods: Sequence[Document]) -> Iterator[Trouble]:
+    """An operator older than its CRDs, which drops what it does not know in silence."""
+    for pod in filter(is_head, pods):
+        variables = {
+            each["name"]: each.get("value") or ""
+            for each in pod["spec"]["containers"][0].get("env", [])
+        }
+        found = re.search(r"kuberay_version=v(\d+)\.(\d+)", variables.get(_OPERATOR_TAGS, ""))
+        version = tuple(map(int, found.groups())) if found else OLDEST_OPERATOR
+        auth = job["spec"]["rayClusterSpec"].get("authOptions") or {}
+        open_to_all = auth.get("mode") == "token" and "RAY_AUTH_MODE" not in variables
+        if version < OLDEST_OPERATOR or open_to_all:
+            yield Trouble(
+                ("operator", "version"),
+                f"the KubeRay operator{f' is {found[1]}.{found[2]} and' if found else ''} does not "
+                f"do all that the overlay asks for"
+                f"{': whoever reaches the head may run code there' if open_to_all else ''}; have "
+                f"it updated to {'.'.join(map(str, OLDEST_OPERATOR))} or later",
+            )
 
 
 def _of_container(name: str, status: Document, spec: Document) -> Iterator[Trouble]:
@@ -198,6 +232,8 @@ def _of_submitter(name: str, status: Document, job: Document) -> Iterator[Troubl
     job_status = (job.get("status") or {}).get("jobStatus")
     if ended.get("exitCode") and job_status not in {"SUCCEEDED", "FAILED", "STOPPED"}:
         said = _line(ended.get("message"), last=True) or ended.get("reason", "no reason given")
+        if "WebSocket" in said:
+            said = "the head went away in the middle of the log"
         yield Trouble(
             (name, "submitter"),
             f"submitter {name} ended with exit code {ended['exitCode']} ({said}); another is "
@@ -228,6 +264,7 @@ def _of_warnings(
     name = job["metadata"]["name"]
     cluster = (job.get("status") or {}).get("rayClusterName") or name
     there = {pod["metadata"]["name"]: pod for pod in pods}
+    head_is_ready = any(is_head(pod) and _is_ready(pod) for pod in pods)
     for warning in sorted(warnings, key=_time, reverse=True):
         about, reason = warning.get("involvedObject") or {}, str(warning.get("reason", ""))
         kind, who = str(about.get("kind", "")), str(about.get("name", ""))
@@ -236,12 +273,12 @@ def _of_warnings(
             if reason == "Pending" and (job.get("spec") or {}).get("suspend"):
                 yield Trouble(("queue", "quota"), f"Kueue has no quota for it yet: {message}")
         elif kind == "Pod" and who in there:
-            yield from _of_living_pod(there[who], warning)
+            if head_is_ready or is_head(there[who]):  # the others wait for it
+                yield from _of_living_pod(there[who], warning)
         elif kind == "Pod" and reason in _LOST_EVENTS and who.startswith(f"{cluster}-"):
             if not message.startswith("Cancelling"):
-                is_head = who.startswith(f"{cluster}-head-")
                 what = f"pod {who} lost its node ({reason}: {message})"
-                yield Trouble((who, "lost"), f"{what}; {_after(is_head=is_head)}")
+                yield Trouble((who, "lost"), f"{what}; {_GOES_ON}")
         elif who in {name, cluster} and kind in {"RayJob", "RayCluster", "Job"}:
             yield from _of_controller(reason, message)
 
@@ -249,10 +286,8 @@ def _of_warnings(
 def _of_living_pod(pod: Document, warning: Document) -> Iterator[Trouble]:
     """What an event says of a pod that is not well, if the pod does not say it itself."""
     name, reason = pod["metadata"]["name"], str(warning.get("reason", ""))
-    conditions = (pod.get("status") or {}).get("conditions", [])
-    ready = any(each["type"] == "Ready" and each["status"] == "True" for each in conditions)
     count = warning.get("count") or (warning.get("series") or {}).get("count") or 1
-    if ready or reason in _TOLD_BY_STATUS:
+    if _is_ready(pod) or reason in _TOLD_BY_STATUS:
         return
     if reason == "Unhealthy" and count < _MANY_FAILED_PROBES:
         return
@@ -274,8 +309,17 @@ def _of_controller(reason: str, message: str) -> Iterator[Trouble]:
         )
     elif reason.startswith("InvalidRay"):
         yield Trouble(("job", "invalid"), f"the operator refuses it: {message}", exit_code=2)
-    elif reason.startswith("Failed"):
+    elif reason.startswith("Failed") and not _IS_SO_ALREADY.search(message):
         yield Trouble(("job", reason), f"{reason}: {message}")
+
+
+def is_head(pod: Document) -> bool:
+    return (pod["metadata"].get("labels") or {}).get(NODE_TYPE) == "head"
+
+
+def _is_ready(pod: Document) -> bool:
+    conditions = (pod.get("status") or {}).get("conditions", [])
+    return any(each["type"] == "Ready" and each["status"] == "True" for each in conditions)
 
 
 def _time(event: Document) -> str:

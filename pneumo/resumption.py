@@ -17,15 +17,10 @@ from pneumo.checkpoint import (
     load_checkpoint,
     load_newest,
 )
-from pneumo.config import Config
+from pneumo.config import Config, changed_sections
 from pneumo.errors import PneumoError, RunError
 from pneumo.partition import World
 from pneumo.shards import Manifest
-
-TRAINING_SECTIONS = ("seed", "data", "augment", "model", "train")
-"""The settings that a resumed run must share with its checkpoint, but for those that only say how
-the same weights come about."""
-_NO_MATTER = {"compile", "keep_checkpoints", "checkpoint_every_steps"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,17 +101,10 @@ def find_last(
             f"{run_url}: was begun on another store (manifest {before.manifest_digest[:12]}, not "
             f"{manifest.digest[:12]}); give another --run"
         )
-    then, now = (_training_settings(each) for each in (before.config, config))
-    changed = [name for name in TRAINING_SECTIONS if then[name] != now[name]]
+    changed = changed_sections(before.config, config)
     if changed:
         raise RunError(
             f"{run_url}: was begun with other settings in {', '.join(changed)}; repeat them to go "
             "on, or give another --run"
         )
     return index.until(entry), before
-
-
-def _training_settings(config: Config) -> dict[str, Any]:
-    settings = config.model_dump(include=set(TRAINING_SECTIONS))
-    train = {name: v for name, v in settings["train"].items() if name not in _NO_MATTER}
-    return {**settings, "data": config.data.image_size, "train": train}

@@ -23,7 +23,7 @@ from torch import nn
 
 from pneumo import loader, partition, storage
 from pneumo.checkpoint import Checkpoint, copy_to_cpu, describe_code
-from pneumo.config import Config, TrainConfig
+from pneumo.config import Config, TrainConfig, check_batch_size
 from pneumo.errors import (
     CheckpointError,
     ConfigError,
@@ -171,7 +171,7 @@ def check_sizes(config: Config, manifest: Manifest, *, num_workers: int) -> int:
     store, and for a training split of one class."""
     image_size = loader.input_size(manifest, config.data.image_size)
     train = config.train
-    partition.check_batch_size(train.batch_size, train.micro_batch_size, num_workers)
+    check_batch_size(train.batch_size, train.micro_batch_size, num_workers)
     partition.steps_per_epoch(manifest.splits["train"].samples, train.batch_size)
     resolve_pos_weight(train, manifest)
     return image_size

@@ -1,0 +1,153 @@
+"""One person's look at a run on KubeRay, from its submission to its end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
+
+from cluster import progress
+from cluster.driver_log import DriverLog, Left, LogCursor
+from cluster.kubernetes_api import Api, OutOfReachError
+from cluster.overlays import Document
+from cluster.run_state import is_leaving, judge_hopeless, submitters, to_state
+from cluster.states import JobState, Write
+from cluster.troubles import GIVEN_UP, Trouble
+from pneumo.errors import ConfigError
+
+ROUND_S = 5.0
+"""A log is left this often to look whether the pods are well."""
+MOST_RESUBMISSIONS = 2
+"""How often a run that the operator gave up is submitted again: as often as it tries itself."""
+
+
+class Followed(Protocol):
+    """What of a `KubernetesTarget` is needed here."""
+
+    @property
+    def api(self) -> Api: ...
+    @property
+    def patience_s(self) -> float: ...
+    def look(self, job_id: str) -> tuple[Document, Sequence[Document], Sequence[Trouble]]: ...
+    def cancel(self, job_id: str) -> JobState: ...
+    def resubmit(self, job: Document) -> str: ...
+
+
+class Following:
+    """Passes the driver's log to `write` and all else to `note`."""
+
+    def __init__(self, target: Followed, job_id: str, write: Write, note: Write) -> None:
+        self.target, self.job_id, self.note = target, job_id, note
+        self.said: set[object] = set()
+        self.pod = ""
+        self.log = DriverLog(write, note)
+        self.cursor = LogCursor(self.log)
+        self.was_going_on = False
+        self.resubmissions = 0
+        self.lost_at_s: float | None = None
+        self.seen = False
+
+    def follow(self) -> JobState:
+        """How the run ended. Raises ConfigError for one that nobody knows, OutOfReachError when
+        the API server stays away."""
+        while True:
+            try:
+                state = self._round()
+            except OutOfReachError as error:
+                self._wait_out(error)
+                continue
+            if state is not None:
+                return state
+
+    def _round(self) -> JobState | None:
+        """Look once, and stay with the log or the RayJob for a while; the state if it ended."""
+        try:
+            job, pods, found = self.target.look(self.job_id)
+        except ConfigError:
+            if self.seen:
+                return JobState(self.job_id, "cancelled", why="someone deleted the RayJob")
+            raise
+        self.seen, self.lost_at_s = True, None
+        state = to_state(job, found)
+        if is_leaving(job):  # its last words are still to come
+            state = replace(state, phase="running")
+        pod = self._submitter(pods)
+        hopeless = None if state.has_ended else judge_hopeless(job, state, found)
+        if hopeless is None and state.has_ended and self._goes_on(job):
+            return None
+        if hopeless is None and not state.has_ended:
+            self.was_going_on = True
+            self._tell(job, pods, state, found)
+        if hopeless is not None or state.has_ended:
+            if pod:
+                self.cursor.read_all(self.target.api, pod)
+            if hopeless is not None:
+                self.target.cancel(self.job_id)
+            return hopeless or state
+        self._stay(job, pod)
+        return None
+
+    def _stay(self, job: Document, pod: str) -> None:
+        """With the log, or the RayJob, for some seconds."""
+        left: Left = "ended"
+        if pod:
+            left = self.cursor.read(self.target.api, pod, follow=True, limit_s=ROUND_S)
+        if left == "ended":
+            version = job["metadata"]["resourceVersion"]
+            self.target.api.wait_for_change(self.job_id, version, int(ROUND_S))
+        elif left == "broken":
+            time.sleep(1.0)
+
+    def _goes_on(self, job: Document) -> bool:
+        """Whether a run that the operator gave up while we looked is submitted again."""
+        given_up = (job.get("status") or {}).get("reason") == GIVEN_UP
+        if not given_up or not self.was_going_on or self.resubmissions == MOST_RESUBMISSIONS:
+            return False
+        self.resubmissions += 1
+        before, self.job_id = self.job_id, self.target.resubmit(job)
+        self.note(
+            f"trouble: the operator did not reach the head of {before} for minutes and gave it up; "
+            f"submitted again as {self.job_id} ({self.resubmissions} of {MOST_RESUBMISSIONS}), it "
+            "goes on from its last checkpoint"
+        )
+        self.was_going_on = self.seen = False
+        return True
+
+    def _tell(
+        self,
+        job: Document,
+        pods: Sequence[Document],
+        state: JobState,
+        found: Sequence[Trouble],
+    ) -> None:
+        for key, line in progress.steps(job, pods):
+            self._say_once(key, line)
+        for trouble in found:
+            self._say_once(trouble.key, f"trouble: {trouble}")
+        if state.phase == "waiting" and not found:
+            self._say_once(state.why, f"waiting: {state.why}")
+
+    def _submitter(self, pods: Sequence[Document]) -> str:
+        """The pod whose log is the driver's now; "" while there is none."""
+        begun = submitters(pods)
+        name = str(begun[-1]["metadata"]["name"]) if begun else ""
+        if name and name != self.pod:
+            if self.pod:
+                self.note(f"another submitter took over: {name}")
+            self.log.begin()
+            self.pod, self.cursor = name, LogCursor(self.log)
+        return name
+
+    def _wait_out(self, error: OutOfReachError) -> None:
+        now_s = time.monotonic()
+        self.lost_at_s = self.lost_at_s or now_s
+        if now_s - self.lost_at_s > self.target.patience_s:
+            raise error
+        self._say_once("lost", f"{str(error).split(';')[0]}; the job goes on, trying again")
+        time.sleep(1.0)
+
+    def _say_once(self, key: object, text: str) -> None:
+        if key not in self.said:
+            self.said.add(key)
+            self.note(text)
