@@ -41,8 +41,6 @@ GIVEN_UP = "JobStatusCheckTimeoutExceeded"
 """Why an operator of 1.7 ends a run whose head did not answer for 300 s, without another try."""
 PREFLIGHT = "preflight"
 OLDEST_OPERATOR = (1, 7)
-"""Before, `preRunningDeadlineSeconds` is dropped; before 1.6, token authentication is."""
-_OPERATOR_TAGS = "RAY_USAGE_STATS_EXTRA_TAGS"
 _IS_SO_ALREADY = re.compile(r"already exists|not found")
 """What the operator's own haste makes it complain of: created twice, deleted twice."""
 _PATIENT_RESTARTS = 2
@@ -70,7 +68,7 @@ def find(job: Document, pods: Sequence[Document], warnings: Sequence[Document]) 
     found = [
         *_of_job(job),
         *(trouble for pod in pods for trouble in _of_pod(pod, job)),
-        *_of_operator(job, pods),
+        *_of_operator(pods),
         *_of_warnings(job, pods, warnings),
     ]
     return list({trouble.key: trouble for trouble in reversed(found)}.values())[::-1]
@@ -170,25 +168,18 @@ def _of_loss(pod: Document) -> Iterator[Trouble]:
 _GOES_ON = "another is started, and the run goes on from its last checkpoint"
 
 
-def _of_operator(job: Document, pods: Sequence[Document]) -> Iterator[Trouble]:
-    """An operator older than its CRDs, which drops what it does not know in silence."""
+def _of_operator(pods: Sequence[Document]) -> Iterator[Trouble]:
+    """An operator older than its CRDs, which drops what it does not know without a word."""
     for pod in filter(is_head, pods):
-        variables = {
-            each["name"]: each.get("value") or ""
-            for each in pod["spec"]["containers"][0].get("env", [])
-        }
-        found = re.search(r"kuberay_version=v(\d+)\.(\d+)", variables.get(_OPERATOR_TAGS, ""))
-        version = tuple(map(int, found.groups())) if found else OLDEST_OPERATOR
-        auth = job["spec"]["rayClusterSpec"].get("authOptions") or {}
-        open_to_all = auth.get("mode") == "token" and "RAY_AUTH_MODE" not in variables
-        if version < OLDEST_OPERATOR or open_to_all:
-            yield Trouble(
-                ("operator", "version"),
-                f"the KubeRay operator{f' is {found[1]}.{found[2]} and' if found else ''} does not "
-                f"do all that the overlay asks for"
-                f"{': whoever reaches the head may run code there' if open_to_all else ''}; have "
-                f"it updated to {'.'.join(map(str, OLDEST_OPERATOR))} or later",
-            )
+        for variable in pod["spec"]["containers"][0].get("env", []):
+            found = re.search(r"kuberay_version=v(\d+)\.(\d+)", variable.get("value") or "")
+            if found and tuple(map(int, found.groups())) < OLDEST_OPERATOR:
+                yield Trouble(
+                    ("operator", "version"),
+                    f"the KubeRay operator is {found[1]}.{found[2]} and drops what it does not "
+                    "know of the overlay: before 1.6 authOptions, so that Ray runs code of anyone "
+                    "who reaches the head, before 1.7 preRunningDeadlineSeconds; have it updated",
+                )
 
 
 def _of_container(name: str, status: Document, spec: Document) -> Iterator[Trouble]:
