@@ -32,6 +32,7 @@ from tests.kubernetes.server import find_host
 from tests.s3.server import ENDPOINT
 
 SUBMITTER, STRANGER = "submitter", "stranger"
+ROLE: Document = yaml.safe_load((CHECKOUT / "k8s" / "rbac" / "role.yaml").read_text())
 
 NewTeam = Callable[..., Team]
 
@@ -111,7 +112,7 @@ def new_team(
         for document in rendered:
             if document["kind"] != "RayJob":
                 kube.create(document, name)
-        _grant(kube, name)
+        grant(kube, name, ROLE)
         _create_secrets(kube, name, s3_environ)
         probe = {"probe.py": PROBE.read_text()}
         kube.create(_object("v1", "ConfigMap", "probe", data=probe), name)
@@ -155,21 +156,14 @@ def make_token(kube: KubeCluster, namespace: str, account: str) -> str:
     return str(kube.ask("POST", path, asked)["status"]["token"])
 
 
-def _grant(kube: KubeCluster, namespace: str) -> None:
-    """The Role of k8s/rbac, for the submitter."""
-    role = yaml.safe_load((CHECKOUT / "k8s" / "rbac" / "role.yaml").read_text())
+def grant(kube: KubeCluster, namespace: str, role: Document) -> None:
+    """Bind the submitter to a Role."""
     kube.create(role, namespace)
     group = "rbac.authorization.k8s.io"
     subject = {"kind": "ServiceAccount", "name": SUBMITTER, "namespace": namespace}
     reference = {"apiGroup": group, "kind": "Role", "name": role["metadata"]["name"]}
-    kube.create(
-        {
-            **_object(f"{group}/v1", "RoleBinding", "pneumo-submitters"),
-            "roleRef": reference,
-            "subjects": [subject],
-        },
-        namespace,
-    )
+    binding = _object(f"{group}/v1", "RoleBinding", role["metadata"]["name"])
+    kube.create({**binding, "roleRef": reference, "subjects": [subject]}, namespace)
 
 
 def _create_secrets(kube: KubeCluster, namespace: str, s3_environ: dict[str, str]) -> None:

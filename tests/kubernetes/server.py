@@ -91,7 +91,7 @@ def _kube(*words: str) -> subprocess.CompletedProcess[str]:
 
 @contextlib.contextmanager
 def running_s3(environ: Mapping[str, str]) -> Iterator[dict[str, str]]:
-    """The environment that names an S3 server which the cluster's pods reach, if there can be one."""
+    """The environment that names an S3 server which pods reach, if there can be one."""
     host = find_host(environ)
     if not host or environ.get(s3.ENDPOINT):
         yield {HOST: host}
