@@ -29,11 +29,12 @@ def steps(job: Document, pods: Sequence[Document]) -> Iterator[Step]:
         when = since(head, condition)
         if head and when:
             yield (condition, _identity(head)), line(text, when)
-    workers = {_identity(pod): since(pod, "Ready") for pod in there if node_type(pod) == "worker"}
-    ready = {who: when for who, when in workers.items() if when}
+    ready = [pod for pod in there if node_type(pod) == "worker" and since(pod, "Ready")]
     if ready:
+        newest = max(ready, key=lambda pod: since(pod, "Ready"))
         wanted = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"]
-        yield frozenset(ready), line(f"workers {len(ready)} of {wanted} ready", max(ready.values()))
+        text = f"workers {len(ready)} of {wanted} ready"
+        yield ("workers", _identity(newest)), line(text, since(newest, "Ready"))
     for submitter in filter(is_submitter, there):
         for container in (submitter.get("status") or {}).get("containerStatuses", []):
             running = container["state"].get("running")

@@ -77,16 +77,15 @@ def find(job: Document, pods: Sequence[Document], warnings: Sequence[Document]) 
 def _of_job(job: Document) -> Iterator[Trouble]:
     status = job.get("status") or {}
     reason, message = status.get("reason"), _line(status.get("message"))
+    again = f"it goes on from its last checkpoint with: {rayjob.command(job)}"
     advice = {
-        "SubmissionFailed": "the submitter could not reach the head; its pod's log and the "
-        "NetworkPolicy tell more",
-        "DeadlineExceeded": "raise activeDeadlineSeconds in the overlay, and submit again: the run "
-        "goes on from its last checkpoint",
+        "SubmissionFailed": f"the submitter lost the head, or never reached it; {again}",
+        "DeadlineExceeded": f"raise activeDeadlineSeconds in the overlay; {again}",
         "PreRunningDeadlineExceeded": "it waited longer than preRunningDeadlineSeconds; lower "
         "--workers, or take an overlay whose nodes there are",
         "ValidationFailed": "the operator refuses the RayJob; correct the overlay",
         GIVEN_UP: "the operator did not reach the head for minutes, and does not try again by "
-        f"itself; the run goes on from its last checkpoint with: {rayjob.command(job)}",
+        f"itself; {again}",
         "JobDeploymentStatusTransitionGracePeriodExceeded": "the job ended, its submitter did not; "
         "its log and the run's folder tell how",
     }.get(str(reason))
@@ -301,7 +300,7 @@ def _of_controller(reason: str, message: str) -> Iterator[Trouble]:
     elif reason.startswith("InvalidRay"):
         yield Trouble(("job", "invalid"), f"the operator refuses it: {message}", exit_code=2)
     elif reason.startswith("Failed") and not _IS_SO_ALREADY.search(message):
-        yield Trouble(("job", reason), f"{reason}: {message}")
+        yield Trouble(("job", reason), f"{reason}: {message}; it is tried again")
 
 
 def is_head(pod: Document) -> bool:
