@@ -145,6 +145,7 @@ class Team:
     """An s3:// URL that laptop and pods reach; "" where there is none."""
     environ: Mapping[str, str] = field(default_factory=dict)
     """What the person's shell has set: how the bucket is reached."""
+    overlay: Path = OVERLAY
 
     def command(
         self, *arguments: str, timeout_s: float = 400, **environ: str
@@ -172,7 +173,7 @@ class Team:
         )
 
     def target(
-        self, *, overlay: Path = OVERLAY, url: str | None = None, patience_s: float = 5.0
+        self, *, overlay: Path | None = None, url: str | None = None, patience_s: float = 5.0
     ) -> KubernetesTarget:
         """The product's client; `url` is another way to the server, a proxy's."""
         path = self.user.kubeconfig
@@ -187,7 +188,7 @@ class Team:
         )
         client = kubernetes_client.ApiClient(settings)
         api = kubernetes_api.Api(client, self.namespace, "tests", patience_s=patience_s)
-        return KubernetesTarget(api, overlay, patience_s=60.0)
+        return KubernetesTarget(api, overlay or self.overlay, patience_s=60.0)
 
     def rayjob(self, name: str) -> Document:
         """A RayJob; ApiException where there is none."""
@@ -249,7 +250,7 @@ class Team:
         command, *rest = arguments
         image = os.environ.get("PNEUMO_TEST_IMAGE")
         if command == "submit" and "--overlay" not in arguments:
-            where += ["--overlay", str(OVERLAY)]
+            where += ["--overlay", str(self.overlay)]
         if command == "submit" and image and "--image" not in arguments:
             where += ["--image", image]
         return [sys.executable, "-m", "cluster", command, *where, *rest]

@@ -2,39 +2,25 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import os
-import secrets
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import s3fs
-import yaml
-from kubernetes.client.exceptions import ApiException
 
 from cluster import overlays
-from tests.kubernetes.cluster import (
-    CHECKOUT,
-    HOST,
-    KUBECONFIG,
-    OVERLAY,
-    PROBE,
-    REASON,
-    Access,
-    Document,
-    KubeCluster,
-    Team,
-)
+from tests.kubernetes import namespaces
+from tests.kubernetes.cluster import HOST, KUBECONFIG, OVERLAY, REASON, Document, KubeCluster, Team
+from tests.kubernetes.probes import put, write_overlay
 from tests.kubernetes.server import find_host
 from tests.s3.server import ENDPOINT
 
-SUBMITTER, STRANGER = "submitter", "stranger"
-ROLE: Document = yaml.safe_load((CHECKOUT / "k8s" / "rbac" / "role.yaml").read_text())
-
 NewTeam = Callable[..., Team]
+HandOver = Callable[..., Team]
 
 
 @pytest.fixture(scope="session")
@@ -69,64 +55,54 @@ def s3_environ() -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def bucket(s3_environ: dict[str, str]) -> Iterator[str]:
+def files(s3_environ: dict[str, str]) -> s3fs.S3FileSystem:
+    """What lies in the bucket, as this machine sees it; asked only where there is one."""
+    return s3fs.S3FileSystem(
+        key=s3_environ["AWS_ACCESS_KEY_ID"],
+        secret=s3_environ["AWS_SECRET_ACCESS_KEY"],
+        endpoint_url=s3_environ["AWS_ENDPOINT_URL"],
+        use_listings_cache=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def bucket(s3_environ: dict[str, str], request: pytest.FixtureRequest) -> Iterator[str]:
     """An empty bucket of the whole session; "" without an S3 server."""
     if not s3_environ:
         yield ""
         return
+    files = request.getfixturevalue("files")
     name = f"pneumo-kubernetes-{uuid.uuid4().hex[:8]}"
-    files = _files(s3_environ)
     files.mkdir(name)
     yield f"s3://{name}"
     with contextlib.suppress(OSError):
         files.rm(name, recursive=True)
 
 
-def _files(environ: dict[str, str]) -> s3fs.S3FileSystem:
-    return s3fs.S3FileSystem(
-        key=environ["AWS_ACCESS_KEY_ID"],
-        secret=environ["AWS_SECRET_ACCESS_KEY"],
-        endpoint_url=environ["AWS_ENDPOINT_URL"],
-    )
+@pytest.fixture(scope="session")
+def hand_over(
+    kube: KubeCluster, rendered: list[Document], bucket: str, s3_environ: dict[str, str]
+) -> HandOver:
+    """Makes a namespace with all that an administrator sets up, for whoever removes it again."""
+
+    def make(folder: Path) -> Team:
+        return namespaces.hand_over(kube, rendered, folder, bucket=bucket, environ=s3_environ)
+
+    return make
 
 
 @pytest.fixture
-def new_team(
-    kube: KubeCluster,
-    rendered: list[Document],
-    bucket: str,
-    s3_environ: dict[str, str],
-    tmp_path: Path,
-) -> Iterator[NewTeam]:
-    """Makes namespaces with all that an administrator sets up, and takes them down again.
+def new_team(hand_over: HandOver, tmp_path: Path) -> Iterator[NewTeam]:
+    """Makes namespaces, and takes them down again."""
+    made: list[Team] = []
 
-    `pods=False` makes one whose quota admits no pod: RayJobs are taken up and cost nothing.
-    """
-    made: list[str] = []
-
-    def make(*, pods: bool = True) -> Team:
-        name = f"pneumo-{secrets.token_hex(4)}"
-        made.append(name)
-        labels = {"pod-security.kubernetes.io/enforce": "restricted"}
-        kube.create(_object("v1", "Namespace", name, metadata={"labels": labels}))
-        for document in rendered:
-            if document["kind"] != "RayJob":
-                kube.create(document, name)
-        grant(kube, name, ROLE)
-        _create_secrets(kube, name, s3_environ)
-        probe = {"probe.py": PROBE.read_text()}
-        kube.create(_object("v1", "ConfigMap", "probe", data=probe), name)
-        if not pods:
-            none = {"hard": {"pods": "0"}}
-            kube.create(_object("v1", "ResourceQuota", "no-pods", spec=none), name)
-        token = make_token(kube, name, SUBMITTER)
-        user = Access(kube.write_kubeconfig(tmp_path / f"{name}.yaml", token, name))
-        place = f"{bucket}/{name}" if bucket else ""
-        return Team(kube, name, user, tmp_path, place, {**s3_environ, "WANDB_MODE": "disabled"})
+    def make() -> Team:
+        made.append(hand_over(tmp_path))
+        return made[-1]
 
     yield make
-    for name in made:
-        _remove(kube, name)
+    for team in made:
+        namespaces.remove(team)
 
 
 @pytest.fixture
@@ -136,9 +112,11 @@ def team(new_team: NewTeam) -> Team:
 
 
 @pytest.fixture
-def idle_team(new_team: NewTeam) -> Team:
-    """A namespace in which no pod may be: for what happens before one is."""
-    return new_team(pods=False)
+def idle_team(new_team: NewTeam, tmp_path: Path) -> Team:
+    """A namespace whose RayJobs KubeRay leaves to another controller, which there is not: for what
+    happens before one is taken up. They cost nothing."""
+    elsewhere = put("/spec/managedBy", "kueue.x-k8s.io/multikueue")
+    return replace(new_team(), overlay=write_overlay(tmp_path / "idle", elsewhere))
 
 
 @pytest.fixture
@@ -146,48 +124,3 @@ def needs_bucket(bucket: str) -> None:
     """Skips where pods and this machine have no S3 server in common."""
     if not bucket:
         pytest.skip(f"no S3 server that pods reach: name one in {ENDPOINT}, or set {HOST}")
-
-
-def make_token(kube: KubeCluster, namespace: str, account: str) -> str:
-    """A token of a service account, which stands for a person."""
-    kube.create(_object("v1", "ServiceAccount", account), namespace)
-    path = f"/api/v1/namespaces/{namespace}/serviceaccounts/{account}/token"
-    asked = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}}
-    return str(kube.ask("POST", path, asked)["status"]["token"])
-
-
-def grant(kube: KubeCluster, namespace: str, role: Document) -> None:
-    """Bind the submitter to a Role."""
-    kube.create(role, namespace)
-    group = "rbac.authorization.k8s.io"
-    subject = {"kind": "ServiceAccount", "name": SUBMITTER, "namespace": namespace}
-    reference = {"apiGroup": group, "kind": "Role", "name": role["metadata"]["name"]}
-    binding = _object(f"{group}/v1", "RoleBinding", role["metadata"]["name"])
-    kube.create({**binding, "roleRef": reference, "subjects": [subject]}, namespace)
-
-
-def _create_secrets(kube: KubeCluster, namespace: str, s3_environ: dict[str, str]) -> None:
-    hidden = {k: v for k, v in s3_environ.items() if k.endswith(("_ID", "_KEY"))}
-    hidden["PNEUMO_HASH_KEY"] = "only-for-tests"
-    for name, values in (
-        ("pneumo-ray-auth", {"auth_token": secrets.token_hex(16)}),
-        ("pneumo-secrets", hidden),
-    ):
-        data = {k: base64.b64encode(v.encode()).decode() for k, v in values.items()}
-        kube.create(_object("v1", "Secret", name, data=data), namespace)
-
-
-def _object(version: str, kind: str, name: str, **more: Document) -> Document:
-    metadata = {"name": name, **more.pop("metadata", {})}
-    return {"apiVersion": version, "kind": kind, "metadata": metadata, **more}
-
-
-def _remove(kube: KubeCluster, namespace: str) -> None:
-    """Have a namespace deleted, without waiting for the end of what still runs there."""
-    for path in (
-        f"/apis/ray.io/v1/namespaces/{namespace}/rayjobs",
-        f"/api/v1/namespaces/{namespace}/pods?gracePeriodSeconds=1",
-        f"/api/v1/namespaces/{namespace}",
-    ):
-        with contextlib.suppress(ApiException):
-            kube.ask("DELETE", path)

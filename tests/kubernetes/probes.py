@@ -45,10 +45,8 @@ class Seen:
 
 
 def find_numbers(lines: Sequence[str]) -> list[int]:
-    """Of the probe's numbered lines, without those that the submitter's last words repeat."""
-    ends = [k for k, line in enumerate(lines) if "last available logs" in line]
-    own = lines[: ends[0]] if ends else lines
-    return [int(line.split()[1]) for line in own if line.startswith("line ")]
+    """Of the probe's numbered lines."""
+    return [int(line.split()[1]) for line in lines if line.startswith("line ")]
 
 
 def follow(target: KubernetesTarget, job_id: str) -> Seen:

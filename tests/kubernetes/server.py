@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from tests.kubernetes.cluster import CHECKOUT, HOST, KUBECONFIG, REASON, TOOLS, KubeCluster
+from tests.kubernetes.cluster import CHECKOUT, HOST, KUBECONFIG, REASON, TOOLS, KubeCluster, is_gone
 from tests.s3 import server as s3
 
 NODES = 3
@@ -61,6 +61,7 @@ def running_cluster(environ: Mapping[str, str]) -> Iterator[dict[str, str]]:
                 yield {REASON: (done.stderr.strip().splitlines() or ["kube failed"])[-1]}
             else:
                 path = f"{place / 'bin'}{os.pathsep}{environ.get('PATH', '')}"
+                _forget_visibility(place)
                 yield {KUBECONFIG: str(place / "kubeconfig"), "PATH": path}
         finally:
             if (place / "pids").exists():
@@ -87,6 +88,16 @@ def _kube(*words: str) -> subprocess.CompletedProcess[str]:
         timeout=_START_TIMEOUT_S,
         check=False,
     )
+
+
+def _forget_visibility(place: Path) -> None:
+    """Kueue serves an API of its own, which kube's API server cannot ask; while it is registered
+    and does not answer, no namespace is ever gone."""
+    api = KubeCluster(place / "kubeconfig")
+    for version in ("v1beta1", "v1beta2"):
+        path = f"/apis/apiregistration.k8s.io/v1/apiservices/{version}.visibility.kueue.x-k8s.io"
+        if not is_gone(api, path):
+            api.ask("DELETE", path)
 
 
 @contextlib.contextmanager

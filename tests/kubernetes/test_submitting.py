@@ -16,7 +16,8 @@ from cluster.overlays import find_overlay
 from pneumo.errors import AccessError, ConfigError
 from tests.cluster.http_proxy import FaultyProxy, Rule
 from tests.kubernetes.cluster import Access, Document, KubeCluster, Team
-from tests.kubernetes.conftest import ROLE, STRANGER, NewTeam, grant, make_token
+from tests.kubernetes.conftest import NewTeam
+from tests.kubernetes.namespaces import ROLE, STRANGER, forbid_pods, grant, make_token
 from tests.kubernetes.probes import make_probe, put, write_overlay
 
 pytestmark = pytest.mark.kubernetes
@@ -55,7 +56,7 @@ def test_what_a_running_job_has_otherwise_is_said(idle_team: Team) -> None:
     assert notes == [
         "it goes on as it was started: 1 worker pods, not 3",
         "it goes on as it was started: image pneumo:dev, not r.io/x@sha256:1",
-        "it goes on as it was started: worker pods of 1 cpu, 2Gi memory, not of 4 cpu, 16Gi "
+        "it goes on as it was started: worker pods of 1 cpu, 3Gi memory, not of 4 cpu, 16Gi "
         "memory, 1 nvidia.com/gpu",
     ]
 
@@ -87,9 +88,7 @@ def test_pods_that_still_write_are_waited_for(team: Team) -> None:
     asked = make_probe(team, "writing", 1, 0, 0)
     team.cluster.create(_stubborn_pod("head", asked.id), team.namespace)
     team.wait("the pod to run", lambda: team.pods()[0]["status"]["phase"] == "Running")
-    none: Document = {"spec": {"hard": {"pods": "0"}}}
-    quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "no-pods"}}
-    team.cluster.create({**quota, **none}, team.namespace)
+    forbid_pods(team.cluster, team.namespace)
     team.delete_pod("head")
     notes: list[str] = []
     target.submit(asked, notes.append)
@@ -213,7 +212,7 @@ def test_a_token_that_is_no_longer_valid(idle_team: Team) -> None:
     target = idle_team.target()
     account = f"{idle_team.path('v1', 'serviceaccounts')}/submitter"
     idle_team.cluster.ask("DELETE", account)  # as its time would, end the token
-    with pytest.raises(AccessError, match=r"the cluster does not know you \(HTTP 401\); log in ag"):
+    with pytest.raises(AccessError, match=r"the cluster does not know you \(HTTP 401\).*log in again"):
         idle_team.wait("the token to end", lambda: target.list() and None, within_s=60)
 
 
@@ -282,7 +281,9 @@ def test_a_cluster_without_kuberay(kube: KubeCluster, idle_team: Team) -> None:
 def test_a_wrong_overlay_is_one_line_and_makes_nothing(
     idle_team: Team, tmp_path: Path, patch: Document, message: str
 ) -> None:
-    target = idle_team.target(overlay=write_overlay(tmp_path / "mine", patch))
+    target = idle_team.target(
+        overlay=write_overlay(tmp_path / "mine", patch, base=idle_team.overlay)
+    )
     with pytest.raises(ConfigError, match=message) as raised:
         target.submit(make_probe(idle_team, "invalid", 1, 0, 0), lambda _: None)
     assert "\n" not in str(raised.value)
@@ -292,7 +293,9 @@ def test_a_wrong_overlay_is_one_line_and_makes_nothing(
 
 def test_workers_without_limits_are_taken(idle_team: Team, tmp_path: Path) -> None:
     limits = {"op": "remove", "path": f"{WORKERS}/containers/0/resources"}
-    target = idle_team.target(overlay=write_overlay(tmp_path / "mine", limits))
+    target = idle_team.target(
+        overlay=write_overlay(tmp_path / "mine", limits, base=idle_team.overlay)
+    )
     notes: list[str] = []
     target.submit(make_probe(idle_team, "limitless", 1, 0, 0), notes.append)
     assert "1 workers of no limits; image pneumo:dev" in notes[0]
@@ -346,7 +349,7 @@ def test_a_job_that_nobody_knows(idle_team: Team) -> None:
 
 
 def test_two_namespaces_know_nothing_of_each_other(new_team: NewTeam) -> None:
-    one, other = new_team(pods=False), new_team(pods=False)
+    one, other = new_team(), new_team()
     started = one.target().submit(make_probe(one, "alone", 1, 0, 0), lambda _: None)
     assert [state.id for state in one.target().list()] == [started.id]
     assert other.target().list() == []
