@@ -111,7 +111,7 @@ class Following:
             f"submitted again as {self.job_id} ({self.resubmissions} of {MOST_RESUBMISSIONS}), it "
             "goes on from its last checkpoint"
         )
-        self.was_going_on = self.seen = False
+        self.seen = False
         return True
 
     def _tell(

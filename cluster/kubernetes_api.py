@@ -278,7 +278,8 @@ class Api:
                 f"{where}: its KubeRay knows no field {', '.join(unknown)}; correct the "
                 "overlay, or have the operator and its CRDs updated to 1.7 or later"
             )
-        return ConfigError(f"{where}: refused (HTTP {code}): {said.rpartition('error: ')[2]}")
+        said = said.rpartition("error: ")[2].partition(", <nil>: ")[0]  # CEL's: checked no further
+        return ConfigError(f"{where}: refused (HTTP {code}): {said}")
 
 
 def connect(context: str | None, namespace: str | None) -> Api:

@@ -25,10 +25,10 @@ def steps(job: Document, pods: Sequence[Document]) -> Iterator[Step]:
 
     there = [pod for pod in pods if not pod["metadata"].get("deletionTimestamp")]
     head = next((pod for pod in there if node_type(pod) == "head"), None)
-    for condition, text in (("PodScheduled", "head has a node"), ("Ready", "head ready")):
-        when = since(head, condition)
-        if head and when:
-            yield (condition, _identity(head)), line(text, when)
+    if head and (when := since(head, "PodScheduled")):
+        yield ("node", head["metadata"]["name"]), line("head has a node", when)
+    if head and (when := since(head, "Ready")):
+        yield ("ready", _identity(head)), line("head ready", when)
     ready = [pod for pod in there if node_type(pod) == "worker" and since(pod, "Ready")]
     if ready:
         newest = max(ready, key=lambda pod: since(pod, "Ready"))

@@ -97,7 +97,7 @@ def _why(job: Document, deployment: str, phase: Phase, found: Sequence[Trouble])
     if phase != "waiting":
         return ""
     waited_s = time.time() - progress.to_seconds(job["metadata"]["creationTimestamp"])
-    if deployment == "New" and waited_s > OPERATOR_TIMEOUT_S:
+    if deployment == "New" and not status.get("failed") and waited_s > OPERATOR_TIMEOUT_S:
         return (
             f"no KubeRay operator has taken it up within {OPERATOR_TIMEOUT_S:g} s; have the "
             "cluster's administrator look whether one runs and watches this namespace"

@@ -78,6 +78,8 @@ def _of_job(job: Document) -> Iterator[Trouble]:
     status = job.get("status") or {}
     reason, message = status.get("reason"), _line(status.get("message"))
     again = f"it goes on from its last checkpoint with: {rayjob.command(job)}"
+    if status.get("jobDeploymentStatus") == "Retrying":
+        again = "another attempt begins, and goes on from the last checkpoint"
     advice = {
         "SubmissionFailed": f"the submitter lost the head, or never reached it; {again}",
         "DeadlineExceeded": f"raise activeDeadlineSeconds in the overlay; {again}",
@@ -124,6 +126,7 @@ def _of_scheduling(name: str, status: Mapping[str, Any]) -> Iterator[Trouble]:
 
 def _scheduling(message: str) -> str:
     """Which resource or rule keeps a pod off the nodes, and what to do."""
+    message = re.split(r"[. ]+(?:no new claims|preemption:)", message)[0]
     lacking = sorted(set(re.findall(r"Insufficient ([\w./-]*\w)", message)))
     if lacking:
         return (
@@ -263,7 +266,8 @@ def _of_warnings(
             if reason == "Pending" and (job.get("spec") or {}).get("suspend"):
                 yield Trouble(("queue", "quota"), f"Kueue has no quota for it yet: {message}")
         elif kind == "Pod" and who in there:
-            if head_is_ready or is_head(there[who]):  # the others wait for it
+            waits = reason == "Unhealthy" and not head_is_ready and not is_head(there[who])
+            if not waits:  # for the head
                 yield from _of_living_pod(there[who], warning)
         elif kind == "Pod" and reason in _LOST_EVENTS and who.startswith(f"{cluster}-"):
             if not message.startswith("Cancelling"):
@@ -318,4 +322,4 @@ def _time(event: Document) -> str:
 
 def _line(text: str | None, *, last: bool = False) -> str:
     lines = (text or "").strip().splitlines() or [""]
-    return lines[-1 if last else 0].strip().rstrip(".")
+    return lines[-1 if last else 0].strip().rstrip(".:")

@@ -7,6 +7,7 @@ traceback.
 from __future__ import annotations
 
 import io
+import re
 import signal
 import sys
 import time
@@ -45,8 +46,7 @@ def run_main(
         if known is not None:
             say(f"error: {known}")
             return known.exit_code
-        text = (str(error).strip().splitlines() or [""])[-1]
-        say(f"error: {type(error).__name__}: {text} (--debug shows the traceback)")
+        say(f"error: {type(error).__name__}: {last_words(error)} (--debug shows the traceback)")
         return 1
     return 0
 
@@ -67,6 +67,22 @@ def find_cause(error: BaseException) -> PneumoError | None:
         queue += [inner if isinstance(inner, BaseException) else None, *failures.values()]
         queue += [current.__cause__, current.__context__]
     return None
+
+
+_NO_MEMORY = re.compile(r"Memory on the node \(IP: ([\d.]+).*?\) was (\S+) used / (\S+) limit")
+
+
+def last_words(error: BaseException) -> str:
+    """The last line of an exception; of Ray's about memory, what it comes to."""
+    text = str(error).strip()
+    found = _NO_MEMORY.search(text)
+    if found:
+        return (
+            f"node {found[1]} had no memory left ({found[2]} of {found[3]}), and Ray ended a "
+            "process there; give it more (on Kubernetes, the overlay's memory of that pod), or for "
+            "a worker lower --train.batch-size or set --data.cache stream"
+        )
+    return (text.splitlines() or [""])[-1]
 
 
 def _interrupt() -> None:

@@ -1,94 +1,26 @@
 """What goes wrong under a run on KubeRay, done to it for real, and what the person reads.
 
-The driver is a probe that prints numbered lines, except where a training has to show that it goes
-on from its checkpoint. `docs/faults.md` has the transcripts.
+The driver is a probe that prints numbered lines. What takes minutes is in `test_long_faults.py`;
+`docs/faults.md` has the transcripts.
 """
 
 from __future__ import annotations
 
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from kubernetes.client.exceptions import ApiException
 
-from cluster.states import JobState
-from cluster.submission import Submission
-from tests.kubernetes.cluster import Document, Team
-from tests.kubernetes.probes import find_numbers, make_probe, put, write_overlay
+from tests.kubernetes.cluster import Team, is_gone
+from tests.kubernetes.probes import make_probe, put, write_overlay
+from tests.kubernetes.watching import Watched, begin, name_of
+
+pytestmark = pytest.mark.kubernetes
 
 CLUSTER = "/spec/rayClusterSpec"
 
 
-@dataclass
-class Watched:
-    """A run that is followed in a thread of its own."""
-
-    team: Team
-    job_id: str
-    text: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    ended: list[JobState] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._start_s = time.monotonic()
-        self._thread = threading.Thread(target=self._follow, daemon=True)
-        self._thread.start()
-
-    def _follow(self) -> None:
-        target = self.team.target()
-        self.ended.append(target.follow(self.job_id, self._write, self._note))
-
-    def _write(self, text: str) -> None:
-        self.text.append(text)
-        print(f"{time.monotonic() - self._start_s:6.1f} | {text}", end="", flush=True)
-
-    def _note(self, note: object) -> None:
-        self.notes.append(str(note))
-        print(f"{time.monotonic() - self._start_s:6.1f} {note}", flush=True)
-
-    @property
-    def numbers(self) -> list[int]:
-        """Of the probe's numbered lines so far."""
-        return find_numbers("".join(self.text).splitlines())
-
-    def wait_for_note(self, part: str, within_s: float = 240) -> str:
-        """The first note that has `part`."""
-        return self.team.wait(
-            f"a note with {part!r}; there are {self.notes}",
-            lambda: next((note for note in self.notes if part in note), None),
-            within_s,
-        )
-
-    def wait_for_line(self, more_than: int, within_s: float = 240) -> None:
-        """Return once the probe has said so many lines."""
-        what = f"more than {more_than} lines, after {self.notes}"
-        self.team.wait(what, lambda: len(self.numbers) > more_than, within_s)
-
-    def end(self, within_s: float = 240) -> JobState:
-        """How the run ended."""
-        self._thread.join(within_s)
-        assert self.ended, (self.notes, self.text[-5:])
-        return self.ended[0]
-
-
-def begin(team: Team, asked: Submission, overlay: Path | None = None) -> Watched:
-    """Submit, and follow."""
-    target = team.target(overlay=overlay) if overlay else team.target()
-    return Watched(team, target.submit(asked, print).id)
-
-
-def name_of(pod: Document) -> str:
-    return str(pod["metadata"]["name"])
-
-
-# --- what the ordinary suite looks at -------------------------------------------------------------
-
-
-@pytest.mark.kubernetes
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("needs_bucket")
 def test_a_run_outlasts_its_pods_and_ends_when_it_is_cancelled(team: Team, tmp_path: Path) -> None:
@@ -146,7 +78,6 @@ def _find_the_log_of_what_was_deleted(team: Team, run: Watched) -> None:
     assert "stopped gently" in kept.stdout
 
 
-@pytest.mark.kubernetes
 @pytest.mark.timeout(900)
 def test_the_head_that_has_no_room_is_named_and_what_waits_for_it_ends_at_once(
     team: Team, tmp_path: Path
@@ -206,15 +137,14 @@ REFUSED = {
         put(f"{CLUSTER}/headGroupSpec/template/spec/nodeSelector", {"tests/none": "x"}),
         "the overlay asks for nodes that the cluster does not have",
     ),
-    "nobody": (
-        put("/spec/managedBy", "kueue.x-k8s.io/multikueue"),
+    "operator": (
+        put("/spec/managedBy", "kueue.x-k8s.io/multikueue"),  # KubeRay's leaves it alone
         "no KubeRay operator has taken it up within 60 s",
     ),
 }
 """A step of a patch of the overlay, and what `status` then says that the run waits for."""
 
 
-@pytest.mark.kubernetes
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("needs_bucket")
 def test_what_keeps_a_pod_from_starting_is_said(team: Team, tmp_path: Path) -> None:
@@ -237,7 +167,6 @@ def test_what_keeps_a_pod_from_starting_is_said(team: Team, tmp_path: Path) -> N
     team.wait(f"{missing}", look, 240)
 
 
-@pytest.mark.kubernetes
 def test_two_people_submit_the_same_run_at_the_same_moment(idle_team: Team) -> None:
     asked = make_probe(idle_team, "both", 1, 0, 0)
     with ThreadPoolExecutor(4) as people:
@@ -248,15 +177,15 @@ def test_two_people_submit_the_same_run_at_the_same_moment(idle_team: Team) -> N
     assert [state.id for state in idle_team.target().list()] == ["probe-both"]
 
 
-@pytest.mark.kubernetes
 @pytest.mark.timeout(600)
 def test_a_run_that_the_operator_gives_up_is_submitted_again_by_who_follows(
     idle_team: Team,
 ) -> None:
-    """An operator of 1.7 does so when the head did not answer for 300 s; its word is written here,
-    by the administrator, in front of the real operator."""
+    """An operator of 1.7 does so when the head did not answer for 300 s. Its word is written by the
+    administrator here, for the operator of the tests may be older, and 300 s are long."""
     team = idle_team
     watched = begin(team, make_probe(team, "given-up", 1, 0, 0))
+    watched.wait_for_note("waiting: for the KubeRay operator")
     for number, name in enumerate(("probe-given-up", "probe-given-up-2"), start=1):
         _give_up(team, name)
         again = f"submitted again as probe-given-up-{number + 1} ({number} of 2)"
@@ -274,20 +203,8 @@ def test_a_run_that_the_operator_gives_up_is_submitted_again_by_who_follows(
 
 
 def _give_up(team: Team, name: str) -> None:
-    """What the operator writes, as soon as it has taken the RayJob up."""
-
-    def look() -> bool:
-        try:
-            return bool(team.rayjob(name).get("status", {}).get("jobDeploymentStatus"))
-        except ApiException:
-            return False
-
-    team.wait(f"{name} to be taken up", look)
-    path = f"{team.path('ray.io/v1', 'rayjobs')}/{name}/status"
+    """What the operator writes."""
+    path = f"{team.path('ray.io/v1', 'rayjobs')}/{name}"
+    team.wait(f"{name} to be there", lambda: not is_gone(team.cluster, path))
     word = {"jobDeploymentStatus": "Failed", "reason": "JobStatusCheckTimeoutExceeded"}
-
-    def write() -> bool:  # the operator may be writing too
-        team.cluster.ask("PATCH", path, {"status": word})
-        return bool(team.rayjob(name)["status"].get("jobDeploymentStatus") == "Failed")
-
-    team.wait(f"{name} to be given up", write)
+    team.cluster.ask("PATCH", f"{path}/status", {"status": word})

@@ -1,0 +1,261 @@
+"""Faults of a real cluster that take minutes: nodes without power, drained, control planes that
+end and come back, Kueue that takes a run's quota away. `docs/faults.md` has the transcripts.
+
+One after the other, for each disturbs all that runs on the cluster.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from cluster.submission import Submission, plan
+from tests.kubernetes.cluster import CHECKOUT, OVERLAY, Document, Team
+from tests.kubernetes.machines import powerless, stopped
+from tests.kubernetes.namespaces import make_object
+from tests.kubernetes.probes import make_probe, put, write_overlay
+from tests.kubernetes.watching import Watched, begin, name_of
+
+pytestmark = [
+    pytest.mark.kubernetes_faults,
+    pytest.mark.timeout(1500),
+    pytest.mark.usefixtures("needs_bucket"),
+]
+
+LONG_S = 600
+SPEC = "/spec/rayClusterSpec"
+
+
+@pytest.fixture(scope="module")
+def store(bucket: str, s3_environ: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A few phantoms in the bucket."""
+    source, url = tmp_path_factory.mktemp("source"), f"{bucket}/store"
+    for words in (
+        ["pneumo.synthetic", "--out", str(source), "--studies", "60"],
+        ["jobs.prepare", "--source", str(source), "--store", url, "--prepare.image-size", "64"],
+    ):
+        subprocess.run(
+            [sys.executable, "-m", *words],
+            cwd=CHECKOUT,
+            env={**os.environ, **s3_environ},
+            check=True,
+            capture_output=True,
+            timeout=300,
+        )
+    return url
+
+
+def make_training(team: Team, store: str, name: str, epochs: int, *flags: str) -> Submission:
+    """Two workers, of which one may be missing, and a checkpoint after each epoch."""
+    argv = [
+        *("--store", store, "--run", f"{team.bucket}/{name}", "--recipe", "fast"),
+        *("--data.image-size", "64", "--train.epochs", str(epochs), "--train.batch-size", "32"),
+        *("--cluster.num-workers", "2", "--cluster.cpus-per-worker", "1", *flags),
+    ]
+    return plan("train", argv, team.environ, remote=True, now=datetime.now(), sends_files=False)
+
+
+def epochs_of(run: Watched) -> list[int]:
+    return [int(n) for n in re.findall(r"^epoch +(\d+)/", "".join(run.text), re.MULTILINE)]
+
+
+def wait_for_epoch(run: Watched, after: int) -> None:
+    run.team.wait(f"an epoch after {after}", lambda: max(epochs_of(run), default=0) > after, LONG_S)
+
+
+def node_of(pod: Document) -> str:
+    return str(pod["spec"]["nodeName"])
+
+
+def test_a_workers_node_without_power_and_drained(team: Team, store: str) -> None:
+    """Elastic training goes on with one worker, and with two when there is room again; then the
+    other worker's node is drained."""
+    asked = make_training(team, store, "power", 60, "--cluster.min-workers", "1")
+    run = begin(team, asked)
+    wait_for_epoch(run, 1)
+    head = node_of(team.pods(run.job_id, component="head")[0])
+    workers = team.pods(run.job_id, component="worker")
+    lost = next(pod for pod in workers if node_of(pod) != head)
+    with powerless(team.cluster, node_of(lost)):
+        team.wait(
+            "training with one worker",
+            lambda: "going on with 1 worker after epoch" in "".join(run.text),
+            LONG_S,
+        )
+        note = run.wait_for_note(f"pod {name_of(lost)} is being deleted", LONG_S)
+        assert f"an administrator types: kubectl delete node {node_of(lost)}" in note
+        wait_for_epoch(run, max(epochs_of(run)))
+        team.cluster.kubectl("delete", "node", node_of(lost))
+        team.wait(
+            "training with two workers",
+            lambda: "going on with 2 workers after epoch" in "".join(run.text),
+            LONG_S,
+        )
+    _drain_a_worker(team, run)
+    wait_for_epoch(run, max(epochs_of(run)))
+    assert run.end(LONG_S).exit_code == 0
+    assert epochs_of(run) == sorted(set(epochs_of(run)))
+
+
+def _drain_a_worker(team: Team, run: Watched) -> None:
+    head = node_of(team.wait_for_pod(run.job_id, component="head"))
+    pods = team.pods(run.job_id, component="worker")
+    worker = next(pod for pod in pods if node_of(pod) != head)
+    with drained(team, node_of(worker)):
+        names = {name_of(pod) for pod in pods}
+        team.wait_for_pod(run.job_id, component="worker", without=names)
+
+
+@contextmanager
+def drained(team: Team, node: str) -> Iterator[None]:
+    """A node that the administrator empties of this team's pods."""
+    pods = ["--pod-selector=app.kubernetes.io/part-of=pneumo", "--delete-emptydir-data", "--force"]
+    team.cluster.kubectl("drain", node, *pods, "--timeout=100s")
+    try:
+        yield
+    finally:
+        team.cluster.kubectl("uncordon", node)
+
+
+def test_the_heads_node_is_not_drained_and_may_lose_its_power(team: Team, tmp_path: Path) -> None:
+    overlay = write_overlay(tmp_path / "tries", put("/spec/backoffLimit", 2))
+    run = begin(team, make_probe(team, "head", 600, 0.5, 0), overlay)
+    run.wait_for_line(5)
+    head = team.pods(run.job_id, component="head")[0]
+    with pytest.raises(AssertionError, match="disruption budget"):
+        team.cluster.kubectl(
+            *("drain", node_of(head), "--delete-emptydir-data", "--force", "--timeout=5s"),
+            "--pod-selector=app.kubernetes.io/component=head",
+        )
+    team.cluster.kubectl("uncordon", node_of(head))
+    before = len(run.numbers)
+    with powerless(team.cluster, node_of(head)):
+        run.wait_for_note(f"pod {name_of(head)} is being deleted", LONG_S)
+        team.cluster.kubectl("delete", "node", node_of(head))
+        team.wait("the driver to begin again", lambda: 0 in run.numbers[before:], LONG_S)
+    assert run.end(LONG_S).exit_code == 0
+    assert run.numbers[-600:] == list(range(600))
+
+
+def test_the_control_plane_goes_and_comes_back(team: Team) -> None:
+    """Operator away for two minutes; API server and etcd started anew; nothing of the log is lost
+    and the driver hears of none of it."""
+    if team.cluster.folder is None:
+        pytest.skip("only the control plane that `kube` started can be stopped")
+    run = begin(team, make_probe(team, "control", 700, 0.5, 0))
+    run.wait_for_line(5)
+    with stopped(team.cluster, "operator"):
+        time.sleep(120)
+    with stopped(team.cluster, "apiserver"):
+        run.wait_for_note("the job goes on, trying again")
+    said = len(run.numbers)
+    run.wait_for_line(said)
+    with stopped(team.cluster, "etcd"):
+        time.sleep(5)
+    assert run.end(LONG_S).exit_code == 0
+    assert run.numbers == list(range(700))
+
+
+def test_a_worker_that_is_killed_for_memory_is_replaced(team: Team) -> None:
+    run = begin(team, make_probe(team, "memory", 240, 0.5, 0))
+    run.wait_for_line(2)
+    pod = name_of(team.wait_for_pod(run.job_id, component="worker"))
+    fill = "import time; hold = [bytearray(1 << 30) for _ in range(8)]; time.sleep(60)"
+    with pytest.raises(AssertionError, match=r"137|command terminated"):
+        team.cluster.kubectl(
+            *("-n", team.namespace, "exec", pod, "-c", "ray-worker"), "--", "python", "-c", fill
+        )
+    assert run.end(LONG_S).exit_code == 0
+    assert run.numbers == list(range(240))
+
+
+def test_on_a_full_cluster_the_next_run_waits_only_for_the_ttl(team: Team) -> None:
+    quota = make_object("v1", "ResourceQuota", "one-run", spec={"hard": {"requests.memory": "3Gi"}})
+    team.cluster.create(quota, team.namespace)
+    first = begin(team, make_probe(team, "first", 20, 0.5, 0))
+    first.wait_for_line(1)
+    second = begin(team, make_probe(team, "second", 2, 0.5, 0))
+    assert "exceeded quota" in second.wait_for_note("no quota: ")
+    assert first.end().exit_code == 0
+    ended_s = time.monotonic()
+    team.wait(
+        "the first run's pods to be gone",
+        lambda: not team.pods("probe-first", component="head"),
+    )
+    print(f"the head was there for {time.monotonic() - ended_s:.0f} s after the end")
+    assert second.end(LONG_S).exit_code == 0
+
+
+def test_kueue_admits_preempts_and_admits_again(team: Team, tmp_path: Path) -> None:
+    with queue_for_one(team) as name:
+        waits = _in_queue(team, tmp_path, name, "low")
+        low = begin(team, make_probe(team, "low", 120, 0.5, 0), waits)
+        low.wait_for_line(3)
+        urgent = _in_queue(team, tmp_path, name, "high")
+        high = begin(team, make_probe(team, "high", 10, 0.5, 0), urgent)
+        low.wait_for_note("Kueue has taken its quota back", LONG_S)
+        assert high.end(LONG_S).exit_code == 0
+        assert low.end(LONG_S).exit_code == 0
+        assert low.numbers[-120:] == list(range(120))
+        for run in (low, high):
+            assert not [note for note in run.notes if "taken down" in note]
+
+
+@contextmanager
+def queue_for_one(team: Team) -> Iterator[str]:
+    """A queue of Kueue's with quota for one run, and two priorities."""
+    name = f"tests-{secrets.token_hex(3)}"
+    version = "kueue.x-k8s.io/v1beta2"
+    resources = [
+        {"name": "cpu", "nominalQuota": "900m"},
+        {"name": "memory", "nominalQuota": "100Gi"},
+    ]
+    group = {
+        "coveredResources": ["cpu", "memory"],
+        "flavors": [{"name": name, "resources": resources}],
+    }
+    spec = {
+        "namespaceSelector": {},
+        "resourceGroups": [group],
+        "preemption": {"withinClusterQueue": "LowerPriority"},
+    }
+    whole = [
+        make_object(version, "ResourceFlavor", name, spec={}),
+        make_object(version, "ClusterQueue", name, spec=spec),
+    ]
+    ranks = [
+        {**make_object(version, "WorkloadPriorityClass", f"{name}-{rank}"), "value": value}
+        for rank, value in (("low", 10), ("high", 1000))
+    ]
+    for document in [*whole, *ranks]:
+        team.cluster.kubectl("create", "-f", "-", given=json.dumps(document))
+    local = make_object(version, "LocalQueue", name, spec={"clusterQueue": name})
+    team.cluster.kubectl("-n", team.namespace, "create", "-f", "-", given=json.dumps(local))
+    try:
+        yield name
+    finally:
+        for document in [*ranks, *reversed(whole)]:
+            kind = f"{document['kind']}.kueue.x-k8s.io".lower()
+            team.cluster.kubectl("delete", kind, document["metadata"]["name"], "--wait=false")
+
+
+def _in_queue(team: Team, folder: Path, queue: str, rank: str) -> Path:
+    labels = "/metadata/labels/kueue.x-k8s.io~1"
+    return write_overlay(
+        folder / rank,
+        put(f"{labels}queue-name", queue),
+        put(f"{labels}priority-class", f"{queue}-{rank}"),
+        put("/spec/suspend", True),
+        base=OVERLAY,
+    )
