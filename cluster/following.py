@@ -18,6 +18,8 @@ from pneumo.errors import ConfigError
 
 ROUND_S = 5.0
 """A log is left this often to look whether the pods are well."""
+LAST_WORDS_S = 40.0
+"""How long the driver of a run that was deleted may take to end, as `preStop` of its pod says."""
 MOST_RESUBMISSIONS = 2
 """How often a run that the operator gave up is submitted again: as often as it tries itself."""
 
@@ -66,6 +68,7 @@ class Following:
             job, pods, found = self.target.look(self.job_id)
         except ConfigError:
             if self.seen:
+                self._read_last_words()
                 return JobState(self.job_id, "cancelled", why="someone deleted the RayJob")
             raise
         self.seen, self.lost_at_s = True, None
@@ -87,6 +90,14 @@ class Following:
             return hopeless or state
         self._stay(job, pod)
         return None
+
+    def _read_last_words(self) -> None:
+        """Those of a driver whose RayJob was deleted: it is given time for a checkpoint."""
+        deadline_s = time.monotonic() + LAST_WORDS_S
+        left: Left = "going on" if self.pod else "ended"
+        while left != "ended" and time.monotonic() < deadline_s:
+            left = self.cursor.read(self.target.api, self.pod, follow=True, limit_s=ROUND_S)
+        self.log.flush()
 
     def _stay(self, job: Document, pod: str) -> None:
         """With the log, or the RayJob, for some seconds."""

@@ -6,10 +6,8 @@ One after the other, for each disturbs all that runs on the cluster.
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import secrets
 import subprocess
 import sys
 import time
@@ -21,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from cluster.submission import Submission, plan
-from tests.kubernetes.cluster import CHECKOUT, OVERLAY, Document, Team
+from tests.kubernetes.cluster import CHECKOUT, Document, Team
 from tests.kubernetes.machines import powerless, stopped
 from tests.kubernetes.namespaces import make_object
 from tests.kubernetes.probes import make_probe, put, write_overlay
@@ -41,6 +39,7 @@ SPEC = "/spec/rayClusterSpec"
 def store(bucket: str, s3_environ: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
     """A few phantoms in the bucket."""
     source, url = tmp_path_factory.mktemp("source"), f"{bucket}/store"
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PNEUMO_")}
     for words in (
         ["pneumo.synthetic", "--out", str(source), "--studies", "60"],
         ["jobs.prepare", "--source", str(source), "--store", url, "--prepare.image-size", "64"],
@@ -48,7 +47,7 @@ def store(bucket: str, s3_environ: dict[str, str], tmp_path_factory: pytest.Temp
         subprocess.run(
             [sys.executable, "-m", *words],
             cwd=CHECKOUT,
-            env={**os.environ, **s3_environ},
+            env={**own, **s3_environ},
             check=True,
             capture_output=True,
             timeout=300,
@@ -195,67 +194,3 @@ def test_on_a_full_cluster_the_next_run_waits_only_for_the_ttl(team: Team) -> No
     )
     print(f"the head was there for {time.monotonic() - ended_s:.0f} s after the end")
     assert second.end(LONG_S).exit_code == 0
-
-
-def test_kueue_admits_preempts_and_admits_again(team: Team, tmp_path: Path) -> None:
-    with queue_for_one(team) as name:
-        waits = _in_queue(team, tmp_path, name, "low")
-        low = begin(team, make_probe(team, "low", 120, 0.5, 0), waits)
-        low.wait_for_line(3)
-        urgent = _in_queue(team, tmp_path, name, "high")
-        high = begin(team, make_probe(team, "high", 10, 0.5, 0), urgent)
-        low.wait_for_note("Kueue has taken its quota back", LONG_S)
-        assert high.end(LONG_S).exit_code == 0
-        assert low.end(LONG_S).exit_code == 0
-        assert low.numbers[-120:] == list(range(120))
-        for run in (low, high):
-            assert not [note for note in run.notes if "taken down" in note]
-
-
-@contextmanager
-def queue_for_one(team: Team) -> Iterator[str]:
-    """A queue of Kueue's with quota for one run, and two priorities."""
-    name = f"tests-{secrets.token_hex(3)}"
-    version = "kueue.x-k8s.io/v1beta2"
-    resources = [
-        {"name": "cpu", "nominalQuota": "900m"},
-        {"name": "memory", "nominalQuota": "100Gi"},
-    ]
-    group = {
-        "coveredResources": ["cpu", "memory"],
-        "flavors": [{"name": name, "resources": resources}],
-    }
-    spec = {
-        "namespaceSelector": {},
-        "resourceGroups": [group],
-        "preemption": {"withinClusterQueue": "LowerPriority"},
-    }
-    whole = [
-        make_object(version, "ResourceFlavor", name, spec={}),
-        make_object(version, "ClusterQueue", name, spec=spec),
-    ]
-    ranks = [
-        {**make_object(version, "WorkloadPriorityClass", f"{name}-{rank}"), "value": value}
-        for rank, value in (("low", 10), ("high", 1000))
-    ]
-    for document in [*whole, *ranks]:
-        team.cluster.kubectl("create", "-f", "-", given=json.dumps(document))
-    local = make_object(version, "LocalQueue", name, spec={"clusterQueue": name})
-    team.cluster.kubectl("-n", team.namespace, "create", "-f", "-", given=json.dumps(local))
-    try:
-        yield name
-    finally:
-        for document in [*ranks, *reversed(whole)]:
-            kind = f"{document['kind']}.kueue.x-k8s.io".lower()
-            team.cluster.kubectl("delete", kind, document["metadata"]["name"], "--wait=false")
-
-
-def _in_queue(team: Team, folder: Path, queue: str, rank: str) -> Path:
-    labels = "/metadata/labels/kueue.x-k8s.io~1"
-    return write_overlay(
-        folder / rank,
-        put(f"{labels}queue-name", queue),
-        put(f"{labels}priority-class", f"{queue}-{rank}"),
-        put("/spec/suspend", True),
-        base=OVERLAY,
-    )
