@@ -33,6 +33,8 @@ PATIENCE_S = 20.0
 _PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 5.0
 _EVENTS_A_PAGE = "500"
+_ANONYMOUS = 'User "system:anonymous" '
+"""How a server that lets strangers ask calls who has no valid credentials."""
 _MAY_PASS = frozenset({408, 429, 500, 502, 503, 504})
 
 NEEDS = (
@@ -249,10 +251,10 @@ class Api:
     def _refusal(
         self, code: int, said: str, status: Document, where: str, method: str
     ) -> Exception:
-        if code == 401:
+        if code == 401 or (code == 403 and _ANONYMOUS in said):
             return AccessError(
-                f"{where}: the cluster does not know you (HTTP 401): a token or client certificate "
-                "of the kubeconfig has expired, or is another cluster's; log in again"
+                f"{where}: the cluster does not know you (HTTP {code}): a token or client "
+                "certificate of the kubeconfig has expired, or is another cluster's; log in again"
             )
         if code == 403:
             return AccessError(f"{where}: {_forbidden(said)}", 403)

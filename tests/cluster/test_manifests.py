@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import ipaddress
 import json
 import os
@@ -12,24 +11,33 @@ import shutil
 import subprocess
 import sys
 import time
-import urllib.error
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jsonschema
 import pytest
 import yaml
 
-from cluster import kubernetes_api, overlays, ray_jobs, rules
+from cluster import overlays, ray_jobs, rules
 from pneumo.config import parse_command_line
 from pneumo.errors import ConfigError
-from tests.cluster.kube_server import CHECKOUT, CRDS, KubeServer
-from tests.cluster.renderer import NO_RENDERER
+from tests.cluster.mistakes import (
+    BROKEN,
+    CHECKS,
+    Break,
+    as_pod,
+    head_of,
+    job_of,
+    of_kind,
+    templates,
+)
+from tests.cluster.renderer import NO_RENDERER, SHARED
 
 pytestmark = pytest.mark.skipif(bool(NO_RENDERER), reason=NO_RENDERER)
 
 Document = dict[str, Any]
+CHECKOUT = Path(__file__).resolve().parents[2]
+CRDS = Path(os.environ.get("KUBERAY_CRDS", SHARED / "crds"))
 OVERLAYS = ("gpu-ondemand", "gpu-spot", "gpu-spot-kueue", "cpu", "kind-cpu")
 ON_GPU = OVERLAYS[:3]
 KUBERNETES = ("1.29", "1.37")
@@ -63,7 +71,8 @@ def schema() -> Document:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     versions = yaml.load(file.read_text(), loader)["spec"]["versions"]
     served = next(version for version in versions if version["name"] == "v1")
-    return _strict(served["schema"]["openAPIV3Schema"])  # type: ignore[no-any-return]
+    strict: Document = _strict(served["schema"]["openAPIV3Schema"])
+    return strict
 
 
 # --- schemas --------------------------------------------------------------------------------------
@@ -215,7 +224,7 @@ def test_policy_and_budget_select_the_pods(
 def test_the_head_takes_no_work_and_stays(
     rendered: dict[str, list[Document]], overlay: str
 ) -> None:
-    head = _head(job_of(rendered[overlay]))
+    head = head_of(job_of(rendered[overlay]))
     assert head["rayStartParams"]["num-cpus"] == "0"
     notes = head["template"]["metadata"]["annotations"]
     assert notes["cluster-autoscaler.kubernetes.io/safe-to-evict"] == "false"

@@ -22,7 +22,8 @@ from cluster.kubernetes_jobs import KubernetesTarget
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 TOOLS = CHECKOUT.parent / "shared" / "tools"
-OVERLAY = Path(__file__).with_name("overlay")
+OVERLAY, SMALL = (Path(__file__).with_name(name) for name in ("overlay", "small"))
+"""What the tests submit with, and its component that makes the pods of any overlay small."""
 PROBE = CHECKOUT / "tests" / "cluster" / "probe.py"
 KUBECONFIG, HOST, REASON = "PNEUMO_TEST_KUBECONFIG", "PNEUMO_TEST_HOST", "PNEUMO_TEST_NO_CLUSTER"
 PATIENCE_S = 180.0
@@ -31,7 +32,9 @@ PATIENCE_S = 180.0
 Document = dict[str, Any]
 T = TypeVar("T")
 
-_CLUSTER_WIDE = {"namespaces", "nodes", "clusterqueues", "resourceflavors"}
+_CLUSTER_WIDE = {
+    "namespaces", "nodes", "clusterqueues", "resourceflavors", "workloadpriorityclasses",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -173,7 +176,12 @@ class Team:
         )
 
     def target(
-        self, *, overlay: Path | None = None, url: str | None = None, patience_s: float = 5.0
+        self,
+        *,
+        overlay: Path | None = None,
+        image: str | None = None,
+        url: str | None = None,
+        patience_s: float = 5.0,
     ) -> KubernetesTarget:
         """The product's client; `url` is another way to the server, a proxy's."""
         path = self.user.kubeconfig
@@ -188,7 +196,7 @@ class Team:
         )
         client = kubernetes_client.ApiClient(settings)
         api = kubernetes_api.Api(client, self.namespace, "tests", patience_s=patience_s)
-        return KubernetesTarget(api, overlay or self.overlay, patience_s=60.0)
+        return KubernetesTarget(api, overlay or self.overlay, image, patience_s=60.0)
 
     def rayjob(self, name: str) -> Document:
         """A RayJob; ApiException where there is none."""
@@ -264,7 +272,9 @@ class Team:
 def collection(document: Document, namespace: str) -> str:
     """The URL path under which an object is created."""
     version, kind = document["apiVersion"], document["kind"].lower()
-    plural = f"{kind[:-1]}ies" if kind.endswith("y") else f"{kind}s"
+    plural = (
+        f"{kind[:-1]}ies" if kind.endswith("y") else f"{kind}{'es' * kind.endswith('s') or 's'}"
+    )
     root = f"/apis/{version}" if "/" in version else f"/api/{version}"
     return (
         f"{root}/{plural}" if plural in _CLUSTER_WIDE else f"{root}/namespaces/{namespace}/{plural}"

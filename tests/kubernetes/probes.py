@@ -57,12 +57,16 @@ def follow(target: KubernetesTarget, job_id: str) -> Seen:
     return Seen(state, "".join(text).splitlines(), notes)
 
 
-def write_overlay(folder: Path, *patch: Document, base: Path = OVERLAY) -> Path:
-    """An overlay of one's own, which changes the RayJob of `base` by a JSON patch."""
+def write_overlay(
+    folder: Path, *patch: Document, base: Path = OVERLAY, components: Sequence[Path] = ()
+) -> Path:
+    """An overlay of one's own: `base` and `components`, its RayJob changed by a JSON patch."""
     folder.mkdir(exist_ok=True)
+    patches = [{"target": {"kind": "RayJob"}, "patch": yaml.safe_dump(list(patch))}]
     kustomization = {
         "resources": [os.path.relpath(base, folder)],
-        "patches": [{"target": {"kind": "RayJob"}, "patch": yaml.safe_dump(list(patch))}],
+        "components": [os.path.relpath(each, folder) for each in components],
+        "patches": patches if patch else [],
     }
     (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
     return folder

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shlex
 import signal
+import subprocess
 import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 from kubernetes.client.exceptions import ApiException
 
 from cluster import kubernetes_api, kubernetes_jobs
@@ -212,8 +214,30 @@ def test_a_token_that_is_no_longer_valid(idle_team: Team) -> None:
     target = idle_team.target()
     account = f"{idle_team.path('v1', 'serviceaccounts')}/submitter"
     idle_team.cluster.ask("DELETE", account)  # as its time would, end the token
-    with pytest.raises(AccessError, match=r"the cluster does not know you \(HTTP 401\).*log in again"):
+    with pytest.raises(
+        AccessError, match=r"the cluster does not know you \(HTTP 401\).*log in again"
+    ):
         idle_team.wait("the token to end", lambda: target.list() and None, within_s=60)
+
+
+def test_a_client_certificate_that_has_expired(idle_team: Team, tmp_path: Path) -> None:
+    """Servers that know no authority for client certificates take the person for a stranger."""
+    key, asked, signed = (str(tmp_path / name) for name in ("key", "asked", "signed"))
+    new = ("-newkey", "rsa:2048", "-nodes", "-subj", "/CN=someone", "-keyout", key, "-out", asked)
+    for words in (
+        ("req", *new),
+        ("x509", "-req", "-in", asked, "-signkey", key, "-days", "0", "-out", signed),
+    ):
+        subprocess.run(["openssl", *words], check=True, capture_output=True)
+    path = idle_team.user.kubeconfig
+    config = yaml.safe_load(path.read_text())
+    config["users"][0]["user"] = {"client-certificate": signed, "client-key": key}
+    path.write_text(yaml.safe_dump(config))
+    done = idle_team.command("list")
+    assert done.returncode == 2, done.stderr
+    [line] = done.stderr.splitlines()
+    assert "the cluster does not know you (HTTP 40" in line
+    assert "client certificate of the kubeconfig has expired" in line
 
 
 # --- who may --------------------------------------------------------------------------------------
