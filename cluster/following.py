@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Protocol
 
 from cluster import progress
 from cluster.driver_log import DriverLog, Left, LogCursor
-from cluster.kubernetes_api import Api, OutOfReachError
+from cluster.kubernetes_api import Api, MissingError, OutOfReachError
 from cluster.overlays import Document
 from cluster.run_state import is_leaving, judge_hopeless, submitters, to_state
 from cluster.states import JobState, Write
-from cluster.troubles import GIVEN_UP, Trouble
+from cluster.troubles import GIVEN_UP, Trouble, is_headless
 from pneumo.errors import ConfigError
 
 ROUND_S = 5.0
 """A log is left this often to look whether the pods are well."""
 LAST_WORDS_S = 40.0
 """How long the driver of a run that was deleted may take to end, as `preStop` of its pod says."""
+HEADLESS_S = 120.0
+"""An operator that goes on by itself has another head, or begins another attempt, before."""
 MOST_RESUBMISSIONS = 2
-"""How often a run that the operator gave up is submitted again: as often as it tries itself."""
+"""How often a lost run is submitted again: as often as the operator tries a failed one."""
 
 
 class Followed(Protocol):
@@ -49,6 +52,7 @@ class Following:
         self.resubmissions = 0
         self.lost_at_s: float | None = None
         self.seen = False
+        self.headless_since_s: float | None = None
 
     def follow(self) -> JobState:
         """How the run ended. Raises ConfigError for one that nobody knows, OutOfReachError when
@@ -77,7 +81,7 @@ class Following:
             state = replace(state, phase="running")
         pod = self._submitter(pods)
         hopeless = None if state.has_ended else judge_hopeless(job, state, found)
-        if hopeless is None and state.has_ended and self._goes_on(job):
+        if hopeless is None and self._goes_on(job, pods):
             return None
         if hopeless is None and not state.has_ended:
             self.was_going_on = True
@@ -110,20 +114,37 @@ class Following:
         elif left == "broken":
             time.sleep(1.0)
 
-    def _goes_on(self, job: Document) -> bool:
-        """Whether a run that the operator gave up while we looked is submitted again."""
-        given_up = (job.get("status") or {}).get("reason") == GIVEN_UP
-        if not given_up or not self.was_going_on or self.resubmissions == MOST_RESUBMISSIONS:
+    def _goes_on(self, job: Document, pods: Sequence[Document]) -> bool:
+        """Whether a run that is lost, and that the operator does not try again, is submitted again:
+        one that it gave up while we looked, or whose head is gone for good."""
+        why = self._find_loss(job, pods)
+        if not why or not self.was_going_on or self.resubmissions == MOST_RESUBMISSIONS:
             return False
         self.resubmissions += 1
         before, self.job_id = self.job_id, self.target.resubmit(job)
         self.note(
-            f"trouble: the operator did not reach the head of {before} for minutes and gave it up; "
-            f"submitted again as {self.job_id} ({self.resubmissions} of {MOST_RESUBMISSIONS}), it "
-            "goes on from its last checkpoint"
+            f"trouble: {why}; submitted again as {self.job_id} ({self.resubmissions} of "
+            f"{MOST_RESUBMISSIONS}), it goes on from its last checkpoint"
         )
-        self.seen = False
+        if not to_state(job, ()).has_ended:
+            with suppress(MissingError):
+                self.target.api.delete_rayjob(before)
+        self.seen, self.headless_since_s = False, None
         return True
+
+    def _find_loss(self, job: Document, pods: Sequence[Document]) -> str:
+        """What befell the run that the operator does not mend; "" for nothing."""
+        if (job.get("status") or {}).get("reason") == GIVEN_UP and to_state(job, ()).has_ended:
+            return (
+                f"the operator did not reach the head of {self.job_id} for minutes and gave it up"
+            )
+        if not is_headless(job, pods):
+            self.headless_since_s = None
+            return ""
+        self.headless_since_s = self.headless_since_s or time.monotonic()
+        if time.monotonic() - self.headless_since_s < HEADLESS_S:
+            return ""
+        return f"the head of {self.job_id} is gone, and the operator makes no other"
 
     def _tell(
         self,

@@ -77,10 +77,10 @@ class KubernetesTarget:
         return Following(self, job_id, write, note).follow()
 
     def resubmit(self, job: Document) -> str:
-        """Start a run that has ended once more, as it was; the new RayJob's name."""
+        """Start a run once more, as it was; the new RayJob's name."""
         submission_id = job["metadata"]["labels"][rayjob.SUBMISSION_LABEL]
         names, running, _ = self._attempts(submission_id)
-        if running is None:
+        if running is None or running["metadata"]["name"] == job["metadata"]["name"]:
             running = rayjob.another(job, rayjob.next_name(submission_id, names))
             with suppress(AlreadyThereError):  # another follower was quicker
                 self.api.create_rayjob(running)

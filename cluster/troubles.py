@@ -66,7 +66,7 @@ def find(job: Document, pods: Sequence[Document], warnings: Sequence[Document]) 
     """The troubles of a run, those that explain others first."""
     pods = sorted(pods, key=lambda pod: not is_head(pod))
     found = [
-        *_of_job(job),
+        *_of_job(job, pods),
         *(trouble for pod in pods for trouble in _of_pod(pod, job)),
         *_of_operator(pods),
         *_of_warnings(job, pods, warnings),
@@ -74,7 +74,7 @@ def find(job: Document, pods: Sequence[Document], warnings: Sequence[Document]) 
     return list({trouble.key: trouble for trouble in reversed(found)}.values())[::-1]
 
 
-def _of_job(job: Document) -> Iterator[Trouble]:
+def _of_job(job: Document, pods: Sequence[Document]) -> Iterator[Trouble]:
     status = job.get("status") or {}
     reason, message = status.get("reason"), _line(status.get("message"))
     again = f"it goes on from its last checkpoint with: {rayjob.command(job)}"
@@ -91,6 +91,12 @@ def _of_job(job: Document) -> Iterator[Trouble]:
         "JobDeploymentStatusTransitionGracePeriodExceeded": "the job ended, its submitter did not; "
         "its log and the run's folder tell how",
     }.get(str(reason))
+    if is_headless(job, pods):
+        yield Trouble(
+            ("job", "headless"),
+            "it has no head any more; where the operator makes no other, a follower submits it "
+            f"again after two minutes; without one, cancel it, and {again}",
+        )
     if advice:
         yield Trouble(
             ("job", str(reason)), f"{reason}{f': {message}' if message else ''}; {advice}"
@@ -305,6 +311,13 @@ def _of_controller(reason: str, message: str) -> Iterator[Trouble]:
         yield Trouble(("job", "invalid"), f"the operator refuses it: {message}", exit_code=2)
     elif reason.startswith("Failed") and not _IS_SO_ALREADY.search(message):
         yield Trouble(("job", reason), f"{reason}: {message}; it is tried again")
+
+
+def is_headless(job: Document, pods: Sequence[Document]) -> bool:
+    """Whether a run that had begun has no head, or one that is being deleted."""
+    status = job.get("status") or {}
+    stays = [pod for pod in pods if is_head(pod) and not pod["metadata"].get("deletionTimestamp")]
+    return status.get("jobDeploymentStatus") == "Running" and not stays
 
 
 def is_head(pod: Document) -> bool:
