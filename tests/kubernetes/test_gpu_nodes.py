@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import s3fs
 
+from cluster.kubernetes_jobs import KubernetesTarget
 from cluster.overlays import OVERLAYS
 from cluster.submission import plan
 from tests.kubernetes.cluster import SMALL, Document, KubeCluster, Team
@@ -55,14 +57,16 @@ def gpu_node(kube: KubeCluster, labels: dict[str, str], taints: list[Document]) 
         kube.ask("PATCH", f"{path}/status", none)
 
 
-def _overlay(folder: Path, name: str) -> Path:
-    return write_overlay(folder / name, base=OVERLAYS / name, components=[SMALL])
+def _target(team: Team, folder: Path, name: str) -> KubernetesTarget:
+    """With one small worker, of an overlay of k8s/overlays."""
+    overlay = write_overlay(folder / name, base=OVERLAYS / name, components=[SMALL])
+    return replace(team.target(overlay=overlay, image="pneumo:dev"), workers=1)
 
 
 def test_the_head_stays_off_every_clouds_spot_nodes_and_workers_find_them(
     kube: KubeCluster, team: Team, tmp_path: Path
 ) -> None:
-    target = team.target(overlay=_overlay(tmp_path, "gpu-spot"), image="pneumo:dev")
+    target = _target(team, tmp_path, "gpu-spot")
     for cloud, (labels, taints) in _CLOUDS.items():
         with gpu_node(kube, labels, taints) as node:
             asked = make_probe(team, cloud.lower(), 1, 0, 0)
@@ -87,7 +91,7 @@ def test_a_node_that_is_no_spot_node_is_none_for_the_workers(
 ) -> None:
     """With `gpu-spot` they wait, and it is said why; `gpu-ondemand` takes it."""
     with gpu_node(kube, {}, []) as node:
-        spot = team.target(overlay=_overlay(tmp_path, "gpu-spot"), image="pneumo:dev")
+        spot = _target(team, tmp_path, "gpu-spot")
         started = spot.submit(make_probe(team, "spot", 1, 0, 0), lambda _: None)
         notes: list[str] = []
 
@@ -99,7 +103,7 @@ def test_a_node_that_is_no_spot_node_is_none_for_the_workers(
         assert spot.follow(started.id, lambda _: None, note).exit_code == 130
         [told] = [note for note in notes if "has no node" in note]
         assert "the overlay asks for nodes that the cluster does not have (spot, GPU)" in told
-        steady = team.target(overlay=_overlay(tmp_path, "gpu-ondemand"), image="pneumo:dev")
+        steady = _target(team, tmp_path, "gpu-ondemand")
         other = steady.submit(make_probe(team, "steady", 1, 0, 0), lambda _: None)
         head, *workers = team.wait("nodes for the pods", lambda: _placed(team, other.id))
         steady.cancel(other.id)
@@ -124,7 +128,7 @@ def test_a_gpu_that_is_not_there_is_told_once(
         "train", words.split(), team.environ, remote=True, now=datetime.now(), sends_files=False
     )
     labels, taints = _CLOUDS["GKE"]
-    target = team.target(overlay=_overlay(tmp_path, "gpu-spot"), image="pneumo:dev")
+    target = _target(team, tmp_path, "gpu-spot")
     with gpu_node(kube, labels, taints):
         started = target.submit(asked, lambda _: None)
         seen = follow(target, started.id)
