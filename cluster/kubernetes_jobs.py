@@ -105,7 +105,12 @@ class KubernetesTarget:
                     f"{error}; the log of one that was deleted lies where it wrote: add --run URL"
                 ) from error
             folder = f"{self.run_url}/logs/{job_id}"
-            return "".join(_kept(folder, run_folder.read_logs(folder)))
+            kept = run_folder.read_logs(folder)
+            if not kept:
+                raise ConfigError(
+                    f"kubernetes: no log lies in {folder}; is --run where {job_id} wrote?"
+                ) from error
+            return "".join(_kept(folder, kept))
         lines: list[str] = []
         there = submitters(pods)[-1:]
         for pod in there:

@@ -45,7 +45,7 @@ class Watched:
         """Of the probe's numbered lines so far."""
         return find_numbers("".join(self.text).splitlines())
 
-    def wait_for_note(self, part: str, within_s: float = 240) -> str:
+    def wait_for_note(self, part: str, within_s: float = 480) -> str:
         """The first note that has `part`."""
         return self.team.wait(
             f"a note with {part!r}; there are {self.notes}",
@@ -53,17 +53,17 @@ class Watched:
             within_s,
         )
 
-    def wait_for_text(self, part: str, within_s: float = 240) -> None:
+    def wait_for_text(self, part: str, within_s: float = 480) -> None:
         """Return once the driver has said it."""
         what = f"a line with {part!r}, after {self.notes}"
         self.team.wait(what, lambda: part in "".join(self.text), within_s)
 
-    def wait_for_line(self, more_than: int, within_s: float = 240) -> None:
+    def wait_for_line(self, more_than: int, within_s: float = 480) -> None:
         """Return once the probe has said so many lines."""
         what = f"more than {more_than} lines, after {self.notes}"
         self.team.wait(what, lambda: len(self.numbers) > more_than, within_s)
 
-    def end(self, within_s: float = 240) -> JobState:
+    def end(self, within_s: float = 480) -> JobState:
         """How the run ended."""
         self._thread.join(within_s)
         assert self.ended, (self.notes, self.text[-5:])
