@@ -242,6 +242,9 @@ def _of_submitter(name: str, status: Document, job: Document) -> Iterator[Troubl
 
 def _preflight(name: str, status: Document, ended: Document) -> Trouble:
     said = _line(ended.get("message"), last=True).removeprefix("error: ")
+    if "exec format error" in said:
+        why = f"pod {name}: the image is of another architecture than its node ({said})"
+        return Trouble((name, "image"), why, exit_code=2)
     lasting = ended["exitCode"] == 2 or status.get("restartCount", 0) >= _PATIENT_RESTARTS
     return Trouble(
         (name, PREFLIGHT),
@@ -306,6 +309,10 @@ def _of_controller(reason: str, message: str) -> Iterator[Trouble]:
     elif "serviceaccount" in message and "not found" in message:
         yield Trouble(
             ("namespace", "account"), f"{message}; an administrator applies the overlay, once"
+        )
+    elif "violates PodSecurity" in message:
+        yield Trouble(
+            ("namespace", "security"), f"the namespace forbids it: {message}; correct the overlay"
         )
     elif reason.startswith("InvalidRay"):
         yield Trouble(("job", "invalid"), f"the operator refuses it: {message}", exit_code=2)

@@ -314,6 +314,25 @@ CASES: dict[str, tuple[Document, list[Document], list[Document], str]] = {
         [],
         "waited longer than preRunningDeadlineSeconds",
     ),
+    "another architecture": (
+        _job(),
+        [_preflight(255, "exec /app/.venv/bin/python: exec format error")],
+        [],
+        r"the image is of another architecture than its node \(exec /app/\S+: exec format error\)",
+    ),
+    "a pod that the namespace forbids": (
+        _job(),
+        [],
+        [
+            _event(
+                "RayCluster",
+                "train-1-0a1b2c3d-x7k2p",
+                "FailedToCreateHeadPod",
+                "violates PodSecurity",
+            )
+        ],
+        r"the namespace forbids it: violates PodSecurity; correct the overlay",
+    ),
     "bucket out of reach": (
         _job(),
         [_preflight(2, "noise\nerror: preflight: s3://b/r: no such bucket; create it")],

@@ -123,7 +123,7 @@ REFUSED = {
     ),
     "security": (
         put(f"{CLUSTER}/headGroupSpec/template/spec/hostNetwork", True),
-        'violates PodSecurity "restricted:latest"',
+        'the namespace forbids it: Failed to create head Pod',
     ),
     "image": (
         put(f"{CLUSTER}/headGroupSpec/template/spec/containers/0/image", "nowhere.invalid/x:1"),
