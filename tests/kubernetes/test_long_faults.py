@@ -129,7 +129,7 @@ def drained(team: Team, node: str) -> Iterator[None]:
 
 def test_the_heads_node_is_not_drained_and_may_lose_its_power(team: Team, tmp_path: Path) -> None:
     overlay = write_overlay(tmp_path / "tries", put("/spec/backoffLimit", 2))
-    run = begin(team, make_probe(team, "head", 600, 0.5, 0), overlay)
+    run = begin(team, make_probe(team, "head", 200, 0.5, 0), overlay)
     run.wait_for_line(5)
     head = team.pods(run.job_id, component="head")[0]
     with pytest.raises(AssertionError, match="disruption budget"):
@@ -144,7 +144,7 @@ def test_the_heads_node_is_not_drained_and_may_lose_its_power(team: Team, tmp_pa
         team.cluster.kubectl("delete", "node", node_of(head))
         team.wait("the driver to begin again", lambda: 0 in run.numbers[before:], LONG_S)
     assert run.end(LONG_S).exit_code == 0
-    assert run.numbers[-600:] == list(range(600))
+    assert run.numbers[-200:] == list(range(200))
 
 
 def test_the_control_plane_goes_and_comes_back(team: Team) -> None:
