@@ -162,11 +162,12 @@ def _of_loss(pod: Document) -> Iterator[Trouble]:
     elif reason == "DeletionByTaintManager":
         node = pod["spec"].get("nodeName", "")
         what = f"is being deleted, for its node {node} does not answer or was tainted ({reason})"
-        then = (
-            "another is started once it is gone, not before: when the node answers again, or its "
-            f"Node object goes, as clouds see to; elsewhere, where the machine is surely off, an "
-            f"administrator types: kubectl delete node {node}"
-        )
+        if pod["metadata"].get("labels", {}).get(NODE_TYPE) == "worker":
+            then = (
+                "another is started once it is gone, not before: when the node answers again, or "
+                "its Node object goes, as clouds see to; elsewhere, where the machine is surely "
+                f"off, an administrator types: kubectl delete node {node}"
+            )
     else:
         what = f"lost its node ({why})"
     if reason:

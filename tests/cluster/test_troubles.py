@@ -39,7 +39,7 @@ def _pod(name: str = WORKER, **status: Any) -> Document:
     }
     preflight = {"name": "preflight", "image": "r.io/pneumo@sha256:0"}
     return {
-        "metadata": {"name": name},
+        "metadata": {"name": name, "labels": {"ray.io/node-type": "worker"}},
         "spec": {"nodeName": "n1", "containers": [container], "initContainers": [preflight]},
         "status": status,
     }
