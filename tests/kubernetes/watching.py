@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from cluster.kubernetes_jobs import PATIENCE_S
 from cluster.states import JobState
 from cluster.submission import Submission
 from tests.kubernetes.cluster import Document, Team
@@ -29,7 +30,7 @@ class Watched:
         self._thread.start()
 
     def _follow(self) -> None:
-        target = self.team.target()
+        target = replace(self.team.target(), patience_s=PATIENCE_S)
         self.ended.append(target.follow(self.job_id, self._write, self._note))
 
     def _write(self, text: str) -> None:
