@@ -33,6 +33,7 @@ pytestmark = [
 
 LONG_S = 600
 SUBMITTER = "/spec/submitterPodTemplate/spec"
+HEAD_POD = "/spec/rayClusterSpec/headGroupSpec/template/spec"
 HEAD = {"matchLabels": {"app.kubernetes.io/component": "head"}}
 TERM = {"labelSelector": HEAD, "topologyKey": "kubernetes.io/hostname"}
 NOT_BESIDE_THE_HEAD = {
@@ -78,8 +79,15 @@ def wait_for_epoch(run: Watched, after: int) -> None:
     run.team.wait(f"an epoch after {after}", lambda: max(epochs_of(run), default=0) > after, LONG_S)
 
 
+def find_dispensable(team: Team) -> set[str]:
+    """The nodes on which nothing runs that every pod of the cluster needs: Kueue's webhooks."""
+    needed = team.cluster.ask("GET", "/api/v1/namespaces/kueue-system/pods")["items"]
+    nodes = team.cluster.ask("GET", "/api/v1/nodes")["items"]
+    return {name_of(node) for node in nodes} - {node_of(pod) for pod in needed}
+
+
 def node_of(pod: Document) -> str:
-    return str(pod["spec"]["nodeName"])
+    return str(pod["spec"].get("nodeName", ""))
 
 
 def test_a_workers_node_without_power_and_drained(team: Team, store: str) -> None:
@@ -90,7 +98,8 @@ def test_a_workers_node_without_power_and_drained(team: Team, store: str) -> Non
     wait_for_epoch(run, 1)
     head = node_of(team.pods(run.job_id, component="head")[0])
     workers = team.pods(run.job_id, component="worker")
-    lost = next(pod for pod in workers if node_of(pod) != head)
+    spare = find_dispensable(team) - {head}
+    lost = next(pod for pod in workers if node_of(pod) in spare)
     with powerless(team.cluster, node_of(lost)):
         team.wait(
             "training with one worker",
@@ -135,7 +144,12 @@ def drained(team: Team, node: str) -> Iterator[None]:
 def test_the_heads_node_is_not_drained_and_may_lose_its_power(team: Team, tmp_path: Path) -> None:
     """The submitter is on another node, so its connection falls silent, and nobody notices: the
     operator makes no other head while the one that is lost is there, or, before 1.7, at all."""
-    overlay = write_overlay(tmp_path / "apart", put(f"{SUBMITTER}/affinity", NOT_BESIDE_THE_HEAD))
+    node = sorted(find_dispensable(team))[0]
+    overlay = write_overlay(
+        tmp_path / "apart",
+        put(f"{SUBMITTER}/affinity", NOT_BESIDE_THE_HEAD),
+        put(f"{HEAD_POD}/nodeSelector", {"kubernetes.io/hostname": node}),
+    )
     run = begin(team, make_probe(team, "head", 200, 0.5, 0), overlay)
     run.wait_for_line(5)
     head = team.pods(run.job_id, component="head")[0]
