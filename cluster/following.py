@@ -49,6 +49,7 @@ class Following:
         self.log = DriverLog(write, note)
         self.cursor = LogCursor(self.log)
         self.was_going_on = False
+        self.has_run = False
         self.resubmissions = 0
         self.lost_at_s: float | None = None
         self.seen = False
@@ -120,8 +121,8 @@ class Following:
         why = self._find_loss(job, pods)
         if not why or not self.was_going_on or self.resubmissions == MOST_RESUBMISSIONS:
             return False
-        self.resubmissions += 1
         before, self.job_id = self.job_id, self.target.resubmit(job)
+        self.resubmissions += 1
         self.note(
             f"trouble: {why}; submitted again as {self.job_id} ({self.resubmissions} of "
             f"{MOST_RESUBMISSIONS}), it goes on from its last checkpoint"
@@ -153,6 +154,15 @@ class Following:
         state: JobState,
         found: Sequence[Trouble],
     ) -> None:
+        if state.phase == "running":
+            self.has_run = True
+        elif self.has_run and job["spec"].get("suspend"):
+            self.note(
+                "trouble: Kueue has taken its quota back; it goes on from its last checkpoint when "
+                "it is admitted again"
+            )
+            self.has_run = False
+            self.said.clear()  # what is said of a start is news again
         for key, line in progress.steps(job, pods):
             self._say_once(key, line)
         for trouble in found:

@@ -106,12 +106,7 @@ def _why(job: Document, deployment: str, phase: Phase, found: Sequence[Trouble])
         "New": "for the KubeRay operator to take it up",
         "Initializing": "for its pods to start",
         "Suspended": _QUEUED,
-        "Suspending": (
-            "Kueue has taken its quota back: its pods are being deleted, it goes on from its last "
-            "checkpoint when it is admitted again"
-            if status.get("rayClusterStatus")
-            else _QUEUED
-        ),
+        "Suspending": _QUEUED,
         "Retrying": "an attempt failed, another cluster is being started",
     }.get(deployment, deployment)
 
