@@ -170,7 +170,7 @@ test-cluster: $(READY)
 # Three at a time: a run waits for its pods more than it computes. docs/cluster.md says how to name a
 # cluster; where none can be had the tests skip, and say so.
 test-kubernetes: $(READY)
-	$(BIN)/python -m tests.kubernetes.server -- $(BIN)/python -m pytest -n 3 --dist loadfile -m kubernetes tests/kubernetes
+	$(BIN)/python -m tests.kubernetes.server -- $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m kubernetes tests/kubernetes
 
 test-kubernetes-faults: $(READY)
 	$(BIN)/python -m tests.kubernetes.server -- $(BIN)/python -m pytest -m kubernetes_faults tests/kubernetes

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 from pneumo import storage
 from pneumo.config import Invocation, parse_command_line
-from pneumo.errors import PneumoError
+from pneumo.errors import ConfigError, PneumoError
 
 
 def run_job(job: str, main: Callable[[Invocation], None], argv: Sequence[str] | None = None) -> int:
@@ -51,8 +51,16 @@ def run_main(
     return 0
 
 
+_NO_GPU = re.compile(
+    r"ProcessGroupNCCL is only supported with GPUs, no GPUs found|Found no NVIDIA driver|"
+    r"No CUDA GPUs are available"
+)
+"""What torch says then."""
+
+
 def find_cause(error: BaseException) -> PneumoError | None:
-    """The PneumoError behind what Ray wraps around a worker's exception, if there is one."""
+    """The PneumoError behind what Ray wraps around a worker's exception, if there is one; a
+    ConfigError for a GPU that is not there, which another attempt would not find either."""
     seen: set[int] = set()
     queue: list[BaseException | None] = [error]
     while queue:
@@ -64,6 +72,11 @@ def find_cause(error: BaseException) -> PneumoError | None:
         failures = getattr(current, "worker_failures", None) or {}
         if isinstance(current, PneumoError) and not isinstance(inner, BaseException):
             return current
+        if _NO_GPU.search(str(current)):
+            return ConfigError(
+                "cluster.use_gpu: Ray gave a worker a GPU, and torch finds none there; look at the "
+                "node's NVIDIA driver and device plugin, or set --cluster.use-gpu false"
+            )
         queue += [inner if isinstance(inner, BaseException) else None, *failures.values()]
         queue += [current.__cause__, current.__context__]
     return None
