@@ -12,7 +12,7 @@ from cluster import progress
 from cluster.driver_log import DriverLog, Left, LogCursor
 from cluster.kubernetes_api import Api, MissingError, OutOfReachError
 from cluster.overlays import Document
-from cluster.run_state import is_leaving, judge_hopeless, submitters, to_state
+from cluster.run_state import TAKEN_BACK, is_leaving, judge_hopeless, submitters, to_state
 from cluster.states import JobState, Write
 from cluster.troubles import GIVEN_UP, Trouble, is_headless
 from pneumo.errors import ConfigError
@@ -157,12 +157,9 @@ class Following:
         if state.phase == "running":
             self.has_run = True
         elif self.has_run and job["spec"].get("suspend"):
-            self.note(
-                "trouble: Kueue has taken its quota back; it goes on from its last checkpoint when "
-                "it is admitted again"
-            )
             self.has_run = False
             self.said.clear()  # what is said of a start is news again
+            self._say_once(TAKEN_BACK, f"waiting: {TAKEN_BACK}")
         for key, line in progress.steps(job, pods):
             self._say_once(key, line)
         for trouble in found:

@@ -15,6 +15,10 @@ from cluster.troubles import Trouble
 OPERATOR_TIMEOUT_S = 60.0
 """An operator that runs takes a RayJob up within a second or two."""
 
+TAKEN_BACK = (
+    "Kueue has taken its quota back: its pods are being deleted, it goes on from its last checkpoint "
+    "when it is admitted again"
+)
 _QUEUED = "in the queue: Kueue has not admitted it yet"
 _ENDED: dict[str, Phase] = {
     "Complete": "succeeded",
@@ -106,7 +110,7 @@ def _why(job: Document, deployment: str, phase: Phase, found: Sequence[Trouble])
         "New": "for the KubeRay operator to take it up",
         "Initializing": "for its pods to start",
         "Suspended": _QUEUED,
-        "Suspending": _QUEUED,
+        "Suspending": TAKEN_BACK if status.get("rayClusterStatus") else _QUEUED,
         "Retrying": "an attempt failed, another cluster is being started",
     }.get(deployment, deployment)
 
