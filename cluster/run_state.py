@@ -16,8 +16,8 @@ OPERATOR_TIMEOUT_S = 60.0
 """An operator that runs takes a RayJob up within a second or two."""
 
 TAKEN_BACK = (
-    "Kueue has taken its quota back: its pods are being deleted, it goes on from its last checkpoint "
-    "when it is admitted again"
+    "Kueue has taken its quota back: its pods are being deleted, it goes on from its last "
+    "checkpoint when it is admitted again"
 )
 _QUEUED = "in the queue: Kueue has not admitted it yet"
 _ENDED: dict[str, Phase] = {
