@@ -52,17 +52,14 @@ def running_cluster(environ: Mapping[str, str]) -> Iterator[dict[str, str]]:
         return
     with tempfile.TemporaryDirectory(prefix="pneumo-kube-", ignore_cleanup_errors=True) as folder:
         place = Path(folder) / "cluster"
+        nodes = ("--nodes", str(NODES), "--kueue", "--checkout", str(CHECKOUT))
         try:
-            done = _kube(
-                "up", str(place), "--nodes", str(NODES), "--kueue", "--checkout", str(CHECKOUT)
-            )
+            done = _kube("up", str(place), *nodes)
             if done.returncode:
-                print(f"no Kubernetes cluster here: {done.stderr}", file=sys.stderr, flush=True)
-                yield {REASON: (done.stderr.strip().splitlines() or ["kube failed"])[-1]}
-            else:
-                path = f"{place / 'bin'}{os.pathsep}{environ.get('PATH', '')}"
-                _forget_visibility(place)
-                yield {KUBECONFIG: str(place / "kubeconfig"), "PATH": path}
+                raise SystemExit(f"error: no Kubernetes cluster: {done.stderr}")
+            _forget_visibility(place)
+            path = f"{place / 'bin'}{os.pathsep}{environ.get('PATH', '')}"
+            yield {KUBECONFIG: str(place / "kubeconfig"), "PATH": path}
         finally:
             if (place / "pids").exists():
                 _kube("down", str(place))
@@ -77,7 +74,10 @@ def why_not() -> str:
     cgroups = Path("/sys/fs/cgroup")
     if not os.access(cgroups, os.W_OK) or not any(cgroups.iterdir()):
         return "a sandbox without cgroups"
-    return ""
+    tried = subprocess.run(
+        ["unshare", "--net", "--mount", "true"], capture_output=True, check=False
+    )
+    return "a sandbox without namespaces" if tried.returncode else ""
 
 
 def _kube(*words: str) -> subprocess.CompletedProcess[str]:
