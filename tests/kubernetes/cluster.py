@@ -156,7 +156,7 @@ class Team:
         """`python -m cluster arguments --target k8s`, as the person types it."""
         return subprocess.run(
             self._words(arguments),
-            env=self._shell(environ),
+            env=self.shell(**environ),
             cwd=CHECKOUT,
             capture_output=True,
             text=True,
@@ -168,7 +168,7 @@ class Team:
         """The same, while it runs: with pipes for both outputs."""
         return subprocess.Popen(
             self._words(arguments),
-            env=self._shell(environ),
+            env=self.shell(**environ),
             cwd=CHECKOUT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -263,7 +263,8 @@ class Team:
             where += ["--image", image]
         return [sys.executable, "-m", "cluster", command, *where, *rest]
 
-    def _shell(self, more: Mapping[str, str]) -> dict[str, str]:
+    def shell(self, **more: str) -> dict[str, str]:
+        """The environment of the person's commands."""
         strange = ("RAY_", "PNEUMO_", "AWS_", "WANDB_", "KUBERNETES_")
         own = {k: v for k, v in os.environ.items() if not k.startswith(strange)}
         return {**own, "KUBECONFIG": str(self.user.kubeconfig), **self.environ, **more}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import subprocess
 import sys
 import tomllib
@@ -150,7 +149,7 @@ def _run_here(team: Team, place: Place, source: str, job: str) -> None:
     secret = {"PNEUMO_HASH_KEY": namespaces.HASH_KEY, "WANDB_API_KEY": API_KEY}
     done = subprocess.run(
         [sys.executable, "-m", f"jobs.{job}", *_flags(job, source, place)],
-        env={**os.environ, **team.environ, **secret},
+        env=team.shell(**secret),
         cwd=CHECKOUT, capture_output=True, text=True, timeout=_RUN_TIMEOUT_S, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
