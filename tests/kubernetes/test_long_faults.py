@@ -86,6 +86,13 @@ def find_dispensable(team: Team) -> set[str]:
     return {name_of(node) for node in nodes} - {node_of(pod) for pod in needed}
 
 
+def rather_on(node: str) -> Document:
+    """An affinity to a node, as long as it is there."""
+    host = {"key": "kubernetes.io/hostname", "operator": "In", "values": [node]}
+    preferred = [{"weight": 100, "preference": {"matchExpressions": [host]}}]
+    return {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": preferred}}
+
+
 def node_of(pod: Document) -> str:
     return str(pod["spec"].get("nodeName", ""))
 
@@ -148,7 +155,7 @@ def test_the_heads_node_is_not_drained_and_may_lose_its_power(team: Team, tmp_pa
     overlay = write_overlay(
         tmp_path / "apart",
         put(f"{SUBMITTER}/affinity", NOT_BESIDE_THE_HEAD),
-        put(f"{HEAD_POD}/nodeSelector", {"kubernetes.io/hostname": node}),
+        put(f"{HEAD_POD}/affinity", rather_on(node)),
     )
     run = begin(team, make_probe(team, "head", 200, 0.5, 0), overlay)
     run.wait_for_line(5)
