@@ -325,7 +325,8 @@ def is_headless(job: Document, pods: Sequence[Document]) -> bool:
     """Whether a run that had begun has no head, or one that is being deleted."""
     status = job.get("status") or {}
     stays = [pod for pod in pods if is_head(pod) and not pod["metadata"].get("deletionTimestamp")]
-    return status.get("jobDeploymentStatus") == "Running" and not stays
+    goes_on = not job["metadata"].get("deletionTimestamp")
+    return goes_on and status.get("jobDeploymentStatus") == "Running" and not stays
 
 
 def is_head(pod: Document) -> bool:

@@ -376,6 +376,18 @@ def test_an_operator_that_drops_fields_is_told_of(version: str, is_told: bool) -
     ] * is_told
 
 
+def test_a_run_without_a_head_says_what_to_type() -> None:
+    head = _pod(HEAD, phase="Running")
+    head["metadata"] = {"name": HEAD, "labels": HEADS}
+    assert find(_job(jobDeploymentStatus="Running"), [head], []) == []
+    [trouble] = find(_job(jobDeploymentStatus="Running"), [_pod()], [])
+    assert "it has no head any more" in str(trouble)
+    assert "python -m cluster submit --target k8s --overlay gpu-spot train" in str(trouble)
+    cancelled = _job(jobDeploymentStatus="Running")
+    cancelled["metadata"]["deletionTimestamp"] = "2026-01-02T03:04:05Z"
+    assert find(cancelled, [], []) == []
+
+
 def test_the_operators_haste_is_no_trouble() -> None:
     name = "train-1-0a1b2c3d"
     events = [
