@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from kubernetes.client.exceptions import ApiException
 
 from tests.kubernetes.cluster import Team, is_gone
 from tests.kubernetes.probes import make_probe, put, write_overlay
@@ -24,7 +25,8 @@ CLUSTER = "/spec/rayClusterSpec"
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("needs_bucket")
 def test_a_run_outlasts_its_pods_and_ends_when_it_is_cancelled(team: Team, tmp_path: Path) -> None:
-    """Submitter, worker and head are deleted, one after the other; then the run is cancelled."""
+    """The submitter is deleted, the worker's node is drained, the head is deleted; then the run is
+    cancelled."""
     overlay = write_overlay(tmp_path / "tries", put("/spec/backoffLimit", 2))
     run = begin(team, make_probe(team, "pods", 3000, 0.3, 0), overlay)
     steps = ("head has a node (", "head ready (", "workers 1 of 1 ready (", "submitter up (")
@@ -38,11 +40,13 @@ def test_a_run_outlasts_its_pods_and_ends_when_it_is_cancelled(team: Team, tmp_p
     assert run.numbers == list(range(len(run.numbers)))  # none lost, none twice
 
     worker = name_of(team.wait_for_pod(run.job_id, component="worker"))
-    team.delete_pod(worker, grace_s=1)
+    evict(team, worker)
     team.wait_for_pod(run.job_id, component="worker", without={worker})
 
     before = len(run.numbers)
     head = name_of(team.wait_for_pod(run.job_id, component="head"))
+    with pytest.raises(ApiException, match="disruption budget"):
+        evict(team, head)
     team.delete_pod(head, grace_s=1)
     team.wait("the driver to begin again", lambda: 0 in run.numbers[before:], 300)
     assert team.target().list()[0].id == run.job_id  # the same RayJob goes on
@@ -54,6 +58,12 @@ def test_a_run_outlasts_its_pods_and_ends_when_it_is_cancelled(team: Team, tmp_p
     assert "stopped gently\n" in run.text
     _wait_until_gone(team, leaving)
     _find_the_log_of_what_was_deleted(team, run)
+
+
+def evict(team: Team, pod: str) -> None:
+    """What draining its node does to a pod."""
+    eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": pod}}
+    team.cluster.ask("POST", f"{team.path('v1', 'pods')}/{pod}/eviction", eviction)
 
 
 def _wait_until_gone(team: Team, names: set[str]) -> None:
@@ -123,7 +133,7 @@ REFUSED = {
     ),
     "security": (
         put(f"{CLUSTER}/headGroupSpec/template/spec/hostNetwork", True),
-        'the namespace forbids it: Failed to create head Pod',
+        "the namespace forbids it: Failed to create head Pod",
     ),
     "image": (
         put(f"{CLUSTER}/headGroupSpec/template/spec/containers/0/image", "nowhere.invalid/x:1"),
