@@ -34,6 +34,8 @@ def to_state(job: Document, found: Sequence[Trouble]) -> JobState:
     phase: Phase = _ENDED.get(deployment, "running" if deployment == "Running" else "waiting")
     if status.get("jobStatus") == "STOPPED" and deployment in _ENDED:
         phase = "cancelled"
+    if status.get("jobStatus") == "SUCCEEDED" and deployment in _ENDED:
+        phase = "succeeded"  # whatever became of the submitter, or of an operator that was away
     why = _why(job, deployment, phase, found)
     if is_leaving(job) and deployment not in _ENDED:
         phase, why = "cancelled", "being deleted"

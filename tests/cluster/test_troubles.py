@@ -444,6 +444,15 @@ def test_only_what_waiting_cannot_mend_ends_a_job(pod: Document, exit_code: int 
         (
             {
                 "jobDeploymentStatus": "Failed",
+                "jobStatus": "SUCCEEDED",
+                "reason": "JobDeploymentStatusTransitionGracePeriodExceeded",
+            },
+            "succeeded",
+            0,
+        ),
+        (
+            {
+                "jobDeploymentStatus": "Failed",
                 "message": "Job entrypoint command failed with exit code 2, last available logs",
             },
             "failed",
