@@ -18,7 +18,8 @@ _CLIENT = re.compile(r"\S+ \S+\t(?:INFO|SUCC|WARN|ERR) (?:cli|sdk)\.py:\d+ -- (S
 """How each line of `ray job …` begins. The last one repeats the end of the driver's log."""
 _WAITS = "Waiting for Ray Dashboard GCS to become healthy"
 _TRACEBACK = re.compile(
-    r"$|\s|Traceback \(most|During handling of|The above exception|[\w.]+(Error|Exception)\b"
+    r"$|\s|Traceback \(most|During handling of|The above exception|"
+    r"[\w.]+(Error|Exception)\b|\w+(\.\w+)+: "
 )
 """How the lines of a traceback begin, from its second on."""
 _OF_CLIENT = re.compile(r'  File ".*/bin/ray", line \d+, in <module>')

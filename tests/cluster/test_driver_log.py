@@ -21,7 +21,7 @@ REFUSED = [
     "Traceback (most recent call last):",
     '  File "/app/.venv/lib/urllib3/connection.py", line 198, in _new_conn',
     "    sock = connection.create_connection(",
-    "ConnectionRefusedError: [Errno 111] Connection refused",
+    "socket.gaierror: [Errno -2] Name or service not known",
     "",
     "During handling of the above exception, another exception occurred:",
     "",
