@@ -4,8 +4,10 @@
 #   make test       the tests that take minutes;  make test-slow: the others
 #   make test-processors  what computes, as if on several processors, and on busy cores: minutes
 #   make test-s3    the tests against a real S3 server, which it starts
-#   make test-cluster  as root: faults on Ray clusters of several nodes;  make test-all: all four
-#   make debian     as root: for the tests Debian's dcmtk (a DICOM decoder), etcd, kubectl, Chromium
+#   make test-cluster  as root: faults on Ray clusters of several nodes
+#   make test-kubernetes  on the cluster that PNEUMO_TEST_KUBECONFIG names, or one that it starts;
+#                   make test-kubernetes-faults: what waits for minutes;  make test-all: all but that
+#   make debian     as root: for the tests Debian's dcmtk (a DICOM decoder) and Chromium
 #   make check      format, lint, types, import rules: never writes;  make fix: mends what it can
 #   make bench      what decoding, preparing, explaining, judging and loading cost, as ratios of one run
 #   make bench-train [ARGS="--rounds 5"]: images/s of the bare step, from a store, under Ray, as ratios
@@ -55,7 +57,8 @@ IMAGE ?= pneumo:dev
 CONTAINERS ?= $(or $(shell command -v podman),docker)
 WITHOUT_RUN := app.kubernetes.io/component!=run
 
-.PHONY: help setup debian demo prepare train tune evaluate predict dashboards check fix test test-slow test-processors test-s3 test-cluster test-all \
+.PHONY: help setup debian demo prepare train tune evaluate predict dashboards check fix test test-slow \
+  test-processors test-s3 test-cluster test-kubernetes test-kubernetes-faults test-all \
   bench bench-train lock clean up down forward image setup-k8s
 
 help:
@@ -132,9 +135,7 @@ k8s/components/monitoring/ray-train.json: $(READY)
 # What some tests need of Debian; where it cannot be had those tests skip, and say so.
 debian:
 	$(call install,chromium,chromium)
-	$(call install,etcd,etcd-server)
 	$(call install,dcm2pnm,dcmtk)
-	$(call install,kubectl,kubernetes-client)
 
 install = @command -v $(1) > /dev/null || { test "$$(id -u)" = 0 && apt-get update -qq \
 	  && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(2); } > /dev/null \
@@ -150,12 +151,15 @@ fix: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Without the tests that have a target of their own.
+PLAIN := not s3 and not multinode and not kubernetes and not kubernetes_faults
+
 # Two at a time: much of it waits for processes to start.
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not s3 and not multinode"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and $(PLAIN)"
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not s3 and not multinode"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and $(PLAIN)"
 
 test-processors: $(READY)
 	@$(BIN)/python -m tests.processors
@@ -167,7 +171,15 @@ test-s3: $(READY)
 test-cluster: $(READY)
 	$(BIN)/python -m pytest -m "multinode and not slow" tests/multinode
 
-test-all: test test-slow test-s3 test-cluster
+# Three at a time: a run waits for its pods more than it computes. docs/cluster.md says how to name a
+# cluster; where none can be had the tests skip, and say so.
+test-kubernetes: $(READY)
+	$(BIN)/python -m tests.kubernetes.server -- $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m kubernetes tests/kubernetes
+
+test-kubernetes-faults: $(READY)
+	$(BIN)/python -m tests.kubernetes.server -- $(BIN)/python -m pytest -m kubernetes_faults tests/kubernetes
+
+test-all: test test-slow test-s3 test-cluster test-kubernetes
 
 bench: $(READY)
 	$(BIN)/python -m tests.benchmarks.decode

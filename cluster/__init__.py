@@ -9,8 +9,13 @@
     rayjob.py            a run as a KubeRay RayJob; pure
     rules.py             the operator's own rules for one; pure
     troubles.py          what goes wrong with its pods, one line each; pure
+    progress.py          how far it has come on its way to the driver, one line each step; pure
+    run_state.py         how it is doing, in the words that all clusters share; pure
     kubernetes_api.py    what is asked of the Kubernetes API server
-    kubernetes_jobs.py   a run on KubeRay
+    driver_log.py        the driver's log, out of what the submitter's container says
+    following.py         one person's look at a run, to its end
+    kubernetes_jobs.py   a run on KubeRay: submit, follow, list, cancel
+    run_folder.py        what lies where a run writes: its settings, its logs
     sizing.py            what changes at 8, 64 and 512 GPUs; pure
 
 Nothing here imports torch or `jobs`; ray and kubernetes are imported once something is sent.

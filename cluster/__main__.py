@@ -22,13 +22,14 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import NoReturn
 
+from cluster import run_folder
 from cluster.states import JobState, Target, is_remote
 from pneumo.errors import AccessError, ClusterError, ConfigError, PneumoError
 
 SECOND_THOUGHT_S = 3.0
 """How long after Ctrl-C another one cancels the job."""
 
-_ON_K8S = ("overlay", "namespace", "context", "image", "workers")
+_ON_K8S = ("overlay", "namespace", "context", "image", "workers", "run")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -75,6 +76,8 @@ def _submit(options: argparse.Namespace, flags: list[str]) -> int:
         wanted = submission.plan(
             options.job, asked, os.environ, remote=True, now=now, sends_files=not on_k8s
         )
+        if wanted.job == "train" and "://" in wanted.target:
+            run_folder.check_run(wanted.config, wanted.target)
     target = _connect(options)
     for warning in wanted.warnings:
         _say(f"warning: {warning}")
@@ -173,6 +176,7 @@ def _connect(options: argparse.Namespace) -> Target:
             overlay=overlays.find_overlay(getattr(options, "overlay", None)) if submits else None,
             image=getattr(options, "image", None),
             workers=getattr(options, "workers", None),
+            run_url=getattr(options, "run", None),
         )
     stray = [name for name in _ON_K8S if getattr(options, name, None) is not None]
     if stray:
@@ -261,6 +265,9 @@ def _parser() -> _Parser:
         command.add_argument("id", metavar="ID", help="as submit and list print it")
         if name == "logs":
             command.add_argument("--follow", action="store_true", help="stay until the job ends")
+            command.add_argument(
+                "--run", metavar="URL", help="k8s: where it wrote, for one that was deleted"
+            )
     down = commands.add_parser("down", parents=[where, debug], help="cancel every job of ours")
     down.add_argument("--yes", action="store_true", help="do not only say which")
     return parser

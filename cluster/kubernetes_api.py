@@ -33,6 +33,8 @@ PATIENCE_S = 20.0
 _PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 5.0
 _EVENTS_A_PAGE = "500"
+_ANONYMOUS = 'User "system:anonymous" '
+"""How a server that lets strangers ask calls who has no valid credentials."""
 _MAY_PASS = frozenset({408, 429, 500, 502, 503, 504})
 
 NEEDS = (
@@ -76,19 +78,8 @@ class Api:
         return f"context {self.context}" if self.context else "this pod's cluster"
 
     def create_rayjob(self, job: Document) -> Document:
-        """Raises AlreadyThereError, ConfigError for what the server finds invalid or not known.
-
-        A server before Kubernetes 1.25 drops what it does not know in silence: the RayJob is then
-        deleted again.
-        """
-        created = self._ask("POST", self._rayjobs(), {"fieldValidation": "Strict"}, job)
-        for field in dropped_fields(job, created):
-            self.delete_rayjob(job["metadata"]["name"])
-            raise ConfigError(
-                f"kubernetes: {self.place}: its KubeRay knows no field {field}; correct the "
-                "overlay, or have the operator and its CRDs updated to 1.7 or later"
-            )
-        return created
+        """Raises AlreadyThereError, ConfigError for what the server finds invalid or not known."""
+        return self._ask("POST", self._rayjobs(), {"fieldValidation": "Strict"}, job)
 
     def get_rayjob(self, name: str) -> Document:
         """Raises MissingError."""
@@ -260,10 +251,10 @@ class Api:
     def _refusal(
         self, code: int, said: str, status: Document, where: str, method: str
     ) -> Exception:
-        if code == 401:
+        if code == 401 or (code == 403 and _ANONYMOUS in said):
             return AccessError(
-                f"{where}: the cluster does not know you (HTTP 401); log in again, your cloud's "
-                "command line renews the kubeconfig's credentials"
+                f"{where}: the cluster does not know you (HTTP {code}): a token or client "
+                "certificate of the kubeconfig has expired, or is another cluster's; log in again"
             )
         if code == 403:
             return AccessError(f"{where}: {_forbidden(said)}", 403)
@@ -283,6 +274,13 @@ class Api:
             return ExpiredError(f"{where}: {said}")
         if code in _MAY_PASS:
             return OutOfReachError(f"{where}: the API server answers HTTP {code}: {said}")
+        unknown = re.findall(r'unknown field "([^"]+)"', said)
+        if unknown:
+            return ConfigError(
+                f"{where}: its KubeRay knows no field {', '.join(unknown)}; correct the "
+                "overlay, or have the operator and its CRDs updated to 1.7 or later"
+            )
+        said = said.rpartition("error: ")[2].partition(", <nil>: ")[0]  # CEL's: checked no further
         return ConfigError(f"{where}: refused (HTTP {code}): {said}")
 
 
@@ -297,6 +295,11 @@ def connect(context: str | None, namespace: str | None) -> Api:
         with _logged_errors() as errors:
             chosen = _load_context(settings, context)
     except _UNUSABLE as error:
+        if "current-context" in str(error):
+            raise ConfigError(
+                "kubernetes: the kubeconfig has no current context; set one: kubectl config "
+                "use-context NAME (kubectl config get-contexts lists them)"
+            ) from error
         if context is not None or not _load_pod(settings):
             raise ConfigError(
                 f"kubernetes: no usable kubeconfig ({_flaw(error)}); set KUBECONFIG, or get one "
@@ -347,20 +350,6 @@ def _logged_errors() -> Iterator[list[str]]:
         yield errors
     finally:
         logging.getLogger().removeHandler(keeper)
-
-
-def dropped_fields(sent: Any, kept: Any, path: str = "") -> Iterator[str]:
-    """The fields of `sent` that `kept` lacks, by their path; values may differ."""
-    if isinstance(sent, dict) and isinstance(kept, dict):
-        for key, value in sent.items():
-            below = f"{path}.{key}" if path else key
-            if key in kept:
-                yield from dropped_fields(value, kept[key], below)
-            elif value is not None:
-                yield below
-    elif isinstance(sent, list) and isinstance(kept, list):
-        for number, (value, there) in enumerate(zip(sent, kept, strict=False)):
-            yield from dropped_fields(value, there, f"{path}[{number}]")
 
 
 def _load_pod(settings: Any) -> bool:

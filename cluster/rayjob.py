@@ -25,7 +25,8 @@ RUN_LABEL = "pneumo/run"
 SUBMISSION_LABEL = "pneumo/submission"
 """On a RayJob and all its pods: the submission's id, the same for every attempt at the same run."""
 TARGET, SETTINGS, ENTRYPOINT = "pneumo/target", "pneumo/settings", "pneumo/entrypoint"
-"""Annotations of a RayJob: what it writes, the digest of its settings, its command."""
+OVERLAY = "pneumo/overlay"
+"""Annotations of a RayJob: what it writes, the digest of its settings, its command, its overlay."""
 SELECTOR = "app.kubernetes.io/part-of=pneumo"
 
 SECRETS = "pneumo-secrets"
@@ -41,6 +42,7 @@ def build(
     submission: Submission,
     *,
     name: str,
+    overlay: str = "",
     image: str | None = None,
     workers: int | None = None,
 ) -> Document:
@@ -49,7 +51,7 @@ def build(
     job = copy.deepcopy(_only_rayjob(documents))
     _check_form(job)
     _check_shell(submission.entrypoint)
-    _name(job, submission, name)
+    _name(job, submission, name, overlay)
     job["spec"]["entrypoint"] = _keeping_log(job, submission)
     group, container = _workers(job)
     per_pod = _workers_per_pod(container, submission)
@@ -62,6 +64,46 @@ def build(
             each["image"] = image
     check(job)
     return job
+
+
+def command(job: Document) -> str:
+    """What a person types to submit the run of a RayJob again."""
+    annotations = job["metadata"].get("annotations") or {}
+    submit = f"python -m cluster submit --target k8s --overlay {annotations.get(OVERLAY) or 'NAME'}"
+    return str(annotations.get(ENTRYPOINT, "")).replace("python -m jobs.", f"{submit} ", 1)
+
+
+def next_name(submission_id: str, names: Sequence[str]) -> str:
+    """The name of one more attempt, where those of `names` are there."""
+    numbers = [name.removeprefix(submission_id).lstrip("-") for name in names]
+    used = max((int(each) if each.isdigit() else 1 for each in numbers), default=0)
+    return f"{submission_id}-{used + 1}" if used else submission_id
+
+
+def another(job: Document, name: str) -> Document:
+    """The same run once more, as a RayJob of another name."""
+    before, metadata = job["metadata"]["name"], job["metadata"]
+    again: Document = {
+        "apiVersion": job["apiVersion"],
+        "kind": job["kind"],
+        "metadata": {
+            "name": name,
+            "labels": {**metadata["labels"], RUN_LABEL: name},
+            "annotations": {
+                key: value
+                for key, value in metadata["annotations"].items()
+                if key.startswith("pneumo/")
+            },
+        },
+        "spec": copy.deepcopy(job["spec"]),
+    }
+    for template in _templates(again):
+        template["metadata"]["labels"][RUN_LABEL] = name
+    folder = log_folder(job)
+    again["spec"]["entrypoint"] = job["spec"]["entrypoint"].replace(
+        folder, folder.removesuffix(before) + name, 1
+    )
+    return again
 
 
 def differences(asked: Document, running: Document) -> Iterator[str]:
@@ -140,7 +182,7 @@ def _check_shell(entrypoint: str) -> None:
             )
 
 
-def _name(job: Document, submission: Submission, name: str) -> None:
+def _name(job: Document, submission: Submission, name: str, overlay: str) -> None:
     metadata = job["metadata"]
     metadata["name"] = name
     metadata["labels"] = {
@@ -153,6 +195,7 @@ def _name(job: Document, submission: Submission, name: str) -> None:
         TARGET: submission.target,
         SETTINGS: submission.settings,
         ENTRYPOINT: submission.entrypoint,
+        OVERLAY: overlay,
     }
     for template in _templates(job):
         own = template.setdefault("metadata", {})

@@ -18,7 +18,7 @@ from typing import Any
 from cluster.package import RECIPE_FOLDER
 from cluster.states import is_remote
 from pneumo.command_line import JOBS, Invocation, PrepareArguments, parse_command_line
-from pneumo.config import WEIGHTS_WITHOUT_FILE, ClusterConfig, Config, Section
+from pneumo.config import WEIGHTS_WITHOUT_FILE, ClusterConfig, Config, Section, check_batch_size
 from pneumo.config_layers import ENVIRONMENT_PREFIX, override, read_recipe
 from pneumo.errors import ConfigError
 from pneumo.search_space import flatten
@@ -55,7 +55,7 @@ class Submission:
     submitting twice does not run twice; `settings` is a digest of all that was asked. `preflight`
     is the command that looks whether the cluster reaches `places` and has the secrets that the job
     cannot do without; `shape` what the job takes of the cluster (a trial, for tune), None where it
-    takes whatever there is.
+    takes whatever there is. `config` are the settings, their files as the job will name them.
     """
 
     job: str
@@ -63,6 +63,7 @@ class Submission:
     entrypoint: str
     target: str
     settings: str
+    config: Config = field(default_factory=Config, repr=False)
     places: tuple[str, ...] = ()
     preflight: str = ""
     shape: ClusterConfig | None = None
@@ -93,6 +94,9 @@ def plan(
     itself would refuse.
     """
     invocation = parse_command_line(job, argv, environ)
+    if job == "train":
+        train, cluster = invocation.config.train, invocation.config.cluster
+        check_batch_size(train.batch_size, train.micro_batch_size, cluster.num_workers)
     places = _places(invocation, remote=remote, now=now)
     recipe = _local_recipe(invocation)
     flags = [text for name, url in places.items() for text in (f"--{name}", url)]
@@ -103,8 +107,7 @@ def plan(
             flags += ["--recipe", f"{RECIPE_FOLDER}/{recipe.name}"]
         else:
             environ = {**recipe_environment(read_recipe(str(recipe))), **environ}
-    written = _written(places)
-    target = places[written]
+    target = places[_written(places)]
     sent, kept = split_environment(environ, remote=remote)
     there = [*flags, *_without(argv, replaced)]
     if recipe is not None and not sends_files:
@@ -115,6 +118,7 @@ def plan(
         entrypoint=shlex.join(["python", "-m", JOBS[job].module, *there]),
         target=target,
         settings=_settings_digest(invocation, places),
+        config=_with_files(invocation, places),
         places=tuple(url for name in places for url in _urls(places, name)),
         preflight=shlex.join(
             [
@@ -171,8 +175,7 @@ def recipe_environment(
 def _check_same(here: Invocation, there: Invocation, places: Mapping[str, str]) -> None:
     """Raise ConfigError where a recipe sent as variables means something else: a table that a
     recipe and a variable both fill is merged here, and replaced there."""
-    files = {name: places[name] for name in _files_of_settings(here)}
-    wanted = flatten(override(here.config, files, "the places").model_dump())
+    wanted = flatten(_with_files(here, places).model_dump())
     found = flatten(there.config.model_dump())
     changed = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
     if changed:
@@ -180,6 +183,12 @@ def _check_same(here: Invocation, there: Invocation, places: Mapping[str, str]) 
             f"{', '.join(changed)}: set by the recipe and by a variable, which cannot both be "
             "sent; write it in the recipe alone"
         )
+
+
+def _with_files(invocation: Invocation, places: Mapping[str, str]) -> Config:
+    """The settings, with absolute places of the files that they name."""
+    files = {name: places[name] for name in _files_of_settings(invocation)}
+    return override(invocation.config, files, "the places")
 
 
 def _places(invocation: Invocation, *, remote: bool, now: datetime) -> dict[str, str]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cluster import rayjob
 from cluster.overlays import Document
 
 _IMAGE = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"}
@@ -36,7 +37,12 @@ _POD_ADVICE = {
 NODE_TYPE = "ray.io/node-type"
 """KubeRay's label: head or worker."""
 SUBMITTER = "ray-job-submitter"
+GIVEN_UP = "JobStatusCheckTimeoutExceeded"
+"""Why an operator of 1.7 ends a run whose head did not answer for 300 s, without another try."""
 PREFLIGHT = "preflight"
+OLDEST_OPERATOR = (1, 7)
+_IS_SO_ALREADY = re.compile(r"already exists|not found")
+"""What the operator's own haste makes it complain of: created twice, deleted twice."""
 _PATIENT_RESTARTS = 2
 """A preflight that fails of time, not of a mistake, may be the pod's network coming up."""
 
@@ -58,30 +64,39 @@ class Trouble:
 
 def find(job: Document, pods: Sequence[Document], warnings: Sequence[Document]) -> list[Trouble]:
     """The troubles of a run, those that explain others first."""
+    pods = sorted(pods, key=lambda pod: not is_head(pod))
     found = [
-        *_of_job(job),
+        *_of_job(job, pods),
         *(trouble for pod in pods for trouble in _of_pod(pod, job)),
+        *_of_operator(pods),
         *_of_warnings(job, pods, warnings),
     ]
     return list({trouble.key: trouble for trouble in reversed(found)}.values())[::-1]
 
 
-def _of_job(job: Document) -> Iterator[Trouble]:
+def _of_job(job: Document, pods: Sequence[Document]) -> Iterator[Trouble]:
     status = job.get("status") or {}
     reason, message = status.get("reason"), _line(status.get("message"))
+    again = f"it goes on from its last checkpoint with: {rayjob.command(job)}"
+    if status.get("jobDeploymentStatus") == "Retrying":
+        again = "another attempt begins, and goes on from the last checkpoint"
     advice = {
-        "SubmissionFailed": "the submitter could not reach the head; its pod's log and the "
-        "NetworkPolicy tell more",
-        "DeadlineExceeded": "raise activeDeadlineSeconds in the overlay, and submit again: the run "
-        "goes on from its last checkpoint",
+        "SubmissionFailed": f"the submitter lost the head, or never reached it; {again}",
+        "DeadlineExceeded": f"raise activeDeadlineSeconds in the overlay; {again}",
         "PreRunningDeadlineExceeded": "it waited longer than preRunningDeadlineSeconds; lower "
         "--workers, or take an overlay whose nodes there are",
         "ValidationFailed": "the operator refuses the RayJob; correct the overlay",
-        "JobStatusCheckTimeoutExceeded": "the operator could not ask the head how the job does; is "
-        "the head alive, and does the NetworkPolicy let the operator in?",
+        GIVEN_UP: "the operator did not reach the head for minutes, and does not try again by "
+        f"itself; {again}",
         "JobDeploymentStatusTransitionGracePeriodExceeded": "the job ended, its submitter did not; "
         "its log and the run's folder tell how",
     }.get(str(reason))
+    if is_headless(job, pods):
+        yield Trouble(
+            ("job", "headless"),
+            "it has no head any more; where the operator makes no other, a follower submits it "
+            f"again after two minutes; without one, cancel it, and {again}",
+        )
     if advice:
         yield Trouble(
             ("job", str(reason)), f"{reason}{f': {message}' if message else ''}; {advice}"
@@ -96,8 +111,7 @@ def _of_pod(pod: Document, job: Document) -> Iterator[Trouble]:
         for each in pod["spec"].get(part, [])
     }
     yield from _of_scheduling(name, status)
-    is_head = (pod["metadata"].get("labels") or {}).get(NODE_TYPE) == "head"
-    yield from _of_loss(name, status, is_head=is_head)
+    yield from _of_loss(pod)
     for container in [
         *status.get("initContainerStatuses", []),
         *status.get("containerStatuses", []),
@@ -118,6 +132,7 @@ def _of_scheduling(name: str, status: Mapping[str, Any]) -> Iterator[Trouble]:
 
 def _scheduling(message: str) -> str:
     """Which resource or rule keeps a pod off the nodes, and what to do."""
+    message = re.split(r"[. ]+(?:no new claims|preemption:)", message)[0]
     lacking = sorted(set(re.findall(r"Insufficient ([\w./-]*\w)", message)))
     if lacking:
         return (
@@ -129,32 +144,51 @@ def _scheduling(message: str) -> str:
     return f"{message}; compare the overlay with the cluster's nodes"
 
 
-def _of_loss(name: str, status: Mapping[str, Any], *, is_head: bool) -> Iterator[Trouble]:
+def _of_loss(pod: Document) -> Iterator[Trouble]:
+    name, status = pod["metadata"]["name"], pod.get("status") or {}
     reason, message = str(status.get("reason", "")), _line(status.get("message"))
     for condition in status.get("conditions", []):
         if condition.get("type") == "DisruptionTarget" and condition.get("status") == "True":
             reason = reason or str(condition.get("reason", ""))
             message = message or _line(condition.get("message"))
     why = f"{reason}{f': {message}' if message else ''}"
+    then = _GOES_ON
     if reason in _GAVE_WAY:
         what = f"gave way to one of higher priority ({why})"
     elif reason == "Evicted":
         what = f"was evicted ({message}), see the overlay's sizes"
     elif reason in _EVICTED:
         what = f"was sent off its node ({why})"
+    elif reason == "DeletionByTaintManager":
+        node = pod["spec"].get("nodeName", "")
+        what = f"is being deleted, for its node {node} does not answer or was tainted ({reason})"
+        if pod["metadata"].get("labels", {}).get(NODE_TYPE) == "worker":
+            then = (
+                "another is started once it is gone, not before: when the node answers again, or "
+                "its Node object goes, as clouds see to; elsewhere, where the machine is surely "
+                f"off, an administrator types: kubectl delete node {node}"
+            )
     else:
         what = f"lost its node ({why})"
     if reason:
-        yield Trouble((name, "lost"), f"pod {name} {what}; {_after(is_head=is_head)}")
+        yield Trouble((name, "lost"), f"pod {name} {what}; {then}")
 
 
-def _after(*, is_head: bool) -> str:
-    if is_head:
-        return (
-            "the job is lost with it; another cluster is started, and goes on from the last "
-            "checkpoint"
-        )
-    return "another is started, and the run goes on from the last checkpoint"
+_GOES_ON = "another is started, and the run goes on from its last checkpoint"
+
+
+def _of_operator(pods: Sequence[Document]) -> Iterator[Trouble]:
+    """An operator older than its CRDs, which drops what it does not know without a word."""
+    for pod in filter(is_head, pods):
+        for variable in pod["spec"]["containers"][0].get("env", []):
+            found = re.search(r"kuberay_version=v(\d+)\.(\d+)", variable.get("value") or "")
+            if found and tuple(map(int, found.groups())) < OLDEST_OPERATOR:
+                yield Trouble(
+                    ("operator", "version"),
+                    f"the KubeRay operator is {found[1]}.{found[2]} and drops what it does not "
+                    "know of the overlay: before 1.6 authOptions, so that Ray runs code of anyone "
+                    "who reaches the head, before 1.7 preRunningDeadlineSeconds; have it updated",
+                )
 
 
 def _of_container(name: str, status: Document, spec: Document) -> Iterator[Trouble]:
@@ -198,6 +232,8 @@ def _of_submitter(name: str, status: Document, job: Document) -> Iterator[Troubl
     job_status = (job.get("status") or {}).get("jobStatus")
     if ended.get("exitCode") and job_status not in {"SUCCEEDED", "FAILED", "STOPPED"}:
         said = _line(ended.get("message"), last=True) or ended.get("reason", "no reason given")
+        if "WebSocket" in said:
+            said = "the head went away in the middle of the log"
         yield Trouble(
             (name, "submitter"),
             f"submitter {name} ended with exit code {ended['exitCode']} ({said}); another is "
@@ -207,6 +243,9 @@ def _of_submitter(name: str, status: Document, job: Document) -> Iterator[Troubl
 
 def _preflight(name: str, status: Document, ended: Document) -> Trouble:
     said = _line(ended.get("message"), last=True).removeprefix("error: ")
+    if "exec format error" in said:
+        why = f"pod {name}: the image is of another architecture than its node ({said})"
+        return Trouble((name, "image"), why, exit_code=2)
     lasting = ended["exitCode"] == 2 or status.get("restartCount", 0) >= _PATIENT_RESTARTS
     return Trouble(
         (name, PREFLIGHT),
@@ -228,6 +267,7 @@ def _of_warnings(
     name = job["metadata"]["name"]
     cluster = (job.get("status") or {}).get("rayClusterName") or name
     there = {pod["metadata"]["name"]: pod for pod in pods}
+    head_is_ready = any(is_head(pod) and _is_ready(pod) for pod in pods)
     for warning in sorted(warnings, key=_time, reverse=True):
         about, reason = warning.get("involvedObject") or {}, str(warning.get("reason", ""))
         kind, who = str(about.get("kind", "")), str(about.get("name", ""))
@@ -236,12 +276,13 @@ def _of_warnings(
             if reason == "Pending" and (job.get("spec") or {}).get("suspend"):
                 yield Trouble(("queue", "quota"), f"Kueue has no quota for it yet: {message}")
         elif kind == "Pod" and who in there:
-            yield from _of_living_pod(there[who], warning)
+            waits = reason == "Unhealthy" and not head_is_ready and not is_head(there[who])
+            if not waits:  # for the head
+                yield from _of_living_pod(there[who], warning)
         elif kind == "Pod" and reason in _LOST_EVENTS and who.startswith(f"{cluster}-"):
             if not message.startswith("Cancelling"):
-                is_head = who.startswith(f"{cluster}-head-")
                 what = f"pod {who} lost its node ({reason}: {message})"
-                yield Trouble((who, "lost"), f"{what}; {_after(is_head=is_head)}")
+                yield Trouble((who, "lost"), f"{what}; {_GOES_ON}")
         elif who in {name, cluster} and kind in {"RayJob", "RayCluster", "Job"}:
             yield from _of_controller(reason, message)
 
@@ -249,10 +290,8 @@ def _of_warnings(
 def _of_living_pod(pod: Document, warning: Document) -> Iterator[Trouble]:
     """What an event says of a pod that is not well, if the pod does not say it itself."""
     name, reason = pod["metadata"]["name"], str(warning.get("reason", ""))
-    conditions = (pod.get("status") or {}).get("conditions", [])
-    ready = any(each["type"] == "Ready" and each["status"] == "True" for each in conditions)
     count = warning.get("count") or (warning.get("series") or {}).get("count") or 1
-    if ready or reason in _TOLD_BY_STATUS:
+    if _is_ready(pod) or reason in _TOLD_BY_STATUS:
         return
     if reason == "Unhealthy" and count < _MANY_FAILED_PROBES:
         return
@@ -272,10 +311,31 @@ def _of_controller(reason: str, message: str) -> Iterator[Trouble]:
         yield Trouble(
             ("namespace", "account"), f"{message}; an administrator applies the overlay, once"
         )
+    elif "violates PodSecurity" in message:
+        yield Trouble(
+            ("namespace", "security"), f"the namespace forbids it: {message}; correct the overlay"
+        )
     elif reason.startswith("InvalidRay"):
         yield Trouble(("job", "invalid"), f"the operator refuses it: {message}", exit_code=2)
-    elif reason.startswith("Failed"):
-        yield Trouble(("job", reason), f"{reason}: {message}")
+    elif reason.startswith("Failed") and not _IS_SO_ALREADY.search(message):
+        yield Trouble(("job", reason), f"{reason}: {message}; it is tried again")
+
+
+def is_headless(job: Document, pods: Sequence[Document]) -> bool:
+    """Whether a run that had begun has no head, or one that is being deleted."""
+    status = job.get("status") or {}
+    stays = [pod for pod in pods if is_head(pod) and not pod["metadata"].get("deletionTimestamp")]
+    goes_on = not job["metadata"].get("deletionTimestamp")
+    return goes_on and status.get("jobDeploymentStatus") == "Running" and not stays
+
+
+def is_head(pod: Document) -> bool:
+    return (pod["metadata"].get("labels") or {}).get(NODE_TYPE) == "head"
+
+
+def _is_ready(pod: Document) -> bool:
+    conditions = (pod.get("status") or {}).get("conditions", [])
+    return any(each["type"] == "Ready" and each["status"] == "True" for each in conditions)
 
 
 def _time(event: Document) -> str:
@@ -284,4 +344,4 @@ def _time(event: Document) -> str:
 
 def _line(text: str | None, *, last: bool = False) -> str:
     lines = (text or "").strip().splitlines() or [""]
-    return lines[-1 if last else 0].strip().rstrip(".")
+    return lines[-1 if last else 0].strip().rstrip(".:")

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from pneumo import storage
+from pneumo.errors import ConfigError
 from pneumo.search_space import Domain, Space, flatten, grid_points
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -349,3 +350,37 @@ class Config(Section):
         """SHA-256 (hex) of the canonical JSON of `sections`, or of the whole tree without any."""
         tree = self.model_dump(mode="json", include=set(sections) or None)
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+TRAINING_SECTIONS = ("seed", "data", "augment", "model", "train")
+"""The settings that a resumed run must share with its checkpoint, but for those that only say how
+the same weights come about."""
+_NO_MATTER = {"compile", "keep_checkpoints", "checkpoint_every_steps"}
+
+
+def changed_sections(before: Config, now: Config) -> list[str]:
+    """The `TRAINING_SECTIONS` in which a run would not be the one that was begun."""
+    then, there = (_training_settings(each) for each in (before, now))
+    return [name for name in TRAINING_SECTIONS if then[name] != there[name]]
+
+
+def _training_settings(config: Config) -> dict[str, Any]:
+    settings = config.model_dump(include=set(TRAINING_SECTIONS))
+    train = {name: v for name, v in settings["train"].items() if name not in _NO_MATTER}
+    return {**settings, "data": config.data.image_size, "train": train}
+
+
+def check_batch_size(batch_size: int, micro_batch_size: int, num_workers: int) -> None:
+    """Raises ConfigError unless a batch is whole micro-batches, and at least one for each
+    worker."""
+    if batch_size % micro_batch_size:
+        raise ConfigError(
+            f"train.batch_size: {batch_size} is no multiple of train.micro_batch_size "
+            f"{micro_batch_size}; change one of them"
+        )
+    if batch_size // micro_batch_size < num_workers:
+        raise ConfigError(
+            f"train.batch_size: {batch_size} is {batch_size // micro_batch_size} micro-batches of "
+            f"{micro_batch_size}, too few for {num_workers} workers; raise it, lower "
+            "train.micro_batch_size, or take fewer workers"
+        )

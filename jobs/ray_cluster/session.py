@@ -29,6 +29,9 @@ WORKER_ENVIRONMENT = {
     # A trial that is stopped may have a checkpoint to write. Tune would wait 2 s for it, and then
     # give up the trial that comes next in its process, without a word, or wait for it for ever.
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "86400",
+    # Ray writes a search's state to S3 by itself, with checksums that older servers (radosgw 16)
+    # refuse with HTTP 411; what this project writes has Content-MD5.
+    "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
 }
 
 _QUIET = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import pkgutil
+import re
 import signal
 import sys
 import time
@@ -17,7 +18,7 @@ from collections.abc import Callable, Sequence
 from jobs.terminal.places import check_places
 from pneumo import storage
 from pneumo.command_line import Invocation, parse_command_line
-from pneumo.errors import PneumoError
+from pneumo.errors import ConfigError, PneumoError
 
 
 def run_job(job: str, function: str, argv: Sequence[str] | None = None) -> int:
@@ -62,14 +63,21 @@ def run_main(
         if known is not None:
             say(f"error: {known}")
             return known.exit_code
-        text = (str(error).strip().splitlines() or [""])[-1]
-        say(f"error: {type(error).__name__}: {text} (--debug shows the traceback)")
+        say(f"error: {type(error).__name__}: {last_words(error)} (--debug shows the traceback)")
         return 1
     return 0
 
 
+_NO_GPU = re.compile(
+    r"ProcessGroupNCCL is only supported with GPUs, no GPUs found|Found no NVIDIA driver|"
+    r"No CUDA GPUs are available"
+)
+"""What torch says then."""
+
+
 def find_cause(error: BaseException) -> PneumoError | None:
-    """The PneumoError behind what Ray wraps around a worker's exception, if there is one."""
+    """The PneumoError behind what Ray wraps around a worker's exception, if there is one; a
+    ConfigError for a GPU that is not there, which another attempt would not find either."""
     seen: set[int] = set()
     queue: list[BaseException | None] = [error]
     while queue:
@@ -81,9 +89,30 @@ def find_cause(error: BaseException) -> PneumoError | None:
         failures = getattr(current, "worker_failures", None) or {}
         if isinstance(current, PneumoError) and not isinstance(inner, BaseException):
             return current
+        if _NO_GPU.search(str(current)):
+            return ConfigError(
+                "cluster.use_gpu: Ray gave a worker a GPU, and torch finds none there; look at the "
+                "node's NVIDIA driver and device plugin, or set --cluster.use-gpu false"
+            )
         queue += [inner if isinstance(inner, BaseException) else None, *failures.values()]
         queue += [current.__cause__, current.__context__]
     return None
+
+
+_NO_MEMORY = re.compile(r"Memory on the node \(IP: ([\d.]+).*?\) was (\S+) used / (\S+) limit")
+
+
+def last_words(error: BaseException) -> str:
+    """The last line of an exception; of Ray's about memory, what it comes to."""
+    text = str(error).strip()
+    found = _NO_MEMORY.search(text)
+    if found:
+        return (
+            f"node {found[1]} had no memory left ({found[2]} of {found[3]}), and Ray ended a "
+            "process there; give it more (on Kubernetes, the overlay's memory of that pod), or for "
+            "a worker lower --train.batch-size or set --data.cache stream"
+        )
+    return (text.splitlines() or [""])[-1]
 
 
 def _interrupt() -> None:

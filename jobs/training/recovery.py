@@ -30,7 +30,7 @@ from jobs.ray_cluster.nodes import (
     silent_addresses,
     usable_nodes,
 )
-from jobs.terminal.entry_point import find_cause
+from jobs.terminal.entry_point import find_cause, last_words
 from jobs.training.stop_signal import Board, Member
 from pneumo import storage
 from pneumo.config import ClusterConfig
@@ -354,11 +354,11 @@ def describe_failure(error: Exception, members: Sequence[Member]) -> str:
             return f"worker lost (its process on node {address.get(rank, '?')} ended)"
     first: BaseException = next(iter(failures.values()), error)
     inner = getattr(first, "controller_failure", getattr(first, "cause", None)) or first
-    text = (str(inner).strip().splitlines() or [""])[-1]
+    text = last_words(inner)
     if "onnection closed by peer" in text or "onnection reset by peer" in text:
         return "worker lost (it closed its connection to the others)"
     begun = "workers failed" if members else "workers did not start"
-    return f"{begun} ({type(inner).__name__}: {text[:200]})"
+    return f"{begun} ({type(inner).__name__}: {text[:300]})"
 
 
 def _workers(number: int) -> str:

@@ -97,22 +97,6 @@ def steps_per_epoch(num_samples: int, batch_size: int) -> int:
     return num_samples // batch_size
 
 
-def check_batch_size(batch_size: int, micro_batch_size: int, num_workers: int) -> None:
-    """Raises ConfigError unless a batch is whole micro-batches, and at least one for each
-    worker."""
-    if batch_size % micro_batch_size:
-        raise ConfigError(
-            f"train.batch_size: {batch_size} is no multiple of train.micro_batch_size "
-            f"{micro_batch_size}; change one of them"
-        )
-    if batch_size // micro_batch_size < num_workers:
-        raise ConfigError(
-            f"train.batch_size: {batch_size} is {batch_size // micro_batch_size} micro-batches of "
-            f"{micro_batch_size}, too few for {num_workers} workers; raise it, lower "
-            "train.micro_batch_size, or take fewer workers"
-        )
-
-
 def micro_batches(batch_size: int, micro_batch_size: int, world: World) -> range:
     """The numbers of this rank's micro-batches in a step: consecutive, and at most one more than
     another rank's."""

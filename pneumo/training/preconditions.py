@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from pneumo.config import Config, TrainConfig
+from pneumo.config import Config, TrainConfig, check_batch_size
 from pneumo.dataset.manifest import Manifest
 from pneumo.errors import ConfigError
 from pneumo.loading import sample_order
@@ -35,7 +35,7 @@ def check_sizes(config: Config, manifest: Manifest, *, num_workers: int) -> int:
     store, and for a training split of one class."""
     image_size = input_size(manifest, config.data.image_size)
     train = config.train
-    sample_order.check_batch_size(train.batch_size, train.micro_batch_size, num_workers)
+    check_batch_size(train.batch_size, train.micro_batch_size, num_workers)
     sample_order.steps_per_epoch(manifest.splits["train"].samples, train.batch_size)
     resolve_pos_weight(train, manifest)
     return image_size

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pneumo.config import Config
+from pneumo.config import Config, changed_sections
 from pneumo.dataset.manifest import Manifest
 from pneumo.errors import PneumoError, RunError
 from pneumo.loading.sample_order import World
@@ -21,11 +21,6 @@ from pneumo.training.checkpoints import (
     load_checkpoint,
     load_newest,
 )
-
-_TRAINING_SECTIONS = ("seed", "data", "augment", "model", "train")
-"""The settings that a resumed run must have in common with its checkpoint, save those that leave
-the weights as they are."""
-_CHANGES_NO_WEIGHT = {"compile", "keep_checkpoints", "checkpoint_every_steps"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,17 +101,10 @@ def find_last(
             f"{run_url}: was begun on another store (manifest {checkpoint.manifest_digest[:12]}, "
             f"not {manifest.digest[:12]}); give another --run"
         )
-    then, now = (_training_settings(each) for each in (checkpoint.config, config))
-    changed = [name for name in _TRAINING_SECTIONS if then[name] != now[name]]
+    changed = changed_sections(checkpoint.config, config)
     if changed:
         raise RunError(
             f"{run_url}: was begun with other settings in {', '.join(changed)}; repeat them to go "
             "on, or give another --run"
         )
     return index.until(entry), checkpoint
-
-
-def _training_settings(config: Config) -> dict[str, Any]:
-    settings = config.model_dump(include=set(_TRAINING_SECTIONS))
-    train = {name: v for name, v in settings["train"].items() if name not in _CHANGES_NO_WEIGHT}
-    return {**settings, "data": config.data.image_size, "train": train}

@@ -1,8 +1,4 @@
-"""Clusters of the tests' own, on free ports of this machine.
-
-`ray_cluster` is a real `ray start --head` with token authentication; `kube_server` a real
-kube-apiserver with RBAC; `namespace` an empty namespace of it in which `submitter` has our Role.
-"""
+"""`ray_cluster`: a real `ray start --head` with token authentication, on free ports."""
 
 from __future__ import annotations
 
@@ -16,15 +12,11 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import timedelta, timezone
 from pathlib import Path
 
 import pytest
-import yaml
 
 from pneumo.errors import PneumoError
-from tests.cluster.kube_operator import Kubelet
-from tests.cluster.kube_server import KubeServer, running_server
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -132,42 +124,3 @@ def _free_ports(count: int) -> list[int]:
     for listener in sockets:
         listener.close()
     return ports
-
-
-SUBMITTER, STRANGER = "submitter", "stranger"
-
-
-@pytest.fixture(scope="session")
-def kube_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KubeServer]:
-    with running_server(tmp_path_factory.mktemp("kube"), [SUBMITTER, STRANGER]) as server:
-        yield server
-
-
-@pytest.fixture(scope="session")
-def kubelet(kube_server: KubeServer) -> Iterator[Kubelet]:
-    kubelet = Kubelet(kube_server, timezone(timedelta(hours=2)))  # none prints UTC because we do
-    yield kubelet
-    kubelet.close()
-
-
-@pytest.fixture
-def namespace(kube_server: KubeServer) -> str:
-    """An empty namespace; what an administrator does there once is done."""
-    name = f"n{secrets.token_hex(4)}"
-    kube_server.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
-    role = yaml.safe_load((CHECKOUT / "k8s" / "rbac" / "role.yaml").read_text())
-    kube_server.apply(role, name)
-    reference = {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role"}
-    kube_server.apply(
-        {
-            "apiVersion": "rbac.authorization.k8s.io/v1",
-            "kind": "RoleBinding",
-            "metadata": {"name": "pneumo-submitters"},
-            "roleRef": {**reference, "name": role["metadata"]["name"]},
-            "subjects": [
-                {"apiGroup": "rbac.authorization.k8s.io", "kind": "User", "name": SUBMITTER}
-            ],
-        },
-        name,
-    )
-    return name

@@ -8,6 +8,7 @@ import ssl
 import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Literal
@@ -42,6 +43,8 @@ class FaultyProxy:
     rules: list[Rule] = field(default_factory=list)
     rewrite: tuple[str, str] = ("", "")
     """What of each path is asked of the server as what."""
+    zone: str = ""
+    """Where the nodes are, as `+02:00`: the times in logs are those of there."""
     injected: list[Rule] = field(default_factory=list)
 
     def __enter__(self) -> FaultyProxy:
@@ -130,13 +133,25 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(rule.after_bytes + 100_000))
         self.end_headers()
         sent = 0
-        while data := response.read1(65536):
+        while data := self._read(response):
             if rule is not None and sent + len(data) >= rule.after_bytes:
                 self.wfile.write(data[: rule.after_bytes - sent])
                 return
             self.wfile.write(data)
             self.wfile.flush()
             sent += len(data)
+
+    def _read(self, response: http.client.HTTPResponse) -> bytes:
+        zone = self.server.proxy.zone
+        if not zone or "/log?" not in self.path:
+            return response.read1(65536)
+        stamp, _, text = response.readline().partition(b" ")
+        if not text:
+            return stamp
+        there = datetime.fromisoformat(f"2000-01-01T00:00:00{zone}").tzinfo
+        seconds, _, fraction = stamp.decode().rstrip("Z").partition(".")
+        moment = datetime.fromisoformat(f"{seconds}+00:00").astimezone(there)
+        return f"{moment:%Y-%m-%dT%H:%M:%S}.{fraction}{zone} ".encode() + text
 
     def _ask(self) -> http.client.HTTPConnection:
         proxy = self.server.proxy

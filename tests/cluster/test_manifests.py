@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import ipaddress
 import json
 import os
@@ -12,24 +11,33 @@ import shutil
 import subprocess
 import sys
 import time
-import urllib.error
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jsonschema
 import pytest
 import yaml
 
-from cluster import kubernetes_api, overlays, ray_jobs, rules
+from cluster import overlays, ray_jobs, rules
 from pneumo.command_line import parse_command_line
 from pneumo.errors import ConfigError
-from tests.cluster.kube_server import CHECKOUT, CRDS, KubeServer
-from tests.cluster.renderer import NO_RENDERER
+from tests.cluster.mistakes import (
+    BROKEN,
+    CHECKS,
+    Break,
+    as_pod,
+    head_of,
+    job_of,
+    of_kind,
+    templates,
+)
+from tests.cluster.renderer import NO_RENDERER, SHARED
 
 pytestmark = pytest.mark.skipif(bool(NO_RENDERER), reason=NO_RENDERER)
 
 Document = dict[str, Any]
+CHECKOUT = Path(__file__).resolve().parents[2]
+CRDS = Path(os.environ.get("KUBERAY_CRDS", SHARED / "crds"))
 OVERLAYS = ("gpu-ondemand", "gpu-spot", "gpu-spot-kueue", "cpu", "kind-cpu")
 ON_GPU = OVERLAYS[:3]
 KUBERNETES = ("1.29", "1.37")
@@ -57,27 +65,14 @@ def compose(folder: Path, *components: str, base: str = "base") -> list[Document
 @pytest.fixture(scope="module")
 def schema() -> Document:
     """KubeRay's schema of a RayJob, in which a field that it does not name is an error."""
-    return _strict(_rayjob_schema())
-
-
-def _rayjob_schema() -> Any:
     file = CRDS / "ray.io_rayjobs.yaml"
     if not file.is_file():
         pytest.skip(f"no KubeRay CRDs: {file} is absent; set KUBERAY_CRDS to their folder")
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     versions = yaml.load(file.read_text(), loader)["spec"]["versions"]
     served = next(version for version in versions if version["name"] == "v1")
-    return served["schema"]["openAPIV3Schema"]
-
-
-def _job(documents: list[Document]) -> Document:
-    [job] = [document for document in documents if document["kind"] == "RayJob"]
-    return copy.deepcopy(job)
-
-
-def _of_kind(documents: list[Document], kind: str) -> Document:
-    [found] = [document for document in documents if document["kind"] == kind]
-    return copy.deepcopy(found)
+    strict: Document = _strict(served["schema"]["openAPIV3Schema"])
+    return strict
 
 
 # --- schemas --------------------------------------------------------------------------------------
@@ -91,12 +86,12 @@ def test_these_are_all_overlays() -> None:
 def test_kuberays_schema_accepts_it(
     rendered: dict[str, list[Document]], schema: Document, overlay: str
 ) -> None:
-    assert _schema_errors(_job(rendered[overlay]), schema) == []
+    assert _schema_errors(job_of(rendered[overlay]), schema) == []
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_the_operators_own_rules_hold(rendered: dict[str, list[Document]], overlay: str) -> None:
-    assert list(rules.problems(_job(rendered[overlay]))) == []
+    assert list(rules.problems(job_of(rendered[overlay]))) == []
 
 
 @pytest.mark.parametrize("version", KUBERNETES)
@@ -114,329 +109,11 @@ def test_kubernetes_schemas_accept_the_core_kinds(folder: str, version: str) -> 
 def test_the_pods_of_a_run_are_valid_pods(
     rendered: dict[str, list[Document]], overlay: str, version: str
 ) -> None:
-    for role, template in _templates(_job(rendered[overlay])).items():
-        assert _core_errors(_as_pod(role, template), version) == []
-
-
-@pytest.mark.cluster
-@pytest.mark.parametrize("overlay", OVERLAYS)
-def test_a_real_api_server_accepts_it(
-    rendered: dict[str, list[Document]], kube_server: KubeServer, namespace: str, overlay: str
-) -> None:
-    """By a dry run; the server at hand may be too old for a kind, which is then named here."""
-    tried = set()
-    for document in rendered[overlay]:
-        if document["kind"] in NO_SCHEMA - {"RayJob"}:
-            continue
-        try:
-            kube_server.ask("POST", _collection(document, namespace), document)
-            tried.add(document["kind"])
-        except urllib.error.HTTPError as error:
-            if (document["kind"], error.code) != ("PodDisruptionBudget", 404):
-                raise
-    assert tried >= {"RayJob", "NetworkPolicy", "ServiceAccount"}
-
-
-@pytest.mark.cluster
-@pytest.mark.skipif(not shutil.which("kubectl"), reason="no kubectl on PATH")
-def test_setup_makes_what_a_run_needs_and_no_run(kube_server: KubeServer, namespace: str) -> None:
-    """`make setup-k8s`, against a server that may be too old for a kind, which it then names."""
-    config = kube_server.kubeconfig("admin", namespace=namespace)
-    kube_server.ask(
-        "DELETE",
-        f"/apis/rbac.authorization.k8s.io/v1/namespaces/{namespace}/roles/pneumo-submitter",
-    )
-    done = subprocess.run(
-        ["make", "setup-k8s", "OVERLAY=gpu-spot"],
-        cwd=CHECKOUT,
-        env={**os.environ, "KUBECONFIG": str(config), "MAKEFLAGS": ""},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    unknown = re.findall(r'no matches for kind "(\w+)"', done.stderr)
-    assert unknown in ([], ["PodDisruptionBudget"]), done.stderr
-    assert done.returncode == 0 or unknown, done.stderr
-    for path in (
-        f"/api/v1/namespaces/{namespace}/serviceaccounts/pneumo",
-        f"/apis/networking.k8s.io/v1/namespaces/{namespace}/networkpolicies/pneumo",
-        f"/apis/rbac.authorization.k8s.io/v1/namespaces/{namespace}/roles/pneumo-submitter",
-    ):
-        assert kube_server.ask("GET", path)["metadata"]["namespace"] == namespace
-    assert kube_server.ask("GET", f"/apis/ray.io/v1/namespaces/{namespace}/rayjobs")["items"] == []
-
-
-@pytest.mark.parametrize("overlay", OVERLAYS)
-def test_no_field_falls_under_a_rule_in_cel(
-    rendered: dict[str, list[Document]], overlay: str
-) -> None:
-    """Those rules are not evaluated here, so no manifest may have a field that one is about."""
-    assert list(_under_cel(_job(rendered[overlay]), _rayjob_schema())) == []
-    other = _job(rendered[overlay])
-    other["spec"]["managedBy"] = "nobody"
-    assert list(_under_cel(other, _rayjob_schema())) == ["spec.managedBy"]
+    for role, template in templates(job_of(rendered[overlay])).items():
+        assert _core_errors(as_pod(role, template), version) == []
 
 
 # --- what is caught -------------------------------------------------------------------------------
-
-Break = Callable[[Document], object]
-
-
-def _spec(job: Document) -> Document:
-    spec: Document = job["spec"]
-    return spec
-
-
-def _head(job: Document) -> Document:
-    head: Document = job["spec"]["rayClusterSpec"]["headGroupSpec"]
-    return head
-
-
-def _container(job: Document) -> Document:
-    container: Document = _head(job)["template"]["spec"]["containers"][0]
-    return container
-
-
-def _selects(**more: Any) -> Break:
-    """A RayJob that runs on a cluster that is there."""
-
-    def change(job: Document) -> None:
-        _spec(job).pop("rayClusterSpec")
-        _spec(job).update(clusterSelector={"ray.io/cluster": "there"}, **more)
-
-    return change
-
-
-def _deletes(**more: Any) -> Break:
-    rules = [{"policy": "DeleteSelf", "condition": {"jobStatus": "SUCCEEDED"}}]
-    return lambda job: _spec(job).update(deletionStrategy={"deletionRules": rules}, **more)
-
-
-def _pod(job: Document) -> Document:
-    pod: Document = _head(job)["template"]["spec"]
-    return pod
-
-
-def _cluster(job: Document) -> Document:
-    cluster: Document = _spec(job)["rayClusterSpec"]
-    return cluster
-
-
-def _workers(job: Document) -> Document:
-    group: Document = _cluster(job)["workerGroupSpecs"][0]
-    return group
-
-
-def _scale(job: Document) -> None:
-    _cluster(job).update(enableInTreeAutoscaling=True, autoscalerOptions={"version": "v2"})
-    _pod(job).update(restartPolicy="Always")
-
-
-Check = Literal["schema", "rules", "server", "pods"]
-CHECKS: tuple[Check, ...] = ("schema", "rules", "server", "pods")
-"""By a strict schema; by `cluster.rules`; by an API server that is asked to create the object; and
-by one that is asked to create the pods, of whose fields KubeRay's schema says little."""
-
-BROKEN: dict[str, tuple[str, Break, str]] = {
-    "a misspelt field": ("RayJob", lambda job: _spec(job).update(backofLimit=1), "schema server"),
-    "a misspelt field at the root": ("RayJob", lambda job: job.update(sepc={}), "schema server"),
-    "a misspelt field of a container": (
-        "RayJob",
-        lambda job: _container(job).update(imagePullPolciy="Always"),
-        "schema server pods",
-    ),
-    "a number for a string": (
-        "RayJob",
-        lambda job: _head(job)["rayStartParams"].update({"num-cpus": 0}),
-        "schema server",
-    ),
-    "a value outside an enum": (
-        "RayJob",
-        lambda job: _cluster(job)["authOptions"].update(mode="tokens"),
-        "schema server",
-    ),
-    "a required field missing": (
-        "RayJob",
-        lambda job: _cluster(job).pop("headGroupSpec"),
-        "schema server",
-    ),
-    "a name of 48 characters": (
-        "RayJob",
-        lambda job: job["metadata"].update(name="x" * 48),
-        "rules",
-    ),
-    "a name that begins with a digit": (
-        "RayJob",
-        lambda job: job["metadata"].update(name="1-train"),
-        "rules",
-    ),
-    "an empty entrypoint": ("RayJob", lambda job: _spec(job).update(entrypoint=""), "rules"),
-    "two commands in the entrypoint": (
-        "RayJob",
-        lambda job: _spec(job).update(entrypoint="python -m jobs.train; curl evil"),
-        "rules",
-    ),
-    "a shell's variable in the entrypoint": (
-        "RayJob",
-        lambda job: _spec(job).update(entrypoint="python -m jobs.train --run $RUN"),
-        "rules",
-    ),
-    "a runtimeEnvYAML that is no YAML": (
-        "RayJob",
-        lambda job: _spec(job).update(runtimeEnvYAML="env_vars: {A: 1"),
-        "rules",
-    ),
-    "suspend without shutdown": (
-        "RayJob",
-        lambda job: _spec(job).update(
-            suspend=True, shutdownAfterJobFinishes=False, ttlSecondsAfterFinished=0
-        ),
-        "rules",
-    ),
-    "suspend with deletion rules": (
-        "RayJob",
-        _deletes(suspend=True, shutdownAfterJobFinishes=True),
-        "rules",
-    ),
-    "shutdown with deletion rules": ("RayJob", _deletes(), "rules"),
-    "a TTL without shutdown": (
-        "RayJob",
-        lambda job: _spec(job).update(shutdownAfterJobFinishes=False),
-        "rules",
-    ),
-    "a negative backoffLimit": ("RayJob", lambda job: _spec(job).update(backoffLimit=-1), "rules"),
-    "a deadline of zero": (
-        "RayJob",
-        lambda job: _spec(job).update(activeDeadlineSeconds=0),
-        "rules",
-    ),
-    "an unknown submissionMode": (
-        "RayJob",
-        lambda job: _spec(job).update(submissionMode="K8sJobmode"),
-        "rules",
-    ),
-    "SidecarMode with a submitter": (
-        "RayJob",
-        lambda job: _spec(job).update(submissionMode="SidecarMode"),
-        "rules",
-    ),
-    "InteractiveMode with retries": (
-        "RayJob",
-        lambda job: _spec(job).update(submissionMode="InteractiveMode", backoffLimit=1),
-        "rules",
-    ),
-    "neither a cluster nor a selector": (
-        "RayJob",
-        lambda job: _spec(job).pop("rayClusterSpec"),
-        "rules",
-    ),
-    "a selector with suspend": ("RayJob", _selects(suspend=True, backoffLimit=0), "rules"),
-    "a selector with retries": ("RayJob", _selects(backoffLimit=1), "rules"),
-    "minReplicas above maxReplicas": (
-        "RayJob",
-        lambda job: _workers(job).update(minReplicas=3, maxReplicas=2),
-        "rules",
-    ),
-    "token authentication on Ray 2.51": (
-        "RayJob",
-        lambda job: _cluster(job).update(rayVersion="2.51.0"),
-        "rules",
-    ),
-    "token authentication by Kubernetes": (
-        "RayJob",
-        lambda job: _cluster(job)["authOptions"].update(enableK8sTokenAuth=True),
-        "rules",
-    ),
-    "autoscaler v2 with pods that restart": ("RayJob", _scale, "rules"),
-    "resources said twice": (
-        "RayJob",
-        lambda job: _head(job).update(resources={"CPU": "1"}),
-        "rules",
-    ),
-    # What is wrong with the pods, KubeRay's schema takes for words.
-    "an unknown toleration operator": (
-        "RayJob",
-        lambda job: _pod(job).update(tolerations=[{"key": "x", "operator": "Exits"}]),
-        "pods",
-    ),
-    "an unknown restartPolicy": (
-        "RayJob",
-        lambda job: _pod(job).update(restartPolicy="Nevr"),
-        "pods",
-    ),
-    "an unknown imagePullPolicy": (
-        "RayJob",
-        lambda job: _container(job).update(imagePullPolicy="Alwasy"),
-        "pods",
-    ),
-    "an unknown seccomp profile": (
-        "RayJob",
-        lambda job: _pod(job)["securityContext"].update(seccompProfile={"type": "Default"}),
-        "pods",
-    ),
-    "a mount without its volume": (
-        "RayJob",
-        lambda job: _container(job)["volumeMounts"].append({"name": "x", "mountPath": "/x"}),
-        "pods",
-    ),
-    "two containers of one name": (
-        "RayJob",
-        lambda job: _pod(job)["containers"].append(copy.deepcopy(_container(job))),
-        "server pods",
-    ),
-    "requests above limits": (
-        "RayJob",
-        lambda job: _container(job)["resources"]["requests"].update(memory="900Gi"),
-        "pods",
-    ),
-    "a label that is none": (
-        "RayJob",
-        lambda job: _head(job)["template"]["metadata"]["labels"].update(team="a b"),
-        "pods",
-    ),
-    "port 99999": (
-        "RayJob",
-        lambda job: _container(job)["ports"].append({"name": "x", "containerPort": 99999}),
-        "pods",
-    ),
-    "a misspelt field of a core kind": (
-        "NetworkPolicy",
-        lambda policy: policy["spec"].update(igress=[]),
-        "schema server",
-    ),
-    "a port that is no number": (
-        "NetworkPolicy",
-        lambda policy: policy["spec"]["ingress"][1]["ports"][0].update(port=[8265]),
-        "schema server",
-    ),
-    "an account's secrets that are no list": (
-        "ServiceAccount",
-        lambda account: account.update(secrets="pneumo-secrets"),
-        "schema server",
-    ),
-    # What only a cluster can know: the preflight or the troubles tell it.
-    "an image that does not exist": (
-        "RayJob",
-        lambda job: _container(job).update(image="r.io/nothing@sha256:" + "0" * 64),
-        "",
-    ),
-    "a secret that does not exist": (
-        "RayJob",
-        lambda job: _cluster(job)["authOptions"].update(secretName="nothing"),
-        "",
-    ),
-    "more memory than any node has": (
-        "RayJob",
-        lambda job: _container(job)["resources"]["limits"].update(memory="9000Gi"),
-        "",
-    ),
-    "a selector that selects nobody": (
-        "NetworkPolicy",
-        lambda policy: policy["spec"]["podSelector"]["matchLabels"].update(app="nobody"),
-        "",
-    ),
-}
 
 
 @pytest.mark.parametrize(("kind", "break_it", "by"), BROKEN.values(), ids=BROKEN)
@@ -447,7 +124,7 @@ def test_what_is_broken_is_caught_without_a_cluster_by(
     break_it: Break,
     by: str,
 ) -> None:
-    document = _of_kind(rendered["kind-cpu"], kind)
+    document = of_kind(rendered["kind-cpu"], kind)
     break_it(document)
     errors = (
         _schema_errors(document, schema)
@@ -458,57 +135,6 @@ def test_what_is_broken_is_caught_without_a_cluster_by(
     if kind == "RayJob" and not errors:
         problems = list(rules.problems(document))
         assert bool(problems) is ("rules" in by), problems
-
-
-@pytest.mark.cluster
-@pytest.mark.parametrize(("kind", "break_it", "by"), BROKEN.values(), ids=BROKEN)
-def test_what_is_broken_is_caught_by_an_api_server(
-    rendered: dict[str, list[Document]],
-    kube_server: KubeServer,
-    namespace: str,
-    kind: str,
-    break_it: Break,
-    by: str,
-) -> None:
-    document = _of_kind(rendered["kind-cpu"], kind)
-    break_it(document)
-    assert _refused(kube_server, namespace, document) is ("server" in by)
-    if kind == "RayJob" and (document["spec"].get("rayClusterSpec") or {}).get("headGroupSpec"):
-        pods = [_as_pod(role, each) for role, each in _templates(document).items()]
-        refused = [_refused(kube_server, namespace, pod) for pod in pods]
-        assert any(refused) is ("pods" in by)
-
-
-def test_the_pods_of_the_overlays_are_taken(
-    rendered: dict[str, list[Document]], kube_server: KubeServer, namespace: str
-) -> None:
-    for documents in rendered.values():
-        for role, template in _templates(_job(documents)).items():
-            assert not _refused(kube_server, namespace, _as_pod(role, template))
-
-
-def _refused(server: KubeServer, namespace: str, document: Document) -> bool:
-    """Whether an API server would not create this, or, if it is old, drops some of it."""
-    try:
-        kept = server.ask("POST", _collection(document, namespace), document)
-    except urllib.error.HTTPError as error:
-        if error.code not in {400, 422}:
-            raise
-        return True
-    return bool(list(kubernetes_api.dropped_fields(document, kept)))
-
-
-def _collection(document: Document, namespace: str) -> str:
-    """Where one asks, strictly, whether a server would take it."""
-    group, plural = document["apiVersion"], document["kind"].lower()
-    root = f"/apis/{group}" if "/" in group else f"/api/{group}"
-    plural = plural.removesuffix("y") + ("ies" if plural.endswith("y") else "s")
-    return f"{root}/namespaces/{namespace}/{plural}?dryRun=All&fieldValidation=Strict"
-
-
-def _as_pod(name: str, template: Document) -> Document:
-    metadata = {**template["metadata"], "name": name}
-    return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"]}
 
 
 def test_the_documentation_has_the_table() -> None:
@@ -548,10 +174,10 @@ def test_the_documentation_has_the_rights() -> None:
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_every_pod_is_hardened(rendered: dict[str, list[Document]], overlay: str) -> None:
-    for template in _templates(_job(rendered[overlay])).values():
+    for template in templates(job_of(rendered[overlay])).values():
         spec = template["spec"]
         assert spec["automountServiceAccountToken"] is False
-        assert not {"hostNetwork", "hostPID", "hostIPC", "shareProcessNamespace"} & set(spec)
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & set(spec)
         assert all(set(volume) == {"name", "emptyDir"} for volume in spec["volumes"])
         assert spec["securityContext"] == {
             "runAsNonRoot": True,
@@ -580,10 +206,10 @@ def test_policy_and_budget_select_the_pods(
     documents = rendered[overlay]
     labels = {
         role: template["metadata"]["labels"]
-        for role, template in _templates(_job(documents)).items()
+        for role, template in templates(job_of(documents)).items()
     }
-    policy = _of_kind(documents, "NetworkPolicy")["spec"]["podSelector"]["matchLabels"]
-    budget = _of_kind(documents, "PodDisruptionBudget")["spec"]
+    policy = of_kind(documents, "NetworkPolicy")["spec"]["podSelector"]["matchLabels"]
+    budget = of_kind(documents, "PodDisruptionBudget")["spec"]
     assert all(policy.items() <= own.items() for own in labels.values())
     selected = budget["selector"]["matchLabels"]
     assert [role for role, own in labels.items() if selected.items() <= own.items()] == ["head"]
@@ -598,14 +224,14 @@ def test_policy_and_budget_select_the_pods(
 def test_the_head_takes_no_work_and_stays(
     rendered: dict[str, list[Document]], overlay: str
 ) -> None:
-    head = _head(_job(rendered[overlay]))
+    head = head_of(job_of(rendered[overlay]))
     assert head["rayStartParams"]["num-cpus"] == "0"
     notes = head["template"]["metadata"]["annotations"]
     assert notes["cluster-autoscaler.kubernetes.io/safe-to-evict"] == "false"
 
 
 def _hook(job: Document, role: str) -> list[str]:
-    [container] = _templates(job)[role]["spec"]["containers"]
+    [container] = templates(job)[role]["spec"]["containers"]
     command: list[str] = container["lifecycle"]["preStop"]["exec"]["command"]
     return command
 
@@ -614,10 +240,10 @@ def _hook(job: Document, role: str) -> list[str]:
 def test_pods_that_are_deleted_have_time_for_a_checkpoint(
     rendered: dict[str, list[Document]], overlay: str
 ) -> None:
-    job = _job(rendered[overlay])
+    job = job_of(rendered[overlay])
     stop_s = int(ray_jobs.STOP_GENTLY["RAY_JOB_STOP_WAIT_TIME_S"])
     for role in ("head", "workers"):
-        assert _templates(job)[role]["spec"]["terminationGracePeriodSeconds"] >= stop_s + 30
+        assert templates(job)[role]["spec"]["terminationGracePeriodSeconds"] >= stop_s + 30
     for role in ("head",) if "spot" in overlay else ("head", "workers"):
         [waits_s] = re.findall(r"seq (\d+)", " ".join(_hook(job, role)))
         assert stop_s < int(waits_s) < stop_s + 30
@@ -643,7 +269,7 @@ def test_a_hook_waits_for_what_must_end(
     (tmp_path / "7").mkdir()
     (tmp_path / "7" / "cmdline").write_bytes(title.replace(" ", "\0").encode() + b"\0")
     (tmp_path / "8").mkdir()
-    *shell, script = _hook(_job(rendered["cpu"]), role)
+    *shell, script = _hook(job_of(rendered["cpu"]), role)
     (tmp_path / "8" / "cmdline").write_bytes("\0".join([*shell, script]).encode())
     script = script.replace("/proc/", f"{tmp_path}/").replace("seq 40", "seq 2")
     start_s = time.monotonic()
@@ -655,7 +281,7 @@ def test_a_hook_waits_for_what_must_end(
 def test_a_spot_worker_says_that_it_goes_while_there_is_time(
     rendered: dict[str, list[Document]], overlay: str
 ) -> None:
-    worker = _templates(_job(rendered[overlay]))["workers"]["spec"]
+    worker = templates(job_of(rendered[overlay]))["workers"]["spec"]
     *command, grace_s = worker["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
     assert command == ["python", "-m", "jobs.ray_cluster.node_drain", "--grace-s"]
     assert (CHECKOUT / "jobs" / "departure.py").is_file()
@@ -666,8 +292,8 @@ def test_a_spot_worker_says_that_it_goes_while_there_is_time(
 def test_gpus_spot_and_queue_are_where_they_belong(
     rendered: dict[str, list[Document]], overlay: str
 ) -> None:
-    job = _job(rendered[overlay])
-    worker = _templates(job)["workers"]["spec"]
+    job = job_of(rendered[overlay])
+    worker = templates(job)["workers"]["spec"]
     limits = worker["containers"][0]["resources"]["limits"]
     assert limits.get("nvidia.com/gpu") == ("1" if overlay in ON_GPU else None)
     tolerated = {item["key"] for item in worker.get("tolerations", [])}
@@ -675,7 +301,7 @@ def test_gpus_spot_and_queue_are_where_they_belong(
     spot = "spot" in overlay
     assert ("cloud.google.com/gke-spot" in tolerated) is spot
     for role, operator in (("workers", "In"), ("head", "NotIn")):
-        affinity = _templates(job)[role]["spec"].get("affinity")
+        affinity = templates(job)[role]["spec"].get("affinity")
         assert (affinity is not None) is spot
         operators = set(re.findall(r'"operator": "(\w+)"', json.dumps(affinity)))
         assert operators == ({operator} if spot else set())
@@ -709,7 +335,7 @@ def test_the_operator_reaches_the_dashboard_however_it_was_installed(
 ) -> None:
     [rule] = [
         rule
-        for rule in _of_kind(rendered["cpu"], "NetworkPolicy")["spec"]["ingress"]
+        for rule in of_kind(rendered["cpu"], "NetworkPolicy")["spec"]["ingress"]
         if {"protocol": "TCP", "port": 8265} in rule.get("ports", [])
     ]
     [peer] = rule["from"]
@@ -722,7 +348,7 @@ def _doors(documents: list[Document], address: str) -> set[int]:
     """The ports at which the pods may reach `address`, by the policy's blocks."""
     ip = ipaddress.ip_address(address)
     open_ports = set()
-    for rule in _of_kind(documents, "NetworkPolicy")["spec"]["egress"]:
+    for rule in of_kind(documents, "NetworkPolicy")["spec"]["egress"]:
         for block in [peer["ipBlock"] for peer in rule.get("to", []) if "ipBlock" in peer]:
             shut = [ipaddress.ip_network(each) for each in block.get("except", [])]
             if ip in ipaddress.ip_network(block["cidr"]) and not any(ip in net for net in shut):
@@ -753,26 +379,26 @@ def test_a_clouds_identity_has_its_door_and_no_other(
     for address in known | set(doors):
         assert _doors(documents, address) == doors.get(address, set())
     for version in KUBERNETES:
-        assert _core_errors(_of_kind(documents, "NetworkPolicy"), version) == []
+        assert _core_errors(of_kind(documents, "NetworkPolicy"), version) == []
 
 
 def test_the_queue_of_the_runs_is_the_administrators(
     rendered: dict[str, list[Document]],
 ) -> None:
     queues = overlays.render(CHECKOUT / "k8s" / "kueue")
-    local = _of_kind(rendered["gpu-spot-kueue"], "LocalQueue")
-    cluster, flavor = _of_kind(queues, "ClusterQueue"), _of_kind(queues, "ResourceFlavor")
+    local = of_kind(rendered["gpu-spot-kueue"], "LocalQueue")
+    cluster, flavor = of_kind(queues, "ClusterQueue"), of_kind(queues, "ResourceFlavor")
     assert {each["apiVersion"] for each in (local, cluster, flavor)} == {"kueue.x-k8s.io/v1beta2"}
     assert local["spec"]["clusterQueue"] == cluster["metadata"]["name"]
     [group] = cluster["spec"]["resourceGroups"]
     [quota] = group["flavors"]
     assert quota["name"] == flavor["metadata"]["name"]
     assert [each["name"] for each in quota["resources"]] == group["coveredResources"]
-    job = _job(rendered["gpu-spot-kueue"])
+    job = job_of(rendered["gpu-spot-kueue"])
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == local["metadata"]["name"]
     asked = {
         name
-        for template in _templates(job).values()
+        for template in templates(job).values()
         for container in template["spec"]["containers"]
         for name in container["resources"]["requests"]
     }
@@ -790,20 +416,20 @@ def test_no_overlay_needs_the_prometheus_operator(
 
 def test_monitoring_finds_the_metrics(tmp_path: Path) -> None:
     documents = compose(tmp_path, "monitoring", base="overlays/gpu-spot")
-    found = _of_kind(documents, "PodMonitor")
+    found = of_kind(documents, "PodMonitor")
     assert found["metadata"]["labels"]["release"] == "kube-prometheus-stack"
     monitor = found["spec"]
     labels = monitor["selector"]["matchLabels"]
     [endpoint] = monitor["podMetricsEndpoints"]
     for role in ("head", "workers"):
-        template = _templates(_job(documents))[role]
+        template = templates(job_of(documents))[role]
         assert labels.items() <= template["metadata"]["labels"].items()
         ports = {
             port["name"]: port["containerPort"]
             for port in template["spec"]["containers"][0]["ports"]
         }
         assert ports[endpoint["port"]] == 8080
-    allowed = _of_kind(documents, "NetworkPolicy")["spec"]["ingress"]
+    allowed = of_kind(documents, "NetworkPolicy")["spec"]["ingress"]
     assert any({"protocol": "TCP", "port": 8080} in rule.get("ports", []) for rule in allowed)
 
 
@@ -821,7 +447,7 @@ def test_the_dashboard_is_the_one_of_the_locked_ray() -> None:
 def test_the_entrypoint_is_one_job_with_valid_settings(
     rendered: dict[str, list[Document]], overlay: str
 ) -> None:
-    job = _job(rendered[overlay])
+    job = job_of(rendered[overlay])
     python, dash_m, module, *flags = shlex.split(job["spec"]["entrypoint"])
     assert (python, dash_m, module) == ("python", "-m", "jobs.train")
     invocation = parse_command_line("train", flags, {})
@@ -840,7 +466,7 @@ def test_an_overlay_sets_the_image_of_every_container(tmp_path: Path) -> None:
     (overlay / "kustomization.yaml").write_text(
         yaml.safe_dump({"resources": ["../base"], "images": images})
     )
-    specs = [template["spec"] for template in _templates(_job(overlays.render(overlay))).values()]
+    specs = [template["spec"] for template in templates(job_of(overlays.render(overlay))).values()]
     found = {
         each["image"]
         for spec in specs
@@ -873,13 +499,6 @@ def test_a_laptop_without_kustomize_hears_what_to_install(
 # --- how it is checked ----------------------------------------------------------------------------
 
 
-def _templates(job: Document) -> dict[str, Document]:
-    cluster = job["spec"]["rayClusterSpec"]
-    groups = {group["groupName"]: group["template"] for group in cluster["workerGroupSpecs"]}
-    submitter = job["spec"]["submitterPodTemplate"]
-    return {"head": cluster["headGroupSpec"]["template"], **groups, "submitter": submitter}
-
-
 def _strict(schema: Any) -> Any:
     if isinstance(schema, list):
         return [_strict(item) for item in schema]
@@ -907,17 +526,3 @@ def _core_errors(document: Document, version: str) -> list[str]:
     except validate.ValidationError as error:
         return [str(error).splitlines()[0]]
     return []
-
-
-def _under_cel(value: Any, schema: Any, path: str = "") -> Iterator[str]:
-    """The fields of `value` to which a rule in CEL applies."""
-    if schema.get("x-kubernetes-validations") and path:
-        yield path
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            known = schema.get("properties", {}).get(key)
-            if known is not None:
-                yield from _under_cel(inner, known, f"{path}.{key}".lstrip("."))
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _under_cel(inner, schema.get("items", {}), path)

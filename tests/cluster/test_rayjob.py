@@ -18,6 +18,7 @@ from pneumo.errors import ConfigError
 Document = dict[str, Any]
 BASE = Path(__file__).resolve().parents[2] / "k8s" / "base" / "rayjob.yaml"
 PLACES = "--store s3://b/store --run s3://b/runs/1"
+BIG = "--train.batch-size 1024"
 
 
 @pytest.fixture
@@ -87,11 +88,11 @@ def test_only_what_differs_is_set(base: Document) -> None:
     [
         (None, "4", "--cluster.num-workers 4 --cluster.cpus-per-worker 4", 4),
         (None, "4", "--cluster.num-workers 4 --cluster.cpus-per-worker 2", 2),
-        (None, "4", "--cluster.num-workers 5 --cluster.cpus-per-worker 2", 3),
+        (None, "4", f"--cluster.num-workers 5 --cluster.cpus-per-worker 2 {BIG}", 3),
         ("1", "8", "--cluster.num-workers 4", 4),
-        ("8", "96", "--cluster.num-workers 64 --cluster.cpus-per-worker 12", 8),
-        ("8", "96", "--cluster.num-workers 9 --cluster.cpus-per-worker 12", 2),
-        ("8", "8", "--cluster.num-workers 16 --cluster.use-gpu false", 2),
+        ("8", "96", f"--cluster.num-workers 64 --cluster.cpus-per-worker 12 {BIG}", 8),
+        ("8", "96", f"--cluster.num-workers 9 --cluster.cpus-per-worker 12 {BIG}", 2),
+        ("8", "8", f"--cluster.num-workers 16 --cluster.use-gpu false {BIG}", 2),
     ],
 )
 def test_there_are_pods_for_the_jobs_workers(
@@ -161,7 +162,11 @@ def test_an_image_is_for_every_container(base: Document) -> None:
         ("train --store 's3://b/`x`' --run s3://b/r", {}, "shells read the command"),
         (f"train {PLACES} --cluster.cpus-per-worker 5", {}, r"worker pod of the overlay has 4;"),
         (f"train {PLACES} --cluster.use-gpu true", {}, "worker pods have no GPU"),
-        (f"train {PLACES} --cluster.num-workers 9", {"workers": 2}, "--workers 2: .* need 3 pods"),
+        (
+            f"train {PLACES} --cluster.num-workers 9 {BIG}",
+            {"workers": 2},
+            "--workers 2: .* need 3 pods",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_sent(

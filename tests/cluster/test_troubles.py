@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cluster.kubernetes_jobs import driver_exit_code, to_state
+from cluster.run_state import driver_exit_code, to_state
 from cluster.troubles import find
 
 Document = dict[str, Any]
@@ -17,7 +17,15 @@ WORKER = "train-1-0a1b2c3d-x7k2p-workers-worker-l2x8d"
 
 def _job(**status: Any) -> Document:
     return {
-        "metadata": {"name": "train-1-0a1b2c3d", "annotations": {"pneumo/target": "s3://b/r"}},
+        "metadata": {
+            "name": "train-1-0a1b2c3d",
+            "creationTimestamp": "2026-01-02T03:04:05Z",
+            "annotations": {
+                "pneumo/target": "s3://b/r",
+                "pneumo/overlay": "gpu-spot",
+                "pneumo/entrypoint": "python -m jobs.train --store s3://b/s",
+            },
+        },
         "spec": {"entrypoint": "python -m jobs.train", "suspend": "suspend" in status},
         "status": {"rayClusterName": "train-1-0a1b2c3d-x7k2p", **status},
     }
@@ -31,8 +39,8 @@ def _pod(name: str = WORKER, **status: Any) -> Document:
     }
     preflight = {"name": "preflight", "image": "r.io/pneumo@sha256:0"}
     return {
-        "metadata": {"name": name},
-        "spec": {"containers": [container], "initContainers": [preflight]},
+        "metadata": {"name": name, "labels": {"ray.io/node-type": "worker"}},
+        "spec": {"nodeName": "n1", "containers": [container], "initContainers": [preflight]},
         "status": status,
     }
 
@@ -151,31 +159,25 @@ CASES: dict[str, tuple[Document, list[Document], list[Document], str]] = {
         _job(),
         [_pod(reason="NodeLost", message="Node i-0abc which was running pod is unresponsive")],
         [],
-        r"lost its node \(NodeLost: .*goes on from the last checkpoint",
+        r"lost its node \(NodeLost: .*goes on from its last checkpoint",
     ),
     "spot node taken": (
         _job(),
         [DISRUPTED],
         [],
-        r"lost its node \(DeletionByTaintManager",
+        r"is being deleted, for its node n1 does not .*types: kubectl delete node n1",
     ),
     "head lost, pod gone": (
         _job(),
         [],
         [_event("Pod", HEAD, "NodeNotReady", "Node is not ready")],
-        r"-head-9fzqm lost its node \(NodeNotReady.*another cluster is started",
+        r"-head-9fzqm lost its node \(NodeNotReady.*another is started, and the run",
     ),
     "a worker of a run whose name has -head in it": (
         _job(),
         [_pod("two-head-0a1b2c3d-x7k2p-workers-worker-l2x8d", reason="NodeLost")],
         [],
         r"lost its node \(NodeLost\); another is started, and the run goes on",
-    ),
-    "the head, by its label": (
-        _job(),
-        [{**_pod("h", reason="NodeLost"), "metadata": {"name": "h", "labels": HEADS}}],
-        [],
-        r"pod h lost its node \(NodeLost\); the job is lost with it",
     ),
     "taken by taint, pod gone": (
         _job(),
@@ -215,7 +217,7 @@ CASES: dict[str, tuple[Document, list[Document], list[Document], str]] = {
     ),
     "probes that fail on and on": (
         _job(),
-        [_pod(HEAD, phase="Running")],
+        [{**_pod(HEAD), "metadata": {"name": HEAD, "labels": HEADS}}],
         [{**_event("Pod", HEAD, "Unhealthy", "Readiness probe failed: x"), "count": 40}],
         r"Unhealthy: Readiness probe failed: x; Ray does not answer there",
     ),
@@ -229,7 +231,8 @@ CASES: dict[str, tuple[Document, list[Document], list[Document], str]] = {
         _job(reason="JobStatusCheckTimeoutExceeded", message="Timed out"),
         [],
         [],
-        r"JobStatusCheckTimeoutExceeded: Timed out; the operator could not ask the head",
+        r"JobStatusCheckTimeoutExceeded: Timed out; the operator did not reach the head .*with: "
+        r"python -m cluster submit --target k8s --overlay gpu-spot train --store s3://b/s",
     ),
     "a submitter that does not end": (
         _job(reason="JobDeploymentStatusTransitionGracePeriodExceeded"),
@@ -297,7 +300,7 @@ CASES: dict[str, tuple[Document, list[Document], list[Document], str]] = {
         _job(reason="SubmissionFailed", message="Job submission has failed. Reason: Backoff"),
         [],
         [],
-        r"SubmissionFailed: Job submission has failed\. Reason: Backoff; the submitter could not",
+        r"SubmissionFailed: Job submission has failed\. Reason: Backoff; the submitter lost .*: ",
     ),
     "deadline": (
         _job(reason="DeadlineExceeded", message="The RayJob has passed the activeDeadlineSeconds"),
@@ -310,6 +313,25 @@ CASES: dict[str, tuple[Document, list[Document], list[Document], str]] = {
         [],
         [],
         "waited longer than preRunningDeadlineSeconds",
+    ),
+    "another architecture": (
+        _job(),
+        [_preflight(255, "exec /app/.venv/bin/python: exec format error")],
+        [],
+        r"the image is of another architecture than its node \(exec /app/\S+: exec format error\)",
+    ),
+    "a pod that the namespace forbids": (
+        _job(),
+        [],
+        [
+            _event(
+                "RayCluster",
+                "train-1-0a1b2c3d-x7k2p",
+                "FailedToCreateHeadPod",
+                "violates PodSecurity",
+            )
+        ],
+        r"the namespace forbids it: violates PodSecurity; correct the overlay",
     ),
     "bucket out of reach": (
         _job(),
@@ -329,6 +351,50 @@ def test_a_trouble_is_one_line_with_what_to_do(
     assert "\n" not in str(trouble)
     assert trouble in find(job, pods * 2, warnings * 2)
     assert len(find(job, pods * 2, warnings * 2)) == 1
+
+
+def test_workers_that_wait_for_a_head_are_not_named() -> None:
+    head = _unschedulable("0/3 nodes are available: 3 Insufficient cpu")
+    head["metadata"] = {"name": HEAD, "labels": HEADS}
+    failed = {**_event("Pod", WORKER, "Unhealthy", "Readiness probe failed: x"), "count": 40}
+    [trouble] = find(_job(), [_pod(phase="Running"), head], [failed])
+    assert HEAD in str(trouble)
+    mount = _event("Pod", WORKER, "FailedMount", "no such volume")
+    assert len(find(_job(), [_pod(phase="Running"), head], [failed, mount])) == 2
+
+
+@pytest.mark.parametrize(("version", "is_told"), [("v1.5.0", True), ("v1.7.2", False)])
+def test_an_operator_that_drops_fields_is_told_of(version: str, is_told: bool) -> None:
+    tags = {"name": "RAY_USAGE_STATS_EXTRA_TAGS", "value": f"kuberay_version={version};a=b"}
+    head = _pod(HEAD, phase="Running")
+    head["metadata"] = {"name": HEAD, "labels": HEADS}
+    head["spec"]["containers"][0]["env"] = [{"name": "X", "valueFrom": {}}, tags]
+    assert [str(each) for each in find(_job(), [head], [])] == [
+        f"the KubeRay operator is {version[1:4]} and drops what it does not know of the overlay: "
+        "before 1.6 authOptions, so that Ray runs code of anyone who reaches the head, before 1.7 "
+        "preRunningDeadlineSeconds; have it updated"
+    ] * is_told
+
+
+def test_a_run_without_a_head_says_what_to_type() -> None:
+    head = _pod(HEAD, phase="Running")
+    head["metadata"] = {"name": HEAD, "labels": HEADS}
+    assert find(_job(jobDeploymentStatus="Running"), [head], []) == []
+    [trouble] = find(_job(jobDeploymentStatus="Running"), [_pod()], [])
+    assert "it has no head any more" in str(trouble)
+    assert "python -m cluster submit --target k8s --overlay gpu-spot train" in str(trouble)
+    cancelled = _job(jobDeploymentStatus="Running")
+    cancelled["metadata"]["deletionTimestamp"] = "2026-01-02T03:04:05Z"
+    assert find(cancelled, [], []) == []
+
+
+def test_the_operators_haste_is_no_trouble() -> None:
+    name = "train-1-0a1b2c3d"
+    events = [
+        _event("RayJob", name, "FailedToCreateRayCluster", f'"{name}" already exists'),
+        _event("RayJob", name, "FailedToDeleteRayJobSubmitter", f'jobs.batch "{name}" not found'),
+    ]
+    assert find(_job(), [], events) == []
 
 
 def test_what_is_well_is_no_trouble() -> None:
@@ -378,6 +444,15 @@ def test_only_what_waiting_cannot_mend_ends_a_job(pod: Document, exit_code: int 
         (
             {
                 "jobDeploymentStatus": "Failed",
+                "jobStatus": "SUCCEEDED",
+                "reason": "JobDeploymentStatusTransitionGracePeriodExceeded",
+            },
+            "succeeded",
+            0,
+        ),
+        (
+            {
+                "jobDeploymentStatus": "Failed",
                 "message": "Job entrypoint command failed with exit code 2, last available logs",
             },
             "failed",
@@ -388,6 +463,7 @@ def test_only_what_waiting_cannot_mend_ends_a_job(pod: Document, exit_code: int 
         ({"jobDeploymentStatus": "Initializing"}, "waiting", None),
         ({"jobDeploymentStatus": "Suspended"}, "waiting", None),
         ({"jobDeploymentStatus": "Retrying"}, "waiting", None),
+        ({"jobDeploymentStatus": "Suspending"}, "waiting", None),
         ({}, "waiting", None),
     ],
 )
@@ -397,6 +473,20 @@ def test_states_and_exit_codes(status: Document, phase: str, exit_code: int | No
     assert state.has_ended is (exit_code is not None)
     assert exit_code is None or state.exit_code == exit_code
     assert state.phase != "waiting" or state.why
+
+
+def test_a_run_in_the_queue_is_not_one_whose_quota_was_taken() -> None:
+    queued = to_state(_job(jobDeploymentStatus="Suspending"), ())
+    assert queued.why == "in the queue: Kueue has not admitted it yet"
+    taken = to_state(
+        _job(jobDeploymentStatus="Suspending", rayClusterStatus={"state": "ready"}), ()
+    )
+    assert taken.why.startswith("Kueue has taken its quota back: ")
+
+
+def test_nobody_takes_it_up() -> None:
+    """The RayJob of these tests is old."""
+    assert to_state(_job(), ()).why.startswith("no KubeRay operator has taken it up within 60 s; ")
 
 
 def test_the_drivers_exit_code_is_in_rays_words() -> None:

@@ -1,4 +1,4 @@
-"""A real S3 server on loopback for the tests: Ceph's radosgw, as Debian packages it.
+"""A real S3 server for the tests, on loopback: Ceph's radosgw, as Debian packages it.
 
     python -m tests.s3.server [--if-possible] -- COMMAND …
 
@@ -83,7 +83,7 @@ mon data avail warn = 0
 
 [client.gateway]
 # Without tcp_nodelay every small answer waits 40 ms for an acknowledgement.
-rgw frontends = beast endpoint=127.0.0.1:{port} tcp_nodelay=1
+rgw frontends = beast endpoint={address}:{port} tcp_nodelay=1
 rgw run sync thread = false
 rgw enable usage log = false
 rgw enable ops log = false
@@ -92,10 +92,10 @@ rgw enable ops log = false
 
 class CephServer:
     """One monitor, one storage daemon and one gateway in `folder`; equal folders name the same
-    server, from any process."""
+    server, from any process. The gateway listens on `address` of this machine."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, address: str = "127.0.0.1") -> None:
+        self.folder, self.address = folder, address
 
     @property
     def endpoint(self) -> str:
@@ -124,9 +124,11 @@ class CephServer:
     def _start(self) -> None:
         port, mon_port = _free_ports(2)
         fsid = str(uuid.uuid4())
-        (self.folder / "endpoint").write_text(f"http://127.0.0.1:{port}")
+        (self.folder / "endpoint").write_text(f"http://{self.address}:{port}")
         (self.folder / "ceph.conf").write_text(
-            _CONFIGURATION.format(folder=self.folder, fsid=fsid, port=port, mon_port=mon_port)
+            _CONFIGURATION.format(
+                folder=self.folder, fsid=fsid, address=self.address, port=port, mon_port=mon_port
+            )
         )
         for name in ("mon", "osd", "gateway"):
             (self.folder / name).mkdir()
@@ -296,14 +298,14 @@ def _free_ports(number: int) -> list[int]:
     return ports
 
 
-def _place() -> Path | None:
+def place() -> Path | None:
     """Memory where there is enough: the monitor waits for its disk, which tests keep busy."""
     if _MEMORY.is_dir() and shutil.disk_usage(_MEMORY).free > _MEMORY_NEEDED_BYTES:
         return _MEMORY
     return None
 
 
-def _install() -> None:
+def install() -> None:
     """Have the packages, or end with what to do."""
     if all(shutil.which(name, path=_ENVIRONMENT["PATH"]) for name in ("radosgw", *PACKAGES[:2])):
         return
@@ -346,14 +348,14 @@ def main(arguments: list[str]) -> int:
     if os.environ.get(ENDPOINT):
         return _run(command, {})
     try:
-        _install()
+        install()
     except SystemExit as error:
         if not if_possible:
             raise
         print(f"{error}\nwithout a server: {' '.join(command)}", file=sys.stderr, flush=True)
         return _run(command, {})
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    with tempfile.TemporaryDirectory(prefix="pneumo-s3-", dir=_place()) as folder:
+    with tempfile.TemporaryDirectory(prefix="pneumo-s3-", dir=place()) as folder:
         server = CephServer(Path(folder))
         try:
             server.start()

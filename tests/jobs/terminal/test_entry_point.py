@@ -55,6 +55,8 @@ def test_our_error_is_found_behind_what_ray_wraps_around_it() -> None:
     outer.__cause__ = WrappedError({0: inner})
     assert find_cause(outer) is inner
     assert find_cause(RuntimeError("something else")) is None
+    missing = RuntimeError("Found no NVIDIA driver on your system. Please check that you have")
+    assert "torch finds none there" in str(find_cause(missing))
 
 
 def test_every_error_survives_the_way_between_processes() -> None:

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pneumo.config import check_batch_size
 from pneumo.errors import ConfigError
 from pneumo.loading.sample_order import (
     Rows,
     World,
-    check_batch_size,
     epoch_order,
     evaluation_rows,
     steps_per_epoch,

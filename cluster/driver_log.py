@@ -1,0 +1,150 @@
+"""The driver's log, read from the container of the submitter, which adds words of its own to it."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Literal
+
+from cluster.kubernetes_api import Api, ExpiredError, MissingError, OutOfReachError
+from cluster.states import Write
+from cluster.troubles import SUBMITTER
+
+_WHOLE_LOG_S = 60.0
+_TRIES = 10
+_CLIENT = re.compile(r"\S+ \S+\t(?:INFO|SUCC|WARN|ERR) (?:cli|sdk)\.py:\d+ -- (Status message: )?")
+"""How each line of `ray job …` begins. The last one repeats the end of the driver's log."""
+_WAITS = "Waiting for Ray Dashboard GCS to become healthy"
+_TRACEBACK = re.compile(
+    r"$|\s|Traceback \(most|During handling of|The above exception|"
+    r"[\w.]+(Error|Exception)\b|\w+(\.\w+)+: "
+)
+"""How the lines of a traceback begin, from its second on."""
+_OF_CLIENT = re.compile(r'  File ".*/bin/ray", line \d+, in <module>')
+
+Left = Literal["ended", "going on", "broken"]
+
+
+@dataclass
+class DriverLog:
+    """Passes on the driver's lines, each once, and drops what the submitters say besides.
+
+    A submitter runs `ray job submit` and `ray job logs`, waits in a loop while the head does not
+    answer, and ends in a traceback when the head is gone. One that takes over shows the log of a
+    driver that goes on from its beginning again.
+    """
+
+    write: Write
+    note: Write
+    _before: list[int] = field(default_factory=list)
+    """Hashes of the lines of the driver so far, and which of them comes next."""
+    _next: int = 0
+    _is_over: bool = False
+    _waits: bool = False
+    _traceback: list[str] = field(default_factory=list)
+
+    def begin(self) -> None:
+        """Another submitter's log comes."""
+        self.flush()
+        self._next, self._is_over = 0, False
+
+    def take(self, line: str) -> None:
+        """A line of the submitter's log."""
+        if self._traceback and _TRACEBACK.match(line):
+            self._traceback.append(line)
+            return
+        self.flush()
+        client = _CLIENT.match(line)
+        self._is_over = self._is_over or bool(client and client[1])
+        if line.startswith(_WAITS):
+            if not self._waits:
+                self.note("waiting: for the head to answer the submitter")
+            self._waits = True
+        elif line.startswith("Traceback (most recent call last)"):
+            self._traceback = [line]
+        elif not client and not self._is_over:
+            self._waits = False
+            self._pass(line)
+
+    def flush(self) -> None:
+        """Pass on what was kept back to see whose traceback it is."""
+        if not any(_OF_CLIENT.match(line) for line in self._traceback):
+            for line in self._traceback:
+                self._pass(line)
+        self._traceback = []
+
+    def _pass(self, line: str) -> None:
+        number, self._next = self._next, self._next + 1
+        if self._before[number : number + 1] == [hash(line)]:
+            return
+        self._before[number:] = [hash(line)]
+        self.write(f"{line}\n")
+
+
+@dataclass
+class LogCursor:
+    """How far a container's log has been read; a stream that is taken up again repeats some."""
+
+    log: DriverLog
+    last: str = ""
+    at_last: int = 0
+    """Lines taken of the time `last`."""
+    aside: str = ""
+    """The last line without a time."""
+
+    def read(self, api: Api, pod: str, *, follow: bool, limit_s: float) -> Left:
+        """Take what is new, for at most about `limit_s`; how that ended."""
+        start_s = time.monotonic()
+        since = f"{self.last[:19]}Z" if self.last else ""
+        repeated = 0
+        lines = api.stream_log(pod, SUBMITTER, since=since, follow=follow, silence_s=limit_s)
+        try:
+            for line in lines:
+                repeated = self._take(line, repeated)
+                if time.monotonic() - start_s > limit_s:
+                    return "going on"
+        except MissingError:
+            return "ended"
+        except (ExpiredError, OutOfReachError):
+            return "going on" if time.monotonic() - start_s >= limit_s else "broken"
+        finally:
+            lines.close()
+        return "ended"
+
+    def read_all(self, api: Api, pod: str) -> None:
+        """Take what is new of a log that has ended, if need be in several pieces."""
+        for _ in range(_TRIES):
+            if self.read(api, pod, follow=False, limit_s=_WHOLE_LOG_S) == "ended":
+                break
+            time.sleep(1.0)
+        self.log.flush()
+
+    def _take(self, line: str, repeated: int) -> int:
+        """Take a line unless it was taken; how many lines of the time `last` there were."""
+        stamp, _, text = line.partition(" ")
+        moment = _utc(stamp)
+        if moment is None:  # the kubelet's own words, about a log that it cannot read
+            if line != self.aside:
+                self.log.take(line)
+            self.aside = line
+            return repeated
+        if moment < self.last:
+            return repeated
+        if moment > self.last:
+            self.last, self.at_last, repeated = moment, 0, 0
+        if repeated == self.at_last:
+            self.log.take(text)
+            self.at_last += 1
+        return repeated + 1
+
+
+def _utc(stamp: str) -> str | None:
+    """The time of a line, which kubelets print in the zone of their node, in UTC and with nine
+    decimals, so that text order is time order; None for what is no time."""
+    found = re.fullmatch(r"(\S{19})(?:\.(\d+))?(Z|[+-]\d\d:\d\d)", stamp)
+    if found is None:
+        return None
+    second = datetime.fromisoformat(f"{found[1]}{found[3]}").astimezone(UTC)
+    return f"{second:%Y-%m-%dT%H:%M:%S}.{found[2] or '':0<9}"

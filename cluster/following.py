@@ -1,0 +1,192 @@
+"""One person's look at a run on KubeRay, from its submission to its end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Protocol
+
+from cluster import progress
+from cluster.driver_log import DriverLog, Left, LogCursor
+from cluster.kubernetes_api import Api, MissingError, OutOfReachError
+from cluster.overlays import Document
+from cluster.run_state import TAKEN_BACK, is_leaving, judge_hopeless, submitters, to_state
+from cluster.states import JobState, Write
+from cluster.troubles import GIVEN_UP, Trouble, is_headless
+from pneumo.errors import ConfigError
+
+ROUND_S = 5.0
+"""A log is left this often to look whether the pods are well."""
+LAST_WORDS_S = 40.0
+"""How long the driver of a run that was deleted may take to end, as `preStop` of its pod says."""
+HEADLESS_S = 120.0
+"""An operator that goes on by itself has another head, or begins another attempt, before."""
+MOST_RESUBMISSIONS = 2
+"""How often a lost run is submitted again: as often as the operator tries a failed one."""
+
+
+class Followed(Protocol):
+    """What of a `KubernetesTarget` is needed here."""
+
+    @property
+    def api(self) -> Api: ...
+    @property
+    def patience_s(self) -> float: ...
+    def look(self, job_id: str) -> tuple[Document, Sequence[Document], Sequence[Trouble]]: ...
+    def cancel(self, job_id: str) -> JobState: ...
+    def resubmit(self, job: Document) -> str: ...
+
+
+class Following:
+    """Passes the driver's log to `write` and all else to `note`."""
+
+    def __init__(self, target: Followed, job_id: str, write: Write, note: Write) -> None:
+        self.target, self.job_id, self.note = target, job_id, note
+        self.said: set[object] = set()
+        self.pod = ""
+        self.log = DriverLog(write, note)
+        self.cursor = LogCursor(self.log)
+        self.was_going_on = False
+        self.has_run = False
+        self.resubmissions = 0
+        self.lost_at_s: float | None = None
+        self.seen = False
+        self.headless_since_s: float | None = None
+
+    def follow(self) -> JobState:
+        """How the run ended. Raises ConfigError for one that nobody knows, OutOfReachError when
+        the API server stays away."""
+        while True:
+            try:
+                state = self._round()
+            except OutOfReachError as error:
+                self._wait_out(error)
+                continue
+            if state is not None:
+                return state
+
+    def _round(self) -> JobState | None:
+        """Look once, and stay with the log or the RayJob for a while; the state if it ended."""
+        try:
+            job, pods, found = self.target.look(self.job_id)
+        except ConfigError:
+            if self.seen:
+                self._read_last_words()
+                return JobState(self.job_id, "cancelled", why="someone deleted the RayJob")
+            raise
+        self.seen, self.lost_at_s = True, None
+        state = to_state(job, found)
+        if is_leaving(job):  # its last words are still to come
+            state = replace(state, phase="running")
+        pod = self._submitter(pods)
+        hopeless = None if state.has_ended else judge_hopeless(job, state, found)
+        if hopeless is None and self._goes_on(job, pods):
+            return None
+        if hopeless is None and not state.has_ended:
+            self.was_going_on = True
+            self._tell(job, pods, state, found)
+        if hopeless is not None or state.has_ended:
+            if pod:
+                self.cursor.read_all(self.target.api, pod)
+            if hopeless is not None:
+                self.target.cancel(self.job_id)
+            return hopeless or state
+        self._stay(job, pod)
+        return None
+
+    def _read_last_words(self) -> None:
+        """Those of a driver whose RayJob was deleted: it is given time for a checkpoint."""
+        deadline_s = time.monotonic() + LAST_WORDS_S
+        left: Left = "going on" if self.pod else "ended"
+        while left != "ended" and time.monotonic() < deadline_s:
+            left = self.cursor.read(self.target.api, self.pod, follow=True, limit_s=ROUND_S)
+        self.log.flush()
+
+    def _stay(self, job: Document, pod: str) -> None:
+        """With the log, or the RayJob, for some seconds."""
+        left: Left = "ended"
+        if pod:
+            left = self.cursor.read(self.target.api, pod, follow=True, limit_s=ROUND_S)
+        if left == "ended":
+            version = job["metadata"]["resourceVersion"]
+            self.target.api.wait_for_change(self.job_id, version, int(ROUND_S))
+        elif left == "broken":
+            time.sleep(1.0)
+
+    def _goes_on(self, job: Document, pods: Sequence[Document]) -> bool:
+        """Whether a run that is lost, and that the operator does not try again, is submitted again:
+        one that it gave up while we looked, or whose head is gone for good."""
+        why = self._find_loss(job, pods)
+        if not why or not self.was_going_on or self.resubmissions == MOST_RESUBMISSIONS:
+            return False
+        before, self.job_id = self.job_id, self.target.resubmit(job)
+        self.resubmissions += 1
+        self.note(
+            f"trouble: {why}; submitted again as {self.job_id} ({self.resubmissions} of "
+            f"{MOST_RESUBMISSIONS}), it goes on from its last checkpoint"
+        )
+        if not to_state(job, ()).has_ended:
+            with suppress(MissingError):
+                self.target.api.delete_rayjob(before)
+        self.seen, self.headless_since_s = False, None
+        return True
+
+    def _find_loss(self, job: Document, pods: Sequence[Document]) -> str:
+        """What befell the run that the operator does not mend; "" for nothing."""
+        if (job.get("status") or {}).get("reason") == GIVEN_UP and to_state(job, ()).has_ended:
+            return (
+                f"the operator did not reach the head of {self.job_id} for minutes and gave it up"
+            )
+        if not is_headless(job, pods):
+            self.headless_since_s = None
+            return ""
+        self.headless_since_s = self.headless_since_s or time.monotonic()
+        if time.monotonic() - self.headless_since_s < HEADLESS_S:
+            return ""
+        return f"the head of {self.job_id} is gone, and the operator makes no other"
+
+    def _tell(
+        self,
+        job: Document,
+        pods: Sequence[Document],
+        state: JobState,
+        found: Sequence[Trouble],
+    ) -> None:
+        if state.phase == "running":
+            self.has_run = True
+        elif self.has_run and job["spec"].get("suspend"):
+            self.has_run = False
+            self.said.clear()  # what is said of a start is news again
+            self._say_once(TAKEN_BACK, f"waiting: {TAKEN_BACK}")
+        for key, line in progress.steps(job, pods):
+            self._say_once(key, line)
+        for trouble in found:
+            self._say_once(trouble.key, f"trouble: {trouble}")
+        if state.phase == "waiting" and not found:
+            self._say_once(state.why, f"waiting: {state.why}")
+
+    def _submitter(self, pods: Sequence[Document]) -> str:
+        """The pod whose log is the driver's now; "" while there is none."""
+        begun = submitters(pods)
+        name = str(begun[-1]["metadata"]["name"]) if begun else ""
+        if name and name != self.pod:
+            if self.pod:
+                self.note(f"another submitter took over: {name}")
+            self.log.begin()
+            self.pod, self.cursor = name, LogCursor(self.log)
+        return name
+
+    def _wait_out(self, error: OutOfReachError) -> None:
+        now_s = time.monotonic()
+        self.lost_at_s = self.lost_at_s or now_s
+        if now_s - self.lost_at_s > self.target.patience_s:
+            raise error
+        self._say_once("lost", f"{str(error).split(';')[0]}; the job goes on, trying again")
+        time.sleep(1.0)
+
+    def _say_once(self, key: object, text: str) -> None:
+        if key not in self.said:
+            self.said.add(key)
+            self.note(text)

@@ -1,0 +1,79 @@
+"""How far a run has come on its way to its first epoch, one line for each step; pure.
+
+Times are seconds from the submission, by the clocks of the cluster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from typing import Any
+
+from cluster.overlays import Document
+from cluster.troubles import NODE_TYPE, SUBMITTER
+
+Step = tuple[object, str]
+"""A key, the same while it is the same step of the same pods, and the line."""
+
+
+def steps(job: Document, pods: Sequence[Document]) -> Iterator[Step]:
+    """The steps that are done, in their order."""
+    since_s = to_seconds(job["metadata"]["creationTimestamp"])
+
+    def line(text: str, when: str) -> str:
+        return f"{text} ({max(0, round(to_seconds(when) - since_s))} s)"
+
+    there = [pod for pod in pods if not pod["metadata"].get("deletionTimestamp")]
+    head = next((pod for pod in there if node_type(pod) == "head"), None)
+    if head and (when := since(head, "PodScheduled")):
+        yield ("node", head["metadata"]["name"]), line("head has a node", when)
+    if head and (when := since(head, "Ready")):
+        yield ("ready", _identity(head)), line("head ready", when)
+    ready = [pod for pod in there if node_type(pod) == "worker" and since(pod, "Ready")]
+    if ready:
+        newest = max(ready, key=lambda pod: since(pod, "Ready"))
+        wanted = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"]
+        text = f"workers {len(ready)} of {wanted} ready"
+        yield ("workers", _identity(newest)), line(text, since(newest, "Ready"))
+    for submitter in filter(is_submitter, there):
+        for container in (submitter.get("status") or {}).get("containerStatuses", []):
+            running = container["state"].get("running")
+            if running:
+                yield (
+                    ("submitter", _identity(submitter)),
+                    line("submitter up", running["startedAt"]),
+                )
+    status = job.get("status") or {}
+    started = (status.get("rayJobInfo") or {}).get("startTime")
+    if started:
+        yield ("driver", started), line("driver started", started)
+
+
+def node_type(pod: Document) -> str:
+    """`head`, `worker`, or "" for the submitter."""
+    return str((pod["metadata"].get("labels") or {}).get(NODE_TYPE, ""))
+
+
+def is_submitter(pod: Document) -> bool:
+    """Whether the pod is one that hands the job to Ray, and shows its log."""
+    return any(each["name"] == SUBMITTER for each in pod["spec"]["containers"])
+
+
+def since(pod: Document | None, condition: str) -> str:
+    """Since when a condition of a pod is true; "" where it is not."""
+    found: list[dict[str, Any]] = ((pod or {}).get("status") or {}).get("conditions", [])
+    for each in found:
+        if each["type"] == condition and each["status"] == "True":
+            return str(each["lastTransitionTime"])
+    return ""
+
+
+def to_seconds(text: str) -> float:
+    """A time of the API server, in seconds since the epoch."""
+    return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
+
+
+def _identity(pod: Document) -> tuple[str, int]:
+    """A pod, and the same pod after its containers were started anew."""
+    started = (pod.get("status") or {}).get("containerStatuses", [])
+    return str(pod["metadata"]["name"]), sum(each.get("restartCount", 0) for each in started)

@@ -1,0 +1,121 @@
+"""How a run on KubeRay is doing, in the words that all clusters share; pure."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from cluster import progress, rayjob
+from cluster.overlays import Document
+from cluster.states import JobState, Phase
+from cluster.troubles import Trouble
+
+OPERATOR_TIMEOUT_S = 60.0
+"""An operator that runs takes a RayJob up within a second or two."""
+
+TAKEN_BACK = (
+    "Kueue has taken its quota back: its pods are being deleted, it goes on from its last "
+    "checkpoint when it is admitted again"
+)
+_QUEUED = "in the queue: Kueue has not admitted it yet"
+_ENDED: dict[str, Phase] = {
+    "Complete": "succeeded",
+    "Failed": "failed",
+    "ValidationFailed": "failed",
+}
+
+
+def to_state(job: Document, found: Sequence[Trouble]) -> JobState:
+    """What a RayJob's status and its troubles come to."""
+    status, metadata = job.get("status") or {}, job["metadata"]
+    deployment = status.get("jobDeploymentStatus") or "New"
+    phase: Phase = _ENDED.get(deployment, "running" if deployment == "Running" else "waiting")
+    if status.get("jobStatus") == "STOPPED" and deployment in _ENDED:
+        phase = "cancelled"
+    if status.get("jobStatus") == "SUCCEEDED" and deployment in _ENDED:
+        phase = "succeeded"  # whatever became of the submitter, or of an operator that was away
+    why = _why(job, deployment, phase, found)
+    if is_leaving(job) and deployment not in _ENDED:
+        phase, why = "cancelled", "being deleted"
+    annotations = metadata.get("annotations") or {}
+    return JobState(
+        id=metadata["name"],
+        phase=phase,
+        target=annotations.get(rayjob.TARGET, ""),
+        entrypoint=annotations.get(rayjob.ENTRYPOINT) or job["spec"].get("entrypoint", ""),
+        why=why,
+        driver_exit_code=driver_exit_code(status),
+        started_s=_seconds(status.get("startTime")),
+        ended_s=_seconds(status.get("endTime")),
+        is_ours=rayjob.SETTINGS in annotations,
+    )
+
+
+def is_leaving(thing: Document) -> bool:
+    """Whether a RayJob or a pod is being deleted; what it runs may run on for a while."""
+    return bool(thing["metadata"].get("deletionTimestamp"))
+
+
+def driver_exit_code(status: Document) -> int | None:
+    """A RayJob has no field for it; Ray's message about a driver that failed says it."""
+    found = re.search(r"failed with exit code (\d+)", status.get("message") or "")
+    return int(found[1]) if found else None
+
+
+def submitters(pods: Sequence[Document]) -> list[Document]:
+    """The pods whose log is the driver's, oldest first, as far as they have begun."""
+    begun = [
+        pod
+        for pod in pods
+        if progress.is_submitter(pod)
+        and (pod.get("status") or {}).get("phase") in {"Running", "Succeeded", "Failed"}
+    ]
+    return sorted(begun, key=lambda pod: str(pod["metadata"]["creationTimestamp"]))
+
+
+def judge_hopeless(job: Document, state: JobState, found: Sequence[Trouble]) -> JobState | None:
+    """What a job that has not ended comes to, if waiting or another attempt cannot help it."""
+    trouble = next((trouble for trouble in found if trouble.exit_code is not None), None)
+    if trouble is not None:
+        code, why = trouble.exit_code, trouble.line
+    elif (job.get("status") or {}).get("jobDeploymentStatus") == "Retrying" and (
+        state.driver_exit_code == 2
+    ):
+        code, why = 2, "exit code 2: your mistake, which another attempt would repeat"
+    else:
+        return None
+    return replace(state, phase="failed", why=f"{why}; called off", driver_exit_code=code)
+
+
+def _why(job: Document, deployment: str, phase: Phase, found: Sequence[Trouble]) -> str:
+    status = job.get("status") or {}
+    code = driver_exit_code(status)
+    if phase == "succeeded":
+        return ""
+    if phase == "failed" and code is not None:
+        return f"exit code {code}"
+    if found:
+        return found[0].line
+    if phase == "failed":
+        return (str(status.get("message") or status.get("reason") or "").splitlines() or [""])[0]
+    if phase != "waiting":
+        return ""
+    waited_s = time.time() - progress.to_seconds(job["metadata"]["creationTimestamp"])
+    if deployment == "New" and not status.get("failed") and waited_s > OPERATOR_TIMEOUT_S:
+        return (
+            f"no KubeRay operator has taken it up within {OPERATOR_TIMEOUT_S:g} s; have the "
+            "cluster's administrator look whether one runs and watches this namespace"
+        )
+    return {
+        "New": "for the KubeRay operator to take it up",
+        "Initializing": "for its pods to start",
+        "Suspended": _QUEUED,
+        "Suspending": TAKEN_BACK if status.get("rayClusterStatus") else _QUEUED,
+        "Retrying": "an attempt failed, another cluster is being started",
+    }.get(deployment, deployment)
+
+
+def _seconds(text: str | None) -> float | None:
+    return progress.to_seconds(text) if text else None

@@ -1,0 +1,126 @@
+"""One cluster for all tests of this folder, and a namespace of it for each test."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import s3fs
+
+from cluster import overlays
+from tests.kubernetes import namespaces
+from tests.kubernetes.cluster import HOST, KUBECONFIG, OVERLAY, REASON, Document, KubeCluster, Team
+from tests.kubernetes.probes import put, write_overlay
+from tests.kubernetes.server import find_host
+from tests.s3.server import ENDPOINT
+
+NewTeam = Callable[..., Team]
+HandOver = Callable[..., Team]
+
+
+@pytest.fixture(scope="session")
+def kube() -> KubeCluster:
+    """The cluster, with its administrator's rights."""
+    named = os.environ.get(KUBECONFIG)
+    if not named:
+        reason = os.environ.get(REASON) or f"`make test-kubernetes` starts one, or set {KUBECONFIG}"
+        pytest.skip(f"no Kubernetes cluster: {reason}")
+    return KubeCluster(Path(named), os.environ.get(HOST) or find_host(os.environ))
+
+
+@pytest.fixture(scope="session")
+def rendered() -> list[Document]:
+    """The tests' overlay."""
+    return overlays.render(OVERLAY)
+
+
+@pytest.fixture(scope="session")
+def s3_environ() -> dict[str, str]:
+    """What a shell has set that uses the S3 server; {} where there is none."""
+    endpoint = os.environ.get(ENDPOINT)
+    if not endpoint:
+        return {}
+    return {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": os.environ["AWS_ACCESS_KEY_ID"],
+        "AWS_SECRET_ACCESS_KEY": os.environ["AWS_SECRET_ACCESS_KEY"],
+        "AWS_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+
+
+@pytest.fixture(scope="session")
+def files(s3_environ: dict[str, str]) -> s3fs.S3FileSystem:
+    """What lies in the bucket, as this machine sees it; asked only where there is one."""
+    return s3fs.S3FileSystem(
+        key=s3_environ["AWS_ACCESS_KEY_ID"],
+        secret=s3_environ["AWS_SECRET_ACCESS_KEY"],
+        endpoint_url=s3_environ["AWS_ENDPOINT_URL"],
+        use_listings_cache=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def bucket(s3_environ: dict[str, str], request: pytest.FixtureRequest) -> Iterator[str]:
+    """An empty bucket of the whole session; "" without an S3 server."""
+    if not s3_environ:
+        yield ""
+        return
+    files = request.getfixturevalue("files")
+    name = f"pneumo-kubernetes-{uuid.uuid4().hex[:8]}"
+    files.mkdir(name)
+    yield f"s3://{name}"
+    with contextlib.suppress(OSError):
+        files.rm(name, recursive=True)
+
+
+@pytest.fixture(scope="session")
+def hand_over(
+    kube: KubeCluster, rendered: list[Document], bucket: str, s3_environ: dict[str, str]
+) -> HandOver:
+    """Makes a namespace with all that an administrator sets up, for whoever removes it again."""
+
+    def make(folder: Path) -> Team:
+        return namespaces.hand_over(kube, rendered, folder, bucket=bucket, environ=s3_environ)
+
+    return make
+
+
+@pytest.fixture
+def new_team(hand_over: HandOver, tmp_path: Path) -> Iterator[NewTeam]:
+    """Makes namespaces, and takes them down again."""
+    made: list[Team] = []
+
+    def make() -> Team:
+        made.append(hand_over(tmp_path))
+        return made[-1]
+
+    yield make
+    for team in made:
+        namespaces.remove(team)
+
+
+@pytest.fixture
+def team(new_team: NewTeam) -> Team:
+    """A namespace in which runs run."""
+    return new_team()
+
+
+@pytest.fixture
+def idle_team(new_team: NewTeam, tmp_path: Path) -> Team:
+    """A namespace whose RayJobs KubeRay leaves to another controller, which there is not: for what
+    happens before one is taken up. They cost nothing."""
+    elsewhere = put("/spec/managedBy", "kueue.x-k8s.io/multikueue")
+    return replace(new_team(), overlay=write_overlay(tmp_path / "idle", elsewhere))
+
+
+@pytest.fixture
+def needs_bucket(bucket: str) -> None:
+    """Skips where pods and this machine have no S3 server in common."""
+    if not bucket:
+        pytest.skip(f"no S3 server that pods reach: name one in {ENDPOINT}, or set {HOST}")

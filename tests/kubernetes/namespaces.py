@@ -1,0 +1,98 @@
+"""Namespaces as an administrator hands them over, each with a person who may submit there."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import yaml
+from kubernetes.client.exceptions import ApiException
+
+from tests.kubernetes.cluster import CHECKOUT, PROBE, Access, Document, KubeCluster, Team
+
+SUBMITTER, STRANGER = "submitter", "stranger"
+ROLE: Document = yaml.safe_load((CHECKOUT / "k8s" / "rbac" / "role.yaml").read_text())
+HASH_KEY = "only-for-tests"
+
+
+def hand_over(
+    kube: KubeCluster,
+    rendered: Sequence[Document],
+    folder: Path,
+    *,
+    bucket: str,
+    environ: Mapping[str, str],
+) -> Team:
+    """A new namespace, Pod Security `restricted` enforced, with what the overlay `rendered` needs.
+
+    `folder` gets the person's kubeconfig, `environ` is how the bucket is reached.
+    """
+    name = f"pneumo-{secrets.token_hex(4)}"
+    labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+    kube.create(make_object("v1", "Namespace", name, metadata={"labels": labels}))
+    for document in rendered:
+        if document["kind"] != "RayJob":
+            kube.create(document, name)
+    grant(kube, name, ROLE)
+    _create_secrets(kube, name, environ)
+    probe = {"probe.py": PROBE.read_text()}
+    kube.create(make_object("v1", "ConfigMap", "probe", data=probe), name)
+    token = make_token(kube, name, SUBMITTER)
+    user = Access(kube.write_kubeconfig(folder / f"{name}.yaml", token, name))
+    place = f"{bucket}/{name}" if bucket else ""
+    return Team(kube, name, user, folder, place, {**environ, "WANDB_MODE": "disabled"})
+
+
+def forbid_pods(kube: KubeCluster, namespace: str) -> None:
+    """A quota that admits no further pod."""
+    none: Document = {"hard": {"pods": "0"}}
+    kube.create(make_object("v1", "ResourceQuota", "no-pods", spec=none), namespace)
+
+
+def make_token(kube: KubeCluster, namespace: str, account: str) -> str:
+    """A token of a service account, which stands for a person."""
+    kube.create(make_object("v1", "ServiceAccount", account), namespace)
+    path = f"/api/v1/namespaces/{namespace}/serviceaccounts/{account}/token"
+    asked = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}}
+    return str(kube.ask("POST", path, asked)["status"]["token"])
+
+
+def grant(kube: KubeCluster, namespace: str, role: Document) -> None:
+    """Bind the submitter to a Role."""
+    kube.create(role, namespace)
+    group = "rbac.authorization.k8s.io"
+    subject = {"kind": "ServiceAccount", "name": SUBMITTER, "namespace": namespace}
+    reference = {"apiGroup": group, "kind": "Role", "name": role["metadata"]["name"]}
+    binding = make_object(f"{group}/v1", "RoleBinding", role["metadata"]["name"])
+    kube.create({**binding, "roleRef": reference, "subjects": [subject]}, namespace)
+
+
+def _create_secrets(kube: KubeCluster, namespace: str, s3_environ: dict[str, str]) -> None:
+    hidden = {k: v for k, v in s3_environ.items() if k.endswith(("_ID", "_KEY"))}
+    hidden["PNEUMO_HASH_KEY"] = "only-for-tests"
+    for name, values in (
+        ("pneumo-ray-auth", {"auth_token": secrets.token_hex(16)}),
+        ("pneumo-secrets", hidden),
+    ):
+        data = {k: base64.b64encode(v.encode()).decode() for k, v in values.items()}
+        kube.create(make_object("v1", "Secret", name, data=data), namespace)
+
+
+def make_object(version: str, kind: str, name: str, **more: Document) -> Document:
+    metadata = {"name": name, **more.pop("metadata", {})}
+    return {"apiVersion": version, "kind": kind, "metadata": metadata, **more}
+
+
+def remove(team: Team) -> None:
+    """Have a namespace deleted, without waiting for the end of what still runs there."""
+    namespace = team.namespace
+    for path in (
+        f"/apis/ray.io/v1/namespaces/{namespace}/rayjobs",
+        f"/api/v1/namespaces/{namespace}/pods?gracePeriodSeconds=1",
+        f"/api/v1/namespaces/{namespace}",
+    ):
+        with contextlib.suppress(ApiException):
+            team.cluster.ask("DELETE", path)

@@ -1,0 +1,208 @@
+"""Prepare, train, tune, evaluate and predict on the cluster, and the same commands here.
+
+With a real S3 server, and the loopback W&B of the tools beside the checkout, both listening on this
+machine. Train uses two workers on two nodes, tune two trials on two worker pods.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+import pytest
+import s3fs
+
+from pneumo.dataset.phantoms.source_folder import write_phantoms
+from tests.kubernetes import namespaces
+from tests.kubernetes.cluster import CHECKOUT, KubeCluster, Team
+from tests.kubernetes.conftest import HandOver
+from tests.kubernetes.wandb_server import running_wandb
+
+pytestmark = [
+    pytest.mark.kubernetes,
+    pytest.mark.usefixtures("needs_bucket"),
+    pytest.mark.timeout(900),
+]
+
+EPOCHS, TRIALS = 2, 2
+API_KEY = "k" * 40
+CLOSE = 1e-4
+"""Of losses and logits: two machines add in different orders."""
+_RUN_TIMEOUT_S = 600
+_TRAINING = (
+    *("--recipe", "fast", "--data.image-size", "64", "--train.batch-size", "16"),
+    *("--train.micro-batch-size", "8", "--cluster.cpus-per-worker", "1"),
+)
+_FEW_PICTURES = (
+    *("--evaluate.bootstrap-resamples", "50", "--evaluate.gallery-images", "1"),
+    *("--evaluate.grid-images", "1"),
+)
+_JOBS = {
+    "prepare": ["--source", "{source}", "--store", "{store}", "--prepare.image-size", "64"],
+    "train": [
+        *["--store", "{store}", "--run", "{runs}/train", "--cluster.num-workers", "2"],
+        *(*_TRAINING, "--train.epochs", str(EPOCHS), "--tracking.mode", "online"),
+    ],
+    "tune": [
+        *[
+            "--store",
+            "{store}",
+            "--run",
+            "{runs}/tune",
+            "--tune.epochs",
+            "1",
+            "--tracking.mode",
+            "disabled",
+        ],
+        *(*_TRAINING, "--tune.num-trials", str(TRIALS)),
+    ],
+    "evaluate": [
+        *["--store", "{store}", "--run", "{runs}/train", "--cluster.num-workers", "2"],
+        *("--cluster.cpus-per-worker", "1", *_FEW_PICTURES, "--tracking.mode", "online"),
+    ],
+    "predict": [
+        *["--source", "{source}/stage_2_train_images", "--run", "{runs}/train"],
+        *["--output", "{runs}/predicted", "--cluster.cpus-per-worker", "1"],
+    ],
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """A machine or a cluster on which the jobs ran, and what they left in the bucket."""
+
+    url: str
+    files: s3fs.S3FileSystem
+    nodes: set[str] = field(default_factory=set)
+    """On which the training's workers ran."""
+
+    def read(self, path: str) -> bytes:
+        return bytes(self.files.cat_file(f"{self.url}/{path}"))
+
+    def table(self, path: str) -> pd.DataFrame:
+        """A parquet file, its rows in the order of the first column."""
+        rows = pd.read_parquet(io.BytesIO(self.read(path)))
+        return rows.sort_values(rows.columns[0], ignore_index=True)
+
+    def epochs(self) -> list[dict[str, Any]]:
+        """What metrics.jsonl says of the training."""
+        return [json.loads(line) for line in self.read("runs/train/metrics.jsonl").splitlines()]
+
+
+@dataclass(frozen=True)
+class Way:
+    """Both places, and what W&B was told."""
+
+    here: Place
+    there: Place
+    wandb: Any
+
+
+@pytest.fixture(scope="module")
+def way(
+    kube: KubeCluster,
+    hand_over: HandOver,
+    files: s3fs.S3FileSystem,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Way]:
+    folder = tmp_path_factory.mktemp("way")
+    team = hand_over(folder)
+    source = f"{team.bucket}/source"
+    write_phantoms(folder / "source", num_studies=120, seed=3)
+    files.put(str(folder / "source"), source, recursive=True)
+    here, there = (Place(f"{team.bucket}/{name}", files) for name in ("here", "there"))
+    try:
+        with running_wandb(kube.host) as (url, told), ThreadPoolExecutor(3) as threads:
+            secret = {"data": {"WANDB_API_KEY": base64.b64encode(API_KEY.encode()).decode()}}
+            kube.ask("PATCH", f"{team.path('v1', 'secrets')}/pneumo-secrets", secret)
+            team = team.with_environ(WANDB_BASE_URL=url, WANDB_MODE="online")
+            _run_there(team, there, source, "prepare")
+            alone = threads.submit(lambda: [_run_here(team, here, source, job) for job in _JOBS])
+            # Two at a time: a run waits more than it computes.
+            for pair in (("train", "tune"), ("evaluate", "predict")):
+                list(threads.map(lambda job: _run_there(team, there, source, job), pair))
+            alone.result()
+            yield Way(here, there, told)
+    finally:
+        namespaces.remove(team)
+
+
+def _run_there(team: Team, place: Place, source: str, job: str) -> None:
+    workers = ("--workers", "2") if job == "tune" else ()
+    words = ("submit", *workers, job, *_flags(job, source, place))
+    done = team.command(*words, timeout_s=_RUN_TIMEOUT_S)
+    assert done.returncode == 0, done.stdout + done.stderr
+    if job == "train":  # its pods stay for half a minute
+        place.nodes.update(_nodes_of_workers(team))
+
+
+def _run_here(team: Team, place: Place, source: str, job: str) -> None:
+    secret = {"PNEUMO_HASH_KEY": namespaces.HASH_KEY, "WANDB_API_KEY": API_KEY}
+    done = subprocess.run(
+        [sys.executable, "-m", f"jobs.{job}", *_flags(job, source, place)],
+        env=team.shell(**secret),
+        cwd=CHECKOUT, capture_output=True, text=True, timeout=_RUN_TIMEOUT_S, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def _flags(job: str, source: str, place: Place) -> list[str]:
+    places = {"source": source, "store": f"{place.url}/store", "runs": f"{place.url}/runs"}
+    return [flag.format(**places) for flag in _JOBS[job]]
+
+
+def _nodes_of_workers(team: Team) -> set[str]:
+    pods = team.pods(component="worker")
+    return {p["spec"]["nodeName"] for p in pods if p["metadata"]["name"].startswith("train-")}
+
+
+def test_the_store_is_the_same(way: Way) -> None:
+    assert way.there.read("store/manifest.json") == way.here.read("store/manifest.json")
+
+
+def test_two_workers_on_two_nodes_train_as_here(way: Way) -> None:
+    there, here = way.there.epochs(), way.here.epochs()
+    assert [row["epoch"] for row in there] == list(range(1, EPOCHS + 1))
+    for key in ("data/samples", "data/digest"):
+        assert [row[key] for row in there] == [row[key] for row in here]
+    for key in ("train/loss", "val/loss"):
+        assert [row[key] for row in there] == pytest.approx([row[key] for row in here], abs=CLOSE)
+    assert len(way.there.nodes) == 2
+
+
+def test_two_trials_are_judged_as_here(way: Way) -> None:
+    there, here = (place.table("runs/tune/trials.parquet") for place in (way.there, way.here))
+    assert len(there) == TRIALS
+    same = ["name", "state", "seed", "chosen", "epochs", "train.lr", "train.pos_weight"]
+    pd.testing.assert_frame_equal(there[same], here[same])
+    assert list(there["objective"]) == pytest.approx(list(here["objective"]), abs=CLOSE)
+    best = [tomllib.loads(p.read("runs/tune/best.toml").decode()) for p in (way.there, way.here)]
+    assert best[0] == best[1]
+
+
+def test_evaluation_and_predictions_are_those_of_here(way: Way) -> None:
+    for path in ("runs/train/predictions.parquet", "runs/predicted/predictions.parquet"):
+        there, here = way.there.table(path), way.here.table(path)
+        pd.testing.assert_frame_equal(there, here, check_exact=False, rtol=0, atol=CLOSE)
+        assert len(there) > 0
+    judged = [json.loads(p.read("runs/train/metrics.json")) for p in (way.there, way.here)]
+    assert judged[0]["test"]["auroc"]["value"] == judged[1]["test"]["auroc"]["value"]
+
+
+def test_wandb_heard_of_the_cluster_what_it_heard_from_here(way: Way) -> None:
+    told = [way.wandb.history(run) for run in way.wandb.runs]
+    losses = [[row["train/loss"] for row in rows if "train/loss" in row] for rows in told]
+    there, here = (training for training in losses if training)
+    assert there == pytest.approx(here, abs=CLOSE)
+    assert len(there) == EPOCHS
+    assert way.wandb.auth == {API_KEY}
+    assert [run.get("jobType") for run in way.wandb.runs.values()].count("evaluate") == 2

@@ -1,0 +1,197 @@
+"""Faults of a real cluster that take minutes: nodes without power, a control plane that ends and
+comes back, a full cluster. `docs/faults.md` has the transcripts.
+
+One after the other, for each disturbs all that runs on the cluster.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from cluster.submission import Submission, plan
+from tests.kubernetes.cluster import CHECKOUT, Document, Team
+from tests.kubernetes.machines import powerless, stopped
+from tests.kubernetes.namespaces import make_object
+from tests.kubernetes.probes import make_probe, put, write_overlay
+from tests.kubernetes.watching import Watched, begin, name_of
+
+pytestmark = [
+    pytest.mark.kubernetes_faults,
+    pytest.mark.timeout(1500),
+    pytest.mark.usefixtures("needs_bucket"),
+]
+
+LONG_S = 600
+SUBMITTER = "/spec/submitterPodTemplate/spec"
+HEAD_POD = "/spec/rayClusterSpec/headGroupSpec/template/spec"
+HEAD = {"matchLabels": {"app.kubernetes.io/component": "head"}}
+TERM = {"labelSelector": HEAD, "topologyKey": "kubernetes.io/hostname"}
+NOT_BESIDE_THE_HEAD = {
+    "podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [TERM]}
+}
+
+
+@pytest.fixture(scope="module")
+def store(bucket: str, s3_environ: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A few phantoms in the bucket."""
+    source, url = tmp_path_factory.mktemp("source"), f"{bucket}/store"
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PNEUMO_")}
+    for words in (
+        ["pneumo.synthetic", "--out", str(source), "--studies", "60"],
+        ["jobs.prepare", "--source", str(source), "--store", url, "--prepare.image-size", "64"],
+    ):
+        subprocess.run(
+            [sys.executable, "-m", *words],
+            cwd=CHECKOUT,
+            env={**own, **s3_environ},
+            check=True,
+            capture_output=True,
+            timeout=300,
+        )
+    return url
+
+
+def make_training(team: Team, store: str, name: str, epochs: int, *flags: str) -> Submission:
+    """Two workers, of which one may be missing, and a checkpoint after each epoch."""
+    argv = [
+        *("--store", store, "--run", f"{team.bucket}/{name}", "--recipe", "fast"),
+        *("--data.image-size", "64", "--train.epochs", str(epochs), "--train.batch-size", "32"),
+        *("--cluster.num-workers", "2", "--cluster.cpus-per-worker", "1", *flags),
+    ]
+    return plan("train", argv, team.environ, remote=True, now=datetime.now(), sends_files=False)
+
+
+def epochs_of(run: Watched) -> list[int]:
+    return [int(n) for n in re.findall(r"^epoch +(\d+)/", "".join(run.text), re.MULTILINE)]
+
+
+def wait_for_epoch(run: Watched, after: int) -> None:
+    run.team.wait(f"an epoch after {after}", lambda: max(epochs_of(run), default=0) > after, LONG_S)
+
+
+def find_dispensable(team: Team) -> set[str]:
+    """The nodes on which nothing runs that every pod of the cluster needs: Kueue's webhooks."""
+    needed = team.cluster.ask("GET", "/api/v1/namespaces/kueue-system/pods")["items"]
+    nodes = team.cluster.ask("GET", "/api/v1/nodes")["items"]
+    return {name_of(node) for node in nodes} - {node_of(pod) for pod in needed}
+
+
+def rather_on(node: str) -> Document:
+    """An affinity to a node, as long as it is there."""
+    host = {"key": "kubernetes.io/hostname", "operator": "In", "values": [node]}
+    preferred = [{"weight": 100, "preference": {"matchExpressions": [host]}}]
+    return {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": preferred}}
+
+
+def node_of(pod: Document) -> str:
+    return str(pod["spec"].get("nodeName", ""))
+
+
+def test_a_workers_node_without_power(team: Team, store: str) -> None:
+    """Elastic training goes on with one worker, and with two when there is room again."""
+    asked = make_training(team, store, "power", 60, "--cluster.min-workers", "1")
+    run = begin(team, asked)
+    wait_for_epoch(run, 1)
+    head = node_of(team.pods(run.job_id, component="head")[0])
+    workers = team.pods(run.job_id, component="worker")
+    spare = find_dispensable(team) - {head}
+    lost = next(pod for pod in workers if node_of(pod) in spare)
+    with powerless(team.cluster, node_of(lost)):
+        team.wait(
+            "training with one worker",
+            lambda: "going on with 1 worker after epoch" in "".join(run.text),
+            LONG_S,
+        )
+        note = run.wait_for_note(f"pod {name_of(lost)} is being deleted", LONG_S)
+        assert f"an administrator types: kubectl delete node {node_of(lost)}" in note
+        wait_for_epoch(run, max(epochs_of(run)))
+        team.cluster.kubectl("delete", "node", node_of(lost))
+        team.wait(
+            "training with two workers",
+            lambda: "going on with 2 workers after epoch" in "".join(run.text),
+            LONG_S,
+        )
+    assert run.end(LONG_S).exit_code == 0
+    assert epochs_of(run) == sorted(set(epochs_of(run)))
+
+
+def test_the_heads_node_without_power(team: Team, tmp_path: Path) -> None:
+    """The submitter is on another node, so its connection falls silent, and nobody notices: the
+    operator makes no other head while the one that is lost is there, or, before 1.7, at all."""
+    node = sorted(find_dispensable(team))[0]
+    overlay = write_overlay(
+        tmp_path / "apart",
+        put(f"{SUBMITTER}/affinity", NOT_BESIDE_THE_HEAD),
+        put(f"{HEAD_POD}/affinity", rather_on(node)),
+    )
+    run = begin(team, make_probe(team, "head", 200, 0.5, 0), overlay)
+    run.wait_for_line(5)
+    head = team.pods(run.job_id, component="head")[0]
+    before = len(run.numbers)
+    with powerless(team.cluster, node_of(head)):
+        run.wait_for_note(f"pod {name_of(head)} is being deleted", LONG_S)
+        run.wait_for_note(
+            f"{run.job_id} is gone, and the operator makes no other; submitted", LONG_S
+        )
+        team.wait("the driver to begin again", lambda: 0 in run.numbers[before:], LONG_S)
+    state = run.end(LONG_S)
+    assert (state.id, state.exit_code) == (f"{run.job_id}-2", 0)
+    assert run.numbers[-200:] == list(range(200))
+
+
+def test_the_control_plane_goes_and_comes_back(team: Team) -> None:
+    """Operator away for two minutes; API server and etcd started anew; nothing of the log is lost
+    and the driver hears of none of it."""
+    if team.cluster.folder is None:
+        pytest.skip("only the control plane that `kube` started can be stopped")
+    run = begin(team, make_probe(team, "control", 700, 0.5, 0))
+    run.wait_for_line(5)
+    with stopped(team.cluster, "operator"):
+        time.sleep(120)
+    time.sleep(15)  # it does not come up without an API server, and nobody starts it again here
+    with stopped(team.cluster, "apiserver"):
+        run.wait_for_note("the job goes on, trying again")
+    said = len(run.numbers)
+    run.wait_for_line(said)
+    with stopped(team.cluster, "etcd"):
+        time.sleep(5)
+    assert run.end(LONG_S).exit_code == 0
+    assert run.numbers == list(range(700))
+
+
+def test_a_worker_that_is_killed_for_memory_is_replaced(team: Team) -> None:
+    run = begin(team, make_probe(team, "memory", 240, 0.5, 0))
+    run.wait_for_line(2)
+    pod = name_of(team.wait_for_pod(run.job_id, component="worker"))
+    fill = "import time; hold = [bytearray(1 << 30) for _ in range(8)]; time.sleep(60)"
+    with pytest.raises(AssertionError, match=r"137|command terminated"):
+        team.cluster.kubectl(
+            *("-n", team.namespace, "exec", pod, "-c", "ray-worker"), "--", "python", "-c", fill
+        )
+    assert run.end(LONG_S).exit_code == 0
+    assert run.numbers == list(range(240))
+
+
+def test_on_a_full_cluster_the_next_run_waits_only_for_the_ttl(team: Team) -> None:
+    quota = make_object("v1", "ResourceQuota", "one-run", spec={"hard": {"requests.memory": "3Gi"}})
+    team.cluster.create(quota, team.namespace)
+    first = begin(team, make_probe(team, "first", 20, 0.5, 0))
+    first.wait_for_line(1)
+    second = begin(team, make_probe(team, "second", 2, 0.5, 0))
+    assert "exceeded quota" in second.wait_for_note("no quota: ")
+    assert first.end().exit_code == 0
+    ended_s = time.monotonic()
+    team.wait(
+        "the first run's pods to be gone",
+        lambda: not team.pods("probe-first", component="head"),
+    )
+    print(f"the head was there for {time.monotonic() - ended_s:.0f} s after the end")
+    assert second.end(LONG_S).exit_code == 0

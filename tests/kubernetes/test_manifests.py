@@ -1,0 +1,120 @@
+"""A real API server with the webhooks of Kueue takes the manifests, and refuses what is broken."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from kubernetes.client.exceptions import ApiException
+
+from cluster import overlays
+from tests.cluster.mistakes import BROKEN, Break, as_pod, job_of, of_kind, templates
+from tests.cluster.test_manifests import OVERLAYS, compose
+from tests.kubernetes import namespaces
+from tests.kubernetes.cluster import CHECKOUT, Document, KubeCluster, Team, is_gone
+from tests.kubernetes.conftest import HandOver
+
+pytestmark = pytest.mark.kubernetes
+
+FOLDERS = (*(f"overlays/{name}" for name in OVERLAYS), "rbac", "kueue")
+_STRICT = "dryRun=All&fieldValidation=Strict"
+_KUEUE = ("LocalQueue", "ClusterQueue", "ResourceFlavor")
+
+
+@pytest.fixture(scope="module")
+def every_overlay() -> dict[str, list[Document]]:
+    return {name: overlays.render(overlays.find_overlay(name)) for name in OVERLAYS}
+
+
+@pytest.fixture(scope="module")
+def prepared(hand_over: HandOver, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
+    """One namespace for all: nothing is made in it."""
+    team = hand_over(tmp_path_factory.mktemp("manifests"))
+    yield team
+    namespaces.remove(team)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_object_is_taken(prepared: Team, folder: str) -> None:
+    for document in overlays.render(CHECKOUT / "k8s" / folder):
+        document["metadata"]["name"] += "-dry"  # the namespace has what it needs already
+        try:
+            prepared.cluster.create(document, prepared.namespace, _STRICT)
+        except ApiException as error:
+            if error.status == 404 and document["kind"] in _KUEUE:
+                pytest.skip("no Kueue on this cluster")
+            raise AssertionError(f"{document['kind']}: {error.body}") from error
+
+
+@pytest.mark.parametrize("component", ["eks-pod-identity", "gke-workload-identity", "monitoring"])
+def test_what_clouds_and_prometheus_add_is_taken(
+    prepared: Team, tmp_path: Path, component: str
+) -> None:
+    """The kind of the Prometheus operator where the cluster has it."""
+    monitors = prepared.path("monitoring.coreos.com/v1", "podmonitors")
+    for document in compose(tmp_path, component, base="overlays/gpu-spot"):
+        if document["kind"] != "PodMonitor" or not is_gone(prepared.cluster, monitors):
+            document["metadata"]["name"] += "-dry"
+            prepared.cluster.create(document, prepared.namespace, _STRICT)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_pods_are_taken_where_pod_security_is_restricted(
+    prepared: Team, every_overlay: dict[str, list[Document]], overlay: str
+) -> None:
+    for role, template in templates(job_of(every_overlay[overlay])).items():
+        prepared.cluster.create(as_pod(role, template), prepared.namespace, _STRICT)
+
+
+def test_setup_makes_what_a_run_needs_and_no_run(kube: KubeCluster, team: Team) -> None:
+    """`make setup-k8s`, as an administrator types it."""
+    made = ("serviceaccounts/pneumo", "networkpolicies/pneumo", "poddisruptionbudgets/pneumo-head")
+    versions = ("v1", "networking.k8s.io/v1", "policy/v1")
+    paths = [team.path(version, name) for version, name in zip(versions, made, strict=True)]
+    paths.append(team.path("rbac.authorization.k8s.io/v1", "roles/pneumo-submitter"))
+    for path in paths:
+        kube.ask("DELETE", path)
+        team.wait(f"{path} to be gone", partial(is_gone, kube, path))
+    config = team.folder / "administrator"
+    config.write_text(kube.kubeconfig.read_text())
+    here = {**os.environ, "KUBECONFIG": str(config), "MAKEFLAGS": ""}
+    use = ["kubectl", "config", "set-context", "--current", f"--namespace={team.namespace}"]
+    subprocess.run(use, env=here, check=True, capture_output=True)
+    done = subprocess.run(
+        ["make", "setup-k8s", "OVERLAY=gpu-spot"],
+        cwd=CHECKOUT, env=here, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert not [path for path in paths if is_gone(kube, path)]
+    assert kube.ask("GET", team.path("ray.io/v1", "rayjobs"))["items"] == []
+
+
+@pytest.mark.parametrize(("kind", "break_it", "by"), BROKEN.values(), ids=BROKEN)
+def test_what_is_broken_is_caught_by_the_server(
+    prepared: Team,
+    every_overlay: dict[str, list[Document]],
+    kind: str,
+    break_it: Break,
+    by: str,
+) -> None:
+    document = of_kind(every_overlay["kind-cpu"], kind)
+    document["metadata"]["name"] += "-dry"
+    break_it(document)
+    assert _is_refused(prepared, document) is ("server" in by)
+    if kind == "RayJob" and (document["spec"].get("rayClusterSpec") or {}).get("headGroupSpec"):
+        pods = [as_pod(role, each) for role, each in templates(document).items()]
+        assert any(_is_refused(prepared, pod) for pod in pods) is ("pods" in by)
+
+
+def _is_refused(team: Team, document: Document) -> bool:
+    try:
+        team.cluster.create(document, team.namespace, _STRICT)
+    except ApiException as error:
+        if error.status not in {400, 422}:
+            raise
+        return True
+    return False
