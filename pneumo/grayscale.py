@@ -215,7 +215,8 @@ def _palette_table(dataset: pydicom.Dataset, stored: Stored) -> Gray:
     # processor's instructions would be rounded the other way.
     thousandths = rgb.astype(np.int64) @ np.array([299, 587, 114])
     white = 255 if rgb.dtype.itemsize == 1 else 65535
-    return np.rint(thousandths * 255 / (1000 * white)).astype(np.uint8)
+    table: Gray = np.rint(thousandths * 255 / (1000 * white)).astype(np.uint8)
+    return table
 
 
 def apply_window(
