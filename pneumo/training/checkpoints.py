@@ -307,7 +307,7 @@ def load_checkpoint(run_url: str, entry: CheckpointEntry) -> Checkpoint:
         plain["history"] = tuple(plain["history"])
         plain.pop("digest_fed", None)  # of earlier versions
         return Checkpoint(**plain)
-    except (KeyError, TypeError, ValidationError) as error:
+    except (AttributeError, KeyError, TypeError, ValidationError) as error:
         raise CheckpointError(f"{url}: written by another version of pneumo") from error
 
 

@@ -39,9 +39,10 @@ def validate(
     for prefix, model in models.items():
         batches = _StoppableBatches(data.evaluation(batch_size=batch_size), callbacks.should_stop)
         mine = score(model, batches)
-        scores = _gather(mine, batches.stopped, learner.world.size, len(data))
-        if scores is None:
+        gathered = _gather(mine, batches.stopped, learner.world.size, len(data))
+        if gathered is None:
             return None
+        scores = gathered
         values = compute_metrics(mine, scores, float(learner.pos_weight), learner.device)
         found |= {f"{prefix}{name}": v if math.isfinite(v) else None for name, v in values.items()}
     return {**found, **callbacks.extra_metrics(scores)}
