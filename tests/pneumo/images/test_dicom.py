@@ -766,22 +766,22 @@ EMPTY_ITEM = b"\xfe\xff\x00\xe0\0\0\0\0"
     ],
     ids=["zeros", "elements", "items", "items of a look-up table", "items of an age"],
 )
-def test_a_small_file_of_very_many_elements_is_given_up_within_seconds(
+def test_a_small_file_of_very_many_elements_is_given_up_within_seconds_of_cpu(
     make_dicom: DicomMaker, element: bytes
 ) -> None:
     filling = EMPTY_ITEM if b"SQ" in element else element or bytes(8)
     data = deflated(make_dicom(RAMP), element, *[filling * 2**17] * 128)
     assert len(data) < 2**21
-    begun_s = time.perf_counter()
+    begun_s = time.process_time()
     assert refused(data).reason in ("too_large", "no_pixels", "not_dicom")
-    assert time.perf_counter() - begun_s < 10
+    assert time.process_time() - begun_s < 10
 
 
 def test_what_fills_up_a_file_after_its_pixels_is_not_read(make_dicom: DicomMaker) -> None:
     data = make_dicom(RAMP)
-    begun_s = time.perf_counter()
+    begun_s = time.process_time()
     np.testing.assert_array_equal(read_study_image(data + bytes(2**25), 16).pixels, RAMP)
-    assert time.perf_counter() - begun_s < 5
+    assert time.process_time() - begun_s < 5
 
 
 def test_a_large_element_that_nobody_asks_for_does_no_harm(make_dicom: DicomMaker) -> None:
