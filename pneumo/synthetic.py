@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from pneumo.dataset.phantoms.population import draw_population
-from pneumo.dataset.phantoms.source_folder import write_phantoms
 from pneumo.errors import UserError
 
 
@@ -28,6 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for flag, least in (("studies", 1), ("seed", 0), ("jobs", 1)):
         if (value := getattr(options, flag)) is not None and value < least:
             parser.error(f"--{flag}: got {value}, expected {least} or more")
+    from pneumo.dataset.phantoms.population import draw_population
+    from pneumo.dataset.phantoms.source_folder import write_phantoms
+
     try:
         written = write_phantoms(
             options.out, num_studies=options.studies, seed=options.seed, num_processes=options.jobs

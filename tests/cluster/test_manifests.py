@@ -284,7 +284,7 @@ def test_a_spot_worker_says_that_it_goes_while_there_is_time(
     worker = templates(job_of(rendered[overlay]))["workers"]["spec"]
     *command, grace_s = worker["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
     assert command == ["python", "-m", "jobs.ray_cluster.node_drain", "--grace-s"]
-    assert (CHECKOUT / "jobs" / "departure.py").is_file()
+    assert (CHECKOUT / "jobs" / "ray_cluster" / "node_drain.py").is_file()
     assert 25 < float(grace_s) < worker["terminationGracePeriodSeconds"]
 
 

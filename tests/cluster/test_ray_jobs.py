@@ -436,7 +436,7 @@ def test_prepare_train_and_evaluate_on_the_cluster(ray_cluster: RayCluster, tmp_
         (
             *("evaluate", "--store", store, "--run", run),
             *("--evaluate.bootstrap-resamples", "100", "--evaluate.saliency", "false"),
-            *("--evaluate.gallery-images", "1", "--evaluate.grid-images", "1"),
+            *("--evaluate.pictures", "1"),
         ),
     ):
         done = ray_cluster.command("submit", job, *flags, timeout_s=180)

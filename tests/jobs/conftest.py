@@ -11,16 +11,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from jobs import prepare, train
 from jobs.ray_cluster.session import ray_session
+from pneumo.config import DataConfig
+from pneumo.dataset.manifest import read_manifest
 from pneumo.dataset.phantoms.source_folder import write_phantoms
+from pneumo.loading.blocks import PreparedStore
+from pneumo.loading.loader import open_loader
+from pneumo.loading.sample_order import World
+from pneumo.network.backbones import build_model
+from pneumo.network.scoring import score
 from pneumo.training.checkpoints import claim_run, load_checkpoint, read_index, save_checkpoint
 
 NUM_STUDIES = 90
-OVERFLOW = 3.4e38
-"""The end of float32: what was above 1 becomes infinite."""
+LARGEST_FLOAT32 = 3.4e38
 SMALL = [
     *("--model.weights", "random"),
     *("--train.batch-size", "16"),
@@ -88,13 +95,21 @@ def trained(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture(scope="session")
-def overflowing(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def overflowing(
+    prepared: Prepared, trained: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A run like one that diverged: of some studies the logit is infinite, of others a number."""
     run = tmp_path_factory.mktemp("overflowing") / "run"
     checkpoint = load_checkpoint(str(trained), read_index(str(trained)).best)
     weights = dict(checkpoint.scored_model)
-    for name in ("fc.weight", "fc.bias"):
-        weights[name] = weights[name] * OVERFLOW
+    model = build_model(checkpoint.config.model.backbone)
+    model.load_state_dict(weights)
+    manifest = read_manifest(str(prepared.store))
+    store = PreparedStore(str(prepared.store), manifest, DataConfig(cache="stream"))
+    test = open_loader(store, "test", world=World(), device="cpu")
+    logits = score(model, test.evaluation(batch_size=64)).logits
+    for name in ("fc.weight", "fc.bias"):  # half of test is above the end of float32
+        weights[name] = weights[name] * (LARGEST_FLOAT32 / float(np.median(np.abs(logits))))
     save_checkpoint(
         str(run),
         replace(checkpoint, model=weights),

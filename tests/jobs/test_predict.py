@@ -27,7 +27,7 @@ from tests.jobs.conftest import Prepared
 QUICK = [
     *("--evaluate.min-patients", "1"),
     *("--evaluate.bootstrap-resamples", "100", "--tracking.mode", "disabled"),
-    *("--evaluate.gallery-images", "2", "--evaluate.error-images", "2"),
+    *("--evaluate.pictures", "2"),
 ]
 
 

@@ -43,7 +43,7 @@ def test_toml_tables_and_quoted_keys_are_the_same_space() -> None:
         (["uniform", True, 2], "between numbers, got True"),
         (["integer", 1, 2.5], "between whole numbers, got 2.5"),
         (["choice"], "without a value to choose"),
-        (["choice", 1, 2, 1], "stands twice"),
+        (["choice", 1, 2, 1], "given twice"),
         (["fixed", 1, 2], "takes one value"),
         (["uniform", 0, 1, 1], "at least 2 points"),
         (["choice", [1], [2]], "must be plain"),

@@ -28,8 +28,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 QUICK = [
     *("--evaluate.bootstrap-resamples", "100", "--evaluate.min-patients", "1"),
-    *("--evaluate.gallery-images", "1", "--evaluate.error-images", "1"),
-    *("--evaluate.grid-images", "2", "--tracking.mode", "online"),
+    *("--evaluate.pictures", "1", "--tracking.mode", "online"),
 ]
 """Half of what is stored."""
 

@@ -177,7 +177,9 @@ def test_no_study_is_shown_larger_than_192_pixels_anywhere(subject, tmp_path):
     ]
     assert len(sizes) == 4
     # Two rows of a contact sheet with a gap of 4; the others are one study high.
-    assert sorted(height for _, height in sizes) == [192, 192, 192, 2 * 192 + 4]
+    *one_study, sheet_height = sorted(height for _, height in sizes)
+    assert max(one_study) <= 192
+    assert sheet_height <= 2 * 192 + 4
     for key in ("eval/gallery/tp", "eval/errors/fp"):
         (picture,) = tracker.media[key].pictures
         assert Image.open(io.BytesIO(picture.data)).height == 192

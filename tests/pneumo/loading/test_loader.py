@@ -20,7 +20,6 @@ from blake3 import blake3
 from pneumo import storage
 from pneumo.config import AugmentConfig, Config, DataConfig
 from pneumo.config_layers import override
-from pneumo.dataset import shards
 from pneumo.dataset.manifest import Manifest, read_manifest
 from pneumo.dataset.shards import Sample, read_shard, write_shard
 from pneumo.errors import ConfigError, DataError
@@ -77,7 +76,7 @@ def counted() -> Iterator[type[CountedFiles]]:
 def store(tiny_store: StoreMaker) -> tuple[str, Manifest]:
     """19 training blocks, of which some are short: shards of 80 samples in blocks of 64 and 16."""
     store_url = tiny_store(train=751, val=203, test=9, image_size=32, samples_per_shard=80)
-    manifest = shards.read_manifest(store_url)
+    manifest = read_manifest(store_url)
     return store_url, manifest.model_copy(update={"mean": 0.4, "std": 0.2})
 
 
@@ -159,7 +158,7 @@ def test_an_input_size_above_the_stores_is_refused(store: tuple[str, Manifest]) 
 @pytest.mark.parametrize("image_size", [64, 48, 32])
 def test_images_are_resampled_by_area(tiny_store: StoreMaker, image_size: int) -> None:
     store_url = tiny_store(train=9, test=9, image_size=64)
-    store = (store_url, shards.read_manifest(store_url))
+    store = (store_url, read_manifest(store_url))
     samples = stored(store, "test")
     images = to_input([sample.pixels for sample in samples], image_size)
     assert images.shape == (9, 1, image_size, image_size)
@@ -553,7 +552,7 @@ def test_an_epoch_that_cannot_be_read_ends_with_an_error_not_early(
     tiny_store: StoreMaker, counted: type[CountedFiles]
 ) -> None:
     store_url = tiny_store(train=480, image_size=32)
-    manifest = shards.read_manifest(store_url)
+    manifest = read_manifest(store_url)
     remote = (f"counted://{store_url}", manifest)
     blocks = Blocks(PreparedStore(*remote, DataConfig()), "train")
     data = replace(

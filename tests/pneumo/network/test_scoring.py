@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from pneumo.config import DataConfig
-from pneumo.dataset import shards
 from pneumo.loading.blocks import PreparedStore
 from pneumo.loading.loader import Batch, open_loader
 from pneumo.loading.sample_order import World
@@ -32,7 +31,7 @@ StoreMaker = Callable[..., str]
 
 
 def open_val(store_url: str, rank: int = 0, size: int = 1, batch_size: int = 4) -> list[Batch]:
-    store = PreparedStore(store_url, shards.read_manifest(store_url), DataConfig(cache="stream"))
+    store = PreparedStore(store_url, read_manifest(store_url), DataConfig(cache="stream"))
     opened = open_loader(store, "val", world=World(rank, size), device="cpu")
     return list(opened.evaluation(batch_size=batch_size))
 
