@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from pneumo.config import DataConfig
+from pneumo.dataset.manifest import read_manifest
 from pneumo.loading.blocks import PreparedStore
 from pneumo.loading.loader import Batch, open_loader
 from pneumo.loading.sample_order import World
