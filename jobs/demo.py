@@ -17,7 +17,7 @@ from jobs.ray_cluster.session import ray_session
 from jobs.terminal.entry_point import run_main, say
 from jobs.train import train
 from jobs.tune import tune
-from jobs.tuning.search_results import BEST
+from jobs.tuning.search_wandb import BEST
 from pneumo import storage
 from pneumo.config import Invocation, parse_command_line
 from pneumo.dataset.phantoms.source_folder import write_phantoms

@@ -15,7 +15,7 @@
     ├── PreemptedError            exit 130: told to stop; all that was trained is in a checkpoint
     ├── ClusterError              the cluster does not give what the job asks for
     ├── MetricError               a metric that is undefined for this input
-    ├── TrackingError             W&B did not get what was to be sent to it afterwards
+    ├── TrackingError             W&B did not get all that was to be sent
     └── StorageError              the object store did not answer within the time allowed
         └── ContentError          it did, with other bytes than those that were expected
 

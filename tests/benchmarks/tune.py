@@ -32,8 +32,8 @@ from jobs import prepare
 from jobs.ray_cluster.session import ray_session
 from jobs.train import build_trainer
 from jobs.tune import search
-from jobs.tuning.trial_records import read_judgement, trial_url
-from jobs.tuning.trial_runs import share, trial_config
+from jobs.tuning.trial_records import read_judgement, trial_config, trial_url
+from jobs.tuning.trial_runs import share
 from pneumo.config import Config, override, parse_command_line
 from pneumo.dataset.phantoms.source_folder import write_phantoms
 from pneumo.dataset.shards import Manifest, read_manifest

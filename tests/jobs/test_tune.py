@@ -25,8 +25,14 @@ from jobs import tune
 from jobs.train import with_absolute_weights
 from jobs.tune import check_search
 from jobs.tuning.trial_judge import Shared, TrialJudge
-from jobs.tuning.trial_records import read_history, read_trials, trial_url, write_begun
-from jobs.tuning.trial_runs import share, trial_config, trials_at_once
+from jobs.tuning.trial_records import (
+    read_history,
+    read_trials,
+    trial_config,
+    trial_url,
+    write_begun,
+)
+from jobs.tuning.trial_runs import share, trials_at_once
 from pneumo.config import Config, override, parse_command_line
 from pneumo.dataset.shards import read_manifest
 from pneumo.errors import ClusterError, ConfigError

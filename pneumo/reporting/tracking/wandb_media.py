@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from pneumo.reporting.tracking.media import (
@@ -23,10 +24,7 @@ from pneumo.reporting.tracking.media import (
 
 
 def convert(media: Media) -> Any:
-    """What `wandb.Run.log` takes. An object of W&B's belongs to one run: convert anew for another.
-
-    Raises what Pillow and wandb raise of a picture or a table that is none.
-    """
+    """What `wandb.Run.log` takes."""
     import wandb
 
     match media:
@@ -73,7 +71,8 @@ def _convert_picture(picture: Picture) -> Any:
     masks = None
     if picture.mask is not None:
         named = {0: "none", **picture.mask.labels}
-        layer = {"mask_data": picture.mask.classes, "class_labels": named}
+        classes = np.asarray(Image.open(io.BytesIO(picture.mask.classes)))
+        layer = {"mask_data": classes, "class_labels": named}
         masks = {picture.mask.name: layer}
     overlay = {"boxes": {"box_data": boxes, "class_labels": {1: picture.box_label}}}
     return wandb.Image(
@@ -85,17 +84,11 @@ def _convert_picture(picture: Picture) -> Any:
 
 
 def pack(artifact: Artifact) -> Any:
-    """The artifact as W&B's draft of one, its files copied into W&B's staging folder.
-
-    Raises ValueError for a name that W&B does not take, OSError for a file that is not there.
-    """
+    """The artifact as W&B's draft of one, its files written into W&B's staging folder."""
     import wandb
 
     packed = wandb.Artifact(artifact.name, type=artifact.type, metadata=dict(artifact.metadata))
     for name, content in artifact.files.items():
-        if isinstance(content, bytes):
-            with packed.new_file(name, mode="wb") as file:
-                file.write(content)
-        else:
-            packed.add_file(str(content), name=name)
+        with packed.new_file(name, mode="wb") as file:
+            file.write(content)
     return packed
