@@ -66,7 +66,7 @@ _COLUMNS = ("outcome", "label", "probability", "threshold", "finding", "view", "
 def write_tracking(folder: Path, subject: Subject, judged: Judged, config: Config) -> None:
     """Leave in `folder` what W&B gets besides the run's own files: no study's picture in it is
     higher than tracking.image_pixels."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     coarse, quality = judged.shrink(config.tracking.image_pixels), judged.data.quality
     record = {
         "tracking": config.tracking.model_dump(mode="json"),

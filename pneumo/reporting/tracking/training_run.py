@@ -29,6 +29,7 @@ def read_training(run_url: str) -> TrackedRun | None:
         return None
     name, manifest = name_run(run_url), read_dataset(run_url)
     digest = None if manifest is None else manifest.digest
+    record = record_weights(index.best, name, digest)
     history = [name_metrics(metrics) for metrics in read_history(run_url)]
     return TrackedRun(
         id=name,
@@ -40,7 +41,7 @@ def read_training(run_url: str) -> TrackedRun | None:
         history=history,
         summary=_summarise(history, index),
         inputs=[] if manifest is None else [describe_dataset(manifest)],
-        outputs=[describe_weights(record_weights(index.best, name, digest), ["best"])],
+        outputs=[describe_weights(record, ["best"])] if index.finished else [],
         is_finished=index.finished,
     )
 
