@@ -96,7 +96,7 @@ def test_numbers_and_charts_are_those_of_the_evaluation(subject, tmp_path):
     assert isinstance(groups, Table)
     assert len(groups.rows) == len(found.test.subgroups.groups)
     assert {len(row) for row in groups.rows} == {len(groups.columns)}
-    assert told.config["evaluate"]["bootstrap_resamples"] == 1000
+    assert told.config["evaluate"]["ensemble"] == "best"
 
 
 @pytest.mark.parametrize("kind", ["nan", "empty", "one class", "too small"])
