@@ -36,7 +36,6 @@ from pneumo.reporting.tracking import (
     Overlay,
     Page,
     Picture,
-    PictureTable,
     Scalar,
     Table,
     TrackedRun,
@@ -60,6 +59,17 @@ _DATA_FAULTS = (
 _COLUMNS = ("outcome", "label", "probability", "threshold", "finding", "view", "age band", "boxes",
             "drawn of")  # fmt: skip
 
+_SCHEMA = pa.schema(
+    {
+        "key": pa.string(),  # under which W&B shows it
+        "caption": pa.string(),
+        "picture": pa.binary(),
+        "boxes": pa.list_(pa.list_(pa.float64())),
+        "map": pa.binary(),
+        "cells": pa.string(),  # of the table of studies, the other cells as JSON
+    }
+)
+
 # --- left in the folder ---------------------------------------------------------------------------
 
 
@@ -81,39 +91,37 @@ def write_tracking(folder: Path, subject: Subject, judged: Judged, config: Confi
     }
     (folder / _RECORD).write_text(json.dumps(record, indent=1))
     (folder / REPORT).write_text(render(subject, coarse, config))
-    pq.write_table(pa.table(_list_pictures(coarse)), folder / _PICTURES)
+    pq.write_table(_list_pictures(coarse), folder / _PICTURES)
 
 
-def _list_pictures(judged: Judged) -> dict[str, pa.Array]:
-    """Columns: under which key W&B shows a picture, its caption, its bytes, boxes, map and, of
-    the table of studies, the other cells as JSON."""
+def _list_pictures(judged: Judged) -> pa.Table:
+    """A row of _SCHEMA a picture."""
     pictures, n = judged.pictures, judged.evaluation.test.n
-    title = f"Predictions: {len(pictures.grid)} of {n} test studies"
-    shown: list[tuple[str, Picture, str | None]] = [
-        ("data/contact", Picture(figures.draw_contact_sheet(sheet), sheet.caption), None)
+    rows = [
+        _describe("data/contact", Picture(figures.draw_contact_sheet(sheet), sheet.caption))
         for sheet in judged.data.contact
     ]
     if pictures.grid:
+        title = f"Predictions: {len(pictures.grid)} of {n} test studies"
         grid = figures.draw_prediction_grid(pictures.grid, title=title)
-        shown.append(("eval/prediction_grid", Picture(grid, title), None))
+        rows.append(_describe("eval/prediction_grid", Picture(grid, title)))
     for kind, groups in (("gallery", pictures.gallery), ("errors", pictures.errors)):
         for outcome, cases in groups.items():
-            shown += [(f"eval/{kind}/{outcome}", show_case(case), None) for case in cases]
+            rows += [_describe(f"eval/{kind}/{outcome}", show_case(case)) for case in cases]
     for case in pictures.sample:
         thumbnail = show_case(shrink(case, figures.CONTACT_PIXELS))
-        shown.append((STUDIES, thumbnail, json.dumps(_list_cells(case))))
+        rows.append(_describe(STUDIES, thumbnail, json.dumps(_list_cells(case))))
+    return pa.Table.from_pylist(rows, _SCHEMA)
+
+
+def _describe(key: str, picture: Picture, cells: str | None = None) -> dict[str, Any]:
     return {
-        "key": pa.array([key for key, _, _ in shown], pa.string()),
-        "caption": pa.array([picture.caption for _, picture, _ in shown], pa.string()),
-        "picture": pa.array([picture.data for _, picture, _ in shown], pa.binary()),
-        "boxes": pa.array(
-            [[list(box) for box in picture.boxes] for _, picture, _ in shown],
-            pa.list_(pa.list_(pa.float64())),
-        ),
-        "map": pa.array(
-            [picture.mask and picture.mask.classes for _, picture, _ in shown], pa.binary()
-        ),
-        "cells": pa.array([cells for _, _, cells in shown], pa.string()),
+        "key": key,
+        "caption": picture.caption,
+        "picture": picture.data,
+        "boxes": [list(box) for box in picture.boxes],
+        "map": picture.mask and picture.mask.classes,
+        "cells": cells,
     }
 
 
@@ -250,30 +258,25 @@ def draw_charts(metrics: Mapping[str, Any]) -> dict[str, Media]:
     """Curves and confusion matrices, without those that are not defined."""
     test = metrics["test"]
     n = f"test n = {test['n']}"
+    calibration = _read_reliability(test["calibration"])
+    benefit = _read_benefit(test["decision_curve"])
     charts = {
-        "roc": LineChart(
-            _read_curves(metrics, "roc"), f"ROC, {n}", "1 - specificity", "sensitivity"
+        "roc": (_read_curves(metrics, "roc"), "ROC", "1 - specificity", "sensitivity"),
+        "precision_recall": (
+            *(_read_precision(metrics), "Precision-recall"),
+            *("recall (sensitivity)", "precision (PPV)"),
         ),
-        "precision_recall": LineChart(
-            _read_precision(metrics),
-            f"Precision-recall, {n}",
-            "recall (sensitivity)",
-            "precision (PPV)",
+        "reliability": (
+            *(calibration, "Calibration"),
+            *("predicted probability", "fraction of positives"),
         ),
-        "reliability": LineChart(
-            _read_reliability(test["calibration"]),
-            f"Calibration, {n}",
-            "predicted probability",
-            "fraction of positives",
-        ),
-        "decision_curve": LineChart(
-            _read_benefit(test["decision_curve"]),
-            f"Net benefit, {n}",
-            "threshold",
-            "true positives a study, net",
-        ),
+        "decision_curve": (benefit, "Net benefit", "threshold", "true positives a study, net"),
     }
-    drawn: dict[str, Media] = {f"eval/{name}": one for name, one in charts.items() if one.series}
+    drawn: dict[str, Media] = {
+        f"eval/{name}": LineChart(curves, f"{title}, {n}", x, y)
+        for name, (curves, title, x, y) in charts.items()
+        if curves
+    }
     for name, key in ((DECISION, "eval/confusion"), (SCREENING, f"eval/confusion_{SCREENING}")):
         counts = metrics["operating_points"][name]["test"]["confusion"]
         if counts is not None:
@@ -351,4 +354,4 @@ def read_pictures(data: bytes) -> dict[str, Media]:
         else:
             galleries.setdefault(row["key"], []).append(picture)
     shown: dict[str, Media] = {key: Gallery(found) for key, found in galleries.items()}
-    return shown | ({STUDIES: PictureTable(["picture", *_COLUMNS], studies)} if studies else {})
+    return shown | ({STUDIES: Table(["picture", *_COLUMNS], studies)} if studies else {})

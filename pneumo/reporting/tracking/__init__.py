@@ -5,8 +5,6 @@ again. Nothing that names a patient is told; keeping it so is the part of whoeve
 """
 
 from pneumo.reporting.tracking.media import (
-    MAX_IMAGES,
-    MAX_ROWS,
     Artifact,
     ConfusionChart,
     Gallery,
@@ -15,7 +13,6 @@ from pneumo.reporting.tracking.media import (
     Overlay,
     Page,
     Picture,
-    PictureTable,
     Scalar,
     Table,
 )
@@ -29,8 +26,6 @@ from pneumo.reporting.tracking.tracked_run import (
 from pneumo.reporting.tracking.wandb_session import WandbSession
 
 __all__ = [
-    "MAX_IMAGES",
-    "MAX_ROWS",
     "Artifact",
     "ConfusionChart",
     "Gallery",
@@ -39,7 +34,6 @@ __all__ = [
     "Overlay",
     "Page",
     "Picture",
-    "PictureTable",
     "Scalar",
     "Table",
     "TrackedRun",

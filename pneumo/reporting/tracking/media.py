@@ -76,14 +76,6 @@ class ConfusionChart:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of scalars; W&B shows MAX_ROWS."""
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[Scalar]]
-
-
-@dataclass(frozen=True)
-class PictureTable:
     """Rows of scalars and pictures; W&B shows MAX_ROWS."""
 
     columns: Sequence[str]
@@ -97,7 +89,7 @@ class Page:
     html: str
 
 
-Media = Gallery | LineChart | ConfusionChart | Table | PictureTable | Page
+Media = Gallery | LineChart | ConfusionChart | Table | Page
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from pneumo.reporting.tracking.media import (
     Media,
     Page,
     Picture,
-    PictureTable,
     Table,
 )
 
@@ -33,8 +32,6 @@ def convert(media: Media) -> Any:
         case Page(html):
             return wandb.Html(html)
         case Table(columns, rows):
-            return wandb.Table(columns=list(columns), data=[list(row) for row in rows[:MAX_ROWS]])
-        case PictureTable(columns, rows):
             cells = [
                 [_convert_picture(cell) if isinstance(cell, Picture) else cell for cell in row]
                 for row in rows[:MAX_ROWS]

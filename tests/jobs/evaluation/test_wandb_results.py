@@ -28,7 +28,6 @@ from pneumo.reporting.tracking import (
     Gallery,
     LineChart,
     Picture,
-    PictureTable,
     Table,
     name_run,
     prepare_tracking,
@@ -137,7 +136,7 @@ def test_a_map_that_is_no_number_is_not_laid_over_the_picture():
 
 def test_the_table_has_thumbnails_and_names_nobody(subject, tmp_path):
     table = read_evaluation(str(leave(tmp_path / "run", subject))).media["eval/predictions"]
-    assert isinstance(table, PictureTable)
+    assert isinstance(table, Table)
     assert not {"key", "patient", "age"} & set(table.columns)
     ((picture, *rest),) = table.rows
     assert isinstance(picture, Picture)

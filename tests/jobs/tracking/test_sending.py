@@ -108,11 +108,11 @@ def test_no_fault_of_the_server_matters_and_the_command_completes_it(
     with job(run, store, silence_s=5.0) as told:
         if when != "start":
             wait_for(lambda: bool(backend.runs))
-        backend.fault = fault if when != "end" else None  # type: ignore[assignment]
-        write_training(run, store, epochs=3)
         if when == "end":
+            write_training(run, store, epochs=2, finished=False)
             wait_for(lambda: bool(backend.history()))
-            backend.fault = fault  # type: ignore[assignment]
+        backend.fault = fault  # type: ignore[assignment]
+        write_training(run, store, epochs=3)
     (line,) = told
     assert line.startswith("W&B: not all sent (")
     assert line.endswith(f"to send it: {command(str(run))}")
