@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from pneumo.config import TrackingConfig
+from pneumo.errors import TrackingError
 from pneumo.reporting.tracking import TrackedRun, WandbSession
 
 Kind = Literal["train", "evaluate", "tune"]
@@ -66,10 +67,18 @@ class Sender:
         except Exception as error:  # a fault of the storage: the session is none the worse
             _tell_failure(error)
             return False
-        return all(self._try(run, is_open=not (run.is_finished or is_last)) for run in runs)
+        failures = []
+        for run in runs:
+            error = self._try(run, is_open=not (run.is_finished or is_last))
+            if error is not None:
+                failures.append(error)
+                if not isinstance(error, TrackingError):
+                    break  # the others would wait for W&B as long
+        return not failures
 
-    def _try(self, run: TrackedRun, *, is_open: bool) -> bool:
-        """Send the run; where a session that was open has broken, once more in a new one."""
+    def _try(self, run: TrackedRun, *, is_open: bool) -> Exception | None:
+        """Send the run, or return why not; where a session that was open has broken, it is tried
+        once more in a new one."""
         while True:
             session = self._session
             try:
@@ -80,9 +89,9 @@ class Sender:
                     self._session.abandon()
                     self._session = None
                 if session is None:
-                    return False
+                    return error
             else:
-                return True
+                return None
 
     def _send(self, run: TrackedRun, *, is_open: bool) -> None:
         settings = TrackingConfig.model_validate(run.tracking.model_dump() | self.tracking)

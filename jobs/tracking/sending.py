@@ -9,7 +9,6 @@ import json
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,8 @@ INTERVAL_S = 10.0
 """How often the folder of a running job is looked at."""
 SILENCE_S = 60.0
 """A sender that has told of nothing for so long is given up."""
+LIMIT_S = 300.0
+"""The most that the end of a job waits."""
 LEAVE_S = 4.0
 """The same at the end of a job that was interrupted: Kubernetes kills 30 s after its SIGTERM, and a
 checkpoint may take 25 of them."""
@@ -102,8 +103,7 @@ class Sending:
 
     def _kill(self) -> None:
         """wandb's own service ends when the process that began it has."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.kill()
         self._process.wait()
 
     def _read(self, is_late: bool) -> Outcome:
@@ -137,7 +137,7 @@ def following(
             sending = Sending(run_url, [kind], interval_s=interval_s)
         except OSError as error:  # no room for its files, or for a process
             why = f" ({error})"
-    limit_s = float("inf")
+    limit_s = LIMIT_S
     try:
         yield
     except KeyboardInterrupt:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from pneumo.errors import TrackingError
+from pneumo.reporting.tracking.media import Scalar
 from pneumo.reporting.tracking.tracked_run import TrackedRun
 from pneumo.reporting.tracking.wandb_media import convert, pack
 
@@ -64,6 +65,7 @@ class WandbSession:
             # The summary is set: the epoch that is scored is seldom the last.
             self._run.define_metric(f"{prefix}/*", step_metric="epoch", summary="none")
         self._next_step = self._run.starting_step
+        self._summary: Mapping[str, Scalar] = {}
 
     @property
     def url(self) -> str:
@@ -77,7 +79,9 @@ class WandbSession:
             if step >= self._next_step:
                 self._run.log(dict(row), step=step)
                 self._next_step = step + 1
-        self._run.summary.update(dict(run.summary))
+        if run.summary != self._summary:
+            self._summary = run.summary
+            self._run.summary.update(dict(run.summary))
 
     def close(self, run: TrackedRun, tell: Callable[[str], None]) -> None:
         """Send all of the run, end it there, and check that its files have arrived.
@@ -88,7 +92,6 @@ class WandbSession:
         if run.media:
             # All in one step: of a run that is sent again W&B has it, or has none of it.
             self._run.log({key: convert(media) for key, media in run.media.items()}, step=0)
-            self._run.summary.update(dict(run.summary))
             tell("media")
         for artifact in run.inputs:
             self._run.use_artifact(pack(artifact))
