@@ -67,14 +67,14 @@ class Sender:
         except Exception as error:  # a fault of the storage: the session is none the worse
             _tell_failure(error)
             return False
-        failures = []
+        arrived = True
         for run in runs:
-            error = self._try(run, is_open=not (run.is_finished or is_last))
-            if error is not None:
-                failures.append(error)
-                if not isinstance(error, TrackingError):
+            failure = self._try(run, is_open=not (run.is_finished or is_last))
+            if failure is not None:
+                arrived = False
+                if not isinstance(failure, TrackingError):
                     break  # the others would wait for W&B as long
-        return not failures
+        return arrived
 
     def _try(self, run: TrackedRun, *, is_open: bool) -> Exception | None:
         """Send the run, or return why not; where a session that was open has broken, it is tried

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from jobs import track
 from jobs.evaluation.evaluated_run import Subject
 from jobs.evaluation.ray_scoring import Scored, Scoring, Weights
 from jobs.evaluation.result_files import Judged, compose_metrics
@@ -23,8 +24,9 @@ from pneumo.dataset.shards import read_manifest
 from pneumo.evaluation.evaluation import evaluate
 from pneumo.evaluation.predictions import Predictions
 from pneumo.images.boxes import Box
-from pneumo.reporting.figures import Case, Pictures
+from pneumo.reporting.figures import Case, Pictures, encode_image
 from pneumo.reporting.tracking import (
+    ConfusionChart,
     Gallery,
     LineChart,
     Picture,
@@ -70,7 +72,7 @@ def leave(run, subject, data=DATA, pixels=96, found=None, pictures=PICTURES, loo
     config = override(Config(), {"tracking.image_pixels": pixels})
     shown = Judged(data, found or judged(), pictures, looks or {}, None)
     (run / "figures").mkdir(parents=True)
-    (run / "figures" / "data_quality.png").write_bytes(b"a drawing")
+    (run / "figures" / "data_quality.png").write_bytes(encode_image(case().image))
     prepare_tracking(str(run), subject.manifest)
     write_tracking(run / "tracking", subject, shown, config)
     predictions = shown.evaluation.predictions.to_parquet(subject.scored.scoring.to_json())
@@ -237,3 +239,27 @@ def test_ages_above_89_are_one_group(subject, tmp_path):
     told = read_evaluation(str(leave(tmp_path / "run", subject)))
     sent = told.outputs[0].files["predictions.parquet"]
     assert np.nanmax(Predictions.from_parquet(sent).age) <= 90
+
+
+def test_the_command_sends_it_once_with_every_file(subject, tmp_path, backend, capsys):
+    run = leave(tmp_path / "run", subject)
+    backend.fault = "uploads 403"
+    assert track.main(["--run", str(run)]) == 1
+    assert "the same command sends it" in capsys.readouterr().err
+    backend.fault = None
+    for _ in range(2):
+        assert track.main(["--run", str(run)]) == 0
+        (name,) = backend.runs
+        (row,) = backend.history(name)
+        assert backend.exit_codes == {name: 0}
+    told = read_evaluation(str(run))
+    charts = {f"{key}_table" if isinstance(m, LineChart | ConfusionChart) else key
+              for key, m in told.media.items()}  # fmt: skip
+    assert charts <= set(row)
+    assert backend.summary(name)["eval/test/n"] == told.summary["eval/test/n"]
+    assert backend.used[-3:] == [one.name for one in told.inputs]
+    assert {one["state"] for one in backend.artifacts.values()} == {"COMMITTED"}
+    (mask,) = [n for n in backend.uploads if "/mask/eval/gallery/tp" in n]
+    levels = np.asarray(Image.open(io.BytesIO(backend.uploads[mask])))
+    assert np.unique(levels).tolist() == [0, 1, 2, 3]
+    assert backend.unknown == []
