@@ -57,7 +57,7 @@ def evaluate_copy(prepared: Prepared, trained: Path, folder: Path, *flags: str) 
 def read_text(content: bytes) -> str:
     """What somebody could read in a file."""
     if content[:4] == b"PAR1":
-        return json.dumps(pq.read_table(io.BytesIO(content)).to_pylist())
+        return str(pq.read_table(io.BytesIO(content)).to_pylist())
     return content.decode("latin-1")
 
 

@@ -221,7 +221,7 @@ def test_project_and_group_of_the_run_can_be_replaced(
     flags = ["--tracking.project", "other", "--tracking.group", "ours"]
     assert track.main(["--run", str(run), *flags]) == 0
     (name,) = backend.runs
-    assert capsys.readouterr().out == f"train {backend.url}/tester/pneumo/runs/{name}\n"
+    assert capsys.readouterr().out == f"train {backend.url}/tester/other/runs/{name}\n"
     assert backend.runs[name]["project"] == "other"
     assert backend.runs[name]["groupName"] == "ours"
 
