@@ -17,6 +17,8 @@ from jobs import prepare, train
 from jobs.ray_cluster.session import ray_session
 from pneumo.dataset.phantoms.source_folder import write_phantoms
 from pneumo.training.checkpoints import claim_run, load_checkpoint, read_index, save_checkpoint
+from tests.pneumo.reporting.tracking.wandb_server import backend as backend
+from tests.pneumo.reporting.tracking.wandb_server import clean_environment as clean_environment
 
 NUM_STUDIES = 90
 OVERFLOW = 3.4e38
