@@ -1,5 +1,6 @@
 """What W&B is told of a training is a value of its folder."""
 
+import json
 import shutil
 
 import pytest
@@ -93,6 +94,10 @@ def test_a_run_of_an_older_version_has_no_data_set(tmp_path, store):
     found = read_training(str(run))
     assert found.inputs == []
     assert found.outputs[0].metadata["dataset"] is None
+    saved = json.loads((run / "config.json").read_text())
+    saved["tracking"]["image_pixels"] = 96  # a setting that was removed
+    (run / "config.json").write_text(json.dumps(saved))
+    assert read_training(str(run)) == found
     (run / "config.json").write_text('{"no": "setting"}')
     with pytest.raises(TrackingError, match="not of this version"):
         read_training(str(run))
