@@ -15,6 +15,7 @@
 #   make train      STORE=url [RUN=url] [ARGS="--recipe fast --train.epochs 3"]
 #   make tune       STORE=url [RUN=url] [ARGS=…]
 #   make evaluate   STORE=url RUN=url [ARGS=…]
+#   make track      RUN=url: the run or search to W&B from its folder, as often as you like
 #   make dashboards      W&B workspaces as JSON;  ARGS="--save --entity TEAM" saves them, with a key
 #   make predict    SOURCE=folder of DICOM files RUN=url OUTPUT=folder [ARGS=…]
 #
@@ -57,7 +58,7 @@ IMAGE ?= pneumo:dev
 CONTAINERS ?= $(or $(shell command -v podman),docker)
 WITHOUT_RUN := app.kubernetes.io/component!=run
 
-.PHONY: help setup debian demo prepare train tune evaluate predict dashboards check fix test test-slow \
+.PHONY: help setup debian demo prepare train tune evaluate predict track dashboards check fix test test-slow \
   test-processors test-s3 test-cluster test-kubernetes test-kubernetes-faults test-all \
   bench bench-train lock clean up down forward image setup-k8s
 
@@ -96,6 +97,10 @@ predict: $(READY)
 	$(call needs,SOURCE)$(call needs,RUN)$(call needs,OUTPUT)
 	@$(call job,predict) --source $(call quoted,SOURCE) --run $(call quoted,RUN) \
 	  --output $(call quoted,OUTPUT) $(ARGS)
+
+track: $(READY)
+	$(call needs,RUN)
+	@$(call job,track) --run $(call quoted,RUN) $(ARGS)
 
 dashboards: $(READY)
 	@$(BIN)/python -m pneumo.dashboards $(ARGS)

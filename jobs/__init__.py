@@ -1,4 +1,4 @@
-"""Ray jobs, run inside the cluster: `python -m jobs.prepare`, train, tune, evaluate, predict, demo.
+"""Ray jobs: `python -m jobs.prepare`, train, tune, evaluate, predict, demo, track.
 
 These entry modules check the command line and import what does the work afterwards.
 """

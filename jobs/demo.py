@@ -37,7 +37,7 @@ def run_demo(store_url: str, run_url: str, num_studies: int, *, show_logs: bool)
     from jobs.ray_cluster.session import ray_session
     from jobs.training.job import train
     from jobs.tuning.job import tune
-    from jobs.tuning.search_results import BEST
+    from jobs.tuning.search_wandb import BEST
     from pneumo.dataset.phantoms.source_folder import write_phantoms
     from pneumo.dataset.study_keys import PRIVATE_FOLDER
 

@@ -84,6 +84,13 @@ class PredictArguments(Arguments):
     """Replace what an earlier prediction left in the output."""
 
 
+class TrackArguments(Arguments):
+    run: str
+    """The run or search to send to W&B."""
+    anew: CliToggleFlag[bool] = False
+    """Send it as new W&B runs; for runs that were deleted there, as W&B takes no id twice."""
+
+
 @dataclass(frozen=True)
 class Job:
     """A job's module, its arguments, and the sections of the configuration that it uses."""
@@ -102,6 +109,7 @@ JOBS: Mapping[str, Job] = {
         "jobs.evaluate", EvaluateArguments, ("seed", "evaluate", "cluster", "tracking")
     ),
     "predict": Job("jobs.predict", PredictArguments, ("predict", "cluster")),
+    "track": Job("jobs.track", TrackArguments, ("tracking",)),
 }
 
 

@@ -307,13 +307,14 @@ class TrackingConfig(Section):
     """What goes to Weights & Biases."""
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto: online with a key (WANDB_API_KEY or a login), offline without."""
+    """online: sent while the job runs; offline: left to `python -m jobs.track`; disabled: not
+    spoken of; auto: online with a key (WANDB_API_KEY or a login), offline without."""
     project: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")] = "pneumo"
     """The W&B project."""
     entity: str | None = None
     """The W&B team or user; none: the key's default."""
     group: str | None = None
-    """The W&B group: that of the runs of one experiment."""
+    """Runs of one experiment share a group; none: a training and its evaluation share one."""
 
 
 class Config(Section):

@@ -82,7 +82,7 @@ class MetricError(PneumoError):
 
 
 class TrackingError(PneumoError):
-    """W&B did not take a run that was kept for it; it is still there to be sent."""
+    """W&B did not get all of a run; the run's folder still has it."""
 
 
 class StorageError(PneumoError):

@@ -21,9 +21,10 @@ from jobs.evaluation.evaluated_run import (
 from jobs.evaluation.ray_scoring import score_splits
 from jobs.evaluation.result_files import REPORT, Judged, compose_metrics, write_files
 from jobs.evaluation.shown_studies import choose_pictures, score_saliency
-from jobs.evaluation.wandb_results import send_evaluation
+from jobs.evaluation.wandb_results import write_tracking
 from jobs.ray_cluster.session import ray_session, wait_for_resources
 from jobs.terminal.entry_point import say
+from jobs.tracking.sending import send_now
 from pneumo import storage
 from pneumo.command_line import EvaluateArguments, Invocation
 from pneumo.config import Config
@@ -37,8 +38,8 @@ from pneumo.evaluation.evaluation import Evaluation, check_complete, evaluate
 from pneumo.evaluation.map_scores import SaliencySummary
 from pneumo.evaluation.predictions import Predictions, join_predictions
 from pneumo.reporting.page import DataFacts
-from pneumo.reporting.tracking import open_tracker
-from pneumo.reporting.tracking.closing import close_tracker, tracking_folder
+from pneumo.reporting.tracking import prepare_tracking
+from pneumo.reporting.tracking.tracked_run import FOLDER
 
 
 def evaluate_run(invocation: Invocation) -> None:
@@ -137,8 +138,10 @@ def describe_data(store_url: str, manifest: Manifest, studies: Mapping[str, Stud
 
 
 def leave(subject: Subject, judged: Judged, folder: Path, config: Config) -> None:
-    """Write everything to `folder` and the run, metrics.json last; then tell W&B."""
+    """Write everything to `folder` and the run, metrics.json last; then send it to W&B."""
+    prepare_tracking(subject.run_url, subject.manifest)
     write_files(folder, subject, judged, config)
+    write_tracking(folder / FOLDER, subject, judged, config)
     metrics = compose_metrics(subject, judged, config)
     text = json.dumps(metrics, indent=1, allow_nan=False) + "\n"
     _clear(subject.run_url)
@@ -146,8 +149,7 @@ def leave(subject: Subject, judged: Judged, folder: Path, config: Config) -> Non
     storage.write_text(storage.join(subject.run_url, METRICS), text)
     print_summary(metrics, subject.run_url)
     # All is there, whatever W&B does now, or a person who does not want to wait for it.
-    (folder / METRICS).write_text(text)
-    track(subject, judged, folder, config)
+    send_now(subject.run_url, config.tracking, "evaluate", say)
 
 
 def _clear(run_url: str) -> None:
@@ -156,25 +158,6 @@ def _clear(run_url: str) -> None:
     for folder in ("gallery", "figures"):
         for url in storage.list_urls(storage.join(run_url, folder)):
             storage.remove(url)
-
-
-def track(subject: Subject, judged: Judged, folder: Path, config: Config) -> None:
-    """Push everything to W&B, whose faults never fail the evaluation."""
-    tracker = open_tracker(
-        config.tracking,
-        run_dir=tracking_folder(subject.run_url),
-        name=f"{subject.name}-evaluate",
-        job_type="evaluate",
-        group=config.tracking.group,
-        settings={
-            **subject.checkpoint.config.for_others(),
-            "dataset_digest": subject.manifest.digest,
-            "checkpoint_sha256": " ".join(subject.digests),
-            "data_warning": judged.data.audit.warning,
-        },
-    )
-    send_evaluation(tracker, subject, judged, folder, config)
-    close_tracker(tracker, subject.run_url, say)
 
 
 def print_summary(metrics: Mapping[str, Any], run_url: str) -> None:

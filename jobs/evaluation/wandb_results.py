@@ -1,257 +1,359 @@
-"""What W&B is told of an evaluation: the data, the numbers, the pictures."""
+"""What W&B is told of an evaluation.
+
+Its numbers are those of metrics.json. Its pictures are coarser than the run's own, so the
+evaluation leaves W&B's beside them, in `<run>/tracking/`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from PIL import Image
 
 from jobs.evaluation.evaluated_run import METRICS, PREDICTIONS, Subject
-from jobs.evaluation.result_files import DATA_FIGURE, REPORT, Judged, describe_faults, render
+from jobs.evaluation.result_files import DATA_FIGURE, REPORT, Judged, render
 from jobs.evaluation.shown_studies import MAX_TOLD_AGE
-from pneumo.config import Config
-from pneumo.evaluation.decision_curve import THRESHOLDS
-from pneumo.evaluation.evaluation import Evaluation, SplitEvaluation
-from pneumo.evaluation.map_scores import SaliencySummary
+from pneumo import storage
+from pneumo.config import Config, TrackingConfig
 from pneumo.evaluation.operating_points import DECISION, SCREENING
-from pneumo.evaluation.predictions import Predictions
 from pneumo.reporting.figures import case_pictures, data_charts, style
-from pneumo.reporting.figures.case_pictures import Case, Pictures, shrink
-from pneumo.reporting.page import DataFacts
+from pneumo.reporting.figures.case_pictures import Case, shrink
 from pneumo.reporting.tracking import (
+    Artifact,
     ConfusionChart,
     Gallery,
     LineChart,
+    Media,
     Overlay,
     Page,
     Picture,
-    PictureTable,
     Scalar,
     Table,
-    Tracker,
+    TrackedRun,
+    name_run,
 )
-from pneumo.reporting.tracking.artifacts import describe_dataset, describe_results, describe_weights
+from pneumo.reporting.tracking.artifacts import describe_dataset, describe_weights, record_weights
+from pneumo.reporting.tracking.tracked_run import (
+    FOLDER,
+    describe_store,
+    read_config,
+    read_dataset,
+)
 
 LARGEST_PIXELS = 192
 """No picture of a study is higher in W&B."""
 CAM_LEVELS: Mapping[int, str] = {1: "map ≥ 25 %", 2: "map ≥ 50 %", 3: "map ≥ 75 %"}
-"""Classes of the mask: shares of the map's own maximum."""
+"""Classes of the mask: fractions of the map's own maximum."""
+STUDIES = "eval/predictions"
+_RECORD, _PICTURES = "evaluation.json", "pictures.parquet"
+_DATA_FAULTS = (
+    "quarantined", "duplicates_across_splits", "duplicates_across_patients", "warning",
+)  # fmt: skip
+_COLUMNS = ("outcome", "label", "probability", "threshold", "finding", "view", "age band", "boxes",
+            "drawn of")  # fmt: skip
 
-
-def send_evaluation(
-    tracker: Tracker, subject: Subject, judged: Judged, folder: Path, config: Config
-) -> None:
-    """All of it; `folder` holds what the run has. Pictures and ages are coarser than there."""
-    tracker.log_artifact(describe_dataset(subject.manifest), role="input")
-    for weights in subject.scored.scoring.weights:
-        record = describe_weights(weights.entry, weights.run_url, subject.manifest)
-        tracker.log_artifact(record, role="input")
-    coarse = judged.shrink(LARGEST_PIXELS)
-    report = render(subject, coarse, config)
-    log_data(tracker, coarse.data, (folder / "figures" / DATA_FIGURE).read_bytes())
-    log_evaluation(tracker, judged.evaluation, judged.saliency.get("test"))
-    log_pictures(tracker, coarse.pictures, judged.evaluation)
-    tracker.log_media("eval/report", Page(report))
-    files: dict[str, Path | bytes] = {
-        METRICS: folder / METRICS,
-        PREDICTIONS: cap_ages(judged.evaluation.predictions).to_parquet(
-            subject.scored.scoring.to_json()
-        ),
-        REPORT: report.encode(),
+_SCHEMA = pa.schema(
+    {
+        "key": pa.string(),  # under which W&B shows it
+        "caption": pa.string(),
+        "picture": pa.binary(),
+        "boxes": pa.list_(pa.list_(pa.float64())),
+        "map": pa.binary(),
+        "cells": pa.string(),  # of the table of studies, the other cells as JSON
     }
-    tracker.log_artifact(describe_results(subject.name, files))
+)
+
+# --- left in the folder ---------------------------------------------------------------------------
 
 
-def cap_ages(predictions: Predictions) -> Predictions:
-    """The same with every age above MAX_TOLD_AGE told as 90."""
-    age = predictions.age
-    return replace(predictions, age=np.where(age > MAX_TOLD_AGE, MAX_TOLD_AGE + 1.0, age))
+def write_tracking(folder: Path, subject: Subject, judged: Judged, config: Config) -> None:
+    """Leave in `folder` what W&B gets besides the run's own files: no study's picture in it is
+    higher than LARGEST_PIXELS."""
+    folder.mkdir(exist_ok=True)
+    coarse, quality = judged.shrink(LARGEST_PIXELS), judged.data.quality
+    record = {
+        "tracking": config.tracking.model_dump(mode="json"),
+        "models": [
+            record_weights(weights.entry, name_run(weights.run_url), subject.manifest.digest)
+            for weights in subject.scored.scoring.weights
+        ],
+        "counts": {
+            "columns": ["property", "value", *(f"studies of {name}" for name in quality.splits)],
+            "rows": quality.rows(),
+        },
+    }
+    (folder / _RECORD).write_text(json.dumps(record, indent=1))
+    (folder / REPORT).write_text(render(subject, coarse, config))
+    pq.write_table(_list_pictures(coarse), folder / _PICTURES)
 
 
-# --- the data ------------------------------------------------------------------------------------
-
-
-def log_data(tracker: Tracker, data: DataFacts, drawing: bytes) -> None:
-    """What the data hold: counts, drawing, contact sheets, and what is wrong with them."""
-    tracker.summarise({f"data/{name}": value for name, value in describe_faults(data).items()})
-    columns = ["property", "value", *(f"studies of {name}" for name in data.quality.splits)]
-    tracker.log_media("data/counts", Table(columns, data.quality.rows()))
-    tracker.log_media("data/quality", Gallery([Picture(drawing, "findings, ages, gray levels")]))
-    sheets = [
-        Picture(data_charts.draw_contact_sheet(sheet), sheet.caption) for sheet in data.contact
+def _list_pictures(judged: Judged) -> pa.Table:
+    """A row of _SCHEMA a picture."""
+    pictures, n = judged.pictures, judged.evaluation.test.n
+    rows = [
+        _describe("data/contact", Picture(data_charts.draw_contact_sheet(sheet), sheet.caption))
+        for sheet in judged.data.contact
     ]
-    if sheets:
-        tracker.log_media("data/contact", Gallery(sheets))
+    if pictures.grid:
+        title = f"Predictions: {len(pictures.grid)} of {n} test studies"
+        grid = case_pictures.draw_prediction_grid(pictures.grid, title=title)
+        rows.append(_describe("eval/prediction_grid", Picture(grid, title)))
+    for kind, groups in (("gallery", pictures.gallery), ("errors", pictures.errors)):
+        for outcome, cases in groups.items():
+            rows += [_describe(f"eval/{kind}/{outcome}", show_case(case)) for case in cases]
+    for case in pictures.sample:
+        thumbnail = show_case(shrink(case, data_charts.CONTACT_PIXELS))
+        rows.append(_describe(STUDIES, thumbnail, json.dumps(_list_cells(case))))
+    return pa.Table.from_pylist(rows, _SCHEMA)
 
 
-# --- the numbers ---------------------------------------------------------------------------------
+def _describe(key: str, picture: Picture, cells: str | None = None) -> dict[str, Any]:
+    return {
+        "key": key,
+        "caption": picture.caption,
+        "picture": picture.data,
+        "boxes": [list(box) for box in picture.boxes],
+        "map": picture.mask and picture.mask.classes,
+        "cells": cells,
+    }
 
 
-def log_evaluation(
-    tracker: Tracker, evaluation: Evaluation, saliency: SaliencySummary | None
-) -> None:
-    """Headlines, curves, confusion matrices, subgroups, and the maps' scores."""
-    tracker.summarise(_summarise(evaluation, saliency))
-    for key, chart in _draw_charts(evaluation).items():
-        if chart.series:
-            tracker.log_media(f"eval/{key}", chart)
-    for name in (DECISION, SCREENING):
-        counts = evaluation.test.at[name].counts
-        if counts is not None:
-            title = f"Confusion at the {name} point, test, n = {evaluation.test.n}"
-            key = "eval/confusion" if name == DECISION else f"eval/confusion_{name}"
-            tracker.log_media(key, ConfusionChart(asdict(counts), title))
-    tracker.log_media("eval/subgroups", _tabulate_subgroups(evaluation.test))
+def show_case(case: Case) -> Picture:
+    """The study with the readers' boxes and the network's map as overlays."""
+    has_map = case.cam is not None and bool(np.isfinite(case.cam).all())
+    overlay = Overlay(_draw_levels(case), CAM_LEVELS, "Grad-CAM") if has_map else None
+    caption = f"{case.outcome.upper()}  {case.caption}"
+    return Picture(style.encode_image(case.image), caption, case.boxes, mask=overlay)
 
 
-def _summarise(evaluation: Evaluation, saliency: SaliencySummary | None) -> dict[str, Scalar]:
-    test = evaluation.test
+def _draw_levels(case: Case) -> bytes:
+    """The map's level at each pixel, 0 to 3, as a gray PNG of the picture's size."""
+    assert case.cam is not None
+    rows, columns = (
+        (np.arange(shown) * given // shown)
+        for shown, given in zip(case.image.shape, case.cam.shape, strict=True)
+    )
+    levels = np.digitize(case.cam[np.ix_(rows, columns)], [0.25, 0.5, 0.75]).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(levels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _list_cells(case: Case) -> list[Scalar]:
+    """_COLUMNS; no key. A row stands for 1 / (rows of its outcome and view) of those `drawn of`."""
+    return [
+        *(case.outcome, case.target, case.probability, case.threshold),
+        *(case.finding, case.view or None, case.age_band or None),
+        *(len(case.boxes), case.drawn_of),
+    ]
+
+
+# --- read from the folder -------------------------------------------------------------------------
+
+
+def read_evaluation(run_url: str) -> TrackedRun | None:
+    """The evaluation in the run's folder; None where there is none, or one of an older version.
+
+    Its id changes with its numbers and pictures: an evaluation that is done again is another run.
+    """
+    try:
+        texts = [storage.read_bytes(storage.join(run_url, name)) for name in (
+            METRICS, f"{FOLDER}/{_RECORD}", f"{FOLDER}/{_PICTURES}", f"{FOLDER}/{REPORT}",
+            PREDICTIONS, f"figures/{DATA_FIGURE}",
+        )]  # fmt: skip
+    except FileNotFoundError:
+        return None
+    metrics_json, record_json, pictures, report, predictions, drawing = texts
+    metrics, record = json.loads(metrics_json), json.loads(record_json)
+    name, trained = name_run(run_url), read_config(run_url)
+    tracking, manifest = TrackingConfig.model_validate(record["tracking"]), read_dataset(run_url)
+    files = {METRICS: metrics_json, PREDICTIONS: cap_ages(predictions), REPORT: report}
+    digest = hashlib.sha256(metrics_json + pictures).hexdigest()
+    quality = Gallery([Picture(drawing, "findings, ages, gray levels")])
+    return TrackedRun(
+        id=f"{name}-evaluate-{digest[:8]}",
+        name=f"{name}-evaluate",
+        group=tracking.group or name,
+        job_type="evaluate",
+        tracking=tracking,
+        config={
+            **({} if trained is None else trained.for_others()),
+            "evaluate": metrics["evaluation"],
+            **describe_store(manifest),
+            "checkpoint_sha256": " ".join(model["sha256"] for model in record["models"]),
+        },
+        summary=summarise(metrics),
+        media={
+            "data/counts": Table(**record["counts"]),
+            "data/quality": quality,
+            **draw_charts(metrics),
+            "eval/subgroups": tabulate_subgroups(metrics["test"]["subgroups"]["groups"]),
+            **read_pictures(pictures),
+            "eval/report": Page(report.decode()),
+        },
+        inputs=[
+            *([] if manifest is None else [describe_dataset(manifest)]),
+            *(describe_weights(model) for model in record["models"]),
+        ],
+        outputs=[Artifact(f"evaluation-{name}", "evaluation", files)],
+    )
+
+
+def cap_ages(predictions: bytes) -> bytes:
+    """The table with every age above MAX_TOLD_AGE told as 90."""
+    table = pq.read_table(io.BytesIO(predictions))
+    age, at = table["age"], table.schema.get_field_index("age")
+    capped = pc.if_else(pc.greater(age, MAX_TOLD_AGE), MAX_TOLD_AGE + 1.0, age)
+    buffer = io.BytesIO()
+    pq.write_table(table.set_column(at, table.schema.field(at), capped), buffer)
+    return buffer.getvalue()
+
+
+def summarise(metrics: Mapping[str, Any]) -> dict[str, Scalar]:
+    """The headlines of test with their intervals, and what is wrong with the data."""
+    test, dataset = metrics["test"], metrics["dataset"]
+    rates, after = metrics["operating_points"][DECISION]["test"], test["calibration"]["after"]
     found = {
-        "auroc": test.auroc,
-        "average_precision": test.average_precision,
-        **test.at[DECISION].rates,
-        "brier": test.brier,
-        "brier_calibrated": test.after.brier,
-        "ece": test.before.ece,
-        "ece_calibrated": test.after.ece,
-        "calibration_slope": test.before.slope,
-        "gain_over_view": test.view.gain,
-        "gain_over_metadata": test.metadata.gain,
-        "auroc_within_AP": test.view.within["AP"],
-        "auroc_within_PA": test.view.within["PA"],
+        "auroc": test["auroc"],
+        "average_precision": test["average_precision"],
+        **{name: one for name, one in rates.items() if _is_estimate(one)},
+        "brier": test["brier"],
+        "brier_calibrated": after["brier"],
+        "ece": test["calibration"]["before"]["ece"],
+        "ece_calibrated": after["ece"],
+        "calibration_slope": test["calibration"]["before"]["slope"],
+        "gain_over_view": test["view"]["gain"],
+        "gain_over_metadata": test["metadata"]["gain"],
+        "auroc_within_AP": test["view"]["auroc_within_AP"],
+        "auroc_within_PA": test["view"]["auroc_within_PA"],
     }
-    if saliency is not None and saliency.groups["all"].maps is not None:
-        found["map_auprc"] = saliency.groups["all"].maps["cam"].auprc
-        found["map_auprc_of_prior"] = saliency.groups["all"].maps["prior"].auprc
-    ends: dict[str, Scalar] = {}
-    for name, estimate in found.items():
-        ends[f"eval/test/{name}"] = estimate.value
-        ends[f"eval/test/{name}_low"] = estimate.low
-        ends[f"eval/test/{name}_high"] = estimate.high
-    return {
-        **ends,
-        "eval/test/n": test.n,
-        "eval/test/positives": test.positives,
-        "eval/threshold": evaluation.points[DECISION].threshold,
-        "eval/worst_group": test.subgroups.worst.name,
+    if maps := ((test["saliency"] or {}).get("all") or {}).get("maps"):
+        found |= {"map_auprc": maps["cam"]["auprc"], "map_auprc_of_prior": maps["prior"]["auprc"]}
+    told: dict[str, Scalar] = {f"data/{name}": dataset[name] for name in _DATA_FAULTS}
+    for name, one in found.items():
+        for end, suffix in (("value", ""), ("low", "_low"), ("high", "_high")):
+            told[f"eval/test/{name}{suffix}"] = one.get(end)
+    told |= {
+        "eval/test/n": test["n"],
+        "eval/test/positives": test["positives"],
+        "eval/threshold": metrics["operating_points"][DECISION]["threshold"],
+        "eval/worst_group": (test["subgroups"]["worst"] or {}).get("name"),
+        "eval/not_shown": test.get("errors_by_finding_reason"),
     }
+    return {name: value for name, value in told.items() if value is not None}
 
 
-def _draw_charts(evaluation: Evaluation) -> dict[str, LineChart]:
-    test, both = evaluation.test, (evaluation.val, evaluation.test)
-    n = f"test n = {test.n}"
-    roc = {p.split: (p.roc.x.tolist(), p.roc.y.tolist()) for p in both if p.roc is not None}
-    precision = {
-        p.split: (p.precision_recall.x.tolist(), p.precision_recall.y.tolist())
-        for p in both
-        if p.precision_recall is not None
-    }
-    if precision:
-        precision["chance (prevalence of test)"] = ([0.0, 1.0], [test.prevalence] * 2)
-    reliability = {
-        name: (
-            [part.predicted for part in found.curve if part.observed.value is not None],
-            [part.observed.value for part in found.curve if part.observed.value is not None],
-        )
-        for name, found in (("as the network says", test.before), ("calibrated", test.after))
-        if found.curve
-    }
-    return {
-        "roc": LineChart(roc, f"ROC, {n}", "1 - specificity", "sensitivity"),
-        "precision_recall": LineChart(
-            precision, f"Precision-recall, {n}", "recall (sensitivity)", "precision (PPV)"
+def _is_estimate(value: object) -> bool:
+    return isinstance(value, dict) and "value" in value
+
+
+def draw_charts(metrics: Mapping[str, Any]) -> dict[str, Media]:
+    """Curves and confusion matrices, without those that are not defined."""
+    test = metrics["test"]
+    n = f"test n = {test['n']}"
+    calibration = _read_reliability(test["calibration"])
+    benefit = _read_benefit(test["decision_curve"])
+    charts = {
+        "roc": (_read_curves(metrics, "roc"), "ROC", "1 - specificity", "sensitivity"),
+        "precision_recall": (
+            *(_read_precision(metrics), "Precision-recall"),
+            *("recall (sensitivity)", "precision (PPV)"),
         ),
-        "reliability": LineChart(
-            reliability, f"Calibration, {n}", "predicted probability", "share of positives"
+        "reliability": (
+            *(calibration, "Calibration"),
+            *("predicted probability", "fraction of positives"),
         ),
-        "decision_curve": LineChart(
-            _trace_benefit(test), f"Net benefit, {n}", "threshold", "true positives a study, net"
-        ),
+        "decision_curve": (benefit, "Net benefit", "threshold", "true positives a study, net"),
     }
+    drawn: dict[str, Media] = {
+        f"eval/{name}": LineChart(curves, f"{title}, {n}", x, y)
+        for name, (curves, title, x, y) in charts.items()
+        if curves
+    }
+    for name, key in ((DECISION, "eval/confusion"), (SCREENING, f"eval/confusion_{SCREENING}")):
+        counts = metrics["operating_points"][name]["test"]["confusion"]
+        if counts is not None:
+            drawn[key] = ConfusionChart(counts, f"Confusion at the {name} point, {n}")
+    return drawn
 
 
-def _trace_benefit(test: SplitEvaluation) -> dict[str, tuple[list[float], list[float]]]:
-    curve = test.decision_curve
-    if curve.reason is not None:
+Curves = dict[str, tuple[Sequence[float], Sequence[float]]]
+
+
+def _read_curves(metrics: Mapping[str, Any], name: str) -> Curves:
+    both = ((split, metrics[split][name]) for split in ("val", "test"))
+    return {split: (curve["x"], curve["y"]) for split, curve in both if curve is not None}
+
+
+def _read_precision(metrics: Mapping[str, Any]) -> Curves:
+    curves, test = _read_curves(metrics, "precision_recall"), metrics["test"]
+    if not curves:
         return {}
-    thresholds = list(THRESHOLDS)
-    known = [(t, one.value) for t, one in zip(thresholds, curve.model, strict=True)]
+    prevalence = test["positives"] / max(test["n"], 1)
+    return {**curves, "chance (prevalence of test)": ([0.0, 1.0], [prevalence] * 2)}
+
+
+def _read_reliability(calibration: Mapping[str, Any]) -> Curves:
+    names = {"before": "as the network says", "after": "calibrated"}
+    bins = {
+        name: [one for one in calibration[key]["curve"] if one["observed"]["value"] is not None]
+        for key, name in names.items()
+        if calibration[key]["curve"]
+    }
     return {
-        "model": ([t for t, y in known if y is not None], [y for _, y in known if y is not None]),
-        "act on all": (thresholds, list(curve.treat_all)),
+        name: ([one["predicted"] for one in found], [one["observed"]["value"] for one in found])
+        for name, found in bins.items()
+    }
+
+
+def _read_benefit(curve: Mapping[str, Any]) -> Curves:
+    thresholds = curve["threshold"]
+    if thresholds is None:
+        return {}
+    known = [(t, y) for t, y in zip(thresholds, curve["model"], strict=True) if y is not None]
+    return {
+        "model": ([t for t, _ in known], [y for _, y in known]),
+        "act on all": (thresholds, curve["treat_all"]),
         "act on nobody": (thresholds, [0.0] * len(thresholds)),
     }
 
 
-def _tabulate_subgroups(test: SplitEvaluation) -> Table:
-    groups = test.subgroups.groups
-    names = [name for group in groups[:1] for name in group.estimates]
+def tabulate_subgroups(groups: Sequence[Mapping[str, Any]]) -> Table:
+    """A row a subgroup: its size, its estimates with their intervals, and why one is unknown."""
+    names = [name for group in groups[:1] for name, one in group.items() if _is_estimate(one)]
     ends = [column for name in names for column in (name, f"{name} low", f"{name} high")]
     rows = [
         [
-            *(group.by, group.name, group.n, group.positives, group.patients),
-            *(end for one in group.estimates.values() for end in (one.value, one.low, one.high)),
-            group.auroc.reason,
+            *(group[key] for key in ("by", "name", "n", "positives", "patients")),
+            *(group[name].get(end) for name in names for end in ("value", "low", "high")),
+            group["auroc"].get("reason"),
         ]
         for group in groups
     ]
     return Table(["by", "group", "n", "positives", "patients", *ends, "why not known"], rows)
 
 
-# --- the pictures --------------------------------------------------------------------------------
-
-
-def log_pictures(tracker: Tracker, pictures: Pictures, evaluation: Evaluation) -> None:
-    """Galleries and errors with boxes and maps as overlays, the grid, and a table of studies."""
-    kinds = (("gallery", pictures.gallery), ("errors", pictures.errors))
-    for kind, groups in kinds:
-        for outcome, cases in groups.items():
-            if cases:
-                shown = [show_case(case) for case in cases]
-                tracker.log_media(f"eval/{kind}/{outcome}", Gallery(shown))
-    if pictures.grid:
-        title = f"Predictions: {len(pictures.grid)} of {evaluation.test.n} test studies"
-        drawn = Picture(case_pictures.draw_prediction_grid(pictures.grid, title=title), title)
-        tracker.log_media("eval/prediction_grid", Gallery([drawn]))
-    table = tabulate_cases(pictures)
-    if table.rows:
-        tracker.log_media("eval/predictions", table)
-    tracker.summarise({"eval/not_shown": pictures.reason})
-
-
-def show_case(case: Case) -> Picture:
-    """The study with the readers' boxes and the network's map as overlays."""
-    has_map = case.cam is not None and bool(np.isfinite(case.cam).all())
-    overlay = Overlay(_level(case), dict(CAM_LEVELS), "Grad-CAM") if has_map else None
-    caption = f"{case.outcome.upper()}  {case.caption}"
-    return Picture(style.encode_image(case.image), caption, case.boxes, mask=overlay)
-
-
-def _level(case: Case) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """The map's level at each pixel, 0 to 3: (H, W) uint8."""
-    assert case.cam is not None
-    rows, columns = (
-        (np.arange(shown) * given // shown)
-        for shown, given in zip(case.image.shape, case.cam.shape, strict=True)
-    )
-    return np.digitize(case.cam[np.ix_(rows, columns)], [0.25, 0.5, 0.75]).astype(np.uint8)
-
-
-def tabulate_cases(pictures: Pictures) -> PictureTable:
-    """A sample of test with thumbnails and without a key, so many of each outcome and view; a row
-    stands for 1 / (rows of its outcome and view) of the studies `drawn of`."""
-    columns = ["picture", "outcome", "label", "probability", "threshold", "finding", "view",
-               "age band", "boxes", "drawn of"]  # fmt: skip
-    rows: list[list[Picture | Scalar]] = [
-        [
-            show_case(shrink(case, data_charts.CONTACT_PIXELS)),
-            *(case.outcome, case.target, case.probability, case.threshold),
-            *(case.finding, case.view or None, case.age_band or None),
-            *(len(case.boxes), case.drawn_of),
-        ]
-        for case in pictures.sample
-    ]
-    return PictureTable(columns, rows)
+def read_pictures(data: bytes) -> dict[str, Media]:
+    """The galleries by key, and the table of studies with thumbnails."""
+    galleries: dict[str, list[Picture]] = {}
+    studies: list[list[Picture | Scalar]] = []
+    for row in pq.read_table(io.BytesIO(data)).to_pylist():
+        mask = Overlay(row["map"], CAM_LEVELS, "Grad-CAM") if row["map"] else None
+        picture = Picture(
+            row["picture"], row["caption"], [tuple(b) for b in row["boxes"]], mask=mask
+        )
+        if row["key"] == STUDIES:
+            studies.append([picture, *json.loads(row["cells"])])
+        else:
+            galleries.setdefault(row["key"], []).append(picture)
+    shown: dict[str, Media] = {key: Gallery(found) for key, found in galleries.items()}
+    return shown | ({STUDIES: Table(["picture", *_COLUMNS], studies)} if studies else {})

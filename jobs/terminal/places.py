@@ -31,6 +31,7 @@ _NO_RUN = "no checkpoint in it; train first, or give a run that was trained"
 _NO_FOLDER = "no such folder, or nothing in it; expected Kaggle's layout"
 _NO_FILE = "no file in it; give the folder of the DICOM files"
 _NOT_EVALUATED = "is not evaluated; evaluate it first"
+_NOTHING_THERE = "no such folder, or nothing in it; give a run or a search"
 _SEARCHED = "holds a finished search; give another --run"
 _EVALUATED = "is evaluated already (a test set is looked at once); --overwrite does it again"
 _PREDICTED = "holds predictions already; give another --output, or --overwrite"
@@ -40,6 +41,7 @@ _RULES = (
     _Rule("train tune evaluate", "store", True, "manifest.json", StoreError, _NO_STORE),
     _Rule("evaluate predict", "run", True, _INDEX, RunError, _NO_RUN),
     _Rule("evaluate predict", "members", True, _INDEX, RunError, _NO_RUN),
+    _Rule("track", "run", True, "", RunError, _NOTHING_THERE),
     _Rule("evaluate", "compare_with", True, "predictions.parquet", RunError, _NOT_EVALUATED),
     _Rule("tune", "run", False, "best.toml", RunError, _SEARCHED),
     _Rule("evaluate", "run", False, "metrics.json", RunError, _EVALUATED),

@@ -1,12 +1,8 @@
-"""What rank 0 tells the driver while it trains, and what the driver shows and logs of it.
-
-W&B is written by the driver alone: `wandb.init` in a worker would double epochs after a restart.
-"""
+"""What rank 0 tells the driver while it trains, and what the driver shows of it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,7 +14,6 @@ from jobs.terminal.entry_point import say
 from jobs.terminal.progress import Progress
 from jobs.training.messages import Mailbox
 from pneumo.loading.sample_order import World
-from pneumo.reporting.tracking import Tracker
 from pneumo.training.callbacks import Callbacks, Epoch, Pace, Start
 
 _WORTH_SAYING = 0.05
@@ -89,18 +84,6 @@ def describe_pace(pace: Pace) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def name_for_tracking(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
-    """An epoch's metrics under the names that a Tracker takes: what has no prefix in metrics.jsonl
-    is about training (`train/lr`) or about its speed (`perf/images_per_s`). What was fed is no
-    curve, and stays there."""
-    of_training = ("lr", "grad_norm")
-    return {
-        name if "/" in name else f"{'train' if name in of_training else 'perf'}/{name}": value
-        for name, value in metrics.items()
-        if name != "epoch" and not name.startswith("data/")
-    }
-
-
 class Messages(Protocol):
     """Where messages come from."""
 
@@ -110,11 +93,11 @@ class Messages(Protocol):
 
 
 class Follower:
-    """Shows rank 0's messages and logs its epochs."""
+    """Shows rank 0's messages."""
 
-    def __init__(self, messages: Messages, tracker: Tracker, *, epochs: int) -> None:
-        self.messages, self.tracker, self.epochs = messages, tracker, epochs
-        self.logged = 0
+    def __init__(self, messages: Messages, *, epochs: int) -> None:
+        self.messages, self.epochs = messages, epochs
+        self.shown = 0
         """Epochs."""
         self.seen = 0
         """Steps of the run, by the latest message."""
@@ -134,15 +117,6 @@ class Follower:
             self._end_progress()
         training.result()
 
-    def catch_up(self, history: Iterable[Mapping[str, float | None]]) -> None:
-        """Log the epochs that have not been: those of an earlier driver, whose W&B run was another,
-        and the last ones of a worker that was lost."""
-        for metrics in history:
-            number = int(metrics["epoch"] or 0)
-            if number > self.logged:  # after a restart an epoch may come twice
-                self.logged = number
-                self.tracker.log(name_for_tracking(metrics), epoch=number)
-
     def _receive(self, timeout_s: float) -> list[Any]:
         try:
             return self.messages.take(timeout_s)
@@ -160,16 +134,16 @@ class Follower:
             if self.progress is None:
                 self.progress = Progress("train", message.total, "steps", initial=message.done)
             self.progress.advance_to(message.done, describe_pace(message.pace))
-        elif message.number > self.logged:
+        elif message.number > self.shown:  # after a restart an epoch may come twice
+            self.shown = message.number
             self._write(describe_epoch(message, self.epochs))
-            self.catch_up([message.metrics])
 
     def _begin(self, start: Start) -> None:
         warning = "warning: " if start.initialisation.fell_back else ""
         again = self.seen - (len(start.history) * start.steps + start.step)
         behind = f"; {again} steps again" if again > 0 else ""
         self._write(f"{warning}model: {start.initialisation.message}{behind}")
-        self.catch_up(start.history)
+        self.shown = max(self.shown, len(start.history))
         # Another attempt has another pace.
         self._end_progress()
 

@@ -14,6 +14,7 @@ from jobs.ray_cluster.session import (
     worker_resources,
 )
 from jobs.terminal.entry_point import new_run_url, say
+from jobs.tracking.sending import following
 from jobs.training.epoch_log import Follower
 from jobs.training.messages import Mailbox
 from jobs.training.recovery import Recovery, wait_for_workers
@@ -23,11 +24,8 @@ from pneumo import storage
 from pneumo.command_line import Invocation, TrainArguments
 from pneumo.config import Config
 from pneumo.config_layers import with_absolute_weights
-from pneumo.dataset.manifest import Manifest, read_manifest
-from pneumo.reporting.tracking import open_tracker
-from pneumo.reporting.tracking.artifacts import describe_dataset, describe_weights
-from pneumo.reporting.tracking.closing import close_tracker, tracking_folder
-from pneumo.training.checkpoint_writer import read_history
+from pneumo.dataset.manifest import read_manifest
+from pneumo.reporting.tracking import prepare_tracking
 from pneumo.training.checkpoints import CheckpointIndex, read_index
 from pneumo.training.preconditions import check_run
 
@@ -44,29 +42,21 @@ def train(invocation: Invocation) -> None:
     manifest = read_manifest(store_url)
     check_run(config, manifest, run_url, num_workers=config.cluster.num_workers)
     storage.write_text(storage.join(run_url, "config.json"), config.to_json())
-    with ray_session(show_logs=arguments.debug):
-        index = train_run(config, manifest, store_url, run_url)
+    prepare_tracking(run_url, manifest)
+    with (
+        ray_session(show_logs=arguments.debug),
+        following(run_url, config.tracking, "train", say),
+    ):
+        index = train_run(config, store_url, run_url)
     report_training(index, run_url, store_url)
 
 
-def train_run(config: Config, manifest: Manifest, store_url: str, run_url: str) -> CheckpointIndex:
-    """Train in the Ray session that is open; follow it on the screen and in W&B."""
+def train_run(config: Config, store_url: str, run_url: str) -> CheckpointIndex:
+    """Train in the Ray session that is open; follow it on the screen."""
     cluster = settle_devices(config.cluster)
     wanted = worker_resources(cluster)
     nodes = wait_for_workers(
         cluster, wanted, timeout_s=start_timeout_s(cluster, cluster.fewest_workers)
-    )
-    tracker = open_tracker(
-        config.tracking,
-        run_dir=tracking_folder(run_url),
-        name=run_url.rsplit("/", 1)[-1],
-        job_type="train",
-        group=config.tracking.group,
-        settings={
-            **config.for_others(),
-            "dataset_digest": manifest.digest,
-            "data_warning": manifest.audit.warning,
-        },
     )
     messages, board = Mailbox(), Board()
 
@@ -80,19 +70,13 @@ def train_run(config: Config, manifest: Manifest, store_url: str, run_url: str) 
     recovery = Recovery(cluster, wanted, store_url, run_url, board, attempt, messages.put)
     try:
         training = _start(lambda: recovery.run(nodes))
-        follower = Follower(messages, tracker, epochs=config.train.epochs)
         try:
-            tracker.log_artifact(describe_dataset(manifest), role="input")  # W&B may take its time
-            follower.follow(training)
+            Follower(messages, epochs=config.train.epochs).follow(training)
         except KeyboardInterrupt:
             leave(recovery.leave, training)
             raise
-        follower.catch_up(read_history(run_url))
-        best = describe_weights(read_index(run_url).best, run_url, manifest, ["best"])
-        tracker.log_artifact(best)
     finally:
         messages.close()
-        close_tracker(tracker, run_url, say)
     return read_index(run_url)
 
 

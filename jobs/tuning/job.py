@@ -19,8 +19,10 @@ from ray.tune.schedulers import FIFOScheduler
 
 from jobs.ray_cluster.session import ray_session, wait_for_resources
 from jobs.terminal.entry_point import find_cause, new_run_url, say
+from jobs.tracking.sending import following
 from jobs.tuning.live_table import LiveTable
-from jobs.tuning.search_results import BEST, REPORT, print_search, write_results
+from jobs.tuning.search_results import print_search, write_results
+from jobs.tuning.search_wandb import BEST, REPORT
 from jobs.tuning.searchers import Draw, Drawn, Listed, Rungs, list_grid
 from jobs.tuning.trial_judge import Shared
 from jobs.tuning.trial_lines import TrialLines, read_error
@@ -29,11 +31,11 @@ from jobs.tuning.trial_records import (
     read_judgement,
     read_trial,
     read_trials,
+    trial_config,
     trial_url,
     write_ended,
 )
-from jobs.tuning.trial_runs import make_trainable, share, trial_config, trials_at_once
-from jobs.tuning.trial_wandb import TrialTracking
+from jobs.tuning.trial_runs import make_trainable, share, trials_at_once
 from pneumo import storage
 from pneumo.command_line import Invocation, TuneArguments
 from pneumo.config import Config, ModelConfig
@@ -41,6 +43,7 @@ from pneumo.config_layers import check_space, drop_removed, with_absolute_weight
 from pneumo.dataset.manifest import Manifest, read_manifest
 from pneumo.errors import ClusterError, ConfigError, RunError
 from pneumo.network.backbones import check_weights
+from pneumo.reporting.tracking import prepare_tracking
 from pneumo.training.preconditions import check_sizes
 from pneumo.tuning.choice import (
     Confirmation,
@@ -71,7 +74,11 @@ def tune(invocation: Invocation) -> None:
     check_search(config, manifest)
     begin(config, manifest, run_url)
     storage.write_text(storage.join(run_url, "config.json"), config.to_json())
-    with ray_session(show_logs=arguments.debug):
+    prepare_tracking(run_url, manifest)
+    with (
+        ray_session(show_logs=arguments.debug),
+        following(run_url, config.tracking, "tune", say),
+    ):
         found = search(config, manifest, store_url, run_url)
     print_search(found)
     print(f"report {storage.join(run_url, REPORT)}")
@@ -261,15 +268,10 @@ class _Runner:
         self, label: str, searcher: Listed, scheduler: Any, left: int, ended: Sequence[Trial]
     ) -> list[Trial]:
         config = self.config
-        with (
-            TrialTracking(config, self.manifest, self.run_url) as tracking,
-            LiveTable(label, config.tune, left, len(ended)) as table,
-        ):
-            for trial in ended:  # that an earlier try may not have told W&B of
-                tracking.put(trial)
-            if left <= 0:
-                return []
-            lines = TrialLines(config.tune, lambda trial: tracking.put(self._end(trial)))
+        if left <= 0:
+            return []
+        with LiveTable(label, config.tune, left, len(ended)) as table:
+            lines = TrialLines(config.tune, self._end)
             tuner = ray.tune.Tuner(
                 self.trainable,
                 tune_config=ray.tune.TuneConfig(
@@ -298,8 +300,8 @@ class _Runner:
             )
         return trials
 
-    def _end(self, trial: Any) -> Trial:
-        """Write down how a trial of Tune's ended; what is known of it."""
+    def _end(self, trial: Any) -> None:
+        """Write down how a trial of Tune's ended."""
         name = trial.config["name"]
         state: State = "finished"
         error = trial.last_result.get("error")
@@ -310,4 +312,3 @@ class _Runner:
         elif trial.last_result.get("epoch", 0) < self.config.tune.epochs:
             state = "stopped"
         write_ended(self.run_url, name, state, error)
-        return read_trial(self.run_url, name)

@@ -1,27 +1,20 @@
-"""What a search leaves: trials.parquet, report.html, W&B's summary run, and best.toml, last."""
+"""What a search leaves: trials.parquet, report.html, and best.toml, last."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import Any
 
 import tomli_w
 
 from jobs.terminal.entry_point import say
+from jobs.tuning.search_wandb import BEST, REPORT, TRIALS
 from pneumo import storage
-from pneumo.config import without_folders
 from pneumo.dataset.manifest import Manifest
 from pneumo.reporting.page import render_search
-from pneumo.reporting.tracking import Artifact, Page, Table, Tracker, open_tracker
-from pneumo.reporting.tracking.closing import close_tracker, tracking_folder
 from pneumo.tuning.search import Search, make_recipe, to_parquet
-from pneumo.tuning.trials import Trial, describe_settings, show_setting
+from pneumo.tuning.trials import describe_settings
 from pneumo.version import describe_code
 
-BEST = "best.toml"
-TRIALS = "trials.parquet"
-REPORT = "report.html"
 _SHOWN = 20
 
 
@@ -59,12 +52,9 @@ def write_results(search: Search, manifest: Manifest, run_url: str) -> None:
         created=time.strftime("%Y-%m-%d %H:%M"),
         code=describe_code(),
     )
-    table = to_parquet(search)
-    recipe = describe_recipe(search)
-    storage.write_bytes(storage.join(run_url, TRIALS), table)
+    storage.write_bytes(storage.join(run_url, TRIALS), to_parquet(search))
     storage.write_text(storage.join(run_url, REPORT), page)
-    _track(search, manifest, run_url, {TRIALS: table, REPORT: page.encode(), BEST: recipe.encode()})
-    storage.write_text(storage.join(run_url, BEST), recipe)
+    storage.write_text(storage.join(run_url, BEST), describe_recipe(search))
 
 
 def describe_recipe(search: Search) -> str:
@@ -88,58 +78,3 @@ def describe_recipe(search: Search) -> str:
     ]
     head = "".join(f"# {line}\n" for line in lines)
     return head + tomli_w.dumps(make_recipe(search.config, choice.trial.settings))
-
-
-def _track(search: Search, manifest: Manifest, run_url: str, files: Mapping[str, bytes]) -> None:
-    """W&B's summary run: the table of trials, the page, the best setting."""
-    config = search.config
-    tracker = open_tracker(
-        config.tracking,
-        run_dir=tracking_folder(run_url),
-        name=search.name,
-        job_type="tune",
-        group=config.tracking.group or search.name,
-        settings={
-            **config.for_others(),
-            "dataset_digest": manifest.digest,
-            "data_warning": manifest.audit.warning,
-        },
-    )
-    log_search(tracker, search, files)
-    close_tracker(tracker, run_url, say)
-
-
-def log_search(tracker: Tracker, search: Search, files: Mapping[str, bytes]) -> None:
-    """The table of trials, the page, the files, and the setting that is taken."""
-    best = search.choice.trial
-    tracker.log_media("tune/trials", _tabulate(search))
-    tracker.log_media("tune/report", Page(files[REPORT].decode()))
-    tracker.log_artifact(Artifact(f"search-{search.name}", "search", files))
-    tracker.summarise(
-        {
-            "tune/objective": best.objective(search.config.tune),
-            "tune/trial": best.name,
-            "tune/reason": search.choice.reason,
-            "tune/epochs": search.epochs,
-            **{f"tune/{key}": without_folders(value) for key, value in best.settings.items()},
-        }
-    )
-
-
-def _tabulate(search: Search) -> Table:
-    keys = list(search.config.tune.space)
-
-    def row(trial: Trial) -> list[Any]:
-        interval = trial.interval(search.config.tune) or (None, None)
-        return [
-            trial.name,
-            trial.state,
-            trial.objective(search.config.tune),
-            *interval,
-            trial.epochs,
-            # One type a column, as W&B wants it.
-            *(show_setting(trial.settings[key]) for key in keys),
-        ]
-
-    columns = ["trial", "state", "objective", "low", "high", "epochs", *keys]
-    return Table(columns, [row(trial) for trial in search.trials])

@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pneumo import storage
-from pneumo.config import TuneConfig
+from pneumo.config import Config, TuneConfig
+from pneumo.config_layers import override
 from pneumo.network.backbones import Initialisation
 from pneumo.network.scoring import Scores
 from pneumo.search_space import Scalar
@@ -33,6 +34,22 @@ _BEGUN, _STARTED, _SCORES, _ENDED = "trial.json", "start.json", "val.parquet", "
 def trial_url(run_url: str, name: str) -> str:
     """A trial's folder."""
     return storage.join(run_url, "trials", name)
+
+
+def trial_config(config: Config, settings: Mapping[str, Any], seed: int | None = None) -> Config:
+    """The configuration of one trial: shorter, and with its settings; None: the search's seed.
+
+    How long a run is, and what it keeps, are for the training with best.toml.
+    """
+    changes = {
+        "seed": config.seed if seed is None else seed,
+        "train.epochs": config.tune.epochs,
+        "train.patience": None,
+        "train.keep_checkpoints": 1,
+        "cluster.num_workers": config.tune.workers_per_trial,
+        **settings,
+    }
+    return override(config, changes)
 
 
 def write_begun(run_url: str, name: str, settings: Mapping[str, Scalar], seed: int) -> None:
@@ -101,6 +118,12 @@ def read_trials(run_url: str) -> dict[str, Trial]:
     found = storage.list_urls(storage.join(run_url, "trials"))
     names = sorted(url.split("/")[-2] for url in found if url.endswith(f"/{_BEGUN}"))
     return {name: read_trial(run_url, name) for name in names}
+
+
+def list_ended(run_url: str) -> list[str]:
+    """Names of the trials that have ended, sorted."""
+    found = storage.list_urls(storage.join(run_url, "trials"))
+    return sorted(url.split("/")[-2] for url in found if url.endswith(f"/{_ENDED}"))
 
 
 def read_judgement(url: str, config: TuneConfig) -> Judgement | None:

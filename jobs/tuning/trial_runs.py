@@ -19,9 +19,8 @@ from jobs.ray_cluster.session import uses_gpu, worker_resources
 from jobs.terminal.entry_point import find_cause
 from jobs.training.trainer import build_trainer
 from jobs.tuning.trial_judge import Shared, TrialJudge
-from jobs.tuning.trial_records import drop_checkpoints, trial_url
+from jobs.tuning.trial_records import drop_checkpoints, trial_config, trial_url
 from pneumo.config import Config, DataConfig
-from pneumo.config_layers import override
 from pneumo.dataset.manifest import Manifest
 from pneumo.dataset.study_table import read_studies
 from pneumo.errors import ClusterError, DivergedError
@@ -35,22 +34,6 @@ from pneumo.training.fit import fit
 _DRIVER_MEMORY_BYTES = 200 * 2**20
 _HELD_SHARE = 0.5
 """Of a node's object store: the rest is for what Ray itself passes around."""
-
-
-def trial_config(config: Config, settings: Mapping[str, Any], seed: int | None = None) -> Config:
-    """The configuration of one trial: shorter, and with its settings; None: the search's seed.
-
-    How long a run is, and what it keeps, are for the training with best.toml.
-    """
-    changes = {
-        "seed": config.seed if seed is None else seed,
-        "train.epochs": config.tune.epochs,
-        "train.patience": None,
-        "train.keep_checkpoints": 1,
-        "cluster.num_workers": config.tune.workers_per_trial,
-        **settings,
-    }
-    return override(config, changes)
 
 
 def trials_at_once(config: Config, resources: Mapping[str, float]) -> int:

@@ -32,8 +32,8 @@ from jobs import prepare
 from jobs.ray_cluster.session import ray_session
 from jobs.training.trainer import build_trainer
 from jobs.tuning.job import search
-from jobs.tuning.trial_records import read_judgement, trial_url
-from jobs.tuning.trial_runs import share, trial_config
+from jobs.tuning.trial_records import read_judgement, trial_config, trial_url
+from jobs.tuning.trial_runs import share
 from pneumo.command_line import parse_command_line
 from pneumo.config import Config
 from pneumo.config_layers import override

@@ -25,6 +25,8 @@ from pneumo.loading.sample_order import World
 from pneumo.network.backbones import build_model
 from pneumo.network.scoring import score
 from pneumo.training.checkpoints import claim_run, load_checkpoint, read_index, save_checkpoint
+from tests.pneumo.reporting.tracking.wandb_server import backend as backend
+from tests.pneumo.reporting.tracking.wandb_server import clean_environment as clean_environment
 
 NUM_STUDIES = 90
 LARGEST_FLOAT32 = 3.4e38

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from jobs.evaluation import wandb_results
-from jobs.training.epoch_log import Follower
+from jobs.evaluation.evaluated_run import Subject
+from jobs.evaluation.wandb_results import read_evaluation
 from pneumo.config import Config
 from pneumo.config_layers import override
 from pneumo.evaluation.shown_studies import ERRORS, OUTCOMES
 from pneumo.loading.sample_order import World
 from pneumo.reporting.figures.case_pictures import Pictures
-from pneumo.reporting.tracking import ConfusionChart, LineChart, MemoryTracker
+from pneumo.reporting.tracking import ConfusionChart, LineChart, TrackedRun
 from pneumo.reporting.tracking.dashboards import build_views, describe_view
+from pneumo.reporting.tracking.training_run import read_training
 from pneumo.training.callbacks import Callbacks
 from pneumo.training.fit import fit
 from tests.conftest import StoreMaker
-from tests.jobs.conftest import LocalMailbox
-from tests.jobs.evaluation.test_wandb_results import case, judged
+from tests.jobs.evaluation.test_wandb_results import case, leave
+from tests.jobs.evaluation.test_wandb_results import subject as subject
 from tests.pneumo.reporting.page.test_degenerate import saliency
 
 
@@ -44,18 +44,19 @@ def list_keys(view: Any) -> set[str]:
     return set(walk(describe_view(view)))
 
 
-def list_sent(tracker: MemoryTracker) -> set[str]:
-    """Under which keys W&B has what a tracker was given; a chart's rows are a table."""
+def list_told(run: TrackedRun | None) -> set[str]:
+    """Under which keys W&B has what it is told; a chart's rows are a table."""
+    assert run is not None
     charts = {
         f"{key}_table"
-        for key, media in tracker.media.items()
+        for key, media in run.media.items()
         if isinstance(media, LineChart | ConfusionChart)
     }
-    rows = {key for row in tracker.history for key in row}
-    return charts | rows | set(tracker.media) | set(tracker.summary)
+    rows = {key for row in run.history for key in row}
+    return charts | rows | set(run.media) | set(run.summary)
 
 
-def test_the_workspace_of_training_shows_what_is_logged(
+def test_the_workspace_of_training_shows_what_is_told(
     tiny_store: StoreMaker, tmp_path: Path
 ) -> None:
     settings = {
@@ -65,32 +66,31 @@ def test_the_workspace_of_training_shows_what_is_logged(
         "train.micro_batch_size": 16,
         "train.ema_decay": 0.9,
     }
-    messages = LocalMailbox()
+    config = override(Config(), settings)
+    (tmp_path / "config.json").write_text(config.to_json())
     fit(
-        override(Config(), settings),
+        config,
         store_url=tiny_store(),
         run_url=str(tmp_path),
         world=World(0, 1),
         device=torch.device("cpu"),
-        callbacks=Callbacks(on_epoch=messages.put),
+        callbacks=Callbacks(),
     )
-    tracker, ended = MemoryTracker(), Future[None]()
-    ended.set_result(None)
-    Follower(messages, tracker, epochs=1).follow(ended)
     wanted = list_keys(build_views("pneumo", "team")["Train"])
     assert wanted
     only_of_gpus = {"perf/gpu_memory_gb", "perf/gpu_utilisation"}  # see tests/pneumo/test_gpu.py
-    assert wanted - list_sent(tracker) == only_of_gpus
+    assert wanted - list_told(read_training(str(tmp_path))) == only_of_gpus
 
 
-def test_the_workspace_of_evaluation_shows_what_is_sent() -> None:
-    tracker, found = MemoryTracker(), judged()
+def test_the_workspace_of_evaluation_shows_what_is_told(subject: Subject, tmp_path: Path) -> None:
     shown = [dataclasses.replace(case(), cam=np.zeros((8, 8), np.float32))]
     pictures = Pictures(
         shown, dict.fromkeys(OUTCOMES, shown), dict.fromkeys(ERRORS, shown), [], sample=shown
     )
-    wandb_results.log_evaluation(tracker, found, saliency(0.1, 0.2))
-    wandb_results.log_pictures(tracker, pictures, found)
+    found = saliency(0.1, 0.2)
+    run = leave(
+        tmp_path / "run", subject, pictures=pictures, saliency={"val": found, "test": found}
+    )
     wanted = list_keys(build_views("pneumo", "team")["Evaluate"])
     assert len(wanted) > 15
-    assert wanted - list_sent(tracker) == set()
+    assert wanted - list_told(read_evaluation(str(run))) == set()

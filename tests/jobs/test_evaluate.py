@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +12,6 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from jobs import evaluate, train
-from jobs.evaluation import wandb_results
-from jobs.evaluation.job import describe_data
 from jobs.evaluation.ray_scoring import (
     Scored,
     Scoring,
@@ -25,14 +22,15 @@ from jobs.evaluation.ray_scoring import (
     score_splits,
 )
 from jobs.evaluation.shown_studies import choose_pictures
+from jobs.evaluation.wandb_results import read_evaluation
 from pneumo.config import Config
 from pneumo.config_layers import override
-from pneumo.dataset.manifest import Duplicates, read_manifest
+from pneumo.dataset.manifest import read_manifest
 from pneumo.dataset.study_table import StudyRow, read_studies, tabulate_studies, write_studies
 from pneumo.evaluation.map_scores import prior_map, score_map
 from pneumo.evaluation.operating_points import Decision
 from pneumo.evaluation.predictions import Predictions, sigmoid
-from pneumo.reporting.tracking import Gallery, MemoryTracker, Table
+from pneumo.reporting.tracking import Gallery, Table
 from pneumo.training.checkpoints import read_index
 from tests.identifiers import Identifiers
 from tests.jobs.conftest import NUM_STUDIES, SMALL, Prepared
@@ -265,50 +263,28 @@ def test_the_report_shows_the_data(prepared: Prepared, evaluated: Path) -> None:
     assert "Normal: 12 of " in html
 
 
-def test_tracker_gets_the_data_and_what_is_wrong_with_them(
-    tiny_store: Callable[..., str],
+def test_wandb_is_told_of_the_data_and_what_is_wrong_with_them(
+    prepared: Prepared, evaluated: Path
 ) -> None:
-    store_url = tiny_store()
-    manifest = read_manifest(store_url)
-    studies = read_studies(store_url, manifest)
-    audit = manifest.audit.model_copy(update={"unit": "image"})
-    bad = manifest.model_copy(
-        update={
-            "audit": audit,
-            "quarantined": {"missing": 2, "no_pixels": 1},
-            "duplicates": Duplicates(pictures=4, studies=8, across_patients=4, across_splits=3),
-        }
-    )
-    tracker = MemoryTracker()
-    drawing = b"a drawing"
-    wandb_results.log_data(tracker, describe_data(store_url, bad, studies), drawing)
-    assert tracker.summary == {
-        "data/quarantined": 3,
-        "data/duplicates_across_splits": 3,
-        "data/duplicates_across_patients": 4,
-        "data/warning": audit.warning,
-    }
-    counts, sheets = tracker.media["data/counts"], tracker.media["data/contact"]
+    told = read_evaluation(str(evaluated))
+    assert told is not None
+    dataset = json.loads((evaluated / "metrics.json").read_text())["dataset"]
+    for name in ("quarantined", "duplicates_across_splits", "duplicates_across_patients"):
+        assert told.summary[f"data/{name}"] == dataset[name]
+    counts, sheets = told.media["data/counts"], told.media["data/contact"]
     assert isinstance(counts, Table)
-    assert ("view", "AP", 24, 6, 6) in counts.rows
+    assert {len(row) for row in counts.rows} == {len(counts.columns)}
     assert isinstance(sheets, Gallery)
     assert len(sheets.pictures) == 3
     said = "".join(picture.caption for picture in sheets.pictures)
-    assert not [row for row in studies.values() if row.key in said or row.patient in said]
-
-    sound = MemoryTracker()
-    wandb_results.log_data(sound, describe_data(store_url, manifest, studies), drawing)
-    assert sound.summary == {
-        "data/quarantined": 0,
-        "data/duplicates_across_splits": 0,
-        "data/duplicates_across_patients": 0,
-    }
+    studies = read_store(prepared.store).values()
+    assert not [row for row in studies if row.key in said or row.patient in said]
 
 
 def test_no_identifier_of_the_source_reaches_the_run(prepared: Prepared, evaluated: Path) -> None:
     identifiers = Identifiers.of(prepared.source)
     assert len(identifiers.texts) > 2 * NUM_STUDIES
-    assert list((evaluated / "wandb").rglob("*.wandb"))
+    assert (evaluated / "tracking" / "pictures.parquet").exists()
     assert identifiers.find_in(evaluated) == []
 
 
@@ -318,16 +294,9 @@ def test_no_identifier_of_the_source_reaches_the_run_of_a_training(
     run = tmp_path / "run"
     flags = [*SMALL, "--train.epochs", "1", "--tracking.mode", "offline", "--debug"]
     assert train.main(["--store", str(prepared.store), "--run", str(run), *flags]) == 0
-    assert list((run / "wandb").rglob("*.wandb"))
+    assert (run / "tracking" / "dataset.json").exists()
     said = capfd.readouterr()
     assert Identifiers.of(prepared.source).find_in(run, said.out, said.err) == []
-
-
-def test_wandb_lies_in_the_run_when_there_is_no_key(evaluated: Path) -> None:
-    (log,) = (evaluated / "wandb").rglob("*.wandb")
-    written = log.read_bytes()
-    for key in (b"data_warning", b"data/duplicates_across_splits", b"data/contact"):
-        assert key in written
 
 
 def test_a_test_set_is_looked_at_once(

@@ -22,8 +22,14 @@ import torch
 from jobs import tune
 from jobs.tuning.job import check_search
 from jobs.tuning.trial_judge import Shared, TrialJudge
-from jobs.tuning.trial_records import read_history, read_trials, trial_url, write_begun
-from jobs.tuning.trial_runs import share, trial_config, trials_at_once
+from jobs.tuning.trial_records import (
+    read_history,
+    read_trials,
+    trial_config,
+    trial_url,
+    write_begun,
+)
+from jobs.tuning.trial_runs import share, trials_at_once
 from pneumo.command_line import parse_command_line
 from pneumo.config import Config, DataConfig
 from pneumo.config_layers import override, with_absolute_weights

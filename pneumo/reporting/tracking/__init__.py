@@ -1,15 +1,10 @@
-"""Tracker: what a run logs. Weights & Biases behind it, a memory one for tests, none at all.
+"""What a run's folder tells Weights & Biases: values built from files, and a session to send them.
 
-W&B is a sink, never the truth: that is metrics.json, predictions.parquet and report.html. So no
-fault of W&B's (no key, a wrong one, no network, a server that hangs or refuses uploads) fails or
-hangs a job: all of it is kept in an offline run, one line says so, and another how to send it.
-Everything that W&B writes stays inside the run's folder. Nothing that names a patient is logged;
-keeping it so is the caller's part.
+W&B is a sink, never the truth: a run's folder holds all that W&B is told, so that it can be sent
+again. Nothing that names a patient is told; keeping it so is the part of whoever writes the folder.
 """
 
 from pneumo.reporting.tracking.media import (
-    MAX_IMAGES,
-    MAX_ROWS,
     Artifact,
     ConfusionChart,
     Gallery,
@@ -18,40 +13,33 @@ from pneumo.reporting.tracking.media import (
     Overlay,
     Page,
     Picture,
-    PictureTable,
     Scalar,
     Table,
 )
 from pneumo.reporting.tracking.mode import choose_mode
-from pneumo.reporting.tracking.tracker import (
-    MemoryTracker,
-    NullTracker,
-    Role,
-    Tracker,
-    TrackingOutcome,
+from pneumo.reporting.tracking.tracked_run import (
+    TrackedRun,
+    name_run,
+    prepare_tracking,
+    renew_identity,
 )
-from pneumo.reporting.tracking.wandb_run import WandbTracker, open_tracker
+from pneumo.reporting.tracking.wandb_session import WandbSession
 
 __all__ = [
-    "MAX_IMAGES",
-    "MAX_ROWS",
     "Artifact",
     "ConfusionChart",
     "Gallery",
     "LineChart",
     "Media",
-    "MemoryTracker",
-    "NullTracker",
     "Overlay",
     "Page",
     "Picture",
-    "PictureTable",
-    "Role",
     "Scalar",
     "Table",
-    "Tracker",
-    "TrackingOutcome",
-    "WandbTracker",
+    "TrackedRun",
+    "WandbSession",
     "choose_mode",
-    "open_tracker",
+    "name_run",
+    "prepare_tracking",
+    "renew_identity",
 ]

@@ -8,15 +8,12 @@ its own, so that `latest` and `best` speak of it alone.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from typing import Any
 
 from pneumo.dataset.manifest import Manifest
-from pneumo.reporting.tracking import Artifact
+from pneumo.reporting.tracking.media import Artifact
 from pneumo.training.checkpoints import CheckpointEntry
-
-_MAX_NAME = 128
 
 
 def describe_dataset(manifest: Manifest) -> Artifact:
@@ -30,33 +27,24 @@ def describe_dataset(manifest: Manifest) -> Artifact:
     )
 
 
-def describe_weights(
-    entry: CheckpointEntry, run_url: str, manifest: Manifest, aliases: Sequence[str] = ()
-) -> Artifact:
-    """A checkpoint as an artifact: its record. The weights themselves stay in the run's folder."""
-    run = run_url.rsplit("/", 1)[-1]
-    record = {
-        "run": run,
+def record_weights(entry: CheckpointEntry, name: str, dataset: str | None) -> dict[str, Any]:
+    """The record of a checkpoint of the run of this name, trained on the data of this digest."""
+    return {
+        "run": name,
         "checkpoint": entry.name,
         "epoch": entry.epoch,
         "val_auroc": entry.val_auroc,
         "sha256": entry.sha256,
-        "dataset": manifest.digest,
+        "dataset": dataset,
     }
+
+
+def describe_weights(record: Mapping[str, Any], aliases: Sequence[str] = ()) -> Artifact:
+    """A checkpoint as an artifact: its record. The weights themselves stay in the run's folder."""
     return Artifact(
-        name=_name("model", run),
+        name=f"model-{record['run']}",
         type="model",
         files={"checkpoint.json": json.dumps(record, indent=1).encode()},
         aliases=aliases,
         metadata=record,
     )
-
-
-def describe_results(run: str, files: Mapping[str, Path | bytes]) -> Artifact:
-    """What an evaluation of the run has found, as an artifact."""
-    return Artifact(name=_name("evaluation", run), type="evaluation", files=files)
-
-
-def _name(kind: str, run: str) -> str:
-    """`model-<run>`, of the letters that W&B takes."""
-    return re.sub(r"[^A-Za-z0-9_.-]", "-", f"{kind}-{run}")[:_MAX_NAME]

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 Scalar = float | int | str | bool | None
 MAX_IMAGES = 108
@@ -17,12 +13,12 @@ MAX_ROWS = 10_000
 """W&B draws no more rows."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Overlay:
     """Classes of pixels, which W&B can lay over a picture and take off again."""
 
-    classes: npt.NDArray[np.uint8]
-    """(H, W) of the picture; 0 is nothing."""
+    classes: bytes
+    """A gray PNG of the picture's size; 0 is nothing."""
     labels: Mapping[int, str]
     name: str
 
@@ -80,14 +76,6 @@ class ConfusionChart:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of scalars; W&B shows MAX_ROWS."""
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[Scalar]]
-
-
-@dataclass(frozen=True)
-class PictureTable:
     """Rows of scalars and pictures; W&B shows MAX_ROWS."""
 
     columns: Sequence[str]
@@ -101,7 +89,7 @@ class Page:
     html: str
 
 
-Media = Gallery | LineChart | ConfusionChart | Table | PictureTable | Page
+Media = Gallery | LineChart | ConfusionChart | Table | Page
 
 
 @dataclass(frozen=True)
@@ -110,8 +98,8 @@ class Artifact:
 
     name: str
     type: str
-    """'dataset', 'model' or 'evaluation'."""
-    files: Mapping[str, Path | bytes]
-    """Name inside the artifact -> local file, which is copied, or content."""
+    """'dataset', 'model', 'evaluation' or 'search'."""
+    files: Mapping[str, bytes]
+    """Content by name inside the artifact."""
     aliases: Sequence[str] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)

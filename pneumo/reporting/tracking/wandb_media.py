@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from pneumo.reporting.tracking.media import (
@@ -17,16 +18,12 @@ from pneumo.reporting.tracking.media import (
     Media,
     Page,
     Picture,
-    PictureTable,
     Table,
 )
 
 
 def convert(media: Media) -> Any:
-    """What `wandb.Run.log` takes. An object of W&B's belongs to one run: convert anew for another.
-
-    Raises what Pillow and wandb raise of a picture or a table that is none.
-    """
+    """What `wandb.Run.log` takes."""
     import wandb
 
     match media:
@@ -35,8 +32,6 @@ def convert(media: Media) -> Any:
         case Page(html):
             return wandb.Html(html)
         case Table(columns, rows):
-            return wandb.Table(columns=list(columns), data=[list(row) for row in rows[:MAX_ROWS]])
-        case PictureTable(columns, rows):
             cells = [
                 [_convert_picture(cell) if isinstance(cell, Picture) else cell for cell in row]
                 for row in rows[:MAX_ROWS]
@@ -73,7 +68,8 @@ def _convert_picture(picture: Picture) -> Any:
     masks = None
     if picture.mask is not None:
         named = {0: "none", **picture.mask.labels}
-        layer = {"mask_data": picture.mask.classes, "class_labels": named}
+        classes = np.asarray(Image.open(io.BytesIO(picture.mask.classes)))
+        layer = {"mask_data": classes, "class_labels": named}
         masks = {picture.mask.name: layer}
     overlay = {"boxes": {"box_data": boxes, "class_labels": {1: picture.box_label}}}
     return wandb.Image(
@@ -85,17 +81,11 @@ def _convert_picture(picture: Picture) -> Any:
 
 
 def pack(artifact: Artifact) -> Any:
-    """The artifact as W&B's draft of one, its files copied into W&B's staging folder.
-
-    Raises ValueError for a name that W&B does not take, OSError for a file that is not there.
-    """
+    """The artifact as W&B's draft of one, its files written into W&B's staging folder."""
     import wandb
 
     packed = wandb.Artifact(artifact.name, type=artifact.type, metadata=dict(artifact.metadata))
     for name, content in artifact.files.items():
-        if isinstance(content, bytes):
-            with packed.new_file(name, mode="wb") as file:
-                file.write(content)
-        else:
-            packed.add_file(str(content), name=name)
+        with packed.new_file(name, mode="wb") as file:
+            file.write(content)
     return packed

@@ -13,14 +13,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import evaluate
+from jobs import evaluate, track
 from jobs.ray_cluster.session import ray_session
+from jobs.tracking.sender import read_runs
+from jobs.tracking.sending import command
 from pneumo.dataset.manifest import read_manifest
 from pneumo.evaluation.predictions import Predictions
-from pneumo.reporting.tracking.transaction_log import read_records
+from pneumo.reporting.tracking import name_run
 from tests.jobs.conftest import Prepared, list_identifiers
-from tests.pneumo.reporting.tracking.test_tracker import KEY, clean_environment  # noqa: F401
-from tests.pneumo.reporting.tracking.wandb_server import Backend, serve
+from tests.pneumo.reporting.tracking.wandb_server import KEY, Backend
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Implicitly cleaning up:ResourceWarning",
@@ -30,7 +31,6 @@ QUICK = [
     *("--evaluate.bootstrap-resamples", "100", "--evaluate.min-patients", "1"),
     *("--evaluate.pictures", "1", "--tracking.mode", "online"),
 ]
-"""Half of what is stored."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,14 +39,6 @@ def _ray(prepared: Prepared, trained: Path) -> Iterator[None]:
     may be gone: test_demo.py ends it."""
     with ray_session():
         yield
-
-
-@pytest.fixture
-def server(clean_environment: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:  # noqa: F811
-    with serve(KEY) as backend:
-        monkeypatch.setenv("WANDB_API_KEY", KEY)
-        monkeypatch.setenv("WANDB_BASE_URL", backend.url)
-        yield backend
 
 
 def evaluate_copy(prepared: Prepared, trained: Path, folder: Path, *flags: str) -> Path:
@@ -58,12 +50,10 @@ def evaluate_copy(prepared: Prepared, trained: Path, folder: Path, *flags: str) 
     return run
 
 
-def read_text(name: str, content: bytes) -> str:
+def read_text(content: bytes) -> str:
     """What somebody could read in a file."""
     if content[:4] == b"PAR1":
-        return json.dumps(pq.read_table(io.BytesIO(content)).to_pylist())
-    if name.endswith(".wandb"):
-        return "".join(map(str, read_records(content)))
+        return str(pq.read_table(io.BytesIO(content)).to_pylist())
     return content.decode("latin-1")
 
 
@@ -74,43 +64,46 @@ def find_identifiers(prepared: Prepared, files: dict[str, bytes]) -> list[tuple[
     return [
         (name, word)
         for name, content in files.items()
-        for word in set(words.findall(read_text(name, content))) & wanted
+        for word in set(words.findall(read_text(content))) & wanted
     ]
 
 
 def test_all_arrives_and_nobody_is_named(
     prepared: Prepared,
     trained: Path,
-    server: Backend,
+    backend: Backend,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = evaluate_copy(prepared, trained, tmp_path)
-    assert f"W&B: {server.url}" in capsys.readouterr().err
-    digest = read_manifest(str(prepared.store)).digest
-    assert server.used == [f"dataset-{digest[:12]}", "model-the-run"]
-    states = {made["name"]: made["state"] for made in server.artifacts.values()}
+    assert f"W&B: {backend.url}" in capsys.readouterr().err
+    digest, name = read_manifest(str(prepared.store)).digest, name_run(str(run))
+    assert backend.used == [f"dataset-{digest[:12]}", f"model-{name}"]
+    states = {made["name"]: made["state"] for made in backend.artifacts.values()}
     assert set(states.values()) == {"COMMITTED"}
-    assert "evaluation-the-run" in states
-    assert server.unknown == []
+    assert f"evaluation-{name}" in states
+    assert backend.unknown == []
 
-    summary = json.loads(server.uploads["run/wandb-summary.json"])
+    (identity,) = backend.runs
+    summary = backend.summary(identity)
     metrics = json.loads((run / "metrics.json").read_text())
     assert summary["eval/test/auroc"] == pytest.approx(metrics["test"]["auroc"]["value"])
     for key in ("eval/roc_table", "eval/predictions", "eval/report", "data/contact"):
         assert key in summary
 
-    pictures = [c for n, c in server.uploads.items() if "/eval/gallery/" in n and n[-3:] == "png"]
+    shown = [key for row in backend.history() for key in row if "/" in key]
+    assert sorted(shown) == sorted(key for key in summary if key in shown)
+    pictures = [c for n, c in backend.uploads.items() if "/eval/gallery/" in n and n[-3:] == "png"]
     assert pictures
-    (table,) = [c for c in server.uploads.values() if c[:4] == b"PAR1"]
+    (table,) = [c for c in backend.uploads.values() if c[:4] == b"PAR1"]
     sent = Predictions.from_parquet(table)
     assert len(sent) == metrics["val"]["n"] + metrics["test"]["n"]
     assert np.nanmax(sent.age) <= 90
 
     kept = {str(path): path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    assert find_identifiers(prepared, dict(server.uploads)) == []
+    assert find_identifiers(prepared, dict(backend.uploads)) == []
     assert find_identifiers(prepared, {n: c for n, c in kept.items() if n[-3:] != ".pt"}) == []
-    told = json.dumps([server.runs, server.artifacts, server.stream])
+    told = json.dumps([backend.runs, backend.artifacts, backend.stream])
     assert find_identifiers(prepared, {"told": told.encode()}) == []
     named = next(iter(list_identifiers(prepared.source)))
     assert find_identifiers(prepared, {"a": f"<p>{named}</p>".encode()}) == [("a", named)]
@@ -118,10 +111,10 @@ def test_all_arrives_and_nobody_is_named(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["wrong key", "away", "uploads 403"])
-def test_no_fault_of_the_server_matters(
+def test_no_fault_of_the_server_matters_and_the_command_completes_it(
     prepared: Prepared,
     trained: Path,
-    server: Backend,
+    backend: Backend,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -129,14 +122,21 @@ def test_no_fault_of_the_server_matters(
 ) -> None:
     if fault == "wrong key":
         monkeypatch.setenv("WANDB_API_KEY", "9" * 40)
-    elif fault == "away":
-        server.fault = "away"
     else:
-        server.fault = "uploads 403"
+        backend.fault = "away" if fault == "away" else "uploads 403"
     run = evaluate_copy(prepared, trained, tmp_path, "--evaluate.saliency", "false")
-    (log,) = (run / "wandb").glob("offline-run-*/*.wandb")
     said = capsys.readouterr().err
-    assert f"to send it: wandb sync '{log.parent}'" in said
+    assert f"to send it: {command(str(run))}" in said
     assert KEY not in said
-    names = {r.artifact.name for r in read_records(log.read_bytes()) if r.HasField("artifact")}
-    assert "evaluation-the-run" in names
+    backend.fault = None
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    for _ in range(2):
+        assert track.main(["--run", str(run)]) == 0
+        assert sorted(backend.runs) == sorted(
+            told.id for told in read_runs(str(run), ["train", "evaluate"], ())
+        )
+        assert set(backend.exit_codes.values()) == {0}
+        (identity,) = [one for one in backend.runs if "-evaluate-" in one]
+        assert len(backend.history(identity)) == 1
+    assert {one["state"] for one in backend.artifacts.values()} == {"COMMITTED"}
+    assert any("/eval/gallery/" in name for name in backend.uploads)

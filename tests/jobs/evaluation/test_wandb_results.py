@@ -3,18 +3,21 @@
 import base64
 import dataclasses
 import io
+import json
 import math
 import re
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from jobs.evaluation import wandb_results
+from jobs import track
 from jobs.evaluation.evaluated_run import Subject
 from jobs.evaluation.ray_scoring import Scored, Scoring, Weights
-from jobs.evaluation.result_files import Judged
+from jobs.evaluation.result_files import Judged, compose_metrics
 from jobs.evaluation.shown_studies import describe_age
+from jobs.evaluation.wandb_results import cap_ages, read_evaluation, show_case, write_tracking
 from pneumo.config import Config, EvaluateConfig
 from pneumo.dataset.contact_sheets import ContactSheet
 from pneumo.dataset.manifest import read_manifest
@@ -22,13 +25,15 @@ from pneumo.evaluation.evaluation import evaluate
 from pneumo.evaluation.predictions import Predictions
 from pneumo.images.boxes import Box
 from pneumo.reporting.figures.case_pictures import Case, Pictures
+from pneumo.reporting.figures.style import encode_image
 from pneumo.reporting.tracking import (
+    ConfusionChart,
     Gallery,
     LineChart,
-    MemoryTracker,
     Picture,
-    PictureTable,
     Table,
+    name_run,
+    prepare_tracking,
 )
 from pneumo.training.checkpoints import Checkpoint, CheckpointEntry
 from tests.pneumo.reporting.page.test_degenerate import damage, predictions
@@ -62,64 +67,85 @@ def judged():
     return evaluate(predictions(), config=EvaluateConfig(bootstrap_resamples=100), seed=0)
 
 
-def test_numbers_and_charts():
-    tracker, found = MemoryTracker(), judged()
-    wandb_results.log_evaluation(tracker, found, None)
-    assert tracker.summary["eval/test/auroc"] == found.test.auroc.value
-    assert tracker.summary["eval/test/recall_low"] == found.test.at["decision"].rates["recall"].low
+def leave(run, subject, data=DATA, found=None, pictures=PICTURES, saliency=None):
+    """A run's folder after an evaluation with pictures of 224 pixels."""
+    subject = dataclasses.replace(subject, run_url=str(run))
+    config = Config()
+    shown = Judged(data, found or judged(), pictures, saliency or {}, None)
+    (run / "figures").mkdir(parents=True)
+    (run / "figures" / "data_quality.png").write_bytes(encode_image(case().image))
+    prepare_tracking(str(run), subject.manifest)
+    write_tracking(run / "tracking", subject, shown, config)
+    predictions = shown.evaluation.predictions.to_parquet(subject.scored.scoring.to_json())
+    (run / "predictions.parquet").write_bytes(predictions)
+    (run / "metrics.json").write_text(json.dumps(compose_metrics(subject, shown, config)))
+    return run
+
+
+def test_numbers_and_charts_are_those_of_the_evaluation(subject, tmp_path):
+    found = judged()
+    told = read_evaluation(str(leave(tmp_path / "run", subject, found=found)))
+    rates = found.test.at["decision"].rates
+    assert told.summary["eval/test/auroc"] == found.test.auroc.value
+    assert told.summary["eval/test/recall_low"] == rates["recall"].low
+    assert told.summary["eval/worst_group"] == found.test.subgroups.worst.name
     for name in ("roc", "precision_recall", "reliability", "decision_curve"):
-        chart = tracker.media[f"eval/{name}"]
+        chart = told.media[f"eval/{name}"]
         assert isinstance(chart, LineChart)
         assert len(chart.rows()) > 5
-    groups = tracker.media["eval/subgroups"]
+    assert told.media["eval/confusion"].counts == dataclasses.asdict(
+        found.test.at["decision"].counts
+    )
+    groups = told.media["eval/subgroups"]
     assert isinstance(groups, Table)
     assert len(groups.rows) == len(found.test.subgroups.groups)
+    assert {len(row) for row in groups.rows} == {len(groups.columns)}
+    assert told.config["evaluate"]["ensemble"] == "best"
 
 
 @pytest.mark.parametrize("kind", ["nan", "empty", "one class", "too small"])
 @pytest.mark.parametrize("split", ["val", "test"])
-def test_bad_predictions_are_sent_without_what_they_do_not_give(kind, split):
+def test_bad_predictions_are_told_without_what_they_do_not_give(subject, tmp_path, kind, split):
     found = evaluate(damage(kind, split), config=EvaluateConfig(bootstrap_resamples=100), seed=0)
-    tracker = MemoryTracker()
-    wandb_results.log_evaluation(tracker, found, None)
-    assert "eval/subgroups" in tracker.media
-    assert not [value for value in tracker.summary.values() if value != value]
+    told = read_evaluation(str(leave(tmp_path / "run", subject, found=found)))
+    assert "eval/subgroups" in told.media
+    assert not [value for value in told.summary.values() if value is None or value != value]
 
 
-def test_pictures_are_no_larger_than_asked_and_carry_their_overlays():
-    tracker, found = MemoryTracker(), judged()
-    wandb_results.log_pictures(tracker, PICTURES.shrink(112), found)
-    gallery = tracker.media["eval/gallery/tp"]
+def test_pictures_are_coarser_and_carry_their_overlays(subject, tmp_path):
+    told = read_evaluation(str(leave(tmp_path / "run", subject)))
+    gallery = told.media["eval/gallery/tp"]
     assert isinstance(gallery, Gallery)
     (picture,) = gallery.pictures
     with Image.open(io.BytesIO(picture.data)) as image:
-        assert image.size == (112, 112)
-    assert list(picture.boxes) == [(28, 14, 56, 28)]
-    assert picture.mask is not None
-    assert picture.mask.classes.shape == (112, 112)
-    assert np.unique(picture.mask.classes).tolist() == [0, 1, 2, 3]
-    assert "eval/gallery/fn" not in tracker.media
-    assert "eval/errors/fp" in tracker.media
+        assert image.size == (192, 192)
+    assert list(picture.boxes) == [(48, 24, 96, 48)]
+    levels = np.asarray(Image.open(io.BytesIO(picture.mask.classes)))
+    assert levels.shape == (192, 192)
+    assert np.unique(levels).tolist() == [0, 1, 2, 3]
+    assert "eval/gallery/fn" not in told.media
+    assert "eval/errors/fp" in told.media
 
 
-def test_why_no_study_is_shown_is_sent():
-    tracker = MemoryTracker()
-    wandb_results.log_pictures(tracker, Pictures.none("no study"), judged())
-    assert tracker.summary == {"eval/not_shown": "no study"}
-    assert tracker.media == {}
+def test_why_no_study_is_shown_is_told(subject, tmp_path):
+    none = Pictures.none("no study")
+    told = read_evaluation(str(leave(tmp_path / "run", subject, pictures=none)))
+    assert told.summary["eval/not_shown"] == "no study"
+    assert not [key for key in told.media if "gallery" in key or "predictions" in key]
 
 
 def test_a_map_that_is_no_number_is_not_laid_over_the_picture():
     cam = np.full((112, 112), np.nan, dtype=np.float32)
-    assert wandb_results.show_case(dataclasses.replace(case(), cam=cam)).mask is None
+    assert show_case(dataclasses.replace(case(), cam=cam)).mask is None
 
 
-def test_the_table_has_thumbnails_and_names_nobody():
-    table = wandb_results.tabulate_cases(PICTURES)
-    assert isinstance(table, PictureTable)
+def test_the_table_has_thumbnails_and_names_nobody(subject, tmp_path):
+    table = read_evaluation(str(leave(tmp_path / "run", subject))).media["eval/predictions"]
+    assert isinstance(table, Table)
     assert not {"key", "patient", "age"} & set(table.columns)
     ((picture, *rest),) = table.rows
     assert isinstance(picture, Picture)
+    assert len(rest) == len(table.columns) - 1
     assert rest[:3] == ["tp", 1, 0.9]
     assert rest[-1] == 17
 
@@ -152,70 +178,92 @@ def subject(tiny_store):
     return Subject("runs/a b", url, manifest, checkpoint, Scored(Scoring(weights), url), history=())
 
 
-def send(subject, folder, data=DATA):
-    """Everything that a tracker is given of an evaluation with pictures of 224 pixels."""
-    found, tracker = judged(), MemoryTracker()
-    (folder / "figures").mkdir()
-    (folder / "figures" / "data_quality.png").write_bytes(b"a drawing")
-    (folder / "metrics.json").write_text("{}")
-    wandb_results.send_evaluation(
-        tracker, subject, Judged(data, found, PICTURES, {}, None), folder, Config()
-    )
-    return tracker
-
-
 def test_no_study_is_shown_larger_than_192_pixels_anywhere(subject, tmp_path):
     sheet = ContactSheet("Normal", 9, (np.full((224, 224), 99, np.uint8),) * 4, ("AP",) * 4)
     data = dataclasses.replace(DATA, contact=[sheet])
-    tracker = send(subject, tmp_path, data=data)
-    page = tracker.media["eval/report"].html
-    (report,) = [a.files["report.html"] for _, a in tracker.artifacts if a.type == "evaluation"]
-    assert report == page.encode()
+    told = read_evaluation(str(leave(tmp_path / "run", subject, data=data)))
+    page = told.media["eval/report"].html
+    assert told.outputs[0].files["report.html"] == page.encode()
     sizes = [
         Image.open(io.BytesIO(base64.b64decode(found))).size
         for found in re.findall(r'src="data:image/webp;base64,([^"]+)"', page)
     ]
     assert len(sizes) == 4
-    # Two rows of a contact sheet with a gap of 4; the others are one study high.
-    *one_study, sheet_height = sorted(height for _, height in sizes)
-    assert max(one_study) <= 192
-    assert sheet_height <= 2 * 192 + 4
+    *studies, sheets = sorted(height for _, height in sizes)
+    assert max(studies) == 192
+    assert sheets <= 2 * 192 + 4  # two rows with a gap
     for key in ("eval/gallery/tp", "eval/errors/fp"):
-        (picture,) = tracker.media[key].pictures
+        (picture,) = told.media[key].pictures
         assert Image.open(io.BytesIO(picture.data)).height == 192
-        assert picture.mask is None or picture.mask.classes.shape == (192, 192)
-    ((picture, *_),) = tracker.media["eval/predictions"].rows
+    ((picture, *_),) = told.media["eval/predictions"].rows
     assert Image.open(io.BytesIO(picture.data)).height <= 192
-    (sheet_sent,) = tracker.media["data/contact"].pictures
-    assert Image.open(io.BytesIO(sheet_sent.data)).height == 2 * 192 + 4
+    (sheet_told,) = told.media["data/contact"].pictures
+    assert Image.open(io.BytesIO(sheet_told.data)).height <= 2 * 192 + 4
 
 
 def test_lineage_names_each_store_and_run_and_moves_no_alias_of_an_input(subject, tmp_path):
-    tracker = send(subject, tmp_path)
-    digest = subject.manifest.digest
-    assert [(role, a.name, list(a.aliases)) for role, a in tracker.artifacts] == [
-        ("input", f"dataset-{digest[:12]}", []),
-        ("input", "model-a-b", []),
-        ("input", "model-c", []),
-        ("output", "evaluation-a-b", []),
+    run = leave(tmp_path / "a b", subject)
+    told, digest = read_evaluation(str(run)), subject.manifest.digest
+    names = [name_run(weights.run_url) for weights in subject.scored.scoring.weights]
+    assert [(one.name, list(one.aliases)) for one in told.inputs] == [
+        (f"dataset-{digest[:12]}", []),
+        *((f"model-{name}", []) for name in names),
     ]
-    models = [a.metadata for _, a in tracker.artifacts if a.type == "model"]
-    assert [m["checkpoint"] for m in models] == ["epoch-0001.pt", "epoch-0002.pt"]
-    assert {m["dataset"] for m in models} == {digest}
+    assert [one.name for one in told.outputs] == [f"evaluation-{name_run(str(run))}"]
+    models = told.inputs[1:]
+    assert [m.metadata["checkpoint"] for m in models] == ["epoch-0001.pt", "epoch-0002.pt"]
+    assert {m.metadata["dataset"] for m in models} == {digest}
+    assert told.group == name_run(str(run))  # that of the training
+    assert told.id.startswith(f"{told.group}-evaluate-")
+
+
+def test_an_evaluation_that_is_done_again_is_another_run(subject, tmp_path):
+    run = leave(tmp_path / "run", subject)
+    first = read_evaluation(str(run))
+    assert read_evaluation(str(run)) == first
+    metrics = json.loads((run / "metrics.json").read_text())
+    metrics["test"]["auroc"]["value"] = 0.5
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    assert read_evaluation(str(run)).id != first.id
+    (run / "metrics.json").unlink()
+    assert read_evaluation(str(run)) is None
 
 
 def test_ages_above_89_are_one_group(subject, tmp_path):
     old = predictions()
     old = dataclasses.replace(old, age=np.where(np.arange(len(old)) % 2, 97.0, np.nan))
-    capped = wandb_results.cap_ages(old).age
-    assert np.isnan(capped[::2]).all()
-    assert set(capped[1::2]) == {90.0}
+    kept = old.to_parquet({"views": 1})
+    capped = Predictions.from_parquet(cap_ages(kept))
+    assert np.isnan(capped.age[::2]).all()
+    assert set(capped.age[1::2]) == {90.0}
+    assert pq.read_schema(io.BytesIO(cap_ages(kept))) == pq.read_schema(io.BytesIO(kept))
     assert [describe_age(age) for age in (89, 90, 104, math.nan, 7)] == [
         "80-89", "90+", "90+", "", "0-9",
     ]  # fmt: skip
-    (sent,) = [
-        a.files["predictions.parquet"]
-        for _, a in send(subject, tmp_path).artifacts
-        if a.type == "evaluation"
-    ]
+    told = read_evaluation(str(leave(tmp_path / "run", subject)))
+    sent = told.outputs[0].files["predictions.parquet"]
     assert np.nanmax(Predictions.from_parquet(sent).age) <= 90
+
+
+def test_the_command_sends_it_once_with_every_file(subject, tmp_path, backend, capsys):
+    run = leave(tmp_path / "run", subject)
+    backend.fault = "uploads 403"
+    assert track.main(["--run", str(run)]) == 1
+    assert "the same command sends it" in capsys.readouterr().err
+    backend.fault = None
+    for _ in range(2):
+        assert track.main(["--run", str(run)]) == 0
+        (name,) = backend.runs
+        (row,) = backend.history(name)
+        assert backend.exit_codes == {name: 0}
+    told = read_evaluation(str(run))
+    charts = {f"{key}_table" if isinstance(m, LineChart | ConfusionChart) else key
+              for key, m in told.media.items()}  # fmt: skip
+    assert charts <= set(row)
+    assert backend.summary(name)["eval/test/n"] == told.summary["eval/test/n"]
+    assert backend.used[-3:] == [one.name for one in told.inputs]
+    assert {one["state"] for one in backend.artifacts.values()} == {"COMMITTED"}
+    (mask,) = [n for n in backend.uploads if "/mask/eval/gallery/tp" in n]
+    levels = np.asarray(Image.open(io.BytesIO(backend.uploads[mask])))
+    assert np.unique(levels).tolist() == [0, 1, 2, 3]
+    assert backend.unknown == []

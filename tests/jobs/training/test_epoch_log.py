@@ -1,4 +1,4 @@
-"""What the driver shows and logs of what rank 0 tells it."""
+"""What the driver shows of what rank 0 tells it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from jobs.terminal.progress import Progress
-from jobs.training.epoch_log import Follower, Stepped, name_for_tracking
+from jobs.training.epoch_log import Follower, Stepped
 from pneumo.network.backbones import Initialisation
-from pneumo.reporting.tracking import MemoryTracker
 from pneumo.training.callbacks import Epoch, Pace, Start
 from tests.jobs.conftest import LocalMailbox
 
@@ -34,42 +33,30 @@ def step_to(done: int) -> Stepped:
     return Stepped(done, 100, Pace(1 + done // 20, done % 20, 20, metrics))
 
 
-def follow(*messages: Any) -> tuple[Follower, MemoryTracker]:
-    mailbox = LocalMailbox(messages)
+def follow(*messages: Any) -> None:
     ended: Future[None] = Future()
     ended.set_result(None)
-    tracker = MemoryTracker()
-    follower = Follower(mailbox, tracker, epochs=5)
-    follower.follow(ended)
-    return follower, tracker
+    Follower(LocalMailbox(messages), epochs=5).follow(ended)
 
 
-def test_a_driver_that_was_started_again_logs_the_epochs_before_it_too() -> None:
-    _, tracker = follow(make_start(2), make_epoch(3))
-    assert [record["epoch"] for record in tracker.history] == [1, 2, 3]
+def list_shown(capsys: pytest.CaptureFixture[str]) -> list[int]:
+    """Numbers of the epochs on the screen."""
+    return [int(n) for n in re.findall(r"^epoch +(\d)/5 ", capsys.readouterr().err, re.MULTILINE)]
 
 
-def test_epochs_are_logged_once_though_attempts_repeat_them(
+def test_epochs_are_shown_once_though_attempts_repeat_them(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    follower, tracker = follow(make_start(0), make_epoch(1), make_start(1), make_epoch(2))
-    # The last epoch of a worker that was lost before it could tell of it.
-    follower.catch_up([make_epoch(number).metrics for number in (1, 2, 3)])
-    assert [record["epoch"] for record in tracker.history] == [1, 2, 3]
-    shown = capsys.readouterr().err
-    assert len(re.findall(r"^epoch +\d/5 ", shown, re.MULTILINE)) == 2
+    follow(make_start(0), make_epoch(1), make_start(1), make_epoch(1), make_epoch(2))
+    assert list_shown(capsys) == [1, 2]
+    follow(make_start(2), make_epoch(3))
+    assert list_shown(capsys) == [3]
 
 
 def test_what_is_trained_again_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     follow(make_start(1), step_to(33), make_start(1, step=7), make_start(3))
     models = [line for line in capsys.readouterr().err.splitlines() if line.startswith("model:")]
     assert models == ["model: going on", "model: going on; 6 steps again", "model: going on"]
-
-
-def test_a_trackers_names_have_a_prefix() -> None:
-    named = name_for_tracking(make_epoch(1).metrics | {"data/samples": 20.0})
-    assert {name.split("/")[0] for name in named} == {"train", "val", "perf"}
-    assert {"train/lr", "train/grad_norm", "perf/images_per_s", "perf/epoch_s"} < set(named)
 
 
 def test_what_was_done_before_counts_neither_for_the_rate_nor_for_the_time_left(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import os
 import re
 import threading
 from collections import defaultdict
@@ -15,7 +16,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, Literal, get_args
+
+import pytest
 
 Fault = Literal["away", "uploads 503", "uploads 403", "uploads hang", "GraphQL hangs"]
 """away: every request ends in a broken connection. The others leave the rest of the server well:
@@ -33,7 +37,14 @@ class Backend:
     url: str = ""
     fault: Fault | None = None
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
-    stream: dict[str, dict[int, str]] = field(default_factory=lambda: defaultdict(dict))
+    stream: dict[str, dict[str, dict[int, str]]] = field(
+        default_factory=lambda: defaultdict(lambda: defaultdict(dict))
+    )
+    """Lines by run, file and offset."""
+    exit_codes: dict[str, int] = field(default_factory=dict)
+    """Of the runs that have ended; 0: finished."""
+    deleted: set[str] = field(default_factory=set)
+    """Ids that are not taken again."""
     uploads: dict[str, bytes] = field(default_factory=dict)
     artifacts: dict[str, dict[str, Any]] = field(default_factory=dict)
     clients: dict[str, str] = field(default_factory=dict)
@@ -44,10 +55,22 @@ class Backend:
     closed: threading.Event = field(default_factory=threading.Event)
     """Whoever hangs may go."""
 
-    def history(self) -> list[dict[str, Any]]:
-        """The rows that were logged, in order."""
-        lines = self.stream["wandb-history.jsonl"]
-        return [json.loads(lines[at]) for at in sorted(lines)]
+    def history(self, run: str | None = None) -> list[dict[str, Any]]:
+        """The rows of a run, or of the only one, in order."""
+        with self.lock:
+            if run is None:
+                (run,) = self.runs or [""]
+            lines = self.stream[run]["wandb-history.jsonl"]
+            return [json.loads(lines[at]) for at in sorted(lines)]
+
+    def epochs(self, run: str | None = None) -> list[int]:
+        """Of the rows of a run."""
+        return [row["epoch"] for row in self.history(run) if "epoch" in row]
+
+    def summary(self, run: str) -> dict[str, Any]:
+        """What stands in the run's summary."""
+        found: dict[str, Any] = json.loads(self.uploads[f"run/{run}/wandb-summary.json"])
+        return found
 
     def answer(self, operation: str, given: dict[str, Any]) -> dict[str, Any] | None:
         """The data of a GraphQL operation; None where it is not known."""
@@ -81,25 +104,65 @@ class Backend:
 
     def _on_RunResumeStatus(self, given: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
         entity = {"id": "RTox", "name": ENTITY}
-        return {"model": {"id": "UDox", "name": "pneumo", "entity": entity, "bucket": None}}
+        return {"model": {"id": "UDox", "name": "pneumo", "entity": entity,
+                          "bucket": self._describe_run(given["name"])}}  # fmt: skip
+
+    def _describe_run(self, name: str) -> dict[str, Any] | None:
+        if name not in self.runs:
+            return None
+        run, lines = self.runs[name], self.stream[name]
+        history = lines["wandb-history.jsonl"]
+        summary = self.uploads.get(f"run/{name}/wandb-summary.json", b"{}").decode()
+        tail = [history[max(history)]] if history else []
+        return {"id": base64.b64encode(name.encode()).decode(), "name": name, "config":
+                run.get("config") or "{}", "displayName": run.get("displayName"), "tags": [],
+                "notes": "", "summaryMetrics": summary, "logLineCount": 0, "eventsLineCount":
+                len(lines["wandb-events.jsonl"]), "historyLineCount": len(history),
+                "historyTail": json.dumps(tail), "eventsTail": "[]", "wandbConfig": '{"t": 1}',
+                "state": "finished", "group": None, "jobType": None, "commit": None,
+                "readOnly": False, "createdAt": "2026-01-01T00:00:00Z", "heartbeatAt": None,
+                "description": None, "systemMetrics": "{}", "historyKeys": None, "sweepName": None,
+                "user": {"name": ENTITY, "username": ENTITY}}  # fmt: skip
+
+    def _on_GetDefaultEntity(self, given: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        return {"viewer": {"id": "u", "entity": ENTITY}}
+
+    def _on_Run(self, given: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        return {"project": {"internalId": "UDox", "run": self._describe_run(given["name"])}}
+
+    def _on_RunFiles(self, given: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
+        start = f"run/{given['name']}/"
+        names = sorted(name for name in self.uploads if name.startswith(start))
+        edges = [
+            {"cursor": name, "node": {"id": name, "name": name.removeprefix(start), "url": name,
+             "directUrl": name, "sizeBytes": len(self.uploads[name]), "mimetype": "", "md5": "",
+             "updatedAt": "2026-01-01T00:00:00Z"}}
+            for name in names
+        ]  # fmt: skip
+        files = {"edges": edges, "pageInfo": {"endCursor": None, "hasNextPage": False}}
+        run = {"fileCount": len(names), "files": files}
+        return {"project": {"internalId": "UDox", "run": run}}
 
     def _on_UpsertBucket(self, given: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
-        name = given.get("name") or next(iter(self.runs), "run")
+        known = base64.b64decode(given.get("id") or "").decode()
+        name = given.get("name") or known
         run = self.runs.setdefault(name, {})
         is_new = not run
         run.update({key: value for key, value in given.items() if value is not None})
-        project = {"id": "UDox", "name": "pneumo", "entity": {"id": "RTox", "name": ENTITY}}
+        project = {"id": "UDox", "name": run.get("project", "pneumo"),
+                   "entity": {"id": "RTox", "name": ENTITY}}  # fmt: skip
         bucket = {"id": base64.b64encode(name.encode()).decode(), "name": name,
                   "displayName": run.get("displayName") or name, "description": None,
                   "config": run.get("config") or "{}", "sweepName": None, "project": project,
-                  "historyLineCount": 0}  # fmt: skip
+                  "historyLineCount": len(self.stream[name]["wandb-history.jsonl"])}  # fmt: skip
         return {"upsertBucket": {"bucket": bucket, "inserted": is_new}}
 
     def _on_RunStoppedStatus(self, given: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
         return {"project": {"run": {"stopped": False}}}
 
     def _on_CreateRunFiles(self, given: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
-        files = [{"name": f, "uploadUrl": f"{self.url}/upload/run/{f}"} for f in given["files"]]
+        files = [{"name": f, "uploadUrl": f"{self.url}/upload/run/{given['run']}/{f}"}
+                 for f in given["files"]]  # fmt: skip
         return {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}
 
     def _on_MarkRunFilesUploaded(self, given: dict[str, Any]) -> dict[str, Any]:  # noqa: N802
@@ -192,9 +255,12 @@ class _Handler(BaseHTTPRequestHandler):
             if self.path == "/graphql":
                 self._answer_query(json.loads(body))
             elif self.path.endswith("/file_stream"):
-                for name, part in (json.loads(body).get("files") or {}).items():
+                run, said = self.path.split("/")[-2], json.loads(body)
+                for name, part in (said.get("files") or {}).items():
                     for at, line in enumerate(part["content"], part["offset"]):
-                        self.backend.stream[name][at] = line
+                        self.backend.stream[run][name][at] = line
+                if said.get("complete"):
+                    self.backend.exit_codes[run] = said["exitcode"]
                 self._send(200, {"exitcode": None, "limits": {}})
             elif self.path.startswith("/upload/"):
                 self.backend.uploads[self.path.removeprefix("/upload/")] = body
@@ -228,7 +294,12 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get("Authorization") != wanted:
             self._send(401, {"errors": [{"message": "user is not logged in"}]})
             return
-        found = self.backend.answer(operation, query.get("variables") or {})
+        given = query.get("variables") or {}
+        if operation == "UpsertBucket" and given.get("name") in self.backend.deleted:
+            said = f"run {given['name']} was previously created and deleted; try a new run name"
+            self._send(409, {"errors": [{"message": said}]})
+            return
+        found = self.backend.answer(operation, given)
         if found is None:
             self.backend.unknown.append(operation)
             self._send(200, {"data": None, "errors": [{"message": f"unknown {operation}"}]})
@@ -275,3 +346,28 @@ def serve(key: str) -> Iterator[Backend]:
         backend.closed.set()
         server.shutdown()
         server.server_close()
+
+
+KEY = "0123456789" * 4
+
+
+@pytest.fixture
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """No login, no W&B setting, and a home folder in which nothing may appear."""
+    for name in list(os.environ):
+        if name.startswith("WANDB"):
+            monkeypatch.delenv(name)
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.delenv("NETRC", raising=False)
+    return home
+
+
+@pytest.fixture
+def backend(clean_environment: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
+    """A backend that whatever is started now sends to, with its key."""
+    with serve(KEY) as found:
+        monkeypatch.setenv("WANDB_API_KEY", KEY)
+        monkeypatch.setenv("WANDB_BASE_URL", found.url)
+        yield found

@@ -1,0 +1,110 @@
+"""What W&B is told of a search, from its folder: a run for each trial that has ended, in the
+search's group, and one for the whole when its recipe is there."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from jobs.tuning.trial_records import list_ended, read_trial, trial_config
+from pneumo import storage
+from pneumo.config import Config, without_folders
+from pneumo.reporting.tracking import Artifact, Page, Scalar, Table, TrackedRun, name_run
+from pneumo.reporting.tracking.tracked_run import (
+    describe_store,
+    present,
+    read_config,
+    read_dataset,
+)
+from pneumo.reporting.tracking.training_run import name_metrics
+from pneumo.tuning.trials import Trial
+
+BEST, TRIALS, REPORT = "best.toml", "trials.parquet", "report.html"
+
+
+def read_search(run_url: str, without: Collection[str] = ()) -> Iterator[TrackedRun]:
+    """The trials that have ended and, at the end of the search, the search; those of the ids
+    `without` are not read."""
+    config = read_config(run_url)
+    if config is None:
+        return
+    name = name_run(run_url)
+    for trial in list_ended(run_url):
+        if f"{name}-{trial}" not in without:
+            yield describe_trial(read_trial(run_url, trial), config, run_url)
+    if name not in without and storage.exists(storage.join(run_url, BEST)):
+        files = {
+            file: storage.read_bytes(storage.join(run_url, file)) for file in (TRIALS, REPORT, BEST)
+        }
+        yield describe_search(files, config, run_url)
+
+
+def describe_trial(trial: Trial, config: Config, run_url: str) -> TrackedRun:
+    """A trial: its epochs, and what became of it."""
+    name = name_run(run_url)
+    history = [
+        {"epoch": number, **name_metrics(dict(record, epoch=None))}
+        for number, record in enumerate(trial.history, 1)
+    ]
+    end: dict[str, Scalar] = {
+        "tune/objective": trial.objective(config.tune),
+        "tune/epochs": trial.epochs,
+        "tune/state": trial.state,
+        "tune/error": trial.error,
+    }
+    store = describe_store(read_dataset(run_url))
+    return TrackedRun(
+        id=f"{name}-{trial.name}",
+        name=f"{name}-{trial.name}",
+        group=config.tracking.group or name,
+        job_type="tune-trial",
+        tracking=config.tracking,
+        config={**trial_config(config, trial.settings, trial.seed).for_others(), **store},
+        history=history,
+        summary={**(history[-1] if history else {}), **present(end)},
+        is_finished=not trial.is_open,
+    )
+
+
+def describe_search(files: Mapping[str, bytes], config: Config, run_url: str) -> TrackedRun:
+    """The search as a whole, from its `files`: the table of trials, the page, and the setting that
+    is taken."""
+    name, keys = name_run(run_url), list(config.tune.space)
+    table = pq.read_table(io.BytesIO(files[TRIALS]))
+    choice = json.loads(table.schema.metadata[b"pneumo.choice"])
+    trials = [row for row in table.to_pylist() if row["role"] == "search"]
+    best = next(row for row in trials if row["chosen"])
+    columns = ["name", "state", "objective", "low", "high", "epochs"]
+    # A setting is text: W&B wants one type a column.
+    rows = [[*(row[c] for c in columns), *(_show(row[key]) for key in keys)] for row in trials]
+    return TrackedRun(
+        id=name,
+        name=name,
+        group=config.tracking.group or name,
+        job_type="tune",
+        tracking=config.tracking,
+        config={**config.for_others(), **describe_store(read_dataset(run_url))},
+        media={
+            "tune/trials": Table(["trial", *columns[1:], *keys], rows),
+            "tune/report": Page(files[REPORT].decode()),
+        },
+        summary=present(
+            {
+                "tune/objective": best["objective"],
+                "tune/trial": best["name"],
+                "tune/reason": choice["reason"],
+                "tune/epochs": sum(row["epochs"] for row in trials),
+                **{f"tune/{key}": without_folders(best[key]) for key in keys},
+            }
+        ),
+        outputs=[Artifact(f"search-{name}", "search", files)],
+    )
+
+
+def _show(value: Any) -> str:
+    """A number in three digits, a file without its folders, all else as it is."""
+    return f"{value:.3g}" if isinstance(value, float) else str(without_folders(value))

@@ -1,0 +1,71 @@
+"""What W&B is told of a training, from the files that it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from pneumo.reporting.tracking.artifacts import describe_dataset, describe_weights, record_weights
+from pneumo.reporting.tracking.tracked_run import (
+    TrackedRun,
+    describe_store,
+    name_run,
+    present,
+    read_config,
+    read_dataset,
+)
+from pneumo.training.checkpoint_writer import read_history
+from pneumo.training.checkpoints import CheckpointIndex, find_index
+
+_OF_TRAINING = ("lr", "grad_norm")
+
+
+def read_training(run_url: str) -> TrackedRun | None:
+    """The training in the run's folder as far as it has come; None before its first checkpoint.
+
+    Raises TrackingError, CheckpointError or StorageError where the folder cannot be read.
+    """
+    config, index = read_config(run_url), find_index(run_url)
+    if config is None or index is None:
+        return None
+    name, manifest = name_run(run_url), read_dataset(run_url)
+    digest = None if manifest is None else manifest.digest
+    record = record_weights(index.best, name, digest)
+    history = [name_metrics(metrics) for metrics in read_history(run_url)]
+    return TrackedRun(
+        id=name,
+        name=name,
+        group=config.tracking.group or name,
+        job_type="train",
+        tracking=config.tracking,
+        config={**config.for_others(), **describe_store(manifest)},
+        history=history,
+        summary=_summarise(history, index),
+        inputs=[] if manifest is None else [describe_dataset(manifest)],
+        outputs=[describe_weights(record, ["best"])] if index.finished else [],
+        is_finished=index.finished,
+    )
+
+
+def _summarise(
+    history: Sequence[Mapping[str, float]], index: CheckpointIndex
+) -> dict[str, float | int]:
+    """The epoch that is scored; of the speed, the last."""
+    scored = next((row for row in history if row["epoch"] == index.best.epoch), {})
+    speed = {k: v for row in history[-1:] for k, v in row.items() if k.startswith("perf/")}
+    found = {k: v for k, v in scored.items() if k != "epoch" and not k.startswith("perf/")}
+    return {**speed, **found, "train/best_epoch": index.best.epoch}
+
+
+def name_metrics(metrics: Mapping[str, float | None]) -> dict[str, float]:
+    """An epoch's line of metrics.jsonl under W&B's names: what has no prefix there is about
+    training (`train/lr`) or its speed (`perf/images_per_s`). What was fed is no curve; a None is
+    left out."""
+    return present(
+        {
+            name
+            if "/" in name or name == "epoch"
+            else f"{'train' if name in _OF_TRAINING else 'perf'}/{name}": value
+            for name, value in metrics.items()
+            if not name.startswith("data/")
+        }
+    )

@@ -1,0 +1,38 @@
+"""What tracking.mode and the environment come to."""
+
+import pytest
+
+from pneumo.config import TrackingConfig
+from pneumo.reporting.tracking import choose_mode
+
+KEY = "0123456789" * 4
+
+
+@pytest.mark.parametrize(
+    ("config", "environment", "expected"),
+    [
+        ("auto", {}, "offline"),
+        ("auto", {"WANDB_API_KEY": KEY}, "online"),
+        ("auto", {"WANDB_API_KEY": KEY, "WANDB_MODE": "offline"}, "offline"),
+        ("auto", {"WANDB_MODE": "disabled"}, "disabled"),
+        ("auto", {"WANDB_MODE": "online"}, "online"),
+        ("auto", {"WANDB_MODE": "shared"}, "offline"),
+        ("online", {}, "online"),
+        ("online", {"WANDB_MODE": "dryrun"}, "offline"),
+        ("offline", {"WANDB_API_KEY": KEY, "WANDB_MODE": "online"}, "offline"),
+        ("disabled", {"WANDB_API_KEY": KEY}, "disabled"),
+    ],
+)
+def test_mode(tmp_path, config, environment, expected):
+    found = choose_mode(TrackingConfig(mode=config), {"HOME": str(tmp_path), **environment})
+    assert found == expected
+
+
+def test_a_login_counts_for_its_own_server_only(tmp_path):
+    (tmp_path / ".netrc").write_text(f"machine api.wandb.ai login user password {KEY}\n")
+    home = {"HOME": str(tmp_path)}
+    auto = TrackingConfig(mode="auto")
+    assert choose_mode(auto, home) == "online"
+    assert choose_mode(auto, {**home, "WANDB_BASE_URL": "https://wandb.example.org"}) == "offline"
+    (tmp_path / ".netrc").write_text("no netrc\n")
+    assert choose_mode(auto, home) == "offline"
