@@ -110,8 +110,9 @@ def overflowing(
     store = PreparedStore(str(prepared.store), manifest, DataConfig(cache="stream"))
     test = open_loader(store, "test", world=World(), device="cpu")
     logits = score(model, test.evaluation(batch_size=64)).logits
-    for name in ("fc.weight", "fc.bias"):  # the largest of test is above the end of float32
-        weights[name] = weights[name] * (1.2 * LARGEST_FLOAT32 / float(np.abs(logits).max()))
+    scale = 1.2 * LARGEST_FLOAT32 / float(np.abs(logits).max())  # the largest is beyond float32
+    for name in ("fc.weight", "fc.bias"):
+        weights[name] = (weights[name].double() * scale).float()
     save_checkpoint(
         str(run),
         replace(checkpoint, model=weights),
