@@ -23,7 +23,7 @@ from datetime import datetime
 from typing import NoReturn
 
 from cluster import run_folder
-from cluster.states import JobState, Target, is_remote
+from cluster.targets import JobState, Target, is_remote
 from pneumo.errors import AccessError, ClusterError, ConfigError, PneumoError
 
 SECOND_THOUGHT_S = 3.0
@@ -167,7 +167,8 @@ def _take_down(target: Target, confirmed: bool) -> int:
 def _connect(options: argparse.Namespace) -> Target:
     """The target that the options name; imported here, since a wrong setting needs none."""
     if options.target == "k8s":
-        from cluster import kubernetes_jobs, overlays
+        from cluster.kuberay import jobs as kubernetes_jobs
+        from cluster.kuberay import overlays
 
         submits = options.command == "submit"
         return kubernetes_jobs.connect(
@@ -182,7 +183,7 @@ def _connect(options: argparse.Namespace) -> Target:
     if stray:
         raise ConfigError(f"cluster: --{stray[0]} has no effect without --target k8s")
     address = _address(options)
-    from cluster import ray_jobs
+    from cluster.ray import jobs as ray_jobs
 
     return ray_jobs.RayTarget(address, ray_jobs.connect(address, os.environ))
 

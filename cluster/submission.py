@@ -15,13 +15,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from cluster.package import RECIPE_FOLDER
-from cluster.states import is_remote
+from cluster.targets import is_remote
 from pneumo.command_line import JOBS, Invocation, PrepareArguments, parse_command_line
 from pneumo.config import WEIGHTS_WITHOUT_FILE, ClusterConfig, Config, Section, check_batch_size
 from pneumo.config_layers import ENVIRONMENT_PREFIX, override, read_recipe
 from pneumo.errors import ConfigError
 from pneumo.search_space import flatten
+
+RECIPE_FOLDER = "sent"
+"""Where a recipe of the laptop lies in the package that is sent."""
 
 PASSED_ON = ("AWS_", "WANDB_", "PNEUMO_")
 """Environment variables with these prefixes go along; RAY_* never: the cluster has its own."""

@@ -87,12 +87,12 @@ def _start(folder: Path, ports: list[int], environ: Mapping[str, str]) -> subpro
 def _wait_until_ready(
     address: str, environ: Mapping[str, str], head: subprocess.Popen[bytes], folder: Path
 ) -> None:
-    from cluster import ray_jobs
+    from cluster.ray import jobs
 
     deadline_s = time.monotonic() + 60
     while True:
         try:
-            ray_jobs.list_jobs(ray_jobs.connect(address, environ))
+            jobs.list_jobs(jobs.connect(address, environ))
         except PneumoError as error:
             if head.poll() is not None or time.monotonic() > deadline_s:
                 log = (folder / "ray-start.log").read_text(errors="replace")

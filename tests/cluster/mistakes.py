@@ -86,7 +86,7 @@ def _scale(job: Document) -> None:
 
 Check = Literal["schema", "rules", "server", "pods"]
 CHECKS: tuple[Check, ...] = ("schema", "rules", "server", "pods")
-"""By a strict schema; by `cluster.rules`; by an API server that is asked to create the object; and
+"""By a strict schema; by `kuberay.operator_rules`; by an API server asked to create the object; and
 by one that is asked to create the pods, of whose fields KubeRay's schema says little."""
 
 BROKEN: dict[str, tuple[str, Break, str]] = {

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from cluster import overlays
+from cluster.kuberay import overlays
 from pneumo.errors import ConfigError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"

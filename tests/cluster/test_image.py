@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster import package, ray_jobs
+from cluster.ray import jobs, sent_code
 from pneumo.version import REVISION
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -62,7 +62,7 @@ def test_ray_is_one_version_everywhere() -> None:
 def test_python_is_one_version_everywhere() -> None:
     [base] = re.findall(r"ARG BASE_IMAGE=\S*python:(\d\.\d+)-", DOCKERFILE)
     assert set(re.findall(r"python(\d\.\d+) -m venv", DOCKERFILE)) == {base}
-    assert base in ray_jobs.PYTHONS
+    assert base in jobs.PYTHONS
     heads = [
         re.findall(r"with Python (\d\.\d+)", (CHECKOUT / lock).read_text())[0]
         for lock in ("requirements.lock", "requirements-image.lock")
@@ -109,7 +109,7 @@ def test_only_code_goes_into_the_image() -> None:
     }
     # Of what is let in, what a job's package leaves out as likely secrets; the last match counts.
     refused = allowed[allowed.index("!requirements-image.lock") :]
-    assert {f"**/{name}" for name in package.SECRET_LIKE} <= set(refused)
+    assert {f"**/{name}" for name in sent_code.SECRET_LIKE} <= set(refused)
 
 
 @pytest.fixture(scope="module")

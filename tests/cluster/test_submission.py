@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.states import is_remote
 from cluster.submission import Submission, plan, split_environment, submission_id
+from cluster.targets import is_remote
 from pneumo.command_line import JOBS, parse_command_line
 from pneumo.errors import ConfigError
 

@@ -17,8 +17,8 @@ from kubernetes import client as kubernetes_client
 from kubernetes import config as kubernetes_config
 from kubernetes.client.exceptions import ApiException
 
-from cluster import kubernetes_api
-from cluster.kubernetes_jobs import KubernetesTarget
+from cluster.kuberay import api as kubernetes_api
+from cluster.kuberay.jobs import KubernetesTarget
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 TOOLS = CHECKOUT.parent / "shared" / "tools"

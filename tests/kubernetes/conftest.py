@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import s3fs
 
-from cluster import overlays
+from cluster.kuberay import overlays
 from tests.kubernetes import namespaces
 from tests.kubernetes.cluster import HOST, KUBECONFIG, OVERLAY, REASON, Document, KubeCluster, Team
 from tests.kubernetes.probes import put, write_overlay

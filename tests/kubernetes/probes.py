@@ -10,9 +10,9 @@ from pathlib import Path
 
 import yaml
 
-from cluster.kubernetes_jobs import KubernetesTarget
-from cluster.states import JobState
+from cluster.kuberay.jobs import KubernetesTarget
 from cluster.submission import Submission
+from cluster.targets import JobState
 from tests.kubernetes.cluster import OVERLAY, Document, Team
 
 

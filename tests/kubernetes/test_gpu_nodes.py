@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import s3fs
 
-from cluster.kubernetes_jobs import KubernetesTarget
-from cluster.overlays import OVERLAYS
+from cluster.kuberay.jobs import KubernetesTarget
+from cluster.kuberay.overlays import OVERLAYS
 from cluster.submission import plan
 from tests.kubernetes.cluster import SMALL, Document, KubeCluster, Team
 from tests.kubernetes.probes import follow, make_probe, write_overlay

@@ -12,7 +12,7 @@ import pytest
 import s3fs
 from kubernetes.client.exceptions import ApiException
 
-from cluster.overlays import OVERLAYS
+from cluster.kuberay.overlays import OVERLAYS
 from cluster.submission import Submission, plan
 from tests.kubernetes.cluster import SMALL, Document, KubeCluster, Team
 from tests.kubernetes.namespaces import make_object

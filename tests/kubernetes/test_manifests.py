@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from kubernetes.client.exceptions import ApiException
 
-from cluster import overlays
+from cluster.kuberay import overlays
 from tests.cluster.mistakes import BROKEN, Break, as_pod, job_of, of_kind, templates
 from tests.cluster.test_manifests import OVERLAYS, compose
 from tests.kubernetes import namespaces

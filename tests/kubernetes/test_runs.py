@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster import kubernetes_api
+from cluster.kuberay import api as kubernetes_api
 from tests.cluster.http_proxy import FaultyProxy, Rule
 from tests.kubernetes.cluster import Team
 from tests.kubernetes.namespaces import ROLE

@@ -13,8 +13,9 @@ import pytest
 import yaml
 from kubernetes.client.exceptions import ApiException
 
-from cluster import kubernetes_api, kubernetes_jobs
-from cluster.overlays import find_overlay
+from cluster.kuberay import api as kubernetes_api
+from cluster.kuberay import jobs as kubernetes_jobs
+from cluster.kuberay.overlays import find_overlay
 from pneumo.errors import AccessError, ConfigError
 from tests.cluster.http_proxy import FaultyProxy, Rule
 from tests.kubernetes.cluster import Access, Document, KubeCluster, Team

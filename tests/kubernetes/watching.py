@@ -7,9 +7,9 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from cluster.kubernetes_jobs import PATIENCE_S
-from cluster.states import JobState
+from cluster.kuberay.jobs import PATIENCE_S
 from cluster.submission import Submission
+from cluster.targets import JobState
 from tests.kubernetes.cluster import Document, Team
 from tests.kubernetes.probes import find_numbers
 

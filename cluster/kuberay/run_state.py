@@ -7,10 +7,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from cluster import progress, rayjob
-from cluster.overlays import Document
-from cluster.states import JobState, Phase
-from cluster.troubles import Trouble
+from cluster.kuberay import progress, rayjob
+from cluster.kuberay.overlays import Document
+from cluster.kuberay.pod_troubles import Trouble
+from cluster.targets import JobState, Phase
 
 OPERATOR_TIMEOUT_S = 60.0
 """An operator that runs takes a RayJob up within a second or two."""

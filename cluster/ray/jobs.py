@@ -26,8 +26,8 @@ from ray.dashboard.modules.job.pydantic_models import JobDetails
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from cluster.package import Package, collect, stage
-from cluster.states import JobState, Phase, Started, Write, is_remote
+from cluster.ray.sent_code import Package, collect, stage
+from cluster.targets import JobState, Phase, Started, Write, is_remote
 from pneumo.errors import AccessError, ClusterError, ConfigError, PneumoError
 from pneumo.version import REVISION, find_revision
 

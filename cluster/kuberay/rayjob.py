@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 
-from cluster import rules
-from cluster.overlays import Document
+from cluster.kuberay import operator_rules
+from cluster.kuberay.overlays import Document
 from cluster.submission import Submission
 from pneumo.errors import ConfigError
 from pneumo.version import REVISION
@@ -138,7 +138,7 @@ def describe_limits(container: Document) -> str:
 
 def check(job: Document) -> None:
     """Raise ConfigError for the first thing that KubeRay 1.7 or a shell would not take."""
-    for problem in rules.problems(job):
+    for problem in operator_rules.problems(job):
         raise ConfigError(f"cluster: the RayJob: {problem}")
 
 

@@ -19,7 +19,7 @@ from pneumo.errors import ConfigError
 
 Document = dict[str, Any]
 
-OVERLAYS = Path(__file__).resolve().parents[1] / "k8s" / "overlays"
+OVERLAYS = Path(__file__).resolve().parents[2] / "k8s" / "overlays"
 
 OLDEST_KUBECTL = (1, 27)
 """Before, its kustomize does not know all that k8s/ uses; Debian 12 has 1.20."""

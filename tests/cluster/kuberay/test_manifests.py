@@ -18,7 +18,8 @@ import jsonschema
 import pytest
 import yaml
 
-from cluster import overlays, ray_jobs, rules
+from cluster.kuberay import operator_rules, overlays
+from cluster.ray import jobs
 from pneumo.command_line import parse_command_line
 from pneumo.errors import ConfigError
 from tests.cluster.mistakes import (
@@ -91,7 +92,7 @@ def test_kuberays_schema_accepts_it(
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_the_operators_own_rules_hold(rendered: dict[str, list[Document]], overlay: str) -> None:
-    assert list(rules.problems(job_of(rendered[overlay]))) == []
+    assert list(operator_rules.problems(job_of(rendered[overlay]))) == []
 
 
 @pytest.mark.parametrize("version", KUBERNETES)
@@ -133,7 +134,7 @@ def test_what_is_broken_is_caught_without_a_cluster_by(
     )
     assert bool(errors) is ("schema" in by), errors
     if kind == "RayJob" and not errors:
-        problems = list(rules.problems(document))
+        problems = list(operator_rules.problems(document))
         assert bool(problems) is ("rules" in by), problems
 
 
@@ -195,7 +196,7 @@ def test_every_pod_is_hardened(rendered: dict[str, list[Document]], overlay: str
             assert container["resources"]["requests"] == container["resources"]["limits"]
             assert all(item["secretRef"]["optional"] for item in container.get("envFrom", []))
             plain = {item["name"]: item["value"] for item in container["env"]}
-            stops = ray_jobs.STOP_GENTLY if container["name"] == "ray-head" else {}
+            stops = jobs.STOP_GENTLY if container["name"] == "ray-head" else {}
             assert plain == {"HOME": "/tmp", **stops}  # no secret by value
 
 
@@ -241,7 +242,7 @@ def test_pods_that_are_deleted_have_time_for_a_checkpoint(
     rendered: dict[str, list[Document]], overlay: str
 ) -> None:
     job = job_of(rendered[overlay])
-    stop_s = int(ray_jobs.STOP_GENTLY["RAY_JOB_STOP_WAIT_TIME_S"])
+    stop_s = int(jobs.STOP_GENTLY["RAY_JOB_STOP_WAIT_TIME_S"])
     for role in ("head", "workers"):
         assert templates(job)[role]["spec"]["terminationGracePeriodSeconds"] >= stop_s + 30
     for role in ("head",) if "spot" in overlay else ("head", "workers"):

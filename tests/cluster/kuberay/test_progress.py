@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cluster.progress import steps
+from cluster.kuberay.progress import steps
 
 Document = dict[str, Any]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from cluster.overlays import Document
+from cluster.kuberay.overlays import Document
 
 MAX_NAME = 47
 """KubeRay appends to the name of a RayJob, and Kubernetes' names end at 63 characters."""

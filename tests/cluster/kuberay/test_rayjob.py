@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster import rayjob
+from cluster.kuberay import rayjob
 from cluster.submission import Submission, plan
 from pneumo.errors import ConfigError
 

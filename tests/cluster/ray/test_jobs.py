@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from packaging.specifiers import SpecifierSet
 
-from cluster import package, ray_jobs
+from cluster.ray import jobs, sent_code
 from cluster.submission import Submission, plan
 from pneumo.errors import AccessError, ConfigError
 from pneumo.version import REVISION, find_revision
@@ -40,8 +40,8 @@ CHECKOUT = PROBE.parents[2]
 
 
 @pytest.fixture(scope="module")
-def client(ray_cluster: RayCluster) -> ray_jobs.Client:
-    return ray_jobs.connect(ray_cluster.address, ray_cluster.environ)
+def client(ray_cluster: RayCluster) -> jobs.Client:
+    return jobs.connect(ray_cluster.address, ray_cluster.environ)
 
 
 def _probe(name: str, *arguments: object, settings: str = "a", **environ: str) -> Submission:
@@ -55,21 +55,21 @@ def _probe(name: str, *arguments: object, settings: str = "a", **environ: str) -
     )
 
 
-def _start(client: ray_jobs.Client, submission: Submission) -> str:
-    return ray_jobs.submit(client, submission, package.collect()).id
+def _start(client: jobs.Client, submission: Submission) -> str:
+    return jobs.submit(client, submission, sent_code.collect()).id
 
 
-def _follow(client: ray_jobs.Client, job_id: str, **options: Any) -> tuple[str, int]:
+def _follow(client: jobs.Client, job_id: str, **options: Any) -> tuple[str, int]:
     text: list[str] = []
-    info = ray_jobs.follow(client, job_id, text.append, **options)
-    return "".join(text), ray_jobs.exit_code(info)
+    info = jobs.follow(client, job_id, text.append, **options)
+    return "".join(text), jobs.exit_code(info)
 
 
 def _numbers(log: str) -> list[int]:
     return [int(line.split()[1]) for line in log.splitlines() if line.startswith("line ")]
 
 
-def test_code_and_environment_arrive_and_the_log_comes_back(client: ray_jobs.Client) -> None:
+def test_code_and_environment_arrive_and_the_log_comes_back(client: jobs.Client) -> None:
     asked = ("AWS_REGION", REVISION)
     job_id = _start(client, _probe("ok", 25, 0, 0, *asked, AWS_REGION="eu-north-1"))
     log, code = _follow(client, job_id)
@@ -78,41 +78,41 @@ def test_code_and_environment_arrive_and_the_log_comes_back(client: ray_jobs.Cli
     assert "folder jobs pneumo\n" in log
     assert "AWS_REGION is eu-north-1\n" in log
     assert f"{REVISION} is {find_revision(CHECKOUT) or 'absent'}\n" in log
-    assert log == ray_jobs.logs(client, job_id)
+    assert log == jobs.logs(client, job_id)
 
 
-def test_exit_codes_and_reasons(client: ray_jobs.Client) -> None:
+def test_exit_codes_and_reasons(client: jobs.Client) -> None:
     asked = {2: 2, 3: 1, 130: 130}
     ids = {code: _start(client, _probe(f"exit-{code}", 1, 0, code)) for code in asked}
     absent = _start(client, Submission("train", "probe-absent", "no-such-program", "/x", "a"))
     for code, expected in asked.items():
         _, got = _follow(client, ids[code])
         assert got == expected
-        assert ray_jobs.failure(ray_jobs.details(client, ids[code])) == f"exit code {code}"
+        assert jobs.failure(jobs.details(client, ids[code])) == f"exit code {code}"
     assert _follow(client, absent)[1] == 1
-    assert "no command 'python'" in ray_jobs.failure(ray_jobs.details(client, absent))
+    assert "no command 'python'" in jobs.failure(jobs.details(client, absent))
 
 
-def test_submitting_twice_runs_once(client: ray_jobs.Client) -> None:
+def test_submitting_twice_runs_once(client: jobs.Client) -> None:
     asked = _probe("twice", 100, 0.1, 0)
-    first = ray_jobs.submit(client, asked, package.collect())
-    again = ray_jobs.submit(client, asked, package.collect())
-    assert first == ray_jobs.Started("probe-twice", already_running=False)
-    assert again == ray_jobs.Started("probe-twice", already_running=True)
+    first = jobs.submit(client, asked, sent_code.collect())
+    again = jobs.submit(client, asked, sent_code.collect())
+    assert first == jobs.Started("probe-twice", already_running=False)
+    assert again == jobs.Started("probe-twice", already_running=True)
     with pytest.raises(ConfigError, match=r"is being written by probe-twice with other settings"):
-        ray_jobs.submit(client, _probe("twice", 100, 0.1, 0, settings="b"), package.collect())
-    ray_jobs.cancel(client, first.id)
-    third = ray_jobs.submit(client, _probe("twice", 1, 0, 0), package.collect())
-    assert third == ray_jobs.Started("probe-twice-2", already_running=False)
+        jobs.submit(client, _probe("twice", 100, 0.1, 0, settings="b"), sent_code.collect())
+    jobs.cancel(client, first.id)
+    third = jobs.submit(client, _probe("twice", 1, 0, 0), sent_code.collect())
+    assert third == jobs.Started("probe-twice-2", already_running=False)
     assert _follow(client, third.id)[1] == 0
 
 
 def test_a_dropped_stream_is_taken_up_where_it_stopped(
-    client: ray_jobs.Client, ray_cluster: RayCluster
+    client: jobs.Client, ray_cluster: RayCluster
 ) -> None:
     job_id = _start(client, _probe("dropped", 40, 0.1, 0))
     with _Relay(ray_cluster.address) as relay:
-        through = ray_jobs.connect(relay.address, ray_cluster.environ)
+        through = jobs.connect(relay.address, ray_cluster.environ)
         threading.Timer(2.5, relay.cut).start()
         log, code = _follow(through, job_id)
     assert relay.cuts > 0
@@ -120,30 +120,30 @@ def test_a_dropped_stream_is_taken_up_where_it_stopped(
     assert _numbers(log) == list(range(40))
 
 
-def test_a_silent_stream_is_asked_again_without_a_line_twice(client: ray_jobs.Client) -> None:
+def test_a_silent_stream_is_asked_again_without_a_line_twice(client: jobs.Client) -> None:
     job_id = _start(client, _probe("silent", 4, 1.0, 0))
     log, code = _follow(client, job_id, silence_s=0.7)
     assert (_numbers(log), code) == ([0, 1, 2, 3], 0)
 
 
 def test_a_cluster_that_goes_away_ends_the_following(
-    client: ray_jobs.Client, ray_cluster: RayCluster
+    client: jobs.Client, ray_cluster: RayCluster
 ) -> None:
     job_id = _start(client, _probe("away", 600, 0.1, 0))
     notes: list[object] = []
     with _Relay(ray_cluster.address) as relay:
-        through = ray_jobs.connect(relay.address, ray_cluster.environ)
+        through = jobs.connect(relay.address, ray_cluster.environ)
         threading.Timer(1.0, relay.close).start()
-        with pytest.raises(ray_jobs.OutOfReachError, match="no answer"):
-            ray_jobs.follow(through, job_id, lambda _: None, notes.append, patience_s=1.0)
+        with pytest.raises(jobs.OutOfReachError, match="no answer"):
+            jobs.follow(through, job_id, lambda _: None, notes.append, patience_s=1.0)
     assert "the job goes on, trying again" in str(notes[-1])
     assert len(notes) == len(set(notes))
-    assert ray_jobs.exit_code(ray_jobs.cancel(client, job_id)) == 130
+    assert jobs.exit_code(jobs.cancel(client, job_id)) == 130
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_an_answer_that_may_pass_is_waited_out(
-    client: ray_jobs.Client, ray_cluster: RayCluster, status: int
+    client: jobs.Client, ray_cluster: RayCluster, status: int
 ) -> None:
     """Also that the log is whole: a proxy that speaks HTTP alone lets no stream through."""
     job_id = _start(client, _probe(f"busy-{status}", 5, 0.1, 3))
@@ -153,7 +153,7 @@ def test_an_answer_that_may_pass_is_waited_out(
     ]
     notes: list[object] = []
     with FaultyProxy(ray_cluster.address) as proxy:
-        through = ray_jobs.connect(proxy.url, ray_cluster.environ)
+        through = jobs.connect(proxy.url, ray_cluster.environ)
         proxy.rules += rules
         log, code = _follow(through, job_id, note=notes.append)
     assert (_numbers(log), code) == ([0, 1, 2, 3, 4], 1)
@@ -165,43 +165,41 @@ def test_a_dashboard_that_is_busy_is_no_wrong_address(ray_cluster: RayCluster) -
     rule = Rule("GET", "/api/version", "answer", 503)
     with (
         FaultyProxy(ray_cluster.address, [rule]) as proxy,
-        pytest.raises(ray_jobs.OutOfReachError, match="answers HTTP 503"),
+        pytest.raises(jobs.OutOfReachError, match="answers HTTP 503"),
     ):
-        ray_jobs.connect(proxy.url, ray_cluster.environ)
+        jobs.connect(proxy.url, ray_cluster.environ)
 
 
 def test_a_job_that_went_with_the_head_is_lost_not_unknown(
-    client: ray_jobs.Client, ray_cluster: RayCluster
+    client: jobs.Client, ray_cluster: RayCluster
 ) -> None:
     job_id = _start(client, _probe("lost", 600, 0.1, 0))
     forgotten = Rule("GET", f"/api/jobs/{job_id}", "answer", 404, times=99)
     with FaultyProxy(ray_cluster.address) as proxy:
-        through = ray_jobs.connect(proxy.url, ray_cluster.environ)
+        through = jobs.connect(proxy.url, ray_cluster.environ)
         threading.Timer(1.5, lambda: proxy.rules.append(forgotten)).start()
-        with pytest.raises(ray_jobs.LostError, match=r"lost with the head.*submit again") as raised:
+        with pytest.raises(jobs.LostError, match=r"lost with the head.*submit again") as raised:
             _follow(through, job_id)
     assert raised.value.exit_code == 1
-    ray_jobs.cancel(client, job_id)
+    jobs.cancel(client, job_id)
 
 
 def test_a_job_whose_submission_was_not_answered_is_found(
-    client: ray_jobs.Client, ray_cluster: RayCluster
+    client: jobs.Client, ray_cluster: RayCluster
 ) -> None:
     with FaultyProxy(ray_cluster.address) as proxy:
-        through = ray_jobs.connect(proxy.url, ray_cluster.environ)
+        through = jobs.connect(proxy.url, ray_cluster.environ)
         proxy.rules.append(Rule("POST", "/api/jobs/", "drop after"))
-        started = ray_jobs.submit(through, _probe("unanswered", 1, 0, 0), package.collect())
-        assert started == ray_jobs.Started("probe-unanswered", already_running=False)
+        started = jobs.submit(through, _probe("unanswered", 1, 0, 0), sent_code.collect())
+        assert started == jobs.Started("probe-unanswered", already_running=False)
         proxy.rules.append(Rule("POST", "/api/jobs/", "drop before"))
-        with pytest.raises(ray_jobs.OutOfReachError, match="no answer"):
-            ray_jobs.submit(through, _probe("unheard", 1, 0, 0), package.collect())
+        with pytest.raises(jobs.OutOfReachError, match="no answer"):
+            jobs.submit(through, _probe("unheard", 1, 0, 0), sent_code.collect())
     assert _follow(client, started.id)[1] == 0
-    assert "probe-unheard" not in {info.submission_id for info in ray_jobs.list_jobs(client)}
+    assert "probe-unheard" not in {info.submission_id for info in jobs.list_jobs(client)}
 
 
-def test_down_leaves_the_jobs_of_others_alone(
-    client: ray_jobs.Client, ray_cluster: RayCluster
-) -> None:
+def test_down_leaves_the_jobs_of_others_alone(client: jobs.Client, ray_cluster: RayCluster) -> None:
     other = client.submit_job(entrypoint="sleep 600", submission_id="somebody-elses")
     mine = _start(client, _probe("mine", 600, 0.1, 0))
     asked = ray_cluster.command("down")
@@ -211,8 +209,8 @@ def test_down_leaves_the_jobs_of_others_alone(
     done = ray_cluster.command("down", "--yes")
     assert done.returncode == 0, done.stderr
     assert f"left alone, for they were not submitted by this: {other}" in done.stderr
-    assert ray_jobs.details(client, mine).status.is_terminal()
-    assert not ray_jobs.details(client, other).status.is_terminal()
+    assert jobs.details(client, mine).status.is_terminal()
+    assert not jobs.details(client, other).status.is_terminal()
     client.stop_job(other)
 
 
@@ -229,9 +227,9 @@ def test_secrets_on_an_open_wire_are_warned_of(address: str, *, warned: bool) ->
     notes: list[str] = []
     asked = _probe("open", 1, 0, 0, AWS_SECRET_ACCESS_KEY="hidden", AWS_REGION="eu-north-1")
     with _Dashboard("2.51.0", "3.11.7") as dashboard:
-        client = ray_jobs.connect(dashboard.address, {"RAY_AUTH_MODE": "disabled"})
+        client = jobs.connect(dashboard.address, {"RAY_AUTH_MODE": "disabled"})
         with pytest.raises(ConfigError, match=r"runs Ray 2\.51"):
-            ray_jobs.RayTarget(address, client).submit(asked, notes.append)
+            jobs.RayTarget(address, client).submit(asked, notes.append)
     told = f"warning: AWS_SECRET_ACCESS_KEY will go to {address} unencrypted; "
     assert [note.startswith(told) for note in notes] == [True] * warned
     assert "hidden" not in "".join(notes)
@@ -258,7 +256,7 @@ def _following(cluster: RayCluster, job_id: str) -> Iterator[subprocess.Popen[st
 
 
 def test_control_c_detaches_and_cancel_stops_gently(
-    client: ray_jobs.Client, ray_cluster: RayCluster
+    client: jobs.Client, ray_cluster: RayCluster
 ) -> None:
     job_id = _start(client, _probe("control-c", 600, 0.1, 0))
     with _following(ray_cluster, job_id) as following:
@@ -268,14 +266,14 @@ def test_control_c_detaches_and_cancel_stops_gently(
     detached, hint = error.splitlines()
     assert f"back: python -m cluster logs {job_id} --follow --address" in detached
     assert hint == "Ctrl-C again within 3 s cancels it"
-    assert not ray_jobs.details(client, job_id).status.is_terminal()
+    assert not jobs.details(client, job_id).status.is_terminal()
     assert ray_cluster.command("cancel", job_id).stderr == f"{job_id} cancelled\n"
     log, code = _follow(client, job_id)
     assert code == 130
     assert "stopped gently" in log
 
 
-def test_control_c_twice_cancels(client: ray_jobs.Client, ray_cluster: RayCluster) -> None:
+def test_control_c_twice_cancels(client: jobs.Client, ray_cluster: RayCluster) -> None:
     job_id = _start(client, _probe("control-c-twice", 600, 0.1, 0))
     with _following(ray_cluster, job_id) as following:
         following.send_signal(signal.SIGINT)
@@ -286,7 +284,7 @@ def test_control_c_twice_cancels(client: ray_jobs.Client, ray_cluster: RayCluste
         _, error = following.communicate(timeout=20)
     assert following.returncode == 130
     assert error == f"{job_id} cancelled\n"
-    assert ray_jobs.state(ray_jobs.details(client, job_id)).phase == "cancelled"
+    assert jobs.state(jobs.details(client, job_id)).phase == "cancelled"
 
 
 @pytest.mark.slow
@@ -308,7 +306,7 @@ def test_a_bucket_out_of_reach_is_told_by_a_preflight_job(ray_cluster: RayCluste
     assert "preflight" not in ray_cluster.command("list").stdout
 
 
-def test_a_preflight_that_passes(client: ray_jobs.Client, tmp_path: Path) -> None:
+def test_a_preflight_that_passes(client: jobs.Client, tmp_path: Path) -> None:
     (tmp_path / "labels.csv").touch()  # an empty source is none
     asked = plan(
         "prepare",
@@ -317,18 +315,18 @@ def test_a_preflight_that_passes(client: ray_jobs.Client, tmp_path: Path) -> Non
         remote=False,
         now=datetime.now(),
     )
-    said = ray_jobs.preflight(client, asked, package.collect())
+    said = jobs.preflight(client, asked, sent_code.collect())
     python = ".".join(map(str, sys.version_info[:3]))
     assert said.startswith(f"preflight: Python {python}, Ray {version('ray')}; reached {tmp_path}")
     assert not (tmp_path / "store").exists()
     gone = replace(asked, preflight=asked.preflight.replace("--reads", "--reads /nowhere --reads"))
     with pytest.raises(ConfigError, match="preflight: /nowhere: nothing is there"):
-        ray_jobs.preflight(client, gone, package.collect())
-    assert not [job for job in ray_jobs.list_jobs(client) if "preflight" in job.submission_id]
+        jobs.preflight(client, gone, sent_code.collect())
+    assert not [job for job in jobs.list_jobs(client) if "preflight" in job.submission_id]
 
 
-def test_versions_agree_with_a_real_cluster(client: ray_jobs.Client) -> None:
-    ray_jobs.check_versions(client)
+def test_versions_agree_with_a_real_cluster(client: jobs.Client) -> None:
+    jobs.check_versions(client)
 
 
 @pytest.mark.parametrize(
@@ -343,15 +341,15 @@ def test_a_cluster_of_other_versions_is_refused(
     ray_version: str, python_version: str, message: str
 ) -> None:
     with _Dashboard(ray_version, python_version) as dashboard:
-        client = ray_jobs.connect(dashboard.address, {"RAY_AUTH_MODE": "disabled"})
+        client = jobs.connect(dashboard.address, {"RAY_AUTH_MODE": "disabled"})
         with pytest.raises(ConfigError, match=message):
-            ray_jobs.check_versions(client)
+            jobs.check_versions(client)
 
 
 def test_the_pythons_are_those_of_the_project() -> None:
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
     allowed = SpecifierSet(project["requires-python"])
-    assert [f"3.{n}" for n in range(8, 20) if f"3.{n}.0" in allowed] == list(ray_jobs.PYTHONS)
+    assert [f"3.{n}" for n in range(8, 20) if f"3.{n}.0" in allowed] == list(jobs.PYTHONS)
 
 
 def test_the_given_address_wins_over_the_environment(
@@ -359,14 +357,14 @@ def test_the_given_address_wins_over_the_environment(
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
-    ray_jobs.list_jobs(ray_jobs.connect(ray_cluster.address, ray_cluster.environ))
+    jobs.list_jobs(jobs.connect(ray_cluster.address, ray_cluster.environ))
     assert os.environ["RAY_ADDRESS"] == "http://127.0.0.1:1"
 
 
-def test_a_wrong_token_and_an_unknown_job(client: ray_jobs.Client, ray_cluster: RayCluster) -> None:
+def test_a_wrong_token_and_an_unknown_job(client: jobs.Client, ray_cluster: RayCluster) -> None:
     with pytest.raises(AccessError, match="refuses the token; set RAY_AUTH_TOKEN"):
-        ray_jobs.list_jobs(ray_jobs.connect(ray_cluster.address, {"RAY_AUTH_TOKEN": "x" * 32}))
-    for ask in (ray_jobs.details, ray_jobs.logs, ray_jobs.cancel):
+        jobs.list_jobs(jobs.connect(ray_cluster.address, {"RAY_AUTH_TOKEN": "x" * 32}))
+    for ask in (jobs.details, jobs.logs, jobs.cancel):
         with pytest.raises(ConfigError, match=r"no job 'nobody'.*cluster list shows"):
             ask(client, "nobody")
 

@@ -12,16 +12,17 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cluster import overlays, rayjob, run_folder, troubles
-from cluster.driver_log import DriverLog, LogCursor
-from cluster.following import Following
-from cluster.kubernetes_api import AlreadyThereError, Api, MissingError, lacking
-from cluster.kubernetes_api import connect as connect_api
-from cluster.overlays import Document
-from cluster.run_state import is_leaving, submitters, to_state
-from cluster.states import JobState, Started, Write
+from cluster import run_folder
+from cluster.kuberay import overlays, pod_troubles, rayjob
+from cluster.kuberay.api import AlreadyThereError, Api, MissingError, lacking
+from cluster.kuberay.api import connect as connect_api
+from cluster.kuberay.following import Following
+from cluster.kuberay.kept_logs import DriverLog, LogCursor
+from cluster.kuberay.overlays import Document
+from cluster.kuberay.pod_troubles import Trouble
+from cluster.kuberay.run_state import is_leaving, submitters, to_state
 from cluster.submission import Submission
-from cluster.troubles import Trouble
+from cluster.targets import JobState, Started, Write
 from pneumo.errors import AccessError, ClusterError, ConfigError, PneumoError
 
 PATIENCE_S = 600.0
@@ -141,7 +142,7 @@ class KubernetesTarget:
                 f"{self.api.place}; python -m cluster list --target k8s shows those there are"
             ) from error
         pods = self.api.list_pods(f"{rayjob.RUN_LABEL}={job_id}")
-        return job, pods, troubles.find(job, pods, self.api.list_warnings())
+        return job, pods, pod_troubles.find(job, pods, self.api.list_warnings())
 
     def _build(self, documents: Sequence[Document], submission: Submission, name: str) -> Document:
         folder = self.overlay or Path()

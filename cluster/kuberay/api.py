@@ -23,7 +23,7 @@ from kubernetes import config as kubernetes_config
 from kubernetes.client.exceptions import ApiException
 from kubernetes.config import ConfigException
 
-from cluster.overlays import Document
+from cluster.kuberay.overlays import Document
 from pneumo.errors import AccessError, ClusterError, ConfigError
 
 CONNECT_TIMEOUT_S = 5.0

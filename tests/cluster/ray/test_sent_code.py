@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import package
+from cluster.ray import sent_code
 from pneumo.errors import ConfigError
 
 
@@ -25,7 +25,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def test_only_code_travels(checkout: Path) -> None:
-    sent = package.collect(checkout)
+    sent = sent_code.collect(checkout)
     assert [str(path) for path in sent.files] == [
         "jobs/recipes/fast.toml",
         "jobs/train.py",
@@ -44,7 +44,7 @@ def test_a_link_does_not_lead_out_of_the_checkout(checkout: Path, tmp_path: Path
     (tmp_path / "private.py").write_text("x")
     (checkout / "jobs" / "link.py").symlink_to(tmp_path / "private.py")
     (checkout / "jobs" / "folder").symlink_to(tmp_path)
-    sent = package.collect(checkout)
+    sent = sent_code.collect(checkout)
     assert not [path for path in sent.files if "link" in path.name or "folder" in path.parts]
     assert {"link.py", "folder"} <= {path.name for path in sent.left_out}
 
@@ -52,23 +52,23 @@ def test_a_link_does_not_lead_out_of_the_checkout(checkout: Path, tmp_path: Path
 def test_staging_copies_what_is_sent_and_the_recipe(checkout: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "best.toml"
     recipe.write_text("[train]\n")
-    sent = package.collect(checkout)
-    package.stage(sent, tmp_path / "out", recipe)
+    sent = sent_code.collect(checkout)
+    sent_code.stage(sent, tmp_path / "out", recipe)
     staged = {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*.*")}
     assert staged == {*sent.files, Path("sent/best.toml")}
 
 
 def test_data_among_the_code_is_refused(checkout: Path) -> None:
     with (checkout / "pneumo" / "weights.pt").open("wb") as file:
-        file.truncate(package.MAX_BYTES)
+        file.truncate(sent_code.MAX_BYTES)
     with pytest.raises(ConfigError, match=r"at most 100 are allowed.*pneumo/weights\.pt"):
-        package.collect(checkout)
+        sent_code.collect(checkout)
 
 
 def test_elsewhere_is_no_checkout(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no pneumo/, no jobs/; run in a checkout"):
-        package.collect(tmp_path)
+        sent_code.collect(tmp_path)
 
 
 def test_this_checkout_is_small() -> None:
-    assert package.collect().size_bytes < 5 * 2**20
+    assert sent_code.collect().size_bytes < 5 * 2**20

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
-from cluster.overlays import Document
-from cluster.troubles import NODE_TYPE, SUBMITTER
+from cluster.kuberay.overlays import Document
+from cluster.kuberay.pod_troubles import NODE_TYPE, SUBMITTER
 
 Step = tuple[object, str]
 """A key, the same while it is the same step of the same pods, and the line."""

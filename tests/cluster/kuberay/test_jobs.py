@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster import kubernetes_api
-from cluster.driver_log import DriverLog, LogCursor
-from cluster.kubernetes_jobs import KubernetesTarget
+from cluster.kuberay import api as kubernetes_api
+from cluster.kuberay.jobs import KubernetesTarget
+from cluster.kuberay.kept_logs import DriverLog, LogCursor
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 

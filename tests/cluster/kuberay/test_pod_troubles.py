@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from cluster.run_state import driver_exit_code, to_state
-from cluster.troubles import find
+from cluster.kuberay.pod_troubles import find
+from cluster.kuberay.run_state import driver_exit_code, to_state
 
 Document = dict[str, Any]
 HEAD = "train-1-0a1b2c3d-x7k2p-head-9fzqm"

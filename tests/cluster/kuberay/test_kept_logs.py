@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cluster.driver_log import DriverLog
+from cluster.kuberay.kept_logs import DriverLog
 
 STARTED = "2026-01-02 03:04:05,678\tINFO job_manager.py:581 -- Runtime env is setting up."
 CLIENT = [

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
+from cluster.submission import RECIPE_FOLDER
 from pneumo.errors import ConfigError
 
-CHECKOUT = Path(__file__).resolve().parents[1]
+CHECKOUT = Path(__file__).resolve().parents[2]
 ROOMS = ("pneumo", "jobs")
 """The packages that a job imports."""
 
@@ -27,9 +28,6 @@ CACHE_LIKE = ("__pycache__", "*.pyc", "*.pyo", "wandb", "*.egg-info")
 
 MAX_BYTES = 100 * 2**20
 """More than this is no code: Ray keeps packages in the head's memory, and refuses 500 MiB."""
-
-RECIPE_FOLDER = "sent"
-"""Where a recipe of the laptop lies in the package."""
 
 
 @dataclass(frozen=True)

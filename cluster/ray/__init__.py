@@ -1,0 +1,1 @@
+"""The Ray Jobs API of any running Ray cluster."""
