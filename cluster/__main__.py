@@ -183,9 +183,10 @@ def _connect(options: argparse.Namespace) -> Target:
     if stray:
         raise ConfigError(f"cluster: --{stray[0]} has no effect without --target k8s")
     address = _address(options)
+    from cluster.ray import client
     from cluster.ray import jobs as ray_jobs
 
-    return ray_jobs.RayTarget(address, ray_jobs.connect(address, os.environ))
+    return ray_jobs.RayTarget(address, client.connect(address, os.environ))
 
 
 def _address(options: argparse.Namespace) -> str:

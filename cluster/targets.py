@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 from urllib.parse import urlsplit
 
-from pneumo.errors import ConfigError
+from pneumo.errors import ClusterError, ConfigError
 
 if TYPE_CHECKING:  # what reads the configuration takes a quarter of a second to import
     from cluster.submission import Submission
@@ -30,6 +30,11 @@ def is_remote(address: str) -> bool:
     except ValueError as error:
         raise ConfigError(f"{address}: is no address: {error}") from error
     return (host or "") not in _LOOPBACK
+
+
+class OutOfReachError(ClusterError):
+    """The dashboard or the API server did not answer, or only with errors that may pass, for too
+    long."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from kubernetes.client.exceptions import ApiException
 from kubernetes.config import ConfigException
 
 from cluster.kuberay.overlays import Document
+from cluster.targets import OutOfReachError
 from pneumo.errors import AccessError, ClusterError, ConfigError
 
 CONNECT_TIMEOUT_S = 5.0
@@ -44,10 +45,6 @@ NEEDS = (
     ("", "pods/log", "get"),
 )
 """(API group, resource, verb) of every request below; k8s/rbac grants just these."""
-
-
-class OutOfReachError(ClusterError):
-    """The API server did not answer, or only with errors that may pass, for too long."""
 
 
 class AlreadyThereError(ClusterError):

@@ -9,12 +9,12 @@ from dataclasses import replace
 from typing import Protocol
 
 from cluster.kuberay import progress
-from cluster.kuberay.api import Api, MissingError, OutOfReachError
+from cluster.kuberay.api import Api, MissingError
 from cluster.kuberay.kept_logs import DriverLog, Left, LogCursor
 from cluster.kuberay.overlays import Document
 from cluster.kuberay.pod_troubles import GIVEN_UP, Trouble, is_headless
 from cluster.kuberay.run_state import TAKEN_BACK, is_leaving, judge_hopeless, submitters, to_state
-from cluster.targets import JobState, Write
+from cluster.targets import JobState, OutOfReachError, Write
 from pneumo.errors import ConfigError
 
 ROUND_S = 5.0

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Literal
 
-from cluster.kuberay.api import Api, ExpiredError, MissingError, OutOfReachError
+from cluster.kuberay.api import Api, ExpiredError, MissingError
 from cluster.kuberay.pod_troubles import SUBMITTER
-from cluster.targets import Write
+from cluster.targets import OutOfReachError, Write
 
 _WHOLE_LOG_S = 60.0
 _TRIES = 10

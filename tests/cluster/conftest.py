@@ -87,12 +87,12 @@ def _start(folder: Path, ports: list[int], environ: Mapping[str, str]) -> subpro
 def _wait_until_ready(
     address: str, environ: Mapping[str, str], head: subprocess.Popen[bytes], folder: Path
 ) -> None:
-    from cluster.ray import jobs
+    from cluster.ray import client, jobs
 
     deadline_s = time.monotonic() + 60
     while True:
         try:
-            jobs.list_jobs(jobs.connect(address, environ))
+            jobs.list_jobs(client.connect(address, environ))
         except PneumoError as error:
             if head.poll() is not None or time.monotonic() > deadline_s:
                 log = (folder / "ray-start.log").read_text(errors="replace")

@@ -13,9 +13,9 @@ import pytest
 import yaml
 from kubernetes.client.exceptions import ApiException
 
-from cluster.kuberay import api as kubernetes_api
 from cluster.kuberay import jobs as kubernetes_jobs
 from cluster.kuberay.overlays import find_overlay
+from cluster.targets import OutOfReachError
 from pneumo.errors import AccessError, ConfigError
 from tests.cluster.http_proxy import FaultyProxy, Rule
 from tests.kubernetes.cluster import Access, Document, KubeCluster, Team
@@ -173,12 +173,12 @@ def test_what_passes_is_waited_for_and_the_job_is_created_once(idle_team: Team, 
         (Rule("POST", "rayjobs", "answer", 422), ConfigError, r"refused \(HTTP 422\): injected"),
         (
             Rule("GET", "rayjobs", "answer", 500, times=99),
-            kubernetes_api.OutOfReachError,
+            OutOfReachError,
             r"API server answers HTTP 500: injected 500",
         ),
         (
             Rule("GET", "rayjobs", "drop before", times=99),
-            kubernetes_api.OutOfReachError,
+            OutOfReachError,
             r"no answer from the API server \(the connection broke\)",
         ),
     ],
@@ -205,7 +205,7 @@ def test_a_server_that_goes_away_ends_the_following_not_the_job(idle_team: Team)
             if not proxy.rules:  # it has been heard of once
                 proxy.rules.append(Rule("GET", "", "drop before", times=999))
 
-        with pytest.raises(kubernetes_api.OutOfReachError, match="no answer"):
+        with pytest.raises(OutOfReachError, match="no answer"):
             target.follow(started.id, lambda _: None, note)
     assert "the job goes on, trying again" in notes[-1]
     assert [state.id for state in idle_team.target().list()] == ["probe-away"]

@@ -25,7 +25,9 @@ import pytest
 from packaging.specifiers import SpecifierSet
 
 from cluster.ray import jobs, sent_code
+from cluster.ray.client import Client, connect
 from cluster.submission import Submission, plan
+from cluster.targets import OutOfReachError
 from pneumo.errors import AccessError, ConfigError
 from pneumo.version import REVISION, find_revision
 from tests.cluster.http_proxy import FaultyProxy, Rule
@@ -40,8 +42,8 @@ CHECKOUT = PROBE.parents[2]
 
 
 @pytest.fixture(scope="module")
-def client(ray_cluster: RayCluster) -> jobs.Client:
-    return jobs.connect(ray_cluster.address, ray_cluster.environ)
+def client(ray_cluster: RayCluster) -> Client:
+    return connect(ray_cluster.address, ray_cluster.environ)
 
 
 def _probe(name: str, *arguments: object, settings: str = "a", **environ: str) -> Submission:
@@ -55,11 +57,11 @@ def _probe(name: str, *arguments: object, settings: str = "a", **environ: str) -
     )
 
 
-def _start(client: jobs.Client, submission: Submission) -> str:
+def _start(client: Client, submission: Submission) -> str:
     return jobs.submit(client, submission, sent_code.collect()).id
 
 
-def _follow(client: jobs.Client, job_id: str, **options: Any) -> tuple[str, int]:
+def _follow(client: Client, job_id: str, **options: Any) -> tuple[str, int]:
     text: list[str] = []
     info = jobs.follow(client, job_id, text.append, **options)
     return "".join(text), jobs.exit_code(info)
@@ -69,7 +71,7 @@ def _numbers(log: str) -> list[int]:
     return [int(line.split()[1]) for line in log.splitlines() if line.startswith("line ")]
 
 
-def test_code_and_environment_arrive_and_the_log_comes_back(client: jobs.Client) -> None:
+def test_code_and_environment_arrive_and_the_log_comes_back(client: Client) -> None:
     asked = ("AWS_REGION", REVISION)
     job_id = _start(client, _probe("ok", 25, 0, 0, *asked, AWS_REGION="eu-north-1"))
     log, code = _follow(client, job_id)
@@ -81,7 +83,7 @@ def test_code_and_environment_arrive_and_the_log_comes_back(client: jobs.Client)
     assert log == jobs.logs(client, job_id)
 
 
-def test_exit_codes_and_reasons(client: jobs.Client) -> None:
+def test_exit_codes_and_reasons(client: Client) -> None:
     asked = {2: 2, 3: 1, 130: 130}
     ids = {code: _start(client, _probe(f"exit-{code}", 1, 0, code)) for code in asked}
     absent = _start(client, Submission("train", "probe-absent", "no-such-program", "/x", "a"))
@@ -93,7 +95,7 @@ def test_exit_codes_and_reasons(client: jobs.Client) -> None:
     assert "no command 'python'" in jobs.failure(jobs.details(client, absent))
 
 
-def test_submitting_twice_runs_once(client: jobs.Client) -> None:
+def test_submitting_twice_runs_once(client: Client) -> None:
     asked = _probe("twice", 100, 0.1, 0)
     first = jobs.submit(client, asked, sent_code.collect())
     again = jobs.submit(client, asked, sent_code.collect())
@@ -108,11 +110,11 @@ def test_submitting_twice_runs_once(client: jobs.Client) -> None:
 
 
 def test_a_dropped_stream_is_taken_up_where_it_stopped(
-    client: jobs.Client, ray_cluster: RayCluster
+    client: Client, ray_cluster: RayCluster
 ) -> None:
     job_id = _start(client, _probe("dropped", 40, 0.1, 0))
     with _Relay(ray_cluster.address) as relay:
-        through = jobs.connect(relay.address, ray_cluster.environ)
+        through = connect(relay.address, ray_cluster.environ)
         threading.Timer(2.5, relay.cut).start()
         log, code = _follow(through, job_id)
     assert relay.cuts > 0
@@ -120,21 +122,21 @@ def test_a_dropped_stream_is_taken_up_where_it_stopped(
     assert _numbers(log) == list(range(40))
 
 
-def test_a_silent_stream_is_asked_again_without_a_line_twice(client: jobs.Client) -> None:
+def test_a_silent_stream_is_asked_again_without_a_line_twice(client: Client) -> None:
     job_id = _start(client, _probe("silent", 4, 1.0, 0))
     log, code = _follow(client, job_id, silence_s=0.7)
     assert (_numbers(log), code) == ([0, 1, 2, 3], 0)
 
 
 def test_a_cluster_that_goes_away_ends_the_following(
-    client: jobs.Client, ray_cluster: RayCluster
+    client: Client, ray_cluster: RayCluster
 ) -> None:
     job_id = _start(client, _probe("away", 600, 0.1, 0))
     notes: list[object] = []
     with _Relay(ray_cluster.address) as relay:
-        through = jobs.connect(relay.address, ray_cluster.environ)
+        through = connect(relay.address, ray_cluster.environ)
         threading.Timer(1.0, relay.close).start()
-        with pytest.raises(jobs.OutOfReachError, match="no answer"):
+        with pytest.raises(OutOfReachError, match="no answer"):
             jobs.follow(through, job_id, lambda _: None, notes.append, patience_s=1.0)
     assert "the job goes on, trying again" in str(notes[-1])
     assert len(notes) == len(set(notes))
@@ -143,7 +145,7 @@ def test_a_cluster_that_goes_away_ends_the_following(
 
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_an_answer_that_may_pass_is_waited_out(
-    client: jobs.Client, ray_cluster: RayCluster, status: int
+    client: Client, ray_cluster: RayCluster, status: int
 ) -> None:
     """Also that the log is whole: a proxy that speaks HTTP alone lets no stream through."""
     job_id = _start(client, _probe(f"busy-{status}", 5, 0.1, 3))
@@ -153,7 +155,7 @@ def test_an_answer_that_may_pass_is_waited_out(
     ]
     notes: list[object] = []
     with FaultyProxy(ray_cluster.address) as proxy:
-        through = jobs.connect(proxy.url, ray_cluster.environ)
+        through = connect(proxy.url, ray_cluster.environ)
         proxy.rules += rules
         log, code = _follow(through, job_id, note=notes.append)
     assert (_numbers(log), code) == ([0, 1, 2, 3, 4], 1)
@@ -165,18 +167,18 @@ def test_a_dashboard_that_is_busy_is_no_wrong_address(ray_cluster: RayCluster) -
     rule = Rule("GET", "/api/version", "answer", 503)
     with (
         FaultyProxy(ray_cluster.address, [rule]) as proxy,
-        pytest.raises(jobs.OutOfReachError, match="answers HTTP 503"),
+        pytest.raises(OutOfReachError, match="answers HTTP 503"),
     ):
-        jobs.connect(proxy.url, ray_cluster.environ)
+        connect(proxy.url, ray_cluster.environ)
 
 
 def test_a_job_that_went_with_the_head_is_lost_not_unknown(
-    client: jobs.Client, ray_cluster: RayCluster
+    client: Client, ray_cluster: RayCluster
 ) -> None:
     job_id = _start(client, _probe("lost", 600, 0.1, 0))
     forgotten = Rule("GET", f"/api/jobs/{job_id}", "answer", 404, times=99)
     with FaultyProxy(ray_cluster.address) as proxy:
-        through = jobs.connect(proxy.url, ray_cluster.environ)
+        through = connect(proxy.url, ray_cluster.environ)
         threading.Timer(1.5, lambda: proxy.rules.append(forgotten)).start()
         with pytest.raises(jobs.LostError, match=r"lost with the head.*submit again") as raised:
             _follow(through, job_id)
@@ -185,21 +187,21 @@ def test_a_job_that_went_with_the_head_is_lost_not_unknown(
 
 
 def test_a_job_whose_submission_was_not_answered_is_found(
-    client: jobs.Client, ray_cluster: RayCluster
+    client: Client, ray_cluster: RayCluster
 ) -> None:
     with FaultyProxy(ray_cluster.address) as proxy:
-        through = jobs.connect(proxy.url, ray_cluster.environ)
+        through = connect(proxy.url, ray_cluster.environ)
         proxy.rules.append(Rule("POST", "/api/jobs/", "drop after"))
         started = jobs.submit(through, _probe("unanswered", 1, 0, 0), sent_code.collect())
         assert started == jobs.Started("probe-unanswered", already_running=False)
         proxy.rules.append(Rule("POST", "/api/jobs/", "drop before"))
-        with pytest.raises(jobs.OutOfReachError, match="no answer"):
+        with pytest.raises(OutOfReachError, match="no answer"):
             jobs.submit(through, _probe("unheard", 1, 0, 0), sent_code.collect())
     assert _follow(client, started.id)[1] == 0
     assert "probe-unheard" not in {info.submission_id for info in jobs.list_jobs(client)}
 
 
-def test_down_leaves_the_jobs_of_others_alone(client: jobs.Client, ray_cluster: RayCluster) -> None:
+def test_down_leaves_the_jobs_of_others_alone(client: Client, ray_cluster: RayCluster) -> None:
     other = client.submit_job(entrypoint="sleep 600", submission_id="somebody-elses")
     mine = _start(client, _probe("mine", 600, 0.1, 0))
     asked = ray_cluster.command("down")
@@ -227,7 +229,7 @@ def test_secrets_on_an_open_wire_are_warned_of(address: str, *, warned: bool) ->
     notes: list[str] = []
     asked = _probe("open", 1, 0, 0, AWS_SECRET_ACCESS_KEY="hidden", AWS_REGION="eu-north-1")
     with _Dashboard("2.51.0", "3.11.7") as dashboard:
-        client = jobs.connect(dashboard.address, {"RAY_AUTH_MODE": "disabled"})
+        client = connect(dashboard.address, {"RAY_AUTH_MODE": "disabled"})
         with pytest.raises(ConfigError, match=r"runs Ray 2\.51"):
             jobs.RayTarget(address, client).submit(asked, notes.append)
     told = f"warning: AWS_SECRET_ACCESS_KEY will go to {address} unencrypted; "
@@ -256,7 +258,7 @@ def _following(cluster: RayCluster, job_id: str) -> Iterator[subprocess.Popen[st
 
 
 def test_control_c_detaches_and_cancel_stops_gently(
-    client: jobs.Client, ray_cluster: RayCluster
+    client: Client, ray_cluster: RayCluster
 ) -> None:
     job_id = _start(client, _probe("control-c", 600, 0.1, 0))
     with _following(ray_cluster, job_id) as following:
@@ -273,7 +275,7 @@ def test_control_c_detaches_and_cancel_stops_gently(
     assert "stopped gently" in log
 
 
-def test_control_c_twice_cancels(client: jobs.Client, ray_cluster: RayCluster) -> None:
+def test_control_c_twice_cancels(client: Client, ray_cluster: RayCluster) -> None:
     job_id = _start(client, _probe("control-c-twice", 600, 0.1, 0))
     with _following(ray_cluster, job_id) as following:
         following.send_signal(signal.SIGINT)
@@ -306,7 +308,7 @@ def test_a_bucket_out_of_reach_is_told_by_a_preflight_job(ray_cluster: RayCluste
     assert "preflight" not in ray_cluster.command("list").stdout
 
 
-def test_a_preflight_that_passes(client: jobs.Client, tmp_path: Path) -> None:
+def test_a_preflight_that_passes(client: Client, tmp_path: Path) -> None:
     (tmp_path / "labels.csv").touch()  # an empty source is none
     asked = plan(
         "prepare",
@@ -325,7 +327,7 @@ def test_a_preflight_that_passes(client: jobs.Client, tmp_path: Path) -> None:
     assert not [job for job in jobs.list_jobs(client) if "preflight" in job.submission_id]
 
 
-def test_versions_agree_with_a_real_cluster(client: jobs.Client) -> None:
+def test_versions_agree_with_a_real_cluster(client: Client) -> None:
     jobs.check_versions(client)
 
 
@@ -341,7 +343,7 @@ def test_a_cluster_of_other_versions_is_refused(
     ray_version: str, python_version: str, message: str
 ) -> None:
     with _Dashboard(ray_version, python_version) as dashboard:
-        client = jobs.connect(dashboard.address, {"RAY_AUTH_MODE": "disabled"})
+        client = connect(dashboard.address, {"RAY_AUTH_MODE": "disabled"})
         with pytest.raises(ConfigError, match=message):
             jobs.check_versions(client)
 
@@ -357,13 +359,13 @@ def test_the_given_address_wins_over_the_environment(
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
-    jobs.list_jobs(jobs.connect(ray_cluster.address, ray_cluster.environ))
+    jobs.list_jobs(connect(ray_cluster.address, ray_cluster.environ))
     assert os.environ["RAY_ADDRESS"] == "http://127.0.0.1:1"
 
 
-def test_a_wrong_token_and_an_unknown_job(client: jobs.Client, ray_cluster: RayCluster) -> None:
+def test_a_wrong_token_and_an_unknown_job(client: Client, ray_cluster: RayCluster) -> None:
     with pytest.raises(AccessError, match="refuses the token; set RAY_AUTH_TOKEN"):
-        jobs.list_jobs(jobs.connect(ray_cluster.address, {"RAY_AUTH_TOKEN": "x" * 32}))
+        jobs.list_jobs(connect(ray_cluster.address, {"RAY_AUTH_TOKEN": "x" * 32}))
     for ask in (jobs.details, jobs.logs, jobs.cancel):
         with pytest.raises(ConfigError, match=r"no job 'nobody'.*cluster list shows"):
             ask(client, "nobody")

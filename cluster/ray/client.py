@@ -1,0 +1,151 @@
+"""A client of a Ray cluster's dashboard, with time limits and with this project's errors.
+
+The token comes from the environment as Ray reads it: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, else
+~/.ray/auth_token."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+from urllib.parse import urlsplit
+
+import requests
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobSubmissionClient
+
+from cluster.targets import OutOfReachError
+from pneumo.errors import AccessError, ConfigError, PneumoError
+
+CONNECT_TIMEOUT_S = 5.0
+
+FIRST_ANSWER_TIMEOUT_S = 5.0
+
+ANSWER_TIMEOUT_S = 60.0
+
+_BUSY = frozenset({408, 429})
+"""Besides 5xx, what an answer's status says that may pass."""
+
+
+class BusyError(OutOfReachError):
+    """The dashboard, or a proxy before it, answered that it cannot just now."""
+
+
+class RefusedError(PneumoError):
+    """The cluster answered that it will not; `status` is the HTTP status."""
+
+    def __init__(self, message: str, status: int = 500) -> None:
+        super().__init__(message, status)
+        self.status = status
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class Client(JobSubmissionClient):  # type: ignore[misc]  # ray is untyped
+    """Ray's client with time limits and with this project's errors.
+
+    Ray's own sets no time limit on a request, and raises bare RuntimeErrors. The two methods below
+    are private to Ray, which is why its version is pinned to one minor release.
+    """
+
+    def _do_request(self, method: str, endpoint: str, **options: Any) -> requests.Response:
+        answer_s = FIRST_ANSWER_TIMEOUT_S if endpoint == "/api/version" else ANSWER_TIMEOUT_S
+        options.setdefault("timeout", (CONNECT_TIMEOUT_S, answer_s))
+        try:
+            response: requests.Response = super()._do_request(method, endpoint, **options)
+        except AuthenticationError as error:
+            raise AccessError(
+                f"cluster: {self._address} refuses the token; set RAY_AUTH_TOKEN (or "
+                "RAY_AUTH_TOKEN_PATH) to the one that the cluster was started with"
+            ) from error
+        except requests.RequestException as error:
+            raise OutOfReachError(
+                f"cluster: no answer from {self._address} ({_cause(error)}); is the address that "
+                "of a running Ray dashboard, and is the port forwarded?"
+            ) from error
+        if endpoint == "/api/version" and not _is_dashboard(response):
+            if _is_busy(response):
+                self._raise_error(response)
+            raise ConfigError(
+                f"cluster: {self._address} answers, but is no Ray dashboard (HTTP "
+                f"{response.status_code}); give its address, usually http://HEAD:8265"
+            )
+        return response
+
+    def _raise_error(self, r: requests.Response) -> NoReturn:
+        lines = r.text.strip().splitlines() or ["no reason given"]
+        if _is_busy(r):
+            raise BusyError(f"cluster: {self._address} answers HTTP {r.status_code}: {lines[-1]}")
+        raise RefusedError(
+            f"cluster: {self._address} refused (HTTP {r.status_code}): {lines[-1]}", r.status_code
+        )
+
+
+def connect(address: str, environ: Mapping[str, str]) -> Client:
+    """A client of the dashboard at `http://host:port`.
+
+    Raises ConfigError for an address of another form, AccessError for a wrong token,
+    OutOfReachError when nothing answers within seconds.
+    """
+    parts = urlsplit(address)
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise ConfigError(
+            f"cluster: got address '{address}', expected that of the dashboard: http://HEAD:8265"
+        )
+    for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    token = _token(environ)
+    with _hidden("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        return Client(address, headers={"Authorization": f"Bearer {token}"} if token else None)
+
+
+@contextmanager
+def _hidden(*names: str) -> Iterator[None]:
+    """Ray lets these variables override the address that it is given; the caller has decided."""
+    saved = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(saved)
+
+
+def _token(environ: Mapping[str, str]) -> str | None:
+    if environ.get("RAY_AUTH_MODE", "token").lower() == "disabled":
+        return None
+    if token := environ.get("RAY_AUTH_TOKEN", "").strip():
+        return token
+    named = environ.get("RAY_AUTH_TOKEN_PATH")
+    path = Path(named or "~/.ray/auth_token").expanduser()
+    try:
+        return path.read_text().strip() or None
+    except OSError as error:
+        if named is None:
+            return None
+        raise ConfigError(
+            f"cluster: RAY_AUTH_TOKEN_PATH={path}: {error.strerror}; give a readable file"
+        ) from error
+
+
+def _is_dashboard(response: requests.Response) -> bool:
+    try:
+        return response.ok and "ray_version" in response.json()
+    except (requests.JSONDecodeError, TypeError):
+        return False
+
+
+def _is_busy(response: requests.Response) -> bool:
+    return response.status_code in _BUSY or response.status_code >= 500
+
+
+def _cause(error: requests.RequestException) -> str:
+    if isinstance(error, requests.Timeout):
+        return "timed out"
+    text = str(error)
+    for mark, cause in (("refused", "connection refused"), ("resol", "unknown host")):
+        if mark in text.lower():
+            return cause
+    return type(error).__name__
