@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the process's exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        options, flags = _parser().parse_known_args(argv)
+        options, flags = make_parser().parse_known_args(argv)
         if flags and options.command != "submit":
             raise ConfigError(f"cluster: {options.command} takes no {flags[0]}; see --help")
         return _submit(options, flags) if options.command == "submit" else _look(options)
@@ -86,7 +86,7 @@ def _submit(options: argparse.Namespace, flags: list[str]) -> int:
         _say(f"already running as {started.id}")
     else:
         _say(f"submitted as {started.id}: {wanted.entrypoint}")
-    if not options.follow:
+    if not getattr(options, "follow", True):
         print(started.id)
         return 0
     return _follow(target, started.id)
@@ -143,7 +143,7 @@ def _cancel(target: Target, job_id: str) -> int:
     after = target.cancel(job_id)
     if not after.has_ended:
         raise ClusterError(f"cluster: {job_id} was asked to stop and is still {after.phase}")
-    _say(f"{job_id} {after.phase}")
+    _say(str(after))
     return 0
 
 
@@ -238,7 +238,7 @@ def _say_text(text: str) -> None:
     _say(str(text))
 
 
-def _parser() -> _Parser:
+def make_parser() -> _Parser:
     where, stay, debug = _where(), _stay(), _Parser(add_help=False)
     debug.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser = _Parser(prog="python -m cluster", description=(__doc__ or "").split("\n")[0])
@@ -247,7 +247,6 @@ def _parser() -> _Parser:
     submit = commands.add_parser(
         "submit", parents=[where, stay], allow_abbrev=False, help="send a job, follow its log"
     )
-    submit.set_defaults(follow=True)
     jobs = submit.add_subparsers(dest="job", metavar="JOB")
     for name in ("prepare", "train", "tune", "evaluate", "predict"):
         jobs.add_parser(
@@ -294,10 +293,17 @@ def _where() -> _Parser:
 def _stay() -> _Parser:
     """Flags of submit."""
     stay = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
-    stay.add_argument("--follow", action="store_true", help="show the log to the end (default)")
+    # Without a default of their own: one given before the job's name would be lost to it.
     stay.add_argument(
-        "--detach", dest="follow", action="store_false", help="print the id and leave"
+        "--follow",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="show the log to the end (default)",
     )
+    stay.add_argument(
+        "--detach", dest="follow", action="store_false", default=argparse.SUPPRESS,
+        help="print the id and leave",
+    )  # fmt: skip
     stay.add_argument("--overlay", help="k8s: a folder of k8s/overlays, or the path of your own")
     stay.add_argument("--image", help="k8s: of every container, best by digest")
     stay.add_argument(

@@ -25,26 +25,30 @@ from pneumo.search_space import flatten
 RECIPE_FOLDER = "sent"
 """Where a recipe of the laptop lies in the package that is sent."""
 
-PASSED_ON = ("AWS_", "WANDB_", "PNEUMO_")
-"""Environment variables with these prefixes go along; RAY_* never: the cluster has its own."""
-
-OF_THIS_MACHINE = frozenset(
+HASH_KEY = "PNEUMO_HASH_KEY"
+"""Undoes the pseudonyms of a store, so no job gets it that reads no source."""
+STORAGE_VARIABLES = frozenset(
     {
-        "AWS_CA_BUNDLE", "AWS_CONFIG_FILE", "AWS_CONTAINER_AUTHORIZATION_TOKEN",
-        "AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_FULL_URI",
-        "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_DATA_PATH", "AWS_DEFAULT_PROFILE",
-        "AWS_PROFILE", "AWS_ROLE_ARN", "AWS_ROLE_SESSION_NAME", "AWS_SHARED_CREDENTIALS_FILE",
-        "AWS_WEB_IDENTITY_TOKEN_FILE",
-        "WANDB_ARTIFACT_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_CREDENTIALS_FILE",
-        "WANDB_DATA_DIR", "WANDB_DIR", "WANDB_IDENTITY_TOKEN_FILE",
+        "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_REGION",
+        "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_MAX_ATTEMPTS",
+        "AWS_RETRY_MODE", "AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION",
+        "AWS_USE_FIPS_ENDPOINT", "AWS_USE_DUALSTACK_ENDPOINT",
     }
 )  # fmt: skip
-"""Of those, the ones that name files, services or the role of this machine: kept from a remote
-cluster, which has its own."""
+TRACKING_VARIABLES = frozenset(
+    {
+        "WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_ENTITY", "WANDB_PROJECT", "WANDB_MODE",
+        "WANDB_RUN_GROUP", "WANDB_TAGS", "WANDB_NOTES", "WANDB_SILENT",
+    }
+)  # fmt: skip
+"""What of AWS_* and WANDB_* goes to a remote cluster; the others name files, services or a role
+of this machine. RAY_* never goes: the cluster has its own."""
 
 _PLACES = ("source", "store", "run", "members", "compare_with", "output")
 """Arguments that name places; whichever a job has. It writes the last of those in `_WRITTEN`."""
 
+_HASHES = ("prepare",)
+"""The jobs that derive keys of studies and patients."""
 _WRITTEN = ("store", "run", "output")
 _SECRET_LIKE = re.compile(r"KEY|SECRET|TOKEN|PASSWORD|CREDENTIAL")
 
@@ -72,6 +76,11 @@ class Submission:
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
     recipe: Path | None = None
     warnings: tuple[str, ...] = ()
+
+    @property
+    def derives_keys(self) -> bool:
+        """Whether it needs the secret that keys of studies and patients derive from."""
+        return self.job in _HASHES
 
     @property
     def secrets(self) -> tuple[str, ...]:
@@ -110,7 +119,7 @@ def plan(
         else:
             environ = {**recipe_environment(read_recipe(str(recipe))), **environ}
     target = places[_written(places)]
-    sent, kept = split_environment(environ, remote=remote)
+    sent, kept = split_environment(job, environ, remote=remote)
     there = [*flags, *_without(argv, replaced)]
     if recipe is not None and not sends_files:
         _check_same(invocation, parse_command_line(job, there, sent), places)
@@ -147,12 +156,16 @@ def submission_id(job: str, target: str) -> str:
 
 
 def split_environment(
-    environ: Mapping[str, str], *, remote: bool
+    job: str, environ: Mapping[str, str], *, remote: bool
 ) -> tuple[dict[str, str], tuple[str, ...]]:
-    """The variables that go along, and the names of those that stay although their prefix fits."""
-    wanted = {k: v for k, v in sorted(environ.items()) if k.startswith(PASSED_ON)}
-    kept = tuple(name for name in wanted if remote and name in OF_THIS_MACHINE)
-    return {name: value for name, value in wanted.items() if name not in kept}, kept
+    """The variables that a job gets, and the names of those of AWS and of W&B, if it is tracked,
+    that stay here."""
+    prefixes = ["AWS_", *(["WANDB_"] if "tracking" in JOBS[job].sections else [])]
+    settings = {k for k in environ if k.startswith("PNEUMO_") and (k != HASH_KEY or job in _HASHES)}
+    others = {k for k in environ if k.startswith(tuple(prefixes))}
+    going = others & (STORAGE_VARIABLES | TRACKING_VARIABLES) if remote else others
+    sent = {name: environ[name] for name in sorted(settings | going)}
+    return sent, tuple(sorted(others - going))
 
 
 def recipe_environment(
@@ -227,8 +240,8 @@ def _needs(invocation: Invocation, environ: Mapping[str, str]) -> list[str]:
     arguments = invocation.arguments
     if isinstance(arguments, PrepareArguments):
         far = "://" in arguments.source and not arguments.source.startswith("file://")
-        if far or environ.get("PNEUMO_HASH_KEY"):
-            needs.append("PNEUMO_HASH_KEY")
+        if far or environ.get(HASH_KEY):
+            needs.append(HASH_KEY)
     is_tracked = "tracking" in JOBS[invocation.job].sections
     # The more private of the two holds, as in pneumo.reporting.tracking.
     is_private = environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled")
@@ -309,7 +322,7 @@ def _warnings(
         )
     if kept:
         warnings.append(
-            f"not sent, for they mean things of this machine: {', '.join(kept)}; the cluster needs "
+            f"not sent, for they are this machine's: {', '.join(kept)}; the cluster needs "
             "credentials of its own, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY from here"
         )
     endpoints = [k for k, v in sent.items() if "://" in v and not is_remote(v)]

@@ -67,9 +67,10 @@ def check_variables(names: Sequence[str], environ: Mapping[str, str]) -> None:
     """Raise ConfigError for the names that are not set here; no value is shown."""
     missing = [name for name in names if not environ.get(name)]
     if missing:
+        secret = "pneumo-hash-key" if "PNEUMO_HASH_KEY" in missing else "pneumo-secrets"
         raise ConfigError(
             f"{', '.join(missing)}: not set on the cluster, and the job needs it; on Kubernetes "
-            "put it into the secret pneumo-secrets, elsewhere set it where you submit"
+            f"put it into the secret {secret}, elsewhere set it where you submit"
         )
 
 

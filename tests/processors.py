@@ -24,9 +24,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests import CHECKOUT
 from tests.promised_results import write_inputs
-
-CHECKOUT = Path(__file__).resolve().parents[1]
 
 # MKL is torch's for matrix products, IPP and the CPU's features are OpenCV's, JSIMD is of
 # libjpeg-turbo, and GLIBC of exp, sin and the like, which fuse or do not fuse their sums.

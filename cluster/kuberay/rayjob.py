@@ -31,6 +31,8 @@ SELECTOR = "app.kubernetes.io/part-of=pneumo"
 
 SECRETS = "pneumo-secrets"
 """The Kubernetes secret from which the pods take credentials."""
+HASH_KEY_SECRET = "pneumo-hash-key"
+"""The one with PNEUMO_HASH_KEY, for the jobs that derive keys alone."""
 
 _SHELL_SAFE = re.compile(r"[A-Za-z0-9_.,:/=@%+-]+")
 _GPU = "nvidia.com/gpu"
@@ -59,6 +61,8 @@ def build(
     group.update(replicas=count, minReplicas=count, maxReplicas=count)
     _set_preflight(job, submission)
     _set_environment(job, _environment(container, submission))
+    if submission.derives_keys:
+        _add_secret(job, HASH_KEY_SECRET)
     if image is not None:
         for each in _containers(job):
             each["image"] = image
@@ -267,6 +271,15 @@ def _set_environment(job: Document, variables: Mapping[str, str]) -> None:
             # Kubernetes expands $(NAME) in values; a doubled dollar is one.
             added = [{"name": k, "value": v.replace("$", "$$")} for k, v in variables.items()]
             container["env"] = kept + added
+
+
+def _add_secret(job: Document, name: str) -> None:
+    """As variables of head and workers, if it is there."""
+    *cluster_pods, _ = _templates(job)
+    for template in cluster_pods:
+        for container in _containers_of(template):
+            sources = container.get("envFrom", [])
+            container["envFrom"] = [*sources, {"secretRef": {"name": name, "optional": True}}]
 
 
 def _workers(job: Document) -> tuple[Document, Document]:

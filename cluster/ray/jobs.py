@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -104,7 +104,13 @@ class RayTarget:
         return logs(self.client, job_id)
 
     def cancel(self, job_id: str) -> JobState:
-        return state(cancel(self.client, job_id))
+        asked_s = time.monotonic()
+        after = state(cancel(self.client, job_id))
+        waited_s = time.monotonic() - asked_s
+        if after.phase == "cancelled" and waited_s > int(STOP_GENTLY["RAY_JOB_STOP_WAIT_TIME_S"]):
+            why = "it did not stop by itself and was killed; its last checkpoint stays"
+            after = replace(after, why=why)
+        return after
 
 
 def check_versions(client: Client) -> None:

@@ -7,6 +7,7 @@ traceback. Nothing here imports torch, Ray or what reads pictures: a mistake is 
 from __future__ import annotations
 
 import io
+import os
 import pkgutil
 import re
 import signal
@@ -50,6 +51,9 @@ def run_main(
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(line_buffering=True)  # in a log, results stand in their order
         signal.signal(signal.SIGTERM, lambda number, frame: _interrupt())
+        # A Ray job is cancelled by SIGINT, which a Ray that a script started with & ignores.
+        if "RAY_JOB_STOP_SIGNAL" in os.environ:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
     arguments = sys.argv[1:] if argv is None else list(argv)
     try:
         main(arguments)

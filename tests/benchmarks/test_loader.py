@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from tests import CHECKOUT
 from tests.s3 import server
-
-CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow

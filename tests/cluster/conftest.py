@@ -17,8 +17,7 @@ from pathlib import Path
 import pytest
 
 from pneumo.errors import PneumoError
-
-CHECKOUT = Path(__file__).resolve().parents[2]
+from tests import CHECKOUT
 
 
 @dataclass(frozen=True)

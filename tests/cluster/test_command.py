@@ -7,13 +7,12 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
-from cluster.__main__ import main
+from cluster.__main__ import main, make_parser
+from tests import CHECKOUT
 
-CHECKOUT = Path(__file__).resolve().parents[2]
 NOBODY = "http://127.0.0.1:1"
 
 
@@ -125,3 +124,27 @@ def test_no_torch_on_the_laptop(command: str) -> None:
     code_line, heavy = done.stdout.strip().splitlines()[-2:]
     assert code_line == ("code 0" if command == "--help" else "code 1")
     assert heavy == "heavy"
+
+
+@pytest.mark.parametrize("place", ["before the job", "after it"])
+@pytest.mark.parametrize(
+    ("flag", "name", "value"),
+    [
+        ("--detach", "follow", False),
+        ("--follow", "follow", True),
+        ("--target k8s", "target", "k8s"),
+        ("--address http://h:8265", "address", "http://h:8265"),
+        ("--context c", "context", "c"),
+        ("--namespace n", "namespace", "n"),
+        ("--overlay gpu-spot", "overlay", "gpu-spot"),
+        ("--image i@sha256:1", "image", "i@sha256:1"),
+        ("--workers 3", "workers", 3),
+    ],
+)
+def test_a_flag_of_submit_may_stand_before_the_job_or_after_it(
+    place: str, flag: str, name: str, value: object
+) -> None:
+    words = f"submit {flag} train" if place == "before the job" else f"submit train {flag}"
+    options, flags = make_parser().parse_known_args([*words.split(), "--train.lr", "1e-3"])
+    assert getattr(options, name) == value
+    assert flags == ["--train.lr", "1e-3"]

@@ -14,8 +14,8 @@ import yaml
 
 from cluster.ray import jobs, sent_code
 from pneumo.version import REVISION
+from tests import CHECKOUT
 
-CHECKOUT = Path(__file__).resolve().parents[2]
 DOCKERFILE = (CHECKOUT / "Dockerfile").read_text()
 HARDENED = (
     "--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "--security-opt", "no-new-privileges",

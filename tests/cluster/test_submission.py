@@ -186,7 +186,7 @@ def test_settings_tell_two_submissions_apart() -> None:
     assert first.settings != _plan("train --store /s2 --run /r --train.lr 1e-3").settings
 
 
-def test_the_environment_goes_by_prefix_and_is_not_shown() -> None:
+def test_a_job_gets_the_variables_that_it_needs_and_none_is_shown() -> None:
     environ = {
         "AWS_SECRET_ACCESS_KEY": "hidden",
         "WANDB_API_KEY": "hidden",
@@ -194,13 +194,16 @@ def test_the_environment_goes_by_prefix_and_is_not_shown() -> None:
         "RAY_AUTH_TOKEN": "hidden",
         "HOME": "/home/x",
     }
-    submission = _plan("train --store /s --run /r", **environ)
-    assert set(submission.environment) == {
-        "AWS_SECRET_ACCESS_KEY",
-        "WANDB_API_KEY",
-        "PNEUMO_HASH_KEY",
+    storage = {"AWS_SECRET_ACCESS_KEY"}
+    gets = {
+        "train --store /s --run /r": storage | {"WANDB_API_KEY"},
+        "prepare --source /i --store /s": storage | {"PNEUMO_HASH_KEY"},
+        "predict --source /i --run /r --output /o": storage,
     }
-    assert "hidden" not in repr(submission)
+    for command, names in gets.items():
+        submission = _plan(command, **environ)
+        assert set(submission.environment) == names
+        assert "hidden" not in repr(submission)
 
 
 def test_what_names_files_of_this_machine_stays_here() -> None:
@@ -210,8 +213,8 @@ def test_what_names_files_of_this_machine_stays_here() -> None:
         "AWS_ROLE_ARN": "arn:aws:iam::0:role/of-the-laptop",
         "WANDB_DIR": "/x",
     }
-    assert split_environment(environ, remote=False) == (environ, ())
-    assert split_environment(environ, remote=True) == (
+    assert split_environment("train", environ, remote=False) == (environ, ())
+    assert split_environment("train", environ, remote=True) == (
         {"AWS_REGION": "eu-central-1"},
         ("AWS_PROFILE", "AWS_ROLE_ARN", "WANDB_DIR"),
     )

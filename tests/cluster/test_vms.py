@@ -13,7 +13,8 @@ import yaml
 from ray.autoscaler._private.docker import docker_start_cmds
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-CHECKOUT = Path(__file__).resolve().parents[2]
+from tests import CHECKOUT
+
 DOCKERFILE = (CHECKOUT / "Dockerfile").read_text()
 PROVIDERS = ("aws", "gcp", "onprem")
 IN_A_CLOUD = PROVIDERS[:2]

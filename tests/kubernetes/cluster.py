@@ -19,8 +19,8 @@ from kubernetes.client.exceptions import ApiException
 
 from cluster.kuberay import api as kubernetes_api
 from cluster.kuberay.jobs import KubernetesTarget
+from tests import CHECKOUT
 
-CHECKOUT = Path(__file__).resolve().parents[2]
 TOOLS = CHECKOUT.parent / "shared" / "tools"
 OVERLAY, SMALL = (Path(__file__).with_name(name) for name in ("overlay", "small"))
 """What the tests submit with, and its component that makes the pods of any overlay small."""

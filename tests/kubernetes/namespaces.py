@@ -11,7 +11,8 @@ from pathlib import Path
 import yaml
 from kubernetes.client.exceptions import ApiException
 
-from tests.kubernetes.cluster import CHECKOUT, PROBE, Access, Document, KubeCluster, Team
+from tests import CHECKOUT
+from tests.kubernetes.cluster import PROBE, Access, Document, KubeCluster, Team
 
 SUBMITTER, STRANGER = "submitter", "stranger"
 ROLE: Document = yaml.safe_load((CHECKOUT / "k8s" / "rbac" / "role.yaml").read_text())
@@ -72,10 +73,10 @@ def grant(kube: KubeCluster, namespace: str, role: Document) -> None:
 
 def _create_secrets(kube: KubeCluster, namespace: str, s3_environ: dict[str, str]) -> None:
     hidden = {k: v for k, v in s3_environ.items() if k.endswith(("_ID", "_KEY"))}
-    hidden["PNEUMO_HASH_KEY"] = "only-for-tests"
     for name, values in (
         ("pneumo-ray-auth", {"auth_token": secrets.token_hex(16)}),
         ("pneumo-secrets", hidden),
+        ("pneumo-hash-key", {"PNEUMO_HASH_KEY": HASH_KEY}),
     ):
         data = {k: base64.b64encode(v.encode()).decode() for k, v in values.items()}
         kube.create(make_object("v1", "Secret", name, data=data), namespace)

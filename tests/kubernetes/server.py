@@ -20,7 +20,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from tests.kubernetes.cluster import CHECKOUT, HOST, KUBECONFIG, REASON, TOOLS, KubeCluster, is_gone
+from tests import CHECKOUT
+from tests.kubernetes.cluster import HOST, KUBECONFIG, REASON, TOOLS, KubeCluster, is_gone
 from tests.s3 import server as s3
 
 NODES = 3

@@ -22,8 +22,9 @@ import pytest
 import s3fs
 
 from pneumo.dataset.phantoms.source_folder import write_phantoms
+from tests import CHECKOUT
 from tests.kubernetes import namespaces
-from tests.kubernetes.cluster import CHECKOUT, KubeCluster, Team
+from tests.kubernetes.cluster import KubeCluster, Team
 from tests.kubernetes.conftest import HandOver
 from tests.kubernetes.wandb_server import running_wandb
 

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from cluster.submission import Submission, plan
-from tests.kubernetes.cluster import CHECKOUT, Document, Team
+from tests import CHECKOUT
+from tests.kubernetes.cluster import Document, Team
 from tests.kubernetes.machines import powerless, stopped
 from tests.kubernetes.namespaces import make_object
 from tests.kubernetes.probes import make_probe, put, write_overlay

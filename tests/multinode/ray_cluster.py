@@ -16,9 +16,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests import CHECKOUT
 from tests.multinode.namespaces import Machine, Network, end_process
 
-CHECKOUT = Path(__file__).resolve().parents[2]
 _RAY = (sys.executable, "-m", "ray.scripts.scripts")
 _GCS_PORT = 6379
 _OBJECT_STORE_BYTES = 80 * 2**20

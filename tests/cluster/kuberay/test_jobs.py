@@ -12,8 +12,7 @@ import pytest
 from cluster.kuberay import api as kubernetes_api
 from cluster.kuberay.jobs import KubernetesTarget
 from cluster.kuberay.kept_logs import DriverLog, LogCursor
-
-CHECKOUT = Path(__file__).resolve().parents[2]
+from tests import CHECKOUT
 
 
 def test_the_kubelets_own_words_do_not_end_a_log() -> None:

@@ -22,6 +22,7 @@ from cluster.kuberay import operator_rules, overlays
 from cluster.ray import jobs
 from pneumo.command_line import parse_command_line
 from pneumo.errors import ConfigError
+from tests import CHECKOUT
 from tests.cluster.mistakes import (
     BROKEN,
     CHECKS,
@@ -37,7 +38,6 @@ from tests.cluster.renderer import NO_RENDERER, SHARED
 pytestmark = pytest.mark.skipif(bool(NO_RENDERER), reason=NO_RENDERER)
 
 Document = dict[str, Any]
-CHECKOUT = Path(__file__).resolve().parents[2]
 CRDS = Path(os.environ.get("KUBERAY_CRDS", SHARED / "crds"))
 OVERLAYS = ("gpu-ondemand", "gpu-spot", "gpu-spot-kueue", "cpu", "kind-cpu")
 ON_GPU = OVERLAYS[:3]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import shlex
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +13,10 @@ import yaml
 from cluster.kuberay import rayjob
 from cluster.submission import Submission, plan
 from pneumo.errors import ConfigError
+from tests import CHECKOUT
 
 Document = dict[str, Any]
-BASE = Path(__file__).resolve().parents[2] / "k8s" / "base" / "rayjob.yaml"
+BASE = CHECKOUT / "k8s" / "base" / "rayjob.yaml"
 PLACES = "--store s3://b/store --run s3://b/runs/1"
 BIG = "--train.batch-size 1024"
 

@@ -30,6 +30,7 @@ from cluster.submission import Submission, plan
 from cluster.targets import OutOfReachError
 from pneumo.errors import AccessError, ConfigError
 from pneumo.version import REVISION, find_revision
+from tests import CHECKOUT
 from tests.cluster.http_proxy import FaultyProxy, Rule
 
 if TYPE_CHECKING:
@@ -37,8 +38,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.cluster
 
-PROBE = Path(__file__).with_name("probe.py")
-CHECKOUT = PROBE.parents[2]
+PROBE = CHECKOUT / "tests" / "cluster" / "probe.py"
 
 
 @pytest.fixture(scope="module")

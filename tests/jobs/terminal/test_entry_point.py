@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import pickle
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -10,6 +12,7 @@ import pytest
 
 from jobs.terminal.entry_point import find_cause, run_main
 from pneumo.errors import ConfigError, DataError, PneumoError, StoreError
+from tests import CHECKOUT
 
 
 def run_process(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -85,3 +88,27 @@ def test_help_needs_no_cluster_and_says_research_only(job: str) -> None:
     shown = run_process(f"jobs.{job}", "--help")
     assert shown.returncode == 0
     assert "Research use only" in shown.stdout
+
+
+def test_a_ray_job_that_inherits_an_ignored_sigint_is_cancelled_all_the_same() -> None:
+    """As of a Ray that a script started with `&`."""
+    job = (
+        "import sys, time\n"
+        "from jobs.terminal.entry_point import run_main\n"
+        "def wait(arguments): print('up', flush=True); time.sleep(60)\n"
+        "sys.exit(run_main('train', wait))"
+    )
+    with subprocess.Popen(
+        ["bash", "-c", 'trap "" INT; exec "$0" -c "$1"', sys.executable, job],
+        cwd=CHECKOUT,
+        env={**os.environ, "RAY_JOB_STOP_SIGNAL": "SIGINT"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline() == "up\n"
+        running.send_signal(signal.SIGINT)
+        _, error = running.communicate(timeout=50)
+    assert (running.returncode, error.count("\n")) == (130, 1)
+    assert error.startswith("train: interrupted")
