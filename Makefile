@@ -23,7 +23,7 @@
 # TARGET=k8s OVERLAY=gpu-spot on Kubernetes: docs/cluster.md.
 #
 #   make up         PROVIDER=aws|gcp|onprem: a Ray cluster of VMs;  make forward: its dashboard, here
-#   make down       PROVIDER=…: the VMs are given back;  make down TARGET=k8s: every run is cancelled
+#   make down       PROVIDER=…: the VMs are given back;  make down TARGET=k8s: your runs are cancelled
 #   make image      [IMAGE=name:tag] [BASE_IMAGE=…]: the container image, with podman or docker
 #   make setup-k8s  OVERLAY=…: as a namespace's administrator, once: rights, policies, accounts
 
@@ -113,7 +113,7 @@ up: $(READY)
 
 ifeq ($(TARGET),k8s)
 down: $(READY)
-	@$(BIN)/python -m cluster down --target k8s --yes $(ARGS)
+	@$(BIN)/python -m cluster down --target k8s $(ARGS)
 else
 down: $(READY)
 	$(call needs,PROVIDER)

@@ -14,11 +14,15 @@ twice within three seconds cancels it. The job's log goes to stdout, everything 
 from __future__ import annotations
 
 import argparse
+import getpass
 import os
+import socket
 import sys
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime
 from typing import NoReturn
 
@@ -81,7 +85,8 @@ def _submit(options: argparse.Namespace, flags: list[str]) -> int:
     target = _connect(options)
     for warning in wanted.warnings:
         _say(f"warning: {warning}")
-    started = target.submit(wanted, _say_text)
+    owner = getattr(options, "owner", None) or _this_person()
+    started = target.submit(replace(wanted, owner=owner), _say_text)
     if started.already_running:
         _say(f"already running as {started.id}")
     else:
@@ -96,13 +101,14 @@ def _look(options: argparse.Namespace) -> int:
     target = _connect(options)
     if options.command == "list":
         for state in target.list():
-            print(f"{state.id:<44} {state.phase:<9} {_times(state)}  {state.target}")
+            owner = state.owner or "-"
+            print(f"{state.id:<44} {state.phase:<9} {_times(state)}  {owner}  {state.target}")
     elif options.command == "status":
         _show_status(target.state(options.id))
     elif options.command == "cancel":
         return _cancel(target, options.id)
     elif options.command == "down":
-        return _take_down(target, options.yes)
+        return _take_down(target, "" if options.all else options.owner, confirmed=options.yes)
     elif options.follow:
         return _follow(target, options.id)
     else:
@@ -147,21 +153,37 @@ def _cancel(target: Target, job_id: str) -> int:
     return 0
 
 
-def _take_down(target: Target, confirmed: bool) -> int:
-    """Cancel every job of ours that has not ended; on Kubernetes their clusters go with them."""
+def _take_down(target: Target, owner: str, *, confirmed: bool) -> int:
+    """Cancel the owner's jobs (everybody's, for "") that have not ended; on Kubernetes their
+    clusters go with them."""
     going_on = [state for state in target.list() if not state.has_ended]
-    running = [state.id for state in going_on if state.is_ours]
-    others = [state.id for state in going_on if not state.is_ours]
+    running = [s.id for s in going_on if s.is_ours and owner in {s.owner, ""}]
+    others = [s.id for s in going_on if s.id not in running]
+    whose = f"of {owner}" if owner else "submitted by this project"
     if others:
-        _say(f"left alone, for they were not submitted by this: {', '.join(others)}")
+        _say(f"left alone, for they are not {whose}: {', '.join(others)}")
     if not running:
-        _say("nothing of ours is running")
+        _say(f"nothing {whose} is running")
         return 0
-    if not confirmed:
+    if not confirmed and not _agrees(f"cancel {', '.join(running)}?"):
         raise ConfigError(f"cluster: down would cancel {', '.join(running)}; add --yes")
     for job_id in running:
         _cancel(target, job_id)
     return 0
+
+
+def _agrees(question: str) -> bool:
+    """Ask the person, where there is one."""
+    if not sys.stdin.isatty():
+        return False
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in {"y", "yes"}
+
+
+def _this_person() -> str:
+    with suppress(OSError, KeyError):  # a user without a name, as in some containers
+        return f"{getpass.getuser()}@{socket.gethostname()}"
+    return f"{os.getuid()}@{socket.gethostname()}"
 
 
 def _connect(options: argparse.Namespace) -> Target:
@@ -186,6 +208,8 @@ def _connect(options: argparse.Namespace) -> Target:
     from cluster.ray import client
     from cluster.ray import jobs as ray_jobs
 
+    if client.sends_token_openly(address, os.environ):
+        _say(f"warning: the token goes to {address} unencrypted; forward the port, or use https://")
     return ray_jobs.RayTarget(address, client.connect(address, os.environ))
 
 
@@ -269,8 +293,10 @@ def make_parser() -> _Parser:
             command.add_argument(
                 "--run", metavar="URL", help="k8s: where it wrote, for one that was deleted"
             )
-    down = commands.add_parser("down", parents=[where, debug], help="cancel every job of ours")
-    down.add_argument("--yes", action="store_true", help="do not only say which")
+    down = commands.add_parser("down", parents=[where, debug], help="cancel every job of mine")
+    down.add_argument("--owner", default=_this_person(), help="whose; default: %(default)s")
+    down.add_argument("--all", action="store_true", help="everybody's that this project submitted")
+    down.add_argument("--yes", action="store_true", help="without asking")
     return parser
 
 
@@ -304,6 +330,7 @@ def _stay() -> _Parser:
         "--detach", dest="follow", action="store_false", default=argparse.SUPPRESS,
         help="print the id and leave",
     )  # fmt: skip
+    stay.add_argument("--owner", help="whose job it is, for `down`; default: user@host")
     stay.add_argument("--overlay", help="k8s: a folder of k8s/overlays, or the path of your own")
     stay.add_argument("--image", help="k8s: of every container, best by digest")
     stay.add_argument(

@@ -76,6 +76,8 @@ class Submission:
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
     recipe: Path | None = None
     warnings: tuple[str, ...] = ()
+    owner: str = ""
+    """Whose job it is: only its owner's `down` cancels it."""
 
     @property
     def derives_keys(self) -> bool:
@@ -141,7 +143,7 @@ def plan(
         shape=_shape(invocation),
         environment=sent,
         recipe=recipe if sends_files else None,
-        warnings=_warnings(places, sent, kept) if remote else (),
+        warnings=(*invocation.warnings, *(_warnings(places, sent, kept) if remote else ())),
     )
 
 

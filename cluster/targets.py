@@ -42,7 +42,7 @@ class JobState:
     """How a job is doing.
 
     `target` is the URL that it writes, `why` is what it waits for or failed of, in one line; times
-    are seconds since the epoch; `is_ours`: this project submitted it.
+    are seconds since the epoch; `is_ours`: this project submitted it, for `owner`.
     """
 
     id: str
@@ -54,6 +54,7 @@ class JobState:
     started_s: float | None = None
     ended_s: float | None = None
     is_ours: bool = True
+    owner: str = ""
 
     @property
     def has_ended(self) -> bool:

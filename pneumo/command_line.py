@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from pydantic import Field, create_model
 from pydantic_settings import BaseSettings, CliSettingsSource, CliToggleFlag
 
+from pneumo import storage
 from pneumo.config import ClusterConfig, Config, Section
 from pneumo.config_layers import (
     ENVIRONMENT_PREFIX,
@@ -26,6 +27,7 @@ from pneumo.config_layers import (
     validate,
 )
 from pneumo.errors import ConfigError
+from pneumo.search_space import flatten
 
 
 class Arguments(Section):
@@ -100,6 +102,8 @@ class Job:
     sections: tuple[str, ...]
 
 
+_FAR_REACHING = ("tracking.entity", "tracking.project", "model.weights", "split.list")
+"""Settings that say where results go, and which files are read."""
 _TRAINING = ("seed", "data", "augment", "model", "train", "cluster", "tracking")
 JOBS: Mapping[str, Job] = {
     "prepare": Job("jobs.prepare", PrepareArguments, ("seed", "prepare", "split")),
@@ -120,6 +124,8 @@ class Invocation:
     job: str
     arguments: Arguments
     config: Config
+    warnings: tuple[str, ...] = ()
+    """What the person should know before anything starts."""
 
 
 def parse_command_line(
@@ -136,8 +142,11 @@ def parse_command_line(
         ("the environment", read_environment(os.environ if environ is None else environ)),
         ("the command line", flags),
     ]
+    warnings: tuple[str, ...] = ()
     if (recipe := given.get("recipe")) is not None:
-        layers.insert(0, (f"recipe {recipe}", read_recipe(str(recipe))))
+        settings = read_recipe(str(recipe))
+        layers.insert(0, (f"recipe {recipe}", settings))
+        warnings = _warn_of_recipe(str(recipe), settings)
     config = validate(Config, layers)
     if job == "tune":
         check_space(config)
@@ -149,7 +158,15 @@ def parse_command_line(
             "tune.workers_per_trial"
         )
     arguments = validate(spec.arguments, [("the command line", given)])
-    return Invocation(job, arguments, config)
+    return Invocation(job, arguments, config, warnings)
+
+
+def _warn_of_recipe(recipe: str, settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a recipe from elsewhere has this machine read or send."""
+    if storage.is_local(recipe):
+        return ()
+    found = {key: value for key, value in flatten(settings).items() if key in _FAR_REACHING}
+    return tuple(f"recipe {recipe}: it sets {key} = {value}" for key, value in found.items())
 
 
 def _read_flags(spec: Job, argv: Sequence[str]) -> dict[str, Any]:

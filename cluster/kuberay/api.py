@@ -47,6 +47,10 @@ NEEDS = (
 """(API group, resource, verb) of every request below; k8s/rbac grants just these."""
 
 
+class ForbiddenError(AccessError):
+    """The person is known, and lacks a right."""
+
+
 class AlreadyThereError(ClusterError):
     """An object of that name exists."""
 
@@ -161,7 +165,7 @@ class Api:
                     "POST", "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", body=review
                 )
             except AccessError as error:
-                if error.args[1:] == (403,):
+                if isinstance(error, ForbiddenError):
                     return []
                 raise
             if not answer["status"]["allowed"]:
@@ -254,7 +258,7 @@ class Api:
                 "certificate of the kubeconfig has expired, or is another cluster's; log in again"
             )
         if code == 403:
-            return AccessError(f"{where}: {_forbidden(said)}", 403)
+            return ForbiddenError(f"{where}: {_forbidden(said)}")
         details = status.get("details") or {}
         if code == 404 and details.get("kind") == "namespaces":
             return ConfigError(f"{where}: no namespace '{details.get('name')}'; give --namespace")
@@ -288,6 +292,8 @@ def connect(context: str | None, namespace: str | None) -> Api:
     """
     settings = kubernetes_client.Configuration()
     settings.retries = False
+    # A kubeconfig may say so, as kubectl takes it; urllib3 would warn at every request.
+    urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
     try:
         with _logged_errors() as errors:
             chosen = _load_context(settings, context)

@@ -25,8 +25,9 @@ RUN_LABEL = "pneumo/run"
 SUBMISSION_LABEL = "pneumo/submission"
 """On a RayJob and all its pods: the submission's id, the same for every attempt at the same run."""
 TARGET, SETTINGS, ENTRYPOINT = "pneumo/target", "pneumo/settings", "pneumo/entrypoint"
-OVERLAY = "pneumo/overlay"
-"""Annotations of a RayJob: what it writes, the digest of its settings, its command, its overlay."""
+OVERLAY, OWNER = "pneumo/overlay", "pneumo/owner"
+"""Annotations of a RayJob: what it writes, the digest of its settings, its command, its overlay,
+whose it is."""
 SELECTOR = "app.kubernetes.io/part-of=pneumo"
 
 SECRETS = "pneumo-secrets"
@@ -200,6 +201,7 @@ def _name(job: Document, submission: Submission, name: str, overlay: str) -> Non
         SETTINGS: submission.settings,
         ENTRYPOINT: submission.entrypoint,
         OVERLAY: overlay,
+        OWNER: submission.owner,
     }
     for template in _templates(job):
         own = template.setdefault("metadata", {})

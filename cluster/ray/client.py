@@ -17,7 +17,7 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
-from cluster.targets import OutOfReachError
+from cluster.targets import OutOfReachError, is_remote
 from pneumo.errors import AccessError, ConfigError, PneumoError
 
 CONNECT_TIMEOUT_S = 5.0
@@ -128,6 +128,11 @@ def _token(environ: Mapping[str, str]) -> str | None:
         raise ConfigError(
             f"cluster: RAY_AUTH_TOKEN_PATH={path}: {error.strerror}; give a readable file"
         ) from error
+
+
+def sends_token_openly(address: str, environ: Mapping[str, str]) -> bool:
+    """Whether whoever listens on the way to the dashboard reads the token."""
+    return address.startswith("http://") and is_remote(address) and bool(_token(environ))
 
 
 def _is_dashboard(response: requests.Response) -> bool:

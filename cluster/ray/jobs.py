@@ -187,6 +187,7 @@ def state(info: JobDetails) -> JobState:
         started_s=info.start_time / 1000 if info.start_time else None,
         ended_s=info.end_time / 1000 if info.end_time else None,
         is_ours="settings" in (info.metadata or {}),
+        owner=(info.metadata or {}).get("owner", ""),
     )
 
 
@@ -216,6 +217,7 @@ def submit(client: Client, submission: Submission, package: Package) -> Started:
                     "job": submission.job,
                     "target": submission.target,
                     "settings": submission.settings,
+                    "owner": submission.owner,
                 },
                 runtime_env={
                     "working_dir": folder,

@@ -38,6 +38,8 @@ def check_invocation(job: str, argv: Sequence[str]) -> Invocation:
     Raises UserError.
     """
     invocation = parse_command_line(job, argv)
+    for warning in invocation.warnings:
+        say(f"warning: {warning}")
     check_places(invocation)
     return invocation
 

@@ -30,8 +30,11 @@ def local_path(url: str) -> Path:
 def normalise(url: str) -> str:
     """`url` as the jobs pass it on: absolute when local (workers change directory), no final slash.
 
-    Raises UserError for a scheme that would run a command, or that fsspec does not know.
+    Raises UserError for a scheme that would run a command, behind another one too, or that fsspec
+    does not know.
     """
+    if "::" in url and not is_local(url):
+        raise UserError(f"storage: '{url}': chained URLs are refused; use a path, file:// or s3://")
     scheme = url.split(":", 1)[0] if ":" in url else ""
     if scheme in _SHELL_SCHEMES:
         raise UserError(f"storage: '{scheme}:' URLs are refused; use a path, file:// or s3://")

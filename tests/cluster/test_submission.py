@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from cluster.submission import Submission, plan, split_environment, submission_id
 from cluster.targets import is_remote
@@ -297,3 +298,17 @@ def test_what_is_no_address_is_told() -> None:
     for nothing in ("http://[::1:8265", "http://[x"):
         with pytest.raises(ConfigError, match="is no address"):
             is_remote(nothing)
+
+
+def test_a_recipe_from_elsewhere_is_asked_where_results_go(tmp_path: Path) -> None:
+    text = '[tracking]\nentity = "somebody"\n[model]\nweights = "s3://other/weights.pt"\n'
+    with MemoryFileSystem().open("/recipes/theirs.toml", "w") as recipe:
+        recipe.write(text)
+    command = "train --store s3://b/s --run s3://b/r --recipe"
+    told = _plan(f"{command} memory://recipes/theirs.toml").warnings
+    assert told == (
+        "recipe memory://recipes/theirs.toml: it sets tracking.entity = somebody",
+        "recipe memory://recipes/theirs.toml: it sets model.weights = s3://other/weights.pt",
+    )
+    (tmp_path / "own.toml").write_text(text)
+    assert _plan(f"{command} {tmp_path}/own.toml").warnings == ()

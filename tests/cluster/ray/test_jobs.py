@@ -25,7 +25,7 @@ import pytest
 from packaging.specifiers import SpecifierSet
 
 from cluster.ray import jobs, sent_code
-from cluster.ray.client import Client, connect
+from cluster.ray.client import Client, connect, sends_token_openly
 from cluster.submission import Submission, plan
 from cluster.targets import OutOfReachError
 from pneumo.errors import AccessError, ConfigError
@@ -203,15 +203,21 @@ def test_a_job_whose_submission_was_not_answered_is_found(
 
 def test_down_leaves_the_jobs_of_others_alone(client: Client, ray_cluster: RayCluster) -> None:
     other = client.submit_job(entrypoint="sleep 600", submission_id="somebody-elses")
-    mine = _start(client, _probe("mine", 600, 0.1, 0))
-    asked = ray_cluster.command("down")
+    mine = _start(client, replace(_probe("mine", 600, 0.1, 0), owner="me@here"))
+    yours = _start(client, replace(_probe("yours", 600, 0.1, 0), owner="you@here"))
+    asked = ray_cluster.command("down", "--owner", "me@here")
     assert asked.returncode == 2
     assert mine in asked.stderr.splitlines()[-1]
     assert other not in asked.stderr.splitlines()[-1]
-    done = ray_cluster.command("down", "--yes")
+    done = ray_cluster.command("down", "--owner", "me@here", "--yes")
     assert done.returncode == 0, done.stderr
-    assert f"left alone, for they were not submitted by this: {other}" in done.stderr
+    left = done.stderr.splitlines()[0]
+    assert left.startswith("left alone, for they are not of me@here: ")
+    assert {other, yours} == set(left.rpartition(": ")[2].split(", "))
     assert jobs.details(client, mine).status.is_terminal()
+    assert not jobs.details(client, yours).status.is_terminal()
+    assert ray_cluster.command("down", "--all", "--yes").returncode == 0
+    assert jobs.details(client, yours).status.is_terminal()
     assert not jobs.details(client, other).status.is_terminal()
     client.stop_job(other)
 
@@ -384,7 +390,7 @@ def test_the_users_mistake_that_only_the_cluster_sees(
     sent, submitted, ended = done.stderr.splitlines()
     job_id = ended.split()[0]
     assert submitted.startswith(f"submitted as {job_id}: python -m jobs.prepare --source ")
-    assert "MiB before compression; environment: AWS_SECRET_ACCESS_KEY, WANDB_MODE" in sent
+    assert "MiB before compression; environment: AWS_SECRET_ACCESS_KEY" in sent
     assert ended == f"{job_id} failed: exit code 2"
     status = ray_cluster.command("status", job_id)
     assert "why     exit code 2" in status.stdout
@@ -534,3 +540,16 @@ class _Relay:
             while data := source.recv(65536):
                 sink.sendall(data)
             sink.shutdown(socket.SHUT_WR)
+
+
+@pytest.mark.parametrize(
+    ("address", "openly"),
+    [
+        ("http://head.example.org:8265", True),
+        ("https://head.example.org", False),
+        ("http://127.0.0.1:8265", False),
+    ],
+)
+def test_a_token_that_others_could_read_is_told(address: str, *, openly: bool) -> None:
+    assert sends_token_openly(address, {"RAY_AUTH_TOKEN": "secret"}) is openly
+    assert not sends_token_openly(address, {"RAY_AUTH_MODE": "disabled"})

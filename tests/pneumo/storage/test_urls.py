@@ -19,6 +19,14 @@ def test_a_scheme_that_runs_a_command_is_refused(scheme: str, rest: str) -> None
         storage.normalise(f"{scheme}:{rest}")
 
 
+@pytest.mark.parametrize(
+    "url", ["simplecache::sftp://host/a", "filecache::s3://b/k", "zip://a::s3://b/a.zip"]
+)
+def test_a_chain_of_schemes_is_refused(url: str) -> None:
+    with pytest.raises(UserError, match="chained URLs are refused"):
+        storage.normalise(url)
+
+
 def test_an_unknown_scheme_is_refused() -> None:
     with pytest.raises(UserError, match="unknown scheme in 's4://bucket/key'; use a path"):
         storage.normalise("s4://bucket/key")
