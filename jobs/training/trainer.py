@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 import ray.train
@@ -21,10 +21,11 @@ from jobs.training.epoch_log import worker_callbacks
 from jobs.training.messages import Mailbox
 from jobs.training.recovery import STOPPED
 from jobs.training.stop_signal import Board
-from jobs.tuning.trial_judge import Shared, TrialJudge
 from pneumo.config import ClusterConfig, Config
 from pneumo.errors import PreemptedError
+from pneumo.loading.in_memory import InMemorySplit
 from pneumo.loading.sample_order import World
+from pneumo.training.callbacks import Callbacks
 from pneumo.training.fit import fit
 
 RENDEZVOUS_TIMEOUT_S = 180
@@ -32,6 +33,18 @@ RENDEZVOUS_TIMEOUT_S = 180
 WAIT_TIMEOUT_S = 1800
 """How long ranks wait for one another afterwards. One reads its split, or tries storage again and
 again, while the others are done; silent nodes are found by the board within seconds."""
+
+
+class Search(Protocol):
+    """What a worker needs of the search whose trial it trains."""
+
+    def extend(self, callbacks: Callbacks, trial_url: str, world: World) -> Callbacks:
+        """`callbacks`, with which each epoch is judged and reported too."""
+        ...
+
+    def fetch(self, image_size: int | None) -> Mapping[str, InMemorySplit]:
+        """The splits at this size that the node's memory holds, by name."""
+        ...
 
 
 def build_trainer(
@@ -44,14 +57,13 @@ def build_trainer(
     cluster: ClusterConfig | None = None,
     board: Board | None = None,
     nodes: Sequence[Node] = (),
-    shared: Shared | None = None,
+    search: Search | None = None,
 ) -> TorchTrainer:
     """A TorchTrainer whose every worker runs `fit` as one DDP rank, on `nodes` if there are any.
 
     `cluster` says how many there are and what each gets, where that is not what the configuration
     says, which a checkpoint keeps. With a board, workers stop when it says so, and the first
-    failure ends the trainer's `fit`: `Recovery` deals with it. `shared` makes it a trial of a
-    search.
+    failure ends the trainer's `fit`: `Recovery` deals with it. `search` makes it a trial.
     """
     cluster = cluster or config.cluster
     failures = (
@@ -67,7 +79,7 @@ def build_trainer(
             "run_url": run_url,
             "messages": messages,
             "board": board,
-            "shared": shared,
+            "search": search,
         },
         torch_config=TorchConfig(timeout_s=RENDEZVOUS_TIMEOUT_S),
         scaling_config=ScalingConfig(
@@ -107,12 +119,11 @@ def _train_worker(settings: dict[str, Any]) -> str | None:
     board: Board | None = settings["board"]
     if board is not None:
         callbacks = replace(callbacks, should_stop=board.listen(world.rank).is_set)
-    shared: Shared | None = settings["shared"]
-    shared_splits = {}
-    if shared is not None:
-        judge = TrialJudge(shared, settings["run_url"], world)
-        callbacks = judge.callbacks(callbacks, ray.train.report)
-        shared_splits = shared.fetch(config.data.image_size)
+    search: Search | None = settings["search"]
+    shared_splits: Mapping[str, InMemorySplit] = {}
+    if search is not None:
+        callbacks = search.extend(callbacks, settings["run_url"], world)
+        shared_splits = search.fetch(config.data.image_size)
     try:
         fit(
             config,

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import ray
 import ray.exceptions
+import ray.train
 
 from jobs.tuning.trial_records import read_history, write_history, write_scores, write_started
 from pneumo.config import TuneConfig
@@ -45,6 +46,10 @@ class Shared:
     """Reference to the patient of each study of val, by key."""
     held: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     """References to the splits in memory, by image size and name."""
+
+    def extend(self, callbacks: Callbacks, trial_url: str, world: World) -> Callbacks:
+        """`callbacks` of a training, with which each epoch is judged and reported to Tune."""
+        return TrialJudge(self, trial_url, world).callbacks(callbacks, ray.train.report)
 
     def fetch(self, image_size: int | None) -> dict[str, InMemorySplit]:
         """The splits at this size, none being the store's, that are in the node's memory; those

@@ -149,7 +149,7 @@ def _run_here(drawn: dict[str, Any], search: dict[str, Any]) -> None:
 def _run_on_workers(drawn: dict[str, Any], search: dict[str, Any]) -> None:
     config, url, shared = _prepare(drawn, search)
     callbacks = [TuneReportCallback()]
-    trainer = build_trainer(config, search["store_url"], url, None, callbacks, shared=shared)
+    trainer = build_trainer(config, search["store_url"], url, None, callbacks, search=shared)
     _report(TrialJudge(shared, url, World()), trainer.fit)
 
 
