@@ -44,9 +44,12 @@ def run_demo(store_url: str, run_url: str, num_studies: int, *, show_logs: bool)
     tune_url, train_url = storage.join(run_url, "tune"), storage.join(run_url, "train")
     recipe = storage.join(tune_url, BEST)
     phantoms = PHANTOMS.with_name(f"phantoms-{num_studies}")
+    # Trials end side by side, and early stopping compares with those that have: with it, the demo
+    # would be another one each time.
+    search = ["--tune.algorithm", "random", "--tune.early-stopping", "none"]
     steps: list[tuple[str, Callable[[Invocation], None], list[str]]] = [
         ("prepare", prepare, ["--source", str(phantoms), "--store", store_url]),
-        ("tune", tune, ["--store", store_url, "--run", tune_url, "--recipe", "fast"]),
+        ("tune", tune, ["--store", store_url, "--run", tune_url, "--recipe", "fast", *search]),
         ("train", train, ["--store", store_url, "--run", train_url, "--recipe", recipe]),
         ("evaluate", evaluate_run, ["--store", store_url, "--run", train_url]),
     ]
