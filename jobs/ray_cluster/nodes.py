@@ -9,6 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+
+# Private, for nothing public tells it: `ray.available_resources()` adds the nodes up; the state API
+# (`ray.util.state`) needs a dashboard, and knows neither what is free on a node, nor which nodes
+# drain, nor whether the creator of a placement group is alive.
 from ray._private.state import available_resources_per_node
 from ray._private.state import state as _cluster_state
 from ray.autoscaler.sdk import request_resources

@@ -40,7 +40,7 @@ _QUIET = {
     # jobs.training.recovery watches the nodes; Ray's watcher would let a run go on too long.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
-    "RAY_AIR_NEW_OUTPUT": "0",  # Tune's tables; our own narrator speaks
+    "RAY_AIR_NEW_OUTPUT": "0",  # Tune's tables; jobs.tuning.live_table has its own
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends a search as it ends every job
     "RAY_DEDUP_LOGS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -79,7 +79,7 @@ def ray_session(*, show_logs: bool = False) -> Iterator[None]:
             configure_logging=True,
             runtime_env={
                 "env_vars": WORKER_ENVIRONMENT,
-                "worker_process_setup_hook": "jobs.ray_cluster.worker_setup.know_cluster",
+                "worker_process_setup_hook": "jobs.ray_cluster.worker_setup.configure_worker",
             },
             **options,
         )
@@ -87,7 +87,9 @@ def ray_session(*, show_logs: bool = False) -> Iterator[None]:
         raise ClusterError(
             f"ray: cannot connect to {address or 'a local cluster'}: {error}"
         ) from error
-    if not show_logs:  # Ray prints its errors to stdout otherwise; ours say the same in one line
+    # Ray prints its errors to stdout otherwise; ours say the same in one line. The public switch,
+    # RAY_DEDUP_LOGS_SKIP_REGEX, is read when Ray is imported, before --debug is known.
+    if not show_logs:
         ray_logging.stdout_deduplicator.skip_re = re.compile("")
     # Ray's own handler would end the process in an abort, exit code 134.
     signal.signal(signal.SIGTERM, on_sigterm)

@@ -10,7 +10,7 @@ import ray
 import ray.util
 
 
-def know_cluster() -> None:
+def configure_worker() -> None:
     """Name this worker's own cluster and network to all that looks for them.
 
     Ray's State API looks at the machine instead, and gives up where it finds two clusters. Train's

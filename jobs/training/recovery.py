@@ -31,7 +31,7 @@ from jobs.ray_cluster.nodes import (
     usable_nodes,
 )
 from jobs.terminal.entry_point import find_cause, last_words
-from jobs.training.stop_signal import Board, Member
+from jobs.training.stop_signal import Board, Worker
 from pneumo import storage
 from pneumo.config import ClusterConfig
 from pneumo.dataset.manifest import read_manifest
@@ -60,7 +60,7 @@ class Change:
 
     reason: str
     """What happened, in a few words."""
-    hopes: int
+    expected_workers: int
     """Workers that should have room once all is settled."""
 
 
@@ -173,7 +173,7 @@ class Recovery:
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
         return None
 
-    def _staying(self) -> list[Member]:
+    def _staying(self) -> list[Worker]:
         """Workers of the last attempt whose nodes can take them again."""
         members = self.board.members()
         gone = {member.rank for member in find_lost(members)}
@@ -190,7 +190,7 @@ class Recovery:
             release_groups()
             nodes = usable_nodes(self.wanted)
             fits, waited_s = count_fitting(nodes, self.wanted), time.monotonic() - started_s
-            if fits >= fewest and (fits >= change.hopes or waited_s > _SETTLE_S):
+            if fits >= fewest and (fits >= change.expected_workers or waited_s > _SETTLE_S):
                 return nodes
             if fits < fewest and waited_s > _SETTLE_S and spoken_s <= time.monotonic():
                 spoken_s = time.monotonic() + _REMIND_INTERVAL_S
@@ -326,7 +326,7 @@ def _describe_lack(num_workers: int, wanted: Mapping[str, float], waited_s: floa
     )
 
 
-def find_lost(members: Sequence[Member]) -> list[Member]:
+def find_lost(members: Sequence[Worker]) -> list[Worker]:
     """Those whose nodes are dead, or do not answer."""
     alive = {node.id: node for node in list_nodes()}
     silent = silent_addresses([alive[m.node_id] for m in members if m.node_id in alive])
@@ -341,7 +341,7 @@ def describe_position(index: CheckpointIndex | None) -> str:
     return f"after epoch {index.latest.epoch}{step}"
 
 
-def describe_failure(error: Exception, members: Sequence[Member]) -> str:
+def describe_failure(error: Exception, members: Sequence[Worker]) -> str:
     """In a few words, what became of a group of workers."""
     lost = sorted({member.address for member in find_lost(members)})
     if lost:

@@ -23,7 +23,7 @@ _LISTEN_AGAIN_S = 1.0
 
 
 @dataclass(frozen=True)
-class Member:
+class Worker:
     """A worker that listens."""
 
     rank: int
@@ -35,11 +35,11 @@ class _Board:
     """The actor behind `Board`."""
 
     def __init__(self) -> None:
-        self.members: dict[int, Member] = {}
+        self.members: dict[int, Worker] = {}
         self.order: Order = "stop"
         self.posted = asyncio.Event()
 
-    async def listen(self, member: Member) -> Order:
+    async def listen(self, member: Worker) -> Order:
         self.members[member.rank] = member
         await self.posted.wait()
         return self.order
@@ -52,7 +52,7 @@ class _Board:
         self.members = {}
         self.posted = asyncio.Event()  # who waits for the old one is of a group that has ended
 
-    async def list_members(self) -> list[Member]:
+    async def list_members(self) -> list[Worker]:
         return list(self.members.values())
 
 
@@ -70,12 +70,12 @@ class Board:
         """Forget the order and the members, before a new group of workers starts."""
         ray.get(self.actor.clear.remote())
 
-    def members(self) -> list[Member]:
+    def members(self) -> list[Worker]:
         """The workers that have begun to listen since `clear`."""
-        members: list[Member] = ray.get(self.actor.list_members.remote())
+        members: list[Worker] = ray.get(self.actor.list_members.remote())
         return members
 
-    def _await_order(self, member: Member) -> Order:
+    def _await_order(self, member: Worker) -> Order:
         while True:
             try:
                 order: Order = ray.get(self.actor.listen.remote(member))
@@ -90,7 +90,7 @@ class Board:
     def listen(self, rank: int) -> threading.Event:
         """In a worker: an event that is set when it should stop. The process ends when it should
         not go on, or when the board is lost: nobody could tell it any more."""
-        member = Member(
+        member = Worker(
             rank, ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
         )
         heard = threading.Event()

@@ -23,7 +23,7 @@ from jobs.tracking.sending import following
 from jobs.tuning.live_table import LiveTable
 from jobs.tuning.search_results import print_search, write_results
 from jobs.tuning.search_wandb import BEST, REPORT
-from jobs.tuning.searchers import Draw, Drawn, Listed, Rungs, list_grid
+from jobs.tuning.searchers import Draw, FixedListSearcher, OptunaSearcher, ResumableAsha, list_grid
 from jobs.tuning.trial_judge import Shared
 from jobs.tuning.trial_lines import TrialLines, read_error
 from jobs.tuning.trial_records import (
@@ -248,11 +248,13 @@ class _Runner:
         if config.algorithm == "grid":
             done = {trial.name for trial in ended}
             draws = [draw for draw in list_grid(self.config) if draw.name not in done]
-            searcher = Listed(draws, self.run_url)
+            searcher = FixedListSearcher(draws, self.run_url)
         else:
             worst = chance_level(config, self.shared.prevalence)
-            searcher = Drawn(self.config, before, self.run_url, worst=worst)
-        scheduler = Rungs(config, before) if config.early_stopping == "asha" else FIFOScheduler()
+            searcher = OptunaSearcher(self.config, before, self.run_url, worst=worst)
+        scheduler = (
+            ResumableAsha(config, before) if config.early_stopping == "asha" else FIFOScheduler()
+        )
         return [*ended, *self._run("search", searcher, scheduler, left, ended)]
 
     def confirm(self, draws: Sequence[Draw]) -> list[Trial]:
@@ -260,12 +262,19 @@ class _Runner:
         before = read_trials(self.run_url)
         ended = [before[d.name] for d in draws if d.name in before and not before[d.name].is_open]
         done = {trial.name for trial in ended}
-        searcher = Listed([draw for draw in draws if draw.name not in done], self.run_url)
+        searcher = FixedListSearcher(
+            [draw for draw in draws if draw.name not in done], self.run_url
+        )
         left = len(searcher.left)
         return [*ended, *self._run("confirm", searcher, FIFOScheduler(), left, ended)]
 
     def _run(
-        self, label: str, searcher: Listed, scheduler: Any, left: int, ended: Sequence[Trial]
+        self,
+        label: str,
+        searcher: FixedListSearcher,
+        scheduler: Any,
+        left: int,
+        ended: Sequence[Trial],
     ) -> list[Trial]:
         config = self.config
         if left <= 0:

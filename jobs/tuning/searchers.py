@@ -59,7 +59,7 @@ def name_trial(number: int) -> str:
     return f"t{number:03}"
 
 
-class Listed(Searcher):  # type: ignore[misc]
+class FixedListSearcher(Searcher):  # type: ignore[misc]
     """Trains what is on a list."""
 
     def __init__(self, draws: Sequence[Draw], run_url: str) -> None:
@@ -88,7 +88,7 @@ class Listed(Searcher):  # type: ignore[misc]
         """Never called."""
 
 
-class Drawn(Listed):
+class OptunaSearcher(FixedListSearcher):
     """Trains what was begun, then what Optuna draws, which learns from every trial that ended."""
 
     def __init__(
@@ -155,7 +155,7 @@ def _as_optuna(
     return optuna.trial.create_trial(value=value if trial.state == "finished" else worst, **known)
 
 
-class Rungs(ASHAScheduler):  # type: ignore[misc]
+class ResumableAsha(ASHAScheduler):  # type: ignore[misc]
     """ASHA that knows how far the trials of an earlier try came.
 
     Tune keeps no scheduler's state: it would let trials pass rungs as if nobody had reached them.

@@ -89,8 +89,8 @@ class TrialJudge:
         return self._describe()
 
     def fail(self, error: DivergedError) -> dict[str, Any]:
-        """What to tell Tune of a setting that cannot be trained: it is worth as much as a model
-        that knows nothing. So the search learns to stay away, and goes on."""
+        """What to tell Tune of a setting that cannot be trained: it is scored at chance level, so
+        the sampler avoids it, and the search goes on."""
         return {
             "epoch": max(len(self.history), 1),
             METRIC: chance_level(self.shared.tune, self.shared.prevalence),

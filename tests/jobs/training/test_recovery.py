@@ -19,7 +19,7 @@ from jobs.training.recovery import (
     describe_position,
     wait_for_workers,
 )
-from jobs.training.stop_signal import Board, Member, Order
+from jobs.training.stop_signal import Board, Order, Worker
 from pneumo.config import ClusterConfig
 from pneumo.errors import (
     ClusterError,
@@ -326,7 +326,7 @@ def test_a_failure_is_said_in_a_few_words(
     ray_here: None, died: ray.exceptions.ActorDiedError
 ) -> None:
     (here,) = list_nodes()
-    mine, gone = Member(0, here.id, here.address), Member(1, "f" * 56, "192.0.2.9")
+    mine, gone = Worker(0, here.id, here.address), Worker(1, "f" * 56, "192.0.2.9")
     assert describe_failure(fail(ValueError()), [mine, gone]) == (
         "worker lost (node 192.0.2.9 does not answer)"
     )

@@ -9,7 +9,7 @@ import pytest
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
-from jobs.tuning.searchers import Draw, Drawn, Listed, Rungs, list_grid
+from jobs.tuning.searchers import Draw, FixedListSearcher, OptunaSearcher, ResumableAsha, list_grid
 from jobs.tuning.trial_judge import METRIC
 from jobs.tuning.trial_records import read_trials, write_ended
 from pneumo.config import Config
@@ -23,11 +23,11 @@ def config_of(**changes: object) -> Config:
     return override(Config(), {f"tune.{name}": v for name, v in {**small, **changes}.items()})
 
 
-def draw(searcher: Listed, number: int) -> list[dict[str, object]]:
+def draw(searcher: FixedListSearcher, number: int) -> list[dict[str, object]]:
     return [searcher.suggest(f"tune-{i}") for i in range(number)]
 
 
-def finish(searcher: Listed, trial_id: str, value: float, epoch: int = 9) -> None:
+def finish(searcher: FixedListSearcher, trial_id: str, value: float, epoch: int = 9) -> None:
     searcher.on_trial_complete(trial_id, {METRIC: value, "epoch": epoch})
 
 
@@ -35,17 +35,21 @@ def finish(searcher: Listed, trial_id: str, value: float, epoch: int = 9) -> Non
 def test_draws_follow_from_the_seed(tmp_path: Path, algorithm: str) -> None:
     runs = []
     for name in ("one", "two"):
-        searcher = Drawn(config_of(algorithm=algorithm), {}, str(tmp_path / name), worst=0.5)
+        searcher = OptunaSearcher(
+            config_of(algorithm=algorithm), {}, str(tmp_path / name), worst=0.5
+        )
         runs.append(draw(searcher, 4))
     assert runs[0] == runs[1]
     assert [one["name"] for one in runs[0]] == ["t001", "t002", "t003", "t004"]
     assert len({str(one["settings"]) for one in runs[0]}) == 4
-    other = Drawn(override(config_of(), {"seed": 1}), {}, str(tmp_path / "three"), worst=0.5)
+    other = OptunaSearcher(
+        override(config_of(), {"seed": 1}), {}, str(tmp_path / "three"), worst=0.5
+    )
     assert draw(other, 1)[0]["settings"] != runs[0][0]["settings"]
 
 
 def test_every_draw_is_written_down_before_it_starts(tmp_path: Path) -> None:
-    drawn = draw(Drawn(config_of(), {}, str(tmp_path), worst=0.5), 3)
+    drawn = draw(OptunaSearcher(config_of(), {}, str(tmp_path), worst=0.5), 3)
     records = read_trials(str(tmp_path))
     assert [records[str(one["name"])].settings for one in drawn] == [d["settings"] for d in drawn]
     assert {record.state for record in records.values()} == {"unfinished"}
@@ -53,13 +57,13 @@ def test_every_draw_is_written_down_before_it_starts(tmp_path: Path) -> None:
 
 def test_a_search_that_goes_on_draws_nothing_twice(tmp_path: Path) -> None:
     config = config_of(algorithm="random")
-    whole = draw(Drawn(config, {}, str(tmp_path / "whole"), worst=0.5), 6)
-    first = Drawn(config, {}, str(tmp_path / "cut"), worst=0.5)
+    whole = draw(OptunaSearcher(config, {}, str(tmp_path / "whole"), worst=0.5), 6)
+    first = OptunaSearcher(config, {}, str(tmp_path / "cut"), worst=0.5)
     begun = draw(first, 4)
     write_ended(str(tmp_path / "cut"), "t001", "diverged", "nan")
     write_ended(str(tmp_path / "cut"), "t002", "failed", "the node is gone")
     before = read_trials(str(tmp_path / "cut"))
-    again = draw(Drawn(config, before, str(tmp_path / "cut"), worst=0.5), 5)
+    again = draw(OptunaSearcher(config, before, str(tmp_path / "cut"), worst=0.5), 5)
     # What was under way or failed comes first, under its name; then new draws, none seen before.
     assert again[:3] == begun[1:]
     assert [one["name"] for one in again[3:]] == ["t005", "t006"]
@@ -79,13 +83,13 @@ def test_tpe_learns_from_what_an_earlier_try_found(tmp_path: Path) -> None:
         )
         for i, lr in enumerate([1e-5, 2e-5, 5e-5, 3e-4, 4e-4, 5e-4, 3e-5, 6e-4, 1.5e-5, 7e-4] * 2)
     }
-    drawn = draw(Drawn(config, before, str(tmp_path), worst=0.5), 12)
+    drawn = draw(OptunaSearcher(config, before, str(tmp_path), worst=0.5), 12)
     rates = [one["settings"]["train.lr"] for one in drawn]  # type: ignore[index]
     assert sum(rate > 1e-4 for rate in rates) >= 9
 
 
 def test_a_list_ends(tmp_path: Path) -> None:
-    searcher = Listed([Draw("a", {"train.lr": 1.0}, 3)], str(tmp_path))
+    searcher = FixedListSearcher([Draw("a", {"train.lr": 1.0}, 3)], str(tmp_path))
     assert searcher.suggest("1") == {"name": "a", "settings": {"train.lr": 1.0}, "seed": 3}
     assert searcher.suggest("2") == Searcher.FINISHED
 
@@ -106,7 +110,7 @@ def test_a_grid_is_complete_and_mixed() -> None:
     )
 
 
-def result(rungs: Rungs, name: str, epoch: int, value: float) -> str:
+def result(rungs: ResumableAsha, name: str, epoch: int, value: float) -> str:
     tune_trial = SimpleNamespace(trial_id=f"tune-{name}", config={"name": name})
     if tune_trial.trial_id not in rungs._trial_info:
         rungs.on_trial_add(None, tune_trial)
@@ -115,7 +119,7 @@ def result(rungs: Rungs, name: str, epoch: int, value: float) -> str:
 
 
 def test_rungs_stop_whoever_is_behind_those_that_came_before() -> None:
-    rungs = Rungs(config_of().tune, {})
+    rungs = ResumableAsha(config_of().tune, {})
     assert result(rungs, "a", 1, 0.8) == TrialScheduler.CONTINUE
     assert result(rungs, "b", 1, 0.9) == TrialScheduler.CONTINUE
     assert result(rungs, "c", 1, 0.7) == TrialScheduler.STOP
@@ -133,7 +137,7 @@ def test_rungs_remember_an_earlier_try() -> None:
         "b": ended("b", 0.9, 0.9),
         "c": trial("c", 0.85, 0.95, state="unfinished"),
     }
-    fresh, going_on = Rungs(config_of().tune, {}), Rungs(config_of().tune, before)
+    fresh, going_on = ResumableAsha(config_of().tune, {}), ResumableAsha(config_of().tune, before)
     assert result(fresh, "d", 1, 0.5) == TrialScheduler.CONTINUE  # nobody to compare with
     assert result(going_on, "d", 1, 0.5) == TrialScheduler.STOP
     assert result(going_on, "e", 1, 0.95) == TrialScheduler.CONTINUE
