@@ -49,7 +49,7 @@ def list_raylets() -> list[Raylet]:
 
 def announce(raylet: Raylet, grace_s: float) -> None:
     """Tell the cluster that the node will be gone in so many seconds. Raises ray's RpcError."""
-    # Private; the command `ray drain-node` is hidden too, promises no more, and starts a second later.
+    # Private; the command `ray drain-node` is hidden too, and promises no more.
     client = ray._raylet.GcsClient(address=raylet.gcs_address)
     deadline_ms = int((time.time() + grace_s) * 1000)
     accepted, refusal = client.drain_node(
