@@ -111,3 +111,9 @@ def test_the_head_stays_and_the_workers_are_spot(provider: str) -> None:
 
 def test_spot_machines_are_looked_for_in_several_zones() -> None:
     assert len(_read("aws")["provider"]["availability_zone"].split(",")) >= 2
+
+
+def test_no_security_group_is_left_to_ray() -> None:
+    """Its own lets everybody in by SSH."""
+    types = _prepared(_read("aws"))["available_node_types"].values()
+    assert all(node["node_config"]["SecurityGroupIds"] for node in types)
