@@ -301,11 +301,13 @@ def test_gpus_spot_and_queue_are_where_they_belong(
     assert ("nvidia.com/gpu" in tolerated) is (overlay in ON_GPU)
     spot = "spot" in overlay
     assert ("cloud.google.com/gke-spot" in tolerated) is spot
-    for role, operator in (("workers", "In"), ("head", "NotIn")):
+    stays = overlay in {"cpu", "gpu-ondemand"}
+    allowed = {"workers": {"In"} if spot else {"NotIn"} if stays else set(), "head": {"NotIn"}}
+    for role, expected in allowed.items():
         affinity = templates(job)[role]["spec"].get("affinity")
-        assert (affinity is not None) is spot
-        operators = set(re.findall(r'"operator": "(\w+)"', json.dumps(affinity)))
-        assert operators == ({operator} if spot else set())
+        assert set(re.findall(r'"operator": "(\w+)"', json.dumps(affinity))) == expected
+    annotations = templates(job)["workers"]["metadata"].get("annotations", {})
+    assert (annotations.get("karpenter.sh/do-not-disrupt") == "true") is stays
     assert (
         "jobs.ray_cluster.node_drain" in json.dumps(worker["containers"][0]["lifecycle"])
     ) is spot

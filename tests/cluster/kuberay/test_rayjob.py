@@ -141,9 +141,23 @@ def test_secrets_stay_here_and_the_rest_reaches_the_pods(base: Document) -> None
         "AWS_ACCESS_KEY_ID",
         "AWS_SECRET_ACCESS_KEY",
         "AWS_SESSION_TOKEN",
-        "PNEUMO_HASH_KEY",
         "WANDB_API_KEY",
     )
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [(f"train {PLACES}", False), ("prepare --source s3://b/raw --store s3://b/store", True)],
+)
+def test_only_what_derives_keys_gets_their_secret(
+    base: Document, command: str, *, expected: bool
+) -> None:
+    cluster = _build(base, command)["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], cluster["workerGroupSpecs"][0]):
+        pod = group["template"]["spec"]
+        for container in (*pod.get("initContainers", []), *pod["containers"]):
+            names = [source["secretRef"]["name"] for source in container["envFrom"]]
+            assert names == ["pneumo-secrets", *(["pneumo-hash-key"] if expected else [])]
 
 
 def test_an_image_is_for_every_container(base: Document) -> None:
