@@ -25,7 +25,6 @@ from pneumo.errors import ConfigError
 from tests import CHECKOUT
 from tests.cluster.mistakes import (
     BROKEN,
-    CHECKS,
     Break,
     as_pod,
     head_of,
@@ -136,18 +135,6 @@ def test_what_is_broken_is_caught_without_a_cluster_by(
     if kind == "RayJob" and not errors:
         problems = list(operator_rules.problems(document))
         assert bool(problems) is ("rules" in by), problems
-
-
-def test_the_documentation_has_the_table() -> None:
-    text = (CHECKOUT / "docs" / "cluster.md").read_text()
-    [head] = re.findall(r"^\| mistake \|(.*)\|$", text, re.MULTILINE)
-    assert [name.strip() for name in head.split("|")] == list(CHECKS)
-    rows = re.findall(r"^\| ([^|]+?) \|((?: (?:x|) \|){4})$", text, re.MULTILINE)
-    told = {
-        name: {check for check, mark in zip(CHECKS, marks.split("|"), strict=False) if "x" in mark}
-        for name, marks in rows
-    }
-    assert told == {name: set(by.split()) for name, (_, _, by) in BROKEN.items()}
 
 
 def test_the_documentation_has_the_rights() -> None:
