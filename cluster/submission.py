@@ -133,13 +133,7 @@ def plan(
         settings=_settings_digest(invocation, places),
         config=_with_files(invocation, places),
         places=tuple(url for name in places for url in _urls(places, name)),
-        preflight=shlex.join(
-            [
-                *("python", "-m", "jobs.preflight"),
-                *_preflight_flags(places),
-                *(text for name in _needs(invocation, environ) for text in ("--needs", name)),
-            ]
-        ),
+        preflight=_preflight(places, _needs(invocation, environ)),
         shape=_shape(invocation),
         environment=sent,
         recipe=recipe if sends_files else None,
@@ -271,14 +265,16 @@ def _urls(places: Mapping[str, str], name: str) -> list[str]:
     return places[name].split(",") if name == "members" else [places[name]]
 
 
-def _preflight_flags(places: Mapping[str, str]) -> list[str]:
+def _preflight(places: Mapping[str, str], needs: Sequence[str]) -> str:
     written = _written(places)
-    return [
+    flags = [
         text
         for name in places
         for url in _urls(places, name)
         for text in ("--writes" if name == written else "--reads", url)
     ]
+    needed = [text for name in needs for text in ("--needs", name)]
+    return shlex.join(["python", "-m", "jobs.preflight", *flags, *needed])
 
 
 def _absolute(url: str) -> str:
