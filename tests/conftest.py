@@ -43,8 +43,9 @@ FolderMaker = Callable[..., Path]
 StoreMaker = Callable[..., str]
 
 # How fast an example runs says nothing on a shared machine; CI draws the same examples each time.
-settings.register_profile("pneumo", deadline=None, derandomize="CI" in os.environ)
-settings.load_profile("pneumo")
+settings.register_profile("few", deadline=None, max_examples=15)
+settings.register_profile("many", deadline=None, max_examples=100, derandomize=True)
+settings.load_profile("many" if "CI" in os.environ else "few")
 
 FINDINGS = ("Lung Opacity", "Normal", "No Lung Opacity / Not Normal")
 
