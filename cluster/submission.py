@@ -159,6 +159,7 @@ def split_environment(
     prefixes = ["AWS_", *(["WANDB_"] if "tracking" in JOBS[job].sections else [])]
     settings = {k for k in environ if k.startswith("PNEUMO_") and (k != HASH_KEY or job in _HASHES)}
     others = {k for k in environ if k.startswith(tuple(prefixes))}
+    others -= {"AWS_EC2_METADATA_DISABLED", "AWS_PAGER"} if remote else set()  # nobody misses them
     going = others & (STORAGE_VARIABLES | TRACKING_VARIABLES) if remote else others
     sent = {name: environ[name] for name in sorted(settings | going)}
     return sent, tuple(sorted(others - going))
