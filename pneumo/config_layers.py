@@ -28,7 +28,9 @@ Layer = tuple[str, Mapping[str, Any]]
 """What a layer is called in messages, and its settings as a tree."""
 
 ENVIRONMENT_PREFIX = "PNEUMO_"
-_NOT_SETTINGS = frozenset({"PNEUMO_HASH_KEY", storage.ANONYMOUS, REVISION})
+LATER_ATTEMPT = "PNEUMO_LATER_ATTEMPT"
+"""Set where an earlier attempt at the same submission may have ended the job."""
+_NOT_SETTINGS = frozenset({"PNEUMO_HASH_KEY", storage.ANONYMOUS, REVISION, LATER_ATTEMPT})
 """Environment variables with our prefix that are no settings, and read where they are needed."""
 
 _REMOVED = {

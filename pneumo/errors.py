@@ -47,6 +47,10 @@ class RunError(UserError):
     """The run folder holds something that the job must not touch, or lacks what it needs."""
 
 
+class FinishedError(RunError):
+    """What the job would do is done."""
+
+
 class AccessError(UserError):
     """The storage refuses: no credentials, no right, or no such bucket."""
 

@@ -104,10 +104,11 @@ def another(job: Document, name: str) -> Document:
     }
     for template in _templates(again):
         template["metadata"]["labels"][RUN_LABEL] = name
-    folder = log_folder(job)
-    again["spec"]["entrypoint"] = job["spec"]["entrypoint"].replace(
-        folder, folder.removesuffix(before) + name, 1
-    )
+    folder, keeper = log_folder(job), "jobs.terminal.log_keeper"
+    entrypoint = job["spec"]["entrypoint"].replace(folder, folder.removesuffix(before) + name, 1)
+    if f"{keeper} --again" not in entrypoint:  # what the lost attempt has finished is no mistake
+        entrypoint = entrypoint.replace(keeper, f"{keeper} --again", 1)
+    again["spec"]["entrypoint"] = entrypoint
     return again
 
 

@@ -19,7 +19,8 @@ from collections.abc import Callable, Sequence
 from jobs.terminal.places import check_places
 from pneumo import storage
 from pneumo.command_line import Invocation, parse_command_line
-from pneumo.errors import ConfigError, PneumoError
+from pneumo.config_layers import LATER_ATTEMPT
+from pneumo.errors import ConfigError, FinishedError, PneumoError
 
 
 def run_job(job: str, function: str, argv: Sequence[str] | None = None) -> int:
@@ -66,6 +67,9 @@ def run_main(
         if "--debug" in arguments:
             traceback.print_exc()
         known = find_cause(error)
+        if isinstance(known, FinishedError) and os.environ.get(LATER_ATTEMPT):
+            say(f"{job}: an earlier attempt has done it: {known}")
+            return 0
         if known is not None:
             say(f"error: {known}")
             return known.exit_code

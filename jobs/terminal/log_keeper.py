@@ -1,24 +1,28 @@
 """A job's output, kept where the job writes: a cluster that ends with its job takes its logs along.
 
-    python -m jobs.terminal.log_keeper s3://bucket/runs/1/logs/ID python -m jobs.train …
+    python -m jobs.terminal.log_keeper [--again] s3://bucket/runs/1/logs/ID python -m jobs.train …
 
 Runs the command, shows its output, and keeps that as `<folder>/<when it began>.log`: soon, every
-half minute, and at the end. The exit code is the command's. On Kubernetes a failed attempt's pods
+half minute, and at the end. The exit code is the command's, which learns whether it is a later
+attempt (`--again`, or an earlier log lies there). On Kubernetes a failed attempt's pods
 are deleted before the next begins; `python -m cluster logs` reads here why it failed.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import IO
 
 from jobs.terminal.entry_point import say
 from pneumo import storage
+from pneumo.config_layers import LATER_ATTEMPT
 from pneumo.errors import PneumoError
 
 KEEP_EVERY_S = 30.0
@@ -30,18 +34,26 @@ MOST_BYTES = 16 * 2**20
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the command's exit code, 128 more than the signal that ended it."""
-    folder_url, *command = sys.argv[1:] if argv is None else argv
+    words = sys.argv[1:] if argv is None else list(argv)
+    is_later = words[0] == "--again"
+    folder_url, *command = words[is_later:]
     try:
         name = f"{datetime.now(UTC):%Y%m%d-%H%M%S}.log"
-        keeper = LogKeeper(storage.join(storage.normalise(folder_url), name))
+        folder_url = storage.normalise(folder_url)
+        keeper = LogKeeper(storage.join(folder_url, name))
     except PneumoError as error:
         say(f"error: log: {error}")
         return error.exit_code
+    with suppress(PneumoError):  # the job itself will say that its storage is away
+        is_later = is_later or bool(storage.list_names(folder_url))
     # Ray signals the command as well, which then ends in its own time. Handlers, because the
     # command would inherit an ignored signal.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    environ = {**os.environ, **({LATER_ATTEMPT: "1"} if is_later else {})}
+    process = subprocess.Popen(
+        command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     assert process.stdout is not None
     reader = threading.Thread(target=keeper.copy, args=(process.stdout,), daemon=True)
     reader.start()

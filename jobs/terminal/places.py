@@ -9,7 +9,7 @@ from typing import NamedTuple
 from pneumo import storage
 from pneumo.command_line import Invocation
 from pneumo.config import WEIGHTS_WITHOUT_FILE
-from pneumo.errors import ConfigError, RunError, SourceError, StoreError, UserError
+from pneumo.errors import ConfigError, FinishedError, RunError, SourceError, StoreError, UserError
 
 _INDEX = "checkpoints/index.json"
 
@@ -43,9 +43,9 @@ _RULES = (
     _Rule("evaluate predict", "members", True, _INDEX, RunError, _NO_RUN),
     _Rule("track", "run", True, "", RunError, _NOTHING_THERE),
     _Rule("evaluate", "compare_with", True, "predictions.parquet", RunError, _NOT_EVALUATED),
-    _Rule("tune", "run", False, "best.toml", RunError, _SEARCHED),
-    _Rule("evaluate", "run", False, "metrics.json", RunError, _EVALUATED),
-    _Rule("predict", "output", False, "predictions.csv", RunError, _PREDICTED),
+    _Rule("tune", "run", False, "best.toml", FinishedError, _SEARCHED),
+    _Rule("evaluate", "run", False, "metrics.json", FinishedError, _EVALUATED),
+    _Rule("predict", "output", False, "predictions.csv", FinishedError, _PREDICTED),
 )
 
 
@@ -86,4 +86,6 @@ def _check_is_unfinished(run_url: str) -> None:
     except (FileNotFoundError, ValueError, LookupError, TypeError):
         return  # nothing is trained there, or `train` says what is wrong with it
     if epochs is not None:
-        raise RunError(f"{run_url}: holds a finished run of {epochs} epochs; give another --run")
+        raise FinishedError(
+            f"{run_url}: holds a finished run of {epochs} epochs; give another --run"
+        )

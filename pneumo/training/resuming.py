@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from pneumo.config import Config, changed_sections
 from pneumo.dataset.manifest import Manifest
-from pneumo.errors import PneumoError, RunError
+from pneumo.errors import FinishedError, PneumoError, RunError
 from pneumo.loading.sample_order import World
 from pneumo.training.checkpoints import (
     Checkpoint,
@@ -85,14 +85,14 @@ def find_last(
     """The run's newest whole checkpoint behind the index up to it, or None where nothing has been
     trained.
 
-    Raises RunError when the run is finished or of another configuration or store, CheckpointError
-    when none of its checkpoints is whole.
+    Raises FinishedError when the run is finished, RunError when it is of another configuration or
+    store, CheckpointError when none of its checkpoints is whole.
     """
     index = find_index(run_url)
     if index is None:
         return None
     if index.finished:
-        raise RunError(
+        raise FinishedError(
             f"{run_url}: holds a finished run of {index.latest.epoch} epochs; give another --run"
         )
     entry, checkpoint = load_newest(run_url, index, tell)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -30,8 +32,8 @@ def _start(folder: str, code: str) -> subprocess.Popen[str]:
 
 
 def _kept(folder: Path) -> str:
-    [file] = folder.iterdir()
-    return file.read_text()
+    logs = list(folder.glob("*.log"))
+    return logs[0].read_text() if logs else ""
 
 
 @pytest.mark.parametrize(
@@ -51,6 +53,30 @@ def test_all_that_a_command_says_is_shown_and_kept(
     assert process.returncode == exit_code
     assert (out, err) == ("out\nerr\n", "")
     assert _kept(tmp_path / "logs") == out
+
+
+def test_a_later_attempt_at_a_finished_run_has_nothing_to_do(tmp_path: Path) -> None:
+    """As after a head that was lost while its driver ended; a first attempt is refused."""
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    index = {"finished": True, "entries": [{"epoch": 3}]}
+    (tmp_path / "run" / "checkpoints" / "index.json").write_text(json.dumps(index))
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "manifest.json").write_text("{}")
+    train = (
+        "import sys; from jobs.terminal.entry_point import run_job; "
+        f"sys.exit(run_job('train', 'jobs.training.job:train', ['--store', '{tmp_path}/store', "
+        f"'--run', '{tmp_path}/run']))"
+    )
+    ended = []
+    for _ in range(2):
+        with _start(str(tmp_path / "logs"), train) as process:
+            ended.append((process.communicate(timeout=60)[0], process.returncode))
+        time.sleep(1.1)  # logs are named by the second
+    (first, refused), (second, done) = ended
+    assert (refused, done) == (2, 0)
+    assert first.startswith("error: ")
+    assert second.startswith("train: an earlier attempt has done it: ")
+    assert "holds a finished run of 3 epochs" in second
 
 
 def test_it_is_kept_while_the_command_runs(tmp_path: Path) -> None:
