@@ -43,7 +43,7 @@ _TRAINING = (
     *("--recipe", "fast", "--data.image-size", "64", "--train.batch-size", "16"),
     *("--train.micro-batch-size", "8", "--cluster.cpus-per-worker", "1"),
 )
-_FEW_PICTURES = (*("--evaluate.bootstrap-resamples", "50", "--evaluate.pictures", "1"),)
+_FEW_PICTURES = (*("--evaluate.bootstrap-resamples", "100", "--evaluate.pictures", "1"),)
 _JOBS = {
     "prepare": ["--source", "{source}", "--store", "{store}", "--prepare.image-size", "64"],
     "train": [
