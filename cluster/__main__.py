@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PneumoError as error:
         if "--debug" in argv:
             traceback.print_exc()
-        _say(f"error: {error}")
+        _tell(f"error: {error}")
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -84,13 +84,13 @@ def _submit(options: argparse.Namespace, flags: list[str]) -> int:
             run_folder.check_run(wanted.config, wanted.target)
     target = _connect(options)
     for warning in wanted.warnings:
-        _say(f"warning: {warning}")
+        _tell(f"warning: {warning}")
     owner = getattr(options, "owner", None) or _this_person()
-    started = target.submit(replace(wanted, owner=owner), _say_text)
+    started = target.submit(replace(wanted, owner=owner), _tell)
     if started.already_running:
-        _say(f"already running as {started.id}")
+        _tell(f"already running as {started.id}")
     else:
-        _say(f"submitted as {started.id}: {wanted.entrypoint}")
+        _tell(f"submitted as {started.id}: {wanted.entrypoint}")
     if not getattr(options, "follow", True):
         print(started.id)
         return 0
@@ -119,22 +119,22 @@ def _look(options: argparse.Namespace) -> int:
 def _follow(target: Target, job_id: str) -> int:
     """Show the log to the end; the job's exit code, or how the following ended."""
     try:
-        state = target.follow(job_id, _write, _say_text)
+        state = target.follow(job_id, _write, _tell)
     except KeyboardInterrupt:
         return _detach(target, job_id)
     except (ClusterError, AccessError) as error:
-        _say(f"error: {error}")
-        _say(_way_back(target, job_id))
+        _tell(f"error: {error}")
+        _tell(_way_back(target, job_id))
         return error.exit_code
-    _say(str(state))
+    _tell(str(state))
     return state.exit_code
 
 
 def _detach(target: Target, job_id: str) -> int:
     """Leave, or cancel when Ctrl-C comes again at once."""
-    _say(_way_back(target, job_id))
+    _tell(_way_back(target, job_id))
     try:
-        _say(f"Ctrl-C again within {SECOND_THOUGHT_S:g} s cancels it")
+        _tell(f"Ctrl-C again within {SECOND_THOUGHT_S:g} s cancels it")
         time.sleep(SECOND_THOUGHT_S)
     except KeyboardInterrupt:
         _cancel(target, job_id)
@@ -144,12 +144,12 @@ def _detach(target: Target, job_id: str) -> int:
 def _cancel(target: Target, job_id: str) -> int:
     before = target.state(job_id)
     if before.has_ended:
-        _say(f"{job_id} had ended already: {before.phase}")
+        _tell(f"{job_id} had ended already: {before.phase}")
         return 0
     after = target.cancel(job_id)
     if not after.has_ended:
         raise ClusterError(f"cluster: {job_id} was asked to stop and is still {after.phase}")
-    _say(str(after))
+    _tell(str(after))
     return 0
 
 
@@ -161,9 +161,9 @@ def _take_down(target: Target, owner: str, *, confirmed: bool) -> int:
     others = [s.id for s in going_on if s.id not in running]
     whose = f"of {owner}" if owner else "submitted by this project"
     if others:
-        _say(f"left alone, for they are not {whose}: {', '.join(others)}")
+        _tell(f"left alone, for they are not {whose}: {', '.join(others)}")
     if not running:
-        _say(f"nothing {whose} is running")
+        _tell(f"nothing {whose} is running")
         return 0
     if not confirmed and not _agrees(f"cancel {', '.join(running)}?"):
         raise ConfigError(f"cluster: down would cancel {', '.join(running)}; add --yes")
@@ -209,7 +209,9 @@ def _connect(options: argparse.Namespace) -> Target:
     from cluster.ray import jobs as ray_jobs
 
     if client.sends_token_openly(address, os.environ):
-        _say(f"warning: the token goes to {address} unencrypted; forward the port, or use https://")
+        _tell(
+            f"warning: the token goes to {address} unencrypted; forward the port, or use https://"
+        )
     return ray_jobs.RayTarget(address, client.connect(address, os.environ))
 
 
@@ -254,12 +256,8 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-def _say(text: str) -> None:
+def _tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def _say_text(text: str) -> None:
-    _say(str(text))
 
 
 def make_parser() -> _Parser:

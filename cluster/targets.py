@@ -89,12 +89,12 @@ class Target(Protocol):
         """What names it on the command line of `python -m cluster`."""
         ...
 
-    def submit(self, submission: Submission, note: Write) -> Started:
-        """Start the job unless it is running; `note` gets what was sent. ConfigError: see below."""
+    def submit(self, submission: Submission, tell: Write) -> Started:
+        """Start the job unless it is running; `tell` gets what was sent. ConfigError: see below."""
         ...
 
-    def follow(self, job_id: str, write: Write, note: Write) -> JobState:
-        """Pass the log to `write` and all else to `note` until the job has ended."""
+    def follow(self, job_id: str, write: Write, tell: Write) -> JobState:
+        """Pass the log to `write` and all else to `tell` until the job has ended."""
         ...
 
     def list(self) -> Sequence[JobState]:

@@ -40,13 +40,13 @@ class Followed(Protocol):
 
 
 class Following:
-    """Passes the driver's log to `write` and all else to `note`."""
+    """Passes the driver's log to `write` and all else to `tell`."""
 
-    def __init__(self, target: Followed, job_id: str, write: Write, note: Write) -> None:
-        self.target, self.job_id, self.note = target, job_id, note
+    def __init__(self, target: Followed, job_id: str, write: Write, tell: Write) -> None:
+        self.target, self.job_id, self.tell = target, job_id, tell
         self.said: set[object] = set()
         self.pod = ""
-        self.log = DriverLog(write, note)
+        self.log = DriverLog(write, tell)
         self.cursor = LogCursor(self.log)
         self.was_going_on = False
         self.has_run = False
@@ -86,7 +86,7 @@ class Following:
             return None
         if hopeless is None and not state.has_ended:
             self.was_going_on = True
-            self._tell(job, pods, state, found)
+            self._tell_state(job, pods, state, found)
         if hopeless is not None or state.has_ended:
             if pod:
                 self.cursor.read_all(self.target.api, pod)
@@ -123,7 +123,7 @@ class Following:
             return False
         before, self.job_id = self.job_id, self.target.resubmit(job)
         self.resubmissions += 1
-        self.note(
+        self.tell(
             f"trouble: {why}; submitted again as {self.job_id} ({self.resubmissions} of "
             f"{MOST_RESUBMISSIONS}), it goes on from its last checkpoint"
         )
@@ -147,7 +147,7 @@ class Following:
             return ""
         return f"the head of {self.job_id} is gone, and the operator makes no other"
 
-    def _tell(
+    def _tell_state(
         self,
         job: Document,
         pods: Sequence[Document],
@@ -159,13 +159,13 @@ class Following:
         elif self.has_run and job["spec"].get("suspend"):
             self.has_run = False
             self.said.clear()  # what is said of a start is news again
-            self._say_once(TAKEN_BACK, f"waiting: {TAKEN_BACK}")
+            self._tell_once(TAKEN_BACK, f"waiting: {TAKEN_BACK}")
         for key, line in progress.steps(job, pods):
-            self._say_once(key, line)
+            self._tell_once(key, line)
         for trouble in found:
-            self._say_once(trouble.key, f"trouble: {trouble}")
+            self._tell_once(trouble.key, f"trouble: {trouble}")
         if state.phase == "waiting" and not found:
-            self._say_once(state.why, f"waiting: {state.why}")
+            self._tell_once(state.why, f"waiting: {state.why}")
 
     def _submitter(self, pods: Sequence[Document]) -> str:
         """The pod whose log is the driver's now; "" while there is none."""
@@ -173,7 +173,7 @@ class Following:
         name = str(begun[-1]["metadata"]["name"]) if begun else ""
         if name and name != self.pod:
             if self.pod:
-                self.note(f"another submitter took over: {name}")
+                self.tell(f"another submitter took over: {name}")
             self.log.begin()
             self.pod, self.cursor = name, LogCursor(self.log)
         return name
@@ -183,10 +183,10 @@ class Following:
         self.lost_at_s = self.lost_at_s or now_s
         if now_s - self.lost_at_s > self.target.patience_s:
             raise error
-        self._say_once("lost", f"{str(error).split(';')[0]}; the job goes on, trying again")
+        self._tell_once("lost", f"{str(error).split(';')[0]}; the job goes on, trying again")
         time.sleep(1.0)
 
-    def _say_once(self, key: object, text: str) -> None:
+    def _tell_once(self, key: object, text: str) -> None:
         if key not in self.said:
             self.said.add(key)
-            self.note(text)
+            self.tell(text)

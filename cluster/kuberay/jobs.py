@@ -47,7 +47,7 @@ class KubernetesTarget:
         context = f"--context {self.api.context} " if self.api.context else ""
         return f"--target k8s {context}--namespace {self.api.namespace}"
 
-    def submit(self, submission: Submission, note: Write) -> Started:
+    def submit(self, submission: Submission, tell: Write) -> Started:
         folder = self.overlay or overlays.find_overlay(None)
         documents = overlays.render(folder)
         # Built before the cluster is asked: what does not fit needs none to be seen.
@@ -61,9 +61,9 @@ class KubernetesTarget:
         if running is not None:
             started = _join(running, submission)
             for difference in rayjob.differences(job, running):
-                note(f"it goes on as it was started: {difference}")
+                tell(f"it goes on as it was started: {difference}")
             return started
-        self._wait_until_gone(submission.id, leaving, note)
+        self._wait_until_gone(submission.id, leaving, tell)
         if names:
             job = self._build(documents, submission, rayjob.next_name(submission.id, names))
         try:
@@ -71,11 +71,11 @@ class KubernetesTarget:
         except AlreadyThereError:  # an answer that got lost, or someone else, just now
             name = job["metadata"]["name"]
             return replace(_join(self.api.get_rayjob(name), submission), already_running=False)
-        _describe(job, submission, folder.name, note)
+        _describe(job, submission, folder.name, tell)
         return Started(job["metadata"]["name"], already_running=False)
 
-    def follow(self, job_id: str, write: Write, note: Write) -> JobState:
-        return Following(self, job_id, write, note).follow()
+    def follow(self, job_id: str, write: Write, tell: Write) -> JobState:
+        return Following(self, job_id, write, tell).follow()
 
     def resubmit(self, job: Document) -> str:
         """Start a run once more, as it was; the new RayJob's name."""
@@ -165,7 +165,7 @@ class KubernetesTarget:
         names = [job["metadata"]["name"] for job in jobs]
         return names, running[-1] if running else None, leaving
 
-    def _wait_until_gone(self, submission_id: str, leaving: Sequence[str], note: Write) -> None:
+    def _wait_until_gone(self, submission_id: str, leaving: Sequence[str], tell: Write) -> None:
         """Return once nothing of the run that is being deleted can write where the next will.
 
         Pods outlive their RayJob, for a checkpoint; one on a node that is lost is not waited for
@@ -180,7 +180,7 @@ class KubernetesTarget:
             if not names:
                 return
             if not said:
-                note(f"waiting: for {names[0]} to be gone, which is being deleted")
+                tell(f"waiting: for {names[0]} to be gone, which is being deleted")
             said = True
             if time.monotonic() > deadline_s:
                 break
@@ -235,13 +235,13 @@ def _kept(folder: str, logs: Sequence[run_folder.KeptLog]) -> Iterator[str]:
         yield f"--- the attempt of {log.name} UTC, kept in {folder}\n{log.text}"
 
 
-def _describe(job: Document, submission: Submission, overlay: str, note: Write) -> None:
+def _describe(job: Document, submission: Submission, overlay: str, tell: Write) -> None:
     group = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
     container = group["template"]["spec"]["containers"][0]
     each = rayjob.describe_limits(container)
-    note(f"overlay {overlay}: {group['replicas']} workers of {each}; image {container['image']}")
+    tell(f"overlay {overlay}: {group['replicas']} workers of {each}; image {container['image']}")
     if submission.secrets:
-        note(
+        tell(
             f"not sent, for they are secrets: {', '.join(submission.secrets)}; the pods take "
             f"theirs from the Kubernetes secret {rayjob.SECRETS}"
         )

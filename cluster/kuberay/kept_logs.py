@@ -37,7 +37,7 @@ class DriverLog:
     """
 
     write: Write
-    note: Write
+    tell: Write
     _before: list[int] = field(default_factory=list)
     """Hashes of the lines of the driver so far, and which of them comes next."""
     _next: int = 0
@@ -60,7 +60,7 @@ class DriverLog:
         self._is_over = self._is_over or bool(client and client[1])
         if line.startswith(_WAITS):
             if not self._waits:
-                self.note("waiting: for the head to answer the submitter")
+                self.tell("waiting: for the head to answer the submitter")
             self._waits = True
         elif line.startswith("Traceback (most recent call last)"):
             self._traceback = [line]

@@ -74,10 +74,10 @@ class RayTarget:
     def flags(self) -> str:
         return f"--address {self.address}"
 
-    def submit(self, submission: Submission, note: Write) -> Started:
+    def submit(self, submission: Submission, tell: Write) -> Started:
         code = collect()
         if submission.secrets and self.address.startswith("http://") and is_remote(self.address):
-            note(
+            tell(
                 f"warning: {', '.join(submission.secrets)} will go to {self.address} unencrypted; "
                 "forward the port (ssh -L, make forward), or give an https:// address"
             )
@@ -85,14 +85,14 @@ class RayTarget:
         started = join_running(self.client, submission)
         if started is None:
             if needs_preflight(submission, self.address):
-                note(preflight(self.client, submission, code))
+                tell(preflight(self.client, submission, code))
             started = submit(self.client, submission, code)
         if not started.already_running:
-            note(f"sent {code}; environment: {', '.join(submission.environment) or 'none'}")
+            tell(f"sent {code}; environment: {', '.join(submission.environment) or 'none'}")
         return started
 
-    def follow(self, job_id: str, write: Write, note: Write) -> JobState:
-        return state(follow(self.client, job_id, write, note))
+    def follow(self, job_id: str, write: Write, tell: Write) -> JobState:
+        return state(follow(self.client, job_id, write, tell))
 
     def list(self) -> list[JobState]:
         return [state(info) for info in list_jobs(self.client)]
@@ -261,7 +261,7 @@ def follow(
     client: Client,
     job_id: str,
     write: Write,
-    note: Write = lambda _: None,
+    tell: Write = lambda _: None,
     *,
     silence_s: float = SILENCE_S,
     patience_s: float = PATIENCE_S,
@@ -269,7 +269,7 @@ def follow(
     """Pass the job's log to `write` until the job has ended; what it ended as.
 
     The stream may drop: it is taken up again where it stopped, without a gap and without a line
-    twice. `note` gets what there is to say besides. Raises OutOfReachError after `patience_s`
+    twice. `tell` gets what there is to say besides. Raises OutOfReachError after `patience_s`
     without an answer; the job goes on.
     """
     cursor = _Cursor(write)
@@ -280,7 +280,7 @@ def follow(
         try:
             info = details(client, job_id)
             if info.status.is_terminal():
-                _show_rest(client, job_id, cursor, note)
+                _show_rest(client, job_id, cursor, tell)
                 return info
         except OutOfReachError as error:
             lost_at_s = lost_at_s or time.monotonic()
@@ -301,19 +301,19 @@ def follow(
             text = f"waiting: {info.message}" if waits else ""
         if text and text not in notes:
             notes.add(text)
-            note(text)
+            tell(text)
         asyncio.run(_stream(client, job_id, cursor, silence_s))
         time.sleep(1.0)
 
 
-def _show_rest(client: Client, job_id: str, cursor: _Cursor, note: Write) -> None:
+def _show_rest(client: Client, job_id: str, cursor: _Cursor, tell: Write) -> None:
     """What of an ended job's log was not shown yet; Ray answers 500 when its node is gone."""
     for tries_left in range(_TRIES, 0, -1):
         try:
             cursor.show_from_start(logs(client, job_id))
         except BusyError as error:
             if tries_left == 1:
-                note(f"the end of its log cannot be had: {error}")
+                tell(f"the end of its log cannot be had: {error}")
             time.sleep(1.0)
         else:
             return

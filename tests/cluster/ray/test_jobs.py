@@ -157,7 +157,7 @@ def test_an_answer_that_may_pass_is_waited_out(
     with FaultyProxy(ray_cluster.address) as proxy:
         through = connect(proxy.url, ray_cluster.environ)
         proxy.rules += rules
-        log, code = _follow(through, job_id, note=notes.append)
+        log, code = _follow(through, job_id, tell=notes.append)
     assert (_numbers(log), code) == ([0, 1, 2, 3, 4], 1)
     assert len(proxy.injected) == 4
     assert f"answers HTTP {status}: " in str(notes[0])
