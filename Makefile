@@ -2,7 +2,8 @@
 #
 #   make demo       phantoms -> prepare -> tune -> train -> evaluate -> report.html
 #   make test       the tests that take minutes;  make test-slow: the others
-#   make test-processors  what computes, as if on several processors, and on busy cores: minutes
+#   make test-processors  what computes, as if on several processors, and on busy cores: minutes; some
+#                   of them: ARGS='"AVX2, AMD" SSE4'
 #   make test-s3    the tests against a real S3 server, which it starts
 #   make test-cluster  as root: faults on Ray clusters of several nodes
 #   make test-kubernetes  on the cluster that PNEUMO_TEST_KUBECONFIG names, or one that it starts;
@@ -167,7 +168,7 @@ test-slow: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and $(PLAIN)"
 
 test-processors: $(READY)
-	@$(BIN)/python -m tests.processors
+	@$(BIN)/python -m tests.processors $(ARGS)
 
 test-s3: $(READY)
 	$(BIN)/python -m tests.s3.server -- $(BIN)/python -m pytest -m s3
