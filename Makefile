@@ -177,10 +177,12 @@ test-s3: $(READY)
 test-cluster: $(READY)
 	$(BIN)/python -m pytest -m "multinode and not slow" tests/multinode
 
-# Three at a time: a run waits for its pods more than it computes. docs/cluster.md says how to name a
-# cluster; where none can be had the tests skip, and say so.
+# Three at a time, but for all jobs from beginning to end: a run waits for its pods more than it
+# computes. docs/cluster.md says how to name a cluster; where none can be had the tests skip, and say so.
+ON_KUBERNETES := $(BIN)/python -m pytest -m kubernetes tests/kubernetes
 test-kubernetes: $(READY)
-	$(BIN)/python -m tests.kubernetes.server -- $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m kubernetes tests/kubernetes
+	$(BIN)/python -m tests.kubernetes.server -- sh -c \
+	  '$(ON_KUBERNETES)/test_jobs.py && $(ON_KUBERNETES) --ignore tests/kubernetes/test_jobs.py -n 3 --dist loadfile'
 
 test-kubernetes-faults: $(READY)
 	$(BIN)/python -m tests.kubernetes.server -- $(BIN)/python -m pytest -m kubernetes_faults tests/kubernetes

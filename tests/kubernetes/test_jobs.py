@@ -31,7 +31,7 @@ from tests.kubernetes.wandb_server import running_wandb
 pytestmark = [
     pytest.mark.kubernetes,
     pytest.mark.usefixtures("needs_bucket"),
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1500),
 ]
 
 EPOCHS, TRIALS = 2, 2

@@ -22,7 +22,7 @@ from tests.kubernetes.watching import begin
 pytestmark = [
     pytest.mark.kubernetes,
     pytest.mark.usefixtures("needs_bucket"),
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1500),
 ]
 
 KUEUE = "kueue.x-k8s.io/v1beta2"
@@ -92,7 +92,7 @@ def test_a_run_waits_for_quota_gives_it_back_and_goes_on(
 
     kube.create(_urgent_job(queue), team.namespace)
     run.wait_for_note("Kueue has taken its quota back: ")
-    state = run.end(600)
+    state = run.end(900)
     assert (state.phase, state.exit_code) == ("succeeded", 0)
     epochs = re.findall(rf"^epoch +(\d+)/{EPOCHS} ", "".join(run.text), re.MULTILINE)
     assert epochs == [str(number + 1) for number in range(EPOCHS)]  # each once
