@@ -68,7 +68,10 @@ class EvaluateArguments(Arguments):
     """Evaluate a run again that has been evaluated."""
     compare_with: str | None = None
     """Another run, evaluated on the same studies, whose predictions this one's are compared
-    with."""
+    with; with --external one whose verdicts on other sets stand beside this one's."""
+    external: list[str] = Field(default=[])
+    """Stores of other sets, on which the evaluated run is judged by what its own val froze:
+    `--external STORE2,STORE3`. --store is that of the training, whose patients are left out."""
 
 
 class PredictArguments(Arguments):
