@@ -76,7 +76,8 @@ class EvaluateArguments(Arguments):
 
 class PredictArguments(Arguments):
     source: str
-    """A folder or s3:// URL with DICOM files in it, however deep; nothing else is needed."""
+    """A folder or s3:// URL with DICOM, .dcm.gz, PNG, JPEG, TIFF or zip files in it, however deep;
+    one such file; a DICOMDIR; or -: files named on standard input, one a line."""
     run: str
     """A trained run; where it is evaluated, its threshold and calibration are used."""
     output: str

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pneumo import storage
 from pneumo.errors import AccessError, DicomError, StorageError
 from pneumo.images.dicom import GrayImage, read_study_image
+from pneumo.images.packed_files import MEMBER, read_member, unpack
 from pneumo.images.pictures import is_picture, read_picture
 
 _READS_AT_ONCE = 8
@@ -36,8 +37,9 @@ def read_pictures(urls: Sequence[str], image_size: int) -> Iterator[GrayImage | 
 
 def decode_file(data: bytes, image_size: int) -> GrayImage | Unusable:
     """The picture in a DICOM, PNG, JPEG or TIFF file as a store of `image_size` holds it."""
-    read = read_picture if is_picture(data) else read_study_image
     try:
+        data = unpack(data)
+        read = read_picture if is_picture(data) else read_study_image
         return read(data, image_size)
     except DicomError as error:
         return Unusable(error.reason, str(error))
@@ -66,7 +68,9 @@ def read_files(files: Sequence[tuple[str, str | None]]) -> Iterator[bytes | Unus
 def read_file(url: str, label: str | None) -> bytes | Unusable:
     """What the file holds; `label` is what errors call it. Raises as `read_pictures`."""
     try:
-        return storage.read_bytes(url, label=label)
+        return read_member(url) if MEMBER in url else storage.read_bytes(url, label=label)
+    except DicomError as error:
+        return Unusable(error.reason, str(error))
     except FileNotFoundError:
         return Unusable("missing", "no such file")
     except (AccessError, StorageError) as error:
