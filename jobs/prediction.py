@@ -1,4 +1,4 @@
-"""A folder of DICOM files -> what a run's model says of each: CSV, Parquet and Grad-CAM overlays.
+"""Pictures, DICOM or others -> what a run's model says of each: CSV, Parquet and Grad-CAM overlays.
 
 The files keep their names, because all of it goes to the user's own folder. Nothing goes to W&B.
 """
@@ -25,6 +25,7 @@ from jobs.evaluation.ray_scoring import (
     run_shares,
     share_out,
 )
+from jobs.predicted_files import expand, find_source
 from jobs.ray_cluster.session import ray_session, wait_for_resources
 from jobs.terminal.entry_point import say
 from pneumo import storage
@@ -77,8 +78,11 @@ def predict(invocation: Invocation) -> None:
     """
     arguments, config = invocation.arguments, invocation.config
     assert isinstance(arguments, PredictArguments)
-    source_url, output_url = (storage.normalise(u) for u in (arguments.source, arguments.output))
-    files = find_files(source_url, output_url)
+    output_url = storage.normalise(arguments.output)
+    source_url, named = find_source(arguments.source)
+    files = expand(source_url, find_files(source_url, output_url) if named is None else named)
+    if not files:
+        raise SourceError(f"{source_url}: no picture in it")
     run_urls = [storage.normalise(url) for url in (arguments.run, *arguments.members)]
     rule = FrozenRule.from_metrics(_read_metrics(run_urls[0]))
     scoring = Scoring(find_evaluated(run_urls, rule), views=rule.views)
@@ -123,7 +127,7 @@ def find_files(source_url: str, output_url: str) -> list[str]:
     ]
     files = [p for p in found if not any(part.startswith(".") for part in PurePosixPath(p).parts)]
     if not files:
-        raise SourceError(f"{source_url}: no file in it; give the folder of the DICOM files")
+        raise SourceError(f"{source_url}: no file in it; give a folder of pictures")
     return files
 
 

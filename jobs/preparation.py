@@ -1,4 +1,4 @@
-"""Kaggle folder -> store: Ray tasks decode DICOM files, one shard a task; the manifest comes
+"""A data set's folder -> store: Ray tasks decode its files, one shard a task; the manifest comes
 last."""
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pneumo.command_line import Invocation, PrepareArguments
 from pneumo.config import Config
 from pneumo.config_layers import override
 from pneumo.dataset.manifest import Manifest
+from pneumo.dataset.named_splits import NAMED_SPLITS
 from pneumo.dataset.preparation import (
     check_shards_are_there,
     clear_parts,
@@ -30,9 +31,18 @@ from pneumo.dataset.preparation import (
 from pneumo.dataset.receipts import PreparedShard, prepare_shard
 from pneumo.dataset.shard_plans import ShardPlan, digest_settings, estimate_memory, plan_shards
 from pneumo.dataset.shards import shard_samples
-from pneumo.dataset.source import Source, read_source, read_split_list
-from pneumo.dataset.splits import Split, audit_split, recall_salt, remember_salt, split_studies
+from pneumo.dataset.source import Source
+from pneumo.dataset.sources.recognition import read_source, read_split_list
+from pneumo.dataset.splits import (
+    Split,
+    audit_split,
+    find_published,
+    recall_salt,
+    remember_salt,
+    split_studies,
+)
 from pneumo.dataset.study_table import QUARANTINE
+from pneumo.errors import SourceError
 
 
 def prepare(invocation: Invocation) -> None:
@@ -40,7 +50,14 @@ def prepare(invocation: Invocation) -> None:
     arguments = invocation.arguments
     assert isinstance(arguments, PrepareArguments)
     source_url, store_url = storage.normalise(arguments.source), storage.normalise(arguments.store)
-    source = read_source(source_url)
+    named = invocation.config.split.named
+    source = read_source(
+        source_url,
+        settings=invocation.config.prepare,
+        named_split=named if named in NAMED_SPLITS else None,
+    )
+    say(f"source: {source.summary}")
+    _check_missing(source, invocation.config)
     split, config = _split(source, source_url, invocation.config)
     source, split = _limit(source, split, config)
     there = find_store(store_url, source, config)
@@ -66,10 +83,25 @@ def prepare(invocation: Invocation) -> None:
     _report(store_url, manifest)
 
 
+def _check_missing(source: Source, config: Config) -> None:
+    """Raise SourceError where the tables name more pictures that are not there than may be bad."""
+    missing = sum(item.reason == "missing" for item in source.rejected)
+    total = len(source.studies) + len(source.rejected)
+    if missing > config.prepare.max_bad_fraction * total:
+        raise SourceError(
+            f"the source's tables name {total} pictures, of which {missing} are not there; finish "
+            "the download, or say --prepare.max-bad-fraction to do without them"
+        )
+
+
 def _split(source: Source, source_url: str, config: Config) -> tuple[Split, Config]:
     """The split, and the configuration with what it was decided by filled in."""
     listed: Mapping[str, str] | None = None
-    if config.split.list is not None:
+    published = find_published(source, config.split, seed=config.seed)
+    if published is not None:
+        listed = published
+        config = override(config, {"split.named": config.split.named or "published"}, "the source")
+    elif config.split.list is not None:
         list_url = storage.normalise(config.split.list)
         listed = read_split_list(list_url, source_url)
         digest = hashlib.sha256(storage.read_bytes(list_url)).hexdigest()
@@ -164,6 +196,8 @@ def _report(store_url: str, manifest: Manifest) -> None:
         )
     if audit.unlisted:
         print(f"{audit.unlisted} studies are not on the list and are in no split")
+    if manifest.split.named is not None:
+        print(f"split {manifest.split.named}")
     if manifest.quarantined:
         told = ", ".join(f"{reason} {number}" for reason, number in manifest.quarantined.items())
         print(

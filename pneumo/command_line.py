@@ -70,12 +70,16 @@ class EvaluateArguments(Arguments):
     """Evaluate a run again that has been evaluated."""
     compare_with: str | None = None
     """Another run, evaluated on the same studies, whose predictions this one's are compared
-    with."""
+    with; with --external one whose verdicts on other sets stand beside this one's."""
+    external: list[str] = Field(default=[])
+    """Stores of other sets, on which the evaluated run is judged by what its own val froze:
+    `--external STORE2,STORE3`. --store is that of the training, whose patients are left out."""
 
 
 class PredictArguments(Arguments):
     source: str
-    """A folder or s3:// URL with DICOM files in it, however deep; nothing else is needed."""
+    """A folder or s3:// URL with DICOM, .dcm.gz, PNG, JPEG, TIFF or zip files in it, however deep;
+    one such file; a DICOMDIR; or -: files named on standard input, one a line."""
     run: str
     """A trained run; where it is evaluated, its threshold and calibration are used."""
     output: str

@@ -40,6 +40,12 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
+def _unless_default(default: Any) -> Any:
+    """A field that is not written while it has its default: what older versions wrote, and its
+    digest, stays the same."""
+    return Field(exclude_if=lambda value: value == default)
+
+
 class PrepareConfig(Section):
     """How studies become shards."""
 
@@ -49,6 +55,26 @@ class PrepareConfig(Section):
     """The job fails when a larger fraction of the studies cannot be used."""
     limit: PositiveInt | None = None
     """A random subset of this size, for trying out."""
+    layout: Annotated[
+        Literal[
+            "auto",
+            "rsna",
+            "rsna-without-classes",
+            "own-table",
+            "nih",
+            "chexpert",
+            "vindr",
+            "kermany",
+        ],
+        _unless_default("auto"),
+    ] = "auto"
+    """How the source is laid out; auto: by what lies in the folder."""
+    positive: Annotated[list[str], _unless_default([])] = Field(default=[])
+    """Labels that count as positive, of NIH's, CheXpert's and VinDr's; none: Pneumonia."""
+    uncertain: Annotated[Literal["ignore", "negative", "positive"], _unless_default("ignore")] = (
+        "ignore"
+    )
+    """What becomes of CheXpert's uncertain labels; ignore: these pictures are left out."""
 
 
 class SplitConfig(Section):
@@ -64,6 +90,12 @@ class SplitConfig(Section):
     salt: Annotated[int, Field(ge=0, lt=NUM_SALTS)] | None = None
     """Picks one of the 64 splits of a seed; none: the one remembered beside the source, at first
     the best balanced. The manifest states it."""
+    named: Annotated[
+        Literal["rsna-v1", "nih-v1", "published", "hash"] | None, _unless_default(None)
+    ] = None
+    """rsna-v1, nih-v1: the split that everybody shares, docs/benchmark.md; published: the source's
+    own; hash: by the patients' hash all the same; none: published of an own table with a column
+    `split` and of NIH with its two lists, else hash."""
     list: str | None = None
     """CSV of a published split: columns `patientId` (image ids) or `patient` (NIH patient numbers),
     and `split` (train, val, test). Studies that are not listed are left out."""
@@ -72,6 +104,19 @@ class SplitConfig(Section):
     def _train_is_not_empty(self) -> Self:
         if self.val_fraction + self.test_fraction >= 1:
             raise ValueError("val_fraction + test_fraction must be below 1")
+        return self
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.named in (None, "hash"):
+            return self
+        fields = type(self).model_fields
+        idle = ["list", "salt"]
+        if self.named != "published":
+            idle += ["val_fraction", "test_fraction"]
+        for name in idle:
+            if getattr(self, name) != fields[name].default:
+                raise ValueError(f"{name} has no effect on the split {self.named}; leave one out")
         return self
 
 

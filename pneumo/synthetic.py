@@ -1,4 +1,4 @@
-"""Phantom chest X-rays in Kaggle's layout: python -m pneumo.synthetic --out DIR --studies 200"""
+"""Phantom chest X-rays: python -m pneumo.synthetic --out DIR --studies 200 [--layout chexpert]"""
 
 from __future__ import annotations
 
@@ -15,23 +15,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write a folder of phantoms; return 0, or 2 for a mistake in the arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m pneumo.synthetic",
-        description="Write phantom chest X-rays in the layout of Kaggle's RSNA Pneumonia data.",
+        description="Write phantom chest X-rays in the layout of a public data set.",
     )
     add = partial(parser.add_argument, metavar="N")
     add("--out", type=Path, required=True, metavar="DIR", help="folder to write (required)")
     add("--studies", type=int, default=200, help="images to draw (default: %(default)s)")
     add("--seed", type=int, default=0, help="seed of the population (default: %(default)s)")
     add("--jobs", type=int, help="processes to use (default: one per CPU)")
+    parser.add_argument(
+        "--layout",
+        default="rsna",
+        choices=("rsna", "own-table", "nih", "chexpert", "vindr", "kermany"),
+        help="the data set whose layout is written (default: %(default)s)",
+    )
     options = parser.parse_args(argv)
     for flag, least in (("studies", 1), ("seed", 0), ("jobs", 1)):
         if (value := getattr(options, flag)) is not None and value < least:
             parser.error(f"--{flag}: got {value}, expected {least} or more")
+    from pneumo.dataset.phantoms.layouts import PHANTOM_LAYOUTS
     from pneumo.dataset.phantoms.population import draw_population
     from pneumo.dataset.phantoms.source_folder import write_phantoms
 
     try:
         written = write_phantoms(
-            options.out, num_studies=options.studies, seed=options.seed, num_processes=options.jobs
+            options.out,
+            num_studies=options.studies,
+            seed=options.seed,
+            num_processes=options.jobs,
+            layout=PHANTOM_LAYOUTS[options.layout],
         )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -119,7 +119,8 @@ def _load_trained_on(weights: Weights, store_url: str, manifest: Manifest) -> Ch
         raise StoreError(
             f"{store_url}: is not the store that {weights.run_url} was trained on (manifest "
             f"{manifest.digest[:12]}, not {checkpoint.manifest_digest[:12]}); its test studies may "
-            "be in that training set"
+            "be in that training set; to judge the run there, give the store of its training as "
+            "--store, and this one as --external"
         )
     return checkpoint
 

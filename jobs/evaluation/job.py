@@ -18,6 +18,7 @@ from jobs.evaluation.evaluated_run import (
     name_run,
     read_other,
 )
+from jobs.evaluation.external import evaluate_externally
 from jobs.evaluation.ray_scoring import score_splits
 from jobs.evaluation.result_files import REPORT, Judged, compose_metrics, write_files
 from jobs.evaluation.shown_studies import choose_pictures, score_saliency
@@ -46,6 +47,9 @@ def evaluate_run(invocation: Invocation) -> None:
     """Evaluate the run of `--run` on `--store`, leaving the results in it, metrics.json last."""
     arguments, config = invocation.arguments, invocation.config
     assert isinstance(arguments, EvaluateArguments)
+    if arguments.external:
+        evaluate_externally(arguments, config)
+        return
     subject = find_subject(arguments, config.evaluate)
     studies = read_studies(subject.store_url, subject.manifest)
     data = describe_data(subject.store_url, subject.manifest, studies)

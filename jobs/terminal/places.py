@@ -28,10 +28,11 @@ class _Rule(NamedTuple):
 
 _NO_STORE = "no manifest.json, so nothing is prepared there (or not to its end); run jobs.prepare"
 _NO_RUN = "no checkpoint in it; train first, or give a run that was trained"
-_NO_FOLDER = "no such folder, or nothing in it; expected Kaggle's layout"
-_NO_FILE = "no file in it; give the folder of the DICOM files"
+_NO_FOLDER = "no such folder, or nothing in it; expected a data set, see docs/preparing.md"
+_NO_FILE = "no file in it; give a folder of pictures"
 _NOT_EVALUATED = "is not evaluated; evaluate it first"
 _NOTHING_THERE = "no such folder, or nothing in it; give a run or a search"
+_NOT_JUDGED = "is not evaluated on its own store, which freezes the thresholds; do that first"
 _SEARCHED = "holds a finished search; give another --run"
 _EVALUATED = "is evaluated already (a test set is looked at once); --overwrite does it again"
 _PREDICTED = "holds predictions already; give another --output, or --overwrite"
@@ -41,6 +42,7 @@ _RULES = (
     _Rule("train tune evaluate", "store", True, "manifest.json", StoreError, _NO_STORE),
     _Rule("evaluate predict", "run", True, _INDEX, RunError, _NO_RUN),
     _Rule("evaluate predict", "members", True, _INDEX, RunError, _NO_RUN),
+    _Rule("evaluate", "external", True, "manifest.json", StoreError, _NO_STORE),
     _Rule("track", "run", True, "", RunError, _NOTHING_THERE),
     _Rule("evaluate", "compare_with", True, "predictions.parquet", RunError, _NOT_EVALUATED),
     _Rule("tune", "run", False, "best.toml", FinishedError, _SEARCHED),
@@ -58,7 +60,11 @@ def check_places(invocation: Invocation) -> None:
             continue
         if given.get("overwrite") and not rule.must_be:
             continue
+        if given.get("external") and rule.message == _EVALUATED:
+            rule = rule._replace(must_be=True, message=_NOT_JUDGED)
         value = given[rule.argument] or []
+        if value == "-" and rule.argument == "source":
+            continue  # a list of files, on standard input
         for url in [value] if isinstance(value, str) else value:
             if _holds(url, rule.name) != rule.must_be:
                 raise rule.error(f"{storage.normalise(url)}: {rule.message}")

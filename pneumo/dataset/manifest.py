@@ -10,10 +10,11 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pneumo import storage
 from pneumo.config import SplitConfig
+from pneumo.dataset.source import RSNA
 from pneumo.dataset.splits import SPLITS, LeakageAudit
 from pneumo.errors import ContentError, DataError, StoreError
 
@@ -96,6 +97,10 @@ class Manifest(BaseModel):
     """Height and width of the images, in pixels."""
     codec: str = "npy"
     """How an image is encoded in its shard."""
+    layout: str = Field(default=RSNA, exclude_if=lambda value: value == RSNA)
+    """How the source was laid out. Not written of RSNA: such manifests stay as they were."""
+    left_out: dict[str, int] = Field(default={}, exclude_if=lambda value: not value)
+    """Images that the layout's rules left out, by why."""
     seed: int
     split: SplitConfig
     audit: LeakageAudit

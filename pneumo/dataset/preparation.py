@@ -35,6 +35,8 @@ from pneumo.errors import (
 )
 
 CLAIM = "parts/claim.json"
+SECRET_CHECK = "secret_check.txt"
+"""By it two stores know whether one secret made their keys, so that shared patients are found."""
 
 
 def find_store(store_url: str, source: Source, config: Config) -> Manifest | None:
@@ -117,6 +119,8 @@ def finish_store(
         source_digest=source.digest,
         prepare_digest=prepare_digest,
         image_size=config.prepare.image_size,
+        layout=source.layout,
+        left_out=dict(source.left_out),
         seed=config.seed,
         split=config.split,
         audit=audit.model_copy(update={"shard_prevalence": shard_prevalence}),
@@ -130,6 +134,7 @@ def finish_store(
         quarantine=quarantine,
         splits=splits,
     )
+    storage.write_text(storage.join(store_url, SECRET_CHECK), f"{source.secret_check}\n")
     write_manifest(store_url, manifest)
     clear_parts(store_url, manifest)
     return manifest

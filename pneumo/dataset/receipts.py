@@ -20,7 +20,7 @@ from pneumo import storage
 from pneumo.dataset.manifest import ShardEntry
 from pneumo.dataset.shard_plans import ShardPlan
 from pneumo.dataset.shards import SHARD_SUFFIX, Sample, write_shard
-from pneumo.dataset.source import Rejected, Study
+from pneumo.dataset.source import RSNA, Rejected, Study
 from pneumo.dataset.study_table import (
     StudyRow,
     digest_pixels,
@@ -31,6 +31,7 @@ from pneumo.errors import (
 )
 from pneumo.images.dicom import GrayImage
 from pneumo.images.dicom_files import Unusable, decode_file, read_file, read_files
+from pneumo.images.headers import NO_HEADER
 
 
 class Receipt(BaseModel):
@@ -158,6 +159,7 @@ def _decode_study(
 
 
 def _make_row(study: Study, split: str, image: GrayImage, source_blake3: str) -> StudyRow:
+    stated, own = study.header or NO_HEADER, image.header
     return StudyRow(
         key=study.key,
         patient=study.patient,
@@ -165,10 +167,10 @@ def _make_row(study: Study, split: str, image: GrayImage, source_blake3: str) ->
         target=study.target,
         finding=study.finding,
         boxes=tuple(image.place(box) for box in study.boxes),
-        age=image.header.age,
-        sex=image.header.sex,
-        view=image.header.view,
-        spacing_mm=image.header.spacing_mm,
+        age=own.age if stated.age is None else stated.age,
+        sex=stated.sex or own.sex,
+        view=stated.view or own.view,
+        spacing_mm=stated.spacing_mm or own.spacing_mm,
         pixels_digest=digest_pixels(image.pixels),
         source_blake3=source_blake3,
     )
@@ -177,12 +179,13 @@ def _make_row(study: Study, split: str, image: GrayImage, source_blake3: str) ->
 def _contradictions(study: Study, image: GrayImage) -> Iterator[str]:
     """In what the tables disagree with the study's file, or lack something."""
     image_id = study.url.rsplit("/", 1)[-1].removesuffix(".dcm")
-    if image.identifier is not None and image.identifier != image_id:
+    is_rsna = study.layout.startswith(RSNA)
+    if is_rsna and image.identifier is not None and image.identifier != image_id:
         yield "patient_id"
     if any(
         min(box) < 0 or box.x + box.width > image.columns or box.y + box.height > image.rows
         for box in study.boxes
     ):
         yield "box_outside"
-    if study.target and not study.boxes:
+    if is_rsna and study.target and not study.boxes:
         yield "no_box"

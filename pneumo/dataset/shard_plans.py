@@ -35,7 +35,7 @@ class ShardPlan:
 
     def digest(self, prepare_digest: str) -> str:
         """SHA-256 of all that the shard's bytes follow from, the DICOM files aside."""
-        studies = [[s.key, s.patient, s.target, s.finding, s.boxes] for s in self.studies]
+        studies = [study.describe() for study in self.studies]
         described = [_FORMAT, prepare_digest, self.split, studies]
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 

@@ -1,44 +1,20 @@
-"""A folder in Kaggle's layout -> its studies, keyed so that nobody can be named.
-
-Kaggle's `patientId` is an image id. The patient stands in the published mapping to NIH
-ChestX-ray14, whose file names begin with the patient's number.
-https://www.rsna.org/rsnai/ai-image-challenge/rsna-pneumonia-detection-challenge-2018
-"""
+"""What is read of a data set's folder: its studies, keyed so that nobody can be named."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import io
 import json
-import math
-import os
-import zipfile
-import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache, partial
-from typing import Any, Literal, get_args
+from functools import cached_property
+from typing import Literal
 
-import pyarrow as pa
-import pyarrow.csv as pacsv
-from pyarrow.types import is_floating, is_integer, is_null
-
-from pneumo import storage
-from pneumo.dataset.study_keys import derive_file_key, derive_key, read_hash_key
-from pneumo.errors import SourceError
 from pneumo.images.boxes import Box
+from pneumo.images.headers import Header
 
 Finding = Literal["Lung Opacity", "No Lung Opacity / Not Normal", "Normal"]
-LABEL_TABLES = ("stage_2_train_labels.csv", "train_labels.csv", "stage_1_train_labels.csv")
-PACKINGS = ("", ".gz", ".zip")
-CLASS_TABLES = (
-    "stage_2_detailed_class_info.csv",
-    "detailed_class_info.csv",
-    "stage_1_detailed_class_info.csv",
-)
-IMAGE_FOLDERS = ("stage_2_train_images", "train_images", "stage_1_train_images")
-MAPPING = ("pneumonia-challenge-dataset-mappings_2018.json",)
+"""RSNA's; other layouts have words of their own, and 'Normal' for a picture without any finding."""
+RSNA = "rsna"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +24,31 @@ class Study:
     key: str
     """Keyed hash of the image id, 20 hex digits; in webdataset, no key holds a dot."""
     patient: str
-    """Keyed hash of the patient; of the image id where there is no mapping."""
+    """Keyed hash of the patient; of the image id where nobody knows who they are."""
     url: str
-    """The DICOM file. It carries an identifier and stays beside the source."""
+    """The image file. It carries an identifier and stays beside the source."""
     target: int
     """1 for pneumonia, 0 otherwise."""
-    finding: Finding
-    """The detailed class."""
+    finding: str
+    """What the readers called it; one of `Finding` in RSNA's layout."""
     boxes: tuple[Box, ...]
     """Opacities in pixels of the original image; empty for negatives."""
+    layout: str = RSNA
+    """Of the source's folder."""
+    header: Header | None = None
+    """What the tables say, which goes before the file's own header."""
+    published: str | None = None
+    """The split that the source's tables, or a named split, put it in: train, val, test, or
+    train_val for the two together."""
+
+    def describe(self) -> list[object]:
+        """All that the study's sample and row follow from, the file aside, for digests."""
+        rsna = [self.key, self.patient, self.target, self.finding, self.boxes]
+        if self.layout == RSNA and self.published is None:
+            return rsna
+        header = self.header
+        values = header and [header.age, header.sex, header.view, header.spacing_mm]
+        return [*rsna, self.layout, values, self.published]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,294 +65,41 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Source:
-    """A folder in Kaggle's layout, read."""
+    """A folder of a known layout, read."""
 
     studies: tuple[Study, ...]
     """Sorted by key, so in no order of ids or labels."""
     rejected: tuple[Rejected, ...]
     """Studies of which the tables say two different things."""
     has_patients: bool
-    """Whether the mapping told who the patients are."""
+    """Whether the tables told who the patients are."""
     unlabelled: int
-    """Images that have a DICOM file or a class, but no label; they are left out."""
+    """Images that have a file or a class, but no label; they are left out."""
     file_key: bytes = field(repr=False)
     """See `study_keys.derive_file_key`."""
+    secret_check: str
+    """See `study_keys.derive_secret_check`."""
+    layout: str = RSNA
+    title: str = "RSNA (Kaggle)"
+    """The layout as people call it."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Images that the layout's own rules leave out, by why."""
+    notes: tuple[str, ...] = ()
+    """What is to be known of it besides: a guess, a policy."""
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of all that the tables say, with keyed hashes for ids."""
-        rows = [(s.key, s.patient, s.target, s.finding, s.boxes) for s in self.studies]
+        rows = [s.describe() for s in self.studies]
         rejected = [(item.key, item.message) for item in self.rejected]
         return hashlib.sha256(json.dumps([rows, rejected]).encode()).hexdigest()
 
-
-def read_source(source_url: str, environ: Mapping[str, str] | None = None) -> Source:
-    """Read the tables of a source folder: under Kaggle's names or the older plain ones, bare, .gz
-    or .zip, in the folder or in the one folder that an unpacked download makes.
-
-    Raises SourceError when the folder, a table or a column is missing, or a value is not
-    understood. A study of which the tables say two different things is rejected, not guessed.
-    """
-    environ = os.environ if environ is None else environ
-    files = _list_source(source_url)
-    label_url = _find(files, LABEL_TABLES, "label table", source_url)
-    class_url = _find(files, CLASS_TABLES, "class table", source_url)
-    images_url = _find_images(files, source_url)
-    targets, boxes, faulty = _collect_labels(_read_table(label_url, "patientId", "Target"))
-    findings = _collect_findings(_read_table(class_url, "patientId", "class"))
-    patients, remapped = _read_patients(files, targets.keys())
-    faulty.update(remapped)
-    hash_key = read_hash_key(source_url, environ)
-    derive_patient = lru_cache(maxsize=None)(partial(derive_key, hash_key, "patient"))
-    studies, rejected = [], []
-    for image_id, values in targets.items():
-        key = derive_key(hash_key, "study", image_id)
-        own, named = tuple(boxes.get(image_id, ())), findings.get(image_id, [])
-        wrong = faulty.get(image_id) or _contradiction(values, named, own)
-        if wrong is not None:
-            rejected.append(Rejected(key, None, "contradiction", wrong))
-            continue
-        patient = derive_patient(image_id if patients is None else patients[image_id])
-        url = storage.join(images_url, f"{image_id}.dcm")
-        studies.append(Study(key, patient, url, values[0], named[0], own))
-    if len({study.key for study in studies}) != len(studies):
-        raise SourceError(f"{source_url}: two image ids have one hash; set another hash key")
-    return Source(
-        studies=tuple(sorted(studies, key=lambda study: study.key)),
-        rejected=tuple(sorted(rejected, key=lambda item: item.key)),
-        has_patients=patients is not None,
-        unlabelled=len((_list_images(images_url) | findings.keys()) - targets.keys()),
-        file_key=derive_file_key(hash_key),
-    )
-
-
-def read_split_list(
-    list_url: str, source_url: str, environ: Mapping[str, str] | None = None
-) -> dict[str, str]:
-    """The split of each study key or patient (hashed) that a CSV lists.
-
-    Columns: `patientId` (the images' ids) or `patient` (NIH numbers), and `split`. Raises
-    SourceError.
-    """
-    environ = os.environ if environ is None else environ
-    table = _read_table(list_url, "split")
-    column = next((name for name in ("patientId", "patient") if name in table.column_names), None)
-    if column is None:
-        raise SourceError(f"{list_url}: no column patientId or patient, so nobody is listed")
-    hash_key = read_hash_key(source_url, environ)
-    kind = "study" if column == "patientId" else "patient"
-    listed: dict[str, str] = {}
-    for row in table.select([column, "split"]).to_pylist():
-        identifier, split = str(row[column]), row["split"]
-        if split not in ("train", "val", "test"):
-            # The value is not repeated: of columns in another order it would be an id.
-            raise SourceError(f"{list_url}: a split that is none of train, val and test")
-        if listed.setdefault(derive_key(hash_key, kind, identifier), split) != split:
-            raise SourceError(f"{list_url}: lists somebody in two splits")
-    return listed
-
-
-def _list_source(source_url: str) -> dict[str, str]:
-    """Name -> URL of what the source holds, or its only folder that has a label table."""
-    files = _list_folder(source_url)
-    if not files:
-        raise SourceError(
-            f"{source_url}: no such folder, or nothing in it; expected Kaggle's layout"
-        )
-    if _first_present(files, LABEL_TABLES) is None:
-        below = [_list_folder(url) for name, url in files.items() if not name.startswith(".")]
-        candidates = [found for found in below if _first_present(found, LABEL_TABLES) is not None]
-        if len(candidates) == 1:
-            return {**files, **candidates[0]}
-    return files
-
-
-def _list_folder(folder_url: str) -> dict[str, str]:
-    """Name -> URL of what lies directly in the folder; empty for a file."""
-    return {name: storage.join(folder_url, name) for name in storage.list_names(folder_url)}
-
-
-def _first_present(
-    files: Mapping[str, str], names: Sequence[str], packings: Sequence[str] = PACKINGS
-) -> str | None:
-    return next((f"{n}{p}" for n in names for p in packings if f"{n}{p}" in files), None)
-
-
-def _find(files: Mapping[str, str], names: tuple[str, ...], what: str, source_url: str) -> str:
-    name = _first_present(files, names)
-    if name is None:
-        raise SourceError(f"{source_url}: no {what}; expected one of: {', '.join(names)}")
-    return files[name]
-
-
-def _find_images(files: Mapping[str, str], source_url: str) -> str:
-    name = _first_present(files, IMAGE_FOLDERS, ("",))
-    if name is not None:
-        return files[name]
-    packed = _first_present(files, IMAGE_FOLDERS, PACKINGS[1:])
-    if packed is not None:
-        folder = packed.split(".", 1)[0]
-        raise SourceError(f"{source_url}: {packed} is still packed; unpack it into {folder}/")
-    return _find(files, IMAGE_FOLDERS, "image folder", source_url)
-
-
-def _read_plain(url: str) -> bytes:
-    data = storage.read_bytes(url)
-    try:
-        if url.endswith(".gz"):
-            return gzip.decompress(data)
-        if url.endswith(".zip"):
-            with zipfile.ZipFile(io.BytesIO(data)) as archive:
-                (name,) = archive.namelist()
-                return archive.read(name)
-    except (OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile) as error:
-        raise SourceError(f"{url}: not a readable archive of one file: {error}") from error
-    return data
-
-
-def _read_table(url: str, *required: str) -> pa.Table:
-    """The CSV at `url`. No error quotes a cell, nor a first line that may be no header."""
-    wrong: list[Any] = []
-
-    def keep(row: Any) -> str:
-        wrong.append(row)
-        return "error"
-
-    try:
-        table = pacsv.read_csv(
-            io.BytesIO(_read_plain(url)),
-            # Threads would not know a row's number.
-            read_options=pacsv.ReadOptions(use_threads=False),
-            parse_options=pacsv.ParseOptions(invalid_row_handler=keep),
-            # An id of digits alone must keep its leading zeros.
-            convert_options=pacsv.ConvertOptions(
-                column_types={"patientId": pa.string(), "patient": pa.string()}
-            ),
-        )
-        names: list[str] = table.column_names
-    except ValueError:  # its text, and that of its cause, quotes the row
-        what = "empty, cut off, or no UTF-8"
-        if wrong:
-            row = wrong[0]
-            what = f"row {row.number} has {row.actual_columns} cells, not {row.expected_columns}"
-        raise SourceError(f"{url}: not a readable CSV: {what}") from None
-    missing = [name for name in required if name not in names]
-    if missing:
-        known = [name for name in names if name in _COLUMNS]
-        raise SourceError(
-            f"{url}: no column {', '.join(missing)}; its first line names {len(names)}, of those "
-            f"that are known here: {', '.join(known) or 'none'}"
-        )
-    if not len(table):
-        raise SourceError(f"{url}: no rows")
-    return table
-
-
-_COLUMNS = ("patientId", *Box._fields, "Target", "class", "patient", "split")
-
-
-def _collect_labels(
-    table: pa.Table,
-) -> tuple[dict[str, list[int]], dict[str, list[Box]], dict[str, str]]:
-    """By image id: different targets, boxes, and what is wrong with a box. There is a row a box."""
-    targets: dict[str, list[int]] = {}
-    boxes: dict[str, list[Box]] = {}
-    faulty: dict[str, str] = {}
-    corners = [_read_numbers(table, name) for name in Box._fields]
-    rows = zip(table["patientId"].to_pylist(), table["Target"].to_pylist(), *corners, strict=True)
-    for image_id, target, *corner in rows:
-        if target not in (0, 1):
-            raise SourceError("label table: a Target that is neither 0 nor 1")
-        known = targets.setdefault(image_id, [])
-        if target not in known:
-            known.append(int(target))
-        if not (given := [value for value in corner if value is not None]):
-            continue
-        box = Box(*map(float, given)) if len(given) == len(corner) else None
-        if box is None or not all(map(math.isfinite, box)):
-            faulty[image_id] = "a box that lacks a side"
-        elif box.width <= 0 or box.height <= 0:
-            faulty[image_id] = "a box of no size"
-        else:
-            known_boxes = boxes.setdefault(image_id, [])
-            if box not in known_boxes:  # a row that is there twice
-                known_boxes.append(box)
-    return targets, boxes, faulty
-
-
-def _read_numbers(table: pa.Table, name: str) -> list[float | None]:
-    """A column of numbers, None where a cell is empty; all None where there is no such column."""
-    if name not in table.column_names:
-        return [None] * len(table)
-    column = table[name]
-    kind = column.type
-    if not any(is_kind(kind) for is_kind in (is_null, is_integer, is_floating)):
-        raise SourceError(f"label table: column {name} holds something else than numbers")
-    found: list[float | None] = column.to_pylist()
-    return found
-
-
-def _collect_findings(table: pa.Table) -> dict[str, list[Finding]]:
-    """Different findings by image id."""
-    allowed = get_args(Finding)
-    findings: dict[str, list[Any]] = {}
-    for row in table.select(["patientId", "class"]).to_pylist():
-        image_id, finding = row["patientId"], row["class"]
-        if finding not in allowed:
-            raise SourceError(f"class table: a class that is none of: {', '.join(allowed)}")
-        known = findings.setdefault(image_id, [])
-        if finding not in known:
-            known.append(finding)
-    return findings
-
-
-def _contradiction(
-    targets: Sequence[int], findings: Sequence[Finding], boxes: Sequence[Box]
-) -> str | None:
-    """What the tables disagree on for one image, or None."""
-    if len(targets) > 1:
-        return "both Target 0 and Target 1"
-    if len(findings) > 1:
-        return "two classes"
-    if not findings:
-        return "labelled, but without a class"
-    if (findings[0] == "Lung Opacity") != (targets[0] == 1):
-        return f"class {findings[0]!r} with Target {targets[0]}"
-    if boxes and not targets[0]:
-        return "Target 0 with a box"
-    return None
-
-
-def _list_images(images_url: str) -> set[str]:
-    """The image ids that have a DICOM file."""
-    names = storage.list_names(images_url)
-    return {name.removesuffix(".dcm") for name in names if name.endswith(".dcm")}
-
-
-def _read_patients(
-    files: Mapping[str, str], labelled: Collection[str]
-) -> tuple[dict[str, str] | None, dict[str, str]]:
-    """Image id -> NIH patient number, None without the mapping file; and what is wrong with the
-    images that it gives to two patients."""
-    name = _first_present(files, MAPPING)
-    if name is None:
-        return None, {}
-    url = files[name]
-    patients: dict[str, str] = {}
-    remapped: dict[str, str] = {}
-    try:
-        for row in json.loads(_read_plain(url)):
-            image_id, patient = row["subset_img_id"], row["img_id"].split("_")[0]
-            if patients.setdefault(image_id, patient) != patient:
-                remapped[image_id] = "two patients"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SourceError(
-            f"{url}: not the published mapping: expected a JSON list of objects with "
-            "subset_img_id and img_id"
-        ) from error
-    if unmapped := sum(image_id not in patients for image_id in labelled):
-        raise SourceError(
-            f"{MAPPING[0]}: {unmapped} of {len(labelled)} labelled images are not in it; "
-            "use the complete mapping file"
-        )
-    return patients, remapped
+    @property
+    def summary(self) -> str:
+        """One line: `CheXpert, 223,414 studies of 64,540 patients; 32,387 lateral views left
+        out`."""
+        told = f"{self.title}, {len(self.studies):,} studies"
+        if self.has_patients:
+            told += f" of {len({study.patient for study in self.studies}):,} patients"
+        left = [f"{number:,} {why} left out" for why, number in self.left_out.items() if number]
+        return "; ".join([told, *left, *self.notes])

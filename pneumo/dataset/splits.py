@@ -24,12 +24,14 @@ from scipy.stats import beta, hypergeom
 
 from pneumo import storage
 from pneumo.config import NUM_SALTS, SplitConfig
-from pneumo.dataset.source import Study
+from pneumo.dataset.source import Source, Study
 from pneumo.dataset.study_keys import PRIVATE_FOLDER
 from pneumo.errors import AccessError, SourceError, StorageError
 
 SPLITS = ("train", "val", "test")
 SALTS_FILE = "split_salts.json"
+_OWN_SPLIT = ("own-table", "nih")
+"""Layouts whose published split is taken without being asked for."""
 _SKEWED_P = 1e-6
 """Below this probability, over all shards, a shard's class ratio is no random one."""
 
@@ -118,12 +120,12 @@ def split_studies(
     """
     if config.unit == "patient" and not has_patients:
         raise SourceError(
-            "no mapping file, so patients are unknown and a split would leak them (up to 65 images "
-            "are of one patient); put pneumonia-challenge-dataset-mappings_2018.json into the "
-            "source, or say --split.unit image to accept that"
+            "patients are unknown, and a split would leak them; say --split.unit image to accept "
+            "that, or, of RSNA, put pneumonia-challenge-dataset-mappings_2018.json into the source "
+            "(up to 65 images are of one patient)"
         )
     if not studies:
-        raise SourceError("no studies, so nothing to split; check the source's label table")
+        raise SourceError("no studies, so nothing to split; check the source's tables")
     if listed is None:
         salt = choose_salt(studies, config, seed=seed) if config.salt is None else config.salt
         by_group = assign_groups({_group(s, config) for s in studies}, config, seed, salt)
@@ -135,9 +137,37 @@ def split_studies(
     if config.unit == "patient" and audit.shared_patients:
         raise SourceError(
             f"the list puts {audit.shared_patients} patients into two splits; say --split.unit "
-            "image to accept that every metric will be too good"
+            "image to accept that every metric will be too good, or --split.named hash"
         )
     return Split(by_key, audit)
+
+
+def find_published(source: Source, config: SplitConfig, *, seed: int) -> dict[str, str] | None:
+    """The split of each study key that a named split or the source's tables put somewhere; None
+    where the patients' hash is to decide.
+
+    What is train and val together is divided by the patients' hash. Raises SourceError where the
+    source publishes no split, but is asked for it.
+    """
+    placed = [s for s in source.studies if s.published is not None]
+    if config.named is None and source.layout in _OWN_SPLIT and config.list is None:
+        is_wanted = bool(placed)
+    else:
+        is_wanted = config.named not in (None, "hash")
+    if not is_wanted:
+        return None
+    if not placed:
+        raise SourceError(f"--split.named {config.named}: {source.title} publishes no split here")
+    groups = sorted({s.patient for s in placed if s.published == "train_val"})
+    drawn = _uniform(groups, seed, range(1))[:, 0].tolist()
+    bound = config.val_fraction / (1 - config.test_fraction)
+    divided = {
+        group: "val" if u < bound else "train" for group, u in zip(groups, drawn, strict=True)
+    }
+    return {
+        s.key: divided.get(s.patient, "") if s.published == "train_val" else str(s.published)
+        for s in placed
+    }
 
 
 def assign_groups(

@@ -57,3 +57,8 @@ def derive_file_key(hash_key: bytes) -> bytes:
 def derive_key(hash_key: bytes, kind: str, identifier: str) -> str:
     """The keyed hash of an identifier of a `kind` (study, patient), 20 hex digits."""
     return hmac.digest(hash_key, f"{kind}:{identifier}".encode(), "sha256").hex()[:20]
+
+
+def derive_secret_check(hash_key: bytes) -> str:
+    """16 hex digits by which two stores know that their keys come from one secret."""
+    return derive_key(hash_key, "check", "one secret")[:16]

@@ -1,4 +1,4 @@
-"""DICOM files one after the other: their bytes and pictures, or why there are none."""
+"""Files of pictures one after the other: their bytes and pictures, or why there are none."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pneumo import storage
 from pneumo.errors import AccessError, DicomError, StorageError
 from pneumo.images.dicom import GrayImage, read_study_image
+from pneumo.images.packed_files import MEMBER, read_member, unpack
+from pneumo.images.pictures import is_picture, read_picture
 
 _READS_AT_ONCE = 8
 """Files of a bucket that are read ahead: an answer takes as long as decoding ten."""
@@ -25,7 +27,7 @@ class Unusable:
 
 
 def read_pictures(urls: Sequence[str], image_size: int) -> Iterator[GrayImage | Unusable]:
-    """The pictures of DICOM files as a store holds them, in the order of `urls`.
+    """The pictures of files as a store holds them, in the order of `urls`.
 
     Raises AccessError and StorageError for a bucket that is away: that says nothing about a file.
     """
@@ -34,9 +36,11 @@ def read_pictures(urls: Sequence[str], image_size: int) -> Iterator[GrayImage | 
 
 
 def decode_file(data: bytes, image_size: int) -> GrayImage | Unusable:
-    """The picture in a DICOM file as a store of `image_size` holds it."""
+    """The picture in a DICOM, PNG, JPEG or TIFF file as a store of `image_size` holds it."""
     try:
-        return read_study_image(data, image_size)
+        data = unpack(data)
+        read = read_picture if is_picture(data) else read_study_image
+        return read(data, image_size)
     except DicomError as error:
         return Unusable(error.reason, str(error))
 
@@ -64,9 +68,11 @@ def read_files(files: Sequence[tuple[str, str | None]]) -> Iterator[bytes | Unus
 def read_file(url: str, label: str | None) -> bytes | Unusable:
     """What the file holds; `label` is what errors call it. Raises as `read_pictures`."""
     try:
-        return storage.read_bytes(url, label=label)
+        return read_member(url) if MEMBER in url else storage.read_bytes(url, label=label)
+    except DicomError as error:
+        return Unusable(error.reason, str(error))
     except FileNotFoundError:
-        return Unusable("missing", "no DICOM file")
+        return Unusable("missing", "no such file")
     except (AccessError, StorageError) as error:
         if not storage.is_local(url):
             raise

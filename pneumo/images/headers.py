@@ -27,6 +27,9 @@ class Header:
     """Distance of pixel centres in the original image, rows."""
 
 
+NO_HEADER = Header(age=None, sex=None, view=None, spacing_mm=None)
+
+
 def read_header(dataset: pydicom.Dataset) -> Header:
     """Age (0010,1010), sex (0010,0040), view (0018,5101) and pixel spacing (0028,0030)."""
     return make_header(

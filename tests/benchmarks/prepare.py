@@ -31,7 +31,7 @@ import psutil
 from jobs import prepare
 from jobs.ray_cluster.session import ray_session
 from pneumo.config import Config
-from pneumo.dataset.source import read_source
+from pneumo.dataset.sources.recognition import read_source
 from pneumo.dataset.splits import split_studies
 from pneumo.images.dicom import read_study_image
 from tests.benchmarks.sources import find_real_data, list_images, write_linked_source

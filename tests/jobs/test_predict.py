@@ -15,7 +15,7 @@ from PIL import Image
 
 from jobs import evaluate, predict
 from pneumo.dataset.manifest import read_manifest
-from pneumo.dataset.source import read_source
+from pneumo.dataset.sources.recognition import read_source
 from pneumo.dataset.study_table import digest_pixels, read_studies
 from pneumo.evaluation.predictions import Predictions
 from pneumo.images.dicom import GrayImage

@@ -20,7 +20,7 @@ import ray
 
 from jobs import prepare
 from pneumo.dataset.manifest import find_manifest, read_manifest
-from pneumo.dataset.source import read_source
+from pneumo.dataset.sources.recognition import read_source
 from pneumo.dataset.study_table import StudyRow, read_studies
 from tests.benchmarks.sources import write_linked_source
 from tests.identifiers import Identifiers

@@ -39,7 +39,8 @@ from pneumo.dataset.preparation import (
 from pneumo.dataset.receipts import PreparedShard, Receipt, prepare_shard
 from pneumo.dataset.shard_plans import ShardPlan, digest_settings, estimate_memory, plan_shards
 from pneumo.dataset.shards import read_shard, sample_bytes, shard_samples
-from pneumo.dataset.source import Source, read_source
+from pneumo.dataset.source import Source
+from pneumo.dataset.sources.recognition import read_source
 from pneumo.dataset.splits import SPLITS, Split, audit_split, split_studies
 from pneumo.dataset.study_keys import derive_file_key
 from pneumo.dataset.study_table import read_studies
@@ -126,6 +127,7 @@ def test_a_finished_store_holds_nothing_else(preparation: Preparation, tmp_path:
         "manifest.json",
         "studies.parquet",
         "quarantine.jsonl",
+        "secret_check.txt",
     }
     assert not (tmp_path / "parts").exists()
 

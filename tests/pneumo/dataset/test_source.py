@@ -22,7 +22,7 @@ from pathlib import Path
 import pydicom
 import pytest
 
-from pneumo.dataset.source import read_source, read_split_list
+from pneumo.dataset.sources.recognition import read_source, read_split_list
 from pneumo.dataset.study_keys import derive_file_key, read_hash_key
 from pneumo.errors import SourceError
 from pneumo.images.boxes import Box

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from pneumo.config import SplitConfig
-from pneumo.dataset.source import Finding, Study, read_source
+from pneumo.dataset.source import Finding, Study
+from pneumo.dataset.sources.recognition import read_source
 from pneumo.dataset.splits import (
     SPLITS,
     LeakageAudit,

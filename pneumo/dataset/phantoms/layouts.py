@@ -1,0 +1,199 @@
+"""The layouts that phantoms are written in: where a picture goes, how it is encoded, the tables."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from pneumo.dataset.phantoms.kaggle import encode_dicom, write_kaggle_tables
+from pneumo.dataset.phantoms.population import PhantomStudy
+from pneumo.dataset.sources.rsna import CLASS_TABLES, IMAGE_FOLDERS, LABEL_TABLES, MAPPING
+from pneumo.images.boxes import Box
+
+Boxes = Sequence[tuple[Box, ...]]
+
+
+@dataclass(frozen=True)
+class PhantomLayout:
+    """One layout."""
+
+    name: str
+    tables: tuple[str, ...]
+    """Files that a whole folder has besides the pictures."""
+    place: Callable[[PhantomStudy], str]
+    """Where the study's picture goes, below the folder."""
+    encode: Callable[[PhantomStudy, NDArray[np.uint8]], bytes]
+    write_tables: Callable[[Path, Sequence[PhantomStudy], Boxes], None]
+
+
+def _encode_png(study: PhantomStudy, pixels: NDArray[np.uint8]) -> bytes:
+    return _encode(".png", pixels)
+
+
+def _encode_jpeg(study: PhantomStudy, pixels: NDArray[np.uint8]) -> bytes:
+    return _encode(".jpg", pixels)
+
+
+def _encode(ending: str, pixels: NDArray[np.uint8]) -> bytes:
+    ok, encoded = cv2.imencode(ending, pixels)
+    assert ok, "OpenCV encodes any 8-bit image"
+    return encoded.tobytes()
+
+
+def _write_rows(path: Path, rows: Iterable[Sequence[object]]) -> None:
+    with path.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
+
+
+# --- own table ------------------------------------------------------------------------------------
+
+
+def _place_own(study: PhantomStudy) -> str:
+    return f"images/{study.name}.png"
+
+
+def _write_own_table(out: Path, studies: Sequence[PhantomStudy], boxes: Boxes) -> None:
+    rows: list[Sequence[object]] = [
+        ("file", "patient", "target", "finding", "view", "age", "sex", *Box._fields)
+    ]
+    for study, own in zip(studies, boxes, strict=True):
+        row = (_place_own(study), f"p{study.patient}", int(study.positive), study.finding)
+        header = (study.view, study.age, study.sex)
+        rows += [(*row, *header, *box) for box in own or [("",) * 4]]
+    _write_rows(out / "studies.csv", rows)
+
+
+# --- NIH ChestX-ray14 -----------------------------------------------------------------------------
+
+
+def _name_nih(study: PhantomStudy) -> str:
+    return f"{study.patient + 1:08d}_{study.index:03d}.png"
+
+
+def _place_nih(study: PhantomStudy) -> str:
+    return f"images_001/images/{_name_nih(study)}"
+
+
+def _write_nih_tables(out: Path, studies: Sequence[PhantomStudy], boxes: Boxes) -> None:
+    labels = {
+        "Lung Opacity": "Infiltration|Pneumonia",
+        "No Lung Opacity / Not Normal": "Effusion",
+        "Normal": "No Finding",
+    }
+    names = ("Image Index", "Finding Labels", "Follow-up #", "Patient ID", "Patient Age")
+    rows: list[Sequence[object]] = [(*names, "Patient Gender", "View Position")]
+    drawn: list[Sequence[object]] = [("Image Index", "Finding Label", "Bbox [x", "y", "w", "h]")]
+    for study, own in zip(studies, boxes, strict=True):
+        labelled = (_name_nih(study), labels[study.finding], study.index, study.patient + 1)
+        rows.append((*labelled, study.age, study.sex, study.view))
+        drawn += [(_name_nih(study), "Pneumonia", *box) for box in own]
+    _write_rows(out / "Data_Entry_2017.csv", rows)
+    _write_rows(out / "BBox_List_2017.csv", drawn)
+
+
+# --- CheXpert -------------------------------------------------------------------------------------
+
+
+def _place_chexpert(study: PhantomStudy) -> str:
+    folder = f"train/patient{study.patient + 1:05d}/study{study.index + 1}"
+    return f"{folder}/view1_frontal.jpg"
+
+
+def _write_chexpert_tables(out: Path, studies: Sequence[PhantomStudy], boxes: Boxes) -> None:
+    """Of the negatives every seventh is uncertain, every fifth blank; a lateral view a patient."""
+    names = ("Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", "No Finding", "Pneumonia")
+    rows: list[Sequence[object]] = []
+    for number, study in enumerate(studies):
+        path = f"CheXpert-v1.0-small/{_place_chexpert(study)}"
+        sex = {"F": "Female", "M": "Male"}[study.sex]
+        label = "1.0" if study.positive else "-1.0" if number % 7 == 0 else "0.0"
+        label = "" if label == "0.0" and number % 5 == 0 else label
+        healthy = "1.0" if study.finding == "Normal" else ""
+        rows.append((path, sex, study.age, "Frontal", study.view, healthy, label))
+        if study.index == 0:
+            side = path.replace("view1_frontal", "view2_lateral")
+            rows.append((side, sex, study.age, "Lateral", "", healthy, label))
+    _write_rows(out / "train.csv", [names, *rows])
+
+
+# --- VinDr-CXR ------------------------------------------------------------------------------------
+
+
+def _place_vindr(study: PhantomStudy) -> str:
+    return f"train/{study.name}.dicom"
+
+
+def _write_vindr_table(out: Path, studies: Sequence[PhantomStudy], boxes: Boxes) -> None:
+    """Three readers, of whom the last misses every third opacity."""
+    corners = ("x_min", "y_min", "x_max", "y_max")
+    rows: list[Sequence[object]] = [("image_id", "class_name", "class_id", "rad_id", *corners)]
+    for number, (study, own) in enumerate(zip(studies, boxes, strict=True)):
+        for reader in ("R1", "R2", "R3"):
+            seen = own if reader != "R3" or number % 3 else ()
+            rows += [
+                (study.name, "Pneumonia", 7, reader, b.x, b.y, b.x + b.width, b.y + b.height)
+                for b in seen
+            ]
+            if not seen:
+                rows.append((study.name, "No finding", 14, reader, "", "", "", ""))
+    _write_rows(out / "train.csv", rows)
+
+
+# --- chest_xray -----------------------------------------------------------------------------------
+
+
+def _place_kermany(study: PhantomStudy) -> str:
+    split = "test" if study.patient % 5 == 0 else "train"
+    if study.positive:
+        cause = "virus" if study.patient % 3 == 0 else "bacteria"
+        name = f"person{study.patient}_{cause}_{study.index}.jpeg"
+        return f"{split}/PNEUMONIA/{name}"
+    return f"{split}/NORMAL/IM-{study.patient:04d}-{study.index:04d}.jpeg"
+
+
+def _write_no_table(out: Path, studies: Sequence[PhantomStudy], boxes: Boxes) -> None:
+    """The folders say it all."""
+
+
+def _place_kaggle(study: PhantomStudy) -> str:
+    return f"{IMAGE_FOLDERS[0]}/{study.name}.dcm"
+
+
+KAGGLE = PhantomLayout(
+    "rsna",
+    (LABEL_TABLES[0], CLASS_TABLES[0], MAPPING[0]),
+    _place_kaggle,
+    encode_dicom,
+    write_kaggle_tables,
+)
+PHANTOM_LAYOUTS: Mapping[str, PhantomLayout] = {
+    layout.name: layout
+    for layout in (
+        KAGGLE,
+        PhantomLayout("own-table", ("studies.csv",), _place_own, _encode_png, _write_own_table),
+        PhantomLayout(
+            "nih",
+            ("Data_Entry_2017.csv", "BBox_List_2017.csv"),
+            _place_nih,
+            _encode_png,
+            _write_nih_tables,
+        ),
+        PhantomLayout(
+            "chexpert", ("train.csv",), _place_chexpert, _encode_jpeg, _write_chexpert_tables
+        ),
+        PhantomLayout(
+            "vindr",
+            ("train.csv",),
+            _place_vindr,
+            encode_dicom,
+            _write_vindr_table,
+        ),
+        PhantomLayout("kermany", (), _place_kermany, _encode_jpeg, _write_no_table),
+    )
+}

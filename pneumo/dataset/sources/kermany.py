@@ -1,0 +1,76 @@
+"""Kaggle's chest_xray (Kermany et al. 2018, children) -> studies: folders that name the label.
+
+https://data.mendeley.com/datasets/rscbjbr9sj
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from pneumo import storage
+from pneumo.dataset.source import Source
+from pneumo.dataset.sources.layout import Folder, Layout, StudyCollector
+from pneumo.errors import SourceError
+
+_SPLITS = ("train", "val", "test")
+_CLASSES = {"NORMAL": 0, "PNEUMONIA": 1}
+_ENDINGS = (".jpeg", ".jpg", ".png")
+_PATIENTS = r"(person\d+)_|((?:NORMAL2-)?IM-\d+)-"
+_GUESS = "who the patients are is a guess from file names"
+
+
+def read_kermany(folder: Folder, layout: Layout) -> Source:
+    """The pictures of `train|val|test/NORMAL|PNEUMONIA`; the patient is the `personNNN` or
+    `IM-NNNN` of the name. One number in two folders counts as one patient.
+
+    Raises SourceError for a picture that lies in both classes.
+    """
+    studies, labels = StudyCollector(folder, layout), dict[str, int]()
+    for split in _SPLITS:
+        for name, target in _CLASSES.items():
+            url = storage.join(folder.url, split, name)
+            for image in storage.list_names(url):
+                if not image.lower().endswith(_ENDINGS):
+                    continue
+                if labels.setdefault(image, target) != target:
+                    raise SourceError(f"{folder.source_url}: a picture that is in both classes")
+                studies.add(
+                    f"{split}/{image}",
+                    f"kermany/{_guess_patient(image)}",
+                    storage.join(url, image),
+                    target,
+                    _name_finding(image, target),
+                    published=split,
+                )
+    return studies.finish(notes=(_GUESS,))
+
+
+def _guess_patient(image: str) -> str:
+    match = re.match(_PATIENTS, image)
+    return image if match is None else str(match[1] or match[2])
+
+
+def _name_finding(image: str, target: int) -> str:
+    if not target:
+        return "Normal"
+    cause = next((cause for cause in ("bacteria", "virus") if f"_{cause}_" in image), None)
+    return "Pneumonia" if cause is None else f"Pneumonia ({cause})"
+
+
+def _is_kermany(files: Mapping[str, str]) -> bool:
+    return any(
+        not _CLASSES.keys().isdisjoint(storage.list_names(files[split]))
+        for split in _SPLITS
+        if split in files
+    )
+
+
+LAYOUT = Layout(
+    name="kermany",
+    title="chest_xray (Kermany)",
+    traces=(r"(train|val|test)$", "chest_xray", "(NORMAL|PNEUMONIA)$"),
+    lacking="no train/NORMAL and train/PNEUMONIA",
+    recognise=_is_kermany,
+    read=read_kermany,
+)

@@ -1,0 +1,131 @@
+"""`studies.csv` beside pictures of any kind -> studies: the layout for data of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+
+import pyarrow as pa
+
+from pneumo import storage
+from pneumo.dataset.source import Source
+from pneumo.dataset.sources.layout import Folder, Layout, StudyCollector
+from pneumo.dataset.sources.tables import (
+    first_present,
+    make_box,
+    read_numbers,
+    read_table,
+    read_texts,
+)
+from pneumo.errors import SourceError
+from pneumo.images.boxes import Box
+from pneumo.images.headers import make_header
+
+TABLE = "studies.csv"
+_REQUIRED = ("file", "patient", "target")
+_TEXTS = (*_REQUIRED, "study", "view", "age", "sex", "finding", "split")
+_FINDINGS = {1: "Pneumonia", 0: "No pneumonia"}
+
+
+@dataclass(slots=True)
+class _Row:
+    """What the rows of one file say together."""
+
+    number: int
+    """Of the first row in the table, the line of names being 1."""
+    cells: tuple[str, ...]
+    boxes: list[Box] = field(default_factory=list)
+
+
+def read_own_table(folder: Folder, layout: Layout) -> Source:
+    """The studies of `studies.csv`: file, patient, target; and where given study, view, age, sex,
+    finding, split, and x, y, width, height, a row a box.
+
+    Raises SourceError for a row whose file is missing, outside the folder or named twice, a target
+    other than 0 and 1, a split that is none, a box on a negative.
+    """
+    name = first_present(folder.files, (TABLE,))
+    assert name is not None, "recognised by it"
+    url = folder.files[name]
+    table = read_table(url, *_REQUIRED, texts=_TEXTS, known=(*_TEXTS, *Box._fields))
+    rows = _collect_rows(table, url)
+    _check_files(rows, folder, url)
+    studies = StudyCollector(folder, layout)
+    numbers: dict[str, int] = {}
+    for file, row in rows.items():
+        patient, target, study, view, age, sex, finding, split = row.cells
+        if (other := numbers.setdefault(study or file, row.number)) != row.number:
+            raise SourceError(f"{url}: rows {other} and {row.number} name one study, of two files")
+        label = int(target)
+        header = make_header(age=age, sex=sex.upper(), view=view.upper(), spacing=None)
+        studies.add(
+            study or file,
+            patient,
+            storage.join(folder.url, file),
+            label,
+            finding or _FINDINGS[label],
+            boxes=row.boxes,
+            header=header,
+            published=split or None,
+        )
+    return studies.finish()
+
+
+def _collect_rows(table: pa.Table, url: str) -> dict[str, _Row]:
+    """By file, in the table's order."""
+    columns = [read_texts(table, name) for name in _TEXTS]
+    corners = [read_numbers(table, name, url) for name in Box._fields]
+    rows: dict[str, _Row] = {}
+    for i, (cells, corner) in enumerate(
+        zip(zip(*columns, strict=True), zip(*corners, strict=True), strict=True)
+    ):
+        file, number = _check_cells(cells, f"{url}: row {i + 2}"), i + 2
+        box = make_box(corner)
+        row = rows.setdefault(file, _Row(number, cells[1:]))
+        if row.number != number and (row.cells != cells[1:] or box is None or not row.boxes):
+            raise SourceError(f"{url}: rows {row.number} and {number} name one file")
+        if isinstance(box, str):
+            raise SourceError(f"{url}: row {number}: {box}")
+        if box is not None:
+            if row.cells[1] != "1":
+                raise SourceError(f"{url}: row {number}: target 0 with a box")
+            if box not in row.boxes:
+                row.boxes.append(box)
+    return rows
+
+
+def _check_cells(cells: tuple[str, ...], where: str) -> str:
+    """The file of a row."""
+    file, patient, target, split = *cells[:3], cells[-1]
+    if not file or not patient:
+        raise SourceError(f"{where}: no {'patient' if file else 'file'}")
+    if target not in ("0", "1"):
+        raise SourceError(f"{where}: a target that is neither 0 nor 1")
+    if split not in ("", "train", "val", "test"):
+        raise SourceError(f"{where}: a split that is none of train, val and test")
+    path = PurePosixPath(file)
+    if path.is_absolute() or ".." in path.parts or "://" in file:
+        raise SourceError(f"{where}: a file outside the folder; give its path from {TABLE} on")
+    return str(path)
+
+
+def _check_files(rows: Mapping[str, _Row], folder: Folder, url: str) -> None:
+    prefix = f"{folder.url.rstrip('/')}/"
+    there = {found.removeprefix(prefix) for found in storage.list_urls(folder.url)}
+    missing = [row.number for file, row in rows.items() if file not in there]
+    if missing:
+        raise SourceError(
+            f"{url}: {len(missing)} of {len(rows)} files are not there, the first that of row "
+            f"{missing[0]}; give paths from {TABLE} on"
+        )
+
+
+LAYOUT = Layout(
+    name="own-table",
+    title=f"own table ({TABLE})",
+    traces=(),
+    lacking=f"no {TABLE}",
+    recognise=lambda files: first_present(files, (TABLE,)) is not None,
+    read=read_own_table,
+)

@@ -1,0 +1,139 @@
+"""Which layout a folder has, and its studies."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import PurePosixPath
+
+from pneumo.config import PrepareConfig
+from pneumo.dataset.source import Source
+from pneumo.dataset.sources import chexpert, kermany, nih, own_table, rsna, vindr
+from pneumo.dataset.sources.layout import Folder, Layout
+from pneumo.dataset.sources.rsna import read_table
+from pneumo.dataset.sources.tables import list_folder
+from pneumo.dataset.study_keys import derive_key, read_hash_key
+from pneumo.errors import SourceError
+
+_RECOGNISED = (
+    rsna.LAYOUT,
+    own_table.LAYOUT,
+    nih.LAYOUT,
+    chexpert.LAYOUT,
+    vindr.LAYOUT,
+    kermany.LAYOUT,
+)
+LAYOUTS: Mapping[str, Layout] = {
+    layout.name: layout for layout in (*_RECOGNISED, rsna.WITHOUT_CLASSES)
+}
+_EXAMPLE = """file,patient,target
+images/0001.png,p1,0
+images/0002.png,p1,1
+images/0003.png,p2,0
+images/0004.png,p3,1"""
+
+
+def read_source(
+    source_url: str,
+    environ: Mapping[str, str] | None = None,
+    *,
+    settings: PrepareConfig | None = None,
+    named_split: str | None = None,
+) -> Source:
+    """Read the tables of a source: of the folder, or of the one folder that an unpacked download
+    makes.
+
+    `settings` say the layout (auto: by what lies there) and its policies; a `named_split` puts each
+    study where it says. Raises SourceError for a folder of no layout or of two, for a table or a
+    column that is missing, or a value that is not understood.
+    """
+    settings = settings or PrepareConfig()
+    given = list_folder(source_url)
+    if not given:
+        raise SourceError(f"{source_url}: no such folder, or nothing in it; {_EXPECTED}")
+    layout, files, url = _find_layout(source_url, given, settings.layout)
+    for name in ("positive", "uncertain"):
+        is_set = getattr(settings, name) != type(settings).model_fields[name].default
+        if is_set and name not in layout.settings:
+            raise SourceError(f"prepare.{name} has no effect on the layout {layout.title}")
+    environ = os.environ if environ is None else environ
+    folder = Folder(source_url, url, files, environ, settings, named_split)
+    return layout.read(folder, layout)
+
+
+def _find_layout(
+    source_url: str, files: Mapping[str, str], wanted: str
+) -> tuple[Layout, Mapping[str, str], str]:
+    """The layout, what lies in its folder, and the folder's URL."""
+    layouts = _RECOGNISED if wanted == "auto" else (LAYOUTS[wanted],)
+    found = [layout for layout in layouts if layout.recognise(files)]
+    url = source_url
+    if not found:
+        below = {
+            folder_url: inner
+            for name, folder_url in files.items()
+            if not name.startswith(".") and (inner := list_folder(folder_url))
+        }
+        inside = [(u, i) for u, i in below.items() if any(one.recognise(i) for one in layouts)]
+        if len(inside) == 1:
+            url, inner = inside[0]
+            found = [layout for layout in layouts if layout.recognise(inner)]
+            files = {**files, **inner}
+    if len(found) > 1:
+        titles = " and ".join(layout.title for layout in found)
+        names = " or ".join(layout.name for layout in found)
+        raise SourceError(
+            f"{source_url}: holds two layouts, {titles}; say --prepare.layout {names}"
+        )
+    if found:
+        return found[0], files, url
+    if wanted != "auto":
+        raise SourceError(f"{source_url}: {LAYOUTS[wanted].lacking}")
+    raise SourceError(_describe_unknown(source_url, files))
+
+
+_EXPECTED = f"expected one of the layouts: {', '.join(one.title for one in _RECOGNISED)}"
+
+
+def _describe_unknown(source_url: str, files: Mapping[str, str]) -> str:
+    """What was found, without a name that could be a patient's, and what would do."""
+    kinds = Counter(PurePosixPath(name).suffix.lower() or "without an ending" for name in files)
+    found = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common(5))
+    scores = {
+        layout: sum(any(re.match(t, name) for t in layout.traces) for name in files)
+        for layout in _RECOGNISED
+    }
+    nearest = max(scores, key=lambda layout: scores[layout])
+    told = f"nearest is {nearest.title}: {nearest.lacking}" if scores[nearest] else _EXPECTED
+    return (
+        f"{source_url}: no layout that is known here; found {found}; {told}. Or write beside the "
+        f"pictures a studies.csv such as\n{_EXAMPLE}"
+    )
+
+
+def read_split_list(
+    list_url: str, source_url: str, environ: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """The split of each study key or patient (hashed) that a CSV lists.
+
+    Columns: `patientId` (the images' ids) or `patient` (NIH numbers), and `split`. Raises
+    SourceError.
+    """
+    environ = os.environ if environ is None else environ
+    table = read_table(list_url, "split")
+    column = next((name for name in ("patientId", "patient") if name in table.column_names), None)
+    if column is None:
+        raise SourceError(f"{list_url}: no column patientId or patient, so nobody is listed")
+    hash_key = read_hash_key(source_url, environ)
+    kind = "study" if column == "patientId" else "patient"
+    listed: dict[str, str] = {}
+    for row in table.select([column, "split"]).to_pylist():
+        identifier, split = str(row[column]), row["split"]
+        if split not in ("train", "val", "test"):
+            # The value is not repeated: of columns in another order it would be an id.
+            raise SourceError(f"{list_url}: a split that is none of train, val and test")
+        if listed.setdefault(derive_key(hash_key, kind, identifier), split) != split:
+            raise SourceError(f"{list_url}: lists somebody in two splits")
+    return listed

@@ -1,0 +1,129 @@
+"""Folders and tables of a source: what lies in them, and errors that quote no cell."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import math
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv as pacsv
+from pyarrow.types import is_floating, is_integer, is_null
+
+from pneumo import storage
+from pneumo.errors import SourceError
+from pneumo.images.boxes import Box
+
+PACKINGS = ("", ".gz", ".zip")
+
+
+def list_folder(folder_url: str) -> dict[str, str]:
+    """Name -> URL of what lies directly in the folder; empty for a file."""
+    return {name: storage.join(folder_url, name) for name in storage.list_names(folder_url)}
+
+
+def first_present(
+    files: Mapping[str, str], names: Sequence[str], packings: Sequence[str] = PACKINGS
+) -> str | None:
+    """The first of `names`, in their order, that is among `files`, bare or packed."""
+    return next((f"{n}{p}" for n in names for p in packings if f"{n}{p}" in files), None)
+
+
+def read_plain(url: str) -> bytes:
+    """What the file holds, unpacked where its name ends in .gz or .zip. Raises SourceError."""
+    data = storage.read_bytes(url)
+    try:
+        if url.endswith(".gz"):
+            return gzip.decompress(data)
+        if url.endswith(".zip"):
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                (name,) = archive.namelist()
+                return archive.read(name)
+    except (OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile) as error:
+        raise SourceError(f"{url}: not a readable archive of one file: {error}") from error
+    return data
+
+
+def read_table(url: str, *required: str, texts: Sequence[str] = (), known: Sequence[str]) -> Any:
+    """The CSV at `url`, the columns `texts` as they stand. No error quotes a cell, nor a first line
+    that may be no header: of its names only those of `known` are told. Raises SourceError."""
+    wrong: list[Any] = []
+
+    def keep(row: Any) -> str:
+        wrong.append(row)
+        return "error"
+
+    try:
+        table = pacsv.read_csv(
+            io.BytesIO(read_plain(url)),
+            # Threads would not know a row's number.
+            read_options=pacsv.ReadOptions(use_threads=False),
+            parse_options=pacsv.ParseOptions(invalid_row_handler=keep),
+            # An id of digits alone must keep its leading zeros.
+            convert_options=pacsv.ConvertOptions(
+                column_types=dict.fromkeys(texts, pa.string()), strings_can_be_null=False
+            ),
+        )
+        names: list[str] = table.column_names
+    except ValueError:  # its text, and that of its cause, quotes the row
+        what = "empty, cut off, or no UTF-8"
+        if wrong:
+            row = wrong[0]
+            what = f"row {row.number} has {row.actual_columns} cells, not {row.expected_columns}"
+        raise SourceError(f"{url}: not a readable CSV: {what}") from None
+    missing = [name for name in required if name not in names]
+    if missing:
+        found = [name for name in names if name in known]
+        raise SourceError(
+            f"{url}: no column {', '.join(missing)}; its first line names {len(names)}, of those "
+            f"that are known here: {', '.join(found) or 'none'}"
+        )
+    if not len(table):
+        raise SourceError(f"{url}: no rows")
+    return table
+
+
+def read_first_line(url: str) -> list[str]:
+    """The names in the first line of the CSV at `url`."""
+    line = read_plain(url).split(b"\n", 1)[0].decode("utf-8", "replace")
+    return [name.strip(' "\r\ufeff') for name in line.split(",")]
+
+
+def read_numbers(table: pa.Table, name: str, what: str) -> list[float | None]:
+    """A column of numbers, None where a cell is empty; all None where there is no such column.
+
+    Raises SourceError, which calls the table `what`.
+    """
+    if name not in table.column_names:
+        return [None] * len(table)
+    column = table[name]
+    kind = column.type
+    if not any(is_kind(kind) for is_kind in (is_null, is_integer, is_floating)):
+        raise SourceError(f"{what}: column {name} holds something else than numbers")
+    found: list[float | None] = column.to_pylist()
+    return found
+
+
+def read_texts(table: pa.Table, name: str) -> list[str]:
+    """A column as text, '' where a cell is empty or there is no such column."""
+    if name not in table.column_names:
+        return [""] * len(table)
+    found: list[str] = table[name].cast(pa.string()).fill_null("").to_pylist()
+    return found
+
+
+def make_box(corner: Sequence[float | None]) -> Box | str | None:
+    """The box of four cells: None where all are empty, a sentence where they make none."""
+    given = [value for value in corner if value is not None]
+    if not given:
+        return None
+    box = Box(*map(float, given)) if len(given) == len(corner) else None
+    if box is None or not all(map(math.isfinite, box)):
+        return "a box that lacks a side"
+    if box.width <= 0 or box.height <= 0:
+        return "a box of no size"
+    return box

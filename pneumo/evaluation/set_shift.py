@@ -1,0 +1,85 @@
+"""How the pictures of two sets differ: gray levels, spacing, and whether a classifier can tell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GroupKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from pneumo.evaluation.bootstrap import Estimate, patient_bootstrap
+from pneumo.evaluation.metrics import auroc_statistic
+
+_THUMBNAIL, _BINS, _FOLDS = 16, 16, 5
+_FEWEST = 10
+
+
+@dataclass(frozen=True)
+class SetShift:
+    """The external set's pictures beside those of the run's own test."""
+
+    gray_distance: float
+    """Total variation of the two histograms of gray levels, 0 (equal) to 1."""
+    gray_mean: tuple[float, float]
+    """Internal and external, in [0, 1]."""
+    spacing_median_mm: tuple[float | None, float | None]
+    told_apart: Estimate
+    """AUROC of a linear classifier on 16 x 16 pixels and 16 gray levels that tells the sets apart,
+    cross-validated by patient: 0.5 is no difference, 1 always told."""
+    pictures: tuple[int, int]
+    """Of each set, that the classifier saw."""
+
+
+def tell_apart(
+    internal: Sequence[npt.NDArray[np.uint8]],
+    external: Sequence[npt.NDArray[np.uint8]],
+    patients: Sequence[str],
+    *,
+    resamples: int,
+    seed: int,
+) -> Estimate:
+    """See `SetShift.told_apart`; pictures (S, S) uint8, `patients` those of both, in order."""
+    if min(len(internal), len(external)) < _FEWEST:
+        return Estimate.undefined(f"fewer than {_FEWEST} pictures")
+    features = np.array([_features(picture) for picture in (*internal, *external)])
+    is_external = np.repeat([0, 1], [len(internal), len(external)])
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
+    folds = GroupKFold(_FOLDS, shuffle=True, random_state=seed)
+    groups = np.asarray(patients)
+    score = cross_val_predict(
+        model, features, is_external, groups=groups, cv=folds, method="decision_function"
+    )
+    statistic = {"auroc": auroc_statistic(is_external, score)}
+    return patient_bootstrap(groups, statistic, resamples=resamples, seed=seed)["auroc"]
+
+
+def _features(picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
+    small = cv2.resize(picture, (_THUMBNAIL, _THUMBNAIL), interpolation=cv2.INTER_AREA)
+    counts = np.bincount(picture.ravel() // (256 // _BINS), minlength=_BINS)
+    return np.concatenate([small.ravel() / 255, counts / picture.size])
+
+
+def measure_shift(
+    histograms: tuple[Sequence[int], Sequence[int]],
+    spacings: tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]],
+    told_apart: Estimate,
+    pictures: tuple[int, int],
+) -> SetShift:
+    """Of pixels by gray level (256,) and spacings in mm, NaN where unknown; internal first."""
+    shares = [np.asarray(one, np.float64) / max(sum(one), 1) for one in histograms]
+    means = [float((share * np.arange(256)).sum() / 255) for share in shares]
+    known = [one[~np.isnan(one)] for one in spacings]
+    medians = [float(np.median(one)) if len(one) else None for one in known]
+    return SetShift(
+        gray_distance=float(np.abs(shares[0] - shares[1]).sum() / 2),
+        gray_mean=(means[0], means[1]),
+        spacing_median_mm=(medians[0], medians[1]),
+        told_apart=told_apart,
+        pictures=pictures,
+    )

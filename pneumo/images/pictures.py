@@ -1,0 +1,121 @@
+"""PNG, JPEG and TIFF bytes -> an 8-bit gray picture, 0 = black, as `dicom` makes of DICOM.
+
+Colour becomes its luminance (ITU-R BT.601). 8 bits are shown as they are; 16 bits, which carry no
+window, span from the picture's least value, black, to its greatest, white. A palette is looked up,
+an alpha channel is dropped where it is opaque, and what an EXIF or TIFF orientation says is done.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+from PIL import Image
+
+from pneumo.errors import DicomError
+from pneumo.images.dicom import GrayImage
+from pneumo.images.gray_levels import Gray
+from pneumo.images.headers import NO_HEADER
+from pneumo.images.letterbox import fit_shape, letterbox
+from pneumo.images.pixel_decoders import MAX_PIXELS
+
+_SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*")
+_ORIENTATION, _PHOTOMETRIC, _MIN_IS_WHITE = 274, 262, 0
+
+
+def is_picture(data: bytes) -> bool:
+    """Whether `data` begins like PNG, JPEG or TIFF."""
+    return data.startswith(_SIGNATURES)
+
+
+def read_picture(data: bytes, image_size: int) -> GrayImage:
+    """The picture in `data` (PNG, JPEG or TIFF) at `image_size`, letterboxed, without any header.
+
+    Raises DicomError with a reason code: multi_frame, too_large, photometric, undecodable.
+    """
+    gray = decode_picture(data)
+    pixels, offset = letterbox(gray, image_size)
+    height, width = fit_shape(gray.shape, image_size)
+    return GrayImage(
+        pixels=pixels,
+        header=NO_HEADER,
+        scale=(width / gray.shape[1], height / gray.shape[0]),
+        offset=offset,
+        rows=gray.shape[0],
+        columns=gray.shape[1],
+        identifier=None,
+    )
+
+
+def decode_picture(data: bytes) -> Gray:
+    """The picture at full resolution, (H, W) uint8. Raises as `read_picture`."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sizes, which are checked below
+            with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "TIFF")) as image:
+                return _decode(data, image)
+    except DicomError:
+        raise
+    except Exception as error:  # Pillow raises many kinds
+        raise DicomError(f"the picture does not decode: {type(error).__name__}") from error
+
+
+def _decode(data: bytes, image: Image.Image) -> Gray:
+    if image.width * image.height > MAX_PIXELS:
+        raise DicomError(f"claims {image.width} x {image.height} pixels", "too_large")
+    if getattr(image, "n_frames", 1) > 1:
+        raise DicomError(f"{getattr(image, 'n_frames', 1)} pages or frames", "multi_frame")
+    if image.mode == "CMYK":
+        raise DicomError("colours of print (CMYK)", "photometric")
+    if image.format == "JPEG":
+        return _turn(simplejpeg.decode_jpeg(data, "GRAY")[..., 0], image)
+    stored = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if stored is None:
+        raise DicomError("the picture does not decode")
+    if stored.dtype not in (np.uint8, np.uint16):
+        raise DicomError(f"values of type {stored.dtype}, not of 8 or 16 bits", "photometric")
+    levels = _to_luminance(stored)
+    if levels.dtype == np.uint8:
+        gray: Gray = np.asarray(levels, np.uint8)
+    else:
+        gray = _span(levels)
+        # OpenCV heeds it of 8 bits alone.
+        if image.format == "TIFF" and image.getexif().get(_PHOTOMETRIC) == _MIN_IS_WHITE:
+            gray = np.asarray(cv2.bitwise_not(gray))
+    return gray if image.format == "TIFF" else _turn(gray, image)
+
+
+def _to_luminance(stored: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """(H, W) of gray, or of blue, green, red and perhaps alpha."""
+    if stored.ndim == 2:
+        return stored
+    if stored.shape[2] == 4:
+        if (stored[..., 3] != np.iinfo(stored.dtype).max).any():
+            raise DicomError("a picture with transparent parts", "photometric")
+        stored = stored[..., :3]
+    if stored.shape[2] != 3:
+        raise DicomError(f"{stored.shape[2]} channels", "photometric")
+    return np.asarray(cv2.cvtColor(stored, cv2.COLOR_BGR2GRAY))
+
+
+def _span(levels: npt.NDArray[Any]) -> Gray:
+    """From the least value, 0, to the greatest, 255; of a single value 0."""
+    low, high = int(levels.min()), int(levels.max())
+    scaled = (levels.astype(np.float32) - low) * (255 / max(high - low, 1))
+    return np.asarray(np.rint(scaled), np.uint8)
+
+
+def _turn(gray: Gray, image: Image.Image) -> Gray:
+    """As the orientation says: mirrored, then turned by quarters."""
+    mirrored, quarters = {
+        2: (True, 0), 3: (False, 2), 4: (True, 2), 5: (True, 1), 6: (False, 3), 7: (True, 3),
+        8: (False, 1),
+    }.get(image.getexif().get(_ORIENTATION, 1), (False, 0))  # fmt: skip
+    if mirrored:
+        gray = gray[:, ::-1]
+    return np.ascontiguousarray(np.rot90(gray, quarters))

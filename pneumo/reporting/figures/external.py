@@ -1,0 +1,46 @@
+"""The picture of a run's verdicts: train set by test set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from pneumo.reporting.figures.style import STYLE, encode_figure
+
+
+def draw_matrix(matrix: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """`matrix.png`: the AUROC of each run (row) on each set (column), estimates as in metrics.json;
+    from 0.5, white, to 1."""
+    columns = list(dict.fromkeys(name for row in matrix.values() for name in row))
+    with mpl.rc_context({**STYLE, "axes.grid": False}):
+        size = (1.8 + 1.5 * len(columns), 1.3 + 0.7 * len(matrix))
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots()
+        values = [
+            [(row.get(name) or {}).get("value") for name in columns] for row in matrix.values()
+        ]
+        shown = [[0.5 if value is None else value for value in row] for row in values]
+        axes.imshow(shown, cmap="Blues", vmin=0.5, vmax=1.0, aspect="auto")
+        for y, row in enumerate(matrix.values()):
+            for x, name in enumerate(columns):
+                found = row.get(name)
+                is_dark = (values[y][x] or 0) > 0.8
+                text = _tell(found)
+                axes.text(x, y, text, ha="center", va="center", color="w" if is_dark else "k")
+        axes.set_xticks(range(len(columns)), columns)
+        axes.set_yticks(range(len(matrix)), list(matrix))
+        axes.set_title("AUROC: run (row) on set (column)")
+        return encode_figure(figure, "png")
+
+
+def _tell(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return "not judged"
+    if found["value"] is None:
+        return "not known"
+    if found["low"] is None:
+        return f"{found['value']:.3f}"
+    return f"{found['value']:.3f}\n{found['low']:.3f}–{found['high']:.3f}"

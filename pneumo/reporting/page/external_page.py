@@ -1,0 +1,131 @@
+"""Verdicts on external sets -> `external/report.html`, each beside the run's internal test."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pneumo.dataset.overlap import Overlap
+from pneumo.evaluation.bootstrap import as_json
+from pneumo.evaluation.external import RECALIBRATION_FRACTION, Both, ExternalEvaluation, Frozen
+from pneumo.evaluation.set_shift import SetShift
+from pneumo.reporting.page.embedding import embed
+from pneumo.reporting.page.formatting import Cell, count, decimal, fine_percent, percent
+from pneumo.reporting.page.templates import make_environment
+
+
+@dataclass(frozen=True)
+class ExternalSet:
+    """All that is said of one external set."""
+
+    layout: str
+    evaluation: ExternalEvaluation
+    shift: SetShift
+    overlap: Overlap
+    warning: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The set's object in `external/metrics.json`."""
+        left_out = as_json(self.overlap, leave_out={"keys"})
+        return {
+            "layout": self.layout,
+            "left_out": left_out,
+            "warning": self.warning,
+            **self.evaluation.to_json(),
+            "shift": as_json(self.shift),
+        }
+
+
+def render_external(
+    run: str,
+    sets: Mapping[str, ExternalSet],
+    frozen: Frozen,
+    matrix: Mapping[str, Mapping[str, Any]],
+    picture: bytes,
+    *,
+    created: str,
+) -> str:
+    """The page; `matrix` and `picture` are those of `figures.external`."""
+    alt = "; ".join(f"{name}: {', '.join(row)}" for name, row in matrix.items())
+    return (
+        make_environment()
+        .get_template("external.html.j2")
+        .render(
+            run=run,
+            created=created,
+            matrix=embed(picture),
+            alt=f"AUROC by run and set. {alt}",
+            sets=[_describe(name, one, frozen) for name, one in sets.items()],
+        )
+    )
+
+
+def _describe(name: str, one: ExternalSet, frozen: Frozen) -> dict[str, Any]:
+    found, shift, left = one.evaluation, one.shift, one.overlap
+    points = [
+        (f"{word} at the threshold of {frozen.rules[point]}", both)
+        for word, rates in (("Sensitivity", found.sensitivity), ("Specificity", found.specificity))
+        for point, both in rates.items()
+        if point in ("decision", "screening")
+    ]
+    rows = [
+        ("AUROC", found.auroc),
+        *points,
+        ("Brier score, as calibrated on the run's val", found.brier),
+        ("Mean probability less fraction of positives", found.in_the_large),
+        ("AUROC of view, sex, age and spacing alone", found.metadata_auroc),
+    ]
+    return {
+        "name": name,
+        "who": f"{count(found.external.n, 'study', 'studies')} of "
+        f"{count(found.external.patients, 'patient')}, "
+        f"{fine_percent(found.external.positives / found.external.n)} positive; the internal test "
+        f"has {fine_percent(found.internal.positives / found.internal.n)}",
+        "left": f"Left out: {count(left.of_patients, 'study', 'studies')} of "
+        f"{count(left.patients, 'patient')} whom the model was trained or chosen on, and "
+        f"{count(left.of_pictures, 'picture')} that it has seen.",
+        "warning": one.warning,
+        "rows": [(what, _show(both)) for what, both in rows],
+        "notes": [_tell_mix(found), _tell_recalibration(found), _tell_shift(shift)],
+    }
+
+
+def _show(both: Both) -> list[Cell]:
+    internal, external = Cell.of(both.internal), Cell.of(both.external)
+    return [internal, external, Cell.of(both.difference, signed=True)]
+
+
+def _tell_mix(found: ExternalEvaluation) -> str:
+    mix = found.case_mix
+    if not mix.by:
+        return f"Case mix: {mix.auroc.reason}."
+    return (
+        f"Case mix: weighted to the internal test's {', '.join(mix.by)} the AUROC here is "
+        f"{Cell.of(mix.auroc)}; {percent(mix.covered)} of the internal test has its like here."
+    )
+
+
+def _tell_recalibration(found: ExternalEvaluation) -> str:
+    new = found.recalibration
+    if new.slope is None:
+        return f"Recalibration: {new.brier_before.reason}."
+    return (
+        f"Recalibration on {percent(RECALIBRATION_FRACTION)} of the patients "
+        f"({count(new.fitted_on, 'study', 'studies')}) would change the Brier score of the other "
+        f"{new.judged_on:,} by {Cell.of(new.difference, signed=True)}, to "
+        f"{Cell.of(new.brier_after)}. The table above does without it."
+    )
+
+
+def _tell_shift(shift: SetShift) -> str:
+    spacing = " and ".join(
+        "unknown" if mm is None else f"{mm:.3f} mm" for mm in shift.spacing_median_mm
+    )
+    return (
+        f"Pictures: a linear classifier tells the sets apart with an AUROC of "
+        f"{Cell.of(shift.told_apart)} ({shift.pictures[0]} and {shift.pictures[1]} pictures); the "
+        f"histograms of gray levels differ by {decimal(shift.gray_distance, 2)} of 1, their means "
+        f"are {decimal(shift.gray_mean[0], 2)} and {decimal(shift.gray_mean[1], 2)}; median "
+        f"spacing {spacing} (internal and external)."
+    )

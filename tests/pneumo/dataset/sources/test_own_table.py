@@ -1,0 +1,115 @@
+"""`studies.csv`: what it may hold, and that each mistake in it is told by its row."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from pneumo.dataset.source import Source
+from pneumo.dataset.sources.recognition import read_source
+from pneumo.errors import SourceError
+from pneumo.images.boxes import Box
+
+ENVIRON = {"PNEUMO_HASH_KEY": "a secret of the tests"}
+FIRST = "file,patient,target"
+
+
+def write(folder: Path, *lines: str, files: int = 4) -> Path:
+    (folder / "images").mkdir(exist_ok=True)
+    for i in range(files):
+        cv2.imwrite(str(folder / "images" / f"{i}.png"), np.full((8, 8), 50 * i, np.uint8))
+    (folder / "studies.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def read(folder: Path) -> Source:
+    return read_source(str(folder), ENVIRON)
+
+
+def by_file(source: Source) -> dict[str, object]:
+    return {study.url.rsplit("/", 1)[-1]: study for study in source.studies}
+
+
+def test_three_columns_are_enough(tmp_path: Path) -> None:
+    rows = ["images/0.png,007,0", "images/1.png,007,1", "images/2.png,7,0"]
+    source = read(write(tmp_path, FIRST, *rows))
+    assert source.summary == "own table (studies.csv), 3 studies of 2 patients"
+    assert sorted((s.target, s.finding) for s in source.studies) == [
+        (0, "No pneumonia"),
+        (0, "No pneumonia"),
+        (1, "Pneumonia"),
+    ]
+    assert all(Path(study.url).is_file() for study in source.studies)
+
+
+def test_every_column_is_heard(tmp_path: Path) -> None:
+    names = f"{FIRST},study,view,age,sex,finding,split,x,y,width,height"
+    row = "images/0.png,p,1,s1,ap,062Y,f,Lobar pneumonia,test"
+    source = read(write(tmp_path, names, f"{row},1,2,3,4", f"{row},5,5,2,2"))
+    (study,) = source.studies
+    assert (study.finding, study.published) == ("Lobar pneumonia", "test")
+    assert study.boxes == (Box(1, 2, 3, 4), Box(5, 5, 2, 2))
+    assert study.header is not None
+    assert (study.header.age, study.header.sex, study.header.view) == (62, "F", "AP")
+
+
+def test_a_patient_has_one_key_in_every_layout_under_one_secret(
+    tmp_path: Path, kaggle_folder: object
+) -> None:
+    rsna = kaggle_folder(num_studies=2, images_per_patient=1)  # type: ignore[operator]
+    own = read(write(tmp_path, FIRST, "images/0.png,00000100,1", "images/1.png,00000999,0"))
+    patients = {study.patient for study in read_source(str(rsna), ENVIRON).studies}
+    assert len(patients & {study.patient for study in own.studies}) == 1
+    other = read_source(str(tmp_path), {"PNEUMO_HASH_KEY": "another"})
+    assert other.secret_check != own.secret_check
+    assert not patients & {study.patient for study in other.studies}
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["images/9.png,p,0"], "1 of 1 files are not there, the first that of row 2"),
+        (["../images/0.png,p,0"], "row 2: a file outside the folder"),
+        (["/etc/passwd,p,0"], "row 2: a file outside the folder"),
+        (["s3://bucket/0.png,p,0"], "row 2: a file outside the folder"),
+        (["images/0.png,p,0", "images/0.png,p,0"], "rows 2 and 3 name one file"),
+        (["images/0.png,p,0", "images/./0.png,q,0"], "rows 2 and 3 name one file"),
+        (["images/0.png,p,2"], "row 2: a target that is neither 0 nor 1"),
+        (["images/0.png,p,"], "row 2: a target that is neither 0 nor 1"),
+        (["images/0.png,,1"], "row 2: no patient"),
+    ],
+)
+def test_a_mistake_is_told_by_its_row(tmp_path: Path, lines: list[str], message: str) -> None:
+    with pytest.raises(SourceError, match=message):
+        read(write(tmp_path, FIRST, *lines))
+
+
+@pytest.mark.parametrize(
+    ("names", "row", "message"),
+    [
+        ("split", "both", "row 2: a split that is none of train, val and test"),
+        ("x,y,width,height", "1,2,3,4", "row 2: target 0 with a box"),
+        ("x,y,width,height", "1,2,3,", "row 2: a box that lacks a side"),
+        ("x,y,width,height", "1,2,a,4", "column width holds something else than numbers"),
+    ],
+)
+def test_a_mistake_in_an_optional_column_is_told(
+    tmp_path: Path, names: str, row: str, message: str
+) -> None:
+    with pytest.raises(SourceError, match=message):
+        read(write(tmp_path, f"{FIRST},{names}", f"images/0.png,p,0,{row}"))
+
+
+def test_one_study_of_two_files_is_refused(tmp_path: Path) -> None:
+    rows = ["images/0.png,p,0,s", "images/1.png,p,0,s"]
+    with pytest.raises(SourceError, match="rows 2 and 3 name one study, of two files"):
+        read(write(tmp_path, f"{FIRST},study", *rows))
+
+
+def test_no_message_quotes_a_cell(tmp_path: Path) -> None:
+    with pytest.raises(SourceError) as caught:
+        read(write(tmp_path, FIRST, "images/Jane_Doe.png,Jane,0"))
+    assert "Jane" not in str(caught.value)

@@ -1,0 +1,156 @@
+"""A model elsewhere: what is frozen stays so, and differences are those of plain arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from sklearn.metrics import brier_score_loss, roc_auc_score
+
+from pneumo.evaluation.baselines import Metadata, MetadataModel, fit_metadata
+from pneumo.evaluation.calibration import Scaling
+from pneumo.evaluation.external import (
+    RECALIBRATION_FRACTION,
+    ExternalEvaluation,
+    Frozen,
+    evaluate_external,
+)
+from pneumo.evaluation.predictions import Predictions, sigmoid
+from pneumo.evaluation.set_shift import measure_shift, tell_apart
+
+THRESHOLD = 0.4
+
+
+def draw(seed: int, *, n: int = 400, signal: float = 2.0, shift: float = 0.0) -> Predictions:
+    rng = np.random.default_rng(seed)
+    target = (rng.random(n) < 0.3).astype(np.int8)
+    logit = (rng.normal(size=n) + signal * target - 1 + shift).astype(np.float32)
+    return Predictions(
+        key=np.array([f"{seed}-{i}" for i in range(n)]),
+        patient=np.array([f"{seed}-{i // 2}" for i in range(n)]),
+        split=np.array(["test"] * n),
+        target=target,
+        logit=logit,
+        probability=sigmoid(logit),
+        calibrated_probability=np.full(n, np.nan),
+        checkpoint=np.array(["epoch"] * n),
+        finding=np.array([""] * n, dtype=np.str_),
+        age=rng.integers(20, 80, n).astype(float),
+        sex=rng.choice(["F", "M"], n),
+        view=np.where(rng.random(n) < 0.3 + 0.4 * target, "AP", "PA"),
+        spacing_mm=np.full(n, 0.143),
+        box_area_fraction=np.full(n, np.nan),
+    )
+
+
+INTERNAL, EXTERNAL = draw(0), draw(1, signal=1.0, shift=0.7)
+FROZEN = Frozen(
+    {"decision": THRESHOLD},
+    {"decision": "Youden's index"},
+    Scaling("platt", 1.2, -0.1, 0.5),
+    fit_metadata(Metadata.of(draw(2))),
+)
+
+
+def judge(external: Predictions = EXTERNAL, frozen: Frozen = FROZEN) -> ExternalEvaluation:
+    return evaluate_external(INTERNAL, external, frozen, resamples=200, seed=0)
+
+
+def test_values_are_those_of_scikit_learn() -> None:
+    found = judge()
+    for rows, auroc, brier in (
+        (INTERNAL, found.auroc.internal, found.brier.internal),
+        (EXTERNAL, found.auroc.external, found.brier.external),
+    ):
+        assert auroc.value == pytest.approx(roc_auc_score(rows.target, rows.logit))
+        calibrated = sigmoid(1.2 * rows.logit - 0.1)
+        assert brier.value == pytest.approx(brier_score_loss(rows.target, calibrated), abs=1e-6)
+    gap = found.auroc.difference
+    assert gap.value is not None
+    assert gap.low is not None
+    assert gap.high is not None
+    assert gap.low < gap.value < gap.high < 0
+
+
+def test_the_threshold_is_the_frozen_one() -> None:
+    found = judge()
+    called = EXTERNAL.probability >= THRESHOLD
+    positive = EXTERNAL.target == 1
+    assert found.sensitivity["decision"].external.value == pytest.approx(called[positive].mean())
+    assert found.specificity["decision"].external.value == pytest.approx(
+        (~called)[~positive].mean()
+    )
+
+
+def test_an_equal_set_differs_by_chance_alone() -> None:
+    found = judge(draw(3)).auroc.difference
+    assert found.low is not None
+    assert found.high is not None
+    assert found.low < 0 < found.high
+
+
+def test_the_case_mix_is_taken_from_the_internal_test() -> None:
+    """Where the model is good in AP alone, a set of AP looks better than it is."""
+    rng = np.random.default_rng(5)
+    base = draw(6, n=2000, signal=0.0)
+    is_ap = rng.random(2000) < 0.9
+    logit = (base.logit + np.where(is_ap, 3.0 * base.target, 0)).astype(np.float32)
+    rows = replace(base, logit=logit, probability=sigmoid(logit),
+                   view=np.where(is_ap, "AP", "PA"))  # fmt: skip
+    found = judge(rows)
+    assert found.case_mix.by == ("view", "age", "sex")
+    assert found.case_mix.auroc.value is not None
+    assert found.auroc.external.value is not None
+    assert found.case_mix.auroc.value < found.auroc.external.value - 0.05
+
+
+def test_without_metadata_there_is_no_case_mix() -> None:
+    nothing = np.array([""] * len(EXTERNAL), dtype=np.str_)
+    rows = replace(EXTERNAL, view=nothing, sex=nothing, age=np.full(len(EXTERNAL), np.nan))
+    mix = judge(rows).case_mix
+    assert mix.auroc.value is None
+    assert "unknown" in str(mix.auroc.reason)
+
+
+def test_recalibration_is_judged_on_other_patients_than_it_is_fitted_on() -> None:
+    found = judge().recalibration
+    assert found.fitted_on + found.judged_on == len(EXTERNAL)
+    assert found.fitted_on == pytest.approx(RECALIBRATION_FRACTION * len(EXTERNAL), abs=2)
+    assert found.difference.value is not None
+    assert found.difference.value < 0
+
+
+def test_a_run_without_calibration_or_metadata() -> None:
+    found = judge(frozen=replace(FROZEN, scaling=None, metadata=MetadataModel(0, None)))
+    plain = brier_score_loss(EXTERNAL.target, EXTERNAL.probability)
+    assert found.brier.external.value == pytest.approx(plain, abs=1e-6)
+    assert found.metadata_auroc.external.value is None
+
+
+def test_all_of_it_is_json() -> None:
+    assert judge().to_json()["auroc"]["difference"]["value"] == judge().auroc.difference.value
+
+
+def test_pictures_of_another_kind_are_told() -> None:
+    rng = np.random.default_rng(0)
+    dark, light = (
+        [np.clip(rng.normal(mean, 20, (32, 32)), 0, 255).astype(np.uint8) for _ in range(40)]
+        for mean in (90, 150)
+    )
+    patients = [str(i) for i in range(80)]
+    told = tell_apart(dark, light, patients, resamples=100, seed=0)
+    same = tell_apart(dark[:20], dark[20:], patients[:40], resamples=100, seed=0)
+    assert told.value == 1.0
+    assert same.value is not None
+    assert same.value < 0.9
+    few = tell_apart(dark[:3], light, patients[:43], resamples=100, seed=0)
+    assert few.value is None
+
+
+def test_gray_levels_and_spacing() -> None:
+    black, white = [4, *[0] * 255], [*[0] * 255, 4]
+    spacings = (np.array([0.1, 0.3, np.nan]), np.array([np.nan]))
+    shift = measure_shift((black, white), spacings, judge().auroc.external, (1, 1))
+    assert (shift.gray_distance, shift.gray_mean) == (1.0, (0.0, 1.0))
+    assert shift.spacing_median_mm == (0.2, None)

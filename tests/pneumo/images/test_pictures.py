@@ -1,0 +1,126 @@
+"""PNG, JPEG and TIFF become gray as they are seen; what cannot be shown without guessing is
+refused."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image, ImageOps
+
+from pneumo.errors import DicomError
+from pneumo.images.boxes import Box
+from pneumo.images.dicom_files import Unusable, decode_file
+from pneumo.images.pictures import decode_picture, is_picture, read_picture
+
+RNG = np.random.default_rng(0)
+GRAY = RNG.integers(0, 256, (40, 56), dtype=np.uint8)
+COLOUR = RNG.integers(0, 256, (40, 56, 3), dtype=np.uint8)
+DEEP = (RNG.integers(0, 4096, (40, 56)) + 300).astype(np.uint16)
+
+
+def encode(pixels: npt.NDArray[Any], kind: str, mode: str | None = None, **options: Any) -> bytes:
+    image = Image.fromarray(pixels)
+    buffer = io.BytesIO()
+    (image if mode is None else image.convert(mode)).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def spanned(deep: npt.NDArray[np.uint16]) -> npt.NDArray[Any]:
+    low, high = int(deep.min()), int(deep.max())
+    return (deep.astype(float) - low) / (high - low) * 255
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_gray_of_8_bits_is_as_it_is(kind: str) -> None:
+    assert (decode_picture(encode(GRAY, kind)) == GRAY).all()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_16_bits_span_from_the_least_to_the_greatest(kind: str) -> None:
+    gray = decode_picture(encode(DEEP, kind))
+    assert (gray.min(), gray.max()) == (0, 255)
+    np.testing.assert_allclose(gray, spanned(DEEP), atol=0.51)
+
+
+def test_a_tiff_whose_least_value_is_white_is_inverted() -> None:
+    deep = decode_picture(encode(DEEP, "TIFF", tiffinfo={262: 0}))
+    np.testing.assert_allclose(deep, 255 - spanned(DEEP), atol=0.51)
+    # Pillow inverts 8 bits when it writes them so.
+    assert (decode_picture(encode(GRAY, "TIFF", tiffinfo={262: 0})) == GRAY).all()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "JPEG"])
+def test_colour_becomes_its_luminance(kind: str) -> None:
+    options = {"quality": 100, "subsampling": 0} if kind == "JPEG" else {}
+    wanted = COLOUR @ np.array([0.299, 0.587, 0.114])
+    gray = decode_picture(encode(COLOUR, kind, **options))
+    np.testing.assert_allclose(gray, wanted, atol=3 if kind == "JPEG" else 1)
+
+
+@pytest.mark.parametrize("mode", ["P", "1", "LA", "RGBA"])
+def test_palettes_bits_and_opaque_alpha_are_looked_through(mode: str) -> None:
+    wanted = np.asarray(Image.fromarray(GRAY).convert(mode).convert("L"))
+    gray = decode_picture(encode(GRAY, "PNG", mode))
+    np.testing.assert_allclose(gray.astype(int), wanted, atol=1)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "JPEG"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_orientation_is_heeded(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[274] = orientation
+    options: dict[str, Any] = {"exif": exif, "quality": 100} if kind == "JPEG" else {"exif": exif}
+    if kind == "TIFF":
+        options = {"tiffinfo": {274: orientation}}
+    data = encode(GRAY, kind, **options)
+    wanted = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    np.testing.assert_allclose(decode_picture(data).astype(int), np.asarray(wanted), atol=2)
+
+
+def test_a_box_goes_where_the_picture_goes() -> None:
+    image = read_picture(encode(GRAY, "PNG"), 28)
+    assert image.pixels.shape == (28, 28)
+    assert (image.rows, image.columns) == (40, 56)
+    assert image.place(Box(0, 0, 56, 40)) == Box(0, 4, 28, 20)
+
+
+def test_what_would_be_a_guess_is_refused() -> None:
+    see_through = np.dstack([COLOUR, GRAY])
+    two = io.BytesIO()
+    page = Image.fromarray(GRAY)
+    page.save(two, "TIFF", save_all=True, append_images=[page])
+    real = Image.fromarray(GRAY.astype(np.float32))
+    floats = io.BytesIO()
+    real.save(floats, "TIFF")
+    for data, reason in (
+        (encode(see_through, "PNG"), "photometric"),
+        (encode(COLOUR, "JPEG", "CMYK"), "photometric"),
+        (floats.getvalue(), "photometric"),
+        (two.getvalue(), "multi_frame"),
+        (encode(GRAY, "PNG")[:-600], "undecodable"),
+        (encode(GRAY, "JPEG")[:100], "undecodable"),
+        (b"\x89PNG\r\n\x1a\nno more", "undecodable"),
+    ):
+        with pytest.raises(DicomError) as caught:
+            decode_picture(data)
+        assert caught.value.reason == reason
+
+
+def test_a_header_that_claims_too_much_is_refused_before_decoding() -> None:
+    huge = encode(np.zeros((1, 1), np.uint8), "PNG")
+    size = (60_000).to_bytes(4, "big")
+    with pytest.raises(DicomError) as caught:
+        decode_picture(huge[:16] + size + size + huge[24:])
+    assert caught.value.reason in ("too_large", "undecodable")
+
+
+def test_a_file_is_told_by_its_first_bytes(make_dicom: Any) -> None:
+    assert not is_picture(make_dicom(GRAY))
+    for data in (make_dicom(GRAY), encode(GRAY, "PNG")):
+        image = decode_file(data, 56)
+        assert not isinstance(image, Unusable)
+        assert (image.pixels[8:48] == GRAY).all()
