@@ -196,8 +196,8 @@ def _report(store_url: str, manifest: Manifest) -> None:
         )
     if audit.unlisted:
         print(f"{audit.unlisted} studies are not on the list and are in no split")
-    if manifest.split.named is not None:
-        print(f"split {manifest.split.named}")
+    if audit.named is not None:
+        print(f"split {audit.named}")
     if manifest.quarantined:
         told = ", ".join(f"{reason} {number}" for reason, number in manifest.quarantined.items())
         print(

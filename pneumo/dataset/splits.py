@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, computed_field
+from pydantic import BaseModel, ConfigDict, Field, computed_field
 from scipy.stats import beta, hypergeom
 
 from pneumo import storage
@@ -54,6 +54,8 @@ class LeakageAudit(BaseModel):
     """'patient' or 'image': what was kept whole."""
     salt: int | None
     """Which of a seed's splits this is; null where a list said who goes where."""
+    named: str | None = Field(default=None, exclude_if=lambda value: value is None)
+    """The named split, or 'published' where the source's own was taken; not written without one."""
     list_digest: str | None
     """`sha256:` and the digest of that list."""
     unlisted: int
@@ -246,6 +248,7 @@ def audit_split(
     return LeakageAudit(
         unit=config.unit,
         salt=salt,
+        named=None if config.named == "hash" else config.named,
         list_digest=config.list,
         unlisted=len(studies) - len(placed),
         studies={name: len(pairs) for name, pairs in members.items()},

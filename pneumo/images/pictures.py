@@ -112,6 +112,10 @@ def _span(levels: npt.NDArray[Any]) -> Gray:
 
 def _turn(gray: Gray, image: Image.Image) -> Gray:
     """As the orientation says: mirrored, then turned by quarters."""
+    if (
+        "exif" not in image.info
+    ):  # of PNG, Pillow would decode the picture to look for it at its end
+        return gray
     mirrored, quarters = {
         2: (True, 0), 3: (False, 2), 4: (True, 2), 5: (True, 1), 6: (False, 3), 7: (True, 3),
         8: (False, 1),

@@ -26,11 +26,14 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import pydicom
+import simplejpeg
 from pydicom.pixels import pixel_array
 from threadpoolctl import threadpool_limits
 
 from pneumo.dataset.phantoms.source_folder import write_phantoms
 from pneumo.images.dicom import read_study_image
+from pneumo.images.letterbox import letterbox
+from pneumo.images.pictures import read_picture
 
 Way = Callable[[bytes, int], npt.NDArray[Any] | None]
 _REFERENCE = "pixel_array + area"
@@ -94,6 +97,50 @@ def measure(files: Sequence[bytes], image_size: int, rounds: int) -> list[str]:
     return rows
 
 
+def measure_pictures(files: Sequence[bytes], image_size: int, rounds: int) -> list[str]:
+    """The same for the same pictures as PNG and JPEG, beside their library's decoding alone."""
+    rows = []
+    for ending in (".png", ".jpg"):
+        encoded = [_encode(data, ending) for data in files]
+        ways: dict[str, Callable[[bytes], Any]] = {
+            "library": _decode_png if ending == ".png" else _decode_jpeg,
+            "library + letterbox": lambda d, e=ending: letterbox(
+                _decode_png(d) if e == ".png" else _decode_jpeg(d), image_size
+            ),
+            "read_picture": lambda d: read_picture(d, image_size),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(rounds):
+            for data in encoded:
+                for name, way in ways.items():
+                    begin = time.process_time()
+                    way(data)
+                    seconds[name].append(time.process_time() - begin)
+        median = {name: statistics.median(own) for name, own in seconds.items()}
+        rows += [
+            f"{ending} {name:<20}{own * 1e3:>8.2f}{1 / own:>15.0f}{median['library'] / own:>8.2f}"
+            for name, own in median.items()
+        ]
+    return rows
+
+
+def _encode(data: bytes, ending: str) -> bytes:
+    pixels = pixel_array(pydicom.dcmread(io.BytesIO(data)), decoding_plugin="pillow")
+    ok, encoded = cv2.imencode(ending, pixels)
+    assert ok
+    return encoded.tobytes()
+
+
+def _decode_png(data: bytes) -> npt.NDArray[Any]:
+    decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    assert decoded is not None
+    return decoded
+
+
+def _decode_jpeg(data: bytes) -> npt.NDArray[Any]:
+    return np.asarray(simplejpeg.decode_jpeg(data, "GRAY")[..., 0])
+
+
 def describe_difference(way: Way, files: Sequence[bytes], image_size: int) -> str:
     """Mean and greatest difference in gray levels from the full decode, resampled by area."""
     means, greatest = [], 0.0
@@ -122,6 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 2
         files = [path.read_bytes() for path in paths]
         rows = measure(files, options.image_size, options.rounds)
+        rows += measure_pictures(files, options.image_size, options.rounds)
     print(f"{len(files)} files, {options.image_size} px, {options.rounds} rounds, one thread")
     print("\n".join(rows))
     return 0

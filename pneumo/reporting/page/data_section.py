@@ -54,6 +54,9 @@ def _describe_split(name: str, data: DataFacts) -> dict[str, str]:
 
 def describe_rule(audit: LeakageAudit, seed: int) -> str:
     """Who decided which split a study is in, in words."""
+    if audit.named is not None:
+        own = audit.named == "published"
+        return "the split that the source publishes" if own else f"the named split {audit.named}"
     if audit.list_digest is None:
         return f"a hash of the {audit.unit} by seed {seed}, salt {audit.salt}"
     words = f"a list, SHA-256 {audit.list_digest}"

@@ -107,7 +107,13 @@ def describe_store(manifest: Manifest | None) -> dict[str, str | None]:
     """What a run's config says of its store."""
     if manifest is None:
         return {}
-    return {"dataset_digest": manifest.digest, "data_warning": manifest.audit.warning}
+    named = {} if manifest.audit.named is None else {"data_split": manifest.audit.named}
+    return {
+        "dataset_digest": manifest.digest,
+        "data_warning": manifest.audit.warning,
+        "data_layout": manifest.layout,
+        **named,
+    }
 
 
 def present(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,123 @@
+"""An evaluated run is judged on another set by what is frozen, without those whom it knows."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from jobs import evaluate, prepare
+from pneumo.dataset.manifest import read_manifest
+from pneumo.dataset.phantoms.layouts import PHANTOM_LAYOUTS
+from pneumo.dataset.phantoms.source_folder import write_phantoms
+from pneumo.dataset.study_table import read_studies
+from pneumo.evaluation.predictions import Predictions
+from tests.jobs.conftest import Prepared
+
+QUICK = [
+    *("--evaluate.bootstrap-resamples", "200", "--evaluate.pictures", "1"),
+    *("--evaluate.saliency", "false", "--evaluate.min-patients", "3"),
+    *("--tracking.mode", "disabled"),
+]
+
+
+@pytest.fixture(scope="module")
+def evaluated(prepared: Prepared, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = Path(shutil.copytree(trained, tmp_path_factory.mktemp("evaluated") / "run"))
+    assert evaluate.main(["--store", str(prepared.store), "--run", str(run), *QUICK]) == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def sets(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stores of other sets under the secret of the run's: CheXpert's layout, the same patients in
+    NIH's layout, and one at another size."""
+    folder = tmp_path_factory.mktemp("sets")
+    for name, layout, seed, size in (
+        ("chexpert", "chexpert", 8, "64"),
+        ("same", "nih", 3, "64"),
+        ("larger", "own-table", 9, "80"),
+    ):
+        source = folder / f"{name} source"
+        write_phantoms(source, num_studies=60, seed=seed, layout=PHANTOM_LAYOUTS[layout])
+        shutil.copytree(prepared.source / ".pneumo", source / ".pneumo")
+        (source / ".pneumo" / "split_salts.json").unlink(missing_ok=True)
+        flags = ["--source", str(source), "--store", str(folder / name)]
+        assert prepare.main([*flags, "--prepare.image-size", size]) == 0
+    return folder
+
+
+def judge(prepared: Prepared, run: Path, *external: Path, flags: tuple[str, ...] = ()) -> int:
+    where = ["--store", str(prepared.store), "--run", str(run)]
+    stores = ",".join(str(one) for one in external)
+    return evaluate.main([*where, "--external", stores, *QUICK, *flags])
+
+
+def test_a_verdict_elsewhere(
+    prepared: Prepared, evaluated: Path, sets: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    run = Path(shutil.copytree(evaluated, tmp_path / "run"))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert judge(prepared, run, sets / "chexpert") == 0
+    assert all(path.read_bytes() == data for path, data in before.items())
+    own = json.loads((run / "metrics.json").read_text())
+    metrics = json.loads((run / "external" / "metrics.json").read_text())
+    found = metrics["sets"]["chexpert"]
+    assert metrics["thresholds"]["decision"] == own["operating_points"]["decision"]["threshold"]
+    assert found["auroc"]["internal"]["value"] == pytest.approx(own["test"]["auroc"]["value"])
+    assert found["sensitivity"]["decision"]["internal"]["value"] == pytest.approx(
+        own["test"]["recall"]["value"]
+    )
+    assert found["layout"] == "chexpert"
+    manifest = read_manifest(str(sets / "chexpert"))
+    studies = read_studies(str(sets / "chexpert"), manifest)
+    assert found["external"]["n"] == len(studies)
+    table = run / "external" / "chexpert" / "predictions.parquet"
+    assert set(Predictions.from_parquet(table.read_bytes()).key.tolist()) == studies.keys()
+    assert (run / "external" / "matrix.png").read_bytes().startswith(b"\x89PNG")
+    page = (run / "external" / "report.html").read_text()
+    assert "What becomes of the model elsewhere" in page
+    assert f"{found['auroc']['external']['value']:.3f}" in page
+    assert "own test" in capsys.readouterr().out
+
+
+def test_two_runs_make_a_matrix(
+    prepared: Prepared, evaluated: Path, sets: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(evaluated, tmp_path / "other"))
+    run = Path(shutil.copytree(evaluated, tmp_path / "run"))
+    flags = ("--compare-with", str(other))
+    assert judge(prepared, run, sets / "chexpert", flags=flags) == 2  # judged on no set yet
+    assert judge(prepared, other, sets / "chexpert") == 0
+    assert judge(prepared, run, sets / "chexpert", flags=flags) == 0
+    metrics = json.loads((run / "external" / "metrics.json").read_text())
+    assert metrics["matrix_of_others"] == {"other": metrics["matrix"]}
+
+
+def test_what_cannot_be_judged_is_told_at_once(
+    prepared: Prepared, evaluated: Path, trained: Path, sets: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def refuse(message: str, run: Path, external: Path, *flags: str) -> None:
+        capsys.readouterr()
+        assert judge(prepared, run, external, flags=flags) == 2
+        assert message in capsys.readouterr().err
+        assert not (run / "external").exists()
+
+    refuse("is not evaluated on its own store", trained, sets / "chexpert")
+    refuse("pictures of 80 px, the run's own are 64 px", evaluated, sets / "larger")
+    refuse("is the store of the training", evaluated, prepared.store)
+    refuse("no manifest.json", evaluated, tmp_path)
+    few = ("--evaluate.min-patients", "50")
+    refuse("patients with a positive study are left", evaluated, sets / "same", *few)
+    other = Path(shutil.copytree(sets / "same", tmp_path / "other secret"))
+    (other / "secret_check.txt").write_text("another\n")
+    refuse("RSNA's patients are NIH's", evaluated, other)
+    capsys.readouterr()
+    flags = ["--store", str(sets / "chexpert"), "--run", str(evaluated), "--overwrite"]
+    assert evaluate.main(flags) == 2
+    assert "--external" in capsys.readouterr().err
