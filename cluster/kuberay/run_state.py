@@ -113,9 +113,14 @@ def _why(job: Document, deployment: str, phase: Phase, found: Sequence[Trouble])
         "New": "for the KubeRay operator to take it up",
         "Initializing": "for its pods to start",
         "Suspended": _QUEUED,
-        "Suspending": TAKEN_BACK if status.get("rayClusterStatus") else _QUEUED,
+        # One that was never admitted is for a moment called so too.
+        "Suspending": TAKEN_BACK if _has_had_head(status) else _QUEUED,
         "Retrying": "an attempt failed, another cluster is being started",
     }.get(deployment, deployment)
+
+
+def _has_had_head(status: Document) -> bool:
+    return bool(((status.get("rayClusterStatus") or {}).get("head") or {}).get("podIP"))
 
 
 def _seconds(text: str | None) -> float | None:

@@ -479,7 +479,7 @@ def test_a_run_in_the_queue_is_not_one_whose_quota_was_taken() -> None:
     queued = to_state(_job(jobDeploymentStatus="Suspending"), ())
     assert queued.why == "in the queue: Kueue has not admitted it yet"
     taken = to_state(
-        _job(jobDeploymentStatus="Suspending", rayClusterStatus={"state": "ready"}), ()
+        _job(jobDeploymentStatus="Suspending", rayClusterStatus={"head": {"podIP": "10.0.0.7"}}), ()
     )
     assert taken.why.startswith("Kueue has taken its quota back: ")
 
