@@ -28,7 +28,7 @@ def test_a_local_url_becomes_absolute(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert storage.normalise("runs/one/") == f"{tmp_path}/runs/one"
-    assert storage.normalise(f"file://{tmp_path}/a") == f"{tmp_path}/a"
+    assert storage.storage.normalise(f"file://{tmp_path}/a") == f"{tmp_path}/a"
     assert storage.normalise("~/a") == f"{tmp_path}/a"
     assert storage.normalise("s3://bucket/a/") == "s3://bucket/a"
 
@@ -41,3 +41,8 @@ def test_join_puts_one_slash_between_parts(base: str, parts: list[str]) -> None:
     joined = storage.join(f"s3://{base}/", *parts)
     assert joined == "s3://" + "/".join([base, *(part.strip("/") for part in parts)])
     assert storage.join(f"s3://{base}", *parts) == joined
+
+
+def test_a_file_url_may_be_percent_encoded(tmp_path: Path) -> None:
+    assert storage.normalise(f"file://{tmp_path}/a%20b%25") == f"{tmp_path}/a b%"
+    assert storage.normalise(f"{tmp_path}/a%20b") == f"{tmp_path}/a%20b"
