@@ -18,9 +18,10 @@ import zlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
-from typing import Any, Literal, get_args
+from typing import IO, Any, Literal, get_args
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 from pyarrow.types import is_floating, is_integer, is_null
 
@@ -129,7 +130,7 @@ def read_source(source_url: str, environ: Mapping[str, str] | None = None) -> So
         studies=tuple(sorted(studies, key=lambda study: study.key)),
         rejected=tuple(sorted(rejected, key=lambda item: item.key)),
         has_patients=patients is not None,
-        unlabelled=len((_list_images(images_url) | findings.keys()) - targets.keys()),
+        unlabelled=len((_list_images(images_url, targets) | findings.keys()) - targets.keys()),
         file_key=derive_file_key(hash_key),
     )
 
@@ -150,11 +151,12 @@ def read_split_list(
     hash_key = read_hash_key(source_url, environ)
     kind = "study" if column == "patientId" else "patient"
     listed: dict[str, str] = {}
-    for row in table.select([column, "split"]).to_pylist():
-        identifier, split = str(row[column]), row["split"]
+    pairs = zip(table[column].to_pylist(), table["split"].to_pylist(), strict=True)
+    for row, (value, split) in enumerate(pairs, _FIRST_ROW):
+        identifier = str(value)
         if split not in ("train", "val", "test"):
             # The value is not repeated: of columns in another order it would be an id.
-            raise SourceError(f"{list_url}: a split that is none of train, val and test")
+            raise SourceError(f"{list_url}: row {row}: a split that is none of train, val and test")
         if listed.setdefault(derive_key(hash_key, kind, identifier), split) != split:
             raise SourceError(f"{list_url}: lists somebody in two splits")
     return listed
@@ -208,13 +210,28 @@ def _read_plain(url: str) -> bytes:
     data = storage.read_bytes(url)
     try:
         if url.endswith(".gz"):
-            return gzip.decompress(data)
+            with gzip.open(io.BytesIO(data)) as file:
+                return _read_bounded(file, url)
         if url.endswith(".zip"):
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
-                (name,) = archive.namelist()
-                return archive.read(name)
+                # macOS adds files of its own, which begin with a dot.
+                names = [n for n in archive.namelist() if not n.rsplit("/", 1)[-1].startswith(".")]
+                (name,) = [n for n in names if not n.endswith("/")]
+                with archive.open(name) as file:
+                    return _read_bounded(file, url)
     except (OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile) as error:
         raise SourceError(f"{url}: not a readable archive of one file: {error}") from error
+    return data
+
+
+_MOST_BYTES = 128 * 2**20
+
+
+def _read_bounded(file: IO[bytes] | gzip.GzipFile, url: str) -> bytes:
+    """What a packed table holds. Raises SourceError where that is far more than any table."""
+    data = file.read(_MOST_BYTES + 1)
+    if len(data) > _MOST_BYTES:
+        raise SourceError(f"{url}: unpacks to more than {_MOST_BYTES // 2**20} MiB: no such table")
     return data
 
 
@@ -251,9 +268,22 @@ def _read_table(url: str, *required: str) -> pa.Table:
             f"{url}: no column {', '.join(missing)}; its first line names {len(names)}, of those "
             f"that are known here: {', '.join(known) or 'none'}"
         )
+    if twice := sorted({name for name in names if names.count(name) > 1 and name in _COLUMNS}):
+        raise SourceError(f"{url}: its first line names {', '.join(twice)} more than once")
     if not len(table):
         raise SourceError(f"{url}: no rows")
+    empty = pc.and_kleene(*(_is_empty(table[name]) for name in (required * 2)[:2]))
+    if (row := pc.index(empty, True).as_py()) >= 0:
+        raise SourceError(f"{url}: row {row + _FIRST_ROW} is empty; delete it")
     return table
+
+
+_FIRST_ROW = 2
+"""The number of the first row below the header, as an editor counts lines."""
+
+
+def _is_empty(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pc.equal(pc.coalesce(pc.cast(column, pa.string()), ""), "")
 
 
 _COLUMNS = ("patientId", *Box._fields, "Target", "class", "patient", "split")
@@ -268,9 +298,11 @@ def _collect_labels(
     faulty: dict[str, str] = {}
     corners = [_read_numbers(table, name) for name in Box._fields]
     rows = zip(table["patientId"].to_pylist(), table["Target"].to_pylist(), *corners, strict=True)
-    for image_id, target, *corner in rows:
+    for row, (image_id, target, *corner) in enumerate(rows, _FIRST_ROW):
         if target not in (0, 1):
-            raise SourceError("label table: a Target that is neither 0 nor 1")
+            raise SourceError(f"label table: row {row}: a Target that is neither 0 nor 1")
+        if not image_id:
+            raise SourceError(f"label table: row {row}: no patientId")
         known = targets.setdefault(image_id, [])
         if target not in known:
             known.append(int(target))
@@ -304,10 +336,12 @@ def _collect_findings(table: pa.Table) -> dict[str, list[Finding]]:
     """Different findings by image id."""
     allowed = get_args(Finding)
     findings: dict[str, list[Any]] = {}
-    for row in table.select(["patientId", "class"]).to_pylist():
-        image_id, finding = row["patientId"], row["class"]
+    pairs = zip(table["patientId"].to_pylist(), table["class"].to_pylist(), strict=True)
+    for row, (image_id, finding) in enumerate(pairs, _FIRST_ROW):
         if finding not in allowed:
-            raise SourceError(f"class table: a class that is none of: {', '.join(allowed)}")
+            raise SourceError(
+                f"class table: row {row}: a class that is none of: {', '.join(allowed)}"
+            )
         known = findings.setdefault(image_id, [])
         if finding not in known:
             known.append(finding)
@@ -331,10 +365,40 @@ def _contradiction(
     return None
 
 
-def _list_images(images_url: str) -> set[str]:
-    """The image ids that have a DICOM file."""
+def _list_images(images_url: str, labelled: Collection[str]) -> set[str]:
+    """The image ids that have a DICOM file.
+
+    Raises SourceError where none is of a `labelled` image, and it can be said why.
+    """
     names = storage.list_names(images_url)
-    return {name.removesuffix(".dcm") for name in names if name.endswith(".dcm")}
+    found = {name.removesuffix(".dcm") for name in names if name.endswith(".dcm")}
+    if found.isdisjoint(labelled) and (why := _find_elsewhere(images_url, names, labelled)):
+        raise SourceError(
+            f"{images_url}: none of the {len(labelled)} labelled images is there as "
+            f"<patientId>.dcm: {why}"
+        )
+    return found
+
+
+def _find_elsewhere(images_url: str, names: Sequence[str], labelled: Collection[str]) -> str | None:
+    """Where the images are instead."""
+
+    def holds(found: Sequence[str]) -> bool:
+        return any(name.rsplit(".", 1)[0] in labelled for name in found)
+
+    if holds(names):
+        endings = sorted({name.rsplit(".", 1)[-1] for name in names if "." in name})
+        return f"the files end in .{', .'.join(endings[:3])}; rename them to end in .dcm"
+    if packed := [n for n in names if n.endswith((".zip", ".gz", ".tar", ".tgz", ".7z"))]:
+        return f"{packed[0]} is still packed; unpack it there"
+    for name in names[:_FOLDERS_LOOKED_INTO]:
+        below = storage.list_names(storage.join(images_url, name))
+        if holds(below):
+            return f"they lie one folder deeper, in {name}/; move them up"
+    return None
+
+
+_FOLDERS_LOOKED_INTO = 20
 
 
 def _read_patients(
