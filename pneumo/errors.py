@@ -102,6 +102,9 @@ DicomReason = Literal[
     "photometric",
     "no_decoder",
     "undecodable",
+    "blank",
+    "not_frontal",
+    "not_chest",
 ]
 
 

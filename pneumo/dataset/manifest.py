@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pneumo import storage
 from pneumo.config import SplitConfig
@@ -114,6 +114,9 @@ class Manifest(BaseModel):
     """studies.parquet, by which an evaluation judges."""
     quarantine: FileEntry
     """quarantine.jsonl."""
+    warnings: FileEntry | None = Field(default=None, exclude_if=lambda value: value is None)
+    """warnings.jsonl; absent where nothing was repaired or is doubtful, so that the digest is that
+    of earlier versions."""
     splits: dict[str, SplitEntry]
 
     @field_validator("splits")

@@ -27,6 +27,7 @@ from pneumo.dataset.study_table import (
     read_quarantine,
     write_quarantine,
     write_studies,
+    write_warnings,
 )
 from pneumo.errors import (
     BadFilesError,
@@ -128,6 +129,7 @@ def finish_store(
         duplicates=find_duplicates(table, has_patients=source.has_patients),
         studies=studies,
         quarantine=quarantine,
+        warnings=write_warnings(store_url, (w for item in receipts for w in item.warned)),
         splits=splits,
     )
     write_manifest(store_url, manifest)

@@ -40,6 +40,7 @@ from pneumo.images.fast_dicom import PlainFile, read_plain
 from pneumo.images.frame_format import read_format
 from pneumo.images.gray_levels import Gray, render_gray
 from pneumo.images.headers import (
+    NO_EXPOSURE,
     Exposure,
     Header,
     make_exposure,
@@ -94,9 +95,9 @@ class GrayImage:
     """Its width."""
     identifier: str | None
     """Patient ID (0010,0020), to be compared and forgotten: it is never written anywhere."""
-    exposure: Exposure
+    exposure: Exposure = NO_EXPOSURE
     """For `gate`; not kept."""
-    warnings: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
     """What was repaired, see `elements.Repairs`, and, from the gate, what is doubtful; sorted."""
 
     def place(self, box: Box) -> Box:

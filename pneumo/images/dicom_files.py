@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pneumo import storage
 from pneumo.errors import AccessError, DicomError, StorageError
 from pneumo.images.dicom import GrayImage, read_study_image
+from pneumo.images.gate import judge
 
 _READS_AT_ONCE = 8
 """Files of a bucket that are read ahead: an answer takes as long as decoding ten."""
@@ -34,9 +35,10 @@ def read_pictures(urls: Sequence[str], image_size: int) -> Iterator[GrayImage | 
 
 
 def decode_file(data: bytes, image_size: int) -> GrayImage | Unusable:
-    """The picture in a DICOM file as a store of `image_size` holds it."""
+    """The picture in a DICOM file as a store of `image_size` holds it, judged by the gate."""
     try:
-        return read_study_image(data, image_size)
+        image = read_study_image(data, image_size)
+        return replace(image, warnings=(*image.warnings, *judge(image)))
     except DicomError as error:
         return Unusable(error.reason, str(error))
 

@@ -42,6 +42,9 @@ class Exposure:
     modality: str
 
 
+NO_EXPOSURE = Exposure("", "", "", "", "")
+
+
 def read_exposure(dataset: pydicom.Dataset, repairs: Repairs) -> Exposure:
     """What `dataset` says of how the picture was taken."""
 

@@ -34,10 +34,10 @@ from pydicom.uid import (
 from pneumo.errors import DicomError, DicomReason
 from pneumo.images.boxes import Box
 from pneumo.images.dicom import decode_gray, read_study_image
+from pneumo.images.frame_format import MAX_PIXELS, FrameFormat
 from pneumo.images.gray_levels import apply_window
 from pneumo.images.headers import parse_age
 from pneumo.images.letterbox import letterbox
-from pneumo.images.frame_format import MAX_PIXELS, FrameFormat
 from pneumo.images.pixel_decoders import check_runs, choose_plugin
 from tests.waiting import count_calls
 
