@@ -26,7 +26,7 @@ _NOT_FRONTAL = frozenset(
     )
 )
 # Of body parts examined (PS3.16 annex L).
-_CHEST = ("CHEST", "THORAX", "LUNG", "RIB", "HEART", "STERNUM")
+_CHEST_WORDS = ("CHEST", "THORAX", "LUNG", "RIB", "HEART", "STERNUM")
 _NOT_CHEST = frozenset(
     (
         *("SKULL", "HEAD", "JAW", "MAXILLA", "MANDIBLE", "TEETH", "NECK", "SPINE", "CSPINE"),
@@ -64,7 +64,7 @@ def judge_header(exposure: Exposure) -> tuple[str, ...]:
     """What the header makes doubtful. Raises DicomError: not_frontal, not_chest."""
     if exposure.view in _NOT_FRONTAL:
         raise DicomError("the header says that the view is not frontal", "not_frontal")
-    is_chest = any(part in exposure.body_part for part in _CHEST)
+    is_chest = any(part in exposure.body_part for part in _CHEST_WORDS)
     if exposure.body_part in _NOT_CHEST:
         raise DicomError("the header says another body part than the chest", "not_chest")
     doubts = {
@@ -100,11 +100,9 @@ def judge_picture(image: GrayImage) -> tuple[str, ...]:
 
 def _compare_with_chest(shown: Gray) -> dict[str, bool]:
     """Whether the picture is more like an inverted or a turned chest, or like none."""
-    small = cv2.resize(shown, _CHEST_DRAWN.shape, interpolation=cv2.INTER_AREA)
-    alike = _standardise(small.astype(np.float64))
-    upright, right, over, left = (
-        float((alike * np.rot90(_CHEST_DRAWN, turns)).sum()) for turns in range(4)
-    )
+    small = cv2.resize(shown, (8, 8), interpolation=cv2.INTER_AREA)
+    alike = _TURNED_CHESTS @ _standardise(small.astype(np.float64)).ravel()
+    upright, right, over, left = alike.tolist()
     turned = max(right, over, left)
     is_inverted = -upright > max(turned, _LIKE_A_CHEST)
     is_turned = turned > max(upright + _TURN_MARGIN, _LIKE_A_CHEST) and not is_inverted
@@ -121,6 +119,7 @@ def _standardise(levels: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return np.asarray(centred / max(float(np.linalg.norm(centred)), 1e-9))
 
 
-_CHEST_DRAWN = _standardise(
-    np.hstack([np.array(_HALF_CHEST, np.float64), np.array(_HALF_CHEST, np.float64)[:, ::-1]])
+_DRAWN_CHEST = np.hstack([_HALF_CHEST, np.fliplr(_HALF_CHEST)]).astype(np.float64)
+_TURNED_CHESTS = np.stack(
+    [np.rot90(_standardise(_DRAWN_CHEST), turns).ravel() for turns in range(4)]
 )

@@ -28,7 +28,7 @@ def test_a_local_url_becomes_absolute(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert storage.normalise("runs/one/") == f"{tmp_path}/runs/one"
-    assert storage.storage.normalise(f"file://{tmp_path}/a") == f"{tmp_path}/a"
+    assert storage.normalise(f"file://{tmp_path}/a") == f"{tmp_path}/a"
     assert storage.normalise("~/a") == f"{tmp_path}/a"
     assert storage.normalise("s3://bucket/a/") == "s3://bucket/a"
 
