@@ -5,6 +5,7 @@ The files keep their names, because all of it goes to the user's own folder. Not
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from pneumo.evaluation.file_predictions import (
     NOTICE,
     FrozenRule,
     Readings,
+    count_formulas,
     encode_csv,
     encode_parquet,
 )
@@ -115,14 +117,15 @@ def predict(invocation: Invocation) -> None:
 
 
 def find_files(source_url: str, output_url: str) -> list[str]:
-    """The paths of the files below the source, sorted; hidden ones and the output left out.
+    """The paths of the files below the source, sorted; hidden ones and the output left out. Linked
+    folders are entered; what is no file and no folder is among them, and so gets a row.
 
     Raises SourceError when there is none.
     """
     prefix, own = f"{source_url.rstrip('/')}/", f"{output_url.rstrip('/')}/"
     found = [
         url.removeprefix(prefix)
-        for url in storage.list_urls(source_url)
+        for url in storage.list_everything(source_url)
         if url.startswith(prefix) and not url.startswith(own)
     ]
     files = [p for p in found if not any(part.startswith(".") for part in PurePosixPath(p).parts)]
@@ -203,6 +206,7 @@ def _read_batch(task: Task, members: Sequence[Member], files: Sequence[str]) -> 
     chances = zip(names, sigmoid(logit).tolist(), strict=True)
     captions = {name: f"p = {chance:.3f}   {NOTICE}" for name, chance in chances}
     overlays = _write_overlays(task, members[0], scored, captions) if task.overlays else {}
+    described = [_describe(image) for image in images]
     why = [_find_reason(image, x) for image, x in zip(images, logit, strict=True)]
     return Readings(
         file=np.array(names, dtype=np.str_),
@@ -210,7 +214,16 @@ def _read_batch(task: Task, members: Sequence[Member], files: Sequence[str]) -> 
         overlay=np.array([overlays.get(name, "") for name in names], dtype=np.str_),
         reason=np.array([one.reason for one in why], dtype=np.str_),
         message=np.array([one.message for one in why], dtype=np.str_),
+        view=np.array([view for view, _ in described], dtype=np.str_),
+        warnings=np.array([warnings for _, warnings in described], dtype=np.str_),
     )
+
+
+def _describe(image: GrayImage | Unusable) -> tuple[str, str]:
+    """The view and the warnings of a file."""
+    if isinstance(image, Unusable):
+        return "", ""
+    return image.header.view or "", "; ".join(image.warnings)
 
 
 def _find_reason(image: GrayImage | Unusable, logit: np.float32) -> Unusable:
@@ -235,10 +248,27 @@ def _write_overlays(
     written = {}
     for (name, picture), cam in zip(pictures.items(), cams, strict=True):
         if np.isfinite(cam).all():
-            written[name] = f"{OVERLAYS}/{name}.png"
+            written[name] = f"{OVERLAYS}/{shorten_path(name)}.png"
             url = storage.join(task.output_url, written[name])
             storage.write_bytes(url, draw_overlay(picture, cam, captions[name]))
     return written
+
+
+def shorten_path(name: str) -> str:
+    """A file's path for its overlay: a part that is too long for a disk, with more letters to come,
+    ends in a digest instead."""
+
+    def shorten(part: str) -> str:
+        data = part.encode()
+        if len(data) <= _LONGEST_PART:
+            return part
+        digest = hashlib.sha256(data).hexdigest()[:16]
+        return f"{data[: _LONGEST_PART - 17].decode(errors='ignore')}-{digest}"
+
+    return "/".join(map(shorten, name.split("/")))
+
+
+_LONGEST_PART = 200  # bytes; most disks allow 255
 
 
 def _spell(file: str) -> str:
@@ -271,6 +301,8 @@ def write_readings(
         "scored": readings.num_scored,
         "called_positive": None if called is None else int(called.sum()),
         "unusable": readings.unusable,
+        "warned": readings.warned,
+        "escaped_in_csv": count_formulas(readings),
     }
     text = json.dumps(summary, indent=1, allow_nan=False) + "\n"
     storage.write_text(storage.join(task.output_url, SUMMARY), text)
@@ -289,4 +321,11 @@ def print_summary(summary: dict[str, Any], output_url: str) -> None:
         print(f"  {summary['called_positive']} at or above the threshold {threshold}")
     for reason, number in summary["unusable"].items():
         print(f"  {number} not usable: {reason}")
+    for code, number in summary["warned"].items():
+        print(f"  {number} with a warning: {code}")
+    if summary["escaped_in_csv"]:
+        say(
+            f"warning: {summary['escaped_in_csv']} names begin as a formula does; in {CSV} an "
+            "apostrophe stands before them"
+        )
     print(f"{NOTICE}\npredictions {storage.join(output_url, CSV)}")

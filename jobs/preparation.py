@@ -28,6 +28,7 @@ from pneumo.dataset.preparation import (
     finish_store,
     has_mended,
 )
+from pneumo.dataset.quality import group_warnings
 from pneumo.dataset.receipts import PreparedShard, prepare_shard
 from pneumo.dataset.shard_plans import ShardPlan, digest_settings, estimate_memory, plan_shards
 from pneumo.dataset.shards import shard_samples
@@ -41,7 +42,7 @@ from pneumo.dataset.splits import (
     remember_salt,
     split_studies,
 )
-from pneumo.dataset.study_table import QUARANTINE
+from pneumo.dataset.study_table import QUARANTINE, read_warnings
 from pneumo.errors import SourceError
 
 
@@ -203,6 +204,9 @@ def _report(store_url: str, manifest: Manifest) -> None:
         print(
             f"{sum(manifest.quarantined.values())} studies quarantined ({told}), see {QUARANTINE}"
         )
+    for code, by_split in group_warnings(read_warnings(store_url, manifest)).items():
+        told = ", ".join(f"{split} {len(keys)}" for split, keys in by_split.items() if keys)
+        print(f"{sum(map(len, by_split.values()))} studies used with a warning: {code} ({told})")
     if manifest.unlabelled:
         print(f"{manifest.unlabelled} images are not in the label table and are left out")
     for kind, number in manifest.contradictions.items():

@@ -106,6 +106,9 @@ DicomReason = Literal[
     "photometric",
     "no_decoder",
     "undecodable",
+    "blank",
+    "not_frontal",
+    "not_chest",
 ]
 
 

@@ -32,7 +32,7 @@ from pneumo.config import Config
 from pneumo.dataset.contact_sheets import read_contact_sheets
 from pneumo.dataset.manifest import Manifest
 from pneumo.dataset.quality import summarise_quality
-from pneumo.dataset.study_table import StudyRow, read_studies
+from pneumo.dataset.study_table import StudyRow, read_studies, read_warnings
 from pneumo.evaluation.baselines import Metadata
 from pneumo.evaluation.comparison import ComparedRuns, Comparison, compare
 from pneumo.evaluation.evaluation import Evaluation, check_complete, evaluate
@@ -136,7 +136,7 @@ def describe_data(store_url: str, manifest: Manifest, studies: Mapping[str, Stud
         image_size=manifest.image_size,
         seed=manifest.seed,
         audit=manifest.audit,
-        quality=summarise_quality(studies.values(), manifest),
+        quality=summarise_quality(studies.values(), manifest, read_warnings(store_url, manifest)),
         contact=read_contact_sheets(store_url, manifest, studies),
     )
 

@@ -119,6 +119,9 @@ class Manifest(BaseModel):
     """studies.parquet, by which an evaluation judges."""
     quarantine: FileEntry
     """quarantine.jsonl."""
+    warnings: FileEntry | None = Field(default=None, exclude_if=lambda value: value is None)
+    """warnings.jsonl; absent where nothing was repaired or is doubtful, so that the digest is that
+    of earlier versions."""
     splits: dict[str, SplitEntry]
 
     @field_validator("splits")

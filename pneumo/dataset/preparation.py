@@ -27,6 +27,7 @@ from pneumo.dataset.study_table import (
     read_quarantine,
     write_quarantine,
     write_studies,
+    write_warnings,
 )
 from pneumo.errors import (
     BadFilesError,
@@ -132,6 +133,7 @@ def finish_store(
         duplicates=find_duplicates(table, has_patients=source.has_patients),
         studies=studies,
         quarantine=quarantine,
+        warnings=write_warnings(store_url, (w for item in receipts for w in item.warned)),
         splits=splits,
     )
     storage.write_text(storage.join(store_url, SECRET_CHECK), f"{source.secret_check}\n")

@@ -10,7 +10,7 @@ import statistics
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy as np
 from pneumo.dataset.manifest import Duplicates, Manifest
 from pneumo.dataset.source import Finding
 from pneumo.dataset.splits import SPLITS, count_independent
-from pneumo.dataset.study_table import StudyRow
+from pneumo.dataset.study_table import StudyRow, Warned
 from pneumo.errors import DataError
 
 UNKNOWN = "unknown"
@@ -140,6 +140,8 @@ class Quality:
     """Studies that could not be used, by reason."""
     contradictions: Mapping[str, int]
     """Studies whose tables and header disagree, by what they disagree on."""
+    warnings: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
+    """Code -> split -> keys of the studies whose file was repaired so, or is doubtful for that."""
 
     def rows(self) -> list[tuple[str, str, int, int, int]]:
         """(what, value, studies of train, of val, of test) of every count."""
@@ -151,8 +153,10 @@ class Quality:
         ]
 
 
-def summarise_quality(studies: Iterable[StudyRow], manifest: Manifest) -> Quality:
-    """Count `studies`, all of the store's.
+def summarise_quality(
+    studies: Iterable[StudyRow], manifest: Manifest, warned: Iterable[Warned] = ()
+) -> Quality:
+    """Count `studies`, all of the store's, and what was `warned` of.
 
     Raises DataError when they are not as many as the manifest says.
     """
@@ -183,7 +187,20 @@ def summarise_quality(studies: Iterable[StudyRow], manifest: Manifest) -> Qualit
         duplicates=manifest.duplicates,
         quarantined=manifest.quarantined,
         contradictions=manifest.contradictions,
+        warnings=group_warnings(warned),
     )
+
+
+def group_warnings(warned: Iterable[Warned]) -> dict[str, dict[str, tuple[str, ...]]]:
+    """Code -> split -> keys; every code has every split."""
+    rows = sorted(warned, key=lambda item: (item.code, item.key))
+    return {
+        code: {
+            split: tuple(row.key for row in rows if (row.code, row.split) == (code, split))
+            for split in SPLITS
+        }
+        for code in dict.fromkeys(row.code for row in rows)
+    }
 
 
 def name_age_band(age: int | None) -> str:

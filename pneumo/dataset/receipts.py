@@ -23,6 +23,7 @@ from pneumo.dataset.shards import SHARD_SUFFIX, Sample, write_shard
 from pneumo.dataset.source import RSNA, Rejected, Study
 from pneumo.dataset.study_table import (
     StudyRow,
+    Warned,
     digest_pixels,
     tabulate_studies,
 )
@@ -47,6 +48,7 @@ class Receipt(BaseModel):
     """Stored pixels of each gray level."""
     contradictions: dict[str, int]
     """Studies whose tables and header disagree, or lack something, by kind."""
+    warned: tuple[Warned, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +112,7 @@ def _write_shard(
     rows: list[StudyRow] = []
     rejected: list[Rejected] = []
     contradictions: Counter[str] = Counter()
+    warned: list[Warned] = []
     histogram = np.zeros(256, np.int64)
 
     def samples() -> Iterator[Sample]:
@@ -125,6 +128,7 @@ def _write_shard(
             counts = cv2.calcHist([image.pixels], [0], None, [256], [0, 256])
             np.add(histogram, counts.ravel().astype(np.int64), out=histogram)
             contradictions.update(_contradictions(study, image))
+            warned.extend(Warned(study.key, plan.split, code) for code in image.warnings)
             rows.append(_make_row(study, plan.split, image, hashed))
             yield Sample(study.key, image.pixels, study.target)
 
@@ -136,6 +140,7 @@ def _write_shard(
         rejected=tuple(rejected),
         histogram=tuple(histogram.tolist()),
         contradictions=dict(contradictions),
+        warned=tuple(warned),
     )
 
 

@@ -48,6 +48,19 @@ def read_hash_key(source_url: str, environ: Mapping[str, str]) -> bytes:
     return hash_key
 
 
+def find_hash_key(source_url: str, environ: Mapping[str, str]) -> bytes:
+    """The secret of a source that was prepared before; none is made. Raises SourceError."""
+    is_made = not storage.is_local(source_url) or storage.exists(
+        storage.join(source_url, PRIVATE_FOLDER, "hash_key")
+    )
+    if not is_made and not environ.get(HASH_KEY_VARIABLE):
+        raise SourceError(
+            f"{source_url}: no {PRIVATE_FOLDER}/hash_key, so nothing was prepared from it with a "
+            f"secret of its own; set {HASH_KEY_VARIABLE} to the one that was used"
+        )
+    return read_hash_key(source_url, environ)
+
+
 def derive_file_key(hash_key: bytes) -> bytes:
     """The 32-byte key of the BLAKE3 hash `source_blake3` of a DICOM file: a plain hash would tell
     the study's key to whoever has the file."""

@@ -24,6 +24,7 @@ from pneumo.images.boxes import Box
 
 STUDIES = "studies.parquet"
 QUARANTINE = "quarantine.jsonl"
+WARNINGS = "warnings.jsonl"
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,17 @@ class StudyRow:
     source_blake3: str
     """BLAKE3 of the DICOM file, in hex, keyed by `study_keys.derive_file_key`: who has the hash key
     can find the file of a picture, and nobody else."""
+
+
+@dataclass(frozen=True)
+class Warned:
+    """One row of warnings.jsonl: a study that is used, though its file was repaired or its picture
+    is doubtful."""
+
+    key: str
+    split: str
+    code: str
+    """What was done, see `images.elements`, or what is doubtful, see `images.gate`."""
 
 
 def digest_pixels(pixels: npt.NDArray[np.uint8]) -> str:
@@ -128,6 +140,27 @@ def read_quarantine(store_url: str, manifest: Manifest) -> list[Rejected]:
     """
     data = _read_vouched(store_url, QUARANTINE, manifest.quarantine)
     return [Rejected(**json.loads(line)) for line in data.splitlines()]
+
+
+def write_warnings(store_url: str, warned: Iterable[Warned]) -> FileEntry | None:
+    """Publish warnings.jsonl, sorted by key; the entry that the manifest will carry. Without any
+    warning there is no file."""
+    rows = sorted(warned, key=lambda item: (item.key, item.code))
+    if not rows:
+        return None
+    text = "".join(f"{json.dumps(asdict(item))}\n" for item in rows)
+    return _write_vouched(store_url, WARNINGS, text.encode())
+
+
+def read_warnings(store_url: str, manifest: Manifest) -> list[Warned]:
+    """What was repaired or is doubtful, sorted by key; nothing for a store of an earlier version.
+
+    Raises DataError when the list is missing, or not what the manifest vouches for.
+    """
+    if manifest.warnings is None:
+        return []
+    data = _read_vouched(store_url, WARNINGS, manifest.warnings)
+    return [Warned(**json.loads(line)) for line in data.splitlines()]
 
 
 def _write_vouched(store_url: str, name: str, data: bytes) -> FileEntry:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -16,6 +17,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
@@ -98,6 +100,10 @@ class Readings:
     NOT_A_NUMBER; '' where it was scored."""
     message: npt.NDArray[np.str_]
     """The same in words."""
+    view: npt.NDArray[np.str_]
+    """AP or PA, as the header says; '' where it does not."""
+    warnings: npt.NDArray[np.str_]
+    """What was repaired in the file or is doubtful about its picture: codes, '; ' between them."""
 
     def __len__(self) -> int:
         return len(self.file)
@@ -111,6 +117,12 @@ class Readings:
     def unusable(self) -> dict[str, int]:
         """Files without a score, by reason."""
         return dict(sorted(Counter(self.reason[self.reason != ""].tolist()).items()))
+
+    @property
+    def warned(self) -> dict[str, int]:
+        """Files with a warning, by its code."""
+        codes = (code for text in self.warnings.tolist() if text for code in text.split("; "))
+        return dict(sorted(Counter(codes).items()))
 
     @classmethod
     def join(cls, parts: Sequence[Self]) -> Self:
@@ -137,7 +149,7 @@ class Readings:
 
         calibrated = rule.calibration.apply(self.logit) if rule.calibration else None
         called = self.decide(rule)
-        texts = {name: getattr(self, name) for name in ("overlay", "reason", "message")}
+        texts = {name: getattr(self, name) for name in _TEXTS}
         columns = {
             "file": pa.array(self.file, pa.string()),
             "logit": numbers(self.logit, pa.float32()),
@@ -154,10 +166,24 @@ class Readings:
 
 
 def encode_csv(table: pa.Table) -> bytes:
-    """The table as CSV with a header line; null is empty."""
+    """The table as CSV with a header line; null is empty. A text that a spreadsheet would run as a
+    formula begins with an apostrophe."""
+    for i, name in enumerate(table.column_names):
+        if pa.types.is_string(table.schema.field(i).type):
+            safe = pc.replace_substring_regex(table[name], _FORMULA, r"'\1")
+            table = table.set_column(i, name, safe)
     buffer = io.BytesIO()
     pyarrow.csv.write_csv(table, buffer)
     return buffer.getvalue()
+
+
+_FORMULA = r"^([=+@\t\r-])"
+_TEXTS = ("view", "warnings", "overlay", "reason", "message")
+
+
+def count_formulas(readings: Readings) -> int:
+    """Files whose name begins as a formula does."""
+    return sum(re.match(_FORMULA, name) is not None for name in readings.file.tolist())
 
 
 def encode_parquet(table: pa.Table) -> bytes:

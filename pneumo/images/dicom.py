@@ -8,11 +8,10 @@ picture at half size, libjpeg decodes at half size, within 3 gray levels of the 
 
 from __future__ import annotations
 
-import io
+import re
 import threading
 import warnings
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,16 +20,11 @@ import numpy as np
 import numpy.typing as npt
 import pydicom
 import simplejpeg
-from pydicom.dataelem import RawDataElement
-from pydicom.filereader import read_dataset, read_partial
-from pydicom.tag import BaseTag
 from pydicom.uid import (
     UID,
     ComputedRadiographyImageStorage,
-    DeflatedExplicitVRLittleEndian,
     DigitalXRayImageStorageForPresentation,
     DigitalXRayImageStorageForProcessing,
-    ExplicitVRLittleEndian,
     MultiFrameGrayscaleByteSecondaryCaptureImageStorage,
     MultiFrameGrayscaleWordSecondaryCaptureImageStorage,
     MultiFrameSingleBitSecondaryCaptureImageStorage,
@@ -40,16 +34,23 @@ from pydicom.uid import (
 
 from pneumo.errors import DicomError
 from pneumo.images.boxes import Box
+from pneumo.images.codestreams import read_jpeg_size
+from pneumo.images.elements import Repairs, read_optional
 from pneumo.images.fast_dicom import PlainFile, read_plain
+from pneumo.images.frame_format import read_format
 from pneumo.images.gray_levels import Gray, render_gray
-from pneumo.images.headers import Header, make_header, read_header
-from pneumo.images.letterbox import fit_shape, letterbox
-from pneumo.images.pixel_decoders import (
-    MAX_PIXELS,
-    decode_stored,
-    read_format,
-    read_jpeg_size,
+from pneumo.images.headers import (
+    NO_EXPOSURE,
+    Exposure,
+    Header,
+    make_exposure,
+    make_header,
+    read_exposure,
+    read_header,
 )
+from pneumo.images.letterbox import fit_shape, letterbox
+from pneumo.images.parsing import parse
+from pneumo.images.pixel_decoders import decode_stored
 
 _RADIOGRAPHS = {
     ComputedRadiographyImageStorage,
@@ -63,20 +64,18 @@ _RADIOGRAPHS = {
 }
 
 
-_SOP_CLASS, _PATIENT_ID, _SEX, _AGE, _VIEW = 0x80016, 0x100020, 0x100040, 0x101010, 0x185101
-
-
+_SOP_CLASS, _PATIENT_ID, _SEX, _AGE = 0x80016, 0x100020, 0x100040, 0x101010
+_VIEW, _BODY_PART, _MODALITY, _INTENT = 0x185101, 0x180015, 0x80060, 0x80068
+_LATERALITY, _IMAGE_LATERALITY = 0x200060, 0x200062
 _PIXEL_SPACING, _IMAGER_SPACING = 0x280030, 0x181164
-
-
-_SINGLE_TEXTS = {_SOP_CLASS: b"UI", _PATIENT_ID: b"LO", _SEX: b"CS", _AGE: b"AS", _VIEW: b"CS"}
+_CODES = (_SEX, _VIEW, _BODY_PART, _MODALITY, _INTENT, _LATERALITY, _IMAGE_LATERALITY)
+_SINGLE_TEXTS = {
+    _SOP_CLASS: b"UI",
+    _PATIENT_ID: b"LO",
+    _AGE: b"AS",
+    **dict.fromkeys(_CODES, b"CS"),
+}
 _TEXTS = {**_SINGLE_TEXTS, _PIXEL_SPACING: b"DS", _IMAGER_SPACING: b"DS"}
-_MAX_INFLATED_BYTES = 3 * MAX_PIXELS
-_MAX_READS = 500_000  # of a header, two an element: about a second
-_MAX_ELEMENT_BYTES = 2 * 2**20
-_PIXEL_DATA = 0x7FE00010
-_PIXELS = {_PIXEL_DATA, 0x7FE00008, 0x7FE00009}
-_LOOK_UP_TABLES = {0x00283000, 0x00283010}  # of the modality and of interest
 
 
 @dataclass(frozen=True)
@@ -96,6 +95,10 @@ class GrayImage:
     """Its width."""
     identifier: str | None
     """Patient ID (0010,0020), to be compared and forgotten: it is never written anywhere."""
+    exposure: Exposure = NO_EXPOSURE
+    """For `gate`; not kept."""
+    warnings: tuple[str, ...] = ()
+    """What was repaired, see `elements.Repairs`, and, from the gate, what is doubtful; sorted."""
 
     def place(self, box: Box) -> Box:
         """`box` of the original image in pixels of this one."""
@@ -117,16 +120,22 @@ def read_study_image(data: bytes, image_size: int) -> GrayImage:
     image = None if plain is None else _read_fast(plain, image_size)
     if image is not None:
         return image
+    repairs = Repairs()
     with _only_dicom_errors():
-        dataset = _parse(data)
+        dataset = parse(data, repairs)
         _check_class(dataset)
         return _make_image(
-            decode_gray(dataset),
+            _decode_gray(dataset, repairs),
             image_size,
             shape=(int(dataset.Rows), int(dataset.Columns)),
-            header=read_header(dataset),
-            identifier=str(dataset.get("PatientID") or "") or None,
+            header=read_header(dataset, repairs),
+            identifier=str(read_optional(dataset, "PatientID", repairs) or "") or None,
+            exposure=read_exposure(dataset, repairs),
+            repairs=repairs,
         )
+
+
+_NUMBER = re.compile(r" *[-+]?\d{1,9}(\.\d{0,9})? *")
 
 
 def _read_fast(plain: PlainFile, image_size: int) -> GrayImage | None:
@@ -139,7 +148,9 @@ def _read_fast(plain: PlainFile, image_size: int) -> GrayImage | None:
     gray = _decode_fast(plain, image_size)
     if gray is None:
         return None
-    spacing = texts.get(_PIXEL_SPACING) or texts.get(_IMAGER_SPACING) or ""
+    spacing = (texts.get(_PIXEL_SPACING) or texts.get(_IMAGER_SPACING) or "0").split("\\")
+    if not all(_NUMBER.fullmatch(number) for number in spacing):
+        return None
     return _make_image(
         gray,
         image_size,
@@ -148,9 +159,17 @@ def _read_fast(plain: PlainFile, image_size: int) -> GrayImage | None:
             age=texts.get(_AGE, ""),
             sex=texts.get(_SEX),
             view=texts.get(_VIEW),
-            spacing=spacing.split("\\"),
+            spacing=[float(number) for number in spacing],
         ),
         identifier=texts.get(_PATIENT_ID) or None,
+        exposure=make_exposure(
+            view=texts.get(_VIEW),
+            body_part=texts.get(_BODY_PART),
+            laterality=texts.get(_LATERALITY) or texts.get(_IMAGE_LATERALITY),
+            intent=texts.get(_INTENT),
+            modality=texts.get(_MODALITY),
+        ),
+        repairs=Repairs(),
     )
 
 
@@ -161,6 +180,8 @@ def _make_image(
     shape: tuple[int, int],
     header: Header,
     identifier: str | None,
+    exposure: Exposure,
+    repairs: Repairs,
 ) -> GrayImage:
     """The picture of `gray`, which may be smaller than the original's `shape`."""
     pixels, offset = letterbox(gray, image_size)
@@ -173,6 +194,8 @@ def _make_image(
         rows=shape[0],
         columns=shape[1],
         identifier=identifier,
+        exposure=exposure,
+        warnings=tuple(sorted(repairs)),
     )
 
 
@@ -197,119 +220,18 @@ def decode_gray(dataset: pydicom.Dataset) -> Gray:
     Raises DicomError: no_pixels, multi_frame, too_large, photometric, no_decoder, undecodable.
     """
     with _only_dicom_errors():
-        form = read_format(dataset)
-        return render_gray(dataset, form, *decode_stored(dataset, form))
+        return _decode_gray(dataset, set())
 
 
-def _parse(data: bytes) -> pydicom.Dataset:
-    if not data:
-        raise DicomError("the file is empty", "not_dicom")
-    bare = data[128:132] != b"DICM"
-    if bare and not _starts_like_a_dataset(data):
-        raise DicomError("not a DICOM file", "not_dicom")
-    if _DEFLATED in data:
-        data = _inflate(data)
-    reads = _BoundedReads(data)
-    try:
-        dataset = read_partial(reads, stop_when=_after_pixels(), force=True)
-    except Exception as error:
-        if reads.left < 0:  # within a sequence pydicom replaces the error by one of its own
-            raise DicomError(
-                f"the header takes more than {_MAX_READS} reads", "too_large"
-            ) from error
-        raise DicomError(
-            f"the header does not parse: {type(error).__name__}", "not_dicom"
-        ) from error
-    if bare and "SOPClassUID" not in dataset and "PixelData" not in dataset:
-        raise DicomError("not a DICOM file", "not_dicom")
-    _drop_large(dataset)
-    return dataset
-
-
-def _drop_large(dataset: pydicom.Dataset) -> None:
-    """Remove large elements that are no pixels: to parse them could take pydicom minutes."""
-    for tag, element in list(dataset.items()):
-        raw = isinstance(element, RawDataElement)
-        if not raw or tag in _PIXELS or len(element.value or b"") <= _MAX_ELEMENT_BYTES:
-            continue
-        if tag in _LOOK_UP_TABLES:
-            raise DicomError(f"a look-up table of {len(element.value or b'')} bytes", "too_large")
-        del dataset[tag]
-
-
-class _BoundedReads(io.BytesIO):
-    """A file in memory that fails after 500,000 reads, to bound parsing: a small file may inflate
-    to millions of elements of eight bytes."""
-
-    def __init__(self, data: bytes) -> None:
-        super().__init__(data)
-        self.left = _MAX_READS
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        self.left -= 1
-        if self.left < 0:
-            raise OSError("too many reads")
-        return super().read(size)
-
-
-def _after_pixels() -> Callable[[BaseTag, str | None, int], bool]:
-    """For pydicom's `stop_when`: stop after the pixel data."""
-    seen = False
-
-    def stop(tag: BaseTag, vr: str | None, length: int) -> bool:
-        nonlocal seen
-        if seen:
-            return True
-        seen = tag == _PIXEL_DATA
-        return False
-
-    return stop
-
-
-def _starts_like_a_dataset(data: bytes) -> bool:
-    """Whether the first element is of group 0002 or 0008 and lies within `data`, as in old files,
-    which have neither preamble nor prefix."""
-    if data[:2] not in (b"\x02\x00", b"\x08\x00", b"\x00\x08"):
-        return False
-    explicit = data[4:6].isalpha() and data[4:6].isupper()
-    return explicit or int.from_bytes(data[4:8], "little") <= len(data) - 8
-
-
-def _inflate(data: bytes) -> bytes:
-    """`data` with its deflated data set (PS3.5 A.5) inflated, and marked as not deflated.
-
-    pydicom would inflate without a limit, and a thousandfold is possible. So its transfer syntax is
-    replaced by the uncompressed one, of the same length.
-    """
-    stream = io.BytesIO(data)
-    stream.seek(132 if data[128:132] == b"DICM" else 0)
-    try:
-        meta = read_dataset(
-            stream,
-            is_implicit_VR=False,
-            is_little_endian=True,
-            stop_when=lambda tag, vr, length: tag >> 16 != 2,
-        )
-        start, deflated = len(data), False
-        if meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
-            start, deflated = stream.tell(), True
-        decompressor = zlib.decompressobj(-zlib.MAX_WBITS)
-        body = decompressor.decompress(data[start:], _MAX_INFLATED_BYTES) if deflated else b""
-    except Exception as error:
-        raise DicomError(
-            f"the data set does not inflate: {type(error).__name__}", "not_dicom"
-        ) from error
-    if decompressor.unconsumed_tail:
-        raise DicomError(f"inflates to more than {_MAX_INFLATED_BYTES} bytes", "too_large")
-    return data[:start].replace(_DEFLATED, _NOT_DEFLATED) + body
-
-
-_DEFLATED = DeflatedExplicitVRLittleEndian.encode()
-_NOT_DEFLATED = ExplicitVRLittleEndian.encode().ljust(len(_DEFLATED), b"\0")
+def _decode_gray(dataset: pydicom.Dataset, repairs: Repairs) -> Gray:
+    stored, form = decode_stored(dataset, read_format(dataset, repairs), repairs)
+    return render_gray(dataset, form, stored, repairs)
 
 
 def _check_class(dataset: pydicom.Dataset) -> None:
-    stated = str(dataset.get("SOPClassUID") or "")
+    # A DICOMDIR, the table of contents of a disc, says what it is in its meta information only.
+    meta = getattr(dataset, "file_meta", {})
+    stated = str(dataset.get("SOPClassUID") or meta.get("MediaStorageSOPClassUID") or "")
     if stated and stated not in _RADIOGRAPHS:
         name = UID(stated).name
         # A text that is no registered UID is not repeated: it could be anything.

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pneumo import storage
 from pneumo.errors import AccessError, DicomError, StorageError
 from pneumo.images.dicom import GrayImage, read_study_image
+from pneumo.images.gate import judge, judge_picture
 from pneumo.images.packed_files import MEMBER, read_member, unpack
 from pneumo.images.pictures import is_picture, read_picture
 
@@ -36,11 +37,15 @@ def read_pictures(urls: Sequence[str], image_size: int) -> Iterator[GrayImage | 
 
 
 def decode_file(data: bytes, image_size: int) -> GrayImage | Unusable:
-    """The picture in a DICOM, PNG, JPEG or TIFF file as a store of `image_size` holds it."""
+    """The picture in a DICOM, PNG, JPEG or TIFF file as a store of `image_size` holds it, judged by
+    the gate."""
     try:
         data = unpack(data)
-        read = read_picture if is_picture(data) else read_study_image
-        return read(data, image_size)
+        if is_picture(data):
+            image = read_picture(data, image_size)
+            return replace(image, warnings=judge_picture(image))
+        image = read_study_image(data, image_size)
+        return replace(image, warnings=(*image.warnings, *judge(image)))
     except DicomError as error:
         return Unusable(error.reason, str(error))
 

@@ -13,25 +13,26 @@ from dataclasses import dataclass
 
 from pydicom.uid import JPEGBaseline8Bit
 
-from pneumo.images.pixel_decoders import MAX_PIXELS, FrameFormat
+from pneumo.images.frame_format import MAX_PIXELS, FrameFormat
 
-_LONG_LENGTHS = {b"OB", b"OW", b"OF", b"OD", b"OL", b"OV", b"SQ", b"UC", b"UN", b"UR", b"UT"}
-_SHORT_LENGTHS = {
+LONG_LENGTHS = {b"OB", b"OW", b"OF", b"OD", b"OL", b"OV", b"SQ", b"UC", b"UN", b"UR", b"UT"}
+SHORT_LENGTHS = {
     *(b"AE", b"AS", b"AT", b"CS", b"DA", b"DS", b"DT", b"FD", b"FL", b"IS", b"LO", b"LT", b"PN"),
     *(b"SH", b"SL", b"SS", b"ST", b"TM", b"UI", b"UL", b"US"),
 }
-_UNDEFINED = 0xFFFFFFFF
-_ITEM, _END_OF_ITEMS = 0xFFFEE000, 0xFFFEE0DD
+UNDEFINED = 0xFFFFFFFF
+ITEM, END_OF_ITEMS = 0xFFFEE000, 0xFFFEE0DD
 
-_TRANSFER_SYNTAX = 0x00020010
+TRANSFER_SYNTAX = 0x00020010
 _SAMPLES, _PHOTOMETRIC, _FRAMES = 0x00280002, 0x00280004, 0x00280008
 _ROWS, _COLUMNS, _PIXEL_DATA = 0x00280010, 0x00280011, 0x7FE00010
 _EIGHT_UNSIGNED_BITS = {0x00280100: 8, 0x00280101: 8, 0x00280102: 7, 0x00280103: 0}
 _UNUSUAL = {
     *(0x00280120, 0x00281050, 0x00281051),  # padding, window
     *(0x00281052, 0x00281053, 0x00283000, 0x00283010),  # rescale, modality and VOI tables
+    *(0x00082218, 0x00540220),  # sequences that say body part and view
 }
-"""With any of these, gray levels are not the stored values."""
+"""With any of these, gray levels are not the stored values, or sequences have to be read."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +80,14 @@ def _scan(data: bytes) -> tuple[dict[int, tuple[bytes, bytes]], int] | None:
         group, number, vr, length = struct.unpack_from("<HH2sH", data, place)
         tag = group << 16 | number
         place += 8
-        if vr in _LONG_LENGTHS:
+        if vr in LONG_LENGTHS:
             (length,) = struct.unpack_from("<I", data, place)
             place += 4
-        elif vr not in _SHORT_LENGTHS:
+        elif vr not in SHORT_LENGTHS:
             return None
         if tag <= last:
             return None
-        if length == _UNDEFINED:
+        if length == UNDEFINED:
             return (elements, place) if (tag, vr) == (_PIXEL_DATA, b"OB") else None
         elements[tag] = vr, data[place : place + length]
         place, last = place + length, tag
@@ -103,7 +104,7 @@ def _read_form(elements: Mapping[int, tuple[bytes, bytes]]) -> FrameFormat | Non
 
     rows, columns, photometric = number(_ROWS), number(_COLUMNS), text(_PHOTOMETRIC)
     usual = (
-        text(_TRANSFER_SYNTAX) == JPEGBaseline8Bit.encode()
+        text(TRANSFER_SYNTAX) == JPEGBaseline8Bit.encode()
         and number(_SAMPLES) == 1
         and photometric in (b"MONOCHROME1", b"MONOCHROME2")
         and text(_FRAMES) in (b"", b"1")
@@ -123,9 +124,9 @@ def _read_only_fragment(data: bytes, place: int) -> bytes | None:
             return None
         group, number, length = struct.unpack_from("<HHI", data, place)
         fragments.append(data[place + 8 : place + 8 + length])
-        if group << 16 | number != _ITEM or len(fragments[-1]) != length:
+        if group << 16 | number != ITEM or len(fragments[-1]) != length:
             return None
         place += 8 + length
     group, number, length = struct.unpack_from("<HHI", data.ljust(place + 8, b"\0"), place)
     begins_at_once = fragments[0] in (b"", bytes(4))  # the table of offsets
-    return fragments[1] if begins_at_once and group << 16 | number == _END_OF_ITEMS else None
+    return fragments[1] if begins_at_once and group << 16 | number == END_OF_ITEMS else None

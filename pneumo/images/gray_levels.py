@@ -3,45 +3,50 @@
 The order is PS3.3 C.7.6.3.1.2 and PS3.4 N.2: stored values -> modality LUT or rescale -> VOI LUT,
 or else the first window -> presentation (MONOCHROME1 inverted), folded into one look-up table.
 PresentationLUTShape repeats the photometric interpretation (PS3.3 C.8.11.3.1), and is ignored.
-Without VOI LUT and valid window, 8 unsigned bits are shown as they are; anything else spans from
-its least value, black, to its greatest, white. Padding is black and takes no part in that span. A
-colour picture becomes its luminance.
+Without VOI LUT and valid window, up to 8 unsigned bits are shown as they are; anything else spans
+from its least value, black, to its greatest, white, of which a few outliers are no part. Padding is
+black and takes no part in that span. A colour picture becomes its luminance.
+
+What would leave nothing to see (slope 0, a window outside all values, a table that uses a fraction
+of its bits) is not applied as it stands, and is counted in `repairs`.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 import pydicom
-from pydicom.multival import MultiValue
-from pydicom.pixels.processing import apply_color_lut
 from pydicom.uid import ExplicitVRBigEndian
 from scipy.special import expit
 
 from pneumo.errors import DicomError
-from pneumo.images.pixel_decoders import FrameFormat, Stored, transfer_syntax
+from pneumo.images.elements import Repairs, read_numbers, read_optional
+from pneumo.images.frame_format import FrameFormat
+from pneumo.images.pixel_decoders import Stored, transfer_syntax
 
 Gray = npt.NDArray[np.uint8]
 Values = npt.NDArray[np.float64]
+Counts = npt.NDArray[np.int64]
 
 _BLOCK_PIXELS = 2**20  # numpy makes 8-byte indices of the pixels that it looks up at once
 
 
 def render_gray(
-    dataset: pydicom.Dataset, form: FrameFormat, stored: Stored, photometric: str
+    dataset: pydicom.Dataset, form: FrameFormat, stored: Stored, repairs: Repairs
 ) -> Gray:
-    """(H, W) uint8 of the `stored` values, (H, W) or (H, W, 3) in the colour space `photometric`.
+    """(H, W) uint8 of the `stored` values, (H, W) or (H, W, 3), which are what `form` says.
 
     Raises DicomError: photometric, undecodable.
     """
-    if photometric == "PALETTE COLOR":
-        return _look_up(stored, _palette_table(dataset, stored))
+    if form.photometric == "PALETTE COLOR":
+        return _look_up(stored, _palette_table(dataset, stored, repairs))
     if form.samples == 1:
-        return _look_up(stored, _gray_table(dataset, form, stored))
-    return _luminance(stored, photometric, form.bits_stored)
+        return _look_up(stored, _gray_table(dataset, form, stored, repairs))
+    return _luminance(stored, form.photometric, form.bits_stored)
 
 
 def _look_up(stored: Stored, table: Gray) -> Gray:
@@ -68,17 +73,24 @@ def _every_value(stored: Stored) -> Values:
     return codes.view(stored.dtype).astype(np.float64)
 
 
-def _gray_table(dataset: pydicom.Dataset, form: FrameFormat, stored: Stored) -> Gray:
+def _gray_table(
+    dataset: pydicom.Dataset, form: FrameFormat, stored: Stored, repairs: Repairs
+) -> Gray:
     """Gray level of each code of the type of `stored`."""
     own = _every_value(stored)
-    padding = _find_padding(dataset, own, stored.dtype)
+    padding = _find_padding(dataset, own, stored.dtype, repairs)
     with np.errstate(all="ignore"):  # what is not finite is refused below
-        values = _apply_modality(dataset, own)
-        shown = _apply_voi(dataset, values)
-        if shown is None and form.bits_stored == 8 and not form.signed and (values == own).all():
-            shown = values / 255.0
+        values = _apply_modality(dataset, own, repairs)
+        as_stored = form.bits_stored <= 8 and not form.signed and bool((values == own).all())
+        counts = None
+        if not as_stored or _has_display(dataset):
+            counts = np.where(padding, 0, _count_codes(stored))
+        shown = None if counts is None else _apply_voi(dataset, values, counts, repairs)
+        if shown is None and as_stored:
+            shown = values / (2**form.bits_stored - 1)
         if shown is None:
-            shown = _span(values, _find_used(stored) & ~padding)
+            assert counts is not None
+            shown = _span(values, counts, repairs)
     if not np.isfinite(shown).all():
         raise DicomError("the look-up tables give gray levels that are no numbers")
     if form.photometric == "MONOCHROME1":
@@ -88,71 +100,134 @@ def _gray_table(dataset: pydicom.Dataset, form: FrameFormat, stored: Stored) -> 
     return table
 
 
+def _has_display(dataset: pydicom.Dataset) -> bool:
+    return "VOILUTSequence" in dataset or "WindowCenter" in dataset
+
+
 def _find_padding(
-    dataset: pydicom.Dataset, values: Values, stored_type: np.dtype[Any]
+    dataset: pydicom.Dataset, values: Values, stored_type: np.dtype[Any], repairs: Repairs
 ) -> npt.NDArray[np.bool_]:
     """Which stored values are padding: one value, or all up to the range limit (PS3.3 C.7.5.1.1.2
     and C.7.6.3)."""
-    limits = [dataset.get("PixelPaddingValue"), dataset.get("PixelPaddingRangeLimit")]
-    if limits[0] in (None, ""):
-        return np.zeros(values.shape, np.bool_)
     # Some writers mix up signed and unsigned; a number that no stored value can be is ignored.
     bits = 8 * stored_type.itemsize
-    codes = [
-        int(limit) % 2**bits
-        for limit in limits
-        if limit not in (None, "") and -(2 ** (bits - 1)) <= int(limit) < 2**bits
-    ]
+    codes: list[int] = []
+    for keyword in ("PixelPaddingValue", "PixelPaddingRangeLimit"):
+        limits = read_numbers(dataset, keyword, repairs)
+        if not limits and not codes:
+            break
+        if len(limits) > 1:
+            repairs.add(f"left_out:{keyword}")
+        if limits and -(2 ** (bits - 1)) <= limits[0] < 2**bits:
+            codes.append(int(limits[0]) % 2**bits)
     if not codes:
         return np.zeros(values.shape, np.bool_)
     ends = np.array(codes, f"u{stored_type.itemsize}").view(stored_type)
     return np.asarray((values >= ends.min()) & (values <= ends.max()))
 
 
-def _apply_modality(dataset: pydicom.Dataset, values: Values) -> Values:
-    """`values` through the modality LUT, or rescaled (PS3.3 C.11.1)."""
-    if dataset.get("ModalityLUTSequence"):
-        return _apply_table(dataset, dataset.ModalityLUTSequence[0], values)[0]
-    slope = read_number(dataset.get("RescaleSlope"))
-    intercept = read_number(dataset.get("RescaleIntercept"))
-    return values * (1.0 if slope is None else slope) + (intercept or 0.0)
+def _apply_modality(dataset: pydicom.Dataset, values: Values, repairs: Repairs) -> Values:
+    """`values` through the modality LUT, or rescaled (PS3.3 C.11.1); as they are with slope 0."""
+    table = _read_item(dataset, "ModalityLUTSequence", repairs)
+    if table is not None:
+        return table.apply(values)
+    slope = read_numbers(dataset, "RescaleSlope", repairs) or [1.0]
+    intercept = read_numbers(dataset, "RescaleIntercept", repairs) or [0.0]
+    if slope[0] == 0:
+        repairs.add("left_out:RescaleSlope")
+        return values
+    return values * slope[0] + intercept[0]
 
 
-def _apply_voi(dataset: pydicom.Dataset, values: Values) -> Values | None:
-    """`values` through the VOI LUT or the first window, to [0, 1] (PS3.3 C.11.2); None without, or
-    with a window too narrow to be one."""
-    if dataset.get("VOILUTSequence"):
-        looked_up, bits = _apply_table(dataset, dataset.VOILUTSequence[0], values)
-        return np.asarray(looked_up / (2**bits - 1))
-    center = read_number(dataset.get("WindowCenter"))
-    width = read_number(dataset.get("WindowWidth"))
-    function = str(dataset.get("VOILUTFunction") or "LINEAR")
-    if center is None or width is None:
+def _apply_voi(
+    dataset: pydicom.Dataset, values: Values, counts: Counts, repairs: Repairs
+) -> Values | None:
+    """`values` through the VOI LUT or the first window, to [0, 1] (PS3.3 C.11.2), that leaves
+    something to see; None without. `counts` are the pixels of each of the `values`."""
+    table = _read_item(dataset, "VOILUTSequence", repairs)
+    if table is not None:
+        shown = table.apply(values) / table.find_white("VOILUTSequence", repairs)
+        if _shows_something(shown, values, counts):
+            return np.asarray(shown)
+        repairs.add("left_out:VOILUTSequence")
+    centers = read_numbers(dataset, "WindowCenter", repairs)
+    widths = read_numbers(dataset, "WindowWidth", repairs)
+    function = str(read_optional(dataset, "VOILUTFunction", repairs) or "LINEAR").strip().upper()
+    for center, width in zip(centers, widths, strict=False):
+        if width <= 0 or (width < 1 and function not in ("SIGMOID", "LINEAR_EXACT")):
+            continue
+        shown = apply_window(values, center, width, function)
+        if _shows_something(shown, values, counts):
+            return shown
+        repairs.add("left_out:WindowCenter")
+    return None
+
+
+def _shows_something(shown: Values, values: Values, counts: Counts) -> bool:
+    """Whether less than 99.8 % of the pixels become one end of the gray scale; if all pixels have
+    one value, nothing is better."""
+    used = counts > 0
+    if not used.any() or np.ptp(values[used]) == 0:
+        return True
+    most = _ALMOST_ALL * counts.sum()
+    black, white = counts[shown < _HALF_LEVEL].sum(), counts[shown > 1 - _HALF_LEVEL].sum()
+    return bool(max(black, white) < most)
+
+
+_ALMOST_ALL = 0.998
+_HALF_LEVEL = 0.5 / 255
+
+
+@dataclass(frozen=True)
+class _Table:
+    """A look-up table (PS3.3 C.11.1.1)."""
+
+    first: int
+    """The first value mapped."""
+    bits: int
+    """Of an entry, as the descriptor says."""
+    entries: Values
+
+    def apply(self, values: Values) -> Values:
+        """The entry of each of the `values`; those outside take the nearest one's."""
+        # Of its 16 bits, the first value has a sign where what is looked up has: some writers, and
+        # all who read implicit VR, take the header's pixel representation instead.
+        first = self.first
+        if first >= 2**15 and values.min() < 0:
+            first -= 2**16
+        elif first < 0 <= values.min():
+            first += 2**16
+        places = np.clip(np.rint(values) - first, 0, self.entries.size - 1)
+        return np.asarray(self.entries[np.nan_to_num(places).astype(np.int64)])
+
+    def find_white(self, keyword: str, repairs: Repairs) -> float:
+        """The entry that is white: the greatest of the descriptor's bits, or of the table where it
+        exceeds them or uses only a quarter."""
+        white, greatest = 2.0**self.bits - 1, float(self.entries.max())
+        if white / 4 < greatest <= white or greatest == 0:
+            return white
+        repairs.add(f"rescaled:{keyword}")
+        return greatest
+
+
+def _read_item(dataset: pydicom.Dataset, keyword: str, repairs: Repairs) -> _Table | None:
+    """The table in the first item of a sequence; None without one, or one that makes no sense."""
+    items = read_optional(dataset, keyword, repairs)
+    if not items:
         return None
-    if width <= 0 or (width < 1 and function not in ("SIGMOID", "LINEAR_EXACT")):
+    try:
+        return _read_table(dataset, items[0].LUTDescriptor, items[0].LUTData)
+    except Exception:  # no data, no descriptor, items that are none: pydicom raises many kinds
+        repairs.add(f"left_out:{keyword}")
         return None
-    return apply_window(values, center, width, function)
 
 
-def _apply_table(
-    dataset: pydicom.Dataset, item: pydicom.Dataset, values: Values
-) -> tuple[Values, int]:
-    """`values` through the look-up table of a sequence item, and the bits of its entries.
-
-    The descriptor (PS3.3 C.11.1.1) gives the number of entries (0 is 2^16), the first value mapped,
-    bits of an entry. pydicom's own functions take only some of the entry sizes.
-    """
-    count, first, bits = (int(number) for number in item.LUTDescriptor)
+def _read_table(dataset: pydicom.Dataset, descriptor: Any, data: Any) -> _Table:
+    """The table of these elements. Raises ValueError and others where they are none."""
+    count, first, bits = (int(number) for number in descriptor)
     count = count % 2**16 or 2**16
-    # Of its 16 bits, the first value has a sign where what is looked up has: some writers, and all
-    # who read implicit VR, take the header's pixel representation instead.
-    if first >= 2**15 and values.min() < 0:
-        first -= 2**16
-    elif first < 0 <= values.min():
-        first += 2**16
     if not 8 <= bits <= 16:
-        raise DicomError(f"a look-up table of {bits} bits, expected 8 to 16")
-    data = item.LUTData
+        raise ValueError(f"a look-up table of {bits} bits")
     if isinstance(data, bytes):
         order = ">" if transfer_syntax(dataset) == ExplicitVRBigEndian else "<"
         entries = np.frombuffer(data, np.uint8 if len(data) < 2 * count else f"{order}u2")
@@ -160,26 +235,41 @@ def _apply_table(
         entries = np.array(data, np.int64, ndmin=1) % 2**16
     entries = entries[:count].astype(np.float64)
     if not entries.size:
-        raise DicomError("a look-up table without entries")
-    places = np.clip(np.rint(values) - first, 0, entries.size - 1)
-    return entries[np.nan_to_num(places).astype(np.int64)], bits
+        raise ValueError("a look-up table without entries")
+    return _Table(first, bits, entries)
 
 
-def _find_used(stored: Stored) -> npt.NDArray[np.bool_]:
-    """Which codes occur in `stored`."""
+def _count_codes(stored: Stored) -> Counts:
+    """How many pixels have each code."""
     codes = _codes(stored).reshape(-1)
-    used = np.zeros(256**stored.dtype.itemsize, np.bool_)
+    counts = np.zeros(256**stored.dtype.itemsize, np.int64)
     for start in range(0, codes.size, _BLOCK_PIXELS):
-        used[codes[start : start + _BLOCK_PIXELS]] = True
-    return used
+        counts += np.bincount(codes[start : start + _BLOCK_PIXELS], minlength=counts.size)
+    return counts
 
 
-def _span(values: Values, used: npt.NDArray[np.bool_]) -> Values:
-    """`values` so that the least of those `used` is 0 and the greatest 1; 0 if there is but one."""
+def _span(values: Values, counts: Counts, repairs: Repairs) -> Values:
+    """`values` so that the least that has pixels is 0 and the greatest 1; 0 if there is but one.
+
+    Where the 0.1 % of the pixels at either end, hot ones or letters, take up half of that range,
+    the rest spans it.
+    """
+    used = counts > 0
     if not used.any():
         return np.zeros_like(values)
-    low, high = float(values[used].min()), float(values[used].max())
-    return np.clip((values - low) / ((high - low) or 1.0), 0.0, 1.0)
+    order = np.argsort(values, kind="stable")
+    order = order[used[order]]
+    low, high = values[order[[0, -1]]].tolist()
+    reached = np.cumsum(counts[order])
+    ends = np.searchsorted(reached, [_OUTLIERS * reached[-1], (1 - _OUTLIERS) * reached[-1]])
+    inner_low, inner_high = values[order[ends]].tolist()
+    if 0 < inner_high - inner_low < (high - low) / 2:
+        repairs.add("left_out:outliers")
+        low, high = inner_low, inner_high
+    return np.asarray(np.clip((values - low) / ((high - low) or 1.0), 0.0, 1.0))
+
+
+_OUTLIERS = 0.001
 
 
 def _luminance(stored: Stored, photometric: str, bits: int) -> Gray:
@@ -194,19 +284,31 @@ def _luminance(stored: Stored, photometric: str, bits: int) -> Gray:
     return _look_up(gray, np.rint(np.minimum(levels, 1.0) * 255.0).astype(np.uint8))
 
 
-def _palette_table(dataset: pydicom.Dataset, stored: Stored) -> Gray:
+def _palette_table(dataset: pydicom.Dataset, stored: Stored, repairs: Repairs) -> Gray:
     """Gray level of each palette entry, of 8 or 16 bits."""
-    if any(f"Segmented{c}PaletteColorLookupTableData" in dataset for c in ("Red", "Green", "Blue")):
+    names = [f"{colour}PaletteColorLookupTable" for colour in ("Red", "Green", "Blue")]
+    if any(f"Segmented{name}Data" in dataset for name in names):
         # Segments can repeat each other: a small palette could claim any amount of memory.
         raise DicomError("a segmented palette is not supported", "photometric")
-    if "RedPaletteColorLookupTableDescriptor" not in dataset:
+    if any(f"{name}{part}" not in dataset for name in names for part in ("Descriptor", "Data")):
         raise DicomError("a palette picture without its palette", "photometric")
-    codes = _every_value(stored).astype(np.int64)
-    rgb = apply_color_lut(np.maximum(codes, 0), dataset)
+    try:
+        tables = [
+            _read_table(dataset, dataset[f"{name}Descriptor"].value, dataset[f"{name}Data"].value)
+            for name in names
+        ]
+    except Exception as error:
+        raise DicomError("a palette that makes no sense", "photometric") from error
+    codes = np.maximum(_every_value(stored), 0)
+    rgb = np.stack([table.apply(codes) for table in tables], axis=-1).astype(np.int64)
+    stated = 2 ** tables[0].bits - 1
+    # 8 bits an entry may stand in words of 16, in either byte.
+    white = 255 if max(table.entries.max() for table in tables) <= 255 else 65535
+    if white != stated:
+        repairs.add("rescaled:RedPaletteColorLookupTableDescriptor")
     # In whole numbers: a level may lie half-way between two grays, and floats summed by another
     # processor's instructions would be rounded the other way.
-    thousandths = rgb.astype(np.int64) @ np.array([299, 587, 114])
-    white = 255 if rgb.dtype.itemsize == 1 else 65535
+    thousandths = rgb @ np.array([299, 587, 114])
     gray: Gray = np.rint(thousandths * 255 / (1000 * white)).astype(np.uint8)
     return gray
 
@@ -225,10 +327,3 @@ def apply_window(
     if width <= 1:
         return (values > center - 0.5).astype(np.float64)
     return np.clip((values - (center - 0.5)) / (width - 1.0) + 0.5, 0.0, 1.0)
-
-
-def read_number(value: Any) -> float | None:
-    """A number, or the first of several; None without one."""
-    if isinstance(value, (MultiValue, list)):
-        value = value[0] if value else None
-    return None if value is None or value == "" else float(value)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pydicom
 
-from pneumo.images.gray_levels import read_number
+from pneumo.images.elements import Repairs, read_numbers, read_optional
 
 OLDEST_PLAUSIBLE_AGE = 120
 
@@ -30,20 +30,71 @@ class Header:
 NO_HEADER = Header(age=None, sex=None, view=None, spacing_mm=None)
 
 
-def read_header(dataset: pydicom.Dataset) -> Header:
+@dataclass(frozen=True)
+class Exposure:
+    """What a header says of how the picture was taken, in capitals; empty where it says nothing."""
+
+    view: str
+    """View position (0018,5101), else the meaning of the view code (0054,0220)."""
+    body_part: str
+    """(0018,0015), else the meaning of the anatomic region (0008,2218)."""
+    laterality: str
+    """(0020,0060) or (0020,0062)."""
+    intent: str
+    """Presentation intent type (0008,0068)."""
+    modality: str
+
+
+NO_EXPOSURE = Exposure("", "", "", "", "")
+
+
+def read_exposure(dataset: pydicom.Dataset, repairs: Repairs) -> Exposure:
+    """What `dataset` says of how the picture was taken."""
+
+    def text(keyword: str) -> Any:
+        return read_optional(dataset, keyword, repairs)
+
+    return make_exposure(
+        view=text("ViewPosition") or _read_meaning(dataset, "ViewCodeSequence", repairs),
+        body_part=text("BodyPartExamined")
+        or _read_meaning(dataset, "AnatomicRegionSequence", repairs),
+        laterality=text("Laterality") or text("ImageLaterality"),
+        intent=text("PresentationIntentType"),
+        modality=text("Modality"),
+    )
+
+
+def _read_meaning(dataset: pydicom.Dataset, keyword: str, repairs: Repairs) -> Any:
+    items = read_optional(dataset, keyword, repairs)
+    try:
+        return items[0].get("CodeMeaning") if items else None
+    except (AttributeError, IndexError, TypeError, ValueError):
+        repairs.add(f"left_out:{keyword}")
+        return None
+
+
+def make_exposure(**stated: Any) -> Exposure:
+    """An exposure of these values as they stand in the file."""
+    return Exposure(
+        **{name: " ".join(str(text or "").upper().split()) for name, text in stated.items()}
+    )
+
+
+def read_header(dataset: pydicom.Dataset, repairs: Repairs) -> Header:
     """Age (0010,1010), sex (0010,0040), view (0018,5101) and pixel spacing (0028,0030)."""
     return make_header(
-        age=str(dataset.get("PatientAge") or ""),
-        sex=dataset.get("PatientSex"),
-        view=dataset.get("ViewPosition"),
-        spacing=dataset.get("PixelSpacing") or dataset.get("ImagerPixelSpacing"),
+        age=str(read_optional(dataset, "PatientAge", repairs) or ""),
+        sex=read_optional(dataset, "PatientSex", repairs),
+        view=read_optional(dataset, "ViewPosition", repairs),
+        spacing=read_numbers(dataset, "PixelSpacing", repairs)
+        or read_numbers(dataset, "ImagerPixelSpacing", repairs),
     )
 
 
 def make_header(*, age: str, sex: Any, view: Any, spacing: Any) -> Header:
     """A header of these values as they stand in the file; what is implausible becomes None."""
     try:
-        spacing_mm = read_number(spacing) or 0.0
+        spacing_mm = float(spacing[0]) if spacing else 0.0
     except (TypeError, ValueError):
         spacing_mm = 0.0
     return Header(

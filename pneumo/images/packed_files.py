@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from pneumo import storage
 from pneumo.errors import DicomError, SourceError
-from pneumo.images.pixel_decoders import MAX_PIXELS
+from pneumo.images.frame_format import MAX_PIXELS
 
 MEMBER = ".zip!/"
 """Stands between an archive and its member: `a.zip!/b/c.dcm`."""

@@ -19,10 +19,10 @@ from PIL import Image
 
 from pneumo.errors import DicomError
 from pneumo.images.dicom import GrayImage
+from pneumo.images.frame_format import MAX_PIXELS
 from pneumo.images.gray_levels import Gray
 from pneumo.images.headers import NO_HEADER
 from pneumo.images.letterbox import fit_shape, letterbox
-from pneumo.images.pixel_decoders import MAX_PIXELS
 
 _SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*")
 _ORIENTATION, _PHOTOMETRIC, _MIN_IS_WHITE = 274, 262, 0

@@ -2,7 +2,8 @@
 
 A decoder is always named, so that the same file gives the same picture whatever is installed.
 What a frame claims is checked before a decoder in C or C++ sees it: they take memory for whatever
-the codestream says, and some crash. So its size must be the header's, and expansion is bounded.
+the codestream says, and some crash. So its size must be the header's, and expansion is bounded. In
+all else (bits, planes, syntax, length) the codestream is right where the header says otherwise.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ import importlib.util
 import itertools
 import struct
 from collections.abc import Collection
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pydicom
 import simplejpeg
-from pydicom.encaps import encapsulate, get_frame
+from pydicom.encaps import encapsulate, generate_fragments
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import (
     HTJ2K,
@@ -41,14 +42,20 @@ from pydicom.uid import (
 )
 
 from pneumo.errors import DicomError
+from pneumo.images.codestreams import (
+    find_end,
+    find_jpeg_2000,
+    find_syntax,
+    is_ycbcr,
+    read_jpeg_2000_size,
+    read_jpeg_size,
+)
+from pneumo.images.elements import Repairs
+from pneumo.images.frame_format import FrameFormat
 
 Stored = npt.NDArray[np.uint8 | np.int8 | np.uint16 | np.int16]
 
-MAX_PIXELS = 64_000_000
-"""A frame that claims more is refused before any memory is taken for it."""
-
 _LONGEST_RUN = 128
-_MAX_TILES = 4096  # of JPEG 2000; each takes kilobytes, whatever its size in pixels
 
 _NATIVE = {
     ImplicitVRLittleEndian,
@@ -56,7 +63,8 @@ _NATIVE = {
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
 }
-_JPEG = {JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLossless, JPEGLosslessSV1}
+_LOSSLESS_JPEG = {JPEGLossless, JPEGLosslessSV1}
+_JPEG = {JPEGBaseline8Bit, JPEGExtended12Bit, *_LOSSLESS_JPEG}
 _JPEG_LS = {JPEGLSLossless, JPEGLSNearLossless}
 _JPEG_2000 = {JPEG2000Lossless, JPEG2000, HTJ2KLossless, HTJ2KLosslessRPCL, HTJ2K}
 
@@ -77,88 +85,6 @@ _PLUGINS: dict[str, tuple[str, ...]] = {
     HTJ2K: ("pylibjpeg",),
     RLELossless: ("pylibjpeg", "pydicom"),
 }
-_COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
-_PHOTOMETRICS = {1: ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR"), 3: _COLOURS}
-
-
-@dataclass(frozen=True)
-class FrameFormat:
-    """What a header states about its one frame (PS3.3 C.7.6.3), checked."""
-
-    rows: int
-    columns: int
-    samples: int
-    """1, or 3 of a colour picture."""
-    photometric: str
-    bits_allocated: int
-    """8 or 16."""
-    bits_stored: int
-    """8 to `bits_allocated`."""
-    high_bit: int
-    signed: bool
-    planar: int
-
-
-class FrameSize(NamedTuple):
-    """What a codestream says that it holds."""
-
-    rows: int
-    columns: int
-    samples: int
-    precision: int
-
-
-def read_format(dataset: pydicom.Dataset) -> FrameFormat:
-    """What the header says about the frame.
-
-    Raises DicomError: no_pixels, multi_frame, too_large, photometric, undecodable.
-    """
-    if "FloatPixelData" in dataset or "DoubleFloatPixelData" in dataset:
-        raise DicomError("floating-point pixels, expected 8 to 16 bits", "photometric")
-    if "PixelData" not in dataset or "Rows" not in dataset or "Columns" not in dataset:
-        raise DicomError("no pixel data (is the file truncated?)", "no_pixels")
-    frames = int(dataset.get("NumberOfFrames") or 1)
-    if frames != 1:
-        raise DicomError(f"{frames} frames, expected one", "multi_frame")
-    rows, columns = int(dataset.Rows), int(dataset.Columns)
-    if rows < 1 or columns < 1:
-        raise DicomError(f"claims {rows} x {columns} pixels", "no_pixels")
-    if rows * columns > MAX_PIXELS:
-        raise DicomError(f"claims {rows} x {columns} pixels", "too_large")
-    samples = _integer(dataset, "SamplesPerPixel", 1)
-    photometric = str(dataset.get("PhotometricInterpretation") or "")
-    if photometric not in _PHOTOMETRICS.get(samples, ()):
-        known = photometric if photometric in sum(_PHOTOMETRICS.values(), ()) else "unknown"
-        raise DicomError(
-            f"{samples} samples a pixel, photometric interpretation {known}", "photometric"
-        )
-    allocated = _integer(dataset, "BitsAllocated", 0)
-    stored = _integer(dataset, "BitsStored", allocated)
-    if allocated not in (8, 16) or not 8 <= stored <= allocated:
-        raise DicomError(
-            f"{stored} bits stored in {allocated}, expected 8 to 16 bits", "photometric"
-        )
-    high_bit = _integer(dataset, "HighBit", stored - 1)
-    representation = _integer(dataset, "PixelRepresentation", 0)
-    planar = _integer(dataset, "PlanarConfiguration", 0)
-    if (
-        not stored - 1 <= high_bit < allocated
-        or representation not in (0, 1)
-        or planar not in (0, 1)
-    ):
-        raise DicomError(
-            f"high bit {high_bit} of {allocated}, pixel representation {representation}, "
-            f"planar configuration {planar}"
-        )
-    signed = representation == 1
-    return FrameFormat(
-        rows, columns, samples, photometric, allocated, stored, high_bit, signed, planar
-    )
-
-
-def _integer(dataset: pydicom.Dataset, keyword: str, absent: int) -> int:
-    value = dataset.get(keyword)
-    return absent if value is None or value == "" else int(value)
 
 
 def transfer_syntax(dataset: pydicom.Dataset) -> UID:
@@ -197,42 +123,121 @@ def _name(syntax: str) -> str:
     return "an unknown transfer syntax" if name == syntax else f"{name} ({syntax})"
 
 
-def decode_stored(dataset: pydicom.Dataset, form: FrameFormat) -> tuple[Stored, str]:
-    """The frame's stored values, (H, W) or (H, W, 3); and the colour space that they are in.
+def decode_stored(
+    dataset: pydicom.Dataset, form: FrameFormat, repairs: Repairs
+) -> tuple[Stored, FrameFormat]:
+    """The frame's stored values, (H, W) or (H, W, 3); and what they are, where the codestream says
+    otherwise than the header's `form`.
 
     Unused high bits, which may hold overlays, are gone; signed values have their sign.
-    Raises DicomError: no_decoder, photometric, undecodable.
+    Raises DicomError: no_decoder, multi_frame, photometric, undecodable.
     """
-    syntax, element = transfer_syntax(dataset), dataset["PixelData"]
-    plugin, frame = "", b""
-    if syntax not in _NATIVE:
-        plugin = choose_plugin(syntax, _installed(syntax))
-        frame = read_frame(dataset, form)
-        if syntax == JPEGExtended12Bit and _precision(frame) > 8:  # no plugin of pydicom's has them
-            plugin = choose_plugin(JPEGLossless, _installed(syntax), stated=syntax)
-        if plugin == "pydicom":
-            check_runs(frame, form)
-        if plugin == "pillow" and syntax in _JPEG:
-            check_scan(frame)
-    elif element.is_undefined_length:
+    stated, element = transfer_syntax(dataset), dataset["PixelData"]
+    frame = b""
+    syntax = stated
+    if element.is_undefined_length or (stated not in _NATIVE and not _is_bare(element, form)):
+        frame = read_frame(dataset, repairs)
+        syntax = _find_syntax(frame, stated, repairs)
+    elif stated not in _NATIVE:
+        repairs.add("codestream:TransferSyntaxUID")
+        syntax = ExplicitVRLittleEndian
+    if not frame:
+        stored, _ = _run_decoder(element.value, syntax, form, "", vr=str(element.VR))
+        return _drop_unused_bits(stored, form), form
+    frame = _check_frame(frame, syntax, form)
+    plugin = choose_plugin(syntax, _installed(syntax))
+    if (
+        syntax == JPEGExtended12Bit and _read_precision(frame, syntax) > 8
+    ):  # no plugin of pydicom's has them
+        plugin = choose_plugin(JPEGLossless, _installed(syntax), stated=syntax)
+    if plugin == "pydicom":
+        check_runs(frame, form)
+    if plugin == "pillow" and syntax in _JPEG:
+        check_scan(frame)
+    form = _follow_codestream(frame, syntax, form, repairs)
+    return _decode_frame(frame, syntax, form, plugin, repairs)
+
+
+def _is_bare(element: pydicom.DataElement, form: FrameFormat) -> bool:
+    """Whether the pixels are not encapsulated, whatever the transfer syntax says."""
+    size = form.rows * form.columns * form.samples * form.bits_allocated // 8
+    is_item = bytes(element.value[:4]) == b"\xfe\xff\x00\xe0"
+    return not is_item and len(element.value) in (size, size + size % 2)
+
+
+def _find_syntax(frame: bytes, stated: UID, repairs: Repairs) -> UID:
+    """The transfer syntax to decode by: the stated one, unless the codestream is of another."""
+    found = find_syntax(frame)
+    if found is None and stated in _NATIVE:
         raise DicomError("encapsulated pixel data in an uncompressed transfer syntax")
-    # Whether samples are the header's bit fields; in a JPEG codestream they are numbers.
-    raw_bits = (
-        syntax in _NATIVE
-        or syntax == RLELossless
-        or (syntax in _JPEG_LS and _precision(frame) > form.bits_stored)
-    )
-    try:
-        if plugin == _IMAGECODECS:
-            return _decode_jpeg(frame, form), form.photometric
+    if found is None or _PLUGINS.get(found) == _PLUGINS.get(stated):
+        return stated
+    if stated not in _NATIVE and stated not in _PLUGINS:
+        return stated  # a syntax that is not supported
+    if stated in _LOSSLESS_JPEG and found in _JPEG:
+        return stated  # its decoder reads these too
+    repairs.add("codestream:TransferSyntaxUID")
+    return found
+
+
+def _follow_codestream(
+    frame: bytes, syntax: UID, form: FrameFormat, repairs: Repairs
+) -> FrameFormat:
+    """`form` with the bits, planes and colours that the codestream has."""
+    if syntax == RLELossless:
+        return form  # it says nothing of them
+    changes: dict[str, Any] = {}
+    if form.planar and form.samples > 1:
+        repairs.add("codestream:PlanarConfiguration")
+        changes["planar"] = 0  # decoders give colour by pixel
+    bits = _read_precision(frame, syntax)
+    is_lossy = syntax in _JPEG and find_syntax(frame) not in _LOSSLESS_JPEG
+    if bits > form.bits_allocated or (is_lossy and bits != form.bits_stored):
+        repairs.add("codestream:BitsStored")
+        changes |= {"bits_stored": bits, "high_bit": bits - 1}
+        changes["bits_allocated"] = 8 if bits <= 8 else 16
+    elif is_lossy and bits <= 8 < form.bits_allocated:
+        repairs.add("codestream:BitsAllocated")
+        changes["bits_allocated"] = 8
+    if form.photometric == "RGB" and syntax in _JPEG and is_ycbcr(frame):
+        repairs.add("codestream:PhotometricInterpretation")
+        changes["photometric"] = "YBR_FULL"
+    return replace(form, **changes)
+
+
+def _decode_frame(
+    frame: bytes, syntax: UID, form: FrameFormat, plugin: str, repairs: Repairs
+) -> tuple[Stored, FrameFormat]:
+    if plugin == _IMAGECODECS:
+        stored = _decode_jpeg(frame, form)
+    else:
         # Encapsulated anew: the decoder gets the very bytes that were checked.
-        source = encapsulate([frame], has_bot=False) if frame else element.value
+        source = encapsulate([frame], has_bot=False)
+        stored, photometric = _run_decoder(source, syntax, form, plugin, vr="OB")
+        form = replace(form, photometric=photometric)
+    bits = _read_precision(frame, syntax)
+    is_beyond = bits > form.bits_stored and not form.signed and stored.max() >> form.bits_stored
+    if is_beyond and form.high_bit == form.bits_stored - 1:
+        # No bit field of a word, as some writers encode it, but a header of too few bits.
+        repairs.add("codestream:BitsStored")
+        form = replace(form, bits_stored=bits, high_bit=bits - 1)
+    # A writer that encodes the header's bit fields as they are says so by their precision.
+    is_bit_field = syntax == RLELossless or (bits > form.bits_stored and syntax not in _JPEG_2000)
+    low = form if is_bit_field else replace(form, high_bit=form.bits_stored - 1)
+    return _drop_unused_bits(stored, low), form
+
+
+def _run_decoder(
+    source: bytes, syntax: UID, form: FrameFormat, plugin: str, *, vr: str
+) -> tuple[Stored, str]:
+    """What pydicom's decoder gives, and the colour space that it is in."""
+    try:
         stored, properties = get_decoder(syntax).as_array(
             source,
             index=0,
             raw=True,
             decoding_plugin=plugin,
-            **_decoder_options(form, raw_bits=raw_bits, vr=str(element.VR)),
+            **_decoder_options(form, vr=vr),
         )
     except (KeyboardInterrupt, SystemExit):
         raise
@@ -240,8 +245,6 @@ def decode_stored(dataset: pydicom.Dataset, form: FrameFormat) -> tuple[Stored, 
         raise DicomError(f"pixel data does not decode: {type(error).__name__}") from error
     if stored.dtype.itemsize > 2:
         raise DicomError("the codestream has more than 16 bits a sample", "photometric")
-    if raw_bits:
-        stored = _drop_unused_bits(stored, form, form.high_bit)
     # Big endian data has a dtype of its own, which neither OpenCV nor a view understands.
     native = stored.astype(stored.dtype.newbyteorder("="), copy=False)
     return native, str(properties["photometric_interpretation"])
@@ -251,25 +254,24 @@ def _decode_jpeg(frame: bytes, form: FrameFormat) -> Stored:
     """A lossless JPEG, or one of 12 bits, by libjpeg-turbo."""
     import imagecodecs  # of the extra `codecs`
 
-    if _END_OF_IMAGE not in frame[-16:]:
+    end = find_end(frame)
+    if end is None:
         raise DicomError("the JPEG frame is cut off")  # libjpeg-turbo would fill it up with gray
     space = "RGB" if form.samples == 3 else None  # equal colour spaces: samples stay as they are
-    samples = imagecodecs.jpeg8_decode(frame, colorspace=space, outcolorspace=space)
-    if samples.dtype.itemsize * 8 > form.bits_allocated:
-        raise DicomError(f"the codestream has more than {form.bits_allocated} bits a sample")
+    try:
+        samples = imagecodecs.jpeg8_decode(frame[:end], colorspace=space, outcolorspace=space)
+    except Exception as error:
+        raise DicomError(f"pixel data does not decode: {type(error).__name__}") from error
     unsigned = samples.astype(f"u{form.bits_allocated // 8}", copy=False)
-    stored = unsigned.view(f"i{form.bits_allocated // 8}") if form.signed else unsigned
-    # A writer that encodes the header's bit fields as they are says so by their precision.
-    raw_bits = _precision(frame) > form.bits_stored
-    return _drop_unused_bits(stored, form, form.high_bit if raw_bits else form.bits_stored - 1)
+    return unsigned.view(f"i{form.bits_allocated // 8}") if form.signed else unsigned
 
 
-def _precision(frame: bytes) -> int:
-    size = read_jpeg_size(frame)
+def _read_precision(frame: bytes, syntax: UID) -> int:
+    size = read_jpeg_2000_size(frame) if syntax in _JPEG_2000 else read_jpeg_size(frame)
     return 0 if size is None else size.precision
 
 
-def _decoder_options(form: FrameFormat, *, raw_bits: bool, vr: str) -> dict[str, Any]:
+def _decoder_options(form: FrameFormat, *, vr: str) -> dict[str, Any]:
     return {
         "rows": form.rows,
         "columns": form.columns,
@@ -284,34 +286,49 @@ def _decoder_options(form: FrameFormat, *, raw_bits: bool, vr: str) -> dict[str,
         "pixel_vr": vr,
         "allow_excess_frames": False,
         # pydicom takes the lowest bits, whatever the high bit says; see `_drop_unused_bits`.
-        "correct_unused_bits": not raw_bits,
+        "correct_unused_bits": False,
         "view_only": True,
     }
 
 
-def _drop_unused_bits(stored: Stored, form: FrameFormat, high_bit: int) -> Stored:
+def _drop_unused_bits(stored: Stored, form: FrameFormat) -> Stored:
     """`stored` without the bits outside [high bit - bits stored + 1, high bit], sign-extended."""
-    if form.bits_stored == form.bits_allocated:
+    bits = 8 * stored.dtype.itemsize
+    if form.bits_stored >= bits:
         return stored
     # The shift back is arithmetic where the type is signed.
-    shifted = np.left_shift(stored, form.bits_allocated - 1 - high_bit)
-    return np.right_shift(shifted, form.bits_allocated - form.bits_stored, out=shifted)
+    shifted = np.left_shift(stored, bits - 1 - form.high_bit)
+    return np.right_shift(shifted, bits - form.bits_stored, out=shifted)
 
 
-def read_frame(dataset: pydicom.Dataset, form: FrameFormat) -> bytes:
-    """The frame's codestream, which claims what the header says.
+def read_frame(dataset: pydicom.Dataset, repairs: Repairs) -> bytes:
+    """The codestream of the one frame: all fragments, or those that a true table of offsets gives
+    the first frame.
 
     Raises DicomError(undecodable).
     """
     try:
-        frame = get_frame(dataset.PixelData, 0, number_of_frames=1)
-    except Exception as error:  # no items, items beyond the end, offsets into nowhere
+        fragments = list(generate_fragments(dataset.PixelData))
+        table, fragments = fragments[0], fragments[1:]
+        offsets = [int(offset) for offset in np.frombuffer(table, "<u4")]
+    except Exception as error:  # no items, items beyond the end
         raise DicomError(f"pixel data is not encapsulated: {type(error).__name__}") from error
-    syntax = transfer_syntax(dataset)
+    starts = [0, *itertools.accumulate(8 + len(fragment) for fragment in fragments)]
+    if offsets and not (offsets[0] == 0 and set(offsets) <= set(starts)):
+        repairs.add("codestream:BasicOffsetTable")
+        offsets = []
+    count = starts.index(offsets[1]) if len(offsets) > 1 else len(fragments)
+    return b"".join(fragments[:count])
+
+
+def _check_frame(frame: bytes, syntax: UID, form: FrameFormat) -> bytes:
+    """The frame from its codestream's start on, which claims the header's size.
+
+    Raises DicomError(undecodable).
+    """
     if syntax in _JPEG_2000:
-        # From here on only the codestream: some writers wrap it in the boxes of a JP2 file.
-        frame = frame[max(frame.find(_START_OF_JPEG_2000), 0) :]
-        size = _read_jpeg2000_size(frame)
+        frame = frame[find_jpeg_2000(frame) or 0 :]
+        size = read_jpeg_2000_size(frame)
     elif syntax in _JPEG or syntax in _JPEG_LS:
         size = read_jpeg_size(frame)
     else:
@@ -324,49 +341,6 @@ def read_frame(dataset: pydicom.Dataset, form: FrameFormat) -> bytes:
             f"header says {form.rows} x {form.columns} x {form.samples}"
         )
     return frame
-
-
-def read_jpeg_size(frame: bytes) -> FrameSize | None:
-    """What the frame header of JPEG (ITU-T T.81 B.2.2) or JPEG-LS (T.87 C.2.2) says."""
-    if frame[:2] != b"\xff\xd8":
-        return None
-    place = 2
-    # What stands before a marker is skipped, as libjpeg does.
-    while (place := frame.find(b"\xff", place)) >= 0 and place + 10 <= len(frame):
-        marker = frame[place + 1]
-        if marker in _FRAME_HEADERS:
-            precision, rows, columns, samples = struct.unpack_from(">BHHB", frame, place + 4)
-            return FrameSize(rows, columns, samples, precision)
-        if marker == 0xDA:  # the scan starts, and no frame header came before
-            return None
-        if marker == 0xFF:
-            place += 1
-        elif marker in _BARE_MARKERS:
-            place += 2
-        else:
-            place += 2 + int.from_bytes(frame[place + 2 : place + 4], "big")
-    return None
-
-
-_FRAME_HEADERS = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}
-_BARE_MARKERS = {0x00, 0x01, *range(0xD0, 0xDA)}  # no length follows
-_END_OF_IMAGE = b"\xff\xd9"
-_START_OF_JPEG_2000 = b"\xff\x4f\xff\x51"
-
-
-def _read_jpeg2000_size(frame: bytes) -> FrameSize | None:
-    """What the SIZ marker (ITU-T T.800 A.5.1) says; None too where it cannot be one picture."""
-    if not frame.startswith(_START_OF_JPEG_2000) or len(frame) < 45:
-        return None
-    right, bottom, left, top, tile_width, tile_height = struct.unpack_from(">6I", frame, 8)
-    (samples,) = struct.unpack_from(">H", frame, 40)
-    components = frame[42 : 42 + 3 * samples]
-    if any(step != 1 for i, step in enumerate(components) if i % 3) or not components:
-        return None  # subsampled
-    tiles = -(-right // max(tile_width, 1)) * -(-bottom // max(tile_height, 1))
-    if tiles > _MAX_TILES:
-        return None
-    return FrameSize(bottom - top, right - left, samples, 1 + (components[0] & 0x7F))
 
 
 def check_scan(frame: bytes) -> None:

@@ -5,6 +5,7 @@ from pneumo.storage.local_files import PARTIAL_PREFIX
 from pneumo.storage.objects import (
     create_bytes,
     exists,
+    list_everything,
     list_names,
     list_urls,
     read_bytes,
@@ -27,6 +28,7 @@ __all__ = [
     "exists",
     "is_local",
     "join",
+    "list_everything",
     "list_names",
     "list_urls",
     "local_path",

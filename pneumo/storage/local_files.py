@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import stat
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,7 +51,7 @@ def read_file(wanted: Range) -> bytes:
 
 def replace_file(path: Path, data: bytes | memoryview) -> None:
     """Put `data` at `path` at once. Raises AccessError, StorageError."""
-    _publish(path, data, 0o644, lambda partial: partial.replace(path))
+    _publish(path, data, 0o666, lambda partial: partial.replace(path))
 
 
 def create_file(path: Path, data: bytes, mode: int) -> bool:
@@ -107,16 +107,16 @@ def _publish(path: Path, data: bytes | memoryview, mode: int, publish: Callable[
 def _partial_file(path: Path, data: bytes | memoryview, mode: int) -> Iterator[Path]:
     """A file beside `path` with `data` on the disk, which is gone afterwards."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=PARTIAL_PREFIX, delete=False) as file:
-        try:
+    partial = path.parent / f"{PARTIAL_PREFIX}{secrets.token_hex(8)}"
+    try:
+        # The process's umask applies, as to any file.
+        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-            with contextlib.suppress(PermissionError):  # a mount whose files have no modes
-                Path(file.name).chmod(mode)
-            yield Path(file.name)
-        finally:
-            Path(file.name).unlink(missing_ok=True)
+        yield partial
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -144,6 +144,21 @@ def list_files(folder: Path) -> Iterator[str]:
             yield entry.path
         elif entry.is_dir(follow_symlinks=False):
             yield from list_files(Path(entry.path))
+
+
+def walk_folder(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[str]:
+    """The paths of everything below `folder` that is no folder, or cannot be entered: a link back
+    to a folder `above` is not followed, but told."""
+    above = (*above, folder.resolve())
+    for entry in _scan(folder):
+        if not _is(entry.is_dir):
+            yield entry.path
+            continue
+        inner = Path(entry.path)
+        if not os.access(inner, os.R_OK | os.X_OK) or inner.resolve() in above:
+            yield entry.path
+        else:
+            yield from walk_folder(inner, above)
 
 
 def list_folder(folder: Path) -> Iterator[str]:

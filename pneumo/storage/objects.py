@@ -29,6 +29,7 @@ from pneumo.storage.local_files import (
     read_file,
     remove_leftovers,
     replace_file,
+    walk_folder,
 )
 from pneumo.storage.retries import retried
 from pneumo.storage.s3 import ResumableRead, create_object, list_keys, object_exists, put_object
@@ -122,12 +123,12 @@ def write_bytes(url: str, data: bytes | memoryview) -> None:
         retried(lambda fs, path: fs.pipe_file(path, body), url)
 
 
-def create_bytes(url: str, data: bytes, *, mode: int = 0o644) -> bool:
+def create_bytes(url: str, data: bytes, *, mode: int = 0o666) -> bool:
     """Publish `data` at `url` only if nothing is there yet; whether it was this call that did.
 
-    Local: with `mode`. Object store: one PUT with If-None-Match; of two writers at once exactly one
-    gets True. A server that says it does not know the condition (501) is asked first and then
-    written to, which two writers at once can both pass.
+    Local: with `mode`, less the umask. Object store: one PUT with If-None-Match; of two writers at
+    once exactly one gets True. A server that says it does not know the condition (501) is asked
+    first and then written to, which two writers at once can both pass.
     """
     if is_local(url):
         return create_file(local_path(url), data, mode)
@@ -205,6 +206,12 @@ def list_urls(url: str) -> list[str]:
         return sorted(f"{root_url}/{key}" for key in list_keys(url))
     scheme = url.split("://", 1)[0]
     return sorted(f"{scheme}://{path}" for path in retried(lambda fs, path: fs.find(path), url))
+
+
+def list_everything(url: str) -> list[str]:
+    """As `list_urls`, and of a local folder also what linked folders hold, and whatever is neither
+    file nor folder: links that lead nowhere, pipes, folders that must not be read."""
+    return sorted(walk_folder(local_path(url))) if is_local(url) else list_urls(url)
 
 
 def list_names(url: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 import fsspec
 
@@ -24,7 +25,9 @@ def is_s3(url: str) -> bool:
 
 def local_path(url: str) -> Path:
     """The path that a local URL names, absolute."""
-    return Path(url.removeprefix("file://")).expanduser().absolute()
+    if url.startswith("file://"):
+        url = unquote(url.removeprefix("file://"))
+    return Path(url).expanduser().absolute()
 
 
 def normalise(url: str) -> str:

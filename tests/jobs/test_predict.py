@@ -11,9 +11,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pydicom
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from jobs import evaluate, predict
+from jobs.prediction import shorten_path
 from pneumo.dataset.manifest import read_manifest
 from pneumo.dataset.sources.recognition import read_source
 from pneumo.dataset.study_table import digest_pixels, read_studies
@@ -246,3 +249,10 @@ FROZEN: dict[str, Any] = {
     "dataset": {"image_size": 64},
     "calibration": {"method": "platt", "slope": 1.0, "intercept": 0.0},
 }
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=300))
+def test_an_overlays_path_fits_on_a_disk_and_is_one_files_own(name: str) -> None:
+    short = shorten_path(name)
+    assert all(len(f"{part}.png".encode()) <= 255 for part in short.split("/"))
+    assert short == name or shorten_path(f"{name}x") != short

@@ -13,7 +13,7 @@ from pneumo.dataset.source import Source
 from pneumo.dataset.sources import chexpert, kermany, nih, own_table, rsna, vindr
 from pneumo.dataset.sources.layout import Folder, Layout
 from pneumo.dataset.sources.rsna import read_table
-from pneumo.dataset.sources.tables import list_folder
+from pneumo.dataset.sources.tables import FIRST_ROW, list_folder
 from pneumo.dataset.study_keys import derive_key, read_hash_key
 from pneumo.errors import SourceError
 
@@ -129,11 +129,12 @@ def read_split_list(
     hash_key = read_hash_key(source_url, environ)
     kind = "study" if column == "patientId" else "patient"
     listed: dict[str, str] = {}
-    for row in table.select([column, "split"]).to_pylist():
-        identifier, split = str(row[column]), row["split"]
+    pairs = zip(table[column].to_pylist(), table["split"].to_pylist(), strict=True)
+    for row, (value, split) in enumerate(pairs, FIRST_ROW):
+        identifier = str(value)
         if split not in ("train", "val", "test"):
             # The value is not repeated: of columns in another order it would be an id.
-            raise SourceError(f"{list_url}: a split that is none of train, val and test")
+            raise SourceError(f"{list_url}: row {row}: a split that is none of train, val and test")
         if listed.setdefault(derive_key(hash_key, kind, identifier), split) != split:
             raise SourceError(f"{list_url}: lists somebody in two splits")
     return listed

@@ -18,6 +18,7 @@ from pneumo import storage
 from pneumo.dataset.source import RSNA, Finding, Source
 from pneumo.dataset.sources.layout import Folder, Layout, StudyCollector
 from pneumo.dataset.sources.tables import (
+    FIRST_ROW,
     PACKINGS,
     first_present,
     make_box,
@@ -37,6 +38,7 @@ CLASS_TABLES = (
 IMAGE_FOLDERS = ("stage_2_train_images", "train_images", "stage_1_train_images")
 MAPPING = ("pneumonia-challenge-dataset-mappings_2018.json",)
 _COLUMNS = ("patientId", *Box._fields, "Target", "class", "patient", "split")
+_FOLDERS_LOOKED_INTO = 20
 _WITHOUT_CLASS = {1: "Lung Opacity", 0: "No Lung Opacity"}
 
 
@@ -71,7 +73,7 @@ def read_rsna(folder: Folder, layout: Layout, *, with_classes: bool = True) -> S
         studies.add(image_id, patient, url, values[0], named[0], boxes=own)
     return studies.finish(
         has_patients=patients is not None,
-        unlabelled=len((_list_images(images_url) | findings.keys()) - targets.keys()),
+        unlabelled=len((_list_images(images_url, targets) | findings.keys()) - targets.keys()),
     )
 
 
@@ -107,9 +109,11 @@ def _collect_labels(
     faulty: dict[str, str] = {}
     corners = [read_numbers(table, name, "label table") for name in Box._fields]
     rows = zip(table["patientId"].to_pylist(), table["Target"].to_pylist(), *corners, strict=True)
-    for image_id, target, *corner in rows:
+    for row, (image_id, target, *corner) in enumerate(rows, FIRST_ROW):
         if target not in (0, 1):
-            raise SourceError("label table: a Target that is neither 0 nor 1")
+            raise SourceError(f"label table: row {row}: a Target that is neither 0 nor 1")
+        if not image_id:
+            raise SourceError(f"label table: row {row}: no patientId")
         known = targets.setdefault(image_id, [])
         if target not in known:
             known.append(int(target))
@@ -127,10 +131,12 @@ def _collect_findings(table: pa.Table) -> dict[str, list[Finding]]:
     """Different findings by image id."""
     allowed = get_args(Finding)
     findings: dict[str, list[Any]] = {}
-    for row in table.select(["patientId", "class"]).to_pylist():
-        image_id, finding = row["patientId"], row["class"]
+    pairs = zip(table["patientId"].to_pylist(), table["class"].to_pylist(), strict=True)
+    for row, (image_id, finding) in enumerate(pairs, FIRST_ROW):
         if finding not in allowed:
-            raise SourceError(f"class table: a class that is none of: {', '.join(allowed)}")
+            raise SourceError(
+                f"class table: row {row}: a class that is none of: {', '.join(allowed)}"
+            )
         known = findings.setdefault(image_id, [])
         if finding not in known:
             known.append(finding)
@@ -154,10 +160,37 @@ def _contradiction(
     return None
 
 
-def _list_images(images_url: str) -> set[str]:
-    """The image ids that have a DICOM file."""
+def _list_images(images_url: str, labelled: Collection[str]) -> set[str]:
+    """The image ids that have a DICOM file.
+
+    Raises SourceError where none is of a `labelled` image, and it can be said why.
+    """
     names = storage.list_names(images_url)
-    return {name.removesuffix(".dcm") for name in names if name.endswith(".dcm")}
+    found = {name.removesuffix(".dcm") for name in names if name.endswith(".dcm")}
+    if found.isdisjoint(labelled) and (why := _find_elsewhere(images_url, names, labelled)):
+        raise SourceError(
+            f"{images_url}: none of the {len(labelled)} labelled images is there as "
+            f"<patientId>.dcm: {why}"
+        )
+    return found
+
+
+def _find_elsewhere(images_url: str, names: Sequence[str], labelled: Collection[str]) -> str | None:
+    """Where the images are instead."""
+
+    def holds(found: Sequence[str]) -> bool:
+        return any(name.rsplit(".", 1)[0] in labelled for name in found)
+
+    if holds(names):
+        endings = sorted({name.rsplit(".", 1)[-1] for name in names if "." in name})
+        return f"the files end in .{', .'.join(endings[:3])}; rename them to end in .dcm"
+    if packed := [n for n in names if n.endswith((".zip", ".gz", ".tar", ".tgz", ".7z"))]:
+        return f"{packed[0]} is still packed; unpack it there"
+    for name in names[:_FOLDERS_LOOKED_INTO]:
+        below = storage.list_names(storage.join(images_url, name))
+        if holds(below):
+            return f"they lie one folder deeper, in {name}/; move them up"
+    return None
 
 
 def _read_patients(

@@ -8,9 +8,10 @@ import math
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 from pyarrow.types import is_floating, is_integer, is_null
 
@@ -19,6 +20,9 @@ from pneumo.errors import SourceError
 from pneumo.images.boxes import Box
 
 PACKINGS = ("", ".gz", ".zip")
+FIRST_ROW = 2
+"""The number of the first row below the header, as an editor counts lines."""
+_MOST_BYTES = 128 * 2**20
 
 
 def list_folder(folder_url: str) -> dict[str, str]:
@@ -38,13 +42,25 @@ def read_plain(url: str) -> bytes:
     data = storage.read_bytes(url)
     try:
         if url.endswith(".gz"):
-            return gzip.decompress(data)
+            with gzip.open(io.BytesIO(data)) as file:
+                return _read_bounded(file, url)
         if url.endswith(".zip"):
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
-                (name,) = archive.namelist()
-                return archive.read(name)
+                # macOS adds files of its own, which begin with a dot.
+                names = [n for n in archive.namelist() if not n.rsplit("/", 1)[-1].startswith(".")]
+                (name,) = [n for n in names if not n.endswith("/")]
+                with archive.open(name) as file:
+                    return _read_bounded(file, url)
     except (OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile) as error:
         raise SourceError(f"{url}: not a readable archive of one file: {error}") from error
+    return data
+
+
+def _read_bounded(file: IO[bytes] | gzip.GzipFile, url: str) -> bytes:
+    """What a packed table holds. Raises SourceError where that is far more than any table."""
+    data = file.read(_MOST_BYTES + 1)
+    if len(data) > _MOST_BYTES:
+        raise SourceError(f"{url}: unpacks to more than {_MOST_BYTES // 2**20} MiB: no such table")
     return data
 
 
@@ -82,9 +98,18 @@ def read_table(url: str, *required: str, texts: Sequence[str] = (), known: Seque
             f"{url}: no column {', '.join(missing)}; its first line names {len(names)}, of those "
             f"that are known here: {', '.join(found) or 'none'}"
         )
+    if twice := sorted({name for name in names if names.count(name) > 1 and name in known}):
+        raise SourceError(f"{url}: its first line names {', '.join(twice)} more than once")
     if not len(table):
         raise SourceError(f"{url}: no rows")
+    empty = pc.and_kleene(*(_is_empty(table[name]) for name in (required * 2)[:2]))
+    if (row := pc.index(empty, True).as_py()) >= 0:
+        raise SourceError(f"{url}: row {row + FIRST_ROW} is empty; delete it")
     return table
+
+
+def _is_empty(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pc.equal(pc.coalesce(pc.cast(column, pa.string()), ""), "")
 
 
 def read_first_line(url: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pneumo.dataset.manifest import Duplicates
@@ -138,6 +138,10 @@ def describe_quality(data: DataFacts) -> dict[str, Any]:
         "groups": groups,
         "shifts": [str(shift) for shift in quality.shifts if not shift.is_by_chance],
         "chances": [str(shift) for shift in quality.shifts if shift.is_by_chance],
+        "warnings": [
+            (code, [(f"{len(keys):,}", _list_keys(keys)) for keys in by_split.values()])
+            for code, by_split in quality.warnings.items()
+        ],
         "duplicates": describe_duplicates(quality.duplicates, has_patients=data.has_patients),
         "drawings": _draw_quality(quality),
         "contact": [
@@ -145,6 +149,14 @@ def describe_quality(data: DataFacts) -> dict[str, Any]:
             for sheet in data.contact
         ],
     }
+
+
+_MOST_KEYS = 100
+
+
+def _list_keys(keys: Sequence[str]) -> str:
+    more = f" … and {len(keys) - _MOST_KEYS:,} more, see the store's warnings.jsonl"
+    return " ".join(keys[:_MOST_KEYS]) + (more if len(keys) > _MOST_KEYS else "")
 
 
 def _share_cell(number: int, total: int) -> tuple[str, str]:

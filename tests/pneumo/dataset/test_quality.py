@@ -24,13 +24,14 @@ from pneumo.dataset.quality import (
     Intensity,
     Quality,
     find_shifts,
+    group_warnings,
     name_age_band,
     standardise_difference,
     summarise_quality,
 )
 from pneumo.dataset.shards import Sample
 from pneumo.dataset.splits import SPLITS, Interval, LeakageAudit
-from pneumo.dataset.study_table import StudyRow, read_studies
+from pneumo.dataset.study_table import StudyRow, Warned, read_studies
 from pneumo.errors import DataError
 
 FINDINGS = ("Lung Opacity", "No Lung Opacity / Not Normal", "Normal")
@@ -413,3 +414,15 @@ def test_a_rare_finding_never_costs_the_whole_split(tiny_store: Callable[..., st
     sheets = read_contact_sheets(store_url, manifest, studies, per_finding=1_000)
     assert sum(len(sheet.pictures) for sheet in sheets) == 64
     assert sum(sheet.studies for sheet in sheets) == 80
+
+
+def test_warnings_are_grouped_by_code_and_split() -> None:
+    warned = [
+        Warned("b", "test", "doubtful:turned"),
+        Warned("a", "test", "doubtful:turned"),
+        Warned("a", "train", "left_out:WindowWidth"),
+    ]
+    assert group_warnings(warned) == {
+        "doubtful:turned": {"train": (), "val": (), "test": ("a", "b")},
+        "left_out:WindowWidth": {"train": ("a",), "val": (), "test": ()},
+    }

@@ -267,7 +267,7 @@ def test_a_list_of_images_or_patients_is_read(kaggle_folder: FolderMaker, tmp_pa
     [
         ("name,split\na,val\n", "no column patientId or patient"),
         ("patientId,where\na,val\n", "no column split"),
-        ("patientId,split\na,validation\n", "a split that is none of train, val and test"),
+        ("patientId,split\na,validation\n", "row 2: a split that is none of train, val and test"),
         ("patientId,split\na,val\na,test\n", "lists somebody in two splits"),
         ("", "not a readable CSV"),
     ],
@@ -402,7 +402,7 @@ def test_no_id_of_a_damaged_list_is_repeated(kaggle_folder: FolderMaker, tmp_pat
 def test_a_target_that_is_none_is_refused(kaggle_folder: FolderMaker, value: str) -> None:
     folder = kaggle_folder()
     edit(folder / LABELS, r",0(\r?\n)", rf",{value}\1")
-    refuse(folder, r"label table: a Target that is neither 0 nor 1")
+    refuse(folder, r"label table: row [0-9]+: a Target that is neither 0 nor 1")
 
 
 def rejections(folder: Path, *, left: int) -> list[str]:
@@ -424,7 +424,9 @@ def test_mixed_targets_of_one_image_are_rejected(kaggle_folder: FolderMaker) -> 
 def test_an_unknown_class_is_refused(kaggle_folder: FolderMaker) -> None:
     folder = kaggle_folder()
     edit(folder / CLASSES, ",Normal", ",Healthy")
-    refuse(folder, "class table: a class that is none of: Lung Opacity, No Lung .*, Normal")
+    refuse(
+        folder, r"class table: row \d+: a class that is none of: Lung Opacity, No Lung .*, Normal"
+    )
 
 
 def test_two_classes_of_one_image_are_rejected(kaggle_folder: FolderMaker) -> None:
@@ -596,7 +598,7 @@ def test_the_headers_of_all_of_rsna(shared_data: Path) -> None:
             dataset.PatientAge, dataset.PatientSex = row["PatientAge"], row["PatientSex"]
             dataset.ViewPosition = row["ViewPosition"]
             dataset.PixelSpacing = [row["PixelSpacing"]] * 2
-            headers.append(read_header(dataset))
+            headers.append(read_header(dataset, set()))
     assert Counter(header.view for header in headers) == {"PA": 14_511, "AP": 12_173}
     assert Counter(header.sex for header in headers) == {"M": 15_166, "F": 11_518}
     ages = [header.age for header in headers]
@@ -613,3 +615,77 @@ def test_a_part_of_rsna(shared_data: Path) -> None:
     assert not source.rejected
     assert source.unlabelled == 0
     assert all(Path(study.url).is_file() for study in source.studies)
+
+
+# --- what spreadsheets, macOS and copying make of a source ----------------------------------------
+
+
+def test_a_column_that_is_there_twice_is_told(kaggle_folder: FolderMaker) -> None:
+    folder = kaggle_folder()
+    lines = (folder / LABELS).read_text().splitlines()
+    twice = [f"{lines[0]},patientId", *(f"{line},x" for line in lines[1:])]
+    (folder / LABELS).write_text("\n".join(twice))
+    refuse(folder, "its first line names patientId more than once")
+
+
+@pytest.mark.parametrize("table", [LABELS, CLASSES])
+@pytest.mark.parametrize("place", [2, 5, -1])
+def test_a_row_of_commas_is_told_by_its_number(
+    kaggle_folder: FolderMaker, table: str, place: int
+) -> None:
+    folder = kaggle_folder()
+    lines = (folder / table).read_text().splitlines()
+    place = len(lines) + 1 if place < 0 else place
+    lines.insert(place - 1, "," * lines[0].count(","))
+    (folder / table).write_text("\n".join(lines) + "\n")
+    refuse(folder, f"row {place} is empty; delete it")
+
+
+def test_a_zip_that_macos_made_is_read(kaggle_folder: FolderMaker) -> None:
+    folder = kaggle_folder()
+    expected = read_source(str(folder), ENVIRON)
+    with zipfile.ZipFile(folder / f"{LABELS}.zip", "w") as archive:
+        archive.write(folder / LABELS, LABELS)
+        archive.writestr(f"__MACOSX/._{LABELS}", "of macOS")
+        archive.writestr(".DS_Store", "of macOS")
+    (folder / LABELS).unlink()
+    assert read_source(str(folder), ENVIRON) == expected
+
+
+def test_images_that_lie_elsewhere_are_told(kaggle_folder: FolderMaker) -> None:
+    folder = kaggle_folder()
+    (images,) = folder.glob("*train_images")
+    for path in list(images.iterdir()):
+        path.rename(path.with_suffix(".DCM"))
+    refuse(folder, "the files end in .DCM; rename them to end in .dcm")
+    (images / "deep").mkdir()
+    for path in list(images.glob("*.DCM")):
+        path.rename(images / "deep" / f"{path.stem}.dcm")
+    with pytest.raises(SourceError, match="one folder deeper, in deep/; move them up"):
+        read_source(str(folder), ENVIRON)
+    shutil.rmtree(images / "deep")
+    (images / "all.zip").write_bytes(b"")
+    with pytest.raises(SourceError, match=r"all\.zip is still packed; unpack it there"):
+        read_source(str(folder), ENVIRON)
+
+
+@pytest.mark.parametrize("packing", ["gz", "zip"])
+def test_a_table_that_unpacks_to_very_much_is_refused(
+    kaggle_folder: FolderMaker, packing: str
+) -> None:
+    folder = kaggle_folder()
+    packed = folder / f"{LABELS}.{packing}"
+    (folder / LABELS).unlink()
+    zeros = bytes(2**20)
+    if packing == "gz":
+        with gzip.open(packed, "wb") as file:
+            for _ in range(130):
+                file.write(zeros)
+    else:
+        with (
+            zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive,
+            archive.open(LABELS, "w") as member,
+        ):
+            for _ in range(130):
+                member.write(zeros)
+    refuse(folder, "unpacks to more than 128 MiB")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from pneumo.evaluation.file_predictions import (
     NOTICE,
     FrozenRule,
     Readings,
+    count_formulas,
     encode_csv,
 )
 
@@ -37,6 +39,8 @@ def make_readings() -> Readings:
         overlay=np.array(["overlays/a.dcm.png", "", ""]),
         reason=np.array(["", "no_pixels", ""]),
         message=np.array(["", "no pixel data", ""]),
+        view=np.array(["PA", "", ""]),
+        warnings=np.array(["doubtful:turned; left_out:WindowWidth", "", "doubtful:turned"]),
     )
 
 
@@ -143,3 +147,17 @@ def test_parts_join_by_file_and_bad_ones_are_counted() -> None:
     assert whole.file.tolist() == ["a.dcm", "c, d.dcm", "deep/b.dcm"]
     assert whole.num_scored == 2
     assert whole.unusable == {"no_pixels": 1}
+
+
+@pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@a", "\tx"])
+def test_a_name_that_a_spreadsheet_would_run_is_escaped_in_the_csv(name: str) -> None:
+    readings = replace(make_readings(), file=np.array([name, "a=b", "c"]))
+    table = readings.to_table(FrozenRule.from_metrics(None), "best")
+    assert table["file"].to_pylist() == [name, "a=b", "c"]
+    rows = list(csv.DictReader(io.StringIO(encode_csv(table).decode())))
+    assert [row["file"] for row in rows] == [f"'{name}", "a=b", "c"]
+    assert count_formulas(readings) == 1
+
+
+def test_warnings_are_counted_by_code() -> None:
+    assert make_readings().warned == {"doubtful:turned": 2, "left_out:WindowWidth": 1}

@@ -34,10 +34,11 @@ from pydicom.uid import (
 from pneumo.errors import DicomError, DicomReason
 from pneumo.images.boxes import Box
 from pneumo.images.dicom import decode_gray, read_study_image
+from pneumo.images.frame_format import MAX_PIXELS, FrameFormat
 from pneumo.images.gray_levels import apply_window
 from pneumo.images.headers import parse_age
 from pneumo.images.letterbox import letterbox
-from pneumo.images.pixel_decoders import MAX_PIXELS, FrameFormat, check_runs, choose_plugin
+from pneumo.images.pixel_decoders import check_runs, choose_plugin
 from tests.waiting import count_calls
 
 pytestmark = pytest.mark.processors
@@ -663,14 +664,14 @@ def test_a_palette_picture_needs_its_palette(make_dicom: DicomMaker) -> None:
     [
         {"BitsAllocated": 1, "BitsStored": 1, "HighBit": 0},
         {"BitsAllocated": 32, "BitsStored": 32, "HighBit": 31},
-        {"BitsStored": 7, "HighBit": 6},
+        {"BitsStored": 0},
         {"PhotometricInterpretation": "HSV"},
         {"SamplesPerPixel": 4, "PhotometricInterpretation": "CMYK"},
         {"PixelData": None, "FloatPixelData": bytes(1024)},
     ],
     ids=str,
 )
-def test_pixels_that_are_no_8_to_16_bits_of_gray_or_colour(
+def test_pixels_that_are_no_1_to_16_bits_of_gray_or_colour(
     make_dicom: DicomMaker, elements: dict[str, Any]
 ) -> None:
     assert refused(make_dicom(RAMP, elements=elements)).reason == "photometric"

@@ -34,7 +34,8 @@ from pydicom.uid import (
 
 from pneumo.errors import DicomError
 from pneumo.images.dicom import decode_gray, read_study_image
-from pneumo.images.pixel_decoders import decode_stored, read_format
+from pneumo.images.frame_format import read_format
+from pneumo.images.pixel_decoders import decode_stored
 
 pytestmark = pytest.mark.processors
 
@@ -77,6 +78,10 @@ UNREAD = {  # by DCMTK: why
 }
 
 
+BLANK = ("dicomdirtests/77654033/CT2/17166", "dicomdirtests/77654033/CT2/17196")
+"""DCMTK shows these white, by a window below all values, which is left out here."""
+
+
 def read(source: Path | bytes) -> Dataset:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pydicom's, of files that bend the standard
@@ -105,7 +110,7 @@ def dcmtk(path: Path, dataset: Dataset, folder: Path) -> Pixels:
         pytest.skip(f"needs DCMTK's {tool}, which is not on the PATH")
     if dataset.get("VOILUTSequence"):
         options = ["+Wl", "1"]
-    elif dataset.get("WindowWidth"):
+    elif dataset.get("WindowWidth") and not str(path).endswith(BLANK):
         options = ["+Wi", "1"]
         options += ["+Wfs"] if dataset.get("VOILUTFunction") == "SIGMOID" else []
     elif dataset.SamplesPerPixel == 1 and (dataset.BitsStored > 8 or dataset.PixelRepresentation):
@@ -162,7 +167,7 @@ def test_jpeg_2000_by_either_of_two_decoders_is_the_same(name: str) -> None:
     pytest.importorskip("gdcm", reason="needs the extra 'dev'")
     dataset = read(FOLDER / name)
     expected = pydicom.pixels.pixel_array(dataset, decoding_plugin="gdcm", raw=True)
-    stored, _ = decode_stored(dataset, read_format(dataset))
+    stored, _ = decode_stored(dataset, read_format(dataset, set()), set())
     assert np.ptp(stored) > 200
     np.testing.assert_array_equal(stored, expected)
     if dataset.SamplesPerPixel == 3:  # windows are compared with DCMTK's elsewhere

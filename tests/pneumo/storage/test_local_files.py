@@ -221,3 +221,28 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(AccessError, match=r"cannot write .*file"):
         storage.write_bytes(str(tmp_path / "file" / "below"), b"x")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_the_umask_applies_to_what_is_written(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        storage.write_bytes(str(tmp_path / "object"), b"data")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "object").stat().st_mode) == 0o666 & ~umask
+
+
+def test_everything_is_listed_and_links_to_folders_are_entered(tmp_path: Path) -> None:
+    source, elsewhere = tmp_path / "source", tmp_path / "elsewhere"
+    (source / "deep").mkdir(parents=True)
+    elsewhere.mkdir()
+    (source / "deep" / "a").write_bytes(b"")
+    (elsewhere / "b").write_bytes(b"")
+    (source / "linked").symlink_to(elsewhere)
+    (source / "broken").symlink_to(tmp_path / "nowhere")
+    (source / "itself").symlink_to("itself")
+    (source / "deep" / "up").symlink_to(source)
+    os.mkfifo(source / "pipe")
+    found = [url.removeprefix(f"{source}/") for url in storage.list_everything(str(source))]
+    assert found == ["broken", "deep/a", "deep/up", "itself", "linked/b", "pipe"]

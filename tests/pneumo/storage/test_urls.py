@@ -49,3 +49,8 @@ def test_join_puts_one_slash_between_parts(base: str, parts: list[str]) -> None:
     joined = storage.join(f"s3://{base}/", *parts)
     assert joined == "s3://" + "/".join([base, *(part.strip("/") for part in parts)])
     assert storage.join(f"s3://{base}", *parts) == joined
+
+
+def test_a_file_url_may_be_percent_encoded(tmp_path: Path) -> None:
+    assert storage.normalise(f"file://{tmp_path}/a%20b%25") == f"{tmp_path}/a b%"
+    assert storage.normalise(f"{tmp_path}/a%20b") == f"{tmp_path}/a%20b"

@@ -1,0 +1,92 @@
+"""From a study's key, as it stands in a quarantine list, predictions, a report or W&B, to its file.
+
+    python -m jobs.find --source DIR KEY…
+    python -m jobs.find --source DIR --table predictions.parquet
+
+For whoever has the source and its secret. Prints a line a study: key, tab, file. The names are
+identifiers: they belong in no store, run or mail. Exits 1 when a key is of no file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from pathlib import PurePosixPath
+
+import pyarrow as pa
+import pyarrow.csv as pacsv
+import pyarrow.json as pajson
+import pyarrow.parquet as pq
+
+from jobs.terminal.entry_point import run_main
+from pneumo import storage
+from pneumo.dataset.sources.recognition import read_source
+from pneumo.dataset.study_keys import derive_key, find_hash_key
+from pneumo.errors import DataError, SourceError
+
+
+def find(argv: Sequence[str]) -> None:
+    """Print the files of the keys. Raises SourceError, and DataError when a key is of none."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jobs.find",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--source", required=True, metavar="URL", help="the folder of the source")
+    parser.add_argument("--table", metavar="FILE", help=".csv, .jsonl or .parquet with keys")
+    parser.add_argument("keys", nargs="*", metavar="KEY")
+    options = parser.parse_args(argv)
+    keys = [*options.keys, *(read_keys(storage.normalise(options.table)) if options.table else ())]
+    if not keys:
+        parser.error("give keys, or a --table that has them")
+    found = find_urls(storage.normalise(options.source), set(keys), os.environ)
+    for key in dict.fromkeys(keys):
+        if key in found:
+            print(f"{key}\t{found[key]}")
+    if lost := [key for key in dict.fromkeys(keys) if key not in found]:
+        raise DataError(
+            f"find: {len(lost)} of {len(set(keys))} keys are of no file of this source under this "
+            f"secret: {', '.join(lost[:5])}{' …' if len(lost) > 5 else ''}"
+        )
+
+
+def read_keys(table_url: str) -> list[str]:
+    """The column `key` of a table. Raises SourceError."""
+    try:
+        data = io.BytesIO(storage.read_bytes(table_url))
+        if table_url.endswith(".parquet"):
+            table = pq.read_table(data)
+        elif table_url.endswith(".jsonl"):
+            table = pajson.read_json(data)
+        else:
+            convert = pacsv.ConvertOptions(column_types={"key": pa.string()})
+            table = pacsv.read_csv(data, convert_options=convert)
+        return [str(key) for key in table["key"].to_pylist()]
+    except (FileNotFoundError, KeyError, pa.ArrowInvalid) as error:
+        raise SourceError(f"{table_url}: no table with a column key") from error
+
+
+def find_urls(source_url: str, keys: Collection[str], environ: Mapping[str, str]) -> dict[str, str]:
+    """The file of each study key that has one. Raises SourceError without the source's secret."""
+    hash_key = find_hash_key(source_url, environ)
+    try:
+        studies = read_source(source_url, environ).studies
+    except SourceError:  # tables that are damaged: the files' names are enough
+        studies = ()
+    found = {study.key: study.url for study in studies if study.key in keys}
+    if len(found) < len(set(keys)):  # contradictions, and images without a label
+        for url in storage.list_urls(source_url):
+            key = derive_key(hash_key, "study", PurePosixPath(url).stem)
+            if key in keys:
+                found.setdefault(key, url)
+    return found
+
+
+main = partial(run_main, "find", find)
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""What a compressed frame says of itself: its transfer syntax, its size, where it ends.
+
+Where header and codestream differ, the codestream is right: the decoder follows it.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from typing import NamedTuple
+
+from pydicom.uid import (
+    HTJ2K,
+    JPEG2000,
+    UID,
+    JPEGBaseline8Bit,
+    JPEGExtended12Bit,
+    JPEGLosslessSV1,
+    JPEGLSNearLossless,
+    RLELossless,
+)
+
+_MAX_TILES = 4096  # of JPEG 2000; each takes kilobytes, whatever its size in pixels
+
+
+class FrameSize(NamedTuple):
+    """What a codestream says that it holds."""
+
+    rows: int
+    columns: int
+    samples: int
+    precision: int
+
+
+def read_jpeg_size(frame: bytes) -> FrameSize | None:
+    """What the frame header of JPEG (ITU-T T.81 B.2.2) or JPEG-LS (T.87 C.2.2) says."""
+    place = _find_frame_header(frame)
+    if place is None:
+        return None
+    precision, rows, columns, samples = struct.unpack_from(">BHHB", frame, place + 4)
+    return FrameSize(rows, columns, samples, precision)
+
+
+def _find_frame_header(frame: bytes) -> int | None:
+    if frame[:2] != _START_OF_IMAGE:
+        return None
+    place = 2
+    # What stands before a marker is skipped, as libjpeg does.
+    while (place := frame.find(b"\xff", place)) >= 0 and place + 10 <= len(frame):
+        marker = frame[place + 1]
+        if marker in _FRAME_HEADERS:
+            return place
+        if marker == 0xDA:  # the scan starts, and no frame header came before
+            return None
+        if marker == 0xFF:
+            place += 1
+        elif marker in _BARE_MARKERS:
+            place += 2
+        else:
+            place += 2 + int.from_bytes(frame[place + 2 : place + 4], "big")
+    return None
+
+
+_FRAME_HEADERS = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}
+_BARE_MARKERS = {0x00, 0x01, *range(0xD0, 0xDA)}  # no length follows
+_START_OF_IMAGE = b"\xff\xd8"
+_END_OF_IMAGE = b"\xff\xd9"
+_START_OF_JPEG_2000 = b"\xff\x4f\xff\x51"
+_EXTENDED_CAPABILITIES = b"\xff\x50"  # of HTJ2K, right after the size
+_SCAN_MARKER = re.compile(rb"\xff[\x80-\xcf\xd8-\xfe]")  # restart markers and stuffing aside
+_SYNTAX_OF_FRAME_HEADER = {
+    **dict.fromkeys((0xC0, 0xC2), JPEGBaseline8Bit),
+    0xC1: JPEGExtended12Bit,
+    0xC3: JPEGLosslessSV1,
+    0xF7: JPEGLSNearLossless,
+}
+
+
+def find_syntax(frame: bytes) -> UID | None:
+    """The transfer syntax whose decoder reads the frame, by its first bytes; None if unknown."""
+    jpeg_2000 = find_jpeg_2000(frame)
+    if jpeg_2000 is not None:
+        size = int.from_bytes(frame[jpeg_2000 + 4 : jpeg_2000 + 6], "big")
+        after = jpeg_2000 + 4 + size
+        return HTJ2K if frame[after : after + 2] == _EXTENDED_CAPABILITIES else JPEG2000
+    place = _find_frame_header(frame)
+    if place is not None:
+        return _SYNTAX_OF_FRAME_HEADER.get(frame[place + 1])
+    if len(frame) >= 64:
+        segments, first = struct.unpack_from("<2I", frame)
+        if 1 <= segments <= 15 and first == 64:
+            return RLELossless
+    return None
+
+
+def find_jpeg_2000(frame: bytes) -> int | None:
+    """Where the JPEG 2000 codestream begins: some writers wrap it in the boxes of a JP2 file."""
+    if frame.startswith(_START_OF_JPEG_2000):
+        return 0
+    if frame[4:8] != b"jP  ":
+        return None
+    place = frame.find(_START_OF_JPEG_2000)
+    return None if place < 0 else place
+
+
+def read_jpeg_2000_size(frame: bytes) -> FrameSize | None:
+    """What the SIZ marker (ITU-T T.800 A.5.1) says; None too where it cannot be one picture."""
+    if not frame.startswith(_START_OF_JPEG_2000) or len(frame) < 45:
+        return None
+    right, bottom, left, top, tile_width, tile_height = struct.unpack_from(">6I", frame, 8)
+    (samples,) = struct.unpack_from(">H", frame, 40)
+    components = frame[42 : 42 + 3 * samples]
+    if any(step != 1 for i, step in enumerate(components) if i % 3) or not components:
+        return None  # subsampled
+    tiles = -(-right // max(tile_width, 1)) * -(-bottom // max(tile_height, 1))
+    if tiles > _MAX_TILES:
+        return None
+    return FrameSize(bottom - top, right - left, samples, 1 + (components[0] & 0x7F))
+
+
+def find_end(frame: bytes) -> int | None:
+    """Where a JPEG or JPEG-LS codestream ends, after its end marker; None where it is cut off.
+
+    Only after the frame header: a thumbnail in an application segment has an end of its own.
+    """
+    place = _find_frame_header(frame)
+    while place is not None:
+        if frame[place + 1 : place + 2] == _END_OF_IMAGE[1:]:
+            return place + 2
+        # A segment, and of a scan what is coded after it, up to the next marker.
+        place += 2 + int.from_bytes(frame[place + 2 : place + 4], "big")
+        found = _SCAN_MARKER.search(frame, place)
+        place = found.start() if found else None
+    return None
+
+
+def is_whole(frame: bytes) -> bool:
+    """Whether the codestream has its end, so that nothing of it can be missing."""
+    start = find_jpeg_2000(frame)
+    if start is not None:  # within its data no byte above 8F follows FF
+        return _END_OF_IMAGE in frame[start + 4 :]
+    return find_end(frame) is not None
+
+
+def is_ycbcr(frame: bytes) -> bool:
+    """Whether a lossy JPEG of three components without any marker of its colours is YCbCr.
+
+    As libjpeg takes it: RGB has the components R, G and B.
+    """
+    place = _find_frame_header(frame)
+    if place is None or frame[place + 1] not in (0xC0, 0xC1, 0xC2) or frame[place + 9] != 3:
+        return False
+    head = frame[:place]
+    if b"Adobe" in head or b"JFIF" in head:
+        return False  # pydicom reads these
+    return frame[place + 10 : place + 19 : 3].upper() != b"RGB"

@@ -1,0 +1,89 @@
+"""Elements of a header that a picture can do without, read so that nonsense in one costs nothing.
+
+What is left out or read otherwise than it stands is counted by what was done and the element's
+keyword: `left_out:WindowWidth`. No value of a header is ever kept in such a count.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pydicom
+from pydicom.datadict import tag_for_keyword
+from pydicom.multival import MultiValue
+from pydicom.tag import Tag
+
+from pneumo.errors import DicomError
+
+Repairs = set[str]
+"""What was done to read a file: `left_out`, `codestream`, `rescaled`, `spelling` or `parsed`, each
+with a keyword; docs/preparing.md lists them."""
+
+
+def read_optional(dataset: pydicom.Dataset, keyword: str, repairs: Repairs) -> Any:
+    """The element's value; None where it is absent or empty, or does not parse, which counts."""
+    try:
+        value = dataset.get(keyword)
+    except Exception:  # what pydicom raises depends on the value's type
+        repairs.add(f"left_out:{keyword}")
+        return None
+    return None if value is None or value in ("", b"", []) else value
+
+
+def read_numbers(dataset: pydicom.Dataset, keyword: str, repairs: Repairs) -> list[float]:
+    """The element's finite numbers; empty where it is absent, or one of them is no number."""
+    value = read_optional(dataset, keyword, repairs)
+    if value is None:
+        return []
+    values = list(value) if isinstance(value, (MultiValue, list)) else [value]
+    numbers = [_read_number(one) for one in values]
+    found = [number for number in numbers if number is not None]
+    if len(found) < len(numbers):
+        repairs.add(f"left_out:{keyword}")
+        return []
+    if any(isinstance(one, (str, bytes)) and not _is_plain(one) for one in values):
+        repairs.add(f"spelling:{keyword}")
+    return found
+
+
+def _is_plain(value: str | bytes) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return isinstance(value, str)
+
+
+def _read_number(value: Any) -> float | None:
+    """A finite number, also of `2048,5`, `[2048]` or two bytes; else None."""
+    if isinstance(value, bytes):  # a number said to be OW
+        return float(int.from_bytes(value, "little")) if len(value) == 2 else None
+    if isinstance(value, str):
+        value = value.strip(" \0[]()").replace(",", ".")
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def read_integer(dataset: pydicom.Dataset, keyword: str, absent: int) -> int:
+    """A whole number that the picture needs. Raises DicomError, which names the element."""
+    try:
+        value = dataset.get(keyword)
+        return absent if value is None or value == "" else int(value)
+    except (TypeError, ValueError, OverflowError, NotImplementedError) as error:
+        tag = Tag(tag_for_keyword(keyword) or 0)
+        raise DicomError(f"{keyword} {tag} is {_kind(dataset, tag)}, not a whole number") from error
+
+
+def _kind(dataset: pydicom.Dataset, tag: Any) -> str:
+    """What an element holds, without its value."""
+    try:
+        value = dataset[tag].value
+    except Exception:
+        return "no value of its type"
+    if isinstance(value, (MultiValue, list)):
+        return f"{len(value)} values"
+    return "text" if isinstance(value, str) else f"of type {type(value).__name__}"

@@ -1,0 +1,98 @@
+"""What a header states about its one frame (PS3.3 C.7.6.3), checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pydicom
+
+from pneumo.errors import DicomError
+from pneumo.images.elements import Repairs, read_integer, read_numbers, read_optional
+
+MAX_PIXELS = 64_000_000
+"""A frame that claims more is refused before any memory is taken for it."""
+
+_COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
+_PHOTOMETRICS = {1: ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR"), 3: _COLOURS}
+
+
+@dataclass(frozen=True)
+class FrameFormat:
+    """What a header states about its one frame (PS3.3 C.7.6.3), checked."""
+
+    rows: int
+    columns: int
+    samples: int
+    """1, or 3 of a colour picture."""
+    photometric: str
+    bits_allocated: int
+    """8 or 16."""
+    bits_stored: int
+    """1 to `bits_allocated`."""
+    high_bit: int
+    signed: bool
+    planar: int
+
+
+def read_format(dataset: pydicom.Dataset, repairs: Repairs) -> FrameFormat:
+    """What the header says about the frame.
+
+    Raises DicomError: no_pixels, multi_frame, too_large, photometric, undecodable.
+    """
+    if "FloatPixelData" in dataset or "DoubleFloatPixelData" in dataset:
+        raise DicomError("floating-point pixels, expected 1 to 16 bits", "photometric")
+    if "PixelData" not in dataset or "Rows" not in dataset or "Columns" not in dataset:
+        raise DicomError("no pixel data (is the file truncated?)", "no_pixels")
+    frames = read_integer(dataset, "NumberOfFrames", 1) or 1
+    if frames != 1:
+        raise DicomError(f"{frames} frames, expected one", "multi_frame")
+    rows, columns = read_integer(dataset, "Rows", 0), read_integer(dataset, "Columns", 0)
+    if rows < 1 or columns < 1:
+        raise DicomError(f"claims {rows} x {columns} pixels", "no_pixels")
+    if rows * columns > MAX_PIXELS:
+        raise DicomError(f"claims {rows} x {columns} pixels", "too_large")
+    samples = read_integer(dataset, "SamplesPerPixel", 1)
+    photometric = _read_photometric(dataset, samples, repairs)
+    allocated = read_integer(dataset, "BitsAllocated", 0)
+    stored = read_integer(dataset, "BitsStored", allocated)
+    if allocated not in (8, 16) or not 1 <= stored <= allocated:
+        raise DicomError(
+            f"{stored} bits stored in {allocated}, expected 1 to 16 bits in 8 or 16", "photometric"
+        )
+    representation = read_integer(dataset, "PixelRepresentation", 0)
+    if representation not in (0, 1):
+        raise DicomError(f"pixel representation {representation}, expected 0 or 1")
+    high_bit = _read_or_leave_out(
+        dataset, "HighBit", stored - 1, range(stored - 1, allocated), repairs
+    )
+    planar = _read_or_leave_out(dataset, "PlanarConfiguration", 0, range(2), repairs)
+    signed = representation == 1
+    return FrameFormat(
+        rows, columns, samples, photometric, allocated, stored, high_bit, signed, planar
+    )
+
+
+def _read_photometric(dataset: pydicom.Dataset, samples: int, repairs: Repairs) -> str:
+    stated = str(read_optional(dataset, "PhotometricInterpretation", repairs) or "")
+    photometric = " ".join(stated.upper().split())
+    if photometric not in _PHOTOMETRICS.get(samples, ()):
+        known = photometric if photometric in sum(_PHOTOMETRICS.values(), ()) else "unknown"
+        raise DicomError(
+            f"{samples} samples a pixel, photometric interpretation {known}", "photometric"
+        )
+    if photometric != stated:
+        repairs.add("spelling:PhotometricInterpretation")
+    return photometric
+
+
+def _read_or_leave_out(
+    dataset: pydicom.Dataset, keyword: str, absent: int, allowed: range, repairs: Repairs
+) -> int:
+    """A number of the header; `absent` where there is none, or none that can be."""
+    numbers = read_numbers(dataset, keyword, repairs)
+    if not numbers:
+        return absent
+    if numbers[0] not in allowed:
+        repairs.add(f"left_out:{keyword}")
+        return absent
+    return int(numbers[0])

@@ -1,0 +1,234 @@
+"""A file that pydicom finds no pixel data in -> the same without what kept it from them.
+
+Elements that do not parse are left out, and pixel data without an end gets one where it can be
+known: the frame has the bytes that the header says, or its codestream has its own end marker.
+Little endian only. PS3.5 7.1 and A.4.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from pydicom.datadict import keyword_for_tag
+from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian, RLELossless
+
+from pneumo.images.codestreams import is_whole
+from pneumo.images.elements import Repairs
+from pneumo.images.fast_dicom import (
+    END_OF_ITEMS,
+    ITEM,
+    LONG_LENGTHS,
+    SHORT_LENGTHS,
+    TRANSFER_SYNTAX,
+    UNDEFINED,
+)
+
+_PIXEL_DATA = 0x7FE00010
+_SAMPLES, _ROWS, _COLUMNS, _BITS = 0x00280002, 0x00280010, 0x00280011, 0x00280100
+_END_OF_ITEM = 0xFFFEE00D
+_DELIMITER = struct.pack("<HHI", END_OF_ITEMS >> 16, END_OF_ITEMS & 0xFFFF, 0)
+_VR = re.compile(b"|".join(sorted(LONG_LENGTHS | SHORT_LENGTHS)))
+_IMAGE_GROUP_OR_PIXELS = re.compile(rb"\x28\x00[\x02\x04\x08\x10]\x00|\xe0\x7f\x10\x00")
+_MAX_STEPS = 200_000  # elements and items looked at: less than a second
+_IN_A_ROW = 3  # elements that follow each other so are no accident
+
+
+@dataclass(frozen=True)
+class _Element:
+    tag: int
+    vr: bytes
+    start: int
+    """Where its value begins."""
+    length: int
+
+
+class _GivenUp(Exception):  # noqa: N818  it ends a search, and is no error
+    pass
+
+
+@dataclass
+class _Reader:
+    """Elements of `data`, as many as may be looked at."""
+
+    data: bytes
+    is_implicit: bool = False
+    steps: int = _MAX_STEPS
+    numbers: dict[int, int] = field(default_factory=dict)
+    """Values of the elements kept so far that are one number of 16 bits."""
+
+    def element(self, place: int) -> _Element | None:
+        """The element whose header is at `place`; None where there is none."""
+        self.steps -= 1
+        if self.steps < 0:
+            raise _GivenUp
+        if place + 8 > len(self.data):
+            return None
+        group, number, vr, length = struct.unpack_from("<HH2sH", self.data, place)
+        tag = group << 16 | number
+        if self.is_implicit or group == 0xFFFE:
+            return _Element(tag, b"", place + 8, struct.unpack_from("<I", self.data, place + 4)[0])
+        if vr in SHORT_LENGTHS:
+            return _Element(tag, vr, place + 8, length)
+        if vr not in LONG_LENGTHS or place + 12 > len(self.data):
+            return None
+        return _Element(tag, vr, place + 12, struct.unpack_from("<I", self.data, place + 8)[0])
+
+    def end(self, element: _Element, depth: int = 0) -> int | None:
+        """Where the element ends; None where that is beyond the data, or no items follow."""
+        if element.length != UNDEFINED:
+            end = element.start + element.length
+            return end if end <= len(self.data) else None
+        place: int | None = element.start
+        while place is not None and depth < 8:
+            item = self.element(place)
+            if item is None or item.tag not in (ITEM, END_OF_ITEMS):
+                return None
+            if item.tag == END_OF_ITEMS:
+                return item.start
+            place = self.end(item, depth) if item.length != UNDEFINED else self._end_of(item, depth)
+        return None
+
+    def _end_of(self, item: _Element, depth: int) -> int | None:
+        """Where an item of undefined length ends."""
+        place: int | None = item.start
+        while place is not None:
+            inner = self.element(place)
+            if inner is None:
+                return None
+            if inner.tag == _END_OF_ITEM:
+                return inner.start
+            place = self.end(inner, depth + 1)
+        return None
+
+    def follows(self, place: int, last: int) -> bool:
+        """Whether elements in ascending order begin at `place`: some, or up to the pixels."""
+        for _ in range(_IN_A_ROW):
+            element = self.element(place)
+            if element is None or not last < element.tag <= _PIXEL_DATA:
+                return False
+            if element.tag == _PIXEL_DATA:
+                return self.pixels(place) is not None
+            end = self.end(element)
+            if end is None:
+                return False
+            place, last = end, element.tag
+        return True
+
+    def candidates(self, place: int) -> Iterator[int]:
+        """Where a next element might begin."""
+        pattern, before = (_IMAGE_GROUP_OR_PIXELS, 0) if self.is_implicit else (_VR, 4)
+        for found in pattern.finditer(self.data, place + before):
+            yield found.start() - before
+
+    def pixels(self, place: int) -> tuple[bytes, bool] | None:
+        """The pixel data's element, with its end; and whether that had to be mended. None where
+        the pixels are not all there, or are an icon's."""
+        element = self.element(place)
+        if element is None or element.tag != _PIXEL_DATA:
+            return None
+        head = self.data[place : element.start]
+        if element.length == UNDEFINED:
+            return self._fragments(element, head)
+        samples, bits = self.numbers.get(_SAMPLES, 1), self.numbers.get(_BITS, 0)
+        size = self.numbers.get(_ROWS, 0) * self.numbers.get(_COLUMNS, 0) * samples * bits // 8
+        size += size % 2
+        is_sound = element.length in (size, size - 1)
+        taken = element.length if is_sound else size
+        if not size or element.start + taken > len(self.data):
+            return None
+        if not is_sound and element.length < size:
+            return None
+        pixels = self.data[element.start : element.start + taken]
+        return head[:-4] + struct.pack("<I", taken) + pixels, not is_sound
+
+    def _fragments(self, element: _Element, head: bytes) -> tuple[bytes, bool] | None:
+        place, fragments = element.start, list[bytes]()
+        while (item := self.element(place)) is not None and item.tag == ITEM:
+            fragments.append(self.data[item.start : item.start + item.length])
+            place = item.start + item.length
+        frame = b"".join(fragments[1:])
+        is_sound = item is not None and item.tag == END_OF_ITEMS
+        is_cut = place > len(self.data)
+        is_run_length = RLELossless.encode() in self.data[:1024] and not is_cut
+        if not frame or not (is_sound or is_whole(frame) or is_run_length):
+            return None
+        items = b"".join(
+            struct.pack("<HHI", ITEM >> 16, ITEM & 0xFFFF, len(part)) + part for part in fragments
+        )
+        return head + items + _DELIMITER, not is_sound or is_cut
+
+
+def mend(data: bytes, repairs: Repairs) -> bytes | None:
+    """`data` so that its pixel data can be read; None where that cannot be done."""
+    try:
+        return _mend(data, repairs)
+    except _GivenUp:
+        return None
+
+
+def _mend(data: bytes, repairs: Repairs) -> bytes | None:
+    reader = _Reader(data)
+    place, syntax = _skip_meta(reader)
+    if syntax == ExplicitVRBigEndian.encode():
+        return None
+    vr = data[place + 4 : place + 6]
+    reader.is_implicit = (
+        syntax == ImplicitVRLittleEndian.encode() or vr not in LONG_LENGTHS | SHORT_LENGTHS
+    )
+    kept, last, done = [data[:place]], 0, Repairs()
+    while True:
+        element = reader.element(place)
+        if element is not None and element.tag == _PIXEL_DATA:
+            found = reader.pixels(place)
+            if found is not None:
+                repairs |= done | ({"parsed:PixelData"} if found[1] else set())
+                return b"".join([*kept, found[0]])
+        end = None
+        if element is not None and last < element.tag < _PIXEL_DATA:
+            end = reader.end(element)
+        if element is not None and end is not None and _has_next(data, end, element.tag):
+            kept.append(data[place:end])
+            if element.length == 2:
+                reader.numbers[element.tag] = int.from_bytes(data[end - 2 : end], "little")
+            place, last = end, element.tag
+            continue
+        done.add(f"parsed:{_name(data, place, last)}")
+        following = (p for p in reader.candidates(place + 1) if reader.follows(p, last))
+        place = next(following, len(data))
+        if place == len(data):
+            return None
+
+
+def _skip_meta(reader: _Reader) -> tuple[int, bytes]:
+    """Where the data set begins, and the transfer syntax that is stated."""
+    place, syntax = (132 if reader.data[128:132] == b"DICM" else 0), b""
+    while reader.data[place : place + 2] == b"\x02\x00":
+        element = reader.element(place)
+        end = None if element is None else reader.end(element)
+        if element is None or end is None:
+            break
+        if element.tag == TRANSFER_SYNTAX:
+            syntax = reader.data[element.start : end].rstrip(b"\0 ")
+        place = end
+    return place, syntax
+
+
+def _has_next(data: bytes, place: int, last: int) -> bool:
+    """Whether what begins at `place` has a tag that may follow, whatever else is wrong with it."""
+    return last < _read_tag(data, place) <= _PIXEL_DATA
+
+
+def _read_tag(data: bytes, place: int) -> int:
+    group, number = struct.unpack_from("<HH", data.ljust(place + 4, b"\0"), place)
+    return int(group) << 16 | int(number)
+
+
+def _name(data: bytes, place: int, last: int) -> str:
+    """The keyword of what does not parse; where that is no element at all, of what precedes."""
+    tag = _read_tag(data, place)
+    if tag >> 16 & 1 and last < tag < _PIXEL_DATA:
+        return "private"
+    return keyword_for_tag(tag) or keyword_for_tag(last) or "unknown"

@@ -1,0 +1,78 @@
+"""From a key to the file that it was made of, for whoever has the source and its secret."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jobs import find
+from pneumo.dataset.sources.recognition import read_source
+
+FolderMaker = Callable[..., Path]
+
+
+def lines(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    return {row[0]: row[1] for row in rows}
+
+
+@pytest.mark.parametrize("kind", [None, "csv", "jsonl", "parquet"])
+def test_every_key_leads_to_its_file(
+    kaggle_folder: FolderMaker,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    kind: str | None,
+) -> None:
+    folder = kaggle_folder(num_studies=6)
+    studies = read_source(str(folder), {}).studies
+    keys = [study.key for study in studies]
+    arguments = keys
+    if kind is not None:
+        table = tmp_path / f"keys.{kind}"
+        if kind == "csv":
+            table.write_text("key,split\n" + "".join(f"{key},val\n" for key in keys))
+        elif kind == "jsonl":
+            table.write_text("".join(json.dumps({"key": key}) + "\n" for key in keys))
+        else:
+            pq.write_table(pa.table({"key": keys}), table)
+        arguments = ["--table", str(table)]
+    assert find.main(["--source", str(folder), *arguments]) == 0
+    assert lines(capsys) == {study.key: study.url for study in studies}
+
+
+def test_contradictions_are_found_though_no_study_is_made_of_them(
+    kaggle_folder: FolderMaker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = kaggle_folder(num_studies=6)
+    whole = {study.key: study.url for study in read_source(str(folder), {}).studies}
+    labels = folder / "stage_2_train_labels.csv"
+    first = labels.read_text().splitlines()[1]
+    target = "0" if first.endswith("1") else "1"
+    labels.write_text(labels.read_text() + f"{first[:-1]}{target}\n")
+    (rejected,) = read_source(str(folder), {}).rejected
+    assert find.main(["--source", str(folder), rejected.key]) == 0
+    assert lines(capsys) == {rejected.key: whole[rejected.key]}
+
+
+def test_keys_of_another_secret_are_told(
+    kaggle_folder: FolderMaker,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = kaggle_folder(num_studies=4)
+    key = read_source(str(folder), {}).studies[0].key
+    monkeypatch.setenv("PNEUMO_HASH_KEY", "another")
+    assert find.main(["--source", str(folder), key]) == 1
+    assert "1 of 1 keys are of no file of this source under this secret" in capsys.readouterr().err
+
+
+def test_no_secret_is_made(kaggle_folder: FolderMaker, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = kaggle_folder(num_studies=4)
+    assert find.main(["--source", str(folder), "0" * 20]) == 2
+    assert "PNEUMO_HASH_KEY" in capsys.readouterr().err
+    assert not (folder / ".pneumo").exists()

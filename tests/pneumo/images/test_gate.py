@@ -1,0 +1,161 @@
+"""Pictures that no reader could read are found, and real radiographs are left in peace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from pneumo.errors import DicomError
+from pneumo.images.dicom import GrayImage, read_study_image
+from pneumo.images.dicom_files import Unusable, decode_file
+from pneumo.images.gate import judge, judge_header, judge_picture
+from pneumo.images.headers import NO_EXPOSURE
+
+DicomMaker = Callable[..., bytes]
+Gray = npt.NDArray[np.uint8]
+RAMP = np.tile(np.arange(256, dtype=np.uint8), (256, 1))
+
+
+def whiten(pixels: Gray) -> Gray:
+    """By a window whose upper end is the 40 % darkest pixels'."""
+    white = max(float(np.quantile(pixels, 0.4)), 1.0)
+    return np.minimum(pixels.astype(float) / white * 255, 255).astype(np.uint8)
+
+
+BROKEN: dict[str, Callable[[Gray], Gray]] = {
+    "inverted": lambda pixels: 255 - pixels,
+    "turned by 90°": lambda pixels: np.ascontiguousarray(np.rot90(pixels)),
+    "turned by 180°": lambda pixels: np.ascontiguousarray(np.rot90(pixels, 2)),
+    "turned by 270°": lambda pixels: np.ascontiguousarray(np.rot90(pixels, 3)),
+    "blank": lambda pixels: np.full_like(pixels, int(pixels.mean())),
+    "white": whiten,
+}
+CODES = {
+    "inverted": "doubtful:inverted",
+    "blank": "blank",
+    "white": "doubtful:white",
+} | {f"turned by {angle}°": "doubtful:turned" for angle in (90, 180, 270)}
+
+
+def judged(image: GrayImage) -> tuple[str, ...]:
+    try:
+        return judge_picture(image)
+    except DicomError as error:
+        return (error.reason,)
+
+
+@cache
+def real_images(folder: Path, size: int) -> tuple[GrayImage, ...]:
+    files = sorted((folder / "rsna-mini" / "stage_2_train_images").glob("*.dcm"))
+    return tuple(read_study_image(path.read_bytes(), size) for path in files)
+
+
+@pytest.mark.parametrize("size", [64, 224])
+def test_real_radiographs_raise_at_most_one_false_alarm_in_a_hundred(
+    shared_data: Path, size: int
+) -> None:
+    images = real_images(shared_data, size)
+    alarms = [judge(image) for image in images]
+    assert len(images) > 200
+    assert sum(map(bool, alarms)) <= 0.01 * len(images)
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.parametrize("size", [64, 224])
+def test_95_of_100_broken_ones_are_found(shared_data: Path, kind: str, size: int) -> None:
+    images = real_images(shared_data, size)
+    found = [CODES[kind] in judged(replace(i, pixels=BROKEN[kind](i.pixels))) for i in images]
+    print(f"{kind} at {size}: {np.mean(found):.1%} found")
+    assert np.mean(found) >= 0.95
+
+
+def make_image(make_dicom: DicomMaker, pixels: Gray, **elements: Any) -> GrayImage:
+    return read_study_image(make_dicom(pixels, elements=elements), 128)
+
+
+@pytest.mark.parametrize("view", ["LL", "RL", "lateral ", "LAT", "RAO", "LLO"])
+def test_a_view_that_is_not_frontal_is_refused(make_dicom: DicomMaker, view: str) -> None:
+    unusable = decode_file(make_dicom(RAMP, elements={"ViewPosition": view}), 64)
+    assert isinstance(unusable, Unusable)
+    assert unusable.reason == "not_frontal"
+
+
+@pytest.mark.parametrize("quality", [None, 90])
+@pytest.mark.parametrize("part", ["HAND", "Knee", "ABDOMEN", "BREAST"])
+def test_another_body_part_is_refused(
+    make_dicom: DicomMaker, part: str, quality: int | None
+) -> None:
+    data = make_dicom(RAMP, jpeg_quality=quality, elements={"BodyPartExamined": part})
+    unusable = decode_file(data, 64)
+    assert isinstance(unusable, Unusable)
+    assert unusable.reason == "not_chest"
+
+
+def test_the_codes_of_a_header_say_it_too(make_dicom: DicomMaker) -> None:
+    from pydicom.dataset import Dataset
+    from pydicom.sequence import Sequence
+
+    code = Dataset()
+    code.CodeValue, code.CodingSchemeDesignator, code.CodeMeaning = "399067008", "SCT", "lateral"
+    elements = {"ViewPosition": None, "ViewCodeSequence": Sequence([code])}
+    for quality in (None, 90):
+        unusable = decode_file(make_dicom(RAMP, jpeg_quality=quality, elements=elements), 64)
+        assert isinstance(unusable, Unusable)
+        assert unusable.reason == "not_frontal"
+
+
+@pytest.mark.parametrize(
+    ("elements", "code"),
+    [
+        ({"view": "LLD"}, "view"),
+        ({"body_part": "UNKNOWN 3"}, "body_part"),
+        ({"laterality": "L"}, "laterality"),
+        ({"intent": "FOR PROCESSING"}, "for_processing"),
+        ({"modality": "MG"}, "modality"),
+    ],
+)
+def test_what_a_header_makes_doubtful(elements: dict[str, str], code: str) -> None:
+    assert judge_header(replace(NO_EXPOSURE, **elements)) == (f"doubtful:{code}",)
+    assert judge_header(NO_EXPOSURE) == ()
+    usual = {"view": "PA", "body_part": "PORT CHEST", "intent": "FOR PRESENTATION"}
+    assert judge_header(replace(NO_EXPOSURE, **usual, modality="DX", laterality="U")) == ()
+
+
+@pytest.mark.parametrize("level", [0, 128, 255])
+@pytest.mark.parametrize("shape", [(64, 64), (300, 200)])
+def test_a_blank_picture_is_refused(
+    make_dicom: DicomMaker, level: int, shape: tuple[int, int]
+) -> None:
+    unusable = decode_file(make_dicom(np.full(shape, level, np.uint8)), 64)
+    assert isinstance(unusable, Unusable)
+    assert unusable.reason == "blank"
+
+
+def test_what_a_picture_makes_doubtful(make_dicom: DicomMaker) -> None:
+    chest = cv2.resize(draw_phantom_of_a_chest(), (128, 128))
+    assert judged(make_image(make_dicom, chest)) == ()
+    collimated = np.zeros((256, 256), np.uint8)
+    collimated[80:180, 80:180] = cv2.resize(chest, (100, 100))
+    faint = (chest // 16 + 100).astype(np.uint8)
+    long = cv2.resize(chest, (60, 128))
+    rng = np.random.default_rng(0)
+    assert "doubtful:black" in judged(make_image(make_dicom, collimated))
+    assert "doubtful:uniform" in judged(make_image(make_dicom, faint))
+    assert "doubtful:aspect" in judged(make_image(make_dicom, long))
+    checks = np.kron(rng.integers(0, 2, (32, 32)), np.full((8, 8), 255)).astype(np.uint8)
+    assert "doubtful:unlike_chest" in judged(make_image(make_dicom, checks))
+
+
+def draw_phantom_of_a_chest() -> Gray:
+    y, x = np.mgrid[0:128, 0:128] / 128
+    lungs = sum(np.exp(-(((x - c) / 0.12) ** 2) - ((y - 0.45) / 0.25) ** 2) for c in (0.3, 0.7))
+    air = sum(np.exp(-(((x - c) / 0.2) ** 2) - ((y - 0.05) / 0.2) ** 2) for c in (0, 1))
+    return np.clip(150 + 60 * y - 90 * lungs - 120 * air, 0, 255).astype(np.uint8)

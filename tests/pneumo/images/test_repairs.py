@@ -1,0 +1,478 @@
+"""Files that bend the standard, of the kinds that bug reports of other projects tell of, give the
+right picture, and what was repaired is counted by its element."""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import pydicom
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from pydicom.dataset import Dataset
+from pydicom.encaps import encapsulate
+from pydicom.sequence import Sequence
+from pydicom.uid import UID, JPEG2000Lossless, JPEGLosslessSV1, JPEGLSLossless, RLELossless
+
+from pneumo.errors import DicomError
+from pneumo.images.codestreams import find_end, find_syntax, is_whole
+from pneumo.images.dicom import GrayImage, read_study_image
+
+pytestmark = pytest.mark.processors
+
+DicomMaker = Callable[..., bytes]
+Pixels = npt.NDArray[Any]
+ROWS, COLUMNS = 48, 64
+SIZE = 64
+
+
+def smooth(white: int, seed: int = 0) -> Pixels:
+    """(48, 64), from 0 to `white`."""
+    coarse = np.random.default_rng(seed).uniform(0, 1, (4, 5)).astype(np.float32)
+    large = cv2.resize(coarse, (COLUMNS, ROWS), interpolation=cv2.INTER_CUBIC)
+    spread = (large - large.min()) / np.ptp(large)
+    return np.rint(spread * white).astype(np.uint16 if white > 255 else np.uint8)
+
+
+def gray(image: GrayImage) -> Pixels:
+    """The picture without its letterbox, as whole numbers that can be subtracted."""
+    x, y = image.offset
+    return image.pixels[y : SIZE - y, x : SIZE - x].astype(int)
+
+
+def read(data: bytes) -> GrayImage:
+    return read_study_image(data, SIZE)
+
+
+def jpeg(pixels: Pixels, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=95, **options)
+    return buffer.getvalue()
+
+
+def with_frame(
+    make_dicom: DicomMaker, frame: bytes, syntax: UID, elements: dict[str, Any]
+) -> bytes:
+    """A file whose header says `elements`, and whose one frame is `frame`."""
+    data = {"PixelData": encapsulate([frame]), "Rows": ROWS, "Columns": COLUMNS} | elements
+    made = make_dicom(np.zeros((ROWS, COLUMNS), np.uint8), jpeg_quality=90, elements=data)
+    uid = pydicom.uid.JPEGBaseline8Bit.encode()
+    wanted = syntax.encode()
+    wanted += b"\0" * (len(wanted) % 2)
+    head = len(uid).to_bytes(2, "little") + uid
+    assert made.count(head) == 1
+    return made.replace(head, len(wanted).to_bytes(2, "little") + wanted)
+
+
+def compress(pixels: Pixels, syntax: UID, bits: int) -> bytes:
+    """One frame of the pixels, by pydicom's encoders or imagecodecs'."""
+    if syntax == JPEGLosslessSV1:
+        imagecodecs = pytest.importorskip("imagecodecs", reason="needs the extra 'codecs'")
+        return bytes(imagecodecs.jpeg8_encode(pixels, lossless=True, bitspersample=bits))
+    pytest.importorskip("jpeg_ls", reason="needs the extra 'codecs'")
+    dataset = Dataset()
+    dataset.file_meta = pydicom.dataset.FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    dataset.SOPClassUID, dataset.SOPInstanceUID = "1.2", "1.2.3"
+    dataset.Rows, dataset.Columns = pixels.shape[:2]
+    dataset.SamplesPerPixel = 3 if pixels.ndim == 3 else 1
+    dataset.PhotometricInterpretation = "RGB" if pixels.ndim == 3 else "MONOCHROME2"
+    dataset.PlanarConfiguration = 0
+    dataset.BitsAllocated = 8 * pixels.dtype.itemsize
+    dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = bits, bits - 1, 0
+    dataset.PixelData = pixels.tobytes()
+    dataset["PixelData"].VR = "OW"
+    dataset.compress(syntax)
+    return next(pydicom.encaps.generate_frames(dataset.PixelData, number_of_frames=1))
+
+
+# --- the codestream decides -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "jpeg 2000", "rle"])
+@pytest.mark.parametrize("planar", [0, 1])
+def test_planes_are_those_of_the_codestream(make_dicom: DicomMaker, kind: str, planar: int) -> None:
+    rgb = np.stack([smooth(255, seed) for seed in range(3)], axis=-1)
+    syntax = {"jpeg": pydicom.uid.JPEGBaseline8Bit, "jpeg 2000": JPEG2000Lossless}.get(
+        kind, RLELossless
+    )
+    frame = jpeg(rgb, subsampling=0) if kind == "jpeg" else compress(rgb, syntax, 8)
+    photometric = {"jpeg": "YBR_FULL_422", "jpeg 2000": "YBR_RCT"}.get(kind, "RGB")
+    elements = {
+        "SamplesPerPixel": 3,
+        "PhotometricInterpretation": photometric,
+        "PlanarConfiguration": planar,
+    }
+    image = read(with_frame(make_dicom, frame, syntax, elements))
+    assert np.abs(gray(image) - cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)).max() <= 4
+    counted = "codestream:PlanarConfiguration" in image.warnings
+    assert counted == (planar == 1 and kind != "rle")
+
+
+@pytest.mark.parametrize("syntax", [JPEGLosslessSV1, JPEGLSLossless, JPEG2000Lossless], ids=str)
+@pytest.mark.parametrize("header", [(8, 8), (16, 8), (16, 12), (16, 16)], ids=str)
+@pytest.mark.parametrize("bits", [8, 12, 16])
+def test_bits_are_those_of_the_codestream(
+    make_dicom: DicomMaker, syntax: UID, header: tuple[int, int], bits: int
+) -> None:
+    pixels = smooth(2**bits - 1)
+    allocated, stored = header
+    elements = {"BitsAllocated": allocated, "BitsStored": stored, "HighBit": stored - 1}
+    frame = compress(pixels, syntax, bits)
+    image = read(with_frame(make_dicom, frame, syntax, elements))
+    expected = np.rint(pixels.astype(float) / pixels.max() * 255)
+    assert np.abs(gray(image) - expected).max() <= 1
+    assert ("codestream:BitsStored" in image.warnings) == (bits > stored)
+
+
+@pytest.mark.parametrize("header", [(8, 7), (16, 8), (16, 12), (16, 16)], ids=str)
+def test_lossy_jpeg_has_8_bits_whatever_the_header_says(
+    make_dicom: DicomMaker, header: tuple[int, int]
+) -> None:
+    pixels = smooth(255)
+    elements = {"BitsAllocated": header[0], "BitsStored": header[1], "HighBit": header[1] - 1}
+    image = read(with_frame(make_dicom, jpeg(pixels), pydicom.uid.JPEGBaseline8Bit, elements))
+    assert np.abs(gray(image) - pixels).max() <= 6
+    assert any(code.startswith("codestream:Bits") for code in image.warnings)
+
+
+@given(st.integers(1, 2**32 - 1))
+@settings(max_examples=30, deadline=None)
+def test_a_wrong_table_of_offsets_costs_nothing(make_dicom: DicomMaker, offset: int) -> None:
+    pixels = smooth(255)
+    sound = make_dicom(pixels, jpeg_quality=95)
+    table = b"\xfe\xff\x00\xe0\0\0\0\0"
+    without = sound.replace(b"\xfe\xff\x00\xe0\x04\0\0\0\0\0\0\0", table)
+    wrong = without.replace(table, b"\xfe\xff\x00\xe0\x04\0\0\0" + struct.pack("<I", offset), 1)
+    assert wrong != sound
+    np.testing.assert_array_equal(read(wrong).pixels, read(sound[132:]).pixels)
+    assert read(wrong).warnings == ("codestream:BasicOffsetTable",)
+
+
+@pytest.mark.parametrize("filling", [b"\0", b"\xff", b"\xff\xd9"])
+@pytest.mark.parametrize("length", [2, 64, 5000])
+@pytest.mark.parametrize("syntax", [JPEGLosslessSV1, JPEGLSLossless, JPEG2000Lossless], ids=str)
+def test_what_follows_the_end_marker_does_no_harm(
+    make_dicom: DicomMaker, syntax: UID, length: int, filling: bytes
+) -> None:
+    pixels = smooth(4095)
+    frame = compress(pixels, syntax, 12)
+    elements = {"BitsAllocated": 16, "BitsStored": 12, "HighBit": 11}
+    sound = read(with_frame(make_dicom, frame, syntax, elements))
+    longer = frame + filling * (length // len(filling))
+    padded = read(with_frame(make_dicom, longer, syntax, elements))
+    np.testing.assert_array_equal(padded.pixels, sound.pixels)
+
+
+@pytest.mark.parametrize("cut", [1, 2, 40])
+def test_a_frame_without_its_end_says_so(make_dicom: DicomMaker, cut: int) -> None:
+    pixels = smooth(4095)
+    frame = compress(pixels, JPEGLosslessSV1, 12)
+    end = find_end(frame)
+    assert end is not None
+    elements = {"BitsAllocated": 16, "BitsStored": 12, "HighBit": 11}
+    with pytest.raises(DicomError, match="the JPEG frame is cut off"):
+        read(with_frame(make_dicom, frame[: end - cut], JPEGLosslessSV1, elements))
+
+
+@given(st.binary(max_size=300), st.integers(0, 400))
+@settings(max_examples=200, deadline=None)
+def test_any_bytes_have_an_end_within_them_or_none(garbage: bytes, cut: int) -> None:
+    for frame in (garbage, b"\xff\xd8" + garbage, jpeg(smooth(255))[:cut] + garbage):
+        end = find_end(frame)
+        assert end is None or frame[end - 2 : end] == b"\xff\xd9"
+        assert is_whole(frame) in (True, False)
+        find_syntax(frame)
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [None, pydicom.uid.ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless],
+    ids=str,
+)
+def test_the_transfer_syntax_is_that_of_the_codestream(
+    make_dicom: DicomMaker, stated: UID | None
+) -> None:
+    pixels = smooth(255)
+    sound = make_dicom(pixels, jpeg_quality=95)
+    if stated is None:
+        uid = b"\x02\0\x10\0UI\x16\0" + pydicom.uid.JPEGBaseline8Bit.encode()
+        wrong = sound.replace(uid, b"")
+    else:
+        wrong = with_frame(make_dicom, jpeg(pixels), stated, {})
+    image = read(wrong)
+    assert np.abs(gray(image) - pixels).max() <= 6
+    assert image.warnings == ("codestream:TransferSyntaxUID",)
+
+
+def test_pixels_that_were_unpacked_under_a_compressed_syntax(make_dicom: DicomMaker) -> None:
+    pixels = smooth(255)
+    plain = make_dicom(pixels)
+    uid = pydicom.uid.ExplicitVRLittleEndian.encode() + b"\0"
+    rle = RLELossless.encode() + b"\0" * (len(RLELossless) % 2)
+    wrong = plain.replace(
+        len(uid).to_bytes(2, "little") + uid, len(rle).to_bytes(2, "little") + rle
+    )
+    np.testing.assert_array_equal(gray(read(wrong)), pixels)
+
+
+def test_lossy_colours_without_a_marker_are_ycbcr(make_dicom: DicomMaker) -> None:
+    rgb = np.stack([smooth(255, seed) for seed in range(3)], axis=-1)
+    frame = jpeg(rgb, subsampling=0)
+    assert frame[2:4] == b"\xff\xe0"
+    bare = frame[:2] + frame[4 + int.from_bytes(frame[4:6], "big") :]
+    elements = {"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB", "PlanarConfiguration": 0}
+    image = read(with_frame(make_dicom, bare, pydicom.uid.JPEGBaseline8Bit, elements))
+    assert np.abs(gray(image) - cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)).max() <= 6
+    assert image.warnings == ("codestream:PhotometricInterpretation",)
+
+
+# --- impossible values ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("white", [255, 4095])
+def test_a_slope_of_zero_is_none(make_dicom: DicomMaker, white: int) -> None:
+    pixels = smooth(white)
+    rescale = {"RescaleSlope": "0", "RescaleIntercept": "-1024"}
+    image = read(make_dicom(pixels, elements=rescale))
+    np.testing.assert_array_equal(image.pixels, read(make_dicom(pixels)).pixels)
+    assert image.warnings == ("left_out:RescaleSlope",)
+
+
+def lut(entries: Pixels, bits: int) -> Sequence:
+    item = Dataset()
+    item.LUTDescriptor = [len(entries), 0, bits]
+    item["LUTDescriptor"].VR = "US"
+    item.LUTData = entries.astype("<u2").tobytes()
+    item["LUTData"].VR = "OW"
+    return Sequence([item])
+
+
+@given(st.integers(200, 65535), st.integers(8, 16))
+@settings(max_examples=60, deadline=None)
+def test_a_table_of_any_height_gives_a_picture(
+    make_dicom: DicomMaker, greatest: int, bits: int
+) -> None:
+    pixels = smooth(4095)
+    entries = np.rint(np.linspace(0, greatest, 4096))
+    elements = {"BitsStored": 12, "HighBit": 11, "VOILUTSequence": lut(entries, bits)}
+    image = read(make_dicom(pixels, elements=elements))
+    white = 2**bits - 1
+    is_odd = not white / 4 < greatest <= white
+    expected = np.rint(entries[pixels] / (greatest if is_odd else white) * 255)
+    assert np.abs(gray(image) - expected).max() <= 1
+    assert image.warnings == (("rescaled:VOILUTSequence",) if is_odd else ())
+
+
+@pytest.mark.parametrize(("bits", "in_words"), [(8, False), (8, True), (16, True)])
+@pytest.mark.parametrize("entries", [255, 256])
+def test_a_palette_of_8_bits_in_whatever_words(
+    make_dicom: DicomMaker, bits: int, in_words: bool, entries: int
+) -> None:
+    pixels = smooth(254)
+    elements: dict[str, Any] = {"PhotometricInterpretation": "PALETTE COLOR"}
+    rgb = np.random.default_rng(1).integers(0, 256, (3, entries))
+    for name, channel in zip(("Red", "Green", "Blue"), rgb, strict=True):
+        elements[f"{name}PaletteColorLookupTableDescriptor"] = [entries, 0, bits]
+        data = channel.astype("<u2" if in_words else np.uint8).tobytes()
+        elements[f"{name}PaletteColorLookupTableData"] = data + b"\0" * (len(data) % 2)
+    expected = ([0.299, 0.587, 0.114] @ rgb)[pixels]
+    assert np.abs(gray(read(make_dicom(pixels, elements=elements))) - expected).max() <= 1
+
+
+@given(st.floats(1, 5000), st.sampled_from([-1, 1]), st.sampled_from(["LINEAR", "SIGMOID"]))
+@settings(max_examples=40, deadline=None)
+def test_a_window_that_leaves_nothing_to_see_is_left_out(
+    make_dicom: DicomMaker, width: float, side: int, function: str
+) -> None:
+    pixels = smooth(4095)
+    center = 2048 + side * (3000 + 3 * width)
+    window = {"WindowCenter": f"{center:.6g}", "WindowWidth": f"{width:.6g}"}
+    image = read(make_dicom(pixels, elements=window | {"VOILUTFunction": function}))
+    np.testing.assert_array_equal(image.pixels, read(make_dicom(pixels)).pixels)
+    assert image.warnings == ("left_out:WindowCenter",)
+
+
+def test_the_first_window_that_shows_something_is_taken(make_dicom: DicomMaker) -> None:
+    pixels = smooth(4095)
+    several = {"WindowCenter": ["60000", "1000"], "WindowWidth": ["10", "1500"]}
+    one = {"WindowCenter": "1000", "WindowWidth": "1500"}
+    expected = read(make_dicom(pixels, elements=one)).pixels
+    np.testing.assert_array_equal(read(make_dicom(pixels, elements=several)).pixels, expected)
+
+
+@given(st.integers(1, 3), st.integers(10_000, 65_535), st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_hot_pixels_do_not_darken_the_rest(
+    make_dicom: DicomMaker, number: int, level: int, seed: int
+) -> None:
+    pixels = smooth(4095)
+    hot = pixels.copy()
+    hot.reshape(-1)[np.random.default_rng(seed).choice(hot.size, number, replace=False)] = level
+    image = read(make_dicom(hot))
+    cold = hot != level
+    found, expected = gray(image), gray(read(make_dicom(pixels)))
+    assert np.abs(found - expected)[cold].max() <= 3
+    assert image.warnings == ("left_out:outliers",)
+
+
+# --- nonsense in optional elements ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("element", ["WindowCenter", "WindowWidth", "RescaleSlope"])
+@pytest.mark.parametrize("text", ["NaN", "inf", "abc", "[]", "1e999", "--5", "12 34"])
+def test_nonsense_in_a_number_is_left_out(make_dicom: DicomMaker, element: str, text: str) -> None:
+    pixels = smooth(4095)
+    elements = {"WindowCenter": "2048", "WindowWidth": "4096"} if "Window" in element else {}
+    data = make_dicom(pixels, elements=elements | {element: "77777777"})
+    wrong = data.replace(b"77777777", text.encode().ljust(8))
+    image = read(wrong)
+    np.testing.assert_array_equal(image.pixels, read(make_dicom(pixels)).pixels)
+    assert image.warnings == (f"left_out:{element}",)
+
+
+@pytest.mark.parametrize("text", ["2048,5", "[2048.5]"])
+def test_a_number_in_another_spelling_is_read(make_dicom: DicomMaker, text: str) -> None:
+    pixels = smooth(4095)
+    window = {"WindowCenter": "2048.500", "WindowWidth": "2000"}
+    sound = make_dicom(pixels, elements=window)
+    image = read(sound.replace(b"2048.500", text.encode().ljust(8)))
+    np.testing.assert_array_equal(image.pixels, read(sound).pixels)
+    assert image.warnings == ("spelling:WindowCenter",)
+
+
+@pytest.mark.parametrize(
+    ("vr", "value"), [(b"US", b"\0\0\0\0"), (b"OW", b"\0\0"), (b"DS", b"0 "), (b"LO", b"zero")]
+)
+def test_padding_of_another_kind(make_dicom: DicomMaker, vr: bytes, value: bytes) -> None:
+    pixels = smooth(4095)
+    data = make_dicom(pixels, elements={"PixelPaddingValue": 0})
+    element = b"\x28\0\x20\x01US\x02\0\0\0"
+    assert element in data
+    length = len(value).to_bytes(2, "little")
+    head = vr + (b"\0\0" + length + b"\0\0" if vr == b"OW" else length)
+    image = read(data.replace(element, element[:4] + head + value))
+    if vr == b"LO":
+        assert image.warnings == ("left_out:PixelPaddingValue",)
+    else:
+        np.testing.assert_array_equal(image.pixels, read(data).pixels)
+
+
+@pytest.mark.parametrize("sequence", ["VOILUTSequence", "ModalityLUTSequence"])
+@pytest.mark.parametrize("missing", ["LUTData", "LUTDescriptor"])
+def test_a_table_without_a_part_is_left_out(
+    make_dicom: DicomMaker, sequence: str, missing: str
+) -> None:
+    pixels = smooth(4095)
+    items = lut(np.arange(4096)[::-1], 12)
+    del items[0][missing]
+    image = read(make_dicom(pixels, elements={sequence: items}))
+    np.testing.assert_array_equal(image.pixels, read(make_dicom(pixels)).pixels)
+    assert image.warnings == (f"left_out:{sequence}",)
+
+
+def test_the_photometric_interpretation_in_small_letters(make_dicom: DicomMaker) -> None:
+    pixels = smooth(255)
+    image = read(make_dicom(pixels, elements={"PhotometricInterpretation": "monochrome1"}))
+    np.testing.assert_array_equal(gray(image), 255 - pixels.astype(int))
+    assert image.warnings == ("spelling:PhotometricInterpretation",)
+
+
+def test_what_is_refused_names_tag_and_kind_and_no_value(make_dicom: DicomMaker) -> None:
+    data = make_dicom(smooth(255), elements={"NumberOfFrames": "11111111"})
+    with pytest.raises(DicomError) as caught:
+        read(data.replace(b"11111111", b"Mary^Ann"))
+    assert str(caught.value).startswith("NumberOfFrames (0028,0008) is ")
+    assert "Mary" not in str(caught.value)
+
+
+# --- what does not parse --------------------------------------------------------------------------
+
+
+def private(vr: bytes, value: bytes, group: int = 9, *, long: bool = False) -> bytes:
+    length = struct.pack("<HI" if long else "<H", *((0, len(value)) if long else (len(value),)))
+    return struct.pack("<HH", group, 0x1010) + vr + length + value
+
+
+@pytest.mark.parametrize("vr", [b"  ", b"\0\0", b"??", b"zz"])
+@pytest.mark.parametrize("long", [False, True])
+@pytest.mark.parametrize("where", ["before", "after", "both"])
+@pytest.mark.parametrize("quality", [None, 95])
+def test_private_elements_of_no_type(
+    make_dicom: DicomMaker, vr: bytes, long: bool, where: str, quality: int | None
+) -> None:
+    sound = make_dicom(smooth(255), jpeg_quality=quality)
+    odd, wrong = private(vr, b"abcdef", long=long), sound
+    if where != "after":
+        place = sound.index(b"\x10\0\x10\0PN")
+        wrong = wrong[:place] + odd + wrong[place:]
+    if where != "before":
+        place = wrong.index(b"\xe0\x7f\x10\0O")
+        wrong = wrong[:place] + private(vr, b"abcdef", 0x29, long=long) + wrong[place:]
+    image = read(wrong)
+    expected = read(sound[132:])  # by pydicom, as its neighbour
+    np.testing.assert_array_equal(image.pixels, expected.pixels)
+    assert (image.rows, image.header) == (expected.rows, expected.header)
+    assert set(image.warnings) <= {"parsed:private"}
+
+
+@pytest.mark.parametrize("ending", [b"", b"\0" * 8, b"\0" * 500])
+def test_a_whole_frame_without_the_delimiter(make_dicom: DicomMaker, ending: bytes) -> None:
+    sound = make_dicom(smooth(255), jpeg_quality=95)
+    delimiter = b"\xfe\xff\xdd\xe0\0\0\0\0"
+    assert sound.endswith(delimiter)
+    image = read(sound[: -len(delimiter)] + ending)
+    np.testing.assert_array_equal(image.pixels, read(sound[132:]).pixels)
+    assert image.warnings == ("parsed:PixelData",)
+
+
+@given(st.integers(1, 1200))
+@settings(max_examples=60, deadline=None)
+def test_a_frame_that_is_cut_is_never_mended(make_dicom: DicomMaker, cut: int) -> None:
+    sound = make_dicom(smooth(255), jpeg_quality=95)
+    with pytest.raises(DicomError):
+        read(sound[: -8 - 2 - cut])
+
+
+@given(st.integers(1, 400), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_an_icon_whose_length_is_short(make_dicom: DicomMaker, missing: int, packed: bool) -> None:
+    icon = Dataset()
+    icon.SamplesPerPixel, icon.PhotometricInterpretation = 1, "MONOCHROME2"
+    icon.Rows = icon.Columns = 32
+    icon.BitsAllocated = icon.BitsStored = 8
+    icon.HighBit, icon.PixelRepresentation = 7, 0
+    icon.PixelData = smooth(255)[:32, :32].tobytes()
+    icon["PixelData"].VR = "OB"
+    sound = make_dicom(
+        smooth(255),
+        jpeg_quality=95 if packed else None,
+        elements={"IconImageSequence": Sequence([icon])},
+    )
+    place = sound.index(b"\x88\0\0\x02SQ\0\0") + 8
+    lengths = struct.unpack_from("<I4xI", sound, place)
+    assert lengths[0] == lengths[1] + 8
+    wrong = bytearray(sound)
+    for offset, length in zip((0, 8), lengths, strict=True):
+        struct.pack_into("<I", wrong, place + offset, length - missing)
+    image = read(bytes(wrong))
+    np.testing.assert_array_equal(image.pixels, read(sound[132:]).pixels)
+
+
+def test_a_dicomdir_is_no_radiograph(make_dicom: DicomMaker) -> None:
+    dataset = pydicom.dcmread(io.BytesIO(make_dicom(smooth(255))))
+    dataset.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.1.3.10"
+    for keyword in ("PixelData", "SOPClassUID"):
+        del dataset[keyword]
+    buffer = io.BytesIO()
+    dataset.save_as(buffer)
+    with pytest.raises(DicomError) as caught:
+        read(buffer.getvalue())
+    assert caught.value.reason == "wrong_class"
