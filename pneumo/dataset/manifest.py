@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from pneumo import storage
 from pneumo.config import SplitConfig
@@ -96,6 +96,8 @@ class Manifest(BaseModel):
     """Height and width of the images, in pixels."""
     codec: str = "npy"
     """How an image is encoded in its shard."""
+    phantoms: bool = Field(default=False, exclude_if=lambda value: not value)
+    """Whether the images are drawn. Written where they are: other manifests stay as they were."""
     seed: int
     split: SplitConfig
     audit: LeakageAudit

@@ -26,6 +26,7 @@ from pydicom.encaps import encapsulate
 from pydicom.uid import UID, JPEGBaseline8Bit, SecondaryCaptureImageStorage
 from tqdm import tqdm
 
+from pneumo.dataset.phantoms import MARKER
 from pneumo.dataset.phantoms.drawing import IMAGE_SIDE_PX, render_study
 from pneumo.dataset.phantoms.population import PhantomStudy, draw_population
 from pneumo.dataset.source import CLASS_TABLES, IMAGE_FOLDERS, LABEL_TABLES, MAPPING
@@ -33,7 +34,6 @@ from pneumo.errors import SourceError
 from pneumo.images.boxes import Box
 
 _VERSION = 2  # of the pictures: a folder written by another version is not taken for this one's
-_MARKER = "synthetic.json"
 
 
 def write_phantoms(
@@ -51,10 +51,10 @@ def write_phantoms(
         if _is_whole(out, holds, studies):
             return False
         (out / IMAGE_FOLDERS[0]).mkdir(parents=True, exist_ok=True)
-        (out / _MARKER).write_text(json.dumps(holds))
+        (out / MARKER).write_text(json.dumps(holds))
         sizes, boxes = zip(*_write_images(out, studies, num_processes), strict=True)
         _write_tables(out, studies, boxes)
-        (out / _MARKER).write_text(json.dumps({**holds, "num_image_bytes": sum(sizes)}))
+        (out / MARKER).write_text(json.dumps({**holds, "num_image_bytes": sum(sizes)}))
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise SourceError(f"--out {out}: {reason}; name a folder that can be written") from error
@@ -66,7 +66,7 @@ def _is_whole(out: Path, holds: dict[str, int], studies: Sequence[PhantomStudy])
     if not out.is_dir() or not any(out.iterdir()):
         return False
     try:
-        found = json.loads((out / _MARKER).read_text())
+        found = json.loads((out / MARKER).read_text())
     except (FileNotFoundError, ValueError):
         found = {}
     if {name: found.get(name) for name in holds} != holds:

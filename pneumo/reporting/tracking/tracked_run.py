@@ -27,6 +27,7 @@ from pneumo.errors import TrackingError
 from pneumo.reporting.tracking.media import Artifact, Media, Scalar
 
 FOLDER = "tracking"
+PHANTOM_NOTICE = "drawn phantoms, no radiographs: no number says anything of patients"
 _IDENTITY, _DATASET = "identity", "dataset.json"
 _MAX_NAME = 80
 
@@ -107,7 +108,11 @@ def describe_store(manifest: Manifest | None) -> dict[str, str | None]:
     """What a run's config says of its store."""
     if manifest is None:
         return {}
-    return {"dataset_digest": manifest.digest, "data_warning": manifest.audit.warning}
+    return {
+        "dataset_digest": manifest.digest,
+        "data_warning": manifest.audit.warning,
+        **({"phantoms": PHANTOM_NOTICE} if manifest.phantoms else {}),
+    }
 
 
 def present(values: Mapping[str, Any]) -> dict[str, Any]:
