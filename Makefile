@@ -12,6 +12,7 @@
 #   make check      format, lint, types, import rules: never writes;  make fix: mends what it can
 #   make bench      what decoding, preparing, explaining, judging and loading cost, as ratios of one run
 #   make bench-train [ARGS="--rounds 5"]: images/s of the bare step, from a store, under Ray, as ratios
+#   make bench-verdicts [ARGS="--sets 200"]: how often intervals cover and sentences are false
 #   make prepare    SOURCE=folder STORE=url
 #   make train      STORE=url [RUN=url] [ARGS="--recipe fast --train.epochs 3"]
 #   make tune       STORE=url [RUN=url] [ARGS=…]
@@ -61,7 +62,7 @@ WITHOUT_RUN := app.kubernetes.io/component!=run
 
 .PHONY: help setup debian demo prepare train tune evaluate predict track dashboards check fix test test-slow \
   test-processors test-s3 test-cluster test-kubernetes test-kubernetes-faults test-all \
-  bench bench-train lock clean up down forward image setup-k8s
+  bench bench-train bench-verdicts lock clean up down forward image setup-k8s
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -202,6 +203,9 @@ bench: $(READY)
 # On a machine with a GPU also: python tests/benchmarks/gpu.py, which needs torch alone.
 bench-train: $(READY)
 	$(BIN)/python -m tests.benchmarks.train $(ARGS)
+
+bench-verdicts: $(READY)
+	@$(BIN)/python -m tests.benchmarks.verdicts $(ARGS)
 
 lock: $(READY)
 	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile --quiet --extra dev --extra codecs --extra vm --allow-unsafe \

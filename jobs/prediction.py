@@ -291,9 +291,11 @@ def write_readings(
         "schema_version": SCHEMA_VERSION,
         "notice": NOTICE,
         "run": run_url.rsplit("/", 1)[-1],
+        "trained_on_phantoms": rule.phantoms,
         "scoring": task.scoring.to_json(),
         "decoded_at": task.stored_size,
         "threshold": rule.threshold,
+        "threshold_logit": rule.threshold_logit,
         "threshold_reason": rule.threshold_reason,
         "calibration": as_json(rule.calibration, leave_out={"log_loss"}),
         "calibration_reason": rule.calibration_reason,
@@ -311,6 +313,8 @@ def write_readings(
 
 def print_summary(summary: dict[str, Any], output_url: str) -> None:
     """What was done on stdout, what is missing on stderr."""
+    if summary["trained_on_phantoms"]:
+        say("warning: the model was trained on drawn phantoms; it knows nothing of radiographs")
     if summary["threshold"] is None:
         say(f"warning: no decision: {summary['threshold_reason']}")
     if summary["calibration"] is None:

@@ -21,6 +21,7 @@ from pneumo.config import Config
 from pneumo.config_layers import override
 from pneumo.dataset.manifest import Manifest
 from pneumo.dataset.named_splits import NAMED_SPLITS
+from pneumo.dataset.phantoms import MARKER
 from pneumo.dataset.preparation import (
     check_shards_are_there,
     clear_parts,
@@ -80,7 +81,8 @@ def prepare(invocation: Invocation) -> None:
         prepared = _run_plans(plans, store_url, config, source.file_key)
         if reused := sum(shard.reused for shard in prepared):
             say(f"prepare: {reused} of {len(plans)} shards were there already, and whole")
-        manifest = finish_store(store_url, source, prepared, split.audit, config)
+        phantoms = storage.exists(storage.join(source_url, MARKER))
+        manifest = finish_store(store_url, source, prepared, split.audit, config, phantoms=phantoms)
     _report(store_url, manifest)
 
 

@@ -7,8 +7,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import logit
 
+from pneumo.config import EvaluateConfig
 from pneumo.evaluation import bootstrap
+from pneumo.evaluation.baselines import Metadata
+from pneumo.evaluation.evaluation import Evaluation, evaluate
 from pneumo.evaluation.operating_points import (
     AtPoint,
     OperatingPoint,
@@ -28,15 +32,15 @@ def make_predictions(
     rng = np.random.default_rng(seed)
     patient = np.arange(n) // images_per_patient
     target = (rng.random(n) < 0.225).astype(np.int8)
-    logit = (effect * target + rng.normal(size=n) - 1.5).astype(np.float32)
+    score = (effect * target + rng.normal(size=n) - 1.5).astype(np.float32)
     negative = np.where(rng.random(n) < 0.57, "No Lung Opacity / Not Normal", "Normal")
     return Predictions(
         key=np.char.add("k", np.arange(n).astype(np.str_)),
         patient=np.char.add("p", patient.astype(np.str_)),
         split=np.where(patient % 2 == 0, "val", "test"),
         target=target,
-        logit=logit,
-        probability=sigmoid(logit),
+        logit=score,
+        probability=sigmoid(score),
         calibrated_probability=np.full(n, np.nan),
         checkpoint=np.full(n, "best"),
         finding=np.where(target == 1, "Lung Opacity", negative),
@@ -48,11 +52,43 @@ def make_predictions(
     )
 
 
+def make_plain(n: int = 400, *, seed: int = 0, **columns: Any) -> Predictions:
+    """`n` studies, half of them positive, of as many patients, who differ in little else; every
+    second is val. `columns` replace some of them."""
+    rng = np.random.default_rng(seed)
+    target = columns.get("target", rng.integers(0, 2, n)).astype(np.int8)
+    score = (2 * target + rng.normal(size=n) - 1).astype(np.float32)
+    rows = Predictions(
+        key=np.char.add("k", np.arange(n).astype(np.str_)),
+        patient=np.char.add("p", np.arange(n).astype(np.str_)),
+        split=np.where(np.arange(n) % 2, "val", "test"),
+        target=target,
+        logit=score,
+        probability=sigmoid(score),
+        calibrated_probability=np.full(n, np.nan),
+        checkpoint=np.full(n, "best"),
+        finding=np.where(target == 1, "Lung Opacity", "Normal"),
+        age=np.full(n, 50.0),
+        sex=np.full(n, "F"),
+        view=np.where(rng.random(n) < 0.5, "AP", "PA"),
+        spacing_mm=np.full(n, 0.143),
+        box_area_fraction=np.where(target == 1, rng.random(n) / 5, np.nan),
+    )
+    return replace(rows, **columns)
+
+
+def judge(rows: Predictions, **options: Any) -> Evaluation:
+    """What they are worth, by a hundred resamples; what is known of train is what they hold."""
+    config = EvaluateConfig(bootstrap_resamples=100)
+    settings = {"config": config, "seed": 0, "train": Metadata.of(rows), **options}
+    return evaluate(rows, **settings)
+
+
 def evaluate_threshold(
     rows: Predictions, threshold: float, *, resamples: int = 100, seed: int = 0
 ) -> AtPoint:
-    """What `rows` are worth at one threshold."""
-    points = {"p": OperatingPoint("p", "", threshold)}
+    """What `rows` are worth at one threshold on the probability."""
+    points = {"p": OperatingPoint("p", "", float(logit(threshold)))}
     statistic = {"outcomes": outcomes_statistic(rows, points)}
     found = bootstrap.resample(rows.patient, statistic, resamples=resamples, seed=seed)
     return evaluate_points(rows, points, found["outcomes"])["p"]
@@ -68,6 +104,7 @@ def with_scores(
     return replace(
         make_predictions(n),
         target=np.asarray(target, dtype=np.int8),
+        logit=logit(np.clip(probability64, 1e-9, 1 - 1e-9)),
         probability=probability64,
         patient=names.astype(np.str_),
     )

@@ -25,6 +25,8 @@ from pneumo.training.checkpoints import (
 
 METRICS = "metrics.json"
 PREDICTIONS = "predictions.parquet"
+EVALUATIONS = "evaluations.jsonl"
+"""Who chooses by test's numbers after many looks at them makes them too good."""
 JUDGED_SPLITS = ("val", "test")
 
 
@@ -40,11 +42,18 @@ class Subject:
     scored: Scored
     history: Sequence[Mapping[str, float | None]]
     """Metrics of all epochs of the run, those after the checkpoint's included."""
+    earlier: str = ""
+    """A line of EVALUATIONS for each time that the run was evaluated before."""
 
     @property
     def name(self) -> str:
         """The run's."""
         return name_run(self.run_url)
+
+    @property
+    def num_earlier(self) -> int:
+        """How often the run was evaluated before."""
+        return len(self.earlier.splitlines())
 
     @property
     def digests(self) -> list[str]:
@@ -73,7 +82,8 @@ def find_subject(arguments: EvaluateArguments, config: EvaluateConfig) -> Subjec
     for other in weights[1:]:
         _load_trained_on(other, store_url, manifest)
     scored = Scored(Scoring(weights, views=config.tta or 1), store_url)
-    return Subject(run_url, store_url, manifest, first, scored, _read_history(run_url, first))
+    history = _read_history(run_url, first)
+    return Subject(run_url, store_url, manifest, first, scored, history, _read_earlier(run_url))
 
 
 def find_weights(run_url: str, ensemble: int | str) -> tuple[Weights, ...]:
@@ -111,6 +121,13 @@ def _read_history(run_url: str, checkpoint: Checkpoint) -> Sequence[Mapping[str,
         return read_history(run_url)
     except FileNotFoundError:
         return checkpoint.history
+
+
+def _read_earlier(run_url: str) -> str:
+    try:
+        return storage.read_text(storage.join(run_url, EVALUATIONS))
+    except FileNotFoundError:
+        return ""
 
 
 def _load_trained_on(weights: Weights, store_url: str, manifest: Manifest) -> Checkpoint:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from threadpoolctl import threadpool_limits
 
 from jobs.evaluation.evaluated_run import (
+    EVALUATIONS,
     JUDGED_SPLITS,
     METRICS,
     Subject,
@@ -138,6 +140,7 @@ def describe_data(store_url: str, manifest: Manifest, studies: Mapping[str, Stud
         audit=manifest.audit,
         quality=summarise_quality(studies.values(), manifest, read_warnings(store_url, manifest)),
         contact=read_contact_sheets(store_url, manifest, studies),
+        phantoms=manifest.phantoms,
     )
 
 
@@ -150,6 +153,14 @@ def leave(subject: Subject, judged: Judged, folder: Path, config: Config) -> Non
     text = json.dumps(metrics, indent=1, allow_nan=False) + "\n"
     _clear(subject.run_url)
     storage.upload_folder(folder, subject.run_url)
+    line = {
+        "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "checkpoints": subject.digests,
+        "test_auroc": metrics["test"]["auroc"]["value"],
+    }
+    storage.write_text(
+        storage.join(subject.run_url, EVALUATIONS), f"{subject.earlier}{json.dumps(line)}\n"
+    )
     storage.write_text(storage.join(subject.run_url, METRICS), text)
     print_summary(metrics, subject.run_url)
     # All is there, whatever W&B does now, or a person who does not want to wait for it.

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import ray
+import tomli_w
 import torch
 
 from jobs.evaluation.evaluated_run import JUDGED_SPLITS, PREDICTIONS, Subject
 from jobs.evaluation.ray_scoring import Scoring
 from jobs.terminal.entry_point import say
+from pneumo import __version__
 from pneumo.config import Config
 from pneumo.evaluation.comparison import ComparedRuns
 from pneumo.evaluation.evaluation import Evaluation
@@ -24,6 +26,7 @@ from pneumo.reporting.figures import case_pictures, charts, data_charts
 from pneumo.reporting.figures.case_pictures import Pictures
 from pneumo.reporting.figures.data_charts import shrink_sheet
 from pneumo.reporting.page import MAX_PAGE_BYTES, DataFacts, ModelFacts, Provenance, render_report
+from pneumo.reporting.page.formatting import count
 from pneumo.training.checkpoints import Checkpoint
 
 REPORT = "report.html"
@@ -73,7 +76,11 @@ def compose_metrics(subject: Subject, judged: Judged, config: Config) -> dict[st
     for split, found in describe_saliency(judged.saliency).items():
         metrics[split] |= found
     metrics["test"] |= describe_errors(judged.pictures)
-    metrics["evaluation"] = {"seed": config.seed, **config.evaluate.model_dump(mode="json")}
+    metrics["evaluation"] = {
+        "seed": config.seed,
+        "earlier": subject.num_earlier,
+        **config.evaluate.model_dump(mode="json"),
+    }
     if judged.compared is not None:
         metrics["comparison"] = judged.compared.to_json()
     return metrics
@@ -86,6 +93,7 @@ def describe_faults(data: DataFacts) -> dict[str, Any]:
         "duplicates_across_splits": data.quality.duplicates.across_splits,
         "duplicates_across_patients": data.quality.duplicates.across_patients,
         "warning": data.audit.warning,
+        "phantoms": data.phantoms,
     }
 
 
@@ -185,13 +193,13 @@ def describe_model(checkpoint: Checkpoint, scoring: Scoring, ensemble: int | str
 def describe_selection(scoring: Scoring, ensemble: int | str) -> str:
     """Which checkpoints were taken, and how a study's score is made of them; `ensemble` is
     evaluate.ensemble."""
-    count = len(scoring.weights)
+    number = len(scoring.weights)
     if ensemble == "best":
         words = "The checkpoint of the highest AUROC on val."
     else:
         words = "The last checkpoint."
-    if count > 1:
-        words = f"The mean logit of {count} checkpoints: {scoring.checkpoint}."
+    if number > 1:
+        words = f"The mean logit of {number} checkpoints: {scoring.checkpoint}."
     if scoring.views > 1:
         words += f" Each image is scored in {scoring.views} views, whose logits are averaged."
     return words
@@ -210,6 +218,19 @@ def describe_command(subject: Subject, config: Config) -> str:
     return " ".join(["python -m jobs.evaluate --store STORE --run RUN", *flags])
 
 
+def write_recipe(config: Config) -> str:
+    """The configuration as TOML, which has no null: every setting that may be none is so by
+    default, and left out."""
+    tree = config.for_others()
+    sections = {
+        name: {key: value for key, value in part.items() if value is not None}
+        if isinstance(part, Mapping)
+        else part
+        for name, part in tree.items()
+    }
+    return tomli_w.dumps(sections)
+
+
 def describe_provenance(subject: Subject, config: Config) -> Provenance:
     """What it takes to do it again."""
     trained = subject.checkpoint.config.model_copy(update={"evaluate": config.evaluate})
@@ -217,10 +238,15 @@ def describe_provenance(subject: Subject, config: Config) -> Provenance:
         run=subject.name,
         created=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         seed=trained.seed,
-        config_json=json.dumps(trained.for_others(), indent=2) + "\n",
+        recipe=write_recipe(trained),
         command="python -m jobs.train --store STORE --run RUN --recipe RECIPE; "
         + describe_command(subject, config),
+        citation=(
+            f"pneumo {__version__}, run {subject.name}, checkpoint SHA-256 "
+            f"{subject.digests[0][:16]}, data set SHA-256 {subject.manifest.digest[:16]}"
+        ),
         facts={
+            "test evaluated before": f"{count(subject.num_earlier, 'time')} in this run",
             "seed of the evaluation": str(config.seed),
             "code": subject.checkpoint.code_version,
             "manifest": subject.manifest.digest,

@@ -50,17 +50,15 @@ def choose_pictures(
     None without a threshold: a study has no outcome then. `decision` has none either where a score
     is no number, as to show the others alone would flatter the model.
     """
-    threshold = decision.threshold
-    if threshold is None:
+    if decision.logit is None:
         return Pictures.none(str(decision.reason))
     test, settings = predictions.subset("test"), config.evaluate
-    called = (test.target, test.probability, threshold)
-    chosen = choose_rows(test, threshold, config)
+    chosen = choose_rows(test, decision.logit, config)
     shown = explain_studies(scored, "test", test.key[chosen.union].tolist(), config)
 
     def case(row: int, why: Why | None = None, drawn_of: int | None = None) -> Case:
         key = str(test.key[row])
-        made = make_case(studies[key], shown[key], float(test.probability[row]), threshold)
+        made = make_case(studies[key], shown[key], test.take(np.array([row])), decision)
         return replace(made, why=why, drawn_of=drawn_of)
 
     return Pictures(
@@ -71,7 +69,9 @@ def choose_pictures(
         },
         by_finding=count_errors(
             test.finding,
-            *called,
+            test.target,
+            test.logit,
+            decision.logit,
             patient=test.patient,
             resamples=settings.bootstrap_resamples,
             seed=config.seed,
@@ -108,7 +108,7 @@ def choose_rows(test: Predictions, threshold: float, config: Config) -> Chosen:
     """Some drawn by the seed, some of each outcome, the most certain errors, and some of each
     outcome and view."""
     pictures, seed = config.evaluate.pictures, config.seed
-    called = (test.target, test.probability, threshold)
+    called = (test.target, test.logit, threshold)
     grid = np.random.default_rng(seed).permutation(len(test))[:GRID_PICTURES]
     errors = choose_errors(*called, count=2 * pictures)
     return Chosen(
@@ -117,7 +117,7 @@ def choose_rows(test: Predictions, threshold: float, config: Config) -> Chosen:
         errors={outcome: rows.tolist() for outcome, rows in errors.items()},
         sample=draw_sample(
             test.target,
-            test.probability,
+            test.logit,
             test.view,
             threshold,
             per_stratum=TABLE_PICTURES,
@@ -126,13 +126,19 @@ def choose_rows(test: Predictions, threshold: float, config: Config) -> Chosen:
     )
 
 
-def make_case(study: StudyRow, explained: Explained, probability: float, threshold: float) -> Case:
-    """A study with its boxes, and its map where that is a number throughout."""
+def make_case(study: StudyRow, explained: Explained, row: Predictions, decision: Decision) -> Case:
+    """A study with its boxes, and its map where that is a number throughout; `row` is its own."""
+    calibrated = float(row.calibrated_probability[0])
+    is_calibrated = decision.calibrated is not None and not math.isnan(calibrated)
+    probability = calibrated if is_calibrated else float(row.probability[0])
+    threshold = decision.calibrated if is_calibrated else decision.threshold
+    assert threshold is not None
     return Case(
         image=explained.pixels,
         target=study.target,
         probability=probability,
         threshold=threshold,
+        is_called=bool(decision.call(row.logit)[0]),
         boxes=study.boxes,
         cam=explained.cam if np.isfinite(explained.cam).all() else None,
         finding=study.finding,
@@ -195,8 +201,8 @@ def call_studies(
     predictions: Predictions, keys: npt.NDArray[np.str_], decision: Decision
 ) -> npt.NDArray[np.bool_] | str:
     """Whether each study is called positive (N,), or why none is called anything."""
-    if decision.threshold is None:
+    if decision.logit is None:
         return str(decision.reason)
     order = np.argsort(predictions.key)
     rows = order[np.searchsorted(predictions.key, keys, sorter=order)]
-    return np.asarray(predictions.probability[rows] >= decision.threshold)
+    return decision.call(predictions.logit[rows])

@@ -56,8 +56,16 @@ CAM_LEVELS: Mapping[int, str] = {1: "map ≥ 25 %", 2: "map ≥ 50 %", 3: "map �
 STUDIES = "eval/predictions"
 _RECORD, _PICTURES = "evaluation.json", "pictures.parquet"
 _DATA_FAULTS = (
-    "quarantined", "duplicates_across_splits", "duplicates_across_patients", "warning",
+    "quarantined", "duplicates_across_splits", "duplicates_across_patients", "warning", "phantoms",
 )  # fmt: skip
+_CALIBRATION = {
+    "brier": "brier",
+    "log_loss": "log_loss",
+    "ece": "ece",
+    "calibration_slope": "slope",
+    "calibration_intercept": "intercept",
+    "predicted_minus_observed": "in_the_large",
+}
 _COLUMNS = ("outcome", "label", "probability", "threshold", "finding", "view", "age band", "boxes",
             "drawn of")  # fmt: skip
 
@@ -219,18 +227,11 @@ def cap_ages(predictions: bytes) -> bytes:
 
 
 def summarise(metrics: Mapping[str, Any]) -> dict[str, Scalar]:
-    """The headlines of test with their intervals, and what is wrong with the data."""
+    """The headlines of test and val with their intervals, the comparison with another run, and what
+    is wrong with the data."""
     test, dataset = metrics["test"], metrics["dataset"]
-    rates, after = metrics["operating_points"][DECISION]["test"], test["calibration"]["after"]
     found = {
-        "auroc": test["auroc"],
-        "average_precision": test["average_precision"],
-        **{name: one for name, one in rates.items() if _is_estimate(one)},
-        "brier": test["brier"],
-        "brier_calibrated": after["brier"],
-        "ece": test["calibration"]["before"]["ece"],
-        "ece_calibrated": after["ece"],
-        "calibration_slope": test["calibration"]["before"]["slope"],
+        **_list_estimates(metrics, "test"),
         "gain_over_view": test["view"]["gain"],
         "gain_over_metadata": test["metadata"]["gain"],
         "auroc_within_AP": test["view"]["auroc_within_AP"],
@@ -238,18 +239,49 @@ def summarise(metrics: Mapping[str, Any]) -> dict[str, Scalar]:
     }
     if maps := ((test["saliency"] or {}).get("all") or {}).get("maps"):
         found |= {"map_auprc": maps["cam"]["auprc"], "map_auprc_of_prior": maps["prior"]["auprc"]}
-    told: dict[str, Scalar] = {f"data/{name}": dataset[name] for name in _DATA_FAULTS}
-    for name, one in found.items():
+    told: dict[str, Scalar] = {f"data/{name}": dataset.get(name) for name in _DATA_FAULTS}
+    named = {f"test/{name}": one for name, one in found.items()}
+    named |= {f"val/{name}": one for name, one in _list_estimates(metrics, "val").items()}
+    for finding, errors in (test.get("errors_by_finding") or {}).items():
+        named[f"test/error_rate/{finding}"] = errors["error_rate"]
+    compared = (metrics.get("comparison") or {}).get("test", {})
+    for name in ("auroc", "average_precision", "brier"):
+        if name in compared:
+            named[f"test/{name}_difference"] = compared[name]["difference"]
+    for name, one in named.items():
         for end, suffix in (("value", ""), ("low", "_low"), ("high", "_high")):
-            told[f"eval/test/{name}{suffix}"] = one.get(end)
+            told[f"eval/{name}{suffix}"] = one.get(end)
+    worst = test["subgroups"]["worst"] or {}
     told |= {
         "eval/test/n": test["n"],
         "eval/test/positives": test["positives"],
         "eval/threshold": metrics["operating_points"][DECISION]["threshold"],
-        "eval/worst_group": (test["subgroups"]["worst"] or {}).get("name"),
+        "eval/worst_group": worst.get("name"),
+        "eval/worst_group_measure": worst.get("measure"),
+        "eval/worst_group_shown": worst.get("shown"),
+        "eval/compared_with": (metrics.get("comparison") or {}).get("second"),
+        "eval/compared_p_value": compared.get("auroc_delong_clustered", {}).get("p_value"),
         "eval/not_shown": test.get("errors_by_finding_reason"),
     }
     return {name: value for name, value in told.items() if value is not None}
+
+
+def _list_estimates(metrics: Mapping[str, Any], split: str) -> dict[str, Mapping[str, Any]]:
+    """Of one split, by name: ranking, both operating points, calibration."""
+    found = metrics[split]
+    points = metrics["operating_points"]
+    named = {name: found[name] for name in ("auroc", "average_precision", "brier", "log_loss")}
+    for point, suffix in ((DECISION, ""), (SCREENING, f"_{SCREENING}")):
+        rates = points[point][split].items()
+        named |= {f"{name}{suffix}": one for name, one in rates if _is_estimate(one)}
+    for when, suffix in (("before", ""), ("after", "_calibrated")):
+        measured = found["calibration"][when]
+        named |= {
+            f"{name}{suffix}": measured[key]
+            for name, key in _CALIBRATION.items()
+            if (when, name) not in (("before", "brier"), ("before", "log_loss"))
+        }
+    return named
 
 
 def _is_estimate(value: object) -> bool:
@@ -263,7 +295,7 @@ def draw_charts(metrics: Mapping[str, Any]) -> dict[str, Media]:
     calibration = _read_reliability(test["calibration"])
     benefit = _read_benefit(test["decision_curve"])
     charts = {
-        "roc": (_read_curves(metrics, "roc"), "ROC", "1 - specificity", "sensitivity"),
+        "roc": (_read_roc(metrics), "ROC", "1 - specificity", "sensitivity"),
         "precision_recall": (
             *(_read_precision(metrics), "Precision-recall"),
             *("recall (sensitivity)", "precision (PPV)"),
@@ -272,7 +304,10 @@ def draw_charts(metrics: Mapping[str, Any]) -> dict[str, Media]:
             *(calibration, "Calibration"),
             *("predicted probability", "fraction of positives"),
         ),
-        "decision_curve": (benefit, "Net benefit", "threshold", "true positives a study, net"),
+        "decision_curve": (
+            *(benefit, "Decision curve", "threshold"),
+            "net benefit (true positives per study)",
+        ),
     }
     drawn: dict[str, Media] = {
         f"eval/{name}": LineChart(curves, f"{title}, {n}", x, y)
@@ -290,8 +325,13 @@ Curves = dict[str, tuple[Sequence[float], Sequence[float]]]
 
 
 def _read_curves(metrics: Mapping[str, Any], name: str) -> Curves:
-    both = ((split, metrics[split][name]) for split in ("val", "test"))
+    both = (("val (chosen on it)", metrics["val"][name]), ("test", metrics["test"][name]))
     return {split: (curve["x"], curve["y"]) for split, curve in both if curve is not None}
+
+
+def _read_roc(metrics: Mapping[str, Any]) -> Curves:
+    curves = _read_curves(metrics, "roc")
+    return {**curves, "chance": ([0.0, 1.0], [0.0, 1.0])} if curves else {}
 
 
 def _read_precision(metrics: Mapping[str, Any]) -> Curves:

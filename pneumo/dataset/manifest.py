@@ -101,6 +101,8 @@ class Manifest(BaseModel):
     """How the source was laid out. Not written of RSNA: such manifests stay as they were."""
     left_out: dict[str, int] = Field(default={}, exclude_if=lambda value: not value)
     """Images that the layout's rules left out, by why."""
+    phantoms: bool = Field(default=False, exclude_if=lambda value: not value)
+    """Whether the images are drawn. Written where they are: other manifests stay as they were."""
     seed: int
     split: SplitConfig
     audit: LeakageAudit

@@ -89,6 +89,8 @@ def finish_store(
     prepared: Iterable[PreparedShard],
     audit: LeakageAudit,
     config: Config,
+    *,
+    phantoms: bool = False,
 ) -> Manifest:
     """Join the shards, in whatever order they come: check how many files are bad, write the tables
     and the manifest, remove the receipts. A store that another job has finished meanwhile stays.
@@ -122,6 +124,7 @@ def finish_store(
         image_size=config.prepare.image_size,
         layout=source.layout,
         left_out=dict(source.left_out),
+        phantoms=phantoms,
         seed=config.seed,
         split=config.split,
         audit=audit.model_copy(update={"shard_prevalence": shard_prevalence}),

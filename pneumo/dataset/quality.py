@@ -106,7 +106,8 @@ class Shift:
     difference: float
     """(in_split - in_train) / pooled standard deviation; infinite where neither varies."""
     by_chance: float
-    """What |difference| stays below in 95 % of splits at random of so many patients."""
+    """What every |difference| stays below in 95 % of splits at random of so many patients, all
+    properties and splits taken together."""
 
     @property
     def is_by_chance(self) -> bool:
@@ -287,21 +288,22 @@ def find_shifts(
     by_split: Mapping[str, Sequence[StudyRow]], notable: float = NOTABLE_DIFFERENCE
 ) -> tuple[Shift, ...]:
     """Where val or test differ from train by more than `notable`, the largest first."""
+    compared = [
+        (what, unit, split, train, other)
+        for what, unit, value in _COMPARED
+        for train in (_measure(by_split["train"], value),)
+        for split in ("val", "test")
+        for other in (_measure(by_split[split], value),)
+        if train is not None and other is not None
+    ]
     shifts = []
-    for what, unit, value in _COMPARED:
-        train = _measure(by_split["train"], value)
-        for split in ("val", "test"):
-            other = _measure(by_split[split], value)
-            if train is None or other is None:
-                continue
-            difference = standardise_difference(
-                train.mean, other.mean, train.variance, other.variance
-            )
-            if abs(difference) > notable:
-                by_chance = 1.96 * math.sqrt(1 / train.independent + 1 / other.independent)
-                shifts.append(
-                    Shift(what, unit, split, train.mean, other.mean, difference, by_chance)
-                )
+    for what, unit, split, train, other in compared:
+        difference = standardise_difference(train.mean, other.mean, train.variance, other.variance)
+        if abs(difference) > notable:
+            # Bonferroni: so many looks would find a large difference by chance.
+            z = statistics.NormalDist().inv_cdf(1 - 0.025 / len(compared))
+            by_chance = z * math.sqrt(1 / train.independent + 1 / other.independent)
+            shifts.append(Shift(what, unit, split, train.mean, other.mean, difference, by_chance))
     return tuple(sorted(shifts, key=lambda shift: -abs(shift.difference)))
 
 

@@ -1,14 +1,15 @@
 """Baselines: how far a guess gets that looks at no pixel.
 
-Portable AP images are of sicker patients, so the view alone ranks RSNA's studies better than
-chance, and sex, age and pixel spacing add to it. A model is worth what it adds to that.
+Portable AP images mostly are of sicker patients, so the view alone ranks RSNA's studies better than
+chance (train says which view is the sicker one), and sex, age and pixel spacing add to it. A model
+is worth what it adds to that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,7 @@ from pneumo.evaluation.bootstrap import (
     within,
 )
 from pneumo.evaluation.delong import PairedTest, delong_test
+from pneumo.evaluation.operating_points import check_enough
 from pneumo.evaluation.predictions import Predictions
 
 FEATURES = ("view", "sex", "age", "spacing_mm")
@@ -75,9 +77,23 @@ class Metadata:
         return np.array([self.view, self.sex, bands, spacing, decades], dtype=object).T
 
 
+class _Indicators(OneHotEncoder):  # type: ignore[misc]
+    """A column a value; a value that train never had has the mean of train's rows."""
+
+    def fit(self, X: npt.NDArray[np.object_], y: object = None) -> Self:  # noqa: N803
+        super().fit(X)
+        self.mean_ = super().transform(X).mean(axis=0)
+        return self
+
+    def transform(self, X: npt.NDArray[np.object_]) -> npt.NDArray[np.float64]:  # noqa: N803
+        found = np.asarray(super().transform(X))
+        found[found.sum(axis=1) == 0] = self.mean_
+        return found
+
+
 @dataclass(frozen=True, eq=False)
 class MetadataModel:
-    """Logistic regression on FEATURES, fitted on train: its patients are in no other split."""
+    """Logistic regression on FEATURES, fitted on train."""
 
     n: int
     """Studies that it was fitted on."""
@@ -86,13 +102,33 @@ class MetadataModel:
     """Why there is none."""
 
     def score(self, rows: Predictions) -> npt.NDArray[np.float64]:
-        """The log odds (N,) of studies. Raises MetricError where there is no model."""
+        """The log odds (N,) of studies; a value that train never had counts as train's mean does.
+        Raises MetricError where there is no model."""
         if self.pipeline is None:
             raise MetricError(self.reason or "no metadata")
         if len(rows) == 0:
             raise MetricError("no study")
         found = self.pipeline.decision_function(Metadata.of(rows).to_columns())
         return np.asarray(found, dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class SickerView:
+    """Which view has more positives in train."""
+
+    view: Literal["AP", "PA"] | None
+    reason: str | None = None
+    """Why there is none."""
+
+
+def find_sicker_view(train: Metadata | None) -> SickerView:
+    """That of `train`, AP where both have the same fraction; none without both views in it."""
+    if train is None or len(train.target) == 0:
+        return SickerView(None, "no metadata of train")
+    positive = [train.target[train.view == view] for view in ("AP", "PA")]
+    if min(map(len, positive)) == 0:
+        return SickerView(None, "train: not both views are in it")
+    return SickerView("AP" if positive[0].mean() >= positive[1].mean() else "PA")
 
 
 def fit_metadata(train: Metadata | None) -> MetadataModel:
@@ -102,10 +138,18 @@ def fit_metadata(train: Metadata | None) -> MetadataModel:
     n = len(train.target)
     if len(np.unique(train.target)) < 2:
         return MetadataModel(n, None, "train: one class only")
-    words = OneHotEncoder(min_frequency=_RARE, handle_unknown="infrequent_if_exist")
+    words = [
+        (
+            _Indicators(
+                min_frequency=_RARE, handle_unknown="infrequent_if_exist", sparse_output=False
+            ),
+            [column],
+        )
+        for column in range(4)
+    ]
     pipeline = make_pipeline(
-        make_column_transformer((words, [0, 1, 2, 3]), ("passthrough", [4])),
-        LogisticRegression(max_iter=1000),
+        make_column_transformer(*words, ("passthrough", [4])),
+        LogisticRegression(solver="newton-cholesky", tol=1e-10, max_iter=1000),
     )
     pipeline.fit(train.to_columns(), train.target)
     return MetadataModel(n, pipeline)
@@ -128,12 +172,14 @@ class Baseline:
 
 @dataclass(frozen=True)
 class ViewBaseline:
-    """How far the view alone gets: portable AP images are of sicker patients (no pixel needed)."""
+    """How far the view alone gets (no pixel needed)."""
 
     n: int
     """Studies whose view is known."""
+    sicker_view: Literal["AP", "PA"] | None
+    """Which counts as positive: that with more positives in train."""
     view_only_auroc: Estimate
-    """AUROC of AP = 1, PA = 0."""
+    """AUROC of 1 for `sicker_view`, 0 for the other."""
     model_auroc: Estimate
     """The model's AUROC on the same studies."""
     gain: Estimate
@@ -148,32 +194,60 @@ class ViewBaseline:
         return {**as_json(self, leave_out={"within"}), **as_json(by_view)}
 
 
-def view_statistics(rows: Predictions) -> Statistics:
-    """What `compare_with_view` needs to have resampled."""
-    known = np.flatnonzero(rows.view != "")
+def view_statistics(rows: Predictions, sicker: SickerView, min_patients: int) -> Statistics:
+    """What `compare_with_view` needs to have resampled; nothing where fewer than `min_patients`
+    patients have a study of either class."""
+
+    def compare() -> dict[str, Statistic]:
+        if sicker.view is None:
+            raise MetricError(sicker.reason or "no view")
+        known = _find_enough(rows, rows.view != "", min_patients)
+        return _both_aurocs(rows, known, rows.view[known] == sicker.view)
+
+    def within_view(view: str) -> dict[str, Statistic]:
+        return {"auroc": _auroc(rows, _find_enough(rows, rows.view == view, min_patients))}
+
     return {
-        "view": lambda: _both_aurocs(rows, known, rows.view[known] == "AP"),
-        "view/AP": lambda: {"auroc": _auroc(rows, np.flatnonzero(rows.view == "AP"))},
-        "view/PA": lambda: {"auroc": _auroc(rows, np.flatnonzero(rows.view == "PA"))},
+        "view": compare,
+        "view/AP": lambda: within_view("AP"),
+        "view/PA": lambda: within_view("PA"),
     }
 
 
-def compare_with_view(rows: Predictions, found: Mapping[str, StatisticSet]) -> ViewBaseline:
+def _find_enough(
+    rows: Predictions, mask: npt.NDArray[np.bool_], min_patients: int
+) -> npt.NDArray[np.intp]:
+    """The rows of the mask. Raises MetricError for too few patients of a class."""
+    if not mask.any():
+        raise MetricError("no study")
+    check_enough(rows.take(mask), "youden", min_patients)
+    return np.flatnonzero(mask)
+
+
+def compare_with_view(
+    rows: Predictions, sicker: SickerView, found: Mapping[str, StatisticSet]
+) -> ViewBaseline:
     """The model compared with the view, on the studies of `rows` whose view is known."""
     known = rows.take(rows.view != "")
     return ViewBaseline(
         n=len(known),
+        sicker_view=sicker.view,
         view_only_auroc=found["view"].estimate("pair", 1),
         model_auroc=found["view"].estimate("pair", 0),
         gain=found["view"].difference("pair"),
         within={name: found[f"view/{name}"].estimate("auroc") for name in ("AP", "PA")},
-        gain_delong=_test_gain(known, known.view == "AP", found["view"].reason),
+        gain_delong=_test_gain(known, known.view == sicker.view, found["view"].reason),
     )
 
 
-def metadata_statistics(rows: Predictions, model: MetadataModel) -> Statistics:
-    """What `compare_with_metadata` needs to have resampled."""
-    return {"metadata": lambda: _both_aurocs(rows, np.arange(len(rows)), model.score(rows))}
+def metadata_statistics(rows: Predictions, model: MetadataModel, min_patients: int) -> Statistics:
+    """What `compare_with_metadata` needs to have resampled; nothing as in `view_statistics`."""
+
+    def compare() -> dict[str, Statistic]:
+        score = model.score(rows)
+        return _both_aurocs(rows, _find_enough(rows, rows.target >= 0, min_patients), score)
+
+    return {"metadata": compare}
 
 
 def compare_with_metadata(

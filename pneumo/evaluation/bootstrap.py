@@ -2,7 +2,8 @@
 
 Images of one patient resemble each other, so intervals resample patients, never images. A metric is
 therefore written once, as a `Statistic` of sample weights: weights of 1 give the value, the number
-of times that each patient was drawn gives one resample.
+of times that each patient was drawn gives one resample. Percentiles of few patients' resamples are
+too narrow, so they are taken farther out, as a t distribution's are (Hesterberg 2015, section 5.1).
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, is_dataclass, replace
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 from scipy.sparse import csr_array, vstack
+from scipy.special import ndtr, stdtrit
 from scipy.stats import binomtest
 
 from pneumo.errors import MetricError
@@ -29,6 +31,8 @@ Z_95 = 1.959963984540054
 """The standard normal's 97.5 % point: every interval here is a 95 % interval."""
 MAX_UNDEFINED_FRACTION = 0.05
 """More undefined resamples than this, and what is left no longer stands for the data."""
+MIN_INDEPENDENT = 5
+"""Patients below which an interval would say nothing."""
 _CHUNK_ELEMENTS = 2_000_000
 """Weights held at once: 16 MB, small enough for the cache to help and the memory to stay flat."""
 
@@ -96,14 +100,22 @@ class Resampled:
 
     value: Floats
     drawn: Floats
+    independent: int
+    """Patients that the values rest on: those of the rarer class where both count."""
 
     def derive(self, function: Callable[[Floats], Floats]) -> Self:
         """A function (K, R) -> (J, R) of these statistics, as statistics of their own."""
         return replace(self, value=function(self.value[:, None])[:, 0], drawn=function(self.drawn))
 
+    def beside(self, other: Self) -> Self:
+        """Both one after the other."""
+        value = np.concatenate([self.value, other.value])
+        return replace(self, value=value, drawn=np.concatenate([self.drawn, other.drawn]))
+
     def estimate(self, row: int = 0, reason: str = "undefined for these studies") -> Estimate:
         """One of them with its 95 % percentile interval, or `reason` where it has no value."""
-        return _percentile_interval(float(self.value[row]), self.drawn[row], reason)
+        value, drawn = float(self.value[row]), self.drawn[row]
+        return _percentile_interval(value, drawn, self.independent, reason)
 
 
 def first_less_second(pair: Floats) -> Floats:
@@ -117,16 +129,21 @@ def resample(
     *,
     resamples: int,
     seed: int,
+    independent: Mapping[str, int] | None = None,
 ) -> dict[str, Resampled]:
     """Each statistic on all studies and on `resamples` draws of the patients, with replacement.
 
-    `patient` (N,) names the patient of each sample. All statistics see the same resamples, so a
+    `patient` (N,) names the patient of each sample; `independent`, by statistic, the patients that
+    it rests on, where those are not all. All statistics see the same resamples, so a
     difference of two is a statistic like any other. The result does not depend on the order of the
     samples. (Field & Welsh 2007: bootstrapping clustered data.)
     """
     name, index = np.unique(patient, return_inverse=True)
     if len(index) == 0:
-        return {key: Resampled(np.full(1, np.nan), np.full((1, 1), np.nan)) for key in statistics}
+        return {
+            key: Resampled(np.full(1, np.nan), np.full((1, 1), np.nan), 0) for key in statistics
+        }
+    few = independent or {}
     drawn: dict[str, list[Floats]] = {key: [] for key in statistics}
     for counts in _resample_counts(len(name), len(index), resamples, seed):
         weights = counts[index]
@@ -134,7 +151,11 @@ def resample(
             drawn[key].append(np.atleast_2d(statistic(weights)))
     one = np.ones((len(index), 1))
     return {
-        key: Resampled(np.atleast_2d(statistic(one))[:, 0], np.concatenate(drawn[key], axis=1))
+        key: Resampled(
+            np.atleast_2d(statistic(one))[:, 0],
+            np.concatenate(drawn[key], axis=1),
+            few.get(key, len(name)),
+        )
         for key, statistic in statistics.items()
     }
 
@@ -165,8 +186,9 @@ def resample_sets(
     *,
     resamples: int,
     seed: int,
+    independent: Mapping[str, int] | None = None,
 ) -> dict[str, StatisticSet]:
-    """`resample` of the statistics of all sets in one pass."""
+    """`resample` of the statistics of all sets in one pass; `independent` is by set."""
     statistics: dict[str, Mapping[str, Statistic]] = {}
     reasons: dict[str, str] = {}
     for name, build in sets.items():
@@ -175,7 +197,9 @@ def resample_sets(
         except MetricError as error:
             reasons[name] = str(error)
     flat = {f"{name}/{key}": one for name, some in statistics.items() for key, one in some.items()}
-    found = resample(patient, flat, resamples=resamples, seed=seed)
+    of_set = independent or {}
+    few = {key: of_set[name] for key in flat if (name := key.rsplit("/", 1)[0]) in of_set}
+    found = resample(patient, flat, resamples=resamples, seed=seed, independent=few)
     return {
         name: StatisticSet({}, reasons[name])
         if name in reasons
@@ -245,7 +269,12 @@ def _resample_counts(
         yield counts
 
 
-def _percentile_interval(value: float, drawn: Floats, reason: str) -> Estimate:
+def t_quantile(num_patients: int) -> float:
+    """The 97.5 % point of Student's t of so many patients, 2 or more."""
+    return float(stdtrit(num_patients - 1, 0.975))
+
+
+def _percentile_interval(value: float, drawn: Floats, independent: int, reason: str) -> Estimate:
     method = "patient bootstrap"
     if math.isnan(value):
         return Estimate.undefined(reason, method)
@@ -254,11 +283,22 @@ def _percentile_interval(value: float, drawn: Floats, reason: str) -> Estimate:
     if num_undefined > MAX_UNDEFINED_FRACTION * len(drawn):
         why = f"too few patients: undefined in {num_undefined} of {len(drawn)} resamples"
         return Estimate(value, None, None, method, why)
-    low, high = np.quantile(defined, [0.025, 0.975])
+    if independent < MIN_INDEPENDENT:
+        why = f"too few patients for an interval: {independent} of the rarer class"
+        return Estimate(value, None, None, method, why)
+    tail = float(ndtr(-math.sqrt(independent / (independent - 1)) * t_quantile(independent)))
+    # Between an infinity and a number there is nothing to interpolate.
+    kind: Literal["linear", "nearest"] = "linear" if np.isfinite(defined).all() else "nearest"
+    low, high = map(float, np.quantile(defined, [tail, 1 - tail], method=kind))
     if low == high:
         return Estimate(value, None, None, method, "the same in nearly every resample")
     # Of a skewed statistic the value itself can lie just outside the percentiles.
-    return Estimate(value, min(float(low), value), max(float(high), value), method)
+    low, high = min(low, value), max(high, value)
+    if math.isinf(low) or math.isinf(high):
+        why = "without a bound: in some resamples the classes are separated"
+        ends = [None if math.isinf(end) else end for end in (low, high)]
+        return Estimate(value, ends[0], ends[1], method, why)
+    return Estimate(value, low, high, method)
 
 
 def divide(numerator: Floats, denominator: Floats) -> Floats:

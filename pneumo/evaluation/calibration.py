@@ -1,12 +1,13 @@
 """Calibration: how far a probability can be trusted, and how it is corrected on val.
 
-Temperature scaling (Guo 2017) and Platt's scaling (1999) are fitted on val by maximum likelihood;
-test only reports. A weight of positives in training shifts every logit by its logarithm, which only
-Platt's intercept can take back.
+Temperature scaling (Guo 2017) and Platt's scaling (1999) are fitted on val by maximum likelihood
+and used where they are better than nothing; test only reports. A weight of positives in training
+shifts every logit by its logarithm, which only Platt's intercept can take back.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,21 +17,35 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import brentq
 from scipy.special import expit
+from scipy.stats import rankdata
 from sklearn.linear_model import LogisticRegression
 
 from pneumo.errors import MetricError
 from pneumo.evaluation import bootstrap, metrics
-from pneumo.evaluation.bootstrap import Estimate, Floats, Resampled, Statistic, as_json, divide
+from pneumo.evaluation.bootstrap import (
+    Estimate,
+    Floats,
+    Resampled,
+    Statistic,
+    StatisticSet,
+    as_json,
+    divide,
+    with_wilson,
+)
 from pneumo.evaluation.metrics import check_scores
 from pneumo.evaluation.operating_points import check_enough
 from pneumo.evaluation.predictions import Predictions, sigmoid
 
-Method = Literal["temperature", "platt"]
+Method = Literal["none", "temperature", "platt"]
+"""From the simplest to the one with most numbers."""
 
 FOLDS = 5
 RULE = (
-    f"the lower log loss on val under {FOLDS}-fold cross-validation by patient; temperature, which "
-    "has one number less, where they tie"
+    "the simplest of none, temperature and Platt whose log loss on val, under "
+    f"{FOLDS}-fold cross-validation by patient, is within one standard error of the lowest"
+)
+NO_ECE_INTERVAL = (
+    "resamples make the calibration error greater, so their interval does not cover it"
 )
 _MAX_STEPS = 40
 _TOLERANCE = 1e-9
@@ -63,7 +78,7 @@ class Calibration:
     """Both scalings as fitted on val, and which one is used."""
 
     chosen: Scaling | None
-    """None where val can't be calibrated on."""
+    """None where val can't be calibrated on; of method "none" where that is as good as scaling."""
     temperature: Scaling | None
     """As fitted; None where its slope is not above 0, as `platt`."""
     platt: Scaling | None
@@ -99,7 +114,7 @@ class Calibration:
 
 
 def calibrate(val: Predictions, *, min_patients: int, seed: int) -> Calibration:
-    """Both scalings fitted on `val`, and the better one chosen by RULE.
+    """Both scalings fitted on `val`, and the one that RULE chooses.
 
     There is none where `val` has fewer than `min_patients` patients of a class, or can't be ranked.
     Where the free one, Platt's, would turn the order round (slope not above 0), neither is used: a
@@ -111,15 +126,34 @@ def calibrate(val: Predictions, *, min_patients: int, seed: int) -> Calibration:
     except MetricError as error:
         return Calibration(None, None, None, None, f"val: {error}")
     folds = _draw_folds(val.patient, seed)
-    before = _log_loss(positive, logit)
-    temperature = _fit_checked("temperature", positive, logit, folds)
-    platt = _fit_checked("platt", positive, logit, folds)
-    fitted = [scaling for scaling in (temperature, platt) if scaling is not None]
-    if platt is None:
+    losses = {"none": _log_losses(positive, logit)}
+    before = float(np.mean(losses["none"]))
+    fitted: dict[str, Scaling] = {"none": Scaling("none", 1.0, 0.0, before)}
+    for method in ("temperature", "platt"):
+        slope, intercept = fit_scaling(method, positive, logit)
+        if slope > 0:
+            scaled = _scale_by_others(method, positive, logit, folds)
+            losses[method] = _log_losses(positive, scaled)
+            fitted[method] = Scaling(method, slope, intercept, float(np.mean(losses[method])))
+    if "platt" not in fitted:
         reason = "val: a higher logit does not mean a higher risk, so scaling can't correct it"
         return Calibration(None, None, None, before, reason)
-    chosen = min(fitted, key=lambda scaling: scaling.log_loss)
-    return Calibration(chosen, temperature, platt, before)
+    chosen = fitted[_choose_simplest(losses, val.patient)]
+    return Calibration(chosen, fitted.get("temperature"), fitted["platt"], before)
+
+
+def _choose_simplest(losses: Mapping[str, Floats], patient: npt.NDArray[Any]) -> str:
+    """The first whose mean loss is above the lowest by no more than the standard error of that
+    difference, whose studies are alike within a patient."""
+    best = min(losses.values(), key=lambda loss: float(loss.mean()))
+    _, index = np.unique(patient, return_inverse=True)
+
+    def is_close(loss: Floats) -> bool:
+        excess = loss - best
+        by_patient = np.bincount(index, excess - excess.mean())
+        return bool(excess.mean() <= math.sqrt(float((by_patient**2).sum())) / len(excess))
+
+    return next(method for method, loss in losses.items() if is_close(loss))
 
 
 def fit_scaling(method: Method, target: npt.ArrayLike, logit: npt.ArrayLike) -> tuple[float, float]:
@@ -148,15 +182,6 @@ def fit_scaling(method: Method, target: npt.ArrayLike, logit: npt.ArrayLike) -> 
     return slope, float(model.intercept_[0])
 
 
-def _fit_checked(
-    method: Method, positive: npt.NDArray[np.bool_], logit: Floats, folds: npt.NDArray[np.intp]
-) -> Scaling | None:
-    slope, intercept = fit_scaling(method, positive, logit)
-    if not slope > 0:
-        return None
-    return Scaling(method, slope, intercept, _cross_validate(method, positive, logit, folds))
-
-
 def cross_validated_losses(
     method: Method,
     target: npt.ArrayLike,
@@ -172,12 +197,6 @@ def cross_validated_losses(
     positive, logit64 = check_scores(target, logit)
     scaled = _scale_by_others(method, positive, logit64, _draw_folds(patient, seed))
     return _log_losses(positive, scaled)
-
-
-def _cross_validate(
-    method: Method, positive: npt.NDArray[np.bool_], logit: Floats, folds: npt.NDArray[np.intp]
-) -> float:
-    return float(np.mean(_log_losses(positive, _scale_by_others(method, positive, logit, folds))))
 
 
 def _scale_by_others(
@@ -201,10 +220,6 @@ def _draw_folds(patient: npt.NDArray[Any], seed: int) -> npt.NDArray[np.intp]:
     return np.asarray(order[index] % FOLDS)
 
 
-def _log_loss(positive: npt.NDArray[np.bool_], logit: Floats) -> float:
-    return float(np.mean(_log_losses(positive, logit)))
-
-
 def _log_losses(positive: npt.NDArray[np.bool_], logit: Floats) -> Floats:
     return np.logaddexp(0, np.where(positive, -logit, logit))
 
@@ -212,8 +227,8 @@ def _log_losses(positive: npt.NDArray[np.bool_], logit: Floats) -> Floats:
 def fit_logistic(x: Floats, y: Floats, weights: Floats) -> tuple[Floats, Floats]:
     """Slope (R,) and intercept (R,) of logistic regressions of `y` (N,) in [0, 1] on `x` (N,).
 
-    One a column of `weights` (N, R); NaN where it does not settle, as when `x` separates the
-    classes.
+    One a column of `weights` (N, R). Where `x` separates the classes the slope is infinite and
+    there is no intercept; NaN for one class or an `x` without spread.
     """
     centre, spread = float(x.mean()), float(x.std())
     if spread == 0:
@@ -222,7 +237,29 @@ def fit_logistic(x: Floats, y: Floats, weights: Floats) -> tuple[Floats, Floats]
     columns = np.stack([np.ones(len(x)), (x - centre) / spread], axis=1)
     whole = _fit_weighted(columns, y, np.ones((len(x), 1)), np.zeros((2, 1)))
     intercept, slope = _fit_weighted(columns, y, weights, whole)
-    return slope / spread, intercept - slope / spread * centre
+    lost = np.flatnonzero(np.isnan(slope))
+    slope[lost] = _separated_slope(x, y, weights[:, lost])
+    with np.errstate(invalid="ignore"):
+        intercept = np.where(np.isfinite(slope), intercept - slope / spread * centre, np.nan)
+    return slope / spread, intercept
+
+
+def _separated_slope(x: Floats, y: Floats, weights: Floats) -> Floats:
+    """Infinity (R,) where every drawn x of y = 1 is at or above all of y = 0, minus infinity where
+    below, NaN elsewhere."""
+    found = np.full(weights.shape[1], np.nan)
+    if not 0 < y.sum() < len(y):
+        return found
+    ends = {}
+    for value in (0, 1):
+        drawn = (weights > 0) & (y == value)[:, None]
+        lowest = np.where(drawn, x[:, None], np.inf).min(axis=0)
+        ends[value] = lowest, np.where(drawn, x[:, None], -np.inf).max(axis=0)
+    (low_0, high_0), (low_1, high_1) = ends[0], ends[1]
+    varies = np.isfinite(low_0 + low_1) & (np.minimum(low_0, low_1) < np.maximum(high_0, high_1))
+    found[varies & (low_1 >= high_0)] = np.inf
+    found[varies & (high_1 <= low_0)] = -np.inf
+    return found
 
 
 def fit_offset(x: Floats, y: Floats, weights: Floats) -> Floats:
@@ -309,7 +346,8 @@ class Reliability:
     brier: Estimate
     log_loss: Estimate
     ece: Estimate
-    """Mean distance of predicted and observed over the bins (Naeini 2015)."""
+    """Mean distance of predicted and observed over the bins (Naeini 2015); never an interval, as
+    resamples make it greater still."""
     slope: Estimate
     """Of the logistic recalibration (Cox 1958); 1 is right, below 1 too extreme."""
     intercept: Estimate
@@ -325,17 +363,25 @@ class Reliability:
     """Brier = reliability - resolution + uncertainty + within_bins (Murphy 1973; the last is what
     binning leaves over)."""
 
+    ece_if_calibrated: float | None
+    """What `ece` would be on average if these probabilities were right."""
+
     @classmethod
     def undefined(cls, reason: str) -> Reliability:
         """No estimate, and why."""
         nothing = Estimate.undefined(reason)
-        return cls(**dict.fromkeys(MEASURES, nothing), curve=(), brier_decomposition=None)
+        return cls(
+            **dict.fromkeys(MEASURES, nothing),
+            curve=(),
+            brier_decomposition=None,
+            ece_if_calibrated=None,
+        )
 
 
 def bin_by_probability(probability: Floats, num_bins: int) -> npt.NDArray[np.int64]:
     """The bin of each probability (N,), from 0: as equal in number as ties allow, none empty."""
-    inner = np.quantile(probability, np.arange(1, num_bins) / num_bins, method="inverted_cdf")
-    bins = np.searchsorted(inner, probability, side="left")
+    middle = rankdata(probability) / max(len(probability), 1)  # of equal ones the mean rank
+    bins = np.ceil(num_bins * middle - 1e-9)
     return np.asarray(np.unique(bins, return_inverse=True)[1])
 
 
@@ -344,8 +390,7 @@ def reliability_statistics(
 ) -> dict[str, Statistic]:
     """What `summarise_reliability` needs to have resampled, of the logits after `scaling`.
 
-    The bins are those of the whole split, in every resample. Raises MetricError for one class only
-    or a NaN.
+    The bins are those of the whole split, in every resample. Raises MetricError for a NaN.
     """
     positive, scaled = _scale(target, logit, scaling)
     probability = sigmoid(scaled)
@@ -359,6 +404,34 @@ def reliability_statistics(
     }
 
 
+@dataclass(frozen=True)
+class BinFacts:
+    """What the resampled sums of the bins do not hold."""
+
+    patients: tuple[int, ...]
+    """By bin."""
+    ece_if_calibrated: float
+
+
+def describe_bins(rows: Predictions, scaling: Scaling | None, num_bins: int) -> BinFacts:
+    """Of the probabilities of `rows`: who is in each bin, and how large the calibration error is on
+    average if they are right: a sum of targets is about normal, its variance that of independent
+    ones times the design effect of a patient's studies in one bin, which err alike."""
+    positive, scaled = _scale(rows.target, rows.logit, scaling)
+    probability = sigmoid(scaled)
+    bins = bin_by_probability(probability, num_bins)
+    _, index = np.unique(rows.patient, return_inverse=True)
+    residual = positive - probability
+    pairs, pair = np.unique(np.stack([bins, index]), axis=1, return_inverse=True)
+    squares = float(residual @ residual)
+    alike = float((np.bincount(pair, residual) ** 2).sum()) / squares if squares else 1.0
+    variances = max(1.0, alike) * np.bincount(bins, probability * (1 - probability))
+    return BinFacts(
+        patients=tuple(np.bincount(pairs[0]).tolist()),
+        ece_if_calibrated=float(np.sqrt(2 / np.pi * variances).sum()) / len(bins),
+    )
+
+
 def recalibration_statistic(target: npt.ArrayLike, logit: npt.ArrayLike) -> Statistic:
     """Intercept and slope (2, R) of the logistic regression of the target on the logits."""
     positive, logit64 = check_scores(target, logit)
@@ -366,34 +439,56 @@ def recalibration_statistic(target: npt.ArrayLike, logit: npt.ArrayLike) -> Stat
 
 
 def summarise_reliability(
-    found: Mapping[str, Resampled], recalibration: Resampled, scaling: Scaling | None
+    found: Mapping[str, Resampled],
+    recalibration: StatisticSet,
+    facts: BinFacts,
+    scaling: Scaling | None,
 ) -> Reliability:
     """`found` as by `reliability_statistics`, `recalibration` of the logits as they are."""
     num_bins = len(found["bins"].value) // 3
-    after = recalibration.derive(partial(_recalibrate_scaled, scaling))
     sums = found["bins"].value.reshape(3, num_bins)
     observed = found["bins"].derive(_observed)
-    settles = "the regression does not settle: the logits separate the classes"
+    error = found["bins"].derive(_expected_error)
+    intercept, slope = _estimate_recalibration(recalibration, scaling)
     return Reliability(
         brier=found["brier"].estimate(),
         log_loss=found["log_loss"].estimate(),
-        ece=found["bins"].derive(_expected_error).estimate(),
-        slope=after.estimate(1, settles),
-        intercept=after.estimate(0, settles),
+        ece=Estimate(float(error.value[0]), None, None, "none", NO_ECE_INTERVAL),
+        slope=slope,
+        intercept=intercept,
         intercept_at_slope_1=found["offset"].estimate(reason="one class only"),
         in_the_large=found["bins"].derive(_in_the_large).estimate(),
         curve=tuple(
-            Bin(int(sums[0, k]), float(sums[2, k] / sums[0, k]), observed.estimate(k))
+            Bin(
+                int(sums[0, k]),
+                float(sums[2, k] / sums[0, k]),
+                with_wilson(observed.estimate(k), facts.patients[k]),
+            )
             for k in range(num_bins)
         ),
         brier_decomposition=_decompose(sums, float(found["brier"].value[0])),
+        ece_if_calibrated=facts.ece_if_calibrated,
     )
+
+
+def _estimate_recalibration(
+    found: StatisticSet, scaling: Scaling | None
+) -> tuple[Estimate, Estimate]:
+    """Intercept and slope after `scaling`."""
+    if found.reason is not None:
+        return (Estimate.undefined(found.reason),) * 2
+    after = found.resampled["fit"].derive(partial(_recalibrate_scaled, scaling))
+    reasons = {True: "the logits separate the classes", False: "the logits are all the same"}
+    reason = reasons[bool(np.isinf(after.value[1]))]
+    if np.isinf(after.value[1]):
+        return (Estimate.undefined(reason, "patient bootstrap"),) * 2
+    return after.estimate(0, reason), after.estimate(1, reason)
 
 
 def _scale(
     target: npt.ArrayLike, logit: npt.ArrayLike, scaling: Scaling | None
 ) -> tuple[npt.NDArray[np.bool_], Floats]:
-    positive, logit64 = check_scores(target, logit)
+    positive, logit64 = check_scores(target, logit, both_classes=False)
     if scaling is None:
         return positive, logit64
     return positive, scaling.slope * logit64 + scaling.intercept
@@ -404,7 +499,8 @@ def _recalibrate_scaled(scaling: Scaling | None, found: Floats) -> Floats:
     if scaling is None:
         return found
     slope = found[1] / scaling.slope
-    return np.stack([found[0] - slope * scaling.intercept, slope])
+    with np.errstate(invalid="ignore"):
+        return np.stack([found[0] - slope * scaling.intercept, slope])
 
 
 def _observed(sums: Floats) -> Floats:

@@ -1,18 +1,20 @@
 """Decision curve: is acting on the model worth more than treating all, or none?
 
 A reader who acts at a probability of t thinks (1 - t) / t false alarms as bad as one miss; the net
-benefit counts true positives less false ones at that rate of exchange (Vickers & Elkin 2006).
+benefit counts true positives less false ones at that rate of exchange (Vickers & Elkin 2006). The
+curve describes; it is not tested at each threshold (Vickers et al. 2023), and where hardly a
+positive lies on one side of a threshold resamples never see a miss, so nothing is said there.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
 
 from pneumo.evaluation import bootstrap
-from pneumo.evaluation.bootstrap import Estimate, Floats, Resampled, Statistic
+from pneumo.evaluation.bootstrap import MIN_INDEPENDENT, Estimate, Floats, Resampled, Statistic
 from pneumo.evaluation.metrics import check_scores
 from pneumo.evaluation.predictions import Predictions
 
@@ -25,15 +27,17 @@ class DecisionCurve:
 
     model: tuple[Estimate, ...]
     treat_all: tuple[float, ...]
-    gain: tuple[Estimate, ...]
+    gain: tuple[float, ...]
     """The model less the better of treating all and none."""
+    is_supported: tuple[bool, ...]
+    """Whether MIN_INDEPENDENT patients have a positive below the threshold, and as many above."""
     reason: str | None = None
     """Why there is none."""
 
     @classmethod
     def undefined(cls, reason: str) -> Self:
         """There is none, and why."""
-        return cls((), (), (), reason)
+        return cls((), (), (), (), reason)
 
     def to_json(self) -> dict[str, Any]:
         """Columns: one list a quantity, as long as `threshold`; null with a reason without one."""
@@ -43,10 +47,11 @@ class DecisionCurve:
             "threshold": list(THRESHOLDS),
             "treat_all": list(self.treat_all),
             **{
-                f"{name}{suffix}": [getattr(one, end) for one in column]
-                for name, column in (("model", self.model), ("gain", self.gain))
+                f"model{suffix}": [getattr(one, end) for one in self.model]
                 for suffix, end in (("", "value"), ("_low", "low"), ("_high", "high"))
             },
+            "gain": list(self.gain),
+            "supported": list(self.is_supported),
             "method": "patient bootstrap, each threshold by itself",
         }
 
@@ -80,12 +85,23 @@ def net_benefit_statistic(rows: Predictions) -> Statistic:
     return statistic
 
 
-def summarise_net_benefit(found: Resampled) -> DecisionCurve:
-    """The curve of what `net_benefit_statistic` resampled."""
+def summarise_net_benefit(found: Resampled, rows: Predictions) -> DecisionCurve:
+    """The curve of what `net_benefit_statistic` resampled of `rows`."""
     num = len(THRESHOLDS)
-    gain = found.derive(lambda both: both[:num] - np.maximum(both[num:], 0))
+    positive = rows.target == 1
+    risk, patient = rows.calibrated_probability[positive], rows.patient[positive]
+    supported = tuple(
+        min(len(np.unique(patient[side])) for side in (risk < t, risk >= t)) >= MIN_INDEPENDENT
+        for t in THRESHOLDS
+    )
+    why = f"fewer than {MIN_INDEPENDENT} patients with a positive on a side of the threshold"
+    model = [found.estimate(k) for k in range(num)]
     return DecisionCurve(
-        model=tuple(found.estimate(k) for k in range(num)),
+        model=tuple(
+            one if known else replace(one, low=None, high=None, reason=why)
+            for one, known in zip(model, supported, strict=True)
+        ),
         treat_all=tuple(found.value[num:].tolist()),
-        gain=tuple(gain.estimate(k) for k in range(num)),
+        gain=tuple((found.value[:num] - np.maximum(found.value[num:], 0)).tolist()),
+        is_supported=supported,
     )

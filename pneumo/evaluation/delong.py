@@ -3,7 +3,8 @@
 DeLong, DeLong & Clarke-Pearson (Biometrics 1988) take studies as independent; Obuchowski
 (Biometrics 1997) takes patients as independent and their studies as alike as they are. Both rest
 on each study's placement: the fraction of the other class that it is ranked right against.
-Placements come from midranks in O(n log n) (Sun & Xu, IEEE Signal Processing Letters 2014).
+Placements come from midranks in O(n log n) (Sun & Xu, IEEE Signal Processing Letters 2014). By
+patient, Student's t of the patients of the rarer class replaces the normal.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import ndtr
+from scipy.special import ndtr, stdtr
 from scipy.stats import rankdata
 
 from pneumo.errors import MetricError
-from pneumo.evaluation.bootstrap import Z_95, Estimate, Floats
+from pneumo.evaluation.bootstrap import MIN_INDEPENDENT, Z_95, Estimate, Floats, t_quantile
 from pneumo.evaluation.metrics import check_scores
 
 INDEPENDENT = "DeLong, images taken as independent"
+_NO_VARIANCE = 1e-20
+"""What rounding leaves of placements that are all the same."""
 CLUSTERED = "DeLong, clustered by patient (Obuchowski 1997)"
 
 
@@ -51,6 +54,10 @@ class Placements:
         if min(len(part) for part in classes) < 2:
             raise MetricError("DeLong's variance needs two positives and two negatives")
         return float(sum(part.var(ddof=1) / len(part) for part in classes))
+
+    def count_rarer(self, patient: npt.NDArray[Any]) -> int:
+        """The patients of the class that fewer have."""
+        return min(len(np.unique(patient[rows])) for rows in (self.positive, ~self.positive))
 
     def clustered_variance(self, patient: npt.NDArray[Any]) -> float:
         """Obuchowski's, patients (N,) taken as independent; DeLong's where nobody recurs.
@@ -84,7 +91,7 @@ def placements(target: npt.ArrayLike, score: npt.ArrayLike) -> Placements:
 def delong(
     target: npt.ArrayLike, score: npt.ArrayLike, patient: npt.NDArray[Any] | None = None
 ) -> Estimate:
-    """AUROC with DeLong's normal 95 % interval, cut at 0 and 1; with `patient` (N,) Obuchowski's.
+    """AUROC with DeLong's 95 % interval, cut at 0 and 1; with `patient` (N,) Obuchowski's.
 
     Without `patient` it is too narrow when patients recur. Undefined input gives an estimate with a
     reason instead of an error.
@@ -94,7 +101,7 @@ def delong(
         placed = placements(target, score)
     except MetricError as error:
         return Estimate.undefined(str(error), method)
-    estimate = _normal_interval(placed, patient, method)
+    estimate = _find_interval(placed, patient, method)
     if estimate.low is None or estimate.high is None:
         return estimate
     low, high = max(0.0, estimate.low), min(1.0, estimate.high)
@@ -130,20 +137,30 @@ def delong_test(
         gain = placements(target, first).minus(placements(target, second))
     except MetricError as error:
         return PairedTest(Estimate.undefined(str(error), method), None)
-    difference = _normal_interval(gain, patient, method)
+    difference = _find_interval(gain, patient, method)
     if difference.value is None or difference.high is None:
         return PairedTest(difference, None)
-    error_size = (difference.high - difference.value) / Z_95
-    return PairedTest(difference, float(2 * ndtr(-abs(difference.value) / error_size)))
+    num = None if patient is None else gain.count_rarer(patient)
+    distance = abs(difference.value) / (difference.high - difference.value) * _quantile(num)
+    tail = ndtr(-distance) if num is None else stdtr(num - 1, -distance)
+    return PairedTest(difference, float(2 * tail))
 
 
-def _normal_interval(placed: Placements, patient: npt.NDArray[Any] | None, method: str) -> Estimate:
+def _find_interval(placed: Placements, patient: npt.NDArray[Any] | None, method: str) -> Estimate:
     value = placed.auroc
+    num = None if patient is None else placed.count_rarer(patient)
     try:
         variance = placed.variance() if patient is None else placed.clustered_variance(patient)
     except MetricError as error:
         return Estimate(value, None, None, method, str(error))
-    if variance <= 0:
+    if num is not None and num < MIN_INDEPENDENT:
+        why = f"too few patients for an interval: {num} of the rarer class"
+        return Estimate(value, None, None, method, why)
+    if variance < _NO_VARIANCE:
         return Estimate(value, None, None, method, "these studies show no variance")
-    margin = Z_95 * math.sqrt(variance)
+    margin = _quantile(num) * math.sqrt(variance)
     return Estimate(value, value - margin, value + margin, method)
+
+
+def _quantile(num_patients: int | None) -> float:
+    return Z_95 if num_patients is None else t_quantile(num_patients)

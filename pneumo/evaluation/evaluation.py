@@ -23,9 +23,11 @@ from pneumo.evaluation.baselines import (
     Baseline,
     Metadata,
     MetadataModel,
+    SickerView,
     ViewBaseline,
     compare_with_metadata,
     compare_with_view,
+    find_sicker_view,
     fit_metadata,
     metadata_statistics,
     view_statistics,
@@ -36,6 +38,7 @@ from pneumo.evaluation.calibration import (
     Reliability,
     Scaling,
     calibrate,
+    describe_bins,
     recalibration_statistic,
     reliability_statistics,
     summarise_reliability,
@@ -57,9 +60,15 @@ from pneumo.evaluation.operating_points import (
     outcomes_statistic,
 )
 from pneumo.evaluation.predictions import Predictions
-from pneumo.evaluation.subgroups import Subgroups, evaluate_subgroups, subgroup_statistics
+from pneumo.evaluation.subgroups import (
+    Subgroups,
+    count_by_class,
+    count_rarer,
+    evaluate_subgroups,
+    subgroup_statistics,
+)
 
-METRICS_SCHEMA_VERSION = 3
+METRICS_SCHEMA_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,8 @@ class SplitEvaluation:
     positives: int
     patients: int | None
     """None where nobody knows who they are: intervals then resample images."""
+    patients_by_class: tuple[int, int]
+    """Who have a negative study, and who a positive one; images where nobody knows who they are."""
     fault: str | None
     """What is wrong with the predictions, so that nothing below has a value; None: nothing."""
     auroc: Estimate
@@ -123,7 +134,15 @@ class Evaluation:
     def decide(self, split: Literal["val", "test"]) -> Decision:
         """What calls a study of the split positive; nothing where its scores have a fault."""
         found = {"val": self.val, "test": self.test}[split]
-        return Decision.of(self.points[DECISION], found.at[DECISION])
+        point, at = self.points[DECISION], found.at[DECISION]
+        if at.reason is not None:
+            return Decision(None, at.reason)
+        return Decision(point.logit, calibrated=self.calibrate(point.logit))
+
+    def calibrate(self, logit: float | None) -> float | None:
+        """The calibrated probability of a logit; None where either is missing."""
+        chosen = self.calibration.chosen
+        return None if logit is None or chosen is None else float(chosen.apply(logit))
 
     def to_metrics(
         self,
@@ -149,6 +168,8 @@ class Evaluation:
                     "rule": point.rule,
                     "chosen_on": "val",
                     "threshold": point.threshold,
+                    "threshold_logit": point.logit,
+                    "threshold_calibrated": self.calibrate(point.logit),
                     **({} if point.reason is None else {"reason": point.reason}),
                     "val": self.val.at[name].to_json(),
                     "test": self.test.at[name].to_json(),
@@ -214,12 +235,12 @@ def evaluate(
     calibration = calibrate(val, min_patients=config.min_patients, seed=seed)
     if fault is not None:
         points = {
-            name: replace(point, threshold=None, reason=f"val: {fault}")
+            name: replace(point, logit=None, reason=f"val: {fault}")
             for name, point in points.items()
         }
         calibration = Calibration(None, None, None, None, f"val: {fault}")
     calibrated = replace(predictions, calibrated_probability=calibration.apply(predictions.logit))
-    fitted = Fitted(points, calibration, fit_metadata(train))
+    fitted = Fitted(points, calibration, fit_metadata(train), find_sicker_view(train))
     val_found, test_found = (
         evaluate_split(calibrated.subset(name), name, fitted, config=config, seed=seed)
         for name in ("val", "test")
@@ -243,6 +264,7 @@ class Fitted:
     points: Mapping[str, OperatingPoint]
     calibration: Calibration
     metadata: MetadataModel
+    sicker_view: SickerView
 
 
 def find_fault(rows: Predictions) -> str | None:
@@ -270,16 +292,17 @@ def evaluate_split(
 ) -> SplitEvaluation:
     """Evaluate `rows`, all of one split, by what is already fitted."""
     fault = find_fault(rows)
-    threshold = fitted.points[DECISION].threshold
+    threshold = fitted.points[DECISION].logit
     found = _resample(rows, fitted, fault, config, seed)
     roc, precision_recall = _draw_curves(rows, fault)
     scores = rows.target, rows.logit
-    after, net_benefit = _evaluate_calibrated(found, fitted.calibration)
+    after, net_benefit = _evaluate_calibrated(rows, found, fitted.calibration)
     return SplitEvaluation(
         split=split,
         n=len(rows),
         positives=int(rows.target.sum()),
         patients=len(np.unique(rows.patient)),
+        patients_by_class=count_by_class(rows),
         fault=fault,
         **{name: found[name].estimate("value") for name in _HEADLINES},
         auroc_delong=Estimate.undefined(fault) if fault else delong(*scores),
@@ -289,11 +312,11 @@ def evaluate_split(
         at=_evaluate_at_points(rows, fitted.points, found["points"]),
         roc=roc,
         precision_recall=precision_recall,
-        before=_summarise_reliability(found["before"], found["recalibration"]),
+        before=_summarise_reliability(rows, found["before"], found["recalibration"], None),
         after=after,
         decision_curve=net_benefit,
         subgroups=evaluate_subgroups(rows, threshold, found, config.min_patients),
-        view=compare_with_view(rows, found),
+        view=compare_with_view(rows, fitted.sicker_view, found),
         metadata=compare_with_metadata(rows, fitted.metadata, found),
     )
 
@@ -309,6 +332,7 @@ def _resample(
     """All that needs the bootstrap, in one pass over the same resamples."""
     scores = rows.target, rows.logit
     scaling = fitted.calibration.chosen
+    groups = subgroup_statistics(rows, fitted.points[DECISION].logit, config.min_patients)
     sets: Statistics = {
         "auroc": lambda: {"value": metrics.auroc_statistic(*scores)},
         "average_precision": lambda: {"value": metrics.average_precision_statistic(*scores)},
@@ -319,14 +343,15 @@ def _resample(
         "before": lambda: reliability_statistics(*scores, None, NUM_BINS),
         "after": lambda: reliability_statistics(*scores, scaling, NUM_BINS),
         "net_benefit": lambda: {"curve": net_benefit_statistic(rows)},
-        **subgroup_statistics(rows, fitted.points[DECISION].threshold),
-        **view_statistics(rows),
-        **metadata_statistics(rows, fitted.metadata),
+        **groups.sets,
+        **view_statistics(rows, fitted.sicker_view, config.min_patients),
+        **metadata_statistics(rows, fitted.metadata, config.min_patients),
     }
     if fault is not None:
         return dict.fromkeys(sets, StatisticSet({}, fault))
+    few = dict.fromkeys(sets, count_rarer(rows)) | dict(groups.independent)
     return bootstrap.resample_sets(
-        rows.patient, sets, resamples=config.bootstrap_resamples, seed=seed
+        rows.patient, sets, resamples=config.bootstrap_resamples, seed=seed, independent=few
     )
 
 
@@ -337,33 +362,36 @@ def _evaluate_at_points(
         return evaluate_points(rows, points, part.resampled["outcomes"])
     return {
         name: AtPoint.undefined(
-            part.reason if point.threshold is not None else f"no threshold: {point.reason}"
+            part.reason if point.logit is not None else f"no threshold: {point.reason}"
         )
         for name, point in points.items()
     }
 
 
 def _summarise_reliability(
-    part: StatisticSet, recalibration: StatisticSet, scaling: Scaling | None = None
+    rows: Predictions,
+    part: StatisticSet,
+    recalibration: StatisticSet,
+    scaling: Scaling | None,
 ) -> Reliability:
-    reason = part.reason or recalibration.reason
-    if reason is not None:
-        return Reliability.undefined(reason)
-    return summarise_reliability(part.resampled, recalibration.resampled["fit"], scaling)
+    if part.reason is not None:
+        return Reliability.undefined(part.reason)
+    facts = describe_bins(rows, scaling, NUM_BINS)
+    return summarise_reliability(part.resampled, recalibration, facts, scaling)
 
 
 def _evaluate_calibrated(
-    found: Mapping[str, StatisticSet], calibration: Calibration
+    rows: Predictions, found: Mapping[str, StatisticSet], calibration: Calibration
 ) -> tuple[Reliability, DecisionCurve]:
     """What needs the calibrated probabilities."""
     if calibration.chosen is None:
         reason = f"no calibration: {calibration.reason}"
         return Reliability.undefined(reason), DecisionCurve.undefined(reason)
-    after = _summarise_reliability(found["after"], found["recalibration"], calibration.chosen)
+    after = _summarise_reliability(rows, found["after"], found["recalibration"], calibration.chosen)
     part = found["net_benefit"]
     if part.reason is not None:
         return after, DecisionCurve.undefined(part.reason)
-    return after, summarise_net_benefit(part.resampled["curve"])
+    return after, summarise_net_benefit(part.resampled["curve"], rows)
 
 
 def _draw_curves(rows: Predictions, fault: str | None) -> tuple[Curve | None, Curve | None]:

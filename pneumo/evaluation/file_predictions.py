@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from pneumo.errors import RunError
 from pneumo.evaluation.calibration import Scaling
-from pneumo.evaluation.operating_points import DECISION
+from pneumo.evaluation.operating_points import DECISION, call_positive
 from pneumo.evaluation.predictions import sigmoid
 
 NOT_A_NUMBER = "not_a_number"
@@ -37,6 +37,8 @@ class FrozenRule:
 
     threshold: float | None
     """On the probability, not the calibrated one."""
+    threshold_logit: float | None
+    """The same on the logit; None of runs that were evaluated before it was kept."""
     threshold_reason: str | None
     calibration: Scaling | None
     calibration_reason: str | None
@@ -45,26 +47,30 @@ class FrozenRule:
     views: int
     stored_size: int | None
     """Height and width that the evaluated pictures were stored at, in pixels."""
+    phantoms: bool = False
+    """Whether the model was trained and evaluated on drawn pictures."""
 
     @classmethod
     def from_metrics(cls, metrics: Mapping[str, Any] | None) -> Self:
         """The rule in a metrics.json; without one there is none. Raises RunError."""
         if metrics is None:
             reason = "the run is not evaluated"
-            return cls(None, reason, None, reason, None, 1, None)
+            return cls(None, None, reason, None, reason, None, 1, None)
         try:
             point = metrics["operating_points"][DECISION]
-            threshold = point["threshold"]
+            threshold, logit = point["threshold"], point.get("threshold_logit")
             scoring = metrics["model"].get("scoring")
             calibration = _read_calibration(metrics.get("calibration"))
             return cls(
                 threshold=None if threshold is None else float(threshold),
+                threshold_logit=None if logit is None else float(logit),
                 threshold_reason=point.get("reason") if threshold is None else None,
                 calibration=calibration,
                 calibration_reason=None if calibration else _why_uncalibrated(metrics),
                 checkpoints=scoring and tuple(c["sha256"] for c in scoring["checkpoints"]),
                 views=scoring["views"] if scoring else 1,
                 stored_size=metrics["dataset"].get("image_size"),
+                phantoms=bool(metrics["dataset"].get("phantoms")),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise RunError(
@@ -136,7 +142,11 @@ class Readings:
         score."""
         if rule.threshold is None:
             return None
-        return np.asarray((self.reason == "") & (sigmoid(self.logit) >= rule.threshold))
+        if rule.threshold_logit is None:
+            called = sigmoid(self.logit) >= rule.threshold
+        else:
+            called = call_positive(self.logit, rule.threshold_logit)
+        return np.asarray((self.reason == "") & called)
 
     def to_table(self, rule: FrozenRule, checkpoint: str) -> pa.Table:
         """The rows with what `rule` makes of them; null where there is none."""

@@ -166,9 +166,13 @@ RATES: Mapping[str, Callable[[Floats, Floats, Floats, Floats], Floats]] = {
     "mcc": lambda tp, fp, fn, tn: divide(
         tp * tn - fp * fn, np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
     ),
+    "balanced_accuracy": lambda tp, fp, fn, tn: (divide(tp, tp + fn) + divide(tn, tn + fp)) / 2,
+    "lr_positive": lambda tp, fp, fn, tn: divide(divide(tp, tp + fn), divide(fp, tn + fp)),
+    "lr_negative": lambda tp, fp, fn, tn: divide(divide(fn, tp + fn), divide(tn, tn + fp)),
 }
 """Every metric of the four counts tp, fp, fn, tn (each (R,)); NaN where a denominator is 0.
-Recall is sensitivity, precision is PPV; mcc is Matthews' correlation (1975)."""
+Recall is sensitivity, precision is PPV; mcc is Matthews' correlation (1975); the likelihood ratios
+are sensitivity / (1 - specificity) and (1 - sensitivity) / specificity."""
 
 
 UNDEFINED: Mapping[str, str] = {
@@ -179,6 +183,9 @@ UNDEFINED: Mapping[str, str] = {
     "npv": "no study is called negative",
     "f1": "no study is positive or called positive",
     "mcc": "one class only, or every study called the same",
+    "balanced_accuracy": "one class only",
+    "lr_positive": "one class only, or no negative is called positive",
+    "lr_negative": "one class only, or no negative is called negative",
 }
 """Why a metric of RATES has no value."""
 

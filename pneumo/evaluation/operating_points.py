@@ -1,19 +1,20 @@
 """Operating points: thresholds chosen on val, frozen, and the metrics of a split at each.
 
-Thresholds stand on the probability as the network gives it; a calibration keeps the order, so
-it moves no study across one.
+Thresholds stand on the logit, which never saturates as a probability does; a calibration keeps the
+order, so it moves no study across one.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import expit
 
 from pneumo.config import EvaluateConfig
 from pneumo.errors import MetricError
@@ -43,13 +44,19 @@ BAYES_ENDS = "Bayes at the ends of sensitivity's and specificity's intervals"
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """A threshold on the probability, chosen on val; `threshold` is None where val gives none."""
+    """A threshold on the logit, chosen on val; None where val gives none."""
 
     name: str
     rule: str
     """In words, such as `sensitivity ≥ 0.90`."""
-    threshold: float | None
+    logit: float | None
+    """A study at or above it is called positive."""
     reason: str | None = None
+
+    @property
+    def threshold(self) -> float | None:
+        """The same on the network's own probability."""
+        return None if self.logit is None else float(expit(self.logit))
 
 
 @dataclass(frozen=True)
@@ -104,15 +111,28 @@ class AtPoint:
 class Decision:
     """What calls a study of one split positive."""
 
-    threshold: float | None
-    """On the probability; None where no study may be called anything."""
+    logit: float | None
+    """None where no study may be called anything."""
     reason: str | None = None
     """Why there is none."""
+    calibrated: float | None = None
+    """The threshold on the calibrated probability; None without a calibration."""
 
-    @classmethod
-    def of(cls, point: OperatingPoint, at: AtPoint) -> Decision:
-        """The point's threshold, where the split could be judged by it."""
-        return cls(point.threshold) if at.reason is None else cls(None, at.reason)
+    @property
+    def threshold(self) -> float | None:
+        """The same on the network's own probability."""
+        return None if self.logit is None else float(expit(self.logit))
+
+    def call(self, logit: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+        """Which of these logits, of any shape, are called positive: none without a threshold."""
+        return call_positive(logit, self.logit)
+
+
+def call_positive(logit: npt.ArrayLike, threshold: float | None) -> npt.NDArray[np.bool_]:
+    """Which logits, of any shape, are at or above a threshold on the logit; none without one."""
+    # In float64: a threshold just above the highest float32 would be rounded down to it.
+    above = np.asarray(logit, dtype=np.float64) >= (math.inf if threshold is None else threshold)
+    return np.asarray(above)
 
 
 # --- chosen on val --------------------------------------------------------------------------------
@@ -146,7 +166,7 @@ def _choose(
         "specificity": partial(thresholds.specificity_threshold, specificity=target),
     }
     try:
-        threshold = rules[rule](val.target, val.probability)
+        threshold = rules[rule](val.target, val.logit)
         check_enough(val, rule, min_patients, target)
     except MetricError as error:
         return OperatingPoint(name, words, None, f"val: {error}")
@@ -189,8 +209,8 @@ def outcomes_statistic(rows: Predictions, points: Mapping[str, OperatingPoint]) 
 
     Raises MetricError for no study or a NaN.
     """
-    thresholds = [p.threshold for p in points.values() if p.threshold is not None]
-    codes = [_code_outcomes(rows, threshold) for threshold in thresholds]
+    thresholds = [p.logit for p in points.values() if p.logit is not None]
+    codes = [code_outcomes(rows, threshold) for threshold in thresholds]
     one = np.ones(len(rows))
     parts = [bootstrap.sums_statistic(code, 4, one) for code in codes]
     return lambda weights: np.concatenate(
@@ -198,10 +218,11 @@ def outcomes_statistic(rows: Predictions, points: Mapping[str, OperatingPoint]) 
     )
 
 
-def _code_outcomes(rows: Predictions, threshold: float) -> npt.NDArray[np.int64]:
-    """Which of tp, fp, fn, tn each study is, from 0 to 3: (N,)."""
-    positive, probability = metrics.check_scores(rows.target, rows.probability, both_classes=False)
-    return np.where(probability >= threshold, np.where(positive, 0, 1), np.where(positive, 2, 3))
+def code_outcomes(rows: Predictions, threshold: float | None) -> npt.NDArray[np.int64]:
+    """Which of tp, fp, fn, tn each study is, from 0 to 3, at a threshold on the logit: (N,)."""
+    positive, logit = metrics.check_scores(rows.target, rows.logit, both_classes=False)
+    called = call_positive(logit, threshold)
+    return np.where(called, np.where(positive, 0, 1), np.where(positive, 2, 3))
 
 
 def evaluate_points(
@@ -211,11 +232,12 @@ def evaluate_points(
     found_at = {}
     start = 0
     for name, point in points.items():
-        if point.threshold is None:
+        if point.logit is None:
             found_at[name] = AtPoint.undefined(f"no threshold: {point.reason}")
             continue
-        cells = Resampled(found.value[start : start + 4], found.drawn[start : start + 4])
-        found_at[name] = _evaluate_at(rows, point.threshold, cells)
+        four = slice(start, start + 4)
+        cells = replace(found, value=found.value[four], drawn=found.drawn[four])
+        found_at[name] = _evaluate_at(rows, point.logit, cells)
         start += 4
     return found_at
 
@@ -227,7 +249,7 @@ def _evaluate_at(rows: Predictions, threshold: float, cells: Resampled) -> AtPoi
         for key in metrics.RATES
     }
     by_wilson = {}
-    code = _code_outcomes(rows, threshold)
+    code = code_outcomes(rows, threshold)
     for key, members in metrics.DENOMINATORS.items():
         value, n = estimates[key].value, int(sum(cells.value[members]))
         if value is None:

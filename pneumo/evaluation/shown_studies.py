@@ -18,6 +18,7 @@ from pneumo.evaluation.bootstrap import (
     wilson,
     with_wilson,
 )
+from pneumo.evaluation.operating_points import call_positive
 
 Outcome = Literal["tp", "fp", "fn", "tn"]
 
@@ -42,7 +43,7 @@ class GalleryChoice:
 
 def choose_gallery(
     target: npt.NDArray[Any],
-    probability: npt.NDArray[Any],
+    logit: npt.NDArray[Any],
     threshold: float,
     *,
     per_outcome: int,
@@ -51,12 +52,12 @@ def choose_gallery(
     """Which studies to show, at most `per_outcome` of each outcome.
 
     A third are those that the model is most certain of, most certain first; a third those whose
-    probability is nearest to the threshold, nearest first; the rest are drawn by `seed` from all
+    logit is nearest to the threshold, nearest first; the rest are drawn by `seed` from all
     others, so that the gallery is not of the extremes alone. All inputs (N,).
     """
     chosen: dict[Outcome, list[GalleryChoice]] = {}
     for number, outcome in enumerate(OUTCOMES):
-        rows = _by_certainty(target, probability, threshold, outcome)
+        rows = _by_certainty(target, logit, threshold, outcome)
         num_most = min(-(-per_outcome // 3), len(rows))
         num_least = min(-(-(per_outcome - num_most) // 2), len(rows) - num_most)
         between = rows[num_most : len(rows) - num_least]
@@ -84,7 +85,7 @@ class SampledStudy:
 
 def draw_sample(
     target: npt.NDArray[Any],
-    probability: npt.NDArray[Any],
+    logit: npt.NDArray[Any],
     view: npt.NDArray[np.str_],
     threshold: float,
     *,
@@ -95,7 +96,7 @@ def draw_sample(
     `seed`. All inputs (N,)."""
     sample = []
     for i, outcome in enumerate(OUTCOMES):
-        rows = np.sort(_by_certainty(target, probability, threshold, outcome))
+        rows = np.sort(_by_certainty(target, logit, threshold, outcome))
         for k, name in enumerate(np.unique(view)):
             stratum = rows[view[rows] == name]
             # A generator per stratum: one's number does not change another's draw.
@@ -105,26 +106,23 @@ def draw_sample(
 
 
 def choose_errors(
-    target: npt.NDArray[Any], probability: npt.NDArray[Any], threshold: float, *, count: int
+    target: npt.NDArray[Any], logit: npt.NDArray[Any], threshold: float, *, count: int
 ) -> dict[Outcome, npt.NDArray[np.intp]]:
     """The false positives and the false negatives that the model is most certain of.
 
     Indices, at most `count` each, most certain first. All inputs (N,).
     """
-    return {
-        outcome: _by_certainty(target, probability, threshold, outcome)[:count]
-        for outcome in ERRORS
-    }
+    return {outcome: _by_certainty(target, logit, threshold, outcome)[:count] for outcome in ERRORS}
 
 
 def _by_certainty(
-    target: npt.NDArray[Any], probability: npt.NDArray[Any], threshold: float, outcome: Outcome
+    target: npt.NDArray[Any], logit: npt.NDArray[Any], threshold: float, outcome: Outcome
 ) -> npt.NDArray[np.intp]:
     """The rows of an outcome, farthest from the threshold first; ties in the order given."""
     is_called, is_positive = outcome in ("tp", "fp"), outcome in ("tp", "fn")
-    called, positive = np.asarray(probability) >= threshold, np.asarray(target) == 1
+    called, positive = call_positive(logit, threshold), np.asarray(target) == 1
     rows = np.flatnonzero((called == is_called) & (positive == is_positive))
-    certainty = probability[rows] if is_called else -probability[rows]
+    certainty = logit[rows] if is_called else -logit[rows]
     return rows[np.argsort(-certainty, kind="stable")]
 
 
@@ -150,7 +148,7 @@ class FindingErrors:
 def count_errors(
     finding: npt.NDArray[np.str_],
     target: npt.NDArray[Any],
-    probability: npt.NDArray[Any],
+    logit: npt.NDArray[Any],
     threshold: float,
     *,
     patient: npt.NDArray[np.str_],
@@ -158,7 +156,7 @@ def count_errors(
     seed: int,
 ) -> list[FindingErrors]:
     """The errors by finding, in the findings' alphabetical order. All arrays (N,)."""
-    called = np.asarray(probability) >= threshold
+    called = call_positive(logit, threshold)
     wrong = called != (np.asarray(target) == 1)
     names, code = np.unique(finding, return_inverse=True)
     sums = sums_statistic(code, len(names), wrong, np.ones(len(code)))

@@ -1,27 +1,26 @@
 """Subgroups: for whom the model is good, and for whom it is worst.
 
 Groups are looked at side by side, so some will look bad by chance: the intervals of the table are
-each by themselves, and only the worst group's is widened for the number of groups.
+each by themselves, and only that of the worst gap allows for their number, see `group_gaps`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, get_args
+from itertools import product
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import ndtri
 
 from pneumo.dataset.quality import AGE_BANDS, UNKNOWN, name_age_band
 from pneumo.evaluation import bootstrap, metrics
 from pneumo.evaluation.bootstrap import (
     Estimate,
     Floats,
-    Resampled,
     Statistic,
     Statistics,
     StatisticSet,
@@ -29,20 +28,17 @@ from pneumo.evaluation.bootstrap import (
     divide,
     within,
 )
-from pneumo.evaluation.operating_points import find_too_few
+from pneumo.evaluation.group_gaps import Gap, Measure, Worst, find_worst
+from pneumo.evaluation.operating_points import code_outcomes, find_too_few
 from pneumo.evaluation.predictions import Predictions
 
-By = Literal["sex", "age", "view", "negatives", "box_area"]
+By = Literal["sex", "age", "view", "sex_age", "view_sex", "negatives", "box_area"]
 Bools = npt.NDArray[np.bool_]
 
-COMPARED: tuple[By, ...] = ("sex", "age", "view")
+COMPARED: tuple[By, ...] = ("sex", "age", "view", "sex_age", "view_sex")
 """The worst group is looked for among these. The others divide the studies by the
 readers' findings: that subtle findings are harder tells nothing about a kind of patient."""
-WORST_RULE = (
-    "of the groups by sex, age and view that can be judged, the one whose AUROC less that of the "
-    "rest has the lowest upper bound, which a small group's wide interval keeps high; shown worse "
-    "where that bound, widened for the number of groups (Bonferroni), is below 0"
-)
+CROSSED: Mapping[By, tuple[By, By]] = {"sex_age": ("sex", "age"), "view_sex": ("view", "sex")}
 NEGATIVES = ("Normal", "No Lung Opacity / Not Normal")
 TERTILES = ("smallest", "middle", "largest")
 _SHARED: Mapping[str, str] = {
@@ -83,8 +79,8 @@ class Subgroup:
     """Of the calibrated probability."""
     in_the_large: Estimate
     """Mean calibrated probability - fraction of positives."""
-    gap: Estimate
-    """AUROC - AUROC of the studies in the other groups."""
+    gaps: Mapping[Measure, Estimate]
+    """The group's value - that of the studies in the other groups."""
 
     @property
     def estimates(self) -> dict[str, Estimate]:
@@ -96,35 +92,14 @@ class Subgroup:
             **rates,
             "brier": self.brier,
             "in_the_large": self.in_the_large,
-            "gap": self.gap,
+            "gap": self.gaps["auroc"],
+            **{f"gap_{name}": gap for name, gap in self.gaps.items() if name != "auroc"},
         }
 
     def to_json(self) -> dict[str, Any]:
         """Names, counts and estimates."""
-        counts = as_json(self, leave_out={"rates", *self.estimates})
+        counts = as_json(self, leave_out={"rates", "gaps", *self.estimates})
         return {**counts, **as_json(self.estimates)}
-
-
-@dataclass(frozen=True)
-class Worst:
-    """The group that the model serves worst, by WORST_RULE."""
-
-    by: By | None
-    """None where no two groups can be compared."""
-    name: str | None
-    gap: Estimate
-    """With the interval widened for the number of groups."""
-    compared: int
-    """Groups that could be compared."""
-
-    @property
-    def is_shown(self) -> bool:
-        """Whether chance, and having looked at many groups, do not explain it."""
-        return self.gap.high is not None and self.gap.high < 0
-
-    def to_json(self) -> dict[str, Any]:
-        """The group, its gap, whether it is shown, and the rule."""
-        return {**as_json(vars(self)), "shown": self.is_shown, "rule": WORST_RULE}
 
 
 @dataclass(frozen=True)
@@ -145,8 +120,9 @@ class Subgroups:
 # --- who is where ---------------------------------------------------------------------------------
 
 
-def divide_studies(rows: Predictions) -> list[GroupRows]:
-    """Every group of `rows`, empty ones included; what is unknown is a group where it occurs."""
+def divide_studies(rows: Predictions, min_patients: int) -> list[GroupRows]:
+    """Every group of `rows`, empty ones included; what is unknown is a group where it occurs. Two
+    properties are crossed where `min_patients` patients of both classes are in both."""
     positive = rows.target == 1
     ages = [name_age_band(None if math.isnan(age) else int(age)) for age in rows.age]
     found = [
@@ -154,11 +130,31 @@ def divide_studies(rows: Predictions) -> list[GroupRows]:
         *_by_name("age", np.array(ages, dtype=np.str_), tuple(AGE_BANDS)),
         *_by_name("view", rows.view, ("AP", "PA")),
     ]
+    found += [crossed for by in CROSSED for crossed in _cross(found, by, rows, min_patients)]
     findings = np.where(positive, "", rows.finding)
     areas = np.array([*TERTILES, ""])[_tertile(rows)]
     found += _groups_with_shared("negatives", positive, findings, NEGATIVES)
     found += _groups_with_shared("box_area", ~positive, areas, TERTILES)
     return found
+
+
+def _cross(
+    groups: Sequence[GroupRows], by: By, rows: Predictions, min_patients: int
+) -> list[GroupRows]:
+    first, second = (
+        [group for group in groups if group.by == one and group.name != UNKNOWN]
+        for one in CROSSED[by]
+    )
+    crossed = [
+        GroupRows(by, f"{one.name}, {two.name}", both, ~both)
+        for one, two in product(first, second)
+        for both in (one.rows & two.rows,)
+    ]
+    return [
+        group
+        for group in crossed
+        if not any(find_too_few(rows.take(group.rows), value, min_patients) for value in (1, 0))
+    ]
 
 
 def _groups_with_shared(
@@ -205,13 +201,38 @@ def _tertile(rows: Predictions) -> npt.NDArray[np.int64]:
 # --- judged ---------------------------------------------------------------------------------------
 
 
-def subgroup_statistics(rows: Predictions, threshold: float | None) -> Statistics:
-    """What `evaluate_subgroups` needs to have resampled, by part."""
+def count_rarer(rows: Predictions) -> int:
+    """The patients of the class that fewer have; of the only one where there is one."""
+    return min(filter(None, count_by_class(rows)), default=0)
+
+
+def count_by_class(rows: Predictions) -> tuple[int, int]:
+    """The patients with a negative study, and those with a positive one."""
+    negative, positive = (len(np.unique(rows.patient[rows.target == value])) for value in (0, 1))
+    return negative, positive
+
+
+@dataclass(frozen=True, eq=False)
+class GroupStatistics:
+    """What `evaluate_subgroups` needs to have resampled."""
+
+    sets: Statistics
+    independent: Mapping[str, int]
+    """By set, the patients that its statistics rest on."""
+
+
+def subgroup_statistics(
+    rows: Predictions, threshold: float | None, min_patients: int
+) -> GroupStatistics:
+    """Of all groups at a threshold on the logit."""
     sets: dict[str, Callable[[], Mapping[str, Statistic]]] = {}
-    for members in divide_studies(rows):
-        sets[_name(members, "rank")] = partial(_rank, rows, members)
-        sets[_name(members, "sums")] = partial(_sums, rows, members, threshold)
-    return sets
+    independent = {}
+    for members in divide_studies(rows, min_patients):
+        rank, sums = _name(members, "rank"), _name(members, "sums")
+        sets[rank] = partial(_rank, rows, members)
+        sets[sums] = partial(_sums, rows, members, threshold)
+        independent[rank] = independent[sums] = count_rarer(rows.take(members.rows))
+    return GroupStatistics(sets, independent)
 
 
 def _name(members: GroupRows, part: str) -> str:
@@ -229,30 +250,100 @@ def _rank(rows: Predictions, members: GroupRows) -> dict[str, Statistic]:
 
 
 def _sums(rows: Predictions, members: GroupRows, threshold: float | None) -> dict[str, Statistic]:
-    """tp, fp, fn, tn, sum of probabilities and of their squared errors: (6, R)."""
-    positive, probability = metrics.check_scores(rows.target, rows.probability, both_classes=False)
-    called = probability >= (math.inf if threshold is None else threshold)
+    """tp, fp, fn, tn, sum of probabilities and of their squared errors: (6, R), of the group and of
+    the rest."""
+    outcome = code_outcomes(rows, threshold)
     calibrated = np.nan_to_num(rows.calibrated_probability)
-    outcomes = positive & called, ~positive & called, positive & ~called, ~positive & ~called
-    squared = (calibrated - positive) ** 2
-    code = np.where(members.rows, 0, -1)
-    return {"sums": bootstrap.sums_statistic(code, 1, *outcomes, calibrated, squared)}
+    squared = (calibrated - rows.target) ** 2
+    values = [*(outcome == code for code in range(4)), calibrated, squared]
+    parts = {"sums": members.rows, "rest": members.rest}
+    return {
+        name: bootstrap.sums_statistic(np.where(part, 0, -1), 1, *values)
+        for name, part in parts.items()
+    }
 
 
 def evaluate_subgroups(
     rows: Predictions, threshold: float | None, found: Mapping[str, StatisticSet], min_patients: int
 ) -> Subgroups:
-    """Every group of `rows`; null with a reason where it has fewer than `min_patients` patients of
-    a class that a number counts."""
-    groups, gaps = [], {}
-    for members in divide_studies(rows):
+    """Every group of `rows` at a threshold on the logit; null with a reason where it has fewer than
+    `min_patients` patients of a class that a number counts."""
+    groups, compared = [], []
+    for members in divide_studies(rows, min_patients):
         rank, sums = found[_name(members, "rank")], found[_name(members, "sums")]
-        group = _evaluate_group(rows, members, threshold, rank, sums, min_patients)
-        groups.append(group)
-        if members.by in COMPARED and members.name != UNKNOWN and group.gap.low is not None:
-            gap = rank.resampled["aurocs"].derive(bootstrap.first_less_second)
-            gaps[(members.by, members.name)] = gap
-    return Subgroups(tuple(groups), find_worst(gaps), cut_tertiles(rows))
+        pairs = _pair_with_rest(rows, members, threshold, rank, sums, min_patients)
+        groups.append(_evaluate_group(rows, members, threshold, rank, sums, pairs, min_patients))
+        if members.by in COMPARED and members.name != UNKNOWN:
+            compared += [gap for gap in pairs.values() if isinstance(gap, Gap)]
+    return Subgroups(tuple(groups), find_worst(compared, min_patients), cut_tertiles(rows))
+
+
+def _pair_with_rest(
+    rows: Predictions,
+    members: GroupRows,
+    threshold: float | None,
+    rank: StatisticSet,
+    sums: StatisticSet,
+    min_patients: int,
+) -> dict[Measure, Gap | str]:
+    """The group beside the rest in each measure, or why not."""
+    both = rows.take(members.rows), rows.take(members.rest)
+    own = _find_few(rows, members, min_patients)
+    few = {
+        value: own[value] or _in_rest(find_too_few(both[1], value, min_patients))
+        for value in (1, 0)
+    }
+    no_point = "no threshold was chosen on val" if threshold is None else None
+    uncalibrated = "no calibration" if np.isnan(rows.calibrated_probability).any() else None
+    shared = _SHARED.get(members.by)
+    either = few[1] or few[0]
+    reasons: dict[Measure, str | None] = {
+        "auroc": either or rank.reason,
+        "sensitivity": shared or few[1] or no_point or sums.reason,
+        "specificity": shared or few[0] or no_point or sums.reason,
+        "in_the_large": shared or either or uncalibrated or sums.reason,
+    }
+    found: dict[Measure, Gap | str] = {}
+    for measure, reason in reasons.items():
+        if reason is not None:
+            found[measure] = reason
+            continue
+        patients = tuple(_count_behind(part, measure) for part in both)
+        if measure == "auroc":
+            pair = rank.resampled["aurocs"]
+        else:
+            group, rest = (
+                sums.resampled[name].derive(_MEASURED[measure]) for name in ("sums", "rest")
+            )
+            pair = group.beside(rest)
+        pair = replace(pair, independent=min(patients))
+        found[measure] = Gap(members.by, members.name, measure, pair, (patients[0], patients[1]))
+    return found
+
+
+_MEASURED: Mapping[Measure, Callable[[Floats], Floats]] = {
+    "sensitivity": lambda s: divide(s[0], s[0] + s[2])[None],
+    "specificity": lambda s: divide(s[3], s[3] + s[1])[None],
+    "in_the_large": lambda s: divide(s[4] - s[0] - s[2], s[:4].sum(axis=0))[None],
+}
+
+
+def _find_few(rows: Predictions, members: GroupRows, min_patients: int) -> dict[int, str | None]:
+    """By class why the group has too few patients of it."""
+    group = rows.take(members.rows)
+    few = {value: find_too_few(group, value, min_patients) for value in (1, 0)}
+    if members.by == "box_area" and cut_tertiles(rows) is None:
+        few[1] = "no positive has a box"
+    return few
+
+
+def _in_rest(reason: str | None) -> str | None:
+    return None if reason is None else f"the rest is {reason}"
+
+
+def _count_behind(part: Predictions, measure: Measure) -> int:
+    classes = {"sensitivity": (1,), "specificity": (0,)}.get(measure, (1, 0))
+    return min(len(np.unique(part.patient[part.target == value])) for value in classes)
 
 
 def _evaluate_group(
@@ -261,12 +352,11 @@ def _evaluate_group(
     threshold: float | None,
     rank: StatisticSet,
     sums: StatisticSet,
+    pairs: Mapping[Measure, Gap | str],
     min_patients: int,
 ) -> Subgroup:
     group = rows.take(members.rows)
-    few = {value: find_too_few(group, value, min_patients) for value in (1, 0)}
-    if members.by == "box_area" and cut_tertiles(rows) is None:
-        few[1] = "no positive has a box"
+    few = _find_few(rows, members, min_patients)
     either = few[1] or few[0]
     uncalibrated = "no calibration" if np.isnan(rows.calibrated_probability).any() else None
     mixed = _SHARED.get(members.by) or either or uncalibrated
@@ -282,10 +372,13 @@ def _evaluate_group(
         else rank.estimate("average_precision"),
         rates=_estimate_rates(group, members.by, threshold, sums, few),
         brier=_derive(sums, mixed, lambda s: divide(s[5], s[:4].sum(axis=0))[None]),
-        in_the_large=_derive(
-            sums, mixed, lambda s: divide(s[4] - s[0] - s[2], s[:4].sum(axis=0))[None]
-        ),
-        gap=_gap(rank, either or _few_in_rest(rows, members, min_patients)),
+        in_the_large=_derive(sums, mixed, _MEASURED["in_the_large"]),
+        gaps={
+            measure: Estimate.undefined(pair)
+            if isinstance(pair, str)
+            else pair.pair.derive(bootstrap.first_less_second).estimate()
+            for measure, pair in pairs.items()
+        },
     )
 
 
@@ -305,7 +398,7 @@ def _estimate_rates(
         is_shared = by in _COUNTED[key] if key in _COUNTED else True
         reason = (shared if is_shared else None) or counted.get(key, few[1] or few[0]) or no_point
         one = _derive(sums, reason, partial(_apply, rate), metrics.UNDEFINED[key])
-        if key in metrics.DENOMINATORS and threshold is not None:
+        if key in metrics.DENOMINATORS and one.value is not None and threshold is not None:
             one = bootstrap.with_wilson(one, _count_patients(group, threshold, key))
         found[key] = one
     return found
@@ -317,8 +410,7 @@ def _apply(rate: Callable[[Floats, Floats, Floats, Floats], Floats], sums: Float
 
 def _count_patients(group: Predictions, threshold: float, key: str) -> int:
     """The patients in the denominator of a rate."""
-    positive, called = group.target == 1, group.probability >= threshold
-    outcome = np.where(called, np.where(positive, 0, 1), np.where(positive, 2, 3))
+    outcome = code_outcomes(group, threshold)
     return len(np.unique(group.patient[np.isin(outcome, metrics.DENOMINATORS[key])]))
 
 
@@ -332,32 +424,3 @@ def _derive(
     if reason is not None:
         return Estimate.undefined(reason)
     return sums.resampled["sums"].derive(function).estimate(reason=undefined)
-
-
-def _gap(rank: StatisticSet, few: str | None) -> Estimate:
-    if few is not None:
-        return Estimate.undefined(few)
-    if rank.reason is None and len(rank.resampled["aurocs"].value) < 2:
-        return Estimate.undefined("nothing to compare with")
-    return rank.difference("aurocs")
-
-
-def _few_in_rest(rows: Predictions, members: GroupRows, min_patients: int) -> str | None:
-    rest = rows.take(members.rest)
-    found = [find_too_few(rest, value, min_patients) for value in (1, 0)]
-    return next((f"the rest is {reason}" for reason in found if reason is not None), None)
-
-
-def find_worst(gaps: Mapping[tuple[By, str], Resampled]) -> Worst:
-    """The worst of the groups by WORST_RULE; `gaps` are AUROC less that of the rest, resampled."""
-    compared = len(gaps)
-    if not compared:
-        return Worst(None, None, Estimate.undefined("no two groups can be compared"), 0)
-    method = f"patient bootstrap, normal, Bonferroni over {compared} groups"
-    z = float(ndtri(1 - 0.025 / compared))
-    found = {}
-    for key, gap in gaps.items():
-        value, margin = float(gap.value[0]), z * float(np.nanstd(gap.drawn[0]))
-        found[key] = Estimate(value, value - margin, value + margin, method)
-    by, name = min(found, key=lambda key: (found[key].high, get_args(By).index(key[0]), key[1]))
-    return Worst(by, name, found[by, name], compared)

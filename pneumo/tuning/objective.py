@@ -3,9 +3,9 @@
 A judgement keeps what each study adds to the number (its influence), so that the standard error is
 one of patients, and so that two trials, judged on the same studies, are compared in pairs: what is
 hard for both cancels out. `auroc`: placements (DeLong 1988, by patient as in Obuchowski 1997).
-`sensitivity`: at the lowest threshold that keeps the specificity on val, taken as given. `log_loss`
-(negative, in nats): after Platt's calibration under 5-fold cross-validation by patient, since a
-weight of positives shifts every logit and the loss would count that.
+`sensitivity`: at the lowest threshold that keeps the specificity on val, whose own error counts.
+`log_loss` (negative, in nats): after Platt's calibration under 5-fold cross-validation by patient,
+since a weight of positives shifts every logit and the loss would count that.
 """
 
 from __future__ import annotations
@@ -112,7 +112,12 @@ def _judge_sensitivity(
     threshold = negatives[kept - 1]
     hits = score > threshold
     value = float(hits[positive].mean())
-    return value, np.where(positive, (hits - value) / positive.sum(), 0.0)
+    # A negative more above the threshold moves it up, along the ROC's slope (Pepe 2003, 5.2.3).
+    half = min(len(negatives) ** (-1 / 3), specificity, 1 - specificity) / 2
+    low, high = np.quantile(negatives, [specificity - half, specificity + half])
+    slope = float(((score > low) & (score <= high))[positive].mean()) / (2 * half) if half else 0.0
+    of_negative = -slope * (hits - hits[~positive].mean()) / len(negatives)
+    return value, np.where(positive, (hits - value) / positive.sum(), of_negative)
 
 
 def _judge_log_loss(

@@ -38,7 +38,7 @@ def list_keys(view: Any) -> set[str]:
         elif isinstance(part, list):
             for value in part:
                 yield from walk(value, name)
-        elif isinstance(part, str) and (name in ("metrics", "mediaKeys") or part[:5] == "eval/"):
+        elif isinstance(part, str) and (name in ("y", "media_keys") or part[:5] == "eval/"):
             yield part
 
     return set(walk(describe_view(view)))

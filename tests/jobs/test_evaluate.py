@@ -75,7 +75,7 @@ def test_every_study_of_val_and_test_is_scored_once(prepared: Prepared, evaluate
 def test_metrics_are_those_of_the_predictions(evaluated: Path) -> None:
     metrics = json.loads((evaluated / "metrics.json").read_text())
     test = read_predictions(evaluated).subset("test")
-    assert metrics["schema_version"] == 3
+    assert metrics["schema_version"] == 4
     assert metrics["dataset"]["warning"] is None
     assert (metrics["evaluation"]["seed"], metrics["evaluation"]["bootstrap_resamples"]) == (0, 200)
     assert metrics["dataset"]["quarantined"] == 0
@@ -187,7 +187,7 @@ def test_cases_say_what_is_known_of_the_study_and_why_it_is_shown(
     weights = Weights(str(evaluated), read_index(str(evaluated)).best)
     scored = Scored(Scoring((weights,)), str(prepared.store))
     studies, test = read_store(prepared.store), read_predictions(evaluated).subset("test")
-    threshold = float(np.median(test.probability))
+    threshold = float(np.median(test.logit))
     settings = {"evaluate.pictures": 3}
     config = override(Config(), settings)
     found = choose_pictures(scored, test, studies, Decision(threshold), config)
@@ -199,7 +199,7 @@ def test_cases_say_what_is_known_of_the_study_and_why_it_is_shown(
     for outcome, cases in found.errors.items():
         assert {case.outcome for case in cases} <= {outcome}
         wrong = (test.target == int(outcome == "fn")) & (
-            (test.probability >= threshold) == (outcome == "fp")
+            (test.logit >= threshold) == (outcome == "fp")
         )
         surest = sorted(test.probability[wrong], reverse=outcome == "fp")[:6]
         assert [case.probability for case in cases] == surest

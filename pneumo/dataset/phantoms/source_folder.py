@@ -18,6 +18,7 @@ from pathlib import Path
 import cv2
 from tqdm import tqdm
 
+from pneumo.dataset.phantoms import MARKER
 from pneumo.dataset.phantoms.drawing import render_study
 from pneumo.dataset.phantoms.layouts import KAGGLE, PhantomLayout
 from pneumo.dataset.phantoms.population import PhantomStudy, draw_population
@@ -25,7 +26,6 @@ from pneumo.errors import SourceError
 from pneumo.images.boxes import Box
 
 _VERSION = 2  # of the pictures: a folder written by another version is not taken for this one's
-_MARKER = "synthetic.json"
 
 
 def write_phantoms(
@@ -51,10 +51,10 @@ def write_phantoms(
             return False
         for folder in {(out / layout.place(study)).parent for study in studies}:
             folder.mkdir(parents=True, exist_ok=True)
-        (out / _MARKER).write_text(json.dumps(holds))
+        (out / MARKER).write_text(json.dumps(holds))
         sizes, boxes = zip(*_write_images(out, studies, num_processes, layout), strict=True)
         layout.write_tables(out, studies, boxes)
-        (out / _MARKER).write_text(json.dumps({**holds, "num_image_bytes": sum(sizes)}))
+        (out / MARKER).write_text(json.dumps({**holds, "num_image_bytes": sum(sizes)}))
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise SourceError(f"--out {out}: {reason}; name a folder that can be written") from error
@@ -71,7 +71,7 @@ def _is_whole(
     if not out.is_dir() or not any(out.iterdir()):
         return False
     try:
-        found = json.loads((out / _MARKER).read_text())
+        found = json.loads((out / MARKER).read_text())
     except (FileNotFoundError, ValueError):
         found = {}
     known = {**holds, "layout": layout.name}

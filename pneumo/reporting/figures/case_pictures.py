@@ -46,8 +46,10 @@ class Case:
     """(H, W)."""
     target: int
     probability: float
+    """Calibrated where there is a calibration, as `threshold`."""
     threshold: float
-    """A probability at or above it is called positive."""
+    is_called: bool
+    """Whether the model calls it positive."""
     boxes: Sequence[Box] = ()
     """In pixels of `image`."""
     cam: Maps | None = None
@@ -65,7 +67,7 @@ class Case:
     @property
     def prediction(self) -> int:
         """1 where the model calls pneumonia."""
-        return int(self.probability >= self.threshold)
+        return int(self.is_called)
 
     @property
     def is_right(self) -> bool:

@@ -103,7 +103,7 @@ def plot_roc(axes: Axes, evaluation: Evaluation) -> None:
     axes.plot([0, 1], [0, 1], color=GRAY, linewidth=0.8, linestyle=":", label="chance")
     for part, style in _curve_styles(evaluation):
         if part.roc is not None:
-            label = f"{part.split} {describe_estimate(part.auroc)}, n = {part.n}"
+            label = f"{_name(part)} {describe_estimate(part.auroc)}, n = {part.n}"
             axes.plot(part.roc.x, part.roc.y, label=label, **style)
     for name, marker in ((DECISION, "o"), (SCREENING, "s")):
         rates = evaluation.test.at[name].rates
@@ -125,7 +125,7 @@ def plot_precision_recall(axes: Axes, evaluation: Evaluation) -> None:
     for part, style in _curve_styles(evaluation):
         if part.precision_recall is not None:
             curve = part.precision_recall
-            label = f"{part.split} {describe_estimate(part.average_precision)}, n = {part.n}"
+            label = f"{_name(part)} {describe_estimate(part.average_precision)}, n = {part.n}"
             axes.plot(curve.x, curve.y, label=label, **style)
     prevalence = evaluation.test.prevalence
     if not math.isnan(prevalence):
@@ -138,6 +138,10 @@ def plot_precision_recall(axes: Axes, evaluation: Evaluation) -> None:
         )
     title = "Precision-recall: AP (95 % interval)"
     _finish_unit_square(axes, title, "recall (sensitivity)", "precision (PPV)")
+
+
+def _name(part: SplitEvaluation) -> str:
+    return "val (chosen on it)" if part.split == "val" else part.split
 
 
 def _curve_styles(evaluation: Evaluation) -> list[tuple[SplitEvaluation, dict[str, Any]]]:
@@ -190,7 +194,7 @@ def plot_reliability(axes: Axes, evaluation: Evaluation) -> None:
     """Fraction of positives over predicted probability, by bin of test, before and after
     calibration; bars are intervals over patients."""
     test = evaluation.test
-    axes.plot([0, 1], [0, 1], color=GRAY, linewidth=0.8, linestyle=":", label="perfect")
+    axes.plot([0, 1], [0, 1], color=GRAY, linewidth=0.8, linestyle=":", label="perfect calibration")
     shown = (("uncalibrated", test.before, GRAY, "s"), ("calibrated", test.after, BLUE, "o"))
     for label, found, color, marker in shown:
         points = [(part.predicted, part.observed) for part in found.curve]
@@ -232,7 +236,10 @@ def plot_decision_curve(axes: Axes, evaluation: Evaluation) -> None:
     # A split without positives has no benefit to show; the axis still needs a height.
     top = max([0.01, test.prevalence, *(h for h in high if not math.isnan(h))])
     axes.set(xlim=(0, 0.5), ylim=(-0.25 * top, 1.1 * top))
-    axes.set(xlabel="threshold on the calibrated probability", ylabel="true positives a study, net")
+    axes.set(
+        xlabel="threshold on the calibrated probability",
+        ylabel="net benefit (true positives per study)",
+    )
     axes.legend(loc="best")
 
 

@@ -25,6 +25,11 @@ def describe_data(data: DataFacts) -> dict[str, Any]:
         "digest": data.digest,
         "image_size": data.image_size,
         "unit": audit.unit,
+        "flow": {
+            "all": f"{_count_all(quality):,}",
+            "quarantined": f"{sum(quality.quarantined.values()):,}",
+            "splits": [(name, f"{split.studies:,}") for name, split in quality.splits.items()],
+        },
         "splits": [_describe_split(name, data) for name in quality.splits],
         "facts": {
             "Who goes where": describe_rule(audit, data.seed),
@@ -36,6 +41,11 @@ def describe_data(data: DataFacts) -> dict[str, Any]:
             "Tables and headers disagree": _list_reasons(quality.contradictions, "on no study"),
         },
     }
+
+
+def _count_all(quality: Quality) -> int:
+    used = sum(split.studies for split in quality.splits.values())
+    return used + sum(quality.quarantined.values())
 
 
 def _describe_split(name: str, data: DataFacts) -> dict[str, str]:

@@ -24,6 +24,8 @@ class Cell:
         if estimate.value is None:
             return cls("", "", estimate.reason or "undefined")
         value = decimal(estimate.value, digits, signed=signed)
+        if estimate.low is not None and estimate.high is None:
+            return cls(value, f"{decimal(estimate.low, digits, signed=signed)} or more")
         if estimate.low is None or estimate.high is None:
             return cls(value, "", estimate.reason or NO_INTERVAL)
         low, high = (decimal(x, digits, signed=signed) for x in (estimate.low, estimate.high))

@@ -3,7 +3,6 @@ the paper."""
 
 from __future__ import annotations
 
-from pneumo.reporting.page.formatting import percent
 from pneumo.reporting.page.page_inputs import DataFacts, ModelFacts
 
 CLAIM: tuple[tuple[int, str, str, str], ...] = (
@@ -27,7 +26,7 @@ CLAIM: tuple[tuple[int, str, str, str], ...] = (
     (28, "Metrics of performance", "good", "How good, how sure?"),
     (29, "Uncertainty and significance", "good", "How good, how sure?"),
     (30, "Robustness: subgroups", "whom", "For whom?"),
-    (31, "Explainability, and its test", "saliency", "Does it look at the lung?"),
+    (31, "Explainability, and its test", "saliency", "Do the maps match the radiologists' boxes?"),
     (32, "Evaluation on internal data", "good", "How good, how sure?"),
     (35, "Studies included and excluded", "data", "Data and leakage audit"),
     (36, "Demographics of each partition", "quality", "Data quality"),
@@ -70,8 +69,7 @@ def _tell_limits(data: DataFacts) -> str:
         (False, True): "adults alone",
     }.get((young > 0, old > 0), "of unknown age")
     if unknown := ages.get("unknown", 0):
-        fraction = percent(unknown / sum(ages.values()))
-        who += "" if young + old == 0 else f", the age of {fraction} unknown"
+        who += "" if young + old == 0 else f", age unknown in {unknown:,} of {sum(ages.values()):,}"
     healthy, ill = (findings.get(name, 0) for name in ("Normal", "No Lung Opacity / Not Normal"))
     negatives = ""
     if healthy and ill:

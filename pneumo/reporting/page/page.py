@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pneumo.evaluation.comparison import ComparedRuns
 from pneumo.evaluation.evaluation import Evaluation
 from pneumo.evaluation.map_scores import SaliencySummary
+from pneumo.evaluation.metrics import Confusion
 from pneumo.evaluation.operating_points import DECISION, SCREENING
 from pneumo.evaluation.shown_studies import ERRORS, OUTCOMES, FindingErrors, Outcome
 from pneumo.reporting.figures import charts, style
@@ -35,6 +36,28 @@ MAX_PAGE_BYTES = 3_000_000
 """Of report.html: what a mail or a phone takes."""
 
 
+CONTENTS: tuple[tuple[str, str], ...] = (
+    ("summary", "Summary"),
+    ("good", "How good, how sure?"),
+    ("whom", "For whom?"),
+    ("points", "At what threshold?"),
+    ("calibration", "Can the probability be believed?"),
+    ("worth", "Is it worth acting on?"),
+    ("baselines", "Against what baseline?"),
+    ("comparison", "Beside another run"),
+    ("saliency", "Do the maps match the radiologists' boxes?"),
+    ("errors", "Errors"),
+    ("grid", "Predictions"),
+    ("training", "Training"),
+    ("data", "Data and leakage audit"),
+    ("quality", "Data quality"),
+    ("card", "Model card"),
+    ("claim", "CLAIM 2024"),
+    ("again", "Do it again"),
+)
+"""The sections of the page and their headings."""
+
+
 def render_report(
     evaluation: Evaluation,
     *,
@@ -53,6 +76,9 @@ def render_report(
     """
     facts = dict(
         evaluation=evaluation,
+        phantoms=data.phantoms,
+        contents=[part for part in CONTENTS if part[0] != "comparison" or compared is not None],
+        is_calibrated=evaluation.calibration.chosen is not None,
         data=describe_data(data),
         quality=describe_quality(data),
         model=model,
@@ -71,10 +97,11 @@ def render_report(
         card=describe_card(data, model),
         **_describe_performance(evaluation),
     )
+    counts = evaluation.test.at[DECISION].counts
     template = make_environment().get_template("page.html.j2")
     page = ""
     for size in PAIR_PIXELS:
-        page = template.render(facts, **_describe_pictures(pictures, size))
+        page = template.render(facts, **_describe_pictures(pictures, counts, size))
         if len(page.encode()) <= MAX_PAGE_BYTES:
             break
     return page
@@ -110,15 +137,24 @@ def _describe_performance(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def _describe_pictures(pictures: Pictures, size: int) -> dict[str, Any]:
-    def describe(outcome: Outcome, cases: Sequence[Case]) -> dict[str, Any]:
-        return {"word": OUTCOME_WORDS[outcome], "cases": show_pairs(cases, size)}
+def _describe_pictures(pictures: Pictures, counts: Confusion | None, size: int) -> dict[str, Any]:
+    def describe(outcome: Outcome, shown: Mapping[Outcome, Sequence[Case]]) -> dict[str, Any]:
+        title = f"{OUTCOME_WORDS[outcome]}s".capitalize()
+        return {"title": title, "cases": show_pairs(shown.get(outcome, []), size)}
+
+    def describe_errors(outcome: Outcome) -> dict[str, Any]:
+        shown, total = len(pictures.errors.get(outcome, [])), vars(counts)[outcome] if counts else 0
+        title = f"{OUTCOME_WORDS[outcome]}s"
+        title = (
+            f"All {shown} {title}" if shown and shown == total else f"The most confident {title}"
+        )
+        return describe(outcome, pictures.errors) | {"title": title}
 
     return {
         "not_shown": pictures.reason,
         "grid": show_thumbnails(pictures.grid),
-        "gallery": [describe(outcome, pictures.gallery.get(outcome, [])) for outcome in OUTCOMES],
-        "errors": [describe(outcome, pictures.errors.get(outcome, [])) for outcome in ERRORS],
+        "gallery": [describe(outcome, pictures.gallery) for outcome in OUTCOMES],
+        "errors": [describe_errors(outcome) for outcome in ERRORS],
         "by_finding": [_describe_finding(found) for found in pictures.by_finding],
     }
 

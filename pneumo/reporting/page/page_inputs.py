@@ -24,6 +24,8 @@ class DataFacts:
     quality: Quality
     contact: Sequence[ContactSheet]
     """Pictures of train by finding; may be empty."""
+    phantoms: bool = False
+    """Whether the images are drawn, not radiographs."""
 
     @property
     def has_patients(self) -> bool:
@@ -61,7 +63,10 @@ class Provenance:
     created: str
     """When, as the reader shall see it."""
     seed: int
-    config_json: str
+    recipe: str
+    """The whole configuration as TOML, which --recipe takes."""
     command: str
+    citation: str
+    """What a paper says of this evaluation."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """Versions, code revision and digests by name."""

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from pneumo.evaluation.baselines import Baseline, ViewBaseline
-from pneumo.evaluation.calibration import Reliability
+from pneumo.evaluation.bootstrap import MIN_INDEPENDENT
+from pneumo.evaluation.calibration import Calibration, Reliability
 from pneumo.evaluation.comparison import COMPARED, ComparedRuns
-from pneumo.evaluation.decision_curve import THRESHOLDS
+from pneumo.evaluation.decision_curve import THRESHOLDS, DecisionCurve
 from pneumo.evaluation.delong import PairedTest
 from pneumo.evaluation.evaluation import Evaluation
 from pneumo.evaluation.operating_points import DECISION, SCREENING, STANDARD, OperatingPoint
@@ -28,19 +29,22 @@ _RATE_ROWS = (
     ("NPV", "fraction of negative calls that are right", "npv"),
     ("F1", "harmonic mean of precision and recall", "f1"),
     ("MCC", "correlation of call and label; 0 is a guess, 1 is right throughout", "mcc"),
+    ("Balanced accuracy", "mean of sensitivity and specificity", "balanced_accuracy"),
+    ("Likelihood ratio +", "sensitivity / (1 − specificity)", "lr_positive"),
+    ("Likelihood ratio −", "(1 − sensitivity) / specificity", "lr_negative"),
 )
 _RELIABILITY_ROWS = (
     ("Brier score", "mean squared error of the probability; lower is better", "brier"),
     ("Log loss", "surprise in nats; lower is better", "log_loss"),
     ("Calibration error", "mean distance of predicted and observed over the bins", "ece"),
     ("Slope", "1 is right; below 1 the probabilities are too extreme", "slope"),
-    ("Intercept beside that slope", "of the same fit; 0 is right", "intercept"),
+    ("Calibration intercept", "of the same fit as the slope; 0 is right", "intercept"),
     (
-        "Intercept at slope 1",
-        "calibration in the large, log odds; 0 is right, below 0 too high",
+        "Calibration intercept at slope 1",
+        "log odds; 0 is right, below 0 the probabilities are too high",
         "intercept_at_slope_1",
     ),
-    ("In the large", "mean probability − fraction of positives; 0 is right", "in_the_large"),
+    ("Mean predicted − observed risk", "0 is right, above 0 too high", "in_the_large"),
 )
 _SIGNED = ("intercept", "intercept_at_slope_1", "in_the_large")
 _COMPARED_NAMES = {
@@ -75,6 +79,7 @@ def describe_point(evaluation: Evaluation, name: str) -> dict[str, Any]:
         "name": name.capitalize(),
         "rule": point.rule,
         "threshold": None if point.threshold is None else style.show_threshold(point.threshold),
+        "calibrated": _show_calibrated(evaluation, point),
         "reason": at_test.rates["accuracy"].reason,
         "cells": None,
     }
@@ -85,6 +90,11 @@ def describe_point(evaluation: Evaluation, name: str) -> dict[str, Any]:
             [(int(table[i, j]), float(fraction[i, j])) for j in (0, 1)] for i in (0, 1)
         ]
     return described
+
+
+def _show_calibrated(evaluation: Evaluation, point: OperatingPoint) -> str:
+    risk = evaluation.calibrate(point.logit)
+    return "" if risk is None else style.show_threshold(risk)
 
 
 def describe_points(evaluation: Evaluation) -> list[dict[str, Any]]:
@@ -108,6 +118,7 @@ def _describe_rates(evaluation: Evaluation, point: OperatingPoint) -> dict[str, 
         "rule": point.rule,
         "uses": [],
         "threshold": None if point.threshold is None else style.show_threshold(point.threshold),
+        "calibrated": _show_calibrated(evaluation, point),
         "reason": point.reason or at.rates["accuracy"].reason,
         "rates": [(Cell.of(at.rates[key], 2), Cell.of(at.wilson[key], 2)) for key in names],
     }
@@ -131,38 +142,45 @@ def describe_prevalences(evaluation: Evaluation) -> list[dict[str, Any]]:
 def describe_calibration(evaluation: Evaluation) -> dict[str, Any]:
     """How the probabilities were mended on val, and test before and after."""
     test = evaluation.test
-    return {
-        "sentence": _tell_calibration(evaluation),
-        "rows": [
-            {
-                "name": name,
-                "meaning": meaning,
-                "cells": [_cell_of(found, key) for found in (test.before, test.after)],
-            }
-            for name, meaning, key in _RELIABILITY_ROWS
-        ],
-    }
+    rows = [
+        {
+            "name": name,
+            "meaning": meaning,
+            "cells": [_cell_of(found, key) for found in (test.before, test.after)],
+        }
+        for name, meaning, key in _RELIABILITY_ROWS
+    ]
+    return {"sentence": tell_calibration(evaluation.calibration), "rows": rows}
 
 
 def _cell_of(found: Reliability, key: str) -> Cell:
-    return Cell.of(getattr(found, key), signed=key in _SIGNED)
+    estimate = getattr(found, key)
+    if key != "ece" or found.ece_if_calibrated is None:
+        return Cell.of(estimate, signed=key in _SIGNED)
+    told = f"{decimal(found.ece_if_calibrated)} on average of so many, if calibrated"
+    return Cell(Cell.of(estimate).value, reason=told)
 
 
-def _tell_calibration(evaluation: Evaluation) -> str:
-    chosen = evaluation.calibration.chosen
+def tell_calibration(calibration: Calibration) -> str:
+    """Which scaling is used, and why, in words."""
+    chosen = calibration.chosen
     if chosen is None:
-        return f"No calibration could be fitted: {evaluation.calibration.reason}."
+        return f"No calibration could be fitted: {calibration.reason}."
+    if chosen.method == "none":
+        return (
+            "The probabilities are the network's own: neither temperature nor Platt's scaling had "
+            "a cross-validated log loss on val that was lower by more than one standard error."
+        )
     how = f"temperature scaling (T = {1 / chosen.slope:.2f})"
     if chosen.method == "platt":
         how = (
             f"Platt's scaling (slope {decimal(chosen.slope, 2)}, intercept "
             f"{decimal(chosen.intercept, 2, signed=True)})"
         )
-    both = evaluation.calibration.temperature and evaluation.calibration.platt
-    why = "had the lower cross-validated log loss" if both else "is the one that could be fitted"
     return (
-        f"Fitted on val: {how}, which {why} there. It moves no study across a threshold and "
-        "changes no ranking."
+        f"Fitted on val: {how}, the simplest of none, temperature and Platt's whose log loss, "
+        "cross-validated there, was within one standard error of the lowest. It moves no study "
+        "across a threshold and changes no ranking."
     )
 
 
@@ -174,29 +192,36 @@ def describe_decision(evaluation: Evaluation) -> dict[str, Any]:
     curve = evaluation.test.decision_curve
     if curve.reason is not None:
         return {"sentence": f"There is no decision curve: {curve.reason}.", "rows": []}
-    better = [
-        threshold
-        for threshold, gain in zip(THRESHOLDS, curve.gain, strict=True)
-        if gain.low is not None and gain.low > 0
-    ]
-    sentence = "At no threshold is acting on the model shown to be worth more than the better of "
-    sentence += "acting on all and on nobody."
-    if better:
-        sentence = (
-            f"At {len(better)} of the {len(THRESHOLDS)} thresholds, between {better[0]:.2f} and "
-            f"{better[-1]:.2f}, acting on the model is worth more than the better of acting on all "
-            "and on nobody (interval above 0)."
-        )
     rows = [
         {
             "threshold": f"{threshold:.2f}",
-            "cells": [Cell.of(curve.model[k], signed=True), Cell.of(curve.gain[k], signed=True)],
+            "model": Cell.of(curve.model[k], signed=True),
+            "gain": decimal(curve.gain[k], signed=True) if curve.is_supported[k] else "",
             "treat_all": decimal(curve.treat_all[k], signed=True),
         }
         for k, threshold in enumerate(THRESHOLDS)
         if threshold in SHOWN_THRESHOLDS
     ]
-    return {"sentence": sentence, "rows": rows}
+    return {"sentence": tell_decision(curve), "rows": rows}
+
+
+def tell_decision(curve: DecisionCurve) -> str:
+    """What the curve shows of these studies; it is no test of anything."""
+    known = [k for k in range(len(THRESHOLDS)) if curve.is_supported[k]]
+    if not known:
+        return (
+            f"Too few cases for a decision curve: at no threshold do {MIN_INDEPENDENT} patients "
+            "with a positive study lie on either side."
+        )
+    better = sum(curve.gain[k] > 0 for k in known)
+    best = max(known, key=lambda k: curve.gain[k])
+    return (
+        f"From {THRESHOLDS[known[0]]:.2f} to {THRESHOLDS[known[-1]]:.2f}, where at least "
+        f"{MIN_INDEPENDENT} patients with a positive study lie on either side of the threshold, "
+        f"the model's curve is above both others at {better} of {len(known)} thresholds; the "
+        f"greatest difference is {decimal(curve.gain[best], signed=True)}, at "
+        f"{THRESHOLDS[best]:.2f}. This describes the studies of test and tests nothing."
+    )
 
 
 # --- against what --------------------------------------------------------------------------------
@@ -206,7 +231,9 @@ def describe_baselines(evaluation: Evaluation) -> list[dict[str, Any]]:
     """The model beside each guess without pixels, on test."""
     test = evaluation.test
     return [
-        _describe_baseline("View alone", "AP counts as positive", test.view),
+        _describe_baseline(
+            "View alone", f"{test.view.sicker_view or 'neither'} counts as positive", test.view
+        ),
         _describe_baseline(
             "View, sex, age, pixel spacing",
             "logistic regression fitted on train",
@@ -223,7 +250,7 @@ def _describe_baseline(name: str, meaning: str, found: ViewBaseline | Baseline) 
         "n": found.n,
         "alone": Cell.of(alone),
         "model": Cell.of(found.model_auroc),
-        "gain": Cell.of(found.gain, signed=True),
+        "gain": Cell.of(found.gain_delong.difference, signed=True),
         "test": _tell_test(found.gain_delong),
     }
 
@@ -269,12 +296,11 @@ def describe_comparison(compared: ComparedRuns | None) -> dict[str, Any] | None:
 
 def tell_comparison(compared: ComparedRuns) -> str:
     """Which run ranks better on test, in a sentence."""
-    found = compared.splits["test"]
-    gain = found.auroc.difference
+    found = compared.splits["test"].auroc_delong_clustered
+    gain = found.difference
     if gain.value is None:
         return f"The runs cannot be compared on test: {gain.reason}."
-    tested = _tell_test(found.auroc_delong_clustered)
-    numbers = f"{Cell.of(gain, signed=True)}{'; ' + tested if tested else ''}"
+    numbers = f"{Cell.of(gain, signed=True)}; {_tell_test(found)}"
     if gain.low is None or gain.high is None or gain.low <= 0 <= gain.high:
         return f"Neither run is shown to rank better: the difference in AUROC is {numbers}."
     better = compared.first if gain.low > 0 else compared.second

@@ -77,27 +77,26 @@ def tell_saliency(saliency: SaliencySummary) -> str:
     gain, random = found.gain["prior"]["auprc"], found.gain["random"]["auprc"]
     if gain.value is None or gain.low is None or gain.high is None:
         return f"It cannot be said where the network looks: {gain.reason}."
-    difference = Cell.of(gain, 2, signed=True)
+    difference = f"difference in AUPRC, network minus fixed map: {Cell.of(gain, 2, signed=True)}"
     if gain.high < 0:
         return (
             "A fixed map of where opacities usually lie, which looks at no image, agrees with the "
-            f"boxes better than the network's maps: AUPRC {difference}. These maps are no evidence "
+            f"boxes better than the network's maps ({difference}). These maps are no evidence "
             "that the network found the opacity; read the pictures below with that in mind."
         )
     if gain.low <= 0:
         return (
             "The network's maps are not shown to agree with the boxes better than a fixed map of "
-            f"where opacities usually lie: AUPRC {difference}. They may point to the lungs and no "
-            "more."
+            f"where opacities usually lie ({difference}). They may point to the lungs and no more."
         )
     better = (
         "The network's maps agree with the boxes better than a fixed map of where opacities "
-        f"usually lie: AUPRC {difference}. "
+        f"usually lie ({difference}). "
     )
     if random.low is None or random.low <= 0:
         return (
             f"{better}They are not shown to agree better than the maps of a network with random "
-            f"weights: AUPRC {Cell.of(random, 2, signed=True)}."
+            f"weights: difference in AUPRC {Cell.of(random, 2, signed=True)}."
         )
     if saliency.prior_studies < ENOUGH_FOR_PRIOR:
         made_of = count(saliency.prior_studies, "positive", "positives")

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 from pneumo.evaluation.bootstrap import Estimate
 from pneumo.evaluation.evaluation import Evaluation
+from pneumo.evaluation.group_gaps import Worst, describe_measures
 from pneumo.evaluation.operating_points import DECISION
-from pneumo.evaluation.subgroups import COMPARED, By, Subgroup, Worst
+from pneumo.evaluation.subgroups import COMPARED, Subgroup
 from pneumo.reporting.page.formatting import Cell
 
-TITLES: Mapping[By, str] = {
+TITLES: Mapping[str, str] = {
     "sex": "Sex",
     "age": "Age, years",
     "view": "View",
+    "sex_age": "Sex and age",
+    "view_sex": "View and sex",
     "negatives": "All positives against these negatives",
     "box_area": "Positives by area of their boxes, in thirds, against all negatives",
 }
@@ -30,6 +33,7 @@ def describe_groups(evaluation: Evaluation) -> dict[str, Any]:
     test = evaluation.test
     rates = test.at[DECISION].rates
     every = [test.auroc, *(group.auroc for group in test.subgroups.groups)]
+    judged = [group for group in test.subgroups.groups if group.auroc.value is not None]
     start = _start_axis(every)
     worst = test.subgroups.worst
     return {
@@ -51,32 +55,46 @@ def describe_groups(evaluation: Evaluation) -> dict[str, Any]:
             {
                 "by": by,
                 "title": TITLES[by],
-                "rows": [_describe_group(group, start, worst) for group in groups],
+                "rows": [_describe_group(g, start, worst) for g in judged if g.by == by],
+                "not_known": _tell_not_known([g for g in groups if g.auroc.value is None]),
             }
-            for by, groups in groupby(test.subgroups.groups, key=lambda group: group.by)
+            for by, some in groupby(test.subgroups.groups, key=lambda group: group.by)
+            for groups in (list(some),)
         ],
+        "has_more": any(group.by in COMPARED for group in judged),
         "whole": [*COMPARED],
         "worst": describe_worst(worst),
         "is_shown": worst.is_shown,
-        "judged": worst.compared,
     }
 
 
+def _tell_not_known(groups: Sequence[Subgroup]) -> list[str]:
+    """A line a reason, with the groups that it holds for."""
+    names: dict[str, list[str]] = {}
+    for group in groups:
+        reason = str(group.auroc.reason)
+        if reason.startswith("too small"):
+            reason = f"too small, {reason.rsplit(', ')[-1]} of either class"
+        names.setdefault(reason, []).append(f"{group.name} (n = {group.n})")
+    return [f"Not known: {', '.join(some)}: {reason}" for reason, some in names.items()]
+
+
 def describe_worst(worst: Worst) -> str:
-    """Which group the model serves worst, in a sentence."""
-    if worst.name is None or worst.by is None or worst.gap.value is None:
-        return f"The worst group cannot be named: {worst.gap.reason}."
-    gap = Cell.of(worst.gap, signed=True)
-    name = f"{TITLES[worst.by].split(',')[0].lower()} {worst.name}"
+    """Which group the model serves worst, in which measure, in a sentence or two."""
+    if not worst.compared:
+        return f"Groups cannot be compared: {worst.gap.reason}."
+    names = describe_measures()
+    measures = [names[measure] for measure in worst.measures]
+    listed = " or ".join(filter(None, [", ".join(measures[:-1]), measures[-1]]))
+    none = f"No group is shown to be served worse in {listed}."
+    if worst.name is None or worst.by is None or worst.measure is None:
+        return none
+    title = TITLES[worst.by].split(",")[0].lower()
+    gap = f"{names[worst.measure]} of {title} {worst.name}: {Cell.of(worst.gap, signed=True)}"
+    told = f"{gap} from that of all others, the interval widened for {worst.compared} comparisons"
     if worst.is_shown:
-        return (
-            f"Worst is {name}: its AUROC differs from that of the rest by {gap}, more than chance "
-            f"and a look at {worst.compared} groups explain."
-        )
-    return (
-        f"No group is shown to be served worse. The candidate is {name}, whose AUROC differs from "
-        f"that of the rest by {gap}; chance and a look at {worst.compared} groups can explain it."
-    )
+        return f"Served worst: {told}."
+    return f"{none} The largest gap is in {told}."
 
 
 def _start_axis(estimates: list[Estimate]) -> float:
@@ -129,6 +147,6 @@ def _tell_beside(
         "Sensitivity": Cell.of(sensitivity, 2),
         "Specificity": Cell.of(specificity, 2),
         "Average precision": Cell.of(precision, 2),
-        "In the large": Cell.of(in_the_large, 2, signed=True),
+        "Predicted − observed": Cell.of(in_the_large, 2, signed=True),
     }
     return [(name, cell) for name, cell in found.items() if cell.value]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pneumo.evaluation.baselines import ViewBaseline
 from pneumo.evaluation.bootstrap import Estimate
 from pneumo.evaluation.evaluation import Evaluation, SplitEvaluation
 from pneumo.evaluation.map_scores import SaliencySummary
@@ -14,8 +15,8 @@ from pneumo.reporting.page.page_inputs import DataFacts, ModelFacts
 from pneumo.reporting.page.saliency_section import OFF, tell_saliency
 from pneumo.reporting.page.subgroup_section import describe_worst
 
-FEW_POSITIVES = 50
-"""Below this many positives or negatives in test the intervals are too wide to compare models."""
+FEW_PATIENTS = 50
+"""Below this many patients of a class in test the intervals are too wide to compare models."""
 
 
 def summarise(evaluation: Evaluation) -> str:
@@ -34,19 +35,23 @@ def summarise(evaluation: Evaluation) -> str:
             f"At the threshold chosen on val it finds {percent(recall.value)} of the positives "
             f"and clears {percent(specificity.value)} of the negatives."
         )
-    view = test.view
-    if view.gain.value is not None and view.view_only_auroc.value is not None:
-        alone = f"The view (AP or PA) alone reaches {view.view_only_auroc.value:.2f}"
-        if view.gain.low is None:
-            words.append(f"{alone}.")
-        elif view.gain.low > 0:
-            words.append(f"{alone}; the model gains {Cell.of(view.gain, 2, signed=True)}.")
-        else:
-            words.append(
-                f"{alone}; that the model is better is not shown: the difference is "
-                f"{Cell.of(view.gain, 2, signed=True)}."
-            )
+    if view := tell_view(test.view):
+        words.append(view)
     return " ".join(words)
+
+
+def tell_view(view: ViewBaseline) -> str:
+    """What the model is beside the view; '' where that is not known."""
+    gain = view.gain_delong.difference
+    if gain.value is None or view.view_only_auroc.value is None:
+        return ""
+    alone = f"Knowing only AP or PA gives an AUROC of {view.view_only_auroc.value:.2f}"
+    if gain.low is None:
+        return f"{alone}."
+    difference = Cell.of(gain, 2, signed=True)
+    if gain.low > 0:
+        return f"{alone}; the model's is higher by {difference}."
+    return f"{alone}; the model's is not shown to be higher: the difference is {difference}."
 
 
 def _in_percent(estimate: Estimate) -> str:
@@ -90,18 +95,24 @@ def find_warnings(evaluation: Evaluation, data: DataFacts, model: ModelFacts) ->
     point = evaluation.points[DECISION]
     if point.threshold is None:
         warnings.append(f"No threshold could be chosen: {point.reason}.")
-    smaller = min(test.positives, test.n - test.positives)
-    if smaller < FEW_POSITIVES:
+    if test.auroc.value is not None and not is_shown_to_rank(test.auroc):
         warnings.append(
-            f"Test is small: {test.n} studies of {count_patients(test)}, {test.positives} "
-            "positive. The intervals are wide; do not rank models by these numbers."
+            f"The model is not shown to rank better than chance: AUROC {Cell.of(test.auroc)}."
+        )
+    smaller = min(test.patients_by_class)
+    if smaller < FEW_PATIENTS:
+        who = "patients" if test.patients is not None else "studies"
+        warnings.append(
+            f"Test is small: {smaller} {who} in the rarer class, {test.n} studies of "
+            f"{count_patients(test)} altogether. The intervals are wide; do not rank models by "
+            "these numbers."
         )
     if not model.is_pretrained:
         wish = "because the weights asked for could not be had" if model.fell_back else "as asked"
         warnings.append(
             f"The model started from random weights, {wish}. Expect less than from ImageNet's."
         )
-    gain = test.view.gain
+    gain = test.view.gain_delong.difference
     if gain.low is not None and gain.low <= 0:
         warnings.append("The model is not shown to be better than the view (AP or PA) alone.")
     if quality.quarantined:
@@ -111,6 +122,11 @@ def find_warnings(evaluation: Evaluation, data: DataFacts, model: ModelFacts) ->
             "why."
         )
     return warnings
+
+
+def is_shown_to_rank(auroc: Estimate) -> bool:
+    """Whether the model ranks better than chance by more than chance explains."""
+    return auroc.low is not None and auroc.low > 0.5
 
 
 @dataclass(frozen=True)
@@ -165,7 +181,9 @@ def _answer_sure(evaluation: Evaluation) -> Answer:
 
 def _answer_whom(evaluation: Evaluation) -> Answer:
     worst = evaluation.test.subgroups.worst
-    short = Cell.of(worst.gap, 2, signed=True).value if worst.name else ""
+    short = Cell.of(worst.gap, 2, signed=True).value if worst.is_shown else "none shown"
+    if not worst.compared:
+        short = ""
     return Answer("For whom?", "whom", short, describe_worst(worst))
 
 
@@ -176,25 +194,22 @@ def _answer_threshold(evaluation: Evaluation) -> Answer:
             "At what threshold?", "points", "", f"No threshold could be chosen: {point.reason}."
         )
     recall, specificity = Cell.of(at.rates["recall"], 2), Cell.of(at.rates["specificity"], 2)
+    risk = evaluation.calibrate(point.logit)
+    calibrated = "" if risk is None else f"A calibrated risk of {show_threshold(risk)}. "
     return Answer(
         "At what threshold?",
         "points",
         f"p ≥ {show_threshold(point.threshold)}",
-        f"Chosen on val ({point.rule}). On test sensitivity {recall}, specificity {specificity}.",
+        f"{calibrated}Chosen on val ({point.rule}). On test sensitivity {recall}, specificity "
+        f"{specificity}.",
     )
 
 
 def _answer_baseline(evaluation: Evaluation) -> Answer:
     view, metadata = evaluation.test.view, evaluation.test.metadata
-    gain = Cell.of(view.gain, 2, signed=True)
-    others = Cell.of(metadata.gain, 2, signed=True)
-    words = (
-        "AUROC more than the view (AP or PA) alone, which reaches "
-        f"{Cell.of(view.view_only_auroc, 2)}; "
-        f"the gain is {gain}. "
-        if gain.value
-        else f"Beside the view alone: {gain}. "
-    )
+    gain = Cell.of(view.gain_delong.difference, 2, signed=True)
+    others = Cell.of(metadata.gain_delong.difference, 2, signed=True)
+    words = f"{tell_view(view) or f'Beside the view alone: {gain}.'} "
     words += f"Over view, sex, age and pixel spacing together: {others}."
     return Answer("Against what baseline?", "baselines", gain.value, words)
 
@@ -204,4 +219,4 @@ def _answer_saliency(saliency: SaliencySummary | None) -> Answer:
     if saliency is not None and saliency.groups["all"].gain is not None:
         short = Cell.of(saliency.groups["all"].gain["prior"]["auprc"], 2, signed=True).value
     words = OFF if saliency is None else tell_saliency(saliency)
-    return Answer("Does it look at the lung?", "saliency", short, words)
+    return Answer("Do the maps match the radiologists' boxes?", "saliency", short, words)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from pneumo.evaluation.shown_studies import ERRORS, OUTCOMES
 
@@ -105,6 +106,6 @@ def _draw_table(name: str) -> Any:
 
 
 def describe_view(view: Any) -> dict[str, Any]:
-    """The workspace as W&B stores it, plain JSON."""
-    found: dict[str, Any] = json.loads(view._to_model().model_dump_json(by_alias=True))
+    """The workspace in the words of wandb_workspaces, plain JSON."""
+    found: dict[str, Any] = TypeAdapter(type(view)).dump_python(view, mode="json")
     return found

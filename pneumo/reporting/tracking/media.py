@@ -70,8 +70,12 @@ class ConfusionChart:
 
     def rows(self) -> list[tuple[str, str, int]]:
         """(actual, predicted, count) of each cell."""
-        cells = (("0", "0", "tn"), ("0", "1", "fp"), ("1", "0", "fn"), ("1", "1", "tp"))
-        return [(actual, predicted, self.counts[name]) for actual, predicted, name in cells]
+        cells = ((0, 0, "tn"), (0, 1, "fp"), (1, 0, "fn"), (1, 1, "tp"))
+        words = ("no pneumonia", "pneumonia")
+        return [
+            (words[actual], words[predicted], self.counts[name])
+            for actual, predicted, name in cells
+        ]
 
 
 @dataclass(frozen=True)

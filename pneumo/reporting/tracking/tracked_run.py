@@ -27,6 +27,7 @@ from pneumo.errors import TrackingError
 from pneumo.reporting.tracking.media import Artifact, Media, Scalar
 
 FOLDER = "tracking"
+PHANTOM_NOTICE = "drawn phantoms, no radiographs: no number says anything of patients"
 _IDENTITY, _DATASET = "identity", "dataset.json"
 _MAX_NAME = 80
 
@@ -113,6 +114,7 @@ def describe_store(manifest: Manifest | None) -> dict[str, str | None]:
         "data_warning": manifest.audit.warning,
         "data_layout": manifest.layout,
         **named,
+        **({"phantoms": PHANTOM_NOTICE} if manifest.phantoms else {}),
     }
 
 

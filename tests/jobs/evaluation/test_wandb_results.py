@@ -18,10 +18,9 @@ from jobs.evaluation.ray_scoring import Scored, Scoring, Weights
 from jobs.evaluation.result_files import Judged, compose_metrics
 from jobs.evaluation.shown_studies import describe_age
 from jobs.evaluation.wandb_results import cap_ages, read_evaluation, show_case, write_tracking
-from pneumo.config import Config, EvaluateConfig
+from pneumo.config import Config
 from pneumo.dataset.contact_sheets import ContactSheet
 from pneumo.dataset.manifest import read_manifest
-from pneumo.evaluation.evaluation import evaluate
 from pneumo.evaluation.predictions import Predictions
 from pneumo.images.boxes import Box
 from pneumo.reporting.figures.case_pictures import Case, Pictures
@@ -38,6 +37,7 @@ from pneumo.reporting.tracking import (
 from pneumo.training.checkpoints import Checkpoint, CheckpointEntry
 from tests.pneumo.reporting.page.test_degenerate import damage, predictions
 from tests.pneumo.reporting.page.test_page import DATA
+from tests.predictions import judge
 
 
 def case(target=1, probability=0.9):
@@ -47,6 +47,7 @@ def case(target=1, probability=0.9):
         target=target,
         probability=probability,
         threshold=0.5,
+        is_called=True,
         boxes=[Box(56, 28, 112, 56)] if target else [],
         cam=np.linspace(0, 1, 112, dtype=np.float32)[None].repeat(112, axis=0),
         finding="Lung Opacity" if target else "Normal",
@@ -64,7 +65,7 @@ PICTURES = Pictures(
 
 
 def judged():
-    return evaluate(predictions(), config=EvaluateConfig(bootstrap_resamples=100), seed=0)
+    return judge(predictions())
 
 
 def leave(run, subject, data=DATA, found=None, pictures=PICTURES, saliency=None):
@@ -89,6 +90,12 @@ def test_numbers_and_charts_are_those_of_the_evaluation(subject, tmp_path):
     assert told.summary["eval/test/auroc"] == found.test.auroc.value
     assert told.summary["eval/test/recall_low"] == rates["recall"].low
     assert told.summary["eval/worst_group"] == found.test.subgroups.worst.name
+    assert told.summary["eval/val/auroc"] == found.val.auroc.value
+    screening = found.test.at["screening"].rates["recall"]
+    assert told.summary["eval/test/recall_screening"] == screening.value
+    assert told.summary["eval/test/calibration_intercept"] == found.test.before.intercept.value
+    assert set(told.media["eval/roc"].series) == {"val (chosen on it)", "test", "chance"}
+    assert told.summary["data/phantoms"] is False
     for name in ("roc", "precision_recall", "reliability", "decision_curve"):
         chart = told.media[f"eval/{name}"]
         assert isinstance(chart, LineChart)
@@ -106,7 +113,7 @@ def test_numbers_and_charts_are_those_of_the_evaluation(subject, tmp_path):
 @pytest.mark.parametrize("kind", ["nan", "empty", "one class", "too small"])
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_bad_predictions_are_told_without_what_they_do_not_give(subject, tmp_path, kind, split):
-    found = evaluate(damage(kind, split), config=EvaluateConfig(bootstrap_resamples=100), seed=0)
+    found = judge(damage(kind, split))
     told = read_evaluation(str(leave(tmp_path / "run", subject, found=found)))
     assert "eval/subgroups" in told.media
     assert not [value for value in told.summary.values() if value is None or value != value]

@@ -14,12 +14,15 @@ from pneumo.errors import MetricError
 from pneumo.evaluation import bootstrap
 from pneumo.evaluation.baselines import (
     Metadata,
+    SickerView,
     compare_with_metadata,
     compare_with_view,
+    find_sicker_view,
     fit_metadata,
     metadata_statistics,
     view_statistics,
 )
+from pneumo.evaluation.predictions import sigmoid
 from tests.predictions import make_predictions
 
 pytestmark = pytest.mark.processors
@@ -32,7 +35,7 @@ def resample(rows, parts):
 def test_metadata_baseline_is_fitted_on_train_and_paired_with_the_model():
     rows = make_predictions(2000, images_per_patient=2)
     model = fit_metadata(Metadata.of(make_predictions(2000, seed=1)))
-    found = compare_with_metadata(rows, model, resample(rows, metadata_statistics(rows, model)))
+    found = compare_with_metadata(rows, model, resample(rows, metadata_statistics(rows, model, 10)))
     alone, own = (roc_auc_score(rows.target, score) for score in (model.score(rows), rows.logit))
     assert model.n == found.n == 2000
     assert alone > 0.65  # AP is twice as common among the positives
@@ -85,7 +88,7 @@ def test_values_that_train_never_had_are_scored():
 def test_no_baseline_without_a_train_of_both_classes(train, reason):
     rows = make_predictions(100)
     model = fit_metadata(train)
-    found = compare_with_metadata(rows, model, resample(rows, metadata_statistics(rows, model)))
+    found = compare_with_metadata(rows, model, resample(rows, metadata_statistics(rows, model, 10)))
     assert found.alone_auroc.reason == found.gain_delong.difference.reason == reason
     with pytest.raises(MetricError, match=r"no metadata|one class"):
         model.score(rows)
@@ -105,10 +108,57 @@ def test_metadata_of_a_store_is_that_of_its_rows():
     np.testing.assert_array_equal(found.spacing_mm, [0.143, np.nan])
 
 
+def see_view(rows, sicker, min_patients=10):
+    return compare_with_view(
+        rows, sicker, resample(rows, view_statistics(rows, sicker, min_patients))
+    )
+
+
+def test_the_view_that_is_sicker_in_train_counts_as_positive():
+    """Where PA is, AP = 1 would rank worse than chance and every model would gain over it."""
+    rows = make_predictions(1000, effect=0.25)
+    rows = dataclasses.replace(rows, view=np.where(rows.view == "AP", "PA", "AP"))
+    found = see_view(rows, find_sicker_view(Metadata.of(rows)))
+    assert found.sicker_view == "PA"
+    assert found.view_only_auroc.value > 0.65
+    assert found.gain_delong.difference.high < 0
+    alone = dataclasses.replace(rows, view=np.full(1000, "PA"))
+    unknown = see_view(rows, find_sicker_view(Metadata.of(alone)))
+    assert unknown.gain.reason == "train: not both views are in it"
+
+
+def test_no_baseline_of_fewer_patients_than_a_subgroup_needs():
+    rows = make_predictions(400)
+    view = np.where(np.cumsum(rows.target) <= 9, "PA", "AP")
+    found = see_view(dataclasses.replace(rows, view=view), SickerView("AP"))
+    assert "10 are needed" in found.within["PA"].reason
+    assert found.within["AP"].value is not None
+    small = see_view(rows, SickerView("AP"), min_patients=300)
+    assert small.gain.reason == small.gain_delong.difference.reason
+    assert "300 are needed" in small.gain.reason
+
+
+def test_a_view_that_train_never_had_counts_as_the_mean_of_those_it_had():
+    train = make_predictions(2000)
+    only = train.take(train.view == "AP")
+    model = fit_metadata(Metadata.of(only))
+    rows = dataclasses.replace(only, view=np.full(len(only), "PA"))
+    np.testing.assert_allclose(model.score(rows), model.score(only))
+
+
+def test_metadata_regression_is_fitted_to_its_end():
+    rows = make_predictions(900)
+    model = fit_metadata(Metadata.of(rows))
+    columns = model.pipeline[0].transform(Metadata.of(rows).to_columns()).astype(float)
+    residual = rows.target - sigmoid(model.score(rows))
+    # scikit-learn's penalty of C = 1: the gradient of the likelihood is the coefficients.
+    np.testing.assert_allclose(columns.T @ residual, model.pipeline[1].coef_[0], atol=1e-6)
+
+
 def test_view_baseline_equals_scikit_learn_where_the_view_is_known():
     rows = make_predictions(1000)
     rows = dataclasses.replace(rows, view=np.where(np.arange(1000) < 100, "", rows.view))
-    found = compare_with_view(rows, resample(rows, view_statistics(rows)))
+    found = see_view(rows, find_sicker_view(Metadata.of(rows)))
     known = rows.take(rows.view != "")
     assert found.n == 900
     assert found.view_only_auroc.value == pytest.approx(

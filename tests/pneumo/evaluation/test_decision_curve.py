@@ -13,6 +13,7 @@ from pneumo.evaluation.decision_curve import (
     net_benefit_statistic,
     summarise_net_benefit,
 )
+from pneumo.reporting.page.performance_section import tell_decision
 from tests.predictions import make_predictions
 
 pytestmark = pytest.mark.processors
@@ -26,7 +27,7 @@ def draw(n=500, **columns):
 def judge(rows, resamples=200):
     statistic = {"curve": net_benefit_statistic(rows)}
     found = bootstrap.resample(rows.patient, statistic, resamples=resamples, seed=0)
-    return summarise_net_benefit(found["curve"])
+    return summarise_net_benefit(found["curve"], rows)
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -44,22 +45,22 @@ def test_net_benefit_equals_its_definition(ties):
         treat_all = prevalence - (1 - prevalence) * t / (1 - t)
         assert curve.treat_all[k] == pytest.approx(treat_all, abs=1e-12)
         gain = curve.model[k].value - max(treat_all, 0)
-        assert curve.gain[k].value == pytest.approx(gain, abs=1e-12)
+        assert curve.gain[k] == pytest.approx(gain, abs=1e-12)
         if curve.model[k].low is not None:
             assert curve.model[k].low <= curve.model[k].value <= curve.model[k].high
 
 
 def test_a_good_model_is_worth_more_than_treating_all_or_none():
     curve = judge(draw(2000))
-    assert curve.gain[19].low > 0
+    assert curve.gain[19] > 0.05
     useless = judge(draw(2000, calibrated_probability=np.full(2000, 0.225)))
-    assert max(one.value for one in useless.gain) <= 1e-12
+    assert max(useless.gain) <= 1e-12
 
 
 def test_json_has_columns_of_one_length_or_a_reason():
     content = judge(draw()).to_json()
     columns = [value for value in content.values() if isinstance(value, list)]
-    assert len(columns) == 8
+    assert len(columns) == 7
     assert {len(column) for column in columns} == {50}
     assert DecisionCurve.undefined("because").to_json() == {"threshold": None, "reason": "because"}
 
@@ -67,3 +68,16 @@ def test_json_has_columns_of_one_length_or_a_reason():
 def test_probabilities_that_are_none_are_refused():
     with pytest.raises(MetricError, match="NaN"):
         net_benefit_statistic(make_predictions(20))
+
+
+def test_nothing_is_said_where_no_positive_lies_below_the_threshold():
+    """The resamples would never see a miss there, and call a benefit of 0 certain."""
+    curve = judge(draw(114))
+    assert not curve.is_supported[0]
+    assert curve.model[0].low is None
+    assert "on a side of the threshold" in curve.model[0].reason
+    told = tell_decision(curve)
+    assert "tests nothing" in told
+    assert "worth more" not in told
+    alone = judge(draw(20, target=np.zeros(20, dtype=np.int8)))
+    assert tell_decision(alone).startswith("Too few cases")

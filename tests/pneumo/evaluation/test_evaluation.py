@@ -67,10 +67,11 @@ def test_thresholds_are_chosen_on_val_and_applied_to_test():
     evaluation = evaluate(found, config=CONFIG, seed=0)
 
     decision, screening = evaluation.points[DECISION], evaluation.points[SCREENING]
-    assert decision.threshold == thresholds.youden_threshold(val.target, val.probability)
-    assert screening.threshold == thresholds.sensitivity_threshold(val.target, val.probability, 0.9)
+    assert decision.logit == thresholds.youden_threshold(val.target, val.logit)
+    assert screening.logit == thresholds.sensitivity_threshold(val.target, val.logit, 0.9)
+    assert decision.threshold == sigmoid(decision.logit)
     assert evaluation.val.at[SCREENING].rates["recall"].value >= 0.9
-    expected = metrics.confusion(test.target, test.probability, decision.threshold)
+    expected = metrics.confusion(test.target, test.logit, decision.logit)
     assert evaluation.test.at[DECISION].counts == expected
 
     other_test = replaced(found, target=np.where(found.split == "test", 0, found.target))
@@ -87,14 +88,15 @@ def test_the_configured_rule_decides():
 
 
 def test_metrics_json_has_the_documented_form():
-    evaluation = evaluate(predictions(), config=CONFIG, seed=0)
+    found = predictions()
+    evaluation = evaluate(found, config=CONFIG, seed=0, train=Metadata.of(found))
     content = metrics_json(evaluation)
 
     assert list(content) == [
         "schema_version", "run", "dataset", "model", "operating_points", "calibration",
         "baselines", "val", "test",
     ]  # fmt: skip
-    assert content["schema_version"] == 3
+    assert content["schema_version"] == 4
     assert content["dataset"] == DATASET
     test = content["test"]
     assert (test["n"], test["patients"]) == (200, 100)
@@ -148,13 +150,14 @@ def test_view_baseline_uses_only_studies_of_known_view():
     found = predictions()
     view = found.view.copy()
     view[:40] = ""
-    baseline = evaluate(replaced(found, view=view), config=CONFIG, seed=0).val.view
+    train = Metadata.of(found)
+    baseline = evaluate(replaced(found, view=view), config=CONFIG, seed=0, train=train).val.view
     assert baseline.n == 180
     assert baseline.view_only_auroc.value > 0.6
     assert baseline.gain.value > 0
 
     unknown = evaluate(
-        replaced(found, view=np.full(len(view), "")), config=CONFIG, seed=0
+        replaced(found, view=np.full(len(view), "")), config=CONFIG, seed=0, train=train
     ).test.view
     assert (unknown.n, unknown.model_auroc.value) == (0, None)
     assert unknown.within["AP"].reason == "no study"
@@ -206,12 +209,14 @@ def test_degenerate_splits_are_null_with_a_reason(split, damage, reason):
         target[np.flatnonzero(rows)[:2]] = 1
         found = replaced(found, target=target)
 
-    content = metrics_json(evaluate(found, config=CONFIG, seed=0))
+    train = Metadata.of(predictions())
+    content = metrics_json(evaluate(found, config=CONFIG, seed=0, train=train))
     assert reason in content[split]["auroc"]["reason"]
     assert content[split]["auroc"]["low"] is None
     if damage != "tiny":
         assert content[split]["auroc"]["value"] is None
-        assert reason in content[split]["view"]["model_auroc"]["reason"]
+        told = content[split]["view"]["model_auroc"]["reason"]
+        assert ("too small" if damage == "one class" else reason) in told
     if damage != "tiny" and split == "val":
         point = content["operating_points"]["decision"]
         assert point["threshold"] is None
@@ -268,6 +273,7 @@ def test_calibration_is_fitted_on_val_alone():
         one.predictions.calibrated_probability, one.calibration.apply(found.logit)
     )
     assert one.test.after.log_loss.value is not None
+    assert one.calibration.chosen.method != "none"
     assert one.test.after.brier.value != one.test.before.brier.value
     assert one.test.before.brier == one.test.brier
 
@@ -314,3 +320,22 @@ def test_prevalence_of_an_empty_split_is_nan():
     empty = evaluate(found.take(found.split == "val"), config=CONFIG, seed=0).test
     assert math.isnan(empty.prevalence)
     assert empty.n == 0
+
+
+def test_thresholds_hold_where_probabilities_saturate():
+    """Above a logit of 36.7 every probability is 1: the threshold is none of theirs."""
+    found = predictions()
+    plain = evaluate(found, config=CONFIG, seed=0)
+    logit = (found.logit + 60).astype(np.float32)
+    far = evaluate(replaced(found, logit=logit, probability=sigmoid(logit)), config=CONFIG, seed=0)
+    for name, point in far.points.items():
+        assert point.threshold <= 1
+        assert far.test.at[name].counts == plain.test.at[name].counts
+
+
+def test_one_class_has_the_same_brier_score_everywhere():
+    found = predictions()
+    found = replaced(found, target=np.where(found.split == "test", 0, found.target))
+    test = metrics_json(evaluate(found, config=CONFIG, seed=0))["test"]
+    assert test["brier"]["value"] == test["calibration"]["before"]["brier"]["value"]
+    assert test["calibration"]["before"]["slope"]["reason"].startswith("one class only")

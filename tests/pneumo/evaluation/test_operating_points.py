@@ -120,7 +120,7 @@ def test_predictive_values_of_a_perfect_split_still_have_an_interval():
 def test_wilson_stands_beside_the_bootstrap_and_is_narrower_where_patients_recur():
     rows = make_predictions(600, images_per_patient=6)
     alike = dataclasses.replace(
-        rows, probability=np.repeat(rows.probability[::6], 6), target=np.repeat(rows.target[::6], 6)
+        rows, logit=np.repeat(rows.logit[::6], 6), target=np.repeat(rows.target[::6], 6)
     )
     found = evaluate_threshold(alike, 0.3, resamples=500)
     for key in ("accuracy", "recall", "specificity", "precision", "npv"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -10,10 +11,11 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from pneumo.evaluation import bootstrap
 from pneumo.evaluation.bootstrap import Resampled
+from pneumo.evaluation.group_gaps import Gap, find_worst
+from pneumo.evaluation.predictions import sigmoid
 from pneumo.evaluation.subgroups import (
     divide_studies,
     evaluate_subgroups,
-    find_worst,
     subgroup_statistics,
 )
 from tests.predictions import make_predictions
@@ -21,6 +23,7 @@ from tests.predictions import make_predictions
 pytestmark = pytest.mark.processors
 
 THRESHOLD = 0.3
+LOGIT = math.log(THRESHOLD / (1 - THRESHOLD))
 
 
 def draw(n=1500, **columns):
@@ -28,9 +31,11 @@ def draw(n=1500, **columns):
     return dataclasses.replace(rows, **{"calibrated_probability": rows.probability, **columns})
 
 
-def judge(rows, threshold=THRESHOLD, resamples=200, min_patients=10):
-    parts = subgroup_statistics(rows, threshold)
-    found = bootstrap.resample_sets(rows.patient, parts, resamples=resamples, seed=0)
+def judge(rows, threshold=LOGIT, resamples=200, min_patients=10):
+    parts = subgroup_statistics(rows, threshold, min_patients)
+    found = bootstrap.resample_sets(
+        rows.patient, parts.sets, resamples=resamples, seed=0, independent=parts.independent
+    )
     return evaluate_subgroups(rows, threshold, found, min_patients)
 
 
@@ -75,7 +80,7 @@ def test_groups_equal_scikit_learn_on_their_studies():
         female.probability.mean() - female.target.mean()
     )
     rest = rows.take(rows.view != "AP")
-    assert groups["view", "AP"].gap.value == pytest.approx(
+    assert groups["view", "AP"].gaps["auroc"].value == pytest.approx(
         groups["view", "AP"].auroc.value - roc_auc_score(rest.target, rest.logit)
     )
 
@@ -96,7 +101,7 @@ def assert_headlines(group, part, called):
 
 
 def test_a_group_that_is_all_found_still_has_an_interval():
-    group = by_name(judge(draw(), threshold=0.0))["sex", "F"]
+    group = by_name(judge(draw(), threshold=-math.inf))["sex", "F"]
     sensitivity, specificity = group.rates["recall"], group.rates["specificity"]
     assert (sensitivity.value, sensitivity.high) == (1.0, 1.0)
     assert 0.9 < sensitivity.low < 1
@@ -121,12 +126,12 @@ def test_what_two_groups_share_is_told_once():
 def test_groups_of_one_kind_hold_every_study():
     rows = draw(view=np.where(np.arange(1500) % 7, "PA", ""), sex=np.full(1500, ""))
     for by in ("sex", "age", "view"):
-        members = [m for m in divide_studies(rows) if m.by == by]
+        members = [m for m in divide_studies(rows, 10) if m.by == by]
         assert np.sum([m.rows for m in members], axis=0).tolist() == [1] * 1500
         for one in members:
             assert not (one.rows & one.rest).any()
-    assert {m.name for m in divide_studies(rows) if m.by == "sex"} == {"F", "M", "unknown"}
-    assert {m.name for m in divide_studies(draw()) if m.by == "view"} == {"AP", "PA"}
+    assert {m.name for m in divide_studies(rows, 10) if m.by == "sex"} == {"F", "M", "unknown"}
+    assert {m.name for m in divide_studies(draw(), 10) if m.by == "view"} == {"AP", "PA"}
 
 
 def test_a_group_of_three_patients_is_not_judged():
@@ -139,7 +144,7 @@ def test_a_group_of_three_patients_is_not_judged():
     assert "too small" in small.auroc.reason
     assert "10 are needed" in small.rates["recall"].reason
     assert rest.auroc.value is not None
-    assert rest.gap.reason.startswith("the rest is too small")
+    assert rest.gaps["auroc"].reason.startswith("the rest is too small")
     assert found.worst.by != "view"
 
 
@@ -152,7 +157,7 @@ def test_nothing_is_invented_without_boxes_ages_or_threshold():
     for name in ("smallest", "middle", "largest"):
         group = groups["box_area", name]
         assert group.positives == 0
-        for one in (group.auroc, group.rates["recall"], group.gap):
+        for one in (group.auroc, group.rates["recall"], group.gaps["auroc"]):
             assert one.reason == "no positive has a box"
     assert groups["age", "40–59"].n == 0
     assert groups["age", "40–59"].auroc.value is None
@@ -168,7 +173,7 @@ def test_nothing_is_invented_without_boxes_ages_or_threshold():
 
 def test_a_split_of_one_class_has_no_worst_group():
     found = judge(draw(target=np.zeros(1500, dtype=np.int8)))
-    assert (found.worst.by, found.worst.compared, found.worst.is_shown) == (None, 0, False)
+    assert found.worst.measures == ("specificity",)
     assert by_name(found)["sex", "F"].auroc.value is None
     assert by_name(found)["sex", "F"].rates["specificity"].value is not None
 
@@ -176,9 +181,11 @@ def test_a_split_of_one_class_has_no_worst_group():
 def test_the_group_that_is_truly_worse_is_named():
     rows = draw(3000)
     rng = np.random.default_rng(1)
-    confused = np.where(rows.view == "AP", rng.normal(size=3000), rows.logit)
-    worst = judge(dataclasses.replace(rows, logit=confused.astype(np.float32))).worst
-    assert (worst.by, worst.name, worst.is_shown) == ("view", "AP", True)
+    confused = np.where(rows.view == "AP", rng.normal(size=3000) - 1, rows.logit)
+    rows = dataclasses.replace(rows, logit=confused.astype(np.float32))
+    worst = judge(rows, threshold=None).worst
+    assert (worst.by, worst.name, worst.measure) == ("view", "AP", "auroc")
+    assert worst.is_shown
     assert worst.gap.high < 0
     assert "Bonferroni" in worst.gap.method
 
@@ -188,17 +195,51 @@ def test_noise_is_seldom_called_worse():
     shown = 0
     for seed in range(40):
         rows = make_predictions(500, seed=seed)
-        rows = dataclasses.replace(rows, calibrated_probability=rows.probability)
+        view = np.random.default_rng(seed).choice(["AP", "PA"], 500)
+        rows = dataclasses.replace(rows, view=view, calibrated_probability=rows.probability)
         shown += judge(rows, resamples=100).worst.is_shown
     assert shown <= 5
 
 
-def test_the_worst_is_not_just_the_smallest():
+def make_gap(name, value, sd, measure="auroc", patients=40):
     rng = np.random.default_rng(0)
+    pair = np.array([0.8 + value, 0.8])
+    drawn = pair[:, None] + np.stack([rng.normal(0, sd, 500), np.zeros(500)])
+    return Gap("sex", name, measure, Resampled(pair, drawn, patients), (patients, patients))
 
-    def gap(value, sd):
-        return Resampled(np.array([value]), rng.normal(value, sd, (1, 500)))
 
-    worst = find_worst({("age", "0–17"): gap(-0.2, 0.3), ("sex", "F"): gap(-0.06, 0.01)})
-    assert (worst.by, worst.name, worst.is_shown) == ("sex", "F", True)
-    assert find_worst({("sex", "F"): gap(0.01, 0.2)}).is_shown is False
+def test_the_worst_is_not_just_the_smallest():
+    worst = find_worst([make_gap("F", -0.3, 0.5), make_gap("M", -0.2, 0.01, patients=4000)], 10)
+    assert (worst.name, worst.is_shown, worst.compared) == ("M", True, 2)
+    assert find_worst([make_gap("F", 0.1, 0.2)], 10).is_shown is False
+    assert "10 patients with" in find_worst([], 10).gap.reason
+
+
+def test_a_group_without_an_error_does_not_make_the_others_worse():
+    """Its resamples never vary: 12 of 12 found, beside 80 of 100, is no news."""
+    group, rest = np.ones((1, 500)), np.random.default_rng(0).normal(0.8, 0.04, (1, 500))
+    pair = Resampled(np.array([0.8, 1.0]), np.concatenate([rest, group]), 12)
+    gaps = [Gap("sex", "M", "sensitivity", pair, (100, 12)), *(make_gap("F", 0.1, 0.1),) * 9]
+    assert not find_worst(gaps, 10).is_shown
+
+
+def test_women_whose_scores_are_lower_are_served_worse_though_ranked_alike():
+    rows = make_predictions(3000, effect=2.5)
+    view = np.random.default_rng(0).choice(["AP", "PA"], 3000)
+    rows = dataclasses.replace(rows, view=view)
+    logit = rows.logit - np.where(rows.sex == "F", 2.0, 0.0).astype(np.float32)
+    rows = dataclasses.replace(rows, logit=logit, calibrated_probability=sigmoid(logit))
+    found = judge(rows, threshold=-0.5)
+    worst, women = found.worst, by_name(found)["sex", "F"]
+    assert abs(women.gaps["auroc"].value) < 0.05
+    assert women.gaps["sensitivity"].high < -0.3
+    assert (worst.name.split(",")[0], worst.is_shown) == ("F", True)
+    assert worst.measure in ("sensitivity", "in_the_large")
+
+
+def test_properties_are_crossed_where_both_classes_are_in_both():
+    found = judge(draw(3000))
+    crossed = [group for group in found.groups if group.by in ("sex_age", "view_sex")]
+    assert ("view_sex", "AP, F") in by_name(found)
+    assert all(group.auroc.value is not None for group in crossed)
+    assert not [g for g in judge(draw(60)).groups if g.by == "sex_age"]

@@ -8,16 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pneumo.config import EvaluateConfig
 from pneumo.dataset.contact_sheets import ContactSheet
 from pneumo.dataset.manifest import Duplicates
 from pneumo.dataset.quality import Intensity, Quality, SplitQuality
 from pneumo.evaluation.bootstrap import Estimate
-from pneumo.evaluation.evaluation import evaluate
-from pneumo.evaluation.predictions import Predictions, sigmoid
 from pneumo.images.boxes import Box
 from pneumo.reporting.figures import case_pictures, charts, data_charts, style
 from pneumo.reporting.figures.case_pictures import Case
+from tests.predictions import judge, make_plain
 
 HISTORY = [
     {"epoch": 1, "train/loss": 0.9, "val/loss": 0.8, "val/auroc": 0.7, "val/precision": None},
@@ -26,27 +24,7 @@ HISTORY = [
 
 
 def evaluation(seed=0, target=None):
-    rng = np.random.default_rng(seed)
-    n = 120
-    target = rng.integers(0, 2, n).astype(np.int8) if target is None else target
-    logit = (2 * target + rng.normal(size=n) - 1).astype(np.float32)
-    predictions = Predictions(
-        key=np.array([f"k{i}" for i in range(n)]),
-        patient=np.array([f"p{i}" for i in range(n)]),
-        split=np.where(np.arange(n) % 2, "val", "test"),
-        target=target,
-        logit=logit,
-        probability=sigmoid(logit),
-        calibrated_probability=np.full(n, np.nan),
-        checkpoint=np.full(n, "best"),
-        finding=np.full(n, "Normal"),
-        age=np.full(n, 50.0),
-        sex=np.full(n, "F"),
-        view=np.where(rng.random(n) < 0.5, "AP", "PA"),
-        spacing_mm=np.full(n, 0.143),
-        box_area_fraction=np.where(target == 1, rng.random(n) / 5, np.nan),
-    )
-    return evaluate(predictions, config=EvaluateConfig(bootstrap_resamples=100), seed=0)
+    return judge(make_plain(120, seed=seed, **({} if target is None else {"target": target})))
 
 
 def case(target=1, probability=0.87, size=64, with_cam=True):
@@ -54,7 +32,10 @@ def case(target=1, probability=0.87, size=64, with_cam=True):
     cam = np.zeros((size, size), dtype=np.float32)
     cam[size // 2 :, size // 2 :] = 1
     image = np.tile(ramp, (size, 1))
-    return Case(image, target, probability, 0.5, [Box(8, 16, 20, 24)], cam if with_cam else None)
+    called = probability >= 0.5
+    return Case(
+        image, target, probability, 0.5, called, [Box(8, 16, 20, 24)], cam if with_cam else None
+    )
 
 
 def split_quality(studies, unknown=0, histogram=(5,) * 256, ages=(0, 3, 8, 4)):

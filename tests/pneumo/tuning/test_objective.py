@@ -118,9 +118,7 @@ def test_the_error_is_what_new_patients_would_show(objective: Objective) -> None
     drawn = [judge(*draw(seed), config) for seed in range(60)]
     spread = np.std([one.value for one in drawn], ddof=1)
     told = np.mean([one.standard_error for one in drawn])
-    # The sensitivity's threshold is taken as given, which tells some of its error only.
-    low = 0.6 if objective == "sensitivity" else 0.8
-    assert low < told / spread < 1.25
+    assert 0.8 < told / spread < 1.25
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -10,7 +10,6 @@ import pytest
 from pneumo.config import EvaluateConfig
 from pneumo.evaluation.bootstrap import Estimate
 from pneumo.evaluation.comparison import ComparedRuns, compare
-from pneumo.evaluation.evaluation import evaluate
 from pneumo.evaluation.map_scores import (
     BASELINES,
     MAPS,
@@ -19,38 +18,20 @@ from pneumo.evaluation.map_scores import (
     MapSummary,
     SaliencySummary,
 )
-from pneumo.evaluation.predictions import Predictions, sigmoid
+from pneumo.evaluation.predictions import sigmoid
 from pneumo.reporting.figures import charts
 from pneumo.reporting.figures.case_pictures import Pictures
 from pneumo.reporting.figures.style import show_threshold
 from pneumo.reporting.page.formatting import Cell
 from pneumo.reporting.page.saliency_section import tell_saliency
 from tests.pneumo.reporting.page.test_page import cases, render, section
+from tests.predictions import judge, make_plain
 
 NOTHING = Pictures([], {}, {}, [])
-CONFIG = EvaluateConfig(bootstrap_resamples=100)
 
 
 def predictions(n=240):
-    rng = np.random.default_rng(0)
-    target = rng.integers(0, 2, n).astype(np.int8)
-    logit = (2 * target + rng.normal(size=n) - 1).astype(np.float32)
-    return Predictions(
-        key=np.array([f"k{i}" for i in range(n)]),
-        patient=np.array([f"p{i}" for i in range(n)]),
-        split=np.where(np.arange(n) % 2, "val", "test"),
-        target=target,
-        logit=logit,
-        probability=sigmoid(logit),
-        calibrated_probability=np.full(n, np.nan),
-        checkpoint=np.full(n, "best"),
-        finding=np.where(target == 1, "Lung Opacity", "Normal"),
-        age=np.full(n, 50.0),
-        sex=np.where(np.arange(n) < 6, "M", "F"),
-        view=np.where(rng.random(n) < 0.5, "AP", "PA"),
-        spacing_mm=np.full(n, 0.143),
-        box_area_fraction=np.where(target == 1, rng.random(n) / 5, np.nan),
-    )
+    return make_plain(n, sex=np.where(np.arange(n) < 6, "M", "F"))
 
 
 def damage(kind, split):
@@ -88,7 +69,7 @@ def visible(page):
     ],
 )
 def test_bad_predictions_are_reported_with_their_reason(kind, words, split):
-    judged = evaluate(damage(kind, split), config=CONFIG, seed=0)
+    judged = judge(damage(kind, split))
     text = visible(render(judged, pictures=NOTHING))
     if kind != "without boxes" or split == "test":
         assert words in text
@@ -99,7 +80,7 @@ def test_bad_predictions_are_reported_with_their_reason(kind, words, split):
 
 
 def test_a_fault_of_test_is_not_blamed_on_val():
-    judged = evaluate(damage("nan", "test"), config=CONFIG, seed=0)
+    judged = judge(damage("nan", "test"))
     why = "5 of 120 scores are NaN or infinite"
     page = render(judged, pictures=Pictures.none(why))
     for name in ("saliency", "errors", "grid"):
@@ -113,7 +94,7 @@ def test_a_fault_of_test_is_not_blamed_on_val():
 def test_studies_that_are_scored_twice_are_not_said_to_be_scored_once():
     found = predictions()
     twice = np.append(np.arange(len(found)), 0)  # one of test
-    text = section(render(evaluate(found.take(twice), config=CONFIG, seed=0)), "data")
+    text = section(render(judge(found.take(twice))), "data")
     assert "121 test studies; test: 1 studies are scored more than once" in text
     assert "each exactly once" in section(render(), "data")
 
@@ -122,18 +103,19 @@ def test_a_target_near_a_standard_one_hides_no_point():
     config = EvaluateConfig(
         bootstrap_resamples=100, operating_point="sensitivity", sensitivity=0.904
     )
-    text = section(render(evaluate(predictions(), config=config, seed=0)), "points")
+    text = section(render(judge(predictions(), config=config)), "points")
     rows = ("0.904 decision, screening", "0.90 ", "0.95 ")
     assert all(f"sensitivity ≥ {row}" in text for row in rows)
 
 
 def test_a_group_of_three_is_said_to_be_too_small():
-    text = section(render(evaluate(predictions(), config=CONFIG, seed=0)), "whom")
-    assert re.search(r"M 3 \(\d\) not known: too small: \d patients", text)
+    text = section(render(judge(predictions())), "whom")
+    assert "Not known: M (n = 3), unknown" not in text
+    assert "Not known: M (n = 3): too small, 10 are needed of either class" in text
 
 
 def test_another_run_stands_beside():
-    found = evaluate(predictions(), config=CONFIG, seed=0).predictions
+    found = judge(predictions()).predictions
     worse = dataclasses.replace(
         found, logit=-found.logit, calibrated_probability=1 - found.calibrated_probability
     )
@@ -141,7 +123,7 @@ def test_another_run_stands_beside():
         name: compare(found.subset(name), worse.subset(name), resamples=100, seed=0)
         for name in ("val", "test")
     }
-    judged = evaluate(found, config=CONFIG, seed=0)
+    judged = judge(found)
     page = render(judged, compared=ComparedRuns("new", "old", splits))
     text = section(page, "comparison")
     assert text.startswith("Beside another run new ranks better: the difference in AUROC is +0.")
@@ -174,8 +156,8 @@ def test_better_than_a_prior_of_few_studies_is_not_yet_at_hand():
 
 
 def test_without_a_mapping_nothing_is_said_of_patients():
-    known = evaluate(predictions(), config=CONFIG, seed=0)
-    unknown = evaluate(predictions(), config=CONFIG, seed=0, has_patients=False)
+    known = judge(predictions())
+    unknown = judge(predictions(), has_patients=False)
     assert known.test.to_json()["patients"] > 0
     assert unknown.test.to_json()["patients"] is None
     text = section(render(unknown), "good")

@@ -39,7 +39,8 @@ addEventListener("load", () => {
   const seen = e => e.checkVisibility && e.checkVisibility();
   const faint = every.filter(e => says(e) && seen(e) && contrast(e) < 4.5);
   const images = [...page.images].filter(e => !e.naturalWidth);
-  const hidden = [...page.querySelectorAll("th, td, dd")].filter(e => !seen(e));
+  const open = [...page.querySelectorAll("th, td, dd")].filter(e => !e.closest("details"));
+  const hidden = open.filter(e => !seen(e));
   document.body.insertAdjacentHTML("beforeend", "<pre>" + JSON.stringify({
     width: page.documentElement.scrollWidth,
     wide: wide.map(e => e.tagName + "." + e.className + " " + e.getBoundingClientRect().right),

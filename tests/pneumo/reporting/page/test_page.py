@@ -8,13 +8,10 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from pneumo.config import Config, EvaluateConfig
 from pneumo.dataset.contact_sheets import ContactSheet
 from pneumo.dataset.manifest import Duplicates
 from pneumo.dataset.quality import Intensity, Quality, Shift, SplitQuality
 from pneumo.dataset.splits import SPLITS, Interval, LeakageAudit
-from pneumo.evaluation.evaluation import evaluate
-from pneumo.evaluation.predictions import Predictions, sigmoid
 from pneumo.images.boxes import Box
 from pneumo.reporting.figures.case_pictures import Case, Pictures
 from pneumo.reporting.page import (
@@ -26,6 +23,7 @@ from pneumo.reporting.page import (
     render_report,
     summarise,
 )
+from tests.predictions import judge, make_plain
 
 HISTORY = [{"epoch": 1, "train/loss": 0.9, "val/loss": 0.8, "val/auroc": 0.7}]
 AUDIT = LeakageAudit(
@@ -97,31 +95,21 @@ MODEL = ModelFacts(
     "resnet18", "ImageNet weights", True, False, 3, 224, "The best on val.", 0.49, 0.24
 )
 PROVENANCE = Provenance(
-    "run <1>", "1 May 2026", 0, Config().to_json(), "make evaluate", {"PyTorch": "2"}
+    run="run <1>",
+    created="1 May 2026",
+    seed=0,
+    recipe="bootstrap_resamples = 2000\n",
+    command="make evaluate",
+    citation="pneumo 0.1.0, run 1",
+    facts={"PyTorch": "2"},
 )
 
 
 def evaluation(n=400, target=None, view_is_target=False):
-    rng = np.random.default_rng(0)
-    target = rng.integers(0, 2, n).astype(np.int8) if target is None else target
-    logit = (2 * target + rng.normal(size=n) - 1).astype(np.float32)
-    predictions = Predictions(
-        key=np.array([f"k{i}" for i in range(n)]),
-        patient=np.array([f"p{i}" for i in range(n)]),
-        split=np.where(np.arange(n) % 2, "val", "test"),
-        target=target,
-        logit=logit,
-        probability=sigmoid(logit),
-        calibrated_probability=np.full(n, np.nan),
-        checkpoint=np.full(n, "best"),
-        finding=np.full(n, "Normal"),
-        age=np.full(n, 50.0),
-        sex=np.full(n, "F"),
-        view=np.where(target if view_is_target else rng.random(n) < 0.5, "AP", "PA"),
-        spacing_mm=np.full(n, 0.143),
-        box_area_fraction=np.where(target == 1, rng.random(n) / 5, np.nan),
-    )
-    return evaluate(predictions, config=EvaluateConfig(bootstrap_resamples=100), seed=0)
+    rows = make_plain(n, **({} if target is None else {"target": target}))
+    if view_is_target:
+        rows = dataclasses.replace(rows, view=np.where(rows.target, "AP", "PA"))
+    return judge(rows)
 
 
 def cases(count, size=224):
@@ -132,6 +120,7 @@ def cases(count, size=224):
             target=i % 2,
             probability=0.3 + 0.4 * ((i // 2) % 2),
             threshold=0.5,
+            is_called=bool((i // 2) % 2),
             boxes=[Box(10, 10, 50, 50)] if i % 2 else [],
             cam=rng.random((size, size)).astype(np.float32),
         )
@@ -207,14 +196,32 @@ def test_page_says_what_it_must():
         "Of a random positive and a random negative study",
         "70\N{NO-BREAK SPACE}% of the val studies",
         "make evaluate",
-        "&#34;bootstrap_resamples&#34;: 2000",
+        "bootstrap_resamples = 2000",
         "None on test at this threshold.",
-        "View alone",
+        "Knowing only AP or PA",
+        "To cite: pneumo 0.1.0, run 1.",
         "prefers-color-scheme: dark",
         "@media print",
     ):
         assert words in page
     assert "Read this first" not in page
+
+
+def test_contents_name_every_section_and_links_are_called_as_their_headings():
+    page = render()
+    headings = dict(re.findall(r'<h2 id="(\w+)">(.*?)</h2>', page))
+    headings = {name: html.unescape(title) for name, title in headings.items()}
+    contents = re.search("<nav.*?</nav>", page, re.DOTALL)
+    links = re.findall(r'href="#(\w+)">(.*?)</a>', contents[0])
+    assert {name: html.unescape(title) for name, title in links} == headings
+    for name, title in re.findall(r'href="#(\w+)">(.*?)</a>', section_html(page, "claim")):
+        assert html.unescape(title) == headings[name]
+
+
+def test_a_page_of_phantoms_says_so_first():
+    page = render(data=dataclasses.replace(DATA, phantoms=True))
+    assert page.index("Drawn phantoms, no radiographs") < page.index("<main>")
+    assert "Drawn phantoms" not in render()
 
 
 def test_equal_input_gives_the_same_page():
@@ -295,21 +302,25 @@ def test_warnings(data, model, words):
 def test_warnings_about_the_numbers():
     assert find_warnings(evaluation(), DATA, MODEL) == []
     (small,) = find_warnings(evaluation(n=60), DATA, MODEL)
-    assert "Test is small: 30 studies of 30 patients" in small
+    assert "30 studies of 30 patients altogether" in small
     (view,) = find_warnings(evaluation(view_is_target=True), DATA, MODEL)
     assert "not shown to be better than the view" in view
 
 
 def test_summary_weighs_the_model_against_the_view():
-    assert "the model gains +0." in summarise(evaluation())
-    assert "that the model is better is not shown" in summarise(evaluation(view_is_target=True))
+    assert "the model's is higher by +0." in summarise(evaluation())
+    assert "the model's is not shown to be higher" in summarise(evaluation(view_is_target=True))
+
+
+def section_html(page, name):
+    found = re.search(f'<section aria-labelledby="{name}">(.*?)</section>', page, re.DOTALL)
+    assert found
+    return found[1]
 
 
 def section(page, name):
     """What a reader sees of one section, tags and needless blanks left out."""
-    found = re.search(f'<section aria-labelledby="{name}">(.*?)</section>', page, re.DOTALL)
-    assert found
-    text = html.unescape(re.sub("<[^>]+>", " ", found[1]))
+    text = html.unescape(re.sub("<[^>]+>", " ", section_html(page, name)))
     return " ".join(text.split())
 
 
