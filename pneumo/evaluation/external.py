@@ -193,7 +193,8 @@ def _compare(
     if name not in internal or name not in external:
         return Both(*[Estimate.undefined("no metadata of train")] * 3)
     first, second = internal[name], external[name]
-    gap = Resampled(second.value - first.value, second.drawn - first.drawn)
+    independent = min(first.independent, second.independent)
+    gap = Resampled(second.value - first.value, second.drawn - first.drawn, independent)
     return Both(first.estimate(), second.estimate(), gap.estimate())
 
 

@@ -77,7 +77,11 @@ def _find_layout(
             if not name.startswith(".") and (inner := list_folder(folder_url))
         }
         inside = [(u, i) for u, i in below.items() if any(one.recognise(i) for one in layouts)]
-        if len(inside) == 1:
+        if len(inside) > 1:
+            raise SourceError(
+                f"{source_url}: {len(inside)} folders in it hold a data set; give one as --source"
+            )
+        if inside:
             url, inner = inside[0]
             found = [layout for layout in layouts if layout.recognise(inner)]
             files = {**files, **inner}

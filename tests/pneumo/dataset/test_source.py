@@ -116,7 +116,7 @@ def test_the_folder_that_an_unpacked_download_makes_is_found(
     outer = read_source(str(tmp_path / "download"), ENVIRON)
     assert outer == read_source(str(inner), ENVIRON)
     shutil.copytree(inner, tmp_path / "download" / "another")
-    with pytest.raises(SourceError, match="no layout that is known"):  # which of the two is meant?
+    with pytest.raises(SourceError, match="2 folders in it hold a data set"):
         read_source(str(tmp_path / "download"), ENVIRON)
 
 

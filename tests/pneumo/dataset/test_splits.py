@@ -276,7 +276,9 @@ def test_a_skewed_shard_fails_and_shuffled_ones_pass(samples: int) -> None:
 
 
 def test_a_split_without_patients_is_refused() -> None:
-    with pytest.raises(SourceError, match=r"no mapping file.*or say --split\.unit image"):
+    with pytest.raises(
+        SourceError, match=r"patients are unknown.*say --split\.unit image.*mappings_2018"
+    ):
         split_studies(make_studies(range(300)), SplitConfig(), seed=0, has_patients=False)
 
 
