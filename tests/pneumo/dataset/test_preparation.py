@@ -45,6 +45,7 @@ from pneumo.dataset.splits import SPLITS, Split, audit_split, split_studies
 from pneumo.dataset.study_keys import derive_file_key
 from pneumo.dataset.study_table import read_studies
 from pneumo.errors import AccessError, BadFilesError, SourceError, StoreError
+from tests.conftest import draw_chest
 
 FolderMaker = Callable[..., Path]
 DicomMaker = Callable[..., bytes]
@@ -504,7 +505,7 @@ def test_headers_and_tables_that_disagree_are_counted(
     folder = kaggle_folder(num_studies=120)
     files = sorted((folder / "stage_2_train_images").iterdir())
     for path in files[:4]:  # two pairs of files in each other's place
-        path.write_bytes(make_dicom(np.full((64, 64), 9, np.uint8), identifier="another"))
+        path.write_bytes(make_dicom(draw_chest(64), identifier="another"))
     labels = folder / "stage_2_train_labels.csv"
     lines = labels.read_text().splitlines()
     positive = next(i for i, line in enumerate(lines) if line.endswith(",1"))

@@ -18,6 +18,7 @@ from pneumo.images.dicom import GrayImage, read_study_image
 from pneumo.images.dicom_files import Unusable, decode_file
 from pneumo.images.gate import judge, judge_header, judge_picture
 from pneumo.images.headers import NO_EXPOSURE
+from tests.conftest import draw_chest
 
 DicomMaker = Callable[..., bytes]
 Gray = npt.NDArray[np.uint8]
@@ -140,7 +141,7 @@ def test_a_blank_picture_is_refused(
 
 
 def test_what_a_picture_makes_doubtful(make_dicom: DicomMaker) -> None:
-    chest = cv2.resize(draw_phantom_of_a_chest(), (128, 128))
+    chest = draw_chest(128)
     assert judged(make_image(make_dicom, chest)) == ()
     collimated = np.zeros((256, 256), np.uint8)
     collimated[80:180, 80:180] = cv2.resize(chest, (100, 100))
@@ -152,10 +153,3 @@ def test_what_a_picture_makes_doubtful(make_dicom: DicomMaker) -> None:
     assert "doubtful:aspect" in judged(make_image(make_dicom, long))
     checks = np.kron(rng.integers(0, 2, (32, 32)), np.full((8, 8), 255)).astype(np.uint8)
     assert "doubtful:unlike_chest" in judged(make_image(make_dicom, checks))
-
-
-def draw_phantom_of_a_chest() -> Gray:
-    y, x = np.mgrid[0:128, 0:128] / 128
-    lungs = sum(np.exp(-(((x - c) / 0.12) ** 2) - ((y - 0.45) / 0.25) ** 2) for c in (0.3, 0.7))
-    air = sum(np.exp(-(((x - c) / 0.2) ** 2) - ((y - 0.05) / 0.2) ** 2) for c in (0, 1))
-    return np.clip(150 + 60 * y - 90 * lungs - 120 * air, 0, 255).astype(np.uint8)
