@@ -289,7 +289,8 @@ def test_a_shift_has_the_numbers_of_a_straightforward_computation() -> None:
     assert not age.is_by_chance
     assert (view.what, view.unit) == ("AP among known views", "%")
     assert view.difference == pytest.approx(0.2 / math.sqrt(0.6 * 0.4))
-    assert view.by_chance == pytest.approx(1.96 * math.sqrt(1 / 399 + 1 / 199))
+    z = statistics.NormalDist().inv_cdf(1 - 0.025 / 20)  # ten properties, two splits
+    assert view.by_chance == pytest.approx(z * math.sqrt(1 / 399 + 1 / 199))
     assert str(view) == (
         "AP among known views: 40.0\N{NO-BREAK SPACE}% in train, 60.0\N{NO-BREAK SPACE}% in test "
         "(standardised difference +0.41, chance explains ±0.17)"

@@ -108,4 +108,4 @@ def test_paper_holds_all_at_its_own_size(tmp_path, page):
     assert found["wide"] == []
     assert found["faint"] == []
     assert found["hidden"] == []
-    assert min(found["folded"]) > 100
+    assert min(found["folded"]) > 40  # of one line: its heading alone would be half of that
