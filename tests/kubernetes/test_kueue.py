@@ -26,8 +26,9 @@ pytestmark = [
 ]
 
 KUEUE = "kueue.x-k8s.io/v1beta2"
-EPOCHS = 40
-"""Of some seconds together: the pods of a run that is preempted have 40 s to end."""
+EPOCHS = 12
+"""A minute together, for the pods of a run that is preempted have 40 s to end; each leaves a
+checkpoint of 134 MB, and the S3 server of the tests has 4 GB."""
 QUEUES = f"/apis/{KUEUE}/clusterqueues"
 WORKLOAD_CPU = "700m"
 """What admits the run, and leaves no room for another: its pods ask for 200m and 200m, the head's
