@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 from collections.abc import Callable, Iterator
@@ -96,7 +97,11 @@ def test_a_run_waits_for_quota_gives_it_back_and_goes_on(
     state = run.end(900)
     assert (state.phase, state.exit_code) == ("succeeded", 0)
     epochs = re.findall(rf"^epoch +(\d+)/{EPOCHS} ", "".join(run.text), re.MULTILINE)
-    assert epochs == [str(number + 1) for number in range(EPOCHS)]  # each once
+    # None is said twice; the last words of a pod that is being deleted may be lost.
+    assert [int(number) for number in epochs] == sorted({int(number) for number in epochs})
+    assert (epochs[-1], len(epochs) >= EPOCHS - 1) == (str(EPOCHS), True)
+    kept = files.cat_file(f"{team.bucket}/run/metrics.jsonl").splitlines()
+    assert [json.loads(line)["epoch"] for line in kept] == list(range(1, EPOCHS + 1))
     assert re.search("going on from epoch [1-9]", "".join(run.text))
     urgent = kube.ask("GET", f"{team.path('batch/v1', 'jobs')}/urgent")
     assert urgent["status"].get("succeeded") == 1
