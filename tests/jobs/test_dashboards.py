@@ -38,8 +38,9 @@ def list_keys(view: Any) -> set[str]:
         elif isinstance(part, list):
             for value in part:
                 yield from walk(value, name)
-        elif isinstance(part, str) and (name in ("y", "media_keys") or part[:5] == "eval/"):
-            yield part
+        elif isinstance(part, str) and part != name:  # a chart's field `y` is the column y
+            if name in ("y", "media_keys") or part[:5] == "eval/":
+                yield part
 
     return set(walk(describe_view(view)))
 

@@ -18,7 +18,7 @@ from tests.jobs.conftest import Prepared
 
 QUICK = [
     *("--evaluate.bootstrap-resamples", "200", "--evaluate.pictures", "1"),
-    *("--evaluate.saliency", "false", "--evaluate.min-patients", "3"),
+    *("--evaluate.saliency", "false", "--evaluate.min-patients", "2"),
     *("--tracking.mode", "disabled"),
 ]
 

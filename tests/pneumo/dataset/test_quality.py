@@ -293,7 +293,7 @@ def test_a_shift_has_the_numbers_of_a_straightforward_computation() -> None:
     assert view.by_chance == pytest.approx(z * math.sqrt(1 / 399 + 1 / 199))
     assert str(view) == (
         "AP among known views: 40.0\N{NO-BREAK SPACE}% in train, 60.0\N{NO-BREAK SPACE}% in test "
-        "(standardised difference +0.41, chance explains ±0.17)"
+        "(standardised difference +0.41, chance explains ±0.26)"
     )
 
 
