@@ -31,6 +31,8 @@ from tests.pneumo.reporting.page.test_degenerate import saliency
 def list_keys(view: Any) -> set[str]:
     """What the panels of a workspace are told to show."""
 
+    told_in = ("y", "media_keys")
+
     def walk(part: Any, name: str = "") -> Iterator[str]:
         if isinstance(part, dict):
             for key, value in part.items():
@@ -38,11 +40,10 @@ def list_keys(view: Any) -> set[str]:
         elif isinstance(part, list):
             for value in part:
                 yield from walk(value, name)
-        elif isinstance(part, str) and part != name:  # a chart's field `y` is the column y
-            if name in ("y", "media_keys") or part[:5] == "eval/":
-                yield part
+        elif isinstance(part, str) and (name in told_in or part[:5] == "eval/"):
+            yield part
 
-    return set(walk(describe_view(view)))
+    return set(walk(describe_view(view))) - {"y"}  # a chart's field, and the name of its column
 
 
 def list_told(run: TrackedRun | None) -> set[str]:
