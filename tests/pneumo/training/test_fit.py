@@ -588,13 +588,14 @@ class _SlowFileSystem(MemoryFileSystem):
         return stripped
 
     one_at_a_time = threading.Lock()
+    pause_s = 0.0
 
     def cat_file(
         self, path: str, start: int | None = None, end: int | None = None, **options: Any
     ) -> bytes:
         if start is not None and end is not None and end - start > 1:
             with self.one_at_a_time:
-                time.sleep(0.6)
+                time.sleep(self.pause_s)
         data: bytes = super().cat_file(path, start, end, **options)
         return data
 
@@ -610,6 +611,10 @@ def test_waiting_for_data_is_told_in_a_run_of_one_epoch(
     streamed = {"data.cache": "stream"}
     notes: list[str] = []
     config = override(SMALL, {"train.epochs": 1, "train.micro_batch_size": 12, **streamed})
+    begun_s = time.monotonic()
+    run(config, str(folder), f"{run_url}/quick")
+    # Each of eight blocks takes as long as half of what all computing does here and now.
+    _SlowFileSystem.pause_s = max(0.3, (time.monotonic() - begun_s) / 2)
     run(config, "slowly:///store", run_url, tell=notes.append)
     assert any(
         "% of the time until epoch 1 was spent waiting for data; keep" in n for n in notes
