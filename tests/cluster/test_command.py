@@ -6,7 +6,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -71,12 +70,10 @@ def test_the_address_may_come_from_the_environment(
     assert NOBODY in _error(capsys)
 
 
-def test_a_port_that_never_answers_exits_1_in_seconds(capsys: pytest.CaptureFixture[str]) -> None:
-    start_s = time.monotonic()
+def test_a_port_that_never_answers_exits_1(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         assert main(["list", "--address", f"http://127.0.0.1:{silent.getsockname()[1]}"]) == 1
     assert "timed out" in _error(capsys)
-    assert time.monotonic() - start_s < 10
 
 
 def test_a_token_file_that_is_not_there(

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -297,7 +296,6 @@ def test_control_c_twice_cancels(client: Client, ray_cluster: RayCluster) -> Non
 
 @pytest.mark.slow
 def test_a_bucket_out_of_reach_is_told_by_a_preflight_job(ray_cluster: RayCluster) -> None:
-    start_s = time.monotonic()
     done = ray_cluster.command(
         *("submit", "train", "--store", "s3://bucket/store", "--run", "s3://bucket/runs/1"),
         AWS_ENDPOINT_URL="http://127.0.0.1:1",
@@ -310,7 +308,6 @@ def test_a_bucket_out_of_reach_is_told_by_a_preflight_job(ray_cluster: RayCluste
     assert line.startswith("error: preflight: s3://bucket/"), line
     assert "no answer within 20 s, seen from the cluster" in line
     assert done.stdout == ""
-    assert time.monotonic() - start_s < 60
     assert "preflight" not in ray_cluster.command("list").stdout
 
 
