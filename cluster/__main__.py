@@ -33,6 +33,7 @@ from pneumo.errors import AccessError, ClusterError, ConfigError, PneumoError
 SECOND_THOUGHT_S = 3.0
 """How long after Ctrl-C another one cancels the job."""
 
+_JOBS = ("prepare", "train", "tune", "evaluate", "predict")
 _ON_K8S = ("overlay", "namespace", "context", "image", "workers", "run")
 
 
@@ -65,10 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _submit(options: argparse.Namespace, flags: list[str]) -> int:
     from cluster import submission  # only here: what is not submitted needs no settings
-    from pneumo.command_line import JOBS, parse_command_line
+    from pneumo.command_line import parse_command_line
 
     if options.job is None:
-        raise ConfigError(f"cluster: submit which job? One of: {', '.join(JOBS)}")
+        raise ConfigError(f"cluster: submit which job? One of: {', '.join(_JOBS)}")
     asked = [flag for flag in flags if flag != "--"]
     if {"-h", "--help"} & set(asked):
         parse_command_line(options.job, ["--help"])
@@ -270,7 +271,7 @@ def make_parser() -> _Parser:
         "submit", parents=[where, stay], allow_abbrev=False, help="send a job, follow its log"
     )
     jobs = submit.add_subparsers(dest="job", metavar="JOB")
-    for name in ("prepare", "train", "tune", "evaluate", "predict"):
+    for name in _JOBS:
         jobs.add_parser(
             name,
             parents=[where, stay],

@@ -44,7 +44,8 @@ TRACKING_VARIABLES = frozenset(
 """What of AWS_* and WANDB_* goes to a remote cluster; the others name files, services or a role
 of this machine. RAY_* never goes: the cluster has its own."""
 
-_PLACES = ("source", "store", "run", "members", "compare_with", "output")
+_PLACES = ("source", "store", "external", "run", "members", "compare_with", "output")
+_SEVERAL = ("external", "members")
 """Arguments that name places; whichever a job has. It writes the last of those in `_WRITTEN`."""
 
 _HASHES = ("prepare",)
@@ -205,6 +206,10 @@ def _with_files(invocation: Invocation, places: Mapping[str, str]) -> Config:
 
 def _places(invocation: Invocation, *, remote: bool, now: datetime) -> dict[str, str]:
     arguments = invocation.arguments.model_dump()
+    if arguments.get("source") == "-":
+        raise ConfigError(
+            "--source -: a list on standard input does not go to a cluster; give URLs"
+        )
     if "run" in arguments and arguments["run"] is None:
         if remote:
             raise ConfigError(
@@ -263,7 +268,7 @@ def _written(places: Mapping[str, str]) -> str:
 
 
 def _urls(places: Mapping[str, str], name: str) -> list[str]:
-    return places[name].split(",") if name == "members" else [places[name]]
+    return places[name].split(",") if name in _SEVERAL else [places[name]]
 
 
 def _preflight(places: Mapping[str, str], needs: Sequence[str]) -> str:

@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from jobs.evaluation.evaluated_run import find_evaluated
 from jobs.evaluation.ray_scoring import (
     Place,
     Scoring,
-    Weights,
     find_place,
     load_members,
     run_shares,
@@ -49,7 +49,7 @@ from pneumo.network.gradcam import gradcam
 from pneumo.network.scoring import Member, prepare_input, score_pictures
 from pneumo.reporting.figures.case_pictures import draw_overlay
 from pneumo.reporting.figures.style import show_threshold
-from pneumo.training.checkpoints import load_checkpoint, read_index
+from pneumo.training.checkpoints import load_checkpoint
 
 SCHEMA_VERSION = 1
 CSV = "predictions.csv"
@@ -132,32 +132,6 @@ def find_files(source_url: str, output_url: str) -> list[str]:
     if not files:
         raise SourceError(f"{source_url}: no file in it; give a folder of pictures")
     return files
-
-
-def find_evaluated(run_urls: Sequence[str], rule: FrozenRule) -> tuple[Weights, ...]:
-    """The checkpoints that were evaluated, as threshold and calibration belong to their logits;
-    of runs that are not evaluated the best.
-
-    Raises RunError when one is not among the runs, or a run has none of them.
-    """
-    if rule.checkpoints is None:
-        return tuple(Weights(url, read_index(url).best) for url in run_urls)
-    there = {
-        entry.sha256: Weights(url, entry) for url in run_urls for entry in read_index(url).entries
-    }
-    if missing := sum(digest not in there for digest in rule.checkpoints):
-        raise RunError(
-            f"{run_urls[0]}: {missing} of the {len(rule.checkpoints)} checkpoints that were "
-            "evaluated are not there; name the ensemble's other runs with --members, or evaluate "
-            "again"
-        )
-    weights = tuple(there[digest] for digest in rule.checkpoints)
-    if idle := set(run_urls) - {found.run_url for found in weights}:
-        raise RunError(
-            f"--members: {', '.join(sorted(idle))} was no part of what {run_urls[0]} was evaluated "
-            "as; leave it out, or evaluate the ensemble first"
-        )
-    return weights
 
 
 def clear(output_url: str) -> None:

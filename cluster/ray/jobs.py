@@ -352,11 +352,6 @@ def cancel(client: Client, job_id: str, *, timeout_s: float = 45.0) -> JobDetail
     return _wait(client, job_id, timeout_s)
 
 
-def exit_code(info: JobDetails) -> int:
-    """The exit code of a job that has ended: 0 done, 1 failed, 2 user's mistake, 130 cancelled."""
-    return state(info).exit_code
-
-
 def failure(info: JobDetails) -> str:
     """Why a job failed, in one line."""
     if info.driver_exit_code is None:

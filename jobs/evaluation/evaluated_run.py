@@ -13,6 +13,7 @@ from pneumo.config import EvaluateConfig
 from pneumo.dataset.manifest import Manifest, read_manifest
 from pneumo.dataset.study_table import StudyRow
 from pneumo.errors import RunError, StoreError
+from pneumo.evaluation.file_predictions import FrozenRule
 from pneumo.evaluation.predictions import Predictions
 from pneumo.training.checkpoint_writer import read_history
 from pneumo.training.checkpoints import (
@@ -159,3 +160,29 @@ def read_other(run_url: str, studies: Mapping[str, StudyRow]) -> Predictions:
             "evaluate both runs on one store"
         )
     return other
+
+
+def find_evaluated(run_urls: Sequence[str], rule: FrozenRule) -> tuple[Weights, ...]:
+    """The checkpoints that were evaluated, as threshold and calibration belong to their logits;
+    of runs that are not evaluated the best.
+
+    Raises RunError when one is not among the runs, or a run has none of them.
+    """
+    if rule.checkpoints is None:
+        return tuple(Weights(url, read_index(url).best) for url in run_urls)
+    there = {
+        entry.sha256: Weights(url, entry) for url in run_urls for entry in read_index(url).entries
+    }
+    if missing := sum(digest not in there for digest in rule.checkpoints):
+        raise RunError(
+            f"{run_urls[0]}: {missing} of the {len(rule.checkpoints)} checkpoints that were "
+            "evaluated are not there; name the ensemble's other runs with --members, or evaluate "
+            "again"
+        )
+    weights = tuple(there[digest] for digest in rule.checkpoints)
+    if idle := set(run_urls) - {found.run_url for found in weights}:
+        raise RunError(
+            f"--members: {', '.join(sorted(idle))} was no part of what {run_urls[0]} was evaluated "
+            "as; leave it out, or evaluate the ensemble first"
+        )
+    return weights

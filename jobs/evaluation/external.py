@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import logit
 from threadpoolctl import threadpool_limits
 
-from jobs.evaluation.evaluated_run import METRICS, PREDICTIONS, name_run
-from jobs.evaluation.ray_scoring import Scored, Scoring, Weights, score_splits
+from jobs.evaluation.evaluated_run import METRICS, PREDICTIONS, find_evaluated, name_run
+from jobs.evaluation.ray_scoring import Scored, Scoring, score_splits
 from jobs.ray_cluster.session import ray_session, wait_for_resources
 from jobs.terminal.entry_point import say
 from pneumo import storage
@@ -27,15 +28,15 @@ from pneumo.dataset.splits import SPLITS
 from pneumo.dataset.study_table import StudyRow, read_studies
 from pneumo.errors import RunError, StoreError
 from pneumo.evaluation.baselines import Metadata, fit_metadata
-from pneumo.evaluation.bootstrap import as_json
+from pneumo.evaluation.bootstrap import Estimate, as_json
 from pneumo.evaluation.evaluation import find_fault
 from pneumo.evaluation.external import ExternalEvaluation, Frozen, evaluate_external
 from pneumo.evaluation.file_predictions import FrozenRule
+from pneumo.evaluation.operating_points import DECISION, OperatingPoint
 from pneumo.evaluation.predictions import Predictions, join_predictions
 from pneumo.evaluation.set_shift import SetShift, measure_shift, tell_apart
 from pneumo.reporting.figures.external import draw_matrix
 from pneumo.reporting.page.external_page import ExternalSet, render_external
-from pneumo.training.checkpoints import read_index
 
 SCHEMA_VERSION = 1
 FOLDER = "external"
@@ -94,13 +95,11 @@ def evaluate_externally(arguments: EvaluateArguments, config: Config) -> None:
 
 def _read_trained(arguments: EvaluateArguments, config: Config) -> Trained:
     run_url, store_url = storage.normalise(arguments.run), storage.normalise(arguments.store)
-    if arguments.members:
-        raise RunError("--members: the ensemble is that of the run's evaluation; leave it out")
     metrics = json.loads(storage.read_text(storage.join(run_url, METRICS)))
     rule = FrozenRule.from_metrics(metrics)
-    points = metrics["operating_points"]
-    thresholds = {n: p["threshold"] for n, p in points.items() if p["threshold"] is not None}
-    if "decision" not in thresholds:
+    found = {name: _read_point(name, point) for name, point in metrics["operating_points"].items()}
+    points = {name: point for name, point in found.items() if point.logit is not None}
+    if DECISION not in points:
         raise RunError(f"{run_url}: its val gave no threshold: {rule.threshold_reason}")
     manifest = read_manifest(store_url)
     if metrics["dataset"]["digest"] != manifest.digest:
@@ -108,15 +107,12 @@ def _read_trained(arguments: EvaluateArguments, config: Config) -> Trained:
             f"{store_url}: is not the store that {run_url} was trained on; give that one as "
             "--store, and this one as --external"
         )
-    entries = {entry.sha256: entry for entry in read_index(run_url).entries}
-    if missing := [digest for digest in rule.checkpoints or () if digest not in entries]:
-        raise RunError(f"{run_url}: {len(missing)} of the evaluated checkpoints are not in it")
-    weights = tuple(Weights(run_url, entries[digest]) for digest in rule.checkpoints or ())
+    members = [storage.normalise(url) for url in arguments.members]
+    weights = find_evaluated([run_url, *members], rule)
     studies = read_studies(store_url, manifest)
     predictions = Predictions.from_parquet(storage.read_bytes(storage.join(run_url, PREDICTIONS)))
     train = fit_metadata(Metadata.of_split(studies.values(), "train"))
-    rules = {name: str(points[name]["rule"]) for name in thresholds}
-    frozen = Frozen(thresholds, rules, rule.calibration, train)
+    frozen = Frozen(points, rule.calibration, train)
     return Trained(
         run_url,
         store_url,
@@ -126,6 +122,14 @@ def _read_trained(arguments: EvaluateArguments, config: Config) -> Trained:
         predictions.subset("test"),
         frozen,
     )
+
+
+def _read_point(name: str, point: Mapping[str, Any]) -> OperatingPoint:
+    """One of metrics.json; runs that were evaluated before have it on the probability alone."""
+    found = point.get("threshold_logit")
+    if found is None and point["threshold"] is not None:
+        found = logit(point["threshold"])
+    return OperatingPoint(name, str(point["rule"]), None if found is None else float(found))
 
 
 def _read_external(store_url: str, trained: Trained, config: Config) -> External:
@@ -284,7 +288,7 @@ def _leave(
         "schema_version": SCHEMA_VERSION,
         "run": run,
         "store": trained.manifest.digest,
-        "thresholds": dict(trained.frozen.thresholds),
+        "thresholds": {n: point.threshold for n, point in trained.frozen.points.items()},
         "calibration": as_json(trained.frozen.scaling, leave_out={"log_loss"}),
         "matrix": row,
         "matrix_of_others": others,
@@ -304,16 +308,16 @@ def _print(name: str, one: ExternalSet) -> None:
         f"{found.external.positives} positive; left out {one.overlap.of_patients} studies of "
         f"{one.overlap.patients} patients that the model knows, {one.overlap.of_pictures} pictures"
     )
-    rows = {"auroc": found.auroc, "sensitivity": found.sensitivity["decision"]}
-    rows |= {"specificity": found.specificity["decision"], "brier": found.brier}
+    rows = {"auroc": found.auroc, "sensitivity": found.sensitivity[DECISION]}
+    rows |= {"specificity": found.specificity[DECISION], "brier": found.brier}
     rows |= {"metadata alone": found.metadata_auroc}
     for what, both in rows.items():
-        shown = [
-            f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]"
-            if e.value is not None and e.low is not None and e.high is not None
-            else "-"
-            if e.value is None
-            else f"{e.value:.3f}"
-            for e in (both.internal, both.external, both.difference)
-        ]
-        print(f"  {what:14}  own test {shown[0]}  here {shown[1]}  difference {shown[2]}")
+        own, here, gap = map(_show, (both.internal, both.external, both.difference))
+        print(f"  {what:14}  own test {own}  here {here}  difference {gap}")
+
+
+def _show(found: Estimate) -> str:
+    if found.value is None:
+        return "-"
+    has_interval = found.low is not None and found.high is not None
+    return f"{found.value:.3f}" + (f" [{found.low:.3f}, {found.high:.3f}]" if has_interval else "")

@@ -18,6 +18,7 @@ class _Rule(NamedTuple):
     """What must, or without --overwrite must not, lie at a URL that a job is given."""
 
     jobs: str
+    """Names of jobs; `external` is evaluate with --external."""
     argument: str
     must_be: bool
     name: str
@@ -39,12 +40,15 @@ _PREDICTED = "holds predictions already; give another --output, or --overwrite"
 _RULES = (
     _Rule("prepare", "source", True, "", SourceError, _NO_FOLDER),
     _Rule("predict", "source", True, "", SourceError, _NO_FILE),
-    _Rule("train tune evaluate", "store", True, "manifest.json", StoreError, _NO_STORE),
-    _Rule("evaluate predict", "run", True, _INDEX, RunError, _NO_RUN),
-    _Rule("evaluate predict", "members", True, _INDEX, RunError, _NO_RUN),
-    _Rule("evaluate", "external", True, "manifest.json", StoreError, _NO_STORE),
+    _Rule("train tune evaluate external", "store", True, "manifest.json", StoreError, _NO_STORE),
+    _Rule("evaluate predict external", "run", True, _INDEX, RunError, _NO_RUN),
+    _Rule("evaluate predict external", "members", True, _INDEX, RunError, _NO_RUN),
+    _Rule("external", "external", True, "manifest.json", StoreError, _NO_STORE),
+    _Rule("external", "run", True, "metrics.json", RunError, _NOT_JUDGED),
     _Rule("track", "run", True, "", RunError, _NOTHING_THERE),
-    _Rule("evaluate", "compare_with", True, "predictions.parquet", RunError, _NOT_EVALUATED),
+    _Rule(
+        "evaluate external", "compare_with", True, "predictions.parquet", RunError, _NOT_EVALUATED
+    ),
     _Rule("tune", "run", False, "best.toml", FinishedError, _SEARCHED),
     _Rule("evaluate", "run", False, "metrics.json", FinishedError, _EVALUATED),
     _Rule("predict", "output", False, "predictions.csv", FinishedError, _PREDICTED),
@@ -55,13 +59,12 @@ def check_places(invocation: Invocation) -> None:
     """Raise a UserError that names the first place that is missing or taken, or the first setting
     whose file is missing; AccessError and StorageError as `storage` does."""
     given = invocation.arguments.model_dump()
+    job = "external" if given.get("external") else invocation.job
     for rule in _RULES:
-        if invocation.job not in rule.jobs.split():
+        if job not in rule.jobs.split():
             continue
         if given.get("overwrite") and not rule.must_be:
             continue
-        if given.get("external") and rule.message == _EVALUATED:
-            rule = rule._replace(must_be=True, message=_NOT_JUDGED)
         value = given[rule.argument] or []
         if value == "-" and rule.argument == "source":
             continue  # a list of files, on standard input

@@ -33,16 +33,7 @@ from pneumo.evaluation.baselines import (
     view_statistics,
 )
 from pneumo.evaluation.bootstrap import Estimate, Statistics, StatisticSet, as_json
-from pneumo.evaluation.calibration import (
-    Calibration,
-    Reliability,
-    Scaling,
-    calibrate,
-    describe_bins,
-    recalibration_statistic,
-    reliability_statistics,
-    summarise_reliability,
-)
+from pneumo.evaluation.calibration import Calibration, Scaling, calibrate
 from pneumo.evaluation.decision_curve import (
     DecisionCurve,
     net_benefit_statistic,
@@ -60,6 +51,13 @@ from pneumo.evaluation.operating_points import (
     outcomes_statistic,
 )
 from pneumo.evaluation.predictions import Predictions
+from pneumo.evaluation.reliability import (
+    Reliability,
+    describe_bins,
+    recalibration_statistic,
+    reliability_statistics,
+    summarise_reliability,
+)
 from pneumo.evaluation.subgroups import (
     Subgroups,
     count_by_class,

@@ -29,6 +29,7 @@ from pneumo.evaluation.bootstrap import (
 )
 from pneumo.evaluation.calibration import Scaling, fit_scaling
 from pneumo.evaluation.metrics import auroc_statistic, brier_statistic
+from pneumo.evaluation.operating_points import OperatingPoint, call_positive
 from pneumo.evaluation.predictions import Predictions, sigmoid
 
 RECALIBRATION_FRACTION = 0.2
@@ -42,10 +43,8 @@ _UNKNOWN_LIMIT = 0.5
 class Frozen:
     """What the run's evaluation chose on its own val."""
 
-    thresholds: Mapping[str, float]
-    """On the network's probability, by the operating point's name."""
-    rules: Mapping[str, str]
-    """In words, by the same names."""
+    points: Mapping[str, OperatingPoint]
+    """Those that have a threshold, by name."""
     scaling: Scaling | None
     metadata: MetadataModel
 
@@ -137,7 +136,7 @@ def evaluate_external(
         resample(rows.patient, _statistics(rows, frozen, w), resamples=resamples, seed=seed + i)
         for i, (rows, w) in enumerate(((internal, None), (external, weights)))
     )
-    points = tuple(frozen.thresholds)
+    points = tuple(frozen.points)
     return ExternalEvaluation(
         internal=SetSummary.of(internal),
         external=SetSummary.of(external),
@@ -161,8 +160,8 @@ def _statistics(rows: Predictions, frozen: Frozen, weights: Floats | None) -> di
         "brier": brier_statistic(rows.target, probability),
         "in_the_large": _fraction(np.ones(len(rows)), probability - positive),
     }
-    for name, threshold in frozen.thresholds.items():
-        called = rows.probability >= threshold
+    for name, point in frozen.points.items():
+        called = call_positive(rows.logit, point.logit)
         found[f"sensitivity/{name}"] = _fraction(positive, called)
         found[f"specificity/{name}"] = _fraction(~positive, ~called)
     if frozen.metadata.pipeline is not None:

@@ -38,12 +38,13 @@ from pneumo.evaluation.baselines import (
     fit_metadata,
 )
 from pneumo.evaluation.bootstrap import Estimate
-from pneumo.evaluation.calibration import calibrate, fit_logistic, fit_offset
+from pneumo.evaluation.calibration import calibrate
 from pneumo.evaluation.comparison import ComparedRuns, compare
 from pneumo.evaluation.evaluation import Fitted, SplitEvaluation, evaluate_split
 from pneumo.evaluation.map_scores import MAPS, MEASURES, BoxScores, summarise_saliency
 from pneumo.evaluation.operating_points import choose_points, predictive_values
 from pneumo.evaluation.predictions import Predictions, sigmoid
+from pneumo.evaluation.reliability import fit_logistic, fit_offset
 from pneumo.reporting.page.performance_section import tell_comparison
 from pneumo.reporting.page.saliency_section import ENOUGH_FOR_PRIOR, tell_saliency
 from pneumo.reporting.page.subgroup_section import describe_worst

@@ -312,3 +312,14 @@ def test_a_recipe_from_elsewhere_is_asked_where_results_go(tmp_path: Path) -> No
     )
     (tmp_path / "own.toml").write_text(text)
     assert _plan(f"{command} {tmp_path}/own.toml").warnings == ()
+
+
+def test_every_external_store_is_a_place_that_is_looked_at() -> None:
+    submission = _plan("evaluate --store s3://b/s --run s3://b/r --external s3://b/x,/data/y")
+    assert {"s3://b/x", "/data/y"} <= set(submission.places)
+    assert "--reads s3://b/x --reads /data/y" in submission.preflight
+
+
+def test_a_list_on_standard_input_stays_here() -> None:
+    with pytest.raises(ConfigError, match="does not go to a cluster"):
+        _plan("predict --source - --run s3://b/r --output s3://b/o")

@@ -20,8 +20,6 @@ from pneumo.errors import SourceError
 from pneumo.images.boxes import Box
 from pneumo.images.headers import Header
 
-MISSING = "no such file"
-
 
 @dataclass(frozen=True)
 class Folder:

@@ -64,7 +64,7 @@ def render_external(
 def _describe(name: str, one: ExternalSet, frozen: Frozen) -> dict[str, Any]:
     found, shift, left = one.evaluation, one.shift, one.overlap
     points = [
-        (f"{word} at the threshold of {frozen.rules[point]}", both)
+        (f"{word} at the threshold of {frozen.points[point].rule}", both)
         for word, rates in (("Sensitivity", found.sensitivity), ("Specificity", found.specificity))
         for point, both in rates.items()
         if point in ("decision", "screening")

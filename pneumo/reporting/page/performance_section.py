@@ -8,12 +8,13 @@ import numpy as np
 
 from pneumo.evaluation.baselines import Baseline, ViewBaseline
 from pneumo.evaluation.bootstrap import MIN_INDEPENDENT
-from pneumo.evaluation.calibration import Calibration, Reliability
+from pneumo.evaluation.calibration import Calibration
 from pneumo.evaluation.comparison import COMPARED, ComparedRuns
 from pneumo.evaluation.decision_curve import THRESHOLDS, DecisionCurve
 from pneumo.evaluation.delong import PairedTest
 from pneumo.evaluation.evaluation import Evaluation
 from pneumo.evaluation.operating_points import DECISION, SCREENING, STANDARD, OperatingPoint
+from pneumo.evaluation.reliability import Reliability
 from pneumo.reporting.figures import charts, style
 from pneumo.reporting.page.formatting import Cell, Row, decimal, p_value
 

@@ -63,7 +63,7 @@ def _start(client: Client, submission: Submission) -> str:
 def _follow(client: Client, job_id: str, **options: Any) -> tuple[str, int]:
     text: list[str] = []
     info = jobs.follow(client, job_id, text.append, **options)
-    return "".join(text), jobs.exit_code(info)
+    return "".join(text), jobs.state(info).exit_code
 
 
 def _numbers(log: str) -> list[int]:
@@ -139,7 +139,7 @@ def test_a_cluster_that_goes_away_ends_the_following(
             jobs.follow(through, job_id, lambda _: None, notes.append, patience_s=1.0)
     assert "the job goes on, trying again" in str(notes[-1])
     assert len(notes) == len(set(notes))
-    assert jobs.exit_code(jobs.cancel(client, job_id)) == 130
+    assert jobs.state(jobs.cancel(client, job_id)).exit_code == 130
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])

@@ -14,20 +14,18 @@ from sklearn.linear_model import LogisticRegression
 
 from pneumo.evaluation import bootstrap
 from pneumo.evaluation.bootstrap import StatisticSet
-from pneumo.evaluation.calibration import (
+from pneumo.evaluation.calibration import Scaling, calibrate, fit_scaling
+from pneumo.evaluation.predictions import sigmoid
+from pneumo.evaluation.reliability import (
     MEASURES,
-    Scaling,
     bin_by_probability,
-    calibrate,
     describe_bins,
     fit_logistic,
     fit_offset,
-    fit_scaling,
     recalibration_statistic,
     reliability_statistics,
     summarise_reliability,
 )
-from pneumo.evaluation.predictions import sigmoid
 from tests.predictions import make_predictions
 
 pytestmark = pytest.mark.processors

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.special import logit
 from sklearn.metrics import brier_score_loss, roc_auc_score
 
 from pneumo.evaluation.baselines import Metadata, MetadataModel, fit_metadata
@@ -16,6 +17,7 @@ from pneumo.evaluation.external import (
     Frozen,
     evaluate_external,
 )
+from pneumo.evaluation.operating_points import OperatingPoint
 from pneumo.evaluation.predictions import Predictions, sigmoid
 from pneumo.evaluation.set_shift import measure_shift, tell_apart
 
@@ -46,8 +48,7 @@ def draw(seed: int, *, n: int = 400, signal: float = 2.0, shift: float = 0.0) ->
 
 INTERNAL, EXTERNAL = draw(0), draw(1, signal=1.0, shift=0.7)
 FROZEN = Frozen(
-    {"decision": THRESHOLD},
-    {"decision": "Youden's index"},
+    {"decision": OperatingPoint("decision", "Youden's index", float(logit(THRESHOLD)))},
     Scaling("platt", 1.2, -0.1, 0.5),
     fit_metadata(Metadata.of(draw(2))),
 )
