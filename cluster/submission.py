@@ -45,8 +45,9 @@ TRACKING_VARIABLES = frozenset(
 of this machine. RAY_* never goes: the cluster has its own."""
 
 _PLACES = ("source", "store", "external", "run", "members", "compare_with", "output")
-_SEVERAL = ("external", "members")
 """Arguments that name places; whichever a job has. It writes the last of those in `_WRITTEN`."""
+_SEVERAL = ("external", "members")
+"""Those that name one or more, with commas between."""
 
 _HASHES = ("prepare",)
 """The jobs that derive keys of studies and patients."""
