@@ -31,6 +31,7 @@ from pneumo.evaluation.calibration import Scaling, fit_scaling
 from pneumo.evaluation.metrics import auroc_statistic, brier_statistic
 from pneumo.evaluation.operating_points import OperatingPoint, call_positive
 from pneumo.evaluation.predictions import Predictions, sigmoid
+from pneumo.evaluation.subgroups import count_rarer
 
 RECALIBRATION_FRACTION = 0.2
 """Of the new set's patients: a new calibration is fitted on them, and judged on the others."""
@@ -133,7 +134,7 @@ def evaluate_external(
     """
     mix, weights = _standardise(internal, external)
     inside, outside = (
-        resample(rows.patient, _statistics(rows, frozen, w), resamples=resamples, seed=seed + i)
+        _resample(rows, _statistics(rows, frozen, w), resamples=resamples, seed=seed + i)
         for i, (rows, w) in enumerate(((internal, None), (external, weights)))
     )
     points = tuple(frozen.points)
@@ -169,6 +170,14 @@ def _statistics(rows: Predictions, frozen: Frozen, weights: Floats | None) -> di
     if weights is not None:
         found["standardised"] = lambda drawn: auroc(drawn * weights[:, None])
     return found
+
+
+def _resample(
+    rows: Predictions, statistics: Mapping[str, Statistic], *, resamples: int, seed: int
+) -> dict[str, Resampled]:
+    """As a run's own evaluation has it: intervals rest on the patients of the rarer class."""
+    few = dict.fromkeys(statistics, count_rarer(rows))
+    return resample(rows.patient, statistics, resamples=resamples, seed=seed, independent=few)
 
 
 def _calibrate(rows: Predictions, scaling: Scaling | None) -> Floats:
@@ -249,9 +258,7 @@ def _recalibrate(
         slope, intercept = fit_scaling("platt", part.target, part.logit)
         before = brier_statistic(rest.target, _calibrate(rest, scaling))
         after = brier_statistic(rest.target, sigmoid(slope * rest.logit + intercept))
-        found = resample(
-            rest.patient, {"before": before, "after": after}, resamples=resamples, seed=seed
-        )
+        found = _resample(rest, {"before": before, "after": after}, resamples=resamples, seed=seed)
     except MetricError as error:
         nothing = [Estimate.undefined(str(error))] * 3
         return Recalibration(RECALIBRATION_FRACTION, len(part), len(rest), None, None, *nothing)

@@ -12,6 +12,7 @@ from pneumo import storage
 from pneumo.dataset.source import Source
 from pneumo.dataset.sources.layout import Folder, Layout, StudyCollector, find_positive
 from pneumo.dataset.sources.tables import (
+    FIRST_ROW,
     first_present,
     read_first_line,
     read_numbers,
@@ -59,19 +60,20 @@ def _read_table(
     labels = list(zip(*(read_numbers(table, name, url) for name in positive), strict=True))
     healthy = read_numbers(table, "No Finding", url)
     texts = (read_texts(table, name) for name in (_PATH, _SIDE, "Age", "Sex", "AP/PA"))
-    for i, (path, side, age, sex, view) in enumerate(zip(*texts, strict=True)):
+    rows = zip(labels, healthy, *texts, strict=True)
+    for row, (marks, is_healthy, path, side, age, sex, view) in enumerate(rows, FIRST_ROW):
         if side != "Frontal":
             left_out[_LATERAL] += 1
             continue
-        target = _decide(labels[i], folder.settings.uncertain, f"{url}: row {i + 2}")
+        target = _decide(marks, folder.settings.uncertain, f"{url}: row {row}")
         if target is None:
             left_out[_IGNORED] += 1
             continue
         parts = path.split("/")
         if len(parts) < 4 or ".." in parts or path in seen:
-            raise SourceError(f"{url}: row {i + 2}: no patientNNNNN/studyN/view.jpg, or one twice")
+            raise SourceError(f"{url}: row {row}: no patientNNNNN/studyN/view.jpg, or one twice")
         seen.add(path)
-        mentioned = "Normal" if healthy[i] == 1 else "Other finding"
+        mentioned = "Normal" if is_healthy == 1 else "Other finding"
         studies.add(
             path,
             f"chexpert/{parts[-3]}",

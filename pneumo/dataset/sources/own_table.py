@@ -12,6 +12,7 @@ from pneumo import storage
 from pneumo.dataset.source import Source
 from pneumo.dataset.sources.layout import Folder, Layout, StudyCollector
 from pneumo.dataset.sources.tables import (
+    FIRST_ROW,
     first_present,
     make_box,
     read_numbers,
@@ -77,10 +78,9 @@ def _collect_rows(table: pa.Table, url: str) -> dict[str, _Row]:
     columns = [read_texts(table, name) for name in _TEXTS]
     corners = [read_numbers(table, name, url) for name in Box._fields]
     rows: dict[str, _Row] = {}
-    for i, (cells, corner) in enumerate(
-        zip(zip(*columns, strict=True), zip(*corners, strict=True), strict=True)
-    ):
-        file, number = _check_cells(cells, f"{url}: row {i + 2}"), i + 2
+    pairs = zip(zip(*columns, strict=True), zip(*corners, strict=True), strict=True)
+    for number, (cells, corner) in enumerate(pairs, FIRST_ROW):
+        file = _check_cells(cells, f"{url}: row {number}")
         box = make_box(corner)
         row = rows.setdefault(file, _Row(number, cells[1:]))
         if row.number != number and (row.cells != cells[1:] or box is None or not row.boxes):
