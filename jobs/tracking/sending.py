@@ -131,7 +131,7 @@ def following(
 ) -> Iterator[None]:
     """Send the run while the block writes it, and what is left when it ends; `tell` gets a line
     about it. Never raises for W&B, and delays an interrupted job by LEAVE_S at most."""
-    mode, sending, why = choose_mode(config, os.environ), None, ""
+    mode, sending, why = choose_mode(config, os.environ), None, " (offline, or without a key)"
     if mode == "online":
         try:
             sending = Sending(run_url, [kind], interval_s=interval_s)

@@ -149,7 +149,7 @@ def test_without_a_key_or_leave_nothing_is_started(
     before = set(psutil.Process().children())  # Ray's, where other tests have started it
     with following(str(tmp_path), config, "train", told.append):
         assert set(psutil.Process().children()) <= before
-    nothing = f"W&B: nothing sent; to send it: {command(str(tmp_path))}"
+    nothing = f"W&B: nothing sent (offline, or without a key); to send it: {command(str(tmp_path))}"
     assert told == ([] if mode == "disabled" else [nothing])
     assert track.main(["--run", str(tmp_path)]) == 2
     assert "WANDB_API_KEY" in capsys.readouterr().err
