@@ -58,13 +58,14 @@ def make_plain(n: int = 400, *, seed: int = 0, **columns: Any) -> Predictions:
     rng = np.random.default_rng(seed)
     target = columns.get("target", rng.integers(0, 2, n)).astype(np.int8)
     score = (2 * target + rng.normal(size=n) - 1).astype(np.float32)
+    logit = columns.get("logit", score)
     rows = Predictions(
         key=np.char.add("k", np.arange(n).astype(np.str_)),
         patient=np.char.add("p", np.arange(n).astype(np.str_)),
         split=np.where(np.arange(n) % 2, "val", "test"),
         target=target,
-        logit=score,
-        probability=sigmoid(score),
+        logit=logit,
+        probability=sigmoid(logit),
         calibrated_probability=np.full(n, np.nan),
         checkpoint=np.full(n, "best"),
         finding=np.where(target == 1, "Lung Opacity", "Normal"),

@@ -16,8 +16,9 @@ from pneumo.evaluation.bootstrap import as_json
 from pneumo.evaluation.comparison import compare
 from pneumo.evaluation.evaluation import check_complete, evaluate
 from pneumo.evaluation.operating_points import DECISION, SCREENING
-from pneumo.evaluation.predictions import Predictions, sigmoid
+from pneumo.evaluation.predictions import sigmoid
 from tests import CHECKOUT
+from tests.predictions import make_plain
 
 pytestmark = pytest.mark.processors
 
@@ -33,21 +34,13 @@ def predictions(num_patients=200, images_per_patient=2, seed=0, effect=2.0):
     target = (rng.random(num_patients) < 0.3)[patient].astype(np.int8)
     logit = (effect * target + rng.normal(size=n) - 1).astype(np.float32)
     ap = rng.random(n) < np.where(target == 1, 0.7, 0.3)
-    return Predictions(
-        key=np.array([f"k{i}" for i in range(n)]),
+    return make_plain(
+        n,
         patient=np.array([f"p{i}" for i in patient]),
         split=np.where(patient % 2 == 0, "val", "test"),
         target=target,
         logit=logit,
-        probability=sigmoid(logit),
-        calibrated_probability=np.full(n, np.nan),
-        checkpoint=np.full(n, "best"),
-        finding=np.where(target == 1, "Lung Opacity", "Normal"),
-        age=np.full(n, 50.0),
-        sex=np.full(n, "F"),
         view=np.where(ap, "AP", "PA"),
-        spacing_mm=np.full(n, 0.143),
-        box_area_fraction=np.where(target == 1, rng.random(n) / 5, np.nan),
     )
 
 

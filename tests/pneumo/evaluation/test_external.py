@@ -20,6 +20,7 @@ from pneumo.evaluation.external import (
 from pneumo.evaluation.operating_points import OperatingPoint
 from pneumo.evaluation.predictions import Predictions, sigmoid
 from pneumo.evaluation.set_shift import measure_shift, tell_apart
+from tests.predictions import make_plain
 
 THRESHOLD = 0.4
 
@@ -28,21 +29,16 @@ def draw(seed: int, *, n: int = 400, signal: float = 2.0, shift: float = 0.0) ->
     rng = np.random.default_rng(seed)
     target = (rng.random(n) < 0.3).astype(np.int8)
     logit = (rng.normal(size=n) + signal * target - 1 + shift).astype(np.float32)
-    return Predictions(
+    return make_plain(
+        n,
         key=np.array([f"{seed}-{i}" for i in range(n)]),
         patient=np.array([f"{seed}-{i // 2}" for i in range(n)]),
-        split=np.array(["test"] * n),
+        split=np.full(n, "test"),
         target=target,
         logit=logit,
-        probability=sigmoid(logit),
-        calibrated_probability=np.full(n, np.nan),
-        checkpoint=np.array(["epoch"] * n),
-        finding=np.array([""] * n, dtype=np.str_),
         age=rng.integers(20, 80, n).astype(float),
         sex=rng.choice(["F", "M"], n),
         view=np.where(rng.random(n) < 0.3 + 0.4 * target, "AP", "PA"),
-        spacing_mm=np.full(n, 0.143),
-        box_area_fraction=np.full(n, np.nan),
     )
 
 
