@@ -63,6 +63,10 @@ class MissingError(ClusterError):
     """No object of that name exists."""
 
 
+class UnknownRunError(ConfigError):
+    """No RayJob of that name exists: never, or no more."""
+
+
 @dataclass(frozen=True)
 class Api:
     """The API server of a kubeconfig's context ("" in a pod, whose own it is), and the namespace

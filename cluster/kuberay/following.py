@@ -9,13 +9,13 @@ from dataclasses import replace
 from typing import Protocol
 
 from cluster.kuberay import progress
-from cluster.kuberay.api import Api, MissingError
+from cluster.kuberay.api import Api, MissingError, UnknownRunError
 from cluster.kuberay.kept_logs import DriverLog, Left, LogCursor
 from cluster.kuberay.overlays import Document
 from cluster.kuberay.pod_troubles import GIVEN_UP, Trouble, is_headless
 from cluster.kuberay.run_state import TAKEN_BACK, is_leaving, judge_hopeless, submitters, to_state
 from cluster.targets import JobState, OutOfReachError, Write
-from pneumo.errors import ConfigError
+from pneumo.errors import AccessError, ConfigError, PneumoError
 
 ROUND_S = 5.0
 """A log is left this often to look whether the pods are well."""
@@ -23,6 +23,8 @@ LAST_WORDS_S = 40.0
 """How long the driver of a run that was deleted may take to end, as `preStop` of its pod says."""
 HEADLESS_S = 120.0
 """An operator that goes on by itself has another head, or begins another attempt, before."""
+STARTING_S = 60.0
+"""How long an API server that starts anew may know neither rights nor RayJobs yet."""
 MOST_RESUBMISSIONS = 2
 """How often a lost run is submitted again: as often as the operator tries a failed one."""
 
@@ -56,13 +58,18 @@ class Following:
         self.headless_since_s: float | None = None
 
     def follow(self) -> JobState:
-        """How the run ended. Raises ConfigError for one that nobody knows, OutOfReachError when
-        the API server stays away."""
+        """How the run ended. Raises UnknownRunError, OutOfReachError when the API server stays
+        away, AccessError when the credentials no longer suffice."""
         while True:
             try:
                 state = self._round()
             except OutOfReachError as error:
-                self._wait_out(error)
+                self._wait_out(error, self.target.patience_s)
+                continue
+            except (AccessError, ConfigError) as error:
+                if not self.seen:
+                    raise
+                self._wait_out(error, min(STARTING_S, self.target.patience_s))
                 continue
             if state is not None:
                 return state
@@ -71,7 +78,7 @@ class Following:
         """Look once, and stay with the log or the RayJob for a while; the state if it ended."""
         try:
             job, pods, found = self.target.look(self.job_id)
-        except ConfigError:
+        except UnknownRunError:
             if self.seen:
                 self._read_last_words()
                 return JobState(self.job_id, "cancelled", why="someone deleted the RayJob")
@@ -178,10 +185,10 @@ class Following:
             self.pod, self.cursor = name, LogCursor(self.log)
         return name
 
-    def _wait_out(self, error: OutOfReachError) -> None:
+    def _wait_out(self, error: PneumoError, patience_s: float) -> None:
         now_s = time.monotonic()
         self.lost_at_s = self.lost_at_s or now_s
-        if now_s - self.lost_at_s > self.target.patience_s:
+        if now_s - self.lost_at_s > patience_s:
             raise error
         self._tell_once("lost", f"{str(error).split(';')[0]}; the job goes on, trying again")
         time.sleep(1.0)

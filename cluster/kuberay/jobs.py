@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cluster import run_folder
 from cluster.kuberay import overlays, pod_troubles, rayjob
-from cluster.kuberay.api import AlreadyThereError, Api, MissingError, lacking
+from cluster.kuberay.api import AlreadyThereError, Api, MissingError, UnknownRunError, lacking
 from cluster.kuberay.api import connect as connect_api
 from cluster.kuberay.following import Following
 from cluster.kuberay.kept_logs import DriverLog, LogCursor
@@ -133,11 +133,11 @@ class KubernetesTarget:
         return replace(to_state(job, ()), phase="running", why="being deleted")
 
     def look(self, job_id: str) -> tuple[Document, Sequence[Document], Sequence[Trouble]]:
-        """The RayJob, its pods, and what is wrong with them. ConfigError for an unknown job."""
+        """The RayJob, its pods, and what is wrong with them. Raises UnknownRunError."""
         try:
             job = self.api.get_rayjob(job_id)
         except MissingError as error:
-            raise ConfigError(
+            raise UnknownRunError(
                 f"kubernetes: no RayJob '{job_id}' in namespace {self.api.namespace} of "
                 f"{self.api.place}; python -m cluster list --target k8s shows those there are"
             ) from error
