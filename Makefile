@@ -19,7 +19,7 @@
 #   make evaluate   STORE=url RUN=url [ARGS=…]
 #   make track      RUN=url: the run or search to W&B from its folder, as often as you like
 #   make dashboards      W&B workspaces as JSON;  ARGS="--save --entity TEAM" saves them, with a key
-#   make predict    SOURCE=folder of DICOM files RUN=url OUTPUT=folder [ARGS=…]
+#   make predict    SOURCE=folder of pictures RUN=url OUTPUT=folder [ARGS=…]
 #
 # The jobs run on this machine, with RAY_ADDRESS=http://head:8265 on that Ray cluster, and with
 # TARGET=k8s OVERLAY=gpu-spot on Kubernetes: docs/cluster.md.

@@ -83,7 +83,7 @@ class Submission:
 
     @property
     def derives_keys(self) -> bool:
-        """Whether it needs the secret that keys of studies and patients derive from."""
+        """Whether it needs the secret behind the keys of studies and patients."""
         return self.job in _HASHES
 
     @property
@@ -200,7 +200,7 @@ def _check_same(here: Invocation, there: Invocation, places: Mapping[str, str]) 
 
 
 def _with_files(invocation: Invocation, places: Mapping[str, str]) -> Config:
-    """The settings, with absolute places of the files that they name."""
+    """The settings, with absolute paths of the files that they name."""
     files = {name: places[name] for name in _files_of_settings(invocation)}
     return override(invocation.config, files, "the places")
 

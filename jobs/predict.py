@@ -1,4 +1,4 @@
-"""Score a folder of DICOM files with a trained run."""
+"""Score a folder of pictures with a trained run."""
 
 import sys
 from functools import partial

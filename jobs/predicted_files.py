@@ -18,8 +18,7 @@ _INDEX = "DICOMDIR"
 
 
 def find_source(source: str) -> tuple[str, list[str] | None]:
-    """The URL of the folder that the files' names are told from, and their paths below it; None:
-    all that are there.
+    """The URL of the folder, and the paths of the files below it; None: all that are there.
 
     Raises SourceError for a list without a file, or a DICOMDIR that cannot be read.
     """

@@ -117,8 +117,8 @@ def predict(invocation: Invocation) -> None:
 
 
 def find_files(source_url: str, output_url: str) -> list[str]:
-    """The paths of the files below the source, sorted; hidden ones and the output left out. Linked
-    folders are entered; what is no file and no folder is among them, and so gets a row.
+    """The paths of the files below the source, sorted; hidden ones and the output left out. Links
+    to folders are followed; what is neither file nor folder is listed too, and so gets a row.
 
     Raises SourceError when there is none.
     """

@@ -41,7 +41,8 @@ class Arguments(Section):
 
 class PrepareArguments(Arguments):
     source: str
-    """Folder in Kaggle's layout: label and class tables, the NIH mapping, the DICOM files."""
+    """The data set's folder: RSNA, NIH, CheXpert, VinDr-CXR, chest_xray, or studies.csv with
+    pictures."""
     store: str
     """Where the shards go: a folder or s3:// URL."""
 
@@ -69,11 +70,12 @@ class EvaluateArguments(Arguments):
     overwrite: CliToggleFlag[bool] = False
     """Evaluate a run again that has been evaluated."""
     compare_with: str | None = None
-    """Another run, evaluated on the same studies, whose predictions this one's are compared
-    with; with --external one whose verdicts on other sets stand beside this one's."""
+    """Another run, evaluated on the same studies, to compare with; with --external, one whose
+    results on other sets are shown beside this one's."""
     external: list[str] = Field(default=[])
-    """Stores of other sets, on which the evaluated run is judged by what its own val froze:
-    `--external STORE2,STORE3`. --store is that of the training, whose patients are left out."""
+    """Stores of other data sets, on which the evaluated run is judged with its own thresholds and
+    calibration: `--external STORE2,STORE3`. --store is that of the training; its patients are left
+    out."""
 
 
 class PredictArguments(Arguments):
@@ -81,7 +83,7 @@ class PredictArguments(Arguments):
     """A folder or s3:// URL with DICOM, .dcm.gz, PNG, JPEG, TIFF or zip files in it, however deep;
     one such file; a DICOMDIR; or -: files named on standard input, one a line."""
     run: str
-    """A trained run; where it is evaluated, its threshold and calibration are used."""
+    """A trained run; if it was evaluated, its threshold and calibration are used."""
     output: str
     """Where predictions.csv, predictions.parquet and overlays/ go: a folder or s3:// URL."""
     members: list[str] = Field(default=[])
@@ -186,8 +188,8 @@ def _read_flags(spec: Job, argv: Sequence[str]) -> dict[str, Any]:
     parser = _Parser(
         prog=f"python -m {spec.module}",
         usage=f"python -m {spec.module} {' '.join(required)} [settings]",
-        description=f"See {ENVIRONMENT_PREFIX}TRAIN__LR-like variables and recipes for other ways "
-        "to set the same. Research use only, never a diagnostic device.",
+        description=f"Settings may also come from a recipe or from variables such as "
+        f"{ENVIRONMENT_PREFIX}TRAIN__LR. Research use only, never a diagnostic device.",
         allow_abbrev=False,
         known_keys=list_settings(settings),
     )

@@ -228,7 +228,7 @@ class TuneConfig(Section):
     third of what was there so far."""
     objective: Literal["auroc", "sensitivity", "log_loss"] = "auroc"
     """What is best on val: the highest AUROC, the highest sensitivity at `specificity`, or the
-    lowest log loss after Platt's calibration, which pos_weight distorts otherwise."""
+    lowest log loss after Platt's calibration (without it, pos_weight distorts the loss)."""
     specificity: Annotated[float, Field(gt=0, lt=1)] = 0.90
     """Specificity at which objective 'sensitivity' is taken."""
     confirm: Annotated[int, Field(ge=0)] = 0
@@ -308,8 +308,8 @@ class EvaluateConfig(Section):
 
 
 class PredictConfig(Section):
-    """How a folder of DICOM files is scored; the network, its ensemble and its threshold are those
-    of the run's evaluation."""
+    """How a folder of pictures is scored; the network, its ensemble and its threshold are those of
+    the run's evaluation."""
 
     overlays: bool = True
     """Whether each image gets a PNG of itself and its Grad-CAM."""

@@ -48,7 +48,7 @@ class RunError(UserError):
 
 
 class FinishedError(RunError):
-    """What the job would do is done."""
+    """The job has nothing left to do."""
 
 
 class AccessError(UserError):

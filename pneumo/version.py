@@ -22,7 +22,7 @@ def describe_code() -> str:
 
 
 def describe(folder: Path, environ: Mapping[str, str]) -> str:
-    """The same of the code in `folder`; the environment wins, as the folder may be a copy."""
+    """The same for the code in `folder`; the environment wins, as the folder may be a copy."""
     revision = environ.get(REVISION) or find_revision(folder)
     return f"{__version__}+{revision}" if revision else __version__
 

@@ -22,7 +22,7 @@ ROUND_S = 5.0
 LAST_WORDS_S = 40.0
 """How long the driver of a run that was deleted may take to end, as `preStop` of its pod says."""
 HEADLESS_S = 120.0
-"""An operator that goes on by itself has another head, or begins another attempt, before."""
+"""A run without a head for so long is lost; an operator that mends it acts sooner."""
 STARTING_S = 60.0
 """How long an API server that starts anew may know neither rights nor RayJobs yet."""
 MOST_RESUBMISSIONS = 2
@@ -104,7 +104,7 @@ class Following:
         return None
 
     def _read_last_words(self) -> None:
-        """Those of a driver whose RayJob was deleted: it is given time for a checkpoint."""
+        """The end of the log of a driver whose RayJob was deleted: it has time for a checkpoint."""
         deadline_s = time.monotonic() + LAST_WORDS_S
         left: Left = "going on" if self.pod else "ended"
         while left != "ended" and time.monotonic() < deadline_s:
@@ -123,8 +123,8 @@ class Following:
             time.sleep(1.0)
 
     def _goes_on(self, job: Document, pods: Sequence[Document]) -> bool:
-        """Whether a run that is lost, and that the operator does not try again, is submitted again:
-        one that it gave up while we looked, or whose head is gone for good."""
+        """Submit the run again where it is lost and the operator does not try again: it gave the
+        run up while we looked, or the head is gone for good. Whether it was submitted."""
         why = self._find_loss(job, pods)
         if not why or not self.was_going_on or self.resubmissions == MOST_RESUBMISSIONS:
             return False
@@ -141,7 +141,7 @@ class Following:
         return True
 
     def _find_loss(self, job: Document, pods: Sequence[Document]) -> str:
-        """What befell the run that the operator does not mend; "" for nothing."""
+        """How the run was lost without the operator mending it; "" where it was not."""
         if (job.get("status") or {}).get("reason") == GIVEN_UP and to_state(job, ()).has_ended:
             return (
                 f"the operator did not reach the head of {self.job_id} for minutes and gave it up"

@@ -157,8 +157,8 @@ class KubernetesTarget:
         )
 
     def _attempts(self, submission_id: str) -> tuple[Sequence[str], Document | None, Sequence[str]]:
-        """The names of the attempts at the run that there are, the one that has not ended, and the
-        names of those that are being deleted."""
+        """The names of the run's attempts, the one that has not ended, and the names of those being
+        deleted."""
         jobs = self.api.list_rayjobs(f"{rayjob.SUBMISSION_LABEL}={submission_id}")
         leaving = [job["metadata"]["name"] for job in jobs if is_leaving(job)]
         running = [job for job in jobs if not to_state(job, ()).has_ended]
@@ -215,7 +215,7 @@ def connect(
 
 
 def _earlier_logs(job: Document, *, is_there: bool) -> Iterator[str]:
-    """What the attempts said whose pods are gone; the last attempt's are not, where `is_there`."""
+    """The logs of attempts whose pods are gone; the last attempt's are not, where `is_there`."""
     folder = rayjob.log_folder(job)
     failed = (job.get("status") or {}).get("failed", 0)
     if not folder or (not failed and (is_there or not to_state(job, ()).has_ended)):

@@ -1,4 +1,4 @@
-"""The driver's log, read from the container of the submitter, which adds words of its own to it."""
+"""The driver's log, read from the container of the submitter, which adds lines of its own."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Left = Literal["ended", "going on", "broken"]
 
 @dataclass
 class DriverLog:
-    """Passes on the driver's lines, each once, and drops what the submitters say besides.
+    """Passes on the driver's lines, each once, and drops the submitters' own lines.
 
     A submitter runs `ray job submit` and `ray job logs`, waits in a loop while the head does not
     answer, and ends in a traceback when the head is gone. One that takes over shows the log of a

@@ -24,7 +24,7 @@ _MODES = ("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode")
 
 
 def problems(job: Document) -> Iterator[str]:
-    """What no schema says, and only the operator would, when the job waits for it already."""
+    """What no schema says, and the operator only once the job waits for it."""
     name, spec = job["metadata"]["name"], job["spec"]
     if len(name) > MAX_NAME or not _NAME.fullmatch(name):
         yield (

@@ -24,7 +24,7 @@ _TOLD_BY_STATUS = {
     "BackOff", "ErrImageNeverPull", "Failed", "FailedScheduling", "InspectFailed", "NodeNotReady",
     "Evicted", "Preempted", "Preempting", "TaintManagerEviction",
 }  # fmt: skip
-"""Events about pods of which the pod's own status tells, and more."""
+"""Events about pods that the pod's own status shows in more detail."""
 _MANY_FAILED_PROBES = 10
 """Fewer are usual while Ray starts."""
 _POD_ADVICE = {
@@ -42,9 +42,9 @@ GIVEN_UP = "JobStatusCheckTimeoutExceeded"
 PREFLIGHT = "preflight"
 OLDEST_OPERATOR = (1, 7)
 _IS_SO_ALREADY = re.compile(r"already exists|not found")
-"""What the operator's own haste makes it complain of: created twice, deleted twice."""
+"""Harmless complaints of the operator: something was created or deleted twice."""
 _PATIENT_RESTARTS = 2
-"""A preflight that fails of time, not of a mistake, may be the pod's network coming up."""
+"""Restarts of a preflight that timed out: the pod's network may still be starting."""
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ def another(job: Document, name: str) -> Document:
 
 
 def differences(asked: Document, running: Document) -> Iterator[str]:
-    """What a RayJob that runs already has otherwise than it would be started now."""
+    """In what a running RayJob differs from the one that would be started now."""
     (group, container), (there, its) = _workers(asked), _workers(running)
     if group["replicas"] != there.get("replicas"):
         yield f"{there.get('replicas')} worker pods, not {group['replicas']}"

@@ -50,7 +50,7 @@ _QUIET = {
 
 @contextmanager
 def ray_session(*, show_logs: bool = False) -> Iterator[None]:
-    """Connect to the cluster of RAY_ADDRESS, or start one here; leave both as they were found.
+    """Connect to the cluster of RAY_ADDRESS, or start one here and stop it at the end.
 
     `show_logs` lets the workers' own output through.
     """

@@ -11,14 +11,14 @@ import ray.util
 
 
 def configure_worker() -> None:
-    """Name this worker's own cluster and network to all that looks for them.
+    """Tell Ray's State API this worker's cluster, and gloo and NCCL its network interface.
 
-    Ray's State API looks at the machine instead, and gives up where it finds two clusters. Train's
-    cleaner asks it whether a run has ended: without an answer it never gives back the resources of
-    a trial that was stopped, and the next trial waits for ever.
+    The State API looks for a cluster on the machine otherwise, and gives up where it finds two.
+    Train's cleaner asks it whether a run has ended: without an answer the resources of a stopped
+    trial are never given back, and the next trial waits for ever.
 
-    gloo and NCCL look at the host's name, which on many machines (Debian's, most containers without
-    DNS) means the loopback: ranks on two nodes then never find each other.
+    gloo and NCCL look up the host's name otherwise, which on many machines (Debian, most containers
+    without DNS) is the loopback: ranks on two nodes then never find each other.
     """
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     interface = find_interface(ray.util.get_node_ip_address())

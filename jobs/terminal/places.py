@@ -1,5 +1,4 @@
-"""Whether what a job reads is there, and the place that it writes is free: asked before what takes
-seconds to import."""
+"""Whether what a job reads is there, and what it writes is free: checked before slow imports."""
 
 from __future__ import annotations
 

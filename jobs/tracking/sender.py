@@ -40,7 +40,7 @@ def main() -> NoReturn:
 
 
 def _has_ended(timeout_s: float) -> bool:
-    """Whether the job has, within this time. An open pipe is never ready, a closed one always."""
+    """Whether the job ends within this time: its pipe is ready to read once it is closed."""
     return bool(select.select([0], [], [], timeout_s)[0])
 
 

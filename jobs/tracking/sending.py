@@ -1,5 +1,5 @@
-"""A job's side of W&B: the process that sends is begun here, waited for a bounded time, and given
-up. Nothing that W&B does delays a job for longer, or changes its result.
+"""The job's side of W&B: starts the process that sends, and waits for it for a bounded time.
+Nothing that W&B does delays a job for longer, or changes its result.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pneumo.reporting.tracking import choose_mode
 INTERVAL_S = 10.0
 """How often the folder of a running job is looked at."""
 SILENCE_S = 60.0
-"""A sender that has told of nothing for so long is given up."""
+"""A sender that has reported nothing for so long is given up."""
 LIMIT_S = 300.0
 """The most that the end of a job waits."""
 LEAVE_S = 4.0
@@ -36,7 +36,7 @@ checkpoint may take 25 of them."""
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a sender has told."""
+    """What a sender has reported."""
 
     urls: Mapping[str, str]
     """The page of the last run that has arrived, by its job type."""
@@ -102,7 +102,7 @@ class Sending:
                 self._process.stdin.flush()
 
     def _kill(self) -> None:
-        """wandb's own service ends when the process that began it has."""
+        """wandb's own service ends with the process that started it."""
         self._process.kill()
         self._process.wait()
 

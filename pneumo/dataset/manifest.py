@@ -23,7 +23,7 @@ MANIFEST = "manifest.json"
 
 
 class BlockEntry(BaseModel):
-    """Some neighbouring samples of a shard: bytes that are a whole tar but for its end marker."""
+    """Neighbouring samples of a shard: a whole tar without its end marker."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     offset: int
@@ -31,7 +31,7 @@ class BlockEntry(BaseModel):
     bytes: int
     samples: int
     blake3: str
-    """Every reader checks every block, and this takes a third of the time of SHA-256."""
+    """Every reader checks every block; BLAKE3 takes a third of the time of SHA-256."""
 
 
 class ShardEntry(BaseModel):
@@ -141,7 +141,7 @@ class Manifest(BaseModel):
 
 @contextmanager
 def naming_file(what: str, store_url: str) -> Iterator[None]:
-    """In it, a file that is missing or changed raises DataError, which names the file."""
+    """Inside, a file that is missing or changed raises DataError, which names it."""
     try:
         yield
     except FileNotFoundError as error:
@@ -158,7 +158,7 @@ def naming_file(what: str, store_url: str) -> Iterator[None]:
 def write_manifest(store_url: str, manifest: Manifest) -> None:
     """Publish the manifest: the last write of a preparation, which never replaces another.
 
-    An equal one is as good as this. Raises StoreError when another is there.
+    An equal one may be there. Raises StoreError when another is there.
     """
     text = manifest.model_dump_json(indent=1) + "\n"
     if storage.create_bytes(storage.join(store_url, MANIFEST), text.encode()):

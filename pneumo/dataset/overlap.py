@@ -29,7 +29,7 @@ class Overlap:
 
 
 def find_overlap(trained_on: Mapping[str, StudyRow], external: Mapping[str, StudyRow]) -> Overlap:
-    """What of `external` the model of a store has seen, both as `read_studies` gives them."""
+    """What the model of a store has seen of `external`; both as `read_studies` gives them."""
     seen = [row for row in trained_on.values() if row.split in SEEN]
     patients = {row.patient for row in seen}
     pictures = {row.pixels_digest for row in seen}

@@ -1,7 +1,7 @@
 """Source -> store: whose store it is, how the tasks' shards are joined, what the manifest says.
 
-A preparation that was killed is gone on with: the receipts of the shards that are done lie under
-`parts/`. The manifest comes last, and the receipts go.
+A killed preparation is continued: receipts of finished shards lie under `parts/`. The manifest is
+written last, then the receipts are removed.
 """
 
 from __future__ import annotations
@@ -37,12 +37,13 @@ from pneumo.errors import (
 
 CLAIM = "parts/claim.json"
 SECRET_CHECK = "secret_check.txt"
-"""By it two stores know whether one secret made their keys, so that shared patients are found."""
+"""Tells whether the keys of two stores come from one secret, so that shared patients can be
+found."""
 
 
 def find_store(store_url: str, source: Source, config: Config) -> Manifest | None:
-    """The manifest that is there already for these tables and settings, or None, with a claim laid
-    for them. Whether a DICOM file has changed since is not checked.
+    """The manifest of the finished store, if it is of these tables and settings; else None, and the
+    store is claimed for them. Whether a DICOM file has changed since is not checked.
 
     Raises StoreError when the store, or an unfinished one, is of another source or other settings.
     """

@@ -106,12 +106,12 @@ class Shift:
     difference: float
     """(in_split - in_train) / pooled standard deviation; infinite where neither varies."""
     by_chance: float
-    """What every |difference| stays below in 95 % of splits at random of so many patients, all
-    properties and splits taken together."""
+    """95 % limit of the largest |difference| over all properties and splits, for random splits of
+    as many patients."""
 
     @property
     def is_by_chance(self) -> bool:
-        """Whether splits at random of so many patients differ as much."""
+        """Whether random splits of as many patients differ as much."""
         return abs(self.difference) <= self.by_chance
 
     def __str__(self) -> str:
@@ -157,7 +157,7 @@ class Quality:
 def summarise_quality(
     studies: Iterable[StudyRow], manifest: Manifest, warned: Iterable[Warned] = ()
 ) -> Quality:
-    """Count `studies`, all of the store's, and what was `warned` of.
+    """Count all `studies` of a store, and those `warned` of.
 
     Raises DataError when they are not as many as the manifest says.
     """

@@ -16,7 +16,7 @@ from pneumo.dataset.splits import SPLITS
 PARTS = "parts"
 _LIBRARIES_BYTES = 384 * 2**20
 _FORMAT = 4
-"""Raised when the same source and settings would give other bytes than before."""
+"""To be raised when the same source and settings would give other bytes than before."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def estimate_memory(plans: Sequence[ShardPlan], image_size: int) -> int:
 def digest_settings(config: Config) -> str:
     """SHA-256 of the settings that decide what a store holds.
 
-    How many bad files are too many is none of them: a preparation that failed for that goes on.
+    prepare.max_bad_fraction is none of them: a preparation that failed for it can go on.
     """
     tree = config.model_dump(mode="json", include={"seed", "prepare", "split"})
     # `samples_per_shard` was a setting: stores that were prepared with its default are the same.

@@ -1,10 +1,10 @@
 """The shards of a store: tar files of samples, written and read.
 
-A sample is two WebDataset members, `<key>.cls` (the target in ASCII) and `<key>.npy` (uint8
-(S, S)). Who the study is (patient, age, boxes) stands in studies.parquet, not in the shards.
-The bytes are those of `webdataset.TarWriter` without its padding at the end (a test compares them).
-We write them ourselves because importing webdataset imports torch: 3 s and 440 MB in each task of
-a preparation, and 16 times as long as writing a shard.
+A sample is two WebDataset members, `<key>.cls` (the target in ASCII) and `<key>.npy` (uint8 (S,
+S)). Patient, age, boxes and the like stand in studies.parquet, not in the shards. The bytes are
+those of `webdataset.TarWriter` without its padding at the end (a test compares them). We write them
+ourselves because importing webdataset imports torch: 3 s and 440 MB in each task of a preparation,
+and 16 times as long as writing a shard.
 """
 
 from __future__ import annotations
@@ -250,8 +250,8 @@ class _Member(NamedTuple):
 def _read_members(data: bytes, where: str) -> Iterator[_Member]:
     """The plain files in a tar as `encode_shard` writes it.
 
-    webdataset's reader takes 90 us a sample under the interpreter's lock, more than all else that
-    a stream does; this takes 5. The digest has vouched that these are the bytes that we wrote.
+    webdataset's reader takes 90 us a sample under the interpreter's lock, more than all else that a
+    stream does; this takes 5. The digest has shown that these are the bytes that we wrote.
     """
     whole, position = memoryview(data), 0
     while position < len(data):
@@ -283,8 +283,7 @@ def write_shard(store_url: str, name: str, samples: Iterable[Sample]) -> ShardEn
 
 
 class _Memory(threading.local):
-    """A thread's memory for the shard in work, kept: fresh pages would cost as much as writing to
-    them does."""
+    """A buffer that each thread keeps: new pages would cost as much as writing to them."""
 
     def __init__(self) -> None:
         self.buffer = io.BytesIO()

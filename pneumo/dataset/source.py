@@ -70,7 +70,7 @@ class Source:
     studies: tuple[Study, ...]
     """Sorted by key, so in no order of ids or labels."""
     rejected: tuple[Rejected, ...]
-    """Studies of which the tables say two different things."""
+    """Studies on which the tables disagree."""
     has_patients: bool
     """Whether the tables told who the patients are."""
     unlabelled: int
@@ -85,7 +85,7 @@ class Source:
     left_out: Mapping[str, int] = field(default_factory=dict)
     """Images that the layout's own rules leave out, by why."""
     notes: tuple[str, ...] = ()
-    """What is to be known of it besides: a guess, a policy."""
+    """What a user should know besides: a guess, a policy."""
 
     @cached_property
     def digest(self) -> str:

@@ -24,7 +24,7 @@ _MAX_TILES = 4096  # of JPEG 2000; each takes kilobytes, whatever its size in pi
 
 
 class FrameSize(NamedTuple):
-    """What a codestream says that it holds."""
+    """The size that a codestream states."""
 
     rows: int
     columns: int

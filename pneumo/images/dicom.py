@@ -201,8 +201,8 @@ def _make_image(
 
 @contextmanager
 def _only_dicom_errors() -> Iterator[None]:
-    """In it every error is a DicomError, and pydicom warns of no value, which could be a
-    patient's."""
+    """Inside, every error becomes a DicomError; pydicom's warnings, which quote values, are
+    silenced."""
     try:
         # A bare `62` is no valid Age String, and pydicom says so for every file.
         with warnings.catch_warnings(), pydicom.config.disable_value_validation():
@@ -240,8 +240,8 @@ def _check_class(dataset: pydicom.Dataset) -> None:
 
 
 def _decode_fast(plain: PlainFile, image_size: int) -> Gray | None:
-    """The JPEG frame by libjpeg-turbo, at half size where that will do; overwritten by the next
-    call. None where it does not hold what the header says."""
+    """The JPEG frame decoded by libjpeg-turbo, at half size where that suffices; overwritten by the
+    next call. None where it differs from the header."""
     form = plain.form
     if read_jpeg_size(plain.frame) != (form.rows, form.columns, 1, 8):
         return None
@@ -264,8 +264,7 @@ def _decode_fast(plain: PlainFile, image_size: int) -> Gray | None:
 
 
 class _Buffer(threading.local):
-    """A thread's memory for the decoded frame, kept: fresh pages would cost a third of the
-    decoding."""
+    """A buffer that each thread keeps: new pages would cost a third of the decoding."""
 
     def __init__(self) -> None:
         self.memory = np.empty(0, np.uint8)

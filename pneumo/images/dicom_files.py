@@ -20,7 +20,7 @@ _READS_AT_ONCE = 8
 
 @dataclass(frozen=True)
 class Unusable:
-    """Why a picture cannot be had, in words that name nobody."""
+    """Why there is no picture; nothing here names a patient."""
 
     reason: str
     """missing, unreadable, or a code of `pneumo.errors.DicomError`."""

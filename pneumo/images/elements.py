@@ -1,7 +1,6 @@
-"""Elements of a header that a picture can do without, read so that nonsense in one costs nothing.
+"""Optional elements of a header: one that makes no sense is skipped, and recorded.
 
-What is left out or read otherwise than it stands is counted by what was done and the element's
-keyword: `left_out:WindowWidth`. No value of a header is ever kept in such a count.
+A record says what was done to which element, `left_out:WindowWidth`, and never holds its value.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ with a keyword; docs/preparing.md lists them."""
 
 
 def read_optional(dataset: pydicom.Dataset, keyword: str, repairs: Repairs) -> Any:
-    """The element's value; None where it is absent or empty, or does not parse, which counts."""
+    """The element's value; None where it is absent, empty, or does not parse, which is recorded."""
     try:
         value = dataset.get(keyword)
     except Exception:  # what pydicom raises depends on the value's type
@@ -32,7 +31,7 @@ def read_optional(dataset: pydicom.Dataset, keyword: str, repairs: Repairs) -> A
 
 
 def read_numbers(dataset: pydicom.Dataset, keyword: str, repairs: Repairs) -> list[float]:
-    """The element's finite numbers; empty where it is absent, or one of them is no number."""
+    """The element's finite numbers; empty where it is absent or one is no number."""
     value = read_optional(dataset, keyword, repairs)
     if value is None:
         return []

@@ -39,8 +39,8 @@ _NOT_CHEST = frozenset(
 )
 _RADIOGRAPHY = frozenset(("CR", "DX", "RG", "OT", "XR", ""))
 
-_BLANK_LEVELS = 3  # what 99.8 % of the pixels of a blank picture differ by at most
-_FEW_LEVELS = 32  # the same of the middle 98 % of an almost uniform one; real ones have above 90
+_BLANK_LEVELS = 3  # 99.8 % of the pixels of a blank picture differ by at most this
+_FEW_LEVELS = 32  # the same for the middle 98 % of an almost uniform one; real ones have over 90
 _WHITE, _BLACK = 0.2, 0.6  # fractions of the pixels; real ones have 0.003 and 0.25 at most
 _LONGEST_ASPECT = 1.6
 

@@ -3,12 +3,12 @@
 The order is PS3.3 C.7.6.3.1.2 and PS3.4 N.2: stored values -> modality LUT or rescale -> VOI LUT,
 or else the first window -> presentation (MONOCHROME1 inverted), folded into one look-up table.
 PresentationLUTShape repeats the photometric interpretation (PS3.3 C.8.11.3.1), and is ignored.
-Without VOI LUT and valid window, up to 8 unsigned bits are shown as they are; anything else spans
-from its least value, black, to its greatest, white, of which a few outliers are no part. Padding is
-black and takes no part in that span. A colour picture becomes its luminance.
+Without VOI LUT and valid window, up to 8 unsigned bits are shown as they are; anything else is
+scaled from its least value (black) to its greatest (white), a few outliers aside. Padding is black
+and not counted there. A colour picture becomes its luminance.
 
-What would leave nothing to see (slope 0, a window outside all values, a table that uses a fraction
-of its bits) is not applied as it stands, and is counted in `repairs`.
+What would hide the picture (slope 0, a window outside all values, a table that uses a fraction of
+its bits) is skipped or corrected, and recorded in `repairs`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _BLOCK_PIXELS = 2**20  # numpy makes 8-byte indices of the pixels that it looks 
 def render_gray(
     dataset: pydicom.Dataset, form: FrameFormat, stored: Stored, repairs: Repairs
 ) -> Gray:
-    """(H, W) uint8 of the `stored` values, (H, W) or (H, W, 3), which are what `form` says.
+    """The gray picture (H, W) uint8 of `stored` values, (H, W) or (H, W, 3), described by `form`.
 
     Raises DicomError: photometric, undecodable.
     """
@@ -142,8 +142,8 @@ def _apply_modality(dataset: pydicom.Dataset, values: Values, repairs: Repairs) 
 def _apply_voi(
     dataset: pydicom.Dataset, values: Values, counts: Counts, repairs: Repairs
 ) -> Values | None:
-    """`values` through the VOI LUT or the first window, to [0, 1] (PS3.3 C.11.2), that leaves
-    something to see; None without. `counts` are the pixels of each of the `values`."""
+    """`values` through the VOI LUT, or else the first window, to [0, 1] (PS3.3 C.11.2); None where
+    neither shows anything. `counts` are the pixels of each of the `values`."""
     table = _read_item(dataset, "VOILUTSequence", repairs)
     if table is not None:
         shown = table.apply(values) / table.find_white("VOILUTSequence", repairs)

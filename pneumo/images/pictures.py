@@ -1,8 +1,8 @@
 """PNG, JPEG and TIFF bytes -> an 8-bit gray picture, 0 = black, as `dicom` makes of DICOM.
 
-Colour becomes its luminance (ITU-R BT.601). 8 bits are shown as they are; 16 bits, which carry no
-window, span from the picture's least value, black, to its greatest, white. A palette is looked up,
-an alpha channel is dropped where it is opaque, and what an EXIF or TIFF orientation says is done.
+Colour becomes its luminance (ITU-R BT.601). 8 bits are shown as they are; 16 bits, which have no
+window, are scaled from the picture's least value (black) to its greatest (white). A palette is
+looked up, an opaque alpha channel is dropped, an EXIF or TIFF orientation is applied.
 """
 
 from __future__ import annotations

@@ -126,8 +126,8 @@ def _name(syntax: str) -> str:
 def decode_stored(
     dataset: pydicom.Dataset, form: FrameFormat, repairs: Repairs
 ) -> tuple[Stored, FrameFormat]:
-    """The frame's stored values, (H, W) or (H, W, 3); and what they are, where the codestream says
-    otherwise than the header's `form`.
+    """The frame's stored values, (H, W) or (H, W, 3), and their format: the header's `form`,
+    corrected where the codestream differs.
 
     Unused high bits, which may hold overlays, are gone; signed values have their sign.
     Raises DicomError: no_decoder, multi_frame, photometric, undecodable.

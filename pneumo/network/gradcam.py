@@ -53,8 +53,8 @@ def gradcam(model: nn.Module, images: Tensor) -> Maps:
 
 
 def build_random_network(backbone: str, *, seed: int) -> nn.Module:
-    """The same architecture with random weights, in evaluation mode: what its maps score, the
-    architecture and the data alone can score (Adebayo 2018, sanity checks for saliency maps).
+    """The same architecture with random weights, in evaluation mode: its maps' scores show what
+    architecture and data give without learning (Adebayo 2018, sanity checks for saliency maps).
 
     A random classifier may find nothing positive anywhere, and its maps are empty; the first of
     the networks that `seed` draws is taken whose maps of noise mostly are not.
@@ -71,7 +71,7 @@ def build_random_network(backbone: str, *, seed: int) -> nn.Module:
 
 @contextmanager
 def _graph_from(layer: nn.Module) -> Iterator[None]:
-    """Within it autograd's graph begins at the layer's output."""
+    """Inside, autograd's graph begins at the layer's output."""
 
     def begin_here(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
         # A clone, because what follows may write into its input, as DenseNet's last ReLU does;
@@ -87,7 +87,7 @@ def _graph_from(layer: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode, float32, and no gradient left in a parameter."""
+    """Inside: eval mode and float32; afterwards no parameter holds a gradient."""
     was_training = model.training
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     device_type = next(model.parameters()).device.type

@@ -24,12 +24,12 @@ side."""
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """What networks say of some studies, beside what these are; all arrays have shape (N,)."""
+    """Logits of some studies, with keys and targets; all arrays have shape (N,)."""
 
     keys: npt.NDArray[np.str_]
     logits: npt.NDArray[np.float32]
     targets: npt.NDArray[np.int8]
-    """0 or 1, as they stand beside the images, in the shards."""
+    """0 or 1, as in the shards."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -45,7 +45,7 @@ class Scores:
 
 
 def score(model: nn.Module, batches: Iterable[Batch]) -> Scores:
-    """What the model says of the studies in `batches`, in their order.
+    """The logits of the studies in `batches`, in their order.
 
     Always in float32: the 8 bits of a bfloat16 logit would tie studies that differ. For the speed
     of validation a GPU's convolutions may take TF32 products (10 bits), added up in float32. The
@@ -100,8 +100,8 @@ def score_pictures(
     """The mean logit (B,) of stored images (S, S) uint8 over all members and `views`.
 
     The first view is the image itself; view k is moved and recoloured as augmentation would, the
-    same way for every image, so a study's logit depends on its pixels alone. Always computed in
-    float32, also within a GPU's convolutions, which would take TF32 else.
+    same way for every image, so a study's logit depends on its pixels alone. Always in float32,
+    also in a GPU's convolutions.
     """
     total = np.zeros(len(pixels), dtype=np.float64)
     with torch.inference_mode(), _exact_convolutions():
@@ -117,7 +117,7 @@ def score_pictures(
 
 @contextmanager
 def _exact_convolutions() -> Iterator[None]:
-    """Within it cuDNN computes float32 as IEEE has it; matrix products always are."""
+    """Inside, cuDNN convolves in float32, not TF32; matrix products always are in float32."""
     cudnn = torch.backends.cudnn
     before = cudnn.allow_tf32
     cudnn.allow_tf32 = False

@@ -1,4 +1,4 @@
-"""What a search found: its trials, the setting that is taken, and the recipe and table of it."""
+"""What a search found: its trials, the chosen setting, and the files written of them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Who the phantoms are: the studies of a seed, with what makes the real data hard.
 
-That is several studies of one patient, AP views far more often positive than PA, and two kinds of
-negatives. Left out is that the real names (UUIDs) tell of the label.
+Several studies of one patient, AP views far more often positive than PA, two kinds of negatives.
+Not imitated: the names (UUIDs) of the real files reveal the label.
 """
 
 from __future__ import annotations

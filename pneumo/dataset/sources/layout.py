@@ -1,4 +1,4 @@
-"""What every layout gets and gives: a folder with its secret, and the studies under their keys."""
+"""What every layout works with: a folder with its secret, and the studies under their keys."""
 
 from __future__ import annotations
 

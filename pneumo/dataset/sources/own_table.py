@@ -1,4 +1,4 @@
-"""`studies.csv` beside pictures of any kind -> studies: the layout for data of one's own."""
+"""`studies.csv` beside pictures of any kind -> studies: the layout for your own data."""
 
 from __future__ import annotations
 
