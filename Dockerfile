@@ -28,9 +28,12 @@ RUN apt-get update -qq \
 COPY --from=dependencies /opt/pneumo /opt/pneumo
 COPY pneumo /app/pneumo
 COPY jobs /app/jobs
+# GKE's device plugin mounts the driver of its Container-Optimized OS at LD_LIBRARY_PATH; elsewhere
+# nothing lies there.
 # HOME is said here too, for the launcher reads it from the image and takes /root else.
 ENV PATH=/opt/pneumo/bin:$PATH \
     HOME=/home/pneumo \
+    LD_LIBRARY_PATH=/usr/local/nvidia/lib64 \
     PYTHONPATH=/app \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \

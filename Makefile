@@ -26,6 +26,7 @@
 #
 #   make up         PROVIDER=aws|gcp|onprem: a Ray cluster of VMs;  make forward: its dashboard, here
 #   make down       PROVIDER=…: the VMs are given back;  make down TARGET=k8s: your runs are cancelled
+#   make watch      all your runs on the cluster, live, until they have ended
 #   make image      [IMAGE=name:tag] [BASE_IMAGE=…]: the container image, with podman or docker
 #   make setup-k8s  OVERLAY=…: as a namespace's administrator, once: rights, policies, accounts
 
@@ -62,7 +63,7 @@ WITHOUT_RUN := app.kubernetes.io/component!=run
 
 .PHONY: help setup debian demo prepare train tune evaluate predict track dashboards check fix test test-slow \
   test-processors test-s3 test-cluster test-kubernetes test-kubernetes-faults test-all \
-  bench bench-train bench-verdicts lock clean up down forward image setup-k8s
+  bench bench-train bench-verdicts lock clean up down watch forward image setup-k8s
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -121,6 +122,9 @@ down: $(READY)
 	$(call needs,PROVIDER)
 	@$(BIN)/ray down --yes $(call vms)
 endif
+
+watch: $(READY)
+	@$(BIN)/python -m cluster status --watch $(if $(TARGET),--target $(TARGET)) $(ARGS)
 
 forward: $(READY)
 	$(call needs,PROVIDER)

@@ -4,6 +4,7 @@
     python -m cluster submit --target k8s --overlay gpu-spot train --store … --run …
     python -m cluster list
     python -m cluster logs train-1-0a1b2c3d --follow
+    python -m cluster status --watch
 
 The cluster is that of `--address` or RAY_ADDRESS, the Ray Jobs API; with `--target k8s` it is
 KubeRay in the namespace that kubectl would use. The exit code of `submit` and `logs --follow` is
@@ -26,7 +27,7 @@ from dataclasses import replace
 from datetime import datetime
 from typing import NoReturn
 
-from cluster import run_folder
+from cluster import live_view, run_folder
 from cluster.targets import JobState, Target, is_remote
 from pneumo.errors import AccessError, ClusterError, ConfigError, PneumoError
 
@@ -99,11 +100,16 @@ def _submit(options: argparse.Namespace, flags: list[str]) -> int:
 
 
 def _look(options: argparse.Namespace) -> int:
+    if options.command == "status" and options.id is None and not options.watch:
+        raise ConfigError("cluster: status of which job? Give its ID, or --watch for all of mine")
     target = _connect(options)
     if options.command == "list":
         for state in target.list():
             owner = state.owner or "-"
             print(f"{state.id:<44} {state.phase:<9} {_times(state)}  {owner}  {state.target}")
+    elif options.command == "status" and options.watch:
+        ids = [options.id] if options.id else []
+        return live_view.watch(target, ids, options.owner, _show_view, _tell)
     elif options.command == "status":
         _show_status(target.state(options.id))
     elif options.command == "cancel":
@@ -239,8 +245,19 @@ def _show_status(state: JobState) -> None:
     print(f"times   {_times(state)}")
     print(f"writes  {state.target}")
     print(f"runs    {state.entrypoint}")
-    if state.why:
-        print(f"{'waits' if state.phase == 'waiting' else 'why  '}   {state.why}")
+    if state.gpu_hours is not None:
+        print(f"GPUs    {state.gpu_hours:.2f} GPU hours by this attempt")
+    if state.phase == "waiting" and state.asked_s is not None:
+        since = datetime.fromtimestamp(state.asked_s)
+        waited_s = max(0, round(time.time() - state.asked_s))
+        print(f"waits   since {since:%Y-%m-%d %H:%M:%S}, {waited_s} s: {state.why or 'not said'}")
+    elif state.why:
+        print(f"why     {state.why}")
+
+
+def _show_view(text: str) -> None:
+    """In a terminal over what was shown before."""
+    print(f"\x1b[H\x1b[2J{text}" if sys.stdout.isatty() else text, flush=True)
 
 
 def _times(state: JobState) -> str:
@@ -286,7 +303,15 @@ def make_parser() -> _Parser:
         ("cancel", "ask a job to stop, and wait until it has"),
     ):
         command = commands.add_parser(name, parents=[where, debug], help=text)
-        command.add_argument("id", metavar="ID", help="as submit and list print it")
+        count = "?" if name == "status" else None
+        command.add_argument("id", nargs=count, metavar="ID", help="as submit and list print it")
+        if name == "status":
+            command.add_argument(
+                "--watch", action="store_true", help="show all runs of mine until they have ended"
+            )
+            command.add_argument(
+                "--owner", default=_this_person(), help="whose, with --watch; default: %(default)s"
+            )
         if name == "logs":
             command.add_argument("--follow", action="store_true", help="stay until the job ends")
             command.add_argument(

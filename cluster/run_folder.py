@@ -72,6 +72,46 @@ def check_run(config: Config, run_url: str) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come, by the last epoch that its folder tells of; None: not told."""
+
+    epoch: int
+    epochs: int
+    val_auroc: float | None
+    images_per_s: float | None
+    data_wait: float | None
+    """Share of the time that training waits for data."""
+    left_s: float | None
+    """If no epoch is left out."""
+
+
+def read_progress(run_url: str) -> Progress | None:
+    """The progress of the training at `run_url`; None where nothing tells of one.
+
+    Raises TimeoutError and PneumoError where the place cannot be read from here.
+    """
+
+    def read() -> tuple[Config, list[dict[str, float | None]]]:
+        config = Config.model_validate_json(storage.read_text(storage.join(run_url, "config.json")))
+        lines = storage.read_text(storage.join(run_url, "metrics.jsonl")).splitlines()
+        return config, [json.loads(line) for line in lines]
+
+    try:
+        config, epochs = _within(SETTINGS_TIMEOUT_S, read)
+    except (FileNotFoundError, ValueError):
+        return None
+    if not epochs:
+        return None
+    last, wanted = epochs[-1], config.train.epochs
+    seconds = [s for s in (each.get("epoch_s") for each in epochs[-3:]) if s is not None]
+    left_s = (wanted - len(epochs)) * sum(seconds) / len(seconds) if seconds else None
+    auroc = last.get("val/ema_auroc", last.get("val/auroc"))
+    return Progress(
+        len(epochs), wanted, auroc, last.get("images_per_s"), last.get("data_wait"), left_s
+    )
+
+
 def _within(timeout_s: float, read: Callable[[], T]) -> T:
     """What `read` returns. Storage is tried again for longer than a person waits."""
     found: list[T] = []

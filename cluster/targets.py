@@ -42,7 +42,8 @@ class JobState:
     """How a job is doing.
 
     `target` is the URL that it writes, `why` is what it waits for or failed of, in one line; times
-    are seconds since the epoch; `is_ours`: this project submitted it, for `owner`.
+    are seconds since the epoch, `asked_s` that of its submission; `is_ours`: this project submitted
+    it, for `owner`. `gpu_hours` is what its workers have held so far, where that is known.
     """
 
     id: str
@@ -51,10 +52,12 @@ class JobState:
     entrypoint: str = ""
     why: str = ""
     driver_exit_code: int | None = None
+    asked_s: float | None = None
     started_s: float | None = None
     ended_s: float | None = None
     is_ours: bool = True
     owner: str = ""
+    gpu_hours: float | None = None
 
     @property
     def has_ended(self) -> bool:

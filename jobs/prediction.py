@@ -168,7 +168,8 @@ def read_files(task: Task, files: Sequence[str]) -> Readings:
 
 
 def _read_batch(task: Task, members: Sequence[Member], files: Sequence[str]) -> Readings:
-    urls = [storage.join(task.source_url, file) for file in files]
+    # Not joined: a key of a bucket may begin with a slash or have `..` in it, and can be read.
+    urls = [f"{task.source_url.rstrip('/')}/{file}" for file in files]
     images = list(read_pictures(urls, task.stored_size))
     pixels = {i: image.pixels for i, image in enumerate(images) if not isinstance(image, Unusable)}
     logit = np.full(len(files), np.nan, dtype=np.float32)
@@ -230,11 +231,11 @@ def _write_overlays(
 
 def shorten_path(name: str) -> str:
     """A file's path for its overlay: a part that is too long for a disk, with more letters to come,
-    ends in a digest instead."""
+    ends in a digest instead; so does one that would lead elsewhere, as in a key `a/../b`."""
 
     def shorten(part: str) -> str:
         data = part.encode()
-        if len(data) <= _LONGEST_PART:
+        if part not in ("", ".", "..") and len(data) <= _LONGEST_PART:
             return part
         digest = hashlib.sha256(data).hexdigest()[:16]
         return f"{data[: _LONGEST_PART - 17].decode(errors='ignore')}-{digest}"

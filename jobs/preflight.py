@@ -13,11 +13,10 @@ import argparse
 import os
 import platform
 import sys
-import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
-from pathlib import Path
 
 from jobs.terminal.entry_point import say
 from pneumo import storage
@@ -88,41 +87,26 @@ def check_writable(url: str) -> None:
         storage.write_bytes(probe_url, b"")
         storage.remove(probe_url)
         return
-    there = next(path for path in _with_parents(storage.local_path(url)) if path.exists())
+    path = storage.local_path(url)
+    there = next(each for each in (path, *path.parents) if each.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise ConfigError(f"{url}: {there} cannot be written to on the cluster")
 
 
 def within(timeout_s: float, checks: Sequence[tuple[str, Callable[[str], None]]]) -> None:
     """Make all checks at once; raise what the first to fail raised, or StorageError when late."""
-    errors: dict[int, Exception] = {}
-
-    def make(number: int, url: str, check: Callable[[str], None]) -> None:
+    pool = ThreadPoolExecutor(max(1, len(checks)))
+    answers = [(url, pool.submit(check, url)) for url, check in checks]
+    pool.shutdown(wait=False)
+    for url, answer in answers:
         try:
-            check(url)
-        except Exception as error:  # raised again where the caller can see it
-            errors[number] = error
-
-    threads = [
-        threading.Thread(target=make, args=(number, url, check), daemon=True)
-        for number, (url, check) in enumerate(checks)
-    ]
-    for thread in threads:
-        thread.start()
-    for number, ((url, _), thread) in enumerate(zip(checks, threads, strict=True)):
-        thread.join(timeout_s)
-        if number in errors:
-            raise errors[number]
-        if thread.is_alive():
+            answer.result(timeout_s)
+        except TimeoutError as error:
             endpoint = " (AWS_ENDPOINT_URL)" if url.startswith(("s3://", "s3a://")) else ""
             raise StorageError(
                 f"{url}: no answer within {timeout_s:g} s, seen from the cluster; check the "
                 f"endpoint{endpoint}, name look-up and firewalls there"
-            )
-
-
-def _with_parents(path: Path) -> list[Path]:
-    return [path, *path.parents]
+            ) from error
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cluster import run_folder
-from cluster.kuberay import overlays, pod_troubles, rayjob
+from cluster.kuberay import overlays, pod_troubles, progress, rayjob
 from cluster.kuberay.api import AlreadyThereError, Api, MissingError, UnknownRunError, lacking
-from cluster.kuberay.api import connect as connect_api
 from cluster.kuberay.following import Following
 from cluster.kuberay.kept_logs import DriverLog, LogCursor
+from cluster.kuberay.kubeconfig import connect as connect_api
 from cluster.kuberay.overlays import Document
 from cluster.kuberay.pod_troubles import Trouble
 from cluster.kuberay.run_state import is_leaving, submitters, to_state
@@ -52,6 +52,12 @@ class KubernetesTarget:
         documents = overlays.render(folder)
         # Built before the cluster is asked: what does not fit needs none to be seen.
         job = self._build(documents, submission, submission.id)
+        own = job["metadata"].get("namespace", self.api.namespace)
+        if own != self.api.namespace:
+            raise ConfigError(
+                f"cluster: the overlay is of namespace {own}, not {self.api.namespace}; add "
+                f"--namespace {own}"
+            )
         missing = self.api.missing_rights()
         if missing:
             raise AccessError(
@@ -93,8 +99,8 @@ class KubernetesTarget:
         return [to_state(job, ()) for job in jobs]
 
     def state(self, job_id: str) -> JobState:
-        job, _, found = self.look(job_id)
-        return to_state(job, found)
+        job, pods, found = self.look(job_id)
+        return replace(to_state(job, found), gpu_hours=progress.gpu_hours(job, pods, time.time()))
 
     def logs(self, job_id: str) -> str:
         """The log so far, after those of earlier attempts, whose pods are gone."""

@@ -37,6 +37,7 @@ _POD_ADVICE = {
 NODE_TYPE = "ray.io/node-type"
 """KubeRay's label: head or worker."""
 SUBMITTER = "ray-job-submitter"
+NO_CAPACITY = "PreRunningDeadlineExceeded"
 GIVEN_UP = "JobStatusCheckTimeoutExceeded"
 """Why an operator of 1.7 ends a run whose head did not answer for 300 s, without another try."""
 PREFLIGHT = "preflight"
@@ -83,7 +84,7 @@ def _of_job(job: Document, pods: Sequence[Document]) -> Iterator[Trouble]:
     advice = {
         "SubmissionFailed": f"the submitter lost the head, or never reached it; {again}",
         "DeadlineExceeded": f"raise activeDeadlineSeconds in the overlay; {again}",
-        "PreRunningDeadlineExceeded": "it waited longer than preRunningDeadlineSeconds; lower "
+        NO_CAPACITY: "it waited longer than preRunningDeadlineSeconds; lower "
         "--workers, or take an overlay whose nodes there are",
         "ValidationFailed": "the operator refuses the RayJob; correct the overlay",
         GIVEN_UP: "the operator did not reach the head for minutes, and does not try again by "

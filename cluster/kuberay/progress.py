@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any
 
+from cluster.kuberay import rayjob
 from cluster.kuberay.overlays import Document
 from cluster.kuberay.pod_troubles import NODE_TYPE, SUBMITTER
 
@@ -47,6 +48,19 @@ def steps(job: Document, pods: Sequence[Document]) -> Iterator[Step]:
     started = (status.get("rayJobInfo") or {}).get("startTime")
     if started:
         yield ("driver", started), line("driver started", started)
+
+
+def gpu_hours(job: Document, pods: Sequence[Document], now_s: float) -> float:
+    """What the worker pods of this attempt have held: each while it has a node; once they are gone,
+    all of them from the driver's start to its end."""
+    count, each = rayjob.count_gpus(job)
+    status = job.get("status") or {}
+    begun = [since(pod, "PodScheduled") for pod in pods if node_type(pod) == "worker"]
+    held_s = sum(now_s - to_seconds(when) for when in begun if when)
+    started = (status.get("rayJobInfo") or {}).get("startTime")
+    if not held_s and started and status.get("endTime"):
+        held_s = count * (to_seconds(status["endTime"]) - to_seconds(started))
+    return each * held_s / 3600
 
 
 def node_type(pod: Document) -> str:

@@ -28,6 +28,8 @@ TARGET, SETTINGS, ENTRYPOINT = "pneumo/target", "pneumo/settings", "pneumo/entry
 OVERLAY, OWNER = "pneumo/overlay", "pneumo/owner"
 """Annotations of a RayJob: what it writes, the digest of its settings, its command, its overlay,
 whose it is."""
+WAIT_AGAIN = "pneumo/wait-again"
+"""An overlay's annotation, "true": a run whose nodes did not come in time is tried again."""
 SELECTOR = "app.kubernetes.io/part-of=pneumo"
 
 SECRETS = "pneumo-secrets"
@@ -104,6 +106,8 @@ def another(job: Document, name: str) -> Document:
     }
     for template in _templates(again):
         template["metadata"]["labels"][RUN_LABEL] = name
+        for term in _own_pods(template):
+            term["labelSelector"]["matchLabels"][RUN_LABEL] = name
     folder, keeper = log_folder(job), "jobs.terminal.log_keeper"
     entrypoint = job["spec"]["entrypoint"].replace(folder, folder.removesuffix(before) + name, 1)
     if f"{keeper} --again" not in entrypoint:  # what the lost attempt has finished is no mistake
@@ -135,6 +139,12 @@ def _keeping_log(job: Document, submission: Submission) -> str:
     return (
         f"python -m jobs.terminal.log_keeper {shlex.quote(log_folder(job))} {submission.entrypoint}"
     )
+
+
+def count_gpus(job: Document) -> tuple[int, int]:
+    """Worker pods, and GPUs of each."""
+    group, container = _workers(job)
+    return int(group.get("replicas", 1)), int(_quantity(_limits(container).get(_GPU, "0")))
 
 
 def describe_limits(container: Document) -> str:
@@ -211,6 +221,20 @@ def _name(job: Document, submission: Submission, name: str, overlay: str) -> Non
             RUN_LABEL: name,
             SUBMISSION_LABEL: submission.id,
         }
+        for term in _own_pods(template):
+            term["labelSelector"]["matchLabels"][RUN_LABEL] = name
+
+
+def _own_pods(template: Document) -> list[Document]:
+    """The terms that keep a pod beside others of this project: of its own run, with RUN_LABEL."""
+    affinity = template.get("spec", {}).get("affinity", {}).get("podAffinity", {})
+    terms = affinity.get("requiredDuringSchedulingIgnoredDuringExecution", [])
+    part = ("app.kubernetes.io/part-of", "pneumo")
+    return [
+        term
+        for term in terms
+        if part in term.get("labelSelector", {}).get("matchLabels", {}).items()
+    ]
 
 
 def _workers_per_pod(container: Document, submission: Submission) -> int:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from cluster.kuberay import progress, rayjob
 from cluster.kuberay.overlays import Document
-from cluster.kuberay.pod_troubles import Trouble
+from cluster.kuberay.pod_troubles import NO_CAPACITY, Trouble
 from cluster.targets import JobState, Phase
 
 OPERATOR_TIMEOUT_S = 60.0
@@ -47,6 +47,7 @@ def to_state(job: Document, found: Sequence[Trouble]) -> JobState:
         entrypoint=annotations.get(rayjob.ENTRYPOINT) or job["spec"].get("entrypoint", ""),
         why=why,
         driver_exit_code=driver_exit_code(status),
+        asked_s=_seconds(metadata["creationTimestamp"]),
         started_s=_seconds(status.get("startTime")),
         ended_s=_seconds(status.get("endTime")),
         is_ours=rayjob.SETTINGS in annotations,
@@ -79,12 +80,18 @@ def submitters(pods: Sequence[Document]) -> list[Document]:
 def judge_hopeless(job: Document, state: JobState, found: Sequence[Trouble]) -> JobState | None:
     """What a job that has not ended comes to, if waiting or another attempt cannot help it."""
     trouble = next((trouble for trouble in found if trouble.exit_code is not None), None)
+    status, annotations = job.get("status") or {}, job["metadata"].get("annotations") or {}
+    retries = status.get("jobDeploymentStatus") == "Retrying"
     if trouble is not None:
         code, why = trouble.exit_code, trouble.line
-    elif (job.get("status") or {}).get("jobDeploymentStatus") == "Retrying" and (
-        state.driver_exit_code == 2
-    ):
+    elif retries and state.driver_exit_code == 2:
         code, why = 2, "exit code 2: your mistake, which another attempt would repeat"
+    elif (
+        retries
+        and status.get("reason") == NO_CAPACITY
+        and annotations.get(rayjob.WAIT_AGAIN) != "true"
+    ):
+        code, why = 1, "its nodes did not come within preRunningDeadlineSeconds"
     else:
         return None
     return replace(state, phase="failed", why=f"{why}; called off", driver_exit_code=code)

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 import requests
+from ray.dashboard.modules.job.pydantic_models import JobDetails
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
@@ -83,6 +84,33 @@ class Client(JobSubmissionClient):  # type: ignore[misc]  # ray is untyped
         raise RefusedError(
             f"cluster: {self._address} refused (HTTP {r.status_code}): {lines[-1]}", r.status_code
         )
+
+    def details(self, job_id: str) -> JobDetails:
+        """What the cluster knows of a job. Raises ConfigError when it knows no such job."""
+        with self.unknown_job(job_id):
+            return self.get_job_info(job_id)
+
+    def log_text(self, job_id: str) -> str:
+        """The job's log so far; empty when its node is gone. Raises ConfigError for an unknown job,
+        BusyError when it may yet be had."""
+        try:
+            with self.unknown_job(job_id):
+                return str(self.get_job_logs(job_id))
+        except RefusedError:
+            return ""
+
+    @contextmanager
+    def unknown_job(self, job_id: str) -> Iterator[None]:
+        """Raise ConfigError where the cluster refuses because it knows no such job."""
+        try:
+            yield
+        except RefusedError as error:
+            if error.status != 404:
+                raise
+            raise ConfigError(
+                f"cluster: no job '{job_id}' at {self.get_address()}; "
+                "python -m cluster list shows those it remembers"
+            ) from error
 
 
 def connect(address: str, environ: Mapping[str, str]) -> Client:

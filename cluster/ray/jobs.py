@@ -6,12 +6,11 @@ not answer is exit code 1, a wrong address, token or id is the user's 2.
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +20,8 @@ import requests
 from ray.dashboard.modules.job.pydantic_models import JobDetails
 from ray.job_submission import JobStatus
 
-from cluster.ray.client import BusyError, Client, RefusedError
+from cluster.ray.client import Client, RefusedError
+from cluster.ray.following import TRIES, follow
 from cluster.ray.sent_code import Package, collect, stage
 from cluster.targets import JobState, OutOfReachError, Phase, Started, Write, is_remote
 from pneumo.errors import ClusterError, ConfigError, PneumoError
@@ -30,20 +30,12 @@ from pneumo.version import REVISION, find_revision
 if TYPE_CHECKING:
     from cluster.submission import Submission
 
-SILENCE_S = 60.0
-"""A log that says nothing for this long is asked for again: its connection may be dead."""
-
-PATIENCE_S = 600.0
-"""How long a cluster that was there may be out of reach while its log is followed."""
-
 STOP_GENTLY = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "30"}
 """For the job's supervisor: a cancelled job gets Ctrl-C and time to finish a checkpoint; Ray's
 default is SIGTERM, which ends a driver abnormally, and SIGKILL after 3 s."""
 
 PYTHONS = ("3.11", "3.12")
 """What pyproject.toml's requires-python allows; a test holds the two together."""
-
-_TRIES = 5
 
 _PREFLIGHT = "preflight"
 
@@ -57,10 +49,6 @@ _PHASES: Mapping[JobStatus, Phase] = {
     JobStatus.FAILED: "failed",
     JobStatus.STOPPED: "cancelled",
 }
-
-
-class LostError(ClusterError):
-    """The cluster knows the job no more, though it did."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +86,11 @@ class RayTarget:
         return [state(info) for info in list_jobs(self.client)]
 
     def state(self, job_id: str) -> JobState:
-        return state(details(self.client, job_id))
+        info = self.client.details(job_id)
+        return replace(state(info), gpu_hours=gpu_hours(self.client, info))
 
     def logs(self, job_id: str) -> str:
-        return logs(self.client, job_id)
+        return self.client.log_text(job_id)
 
     def cancel(self, job_id: str) -> JobState:
         asked_s = time.monotonic()
@@ -158,7 +147,7 @@ def preflight(client: Client, submission: Submission, package: Package) -> str:
         )
     try:
         info = _wait(client, job_id, PREFLIGHT_TIMEOUT_S)
-        text = logs(client, job_id)
+        text = client.log_text(job_id)
     finally:  # not deleted: Ray may yet write how it ended, and bring it back without its name
         with suppress(PneumoError):
             client.stop_job(job_id)
@@ -184,6 +173,7 @@ def state(info: JobDetails) -> JobState:
         entrypoint=info.entrypoint,
         why=_why(info),
         driver_exit_code=info.driver_exit_code,
+        asked_s=info.start_time / 1000 if info.start_time else None,
         started_s=info.start_time / 1000 if info.start_time else None,
         ended_s=info.end_time / 1000 if info.end_time else None,
         is_ours="settings" in (info.metadata or {}),
@@ -218,6 +208,7 @@ def submit(client: Client, submission: Submission, package: Package) -> Started:
                     "target": submission.target,
                     "settings": submission.settings,
                     "owner": submission.owner,
+                    "workers": _gpu_workers(submission),
                 },
                 runtime_env={
                     "working_dir": folder,
@@ -241,12 +232,37 @@ def submit(client: Client, submission: Submission, package: Package) -> Started:
     return Started(new_id, already_running=False)
 
 
+def _gpu_workers(submission: Submission) -> str:
+    """How many workers may hold a GPU each; "" where as many as there are."""
+    shape = submission.shape
+    if shape is None or submission.job == "tune":
+        return ""
+    return "0" if shape.use_gpu is False else str(shape.num_workers)
+
+
+def gpu_hours(client: Client, info: JobDetails) -> float | None:
+    """What a job has held so far: a GPU for each of its workers, as far as the cluster has some
+    now. None where the cluster does not tell."""
+    if not info.start_time:
+        return 0.0
+    end_s = info.end_time / 1000 if info.end_time else time.time()
+    with suppress(PneumoError, requests.JSONDecodeError, KeyError, TypeError):
+        answer = client._do_request("GET", "/api/v0/nodes?detail=1&limit=10000").json()
+        nodes = answer["data"]["result"]["result"]
+        alive = [node["resources_total"] for node in nodes if node["state"] == "ALIVE"]
+        there = float(sum(resources.get("GPU", 0) for resources in alive))
+        workers = (info.metadata or {}).get("workers") or there
+        taken_s = float(end_s - info.start_time / 1000)
+        return min(float(workers), there) * taken_s / 3600
+    return None
+
+
 def _has_begun(client: Client, job_id: str, submission: Submission) -> bool:
     """Whether a request whose answer never came has started the job after all."""
-    for _ in range(_TRIES):
+    for _ in range(TRIES):
         time.sleep(1.0)
         with suppress(OutOfReachError, ConfigError):
-            info = details(client, job_id)
+            info = client.details(job_id)
             return (info.metadata or {}).get("settings") == submission.settings
     return False
 
@@ -255,74 +271,6 @@ def _describe_code(package: Package) -> dict[str, str]:
     """What the code that is sent cannot find out there: its revision."""
     revision = find_revision(package.root)
     return {REVISION: revision} if revision else {}
-
-
-def follow(
-    client: Client,
-    job_id: str,
-    write: Write,
-    tell: Write = lambda _: None,
-    *,
-    silence_s: float = SILENCE_S,
-    patience_s: float = PATIENCE_S,
-) -> JobDetails:
-    """Pass the job's log to `write` until the job has ended; what it ended as.
-
-    The stream may drop: it is taken up again where it stopped, without a gap and without a line
-    twice. `tell` gets what there is to say besides. Raises OutOfReachError after `patience_s`
-    without an answer; the job goes on.
-    """
-    cursor = _Cursor(write)
-    notes: set[str] = set()
-    looks = 0
-    lost_at_s: float | None = None
-    while True:
-        try:
-            info = details(client, job_id)
-            if info.status.is_terminal():
-                _show_rest(client, job_id, cursor, tell)
-                return info
-        except OutOfReachError as error:
-            lost_at_s = lost_at_s or time.monotonic()
-            if time.monotonic() - lost_at_s > patience_s:
-                raise
-            text = f"{str(error).split(';')[0]}; the job goes on, trying again"
-        except ConfigError as error:
-            if not looks:
-                raise
-            raise LostError(
-                f"cluster: {job_id} was lost with the head of {client.get_address()}, which has "
-                "started anew; submit again: a run goes on from its last checkpoint"
-            ) from error
-        else:
-            looks, lost_at_s = looks + 1, None
-            # Every job is pending for a moment.
-            waits = looks > 1 and info.status == JobStatus.PENDING
-            text = f"waiting: {info.message}" if waits else ""
-        if text and text not in notes:
-            notes.add(text)
-            tell(text)
-        asyncio.run(_stream(client, job_id, cursor, silence_s))
-        time.sleep(1.0)
-
-
-def _show_rest(client: Client, job_id: str, cursor: _Cursor, tell: Write) -> None:
-    """What of an ended job's log was not shown yet; Ray answers 500 when its node is gone."""
-    for tries_left in range(_TRIES, 0, -1):
-        try:
-            cursor.show_from_start(logs(client, job_id))
-        except BusyError as error:
-            if tries_left == 1:
-                tell(f"the end of its log cannot be had: {error}")
-            time.sleep(1.0)
-        else:
-            return
-
-
-def details(client: Client, job_id: str) -> JobDetails:
-    """What the cluster knows of a job. Raises ConfigError when it knows no such job."""
-    with _unknown_job(client, job_id):
-        return client.get_job_info(job_id)
 
 
 def list_jobs(client: Client) -> list[JobDetails]:
@@ -335,19 +283,9 @@ def list_jobs(client: Client) -> list[JobDetails]:
     return sorted(jobs, key=lambda info: info.start_time or 0)
 
 
-def logs(client: Client, job_id: str) -> str:
-    """The job's log so far; empty when its node is gone. Raises ConfigError for an unknown job,
-    BusyError when it may yet be had."""
-    try:
-        with _unknown_job(client, job_id):
-            return str(client.get_job_logs(job_id))
-    except RefusedError:
-        return ""
-
-
 def cancel(client: Client, job_id: str, *, timeout_s: float = 45.0) -> JobDetails:
     """Ask the job to stop and wait until it has; what it ended as, which may be its own doing."""
-    with _unknown_job(client, job_id):
+    with client.unknown_job(job_id):
         client.stop_job(job_id)
     return _wait(client, job_id, timeout_s)
 
@@ -368,7 +306,7 @@ def _wait(client: Client, job_id: str, timeout_s: float) -> JobDetails:
     """The job when it has ended, or when the time is over."""
     deadline_s = time.monotonic() + timeout_s
     while True:
-        info = details(client, job_id)
+        info = client.details(job_id)
         if info.status.is_terminal() or time.monotonic() > deadline_s:
             return info
         time.sleep(0.5)
@@ -382,41 +320,6 @@ def _why(info: JobDetails) -> str:
 
 def _minor(version_text: str) -> str:
     return ".".join(version_text.split(".")[:2])
-
-
-@dataclass
-class _Cursor:
-    """How much of a log has been written; each stream of it begins at the start."""
-
-    write: Write
-    written: int = 0
-
-    def show_from_start(self, text: str) -> None:
-        self.show(text, 0)
-
-    def show(self, text: str, position: int) -> None:
-        new = text[max(0, self.written - position) :]
-        if new:
-            self.write(new)
-            self.written += len(new)
-
-
-async def _stream(client: Client, job_id: str, cursor: _Cursor, silence_s: float) -> None:
-    """Show the log as it comes, until its stream ends, breaks or falls silent."""
-    stream = client.tail_job_logs(job_id)
-    position = 0
-    try:
-        while True:
-            try:
-                # Not wait_for: in Python 3.11 it can swallow a Ctrl-C that comes with a chunk.
-                async with asyncio.timeout(silence_s):
-                    chunk = await anext(stream)
-            except Exception:  # whatever it was, the next request tells more about it
-                return
-            cursor.show(chunk, position)
-            position += len(chunk)
-    finally:
-        await stream.aclose()
 
 
 def _attempts(client: Client, base: str) -> tuple[int, JobDetails | None]:
@@ -438,19 +341,6 @@ def _join(running: JobDetails, submission: Submission) -> Started:
             "with other settings; follow it, cancel it, or give another place to write"
         )
     return Started(str(running.submission_id), already_running=True)
-
-
-@contextmanager
-def _unknown_job(client: Client, job_id: str) -> Iterator[None]:
-    try:
-        yield
-    except RefusedError as error:
-        if error.status != 404:
-            raise
-        raise ConfigError(
-            f"cluster: no job '{job_id}' at {client.get_address()}; "
-            "python -m cluster list shows those it remembers"
-        ) from error
 
 
 def _first_line(text: str | None) -> str:

@@ -1,10 +1,10 @@
-"""A node that will be taken away says so, and gives its training workers time to leave.
+"""A node that will be taken away says so, and gives the work on it time to end.
 
     python -m jobs.ray_cluster.node_drain --grace-s 50
 
-On the node itself, before its Ray is ended: Kubernetes runs it so (the preStop hook of
-`k8s/components/spot`). The driver sees within seconds that the node drains, has a checkpoint
-written and goes on elsewhere; this ends when the workers have, or when the time is over. Needs
+On the node itself, before its Ray is ended: Kubernetes runs it so (the preStop hook of the worker
+pods). The driver sees within seconds that the node drains, has a checkpoint written and goes on
+elsewhere; this ends when tasks and actors have, or when the time is over. Needs
 what every Ray client of the cluster needs: RAY_AUTH_MODE and RAY_AUTH_TOKEN where it has a token.
 """
 
@@ -24,8 +24,8 @@ from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
 
 from jobs.terminal.entry_point import say
 
-_WORKER = "ray::RayTrainWorker"
-"""How Ray titles the processes that train."""
+_WORK = re.compile(r"ray::(?!IDLE)(?!\w*(Agent|Autoscaling))\w")
+"""How Ray titles processes that run tasks and actors, and neither wait nor are Ray's own."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,23 @@ def announce(raylet: Raylet, grace_s: float) -> None:
         say(f"departure: the cluster does not let the node go: {refusal}")
 
 
-def wait_for_workers(grace_s: float) -> bool:
-    """Whether the training workers of this machine have ended within so many seconds."""
+def wait_for_work(grace_s: float) -> bool:
+    """Whether the tasks and actors of this machine have ended within so many seconds."""
     deadline_s = time.monotonic() + grace_s
-    while any(line.startswith(_WORKER) for line in _command_lines()):
+    while _has_work():
         if time.monotonic() > deadline_s:
             return False
         time.sleep(0.2)
     return True
+
+
+def is_work(command_line: str) -> bool:
+    """Whether a process runs a task or an actor, by its title."""
+    return _WORK.match(command_line) is not None
+
+
+def _has_work() -> bool:
+    return any(map(is_work, _command_lines()))
 
 
 def _command_lines() -> Iterator[str]:
@@ -83,6 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--grace-s", type=float, required=True, help="until the node is gone")
     grace_s = parser.parse_args(argv).grace_s
     started_s = time.monotonic()
+    if not _has_work():
+        return 0  # nothing to save; a run that has ended, and its head, may be gone already
     raylets = list_raylets()
     if not raylets:
         say("departure: no Ray on this machine")
@@ -92,8 +103,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except Exception as error:  # the head is gone too, or refuses the token
             say(f"departure: {raylet.gcs_address}: {type(error).__name__}: {error}")
             return 0
-    if not wait_for_workers(grace_s - (time.monotonic() - started_s)):
-        say(f"departure: workers still train after {grace_s:.0f} s")
+    if not wait_for_work(grace_s - (time.monotonic() - started_s)):
+        say(f"departure: work goes on after {grace_s:.0f} s")
     return 0
 
 

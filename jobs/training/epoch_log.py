@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import ray
 import ray.train
+from ray.util.metrics import Gauge
 
 from jobs.terminal.entry_point import say
 from jobs.terminal.progress import Progress
@@ -41,7 +42,14 @@ def worker_callbacks(messages: Mailbox | None, world: World, *, epochs: int) -> 
         if messages is not None and world.rank == 0:
             messages.put(message)
 
+    # For Prometheus: Ray shows them on each node's metrics port, as ray_pneumo_….
+    steps = Gauge("pneumo_train_steps", "Steps done, of all epochs")
+    wait = Gauge("pneumo_train_data_wait", "Share of the time that training waits for data")
+
     def on_pace(pace: Pace) -> None:
+        steps.set((pace.epoch - 1) * pace.steps + pace.step)
+        if (waited := pace.metrics["data_wait"]) is not None:
+            wait.set(waited)
         tell(Stepped((pace.epoch - 1) * pace.steps + pace.step, epochs * pace.steps, pace))
 
     def on_epoch(epoch: Epoch) -> None:

@@ -25,9 +25,10 @@ from pneumo.images.boxes import Box
 STUDIES = "studies.parquet"
 QUARANTINE = "quarantine.jsonl"
 WARNINGS = "warnings.jsonl"
+_ROWS_AT_ONCE = 1 << 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # a driver holds millions of them
 class StudyRow:
     """One row of studies.parquet: what is known of a study, without any identifier."""
 
@@ -112,18 +113,23 @@ def read_studies(store_url: str, manifest: Manifest) -> dict[str, StudyRow]:
     Raises DataError when it is missing, or not what the manifest vouches for.
     """
     data = _read_vouched(store_url, STUDIES, manifest.studies)
+    rows: dict[str, StudyRow] = {}
+    texts: dict[str | None, str | None] = {}
+    """Each text that many rows have, once."""
     try:
-        table = pq.read_table(io.BytesIO(data), columns=list(StudyRow.__dataclass_fields__))
-    except pa.ArrowInvalid as error:
+        for batch in pq.ParquetFile(io.BytesIO(data)).iter_batches(_ROWS_AT_ONCE):
+            columns = batch.to_pydict()
+            columns["boxes"] = [tuple(Box(*box) for box in boxes) for boxes in columns["boxes"]]
+            for name in ("patient", "split", "finding", "sex", "view"):
+                columns[name] = [texts.setdefault(text, text) for text in columns[name]]
+            values = [columns[name] for name in StudyRow.__dataclass_fields__]
+            rows |= {row.key: row for row in map(StudyRow, *values)}
+    except (pa.ArrowInvalid, KeyError) as error:
         raise DataError(
             f"{storage.join(store_url, STUDIES)}: not a table of studies; delete the store and "
             "prepare it again"
         ) from error
-    rows = (
-        StudyRow(**{**row, "boxes": tuple(Box(*box) for box in row["boxes"])})
-        for row in table.to_pylist()
-    )
-    return {row.key: row for row in rows}
+    return rows
 
 
 def write_quarantine(store_url: str, rejected: Iterable[Rejected]) -> FileEntry:

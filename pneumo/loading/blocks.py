@@ -18,7 +18,7 @@ from pneumo.config import DataConfig
 from pneumo.dataset.manifest import BlockEntry, Manifest, ShardEntry
 from pneumo.dataset.shards import decode_block, read_block
 from pneumo.errors import ConfigError, ContentError, DataError
-from pneumo.loading.sample_order import Rows
+from pneumo.loading.sample_order import Rows, World
 
 READERS = 4
 """Threads of a worker that read and decode."""
@@ -115,9 +115,9 @@ class Blocks:
             torch.tensor([sample.target for sample in samples], dtype=torch.float32),
         )
 
-    def check_shards(self) -> None:
-        """Read the last byte of every shard: one that is missing or cut is known before the first
-        step. Raises DataError."""
+    def check_shards(self, world: World) -> None:
+        """Read the last byte of every shard, each rank its part of them: one that is missing or cut
+        is known before the first step. Raises DataError."""
 
         def check(shard: ShardEntry) -> None:
             url = storage.join(self.store_url, shard.name)
@@ -131,7 +131,7 @@ class Blocks:
                 ) from error
 
         with ThreadPoolExecutor(READERS, thread_name_prefix=READER_THREAD) as pool:
-            list(pool.map(check, self.shards))
+            list(pool.map(check, self.shards[world.rank :: world.size]))
 
 
 def to_input(

@@ -163,7 +163,7 @@ def open_loaders(
     blocks = {split: Blocks(store, split) for split in splits}
     unread = [split for split in splits if split not in shared_splits]
     for split in unread:
-        blocks[split].check_shards()
+        blocks[split].check_shards(world)
     choices = choose_feeds(
         store.config.cache,
         {split: store.decoded_bytes(split) for split in unread},
@@ -204,7 +204,7 @@ def read_in_memory(store: PreparedStore, split: str) -> InMemorySplit | None:
     if choices[split].place == "stream":
         return None
     blocks = Blocks(store, split)
-    blocks.check_shards()
+    blocks.check_shards(World())
     return InMemoryFeed(blocks, device=torch.device("cpu")).read_all()
 
 

@@ -226,4 +226,5 @@ def list_names(url: str) -> list[str]:
             found = retried(lambda fs, path: fs.ls(path, detail=False), url)
         except FileNotFoundError:
             return []
-    return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in found)
+    names = {path.rstrip("/").rsplit("/", 1)[-1] for path in found}
+    return sorted(names - {"", ".", ".."})  # of keys such as `a/../b`, which lead elsewhere

@@ -49,7 +49,13 @@ def normalise(url: str) -> str:
 
 
 def join(url: str, *parts: str) -> str:
-    """`url` with `parts` below it."""
+    """`url` with `parts` below it.
+
+    Parts come from listings, archives and tables that others wrote, so one that would lead out of
+    `url` is a ContentError.
+    """
+    if any(".." in part.split("/") for part in parts):
+        raise ContentError(f"storage: {url}: refused a name below it with '..' in it")
     return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
 
 

@@ -10,7 +10,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +45,20 @@ class RayCluster:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[RayCluster]:
+    with _run_cluster(()) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def scripted_cluster() -> Iterator[RayCluster]:
+    """One whose head a script started with `&`: it ignores SIGINT, and so do its children."""
+    with _run_cluster(("sh", "-c", '"$@" & wait', "sh")) as cluster:
+        yield cluster
+
+
+@contextmanager
+def _run_cluster(before: Sequence[str]) -> Iterator[RayCluster]:
+    """A head whose command line begins with `before`."""
     folder = Path(tempfile.mkdtemp(prefix="rc", dir="/tmp"))  # sockets below it: a short path
     ports = _free_ports(5)
     token = secrets.token_hex(16)
@@ -57,7 +72,7 @@ def ray_cluster() -> Iterator[RayCluster]:
         "OMP_NUM_THREADS": "1",
     }
     address = f"http://127.0.0.1:{ports[0]}"
-    head = _start(folder, ports, own)
+    head = _start(before, folder, ports, own)
     try:
         _wait_until_ready(address, own, head, folder)
         yield RayCluster(address, {**own, "RAY_ADDRESS": address, "WANDB_MODE": "disabled"})
@@ -66,12 +81,14 @@ def ray_cluster() -> Iterator[RayCluster]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start(folder: Path, ports: list[int], environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def _start(
+    before: Sequence[str], folder: Path, ports: list[int], environ: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
     dashboard, gcs, client, agent, metrics = ports
     with (folder / "ray-start.log").open("wb") as log:
         return subprocess.Popen(
             [
-                str(Path(sys.executable).with_name("ray")), "start", "--head", "--block",
+                *before, str(Path(sys.executable).with_name("ray")), "start", "--head", "--block",
                 f"--port={gcs}", f"--ray-client-server-port={client}",
                 "--node-ip-address=127.0.0.1",
                 "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",

@@ -40,7 +40,7 @@ def _error(capsys: pytest.CaptureFixture[str]) -> str:
         ("submit train --store /s", "no address; give --address"),
         ("list", "no address; give --address"),
         ("list --adress x", "unrecognized arguments|takes no --adress"),
-        ("status", "arguments are required: ID"),
+        ("status", "status of which job? Give its ID, or --watch"),
         ("list --address 10.0.0.1:6379", "expected that of the dashboard: http://HEAD:8265"),
         ("list --address ray://h:10001", "expected that of the dashboard"),
         ("submit train --address http://10.0.0.1:8265 --store s3://b/s", "--run is required"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from cluster import run_folder
@@ -49,3 +50,11 @@ def test_logs_are_read_in_their_order(tmp_path: Path) -> None:
         "20260102-030405",
     ]
     assert run_folder.read_logs(str(tmp_path / "nowhere")) == []
+
+
+def test_a_log_of_any_name_is_read_and_nothing_is_written(tmp_path: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    for name in ("20260101-030405.log", "../../../up.log", f"{tmp_path}/absolute.log"):
+        memory.pipe(f"/kept/{name}", b"said\n")
+    assert [log.name for log in run_folder.read_logs("memory://kept")][:1] == ["20260101-030405"]
+    assert list(tmp_path.iterdir()) == []

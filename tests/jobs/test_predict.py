@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,32 @@ def test_nothing_that_can_be_scored_is_a_failure(
     assert read_rows(output)["notes.txt"]["reason"] == "not_dicom"
 
 
+def test_members_of_an_archive_never_lead_out_of_the_output(
+    prepared: Prepared, trained: Path, tmp_path: Path
+) -> None:
+    picture = next((prepared.source / "stage_2_train_images").iterdir()).read_bytes()
+    names = ["../../../up.dcm", "a/../../../../up.dcm", f"{tmp_path}/absolute.dcm", "inside.dcm"]
+    archive, output = tmp_path / "in" / "studies.zip", tmp_path / "a" / "b" / "out"
+    archive.parent.mkdir()
+    with zipfile.ZipFile(archive, "w") as file:
+        for name in names:
+            file.writestr(name, picture)
+    before = set(tmp_path.rglob("*"))
+
+    flags = ["--source", str(archive), "--run", str(trained), "--output", str(output)]
+    assert predict.main(flags) == 0
+
+    assert set(tmp_path.rglob("*")) - before - set(output.rglob("*")) == {
+        output,
+        *(output.parents[0], output.parents[1]),
+    }
+    rows = read_rows(output)
+    assert len(rows) == len(names)
+    overlays = {row["overlay"] for row in rows.values()}
+    assert len(overlays) == len(names)
+    assert {str(p.relative_to(output)) for p in output.rglob("*.png")} == overlays
+
+
 def test_a_logit_that_is_no_number_is_no_decision(
     prepared: Prepared, overflowing: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -254,5 +281,6 @@ FROZEN: dict[str, Any] = {
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=300))
 def test_an_overlays_path_fits_on_a_disk_and_is_one_files_own(name: str) -> None:
     short = shorten_path(name)
+    assert not {"", ".", ".."} & set(short.split("/"))
     assert all(len(f"{part}.png".encode()) <= 255 for part in short.split("/"))
     assert short == name or shorten_path(f"{name}x") != short

@@ -22,6 +22,10 @@ from tests.kubernetes.conftest import HandOver
 pytestmark = pytest.mark.kubernetes
 
 FOLDERS = (*(f"overlays/{name}" for name in OVERLAYS), "rbac", "kueue")
+ADDED = (
+    *("eks-pod-identity", "gke-workload-identity", "monitoring"),
+    *("one-zone", "private-registry", "team-namespace"),
+)
 _STRICT = "dryRun=All&fieldValidation=Strict"
 _KUEUE = ("LocalQueue", "ClusterQueue", "ResourceFlavor")
 
@@ -51,15 +55,16 @@ def test_every_object_is_taken(prepared: Team, folder: str) -> None:
             raise AssertionError(f"{document['kind']}: {error.body}") from error
 
 
-@pytest.mark.parametrize("component", ["eks-pod-identity", "gke-workload-identity", "monitoring"])
-def test_what_clouds_and_prometheus_add_is_taken(
-    prepared: Team, tmp_path: Path, component: str
-) -> None:
-    """The kind of the Prometheus operator where the cluster has it."""
+@pytest.mark.parametrize("component", ADDED)
+def test_what_components_add_is_taken(prepared: Team, tmp_path: Path, component: str) -> None:
+    """The kinds of the Prometheus operator where the cluster has them."""
     monitors = prepared.path("monitoring.coreos.com/v1", "podmonitors")
+    without_operator = is_gone(prepared.cluster, monitors)
     for document in compose(tmp_path, component, base="overlays/gpu-spot"):
-        if document["kind"] != "PodMonitor" or not is_gone(prepared.cluster, monitors):
+        monitors_it = document["apiVersion"].startswith("monitoring.coreos.com/")
+        if document["kind"] != "Namespace" and not (monitors_it and without_operator):
             document["metadata"]["name"] += "-dry"
+            document["metadata"].pop("namespace", None)  # the team's, in place of the tests'
             prepared.cluster.create(document, prepared.namespace, _STRICT)
 
 

@@ -17,8 +17,9 @@ import jsonschema
 import pytest
 import yaml
 
-from cluster.kuberay import operator_rules, overlays
+from cluster.kuberay import operator_rules, overlays, rayjob
 from cluster.ray import jobs
+from cluster.submission import Submission
 from pneumo.command_line import parse_command_line
 from pneumo.errors import ConfigError
 from tests import CHECKOUT
@@ -41,7 +42,14 @@ OVERLAYS = ("gpu-ondemand", "gpu-spot", "gpu-spot-kueue", "cpu", "kind-cpu")
 ON_GPU = OVERLAYS[:3]
 KUBERNETES = ("1.29", "1.37")
 """The oldest and the newest that core kinds are checked for."""
-NO_SCHEMA = {"RayJob", "LocalQueue", "ClusterQueue", "ResourceFlavor", "PodMonitor"}
+NO_SCHEMA = {
+    "RayJob",
+    "LocalQueue",
+    "ClusterQueue",
+    "ResourceFlavor",
+    "PodMonitor",
+    "PrometheusRule",
+}
 """Not Kubernetes' own; of these the tests have KubeRay's schema only."""
 
 
@@ -231,40 +239,34 @@ def test_pods_that_are_deleted_have_time_for_a_checkpoint(
     stop_s = int(jobs.STOP_GENTLY["RAY_JOB_STOP_WAIT_TIME_S"])
     for role in ("head", "workers"):
         assert templates(job)[role]["spec"]["terminationGracePeriodSeconds"] >= stop_s + 30
-    for role in ("head",) if "spot" in overlay else ("head", "workers"):
-        [waits_s] = re.findall(r"seq (\d+)", " ".join(_hook(job, role)))
-        assert stop_s < int(waits_s) < stop_s + 30
+    [waits_s] = re.findall(r"seq (\d+)", " ".join(_hook(job, "head")))
+    assert stop_s < int(waits_s) < stop_s + 30
 
 
 @pytest.mark.parametrize(
-    ("role", "title", "waits"),
+    ("title", "waits"),
     [
-        ("head", "python -m jobs.train --store x", True),
-        ("head", "python -m jobs.terminal.log_keeper x python", True),
-        ("head", "python dashboard.py --modules-to-load=job", False),
-        ("workers", "ray::RayTrainWorker.execute", True),
-        ("workers", "ray::prepare_shard", True),
-        ("workers", "ray::IDLE", False),
-        ("workers", "ray::IDLE_SpillWorker", False),
-        ("workers", "ray::RuntimeEnvAgent", False),
+        ("python -m jobs.train --store x", True),
+        ("python -m jobs.terminal.log_keeper x python", True),
+        ("python dashboard.py --modules-to-load=job", False),
     ],
 )
-def test_a_hook_waits_for_what_must_end(
-    rendered: dict[str, list[Document]], tmp_path: Path, role: str, title: str, waits: bool
+def test_the_heads_hook_waits_for_what_must_end(
+    rendered: dict[str, list[Document]], tmp_path: Path, title: str, waits: bool
 ) -> None:
     """The hook's own command, which is shown these processes in place of a pod's."""
     (tmp_path / "7").mkdir()
     (tmp_path / "7" / "cmdline").write_bytes(title.replace(" ", "\0").encode() + b"\0")
     (tmp_path / "8").mkdir()
-    *shell, script = _hook(job_of(rendered["cpu"]), role)
+    *shell, script = _hook(job_of(rendered["cpu"]), "head")
     (tmp_path / "8" / "cmdline").write_bytes("\0".join([*shell, script]).encode())
     script = script.replace("/proc/", f"{tmp_path}/").replace("sleep 1", "echo waits")
     done = subprocess.run([*shell, script], check=True, timeout=60, capture_output=True, text=True)
     assert done.stdout == "waits\n" * (40 if waits else 0)
 
 
-@pytest.mark.parametrize("overlay", [name for name in OVERLAYS if "spot" in name])
-def test_a_spot_worker_says_that_it_goes_while_there_is_time(
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_a_worker_says_that_it_goes_while_there_is_time(
     rendered: dict[str, list[Document]], overlay: str
 ) -> None:
     worker = templates(job_of(rendered[overlay]))["workers"]["spec"]
@@ -293,9 +295,6 @@ def test_gpus_spot_and_queue_are_where_they_belong(
         assert set(re.findall(r'"operator": "(\w+)"', json.dumps(affinity))) == expected
     annotations = templates(job)["workers"]["metadata"].get("annotations", {})
     assert (annotations.get("karpenter.sh/do-not-disrupt") == "true") is stays
-    assert (
-        "jobs.ray_cluster.node_drain" in json.dumps(worker["containers"][0]["lifecycle"])
-    ) is spot
     queued = overlay.endswith("kueue")
     assert job["spec"].get("suspend", False) is queued
     queue = job["metadata"]["labels"].get("kueue.x-k8s.io/queue-name")
@@ -368,6 +367,51 @@ def test_a_clouds_identity_has_its_door_and_no_other(
         assert _doors(documents, address) == doors.get(address, set())
     for version in KUBERNETES:
         assert _core_errors(of_kind(documents, "NetworkPolicy"), version) == []
+
+
+def test_a_team_has_a_namespace_of_its_own(tmp_path: Path) -> None:
+    documents = compose(tmp_path, "team-namespace", base="overlays/gpu-spot")
+    namespace = of_kind(documents, "Namespace")["metadata"]
+    assert namespace["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+    homes = {each["metadata"].get("namespace") for each in documents if each["kind"] != "Namespace"}
+    assert homes == {namespace["name"]}
+    assert {"Role", "ResourceQuota", "RayJob"} <= {each["kind"] for each in documents}
+    hard = of_kind(documents, "ResourceQuota")["spec"]["hard"]
+    asked = {
+        f"requests.{name}"
+        for template in templates(job_of(documents)).values()
+        for container in template["spec"]["containers"]
+        for name in container["resources"]["requests"]
+    }
+    assert asked <= set(hard)
+    checked = [document for document in documents if document["kind"] not in NO_SCHEMA]
+    assert [_core_errors(document, KUBERNETES[-1]) for document in checked] == [[]] * len(checked)
+
+
+def test_a_zone_is_shared_by_the_workers_of_one_run(tmp_path: Path) -> None:
+    documents = compose(tmp_path, "one-zone", base="overlays/gpu-spot")
+    asked = Submission("train", "train-1", "python -m jobs.train", "s3://b/run", "a")
+    job = rayjob.build(documents, asked, name="train-1")
+    again = rayjob.another(job, "train-1-2")
+    before = templates(job_of(compose(tmp_path, base="overlays/gpu-spot")))["workers"]
+    for each in (job, again):
+        template = templates(each)["workers"]
+        affinity = template["spec"]["affinity"]
+        assert affinity["nodeAffinity"] == before["spec"]["affinity"]["nodeAffinity"]
+        [term] = affinity["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+        assert term["topologyKey"] == "topology.kubernetes.io/zone"
+        assert (
+            term["labelSelector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+        )
+        assert term["labelSelector"]["matchLabels"]["pneumo/run"] == each["metadata"]["name"]
+        assert _core_errors(as_pod("workers", template), KUBERNETES[-1]) == []
+
+
+def test_a_private_registry_is_reached_by_the_account(tmp_path: Path) -> None:
+    documents = compose(tmp_path, "private-registry", base="overlays/cpu")
+    account = of_kind(documents, "ServiceAccount")
+    assert account["imagePullSecrets"] == [{"name": "pneumo-registry"}]
+    assert _core_errors(account, KUBERNETES[-1]) == []
 
 
 def test_the_queue_of_the_runs_is_the_administrators(

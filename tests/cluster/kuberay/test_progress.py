@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cluster.kuberay.progress import steps
+from cluster.kuberay.progress import gpu_hours, steps, to_seconds
 
 Document = dict[str, Any]
 
@@ -75,3 +75,17 @@ def test_a_step_is_said_again_only_when_it_is_made_again() -> None:
     assert not keys(head) & keys(_pod("h2", "head", Ready="40"))
     gone = _pod("w2", "worker", leaves=True, Ready="23")
     assert keys(head, worker, gone) == keys(head, worker)
+
+
+def test_gpu_hours_are_those_of_pods_with_a_node_then_those_of_the_driver() -> None:
+    job = _job(rayJobInfo={"startTime": "2026-01-02T03:04:00Z"}, endTime="2026-01-02T04:04:00Z")
+    container = {"resources": {"limits": {"nvidia.com/gpu": "2"}}}
+    [group] = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    group["template"] = {"spec": {"containers": [container]}}
+    pods = [_pod("a", "worker", PodScheduled="00"), _pod("b", "worker"), _pod("c", "head")]
+    now_s = to_seconds("2026-01-02T03:34:00Z")
+    assert gpu_hours(job, pods, now_s) == 1.0
+    assert gpu_hours(job, [], now_s) == 4.0
+    assert gpu_hours({**job, "status": {}}, [], now_s) == 0.0
+    container["resources"]["limits"] = {"cpu": "4"}
+    assert gpu_hours(job, pods, now_s) == 0.0

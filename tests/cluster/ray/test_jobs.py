@@ -25,6 +25,7 @@ from packaging.specifiers import SpecifierSet
 
 from cluster.ray import jobs, sent_code
 from cluster.ray.client import Client, connect, sends_token_openly
+from cluster.ray.following import LostError, follow
 from cluster.submission import Submission, plan
 from cluster.targets import OutOfReachError
 from pneumo.errors import AccessError, ConfigError
@@ -62,7 +63,7 @@ def _start(client: Client, submission: Submission) -> str:
 
 def _follow(client: Client, job_id: str, **options: Any) -> tuple[str, int]:
     text: list[str] = []
-    info = jobs.follow(client, job_id, text.append, **options)
+    info = follow(client, job_id, text.append, **options)
     return "".join(text), jobs.state(info).exit_code
 
 
@@ -79,7 +80,7 @@ def test_code_and_environment_arrive_and_the_log_comes_back(client: Client) -> N
     assert "folder jobs pneumo\n" in log
     assert "AWS_REGION is eu-north-1\n" in log
     assert f"{REVISION} is {find_revision(CHECKOUT) or 'absent'}\n" in log
-    assert log == jobs.logs(client, job_id)
+    assert log == client.log_text(job_id)
 
 
 def test_exit_codes_and_reasons(client: Client) -> None:
@@ -89,9 +90,9 @@ def test_exit_codes_and_reasons(client: Client) -> None:
     for code, expected in asked.items():
         _, got = _follow(client, ids[code])
         assert got == expected
-        assert jobs.failure(jobs.details(client, ids[code])) == f"exit code {code}"
+        assert jobs.failure(client.details(ids[code])) == f"exit code {code}"
     assert _follow(client, absent)[1] == 1
-    assert "no command 'python'" in jobs.failure(jobs.details(client, absent))
+    assert "no command 'python'" in jobs.failure(client.details(absent))
 
 
 def test_submitting_twice_runs_once(client: Client) -> None:
@@ -136,7 +137,7 @@ def test_a_cluster_that_goes_away_ends_the_following(
         through = connect(relay.address, ray_cluster.environ)
         threading.Timer(1.0, relay.close).start()
         with pytest.raises(OutOfReachError, match="no answer"):
-            jobs.follow(through, job_id, lambda _: None, notes.append, patience_s=1.0)
+            follow(through, job_id, lambda _: None, notes.append, patience_s=1.0)
     assert "the job goes on, trying again" in str(notes[-1])
     assert len(notes) == len(set(notes))
     assert jobs.state(jobs.cancel(client, job_id)).exit_code == 130
@@ -179,7 +180,7 @@ def test_a_job_that_went_with_the_head_is_lost_not_unknown(
     with FaultyProxy(ray_cluster.address) as proxy:
         through = connect(proxy.url, ray_cluster.environ)
         threading.Timer(1.5, lambda: proxy.rules.append(forgotten)).start()
-        with pytest.raises(jobs.LostError, match=r"lost with the head.*submit again") as raised:
+        with pytest.raises(LostError, match=r"lost with the head.*submit again") as raised:
             _follow(through, job_id)
     assert raised.value.exit_code == 1
     jobs.cancel(client, job_id)
@@ -213,11 +214,11 @@ def test_down_leaves_the_jobs_of_others_alone(client: Client, ray_cluster: RayCl
     left = done.stderr.splitlines()[0]
     assert left.startswith("left alone, for they are not of me@here: ")
     assert {other, yours} == set(left.rpartition(": ")[2].split(", "))
-    assert jobs.details(client, mine).status.is_terminal()
-    assert not jobs.details(client, yours).status.is_terminal()
+    assert client.details(mine).status.is_terminal()
+    assert not client.details(yours).status.is_terminal()
     assert ray_cluster.command("down", "--all", "--yes").returncode == 0
-    assert jobs.details(client, yours).status.is_terminal()
-    assert not jobs.details(client, other).status.is_terminal()
+    assert client.details(yours).status.is_terminal()
+    assert not client.details(other).status.is_terminal()
     client.stop_job(other)
 
 
@@ -273,7 +274,7 @@ def test_control_c_detaches_and_cancel_stops_gently(
     detached, hint = error.splitlines()
     assert f"back: python -m cluster logs {job_id} --follow --address" in detached
     assert hint == "Ctrl-C again within 3 s cancels it"
-    assert not jobs.details(client, job_id).status.is_terminal()
+    assert not client.details(job_id).status.is_terminal()
     assert ray_cluster.command("cancel", job_id).stderr == f"{job_id} cancelled\n"
     log, code = _follow(client, job_id)
     assert code == 130
@@ -291,7 +292,30 @@ def test_control_c_twice_cancels(client: Client, ray_cluster: RayCluster) -> Non
         _, error = following.communicate(timeout=20)
     assert following.returncode == 130
     assert error == f"{job_id} cancelled\n"
-    assert jobs.state(jobs.details(client, job_id)).phase == "cancelled"
+    assert jobs.state(client.details(job_id)).phase == "cancelled"
+
+
+@pytest.mark.slow
+def test_a_head_that_ignores_control_c_passes_it_on(scripted_cluster: RayCluster) -> None:
+    """Jobs install the handler that they did not inherit; of one that does not, it is said."""
+    client = connect(scripted_cluster.address, scripted_cluster.environ)
+    body = "print('line 1', flush=True) or time.sleep(600)"
+    ours = (
+        "import sys, time; from jobs.terminal.entry_point import run_main; "
+        f"sys.exit(run_main('train', lambda _: {body}))"
+    )
+    for name, code, told in (
+        ("ours", ours, "cancelled"),
+        ("stubborn", f"import time; {body}", "cancelled: it did not stop by itself and was killed"),
+    ):
+        entrypoint = shlex.join(["python", "-c", code])
+        job_id = _start(client, replace(_probe(name), entrypoint=entrypoint))
+        with _following(scripted_cluster, job_id) as following:
+            asked = scripted_cluster.command("cancel", job_id)
+            following.communicate(timeout=60)
+        assert asked.stderr.startswith(f"{job_id} {told}"), asked.stderr
+        assert following.returncode == 130
+        assert ("train: interrupted" in client.log_text(job_id)) == (name == "ours")
 
 
 @pytest.mark.slow
@@ -369,7 +393,7 @@ def test_the_given_address_wins_over_the_environment(
 def test_a_wrong_token_and_an_unknown_job(client: Client, ray_cluster: RayCluster) -> None:
     with pytest.raises(AccessError, match="refuses the token; set RAY_AUTH_TOKEN"):
         jobs.list_jobs(connect(ray_cluster.address, {"RAY_AUTH_TOKEN": "x" * 32}))
-    for ask in (jobs.details, jobs.logs, jobs.cancel):
+    for ask in (Client.details, Client.log_text, jobs.cancel):
         with pytest.raises(ConfigError, match=r"no job 'nobody'.*cluster list shows"):
             ask(client, "nobody")
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import ray
 
-from jobs.ray_cluster.node_drain import Raylet, list_raylets, main, wait_for_workers
+from jobs.ray_cluster.node_drain import Raylet, is_work, list_raylets, main, wait_for_work
 
 
 def test_this_machines_raylet_is_found(ray_here: None) -> None:
@@ -16,13 +16,27 @@ def test_this_machines_raylet_is_found(ray_here: None) -> None:
     assert Raylet(context.get_node_id(), context.gcs_address) in list_raylets()
 
 
-def test_workers_are_waited_for_but_not_for_ever() -> None:
-    title = "import time; time.sleep(60)"
-    worker = subprocess.Popen(
-        ["ray::RayTrainWorker", "-c", title], executable=sys.executable, stdin=subprocess.DEVNULL
-    )
+@pytest.mark.parametrize(
+    ("title", "works"),
+    [
+        ("ray::RayTrainWorker.execute", True),
+        ("ray::prepare_shard", True),
+        ("ray::IDLE", False),
+        ("ray::IDLE_SpillWorker", False),
+        ("ray::RuntimeEnvAgent", False),
+        ("ray::DashboardAgent", False),
+        ("python -m jobs.train", False),
+    ],
+)
+def test_tasks_and_actors_are_work(title: str, *, works: bool) -> None:
+    assert is_work(title) is works
+
+
+def test_work_is_waited_for_but_not_for_ever() -> None:
+    words = ["ray::prepare_shard", "-c", "import time; time.sleep(60)"]
+    worker = subprocess.Popen(words, executable=sys.executable, stdin=subprocess.DEVNULL)
     try:
-        assert not wait_for_workers(0.5)
+        assert not wait_for_work(0.5)
     finally:
         worker.kill()
         worker.wait()

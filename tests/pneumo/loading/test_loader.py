@@ -427,6 +427,24 @@ def test_a_missing_shard_is_named(spoilt: tuple[str, Manifest], way: str) -> Non
     assert len(list(open_split(spoilt, way, split="val").evaluation(batch_size=4))) == 3
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_every_shard_is_looked_at_by_one_rank(spoilt: tuple[str, Manifest], size: int) -> None:
+    store_url, manifest = spoilt
+    blocks = Blocks(PreparedStore(store_url, manifest, DataConfig()), "train")
+    for number in range(3):
+        url = storage.join(store_url, f"train/00000{number}.tar")
+        data = storage.read_bytes(url)
+        storage.remove(url)
+        told = 0
+        for rank in range(size):
+            try:
+                blocks.check_shards(World(rank, size))
+            except DataError as error:
+                told += f"00000{number}.tar: missing" in str(error)
+        assert told == 1
+        storage.write_bytes(url, data)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_a_cut_shard_is_named(spoilt: tuple[str, Manifest], way: str) -> None:
     path = Path(spoilt[0]) / "train" / "000002.tar"

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 
+import fsspec
 import pytest
 from blake3 import blake3
 
@@ -31,6 +32,16 @@ def test_listings(root_url: str) -> None:
     assert listed == [f"{plain}/{name}" for name in ("a/10", "a/2", "b", "c/d/e")]
     assert storage.list_names(root_url) == ["a", "b", "c"]
     assert [storage.read_bytes(url) for url in listed] == [b"x"] * 4
+
+
+def test_listed_names_are_names_of_the_folder_alone() -> None:
+    """An object store takes any key, and each of these names becomes a path of somebody."""
+    memory = fsspec.filesystem("memory")
+    for key in ("b.log", "../../etc/passwd", "./x", "/y", "a/../../c"):
+        memory.pipe(f"/keys/{key}", b"x")
+    names = storage.list_names("memory://keys")
+    assert {"a", "b.log"} <= set(names)
+    assert not [name for name in names if name in ("", ".", "..") or "/" in name]
 
 
 def test_existence_and_removal(root_url: str) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pneumo import storage
-from pneumo.errors import UserError
+from pneumo.errors import ContentError, UserError
 
 
 @pytest.mark.parametrize("scheme", ["pipe", "cmd", "sh", "bash", "ssh", "sftp"])
@@ -49,6 +49,17 @@ def test_join_puts_one_slash_between_parts(base: str, parts: list[str]) -> None:
     joined = storage.join(f"s3://{base}/", *parts)
     assert joined == "s3://" + "/".join([base, *(part.strip("/") for part in parts)])
     assert storage.join(f"s3://{base}", *parts) == joined
+
+
+@pytest.mark.parametrize("name", ["..", "../a", "a/../../b", "/../a", "a/.."])
+def test_join_refuses_what_leads_out(name: str) -> None:
+    with pytest.raises(ContentError, match="refused a name below it"):
+        storage.join("/data/runs/1", "logs", name)
+
+
+def test_join_takes_an_absolute_name_below() -> None:
+    assert storage.join("/data/runs/1", "/etc/passwd") == "/data/runs/1/etc/passwd"
+    assert storage.join("/data", "a..b", "..c") == "/data/a..b/..c"
 
 
 def test_a_file_url_may_be_percent_encoded(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pneumo.config import Config, TrainConfig
-from pneumo.errors import CheckpointError, RunError
+from pneumo.errors import CheckpointError, ContentError, RunError
 from pneumo.training.checkpoints import (
     Checkpoint,
     CheckpointEntry,
@@ -227,6 +227,21 @@ def test_files_of_dropped_checkpoints_are_deleted(tmp_path: Path) -> None:
     attempt = save(str(tmp_path), 0.6, 0.8, 0.7, 0.7, 0.7)
     names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert names == {"index.json", *(f"epoch-000{epoch}-{attempt}.pt" for epoch in (2, 4, 5))}
+
+
+def test_an_index_that_names_a_file_elsewhere_deletes_nothing_there(tmp_path: Path) -> None:
+    victim, run = tmp_path / "victim.pt", tmp_path / "run"
+    victim.write_bytes(b"somebody's")
+    attempt = save(str(run), 0.5)
+    index = run / "checkpoints" / "index.json"
+    content = json.loads(index.read_text())
+    content["entries"].insert(0, {**content["entries"][0], "name": "../../victim.pt"})
+    index.write_text(json.dumps(content))
+    with pytest.raises(ContentError, match="refused a name"):
+        save_checkpoint(
+            str(run), make_checkpoint(2, 0.9), attempt=attempt, keep_last=1, finished=False
+        )
+    assert victim.read_bytes() == b"somebody's"
 
 
 def test_an_epoch_that_is_trained_again_replaces_its_checkpoint(tmp_path: Path) -> None:

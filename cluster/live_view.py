@@ -1,0 +1,120 @@
+"""All runs of one person on a cluster, as a table that is shown anew until they have ended.
+
+A run's state is the cluster's; how far it has come is read where it writes, with the credentials
+of this machine.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from cluster import run_folder
+from cluster.targets import JobState, OutOfReachError, Target, Write
+from pneumo.errors import PneumoError
+
+INTERVAL_S = 5.0
+PATIENCE_S = 600.0
+"""How long a cluster that was there may be out of reach."""
+_HEADER = ("run", "state", "epoch", "val AUROC", "images/s", "data wait", "time left", "")
+
+
+def watch(
+    target: Target,
+    ids: Sequence[str],
+    owner: str,
+    show: Write,
+    tell: Write,
+    *,
+    interval_s: float = INTERVAL_S,
+    patience_s: float = PATIENCE_S,
+) -> int:
+    """Show these jobs, or all of `owner`, with those that are submitted meanwhile, until none goes
+    on; the highest of their exit codes.
+
+    `show` gets the table whenever it has changed, `tell` what there is to say besides. Raises
+    ConfigError for a job that nobody knows, OutOfReachError where the cluster stays away.
+    """
+    view, shown, seen_s = _View(), "", time.monotonic()
+    for job_id in ids:
+        view.take([target.state(job_id)])
+    while True:
+        try:
+            states = target.list()
+        except OutOfReachError as error:
+            if time.monotonic() - seen_s > patience_s:
+                raise
+            tell(f"{str(error).split(';')[0]}; trying again")
+            time.sleep(interval_s)
+            continue
+        seen_s = time.monotonic()
+        mine = [s for s in states if s.id in ids or (not ids and s.is_ours and s.owner == owner)]
+        view.take(mine)
+        if not view.rows:
+            tell(f"nothing of {owner} is running")
+            return 0
+        table = view.draw()
+        if table != shown:
+            show(table)
+        shown = table
+        if all(state.has_ended for state in view.rows.values()):
+            return max(state.exit_code for state in view.rows.values())
+        time.sleep(interval_s)
+
+
+@dataclass
+class _View:
+    """The jobs that are shown, and what was read of each."""
+
+    rows: dict[str, JobState] = field(default_factory=dict)
+    progress: dict[str, run_folder.Progress] = field(default_factory=dict)
+    unread: set[str] = field(default_factory=set)
+    """Jobs whose place did not answer: it is not asked again, for each time would wait as long."""
+
+    def take(self, states: Sequence[JobState]) -> None:
+        """The states as they are now; of jobs that had ended before they were seen, nothing."""
+        now = {state.id: state for state in states}
+        for job_id, state in self.rows.items():
+            if job_id not in now and not state.has_ended:  # on Kubernetes, its RayJob was deleted
+                self.rows[job_id] = JobState(job_id, "cancelled", target=state.target)
+        self.rows |= {k: s for k, s in now.items() if k in self.rows or not s.has_ended}
+
+    def draw(self) -> str:
+        """The table, with what the runs' folders say by now."""
+        read = [s for s in self.rows.values() if s.phase == "running" and s.id not in self.unread]
+        with ThreadPoolExecutor(max_workers=8) as pool:
+            list(pool.map(self._read, read))
+        rows = [_HEADER, *(self._row(state) for state in self.rows.values())]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(f"{c:<{w}}" for c, w in zip(r, widths, strict=True)) for r in rows]
+        return "\n".join(line.rstrip() for line in lines)
+
+    def _read(self, state: JobState) -> None:
+        try:
+            found = run_folder.read_progress(state.target)
+        except (TimeoutError, PneumoError):
+            self.unread.add(state.id)
+        else:
+            if found is not None:
+                self.progress[state.id] = found
+
+    def _row(self, state: JobState) -> tuple[str, ...]:
+        last = f"exit code {state.exit_code}" if state.has_ended else state.why
+        if state.id in self.unread:
+            last = f"{last}; its folder cannot be read from here".removeprefix("; ")
+        known = self.progress.get(state.id)
+        if known is None:
+            return (state.id, state.phase, *("-",) * 5, last)
+        left_s = 0.0 if state.has_ended else known.left_s
+        return (
+            state.id,
+            state.phase,
+            f"{known.epoch}/{known.epochs}",
+            "-" if known.val_auroc is None else f"{known.val_auroc:.3f}",
+            "-" if known.images_per_s is None else f"{known.images_per_s:.0f}",
+            "-" if known.data_wait is None else f"{known.data_wait:.0%}",
+            "-" if left_s is None else f"{left_s // 60:.0f} min {left_s % 60:02.0f} s",
+            last,
+        )

@@ -1,0 +1,123 @@
+"""A job's log as it comes, over a connection that may drop, until the job has ended."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+
+from ray.dashboard.modules.job.pydantic_models import JobDetails
+from ray.job_submission import JobStatus
+
+from cluster.ray.client import BusyError, Client
+from cluster.targets import OutOfReachError, Write
+from pneumo.errors import ClusterError, ConfigError
+
+SILENCE_S = 60.0
+"""A log that says nothing for this long is asked for again: its connection may be dead."""
+
+PATIENCE_S = 600.0
+"""How long a cluster that was there may be out of reach while its log is followed."""
+
+TRIES = 5
+
+
+class LostError(ClusterError):
+    """The cluster knows the job no more, though it did."""
+
+
+def follow(
+    client: Client,
+    job_id: str,
+    write: Write,
+    tell: Write = lambda _: None,
+    *,
+    silence_s: float = SILENCE_S,
+    patience_s: float = PATIENCE_S,
+) -> JobDetails:
+    """Pass the job's log to `write` until the job has ended; what it ended as.
+
+    The stream may drop: it is taken up again where it stopped, without a gap and without a line
+    twice. `tell` gets what there is to say besides. Raises OutOfReachError after `patience_s`
+    without an answer; the job goes on.
+    """
+    cursor = _Cursor(write)
+    notes: set[str] = set()
+    looks = 0
+    lost_at_s: float | None = None
+    while True:
+        try:
+            info = client.details(job_id)
+            if info.status.is_terminal():
+                _show_rest(client, job_id, cursor, tell)
+                return info
+        except OutOfReachError as error:
+            lost_at_s = lost_at_s or time.monotonic()
+            if time.monotonic() - lost_at_s > patience_s:
+                raise
+            text = f"{str(error).split(';')[0]}; the job goes on, trying again"
+        except ConfigError as error:
+            if not looks:
+                raise
+            raise LostError(
+                f"cluster: {job_id} was lost with the head of {client.get_address()}, which has "
+                "started anew; submit again: a run goes on from its last checkpoint"
+            ) from error
+        else:
+            looks, lost_at_s = looks + 1, None
+            # Every job is pending for a moment.
+            waits = looks > 1 and info.status == JobStatus.PENDING
+            text = f"waiting: {info.message}" if waits else ""
+        if text and text not in notes:
+            notes.add(text)
+            tell(text)
+        asyncio.run(_stream(client, job_id, cursor, silence_s))
+        time.sleep(1.0)
+
+
+def _show_rest(client: Client, job_id: str, cursor: _Cursor, tell: Write) -> None:
+    """What of an ended job's log was not shown yet; Ray answers 500 when its node is gone."""
+    for tries_left in range(TRIES, 0, -1):
+        try:
+            cursor.show_from_start(client.log_text(job_id))
+        except BusyError as error:
+            if tries_left == 1:
+                tell(f"the end of its log cannot be had: {error}")
+            time.sleep(1.0)
+        else:
+            return
+
+
+@dataclass
+class _Cursor:
+    """How much of a log has been written; each stream of it begins at the start."""
+
+    write: Write
+    written: int = 0
+
+    def show_from_start(self, text: str) -> None:
+        self.show(text, 0)
+
+    def show(self, text: str, position: int) -> None:
+        new = text[max(0, self.written - position) :]
+        if new:
+            self.write(new)
+            self.written += len(new)
+
+
+async def _stream(client: Client, job_id: str, cursor: _Cursor, silence_s: float) -> None:
+    """Show the log as it comes, until its stream ends, breaks or falls silent."""
+    stream = client.tail_job_logs(job_id)
+    position = 0
+    try:
+        while True:
+            try:
+                # Not wait_for: in Python 3.11 it can swallow a Ctrl-C that comes with a chunk.
+                async with asyncio.timeout(silence_s):
+                    chunk = await anext(stream)
+            except Exception:  # whatever it was, the next request tells more about it
+                return
+            cursor.show(chunk, position)
+            position += len(chunk)
+    finally:
+        await stream.aclose()

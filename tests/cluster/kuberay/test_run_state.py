@@ -1,0 +1,40 @@
+"""Which runs are called off, because waiting or another attempt cannot help them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cluster.kuberay.run_state import judge_hopeless, to_state
+
+
+def _job(deployment: str, annotations: dict[str, str] | None = None, **status: str) -> Any:
+    return {
+        "metadata": {
+            "name": "train-1-0a1b2c3d",
+            "creationTimestamp": "2026-11-28T10:00:00Z",
+            "annotations": annotations or {},
+        },
+        "spec": {},
+        "status": {"jobDeploymentStatus": deployment, **status},
+    }
+
+
+@pytest.mark.parametrize(
+    ("job", "exit_code"),
+    [
+        (_job("Retrying", reason="PreRunningDeadlineExceeded"), 1),
+        (
+            _job("Retrying", {"pneumo/wait-again": "true"}, reason="PreRunningDeadlineExceeded"),
+            None,
+        ),
+        (_job("Initializing", reason="PreRunningDeadlineExceeded"), None),
+        (_job("Retrying", reason="AppFailed", message="failed with exit code 2"), 2),
+        (_job("Retrying", reason="AppFailed", message="failed with exit code 1"), None),
+    ],
+)
+def test_what_another_attempt_would_repeat_is_called_off(job: Any, exit_code: int | None) -> None:
+    judged = judge_hopeless(job, to_state(job, ()), ())
+    assert (judged and judged.exit_code) == exit_code
+    assert judged is None or judged.why.endswith("; called off")
