@@ -17,6 +17,7 @@
 #   make train      STORE=url [RUN=url] [ARGS="--recipe fast --train.epochs 3"]
 #   make tune       STORE=url [RUN=url] [ARGS=…]
 #   make evaluate   STORE=url RUN=url [ARGS=…]
+#   make export     RUN=url OUTPUT=folder: the model as ONNX, with what scores a DICOM file
 #   make track      RUN=url: the run or search to W&B from its folder, as often as you like
 #   make dashboards      W&B workspaces as JSON;  ARGS="--save --entity TEAM" saves them, with a key
 #   make predict    SOURCE=folder of pictures RUN=url OUTPUT=folder [ARGS=…]
@@ -61,7 +62,7 @@ IMAGE ?= pneumo:dev
 CONTAINERS ?= $(or $(shell command -v podman),docker)
 WITHOUT_RUN := app.kubernetes.io/component!=run
 
-.PHONY: help setup debian demo prepare train tune evaluate predict track dashboards check fix test test-slow \
+.PHONY: help setup debian demo prepare train tune evaluate predict export track dashboards check fix test test-slow \
   test-processors test-s3 test-cluster test-kubernetes test-kubernetes-faults test-all \
   bench bench-train bench-verdicts lock clean up down watch forward image setup-k8s
 
@@ -100,6 +101,10 @@ predict: $(READY)
 	$(call needs,SOURCE)$(call needs,RUN)$(call needs,OUTPUT)
 	@$(call job,predict) --source $(call quoted,SOURCE) --run $(call quoted,RUN) \
 	  --output $(call quoted,OUTPUT) $(ARGS)
+
+export: $(READY)
+	$(call needs,RUN)$(call needs,OUTPUT)
+	@$(BIN)/python -m jobs.export --run $(call quoted,RUN) --output $(call quoted,OUTPUT) $(ARGS)
 
 track: $(READY)
 	$(call needs,RUN)

@@ -92,6 +92,17 @@ class PredictArguments(Arguments):
     """Replace what an earlier prediction left in the output."""
 
 
+class ExportArguments(Arguments):
+    run: str
+    """An evaluated run, whose threshold and calibration go with the model."""
+    output: str
+    """Where the model's folder goes: a folder or s3:// URL."""
+    members: list[str] = Field(default=[])
+    """The other runs of the ensemble that was evaluated: `--members RUN2,RUN3`."""
+    overwrite: CliToggleFlag[bool] = False
+    """Replace what an earlier export left in the output."""
+
+
 class TrackArguments(Arguments):
     run: str
     """The run or search to send to W&B."""
@@ -119,6 +130,7 @@ JOBS: Mapping[str, Job] = {
         "jobs.evaluate", EvaluateArguments, ("seed", "evaluate", "cluster", "tracking")
     ),
     "predict": Job("jobs.predict", PredictArguments, ("predict", "cluster")),
+    "export": Job("jobs.export", ExportArguments, ()),
     "track": Job("jobs.track", TrackArguments, ("tracking",)),
 }
 

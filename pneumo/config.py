@@ -363,7 +363,10 @@ class TrackingConfig(Section):
 
 
 class Config(Section):
-    """The root."""
+    """The root.
+
+    >>> config = pneumo.Config.model_validate({"train": {"epochs": 3, "lr": 1e-3}})
+    """
 
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Seed of the split, the order, the augmentation and the initial weights."""

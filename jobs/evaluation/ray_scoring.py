@@ -29,10 +29,9 @@ from pneumo.images.boxes import Box
 from pneumo.loading.blocks import PreparedStore, Samples
 from pneumo.loading.loader import open_loader, read_images
 from pneumo.loading.sample_order import World
-from pneumo.network.backbones import build_model
 from pneumo.network.gradcam import build_random_network, gradcam
 from pneumo.network.scoring import Member, Scores, prepare_input, score_pictures
-from pneumo.training.checkpoints import CheckpointEntry, load_checkpoint
+from pneumo.training.checkpoints import CheckpointEntry, load_member
 
 T = TypeVar("T")
 
@@ -223,17 +222,7 @@ def run_shares(
 
 def load_members(scoring: Scoring, device: str) -> list[Member]:
     """The networks of a scoring, in its order, in evaluation mode."""
-    members = []
-    for weights in scoring.weights:
-        checkpoint = load_checkpoint(weights.run_url, weights.entry)
-        backbone = checkpoint.config.model.backbone
-        network = build_model(backbone)
-        network.load_state_dict(checkpoint.scored_model)
-        network.to(device)
-        network.to(memory_format=torch.channels_last)
-        size, mean, std = checkpoint.image_size, checkpoint.mean, checkpoint.std
-        members.append(Member(network.eval(), backbone, size, mean, std))
-    return members
+    return [load_member(one.run_url, one.entry, device) for one in scoring.weights]
 
 
 def _score_share(scored: Scored, split: str, world: World, place: Place) -> Scores:

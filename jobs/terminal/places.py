@@ -36,12 +36,14 @@ _NOT_JUDGED = "is not evaluated on its own store, which freezes the thresholds; 
 _SEARCHED = "holds a finished search; give another --run"
 _EVALUATED = "is evaluated already (a test set is looked at once); --overwrite does it again"
 _PREDICTED = "holds predictions already; give another --output, or --overwrite"
+_EXPORTED = "holds an export already; give another --output, or --overwrite"
 _RULES = (
     _Rule("prepare", "source", True, "", SourceError, _NO_FOLDER),
     _Rule("predict", "source", True, "", SourceError, _NO_FILE),
     _Rule("train tune evaluate external", "store", True, "manifest.json", StoreError, _NO_STORE),
-    _Rule("evaluate predict external", "run", True, _INDEX, RunError, _NO_RUN),
-    _Rule("evaluate predict external", "members", True, _INDEX, RunError, _NO_RUN),
+    _Rule("evaluate predict external export", "run", True, _INDEX, RunError, _NO_RUN),
+    _Rule("evaluate predict external export", "members", True, _INDEX, RunError, _NO_RUN),
+    _Rule("export", "run", True, "metrics.json", RunError, _NOT_EVALUATED),
     _Rule("external", "external", True, "manifest.json", StoreError, _NO_STORE),
     _Rule("external", "run", True, "metrics.json", RunError, _NOT_JUDGED),
     _Rule("track", "run", True, "", RunError, _NOTHING_THERE),
@@ -51,6 +53,7 @@ _RULES = (
     _Rule("tune", "run", False, "best.toml", FinishedError, _SEARCHED),
     _Rule("evaluate", "run", False, "metrics.json", FinishedError, _EVALUATED),
     _Rule("predict", "output", False, "predictions.csv", FinishedError, _PREDICTED),
+    _Rule("export", "output", False, "SHA256SUMS", FinishedError, _EXPORTED),
 )
 
 

@@ -72,7 +72,7 @@ class FrozenRule:
                 stored_size=metrics["dataset"].get("image_size"),
                 phantoms=bool(metrics["dataset"].get("phantoms")),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise RunError(
                 f"metrics.json of the run: no evaluation that this version reads ({error!r}); "
                 "evaluate the run again with --overwrite"

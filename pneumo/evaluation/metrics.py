@@ -32,6 +32,9 @@ def auroc(target: npt.ArrayLike, score: npt.ArrayLike) -> float:
 
     Exact, by midranks (Hanley & McNeil 1982). `target` (N,) of 0 and 1, `score` (N,) of any real
     numbers, best the logits. Raises MetricError for one class only, a NaN or an infinity.
+
+    >>> pneumo.auroc([0, 0, 1, 1], [0.1, 0.6, 0.4, 0.9])
+    0.75
     """
     positive, score64 = check_scores(target, score)
     num_positive = int(positive.sum())
@@ -151,7 +154,11 @@ class Confusion:
 
 
 def confusion(target: npt.ArrayLike, probability: npt.ArrayLike, threshold: float) -> Confusion:
-    """Counts at `probability >= threshold`; one class only is fine, a NaN raises MetricError."""
+    """Counts at `probability >= threshold`; one class only is fine, a NaN raises MetricError.
+
+    >>> pneumo.confusion([0, 0, 1, 1], [0.1, 0.6, 0.4, 0.9], 0.5)
+    Confusion(tp=1, fp=1, fn=1, tn=1)
+    """
     table = _outcomes(target, probability, threshold)
     return Confusion(*(int(count) for count in table.sum(axis=1)))
 

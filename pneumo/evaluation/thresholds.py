@@ -16,6 +16,9 @@ def youden_threshold(target: npt.ArrayLike, probability: npt.ArrayLike) -> float
 
     Always one of the probabilities; of equally good ones the highest. Raises MetricError for one
     class only or a NaN.
+
+    >>> pneumo.youden_threshold([0, 0, 1, 1], [0.1, 0.6, 0.4, 0.9])
+    0.9
     """
     positive, probability64 = check_scores(target, probability)
     false_alarms, sensitivity, threshold = roc_curve(

@@ -38,7 +38,10 @@ PIECE = 4
 
 @dataclass(frozen=True)
 class World:
-    """Which of how many workers this is."""
+    """Which of how many workers this is; in a notebook the only one.
+
+    >>> world = pneumo.World()
+    """
 
     rank: int = 0
     size: int = 1

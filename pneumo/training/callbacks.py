@@ -52,7 +52,10 @@ class Pace:
 
 @dataclass(frozen=True)
 class Callbacks:
-    """What the caller wants to hear; each is called on every rank."""
+    """What the caller wants to hear; each is called on every rank.
+
+    >>> callbacks = pneumo.Callbacks(on_epoch=lambda epoch: print(epoch.number, epoch.metrics))
+    """
 
     on_start: Callable[[Start], None] = lambda start: None
     on_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None

@@ -29,6 +29,8 @@ from pneumo import storage
 from pneumo.config import Config
 from pneumo.config_layers import drop_removed
 from pneumo.errors import CheckpointError, RunError
+from pneumo.network.backbones import build_model
+from pneumo.network.scoring import Member
 
 SCHEMA_VERSION = 2
 _INDEX = "index.json"
@@ -309,6 +311,18 @@ def load_checkpoint(run_url: str, entry: CheckpointEntry) -> Checkpoint:
         return Checkpoint(**plain)
     except (AttributeError, KeyError, TypeError, ValidationError) as error:
         raise CheckpointError(f"{url}: written by another version of pneumo") from error
+
+
+def load_member(run_url: str, entry: CheckpointEntry, device: str = "cpu") -> Member:
+    """A checkpoint's network, in evaluation mode. Raises CheckpointError."""
+    checkpoint = load_checkpoint(run_url, entry)
+    backbone = checkpoint.config.model.backbone
+    network = build_model(backbone)
+    network.load_state_dict(checkpoint.scored_model)
+    network.to(device)
+    network.to(memory_format=torch.channels_last)
+    size, mean, std = checkpoint.image_size, checkpoint.mean, checkpoint.std
+    return Member(network.eval(), backbone, size, mean, std)
 
 
 def describe_versions() -> dict[str, str]:

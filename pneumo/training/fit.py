@@ -60,6 +60,9 @@ def fit(
     Goes on after the run's newest checkpoint that is whole, if there is one. With `world.size` > 1
     torch.distributed must be initialised. Raises RunError, StoreError, ConfigError, DataError,
     CheckpointError, DivergedError, and PreemptedError after `callbacks.should_stop`.
+
+    >>> history = pneumo.fit(config, store_url=store.url, run_url="run", world=pneumo.World(),
+    ...                      device=torch.device("cpu"), callbacks=pneumo.Callbacks())
     """
     device = _settle_device(device)
     check_compiler(config.train, device, callbacks.tell)

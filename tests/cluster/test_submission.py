@@ -41,7 +41,8 @@ def test_every_job_has_a_place_that_it_writes(job: str) -> None:
     fields = JOBS[job].arguments.model_fields
     command = " ".join(f"--{name} {value}" for name, value in flags.items() if name in fields)
     submission = _plan(f"{job} {command}")
-    assert submission.target == {"prepare": "/store", "predict": "/out"}.get(job, "/runs/1")
+    written = {"prepare": "/store", "predict": "/out", "export": "/out"}
+    assert submission.target == written.get(job, "/runs/1")
     given = [url for name, url in flags.items() if name in fields]
     assert sorted(submission.places) == sorted(given)
     python, dash_m, module, *checks = shlex.split(submission.preflight)

@@ -28,6 +28,7 @@ NOWHERE = "/nowhere/at/all"
     ("command", "code"),
     [
         *((f"jobs.{job} --help", 0) for job in ("prepare", "train", "tune", "evaluate", "predict")),
+        ("jobs.export --help", 0),
         ("jobs.track --help", 0),
         *((f"{module} --help", 0) for module in ("jobs.demo", "jobs.preflight")),
         *((f"pneumo.{module} --help", 0) for module in ("synthetic", "dashboards")),
@@ -44,6 +45,7 @@ NOWHERE = "/nowhere/at/all"
         (f"jobs.evaluate --store {NOWHERE} --run {NOWHERE}", 2),
         (f"jobs.predict --source {NOWHERE} --run {NOWHERE} --output {NOWHERE}", 2),
         (f"jobs.prepare --source {NOWHERE} --store {NOWHERE}", 2),
+        (f"jobs.export --run {NOWHERE} --output {NOWHERE}", 2),
         (f"jobs.track --run {NOWHERE}", 2),
     ],
 )

@@ -20,6 +20,7 @@ NEEDED = {
     "tune": ["--store", "s"],
     "evaluate": ["--store", "s", "--run", "r"],
     "predict": ["--source", "in", "--run", "r", "--output", "out"],
+    "export": ["--run", "r", "--output", "out"],
     "track": ["--run", "r"],
 }
 RECIPES = sorted(

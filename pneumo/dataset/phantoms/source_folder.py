@@ -41,6 +41,8 @@ def write_phantoms(
     The files are the same, to the byte, whatever the number of processes (None: one per CPU where
     there is work enough). What an interrupted call left is written anew. Raises SourceError for a
     folder that holds anything else or cannot be written, else as `draw_population`.
+
+    >>> pneumo.write_phantoms(Path("phantoms"), num_studies=120, seed=1)
     """
     studies = draw_population(num_studies, seed)
     holds: dict[str, int | str] = {"version": _VERSION, "num_studies": num_studies, "seed": seed}

@@ -219,7 +219,10 @@ def compose_case(case: Case, *, size: int) -> npt.NDArray[np.uint8]:
 def compose_picture(
     image: npt.NDArray[np.uint8], cam: Maps | None, boxes: Sequence[Box] = (), *, size: int
 ) -> npt.NDArray[np.uint8]:
-    """`compose_case` of a study of which nothing else is known."""
+    """`compose_case` of a study of which nothing else is known.
+
+    >>> plt.imshow(pneumo.compose_picture(picture, model.maps([picture])[0], study.boxes, size=336))
+    """
     scale = size / image.shape[0]
     width = max(1, round(image.shape[1] * scale))
     gray = np.asarray(Image.fromarray(image).resize((width, size), Image.Resampling.LANCZOS))

@@ -1,0 +1,126 @@
+"""What a notebook needs besides `fit`: a store and its pictures, a trained network, its scores.
+
+Everything here is importable from `pneumo` itself; docs/python.md shows how it fits together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from pneumo import storage
+from pneumo.config import Config
+from pneumo.config_layers import override
+from pneumo.dataset.manifest import Manifest, read_manifest
+from pneumo.dataset.phantoms import MARKER
+from pneumo.dataset.preparation import find_store, finish_store
+from pneumo.dataset.receipts import prepare_shard
+from pneumo.dataset.shard_plans import digest_settings, plan_shards
+from pneumo.dataset.shards import shard_samples
+from pneumo.dataset.sources.recognition import read_source
+from pneumo.dataset.splits import find_published, recall_salt, remember_salt, split_studies
+from pneumo.dataset.study_table import StudyRow, read_studies
+from pneumo.errors import ConfigError
+from pneumo.loading.loader import read_images
+from pneumo.network.gradcam import Maps, gradcam
+from pneumo.network.scoring import Member, prepare_input, score_pictures
+from pneumo.training.checkpoints import load_member, read_index
+
+Picture = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, eq=False)
+class Store:
+    """A prepared store, opened."""
+
+    url: str
+    manifest: Manifest
+    studies: tuple[StudyRow, ...]
+    """Of all splits: key, patient, split, target, finding, boxes, age, sex, view."""
+
+    def split(self, name: str) -> list[StudyRow]:
+        """The studies of 'train', 'val' or 'test'."""
+        return [study for study in self.studies if study.split == name]
+
+    def pictures(self, studies: Sequence[StudyRow]) -> list[Picture]:
+        """The pictures of `studies`, (S, S) uint8 each, in their order; 0 is black."""
+        found: dict[str, Picture] = {}
+        for split in {study.split for study in studies}:
+            keys = [study.key for study in studies if study.split == split]
+            found |= read_images(self.url, self.manifest, split, keys)
+        return [found[study.key] for study in studies]
+
+
+def open_store(url: str | Path) -> Store:
+    """The store at a path or URL. Raises StoreError where there is none.
+
+    >>> store = pneumo.open_store("s3://bucket/rsna-224")
+    >>> pictures = store.pictures(store.split("val")[:4])
+    """
+    store_url = storage.normalise(str(url))
+    manifest = read_manifest(store_url)
+    return Store(store_url, manifest, tuple(read_studies(store_url, manifest).values()))
+
+
+def prepare_store(source: str | Path, url: str | Path, config: Config | None = None) -> Store:
+    """Make a store of a small source in this process, or open it where it is there; `jobs.prepare`
+    does it on a cluster, and knows splits by name or list. Raises ConfigError, SourceError,
+    StoreError.
+
+    >>> config = pneumo.Config.model_validate({"prepare": {"image_size": 64}})
+    >>> store = pneumo.prepare_store("rsna", "store", config)
+    """
+    config = config or Config()
+    source_url, store_url = storage.normalise(str(source)), storage.normalise(str(url))
+    found = read_source(source_url, settings=config.prepare)
+    published = find_published(found, config.split, seed=config.seed)
+    if published is not None or config.split.list or config.prepare.limit:
+        raise ConfigError("split.named, split.list, prepare.limit: jobs.prepare does that")
+    if is_free := config.split.salt is None:
+        salt = recall_salt(source_url, config.split, seed=config.seed)
+        config = override(config, {"split.salt": salt})
+    split = split_studies(
+        found.studies, config.split, seed=config.seed, has_patients=found.has_patients
+    )
+    if is_free and split.audit.salt is not None:
+        remember_salt(source_url, config.split, seed=config.seed, salt=split.audit.salt)
+    config = override(config, {"split.salt": split.audit.salt})
+    if find_store(store_url, found, config) is None:
+        size, digest = config.prepare.image_size, digest_settings(config)
+        plans = plan_shards(
+            found.studies, split.by_key, seed=config.seed, samples_per_shard=shard_samples(size)
+        )
+        shards = [prepare_shard(plan, store_url, size, digest, found.file_key) for plan in plans]
+        phantoms = storage.exists(storage.join(source_url, MARKER))
+        finish_store(store_url, found, shards, split.audit, config, phantoms=phantoms)
+    return open_store(store_url)
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A trained network."""
+
+    member: Member
+
+    def logits(self, pictures: Sequence[Picture]) -> npt.NDArray[np.float32]:
+        """The logit (N,) of each picture (S, S) uint8; above 0 is a probability above 1/2."""
+        parts = [pictures[start : start + 64] for start in range(0, len(pictures), 64)]
+        return np.concatenate([score_pictures([self.member], part) for part in parts])
+
+    def maps(self, pictures: Sequence[Picture]) -> Maps:
+        """Grad-CAM (N, H, W) in [0, 1]: where the network saw what raised its logit."""
+        return gradcam(self.member.network, prepare_input(pictures, self.member))
+
+
+def load_model(run_url: str | Path) -> Model:
+    """The network of a run's best checkpoint, on the CPU. Raises RunError where there is none.
+
+    >>> model = pneumo.load_model("runs/train-1")
+    >>> logits = model.logits(pictures)
+    """
+    url = storage.normalise(str(run_url))
+    return Model(load_member(url, read_index(url).best))

@@ -1,0 +1,82 @@
+"""What a notebook imports from `pneumo`, and the notebook in docs/, run as a person runs it."""
+
+from __future__ import annotations
+
+import doctest
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from nbclient import NotebookClient
+
+import pneumo
+from pneumo.errors import ConfigError, RunError, StoreError
+
+WALKTHROUGH = Path(__file__).parents[2] / "docs" / "walkthrough.ipynb"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
+def test_the_walkthrough_runs_and_shows_what_it_kept(tmp_path: Path) -> None:
+    kept = nbformat.read(WALKTHROUGH, as_version=4)
+    book = nbformat.read(WALKTHROUGH, as_version=4)
+    NotebookClient(book, timeout=500, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    code = [cell for cell in book.cells if cell.cell_type == "code"]
+    before = [cell for cell in kept.cells if cell.cell_type == "code"]
+    assert [has_picture(cell) for cell in code] == [has_picture(cell) for cell in before]
+    assert sum(map(has_picture, code)) == 3
+    assert "test AUROC" in str(code[4].outputs)
+    lines = [line for cell in code for line in cell.source.splitlines() if line.strip()]
+    assert len(lines) < 60
+    assert WALKTHROUGH.stat().st_size < 300_000
+    assert str(Path.home()) not in WALKTHROUGH.read_text()
+
+
+def has_picture(cell: nbformat.NotebookNode) -> bool:
+    return any("image/png" in output.get("data", {}) for output in cell.outputs)
+
+
+@pytest.mark.parametrize("name", pneumo.__all__)
+def test_a_public_name_has_a_docstring_with_an_example(name: str) -> None:
+    text = inspect.getdoc(getattr(pneumo, name))
+    assert text is not None
+    examples = doctest.DocTestParser().get_examples(text)
+    assert examples
+    for example in examples:
+        compile(example.source, name, "exec")
+        if example.want:
+            assert repr(eval(example.source, {"pneumo": pneumo})) == example.want.strip()
+
+
+def test_importing_pneumo_loads_nothing_heavy() -> None:
+    shown = "import sys, pneumo; dir(pneumo); print('torch' in sys.modules, 'cv2' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", shown], capture_output=True, text=True, check=True)
+    assert done.stdout == "False False\n"
+    assert set(pneumo.__all__) <= set(dir(pneumo))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = pneumo.nothing
+
+
+def test_a_store_that_is_there_is_opened(tmp_path: Path) -> None:
+    pneumo.write_phantoms(tmp_path / "source", num_studies=60, seed=2, num_processes=1)
+    config = pneumo.Config.model_validate({"prepare": {"image_size": 32}})
+    made = pneumo.prepare_store(tmp_path / "source", tmp_path / "store", config)
+    again = pneumo.prepare_store(tmp_path / "source", tmp_path / "store", config)
+    opened = pneumo.open_store(tmp_path / "store")
+    assert made.manifest.digest == again.manifest.digest == opened.manifest.digest
+    assert made.manifest.phantoms
+    chosen = [*opened.split("test")[:2], *opened.split("val")[:2], opened.split("test")[3]]
+    pictures = opened.pictures(chosen)
+    assert [picture.shape for picture in pictures] == [(32, 32)] * 5
+    np.testing.assert_array_equal(pictures[4], opened.pictures(chosen[4:])[0])
+
+    limited = pneumo.Config.model_validate({"prepare": {"limit": 20}})
+    with pytest.raises(ConfigError, match=r"jobs\.prepare does that"):
+        pneumo.prepare_store(tmp_path / "source", tmp_path / "other", limited)
+    with pytest.raises(StoreError):
+        pneumo.open_store(tmp_path / "nothing")
+    with pytest.raises(RunError, match="no checkpoint in it"):
+        pneumo.load_model(tmp_path / "nothing")
