@@ -5,28 +5,42 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from kubernetes import client as kubernetes_client
 
 from cluster.kuberay import api as kubernetes_api
 from cluster.kuberay.jobs import KubernetesTarget
 from cluster.kuberay.kept_logs import DriverLog, LogCursor
+from cluster.targets import OutOfReachError
 from tests import CHECKOUT
+
+
+class OneLog:
+    """An API server that knows one log, which has ended."""
+
+    def __init__(self, *lines: str) -> None:
+        self.lines = lines
+
+    def stream_log(self, pod: str, container: str, **options: Any) -> Generator[str, None, None]:
+        yield from self.lines
 
 
 def test_the_kubelets_own_words_do_not_end_a_log() -> None:
     written: list[str] = []
     cursor = LogCursor(DriverLog(written.append, lambda _: None))
-    repeated = 0
-    for line in (
+    api: Any = OneLog(
         "2026-01-02T03:04:05.1+02:00 one",
         "unable to retrieve container logs for containerd://0",
         "unable to retrieve container logs for containerd://0",
         "2026-01-02T01:04:05.100000001Z two",
         "2026-01-01T18:34:06-06:30 three",
-    ):
-        repeated = cursor._take(line, repeated)
+    )
+    assert cursor.read(api, "pod", follow=False, limit_s=60.0) == "ended"
+    cursor.log.flush()
     assert "".join(written).splitlines() == [
         "one",
         "unable to retrieve container logs for containerd://0",
@@ -48,6 +62,7 @@ users:
   user:
     exec: {{apiVersion: client.authentication.k8s.io/v1, command: no-such-plugin}}
 """
+_NO_ANSWER = "no answer from the API server (connection refused); is the cluster up"
 _GONE = f"{_CONFIG}\ncurrent-context: c\nusers: [{{name: u, user: {{token: x}}}}]\n"
 
 
@@ -61,7 +76,7 @@ _GONE = f"{_CONFIG}\ncurrent-context: c\nusers: [{{name: u, user: {{token: x}}}}
         ("[1, 2]\n", 2, "kubernetes: no usable kubeconfig ("),
         (_PLUGIN, 2, "context c: its log-in gives no credentials ("),
         (_CONFIG, 2, "the kubeconfig has no current context; set one: kubectl config use-context"),
-        (_GONE, 1, "context c: no answer from the API server (connection refused); is the clus"),
+        pytest.param(_GONE, 1, f"context c: {_NO_ANSWER}", marks=pytest.mark.slow),  # after 20 s
     ],
     ids=["absent", "empty", "no YAML", "words", "list", "no plugin", "no context", "gone"],
 )
@@ -85,6 +100,16 @@ def test_a_kubeconfig_that_does_not_do_is_one_line(
     [line] = done.stderr.splitlines()
     assert line.startswith("error: kubernetes: ")
     assert message in line
+
+
+def test_an_api_server_that_is_gone_is_told_after_some_patience() -> None:
+    settings = kubernetes_client.Configuration(host="https://127.0.0.1:1")
+    settings.retries = False
+    client = kubernetes_client.ApiClient(settings)
+    api = kubernetes_api.Api(client, "team", "c", patience_s=0.6)
+    with pytest.raises(OutOfReachError) as raised:
+        api.list_rayjobs("")
+    assert f"kubernetes: context c: {_NO_ANSWER}" in str(raised.value)
 
 
 def test_the_way_back_from_a_pod_names_no_context() -> None:
