@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pydicom
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pydicom.dataset import Dataset
@@ -24,7 +24,6 @@ from pydicom.uid import UID, JPEG2000Lossless, JPEGLosslessSV1, JPEGLSLossless, 
 from pneumo.errors import DicomError
 from pneumo.images.codestreams import find_end, find_syntax, is_whole
 from pneumo.images.dicom import GrayImage, read_study_image
-from tests.examples import examples
 
 pytestmark = pytest.mark.processors
 
@@ -145,7 +144,7 @@ def test_lossy_jpeg_has_8_bits_whatever_the_header_says(
 
 
 @given(st.integers(1, 2**32 - 1))
-@examples(30)
+@settings(max_examples=30, deadline=None)
 def test_a_wrong_table_of_offsets_costs_nothing(make_dicom: DicomMaker, offset: int) -> None:
     pixels = smooth(255)
     sound = make_dicom(pixels, jpeg_quality=95)
@@ -184,7 +183,7 @@ def test_a_frame_without_its_end_says_so(make_dicom: DicomMaker, cut: int) -> No
 
 
 @given(st.binary(max_size=300), st.integers(0, 400))
-@examples(200)
+@settings(max_examples=200, deadline=None)
 def test_any_bytes_have_an_end_within_them_or_none(garbage: bytes, cut: int) -> None:
     for frame in (garbage, b"\xff\xd8" + garbage, jpeg(smooth(255))[:cut] + garbage):
         end = find_end(frame)
@@ -257,7 +256,7 @@ def lut(entries: Pixels, bits: int) -> Sequence:
 
 
 @given(st.integers(200, 65535), st.integers(8, 16))
-@examples(60)
+@settings(max_examples=60, deadline=None)
 def test_a_table_of_any_height_gives_a_picture(
     make_dicom: DicomMaker, greatest: int, bits: int
 ) -> None:
@@ -289,7 +288,7 @@ def test_a_palette_of_8_bits_in_whatever_words(
 
 
 @given(st.floats(1, 5000), st.sampled_from([-1, 1]), st.sampled_from(["LINEAR", "SIGMOID"]))
-@examples(40)
+@settings(max_examples=40, deadline=None)
 def test_a_window_that_leaves_nothing_to_see_is_left_out(
     make_dicom: DicomMaker, width: float, side: int, function: str
 ) -> None:
@@ -310,7 +309,7 @@ def test_the_first_window_that_shows_something_is_taken(make_dicom: DicomMaker) 
 
 
 @given(st.integers(1, 3), st.integers(10_000, 65_535), st.integers(0, 99))
-@examples(40)
+@settings(max_examples=40, deadline=None)
 def test_hot_pixels_do_not_darken_the_rest(
     make_dicom: DicomMaker, number: int, level: int, seed: int
 ) -> None:
@@ -435,7 +434,7 @@ def test_a_whole_frame_without_the_delimiter(make_dicom: DicomMaker, ending: byt
 
 
 @given(st.integers(1, 1200))
-@examples(60)
+@settings(max_examples=60, deadline=None)
 def test_a_frame_that_is_cut_is_never_mended(make_dicom: DicomMaker, cut: int) -> None:
     sound = make_dicom(smooth(255), jpeg_quality=95)
     with pytest.raises(DicomError):
@@ -443,7 +442,7 @@ def test_a_frame_that_is_cut_is_never_mended(make_dicom: DicomMaker, cut: int) -
 
 
 @given(st.integers(1, 400), st.booleans())
-@examples(60)
+@settings(max_examples=60, deadline=None)
 def test_an_icon_whose_length_is_short(make_dicom: DicomMaker, missing: int, packed: bool) -> None:
     icon = Dataset()
     icon.SamplesPerPixel, icon.PhotometricInterpretation = 1, "MONOCHROME2"
