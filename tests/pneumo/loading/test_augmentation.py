@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pneumo.config import AugmentConfig
@@ -211,7 +211,7 @@ def test_the_two_ways_differ_by_less_than_a_32nd_of_a_pixel_and_a_level(
     assert (apart <= (tables[:, levels:] - tables[:, :-levels]).max(axis=1) + 1e-3).all()
 
 
-@examples(25)
+@settings(max_examples=25)
 @given(seeds, st.sampled_from([224, 256]), st.booleans())
 def test_the_two_ways_agree_to_a_gray_level(seed: int, size: int, flip: bool) -> None:
     fading = np.outer(np.hanning(size), np.hanning(size))  # no step to the black outside

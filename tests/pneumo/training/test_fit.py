@@ -378,14 +378,14 @@ def test_a_run_that_was_cut_goes_on_bit_for_bit(
 ) -> None:
     # The store's signal is brightness, which would be changed at random.
     unchanged = {f"augment.{name}_fraction": 0 for name in ("brightness", "contrast", "gamma")}
-    settings = {"train.epochs": 4, "train.schedule": "cosine", "train.lr": lr}
-    settings["train.micro_batch_size"] = 12
+    settings = {"train.epochs": 4, "train.schedule": "cosine", "train.micro_batch_size": 12}
     config = override(SMALL, {**settings, **unchanged})
 
     def cut(epoch: int, step: int, steps: int) -> None:
         if (epoch, step) == (3, 2):
             raise PowerCutError
 
+    config = override(config, {"train.lr": lr})
     whole = run(config, store_url, f"{run_url}/whole", build_network)
     with pytest.raises(PowerCutError):
         run(config, store_url, f"{run_url}/cut", build_network, on_step=cut)
