@@ -171,11 +171,12 @@ fix: $(READY)
 PLAIN := not s3 and not multinode and not kubernetes and not kubernetes_faults
 
 # Two at a time: much of it waits for processes to start.
+TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and $(PLAIN)"
+	$(BIN)/python -m pytest $(TWO_AT_A_TIME) -m "not slow and $(PLAIN)"
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and $(PLAIN)"
+	$(BIN)/python -m pytest $(TWO_AT_A_TIME) -m "slow and $(PLAIN)"
 
 test-processors: $(READY)
 	@$(BIN)/python -m tests.processors $(ARGS)

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from pneumo import storage
 from pneumo.config import TrackingConfig
 from pneumo.errors import TrackingError
 from pneumo.reporting.tracking import TrackedRun, WandbSession
@@ -111,19 +112,20 @@ def read_runs(
 ) -> Iterator[TrackedRun]:
     """What the folder holds of these kinds, without the runs of these ids.
 
-    Raises PneumoError where the folder cannot be read.
+    What reads a kind takes seconds to import, so that is done only where there is something to
+    read. Raises PneumoError where the folder cannot be read.
     """
     found: list[TrackedRun | None] = []
     if "train" in kinds:
         from pneumo.reporting.tracking.training_run import read_training
 
         found.append(read_training(run_url))
-    if "evaluate" in kinds:
+    if "evaluate" in kinds and storage.exists(storage.join(run_url, "metrics.json")):
         from jobs.evaluation.wandb_results import read_evaluation
 
         found.append(read_evaluation(run_url))
     yield from (run for run in found if run is not None and run.id not in without)
-    if "tune" in kinds:
+    if "tune" in kinds and storage.list_urls(storage.join(run_url, "trials")):
         from jobs.tuning.search_wandb import read_search
 
         yield from read_search(run_url, without)

@@ -37,7 +37,7 @@ from pneumo.network.backbones import gradcam_layer
 from pneumo.network.gradcam import Maps, build_random_network, gradcam
 from pneumo.training.checkpoints import Checkpoint, claim_run, read_index, save_checkpoint
 from tests.benchmarks.prepare import Sampler
-from tests.conftest import _write_store as write_store
+from tests.conftest import write_store
 
 GOAL_RATIO = 3.0
 """How many times as fast as the documented way ours is to be."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jobs import prepare, train
+from jobs import evaluate, prepare, train
 from jobs.ray_cluster.session import ray_session
 from pneumo.config import DataConfig
 from pneumo.dataset.manifest import read_manifest
@@ -25,6 +27,7 @@ from pneumo.loading.sample_order import World
 from pneumo.network.backbones import build_model
 from pneumo.network.scoring import score
 from pneumo.training.checkpoints import claim_run, load_checkpoint, read_index, save_checkpoint
+from tests.once import make_once
 from tests.pneumo.reporting.tracking.wandb_server import backend as backend
 from tests.pneumo.reporting.tracking.wandb_server import clean_environment as clean_environment
 
@@ -36,6 +39,10 @@ SMALL = [
     *("--train.micro-batch-size", "8"),
     *("--train.lr", "1e-3"),
     *("--tracking.mode", "disabled"),
+]
+EVALUATION = [
+    *("--evaluate.bootstrap-resamples", "200", "--evaluate.min-patients", "1"),
+    *("--tracking.mode", "offline"),
 ]
 
 
@@ -70,30 +77,50 @@ def ray_here() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def prepared(ray_here: None, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    folder = tmp_path_factory.mktemp("prepared")
-    source, store = folder / "phantoms", folder / "store"
-    write_phantoms(source, num_studies=NUM_STUDIES, seed=3)
-    (source / ".pneumo").mkdir()
-    (source / ".pneumo" / "hash_key").write_text("the same split every time")
-    code = prepare.main(
-        ["--source", str(source), "--store", str(store), "--prepare.image-size", "64"]
-    )
-    assert code == 0
-    return Prepared(source, store)
+    """A source and its store; tests must not write into them."""
+
+    def make(folder: Path) -> None:
+        source = folder / "phantoms"
+        write_phantoms(source, num_studies=NUM_STUDIES, seed=3)
+        (source / ".pneumo").mkdir()
+        (source / ".pneumo" / "hash_key").write_text("the same split every time")
+        flags = ["--source", str(source), "--store", str(folder / "store")]
+        assert prepare.main([*flags, "--prepare.image-size", "64"]) == 0
+
+    folder = make_once(tmp_path_factory, "prepared", make)
+    return Prepared(folder / "phantoms", folder / "store")
 
 
 @pytest.fixture(scope="session")
 def trained(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two epochs on two workers; tests must not write into it."""
-    run = tmp_path_factory.mktemp("trained") / "run"
-    code = train.main(
-        [
-            *("--store", str(prepared.store), "--run", str(run), *SMALL),
-            *("--train.epochs", "2", "--cluster.num-workers", "2"),
-        ]
-    )
-    assert code == 0
-    return run
+    """A run of two epochs on two workers, and beside it `said`, what its job has said; tests must
+    not write into it."""
+
+    def make(folder: Path) -> None:
+        where = ["--store", str(prepared.store), "--run", str(folder / "run")]
+        more = ["--train.epochs", "2", "--cluster.num-workers", "2"]
+        shown = ["--tracking.mode", "offline", "--debug"]
+        with (
+            (folder / "said").open("w") as said,
+            redirect_stdout(said),
+            redirect_stderr(said),
+        ):
+            code = train.main([*where, *SMALL, *more, *shown])
+        assert code == 0, (folder / "said").read_text()
+
+    return make_once(tmp_path_factory, "trained", make) / "run"
+
+
+@pytest.fixture(scope="session")
+def evaluated(prepared: Prepared, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run evaluated on two workers; tests must not write into it."""
+
+    def make(folder: Path) -> None:
+        run = Path(shutil.copytree(trained, folder / "run"))
+        where = ["--store", str(prepared.store), "--run", str(run)]
+        assert evaluate.main([*where, *EVALUATION, "--cluster.num-workers", "2"]) == 0
+
+    return make_once(tmp_path_factory, "evaluated", make) / "run"
 
 
 @pytest.fixture(scope="session")
@@ -101,26 +128,24 @@ def overflowing(
     prepared: Prepared, trained: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """A run like one that diverged: of some studies the logit is infinite, of others a number."""
-    run = tmp_path_factory.mktemp("overflowing") / "run"
-    checkpoint = load_checkpoint(str(trained), read_index(str(trained)).best)
-    weights = dict(checkpoint.scored_model)
-    model = build_model(checkpoint.config.model.backbone)
-    model.load_state_dict(weights)
-    manifest = read_manifest(str(prepared.store))
-    store = PreparedStore(str(prepared.store), manifest, DataConfig(cache="stream"))
-    test = open_loader(store, "test", world=World(), device="cpu")
-    logits = score(model, test.evaluation(batch_size=64)).logits
-    scale = 1.2 * LARGEST_FLOAT32 / float(np.abs(logits).max())  # the largest is beyond float32
-    for name in ("fc.weight", "fc.bias"):
-        weights[name] = (weights[name].double() * scale).float()
-    save_checkpoint(
-        str(run),
-        replace(checkpoint, model=weights),
-        attempt=claim_run(str(run)),
-        keep_last=1,
-        finished=True,
-    )
-    return run
+
+    def make(folder: Path) -> None:
+        checkpoint = load_checkpoint(str(trained), read_index(str(trained)).best)
+        weights = dict(checkpoint.scored_model)
+        model = build_model(checkpoint.config.model.backbone)
+        model.load_state_dict(weights)
+        manifest = read_manifest(str(prepared.store))
+        store = PreparedStore(str(prepared.store), manifest, DataConfig(cache="stream"))
+        test = open_loader(store, "test", world=World(), device="cpu")
+        logits = score(model, test.evaluation(batch_size=64)).logits
+        scale = 1.2 * LARGEST_FLOAT32 / float(np.abs(logits).max())  # the largest: beyond float32
+        for name in ("fc.weight", "fc.bias"):
+            weights[name] = (weights[name].double() * scale).float()
+        run = str(folder / "run")
+        last = {"attempt": claim_run(run), "keep_last": 1, "finished": True}
+        save_checkpoint(run, replace(checkpoint, model=weights), **last)
+
+    return make_once(tmp_path_factory, "overflowing", make) / "run"
 
 
 def list_identifiers(source: Path) -> set[str]:

@@ -25,6 +25,7 @@ from pneumo.training.fit import fit
 from tests.conftest import StoreMaker
 from tests.jobs.evaluation.test_wandb_results import case, leave
 from tests.jobs.evaluation.test_wandb_results import subject as subject
+from tests.networks import build_tiny
 from tests.pneumo.reporting.page.test_degenerate import saliency
 
 
@@ -77,6 +78,7 @@ def test_the_workspace_of_training_shows_what_is_told(
         world=World(0, 1),
         device=torch.device("cpu"),
         callbacks=Callbacks(),
+        build_network=build_tiny,
     )
     wanted = list_keys(build_views("pneumo", "team")["Train"])
     assert wanted

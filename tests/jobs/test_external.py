@@ -24,13 +24,6 @@ QUICK = [
 
 
 @pytest.fixture(scope="module")
-def evaluated(prepared: Prepared, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = Path(shutil.copytree(trained, tmp_path_factory.mktemp("evaluated") / "run"))
-    assert evaluate.main(["--store", str(prepared.store), "--run", str(run), *QUICK]) == 0
-    return run
-
-
-@pytest.fixture(scope="module")
 def sets(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stores of other sets under the secret of the run's: CheXpert's layout, the same patients in
     NIH's layout, and one at another size."""

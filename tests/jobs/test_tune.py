@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,12 +47,15 @@ from pneumo.training.callbacks import Callbacks, Start
 from pneumo.tuning.trials import ERROR, OBJECTIVE
 from tests.jobs.conftest import SMALL, Prepared
 from tests.jobs.test_prepare import kill
+from tests.once import make_once
 from tests.waiting import wait_until
 
 QUICK = [
-    *SMALL,
+    *(*SMALL, "--data.image-size", "32"),
     *("--tune.epochs", "1", "--tune.early-stopping", "none"),
 ]
+ONE_PROCESS = ["--cluster.cpus-per-worker", "2"]
+"""One trial at a time on two CPUs: all in one process, which has to start and to import once."""
 WIDE = json.dumps(
     {"train.lr": ["log_uniform", 1e-5, 3e-3], "train.pos_weight": [*("choice", 1, 3)]}
 )
@@ -63,12 +70,43 @@ def read_table(run: Path) -> list[dict[str, object]]:
     return rows
 
 
+@dataclass(frozen=True)
+class Searched:
+    """A search of three trials that has ended, and what it said; tests must not write into it."""
+
+    run: Path
+    flags: tuple[str, ...]
+    """Of its command, but for its folder."""
+    out: str
+    err: str
+
+    def copy(self, folder: Path) -> Path:
+        """Its folder as it was just before the end."""
+        run = Path(shutil.copytree(self.run, folder / "search"))
+        (run / "best.toml").unlink()
+        return run
+
+
+@pytest.fixture(scope="session")
+def searched(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Searched:
+    flags = ("--store", str(prepared.store), *QUICK, "--tune.num-trials", "3")
+
+    def make(folder: Path) -> None:
+        out, err = io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(err):
+            assert tune.main([*flags, "--run", str(folder / "run")]) == 0, err.getvalue()
+        (folder / "out").write_text(out.getvalue())
+        (folder / "err").write_text(err.getvalue())
+
+    folder = make_once(tmp_path_factory, "searched", make)
+    said = ((folder / name).read_text() for name in ("out", "err"))
+    return Searched(folder / "run", flags, *said)
+
+
 def test_a_search_ends_with_a_table_a_page_and_a_recipe_that_train_takes(
-    prepared: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    prepared: Prepared, searched: Searched, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = tmp_path / "search"
-    command = [*places(prepared, run), *QUICK, "--tune.num-trials", "3"]
-    assert tune.main(command) == 0
+    run = searched.run
     table = read_table(run)
     assert [row["state"] for row in table] == ["finished"] * 3
     scores = [row["objective"] for row in table]
@@ -87,22 +125,22 @@ def test_a_search_ends_with_a_table_a_page_and_a_recipe_that_train_takes(
     assert f"trial {chosen['name']} of 3" in provenance
     assert manifest.digest[:12] in provenance
     assert f"Trial {chosen['name']} is taken" in (run / "report.html").read_text()
-    said = capsys.readouterr()
-    assert f"taken {chosen['name']}" in said.out
-    assert "3 trials of 1 epochs, 2 at a time" in said.err
+    assert f"taken {chosen['name']}" in searched.out
+    at_once = min(3, int(ray.cluster_resources()["CPU"]))
+    assert f"3 trials of 1 epochs, {at_once} at a time" in searched.err
     assert not list(run.rglob("*.pt"))
     assert not (run / "ray").exists()
-    assert tune.main(command) == 2
+    assert tune.main([*searched.flags, "--run", str(run)]) == 2
     assert "holds a finished search" in capsys.readouterr().err
 
 
-def test_the_objective_is_val_alone(prepared: Prepared, tmp_path: Path) -> None:
+def test_the_objective_is_val_alone(prepared: Prepared, searched: Searched) -> None:
     """What a trial keeps of its last epoch are val's studies, each once."""
-    run = tmp_path / "search"
-    assert tune.main([*places(prepared, run), *QUICK, "--tune.num-trials", "1"]) == 0
-    keys = pq.read_table(run / "trials" / "t001" / "val.parquet")["key"].to_pylist()
     rows = pq.read_table(prepared.store / "studies.parquet").to_pylist()
-    assert sorted(keys) == sorted(row["key"] for row in rows if row["split"] == "val")
+    of_val = sorted(row["key"] for row in rows if row["split"] == "val")
+    for name in ("t001", "t002", "t003"):
+        kept = pq.read_table(searched.run / "trials" / name / "val.parquet")
+        assert sorted(kept["key"].to_pylist()) == of_val
 
 
 def test_one_bad_setting_does_not_end_the_search(
@@ -110,7 +148,7 @@ def test_one_bad_setting_does_not_end_the_search(
 ) -> None:
     run = tmp_path / "search"
     grid = ["--tune.algorithm", "grid", "--tune.space", '{"train.lr": ["choice", 1e-3, 1e30]}']
-    assert tune.main([*places(prepared, run), *QUICK, *grid]) == 0
+    assert tune.main([*places(prepared, run), *QUICK, *ONE_PROCESS, *grid]) == 0
     good, bad = read_table(run)
     assert (good["train.lr"], good["state"]) == (1e-3, "finished")
     assert (bad["train.lr"], bad["state"]) == (1e30, "diverged")
@@ -125,7 +163,7 @@ def test_a_search_of_bad_settings_alone_says_why(
 ) -> None:
     run = tmp_path / "search"
     grid = ["--tune.algorithm", "grid", "--tune.space", '{"train.lr": ["choice", 1e30, 1e31]}']
-    assert tune.main([*places(prepared, run), *QUICK, *grid]) == 1
+    assert tune.main([*places(prepared, run), *QUICK, *ONE_PROCESS, *grid]) == 1
     assert "every trial failed" in capsys.readouterr().err
     assert not (run / "best.toml").exists()
 
@@ -134,7 +172,7 @@ def test_the_best_are_trained_again_with_new_seeds(
     prepared: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "search"
-    again = ["--tune.confirm", "2", "--tune.num-trials", "2"]
+    again = [*ONE_PROCESS, "--tune.confirm", "2", "--tune.num-trials", "2"]
     assert tune.main([*places(prepared, run), *QUICK, *again]) == 0
     table = read_table(run)
     search, confirm = ([r for r in table if r["role"] == role] for role in ("search", "confirm"))
@@ -150,12 +188,9 @@ def test_the_best_are_trained_again_with_new_seeds(
 
 
 def test_a_search_of_another_space_is_refused_before_anything_starts(
-    prepared: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    searched: Searched, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = tmp_path / "search"
-    command = [*places(prepared, run), *QUICK, "--tune.num-trials", "1"]
-    assert tune.main(command) == 0
-    (run / "best.toml").unlink()
+    command = [*searched.flags, "--run", str(searched.copy(tmp_path))]
     assert tune.main([*command, "--tune.space", WIDE]) == 2
     assert "with another tune.space.train.pos_weight" in capsys.readouterr().err
     assert tune.main([*command, "--train.batch-size", "32"]) == 2
@@ -163,24 +198,19 @@ def test_a_search_of_another_space_is_refused_before_anything_starts(
 
 
 def test_a_search_goes_on_with_what_its_records_say(
-    prepared: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    searched: Searched, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As after a kill: one trial has ended, one has its epochs but no end, one has only begun."""
-    run = tmp_path / "search"
-    command = [*places(prepared, run), *QUICK, "--tune.num-trials", "3"]
-    assert tune.main(command) == 0
-    before = read_table(run)
-    (run / "best.toml").unlink()
+    run = searched.copy(tmp_path)
     (run / "trials" / "t002" / "end.json").unlink()
     for name in ("end.json", "metrics.jsonl", "val.parquet"):
         (run / "trials" / "t003" / name).unlink()
     kept = {n: (run / "trials" / n / "metrics.jsonl").stat().st_mtime_ns for n in ("t001", "t002")}
-    capsys.readouterr()
-    assert tune.main(command) == 0
+    assert tune.main([*searched.flags, "--run", str(run)]) == 0
     assert "going on: 1 trials have ended, 2 were under way" in capsys.readouterr().err
     for name, written_ns in kept.items():
         assert (run / "trials" / name / "metrics.jsonl").stat().st_mtime_ns == written_ns
-    after = read_table(run)
+    before, after = read_table(searched.run), read_table(run)
     volatile = {"seconds"}
     assert [{k: v for k, v in r.items() if k not in volatile} for r in after] == [
         {k: v for k, v in r.items() if k not in volatile} for r in before

@@ -96,10 +96,17 @@ rgw enable ops log = false
 
 class CephServer:
     """One monitor, one storage daemon and one gateway in `folder`; equal folders name the same
-    server, from any process. The gateway listens on `address` of this machine."""
+    server, from any process. The gateway listens on `address` of this machine, and
+    `choose_ports` says on which port it and the monitor do."""
 
-    def __init__(self, folder: Path, address: str = "127.0.0.1") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        address: str = "127.0.0.1",
+        choose_ports: Callable[[int], list[int]] | None = None,
+    ) -> None:
         self.folder, self.address = folder, address
+        self.choose_ports = choose_ports or free_ports
 
     @property
     def endpoint(self) -> str:
@@ -126,7 +133,7 @@ class CephServer:
                 return
 
     def _start(self) -> None:
-        port, mon_port = _free_ports(2)
+        port, mon_port = self.choose_ports(2)
         fsid = str(uuid.uuid4())
         (self.folder / "endpoint").write_text(f"http://{self.address}:{port}")
         (self.folder / "ceph.conf").write_text(
@@ -145,8 +152,8 @@ class CephServer:
 
     def start_gateway(self) -> None:
         """Start radosgw, also again after `kill_gateway`; return once it answers."""
-        pid = self._spawn("gateway", "radosgw", "-f", "-n", "client.gateway")
-        self._wait(self._answers, "gateway", pid)
+        pid = self.spawn("gateway", "radosgw", "-f", "-n", "client.gateway")
+        self._wait(self.answers, "gateway", pid)
 
     def kill_gateway(self) -> None:
         """End radosgw with SIGKILL; what it stored stays."""
@@ -178,7 +185,7 @@ class CephServer:
         )
         keyring = str(self.folder / "keyring")
         self._run("ceph-mon", "--mkfs", "-i", "a", "--monmap", map_path, "--keyring", keyring)
-        pid = self._spawn("mon", "ceph-mon", "-f", "-i", "a")
+        pid = self.spawn("mon", "ceph-mon", "-f", "-i", "a")
 
         def answers() -> bool:
             command = ("ceph", "--connect-timeout", "2", "mon", "stat")
@@ -190,7 +197,7 @@ class CephServer:
         osd_id = str(uuid.uuid4())
         self._run("ceph", "osd", "new", osd_id)
         self._run("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd_id)
-        pid = self._spawn("osd", "ceph-osd", "-f", "-i", "0")
+        pid = self.spawn("osd", "ceph-osd", "-f", "-i", "0")
 
         def is_up() -> bool:
             state = json.loads(self._run("ceph", "osd", "stat", "-f", "json"))
@@ -227,7 +234,8 @@ class CephServer:
         except subprocess.TimeoutExpired as error:
             raise RuntimeError(str(error)) from error
 
-    def _spawn(self, name: str, *command: str) -> int:
+    def spawn(self, name: str, *command: str) -> int:
+        """Start a daemon; its pid."""
         with (self.folder / f"{name}.out").open("ab") as out:
             process = subprocess.Popen(
                 command,
@@ -256,7 +264,8 @@ class CephServer:
             time.sleep(0.02)
         path.unlink()
 
-    def _answers(self) -> bool:
+    def answers(self) -> bool:
+        """Whether the gateway does."""
         try:
             with urllib.request.urlopen(self.endpoint, timeout=5) as answer:
                 return bool(answer.status == 200)
@@ -294,7 +303,8 @@ def _runs(pid: int) -> bool:
     return status.rsplit(")", 1)[1].split()[0] not in {"Z", "X"}
 
 
-def _free_ports(number: int) -> list[int]:
+def free_ports(number: int) -> list[int]:
+    """So many ports of the loopback that nobody listens on now."""
     listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
     ports = [listener.getsockname()[1] for listener in listeners]
     for listener in listeners:

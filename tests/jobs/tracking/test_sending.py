@@ -38,9 +38,9 @@ def wait_for(happens: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
-def send_again(run: Path, backend: Backend, exit_code: int = 0) -> None:
+def send_again(run: Path, backend: Backend, exit_code: int = 0, times: int = 1) -> None:
     """The command completes the one run that there is at W&B, as often as it is given."""
-    for _ in range(2):
+    for _ in range(times):
         assert track.main(["--run", str(run)]) == 0
         (name,) = backend.runs
         assert backend.epochs(name) == [1, 2, 3]
@@ -79,7 +79,7 @@ def test_a_running_job_is_followed_and_its_end_is_told(
     assert backend.exit_codes == {name: 0}
     assert capfd.readouterr() == ("", "")
     assert list(clean_environment.iterdir()) == []
-    send_again(run, backend)
+    send_again(run, backend, times=2)
 
 
 @pytest.mark.slow
@@ -117,7 +117,7 @@ def test_no_fault_of_the_server_matters_and_the_command_completes_it(
     assert line.startswith("W&B: not all sent (")
     assert line.endswith(f"to send it: {command(str(run))}")
     backend.fault = None
-    send_again(run, backend)
+    send_again(run, backend, times=2)
 
 
 def test_a_wrong_key_is_told_and_not_shown(

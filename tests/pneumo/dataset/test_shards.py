@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset as wds
 from blake3 import blake3
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
@@ -57,6 +57,7 @@ from pneumo.dataset.study_table import (
 )
 from pneumo.errors import DataError, StoreError
 from pneumo.images.boxes import Box
+from tests.examples import examples
 
 StoreMaker = Callable[..., str]
 SIZE = 8
@@ -496,7 +497,7 @@ def small_manifest(tiny_store: StoreMaker) -> Manifest:
     return read_manifest(tiny_store())
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(st.lists(rows, max_size=5, unique_by=lambda row: row.key))
 def test_studies_round_trip_with_boxes_and_gaps(
     small_manifest: Manifest, table: list[StudyRow]

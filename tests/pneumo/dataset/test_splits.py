@@ -30,6 +30,7 @@ from pneumo.dataset.splits import (
     split_studies,
 )
 from pneumo.errors import SourceError
+from tests.examples import examples
 
 pytestmark = pytest.mark.processors
 
@@ -69,7 +70,7 @@ fractions = st.builds(
 graphs = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 2)), min_size=60, max_size=200)
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(graphs, fractions, st.integers(0, 2**31 - 1))
 def test_no_patient_is_in_two_splits_and_every_study_in_one(
     graph: list[tuple[int, int]], config: SplitConfig, seed: int

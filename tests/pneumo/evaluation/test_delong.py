@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from MLstatkit import Delong_test
 from scipy.stats import norm, t
@@ -12,6 +12,7 @@ from scipy.stats import norm, t
 from pneumo.errors import MetricError
 from pneumo.evaluation import bootstrap, metrics
 from pneumo.evaluation.delong import CLUSTERED, INDEPENDENT, delong, delong_test, placements
+from tests.examples import examples
 
 pytestmark = pytest.mark.processors
 
@@ -57,7 +58,7 @@ def test_intervals_and_paired_test_equal_a_published_package(seed):
     assert ours.p_value == pytest.approx(p_value, abs=1e-9)
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(st.integers(0, 1000))
 def test_clustered_is_delongs_where_nobody_recurs(seed):
     patient, target, first, second = simulated(40, seed=seed)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import sklearn.metrics as reference
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from statsmodels.stats.proportion import proportion_confint
 from torchmetrics.functional.classification import (
@@ -26,11 +26,12 @@ from torchmetrics.functional.classification import (
 from pneumo.errors import MetricError
 from pneumo.evaluation import bootstrap, metrics, thresholds
 from pneumo.evaluation.delong import delong
+from tests.examples import examples
 from tests.predictions import evaluate_threshold, with_scores
 
 pytestmark = pytest.mark.processors
 
-relaxed = settings(max_examples=50, deadline=None)
+relaxed = examples(50)
 
 
 @st.composite
@@ -283,7 +284,7 @@ def test_youden_threshold_is_not_beaten_by_any_other(data):
 # --- intervals ------------------------------------------------------------------------------------
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(scored(min_size=12), st.integers(0, 1000))
 def test_bootstrap_interval_contains_the_value_or_gives_a_reason(data, seed):
     target, score = data

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pydicom
 import pytest
 import simplejpeg
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 from pydicom.dataelem import DataElement
@@ -39,6 +39,7 @@ from pneumo.images.gray_levels import apply_window
 from pneumo.images.headers import parse_age
 from pneumo.images.letterbox import letterbox
 from pneumo.images.pixel_decoders import check_runs, choose_plugin
+from tests.examples import examples
 from tests.waiting import count_calls
 
 pytestmark = pytest.mark.processors
@@ -430,7 +431,7 @@ def test_an_exif_orientation_is_no_dicom(make_dicom: DicomMaker) -> None:
     np.testing.assert_array_equal(read_study_image(turned, 64).pixels, expected)
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(st.data(), st.integers(64, 400), st.integers(64, 400), st.booleans())
 def test_a_painted_rectangle_lands_where_its_box_is_placed(
     make_dicom: DicomMaker, data: st.DataObject, rows: int, columns: int, jpeg: bool
@@ -883,7 +884,7 @@ def test_a_frame_that_is_no_jpeg(make_dicom: DicomMaker, frames: list[bytes]) ->
     assert error.reason == "undecodable"
 
 
-@settings(max_examples=150)
+@examples(150)
 @given(st.booleans(), st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=8))
 @pytest.mark.filterwarnings("ignore::UserWarning")  # pydicom's, of values that are none
 def test_changed_bytes_give_a_picture_or_a_reason_and_nothing_else(
@@ -923,7 +924,7 @@ def outcome(data: bytes) -> tuple[Any, ...]:
     return image.pixels.tobytes(), image.header, image.identifier, image.rows, image.columns
 
 
-@settings(max_examples=300)
+@examples(300)
 @example([(746, 1)], [], None)  # an offset of the frame that leads into its bytes
 @given(
     st.lists(st.tuples(st.integers(144, 1100), st.integers(0, 255)), max_size=4),

@@ -21,6 +21,7 @@ from pneumo.loading.augmentation import (
     warp_by_grid,
     warp_by_opencv,
 )
+from tests.examples import examples
 
 pytestmark = pytest.mark.processors
 
@@ -133,7 +134,7 @@ def test_rotation_scale_and_shift_stay_within_their_limits(
 # --- pictures -------------------------------------------------------------------------------------
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(study_keys, seeds, epochs, amounts, st.data())
 def test_an_image_is_changed_the_same_way_in_any_batch(
     keys: list[str], seed: int, epoch: int, config: AugmentConfig, data: st.DataObject
@@ -195,7 +196,7 @@ def warp_both_ways(
     return by_opencv, warp_by_grid(images, matrices, tables), tables
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(amounts, seeds, st.sampled_from([32, 33, 96]))
 def test_the_two_ways_differ_by_less_than_a_32nd_of_a_pixel_and_a_level(
     config: AugmentConfig, seed: int, size: int
@@ -221,7 +222,7 @@ def test_the_two_ways_agree_to_a_gray_level(seed: int, size: int, flip: bool) ->
     assert float(apart.mean()) < 0.2
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(amounts, seeds)
 def test_moving_is_what_torch_does_to_half_a_level(config: AugmentConfig, seed: int) -> None:
     """Against plain grid_sample in float64, on images whose steepest step is one level."""
@@ -320,7 +321,7 @@ def test_normalised_pixels_have_the_stated_mean_and_spread(mean: float, std: flo
     assert images.flatten().tolist() == [0, 128, 255]
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(amounts, seeds, st.floats(0.1, 0.9), st.floats(0.05, 0.5))
 def test_normalising_within_the_augmentation_is_normalising_after_it(
     config: AugmentConfig, seed: int, mean: float, std: float

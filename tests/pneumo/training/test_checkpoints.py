@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -32,6 +32,7 @@ from pneumo.training.checkpoints import (
     save_checkpoint,
 )
 from pneumo.version import describe_code
+from tests.examples import examples
 
 
 def make_checkpoint(epoch: int = 1, auroc: float | None = 0.7, **changes: Any) -> Checkpoint:
@@ -205,7 +206,7 @@ def test_a_reader_never_meets_an_index_whose_file_is_not_whole(tmp_path: Path) -
 aurocs = st.none() | st.sampled_from([0.5, 0.6, 0.7, 0.8])
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(st.lists(aurocs, min_size=1, max_size=6), st.integers(1, 3))
 def test_the_last_and_the_best_are_kept_and_nothing_else(
     values: list[float | None], keep_last: int

@@ -368,7 +368,14 @@ def test_a_run_leaves_its_metrics_and_tells_its_caller(store_url: str, run_url: 
         run(config, store_url, run_url)
 
 
-def test_a_run_that_was_cut_goes_on_bit_for_bit(store_url: str, run_url: str) -> None:
+@pytest.mark.parametrize(
+    ("build_network", "lr"),
+    [(build_tiny, 3e-2), pytest.param(build_model, 1e-3, marks=pytest.mark.slow)],
+    ids=["tiny", "resnet18"],
+)
+def test_a_run_that_was_cut_goes_on_bit_for_bit(
+    store_url: str, run_url: str, build_network: Callable[[str], nn.Module], lr: float
+) -> None:
     # The store's signal is brightness, which would be changed at random.
     unchanged = {f"augment.{name}_fraction": 0 for name in ("brightness", "contrast", "gamma")}
     settings = {"train.epochs": 4, "train.schedule": "cosine", "train.micro_batch_size": 12}
@@ -378,16 +385,17 @@ def test_a_run_that_was_cut_goes_on_bit_for_bit(store_url: str, run_url: str) ->
         if (epoch, step) == (3, 2):
             raise PowerCutError
 
-    whole = run(config, store_url, f"{run_url}/whole", build_model)
+    config = override(config, {"train.lr": lr})
+    whole = run(config, store_url, f"{run_url}/whole", build_network)
     with pytest.raises(PowerCutError):
-        run(config, store_url, f"{run_url}/cut", build_model, on_step=cut)
+        run(config, store_url, f"{run_url}/cut", build_network, on_step=cut)
     assert newest(f"{run_url}/cut").epoch == 2
     started: list[int] = []
     rest = run(
         config,
         store_url,
         f"{run_url}/cut",
-        build_model,
+        build_network,
         on_start=lambda start: started.append(len(start.history)),
     )
     assert started == [2]

@@ -19,6 +19,7 @@ from pneumo.dataset.phantoms.population import draw_population
 from pneumo.dataset.phantoms.source_folder import write_phantoms
 from pneumo.errors import SourceError
 from pneumo.synthetic import main
+from tests.examples import examples
 
 FINDINGS = {"Lung Opacity", "No Lung Opacity / Not Normal", "Normal"}
 NUM_STUDIES = 24
@@ -49,7 +50,7 @@ def run_cli(*arguments):
 
 
 @given(seed=st.integers(0, 2**32), num_studies=st.integers(1, 300))
-@settings(max_examples=25, deadline=None)
+@examples(25)
 def test_population_keeps_its_promises_at_any_size(seed, num_studies):
     studies = draw_population(num_studies, seed)
     assert len(studies) == num_studies == len({s.name for s in studies})
