@@ -46,6 +46,8 @@ from pneumo.images.codestreams import (
     find_end,
     find_jpeg_2000,
     find_syntax,
+    is_signed_jpeg_2000,
+    is_whole,
     is_ycbcr,
     read_jpeg_2000_size,
     read_jpeg_size,
@@ -135,15 +137,17 @@ def decode_stored(
     stated, element = transfer_syntax(dataset), dataset["PixelData"]
     frame = b""
     syntax = stated
-    if element.is_undefined_length or (stated not in _NATIVE and not _is_bare(element, form)):
+    if not _is_bare(element, form) and (element.is_undefined_length or stated not in _NATIVE):
         frame = read_frame(dataset, repairs)
         syntax = _find_syntax(frame, stated, repairs)
     elif stated not in _NATIVE:
         repairs.add("codestream:TransferSyntaxUID")
         syntax = ExplicitVRLittleEndian
     if not frame:
-        stored, _ = _run_decoder(element.value, syntax, form, "", vr=str(element.VR))
-        return _drop_unused_bits(stored, form), form
+        vr = "OB" if element.VR == "OB" else "OW"
+        stored, _ = _run_decoder(element.value, syntax, form, "", vr=vr)
+        has_overlays = any(tag >> 24 == 0x60 for tag in dataset.keys())  # noqa: SIM118
+        return _follow_values(stored, form, repairs, may_widen=not has_overlays)
     frame = _check_frame(frame, syntax, form)
     plugin = choose_plugin(syntax, _installed(syntax))
     if (
@@ -172,8 +176,6 @@ def _find_syntax(frame: bytes, stated: UID, repairs: Repairs) -> UID:
         raise DicomError("encapsulated pixel data in an uncompressed transfer syntax")
     if found is None or _PLUGINS.get(found) == _PLUGINS.get(stated):
         return stated
-    if stated not in _NATIVE and stated not in _PLUGINS:
-        return stated  # a syntax that is not supported
     if stated in _LOSSLESS_JPEG and found in _JPEG:
         return stated  # its decoder reads these too
     repairs.add("codestream:TransferSyntaxUID")
@@ -224,7 +226,7 @@ def _decode_frame(
     # A writer that encodes the header's bit fields as they are says so by their precision.
     is_bit_field = syntax == RLELossless or (bits > form.bits_stored and syntax not in _JPEG_2000)
     low = form if is_bit_field else replace(form, high_bit=form.bits_stored - 1)
-    return _drop_unused_bits(stored, low), form
+    return _follow_values(stored, low, repairs, is_signed=is_signed_jpeg_2000(frame))
 
 
 def _run_decoder(
@@ -301,6 +303,44 @@ def _drop_unused_bits(stored: Stored, form: FrameFormat) -> Stored:
     return np.right_shift(shifted, bits - form.bits_stored, out=shifted)
 
 
+def _follow_values(
+    stored: Stored,
+    form: FrameFormat,
+    repairs: Repairs,
+    *,
+    may_widen: bool = False,
+    is_signed: bool = False,
+) -> tuple[Stored, FrameFormat]:
+    """The values as the header's bits and sign make them; or, where these tear neighbours apart by
+    the whole range and others do not, as the others make them.
+
+    `may_widen`: the bits above those stored are no overlays. `is_signed`: the codestream says so.
+    """
+    bits = 8 * stored.dtype.itemsize
+    read, others = _drop_unused_bits(stored, form), dict[str, FrameFormat]()
+    if form.signed or is_signed:
+        others["PixelRepresentation"] = replace(form, signed=not form.signed)
+    elif may_widen and form.high_bit == form.bits_stored - 1 < bits - 1:
+        others["BitsStored"] = replace(form, bits_stored=bits, high_bit=bits - 1)
+    for keyword, other in others.items():
+        words = stored.view(f"{'i' if other.signed else 'u'}{stored.dtype.itemsize}")
+        values = _drop_unused_bits(words, other)
+        tears = _count_tears(read, form.bits_stored)
+        if tears >= _SEVERAL and tears > _SEVERAL * _count_tears(values, other.bits_stored):
+            repairs.add(f"pixels:{keyword}")
+            return values, other
+    return read, form
+
+
+_SEVERAL = 4
+
+
+def _count_tears(values: Stored, bits: int) -> int:
+    """How many neighbours in up to 512 of the rows differ by more than 3/4 of the range."""
+    rows = values[:: -(-len(values) // 512)].astype(np.int32)
+    return int((np.abs(np.diff(rows, axis=1)) > 0.75 * 2**bits).sum())
+
+
 def read_frame(dataset: pydicom.Dataset, repairs: Repairs) -> bytes:
     """The codestream of the one frame: all fragments, or those that a true table of offsets gives
     the first frame.
@@ -309,16 +349,21 @@ def read_frame(dataset: pydicom.Dataset, repairs: Repairs) -> bytes:
     """
     try:
         fragments = list(generate_fragments(dataset.PixelData))
-        table, fragments = fragments[0], fragments[1:]
-        offsets = [int(offset) for offset in np.frombuffer(table, "<u4")]
     except Exception as error:  # no items, items beyond the end
         raise DicomError(f"pixel data is not encapsulated: {type(error).__name__}") from error
+    is_table_missing = find_syntax(b"".join(fragments[:1])) is not None
+    table = b"" if is_table_missing or not fragments else fragments.pop(0)
+    offsets = np.frombuffer(table[: len(table) // 4 * 4], "<u4").tolist()
     starts = [0, *itertools.accumulate(8 + len(fragment) for fragment in fragments)]
-    if offsets and not (offsets[0] == 0 and set(offsets) <= set(starts)):
+    is_true = not is_table_missing and offsets[:1] in ([], [0]) and set(offsets) <= set(starts)
+    if is_true and len(offsets) > 1:
+        first = b"".join(fragments[: starts.index(offsets[1])])
+        if is_whole(first) or find_syntax(first) == RLELossless:
+            return first
+        is_true = False  # it lists the fragments of the one frame
+    if not is_true:
         repairs.add("codestream:BasicOffsetTable")
-        offsets = []
-    count = starts.index(offsets[1]) if len(offsets) > 1 else len(fragments)
-    return b"".join(fragments[:count])
+    return b"".join(fragments)
 
 
 def _check_frame(frame: bytes, syntax: UID, form: FrameFormat) -> bytes:
