@@ -208,7 +208,7 @@ bench-verdicts: $(READY)
 	@$(BIN)/python -m tests.benchmarks.verdicts $(ARGS)
 
 lock: $(READY)
-	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile --quiet --extra dev --extra codecs --extra vm --allow-unsafe \
+	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile --quiet --extra dev --extra codecs --extra onnx --extra vm --allow-unsafe \
 	  --generate-hashes --strip-extras --no-emit-index-url --no-emit-find-links \
 	  --no-emit-trusted-host --output-file requirements.lock pyproject.toml
 	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile --quiet --extra codecs --extra vm --allow-unsafe \

@@ -77,6 +77,10 @@ mon max pg per osd = 2000
 # A lone monitor has nobody to wait for.
 paxos propose interval = 0.05
 paxos min wait = 0.01
+# What was deleted is freed within seconds, not after two hours: checkpoints would fill the memory.
+rgw gc obj min wait = 20
+rgw gc processor period = 10
+rgw gc processor max time = 10
 # How full the disk is, is the tests' affair.
 mon data avail crit = 0
 mon data avail warn = 0
