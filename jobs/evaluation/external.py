@@ -22,7 +22,7 @@ from pneumo import storage
 from pneumo.command_line import EvaluateArguments
 from pneumo.config import Config
 from pneumo.dataset.manifest import Manifest, read_manifest
-from pneumo.dataset.overlap import NIH_FAMILY, Overlap, find_overlap, have_one_secret
+from pneumo.dataset.overlap import Overlap, check_secret, find_overlap, have_one_secret
 from pneumo.dataset.shards import Sample, read_shard
 from pneumo.dataset.splits import SPLITS
 from pneumo.dataset.study_table import StudyRow, read_studies
@@ -153,18 +153,15 @@ def _read_external(store_url: str, trained: Trained, config: Config) -> External
 
 def _check_secret(store_url: str, manifest: Manifest, trained: Trained) -> str | None:
     """What to warn of where shared patients cannot be found."""
-    known = have_one_secret(trained.store_url, store_url)
-    if known:
-        return None
-    what = "was prepared under another secret" if known is False else "may be of another secret"
-    told = (
-        f"{name_run(store_url)} {what} than the run's store, so patients of both are not found; "
-        "prepare both with one PNEUMO_HASH_KEY"
+    warning = check_secret(
+        store_url,
+        "the run's store",
+        is_one=have_one_secret(trained.store_url, store_url),
+        layouts=(manifest.layout, trained.manifest.layout),
     )
-    if manifest.layout in NIH_FAMILY and trained.manifest.layout in NIH_FAMILY:
-        raise StoreError(f"{told}: RSNA's patients are NIH's")
-    say(f"warning: {told}")
-    return told
+    if warning is not None:
+        say(f"warning: {warning}")
+    return warning
 
 
 def _check_enough(

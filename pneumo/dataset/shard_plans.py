@@ -15,7 +15,7 @@ from pneumo.dataset.splits import SPLITS
 
 PARTS = "parts"
 _LIBRARIES_BYTES = 384 * 2**20
-_FORMAT = 4
+_FORMAT = 5
 """Raised when the same source and settings would give other bytes than before."""
 
 

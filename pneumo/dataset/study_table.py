@@ -47,6 +47,8 @@ class StudyRow:
     source_blake3: str
     """BLAKE3 of the DICOM file, in hex, keyed by `study_keys.derive_file_key`: who has the hash key
     can find the file of a picture, and nobody else."""
+    picture_hash: str = ""
+    """See `likeness.hash_picture`; empty in stores of before."""
 
 
 @dataclass(frozen=True)
@@ -113,16 +115,17 @@ def read_studies(store_url: str, manifest: Manifest) -> dict[str, StudyRow]:
     """
     data = _read_vouched(store_url, STUDIES, manifest.studies)
     try:
-        table = pq.read_table(io.BytesIO(data), columns=list(StudyRow.__dataclass_fields__))
-    except pa.ArrowInvalid as error:
+        table = pq.read_table(io.BytesIO(data))
+        known = [name for name in table.column_names if name in StudyRow.__dataclass_fields__]
+        rows = [
+            StudyRow(**{**row, "boxes": tuple(Box(*box) for box in row["boxes"])})
+            for row in table.select(known).to_pylist()
+        ]
+    except (pa.ArrowInvalid, KeyError, TypeError) as error:
         raise DataError(
             f"{storage.join(store_url, STUDIES)}: not a table of studies; delete the store and "
             "prepare it again"
         ) from error
-    rows = (
-        StudyRow(**{**row, "boxes": tuple(Box(*box) for box in row["boxes"])})
-        for row in table.to_pylist()
-    )
     return {row.key: row for row in rows}
 
 
