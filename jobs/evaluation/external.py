@@ -16,8 +16,10 @@ from threadpoolctl import threadpool_limits
 
 from jobs.evaluation.evaluated_run import METRICS, PREDICTIONS, find_evaluated, name_run
 from jobs.evaluation.ray_scoring import Scored, Scoring, score_splits
+from jobs.evaluation.result_files import REPORT
 from jobs.ray_cluster.session import ray_session, wait_for_resources
 from jobs.terminal.entry_point import say
+from jobs.tracking.sending import send_now
 from pneumo import storage
 from pneumo.command_line import EvaluateArguments
 from pneumo.config import Config
@@ -36,10 +38,10 @@ from pneumo.evaluation.operating_points import DECISION, OperatingPoint
 from pneumo.evaluation.predictions import Predictions, join_predictions
 from pneumo.evaluation.set_shift import SetShift, measure_shift, tell_apart
 from pneumo.reporting.figures.external import draw_matrix
-from pneumo.reporting.page.external_page import ExternalSet, render_external
+from pneumo.reporting.page.external_page import ExternalSet, insert_external, render_external
 
 SCHEMA_VERSION = 1
-FOLDER = "external"
+FOLDER, MATRIX = "external", "matrix.png"
 _PICTURES = 200
 """Of each set, that the classifier sees which tells the sets apart."""
 
@@ -88,6 +90,7 @@ def evaluate_externally(arguments: EvaluateArguments, config: Config) -> None:
         for one in sets:
             judged[one.name] = _judge(one, trained, config)
     _leave(trained, judged, others)
+    send_now(trained.run_url, config.tracking, "external", say)
 
 
 # --- what is judged -------------------------------------------------------------------------------
@@ -277,10 +280,13 @@ def _leave(
     row |= {name: one.evaluation.auroc.external.to_json() for name, one in judged.items()}
     matrix = {run: row, **others}
     picture = draw_matrix(matrix)
-    storage.write_bytes(storage.join(folder, "matrix.png"), picture)
+    storage.write_bytes(storage.join(folder, MATRIX), picture)
     created = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    page = render_external(run, judged, trained.frozen, matrix, picture, created=created)
-    storage.write_text(storage.join(folder, "report.html"), page)
+    page, sections = render_external(run, judged, trained.frozen, matrix, picture, created=created)
+    storage.write_text(storage.join(folder, REPORT), page)
+    report_url = storage.join(trained.run_url, REPORT)
+    report = storage.read_text(report_url)
+    storage.write_text(report_url, insert_external(report, sections))
     metrics = {
         "schema_version": SCHEMA_VERSION,
         "run": run,
@@ -295,7 +301,7 @@ def _leave(
     storage.write_text(storage.join(folder, METRICS), text)
     for name, one in judged.items():
         _print(name, one)
-    print(f"report {storage.join(folder, 'report.html')}")
+    print(f"report {report_url}")
 
 
 def _print(name: str, one: ExternalSet) -> None:

@@ -49,6 +49,8 @@ class StudyRow:
     can find the file of a picture, and nobody else."""
     picture_hash: str = ""
     """See `likeness.hash_picture`; empty in stores of before."""
+    source: str = ""
+    """Of a store that was joined of several: the name of the one that it comes from."""
 
 
 @dataclass(frozen=True)
