@@ -65,6 +65,8 @@ _NATIVE = {
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
 }
+_GE_BIG_ENDIAN = UID("1.2.840.113619.5.2")
+"""GE's own: implicit VR, little endian, but for the pixels."""
 _LOSSLESS_JPEG = {JPEGLossless, JPEGLosslessSV1}
 _JPEG = {JPEGBaseline8Bit, JPEGExtended12Bit, *_LOSSLESS_JPEG}
 _JPEG_LS = {JPEGLSLossless, JPEGLSNearLossless}
@@ -142,7 +144,7 @@ def decode_stored(
         syntax = _find_syntax(frame, stated, repairs)
     elif stated not in _NATIVE:
         repairs.add("codestream:TransferSyntaxUID")
-        syntax = ExplicitVRLittleEndian
+        syntax = ExplicitVRBigEndian if stated == _GE_BIG_ENDIAN else ExplicitVRLittleEndian
     if not frame:
         vr = "OB" if element.VR == "OB" else "OW"
         stored, _ = _run_decoder(element.value, syntax, form, "", vr=vr)
@@ -150,9 +152,8 @@ def decode_stored(
         return _follow_values(stored, form, repairs, may_widen=not has_overlays)
     frame = _check_frame(frame, syntax, form)
     plugin = choose_plugin(syntax, _installed(syntax))
-    if (
-        syntax == JPEGExtended12Bit and _read_precision(frame, syntax) > 8
-    ):  # no plugin of pydicom's has them
+    if plugin == "pillow" and syntax in _JPEG and _read_precision(frame, syntax) > 8:
+        # Of 12 bits: no plugin of pydicom's has them.
         plugin = choose_plugin(JPEGLossless, _installed(syntax), stated=syntax)
     if plugin == "pydicom":
         check_runs(frame, form)

@@ -229,6 +229,29 @@ def test_pixels_that_were_unpacked_under_a_compressed_syntax(make_dicom: DicomMa
     np.testing.assert_array_equal(gray(read(wrong)), pixels)
 
 
+@pytest.mark.parametrize("stated", [pydicom.uid.JPEGExtended12Bit, pydicom.uid.JPEGBaseline8Bit])
+@pytest.mark.parametrize("header", [(8, 8), (16, 8), (16, 12), (16, 16)], ids=str)
+def test_lossy_jpeg_of_12_bits_whatever_the_header_says(
+    make_dicom: DicomMaker, header: tuple[int, int], stated: UID
+) -> None:
+    imagecodecs = pytest.importorskip("imagecodecs", reason="needs the extra 'codecs'")
+    pixels = smooth(4095)
+    frame = bytes(imagecodecs.jpeg8_encode(pixels, level=98, bitspersample=12))
+    elements = {"BitsAllocated": header[0], "BitsStored": header[1], "HighBit": header[1] - 1}
+    image = read(with_frame(make_dicom, frame, stated, elements))
+    assert np.abs(gray(image) - np.rint(pixels / 4095 * 255)).max() <= 2
+
+
+def test_pixels_of_the_other_byte_order_in_the_syntax_of_ge(make_dicom: DicomMaker) -> None:
+    pixels = smooth(4095)
+    dataset = pydicom.dcmread(io.BytesIO(make_dicom(pixels)))
+    dataset.PixelData = pixels.astype(">u2").tobytes()
+    dataset.file_meta.TransferSyntaxUID = UID("1.2.840.113619.5.2")
+    buffer = io.BytesIO()
+    pydicom.dcmwrite(buffer, dataset, implicit_vr=True, little_endian=True)
+    np.testing.assert_array_equal(read(buffer.getvalue()).pixels, read(make_dicom(pixels)).pixels)
+
+
 def test_lossy_colours_without_a_marker_are_ycbcr(make_dicom: DicomMaker) -> None:
     rgb = np.stack([smooth(255, seed) for seed in range(3)], axis=-1)
     frame = jpeg(rgb, subsampling=0)
