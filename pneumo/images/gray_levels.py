@@ -26,7 +26,8 @@ from scipy.special import expit
 from pneumo.errors import DicomError
 from pneumo.images.elements import Repairs, read_numbers, read_optional
 from pneumo.images.frame_format import FrameFormat
-from pneumo.images.pixel_decoders import Stored, transfer_syntax
+from pneumo.images.pixel_decoders import transfer_syntax
+from pneumo.images.stored_values import Stored
 
 Gray = npt.NDArray[np.uint8]
 Values = npt.NDArray[np.float64]

@@ -16,7 +16,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pydicom
 import simplejpeg
 from pydicom.encaps import encapsulate, generate_fragments
@@ -54,8 +53,7 @@ from pneumo.images.codestreams import (
 )
 from pneumo.images.elements import Repairs
 from pneumo.images.frame_format import FrameFormat
-
-Stored = npt.NDArray[np.uint8 | np.int8 | np.uint16 | np.int16]
+from pneumo.images.stored_values import Stored, make_values
 
 _LONGEST_RUN = 128
 
@@ -149,7 +147,7 @@ def decode_stored(
         vr = "OB" if element.VR == "OB" else "OW"
         stored, _ = _run_decoder(element.value, syntax, form, "", vr=vr)
         has_overlays = any(tag >> 24 == 0x60 for tag in dataset.keys())  # noqa: SIM118
-        return _follow_values(stored, form, repairs, may_widen=not has_overlays)
+        return make_values(stored, form, repairs, may_widen=not has_overlays)
     frame = _check_frame(frame, syntax, form)
     plugin = choose_plugin(syntax, _installed(syntax))
     if plugin == "pillow" and syntax in _JPEG and _read_precision(frame, syntax) > 8:
@@ -166,8 +164,9 @@ def decode_stored(
 def _is_bare(element: pydicom.DataElement, form: FrameFormat) -> bool:
     """Whether the pixels are not encapsulated, whatever the transfer syntax says."""
     size = form.rows * form.columns * form.samples * form.bits_allocated // 8
-    is_item = bytes(element.value[:4]) == b"\xfe\xff\x00\xe0"
-    return not is_item and len(element.value) in (size, size + size % 2)
+    value = element.value or b""
+    is_item = bytes(value[:4]) == b"\xfe\xff\x00\xe0"
+    return not is_item and len(value) in (size, size + size % 2)
 
 
 def _find_syntax(frame: bytes, stated: UID, repairs: Repairs) -> UID:
@@ -227,7 +226,7 @@ def _decode_frame(
     # A writer that encodes the header's bit fields as they are says so by their precision.
     is_bit_field = syntax == RLELossless or (bits > form.bits_stored and syntax not in _JPEG_2000)
     low = form if is_bit_field else replace(form, high_bit=form.bits_stored - 1)
-    return _follow_values(stored, low, repairs, is_signed=is_signed_jpeg_2000(frame))
+    return make_values(stored, low, repairs, is_signed=is_signed_jpeg_2000(frame))
 
 
 def _run_decoder(
@@ -288,58 +287,10 @@ def _decoder_options(form: FrameFormat, *, vr: str) -> dict[str, Any]:
         "pixel_keyword": "PixelData",
         "pixel_vr": vr,
         "allow_excess_frames": False,
-        # pydicom takes the lowest bits, whatever the high bit says; see `_drop_unused_bits`.
+        # pydicom takes the lowest bits, whatever the high bit says; see `stored_values`.
         "correct_unused_bits": False,
         "view_only": True,
     }
-
-
-def _drop_unused_bits(stored: Stored, form: FrameFormat) -> Stored:
-    """`stored` without the bits outside [high bit - bits stored + 1, high bit], sign-extended."""
-    bits = 8 * stored.dtype.itemsize
-    if form.bits_stored >= bits:
-        return stored
-    # The shift back is arithmetic where the type is signed.
-    shifted = np.left_shift(stored, bits - 1 - form.high_bit)
-    return np.right_shift(shifted, bits - form.bits_stored, out=shifted)
-
-
-def _follow_values(
-    stored: Stored,
-    form: FrameFormat,
-    repairs: Repairs,
-    *,
-    may_widen: bool = False,
-    is_signed: bool = False,
-) -> tuple[Stored, FrameFormat]:
-    """The values as the header's bits and sign make them; or, where these tear neighbours apart by
-    the whole range and others do not, as the others make them.
-
-    `may_widen`: the bits above those stored are no overlays. `is_signed`: the codestream says so.
-    """
-    bits = 8 * stored.dtype.itemsize
-    read, others = _drop_unused_bits(stored, form), dict[str, FrameFormat]()
-    if form.signed or is_signed:
-        others["PixelRepresentation"] = replace(form, signed=not form.signed)
-    elif may_widen and form.high_bit == form.bits_stored - 1 < bits - 1:
-        others["BitsStored"] = replace(form, bits_stored=bits, high_bit=bits - 1)
-    for keyword, other in others.items():
-        words = stored.view(f"{'i' if other.signed else 'u'}{stored.dtype.itemsize}")
-        values = _drop_unused_bits(words, other)
-        tears = _count_tears(read, form.bits_stored)
-        if tears >= _SEVERAL and tears > _SEVERAL * _count_tears(values, other.bits_stored):
-            repairs.add(f"pixels:{keyword}")
-            return values, other
-    return read, form
-
-
-_SEVERAL = 4
-
-
-def _count_tears(values: Stored, bits: int) -> int:
-    """How many neighbours in up to 512 of the rows differ by more than 3/4 of the range."""
-    rows = values[:: -(-len(values) // 512)].astype(np.int32)
-    return int((np.abs(np.diff(rows, axis=1)) > 0.75 * 2**bits).sum())
 
 
 def read_frame(dataset: pydicom.Dataset, repairs: Repairs) -> bytes:
