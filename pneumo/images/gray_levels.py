@@ -125,7 +125,8 @@ def _find_padding(
         return np.zeros(values.shape, np.bool_)
     ends = np.array(codes, f"u{stored.dtype.itemsize}").view(stored.dtype)
     padding = np.asarray((values >= ends.min()) & (values <= ends.max()))
-    if _count_codes(stored)[padding].sum() >= _ALMOST_ALL * stored.size:
+    padded = _count_codes(stored)[padding]
+    if padded.sum() >= _ALMOST_ALL * stored.size and np.count_nonzero(padded) > 1:
         repairs.add("left_out:PixelPaddingValue")
         padding[:] = False
     return padding
