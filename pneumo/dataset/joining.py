@@ -22,14 +22,7 @@ from pneumo.dataset.overlap import check_secret, have_one_secret, read_secret_ch
 from pneumo.dataset.preparation import find_store, finish_store
 from pneumo.dataset.receipts import PreparedShard, Receipt
 from pneumo.dataset.shard_plans import count_shards
-from pneumo.dataset.shards import (
-    SHARD_SUFFIX,
-    Sample,
-    decode_block,
-    read_block,
-    shard_samples,
-    write_shard,
-)
+from pneumo.dataset.shards import SHARD_SUFFIX, Sample, read_blocks, shard_samples, write_shard
 from pneumo.dataset.source import Source, Study
 from pneumo.dataset.splits import audit_split
 from pneumo.dataset.study_table import StudyRow, read_studies, read_warnings
@@ -220,9 +213,7 @@ def _take(
 
 
 def _read_samples(store: _Store, split: str, rows: Mapping[str, StudyRow]) -> Iterator[Sample]:
-    for entry in store.manifest.splits[split].shards:
-        for block in entry.blocks:
-            data = read_block(store.url, entry, block)
-            for sample in decode_block(data, entry, block, store.manifest.image_size):
-                if sample.key in rows:
-                    yield sample
+    shards = store.manifest.splits[split].shards
+    blocks = ((entry, block) for entry in shards for block in entry.blocks)
+    samples = read_blocks(store.url, blocks, store.manifest.image_size)
+    return (sample for sample in samples if sample.key in rows)
