@@ -38,7 +38,7 @@ def find_alike(hashes: Sequence[str], known: tuple[str, ...]) -> list[bool]:
     for start in range(0, len(hashes), step):
         part = hashes[start : start + step]
         agreement = _signs(part) @ others.T
-        found += map(bool, (agreement >= _BITS - 2 * MOST_BITS).any(axis=1))
+        found += (agreement.max(axis=1, initial=0) >= _BITS - 2 * MOST_BITS).tolist()
     return found
 
 

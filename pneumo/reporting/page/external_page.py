@@ -3,7 +3,6 @@ section of the run's report.html."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -69,8 +68,9 @@ def insert_external(report: str, sections: str) -> str:
     link = '<li><a href="#elsewhere">What becomes of the model elsewhere</a></li>'
     for name, text in (("elsewhere", sections), ("elsewhere-link", link)):
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        new = f"{begin}{text}{end}"
-        report = re.sub(f"{begin}.*?{end}", lambda _, new=new: new, report, count=1, flags=re.S)
+        before, found, rest = report.partition(begin)
+        if found:
+            report = f"{before}{begin}{text}{end}{rest.partition(end)[2]}"
     return report
 
 
