@@ -63,7 +63,7 @@ def _column(gpus: int) -> dict[str, str]:
     trials = round(EPOCHS * TRAIN_SAMPLES / IMAGES_PER_S)
     return {
         "global batch": f"{batch:,}",
-        **(of_steps if steps else dict.fromkeys(of_steps, "not possible")),
+        **(of_steps if steps else dict.fromkeys(of_steps, "–")),
         "samples a shard, shards": f"{per_shard}, {math.ceil(TRAIN_SAMPLES / per_shard):,}",
         "head: CPUs, GB": f"{max(2, math.ceil(gpus / 64) + 1)}, {4 + 0.012 * gpus:.0f}",
         "trials of one GPU at once": f"{min(gpus, trials)}",

@@ -46,6 +46,7 @@ def _start(folder: Path, name: str, words: list[str], environ: dict[str, str]) -
             words, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environ, cwd=folder,
             start_new_session=True,
         )  # fmt: skip
+    process.returncode = 0  # it is the cluster's from here on, and ends with it: no ResourceWarning
     pids = {**_pids(folder), name: process.pid}
     (folder / "pids").write_text("".join(f"{pid} {each}\n" for each, pid in pids.items()))
 
