@@ -20,6 +20,7 @@
 #   make export     RUN=url OUTPUT=folder: the model as ONNX, with what scores a DICOM file
 #   make track      RUN=url: the run or search to W&B from its folder, as often as you like
 #   make dashboards      W&B workspaces as JSON;  ARGS="--save --entity TEAM" saves them, with a key
+#   make leave-one-out  STORES=url,url,… RUN=url [ARGS=…]: each set left out of a training, judged on it
 #   make predict    SOURCE=folder of pictures RUN=url OUTPUT=folder [ARGS=…]
 #
 # The jobs run on this machine, with RAY_ADDRESS=http://head:8265 on that Ray cluster, and with
@@ -62,7 +63,7 @@ IMAGE ?= pneumo:dev
 CONTAINERS ?= $(or $(shell command -v podman),docker)
 WITHOUT_RUN := app.kubernetes.io/component!=run
 
-.PHONY: help setup debian demo prepare train tune evaluate predict export track dashboards check fix test test-slow \
+.PHONY: help setup debian demo prepare train tune evaluate leave-one-out predict export track dashboards check fix test test-slow \
   test-processors test-s3 test-cluster test-kubernetes test-kubernetes-faults test-all \
   bench bench-train bench-verdicts lock clean up down watch forward image setup-k8s
 
@@ -96,6 +97,10 @@ train tune: $(READY)
 evaluate: $(READY)
 	$(call needs,STORE)$(call needs,RUN)
 	@$(call job,evaluate) --store $(call quoted,STORE) --run $(call quoted,RUN) $(ARGS)
+
+leave-one-out: $(READY)
+	$(call needs,STORES)$(call needs,RUN)
+	@$(BIN)/python -m jobs.leave_one_out --stores $(call quoted,STORES) --run $(call quoted,RUN) $(ARGS)
 
 predict: $(READY)
 	$(call needs,SOURCE)$(call needs,RUN)$(call needs,OUTPUT)

@@ -46,7 +46,7 @@ of this machine. RAY_* never goes: the cluster has its own."""
 
 _PLACES = ("source", "store", "external", "run", "members", "compare_with", "output")
 """Arguments that name places; whichever a job has. It writes the last of those in `_WRITTEN`."""
-_SEVERAL = ("external", "members")
+_SEVERAL = ("store", "external", "members")
 """Those that name one or more, with commas between."""
 
 _HASHES = ("prepare",)

@@ -19,8 +19,9 @@ from pneumo import storage
 from pneumo.command_line import Invocation, PrepareArguments
 from pneumo.config import Config
 from pneumo.config_layers import override
-from pneumo.dataset.manifest import Manifest
+from pneumo.dataset.manifest import Manifest, read_manifest
 from pneumo.dataset.named_splits import NAMED_SPLITS
+from pneumo.dataset.overlap import KNOWN_PICTURES, Seen, check_secret, read_secret_check
 from pneumo.dataset.phantoms import MARKER
 from pneumo.dataset.preparation import (
     check_shards_are_there,
@@ -43,7 +44,7 @@ from pneumo.dataset.splits import (
     remember_salt,
     split_studies,
 )
-from pneumo.dataset.study_table import QUARANTINE, read_warnings
+from pneumo.dataset.study_table import QUARANTINE, StudyRow, read_studies, read_warnings
 from pneumo.errors import SourceError
 
 
@@ -58,9 +59,12 @@ def prepare(invocation: Invocation) -> None:
         settings=invocation.config.prepare,
         named_split=named if named in NAMED_SPLITS else None,
     )
+    seen, config = _read_seen(source, invocation.config)
+    if seen is not None:
+        source = seen.leave_out_patients(source)
     say(f"source: {source.summary}")
-    _check_missing(source, invocation.config)
-    split, config = _split(source, source_url, invocation.config)
+    _check_missing(source, config)
+    split, config = _split(source, source_url, config)
     source, split = _limit(source, split, config)
     there = find_store(store_url, source, config)
     if there is not None:
@@ -78,12 +82,36 @@ def prepare(invocation: Invocation) -> None:
     per_shard = shard_samples(config.prepare.image_size)
     plans = plan_shards(source.studies, split.by_key, seed=config.seed, samples_per_shard=per_shard)
     with ray_session(show_logs=arguments.debug):
-        prepared = _run_plans(plans, store_url, config, source.file_key)
+        prepared = _run_plans(plans, store_url, config, source.file_key, seen)
         if reused := sum(shard.reused for shard in prepared):
             say(f"prepare: {reused} of {len(plans)} shards were there already, and whole")
         phantoms = storage.exists(storage.join(source_url, MARKER))
         manifest = finish_store(store_url, source, prepared, split.audit, config, phantoms=phantoms)
     _report(store_url, manifest)
+
+
+def _read_seen(source: Source, config: Config) -> tuple[Seen | None, Config]:
+    """What `prepare.without` names, and the configuration with what these stores hold in its place.
+
+    Raises StoreError where one is none, or shares patients that cannot be found.
+    """
+    if not config.prepare.without:
+        return None, config
+    rows, digests = list[StudyRow](), list[str]()
+    for url in map(storage.normalise, config.prepare.without):
+        manifest = read_manifest(url)
+        check = read_secret_check(url)
+        warning = check_secret(
+            url,
+            "this source",
+            is_one=None if check is None else check == source.secret_check,
+            layouts=(manifest.layout, source.layout),
+        )
+        if warning is not None:
+            say(f"warning: {warning}")
+        rows += read_studies(url, manifest).values()
+        digests.append(f"sha256:{manifest.digest}")
+    return Seen.of(rows), override(config, {"prepare.without": digests}, "the stores' manifests")
 
 
 def _check_missing(source: Source, config: Config) -> None:
@@ -151,14 +179,14 @@ def _limit(source: Source, split: Split, config: Config) -> tuple[Source, Split]
 
 
 def _run_plans(
-    plans: Sequence[ShardPlan], store_url: str, config: Config, file_key: bytes
+    plans: Sequence[ShardPlan], store_url: str, config: Config, file_key: bytes, seen: Seen | None
 ) -> list[PreparedShard]:
     """Run the tasks, only so many at once that arguments stay small."""
     memory = estimate_memory(plans, config.prepare.image_size)
     # No more than the largest node has, or no task would ever start; it then runs one at a time.
     memory = min(memory, max(int(node.total.get("memory", 0)) for node in list_nodes()))
     task = ray.remote(num_cpus=1, memory=memory, max_retries=3)(prepare_shard)
-    digest = digest_settings(config)
+    digest, known = digest_settings(config), ray.put(seen)
     todo = list(reversed(plans))
     running: dict[Any, ShardPlan] = {}
     prepared: list[PreparedShard] = []
@@ -170,7 +198,7 @@ def _run_plans(
             while todo and len(running) < in_flight:
                 plan = todo.pop()
                 size = config.prepare.image_size
-                running[task.remote(plan, store_url, size, digest, file_key)] = plan
+                running[task.remote(plan, store_url, size, digest, file_key, known)] = plan
             ready, _ = ray.wait(list(running), timeout=1.0)
             for reference in ready:
                 shard: PreparedShard = ray.get(reference)
@@ -209,6 +237,8 @@ def _report(store_url: str, manifest: Manifest) -> None:
     for code, by_split in group_warnings(read_warnings(store_url, manifest)).items():
         told = ", ".join(f"{split} {len(keys)}" for split, keys in by_split.items() if keys)
         print(f"{sum(map(len, by_split.values()))} studies used with a warning: {code} ({told})")
+    if KNOWN_PICTURES in manifest.left_out:
+        print(f"{manifest.left_out[KNOWN_PICTURES]} {KNOWN_PICTURES} left out")
     if manifest.unlabelled:
         print(f"{manifest.unlabelled} images are not in the label table and are left out")
     for kind, number in manifest.contradictions.items():

@@ -48,8 +48,11 @@ class PrepareArguments(Arguments):
 
 
 class TrainArguments(Arguments):
-    store: str
-    """A prepared store: a folder or s3:// URL."""
+    store: list[str] = Field(min_length=1)
+    """A prepared store: a folder or s3:// URL. Several, `--store A,B`, are joined in the run."""
+    balanced: CliToggleFlag[bool] = False
+    """Of several stores, train on equally many studies of each: a random subset of the larger
+    ones'."""
     run: str | None = None
     """Where the run is written; none: runs/<job>-<time>. The URL of an unfinished run resumes
     it."""

@@ -75,6 +75,8 @@ class PrepareConfig(Section):
         "ignore"
     )
     """What becomes of CheXpert's uncertain labels; ignore: these pictures are left out."""
+    without: Annotated[list[str], _unless_default([])] = Field(default=[])
+    """Stores whose patients and pictures in train and val this one is to do without."""
 
 
 class SplitConfig(Section):

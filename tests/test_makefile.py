@@ -75,6 +75,7 @@ def test_vms_come_and_go(provider: str) -> None:
         ("evaluate", ["STORE=s"], "RUN"),
         ("predict", ["SOURCE=s", "RUN=r"], "OUTPUT"),
         ("export", ["RUN=r"], "OUTPUT"),
+        ("leave-one-out", ["RUN=r"], "STORES"),
     ],
 )
 def test_what_is_missing_is_named(target: str, given: list[str], missing: str) -> None:
@@ -98,6 +99,7 @@ def test_the_demo_takes_another_store() -> None:
         ("evaluate", ["STORE", "RUN"]),
         ("predict", ["SOURCE", "RUN", "OUTPUT"]),
         ("export", ["RUN", "OUTPUT"]),
+        ("leave-one-out", ["STORES", "RUN"]),
         ("demo", ["STORE"]),
         ("up", ["PROVIDER"]),
         ("forward", ["PROVIDER"]),

@@ -16,13 +16,15 @@ from threadpoolctl import threadpool_limits
 
 from jobs.evaluation.evaluated_run import METRICS, PREDICTIONS, find_evaluated, name_run
 from jobs.evaluation.ray_scoring import Scored, Scoring, score_splits
+from jobs.evaluation.result_files import REPORT
 from jobs.ray_cluster.session import ray_session, wait_for_resources
 from jobs.terminal.entry_point import say
+from jobs.tracking.sending import send_now
 from pneumo import storage
 from pneumo.command_line import EvaluateArguments
 from pneumo.config import Config
 from pneumo.dataset.manifest import Manifest, read_manifest
-from pneumo.dataset.overlap import NIH_FAMILY, Overlap, find_overlap, have_one_secret
+from pneumo.dataset.overlap import Overlap, check_secret, find_overlap, have_one_secret
 from pneumo.dataset.shards import Sample, read_shard
 from pneumo.dataset.splits import SPLITS
 from pneumo.dataset.study_table import StudyRow, read_studies
@@ -36,10 +38,10 @@ from pneumo.evaluation.operating_points import DECISION, OperatingPoint
 from pneumo.evaluation.predictions import Predictions, join_predictions
 from pneumo.evaluation.set_shift import SetShift, measure_shift, tell_apart
 from pneumo.reporting.figures.external import draw_matrix
-from pneumo.reporting.page.external_page import ExternalSet, render_external
+from pneumo.reporting.page.external_page import ExternalSet, insert_external, render_external
 
 SCHEMA_VERSION = 1
-FOLDER = "external"
+FOLDER, MATRIX = "external", "matrix.png"
 _PICTURES = 200
 """Of each set, that the classifier sees which tells the sets apart."""
 
@@ -88,6 +90,7 @@ def evaluate_externally(arguments: EvaluateArguments, config: Config) -> None:
         for one in sets:
             judged[one.name] = _judge(one, trained, config)
     _leave(trained, judged, others)
+    send_now(trained.run_url, config.tracking, "external", say)
 
 
 # --- what is judged -------------------------------------------------------------------------------
@@ -153,18 +156,15 @@ def _read_external(store_url: str, trained: Trained, config: Config) -> External
 
 def _check_secret(store_url: str, manifest: Manifest, trained: Trained) -> str | None:
     """What to warn of where shared patients cannot be found."""
-    known = have_one_secret(trained.store_url, store_url)
-    if known:
-        return None
-    what = "was prepared under another secret" if known is False else "may be of another secret"
-    told = (
-        f"{name_run(store_url)} {what} than the run's store, so patients of both are not found; "
-        "prepare both with one PNEUMO_HASH_KEY"
+    warning = check_secret(
+        store_url,
+        "the run's store",
+        is_one=have_one_secret(trained.store_url, store_url),
+        layouts=(manifest.layout, trained.manifest.layout),
     )
-    if manifest.layout in NIH_FAMILY and trained.manifest.layout in NIH_FAMILY:
-        raise StoreError(f"{told}: RSNA's patients are NIH's")
-    say(f"warning: {told}")
-    return told
+    if warning is not None:
+        say(f"warning: {warning}")
+    return warning
 
 
 def _check_enough(
@@ -280,10 +280,13 @@ def _leave(
     row |= {name: one.evaluation.auroc.external.to_json() for name, one in judged.items()}
     matrix = {run: row, **others}
     picture = draw_matrix(matrix)
-    storage.write_bytes(storage.join(folder, "matrix.png"), picture)
+    storage.write_bytes(storage.join(folder, MATRIX), picture)
     created = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    page = render_external(run, judged, trained.frozen, matrix, picture, created=created)
-    storage.write_text(storage.join(folder, "report.html"), page)
+    page, sections = render_external(run, judged, trained.frozen, matrix, picture, created=created)
+    storage.write_text(storage.join(folder, REPORT), page)
+    report_url = storage.join(trained.run_url, REPORT)
+    report = storage.read_text(report_url)
+    storage.write_text(report_url, insert_external(report, sections))
     metrics = {
         "schema_version": SCHEMA_VERSION,
         "run": run,
@@ -298,7 +301,7 @@ def _leave(
     storage.write_text(storage.join(folder, METRICS), text)
     for name, one in judged.items():
         _print(name, one)
-    print(f"report {storage.join(folder, 'report.html')}")
+    print(f"report {report_url}")
 
 
 def _print(name: str, one: ExternalSet) -> None:

@@ -1,4 +1,4 @@
-"""Send a run to W&B from its folder: the training, its evaluation, or a search with its trials.
+"""Send a run to W&B from its folder: the training, its evaluations, or a search with its trials.
 
 As often as one likes: what W&B has of a run is not doubled. Project, entity and group are those of
 the run unless `--tracking.…` says otherwise.
@@ -32,7 +32,7 @@ def track(invocation: Invocation) -> None:
     if arguments.anew:
         renew_identity(run_url)
     given = tracking.model_dump(include=tracking.model_fields_set - {"mode"})
-    outcome = Sending(run_url, ["train", "evaluate", "tune"], given).close(SILENCE_S)
+    outcome = Sending(run_url, ["train", "evaluate", "external", "tune"], given).close(SILENCE_S)
     for job_type, url in outcome.urls.items():
         print(f"{job_type} {url}")
     if outcome.failure is not None:

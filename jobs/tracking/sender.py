@@ -22,7 +22,7 @@ from pneumo.config import TrackingConfig
 from pneumo.errors import TrackingError
 from pneumo.reporting.tracking import TrackedRun, WandbSession
 
-Kind = Literal["train", "evaluate", "tune"]
+Kind = Literal["train", "evaluate", "external", "tune"]
 MAX_PAUSE_S = 300.0
 """After faults of W&B, between two tries."""
 
@@ -124,6 +124,10 @@ def read_runs(
         from jobs.evaluation.wandb_results import read_evaluation
 
         found.append(read_evaluation(run_url))
+    if "external" in kinds:
+        from jobs.evaluation.external_wandb import read_external
+
+        found.append(read_external(run_url))
     yield from (run for run in found if run is not None and run.id not in without)
     if "tune" in kinds and storage.list_urls(storage.join(run_url, "trials")):
         from jobs.tuning.search_wandb import read_search

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 
+from jobs.joined_store import open_store
 from jobs.ray_cluster.nodes import Node
 from jobs.ray_cluster.session import (
     ray_session,
@@ -37,8 +38,8 @@ def train(invocation: Invocation) -> None:
     """Train on `--store`, leaving the run in `--run`."""
     arguments, config = invocation.arguments, with_absolute_weights(invocation.config)
     assert isinstance(arguments, TrainArguments)
-    store_url = storage.normalise(arguments.store)
     run_url = storage.normalise(arguments.run) if arguments.run else new_run_url("train")
+    store_url = open_store(arguments, run_url, seed=config.seed)
     manifest = read_manifest(store_url)
     check_run(config, manifest, run_url, num_workers=config.cluster.num_workers)
     storage.write_text(storage.join(run_url, "config.json"), config.to_json())

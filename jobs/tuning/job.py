@@ -17,6 +17,7 @@ import ray
 import ray.tune
 from ray.tune.schedulers import FIFOScheduler
 
+from jobs.joined_store import open_store
 from jobs.ray_cluster.session import ray_session, wait_for_resources
 from jobs.terminal.entry_point import find_cause, new_run_url, say
 from jobs.tracking.sending import following
@@ -68,8 +69,8 @@ def tune(invocation: Invocation) -> None:
     """Search on `--store`, leaving trials.parquet, report.html and best.toml in `--run`."""
     arguments, config = invocation.arguments, with_absolute_weights(invocation.config)
     assert isinstance(arguments, TuneArguments)
-    store_url = storage.normalise(arguments.store)
     run_url = storage.normalise(arguments.run) if arguments.run else new_run_url("tune")
+    store_url = open_store(arguments, run_url, seed=config.seed)
     manifest = read_manifest(store_url)
     check_search(config, manifest)
     begin(config, manifest, run_url)

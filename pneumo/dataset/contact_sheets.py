@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from pneumo.dataset.manifest import Manifest
 from pneumo.dataset.quality import UNKNOWN, order_values
-from pneumo.dataset.shards import Sample, decode_block, read_block
+from pneumo.dataset.shards import Sample, read_blocks
 from pneumo.dataset.source import Finding
 from pneumo.dataset.study_table import StudyRow
 from pneumo.errors import DataError
@@ -54,13 +54,7 @@ def read_contact_sheets(
     Raises DataError when a shard is missing or not as vouched.
     """
     blocks = [(entry, block) for entry in manifest.splits["train"].shards for block in entry.blocks]
-    samples = (
-        sample
-        for entry, block in blocks[:_MOST_BLOCKS]
-        for sample in decode_block(
-            read_block(store_url, entry, block), entry, block, manifest.image_size
-        )
-    )
+    samples = read_blocks(store_url, blocks[:_MOST_BLOCKS], manifest.image_size)
     return choose_contact(samples, studies, per_finding=per_finding)
 
 

@@ -16,11 +16,13 @@ import pyarrow as pa
 from pneumo import storage
 from pneumo.config import Config
 from pneumo.dataset.manifest import Manifest, SplitEntry, find_manifest, write_manifest
+from pneumo.dataset.overlap import KNOWN_PICTURES
 from pneumo.dataset.receipts import PreparedShard, Receipt, read_study
 from pneumo.dataset.shard_plans import PARTS, digest_settings
 from pneumo.dataset.shards import SHARD_SUFFIX
 from pneumo.dataset.source import Rejected, Source
 from pneumo.dataset.splits import SPLITS, LeakageAudit, audit_split, check_shards
+from pneumo.dataset.study_keys import SECRET_CHECK
 from pneumo.dataset.study_table import (
     QUARANTINE,
     find_duplicates,
@@ -36,9 +38,6 @@ from pneumo.errors import (
 )
 
 CLAIM = "parts/claim.json"
-SECRET_CHECK = "secret_check.txt"
-"""Tells whether the keys of two stores come from one secret, so that shared patients can be
-found."""
 
 
 def find_store(store_url: str, source: Source, config: Config) -> Manifest | None:
@@ -114,7 +113,9 @@ def finish_store(
     table = pa.concat_tables([shard.studies for shard in prepared])
     splits = _join_splits(receipts, table, has_patients=source.has_patients)
     shard_prevalence = _check_classes(splits)
-    if len(rejected) > len(source.rejected):
+    known = sum(receipt.known for receipt in receipts)
+    left_out = {**source.left_out, **({KNOWN_PICTURES: known} if known else {})}
+    if known or len(rejected) > len(source.rejected):
         audit = _audit_used(source, table, audit, config)
     studies = write_studies(store_url, table)
     contradictions = sum((Counter(receipt.contradictions) for receipt in receipts), Counter())
@@ -124,7 +125,7 @@ def finish_store(
         prepare_digest=prepare_digest,
         image_size=config.prepare.image_size,
         layout=source.layout,
-        left_out=dict(source.left_out),
+        left_out=left_out,
         phantoms=phantoms,
         seed=config.seed,
         split=config.split,

@@ -17,7 +17,9 @@ from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pneumo import storage
+from pneumo.dataset.likeness import hash_picture
 from pneumo.dataset.manifest import ShardEntry
+from pneumo.dataset.overlap import Seen
 from pneumo.dataset.shard_plans import ShardPlan
 from pneumo.dataset.shards import SHARD_SUFFIX, Sample, write_shard
 from pneumo.dataset.source import RSNA, Rejected, Study
@@ -49,6 +51,8 @@ class Receipt(BaseModel):
     contradictions: dict[str, int]
     """Studies whose tables and header disagree, or lack something, by kind."""
     warned: tuple[Warned, ...] = ()
+    known: int = 0
+    """Studies left out since their picture is in train or val of another store."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,9 +74,15 @@ class PreparedShard:
 
 
 def prepare_shard(
-    plan: ShardPlan, store_url: str, image_size: int, prepare_digest: str, file_key: bytes
+    plan: ShardPlan,
+    store_url: str,
+    image_size: int,
+    prepare_digest: str,
+    file_key: bytes,
+    seen: Seen | None = None,
 ) -> PreparedShard:
-    """Write a plan's shard and receipt, unless an earlier run did; `file_key` is `Source.file_key`.
+    """Write a plan's shard and receipt, unless an earlier run did; `file_key` is `Source.file_key`,
+    and pictures that are `seen` are left out.
 
     An earlier run's are kept where the shard is whole and the files that the receipt rejects still
     cannot be used.
@@ -82,7 +92,7 @@ def prepare_shard(
     kept = _find_receipt(plan, store_url, image_size, digest)
     if kept is not None:
         return PreparedShard.of(kept, reused=True)
-    receipt = _write_shard(plan, store_url, image_size, digest, file_key)
+    receipt = _write_shard(plan, store_url, image_size, digest, file_key, seen)
     storage.write_text(storage.join(store_url, plan.receipt), receipt.model_dump_json())
     return PreparedShard.of(receipt, reused=False)
 
@@ -107,13 +117,19 @@ def _find_receipt(plan: ShardPlan, store_url: str, image_size: int, digest: str)
 
 
 def _write_shard(
-    plan: ShardPlan, store_url: str, image_size: int, digest: str, file_key: bytes
+    plan: ShardPlan,
+    store_url: str,
+    image_size: int,
+    digest: str,
+    file_key: bytes,
+    seen: Seen | None,
 ) -> Receipt:
     rows: list[StudyRow] = []
     rejected: list[Rejected] = []
     contradictions: Counter[str] = Counter()
     warned: list[Warned] = []
     histogram = np.zeros(256, np.int64)
+    known = list[str]()
 
     def samples() -> Iterator[Sample]:
         files = read_files([(study.url, _label(study)) for study in plan.studies])
@@ -124,12 +140,16 @@ def _write_shard(
             if isinstance(image, Rejected):
                 rejected.append(image)
                 continue
+            row = _make_row(study, plan.split, image, hashed)
+            if seen is not None and seen.find_pictures([row])[0]:
+                known.append(study.key)
+                continue
             # OpenCV counts in float32, exact to 16 million pixels, and five times as fast as numpy.
             counts = cv2.calcHist([image.pixels], [0], None, [256], [0, 256])
             np.add(histogram, counts.ravel().astype(np.int64), out=histogram)
             contradictions.update(_contradictions(study, image))
             warned.extend(Warned(study.key, plan.split, code) for code in image.warnings)
-            rows.append(_make_row(study, plan.split, image, hashed))
+            rows.append(row)
             yield Sample(study.key, image.pixels, study.target)
 
     entry = write_shard(store_url, f"{plan.name}-{{digest}}{SHARD_SUFFIX}", samples())
@@ -141,6 +161,7 @@ def _write_shard(
         histogram=tuple(histogram.tolist()),
         contradictions=dict(contradictions),
         warned=tuple(warned),
+        known=len(known),
     )
 
 
@@ -178,6 +199,7 @@ def _make_row(study: Study, split: str, image: GrayImage, source_blake3: str) ->
         spacing_mm=stated.spacing_mm or own.spacing_mm,
         pixels_digest=digest_pixels(image.pixels),
         source_blake3=source_blake3,
+        picture_hash=hash_picture(image.pixels),
     )
 
 

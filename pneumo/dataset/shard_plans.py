@@ -15,8 +15,8 @@ from pneumo.dataset.splits import SPLITS
 
 PARTS = "parts"
 _LIBRARIES_BYTES = 384 * 2**20
-_FORMAT = 4
-"""To be raised when the same source and settings would give other bytes than before."""
+_FORMAT = 5
+"""Raised when the same source and settings would give other bytes than before."""
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,21 @@ def plan_shards(
     for name in SPLITS:
         members = [study for study in studies if by_key.get(study.key) == name]
         random.Random(f"shards/{seed}/{name}").shuffle(members)
-        # Equal shards, and of a small source enough of them for several tasks.
-        count = max(-(-len(members) // samples_per_shard), min(8, len(members) // 16), 1)
-        if count > 8:  # so that 2, 4 or 8 workers have equally many, and end together
-            count = min(-(-count // 8) * 8, len(members))
+        count = count_shards(len(members), samples_per_shard)
         bounds = [len(members) * i // count for i in range(count + 1)]
         plans += [
             ShardPlan(name, f"{name}/{i:06d}", tuple(members[bounds[i] : bounds[i + 1]]))
             for i in range(count)
         ]
     return plans
+
+
+def count_shards(samples: int, most: int) -> int:
+    """Equal shards of `most` samples, and of a small split enough of them for several tasks."""
+    count = max(-(-samples // most), min(8, samples // 16), 1)
+    if count <= 8:
+        return count
+    return min(-(-count // 8) * 8, samples)  # 2, 4 or 8 workers have equally many, end together
 
 
 def estimate_memory(plans: Sequence[ShardPlan], image_size: int) -> int:

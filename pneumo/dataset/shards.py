@@ -241,6 +241,14 @@ def decode_block(
         yield _decode_sample(key, image.content, label.content, image_size, f"{where}: sample {i}")
 
 
+def read_blocks(
+    store_url: str, blocks: Iterable[tuple[ShardEntry, BlockEntry]], image_size: int
+) -> Iterator[Sample]:
+    """The samples of some blocks, one block read at a time. Raises as `read_block`."""
+    for entry, block in blocks:
+        yield from decode_block(read_block(store_url, entry, block), entry, block, image_size)
+
+
 class _Member(NamedTuple):
     name: str
     content: memoryview

@@ -17,6 +17,8 @@ _logger = logging.getLogger(__name__)
 
 PRIVATE_FOLDER = ".pneumo"
 HASH_KEY_VARIABLE = "PNEUMO_HASH_KEY"
+SECRET_CHECK = "secret_check.txt"
+"""By it two stores know whether one secret made their keys, so that shared patients are found."""
 
 
 def read_hash_key(source_url: str, environ: Mapping[str, str]) -> bytes:

@@ -48,6 +48,10 @@ class StudyRow:
     source_blake3: str
     """BLAKE3 of the DICOM file, in hex, keyed by `study_keys.derive_file_key`: who has the hash key
     can find the file of a picture, and nobody else."""
+    picture_hash: str = ""
+    """See `likeness.hash_picture`; empty in stores of before."""
+    source: str = ""
+    """Of a store that was joined of several: the name of the one that it comes from."""
 
 
 @dataclass(frozen=True)
@@ -117,14 +121,18 @@ def read_studies(store_url: str, manifest: Manifest) -> dict[str, StudyRow]:
     texts: dict[str | None, str | None] = {}
     """Each text that many rows have, once."""
     try:
-        for batch in pq.ParquetFile(io.BytesIO(data)).iter_batches(_ROWS_AT_ONCE):
+        table = pq.ParquetFile(io.BytesIO(data))
+        fields = StudyRow.__dataclass_fields__
+        known = [name for name in table.schema_arrow.names if name in fields]
+        for batch in table.iter_batches(_ROWS_AT_ONCE, columns=known):
             columns = batch.to_pydict()
             columns["boxes"] = [tuple(Box(*box) for box in boxes) for boxes in columns["boxes"]]
             for name in ("patient", "split", "finding", "sex", "view"):
                 columns[name] = [texts.setdefault(text, text) for text in columns[name]]
-            values = [columns[name] for name in StudyRow.__dataclass_fields__]
-            rows |= {row.key: row for row in map(StudyRow, *values)}
-    except (pa.ArrowInvalid, KeyError) as error:
+            for values in zip(*columns.values(), strict=True):
+                row = StudyRow(**dict(zip(columns, values, strict=True)))
+                rows[row.key] = row
+    except (pa.ArrowInvalid, KeyError, TypeError) as error:
         raise DataError(
             f"{storage.join(store_url, STUDIES)}: not a table of studies; delete the store and "
             "prepare it again"

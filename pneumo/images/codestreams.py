@@ -118,6 +118,11 @@ def read_jpeg_2000_size(frame: bytes) -> FrameSize | None:
     return FrameSize(bottom - top, right - left, samples, 1 + (components[0] & 0x7F))
 
 
+def is_signed_jpeg_2000(frame: bytes) -> bool:
+    """Whether the SIZ marker says that the samples have signs."""
+    return frame.startswith(_START_OF_JPEG_2000) and len(frame) > 42 and frame[42] >= 0x80
+
+
 def find_end(frame: bytes) -> int | None:
     """Where a JPEG or JPEG-LS codestream ends, after its end marker; None where it is cut off.
 

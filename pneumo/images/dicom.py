@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -41,6 +41,7 @@ from pneumo.images.frame_format import read_format
 from pneumo.images.gray_levels import Gray, render_gray
 from pneumo.images.headers import (
     NO_EXPOSURE,
+    NO_HEADER,
     Exposure,
     Header,
     make_exposure,
@@ -124,7 +125,7 @@ def read_study_image(data: bytes, image_size: int) -> GrayImage:
     with _only_dicom_errors():
         dataset = parse(data, repairs)
         _check_class(dataset)
-        return _make_image(
+        return make_image(
             _decode_gray(dataset, repairs),
             image_size,
             shape=(int(dataset.Rows), int(dataset.Columns)),
@@ -151,7 +152,7 @@ def _read_fast(plain: PlainFile, image_size: int) -> GrayImage | None:
     spacing = (texts.get(_PIXEL_SPACING) or texts.get(_IMAGER_SPACING) or "0").split("\\")
     if not all(_NUMBER.fullmatch(number) for number in spacing):
         return None
-    return _make_image(
+    return make_image(
         gray,
         image_size,
         shape=(plain.form.rows, plain.form.columns),
@@ -169,19 +170,18 @@ def _read_fast(plain: PlainFile, image_size: int) -> GrayImage | None:
             intent=texts.get(_INTENT),
             modality=texts.get(_MODALITY),
         ),
-        repairs=Repairs(),
     )
 
 
-def _make_image(
+def make_image(
     gray: Gray,
     image_size: int,
     *,
     shape: tuple[int, int],
-    header: Header,
-    identifier: str | None,
-    exposure: Exposure,
-    repairs: Repairs,
+    header: Header = NO_HEADER,
+    identifier: str | None = None,
+    exposure: Exposure = NO_EXPOSURE,
+    repairs: Iterable[str] = (),
 ) -> GrayImage:
     """The picture of `gray`, which may be smaller than the original's `shape`."""
     pixels, offset = letterbox(gray, image_size)

@@ -16,8 +16,8 @@ from pydicom.tag import Tag
 from pneumo.errors import DicomError
 
 Repairs = set[str]
-"""What was done to read a file: `left_out`, `codestream`, `rescaled`, `spelling` or `parsed`, each
-with a keyword; docs/preparing.md lists them."""
+"""What was done to read a file: `left_out`, `codestream`, `pixels`, `rescaled`, `spelling` or
+`parsed`, each with a keyword; docs/preparing.md lists them."""
 
 
 def read_optional(dataset: pydicom.Dataset, keyword: str, repairs: Repairs) -> Any:
@@ -31,16 +31,18 @@ def read_optional(dataset: pydicom.Dataset, keyword: str, repairs: Repairs) -> A
 
 
 def read_numbers(dataset: pydicom.Dataset, keyword: str, repairs: Repairs) -> list[float]:
-    """The element's finite numbers; empty where it is absent or one is no number."""
+    """The element's finite numbers, up to the first that is none."""
     value = read_optional(dataset, keyword, repairs)
     if value is None:
         return []
     values = list(value) if isinstance(value, (MultiValue, list)) else [value]
-    numbers = [_read_number(one) for one in values]
-    found = [number for number in numbers if number is not None]
-    if len(found) < len(numbers):
-        repairs.add(f"left_out:{keyword}")
-        return []
+    found = list[float]()
+    for one in values:
+        number = _read_number(one)
+        if number is None:
+            repairs.add(f"left_out:{keyword}")
+            return found
+        found.append(number)
     if any(isinstance(one, (str, bytes)) and not _is_plain(one) for one in values):
         repairs.add(f"spelling:{keyword}")
     return found

@@ -73,14 +73,15 @@ def read_format(dataset: pydicom.Dataset, repairs: Repairs) -> FrameFormat:
 
 
 def _read_photometric(dataset: pydicom.Dataset, samples: int, repairs: Repairs) -> str:
-    stated = str(read_optional(dataset, "PhotometricInterpretation", repairs) or "")
-    photometric = " ".join(stated.upper().split())
+    values = read_optional(dataset, "PhotometricInterpretation", repairs) or ""
+    stated = str(values if isinstance(values, str) else values[0])
+    known = {name.replace(" ", ""): name for names in _PHOTOMETRICS.values() for name in names}
+    photometric = known.get("".join(stated.upper().split()), "unknown")
     if photometric not in _PHOTOMETRICS.get(samples, ()):
-        known = photometric if photometric in sum(_PHOTOMETRICS.values(), ()) else "unknown"
         raise DicomError(
-            f"{samples} samples a pixel, photometric interpretation {known}", "photometric"
+            f"{samples} samples a pixel, photometric interpretation {photometric}", "photometric"
         )
-    if photometric != stated:
+    if photometric != values:
         repairs.add("spelling:PhotometricInterpretation")
     return photometric
 

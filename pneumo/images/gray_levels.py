@@ -26,7 +26,8 @@ from scipy.special import expit
 from pneumo.errors import DicomError
 from pneumo.images.elements import Repairs, read_numbers, read_optional
 from pneumo.images.frame_format import FrameFormat
-from pneumo.images.pixel_decoders import Stored, transfer_syntax
+from pneumo.images.pixel_decoders import transfer_syntax
+from pneumo.images.stored_values import Stored
 
 Gray = npt.NDArray[np.uint8]
 Values = npt.NDArray[np.float64]
@@ -78,7 +79,7 @@ def _gray_table(
 ) -> Gray:
     """Gray level of each code of the type of `stored`."""
     own = _every_value(stored)
-    padding = _find_padding(dataset, own, stored.dtype, repairs)
+    padding = _find_padding(dataset, own, stored, repairs)
     with np.errstate(all="ignore"):  # what is not finite is refused below
         values = _apply_modality(dataset, own, repairs)
         as_stored = form.bits_stored <= 8 and not form.signed and bool((values == own).all())
@@ -105,12 +106,12 @@ def _has_display(dataset: pydicom.Dataset) -> bool:
 
 
 def _find_padding(
-    dataset: pydicom.Dataset, values: Values, stored_type: np.dtype[Any], repairs: Repairs
+    dataset: pydicom.Dataset, values: Values, stored: Stored, repairs: Repairs
 ) -> npt.NDArray[np.bool_]:
     """Which stored values are padding: one value, or all up to the range limit (PS3.3 C.7.5.1.1.2
-    and C.7.6.3)."""
+    and C.7.6.3); none where almost all pixels would be."""
     # Some writers mix up signed and unsigned; a number that no stored value can be is ignored.
-    bits = 8 * stored_type.itemsize
+    bits = 8 * stored.dtype.itemsize
     codes: list[int] = []
     for keyword in ("PixelPaddingValue", "PixelPaddingRangeLimit"):
         limits = read_numbers(dataset, keyword, repairs)
@@ -122,21 +123,29 @@ def _find_padding(
             codes.append(int(limits[0]) % 2**bits)
     if not codes:
         return np.zeros(values.shape, np.bool_)
-    ends = np.array(codes, f"u{stored_type.itemsize}").view(stored_type)
-    return np.asarray((values >= ends.min()) & (values <= ends.max()))
+    ends = np.array(codes, f"u{stored.dtype.itemsize}").view(stored.dtype)
+    padding = np.asarray((values >= ends.min()) & (values <= ends.max()))
+    padded = _count_codes(stored)[padding]
+    if padded.sum() >= _ALMOST_ALL * stored.size and np.count_nonzero(padded) > 1:
+        repairs.add("left_out:PixelPaddingValue")
+        padding[:] = False
+    return padding
 
 
 def _apply_modality(dataset: pydicom.Dataset, values: Values, repairs: Repairs) -> Values:
-    """`values` through the modality LUT, or rescaled (PS3.3 C.11.1); as they are with slope 0."""
+    """`values` through the modality LUT, or rescaled (PS3.3 C.11.1), unless all become one."""
     table = _read_item(dataset, "ModalityLUTSequence", repairs)
     if table is not None:
-        return table.apply(values)
+        if np.ptp(table.entries) > 0:
+            return table.apply(values)
+        repairs.add("left_out:ModalityLUTSequence")
     slope = read_numbers(dataset, "RescaleSlope", repairs) or [1.0]
     intercept = read_numbers(dataset, "RescaleIntercept", repairs) or [0.0]
-    if slope[0] == 0:
+    rescaled = values * slope[0] + intercept[0]
+    if slope[0] == 0 or not np.isfinite(rescaled).all():
         repairs.add("left_out:RescaleSlope")
         return values
-    return values * slope[0] + intercept[0]
+    return rescaled
 
 
 def _apply_voi(
@@ -230,7 +239,8 @@ def _read_table(dataset: pydicom.Dataset, descriptor: Any, data: Any) -> _Table:
         raise ValueError(f"a look-up table of {bits} bits")
     if isinstance(data, bytes):
         order = ">" if transfer_syntax(dataset) == ExplicitVRBigEndian else "<"
-        entries = np.frombuffer(data, np.uint8 if len(data) < 2 * count else f"{order}u2")
+        in_bytes = len(data) in (count, count + 1)
+        entries = np.frombuffer(data, np.uint8 if in_bytes else f"{order}u2")
     else:
         entries = np.array(data, np.int64, ndmin=1) % 2**16
     entries = entries[:count].astype(np.float64)
@@ -251,25 +261,31 @@ def _count_codes(stored: Stored) -> Counts:
 def _span(values: Values, counts: Counts, repairs: Repairs) -> Values:
     """`values` so that the least that has pixels is 0 and the greatest 1; 0 if there is but one.
 
-    Where the 0.1 % of the pixels at either end, hot ones or letters, take up half of that range,
-    the rest spans it.
+    Where 0.1 % of the pixels at either end, hot ones, take up half of that range, or 3 % beyond a
+    gap, letters, the rest spans it.
     """
     used = counts > 0
     if not used.any():
         return np.zeros_like(values)
     order = np.argsort(values, kind="stable")
     order = order[used[order]]
-    low, high = values[order[[0, -1]]].tolist()
-    reached = np.cumsum(counts[order])
-    ends = np.searchsorted(reached, [_OUTLIERS * reached[-1], (1 - _OUTLIERS) * reached[-1]])
-    inner_low, inner_high = values[order[ends]].tolist()
+    ordered, reached = values[order], np.cumsum(counts[order]) / counts.sum()
+    low, high = ends = ordered[[0, -1]].tolist()
+    inner_low, inner_high = ordered[np.searchsorted(reached, (_HOT, 1 - _HOT))].tolist()
+    gaps = np.diff(ordered, append=high)
+    widest = int(gaps.argmax())
     if 0 < inner_high - inner_low < (high - low) / 2:
-        repairs.add("left_out:outliers")
         low, high = inner_low, inner_high
+    elif gaps[widest] > (high - low) / 2 and reached[widest] >= 1 - _LETTERS and widest > 0:
+        high = float(ordered[widest])
+    elif gaps[widest] > (high - low) / 2 and reached[widest] <= _LETTERS:
+        low = float(ordered[widest + 1])
+    if [low, high] != ends:
+        repairs.add("left_out:outliers")
     return np.asarray(np.clip((values - low) / ((high - low) or 1.0), 0.0, 1.0))
 
 
-_OUTLIERS = 0.001
+_HOT, _LETTERS = 0.001, 0.03
 
 
 def _luminance(stored: Stored, photometric: str, bits: int) -> Gray:
@@ -302,8 +318,9 @@ def _palette_table(dataset: pydicom.Dataset, stored: Stored, repairs: Repairs) -
     codes = np.maximum(_every_value(stored), 0)
     rgb = np.stack([table.apply(codes) for table in tables], axis=-1).astype(np.int64)
     stated = 2 ** tables[0].bits - 1
-    # 8 bits an entry may stand in words of 16, in either byte.
-    white = 255 if max(table.entries.max() for table in tables) <= 255 else 65535
+    # 8 bits an entry may stand in words of 16, in either byte, and so may 12.
+    greatest = max(table.entries.max() for table in tables)
+    white = next(white for white in (255, 4095, 65535) if greatest <= white)
     if white != stated:
         repairs.add("rescaled:RedPaletteColorLookupTableDescriptor")
     # In whole numbers: a level may lie half-way between two grays, and floats summed by another

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from pydicom.datadict import keyword_for_tag
@@ -117,6 +117,10 @@ class _Reader:
             place, last = end, element.tag
         return True
 
+    def may_follow(self, place: int, last: int) -> bool:
+        """Whether what begins at `place` has a tag that may follow, whatever else is wrong."""
+        return last < _read_tag(self.data, place) <= _PIXEL_DATA
+
     def candidates(self, place: int) -> Iterator[int]:
         """Where a next element might begin."""
         pattern, before = (_IMAGE_GROUP_OR_PIXELS, 0) if self.is_implicit else (_VR, 4)
@@ -130,7 +134,8 @@ class _Reader:
         if element is None or element.tag != _PIXEL_DATA:
             return None
         head = self.data[place : element.start]
-        if element.length == UNDEFINED:
+        item = self.element(element.start) if element.length == UNDEFINED else None
+        if item is not None and item.tag == ITEM:
             return self._fragments(element, head)
         samples, bits = self.numbers.get(_SAMPLES, 1), self.numbers.get(_BITS, 0)
         size = self.numbers.get(_ROWS, 0) * self.numbers.get(_COLUMNS, 0) * samples * bits // 8
@@ -145,6 +150,8 @@ class _Reader:
         return head[:-4] + struct.pack("<I", taken) + pixels, not is_sound
 
     def _fragments(self, element: _Element, head: bytes) -> tuple[bytes, bool] | None:
+        if not self.is_implicit:  # of another VR pydicom would parse the items
+            head = head[:4] + b"OB" + head[6:]
         place, fragments = element.start, list[bytes]()
         while (item := self.element(place)) is not None and item.tag == ITEM:
             fragments.append(self.data[item.start : item.start + item.length])
@@ -158,19 +165,24 @@ class _Reader:
         items = b"".join(
             struct.pack("<HHI", ITEM >> 16, ITEM & 0xFFFF, len(part)) + part for part in fragments
         )
-        return head + items + _DELIMITER, not is_sound or is_cut
+        return head + items + _DELIMITER, not is_sound or is_cut or element.vr == b"UN"
 
 
 def mend(data: bytes, repairs: Repairs) -> bytes | None:
     """`data` so that its pixel data can be read; None where that cannot be done."""
     try:
-        return _mend(data, repairs)
+        return _mend(_Reader(data), repairs, _Reader.may_follow) or _mend(
+            _Reader(data), repairs, _Reader.follows
+        )
     except _GivenUp:
         return None
 
 
-def _mend(data: bytes, repairs: Repairs) -> bytes | None:
-    reader = _Reader(data)
+def _mend(
+    reader: _Reader, repairs: Repairs, is_next: Callable[[_Reader, int, int], bool]
+) -> bytes | None:
+    """As `mend`; an element's length is believed where the next one follows it by `is_next`."""
+    data = reader.data
     place, syntax = _skip_meta(reader)
     if syntax == ExplicitVRBigEndian.encode():
         return None
@@ -189,7 +201,7 @@ def _mend(data: bytes, repairs: Repairs) -> bytes | None:
         end = None
         if element is not None and last < element.tag < _PIXEL_DATA:
             end = reader.end(element)
-        if element is not None and end is not None and _has_next(data, end, element.tag):
+        if element is not None and end is not None and is_next(reader, end, element.tag):
             kept.append(data[place:end])
             if element.length == 2:
                 reader.numbers[element.tag] = int.from_bytes(data[end - 2 : end], "little")
@@ -214,11 +226,6 @@ def _skip_meta(reader: _Reader) -> tuple[int, bytes]:
             syntax = reader.data[element.start : end].rstrip(b"\0 ")
         place = end
     return place, syntax
-
-
-def _has_next(data: bytes, place: int, last: int) -> bool:
-    """Whether what begins at `place` has a tag that may follow, whatever else is wrong with it."""
-    return last < _read_tag(data, place) <= _PIXEL_DATA
 
 
 def _read_tag(data: bytes, place: int) -> int:

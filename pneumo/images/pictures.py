@@ -18,11 +18,9 @@ import simplejpeg
 from PIL import Image
 
 from pneumo.errors import DicomError
-from pneumo.images.dicom import GrayImage
+from pneumo.images.dicom import GrayImage, make_image
 from pneumo.images.frame_format import MAX_PIXELS
 from pneumo.images.gray_levels import Gray
-from pneumo.images.headers import NO_HEADER
-from pneumo.images.letterbox import fit_shape, letterbox
 
 _SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*")
 _ORIENTATION, _PHOTOMETRIC, _MIN_IS_WHITE = 274, 262, 0
@@ -39,17 +37,7 @@ def read_picture(data: bytes, image_size: int) -> GrayImage:
     Raises DicomError with a reason code: multi_frame, too_large, photometric, undecodable.
     """
     gray = decode_picture(data)
-    pixels, offset = letterbox(gray, image_size)
-    height, width = fit_shape(gray.shape, image_size)
-    return GrayImage(
-        pixels=pixels,
-        header=NO_HEADER,
-        scale=(width / gray.shape[1], height / gray.shape[0]),
-        offset=offset,
-        rows=gray.shape[0],
-        columns=gray.shape[1],
-        identifier=None,
-    )
+    return make_image(gray, image_size, shape=(gray.shape[0], gray.shape[1]))
 
 
 def decode_picture(data: bytes) -> Gray:

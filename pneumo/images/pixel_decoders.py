@@ -16,7 +16,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pydicom
 import simplejpeg
 from pydicom.encaps import encapsulate, generate_fragments
@@ -46,14 +45,15 @@ from pneumo.images.codestreams import (
     find_end,
     find_jpeg_2000,
     find_syntax,
+    is_signed_jpeg_2000,
+    is_whole,
     is_ycbcr,
     read_jpeg_2000_size,
     read_jpeg_size,
 )
 from pneumo.images.elements import Repairs
 from pneumo.images.frame_format import FrameFormat
-
-Stored = npt.NDArray[np.uint8 | np.int8 | np.uint16 | np.int16]
+from pneumo.images.stored_values import Stored, make_values
 
 _LONGEST_RUN = 128
 
@@ -63,6 +63,8 @@ _NATIVE = {
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
 }
+_GE_BIG_ENDIAN = UID("1.2.840.113619.5.2")
+"""GE's own: implicit VR, little endian, but for the pixels."""
 _LOSSLESS_JPEG = {JPEGLossless, JPEGLosslessSV1}
 _JPEG = {JPEGBaseline8Bit, JPEGExtended12Bit, *_LOSSLESS_JPEG}
 _JPEG_LS = {JPEGLSLossless, JPEGLSNearLossless}
@@ -135,20 +137,21 @@ def decode_stored(
     stated, element = transfer_syntax(dataset), dataset["PixelData"]
     frame = b""
     syntax = stated
-    if element.is_undefined_length or (stated not in _NATIVE and not _is_bare(element, form)):
+    if not _is_bare(element, form) and (element.is_undefined_length or stated not in _NATIVE):
         frame = read_frame(dataset, repairs)
         syntax = _find_syntax(frame, stated, repairs)
     elif stated not in _NATIVE:
         repairs.add("codestream:TransferSyntaxUID")
-        syntax = ExplicitVRLittleEndian
+        syntax = ExplicitVRBigEndian if stated == _GE_BIG_ENDIAN else ExplicitVRLittleEndian
     if not frame:
-        stored, _ = _run_decoder(element.value, syntax, form, "", vr=str(element.VR))
-        return _drop_unused_bits(stored, form), form
+        vr = "OB" if element.VR == "OB" else "OW"
+        stored, _ = _run_decoder(element.value, syntax, form, "", vr=vr)
+        has_overlays = any(tag >> 24 == 0x60 for tag in dataset.keys())  # noqa: SIM118
+        return make_values(stored, form, repairs, may_widen=not has_overlays)
     frame = _check_frame(frame, syntax, form)
     plugin = choose_plugin(syntax, _installed(syntax))
-    if (
-        syntax == JPEGExtended12Bit and _read_precision(frame, syntax) > 8
-    ):  # no plugin of pydicom's has them
+    if plugin == "pillow" and syntax in _JPEG and _read_precision(frame, syntax) > 8:
+        # Of 12 bits: no plugin of pydicom's has them.
         plugin = choose_plugin(JPEGLossless, _installed(syntax), stated=syntax)
     if plugin == "pydicom":
         check_runs(frame, form)
@@ -161,8 +164,9 @@ def decode_stored(
 def _is_bare(element: pydicom.DataElement, form: FrameFormat) -> bool:
     """Whether the pixels are not encapsulated, whatever the transfer syntax says."""
     size = form.rows * form.columns * form.samples * form.bits_allocated // 8
-    is_item = bytes(element.value[:4]) == b"\xfe\xff\x00\xe0"
-    return not is_item and len(element.value) in (size, size + size % 2)
+    value = element.value or b""
+    is_item = bytes(value[:4]) == b"\xfe\xff\x00\xe0"
+    return not is_item and len(value) in (size, size + size % 2)
 
 
 def _find_syntax(frame: bytes, stated: UID, repairs: Repairs) -> UID:
@@ -172,8 +176,6 @@ def _find_syntax(frame: bytes, stated: UID, repairs: Repairs) -> UID:
         raise DicomError("encapsulated pixel data in an uncompressed transfer syntax")
     if found is None or _PLUGINS.get(found) == _PLUGINS.get(stated):
         return stated
-    if stated not in _NATIVE and stated not in _PLUGINS:
-        return stated  # a syntax that is not supported
     if stated in _LOSSLESS_JPEG and found in _JPEG:
         return stated  # its decoder reads these too
     repairs.add("codestream:TransferSyntaxUID")
@@ -224,7 +226,7 @@ def _decode_frame(
     # A writer that encodes the header's bit fields as they are says so by their precision.
     is_bit_field = syntax == RLELossless or (bits > form.bits_stored and syntax not in _JPEG_2000)
     low = form if is_bit_field else replace(form, high_bit=form.bits_stored - 1)
-    return _drop_unused_bits(stored, low), form
+    return make_values(stored, low, repairs, is_signed=is_signed_jpeg_2000(frame))
 
 
 def _run_decoder(
@@ -285,20 +287,10 @@ def _decoder_options(form: FrameFormat, *, vr: str) -> dict[str, Any]:
         "pixel_keyword": "PixelData",
         "pixel_vr": vr,
         "allow_excess_frames": False,
-        # pydicom takes the lowest bits, whatever the high bit says; see `_drop_unused_bits`.
+        # pydicom takes the lowest bits, whatever the high bit says; see `stored_values`.
         "correct_unused_bits": False,
         "view_only": True,
     }
-
-
-def _drop_unused_bits(stored: Stored, form: FrameFormat) -> Stored:
-    """`stored` without the bits outside [high bit - bits stored + 1, high bit], sign-extended."""
-    bits = 8 * stored.dtype.itemsize
-    if form.bits_stored >= bits:
-        return stored
-    # The shift back is arithmetic where the type is signed.
-    shifted = np.left_shift(stored, bits - 1 - form.high_bit)
-    return np.right_shift(shifted, bits - form.bits_stored, out=shifted)
 
 
 def read_frame(dataset: pydicom.Dataset, repairs: Repairs) -> bytes:
@@ -309,16 +301,21 @@ def read_frame(dataset: pydicom.Dataset, repairs: Repairs) -> bytes:
     """
     try:
         fragments = list(generate_fragments(dataset.PixelData))
-        table, fragments = fragments[0], fragments[1:]
-        offsets = [int(offset) for offset in np.frombuffer(table, "<u4")]
     except Exception as error:  # no items, items beyond the end
         raise DicomError(f"pixel data is not encapsulated: {type(error).__name__}") from error
+    is_table_missing = find_syntax(b"".join(fragments[:1])) is not None
+    table = b"" if is_table_missing or not fragments else fragments.pop(0)
+    offsets = np.frombuffer(table[: len(table) // 4 * 4], "<u4").tolist()
     starts = [0, *itertools.accumulate(8 + len(fragment) for fragment in fragments)]
-    if offsets and not (offsets[0] == 0 and set(offsets) <= set(starts)):
+    is_true = not is_table_missing and offsets[:1] in ([], [0]) and set(offsets) <= set(starts)
+    if is_true and len(offsets) > 1:
+        first = b"".join(fragments[: starts.index(offsets[1])])
+        if is_whole(first) or find_syntax(first) == RLELossless:
+            return first
+        is_true = False  # it lists the fragments of the one frame
+    if not is_true:
         repairs.add("codestream:BasicOffsetTable")
-        offsets = []
-    count = starts.index(offsets[1]) if len(offsets) > 1 else len(fragments)
-    return b"".join(fragments[:count])
+    return b"".join(fragments)
 
 
 def _check_frame(frame: bytes, syntax: UID, form: FrameFormat) -> bytes:

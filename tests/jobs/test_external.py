@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from jobs import evaluate, prepare
+from jobs.evaluation.external_wandb import read_external
 from pneumo.dataset.manifest import read_manifest
 from pneumo.dataset.phantoms.layouts import PHANTOM_LAYOUTS
 from pneumo.dataset.phantoms.source_folder import write_phantoms
@@ -56,7 +57,8 @@ def test_a_verdict_elsewhere(
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     capsys.readouterr()
     assert judge(prepared, run, sets / "chexpert") == 0
-    assert all(path.read_bytes() == data for path, data in before.items())
+    report = run / "report.html"
+    assert all(path.read_bytes() == data for path, data in before.items() if path != report)
     own = json.loads((run / "metrics.json").read_text())
     metrics = json.loads((run / "external" / "metrics.json").read_text())
     found = metrics["sets"]["chexpert"]
@@ -73,8 +75,14 @@ def test_a_verdict_elsewhere(
     assert set(Predictions.from_parquet(table.read_bytes()).key.tolist()) == studies.keys()
     assert (run / "external" / "matrix.png").read_bytes().startswith(b"\x89PNG")
     page = (run / "external" / "report.html").read_text()
-    assert "What becomes of the model elsewhere" in page
-    assert f"{found['auroc']['external']['value']:.3f}" in page
+    for text in (page, report.read_text()):
+        assert "What becomes of the model elsewhere" in text
+        assert f"{found['auroc']['external']['value']:.3f}" in text
+    sent = read_external(str(run))
+    assert sent is not None
+    assert sent.summary["eval/external/chexpert/auroc"] == found["auroc"]["external"]["value"]
+    assert sent.summary["eval/external/chexpert/n"] == len(studies)
+    assert "-external-" in sent.id
     assert "own test" in capsys.readouterr().out
 
 
@@ -89,6 +97,7 @@ def test_two_runs_make_a_matrix(
     assert judge(prepared, run, sets / "chexpert", flags=flags) == 0
     metrics = json.loads((run / "external" / "metrics.json").read_text())
     assert metrics["matrix_of_others"] == {"other": metrics["matrix"]}
+    assert (run / "report.html").read_text().count('<h2 id="elsewhere">') == 1
 
 
 def test_what_cannot_be_judged_is_told_at_once(

@@ -93,7 +93,7 @@ def test_arguments_are_no_configuration() -> None:
     one = parse_command_line("train", ["--store", "a"], {})
     two = parse_command_line("train", ["--store", "b", "--run", "r", "--debug"], {})
     assert isinstance(two.arguments, TrainArguments)
-    assert (two.arguments.store, two.arguments.run, two.arguments.debug) == ("b", "r", True)
+    assert (two.arguments.store, two.arguments.run, two.arguments.debug) == (["b"], "r", True)
     assert one.config.digest() == two.config.digest() == Config().digest()
 
 

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import cv2
@@ -20,6 +20,9 @@ from pneumo.dataset.phantoms.drawing import IMAGE_SIDE_PX
 from pneumo.dataset.phantoms.population import PhantomStudy
 from pneumo.dataset.sources.rsna import CLASS_TABLES, LABEL_TABLES, MAPPING
 from pneumo.images.boxes import Box
+
+Boxes = Sequence[tuple[Box, ...]]
+"""Of each study."""
 
 
 def encode_dicom(study: PhantomStudy, pixels: NDArray[np.uint8]) -> bytes:
@@ -58,18 +61,21 @@ def _make_uids(study: PhantomStudy) -> dict[str, str]:
     return {level: f"2.25.{uuid.uuid5(uuid.UUID(study.name), level).int}" for level in levels}
 
 
-def write_kaggle_tables(
-    out: Path, studies: Sequence[PhantomStudy], boxes: Sequence[tuple[Box, ...]]
-) -> None:
+def write_rows(path: Path, rows: Iterable[Sequence[object]]) -> None:
+    """A CSV of `rows`, the first the names of the columns."""
+    with path.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
+
+
+def write_kaggle_tables(out: Path, studies: Sequence[PhantomStudy], boxes: Boxes) -> None:
     """Labels and classes, a row a box, and the mapping to the patients."""
     labels: list[Sequence[object]] = [("patientId", *Box._fields, "Target")]
     classes: list[Sequence[object]] = [("patientId", "class")]
     for study, own in zip(studies, boxes, strict=True):
         labels += [(study.name, *box, int(study.positive)) for box in own or [("",) * 4]]
         classes += [(study.name, study.finding)] * max(len(own), 1)
-    for name, rows in ((LABEL_TABLES[0], labels), (CLASS_TABLES[0], classes)):
-        with (out / name).open("w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(rows)
+    write_rows(out / LABEL_TABLES[0], labels)
+    write_rows(out / CLASS_TABLES[0], classes)
     mapping = [
         {
             "subset_img_id": study.name,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,12 +10,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from pneumo.dataset.phantoms.kaggle import encode_dicom, write_kaggle_tables
+from pneumo.dataset.phantoms.kaggle import Boxes, encode_dicom, write_kaggle_tables, write_rows
 from pneumo.dataset.phantoms.population import PhantomStudy
 from pneumo.dataset.sources.rsna import CLASS_TABLES, IMAGE_FOLDERS, LABEL_TABLES, MAPPING
 from pneumo.images.boxes import Box
-
-Boxes = Sequence[tuple[Box, ...]]
 
 
 @dataclass(frozen=True)
@@ -28,27 +25,14 @@ class PhantomLayout:
     """Files that a whole folder has besides the pictures."""
     place: Callable[[PhantomStudy], str]
     """Where the study's picture goes, below the folder."""
-    encode: Callable[[PhantomStudy, NDArray[np.uint8]], bytes]
     write_tables: Callable[[Path, Sequence[PhantomStudy], Boxes], None]
 
-
-def _encode_png(study: PhantomStudy, pixels: NDArray[np.uint8]) -> bytes:
-    return _encode(".png", pixels)
-
-
-def _encode_jpeg(study: PhantomStudy, pixels: NDArray[np.uint8]) -> bytes:
-    return _encode(".jpg", pixels)
-
-
-def _encode(ending: str, pixels: NDArray[np.uint8]) -> bytes:
-    ok, encoded = cv2.imencode(ending, pixels)
-    assert ok, "OpenCV encodes any 8-bit image"
-    return encoded.tobytes()
-
-
-def _write_rows(path: Path, rows: Iterable[Sequence[object]]) -> None:
-    with path.open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(rows)
+    def encode(self, study: PhantomStudy, pixels: NDArray[np.uint8]) -> bytes:
+        """The file of the study's picture, as its name ends."""
+        ending = Path(self.place(study)).suffix
+        if ending in (".dcm", ".dicom"):
+            return encode_dicom(study, pixels)
+        return cv2.imencode(ending, pixels)[1].tobytes()
 
 
 # --- own table ------------------------------------------------------------------------------------
@@ -66,7 +50,7 @@ def _write_own_table(out: Path, studies: Sequence[PhantomStudy], boxes: Boxes) -
         row = (_place_own(study), f"p{study.patient}", int(study.positive), study.finding)
         header = (study.view, study.age, study.sex)
         rows += [(*row, *header, *box) for box in own or [("",) * 4]]
-    _write_rows(out / "studies.csv", rows)
+    write_rows(out / "studies.csv", rows)
 
 
 # --- NIH ChestX-ray14 -----------------------------------------------------------------------------
@@ -93,8 +77,8 @@ def _write_nih_tables(out: Path, studies: Sequence[PhantomStudy], boxes: Boxes) 
         labelled = (_name_nih(study), labels[study.finding], study.index, study.patient + 1)
         rows.append((*labelled, study.age, study.sex, study.view))
         drawn += [(_name_nih(study), "Pneumonia", *box) for box in own]
-    _write_rows(out / "Data_Entry_2017.csv", rows)
-    _write_rows(out / "BBox_List_2017.csv", drawn)
+    write_rows(out / "Data_Entry_2017.csv", rows)
+    write_rows(out / "BBox_List_2017.csv", drawn)
 
 
 # --- CheXpert -------------------------------------------------------------------------------------
@@ -119,7 +103,7 @@ def _write_chexpert_tables(out: Path, studies: Sequence[PhantomStudy], boxes: Bo
         if study.index == 0:
             side = path.replace("view1_frontal", "view2_lateral")
             rows.append((side, sex, study.age, "Lateral", "", healthy, label))
-    _write_rows(out / "train.csv", [names, *rows])
+    write_rows(out / "train.csv", [names, *rows])
 
 
 # --- VinDr-CXR ------------------------------------------------------------------------------------
@@ -142,7 +126,7 @@ def _write_vindr_table(out: Path, studies: Sequence[PhantomStudy], boxes: Boxes)
             ]
             if not seen:
                 rows.append((study.name, "No finding", 14, reader, "", "", "", ""))
-    _write_rows(out / "train.csv", rows)
+    write_rows(out / "train.csv", rows)
 
 
 # --- chest_xray -----------------------------------------------------------------------------------
@@ -166,34 +150,17 @@ def _place_kaggle(study: PhantomStudy) -> str:
 
 
 KAGGLE = PhantomLayout(
-    "rsna",
-    (LABEL_TABLES[0], CLASS_TABLES[0], MAPPING[0]),
-    _place_kaggle,
-    encode_dicom,
-    write_kaggle_tables,
+    "rsna", (LABEL_TABLES[0], CLASS_TABLES[0], MAPPING[0]), _place_kaggle, write_kaggle_tables
 )
+_NIH_TABLES = ("Data_Entry_2017.csv", "BBox_List_2017.csv")
 PHANTOM_LAYOUTS: Mapping[str, PhantomLayout] = {
     layout.name: layout
     for layout in (
         KAGGLE,
-        PhantomLayout("own-table", ("studies.csv",), _place_own, _encode_png, _write_own_table),
-        PhantomLayout(
-            "nih",
-            ("Data_Entry_2017.csv", "BBox_List_2017.csv"),
-            _place_nih,
-            _encode_png,
-            _write_nih_tables,
-        ),
-        PhantomLayout(
-            "chexpert", ("train.csv",), _place_chexpert, _encode_jpeg, _write_chexpert_tables
-        ),
-        PhantomLayout(
-            "vindr",
-            ("train.csv",),
-            _place_vindr,
-            encode_dicom,
-            _write_vindr_table,
-        ),
-        PhantomLayout("kermany", (), _place_kermany, _encode_jpeg, _write_no_table),
+        PhantomLayout("own-table", ("studies.csv",), _place_own, _write_own_table),
+        PhantomLayout("nih", _NIH_TABLES, _place_nih, _write_nih_tables),
+        PhantomLayout("chexpert", ("train.csv",), _place_chexpert, _write_chexpert_tables),
+        PhantomLayout("vindr", ("train.csv",), _place_vindr, _write_vindr_table),
+        PhantomLayout("kermany", (), _place_kermany, _write_no_table),
     )
 }

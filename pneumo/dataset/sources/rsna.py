@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
+from pathlib import PurePosixPath
 from typing import Any, get_args
 
 import pyarrow as pa
@@ -110,12 +111,12 @@ def _collect_labels(
     corners = [read_numbers(table, name, "label table") for name in Box._fields]
     rows = zip(table["patientId"].to_pylist(), table["Target"].to_pylist(), *corners, strict=True)
     for row, (image_id, target, *corner) in enumerate(rows, FIRST_ROW):
-        if target not in (0, 1):
+        if target not in (0, 1, "0", "1"):  # texts where one of the column is no number
             raise SourceError(f"label table: row {row}: a Target that is neither 0 nor 1")
         if not image_id:
             raise SourceError(f"label table: row {row}: no patientId")
         known = targets.setdefault(image_id, [])
-        if target not in known:
+        if int(target) not in known:
             known.append(int(target))
         box = make_box(corner)
         if isinstance(box, str):
@@ -182,8 +183,8 @@ def _find_elsewhere(images_url: str, names: Sequence[str], labelled: Collection[
         return any(name.rsplit(".", 1)[0] in labelled for name in found)
 
     if holds(names):
-        endings = sorted({name.rsplit(".", 1)[-1] for name in names if "." in name})
-        return f"the files end in .{', .'.join(endings[:3])}; rename them to end in .dcm"
+        endings = sorted({PurePosixPath(name).suffix or "nothing" for name in names})
+        return f"the files end in {', '.join(endings[:3])}; rename them to end in .dcm"
     if packed := [n for n in names if n.endswith((".zip", ".gz", ".tar", ".tgz", ".7z"))]:
         return f"{packed[0]} is still packed; unpack it there"
     for name in names[:_FOLDERS_LOOKED_INTO]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import math
+import re
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -46,12 +47,16 @@ def read_plain(url: str) -> bytes:
                 return _read_bounded(file, url)
         if url.endswith(".zip"):
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
-                # macOS adds files of its own, which begin with a dot.
-                names = [n for n in archive.namelist() if not n.rsplit("/", 1)[-1].startswith(".")]
-                (name,) = [n for n in names if not n.endswith("/")]
-                with archive.open(name) as file:
+                # macOS adds files of its own.
+                names = [n for n in archive.namelist() if not n.endswith("/")]
+                names = [n for n in names if not re.search(r"(^|/)(\.|__MACOSX/)", n)]
+                if len(names) != 1:
+                    raise SourceError(f"{url}: {len(names)} files, expected the table alone")
+                with archive.open(names[0]) as file:
                     return _read_bounded(file, url)
-    except (OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile) as error:
+    except gzip.BadGzipFile as error:  # its text quotes the file
+        raise SourceError(f"{url}: no gzip file, though its name ends so") from error
+    except (OSError, EOFError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
         raise SourceError(f"{url}: not a readable archive of one file: {error}") from error
     return data
 
@@ -68,6 +73,9 @@ def read_table(url: str, *required: str, texts: Sequence[str] = (), known: Seque
     """The CSV at `url`, the columns `texts` as they stand. No error quotes a cell, nor a first line
     that may be no header: of its names only those of `known` are told. Raises SourceError."""
     wrong: list[Any] = []
+    data = read_plain(url)
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise SourceError(f"{url}: not a readable CSV: written as UTF-16; save it as UTF-8")
 
     def keep(row: Any) -> str:
         wrong.append(row)
@@ -75,7 +83,7 @@ def read_table(url: str, *required: str, texts: Sequence[str] = (), known: Seque
 
     try:
         table = pacsv.read_csv(
-            io.BytesIO(read_plain(url)),
+            io.BytesIO(data),
             # Threads would not know a row's number.
             read_options=pacsv.ReadOptions(use_threads=False),
             parse_options=pacsv.ParseOptions(invalid_row_handler=keep),
@@ -97,6 +105,7 @@ def read_table(url: str, *required: str, texts: Sequence[str] = (), known: Seque
         raise SourceError(
             f"{url}: no column {', '.join(missing)}; its first line names {len(names)}, of those "
             f"that are known here: {', '.join(found) or 'none'}"
+            + ("; commas are to stand between them" if len(names) == 1 else "")
         )
     if twice := sorted({name for name in names if names.count(name) > 1 and name in known}):
         raise SourceError(f"{url}: its first line names {', '.join(twice)} more than once")
@@ -109,7 +118,8 @@ def read_table(url: str, *required: str, texts: Sequence[str] = (), known: Seque
 
 
 def _is_empty(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    return pc.equal(pc.coalesce(pc.cast(column, pa.string()), ""), "")
+    texts = pc.utf8_trim_whitespace(pc.cast(column, pa.string()))
+    return pc.equal(pc.coalesce(texts, ""), "")
 
 
 def read_first_line(url: str) -> list[str]:

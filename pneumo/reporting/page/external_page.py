@@ -1,4 +1,5 @@
-"""Verdicts on external sets -> `external/report.html`, each beside the run's internal test."""
+"""Verdicts on external sets, each beside the run's internal test -> a page of their own, and a
+section of the run's report.html."""
 
 from __future__ import annotations
 
@@ -45,20 +46,32 @@ def render_external(
     picture: bytes,
     *,
     created: str,
-) -> str:
-    """The page; `matrix` and `picture` are those of `figures.external`."""
+) -> tuple[str, str]:
+    """The page, and its sections alone, for `insert_external`; `matrix` and `picture` are those of
+    `figures.external`."""
     alt = "; ".join(f"{name}: {', '.join(row)}" for name, row in matrix.items())
-    return (
-        make_environment()
-        .get_template("external.html.j2")
-        .render(
-            run=run,
-            created=created,
-            matrix=embed(picture),
-            alt=f"AUROC by run and set. {alt}",
-            sets=[_describe(name, one, frozen) for name, one in sets.items()],
-        )
-    )
+    shown = {
+        "run": run,
+        "created": created,
+        "matrix": embed(picture),
+        "alt": f"AUROC by run and set. {alt}",
+        "sets": [_describe(name, one, frozen) for name, one in sets.items()],
+    }
+    templates = ("external.html.j2", "external_sets.html.j2")
+    page, sections = (make_environment().get_template(t).render(shown) for t in templates)
+    return page, sections
+
+
+def insert_external(report: str, sections: str) -> str:
+    """A run's report.html with these `sections`, in place of those of before; unchanged where an
+    older version wrote it."""
+    link = '<li><a href="#elsewhere">What becomes of the model elsewhere</a></li>'
+    for name, text in (("elsewhere", sections), ("elsewhere-link", link)):
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        before, found, rest = report.partition(begin)
+        if found:
+            report = f"{before}{begin}{text}{end}{rest.partition(end)[2]}"
+    return report
 
 
 def _describe(name: str, one: ExternalSet, frozen: Frozen) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class TrackedRun:
     id: str
     name: str
     group: str
-    job_type: Literal["train", "evaluate", "tune", "tune-trial"]
+    job_type: Literal["train", "evaluate", "external", "tune", "tune-trial"]
     tracking: TrackingConfig
     """Whose `project` and `entity` it belongs to."""
     config: Mapping[str, Any]

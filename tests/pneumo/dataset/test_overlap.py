@@ -1,4 +1,4 @@
-"""What a model has seen is found in another store: patients by key, pictures by digest."""
+"""What a model has seen is found in another store: patients by key, pictures by digest or hash."""
 
 from __future__ import annotations
 
@@ -6,9 +6,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
+
 from pneumo.dataset.manifest import read_manifest
-from pneumo.dataset.overlap import find_overlap, have_one_secret
+from pneumo.dataset.overlap import (
+    KNOWN_PATIENTS,
+    Seen,
+    check_secret,
+    find_overlap,
+    have_one_secret,
+)
+from pneumo.dataset.sources.recognition import read_source
 from pneumo.dataset.study_table import StudyRow, read_studies
+from pneumo.errors import StoreError
 
 
 def read(store_url: str) -> dict[str, StudyRow]:
@@ -35,6 +46,34 @@ def test_patients_and_pictures_are_found(tiny_store: Any) -> None:
     assert shared.patients == len({row.patient for row in seen})
     same = find_overlap(own, rename(own, pixels_digest="same"))
     assert (same.patients, same.of_patients, same.of_pictures) == (0, 0, len(seen))
+
+
+def test_pictures_that_were_saved_otherwise_are_found(tiny_store: Any) -> None:
+    rng = np.random.default_rng(0)
+    own = {
+        k: replace(row, picture_hash=rng.bytes(32).hex()) for k, row in read(tiny_store()).items()
+    }
+    others = rename(own, picture_hash="same")
+    seen = sum(row.split in ("train", "val") for row in own.values())
+    assert find_overlap(own, others).of_pictures == seen
+
+
+def test_what_another_store_trains_on_is_left_out_of_a_source(kaggle_folder: Any) -> None:
+    source = read_source(str(kaggle_folder(num_studies=30)), {"PNEUMO_HASH_KEY": "secret"})
+    patients = frozenset(study.patient for study in source.studies[:5])
+    left = Seen(patients, frozenset(), ()).leave_out_patients(source)
+    assert {study.patient for study in left.studies}.isdisjoint(patients)
+    assert left.left_out[KNOWN_PATIENTS] == len(source.studies) - len(left.studies) >= 5
+    assert f"{KNOWN_PATIENTS} left out" in left.summary
+
+
+def test_secrets_that_differ_are_warned_of_and_of_nih_patients_refused() -> None:
+    assert check_secret("s", "the run's", is_one=True, layouts=("rsna", "nih")) is None
+    told = check_secret("a/s", "the run's", is_one=None, layouts=("rsna", "chexpert"))
+    assert told is not None
+    assert told.startswith("s may be of another secret than the run's")
+    with pytest.raises(StoreError, match="RSNA's patients are NIH's"):
+        check_secret("s", "the run's", is_one=False, layouts=("rsna", "nih"))
 
 
 def test_who_is_in_test_alone_is_not_known_to_the_model(tiny_store: Any) -> None:

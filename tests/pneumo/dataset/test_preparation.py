@@ -30,6 +30,7 @@ from pneumo import storage
 from pneumo.config import Config
 from pneumo.config_layers import override
 from pneumo.dataset.manifest import Manifest, read_manifest
+from pneumo.dataset.overlap import KNOWN_PICTURES, Seen
 from pneumo.dataset.preparation import (
     check_shards_are_there,
     find_store,
@@ -77,11 +78,11 @@ class Preparation:
     def file(self, plan: ShardPlan, number: int = 0) -> Path:
         return Path(plan.studies[number].url)
 
-    def do(self, plan: ShardPlan, store: Path | str) -> tuple[int, int]:
+    def do(self, plan: ShardPlan, store: Path | str, seen: Seen | None = None) -> tuple[int, int]:
         """Studies rejected, shards reused."""
         size = self.config.prepare.image_size
         digest, key = digest_settings(self.config), self.source.file_key
-        part = prepare_shard(plan, str(store), size, digest, key)
+        part = prepare_shard(plan, str(store), size, digest, key, seen)
         self.parts[plan.name] = part
         return len(part.receipt.rejected), int(part.reused)
 
@@ -731,3 +732,25 @@ def test_a_shard_of_bad_files_alone_is_no_shard(preparation: Preparation, tmp_pa
     assert not any(name.startswith(plan.name) for name in names)
     assert not list(tmp_path.glob(f"{plan.name}*"))
     shutil.rmtree(preparation.folder)
+
+
+def test_pictures_that_another_store_trains_on_are_left_out_and_counted(
+    preparation: Preparation, tmp_path: Path
+) -> None:
+    preparation.run(tmp_path / "first")
+    rows = list(
+        read_studies(str(tmp_path / "first"), read_manifest(str(tmp_path / "first"))).values()
+    )
+    # Of the negatives many have one picture.
+    digests = frozenset([row.pixels_digest for row in rows if row.target][:3])
+    seen = Seen(frozenset(), digests, ())
+    for plan in preparation.plans:
+        preparation.do(plan, tmp_path / "second", seen)
+    manifest = preparation.finish(tmp_path / "second")
+    left = read_studies(str(tmp_path / "second"), manifest)
+    known = [row.key for row in rows if row.pixels_digest in digests]
+    assert len(known) >= 3
+    assert left.keys() == {row.key for row in rows} - set(known)
+    assert manifest.left_out == {KNOWN_PICTURES: len(known)}
+    assert sum(manifest.audit.studies.values()) == len(left)
+    assert manifest.quarantined == {}

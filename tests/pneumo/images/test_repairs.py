@@ -23,7 +23,7 @@ from pydicom.uid import UID, JPEG2000Lossless, JPEGLosslessSV1, JPEGLSLossless, 
 
 from pneumo.errors import DicomError
 from pneumo.images.codestreams import find_end, find_syntax, is_whole
-from pneumo.images.dicom import GrayImage, read_study_image
+from pneumo.images.dicom import GrayImage, decode_gray, read_study_image
 
 pytestmark = pytest.mark.processors
 
@@ -194,7 +194,13 @@ def test_any_bytes_have_an_end_within_them_or_none(garbage: bytes, cut: int) -> 
 
 @pytest.mark.parametrize(
     "stated",
-    [None, pydicom.uid.ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless],
+    [
+        None,
+        pydicom.uid.ExplicitVRLittleEndian,
+        JPEG2000Lossless,
+        RLELossless,
+        UID("1.2.826.0.1.3680043.9.1"),
+    ],
     ids=str,
 )
 def test_the_transfer_syntax_is_that_of_the_codestream(
@@ -223,6 +229,29 @@ def test_pixels_that_were_unpacked_under_a_compressed_syntax(make_dicom: DicomMa
     np.testing.assert_array_equal(gray(read(wrong)), pixels)
 
 
+@pytest.mark.parametrize("stated", [pydicom.uid.JPEGExtended12Bit, pydicom.uid.JPEGBaseline8Bit])
+@pytest.mark.parametrize("header", [(8, 8), (16, 8), (16, 12), (16, 16)], ids=str)
+def test_lossy_jpeg_of_12_bits_whatever_the_header_says(
+    make_dicom: DicomMaker, header: tuple[int, int], stated: UID
+) -> None:
+    imagecodecs = pytest.importorskip("imagecodecs", reason="needs the extra 'codecs'")
+    pixels = smooth(4095)
+    frame = bytes(imagecodecs.jpeg8_encode(pixels, level=98, bitspersample=12))
+    elements = {"BitsAllocated": header[0], "BitsStored": header[1], "HighBit": header[1] - 1}
+    image = read(with_frame(make_dicom, frame, stated, elements))
+    assert np.abs(gray(image) - np.rint(pixels / 4095 * 255)).max() <= 2
+
+
+def test_pixels_of_the_other_byte_order_in_the_syntax_of_ge(make_dicom: DicomMaker) -> None:
+    pixels = smooth(4095)
+    dataset = pydicom.dcmread(io.BytesIO(make_dicom(pixels)))
+    dataset.PixelData = pixels.astype(">u2").tobytes()
+    dataset.file_meta.TransferSyntaxUID = UID("1.2.840.113619.5.2")
+    buffer = io.BytesIO()
+    pydicom.dcmwrite(buffer, dataset, implicit_vr=True, little_endian=True)
+    np.testing.assert_array_equal(read(buffer.getvalue()).pixels, read(make_dicom(pixels)).pixels)
+
+
 def test_lossy_colours_without_a_marker_are_ycbcr(make_dicom: DicomMaker) -> None:
     rgb = np.stack([smooth(255, seed) for seed in range(3)], axis=-1)
     frame = jpeg(rgb, subsampling=0)
@@ -232,6 +261,109 @@ def test_lossy_colours_without_a_marker_are_ycbcr(make_dicom: DicomMaker) -> Non
     image = read(with_frame(make_dicom, bare, pydicom.uid.JPEGBaseline8Bit, elements))
     assert np.abs(gray(image) - cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)).max() <= 6
     assert image.warnings == ("codestream:PhotometricInterpretation",)
+
+
+def encode_jpeg_2000(pixels: Pixels) -> bytes:
+    """With the sign of the pixels' type, of 16 bits."""
+    imagecodecs = pytest.importorskip("imagecodecs", reason="needs the extra 'codecs'")
+    return bytes(imagecodecs.jpeg2k_encode(pixels, codecformat="J2K", reversible=True, level=0))
+
+
+@pytest.mark.parametrize("header_signed", [0, 1])
+@pytest.mark.parametrize("signed", [False, True])
+def test_the_sign_is_that_of_a_smooth_picture(
+    make_dicom: DicomMaker, signed: bool, header_signed: int
+) -> None:
+    pixels = smooth(65535)
+    stored = (pixels.astype(np.int32) - 32768).astype(np.int16) if signed else pixels
+    elements = {"BitsAllocated": 16, "BitsStored": 16, "HighBit": 15}
+    elements["PixelRepresentation"] = header_signed
+    image = read(with_frame(make_dicom, encode_jpeg_2000(stored), JPEG2000Lossless, elements))
+    assert np.abs(gray(image) - np.rint(pixels / 257)).max() <= 1
+    assert ("pixels:PixelRepresentation" in image.warnings) == (signed != bool(header_signed))
+
+
+def test_signed_values_in_an_unsigned_codestream_keep_the_sign_of_the_header() -> None:
+    data = pydicom.data.get_testdata_file("J2K_pixelrep_mismatch.dcm", read=False)
+    dataset = pydicom.dcmread(str(data))
+    assert dataset.PixelRepresentation == 1
+    values = dataset.pixel_array.astype(int)
+    assert values.min() < 0
+    for element in ("WindowCenter", "WindowWidth"):
+        del dataset[element]
+    expected = np.rint((values - values.min()) / np.ptp(values) * 255)
+    assert np.abs(decode_gray(dataset).astype(int) - expected).max() <= 1
+
+
+def test_lossy_jpeg_has_no_sign(make_dicom: DicomMaker) -> None:
+    pixels = smooth(255)
+    elements = {"BitsAllocated": 16, "BitsStored": 12, "HighBit": 11, "PixelRepresentation": 1}
+    image = read(with_frame(make_dicom, jpeg(pixels), pydicom.uid.JPEGBaseline8Bit, elements))
+    assert np.abs(gray(image) - pixels).max() <= 6
+    assert "pixels:PixelRepresentation" in image.warnings
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_values_beyond_the_bits_that_the_header_says_do_not_wrap(
+    make_dicom: DicomMaker, signed: bool
+) -> None:
+    pixels = smooth(65535)
+    elements = {"PixelRepresentation": 1} if signed else {"BitsStored": 12, "HighBit": 11}
+    image = read(make_dicom(pixels, elements=elements))
+    assert np.abs(gray(image) - np.rint(pixels / 257)).max() <= 1
+    assert image.warnings == (f"pixels:{'PixelRepresentation' if signed else 'BitsStored'}",)
+
+
+@pytest.mark.parametrize("overlays", [False, True])
+def test_overlays_in_the_high_bits_are_no_values(make_dicom: DicomMaker, overlays: bool) -> None:
+    pixels = smooth(4095)
+    written = pixels.copy()
+    written[10:14, 10:40] |= 0x8000
+    elements: dict[str, Any] = {"BitsStored": 12, "HighBit": 11}
+    data = make_dicom(written, elements=elements)
+    if overlays:
+        place = data.index(b"\xe0\x7f\x10\0OW")
+        data = data[:place] + b"\0\x60\x02\x01US\x02\0\x0f\0" + data[place:]
+    image = read(data)
+    np.testing.assert_array_equal(image.pixels, read(make_dicom(pixels, elements=elements)).pixels)
+    assert image.warnings == ()
+
+
+def as_items(*parts: bytes) -> bytes:
+    """Encapsulated items, the table of offsets first."""
+    items = (struct.pack("<HHI", 0xFFFE, 0xE000, len(part)) + part for part in parts)
+    return b"".join(items) + struct.pack("<HHI", 0xFFFE, 0xE0DD, 0)
+
+
+@pytest.mark.parametrize("table", ["both fragments", "the second", "odd", "left out"])
+def test_a_frame_in_two_fragments_whatever_the_table_says(
+    make_dicom: DicomMaker, table: str
+) -> None:
+    frame = jpeg(smooth(255))
+    frame += b"\0" * (len(frame) % 2)
+    half = len(frame) // 4 * 2
+    offsets = {
+        "both fragments": [struct.pack("<2I", 0, 8 + half)],
+        "the second": [struct.pack("<I", 8 + half)],
+        "odd": [b"\0\0\0\0\7\7"],
+        "left out": [],
+    }[table]
+    data = as_items(*offsets, frame[:half], frame[half:])
+    wrong = with_frame(make_dicom, frame, pydicom.uid.JPEGBaseline8Bit, {"PixelData": data})
+    image = read(wrong)
+    assert np.abs(gray(image) - smooth(255)).max() <= 6
+    assert image.warnings == (() if table == "odd" else ("codestream:BasicOffsetTable",))
+
+
+def test_a_second_frame_that_the_header_does_not_count_is_no_part(make_dicom: DicomMaker) -> None:
+    first, second = jpeg(smooth(255)), jpeg(smooth(255, seed=1))
+    first += b"\0" * (len(first) % 2)
+    second += b"\0" * (len(second) % 2)
+    data = as_items(struct.pack("<2I", 0, 8 + len(first)), first, second)
+    two = with_frame(make_dicom, first, pydicom.uid.JPEGBaseline8Bit, {"PixelData": data})
+    image = read(two)
+    assert np.abs(gray(image) - smooth(255)).max() <= 6
+    assert image.warnings == ()
 
 
 # --- impossible values ----------------------------------------------------------------------------
@@ -285,6 +417,60 @@ def test_a_palette_of_8_bits_in_whatever_words(
         elements[f"{name}PaletteColorLookupTableData"] = data + b"\0" * (len(data) % 2)
     expected = ([0.299, 0.587, 0.114] @ rgb)[pixels]
     assert np.abs(gray(read(make_dicom(pixels, elements=elements))) - expected).max() <= 1
+
+
+def test_a_table_of_fewer_entries_than_it_says_goes_on_with_its_last(
+    make_dicom: DicomMaker,
+) -> None:
+    pixels = smooth(4095)
+    items = lut(np.arange(3000) + 1095, 12)
+    items[0].LUTDescriptor = [4096, 0, 12]
+    image = read(make_dicom(pixels, elements={"VOILUTSequence": items}))
+    expected = np.rint(np.clip(pixels + 1095.0, 0, 4094) / 4095 * 255)
+    assert np.abs(gray(image) - expected).max() <= 1
+
+
+def test_a_palette_of_12_bits_in_words(make_dicom: DicomMaker) -> None:
+    pixels = smooth(255)
+    elements: dict[str, Any] = {"PhotometricInterpretation": "PALETTE COLOR"}
+    for name in ("Red", "Green", "Blue"):
+        elements[f"{name}PaletteColorLookupTableDescriptor"] = [256, 0, 16]
+        data = (np.arange(256) * 16).astype("<u2").tobytes()
+        elements[f"{name}PaletteColorLookupTableData"] = data
+    assert np.abs(gray(read(make_dicom(pixels, elements=elements))) - pixels).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "elements",
+    [
+        {"PixelPaddingValue": 0, "PixelPaddingRangeLimit": 4095},
+        {"RescaleSlope": "1e308", "RescaleIntercept": "1e308"},
+        {"ModalityLUTSequence": lut(np.full(4096, 7), 16)},
+    ],
+    ids=str,
+)
+def test_what_would_make_all_pixels_one_is_left_out(
+    make_dicom: DicomMaker, elements: dict[str, Any]
+) -> None:
+    pixels = smooth(4095)
+    image = read(make_dicom(pixels, elements=elements))
+    np.testing.assert_array_equal(image.pixels, read(make_dicom(pixels)).pixels)
+    assert image.warnings == (f"left_out:{next(iter(elements))}",)
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+@pytest.mark.parametrize("level", [0, 65535])
+def test_letters_far_from_all_else_do_not_take_the_contrast(
+    make_dicom: DicomMaker, level: int, photometric: str
+) -> None:
+    pixels = smooth(4095) + np.uint16(30_000)
+    lettered = pixels.copy()
+    lettered[:4, :20] = level  # 2.6 % of the pixels
+    elements = {"PhotometricInterpretation": photometric}
+    image = read(make_dicom(lettered, elements=elements))
+    plain = read(make_dicom(pixels, elements=elements))
+    assert np.abs(gray(image) - gray(plain))[lettered != level].max() <= 3
+    assert image.warnings == ("left_out:outliers",)
 
 
 @given(st.floats(1, 5000), st.sampled_from([-1, 1]), st.sampled_from(["LINEAR", "SIGMOID"]))
@@ -348,6 +534,15 @@ def test_a_number_in_another_spelling_is_read(make_dicom: DicomMaker, text: str)
     assert image.warnings == ("spelling:WindowCenter",)
 
 
+def test_the_numbers_before_one_that_is_none_count(make_dicom: DicomMaker) -> None:
+    pixels = smooth(4095)
+    window = {"WindowCenter": "2048.500", "WindowWidth": "2000"}
+    sound = make_dicom(pixels, elements=window)
+    image = read(sound.replace(b"2048.500", b"2048.5\\ "))
+    np.testing.assert_array_equal(image.pixels, read(sound).pixels)
+    assert image.warnings == ("left_out:WindowCenter",)
+
+
 @pytest.mark.parametrize(
     ("vr", "value"), [(b"US", b"\0\0\0\0"), (b"OW", b"\0\0"), (b"DS", b"0 "), (b"LO", b"zero")]
 )
@@ -378,9 +573,12 @@ def test_a_table_without_a_part_is_left_out(
     assert image.warnings == (f"left_out:{sequence}",)
 
 
-def test_the_photometric_interpretation_in_small_letters(make_dicom: DicomMaker) -> None:
+@pytest.mark.parametrize("stated", ["monochrome1", "MONOCHROME 1", ["MONOCHROME1"] * 2], ids=str)
+def test_the_photometric_interpretation_in_another_spelling(
+    make_dicom: DicomMaker, stated: object
+) -> None:
     pixels = smooth(255)
-    image = read(make_dicom(pixels, elements={"PhotometricInterpretation": "monochrome1"}))
+    image = read(make_dicom(pixels, elements={"PhotometricInterpretation": stated}))
     np.testing.assert_array_equal(gray(image), 255 - pixels.astype(int))
     assert image.warnings == ("spelling:PhotometricInterpretation",)
 
@@ -441,9 +639,24 @@ def test_a_frame_that_is_cut_is_never_mended(make_dicom: DicomMaker, cut: int) -
         read(sound[: -8 - 2 - cut])
 
 
-@given(st.integers(1, 400), st.booleans())
+@pytest.mark.parametrize("ending", [b"", struct.pack("<HHI", 0xFFFE, 0xE0DD, 0)])
+def test_uncompressed_pixels_of_undefined_length(make_dicom: DicomMaker, ending: bytes) -> None:
+    sound = make_dicom(smooth(4095))
+    place = sound.index(b"\xe0\x7f\x10\0OW\0\0") + 8
+    image = read(sound[:place] + b"\xff" * 4 + sound[place + 4 :] + ending)
+    np.testing.assert_array_equal(image.pixels, read(sound).pixels)
+
+
+def test_a_frame_of_unknown_vr(make_dicom: DicomMaker) -> None:
+    sound = make_dicom(smooth(255), jpeg_quality=95)
+    image = read(sound.replace(b"\xe0\x7f\x10\0OB", b"\xe0\x7f\x10\0UN"))
+    np.testing.assert_array_equal(image.pixels, read(sound[132:]).pixels)
+    assert image.warnings == ("parsed:PixelData",)
+
+
+@given(st.integers(-400, 400).filter(bool), st.booleans())
 @settings(max_examples=60, deadline=None)
-def test_an_icon_whose_length_is_short(make_dicom: DicomMaker, missing: int, packed: bool) -> None:
+def test_an_icon_of_a_wrong_length(make_dicom: DicomMaker, missing: int, packed: bool) -> None:
     icon = Dataset()
     icon.SamplesPerPixel, icon.PhotometricInterpretation = 1, "MONOCHROME2"
     icon.Rows = icon.Columns = 32

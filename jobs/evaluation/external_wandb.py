@@ -1,0 +1,86 @@
+"""What W&B is told of a run's verdicts on other sets: the numbers of `external/metrics.json`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jobs.evaluation.evaluated_run import METRICS
+from jobs.evaluation.external import FOLDER, MATRIX
+from jobs.evaluation.result_files import REPORT
+from pneumo import storage
+from pneumo.config import TrackingConfig
+from pneumo.evaluation.operating_points import DECISION
+from pneumo.reporting.tracking import Artifact, Gallery, Page, Picture, Scalar, Table, TrackedRun
+from pneumo.reporting.tracking.tracked_run import make_name, name_run, read_config
+
+_SIDES = ("internal", "external", "difference")
+
+
+def read_external(run_url: str) -> TrackedRun | None:
+    """The verdicts in the run's folder; None where there are none."""
+    try:
+        texts = [
+            storage.read_bytes(storage.join(run_url, FOLDER, name))
+            for name in (METRICS, MATRIX, REPORT)
+        ]
+    except FileNotFoundError:
+        return None
+    data, matrix, page = texts
+    metrics, trained, name = json.loads(data), read_config(run_url), name_run(run_url)
+    tracking = TrackingConfig() if trained is None else trained.tracking
+    sets = metrics["sets"]
+    summary = {
+        f"eval/external/{make_name(of_set)}/{what}": value
+        for of_set, found in sets.items()
+        for what, value in _summarise(found)
+        if value is not None
+    }
+    return TrackedRun(
+        id=f"{name}-external-{hashlib.sha256(data).hexdigest()[:8]}",
+        name=f"{name}-external",
+        group=tracking.group or name,
+        job_type="external",
+        tracking=tracking,
+        config={} if trained is None else trained.for_others(),
+        summary=summary,
+        media={
+            "eval/external/matrix": Gallery([Picture(matrix, "AUROC: run (row) on set (column)")]),
+            "eval/external/sets": _tabulate(sets),
+            "eval/external/report": Page(page.decode()),
+        },
+        outputs=[Artifact(f"external-{name}", "evaluation", {METRICS: data, REPORT: page})],
+    )
+
+
+def _list_estimates(found: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Of one set: estimates of the internal test, of the set, and their difference."""
+    named = {name: found[name] for name in ("auroc", "brier", "in_the_large", "metadata_auroc")}
+    return named | {name: found[name][DECISION] for name in ("sensitivity", "specificity")}
+
+
+def _summarise(found: Mapping[str, Any]) -> Iterator[tuple[str, Scalar]]:
+    for what, both in _list_estimates(found).items():
+        for end, suffix in (("value", ""), ("low", "_low"), ("high", "_high")):
+            yield f"{what}{suffix}", both["external"][end]
+            yield f"{what}_difference{suffix}", both["difference"][end]
+    yield from {
+        "n": found["external"]["n"],
+        "positives": found["external"]["positives"],
+        "left_out_of_patients": found["left_out"]["of_patients"],
+        "left_out_of_pictures": found["left_out"]["of_pictures"],
+        "told_apart": found["shift"]["told_apart"]["value"],
+    }.items()
+
+
+def _tabulate(sets: Mapping[str, Any]) -> Table:
+    """A row a set and estimate."""
+    columns = ["set", "estimate", *(f"{s}{e}" for s in _SIDES for e in ("", " low", " high"))]
+    rows = [
+        [of_set, what, *(both[side][end] for side in _SIDES for end in ("value", "low", "high"))]
+        for of_set, found in sets.items()
+        for what, both in _list_estimates(found).items()
+    ]
+    return Table(columns, rows)

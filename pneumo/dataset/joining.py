@@ -1,0 +1,219 @@
+"""Several stores -> one to train on: their pictures in shards that mix them, and a column `source`.
+
+A patient or a picture of any store's test is in no train or val, and one of any val in no train.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from pneumo.config import Config
+from pneumo.config_layers import override
+from pneumo.dataset.likeness import find_alike
+from pneumo.dataset.manifest import Manifest, read_manifest
+from pneumo.dataset.overlap import check_secret, have_one_secret, read_secret_check
+from pneumo.dataset.preparation import find_store, finish_store
+from pneumo.dataset.receipts import PreparedShard, Receipt
+from pneumo.dataset.shard_plans import count_shards
+from pneumo.dataset.shards import SHARD_SUFFIX, Sample, read_blocks, shard_samples, write_shard
+from pneumo.dataset.source import Source, Study
+from pneumo.dataset.splits import audit_split
+from pneumo.dataset.study_table import StudyRow, read_studies, read_warnings
+from pneumo.errors import StoreError
+
+LAYOUT = "joined"
+_STRICTEST_FIRST = ("test", "val", "train")
+
+
+@dataclass(frozen=True, eq=False)
+class _Store:
+    name: str
+    url: str
+    manifest: Manifest
+    rows: Mapping[str, StudyRow]
+
+
+def join_stores(
+    store_urls: Sequence[str],
+    joined_url: str,
+    *,
+    balanced: bool,
+    seed: int,
+    tell: Callable[[str], None],
+) -> Manifest:
+    """Write the store of `store_urls` together to `joined_url`, unless it is there; its manifest.
+
+    `balanced`: train has equally many studies of each, a random subset of the larger ones'.
+    Raises StoreError where stores differ in image size or share patients who cannot be found.
+    """
+    stores = [_read(url) for url in store_urls]
+    _check(stores, tell)
+    kept, left_out = _choose(stores)
+    if balanced:
+        _balance(kept, left_out, seed)
+    first, has_patients = stores[0].manifest, all(s.manifest.audit.patients for s in stores)
+    settings = {
+        "seed": seed,
+        "prepare.image_size": first.image_size,
+        "split.unit": "patient" if has_patients else "image",
+    }
+    config = override(Config(), settings, "the stores")
+    source = _describe(kept, left_out, has_patients, read_secret_check(stores[0].url) or "")
+    by_key = {study.key: str(study.published) for study in source.studies}
+    audit = audit_split(
+        source.studies, by_key, config.split, seed=seed, salt=None, has_patients=has_patients
+    )
+    if (manifest := find_store(joined_url, source, config)) is not None:
+        return manifest
+    shards = [
+        shard for split in _STRICTEST_FIRST for shard in _write(split, kept, joined_url, seed)
+    ]
+    phantoms = any(store.manifest.phantoms for store in stores)
+    return finish_store(joined_url, source, shards, audit, config, phantoms=phantoms)
+
+
+def _read(url: str) -> _Store:
+    manifest = read_manifest(url)
+    return _Store(url.rstrip("/").rsplit("/", 1)[-1], url, manifest, read_studies(url, manifest))
+
+
+def _check(stores: Sequence[_Store], tell: Callable[[str], None]) -> None:
+    first = stores[0]
+    if len({store.name for store in stores}) < len(stores):
+        raise StoreError("--store: two stores of one name; their studies are told apart by it")
+    for store in stores[1:]:
+        sizes = (first.manifest.image_size, store.manifest.image_size)
+        if sizes[0] != sizes[1]:
+            raise StoreError(
+                f"{store.url}: pictures of {sizes[1]} px, those of {first.name} are {sizes[0]} px; "
+                f"prepare it with --prepare.image-size {sizes[0]}"
+            )
+        warning = check_secret(
+            store.url,
+            first.name,
+            is_one=have_one_secret(first.url, store.url),
+            layouts=(first.manifest.layout, store.manifest.layout),
+        )
+        if warning is not None:
+            tell(f"warning: {warning}")
+
+
+Kept = dict[_Store, dict[str, StudyRow]]
+"""By store, the rows by key that are joined."""
+
+
+def _choose(stores: Sequence[_Store]) -> tuple[Kept, Counter[str]]:
+    """The studies that stay, and how many do not, by why."""
+    kept: Kept = {store: {} for store in stores}
+    left_out: Counter[str] = Counter()
+    patients, hashes, digests = set[str](), list[str](), set[str]()
+    for split in _STRICTEST_FIRST:
+        own_patients = set[str]()
+        for store in stores:
+            rows = [row for row in store.rows.values() if row.split == split]
+            alike = find_alike([row.picture_hash for row in rows], tuple(hashes))
+            taken = list[StudyRow]()
+            for row, is_alike in zip(rows, alike, strict=True):
+                if row.patient in patients:
+                    left_out[f"studies of {split} whose patient is in a stricter split"] += 1
+                elif is_alike or row.pixels_digest in digests:
+                    left_out[f"pictures of {split} that are there already"] += 1
+                else:
+                    taken.append(replace(row, source=store.name))
+            kept[store] |= {row.key: row for row in taken}
+            own_patients |= {row.patient for row in taken}
+            hashes += [row.picture_hash for row in taken]
+            digests |= {row.pixels_digest for row in taken}
+        patients |= own_patients
+    return kept, left_out
+
+
+def _balance(kept: Kept, left_out: Counter[str], seed: int) -> None:
+    """Drop studies of train at random, until every store has as many as the smallest."""
+    trains = {
+        s: sorted(k for k, row in rows.items() if row.split == "train") for s, rows in kept.items()
+    }
+    fewest = min(map(len, trains.values()))
+    for store, keys in trains.items():
+        for key in random.Random(f"balance/{seed}/{store.name}").sample(keys, len(keys) - fewest):
+            del kept[store][key]
+            left_out["studies of train, to balance the stores"] += 1
+
+
+def _describe(
+    kept: Kept, left_out: Mapping[str, int], has_patients: bool, secret_check: str
+) -> Source:
+    studies = [
+        Study(row.key, row.patient, "", row.target, row.finding, row.boxes, LAYOUT, None, row.split)
+        for rows in kept.values()
+        for row in rows.values()
+    ]
+    return Source(
+        studies=tuple(sorted(studies, key=lambda study: study.key)),
+        rejected=(),
+        has_patients=has_patients,
+        unlabelled=sum(store.manifest.unlabelled for store in kept),
+        file_key=b"",
+        secret_check=secret_check,
+        layout=LAYOUT,
+        title=" and ".join(store.name for store in kept),
+        left_out=left_out,
+    )
+
+
+def _write(split: str, kept: Kept, joined_url: str, seed: int) -> Iterator[PreparedShard]:
+    """The split's shards, the stores' samples mixed in proportion: each store's are in a random
+    order already."""
+    rng = random.Random(f"join/{seed}/{split}")
+    numbers = {s: sum(row.split == split for row in rows.values()) for s, rows in kept.items()}
+    turns = [store for store, number in numbers.items() for _ in range(number)]
+    rng.shuffle(turns)
+    streams = {store: _read_samples(store, split, rows) for store, rows in kept.items()}
+    warned = {store: read_warnings(store.url, store.manifest) for store in kept}
+    count = count_shards(len(turns), shard_samples(next(iter(kept)).manifest.image_size))
+    for i in range(count):
+        part = turns[len(turns) * i // count : len(turns) * (i + 1) // count]
+        rows, histogram = list[StudyRow](), np.zeros(256, np.int64)
+        samples = _take(part, streams, kept, rows, histogram)
+        entry = write_shard(joined_url, f"{split}/{i:06d}-{{digest}}{SHARD_SUFFIX}", samples)
+        keys = {row.key for row in rows}
+        receipt = Receipt(
+            plan_digest="",
+            entry=entry,
+            rows=tuple(rows),
+            rejected=(),
+            histogram=tuple(histogram.tolist()),
+            contradictions={},
+            warned=tuple(w for found in warned.values() for w in found if w.key in keys),
+        )
+        yield PreparedShard.of(receipt, reused=False)
+
+
+def _take(
+    turns: Sequence[_Store],
+    streams: Mapping[_Store, Iterator[Sample]],
+    kept: Kept,
+    rows: list[StudyRow],
+    histogram: npt.NDArray[np.int64],
+) -> Iterator[Sample]:
+    """The next sample of each store in turn; its row and its gray levels go to the last two."""
+    for store in turns:
+        sample = next(streams[store])
+        rows.append(kept[store][sample.key])
+        counts = cv2.calcHist([sample.pixels], [0], None, [256], [0, 256])
+        histogram += counts.ravel().astype(np.int64)
+        yield sample
+
+
+def _read_samples(store: _Store, split: str, rows: Mapping[str, StudyRow]) -> Iterator[Sample]:
+    shards = store.manifest.splits[split].shards
+    blocks = ((entry, block) for entry in shards for block in entry.blocks)
+    samples = read_blocks(store.url, blocks, store.manifest.image_size)
+    return (sample for sample in samples if sample.key in rows)

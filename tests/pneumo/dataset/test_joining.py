@@ -1,0 +1,133 @@
+"""Stores are joined without a patient or picture of val or test in train, and without any twice."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pneumo.dataset.joining import join_stores
+from pneumo.dataset.manifest import Manifest, read_manifest, write_manifest
+from pneumo.dataset.shards import read_shard
+from pneumo.dataset.splits import SPLITS
+from pneumo.dataset.study_table import StudyRow, read_studies, tabulate_studies, write_studies
+from pneumo.errors import StoreError
+
+
+def change(store_url: str, keys: dict[str, dict[str, Any]]) -> None:
+    """Change columns of studies of a store, as if it had been prepared so."""
+    manifest = read_manifest(store_url)
+    rows = read_studies(store_url, manifest)
+    rows |= {key: replace(rows[key], **columns) for key, columns in keys.items()}
+    entry = write_studies(store_url, tabulate_studies(rows.values()))
+    (Path(store_url) / "manifest.json").unlink()
+    write_manifest(store_url, manifest.model_copy(update={"studies": entry}))
+
+
+def of_split(rows: dict[str, StudyRow], split: str) -> list[StudyRow]:
+    return [row for row in rows.values() if row.split == split]
+
+
+def read(url: str) -> dict[str, StudyRow]:
+    return read_studies(url, read_manifest(url))
+
+
+def make_two(tiny_store: Any, folder: Path) -> list[str]:
+    """Two stores of other patients and pictures, under one secret."""
+    urls = []
+    for name, seed in (("a", 1), ("b", 2)):
+        url = str(Path(tiny_store(seed=seed)).rename(folder / name))
+        (folder / name / "secret_check.txt").write_text("1\n")
+        change(url, {k: {"patient": f"{name} {row.patient}"} for k, row in read(url).items()})
+        urls.append(url)
+    return urls
+
+
+def join(urls: list[str], folder: Path, **options: Any) -> tuple[Manifest, dict[str, StudyRow]]:
+    options = {"balanced": False, "seed": 0, "tell": lambda line: None} | options
+    manifest = join_stores(urls, str(folder / "joined"), **options)
+    return manifest, read_studies(str(folder / "joined"), manifest)
+
+
+def test_every_study_is_there_once_with_its_picture_and_its_source(
+    tiny_store: Any, tmp_path: Path
+) -> None:
+    urls = make_two(tiny_store, tmp_path)
+    manifest, rows = join(urls, tmp_path)
+    first, second = (read(url) for url in urls)
+    assert rows == {
+        **{key: replace(row, source="a") for key, row in first.items()},
+        **{key: replace(row, source="b") for key, row in second.items()},
+    }
+    pictures = {
+        sample.key: sample.pixels
+        for url in urls
+        for split in read_manifest(url).splits.values()
+        for shard in split.shards
+        for sample in read_shard(url, shard, manifest.image_size)
+    }
+    for name in SPLITS:
+        entry = manifest.splits[name]
+        samples = [
+            sample
+            for shard in entry.shards
+            for sample in read_shard(str(tmp_path / "joined"), shard, manifest.image_size)
+        ]
+        assert len(samples) == entry.samples == len(of_split(rows, name))
+        assert entry.positives == sum(sample.target for sample in samples)
+        for sample in samples:
+            np.testing.assert_array_equal(sample.pixels, pictures[sample.key])
+    train = [rows[s.key].source for s in samples]
+    assert {"a", "b"} == set(train)
+    assert manifest.left_out == {}
+    assert manifest.layout == "joined"
+    assert join(urls, tmp_path)[0] == manifest  # done already
+
+
+def test_who_is_in_a_stricter_split_of_any_store_is_in_no_other(
+    tiny_store: Any, tmp_path: Path
+) -> None:
+    urls = make_two(tiny_store, tmp_path)
+    first, second = (read(url) for url in urls)
+    tested, chosen = of_split(first, "test")[0], of_split(first, "val")[0]
+    trained, valued = of_split(second, "train"), of_split(second, "val")
+    same_picture = {"pixels_digest": of_split(first, "test")[3].pixels_digest}
+    change(
+        urls[1],
+        {
+            trained[0].key: {"patient": tested.patient},
+            trained[9].key: {"patient": chosen.patient},
+            valued[0].key: {"patient": tested.patient},
+            trained[5].key: same_picture,
+        },
+    )
+    manifest, rows = join(urls, tmp_path)
+    lost = {trained[0].key, trained[9].key, valued[0].key, trained[5].key}
+    assert rows.keys() == (first.keys() | second.keys()) - lost
+    assert sum(manifest.left_out.values()) == 4
+    assert manifest.audit.shared_patients == 0
+
+
+def test_balanced(tiny_store: Any, tmp_path: Path) -> None:
+    urls = make_two(tiny_store, tmp_path)
+    train = of_split(read(urls[1]), "train")
+    change(urls[1], {row.key: {"patient": "b test-0"} for row in train[:20]})
+    manifest, rows = join(urls, tmp_path, balanced=True)
+    numbers = [sum(row.source == name for row in of_split(rows, "train")) for name in "ab"]
+    assert numbers[0] == numbers[1] == len(train) - 20
+    assert manifest.left_out["studies of train, to balance the stores"] == 20
+
+
+def test_what_cannot_be_joined(tiny_store: Any, tmp_path: Path) -> None:
+    urls = make_two(tiny_store, tmp_path)
+    with pytest.raises(StoreError, match="two stores of one name"):
+        join([urls[0], urls[0]], tmp_path)
+    (tmp_path / "b" / "secret_check.txt").write_text("2\n")
+    with pytest.raises(StoreError, match="RSNA's patients are NIH's"):
+        join(urls, tmp_path)
+    small = str(Path(tiny_store(seed=3, image_size=40)).rename(tmp_path / "small"))
+    with pytest.raises(StoreError, match="px, those of a are"):
+        join([urls[0], small], tmp_path)
