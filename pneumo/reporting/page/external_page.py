@@ -1,4 +1,4 @@
-"""Verdicts on external sets -> `external/report.html`, each beside the run's internal test."""
+"""Evaluations on external sets -> `external/report.html`, each beside the run's internal test."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from pneumo.dataset.overlap import Overlap
 from pneumo.evaluation.bootstrap import as_json
 from pneumo.evaluation.external import RECALIBRATION_FRACTION, Both, ExternalEvaluation, Frozen
 from pneumo.evaluation.set_shift import SetShift
-from pneumo.reporting.page.embedding import embed
+from pneumo.reporting.page.embedding import embed, make_environment
 from pneumo.reporting.page.formatting import Cell, count, decimal, fine_percent, percent
-from pneumo.reporting.page.templates import make_environment
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def _tell_recalibration(found: ExternalEvaluation) -> str:
     return (
         f"Recalibration on {percent(RECALIBRATION_FRACTION)} of the patients "
         f"({count(new.fitted_on, 'study', 'studies')}) would change the Brier score of the other "
-        f"{new.judged_on:,} by {Cell.of(new.difference, signed=True)}, to "
+        f"{new.evaluated_on:,} by {Cell.of(new.difference, signed=True)}, to "
         f"{Cell.of(new.brier_after)}. The table above does without it."
     )
 
