@@ -49,6 +49,7 @@ from pneumo.network.gradcam import gradcam
 from pneumo.network.scoring import Member, prepare_input, score_pictures
 from pneumo.reporting.figures.case_pictures import draw_overlay
 from pneumo.reporting.figures.style import show_threshold
+from pneumo.reporting.tracking import name_group
 from pneumo.training.checkpoints import load_checkpoint
 
 SCHEMA_VERSION = 1
@@ -266,6 +267,7 @@ def write_readings(
         "schema_version": SCHEMA_VERSION,
         "notice": NOTICE,
         "run": run_url.rsplit("/", 1)[-1],
+        "wandb_group": name_group(run_url),
         "trained_on_phantoms": rule.phantoms,
         "scoring": task.scoring.to_json(),
         "decoded_at": task.stored_size,

@@ -9,7 +9,7 @@ from jobs.evaluation.ray_scoring import Scored, Scoring, Weights
 from jobs.terminal.entry_point import say
 from pneumo import storage
 from pneumo.command_line import EvaluateArguments
-from pneumo.config import EvaluateConfig
+from pneumo.config import TRAINING_SECTIONS, Config, EvaluateConfig
 from pneumo.dataset.manifest import Manifest, read_manifest
 from pneumo.dataset.study_table import StudyRow
 from pneumo.errors import RunError, StoreError
@@ -28,7 +28,7 @@ METRICS = "metrics.json"
 PREDICTIONS = "predictions.parquet"
 EVALUATIONS = "evaluations.jsonl"
 """Who chooses by test's numbers after many looks at them makes them too good."""
-JUDGED_SPLITS = ("val", "test")
+EVALUATED_SPLITS = ("val", "test")
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +43,8 @@ class Subject:
     scored: Scored
     history: Sequence[Mapping[str, float | None]]
     """Metrics of all epochs of the run, those after the checkpoint's included."""
+    differ_in: Sequence[str] = ()
+    """Settings of the training that are not the same in all runs that are scored."""
     earlier: str = ""
     """A line of EVALUATIONS for each time that the run was evaluated before."""
 
@@ -80,11 +82,26 @@ def find_subject(arguments: EvaluateArguments, config: EvaluateConfig) -> Subjec
         raise RunError("--members: a run is named twice; each counts once")
     weights = tuple(found for url in run_urls for found in find_weights(url, config.ensemble))
     first = _load_trained_on(weights[0], store_url, manifest)
-    for other in weights[1:]:
-        _load_trained_on(other, store_url, manifest)
+    configs = [first.config]
+    configs += [_load_trained_on(other, store_url, manifest).config for other in weights[1:]]
     scored = Scored(Scoring(weights, views=config.tta or 1), store_url)
     history = _read_history(run_url, first)
-    return Subject(run_url, store_url, manifest, first, scored, history, _read_earlier(run_url))
+    differ_in, earlier = find_differences(configs), _read_earlier(run_url)
+    return Subject(run_url, store_url, manifest, first, scored, history, differ_in, earlier)
+
+
+def find_differences(configs: Sequence[Config]) -> list[str]:
+    """Settings of the training, such as `train.lr`, that are not the same in all."""
+    trees = [config.model_dump(mode="json", include=set(TRAINING_SECTIONS)) for config in configs]
+    found = []
+    for section, first in trees[0].items():
+        if not isinstance(first, dict):
+            found += [section] if any(tree[section] != first for tree in trees) else []
+            continue
+        for key, value in first.items():
+            if any(tree[section][key] != value for tree in trees):
+                found.append(f"{section}.{key}")
+    return found
 
 
 def find_weights(run_url: str, ensemble: int | str) -> tuple[Weights, ...]:
@@ -153,7 +170,7 @@ def read_other(run_url: str, studies: Mapping[str, StudyRow]) -> Predictions:
             f"--compare-with {run_url}: its {PREDICTIONS} has no column {error}: an older version "
             "wrote it; evaluate it again with --overwrite"
         ) from error
-    judged = {key for key, row in studies.items() if row.split in JUDGED_SPLITS}
+    judged = {key for key, row in studies.items() if row.split in EVALUATED_SPLITS}
     if set(other.key.tolist()) != judged:
         raise RunError(
             f"--compare-with {run_url}: was evaluated on another store, or another split of it; "

@@ -1,4 +1,4 @@
-"""A run's verdict on other sets than its own: all is frozen, and patients it knows are left out."""
+"""A run evaluated on other sets than its own: all is frozen, and patients it knows are left out."""
 
 from __future__ import annotations
 
@@ -31,11 +31,10 @@ from pneumo.dataset.study_table import StudyRow, read_studies
 from pneumo.errors import RunError, StoreError
 from pneumo.evaluation.baselines import Metadata, fit_metadata
 from pneumo.evaluation.bootstrap import Estimate, as_json
-from pneumo.evaluation.evaluation import find_fault
 from pneumo.evaluation.external import ExternalEvaluation, Frozen, evaluate_external
 from pneumo.evaluation.file_predictions import FrozenRule
 from pneumo.evaluation.operating_points import DECISION, OperatingPoint
-from pneumo.evaluation.predictions import Predictions, join_predictions
+from pneumo.evaluation.predictions import Predictions, find_fault, join_predictions
 from pneumo.evaluation.set_shift import SetShift, measure_shift, tell_apart
 from pneumo.reporting.figures.external import draw_matrix
 from pneumo.reporting.page.external_page import ExternalSet, insert_external, render_external
@@ -61,7 +60,7 @@ class Trained:
 
 @dataclass(frozen=True, eq=False)
 class External:
-    """A store that is to be judged, without what the model knows."""
+    """A store that is to be evaluated, without what the model knows."""
 
     name: str
     store_url: str
@@ -73,7 +72,7 @@ class External:
 
 
 def evaluate_externally(arguments: EvaluateArguments, config: Config) -> None:
-    """Judge the evaluated run of `--run` on each store of `--external`; the results go to
+    """Evaluate the run of `--run` on each store of `--external`; the results go to
     `<run>/external/`, metrics.json last.
 
     Raises RunError for a run without an evaluation, thresholds or its checkpoints; StoreError for
@@ -84,16 +83,16 @@ def evaluate_externally(arguments: EvaluateArguments, config: Config) -> None:
     if len({one.name for one in sets}) < len(sets):
         raise StoreError("--external: two stores of one name; results are kept by it")
     others = _read_others(arguments.compare_with)
-    judged: dict[str, ExternalSet] = {}
+    evaluated: dict[str, ExternalSet] = {}
     with ray_session(show_logs=arguments.debug):
         wait_for_resources(config.cluster, 1)
         for one in sets:
-            judged[one.name] = _judge(one, trained, config)
-    _leave(trained, judged, others)
+            evaluated[one.name] = _evaluate_set(one, trained, config)
+    _write_results(trained, evaluated, others)
     send_now(trained.run_url, config.tracking, "external", say)
 
 
-# --- what is judged -------------------------------------------------------------------------------
+# --- what is evaluated ----------------------------------------------------------------------------
 
 
 def _read_trained(arguments: EvaluateArguments, config: Config) -> Trained:
@@ -140,7 +139,9 @@ def _read_external(store_url: str, trained: Trained, config: Config) -> External
     manifest = read_manifest(store_url)
     name = name_run(store_url)
     if manifest.digest == trained.manifest.digest:
-        raise StoreError(f"{store_url}: is the store of the training; its test is judged already")
+        raise StoreError(
+            f"{store_url}: is the store of the training; its test is evaluated already"
+        )
     if manifest.image_size != trained.manifest.image_size:
         raise StoreError(
             f"{store_url}: pictures of {manifest.image_size} px, the run's own are "
@@ -185,10 +186,10 @@ def _check_enough(
             )
 
 
-# --- judging --------------------------------------------------------------------------------------
+# --- evaluation -----------------------------------------------------------------------------------
 
 
-def _judge(one: External, trained: Trained, config: Config) -> ExternalSet:
+def _evaluate_set(one: External, trained: Trained, config: Config) -> ExternalSet:
     scores = score_splits(Scored(trained.scoring, one.store_url), SPLITS, config)
     scored = join_predictions(
         scores,
@@ -259,30 +260,32 @@ def _pictures(samples: Sequence[Sample]) -> list[npt.NDArray[np.uint8]]:
 
 
 def _read_others(run_url: str | None) -> dict[str, dict[str, Any]]:
-    """The AUROCs of another run that was judged on external sets, for the matrix."""
+    """The AUROCs of another run that was evaluated on external sets, for the matrix."""
     if run_url is None:
         return {}
     url = storage.join(storage.normalise(run_url), FOLDER, METRICS)
     try:
         found = json.loads(storage.read_text(url))
     except FileNotFoundError as error:
-        raise RunError(f"--compare-with {run_url}: was judged on no external set") from error
+        raise RunError(f"--compare-with {run_url}: was evaluated on no external set") from error
     return {str(found["run"]): dict(found["matrix"])}
 
 
-def _leave(
-    trained: Trained, judged: Mapping[str, ExternalSet], others: dict[str, dict[str, Any]]
+def _write_results(
+    trained: Trained, evaluated: Mapping[str, ExternalSet], others: dict[str, dict[str, Any]]
 ) -> None:
     """Everything to `<run>/external/`, and the table to stdout."""
     run, folder = name_run(trained.run_url), storage.join(trained.run_url, FOLDER)
-    first: ExternalEvaluation = next(iter(judged.values())).evaluation
+    first: ExternalEvaluation = next(iter(evaluated.values())).evaluation
     row = {"own test": first.auroc.internal.to_json()}
-    row |= {name: one.evaluation.auroc.external.to_json() for name, one in judged.items()}
+    row |= {name: one.evaluation.auroc.external.to_json() for name, one in evaluated.items()}
     matrix = {run: row, **others}
     picture = draw_matrix(matrix)
     storage.write_bytes(storage.join(folder, MATRIX), picture)
     created = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    page, sections = render_external(run, judged, trained.frozen, matrix, picture, created=created)
+    page, sections = render_external(
+        run, evaluated, trained.frozen, matrix, picture, created=created
+    )
     storage.write_text(storage.join(folder, REPORT), page)
     report_url = storage.join(trained.run_url, REPORT)
     report = storage.read_text(report_url)
@@ -295,11 +298,11 @@ def _leave(
         "calibration": as_json(trained.frozen.scaling, leave_out={"log_loss"}),
         "matrix": row,
         "matrix_of_others": others,
-        "sets": {name: one.to_json() for name, one in judged.items()},
+        "sets": {name: one.to_json() for name, one in evaluated.items()},
     }
     text = json.dumps(metrics, indent=1, allow_nan=False) + "\n"
     storage.write_text(storage.join(folder, METRICS), text)
-    for name, one in judged.items():
+    for name, one in evaluated.items():
         _print(name, one)
     print(f"report {report_url}")
 

@@ -1,4 +1,4 @@
-"""Score val and test once per study, judge, draw, report: all that a run says of its model."""
+"""Score val and test once per study, evaluate, draw, report: all that a run says of its model."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 from threadpoolctl import threadpool_limits
 
 from jobs.evaluation.evaluated_run import (
+    EVALUATED_SPLITS,
     EVALUATIONS,
-    JUDGED_SPLITS,
     METRICS,
     Subject,
     find_subject,
@@ -21,8 +21,8 @@ from jobs.evaluation.evaluated_run import (
     read_other,
 )
 from jobs.evaluation.external import evaluate_externally
-from jobs.evaluation.ray_scoring import score_splits
-from jobs.evaluation.result_files import REPORT, Judged, compose_metrics, write_files
+from jobs.evaluation.ray_scoring import Scored, Scoring, score_splits
+from jobs.evaluation.result_files import REPORT, Results, compose_metrics, write_files
 from jobs.evaluation.shown_studies import choose_pictures, score_saliency
 from jobs.evaluation.wandb_results import write_tracking
 from jobs.ray_cluster.session import ray_session, wait_for_resources
@@ -37,9 +37,11 @@ from pneumo.dataset.quality import summarise_quality
 from pneumo.dataset.study_table import StudyRow, read_studies, read_warnings
 from pneumo.evaluation.baselines import Metadata
 from pneumo.evaluation.comparison import ComparedRuns, Comparison, compare
-from pneumo.evaluation.evaluation import Evaluation, check_complete, evaluate
+from pneumo.evaluation.evaluation import Evaluation, evaluate
 from pneumo.evaluation.map_scores import SaliencySummary
-from pneumo.evaluation.predictions import Predictions, join_predictions
+from pneumo.evaluation.member_spread import MemberSpread, compare_members
+from pneumo.evaluation.predictions import Predictions, check_complete, join_predictions
+from pneumo.network.scoring import Scores, average_scores
 from pneumo.reporting.page import DataFacts
 from pneumo.reporting.tracking import prepare_tracking
 from pneumo.reporting.tracking.tracked_run import FOLDER
@@ -58,7 +60,7 @@ def evaluate_run(invocation: Invocation) -> None:
     other = None if arguments.compare_with is None else read_other(arguments.compare_with, studies)
     with ray_session(show_logs=arguments.debug):
         wait_for_resources(config.cluster, 1)
-        evaluation = judge(subject, studies, config)
+        evaluation, members = score_and_evaluate(subject, studies, config)
         pictures = choose_pictures(
             subject.scored, evaluation.predictions, studies, evaluation.decide("test"), config
         )
@@ -67,31 +69,40 @@ def evaluate_run(invocation: Invocation) -> None:
     if other is not None and arguments.compare_with is not None:
         splits = compare_splits(evaluation.predictions, other, config)
         compared = ComparedRuns(subject.name, name_run(arguments.compare_with), splits)
-    judged = Judged(data, evaluation, pictures, saliency, compared)
+    results = Results(data, evaluation, pictures, saliency, compared, members)
     with tempfile.TemporaryDirectory() as folder:
-        leave(subject, judged, Path(folder), config)
+        write_results(subject, results, Path(folder), config)
 
 
-def judge(subject: Subject, studies: Mapping[str, StudyRow], config: Config) -> Evaluation:
-    """Score val and test, each study exactly once, and judge the scores."""
-    logits = score_splits(subject.scored, JUDGED_SPLITS, config)
-    predictions = join_predictions(
-        logits,
-        studies,
-        checkpoint=subject.scored.scoring.checkpoint,
-        image_size=subject.manifest.image_size,
-    )
-    expected = {name: subject.manifest.splits[name].samples for name in JUDGED_SPLITS}
+def score_and_evaluate(
+    subject: Subject, studies: Mapping[str, StudyRow], config: Config
+) -> tuple[Evaluation, MemberSpread | None]:
+    """Score val and test, each study exactly once by each run, and evaluate the mean of the runs;
+    with several runs also each of them alone."""
+    store_url, parts = subject.store_url, subject.scored.scoring.by_run()
+    scores = {
+        name: score_splits(Scored(part, store_url), EVALUATED_SPLITS, config)
+        for name, part in parts.items()
+    }
+
+    def join(scored: Scores, scoring: Scoring) -> Predictions:
+        size = subject.manifest.image_size
+        return join_predictions(scored, studies, checkpoint=scoring.checkpoint, image_size=size)
+
+    predictions = join(average_scores(list(scores.values())), subject.scored.scoring)
+    expected = {name: subject.manifest.splits[name].samples for name in EVALUATED_SPLITS}
     check_complete(predictions, expected)
     say("evaluate: intervals, figures, Grad-CAM")
+    singles = {name: join(scores[name], part) for name, part in parts.items()}
     with threadpool_limits(1):  # the bootstrap's small products are slower on many threads
-        return evaluate(
+        evaluation = evaluate(
             predictions,
             config=config.evaluate,
             seed=config.seed,
             train=Metadata.of_split(studies.values(), "train"),
             has_patients=subject.manifest.audit.patients is not None,
         )
+    return evaluation, compare_members(singles, subject.differ_in, config.evaluate)
 
 
 def compare_splits(
@@ -106,7 +117,7 @@ def compare_splits(
         split: compare(
             first.subset(split), second.subset(split), resamples=resamples, seed=config.seed
         )
-        for split in JUDGED_SPLITS
+        for split in EVALUATED_SPLITS
     }
 
 
@@ -144,12 +155,12 @@ def describe_data(store_url: str, manifest: Manifest, studies: Mapping[str, Stud
     )
 
 
-def leave(subject: Subject, judged: Judged, folder: Path, config: Config) -> None:
+def write_results(subject: Subject, results: Results, folder: Path, config: Config) -> None:
     """Write everything to `folder` and the run, metrics.json last; then send it to W&B."""
     prepare_tracking(subject.run_url, subject.manifest)
-    write_files(folder, subject, judged, config)
-    write_tracking(folder / FOLDER, subject, judged, config)
-    metrics = compose_metrics(subject, judged, config)
+    write_files(folder, subject, results, config)
+    write_tracking(folder / FOLDER, subject, results, config)
+    metrics = compose_metrics(subject, results, config)
     text = json.dumps(metrics, indent=1, allow_nan=False) + "\n"
     _clear(subject.run_url)
     storage.upload_folder(folder, subject.run_url)

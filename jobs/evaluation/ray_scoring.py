@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -69,6 +69,14 @@ class Scoring:
             return self.weights[0].entry.name
         return " + ".join(weights.name for weights in self.weights)
 
+    def by_run(self) -> dict[str, Scoring]:
+        """The part of each run, by its name; runs have equally many checkpoints."""
+        urls = list(dict.fromkeys(weights.run_url for weights in self.weights))
+        return {
+            name: replace(self, weights=tuple(w for w in self.weights if w.run_url == url))
+            for url, name in zip(urls, name_runs(urls), strict=True)
+        }
+
     def to_json(self) -> dict[str, Any]:
         """What metrics.json and predictions.parquet say of it."""
         return {
@@ -78,6 +86,15 @@ class Scoring:
             ],
             "views": self.views,
         }
+
+
+def name_runs(run_urls: Sequence[str]) -> list[str]:
+    """The last part of each URL, with a number where two are the same."""
+    names = [url.rsplit("/", 1)[-1] for url in run_urls]
+    return [
+        f"{name} ({names[: i + 1].count(name)})" if names.count(name) > 1 else name
+        for i, name in enumerate(names)
+    ]
 
 
 def _describe(entry: CheckpointEntry) -> dict[str, str]:

@@ -14,7 +14,7 @@ import ray
 import tomli_w
 import torch
 
-from jobs.evaluation.evaluated_run import JUDGED_SPLITS, PREDICTIONS, Subject
+from jobs.evaluation.evaluated_run import EVALUATED_SPLITS, PREDICTIONS, Subject
 from jobs.evaluation.ray_scoring import Scoring
 from jobs.terminal.entry_point import say
 from pneumo import __version__
@@ -22,6 +22,7 @@ from pneumo.config import Config
 from pneumo.evaluation.comparison import ComparedRuns
 from pneumo.evaluation.evaluation import Evaluation
 from pneumo.evaluation.map_scores import SaliencySummary
+from pneumo.evaluation.member_spread import MemberSpread
 from pneumo.reporting.figures import case_pictures, charts, data_charts
 from pneumo.reporting.figures.case_pictures import Pictures
 from pneumo.reporting.figures.data_charts import shrink_sheet
@@ -34,7 +35,7 @@ DATA_FIGURE = "data_quality.png"
 
 
 @dataclass(frozen=True, eq=False)
-class Judged:
+class Results:
     """All that is known when the results are written."""
 
     data: DataFacts
@@ -43,6 +44,8 @@ class Judged:
     saliency: Mapping[str, SaliencySummary]
     """By split; empty with evaluate.saliency off."""
     compared: ComparedRuns | None
+    members: MemberSpread | None = None
+    """Each run of an ensemble alone."""
 
     def shrink(self, size: int) -> Self:
         """The same with no study's picture higher than `size` pixels."""
@@ -55,15 +58,20 @@ class Judged:
 # --- metrics.json ---------------------------------------------------------------------------------
 
 
-def compose_metrics(subject: Subject, judged: Judged, config: Config) -> dict[str, Any]:
+def compose_metrics(subject: Subject, results: Results, config: Config) -> dict[str, Any]:
     """The content of metrics.json."""
-    metrics = judged.evaluation.to_metrics(
+    quality = results.data.quality
+    metrics = results.evaluation.to_metrics(
         run=subject.name,
         dataset={
             "digest": subject.manifest.digest,
             "unit": subject.manifest.audit.unit,
             "image_size": subject.manifest.image_size,
-            **describe_faults(judged.data),
+            "quarantined": sum(quality.quarantined.values()),
+            "duplicates_across_splits": quality.duplicates.across_splits,
+            "duplicates_across_patients": quality.duplicates.across_patients,
+            "warning": results.data.audit.warning,
+            "phantoms": results.data.phantoms,
         },
         model={
             "backbone": subject.checkpoint.config.model.backbone,
@@ -73,36 +81,22 @@ def compose_metrics(subject: Subject, judged: Judged, config: Config) -> dict[st
             "scoring": subject.scored.scoring.to_json(),
         },
     )
-    for split, found in describe_saliency(judged.saliency).items():
-        metrics[split] |= found
-    metrics["test"] |= describe_errors(judged.pictures)
+    for split in EVALUATED_SPLITS:
+        maps = results.saliency.get(split)
+        metrics[split]["saliency"] = maps and maps.to_json()
+        if maps is None:
+            metrics[split]["saliency_reason"] = "evaluate.saliency is off"
+    metrics["test"] |= describe_errors(results.pictures)
     metrics["evaluation"] = {
         "seed": config.seed,
         "earlier": subject.num_earlier,
         **config.evaluate.model_dump(mode="json"),
     }
-    if judged.compared is not None:
-        metrics["comparison"] = judged.compared.to_json()
+    if results.compared is not None:
+        metrics["comparison"] = results.compared.to_json()
+    if results.members is not None:
+        metrics["members"] = results.members.to_json()
     return metrics
-
-
-def describe_faults(data: DataFacts) -> dict[str, Any]:
-    """What is wrong with the data, for machines."""
-    return {
-        "quarantined": sum(data.quality.quarantined.values()),
-        "duplicates_across_splits": data.quality.duplicates.across_splits,
-        "duplicates_across_patients": data.quality.duplicates.across_patients,
-        "warning": data.audit.warning,
-        "phantoms": data.phantoms,
-    }
-
-
-def describe_saliency(saliency: Mapping[str, SaliencySummary]) -> dict[str, dict[str, Any]]:
-    """By split, what metrics.json says of where the network looks."""
-    if saliency:
-        return {split: {"saliency": found.to_json()} for split, found in saliency.items()}
-    reason = "evaluate.saliency is off"
-    return {split: {"saliency": None, "saliency_reason": reason} for split in JUDGED_SPLITS}
 
 
 def describe_errors(pictures: Pictures) -> dict[str, Any]:
@@ -115,9 +109,9 @@ def describe_errors(pictures: Pictures) -> dict[str, Any]:
 # --- files ----------------------------------------------------------------------------------------
 
 
-def write_files(folder: Path, subject: Subject, judged: Judged, config: Config) -> None:
+def write_files(folder: Path, subject: Subject, results: Results, config: Config) -> None:
     """Predictions, figures, gallery and report below `folder`."""
-    evaluation, pictures = judged.evaluation, judged.pictures
+    evaluation, pictures = results.evaluation, results.pictures
     table = evaluation.predictions.to_parquet(subject.scored.scoring.to_json())
     (folder / PREDICTIONS).write_bytes(table)
     n = evaluation.test.n
@@ -139,7 +133,7 @@ def write_files(folder: Path, subject: Subject, judged: Judged, config: Config) 
             title="Grad-CAM, one test study of each outcome",
             reason=pictures.reason,
         ),
-        DATA_FIGURE: data_charts.draw_quality(judged.data.quality),
+        DATA_FIGURE: data_charts.draw_quality(results.data.quality),
     }
     (folder / "figures").mkdir()
     for name, picture in drawn.items():
@@ -149,23 +143,24 @@ def write_files(folder: Path, subject: Subject, judged: Judged, config: Config) 
         for number, shown in enumerate(cases):
             path = folder / "gallery" / f"{outcome}-{number:02d}.webp"
             path.write_bytes(case_pictures.draw_case(shown))
-    report = render(subject, judged, config).encode()
+    report = render(subject, results, config).encode()
     if len(report) > MAX_PAGE_BYTES:
         say(f"warning: {REPORT} has {len(report) / 1e6:.1f} MB; lower evaluate.pictures")
     (folder / REPORT).write_bytes(report)
 
 
-def render(subject: Subject, judged: Judged, config: Config) -> str:
+def render(subject: Subject, results: Results, config: Config) -> str:
     """report.html."""
     return render_report(
-        judged.evaluation,
-        data=judged.data,
+        results.evaluation,
+        data=results.data,
         model=describe_model(subject.checkpoint, subject.scored.scoring, config.evaluate.ensemble),
         provenance=describe_provenance(subject, config),
         history=subject.history,
-        pictures=judged.pictures,
-        saliency=judged.saliency.get("test"),
-        compared=judged.compared,
+        pictures=results.pictures,
+        saliency=results.saliency.get("test"),
+        compared=results.compared,
+        members=results.members,
     )
 
 

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from jobs.evaluation.evaluated_run import METRICS, PREDICTIONS, Subject
-from jobs.evaluation.result_files import DATA_FIGURE, REPORT, Judged, render
+from jobs.evaluation.result_files import DATA_FIGURE, REPORT, Results, render
 from jobs.evaluation.shown_studies import MAX_TOLD_AGE
 from pneumo import storage
 from pneumo.config import Config, TrackingConfig
@@ -58,6 +58,7 @@ _RECORD, _PICTURES = "evaluation.json", "pictures.parquet"
 _DATA_FAULTS = (
     "quarantined", "duplicates_across_splits", "duplicates_across_patients", "warning", "phantoms",
 )  # fmt: skip
+_RANKED = ("auroc", "average_precision", "sensitivity_at_specificity_90", "brier", "log_loss")
 _CALIBRATION = {
     "brier": "brier",
     "log_loss": "log_loss",
@@ -83,15 +84,15 @@ _SCHEMA = pa.schema(
 # --- left in the folder ---------------------------------------------------------------------------
 
 
-def write_tracking(folder: Path, subject: Subject, judged: Judged, config: Config) -> None:
+def write_tracking(folder: Path, subject: Subject, results: Results, config: Config) -> None:
     """Leave in `folder` what W&B gets besides the run's own files: no study's picture in it is
     higher than LARGEST_PIXELS."""
     folder.mkdir(exist_ok=True)
-    coarse, quality = judged.shrink(LARGEST_PIXELS), judged.data.quality
+    coarse, quality = results.shrink(LARGEST_PIXELS), results.data.quality
     record = {
         "tracking": config.tracking.model_dump(mode="json"),
         "models": [
-            record_weights(weights.entry, name_run(weights.run_url), subject.manifest.digest)
+            record_weights(weights.run_url, weights.entry, subject.manifest.digest)
             for weights in subject.scored.scoring.weights
         ],
         "counts": {
@@ -104,12 +105,12 @@ def write_tracking(folder: Path, subject: Subject, judged: Judged, config: Confi
     pq.write_table(_list_pictures(coarse), folder / _PICTURES)
 
 
-def _list_pictures(judged: Judged) -> pa.Table:
+def _list_pictures(results: Results) -> pa.Table:
     """A row of _SCHEMA a picture."""
-    pictures, n = judged.pictures, judged.evaluation.test.n
+    pictures, n = results.pictures, results.evaluation.test.n
     rows = [
         _describe("data/contact", Picture(data_charts.draw_contact_sheet(sheet), sheet.caption))
-        for sheet in judged.data.contact
+        for sheet in results.data.contact
     ]
     if pictures.grid:
         title = f"Predictions: {len(pictures.grid)} of {n} test studies"
@@ -251,6 +252,10 @@ def summarise(metrics: Mapping[str, Any]) -> dict[str, Scalar]:
     for name, one in named.items():
         for end, suffix in (("value", ""), ("low", "_low"), ("high", "_high")):
             told[f"eval/{name}{suffix}"] = one.get(end)
+    for name, one in (metrics.get("members") or {}).items():
+        if isinstance(one, dict):
+            for end in ("mean", "standard_deviation"):
+                told[f"eval/members/{name}_{end}"] = one[end]
     worst = test["subgroups"]["worst"] or {}
     told |= {
         "eval/test/n": test["n"],
@@ -270,7 +275,7 @@ def _list_estimates(metrics: Mapping[str, Any], split: str) -> dict[str, Mapping
     """Of one split, by name: ranking, both operating points, calibration."""
     found = metrics[split]
     points = metrics["operating_points"]
-    named = {name: found[name] for name in ("auroc", "average_precision", "brier", "log_loss")}
+    named = {name: found[name] for name in _RANKED if name in found}
     for point, suffix in ((DECISION, ""), (SCREENING, f"_{SCREENING}")):
         rates = points[point][split].items()
         named |= {f"{name}{suffix}": one for name, one in rates if _is_estimate(one)}
@@ -294,20 +299,13 @@ def draw_charts(metrics: Mapping[str, Any]) -> dict[str, Media]:
     n = f"test n = {test['n']}"
     calibration = _read_reliability(test["calibration"])
     benefit = _read_benefit(test["decision_curve"])
+    recall, precision = "recall (sensitivity)", "precision (PPV)"
+    worth = "net benefit (true positives per study)"
     charts = {
         "roc": (_read_roc(metrics), "ROC", "1 - specificity", "sensitivity"),
-        "precision_recall": (
-            *(_read_precision(metrics), "Precision-recall"),
-            *("recall (sensitivity)", "precision (PPV)"),
-        ),
-        "reliability": (
-            *(calibration, "Calibration"),
-            *("predicted probability", "fraction of positives"),
-        ),
-        "decision_curve": (
-            *(benefit, "Decision curve", "threshold"),
-            "net benefit (true positives per study)",
-        ),
+        "precision_recall": (_read_precision(metrics), "Precision-recall", recall, precision),
+        "reliability": (calibration, "Calibration", "predicted probability", "observed fraction"),
+        "decision_curve": (benefit, "Decision curve", "threshold", worth),
     }
     drawn: dict[str, Media] = {
         f"eval/{name}": LineChart(curves, f"{title}, {n}", x, y)
@@ -343,16 +341,15 @@ def _read_precision(metrics: Mapping[str, Any]) -> Curves:
 
 
 def _read_reliability(calibration: Mapping[str, Any]) -> Curves:
-    names = {"before": "as the network says", "after": "calibrated"}
-    bins = {
-        name: [one for one in calibration[key]["curve"] if one["observed"]["value"] is not None]
-        for key, name in names.items()
-        if calibration[key]["curve"]
-    }
-    return {
-        name: ([one["predicted"] for one in found], [one["observed"]["value"] for one in found])
-        for name, found in bins.items()
-    }
+    curves: Curves = {}
+    for key, name in (("before", "as the network says"), ("after", "calibrated")):
+        bins = [one for one in calibration[key]["curve"] if one["observed"]["value"] is not None]
+        if bins:
+            observed = [one["observed"]["value"] for one in bins]
+            curves[name] = ([one["predicted"] for one in bins], observed)
+        if smooth := calibration[key].get("smooth"):
+            curves[f"{name}, smoothed"] = (smooth["predicted"], smooth["observed"])
+    return curves
 
 
 def _read_benefit(curve: Mapping[str, Any]) -> Curves:

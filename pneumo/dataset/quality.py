@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
+from scipy.special import stdtrit
 
 from pneumo.dataset.manifest import Duplicates, Manifest
 from pneumo.dataset.source import Finding
@@ -300,9 +301,11 @@ def find_shifts(
     for what, unit, split, train, other in compared:
         difference = standardise_difference(train.mean, other.mean, train.variance, other.variance)
         if abs(difference) > notable:
-            # Bonferroni: so many looks would find a large difference by chance.
-            z = statistics.NormalDist().inv_cdf(1 - 0.025 / len(compared))
-            by_chance = z * math.sqrt(1 / train.independent + 1 / other.independent)
+            # Bonferroni: so many looks would find a large difference by chance. Student's t, as a
+            # split may be small.
+            fewest = max(1.0, min(train.independent, other.independent) - 1)
+            t = float(stdtrit(fewest, 1 - 0.025 / len(compared)))
+            by_chance = t * math.sqrt(1 / train.independent + 1 / other.independent)
             shifts.append(Shift(what, unit, split, train.mean, other.mean, difference, by_chance))
     return tuple(sorted(shifts, key=lambda shift: -abs(shift.difference)))
 

@@ -4,7 +4,8 @@ DeLong, DeLong & Clarke-Pearson (Biometrics 1988) take studies as independent; O
 (Biometrics 1997) takes patients as independent and their studies as alike as they are. Both rest
 on each study's placement: the fraction of the other class that it is ranked right against.
 Placements come from midranks in O(n log n) (Sun & Xu, IEEE Signal Processing Letters 2014). By
-patient, Student's t of the patients of the rarer class replaces the normal.
+patient, Student's t of the patients of the rarer class replaces the normal, and the interval of an
+AUROC is made on the logit's scale (Pepe 2003), as near 1 its distribution is skewed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import ndtr, stdtr
+from scipy.special import expit, logit, ndtr, stdtr
 from scipy.stats import rankdata
 
 from pneumo.errors import MetricError
@@ -102,9 +103,14 @@ def delong(
     except MetricError as error:
         return Estimate.undefined(str(error), method)
     estimate = _find_interval(placed, patient, method)
-    if estimate.low is None or estimate.high is None:
+    if estimate.value is None or estimate.low is None or estimate.high is None:
         return estimate
-    low, high = max(0.0, estimate.low), min(1.0, estimate.high)
+    if patient is None or not 0 < estimate.value < 1:
+        low, high = max(0.0, estimate.low), min(1.0, estimate.high)
+    else:
+        centre = float(logit(estimate.value))
+        margin = (estimate.high - estimate.value) / (estimate.value * (1 - estimate.value))
+        low, high = map(float, expit([centre - margin, centre + margin]))
     return Estimate(estimate.value, low, high, method)
 
 

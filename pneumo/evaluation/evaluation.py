@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pneumo.config import EvaluateConfig
-from pneumo.errors import DataError, MetricError
+from pneumo.errors import MetricError
 from pneumo.evaluation import bootstrap, metrics
 from pneumo.evaluation.baselines import (
     FEATURES,
@@ -50,7 +50,7 @@ from pneumo.evaluation.operating_points import (
     evaluate_points,
     outcomes_statistic,
 )
-from pneumo.evaluation.predictions import Predictions
+from pneumo.evaluation.predictions import Predictions, find_fault
 from pneumo.evaluation.reliability import (
     Reliability,
     describe_bins,
@@ -86,6 +86,8 @@ class SplitEvaluation:
     auroc_delong: Estimate
     auroc_delong_clustered: Estimate
     average_precision: Estimate
+    sensitivity_at_specificity_90: Estimate
+    """Read off the split's own ROC curve, at a threshold that nothing else uses."""
     log_loss: Estimate
     brier: Estimate
     at: Mapping[str, AtPoint]
@@ -188,30 +190,6 @@ class Evaluation:
         }
 
 
-def check_complete(predictions: Predictions, expected: Mapping[str, int]) -> None:
-    """That every study was scored exactly once; `expected` is the manifest's count of each split.
-
-    Raises DataError for a duplicate, a missing or a surplus study.
-    """
-    duplicates = len(predictions) - len(np.unique(predictions.key))
-    if duplicates:
-        raise DataError(
-            f"predictions: {duplicates} studies are scored more than once; "
-            "each must count exactly once"
-        )
-    found = {name: int((predictions.split == name).sum()) for name in expected}
-    wrong = [
-        f"{name}: {found[name]} scored, {expected[name]} in the manifest"
-        for name in expected
-        if found[name] != expected[name]
-    ]
-    surplus = len(predictions) - sum(found.values())
-    if surplus:
-        wrong.append(f"{surplus} of a split that was not asked for")
-    if wrong:
-        raise DataError(f"predictions are incomplete: {'; '.join(wrong)}")
-
-
 def evaluate(
     predictions: Predictions,
     *,
@@ -265,26 +243,6 @@ class Fitted:
     sicker_view: SickerView
 
 
-def find_fault(rows: Predictions) -> str | None:
-    """What forbids any number of these predictions; None where nothing does.
-
-    Leaving out the studies that a model fails on would flatter it, so one fault is enough.
-    """
-    unusable = len(rows) - int(np.isfinite(rows.logit).sum())
-    duplicates = len(rows) - len(np.unique(rows.key))
-    without_key = int((rows.key == "").sum())
-    without_patient = int((rows.patient == "").sum())
-    if len(rows) == 0:
-        return "no study"
-    if without_key or without_patient:
-        return f"{without_key} studies have no key and {without_patient} no patient"
-    if duplicates:
-        return f"{duplicates} studies are scored more than once"
-    if unusable:
-        return f"{unusable} of {len(rows)} scores are NaN or infinite"
-    return None
-
-
 def evaluate_split(
     rows: Predictions, split: str, fitted: Fitted, *, config: EvaluateConfig, seed: int
 ) -> SplitEvaluation:
@@ -294,6 +252,7 @@ def evaluate_split(
     found = _resample(rows, fitted, fault, config, seed)
     roc, precision_recall = _draw_curves(rows, fault)
     scores = rows.target, rows.logit
+    before = _summarise_reliability(rows, found["before"], found["recalibration"], None)
     after, net_benefit = _evaluate_calibrated(rows, found, fitted.calibration)
     return SplitEvaluation(
         split=split,
@@ -310,7 +269,9 @@ def evaluate_split(
         at=_evaluate_at_points(rows, fitted.points, found["points"]),
         roc=roc,
         precision_recall=precision_recall,
-        before=_summarise_reliability(rows, found["before"], found["recalibration"], None),
+        log_loss=before.log_loss,
+        brier=before.brier,
+        before=before,
         after=after,
         decision_curve=net_benefit,
         subgroups=evaluate_subgroups(rows, threshold, found, config.min_patients),
@@ -321,7 +282,7 @@ def evaluate_split(
 
 NUM_BINS = 10
 """Bins of equal number in the reliability curve and the calibration error."""
-_HEADLINES = ("auroc", "average_precision", "log_loss", "brier")
+_HEADLINES = ("auroc", "average_precision", "sensitivity_at_specificity_90")
 
 
 def _resample(
@@ -330,24 +291,26 @@ def _resample(
     """All that needs the bootstrap, in one pass over the same resamples."""
     scores = rows.target, rows.logit
     scaling = fitted.calibration.chosen
-    groups = subgroup_statistics(rows, fitted.points[DECISION].logit, config.min_patients)
+    threshold, fewest = fitted.points[DECISION].logit, config.min_patients
+    groups, of_groups = subgroup_statistics(rows, threshold, fewest)
     sets: Statistics = {
         "auroc": lambda: {"value": metrics.auroc_statistic(*scores)},
         "average_precision": lambda: {"value": metrics.average_precision_statistic(*scores)},
-        "log_loss": lambda: {"value": metrics.log_loss_statistic(*scores)},
-        "brier": lambda: {"value": metrics.brier_statistic(rows.target, rows.probability)},
+        "sensitivity_at_specificity_90": lambda: {
+            "value": metrics.sensitivity_at_statistic(*scores, 0.9)
+        },
         "points": lambda: {"outcomes": outcomes_statistic(rows, fitted.points)},
         "recalibration": lambda: {"fit": recalibration_statistic(*scores)},
         "before": lambda: reliability_statistics(*scores, None, NUM_BINS),
         "after": lambda: reliability_statistics(*scores, scaling, NUM_BINS),
         "net_benefit": lambda: {"curve": net_benefit_statistic(rows)},
-        **groups.sets,
-        **view_statistics(rows, fitted.sicker_view, config.min_patients),
-        **metadata_statistics(rows, fitted.metadata, config.min_patients),
+        **groups,
+        **view_statistics(rows, fitted.sicker_view, fewest),
+        **metadata_statistics(rows, fitted.metadata, fewest),
     }
     if fault is not None:
         return dict.fromkeys(sets, StatisticSet({}, fault))
-    few = dict.fromkeys(sets, count_rarer(rows)) | dict(groups.independent)
+    few = dict.fromkeys(sets, count_rarer(rows)) | of_groups
     return bootstrap.resample_sets(
         rows.patient, sets, resamples=config.bootstrap_resamples, seed=seed, independent=few
     )

@@ -25,6 +25,7 @@ from pneumo.evaluation.bootstrap import (
     Statistic,
     as_json,
     divide,
+    first_less_second,
     resample,
 )
 from pneumo.evaluation.calibration import Scaling, fit_scaling
@@ -34,7 +35,7 @@ from pneumo.evaluation.predictions import Predictions, sigmoid
 from pneumo.evaluation.subgroups import count_rarer
 
 RECALIBRATION_FRACTION = 0.2
-"""Of the new set's patients: a new calibration is fitted on them, and judged on the others."""
+"""Of the new set's patients: a new calibration is fitted on them, and evaluated on the others."""
 CASE_MIX = ("view", "age", "sex")
 _UNKNOWN_LIMIT = 0.5
 """A property that more of the studies of either set lack is no part of the case mix."""
@@ -80,8 +81,8 @@ class Recalibration:
 
     fraction: float
     fitted_on: int
-    """Studies that it was fitted on; they are not judged here."""
-    judged_on: int
+    """Studies that it was fitted on; they are not evaluated here."""
+    evaluated_on: int
     slope: float | None
     intercept: float | None
     brier_before: Estimate
@@ -128,7 +129,7 @@ class ExternalEvaluation:
 def evaluate_external(
     internal: Predictions, external: Predictions, frozen: Frozen, *, resamples: int, seed: int
 ) -> ExternalEvaluation:
-    """The run's test (`internal`) and another set, judged by what is frozen.
+    """The run's test (`internal`) and another set, evaluated by what is frozen.
 
     Raises MetricError where a set has one class only, or a score that is no number.
     """
@@ -202,7 +203,13 @@ def _compare(
         return Both(*[Estimate.undefined("no metadata of train")] * 3)
     first, second = internal[name], external[name]
     independent = min(first.independent, second.independent)
-    gap = Resampled(second.value - first.value, second.drawn - first.drawn, independent)
+    left_out = second.value[:, None] - first.jackknife, second.jackknife - first.value[:, None]
+    gap = Resampled(
+        second.value - first.value,
+        second.drawn - first.drawn,
+        independent,
+        np.concatenate(left_out, axis=1),
+    )
     return Both(first.estimate(), second.estimate(), gap.estimate())
 
 
@@ -262,14 +269,14 @@ def _recalibrate(
     except MetricError as error:
         nothing = [Estimate.undefined(str(error))] * 3
         return Recalibration(RECALIBRATION_FRACTION, len(part), len(rest), None, None, *nothing)
-    change = _compare(found, {"before": found["after"]}, "before")
+    change = found["after"].beside(found["before"]).derive(first_less_second)
     return Recalibration(
         RECALIBRATION_FRACTION,
         len(part),
         len(rest),
         float(slope),
         float(intercept),
-        change.internal,
-        change.external,
-        change.difference,
+        found["before"].estimate(),
+        found["after"].estimate(),
+        change.estimate(),
     )

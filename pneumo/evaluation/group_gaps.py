@@ -86,7 +86,7 @@ class Worst:
     gap: Estimate
     """With the interval widened for the number of gaps."""
     compared: int
-    """Gaps that could be judged."""
+    """Gaps that could be compared."""
     measures: tuple[Measure, ...]
     """In which any could."""
 
@@ -103,24 +103,24 @@ class Worst:
 
 def find_worst(gaps: Sequence[Gap], min_patients: int) -> Worst:
     """The worst of the gaps that have a standard error, by WORST_RULE."""
-    judged = [gap for gap in gaps if gap.standard_error > 0 and min(gap.patients) > 1]
-    measures = tuple(name for name in MEASURES if any(gap.measure == name for gap in judged))
-    worse = [gap for gap in judged if gap.is_worse]
+    compared = [gap for gap in gaps if gap.standard_error > 0 and min(gap.patients) > 1]
+    measures = tuple(name for name in MEASURES if any(gap.measure == name for gap in compared))
+    worse = [gap for gap in compared if gap.is_worse]
     if not worse:
         reason = "no gap is to a group's harm"
-        if not judged:
+        if not compared:
             reason = f"each needs {min_patients} patients with and {min_patients} without pneumonia"
-        return Worst(None, None, None, Estimate.undefined(reason), len(judged), measures)
+        return Worst(None, None, None, Estimate.undefined(reason), len(compared), measures)
 
     def excess(gap: Gap) -> float:
-        found = gap.widen(len(judged))
+        found = gap.widen(len(compared))
         assert found.value is not None
         assert found.high is not None
         return abs(found.value) / (found.high - found.value)
 
     worst = max(worse, key=excess)
-    found = worst.widen(len(judged))
-    return Worst(worst.by, worst.name, worst.measure, found, len(judged), measures)
+    found = worst.widen(len(compared))
+    return Worst(worst.by, worst.name, worst.measure, found, len(compared), measures)
 
 
 def describe_measures() -> Mapping[Measure, str]:

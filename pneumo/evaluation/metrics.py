@@ -82,6 +82,29 @@ def average_precision_statistic(target: npt.ArrayLike, score: npt.ArrayLike) -> 
     return statistic
 
 
+def sensitivity_at_statistic(
+    target: npt.ArrayLike, score: npt.ArrayLike, specificity: float
+) -> Statistic:
+    """The highest sensitivity of any threshold that clears at least `specificity` (0, 1] of the
+    negatives; the threshold is found anew in each resample. NaN where one has one class only."""
+    positive, score64 = check_scores(target, score)
+    positives, negatives = np.flatnonzero(positive), np.flatnonzero(~positive)
+    positives = positives[np.argsort(score64[positives], kind="stable")]
+    negatives = negatives[np.argsort(score64[negatives], kind="stable")]
+    # Of each negative, how many positives score no higher: missed at a threshold just above it.
+    missed = np.searchsorted(score64[positives], score64[negatives], side="right")
+    last_of_ties = np.searchsorted(score64[negatives], score64[negatives], side="right")
+
+    def statistic(weights: Floats) -> Floats:
+        misses = _cumulated(weights[positives])
+        cleared = _cumulated(weights[negatives])
+        enough = cleared[last_of_ties] >= specificity * cleared[-1] - 1e-9
+        lowest = enough.argmax(axis=0)
+        return divide(misses[-1] - misses[missed[lowest], np.arange(len(lowest))], misses[-1])
+
+    return statistic
+
+
 def _cumulated(weights: Floats) -> Floats:
     """Row k holds the sum of the first k rows: (N, R) to (N + 1, R)."""
     sums = np.zeros((len(weights) + 1, weights.shape[1]))

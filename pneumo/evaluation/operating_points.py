@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -73,7 +73,7 @@ class AtPoint:
     """A split at an operating point."""
 
     counts: Confusion | None
-    """None where there is no threshold or the split can't be judged."""
+    """None where there is no threshold or the split can't be evaluated."""
     rates: Mapping[str, Estimate]
     """accuracy, precision, recall, specificity, npv, f1, mcc; intervals over patients."""
     wilson: Mapping[str, Estimate]
@@ -201,7 +201,7 @@ def find_too_few(rows: Predictions, value: int, needed: int) -> str | None:
     return f"too small: {found} patients with a {word} study, {needed} are needed"
 
 
-# --- judged on any split --------------------------------------------------------------------------
+# --- on any split -----------------------------------------------------------------------------
 
 
 def outcomes_statistic(rows: Predictions, points: Mapping[str, OperatingPoint]) -> Statistic:
@@ -236,8 +236,7 @@ def evaluate_points(
             found_at[name] = AtPoint.undefined(f"no threshold: {point.reason}")
             continue
         four = slice(start, start + 4)
-        cells = replace(found, value=found.value[four], drawn=found.drawn[four])
-        found_at[name] = _evaluate_at(rows, point.logit, cells)
+        found_at[name] = _evaluate_at(rows, point.logit, found.take(four))
         start += 4
     return found_at
 

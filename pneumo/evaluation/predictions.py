@@ -165,6 +165,50 @@ def join_predictions(
     )
 
 
+def check_complete(predictions: Predictions, expected: Mapping[str, int]) -> None:
+    """That every study was scored exactly once; `expected` is the manifest's count of each split.
+
+    Raises DataError for a duplicate, a missing or a surplus study.
+    """
+    duplicates = len(predictions) - len(np.unique(predictions.key))
+    if duplicates:
+        raise DataError(
+            f"predictions: {duplicates} studies are scored more than once; "
+            "each must count exactly once"
+        )
+    found = {name: int((predictions.split == name).sum()) for name in expected}
+    wrong = [
+        f"{name}: {found[name]} scored, {expected[name]} in the manifest"
+        for name in expected
+        if found[name] != expected[name]
+    ]
+    surplus = len(predictions) - sum(found.values())
+    if surplus:
+        wrong.append(f"{surplus} of a split that was not asked for")
+    if wrong:
+        raise DataError(f"predictions are incomplete: {'; '.join(wrong)}")
+
+
+def find_fault(rows: Predictions) -> str | None:
+    """What forbids any number of these predictions; None where nothing does.
+
+    Leaving out the studies that a model fails on would flatter it, so one fault is enough.
+    """
+    unusable = len(rows) - int(np.isfinite(rows.logit).sum())
+    duplicates = len(rows) - len(np.unique(rows.key))
+    without_key = int((rows.key == "").sum())
+    without_patient = int((rows.patient == "").sum())
+    if len(rows) == 0:
+        return "no study"
+    if without_key or without_patient:
+        return f"{without_key} studies have no key and {without_patient} no patient"
+    if duplicates:
+        return f"{duplicates} studies are scored more than once"
+    if unusable:
+        return f"{unusable} of {len(rows)} scores are NaN or infinite"
+    return None
+
+
 def cover_boxes(boxes: Sequence[Box]) -> float:
     """The area that the boxes cover together, in square pixels; what two share counts once."""
     edges_x = sorted({x for box in boxes for x in (box.x, box.x + box.width)})

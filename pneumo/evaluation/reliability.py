@@ -11,6 +11,9 @@ import numpy.typing as npt
 from scipy.optimize import brentq
 from scipy.special import expit
 from scipy.stats import rankdata
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import SplineTransformer
 
 from pneumo.evaluation import bootstrap, metrics
 from pneumo.evaluation.bootstrap import (
@@ -147,6 +150,22 @@ class Bin:
 
 
 @dataclass(frozen=True)
+class CalibrationCurve:
+    """The observed fraction of positives as a smooth function of the predicted probability."""
+
+    predicted: tuple[float, ...]
+    observed: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Studies by predicted probability, in bins of equal width from 0 to 1."""
+
+    negatives: tuple[int, ...]
+    positives: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Reliability:
     """How well the probabilities of a split are calibrated."""
 
@@ -166,6 +185,9 @@ class Reliability:
     """Mean probability - fraction of positives; 0 is right, above 0 too high."""
     curve: tuple[Bin, ...]
     """From the lowest probability to the highest."""
+    smooth: CalibrationCurve | None
+    """None where the probabilities hardly vary."""
+    histogram: Histogram | None
     brier_decomposition: dict[str, float] | None
     """Brier = reliability - resolution + uncertainty + within_bins (Murphy 1973; the last is what
     binning leaves over)."""
@@ -180,6 +202,8 @@ class Reliability:
         return cls(
             **dict.fromkeys(MEASURES, nothing),
             curve=(),
+            smooth=None,
+            histogram=None,
             brier_decomposition=None,
             ece_if_calibrated=None,
         )
@@ -218,6 +242,8 @@ class BinFacts:
     patients: tuple[int, ...]
     """By bin."""
     ece_if_calibrated: float
+    smooth: CalibrationCurve | None
+    histogram: Histogram
 
 
 def describe_bins(rows: Predictions, scaling: Scaling | None, num_bins: int) -> BinFacts:
@@ -236,7 +262,33 @@ def describe_bins(rows: Predictions, scaling: Scaling | None, num_bins: int) -> 
     return BinFacts(
         patients=tuple(np.bincount(pairs[0]).tolist()),
         ece_if_calibrated=float(np.sqrt(2 / np.pi * variances).sum()) / len(bins),
+        smooth=fit_curve(positive, scaled),
+        histogram=Histogram(
+            *(
+                tuple(np.histogram(probability[part], HISTOGRAM_BINS, (0, 1))[0].tolist())
+                for part in (~positive, positive)
+            )
+        ),
     )
+
+
+HISTOGRAM_BINS = 20
+
+
+def fit_curve(positive: npt.NDArray[np.bool_], logit: Floats) -> CalibrationCurve | None:
+    """A logistic regression on a cubic spline of the logit (Van Calster 2016), between the 1st and
+    the 99th percentile; None of one class, or of logits too much alike for two knots."""
+    knots = np.unique(np.quantile(logit, [0.05, 0.35, 0.65, 0.95]))
+    if len(knots) < 2 or not 0 < positive.sum() < len(positive):
+        return None
+    model = make_pipeline(
+        SplineTransformer(knots=knots[:, None], extrapolation="linear"),
+        LogisticRegression(C=1000, solver="newton-cholesky"),  # finite where classes are separated
+    )
+    model.fit(logit[:, None], positive)
+    shown = np.quantile(logit, np.linspace(0.01, 0.99, 50))
+    observed = model.predict_proba(shown[:, None])[:, 1]
+    return CalibrationCurve(tuple(sigmoid(shown).tolist()), tuple(observed.tolist()))
 
 
 def recalibration_statistic(target: npt.ArrayLike, logit: npt.ArrayLike) -> Statistic:
@@ -273,6 +325,8 @@ def summarise_reliability(
             )
             for k in range(num_bins)
         ),
+        smooth=facts.smooth,
+        histogram=facts.histogram,
         brier_decomposition=_decompose(sums, float(found["brier"].value[0])),
         ece_if_calibrated=facts.ece_if_calibrated,
     )

@@ -198,7 +198,7 @@ def _tertile(rows: Predictions) -> npt.NDArray[np.int64]:
     return tertile
 
 
-# --- judged ---------------------------------------------------------------------------------------
+# --- estimates ------------------------------------------------------------------------------------
 
 
 def count_rarer(rows: Predictions) -> int:
@@ -212,19 +212,11 @@ def count_by_class(rows: Predictions) -> tuple[int, int]:
     return negative, positive
 
 
-@dataclass(frozen=True, eq=False)
-class GroupStatistics:
-    """What `evaluate_subgroups` needs to have resampled."""
-
-    sets: Statistics
-    independent: Mapping[str, int]
-    """By set, the patients that its statistics rest on."""
-
-
 def subgroup_statistics(
     rows: Predictions, threshold: float | None, min_patients: int
-) -> GroupStatistics:
-    """Of all groups at a threshold on the logit."""
+) -> tuple[Statistics, dict[str, int]]:
+    """What `evaluate_subgroups` needs to have resampled, at a threshold on the logit; and by set
+    the patients that its statistics rest on."""
     sets: dict[str, Callable[[], Mapping[str, Statistic]]] = {}
     independent = {}
     for members in divide_studies(rows, min_patients):
@@ -232,7 +224,7 @@ def subgroup_statistics(
         sets[rank] = partial(_rank, rows, members)
         sets[sums] = partial(_sums, rows, members, threshold)
         independent[rank] = independent[sums] = count_rarer(rows.take(members.rows))
-    return GroupStatistics(sets, independent)
+    return sets, independent
 
 
 def _name(members: GroupRows, part: str) -> str:
@@ -268,57 +260,22 @@ def evaluate_subgroups(
 ) -> Subgroups:
     """Every group of `rows` at a threshold on the logit; null with a reason where it has fewer than
     `min_patients` patients of a class that a number counts."""
-    groups, compared = [], []
+    cuts, groups, compared = cut_tertiles(rows), [], []
     for members in divide_studies(rows, min_patients):
-        rank, sums = found[_name(members, "rank")], found[_name(members, "sums")]
-        pairs = _pair_with_rest(rows, members, threshold, rank, sums, min_patients)
-        groups.append(_evaluate_group(rows, members, threshold, rank, sums, pairs, min_patients))
+        group = _Group(
+            members.by,
+            rows.take(members.rows),
+            rows.take(members.rest),
+            threshold,
+            found[_name(members, "rank")],
+            found[_name(members, "sums")],
+        )
+        few = group.find_few(min_patients, has_boxes=cuts is not None)
+        pairs = group.pair_with_rest(few, min_patients, members.name)
+        groups.append(group.summarise(few, pairs, members.name))
         if members.by in COMPARED and members.name != UNKNOWN:
             compared += [gap for gap in pairs.values() if isinstance(gap, Gap)]
-    return Subgroups(tuple(groups), find_worst(compared, min_patients), cut_tertiles(rows))
-
-
-def _pair_with_rest(
-    rows: Predictions,
-    members: GroupRows,
-    threshold: float | None,
-    rank: StatisticSet,
-    sums: StatisticSet,
-    min_patients: int,
-) -> dict[Measure, Gap | str]:
-    """The group beside the rest in each measure, or why not."""
-    both = rows.take(members.rows), rows.take(members.rest)
-    own = _find_few(rows, members, min_patients)
-    few = {
-        value: own[value] or _in_rest(find_too_few(both[1], value, min_patients))
-        for value in (1, 0)
-    }
-    no_point = "no threshold was chosen on val" if threshold is None else None
-    uncalibrated = "no calibration" if np.isnan(rows.calibrated_probability).any() else None
-    shared = _SHARED.get(members.by)
-    either = few[1] or few[0]
-    reasons: dict[Measure, str | None] = {
-        "auroc": either or rank.reason,
-        "sensitivity": shared or few[1] or no_point or sums.reason,
-        "specificity": shared or few[0] or no_point or sums.reason,
-        "in_the_large": shared or either or uncalibrated or sums.reason,
-    }
-    found: dict[Measure, Gap | str] = {}
-    for measure, reason in reasons.items():
-        if reason is not None:
-            found[measure] = reason
-            continue
-        patients = tuple(_count_behind(part, measure) for part in both)
-        if measure == "auroc":
-            pair = rank.resampled["aurocs"]
-        else:
-            group, rest = (
-                sums.resampled[name].derive(_MEASURED[measure]) for name in ("sums", "rest")
-            )
-            pair = group.beside(rest)
-        pair = replace(pair, independent=min(patients))
-        found[measure] = Gap(members.by, members.name, measure, pair, (patients[0], patients[1]))
-    return found
+    return Subgroups(tuple(groups), find_worst(compared, min_patients), cuts)
 
 
 _MEASURED: Mapping[Measure, Callable[[Floats], Floats]] = {
@@ -326,101 +283,116 @@ _MEASURED: Mapping[Measure, Callable[[Floats], Floats]] = {
     "specificity": lambda s: divide(s[3], s[3] + s[1])[None],
     "in_the_large": lambda s: divide(s[4] - s[0] - s[2], s[:4].sum(axis=0))[None],
 }
+_CLASSES: Mapping[Measure, tuple[int, ...]] = {"sensitivity": (1,), "specificity": (0,)}
+"""Which classes a measure counts, where it counts one."""
 
 
-def _find_few(rows: Predictions, members: GroupRows, min_patients: int) -> dict[int, str | None]:
-    """By class why the group has too few patients of it."""
-    group = rows.take(members.rows)
-    few = {value: find_too_few(group, value, min_patients) for value in (1, 0)}
-    if members.by == "box_area" and cut_tertiles(rows) is None:
-        few[1] = "no positive has a box"
-    return few
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """The studies of a group and of the rest, and what was resampled of them."""
 
+    by: By
+    own: Predictions
+    rest: Predictions
+    threshold: float | None
+    rank: StatisticSet
+    sums: StatisticSet
 
-def _in_rest(reason: str | None) -> str | None:
-    return None if reason is None else f"the rest is {reason}"
+    def find_few(self, min_patients: int, *, has_boxes: bool) -> dict[int, str | None]:
+        """By class why the group has too few patients of it."""
+        few = {value: find_too_few(self.own, value, min_patients) for value in (1, 0)}
+        if self.by == "box_area" and not has_boxes:
+            few[1] = "no positive has a box"
+        return few
 
+    @property
+    def _no_point(self) -> str | None:
+        return "no threshold was chosen on val" if self.threshold is None else None
 
-def _count_behind(part: Predictions, measure: Measure) -> int:
-    classes = {"sensitivity": (1,), "specificity": (0,)}.get(measure, (1, 0))
-    return min(len(np.unique(part.patient[part.target == value])) for value in classes)
+    @property
+    def _uncalibrated(self) -> str | None:
+        return "no calibration" if np.isnan(self.own.calibrated_probability).any() else None
 
+    def pair_with_rest(
+        self, few: Mapping[int, str | None], min_patients: int, name: str
+    ) -> dict[Measure, Gap | str]:
+        """The group beside the rest in each measure, or why not."""
+        in_rest = {value: find_too_few(self.rest, value, min_patients) for value in (1, 0)}
+        few = {v: few[v] or (in_rest[v] and f"the rest is {in_rest[v]}") for v in (1, 0)}
+        shared, either = _SHARED.get(self.by), few[1] or few[0]
+        reasons: dict[Measure, str | None] = {
+            "auroc": either or self.rank.reason,
+            "sensitivity": shared or few[1] or self._no_point or self.sums.reason,
+            "specificity": shared or few[0] or self._no_point or self.sums.reason,
+            "in_the_large": shared or either or self._uncalibrated or self.sums.reason,
+        }
+        return {
+            measure: self._make_gap(measure, name) if reason is None else reason
+            for measure, reason in reasons.items()
+        }
 
-def _evaluate_group(
-    rows: Predictions,
-    members: GroupRows,
-    threshold: float | None,
-    rank: StatisticSet,
-    sums: StatisticSet,
-    pairs: Mapping[Measure, Gap | str],
-    min_patients: int,
-) -> Subgroup:
-    group = rows.take(members.rows)
-    few = _find_few(rows, members, min_patients)
-    either = few[1] or few[0]
-    uncalibrated = "no calibration" if np.isnan(rows.calibrated_probability).any() else None
-    mixed = _SHARED.get(members.by) or either or uncalibrated
-    return Subgroup(
-        by=members.by,
-        name=members.name,
-        n=len(group),
-        positives=int(group.target.sum()),
-        patients=len(np.unique(group.patient)),
-        auroc=Estimate.undefined(either) if either else rank.estimate("aurocs"),
-        average_precision=Estimate.undefined(either)
-        if either
-        else rank.estimate("average_precision"),
-        rates=_estimate_rates(group, members.by, threshold, sums, few),
-        brier=_derive(sums, mixed, lambda s: divide(s[5], s[:4].sum(axis=0))[None]),
-        in_the_large=_derive(sums, mixed, _MEASURED["in_the_large"]),
-        gaps={
-            measure: Estimate.undefined(pair)
-            if isinstance(pair, str)
-            else pair.pair.derive(bootstrap.first_less_second).estimate()
-            for measure, pair in pairs.items()
-        },
-    )
+    def _make_gap(self, measure: Measure, name: str) -> Gap:
+        own, rest = (
+            min(
+                len(np.unique(part.patient[part.target == v]))
+                for v in _CLASSES.get(measure, (1, 0))
+            )
+            for part in (self.own, self.rest)
+        )
+        if measure == "auroc":
+            pair = self.rank.resampled["aurocs"]
+        else:
+            of_group, of_rest = (
+                self.sums.resampled[part].derive(_MEASURED[measure]) for part in ("sums", "rest")
+            )
+            pair = of_group.beside(of_rest)
+        pair = replace(pair, independent=min(own, rest))
+        return Gap(self.by, name, measure, pair, (own, rest))
 
+    def summarise(
+        self, few: Mapping[int, str | None], pairs: Mapping[Measure, Gap | str], name: str
+    ) -> Subgroup:
+        """All numbers of the group."""
+        either = few[1] or few[0]
+        mixed = _SHARED.get(self.by) or either or self._uncalibrated
+        rank = StatisticSet({}, either) if either else self.rank
+        return Subgroup(
+            by=self.by,
+            name=name,
+            n=len(self.own),
+            positives=int(self.own.target.sum()),
+            patients=len(np.unique(self.own.patient)),
+            auroc=rank.estimate("aurocs"),
+            average_precision=rank.estimate("average_precision"),
+            rates={key: self._estimate_rate(key, few) for key in metrics.RATES},
+            brier=self._derive(mixed, lambda s: divide(s[5], s[:4].sum(axis=0))[None]),
+            in_the_large=self._derive(mixed, _MEASURED["in_the_large"]),
+            gaps={
+                measure: Estimate.undefined(pair)
+                if isinstance(pair, str)
+                else pair.pair.derive(bootstrap.first_less_second).estimate()
+                for measure, pair in pairs.items()
+            },
+        )
 
-def _estimate_rates(
-    group: Predictions,
-    by: By,
-    threshold: float | None,
-    sums: StatisticSet,
-    few: Mapping[int, str | None],
-) -> dict[str, Estimate]:
-    """Every metric of `metrics.RATES`; `few` is by class why the group has too few patients."""
-    shared = _SHARED.get(by)
-    no_point = "no threshold was chosen on val" if threshold is None else None
-    counted = {"recall": few[1], "specificity": few[0]}
-    found = {}
-    for key, rate in metrics.RATES.items():
-        is_shared = by in _COUNTED[key] if key in _COUNTED else True
-        reason = (shared if is_shared else None) or counted.get(key, few[1] or few[0]) or no_point
-        one = _derive(sums, reason, partial(_apply, rate), metrics.UNDEFINED[key])
-        if key in metrics.DENOMINATORS and one.value is not None and threshold is not None:
-            one = bootstrap.with_wilson(one, _count_patients(group, threshold, key))
-        found[key] = one
-    return found
+    def _estimate_rate(self, key: str, few: Mapping[int, str | None]) -> Estimate:
+        """A metric of `metrics.RATES`."""
+        is_shared = self.by in _COUNTED.get(key, tuple(_SHARED))
+        too_few = {"recall": few[1], "specificity": few[0]}.get(key, few[1] or few[0])
+        reason = (_SHARED.get(self.by) if is_shared else None) or too_few or self._no_point
+        rate = metrics.RATES[key]
+        found = self._derive(reason, lambda s: rate(*s[:4])[None], metrics.UNDEFINED[key])
+        if key not in metrics.DENOMINATORS or found.value is None:
+            return found
+        is_counted = np.isin(code_outcomes(self.own, self.threshold), metrics.DENOMINATORS[key])
+        return bootstrap.with_wilson(found, len(np.unique(self.own.patient[is_counted])))
 
-
-def _apply(rate: Callable[[Floats, Floats, Floats, Floats], Floats], sums: Floats) -> Floats:
-    return rate(sums[0], sums[1], sums[2], sums[3])[None]
-
-
-def _count_patients(group: Predictions, threshold: float, key: str) -> int:
-    """The patients in the denominator of a rate."""
-    outcome = code_outcomes(group, threshold)
-    return len(np.unique(group.patient[np.isin(outcome, metrics.DENOMINATORS[key])]))
-
-
-def _derive(
-    sums: StatisticSet,
-    reason: str | None,
-    function: Callable[[Floats], Floats],
-    undefined: str = "undefined for these studies",
-) -> Estimate:
-    reason = sums.reason or reason
-    if reason is not None:
-        return Estimate.undefined(reason)
-    return sums.resampled["sums"].derive(function).estimate(reason=undefined)
+    def _derive(
+        self,
+        reason: str | None,
+        function: Callable[[Floats], Floats],
+        undefined: str = "undefined for these studies",
+    ) -> Estimate:
+        if reason := self.sums.reason or reason:
+            return Estimate.undefined(reason)
+        return self.sums.resampled["sums"].derive(function).estimate(reason=undefined)

@@ -44,6 +44,17 @@ class Scores:
         )
 
 
+def average_scores(parts: Sequence[Scores]) -> Scores:
+    """The mean logit of each study over several scorings of the same studies, sorted by key."""
+    ordered = [np.argsort(part.keys, kind="stable") for part in parts]
+    first = parts[0].keys[ordered[0]]
+    for part, order in zip(parts, ordered, strict=True):
+        assert np.array_equal(part.keys[order], first)
+    logits = [part.logits[order] for part, order in zip(parts, ordered, strict=True)]
+    mean = np.asarray(np.mean(logits, axis=0, dtype=np.float64), dtype=np.float32)
+    return Scores(first, mean, parts[0].targets[ordered[0]])
+
+
 def score(model: nn.Module, batches: Iterable[Batch]) -> Scores:
     """The logits of the studies in `batches`, in their order.
 

@@ -10,12 +10,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from sklearn.metrics import average_precision_score, brier_score_loss
 from torchmetrics import MeanMetric
 from torchmetrics.classification import BinaryStatScores
 
 from pneumo.config import Config
 from pneumo.errors import DataError
 from pneumo.evaluation.metrics import Confusion, auroc, rates
+from pneumo.evaluation.predictions import sigmoid
+from pneumo.evaluation.reliability import fit_logistic
 from pneumo.loading.loader import Batch, Loader
 from pneumo.network.scoring import Scores, score
 from pneumo.training.callbacks import Callbacks, Metrics
@@ -46,6 +49,11 @@ def validate(
         values = compute_metrics(mine, scores, float(learner.pos_weight), learner.device)
         found |= {f"{prefix}{name}": v if math.isfinite(v) else None for name, v in values.items()}
     return {**found, **callbacks.extra_metrics(scores)}
+
+
+RANKED = ("auroc", "average_precision", "brier", "calibration_slope")
+"""What needs both classes."""
+AT_HALF = ("accuracy", "precision", "recall", "specificity")
 
 
 class _StoppableBatches:
@@ -83,8 +91,8 @@ def _gather(mine: Scores, stopped: bool, num_ranks: int, count: int) -> Scores |
 def compute_metrics(
     mine: Scores, scores: Scores, pos_weight: float, device: torch.device
 ) -> dict[str, float]:
-    """loss, auroc, and accuracy, precision and recall at p >= 0.5 over all ranks; NaN where
-    undefined: AUROC of one class, precision without a positive call, all of logits that are NaN.
+    """loss, RANKED and, at p >= 0.5, AT_HALF over all ranks; NaN where undefined: AUROC of one
+    class, precision without a positive call, all of logits that are NaN.
 
     `mine` are this rank's scores, `scores` those of all ranks. torchmetrics adds up loss and counts
     over the ranks of a process group, on `device`. AUROC is `evaluation.metrics`' own, of the ranks
@@ -107,8 +115,20 @@ def compute_metrics(
     found = {"loss": float(loss.compute())}
     tp, fp, tn, fn, _ = (int(count) for count in counts.compute())
     if not np.isfinite(scores.logits).all():
-        return found | dict.fromkeys(("auroc", "accuracy", "precision", "recall"), math.nan)
+        return found | dict.fromkeys((*RANKED, *AT_HALF), math.nan)
     at_half = rates(Confusion(tp, fp, fn, tn))
     has_both = 0 < tp + fn < len(scores)
-    found["auroc"] = auroc(scores.targets, scores.logits) if has_both else math.nan
-    return found | {name: at_half[name] for name in ("accuracy", "precision", "recall")}
+    found |= _rank(scores) if has_both else dict.fromkeys(RANKED, math.nan)
+    return found | {name: at_half[name] for name in AT_HALF}
+
+
+def _rank(scores: Scores) -> dict[str, float]:
+    """RANKED of scores of both classes."""
+    target, logit = scores.targets.astype(float), scores.logits.astype(float)
+    slope, _ = fit_logistic(logit, target, np.ones((len(logit), 1)))
+    return {
+        "auroc": auroc(scores.targets, scores.logits),
+        "average_precision": float(average_precision_score(target, logit)),
+        "brier": float(brier_score_loss(target, sigmoid(logit))),
+        "calibration_slope": float(slope[0]),
+    }

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Concatenate, ParamSpec
 
 import matplotlib as mpl
 import numpy as np
@@ -17,6 +17,7 @@ from pneumo.evaluation.decision_curve import THRESHOLDS
 from pneumo.evaluation.evaluation import Evaluation, SplitEvaluation
 from pneumo.evaluation.metrics import Confusion
 from pneumo.evaluation.operating_points import DECISION, SCREENING
+from pneumo.evaluation.reliability import Histogram
 from pneumo.reporting.figures.style import (
     BLUE,
     GRAY,
@@ -31,6 +32,7 @@ from pneumo.reporting.figures.style import (
     show_threshold,
 )
 
+P = ParamSpec("P")
 History = Sequence[Mapping[str, float | None]]
 """A mapping an epoch, as in the run's metrics.jsonl; may be empty."""
 
@@ -56,36 +58,6 @@ def draw_metrics(
             fontsize=12,
         )
         return encode_figure(figure, "png")
-
-
-def draw_roc(evaluation: Evaluation) -> bytes:
-    """`roc.svg`."""
-    return draw_chart("roc", lambda axes: plot_roc(axes, evaluation))
-
-
-def draw_precision_recall(evaluation: Evaluation) -> bytes:
-    """`precision_recall.svg`."""
-    return draw_chart("precision_recall", lambda axes: plot_precision_recall(axes, evaluation))
-
-
-def draw_reliability(evaluation: Evaluation) -> bytes:
-    """`reliability.svg`: test before and after calibration."""
-    return draw_chart("reliability", lambda axes: plot_reliability(axes, evaluation))
-
-
-def draw_decision_curve(evaluation: Evaluation) -> bytes:
-    """`decision_curve.svg`."""
-    return draw_chart("decision_curve", lambda axes: plot_decision_curve(axes, evaluation))
-
-
-def draw_loss(history: History, scored_epoch: int | None = None) -> bytes:
-    """`loss.svg`."""
-    return draw_chart("loss", lambda axes: plot_loss(axes, history, scored_epoch))
-
-
-def draw_validation(history: History, scored_epoch: int | None = None) -> bytes:
-    """`validation.svg`: AUROC, precision and recall on val by epoch."""
-    return draw_chart("validation", lambda axes: plot_validation(axes, history, scored_epoch))
 
 
 def draw_confusion(evaluation: Evaluation) -> bytes:
@@ -191,8 +163,8 @@ def plot_confusion(axes: Axes, evaluation: Evaluation, name: str) -> None:
 
 
 def plot_reliability(axes: Axes, evaluation: Evaluation) -> None:
-    """Fraction of positives over predicted probability, by bin of test, before and after
-    calibration; bars are intervals over patients."""
+    """Fraction of positives over predicted probability, by bin of test and smoothed, before and
+    after calibration, with a histogram of the probabilities; bars are intervals over patients."""
     test = evaluation.test
     axes.plot([0, 1], [0, 1], color=GRAY, linewidth=0.8, linestyle=":", label="perfect calibration")
     shown = (("uncalibrated", test.before, GRAY, "s"), ("calibrated", test.after, BLUE, "o"))
@@ -210,12 +182,24 @@ def plot_reliability(axes: Axes, evaluation: Evaluation) -> None:
             markersize=5,
             label=f"{label}, n = {test.n}" if points else None,
         )
+        if found.smooth is not None:
+            axes.plot(found.smooth.predicted, found.smooth.observed, color=color, linewidth=1.5)
+    _plot_histogram(axes, test.after.histogram or test.before.histogram)
     if not test.before.curve:
         draw_placeholder(axes, str(test.before.brier.reason))
         axes.set_title("Calibration")
         return
     _finish_unit_square(axes, "Calibration", "predicted probability", "fraction of positives")
     axes.legend(loc="best")
+
+
+def _plot_histogram(axes: Axes, histogram: Histogram | None) -> None:
+    """Of the probabilities, along the lower edge: its tallest bar has a height of 0.12."""
+    if histogram is None:
+        return
+    counts = np.array([histogram.negatives, histogram.positives]).sum(axis=0)
+    edges = np.linspace(0, 1, len(counts) + 1)
+    axes.stairs(0.12 * counts / counts.max(), edges, fill=True, color=GRAY, alpha=0.35)
 
 
 def plot_decision_curve(axes: Axes, evaluation: Evaluation) -> None:
@@ -306,3 +290,20 @@ def _plot_history(
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
+
+
+def _as_svg(name: str, plot: Callable[Concatenate[Axes, P], None]) -> Callable[P, bytes]:
+    """What `plot` draws, as `<name>.svg`."""
+
+    def draw(*given: P.args, **settings: P.kwargs) -> bytes:
+        return draw_chart(name, lambda axes: plot(axes, *given, **settings))
+
+    return draw
+
+
+draw_roc = _as_svg("roc", plot_roc)
+draw_precision_recall = _as_svg("precision_recall", plot_precision_recall)
+draw_reliability = _as_svg("reliability", plot_reliability)
+draw_decision_curve = _as_svg("decision_curve", plot_decision_curve)
+draw_loss = _as_svg("loss", plot_loss)
+draw_validation = _as_svg("validation", plot_validation)

@@ -1,4 +1,4 @@
-"""Drawings and studies as parts of a page that stands alone."""
+"""How templates become pages, and drawings and studies parts of a page that stands alone."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from pneumo.evaluation.evaluation import Evaluation
@@ -18,6 +19,17 @@ from pneumo.reporting.page.formatting import Cell, count
 THUMBNAIL_PIXELS = 176
 PAIR_PIXELS = (256, 192, 144, 112, 80)
 """Heights of a study beside its map, tried from the first until the page is small enough."""
+
+
+def make_environment() -> Environment:
+    """Text is escaped, and what a template names must be there."""
+    return Environment(
+        loader=PackageLoader("pneumo.reporting.page", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
 
 
 def inline(svg: bytes, alt: str) -> dict[str, Any]:

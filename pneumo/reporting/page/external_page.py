@@ -1,4 +1,4 @@
-"""Verdicts on external sets, each beside the run's internal test -> a page of their own, and a
+"""Evaluations on external sets, each beside the run's internal test -> a page of their own, and a
 section of the run's report.html."""
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from pneumo.dataset.overlap import Overlap
 from pneumo.evaluation.bootstrap import as_json
 from pneumo.evaluation.external import RECALIBRATION_FRACTION, Both, ExternalEvaluation, Frozen
 from pneumo.evaluation.set_shift import SetShift
-from pneumo.reporting.page.embedding import embed
+from pneumo.reporting.page.embedding import embed, make_environment
 from pneumo.reporting.page.formatting import Cell, count, decimal, fine_percent, percent
-from pneumo.reporting.page.templates import make_environment
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ def _tell_recalibration(found: ExternalEvaluation) -> str:
     return (
         f"Recalibration on {percent(RECALIBRATION_FRACTION)} of the patients "
         f"({count(new.fitted_on, 'study', 'studies')}) would change the Brier score of the other "
-        f"{new.judged_on:,} by {Cell.of(new.difference, signed=True)}, to "
+        f"{new.evaluated_on:,} by {Cell.of(new.difference, signed=True)}, to "
         f"{Cell.of(new.brier_after)}. The table above does without it."
     )
 

@@ -8,6 +8,7 @@ from typing import Any
 from pneumo.evaluation.comparison import ComparedRuns
 from pneumo.evaluation.evaluation import Evaluation
 from pneumo.evaluation.map_scores import SaliencySummary
+from pneumo.evaluation.member_spread import MemberSpread
 from pneumo.evaluation.metrics import Confusion
 from pneumo.evaluation.operating_points import DECISION, SCREENING
 from pneumo.evaluation.shown_studies import ERRORS, OUTCOMES, FindingErrors, Outcome
@@ -21,6 +22,7 @@ from pneumo.reporting.page.embedding import (
     draw_curves,
     draw_training,
     inline,
+    make_environment,
     show_pairs,
     show_thumbnails,
 )
@@ -30,7 +32,6 @@ from pneumo.reporting.page.page_inputs import DataFacts, ModelFacts, Provenance
 from pneumo.reporting.page.saliency_section import describe_saliency
 from pneumo.reporting.page.subgroup_section import describe_groups
 from pneumo.reporting.page.summary import answer, find_warnings, summarise
-from pneumo.reporting.page.templates import make_environment
 
 MAX_PAGE_BYTES = 3_000_000
 """Of report.html: what a mail or a phone takes."""
@@ -68,6 +69,7 @@ def render_report(
     pictures: Pictures,
     saliency: SaliencySummary | None = None,
     compared: ComparedRuns | None = None,
+    members: MemberSpread | None = None,
 ) -> str:
     """The page. `pictures` and `saliency` are of test; None: maps were not scored.
 
@@ -88,6 +90,7 @@ def render_report(
         answers=answer(evaluation, saliency),
         groups=describe_groups(evaluation),
         saliency=describe_saliency(saliency),
+        members=performance_section.describe_members(members),
         comparison=performance_section.describe_comparison(compared),
         training=draw_training(history, model.epoch),
         patients_known=evaluation.test.patients is not None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from pneumo.evaluation.comparison import COMPARED, ComparedRuns
 from pneumo.evaluation.decision_curve import THRESHOLDS, DecisionCurve
 from pneumo.evaluation.delong import PairedTest
 from pneumo.evaluation.evaluation import Evaluation
+from pneumo.evaluation.member_spread import MemberSpread
 from pneumo.evaluation.operating_points import DECISION, SCREENING, STANDARD, OperatingPoint
 from pneumo.evaluation.reliability import Reliability
 from pneumo.reporting.figures import charts, style
@@ -21,6 +23,11 @@ from pneumo.reporting.page.formatting import Cell, Row, decimal, p_value
 _RANKING_ROWS = (
     ("AUROC", "chance that a positive scores above a negative; 0.5 is a coin", "auroc"),
     ("Average precision", "mean precision over the positives", "average_precision"),
+    (
+        "Sensitivity at a specificity of 0.90",
+        "read off the split's own ROC curve, whatever the threshold",
+        "sensitivity_at_specificity_90",
+    ),
 )
 _RATE_ROWS = (
     ("Accuracy", "fraction of studies called right", "accuracy"),
@@ -57,7 +64,7 @@ SHOWN_THRESHOLDS = (0.05, 0.10, 0.20, 0.30, 0.40, 0.50)
 
 
 def headline_rows(evaluation: Evaluation) -> list[Row]:
-    """AUROC and average precision, then the decision point."""
+    """What needs no threshold of val, then the decision point."""
     val, test = evaluation.val, evaluation.test
     ranking = [
         Row.of(name, meaning, getattr(test, key), getattr(val, key))
@@ -68,6 +75,42 @@ def headline_rows(evaluation: Evaluation) -> list[Row]:
         for name, meaning, key in _RATE_ROWS
     ]
     return [*ranking, *at_point]
+
+
+def describe_members(members: MemberSpread | None) -> dict[str, Any] | None:
+    """Each run of an ensemble alone, for the template; None where there is but one."""
+    if members is None or not members.values:
+        return None
+    names = {key: name for name, _, key in (*_RANKING_ROWS, *_RATE_ROWS)}
+    return {
+        "sentence": tell_members(members),
+        "runs": members.runs,
+        "rows": [
+            {
+                "name": names[key],
+                "cells": [decimal(value) for value in values],
+                "mean": decimal(statistics.mean(values)),
+                "spread": decimal(statistics.stdev(values)),
+            }
+            for key, values in members.values.items()
+        ],
+    }
+
+
+def tell_members(members: MemberSpread) -> str:
+    """What the spread of the runs is one of."""
+    number = len(members.runs)
+    if members.is_of_seeds:
+        return (
+            f"The {number} runs differ in their seed alone. Their standard deviation is that "
+            "between seeds, which the intervals above do not hold."
+        )
+    if not members.differ_in:
+        return f"The {number} runs have one setting and one seed, so they show no spread of seeds."
+    return (
+        f"The {number} runs differ in {', '.join(members.differ_in)}, so their standard deviation "
+        "is not that between seeds."
+    )
 
 
 # --- thresholds ----------------------------------------------------------------------------------
@@ -158,7 +201,7 @@ def _cell_of(found: Reliability, key: str) -> Cell:
     estimate = getattr(found, key)
     if key != "ece" or found.ece_if_calibrated is None:
         return Cell.of(estimate, signed=key in _SIGNED)
-    told = f"{decimal(found.ece_if_calibrated)} on average of so many, if calibrated"
+    told = f"{decimal(found.ece_if_calibrated)} on average if calibrated"
     return Cell(Cell.of(estimate).value, reason=told)
 
 

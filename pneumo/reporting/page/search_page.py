@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from pneumo.reporting.figures import search as drawings
-from pneumo.reporting.page.embedding import inline
+from pneumo.reporting.page.embedding import inline, make_environment
 from pneumo.reporting.page.formatting import count, decimal
-from pneumo.reporting.page.templates import make_environment
 from pneumo.tuning.objective import describe_objective, name_objective
 from pneumo.tuning.search import Search, make_recipe
 from pneumo.tuning.trials import State, Trial, show_setting

@@ -33,7 +33,7 @@ def describe_groups(evaluation: Evaluation) -> dict[str, Any]:
     test = evaluation.test
     rates = test.at[DECISION].rates
     every = [test.auroc, *(group.auroc for group in test.subgroups.groups)]
-    judged = [group for group in test.subgroups.groups if group.auroc.value is not None]
+    known = [group for group in test.subgroups.groups if group.auroc.value is not None]
     start = _start_axis(every)
     worst = test.subgroups.worst
     return {
@@ -55,13 +55,13 @@ def describe_groups(evaluation: Evaluation) -> dict[str, Any]:
             {
                 "by": by,
                 "title": TITLES[by],
-                "rows": [_describe_group(g, start, worst) for g in judged if g.by == by],
+                "rows": [_describe_group(g, start, worst) for g in known if g.by == by],
                 "not_known": _tell_not_known([g for g in groups if g.auroc.value is None]),
             }
             for by, some in groupby(test.subgroups.groups, key=lambda group: group.by)
             for groups in (list(some),)
         ],
-        "has_more": any(group.by in COMPARED for group in judged),
+        "has_more": any(group.by in COMPARED for group in known),
         "whole": [*COMPARED],
         "worst": describe_worst(worst),
         "is_shown": worst.is_shown,

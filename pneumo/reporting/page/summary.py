@@ -23,7 +23,7 @@ def summarise(evaluation: Evaluation) -> str:
     """What the numbers mean, in two or three sentences."""
     test = evaluation.test
     if test.auroc.value is None:
-        return f"The model cannot be judged on test: {test.auroc.reason}."
+        return f"The model cannot be evaluated on test: {test.auroc.reason}."
     words = [
         f"Of a random positive and a random negative study, the model scores the positive higher "
         f"in {percent(test.auroc.value)} of cases{_in_percent(test.auroc)}."
@@ -51,6 +51,8 @@ def tell_view(view: ViewBaseline) -> str:
     difference = Cell.of(gain, 2, signed=True)
     if gain.low > 0:
         return f"{alone}; the model's is higher by {difference}."
+    if gain.high is not None and gain.high < 0:
+        return f"{alone}; the model's is lower: the difference is {difference}."
     return f"{alone}; the model's is not shown to be higher: the difference is {difference}."
 
 
@@ -67,15 +69,32 @@ def count_patients(test: SplitEvaluation) -> str:
 
 def find_warnings(evaluation: Evaluation, data: DataFacts, model: ModelFacts) -> list[str]:
     """What the reader must know before believing a number; most severe first."""
-    test = evaluation.test
-    warnings = []
-    audit, quality = data.audit, data.quality
+    warnings = [*_warn_of_split(evaluation.test, data), *_warn_of_ranking(evaluation)]
+    if not model.is_pretrained:
+        wish = "because the weights asked for could not be had" if model.fell_back else "as asked"
+        warnings.append(
+            f"The model started from random weights, {wish}. Expect less than from ImageNet's."
+        )
+    gain = evaluation.test.view.gain_delong.difference
+    if gain.low is not None and gain.low <= 0:
+        warnings.append("The model is not shown to be better than the view (AP or PA) alone.")
+    if quarantined := sum(data.quality.quarantined.values()):
+        warnings.append(
+            f"{count(quarantined, 'study is', 'studies are')} in no split, as no picture could be "
+            "had; the store's quarantine.jsonl says why."
+        )
+    return warnings
+
+
+def _warn_of_split(test: SplitEvaluation, data: DataFacts) -> list[str]:
+    """What makes all numbers too good, or all intervals too narrow."""
+    warnings, audit = [], data.audit
     if audit.unit != "patient":
         leaked = audit.leaked_by_image
         fraction = "" if leaked is None else f" ({percent(leaked)} of val)"
         warnings.append(
-            f"The data was split by {audit.unit}, not by patient: patients of the training data "
-            f"may be judged again{fraction}. The numbers are too good."
+            f"The data was split by {audit.unit}, not by patient: test may hold patients of the "
+            f"training data{fraction}. The numbers are too good."
         )
         if test.patients is None:
             warnings.append(
@@ -84,15 +103,20 @@ def find_warnings(evaluation: Evaluation, data: DataFacts, model: ModelFacts) ->
             )
     elif audit.shared_patients:
         warnings.append(f"{audit.shared_patients} patients are in more than one split.")
-    if quality.duplicates.across_splits:
-        pictures = count(quality.duplicates.across_splits, "picture is", "pictures are")
+    if shared := data.quality.duplicates.across_splits:
         warnings.append(
-            f"{pictures} in more than one split, pixel by pixel: the model is judged on what it "
-            "was trained or chosen on, and its numbers are too good."
+            f"{count(shared, 'picture is', 'pictures are')} in more than one split, pixel by "
+            "pixel: the model is evaluated on what it was trained or chosen on, and its numbers "
+            "are too good."
         )
+    return warnings
+
+
+def _warn_of_ranking(evaluation: Evaluation) -> list[str]:
+    """What test is too small or too poor for."""
+    test, point, warnings = evaluation.test, evaluation.points[DECISION], []
     if test.auroc.value is None:
-        warnings.append(f"Test cannot be judged: {test.auroc.reason}.")
-    point = evaluation.points[DECISION]
+        warnings.append(f"Test cannot be evaluated: {test.auroc.reason}.")
     if point.threshold is None:
         warnings.append(f"No threshold could be chosen: {point.reason}.")
     if test.auroc.value is not None and not is_shown_to_rank(test.auroc):
@@ -106,20 +130,6 @@ def find_warnings(evaluation: Evaluation, data: DataFacts, model: ModelFacts) ->
             f"Test is small: {smaller} {who} in the rarer class, {test.n} studies of "
             f"{count_patients(test)} altogether. The intervals are wide; do not rank models by "
             "these numbers."
-        )
-    if not model.is_pretrained:
-        wish = "because the weights asked for could not be had" if model.fell_back else "as asked"
-        warnings.append(
-            f"The model started from random weights, {wish}. Expect less than from ImageNet's."
-        )
-    gain = test.view.gain_delong.difference
-    if gain.low is not None and gain.low <= 0:
-        warnings.append("The model is not shown to be better than the view (AP or PA) alone.")
-    if quality.quarantined:
-        studies = count(sum(quality.quarantined.values()), "study is", "studies are")
-        warnings.append(
-            f"{studies} in no split, as no picture could be had; the store's quarantine.jsonl says "
-            "why."
         )
     return warnings
 

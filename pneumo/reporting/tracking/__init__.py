@@ -19,6 +19,7 @@ from pneumo.reporting.tracking.media import (
 from pneumo.reporting.tracking.mode import choose_mode
 from pneumo.reporting.tracking.tracked_run import (
     TrackedRun,
+    name_group,
     name_run,
     prepare_tracking,
     renew_identity,
@@ -39,6 +40,7 @@ __all__ = [
     "TrackedRun",
     "WandbSession",
     "choose_mode",
+    "name_group",
     "name_run",
     "prepare_tracking",
     "renew_identity",

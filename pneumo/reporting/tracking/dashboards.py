@@ -45,6 +45,9 @@ def _train() -> Mapping[str, Sequence[Any]]:
         "Learning": [
             line("Loss", "train/loss", "val/loss"),
             line("AUROC on val", "val/auroc", "val/ema_auroc"),
+            line("Average precision on val", "val/average_precision", "val/ema_average_precision"),
+            line("Calls at p = 0.5 on val", "val/recall", "val/specificity", "val/precision"),
+            line("Calibration slope on val (1 is right)", "val/calibration_slope"),
             line("Learning rate", "train/lr"),
             line("Length of the gradient", "train/grad_norm"),
         ],

@@ -105,5 +105,7 @@ class Artifact:
     """'dataset', 'model', 'evaluation' or 'search'."""
     files: Mapping[str, bytes]
     """Content by name inside the artifact."""
+    references: Mapping[str, str] = field(default_factory=dict)
+    """Of what stays in an object store, the URL by name inside the artifact."""
     aliases: Sequence[str] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)

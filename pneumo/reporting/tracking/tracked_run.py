@@ -81,6 +81,15 @@ def name_run(run_url: str) -> str:
     return f"{make_name(run_url.rsplit('/', 1)[-1])[:_MAX_NAME]}-{digest[:8]}"
 
 
+def name_group(run_url: str) -> str:
+    """W&B's group of a training and of what is made with its weights, if not told otherwise."""
+    try:
+        config = read_config(run_url)
+    except TrackingError:  # of another version
+        config = None
+    return (config and config.tracking.group) or name_run(run_url)
+
+
 def make_name(text: str) -> str:
     """The text in the letters that W&B takes for ids and names of artifacts."""
     return re.sub(r"[^A-Za-z0-9_.-]", "-", text)

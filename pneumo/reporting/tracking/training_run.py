@@ -29,7 +29,7 @@ def read_training(run_url: str) -> TrackedRun | None:
         return None
     name, manifest = name_run(run_url), read_dataset(run_url)
     digest = None if manifest is None else manifest.digest
-    record = record_weights(index.best, name, digest)
+    record = record_weights(run_url, index.best, digest)
     history = [name_metrics(metrics) for metrics in read_history(run_url)]
     return TrackedRun(
         id=name,

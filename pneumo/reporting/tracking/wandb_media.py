@@ -88,4 +88,7 @@ def pack(artifact: Artifact) -> Any:
     for name, content in artifact.files.items():
         with packed.new_file(name, mode="wb") as file:
             file.write(content)
+    for name, url in artifact.references.items():
+        # The record has the digest; W&B would need the store's credentials to make one.
+        packed.add_reference(url, name=name, checksum=False)
     return packed

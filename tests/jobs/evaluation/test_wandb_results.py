@@ -15,7 +15,7 @@ from PIL import Image
 from jobs import track
 from jobs.evaluation.evaluated_run import Subject
 from jobs.evaluation.ray_scoring import Scored, Scoring, Weights
-from jobs.evaluation.result_files import Judged, compose_metrics
+from jobs.evaluation.result_files import Results, compose_metrics
 from jobs.evaluation.shown_studies import describe_age
 from jobs.evaluation.wandb_results import cap_ages, read_evaluation, show_case, write_tracking
 from pneumo.config import Config
@@ -72,7 +72,7 @@ def leave(run, subject, data=DATA, found=None, pictures=PICTURES, saliency=None)
     """A run's folder after an evaluation with pictures of 224 pixels."""
     subject = dataclasses.replace(subject, run_url=str(run))
     config = Config()
-    shown = Judged(data, found or judged(), pictures, saliency or {}, None)
+    shown = Results(data, found or judged(), pictures, saliency or {}, None)
     (run / "figures").mkdir(parents=True)
     (run / "figures" / "data_quality.png").write_bytes(encode_image(case().image))
     prepare_tracking(str(run), subject.manifest)

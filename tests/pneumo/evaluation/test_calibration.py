@@ -272,6 +272,31 @@ def test_curve_and_error_equal_scikit_learns(n, num_bins):
     assert found.ece.value == pytest.approx(expected, abs=1e-12 if n == 1000 else 0.003)
 
 
+def test_the_smooth_curve_is_near_the_truth_and_the_histogram_holds_everybody():
+    target, logit = drawn(20_000, slope=2, shift=1)
+    found = measure(target, logit, resamples=2)
+    smooth = found.smooth
+    truth = sigmoid((np.log(smooth.predicted) - np.log1p(-np.array(smooth.predicted)) - 1) / 2)
+    assert smooth.observed == pytest.approx(truth, abs=0.03)
+    assert sum(found.histogram.positives) == target.sum()
+    assert sum(found.histogram.negatives) == (target == 0).sum()
+
+
+@pytest.mark.parametrize("logit", [np.zeros(200), np.full(200, 60.0)])
+def test_probabilities_that_do_not_vary_have_no_smooth_curve(logit):
+    found = measure(drawn(200)[0], logit)
+    assert found.smooth is None
+    assert sum(found.histogram.positives) > 0
+
+
+def test_saturated_and_separated_probabilities_have_a_smooth_curve():
+    target, logit = drawn(400)
+    for values in (logit + 60, np.where(target == 1, 5.0, -5.0) + logit / 10):
+        smooth = measure(target, values).smooth
+        assert np.isfinite(smooth.observed).all()
+        assert 0 <= min(smooth.observed) <= max(smooth.observed) <= 1
+
+
 @given(st.lists(st.sampled_from([0.0, 0.1, 0.5, 0.9]), min_size=1, max_size=40))
 def test_bins_hold_everybody_once_and_never_part_ties(values):
     probability = np.array(values)

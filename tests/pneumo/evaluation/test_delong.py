@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from MLstatkit import Delong_test
+from scipy.special import logit
 from scipy.stats import norm, t
 
 from pneumo.errors import MetricError
@@ -64,10 +65,15 @@ def test_clustered_is_delongs_where_nobody_recurs(seed):
     patient, target, first, second = simulated(40, seed=seed)
     alone = delong(target, first)
     clustered = delong(target, first, patient)
-    margins = [one.high - one.value for one in (clustered, alone) if one.high < 1]
     rarer = min(int(target.sum()), int((~np.asarray(target, dtype=bool)).sum()))
-    if len(margins) == 2:
-        assert margins[0] / margins[1] == pytest.approx(t.ppf(0.975, rarer - 1) / 1.959964)
+    placed = placements(target, first)
+    assert placed.clustered_variance(patient) == pytest.approx(placed.variance())
+    if clustered.high is not None:
+        # On the logit's scale, to either side as far.
+        margin = t.ppf(0.975, rarer - 1) * math.sqrt(placed.variance())
+        margin /= alone.value * (1 - alone.value)
+        low, high = logit([clustered.low, clustered.high]) - logit(alone.value)
+        assert (-low, high) == pytest.approx((margin, margin))
     assert (alone.method, clustered.method) == (INDEPENDENT, CLUSTERED)
     tests = [delong_test(target, first, second, *by) for by in ((), (patient,))]
     z = norm.isf(tests[0].p_value / 2)

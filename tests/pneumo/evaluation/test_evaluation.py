@@ -14,9 +14,9 @@ from pneumo.evaluation import metrics, thresholds
 from pneumo.evaluation.baselines import Metadata
 from pneumo.evaluation.bootstrap import as_json
 from pneumo.evaluation.comparison import compare
-from pneumo.evaluation.evaluation import check_complete, evaluate
+from pneumo.evaluation.evaluation import evaluate
 from pneumo.evaluation.operating_points import DECISION, SCREENING
-from pneumo.evaluation.predictions import sigmoid
+from pneumo.evaluation.predictions import check_complete, sigmoid
 from tests import CHECKOUT
 from tests.predictions import make_plain
 

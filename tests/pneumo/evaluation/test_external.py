@@ -112,7 +112,7 @@ def test_without_metadata_there_is_no_case_mix() -> None:
 
 def test_recalibration_is_judged_on_other_patients_than_it_is_fitted_on() -> None:
     found = judge().recalibration
-    assert found.fitted_on + found.judged_on == len(EXTERNAL)
+    assert found.fitted_on + found.evaluated_on == len(EXTERNAL)
     assert found.fitted_on == pytest.approx(RECALIBRATION_FRACTION * len(EXTERNAL), abs=2)
     assert found.difference.value is not None
     assert found.difference.value < 0

@@ -3,9 +3,11 @@
 import json
 import math
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
+import scipy.stats
 import sklearn.metrics as reference
 import torch
 from hypothesis import given
@@ -149,6 +151,12 @@ def test_wilson_equals_the_published_example():
     assert bootstrap.wilson(0.0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
 
 
+def highest_sensitivity(target, score):
+    """Of scikit-learn's thresholds that clear nine tenths of the negatives."""
+    false_alarms, sensitivity, _ = reference.roc_curve(target, score, drop_intermediate=False)
+    return sensitivity[false_alarms <= 0.1 + 1e-9].max()
+
+
 @relaxed
 @given(scored(), st.integers(0, 2**32 - 1))
 def test_weighted_statistics_equal_repeated_samples(data, seed):
@@ -160,6 +168,7 @@ def test_weighted_statistics_equal_repeated_samples(data, seed):
         metrics.auroc_statistic: reference.roc_auc_score,
         metrics.average_precision_statistic: reference.average_precision_score,
         metrics.brier_statistic: reference.brier_score_loss,
+        partial(metrics.sensitivity_at_statistic, specificity=0.9): highest_sensitivity,
     }
     for build, expected in statistics.items():
         found = float(build(target, score)(weights)[0])
@@ -317,6 +326,20 @@ def test_patient_bootstrap_is_wider_than_image_bootstrap_and_covers():
         assert widths["patient"] > 1.3 * widths["image"]
     assert covered["patient"] >= 25
     assert covered["image"] < covered["patient"]
+
+
+def test_the_interval_of_a_skewed_statistic_is_scipys():
+    """Of so many that Student's t is the normal."""
+    values = np.random.default_rng(0).exponential(size=600) ** 2
+    statistic = {"mean": lambda weights: values @ weights / weights.sum(axis=0)}
+    found = bootstrap.patient_bootstrap(np.arange(600), statistic, resamples=4000, seed=0)["mean"]
+    expected = scipy.stats.bootstrap(
+        (values,), np.mean, n_resamples=4000, method="BCa", rng=np.random.default_rng(1)
+    )
+    spread = expected.standard_error
+    assert found.low == pytest.approx(expected.confidence_interval.low, abs=0.12 * spread)
+    assert found.high == pytest.approx(expected.confidence_interval.high, abs=0.12 * spread)
+    assert found.high - found.value > 1.15 * (found.value - found.low)
 
 
 def test_image_bootstrap_agrees_with_delong():

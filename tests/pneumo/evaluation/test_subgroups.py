@@ -32,9 +32,9 @@ def draw(n=1500, **columns):
 
 
 def judge(rows, threshold=LOGIT, resamples=200, min_patients=10):
-    parts = subgroup_statistics(rows, threshold, min_patients)
+    sets, independent = subgroup_statistics(rows, threshold, min_patients)
     found = bootstrap.resample_sets(
-        rows.patient, parts.sets, resamples=resamples, seed=0, independent=parts.independent
+        rows.patient, sets, resamples=resamples, seed=0, independent=independent
     )
     return evaluate_subgroups(rows, threshold, found, min_patients)
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn import metrics as reference
+from sklearn.linear_model import LogisticRegression
 
 from pneumo.network.scoring import Scores
 from pneumo.training.validation import compute_metrics
@@ -36,6 +37,13 @@ def test_metrics_are_those_of_scikit_learn_and_half_is_a_positive_call() -> None
     assert found["accuracy"] == pytest.approx(reference.accuracy_score(targets, called), abs=1e-12)
     assert found["precision"] == pytest.approx(reference.precision_score(targets, called), abs=1e-9)
     assert found["recall"] == pytest.approx(reference.recall_score(targets, called), abs=1e-12)
+    assert found["specificity"] == pytest.approx(0, abs=1e-12)
+    precision = reference.average_precision_score(targets, logits)
+    assert found["average_precision"] == pytest.approx(precision, abs=1e-12)
+    chances = 1 / (1 + np.exp(-np.array(logits)))
+    assert found["brier"] == pytest.approx(reference.brier_score_loss(targets, chances), abs=1e-12)
+    model = LogisticRegression(C=np.inf, tol=1e-12).fit(np.array(logits)[:, None], targets)
+    assert found["calibration_slope"] == pytest.approx(model.coef_[0, 0], abs=1e-3)
     losses = [
         (3.0 if target else 1.0) * math.log1p(math.exp(-logit if target else logit))
         for logit, target in zip(logits, targets, strict=True)

@@ -270,7 +270,7 @@ def test_degenerate_evaluation_is_reported_with_its_reason():
     hollow = evaluation(target=np.zeros(400, dtype=np.int8))
     page = render(hollow, history=[], pictures=Pictures([], {}, {}, []))
     assert "Read this first" in page
-    assert "The model cannot be judged on test: one class only" in page
+    assert "The model cannot be evaluated on test: one class only" in page
     assert "No threshold could be chosen: val: one class only" in page
     assert "The run holds no training history." in page
 

@@ -8,6 +8,7 @@ from pneumo.reporting.tracking.artifacts import (
     describe_weights,
     record_weights,
 )
+from pneumo.reporting.tracking.wandb_media import pack
 from pneumo.training.checkpoints import CheckpointEntry
 
 ENTRY = CheckpointEntry(name="epoch-0003.pt", epoch=3, val_auroc=0.9, sha256="ab" * 32)
@@ -23,10 +24,24 @@ def test_two_stores_are_two_data_sets(tiny_store):
 
 
 def test_two_runs_are_two_models_and_only_their_own_best_moves():
-    used = describe_weights(record_weights(ENTRY, "one", "digest"))
-    made = describe_weights(record_weights(ENTRY, "two", "digest"), ["best"])
-    assert (used.name, list(used.aliases)) == ("model-one", [])
-    assert (made.name, list(made.aliases)) == ("model-two", ["best"])
+    used, made = (record_weights(f"/runs/{name}/train", ENTRY, "digest") for name in ("A", "B"))
+    used, made = describe_weights(used), describe_weights(made, ["best"])
+    assert used.name.startswith("model-train-")
+    assert made.name.startswith("model-train-")
+    assert used.name != made.name
+    assert (list(used.aliases), list(made.aliases)) == ([], ["best"])
+    assert used.references == {}
+    assert "/runs" not in str(used)
     assert json.loads(used.files["checkpoint.json"]) == used.metadata
     assert used.metadata["sha256"] == ENTRY.sha256
     assert used.metadata["dataset"] == "digest"
+
+
+def test_weights_in_an_object_store_are_referenced(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path))
+    url = "s3://bucket/run/checkpoints/epoch-0003.pt"
+    record = {"run": "run-12345678", "checkpoint": ENTRY.name, "sha256": ENTRY.sha256, "url": url}
+    packed = pack(describe_weights(record, ["best"]))
+    entries = packed.manifest.entries
+    assert set(entries) == {"checkpoint.json", ENTRY.name}
+    assert entries[ENTRY.name].ref == url

@@ -1,0 +1,73 @@
+"""How far the runs of an ensemble lie apart, each by itself: of one setting trained with several
+seeds the spread between seeds, which no interval over patients holds."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sklearn.metrics import average_precision_score
+
+from pneumo.config import EvaluateConfig
+from pneumo.evaluation.metrics import auroc, confusion, rates
+from pneumo.evaluation.operating_points import DECISION, choose_points
+from pneumo.evaluation.predictions import Predictions, find_fault
+
+MEASURES = ("auroc", "average_precision", "recall", "specificity")
+"""The last two at the decision point that each run's own val gives."""
+
+
+@dataclass(frozen=True)
+class MemberSpread:
+    """Single runs on test."""
+
+    runs: tuple[str, ...]
+    differ_in: tuple[str, ...]
+    """Settings of the training that are not the same in all runs, such as `seed`."""
+    values: Mapping[str, tuple[float, ...]]
+    """By measure, in the order of `runs`; without a measure that one of them has not."""
+
+    @property
+    def is_of_seeds(self) -> bool:
+        """Whether nothing but the seed differs."""
+        return self.differ_in == ("seed",)
+
+    def to_json(self) -> dict[str, Any]:
+        """The object `members` of metrics.json."""
+        return {
+            "runs": list(self.runs),
+            "differ_in": list(self.differ_in),
+            **{
+                name: {
+                    "values": list(values),
+                    "mean": statistics.mean(values),
+                    "standard_deviation": statistics.stdev(values),
+                }
+                for name, values in self.values.items()
+            },
+        }
+
+
+def compare_members(
+    members: Mapping[str, Predictions], differ_in: Sequence[str], config: EvaluateConfig
+) -> MemberSpread | None:
+    """Each member alone, by its name; None of fewer than two."""
+    if len(members) < 2:
+        return None
+    found = [_measure(rows, config) for rows in members.values()]
+    shared = [name for name in MEASURES if all(name in one for one in found)]
+    values = {name: tuple(one[name] for one in found) for name in shared}
+    return MemberSpread(tuple(members), tuple(differ_in), values)
+
+
+def _measure(rows: Predictions, config: EvaluateConfig) -> dict[str, float]:
+    test = rows.subset("test")
+    if find_fault(test) is not None or not 0 < test.target.sum() < len(test):
+        return {}
+    threshold = choose_points(rows.subset("val"), config)[DECISION].logit
+    found = {} if threshold is None else rates(confusion(test.target, test.logit, threshold))
+    found["auroc"] = auroc(test.target, test.logit)
+    found["average_precision"] = float(average_precision_score(test.target, test.logit))
+    return found
