@@ -36,7 +36,7 @@ def step_to(done: int) -> Stepped:
 def follow(*messages: Any) -> None:
     ended: Future[None] = Future()
     ended.set_result(None)
-    Follower(LocalMailbox(messages), epochs=5).follow(ended)
+    Follower(LocalMailbox(messages).take, epochs=5).follow(ended)
 
 
 def list_shown(capsys: pytest.CaptureFixture[str]) -> list[int]:
