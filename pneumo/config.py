@@ -291,14 +291,6 @@ class EvaluateConfig(Section):
     over the positives."""
 
 
-class PredictConfig(Section):
-    """How a folder of DICOM files is scored; the network, its ensemble and its threshold are those
-    of the run's evaluation."""
-
-    overlays: bool = True
-    """Whether each image gets a PNG of itself and its Grad-CAM."""
-
-
 class ClusterConfig(Section):
     """What the job takes of the Ray cluster."""
 
@@ -359,7 +351,6 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     tune: TuneConfig = TuneConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
-    predict: PredictConfig = PredictConfig()
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
 

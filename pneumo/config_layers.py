@@ -57,6 +57,7 @@ _REMOVED = {
     "evaluate.batch_size_per_worker": "it follows from the image size",
     "evaluate.calibration_bins": "there are 10",
     "predict.batch_size_per_worker": "it follows from the image size",
+    "predict.overlays": "say --no-overlays",
     "tracking.image_pixels": "pictures are at most 192 pixels high",
 }
 """Settings of earlier versions, and what holds in their place."""
@@ -96,7 +97,7 @@ def drop_removed(saved: Mapping[str, Any]) -> dict[str, Any]:
                 for name, value in settings.items()
                 if f"{section}.{name}" not in _REMOVED
             }
-    return tree
+    return {section: settings for section, settings in tree.items() if settings != {}}
 
 
 def check_batch_size(batch_size: int, micro_batch_size: int, num_workers: int) -> None:

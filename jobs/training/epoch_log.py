@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -23,27 +22,15 @@ _LOOK_AGAIN_S = 0.3
 """How long the end of training may stay unnoticed."""
 
 
-@dataclass(frozen=True)
-class Stepped:
-    """Steps done, of all in the run."""
-
-    done: int
-    total: int
-    pace: Pace
+Message = str | Start | Pace | Epoch
 
 
-Message = str | Start | Stepped | Epoch
-
-
-def worker_callbacks(mailbox: Mailbox | None, world: World, *, epochs: int) -> Callbacks:
+def worker_callbacks(mailbox: Mailbox | None, world: World) -> Callbacks:
     """The callbacks of a Ray Train worker: rank 0 tells the driver, every rank reports to Ray."""
 
     def tell(message: Message) -> None:
         if mailbox is not None and world.rank == 0:
             mailbox.put(message)
-
-    def on_pace(pace: Pace) -> None:
-        tell(Stepped((pace.epoch - 1) * pace.steps + pace.step, epochs * pace.steps, pace))
 
     def on_epoch(epoch: Epoch) -> None:
         tell(epoch)
@@ -51,7 +38,7 @@ def worker_callbacks(mailbox: Mailbox | None, world: World, *, epochs: int) -> C
         # are our own: they are the same under torchrun, and one index vouches for them.
         ray.train.report({k: v for k, v in epoch.metrics.items() if v is not None})
 
-    return Callbacks(on_start=tell, on_pace=on_pace, on_epoch=on_epoch, tell=tell)
+    return Callbacks(on_start=tell, on_pace=tell, on_epoch=on_epoch, tell=tell)
 
 
 def describe_epoch(epoch: Epoch, epochs: int) -> str:
@@ -117,11 +104,12 @@ class Follower:
             self._write(message)
         elif isinstance(message, Start):
             self._begin(message)
-        elif isinstance(message, Stepped):
-            self.seen = message.done
+        elif isinstance(message, Pace):
+            self.seen = (message.epoch - 1) * message.steps + message.step
             if self.progress is None:
-                self.progress = Progress("train", message.total, "steps", initial=message.done)
-            self.progress.advance_to(message.done, describe_pace(message.pace))
+                total = self.epochs * message.steps
+                self.progress = Progress("train", total, "steps", initial=self.seen)
+            self.progress.advance_to(self.seen, describe_pace(message))
         elif message.number > self.shown:  # after a restart an epoch may come twice
             self.shown = message.number
             self._write(describe_epoch(message, self.epochs))

@@ -113,7 +113,7 @@ def _train_worker(settings: Mapping[str, Training]) -> str | None:
     )
     torch.set_num_threads(config.cluster.cpus_per_worker)
     wait_longer()
-    callbacks = worker_callbacks(mailbox, world, epochs=config.train.epochs)
+    callbacks = worker_callbacks(mailbox, world)
     if mailbox is not None:
         callbacks = replace(callbacks, should_stop=mailbox.listen(world.rank).is_set)
     shared_splits: Mapping[str, InMemorySplit] = {}

@@ -61,8 +61,7 @@ def fit(
     torch.distributed must be initialised. Raises RunError, StoreError, ConfigError, DataError,
     CheckpointError, DivergedError, and PreemptedError after `callbacks.should_stop`.
     """
-    device = _settle_device(device)
-    check_compiler(config.train, device, callbacks.tell)
+    device = _settle_device(config, device, callbacks)
     store = PreparedStore(store_url, read_manifest(store_url), config.data)
     check_sizes(config, store.manifest, num_workers=world.size)
     resumption = claim_and_resume(config, store.manifest, run_url, world, callbacks.tell)
@@ -85,8 +84,9 @@ def fit(
     return run.complete(train_data, val_data)
 
 
-def _settle_device(device: torch.device) -> torch.device:
-    """The device with its number, made the process's own."""
+def _settle_device(config: Config, device: torch.device, callbacks: Callbacks) -> torch.device:
+    """The device with its number, made the process's own. Raises ConfigError."""
+    check_compiler(config.train, device, callbacks.tell)
     if device.type != "cuda":
         return device
     if device.index is None:
