@@ -17,8 +17,8 @@ from typing import Any
 
 from cluster.targets import is_remote
 from pneumo.command_line import JOBS, Invocation, PrepareArguments, parse_command_line
-from pneumo.config import WEIGHTS_WITHOUT_FILE, ClusterConfig, Config, Section, check_batch_size
-from pneumo.config_layers import ENVIRONMENT_PREFIX, override, read_recipe
+from pneumo.config import WEIGHTS_WITHOUT_FILE, ClusterConfig, Config, Section
+from pneumo.config_layers import ENVIRONMENT_PREFIX, check_batch_size, override, read_recipe
 from pneumo.errors import ConfigError
 from pneumo.search_space import flatten
 

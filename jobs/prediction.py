@@ -31,6 +31,7 @@ from jobs.ray_cluster.session import ray_session, wait_for_resources
 from jobs.terminal.entry_point import say
 from pneumo import storage
 from pneumo.command_line import Invocation, PredictArguments
+from pneumo.config import ClusterConfig
 from pneumo.errors import DataError, RunError, SourceError
 from pneumo.evaluation.bootstrap import as_json
 from pneumo.evaluation.file_predictions import (
@@ -98,23 +99,27 @@ def predict(invocation: Invocation) -> None:
             output_url,
             scoring,
             rule.stored_size or image_size,
-            config.predict.overlays,
+            not arguments.no_overlays,
             find_place(config.cluster, rule.stored_size or image_size),
         )
         clear(output_url)
-        shares = share_out(len(files), config.cluster, task.place)
-        bounds = [len(files) * share.rank // share.size for share in shares] + [len(files)]
-        calls = [(task, files[a:b]) for a, b in pairwise(bounds) if a < b]
-        parts = list(run_shares(read_files, calls, config.cluster, "predict", len(files)))
-    readings = Readings.join(parts)
-    if len(readings) != len(files):
-        raise AssertionError(f"{len(readings)} readings of {len(files)} files")
+        readings = _read_all(files, task, config.cluster)
     summary = write_readings(readings, task, rule, run_urls[0])
     print_summary(summary, output_url)
     if not readings.num_scored:
         raise DataError(
             f"predict: none of {len(files)} files could be scored; {output_url}/{CSV} says why"
         )
+
+
+def _read_all(files: Sequence[str], task: Task, cluster: ClusterConfig) -> Readings:
+    shares = share_out(len(files), cluster, task.place)
+    bounds = [len(files) * share.rank // share.size for share in shares] + [len(files)]
+    calls = [(task, files[a:b]) for a, b in pairwise(bounds) if a < b]
+    readings = Readings.join(list(run_shares(read_files, calls, cluster, "predict", len(files))))
+    if len(readings) != len(files):
+        raise AssertionError(f"{len(readings)} readings of {len(files)} files")
+    return readings
 
 
 def find_files(source_url: str, output_url: str) -> list[str]:

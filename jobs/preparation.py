@@ -7,12 +7,12 @@ import hashlib
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import ray
 
 from jobs.ray_cluster.nodes import list_nodes
 from jobs.ray_cluster.session import ray_session
+from jobs.ray_cluster.spreading import spread
 from jobs.terminal.entry_point import say
 from jobs.terminal.progress import Progress
 from pneumo import storage
@@ -185,28 +185,21 @@ def _run_plans(
     memory = estimate_memory(plans, config.prepare.image_size)
     # No more than the largest node has, or no task would ever start; it then runs one at a time.
     memory = min(memory, max(int(node.total.get("memory", 0)) for node in list_nodes()))
-    task = ray.remote(num_cpus=1, memory=memory, max_retries=3)(prepare_shard)
-    digest, known = digest_settings(config), ray.put(seen)
-    todo = list(reversed(plans))
-    running: dict[Any, ShardPlan] = {}
+    digest, size, known = digest_settings(config), config.prepare.image_size, ray.put(seen)
+    calls = [(plan, store_url, size, digest, file_key, known) for plan in plans]
+    options = {"num_cpus": 1, "memory": memory, "max_retries": 3}
     prepared: list[PreparedShard] = []
-    done = bad = 0
     with Progress("prepare", sum(len(plan.studies) for plan in plans), "studies") as progress:
-        while todo or running:
-            # Asked for anew each time: a cluster that grows is filled.
-            in_flight = max(2 * int(ray.cluster_resources().get("CPU", 1)), 2)
-            while todo and len(running) < in_flight:
-                plan = todo.pop()
-                size = config.prepare.image_size
-                running[task.remote(plan, store_url, size, digest, file_key, known)] = plan
-            ready, _ = ray.wait(list(running), timeout=1.0)
-            for reference in ready:
-                shard: PreparedShard = ray.get(reference)
-                prepared.append(shard)
-                done += len(running.pop(reference).studies)
-                bad += len(shard.receipt.rejected)
+        for ended in spread(prepare_shard, calls, _tasks_at_once, **options):
+            prepared += ended
+            bad = sum(len(shard.receipt.rejected) for shard in prepared)
+            done = bad + sum(shard.receipt.entry.samples for shard in prepared)
             progress.advance_to(done, note=f"{bad} bad" if bad else "")
     return prepared
+
+
+def _tasks_at_once() -> int:
+    return max(2 * int(ray.cluster_resources().get("CPU", 1)), 2)
 
 
 def _report(store_url: str, manifest: Manifest) -> None:

@@ -93,6 +93,8 @@ class PredictArguments(Arguments):
     """The other runs of the ensemble that was evaluated: `--members RUN2,RUN3`."""
     overwrite: CliToggleFlag[bool] = False
     """Replace what an earlier prediction left in the output."""
+    no_overlays: CliToggleFlag[bool] = False
+    """Write no picture of each image beside its Grad-CAM."""
 
 
 class ExportArguments(Arguments):
@@ -132,7 +134,7 @@ JOBS: Mapping[str, Job] = {
     "evaluate": Job(
         "jobs.evaluate", EvaluateArguments, ("seed", "evaluate", "cluster", "tracking")
     ),
-    "predict": Job("jobs.predict", PredictArguments, ("predict", "cluster")),
+    "predict": Job("jobs.predict", PredictArguments, ("cluster",)),
     "export": Job("jobs.export", ExportArguments, ()),
     "track": Job("jobs.track", TrackArguments, ("tracking",)),
 }

@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from pneumo import storage
-from pneumo.errors import ConfigError
 from pneumo.search_space import Domain, Space, flatten, grid_points
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -46,6 +45,11 @@ def _unless_default(default: Any) -> Any:
     return Field(exclude_if=lambda value: value == default)
 
 
+Layout = Literal[
+    "auto", "rsna", "rsna-without-classes", "own-table", "nih", "chexpert", "vindr", "kermany"
+]
+
+
 class PrepareConfig(Section):
     """How studies become shards."""
 
@@ -55,19 +59,7 @@ class PrepareConfig(Section):
     """The job fails when a larger fraction of the studies cannot be used."""
     limit: PositiveInt | None = None
     """A random subset of this size, for trying out."""
-    layout: Annotated[
-        Literal[
-            "auto",
-            "rsna",
-            "rsna-without-classes",
-            "own-table",
-            "nih",
-            "chexpert",
-            "vindr",
-            "kermany",
-        ],
-        _unless_default("auto"),
-    ] = "auto"
+    layout: Annotated[Layout, _unless_default("auto")] = "auto"
     """How the source is laid out; auto: by what lies in the folder."""
     positive: Annotated[list[str], _unless_default([])] = Field(default=[])
     """Labels that count as positive, of NIH's, CheXpert's and VinDr's; none: Pneumonia."""
@@ -141,14 +133,9 @@ class AugmentConfig(Section):
     """Largest shift along either axis, as a fraction of the image."""
     scale_fraction: Annotated[float, Field(ge=0, lt=0.9)] = 0.1
     """Largest change of size either way: 0.1 draws from 0.9 to 1.1."""
-    flip: bool = False
-    """Mirror half of the images left to right. The heart is on one side: off, unless meant."""
-    brightness_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Largest change of brightness either way: 0.1 multiplies gray by 0.9 to 1.1."""
-    contrast_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Largest change of contrast about the middle gray: 0.1 draws from 0.9 to 1.1."""
-    gamma_fraction: Annotated[float, Field(ge=0, lt=10)] = 0.1
-    """Largest change of gamma: 0.1 draws from 1 / 1.1 to 1.1."""
+    gray_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Largest change of brightness, of contrast about the middle gray, and of gamma: 0.1 draws each
+    factor from 0.9 to 1.1."""
 
 
 class ModelConfig(Section):
@@ -182,8 +169,6 @@ class TrainConfig(Section):
     clip_norm: PositiveFloat | None = None
     """Largest norm of the gradient over all weights; a larger one is scaled down to it. None: no
     limit."""
-    label_smoothing: Fraction = 0.0
-    """Fraction of a target that is taken from its class and spread over both."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Keep an exponential moving average of the weights with this decay a step, and score with it;
     none: no average."""
@@ -249,8 +234,7 @@ class TuneConfig(Section):
         if self.algorithm == "grid":
             if self.num_trials != fields["num_trials"].default:
                 raise ValueError(
-                    f"num_trials {self.num_trials} has no effect on a grid, which has its own "
-                    "number"
+                    f"num_trials {self.num_trials} has no effect on a grid, which has its own"
                 )
             grid_points(self.space)
         elif not any(domain.varies for domain in self.space.values()):
@@ -303,18 +287,10 @@ class EvaluateConfig(Section):
     """Checkpoints of each run whose logits are averaged: the best alone, or the last this many."""
     tta: Annotated[int, Field(ge=2, le=64)] | None = None
     """Test-time augmentation: views of each image whose logits are averaged, the image itself and
-    slightly moved ones, never flipped; none: the image alone."""
+    slightly moved ones; none: the image alone."""
     saliency: bool = True
     """Whether maps of all positives are scored against the radiologists' boxes: two passes more
     over the positives."""
-
-
-class PredictConfig(Section):
-    """How a folder of pictures is scored; the network, its ensemble and its threshold are those of
-    the run's evaluation."""
-
-    overlays: bool = True
-    """Whether each image gets a PNG of itself and its Grad-CAM."""
 
 
 class ClusterConfig(Section):
@@ -380,7 +356,6 @@ class Config(Section):
     train: TrainConfig = TrainConfig()
     tune: TuneConfig = TuneConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
-    predict: PredictConfig = PredictConfig()
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
 
@@ -419,19 +394,3 @@ def _training_settings(config: Config) -> dict[str, Any]:
     settings = config.model_dump(include=set(TRAINING_SECTIONS))
     train = {name: v for name, v in settings["train"].items() if name not in _NO_MATTER}
     return {**settings, "data": config.data.image_size, "train": train}
-
-
-def check_batch_size(batch_size: int, micro_batch_size: int, num_workers: int) -> None:
-    """Raises ConfigError unless a batch is whole micro-batches, and at least one for each
-    worker."""
-    if batch_size % micro_batch_size:
-        raise ConfigError(
-            f"train.batch_size: {batch_size} is no multiple of train.micro_batch_size "
-            f"{micro_batch_size}; change one of them"
-        )
-    if batch_size // micro_batch_size < num_workers:
-        raise ConfigError(
-            f"train.batch_size: {batch_size} is {batch_size // micro_batch_size} micro-batches of "
-            f"{micro_batch_size}, too few for {num_workers} workers; raise it, lower "
-            "train.micro_batch_size, or take fewer workers"
-        )

@@ -40,6 +40,11 @@ _REMOVED = {
     "data.prefetch_blocks": "a stream reads 16 blocks ahead",
     "data.readers": "4 threads of a worker read and decode",
     "augment.erase_fraction": "nothing is erased",
+    "augment.flip": "nothing is mirrored",
+    "augment.brightness_fraction": "use augment.gray_fraction",
+    "augment.contrast_fraction": "use augment.gray_fraction",
+    "augment.gamma_fraction": "use augment.gray_fraction",
+    "train.label_smoothing": "targets are 0 and 1",
     "train.momentum": "it is 0.9",
     "tune.grace_epochs": "trials are compared after 1, 3, 9, … epochs",
     "tune.reduction_factor": "trials are compared after 1, 3, 9, … epochs",
@@ -52,6 +57,7 @@ _REMOVED = {
     "evaluate.batch_size_per_worker": "it follows from the image size",
     "evaluate.calibration_bins": "there are 10",
     "predict.batch_size_per_worker": "it follows from the image size",
+    "predict.overlays": "say --no-overlays",
     "tracking.image_pixels": "pictures are at most 192 pixels high",
 }
 """Settings of earlier versions, and what holds in their place."""
@@ -91,7 +97,22 @@ def drop_removed(saved: Mapping[str, Any]) -> dict[str, Any]:
                 for name, value in settings.items()
                 if f"{section}.{name}" not in _REMOVED
             }
-    return tree
+    return {section: settings for section, settings in tree.items() if settings != {}}
+
+
+def check_batch_size(batch_size: int, micro_batch_size: int, num_workers: int) -> None:
+    """Raises ConfigError unless a batch is whole micro-batches, and at least one a worker."""
+    if batch_size % micro_batch_size:
+        raise ConfigError(
+            f"train.batch_size: {batch_size} is no multiple of train.micro_batch_size "
+            f"{micro_batch_size}; change one of them"
+        )
+    if (count := batch_size // micro_batch_size) < num_workers:
+        raise ConfigError(
+            f"train.batch_size: {batch_size} is {count} micro-batches of {micro_batch_size}, too "
+            f"few for {num_workers} workers; raise it, lower train.micro_batch_size, or take fewer "
+            "workers"
+        )
 
 
 def check_space(config: Config) -> list[dict[str, Any]]:

@@ -13,25 +13,7 @@ from pneumo.errors import UserError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write a folder of phantoms; return 0, or 2 for a mistake in the arguments."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pneumo.synthetic",
-        description="Write phantom chest X-rays in the layout of a public data set.",
-    )
-    add = partial(parser.add_argument, metavar="N")
-    add("--out", type=Path, required=True, metavar="DIR", help="folder to write (required)")
-    add("--studies", type=int, default=200, help="images to draw (default: %(default)s)")
-    add("--seed", type=int, default=0, help="seed of the population (default: %(default)s)")
-    add("--jobs", type=int, help="processes to use (default: one per CPU)")
-    parser.add_argument(
-        "--layout",
-        default="rsna",
-        choices=("rsna", "own-table", "nih", "chexpert", "vindr", "kermany"),
-        help="the data set whose layout is written (default: %(default)s)",
-    )
-    options = parser.parse_args(argv)
-    for flag, least in (("studies", 1), ("seed", 0), ("jobs", 1)):
-        if (value := getattr(options, flag)) is not None and value < least:
-            parser.error(f"--{flag}: got {value}, expected {least} or more")
+    options = _read_arguments(argv)
     from pneumo.dataset.phantoms.layouts import PHANTOM_LAYOUTS
     from pneumo.dataset.phantoms.population import draw_population
     from pneumo.dataset.phantoms.source_folder import write_phantoms
@@ -57,6 +39,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{sum(study.positive for study in studies)} positive, in {options.out}"
     )
     return 0
+
+
+def _read_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m pneumo.synthetic",
+        description="Write phantom chest X-rays in the layout of a public data set.",
+    )
+    add = partial(parser.add_argument, metavar="N")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder to write (required)")
+    add("--studies", type=int, default=200, help="images to draw (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of the population (default: %(default)s)")
+    add("--jobs", type=int, help="processes to use (default: one per CPU)")
+    parser.add_argument(
+        "--layout",
+        default="rsna",
+        choices=("rsna", "own-table", "nih", "chexpert", "vindr", "kermany"),
+        help="the data set whose layout is written (default: %(default)s)",
+    )
+    options = parser.parse_args(argv)
+    for flag, least in (("studies", 1), ("seed", 0), ("jobs", 1)):
+        if (value := getattr(options, flag)) is not None and value < least:
+            parser.error(f"--{flag}: got {value}, expected {least} or more")
+    return options
 
 
 if __name__ == "__main__":

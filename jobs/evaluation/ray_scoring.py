@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,6 +20,7 @@ import ray
 import torch
 
 from jobs.ray_cluster.session import worker_resources
+from jobs.ray_cluster.spreading import spread
 from jobs.terminal.progress import Progress
 from pneumo.config import ClusterConfig, Config, DataConfig
 from pneumo.dataset.manifest import read_manifest
@@ -214,21 +216,12 @@ def run_shares(
     A result's length (of a pair its second's) advances the progress towards `total` studies. A task
     whose worker dies is run again.
     """
-    resources = worker_resources(config)
-    task = ray.remote(
-        num_cpus=resources["CPU"],
-        num_gpus=resources.get("GPU", 0),
-        max_retries=config.max_failures,
-    )(function)
-    todo, done = list(reversed(calls)), 0
-    running: list[Any] = []
+    resources, done = worker_resources(config), 0
+    options = {"num_cpus": resources["CPU"], "num_gpus": resources.get("GPU", 0)}
+    options["max_retries"] = config.max_failures
     with Progress(label, total, "studies") as progress:
-        while todo or running:
-            while todo and len(running) < config.num_workers:
-                running.append(task.remote(*todo.pop()))
-            ready, running = ray.wait(running, timeout=1.0)
-            for reference in ready:
-                result = ray.get(reference)
+        for ended in spread(function, calls, lambda: config.num_workers, **options):
+            for result in ended:
                 done += len(result[1] if isinstance(result, tuple) else result)
                 yield result
             progress.advance_to(done)
@@ -237,6 +230,7 @@ def run_shares(
 # --- in a worker ----------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=1)  # a process of Ray's gets one task after the other
 def load_members(scoring: Scoring, device: str) -> list[Member]:
     """The networks of a scoring, in its order, in evaluation mode."""
     return [load_member(one.run_url, one.entry, device) for one in scoring.weights]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -68,21 +68,9 @@ def list_nodes() -> list[Node]:
     ]
 
 
-def answering_nodes() -> list[Node]:
-    """Those of the cluster that take a connection; Ray's list may hold some that are gone."""
-    nodes = list_nodes()
-    silent = silent_addresses(nodes)
-    return [node for node in nodes if node.address not in silent]
-
-
-def usable_nodes(wanted: Mapping[str, float], avoid: Collection[str] = ()) -> list[Node]:
-    """Nodes that have room for a worker, will stay, and answer; none of the addresses in
-    `avoid`."""
-    hopeful = [
-        node
-        for node in list_nodes()
-        if not node.draining and node.address not in avoid and node.fits(wanted)
-    ]
+def usable_nodes(wanted: Mapping[str, float]) -> list[Node]:
+    """Nodes that have room for a worker, will stay, and answer."""
+    hopeful = [node for node in list_nodes() if not node.draining and node.fits(wanted)]
     silent = silent_addresses(hopeful)
     return [node for node in hopeful if node.address not in silent]
 

@@ -9,7 +9,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,6 +62,17 @@ def ray_session(*, show_logs: bool = False) -> Iterator[None]:
         raise ConfigError(
             f"RAY_ADDRESS={address}: jobs are submitted there: use `python -m cluster submit`"
         )
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    _connect(address, show_logs=show_logs)
+    # Ray's own handler would end the process in an abort, exit code 134.
+    signal.signal(signal.SIGTERM, on_sigterm)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _connect(address: str | None, *, show_logs: bool) -> None:
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     options: dict[str, Any] = {}
@@ -70,7 +81,6 @@ def ray_session(*, show_logs: bool = False) -> Iterator[None]:
         # sooner and has eleven processes less on the cores that compute.
         options = {"num_cpus": max(os.cpu_count() or 1, 2), "include_dashboard": False}
         say(f"ray: starting on this machine with {options['num_cpus']} CPUs")
-    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
             address=address or "local",
@@ -91,24 +101,21 @@ def ray_session(*, show_logs: bool = False) -> Iterator[None]:
     # RAY_DEDUP_LOGS_SKIP_REGEX, is read when Ray is imported, before --debug is known.
     if not show_logs:
         ray_logging.stdout_deduplicator.skip_re = re.compile("")
-    # Ray's own handler would end the process in an abort, exit code 134.
-    signal.signal(signal.SIGTERM, on_sigterm)
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
-def uses_gpu(config: ClusterConfig) -> bool:
-    """Whether workers get a GPU each."""
+def uses_gpu(config: ClusterConfig, there: Mapping[str, float] | None = None) -> bool:
+    """Whether workers get a GPU each, of a cluster's resources; None: of those of this cluster."""
     if config.use_gpu == "auto":
-        return bool(ray.cluster_resources().get("GPU", 0) >= 1)
+        there = ray.cluster_resources() if there is None else there
+        return there.get("GPU", 0) >= 1
     return config.use_gpu
 
 
-def worker_resources(config: ClusterConfig) -> dict[str, float]:
-    """What one worker reserves."""
-    gpu = {"GPU": 1.0} if uses_gpu(config) else {}
+def worker_resources(
+    config: ClusterConfig, there: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """What one worker reserves; `there` as for `uses_gpu`."""
+    gpu = {"GPU": 1.0} if uses_gpu(config, there) else {}
     return {"CPU": float(config.cpus_per_worker), **gpu}
 
 
@@ -133,12 +140,10 @@ def start_timeout_s(config: ClusterConfig, num_workers: int) -> float:
 def wait_for_resources(config: ClusterConfig, num_workers: int) -> None:
     """Return once the cluster has what the workers need; it may be growing.
 
-    Raises ClusterError after `cluster.start_timeout_s`, saying what was asked and what there is. A
-    cluster of our own does not grow and is not waited for.
+    Raises ClusterError after `start_timeout_s`, saying what was asked and what there is.
     """
     wanted = {name: value * num_workers for name, value in worker_resources(config).items()}
-    grows = bool(os.environ.get("RAY_ADDRESS"))
-    deadline_s = time.monotonic() + (config.start_timeout_s if grows else 0)
+    deadline_s = time.monotonic() + start_timeout_s(config, num_workers)
     while True:
         there = ray.cluster_resources()
         missing = {k: v for k, v in wanted.items() if there.get(k, 0) < v}

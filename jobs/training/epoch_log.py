@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 import ray.train
@@ -18,29 +18,20 @@ from pneumo.loading.sample_order import World
 from pneumo.training.callbacks import Callbacks, Epoch, Pace, Start
 
 _WORTH_SAYING = 0.05
-"""Share of the time that waiting for data may take unnoticed."""
+"""Fraction of the time that waiting for data may take unnoticed."""
 _LOOK_AGAIN_S = 0.3
 """How long the end of training may stay unnoticed."""
 
 
-@dataclass(frozen=True)
-class Stepped:
-    """Steps done, of all in the run."""
-
-    done: int
-    total: int
-    pace: Pace
+Message = str | Start | Pace | Epoch
 
 
-Message = str | Start | Stepped | Epoch
-
-
-def worker_callbacks(messages: Mailbox | None, world: World, *, epochs: int) -> Callbacks:
+def worker_callbacks(mailbox: Mailbox | None, world: World) -> Callbacks:
     """The callbacks of a Ray Train worker: rank 0 tells the driver, every rank reports to Ray."""
 
     def tell(message: Message) -> None:
-        if messages is not None and world.rank == 0:
-            messages.put(message)
+        if mailbox is not None and world.rank == 0:
+            mailbox.put(message)
 
     # For Prometheus: Ray shows them on each node's metrics port, as ray_pneumo_….
     steps = Gauge("pneumo_train_steps", "Steps done, of all epochs")
@@ -50,7 +41,7 @@ def worker_callbacks(messages: Mailbox | None, world: World, *, epochs: int) -> 
         steps.set((pace.epoch - 1) * pace.steps + pace.step)
         if (waited := pace.metrics["data_wait"]) is not None:
             wait.set(waited)
-        tell(Stepped((pace.epoch - 1) * pace.steps + pace.step, epochs * pace.steps, pace))
+        tell(pace)
 
     def on_epoch(epoch: Epoch) -> None:
         tell(epoch)
@@ -58,12 +49,7 @@ def worker_callbacks(messages: Mailbox | None, world: World, *, epochs: int) -> 
         # are our own: they are the same under torchrun, and one index vouches for them.
         ray.train.report({k: v for k, v in epoch.metrics.items() if v is not None})
 
-    return Callbacks(
-        on_start=tell,
-        on_pace=on_pace,
-        on_epoch=on_epoch,
-        tell=tell,
-    )
+    return Callbacks(on_start=tell, on_pace=tell, on_epoch=on_epoch, tell=tell)
 
 
 def describe_epoch(epoch: Epoch, epochs: int) -> str:
@@ -92,19 +78,11 @@ def describe_pace(pace: Pace) -> str:
     return ", ".join(part for part in parts if part)
 
 
-class Messages(Protocol):
-    """Where messages come from."""
-
-    def take(self, timeout_s: float) -> list[Any]:
-        """What has come, oldest first; empty when nothing comes in time."""
-        ...
-
-
 class Follower:
-    """Shows rank 0's messages."""
+    """Shows rank 0's messages, which `take` gives: those that have come within so many seconds."""
 
-    def __init__(self, messages: Messages, *, epochs: int) -> None:
-        self.messages, self.epochs = messages, epochs
+    def __init__(self, take: Callable[[float], list[Message]], *, epochs: int) -> None:
+        self.take, self.epochs = take, epochs
         self.shown = 0
         """Epochs."""
         self.seen = 0
@@ -125,9 +103,9 @@ class Follower:
             self._end_progress()
         training.result()
 
-    def _receive(self, timeout_s: float) -> list[Any]:
+    def _receive(self, timeout_s: float) -> list[Message]:
         try:
-            return self.messages.take(timeout_s)
+            return self.take(timeout_s)
         except ray.exceptions.RayError:  # the mailbox is lost; the training's end will tell
             time.sleep(timeout_s)
             return []
@@ -137,11 +115,12 @@ class Follower:
             self._write(message)
         elif isinstance(message, Start):
             self._begin(message)
-        elif isinstance(message, Stepped):
-            self.seen = message.done
+        elif isinstance(message, Pace):
+            self.seen = (message.epoch - 1) * message.steps + message.step
             if self.progress is None:
-                self.progress = Progress("train", message.total, "steps", initial=message.done)
-            self.progress.advance_to(message.done, describe_pace(message.pace))
+                total = self.epochs * message.steps
+                self.progress = Progress("train", total, "steps", initial=self.seen)
+            self.progress.advance_to(self.seen, describe_pace(message))
         elif message.number > self.shown:  # after a restart an epoch may come twice
             self.shown = message.number
             self._write(describe_epoch(message, self.epochs))

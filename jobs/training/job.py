@@ -19,8 +19,7 @@ from jobs.tracking.sending import following
 from jobs.training.epoch_log import Follower
 from jobs.training.messages import Mailbox
 from jobs.training.recovery import Recovery, wait_for_workers
-from jobs.training.stop_signal import Board
-from jobs.training.trainer import build_trainer
+from jobs.training.trainer import Training, build_trainer
 from pneumo import storage
 from pneumo.command_line import Invocation, TrainArguments
 from pneumo.config import Config
@@ -59,25 +58,23 @@ def train_run(config: Config, store_url: str, run_url: str) -> CheckpointIndex:
     nodes = wait_for_workers(
         cluster, wanted, timeout_s=start_timeout_s(cluster, cluster.fewest_workers)
     )
-    messages, board = Mailbox(), Board()
+    mailbox = Mailbox()
+    training = Training(config, store_url, run_url, mailbox)
 
     def attempt(num_workers: int, nodes: Sequence[Node]) -> object:
         fixed = cluster.model_copy(update={"num_workers": num_workers})
-        trainer = build_trainer(
-            config, store_url, run_url, messages, cluster=fixed, board=board, nodes=nodes
-        )
-        return trainer.fit().return_value
+        return build_trainer(training, fixed, nodes).fit().return_value
 
-    recovery = Recovery(cluster, wanted, store_url, run_url, board, attempt, messages.put)
+    recovery = Recovery(cluster, wanted, store_url, run_url, mailbox, attempt, mailbox.put)
     try:
-        training = _start(lambda: recovery.run(nodes))
+        attempts = _start(lambda: recovery.run(nodes))
         try:
-            Follower(messages, epochs=config.train.epochs).follow(training)
+            Follower(mailbox.take, epochs=config.train.epochs).follow(attempts)
         except KeyboardInterrupt:
-            leave(recovery.leave, training)
+            leave(recovery.leave, attempts)
             raise
     finally:
-        messages.close()
+        mailbox.close()
     return read_index(run_url)
 
 

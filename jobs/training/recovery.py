@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 
 import ray
@@ -23,7 +23,6 @@ from ray.train import TrainingFailedError
 
 from jobs.ray_cluster.nodes import (
     Node,
-    answering_nodes,
     list_nodes,
     release_groups,
     request_room,
@@ -31,7 +30,7 @@ from jobs.ray_cluster.nodes import (
     usable_nodes,
 )
 from jobs.terminal.entry_point import find_cause, last_words
-from jobs.training.stop_signal import Board, Worker
+from jobs.training.messages import Mailbox, Worker
 from pneumo import storage
 from pneumo.config import ClusterConfig
 from pneumo.dataset.manifest import read_manifest
@@ -80,13 +79,15 @@ class Recovery:
     """What one worker reserves."""
     store_url: str
     run_url: str
-    board: Board
+    mailbox: Mailbox
     attempt: Attempt
     tell: Callable[[str], None]
     """One line for the person."""
     look: Callable[[str, str], CheckpointIndex | None] = look_at_storage
     leaving: threading.Event = field(default_factory=threading.Event)
     failures: int = 0
+    reminded_s: float = 0.0
+    """When a wait was last told of."""
 
     def run(self, nodes: Sequence[Node]) -> bool:
         """Train on `nodes` first; whether all that was trained is in a checkpoint, which a run that
@@ -98,8 +99,8 @@ class Recovery:
         if size < self.cluster.num_workers:
             self.tell(f"starting with {_workers(size)} of {self.cluster.num_workers}")
         while True:
-            self.board.clear()
-            if self.leaving.is_set():  # after the board was cleared: no order to leave is lost
+            self.mailbox.clear()
+            if self.leaving.is_set():  # after orders were cleared: none to leave is lost
                 return True
             change = self._train(size, nodes)
             if change is None or self.leaving.is_set():
@@ -122,7 +123,7 @@ class Recovery:
     def leave(self) -> None:
         """Have the attempt write a checkpoint and return, and be the last."""
         self.leaving.set()
-        self.board.post("stop")
+        self.mailbox.post("stop")
 
     def _train(self, size: int, nodes: Sequence[Node]) -> Change | None:
         """One attempt; why another is needed, or None when the run is over or was left with a
@@ -148,7 +149,7 @@ class Recovery:
         if 0 <= self.cluster.max_failures < self.failures:
             raise error
         limit = "" if self.cluster.max_failures < 0 else f" of {self.cluster.max_failures}"
-        what = str(cause) if cause else describe_failure(error, self.board.members())
+        what = str(cause) if cause else describe_failure(error, self.mailbox.members())
         return f"{what}, failure {self.failures}{limit}"
 
     def _comes_back(self, cause: PneumoError) -> bool:
@@ -159,23 +160,29 @@ class Recovery:
 
     def _await_storage(self, change: Change) -> CheckpointIndex | None:
         """The run's index, once its folder and the store answer; waits as long as it takes."""
-        pause_s, spoken_s = _FIRST_PAUSE_S, time.monotonic()
+        pause_s, self.reminded_s = _FIRST_PAUSE_S, 0.0
         while not self.leaving.is_set():
             try:
                 return self.look(self.store_url, self.run_url)
             except StorageError as error:
                 if not self._comes_back(error):
                     raise
-                if spoken_s <= time.monotonic():
-                    spoken_s = time.monotonic() + _REMIND_INTERVAL_S
-                    self.tell(f"{change.reason}: waiting, as it is away: {error}")
+                self._remind(f"{change.reason}: waiting, as it is away: {error}")
             self.leaving.wait(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
         return None
 
+    def _remind(self, line: str) -> bool:
+        """Tell of a wait, but only once a minute; whether it was told."""
+        is_due = not self.reminded_s or time.monotonic() > self.reminded_s + _REMIND_INTERVAL_S
+        if is_due:
+            self.reminded_s = time.monotonic()
+            self.tell(line)
+        return is_due
+
     def _staying(self) -> list[Worker]:
         """Workers of the last attempt whose nodes can take them again."""
-        members = self.board.members()
+        members = self.mailbox.members()
         gone = {member.rank for member in find_lost(members)}
         return [member for member in members if member.rank not in gone]
 
@@ -184,7 +191,7 @@ class Recovery:
 
         As many as the change lets hope for are waited for a little longer.
         """
-        started_s = spoken_s = time.monotonic()
+        started_s, self.reminded_s = time.monotonic(), 0.0
         fewest = self.cluster.fewest_workers
         while not self.leaving.is_set():
             release_groups()
@@ -192,12 +199,9 @@ class Recovery:
             fits, waited_s = count_fitting(nodes, self.wanted), time.monotonic() - started_s
             if fits >= fewest and (fits >= change.expected_workers or waited_s > _SETTLE_S):
                 return nodes
-            if fits < fewest and waited_s > _SETTLE_S and spoken_s <= time.monotonic():
-                spoken_s = time.monotonic() + _REMIND_INTERVAL_S
+            lack = f"waiting for room for {_workers(fewest)}, there is for {fits}"
+            if waited_s > _SETTLE_S and fits < fewest and self._remind(f"{change.reason}: {lack}"):
                 request_room(self.wanted, self.cluster.num_workers)
-                self.tell(
-                    f"{change.reason}: waiting for room for {_workers(fewest)}, there is for {fits}"
-                )
             self.leaving.wait(0.3)
         request_room(self.wanted, 0)
         return ()
@@ -223,29 +227,28 @@ class Recovery:
 
 
 class _Watch:
-    """Sees nodes fall silent, be announced to go, or come; tells the board."""
+    """Sees nodes fall silent, be announced to go, or come; orders the workers to stop."""
 
     def __init__(self, recovery: Recovery, size: int) -> None:
         self.recovery, self.size = recovery, size
         self.silent_since_s: dict[str, float] = {}
-        self.had_room = self.has_told = False
+        self.had_room = False
         self.change: Change | None = None
-        """Why the workers are to stop; kept before they are told, which may fail half-way."""
+        """Why the workers are to stop."""
 
     def look(self) -> None:
         """Look once, and tell the workers to stop where that is needed."""
-        members = {member.node_id for member in self.recovery.board.members()}
+        members = {member.node_id for member in self.recovery.mailbox.members()}
         if not members:
             return
         mine = [node for node in list_nodes() if node.id in members]
         if self._lasting_silence(mine):
-            self.recovery.board.post("abandon")
+            self.recovery.mailbox.post("abandon")
             return
         if self.change is None:
             self.change = self._departure(mine) or self._arrival()
-        if self.change is not None and not self.has_told:
-            self.recovery.board.post("stop")
-            self.has_told = True
+        if self.change is not None:  # again at each look: an order may fail half-way
+            self.recovery.mailbox.post("stop")
 
     def _lasting_silence(self, nodes: Sequence[Node]) -> bool:
         now_s = time.monotonic()
@@ -257,7 +260,7 @@ class _Watch:
         going = {node.id: node.address for node in nodes if node.draining}
         if not going:
             return None
-        staying = [m for m in self.recovery.board.members() if m.node_id not in going]
+        staying = [m for m in self.recovery.mailbox.members() if m.node_id not in going]
         return Change(f"node {', '.join(going.values())} is being taken away", len(staying))
 
     def _arrival(self) -> Change | None:
@@ -289,30 +292,22 @@ def wait_for_workers(
     """
     started_s = time.monotonic()
     fewest, most = cluster.fewest_workers, cluster.num_workers
-    with _room_requested(wanted, most):
+    request_room(wanted, most)
+    with ExitStack() as failing:
+        failing.callback(request_room, wanted, 0)
         while True:
             nodes = usable_nodes(wanted)
             fits, waited_s = count_fitting(nodes, wanted), time.monotonic() - started_s
             if fits >= most or (fits >= fewest and waited_s >= min(_SETTLE_S, timeout_s)):
+                failing.pop_all()  # a training that starts replaces the request by its own
                 return nodes
             if waited_s >= timeout_s:
                 raise ClusterError(_describe_lack(fewest, wanted, waited_s))
             time.sleep(0.3)
 
 
-@contextmanager
-def _room_requested(wanted: Mapping[str, float], num_workers: int) -> Iterator[None]:
-    """Have an autoscaler make room; the request is taken back when what is done meanwhile fails."""
-    request_room(wanted, num_workers)
-    try:
-        yield
-    except BaseException:
-        request_room(wanted, 0)
-        raise
-
-
 def _describe_lack(num_workers: int, wanted: Mapping[str, float], waited_s: float) -> str:
-    there = answering_nodes()
+    there = list_nodes()
 
     def add(name: str, each: float) -> str:
         total = sum(node.total.get(name, 0.0) for node in there)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -20,7 +20,6 @@ from jobs.ray_cluster.session import uses_gpu, worker_resources
 from jobs.training.epoch_log import worker_callbacks
 from jobs.training.messages import Mailbox
 from jobs.training.recovery import STOPPED
-from jobs.training.stop_signal import Board
 from pneumo.config import ClusterConfig, Config
 from pneumo.errors import PreemptedError
 from pneumo.loading.in_memory import InMemorySplit
@@ -47,40 +46,38 @@ class Search(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Training:
+    """What every worker needs to know of a training."""
+
+    config: Config
+    store_url: str
+    run_url: str
+    mailbox: Mailbox | None = None
+    """Where rank 0 tells the driver of its epochs, and who stops the workers."""
+    search: Search | None = None
+    """Whose trial it is."""
+
+
 def build_trainer(
-    config: Config,
-    store_url: str,
-    run_url: str,
-    messages: Mailbox | None,
-    callbacks: Sequence[Any] = (),
-    *,
-    cluster: ClusterConfig | None = None,
-    board: Board | None = None,
+    training: Training,
+    cluster: ClusterConfig,
     nodes: Sequence[Node] = (),
-    search: Search | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> TorchTrainer:
     """A TorchTrainer whose every worker runs `fit` as one DDP rank, on `nodes` if there are any.
 
-    `cluster` says how many there are and what each gets, where that is not what the configuration
-    says, which a checkpoint keeps. With a board, workers stop when it says so, and the first
-    failure ends the trainer's `fit`: `Recovery` deals with it. `search` makes it a trial.
+    `cluster` says how many there are and what each gets. With a mailbox the first failure ends the
+    trainer's `fit`: `Recovery` deals with it.
     """
-    cluster = cluster or config.cluster
     failures = (
         FailureConfig(max_failures=cluster.max_failures)
-        if board is None
+        if training.mailbox is None
         else FailureConfig(max_failures=0, controller_failure_limit=0)
     )
     return TorchTrainer(
         _train_worker,
-        train_loop_config={
-            "config": config.model_dump(mode="json"),
-            "store_url": store_url,
-            "run_url": run_url,
-            "messages": messages,
-            "board": board,
-            "search": search,
-        },
+        train_loop_config={"training": training},
         torch_config=TorchConfig(timeout_s=RENDEZVOUS_TIMEOUT_S),
         scaling_config=ScalingConfig(
             num_workers=cluster.num_workers,
@@ -92,7 +89,7 @@ def build_trainer(
         ),
         run_config=RunConfig(
             name="ray",
-            storage_path=run_url,
+            storage_path=training.run_url,
             failure_config=failures,
             callbacks=list(callbacks),
         ),
@@ -105,30 +102,29 @@ def wait_longer() -> None:
         dist.set_timeout(timedelta(seconds=WAIT_TIMEOUT_S))
 
 
-def _train_worker(settings: dict[str, Any]) -> str | None:
+def _train_worker(settings: Mapping[str, Training]) -> str | None:
     """What each Ray Train worker runs; STOPPED when it was told to stop."""
+    training = settings["training"]
+    config, search, mailbox = training.config, training.search, training.mailbox
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     context = ray.train.get_context()
     world = World(
         context.get_world_rank(), context.get_world_size(), context.get_local_world_size()
     )
-    config = Config.model_validate(settings["config"])
     torch.set_num_threads(config.cluster.cpus_per_worker)
     wait_longer()
-    callbacks = worker_callbacks(settings["messages"], world, epochs=config.train.epochs)
-    board: Board | None = settings["board"]
-    if board is not None:
-        callbacks = replace(callbacks, should_stop=board.listen(world.rank).is_set)
-    search: Search | None = settings["search"]
+    callbacks = worker_callbacks(mailbox, world)
+    if mailbox is not None:
+        callbacks = replace(callbacks, should_stop=mailbox.listen(world.rank).is_set)
     shared_splits: Mapping[str, InMemorySplit] = {}
     if search is not None:
-        callbacks = search.extend(callbacks, settings["run_url"], world)
+        callbacks = search.extend(callbacks, training.run_url, world)
         shared_splits = search.fetch(config.data.image_size)
     try:
         fit(
             config,
-            store_url=settings["store_url"],
-            run_url=settings["run_url"],
+            store_url=training.store_url,
+            run_url=training.run_url,
             world=world,
             device=ray.train.torch.get_device(),
             callbacks=callbacks,

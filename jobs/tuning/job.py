@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import optuna
@@ -26,7 +28,7 @@ from jobs.tuning.search_results import print_search, write_results
 from jobs.tuning.search_wandb import BEST, REPORT
 from jobs.tuning.searchers import Draw, FixedListSearcher, OptunaSearcher, ResumableAsha, list_grid
 from jobs.tuning.trial_judge import Shared
-from jobs.tuning.trial_lines import TrialLines, read_error
+from jobs.tuning.trial_lines import TrialLines
 from jobs.tuning.trial_records import (
     drop_checkpoints,
     read_judgement,
@@ -49,7 +51,6 @@ from pneumo.training.preconditions import check_sizes
 from pneumo.tuning.choice import (
     Confirmation,
     SettingChoice,
-    SimplicityKey,
     choose_confirmed,
     choose_setting,
     measure_simplicity,
@@ -58,7 +59,7 @@ from pneumo.tuning.choice import (
 from pneumo.tuning.objective import chance_level, describe_objective
 from pneumo.tuning.optuna_study import measure_importance
 from pneumo.tuning.search import Search
-from pneumo.tuning.trials import State, Trial, rank
+from pneumo.tuning.trials import Trial, rank
 
 _IDENTITY = "search.json"
 _SAME = ("seed", "data", "augment", "model", "train", "tune")
@@ -179,15 +180,12 @@ def _choose(
         for trial in trials
         if (judgement := read_judgement(trial_url(run_url, trial.name), config.tune)) is not None
     }
-    choice = choose_setting(trials, judgements, config.tune, _measure(config, manifest))
+    simplicity = partial(measure_simplicity, config, manifest)
+    choice = choose_setting(trials, judgements, config.tune, simplicity)
     if choice is None:
         why = next((trial.error for trial in trials if trial.error), "none had all its epochs")
         raise ClusterError(f"tune: every trial failed, the first with: {why}")
     return choice
-
-
-def _measure(config: Config, manifest: Manifest) -> Callable[[Trial], SimplicityKey]:
-    return lambda trial: measure_simplicity(config, trial, manifest)
 
 
 def _confirm(
@@ -198,42 +196,32 @@ def _confirm(
     again = settings_to_confirm(trials, config.tune)
     seeds = range(config.seed + 1, config.seed + 1 + config.tune.confirm)
     say(f"confirm: the best {len(again)} settings with {len(seeds)} new seeds each")
-    names = {trial.name: [f"{trial.name}-seed{seed}" for seed in seeds] for trial in again}
-    ran = runner.confirm(
-        [
-            Draw(name, trial.settings, seed)
-            for trial in again
-            for name, seed in zip(names[trial.name], seeds, strict=True)
-        ]
-    )
-    confirmations = []
-    for trial in again:
-        mine = [one for one in ran if one.name in names[trial.name] and one.state == "finished"]
-        values = [one.objective(config.tune) for one in mine]
-        known = tuple(value for value in values if value is not None)
-        if known:
-            confirmations.append(Confirmation(trial.name, known))
+    draws = [
+        Draw(f"{trial.name}-seed{seed}", trial.settings, seed) for trial in again for seed in seeds
+    ]
+    ran = runner.confirm(draws)
+    found: dict[str, list[float]] = {trial.name: [] for trial in again}
+    for one in ran:
+        value = one.objective(config.tune)
+        if one.state == "finished" and value is not None:
+            found[one.name.split("-")[0]].append(value)
+    confirmations = [Confirmation(name, tuple(values)) for name, values in found.items() if values]
     if not confirmations:
         raise ClusterError("tune: no setting could be trained again with another seed")
-    simplicity = _measure(config, runner.manifest)
+    simplicity = partial(measure_simplicity, config, runner.manifest)
     return tuple(ran), choose_confirmed(choice, trials, confirmations, simplicity)
 
 
+@dataclass(frozen=True)
 class _Runner:
     """Has Tune run what a search is made of, but for what an earlier try has done of it."""
 
-    def __init__(
-        self,
-        config: Config,
-        manifest: Manifest,
-        store_url: str,
-        run_url: str,
-        shared: Shared,
-        at_once: int,
-    ) -> None:
-        self.config, self.manifest, self.run_url = config, manifest, run_url
-        self.shared, self.at_once = shared, at_once
-        self.trainable = make_trainable(config, store_url, run_url, shared)
+    config: Config
+    manifest: Manifest
+    store_url: str
+    run_url: str
+    shared: Shared
+    at_once: int
 
     def search(self) -> list[Trial]:
         """The trials of the space."""
@@ -281,9 +269,9 @@ class _Runner:
         if left <= 0:
             return []
         with LiveTable(label, config.tune, left, len(ended)) as table:
-            lines = TrialLines(config.tune, self._end)
+            lines = TrialLines(config.tune, partial(write_ended, self.run_url))
             tuner = ray.tune.Tuner(
-                self.trainable,
+                make_trainable(config, self.store_url, self.run_url, self.shared),
                 tune_config=ray.tune.TuneConfig(
                     num_samples=left,
                     max_concurrent_trials=self.at_once,
@@ -309,16 +297,3 @@ class _Runner:
                 f"tune: Ray Tune gave up {', '.join(lost)} without a word; the same command goes on"
             )
         return trials
-
-    def _end(self, trial: Any) -> None:
-        """Write down how a trial of Tune's ended."""
-        name = trial.config["name"]
-        state: State = "finished"
-        error = trial.last_result.get("error")
-        if error is not None:
-            state = "diverged"
-        elif trial.status == "ERROR":
-            state, error = "failed", read_error(trial)
-        elif trial.last_result.get("epoch", 0) < self.config.tune.epochs:
-            state = "stopped"
-        write_ended(self.run_url, name, state, error)

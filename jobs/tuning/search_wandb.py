@@ -6,7 +6,6 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
 
 import pyarrow.parquet as pq
 
@@ -21,7 +20,7 @@ from pneumo.reporting.tracking.tracked_run import (
     read_dataset,
 )
 from pneumo.reporting.tracking.training_run import name_metrics
-from pneumo.tuning.trials import Trial
+from pneumo.tuning.trials import Trial, show_setting
 
 BEST, TRIALS, REPORT = "best.toml", "trials.parquet", "report.html"
 
@@ -80,7 +79,9 @@ def describe_search(files: Mapping[str, bytes], config: Config, run_url: str) ->
     best = next(row for row in trials if row["chosen"])
     columns = ["name", "state", "objective", "low", "high", "epochs"]
     # A setting is text: W&B wants one type a column.
-    rows = [[*(row[c] for c in columns), *(_show(row[key]) for key in keys)] for row in trials]
+    rows = [
+        [*(row[c] for c in columns), *(show_setting(row[key]) for key in keys)] for row in trials
+    ]
     return TrackedRun(
         id=name,
         name=name,
@@ -103,8 +104,3 @@ def describe_search(files: Mapping[str, bytes], config: Config, run_url: str) ->
         ),
         outputs=[Artifact(f"search-{name}", "search", files)],
     )
-
-
-def _show(value: Any) -> str:
-    """A number in three digits, a file without its folders, all else as it is."""
-    return f"{value:.3g}" if isinstance(value, float) else str(without_folders(value))

@@ -16,13 +16,14 @@ import ray
 import ray.exceptions
 import ray.train
 
-from jobs.tuning.trial_records import read_history, write_history, write_scores, write_started
+from jobs.tuning.trial_records import read_history, write_scores, write_started
 from pneumo.config import TuneConfig
 from pneumo.errors import DivergedError, MetricError
 from pneumo.loading.in_memory import InMemorySplit
 from pneumo.loading.sample_order import World
 from pneumo.network.scoring import Scores
 from pneumo.training.callbacks import Callbacks, Epoch, Start
+from pneumo.training.checkpoint_writer import write_history
 from pneumo.tuning.objective import chance_level, judge, smooth
 from pneumo.tuning.trials import ERROR, OBJECTIVE
 
@@ -39,7 +40,7 @@ class Shared:
 
     tune: TuneConfig
     prevalence: float
-    """Share of positives in val."""
+    """Fraction of positives in val."""
     stored_size: int
     """Image size of the store, in pixels."""
     patients: Any

@@ -1,4 +1,4 @@
-"""A line for each trial that ends, for the person who started the search."""
+"""How each trial ends: a line for the person who started the search, and what is kept of it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from ray.exceptions import RayActorError
 from jobs.terminal.entry_point import find_cause, say
 from jobs.tuning.trial_judge import METRIC, WARNING
 from pneumo.config import TuneConfig
-from pneumo.tuning.trials import describe_settings
+from pneumo.tuning.trials import State, describe_settings
 
 
 class TrialLines(ray.tune.Callback):  # type: ignore[misc]
-    """Says how each of Tune's trials ends, and calls `on_end` with it."""
+    """Says how each of Tune's trials ends; `on_end` gets its name, its state and its error."""
 
-    def __init__(self, config: TuneConfig, on_end: Callable[[Any], None]) -> None:
+    def __init__(
+        self, config: TuneConfig, on_end: Callable[[str, State, str | None], None]
+    ) -> None:
         self.config, self.on_end = config, on_end
         self.told: set[str] = set()
         """Trials whose end was told, and warnings."""
@@ -37,16 +39,10 @@ class TrialLines(ray.tune.Callback):  # type: ignore[misc]
             say(f"warning: trial {trial.config['name']}: model: {warning}")
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        result, epochs = trial.last_result, trial.last_result.get("epoch", 0)
-        if "error" in result:
-            self._end(trial, f"failed: {result['error']}")
-            return
-        stopped = ", stopped" if epochs < self.config.epochs else ""
-        plural = "" if epochs == 1 else "s"
-        self._end(trial, f"{result[METRIC]:.4f}{stopped} after {epochs} epoch{plural}")
+        self._end(trial)
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        self._end(trial, f"failed: {read_error(trial)}; the search goes on")
+        self._end(trial)
 
     def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         say(f"trial {trial.config['name']}  {read_error(trial)}; goes on from its checkpoint")
@@ -54,13 +50,24 @@ class TrialLines(ray.tune.Callback):  # type: ignore[misc]
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         for trial in trials:  # that Tune has given up without a word
             if trial.status == "ERROR" and trial.trial_id not in self.told:
-                self.on_trial_error(0, trials, trial)
+                self._end(trial)
 
-    def _end(self, trial: Any, outcome: str) -> None:
+    def _end(self, trial: Any) -> None:
+        name, result = trial.config["name"], trial.last_result
+        epochs = int(result.get("epoch", 0))
+        state: State = "finished" if epochs >= self.config.epochs else "stopped"
+        error: str | None = result.get("error")
+        if error is not None:
+            state, outcome = "diverged", f"failed: {error}"
+        elif trial.status == "ERROR":
+            state, error = "failed", read_error(trial)
+            outcome = f"failed: {error}; the search goes on"
+        else:
+            stopped, plural = ", stopped" * (state == "stopped"), "s" * (epochs != 1)
+            outcome = f"{result[METRIC]:.4f}{stopped} after {epochs} epoch{plural}"
         self.told.add(trial.trial_id)
-        self.on_end(trial)
-        settings = describe_settings(trial.config["settings"])
-        say(f"trial {trial.config['name']}  {settings}  {outcome}")
+        self.on_end(name, state, error)
+        say(f"trial {name}  {describe_settings(trial.config['settings'])}  {outcome}")
 
 
 def read_error(trial: Any) -> str:

@@ -21,10 +21,11 @@ import pyarrow.parquet as pq
 from pneumo import storage
 from pneumo.config import Config, TuneConfig
 from pneumo.config_layers import override
+from pneumo.evaluation.file_predictions import encode_parquet
 from pneumo.network.backbones import Initialisation
 from pneumo.network.scoring import Scores
 from pneumo.search_space import Scalar
-from pneumo.training.checkpoint_writer import METRICS_LOG
+from pneumo.training import checkpoint_writer
 from pneumo.tuning.objective import Judgement, judge
 from pneumo.tuning.trials import History, State, Trial
 
@@ -54,20 +55,12 @@ def trial_config(config: Config, settings: Mapping[str, Any], seed: int | None =
 
 def write_begun(run_url: str, name: str, settings: Mapping[str, Scalar], seed: int) -> None:
     """That a trial of these settings begins."""
-    text = json.dumps({"settings": dict(settings), "seed": seed})
-    storage.write_text(storage.join(trial_url(run_url, name), _BEGUN), f"{text}\n")
+    _write(trial_url(run_url, name), _BEGUN, settings=dict(settings), seed=seed)
 
 
 def write_started(url: str, initialisation: Initialisation) -> None:
     """Where a trial's weights came from, into its folder."""
-    found = {"weights": initialisation.source, "fell_back": initialisation.fell_back}
-    storage.write_text(storage.join(url, _STARTED), f"{json.dumps(found)}\n")
-
-
-def write_history(url: str, history: History) -> None:
-    """Metrics of all epochs so far, into the trial's folder."""
-    text = "".join(f"{json.dumps(record, allow_nan=False)}\n" for record in history)
-    storage.write_text(storage.join(url, METRICS_LOG), text)
+    _write(url, _STARTED, weights=initialisation.source, fell_back=initialisation.fell_back)
 
 
 def write_scores(url: str, scores: Scores, patients: Mapping[str, str]) -> None:
@@ -80,21 +73,20 @@ def write_scores(url: str, scores: Scores, patients: Mapping[str, str]) -> None:
             "logit": scores.logits,
         }
     )
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer)
-    storage.write_bytes(storage.join(url, _SCORES), buffer.getvalue())
+    storage.write_bytes(storage.join(url, _SCORES), encode_parquet(table))
 
 
 def write_ended(run_url: str, name: str, state: State, error: str | None) -> None:
     """How a trial ended."""
-    text = json.dumps({"state": state, "error": error})
-    storage.write_text(storage.join(trial_url(run_url, name), _ENDED), f"{text}\n")
+    _write(trial_url(run_url, name), _ENDED, state=state, error=error)
 
 
 def read_history(url: str) -> History:
     """Metrics of the trial's epochs, in order; empty where there are none yet."""
-    text = _read(storage.join(url, METRICS_LOG))
-    return () if text is None else tuple(json.loads(line) for line in text.splitlines())
+    try:
+        return checkpoint_writer.read_history(url)
+    except FileNotFoundError:
+        return ()
 
 
 def read_trial(run_url: str, name: str) -> Trial:
@@ -115,15 +107,18 @@ def read_trial(run_url: str, name: str) -> Trial:
 
 def read_trials(run_url: str) -> dict[str, Trial]:
     """All that have begun, by name."""
-    found = storage.list_urls(storage.join(run_url, "trials"))
-    names = sorted(url.split("/")[-2] for url in found if url.endswith(f"/{_BEGUN}"))
-    return {name: read_trial(run_url, name) for name in names}
+    return {name: read_trial(run_url, name) for name in _list_with(run_url, _BEGUN)}
 
 
 def list_ended(run_url: str) -> list[str]:
     """Names of the trials that have ended, sorted."""
+    return _list_with(run_url, _ENDED)
+
+
+def _list_with(run_url: str, file: str) -> list[str]:
+    """Names of the trials in whose folder the file is."""
     found = storage.list_urls(storage.join(run_url, "trials"))
-    return sorted(url.split("/")[-2] for url in found if url.endswith(f"/{_ENDED}"))
+    return sorted(url.split("/")[-2] for url in found if url.endswith(f"/{file}"))
 
 
 def read_judgement(url: str, config: TuneConfig) -> Judgement | None:
@@ -140,6 +135,10 @@ def read_judgement(url: str, config: TuneConfig) -> Judgement | None:
 def drop_checkpoints(url: str) -> None:
     """Remove the weights of a trial that will not go on: a search's result is the recipe."""
     storage.remove_below(storage.join(url, "checkpoints"))
+
+
+def _write(url: str, name: str, **facts: Any) -> None:
+    storage.write_text(storage.join(url, name), f"{json.dumps(facts)}\n")
 
 
 def _read(url: str) -> Any:

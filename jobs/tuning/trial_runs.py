@@ -6,7 +6,7 @@ a trial of several is a Ray Train run of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -17,7 +17,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from jobs.ray_cluster.session import uses_gpu, worker_resources
 from jobs.terminal.entry_point import find_cause
-from jobs.training.trainer import build_trainer
+from jobs.training.trainer import Training, build_trainer
 from jobs.tuning.trial_judge import Shared, TrialJudge
 from jobs.tuning.trial_records import drop_checkpoints, trial_config, trial_url
 from pneumo.config import Config, DataConfig
@@ -32,7 +32,7 @@ from pneumo.training.callbacks import Callbacks
 from pneumo.training.fit import fit
 
 _DRIVER_MEMORY_BYTES = 200 * 2**20
-_HELD_SHARE = 0.5
+_HELD_FRACTION = 0.5
 """Of a node's object store: the rest is for what Ray itself passes around."""
 
 
@@ -42,11 +42,7 @@ def trials_at_once(config: Config, resources: Mapping[str, float]) -> int:
     Raises ClusterError when not one fits.
     """
     workers = config.tune.workers_per_trial
-    wanted = {"CPU": float(config.cluster.cpus_per_worker)}
-    if config.cluster.use_gpu is True or (
-        config.cluster.use_gpu == "auto" and resources.get("GPU", 0) >= 1
-    ):
-        wanted["GPU"] = 1.0
+    wanted = worker_resources(config.cluster, resources)
     fits = min(int(resources.get(name, 0) // (value * workers)) for name, value in wanted.items())
     if fits < 1:
         asked = ", ".join(f"{value * workers:g} {name}" for name, value in wanted.items())
@@ -92,7 +88,7 @@ def _hold(config: Config, manifest: Manifest, store_url: str, size: int) -> dict
         if node["Alive"] and node["Resources"].get("CPU", 0) >= config.cluster.cpus_per_worker
     ]
     wanted = sum(manifest.splits[split].samples for split in splits) * size**2
-    if wanted > _HELD_SHARE * min(room, default=0.0):
+    if wanted > _HELD_FRACTION * min(room, default=0.0):
         return {}
     # In turns, with a worker's CPUs: trials start only after it.
     read = ray.remote(num_cpus=config.cluster.cpus_per_worker, num_returns=2)(_read_split)
@@ -114,68 +110,53 @@ def _read_split(
 
 def make_trainable(config: Config, store_url: str, run_url: str, shared: Shared) -> Any:
     """What Tune runs for each trial, with the resources that it reserves."""
-    search = {
-        "config": config.model_dump(mode="json"),
-        "store_url": store_url,
-        "run_url": run_url,
-        "shared": shared,
-    }
+    search = {"config": config, "store_url": store_url, "run_url": run_url, "shared": shared}
+    trainable = ray.tune.with_parameters(_run_trial, **search)
     several = config.tune.workers_per_trial > 1
-    trainable = ray.tune.with_parameters(_run_on_workers if several else _run_here, search=search)
     # The trial of several workers only waits for them; a CPU for it could starve them for ever.
     resources = {"memory": _DRIVER_MEMORY_BYTES} if several else worker_resources(config.cluster)
     return ray.tune.with_resources(trainable, resources)
 
 
-def _run_here(drawn: dict[str, Any], search: dict[str, Any]) -> None:
-    config, url, shared = _prepare(drawn, search)
-    torch.set_num_threads(config.cluster.cpus_per_worker)
-    judge = TrialJudge(shared, url, World())
-
-    def train() -> None:
-        fit(
-            config,
-            store_url=search["store_url"],
-            run_url=url,
-            world=World(),
-            device=torch.device("cuda" if uses_gpu(config.cluster) else "cpu"),
-            callbacks=judge.callbacks(Callbacks(), ray.tune.report),
-            shared_splits=shared.fetch(config.data.image_size),
-        )
-
-    _report(judge, train)
-
-
-def _run_on_workers(drawn: dict[str, Any], search: dict[str, Any]) -> None:
-    config, url, shared = _prepare(drawn, search)
-    callbacks = [TuneReportCallback()]
-    trainer = build_trainer(config, search["store_url"], url, None, callbacks, search=shared)
-    _report(TrialJudge(shared, url, World()), trainer.fit)
-
-
-def _report(judge: TrialJudge, train: Callable[[], Any]) -> None:
+def _run_trial(
+    drawn: dict[str, Any], config: Config, store_url: str, run_url: str, shared: Shared
+) -> None:
     """Train, and tell Tune what became of it."""
+    url = trial_url(run_url, drawn["name"])
+    judge = TrialJudge(shared, url, World())
     known = judge.recall()
     if known is not None:
         ray.tune.report(known)
         return
+    training = Training(
+        trial_config(config, drawn["settings"], drawn["seed"]), store_url, url, search=shared
+    )
     try:
-        train()
+        if config.tune.workers_per_trial > 1:
+            callbacks = [TuneReportCallback()]
+            build_trainer(training, training.config.cluster, callbacks=callbacks).fit()
+        else:
+            _fit_here(training, judge)
     except SystemExit:  # stopped at a rung, for good
-        drop_checkpoints(judge.trial_url)
+        drop_checkpoints(url)
         raise
     except Exception as error:  # whatever Ray Train wraps around a worker's exception
         cause = find_cause(error)
         if not isinstance(cause, DivergedError):
             raise
         ray.tune.report(judge.fail(cause))
-    drop_checkpoints(judge.trial_url)
+    drop_checkpoints(url)
 
 
-def _prepare(drawn: Mapping[str, Any], search: Mapping[str, Any]) -> tuple[Config, str, Shared]:
-    config = Config.model_validate(search["config"])
-    return (
-        trial_config(config, drawn["settings"], drawn["seed"]),
-        trial_url(search["run_url"], drawn["name"]),
-        search["shared"],
+def _fit_here(training: Training, judge: TrialJudge) -> None:
+    config = training.config
+    torch.set_num_threads(config.cluster.cpus_per_worker)
+    fit(
+        config,
+        store_url=training.store_url,
+        run_url=training.run_url,
+        world=World(),
+        device=torch.device("cuda" if uses_gpu(config.cluster) else "cpu"),
+        callbacks=judge.callbacks(Callbacks(), ray.tune.report),
+        shared_splits=judge.shared.fetch(config.data.image_size),
     )

@@ -51,7 +51,7 @@ def draw_uniforms(
 def draw_affine(
     keys: Sequence[str], config: AugmentConfig, *, image_size: int, seed: int, epoch: int
 ) -> Matrices:
-    """(B, 2, 3) matrices from output to input pixels (x, y): flip, rotation, scale, translation.
+    """(B, 2, 3) matrices from output to input pixels (x, y): rotation, scale, translation.
 
     They turn about the image's centre; pixel centres are at whole coordinates.
     """
@@ -67,10 +67,6 @@ def draw_affine(
     moved = center + shift  # where the centre goes; it must come from the centre
     matrices[:, 0, 2] = center - cos * moved[:, 0] - sin * moved[:, 1]
     matrices[:, 1, 2] = center + sin * moved[:, 0] - cos * moved[:, 1]
-    if config.flip:
-        mirrored = draw_uniforms(keys, seed=seed, epoch=epoch, count=1, kind="flip")[:, 0] < 0.5
-        matrices[mirrored, 0] *= -1
-        matrices[mirrored, 0, 2] += image_size - 1
     return matrices
 
 
@@ -81,9 +77,8 @@ def draw_tables(keys: Sequence[str], config: AugmentConfig, *, seed: int, epoch:
     about the middle gray and not about the image's mean, which letterbox borders would draw down.
     """
     u = 2 * draw_uniforms(keys, seed=seed, epoch=epoch, count=3, kind="gray")[:, :, None] - 1
-    gamma = (1 + config.gamma_fraction) ** u[:, 0]
-    contrast = 1 + config.contrast_fraction * u[:, 1]
-    brightness = 1 + config.brightness_fraction * u[:, 2]
+    gamma = (1 + config.gray_fraction) ** u[:, 0]
+    contrast, brightness = 1 + config.gray_fraction * u[:, 1], 1 + config.gray_fraction * u[:, 2]
     gray = (np.arange(256) / 255) ** gamma
     gray = np.clip((gray - 0.5) * contrast + 0.5, 0, 1) * brightness
     return np.asarray(np.clip(gray, 0, 1) * 255, dtype=np.float32)

@@ -171,23 +171,18 @@ def open_loaders(
         device_bytes=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
     )
 
-    def build_feed(split: str) -> Feed:
+    moments = (store.manifest.mean, store.manifest.std)
+    loaders = []
+    for split in splits:
         if split in shared_splits:
             tell(f"data: {split}: shared with the other trainings on this machine")
-            return InMemoryFeed(blocks[split], device=device, loaded=shared_splits[split])
-        choice = choices[split]
-        tell(f"data: {split}: {choice.reason}")
-        if choice.place == "stream":
-            return StreamingFeed(blocks[split])
-        where = device if choice.place == "device" else torch.device("cpu")
-        return InMemoryFeed(blocks[split], device=where)
-
-    moments = (store.manifest.mean, store.manifest.std)
-    sizes = {split: tuple(blocks[split].sizes.tolist()) for split in splits}
-    return tuple(
-        Loader(build_feed(split), sizes[split], world, device, moments, compiled)
-        for split in splits
-    )
+            feed: Feed = InMemoryFeed(blocks[split], device=device, loaded=shared_splits[split])
+        else:
+            tell(f"data: {split}: {choices[split].reason}")
+            feed = _build_feed(blocks[split], choices[split], device)
+        sizes = tuple(blocks[split].sizes.tolist())
+        loaders.append(Loader(feed, sizes, world, device, moments, compiled))
+    return tuple(loaders)
 
 
 def read_in_memory(store: PreparedStore, split: str) -> InMemorySplit | None:
@@ -214,6 +209,12 @@ class FeedChoice:
 
     place: Literal["device", "memory", "stream"]
     reason: str
+
+
+def _build_feed(blocks: Blocks, choice: FeedChoice, device: torch.device) -> Feed:
+    if choice.place == "stream":
+        return StreamingFeed(blocks)
+    return InMemoryFeed(blocks, device=device if choice.place == "device" else torch.device("cpu"))
 
 
 def choose_feeds(

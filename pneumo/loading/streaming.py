@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,21 +32,18 @@ class StreamingFeed:
         """See `Feed.feed`."""
         uses = _list_uses([self.blocks.containing(rows) for rows in plan])
         num_asked = 0
-        ahead: deque[tuple[_BlockUse, Future[Samples]]] = deque()
-        current: dict[int, tuple[_BlockUse, Future[Samples]]] = {}
+        reads: list[tuple[_BlockUse, Future[Samples]]] = []
         row_of: dict[str, int] = {}
         pool = ThreadPoolExecutor(self.readers, thread_name_prefix=READER_THREAD)
         try:
             for step, rows in enumerate(plan):
                 begun = bisect_right(uses, step, key=lambda use: use.first)
-                for use in uses[num_asked : begun + self.prefetch_blocks]:
-                    ahead.append((use, pool.submit(self.blocks.load, use.block)))
-                    num_asked += 1
-                while ahead and ahead[0][0].first <= step:
-                    due = ahead.popleft()
-                    current[due[0].block] = due
-                samples = self._gather(rows, {number: current[number][1] for number in current})
-                current = {number: use for number, use in current.items() if use[0].last > step}
+                asked = uses[num_asked : begun + self.prefetch_blocks]
+                reads += [(use, pool.submit(self.blocks.load, use.block)) for use in asked]
+                num_asked += len(asked)
+                due = {use.block: read for use, read in reads if use.first <= step}
+                samples = self._gather(rows, due)
+                reads = [(use, read) for use, read in reads if use.last > step]
                 self._check_keys(samples.keys, rows, row_of)
                 yield samples
         finally:

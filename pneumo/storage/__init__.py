@@ -1,7 +1,6 @@
 """Bytes by URL: a local path, `file://`, `s3://`, or what fsspec speaks."""
 
 from pneumo.storage.connection import ANONYMOUS, READ_TIMEOUT_S
-from pneumo.storage.local_files import PARTIAL_PREFIX
 from pneumo.storage.objects import (
     create_bytes,
     exists,
@@ -22,7 +21,6 @@ from pneumo.storage.urls import is_local, join, local_path, normalise
 
 __all__ = [
     "ANONYMOUS",
-    "PARTIAL_PREFIX",
     "READ_TIMEOUT_S",
     "create_bytes",
     "exists",

@@ -38,23 +38,19 @@ def retried(
     """What `call(filesystem, path)` returns, tried again with jittered exponential back-off.
 
     `budget_s` counts from the first failure, and anew once `progress`, in bytes, has grown by
-    CHUNK_BYTES since. With a `label`, which stands for the URL, the text of an error, which may
-    quote the URL, is not told either. Raises what `permanent_error` makes of an error, and
-    StorageError once the budget is spent.
+    CHUNK_BYTES. With a `label`, which stands for the URL, an error's text, which may quote it, is
+    not told either. Raises as `permanent_error` says, and StorageError once the budget is spent.
     """
     name = label or url
-    failing_since_s, pause_s, is_told = None, _FIRST_PAUSE_S, False
-    reached = renewed_at = 0
+    failing_since_s, pause_s, is_told, reached, renewed_at = None, _FIRST_PAUSE_S, False, 0, 0
     while True:
         try:
             fs, path = open_filesystem(url)
             return call(fs, path)
         except Exception as error:
-            text, cause = (
-                (first_line(error), error) if label is None else (type(error).__name__, None)
-            )
-            permanent = permanent_error(error, name, text)
-            if permanent is not None:
+            text = first_line(error) if label is None else type(error).__name__
+            cause = error if label is None else None
+            if (permanent := permanent_error(error, name, text)) is not None:
                 raise permanent from cause
             now_s, now_reached = time.monotonic(), progress()
             if now_reached > reached:

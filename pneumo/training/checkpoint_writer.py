@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
@@ -122,11 +122,9 @@ class RunWriter(BackgroundWriter):
         Raises CheckpointError where a local run cannot be written: a disk does not come back by
         itself.
         """
-        lines = (json.dumps(record, allow_nan=False) for record in checkpoint.history)
-        text = "".join(f"{line}\n" for line in lines)
         try:
             check_claim(self.run_url, self.attempt)
-            storage.write_text(storage.join(self.run_url, METRICS_LOG), text)
+            write_history(self.run_url, checkpoint.history)
             save_checkpoint(
                 self.run_url,
                 checkpoint,
@@ -144,7 +142,13 @@ class RunWriter(BackgroundWriter):
             ) from error
 
 
-def read_history(run_url: str) -> list[dict[str, float | None]]:
+def write_history(run_url: str, history: Sequence[Mapping[str, float | None]]) -> None:
     """The run's metrics.jsonl: `Epoch.metrics` of each epoch that is complete."""
+    text = "".join(f"{json.dumps(record, allow_nan=False)}\n" for record in history)
+    storage.write_text(storage.join(run_url, METRICS_LOG), text)
+
+
+def read_history(run_url: str) -> list[dict[str, float | None]]:
+    """What `write_history` wrote. Raises FileNotFoundError where no epoch is complete."""
     lines = storage.read_text(storage.join(run_url, METRICS_LOG)).splitlines()
     return [json.loads(line) for line in lines]

@@ -210,13 +210,14 @@ def _select_kept(
 
 
 def _serialise(checkpoint: Checkpoint) -> bytes:
-    plain = {
-        **{name: getattr(checkpoint, name) for name in checkpoint.__dataclass_fields__},
-        "schema_version": SCHEMA_VERSION,
-        "config": checkpoint.config.model_dump(mode="json"),
-        "history": list(checkpoint.history),
-    }
-    return to_bytes(plain)
+    return to_bytes(
+        {
+            **vars(checkpoint),
+            "schema_version": SCHEMA_VERSION,
+            "config": checkpoint.config.model_dump(mode="json"),
+            "history": list(checkpoint.history),
+        }
+    )
 
 
 def to_bytes(state: dict[str, Any]) -> bytes:
@@ -369,9 +370,7 @@ def _sweep(run_url: str, named: set[str]) -> None:
     for name in _list_files(run_url):
         if name not in named:
             storage.remove(_url(run_url, name))
-    if storage.is_local(run_url):
-        for half in storage.local_path(_url(run_url, "")).glob(f"{storage.PARTIAL_PREFIX}*"):
-            half.unlink(missing_ok=True)
+    storage.remove_partials(storage.join(run_url, "checkpoints"))
 
 
 def _list_files(run_url: str) -> list[str]:

@@ -64,8 +64,7 @@ def fit(
     >>> history = pneumo.fit(config, store_url=store.url, run_url="run", world=pneumo.World(),
     ...                      device=torch.device("cpu"), callbacks=pneumo.Callbacks())
     """
-    device = _settle_device(device)
-    check_compiler(config.train, device, callbacks.tell)
+    device = _settle_device(config, device, callbacks)
     store = PreparedStore(store_url, read_manifest(store_url), config.data)
     check_sizes(config, store.manifest, num_workers=world.size)
     resumption = claim_and_resume(config, store.manifest, run_url, world, callbacks.tell)
@@ -85,19 +84,12 @@ def fit(
         network, config.train, pos_weight=weight, seed=config.seed, world=world, device=device
     )
     run = _Run(config, store, run_url, learner, initialisation, callbacks, resumption)
-    callbacks.on_start(
-        Start(initialisation, tuple(run.history), run.totals.step, run.steps_per_epoch)
-    )
-    try:
-        while not run.is_finished:
-            run.complete_epoch(train_data, val_data)
-    finally:
-        run.writer.close()
-    return run.history
+    return run.complete(train_data, val_data)
 
 
-def _settle_device(device: torch.device) -> torch.device:
-    """The device with its number, made the process's own."""
+def _settle_device(config: Config, device: torch.device, callbacks: Callbacks) -> torch.device:
+    """The device with its number, made the process's own. Raises ConfigError."""
+    check_compiler(config.train, device, callbacks.tell)
     if device.type != "cuda":
         return device
     if device.index is None:
@@ -140,6 +132,9 @@ class _Run:
             tell=callbacks.tell,
             begun_at=None if before is None else (before.epoch, before.step),
         )
+        callbacks.on_start(
+            Start(initialisation, tuple(self.history), self.totals.step, self.steps_per_epoch)
+        )
 
     def _go_on_from(self, before: Checkpoint) -> None:
         """Take over all that is not in the model."""
@@ -168,8 +163,17 @@ class _Run:
         """Whether there is nothing left to train."""
         return self.stopped_early or len(self.history) >= self.config.train.epochs
 
-    def complete_epoch(self, train_data: Loader, val_data: Loader) -> None:
-        """Train the rest of an epoch, validate, save, tell. Raises as `fit`."""
+    def complete(self, train_data: Loader, val_data: Loader) -> list[Metrics]:
+        """Train until the run is finished; the epochs' metrics. Raises as `fit`."""
+        try:
+            while not self.is_finished:
+                self._complete_epoch(train_data, val_data)
+        finally:
+            self.writer.close()
+        return self.history
+
+    def _complete_epoch(self, train_data: Loader, val_data: Loader) -> None:
+        """Train the rest of an epoch, validate, save, tell."""
         started_s = time.perf_counter()
         number = len(self.history) + 1
         trained = self._train(train_data)
@@ -231,13 +235,16 @@ class _Run:
         assert self.totals.samples == self.steps_per_epoch * config.batch_size
         learner.optimizer.zero_grad(set_to_none=True)
         self._warn_of_slow_data(times)
+        return self._describe_epoch(times)
+
+    def _describe_epoch(self, times: StepTimes) -> Metrics:
         return {
             "train/loss": self.totals.loss / self.steps_per_epoch,
             "data/samples": self.totals.samples,
-            "lr": learner.optimizer.param_groups[0]["lr"],
+            "lr": self.learner.optimizer.param_groups[0]["lr"],
             "grad_norm": self.totals.grad_norm,
             **times.read(),
-            **read_gpu(data.device),
+            **read_gpu(self.learner.device),
         }
 
     def _act_on(self, results: StepResults) -> None:

@@ -1,4 +1,4 @@
-"""Loss, optimiser and learning rate: what turns logits into a step."""
+"""Loss, optimiser, learning rate and averaged weights: what turns logits into a step."""
 
 from __future__ import annotations
 
@@ -8,17 +8,14 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pneumo.config import TrainConfig
 
 
-def bce_loss(
-    logits: Tensor, targets: Tensor, *, pos_weight: Tensor, label_smoothing: float = 0.0
-) -> Tensor:
+def bce_loss(logits: Tensor, targets: Tensor, *, pos_weight: Tensor) -> Tensor:
     """Mean binary cross-entropy of logits (B,) and targets (B,) of 0 and 1; positives count
-    `pos_weight` times. Smoothing by s makes targets of s / 2 and 1 - s / 2."""
-    if label_smoothing:
-        targets = targets * (1 - label_smoothing) + label_smoothing / 2
+    `pos_weight` times."""
     return F.binary_cross_entropy_with_logits(logits.float(), targets, pos_weight=pos_weight)
 
 
@@ -62,3 +59,26 @@ def gradient_norm(model: nn.Module) -> Tensor:
     return torch.nn.utils.get_total_norm(
         [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     )
+
+
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
+
+def average_weights(model: nn.Module, decay: float) -> AveragedModel:
+    """An exponential moving average of the weights and of BatchNorm's running statistics.
+
+    Each `update_parameters` takes it further by one step; `module` is the averaged model, in
+    evaluation mode, `n_averaged` the number of the next step, from 1. In the first steps the decay
+    is (1 + n) / (10 + n), as in TensorFlow, so that the random beginning is soon forgotten.
+    """
+
+    def update(averaged: Tensors, current: Tensors, _: Tensor | int) -> None:
+        if averaged[0].is_floating_point():  # BatchNorm's counts of batches are left out
+            step = int(average.n_averaged)  # the host's: for the device's copy it would wait
+            step_decay = min(decay, (1 + step) / (10 + step))
+            get_ema_multi_avg_fn(step_decay)(averaged, current, step)  # type: ignore[no-untyped-call]
+
+    average = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+    average.eval().requires_grad_(False)
+    average.n_averaged.fill_(1)  # at 0 the first update would copy the weights
+    return average

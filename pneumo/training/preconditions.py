@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 import torch
 
-from pneumo.config import Config, TrainConfig, check_batch_size
+from pneumo.config import Config, TrainConfig
+from pneumo.config_layers import check_batch_size
 from pneumo.dataset.manifest import Manifest
 from pneumo.errors import ConfigError
 from pneumo.loading import sample_order
@@ -17,28 +18,24 @@ from pneumo.network.backbones import check_weights
 from pneumo.training.resuming import find_last
 
 
-def check_run(config: Config, manifest: Manifest, run_url: str, *, num_workers: int) -> int:
-    """The image size to train at.
-
-    Raises RunError when the run is finished or of another configuration or store, and ConfigError
+def check_run(config: Config, manifest: Manifest, run_url: str, *, num_workers: int) -> None:
+    """Raises RunError when the run is finished or of another configuration or store, ConfigError
     for sizes that do not fit, a training split of one class, and weights that a fresh run could not
     begin with.
     """
-    image_size = check_sizes(config, manifest, num_workers=num_workers)
+    check_sizes(config, manifest, num_workers=num_workers)
     if find_last(config, manifest, run_url) is None:
         check_weights(config.model)
-    return image_size
 
 
-def check_sizes(config: Config, manifest: Manifest, *, num_workers: int) -> int:
-    """The image size to train at. Raises ConfigError for sizes that do not fit each other or the
-    store, and for a training split of one class."""
-    image_size = input_size(manifest, config.data.image_size)
+def check_sizes(config: Config, manifest: Manifest, *, num_workers: int) -> None:
+    """Raises ConfigError for sizes that do not fit each other or the store, and for a training
+    split of one class."""
+    input_size(manifest, config.data.image_size)
     train = config.train
     check_batch_size(train.batch_size, train.micro_batch_size, num_workers)
     sample_order.steps_per_epoch(manifest.splits["train"].samples, train.batch_size)
     resolve_pos_weight(train, manifest)
-    return image_size
 
 
 def resolve_pos_weight(config: TrainConfig, manifest: Manifest) -> float:

@@ -21,8 +21,13 @@ from pneumo.config import TrainConfig
 from pneumo.loading.loader import Batch
 from pneumo.loading.sample_order import World, micro_batches
 from pneumo.training.batch_norm import RunningStatistics
-from pneumo.training.optimisation import autocast_dtype, bce_loss, build_optimizer, gradient_norm
-from pneumo.training.weight_average import average_weights
+from pneumo.training.optimisation import (
+    autocast_dtype,
+    average_weights,
+    bce_loss,
+    build_optimizer,
+    gradient_norm,
+)
 
 
 class Learner:
@@ -77,15 +82,9 @@ class Learner:
         many samples they were fed, and the length of the gradient before clipping, NaN where it was
         not computed: without `with_norm` and clipping.
         """
-        losses = self._accumulate(batch, epoch, step)
-        totals = torch.cat(
-            [
-                self.statistics.sums,
-                losses.reshape(1),
-                torch.full((1,), float(stop), device=self.device),
-                torch.full((1,), float(len(batch.keys)), device=self.device),
-            ]
-        )
+        losses, count = self._accumulate(batch, epoch, step), len(batch.keys)
+        mine = [losses, *(torch.full((), float(n), device=self.device) for n in (stop, count))]
+        totals = torch.cat([self.statistics.sums, torch.stack(mine)])
         if self.world.size > 1:
             dist.all_reduce(totals)
         totals[:-2] /= self.micro_batches_per_step
@@ -127,12 +126,7 @@ class Learner:
                     self.device.type, self.dtype, enabled=self.dtype != torch.float32
                 ):
                     logits = self.network(images).squeeze(1)
-                loss = bce_loss(
-                    logits,
-                    targets,
-                    pos_weight=self.pos_weight,
-                    label_smoothing=self.config.label_smoothing,
-                )
+                loss = bce_loss(logits, targets, pos_weight=self.pos_weight)
                 # DDP divides the sum over ranks by their number.
                 weight = self.world.size / self.micro_batches_per_step
                 (loss * weight).backward()  # type: ignore[no-untyped-call]

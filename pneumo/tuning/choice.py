@@ -74,7 +74,7 @@ class SettingChoice:
     confirmations: tuple[Confirmation, ...] = ()
 
 
-def measure_simplicity(config: Config, trial: Trial, manifest: Manifest) -> SimplicityKey:
+def measure_simplicity(config: Config, manifest: Manifest, trial: Trial) -> SimplicityKey:
     """How large a trial's network is, and how far its setting is from the configuration's."""
     chosen = override(config, trial.settings)
     base = config.model_dump()

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pneumo.config import Config
 from pneumo.config_layers import override
+from pneumo.evaluation.file_predictions import encode_parquet
 from pneumo.search_space import Scalar
 from pneumo.tuning.choice import SettingChoice
 from pneumo.tuning.trials import Trial, rank
@@ -97,9 +96,7 @@ def to_parquet(search: Search) -> bytes:
             )
         }
     )
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer)
-    return buffer.getvalue()
+    return encode_parquet(table)
 
 
 def _row(trial: Trial, role: str, search: Search) -> dict[str, Any]:

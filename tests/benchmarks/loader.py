@@ -77,7 +77,7 @@ WINDOW_PX = 900
 """Side of the window of a phantom of 1024 px that becomes a sample."""
 
 PACKAGES = "BENCH_PACKAGES"
-AFFINE_ONLY = AugmentConfig(brightness_fraction=0, contrast_fraction=0, gamma_fraction=0)
+AFFINE_ONLY = AugmentConfig(gray_fraction=0)
 """What torchvision's RandomAffine does too."""
 
 Gray = npt.NDArray[np.uint8]
@@ -261,7 +261,7 @@ class RandomGamma(nn.Module):
     """What torchvision lacks; by its own function."""
 
     def forward(self, image: Tensor) -> Tensor:
-        amount = AugmentConfig().gamma_fraction
+        amount = AugmentConfig().gray_fraction
         changed: Tensor = v2.functional.adjust_gamma(image, (1 + amount) ** random.uniform(-1, 1))
         return changed
 
@@ -280,8 +280,8 @@ class PerSample:
             interpolation=InterpolationMode.BILINEAR,
         )
         to_float = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
-        defaults = AugmentConfig()
-        jitter = v2.ColorJitter(defaults.brightness_fraction, defaults.contrast_fraction)
+        amount = AugmentConfig().gray_fraction
+        jitter = v2.ColorJitter(amount, amount)
         last = [*([RandomGamma(), jitter] if gray else []), v2.Normalize([data.mean], [data.std])]
         self.on_tensors = v2.Compose([*to_float, self.affine, *last])
         self.on_pictures = v2.Compose([self.affine, *to_float, *last])

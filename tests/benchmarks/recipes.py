@@ -58,9 +58,7 @@ STRONG = {
     "augment.rotation_degrees": 15.0,
     "augment.translation_fraction": 0.1,
     "augment.scale_fraction": 0.2,
-    "augment.brightness_fraction": 0.3,
-    "augment.contrast_fraction": 0.3,
-    "augment.gamma_fraction": 0.3,
+    "augment.gray_fraction": 0.3,
 }
 COSINE = {"train.schedule": "cosine", "train.warmup_fraction": 0.1}
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
@@ -74,10 +72,8 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "pos_weight balanced": {"train.pos_weight": "balanced"},
     "no augmentation": dict.fromkeys(STRONG, 0.0),
     "strong augmentation": STRONG,
-    "flip": {"augment.flip": True},
     "ema": {"train.ema_decay": 0.99},
     "adamw 0.05": {"train.optimizer": "adamw", "train.weight_decay": 0.05},
-    "label smoothing": {"train.label_smoothing": 0.1},
     "clip 1": {"train.clip_norm": 1.0},
     "twice the batch": {},
 }

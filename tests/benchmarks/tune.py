@@ -30,7 +30,7 @@ import torch
 
 from jobs import prepare
 from jobs.ray_cluster.session import ray_session
-from jobs.training.trainer import build_trainer
+from jobs.training.trainer import Training, build_trainer
 from jobs.tuning.job import search
 from jobs.tuning.trial_records import read_judgement, trial_config, trial_url
 from jobs.tuning.trial_runs import share
@@ -167,7 +167,8 @@ def measure_overhead(options: argparse.Namespace, folder: Path) -> None:
                 (f"{name}, {at_once} at a time", (time.perf_counter() - started) / options.trials)
             )
         started = time.perf_counter()
-        build_trainer(trial_config(config, {}), store, str(folder / "train"), None).fit()
+        trial = trial_config(config, {})
+        build_trainer(Training(trial, store, str(folder / "train")), trial.cluster).fit()
         rows.append(("Ray Train alone, one worker", time.perf_counter() - started))
     for what, seconds in rows:
         print(f"{what:<42} {seconds:7.2f} s a trial", flush=True)

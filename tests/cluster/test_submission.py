@@ -248,7 +248,7 @@ def test_loopback_is_this_machine(address: str, *, remote: bool) -> None:
 
 
 _RECIPES = {
-    "plain": "seed = 3\n[train]\nlr = 2e-4\nepochs = 3\n[augment]\nflip = true\n",
+    "plain": "seed = 3\n[train]\nlr = 2e-4\nepochs = 3\ncompile = true\n",
     "a space": (
         '[tune.space]\ntrain.lr = ["log_uniform", 1e-5, 3e-3]\nmodel.backbone = "resnet34"\n'
     ),

@@ -78,7 +78,7 @@ def test_50_studies_are_scored_as_jobs_predict_scores_them(
         dataset.decompress()
         dataset.save_as(folder / path.name)
     flags = ["--source", str(folder), "--run", str(evaluated), "--output", str(tmp_path / "out")]
-    assert predict.main([*flags, "--predict.overlays", "false"]) == 0
+    assert predict.main([*flags, "--no-overlays"]) == 0
     with (tmp_path / "out" / "predictions.csv").open(newline="") as lines:
         rows = list(csv.DictReader(lines))
     assert len(rows) == 50

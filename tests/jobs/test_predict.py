@@ -134,7 +134,7 @@ def test_files_get_the_logits_that_their_studies_got(
     # The output lies in the source: its files are not taken for studies the second time.
     assert predict.main([*flags, *members]) == 2
     assert "holds predictions already" in capsys.readouterr().err
-    assert predict.main([*flags, *members, "--overwrite", "--predict.overlays", "false"]) == 0
+    assert predict.main([*flags, *members, "--overwrite", "--no-overlays"]) == 0
     assert list(read_rows(output)) == list(rows)
     assert not (output / "overlays").exists()
 

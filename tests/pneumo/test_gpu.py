@@ -125,7 +125,7 @@ def test_a_warp_on_the_device_is_the_one_on_the_host(compiled: bool) -> None:
     smooth = torch.nn.functional.interpolate(coarse, size=64, mode="bicubic").clamp(0, 255).byte()
     keys = [f"study-{i}" for i in range(16)]
     options: dict[str, Any] = {"seed": 1, "epoch": 2, "moments": (0.5, 0.25)}
-    config = AugmentConfig(flip=True)
+    config = AugmentConfig()
     on_host = augmentation.augment(smooth, keys, config, **options)
     on_device = augmentation.augment(
         smooth.to(GPU), keys, config, **options, compiled=compiled

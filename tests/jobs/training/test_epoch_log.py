@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from jobs.terminal.progress import Progress
-from jobs.training.epoch_log import Follower, Stepped
+from jobs.training.epoch_log import Follower
 from pneumo.network.backbones import Initialisation
 from pneumo.training.callbacks import Epoch, Pace, Start
 from tests.jobs.conftest import LocalMailbox
@@ -28,15 +28,15 @@ def make_start(epochs: int, step: int = 0) -> Start:
     return Start(Initialisation("random", "going on"), history, step, steps=20)
 
 
-def step_to(done: int) -> Stepped:
+def step_to(done: int) -> Pace:
     metrics = {"train/loss": 0.5, "images_per_s": 50.0, "data_wait": 0.2}
-    return Stepped(done, 100, Pace(1 + done // 20, done % 20, 20, metrics))
+    return Pace(1 + done // 20, done % 20, 20, metrics)
 
 
 def follow(*messages: Any) -> None:
     ended: Future[None] = Future()
     ended.set_result(None)
-    Follower(LocalMailbox(messages), epochs=5).follow(ended)
+    Follower(LocalMailbox(messages).take, epochs=5).follow(ended)
 
 
 def list_shown(capsys: pytest.CaptureFixture[str]) -> list[int]:

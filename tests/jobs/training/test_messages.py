@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -64,7 +64,13 @@ def test_a_lost_mailbox_is_an_error_of_ray(ray_here: None) -> None:
     mailbox = Mailbox()
     mailbox.put("before")
     mailbox.close()
-    calls: list[Any] = [lambda: mailbox.put("after"), lambda: mailbox.take(0.1)]
-    for call in calls:
-        with pytest.raises(ray.exceptions.RayError):
+
+    def is_lost(call: Callable[[], Any]) -> bool:
+        try:
             call()
+        except ray.exceptions.RayError:
+            return True
+        return False
+
+    for call in (lambda: mailbox.put("after"), lambda: mailbox.take(0.1)):
+        wait_until(lambda call=call: is_lost(call), "the loss to be known")

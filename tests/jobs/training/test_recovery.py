@@ -11,6 +11,7 @@ import ray
 from ray.train import WorkerGroupError
 
 from jobs.ray_cluster.nodes import Node, list_nodes, silent_addresses, usable_nodes
+from jobs.training.messages import Mailbox, Order, Worker
 from jobs.training.recovery import (
     STOPPED,
     Recovery,
@@ -19,7 +20,6 @@ from jobs.training.recovery import (
     describe_position,
     wait_for_workers,
 )
-from jobs.training.stop_signal import Board, Order, Worker
 from pneumo.config import ClusterConfig
 from pneumo.errors import (
     ClusterError,
@@ -66,9 +66,9 @@ class Script:
         assert found is None or isinstance(found, CheckpointIndex)
         return found
 
-    def recovery(self, board: Board, *, urls: tuple[str, str], **cluster: Any) -> Recovery:
+    def recovery(self, mailbox: Mailbox, *, urls: tuple[str, str], **cluster: Any) -> Recovery:
         config = ClusterConfig(**cluster)
-        return Recovery(config, ONE_CPU, *urls, board, self.attempt, self.told.append, self.look)
+        return Recovery(config, ONE_CPU, *urls, mailbox, self.attempt, self.told.append, self.look)
 
 
 REMOTE_STORE = ("s3://bucket/store", "/runs/1")
@@ -77,10 +77,10 @@ ALL_LOCAL = ("/store", "/runs/1")
 
 
 @pytest.fixture
-def board(ray_here: None) -> Iterator[Board]:
-    board = Board()
-    yield board
-    ray.kill(board.actor)
+def mailbox(ray_here: None) -> Iterator[Mailbox]:
+    mailbox = Mailbox()
+    yield mailbox
+    ray.kill(mailbox.actor)
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +108,10 @@ def wait_for_nodes() -> list[Node]:
     return wait_until(lambda: usable_nodes(ONE_CPU), "a node with a free CPU")
 
 
-def run(script: Script, board: Board, urls: tuple[str, str] = REMOTE_RUN, **cluster: Any) -> None:
-    script.recovery(board, urls=urls, **cluster).run(wait_for_nodes())
+def run(
+    script: Script, mailbox: Mailbox, urls: tuple[str, str] = REMOTE_RUN, **cluster: Any
+) -> None:
+    script.recovery(mailbox, urls=urls, **cluster).run(wait_for_nodes())
 
 
 # --- what is tried again --------------------------------------------------------------------------
@@ -117,10 +119,10 @@ def run(script: Script, board: Board, urls: tuple[str, str] = REMOTE_RUN, **clus
 
 @pytest.mark.parametrize("urls", [REMOTE_STORE, REMOTE_RUN])
 def test_an_object_store_that_is_away_is_a_failure_and_is_waited_for(
-    board: Board, urls: tuple[str, str]
+    mailbox: Mailbox, urls: tuple[str, str]
 ) -> None:
     script = Script([fail(AWAY), None], [AWAY, AWAY, make_index(2, 3)])
-    run(script, board, urls)
+    run(script, mailbox, urls)
     failure = f"{AWAY}, failure 1 of 3"
     assert script.told == [
         f"{failure}: waiting, as it is away: {AWAY}",
@@ -130,34 +132,34 @@ def test_an_object_store_that_is_away_is_a_failure_and_is_waited_for(
 
 
 def test_a_controller_of_ray_that_dies_is_a_failure(
-    board: Board, died: ray.exceptions.ActorDiedError
+    mailbox: Mailbox, died: ray.exceptions.ActorDiedError
 ) -> None:
     script = Script([died, None])
-    run(script, board)
+    run(script, mailbox)
     (line,) = script.told
     assert line.startswith("workers did not start (ActorDiedError: ")
     assert line.endswith("failure 1 of 3: going on with 1 worker after epoch 1")
 
 
 def test_failures_are_counted_and_the_last_one_is_raised(
-    board: Board, died: ray.exceptions.ActorDiedError
+    mailbox: Mailbox, died: ray.exceptions.ActorDiedError
 ) -> None:
     script = Script([fail(AWAY), died, fail(ValueError("lost")), fail(AWAY)])
     with pytest.raises(WorkerGroupError) as caught:
-        run(script, board, max_failures=3)
+        run(script, mailbox, max_failures=3)
     assert caught.value is script.outcomes[3]
     assert len(script.told) == 3
 
 
-def test_a_worker_lost_after_the_last_checkpoint_does_no_harm(board: Board) -> None:
+def test_a_worker_lost_after_the_last_checkpoint_does_no_harm(mailbox: Mailbox) -> None:
     script = Script([fail(ValueError("lost"))], [make_index(10, finished=True)])
-    run(script, board, ALL_LOCAL)
+    run(script, mailbox, ALL_LOCAL)
     assert script.told == []
 
 
-def test_a_stop_whose_reason_was_lost_is_no_end(board: Board) -> None:
+def test_a_stop_whose_reason_was_lost_is_no_end(mailbox: Mailbox) -> None:
     script = Script([STOPPED, None])
-    run(script, board)
+    run(script, mailbox)
     assert script.told == ["told to stop: going on with 1 worker after epoch 1"]
 
 
@@ -174,31 +176,31 @@ def test_a_stop_whose_reason_was_lost_is_no_end(board: Board) -> None:
     ],
 )
 def test_what_would_only_happen_again_ends_the_job(
-    board: Board, cause: PneumoError, urls: tuple[str, str]
+    mailbox: Mailbox, cause: PneumoError, urls: tuple[str, str]
 ) -> None:
     script = Script([fail(cause)])
     with pytest.raises(WorkerGroupError):
-        run(script, board, urls)
+        run(script, mailbox, urls)
     assert script.told == []
 
 
-def test_storage_that_answers_with_a_refusal_ends_the_wait(board: Board) -> None:
+def test_storage_that_answers_with_a_refusal_ends_the_wait(mailbox: Mailbox) -> None:
     script = Script([fail(AWAY)], [AWAY, RunError("/runs/1: not yours")])
     with pytest.raises(RunError, match="not yours"):
-        run(script, board)
+        run(script, mailbox)
 
 
-def test_an_order_to_leave_ends_each_wait(board: Board) -> None:
+def test_an_order_to_leave_ends_each_wait(mailbox: Mailbox) -> None:
     script = Script([fail(AWAY)], [AWAY])
-    recovery = script.recovery(board, urls=REMOTE_RUN)
+    recovery = script.recovery(mailbox, urls=REMOTE_RUN)
     recovery.tell = lambda line: recovery.leave()
     recovery.run(wait_for_nodes())
     assert script.looked == 1
 
 
-def test_an_attempt_that_is_told_to_leave_is_the_last(board: Board) -> None:
+def test_an_attempt_that_is_told_to_leave_is_the_last(mailbox: Mailbox) -> None:
     script = Script([])
-    recovery = script.recovery(board, urls=REMOTE_RUN)
+    recovery = script.recovery(mailbox, urls=REMOTE_RUN)
 
     def leave(size: int) -> str:
         recovery.leave()
@@ -209,9 +211,9 @@ def test_an_attempt_that_is_told_to_leave_is_the_last(board: Board) -> None:
     assert script.told == []
 
 
-def test_a_failure_on_the_way_out_leaves_no_checkpoint(board: Board) -> None:
+def test_a_failure_on_the_way_out_leaves_no_checkpoint(mailbox: Mailbox) -> None:
     script = Script([])
-    recovery = script.recovery(board, urls=REMOTE_RUN)
+    recovery = script.recovery(mailbox, urls=REMOTE_RUN)
 
     def fail_leaving(size: int) -> str:
         recovery.leave()
@@ -226,14 +228,14 @@ def test_a_failure_on_the_way_out_leaves_no_checkpoint(board: Board) -> None:
 
 
 class _Worker:
-    def __init__(self, board: Board) -> None:
-        self.heard = board.listen(0)
+    def __init__(self, mailbox: Mailbox) -> None:
+        self.heard = mailbox.listen(0)
 
     def wait(self) -> bool:
         return self.heard.wait(120)
 
 
-class _FlakyBoard(Board):
+class _FlakyMailbox(Mailbox):
     """Its first order is heard, but whoever posts it does not learn of that."""
 
     def __init__(self) -> None:
@@ -247,14 +249,14 @@ class _FlakyBoard(Board):
             raise ray.exceptions.RayActorError
 
 
-@pytest.mark.parametrize("kind", [Board, _FlakyBoard])
+@pytest.mark.parametrize("kind", [Mailbox, _FlakyMailbox])
 def test_an_attempt_of_fewer_workers_is_stopped_when_there_is_room(
-    ray_here: None, kind: type[Board]
+    ray_here: None, kind: type[Mailbox]
 ) -> None:
-    board = kind()
+    mailbox = kind()
 
     def train_until_told(size: int) -> str:
-        worker = ray.remote(num_cpus=0)(_Worker).remote(board)
+        worker = ray.remote(num_cpus=0)(_Worker).remote(mailbox)
         assert ray.get(worker.wait.remote()), "waited 120 s for the order to stop"
         ray.kill(worker)
         return STOPPED
@@ -263,14 +265,14 @@ def test_an_attempt_of_fewer_workers_is_stopped_when_there_is_room(
     most = count_fitting(there, ONE_CPU)
     script = Script([train_until_told, None])
     one = [Node(n.id, n.address, n.port, n.total, ONE_CPU, draining=False) for n in there]
-    recovery = script.recovery(board, urls=REMOTE_RUN, num_workers=most, min_workers=1)
+    recovery = script.recovery(mailbox, urls=REMOTE_RUN, num_workers=most, min_workers=1)
     recovery.run(one)
     assert script.sizes == [1, most]
     assert script.told == [
         f"starting with 1 worker of {most}",
         f"there is room for {most} workers: going on with {most} workers after epoch 1",
     ]
-    ray.kill(board.actor)
+    ray.kill(mailbox.actor)
 
 
 # --- nodes, and what is said of them --------------------------------------------------------------
@@ -305,7 +307,6 @@ def test_the_nodes_of_this_cluster_answer_and_a_closed_port_does_not(ray_here: N
     assert silent_addresses([here]) == set()
     closed = make_node(address="127.0.0.1", port=1)
     assert silent_addresses([closed]) == {"127.0.0.1"}
-    assert usable_nodes(ONE_CPU, avoid=[here.address]) == []
 
 
 def test_what_a_cluster_lacks_is_said_after_the_wait(ray_here: None) -> None:

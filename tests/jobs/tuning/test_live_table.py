@@ -77,7 +77,7 @@ def test_a_trial_that_tune_gives_up_without_a_word_is_told(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     ended: list[Any] = []
-    lines = TrialLines(TUNE, ended.append)
+    lines = TrialLines(TUNE, lambda *end: ended.append(end))
     done, failed, lost = (
         tune_trial(1, "TERMINATED", 8, 0.9),
         tune_trial(2, "ERROR"),
@@ -89,13 +89,18 @@ def test_a_trial_that_tune_gives_up_without_a_word_is_told(
     lines.on_trial_complete(1, trials, done)
     lines.on_trial_error(2, trials, failed)
     lines.on_experiment_end(trials)
-    assert ended == [done, failed, lost]
+    unknown = "for a reason that Ray does not tell"
+    assert ended == [
+        ("t001", "finished", None),
+        ("t002", "failed", unknown),
+        ("t003", "failed", unknown),
+    ]
     assert capsys.readouterr().err.count("the search goes on") == 2
 
 
 def test_lines_tell_of_each_end(capsys: pytest.CaptureFixture[str]) -> None:
     ended: list[Any] = []
-    lines = TrialLines(TUNE, ended.append)
+    lines = TrialLines(TUNE, lambda *end: ended.append(end))
     stopped, done = tune_trial(1, "TERMINATED", 2, 0.6), tune_trial(2, "TERMINATED", 8, 0.9)
     diverged = tune_trial(3, "TERMINATED", 1, 0.5)
     diverged.last_result["error"] = "the loss is nan"
@@ -105,7 +110,11 @@ def test_lines_tell_of_each_end(capsys: pytest.CaptureFixture[str]) -> None:
     assert said[0] == "trial t001  lr 0.1  optimizer adam  0.6000, stopped after 2 epochs"
     assert said[1].endswith("0.9000 after 8 epochs")
     assert said[2].endswith("failed: the loss is nan")
-    assert ended == [stopped, done, diverged]
+    assert ended == [
+        ("t001", "stopped", None),
+        ("t002", "finished", None),
+        ("t003", "diverged", "the loss is nan"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -126,7 +135,7 @@ def test_lines_tell_why_a_trial_failed(
     if error is not None:
         file.write_bytes(cloudpickle.dumps(error))
     trial.pickled_error_file = str(file)
-    lines = TrialLines(TUNE, lambda trial: None)
+    lines = TrialLines(TUNE, lambda *end: None)
     lines.on_trial_recover(1, [], trial)
     lines.on_trial_error(1, [], trial)
     recovered, failed = capsys.readouterr().err.splitlines()
@@ -147,7 +156,7 @@ def test_time_left_counts_what_this_process_did() -> None:
 
 def test_tune_can_pickle_them() -> None:
     table = LiveTable("search", TUNE, 1, 0)
-    for callback in (table, TrialLines(TUNE, lambda trial: print(table))):
+    for callback in (table, TrialLines(TUNE, lambda *end: print(table))):
         pickle.loads(pickle.dumps(callback))
 
 
@@ -157,7 +166,7 @@ def test_settings_in_a_line() -> None:
 
 
 def test_a_start_that_was_not_asked_for_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = TrialLines(TUNE, lambda trial: None)
+    lines = TrialLines(TUNE, lambda *end: None)
     result = {"epoch": 1, "objective": 0.5, "warning": "random weights: ImageNet out of reach"}
     for number in (1, 2):
         lines.on_trial_result(1, [], tune_trial(number, "RUNNING", 1, 0.5), result)

@@ -10,10 +10,11 @@ import pytest
 from jobs import track
 from jobs.tuning.search_results import write_results
 from jobs.tuning.search_wandb import BEST, REPORT, TRIALS, read_search
-from jobs.tuning.trial_records import write_begun, write_ended, write_history
+from jobs.tuning.trial_records import write_begun, write_ended
 from pneumo.dataset.manifest import read_manifest
 from pneumo.reporting.tracking import Page, Table, name_run, prepare_tracking
 from pneumo.reporting.tracking.dashboards import build_views, describe_view
+from pneumo.training.checkpoint_writer import write_history
 from pneumo.tuning.search import Search
 from tests.conftest import StoreMaker
 from tests.pneumo.reporting.tracking.wandb_server import Backend

@@ -35,7 +35,7 @@ StoreMaker = Callable[..., str]
 
 BATCH = 30  # divides into 1, 2, 3 and 5 ranks
 WAYS = ("memory", "stream")
-AUGMENT = AugmentConfig(flip=True)
+AUGMENT = AugmentConfig()
 CPU = torch.device("cpu")
 
 
@@ -199,10 +199,9 @@ def test_settings_of_a_loader_that_make_no_sense_are_refused(
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("brightness_fraction", 1.0),
-        ("contrast_fraction", -0.1),
-        ("gamma_fraction", 10.0),
-        ("flip", "sometimes"),
+        ("gray_fraction", 1.0),
+        ("gray_fraction", -0.1),
+        ("scale_fraction", "sometimes"),
     ],
 )
 def test_amounts_out_of_range_are_refused(key: str, value: Any) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pneumo.config import check_batch_size
+from pneumo.config_layers import check_batch_size
 from pneumo.errors import ConfigError
 from pneumo.loading.sample_order import (
     Rows,

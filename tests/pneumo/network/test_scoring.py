@@ -17,7 +17,6 @@ from pneumo.loading.loader import Batch, open_loader
 from pneumo.loading.sample_order import World
 from pneumo.network.backbones import build_model
 from pneumo.network.scoring import (
-    VIEWS,
     Member,
     Scores,
     prepare_input,
@@ -128,7 +127,6 @@ def test_an_ensemble_is_the_mean_of_its_members_each_fed_as_it_was_trained(
 
 
 def test_views_are_averaged_and_depend_on_the_pixels_alone(pictures: list[Any]) -> None:
-    assert not VIEWS.flip
     member = make_member(1)
     several = score_pictures([member], pictures, views=4)
     one, two = (score_pictures([member], pictures, views=n) for n in (1, 2))

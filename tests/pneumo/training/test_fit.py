@@ -145,17 +145,14 @@ def make_learner(model: nn.Module, **changes: Any) -> Learner:
 
 @pytest.mark.processors
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
-@pytest.mark.parametrize(("smoothing", "clip"), [(0.0, None), (0.2, 0.05)])
-def test_a_step_is_that_of_plain_torch(
-    optimizer: str, smoothing: float, clip: float | None
-) -> None:
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_a_step_is_that_of_plain_torch(optimizer: str, clip: float | None) -> None:
     batch, ours, plain = make_batch(), make_model().double(), make_model().double()
     batch = Batch(batch.images.double(), batch.targets.double(), batch.keys)
     rate = 1e-2 if optimizer == "sgd" else 1e-3
     learner = make_learner(
         ours,
         optimizer=optimizer,
-        label_smoothing=smoothing,
         clip_norm=clip,
         weight_decay=0.01,
         ema_decay=0.1,
@@ -175,7 +172,7 @@ def test_a_step_is_that_of_plain_torch(
         for part in (slice(0, 3), slice(3, 6)):
             plain.load_state_dict(buffers, strict=False)
             p = plain(batch.images[part])[:, 0].sigmoid()
-            y = batch.targets[part] * (1 - smoothing) + smoothing / 2
+            y = batch.targets[part]
             expected = -(2.5 * y * p.log() + (1 - y) * (1 - p).log()).mean()
             (expected / 2).backward()
             losses.append(float(expected.detach()))
@@ -321,7 +318,7 @@ def test_a_split_of_one_class_is_refused_before_the_first_step(
     with pytest.raises(ConfigError, match=message):
         check_run(SMALL, one_sided, str(tmp_path), num_workers=1)
     weighted = override(SMALL, {"train.pos_weight": 2.0})
-    assert check_run(weighted, one_sided, str(tmp_path), num_workers=1) == 32
+    check_run(weighted, one_sided, str(tmp_path), num_workers=1)
 
 
 # --- a run ----------------------------------------------------------------------------------------
@@ -377,7 +374,7 @@ def test_a_run_that_was_cut_goes_on_bit_for_bit(
     store_url: str, run_url: str, build_network: Callable[[str], nn.Module], lr: float
 ) -> None:
     # The store's signal is brightness, which would be changed at random.
-    unchanged = {f"augment.{name}_fraction": 0 for name in ("brightness", "contrast", "gamma")}
+    unchanged = {"augment.gray_fraction": 0}
     settings = {"train.epochs": 4, "train.schedule": "cosine", "train.micro_batch_size": 12}
     config = override(SMALL, {**settings, **unchanged})
 
@@ -718,7 +715,7 @@ def test_settings_that_do_not_touch_training_may_change(begun_run: str, store_ur
             "data.cache": "stream",
         },
     )
-    assert check_run(changed, read_manifest(store_url), begun_run, num_workers=3) == 32
+    check_run(changed, read_manifest(store_url), begun_run, num_workers=3)
 
 
 def test_weights_of_another_model_are_not_taken(begun_run: str, store_url: str) -> None:

@@ -20,7 +20,7 @@ from pneumo.loading.loader import Batch
 from tests.networks import TinyNetwork
 from pneumo.loading.sample_order import micro_batches
 
-config = TrainConfig(batch_size=24, micro_batch_size=6, optimizer="sgd", label_smoothing=0.1)
+config = TrainConfig(batch_size=24, micro_batch_size=6, optimizer="sgd")
 torch.manual_seed(0)
 model = TinyNetwork().double()
 learner = Learner(model, config, pos_weight=2.0, seed=0, world=world, device=torch.device("cpu"))

@@ -150,7 +150,7 @@ def test_fewer_parameters_are_simpler_then_fewer_changes_then_less_distortion(
 
     def measure(**settings: object) -> SimplicityKey:
         drawn = {name.replace("__", "."): value for name, value in settings.items()}
-        return measure_simplicity(Config(), trial("a", 0.5, **drawn), manifest)
+        return measure_simplicity(Config(), manifest, trial("a", 0.5, **drawn))
 
     small, large = measure(model__backbone="resnet18"), measure(model__backbone="resnet50")
     assert small < large

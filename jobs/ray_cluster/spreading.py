@@ -1,0 +1,30 @@
+"""Work spread over the cluster's workers, a task at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import ray
+
+
+def spread(
+    function: Callable[..., Any],
+    calls: Iterable[tuple[Any, ...]],
+    at_once: Callable[[], int],
+    **options: Any,
+) -> Iterator[list[Any]]:
+    """What `function` gives for each of `calls`, as they end; an empty list after a second in which
+    none did.
+
+    At most `at_once()` run at a time, which is asked anew each time: a cluster that grows is
+    filled. `options` are those of `ray.remote`; a task whose worker dies is run again.
+    """
+    task = ray.remote(**options)(function)
+    todo = list(calls)[::-1]
+    running: list[Any] = []
+    while todo or running:
+        while todo and len(running) < at_once():
+            running.append(task.remote(*todo.pop()))
+        ready, running = ray.wait(running, timeout=1.0)
+        yield ray.get(ready)
