@@ -1,6 +1,26 @@
 # Everything a person types. Every target sets up .venv first; the second time that takes no time.
 #
 #   make demo       phantoms -> prepare -> tune -> train -> evaluate -> report.html
+#   make prepare    SOURCE=folder STORE=url
+#   make train      STORE=url [RUN=url] [ARGS="--recipe fast --train.epochs 3"]
+#   make tune       STORE=url [RUN=url] [ARGS=…]
+#   make evaluate   STORE=url RUN=url [ARGS=…]
+#   make predict    SOURCE=folder of pictures RUN=url OUTPUT=folder [ARGS=…]
+#   make export     RUN=url OUTPUT=folder: the model as ONNX, with what scores a DICOM file
+#   make leave-one-out  STORES=url,url,… RUN=url [ARGS=…]: each set left out of a training, evaluated on it
+#   make track      RUN=url: the run or search to W&B from its folder, as often as you like
+#   make dashboards      W&B workspaces as JSON;  ARGS="--save --entity TEAM" saves them, with a key
+#
+#   Jobs run on this machine; with RAY_ADDRESS=http://head:8265 on that Ray cluster, with TARGET=k8s
+#   OVERLAY=gpu-spot on Kubernetes: docs/cluster.md.
+#
+#   make watch      all your runs on the cluster, live, until they have ended
+#   make up         PROVIDER=aws|gcp|onprem: a Ray cluster of VMs;  make forward: its dashboard, here
+#   make down       PROVIDER=…: the VMs are given back;  make down TARGET=k8s: your runs are cancelled
+#   make image      [IMAGE=name:tag] [BASE_IMAGE=…]: the container image, with podman or docker
+#   make setup-k8s  OVERLAY=…: as a namespace's administrator, once: rights, policies, accounts
+#
+#   make check      format, lint, types, import rules: never writes;  make fix: mends what it can
 #   make test       the tests that take minutes;  make test-slow: the others
 #   make test-processors  what computes, as if on several processors, and on busy cores: minutes; some
 #                   of them: ARGS='"AVX2, AMD" SSE4'
@@ -9,28 +29,9 @@
 #   make test-kubernetes  on the cluster that PNEUMO_TEST_KUBECONFIG names, or one that it starts;
 #                   make test-kubernetes-faults: what waits for minutes;  make test-all: all but that
 #   make debian     as root: for the tests Debian's dcmtk (a DICOM decoder) and Chromium
-#   make check      format, lint, types, import rules: never writes;  make fix: mends what it can
-#   make bench      what decoding, preparing, explaining, judging and loading cost, as ratios of one run
+#   make bench      what decoding, preparing, explaining, scoring and loading cost, as ratios of one run
 #   make bench-train [ARGS="--rounds 5"]: images/s of the bare step, from a store, under Ray, as ratios
 #   make bench-verdicts [ARGS="--sets 200"]: how often intervals cover and sentences are false
-#   make prepare    SOURCE=folder STORE=url
-#   make train      STORE=url [RUN=url] [ARGS="--recipe fast --train.epochs 3"]
-#   make tune       STORE=url [RUN=url] [ARGS=…]
-#   make evaluate   STORE=url RUN=url [ARGS=…]
-#   make export     RUN=url OUTPUT=folder: the model as ONNX, with what scores a DICOM file
-#   make track      RUN=url: the run or search to W&B from its folder, as often as you like
-#   make dashboards      W&B workspaces as JSON;  ARGS="--save --entity TEAM" saves them, with a key
-#   make leave-one-out  STORES=url,url,… RUN=url [ARGS=…]: each set left out of a training, judged on it
-#   make predict    SOURCE=folder of pictures RUN=url OUTPUT=folder [ARGS=…]
-#
-# The jobs run on this machine, with RAY_ADDRESS=http://head:8265 on that Ray cluster, and with
-# TARGET=k8s OVERLAY=gpu-spot on Kubernetes: docs/cluster.md.
-#
-#   make up         PROVIDER=aws|gcp|onprem: a Ray cluster of VMs;  make forward: its dashboard, here
-#   make down       PROVIDER=…: the VMs are given back;  make down TARGET=k8s: your runs are cancelled
-#   make watch      all your runs on the cluster, live, until they have ended
-#   make image      [IMAGE=name:tag] [BASE_IMAGE=…]: the container image, with podman or docker
-#   make setup-k8s  OVERLAY=…: as a namespace's administrator, once: rights, policies, accounts
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -68,7 +69,7 @@ WITHOUT_RUN := app.kubernetes.io/component!=run
   bench bench-train bench-verdicts lock clean up down watch forward image setup-k8s
 
 help:
-	@sed -n 's/^#   //p' Makefile
+	@sed -n 's/^#   //p; s/^#$$//p' Makefile
 
 setup: $(READY)
 

@@ -40,6 +40,8 @@ class Arguments(Section):
 
 
 class PrepareArguments(Arguments):
+    """Make a store of shards out of a folder of chest X-rays."""
+
     source: str
     """The data set's folder: RSNA, NIH, CheXpert, VinDr-CXR, chest_xray, or studies.csv with
     pictures."""
@@ -48,6 +50,8 @@ class PrepareArguments(Arguments):
 
 
 class TrainArguments(Arguments):
+    """Train one model on a prepared store."""
+
     store: list[str] = Field(min_length=1)
     """A prepared store: a folder or s3:// URL. Several, `--store A,B`, are joined in the run."""
     balanced: CliToggleFlag[bool] = False
@@ -59,10 +63,12 @@ class TrainArguments(Arguments):
 
 
 class TuneArguments(TrainArguments):
-    pass
+    """Search settings of the training."""
 
 
 class EvaluateArguments(Arguments):
+    """Evaluate a trained run on val and test."""
+
     store: str
     """A prepared store: a folder or s3:// URL."""
     run: str
@@ -82,6 +88,8 @@ class EvaluateArguments(Arguments):
 
 
 class PredictArguments(Arguments):
+    """Score a folder of pictures with a trained run."""
+
     source: str
     """A folder or s3:// URL with DICOM, .dcm.gz, PNG, JPEG, TIFF or zip files in it, however deep;
     one such file; a DICOMDIR; or -: files named on standard input, one a line."""
@@ -98,6 +106,8 @@ class PredictArguments(Arguments):
 
 
 class ExportArguments(Arguments):
+    """Make a folder of an evaluated run that scores DICOM files without pneumo."""
+
     run: str
     """An evaluated run, whose threshold and calibration go with the model."""
     output: str
@@ -109,6 +119,8 @@ class ExportArguments(Arguments):
 
 
 class TrackArguments(Arguments):
+    """Send a run to W&B from its folder."""
+
     run: str
     """The run or search to send to W&B."""
     anew: CliToggleFlag[bool] = False
@@ -205,7 +217,7 @@ def _read_flags(spec: Job, argv: Sequence[str]) -> dict[str, Any]:
     parser = _Parser(
         prog=f"python -m {spec.module}",
         usage=f"python -m {spec.module} {' '.join(required)} [settings]",
-        description=f"Settings may also come from a recipe or from variables such as "
+        description=f"{spec.arguments.__doc__} Settings may also come from a recipe or from variables such as "
         f"{ENVIRONMENT_PREFIX}TRAIN__LR. Research use only, never a diagnostic device.",
         allow_abbrev=False,
         known_keys=list_settings(settings),
@@ -230,4 +242,5 @@ class _Parser(argparse.ArgumentParser):
             flag = message.split(": ", 1)[1].split()[0].split("=")[0]
             message = f"unknown setting {flag}"
             hint = suggest(flag.lstrip("-").replace("-", "_"), self.known_keys, flag=True)
-        raise ConfigError(f"{message}{hint}; see {self.prog} --help")
+        separator = " See" if hint else "; see"
+        raise ConfigError(f"{message}{hint}{separator} {self.prog} --help")
