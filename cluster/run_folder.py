@@ -40,6 +40,7 @@ def read_logs(folder_url: str) -> list[KeptLog]:
         texts = {
             name: storage.read_bytes(storage.join(folder_url, name)).decode(errors="replace")
             for name in storage.list_names(folder_url)
+            if name.endswith(".log")
         }
         return [KeptLog(name.removesuffix(".log"), text) for name, text in texts.items()]
 

@@ -217,8 +217,9 @@ def _read_flags(spec: Job, argv: Sequence[str]) -> dict[str, Any]:
     parser = _Parser(
         prog=f"python -m {spec.module}",
         usage=f"python -m {spec.module} {' '.join(required)} [settings]",
-        description=f"{spec.arguments.__doc__} Settings may also come from a recipe or from variables such as "
-        f"{ENVIRONMENT_PREFIX}TRAIN__LR. Research use only, never a diagnostic device.",
+        description=f"{spec.arguments.__doc__} Settings may also come from a recipe or from "
+        f"variables such as {ENVIRONMENT_PREFIX}TRAIN__LR. Research use only, never a diagnostic "
+        "device.",
         allow_abbrev=False,
         known_keys=list_settings(settings),
     )

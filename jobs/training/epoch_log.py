@@ -49,7 +49,7 @@ def worker_callbacks(mailbox: Mailbox | None, world: World) -> Callbacks:
         # are our own: they are the same under torchrun, and one index vouches for them.
         ray.train.report({k: v for k, v in epoch.metrics.items() if v is not None})
 
-    return Callbacks(on_start=tell, on_pace=tell, on_epoch=on_epoch, tell=tell)
+    return Callbacks(on_start=tell, on_pace=on_pace, on_epoch=on_epoch, tell=tell)
 
 
 def describe_epoch(epoch: Epoch, epochs: int) -> str:

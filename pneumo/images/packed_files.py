@@ -24,8 +24,13 @@ def list_members(archive_url: str) -> list[str]:
             names = [name for name in archive.namelist() if not name.endswith("/")]
     except (zipfile.BadZipFile, NotImplementedError) as error:
         raise SourceError(f"{archive_url}: no zip archive that can be read: {error}") from error
-    shown = [n for n in names if not any(p.startswith((".", "__MACOSX")) for p in n.split("/"))]
-    return [f"{archive_url}!/{name}" for name in sorted(shown)]
+    return [f"{archive_url}!/{name}" for name in sorted(names) if not _is_hidden(name)]
+
+
+def _is_hidden(member: str) -> bool:
+    """Whether a member is one that people do not see; `..` leads somewhere, and hides nothing."""
+    parts = [part for part in member.split("/") if part not in (".", "..")]
+    return any(part.startswith((".", "__MACOSX")) for part in parts)
 
 
 def read_member(url: str) -> bytes:

@@ -82,8 +82,9 @@ def test_the_workspace_of_training_shows_what_is_told(
     )
     wanted = list_keys(build_views("pneumo", "team")["Train"])
     assert wanted
-    only_of_gpus = {"perf/gpu_memory_gb", "perf/gpu_utilisation"}  # see tests/pneumo/test_gpu.py
-    assert wanted - list_told(read_training(str(tmp_path))) == only_of_gpus
+    # See tests/pneumo/test_gpu.py; and logits of so few studies may have no slope.
+    not_here = {"perf/gpu_memory_gb", "perf/gpu_utilisation", "val/calibration_slope"}
+    assert wanted - list_told(read_training(str(tmp_path))) <= not_here
 
 
 def test_the_workspace_of_evaluation_shows_what_is_told(subject: Subject, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from tests.cluster.kuberay.test_alerts import ALERTS
 @ray.remote(num_cpus=0)
 class _Worker:
     def train(self) -> None:
-        callbacks = worker_callbacks(None, World(0, 1), epochs=3)
+        callbacks = worker_callbacks(None, World(0, 1))
         metrics = {"train/loss": 0.5, "images_per_s": 40.0, "data_wait": 0.25}
         callbacks.on_pace(Pace(epoch=2, step=7, steps=10, metrics=metrics))
 
