@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from jobs.terminal.entry_point import check_invocation, run_main, say
+from jobs.terminal.entry_point import check_invocation, run_main, tell
 from pneumo import storage
 from pneumo.command_line import Invocation
 
@@ -24,7 +24,9 @@ def demo(argv: Sequence[str]) -> None:
     started_s = time.monotonic()
     run_demo(storage.normalise(options.store), run_url, options.studies, show_logs=options.debug)
     seconds = time.monotonic() - started_s
-    say(f"\nthe whole way took {seconds // 60:.0f} min {seconds % 60:.0f} s; open the report above")
+    tell(
+        f"\nthe whole way took {seconds // 60:.0f} min {seconds % 60:.0f} s; open the report above"
+    )
 
 
 def run_demo(store_url: str, run_url: str, num_studies: int, *, show_logs: bool) -> None:
@@ -53,7 +55,7 @@ def run_demo(store_url: str, run_url: str, num_studies: int, *, show_logs: bool)
         ("train", train, ["--store", store_url, "--run", train_url, "--recipe", recipe]),
         ("evaluate", evaluate_run, ["--store", store_url, "--run", train_url]),
     ]
-    say(f"1/5 phantoms: {num_studies} chest X-rays drawn from a seed, no patient's")
+    tell(f"1/5 phantoms: {num_studies} chest X-rays drawn from a seed, no patient's")
     write_phantoms(phantoms, num_studies=num_studies, seed=0)
     _fix_hash_key(phantoms / PRIVATE_FOLDER)
     with ray_session(show_logs=show_logs):
@@ -61,7 +63,7 @@ def run_demo(store_url: str, run_url: str, num_studies: int, *, show_logs: bool)
         for number, (job, run, flags) in enumerate(steps, start=2):
             if job in ("train", "evaluate"):
                 flags += ["--cluster.num-workers", str(workers)]
-            say(f"\n{number}/5 {job}: python -m jobs.{job} {' '.join(flags)}")
+            tell(f"\n{number}/5 {job}: python -m jobs.{job} {' '.join(flags)}")
             run(check_invocation(job, flags))
 
 

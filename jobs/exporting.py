@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from jobs.evaluation.evaluated_run import METRICS, find_evaluated, name_run
 from jobs.evaluation.ray_scoring import Scoring, load_members
-from jobs.terminal.entry_point import say
+from jobs.terminal.entry_point import tell
 from pneumo import storage
 from pneumo.command_line import ExportArguments, Invocation
 from pneumo.dataset.phantoms.drawing import render_study
@@ -165,7 +165,7 @@ def compare(model: bytes, members: Sequence[Member]) -> float | None:
     """The largest difference of a logit of ONNX from torch's, over a few phantoms; None where
     onnxruntime is not installed. Raises DataError."""
     if importlib.util.find_spec("onnxruntime") is None:
-        say("warning: onnxruntime is not installed, so model.onnx was not tried")
+        tell("warning: onnxruntime is not installed, so model.onnx was not tried")
         return None
     import onnxruntime
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jobs.terminal.entry_point import say
+from jobs.terminal.entry_point import tell
 from pneumo import storage
 from pneumo.command_line import TrainArguments
 from pneumo.dataset.joining import join_stores
@@ -17,9 +17,9 @@ def open_store(arguments: TrainArguments, run_url: str, *, seed: int) -> str:
             raise ConfigError("--balanced: has no effect on one store")
         return urls[0]
     joined = storage.join(run_url, "store")
-    manifest = join_stores(urls, joined, balanced=arguments.balanced, seed=seed, tell=say)
+    manifest = join_stores(urls, joined, balanced=arguments.balanced, seed=seed, tell=tell)
     numbers = ", ".join(f"{name} {entry.samples:,}" for name, entry in manifest.splits.items())
-    say(f"store: {len(urls)} joined in {joined}, to be given to jobs.evaluate: {numbers}")
+    tell(f"store: {len(urls)} joined in {joined}, to be given to jobs.evaluate: {numbers}")
     for why, number in manifest.left_out.items():
-        say(f"store: {number:,} {why} left out")
+        tell(f"store: {number:,} {why} left out")
     return joined

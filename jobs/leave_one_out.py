@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 
-from jobs.terminal.entry_point import check_invocation, run_main, say
+from jobs.terminal.entry_point import check_invocation, run_main, tell
 from pneumo import storage
 from pneumo.errors import ConfigError, FinishedError
 
@@ -64,7 +64,7 @@ def _judge_without(
     verdict = storage.join(run_url, FOLDER, METRICS)
     where = ["--store", store, "--run", run_url]
     if not storage.exists(storage.join(run_url, METRICS)):
-        say(f"leave-one-out: {run_url}")
+        tell(f"leave-one-out: {run_url}")
         flags = ["--store", ",".join(others), "--run", run_url, *training]
         with suppress(FinishedError):
             train(check_invocation("train", flags))

@@ -28,7 +28,7 @@ from jobs.evaluation.ray_scoring import (
 )
 from jobs.predicted_files import expand, find_source
 from jobs.ray_cluster.session import ray_session, wait_for_resources
-from jobs.terminal.entry_point import say
+from jobs.terminal.entry_point import tell
 from pneumo import storage
 from pneumo.command_line import Invocation, PredictArguments
 from pneumo.config import ClusterConfig
@@ -296,11 +296,11 @@ def write_readings(
 def print_summary(summary: dict[str, Any], output_url: str) -> None:
     """What was done on stdout, what is missing on stderr."""
     if summary["trained_on_phantoms"]:
-        say("warning: the model was trained on drawn phantoms; it knows nothing of radiographs")
+        tell("warning: the model was trained on drawn phantoms; it knows nothing of radiographs")
     if summary["threshold"] is None:
-        say(f"warning: no decision: {summary['threshold_reason']}")
+        tell(f"warning: no decision: {summary['threshold_reason']}")
     if summary["calibration"] is None:
-        say(f"warning: no calibrated probability: {summary['calibration_reason']}")
+        tell(f"warning: no calibrated probability: {summary['calibration_reason']}")
     print(f"{summary['scored']} of {summary['files']} files scored")
     if summary["called_positive"] is not None:
         threshold = show_threshold(summary["threshold"])
@@ -310,7 +310,7 @@ def print_summary(summary: dict[str, Any], output_url: str) -> None:
     for code, number in summary["warned"].items():
         print(f"  {number} with a warning: {code}")
     if summary["escaped_in_csv"]:
-        say(
+        tell(
             f"warning: {summary['escaped_in_csv']} names begin as a formula does; in {CSV} an "
             "apostrophe stands before them"
         )

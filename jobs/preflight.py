@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 
-from jobs.terminal.entry_point import say
+from jobs.terminal.entry_point import tell
 from pneumo import storage
 from pneumo.errors import ConfigError, PneumoError, SourceError, StorageError
 
@@ -43,9 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_variables(options.needs, os.environ)
         within(ANSWER_TIMEOUT_S, checks)
     except PneumoError as error:
-        say(f"error: preflight: {error}")
+        tell(f"error: preflight: {error}")
         return error.exit_code
-    say(
+    tell(
         f"preflight: Python {platform.python_version()}, Ray {version('ray')}; reached "
         f"{', '.join(url for url, _ in checks) or 'no place, none was named'}"
     )

@@ -13,7 +13,7 @@ import ray
 from jobs.ray_cluster.nodes import list_nodes
 from jobs.ray_cluster.session import ray_session
 from jobs.ray_cluster.spreading import spread
-from jobs.terminal.entry_point import say
+from jobs.terminal.entry_point import tell
 from jobs.terminal.progress import Progress
 from pneumo import storage
 from pneumo.command_line import Invocation, PrepareArguments
@@ -62,7 +62,7 @@ def prepare(invocation: Invocation) -> None:
     seen, config = _read_seen(source, invocation.config)
     if seen is not None:
         source = seen.leave_out_patients(source)
-    say(f"source: {source.summary}")
+    tell(f"source: {source.summary}")
     _check_missing(source, config)
     split, config = _split(source, source_url, config)
     source, split = _limit(source, split, config)
@@ -70,21 +70,21 @@ def prepare(invocation: Invocation) -> None:
     if there is not None:
         clear_parts(store_url, there)
         check_shards_are_there(store_url, there)
-        say(f"prepare: {store_url} holds a store of these tables and settings; nothing to do")
+        tell(f"prepare: {store_url} holds a store of these tables and settings; nothing to do")
         if has_mended(store_url, there, source):
-            say(
+            tell(
                 "warning: a study that was quarantined then can be used now; a finished store "
                 "never changes: delete it first, or give another --store"
             )
         return
     if split.audit.warning:
-        say(f"warning: {split.audit.warning}")
+        tell(f"warning: {split.audit.warning}")
     per_shard = shard_samples(config.prepare.image_size)
     plans = plan_shards(source.studies, split.by_key, seed=config.seed, samples_per_shard=per_shard)
     with ray_session(show_logs=arguments.debug):
         prepared = _run_plans(plans, store_url, config, source.file_key, seen)
         if reused := sum(shard.reused for shard in prepared):
-            say(f"prepare: {reused} of {len(plans)} shards were there already, and whole")
+            tell(f"prepare: {reused} of {len(plans)} shards were there already, and whole")
         phantoms = storage.exists(storage.join(source_url, MARKER))
         manifest = finish_store(store_url, source, prepared, split.audit, config, phantoms=phantoms)
     _report(store_url, manifest)
@@ -108,7 +108,7 @@ def _read_seen(source: Source, config: Config) -> tuple[Seen | None, Config]:
             layouts=(manifest.layout, source.layout),
         )
         if warning is not None:
-            say(f"warning: {warning}")
+            tell(f"warning: {warning}")
         rows += read_studies(url, manifest).values()
         digests.append(f"sha256:{manifest.digest}")
     return Seen.of(rows), override(config, {"prepare.without": digests}, "the stores' manifests")
@@ -152,7 +152,7 @@ def _split(source: Source, source_url: str, config: Config) -> tuple[Split, Conf
     if salt is None or not chosen:
         return split, config
     if not remember_salt(source_url, config.split, seed=config.seed, salt=salt):
-        say(
+        tell(
             f"prepare: cannot write beside the source; give --split.salt {salt} next time, so that "
             "studies that come later move no patient"
         )

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from jobs.evaluation.ray_scoring import Scored, Scoring, Weights
-from jobs.terminal.entry_point import say
+from jobs.terminal.entry_point import tell
 from pneumo import storage
 from pneumo.command_line import EvaluateArguments
 from pneumo.config import TRAINING_SECTIONS, Config, EvaluateConfig
@@ -111,7 +111,7 @@ def find_weights(run_url: str, ensemble: int | str) -> tuple[Weights, ...]:
     """
     index = read_index(run_url)
     if not index.finished:
-        say(f"warning: {run_url} is not trained to its end; evaluating what there is so far")
+        tell(f"warning: {run_url} is not trained to its end; evaluating what there is so far")
     if isinstance(ensemble, str):
         return (Weights(run_url, index.best),)
     last = _last_in_a_row(index)

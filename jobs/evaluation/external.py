@@ -18,7 +18,7 @@ from jobs.evaluation.evaluated_run import METRICS, PREDICTIONS, find_evaluated, 
 from jobs.evaluation.ray_scoring import Scored, Scoring, score_splits
 from jobs.evaluation.result_files import REPORT
 from jobs.ray_cluster.session import ray_session, wait_for_resources
-from jobs.terminal.entry_point import say
+from jobs.terminal.entry_point import tell
 from jobs.tracking.sending import send_now
 from pneumo import storage
 from pneumo.command_line import EvaluateArguments
@@ -89,7 +89,7 @@ def evaluate_externally(arguments: EvaluateArguments, config: Config) -> None:
         for one in sets:
             evaluated[one.name] = _evaluate_set(one, trained, config)
     _write_results(trained, evaluated, others)
-    send_now(trained.run_url, config.tracking, "external", say)
+    send_now(trained.run_url, config.tracking, "external", tell)
 
 
 # --- what is evaluated ----------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def _check_secret(store_url: str, manifest: Manifest, trained: Trained) -> str |
         layouts=(manifest.layout, trained.manifest.layout),
     )
     if warning is not None:
-        say(f"warning: {warning}")
+        tell(f"warning: {warning}")
     return warning
 
 
@@ -201,7 +201,7 @@ def _evaluate_set(one: External, trained: Trained, config: Config) -> ExternalSe
     for what, each in (("test of the run", trained.test), (one.name, rows)):
         if (fault := find_fault(each)) is not None:
             raise RunError(f"{what}: {fault}")
-    say(f"evaluate: {one.name}: intervals, shift of the pictures")
+    tell(f"evaluate: {one.name}: intervals, shift of the pictures")
     with threadpool_limits(1):
         evaluation = evaluate_external(
             trained.test,

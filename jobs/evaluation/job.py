@@ -26,7 +26,7 @@ from jobs.evaluation.result_files import REPORT, Results, compose_metrics, write
 from jobs.evaluation.shown_studies import choose_pictures, score_saliency
 from jobs.evaluation.wandb_results import write_tracking
 from jobs.ray_cluster.session import ray_session, wait_for_resources
-from jobs.terminal.entry_point import say
+from jobs.terminal.entry_point import tell
 from jobs.tracking.sending import send_now
 from pneumo import storage
 from pneumo.command_line import EvaluateArguments, Invocation
@@ -92,7 +92,7 @@ def score_and_evaluate(
     predictions = join(average_scores(list(scores.values())), subject.scored.scoring)
     expected = {name: subject.manifest.splits[name].samples for name in EVALUATED_SPLITS}
     check_complete(predictions, expected)
-    say("evaluate: intervals, figures, Grad-CAM")
+    tell("evaluate: intervals, figures, Grad-CAM")
     singles = {name: join(scores[name], part) for name, part in parts.items()}
     with threadpool_limits(1):  # the bootstrap's small products are slower on many threads
         evaluation = evaluate(
@@ -175,7 +175,7 @@ def write_results(subject: Subject, results: Results, folder: Path, config: Conf
     storage.write_text(storage.join(subject.run_url, METRICS), text)
     print_summary(metrics, subject.run_url)
     # All is there, whatever W&B does now, or a person who does not want to wait for it.
-    send_now(subject.run_url, config.tracking, "evaluate", say)
+    send_now(subject.run_url, config.tracking, "evaluate", tell)
 
 
 def _clear(run_url: str) -> None:

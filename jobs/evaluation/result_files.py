@@ -16,7 +16,7 @@ import torch
 
 from jobs.evaluation.evaluated_run import EVALUATED_SPLITS, PREDICTIONS, Subject
 from jobs.evaluation.ray_scoring import Scoring
-from jobs.terminal.entry_point import say
+from jobs.terminal.entry_point import tell
 from pneumo import __version__
 from pneumo.config import Config
 from pneumo.evaluation.comparison import ComparedRuns
@@ -145,7 +145,7 @@ def write_files(folder: Path, subject: Subject, results: Results, config: Config
             path.write_bytes(case_pictures.draw_case(shown))
     report = render(subject, results, config).encode()
     if len(report) > MAX_PAGE_BYTES:
-        say(f"warning: {REPORT} has {len(report) / 1e6:.1f} MB; lower evaluate.pictures")
+        tell(f"warning: {REPORT} has {len(report) / 1e6:.1f} MB; lower evaluate.pictures")
     (folder / REPORT).write_bytes(report)
 
 

@@ -22,7 +22,7 @@ import psutil
 import ray
 from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
 
-from jobs.terminal.entry_point import say
+from jobs.terminal.entry_point import tell
 
 _WORK = re.compile(r"ray::(?!IDLE)(?!\w*(Agent|Autoscaling))\w")
 """How Ray titles processes that run tasks and actors, and neither wait nor are Ray's own."""
@@ -56,7 +56,7 @@ def announce(raylet: Raylet, grace_s: float) -> None:
         raylet.node_id, DRAIN_NODE_REASON_PREEMPTION, "the node will be taken away", deadline_ms
     )
     if not accepted:
-        say(f"departure: the cluster does not let the node go: {refusal}")
+        tell(f"departure: the cluster does not let the node go: {refusal}")
 
 
 def wait_for_work(grace_s: float) -> bool:
@@ -96,15 +96,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0  # nothing to save; a run that has ended, and its head, may be gone already
     raylets = list_raylets()
     if not raylets:
-        say("departure: no Ray on this machine")
+        tell("departure: no Ray on this machine")
     for raylet in raylets:
         try:
             announce(raylet, grace_s)
         except Exception as error:  # the head is gone too, or refuses the token
-            say(f"departure: {raylet.gcs_address}: {type(error).__name__}: {error}")
+            tell(f"departure: {raylet.gcs_address}: {type(error).__name__}: {error}")
             return 0
     if not wait_for_work(grace_s - (time.monotonic() - started_s)):
-        say(f"departure: work goes on after {grace_s:.0f} s")
+        tell(f"departure: work goes on after {grace_s:.0f} s")
     return 0
 
 

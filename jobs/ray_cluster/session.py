@@ -16,7 +16,7 @@ from typing import Any
 import ray
 from ray._private import ray_logging
 
-from jobs.terminal.entry_point import say
+from jobs.terminal.entry_point import tell
 from pneumo.config import ClusterConfig
 from pneumo.errors import ClusterError, ConfigError
 
@@ -80,7 +80,7 @@ def _connect(address: str | None, *, show_logs: bool) -> None:
         # Nobody looks at the dashboard of a cluster that ends with its job; without, it starts 2 s
         # sooner and has eleven processes less on the cores that compute.
         options = {"num_cpus": max(os.cpu_count() or 1, 2), "include_dashboard": False}
-        say(f"ray: starting on this machine with {options['num_cpus']} CPUs")
+        tell(f"ray: starting on this machine with {options['num_cpus']} CPUs")
     try:
         ray.init(
             address=address or "local",

@@ -40,7 +40,7 @@ def check_invocation(job: str, argv: Sequence[str]) -> Invocation:
     """
     invocation = parse_command_line(job, argv)
     for warning in invocation.warnings:
-        say(f"warning: {warning}")
+        tell(f"warning: {warning}")
     check_places(invocation)
     return invocation
 
@@ -61,19 +61,19 @@ def run_main(
     try:
         main(arguments)
     except KeyboardInterrupt:
-        say(f"{job}: interrupted; the same command goes on from what is finished")
+        tell(f"{job}: interrupted; the same command goes on from what is finished")
         return 130
     except Exception as error:  # the top of the process: everything ends in one line
         if "--debug" in arguments:
             traceback.print_exc()
         known = find_cause(error)
         if isinstance(known, FinishedError) and os.environ.get(LATER_ATTEMPT):
-            say(f"{job}: an earlier attempt has done it: {known}")
+            tell(f"{job}: an earlier attempt has done it: {known}")
             return 0
         if known is not None:
-            say(f"error: {known}")
+            tell(f"error: {known}")
             return known.exit_code
-        say(f"error: {type(error).__name__}: {last_words(error)} (--debug shows the traceback)")
+        tell(f"error: {type(error).__name__}: {last_words(error)} (--debug shows the traceback)")
         return 1
     return 0
 
@@ -134,6 +134,6 @@ def new_run_url(job: str) -> str:
     return storage.normalise(f"runs/{job}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
-def say(line: str) -> None:
+def tell(line: str) -> None:
     """One line for the person, on stderr, so that stdout can be piped."""
     print(line, file=sys.stderr, flush=True)

@@ -20,7 +20,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import IO
 
-from jobs.terminal.entry_point import say
+from jobs.terminal.entry_point import tell
 from pneumo import storage
 from pneumo.config_layers import LATER_ATTEMPT
 from pneumo.errors import PneumoError
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder_url = storage.normalise(folder_url)
         keeper = LogKeeper(storage.join(folder_url, name))
     except PneumoError as error:
-        say(f"error: log: {error}")
+        tell(f"error: log: {error}")
         return error.exit_code
     with suppress(PneumoError):  # the job itself will say that its storage is away
         is_later = is_later or bool(storage.list_names(folder_url))
@@ -113,14 +113,14 @@ class LogKeeper:
             self._written_bytes = read_bytes
         except PneumoError as error:
             if str(error) != self._trouble:
-                say(f"log: {error}; the job goes on, and its log is lost with its pod")
+                tell(f"log: {error}; the job goes on, and its log is lost with its pod")
             self._trouble = str(error)
 
     def close(self) -> None:
         """Have `run` write the end, but wait for it no longer than LAST_WRITE_S."""
         self._ended.set()
         if not self._closed.wait(LAST_WRITE_S):
-            say(f"log: {self.url}: not written within {LAST_WRITE_S:g} s; its end is lost")
+            tell(f"log: {self.url}: not written within {LAST_WRITE_S:g} s; its end is lost")
 
 
 if __name__ == "__main__":

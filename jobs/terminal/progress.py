@@ -8,7 +8,7 @@ from typing import Self
 
 from tqdm import tqdm
 
-from jobs.terminal.entry_point import say
+from jobs.terminal.entry_point import tell
 
 
 class Progress:
@@ -46,14 +46,14 @@ class Progress:
             if rate > 0:
                 left = f", {rate:.3g} a second, about {(self.total - done) / rate:.0f} s left"
             end = f", {note}" if note else ""
-            say(f"{self.label}: {done}/{self.total} {self.unit}{left}{end}")
+            tell(f"{self.label}: {done}/{self.total} {self.unit}{left}{end}")
 
     def tell(self, line: str) -> None:
         """A line of text above the bar."""
         if self.bar is not None:
             self.bar.write(line, file=sys.stderr)
         else:
-            say(line)
+            tell(line)
 
     def __enter__(self) -> Self:
         return self

@@ -11,7 +11,7 @@ import ray
 import ray.train
 from ray.util.metrics import Gauge
 
-from jobs.terminal.entry_point import say
+from jobs.terminal.entry_point import tell
 from jobs.terminal.progress import Progress
 from jobs.training.messages import Mailbox
 from pneumo.loading.sample_order import World
@@ -141,6 +141,6 @@ class Follower:
 
     def _write(self, line: str) -> None:
         if self.progress is None:
-            say(line)
+            tell(line)
         else:
             self.progress.tell(line)

@@ -14,7 +14,7 @@ from jobs.ray_cluster.session import (
     start_timeout_s,
     worker_resources,
 )
-from jobs.terminal.entry_point import new_run_url, say
+from jobs.terminal.entry_point import new_run_url, tell
 from jobs.tracking.sending import following
 from jobs.training.epoch_log import Follower
 from jobs.training.messages import Mailbox
@@ -45,7 +45,7 @@ def train(invocation: Invocation) -> None:
     prepare_tracking(run_url, manifest)
     with (
         ray_session(show_logs=arguments.debug),
-        following(run_url, config.tracking, "train", say),
+        following(run_url, config.tracking, "train", tell),
     ):
         index = train_run(config, store_url, run_url)
     report_training(index, run_url, store_url)
@@ -97,13 +97,13 @@ def leave(
 ) -> None:
     """Ctrl-C, or a scheduler's SIGTERM: have a checkpoint written, but not at any price; what
     `training` comes to says whether it was, or it is said here that it was not."""
-    say("train: interrupted; writing a checkpoint (once more leaves without)")
+    tell("train: interrupted; writing a checkpoint (once more leaves without)")
     order()
     done, _ = wait([training], timeout=timeout_s)
     if not done:
-        say(f"train: no checkpoint within {timeout_s:.0f} s; going on will be from the one before")
+        tell(f"train: no checkpoint within {timeout_s:.0f} s; going on will be from the one before")
     elif training.exception() is not None or not training.result():
-        say("train: no checkpoint could be written; going on will be from the one before")
+        tell("train: no checkpoint could be written; going on will be from the one before")
 
 
 def report_training(index: CheckpointIndex, run_url: str, store_url: str) -> None:
@@ -112,4 +112,4 @@ def report_training(index: CheckpointIndex, run_url: str, store_url: str) -> Non
     auroc = "undefined" if best.val_auroc is None else f"{best.val_auroc:.3f}"
     print(f"best epoch {best.epoch}  val AUROC {auroc}  of {index.latest.epoch} epochs")
     print(f"run {run_url}")
-    say(f"next: python -m jobs.evaluate --store {store_url} --run {run_url}")
+    tell(f"next: python -m jobs.evaluate --store {store_url} --run {run_url}")

@@ -21,7 +21,7 @@ from ray.tune.schedulers import FIFOScheduler
 
 from jobs.joined_store import open_store
 from jobs.ray_cluster.session import ray_session, wait_for_resources
-from jobs.terminal.entry_point import find_cause, new_run_url, say
+from jobs.terminal.entry_point import find_cause, new_run_url, tell
 from jobs.tracking.sending import following
 from jobs.tuning.live_table import LiveTable
 from jobs.tuning.search_results import print_search, write_results
@@ -79,13 +79,13 @@ def tune(invocation: Invocation) -> None:
     prepare_tracking(run_url, manifest)
     with (
         ray_session(show_logs=arguments.debug),
-        following(run_url, config.tracking, "tune", say),
+        following(run_url, config.tracking, "tune", tell),
     ):
         found = search(config, manifest, store_url, run_url)
     print_search(found)
     print(f"report {storage.join(run_url, REPORT)}")
     print(f"recipe {storage.join(run_url, BEST)}")
-    say(f"next: python -m jobs.train --store {store_url} --recipe {storage.join(run_url, BEST)}")
+    tell(f"next: python -m jobs.train --store {store_url} --recipe {storage.join(run_url, BEST)}")
 
 
 def check_search(config: Config, manifest: Manifest) -> None:
@@ -145,7 +145,7 @@ def search(config: Config, manifest: Manifest, store_url: str, run_url: str) -> 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the table tells of failed trials
     tune = config.tune
-    say(
+    tell(
         f"tune: {tune.trials} trials of {tune.epochs} epochs, {at_once} at a time; judged by "
         f"{describe_objective(tune)}"
     )
@@ -195,7 +195,7 @@ def _confirm(
     config = runner.config
     again = settings_to_confirm(trials, config.tune)
     seeds = range(config.seed + 1, config.seed + 1 + config.tune.confirm)
-    say(f"confirm: the best {len(again)} settings with {len(seeds)} new seeds each")
+    tell(f"confirm: the best {len(again)} settings with {len(seeds)} new seeds each")
     draws = [
         Draw(f"{trial.name}-seed{seed}", trial.settings, seed) for trial in again for seed in seeds
     ]
@@ -229,7 +229,7 @@ class _Runner:
         before = {n: t for n, t in read_trials(self.run_url).items() if "-" not in n}
         ended = [trial for trial in before.values() if not trial.is_open]
         if before:
-            say(
+            tell(
                 f"tune: going on: {len(ended)} trials have ended, {len(before) - len(ended)} were "
                 "under way"
             )

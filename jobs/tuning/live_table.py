@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from jobs.terminal.entry_point import say
+from jobs.terminal.entry_point import tell
 from jobs.tuning.trial_judge import METRIC
 from pneumo.config import TuneConfig
 from pneumo.tuning.trials import show_setting
@@ -55,7 +55,7 @@ class LiveTable(ray.tune.Callback):  # type: ignore[misc]
             return
         self.shown_s = time.monotonic()
         if self.live is None:
-            say(f"{self.label}: {self.describe_progress()}")
+            tell(f"{self.label}: {self.describe_progress()}")
         else:
             self.live.update(self.draw(), refresh=True)
 

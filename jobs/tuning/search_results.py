@@ -6,7 +6,7 @@ import time
 
 import tomli_w
 
-from jobs.terminal.entry_point import say
+from jobs.terminal.entry_point import tell
 from jobs.tuning.search_wandb import BEST, REPORT, TRIALS
 from pneumo import storage
 from pneumo.dataset.manifest import Manifest
@@ -41,7 +41,7 @@ def print_search(search: Search) -> None:
     choice = search.choice
     print(f"taken {choice.trial.name}: {choice.reason}")
     if search.warning:
-        say(f"warning: {search.warning}")
+        tell(f"warning: {search.warning}")
 
 
 def write_results(search: Search, manifest: Manifest, run_url: str) -> None:

@@ -10,7 +10,7 @@ import ray.tune
 from ray import cloudpickle
 from ray.exceptions import RayActorError
 
-from jobs.terminal.entry_point import find_cause, say
+from jobs.terminal.entry_point import find_cause, tell
 from jobs.tuning.trial_judge import METRIC, WARNING
 from pneumo.config import TuneConfig
 from pneumo.tuning.trials import State, describe_settings
@@ -36,7 +36,7 @@ class TrialLines(ray.tune.Callback):  # type: ignore[misc]
         warning = result.get(WARNING)
         if warning is not None and warning not in self.told:
             self.told.add(warning)
-            say(f"warning: trial {trial.config['name']}: model: {warning}")
+            tell(f"warning: trial {trial.config['name']}: model: {warning}")
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         self._end(trial)
@@ -45,7 +45,7 @@ class TrialLines(ray.tune.Callback):  # type: ignore[misc]
         self._end(trial)
 
     def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        say(f"trial {trial.config['name']}  {read_error(trial)}; goes on from its checkpoint")
+        tell(f"trial {trial.config['name']}  {read_error(trial)}; goes on from its checkpoint")
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         for trial in trials:  # that Tune has given up without a word
@@ -67,7 +67,7 @@ class TrialLines(ray.tune.Callback):  # type: ignore[misc]
             outcome = f"{result[METRIC]:.4f}{stopped} after {epochs} epoch{plural}"
         self.told.add(trial.trial_id)
         self.on_end(name, state, error)
-        say(f"trial {name}  {describe_settings(trial.config['settings'])}  {outcome}")
+        tell(f"trial {name}  {describe_settings(trial.config['settings'])}  {outcome}")
 
 
 def read_error(trial: Any) -> str:
