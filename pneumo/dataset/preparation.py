@@ -99,12 +99,27 @@ def finish_store(
     tables contradict themselves on, could not be used; SourceError when a split has one class, or a
     shard an improbable class ratio.
     """
-    prepare_digest = digest_settings(config)
-    finished = _find_own(store_url, (source.digest, prepare_digest))
+    finished = _find_own(store_url, (source.digest, digest_settings(config)))
     if finished is not None:
         clear_parts(store_url, finished)
         return finished
-    prepared = list(prepared)
+    manifest = _write_tables(store_url, source, list(prepared), audit, config, phantoms=phantoms)
+    storage.write_text(storage.join(store_url, SECRET_CHECK), f"{source.secret_check}\n")
+    write_manifest(store_url, manifest)
+    clear_parts(store_url, manifest)
+    return manifest
+
+
+def _write_tables(
+    store_url: str,
+    source: Source,
+    prepared: Sequence[PreparedShard],
+    audit: LeakageAudit,
+    config: Config,
+    *,
+    phantoms: bool,
+) -> Manifest:
+    """The manifest, after the tables that it vouches for. Raises as `finish_store`."""
     receipts = sorted((shard.receipt for shard in prepared), key=lambda item: item.entry.name)
     rejected = [*source.rejected, *(item for receipt in receipts for item in receipt.rejected)]
     quarantine = write_quarantine(store_url, rejected)
@@ -120,9 +135,9 @@ def finish_store(
     studies = write_studies(store_url, table)
     contradictions = sum((Counter(receipt.contradictions) for receipt in receipts), Counter())
     mean, std = _moments(splits["train"].histogram)
-    manifest = Manifest(
+    return Manifest(
         source_digest=source.digest,
-        prepare_digest=prepare_digest,
+        prepare_digest=digest_settings(config),
         image_size=config.prepare.image_size,
         layout=source.layout,
         left_out=left_out,
@@ -141,10 +156,6 @@ def finish_store(
         warnings=write_warnings(store_url, (w for item in receipts for w in item.warned)),
         splits=splits,
     )
-    storage.write_text(storage.join(store_url, SECRET_CHECK), f"{source.secret_check}\n")
-    write_manifest(store_url, manifest)
-    clear_parts(store_url, manifest)
-    return manifest
 
 
 def has_mended(store_url: str, manifest: Manifest, source: Source) -> bool:
