@@ -351,7 +351,8 @@ def test_a_damaged_gzip_file_is_named(kaggle_folder: FolderMaker, table: str, da
         "plain": gzip.decompress(data),
     }
     path.write_bytes(broken[damage])
-    refuse(folder, f"{table}.gz: not a readable archive")
+    message = "no gzip file, though its name ends so"
+    refuse(folder, f"{table}.gz: {message if damage == 'plain' else 'not a readable archive'}")
 
 
 def one_cell_more(text: str) -> str:

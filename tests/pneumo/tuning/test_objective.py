@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy.special import logit as logit_of
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score, roc_curve
 from sklearn.model_selection import GroupKFold, cross_val_predict
@@ -52,7 +53,8 @@ def test_auroc_and_its_error_are_delongs_by_patient() -> None:
     reference = delong(target, logit, patient)
     assert reference.high is not None
     assert reference.value is not None
-    expected = (reference.high - reference.value) / Z_95
+    slope = reference.value * (1 - reference.value)  # its interval is made on the logit's scale
+    expected = float(logit_of(reference.high) - logit_of(reference.value)) * slope / Z_95
     # Obuchowski corrects each class for its own number of patients, we the whole for all.
     assert found.standard_error == pytest.approx(expected, rel=0.01)
     assert found.influence.sum() == pytest.approx(0, abs=1e-12)

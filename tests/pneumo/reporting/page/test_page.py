@@ -309,7 +309,9 @@ def test_warnings_about_the_numbers():
 
 def test_summary_weighs_the_model_against_the_view():
     assert "the model's is higher by +0." in summarise(evaluation())
-    assert "the model's is not shown to be higher" in summarise(evaluation(view_is_target=True))
+    assert "the model's is lower: the difference is −0." in summarise(
+        evaluation(view_is_target=True)
+    )
 
 
 def section_html(page, name):
