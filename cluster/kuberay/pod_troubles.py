@@ -272,7 +272,8 @@ def _of_warnings(
     for warning in sorted(warnings, key=_time, reverse=True):
         about, reason = warning.get("involvedObject") or {}, str(warning.get("reason", ""))
         kind, who = str(about.get("kind", "")), str(about.get("name", ""))
-        message = _line(warning.get("message"))
+        # Events that come again and again are told as one that begins so.
+        message = _line(warning.get("message")).removeprefix("(combined from similar events): ")
         if kind == "Workload" and re.fullmatch(rf"rayjob-{re.escape(name)}-[0-9a-z]{{5}}", who):
             if reason == "Pending" and (job.get("spec") or {}).get("suspend"):
                 yield Trouble(("queue", "quota"), f"Kueue has no quota for it yet: {message}")
