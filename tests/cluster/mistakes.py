@@ -49,6 +49,16 @@ def _container(job: Document) -> Document:
     return container
 
 
+def _selects(**more: Any) -> Break:
+    """A RayJob that runs on a cluster that is there."""
+
+    def change(job: Document) -> None:
+        _spec(job).pop("rayClusterSpec")
+        _spec(job).update(clusterSelector={"ray.io/cluster": "there"}, **more)
+
+    return change
+
+
 def _deletes(**more: Any) -> Break:
     rules = [{"policy": "DeleteSelf", "condition": {"jobStatus": "SUCCEEDED"}}]
     return lambda job: _spec(job).update(deletionStrategy={"deletionRules": rules}, **more)
@@ -62,6 +72,16 @@ def _pod(job: Document) -> Document:
 def _cluster(job: Document) -> Document:
     cluster: Document = _spec(job)["rayClusterSpec"]
     return cluster
+
+
+def _workers(job: Document) -> Document:
+    group: Document = _cluster(job)["workerGroupSpecs"][0]
+    return group
+
+
+def _scale(job: Document) -> None:
+    _cluster(job).update(enableInTreeAutoscaling=True, autoscalerOptions={"version": "v2"})
+    _pod(job).update(restartPolicy="Always")
 
 
 Check = Literal["schema", "rules", "server", "pods"]
@@ -113,6 +133,11 @@ BROKEN: dict[str, tuple[str, Break, str]] = {
         lambda job: _spec(job).update(entrypoint="python -m jobs.train --run $RUN"),
         "rules",
     ),
+    "a runtimeEnvYAML that is no YAML": (
+        "RayJob",
+        lambda job: _spec(job).update(runtimeEnvYAML="env_vars: {A: 1"),
+        "rules",
+    ),
     "suspend without shutdown": (
         "RayJob",
         lambda job: _spec(job).update(
@@ -137,9 +162,47 @@ BROKEN: dict[str, tuple[str, Break, str]] = {
         lambda job: _spec(job).update(activeDeadlineSeconds=0),
         "rules",
     ),
+    "an unknown submissionMode": (
+        "RayJob",
+        lambda job: _spec(job).update(submissionMode="K8sJobmode"),
+        "rules",
+    ),
+    "SidecarMode with a submitter": (
+        "RayJob",
+        lambda job: _spec(job).update(submissionMode="SidecarMode"),
+        "rules",
+    ),
+    "InteractiveMode with retries": (
+        "RayJob",
+        lambda job: _spec(job).update(submissionMode="InteractiveMode", backoffLimit=1),
+        "rules",
+    ),
+    "neither a cluster nor a selector": (
+        "RayJob",
+        lambda job: _spec(job).pop("rayClusterSpec"),
+        "rules",
+    ),
+    "a selector with suspend": ("RayJob", _selects(suspend=True, backoffLimit=0), "rules"),
+    "a selector with retries": ("RayJob", _selects(backoffLimit=1), "rules"),
+    "minReplicas above maxReplicas": (
+        "RayJob",
+        lambda job: _workers(job).update(minReplicas=3, maxReplicas=2),
+        "rules",
+    ),
     "token authentication on Ray 2.51": (
         "RayJob",
         lambda job: _cluster(job).update(rayVersion="2.51.0"),
+        "rules",
+    ),
+    "token authentication by Kubernetes": (
+        "RayJob",
+        lambda job: _cluster(job)["authOptions"].update(enableK8sTokenAuth=True),
+        "rules",
+    ),
+    "autoscaler v2 with pods that restart": ("RayJob", _scale, "rules"),
+    "resources said twice": (
+        "RayJob",
+        lambda job: head_of(job).update(resources={"CPU": "1"}),
         "rules",
     ),
     # What is wrong with the pods, KubeRay's schema takes for words.

@@ -59,8 +59,8 @@ def test_what_a_running_job_has_otherwise_is_said(idle_team: Team) -> None:
     assert notes == [
         "it goes on as it was started: 1 worker pods, not 3",
         "it goes on as it was started: image pneumo:dev, not r.io/x@sha256:1",
-        "it goes on as it was started: worker pods of 1 cpu, 3Gi memory, not of 4 cpu, 16Gi "
-        "memory, 1 nvidia.com/gpu",
+        "it goes on as it was started: worker pods of 1 cpu, 3Gi memory, not of 4 cpu, 21Gi "
+        "ephemeral-storage, 16Gi memory, 1 nvidia.com/gpu",
     ]
 
 

@@ -265,8 +265,8 @@ def test_the_heads_hook_waits_for_what_must_end(
     assert done.stdout == "waits\n" * (40 if waits else 0)
 
 
-@pytest.mark.parametrize("overlay", OVERLAYS)
-def test_a_worker_says_that_it_goes_while_there_is_time(
+@pytest.mark.parametrize("overlay", [name for name in OVERLAYS if "spot" in name])
+def test_a_spot_worker_says_that_it_goes_while_there_is_time(
     rendered: dict[str, list[Document]], overlay: str
 ) -> None:
     worker = templates(job_of(rendered[overlay]))["workers"]["spec"]
