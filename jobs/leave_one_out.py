@@ -1,8 +1,8 @@
-"""Each of several stores left out in turn: train on the others, judge on it by what is frozen.
+"""Each of several stores left out in turn: train on the others, evaluate on it by what is frozen.
 
     python -m jobs.leave_one_out --stores A,B,C --run URL [--balanced] [settings of train, evaluate]
 
-Leaves a run for each, `URL/without-<store>`, and prints the AUROCs at home and elsewhere. Runs that
+Writes a run for each, `URL/without-<store>`, and prints the AUROCs at home and elsewhere. Runs that
 are done already are not done again.
 """
 
@@ -23,7 +23,7 @@ _OF_EVALUATE = ("--evaluate.", "--tracking.", "--cluster.", "--seed")
 
 
 def leave_one_out(argv: Sequence[str]) -> None:
-    """Train, evaluate and judge without each store. Raises ConfigError for fewer than two."""
+    """Train without each store, and evaluate on it. Raises ConfigError for fewer than two."""
     parser = argparse.ArgumentParser(
         prog="python -m jobs.leave_one_out",
         description=__doc__,
@@ -40,14 +40,14 @@ def leave_one_out(argv: Sequence[str]) -> None:
         name = left.rsplit("/", 1)[-1]
         others = [url for url in stores if url != left]
         run_url = storage.join(storage.normalise(options.run), f"without-{name}")
-        matrix = _judge_without(left, others, run_url, settings)
+        matrix = _evaluate_without(left, others, run_url, settings)
         own, elsewhere = matrix["own test"]["value"], matrix[name]["value"]
         told.append(f"{name:24} at home {own:.3f}  on {name} {elsewhere:.3f}")
     print("AUROC of the runs that were trained without")
     print("\n".join(told))
 
 
-def _judge_without(
+def _evaluate_without(
     left: str, others: Sequence[str], run_url: str, settings: Sequence[str]
 ) -> dict[str, dict[str, float]]:
     """The AUROCs by set of a run that is trained on `others`."""
@@ -60,18 +60,18 @@ def _judge_without(
     store = others[0] if len(others) == 1 else storage.join(run_url, "store")
     pairs = [*_pair(settings)]
     training = [word for pair in pairs if not pair[0].startswith("--evaluate.") for word in pair]
-    judging = [word for pair in pairs if pair[0].startswith(_OF_EVALUATE) for word in pair]
-    verdict = storage.join(run_url, FOLDER, METRICS)
+    evaluating = [word for pair in pairs if pair[0].startswith(_OF_EVALUATE) for word in pair]
+    results = storage.join(run_url, FOLDER, METRICS)
     where = ["--store", store, "--run", run_url]
     if not storage.exists(storage.join(run_url, METRICS)):
         tell(f"leave-one-out: {run_url}")
         flags = ["--store", ",".join(others), "--run", run_url, *training]
         with suppress(FinishedError):
             train(check_invocation("train", flags))
-        evaluate_run(check_invocation("evaluate", [*where, *judging]))
-    if not storage.exists(verdict):
-        evaluate_run(check_invocation("evaluate", [*where, "--external", left, *judging]))
-    matrix: dict[str, dict[str, float]] = json.loads(storage.read_text(verdict))["matrix"]
+        evaluate_run(check_invocation("evaluate", [*where, *evaluating]))
+    if not storage.exists(results):
+        evaluate_run(check_invocation("evaluate", [*where, "--external", left, *evaluating]))
+    matrix: dict[str, dict[str, float]] = json.loads(storage.read_text(results))["matrix"]
     return matrix
 
 

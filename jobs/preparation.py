@@ -193,7 +193,7 @@ def _run_plans(
         for ended in spread(prepare_shard, calls, _tasks_at_once, **options):
             prepared += ended
             bad = sum(len(shard.receipt.rejected) for shard in prepared)
-            done = bad + sum(shard.receipt.entry.samples for shard in prepared)
+            done = bad + sum(s.receipt.entry.samples + s.receipt.known for s in prepared)
             progress.advance_to(done, note=f"{bad} bad" if bad else "")
     return prepared
 
