@@ -88,7 +88,8 @@ class Following:
         if is_leaving(job):  # its last words are still to come
             state = replace(state, phase="running")
         pod = self._submitter(pods)
-        hopeless = None if state.has_ended else judge_hopeless(job, state, found)
+        said = self.log.exit_code
+        hopeless = None if state.has_ended else judge_hopeless(job, state, found, said)
         if hopeless is None and self._goes_on(job, pods):
             return None
         if hopeless is None and not state.has_ended:

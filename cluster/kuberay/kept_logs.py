@@ -27,6 +27,12 @@ _OF_CLIENT = re.compile(r'  File ".*/bin/ray", line \d+, in <module>')
 Left = Literal["ended", "going on", "broken"]
 
 
+def find_exit_code(message: str) -> int | None:
+    """What Ray's message about a driver that failed says; None where it has not."""
+    found = re.search(r"failed with exit code (\d+)", message)
+    return int(found[1]) if found else None
+
+
 @dataclass
 class DriverLog:
     """Passes on the driver's lines, each once, and drops the submitters' own lines.
@@ -38,6 +44,8 @@ class DriverLog:
 
     write: Write
     tell: Write
+    exit_code: int | None = None
+    """The driver's, once its submitter has told it."""
     _before: list[int] = field(default_factory=list)
     """Hashes of the lines of the driver so far, and which of them comes next."""
     _next: int = 0
@@ -48,7 +56,7 @@ class DriverLog:
     def begin(self) -> None:
         """Another submitter's log comes."""
         self.flush()
-        self._next, self._is_over = 0, False
+        self._next, self._is_over, self.exit_code = 0, False, None
 
     def take(self, line: str) -> None:
         """A line of the submitter's log."""
@@ -57,7 +65,8 @@ class DriverLog:
             return
         self.flush()
         client = _CLIENT.match(line)
-        self._is_over = self._is_over or bool(client and client[1])
+        if client and client[1]:
+            self._is_over, self.exit_code = True, find_exit_code(line)
         if line.startswith(_WAITS):
             if not self._waits:
                 self.tell("waiting: for the head to answer the submitter")

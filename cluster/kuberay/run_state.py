@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 
 from cluster.kuberay import progress, rayjob
+from cluster.kuberay.kept_logs import find_exit_code
 from cluster.kuberay.overlays import Document
 from cluster.kuberay.pod_troubles import NO_CAPACITY, Trouble
 from cluster.targets import JobState, Phase
@@ -62,8 +62,7 @@ def is_leaving(thing: Document) -> bool:
 
 def driver_exit_code(status: Document) -> int | None:
     """A RayJob has no field for it; Ray's message about a driver that failed says it."""
-    found = re.search(r"failed with exit code (\d+)", status.get("message") or "")
-    return int(found[1]) if found else None
+    return find_exit_code(status.get("message") or "")
 
 
 def submitters(pods: Sequence[Document]) -> list[Document]:
@@ -77,14 +76,17 @@ def submitters(pods: Sequence[Document]) -> list[Document]:
     return sorted(begun, key=lambda pod: str(pod["metadata"]["creationTimestamp"]))
 
 
-def judge_hopeless(job: Document, state: JobState, found: Sequence[Trouble]) -> JobState | None:
-    """What a job that has not ended comes to, if waiting or another attempt cannot help it."""
+def judge_hopeless(
+    job: Document, state: JobState, found: Sequence[Trouble], said: int | None = None
+) -> JobState | None:
+    """What a job that has not ended comes to, if waiting or another attempt cannot help it. `said`
+    is the exit code in the driver's log: the RayJob tells it for some seconds only."""
     trouble = next((trouble for trouble in found if trouble.exit_code is not None), None)
     status, annotations = job.get("status") or {}, job["metadata"].get("annotations") or {}
     retries = status.get("jobDeploymentStatus") == "Retrying"
     if trouble is not None:
         code, why = trouble.exit_code, trouble.line
-    elif retries and state.driver_exit_code == 2:
+    elif (retries and state.driver_exit_code == 2) or (said == 2 and status.get("failed")):
         code, why = 2, "exit code 2: your mistake, which another attempt would repeat"
     elif (
         retries

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from cluster.kuberay.kept_logs import DriverLog
 from cluster.kuberay.run_state import judge_hopeless, to_state
 
 
@@ -38,3 +39,28 @@ def test_what_another_attempt_would_repeat_is_called_off(job: Any, exit_code: in
     judged = judge_hopeless(job, to_state(job, ()), ())
     assert (judged and judged.exit_code) == exit_code
     assert judged is None or judged.why.endswith("; called off")
+
+
+@pytest.mark.parametrize(
+    ("said", "failed", "exit_code"), [(2, 1, 2), (2, 0, None), (1, 1, None), (None, 1, None)]
+)
+def test_a_mistake_in_the_log_is_called_off_when_the_next_attempt_has_begun_already(
+    said: int | None, failed: int, exit_code: int | None
+) -> None:
+    job = _job("Initializing")
+    job["status"]["failed"] = failed
+    judged = judge_hopeless(job, to_state(job, ()), (), said)
+    assert (judged and judged.exit_code) == exit_code
+
+
+def test_the_drivers_exit_code_is_read_from_its_submitters_log() -> None:
+    log = DriverLog(lambda _: None, lambda _: None)
+    log.take("line 0")
+    assert log.exit_code is None
+    log.take(
+        "2026-11-28 10:00:00,000\tINFO cli.py:70 -- Status message: Job entrypoint command failed "
+        "with exit code 2, last available logs (truncated to 20,000 chars):"
+    )
+    assert log.exit_code == 2
+    log.begin()
+    assert log.exit_code is None
