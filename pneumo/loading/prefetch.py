@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from typing import TypeVar
 
 import torch
@@ -34,7 +33,7 @@ def run_ahead(
     """The same batches in the same order; the next one is made while one is in use.
 
     An error in making a batch is raised where that batch would be. When this is closed or dropped,
-    `batches` is closed and its thread ends, after the batch under way. `tensors_of` gives the
+    `batches` is closed and its thread ends, after a batch that is under way. `tensors_of` gives the
     tensors of a batch that are on the device.
     """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -60,7 +59,8 @@ def run_ahead(
                     tensor.record_stream(here)
             yield batch
     finally:
+        # No `submit` here: the garbage collector may drop this generator in the middle of another
+        # pool's, which holds a lock of all pools.
         upcoming.cancel()
-        with suppress(RuntimeError):  # the interpreter is ending, and its generators with it
-            pool.submit(batches.close)
+        upcoming.add_done_callback(lambda _: batches.close())
         pool.shutdown(wait=False)

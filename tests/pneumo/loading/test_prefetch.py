@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -83,6 +84,27 @@ def test_a_consumer_that_leaves_ends_it(dropped: bool) -> None:
     del batches
     wait_until(lambda: source.is_closed and threads() == 0, "the thread to end")
     assert len(source.made) <= 2
+
+
+def test_one_that_is_collected_while_a_pool_takes_work_does_not_block_the_pool() -> None:
+    """As the garbage collector may drop it at any moment, under a lock that all pools share."""
+    held = [run_ahead(Source(9).generate(), CPU, no_tensors)]
+    next(held[0])
+
+    class Dropping(str):
+        def __str__(self) -> str:  # asked for by the pool, when it starts a thread
+            held.clear()
+            return "reader"
+
+    def use() -> None:
+        with ThreadPoolExecutor(1, thread_name_prefix=Dropping("reader")) as pool:
+            pool.submit(int).result()
+
+    using = threading.Thread(target=use, daemon=True)
+    using.start()
+    using.join(20)
+    assert not held
+    assert not using.is_alive()
 
 
 def test_on_a_cpu_what_is_sent_is_the_same() -> None:
