@@ -194,12 +194,12 @@ test-s3: $(READY)
 test-cluster: $(READY)
 	$(BIN)/python -m pytest -m "multinode and not slow" tests/multinode
 
-# Three at a time, but for all jobs from beginning to end: a run waits for its pods more than it
-# computes. docs/cluster.md says how to name a cluster; where none can be had the tests skip, and say so.
-ON_KUBERNETES := $(BIN)/python -m pytest -m kubernetes tests/kubernetes
+# Side by side, for a run waits for its pods more than it computes; the files that take longest begin
+# first. docs/cluster.md says how to name a cluster; where none can be had the tests skip, and say so.
 test-kubernetes: $(READY)
-	$(BIN)/python -m tests.kubernetes.server -- sh -c \
-	  '$(ON_KUBERNETES)/test_jobs.py && $(ON_KUBERNETES) --ignore tests/kubernetes/test_jobs.py -n 3 --dist loadfile'
+	$(BIN)/python -m tests.kubernetes.server -- $(BIN)/python -m pytest -m kubernetes -n 4 \
+	  --dist loadfile --no-loadscope-reorder \
+	  $(addprefix tests/kubernetes/,test_jobs.py test_faults.py test_kueue.py) tests/kubernetes $(ARGS)
 
 test-kubernetes-faults: $(READY)
 	$(BIN)/python -m tests.kubernetes.server -- $(BIN)/python -m pytest -m kubernetes_faults tests/kubernetes

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -13,6 +15,7 @@ import pytest
 import s3fs
 
 from cluster.kuberay import overlays
+from tests import CHECKOUT
 from tests.kubernetes import namespaces
 from tests.kubernetes.cluster import HOST, KUBECONFIG, OVERLAY, REASON, Document, KubeCluster, Team
 from tests.kubernetes.probes import put, write_overlay
@@ -124,3 +127,23 @@ def needs_bucket(bucket: str) -> None:
     """Skips where pods and this machine have no S3 server in common."""
     if not bucket:
         pytest.skip(f"no S3 server that pods reach: name one in {ENDPOINT}, or set {HOST}")
+
+
+@pytest.fixture(scope="session")
+def store(bucket: str, s3_environ: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A few phantoms in the bucket."""
+    source, url = tmp_path_factory.mktemp("source"), f"{bucket}/store"
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PNEUMO_")}
+    for words in (
+        ["pneumo.synthetic", "--out", str(source), "--studies", "60"],
+        ["jobs.prepare", "--source", str(source), "--store", url, "--prepare.image-size", "64"],
+    ):
+        subprocess.run(
+            [sys.executable, "-m", *words],
+            cwd=CHECKOUT,
+            env={**own, **s3_environ},
+            check=True,
+            capture_output=True,
+            timeout=300,
+        )
+    return url

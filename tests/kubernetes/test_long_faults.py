@@ -6,24 +6,18 @@ One after the other, for each disturbs all that runs on the cluster.
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 
 import pytest
 
-from cluster.submission import Submission, plan
-from tests import CHECKOUT
 from tests.kubernetes.cluster import Document, KubeCluster, Team
 from tests.kubernetes.machines import powerless, stopped
 from tests.kubernetes.probes import make_probe, put, write_overlay
-from tests.kubernetes.watching import Watched, begin, name_of
+from tests.kubernetes.trainings import LONG_S, epochs_of, make_training, wait_for_epoch
+from tests.kubernetes.watching import begin, name_of
 
 pytestmark = [
     pytest.mark.kubernetes_faults,
@@ -31,7 +25,6 @@ pytestmark = [
     pytest.mark.usefixtures("needs_bucket"),
 ]
 
-LONG_S = 600
 PLACE = "pneumo.test/place"
 SUBMITTER = "/spec/submitterPodTemplate/spec"
 HEAD_POD = "/spec/rayClusterSpec/headGroupSpec/template/spec"
@@ -40,44 +33,6 @@ TERM = {"labelSelector": HEAD, "topologyKey": "kubernetes.io/hostname"}
 NOT_BESIDE_THE_HEAD = {
     "podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [TERM]}
 }
-
-
-@pytest.fixture(scope="module")
-def store(bucket: str, s3_environ: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A few phantoms in the bucket."""
-    source, url = tmp_path_factory.mktemp("source"), f"{bucket}/store"
-    own = {name: value for name, value in os.environ.items() if not name.startswith("PNEUMO_")}
-    for words in (
-        ["pneumo.synthetic", "--out", str(source), "--studies", "60"],
-        ["jobs.prepare", "--source", str(source), "--store", url, "--prepare.image-size", "64"],
-    ):
-        subprocess.run(
-            [sys.executable, "-m", *words],
-            cwd=CHECKOUT,
-            env={**own, **s3_environ},
-            check=True,
-            capture_output=True,
-            timeout=300,
-        )
-    return url
-
-
-def make_training(team: Team, store: str, name: str, epochs: int, *flags: str) -> Submission:
-    """Two workers, of which one may be missing, and a checkpoint after each epoch."""
-    argv = [
-        *("--store", store, "--run", f"{team.bucket}/{name}", "--recipe", "fast"),
-        *("--data.image-size", "64", "--train.epochs", str(epochs), "--train.batch-size", "32"),
-        *("--cluster.num-workers", "2", "--cluster.cpus-per-worker", "1", *flags),
-    ]
-    return plan("train", argv, team.environ, remote=True, now=datetime.now(), sends_files=False)
-
-
-def epochs_of(run: Watched) -> list[int]:
-    return [int(n) for n in re.findall(r"^epoch +(\d+)/", "".join(run.text), re.MULTILINE)]
-
-
-def wait_for_epoch(run: Watched, after: int) -> None:
-    run.team.wait(f"an epoch after {after}", lambda: max(epochs_of(run), default=0) > after, LONG_S)
 
 
 def find_dispensable(cluster: KubeCluster) -> set[str]:
