@@ -197,7 +197,7 @@ test-cluster: $(READY)
 # Side by side, for a run waits for its pods more than it computes; the files that take longest begin
 # first. docs/cluster.md says how to name a cluster; where none can be had the tests skip, and say so.
 test-kubernetes: $(READY)
-	$(BIN)/python -m tests.kubernetes.server -- $(BIN)/python -m pytest -m kubernetes -n 4 \
+	$(BIN)/python -m tests.kubernetes.server -- $(BIN)/python -m pytest -m kubernetes -n 3 \
 	  --dist loadfile --no-loadscope-reorder \
 	  $(addprefix tests/kubernetes/,test_jobs.py test_faults.py test_kueue.py) tests/kubernetes $(ARGS)
 
