@@ -24,11 +24,11 @@ from pneumo.dataset.named_splits import NAMED_SPLITS
 from pneumo.dataset.overlap import KNOWN_PICTURES, Seen, check_secret, read_secret_check
 from pneumo.dataset.phantoms import MARKER
 from pneumo.dataset.preparation import (
+    can_use_rejected,
     check_shards_are_there,
     clear_parts,
     find_store,
     finish_store,
-    has_mended,
 )
 from pneumo.dataset.quality import group_warnings
 from pneumo.dataset.receipts import PreparedShard, prepare_shard
@@ -71,7 +71,7 @@ def prepare(invocation: Invocation) -> None:
         clear_parts(store_url, there)
         check_shards_are_there(store_url, there)
         tell(f"prepare: {store_url} holds a store of these tables and settings; nothing to do")
-        if has_mended(store_url, there, source):
+        if can_use_rejected(store_url, there, source):
             tell(
                 "warning: a study that was quarantined then can be used now; a finished store "
                 "never changes: delete it first, or give another --store"

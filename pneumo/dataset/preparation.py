@@ -158,7 +158,7 @@ def _write_tables(
     )
 
 
-def has_mended(store_url: str, manifest: Manifest, source: Source) -> bool:
+def can_use_rejected(store_url: str, manifest: Manifest, source: Source) -> bool:
     """Whether a file that a finished store had to leave out can be used now.
 
     Raises DataError when the store's list of them is not what the manifest vouches for.

@@ -33,7 +33,7 @@ from pneumo.errors import (
     ContentError,
 )
 from pneumo.images.dicom import GrayImage
-from pneumo.images.dicom_files import Unusable, decode_file, read_file, read_files
+from pneumo.images.dicom_files import UnusableFile, decode_file, read_file, read_files
 from pneumo.images.headers import NO_HEADER
 
 
@@ -135,7 +135,9 @@ def _write_shard(
         files = read_files([(study.url, _label(study)) for study in plan.studies])
         for study, data in zip(plan.studies, files, strict=True):
             # First, while the file is in the core's cache.
-            hashed = "" if isinstance(data, Unusable) else blake3(data, key=file_key).hexdigest()
+            hashed = (
+                "" if isinstance(data, UnusableFile) else blake3(data, key=file_key).hexdigest()
+            )
             image = _decode_study(study, data, plan.split, image_size)
             if isinstance(image, Rejected):
                 rejected.append(image)
@@ -176,10 +178,10 @@ def read_study(study: Study, split: str, image_size: int) -> GrayImage | Rejecte
 
 
 def _decode_study(
-    study: Study, data: bytes | Unusable, split: str, image_size: int
+    study: Study, data: bytes | UnusableFile, split: str, image_size: int
 ) -> GrayImage | Rejected:
-    image = data if isinstance(data, Unusable) else decode_file(data, image_size)
-    if isinstance(image, Unusable):
+    image = data if isinstance(data, UnusableFile) else decode_file(data, image_size)
+    if isinstance(image, UnusableFile):
         return Rejected(study.key, split, image.reason, image.message)
     return image
 
@@ -192,7 +194,7 @@ def _make_row(study: Study, split: str, image: GrayImage, source_blake3: str) ->
         split=split,
         target=study.target,
         finding=study.finding,
-        boxes=tuple(image.place(box) for box in study.boxes),
+        boxes=tuple(image.to_stored(box) for box in study.boxes),
         age=own.age if stated.age is None else stated.age,
         sex=stated.sex or own.sex,
         view=stated.view or own.view,

@@ -62,7 +62,7 @@ class Warned:
     key: str
     split: str
     code: str
-    """What was done, see `images.elements`, or what is doubtful, see `images.gate`."""
+    """What was done, see `images.elements`, or what is doubtful, see `images.input_checks`."""
 
 
 def digest_pixels(pixels: npt.NDArray[np.uint8]) -> str:

@@ -31,7 +31,7 @@ NO_HEADER = Header(age=None, sex=None, view=None, spacing_mm=None)
 
 
 @dataclass(frozen=True)
-class Exposure:
+class Acquisition:
     """What a header says of how the picture was taken, in capitals; empty where it says nothing."""
 
     view: str
@@ -45,16 +45,16 @@ class Exposure:
     modality: str
 
 
-NO_EXPOSURE = Exposure("", "", "", "", "")
+NO_ACQUISITION = Acquisition("", "", "", "", "")
 
 
-def read_exposure(dataset: pydicom.Dataset, repairs: Repairs) -> Exposure:
+def read_acquisition(dataset: pydicom.Dataset, repairs: Repairs) -> Acquisition:
     """What `dataset` says of how the picture was taken."""
 
     def text(keyword: str) -> Any:
         return read_optional(dataset, keyword, repairs)
 
-    return make_exposure(
+    return make_acquisition(
         view=text("ViewPosition") or _read_meaning(dataset, "ViewCodeSequence", repairs),
         body_part=text("BodyPartExamined")
         or _read_meaning(dataset, "AnatomicRegionSequence", repairs),
@@ -73,9 +73,9 @@ def _read_meaning(dataset: pydicom.Dataset, keyword: str, repairs: Repairs) -> A
         return None
 
 
-def make_exposure(**stated: Any) -> Exposure:
-    """An exposure of these values as they stand in the file."""
-    return Exposure(
+def make_acquisition(**stated: Any) -> Acquisition:
+    """An acquisition of these values as they stand in the file."""
+    return Acquisition(
         **{name: " ".join(str(text or "").upper().split()) for name, text in stated.items()}
     )
 

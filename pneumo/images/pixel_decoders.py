@@ -363,11 +363,11 @@ def check_runs(frame: bytes, form: FrameFormat) -> None:
         raise DicomError("the frame is no codestream of its transfer syntax")
     offsets = [*struct.unpack_from(f"<{num_segments}I", frame, 4), len(frame)]
     limit = form.rows * form.columns + 2 * _LONGEST_RUN  # some writers pad the last run
-    for place, end in itertools.pairwise(offsets):
+    for position, end in itertools.pairwise(offsets):
         expanded = 0
-        while place < min(end, len(frame)):
-            control = frame[place]
+        while position < min(end, len(frame)):
+            control = frame[position]
             expanded += control + 1 if control < 128 else 257 - control if control > 128 else 0
-            place += control + 2 if control < 128 else 2 if control > 128 else 1
+            position += control + 2 if control < 128 else 2 if control > 128 else 1
             if expanded > limit:
                 raise DicomError("a run-length segment expands beyond the picture")

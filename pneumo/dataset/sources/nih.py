@@ -18,9 +18,9 @@ from pneumo.dataset.sources.layout import Folder, Layout, StudyCollector, find_p
 from pneumo.dataset.sources.tables import (
     make_box,
     read_numbers,
-    read_plain,
     read_table,
     read_texts,
+    read_unpacked,
 )
 from pneumo.errors import SourceError
 from pneumo.images.boxes import Box
@@ -140,7 +140,7 @@ def _read_lists(folder: Folder) -> dict[str, str]:
         name: split
         for split, url in urls.items()
         if url is not None and None not in urls.values()
-        for name in read_plain(url).decode("ascii", "replace").split()
+        for name in read_unpacked(url).decode("ascii", "replace").split()
     }
 
 

@@ -24,7 +24,7 @@ from pneumo.dataset.sources.tables import (
     first_present,
     make_box,
     read_numbers,
-    read_plain,
+    read_unpacked,
 )
 from pneumo.dataset.sources.tables import read_table as read_any_table
 from pneumo.errors import SourceError
@@ -206,7 +206,7 @@ def _read_patients(
     patients: dict[str, str] = {}
     remapped: dict[str, str] = {}
     try:
-        for row in json.loads(read_plain(url)):
+        for row in json.loads(read_unpacked(url)):
             image_id, patient = row["subset_img_id"], row["img_id"].split("_")[0]
             if patients.setdefault(image_id, patient) != patient:
                 remapped[image_id] = "two patients"

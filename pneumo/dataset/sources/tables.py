@@ -38,7 +38,7 @@ def first_present(
     return next((f"{n}{p}" for n in names for p in packings if f"{n}{p}" in files), None)
 
 
-def read_plain(url: str) -> bytes:
+def read_unpacked(url: str) -> bytes:
     """What the file holds, unpacked where its name ends in .gz or .zip. Raises SourceError."""
     data = storage.read_bytes(url)
     try:
@@ -73,7 +73,7 @@ def read_table(url: str, *required: str, texts: Sequence[str] = (), known: Seque
     """The CSV at `url`, the columns `texts` as they stand. No error quotes a cell, nor a first line
     that may be no header: of its names only those of `known` are told. Raises SourceError."""
     wrong: list[Any] = []
-    data = read_plain(url)
+    data = read_unpacked(url)
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise SourceError(f"{url}: not a readable CSV: written as UTF-16; save it as UTF-8")
 
@@ -124,7 +124,7 @@ def _is_empty(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def read_first_line(url: str) -> list[str]:
     """The names in the first line of the CSV at `url`."""
-    line = read_plain(url).split(b"\n", 1)[0].decode("utf-8", "replace")
+    line = read_unpacked(url).split(b"\n", 1)[0].decode("utf-8", "replace")
     return [name.strip(' "\r\ufeff') for name in line.split(",")]
 
 

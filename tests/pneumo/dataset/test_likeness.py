@@ -15,7 +15,7 @@ import pytest
 from pneumo.dataset.likeness import MOST_BITS, find_alike, hash_picture
 from pneumo.dataset.phantoms.drawing import render_study
 from pneumo.dataset.phantoms.population import draw_population
-from pneumo.images.dicom_files import Unusable, decode_file
+from pneumo.images.dicom_files import UnusableFile, decode_file
 from pneumo.images.letterbox import letterbox
 
 Gray = npt.NDArray[np.uint8]
@@ -69,7 +69,7 @@ def test_of_real_studies_pairs_are_found_and_others_left_alone(shared_data: Path
             names |= {r["subset_img_id"]: r["img_id"] for r in json.loads(mapping.read_text())}
         for path in sorted((*folder.rglob("*.dcm"), *folder.rglob("*.png"))):
             image = decode_file(path.read_bytes(), SIZE)
-            assert not isinstance(image, Unusable)
+            assert not isinstance(image, UnusableFile)
             original = names.get(path.stem, path.name)
             pictures.setdefault(original, []).append(hash_picture(image.pixels))
     twice = [hashes for hashes in pictures.values() if len(hashes) > 1]

@@ -32,10 +32,10 @@ from pneumo.config_layers import override
 from pneumo.dataset.manifest import Manifest, read_manifest
 from pneumo.dataset.overlap import KNOWN_PICTURES, Seen
 from pneumo.dataset.preparation import (
+    can_use_rejected,
     check_shards_are_there,
     find_store,
     finish_store,
-    has_mended,
 )
 from pneumo.dataset.receipts import PreparedShard, Receipt, prepare_shard
 from pneumo.dataset.shard_plans import ShardPlan, digest_settings, estimate_memory, plan_shards
@@ -272,9 +272,9 @@ def test_a_finished_store_knows_what_could_be_used_by_now(
     take_away(path)
     config = override(CONFIG, {"prepare.max_bad_fraction": 0.05})
     manifest = Preparation(preparation.folder, config).run(tmp_path)
-    assert not has_mended(str(tmp_path), manifest, preparation.source)
+    assert not can_use_rejected(str(tmp_path), manifest, preparation.source)
     path.with_suffix(".away").replace(path)
-    assert has_mended(str(tmp_path), manifest, preparation.source)
+    assert can_use_rejected(str(tmp_path), manifest, preparation.source)
 
 
 def test_a_receipt_for_something_else_is_not_believed(
