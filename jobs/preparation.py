@@ -26,13 +26,13 @@ from pneumo.dataset.phantoms import MARKER
 from pneumo.dataset.preparation import (
     can_use_rejected,
     check_shards_are_there,
-    clear_parts,
     find_store,
     finish_store,
+    remove_unfinished,
 )
 from pneumo.dataset.quality import group_warnings
-from pneumo.dataset.receipts import PreparedShard, prepare_shard
 from pneumo.dataset.shard_plans import ShardPlan, digest_settings, estimate_memory, plan_shards
+from pneumo.dataset.shard_tasks import PreparedShard, prepare_shard
 from pneumo.dataset.shards import shard_samples
 from pneumo.dataset.source import Source
 from pneumo.dataset.sources.recognition import read_source, read_split_list
@@ -68,7 +68,7 @@ def prepare(invocation: Invocation) -> None:
     source, split = _limit(source, split, config)
     there = find_store(store_url, source, config)
     if there is not None:
-        clear_parts(store_url, there)
+        remove_unfinished(store_url, there)
         check_shards_are_there(store_url, there)
         tell(f"prepare: {store_url} holds a store of these tables and settings; nothing to do")
         if can_use_rejected(store_url, there, source):
@@ -192,8 +192,8 @@ def _run_plans(
     with Progress("prepare", sum(len(plan.studies) for plan in plans), "studies") as progress:
         for ended in spread(prepare_shard, calls, _tasks_at_once, **options):
             prepared += ended
-            bad = sum(len(shard.receipt.rejected) for shard in prepared)
-            done = bad + sum(s.receipt.entry.samples + s.receipt.known for s in prepared)
+            bad = sum(len(shard.record.rejected) for shard in prepared)
+            done = bad + sum(s.record.entry.samples + s.record.known for s in prepared)
             progress.advance_to(done, note=f"{bad} bad" if bad else "")
     return prepared
 

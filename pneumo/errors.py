@@ -56,7 +56,7 @@ class AccessError(UserError):
 
 
 class DataError(PneumoError):
-    """Bytes, sizes or counts differ from what the manifest vouches for."""
+    """Bytes, sizes or counts differ from what the manifest says."""
 
 
 class BadFilesError(PneumoError):

@@ -18,8 +18,8 @@ from pneumo.config_layers import override
 from pneumo.dataset.manifest import Manifest, read_manifest
 from pneumo.dataset.phantoms import MARKER
 from pneumo.dataset.preparation import find_store, finish_store
-from pneumo.dataset.receipts import prepare_shard
 from pneumo.dataset.shard_plans import digest_settings, plan_shards
+from pneumo.dataset.shard_tasks import prepare_shard
 from pneumo.dataset.shards import shard_samples
 from pneumo.dataset.sources.recognition import read_source
 from pneumo.dataset.splits import find_published, recall_salt, remember_salt, split_studies

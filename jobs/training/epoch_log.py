@@ -46,7 +46,7 @@ def worker_callbacks(mailbox: Mailbox | None, world: World) -> Callbacks:
     def on_epoch(epoch: Epoch) -> None:
         tell(epoch)
         # A barrier over the ranks; Ray's dashboards and Tune hear of the epoch here. Checkpoints
-        # are our own: they are the same under torchrun, and one index vouches for them.
+        # are our own: they are the same under torchrun, and one index lists them.
         ray.train.report({k: v for k, v in epoch.metrics.items() if v is not None})
 
     return Callbacks(on_start=tell, on_pace=on_pace, on_epoch=on_epoch, tell=tell)

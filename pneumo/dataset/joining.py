@@ -16,12 +16,12 @@ import numpy.typing as npt
 
 from pneumo.config import Config
 from pneumo.config_layers import override
-from pneumo.dataset.likeness import find_alike
 from pneumo.dataset.manifest import Manifest, read_manifest
+from pneumo.dataset.near_duplicates import find_near_duplicates
 from pneumo.dataset.overlap import check_secret, have_one_secret, read_secret_check
 from pneumo.dataset.preparation import find_store, finish_store
-from pneumo.dataset.receipts import PreparedShard, Receipt
 from pneumo.dataset.shard_plans import count_shards
+from pneumo.dataset.shard_tasks import PreparedShard, ShardRecord
 from pneumo.dataset.shards import SHARD_SUFFIX, Sample, read_blocks, shard_samples, write_shard
 from pneumo.dataset.source import Source, Study
 from pneumo.dataset.splits import audit_split
@@ -118,7 +118,7 @@ def _choose(stores: Sequence[_Store]) -> tuple[Kept, Counter[str]]:
         own_patients = set[str]()
         for store in stores:
             rows = [row for row in store.rows.values() if row.split == split]
-            alike = find_alike([row.picture_hash for row in rows], tuple(hashes))
+            alike = find_near_duplicates([row.picture_hash for row in rows], tuple(hashes))
             taken = list[StudyRow]()
             for row, is_alike in zip(rows, alike, strict=True):
                 if row.patient in patients:
@@ -184,7 +184,7 @@ def _write(split: str, kept: Kept, joined_url: str, seed: int) -> Iterator[Prepa
         samples = _take(part, streams, kept, rows, histogram)
         entry = write_shard(joined_url, f"{split}/{i:06d}-{{digest}}{SHARD_SUFFIX}", samples)
         keys = {row.key for row in rows}
-        receipt = Receipt(
+        record = ShardRecord(
             plan_digest="",
             entry=entry,
             rows=tuple(rows),
@@ -193,7 +193,7 @@ def _write(split: str, kept: Kept, joined_url: str, seed: int) -> Iterator[Prepa
             contradictions={},
             warned=tuple(w for found in warned.values() for w in found if w.key in keys),
         )
-        yield PreparedShard.of(receipt, reused=False)
+        yield PreparedShard.of(record, reused=False)
 
 
 def _take(

@@ -150,8 +150,7 @@ def naming_file(what: str, store_url: str) -> Iterator[None]:
         ) from error
     except ContentError as error:
         raise DataError(
-            f"{what}: not what the manifest vouches for: {error}; delete the store and prepare it "
-            "again"
+            f"{what}: not what the manifest says: {error}; delete the store and prepare it again"
         ) from error
 
 

@@ -17,7 +17,7 @@ SALT = 3
 VAL_FRACTION = TEST_FRACTION = 0.15
 
 
-def place_patient(name: str, patient: str | None, salt: int = SALT) -> str:
+def assign_patient(name: str, patient: str | None, salt: int = SALT) -> str:
     """The split of an NIH patient, given by eight digits. Raises SourceError for anything else."""
     if patient is None or re.fullmatch(r"\d{8}", patient) is None:
         raise SourceError(

@@ -29,8 +29,8 @@ class ShardPlan:
     studies: tuple[Study, ...]
 
     @property
-    def receipt(self) -> str:
-        """Where the task's receipt goes, relative to the store."""
+    def record(self) -> str:
+        """Where the task's record goes, relative to the store."""
         return f"{PARTS}/{self.name}.json"
 
     def digest(self, prepare_digest: str) -> str:

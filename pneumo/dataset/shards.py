@@ -279,7 +279,7 @@ def write_shard(store_url: str, name: str, samples: Iterable[Sample]) -> ShardEn
     """Encode and publish one shard, if it has samples; the entry that the manifest will carry.
 
     `{digest}` in `name` becomes the first digits of its SHA-256: another content is then another
-    shard, and never replaces one that a manifest vouches for.
+    shard, and never replaces one that a manifest says for.
     """
     buffer = _MEMORY.buffer
     entry = encode_shard(buffer, name, samples)

@@ -49,13 +49,13 @@ class StudyRow:
     """BLAKE3 of the DICOM file, in hex, keyed by `study_keys.derive_file_key`: who has the hash key
     can find the file of a picture, and nobody else."""
     picture_hash: str = ""
-    """See `likeness.hash_picture`; empty in stores of before."""
+    """See `near_duplicates.hash_picture`; empty in stores of before."""
     source: str = ""
     """Of a store that was joined of several: the name of the one that it comes from."""
 
 
 @dataclass(frozen=True)
-class Warned:
+class StudyWarning:
     """One row of warnings.jsonl: a study that is used, though its file was repaired or its picture
     is doubtful."""
 
@@ -108,15 +108,15 @@ def write_studies(store_url: str, table: pa.Table) -> FileEntry:
     """Publish studies.parquet, its rows sorted by key; the entry that the manifest will carry."""
     buffer = io.BytesIO()
     pq.write_table(table.sort_by("key").combine_chunks(), buffer)
-    return _write_vouched(store_url, STUDIES, buffer.getvalue())
+    return _write_file(store_url, STUDIES, buffer.getvalue())
 
 
 def read_studies(store_url: str, manifest: Manifest) -> dict[str, StudyRow]:
     """The rows of studies.parquet by key.
 
-    Raises DataError when it is missing, or not what the manifest vouches for.
+    Raises DataError when it is missing, or not what the manifest says.
     """
-    data = _read_vouched(store_url, STUDIES, manifest.studies)
+    data = _read_checked_file(store_url, STUDIES, manifest.studies)
     rows: dict[str, StudyRow] = {}
     texts: dict[str | None, str | None] = {}
     """Each text that many rows have, once."""
@@ -144,45 +144,45 @@ def write_quarantine(store_url: str, rejected: Iterable[Rejected]) -> FileEntry:
     """Publish quarantine.jsonl, sorted by key; the entry that the manifest will carry."""
     lines = (json.dumps(asdict(item)) for item in sorted(rejected, key=lambda item: item.key))
     text = "".join(f"{line}\n" for line in lines)
-    return _write_vouched(store_url, QUARANTINE, text.encode())
+    return _write_file(store_url, QUARANTINE, text.encode())
 
 
 def read_quarantine(store_url: str, manifest: Manifest) -> list[Rejected]:
     """The studies that could not be used, sorted by key.
 
-    Raises DataError when the list is missing, or not what the manifest vouches for.
+    Raises DataError when the list is missing, or not what the manifest says.
     """
-    data = _read_vouched(store_url, QUARANTINE, manifest.quarantine)
+    data = _read_checked_file(store_url, QUARANTINE, manifest.quarantine)
     return [Rejected(**json.loads(line)) for line in data.splitlines()]
 
 
-def write_warnings(store_url: str, warned: Iterable[Warned]) -> FileEntry | None:
+def write_warnings(store_url: str, warned: Iterable[StudyWarning]) -> FileEntry | None:
     """Publish warnings.jsonl, sorted by key; the entry that the manifest will carry. Without any
     warning there is no file."""
     rows = sorted(warned, key=lambda item: (item.key, item.code))
     if not rows:
         return None
     text = "".join(f"{json.dumps(asdict(item))}\n" for item in rows)
-    return _write_vouched(store_url, WARNINGS, text.encode())
+    return _write_file(store_url, WARNINGS, text.encode())
 
 
-def read_warnings(store_url: str, manifest: Manifest) -> list[Warned]:
+def read_warnings(store_url: str, manifest: Manifest) -> list[StudyWarning]:
     """What was repaired or is doubtful, sorted by key; nothing for a store of an earlier version.
 
-    Raises DataError when the list is missing, or not what the manifest vouches for.
+    Raises DataError when the list is missing, or not what the manifest says.
     """
     if manifest.warnings is None:
         return []
-    data = _read_vouched(store_url, WARNINGS, manifest.warnings)
-    return [Warned(**json.loads(line)) for line in data.splitlines()]
+    data = _read_checked_file(store_url, WARNINGS, manifest.warnings)
+    return [StudyWarning(**json.loads(line)) for line in data.splitlines()]
 
 
-def _write_vouched(store_url: str, name: str, data: bytes) -> FileEntry:
+def _write_file(store_url: str, name: str, data: bytes) -> FileEntry:
     storage.write_bytes(storage.join(store_url, name), data)
     return FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
-def _read_vouched(store_url: str, name: str, entry: FileEntry) -> bytes:
+def _read_checked_file(store_url: str, name: str, entry: FileEntry) -> bytes:
     with naming_file(name, store_url):
         return storage.read_bytes(
             storage.join(store_url, name), sha256=entry.sha256, size=entry.bytes

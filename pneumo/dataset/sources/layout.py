@@ -8,7 +8,7 @@ from functools import cached_property, lru_cache, partial
 from pathlib import PurePosixPath
 
 from pneumo.config import PrepareConfig
-from pneumo.dataset.named_splits import place_patient
+from pneumo.dataset.named_splits import assign_patient
 from pneumo.dataset.source import Rejected, Source, Study
 from pneumo.dataset.study_keys import (
     derive_file_key,
@@ -69,7 +69,7 @@ class StudyCollector:
         self._rejected: list[Rejected] = []
         derive = partial(derive_key, folder.hash_key, "patient")
         self._derive_patient = lru_cache(maxsize=None)(derive)
-        self._place = lru_cache(maxsize=None)(partial(place_patient, folder.named_split or ""))
+        self._place = lru_cache(maxsize=None)(partial(assign_patient, folder.named_split or ""))
 
     def add(
         self,

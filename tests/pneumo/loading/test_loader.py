@@ -460,7 +460,7 @@ def test_a_shard_changed_since_its_preparation_is_named(
     data = bytearray(path.read_bytes())
     data[2000] ^= 1
     path.write_bytes(data)
-    with pytest.raises(DataError, match=r"shard train/000001\.tar: not what the manifest vouches"):
+    with pytest.raises(DataError, match=r"shard train/000001\.tar: not what the manifest says"):
         read_all(*spoilt, way)
     wait_for_readers_to_end()
 

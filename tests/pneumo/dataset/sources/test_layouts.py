@@ -15,7 +15,7 @@ from pneumo.config import PrepareConfig, SplitConfig
 from pneumo.dataset.phantoms.layouts import PHANTOM_LAYOUTS
 from pneumo.dataset.phantoms.population import draw_population
 from pneumo.dataset.phantoms.source_folder import write_phantoms
-from pneumo.dataset.receipts import read_study
+from pneumo.dataset.shard_tasks import read_study
 from pneumo.dataset.source import Source
 from pneumo.dataset.sources.recognition import read_source
 from pneumo.dataset.splits import find_published, split_studies

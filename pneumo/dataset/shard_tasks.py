@@ -1,4 +1,4 @@
-"""What one task of a preparation does: it writes a shard, then a receipt for it under `parts/`.
+"""What one task of a preparation does: it writes a shard, then a record for it under `parts/`.
 
 Everything depends on the source, the settings and the seed alone: whoever does a task, and however
 often, the bytes are the same.
@@ -17,15 +17,15 @@ from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pneumo import storage
-from pneumo.dataset.likeness import hash_picture
 from pneumo.dataset.manifest import ShardEntry
+from pneumo.dataset.near_duplicates import hash_picture
 from pneumo.dataset.overlap import Seen
 from pneumo.dataset.shard_plans import ShardPlan
 from pneumo.dataset.shards import SHARD_SUFFIX, Sample, write_shard
 from pneumo.dataset.source import RSNA, Rejected, Study
 from pneumo.dataset.study_table import (
     StudyRow,
-    Warned,
+    StudyWarning,
     digest_pixels,
     tabulate_studies,
 )
@@ -37,7 +37,7 @@ from pneumo.images.dicom_files import UnusableFile, decode_file, read_file, read
 from pneumo.images.headers import NO_HEADER
 
 
-class Receipt(BaseModel):
+class ShardRecord(BaseModel):
     """What one task leaves: enough to write the store's tables without looking at its shard."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -50,7 +50,7 @@ class Receipt(BaseModel):
     """Stored pixels of each gray level."""
     contradictions: dict[str, int]
     """Studies whose tables and header disagree, or lack something, by kind."""
-    warned: tuple[Warned, ...] = ()
+    warned: tuple[StudyWarning, ...] = ()
     known: int = 0
     """Studies left out since their picture is in train or val of another store."""
 
@@ -59,7 +59,7 @@ class Receipt(BaseModel):
 class PreparedShard:
     """What a task hands back."""
 
-    receipt: Receipt
+    record: ShardRecord
     """Its rows are in `studies` instead, so that joining is quick."""
     studies: pa.Table
     """As in studies.parquet."""
@@ -67,10 +67,10 @@ class PreparedShard:
     """Whether an earlier run had written it."""
 
     @classmethod
-    def of(cls, receipt: Receipt, *, reused: bool) -> PreparedShard:
-        """The shard that a receipt describes."""
-        table = tabulate_studies(receipt.rows)
-        return cls(receipt.model_copy(update={"rows": ()}), table, reused)
+    def of(cls, record: ShardRecord, *, reused: bool) -> PreparedShard:
+        """The shard that a record describes."""
+        table = tabulate_studies(record.rows)
+        return cls(record.model_copy(update={"rows": ()}), table, reused)
 
 
 def prepare_shard(
@@ -81,39 +81,41 @@ def prepare_shard(
     file_key: bytes,
     seen: Seen | None = None,
 ) -> PreparedShard:
-    """Write a plan's shard and receipt, unless an earlier run did; `file_key` is `Source.file_key`,
+    """Write a plan's shard and record, unless an earlier run did; `file_key` is `Source.file_key`,
     and pictures that are `seen` are left out.
 
-    An earlier run's are kept where the shard is whole and the files that the receipt rejects still
+    An earlier run's are kept where the shard is whole and the files that the record rejects still
     cannot be used.
     """
     cv2.setNumThreads(1)
     digest = plan.digest(prepare_digest)
-    kept = _find_receipt(plan, store_url, image_size, digest)
+    kept = _find_record(plan, store_url, image_size, digest)
     if kept is not None:
         return PreparedShard.of(kept, reused=True)
-    receipt = _write_shard(plan, store_url, image_size, digest, file_key, seen)
-    storage.write_text(storage.join(store_url, plan.receipt), receipt.model_dump_json())
-    return PreparedShard.of(receipt, reused=False)
+    record = _write_shard(plan, store_url, image_size, digest, file_key, seen)
+    storage.write_text(storage.join(store_url, plan.record), record.model_dump_json())
+    return PreparedShard.of(record, reused=False)
 
 
-def _find_receipt(plan: ShardPlan, store_url: str, image_size: int, digest: str) -> Receipt | None:
-    """An earlier run's receipt for this very plan, if its shard is whole and the same files are
+def _find_record(
+    plan: ShardPlan, store_url: str, image_size: int, digest: str
+) -> ShardRecord | None:
+    """An earlier run's record for this very plan, if its shard is whole and the same files are
     unusable as then; else None."""
     try:
-        text = storage.read_bytes(storage.join(store_url, plan.receipt))
-        receipt = Receipt.model_validate_json(text)
-        if receipt.plan_digest != digest:
+        text = storage.read_bytes(storage.join(store_url, plan.record))
+        record = ShardRecord.model_validate_json(text)
+        if record.plan_digest != digest:
             return None
-        entry = receipt.entry
+        entry = record.entry
         if entry.samples:
             url = storage.join(store_url, entry.name)
             storage.read_bytes(url, sha256=entry.sha256, size=entry.bytes)
     except (FileNotFoundError, ValidationError, ContentError):
         return None
     studies = {study.key: study for study in plan.studies}
-    now = [read_study(studies[item.key], plan.split, image_size) for item in receipt.rejected]
-    return receipt if now == list(receipt.rejected) else None
+    now = [read_study(studies[item.key], plan.split, image_size) for item in record.rejected]
+    return record if now == list(record.rejected) else None
 
 
 def _write_shard(
@@ -123,11 +125,11 @@ def _write_shard(
     digest: str,
     file_key: bytes,
     seen: Seen | None,
-) -> Receipt:
+) -> ShardRecord:
     rows: list[StudyRow] = []
     rejected: list[Rejected] = []
     contradictions: Counter[str] = Counter()
-    warned: list[Warned] = []
+    warned: list[StudyWarning] = []
     histogram = np.zeros(256, np.int64)
     known = list[str]()
 
@@ -150,12 +152,12 @@ def _write_shard(
             counts = cv2.calcHist([image.pixels], [0], None, [256], [0, 256])
             np.add(histogram, counts.ravel().astype(np.int64), out=histogram)
             contradictions.update(_contradictions(study, image))
-            warned.extend(Warned(study.key, plan.split, code) for code in image.warnings)
+            warned.extend(StudyWarning(study.key, plan.split, code) for code in image.warnings)
             rows.append(row)
             yield Sample(study.key, image.pixels, study.target)
 
     entry = write_shard(store_url, f"{plan.name}-{{digest}}{SHARD_SUFFIX}", samples())
-    return Receipt(
+    return ShardRecord(
         plan_digest=digest,
         entry=entry,
         rows=tuple(rows),

@@ -29,7 +29,7 @@ def hash_picture(pixels: npt.NDArray[np.uint8]) -> str:
     return str(imagehash.phash(Image.fromarray(small), hash_size=_SIDE))
 
 
-def find_alike(hashes: Sequence[str], known: tuple[str, ...]) -> list[bool]:
+def find_near_duplicates(hashes: Sequence[str], known: tuple[str, ...]) -> list[bool]:
     """Whether each of `hashes` is of a picture among the `known`; an empty one, of a store prepared
     before there were any, is of none."""
     others = _known_signs(known)
