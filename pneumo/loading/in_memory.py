@@ -13,7 +13,7 @@ import torch
 
 from pneumo.errors import DataError
 from pneumo.loading.blocks import READER_THREAD, READERS, Blocks, Samples
-from pneumo.loading.prefetch import send
+from pneumo.loading.prefetch import to_device
 from pneumo.loading.sample_order import Rows
 
 
@@ -78,7 +78,7 @@ class InMemoryFeed:
             yield Samples(
                 tuple(self.keys[row] for row in rows.tolist()),
                 # Copies rows: 4 us each on a CPU, where `self.images[index]` takes 30.
-                self.images.index_select(0, send(index, self.images.device)),
+                self.images.index_select(0, to_device(index, self.images.device)),
                 self.targets[index],
             )
 

@@ -20,7 +20,7 @@ from pneumo.errors import ConfigError, DataError
 from pneumo.loading import augmentation, free_memory, sample_order
 from pneumo.loading.blocks import Blocks, Feed, PreparedStore, Samples
 from pneumo.loading.in_memory import InMemoryFeed, InMemorySplit
-from pneumo.loading.prefetch import run_ahead, send
+from pneumo.loading.prefetch import prefetch, to_device
 from pneumo.loading.sample_order import World
 from pneumo.loading.streaming import StreamingFeed
 
@@ -97,7 +97,7 @@ class Loader:
             compiled=self.compiled,
         )
         plan = [rows_of_step(step) for step in range(start_step, steps)]
-        yield from self._run_ahead(self.feed.feed(plan), change)
+        yield from self._prefetch(self.feed.feed(plan), change)
 
     def evaluation(self, *, batch_size: int) -> Iterator[Batch]:
         """This rank's slice of the split in the store's order, each sample on exactly one rank.
@@ -108,7 +108,7 @@ class Loader:
         def normalise(images: Tensor, keys: tuple[str, ...]) -> Tensor:
             return augmentation.normalise(images, *self.moments)
 
-        yield from self._run_ahead(self.rank_slice(batch_size=batch_size), normalise)
+        yield from self._prefetch(self.rank_slice(batch_size=batch_size), normalise)
 
     def rank_slice(self, *, batch_size: int) -> Iterator[Samples]:
         """What `evaluation` gives, as it is stored: gray levels, on the CPU when streamed."""
@@ -117,17 +117,17 @@ class Loader:
             [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
         )
 
-    def _run_ahead(
+    def _prefetch(
         self, stored: Iterable[Samples], change: Callable[[Tensor, tuple[str, ...]], Tensor]
     ) -> Iterator[Batch]:
         """Batches of what is stored, changed on the device."""
 
         def make() -> Generator[Batch, None, None]:
             for samples in stored:
-                images = change(send(samples.images, self.device), samples.keys)
-                yield Batch(images, send(samples.targets, self.device), samples.keys)
+                images = change(to_device(samples.images, self.device), samples.keys)
+                yield Batch(images, to_device(samples.targets, self.device), samples.keys)
 
-        yield from run_ahead(make(), self.device, lambda batch: (batch.images, batch.targets))
+        yield from prefetch(make(), self.device, lambda batch: (batch.images, batch.targets))
 
 
 def open_loader(

@@ -18,7 +18,7 @@ from torchvision.models import ConvNeXt, DenseNet, EfficientNet, ResNet
 from pneumo import storage
 from pneumo.config import WEIGHTS_WITHOUT_FILE, ModelConfig
 from pneumo.errors import ConfigError
-from pneumo.network.gray_convolution import Stem
+from pneumo.network.gray_convolution import GrayConv2d
 
 _DOWNLOAD_TIMEOUT_S = 15.0
 _WRAPPERS = ("state_dict", "model_state_dict", "teacher", "student", "model", "net", "encoder")
@@ -62,7 +62,7 @@ def build_model(backbone: str) -> nn.Module:
     old = model.get_submodule(name)
     assert isinstance(old, nn.Conv2d)
     sizes: Any = {"kernel_size": old.kernel_size, "stride": old.stride, "padding": old.padding}
-    first = Stem(1, old.out_channels, bias=old.bias is not None, **sizes)
+    first = GrayConv2d(1, old.out_channels, bias=old.bias is not None, **sizes)
     nn.init.kaiming_normal_(first.weight, mode="fan_out", nonlinearity="relu")
     model.set_submodule(name, first)
     return model

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Stem(nn.Conv2d):
+class GrayConv2d(nn.Conv2d):
     """A convolution of one channel with a stride, (B, 1, H, W) -> (B, C, H / stride, W / stride),
     with the weights and the result of nn.Conv2d.
 

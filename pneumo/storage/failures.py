@@ -37,7 +37,7 @@ _REFUSALS: Mapping[str, tuple[str, str]] = {
 }
 """S3 error code -> what is wrong, what to do."""
 
-_PASSING_CODES = frozenset(
+_TRANSIENT_CODES = frozenset(
     {
         *("SlowDown", "Throttling", "TooManyRequests", "429", "RequestTimeout", "408"),
         *("OperationAborted", "ConditionalRequestConflict", "409", "PreconditionFailed", "412"),
@@ -64,7 +64,7 @@ def first_line(error: BaseException) -> str:
 
 
 def permanent_error(error: Exception, name: str, text: str | None = None) -> Exception | None:
-    """What to raise for an error that another try would meet again; None for passing trouble.
+    """What to raise for an error that another try would meet again; None for a transient one.
 
     `name` is what the object is called, `text` what is told of the error: its first line if None.
     """
@@ -111,7 +111,7 @@ def _permanent_s3_error(
     if code in _REFUSALS:
         what, remedy = _REFUSALS[code]
         return AccessError(f"storage: {what}: {name}; {remedy}")
-    if code in _PASSING_CODES:
+    if code in _TRANSIENT_CODES:
         return None
     if code.isdecimal():
         # The answer had no body with S3's own code, as is usual for HEAD.

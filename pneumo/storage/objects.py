@@ -96,7 +96,7 @@ def _read_object(wanted: Range) -> bytes:
         return b""
     if is_s3(wanted.url):
         reading = ResumableRead(wanted)
-        retried(reading.go_on, wanted.url, progress=lambda: reading.received, label=wanted.label)
+        retried(reading.resume, wanted.url, progress=lambda: reading.received, label=wanted.label)
         return b"".join(reading.chunks)
     end = None if length is None else start + length
     data: bytes = retried(

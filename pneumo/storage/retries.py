@@ -1,4 +1,4 @@
-"""Requests to a server, sent again within a time budget while the trouble looks passing."""
+"""Requests to a server, sent again within a time budget while the failure looks transient."""
 
 from __future__ import annotations
 

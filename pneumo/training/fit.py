@@ -64,7 +64,7 @@ def fit(
     >>> history = pneumo.fit(config, store_url=store.url, run_url="run", world=pneumo.World(),
     ...                      device=torch.device("cpu"), callbacks=pneumo.Callbacks())
     """
-    device = _settle_device(config, device, callbacks)
+    device = _prepare_device(config, device, callbacks)
     store = PreparedStore(store_url, read_manifest(store_url), config.data)
     check_sizes(config, store.manifest, num_workers=world.size)
     resumption = claim_and_resume(config, store.manifest, run_url, world, callbacks.tell)
@@ -78,7 +78,7 @@ def fit(
         compiled=bool(config.train.compile),
     )
     network = build_network(config.model.backbone)
-    initialisation = _fill(network, config, world, run_url, resumption.checkpoint)
+    initialisation = _initialise(network, config, world, run_url, resumption.checkpoint)
     weight = resolve_pos_weight(config.train, store.manifest)
     learner = Learner(
         network, config.train, pos_weight=weight, seed=config.seed, world=world, device=device
@@ -87,7 +87,7 @@ def fit(
     return run.complete(train_data, val_data)
 
 
-def _settle_device(config: Config, device: torch.device, callbacks: Callbacks) -> torch.device:
+def _prepare_device(config: Config, device: torch.device, callbacks: Callbacks) -> torch.device:
     """The device with its number, made the process's own. Raises ConfigError."""
     check_compiler(config.train, device, callbacks.tell)
     if device.type != "cuda":
@@ -124,7 +124,7 @@ class _Run:
         self.slow_data = SlowData()
         before = resumption.checkpoint
         if before is not None:
-            self._go_on_from(before)
+            self._restore(before)
         self.writer = RunWriter(
             url,
             resumption.attempt,
@@ -136,7 +136,7 @@ class _Run:
             Start(initialisation, tuple(self.history), self.totals.step, self.steps_per_epoch)
         )
 
-    def _go_on_from(self, before: Checkpoint) -> None:
+    def _restore(self, before: Checkpoint) -> None:
         """Take over all that is not in the model."""
         self.history = list(before.history)
         self.totals = EpochTotals(
@@ -181,7 +181,7 @@ class _Run:
             self._save()
         validated = validate(self.learner, val_data, self.config, self.callbacks)
         if validated is None:
-            self._leave()
+            self._stop()
         taken = {"epoch_s": time.perf_counter() - started_s}
         record = Epoch(number, {"epoch": number, **trained, **validated, **taken})
         self.history.append(record.metrics)
@@ -258,7 +258,7 @@ class _Run:
             self._diverge(results.divergence)
         self.writer.check()
         if results.should_stop:
-            self._leave()
+            self._stop()
         if is_saved:
             self._save()
 
@@ -285,7 +285,7 @@ class _Run:
             f"train.clip_norm; the keys of the batch are in {url}"
         )
 
-    def _leave(self) -> NoReturn:
+    def _stop(self) -> NoReturn:
         """Write a checkpoint of this very step, and end the run as was asked."""
         self._save(wait=True)
         self._barrier()
@@ -363,7 +363,7 @@ class _Paces:
         return found
 
 
-def _fill(
+def _initialise(
     model: nn.Module, config: Config, world: World, run_url: str, before: Checkpoint | None
 ) -> Initialisation:
     """Fill the model with the weights that the attempt begins with."""

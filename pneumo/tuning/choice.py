@@ -21,7 +21,7 @@ from pneumo.config_layers import override
 from pneumo.dataset.manifest import Manifest
 from pneumo.network.backbones import build_model
 from pneumo.training.preconditions import resolve_pos_weight
-from pneumo.tuning.objective import Judgement
+from pneumo.tuning.objective import ObjectiveEstimate
 from pneumo.tuning.trials import Trial, rank
 
 CONFIRMED_SETTINGS = 3
@@ -94,7 +94,7 @@ def count_parameters(backbone: str) -> int:
 
 def choose_setting(
     trials: Sequence[Trial],
-    judgements: Mapping[str, Judgement],
+    estimates: Mapping[str, ObjectiveEstimate],
     config: TuneConfig,
     simplicity: Callable[[Trial], SimplicityKey],
 ) -> SettingChoice | None:
@@ -108,7 +108,7 @@ def choose_setting(
     if not finished:
         return None
     best = finished[0]
-    ties = [trial for trial in finished if _is_tie(trial, best, judgements, config)]
+    ties = [trial for trial in finished if _is_tie(trial, best, estimates, config)]
     taken = min(ties, key=simplicity)
     if len(ties) == 1:
         reason = "the best, and no other is within the standard error of its difference to it"
@@ -123,11 +123,11 @@ def choose_setting(
 
 
 def _is_tie(
-    trial: Trial, best: Trial, judgements: Mapping[str, Judgement], config: TuneConfig
+    trial: Trial, best: Trial, estimates: Mapping[str, ObjectiveEstimate], config: TuneConfig
 ) -> bool:
     if trial is best:
         return True
-    own, other = judgements.get(trial.name), judgements.get(best.name)
+    own, other = estimates.get(trial.name), estimates.get(best.name)
     mine, theirs = trial.objective(config), best.objective(config)
     if own is None or other is None or mine is None or theirs is None:
         return False

@@ -49,7 +49,7 @@ class Trial:
         return self.state in ("unfinished", "failed")
 
     @property
-    def is_judged(self) -> bool:
+    def is_comparable(self) -> bool:
         """Whether its objective, where it has one, tells how good its setting is."""
         return self.state in ("finished", "stopped")
 
