@@ -31,11 +31,7 @@ from pneumo.dataset.study_table import (
     write_studies,
     write_warnings,
 )
-from pneumo.errors import (
-    BadFilesError,
-    SourceError,
-    StoreError,
-)
+from pneumo.errors import BadFilesError, SourceError, StoreError
 
 CLAIM = "parts/claim.json"
 
@@ -47,7 +43,8 @@ def find_store(store_url: str, source: Source, config: Config) -> Manifest | Non
     Raises StoreError when the store, or an unfinished one, is of another source or other settings.
     """
     wanted = (source.digest, digest_settings(config))
-    url, claim = storage.join(store_url, CLAIM), _encode_claim(wanted)
+    claim = json.dumps({"source_digest": wanted[0], "prepare_digest": wanted[1]}).encode()
+    url = storage.join(store_url, CLAIM)
     while True:
         manifest = _find_finished(store_url, wanted)
         if manifest is not None:
@@ -123,16 +120,13 @@ def _write_tables(
     records = sorted((shard.record for shard in prepared), key=lambda item: item.entry.name)
     rejected = [*source.rejected, *(item for record in records for item in record.rejected)]
     quarantine = write_quarantine(store_url, rejected)
-    used = sum(record.entry.samples for record in records)
-    _check_bad_files(rejected, used + len(rejected), config, store_url)
+    _check_bad_files(rejected, sum(r.entry.samples for r in records), config, store_url)
     table = pa.concat_tables([shard.studies for shard in prepared])
     splits = _join_splits(records, table, has_patients=source.has_patients)
     shard_prevalence = _check_classes(splits)
     known = sum(record.known for record in records)
-    left_out = {**source.left_out, **({KNOWN_PICTURES: known} if known else {})}
     if known or len(rejected) > len(source.rejected):
         audit = _audit_used(source, table, audit, config)
-    studies = write_studies(store_url, table)
     contradictions = sum((Counter(record.contradictions) for record in records), Counter())
     mean, std = _moments(splits["train"].histogram)
     return Manifest(
@@ -140,7 +134,7 @@ def _write_tables(
         prepare_digest=digest_settings(config),
         image_size=config.prepare.image_size,
         layout=source.layout,
-        left_out=left_out,
+        left_out={**source.left_out, **({KNOWN_PICTURES: known} if known else {})},
         phantoms=phantoms,
         seed=config.seed,
         split=config.split,
@@ -151,7 +145,7 @@ def _write_tables(
         contradictions=dict(sorted(contradictions.items())),
         unlabelled=source.unlabelled,
         duplicates=find_duplicates(table, has_patients=source.has_patients),
-        studies=studies,
+        studies=write_studies(store_url, table),
         quarantine=quarantine,
         warnings=write_warnings(store_url, (w for item in records for w in item.warned)),
         splits=splits,
@@ -209,13 +203,10 @@ def _shard_urls(store_url: str, manifest: Manifest) -> set[str]:
     }
 
 
-def _encode_claim(claim: tuple[str, str]) -> bytes:
-    return json.dumps({"source_digest": claim[0], "prepare_digest": claim[1]}).encode()
-
-
 def _check_bad_files(
-    rejected: Sequence[Rejected], total: int, config: Config, store_url: str
+    rejected: Sequence[Rejected], used: int, config: Config, store_url: str
 ) -> None:
+    total = used + len(rejected)
     if len(rejected) > config.prepare.max_bad_fraction * total:
         reasons = sorted(Counter(item.reason for item in rejected).items())
         told = ", ".join(f"{reason} {number}" for reason, number in reasons)

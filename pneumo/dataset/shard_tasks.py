@@ -7,7 +7,7 @@ often, the bytes are the same.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import cv2
@@ -23,17 +23,11 @@ from pneumo.dataset.overlap import Seen
 from pneumo.dataset.shard_plans import ShardPlan
 from pneumo.dataset.shards import SHARD_SUFFIX, Sample, write_shard
 from pneumo.dataset.source import RSNA, Rejected, Study
-from pneumo.dataset.study_table import (
-    StudyRow,
-    StudyWarning,
-    digest_pixels,
-    tabulate_studies,
-)
-from pneumo.errors import (
-    ContentError,
-)
+from pneumo.dataset.study_table import StudyRow, StudyWarning, digest_pixels, tabulate_studies
+from pneumo.errors import ContentError
 from pneumo.images.dicom import GrayImage
 from pneumo.images.dicom_files import UnusableFile, decode_file, read_file, read_files
+from pneumo.images.gray_levels import Gray
 from pneumo.images.headers import NO_HEADER
 
 
@@ -41,14 +35,14 @@ class ShardRecord(BaseModel):
     """What one task leaves: enough to write the store's tables without looking at its shard."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    plan_digest: str
+    plan_digest: str = ""
     entry: ShardEntry
     """Of 0 samples, and without a file, when no study of the plan could be used."""
     rows: tuple[StudyRow, ...]
-    rejected: tuple[Rejected, ...]
+    rejected: tuple[Rejected, ...] = ()
     histogram: tuple[int, ...]
     """Stored pixels of each gray level."""
-    contradictions: dict[str, int]
+    contradictions: dict[str, int] = {}
     """Studies whose tables and header disagree, or lack something, by kind."""
     warned: tuple[StudyWarning, ...] = ()
     known: int = 0
@@ -126,14 +120,10 @@ def _write_shard(
     file_key: bytes,
     seen: Seen | None,
 ) -> ShardRecord:
-    rows: list[StudyRow] = []
-    rejected: list[Rejected] = []
+    rejected, warned, known = list[Rejected](), list[StudyWarning](), list[str]()
     contradictions: Counter[str] = Counter()
-    warned: list[StudyWarning] = []
-    histogram = np.zeros(256, np.int64)
-    known = list[str]()
 
-    def samples() -> Iterator[Sample]:
+    def studies() -> Iterator[tuple[StudyRow, Gray]]:
         files = read_files([(study.url, _label(study)) for study in plan.studies])
         for study, data in zip(plan.studies, files, strict=True):
             # First, while the file is in the core's cache.
@@ -148,25 +138,38 @@ def _write_shard(
             if seen is not None and seen.find_pictures([row])[0]:
                 known.append(study.key)
                 continue
-            # OpenCV counts in float32, exact to 16 million pixels, and five times as fast as numpy.
-            counts = cv2.calcHist([image.pixels], [0], None, [256], [0, 256])
-            np.add(histogram, counts.ravel().astype(np.int64), out=histogram)
             contradictions.update(_contradictions(study, image))
             warned.extend(StudyWarning(study.key, plan.split, code) for code in image.warnings)
-            rows.append(row)
-            yield Sample(study.key, image.pixels, study.target)
+            yield row, image.pixels
 
-    entry = write_shard(store_url, f"{plan.name}-{{digest}}{SHARD_SUFFIX}", samples())
-    return ShardRecord(
-        plan_digest=digest,
-        entry=entry,
-        rows=tuple(rows),
-        rejected=tuple(rejected),
-        histogram=tuple(histogram.tolist()),
-        contradictions=dict(contradictions),
-        warned=tuple(warned),
-        known=len(known),
+    record = write_studies_shard(store_url, plan.name, studies())
+    return record.model_copy(
+        update={
+            "plan_digest": digest,
+            "rejected": tuple(rejected),
+            "contradictions": dict(contradictions),
+            "warned": tuple(warned),
+            "known": len(known),
+        }
     )
+
+
+def write_studies_shard(
+    store_url: str, name: str, studies: Iterable[tuple[StudyRow, Gray]]
+) -> ShardRecord:
+    """Write the shard of some studies' rows and pictures; a record of it."""
+    rows, histogram = list[StudyRow](), np.zeros(256, np.int64)
+
+    def samples() -> Iterator[Sample]:
+        for row, pixels in studies:
+            rows.append(row)
+            # OpenCV counts in float32, exact to 16 million pixels, and five times as fast as numpy.
+            counts = cv2.calcHist([pixels], [0], None, [256], [0, 256])
+            np.add(histogram, counts.ravel().astype(np.int64), out=histogram)
+            yield Sample(row.key, pixels, row.target)
+
+    entry = write_shard(store_url, f"{name}-{{digest}}{SHARD_SUFFIX}", samples())
+    return ShardRecord(entry=entry, rows=tuple(rows), histogram=tuple(histogram.tolist()))
 
 
 def _label(study: Study) -> str:

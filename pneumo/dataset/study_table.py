@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -142,9 +142,7 @@ def read_studies(store_url: str, manifest: Manifest) -> dict[str, StudyRow]:
 
 def write_quarantine(store_url: str, rejected: Iterable[Rejected]) -> FileEntry:
     """Publish quarantine.jsonl, sorted by key; the entry that the manifest will carry."""
-    lines = (json.dumps(asdict(item)) for item in sorted(rejected, key=lambda item: item.key))
-    text = "".join(f"{line}\n" for line in lines)
-    return _write_file(store_url, QUARANTINE, text.encode())
+    return _write_lines(store_url, QUARANTINE, sorted(rejected, key=lambda item: item.key))
 
 
 def read_quarantine(store_url: str, manifest: Manifest) -> list[Rejected]:
@@ -152,18 +150,14 @@ def read_quarantine(store_url: str, manifest: Manifest) -> list[Rejected]:
 
     Raises DataError when the list is missing, or not what the manifest says.
     """
-    data = _read_checked_file(store_url, QUARANTINE, manifest.quarantine)
-    return [Rejected(**json.loads(line)) for line in data.splitlines()]
+    return [Rejected(**row) for row in _read_lines(store_url, QUARANTINE, manifest.quarantine)]
 
 
 def write_warnings(store_url: str, warned: Iterable[StudyWarning]) -> FileEntry | None:
     """Publish warnings.jsonl, sorted by key; the entry that the manifest will carry. Without any
     warning there is no file."""
     rows = sorted(warned, key=lambda item: (item.key, item.code))
-    if not rows:
-        return None
-    text = "".join(f"{json.dumps(asdict(item))}\n" for item in rows)
-    return _write_file(store_url, WARNINGS, text.encode())
+    return _write_lines(store_url, WARNINGS, rows) if rows else None
 
 
 def read_warnings(store_url: str, manifest: Manifest) -> list[StudyWarning]:
@@ -173,8 +167,18 @@ def read_warnings(store_url: str, manifest: Manifest) -> list[StudyWarning]:
     """
     if manifest.warnings is None:
         return []
-    data = _read_checked_file(store_url, WARNINGS, manifest.warnings)
-    return [StudyWarning(**json.loads(line)) for line in data.splitlines()]
+    return [StudyWarning(**row) for row in _read_lines(store_url, WARNINGS, manifest.warnings)]
+
+
+def _write_lines(
+    store_url: str, name: str, rows: Sequence[Rejected] | Sequence[StudyWarning]
+) -> FileEntry:
+    text = "".join(f"{json.dumps(asdict(row))}\n" for row in rows)
+    return _write_file(store_url, name, text.encode())
+
+
+def _read_lines(store_url: str, name: str, entry: FileEntry) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in _read_checked_file(store_url, name, entry).splitlines()]
 
 
 def _write_file(store_url: str, name: str, data: bytes) -> FileEntry:

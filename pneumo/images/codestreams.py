@@ -9,16 +9,8 @@ import re
 import struct
 from typing import NamedTuple
 
-from pydicom.uid import (
-    HTJ2K,
-    JPEG2000,
-    UID,
-    JPEGBaseline8Bit,
-    JPEGExtended12Bit,
-    JPEGLosslessSV1,
-    JPEGLSNearLossless,
-    RLELossless,
-)
+from pydicom import uid
+from pydicom.uid import UID
 
 _MAX_TILES = 4096  # of JPEG 2000; each takes kilobytes, whatever its size in pixels
 
@@ -69,10 +61,10 @@ _START_OF_JPEG_2000 = b"\xff\x4f\xff\x51"
 _EXTENDED_CAPABILITIES = b"\xff\x50"  # of HTJ2K, right after the size
 _SCAN_MARKER = re.compile(rb"\xff[\x80-\xcf\xd8-\xfe]")  # restart markers and stuffing aside
 _SYNTAX_OF_FRAME_HEADER = {
-    **dict.fromkeys((0xC0, 0xC2), JPEGBaseline8Bit),
-    0xC1: JPEGExtended12Bit,
-    0xC3: JPEGLosslessSV1,
-    0xF7: JPEGLSNearLossless,
+    **dict.fromkeys((0xC0, 0xC2), uid.JPEGBaseline8Bit),
+    0xC1: uid.JPEGExtended12Bit,
+    0xC3: uid.JPEGLosslessSV1,
+    0xF7: uid.JPEGLSNearLossless,
 }
 
 
@@ -82,14 +74,14 @@ def find_syntax(frame: bytes) -> UID | None:
     if jpeg_2000 is not None:
         size = int.from_bytes(frame[jpeg_2000 + 4 : jpeg_2000 + 6], "big")
         after = jpeg_2000 + 4 + size
-        return HTJ2K if frame[after : after + 2] == _EXTENDED_CAPABILITIES else JPEG2000
+        return uid.HTJ2K if frame[after : after + 2] == _EXTENDED_CAPABILITIES else uid.JPEG2000
     position = _find_frame_header(frame)
     if position is not None:
         return _SYNTAX_OF_FRAME_HEADER.get(frame[position + 1])
     if len(frame) >= 64:
         segments, first = struct.unpack_from("<2I", frame)
         if 1 <= segments <= 15 and first == 64:
-            return RLELossless
+            return uid.RLELossless
     return None
 
 

@@ -19,6 +19,7 @@ from pneumo import storage
 from pneumo.config import WEIGHTS_WITHOUT_FILE, ModelConfig
 from pneumo.errors import ConfigError
 from pneumo.network.gray_convolution import GrayConv2d
+from pneumo.storage.failures import first_line
 
 _DOWNLOAD_TIMEOUT_S = 15.0
 _WRAPPERS = ("state_dict", "model_state_dict", "teacher", "student", "model", "net", "encoder")
@@ -82,7 +83,7 @@ def initialise(model: nn.Module, config: ModelConfig, *, seed: int) -> Initialis
             state = _download(config.backbone)
         # A broken cache fails as torch.load does; a proxy as http.client does.
         except (OSError, RuntimeError, HTTPException, pickle.UnpicklingError, EOFError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             return Initialisation(
                 "random",
                 f"ImageNet weights are not available ({reason}): random weights, seed {seed}, "

@@ -12,7 +12,6 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -20,6 +19,7 @@ from pneumo.config import Config, TuneConfig
 from pneumo.config_layers import override
 from pneumo.dataset.manifest import Manifest
 from pneumo.network.backbones import build_model
+from pneumo.search_space import flatten
 from pneumo.training.preconditions import resolve_pos_weight
 from pneumo.tuning.objective import ObjectiveEstimate
 from pneumo.tuning.trials import Trial, rank
@@ -77,8 +77,8 @@ class SettingChoice:
 def measure_simplicity(config: Config, manifest: Manifest, trial: Trial) -> SimplicityKey:
     """How large a trial's network is, and how far its setting is from the configuration's."""
     chosen = override(config, trial.settings)
-    base = config.model_dump()
-    changed = sum(_look_up(base, key) != value for key, value in trial.settings.items())
+    base = flatten(config.model_dump())
+    changed = sum(base[key] != value for key, value in trial.settings.items())
     return SimplicityKey(
         count_parameters(chosen.model.backbone),
         changed,
@@ -179,9 +179,3 @@ def settings_to_confirm(trials: Sequence[Trial], config: TuneConfig) -> tuple[Tr
     """The best CONFIRMED_SETTINGS."""
     finished = [trial for trial in rank(trials, config) if trial.state == "finished"]
     return tuple(finished[:CONFIRMED_SETTINGS])
-
-
-def _look_up(tree: Mapping[str, Any], key: str) -> Any:
-    for part in key.split("."):
-        tree = tree[part]
-    return tree

@@ -23,22 +23,19 @@ class PhantomLayout:
     name: str
     tables: tuple[str, ...]
     """Files that a whole folder has besides the pictures."""
-    place: Callable[[PhantomStudy], str]
+    path_of: Callable[[PhantomStudy], str]
     """Where the study's picture goes, below the folder."""
     write_tables: Callable[[Path, Sequence[PhantomStudy], Boxes], None]
 
     def encode(self, study: PhantomStudy, pixels: NDArray[np.uint8]) -> bytes:
         """The file of the study's picture, as its name ends."""
-        ending = Path(self.place(study)).suffix
+        ending = Path(self.path_of(study)).suffix
         if ending in (".dcm", ".dicom"):
             return encode_dicom(study, pixels)
         return cv2.imencode(ending, pixels)[1].tobytes()
 
 
-# --- own table ------------------------------------------------------------------------------------
-
-
-def _place_own(study: PhantomStudy) -> str:
+def _path_of_own(study: PhantomStudy) -> str:
     return f"images/{study.name}.png"
 
 
@@ -47,21 +44,14 @@ def _write_own_table(out: Path, studies: Sequence[PhantomStudy], boxes: Boxes) -
         ("file", "patient", "target", "finding", "view", "age", "sex", *Box._fields)
     ]
     for study, own in zip(studies, boxes, strict=True):
-        row = (_place_own(study), f"p{study.patient}", int(study.positive), study.finding)
+        row = (_path_of_own(study), f"p{study.patient}", int(study.positive), study.finding)
         header = (study.view, study.age, study.sex)
         rows += [(*row, *header, *box) for box in own or [("",) * 4]]
     write_rows(out / "studies.csv", rows)
 
 
-# --- NIH ChestX-ray14 -----------------------------------------------------------------------------
-
-
 def _name_nih(study: PhantomStudy) -> str:
     return f"{study.patient + 1:08d}_{study.index:03d}.png"
-
-
-def _place_nih(study: PhantomStudy) -> str:
-    return f"images_001/images/{_name_nih(study)}"
 
 
 def _write_nih_tables(out: Path, studies: Sequence[PhantomStudy], boxes: Boxes) -> None:
@@ -81,10 +71,7 @@ def _write_nih_tables(out: Path, studies: Sequence[PhantomStudy], boxes: Boxes) 
     write_rows(out / "BBox_List_2017.csv", drawn)
 
 
-# --- CheXpert -------------------------------------------------------------------------------------
-
-
-def _place_chexpert(study: PhantomStudy) -> str:
+def _path_of_chexpert(study: PhantomStudy) -> str:
     folder = f"train/patient{study.patient + 1:05d}/study{study.index + 1}"
     return f"{folder}/view1_frontal.jpg"
 
@@ -94,7 +81,7 @@ def _write_chexpert_tables(out: Path, studies: Sequence[PhantomStudy], boxes: Bo
     names = ("Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", "No Finding", "Pneumonia")
     rows: list[Sequence[object]] = []
     for number, study in enumerate(studies):
-        path = f"CheXpert-v1.0-small/{_place_chexpert(study)}"
+        path = f"CheXpert-v1.0-small/{_path_of_chexpert(study)}"
         sex = {"F": "Female", "M": "Male"}[study.sex]
         label = "1.0" if study.positive else "-1.0" if number % 7 == 0 else "0.0"
         label = "" if label == "0.0" and number % 5 == 0 else label
@@ -104,13 +91,6 @@ def _write_chexpert_tables(out: Path, studies: Sequence[PhantomStudy], boxes: Bo
             side = path.replace("view1_frontal", "view2_lateral")
             rows.append((side, sex, study.age, "Lateral", "", healthy, label))
     write_rows(out / "train.csv", [names, *rows])
-
-
-# --- VinDr-CXR ------------------------------------------------------------------------------------
-
-
-def _place_vindr(study: PhantomStudy) -> str:
-    return f"train/{study.name}.dicom"
 
 
 def _write_vindr_table(out: Path, studies: Sequence[PhantomStudy], boxes: Boxes) -> None:
@@ -129,10 +109,7 @@ def _write_vindr_table(out: Path, studies: Sequence[PhantomStudy], boxes: Boxes)
     write_rows(out / "train.csv", rows)
 
 
-# --- chest_xray -----------------------------------------------------------------------------------
-
-
-def _place_kermany(study: PhantomStudy) -> str:
+def _path_of_kermany(study: PhantomStudy) -> str:
     split = "test" if study.patient % 5 == 0 else "train"
     if study.positive:
         cause = "virus" if study.patient % 3 == 0 else "bacteria"
@@ -141,26 +118,31 @@ def _place_kermany(study: PhantomStudy) -> str:
     return f"{split}/NORMAL/IM-{study.patient:04d}-{study.index:04d}.jpeg"
 
 
-def _write_no_table(out: Path, studies: Sequence[PhantomStudy], boxes: Boxes) -> None:
-    """The folders say it all."""
-
-
-def _place_kaggle(study: PhantomStudy) -> str:
-    return f"{IMAGE_FOLDERS[0]}/{study.name}.dcm"
-
-
 KAGGLE = PhantomLayout(
-    "rsna", (LABEL_TABLES[0], CLASS_TABLES[0], MAPPING[0]), _place_kaggle, write_kaggle_tables
+    "rsna",
+    (LABEL_TABLES[0], CLASS_TABLES[0], MAPPING[0]),
+    lambda study: f"{IMAGE_FOLDERS[0]}/{study.name}.dcm",
+    write_kaggle_tables,
 )
-_NIH_TABLES = ("Data_Entry_2017.csv", "BBox_List_2017.csv")
 PHANTOM_LAYOUTS: Mapping[str, PhantomLayout] = {
     layout.name: layout
     for layout in (
         KAGGLE,
-        PhantomLayout("own-table", ("studies.csv",), _place_own, _write_own_table),
-        PhantomLayout("nih", _NIH_TABLES, _place_nih, _write_nih_tables),
-        PhantomLayout("chexpert", ("train.csv",), _place_chexpert, _write_chexpert_tables),
-        PhantomLayout("vindr", ("train.csv",), _place_vindr, _write_vindr_table),
-        PhantomLayout("kermany", (), _place_kermany, _write_no_table),
+        PhantomLayout("own-table", ("studies.csv",), _path_of_own, _write_own_table),
+        PhantomLayout(
+            "nih",
+            ("Data_Entry_2017.csv", "BBox_List_2017.csv"),
+            lambda study: f"images_001/images/{_name_nih(study)}",
+            _write_nih_tables,
+        ),
+        PhantomLayout("chexpert", ("train.csv",), _path_of_chexpert, _write_chexpert_tables),
+        PhantomLayout(
+            "vindr",
+            ("train.csv",),
+            lambda study: f"train/{study.name}.dicom",
+            _write_vindr_table,
+        ),
+        # Its folders say it all.
+        PhantomLayout("kermany", (), _path_of_kermany, lambda out, studies, boxes: None),
     )
 }
