@@ -4,8 +4,6 @@
 its line in `--help`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from typing import Annotated, Any, Literal, Self

@@ -6,8 +6,6 @@ Unknown keys and values that are not allowed raise ConfigError before anything s
 names the key, the layer it came from and what is allowed.
 """
 
-from __future__ import annotations
-
 import difflib
 import tomllib
 from collections.abc import Mapping, Sequence

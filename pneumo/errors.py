@@ -14,8 +14,6 @@ processes. A message is one line: where, got, expected, what to do. Nothing from
 ever stands in it.
 """
 
-from __future__ import annotations
-
 from typing import ClassVar, Literal
 
 

@@ -3,8 +3,6 @@
 Everything here is importable from `pneumo` itself; docs/python.md shows how it fits together.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Some pictures of the training split for each finding, to be looked at."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 A patient or a picture of any store's test is in no train or val, and one of any val in no train.
 """
 
-from __future__ import annotations
-
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -3,8 +3,6 @@
 It is written last; without it there is no store.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator

@@ -5,8 +5,6 @@ who trains on NIH's train may test on RSNA's test. The salt was chosen once, as 
 64 on the metadata of all 26,684 studies of RSNA; docs/benchmark.md has the counts.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 

@@ -5,8 +5,6 @@ in 4 bits at most, the 2.09 million pairs of two pictures in 48 at least, and 95
 from themselves with other contrast or gamma in 22 at most. A crop is not found.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import lru_cache
 

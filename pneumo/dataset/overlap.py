@@ -1,9 +1,8 @@
 """Who is in two stores: patients, studies and pictures that a model was trained on."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 from pneumo import storage
 from pneumo.dataset.near_duplicates import find_near_duplicates
@@ -31,7 +30,7 @@ class Seen:
     """See `StudyRow.picture_hash`."""
 
     @classmethod
-    def of(cls, studies: Iterable[StudyRow]) -> Seen:
+    def of(cls, studies: Iterable[StudyRow]) -> Self:
         """Of studies of all splits."""
         rows = [row for row in studies if row.split in SEEN]
         patients, digests = ({getattr(r, n) for r in rows} for n in ("patient", "pixels_digest"))

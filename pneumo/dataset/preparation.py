@@ -4,8 +4,6 @@ A killed preparation is continued: records of finished shards lie under `parts/`
 written last, then the records are removed.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence

@@ -3,8 +3,6 @@
 What is unknown is counted as such, never left out. Nothing here names a study or a patient.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from bisect import bisect_right

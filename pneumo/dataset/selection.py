@@ -1,7 +1,5 @@
 """Which studies of a source go into a store, and in which split each is."""
 
-from __future__ import annotations
-
 import hashlib
 import random
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """Which studies go to which shard."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import random

@@ -4,11 +4,10 @@ Everything depends on the source, the settings and the seed alone: whoever does 
 often, the bytes are the same.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Self
 
 import cv2
 import numpy as np
@@ -61,7 +60,7 @@ class PreparedShard:
     """Whether an earlier run had written it."""
 
     @classmethod
-    def of(cls, record: ShardRecord, *, reused: bool) -> PreparedShard:
+    def of(cls, record: ShardRecord, *, reused: bool) -> Self:
         """The shard that a record describes."""
         table = tabulate_studies(record.rows)
         return cls(record.model_copy(update={"rows": ()}), table, reused)

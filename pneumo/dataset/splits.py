@@ -7,8 +7,6 @@ remembered beside the source and stated in the manifest, so that studies that co
 nobody. A published split is taken from a list instead.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -1,7 +1,5 @@
 """What a store says of its studies beside the shards: studies.parquet, and quarantine.jsonl."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

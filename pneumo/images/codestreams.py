@@ -3,8 +3,6 @@
 Where header and codestream differ, the codestream is right: the decoder follows it.
 """
 
-from __future__ import annotations
-
 import re
 import struct
 from typing import NamedTuple

@@ -6,8 +6,6 @@
 picture at half size, libjpeg decodes at half size, within 3 gray levels of the full decode.
 """
 
-from __future__ import annotations
-
 import re
 import threading
 import warnings

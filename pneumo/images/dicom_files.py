@@ -1,7 +1,5 @@
 """Files of pictures one after the other: their bytes and pictures, or why there are none."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor

@@ -5,8 +5,6 @@ any doubt, gives None, and pydicom reads it; tests compare the two, also over da
 7.1.2 and A.4.
 """
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass

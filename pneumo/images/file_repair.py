@@ -5,8 +5,6 @@ known: the frame has the bytes that the header says, or its codestream has its o
 Little endian only. PS3.5 7.1 and A.4.
 """
 
-from __future__ import annotations
-
 import re
 import struct
 from collections.abc import Callable, Iterator

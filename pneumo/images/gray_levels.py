@@ -11,8 +11,6 @@ What would hide the picture (slope 0, a window outside all values, a table that 
 its bits) is skipped or corrected, and recorded in `repairs`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The four values of a DICOM header that are kept."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from typing import Any

@@ -5,8 +5,6 @@ what is doubtful is a warning, and the picture is used. docs/preparing.md has th
 real radiographs raise them, and how many broken ones do.
 """
 
-from __future__ import annotations
-
 import cv2
 import numpy as np
 import numpy.typing as npt

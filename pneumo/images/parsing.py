@@ -1,7 +1,5 @@
 """DICOM bytes -> a pydicom data set, within bounds: a small file may claim or inflate to much."""
 
-from __future__ import annotations
-
 import io
 import zlib
 from collections.abc import Callable

@@ -5,8 +5,6 @@ window, are scaled from the picture's least value (black) to its greatest (white
 looked up, an opaque alpha channel is dropped, an EXIF or TIFF orientation is applied.
 """
 
-from __future__ import annotations
-
 import io
 import warnings
 from typing import Any

@@ -6,8 +6,6 @@ the codestream says, and some crash. So its size must be the header's, and expan
 all else (bits, planes, syntax, length) the codestream is right where the header says otherwise.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import itertools
 import struct

@@ -1,7 +1,5 @@
 """Words that a decoder gives -> stored values, by the header's bits and sign or against them."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

@@ -7,8 +7,6 @@ on the CPU, and applied in this order: by OpenCV on a CPU (several times as fast
 it up, and agree to one level, save at hard edges: OpenCV places pixels to 1/32.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import cache

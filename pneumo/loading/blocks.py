@@ -1,7 +1,5 @@
 """A split's blocks: each is read by one request, checked against its digest and decoded."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass

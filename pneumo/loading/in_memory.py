@@ -1,7 +1,5 @@
 """A split in memory, on the CPU or on the GPU: each block is read once in a run."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor

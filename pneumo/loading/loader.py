@@ -1,7 +1,5 @@
 """From a store to batches: read from memory or streamed, augmented and normalised on the device."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial

@@ -3,8 +3,6 @@
 While step k computes, batch k + 1 is read, copied and augmented. It is the same batch as without.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar

@@ -1,7 +1,5 @@
 """A split streamed: blocks are read shortly before they are needed, and dropped afterwards."""
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor

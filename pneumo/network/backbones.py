@@ -1,7 +1,5 @@
 """torchvision's networks with one input channel and one logit, and their first weights."""
 
-from __future__ import annotations
-
 import io
 import pickle
 import socket

@@ -1,7 +1,5 @@
 """A first convolution of one channel that is fast on a GPU."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

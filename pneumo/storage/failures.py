@@ -1,7 +1,5 @@
 """Which errors of a server are permanent, and what a person is told of them."""
 
-from __future__ import annotations
-
 import errno
 from collections.abc import Mapping
 from typing import Any

@@ -9,8 +9,6 @@ Errors are those of `pneumo.errors` (AccessError, StorageError, ContentError), e
 object is Python's own FileNotFoundError, for the caller to say what was missing.
 """
 
-from __future__ import annotations
-
 import hashlib
 import uuid
 from collections.abc import Callable

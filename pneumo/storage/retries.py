@@ -1,7 +1,5 @@
 """Requests to a server, sent again within a time budget while the failure looks transient."""
 
-from __future__ import annotations
-
 import logging
 import random
 import time

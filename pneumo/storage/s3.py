@@ -1,7 +1,5 @@
 """What is asked of an S3 server."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import re

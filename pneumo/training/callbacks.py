@@ -1,7 +1,5 @@
 """What a training tells whoever called it, and what it asks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 

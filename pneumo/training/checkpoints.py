@@ -9,8 +9,6 @@ nothing, as its id is no longer there. The id is in the names of its files too, 
 write the same one.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import os

@@ -5,8 +5,6 @@ is and hears of every epoch. Batches, gradients and BatchNorm's statistics do no
 number of ranks (`train_step.py`): losses and weights agree up to the rounding of sums.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable, Mapping

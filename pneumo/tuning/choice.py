@@ -6,8 +6,6 @@ is taken. With confirmation the best settings are trained again with seeds that 
 choosing them.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence

@@ -8,12 +8,10 @@ hard for both cancels out. `auroc`: placements (DeLong 1988, by patient as in Ob
 since a weight of positives shifts every logit and the loss would count that.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -44,7 +42,7 @@ class ObjectiveEstimate:
         """Of the value, with patients as the independent unit."""
         return _clustered_error(self.influence, self.patient)
 
-    def error_of_difference(self, other: ObjectiveEstimate) -> float:
+    def error_of_difference(self, other: Self) -> float:
         """The standard error of the difference to another estimate of the same studies."""
         return _clustered_error(self.influence - other.influence, self.patient)
 

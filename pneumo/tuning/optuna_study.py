@@ -1,7 +1,5 @@
 """A search as Optuna knows it: for its plots, its samplers and its importance."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import optuna

@@ -1,7 +1,5 @@
 """What a search found: its trials, the chosen setting, and the files written of them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field

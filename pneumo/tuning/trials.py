@@ -1,7 +1,5 @@
 """One trial of a search: its setting, its epochs, and how trials are ranked."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Anatomy is drawn in image heights, x from the midline and y from the top, on a c
 the film's noise is added at 1024.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

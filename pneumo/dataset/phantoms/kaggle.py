@@ -1,7 +1,5 @@
 """Phantoms in the layout of Kaggle's RSNA Pneumonia data."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -1,7 +1,5 @@
 """The layouts that phantoms are written in: where a picture goes, how it is encoded, the tables."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -4,8 +4,6 @@ Nothing here comes from a patient. `synthetic.json` says what the folder holds; 
 and once more, with the size of the images, when the folder is whole.
 """
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os

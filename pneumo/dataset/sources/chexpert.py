@@ -3,8 +3,6 @@
 https://stanfordmlgroup.github.io/competitions/chexpert
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 

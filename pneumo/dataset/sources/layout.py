@@ -1,7 +1,5 @@
 """What every layout works with: a folder with its secret, and the studies under their keys."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
@@ -54,7 +52,7 @@ class Layout:
     """What to say of a folder that has traces, but is not recognised."""
     recognise: Callable[[Mapping[str, str]], bool]
     """Whether a folder of these names and URLs has the layout."""
-    read: Callable[[Folder, Layout], Source]
+    read: Callable[[Folder, "Layout"], Source]
     """Raises SourceError."""
     settings: frozenset[str] = frozenset()
     """Settings of `prepare` that have an effect on this layout alone."""

@@ -4,8 +4,6 @@ Its patient numbers are those of RSNA's mapping, so under one secret a patient h
 https://nihcc.app.box.com/v/ChestXray-NIHCC
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """`studies.csv` beside pictures of any kind -> studies: the layout for your own data."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath

@@ -1,7 +1,5 @@
 """Which layout a folder has, and its studies."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections import Counter

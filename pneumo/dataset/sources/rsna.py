@@ -5,8 +5,6 @@ ChestX-ray14, whose file names begin with the patient's number.
 https://www.rsna.org/rsnai/ai-image-challenge/rsna-pneumonia-detection-challenge-2018
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial

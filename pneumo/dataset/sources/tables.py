@@ -1,7 +1,5 @@
 """Folders and tables of a source: what lies in them, and errors that quote no cell."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import math
