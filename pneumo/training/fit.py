@@ -24,7 +24,7 @@ from pneumo.loading.in_memory import InMemorySplit
 from pneumo.loading.loader import Loader, open_loaders
 from pneumo.loading.sample_order import World, steps_per_epoch
 from pneumo.network.backbones import Initialisation, build_model, initialise
-from pneumo.training.callbacks import Callbacks, Epoch, Metrics, Pace, Start
+from pneumo.training.callbacks import Callbacks, Epoch, Metrics, Start, StepProgress
 from pneumo.training.checkpoint_writer import RunWriter
 from pneumo.training.checkpoints import AUROC_OF, Checkpoint, copy_to_cpu
 from pneumo.training.optimisation import learning_rate
@@ -203,7 +203,7 @@ class _Run:
         config, learner, epoch = self.config.train, self.learner, len(self.history)
         times = StepTimes(config.batch_size)
         results = StepResults(data.device, self.totals)
-        paces = _Paces(learner, times, results)
+        reports = _ProgressReports(learner, times, results)
         learner.network.train()
         batches = data.epoch(
             epoch,
@@ -215,7 +215,7 @@ class _Run:
         )
         num_steps = config.epochs * self.steps_per_epoch
         for step, batch in enumerate(times.watch(batches), self.totals.step):
-            is_reported = step + 1 == self.steps_per_epoch or paces.is_due()
+            is_reported = step + 1 == self.steps_per_epoch or reports.is_due()
             values = learner.learn(
                 batch,
                 epoch=epoch,
@@ -228,8 +228,8 @@ class _Run:
             self._act_on(results)
             self.callbacks.on_step(epoch + 1, step + 1, self.steps_per_epoch)
             if is_reported:
-                pace = Pace(epoch + 1, step + 1, self.steps_per_epoch, paces.take())
-                self.callbacks.on_pace(pace)
+                progress = StepProgress(epoch + 1, step + 1, self.steps_per_epoch, reports.take())
+                self.callbacks.on_progress(progress)
         assert self.totals.samples == self.steps_per_epoch * config.batch_size
         learner.optimizer.zero_grad(set_to_none=True)
         self._warn_of_slow_data(times)
@@ -333,7 +333,7 @@ class _Run:
             dist.barrier()
 
 
-class _Paces:
+class _ProgressReports:
     """How an epoch goes, from one report to the next."""
 
     def __init__(self, learner: Learner, times: StepTimes, results: StepResults) -> None:
@@ -348,7 +348,7 @@ class _Paces:
         return time.monotonic() - self.taken_s >= _REPORT_INTERVAL_S
 
     def take(self) -> Metrics:
-        """What `Pace.metrics` holds. Waits for nothing: on a GPU it is as of the step before."""
+        """`StepProgress.metrics`. Waits for nothing: on a GPU it is of the step before."""
         losses = self.results.losses[self.num_losses :]
         found = {
             "train/loss": sum(losses) / len(losses) if losses else None,
