@@ -1,6 +1,7 @@
 """The four values of a DICOM header that are kept."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,12 +90,14 @@ def read_header(dataset: pydicom.Dataset, repairs: Repairs) -> Header:
     )
 
 
-def make_header(*, age: str, sex: Any, view: Any, spacing: Any) -> Header:
-    """A header of these values as they stand in the file; what is implausible becomes None."""
-    try:
-        spacing_mm = float(spacing[0]) if spacing else 0.0
-    except (TypeError, ValueError):
-        spacing_mm = 0.0
+def make_header(
+    *, age: str, sex: str | None, view: str | None, spacing: Sequence[float] = ()
+) -> Header:
+    """A header of these values as they stand in the file; what is implausible becomes None.
+
+    `spacing` is that of the rows, in mm, and perhaps more numbers.
+    """
+    spacing_mm = spacing[0] if spacing else 0.0
     return Header(
         age=parse_age(age),
         sex=sex if sex in ("M", "F") else None,

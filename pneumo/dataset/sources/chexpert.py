@@ -79,7 +79,7 @@ def _read_table(
             storage.join(folder.url, *parts[-4:]),
             target,
             positive[0] if target else mentioned,
-            header=make_header(age=age, sex=sex[:1], view=view, spacing=None),
+            header=make_header(age=age, sex=sex[:1], view=view),
             published=split,
         )
 
