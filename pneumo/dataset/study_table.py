@@ -86,11 +86,7 @@ def find_duplicates(studies: pa.Table, *, has_patients: bool) -> Duplicates:
 
 def tabulate_studies(rows: Iterable[StudyRow]) -> pa.Table:
     """The rows as they stand in studies.parquet."""
-    columns: dict[str, list[Any]] = {name: [] for name in StudyRow.__dataclass_fields__}
-    for row in rows:
-        for name, values in columns.items():
-            value = getattr(row, name)
-            values.append([list(box) for box in value] if name == "boxes" else value)
+    rows = list(rows)
     types = {
         "boxes": pa.list_(pa.list_(pa.float64())),
         "target": pa.int64(),
@@ -98,7 +94,10 @@ def tabulate_studies(rows: Iterable[StudyRow]) -> pa.Table:
         "spacing_mm": pa.float64(),
     }
     return pa.table(
-        {name: pa.array(column, types.get(name, pa.string())) for name, column in columns.items()}
+        {
+            name: pa.array([getattr(row, name) for row in rows], types.get(name, pa.string()))
+            for name in StudyRow.__dataclass_fields__
+        }
     )
 
 

@@ -81,8 +81,7 @@ class InMemoryFeed:
             )
 
     def _fill(self, plan: Sequence[Rows]) -> None:
-        """Read the blocks of `plan` that are not in memory. Raises DataError for a key that stands
-        twice."""
+        """Read the blocks of `plan` that are not in memory."""
         needed = self.blocks.containing(np.concatenate(plan)).tolist() if plan else []
         missing = sorted(set(needed) - self.loaded)
         if not missing:
@@ -94,12 +93,6 @@ class InMemoryFeed:
             pool.shutdown(wait=False, cancel_futures=True)
         if self.images.device.type == "cuda":  # whichever stream reads them next
             torch.cuda.synchronize(self.images.device)
-        present = [key for key in self.keys if key]
-        if twice := len(present) - len(set(present)):
-            raise DataError(
-                f"split {self.blocks.split}: {twice} of {len(present)} studies stand in it "
-                "more than once; delete the store and prepare it again"
-            )
 
     def _load(self, number: int) -> None:
         """Read a block to its place; on a CPU it is decoded there."""

@@ -1,6 +1,6 @@
 """From a store to batches: read from memory or streamed, augmented and normalised on the device."""
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -79,13 +79,16 @@ class Loader:
         order = sample_order.epoch_order(
             self.block_sizes, batch_size=batch_size, seed=seed, epoch=epoch
         )
-        rows_of_step = partial(
-            sample_order.train_rows,
-            order,
-            batch_size=batch_size,
-            world=self.world,
-            micro_batch_size=micro_batch_size,
-        )
+        plan = [
+            sample_order.train_rows(
+                order,
+                step,
+                batch_size=batch_size,
+                world=self.world,
+                micro_batch_size=micro_batch_size,
+            )
+            for step in range(start_step, steps)
+        ]
         change = partial(
             augmentation.augment,
             config=augment,
@@ -94,7 +97,6 @@ class Loader:
             moments=self.moments,
             compiled=self.compiled,
         )
-        plan = [rows_of_step(step) for step in range(start_step, steps)]
         yield from self._prefetch(self.feed.feed(plan), change)
 
     def evaluation(self, *, batch_size: int) -> Iterator[Batch]:
@@ -102,11 +104,10 @@ class Loader:
 
         `batch_size` is this rank's own. Raises DataError and StorageError.
         """
-
-        def normalise(images: Tensor, keys: tuple[str, ...]) -> Tensor:
-            return augmentation.normalise(images, *self.moments)
-
-        yield from self._prefetch(self.rank_slice(batch_size=batch_size), normalise)
+        yield from self._prefetch(
+            self.rank_slice(batch_size=batch_size),
+            lambda images, _: augmentation.normalise(images, *self.moments),
+        )
 
     def rank_slice(self, *, batch_size: int) -> Iterator[Samples]:
         """What `evaluation` gives, as it is stored: gray levels, on the CPU when streamed."""
@@ -119,13 +120,15 @@ class Loader:
         self, stored: Iterable[Samples], change: Callable[[Tensor, tuple[str, ...]], Tensor]
     ) -> Iterator[Batch]:
         """Batches of what is stored, changed on the device."""
-
-        def make() -> Generator[Batch, None, None]:
-            for samples in stored:
-                images = change(to_device(samples.images, self.device), samples.keys)
-                yield Batch(images, to_device(samples.targets, self.device), samples.keys)
-
-        yield from prefetch(make(), self.device, lambda batch: (batch.images, batch.targets))
+        batches = (
+            Batch(
+                change(to_device(samples.images, self.device), samples.keys),
+                to_device(samples.targets, self.device),
+                samples.keys,
+            )
+            for samples in stored
+        )
+        yield from prefetch(batches, self.device, lambda batch: (batch.images, batch.targets))
 
 
 def open_loader(

@@ -535,7 +535,7 @@ def test_a_study_that_stands_twice_is_refused(spoilt: tuple[str, Manifest], way:
     again = write_shard(store_url, "train/000002.tar", [*samples[32:47], samples[3]])
     train = manifest.splits["train"].model_copy(update={"shards": (*entries[:2], again)})
     wrong = manifest.model_copy(update={"splits": {**manifest.splits, "train": train}})
-    message = "split train: (1 of 48 studies stand|a study stands) in it more than once"
+    message = "split train: a study stands in it more than once"
     with pytest.raises(DataError, match=message):
         list(open_split((store_url, wrong), way).evaluation(batch_size=8))
     with pytest.raises(DataError, match=message):
