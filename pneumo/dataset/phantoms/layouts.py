@@ -1,17 +1,27 @@
 """The layouts that phantoms are written in: where a picture goes, how it is encoded, the tables."""
 
-from collections.abc import Callable, Mapping, Sequence
+import csv
+import io
+import json
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
+import pydicom
 from numpy.typing import NDArray
+from pydicom.encaps import encapsulate
+from pydicom.uid import UID, JPEGBaseline8Bit, SecondaryCaptureImageStorage
 
-from pneumo.dataset.phantoms.kaggle import Boxes, encode_dicom, write_kaggle_tables, write_rows
+from pneumo.dataset.phantoms.drawing import IMAGE_SIDE_PX
 from pneumo.dataset.phantoms.population import PhantomStudy
 from pneumo.dataset.sources.rsna import CLASS_TABLES, IMAGE_FOLDERS, LABEL_TABLES, MAPPING
 from pneumo.images.boxes import Box
+
+Boxes = Sequence[tuple[Box, ...]]
+"""Of each study."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +39,70 @@ class PhantomLayout:
         """The file of the study's picture, as its name ends."""
         ending = Path(self.path_of(study)).suffix
         if ending in (".dcm", ".dicom"):
-            return encode_dicom(study, pixels)
+            return _encode_dicom(study, pixels)
         return cv2.imencode(ending, pixels)[1].tobytes()
+
+
+def _encode_dicom(study: PhantomStudy, pixels: NDArray[np.uint8]) -> bytes:
+    """(1024, 1024) uint8 as the real files are: JPEG Baseline, PatientAge a bare integer such as
+    `62`, no valid AS (PS3.5 6.2); name and id are the image's UUID; no window, no rescale."""
+    ok, jpeg = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 90])
+    assert ok, "OpenCV encodes any 8-bit image"
+    dataset = pydicom.Dataset()
+    dataset.file_meta = pydicom.dataset.FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
+    # Our own, or the bytes would change with the version of pydicom.
+    dataset.file_meta.ImplementationClassUID = UID("2.25.175849603127349585134938293420189201337")
+    dataset.file_meta.ImplementationVersionName = "PNEUMO_PHANTOM"
+    dataset.SOPClassUID = SecondaryCaptureImageStorage
+    for keyword, uid in _make_uids(study).items():
+        setattr(dataset, keyword, uid)
+    dataset.Modality, dataset.ConversionType, dataset.BodyPartExamined = "CR", "WSD", "CHEST"
+    dataset.PatientName = dataset.PatientID = study.name
+    dataset.PatientSex, dataset.ViewPosition = study.sex, study.view
+    with pydicom.config.disable_value_validation():
+        dataset.PatientAge = str(study.age)
+    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
+    dataset.Rows = dataset.Columns = IMAGE_SIDE_PX
+    dataset.PixelSpacing = [study.pixel_spacing_mm] * 2
+    dataset.BitsAllocated = dataset.BitsStored = 8
+    dataset.HighBit, dataset.PixelRepresentation = 7, 0
+    dataset.PixelData = encapsulate([jpeg.tobytes()])
+    buffer = io.BytesIO()
+    dataset.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+def _make_uids(study: PhantomStudy) -> dict[str, str]:
+    """UIDs made of UUIDs (PS3.5 B.2)."""
+    levels = ("SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID")
+    return {level: f"2.25.{uuid.uuid5(uuid.UUID(study.name), level).int}" for level in levels}
+
+
+def _write_rows(path: Path, rows: Iterable[Sequence[object]]) -> None:
+    """A CSV of `rows`, the first the names of the columns."""
+    with path.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
+
+
+def _write_kaggle_tables(out: Path, studies: Sequence[PhantomStudy], boxes: Boxes) -> None:
+    """Labels and classes, a row a box, and the mapping to the patients."""
+    labels: list[Sequence[object]] = [("patientId", *Box._fields, "Target")]
+    classes: list[Sequence[object]] = [("patientId", "class")]
+    for study, own in zip(studies, boxes, strict=True):
+        labels += [(study.name, *box, int(study.positive)) for box in own or [("",) * 4]]
+        classes += [(study.name, study.finding)] * max(len(own), 1)
+    _write_rows(out / LABEL_TABLES[0], labels)
+    _write_rows(out / CLASS_TABLES[0], classes)
+    mapping = [
+        {
+            "subset_img_id": study.name,
+            "img_id": f"{study.patient + 1:08d}_{study.index:03d}.png",
+            **_make_uids(study),
+        }
+        for study in studies
+    ]
+    (out / MAPPING[0]).write_text(json.dumps(mapping, indent=0) + "\n")
 
 
 def _path_of_own(study: PhantomStudy) -> str:
@@ -45,7 +117,7 @@ def _write_own_table(out: Path, studies: Sequence[PhantomStudy], boxes: Boxes) -
         row = (_path_of_own(study), f"p{study.patient}", int(study.positive), study.finding)
         header = (study.view, study.age, study.sex)
         rows += [(*row, *header, *box) for box in own or [("",) * 4]]
-    write_rows(out / "studies.csv", rows)
+    _write_rows(out / "studies.csv", rows)
 
 
 def _name_nih(study: PhantomStudy) -> str:
@@ -65,8 +137,8 @@ def _write_nih_tables(out: Path, studies: Sequence[PhantomStudy], boxes: Boxes) 
         labelled = (_name_nih(study), labels[study.finding], study.index, study.patient + 1)
         rows.append((*labelled, study.age, study.sex, study.view))
         drawn += [(_name_nih(study), "Pneumonia", *box) for box in own]
-    write_rows(out / "Data_Entry_2017.csv", rows)
-    write_rows(out / "BBox_List_2017.csv", drawn)
+    _write_rows(out / "Data_Entry_2017.csv", rows)
+    _write_rows(out / "BBox_List_2017.csv", drawn)
 
 
 def _path_of_chexpert(study: PhantomStudy) -> str:
@@ -88,7 +160,7 @@ def _write_chexpert_tables(out: Path, studies: Sequence[PhantomStudy], boxes: Bo
         if study.index == 0:
             side = path.replace("view1_frontal", "view2_lateral")
             rows.append((side, sex, study.age, "Lateral", "", healthy, label))
-    write_rows(out / "train.csv", [names, *rows])
+    _write_rows(out / "train.csv", [names, *rows])
 
 
 def _write_vindr_table(out: Path, studies: Sequence[PhantomStudy], boxes: Boxes) -> None:
@@ -104,7 +176,7 @@ def _write_vindr_table(out: Path, studies: Sequence[PhantomStudy], boxes: Boxes)
             ]
             if not seen:
                 rows.append((study.name, "No finding", 14, reader, "", "", "", ""))
-    write_rows(out / "train.csv", rows)
+    _write_rows(out / "train.csv", rows)
 
 
 def _path_of_kermany(study: PhantomStudy) -> str:
@@ -120,7 +192,7 @@ KAGGLE = PhantomLayout(
     "rsna",
     (LABEL_TABLES[0], CLASS_TABLES[0], MAPPING[0]),
     lambda study: f"{IMAGE_FOLDERS[0]}/{study.name}.dcm",
-    write_kaggle_tables,
+    _write_kaggle_tables,
 )
 PHANTOM_LAYOUTS: Mapping[str, PhantomLayout] = {
     layout.name: layout
