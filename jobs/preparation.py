@@ -27,7 +27,7 @@ from pneumo.dataset.preparation import (
 from pneumo.dataset.quality import group_warnings
 from pneumo.dataset.selection import select_studies
 from pneumo.dataset.shard_plans import ShardPlan, digest_settings, estimate_memory, plan_shards
-from pneumo.dataset.shard_tasks import PreparedShard, prepare_shard
+from pneumo.dataset.shard_tasks import ShardRecord, prepare_shard
 from pneumo.dataset.shards import shard_samples
 from pneumo.dataset.study_table import QUARANTINE, read_warnings
 
@@ -66,7 +66,7 @@ def prepare(invocation: Invocation) -> None:
 
 def _run_plans(
     plans: Sequence[ShardPlan], store_url: str, config: Config, file_key: bytes, seen: Seen | None
-) -> list[PreparedShard]:
+) -> list[ShardRecord]:
     """Run the tasks, only so many at once that arguments stay small."""
     memory = estimate_memory(plans, config.prepare.image_size)
     # No more than the largest node has, or no task would ever start; it then runs one at a time.
@@ -74,12 +74,12 @@ def _run_plans(
     digest, size, known = digest_settings(config), config.prepare.image_size, ray.put(seen)
     calls = [(plan, store_url, size, digest, file_key, known) for plan in plans]
     options = {"num_cpus": 1, "memory": memory, "max_retries": 3}
-    prepared: list[PreparedShard] = []
+    prepared: list[ShardRecord] = []
     with Progress("prepare", sum(len(plan.studies) for plan in plans), "studies") as progress:
         for ended in spread(prepare_shard, calls, _tasks_at_once, **options):
             prepared += ended
-            bad = sum(len(shard.record.rejected) for shard in prepared)
-            done = bad + sum(s.record.entry.samples + s.record.known for s in prepared)
+            bad = sum(len(shard.rejected) for shard in prepared)
+            done = bad + sum(shard.entry.samples + shard.known for shard in prepared)
             progress.advance_to(done, note=f"{bad} bad" if bad else "")
     return prepared
 

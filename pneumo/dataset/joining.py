@@ -15,7 +15,7 @@ from pneumo.dataset.near_duplicates import find_near_duplicates
 from pneumo.dataset.overlap import check_secret, have_one_secret, read_secret_check
 from pneumo.dataset.preparation import find_store, finish_store
 from pneumo.dataset.shard_plans import count_shards
-from pneumo.dataset.shard_tasks import PreparedShard, write_studies_shard
+from pneumo.dataset.shard_tasks import ShardRecord, write_studies_shard
 from pneumo.dataset.shards import read_blocks, shard_samples
 from pneumo.dataset.source import Source, Study
 from pneumo.dataset.splits import audit_split
@@ -163,7 +163,7 @@ def _describe(
     )
 
 
-def _write(split: str, kept: Kept, joined_url: str, seed: int) -> Iterator[PreparedShard]:
+def _write(split: str, kept: Kept, joined_url: str, seed: int) -> Iterator[ShardRecord]:
     """The split's shards, the stores' samples mixed in proportion: each store's are in a random
     order already."""
     rng = random.Random(f"join/{seed}/{split}")
@@ -180,7 +180,7 @@ def _write(split: str, kept: Kept, joined_url: str, seed: int) -> Iterator[Prepa
         )
         keys = {row.key for row in record.rows}
         found = tuple(warning for warning in warnings if warning.key in keys)
-        yield PreparedShard.of(record.model_copy(update={"warned": found}), reused=False)
+        yield record.model_copy(update={"warned": found})
 
 
 def _read_studies(

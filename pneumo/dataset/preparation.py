@@ -16,7 +16,7 @@ from pneumo.config import Config
 from pneumo.dataset.manifest import Manifest, SplitEntry, find_manifest, write_manifest
 from pneumo.dataset.overlap import KNOWN_PICTURES
 from pneumo.dataset.shard_plans import PARTS, digest_settings
-from pneumo.dataset.shard_tasks import PreparedShard, ShardRecord, read_study
+from pneumo.dataset.shard_tasks import ShardRecord, read_study
 from pneumo.dataset.shards import SHARD_SUFFIX
 from pneumo.dataset.source import Rejected, Source
 from pneumo.dataset.splits import SPLITS, LeakageAudit, audit_split, check_shards
@@ -25,6 +25,7 @@ from pneumo.dataset.study_table import (
     QUARANTINE,
     find_duplicates,
     read_quarantine,
+    tabulate_studies,
     write_quarantine,
     write_studies,
     write_warnings,
@@ -81,7 +82,7 @@ def _find_finished(store_url: str, wanted: tuple[str, str]) -> Manifest | None:
 def finish_store(
     store_url: str,
     source: Source,
-    prepared: Iterable[PreparedShard],
+    prepared: Iterable[ShardRecord],
     audit: LeakageAudit,
     config: Config,
     *,
@@ -98,7 +99,7 @@ def finish_store(
     if finished is not None:
         remove_unfinished(store_url, finished)
         return finished
-    manifest = _write_tables(store_url, source, list(prepared), audit, config, phantoms=phantoms)
+    manifest = _write_tables(store_url, source, prepared, audit, config, phantoms=phantoms)
     storage.write_text(storage.join(store_url, SECRET_CHECK), f"{source.secret_check}\n")
     write_manifest(store_url, manifest)
     remove_unfinished(store_url, manifest)
@@ -108,18 +109,18 @@ def finish_store(
 def _write_tables(
     store_url: str,
     source: Source,
-    prepared: Sequence[PreparedShard],
+    prepared: Iterable[ShardRecord],
     audit: LeakageAudit,
     config: Config,
     *,
     phantoms: bool,
 ) -> Manifest:
     """The manifest, after the tables that it lists. Raises as `finish_store`."""
-    records = sorted((shard.record for shard in prepared), key=lambda item: item.entry.name)
+    records = sorted(prepared, key=lambda record: record.entry.name)
     rejected = [*source.rejected, *(item for record in records for item in record.rejected)]
     quarantine = write_quarantine(store_url, rejected)
     _check_bad_files(rejected, sum(r.entry.samples for r in records), config, store_url)
-    table = pa.concat_tables([shard.studies for shard in prepared])
+    table = tabulate_studies(row for record in records for row in record.rows)
     splits = _join_splits(records, table, has_patients=source.has_patients)
     shard_prevalence = _check_classes(splits)
     known = sum(record.known for record in records)

@@ -6,14 +6,11 @@ often, the bytes are the same.
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Self
 
 import cv2
 import numpy as np
-import pyarrow as pa
 from blake3 import blake3
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pneumo import storage
 from pneumo.dataset.manifest import ShardEntry
@@ -22,7 +19,7 @@ from pneumo.dataset.overlap import Seen
 from pneumo.dataset.shard_plans import ShardPlan
 from pneumo.dataset.shards import SHARD_SUFFIX, Sample, write_shard
 from pneumo.dataset.source import RSNA, Rejected, Study
-from pneumo.dataset.study_table import StudyRow, StudyWarning, digest_pixels, tabulate_studies
+from pneumo.dataset.study_table import StudyRow, StudyWarning, digest_pixels
 from pneumo.errors import ContentError
 from pneumo.images.dicom import GrayImage
 from pneumo.images.dicom_files import UnusableFile, decode_file, read_file, read_files
@@ -46,24 +43,8 @@ class ShardRecord(BaseModel):
     warned: tuple[StudyWarning, ...] = ()
     known: int = 0
     """Studies left out since their picture is in train or val of another store."""
-
-
-@dataclass(frozen=True, eq=False)
-class PreparedShard:
-    """What a task hands back."""
-
-    record: ShardRecord
-    """Its rows are in `studies` instead, so that joining is quick."""
-    studies: pa.Table
-    """As in studies.parquet."""
-    reused: bool
+    reused: bool = Field(default=False, exclude=True)
     """Whether an earlier run had written it."""
-
-    @classmethod
-    def of(cls, record: ShardRecord, *, reused: bool) -> Self:
-        """The shard that a record describes."""
-        table = tabulate_studies(record.rows)
-        return cls(record.model_copy(update={"rows": ()}), table, reused)
 
 
 def prepare_shard(
@@ -73,7 +54,7 @@ def prepare_shard(
     prepare_digest: str,
     file_key: bytes,
     seen: Seen | None = None,
-) -> PreparedShard:
+) -> ShardRecord:
     """Write a plan's shard and record, unless an earlier run did; `file_key` is `Source.file_key`,
     and pictures that are `seen` are left out.
 
@@ -84,10 +65,10 @@ def prepare_shard(
     digest = plan.digest(prepare_digest)
     kept = _find_record(plan, store_url, image_size, digest)
     if kept is not None:
-        return PreparedShard.of(kept, reused=True)
+        return kept.model_copy(update={"reused": True})
     record = _write_shard(plan, store_url, image_size, digest, file_key, seen)
     storage.write_text(storage.join(store_url, plan.record), record.model_dump_json())
-    return PreparedShard.of(record, reused=False)
+    return record
 
 
 def _find_record(

@@ -38,7 +38,7 @@ from pneumo.dataset.preparation import (
     finish_store,
 )
 from pneumo.dataset.shard_plans import ShardPlan, digest_settings, estimate_memory, plan_shards
-from pneumo.dataset.shard_tasks import PreparedShard, ShardRecord, prepare_shard
+from pneumo.dataset.shard_tasks import ShardRecord, prepare_shard
 from pneumo.dataset.shards import read_shard, sample_bytes, shard_samples
 from pneumo.dataset.source import Source
 from pneumo.dataset.sources.recognition import read_source
@@ -65,7 +65,7 @@ class Preparation:
             self.source.studies, config.split, seed=config.seed, has_patients=True
         )
         self.plans = self.plan(self.split.by_key, samples_per_shard)
-        self.parts: dict[str, PreparedShard] = {}
+        self.parts: dict[str, ShardRecord] = {}
 
     def plan(self, by_key: Mapping[str, str], samples_per_shard: int = 8) -> list[ShardPlan]:
         return plan_shards(
@@ -84,7 +84,7 @@ class Preparation:
         digest, key = digest_settings(self.config), self.source.file_key
         part = prepare_shard(plan, str(store), size, digest, key, seen)
         self.parts[plan.name] = part
-        return len(part.record.rejected), int(part.reused)
+        return len(part.rejected), int(part.reused)
 
     def finish(self, store: Path | str) -> Manifest:
         parts = list(self.parts.values())
@@ -148,7 +148,7 @@ def test_order_repetition_and_interruption_change_no_byte(
             ["none", "none", "none", "no record", "no shard", "cut", "cut record", "changed"]
         )
         preparation.do(plan, other)
-        shard = other / preparation.parts[plan.name].record.entry.name
+        shard = other / preparation.parts[plan.name].entry.name
         record = other / plan.record
         if damage == "no record":
             record.unlink()
