@@ -45,7 +45,7 @@ from pneumo.evaluation.file_predictions import (
 )
 from pneumo.evaluation.predictions import sigmoid
 from pneumo.images.dicom import GrayImage
-from pneumo.images.dicom_files import Unusable, read_pictures
+from pneumo.images.dicom_files import UnusableFile, read_pictures
 from pneumo.network.gradcam import gradcam
 from pneumo.network.scoring import Member, prepare_input, score_pictures
 from pneumo.reporting.figures.case_pictures import draw_overlay
@@ -177,7 +177,9 @@ def _read_batch(task: Task, members: Sequence[Member], files: Sequence[str]) -> 
     # Not joined: a key of a bucket may begin with a slash or have `..` in it, and can be read.
     urls = [f"{task.source_url.rstrip('/')}/{file}" for file in files]
     images = list(read_pictures(urls, task.stored_size))
-    pixels = {i: image.pixels for i, image in enumerate(images) if not isinstance(image, Unusable)}
+    pixels = {
+        i: image.pixels for i, image in enumerate(images) if not isinstance(image, UnusableFile)
+    }
     logit = np.full(len(files), np.nan, dtype=np.float32)
     if pixels:
         every = list(pixels.values())
@@ -200,20 +202,22 @@ def _read_batch(task: Task, members: Sequence[Member], files: Sequence[str]) -> 
     )
 
 
-def _describe(image: GrayImage | Unusable) -> tuple[str, str]:
+def _describe(image: GrayImage | UnusableFile) -> tuple[str, str]:
     """The view and the warnings of a file."""
-    if isinstance(image, Unusable):
+    if isinstance(image, UnusableFile):
         return "", ""
     return image.header.view or "", "; ".join(image.warnings)
 
 
-def _find_reason(image: GrayImage | Unusable, logit: np.float32) -> Unusable:
+def _find_reason(image: GrayImage | UnusableFile, logit: np.float32) -> UnusableFile:
     """Why a file has no score; empty where it has one."""
-    if isinstance(image, Unusable):
+    if isinstance(image, UnusableFile):
         return image
     if np.isfinite(logit):
-        return Unusable("", "")
-    return Unusable(NOT_A_NUMBER, "the network's logit is NaN or infinite; did training diverge?")
+        return UnusableFile("", "")
+    return UnusableFile(
+        NOT_A_NUMBER, "the network's logit is NaN or infinite; did training diverge?"
+    )
 
 
 def _write_overlays(

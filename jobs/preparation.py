@@ -3,10 +3,7 @@ last."""
 
 from __future__ import annotations
 
-import hashlib
-import random
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 import ray
 
@@ -18,34 +15,21 @@ from jobs.terminal.progress import Progress
 from pneumo import storage
 from pneumo.command_line import Invocation, PrepareArguments
 from pneumo.config import Config
-from pneumo.config_layers import override
-from pneumo.dataset.manifest import Manifest, read_manifest
-from pneumo.dataset.named_splits import NAMED_SPLITS
-from pneumo.dataset.overlap import KNOWN_PICTURES, Seen, check_secret, read_secret_check
-from pneumo.dataset.phantoms import MARKER
+from pneumo.dataset.manifest import Manifest
+from pneumo.dataset.overlap import KNOWN_PICTURES, Seen
 from pneumo.dataset.preparation import (
+    can_use_rejected,
     check_shards_are_there,
-    clear_parts,
     find_store,
     finish_store,
-    has_mended,
+    remove_unfinished,
 )
 from pneumo.dataset.quality import group_warnings
-from pneumo.dataset.receipts import PreparedShard, prepare_shard
+from pneumo.dataset.selection import select_studies
 from pneumo.dataset.shard_plans import ShardPlan, digest_settings, estimate_memory, plan_shards
+from pneumo.dataset.shard_tasks import ShardRecord, prepare_shard
 from pneumo.dataset.shards import shard_samples
-from pneumo.dataset.source import Source
-from pneumo.dataset.sources.recognition import read_source, read_split_list
-from pneumo.dataset.splits import (
-    Split,
-    audit_split,
-    find_published,
-    recall_salt,
-    remember_salt,
-    split_studies,
-)
-from pneumo.dataset.study_table import QUARANTINE, StudyRow, read_studies, read_warnings
-from pneumo.errors import SourceError
+from pneumo.dataset.study_table import QUARANTINE, read_warnings
 
 
 def prepare(invocation: Invocation) -> None:
@@ -53,25 +37,14 @@ def prepare(invocation: Invocation) -> None:
     arguments = invocation.arguments
     assert isinstance(arguments, PrepareArguments)
     source_url, store_url = storage.normalise(arguments.source), storage.normalise(arguments.store)
-    named = invocation.config.split.named
-    source = read_source(
-        source_url,
-        settings=invocation.config.prepare,
-        named_split=named if named in NAMED_SPLITS else None,
-    )
-    seen, config = _read_seen(source, invocation.config)
-    if seen is not None:
-        source = seen.leave_out_patients(source)
-    tell(f"source: {source.summary}")
-    _check_missing(source, config)
-    split, config = _split(source, source_url, config)
-    source, split = _limit(source, split, config)
+    chosen = select_studies(source_url, invocation.config, tell)
+    source, split, config = chosen.source, chosen.split, chosen.config
     there = find_store(store_url, source, config)
     if there is not None:
-        clear_parts(store_url, there)
+        remove_unfinished(store_url, there)
         check_shards_are_there(store_url, there)
         tell(f"prepare: {store_url} holds a store of these tables and settings; nothing to do")
-        if has_mended(store_url, there, source):
+        if can_use_rejected(store_url, there, source):
             tell(
                 "warning: a study that was quarantined then can be used now; a finished store "
                 "never changes: delete it first, or give another --store"
@@ -82,105 +55,18 @@ def prepare(invocation: Invocation) -> None:
     per_shard = shard_samples(config.prepare.image_size)
     plans = plan_shards(source.studies, split.by_key, seed=config.seed, samples_per_shard=per_shard)
     with ray_session(show_logs=arguments.debug):
-        prepared = _run_plans(plans, store_url, config, source.file_key, seen)
+        prepared = _run_plans(plans, store_url, config, source.file_key, chosen.seen)
         if reused := sum(shard.reused for shard in prepared):
             tell(f"prepare: {reused} of {len(plans)} shards were there already, and whole")
-        phantoms = storage.exists(storage.join(source_url, MARKER))
-        manifest = finish_store(store_url, source, prepared, split.audit, config, phantoms=phantoms)
+        manifest = finish_store(
+            store_url, source, prepared, split.audit, config, phantoms=chosen.phantoms
+        )
     _report(store_url, manifest)
-
-
-def _read_seen(source: Source, config: Config) -> tuple[Seen | None, Config]:
-    """What `prepare.without` names, and the configuration with what these stores hold in its place.
-
-    Raises StoreError where one is none, or shares patients that cannot be found.
-    """
-    if not config.prepare.without:
-        return None, config
-    rows, digests = list[StudyRow](), list[str]()
-    for url in map(storage.normalise, config.prepare.without):
-        manifest = read_manifest(url)
-        check = read_secret_check(url)
-        warning = check_secret(
-            url,
-            "this source",
-            is_one=None if check is None else check == source.secret_check,
-            layouts=(manifest.layout, source.layout),
-        )
-        if warning is not None:
-            tell(f"warning: {warning}")
-        rows += read_studies(url, manifest).values()
-        digests.append(f"sha256:{manifest.digest}")
-    return Seen.of(rows), override(config, {"prepare.without": digests}, "the stores' manifests")
-
-
-def _check_missing(source: Source, config: Config) -> None:
-    """Raise SourceError where the tables name more pictures that are not there than may be bad."""
-    missing = sum(item.reason == "missing" for item in source.rejected)
-    total = len(source.studies) + len(source.rejected)
-    if missing > config.prepare.max_bad_fraction * total:
-        raise SourceError(
-            f"the source's tables name {total} pictures, of which {missing} are not there; finish "
-            "the download, or say --prepare.max-bad-fraction to do without them"
-        )
-
-
-def _split(source: Source, source_url: str, config: Config) -> tuple[Split, Config]:
-    """The split, and the configuration with what it was decided by filled in."""
-    listed: Mapping[str, str] | None = None
-    published = find_published(source, config.split, seed=config.seed)
-    if published is not None:
-        listed = published
-        config = override(config, {"split.named": config.split.named or "published"}, "the source")
-    elif config.split.list is not None:
-        list_url = storage.normalise(config.split.list)
-        listed = read_split_list(list_url, source_url)
-        digest = hashlib.sha256(storage.read_bytes(list_url)).hexdigest()
-        config = override(config, {"split.list": f"sha256:{digest}"}, "the list")
-    elif config.split.salt is None:
-        salt = recall_salt(source_url, config.split, seed=config.seed)
-        config = override(config, {"split.salt": salt}, f"{source_url}/.pneumo")
-    chosen = config.split.salt is None
-    split = split_studies(
-        source.studies,
-        config.split,
-        seed=config.seed,
-        has_patients=source.has_patients,
-        listed=listed,
-    )
-    salt = split.audit.salt
-    if salt is None or not chosen:
-        return split, config
-    if not remember_salt(source_url, config.split, seed=config.seed, salt=salt):
-        tell(
-            f"prepare: cannot write beside the source; give --split.salt {salt} next time, so that "
-            "studies that come later move no patient"
-        )
-    return split, override(config, {"split.salt": salt}, "the balanced split")
-
-
-def _limit(source: Source, split: Split, config: Config) -> tuple[Source, Split]:
-    """A random subset of the studies, in the splits that the whole source gives them."""
-    limit = config.prepare.limit
-    placed = [study for study in source.studies if study.key in split.by_key]
-    if limit is None or limit >= len(placed):
-        return source, split
-    chosen = random.Random(f"limit/{config.seed}").sample(range(len(placed)), limit)
-    subset = replace(source, studies=tuple(placed[i] for i in sorted(chosen)), rejected=())
-    audit = audit_split(
-        subset.studies,
-        split.by_key,
-        config.split,
-        seed=config.seed,
-        salt=split.audit.salt,
-        has_patients=source.has_patients,
-    )
-    return subset, Split(split.by_key, audit)
 
 
 def _run_plans(
     plans: Sequence[ShardPlan], store_url: str, config: Config, file_key: bytes, seen: Seen | None
-) -> list[PreparedShard]:
+) -> list[ShardRecord]:
     """Run the tasks, only so many at once that arguments stay small."""
     memory = estimate_memory(plans, config.prepare.image_size)
     # No more than the largest node has, or no task would ever start; it then runs one at a time.
@@ -188,12 +74,12 @@ def _run_plans(
     digest, size, known = digest_settings(config), config.prepare.image_size, ray.put(seen)
     calls = [(plan, store_url, size, digest, file_key, known) for plan in plans]
     options = {"num_cpus": 1, "memory": memory, "max_retries": 3}
-    prepared: list[PreparedShard] = []
+    prepared: list[ShardRecord] = []
     with Progress("prepare", sum(len(plan.studies) for plan in plans), "studies") as progress:
         for ended in spread(prepare_shard, calls, _tasks_at_once, **options):
             prepared += ended
-            bad = sum(len(shard.receipt.rejected) for shard in prepared)
-            done = bad + sum(s.receipt.entry.samples + s.receipt.known for s in prepared)
+            bad = sum(len(shard.rejected) for shard in prepared)
+            done = bad + sum(shard.entry.samples + shard.known for shard in prepared)
             progress.advance_to(done, note=f"{bad} bad" if bad else "")
     return prepared
 

@@ -4,8 +4,6 @@ What a job reads and writes (`--store`, `--run`) is no configuration: it does no
 The docstring under a field is its line in `--help`.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 from collections.abc import Mapping, Sequence

@@ -4,8 +4,6 @@
 its line in `--help`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from typing import Annotated, Any, Literal, Self
@@ -363,7 +361,7 @@ class Config(Section):
         """The tree as JSON, two spaces deep; `Config.model_validate_json` reads it back."""
         return self.model_dump_json(indent=2) + "\n"
 
-    def for_others(self) -> dict[str, Any]:
+    def without_paths(self) -> dict[str, Any]:
         """The tree as W&B and the report get it: of a file of this machine, its name alone."""
         tree = self.model_dump(mode="json")
         for section, name in (("model", "weights"), ("split", "list")):
@@ -381,7 +379,7 @@ class Config(Section):
 TRAINING_SECTIONS = ("seed", "data", "augment", "model", "train")
 """The settings that a resumed run must share with its checkpoint, but for those that only say how
 the same weights come about."""
-_NO_MATTER = {"compile", "keep_checkpoints", "checkpoint_every_steps"}
+_NOT_COMPARED = {"compile", "keep_checkpoints", "checkpoint_every_steps"}
 
 
 def changed_sections(before: Config, now: Config) -> list[str]:
@@ -392,5 +390,5 @@ def changed_sections(before: Config, now: Config) -> list[str]:
 
 def _training_settings(config: Config) -> dict[str, Any]:
     settings = config.model_dump(include=set(TRAINING_SECTIONS))
-    train = {name: v for name, v in settings["train"].items() if name not in _NO_MATTER}
+    train = {name: v for name, v in settings["train"].items() if name not in _NOT_COMPARED}
     return {**settings, "data": config.data.image_size, "train": train}

@@ -6,8 +6,6 @@ Unknown keys and values that are not allowed raise ConfigError before anything s
 names the key, the layer it came from and what is allowed.
 """
 
-from __future__ import annotations
-
 import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -20,7 +18,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDic
 from pneumo import storage
 from pneumo.config import WEIGHTS_WITHOUT_FILE, Config, Section
 from pneumo.errors import ConfigError
-from pneumo.search_space import sample
+from pneumo.search_space import flatten, sample
 from pneumo.version import REVISION
 
 M = TypeVar("M", bound=BaseModel)
@@ -227,7 +225,12 @@ def _explain(model: type[BaseModel], error: ValidationError, layers: Sequence[La
     for item in error.errors(include_url=False):
         path = [str(part) for part in item["loc"]]
         key = ".".join(path[: 2 if len(path) > 1 and path[0] in Config.model_fields else 1])
-        layer = next((n for n, tree in reversed(layers) if _has(tree, key)), "the command line")
+        layers_with_it = (
+            name
+            for name, tree in reversed(layers)
+            if any(f"{known}.".startswith(f"{key}.") for known in flatten(tree))
+        )
+        layer = next(layers_with_it, "the command line")
         if item["type"] == "extra_forbidden":
             allowed[f"unknown setting {key} in {layer}{suggest(key, list_settings(model))}"] = []
         elif item["type"] == "missing":
@@ -239,15 +242,6 @@ def _explain(model: type[BaseModel], error: ValidationError, layers: Sequence[La
                 head += f"got {item['input']!r} from {layer}, expected "
             allowed.setdefault(head, []).append(text)
     return "; ".join(head + " or ".join(texts) for head, texts in allowed.items())
-
-
-def _has(tree: Mapping[str, Any], key: str) -> bool:
-    branch: Any = tree
-    for part in key.split("."):
-        if not isinstance(branch, Mapping) or part not in branch:
-            return False
-        branch = branch[part]
-    return True
 
 
 def suggest(key: str, known: Sequence[str], *, flag: bool = False) -> str:

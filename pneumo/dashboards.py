@@ -1,7 +1,5 @@
 """`python -m pneumo.dashboards`: W&B workspaces as JSON; saved with `--save --entity TEAM`."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

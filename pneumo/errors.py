@@ -14,8 +14,6 @@ processes. A message is one line: where, got, expected, what to do. Nothing from
 ever stands in it.
 """
 
-from __future__ import annotations
-
 from typing import ClassVar, Literal
 
 
@@ -56,7 +54,7 @@ class AccessError(UserError):
 
 
 class DataError(PneumoError):
-    """Bytes, sizes or counts differ from what the manifest vouches for."""
+    """Bytes, sizes or counts differ from what the manifest says."""
 
 
 class BadFilesError(PneumoError):

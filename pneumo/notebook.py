@@ -3,8 +3,6 @@
 Everything here is importable from `pneumo` itself; docs/python.md shows how it fits together.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +12,13 @@ import numpy.typing as npt
 
 from pneumo import storage
 from pneumo.config import Config
-from pneumo.config_layers import override
 from pneumo.dataset.manifest import Manifest, read_manifest
-from pneumo.dataset.phantoms import MARKER
 from pneumo.dataset.preparation import find_store, finish_store
-from pneumo.dataset.receipts import prepare_shard
+from pneumo.dataset.selection import select_studies
 from pneumo.dataset.shard_plans import digest_settings, plan_shards
+from pneumo.dataset.shard_tasks import prepare_shard
 from pneumo.dataset.shards import shard_samples
-from pneumo.dataset.sources.recognition import read_source
-from pneumo.dataset.splits import find_published, recall_salt, remember_salt, split_studies
 from pneumo.dataset.study_table import StudyRow, read_studies
-from pneumo.errors import ConfigError
 from pneumo.loading.loader import read_images
 from pneumo.network.gradcam import Maps, gradcam
 from pneumo.network.scoring import Member, prepare_input, score_pictures
@@ -68,35 +62,29 @@ def open_store(url: str | Path) -> Store:
 
 def prepare_store(source: str | Path, url: str | Path, config: Config | None = None) -> Store:
     """Make a store of a small source in this process, or open it where it is there; `jobs.prepare`
-    does it on a cluster, and knows splits by name or list. Raises ConfigError, SourceError,
-    StoreError.
+    does the same on a cluster. Raises ConfigError, SourceError, StoreError.
 
     >>> config = pneumo.Config.model_validate({"prepare": {"image_size": 64}})
     >>> store = pneumo.prepare_store("rsna", "store", config)
     """
     config = config or Config()
     source_url, store_url = storage.normalise(str(source)), storage.normalise(str(url))
-    found = read_source(source_url, settings=config.prepare)
-    published = find_published(found, config.split, seed=config.seed)
-    if published is not None or config.split.list or config.prepare.limit:
-        raise ConfigError("split.named, split.list, prepare.limit: jobs.prepare does that")
-    if is_free := config.split.salt is None:
-        salt = recall_salt(source_url, config.split, seed=config.seed)
-        config = override(config, {"split.salt": salt})
-    split = split_studies(
-        found.studies, config.split, seed=config.seed, has_patients=found.has_patients
-    )
-    if is_free and split.audit.salt is not None:
-        remember_salt(source_url, config.split, seed=config.seed, salt=split.audit.salt)
-    config = override(config, {"split.salt": split.audit.salt})
-    if find_store(store_url, found, config) is None:
+    chosen = select_studies(source_url, config, print)
+    source, config = chosen.source, chosen.config
+    if find_store(store_url, source, config) is None:
         size, digest = config.prepare.image_size, digest_settings(config)
         plans = plan_shards(
-            found.studies, split.by_key, seed=config.seed, samples_per_shard=shard_samples(size)
+            source.studies,
+            chosen.split.by_key,
+            seed=config.seed,
+            samples_per_shard=shard_samples(size),
         )
-        shards = [prepare_shard(plan, store_url, size, digest, found.file_key) for plan in plans]
-        phantoms = storage.exists(storage.join(source_url, MARKER))
-        finish_store(store_url, found, shards, split.audit, config, phantoms=phantoms)
+        shards = [
+            prepare_shard(plan, store_url, size, digest, source.file_key, chosen.seen)
+            for plan in plans
+        ]
+        audit = chosen.split.audit
+        finish_store(store_url, source, shards, audit, config, phantoms=chosen.phantoms)
     return open_store(store_url)
 
 

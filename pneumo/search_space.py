@@ -11,8 +11,6 @@
 Whether a key exists and may have such values, `config_layers.check_space` checks.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from itertools import islice, product

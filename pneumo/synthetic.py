@@ -1,7 +1,5 @@
 """Phantom chest X-rays: python -m pneumo.synthetic --out DIR --studies 200 [--layout chexpert]"""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

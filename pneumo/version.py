@@ -1,7 +1,5 @@
 """Which code this is, for the checkpoints that it writes."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 from collections.abc import Mapping

@@ -189,7 +189,7 @@ def _write_kaggle_folder(
 
 
 def draw_chest(size: int) -> npt.NDArray[np.uint8]:
-    """What the gate takes for a frontal chest, (size, size), darker than 130."""
+    """What `input_checks` takes for a frontal chest, (size, size), darker than 130."""
     y, x = np.mgrid[0:size, 0:size] / size
     lungs = sum(np.exp(-(((x - c) / 0.12) ** 2) - ((y - 0.45) / 0.25) ** 2) for c in (0.3, 0.7))
     air = sum(np.exp(-(((x - c) / 0.2) ** 2) - ((y - 0.05) / 0.2) ** 2) for c in (0, 1))

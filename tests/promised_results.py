@@ -25,8 +25,8 @@ from pneumo.config import Config
 from pneumo.config_layers import override
 from pneumo.dataset.phantoms.source_folder import write_phantoms
 from pneumo.dataset.preparation import find_store, finish_store
-from pneumo.dataset.receipts import prepare_shard
 from pneumo.dataset.shard_plans import digest_settings, plan_shards
+from pneumo.dataset.shard_tasks import prepare_shard
 from pneumo.dataset.sources.recognition import read_source
 from pneumo.dataset.splits import choose_salt, split_studies
 from pneumo.errors import DicomError

@@ -44,7 +44,7 @@ def read_external(run_url: str) -> TrackedRun | None:
         group=tracking.group or name,
         job_type="external",
         tracking=tracking,
-        config={} if trained is None else trained.for_others(),
+        config={} if trained is None else trained.without_paths(),
         summary=summary,
         media={
             "eval/external/matrix": Gallery([Picture(matrix, "AUROC: run (row) on set (column)")]),

@@ -141,8 +141,7 @@ def find_saliency(
 def describe_data(store_url: str, manifest: Manifest, studies: Mapping[str, StudyRow]) -> DataFacts:
     """What the report says of the store, some pictures of train included.
 
-    Raises DataError when `studies`, by key, or a shard of train is not what the manifest vouches
-    for.
+    Raises DataError when `studies`, by key, or a shard of train is not what the manifest says.
     """
     return DataFacts(
         digest=manifest.digest,
@@ -179,7 +178,7 @@ def write_results(subject: Subject, results: Results, folder: Path, config: Conf
 
 
 def _clear(run_url: str) -> None:
-    """Remove an earlier evaluation, its marker first, so that it never vouches for a mixture."""
+    """Remove an earlier evaluation, its marker first, so that it never marks a mixture as whole."""
     storage.remove(storage.join(run_url, METRICS))
     for folder in ("gallery", "figures"):
         for url in storage.list_urls(storage.join(run_url, folder)):

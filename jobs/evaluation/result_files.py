@@ -216,7 +216,7 @@ def describe_command(subject: Subject, config: Config) -> str:
 def write_recipe(config: Config) -> str:
     """The configuration as TOML, which has no null: every setting that may be none is so by
     default, and left out."""
-    tree = config.for_others()
+    tree = config.without_paths()
     sections = {
         name: {key: value for key, value in part.items() if value is not None}
         if isinstance(part, Mapping)

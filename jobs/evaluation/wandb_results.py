@@ -195,7 +195,7 @@ def read_evaluation(run_url: str) -> TrackedRun | None:
         job_type="evaluate",
         tracking=tracking,
         config={
-            **({} if trained is None else trained.for_others()),
+            **({} if trained is None else trained.without_paths()),
             "evaluate": metrics["evaluation"],
             **describe_store(manifest),
             "checkpoint_sha256": " ".join(model["sha256"] for model in record["models"]),

@@ -15,7 +15,7 @@ from jobs.terminal.entry_point import tell
 from jobs.terminal.progress import Progress
 from jobs.training.messages import Mailbox
 from pneumo.loading.sample_order import World
-from pneumo.training.callbacks import Callbacks, Epoch, Pace, Start
+from pneumo.training.callbacks import Callbacks, Epoch, Start, StepProgress
 
 _WORTH_SAYING = 0.05
 """Fraction of the time that waiting for data may take unnoticed."""
@@ -23,7 +23,7 @@ _LOOK_AGAIN_S = 0.3
 """How long the end of training may stay unnoticed."""
 
 
-Message = str | Start | Pace | Epoch
+Message = str | Start | StepProgress | Epoch
 
 
 def worker_callbacks(mailbox: Mailbox | None, world: World) -> Callbacks:
@@ -37,19 +37,19 @@ def worker_callbacks(mailbox: Mailbox | None, world: World) -> Callbacks:
     steps = Gauge("pneumo_train_steps", "Steps done, of all epochs")
     wait = Gauge("pneumo_train_data_wait", "Share of the time that training waits for data")
 
-    def on_pace(pace: Pace) -> None:
-        steps.set((pace.epoch - 1) * pace.steps + pace.step)
-        if (waited := pace.metrics["data_wait"]) is not None:
+    def on_progress(progress: StepProgress) -> None:
+        steps.set((progress.epoch - 1) * progress.steps + progress.step)
+        if (waited := progress.metrics["data_wait"]) is not None:
             wait.set(waited)
-        tell(pace)
+        tell(progress)
 
     def on_epoch(epoch: Epoch) -> None:
         tell(epoch)
         # A barrier over the ranks; Ray's dashboards and Tune hear of the epoch here. Checkpoints
-        # are our own: they are the same under torchrun, and one index vouches for them.
+        # are our own: they are the same under torchrun, and one index lists them.
         ray.train.report({k: v for k, v in epoch.metrics.items() if v is not None})
 
-    return Callbacks(on_start=tell, on_pace=on_pace, on_epoch=on_epoch, tell=tell)
+    return Callbacks(on_start=tell, on_progress=on_progress, on_epoch=on_epoch, tell=tell)
 
 
 def describe_epoch(epoch: Epoch, epochs: int) -> str:
@@ -67,9 +67,9 @@ def describe_epoch(epoch: Epoch, epochs: int) -> str:
     )
 
 
-def describe_pace(pace: Pace) -> str:
+def describe_progress(progress: StepProgress) -> str:
     """What stands behind the progress bar."""
-    loss, rate, wait = (pace.metrics[n] for n in ("train/loss", "images_per_s", "data_wait"))
+    loss, rate, wait = (progress.metrics[n] for n in ("train/loss", "images_per_s", "data_wait"))
     parts = [
         "" if loss is None else f"loss {loss:.3f}",
         "" if rate is None else f"{rate:.0f} images/s",
@@ -115,12 +115,12 @@ class Follower:
             self._write(message)
         elif isinstance(message, Start):
             self._begin(message)
-        elif isinstance(message, Pace):
+        elif isinstance(message, StepProgress):
             self.seen = (message.epoch - 1) * message.steps + message.step
             if self.progress is None:
                 total = self.epochs * message.steps
                 self.progress = Progress("train", total, "steps", initial=self.seen)
-            self.progress.advance_to(self.seen, describe_pace(message))
+            self.progress.advance_to(self.seen, describe_progress(message))
         elif message.number > self.shown:  # after a restart an epoch may come twice
             self.shown = message.number
             self._write(describe_epoch(message, self.epochs))
@@ -131,7 +131,7 @@ class Follower:
         behind = f"; {again} steps again" if again > 0 else ""
         self._write(f"{warning}model: {start.initialisation.message}{behind}")
         self.shown = max(self.shown, len(start.history))
-        # Another attempt has another pace.
+        # Another attempt has another speed.
         self._end_progress()
 
     def _end_progress(self) -> None:

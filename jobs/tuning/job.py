@@ -31,7 +31,7 @@ from jobs.tuning.trial_judge import Shared
 from jobs.tuning.trial_lines import TrialLines
 from jobs.tuning.trial_records import (
     drop_checkpoints,
-    read_judgement,
+    read_estimate,
     read_trial,
     read_trials,
     trial_config,
@@ -175,13 +175,13 @@ def search(config: Config, manifest: Manifest, store_url: str, run_url: str) -> 
 def _choose(
     trials: Sequence[Trial], config: Config, manifest: Manifest, run_url: str
 ) -> SettingChoice:
-    judgements = {
-        trial.name: judgement
+    estimates = {
+        trial.name: estimate
         for trial in trials
-        if (judgement := read_judgement(trial_url(run_url, trial.name), config.tune)) is not None
+        if (estimate := read_estimate(trial_url(run_url, trial.name), config.tune)) is not None
     }
     simplicity = partial(measure_simplicity, config, manifest)
-    choice = choose_setting(trials, judgements, config.tune, simplicity)
+    choice = choose_setting(trials, estimates, config.tune, simplicity)
     if choice is None:
         why = next((trial.error for trial in trials if trial.error), "none had all its epochs")
         raise ClusterError(f"tune: every trial failed, the first with: {why}")

@@ -62,7 +62,7 @@ def describe_trial(trial: Trial, config: Config, run_url: str) -> TrackedRun:
         group=config.tracking.group or name,
         job_type="tune-trial",
         tracking=config.tracking,
-        config={**trial_config(config, trial.settings, trial.seed).for_others(), **store},
+        config={**trial_config(config, trial.settings, trial.seed).without_paths(), **store},
         history=history,
         summary={**(history[-1] if history else {}), **present(end)},
         is_finished=not trial.is_open,
@@ -88,7 +88,7 @@ def describe_search(files: Mapping[str, bytes], config: Config, run_url: str) ->
         group=config.tracking.group or name,
         job_type="tune",
         tracking=config.tracking,
-        config={**config.for_others(), **describe_store(read_dataset(run_url))},
+        config={**config.without_paths(), **describe_store(read_dataset(run_url))},
         media={
             "tune/trials": Table(["trial", *columns[1:], *keys], rows),
             "tune/report": Page(files[REPORT].decode()),

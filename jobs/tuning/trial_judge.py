@@ -24,7 +24,7 @@ from pneumo.loading.sample_order import World
 from pneumo.network.scoring import Scores
 from pneumo.training.callbacks import Callbacks, Epoch, Start
 from pneumo.training.checkpoint_writer import write_history
-from pneumo.tuning.objective import chance_level, judge, smooth
+from pneumo.tuning.objective import chance_level, estimate_objective, smooth
 from pneumo.tuning.trials import ERROR, OBJECTIVE
 
 METRIC = "objective"
@@ -110,7 +110,7 @@ class TrialJudge:
         self._scores = scores
         patient = np.array([self._patients[key] for key in scores.keys])
         try:
-            found = judge(scores.targets, scores.logits, patient, self.shared.tune)
+            found = estimate_objective(scores.targets, scores.logits, patient, self.shared.tune)
         except MetricError as error:
             raise DivergedError(f"val after epoch {len(self.history) + 1}: {error}") from error
         return {OBJECTIVE: found.value, ERROR: found.standard_error}

@@ -26,7 +26,7 @@ from pneumo.network.backbones import Initialisation
 from pneumo.network.scoring import Scores
 from pneumo.search_space import Scalar
 from pneumo.training import checkpoint_writer
-from pneumo.tuning.objective import Judgement, judge
+from pneumo.tuning.objective import ObjectiveEstimate, estimate_objective
 from pneumo.tuning.trials import History, State, Trial
 
 _BEGUN, _STARTED, _SCORES, _ENDED = "trial.json", "start.json", "val.parquet", "end.json"
@@ -121,7 +121,7 @@ def _list_with(run_url: str, file: str) -> list[str]:
     return sorted(url.split("/")[-2] for url in found if url.endswith(f"/{file}"))
 
 
-def read_judgement(url: str, config: TuneConfig) -> Judgement | None:
+def read_estimate(url: str, config: TuneConfig) -> ObjectiveEstimate | None:
     """The trial's last epoch, judged anew; None where it did not have all its epochs."""
     try:
         data = storage.read_bytes(storage.join(url, _SCORES))
@@ -129,7 +129,7 @@ def read_judgement(url: str, config: TuneConfig) -> Judgement | None:
         return None
     table = pq.read_table(io.BytesIO(data))
     target, logit, patient = (table[name].to_numpy() for name in ("target", "logit", "patient"))
-    return judge(target, logit, patient, config)
+    return estimate_objective(target, logit, patient, config)
 
 
 def drop_checkpoints(url: str) -> None:

@@ -1,7 +1,5 @@
 """Some pictures of the training split for each finding, to be looked at."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -51,14 +49,14 @@ def read_contact_sheets(
 
     Shards were filled in a random order, so the first studies are a random sample: usually one
     block is read, and never more than `_MOST_BLOCKS`. A rare finding then has fewer pictures.
-    Raises DataError when a shard is missing or not as vouched.
+    Raises DataError when a shard is missing or not what the manifest says.
     """
     blocks = [(entry, block) for entry in manifest.splits["train"].shards for block in entry.blocks]
     samples = read_blocks(store_url, blocks[:_MOST_BLOCKS], manifest.image_size)
-    return choose_contact(samples, studies, per_finding=per_finding)
+    return choose_pictures(samples, studies, per_finding=per_finding)
 
 
-def choose_contact(
+def choose_pictures(
     samples: Iterable[Sample], studies: Mapping[str, StudyRow], *, per_finding: int = 12
 ) -> tuple[ContactSheet, ...]:
     """The first `per_finding` of `samples` with each finding that train has; takes no more samples

@@ -3,30 +3,25 @@
 A patient or a picture of any store's test is in no train or val, and one of any val in no train.
 """
 
-from __future__ import annotations
-
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import cv2
-import numpy as np
-import numpy.typing as npt
-
 from pneumo.config import Config
 from pneumo.config_layers import override
-from pneumo.dataset.likeness import find_alike
 from pneumo.dataset.manifest import Manifest, read_manifest
+from pneumo.dataset.near_duplicates import find_near_duplicates
 from pneumo.dataset.overlap import check_secret, have_one_secret, read_secret_check
 from pneumo.dataset.preparation import find_store, finish_store
-from pneumo.dataset.receipts import PreparedShard, Receipt
 from pneumo.dataset.shard_plans import count_shards
-from pneumo.dataset.shards import SHARD_SUFFIX, Sample, read_blocks, shard_samples, write_shard
+from pneumo.dataset.shard_tasks import ShardRecord, write_studies_shard
+from pneumo.dataset.shards import read_blocks, shard_samples
 from pneumo.dataset.source import Source, Study
 from pneumo.dataset.splits import audit_split
 from pneumo.dataset.study_table import StudyRow, read_studies, read_warnings
 from pneumo.errors import StoreError
+from pneumo.images.gray_levels import Gray
 
 LAYOUT = "joined"
 _STRICTEST_FIRST = ("test", "val", "train")
@@ -118,7 +113,7 @@ def _choose(stores: Sequence[_Store]) -> tuple[Kept, Counter[str]]:
         own_patients = set[str]()
         for store in stores:
             rows = [row for row in store.rows.values() if row.split == split]
-            alike = find_alike([row.picture_hash for row in rows], tuple(hashes))
+            alike = find_near_duplicates([row.picture_hash for row in rows], tuple(hashes))
             taken = list[StudyRow]()
             for row, is_alike in zip(rows, alike, strict=True):
                 if row.patient in patients:
@@ -168,52 +163,31 @@ def _describe(
     )
 
 
-def _write(split: str, kept: Kept, joined_url: str, seed: int) -> Iterator[PreparedShard]:
+def _write(split: str, kept: Kept, joined_url: str, seed: int) -> Iterator[ShardRecord]:
     """The split's shards, the stores' samples mixed in proportion: each store's are in a random
     order already."""
     rng = random.Random(f"join/{seed}/{split}")
     numbers = {s: sum(row.split == split for row in rows.values()) for s, rows in kept.items()}
     turns = [store for store, number in numbers.items() for _ in range(number)]
     rng.shuffle(turns)
-    streams = {store: _read_samples(store, split, rows) for store, rows in kept.items()}
-    warned = {store: read_warnings(store.url, store.manifest) for store in kept}
+    streams = {store: _read_studies(store, split, rows) for store, rows in kept.items()}
+    warnings = [w for store in kept for w in read_warnings(store.url, store.manifest)]
     count = count_shards(len(turns), shard_samples(next(iter(kept)).manifest.image_size))
     for i in range(count):
         part = turns[len(turns) * i // count : len(turns) * (i + 1) // count]
-        rows, histogram = list[StudyRow](), np.zeros(256, np.int64)
-        samples = _take(part, streams, kept, rows, histogram)
-        entry = write_shard(joined_url, f"{split}/{i:06d}-{{digest}}{SHARD_SUFFIX}", samples)
-        keys = {row.key for row in rows}
-        receipt = Receipt(
-            plan_digest="",
-            entry=entry,
-            rows=tuple(rows),
-            rejected=(),
-            histogram=tuple(histogram.tolist()),
-            contradictions={},
-            warned=tuple(w for found in warned.values() for w in found if w.key in keys),
+        record = write_studies_shard(
+            joined_url, f"{split}/{i:06d}", (next(streams[store]) for store in part)
         )
-        yield PreparedShard.of(receipt, reused=False)
+        keys = {row.key for row in record.rows}
+        found = tuple(warning for warning in warnings if warning.key in keys)
+        yield record.model_copy(update={"warned": found})
 
 
-def _take(
-    turns: Sequence[_Store],
-    streams: Mapping[_Store, Iterator[Sample]],
-    kept: Kept,
-    rows: list[StudyRow],
-    histogram: npt.NDArray[np.int64],
-) -> Iterator[Sample]:
-    """The next sample of each store in turn; its row and its gray levels go to the last two."""
-    for store in turns:
-        sample = next(streams[store])
-        rows.append(kept[store][sample.key])
-        counts = cv2.calcHist([sample.pixels], [0], None, [256], [0, 256])
-        histogram += counts.ravel().astype(np.int64)
-        yield sample
-
-
-def _read_samples(store: _Store, split: str, rows: Mapping[str, StudyRow]) -> Iterator[Sample]:
+def _read_studies(
+    store: _Store, split: str, rows: Mapping[str, StudyRow]
+) -> Iterator[tuple[StudyRow, Gray]]:
+    """The row and the picture of each study that is joined."""
     shards = store.manifest.splits[split].shards
     blocks = ((entry, block) for entry in shards for block in entry.blocks)
     samples = read_blocks(store.url, blocks, store.manifest.image_size)
-    return (sample for sample in samples if sample.key in rows)
+    return ((rows[sample.key], sample.pixels) for sample in samples if sample.key in rows)

@@ -3,8 +3,6 @@
 It is written last; without it there is no store.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator
@@ -150,8 +148,7 @@ def naming_file(what: str, store_url: str) -> Iterator[None]:
         ) from error
     except ContentError as error:
         raise DataError(
-            f"{what}: not what the manifest vouches for: {error}; delete the store and prepare it "
-            "again"
+            f"{what}: not what the manifest says: {error}; delete the store and prepare it again"
         ) from error
 
 

@@ -5,8 +5,6 @@ who trains on NIH's train may test on RSNA's test. The salt was chosen once, as 
 64 on the metadata of all 26,684 studies of RSNA; docs/benchmark.md has the counts.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 
@@ -17,7 +15,7 @@ SALT = 3
 VAL_FRACTION = TEST_FRACTION = 0.15
 
 
-def place_patient(name: str, patient: str | None, salt: int = SALT) -> str:
+def assign_patient(name: str, patient: str | None, salt: int = SALT) -> str:
     """The split of an NIH patient, given by eight digits. Raises SourceError for anything else."""
     if patient is None or re.fullmatch(r"\d{8}", patient) is None:
         raise SourceError(

@@ -1,12 +1,11 @@
 """Who is in two stores: patients, studies and pictures that a model was trained on."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 from pneumo import storage
-from pneumo.dataset.likeness import find_alike
+from pneumo.dataset.near_duplicates import find_near_duplicates
 from pneumo.dataset.source import Source
 from pneumo.dataset.study_keys import SECRET_CHECK
 from pneumo.dataset.study_table import StudyRow
@@ -31,7 +30,7 @@ class Seen:
     """See `StudyRow.picture_hash`."""
 
     @classmethod
-    def of(cls, studies: Iterable[StudyRow]) -> Seen:
+    def of(cls, studies: Iterable[StudyRow]) -> Self:
         """Of studies of all splits."""
         rows = [row for row in studies if row.split in SEEN]
         patients, digests = ({getattr(r, n) for r in rows} for n in ("patient", "pixels_digest"))
@@ -39,7 +38,7 @@ class Seen:
 
     def find_pictures(self, rows: Sequence[StudyRow]) -> list[bool]:
         """Whether the picture of each study is one of these, be it saved or scaled otherwise."""
-        alike = find_alike([row.picture_hash for row in rows], self.hashes)
+        alike = find_near_duplicates([row.picture_hash for row in rows], self.hashes)
         return [a or row.pixels_digest in self.digests for a, row in zip(alike, rows, strict=True)]
 
     def leave_out_patients(self, source: Source) -> Source:

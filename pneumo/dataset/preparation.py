@@ -1,10 +1,8 @@
 """Source -> store: whose store it is, how the tasks' shards are joined, what the manifest says.
 
-A killed preparation is continued: receipts of finished shards lie under `parts/`. The manifest is
-written last, then the receipts are removed.
+A killed preparation is continued: records of finished shards lie under `parts/`. The manifest is
+written last, then the records are removed.
 """
-
-from __future__ import annotations
 
 import json
 from collections import Counter
@@ -17,8 +15,8 @@ from pneumo import storage
 from pneumo.config import Config
 from pneumo.dataset.manifest import Manifest, SplitEntry, find_manifest, write_manifest
 from pneumo.dataset.overlap import KNOWN_PICTURES
-from pneumo.dataset.receipts import PreparedShard, Receipt, read_study
 from pneumo.dataset.shard_plans import PARTS, digest_settings
+from pneumo.dataset.shard_tasks import ShardRecord, read_study
 from pneumo.dataset.shards import SHARD_SUFFIX
 from pneumo.dataset.source import Rejected, Source
 from pneumo.dataset.splits import SPLITS, LeakageAudit, audit_split, check_shards
@@ -27,15 +25,12 @@ from pneumo.dataset.study_table import (
     QUARANTINE,
     find_duplicates,
     read_quarantine,
+    tabulate_studies,
     write_quarantine,
     write_studies,
     write_warnings,
 )
-from pneumo.errors import (
-    BadFilesError,
-    SourceError,
-    StoreError,
-)
+from pneumo.errors import BadFilesError, SourceError, StoreError
 
 CLAIM = "parts/claim.json"
 
@@ -47,9 +42,10 @@ def find_store(store_url: str, source: Source, config: Config) -> Manifest | Non
     Raises StoreError when the store, or an unfinished one, is of another source or other settings.
     """
     wanted = (source.digest, digest_settings(config))
-    url, claim = storage.join(store_url, CLAIM), _encode_claim(wanted)
+    claim = json.dumps({"source_digest": wanted[0], "prepare_digest": wanted[1]}).encode()
+    url = storage.join(store_url, CLAIM)
     while True:
-        manifest = _find_own(store_url, wanted)
+        manifest = _find_finished(store_url, wanted)
         if manifest is not None:
             return manifest
         if storage.create_bytes(url, claim):
@@ -66,13 +62,13 @@ def find_store(store_url: str, source: Source, config: Config) -> Manifest | Non
         )
     # Since the manifest was looked for, another job may have written it and given up its claim.
     try:
-        return _find_own(store_url, wanted)
+        return _find_finished(store_url, wanted)
     except StoreError:
         storage.remove(url)
         raise
 
 
-def _find_own(store_url: str, wanted: tuple[str, str]) -> Manifest | None:
+def _find_finished(store_url: str, wanted: tuple[str, str]) -> Manifest | None:
     """The manifest, if there is one; StoreError if it is of another source or other settings."""
     manifest = find_manifest(store_url)
     if manifest is None or (manifest.source_digest, manifest.prepare_digest) == wanted:
@@ -86,61 +82,58 @@ def _find_own(store_url: str, wanted: tuple[str, str]) -> Manifest | None:
 def finish_store(
     store_url: str,
     source: Source,
-    prepared: Iterable[PreparedShard],
+    prepared: Iterable[ShardRecord],
     audit: LeakageAudit,
     config: Config,
     *,
     phantoms: bool = False,
 ) -> Manifest:
     """Join the shards, in whatever order they come: check how many files are bad, write the tables
-    and the manifest, remove the receipts. A store that another job has finished meanwhile stays.
+    and the manifest, remove the records. A store that another job has finished meanwhile stays.
 
     Raises BadFilesError when too many of the studies that have a split, and of those that the
     tables contradict themselves on, could not be used; SourceError when a split has one class, or a
     shard an improbable class ratio.
     """
-    finished = _find_own(store_url, (source.digest, digest_settings(config)))
+    finished = _find_finished(store_url, (source.digest, digest_settings(config)))
     if finished is not None:
-        clear_parts(store_url, finished)
+        remove_unfinished(store_url, finished)
         return finished
-    manifest = _write_tables(store_url, source, list(prepared), audit, config, phantoms=phantoms)
+    manifest = _write_tables(store_url, source, prepared, audit, config, phantoms=phantoms)
     storage.write_text(storage.join(store_url, SECRET_CHECK), f"{source.secret_check}\n")
     write_manifest(store_url, manifest)
-    clear_parts(store_url, manifest)
+    remove_unfinished(store_url, manifest)
     return manifest
 
 
 def _write_tables(
     store_url: str,
     source: Source,
-    prepared: Sequence[PreparedShard],
+    prepared: Iterable[ShardRecord],
     audit: LeakageAudit,
     config: Config,
     *,
     phantoms: bool,
 ) -> Manifest:
-    """The manifest, after the tables that it vouches for. Raises as `finish_store`."""
-    receipts = sorted((shard.receipt for shard in prepared), key=lambda item: item.entry.name)
-    rejected = [*source.rejected, *(item for receipt in receipts for item in receipt.rejected)]
+    """The manifest, after the tables that it lists. Raises as `finish_store`."""
+    records = sorted(prepared, key=lambda record: record.entry.name)
+    rejected = [*source.rejected, *(item for record in records for item in record.rejected)]
     quarantine = write_quarantine(store_url, rejected)
-    used = sum(receipt.entry.samples for receipt in receipts)
-    _check_bad_files(rejected, used + len(rejected), config, store_url)
-    table = pa.concat_tables([shard.studies for shard in prepared])
-    splits = _join_splits(receipts, table, has_patients=source.has_patients)
+    _check_bad_files(rejected, sum(r.entry.samples for r in records), config, store_url)
+    table = tabulate_studies(row for record in records for row in record.rows)
+    splits = _join_splits(records, table, has_patients=source.has_patients)
     shard_prevalence = _check_classes(splits)
-    known = sum(receipt.known for receipt in receipts)
-    left_out = {**source.left_out, **({KNOWN_PICTURES: known} if known else {})}
+    known = sum(record.known for record in records)
     if known or len(rejected) > len(source.rejected):
         audit = _audit_used(source, table, audit, config)
-    studies = write_studies(store_url, table)
-    contradictions = sum((Counter(receipt.contradictions) for receipt in receipts), Counter())
+    contradictions = sum((Counter(record.contradictions) for record in records), Counter())
     mean, std = _moments(splits["train"].histogram)
     return Manifest(
         source_digest=source.digest,
         prepare_digest=digest_settings(config),
         image_size=config.prepare.image_size,
         layout=source.layout,
-        left_out=left_out,
+        left_out={**source.left_out, **({KNOWN_PICTURES: known} if known else {})},
         phantoms=phantoms,
         seed=config.seed,
         split=config.split,
@@ -151,17 +144,17 @@ def _write_tables(
         contradictions=dict(sorted(contradictions.items())),
         unlabelled=source.unlabelled,
         duplicates=find_duplicates(table, has_patients=source.has_patients),
-        studies=studies,
+        studies=write_studies(store_url, table),
         quarantine=quarantine,
-        warnings=write_warnings(store_url, (w for item in receipts for w in item.warned)),
+        warnings=write_warnings(store_url, (w for item in records for w in item.warned)),
         splits=splits,
     )
 
 
-def has_mended(store_url: str, manifest: Manifest, source: Source) -> bool:
+def can_use_rejected(store_url: str, manifest: Manifest, source: Source) -> bool:
     """Whether a file that a finished store had to leave out can be used now.
 
-    Raises DataError when the store's list of them is not what the manifest vouches for.
+    Raises DataError when the store's list of them is not what the manifest says.
     """
     studies = {study.key: study for study in source.studies}
     left_out = (studies.get(item.key) for item in read_quarantine(store_url, manifest))
@@ -172,8 +165,8 @@ def has_mended(store_url: str, manifest: Manifest, source: Source) -> bool:
     )
 
 
-def clear_parts(store_url: str, manifest: Manifest) -> None:
-    """Remove what preparations, killed ones too, leave beside the finished store: receipts, and
+def remove_unfinished(store_url: str, manifest: Manifest) -> None:
+    """Remove what preparations, killed ones too, leave beside the finished store: records, and
     shards that the manifest does not name."""
     storage.remove_below(storage.join(store_url, PARTS))
     for url in _list_shards(store_url) - _shard_urls(store_url, manifest):
@@ -209,13 +202,10 @@ def _shard_urls(store_url: str, manifest: Manifest) -> set[str]:
     }
 
 
-def _encode_claim(claim: tuple[str, str]) -> bytes:
-    return json.dumps({"source_digest": claim[0], "prepare_digest": claim[1]}).encode()
-
-
 def _check_bad_files(
-    rejected: Sequence[Rejected], total: int, config: Config, store_url: str
+    rejected: Sequence[Rejected], used: int, config: Config, store_url: str
 ) -> None:
+    total = used + len(rejected)
     if len(rejected) > config.prepare.max_bad_fraction * total:
         reasons = sorted(Counter(item.reason for item in rejected).items())
         told = ", ".join(f"{reason} {number}" for reason, number in reasons)
@@ -227,13 +217,13 @@ def _check_bad_files(
 
 
 def _join_splits(
-    receipts: Sequence[Receipt], table: pa.Table, *, has_patients: bool
+    records: Sequence[ShardRecord], table: pa.Table, *, has_patients: bool
 ) -> dict[str, SplitEntry]:
     counted = table.group_by("split").aggregate([("patient", "count_distinct")]).to_pylist()
     patients = {row["split"]: row["patient_count_distinct"] for row in counted}
     joined = {}
     for name in SPLITS:
-        own = [item for item in receipts if item.entry.name.startswith(f"{name}/")]
+        own = [item for item in records if item.entry.name.startswith(f"{name}/")]
         histogram = np.array([item.histogram for item in own], np.int64).sum(axis=0)
         joined[name] = SplitEntry(
             samples=sum(item.entry.samples for item in own),

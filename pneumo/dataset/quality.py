@@ -3,8 +3,6 @@
 What is unknown is counted as such, never left out. Nothing here names a study or a patient.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from bisect import bisect_right
@@ -18,8 +16,8 @@ from scipy.special import stdtrit
 
 from pneumo.dataset.manifest import Duplicates, Manifest
 from pneumo.dataset.source import Finding
-from pneumo.dataset.splits import SPLITS, count_independent
-from pneumo.dataset.study_table import StudyRow, Warned
+from pneumo.dataset.splits import SPLITS, effective_sample_size
+from pneumo.dataset.study_table import StudyRow, StudyWarning
 from pneumo.errors import DataError
 
 UNKNOWN = "unknown"
@@ -156,7 +154,7 @@ class Quality:
 
 
 def summarise_quality(
-    studies: Iterable[StudyRow], manifest: Manifest, warned: Iterable[Warned] = ()
+    studies: Iterable[StudyRow], manifest: Manifest, warned: Iterable[StudyWarning] = ()
 ) -> Quality:
     """Count all `studies` of a store, and those `warned` of.
 
@@ -193,7 +191,7 @@ def summarise_quality(
     )
 
 
-def group_warnings(warned: Iterable[Warned]) -> dict[str, dict[str, tuple[str, ...]]]:
+def group_warnings(warned: Iterable[StudyWarning]) -> dict[str, dict[str, tuple[str, ...]]]:
     """Code -> split -> keys; every code has every split."""
     rows = sorted(warned, key=lambda item: (item.code, item.key))
     return {
@@ -327,7 +325,7 @@ class _Measured(NamedTuple):
     mean: float
     variance: float
     independent: float
-    """Effective number of studies; see `splits.count_independent`."""
+    """Effective number of studies; see `splits.effective_sample_size`."""
 
 
 def _measure(
@@ -340,4 +338,4 @@ def _measure(
     mean = statistics.fmean(found for _, found in known)
     constant = len({found for _, found in known}) == 1
     variance = 0.0 if constant else statistics.fmean((v - mean) ** 2 for _, v in known)
-    return _Measured(mean, variance, count_independent(known))
+    return _Measured(mean, variance, effective_sample_size(known))

@@ -1,7 +1,5 @@
 """Which studies go to which shard."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import random
@@ -29,8 +27,8 @@ class ShardPlan:
     studies: tuple[Study, ...]
 
     @property
-    def receipt(self) -> str:
-        """Where the task's receipt goes, relative to the store."""
+    def record(self) -> str:
+        """Where the task's record goes, relative to the store."""
         return f"{PARTS}/{self.name}.json"
 
     def digest(self, prepare_digest: str) -> str:

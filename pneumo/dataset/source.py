@@ -1,7 +1,5 @@
 """What is read of a data set's folder: its studies, keyed so that nobody can be named."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

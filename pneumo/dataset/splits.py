@@ -7,8 +7,6 @@ remembered beside the source and stated in the manifest, so that studies that co
 nobody. A published split is taken from a list instead.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -268,14 +266,14 @@ def clustered_fraction(pairs: Sequence[tuple[str, int]]) -> Interval:
     studies (Korn & Graubard 1998, Survey Methodology 24:193).
     """
     value = sum(target for _, target in pairs) / len(pairs)
-    effective = count_independent(pairs)
+    effective = effective_sample_size(pairs)
     k = value * effective
     low = float(beta.ppf(0.025, k, effective - k + 1)) if value > 0 else 0.0
     high = float(beta.ppf(0.975, k + 1, effective - k)) if value < 1 else 1.0
     return Interval(value=value, low=low, high=high)
 
 
-def count_independent(pairs: Sequence[tuple[str, float]]) -> float:
+def effective_sample_size(pairs: Sequence[tuple[str, float]]) -> float:
     """The effective number of studies: how many independent ones would have a mean that varies as
     that of these `(patient, value)`, by the variance of a ratio of patients' sums. Never more than
     there are."""

@@ -1,7 +1,5 @@
 """Keyed hashes in place of identifiers: who has the secret can link them, and nobody else."""
 
-from __future__ import annotations
-
 import hmac
 import logging
 import secrets

@@ -1,11 +1,9 @@
 """What a store says of its studies beside the shards: studies.parquet, and quarantine.jsonl."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -49,20 +47,20 @@ class StudyRow:
     """BLAKE3 of the DICOM file, in hex, keyed by `study_keys.derive_file_key`: who has the hash key
     can find the file of a picture, and nobody else."""
     picture_hash: str = ""
-    """See `likeness.hash_picture`; empty in stores of before."""
+    """See `near_duplicates.hash_picture`; empty in stores of before."""
     source: str = ""
     """Of a store that was joined of several: the name of the one that it comes from."""
 
 
 @dataclass(frozen=True)
-class Warned:
+class StudyWarning:
     """One row of warnings.jsonl: a study that is used, though its file was repaired or its picture
     is doubtful."""
 
     key: str
     split: str
     code: str
-    """What was done, see `images.elements`, or what is doubtful, see `images.gate`."""
+    """What was done, see `images.elements`, or what is doubtful, see `images.input_checks`."""
 
 
 def digest_pixels(pixels: npt.NDArray[np.uint8]) -> str:
@@ -88,11 +86,7 @@ def find_duplicates(studies: pa.Table, *, has_patients: bool) -> Duplicates:
 
 def tabulate_studies(rows: Iterable[StudyRow]) -> pa.Table:
     """The rows as they stand in studies.parquet."""
-    columns: dict[str, list[Any]] = {name: [] for name in StudyRow.__dataclass_fields__}
-    for row in rows:
-        for name, values in columns.items():
-            value = getattr(row, name)
-            values.append([list(box) for box in value] if name == "boxes" else value)
+    rows = list(rows)
     types = {
         "boxes": pa.list_(pa.list_(pa.float64())),
         "target": pa.int64(),
@@ -100,7 +94,10 @@ def tabulate_studies(rows: Iterable[StudyRow]) -> pa.Table:
         "spacing_mm": pa.float64(),
     }
     return pa.table(
-        {name: pa.array(column, types.get(name, pa.string())) for name, column in columns.items()}
+        {
+            name: pa.array([getattr(row, name) for row in rows], types.get(name, pa.string()))
+            for name in StudyRow.__dataclass_fields__
+        }
     )
 
 
@@ -108,15 +105,15 @@ def write_studies(store_url: str, table: pa.Table) -> FileEntry:
     """Publish studies.parquet, its rows sorted by key; the entry that the manifest will carry."""
     buffer = io.BytesIO()
     pq.write_table(table.sort_by("key").combine_chunks(), buffer)
-    return _write_vouched(store_url, STUDIES, buffer.getvalue())
+    return _write_file(store_url, STUDIES, buffer.getvalue())
 
 
 def read_studies(store_url: str, manifest: Manifest) -> dict[str, StudyRow]:
     """The rows of studies.parquet by key.
 
-    Raises DataError when it is missing, or not what the manifest vouches for.
+    Raises DataError when it is missing, or not what the manifest says.
     """
-    data = _read_vouched(store_url, STUDIES, manifest.studies)
+    data = _read_checked_file(store_url, STUDIES, manifest.studies)
     rows: dict[str, StudyRow] = {}
     texts: dict[str | None, str | None] = {}
     """Each text that many rows have, once."""
@@ -142,47 +139,51 @@ def read_studies(store_url: str, manifest: Manifest) -> dict[str, StudyRow]:
 
 def write_quarantine(store_url: str, rejected: Iterable[Rejected]) -> FileEntry:
     """Publish quarantine.jsonl, sorted by key; the entry that the manifest will carry."""
-    lines = (json.dumps(asdict(item)) for item in sorted(rejected, key=lambda item: item.key))
-    text = "".join(f"{line}\n" for line in lines)
-    return _write_vouched(store_url, QUARANTINE, text.encode())
+    return _write_lines(store_url, QUARANTINE, sorted(rejected, key=lambda item: item.key))
 
 
 def read_quarantine(store_url: str, manifest: Manifest) -> list[Rejected]:
     """The studies that could not be used, sorted by key.
 
-    Raises DataError when the list is missing, or not what the manifest vouches for.
+    Raises DataError when the list is missing, or not what the manifest says.
     """
-    data = _read_vouched(store_url, QUARANTINE, manifest.quarantine)
-    return [Rejected(**json.loads(line)) for line in data.splitlines()]
+    return [Rejected(**row) for row in _read_lines(store_url, QUARANTINE, manifest.quarantine)]
 
 
-def write_warnings(store_url: str, warned: Iterable[Warned]) -> FileEntry | None:
+def write_warnings(store_url: str, warned: Iterable[StudyWarning]) -> FileEntry | None:
     """Publish warnings.jsonl, sorted by key; the entry that the manifest will carry. Without any
     warning there is no file."""
     rows = sorted(warned, key=lambda item: (item.key, item.code))
-    if not rows:
-        return None
-    text = "".join(f"{json.dumps(asdict(item))}\n" for item in rows)
-    return _write_vouched(store_url, WARNINGS, text.encode())
+    return _write_lines(store_url, WARNINGS, rows) if rows else None
 
 
-def read_warnings(store_url: str, manifest: Manifest) -> list[Warned]:
+def read_warnings(store_url: str, manifest: Manifest) -> list[StudyWarning]:
     """What was repaired or is doubtful, sorted by key; nothing for a store of an earlier version.
 
-    Raises DataError when the list is missing, or not what the manifest vouches for.
+    Raises DataError when the list is missing, or not what the manifest says.
     """
     if manifest.warnings is None:
         return []
-    data = _read_vouched(store_url, WARNINGS, manifest.warnings)
-    return [Warned(**json.loads(line)) for line in data.splitlines()]
+    return [StudyWarning(**row) for row in _read_lines(store_url, WARNINGS, manifest.warnings)]
 
 
-def _write_vouched(store_url: str, name: str, data: bytes) -> FileEntry:
+def _write_lines(
+    store_url: str, name: str, rows: Sequence[Rejected] | Sequence[StudyWarning]
+) -> FileEntry:
+    text = "".join(f"{json.dumps(asdict(row))}\n" for row in rows)
+    return _write_file(store_url, name, text.encode())
+
+
+def _read_lines(store_url: str, name: str, entry: FileEntry) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in _read_checked_file(store_url, name, entry).splitlines()]
+
+
+def _write_file(store_url: str, name: str, data: bytes) -> FileEntry:
     storage.write_bytes(storage.join(store_url, name), data)
     return FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
-def _read_vouched(store_url: str, name: str, entry: FileEntry) -> bytes:
+def _read_checked_file(store_url: str, name: str, entry: FileEntry) -> bytes:
     with naming_file(name, store_url):
         return storage.read_bytes(
             storage.join(store_url, name), sha256=entry.sha256, size=entry.bytes

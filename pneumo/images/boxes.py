@@ -1,7 +1,5 @@
 """A rectangle around an opacity."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 

@@ -3,22 +3,12 @@
 Where header and codestream differ, the codestream is right: the decoder follows it.
 """
 
-from __future__ import annotations
-
 import re
 import struct
 from typing import NamedTuple
 
-from pydicom.uid import (
-    HTJ2K,
-    JPEG2000,
-    UID,
-    JPEGBaseline8Bit,
-    JPEGExtended12Bit,
-    JPEGLosslessSV1,
-    JPEGLSNearLossless,
-    RLELossless,
-)
+from pydicom import uid
+from pydicom.uid import UID
 
 _MAX_TILES = 4096  # of JPEG 2000; each takes kilobytes, whatever its size in pixels
 
@@ -34,30 +24,30 @@ class FrameSize(NamedTuple):
 
 def read_jpeg_size(frame: bytes) -> FrameSize | None:
     """What the frame header of JPEG (ITU-T T.81 B.2.2) or JPEG-LS (T.87 C.2.2) says."""
-    place = _find_frame_header(frame)
-    if place is None:
+    position = _find_frame_header(frame)
+    if position is None:
         return None
-    precision, rows, columns, samples = struct.unpack_from(">BHHB", frame, place + 4)
+    precision, rows, columns, samples = struct.unpack_from(">BHHB", frame, position + 4)
     return FrameSize(rows, columns, samples, precision)
 
 
 def _find_frame_header(frame: bytes) -> int | None:
     if frame[:2] != _START_OF_IMAGE:
         return None
-    place = 2
+    position = 2
     # What stands before a marker is skipped, as libjpeg does.
-    while (place := frame.find(b"\xff", place)) >= 0 and place + 10 <= len(frame):
-        marker = frame[place + 1]
+    while (position := frame.find(b"\xff", position)) >= 0 and position + 10 <= len(frame):
+        marker = frame[position + 1]
         if marker in _FRAME_HEADERS:
-            return place
+            return position
         if marker == 0xDA:  # the scan starts, and no frame header came before
             return None
         if marker == 0xFF:
-            place += 1
+            position += 1
         elif marker in _BARE_MARKERS:
-            place += 2
+            position += 2
         else:
-            place += 2 + int.from_bytes(frame[place + 2 : place + 4], "big")
+            position += 2 + int.from_bytes(frame[position + 2 : position + 4], "big")
     return None
 
 
@@ -69,10 +59,10 @@ _START_OF_JPEG_2000 = b"\xff\x4f\xff\x51"
 _EXTENDED_CAPABILITIES = b"\xff\x50"  # of HTJ2K, right after the size
 _SCAN_MARKER = re.compile(rb"\xff[\x80-\xcf\xd8-\xfe]")  # restart markers and stuffing aside
 _SYNTAX_OF_FRAME_HEADER = {
-    **dict.fromkeys((0xC0, 0xC2), JPEGBaseline8Bit),
-    0xC1: JPEGExtended12Bit,
-    0xC3: JPEGLosslessSV1,
-    0xF7: JPEGLSNearLossless,
+    **dict.fromkeys((0xC0, 0xC2), uid.JPEGBaseline8Bit),
+    0xC1: uid.JPEGExtended12Bit,
+    0xC3: uid.JPEGLosslessSV1,
+    0xF7: uid.JPEGLSNearLossless,
 }
 
 
@@ -82,14 +72,14 @@ def find_syntax(frame: bytes) -> UID | None:
     if jpeg_2000 is not None:
         size = int.from_bytes(frame[jpeg_2000 + 4 : jpeg_2000 + 6], "big")
         after = jpeg_2000 + 4 + size
-        return HTJ2K if frame[after : after + 2] == _EXTENDED_CAPABILITIES else JPEG2000
-    place = _find_frame_header(frame)
-    if place is not None:
-        return _SYNTAX_OF_FRAME_HEADER.get(frame[place + 1])
+        return uid.HTJ2K if frame[after : after + 2] == _EXTENDED_CAPABILITIES else uid.JPEG2000
+    position = _find_frame_header(frame)
+    if position is not None:
+        return _SYNTAX_OF_FRAME_HEADER.get(frame[position + 1])
     if len(frame) >= 64:
         segments, first = struct.unpack_from("<2I", frame)
         if 1 <= segments <= 15 and first == 64:
-            return RLELossless
+            return uid.RLELossless
     return None
 
 
@@ -99,8 +89,8 @@ def find_jpeg_2000(frame: bytes) -> int | None:
         return 0
     if frame[4:8] != b"jP  ":
         return None
-    place = frame.find(_START_OF_JPEG_2000)
-    return None if place < 0 else place
+    position = frame.find(_START_OF_JPEG_2000)
+    return None if position < 0 else position
 
 
 def read_jpeg_2000_size(frame: bytes) -> FrameSize | None:
@@ -128,14 +118,14 @@ def find_end(frame: bytes) -> int | None:
 
     Only after the frame header: a thumbnail in an application segment has an end of its own.
     """
-    place = _find_frame_header(frame)
-    while place is not None:
-        if frame[place + 1 : place + 2] == _END_OF_IMAGE[1:]:
-            return place + 2
+    position = _find_frame_header(frame)
+    while position is not None:
+        if frame[position + 1 : position + 2] == _END_OF_IMAGE[1:]:
+            return position + 2
         # A segment, and of a scan what is coded after it, up to the next marker.
-        place += 2 + int.from_bytes(frame[place + 2 : place + 4], "big")
-        found = _SCAN_MARKER.search(frame, place)
-        place = found.start() if found else None
+        position += 2 + int.from_bytes(frame[position + 2 : position + 4], "big")
+        found = _SCAN_MARKER.search(frame, position)
+        position = found.start() if found else None
     return None
 
 
@@ -152,10 +142,14 @@ def is_ycbcr(frame: bytes) -> bool:
 
     As libjpeg takes it: RGB has the components R, G and B.
     """
-    place = _find_frame_header(frame)
-    if place is None or frame[place + 1] not in (0xC0, 0xC1, 0xC2) or frame[place + 9] != 3:
+    position = _find_frame_header(frame)
+    if (
+        position is None
+        or frame[position + 1] not in (0xC0, 0xC1, 0xC2)
+        or frame[position + 9] != 3
+    ):
         return False
-    head = frame[:place]
+    head = frame[:position]
     if b"Adobe" in head or b"JFIF" in head:
         return False  # pydicom reads these
-    return frame[place + 10 : place + 19 : 3].upper() != b"RGB"
+    return frame[position + 10 : position + 19 : 3].upper() != b"RGB"

@@ -1,12 +1,10 @@
 """DICOM bytes -> an 8-bit gray picture, 0 = black, and the four header values that are kept.
 
 `pixel_decoders` reads the stored values and `gray_levels` makes them gray. The usual file, one
-8-bit JPEG-baseline frame without any look-up table, goes a faster way round pydicom
+8-bit JPEG-baseline frame without any look-up table, is read without pydicom, which is faster
 (`fast_dicom`); `decode_gray` is the reference. Where the store's picture is a whole fraction of the
 picture at half size, libjpeg decodes at half size, within 3 gray levels of the full decode.
 """
-
-from __future__ import annotations
 
 import re
 import threading
@@ -20,33 +18,24 @@ import numpy as np
 import numpy.typing as npt
 import pydicom
 import simplejpeg
-from pydicom.uid import (
-    UID,
-    ComputedRadiographyImageStorage,
-    DigitalXRayImageStorageForPresentation,
-    DigitalXRayImageStorageForProcessing,
-    MultiFrameGrayscaleByteSecondaryCaptureImageStorage,
-    MultiFrameGrayscaleWordSecondaryCaptureImageStorage,
-    MultiFrameSingleBitSecondaryCaptureImageStorage,
-    MultiFrameTrueColorSecondaryCaptureImageStorage,
-    SecondaryCaptureImageStorage,
-)
+from pydicom import uid
+from pydicom.uid import UID
 
 from pneumo.errors import DicomError
 from pneumo.images.boxes import Box
 from pneumo.images.codestreams import read_jpeg_size
 from pneumo.images.elements import Repairs, read_optional
-from pneumo.images.fast_dicom import PlainFile, read_plain
+from pneumo.images.fast_dicom import BaselineFile, read_baseline
 from pneumo.images.frame_format import read_format
 from pneumo.images.gray_levels import Gray, render_gray
 from pneumo.images.headers import (
-    NO_EXPOSURE,
+    NO_ACQUISITION,
     NO_HEADER,
-    Exposure,
+    Acquisition,
     Header,
-    make_exposure,
+    make_acquisition,
     make_header,
-    read_exposure,
+    read_acquisition,
     read_header,
 )
 from pneumo.images.letterbox import fit_shape, letterbox
@@ -54,14 +43,14 @@ from pneumo.images.parsing import parse
 from pneumo.images.pixel_decoders import decode_stored
 
 _RADIOGRAPHS = {
-    ComputedRadiographyImageStorage,
-    DigitalXRayImageStorageForPresentation,
-    DigitalXRayImageStorageForProcessing,
-    SecondaryCaptureImageStorage,
-    MultiFrameSingleBitSecondaryCaptureImageStorage,
-    MultiFrameGrayscaleByteSecondaryCaptureImageStorage,
-    MultiFrameGrayscaleWordSecondaryCaptureImageStorage,
-    MultiFrameTrueColorSecondaryCaptureImageStorage,
+    uid.ComputedRadiographyImageStorage,
+    uid.DigitalXRayImageStorageForPresentation,
+    uid.DigitalXRayImageStorageForProcessing,
+    uid.SecondaryCaptureImageStorage,
+    uid.MultiFrameSingleBitSecondaryCaptureImageStorage,
+    uid.MultiFrameGrayscaleByteSecondaryCaptureImageStorage,
+    uid.MultiFrameGrayscaleWordSecondaryCaptureImageStorage,
+    uid.MultiFrameTrueColorSecondaryCaptureImageStorage,
 }
 
 
@@ -96,12 +85,12 @@ class GrayImage:
     """Its width."""
     identifier: str | None
     """Patient ID (0010,0020), to be compared and forgotten: it is never written anywhere."""
-    exposure: Exposure = NO_EXPOSURE
-    """For `gate`; not kept."""
+    acquisition: Acquisition = NO_ACQUISITION
+    """For `input_checks`; not kept."""
     warnings: tuple[str, ...] = ()
-    """What was repaired, see `elements.Repairs`, and, from the gate, what is doubtful; sorted."""
+    """What was repaired, see `elements.Repairs`, and what `input_checks` finds doubtful; sorted."""
 
-    def place(self, box: Box) -> Box:
+    def to_stored(self, box: Box) -> Box:
         """`box` of the original image in pixels of this one."""
         return Box(
             box.x * self.scale[0] + self.offset[0],
@@ -117,8 +106,8 @@ def read_study_image(data: bytes, image_size: int) -> GrayImage:
     Raises DicomError with a reason code: not_dicom, wrong_class (no radiograph), no_pixels,
     multi_frame, too_large, photometric, no_decoder, undecodable.
     """
-    plain = read_plain(data, _TEXTS)
-    image = None if plain is None else _read_fast(plain, image_size)
+    file = read_baseline(data, _TEXTS)
+    image = None if file is None else _read_fast(file, image_size)
     if image is not None:
         return image
     repairs = Repairs()
@@ -131,7 +120,7 @@ def read_study_image(data: bytes, image_size: int) -> GrayImage:
             shape=(int(dataset.Rows), int(dataset.Columns)),
             header=read_header(dataset, repairs),
             identifier=str(read_optional(dataset, "PatientID", repairs) or "") or None,
-            exposure=read_exposure(dataset, repairs),
+            acquisition=read_acquisition(dataset, repairs),
             repairs=repairs,
         )
 
@@ -139,14 +128,14 @@ def read_study_image(data: bytes, image_size: int) -> GrayImage:
 _NUMBER = re.compile(r" *[-+]?\d{1,9}(\.\d{0,9})? *")
 
 
-def _read_fast(plain: PlainFile, image_size: int) -> GrayImage | None:
+def _read_fast(file: BaselineFile, image_size: int) -> GrayImage | None:
     """The usual file; None where pydicom must look at it."""
-    texts = plain.texts
+    texts = file.texts
     if any("\\" in texts.get(tag, "") for tag in _SINGLE_TEXTS):
         return None
     if texts.get(_SOP_CLASS) and texts[_SOP_CLASS] not in _RADIOGRAPHS:
         return None
-    gray = _decode_fast(plain, image_size)
+    gray = _decode_fast(file, image_size)
     if gray is None:
         return None
     spacing = (texts.get(_PIXEL_SPACING) or texts.get(_IMAGER_SPACING) or "0").split("\\")
@@ -155,7 +144,7 @@ def _read_fast(plain: PlainFile, image_size: int) -> GrayImage | None:
     return make_image(
         gray,
         image_size,
-        shape=(plain.form.rows, plain.form.columns),
+        shape=(file.form.rows, file.form.columns),
         header=make_header(
             age=texts.get(_AGE, ""),
             sex=texts.get(_SEX),
@@ -163,7 +152,7 @@ def _read_fast(plain: PlainFile, image_size: int) -> GrayImage | None:
             spacing=[float(number) for number in spacing],
         ),
         identifier=texts.get(_PATIENT_ID) or None,
-        exposure=make_exposure(
+        acquisition=make_acquisition(
             view=texts.get(_VIEW),
             body_part=texts.get(_BODY_PART),
             laterality=texts.get(_LATERALITY) or texts.get(_IMAGE_LATERALITY),
@@ -180,7 +169,7 @@ def make_image(
     shape: tuple[int, int],
     header: Header = NO_HEADER,
     identifier: str | None = None,
-    exposure: Exposure = NO_EXPOSURE,
+    acquisition: Acquisition = NO_ACQUISITION,
     repairs: Iterable[str] = (),
 ) -> GrayImage:
     """The picture of `gray`, which may be smaller than the original's `shape`."""
@@ -194,7 +183,7 @@ def make_image(
         rows=shape[0],
         columns=shape[1],
         identifier=identifier,
-        exposure=exposure,
+        acquisition=acquisition,
         warnings=tuple(sorted(repairs)),
     )
 
@@ -239,17 +228,17 @@ def _check_class(dataset: pydicom.Dataset) -> None:
         raise DicomError(f"the SOP class{known} is no radiograph", "wrong_class")
 
 
-def _decode_fast(plain: PlainFile, image_size: int) -> Gray | None:
+def _decode_fast(file: BaselineFile, image_size: int) -> Gray | None:
     """The JPEG frame decoded by libjpeg-turbo, at half size where that suffices; overwritten by the
     next call. None where it differs from the header."""
-    form = plain.form
-    if read_jpeg_size(plain.frame) != (form.rows, form.columns, 1, 8):
+    form = file.form
+    if read_jpeg_size(file.frame) != (form.rows, form.columns, 1, 8):
         return None
-    shrunk = 2 if _halves_well((form.rows, form.columns), image_size) else 1
+    shrunk = 2 if _can_halve((form.rows, form.columns), image_size) else 1
     rows, columns = form.rows // shrunk, form.columns // shrunk
     try:
         pixels = simplejpeg.decode_jpeg(
-            plain.frame,
+            file.frame,
             "GRAY",
             min_height=rows,
             min_width=columns,
@@ -279,7 +268,7 @@ class _Buffer(threading.local):
 _BUFFER = _Buffer()
 
 
-def _halves_well(shape: tuple[int, int], image_size: int) -> bool:
+def _can_halve(shape: tuple[int, int], image_size: int) -> bool:
     """Whether each output covers whole pixels of the picture at half size; else an edge inside a
     pixel is wrong by up to 40 gray levels."""
     sides = zip(shape, fit_shape(shape, image_size), strict=True)

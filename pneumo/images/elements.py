@@ -3,8 +3,6 @@
 A record says what was done to which element, `left_out:WindowWidth`, and never holds its value.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -5,8 +5,6 @@ any doubt, gives None, and pydicom reads it; tests compare the two, also over da
 7.1.2 and A.4.
 """
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,7 +34,7 @@ _UNUSUAL = {
 
 
 @dataclass(frozen=True)
-class PlainFile:
+class BaselineFile:
     """A file of the usual kind, its parts found and not yet looked into."""
 
     form: FrameFormat
@@ -46,7 +44,7 @@ class PlainFile:
     """Values of the text elements that were asked for, by tag, as pydicom would give them."""
 
 
-def read_plain(data: bytes, wanted: Mapping[int, bytes]) -> PlainFile | None:
+def read_baseline(data: bytes, wanted: Mapping[int, bytes]) -> BaselineFile | None:
     """The parts of `data`, or None where pydicom must look at it.
 
     `wanted` are the tags whose texts to keep, each with the VR that it must have.
@@ -54,9 +52,9 @@ def read_plain(data: bytes, wanted: Mapping[int, bytes]) -> PlainFile | None:
     found = _scan(data)
     if found is None:
         return None
-    elements, place = found
+    elements, position = found
     form = _read_form(elements)
-    frame = _read_only_fragment(data, place)
+    frame = _read_only_fragment(data, position)
     if form is None or frame is None:
         return None
     texts = {}
@@ -66,7 +64,7 @@ def read_plain(data: bytes, wanted: Mapping[int, bytes]) -> PlainFile | None:
             if stated != vr or not value.isascii() or b"\x1b" in value:
                 return None  # a character set matters
             texts[tag] = value.decode("ascii").rstrip("\0 ")
-    return PlainFile(form, frame, texts)
+    return BaselineFile(form, frame, texts)
 
 
 def _scan(data: bytes) -> tuple[dict[int, tuple[bytes, bytes]], int] | None:
@@ -75,22 +73,22 @@ def _scan(data: bytes) -> tuple[dict[int, tuple[bytes, bytes]], int] | None:
     if data[128:132] != b"DICM":
         return None
     elements: dict[int, tuple[bytes, bytes]] = {}
-    place, last, end = 132, 0, len(data)
-    while place + 12 <= end:
-        group, number, vr, length = struct.unpack_from("<HH2sH", data, place)
+    position, last, end = 132, 0, len(data)
+    while position + 12 <= end:
+        group, number, vr, length = struct.unpack_from("<HH2sH", data, position)
         tag = group << 16 | number
-        place += 8
+        position += 8
         if vr in LONG_LENGTHS:
-            (length,) = struct.unpack_from("<I", data, place)
-            place += 4
+            (length,) = struct.unpack_from("<I", data, position)
+            position += 4
         elif vr not in SHORT_LENGTHS:
             return None
         if tag <= last:
             return None
         if length == UNDEFINED:
-            return (elements, place) if (tag, vr) == (_PIXEL_DATA, b"OB") else None
-        elements[tag] = vr, data[place : place + length]
-        place, last = place + length, tag
+            return (elements, position) if (tag, vr) == (_PIXEL_DATA, b"OB") else None
+        elements[tag] = vr, data[position : position + length]
+        position, last = position + length, tag
     return None
 
 
@@ -116,17 +114,17 @@ def _read_form(elements: Mapping[int, tuple[bytes, bytes]]) -> FrameFormat | Non
     return FrameFormat(rows, columns, 1, photometric.decode(), 8, 8, 7, False, 0)
 
 
-def _read_only_fragment(data: bytes, place: int) -> bytes | None:
+def _read_only_fragment(data: bytes, position: int) -> bytes | None:
     """The pixel data's one fragment after the offset table, if both are there and nothing else."""
     fragments = []
     for _ in range(2):
-        if place + 8 > len(data):
+        if position + 8 > len(data):
             return None
-        group, number, length = struct.unpack_from("<HHI", data, place)
-        fragments.append(data[place + 8 : place + 8 + length])
+        group, number, length = struct.unpack_from("<HHI", data, position)
+        fragments.append(data[position + 8 : position + 8 + length])
         if group << 16 | number != ITEM or len(fragments[-1]) != length:
             return None
-        place += 8 + length
-    group, number, length = struct.unpack_from("<HHI", data.ljust(place + 8, b"\0"), place)
+        position += 8 + length
+    group, number, length = struct.unpack_from("<HHI", data.ljust(position + 8, b"\0"), position)
     begins_at_once = fragments[0] in (b"", bytes(4))  # the table of offsets
     return fragments[1] if begins_at_once and group << 16 | number == END_OF_ITEMS else None

@@ -1,7 +1,5 @@
 """What a header states about its one frame (PS3.3 C.7.6.3), checked."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import pydicom

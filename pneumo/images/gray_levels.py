@@ -11,8 +11,6 @@ What would hide the picture (slope 0, a window outside all values, a table that 
 its bits) is skipped or corrected, and recorded in `repairs`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +89,7 @@ def _gray_table(
             shown = values / (2**form.bits_stored - 1)
         if shown is None:
             assert counts is not None
-            shown = _span(values, counts, repairs)
+            shown = _stretch(values, counts, repairs)
     if not np.isfinite(shown).all():
         raise DicomError("the look-up tables give gray levels that are no numbers")
     if form.photometric == "MONOCHROME1":
@@ -206,8 +204,8 @@ class _Table:
             first -= 2**16
         elif first < 0 <= values.min():
             first += 2**16
-        places = np.clip(np.rint(values) - first, 0, self.entries.size - 1)
-        return np.asarray(self.entries[np.nan_to_num(places).astype(np.int64)])
+        indices = np.clip(np.rint(values) - first, 0, self.entries.size - 1)
+        return np.asarray(self.entries[np.nan_to_num(indices).astype(np.int64)])
 
     def find_white(self, keyword: str, repairs: Repairs) -> float:
         """The entry that is white: the greatest of the descriptor's bits, or of the table where it
@@ -258,7 +256,7 @@ def _count_codes(stored: Stored) -> Counts:
     return counts
 
 
-def _span(values: Values, counts: Counts, repairs: Repairs) -> Values:
+def _stretch(values: Values, counts: Counts, repairs: Repairs) -> Values:
     """`values` so that the least that has pixels is 0 and the greatest 1; 0 if there is but one.
 
     Where 0.1 % of the pixels at either end, hot ones, take up half of that range, or 3 % beyond a

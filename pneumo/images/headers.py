@@ -1,8 +1,7 @@
 """The four values of a DICOM header that are kept."""
 
-from __future__ import annotations
-
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +30,7 @@ NO_HEADER = Header(age=None, sex=None, view=None, spacing_mm=None)
 
 
 @dataclass(frozen=True)
-class Exposure:
+class Acquisition:
     """What a header says of how the picture was taken, in capitals; empty where it says nothing."""
 
     view: str
@@ -45,16 +44,16 @@ class Exposure:
     modality: str
 
 
-NO_EXPOSURE = Exposure("", "", "", "", "")
+NO_ACQUISITION = Acquisition("", "", "", "", "")
 
 
-def read_exposure(dataset: pydicom.Dataset, repairs: Repairs) -> Exposure:
+def read_acquisition(dataset: pydicom.Dataset, repairs: Repairs) -> Acquisition:
     """What `dataset` says of how the picture was taken."""
 
     def text(keyword: str) -> Any:
         return read_optional(dataset, keyword, repairs)
 
-    return make_exposure(
+    return make_acquisition(
         view=text("ViewPosition") or _read_meaning(dataset, "ViewCodeSequence", repairs),
         body_part=text("BodyPartExamined")
         or _read_meaning(dataset, "AnatomicRegionSequence", repairs),
@@ -73,9 +72,9 @@ def _read_meaning(dataset: pydicom.Dataset, keyword: str, repairs: Repairs) -> A
         return None
 
 
-def make_exposure(**stated: Any) -> Exposure:
-    """An exposure of these values as they stand in the file."""
-    return Exposure(
+def make_acquisition(**stated: Any) -> Acquisition:
+    """An acquisition of these values as they stand in the file."""
+    return Acquisition(
         **{name: " ".join(str(text or "").upper().split()) for name, text in stated.items()}
     )
 
@@ -91,12 +90,14 @@ def read_header(dataset: pydicom.Dataset, repairs: Repairs) -> Header:
     )
 
 
-def make_header(*, age: str, sex: Any, view: Any, spacing: Any) -> Header:
-    """A header of these values as they stand in the file; what is implausible becomes None."""
-    try:
-        spacing_mm = float(spacing[0]) if spacing else 0.0
-    except (TypeError, ValueError):
-        spacing_mm = 0.0
+def make_header(
+    *, age: str, sex: str | None, view: str | None, spacing: Sequence[float] = ()
+) -> Header:
+    """A header of these values as they stand in the file; what is implausible becomes None.
+
+    `spacing` is that of the rows, in mm, and perhaps more numbers.
+    """
+    spacing_mm = spacing[0] if spacing else 0.0
     return Header(
         age=parse_age(age),
         sex=sex if sex in ("M", "F") else None,

@@ -1,7 +1,5 @@
 """A picture at the store's size: resampled by area, never stretched, black beside it."""
 
-from __future__ import annotations
-
 import math
 from functools import lru_cache
 

@@ -1,7 +1,5 @@
 """Files within files: the members of a zip archive, and what gzip has packed."""
 
-from __future__ import annotations
-
 import io
 import zipfile
 import zlib

@@ -1,7 +1,5 @@
 """DICOM bytes -> a pydicom data set, within bounds: a small file may claim or inflate to much."""
 
-from __future__ import annotations
-
 import io
 import zlib
 from collections.abc import Callable
@@ -14,8 +12,8 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian
 
 from pneumo.errors import DicomError
 from pneumo.images.elements import Repairs
+from pneumo.images.file_repair import repair_file
 from pneumo.images.frame_format import MAX_PIXELS
-from pneumo.images.mending import mend
 
 _MAX_INFLATED_BYTES = 3 * MAX_PIXELS
 _MAX_READS = 500_000  # of a header, two an element: about a second
@@ -26,7 +24,7 @@ _LOOK_UP_TABLES = {0x00283000, 0x00283010}  # of the modality and of interest
 
 
 def parse(data: bytes, repairs: Repairs) -> pydicom.Dataset:
-    """The data set up to its pixel data. A file whose pixel data pydicom does not find is mended,
+    """The data set up to its pixel data. A file whose pixel data pydicom does not find is repaired,
     if that can be done.
 
     Raises DicomError: not_dicom, too_large.
@@ -40,9 +38,9 @@ def parse(data: bytes, repairs: Repairs) -> pydicom.Dataset:
         data = _inflate(data)
     dataset = _try_parse(data)
     if isinstance(dataset, Exception) or "PixelData" not in dataset:
-        mended = mend(data, repairs)
-        if mended is not None:
-            dataset = _try_parse(mended)
+        repaired = repair_file(data, repairs)
+        if repaired is not None:
+            dataset = _try_parse(repaired)
     if isinstance(dataset, Exception):
         raise DicomError(
             f"the header does not parse: {type(dataset).__name__}", "not_dicom"

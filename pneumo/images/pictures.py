@@ -5,8 +5,6 @@ window, are scaled from the picture's least value (black) to its greatest (white
 looked up, an opaque alpha channel is dropped, an EXIF or TIFF orientation is applied.
 """
 
-from __future__ import annotations
-
 import io
 import warnings
 from typing import Any
@@ -71,7 +69,7 @@ def _decode(data: bytes, image: Image.Image) -> Gray:
     if levels.dtype == np.uint8:
         gray: Gray = np.asarray(levels, np.uint8)
     else:
-        gray = _span(levels)
+        gray = _stretch(levels)
         # OpenCV heeds it of 8 bits alone.
         if image.format == "TIFF" and image.getexif().get(_PHOTOMETRIC) == _MIN_IS_WHITE:
             gray = np.asarray(cv2.bitwise_not(gray))
@@ -91,7 +89,7 @@ def _to_luminance(stored: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return np.asarray(cv2.cvtColor(stored, cv2.COLOR_BGR2GRAY))
 
 
-def _span(levels: npt.NDArray[Any]) -> Gray:
+def _stretch(levels: npt.NDArray[Any]) -> Gray:
     """From the least value, 0, to the greatest, 255; of a single value 0."""
     low, high = int(levels.min()), int(levels.max())
     scaled = (levels.astype(np.float32) - low) * (255 / max(high - low, 1))

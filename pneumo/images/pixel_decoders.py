@@ -6,8 +6,6 @@ the codestream says, and some crash. So its size must be the header's, and expan
 all else (bits, planes, syntax, length) the codestream is right where the header says otherwise.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import itertools
 import struct
@@ -18,27 +16,10 @@ from typing import Any
 import numpy as np
 import pydicom
 import simplejpeg
+from pydicom import uid
 from pydicom.encaps import encapsulate, generate_fragments
 from pydicom.pixels.decoders.base import get_decoder
-from pydicom.uid import (
-    HTJ2K,
-    JPEG2000,
-    UID,
-    DeflatedExplicitVRLittleEndian,
-    ExplicitVRBigEndian,
-    ExplicitVRLittleEndian,
-    HTJ2KLossless,
-    HTJ2KLosslessRPCL,
-    ImplicitVRLittleEndian,
-    JPEG2000Lossless,
-    JPEGBaseline8Bit,
-    JPEGExtended12Bit,
-    JPEGLossless,
-    JPEGLosslessSV1,
-    JPEGLSLossless,
-    JPEGLSNearLossless,
-    RLELossless,
-)
+from pydicom.uid import UID
 
 from pneumo.errors import DicomError
 from pneumo.images.codestreams import (
@@ -57,35 +38,26 @@ from pneumo.images.stored_values import Stored, make_values
 
 _LONGEST_RUN = 128
 
-_NATIVE = {
-    ImplicitVRLittleEndian,
-    ExplicitVRLittleEndian,
-    DeflatedExplicitVRLittleEndian,
-    ExplicitVRBigEndian,
-}
 _GE_BIG_ENDIAN = UID("1.2.840.113619.5.2")
 """GE's own: implicit VR, little endian, but for the pixels."""
-_LOSSLESS_JPEG = {JPEGLossless, JPEGLosslessSV1}
-_JPEG = {JPEGBaseline8Bit, JPEGExtended12Bit, *_LOSSLESS_JPEG}
-_JPEG_LS = {JPEGLSLossless, JPEGLSNearLossless}
-_JPEG_2000 = {JPEG2000Lossless, JPEG2000, HTJ2KLossless, HTJ2KLosslessRPCL, HTJ2K}
+_LOSSLESS_JPEG = {uid.JPEGLossless, uid.JPEGLosslessSV1}
 
 _IMAGECODECS = "imagecodecs"
 _PLUGINS: dict[str, tuple[str, ...]] = {
     # pydicom's names of its plugins, the preferred one first.
-    JPEGBaseline8Bit: ("pillow",),
-    JPEGExtended12Bit: ("pillow",),
+    uid.JPEGBaseline8Bit: ("pillow",),
+    uid.JPEGExtended12Bit: ("pillow",),
     # Not gdcm: it ends the process on some damaged frames. pydicom has no plugin for imagecodecs.
-    JPEGLossless: (_IMAGECODECS,),
-    JPEGLosslessSV1: (_IMAGECODECS,),
-    JPEGLSLossless: ("pyjpegls",),
-    JPEGLSNearLossless: ("pyjpegls",),
-    JPEG2000Lossless: ("pylibjpeg", "pillow"),
-    JPEG2000: ("pylibjpeg", "pillow"),
-    HTJ2KLossless: ("pylibjpeg",),
-    HTJ2KLosslessRPCL: ("pylibjpeg",),
-    HTJ2K: ("pylibjpeg",),
-    RLELossless: ("pylibjpeg", "pydicom"),
+    uid.JPEGLossless: (_IMAGECODECS,),
+    uid.JPEGLosslessSV1: (_IMAGECODECS,),
+    uid.JPEGLSLossless: ("pyjpegls",),
+    uid.JPEGLSNearLossless: ("pyjpegls",),
+    uid.JPEG2000Lossless: ("pylibjpeg", "pillow"),
+    uid.JPEG2000: ("pylibjpeg", "pillow"),
+    uid.HTJ2KLossless: ("pylibjpeg",),
+    uid.HTJ2KLosslessRPCL: ("pylibjpeg",),
+    uid.HTJ2K: ("pylibjpeg",),
+    uid.RLELossless: ("pylibjpeg", "pydicom"),
 }
 
 
@@ -96,8 +68,8 @@ def transfer_syntax(dataset: pydicom.Dataset) -> UID:
         return UID(str(stated))
     implicit, little = dataset.original_encoding
     if implicit:
-        return ImplicitVRLittleEndian
-    return ExplicitVRBigEndian if little is False else ExplicitVRLittleEndian
+        return uid.ImplicitVRLittleEndian
+    return uid.ExplicitVRBigEndian if little is False else uid.ExplicitVRLittleEndian
 
 
 def choose_plugin(syntax: str, installed: Collection[str], *, stated: str | None = None) -> str:
@@ -135,48 +107,55 @@ def decode_stored(
     Raises DicomError: no_decoder, multi_frame, photometric, undecodable.
     """
     stated, element = transfer_syntax(dataset), dataset["PixelData"]
-    frame = b""
+    if _is_encapsulated(element, stated, form):
+        return _decode_encapsulated(read_frame(dataset, repairs), stated, form, repairs)
     syntax = stated
-    if not _is_bare(element, form) and (element.is_undefined_length or stated not in _NATIVE):
-        frame = read_frame(dataset, repairs)
-        syntax = _find_syntax(frame, stated, repairs)
-    elif stated not in _NATIVE:
+    if stated not in uid.UncompressedTransferSyntaxes:
         repairs.add("codestream:TransferSyntaxUID")
-        syntax = ExplicitVRBigEndian if stated == _GE_BIG_ENDIAN else ExplicitVRLittleEndian
-    if not frame:
-        vr = "OB" if element.VR == "OB" else "OW"
-        stored, _ = _run_decoder(element.value, syntax, form, "", vr=vr)
-        has_overlays = any(tag >> 24 == 0x60 for tag in dataset.keys())  # noqa: SIM118
-        return make_values(stored, form, repairs, may_widen=not has_overlays)
-    frame = _check_frame(frame, syntax, form)
-    plugin = choose_plugin(syntax, _installed(syntax))
-    if plugin == "pillow" and syntax in _JPEG and _read_precision(frame, syntax) > 8:
-        # Of 12 bits: no plugin of pydicom's has them.
-        plugin = choose_plugin(JPEGLossless, _installed(syntax), stated=syntax)
-    if plugin == "pydicom":
-        check_runs(frame, form)
-    if plugin == "pillow" and syntax in _JPEG:
-        check_scan(frame)
-    form = _follow_codestream(frame, syntax, form, repairs)
-    return _decode_frame(frame, syntax, form, plugin, repairs)
+        syntax = uid.ExplicitVRBigEndian if stated == _GE_BIG_ENDIAN else uid.ExplicitVRLittleEndian
+    vr = "OB" if element.VR == "OB" else "OW"
+    stored, _ = _run_decoder(element.value, syntax, form, "", vr=vr)
+    has_overlays = any(tag >> 24 == 0x60 for tag in dataset.keys())  # noqa: SIM118
+    return make_values(stored, form, repairs, may_widen=not has_overlays)
 
 
-def _is_bare(element: pydicom.DataElement, form: FrameFormat) -> bool:
-    """Whether the pixels are not encapsulated, whatever the transfer syntax says."""
+def _is_encapsulated(element: pydicom.DataElement, stated: UID, form: FrameFormat) -> bool:
+    """Whether the pixels stand in items: not where they have the size of bare ones, whatever the
+    transfer syntax says."""
     size = form.rows * form.columns * form.samples * form.bits_allocated // 8
     value = element.value or b""
     is_item = bytes(value[:4]) == b"\xfe\xff\x00\xe0"
-    return not is_item and len(value) in (size, size + size % 2)
+    if not is_item and len(value) in (size, size + size % 2):
+        return False
+    return element.is_undefined_length or stated not in uid.UncompressedTransferSyntaxes
+
+
+def _decode_encapsulated(
+    frame: bytes, stated: UID, form: FrameFormat, repairs: Repairs
+) -> tuple[Stored, FrameFormat]:
+    """As `decode_stored`, of a frame's codestream."""
+    syntax = _find_syntax(frame, stated, repairs)
+    plugin = choose_plugin(syntax, _installed(syntax))
+    frame = _check_frame(frame, syntax, form)
+    if plugin == "pydicom":
+        check_runs(frame, form)
+    elif plugin == "pillow" and syntax in uid.JPEGTransferSyntaxes:
+        if _read_precision(frame, syntax) > 8:  # no plugin of pydicom's has 12 bits
+            plugin = choose_plugin(uid.JPEGLossless, _installed(syntax), stated=syntax)
+        else:
+            check_scan(frame)
+    form = _follow_codestream(frame, syntax, form, repairs)
+    return _decode_frame(frame, syntax, form, plugin, repairs)
 
 
 def _find_syntax(frame: bytes, stated: UID, repairs: Repairs) -> UID:
     """The transfer syntax to decode by: the stated one, unless the codestream is of another."""
     found = find_syntax(frame)
-    if found is None and stated in _NATIVE:
+    if found is None and stated in uid.UncompressedTransferSyntaxes:
         raise DicomError("encapsulated pixel data in an uncompressed transfer syntax")
     if found is None or _PLUGINS.get(found) == _PLUGINS.get(stated):
         return stated
-    if stated in _LOSSLESS_JPEG and found in _JPEG:
+    if stated in _LOSSLESS_JPEG and found in uid.JPEGTransferSyntaxes:
         return stated  # its decoder reads these too
     repairs.add("codestream:TransferSyntaxUID")
     return found
@@ -186,14 +165,14 @@ def _follow_codestream(
     frame: bytes, syntax: UID, form: FrameFormat, repairs: Repairs
 ) -> FrameFormat:
     """`form` with the bits, planes and colours that the codestream has."""
-    if syntax == RLELossless:
+    if syntax == uid.RLELossless:
         return form  # it says nothing of them
     changes: dict[str, Any] = {}
     if form.planar and form.samples > 1:
         repairs.add("codestream:PlanarConfiguration")
         changes["planar"] = 0  # decoders give colour by pixel
     bits = _read_precision(frame, syntax)
-    is_lossy = syntax in _JPEG and find_syntax(frame) not in _LOSSLESS_JPEG
+    is_lossy = syntax in uid.JPEGTransferSyntaxes and find_syntax(frame) not in _LOSSLESS_JPEG
     if bits > form.bits_allocated or (is_lossy and bits != form.bits_stored):
         repairs.add("codestream:BitsStored")
         changes |= {"bits_stored": bits, "high_bit": bits - 1}
@@ -201,7 +180,7 @@ def _follow_codestream(
     elif is_lossy and bits <= 8 < form.bits_allocated:
         repairs.add("codestream:BitsAllocated")
         changes["bits_allocated"] = 8
-    if form.photometric == "RGB" and syntax in _JPEG and is_ycbcr(frame):
+    if form.photometric == "RGB" and syntax in uid.JPEGTransferSyntaxes and is_ycbcr(frame):
         repairs.add("codestream:PhotometricInterpretation")
         changes["photometric"] = "YBR_FULL"
     return replace(form, **changes)
@@ -224,7 +203,9 @@ def _decode_frame(
         repairs.add("codestream:BitsStored")
         form = replace(form, bits_stored=bits, high_bit=bits - 1)
     # A writer that encodes the header's bit fields as they are says so by their precision.
-    is_bit_field = syntax == RLELossless or (bits > form.bits_stored and syntax not in _JPEG_2000)
+    is_bit_field = syntax == uid.RLELossless or (
+        bits > form.bits_stored and syntax not in uid.JPEG2000TransferSyntaxes
+    )
     low = form if is_bit_field else replace(form, high_bit=form.bits_stored - 1)
     return make_values(stored, low, repairs, is_signed=is_signed_jpeg_2000(frame))
 
@@ -239,7 +220,21 @@ def _run_decoder(
             index=0,
             raw=True,
             decoding_plugin=plugin,
-            **_decoder_options(form, vr=vr),
+            rows=form.rows,
+            columns=form.columns,
+            number_of_frames=1,
+            samples_per_pixel=form.samples,
+            photometric_interpretation=form.photometric,
+            bits_allocated=form.bits_allocated,
+            bits_stored=form.bits_stored,
+            pixel_representation=int(form.signed),
+            planar_configuration=form.planar,
+            pixel_keyword="PixelData",
+            pixel_vr=vr,
+            allow_excess_frames=False,
+            # pydicom takes the lowest bits, whatever the high bit says; see `stored_values`.
+            correct_unused_bits=False,
+            view_only=True,
         )
     except (KeyboardInterrupt, SystemExit):
         raise
@@ -269,28 +264,12 @@ def _decode_jpeg(frame: bytes, form: FrameFormat) -> Stored:
 
 
 def _read_precision(frame: bytes, syntax: UID) -> int:
-    size = read_jpeg_2000_size(frame) if syntax in _JPEG_2000 else read_jpeg_size(frame)
+    size = (
+        read_jpeg_2000_size(frame)
+        if syntax in uid.JPEG2000TransferSyntaxes
+        else read_jpeg_size(frame)
+    )
     return 0 if size is None else size.precision
-
-
-def _decoder_options(form: FrameFormat, *, vr: str) -> dict[str, Any]:
-    return {
-        "rows": form.rows,
-        "columns": form.columns,
-        "number_of_frames": 1,
-        "samples_per_pixel": form.samples,
-        "photometric_interpretation": form.photometric,
-        "bits_allocated": form.bits_allocated,
-        "bits_stored": form.bits_stored,
-        "pixel_representation": int(form.signed),
-        "planar_configuration": form.planar,
-        "pixel_keyword": "PixelData",
-        "pixel_vr": vr,
-        "allow_excess_frames": False,
-        # pydicom takes the lowest bits, whatever the high bit says; see `stored_values`.
-        "correct_unused_bits": False,
-        "view_only": True,
-    }
 
 
 def read_frame(dataset: pydicom.Dataset, repairs: Repairs) -> bytes:
@@ -310,7 +289,7 @@ def read_frame(dataset: pydicom.Dataset, repairs: Repairs) -> bytes:
     is_true = not is_table_missing and offsets[:1] in ([], [0]) and set(offsets) <= set(starts)
     if is_true and len(offsets) > 1:
         first = b"".join(fragments[: starts.index(offsets[1])])
-        if is_whole(first) or find_syntax(first) == RLELossless:
+        if is_whole(first) or find_syntax(first) == uid.RLELossless:
             return first
         is_true = False  # it lists the fragments of the one frame
     if not is_true:
@@ -323,10 +302,10 @@ def _check_frame(frame: bytes, syntax: UID, form: FrameFormat) -> bytes:
 
     Raises DicomError(undecodable).
     """
-    if syntax in _JPEG_2000:
+    if syntax in uid.JPEG2000TransferSyntaxes:
         frame = frame[find_jpeg_2000(frame) or 0 :]
         size = read_jpeg_2000_size(frame)
-    elif syntax in _JPEG or syntax in _JPEG_LS:
+    elif syntax in uid.JPEGTransferSyntaxes or syntax in uid.JPEGLSTransferSyntaxes:
         size = read_jpeg_size(frame)
     else:
         return frame  # RLE says nothing of its size
@@ -363,11 +342,11 @@ def check_runs(frame: bytes, form: FrameFormat) -> None:
         raise DicomError("the frame is no codestream of its transfer syntax")
     offsets = [*struct.unpack_from(f"<{num_segments}I", frame, 4), len(frame)]
     limit = form.rows * form.columns + 2 * _LONGEST_RUN  # some writers pad the last run
-    for place, end in itertools.pairwise(offsets):
+    for position, end in itertools.pairwise(offsets):
         expanded = 0
-        while place < min(end, len(frame)):
-            control = frame[place]
+        while position < min(end, len(frame)):
+            control = frame[position]
             expanded += control + 1 if control < 128 else 257 - control if control > 128 else 0
-            place += control + 2 if control < 128 else 2 if control > 128 else 1
+            position += control + 2 if control < 128 else 2 if control > 128 else 1
             if expanded > limit:
                 raise DicomError("a run-length segment expands beyond the picture")

@@ -1,7 +1,5 @@
 """Words that a decoder gives -> stored values, by the header's bits and sign or against them."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +10,7 @@ from pneumo.images.frame_format import FrameFormat
 
 Stored = npt.NDArray[np.uint8 | np.int8 | np.uint16 | np.int16]
 
-_SEVERAL = 4
+_MOST_JUMPS = 4
 
 
 def make_values(
@@ -23,7 +21,7 @@ def make_values(
     may_widen: bool = False,
     is_signed: bool = False,
 ) -> tuple[Stored, FrameFormat]:
-    """The values as the header's bits and sign make them; or, where these tear neighbours apart by
+    """The values as the header's bits and sign make them; or, where these make neighbours differ by
     the whole range and others do not, as the others make them.
 
     `may_widen`: the bits above those stored are no overlays. `is_signed`: the codestream says so.
@@ -37,14 +35,14 @@ def make_values(
     for keyword, other in others.items():
         words = stored.view(f"{'i' if other.signed else 'u'}{stored.dtype.itemsize}")
         values = _drop_unused_bits(words, other)
-        tears = _count_tears(read, form.bits_stored)
-        if tears >= _SEVERAL and tears > _SEVERAL * _count_tears(values, other.bits_stored):
+        jumps = _count_jumps(read, form.bits_stored)
+        if jumps >= _MOST_JUMPS and jumps > _MOST_JUMPS * _count_jumps(values, other.bits_stored):
             repairs.add(f"pixels:{keyword}")
             return values, other
     return read, form
 
 
-def _count_tears(values: Stored, bits: int) -> int:
+def _count_jumps(values: Stored, bits: int) -> int:
     """How many neighbours in up to 512 of the rows differ by more than 3/4 of the range."""
     rows = values[:: -(-len(values) // 512)].astype(np.int32)
     return int((np.abs(np.diff(rows, axis=1)) > 0.75 * 2**bits).sum())

@@ -7,8 +7,6 @@ on the CPU, and applied in this order: by OpenCV on a CPU (several times as fast
 it up, and agree to one level, save at hard edges: OpenCV places pixels to 1/32.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -22,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pneumo.config import AugmentConfig
-from pneumo.loading.prefetch import send
+from pneumo.loading.prefetch import to_device
 
 Matrices = npt.NDArray[np.float64]
 Tables = npt.NDArray[np.float32]
@@ -125,8 +123,8 @@ def warp_by_grid(
     apply = _compile_grid() if compiled else _apply_grid
     return apply(
         images,
-        send(torch.from_numpy(theta), images.device),
-        send(torch.from_numpy(tables), images.device),
+        to_device(torch.from_numpy(theta), images.device),
+        to_device(torch.from_numpy(tables), images.device),
     )
 
 

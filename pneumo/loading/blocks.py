@@ -1,7 +1,5 @@
 """A split's blocks: each is read by one request, checked against its digest and decoded."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -98,6 +96,8 @@ class Blocks:
             )
         if len({block.blake3 for _, block in self.entries}) != len(self.entries):
             raise DataError(f"split {split}: a block stands twice in the manifest")
+        self._block_of: dict[str, int] = {}
+        """By key, of the samples that have been read."""
 
     def containing(self, rows: Rows) -> Rows:
         """The block of each row, same shape."""
@@ -105,12 +105,21 @@ class Blocks:
 
     def load(self, number: int, out: Tensor | None = None) -> Samples:
         """Read block `number` and decode it to the training size, into `out` where that is given:
-        (B, 1, S, S) uint8 on the CPU. Raises DataError and StorageError."""
+        (B, 1, S, S) uint8 on the CPU. Raises DataError, also for a key that another sample has, and
+        StorageError."""
         shard, block = self.entries[number]
         data = read_block(self.store_url, shard, block)
         samples = list(decode_block(data, shard, block, self.stored_size))
+        keys = tuple(sample.key for sample in samples)
+        if len({*keys}) < len(keys) or any(
+            self._block_of.setdefault(key, number) != number for key in keys
+        ):
+            raise DataError(
+                f"split {self.split}: a study stands in it more than once; delete the store and "
+                "prepare it again"
+            )
         return Samples(
-            tuple(sample.key for sample in samples),
+            keys,
             to_input([sample.pixels for sample in samples], self.image_size, out),
             torch.tensor([sample.target for sample in samples], dtype=torch.float32),
         )

@@ -1,7 +1,5 @@
 """How much memory this process may still take: the machine's, or what its control groups leave."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A split in memory, on the CPU or on the GPU: each block is read once in a run."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +11,7 @@ import torch
 
 from pneumo.errors import DataError
 from pneumo.loading.blocks import READER_THREAD, READERS, Blocks, Samples
-from pneumo.loading.prefetch import send
+from pneumo.loading.prefetch import to_device
 from pneumo.loading.sample_order import Rows
 
 
@@ -78,13 +76,12 @@ class InMemoryFeed:
             yield Samples(
                 tuple(self.keys[row] for row in rows.tolist()),
                 # Copies rows: 4 us each on a CPU, where `self.images[index]` takes 30.
-                self.images.index_select(0, send(index, self.images.device)),
+                self.images.index_select(0, to_device(index, self.images.device)),
                 self.targets[index],
             )
 
     def _fill(self, plan: Sequence[Rows]) -> None:
-        """Read the blocks of `plan` that are not in memory. Raises DataError for a key that stands
-        twice."""
+        """Read the blocks of `plan` that are not in memory."""
         needed = self.blocks.containing(np.concatenate(plan)).tolist() if plan else []
         missing = sorted(set(needed) - self.loaded)
         if not missing:
@@ -96,12 +93,6 @@ class InMemoryFeed:
             pool.shutdown(wait=False, cancel_futures=True)
         if self.images.device.type == "cuda":  # whichever stream reads them next
             torch.cuda.synchronize(self.images.device)
-        present = [key for key in self.keys if key]
-        if twice := len(present) - len(set(present)):
-            raise DataError(
-                f"split {self.blocks.split}: {twice} of {len(present)} studies stand in it "
-                "more than once; delete the store and prepare it again"
-            )
 
     def _load(self, number: int) -> None:
         """Read a block to its place; on a CPU it is decoded there."""

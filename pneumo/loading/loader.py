@@ -1,8 +1,6 @@
 """From a store to batches: read from memory or streamed, augmented and normalised on the device."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -20,7 +18,7 @@ from pneumo.errors import ConfigError, DataError
 from pneumo.loading import augmentation, free_memory, sample_order
 from pneumo.loading.blocks import Blocks, Feed, PreparedStore, Samples
 from pneumo.loading.in_memory import InMemoryFeed, InMemorySplit
-from pneumo.loading.prefetch import run_ahead, send
+from pneumo.loading.prefetch import prefetch, to_device
 from pneumo.loading.sample_order import World
 from pneumo.loading.streaming import StreamingFeed
 
@@ -81,13 +79,16 @@ class Loader:
         order = sample_order.epoch_order(
             self.block_sizes, batch_size=batch_size, seed=seed, epoch=epoch
         )
-        rows_of_step = partial(
-            sample_order.train_rows,
-            order,
-            batch_size=batch_size,
-            world=self.world,
-            micro_batch_size=micro_batch_size,
-        )
+        plan = [
+            sample_order.train_rows(
+                order,
+                step,
+                batch_size=batch_size,
+                world=self.world,
+                micro_batch_size=micro_batch_size,
+            )
+            for step in range(start_step, steps)
+        ]
         change = partial(
             augmentation.augment,
             config=augment,
@@ -96,19 +97,17 @@ class Loader:
             moments=self.moments,
             compiled=self.compiled,
         )
-        plan = [rows_of_step(step) for step in range(start_step, steps)]
-        yield from self._run_ahead(self.feed.feed(plan), change)
+        yield from self._prefetch(self.feed.feed(plan), change)
 
     def evaluation(self, *, batch_size: int) -> Iterator[Batch]:
         """This rank's slice of the split in the store's order, each sample on exactly one rank.
 
         `batch_size` is this rank's own. Raises DataError and StorageError.
         """
-
-        def normalise(images: Tensor, keys: tuple[str, ...]) -> Tensor:
-            return augmentation.normalise(images, *self.moments)
-
-        yield from self._run_ahead(self.rank_slice(batch_size=batch_size), normalise)
+        yield from self._prefetch(
+            self.rank_slice(batch_size=batch_size),
+            lambda images, _: augmentation.normalise(images, *self.moments),
+        )
 
     def rank_slice(self, *, batch_size: int) -> Iterator[Samples]:
         """What `evaluation` gives, as it is stored: gray levels, on the CPU when streamed."""
@@ -117,17 +116,19 @@ class Loader:
             [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
         )
 
-    def _run_ahead(
+    def _prefetch(
         self, stored: Iterable[Samples], change: Callable[[Tensor, tuple[str, ...]], Tensor]
     ) -> Iterator[Batch]:
         """Batches of what is stored, changed on the device."""
-
-        def make() -> Generator[Batch, None, None]:
-            for samples in stored:
-                images = change(send(samples.images, self.device), samples.keys)
-                yield Batch(images, send(samples.targets, self.device), samples.keys)
-
-        yield from run_ahead(make(), self.device, lambda batch: (batch.images, batch.targets))
+        batches = (
+            Batch(
+                change(to_device(samples.images, self.device), samples.keys),
+                to_device(samples.targets, self.device),
+                samples.keys,
+            )
+            for samples in stored
+        )
+        yield from prefetch(batches, self.device, lambda batch: (batch.images, batch.targets))
 
 
 def open_loader(

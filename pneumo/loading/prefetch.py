@@ -3,8 +3,6 @@
 While step k computes, batch k + 1 is read, copied and augmented. It is the same batch as without.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
@@ -17,7 +15,7 @@ Made = tuple[T, torch.cuda.Event | None]
 """A batch, and the event after which the device has made it."""
 
 
-def send(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host on the device: from pinned memory the copy is queued in the current
     stream, and the host does not wait."""
     if device.type != "cuda" or tensor.device.type == "cuda":
@@ -25,7 +23,7 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def run_ahead(
+def prefetch(
     batches: Generator[T, None, None],
     device: torch.device,
     tensors_of: Callable[[T], Iterable[Tensor]],

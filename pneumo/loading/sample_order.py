@@ -19,8 +19,6 @@ a step trains on does not depend on the number of ranks or reader threads, and a
 mid-epoch with the very next sample.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass

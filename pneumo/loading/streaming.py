@@ -1,7 +1,5 @@
 """A split streamed: blocks are read shortly before they are needed, and dropped afterwards."""
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pneumo.errors import DataError
 from pneumo.loading.blocks import READER_THREAD, READERS, Blocks, Samples
 from pneumo.loading.sample_order import Rows
 
@@ -33,7 +30,6 @@ class StreamingFeed:
         uses = _list_uses([self.blocks.containing(rows) for rows in plan])
         num_asked = 0
         reads: list[tuple[_BlockUse, Future[Samples]]] = []
-        row_of: dict[str, int] = {}
         pool = ThreadPoolExecutor(self.readers, thread_name_prefix=READER_THREAD)
         try:
             for step, rows in enumerate(plan):
@@ -42,23 +38,11 @@ class StreamingFeed:
                 reads += [(use, pool.submit(self.blocks.load, use.block)) for use in asked]
                 num_asked += len(asked)
                 due = {use.block: read for use, read in reads if use.first <= step}
-                samples = self._gather(rows, due)
                 reads = [(use, read) for use, read in reads if use.last > step]
-                self._check_keys(samples.keys, rows, row_of)
-                yield samples
+                yield self._gather(rows, due)
         finally:
             # Also when the consumer goes away. Not waited for: a read may be trying again.
             pool.shutdown(wait=False, cancel_futures=True)
-
-    def _check_keys(self, keys: Sequence[str], rows: Rows, row_of: dict[str, int]) -> None:
-        """Raise DataError for a key that stood in another row before; `row_of` remembers them."""
-        if any(
-            row_of.setdefault(key, row) != row for key, row in zip(keys, rows.tolist(), strict=True)
-        ):
-            raise DataError(
-                f"split {self.blocks.split}: a study stands in it more than once; prepare the "
-                "store again"
-            )
 
     def _gather(self, rows: Rows, blocks: Mapping[int, Future[Samples]]) -> Samples:
         size = self.blocks.image_size

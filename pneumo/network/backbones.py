@@ -1,7 +1,5 @@
 """torchvision's networks with one input channel and one logit, and their first weights."""
 
-from __future__ import annotations
-
 import io
 import pickle
 import socket
@@ -18,7 +16,8 @@ from torchvision.models import ConvNeXt, DenseNet, EfficientNet, ResNet
 from pneumo import storage
 from pneumo.config import WEIGHTS_WITHOUT_FILE, ModelConfig
 from pneumo.errors import ConfigError
-from pneumo.network.gray_convolution import Stem
+from pneumo.network.gray_convolution import GrayConv2d
+from pneumo.storage.failures import first_line
 
 _DOWNLOAD_TIMEOUT_S = 15.0
 _WRAPPERS = ("state_dict", "model_state_dict", "teacher", "student", "model", "net", "encoder")
@@ -62,7 +61,7 @@ def build_model(backbone: str) -> nn.Module:
     old = model.get_submodule(name)
     assert isinstance(old, nn.Conv2d)
     sizes: Any = {"kernel_size": old.kernel_size, "stride": old.stride, "padding": old.padding}
-    first = Stem(1, old.out_channels, bias=old.bias is not None, **sizes)
+    first = GrayConv2d(1, old.out_channels, bias=old.bias is not None, **sizes)
     nn.init.kaiming_normal_(first.weight, mode="fan_out", nonlinearity="relu")
     model.set_submodule(name, first)
     return model
@@ -82,7 +81,7 @@ def initialise(model: nn.Module, config: ModelConfig, *, seed: int) -> Initialis
             state = _download(config.backbone)
         # A broken cache fails as torch.load does; a proxy as http.client does.
         except (OSError, RuntimeError, HTTPException, pickle.UnpicklingError, EOFError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             return Initialisation(
                 "random",
                 f"ImageNet weights are not available ({reason}): random weights, seed {seed}, "

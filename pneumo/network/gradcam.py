@@ -3,8 +3,6 @@
 A map says what moved the logit, not what is ill: it is an aid to find shortcuts, no diagnosis.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

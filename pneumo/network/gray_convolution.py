@@ -1,13 +1,11 @@
 """A first convolution of one channel that is fast on a GPU."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Stem(nn.Conv2d):
+class GrayConv2d(nn.Conv2d):
     """A convolution of one channel with a stride, (B, 1, H, W) -> (B, C, H / stride, W / stride),
     with the weights and the result of nn.Conv2d.
 

@@ -1,7 +1,5 @@
 """Running trained networks: from stored images or batches to one logit a study."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

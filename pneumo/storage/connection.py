@@ -3,8 +3,6 @@
 Credentials and endpoints follow the AWS conventions (profiles, AWS_ENDPOINT_URL, IRSA).
 """
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

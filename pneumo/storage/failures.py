@@ -1,7 +1,5 @@
 """Which errors of a server are permanent, and what a person is told of them."""
 
-from __future__ import annotations
-
 import errno
 from collections.abc import Mapping
 from typing import Any
@@ -37,7 +35,7 @@ _REFUSALS: Mapping[str, tuple[str, str]] = {
 }
 """S3 error code -> what is wrong, what to do."""
 
-_PASSING_CODES = frozenset(
+_TRANSIENT_CODES = frozenset(
     {
         *("SlowDown", "Throttling", "TooManyRequests", "429", "RequestTimeout", "408"),
         *("OperationAborted", "ConditionalRequestConflict", "409", "PreconditionFailed", "412"),
@@ -64,7 +62,7 @@ def first_line(error: BaseException) -> str:
 
 
 def permanent_error(error: Exception, name: str, text: str | None = None) -> Exception | None:
-    """What to raise for an error that another try would meet again; None for passing trouble.
+    """What to raise for an error that another try would meet again; None for a transient one.
 
     `name` is what the object is called, `text` what is told of the error: its first line if None.
     """
@@ -111,7 +109,7 @@ def _permanent_s3_error(
     if code in _REFUSALS:
         what, remedy = _REFUSALS[code]
         return AccessError(f"storage: {what}: {name}; {remedy}")
-    if code in _PASSING_CODES:
+    if code in _TRANSIENT_CODES:
         return None
     if code.isdecimal():
         # The answer had no body with S3's own code, as is usual for HEAD.

@@ -1,7 +1,5 @@
 """Objects that are files of this machine: written beside their place, flushed, then renamed."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

@@ -9,8 +9,6 @@ Errors are those of `pneumo.errors` (AccessError, StorageError, ContentError), e
 object is Python's own FileNotFoundError, for the caller to say what was missing.
 """
 
-from __future__ import annotations
-
 import hashlib
 import uuid
 from collections.abc import Callable
@@ -96,7 +94,7 @@ def _read_object(wanted: Range) -> bytes:
         return b""
     if is_s3(wanted.url):
         reading = ResumableRead(wanted)
-        retried(reading.go_on, wanted.url, progress=lambda: reading.received, label=wanted.label)
+        retried(reading.resume, wanted.url, progress=lambda: reading.received, label=wanted.label)
         return b"".join(reading.chunks)
     end = None if length is None else start + length
     data: bytes = retried(

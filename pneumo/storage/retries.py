@@ -1,6 +1,4 @@
-"""Requests to a server, sent again within a time budget while the trouble looks passing."""
-
-from __future__ import annotations
+"""Requests to a server, sent again within a time budget while the failure looks transient."""
 
 import logging
 import random

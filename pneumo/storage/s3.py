@@ -1,7 +1,5 @@
 """What is asked of an S3 server."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import re
@@ -36,7 +34,7 @@ class ResumableRead:
         self.length = self.wanted.length
         self.etag: str | None = None
 
-    def go_on(self, fs: Any, path: str) -> None:
+    def resume(self, fs: Any, path: str) -> None:
         """Ask once for what is missing, and take it.
 
         Raises ContentError when the object ends before; any other error leaves what has come, for
@@ -60,7 +58,7 @@ class ResumableRead:
                 self._end_at(head["ContentLength"])
                 return
             if code in _CONDITION_FAILED:
-                self._begin_again()
+                self._restart()
             raise
         async with answer["Body"] as body:
             self._check(answer, first)
@@ -85,7 +83,7 @@ class ResumableRead:
         if "ETag" not in answer:
             raise not_s3(wanted.name)
         if self.etag is not None and answer["ETag"] != self.etag:
-            self._begin_again()
+            self._restart()
         shown = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", answer.get("ContentRange", ""))
         if shown is None:
             if first or wanted.length is not None:
@@ -109,9 +107,9 @@ class ResumableRead:
         if self.wanted.length is not None:
             raise self.wanted.ends_early(total)
         if total or self.held:
-            self._begin_again()
+            self._restart()
 
-    def _begin_again(self) -> NoReturn:
+    def _restart(self) -> NoReturn:
         self._begin()
         raise ConnectionError("replaced while it was read")
 

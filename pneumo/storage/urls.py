@@ -1,7 +1,5 @@
 """What a URL names, and how URLs are put together. No URL is ever handed to a shell."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote

@@ -8,8 +8,6 @@ evaluation uses, move once a step towards the mean over all the step's micro-bat
 which is the rule of torch.nn.BatchNorm2d where a step is one micro-batch.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """What a training tells whoever called it, and what it asks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -38,8 +36,8 @@ class Epoch:
 
 
 @dataclass(frozen=True)
-class Pace:
-    """How training goes within an epoch."""
+class StepProgress:
+    """How far training has come within an epoch."""
 
     epoch: int
     """Counted from 1."""
@@ -60,7 +58,7 @@ class Callbacks:
     on_start: Callable[[Start], None] = lambda start: None
     on_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None
     on_epoch: Callable[[Epoch], None] = lambda epoch: None
-    on_pace: Callable[[Pace], None] = lambda pace: None
+    on_progress: Callable[[StepProgress], None] = lambda progress: None
     """About once a second, and at the end of an epoch."""
     tell: Callable[[str], None] = lambda line: None
     """Takes one line for the person: how each split is fed, what went wrong and was mended."""

@@ -1,7 +1,5 @@
 """How a run is written while it is trained: checkpoints and metrics.jsonl, behind the training."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence

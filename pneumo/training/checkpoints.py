@@ -9,8 +9,6 @@ nothing, as its id is no longer there. The id is in the names of its files too, 
 write the same one.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import os
@@ -143,7 +141,7 @@ def claim_run(run_url: str, index: CheckpointIndex | None = None) -> str:
     attempt = uuid.uuid4().hex[:8]
     claimed = CheckpointIndex(attempt=attempt, entries=() if index is None else index.entries)
     _write_index(run_url, claimed)
-    _sweep(run_url, {entry.name for entry in claimed.entries})
+    _remove_unlisted(run_url, {entry.name for entry in claimed.entries})
     return attempt
 
 
@@ -342,7 +340,7 @@ def _read_index(run_url: str) -> CheckpointIndex | None:
     try:
         index = CheckpointIndex.model_validate_json(storage.read_bytes(url))
     except FileNotFoundError as error:
-        # Taking this for a fresh run would sweep them away.
+        # Taking this for a fresh run would delete them.
         if _list_files(run_url):
             raise CheckpointError(
                 f"{url}: missing, though there are checkpoints, whose digests it holds; "
@@ -366,7 +364,7 @@ def _write_index(run_url: str, index: CheckpointIndex) -> None:
     storage.write_text(_url(run_url, _INDEX), index.model_dump_json(indent=1) + "\n")
 
 
-def _sweep(run_url: str, named: set[str]) -> None:
+def _remove_unlisted(run_url: str, named: set[str]) -> None:
     for name in _list_files(run_url):
         if name not in named:
             storage.remove(_url(run_url, name))

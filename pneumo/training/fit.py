@@ -5,8 +5,6 @@ is and hears of every epoch. Batches, gradients and BatchNorm's statistics do no
 number of ranks (`train_step.py`): losses and weights agree up to the rounding of sums.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -26,7 +24,7 @@ from pneumo.loading.in_memory import InMemorySplit
 from pneumo.loading.loader import Loader, open_loaders
 from pneumo.loading.sample_order import World, steps_per_epoch
 from pneumo.network.backbones import Initialisation, build_model, initialise
-from pneumo.training.callbacks import Callbacks, Epoch, Metrics, Pace, Start
+from pneumo.training.callbacks import Callbacks, Epoch, Metrics, Start, StepProgress
 from pneumo.training.checkpoint_writer import RunWriter
 from pneumo.training.checkpoints import AUROC_OF, Checkpoint, copy_to_cpu
 from pneumo.training.optimisation import learning_rate
@@ -64,7 +62,7 @@ def fit(
     >>> history = pneumo.fit(config, store_url=store.url, run_url="run", world=pneumo.World(),
     ...                      device=torch.device("cpu"), callbacks=pneumo.Callbacks())
     """
-    device = _settle_device(config, device, callbacks)
+    device = _prepare_device(config, device, callbacks)
     store = PreparedStore(store_url, read_manifest(store_url), config.data)
     check_sizes(config, store.manifest, num_workers=world.size)
     resumption = claim_and_resume(config, store.manifest, run_url, world, callbacks.tell)
@@ -78,7 +76,7 @@ def fit(
         compiled=bool(config.train.compile),
     )
     network = build_network(config.model.backbone)
-    initialisation = _fill(network, config, world, run_url, resumption.checkpoint)
+    initialisation = _initialise(network, config, world, run_url, resumption.checkpoint)
     weight = resolve_pos_weight(config.train, store.manifest)
     learner = Learner(
         network, config.train, pos_weight=weight, seed=config.seed, world=world, device=device
@@ -87,7 +85,7 @@ def fit(
     return run.complete(train_data, val_data)
 
 
-def _settle_device(config: Config, device: torch.device, callbacks: Callbacks) -> torch.device:
+def _prepare_device(config: Config, device: torch.device, callbacks: Callbacks) -> torch.device:
     """The device with its number, made the process's own. Raises ConfigError."""
     check_compiler(config.train, device, callbacks.tell)
     if device.type != "cuda":
@@ -124,7 +122,7 @@ class _Run:
         self.slow_data = SlowData()
         before = resumption.checkpoint
         if before is not None:
-            self._go_on_from(before)
+            self._restore(before)
         self.writer = RunWriter(
             url,
             resumption.attempt,
@@ -136,7 +134,7 @@ class _Run:
             Start(initialisation, tuple(self.history), self.totals.step, self.steps_per_epoch)
         )
 
-    def _go_on_from(self, before: Checkpoint) -> None:
+    def _restore(self, before: Checkpoint) -> None:
         """Take over all that is not in the model."""
         self.history = list(before.history)
         self.totals = EpochTotals(
@@ -181,7 +179,7 @@ class _Run:
             self._save()
         validated = validate(self.learner, val_data, self.config, self.callbacks)
         if validated is None:
-            self._leave()
+            self._stop()
         taken = {"epoch_s": time.perf_counter() - started_s}
         record = Epoch(number, {"epoch": number, **trained, **validated, **taken})
         self.history.append(record.metrics)
@@ -205,7 +203,7 @@ class _Run:
         config, learner, epoch = self.config.train, self.learner, len(self.history)
         times = StepTimes(config.batch_size)
         results = StepResults(data.device, self.totals)
-        paces = _Paces(learner, times, results)
+        reports = _ProgressReports(learner, times, results)
         learner.network.train()
         batches = data.epoch(
             epoch,
@@ -217,7 +215,7 @@ class _Run:
         )
         num_steps = config.epochs * self.steps_per_epoch
         for step, batch in enumerate(times.watch(batches), self.totals.step):
-            is_reported = step + 1 == self.steps_per_epoch or paces.is_due()
+            is_reported = step + 1 == self.steps_per_epoch or reports.is_due()
             values = learner.learn(
                 batch,
                 epoch=epoch,
@@ -230,8 +228,8 @@ class _Run:
             self._act_on(results)
             self.callbacks.on_step(epoch + 1, step + 1, self.steps_per_epoch)
             if is_reported:
-                pace = Pace(epoch + 1, step + 1, self.steps_per_epoch, paces.take())
-                self.callbacks.on_pace(pace)
+                progress = StepProgress(epoch + 1, step + 1, self.steps_per_epoch, reports.take())
+                self.callbacks.on_progress(progress)
         assert self.totals.samples == self.steps_per_epoch * config.batch_size
         learner.optimizer.zero_grad(set_to_none=True)
         self._warn_of_slow_data(times)
@@ -258,7 +256,7 @@ class _Run:
             self._diverge(results.divergence)
         self.writer.check()
         if results.should_stop:
-            self._leave()
+            self._stop()
         if is_saved:
             self._save()
 
@@ -285,7 +283,7 @@ class _Run:
             f"train.clip_norm; the keys of the batch are in {url}"
         )
 
-    def _leave(self) -> NoReturn:
+    def _stop(self) -> NoReturn:
         """Write a checkpoint of this very step, and end the run as was asked."""
         self._save(wait=True)
         self._barrier()
@@ -335,7 +333,7 @@ class _Run:
             dist.barrier()
 
 
-class _Paces:
+class _ProgressReports:
     """How an epoch goes, from one report to the next."""
 
     def __init__(self, learner: Learner, times: StepTimes, results: StepResults) -> None:
@@ -350,7 +348,7 @@ class _Paces:
         return time.monotonic() - self.taken_s >= _REPORT_INTERVAL_S
 
     def take(self) -> Metrics:
-        """What `Pace.metrics` holds. Waits for nothing: on a GPU it is as of the step before."""
+        """`StepProgress.metrics`. Waits for nothing: on a GPU it is of the step before."""
         losses = self.results.losses[self.num_losses :]
         found = {
             "train/loss": sum(losses) / len(losses) if losses else None,
@@ -363,7 +361,7 @@ class _Paces:
         return found
 
 
-def _fill(
+def _initialise(
     model: nn.Module, config: Config, world: World, run_url: str, before: Checkpoint | None
 ) -> Initialisation:
     """Fill the model with the weights that the attempt begins with."""

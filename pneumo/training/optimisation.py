@@ -1,7 +1,5 @@
 """Loss, optimiser, learning rate and averaged weights: what turns logits into a step."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 

@@ -1,7 +1,5 @@
 """What can be known before the first step."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """What a training run goes on from: chosen by rank 0, the same on all ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """The results of steps, read without holding up a GPU: losses, requests to stop, gradient norms."""
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from dataclasses import dataclass

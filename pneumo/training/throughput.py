@@ -1,7 +1,5 @@
 """Where the time of training goes: steps, waiting for data, and what the GPU does meanwhile."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from typing import TypeVar

@@ -5,8 +5,6 @@ gradient is that of the mean loss over all of them, and each is normalised by it
 step computes the same on any number of ranks, up to the rounding of sums.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from contextlib import AbstractContextManager, nullcontext

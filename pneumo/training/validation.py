@@ -1,7 +1,5 @@
 """How good a model is on the val split after an epoch, the same on every rank."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -6,13 +6,10 @@ is taken. With confirmation the best settings are trained again with seeds that 
 choosing them.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -20,8 +17,9 @@ from pneumo.config import Config, TuneConfig
 from pneumo.config_layers import override
 from pneumo.dataset.manifest import Manifest
 from pneumo.network.backbones import build_model
+from pneumo.search_space import flatten
 from pneumo.training.preconditions import resolve_pos_weight
-from pneumo.tuning.objective import Judgement
+from pneumo.tuning.objective import ObjectiveEstimate
 from pneumo.tuning.trials import Trial, rank
 
 CONFIRMED_SETTINGS = 3
@@ -77,8 +75,8 @@ class SettingChoice:
 def measure_simplicity(config: Config, manifest: Manifest, trial: Trial) -> SimplicityKey:
     """How large a trial's network is, and how far its setting is from the configuration's."""
     chosen = override(config, trial.settings)
-    base = config.model_dump()
-    changed = sum(_look_up(base, key) != value for key, value in trial.settings.items())
+    base = flatten(config.model_dump())
+    changed = sum(base[key] != value for key, value in trial.settings.items())
     return SimplicityKey(
         count_parameters(chosen.model.backbone),
         changed,
@@ -94,7 +92,7 @@ def count_parameters(backbone: str) -> int:
 
 def choose_setting(
     trials: Sequence[Trial],
-    judgements: Mapping[str, Judgement],
+    estimates: Mapping[str, ObjectiveEstimate],
     config: TuneConfig,
     simplicity: Callable[[Trial], SimplicityKey],
 ) -> SettingChoice | None:
@@ -108,7 +106,7 @@ def choose_setting(
     if not finished:
         return None
     best = finished[0]
-    ties = [trial for trial in finished if _is_tie(trial, best, judgements, config)]
+    ties = [trial for trial in finished if _is_tie(trial, best, estimates, config)]
     taken = min(ties, key=simplicity)
     if len(ties) == 1:
         reason = "the best, and no other is within the standard error of its difference to it"
@@ -123,11 +121,11 @@ def choose_setting(
 
 
 def _is_tie(
-    trial: Trial, best: Trial, judgements: Mapping[str, Judgement], config: TuneConfig
+    trial: Trial, best: Trial, estimates: Mapping[str, ObjectiveEstimate], config: TuneConfig
 ) -> bool:
     if trial is best:
         return True
-    own, other = judgements.get(trial.name), judgements.get(best.name)
+    own, other = estimates.get(trial.name), estimates.get(best.name)
     mine, theirs = trial.objective(config), best.objective(config)
     if own is None or other is None or mine is None or theirs is None:
         return False
@@ -179,9 +177,3 @@ def settings_to_confirm(trials: Sequence[Trial], config: TuneConfig) -> tuple[Tr
     """The best CONFIRMED_SETTINGS."""
     finished = [trial for trial in rank(trials, config) if trial.state == "finished"]
     return tuple(finished[:CONFIRMED_SETTINGS])
-
-
-def _look_up(tree: Mapping[str, Any], key: str) -> Any:
-    for part in key.split("."):
-        tree = tree[part]
-    return tree

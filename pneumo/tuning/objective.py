@@ -1,6 +1,6 @@
 """What a trial of a search is judged by: one number of val, higher is better, and how sure it is.
 
-A judgement keeps what each study adds to the number (its influence), so that the standard error is
+An estimate keeps what each study adds to the number (its influence), so that the standard error is
 one of patients, and so that two trials, judged on the same studies, are compared in pairs: what is
 hard for both cancels out. `auroc`: placements (DeLong 1988, by patient as in Obuchowski 1997).
 `sensitivity`: at the lowest threshold that keeps the specificity on val, whose own error counts.
@@ -8,12 +8,10 @@ hard for both cancels out. `auroc`: placements (DeLong 1988, by patient as in Ob
 since a weight of positives shifts every logit and the loss would count that.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +27,7 @@ Objective = Literal["auroc", "sensitivity", "log_loss"]
 
 
 @dataclass(frozen=True, eq=False)
-class Judgement:
+class ObjectiveEstimate:
     """The objective on val."""
 
     value: float
@@ -44,26 +42,26 @@ class Judgement:
         """Of the value, with patients as the independent unit."""
         return _clustered_error(self.influence, self.patient)
 
-    def error_of_difference(self, other: Judgement) -> float:
-        """The standard error of the difference to another judgement of the same studies."""
+    def error_of_difference(self, other: Self) -> float:
+        """The standard error of the difference to another estimate of the same studies."""
         return _clustered_error(self.influence - other.influence, self.patient)
 
 
-def judge(
+def estimate_objective(
     target: npt.ArrayLike, logit: npt.ArrayLike, patient: npt.NDArray[Any], config: TuneConfig
-) -> Judgement:
+) -> ObjectiveEstimate:
     """The objective of `config` from targets, logits and patients (N,) of val.
 
     Raises MetricError where it is not defined: one class only, a NaN.
     """
     positive, score = check_scores(target, logit)
     by_name: dict[Objective, Callable[[], tuple[float, Floats]]] = {
-        "auroc": lambda: _judge_auroc(positive, score),
-        "sensitivity": lambda: _judge_sensitivity(positive, score, config.specificity),
-        "log_loss": lambda: _judge_log_loss(positive, score, patient),
+        "auroc": lambda: _estimate_auroc(positive, score),
+        "sensitivity": lambda: _estimate_sensitivity(positive, score, config.specificity),
+        "log_loss": lambda: _estimate_log_loss(positive, score, patient),
     }
     value, influence = by_name[config.objective]()
-    return Judgement(value, influence, np.asarray(patient))
+    return ObjectiveEstimate(value, influence, np.asarray(patient))
 
 
 def chance_level(config: TuneConfig, prevalence: float) -> float:
@@ -97,13 +95,13 @@ def describe_objective(config: TuneConfig) -> str:
     return name if over == 1 else f"{name}, mean of the last {over} epochs"
 
 
-def _judge_auroc(positive: npt.NDArray[np.bool_], score: Floats) -> tuple[float, Floats]:
+def _estimate_auroc(positive: npt.NDArray[np.bool_], score: Floats) -> tuple[float, Floats]:
     placed = placements(positive, score)
     sizes = np.where(positive, positive.sum(), (~positive).sum())
     return placed.auroc, (placed.value - placed.auroc) / sizes
 
 
-def _judge_sensitivity(
+def _estimate_sensitivity(
     positive: npt.NDArray[np.bool_], score: Floats, specificity: float
 ) -> tuple[float, Floats]:
     negatives = np.sort(score[~positive])
@@ -120,7 +118,7 @@ def _judge_sensitivity(
     return value, np.where(positive, (hits - value) / positive.sum(), of_negative)
 
 
-def _judge_log_loss(
+def _estimate_log_loss(
     positive: npt.NDArray[np.bool_], score: Floats, patient: npt.NDArray[Any]
 ) -> tuple[float, Floats]:
     losses = cross_validated_losses("platt", positive, score, patient, seed=0)

@@ -1,7 +1,5 @@
 """A search as Optuna knows it: for its plots, its samplers and its importance."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import optuna
@@ -14,7 +12,7 @@ MIN_TRIALS_FOR_IMPORTANCE = 8
 
 
 def to_optuna_study(trials: Sequence[Trial], config: TuneConfig) -> optuna.Study:
-    """The judged trials in their order: the keys that vary, the smoothed objective of each epoch.
+    """The comparable trials in order: the keys that vary, the smoothed objective of each epoch.
 
     Trials that were stopped count with the objective that they were stopped at.
     """
@@ -22,7 +20,7 @@ def to_optuna_study(trials: Sequence[Trial], config: TuneConfig) -> optuna.Study
     study = optuna.create_study(direction="maximize")
     for trial in trials:
         value = trial.objective(config)
-        if value is None or not trial.is_judged:
+        if value is None or not trial.is_comparable:
             continue
         by_epoch = {n: trial.objective(config, n) for n in range(1, trial.epochs + 1)}
         study.add_trial(

@@ -1,7 +1,5 @@
 """What a search found: its trials, the chosen setting, and the files written of them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -58,18 +56,9 @@ class Search:
 
 def make_recipe(config: Config, settings: Mapping[str, Scalar]) -> dict[str, Any]:
     """The search's configuration with `settings`, as differences from the defaults."""
-    chosen, defaults = override(config, settings), Config()
-    recipe: dict[str, Any] = {} if chosen.seed == defaults.seed else {"seed": chosen.seed}
-    for section in ("data", "augment", "model", "train"):
-        values, usual = getattr(chosen, section), getattr(defaults, section)
-        differences = {
-            name: value
-            for name, value in values.model_dump(mode="json").items()
-            if value != getattr(usual, name)
-        }
-        if differences:
-            recipe[section] = differences
-    return recipe
+    sections = {"seed", "data", "augment", "model", "train"}
+    chosen = override(config, settings)
+    return chosen.model_dump(mode="json", include=sections, exclude_defaults=True)
 
 
 def to_parquet(search: Search) -> bytes:

@@ -1,7 +1,5 @@
 """One trial of a search: its setting, its epochs, and how trials are ranked."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,7 +47,7 @@ class Trial:
         return self.state in ("unfinished", "failed")
 
     @property
-    def is_judged(self) -> bool:
+    def is_comparable(self) -> bool:
         """Whether its objective, where it has one, tells how good its setting is."""
         return self.state in ("finished", "stopped")
 

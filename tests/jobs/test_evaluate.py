@@ -372,5 +372,5 @@ def test_a_changed_label_stops_the_evaluation(
     table[0] = replace(table[0], target=1 - table[0].target)
     write_studies(str(store), tabulate_studies(table))
     assert evaluate.main(["--store", str(store), "--run", str(trained), *EVALUATION]) == 1
-    assert "studies.parquet: not what the manifest vouches for" in capsys.readouterr().err
+    assert "studies.parquet: not what the manifest says" in capsys.readouterr().err
     assert not (trained / "metrics.json").exists()

@@ -18,12 +18,12 @@ from jobs.predicted_files import expand, find_source
 from pneumo import storage
 from pneumo.errors import SourceError
 from pneumo.images.dicom import GrayImage
-from pneumo.images.dicom_files import Unusable, read_pictures
+from pneumo.images.dicom_files import UnusableFile, read_pictures
 
 GRAY = np.random.default_rng(0).integers(0, 256, (32, 32), dtype=np.uint8)
 
 
-def look(source: str) -> dict[str, GrayImage | Unusable]:
+def look(source: str) -> dict[str, GrayImage | UnusableFile]:
     """Every file that the source stands for, and its picture."""
     source_url, files = find_source(source)
     if files is None:
@@ -34,7 +34,7 @@ def look(source: str) -> dict[str, GrayImage | Unusable]:
     return dict(zip(paths, read_pictures(urls, 32), strict=True))
 
 
-def check(found: dict[str, GrayImage | Unusable], *names: str) -> None:
+def check(found: dict[str, GrayImage | UnusableFile], *names: str) -> None:
     assert sorted(found) == sorted(names)
     for image in found.values():
         assert isinstance(image, GrayImage)
@@ -111,7 +111,9 @@ def test_what_is_damaged_is_told(tmp_path: Path, make_dicom: Any) -> None:
     (tmp_path / "cut.dcm.gz").write_bytes(packed[: len(packed) // 2])
     (tmp_path / "bad.dcm.gz").write_bytes(b"\x1f\x8b" + b"nonsense")
     found = look(str(tmp_path))
-    assert {one.reason for one in found.values() if isinstance(one, Unusable)} == {"undecodable"}
+    assert {one.reason for one in found.values() if isinstance(one, UnusableFile)} == {
+        "undecodable"
+    }
     assert len(found) == 2
     (tmp_path / "e.zip").write_bytes(b"no archive")
     with pytest.raises(SourceError, match=r"e\.zip: no zip archive"):
@@ -124,5 +126,5 @@ def test_what_is_damaged_is_told(tmp_path: Path, make_dicom: Any) -> None:
 def test_what_unpacks_without_end_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bomb.gz").write_bytes(gzip.compress(bytes(200_000_000), 9))
     (image,) = look(str(tmp_path)).values()
-    assert isinstance(image, Unusable)
+    assert isinstance(image, UnusableFile)
     assert image.reason == "too_large"

@@ -361,7 +361,7 @@ def test_a_job_killed_at_any_moment_goes_on(many: Prepared, tmp_path: Path) -> N
         reused.append(len(list(store.glob("parts/*/*.json"))))
     assert start(flags(many.source, store), cpus=2).wait() == 0
     assert content(store) == content(many.store)
-    print(f"receipts found after each kill: {reused}")
+    print(f"records found after each kill: {reused}")
     assert reused[-1] > 0
 
 

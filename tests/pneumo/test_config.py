@@ -83,9 +83,9 @@ def test_others_are_told_no_folder_of_this_machine() -> None:
             },
         },
     )
-    told = config.for_others()
+    told = config.without_paths()
     assert told["model"]["weights"] == "enc.pt"
     assert told["split"]["list"] == "split.csv"
     assert told["tune"]["space"]["model.weights"] == ["choice", "random", "b.pt", "s3://b/c.pt"]
     assert "alice" not in json.dumps(told)
-    assert Config().for_others() == Config().model_dump(mode="json")
+    assert Config().without_paths() == Config().model_dump(mode="json")

@@ -18,10 +18,10 @@ from pneumo.dataset.manifest import read_manifest
 from pneumo.loading import augmentation
 from pneumo.loading.blocks import PreparedStore
 from pneumo.loading.loader import Batch, open_loader
-from pneumo.loading.prefetch import run_ahead, send
+from pneumo.loading.prefetch import prefetch, to_device
 from pneumo.loading.sample_order import World
 from pneumo.network.backbones import build_model, initialise
-from pneumo.network.gray_convolution import Stem
+from pneumo.network.gray_convolution import GrayConv2d
 from pneumo.network.scoring import Member, score_pictures
 from pneumo.training.callbacks import Callbacks
 from pneumo.training.checkpoints import load_checkpoint, read_index
@@ -99,7 +99,9 @@ def test_a_compiled_step_is_the_plain_one() -> None:
 
 @pytest.mark.parametrize("backbone", ["resnet18", "efficientnet_v2_s", "convnext_tiny"])
 def test_the_stem_on_the_device_is_the_plain_convolution(backbone: str) -> None:
-    [stem] = [module for module in build_model(backbone).modules() if isinstance(module, Stem)]
+    [stem] = [
+        module for module in build_model(backbone).modules() if isinstance(module, GrayConv2d)
+    ]
     images = torch.randn(4, 1, 64, 96)
     torch.backends.cudnn.allow_tf32 = False
     try:
@@ -163,9 +165,9 @@ def test_a_batch_made_ahead_is_whole_when_it_is_used() -> None:
             big = torch.zeros(64, 512, 512, device=GPU)
             for _ in range(10):  # the device is long at it
                 big += 0.1 * number
-            yield send(torch.full((8,), float(number)), GPU) + big.mean()
+            yield to_device(torch.full((8,), float(number)), GPU) + big.mean()
 
-    for number, batch in enumerate(run_ahead(make(), GPU, lambda batch: [batch])):
+    for number, batch in enumerate(prefetch(make(), GPU, lambda batch: [batch])):
         assert torch.allclose(batch, torch.full((8,), 2.0 * number, device=GPU), rtol=1e-3)
 
 

@@ -14,7 +14,7 @@ import pytest
 from nbclient import NotebookClient
 
 import pneumo
-from pneumo.errors import ConfigError, RunError, StoreError
+from pneumo.errors import RunError, SourceError, StoreError
 
 WALKTHROUGH = Path(__file__).parents[2] / "docs" / "walkthrough.ipynb"
 
@@ -73,8 +73,9 @@ def test_a_store_that_is_there_is_opened(tmp_path: Path) -> None:
     assert [picture.shape for picture in pictures] == [(32, 32)] * 5
     np.testing.assert_array_equal(pictures[4], opened.pictures(chosen[4:])[0])
 
-    limited = pneumo.Config.model_validate({"prepare": {"limit": 20}})
-    with pytest.raises(ConfigError, match=r"jobs\.prepare does that"):
+    smaller = {"image_size": 32, "limit": 40, "without": [str(tmp_path / "store")]}
+    limited = pneumo.Config.model_validate({"prepare": smaller, "split": {"named": "rsna-v1"}})
+    with pytest.raises(SourceError, match="no positive study"):
         pneumo.prepare_store(tmp_path / "source", tmp_path / "other", limited)
     with pytest.raises(StoreError):
         pneumo.open_store(tmp_path / "nothing")

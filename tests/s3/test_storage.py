@@ -230,4 +230,4 @@ def test_an_endpoint_where_nothing_listens_is_named(reach: Reach) -> None:
         port = listener.getsockname()[1]
     reach(f"http://127.0.0.1:{port}")
     with pytest.raises(StorageError, match=rf"s3://b/k: .*127\.0\.0\.1:{port}.*AWS_ENDPOINT_URL\?"):
-        retried(ResumableRead(Range("s3://b/k")).go_on, "s3://b/k", budget_s=2)
+        retried(ResumableRead(Range("s3://b/k")).resume, "s3://b/k", budget_s=2)

@@ -4,8 +4,6 @@ Anatomy is drawn in image heights, x from the midline and y from the top, on a c
 the film's noise is added at 1024.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -81,11 +79,11 @@ class _Canvas:
         size = person.uniform((0.88, 0.9), 1.06) * (1, pose.normal(0.93 if portable else 1, 0.04))
         turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
         self.axes = scale * turn * size
-        self.place = _SIDE * pose.normal((0.5, 0.06 if portable else 0.03), (0.018, 0.025))
+        self.origin = _SIDE * pose.normal((0.5, 0.06 if portable else 0.03), (0.018, 0.025))
 
     def project(self, points: Points) -> NDArray[np.int32]:
         """Points in sixteenths of a pixel."""
-        return np.round((points @ self.axes.T + self.place) * 16).astype(np.int32)
+        return np.round((points @ self.axes.T + self.origin) * 16).astype(np.int32)
 
     def fill(self, outline: Points, blur_px: float, *, twice: bool = False) -> Field:
         """The inside of a closed curve, 0 to 1, its corners rounded; `twice`: on both sides."""

@@ -1,19 +1,27 @@
 """The layouts that phantoms are written in: where a picture goes, how it is encoded, the tables."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Mapping, Sequence
+import csv
+import io
+import json
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
+import pydicom
 from numpy.typing import NDArray
+from pydicom.encaps import encapsulate
+from pydicom.uid import UID, JPEGBaseline8Bit, SecondaryCaptureImageStorage
 
-from pneumo.dataset.phantoms.kaggle import Boxes, encode_dicom, write_kaggle_tables, write_rows
+from pneumo.dataset.phantoms.drawing import IMAGE_SIDE_PX
 from pneumo.dataset.phantoms.population import PhantomStudy
 from pneumo.dataset.sources.rsna import CLASS_TABLES, IMAGE_FOLDERS, LABEL_TABLES, MAPPING
 from pneumo.images.boxes import Box
+
+Boxes = Sequence[tuple[Box, ...]]
+"""Of each study."""
 
 
 @dataclass(frozen=True)
@@ -23,22 +31,81 @@ class PhantomLayout:
     name: str
     tables: tuple[str, ...]
     """Files that a whole folder has besides the pictures."""
-    place: Callable[[PhantomStudy], str]
+    path_of: Callable[[PhantomStudy], str]
     """Where the study's picture goes, below the folder."""
     write_tables: Callable[[Path, Sequence[PhantomStudy], Boxes], None]
 
     def encode(self, study: PhantomStudy, pixels: NDArray[np.uint8]) -> bytes:
         """The file of the study's picture, as its name ends."""
-        ending = Path(self.place(study)).suffix
+        ending = Path(self.path_of(study)).suffix
         if ending in (".dcm", ".dicom"):
-            return encode_dicom(study, pixels)
+            return _encode_dicom(study, pixels)
         return cv2.imencode(ending, pixels)[1].tobytes()
 
 
-# --- own table ------------------------------------------------------------------------------------
+def _encode_dicom(study: PhantomStudy, pixels: NDArray[np.uint8]) -> bytes:
+    """(1024, 1024) uint8 as the real files are: JPEG Baseline, PatientAge a bare integer such as
+    `62`, no valid AS (PS3.5 6.2); name and id are the image's UUID; no window, no rescale."""
+    ok, jpeg = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 90])
+    assert ok, "OpenCV encodes any 8-bit image"
+    dataset = pydicom.Dataset()
+    dataset.file_meta = pydicom.dataset.FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
+    # Our own, or the bytes would change with the version of pydicom.
+    dataset.file_meta.ImplementationClassUID = UID("2.25.175849603127349585134938293420189201337")
+    dataset.file_meta.ImplementationVersionName = "PNEUMO_PHANTOM"
+    dataset.SOPClassUID = SecondaryCaptureImageStorage
+    for keyword, uid in _make_uids(study).items():
+        setattr(dataset, keyword, uid)
+    dataset.Modality, dataset.ConversionType, dataset.BodyPartExamined = "CR", "WSD", "CHEST"
+    dataset.PatientName = dataset.PatientID = study.name
+    dataset.PatientSex, dataset.ViewPosition = study.sex, study.view
+    with pydicom.config.disable_value_validation():
+        dataset.PatientAge = str(study.age)
+    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
+    dataset.Rows = dataset.Columns = IMAGE_SIDE_PX
+    dataset.PixelSpacing = [study.pixel_spacing_mm] * 2
+    dataset.BitsAllocated = dataset.BitsStored = 8
+    dataset.HighBit, dataset.PixelRepresentation = 7, 0
+    dataset.PixelData = encapsulate([jpeg.tobytes()])
+    buffer = io.BytesIO()
+    dataset.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
 
 
-def _place_own(study: PhantomStudy) -> str:
+def _make_uids(study: PhantomStudy) -> dict[str, str]:
+    """UIDs made of UUIDs (PS3.5 B.2)."""
+    levels = ("SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID")
+    return {level: f"2.25.{uuid.uuid5(uuid.UUID(study.name), level).int}" for level in levels}
+
+
+def _write_rows(path: Path, rows: Iterable[Sequence[object]]) -> None:
+    """A CSV of `rows`, the first the names of the columns."""
+    with path.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
+
+
+def _write_kaggle_tables(out: Path, studies: Sequence[PhantomStudy], boxes: Boxes) -> None:
+    """Labels and classes, a row a box, and the mapping to the patients."""
+    labels: list[Sequence[object]] = [("patientId", *Box._fields, "Target")]
+    classes: list[Sequence[object]] = [("patientId", "class")]
+    for study, own in zip(studies, boxes, strict=True):
+        labels += [(study.name, *box, int(study.positive)) for box in own or [("",) * 4]]
+        classes += [(study.name, study.finding)] * max(len(own), 1)
+    _write_rows(out / LABEL_TABLES[0], labels)
+    _write_rows(out / CLASS_TABLES[0], classes)
+    mapping = [
+        {
+            "subset_img_id": study.name,
+            "img_id": f"{study.patient + 1:08d}_{study.index:03d}.png",
+            **_make_uids(study),
+        }
+        for study in studies
+    ]
+    (out / MAPPING[0]).write_text(json.dumps(mapping, indent=0) + "\n")
+
+
+def _path_of_own(study: PhantomStudy) -> str:
     return f"images/{study.name}.png"
 
 
@@ -47,21 +114,14 @@ def _write_own_table(out: Path, studies: Sequence[PhantomStudy], boxes: Boxes) -
         ("file", "patient", "target", "finding", "view", "age", "sex", *Box._fields)
     ]
     for study, own in zip(studies, boxes, strict=True):
-        row = (_place_own(study), f"p{study.patient}", int(study.positive), study.finding)
+        row = (_path_of_own(study), f"p{study.patient}", int(study.positive), study.finding)
         header = (study.view, study.age, study.sex)
         rows += [(*row, *header, *box) for box in own or [("",) * 4]]
-    write_rows(out / "studies.csv", rows)
-
-
-# --- NIH ChestX-ray14 -----------------------------------------------------------------------------
+    _write_rows(out / "studies.csv", rows)
 
 
 def _name_nih(study: PhantomStudy) -> str:
     return f"{study.patient + 1:08d}_{study.index:03d}.png"
-
-
-def _place_nih(study: PhantomStudy) -> str:
-    return f"images_001/images/{_name_nih(study)}"
 
 
 def _write_nih_tables(out: Path, studies: Sequence[PhantomStudy], boxes: Boxes) -> None:
@@ -77,14 +137,11 @@ def _write_nih_tables(out: Path, studies: Sequence[PhantomStudy], boxes: Boxes) 
         labelled = (_name_nih(study), labels[study.finding], study.index, study.patient + 1)
         rows.append((*labelled, study.age, study.sex, study.view))
         drawn += [(_name_nih(study), "Pneumonia", *box) for box in own]
-    write_rows(out / "Data_Entry_2017.csv", rows)
-    write_rows(out / "BBox_List_2017.csv", drawn)
+    _write_rows(out / "Data_Entry_2017.csv", rows)
+    _write_rows(out / "BBox_List_2017.csv", drawn)
 
 
-# --- CheXpert -------------------------------------------------------------------------------------
-
-
-def _place_chexpert(study: PhantomStudy) -> str:
+def _path_of_chexpert(study: PhantomStudy) -> str:
     folder = f"train/patient{study.patient + 1:05d}/study{study.index + 1}"
     return f"{folder}/view1_frontal.jpg"
 
@@ -94,7 +151,7 @@ def _write_chexpert_tables(out: Path, studies: Sequence[PhantomStudy], boxes: Bo
     names = ("Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", "No Finding", "Pneumonia")
     rows: list[Sequence[object]] = []
     for number, study in enumerate(studies):
-        path = f"CheXpert-v1.0-small/{_place_chexpert(study)}"
+        path = f"CheXpert-v1.0-small/{_path_of_chexpert(study)}"
         sex = {"F": "Female", "M": "Male"}[study.sex]
         label = "1.0" if study.positive else "-1.0" if number % 7 == 0 else "0.0"
         label = "" if label == "0.0" and number % 5 == 0 else label
@@ -103,14 +160,7 @@ def _write_chexpert_tables(out: Path, studies: Sequence[PhantomStudy], boxes: Bo
         if study.index == 0:
             side = path.replace("view1_frontal", "view2_lateral")
             rows.append((side, sex, study.age, "Lateral", "", healthy, label))
-    write_rows(out / "train.csv", [names, *rows])
-
-
-# --- VinDr-CXR ------------------------------------------------------------------------------------
-
-
-def _place_vindr(study: PhantomStudy) -> str:
-    return f"train/{study.name}.dicom"
+    _write_rows(out / "train.csv", [names, *rows])
 
 
 def _write_vindr_table(out: Path, studies: Sequence[PhantomStudy], boxes: Boxes) -> None:
@@ -126,13 +176,10 @@ def _write_vindr_table(out: Path, studies: Sequence[PhantomStudy], boxes: Boxes)
             ]
             if not seen:
                 rows.append((study.name, "No finding", 14, reader, "", "", "", ""))
-    write_rows(out / "train.csv", rows)
+    _write_rows(out / "train.csv", rows)
 
 
-# --- chest_xray -----------------------------------------------------------------------------------
-
-
-def _place_kermany(study: PhantomStudy) -> str:
+def _path_of_kermany(study: PhantomStudy) -> str:
     split = "test" if study.patient % 5 == 0 else "train"
     if study.positive:
         cause = "virus" if study.patient % 3 == 0 else "bacteria"
@@ -141,26 +188,31 @@ def _place_kermany(study: PhantomStudy) -> str:
     return f"{split}/NORMAL/IM-{study.patient:04d}-{study.index:04d}.jpeg"
 
 
-def _write_no_table(out: Path, studies: Sequence[PhantomStudy], boxes: Boxes) -> None:
-    """The folders say it all."""
-
-
-def _place_kaggle(study: PhantomStudy) -> str:
-    return f"{IMAGE_FOLDERS[0]}/{study.name}.dcm"
-
-
 KAGGLE = PhantomLayout(
-    "rsna", (LABEL_TABLES[0], CLASS_TABLES[0], MAPPING[0]), _place_kaggle, write_kaggle_tables
+    "rsna",
+    (LABEL_TABLES[0], CLASS_TABLES[0], MAPPING[0]),
+    lambda study: f"{IMAGE_FOLDERS[0]}/{study.name}.dcm",
+    _write_kaggle_tables,
 )
-_NIH_TABLES = ("Data_Entry_2017.csv", "BBox_List_2017.csv")
 PHANTOM_LAYOUTS: Mapping[str, PhantomLayout] = {
     layout.name: layout
     for layout in (
         KAGGLE,
-        PhantomLayout("own-table", ("studies.csv",), _place_own, _write_own_table),
-        PhantomLayout("nih", _NIH_TABLES, _place_nih, _write_nih_tables),
-        PhantomLayout("chexpert", ("train.csv",), _place_chexpert, _write_chexpert_tables),
-        PhantomLayout("vindr", ("train.csv",), _place_vindr, _write_vindr_table),
-        PhantomLayout("kermany", (), _place_kermany, _write_no_table),
+        PhantomLayout("own-table", ("studies.csv",), _path_of_own, _write_own_table),
+        PhantomLayout(
+            "nih",
+            ("Data_Entry_2017.csv", "BBox_List_2017.csv"),
+            lambda study: f"images_001/images/{_name_nih(study)}",
+            _write_nih_tables,
+        ),
+        PhantomLayout("chexpert", ("train.csv",), _path_of_chexpert, _write_chexpert_tables),
+        PhantomLayout(
+            "vindr",
+            ("train.csv",),
+            lambda study: f"train/{study.name}.dicom",
+            _write_vindr_table,
+        ),
+        # Its folders say it all.
+        PhantomLayout("kermany", (), _path_of_kermany, lambda out, studies, boxes: None),
     )
 }

@@ -4,8 +4,6 @@ Several studies of one patient, AP views far more often positive than PA, two ki
 Not imitated: the names (UUIDs) of the real files reveal the label.
 """
 
-from __future__ import annotations
-
 import uuid
 from dataclasses import dataclass
 from typing import Literal

@@ -4,8 +4,6 @@ Nothing here comes from a patient. `synthetic.json` says what the folder holds; 
 and once more, with the size of the images, when the folder is whole.
 """
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os
@@ -20,7 +18,7 @@ from tqdm import tqdm
 
 from pneumo.dataset.phantoms import MARKER
 from pneumo.dataset.phantoms.drawing import render_study
-from pneumo.dataset.phantoms.layouts import KAGGLE, PhantomLayout
+from pneumo.dataset.phantoms.layouts import KAGGLE, PHANTOM_LAYOUTS, PhantomLayout
 from pneumo.dataset.phantoms.population import PhantomStudy, draw_population
 from pneumo.errors import SourceError
 from pneumo.images.boxes import Box
@@ -51,7 +49,7 @@ def write_phantoms(
     try:
         if _is_whole(out, holds, studies, layout):
             return False
-        for folder in {(out / layout.place(study)).parent for study in studies}:
+        for folder in {(out / layout.path_of(study)).parent for study in studies}:
             folder.mkdir(parents=True, exist_ok=True)
         (out / MARKER).write_text(json.dumps(holds))
         sizes, boxes = zip(*_write_images(out, studies, num_processes, layout), strict=True)
@@ -83,7 +81,7 @@ def _is_whole(
             "another folder, or delete this one"
         )
     tables = [out / name for name in layout.tables]
-    images = [out / layout.place(study) for study in studies]
+    images = [out / layout.path_of(study) for study in studies]
     if not all(path.is_file() for path in (*tables, *images)):
         return False
     return bool(found.get("num_image_bytes") == sum(path.stat().st_size for path in images))
@@ -95,7 +93,7 @@ def _write_images(
     """Bytes and boxes of each image."""
     if num_processes is None:  # starting a process costs as much as ten studies
         num_processes = min(os.cpu_count() or 1, 1 + len(studies) // 32)
-    write = partial(_write_image, out, layout)
+    write = partial(_write_image, out, layout.name)
     every_s = 0.1 if sys.stderr.isatty() else 10
     show = partial(tqdm, desc="phantoms", total=len(studies), delay=5, mininterval=every_s)
     if num_processes == 1:
@@ -107,11 +105,10 @@ def _write_images(
         return list(show(pool.imap(write, studies, chunksize=4)))
 
 
-def _write_image(
-    out: Path, layout: PhantomLayout, study: PhantomStudy
-) -> tuple[int, tuple[Box, ...]]:
+def _write_image(out: Path, layout_name: str, study: PhantomStudy) -> tuple[int, tuple[Box, ...]]:
     cv2.setNumThreads(1)
+    layout = PHANTOM_LAYOUTS[layout_name]  # which has functions that cannot be pickled
     pixels, boxes = render_study(study)
     content = layout.encode(study, pixels)
-    (out / layout.place(study)).write_bytes(content)
+    (out / layout.path_of(study)).write_bytes(content)
     return len(content), boxes

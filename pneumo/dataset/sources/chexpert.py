@@ -3,8 +3,6 @@
 https://stanfordmlgroup.github.io/competitions/chexpert
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 
@@ -81,7 +79,7 @@ def _read_table(
             storage.join(folder.url, *parts[-4:]),
             target,
             positive[0] if target else mentioned,
-            header=make_header(age=age, sex=sex[:1], view=view, spacing=None),
+            header=make_header(age=age, sex=sex[:1], view=view),
             published=split,
         )
 

@@ -3,8 +3,6 @@
 https://data.mendeley.com/datasets/rscbjbr9sj
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 

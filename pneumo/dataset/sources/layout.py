@@ -1,14 +1,12 @@
 """What every layout works with: a folder with its secret, and the studies under their keys."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import PurePosixPath
 
 from pneumo.config import PrepareConfig
-from pneumo.dataset.named_splits import place_patient
+from pneumo.dataset.named_splits import assign_patient
 from pneumo.dataset.source import Rejected, Source, Study
 from pneumo.dataset.study_keys import (
     derive_file_key,
@@ -54,7 +52,7 @@ class Layout:
     """What to say of a folder that has traces, but is not recognised."""
     recognise: Callable[[Mapping[str, str]], bool]
     """Whether a folder of these names and URLs has the layout."""
-    read: Callable[[Folder, Layout], Source]
+    read: Callable[[Folder, "Layout"], Source]
     """Raises SourceError."""
     settings: frozenset[str] = frozenset()
     """Settings of `prepare` that have an effect on this layout alone."""
@@ -69,7 +67,7 @@ class StudyCollector:
         self._rejected: list[Rejected] = []
         derive = partial(derive_key, folder.hash_key, "patient")
         self._derive_patient = lru_cache(maxsize=None)(derive)
-        self._place = lru_cache(maxsize=None)(partial(place_patient, folder.named_split or ""))
+        self._place = lru_cache(maxsize=None)(partial(assign_patient, folder.named_split or ""))
 
     def add(
         self,

@@ -4,8 +4,6 @@ Its patient numbers are those of RSNA's mapping, so under one secret a patient h
 https://nihcc.app.box.com/v/ChestXray-NIHCC
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -18,9 +16,9 @@ from pneumo.dataset.sources.layout import Folder, Layout, StudyCollector, find_p
 from pneumo.dataset.sources.tables import (
     make_box,
     read_numbers,
-    read_plain,
     read_table,
     read_texts,
+    read_unpacked,
 )
 from pneumo.errors import SourceError
 from pneumo.images.boxes import Box
@@ -94,27 +92,21 @@ def _list_images(folder: Folder) -> dict[str, str]:
 
 def _read_headers(table: pa.Table) -> Iterator[Header]:
     """Of each row; the sex is called Gender in the older table."""
-    columns = table.column_names
-    sex = read_texts(
-        table, next((c for c in ("Patient Sex", "Patient Gender") if c in columns), "")
-    )
-    width = next((c for c in columns if c.startswith("OriginalImage[Width")), "")
-    spacing = next((c for c in columns if c.startswith("OriginalImagePixelSpacing[x")), "")
-    originals = zip(
-        read_numbers(table, spacing, "table of images"),
-        read_numbers(table, width, "table of images"),
-        strict=True,
-    )
+
+    def find(*starts: str) -> str:
+        return next((name for name in table.column_names if name.startswith(starts)), "")
+
     rows = zip(
         read_texts(table, "Patient Age"),
-        sex,
+        read_texts(table, find("Patient Sex", "Patient Gender")),
         read_texts(table, "View Position"),
-        originals,
+        read_numbers(table, find("OriginalImagePixelSpacing[x"), "table of images"),
+        read_numbers(table, find("OriginalImage[Width"), "table of images"),
         strict=True,
     )
-    for age, own_sex, view, (mm, pixels) in rows:
-        stored = None if mm is None or pixels is None else mm * pixels / _STORED_WIDTH
-        yield make_header(age=age, sex=own_sex, view=view, spacing=stored)
+    for age, sex, view, mm, pixels in rows:
+        stored = () if mm is None or pixels is None else (mm * pixels / _STORED_WIDTH,)
+        yield make_header(age=age, sex=sex, view=view, spacing=stored)
 
 
 def _read_boxes(folder: Folder, positive: set[str]) -> dict[str, list[Box]]:
@@ -140,7 +132,7 @@ def _read_lists(folder: Folder) -> dict[str, str]:
         name: split
         for split, url in urls.items()
         if url is not None and None not in urls.values()
-        for name in read_plain(url).decode("ascii", "replace").split()
+        for name in read_unpacked(url).decode("ascii", "replace").split()
     }
 
 

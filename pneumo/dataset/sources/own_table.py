@@ -1,7 +1,5 @@
 """`studies.csv` beside pictures of any kind -> studies: the layout for your own data."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -59,7 +57,7 @@ def read_own_table(folder: Folder, layout: Layout) -> Source:
         if (other := numbers.setdefault(study or file, row.number)) != row.number:
             raise SourceError(f"{url}: rows {other} and {row.number} name one study, of two files")
         label = int(target)
-        header = make_header(age=age, sex=sex.upper(), view=view.upper(), spacing=None)
+        header = make_header(age=age, sex=sex.upper(), view=view.upper())
         studies.add(
             study or file,
             patient,

@@ -1,7 +1,5 @@
 """Which layout a folder has, and its studies."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections import Counter
@@ -12,7 +10,7 @@ from pneumo.config import PrepareConfig
 from pneumo.dataset.source import Source
 from pneumo.dataset.sources import chexpert, kermany, nih, own_table, rsna, vindr
 from pneumo.dataset.sources.layout import Folder, Layout
-from pneumo.dataset.sources.rsna import read_table
+from pneumo.dataset.sources.rsna import read_rsna_table
 from pneumo.dataset.sources.tables import FIRST_ROW, list_folder
 from pneumo.dataset.study_keys import derive_key, read_hash_key
 from pneumo.errors import SourceError
@@ -126,7 +124,7 @@ def read_split_list(
     SourceError.
     """
     environ = os.environ if environ is None else environ
-    table = read_table(list_url, "split")
+    table = read_rsna_table(list_url, "split")
     column = next((name for name in ("patientId", "patient") if name in table.column_names), None)
     if column is None:
         raise SourceError(f"{list_url}: no column patientId or patient, so nobody is listed")

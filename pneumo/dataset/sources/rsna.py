@@ -5,8 +5,6 @@ ChestX-ray14, whose file names begin with the patient's number.
 https://www.rsna.org/rsnai/ai-image-challenge/rsna-pneumonia-detection-challenge-2018
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
@@ -24,9 +22,9 @@ from pneumo.dataset.sources.tables import (
     first_present,
     make_box,
     read_numbers,
-    read_plain,
+    read_table,
+    read_unpacked,
 )
-from pneumo.dataset.sources.tables import read_table as read_any_table
 from pneumo.errors import SourceError
 from pneumo.images.boxes import Box
 
@@ -54,12 +52,12 @@ def read_rsna(folder: Folder, layout: Layout, *, with_classes: bool = True) -> S
     label_url = _find(files, LABEL_TABLES, "label table", source_url)
     class_url = _find(files, CLASS_TABLES, "class table", source_url) if with_classes else None
     images_url = _find_images(files, source_url)
-    targets, boxes, faulty = _collect_labels(read_table(label_url, "patientId", "Target"))
+    targets, boxes, faulty = _collect_labels(read_rsna_table(label_url, "patientId", "Target"))
     findings: Mapping[str, list[Any]] = {
         image_id: [_WITHOUT_CLASS[values[0]]] for image_id, values in targets.items()
     }
     if class_url is not None:
-        findings = _collect_findings(read_table(class_url, "patientId", "class"))
+        findings = _collect_findings(read_rsna_table(class_url, "patientId", "class"))
     patients, remapped = _read_patients(files, targets.keys())
     faulty.update(remapped)
     studies = StudyCollector(folder, layout)
@@ -78,9 +76,9 @@ def read_rsna(folder: Folder, layout: Layout, *, with_classes: bool = True) -> S
     )
 
 
-def read_table(url: str, *required: str) -> pa.Table:
+def read_rsna_table(url: str, *required: str) -> pa.Table:
     """A table of RSNA's, or a list of a split. Raises SourceError."""
-    return read_any_table(url, *required, texts=("patientId", "patient"), known=_COLUMNS)
+    return read_table(url, *required, texts=("patientId", "patient"), known=_COLUMNS)
 
 
 def _find(files: Mapping[str, str], names: tuple[str, ...], what: str, source_url: str) -> str:
@@ -206,7 +204,7 @@ def _read_patients(
     patients: dict[str, str] = {}
     remapped: dict[str, str] = {}
     try:
-        for row in json.loads(read_plain(url)):
+        for row in json.loads(read_unpacked(url)):
             image_id, patient = row["subset_img_id"], row["img_id"].split("_")[0]
             if patients.setdefault(image_id, patient) != patient:
                 remapped[image_id] = "two patients"

@@ -1,7 +1,5 @@
 """Folders and tables of a source: what lies in them, and errors that quote no cell."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import math
@@ -38,7 +36,7 @@ def first_present(
     return next((f"{n}{p}" for n in names for p in packings if f"{n}{p}" in files), None)
 
 
-def read_plain(url: str) -> bytes:
+def read_unpacked(url: str) -> bytes:
     """What the file holds, unpacked where its name ends in .gz or .zip. Raises SourceError."""
     data = storage.read_bytes(url)
     try:
@@ -69,13 +67,27 @@ def _read_bounded(file: IO[bytes] | gzip.GzipFile, url: str) -> bytes:
     return data
 
 
-def read_table(url: str, *required: str, texts: Sequence[str] = (), known: Sequence[str]) -> Any:
+def read_table(
+    url: str, *required: str, texts: Sequence[str] = (), known: Sequence[str]
+) -> pa.Table:
     """The CSV at `url`, the columns `texts` as they stand. No error quotes a cell, nor a first line
     that may be no header: of its names only those of `known` are told. Raises SourceError."""
-    wrong: list[Any] = []
-    data = read_plain(url)
+    table, names = _parse_csv(url, texts)
+    _check_names(names, required, known, url)
+    if not len(table):
+        raise SourceError(f"{url}: no rows")
+    empty = pc.and_kleene(*(_is_empty(table[name]) for name in (required * 2)[:2]))
+    if (row := pc.index(empty, True).as_py()) >= 0:
+        raise SourceError(f"{url}: row {row + FIRST_ROW} is empty; delete it")
+    return table
+
+
+def _parse_csv(url: str, texts: Sequence[str]) -> tuple[pa.Table, list[str]]:
+    """The table, and the names of its columns."""
+    data = read_unpacked(url)
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise SourceError(f"{url}: not a readable CSV: written as UTF-16; save it as UTF-8")
+    wrong: list[Any] = []
 
     def keep(row: Any) -> str:
         wrong.append(row)
@@ -99,8 +111,14 @@ def read_table(url: str, *required: str, texts: Sequence[str] = (), known: Seque
             row = wrong[0]
             what = f"row {row.number} has {row.actual_columns} cells, not {row.expected_columns}"
         raise SourceError(f"{url}: not a readable CSV: {what}") from None
-    missing = [name for name in required if name not in names]
-    if missing:
+    return table, names
+
+
+def _check_names(
+    names: Sequence[str], required: Sequence[str], known: Sequence[str], url: str
+) -> None:
+    """Raise SourceError where a required column is missing, or a known one there twice."""
+    if missing := [name for name in required if name not in names]:
         found = [name for name in names if name in known]
         raise SourceError(
             f"{url}: no column {', '.join(missing)}; its first line names {len(names)}, of those "
@@ -109,12 +127,6 @@ def read_table(url: str, *required: str, texts: Sequence[str] = (), known: Seque
         )
     if twice := sorted({name for name in names if names.count(name) > 1 and name in known}):
         raise SourceError(f"{url}: its first line names {', '.join(twice)} more than once")
-    if not len(table):
-        raise SourceError(f"{url}: no rows")
-    empty = pc.and_kleene(*(_is_empty(table[name]) for name in (required * 2)[:2]))
-    if (row := pc.index(empty, True).as_py()) >= 0:
-        raise SourceError(f"{url}: row {row + FIRST_ROW} is empty; delete it")
-    return table
 
 
 def _is_empty(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -124,7 +136,7 @@ def _is_empty(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def read_first_line(url: str) -> list[str]:
     """The names in the first line of the CSV at `url`."""
-    line = read_plain(url).split(b"\n", 1)[0].decode("utf-8", "replace")
+    line = read_unpacked(url).split(b"\n", 1)[0].decode("utf-8", "replace")
     return [name.strip(' "\r\ufeff') for name in line.split(",")]
 
 

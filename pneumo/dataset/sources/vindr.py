@@ -4,8 +4,6 @@ Three radiologists read each image, and no patient is published: each image coun
 https://www.kaggle.com/c/vinbigdata-chest-xray-abnormalities-detection
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 

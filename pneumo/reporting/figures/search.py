@@ -83,11 +83,11 @@ def draw_importance(search: Search) -> bytes:
 
 def choose_axes(search: Search) -> Sequence[str]:
     """The two keys that matter most, or come first in the space, of those with several values."""
-    judged = [trial for trial in search.trials if trial.is_judged]
+    comparable = [trial for trial in search.trials if trial.is_comparable]
     keys = [
         key
         for key, domain in search.config.tune.space.items()
-        if domain.varies and len({trial.settings[key] for trial in judged}) > 1
+        if domain.varies and len({trial.settings[key] for trial in comparable}) > 1
     ]
     return sorted(keys, key=lambda key: -search.importance.get(key, 0.0))[:2]
 

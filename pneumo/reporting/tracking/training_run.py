@@ -37,7 +37,7 @@ def read_training(run_url: str) -> TrackedRun | None:
         group=config.tracking.group or name,
         job_type="train",
         tracking=config.tracking,
-        config={**config.for_others(), **describe_store(manifest)},
+        config={**config.without_paths(), **describe_store(manifest)},
         history=history,
         summary=_summarise(history, index),
         inputs=[] if manifest is None else [describe_dataset(manifest)],

@@ -12,7 +12,7 @@ import pytest
 from jobs.terminal.progress import Progress
 from jobs.training.epoch_log import Follower
 from pneumo.network.backbones import Initialisation
-from pneumo.training.callbacks import Epoch, Pace, Start
+from pneumo.training.callbacks import Epoch, Start, StepProgress
 from tests.jobs.conftest import LocalMailbox
 
 
@@ -28,9 +28,9 @@ def make_start(epochs: int, step: int = 0) -> Start:
     return Start(Initialisation("random", "going on"), history, step, steps=20)
 
 
-def step_to(done: int) -> Pace:
+def step_to(done: int) -> StepProgress:
     metrics = {"train/loss": 0.5, "images_per_s": 50.0, "data_wait": 0.2}
-    return Pace(1 + done // 20, done % 20, 20, metrics)
+    return StepProgress(1 + done // 20, done % 20, 20, metrics)
 
 
 def follow(*messages: Any) -> None:

@@ -10,7 +10,7 @@ import ray
 
 from jobs.training.epoch_log import worker_callbacks
 from pneumo.loading.sample_order import World
-from pneumo.training.callbacks import Pace
+from pneumo.training.callbacks import StepProgress
 from tests.cluster.kuberay.test_alerts import ALERTS
 
 
@@ -19,7 +19,7 @@ class _Worker:
     def train(self) -> None:
         callbacks = worker_callbacks(None, World(0, 1))
         metrics = {"train/loss": 0.5, "images_per_s": 40.0, "data_wait": 0.25}
-        callbacks.on_pace(Pace(epoch=2, step=7, steps=10, metrics=metrics))
+        callbacks.on_progress(StepProgress(epoch=2, step=7, steps=10, metrics=metrics))
 
 
 def test_the_alerts_metrics_are_there(ray_here: None) -> None:

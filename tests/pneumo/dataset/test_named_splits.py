@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 
 from pneumo.config import NUM_SALTS, SplitConfig
-from pneumo.dataset.named_splits import NAMED_SPLITS, SALT, place_patient
+from pneumo.dataset.named_splits import NAMED_SPLITS, SALT, assign_patient
 from pneumo.dataset.sources.recognition import read_source
 from pneumo.dataset.splits import find_published
 from pneumo.errors import SourceError
 
 
 def test_it_never_changes() -> None:
-    drawn = [place_patient("rsna-v1", f"{number:08d}") for number in range(1, 13)]
+    drawn = [assign_patient("rsna-v1", f"{number:08d}") for number in range(1, 13)]
     assert drawn == EXPECTED
-    assert [place_patient("nih-v1", f"{number:08d}") for number in range(1, 13)] == drawn
+    assert [assign_patient("nih-v1", f"{number:08d}") for number in range(1, 13)] == drawn
 
 
 EXPECTED = ["val", "test", "train", "test", "train", "val", "train", "train", "test", "train"]
@@ -31,7 +31,7 @@ EXPECTED += ["train", "val"]
 @pytest.mark.parametrize("patient", [None, "p1", "123", "123456789"])
 def test_who_has_no_nih_number_is_refused(patient: str | None) -> None:
     with pytest.raises(SourceError, match="no NIH number of eight digits"):
-        place_patient("rsna-v1", patient)
+        assign_patient("rsna-v1", patient)
 
 
 def test_it_hangs_on_no_secret(kaggle_folder: object) -> None:
@@ -66,7 +66,7 @@ def test_the_salt_is_the_best_balanced_on_all_of_rsna(shared_data: Path) -> None
     patients, features = _read_rsna(shared_data / "rsna-metadata")
     worst = []
     for salt in range(NUM_SALTS):
-        place = {p: place_patient("rsna-v1", p, salt) for p in {*patients}}
+        place = {p: assign_patient("rsna-v1", p, salt) for p in {*patients}}
         split = np.array([place[p] for p in patients])
         fractions = [features[split == s].sum(axis=0) / features.sum(axis=0) for s in TESTED]
         worst.append(float(np.abs(np.array(fractions) / 0.15 - 1).max()))
@@ -75,7 +75,7 @@ def test_the_salt_is_the_best_balanced_on_all_of_rsna(shared_data: Path) -> None
 
 def test_the_counts_of_all_of_rsna_are_those_of_the_docs(shared_data: Path) -> None:
     patients, _ = _read_rsna(shared_data / "rsna-metadata")
-    place = {p: place_patient("rsna-v1", p) for p in {*patients}}
+    place = {p: assign_patient("rsna-v1", p) for p in {*patients}}
     own, studies = Counter(place.values()), Counter(place[p] for p in patients)
     told = (Path(__file__).parents[3] / "docs" / "benchmark.md").read_text()
     for split in ("train", "val", "test"):

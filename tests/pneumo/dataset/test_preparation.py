@@ -32,13 +32,13 @@ from pneumo.config_layers import override
 from pneumo.dataset.manifest import Manifest, read_manifest
 from pneumo.dataset.overlap import KNOWN_PICTURES, Seen
 from pneumo.dataset.preparation import (
+    can_use_rejected,
     check_shards_are_there,
     find_store,
     finish_store,
-    has_mended,
 )
-from pneumo.dataset.receipts import PreparedShard, Receipt, prepare_shard
 from pneumo.dataset.shard_plans import ShardPlan, digest_settings, estimate_memory, plan_shards
+from pneumo.dataset.shard_tasks import ShardRecord, prepare_shard
 from pneumo.dataset.shards import read_shard, sample_bytes, shard_samples
 from pneumo.dataset.source import Source
 from pneumo.dataset.sources.recognition import read_source
@@ -65,7 +65,7 @@ class Preparation:
             self.source.studies, config.split, seed=config.seed, has_patients=True
         )
         self.plans = self.plan(self.split.by_key, samples_per_shard)
-        self.parts: dict[str, PreparedShard] = {}
+        self.parts: dict[str, ShardRecord] = {}
 
     def plan(self, by_key: Mapping[str, str], samples_per_shard: int = 8) -> list[ShardPlan]:
         return plan_shards(
@@ -84,7 +84,7 @@ class Preparation:
         digest, key = digest_settings(self.config), self.source.file_key
         part = prepare_shard(plan, str(store), size, digest, key, seen)
         self.parts[plan.name] = part
-        return len(part.receipt.rejected), int(part.reused)
+        return len(part.rejected), int(part.reused)
 
     def finish(self, store: Path | str) -> Manifest:
         parts = list(self.parts.values())
@@ -115,8 +115,8 @@ def content(store: Path) -> dict[str, bytes]:
     }
 
 
-def receipt_of(plan: ShardPlan, store: Path) -> Receipt:
-    return Receipt.model_validate_json((store / plan.receipt).read_bytes())
+def record_of(plan: ShardPlan, store: Path) -> ShardRecord:
+    return ShardRecord.model_validate_json((store / plan.record).read_bytes())
 
 
 # --- the same bytes -------------------------------------------------------------------------------
@@ -145,19 +145,19 @@ def test_order_repetition_and_interruption_change_no_byte(
     rng.shuffle(calls)
     for plan in calls:
         damage = rng.choice(
-            ["none", "none", "none", "no receipt", "no shard", "cut", "cut receipt", "changed"]
+            ["none", "none", "none", "no record", "no shard", "cut", "cut record", "changed"]
         )
         preparation.do(plan, other)
-        shard = other / preparation.parts[plan.name].receipt.entry.name
-        receipt = other / plan.receipt
-        if damage == "no receipt":
-            receipt.unlink()
+        shard = other / preparation.parts[plan.name].entry.name
+        record = other / plan.record
+        if damage == "no record":
+            record.unlink()
         elif damage == "no shard":
             shard.unlink()
         elif damage == "cut":
             shard.write_bytes(shard.read_bytes()[:-512])
-        elif damage == "cut receipt":
-            receipt.write_text(receipt.read_text()[:-20])
+        elif damage == "cut record":
+            record.write_text(record.read_text()[:-20])
         elif damage == "changed":
             shard.write_bytes(b"\1" + shard.read_bytes()[1:])
     reused = sum(preparation.do(plan, other)[1] for plan in preparation.plans)
@@ -272,9 +272,9 @@ def test_a_finished_store_knows_what_could_be_used_by_now(
     take_away(path)
     config = override(CONFIG, {"prepare.max_bad_fraction": 0.05})
     manifest = Preparation(preparation.folder, config).run(tmp_path)
-    assert not has_mended(str(tmp_path), manifest, preparation.source)
+    assert not can_use_rejected(str(tmp_path), manifest, preparation.source)
     path.with_suffix(".away").replace(path)
-    assert has_mended(str(tmp_path), manifest, preparation.source)
+    assert can_use_rejected(str(tmp_path), manifest, preparation.source)
 
 
 def test_a_receipt_for_something_else_is_not_believed(
@@ -578,13 +578,13 @@ def test_every_way_of_being_unusable_has_its_code(
         path.chmod(0o777)
     with without_root():
         assert preparation.do(plan, tmp_path) == (len(bad), 0)
-    receipt = receipt_of(plan, tmp_path)
-    found = {item.key: item.reason for item in receipt.rejected}
+    record = record_of(plan, tmp_path)
+    found = {item.key: item.reason for item in record.rejected}
     expected = {plan.studies[i].key: name.strip() for i, name in enumerate(bad)}
     assert found == expected
     for study in plan.studies:
         image_id = Path(study.url).stem
-        assert not any(image_id in item.message for item in receipt.rejected)
+        assert not any(image_id in item.message for item in record.rejected)
 
 
 class Late(MemoryFileSystem):  # type: ignore[misc]

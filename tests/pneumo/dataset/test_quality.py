@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from scipy.stats import t
 
 from pneumo.config import SplitConfig
-from pneumo.dataset.contact_sheets import choose_contact, read_contact_sheets
+from pneumo.dataset.contact_sheets import choose_pictures, read_contact_sheets
 from pneumo.dataset.manifest import Duplicates, FileEntry, Manifest, SplitEntry, read_manifest
 from pneumo.dataset.quality import (
     AGE_BANDS,
@@ -32,7 +32,7 @@ from pneumo.dataset.quality import (
 )
 from pneumo.dataset.shards import Sample
 from pneumo.dataset.splits import SPLITS, Interval, LeakageAudit
-from pneumo.dataset.study_table import StudyRow, Warned, read_studies
+from pneumo.dataset.study_table import StudyRow, StudyWarning, read_studies
 from pneumo.errors import DataError
 
 FINDINGS = ("Lung Opacity", "No Lung Opacity / Not Normal", "Normal")
@@ -368,7 +368,7 @@ def test_contact_holds_the_first_of_each_finding_and_takes_no_more(
 ) -> None:
     rows = [row(i, finding=finding) for i, finding in enumerate(findings)]
     taken: list[str] = []
-    sheets = choose_contact(
+    sheets = choose_pictures(
         samples_of(rows, taken), {study.key: study for study in rows}, per_finding=per_finding
     )
     assert {sheet.finding for sheet in sheets} == set(findings)
@@ -383,7 +383,7 @@ def test_contact_holds_the_first_of_each_finding_and_takes_no_more(
 
 def test_contact_captions_name_no_study() -> None:
     rows = [row(i, view=view) for i, view in enumerate(("AP", "PA", None, "AP"))]
-    (sheet,) = choose_contact(samples_of(rows, []), {study.key: study for study in rows})
+    (sheet,) = choose_pictures(samples_of(rows, []), {study.key: study for study in rows})
     assert sheet.caption == "Normal: 4 of 4 studies of train, 2 AP, 1 PA, 1 of unknown view"
     assert not any(study.key in sheet.caption or study.patient in sheet.caption for study in rows)
 
@@ -391,7 +391,7 @@ def test_contact_captions_name_no_study() -> None:
 def test_a_sample_that_the_studies_do_not_know_is_refused() -> None:
     rows = [row(0), row(1)]
     with pytest.raises(DataError, match="not in it"):
-        choose_contact(samples_of(rows, []), {rows[1].key: rows[1]})
+        choose_pictures(samples_of(rows, []), {rows[1].key: rows[1]})
 
 
 def test_only_the_shards_that_are_needed_are_read(tiny_store: Callable[..., str]) -> None:
@@ -420,9 +420,9 @@ def test_a_rare_finding_never_costs_the_whole_split(tiny_store: Callable[..., st
 
 def test_warnings_are_grouped_by_code_and_split() -> None:
     warned = [
-        Warned("b", "test", "doubtful:turned"),
-        Warned("a", "test", "doubtful:turned"),
-        Warned("a", "train", "left_out:WindowWidth"),
+        StudyWarning("b", "test", "doubtful:turned"),
+        StudyWarning("a", "test", "doubtful:turned"),
+        StudyWarning("a", "train", "left_out:WindowWidth"),
     ]
     assert group_warnings(warned) == {
         "doubtful:turned": {"train": (), "val": (), "test": ("a", "b")},

@@ -101,7 +101,7 @@ def describe(data: bytes, samples: int) -> ShardEntry:
 
 
 def read(store: Path, data: bytes, samples: int) -> list[Sample]:
-    """The samples of a shard of these bytes, which the manifest vouches for."""
+    """The samples of a shard of these bytes, which the manifest says for."""
     entry = describe(data, samples)
     path = store / entry.name
     path.parent.mkdir(exist_ok=True)
@@ -306,7 +306,7 @@ def test_a_shard_that_changed_is_refused(tmp_path: Path, damage: str) -> None:
         if damage == "a byte":
             changed[place] ^= 1
         path.write_bytes(changed)
-        with pytest.raises(DataError, match=r"shard a\.tar: not what the manifest vouches for"):
+        with pytest.raises(DataError, match=r"shard a\.tar: not what the manifest says"):
             list(read_shard(str(tmp_path), entry, SIZE))
 
 
@@ -546,14 +546,16 @@ def test_duplicates_are_counted_within_and_across_patients_and_splits(
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "a byte", "a target"])
-def test_studies_that_are_not_as_vouched_are_refused(tiny_store: StoreMaker, damage: str) -> None:
+def test_studies_that_are_other_than_the_manifest_says_are_refused(
+    tiny_store: StoreMaker, damage: str
+) -> None:
     store_url = tiny_store()
     manifest = read_manifest(store_url)
     table = list(read_studies(store_url, manifest).values())
     path = Path(store_url) / "studies.parquet"
     data = bytearray(path.read_bytes())
     path.unlink()
-    message = "not what the manifest vouches for: .*; delete the store and prepare it again"
+    message = "not what the manifest says: .*; delete the store and prepare it again"
     if damage == "missing":
         message = f"missing from {store_url}; delete the store and prepare it again"
     elif damage == "cut":
@@ -569,7 +571,7 @@ def test_studies_that_are_not_as_vouched_are_refused(tiny_store: StoreMaker, dam
 
 
 @pytest.mark.parametrize("content", ["text", "other columns"])
-def test_what_is_vouched_for_and_yet_no_table_of_studies_is_refused(
+def test_what_the_manifest_says_and_yet_no_table_of_studies_is_refused(
     tiny_store: StoreMaker, content: str
 ) -> None:
     store_url = tiny_store()
@@ -585,7 +587,7 @@ def test_what_is_vouched_for_and_yet_no_table_of_studies_is_refused(
         read_studies(store_url, manifest)
 
 
-def test_the_quarantine_round_trips_and_is_vouched_for(
+def test_the_quarantine_round_trips_and_is_in_the_manifest(
     tiny_store: StoreMaker, small_manifest: Manifest
 ) -> None:
     store_url = tiny_store()
@@ -598,5 +600,5 @@ def test_the_quarantine_round_trips_and_is_vouched_for(
     assert read_quarantine(store_url, manifest) == rejected[::-1]
     path = Path(store_url) / "quarantine.jsonl"
     path.write_text(path.read_text().replace("val", "train"))
-    with pytest.raises(DataError, match=r"quarantine\.jsonl: not what the manifest vouches for"):
+    with pytest.raises(DataError, match=r"quarantine\.jsonl: not what the manifest says"):
         read_quarantine(store_url, manifest)

@@ -445,7 +445,7 @@ def test_a_painted_rectangle_lands_where_its_box_is_placed(
     pixels[y : y + height, x : x + width] = 255
     file = make_dicom(pixels, jpeg_quality=100 if jpeg else None)
     image = read_study_image(file, size)
-    box = image.place(Box(x, y, width, height))
+    box = image.to_stored(Box(x, y, width, height))
     seen = np.argwhere(image.pixels >= 128)
     low, high = seen.min(axis=0), seen.max(axis=0) + 1
     # An edge within a pixel belongs to the pixel that it covers at least half.

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from pneumo.errors import DicomError
 from pneumo.images.boxes import Box
-from pneumo.images.dicom_files import Unusable, decode_file
+from pneumo.images.dicom_files import UnusableFile, decode_file
 from pneumo.images.pictures import decode_picture, is_picture, read_picture
 
 RNG = np.random.default_rng(0)
@@ -85,7 +85,7 @@ def test_a_box_goes_where_the_picture_goes() -> None:
     image = read_picture(encode(GRAY, "PNG"), 28)
     assert image.pixels.shape == (28, 28)
     assert (image.rows, image.columns) == (40, 56)
-    assert image.place(Box(0, 0, 56, 40)) == Box(0, 4, 28, 20)
+    assert image.to_stored(Box(0, 0, 56, 40)) == Box(0, 4, 28, 20)
 
 
 def test_what_would_be_a_guess_is_refused() -> None:
@@ -122,5 +122,5 @@ def test_a_file_is_told_by_its_first_bytes(make_dicom: Any) -> None:
     assert not is_picture(make_dicom(GRAY))
     for data in (make_dicom(GRAY), encode(GRAY, "PNG")):
         image = decode_file(data, 56)
-        assert not isinstance(image, Unusable)
+        assert not isinstance(image, UnusableFile)
         assert (image.pixels[8:48] == GRAY).all()

@@ -460,7 +460,7 @@ def test_a_shard_changed_since_its_preparation_is_named(
     data = bytearray(path.read_bytes())
     data[2000] ^= 1
     path.write_bytes(data)
-    with pytest.raises(DataError, match=r"shard train/000001\.tar: not what the manifest vouches"):
+    with pytest.raises(DataError, match=r"shard train/000001\.tar: not what the manifest says"):
         read_all(*spoilt, way)
     wait_for_readers_to_end()
 
@@ -535,7 +535,7 @@ def test_a_study_that_stands_twice_is_refused(spoilt: tuple[str, Manifest], way:
     again = write_shard(store_url, "train/000002.tar", [*samples[32:47], samples[3]])
     train = manifest.splits["train"].model_copy(update={"shards": (*entries[:2], again)})
     wrong = manifest.model_copy(update={"splits": {**manifest.splits, "train": train}})
-    message = "split train: (1 of 48 studies stand|a study stands) in it more than once"
+    message = "split train: a study stands in it more than once"
     with pytest.raises(DataError, match=message):
         list(open_split((store_url, wrong), way).evaluation(batch_size=8))
     with pytest.raises(DataError, match=message):

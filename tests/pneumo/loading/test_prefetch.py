@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pneumo.loading.prefetch import run_ahead, send
+from pneumo.loading.prefetch import prefetch, to_device
 from tests.waiting import wait_until
 
 CPU = torch.device("cpu")
@@ -46,13 +46,13 @@ def threads() -> int:
 
 def test_all_come_in_their_order_and_the_thread_ends() -> None:
     source = Source(20)
-    assert list(run_ahead(source.generate(), CPU, no_tensors)) == list(range(20))
+    assert list(prefetch(source.generate(), CPU, no_tensors)) == list(range(20))
     wait_until(lambda: source.is_closed and threads() == 0, "the thread to end")
 
 
 def test_the_next_is_made_while_one_is_in_use_and_no_more() -> None:
     source = Source(9)
-    batches = run_ahead(source.generate(), CPU, no_tensors)
+    batches = prefetch(source.generate(), CPU, no_tensors)
     for number in (0, 1, 2):
         assert next(batches) == number
         wait_until(
@@ -66,7 +66,7 @@ def test_the_next_is_made_while_one_is_in_use_and_no_more() -> None:
 
 @pytest.mark.parametrize("failing_at", [0, 1, 3])
 def test_what_fails_is_raised_in_its_place(failing_at: int) -> None:
-    batches = run_ahead(Source(9, failing_at).generate(), CPU, no_tensors)
+    batches = prefetch(Source(9, failing_at).generate(), CPU, no_tensors)
     for number in range(failing_at):
         assert next(batches) == number
     with pytest.raises(ValueError, match=f"number {failing_at}"):
@@ -77,7 +77,7 @@ def test_what_fails_is_raised_in_its_place(failing_at: int) -> None:
 @pytest.mark.parametrize("dropped", [False, True])
 def test_a_consumer_that_leaves_ends_it(dropped: bool) -> None:
     source = Source(9)
-    batches = run_ahead(source.generate(), CPU, no_tensors)
+    batches = prefetch(source.generate(), CPU, no_tensors)
     assert next(batches) == 0
     if not dropped:
         batches.close()  # type: ignore[attr-defined]
@@ -88,7 +88,7 @@ def test_a_consumer_that_leaves_ends_it(dropped: bool) -> None:
 
 def test_one_that_is_collected_while_a_pool_takes_work_does_not_block_the_pool() -> None:
     """As the garbage collector may drop it at any moment, under a lock that all pools share."""
-    held = [run_ahead(Source(9).generate(), CPU, no_tensors)]
+    held = [prefetch(Source(9).generate(), CPU, no_tensors)]
     next(held[0])
 
     class Dropping(str):
@@ -109,4 +109,4 @@ def test_one_that_is_collected_while_a_pool_takes_work_does_not_block_the_pool()
 
 def test_on_a_cpu_what_is_sent_is_the_same() -> None:
     tensor = torch.arange(3)
-    assert send(tensor, CPU) is tensor
+    assert to_device(tensor, CPU) is tensor

@@ -9,7 +9,7 @@ from torch import nn
 
 from pneumo.config import ModelConfig
 from pneumo.network.backbones import build_model
-from pneumo.network.gray_convolution import Stem, convolve_unshuffled
+from pneumo.network.gray_convolution import GrayConv2d, convolve_unshuffled
 
 pytestmark = pytest.mark.processors
 
@@ -50,7 +50,9 @@ def test_what_gives_another_size_is_refused(size: int, stride: int, padding: int
 
 @pytest.mark.parametrize("backbone", ModelConfig.model_fields["backbone"].annotation.__args__)  # type: ignore[union-attr]
 def test_every_backbone_begins_with_one_that_fits(backbone: str) -> None:
-    [stem] = [module for module in build_model(backbone).modules() if isinstance(module, Stem)]
+    [stem] = [
+        module for module in build_model(backbone).modules() if isinstance(module, GrayConv2d)
+    ]
     images = torch.randn(1, 1, 64, 96)
     plain = nn.Conv2d.forward(stem, images)
     assert torch.equal(stem(images), plain)  # on a CPU nothing is different

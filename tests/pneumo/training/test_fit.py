@@ -35,7 +35,7 @@ from pneumo.errors import (
 from pneumo.loading.loader import Batch
 from pneumo.loading.sample_order import World
 from pneumo.network.backbones import build_model, initialise
-from pneumo.training.callbacks import Callbacks, Epoch, Pace, Start
+from pneumo.training.callbacks import Callbacks, Epoch, Start, StepProgress
 from pneumo.training.checkpoints import (
     Checkpoint,
     claim_run,
@@ -559,23 +559,23 @@ def test_a_run_ends_early_when_patience_does(store_url: str, run_url: str) -> No
 def test_the_pace_is_told_once_a_second_and_at_the_end_of_an_epoch(
     store_url: str, run_url: str
 ) -> None:
-    paces: list[Pace] = []
+    reports: list[StepProgress] = []
     begun_s = time.monotonic()
     history = run(
         override(SMALL, {"train.epochs": 1}),
         store_url,
         run_url,
-        on_pace=paces.append,
+        on_progress=reports.append,
         on_step=lambda epoch, step, steps: time.sleep(1.1 if step == 1 else 0),
     )
-    assert len(paces) <= time.monotonic() - begun_s + 1
-    by_place = {(pace.epoch, pace.step, pace.steps): pace for pace in paces}
+    assert len(reports) <= time.monotonic() - begun_s + 1
+    by_place = {(progress.epoch, progress.step, progress.steps): progress for progress in reports}
     second, last = by_place[1, 2, 4], by_place[1, 4, 4]
-    assert last is paces[-1]
-    losses = [pace.metrics["train/loss"] or 0.0 for pace in paces]
-    if len(paces) == 2:  # on a busy machine more steps may take a second
+    assert last is reports[-1]
+    losses = [progress.metrics["train/loss"] or 0.0 for progress in reports]
+    if len(reports) == 2:  # on a busy machine more steps may take a second
         assert (2 * losses[0] + 2 * losses[1]) / 4 == pytest.approx(history[0]["train/loss"])
-    assert all((pace.metrics["grad_norm"] or 0) > 0 for pace in paces)
+    assert all((progress.metrics["grad_norm"] or 0) > 0 for progress in reports)
     assert last.metrics["grad_norm"] == history[0]["grad_norm"] != second.metrics["grad_norm"]
     for name in ("images_per_s", "step_p50_s", "step_p95_s"):
         assert (history[0][name] or 0) > 0

@@ -20,7 +20,7 @@ from pneumo.tuning.objective import (
     Objective,
     chance_level,
     describe_objective,
-    judge,
+    estimate_objective,
     name_objective,
     smooth,
 )
@@ -48,7 +48,7 @@ def draw(
 
 def test_auroc_and_its_error_are_delongs_by_patient() -> None:
     target, logit, patient = draw(0)
-    found = judge(target, logit, patient, config_of("auroc"))
+    found = estimate_objective(target, logit, patient, config_of("auroc"))
     assert found.value == pytest.approx(roc_auc_score(target, logit))
     reference = delong(target, logit, patient)
     assert reference.high is not None
@@ -64,7 +64,10 @@ def test_error_of_a_difference_is_that_of_the_paired_test() -> None:
     target, first, patient = draw(1)
     second = first + np.random.default_rng(5).normal(0, 0.5, len(first))
     config = config_of("auroc")
-    one, other = judge(target, first, patient, config), judge(target, second, patient, config)
+    one, other = (
+        estimate_objective(target, first, patient, config),
+        estimate_objective(target, second, patient, config),
+    )
     reference = delong_test(target, first, second, patient).difference
     assert reference.high is not None
     assert reference.value is not None
@@ -77,7 +80,9 @@ def test_error_of_a_difference_is_that_of_the_paired_test() -> None:
 @pytest.mark.parametrize("specificity", [0.5, 0.8, 0.9, 0.95])
 def test_sensitivity_is_the_roc_curves(specificity: float) -> None:
     target, logit, patient = draw(2)
-    found = judge(target, logit, patient, config_of("sensitivity", specificity=specificity))
+    found = estimate_objective(
+        target, logit, patient, config_of("sensitivity", specificity=specificity)
+    )
     false_positive_rate, sensitivity, _ = roc_curve(target, logit, drop_intermediate=False)
     assert found.value == pytest.approx(
         sensitivity[false_positive_rate <= 1 - specificity + 1e-9].max()
@@ -88,20 +93,22 @@ def test_sensitivity_with_ties_keeps_the_specificity() -> None:
     target = np.array([0, 0, 0, 0, 1, 1])
     logit = np.array([0.0, 1.0, 1.0, 1.0, 1.0, 2.0])
     patient = np.arange(6).astype(str)
-    found = judge(target, logit, patient, config_of("sensitivity", specificity=0.5))
+    found = estimate_objective(target, logit, patient, config_of("sensitivity", specificity=0.5))
     assert found.value == 0.5  # at 1.0 or above three of four negatives would be called
 
 
 def test_log_loss_does_not_see_a_shift_that_pos_weight_makes() -> None:
     target, logit, patient = draw(3)
     config = config_of("log_loss")
-    plain, shifted = (judge(target, logit + s, patient, config).value for s in (0.0, math.log(5)))
+    plain, shifted = (
+        estimate_objective(target, logit + s, patient, config).value for s in (0.0, math.log(5))
+    )
     assert shifted == pytest.approx(plain, abs=1e-3)
 
 
 def test_log_loss_is_near_a_cross_validated_logistic_regression() -> None:
     target, logit, patient = draw(4, patients=800)
-    found = judge(target, logit, patient, config_of("log_loss"))
+    found = estimate_objective(target, logit, patient, config_of("log_loss"))
     probability = cross_val_predict(
         LogisticRegression(C=1e6),
         logit[:, None],
@@ -117,7 +124,7 @@ def test_log_loss_is_near_a_cross_validated_logistic_regression() -> None:
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_error_is_what_new_patients_would_show(objective: Objective) -> None:
     config = config_of(objective)
-    drawn = [judge(*draw(seed), config) for seed in range(60)]
+    drawn = [estimate_objective(*draw(seed), config) for seed in range(60)]
     spread = np.std([one.value for one in drawn], ddof=1)
     told = np.mean([one.standard_error for one in drawn])
     assert 0.8 < told / spread < 1.25
@@ -126,7 +133,7 @@ def test_the_error_is_what_new_patients_would_show(objective: Objective) -> None
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_better_model_is_judged_better(objective: Objective) -> None:
     config = config_of(objective)
-    values = [judge(*draw(7, shift=shift), config).value for shift in (0.2, 1.0, 2.0)]
+    values = [estimate_objective(*draw(7, shift=shift), config).value for shift in (0.2, 1.0, 2.0)]
     assert values == sorted(values)
 
 
@@ -134,7 +141,9 @@ def test_a_better_model_is_judged_better(objective: Objective) -> None:
 def test_a_model_that_says_one_thing_chance_level(objective: Objective) -> None:
     config = config_of(objective)
     target, _, patient = draw(8)
-    found = judge(target, np.random.default_rng(0).normal(size=len(target)), patient, config)
+    found = estimate_objective(
+        target, np.random.default_rng(0).normal(size=len(target)), patient, config
+    )
     assert found.value == pytest.approx(chance_level(config, float(target.mean())), abs=0.06)
 
 
@@ -147,7 +156,7 @@ def test_what_cannot_be_judged_is_an_error(objective: Objective, fault: str) -> 
     else:
         target[:] = 0
     with pytest.raises(MetricError):
-        judge(target, logit, patient, config_of(objective))
+        estimate_objective(target, logit, patient, config_of(objective))
 
 
 def test_smoothing_takes_the_last_epochs() -> None:

@@ -23,7 +23,7 @@ from pneumo.tuning.choice import (
     measure_simplicity,
     settings_to_confirm,
 )
-from pneumo.tuning.objective import Judgement
+from pneumo.tuning.objective import ObjectiveEstimate
 from pneumo.tuning.optuna_study import measure_importance
 from pneumo.tuning.search import Search, make_recipe, to_parquet
 from pneumo.tuning.trials import Trial, rank
@@ -33,13 +33,13 @@ from tests.searches import make_search, trial
 TUNE = override(Config(), {"tune.epochs": 3}).tune
 
 
-def judgement(error: float, studies: int = 400, seed: int = 0) -> Judgement:
-    """With this standard error, and none in common with a judgement of another seed."""
+def estimate(error: float, studies: int = 400, seed: int = 0) -> ObjectiveEstimate:
+    """With this standard error, and none in common with an estimate of another seed."""
     influence = np.random.default_rng(seed).normal(size=studies)
     influence -= influence.mean()
     patient = np.arange(studies).astype(str)
-    raw = Judgement(0.0, influence, patient)
-    return Judgement(0.0, influence * error / raw.standard_error, patient)
+    raw = ObjectiveEstimate(0.0, influence, patient)
+    return ObjectiveEstimate(0.0, influence * error / raw.standard_error, patient)
 
 
 def order_by_name(order: str) -> object:
@@ -48,8 +48,8 @@ def order_by_name(order: str) -> object:
 
 def test_the_best_is_taken_where_nobody_comes_near() -> None:
     trials = [trial("a", 0.90), trial("b", 0.80)]
-    judgements = {"a": judgement(0.01), "b": judgement(0.01, seed=1)}
-    choice = choose_setting(trials, judgements, TUNE, order_by_name("ba"))  # type: ignore[arg-type]
+    estimates = {"a": estimate(0.01), "b": estimate(0.01, seed=1)}
+    choice = choose_setting(trials, estimates, TUNE, order_by_name("ba"))  # type: ignore[arg-type]
     assert choice is not None
     assert choice.trial.name == "a"
     assert choice.ties == ("a",)
@@ -57,8 +57,8 @@ def test_the_best_is_taken_where_nobody_comes_near() -> None:
 
 def test_of_equals_the_simplest_is_taken() -> None:
     trials = [trial("a", 0.90), trial("b", 0.895), trial("c", 0.80)]
-    judgements = {name: judgement(0.01, seed=i) for i, name in enumerate("abc")}
-    choice = choose_setting(trials, judgements, TUNE, order_by_name("cba"))  # type: ignore[arg-type]
+    estimates = {name: estimate(0.01, seed=i) for i, name in enumerate("abc")}
+    choice = choose_setting(trials, estimates, TUNE, order_by_name("cba"))  # type: ignore[arg-type]
     assert choice is not None
     assert choice.trial.name == "b"
     assert choice.best.name == "a"
@@ -69,7 +69,7 @@ def test_of_equals_the_simplest_is_taken() -> None:
 def test_trials_that_err_on_the_same_studies_are_told_apart() -> None:
     """In pairs: the errors are equal, so a difference below either of them is certain."""
     trials = [trial("a", 0.900), trial("b", 0.895)]
-    same = judgement(0.01)
+    same = estimate(0.01)
     choice = choose_setting(trials, {"a": same, "b": same}, TUNE, order_by_name("ba"))  # type: ignore[arg-type]
     assert choice is not None
     assert choice.trial.name == "a"

@@ -217,7 +217,7 @@ def test_a_half_written_folder_is_written_anew(tmp_path):
     whole, half = tmp_path / "whole", tmp_path / "half"
     write_phantoms(whole, num_studies=3, seed=0)
     expected = contents(whole)
-    # What an interrupted run leaves: a marker that vouches for no images yet, and some of them.
+    # What an interrupted run leaves: a marker of no images yet, and some of them.
     half.mkdir()
     marker = json.loads((whole / "synthetic.json").read_text())
     del marker["num_image_bytes"]

@@ -15,7 +15,7 @@ from pneumo.config import PrepareConfig, SplitConfig
 from pneumo.dataset.phantoms.layouts import PHANTOM_LAYOUTS
 from pneumo.dataset.phantoms.population import draw_population
 from pneumo.dataset.phantoms.source_folder import write_phantoms
-from pneumo.dataset.receipts import read_study
+from pneumo.dataset.shard_tasks import read_study
 from pneumo.dataset.source import Source
 from pneumo.dataset.sources.recognition import read_source
 from pneumo.dataset.splits import find_published, split_studies
@@ -137,6 +137,16 @@ def test_nih_labels_can_be_named(phantoms: Path) -> None:
 def test_nih_patients_are_those_of_rsna(phantoms: Path) -> None:
     both = [{s.patient for s in read(phantoms / name).studies} for name in ("rsna", "nih")]
     assert both[0] == both[1]
+
+
+def test_nih_spacing_is_that_of_the_published_pictures(copied: Path) -> None:
+    """The table gives that of the larger originals; the published ones are 1024 pixels wide."""
+    path = copied / "nih" / "Data_Entry_2017.csv"
+    head, *rows = path.read_text().splitlines()
+    head += ",OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]"
+    path.write_text("\n".join([head, *(f"{row},2560,2048,0.143,0.143" for row in rows)]))
+    headers = [study.header for study in read(copied / "nih").studies]
+    assert [header and header.spacing_mm for header in headers] == [0.143 * 2.5] * NUM_STUDIES
 
 
 def test_nih_lists_decide_who_is_in_test(copied: Path) -> None:

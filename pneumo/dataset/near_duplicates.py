@@ -5,8 +5,6 @@ in 4 bits at most, the 2.09 million pairs of two pictures in 48 at least, and 95
 from themselves with other contrast or gamma in 22 at most. A crop is not found.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -29,7 +27,7 @@ def hash_picture(pixels: npt.NDArray[np.uint8]) -> str:
     return str(imagehash.phash(Image.fromarray(small), hash_size=_SIDE))
 
 
-def find_alike(hashes: Sequence[str], known: tuple[str, ...]) -> list[bool]:
+def find_near_duplicates(hashes: Sequence[str], known: tuple[str, ...]) -> list[bool]:
     """Whether each of `hashes` is of a picture among the `known`; an empty one, of a store prepared
     before there were any, is of none."""
     others = _known_signs(known)

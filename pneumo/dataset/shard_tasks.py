@@ -1,76 +1,50 @@
-"""What one task of a preparation does: it writes a shard, then a receipt for it under `parts/`.
+"""What one task of a preparation does: it writes a shard, then a record for it under `parts/`.
 
 Everything depends on the source, the settings and the seed alone: whoever does a task, and however
 often, the bytes are the same.
 """
 
-from __future__ import annotations
-
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 
 import cv2
 import numpy as np
-import pyarrow as pa
 from blake3 import blake3
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pneumo import storage
-from pneumo.dataset.likeness import hash_picture
 from pneumo.dataset.manifest import ShardEntry
+from pneumo.dataset.near_duplicates import hash_picture
 from pneumo.dataset.overlap import Seen
 from pneumo.dataset.shard_plans import ShardPlan
 from pneumo.dataset.shards import SHARD_SUFFIX, Sample, write_shard
 from pneumo.dataset.source import RSNA, Rejected, Study
-from pneumo.dataset.study_table import (
-    StudyRow,
-    Warned,
-    digest_pixels,
-    tabulate_studies,
-)
-from pneumo.errors import (
-    ContentError,
-)
+from pneumo.dataset.study_table import StudyRow, StudyWarning, digest_pixels
+from pneumo.errors import ContentError
 from pneumo.images.dicom import GrayImage
-from pneumo.images.dicom_files import Unusable, decode_file, read_file, read_files
+from pneumo.images.dicom_files import UnusableFile, decode_file, read_file, read_files
+from pneumo.images.gray_levels import Gray
 from pneumo.images.headers import NO_HEADER
 
 
-class Receipt(BaseModel):
+class ShardRecord(BaseModel):
     """What one task leaves: enough to write the store's tables without looking at its shard."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    plan_digest: str
+    plan_digest: str = ""
     entry: ShardEntry
     """Of 0 samples, and without a file, when no study of the plan could be used."""
     rows: tuple[StudyRow, ...]
-    rejected: tuple[Rejected, ...]
+    rejected: tuple[Rejected, ...] = ()
     histogram: tuple[int, ...]
     """Stored pixels of each gray level."""
-    contradictions: dict[str, int]
+    contradictions: dict[str, int] = {}
     """Studies whose tables and header disagree, or lack something, by kind."""
-    warned: tuple[Warned, ...] = ()
+    warned: tuple[StudyWarning, ...] = ()
     known: int = 0
     """Studies left out since their picture is in train or val of another store."""
-
-
-@dataclass(frozen=True, eq=False)
-class PreparedShard:
-    """What a task hands back."""
-
-    receipt: Receipt
-    """Its rows are in `studies` instead, so that joining is quick."""
-    studies: pa.Table
-    """As in studies.parquet."""
-    reused: bool
+    reused: bool = Field(default=False, exclude=True)
     """Whether an earlier run had written it."""
-
-    @classmethod
-    def of(cls, receipt: Receipt, *, reused: bool) -> PreparedShard:
-        """The shard that a receipt describes."""
-        table = tabulate_studies(receipt.rows)
-        return cls(receipt.model_copy(update={"rows": ()}), table, reused)
 
 
 def prepare_shard(
@@ -80,40 +54,42 @@ def prepare_shard(
     prepare_digest: str,
     file_key: bytes,
     seen: Seen | None = None,
-) -> PreparedShard:
-    """Write a plan's shard and receipt, unless an earlier run did; `file_key` is `Source.file_key`,
+) -> ShardRecord:
+    """Write a plan's shard and record, unless an earlier run did; `file_key` is `Source.file_key`,
     and pictures that are `seen` are left out.
 
-    An earlier run's are kept where the shard is whole and the files that the receipt rejects still
+    An earlier run's are kept where the shard is whole and the files that the record rejects still
     cannot be used.
     """
     cv2.setNumThreads(1)
     digest = plan.digest(prepare_digest)
-    kept = _find_receipt(plan, store_url, image_size, digest)
+    kept = _find_record(plan, store_url, image_size, digest)
     if kept is not None:
-        return PreparedShard.of(kept, reused=True)
-    receipt = _write_shard(plan, store_url, image_size, digest, file_key, seen)
-    storage.write_text(storage.join(store_url, plan.receipt), receipt.model_dump_json())
-    return PreparedShard.of(receipt, reused=False)
+        return kept.model_copy(update={"reused": True})
+    record = _write_shard(plan, store_url, image_size, digest, file_key, seen)
+    storage.write_text(storage.join(store_url, plan.record), record.model_dump_json())
+    return record
 
 
-def _find_receipt(plan: ShardPlan, store_url: str, image_size: int, digest: str) -> Receipt | None:
-    """An earlier run's receipt for this very plan, if its shard is whole and the same files are
+def _find_record(
+    plan: ShardPlan, store_url: str, image_size: int, digest: str
+) -> ShardRecord | None:
+    """An earlier run's record for this very plan, if its shard is whole and the same files are
     unusable as then; else None."""
     try:
-        text = storage.read_bytes(storage.join(store_url, plan.receipt))
-        receipt = Receipt.model_validate_json(text)
-        if receipt.plan_digest != digest:
+        text = storage.read_bytes(storage.join(store_url, plan.record))
+        record = ShardRecord.model_validate_json(text)
+        if record.plan_digest != digest:
             return None
-        entry = receipt.entry
+        entry = record.entry
         if entry.samples:
             url = storage.join(store_url, entry.name)
             storage.read_bytes(url, sha256=entry.sha256, size=entry.bytes)
     except (FileNotFoundError, ValidationError, ContentError):
         return None
     studies = {study.key: study for study in plan.studies}
-    now = [read_study(studies[item.key], plan.split, image_size) for item in receipt.rejected]
-    return receipt if now == list(receipt.rejected) else None
+    now = [read_study(studies[item.key], plan.split, image_size) for item in record.rejected]
+    return record if now == list(record.rejected) else None
 
 
 def _write_shard(
@@ -123,19 +99,17 @@ def _write_shard(
     digest: str,
     file_key: bytes,
     seen: Seen | None,
-) -> Receipt:
-    rows: list[StudyRow] = []
-    rejected: list[Rejected] = []
+) -> ShardRecord:
+    rejected, warned, known = list[Rejected](), list[StudyWarning](), list[str]()
     contradictions: Counter[str] = Counter()
-    warned: list[Warned] = []
-    histogram = np.zeros(256, np.int64)
-    known = list[str]()
 
-    def samples() -> Iterator[Sample]:
+    def studies() -> Iterator[tuple[StudyRow, Gray]]:
         files = read_files([(study.url, _label(study)) for study in plan.studies])
         for study, data in zip(plan.studies, files, strict=True):
             # First, while the file is in the core's cache.
-            hashed = "" if isinstance(data, Unusable) else blake3(data, key=file_key).hexdigest()
+            hashed = (
+                "" if isinstance(data, UnusableFile) else blake3(data, key=file_key).hexdigest()
+            )
             image = _decode_study(study, data, plan.split, image_size)
             if isinstance(image, Rejected):
                 rejected.append(image)
@@ -144,25 +118,38 @@ def _write_shard(
             if seen is not None and seen.find_pictures([row])[0]:
                 known.append(study.key)
                 continue
-            # OpenCV counts in float32, exact to 16 million pixels, and five times as fast as numpy.
-            counts = cv2.calcHist([image.pixels], [0], None, [256], [0, 256])
-            np.add(histogram, counts.ravel().astype(np.int64), out=histogram)
             contradictions.update(_contradictions(study, image))
-            warned.extend(Warned(study.key, plan.split, code) for code in image.warnings)
-            rows.append(row)
-            yield Sample(study.key, image.pixels, study.target)
+            warned.extend(StudyWarning(study.key, plan.split, code) for code in image.warnings)
+            yield row, image.pixels
 
-    entry = write_shard(store_url, f"{plan.name}-{{digest}}{SHARD_SUFFIX}", samples())
-    return Receipt(
-        plan_digest=digest,
-        entry=entry,
-        rows=tuple(rows),
-        rejected=tuple(rejected),
-        histogram=tuple(histogram.tolist()),
-        contradictions=dict(contradictions),
-        warned=tuple(warned),
-        known=len(known),
+    record = write_studies_shard(store_url, plan.name, studies())
+    return record.model_copy(
+        update={
+            "plan_digest": digest,
+            "rejected": tuple(rejected),
+            "contradictions": dict(contradictions),
+            "warned": tuple(warned),
+            "known": len(known),
+        }
     )
+
+
+def write_studies_shard(
+    store_url: str, name: str, studies: Iterable[tuple[StudyRow, Gray]]
+) -> ShardRecord:
+    """Write the shard of some studies' rows and pictures; a record of it."""
+    rows, histogram = list[StudyRow](), np.zeros(256, np.int64)
+
+    def samples() -> Iterator[Sample]:
+        for row, pixels in studies:
+            rows.append(row)
+            # OpenCV counts in float32, exact to 16 million pixels, and five times as fast as numpy.
+            counts = cv2.calcHist([pixels], [0], None, [256], [0, 256])
+            np.add(histogram, counts.ravel().astype(np.int64), out=histogram)
+            yield Sample(row.key, pixels, row.target)
+
+    entry = write_shard(store_url, f"{name}-{{digest}}{SHARD_SUFFIX}", samples())
+    return ShardRecord(entry=entry, rows=tuple(rows), histogram=tuple(histogram.tolist()))
 
 
 def _label(study: Study) -> str:
@@ -176,10 +163,10 @@ def read_study(study: Study, split: str, image_size: int) -> GrayImage | Rejecte
 
 
 def _decode_study(
-    study: Study, data: bytes | Unusable, split: str, image_size: int
+    study: Study, data: bytes | UnusableFile, split: str, image_size: int
 ) -> GrayImage | Rejected:
-    image = data if isinstance(data, Unusable) else decode_file(data, image_size)
-    if isinstance(image, Unusable):
+    image = data if isinstance(data, UnusableFile) else decode_file(data, image_size)
+    if isinstance(image, UnusableFile):
         return Rejected(study.key, split, image.reason, image.message)
     return image
 
@@ -192,7 +179,7 @@ def _make_row(study: Study, split: str, image: GrayImage, source_blake3: str) ->
         split=split,
         target=study.target,
         finding=study.finding,
-        boxes=tuple(image.place(box) for box in study.boxes),
+        boxes=tuple(image.to_stored(box) for box in study.boxes),
         age=own.age if stated.age is None else stated.age,
         sex=stated.sex or own.sex,
         view=stated.view or own.view,

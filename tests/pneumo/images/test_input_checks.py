@@ -15,9 +15,9 @@ import pytest
 
 from pneumo.errors import DicomError
 from pneumo.images.dicom import GrayImage, read_study_image
-from pneumo.images.dicom_files import Unusable, decode_file
-from pneumo.images.gate import judge, judge_header, judge_picture
-from pneumo.images.headers import NO_EXPOSURE
+from pneumo.images.dicom_files import UnusableFile, decode_file
+from pneumo.images.headers import NO_ACQUISITION
+from pneumo.images.input_checks import check_header, check_image, check_pixels
 from tests.conftest import draw_chest
 
 DicomMaker = Callable[..., bytes]
@@ -46,9 +46,9 @@ CODES = {
 } | {f"turned by {angle}°": "doubtful:turned" for angle in (90, 180, 270)}
 
 
-def judged(image: GrayImage) -> tuple[str, ...]:
+def checked(image: GrayImage) -> tuple[str, ...]:
     try:
-        return judge_picture(image)
+        return check_pixels(image)
     except DicomError as error:
         return (error.reason,)
 
@@ -64,7 +64,7 @@ def test_real_radiographs_raise_at_most_one_false_alarm_in_a_hundred(
     shared_data: Path, size: int
 ) -> None:
     images = real_images(shared_data, size)
-    alarms = [judge(image) for image in images]
+    alarms = [check_image(image) for image in images]
     assert len(images) > 200
     assert sum(map(bool, alarms)) <= 0.01 * len(images)
 
@@ -73,7 +73,7 @@ def test_real_radiographs_raise_at_most_one_false_alarm_in_a_hundred(
 @pytest.mark.parametrize("size", [64, 224])
 def test_95_of_100_broken_ones_are_found(shared_data: Path, kind: str, size: int) -> None:
     images = real_images(shared_data, size)
-    found = [CODES[kind] in judged(replace(i, pixels=BROKEN[kind](i.pixels))) for i in images]
+    found = [CODES[kind] in checked(replace(i, pixels=BROKEN[kind](i.pixels))) for i in images]
     print(f"{kind} at {size}: {np.mean(found):.1%} found")
     assert np.mean(found) >= 0.95
 
@@ -85,7 +85,7 @@ def make_image(make_dicom: DicomMaker, pixels: Gray, **elements: Any) -> GrayIma
 @pytest.mark.parametrize("view", ["LL", "RL", "lateral ", "LAT", "RAO", "LLO"])
 def test_a_view_that_is_not_frontal_is_refused(make_dicom: DicomMaker, view: str) -> None:
     unusable = decode_file(make_dicom(RAMP, elements={"ViewPosition": view}), 64)
-    assert isinstance(unusable, Unusable)
+    assert isinstance(unusable, UnusableFile)
     assert unusable.reason == "not_frontal"
 
 
@@ -96,7 +96,7 @@ def test_another_body_part_is_refused(
 ) -> None:
     data = make_dicom(RAMP, jpeg_quality=quality, elements={"BodyPartExamined": part})
     unusable = decode_file(data, 64)
-    assert isinstance(unusable, Unusable)
+    assert isinstance(unusable, UnusableFile)
     assert unusable.reason == "not_chest"
 
 
@@ -109,7 +109,7 @@ def test_the_codes_of_a_header_say_it_too(make_dicom: DicomMaker) -> None:
     elements = {"ViewPosition": None, "ViewCodeSequence": Sequence([code])}
     for quality in (None, 90):
         unusable = decode_file(make_dicom(RAMP, jpeg_quality=quality, elements=elements), 64)
-        assert isinstance(unusable, Unusable)
+        assert isinstance(unusable, UnusableFile)
         assert unusable.reason == "not_frontal"
 
 
@@ -124,10 +124,10 @@ def test_the_codes_of_a_header_say_it_too(make_dicom: DicomMaker) -> None:
     ],
 )
 def test_what_a_header_makes_doubtful(elements: dict[str, str], code: str) -> None:
-    assert judge_header(replace(NO_EXPOSURE, **elements)) == (f"doubtful:{code}",)
-    assert judge_header(NO_EXPOSURE) == ()
+    assert check_header(replace(NO_ACQUISITION, **elements)) == (f"doubtful:{code}",)
+    assert check_header(NO_ACQUISITION) == ()
     usual = {"view": "PA", "body_part": "PORT CHEST", "intent": "FOR PRESENTATION"}
-    assert judge_header(replace(NO_EXPOSURE, **usual, modality="DX", laterality="U")) == ()
+    assert check_header(replace(NO_ACQUISITION, **usual, modality="DX", laterality="U")) == ()
 
 
 @pytest.mark.parametrize("level", [0, 128, 255])
@@ -136,20 +136,20 @@ def test_a_blank_picture_is_refused(
     make_dicom: DicomMaker, level: int, shape: tuple[int, int]
 ) -> None:
     unusable = decode_file(make_dicom(np.full(shape, level, np.uint8)), 64)
-    assert isinstance(unusable, Unusable)
+    assert isinstance(unusable, UnusableFile)
     assert unusable.reason == "blank"
 
 
 def test_what_a_picture_makes_doubtful(make_dicom: DicomMaker) -> None:
     chest = draw_chest(128)
-    assert judged(make_image(make_dicom, chest)) == ()
+    assert checked(make_image(make_dicom, chest)) == ()
     collimated = np.zeros((256, 256), np.uint8)
     collimated[80:180, 80:180] = cv2.resize(chest, (100, 100))
     faint = (chest // 16 + 100).astype(np.uint8)
     long = cv2.resize(chest, (60, 128))
     rng = np.random.default_rng(0)
-    assert "doubtful:black" in judged(make_image(make_dicom, collimated))
-    assert "doubtful:uniform" in judged(make_image(make_dicom, faint))
-    assert "doubtful:aspect" in judged(make_image(make_dicom, long))
+    assert "doubtful:black" in checked(make_image(make_dicom, collimated))
+    assert "doubtful:uniform" in checked(make_image(make_dicom, faint))
+    assert "doubtful:aspect" in checked(make_image(make_dicom, long))
     checks = np.kron(rng.integers(0, 2, (32, 32)), np.full((8, 8), 255)).astype(np.uint8)
-    assert "doubtful:unlike_chest" in judged(make_image(make_dicom, checks))
+    assert "doubtful:unlike_chest" in checked(make_image(make_dicom, checks))

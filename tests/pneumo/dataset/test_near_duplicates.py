@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from pneumo.dataset.likeness import MOST_BITS, find_alike, hash_picture
+from pneumo.dataset.near_duplicates import MOST_BITS, find_near_duplicates, hash_picture
 from pneumo.dataset.phantoms.drawing import render_study
 from pneumo.dataset.phantoms.population import draw_population
-from pneumo.images.dicom_files import Unusable, decode_file
+from pneumo.images.dicom_files import UnusableFile, decode_file
 from pneumo.images.letterbox import letterbox
 
 Gray = npt.NDArray[np.uint8]
@@ -43,20 +43,20 @@ CHANGES: dict[str, Callable[[Gray], Gray]] = {
 def test_a_picture_that_was_saved_otherwise_is_found(phantoms: list[Gray], change: str) -> None:
     known = tuple(hash_picture(pixels) for pixels in phantoms[::2])
     hashes = [hash_picture(CHANGES[change](pixels)) for pixels in phantoms]
-    assert find_alike(hashes, known) == [True, False] * 12
+    assert find_near_duplicates(hashes, known) == [True, False] * 12
 
 
 def test_no_hash_is_like_no_hash() -> None:
-    assert find_alike(["", "0" * 64], ("", "0" * 64)) == [False, True]
-    assert find_alike(["0" * 64], ()) == [False]
-    assert find_alike([], ("0" * 64,)) == []
+    assert find_near_duplicates(["", "0" * 64], ("", "0" * 64)) == [False, True]
+    assert find_near_duplicates(["0" * 64], ()) == [False]
+    assert find_near_duplicates([], ("0" * 64,)) == []
 
 
 def test_any_number_of_bits(phantoms: list[Gray]) -> None:
     base = int(hash_picture(phantoms[0]), 16)
     for bits in (0, 1, MOST_BITS, MOST_BITS + 1, 255):
         other = f"{base ^ ((1 << bits) - 1):064x}"
-        assert find_alike([other], (f"{base:064x}",)) == [bits <= MOST_BITS]
+        assert find_near_duplicates([other], (f"{base:064x}",)) == [bits <= MOST_BITS]
 
 
 def test_of_real_studies_pairs_are_found_and_others_left_alone(shared_data: Path) -> None:
@@ -69,12 +69,12 @@ def test_of_real_studies_pairs_are_found_and_others_left_alone(shared_data: Path
             names |= {r["subset_img_id"]: r["img_id"] for r in json.loads(mapping.read_text())}
         for path in sorted((*folder.rglob("*.dcm"), *folder.rglob("*.png"))):
             image = decode_file(path.read_bytes(), SIZE)
-            assert not isinstance(image, Unusable)
+            assert not isinstance(image, UnusableFile)
             original = names.get(path.stem, path.name)
             pictures.setdefault(original, []).append(hash_picture(image.pixels))
     twice = [hashes for hashes in pictures.values() if len(hashes) > 1]
     assert len(twice) > 50
-    assert all(find_alike([first], (second,)) == [True] for first, second in twice)
+    assert all(find_near_duplicates([first], (second,)) == [True] for first, second in twice)
     single = [hashes[0] for hashes in pictures.values()]
-    alike = [find_alike(single, (h,)) for h in single]
+    alike = [find_near_duplicates(single, (h,)) for h in single]
     assert sum(map(sum, alike)) == len(single), "each is like itself alone"

@@ -5,8 +5,6 @@ known: the frame has the bytes that the header says, or its codestream has its o
 Little endian only. PS3.5 7.1 and A.4.
 """
 
-from __future__ import annotations
-
 import re
 import struct
 from collections.abc import Callable, Iterator
@@ -45,7 +43,7 @@ class _Element:
     length: int
 
 
-class _GivenUp(Exception):  # noqa: N818  it ends a search, and is no error
+class _StepLimitReached(Exception):  # noqa: N818  it ends a search, and is no error
     pass
 
 
@@ -59,81 +57,87 @@ class _Reader:
     numbers: dict[int, int] = field(default_factory=dict)
     """Values of the elements kept so far that are one number of 16 bits."""
 
-    def element(self, place: int) -> _Element | None:
-        """The element whose header is at `place`; None where there is none."""
+    def element(self, position: int) -> _Element | None:
+        """The element whose header is at `position`; None where there is none."""
         self.steps -= 1
         if self.steps < 0:
-            raise _GivenUp
-        if place + 8 > len(self.data):
+            raise _StepLimitReached
+        if position + 8 > len(self.data):
             return None
-        group, number, vr, length = struct.unpack_from("<HH2sH", self.data, place)
+        group, number, vr, length = struct.unpack_from("<HH2sH", self.data, position)
         tag = group << 16 | number
         if self.is_implicit or group == 0xFFFE:
-            return _Element(tag, b"", place + 8, struct.unpack_from("<I", self.data, place + 4)[0])
+            return _Element(
+                tag, b"", position + 8, struct.unpack_from("<I", self.data, position + 4)[0]
+            )
         if vr in SHORT_LENGTHS:
-            return _Element(tag, vr, place + 8, length)
-        if vr not in LONG_LENGTHS or place + 12 > len(self.data):
+            return _Element(tag, vr, position + 8, length)
+        if vr not in LONG_LENGTHS or position + 12 > len(self.data):
             return None
-        return _Element(tag, vr, place + 12, struct.unpack_from("<I", self.data, place + 8)[0])
+        return _Element(
+            tag, vr, position + 12, struct.unpack_from("<I", self.data, position + 8)[0]
+        )
 
     def end(self, element: _Element, depth: int = 0) -> int | None:
         """Where the element ends; None where that is beyond the data, or no items follow."""
         if element.length != UNDEFINED:
             end = element.start + element.length
             return end if end <= len(self.data) else None
-        place: int | None = element.start
-        while place is not None and depth < 8:
-            item = self.element(place)
+        position: int | None = element.start
+        while position is not None and depth < 8:
+            item = self.element(position)
             if item is None or item.tag not in (ITEM, END_OF_ITEMS):
                 return None
             if item.tag == END_OF_ITEMS:
                 return item.start
-            place = self.end(item, depth) if item.length != UNDEFINED else self._end_of(item, depth)
+            position = (
+                self.end(item, depth) if item.length != UNDEFINED else self._end_of(item, depth)
+            )
         return None
 
     def _end_of(self, item: _Element, depth: int) -> int | None:
         """Where an item of undefined length ends."""
-        place: int | None = item.start
-        while place is not None:
-            inner = self.element(place)
+        position: int | None = item.start
+        while position is not None:
+            inner = self.element(position)
             if inner is None:
                 return None
             if inner.tag == _END_OF_ITEM:
                 return inner.start
-            place = self.end(inner, depth + 1)
+            position = self.end(inner, depth + 1)
         return None
 
-    def follows(self, place: int, last: int) -> bool:
-        """Whether elements in ascending order begin at `place`: some, or up to the pixels."""
+    def follows(self, position: int, last: int) -> bool:
+        """Whether elements in ascending order begin at `position`: some, or up to the pixels."""
         for _ in range(_IN_A_ROW):
-            element = self.element(place)
+            element = self.element(position)
             if element is None or not last < element.tag <= _PIXEL_DATA:
                 return False
             if element.tag == _PIXEL_DATA:
-                return self.pixels(place) is not None
+                return self.pixels(position) is not None
             end = self.end(element)
             if end is None:
                 return False
-            place, last = end, element.tag
+            position, last = end, element.tag
         return True
 
-    def may_follow(self, place: int, last: int) -> bool:
-        """Whether what begins at `place` has a tag that may follow, whatever else is wrong."""
-        return last < _read_tag(self.data, place) <= _PIXEL_DATA
+    def may_follow(self, position: int, last: int) -> bool:
+        """Whether what begins at `position` has a tag that may follow, whatever else is wrong."""
+        return last < _read_tag(self.data, position) <= _PIXEL_DATA
 
-    def candidates(self, place: int) -> Iterator[int]:
+    def candidates(self, position: int) -> Iterator[int]:
         """Where a next element might begin."""
         pattern, before = (_IMAGE_GROUP_OR_PIXELS, 0) if self.is_implicit else (_VR, 4)
-        for found in pattern.finditer(self.data, place + before):
+        for found in pattern.finditer(self.data, position + before):
             yield found.start() - before
 
-    def pixels(self, place: int) -> tuple[bytes, bool] | None:
-        """The pixel data's element, with its end; and whether that had to be mended. None where
+    def pixels(self, position: int) -> tuple[bytes, bool] | None:
+        """The pixel data's element, with its end; and whether that had to be repaired. None where
         the pixels are not all there, or are an icon's."""
-        element = self.element(place)
+        element = self.element(position)
         if element is None or element.tag != _PIXEL_DATA:
             return None
-        head = self.data[place : element.start]
+        head = self.data[position : element.start]
         item = self.element(element.start) if element.length == UNDEFINED else None
         if item is not None and item.tag == ITEM:
             return self._fragments(element, head)
@@ -152,13 +156,13 @@ class _Reader:
     def _fragments(self, element: _Element, head: bytes) -> tuple[bytes, bool] | None:
         if not self.is_implicit:  # of another VR pydicom would parse the items
             head = head[:4] + b"OB" + head[6:]
-        place, fragments = element.start, list[bytes]()
-        while (item := self.element(place)) is not None and item.tag == ITEM:
+        position, fragments = element.start, list[bytes]()
+        while (item := self.element(position)) is not None and item.tag == ITEM:
             fragments.append(self.data[item.start : item.start + item.length])
-            place = item.start + item.length
+            position = item.start + item.length
         frame = b"".join(fragments[1:])
         is_sound = item is not None and item.tag == END_OF_ITEMS
-        is_cut = place > len(self.data)
+        is_cut = position > len(self.data)
         is_run_length = RLELossless.encode() in self.data[:1024] and not is_cut
         if not frame or not (is_sound or is_whole(frame) or is_run_length):
             return None
@@ -168,33 +172,33 @@ class _Reader:
         return head + items + _DELIMITER, not is_sound or is_cut or element.vr == b"UN"
 
 
-def mend(data: bytes, repairs: Repairs) -> bytes | None:
+def repair_file(data: bytes, repairs: Repairs) -> bytes | None:
     """`data` so that its pixel data can be read; None where that cannot be done."""
     try:
-        return _mend(_Reader(data), repairs, _Reader.may_follow) or _mend(
+        return _repair(_Reader(data), repairs, _Reader.may_follow) or _repair(
             _Reader(data), repairs, _Reader.follows
         )
-    except _GivenUp:
+    except _StepLimitReached:
         return None
 
 
-def _mend(
+def _repair(
     reader: _Reader, repairs: Repairs, is_next: Callable[[_Reader, int, int], bool]
 ) -> bytes | None:
-    """As `mend`; an element's length is believed where the next one follows it by `is_next`."""
+    """As `repair_file`; an element's length is believed where `is_next` accepts what follows it."""
     data = reader.data
-    place, syntax = _skip_meta(reader)
+    position, syntax = _skip_meta(reader)
     if syntax == ExplicitVRBigEndian.encode():
         return None
-    vr = data[place + 4 : place + 6]
+    vr = data[position + 4 : position + 6]
     reader.is_implicit = (
         syntax == ImplicitVRLittleEndian.encode() or vr not in LONG_LENGTHS | SHORT_LENGTHS
     )
-    kept, last, done = [data[:place]], 0, Repairs()
+    kept, last, done = [data[:position]], 0, Repairs()
     while True:
-        element = reader.element(place)
+        element = reader.element(position)
         if element is not None and element.tag == _PIXEL_DATA:
-            found = reader.pixels(place)
+            found = reader.pixels(position)
             if found is not None:
                 repairs |= done | ({"parsed:PixelData"} if found[1] else set())
                 return b"".join([*kept, found[0]])
@@ -202,40 +206,40 @@ def _mend(
         if element is not None and last < element.tag < _PIXEL_DATA:
             end = reader.end(element)
         if element is not None and end is not None and is_next(reader, end, element.tag):
-            kept.append(data[place:end])
+            kept.append(data[position:end])
             if element.length == 2:
                 reader.numbers[element.tag] = int.from_bytes(data[end - 2 : end], "little")
-            place, last = end, element.tag
+            position, last = end, element.tag
             continue
-        done.add(f"parsed:{_name(data, place, last)}")
-        following = (p for p in reader.candidates(place + 1) if reader.follows(p, last))
-        place = next(following, len(data))
-        if place == len(data):
+        done.add(f"parsed:{_name(data, position, last)}")
+        following = (p for p in reader.candidates(position + 1) if reader.follows(p, last))
+        position = next(following, len(data))
+        if position == len(data):
             return None
 
 
 def _skip_meta(reader: _Reader) -> tuple[int, bytes]:
     """Where the data set begins, and the transfer syntax that is stated."""
-    place, syntax = (132 if reader.data[128:132] == b"DICM" else 0), b""
-    while reader.data[place : place + 2] == b"\x02\x00":
-        element = reader.element(place)
+    position, syntax = (132 if reader.data[128:132] == b"DICM" else 0), b""
+    while reader.data[position : position + 2] == b"\x02\x00":
+        element = reader.element(position)
         end = None if element is None else reader.end(element)
         if element is None or end is None:
             break
         if element.tag == TRANSFER_SYNTAX:
             syntax = reader.data[element.start : end].rstrip(b"\0 ")
-        place = end
-    return place, syntax
+        position = end
+    return position, syntax
 
 
-def _read_tag(data: bytes, place: int) -> int:
-    group, number = struct.unpack_from("<HH", data.ljust(place + 4, b"\0"), place)
+def _read_tag(data: bytes, position: int) -> int:
+    group, number = struct.unpack_from("<HH", data.ljust(position + 4, b"\0"), position)
     return int(group) << 16 | int(number)
 
 
-def _name(data: bytes, place: int, last: int) -> str:
+def _name(data: bytes, position: int, last: int) -> str:
     """The keyword of what does not parse; where that is no element at all, of what precedes."""
-    tag = _read_tag(data, place)
+    tag = _read_tag(data, position)
     if tag >> 16 & 1 and last < tag < _PIXEL_DATA:
         return "private"
     return keyword_for_tag(tag) or keyword_for_tag(last) or "unknown"

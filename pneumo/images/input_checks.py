@@ -1,11 +1,9 @@
-"""Is this a frontal chest radiograph that a reader could read? Asked before a picture is used.
+"""Is this a frontal chest radiograph that a reader could read? Checked before a picture is used.
 
 What is certain (nothing in the picture; a header that says another view or body part) refuses it;
 what is doubtful is a warning, and the picture is used. docs/preparing.md has the codes, how often
 real radiographs raise them, and how many broken ones do.
 """
-
-from __future__ import annotations
 
 import cv2
 import numpy as np
@@ -14,7 +12,7 @@ import numpy.typing as npt
 from pneumo.errors import DicomError
 from pneumo.images.dicom import GrayImage
 from pneumo.images.gray_levels import Gray
-from pneumo.images.headers import Exposure
+from pneumo.images.headers import Acquisition
 from pneumo.images.letterbox import fit_shape
 
 # Of view positions (PS3.3 C.8.1.1.1, C.8.11.5.1) and meanings of view codes (CID 4010).
@@ -54,30 +52,30 @@ _LIKE_A_CHEST = 0.25  # correlation with that drawing; real ones have 0.38 and a
 _TURN_MARGIN = 0.15  # by how much a turned one must be more alike
 
 
-def judge(image: GrayImage) -> tuple[str, ...]:
+def check_image(image: GrayImage) -> tuple[str, ...]:
     """What is doubtful about the picture, as codes. Raises DicomError for what is certain:
     not_frontal, not_chest, blank."""
-    return (*judge_header(image.exposure), *judge_picture(image))
+    return (*check_header(image.acquisition), *check_pixels(image))
 
 
-def judge_header(exposure: Exposure) -> tuple[str, ...]:
+def check_header(acquisition: Acquisition) -> tuple[str, ...]:
     """What the header makes doubtful. Raises DicomError: not_frontal, not_chest."""
-    if exposure.view in _NOT_FRONTAL:
+    if acquisition.view in _NOT_FRONTAL:
         raise DicomError("the header says that the view is not frontal", "not_frontal")
-    is_chest = any(part in exposure.body_part for part in _CHEST_WORDS)
-    if exposure.body_part in _NOT_CHEST:
+    is_chest = any(part in acquisition.body_part for part in _CHEST_WORDS)
+    if acquisition.body_part in _NOT_CHEST:
         raise DicomError("the header says another body part than the chest", "not_chest")
     doubts = {
-        "view": exposure.view not in _FRONTAL and exposure.view != "",
-        "body_part": not is_chest and exposure.body_part != "",
-        "laterality": exposure.laterality in ("L", "R"),
-        "for_processing": exposure.intent == "FOR PROCESSING",
-        "modality": exposure.modality not in _RADIOGRAPHY,
+        "view": acquisition.view not in _FRONTAL and acquisition.view != "",
+        "body_part": not is_chest and acquisition.body_part != "",
+        "laterality": acquisition.laterality in ("L", "R"),
+        "for_processing": acquisition.intent == "FOR PROCESSING",
+        "modality": acquisition.modality not in _RADIOGRAPHY,
     }
     return tuple(f"doubtful:{code}" for code, is_raised in doubts.items() if is_raised)
 
 
-def judge_picture(image: GrayImage) -> tuple[str, ...]:
+def check_pixels(image: GrayImage) -> tuple[str, ...]:
     """What the picture makes doubtful. Raises DicomError(blank)."""
     left, top = image.offset
     height, width = fit_shape((image.rows, image.columns), len(image.pixels))
