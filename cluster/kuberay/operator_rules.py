@@ -23,7 +23,7 @@ _SHELL_ACTIVE = re.compile(r"[;&|`$<>\n\\\"'(){}*?!#~]")
 _MODES = ("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode")
 
 
-def problems(job: Document) -> Iterator[str]:
+def violations(job: Document) -> Iterator[str]:
     """What no schema says, and only the operator would, when the job waits for it already."""
     name, spec = job["metadata"]["name"], job["spec"]
     if len(name) > MAX_NAME or not _NAME.fullmatch(name):
@@ -38,15 +38,15 @@ def problems(job: Document) -> Iterator[str]:
         yield f"entrypoint '{entrypoint}': a shell reads it; one command, plain words"
     if not _is_mapping(spec.get("runtimeEnvYAML", "")):
         yield "runtimeEnvYAML is no YAML mapping"
-    yield from _ending_problems(spec)
-    yield from _mode_problems(spec)
+    yield from _ending_violations(spec)
+    yield from _mode_violations(spec)
     if spec.get("rayClusterSpec"):
-        yield from _cluster_problems(spec["rayClusterSpec"])
+        yield from _cluster_violations(spec["rayClusterSpec"])
     elif not spec.get("clusterSelector"):
         yield "neither rayClusterSpec nor clusterSelector says where to run"
 
 
-def _ending_problems(spec: Mapping[str, Any]) -> Iterator[str]:
+def _ending_violations(spec: Mapping[str, Any]) -> Iterator[str]:
     """When a run is given up, tried again and cleared away."""
     ends = spec.get("shutdownAfterJobFinishes", False)
     deletes = (spec.get("deletionStrategy") or {}).get("deletionRules")
@@ -66,14 +66,14 @@ def _ending_problems(spec: Mapping[str, Any]) -> Iterator[str]:
             yield f"{field} {spec[field]}: above 0"
 
 
-def _mode_problems(spec: Mapping[str, Any]) -> Iterator[str]:
+def _mode_violations(spec: Mapping[str, Any]) -> Iterator[str]:
     mode, retries = spec.get("submissionMode", "K8sJobMode"), spec.get("backoffLimit", 0)
     if mode not in _MODES:
         yield f"submissionMode '{mode}': one of {', '.join(_MODES)}"
     if mode == "InteractiveMode" and retries > 0:
         yield "InteractiveMode forbids backoffLimit"
     if spec.get("clusterSelector"):
-        yield from _selector_problems(spec)
+        yield from _selector_violations(spec)
     if mode != "SidecarMode":
         return
     for field in ("submitterPodTemplate", "submitterConfig"):
@@ -84,7 +84,7 @@ def _mode_problems(spec: Mapping[str, Any]) -> Iterator[str]:
         yield "SidecarMode needs the head's restartPolicy Never"
 
 
-def _selector_problems(spec: Mapping[str, Any]) -> Iterator[str]:
+def _selector_violations(spec: Mapping[str, Any]) -> Iterator[str]:
     """What does not go together with a cluster that is there already."""
     if not spec["clusterSelector"].get("ray.io/cluster"):
         yield "clusterSelector names no ray.io/cluster"
@@ -96,8 +96,8 @@ def _selector_problems(spec: Mapping[str, Any]) -> Iterator[str]:
         yield "clusterSelector forbids SidecarMode"
 
 
-def _cluster_problems(cluster: Mapping[str, Any]) -> Iterator[str]:
-    yield from _auth_problems(cluster)
+def _cluster_violations(cluster: Mapping[str, Any]) -> Iterator[str]:
+    yield from _auth_violations(cluster)
     workers = cluster.get("workerGroupSpecs", [])
     scales = cluster.get("enableInTreeAutoscaling", False)
     scaler = cluster.get("autoscalerOptions") or {}
@@ -118,10 +118,10 @@ def _cluster_problems(cluster: Mapping[str, Any]) -> Iterator[str]:
         if "labels" in group.get("rayStartParams", {}):
             yield "rayStartParams.labels is not taken; use the group's labels"
     for group in workers:
-        yield from _replica_problems(group, scales=scales)
+        yield from _replica_violations(group, scales=scales)
 
 
-def _auth_problems(cluster: Mapping[str, Any]) -> Iterator[str]:
+def _auth_violations(cluster: Mapping[str, Any]) -> Iterator[str]:
     auth, version_text = cluster.get("authOptions") or {}, cluster.get("rayVersion", "")
     version = tuple(int(part) for part in re.findall(r"\d+", version_text)[:2])
     if auth.get("mode") == "token" and version < (2, 52):
@@ -130,7 +130,7 @@ def _auth_problems(cluster: Mapping[str, Any]) -> Iterator[str]:
         yield "authOptions.enableK8sTokenAuth is not for a RayJob"
 
 
-def _replica_problems(group: Mapping[str, Any], *, scales: bool) -> Iterator[str]:
+def _replica_violations(group: Mapping[str, Any], *, scales: bool) -> Iterator[str]:
     least, most = group.get("minReplicas"), group.get("maxReplicas")
     if not scales and (least is None or most is None):
         yield "a worker group without autoscaling needs minReplicas and maxReplicas"

@@ -11,7 +11,7 @@ from typing import Any
 
 from cluster.kuberay import rayjob
 from cluster.kuberay.overlays import Document
-from cluster.kuberay.pod_troubles import NODE_TYPE, SUBMITTER
+from cluster.kuberay.pod_problems import NODE_TYPE, SUBMITTER
 
 Step = tuple[object, str]
 """A key, the same while it is the same step of the same pods, and the line."""

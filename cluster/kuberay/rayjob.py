@@ -57,7 +57,7 @@ def build(
     _check_form(job)
     _check_shell(submission.entrypoint)
     _name(job, submission, name, overlay)
-    job["spec"]["entrypoint"] = _keeping_log(job, submission)
+    job["spec"]["entrypoint"] = _with_log_keeper(job, submission)
     group, container = _workers(job)
     per_pod = _workers_per_pod(container, submission)
     count = _replicas(group, submission, per_pod, workers)
@@ -87,7 +87,7 @@ def next_name(submission_id: str, names: Sequence[str]) -> str:
     return f"{submission_id}-{used + 1}" if used else submission_id
 
 
-def another(job: Document, name: str) -> Document:
+def copy_for_retry(job: Document, name: str) -> Document:
     """The same run once more, as a RayJob of another name."""
     before, metadata = job["metadata"]["name"], job["metadata"]
     again: Document = {
@@ -134,7 +134,7 @@ def log_folder(job: Document) -> str:
     return f"{target}/logs/{job['metadata']['name']}" if target else ""
 
 
-def _keeping_log(job: Document, submission: Submission) -> str:
+def _with_log_keeper(job: Document, submission: Submission) -> str:
     """The command, inside the one that keeps its log: the pods of a failed attempt are deleted."""
     return (
         f"python -m jobs.terminal.log_keeper {shlex.quote(log_folder(job))} {submission.entrypoint}"
@@ -154,8 +154,8 @@ def describe_limits(container: Document) -> str:
 
 def check(job: Document) -> None:
     """Raise ConfigError for the first thing that KubeRay 1.7 or a shell would not take."""
-    for problem in operator_rules.problems(job):
-        raise ConfigError(f"cluster: the RayJob: {problem}")
+    for violation in operator_rules.violations(job):
+        raise ConfigError(f"cluster: the RayJob: {violation}")
 
 
 def _without_secrets(submission: Submission) -> Submission:

@@ -30,7 +30,7 @@ from pneumo.version import REVISION, find_revision
 if TYPE_CHECKING:
     from cluster.submission import Submission
 
-STOP_GENTLY = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "30"}
+STOP_WITH_SIGINT = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "30"}
 """For the job's supervisor: a cancelled job gets Ctrl-C and time to finish a checkpoint; Ray's
 default is SIGTERM, which ends a driver abnormally, and SIGKILL after 3 s."""
 
@@ -96,7 +96,9 @@ class RayTarget:
         asked_s = time.monotonic()
         after = state(cancel(self.client, job_id))
         waited_s = time.monotonic() - asked_s
-        if after.phase == "cancelled" and waited_s > int(STOP_GENTLY["RAY_JOB_STOP_WAIT_TIME_S"]):
+        if after.phase == "cancelled" and waited_s > int(
+            STOP_WITH_SIGINT["RAY_JOB_STOP_WAIT_TIME_S"]
+        ):
             why = "it did not stop by itself and was killed; its last checkpoint stays"
             after = replace(after, why=why)
         return after
@@ -214,7 +216,7 @@ def submit(client: Client, submission: Submission, package: Package) -> Started:
                     "working_dir": folder,
                     "env_vars": {
                         **submission.environment,
-                        **STOP_GENTLY,
+                        **STOP_WITH_SIGINT,
                         **_describe_code(package),
                     },
                 },

@@ -73,7 +73,9 @@ def run_main(
         if known is not None:
             tell(f"error: {known}")
             return known.exit_code
-        tell(f"error: {type(error).__name__}: {last_words(error)} (--debug shows the traceback)")
+        tell(
+            f"error: {type(error).__name__}: {summarise_error(error)} (--debug shows the traceback)"
+        )
         return 1
     return 0
 
@@ -112,7 +114,7 @@ def find_cause(error: BaseException) -> PneumoError | None:
 _NO_MEMORY = re.compile(r"Memory on the node \(IP: ([\d.]+).*?\) was (\S+) used / (\S+) limit")
 
 
-def last_words(error: BaseException) -> str:
+def summarise_error(error: BaseException) -> str:
     """The last line of an exception; of Ray's about memory, what it comes to."""
     text = str(error).strip()
     found = _NO_MEMORY.search(text)

@@ -22,12 +22,12 @@ from ray.tune.schedulers import FIFOScheduler
 from jobs.joined_store import open_store
 from jobs.ray_cluster.session import ray_session, wait_for_resources
 from jobs.terminal.entry_point import find_cause, new_run_url, tell
-from jobs.tracking.sending import following
+from jobs.tracking.sending import sending_to_wandb
 from jobs.tuning.live_table import LiveTable
 from jobs.tuning.search_results import print_search, write_results
 from jobs.tuning.search_wandb import BEST, REPORT
 from jobs.tuning.searchers import Draw, FixedListSearcher, OptunaSearcher, ResumableAsha, list_grid
-from jobs.tuning.trial_judge import Shared
+from jobs.tuning.trial_judge import SharedTrialData
 from jobs.tuning.trial_lines import TrialLines
 from jobs.tuning.trial_records import (
     drop_checkpoints,
@@ -38,7 +38,7 @@ from jobs.tuning.trial_records import (
     trial_url,
     write_ended,
 )
-from jobs.tuning.trial_runs import make_trainable, share, trials_at_once
+from jobs.tuning.trial_runs import load_shared_data, make_trainable, trials_at_once
 from pneumo import storage
 from pneumo.command_line import Invocation, TuneArguments
 from pneumo.config import Config, ModelConfig
@@ -79,7 +79,7 @@ def tune(invocation: Invocation) -> None:
     prepare_tracking(run_url, manifest)
     with (
         ray_session(show_logs=arguments.debug),
-        following(run_url, config.tracking, "tune", tell),
+        sending_to_wandb(run_url, config.tracking, "tune", tell),
     ):
         found = search(config, manifest, store_url, run_url)
     print_search(found)
@@ -149,7 +149,7 @@ def search(config: Config, manifest: Manifest, store_url: str, run_url: str) -> 
         f"tune: {tune.trials} trials of {tune.epochs} epochs, {at_once} at a time; judged by "
         f"{describe_objective(tune)}"
     )
-    shared = share(config, manifest, store_url)
+    shared = load_shared_data(config, manifest, store_url)
     runner = _Runner(config, manifest, store_url, run_url, shared, at_once)
     trials = rank(runner.search(), tune)
     choice = _choose(trials, config, manifest, run_url)
@@ -220,7 +220,7 @@ class _Runner:
     manifest: Manifest
     store_url: str
     run_url: str
-    shared: Shared
+    shared: SharedTrialData
     at_once: int
 
     def search(self) -> list[Trial]:

@@ -124,7 +124,7 @@ def test_a_dropped_stream_is_taken_up_where_it_stopped(
 
 def test_a_silent_stream_is_asked_again_without_a_line_twice(client: Client) -> None:
     job_id = _start(client, _probe("silent", 4, 1.0, 0))
-    log, code = _follow(client, job_id, silence_s=0.7)
+    log, code = _follow(client, job_id, idle_timeout_s=0.7)
     assert (_numbers(log), code) == ([0, 1, 2, 3], 0)
 
 
@@ -137,7 +137,7 @@ def test_a_cluster_that_goes_away_ends_the_following(
         through = connect(relay.address, ray_cluster.environ)
         threading.Timer(1.0, relay.close).start()
         with pytest.raises(OutOfReachError, match="no answer"):
-            follow(through, job_id, lambda _: None, notes.append, patience_s=1.0)
+            follow(through, job_id, lambda _: None, notes.append, retry_timeout_s=1.0)
     assert "the job goes on, trying again" in str(notes[-1])
     assert len(notes) == len(set(notes))
     assert jobs.state(jobs.cancel(client, job_id)).exit_code == 130

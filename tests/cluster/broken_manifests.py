@@ -266,7 +266,7 @@ BROKEN: dict[str, tuple[str, Break, str]] = {
         lambda account: account.update(secrets="pneumo-secrets"),
         "schema server",
     ),
-    # What only a cluster can know: the preflight or the troubles tell it.
+    # What only a cluster can know: the preflight or the problems tell it.
     "an image that does not exist": (
         "RayJob",
         lambda job: _container(job).update(image="r.io/nothing@sha256:" + "0" * 64),
