@@ -245,7 +245,7 @@ def _show_status(state: JobState) -> None:
     print(f"times   {_times(state)}")
     print(f"writes  {state.target}")
     print(f"runs    {state.entrypoint}")
-    if state.gpu_hours is not None:
+    if state.gpu_hours:  # none by runs on CPUs
         print(f"GPUs    {state.gpu_hours:.2f} GPU hours by this attempt")
     if state.phase == "waiting" and state.asked_s is not None:
         since = datetime.fromtimestamp(state.asked_s)

@@ -24,7 +24,7 @@ from cluster.ray.client import Client, RefusedError
 from cluster.ray.following import TRIES, follow
 from cluster.ray.sent_code import Package, collect, stage
 from cluster.targets import JobState, OutOfReachError, Phase, Started, Write, is_remote
-from pneumo.errors import ClusterError, ConfigError, PneumoError
+from pneumo.errors import INTERRUPTED, ClusterError, ConfigError, PneumoError
 from pneumo.version import REVISION, find_revision
 
 if TYPE_CHECKING:
@@ -80,28 +80,32 @@ class RayTarget:
         return started
 
     def follow(self, job_id: str, write: Write, tell: Write) -> JobState:
-        return state(follow(self.client, job_id, write, tell))
+        return self._ended(follow(self.client, job_id, write, tell))
 
     def list(self) -> list[JobState]:
         return [state(info) for info in list_jobs(self.client)]
 
     def state(self, job_id: str) -> JobState:
         info = self.client.details(job_id)
-        return replace(state(info), gpu_hours=gpu_hours(self.client, info))
+        return replace(self._ended(info), gpu_hours=gpu_hours(self.client, info))
 
     def logs(self, job_id: str) -> str:
         return self.client.log_text(job_id)
 
     def cancel(self, job_id: str) -> JobState:
-        asked_s = time.monotonic()
-        after = state(cancel(self.client, job_id))
-        waited_s = time.monotonic() - asked_s
-        if after.phase == "cancelled" and waited_s > int(
-            STOP_WITH_SIGINT["RAY_JOB_STOP_WAIT_TIME_S"]
-        ):
-            why = "it did not stop by itself and was killed; its last checkpoint stays"
-            after = replace(after, why=why)
-        return after
+        return self._ended(cancel(self.client, job_id))
+
+    def _ended(self, info: JobDetails) -> JobState:
+        """The job's state; of one that was cancelled also whether it had to be killed, which Ray
+        does not tell: our jobs end with a line of their own when they are interrupted."""
+        found = state(info)
+        if found.phase != "cancelled" or not found.is_ours:
+            return found
+        log = self.client.log_text(found.id)
+        if not log or INTERRUPTED in log or "KeyboardInterrupt" in log:
+            return found
+        why = "it did not stop by itself and was killed; its last checkpoint stays"
+        return replace(found, why=why)
 
 
 def check_versions(client: Client) -> None:

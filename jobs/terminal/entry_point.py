@@ -20,7 +20,7 @@ from jobs.terminal.places import check_places
 from pneumo import storage
 from pneumo.command_line import Invocation, parse_command_line
 from pneumo.config_layers import LATER_ATTEMPT
-from pneumo.errors import ConfigError, FinishedError, PneumoError
+from pneumo.errors import INTERRUPTED, ConfigError, FinishedError, PneumoError
 
 
 def run_job(job: str, function: str, argv: Sequence[str] | None = None) -> int:
@@ -61,7 +61,7 @@ def run_main(
     try:
         main(arguments)
     except KeyboardInterrupt:
-        tell(f"{job}: interrupted; the same command goes on from what is finished")
+        tell(f"{job}: {INTERRUPTED}")
         return 130
     except Exception as error:  # the top of the process: everything ends in one line
         if "--debug" in arguments:
