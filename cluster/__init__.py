@@ -6,7 +6,7 @@
     run_folder.py  what lies where a run writes: its settings, its progress, its logs
     live_view.py   all runs of one person, as a table until they have ended
     ray/           the Ray Jobs API of any running Ray cluster, and the code that is sent to it
-    kuberay/       a run as a KubeRay RayJob: rendered, submitted, followed, its troubles in words
+    kuberay/       a run as a KubeRay RayJob: rendered, submitted, followed, its problems in words
 
 Nothing here imports torch or `jobs`; ray and kubernetes are imported once something is sent.
 """

@@ -31,7 +31,7 @@ from cluster import live_view, run_folder
 from cluster.targets import JobState, Target, is_remote
 from pneumo.errors import AccessError, ClusterError, ConfigError, PneumoError
 
-SECOND_THOUGHT_S = 3.0
+CANCEL_WINDOW_S = 3.0
 """How long after Ctrl-C another one cancels the job."""
 
 _JOBS = ("prepare", "train", "tune", "evaluate", "predict")
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options, flags = make_parser().parse_known_args(argv)
         if flags and options.command != "submit":
             raise ConfigError(f"cluster: {options.command} takes no {flags[0]}; see --help")
-        return _submit(options, flags) if options.command == "submit" else _look(options)
+        return _submit(options, flags) if options.command == "submit" else _run_command(options)
     except PneumoError as error:
         if "--debug" in argv:
             traceback.print_exc()
@@ -87,7 +87,7 @@ def _submit(options: argparse.Namespace, flags: list[str]) -> int:
     target = _connect(options)
     for warning in wanted.warnings:
         _tell(f"warning: {warning}")
-    owner = getattr(options, "owner", None) or _this_person()
+    owner = getattr(options, "owner", None) or _default_owner()
     started = target.submit(replace(wanted, owner=owner), _tell)
     if started.already_running:
         _tell(f"already running as {started.id}")
@@ -99,7 +99,7 @@ def _submit(options: argparse.Namespace, flags: list[str]) -> int:
     return _follow(target, started.id)
 
 
-def _look(options: argparse.Namespace) -> int:
+def _run_command(options: argparse.Namespace) -> int:
     if options.command == "status" and options.id is None and not options.watch:
         raise ConfigError("cluster: status of which job? Give its ID, or --watch for all of mine")
     target = _connect(options)
@@ -131,7 +131,7 @@ def _follow(target: Target, job_id: str) -> int:
         return _detach(target, job_id)
     except (ClusterError, AccessError) as error:
         _tell(f"error: {error}")
-        _tell(_way_back(target, job_id))
+        _tell(_reattach_hint(target, job_id))
         return error.exit_code
     _tell(str(state))
     return state.exit_code
@@ -139,10 +139,10 @@ def _follow(target: Target, job_id: str) -> int:
 
 def _detach(target: Target, job_id: str) -> int:
     """Leave, or cancel when Ctrl-C comes again at once."""
-    _tell(_way_back(target, job_id))
+    _tell(_reattach_hint(target, job_id))
     try:
-        _tell(f"Ctrl-C again within {SECOND_THOUGHT_S:g} s cancels it")
-        time.sleep(SECOND_THOUGHT_S)
+        _tell(f"Ctrl-C again within {CANCEL_WINDOW_S:g} s cancels it")
+        time.sleep(CANCEL_WINDOW_S)
     except KeyboardInterrupt:
         _cancel(target, job_id)
     return 130
@@ -187,7 +187,7 @@ def _agrees(question: str) -> bool:
     return sys.stdin.readline().strip().lower() in {"y", "yes"}
 
 
-def _this_person() -> str:
+def _default_owner() -> str:
     with suppress(OSError, KeyError):  # a user without a name, as in some containers
         return f"{getpass.getuser()}@{socket.gethostname()}"
     return f"{os.getuid()}@{socket.gethostname()}"
@@ -195,20 +195,22 @@ def _this_person() -> str:
 
 def _connect(options: argparse.Namespace) -> Target:
     """The target that the options name; imported here, since a wrong setting needs none."""
+    given = {name: getattr(options, name, None) for name in _ON_K8S}
     if options.target == "k8s":
-        from cluster.kuberay import jobs as kubernetes_jobs
-        from cluster.kuberay import overlays
+        from cluster.kuberay import kubeconfig, overlays
+        from cluster.kuberay.jobs import KubernetesTarget
 
-        submits = options.command == "submit"
-        return kubernetes_jobs.connect(
-            context=getattr(options, "context", None),
-            namespace=getattr(options, "namespace", None),
-            overlay=overlays.find_overlay(getattr(options, "overlay", None)) if submits else None,
-            image=getattr(options, "image", None),
-            workers=getattr(options, "workers", None),
-            run_url=getattr(options, "run", None),
+        submits, workers = options.command == "submit", given["workers"]
+        if workers is not None and workers < 1:
+            raise ConfigError(f"cluster: --workers {workers}: at least 1")
+        return KubernetesTarget(
+            kubeconfig.connect(given["context"], given["namespace"]),
+            overlays.find_overlay(given["overlay"]) if submits else None,
+            given["image"],
+            workers,
+            given["run"],
         )
-    stray = [name for name in _ON_K8S if getattr(options, name, None) is not None]
+    stray = [name for name in _ON_K8S if given[name] is not None]
     if stray:
         raise ConfigError(f"cluster: --{stray[0]} has no effect without --target k8s")
     address = _address(options)
@@ -232,7 +234,7 @@ def _address(options: argparse.Namespace) -> str:
     return address.rstrip("/")
 
 
-def _way_back(target: Target, job_id: str) -> str:
+def _reattach_hint(target: Target, job_id: str) -> str:
     return (
         f"detached, the job goes on; back: python -m cluster logs {job_id} --follow "
         f"{target.flags}; stop it: python -m cluster cancel {job_id} {target.flags}"
@@ -245,7 +247,7 @@ def _show_status(state: JobState) -> None:
     print(f"times   {_times(state)}")
     print(f"writes  {state.target}")
     print(f"runs    {state.entrypoint}")
-    if state.gpu_hours is not None:
+    if state.gpu_hours:  # none by runs on CPUs
         print(f"GPUs    {state.gpu_hours:.2f} GPU hours by this attempt")
     if state.phase == "waiting" and state.asked_s is not None:
         since = datetime.fromtimestamp(state.asked_s)
@@ -279,7 +281,7 @@ def _tell(text: str) -> None:
 
 
 def make_parser() -> _Parser:
-    where, stay, debug = _where(), _stay(), _Parser(add_help=False)
+    where, stay, debug = _cluster_flags(), _submit_flags(), _Parser(add_help=False)
     debug.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser = _Parser(prog="python -m cluster", description=(__doc__ or "").split("\n")[0])
     parser.set_defaults(target="ray")
@@ -310,7 +312,9 @@ def make_parser() -> _Parser:
                 "--watch", action="store_true", help="show all runs of mine until they have ended"
             )
             command.add_argument(
-                "--owner", default=_this_person(), help="whose, with --watch; default: %(default)s"
+                "--owner",
+                default=_default_owner(),
+                help="whose, with --watch; default: %(default)s",
             )
         if name == "logs":
             command.add_argument("--follow", action="store_true", help="stay until the job ends")
@@ -318,13 +322,13 @@ def make_parser() -> _Parser:
                 "--run", metavar="URL", help="k8s: where it wrote, for one that was deleted"
             )
     down = commands.add_parser("down", parents=[where, debug], help="cancel every job of mine")
-    down.add_argument("--owner", default=_this_person(), help="whose; default: %(default)s")
+    down.add_argument("--owner", default=_default_owner(), help="whose; default: %(default)s")
     down.add_argument("--all", action="store_true", help="everybody's that this project submitted")
     down.add_argument("--yes", action="store_true", help="without asking")
     return parser
 
 
-def _where() -> _Parser:
+def _cluster_flags() -> _Parser:
     """Flags that name a cluster."""
     where = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
     where.add_argument(
@@ -340,7 +344,7 @@ def _where() -> _Parser:
     return where
 
 
-def _stay() -> _Parser:
+def _submit_flags() -> _Parser:
     """Flags of submit."""
     stay = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
     # Without a default of their own: one given before the job's name would be lost to it.

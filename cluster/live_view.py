@@ -16,7 +16,7 @@ from cluster.targets import JobState, OutOfReachError, Target, Write
 from pneumo.errors import PneumoError
 
 INTERVAL_S = 5.0
-PATIENCE_S = 600.0
+RETRY_TIMEOUT_S = 600.0
 """How long a cluster that was there may be out of reach."""
 _HEADER = ("run", "state", "epoch", "val AUROC", "images/s", "data wait", "time left", "")
 
@@ -29,7 +29,7 @@ def watch(
     tell: Write,
     *,
     interval_s: float = INTERVAL_S,
-    patience_s: float = PATIENCE_S,
+    retry_timeout_s: float = RETRY_TIMEOUT_S,
 ) -> int:
     """Show these jobs, or all of `owner`, with those that are submitted meanwhile, until none goes
     on; the highest of their exit codes.
@@ -44,7 +44,7 @@ def watch(
         try:
             states = target.list()
         except OutOfReachError as error:
-            if time.monotonic() - seen_s > patience_s:
+            if time.monotonic() - seen_s > retry_timeout_s:
                 raise
             tell(f"{str(error).split(';')[0]}; trying again")
             time.sleep(interval_s)

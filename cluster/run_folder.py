@@ -45,7 +45,7 @@ def read_logs(folder_url: str) -> list[KeptLog]:
         return [KeptLog(name.removesuffix(".log"), text) for name, text in texts.items()]
 
     try:
-        return _within(LOGS_TIMEOUT_S, collect)
+        return _with_timeout(LOGS_TIMEOUT_S, collect)
     except Exception as error:
         raise PneumoError(f"{folder_url}: {error}") from error
 
@@ -60,7 +60,7 @@ def check_run(config: Config, run_url: str) -> None:
         return json.loads(index), Config.model_validate_json(before)
 
     try:
-        index, before = _within(SETTINGS_TIMEOUT_S, read)
+        index, before = _with_timeout(SETTINGS_TIMEOUT_S, read)
     except Exception:  # nothing there, no credentials, no network: the job will see
         return
     if index.get("finished"):
@@ -99,7 +99,7 @@ def read_progress(run_url: str) -> Progress | None:
         return config, [json.loads(line) for line in lines]
 
     try:
-        config, epochs = _within(SETTINGS_TIMEOUT_S, read)
+        config, epochs = _with_timeout(SETTINGS_TIMEOUT_S, read)
     except (FileNotFoundError, ValueError):
         return None
     if not epochs:
@@ -113,7 +113,7 @@ def read_progress(run_url: str) -> Progress | None:
     )
 
 
-def _within(timeout_s: float, read: Callable[[], T]) -> T:
+def _with_timeout(timeout_s: float, read: Callable[[], T]) -> T:
     """What `read` returns. Storage is tried again for longer than a person waits."""
     found: list[T] = []
     errors: list[Exception] = []

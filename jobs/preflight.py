@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         check_ray(options.ray)
         check_variables(options.needs, os.environ)
-        within(ANSWER_TIMEOUT_S, checks)
+        run_checks(ANSWER_TIMEOUT_S, checks)
     except PneumoError as error:
         tell(f"error: preflight: {error}")
         return error.exit_code
@@ -93,7 +93,7 @@ def check_writable(url: str) -> None:
         raise ConfigError(f"{url}: {there} cannot be written to on the cluster")
 
 
-def within(timeout_s: float, checks: Sequence[tuple[str, Callable[[str], None]]]) -> None:
+def run_checks(timeout_s: float, checks: Sequence[tuple[str, Callable[[str], None]]]) -> None:
     """Make all checks at once; raise what the first to fail raised, or StorageError when late."""
     pool = ThreadPoolExecutor(max(1, len(checks)))
     answers = [(url, pool.submit(check, url)) for url, check in checks]

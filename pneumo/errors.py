@@ -16,6 +16,9 @@ ever stands in it.
 
 from typing import ClassVar, Literal
 
+INTERRUPTED = "interrupted; the same command goes on from what is finished"
+"""The last line of a job that was told to stop and did."""
+
 
 class PneumoError(Exception):
     """Base of every error of this package; `exit_code` is what a job's process exits with."""

@@ -23,7 +23,7 @@ from pneumo.errors import AccessError, ClusterError, ConfigError
 
 CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 20.0
-PATIENCE_S = 20.0
+RETRY_TIMEOUT_S = 20.0
 """How long a request that may yet succeed is tried again."""
 _PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 5.0
@@ -69,7 +69,7 @@ class Api:
     client: Any
     namespace: str
     context: str
-    patience_s: float = PATIENCE_S
+    retry_timeout_s: float = RETRY_TIMEOUT_S
 
     @property
     def place(self) -> str:
@@ -95,7 +95,7 @@ class Api:
         return list(self._ask("GET", self._core("pods"), {"labelSelector": selector})["items"])
 
     def list_warnings(self) -> list[Document]:
-        """The events of the namespace that tell of trouble: all warnings, and evictions by taint,
+        """The events of the namespace that tell of problems: all warnings, and evictions by taint,
         which Kubernetes calls normal."""
         return [
             *self._list_events("type=Warning"),
@@ -134,16 +134,16 @@ class Api:
         time.sleep(max(0.0, min(1.0, timeout_s) - (time.monotonic() - start_s)))
 
     def stream_log(
-        self, pod: str, container: str, *, since: str, follow: bool, silence_s: float
+        self, pod: str, container: str, *, since: str, follow: bool, idle_timeout_s: float
     ) -> Generator[str]:
         """The lines of a container's log, each after its time, from the second of `since` on.
 
-        Raises OutOfReachError when the connection breaks, or says nothing for `silence_s`.
+        Raises OutOfReachError when the connection breaks, or says nothing for `idle_timeout_s`.
         """
         query = {"container": container, "timestamps": "true", "follow": str(follow).lower()}
         if since:
             query["sinceTime"] = since
-        yield from self._stream(f"{self._core('pods')}/{pod}/log", query, silence_s)
+        yield from self._stream(f"{self._core('pods')}/{pod}/log", query, idle_timeout_s)
 
     def missing_rights(self) -> list[str]:
         """What of `NEEDS` the person may not do here, in words; empty where nobody can tell."""
@@ -184,7 +184,7 @@ class Api:
         query: Mapping[str, str] | None = None,
         body: Document | None = None,
     ) -> Document:
-        deadline_s = time.monotonic() + self.patience_s
+        deadline_s = time.monotonic() + self.retry_timeout_s
         pause_s = _PAUSE_S
         while True:
             try:
@@ -198,12 +198,12 @@ class Api:
             else:
                 return answer
 
-    def _stream(self, path: str, query: Mapping[str, str], silence_s: float) -> Generator[str]:
+    def _stream(self, path: str, query: Mapping[str, str], idle_timeout_s: float) -> Generator[str]:
         """The lines of an answer as they come."""
         rest = b""
         response = None
         try:
-            response = self._send("GET", path, query, None, silence_s)
+            response = self._send("GET", path, query, None, idle_timeout_s)
             while chunk := response.read1(2**16):
                 *lines, rest = (rest + chunk).split(b"\n")
                 for line in lines:

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Literal
 
 from cluster.kuberay.api import Api, ExpiredError, MissingError
-from cluster.kuberay.pod_troubles import SUBMITTER
+from cluster.kuberay.progress import SUBMITTER
 from cluster.targets import OutOfReachError, Write
 
 _WHOLE_LOG_S = 60.0
@@ -24,7 +24,7 @@ _TRACEBACK = re.compile(
 """How the lines of a traceback begin, from its second on."""
 _OF_CLIENT = re.compile(r'  File ".*/bin/ray", line \d+, in <module>')
 
-Left = Literal["ended", "going on", "broken"]
+ReadResult = Literal["ended", "going on", "broken"]
 
 
 def find_exit_code(message: str) -> int | None:
@@ -103,12 +103,12 @@ class LogCursor:
     aside: str = ""
     """The last line without a time."""
 
-    def read(self, api: Api, pod: str, *, follow: bool, limit_s: float) -> Left:
+    def read(self, api: Api, pod: str, *, follow: bool, limit_s: float) -> ReadResult:
         """Take what is new, for at most about `limit_s`; how that ended."""
         start_s = time.monotonic()
         since = f"{self.last[:19]}Z" if self.last else ""
         repeated = 0
-        lines = api.stream_log(pod, SUBMITTER, since=since, follow=follow, silence_s=limit_s)
+        lines = api.stream_log(pod, SUBMITTER, since=since, follow=follow, idle_timeout_s=limit_s)
         try:
             for line in lines:
                 repeated = self._take(line, repeated)

@@ -9,13 +9,13 @@ from dataclasses import replace
 from cluster.kuberay import progress, rayjob
 from cluster.kuberay.kept_logs import find_exit_code
 from cluster.kuberay.overlays import Document
-from cluster.kuberay.pod_troubles import NO_CAPACITY, Trouble
+from cluster.kuberay.pod_problems import NO_CAPACITY, Problem
 from cluster.targets import JobState, Phase
 
 OPERATOR_TIMEOUT_S = 60.0
 """An operator that runs takes a RayJob up within a second or two."""
 
-TAKEN_BACK = (
+QUOTA_TAKEN_BACK = (
     "Kueue has taken its quota back: its pods are being deleted, it goes on from its last "
     "checkpoint when it is admitted again"
 )
@@ -27,8 +27,8 @@ _ENDED: dict[str, Phase] = {
 }
 
 
-def to_state(job: Document, found: Sequence[Trouble]) -> JobState:
-    """What a RayJob's status and its troubles come to."""
+def to_state(job: Document, found: Sequence[Problem]) -> JobState:
+    """What a RayJob's status and its problems come to."""
     status, metadata = job.get("status") or {}, job["metadata"]
     deployment = status.get("jobDeploymentStatus") or "New"
     phase: Phase = _ENDED.get(deployment, "running" if deployment == "Running" else "waiting")
@@ -37,7 +37,7 @@ def to_state(job: Document, found: Sequence[Trouble]) -> JobState:
     if status.get("jobStatus") == "SUCCEEDED" and deployment in _ENDED:
         phase = "succeeded"  # whatever became of the submitter, or of an operator that was away
     why = _why(job, deployment, phase, found)
-    if is_leaving(job) and deployment not in _ENDED:
+    if is_being_deleted(job) and deployment not in _ENDED:
         phase, why = "cancelled", "being deleted"
     annotations = metadata.get("annotations") or {}
     return JobState(
@@ -55,7 +55,7 @@ def to_state(job: Document, found: Sequence[Trouble]) -> JobState:
     )
 
 
-def is_leaving(thing: Document) -> bool:
+def is_being_deleted(thing: Document) -> bool:
     """Whether a RayJob or a pod is being deleted; what it runs may run on for a while."""
     return bool(thing["metadata"].get("deletionTimestamp"))
 
@@ -76,17 +76,19 @@ def submitters(pods: Sequence[Document]) -> list[Document]:
     return sorted(begun, key=lambda pod: str(pod["metadata"]["creationTimestamp"]))
 
 
-def judge_hopeless(
-    job: Document, state: JobState, found: Sequence[Trouble], said: int | None = None
+def find_permanent_failure(
+    job: Document, state: JobState, found: Sequence[Problem], logged_exit_code: int | None = None
 ) -> JobState | None:
-    """What a job that has not ended comes to, if waiting or another attempt cannot help it. `said`
-    is the exit code in the driver's log: the RayJob tells it for some seconds only."""
-    trouble = next((trouble for trouble in found if trouble.exit_code is not None), None)
+    """What a job that has not ended comes to, if waiting or another attempt cannot help it. The
+    exit code in the driver's log is given too: the RayJob tells it for some seconds only."""
+    problem = next((problem for problem in found if problem.exit_code is not None), None)
     status, annotations = job.get("status") or {}, job["metadata"].get("annotations") or {}
     retries = status.get("jobDeploymentStatus") == "Retrying"
-    if trouble is not None:
-        code, why = trouble.exit_code, trouble.line
-    elif (retries and state.driver_exit_code == 2) or (said == 2 and status.get("failed")):
+    if problem is not None:
+        code, why = problem.exit_code, problem.line
+    elif (retries and state.driver_exit_code == 2) or (
+        logged_exit_code == 2 and status.get("failed")
+    ):
         code, why = 2, "exit code 2: your mistake, which another attempt would repeat"
     elif (
         retries
@@ -99,7 +101,7 @@ def judge_hopeless(
     return replace(state, phase="failed", why=f"{why}; called off", driver_exit_code=code)
 
 
-def _why(job: Document, deployment: str, phase: Phase, found: Sequence[Trouble]) -> str:
+def _why(job: Document, deployment: str, phase: Phase, found: Sequence[Problem]) -> str:
     status = job.get("status") or {}
     code = driver_exit_code(status)
     if phase == "succeeded":
@@ -123,7 +125,7 @@ def _why(job: Document, deployment: str, phase: Phase, found: Sequence[Trouble])
         "Initializing": "for its pods to start",
         "Suspended": _QUEUED,
         # One that was never admitted is for a moment called so too.
-        "Suspending": TAKEN_BACK if _has_had_head(status) else _QUEUED,
+        "Suspending": QUOTA_TAKEN_BACK if _has_had_head(status) else _QUEUED,
         "Retrying": "an attempt failed, another cluster is being started",
     }.get(deployment, deployment)
 

@@ -127,12 +127,12 @@ def connect(address: str, environ: Mapping[str, str]) -> Client:
     for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
         logging.getLogger(name).setLevel(logging.ERROR)
     token = _token(environ)
-    with _hidden("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+    with _without_variables("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         return Client(address, headers={"Authorization": f"Bearer {token}"} if token else None)
 
 
 @contextmanager
-def _hidden(*names: str) -> Iterator[None]:
+def _without_variables(*names: str) -> Iterator[None]:
     """Ray lets these variables override the address that it is given; the caller has decided."""
     saved = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:

@@ -13,10 +13,10 @@ from cluster.ray.client import BusyError, Client
 from cluster.targets import OutOfReachError, Write
 from pneumo.errors import ClusterError, ConfigError
 
-SILENCE_S = 60.0
+IDLE_TIMEOUT_S = 60.0
 """A log that says nothing for this long is asked for again: its connection may be dead."""
 
-PATIENCE_S = 600.0
+RETRY_TIMEOUT_S = 600.0
 """How long a cluster that was there may be out of reach while its log is followed."""
 
 TRIES = 5
@@ -32,13 +32,13 @@ def follow(
     write: Write,
     tell: Write = lambda _: None,
     *,
-    silence_s: float = SILENCE_S,
-    patience_s: float = PATIENCE_S,
+    idle_timeout_s: float = IDLE_TIMEOUT_S,
+    retry_timeout_s: float = RETRY_TIMEOUT_S,
 ) -> JobDetails:
     """Pass the job's log to `write` until the job has ended; what it ended as.
 
     The stream may drop: it is taken up again where it stopped, without a gap and without a line
-    twice. `tell` gets what there is to say besides. Raises OutOfReachError after `patience_s`
+    twice. `tell` gets what there is to say besides. Raises OutOfReachError after `retry_timeout_s`
     without an answer; the job goes on.
     """
     cursor = _Cursor(write)
@@ -53,7 +53,7 @@ def follow(
                 return info
         except OutOfReachError as error:
             lost_at_s = lost_at_s or time.monotonic()
-            if time.monotonic() - lost_at_s > patience_s:
+            if time.monotonic() - lost_at_s > retry_timeout_s:
                 raise
             text = f"{str(error).split(';')[0]}; the job goes on, trying again"
         except ConfigError as error:
@@ -71,7 +71,7 @@ def follow(
         if text and text not in notes:
             notes.add(text)
             tell(text)
-        asyncio.run(_stream(client, job_id, cursor, silence_s))
+        asyncio.run(_stream(client, job_id, cursor, idle_timeout_s))
         time.sleep(1.0)
 
 
@@ -105,7 +105,7 @@ class _Cursor:
             self.written += len(new)
 
 
-async def _stream(client: Client, job_id: str, cursor: _Cursor, silence_s: float) -> None:
+async def _stream(client: Client, job_id: str, cursor: _Cursor, idle_timeout_s: float) -> None:
     """Show the log as it comes, until its stream ends, breaks or falls silent."""
     stream = client.tail_job_logs(job_id)
     position = 0
@@ -113,7 +113,7 @@ async def _stream(client: Client, job_id: str, cursor: _Cursor, silence_s: float
         while True:
             try:
                 # Not wait_for: in Python 3.11 it can swallow a Ctrl-C that comes with a chunk.
-                async with asyncio.timeout(silence_s):
+                async with asyncio.timeout(idle_timeout_s):
                     chunk = await anext(stream)
             except Exception:  # whatever it was, the next request tells more about it
                 return

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import requests
 from ray.dashboard.modules.job.pydantic_models import JobDetails
@@ -24,13 +24,13 @@ from cluster.ray.client import Client, RefusedError
 from cluster.ray.following import TRIES, follow
 from cluster.ray.sent_code import Package, collect, stage
 from cluster.targets import JobState, OutOfReachError, Phase, Started, Write, is_remote
-from pneumo.errors import ClusterError, ConfigError, PneumoError
+from pneumo.errors import INTERRUPTED, ClusterError, ConfigError, PneumoError
 from pneumo.version import REVISION, find_revision
 
 if TYPE_CHECKING:
     from cluster.submission import Submission
 
-STOP_GENTLY = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "30"}
+STOP_WITH_SIGINT = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "30"}
 """For the job's supervisor: a cancelled job gets Ctrl-C and time to finish a checkpoint; Ray's
 default is SIGTERM, which ends a driver abnormally, and SIGKILL after 3 s."""
 
@@ -70,36 +70,41 @@ class RayTarget:
                 "forward the port (ssh -L, make forward), or give an https:// address"
             )
         check_versions(self.client)
-        started = join_running(self.client, submission)
-        if started is None:
-            if needs_preflight(submission, self.address):
-                tell(preflight(self.client, submission, code))
-            started = submit(self.client, submission, code)
+        _, running = _attempts(self.client, submission.id)
+        if running is None and needs_preflight(submission, self.address):
+            tell(preflight(self.client, submission, code))
+        started = submit(self.client, submission, code)
         if not started.already_running:
             tell(f"sent {code}; environment: {', '.join(submission.environment) or 'none'}")
         return started
 
     def follow(self, job_id: str, write: Write, tell: Write) -> JobState:
-        return state(follow(self.client, job_id, write, tell))
+        return self._ended(follow(self.client, job_id, write, tell))
 
     def list(self) -> list[JobState]:
         return [state(info) for info in list_jobs(self.client)]
 
     def state(self, job_id: str) -> JobState:
         info = self.client.details(job_id)
-        return replace(state(info), gpu_hours=gpu_hours(self.client, info))
+        return replace(self._ended(info), gpu_hours=gpu_hours(self.client, info))
 
     def logs(self, job_id: str) -> str:
         return self.client.log_text(job_id)
 
     def cancel(self, job_id: str) -> JobState:
-        asked_s = time.monotonic()
-        after = state(cancel(self.client, job_id))
-        waited_s = time.monotonic() - asked_s
-        if after.phase == "cancelled" and waited_s > int(STOP_GENTLY["RAY_JOB_STOP_WAIT_TIME_S"]):
-            why = "it did not stop by itself and was killed; its last checkpoint stays"
-            after = replace(after, why=why)
-        return after
+        return self._ended(cancel(self.client, job_id))
+
+    def _ended(self, info: JobDetails) -> JobState:
+        """The job's state; of one that was cancelled also whether it had to be killed, which Ray
+        does not tell: our jobs end with a line of their own when they are interrupted."""
+        found = state(info)
+        if found.phase != "cancelled" or not found.is_ours:
+            return found
+        log = self.client.log_text(found.id)
+        if not log or INTERRUPTED in log or "KeyboardInterrupt" in log:
+            return found
+        why = "it did not stop by itself and was killed; its last checkpoint stays"
+        return replace(found, why=why)
 
 
 def check_versions(client: Client) -> None:
@@ -137,14 +142,8 @@ def preflight(client: Client, submission: Submission, package: Package) -> str:
     Raises ConfigError or ClusterError with the line that says what is out of reach.
     """
     job_id = f"{submission.id}-preflight-{secrets.token_hex(4)}"
-    with tempfile.TemporaryDirectory(prefix="pneumo-") as folder:
-        stage(package, Path(folder), submission.recipe)
-        client.submit_job(
-            entrypoint=submission.preflight,
-            submission_id=job_id,
-            metadata={"job": _PREFLIGHT},
-            runtime_env={"working_dir": folder, "env_vars": dict(submission.environment)},
-        )
+    asked = {"entrypoint": submission.preflight, "metadata": {"job": _PREFLIGHT}}
+    _send(client, submission, package, submission.environment, submission_id=job_id, **asked)
     try:
         info = _wait(client, job_id, PREFLIGHT_TIMEOUT_S)
         text = client.log_text(job_id)
@@ -181,12 +180,6 @@ def state(info: JobDetails) -> JobState:
     )
 
 
-def join_running(client: Client, submission: Submission) -> Started | None:
-    """The job if it is running already. Raises ConfigError when it runs with other settings."""
-    _, running = _attempts(client, submission.id)
-    return None if running is None else _join(running, submission)
-
-
 def submit(client: Client, submission: Submission, package: Package) -> Started:
     """Send the code and start the job, unless it is running already.
 
@@ -197,39 +190,47 @@ def submit(client: Client, submission: Submission, package: Package) -> Started:
     if running is not None:
         return _join(running, submission)
     new_id = submission.id if attempts == 0 else f"{submission.id}-{attempts + 1}"
+    metadata = {
+        "job": submission.job,
+        "target": submission.target,
+        "settings": submission.settings,
+        "owner": submission.owner,
+        "workers": _gpu_workers(submission),
+    }
+    revision = find_revision(package.root)  # which the code that is sent cannot find out there
+    environment = {
+        **submission.environment,
+        **STOP_WITH_SIGINT,
+        **({REVISION: revision} if revision else {}),
+    }
+    asked = {"entrypoint": submission.entrypoint, "metadata": metadata}
+    try:
+        _send(client, submission, package, environment, submission_id=new_id, **asked)
+    except RefusedError:
+        # Someone may have submitted the same between our look and our request.
+        _, running = _attempts(client, submission.id)
+        if running is None:
+            raise
+        return _join(running, submission)
+    except OutOfReachError:
+        # The answer may be lost, and the job there.
+        if not _has_begun(client, new_id, submission):
+            raise
+    return Started(new_id, already_running=False)
+
+
+def _send(
+    client: Client,
+    submission: Submission,
+    package: Package,
+    environment: Mapping[str, str],
+    **asked: Any,
+) -> None:
+    """Upload the code and start a job in it; `asked` as `JobSubmissionClient.submit_job` has it."""
     with tempfile.TemporaryDirectory(prefix="pneumo-") as folder:
         stage(package, Path(folder), submission.recipe)
-        try:
-            client.submit_job(
-                entrypoint=submission.entrypoint,
-                submission_id=new_id,
-                metadata={
-                    "job": submission.job,
-                    "target": submission.target,
-                    "settings": submission.settings,
-                    "owner": submission.owner,
-                    "workers": _gpu_workers(submission),
-                },
-                runtime_env={
-                    "working_dir": folder,
-                    "env_vars": {
-                        **submission.environment,
-                        **STOP_GENTLY,
-                        **_describe_code(package),
-                    },
-                },
-            )
-        except RefusedError:
-            # Someone may have submitted the same between our look and our request.
-            _, running = _attempts(client, submission.id)
-            if running is None:
-                raise
-            return _join(running, submission)
-        except OutOfReachError:
-            # The answer may be lost, and the job there.
-            if not _has_begun(client, new_id, submission):
-                raise
-    return Started(new_id, already_running=False)
+        runtime_env = {"working_dir": folder, "env_vars": dict(environment)}
+        client.submit_job(runtime_env=runtime_env, **asked)
 
 
 def _gpu_workers(submission: Submission) -> str:
@@ -265,12 +266,6 @@ def _has_begun(client: Client, job_id: str, submission: Submission) -> bool:
             info = client.details(job_id)
             return (info.metadata or {}).get("settings") == submission.settings
     return False
-
-
-def _describe_code(package: Package) -> dict[str, str]:
-    """What the code that is sent cannot find out there: its revision."""
-    revision = find_revision(package.root)
-    return {REVISION: revision} if revision else {}
 
 
 def list_jobs(client: Client) -> list[JobDetails]:

@@ -47,7 +47,7 @@ def list_raylets() -> list[Raylet]:
     return raylets
 
 
-def announce(raylet: Raylet, grace_s: float) -> None:
+def drain_node(raylet: Raylet, grace_s: float) -> None:
     """Tell the cluster that the node will be gone in so many seconds. Raises ray's RpcError."""
     # Private; the command `ray drain-node` is hidden too, and promises no more.
     client = ray._raylet.GcsClient(address=raylet.gcs_address)
@@ -56,7 +56,7 @@ def announce(raylet: Raylet, grace_s: float) -> None:
         raylet.node_id, DRAIN_NODE_REASON_PREEMPTION, "the node will be taken away", deadline_ms
     )
     if not accepted:
-        tell(f"departure: the cluster does not let the node go: {refusal}")
+        tell(f"drain: the cluster does not let the node go: {refusal}")
 
 
 def wait_for_work(grace_s: float) -> bool:
@@ -96,15 +96,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0  # nothing to save; a run that has ended, and its head, may be gone already
     raylets = list_raylets()
     if not raylets:
-        tell("departure: no Ray on this machine")
+        tell("drain: no Ray on this machine")
     for raylet in raylets:
         try:
-            announce(raylet, grace_s)
+            drain_node(raylet, grace_s)
         except Exception as error:  # the head is gone too, or refuses the token
-            tell(f"departure: {raylet.gcs_address}: {type(error).__name__}: {error}")
+            tell(f"drain: {raylet.gcs_address}: {type(error).__name__}: {error}")
             return 0
     if not wait_for_work(grace_s - (time.monotonic() - started_s)):
-        tell(f"departure: work goes on after {grace_s:.0f} s")
+        tell(f"drain: work goes on after {grace_s:.0f} s")
     return 0
 
 

@@ -43,7 +43,7 @@ class Node:
         return min(int(self.free.get(name, 0.0) // each) for name, each in wanted.items() if each)
 
 
-def start_here(kind: type) -> Any:
+def start_local_actor(kind: type) -> Any:
     """An actor of this class on this process's node, whose loss ends the job anyway. It reserves
     nothing."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -70,18 +70,18 @@ def list_nodes() -> list[Node]:
 
 def usable_nodes(wanted: Mapping[str, float]) -> list[Node]:
     """Nodes that have room for a worker, will stay, and answer."""
-    hopeful = [node for node in list_nodes() if not node.draining and node.fits(wanted)]
-    silent = silent_addresses(hopeful)
-    return [node for node in hopeful if node.address not in silent]
+    candidates = [node for node in list_nodes() if not node.draining and node.fits(wanted)]
+    silent = unreachable_addresses(candidates)
+    return [node for node in candidates if node.address not in silent]
 
 
-def request_room(wanted: Mapping[str, float], num_workers: int) -> None:
+def request_workers(wanted: Mapping[str, float], num_workers: int) -> None:
     """Ask an autoscaler, if the cluster has one, for room for so many workers in all; 0 takes the
     request back. A training that starts replaces it by its own."""
     request_resources(bundles=[dict(wanted)] * num_workers)
 
 
-def release_groups() -> None:
+def release_placement_groups() -> None:
     """Give back what attempts of this job that have ended still reserve.
 
     Ray Train gives the resources of its workers back when it shuts them down. Of ranks that did not
@@ -95,7 +95,7 @@ def release_groups() -> None:
             remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
 
 
-def silent_addresses(nodes: Sequence[Node]) -> set[str]:
+def unreachable_addresses(nodes: Sequence[Node]) -> set[str]:
     """Addresses of the nodes that take no connection.
 
     Ray learns that a node is gone from its health checks, 15 to 60 s later; its port tells at once.

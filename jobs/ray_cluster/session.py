@@ -34,7 +34,7 @@ WORKER_ENVIRONMENT = {
     "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
 }
 
-_QUIET = {
+_RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     # jobs.training.recovery watches the nodes; Ray's watcher would let a run go on too long.
@@ -73,7 +73,7 @@ def ray_session(*, show_logs: bool = False) -> Iterator[None]:
 
 
 def _connect(address: str | None, *, show_logs: bool) -> None:
-    for name, value in _QUIET.items():
+    for name, value in _RAY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     options: dict[str, Any] = {}
     if not address:
@@ -119,7 +119,7 @@ def worker_resources(
     return {"CPU": float(config.cpus_per_worker), **gpu}
 
 
-def settle_devices(config: ClusterConfig) -> ClusterConfig:
+def resolve_use_gpu(config: ClusterConfig) -> ClusterConfig:
     """The same with `use_gpu` decided, once: a run that loses its only GPU waits for another, and
     does not go on without."""
     return config.model_copy(update={"use_gpu": uses_gpu(config)})

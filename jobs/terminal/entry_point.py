@@ -20,7 +20,7 @@ from jobs.terminal.places import check_places
 from pneumo import storage
 from pneumo.command_line import Invocation, parse_command_line
 from pneumo.config_layers import LATER_ATTEMPT
-from pneumo.errors import ConfigError, FinishedError, PneumoError
+from pneumo.errors import INTERRUPTED, ConfigError, FinishedError, PneumoError
 
 
 def run_job(job: str, function: str, argv: Sequence[str] | None = None) -> int:
@@ -61,7 +61,7 @@ def run_main(
     try:
         main(arguments)
     except KeyboardInterrupt:
-        tell(f"{job}: interrupted; the same command goes on from what is finished")
+        tell(f"{job}: {INTERRUPTED}")
         return 130
     except Exception as error:  # the top of the process: everything ends in one line
         if "--debug" in arguments:
@@ -73,7 +73,9 @@ def run_main(
         if known is not None:
             tell(f"error: {known}")
             return known.exit_code
-        tell(f"error: {type(error).__name__}: {last_words(error)} (--debug shows the traceback)")
+        tell(
+            f"error: {type(error).__name__}: {summarise_error(error)} (--debug shows the traceback)"
+        )
         return 1
     return 0
 
@@ -112,7 +114,7 @@ def find_cause(error: BaseException) -> PneumoError | None:
 _NO_MEMORY = re.compile(r"Memory on the node \(IP: ([\d.]+).*?\) was (\S+) used / (\S+) limit")
 
 
-def last_words(error: BaseException) -> str:
+def summarise_error(error: BaseException) -> str:
     """The last line of an exception; of Ray's about memory, what it comes to."""
     text = str(error).strip()
     found = _NO_MEMORY.search(text)

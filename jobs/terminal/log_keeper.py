@@ -25,10 +25,10 @@ from pneumo import storage
 from pneumo.config_layers import LATER_ATTEMPT
 from pneumo.errors import PneumoError
 
-KEEP_EVERY_S = 30.0
-LAST_WRITE_S = 10.0
+WRITE_INTERVAL_S = 30.0
+LAST_WRITE_TIMEOUT_S = 10.0
 """How long the end of a job waits for its log to be written."""
-MOST_BYTES = 16 * 2**20
+MAX_BYTES = 16 * 2**20
 """Of a longer log, the end is kept."""
 
 
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     assert process.stdout is not None
     reader = threading.Thread(target=keeper.copy, args=(process.stdout,), daemon=True)
     reader.start()
-    threading.Thread(target=keeper.run, daemon=True).start()
+    keeper.start()
     code = process.wait()
     reader.join(timeout=2.0)  # a grandchild may hold the pipe
     keeper.close()
@@ -70,18 +70,22 @@ class LogKeeper:
     def __init__(
         self,
         url: str,
-        most_bytes: int = MOST_BYTES,
+        max_bytes: int = MAX_BYTES,
         write: Callable[[str, bytes], None] = storage.write_bytes,
     ) -> None:
-        self.url, self.most_bytes, self.write = url, most_bytes, write
+        self.url, self.max_bytes, self.write = url, max_bytes, write
         self._text = bytearray()
         self._read_bytes = 0
         self._written_bytes = -1
         """`_read_bytes` when the log was last written."""
-        self._trouble = ""
+        self._last_error = ""
         self._lock = threading.Lock()
         self._ended = threading.Event()
-        self._closed = threading.Event()
+        self._writer = threading.Thread(target=self._run, daemon=True)
+
+    def start(self) -> None:
+        """Begin to write now and then what has come."""
+        self._writer.start()
 
     def copy(self, source: IO[bytes]) -> None:
         """Show and remember what comes, until it ends."""
@@ -91,16 +95,14 @@ class LogKeeper:
             with self._lock:
                 self._text += chunk
                 self._read_bytes += len(chunk)
-                del self._text[: -self.most_bytes]
+                del self._text[: -self.max_bytes]
 
-    def run(self) -> None:
-        """Flush now and then, and once more when closed."""
+    def _run(self) -> None:
         pause_s = 1.0
         while not self._ended.wait(pause_s):
             self.flush()
-            pause_s = KEEP_EVERY_S
+            pause_s = WRITE_INTERVAL_S
         self.flush()
-        self._closed.set()
 
     def flush(self) -> None:
         """Write the log where there is more of it than is written; a fault is told once."""
@@ -112,15 +114,16 @@ class LogKeeper:
             self.write(self.url, text)
             self._written_bytes = read_bytes
         except PneumoError as error:
-            if str(error) != self._trouble:
+            if str(error) != self._last_error:
                 tell(f"log: {error}; the job goes on, and its log is lost with its pod")
-            self._trouble = str(error)
+            self._last_error = str(error)
 
     def close(self) -> None:
-        """Have `run` write the end, but wait for it no longer than LAST_WRITE_S."""
+        """Have the end written, but wait for it no longer than LAST_WRITE_TIMEOUT_S."""
         self._ended.set()
-        if not self._closed.wait(LAST_WRITE_S):
-            tell(f"log: {self.url}: not written within {LAST_WRITE_S:g} s; its end is lost")
+        self._writer.join(LAST_WRITE_TIMEOUT_S)
+        if self._writer.is_alive():
+            tell(f"log: {self.url}: not written within {LAST_WRITE_TIMEOUT_S:g} s; its end is lost")
 
 
 if __name__ == "__main__":

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 
-from jobs.tracking.sending import Sending
+from jobs.tracking.sending import SenderProcess
 from pneumo import storage
 from pneumo.command_line import Invocation, TrackArguments
 from pneumo.errors import ConfigError, TrackingError
 from pneumo.reporting.tracking import choose_mode, renew_identity
 
-SILENCE_S = 180.0
+IDLE_TIMEOUT_S = 180.0
 """Nobody's job waits, so uploads over a slow line may take their time."""
 
 
@@ -32,7 +32,9 @@ def track(invocation: Invocation) -> None:
     if arguments.anew:
         renew_identity(run_url)
     given = tracking.model_dump(include=tracking.model_fields_set - {"mode"})
-    outcome = Sending(run_url, ["train", "evaluate", "external", "tune"], given).close(SILENCE_S)
+    outcome = SenderProcess(run_url, ["train", "evaluate", "external", "tune"], given).close(
+        IDLE_TIMEOUT_S
+    )
     for job_type, url in outcome.urls.items():
         print(f"{job_type} {url}")
     if outcome.failure is not None:

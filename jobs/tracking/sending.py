@@ -25,11 +25,11 @@ from pneumo.reporting.tracking import choose_mode
 
 INTERVAL_S = 10.0
 """How often the folder of a running job is looked at."""
-SILENCE_S = 60.0
+IDLE_TIMEOUT_S = 60.0
 """A sender that has reported nothing for so long is given up."""
 LIMIT_S = 300.0
 """The most that the end of a job waits."""
-LEAVE_S = 4.0
+INTERRUPTED_LIMIT_S = 4.0
 """The same at the end of a job that was interrupted: Kubernetes kills 30 s after its SIGTERM, and a
 checkpoint may take 25 of them."""
 
@@ -44,7 +44,7 @@ class Outcome:
     """Why not all has arrived."""
 
 
-class Sending:
+class SenderProcess:
     """The process that sends a run's folder, in a session of its own: Ctrl-C is not for it."""
 
     def __init__(
@@ -72,8 +72,10 @@ class Sending:
         order = {"run": run_url, "kinds": list(kinds), "tracking": dict(tracking or {})}
         self._write(json.dumps({**order, "interval_s": interval_s}).encode())
 
-    def close(self, silence_s: float = SILENCE_S, limit_s: float = float("inf")) -> Outcome:
-        """Wait for what is still to be sent, but not when nothing is told for `silence_s`, and
+    def close(
+        self, idle_timeout_s: float = IDLE_TIMEOUT_S, limit_s: float = float("inf")
+    ) -> Outcome:
+        """Wait for what is still to be sent, but not when nothing is told for `idle_timeout_s`, and
         never longer than `limit_s`; then end the process."""
         self._write(None)
         begun = heard = time.monotonic()
@@ -83,7 +85,7 @@ class Sending:
                 time.sleep(0.05)
                 now, told = time.monotonic(), os.fstat(self._told.fileno()).st_size
                 heard, size = (now, told) if told != size else (heard, size)
-                late = now - heard > silence_s or now - begun > limit_s
+                late = now - heard > idle_timeout_s or now - begun > limit_s
             self._kill()
             return self._read(late)
         finally:  # also where somebody does not want to wait
@@ -120,39 +122,39 @@ class Sending:
 
 
 @contextmanager
-def following(
+def sending_to_wandb(
     run_url: str,
     config: TrackingConfig,
     kind: Kind,
     tell: Callable[[str], None],
     *,
     interval_s: float = INTERVAL_S,
-    silence_s: float = SILENCE_S,
+    idle_timeout_s: float = IDLE_TIMEOUT_S,
 ) -> Iterator[None]:
     """Send the run while the block writes it, and what is left when it ends; `tell` gets a line
-    about it. Never raises for W&B, and delays an interrupted job by LEAVE_S at most."""
+    about it. Never raises for W&B, and delays an interrupted job by INTERRUPTED_LIMIT_S at most."""
     mode, sending, why = choose_mode(config, os.environ), None, " (offline, or without a key)"
     if mode == "online":
         try:
-            sending = Sending(run_url, [kind], interval_s=interval_s)
+            sending = SenderProcess(run_url, [kind], interval_s=interval_s)
         except OSError as error:  # no room for its files, or for a process
             why = f" ({error})"
     limit_s = LIMIT_S
     try:
         yield
     except KeyboardInterrupt:
-        limit_s = LEAVE_S
+        limit_s = INTERRUPTED_LIMIT_S
         raise
     finally:
         if sending is not None:
-            report(sending.close(silence_s, limit_s), run_url, kind, tell)
+            report(sending.close(idle_timeout_s, limit_s), run_url, kind, tell)
         elif mode != "disabled":
             tell(f"W&B: nothing sent{why}; to send it: {command(run_url)}")
 
 
 def send_now(run_url: str, config: TrackingConfig, kind: Kind, tell: Callable[[str], None]) -> None:
-    """Send what the folder holds of this kind; as `following`."""
-    with following(run_url, config, kind, tell):
+    """Send what the folder holds of this kind; as `sending_to_wandb`."""
+    with sending_to_wandb(run_url, config, kind, tell):
         pass
 
 

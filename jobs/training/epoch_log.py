@@ -13,7 +13,7 @@ from ray.util.metrics import Gauge
 
 from jobs.terminal.entry_point import tell
 from jobs.terminal.progress import Progress
-from jobs.training.messages import Mailbox
+from jobs.training.messages import WorkerChannel
 from pneumo.loading.sample_order import World
 from pneumo.training.callbacks import Callbacks, Epoch, Start, StepProgress
 
@@ -26,12 +26,12 @@ _LOOK_AGAIN_S = 0.3
 Message = str | Start | StepProgress | Epoch
 
 
-def worker_callbacks(mailbox: Mailbox | None, world: World) -> Callbacks:
+def worker_callbacks(channel: WorkerChannel | None, world: World) -> Callbacks:
     """The callbacks of a Ray Train worker: rank 0 tells the driver, every rank reports to Ray."""
 
     def tell(message: Message) -> None:
-        if mailbox is not None and world.rank == 0:
-            mailbox.put(message)
+        if channel is not None and world.rank == 0:
+            channel.put(message)
 
     # For Prometheus: Ray shows them on each node's metrics port, as ray_pneumo_….
     steps = Gauge("pneumo_train_steps", "Steps done, of all epochs")
@@ -78,7 +78,7 @@ def describe_progress(progress: StepProgress) -> str:
     return ", ".join(part for part in parts if part)
 
 
-class Follower:
+class EpochDisplay:
     """Shows rank 0's messages, which `take` gives: those that have come within so many seconds."""
 
     def __init__(self, take: Callable[[float], list[Message]], *, epochs: int) -> None:
@@ -106,7 +106,7 @@ class Follower:
     def _receive(self, timeout_s: float) -> list[Message]:
         try:
             return self.take(timeout_s)
-        except ray.exceptions.RayError:  # the mailbox is lost; the training's end will tell
+        except ray.exceptions.RayError:  # the channel is lost; the training's end will tell
             time.sleep(timeout_s)
             return []
 

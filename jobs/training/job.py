@@ -10,14 +10,14 @@ from jobs.joined_store import open_store
 from jobs.ray_cluster.nodes import Node
 from jobs.ray_cluster.session import (
     ray_session,
-    settle_devices,
+    resolve_use_gpu,
     start_timeout_s,
     worker_resources,
 )
 from jobs.terminal.entry_point import new_run_url, tell
-from jobs.tracking.sending import following
-from jobs.training.epoch_log import Follower
-from jobs.training.messages import Mailbox
+from jobs.tracking.sending import sending_to_wandb
+from jobs.training.epoch_log import EpochDisplay
+from jobs.training.messages import WorkerChannel
 from jobs.training.recovery import Recovery, wait_for_workers
 from jobs.training.trainer import Training, build_trainer
 from pneumo import storage
@@ -29,7 +29,7 @@ from pneumo.reporting.tracking import prepare_tracking
 from pneumo.training.checkpoints import CheckpointIndex, read_index
 from pneumo.training.preconditions import check_run
 
-LEAVE_TIMEOUT_S = 25.0
+STOP_TIMEOUT_S = 25.0
 """Kubernetes kills 30 s after its SIGTERM."""
 
 
@@ -45,7 +45,7 @@ def train(invocation: Invocation) -> None:
     prepare_tracking(run_url, manifest)
     with (
         ray_session(show_logs=arguments.debug),
-        following(run_url, config.tracking, "train", tell),
+        sending_to_wandb(run_url, config.tracking, "train", tell),
     ):
         index = train_run(config, store_url, run_url)
     report_training(index, run_url, store_url)
@@ -53,28 +53,28 @@ def train(invocation: Invocation) -> None:
 
 def train_run(config: Config, store_url: str, run_url: str) -> CheckpointIndex:
     """Train in the Ray session that is open; follow it on the screen."""
-    cluster = settle_devices(config.cluster)
+    cluster = resolve_use_gpu(config.cluster)
     wanted = worker_resources(cluster)
     nodes = wait_for_workers(
         cluster, wanted, timeout_s=start_timeout_s(cluster, cluster.fewest_workers)
     )
-    mailbox = Mailbox()
-    training = Training(config, store_url, run_url, mailbox)
+    channel = WorkerChannel()
+    training = Training(config, store_url, run_url, channel)
 
     def attempt(num_workers: int, nodes: Sequence[Node]) -> object:
         fixed = cluster.model_copy(update={"num_workers": num_workers})
         return build_trainer(training, fixed, nodes).fit().return_value
 
-    recovery = Recovery(cluster, wanted, store_url, run_url, mailbox, attempt, mailbox.put)
+    recovery = Recovery(cluster, wanted, store_url, run_url, channel, attempt, channel.put)
     try:
         attempts = _start(lambda: recovery.run(nodes))
         try:
-            Follower(mailbox.take, epochs=config.train.epochs).follow(attempts)
+            EpochDisplay(channel.take, epochs=config.train.epochs).follow(attempts)
         except KeyboardInterrupt:
-            leave(recovery.leave, attempts)
+            stop_training(recovery.stop, attempts)
             raise
     finally:
-        mailbox.close()
+        channel.close()
     return read_index(run_url)
 
 
@@ -92,13 +92,13 @@ def _start(run: Callable[[], bool]) -> Future[bool]:
     return training
 
 
-def leave(
-    order: Callable[[], None], training: Future[bool], timeout_s: float = LEAVE_TIMEOUT_S
+def stop_training(
+    request_stop: Callable[[], None], training: Future[bool], timeout_s: float = STOP_TIMEOUT_S
 ) -> None:
     """Ctrl-C, or a scheduler's SIGTERM: have a checkpoint written, but not at any price; what
     `training` comes to says whether it was, or it is said here that it was not."""
     tell("train: interrupted; writing a checkpoint (once more leaves without)")
-    order()
+    request_stop()
     done, _ = wait([training], timeout=timeout_s)
     if not done:
         tell(f"train: no checkpoint within {timeout_s:.0f} s; going on will be from the one before")

@@ -1,4 +1,4 @@
-"""What the workers tell the driver, and what it orders them: an actor on the driver's node.
+"""What the workers tell the driver, and what it commands them: an actor on the driver's node.
 
 To listen is one pending call a worker; steps pay nothing for it.
 """
@@ -16,9 +16,9 @@ from typing import Any, Literal
 import ray
 import ray.exceptions
 
-from jobs.ray_cluster.nodes import start_here
+from jobs.ray_cluster.nodes import start_local_actor
 
-Order = Literal["stop", "abandon"]
+Command = Literal["stop", "abandon"]
 """stop: write a checkpoint and return. abandon: end the process, as its peers are out of reach."""
 _LISTEN_AGAIN_S = 1.0
 
@@ -32,18 +32,15 @@ class Worker:
     address: str
 
 
-class _Mailbox:
-    """The actor behind `Mailbox`."""
+class _ChannelActor:
+    """The actor behind `WorkerChannel`."""
 
     def __init__(self) -> None:
         self.messages: list[Any] = []
         self.arrived = asyncio.Event()
-        self.reset()
-
-    def reset(self) -> None:
-        self.members: dict[int, Worker] = {}
-        self.order: Order = "stop"
-        self.ordered = asyncio.Event()  # who waits for the old one is of a group that has ended
+        self.listening: dict[int, Worker] = {}
+        self.command: Command = "stop"
+        self.commanded = asyncio.Event()
 
     async def put(self, message: Any) -> None:
         self.messages.append(message)
@@ -56,23 +53,24 @@ class _Mailbox:
         taken, self.messages = self.messages, []
         return taken
 
-    async def listen(self, member: Worker) -> Order:
-        self.members[member.rank] = member
-        await self.ordered.wait()
-        return self.order
+    async def listen(self, worker: Worker) -> Command:
+        self.listening[worker.rank] = worker
+        await self.commanded.wait()
+        return self.command
 
-    async def post(self, order: Order) -> None:
-        self.order = order
-        self.ordered.set()
+    async def broadcast(self, command: Command) -> None:
+        self.command = command
+        self.commanded.set()
 
-    async def clear(self) -> None:
-        self.reset()
+    async def reset(self) -> None:
+        self.listening, self.command = {}, "stop"
+        self.commanded = asyncio.Event()  # who waits for the old one is of a group that has ended
 
-    async def list_members(self) -> list[Worker]:
-        return list(self.members.values())
+    async def list_workers(self) -> list[Worker]:
+        return list(self.listening.values())
 
 
-class Mailbox:
+class WorkerChannel:
     """A handle that can be sent to workers; its methods raise RayError when the actor is lost.
 
     Ray's own Queue tells by an exception that nothing has come, and making one takes a core 10 to
@@ -80,7 +78,7 @@ class Mailbox:
     """
 
     def __init__(self) -> None:
-        self.actor = start_here(_Mailbox)
+        self.actor = start_local_actor(_ChannelActor)
 
     def put(self, message: Any) -> None:
         """Leave a message for the driver; once this returns it is there."""
@@ -91,18 +89,18 @@ class Mailbox:
         messages: list[Any] = ray.get(self.actor.take.remote(timeout_s))
         return messages
 
-    def post(self, order: Order) -> None:
-        """Every worker that listens hears it; so does one that begins to, until `clear`."""
-        ray.get(self.actor.post.remote(order))
+    def broadcast(self, command: Command) -> None:
+        """Every worker that listens hears it; so does one that begins to, until `reset`."""
+        ray.get(self.actor.broadcast.remote(command))
 
-    def clear(self) -> None:
-        """Forget the order and the members, before a new group of workers starts."""
-        ray.get(self.actor.clear.remote())
+    def reset(self) -> None:
+        """Forget the command and the workers, before a new group of workers starts."""
+        ray.get(self.actor.reset.remote())
 
-    def members(self) -> list[Worker]:
-        """The workers that have begun to listen since `clear`."""
-        members: list[Worker] = ray.get(self.actor.list_members.remote())
-        return members
+    def workers(self) -> list[Worker]:
+        """The workers that have begun to listen since `reset`."""
+        workers: list[Worker] = ray.get(self.actor.list_workers.remote())
+        return workers
 
     def close(self) -> None:
         """End it; what is in it is lost, and who still listens ends."""
@@ -110,27 +108,27 @@ class Mailbox:
 
     def listen(self, rank: int) -> threading.Event:
         """In a worker: an event that is set when it should stop. The process ends when it should
-        not go on, or when the mailbox is lost: nobody could tell it any more."""
+        not go on, or when the channel is lost: nobody could tell it any more."""
         context = ray.get_runtime_context()
-        member = Worker(rank, context.get_node_id(), ray.util.get_node_ip_address())
+        worker = Worker(rank, context.get_node_id(), ray.util.get_node_ip_address())
         heard = threading.Event()
 
         def wait() -> None:
-            if self._await_order(member) == "abandon":
+            if self._await_command(worker) == "abandon":
                 os._exit(1)
             heard.set()
 
-        threading.Thread(target=wait, name="orders", daemon=True).start()
+        threading.Thread(target=wait, name="commands", daemon=True).start()
         return heard
 
-    def _await_order(self, member: Worker) -> Order:
+    def _await_command(self, worker: Worker) -> Command:
         while True:
             try:
-                order: Order = ray.get(self.actor.listen.remote(member))
+                command: Command = ray.get(self.actor.listen.remote(worker))
             except ray.exceptions.ActorUnavailableError:  # a short break of the network
                 time.sleep(_LISTEN_AGAIN_S)
             # The driver is gone or thinks so of this process: another attempt may have begun.
             except ray.exceptions.RayError:
                 return "abandon"
             else:
-                return order
+                return command

@@ -24,13 +24,13 @@ from ray.train import TrainingFailedError
 from jobs.ray_cluster.nodes import (
     Node,
     list_nodes,
-    release_groups,
-    request_room,
-    silent_addresses,
+    release_placement_groups,
+    request_workers,
+    unreachable_addresses,
     usable_nodes,
 )
-from jobs.terminal.entry_point import find_cause, last_words
-from jobs.training.messages import Mailbox, Worker
+from jobs.terminal.entry_point import find_cause, summarise_error
+from jobs.training.messages import Worker, WorkerChannel
 from pneumo import storage
 from pneumo.config import ClusterConfig
 from pneumo.dataset.manifest import read_manifest
@@ -41,9 +41,9 @@ STOPPED = "stopped"
 """What an attempt returns that was told to stop and has written its checkpoint."""
 
 _WATCH_INTERVAL_S = 2.0
-_SILENCE_S = 15.0
+_UNREACHABLE_S = 15.0
 """A node that takes no connection for this long is given up; a shorter break mends itself."""
-_SETTLE_S = 5.0
+_EXTRA_WAIT_S = 5.0
 """After a loss the resources of the group come back one by one; so long more are waited for."""
 _REMIND_INTERVAL_S = 60.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
@@ -54,7 +54,7 @@ Attempt = Callable[[int, Sequence[Node]], object]
 
 
 @dataclass(frozen=True)
-class Change:
+class Restart:
     """Why another attempt is needed."""
 
     reason: str
@@ -63,7 +63,7 @@ class Change:
     """Workers that should have room once all is settled."""
 
 
-def look_at_storage(store_url: str, run_url: str) -> CheckpointIndex | None:
+def read_run_index(store_url: str, run_url: str) -> CheckpointIndex | None:
     """The run's index, or None where nothing has been trained; read after the manifest, so that
     both places have answered. Raises StorageError when one does not."""
     read_manifest(store_url)
@@ -79,12 +79,12 @@ class Recovery:
     """What one worker reserves."""
     store_url: str
     run_url: str
-    mailbox: Mailbox
+    channel: WorkerChannel
     attempt: Attempt
     tell: Callable[[str], None]
     """One line for the person."""
-    look: Callable[[str, str], CheckpointIndex | None] = look_at_storage
-    leaving: threading.Event = field(default_factory=threading.Event)
+    read_index: Callable[[str, str], CheckpointIndex | None] = read_run_index
+    stopping: threading.Event = field(default_factory=threading.Event)
     failures: int = 0
     reminded_s: float = 0.0
     """When a wait was last told of."""
@@ -99,76 +99,76 @@ class Recovery:
         if size < self.cluster.num_workers:
             self.tell(f"starting with {_workers(size)} of {self.cluster.num_workers}")
         while True:
-            self.mailbox.clear()
-            if self.leaving.is_set():  # after orders were cleared: none to leave is lost
+            self.channel.reset()
+            if self.stopping.is_set():  # after commands were reset: none to stop is lost
                 return True
-            change = self._train(size, nodes)
-            if change is None or self.leaving.is_set():
-                return change is None
-            index = self._await_storage(change)
+            restart = self._train(size, nodes)
+            if restart is None or self.stopping.is_set():
+                return restart is None
+            index = self._await_storage(restart)
             # A worker may be lost after the last checkpoint was written and before Ray has seen it
             # end: then there is nothing left to train.
-            if self.leaving.is_set() or (index is not None and index.finished):
+            if self.stopping.is_set() or (index is not None and index.finished):
                 return True
-            nodes = self._wait_for_nodes(change)
-            if self.leaving.is_set():
+            nodes = self._wait_for_nodes(restart)
+            if self.stopping.is_set():
                 return True
             size = self._size(nodes)
             position = describe_position(index)
-            self.tell(f"{change.reason}: going on with {_workers(size)} {position}")
+            self.tell(f"{restart.reason}: going on with {_workers(size)} {position}")
 
     def _size(self, nodes: Sequence[Node]) -> int:
         return min(count_fitting(nodes, self.wanted), self.cluster.num_workers)
 
-    def leave(self) -> None:
+    def stop(self) -> None:
         """Have the attempt write a checkpoint and return, and be the last."""
-        self.leaving.set()
-        self.mailbox.post("stop")
+        self.stopping.set()
+        self.channel.broadcast("stop")
 
-    def _train(self, size: int, nodes: Sequence[Node]) -> Change | None:
+    def _train(self, size: int, nodes: Sequence[Node]) -> Restart | None:
         """One attempt; why another is needed, or None when the run is over or was left with a
         checkpoint."""
-        with self._watching(size) as watch:
+        with self._monitoring(size) as monitor:
             try:
                 outcome = self.attempt(size, nodes)
             # Ray's controller reads and writes the run's folder too: without an answer it dies.
             except (TrainingFailedError, ray.exceptions.RayActorError, StorageError) as error:
-                if self.leaving.is_set():
-                    return Change("left", 0)
-                return Change(self._judge(error), len(self._staying()))
-        if outcome != STOPPED or self.leaving.is_set():
+                if self.stopping.is_set():
+                    return Restart("stopped", 0)
+                return Restart(self._describe_retryable(error), len(self._surviving_workers()))
+        if outcome != STOPPED or self.stopping.is_set():
             return None
-        return watch.change or Change("told to stop", size)
+        return monitor.restart or Restart("told to stop", size)
 
-    def _judge(self, error: Exception) -> str:
+    def _describe_retryable(self, error: Exception) -> str:
         """What happened in a few words; raises the error when it would only happen again."""
         cause = find_cause(error)
-        if cause is not None and not self._comes_back(cause):
+        if cause is not None and not self._is_transient(cause):
             raise error
         self.failures += 1
         if 0 <= self.cluster.max_failures < self.failures:
             raise error
         limit = "" if self.cluster.max_failures < 0 else f" of {self.cluster.max_failures}"
-        what = str(cause) if cause else describe_failure(error, self.mailbox.members())
+        what = str(cause) if cause else describe_failure(error, self.channel.workers())
         return f"{what}, failure {self.failures}{limit}"
 
-    def _comes_back(self, cause: PneumoError) -> bool:
+    def _is_transient(self, cause: PneumoError) -> bool:
         """Whether waiting may mend it: an object store that is away, but neither a full disk nor
         other bytes than the manifest's."""
         is_remote = not all(storage.is_local(url) for url in (self.store_url, self.run_url))
         return is_remote and isinstance(cause, StorageError) and not isinstance(cause, ContentError)
 
-    def _await_storage(self, change: Change) -> CheckpointIndex | None:
+    def _await_storage(self, restart: Restart) -> CheckpointIndex | None:
         """The run's index, once its folder and the store answer; waits as long as it takes."""
         pause_s, self.reminded_s = _FIRST_PAUSE_S, 0.0
-        while not self.leaving.is_set():
+        while not self.stopping.is_set():
             try:
-                return self.look(self.store_url, self.run_url)
+                return self.read_index(self.store_url, self.run_url)
             except StorageError as error:
-                if not self._comes_back(error):
+                if not self._is_transient(error):
                     raise
-                self._remind(f"{change.reason}: waiting, as it is away: {error}")
-            self.leaving.wait(pause_s)
+                self._remind(f"{restart.reason}: waiting, as it is away: {error}")
+            self.stopping.wait(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
         return None
 
@@ -180,90 +180,96 @@ class Recovery:
             self.tell(line)
         return is_due
 
-    def _staying(self) -> list[Worker]:
+    def _surviving_workers(self) -> list[Worker]:
         """Workers of the last attempt whose nodes can take them again."""
-        members = self.mailbox.members()
-        gone = {member.rank for member in find_lost(members)}
-        return [member for member in members if member.rank not in gone]
+        workers = self.channel.workers()
+        gone = {worker.rank for worker in find_lost(workers)}
+        return [worker for worker in workers if worker.rank not in gone]
 
-    def _wait_for_nodes(self, change: Change) -> Sequence[Node]:
+    def _wait_for_nodes(self, restart: Restart) -> Sequence[Node]:
         """Nodes for as many workers as possible; waits for the fewest allowed, however long.
 
-        As many as the change lets hope for are waited for a little longer.
+        As many as `restart` expects are waited for a little longer.
         """
         started_s, self.reminded_s = time.monotonic(), 0.0
         fewest = self.cluster.fewest_workers
-        while not self.leaving.is_set():
-            release_groups()
+        while not self.stopping.is_set():
+            release_placement_groups()
             nodes = usable_nodes(self.wanted)
             fits, waited_s = count_fitting(nodes, self.wanted), time.monotonic() - started_s
-            if fits >= fewest and (fits >= change.expected_workers or waited_s > _SETTLE_S):
+            if fits >= fewest and (fits >= restart.expected_workers or waited_s > _EXTRA_WAIT_S):
                 return nodes
             lack = f"waiting for room for {_workers(fewest)}, there is for {fits}"
-            if waited_s > _SETTLE_S and fits < fewest and self._remind(f"{change.reason}: {lack}"):
-                request_room(self.wanted, self.cluster.num_workers)
-            self.leaving.wait(0.3)
-        request_room(self.wanted, 0)
+            if (
+                waited_s > _EXTRA_WAIT_S
+                and fits < fewest
+                and self._remind(f"{restart.reason}: {lack}")
+            ):
+                request_workers(self.wanted, self.cluster.num_workers)
+            self.stopping.wait(0.3)
+        request_workers(self.wanted, 0)
         return ()
 
     @contextmanager
-    def _watching(self, size: int) -> Iterator[_Watch]:
+    def _monitoring(self, size: int) -> Iterator[_NodeMonitor]:
         """Look after the nodes while an attempt runs."""
-        watch, ended = _Watch(self, size), threading.Event()
+        monitor, ended = _NodeMonitor(self, size), threading.Event()
 
         def look() -> None:
             while not ended.wait(_WATCH_INTERVAL_S):
                 # The next look may succeed.
                 with suppress(ray.exceptions.RayError, OSError):
-                    watch.look()
+                    monitor.check()
 
         watcher = threading.Thread(target=look, name="watch", daemon=True)
         watcher.start()
         try:
-            yield watch
+            yield monitor
         finally:
             ended.set()
             watcher.join(timeout=10)
 
 
-class _Watch:
-    """Sees nodes fall silent, be announced to go, or come; orders the workers to stop."""
+class _NodeMonitor:
+    """Sees nodes become unreachable, drain, or join; tells the workers to stop."""
 
     def __init__(self, recovery: Recovery, size: int) -> None:
         self.recovery, self.size = recovery, size
-        self.silent_since_s: dict[str, float] = {}
+        self.unreachable_since_s: dict[str, float] = {}
         self.had_room = False
-        self.change: Change | None = None
+        self.restart: Restart | None = None
         """Why the workers are to stop."""
 
-    def look(self) -> None:
+    def check(self) -> None:
         """Look once, and tell the workers to stop where that is needed."""
-        members = {member.node_id for member in self.recovery.mailbox.members()}
-        if not members:
+        node_ids = {worker.node_id for worker in self.recovery.channel.workers()}
+        if not node_ids:
             return
-        mine = [node for node in list_nodes() if node.id in members]
-        if self._lasting_silence(mine):
-            self.recovery.mailbox.post("abandon")
+        mine = [node for node in list_nodes() if node.id in node_ids]
+        if self._has_unreachable_node(mine):
+            self.recovery.channel.broadcast("abandon")
             return
-        if self.change is None:
-            self.change = self._departure(mine) or self._arrival()
-        if self.change is not None:  # again at each look: an order may fail half-way
-            self.recovery.mailbox.post("stop")
+        if self.restart is None:
+            self.restart = self._find_draining(mine) or self._find_capacity()
+        if self.restart is not None:  # again at each look: a broadcast may fail half-way
+            self.recovery.channel.broadcast("stop")
 
-    def _lasting_silence(self, nodes: Sequence[Node]) -> bool:
+    def _has_unreachable_node(self, nodes: Sequence[Node]) -> bool:
         now_s = time.monotonic()
-        silent = silent_addresses(nodes)
-        self.silent_since_s = {a: self.silent_since_s.get(a, now_s) for a in silent}
-        return any(now_s - since_s >= _SILENCE_S for since_s in self.silent_since_s.values())
+        silent = unreachable_addresses(nodes)
+        self.unreachable_since_s = {a: self.unreachable_since_s.get(a, now_s) for a in silent}
+        return any(
+            now_s - since_s >= _UNREACHABLE_S for since_s in self.unreachable_since_s.values()
+        )
 
-    def _departure(self, nodes: Sequence[Node]) -> Change | None:
+    def _find_draining(self, nodes: Sequence[Node]) -> Restart | None:
         going = {node.id: node.address for node in nodes if node.draining}
         if not going:
             return None
-        staying = [m for m in self.recovery.mailbox.members() if m.node_id not in going]
-        return Change(f"node {', '.join(going.values())} is being taken away", len(staying))
+        staying = [m for m in self.recovery.channel.workers() if m.node_id not in going]
+        return Restart(f"node {', '.join(going.values())} is being taken away", len(staying))
 
-    def _arrival(self) -> Change | None:
+    def _find_capacity(self) -> Restart | None:
         """Room for more workers that was there at the last look too."""
         most = self.recovery.cluster.num_workers
         if self.size >= most:
@@ -274,7 +280,7 @@ class _Watch:
         if not (room and had_room):
             return None
         size = min(self.size + room, most)
-        return Change(f"there is room for {_workers(size)}", size)
+        return Restart(f"there is room for {_workers(size)}", size)
 
 
 def count_fitting(nodes: Sequence[Node], wanted: Mapping[str, float]) -> int:
@@ -292,13 +298,13 @@ def wait_for_workers(
     """
     started_s = time.monotonic()
     fewest, most = cluster.fewest_workers, cluster.num_workers
-    request_room(wanted, most)
+    request_workers(wanted, most)
     with ExitStack() as failing:
-        failing.callback(request_room, wanted, 0)
+        failing.callback(request_workers, wanted, 0)
         while True:
             nodes = usable_nodes(wanted)
             fits, waited_s = count_fitting(nodes, wanted), time.monotonic() - started_s
-            if fits >= most or (fits >= fewest and waited_s >= min(_SETTLE_S, timeout_s)):
+            if fits >= most or (fits >= fewest and waited_s >= min(_EXTRA_WAIT_S, timeout_s)):
                 failing.pop_all()  # a training that starts replaces the request by its own
                 return nodes
             if waited_s >= timeout_s:
@@ -321,11 +327,11 @@ def _describe_lack(num_workers: int, wanted: Mapping[str, float], waited_s: floa
     )
 
 
-def find_lost(members: Sequence[Worker]) -> list[Worker]:
+def find_lost(workers: Sequence[Worker]) -> list[Worker]:
     """Those whose nodes are dead, or do not answer."""
     alive = {node.id: node for node in list_nodes()}
-    silent = silent_addresses([alive[m.node_id] for m in members if m.node_id in alive])
-    return [m for m in members if m.node_id not in alive or m.address in silent]
+    silent = unreachable_addresses([alive[m.node_id] for m in workers if m.node_id in alive])
+    return [m for m in workers if m.node_id not in alive or m.address in silent]
 
 
 def describe_position(index: CheckpointIndex | None) -> str:
@@ -336,23 +342,23 @@ def describe_position(index: CheckpointIndex | None) -> str:
     return f"after epoch {index.latest.epoch}{step}"
 
 
-def describe_failure(error: Exception, members: Sequence[Worker]) -> str:
+def describe_failure(error: Exception, workers: Sequence[Worker]) -> str:
     """In a few words, what became of a group of workers."""
-    lost = sorted({member.address for member in find_lost(members)})
+    lost = sorted({worker.address for worker in find_lost(workers)})
     if lost:
         return f"worker lost (node {', '.join(lost)} does not answer)"
     failures: Mapping[int, BaseException] = getattr(error, "worker_failures", {})
-    address = {member.rank: member.address for member in members}
+    address = {worker.rank: worker.address for worker in workers}
     for rank, failure in failures.items():
         inner = getattr(failure, "health_check_failure", failure)
         if isinstance(inner, ray.exceptions.RayActorError):
             return f"worker lost (its process on node {address.get(rank, '?')} ended)"
     first: BaseException = next(iter(failures.values()), error)
     inner = getattr(first, "controller_failure", getattr(first, "cause", None)) or first
-    text = last_words(inner)
+    text = summarise_error(inner)
     if "onnection closed by peer" in text or "onnection reset by peer" in text:
         return "worker lost (it closed its connection to the others)"
-    begun = "workers failed" if members else "workers did not start"
+    begun = "workers failed" if workers else "workers did not start"
     return f"{begun} ({type(inner).__name__}: {text[:300]})"
 
 

@@ -18,7 +18,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from jobs.ray_cluster.nodes import Node
 from jobs.ray_cluster.session import uses_gpu, worker_resources
 from jobs.training.epoch_log import worker_callbacks
-from jobs.training.messages import Mailbox
+from jobs.training.messages import WorkerChannel
 from jobs.training.recovery import STOPPED
 from pneumo.config import ClusterConfig, Config
 from pneumo.errors import PreemptedError
@@ -31,17 +31,18 @@ RENDEZVOUS_TIMEOUT_S = 180
 """Within which the ranks of an attempt must find each other; else another is begun."""
 WAIT_TIMEOUT_S = 1800
 """How long ranks wait for one another afterwards. One reads its split, or tries storage again and
-again, while the others are done; silent nodes are found by the board within seconds."""
+again, while the others are done; `jobs.training.recovery` finds
+unreachable nodes within seconds."""
 
 
-class Search(Protocol):
+class TrialContext(Protocol):
     """What a worker needs of the search whose trial it trains."""
 
     def extend(self, callbacks: Callbacks, trial_url: str, world: World) -> Callbacks:
         """`callbacks`, with which each epoch is judged and reported too."""
         ...
 
-    def fetch(self, image_size: int | None) -> Mapping[str, InMemorySplit]:
+    def fetch_splits(self, image_size: int | None) -> Mapping[str, InMemorySplit]:
         """The splits at this size that the node's memory holds, by name."""
         ...
 
@@ -53,9 +54,9 @@ class Training:
     config: Config
     store_url: str
     run_url: str
-    mailbox: Mailbox | None = None
+    channel: WorkerChannel | None = None
     """Where rank 0 tells the driver of its epochs, and who stops the workers."""
-    search: Search | None = None
+    trial_context: TrialContext | None = None
     """Whose trial it is."""
 
 
@@ -67,12 +68,12 @@ def build_trainer(
 ) -> TorchTrainer:
     """A TorchTrainer whose every worker runs `fit` as one DDP rank, on `nodes` if there are any.
 
-    `cluster` says how many there are and what each gets. With a mailbox the first failure ends the
+    `cluster` says how many there are and what each gets. With a channel the first failure ends the
     trainer's `fit`: `Recovery` deals with it.
     """
     failures = (
         FailureConfig(max_failures=cluster.max_failures)
-        if training.mailbox is None
+        if training.channel is None
         else FailureConfig(max_failures=0, controller_failure_limit=0)
     )
     return TorchTrainer(
@@ -96,7 +97,7 @@ def build_trainer(
     )
 
 
-def wait_longer() -> None:
+def extend_timeout() -> None:
     """Let the ranks, which have found each other, wait WAIT_TIMEOUT_S for one another."""
     if dist.is_initialized():
         dist.set_timeout(timedelta(seconds=WAIT_TIMEOUT_S))
@@ -105,21 +106,21 @@ def wait_longer() -> None:
 def _train_worker(settings: Mapping[str, Training]) -> str | None:
     """What each Ray Train worker runs; STOPPED when it was told to stop."""
     training = settings["training"]
-    config, search, mailbox = training.config, training.search, training.mailbox
+    config, channel, trial = training.config, training.channel, training.trial_context
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     context = ray.train.get_context()
     world = World(
         context.get_world_rank(), context.get_world_size(), context.get_local_world_size()
     )
     torch.set_num_threads(config.cluster.cpus_per_worker)
-    wait_longer()
-    callbacks = worker_callbacks(mailbox, world)
-    if mailbox is not None:
-        callbacks = replace(callbacks, should_stop=mailbox.listen(world.rank).is_set)
+    extend_timeout()
+    callbacks = worker_callbacks(channel, world)
+    if channel is not None:
+        callbacks = replace(callbacks, should_stop=channel.listen(world.rank).is_set)
     shared_splits: Mapping[str, InMemorySplit] = {}
-    if search is not None:
-        callbacks = search.extend(callbacks, training.run_url, world)
-        shared_splits = search.fetch(config.data.image_size)
+    if trial is not None:
+        callbacks = trial.extend(callbacks, training.run_url, world)
+        shared_splits = trial.fetch_splits(config.data.image_size)
     try:
         fit(
             config,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,12 +22,12 @@ from ray.tune.schedulers import FIFOScheduler
 from jobs.joined_store import open_store
 from jobs.ray_cluster.session import ray_session, wait_for_resources
 from jobs.terminal.entry_point import find_cause, new_run_url, tell
-from jobs.tracking.sending import following
+from jobs.tracking.sending import sending_to_wandb
 from jobs.tuning.live_table import LiveTable
 from jobs.tuning.search_results import print_search, write_results
 from jobs.tuning.search_wandb import BEST, REPORT
 from jobs.tuning.searchers import Draw, FixedListSearcher, OptunaSearcher, ResumableAsha, list_grid
-from jobs.tuning.trial_judge import Shared
+from jobs.tuning.trial_judge import SharedTrialData
 from jobs.tuning.trial_lines import TrialLines
 from jobs.tuning.trial_records import (
     drop_checkpoints,
@@ -38,7 +38,7 @@ from jobs.tuning.trial_records import (
     trial_url,
     write_ended,
 )
-from jobs.tuning.trial_runs import make_trainable, share, trials_at_once
+from jobs.tuning.trial_runs import load_shared_data, make_trainable, trials_at_once
 from pneumo import storage
 from pneumo.command_line import Invocation, TuneArguments
 from pneumo.config import Config, ModelConfig
@@ -47,6 +47,7 @@ from pneumo.dataset.manifest import Manifest, read_manifest
 from pneumo.errors import ClusterError, ConfigError, RunError
 from pneumo.network.backbones import check_weights
 from pneumo.reporting.tracking import prepare_tracking
+from pneumo.search_space import flatten
 from pneumo.training.preconditions import check_sizes
 from pneumo.tuning.choice import (
     Confirmation,
@@ -79,7 +80,7 @@ def tune(invocation: Invocation) -> None:
     prepare_tracking(run_url, manifest)
     with (
         ray_session(show_logs=arguments.debug),
-        following(run_url, config.tracking, "tune", tell),
+        sending_to_wandb(run_url, config.tracking, "tune", tell),
     ):
         found = search(config, manifest, store_url, run_url)
     print_search(found)
@@ -121,21 +122,13 @@ def begin(config: Config, manifest: Manifest, run_url: str) -> None:
     except FileNotFoundError:
         storage.write_text(url, json.dumps(mine, indent=1) + "\n")
         return
-    changed = _differences(drop_removed(theirs), mine)
+    before, now = flatten(drop_removed(theirs)), flatten(mine)
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     if changed:
         raise RunError(
             f"{run_url}: holds a search with another {', '.join(changed[:3])}; repeat its settings "
             "to go on, or give another --run"
         )
-
-
-def _differences(one: Any, other: Any, name: str = "") -> list[str]:
-    """Dotted names of what differs."""
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        keys = dict.fromkeys([*one, *other])
-        found = [_differences(one.get(k), other.get(k), f"{name}.{k}".strip(".")) for k in keys]
-        return [difference for differences in found for difference in differences]
-    return [] if one == other else [name]
 
 
 def search(config: Config, manifest: Manifest, store_url: str, run_url: str) -> Search:
@@ -149,7 +142,7 @@ def search(config: Config, manifest: Manifest, store_url: str, run_url: str) -> 
         f"tune: {tune.trials} trials of {tune.epochs} epochs, {at_once} at a time; judged by "
         f"{describe_objective(tune)}"
     )
-    shared = share(config, manifest, store_url)
+    shared = load_shared_data(config, manifest, store_url)
     runner = _Runner(config, manifest, store_url, run_url, shared, at_once)
     trials = rank(runner.search(), tune)
     choice = _choose(trials, config, manifest, run_url)
@@ -220,7 +213,7 @@ class _Runner:
     manifest: Manifest
     store_url: str
     run_url: str
-    shared: Shared
+    shared: SharedTrialData
     at_once: int
 
     def search(self) -> list[Trial]:

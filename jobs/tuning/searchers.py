@@ -25,7 +25,7 @@ from pneumo.tuning.objective import smooth
 from pneumo.tuning.optuna_study import to_distribution
 from pneumo.tuning.trials import OBJECTIVE, Trial
 
-_STARTUP_SHARE = 4
+_STARTUP_DIVISOR = 4
 """TPE draws the first quarter of the trials at random, at least 4 and at most 10."""
 
 
@@ -137,7 +137,7 @@ def _make_sampler(config: Config, number: int) -> optuna.samplers.BaseSampler:
     seed = int.from_bytes(digest.digest(), "little")
     if config.tune.algorithm == "random":
         return optuna.samplers.RandomSampler(seed=seed)
-    startup = min(max(config.tune.num_trials // _STARTUP_SHARE, 4), 10)
+    startup = min(max(config.tune.num_trials // _STARTUP_DIVISOR, 4), 10)
     with warnings.catch_warnings():
         # Running trials count as bad ones, so that trials at the same time are not alike.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)

@@ -31,11 +31,11 @@ METRIC = "objective"
 """What Tune compares, higher is better."""
 WARNING = "warning"
 """What the person at the terminal must know of a trial's start."""
-_HELD_TIMEOUT_S = 120.0
+_FETCH_TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True)
-class Shared:
+class SharedTrialData:
     """What all trials of a search share; references lead to one copy on each node."""
 
     tune: TuneConfig
@@ -45,19 +45,19 @@ class Shared:
     """Image size of the store, in pixels."""
     patients: Any
     """Reference to the patient of each study of val, by key."""
-    held: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    splits: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     """References to the splits in memory, by image size and name."""
 
     def extend(self, callbacks: Callbacks, trial_url: str, world: World) -> Callbacks:
         """`callbacks` of a training, with which each epoch is judged and reported to Tune."""
         return TrialJudge(self, trial_url, world).callbacks(callbacks, ray.train.report)
 
-    def fetch(self, image_size: int | None) -> dict[str, InMemorySplit]:
+    def fetch_splits(self, image_size: int | None) -> dict[str, InMemorySplit]:
         """The splits at this size, none being the store's, that are in the node's memory; those
         that are lost are read by whoever needs them."""
-        references = self.held.get(image_size or self.stored_size, {})
+        references = self.splits.get(image_size or self.stored_size, {})
         try:
-            return {n: ray.get(r, timeout=_HELD_TIMEOUT_S) for n, r in references.items()}
+            return {n: ray.get(r, timeout=_FETCH_TIMEOUT_S) for n, r in references.items()}
         except (ray.exceptions.ObjectLostError, ray.exceptions.GetTimeoutError):
             return {}
 
@@ -65,7 +65,7 @@ class Shared:
 class TrialJudge:
     """Judges one trial on one rank."""
 
-    def __init__(self, shared: Shared, trial_url: str, world: World) -> None:
+    def __init__(self, shared: SharedTrialData, trial_url: str, world: World) -> None:
         self.shared, self.trial_url, self.world = shared, trial_url, world
         self.history: list[Mapping[str, float | None]] = []
         self._warning: str | None = None

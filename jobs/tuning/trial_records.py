@@ -116,9 +116,11 @@ def list_ended(run_url: str) -> list[str]:
 
 
 def _list_with(run_url: str, file: str) -> list[str]:
-    """Names of the trials in whose folder the file is."""
+    """Names of the trials in whose folder the file is; whatever else lies there is left alone."""
     found = storage.list_urls(storage.join(run_url, "trials"))
-    return sorted(url.split("/")[-2] for url in found if url.endswith(f"/{file}"))
+    folders = [url.removesuffix(f"/{file}") for url in found if url.endswith(f"/{file}")]
+    names = [folder.rpartition("/trials/")[2] for folder in folders]
+    return sorted(name for name in names if "/" not in name and name != "..")
 
 
 def read_estimate(url: str, config: TuneConfig) -> ObjectiveEstimate | None:

@@ -18,7 +18,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from jobs.ray_cluster.session import uses_gpu, worker_resources
 from jobs.terminal.entry_point import find_cause
 from jobs.training.trainer import Training, build_trainer
-from jobs.tuning.trial_judge import Shared, TrialJudge
+from jobs.tuning.trial_judge import SharedTrialData, TrialJudge
 from jobs.tuning.trial_records import drop_checkpoints, trial_config, trial_url
 from pneumo.config import Config, DataConfig
 from pneumo.dataset.manifest import Manifest
@@ -32,7 +32,7 @@ from pneumo.training.callbacks import Callbacks
 from pneumo.training.fit import fit
 
 _DRIVER_MEMORY_BYTES = 200 * 2**20
-_HELD_FRACTION = 0.5
+_MEMORY_FRACTION = 0.5
 """Of a node's object store: the rest is for what Ray itself passes around."""
 
 
@@ -54,18 +54,21 @@ def trials_at_once(config: Config, resources: Mapping[str, float]) -> int:
     return min(fits, config.tune.trials)
 
 
-def share(config: Config, manifest: Manifest, store_url: str) -> Shared:
+def load_shared_data(config: Config, manifest: Manifest, store_url: str) -> SharedTrialData:
     """Read once what every trial needs, into the memory of the nodes: the patients of val, and the
     splits where they fit there."""
     val = manifest.splits["val"]
     studies = read_studies(store_url, manifest)
     patients = {key: row.patient for key, row in studies.items() if row.split == "val"}
-    return Shared(
+    return SharedTrialData(
         config.tune,
         val.positives / val.samples,
         manifest.image_size,
         ray.put(patients),
-        {size: _hold(config, manifest, store_url, size) for size in _sizes(config, manifest)},
+        {
+            size: _load_splits(config, manifest, store_url, size)
+            for size in _sizes(config, manifest)
+        },
     )
 
 
@@ -79,25 +82,25 @@ def _sizes(config: Config, manifest: Manifest) -> list[int]:
     return [input_size(manifest, size) for size in domain.values if isinstance(size, int | None)]
 
 
-def _hold(config: Config, manifest: Manifest, store_url: str, size: int) -> dict[str, Any]:
+def _load_splits(config: Config, manifest: Manifest, store_url: str, size: int) -> dict[str, Any]:
     """References to the splits at `size`; none where a node could not hold them."""
-    splits = ("train", "val")
+    names = ("train", "val")
     room = [
         node["Resources"].get("object_store_memory", 0.0)
         for node in ray.nodes()
         if node["Alive"] and node["Resources"].get("CPU", 0) >= config.cluster.cpus_per_worker
     ]
-    wanted = sum(manifest.splits[split].samples for split in splits) * size**2
-    if wanted > _HELD_FRACTION * min(room, default=0.0):
+    wanted = sum(manifest.splits[name].samples for name in names) * size**2
+    if wanted > _MEMORY_FRACTION * min(room, default=0.0):
         return {}
     # In turns, with a worker's CPUs: trials start only after it.
     read = ray.remote(num_cpus=config.cluster.cpus_per_worker, num_returns=2)(_read_split)
-    held = {}
-    for split in splits:
-        is_held, held[split] = read.remote(store_url, manifest, split, config.data, size)
-        if not ray.get(is_held):
+    splits = {}
+    for name in names:
+        fits, splits[name] = read.remote(store_url, manifest, name, config.data, size)
+        if not ray.get(fits):
             return {}
-    return held
+    return splits
 
 
 def _read_split(
@@ -108,7 +111,7 @@ def _read_split(
     return found is not None, found
 
 
-def make_trainable(config: Config, store_url: str, run_url: str, shared: Shared) -> Any:
+def make_trainable(config: Config, store_url: str, run_url: str, shared: SharedTrialData) -> Any:
     """What Tune runs for each trial, with the resources that it reserves."""
     search = {"config": config, "store_url": store_url, "run_url": run_url, "shared": shared}
     trainable = ray.tune.with_parameters(_run_trial, **search)
@@ -119,7 +122,7 @@ def make_trainable(config: Config, store_url: str, run_url: str, shared: Shared)
 
 
 def _run_trial(
-    drawn: dict[str, Any], config: Config, store_url: str, run_url: str, shared: Shared
+    drawn: dict[str, Any], config: Config, store_url: str, run_url: str, shared: SharedTrialData
 ) -> None:
     """Train, and tell Tune what became of it."""
     url = trial_url(run_url, drawn["name"])
@@ -129,7 +132,7 @@ def _run_trial(
         ray.tune.report(known)
         return
     training = Training(
-        trial_config(config, drawn["settings"], drawn["seed"]), store_url, url, search=shared
+        trial_config(config, drawn["settings"], drawn["seed"]), store_url, url, trial_context=shared
     )
     try:
         if config.tune.workers_per_trial > 1:
@@ -158,5 +161,5 @@ def _fit_here(training: Training, judge: TrialJudge) -> None:
         world=World(),
         device=torch.device("cuda" if uses_gpu(config.cluster) else "cpu"),
         callbacks=judge.callbacks(Callbacks(), ray.tune.report),
-        shared_splits=judge.shared.fetch(config.data.image_size),
+        shared_splits=judge.shared.fetch_splits(config.data.image_size),
     )

@@ -33,7 +33,7 @@ from jobs.ray_cluster.session import ray_session
 from jobs.training.trainer import Training, build_trainer
 from jobs.tuning.job import search
 from jobs.tuning.trial_records import read_judgement, trial_config, trial_url
-from jobs.tuning.trial_runs import share
+from jobs.tuning.trial_runs import load_shared_data
 from pneumo.command_line import parse_command_line
 from pneumo.config import Config
 from pneumo.config_layers import override
@@ -151,10 +151,12 @@ def measure_overhead(options: argparse.Namespace, folder: Path) -> None:
     torch.set_num_threads(1)
     with ray_session():
         store, manifest = make_store(folder, options.studies)
-        shared = share(config, manifest, store)
-        held = shared.fetch(None)
+        shared = load_shared_data(config, manifest, store)
+        splits = shared.fetch_splits(None)
         alone = [_fit(config, store, folder / f"alone-{i}", {}) for i in range(options.trials)]
-        with_copy = [_fit(config, store, folder / f"held-{i}", held) for i in range(options.trials)]
+        with_copy = [
+            _fit(config, store, folder / f"held-{i}", splits) for i in range(options.trials)
+        ]
         rows = [("fit in one process, reading the store", statistics.median(alone))]
         rows.append(("fit in one process, one copy shared", statistics.median(with_copy)))
         for name, workers in (("Tune, used processes", 1), ("Tune over Ray Train, 2 workers", 2)):
@@ -174,7 +176,7 @@ def measure_overhead(options: argparse.Namespace, folder: Path) -> None:
         print(f"{what:<42} {seconds:7.2f} s a trial", flush=True)
 
 
-def _fit(config: Config, store: str, run: Path, held: dict[str, InMemorySplit]) -> float:
+def _fit(config: Config, store: str, run: Path, splits: dict[str, InMemorySplit]) -> float:
     started = time.perf_counter()
     fit(
         trial_config(config, {}),
@@ -183,7 +185,7 @@ def _fit(config: Config, store: str, run: Path, held: dict[str, InMemorySplit]) 
         world=World(),
         device=torch.device("cpu"),
         callbacks=Callbacks(),
-        shared_splits=held,
+        shared_splits=splits,
     )
     return time.perf_counter() - started
 

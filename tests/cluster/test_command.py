@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from cluster.__main__ import main, make_parser
+from cluster.__main__ import _show_status, main, make_parser
+from cluster.targets import JobState
 from tests import CHECKOUT
 
 NOBODY = "http://127.0.0.1:1"
@@ -88,6 +89,15 @@ def test_a_token_file_that_is_not_there(
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "--debug", "--address", NOBODY]) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("gpu_hours", "shown"), [(None, []), (0.0, []), (1.5, ["1.50"])])
+def test_gpu_hours_are_shown_of_runs_that_have_held_some(
+    gpu_hours: float | None, shown: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _show_status(JobState("train-1", "running", gpu_hours=gpu_hours))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("GPUs")] == shown
 
 
 @pytest.mark.parametrize("command", ["--help", "submit --help", "submit train --help"])

@@ -46,8 +46,8 @@ EVALUATION = [
 ]
 
 
-class LocalMailbox:
-    """A mailbox without Ray."""
+class LocalChannel:
+    """A channel without Ray."""
 
     def __init__(self, messages: Iterable[Any] = ()) -> None:
         self.messages = list(messages)

@@ -45,13 +45,13 @@ def test_places_that_are_not(
 
 def test_a_place_that_says_nothing_is_not_waited_for() -> None:
     with silent_place() as ask, pytest.raises(StorageError) as raised:
-        preflight.within(0.1, [("s3://b", ask)])
+        preflight.run_checks(0.1, [("s3://b", ask)])
     assert re.search(r"s3://b: no answer within 0\.1 s.*AWS_ENDPOINT_URL", str(raised.value))
 
 
 def test_only_s3_has_its_endpoint_blamed() -> None:
     with silent_place() as ask, pytest.raises(StorageError) as raised:
-        preflight.within(0.1, [("gs://b", ask)])
+        preflight.run_checks(0.1, [("gs://b", ask)])
     assert "AWS" not in str(raised.value)
 
 
@@ -73,5 +73,5 @@ def test_a_place_that_is_read_and_written_is_looked_at_for_both() -> None:
         ("/b", lambda url: asked.append(("reads", url))),
         ("/b", lambda url: asked.append(("writes", url))),
     ]
-    preflight.within(5.0, checks)
+    preflight.run_checks(5.0, checks)
     assert sorted(asked) == [("reads", "/b"), ("writes", "/b")]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from jobs import train
-from jobs.training.job import leave
+from jobs.training.job import stop_training
 from pneumo.config import Config
 from pneumo.dataset.manifest import read_manifest
 from pneumo.training.checkpoints import load_checkpoint, read_index
@@ -97,10 +97,10 @@ def test_more_workers_than_the_cluster_has_is_said_before_the_start(
 _LATE_RANK = """
 from datetime import timedelta
 import time
-from jobs.training.trainer import wait_longer
+from jobs.training.trainer import extend_timeout
 
 dist.set_timeout(timedelta(seconds=1))
-wait_longer()
+extend_timeout()
 time.sleep(4 * rank)
 dist.barrier()
 """
@@ -133,7 +133,7 @@ def test_who_leaves_learns_whether_there_is_a_checkpoint(
     training: Future[bool], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ordered: list[None] = []
-    leave(lambda: ordered.append(None), training, timeout_s=1)
+    stop_training(lambda: ordered.append(None), training, timeout_s=1)
     first, *rest = capsys.readouterr().err.splitlines()
     assert first.startswith("train: interrupted; writing a checkpoint")
     assert len(ordered) == 1

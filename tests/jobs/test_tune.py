@@ -25,7 +25,7 @@ import torch
 
 from jobs import tune
 from jobs.tuning.job import check_search
-from jobs.tuning.trial_judge import Shared, TrialJudge
+from jobs.tuning.trial_judge import SharedTrialData, TrialJudge
 from jobs.tuning.trial_records import (
     read_history,
     read_trials,
@@ -33,7 +33,7 @@ from jobs.tuning.trial_records import (
     trial_url,
     write_begun,
 )
-from jobs.tuning.trial_runs import share, trials_at_once
+from jobs.tuning.trial_runs import load_shared_data, trials_at_once
 from pneumo.command_line import parse_command_line
 from pneumo.config import Config, DataConfig
 from pneumo.config_layers import override, with_absolute_weights
@@ -222,12 +222,12 @@ def test_trials_read_one_copy_and_train_as_if_they_had_read_the_store(
 ) -> None:
     config = Config(tune={"space": {"data.image_size": ["choice", 64, 48]}})  # type: ignore[arg-type]
     manifest = read_manifest(str(prepared.store))
-    shared = share(config, manifest, str(prepared.store))
-    assert set(shared.held) == {64, 48}
+    shared = load_shared_data(config, manifest, str(prepared.store))
+    assert set(shared.splits) == {64, 48}
     for size in (64, 48):
-        held = shared.fetch(size)
-        assert set(held) == {"train", "val"}
-        assert not held["train"].images.flags.writeable  # the node's shared memory itself
+        splits = shared.fetch_splits(size)
+        assert set(splits) == {"train", "val"}
+        assert not splits["train"].images.flags.writeable  # the node's shared memory itself
         own, common = (
             open_loaders(
                 PreparedStore(str(prepared.store), manifest, DataConfig(image_size=size)),
@@ -236,7 +236,7 @@ def test_trials_read_one_copy_and_train_as_if_they_had_read_the_store(
                 device="cpu",
                 shared_splits=given,
             )[0]
-            for given in ({}, held)
+            for given in ({}, splits)
         )
         arguments = {"seed": 0, "batch_size": 16, "augment": config.augment}
         for one, other in zip(own.epoch(1, **arguments), common.epoch(1, **arguments), strict=True):  # type: ignore[arg-type]
@@ -247,8 +247,8 @@ def test_trials_read_one_copy_and_train_as_if_they_had_read_the_store(
 
 def test_splits_that_are_streamed_are_not_shared(prepared: Prepared, ray_here: None) -> None:
     config = override(Config(), {"data.cache": "stream"})
-    shared = share(config, read_manifest(str(prepared.store)), str(prepared.store))
-    assert shared.fetch(None) == {}
+    shared = load_shared_data(config, read_manifest(str(prepared.store)), str(prepared.store))
+    assert shared.fetch_splits(None) == {}
 
 
 def test_a_copy_that_is_lost_is_read_again_by_who_needs_it(ray_here: None) -> None:
@@ -258,10 +258,10 @@ def test_a_copy_that_is_lost_is_read_again_by_who_needs_it(ray_here: None) -> No
 
     owner = ray.remote(num_cpus=0)(Owner).remote()
     (reference,) = ray.get(owner.put.remote())
-    shared = Shared(Config().tune, 0.5, 64, None, {64: {"train": reference}})
-    assert len(shared.fetch(64)["train"]) == 1_000_000  # type: ignore[arg-type]
+    shared = SharedTrialData(Config().tune, 0.5, 64, None, {64: {"train": reference}})
+    assert len(shared.fetch_splits(64)["train"]) == 1_000_000  # type: ignore[arg-type]
     ray.kill(owner)
-    wait_until(lambda: shared.fetch(64) == {}, "the held split to be given back")
+    wait_until(lambda: shared.fetch_splits(64) == {}, "the lost split to be given back")
 
 
 @pytest.mark.slow
@@ -511,7 +511,7 @@ def test_weights_that_a_trial_could_not_load_are_refused_before(
 
 
 def test_a_trial_of_other_weights_than_asked_for_is_known(ray_here: None, tmp_path: Path) -> None:
-    shared = Shared(Config().tune, 0.5, 64, ray.put({}))
+    shared = SharedTrialData(Config().tune, 0.5, 64, ray.put({}))
     record: dict[str, float | None] = {OBJECTIVE: 0.6, ERROR: 0.1}
 
     def train(name: str, initialisation: Initialisation, history: int = 0) -> Any:

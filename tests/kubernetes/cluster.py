@@ -181,7 +181,7 @@ class Team:
         overlay: Path | None = None,
         image: str | None = None,
         url: str | None = None,
-        patience_s: float = 5.0,
+        retry_timeout_s: float = 5.0,
     ) -> KubernetesTarget:
         """The product's client; `url` is another way to the server, a proxy's."""
         path = self.user.kubeconfig
@@ -195,8 +195,8 @@ class Team:
             config_file=str(path), client_configuration=settings, persist_config=False
         )
         client = kubernetes_client.ApiClient(settings)
-        api = kubernetes_api.Api(client, self.namespace, "tests", patience_s=patience_s)
-        return KubernetesTarget(api, overlay or self.overlay, image, patience_s=60.0)
+        api = kubernetes_api.Api(client, self.namespace, "tests", retry_timeout_s=retry_timeout_s)
+        return KubernetesTarget(api, overlay or self.overlay, image, retry_timeout_s=60.0)
 
     def rayjob(self, name: str) -> Document:
         """A RayJob; ApiException where there is none."""

@@ -126,9 +126,9 @@ def test_the_head_that_has_no_room_is_named_and_what_waits_for_it_ends_at_once(
     run.wait_for_note("head-")
     _wait_for_init(team, run)
     time.sleep(15)  # time for probes of the worker to fail
-    troubles = [note for note in run.notes if note.startswith("trouble: pod")]
-    assert [note for note in troubles if "-head-" in note and "not enough memory" in note]
-    assert not [note for note in troubles if "-worker-" in note], troubles
+    problems = [note for note in run.notes if note.startswith("problem: pod")]
+    assert [note for note in problems if "-head-" in note and "not enough memory" in note]
+    assert not [note for note in problems if "-worker-" in note], problems
     assert "-head-" in team.target().state(run.job_id).why
     names = {name_of(pod) for pod in team.pods(run.job_id)}
     team.target().cancel(run.job_id)

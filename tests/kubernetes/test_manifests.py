@@ -13,8 +13,8 @@ from kubernetes.client.exceptions import ApiException
 
 from cluster.kuberay import overlays
 from tests import CHECKOUT
+from tests.cluster.broken_manifests import BROKEN, Break, as_pod, job_of, of_kind, templates
 from tests.cluster.kuberay.test_manifests import OVERLAYS, compose
-from tests.cluster.mistakes import BROKEN, Break, as_pod, job_of, of_kind, templates
 from tests.kubernetes import namespaces
 from tests.kubernetes.cluster import Document, KubeCluster, Team, is_gone
 from tests.kubernetes.conftest import HandOver

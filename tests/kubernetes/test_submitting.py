@@ -196,7 +196,7 @@ def test_what_does_not_pass_is_one_line(
 
 def test_a_server_that_goes_away_ends_the_following_not_the_job(idle_team: Team) -> None:
     with FaultyProxy(_url(idle_team)) as proxy:
-        target = replace(idle_team.target(url=proxy.url, patience_s=0.5), patience_s=1.0)
+        target = replace(idle_team.target(url=proxy.url, retry_timeout_s=0.5), retry_timeout_s=1.0)
         started = target.submit(make_probe(idle_team, "away", 1, 0, 0), lambda _: None)
         notes: list[str] = []
 

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from cluster.kuberay.jobs import PATIENCE_S
+from cluster.kuberay.jobs import RETRY_TIMEOUT_S
 from cluster.submission import Submission
 from cluster.targets import JobState
 from tests.kubernetes.cluster import Document, Team
@@ -30,7 +30,7 @@ class Watched:
         self._thread.start()
 
     def _follow(self) -> None:
-        target = replace(self.team.target(), patience_s=PATIENCE_S)
+        target = replace(self.team.target(), retry_timeout_s=RETRY_TIMEOUT_S)
         self.ended.append(target.follow(self.job_id, self._write, self._note))
 
     def _write(self, text: str) -> None:

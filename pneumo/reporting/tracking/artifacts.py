@@ -52,7 +52,8 @@ def describe_weights(record: Mapping[str, Any], aliases: Sequence[str] = ()) -> 
         name=f"model-{record['run']}",
         type="model",
         files={"checkpoint.json": json.dumps(record, indent=1).encode()},
-        references={record["checkpoint"]: url} if url else {},
+        # A name alone: whoever downloads the artifact writes a file of it.
+        references={record["checkpoint"].rsplit("/", 1)[-1]: url} if url else {},
         aliases=aliases,
         metadata=record,
     )

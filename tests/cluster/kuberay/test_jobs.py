@@ -106,7 +106,7 @@ def test_an_api_server_that_is_gone_is_told_after_some_patience() -> None:
     settings = kubernetes_client.Configuration(host="https://127.0.0.1:1")
     settings.retries = False
     client = kubernetes_client.ApiClient(settings)
-    api = kubernetes_api.Api(client, "team", "c", patience_s=0.6)
+    api = kubernetes_api.Api(client, "team", "c", retry_timeout_s=0.6)
     with pytest.raises(OutOfReachError) as raised:
         api.list_rayjobs("")
     assert f"kubernetes: context c: {_NO_ANSWER}" in str(raised.value)

@@ -23,7 +23,7 @@ from cluster.submission import Submission
 from pneumo.command_line import parse_command_line
 from pneumo.errors import ConfigError
 from tests import CHECKOUT
-from tests.cluster.mistakes import (
+from tests.cluster.broken_manifests import (
     BROKEN,
     Break,
     as_pod,
@@ -98,7 +98,7 @@ def test_kuberays_schema_accepts_it(
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_the_operators_own_rules_hold(rendered: dict[str, list[Document]], overlay: str) -> None:
-    assert list(operator_rules.problems(job_of(rendered[overlay]))) == []
+    assert list(operator_rules.violations(job_of(rendered[overlay]))) == []
 
 
 @pytest.mark.parametrize("version", KUBERNETES)
@@ -140,7 +140,7 @@ def test_what_is_broken_is_caught_without_a_cluster_by(
     )
     assert bool(errors) is ("schema" in by), errors
     if kind == "RayJob" and not errors:
-        problems = list(operator_rules.problems(document))
+        problems = list(operator_rules.violations(document))
         assert bool(problems) is ("rules" in by), problems
 
 
@@ -190,7 +190,7 @@ def test_every_pod_is_hardened(rendered: dict[str, list[Document]], overlay: str
             assert container["resources"]["requests"] == container["resources"]["limits"]
             assert all(item["secretRef"]["optional"] for item in container.get("envFrom", []))
             plain = {item["name"]: item["value"] for item in container["env"]}
-            stops = jobs.STOP_GENTLY if container["name"] == "ray-head" else {}
+            stops = jobs.STOP_WITH_SIGINT if container["name"] == "ray-head" else {}
             assert plain == {"HOME": "/tmp", **stops}  # no secret by value
 
 
@@ -236,7 +236,7 @@ def test_pods_that_are_deleted_have_time_for_a_checkpoint(
     rendered: dict[str, list[Document]], overlay: str
 ) -> None:
     job = job_of(rendered[overlay])
-    stop_s = int(jobs.STOP_GENTLY["RAY_JOB_STOP_WAIT_TIME_S"])
+    stop_s = int(jobs.STOP_WITH_SIGINT["RAY_JOB_STOP_WAIT_TIME_S"])
     for role in ("head", "workers"):
         assert templates(job)[role]["spec"]["terminationGracePeriodSeconds"] >= stop_s + 30
     [waits_s] = re.findall(r"seq (\d+)", " ".join(_hook(job, "head")))
@@ -393,7 +393,7 @@ def test_a_zone_is_shared_by_the_workers_of_one_run(tmp_path: Path) -> None:
     documents = compose(tmp_path, "one-zone", base="overlays/gpu-spot")
     asked = Submission("train", "train-1", "python -m jobs.train", "s3://b/run", "a")
     job = rayjob.build(documents, asked, name="train-1")
-    again = rayjob.another(job, "train-1-2")
+    again = rayjob.copy_for_retry(job, "train-1-2")
     before = templates(job_of(compose(tmp_path, base="overlays/gpu-spot")))["workers"]
     for each in (job, again):
         template = templates(each)["workers"]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cluster.kuberay.kept_logs import DriverLog
-from cluster.kuberay.run_state import judge_hopeless, to_state
+from cluster.kuberay.run_state import find_permanent_failure, to_state
 
 
 def _job(deployment: str, annotations: dict[str, str] | None = None, **status: str) -> Any:
@@ -36,7 +36,7 @@ def _job(deployment: str, annotations: dict[str, str] | None = None, **status: s
     ],
 )
 def test_what_another_attempt_would_repeat_is_called_off(job: Any, exit_code: int | None) -> None:
-    judged = judge_hopeless(job, to_state(job, ()), ())
+    judged = find_permanent_failure(job, to_state(job, ()), ())
     assert (judged and judged.exit_code) == exit_code
     assert judged is None or judged.why.endswith("; called off")
 
@@ -49,7 +49,7 @@ def test_a_mistake_in_the_log_is_called_off_when_the_next_attempt_has_begun_alre
 ) -> None:
     job = _job("Initializing")
     job["status"]["failed"] = failed
-    judged = judge_hopeless(job, to_state(job, ()), (), said)
+    judged = find_permanent_failure(job, to_state(job, ()), (), said)
     assert (judged and judged.exit_code) == exit_code
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import socket
@@ -35,6 +36,8 @@ from tests.cluster.http_proxy import FaultyProxy, Rule
 
 if TYPE_CHECKING:
     from conftest import RayCluster
+
+    from tests.conftest import StoreMaker
 
 pytestmark = pytest.mark.cluster
 
@@ -124,7 +127,7 @@ def test_a_dropped_stream_is_taken_up_where_it_stopped(
 
 def test_a_silent_stream_is_asked_again_without_a_line_twice(client: Client) -> None:
     job_id = _start(client, _probe("silent", 4, 1.0, 0))
-    log, code = _follow(client, job_id, silence_s=0.7)
+    log, code = _follow(client, job_id, idle_timeout_s=0.7)
     assert (_numbers(log), code) == ([0, 1, 2, 3], 0)
 
 
@@ -137,7 +140,7 @@ def test_a_cluster_that_goes_away_ends_the_following(
         through = connect(relay.address, ray_cluster.environ)
         threading.Timer(1.0, relay.close).start()
         with pytest.raises(OutOfReachError, match="no answer"):
-            follow(through, job_id, lambda _: None, notes.append, patience_s=1.0)
+            follow(through, job_id, lambda _: None, notes.append, retry_timeout_s=1.0)
     assert "the job goes on, trying again" in str(notes[-1])
     assert len(notes) == len(set(notes))
     assert jobs.state(jobs.cancel(client, job_id)).exit_code == 130
@@ -244,7 +247,9 @@ def test_secrets_on_an_open_wire_are_warned_of(address: str, *, warned: bool) ->
 
 
 @contextmanager
-def _following(cluster: RayCluster, job_id: str) -> Iterator[subprocess.Popen[str]]:
+def _following(
+    cluster: RayCluster, job_id: str, until: str = "line 1"
+) -> Iterator[subprocess.Popen[str]]:
     """`logs --follow` in a process of its own, which has shown a line of the job."""
     with subprocess.Popen(
         [sys.executable, "-m", "cluster", "logs", job_id, "--follow"],
@@ -256,7 +261,7 @@ def _following(cluster: RayCluster, job_id: str) -> Iterator[subprocess.Popen[st
     ) as process:
         try:
             assert process.stdout is not None
-            while "line 1" not in (line := process.stdout.readline()):
+            while until not in (line := process.stdout.readline()):
                 assert line, "the log ended"
             yield process
         finally:
@@ -278,7 +283,7 @@ def test_control_c_detaches_and_cancel_stops_gently(
     assert ray_cluster.command("cancel", job_id).stderr == f"{job_id} cancelled\n"
     log, code = _follow(client, job_id)
     assert code == 130
-    assert "stopped gently" in log
+    assert "probe: interrupted" in log
 
 
 def test_control_c_twice_cancels(client: Client, ray_cluster: RayCluster) -> None:
@@ -312,10 +317,38 @@ def test_a_head_that_ignores_control_c_passes_it_on(scripted_cluster: RayCluster
         job_id = _start(client, replace(_probe(name), entrypoint=entrypoint))
         with _following(scripted_cluster, job_id) as following:
             asked = scripted_cluster.command("cancel", job_id)
-            following.communicate(timeout=60)
+            _, followed = following.communicate(timeout=60)
+        status = scripted_cluster.command("status", job_id).stdout
         assert asked.stderr.startswith(f"{job_id} {told}"), asked.stderr
+        assert followed.startswith(f"{job_id} {told}"), followed
+        assert ("was killed" in status) == (name == "stubborn"), status
         assert following.returncode == 130
         assert ("train: interrupted" in client.log_text(job_id)) == (name == "ours")
+
+
+@pytest.mark.slow
+def test_a_training_under_a_head_that_ignores_control_c_writes_a_checkpoint(
+    scripted_cluster: RayCluster, tiny_store: StoreMaker, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    asked = scripted_cluster.command(
+        *("submit", "--detach", "train", "--store", tiny_store(), "--run", str(run)),
+        *("--model.weights", "random", "--train.epochs", "5000", "--train.batch-size", "16"),
+        *("--train.micro-batch-size", "16", "--cluster.num-workers", "1"),
+    )
+    job_id = asked.stdout.strip()
+    with _following(scripted_cluster, job_id, until="epoch   2/5000") as following:
+        cancelled = scripted_cluster.command("cancel", job_id)
+        log, error = following.communicate(timeout=60)
+    assert cancelled.stderr == f"{job_id} cancelled\n", cancelled.stderr
+    assert (following.returncode, error) == (130, f"{job_id} cancelled\n")
+    assert "train: interrupted; writing a checkpoint" in log
+    assert "no checkpoint" not in log
+    epochs = [int(n) for n in re.findall(r"^epoch +(\d+)/5000 ", log, re.MULTILINE)]
+    index = json.loads((run / "checkpoints" / "index.json").read_text())
+    latest = index["entries"][-1]
+    assert not index["finished"]
+    assert latest["epoch"] >= max(epochs, default=2)
 
 
 @pytest.mark.slow

@@ -58,6 +58,16 @@ def test_staging_copies_what_is_sent_and_the_recipe(checkout: Path, tmp_path: Pa
     assert staged == {*sent.files, Path("sent/best.toml")}
 
 
+def test_a_recipe_from_elsewhere_lies_with_the_code(checkout: Path, tmp_path: Path) -> None:
+    (tmp_path / "best.toml").write_text("[train]\n")
+    before = {path for path in tmp_path.rglob("*") if checkout not in path.parents}
+    up = checkout / ".." / "best.toml"
+    sent_code.stage(sent_code.collect(checkout), tmp_path / "a" / "out", up)
+    made = {path for path in tmp_path.rglob("*") if checkout not in path.parents} - before
+    assert tmp_path / "a" / "out" / "sent" / "best.toml" in made
+    assert all(path.is_relative_to(tmp_path / "a") for path in made)
+
+
 def test_data_among_the_code_is_refused(checkout: Path) -> None:
     with (checkout / "pneumo" / "weights.pt").open("wb") as file:
         file.truncate(sent_code.MAX_BYTES)

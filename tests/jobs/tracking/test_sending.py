@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from jobs import track
-from jobs.tracking.sending import command, following
+from jobs.tracking.sending import command, sending_to_wandb
 from pneumo.config import TrackingConfig
 from tests.conftest import StoreMaker
 from tests.pneumo.reporting.tracking.run_folders import write_training
@@ -53,11 +53,13 @@ def send_again(run: Path, backend: Backend, exit_code: int = 0, times: int = 1) 
 
 
 @contextlib.contextmanager
-def job(run: Path, store: str, silence_s: float = PATIENCE_S) -> Iterator[list[str]]:
+def job(run: Path, store: str, idle_timeout_s: float = PATIENCE_S) -> Iterator[list[str]]:
     """A training of which the first epoch is there; what is told of W&B."""
     write_training(run, store, epochs=1, finished=False)
     told: list[str] = []
-    with following(str(run), ONLINE, "train", told.append, interval_s=0.2, silence_s=silence_s):
+    with sending_to_wandb(
+        str(run), ONLINE, "train", told.append, interval_s=0.2, idle_timeout_s=idle_timeout_s
+    ):
         yield told
 
 
@@ -105,7 +107,7 @@ def test_no_fault_of_the_server_matters_and_the_command_completes_it(
 ) -> None:
     run = tmp_path / "run"
     backend.fault = fault if when == "start" else None  # type: ignore[assignment]
-    with job(run, store, silence_s=5.0) as told:
+    with job(run, store, idle_timeout_s=5.0) as told:
         if when != "start":
             wait_for(lambda: bool(backend.runs))
         if when == "end":
@@ -147,7 +149,7 @@ def test_without_a_key_or_leave_nothing_is_started(
     told: list[str] = []
     config = TrackingConfig.model_validate({"mode": mode})
     before = set(psutil.Process().children())  # Ray's, where other tests have started it
-    with following(str(tmp_path), config, "train", told.append):
+    with sending_to_wandb(str(tmp_path), config, "train", told.append):
         assert set(psutil.Process().children()) <= before
     nothing = f"W&B: nothing sent (offline, or without a key); to send it: {command(str(tmp_path))}"
     assert told == ([] if mode == "disabled" else [nothing])
@@ -183,8 +185,8 @@ def test_a_job_that_is_killed_leaves_a_sender_that_sends_the_rest(
     backend: Backend,
 ) -> None:
     run = write_training(tmp_path / "run", store, epochs=3, finished=False)
-    begin = f"Sending({str(run)!r}, ['train'], interval_s=60.0); os.kill(os.getpid(), 9)"
-    script = f"import os; from jobs.tracking.sending import Sending; {begin}"
+    begin = f"SenderProcess({str(run)!r}, ['train'], interval_s=60.0); os.kill(os.getpid(), 9)"
+    script = f"import os; from jobs.tracking.sending import SenderProcess; {begin}"
     done = subprocess.run([sys.executable, "-c", script], check=False)
     assert done.returncode == -signal.SIGKILL
     wait_for(lambda: bool(backend.exit_codes))

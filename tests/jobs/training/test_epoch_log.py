@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from jobs.terminal.progress import Progress
-from jobs.training.epoch_log import Follower
+from jobs.training.epoch_log import EpochDisplay
 from pneumo.network.backbones import Initialisation
 from pneumo.training.callbacks import Epoch, Start, StepProgress
-from tests.jobs.conftest import LocalMailbox
+from tests.jobs.conftest import LocalChannel
 
 
 def make_epoch(number: int) -> Epoch:
@@ -36,7 +36,7 @@ def step_to(done: int) -> StepProgress:
 def follow(*messages: Any) -> None:
     ended: Future[None] = Future()
     ended.set_result(None)
-    Follower(LocalMailbox(messages).take, epochs=5).follow(ended)
+    EpochDisplay(LocalChannel(messages).take, epochs=5).follow(ended)
 
 
 def list_shown(capsys: pytest.CaptureFixture[str]) -> list[int]:

@@ -1,4 +1,4 @@
-"""The mailbox on one local Ray: nothing is lost, and all is in order."""
+"""The channel on one local Ray: nothing is lost, and all is in order."""
 
 from __future__ import annotations
 
@@ -9,61 +9,61 @@ from typing import Any
 import pytest
 import ray
 
-from jobs.training.messages import Mailbox
+from jobs.training.messages import WorkerChannel
 from tests.waiting import wait_until
 
 
 class _Writer:
     """A process that writes."""
 
-    def write(self, mailbox: Mailbox, name: str, count: int) -> None:
+    def write(self, channel: WorkerChannel, name: str, count: int) -> None:
         for number in range(count):
-            mailbox.put((name, number))
+            channel.put((name, number))
 
 
 @pytest.fixture
-def mailbox(ray_here: None) -> Iterator[Mailbox]:
-    mailbox = Mailbox()
-    yield mailbox
-    mailbox.close()
+def channel(ray_here: None) -> Iterator[WorkerChannel]:
+    channel = WorkerChannel()
+    yield channel
+    channel.close()
 
 
-def test_all_messages_of_several_workers_arrive_each_in_order(mailbox: Mailbox) -> None:
+def test_all_messages_of_several_workers_arrive_each_in_order(channel: WorkerChannel) -> None:
     names, count = ("a", "b"), 60
     writers = [ray.remote(num_cpus=0)(_Writer).remote() for _ in names]
-    writing = [w.write.remote(mailbox, n, count) for w, n in zip(writers, names, strict=True)]
+    writing = [w.write.remote(channel, n, count) for w, n in zip(writers, names, strict=True)]
     received: list[tuple[str, int]] = []
 
     def take_all() -> bool:
-        received.extend(mailbox.take(0.01))  # ends again and again just as something comes
+        received.extend(channel.take(0.01))  # ends again and again just as something comes
         return len(received) >= count * len(names)
 
     wait_until(take_all, lambda: f"all messages, of which {len(received)} came", pause_s=0)
     ray.get(writing)
     for name in names:
         assert [number for of, number in received if of == name] == list(range(count))
-    assert mailbox.take(0.0) == []
+    assert channel.take(0.0) == []
 
 
-def test_a_message_is_there_once_put_has_returned(mailbox: Mailbox) -> None:
+def test_a_message_is_there_once_put_has_returned(channel: WorkerChannel) -> None:
     for message in ("one", ("two", 2), {"three": 3}):
-        mailbox.put(message)
-    assert mailbox.take(0.0) == ["one", ("two", 2), {"three": 3}]
+        channel.put(message)
+    assert channel.take(0.0) == ["one", ("two", 2), {"three": 3}]
 
 
-def test_who_takes_is_woken_at_once_and_otherwise_after_the_timeout(mailbox: Mailbox) -> None:
-    waiting = mailbox.actor.take.remote(3600.0)
-    mailbox.put("now")
+def test_who_takes_is_woken_at_once_and_otherwise_after_the_timeout(channel: WorkerChannel) -> None:
+    waiting = channel.actor.take.remote(3600.0)
+    channel.put("now")
     assert ray.get(waiting, timeout=120) == ["now"]
     begun_s = time.monotonic()
-    assert mailbox.take(0.4) == []
+    assert channel.take(0.4) == []
     assert time.monotonic() - begun_s > 0.35
 
 
-def test_a_lost_mailbox_is_an_error_of_ray(ray_here: None) -> None:
-    mailbox = Mailbox()
-    mailbox.put("before")
-    mailbox.close()
+def test_a_lost_channel_is_an_error_of_ray(ray_here: None) -> None:
+    channel = WorkerChannel()
+    channel.put("before")
+    channel.close()
 
     def is_lost(call: Callable[[], Any]) -> bool:
         try:
@@ -72,5 +72,5 @@ def test_a_lost_mailbox_is_an_error_of_ray(ray_here: None) -> None:
             return True
         return False
 
-    for call in (lambda: mailbox.put("after"), lambda: mailbox.take(0.1)):
+    for call in (lambda: channel.put("after"), lambda: channel.take(0.1)):
         wait_until(lambda call=call: is_lost(call), "the loss to be known")

@@ -10,8 +10,8 @@ import pytest
 import ray
 from ray.train import WorkerGroupError
 
-from jobs.ray_cluster.nodes import Node, list_nodes, silent_addresses, usable_nodes
-from jobs.training.messages import Mailbox, Order, Worker
+from jobs.ray_cluster.nodes import Node, list_nodes, unreachable_addresses, usable_nodes
+from jobs.training.messages import Command, Worker, WorkerChannel
 from jobs.training.recovery import (
     STOPPED,
     Recovery,
@@ -66,9 +66,11 @@ class Script:
         assert found is None or isinstance(found, CheckpointIndex)
         return found
 
-    def recovery(self, mailbox: Mailbox, *, urls: tuple[str, str], **cluster: Any) -> Recovery:
+    def recovery(
+        self, channel: WorkerChannel, *, urls: tuple[str, str], **cluster: Any
+    ) -> Recovery:
         config = ClusterConfig(**cluster)
-        return Recovery(config, ONE_CPU, *urls, mailbox, self.attempt, self.told.append, self.look)
+        return Recovery(config, ONE_CPU, *urls, channel, self.attempt, self.told.append, self.look)
 
 
 REMOTE_STORE = ("s3://bucket/store", "/runs/1")
@@ -77,10 +79,10 @@ ALL_LOCAL = ("/store", "/runs/1")
 
 
 @pytest.fixture
-def mailbox(ray_here: None) -> Iterator[Mailbox]:
-    mailbox = Mailbox()
-    yield mailbox
-    ray.kill(mailbox.actor)
+def channel(ray_here: None) -> Iterator[WorkerChannel]:
+    channel = WorkerChannel()
+    yield channel
+    ray.kill(channel.actor)
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +111,9 @@ def wait_for_nodes() -> list[Node]:
 
 
 def run(
-    script: Script, mailbox: Mailbox, urls: tuple[str, str] = REMOTE_RUN, **cluster: Any
+    script: Script, channel: WorkerChannel, urls: tuple[str, str] = REMOTE_RUN, **cluster: Any
 ) -> None:
-    script.recovery(mailbox, urls=urls, **cluster).run(wait_for_nodes())
+    script.recovery(channel, urls=urls, **cluster).run(wait_for_nodes())
 
 
 # --- what is tried again --------------------------------------------------------------------------
@@ -119,10 +121,10 @@ def run(
 
 @pytest.mark.parametrize("urls", [REMOTE_STORE, REMOTE_RUN])
 def test_an_object_store_that_is_away_is_a_failure_and_is_waited_for(
-    mailbox: Mailbox, urls: tuple[str, str]
+    channel: WorkerChannel, urls: tuple[str, str]
 ) -> None:
     script = Script([fail(AWAY), None], [AWAY, AWAY, make_index(2, 3)])
-    run(script, mailbox, urls)
+    run(script, channel, urls)
     failure = f"{AWAY}, failure 1 of 3"
     assert script.told == [
         f"{failure}: waiting, as it is away: {AWAY}",
@@ -132,34 +134,34 @@ def test_an_object_store_that_is_away_is_a_failure_and_is_waited_for(
 
 
 def test_a_controller_of_ray_that_dies_is_a_failure(
-    mailbox: Mailbox, died: ray.exceptions.ActorDiedError
+    channel: WorkerChannel, died: ray.exceptions.ActorDiedError
 ) -> None:
     script = Script([died, None])
-    run(script, mailbox)
+    run(script, channel)
     (line,) = script.told
     assert line.startswith("workers did not start (ActorDiedError: ")
     assert line.endswith("failure 1 of 3: going on with 1 worker after epoch 1")
 
 
 def test_failures_are_counted_and_the_last_one_is_raised(
-    mailbox: Mailbox, died: ray.exceptions.ActorDiedError
+    channel: WorkerChannel, died: ray.exceptions.ActorDiedError
 ) -> None:
     script = Script([fail(AWAY), died, fail(ValueError("lost")), fail(AWAY)])
     with pytest.raises(WorkerGroupError) as caught:
-        run(script, mailbox, max_failures=3)
+        run(script, channel, max_failures=3)
     assert caught.value is script.outcomes[3]
     assert len(script.told) == 3
 
 
-def test_a_worker_lost_after_the_last_checkpoint_does_no_harm(mailbox: Mailbox) -> None:
+def test_a_worker_lost_after_the_last_checkpoint_does_no_harm(channel: WorkerChannel) -> None:
     script = Script([fail(ValueError("lost"))], [make_index(10, finished=True)])
-    run(script, mailbox, ALL_LOCAL)
+    run(script, channel, ALL_LOCAL)
     assert script.told == []
 
 
-def test_a_stop_whose_reason_was_lost_is_no_end(mailbox: Mailbox) -> None:
+def test_a_stop_whose_reason_was_lost_is_no_end(channel: WorkerChannel) -> None:
     script = Script([STOPPED, None])
-    run(script, mailbox)
+    run(script, channel)
     assert script.told == ["told to stop: going on with 1 worker after epoch 1"]
 
 
@@ -176,50 +178,50 @@ def test_a_stop_whose_reason_was_lost_is_no_end(mailbox: Mailbox) -> None:
     ],
 )
 def test_what_would_only_happen_again_ends_the_job(
-    mailbox: Mailbox, cause: PneumoError, urls: tuple[str, str]
+    channel: WorkerChannel, cause: PneumoError, urls: tuple[str, str]
 ) -> None:
     script = Script([fail(cause)])
     with pytest.raises(WorkerGroupError):
-        run(script, mailbox, urls)
+        run(script, channel, urls)
     assert script.told == []
 
 
-def test_storage_that_answers_with_a_refusal_ends_the_wait(mailbox: Mailbox) -> None:
+def test_storage_that_answers_with_a_refusal_ends_the_wait(channel: WorkerChannel) -> None:
     script = Script([fail(AWAY)], [AWAY, RunError("/runs/1: not yours")])
     with pytest.raises(RunError, match="not yours"):
-        run(script, mailbox)
+        run(script, channel)
 
 
-def test_an_order_to_leave_ends_each_wait(mailbox: Mailbox) -> None:
+def test_a_request_to_stop_ends_each_wait(channel: WorkerChannel) -> None:
     script = Script([fail(AWAY)], [AWAY])
-    recovery = script.recovery(mailbox, urls=REMOTE_RUN)
-    recovery.tell = lambda line: recovery.leave()
+    recovery = script.recovery(channel, urls=REMOTE_RUN)
+    recovery.tell = lambda line: recovery.stop()
     recovery.run(wait_for_nodes())
     assert script.looked == 1
 
 
-def test_an_attempt_that_is_told_to_leave_is_the_last(mailbox: Mailbox) -> None:
+def test_an_attempt_that_is_told_to_stop_is_the_last(channel: WorkerChannel) -> None:
     script = Script([])
-    recovery = script.recovery(mailbox, urls=REMOTE_RUN)
+    recovery = script.recovery(channel, urls=REMOTE_RUN)
 
-    def leave(size: int) -> str:
-        recovery.leave()
+    def stop(size: int) -> str:
+        recovery.stop()
         return STOPPED
 
-    script.outcomes = [leave]
+    script.outcomes = [stop]
     assert recovery.run(wait_for_nodes())
     assert script.told == []
 
 
-def test_a_failure_on_the_way_out_leaves_no_checkpoint(mailbox: Mailbox) -> None:
+def test_a_failure_on_the_way_out_writes_no_checkpoint(channel: WorkerChannel) -> None:
     script = Script([])
-    recovery = script.recovery(mailbox, urls=REMOTE_RUN)
+    recovery = script.recovery(channel, urls=REMOTE_RUN)
 
-    def fail_leaving(size: int) -> str:
-        recovery.leave()
+    def fail_stopping(size: int) -> str:
+        recovery.stop()
         raise fail(AWAY)
 
-    script.outcomes = [fail_leaving]
+    script.outcomes = [fail_stopping]
     assert not recovery.run(wait_for_nodes())
     assert script.told == []
 
@@ -228,36 +230,36 @@ def test_a_failure_on_the_way_out_leaves_no_checkpoint(mailbox: Mailbox) -> None
 
 
 class _Worker:
-    def __init__(self, mailbox: Mailbox) -> None:
-        self.heard = mailbox.listen(0)
+    def __init__(self, channel: WorkerChannel) -> None:
+        self.heard = channel.listen(0)
 
     def wait(self) -> bool:
         return self.heard.wait(120)
 
 
-class _FlakyMailbox(Mailbox):
+class _FlakyChannel(WorkerChannel):
     """Its first order is heard, but whoever posts it does not learn of that."""
 
     def __init__(self) -> None:
         super().__init__()
         self.is_new = True
 
-    def post(self, order: Order) -> None:
-        super().post(order)
+    def broadcast(self, command: Command) -> None:
+        super().broadcast(command)
         if self.is_new:
             self.is_new = False
             raise ray.exceptions.RayActorError
 
 
-@pytest.mark.parametrize("kind", [Mailbox, _FlakyMailbox])
+@pytest.mark.parametrize("kind", [WorkerChannel, _FlakyChannel])
 def test_an_attempt_of_fewer_workers_is_stopped_when_there_is_room(
-    ray_here: None, kind: type[Mailbox]
+    ray_here: None, kind: type[WorkerChannel]
 ) -> None:
-    mailbox = kind()
+    channel = kind()
 
     def train_until_told(size: int) -> str:
-        worker = ray.remote(num_cpus=0)(_Worker).remote(mailbox)
-        assert ray.get(worker.wait.remote()), "waited 120 s for the order to stop"
+        worker = ray.remote(num_cpus=0)(_Worker).remote(channel)
+        assert ray.get(worker.wait.remote()), "waited 120 s for the command to stop"
         ray.kill(worker)
         return STOPPED
 
@@ -265,14 +267,14 @@ def test_an_attempt_of_fewer_workers_is_stopped_when_there_is_room(
     most = count_fitting(there, ONE_CPU)
     script = Script([train_until_told, None])
     one = [Node(n.id, n.address, n.port, n.total, ONE_CPU, draining=False) for n in there]
-    recovery = script.recovery(mailbox, urls=REMOTE_RUN, num_workers=most, min_workers=1)
+    recovery = script.recovery(channel, urls=REMOTE_RUN, num_workers=most, min_workers=1)
     recovery.run(one)
     assert script.sizes == [1, most]
     assert script.told == [
         f"starting with 1 worker of {most}",
         f"there is room for {most} workers: going on with {most} workers after epoch 1",
     ]
-    ray.kill(mailbox.actor)
+    ray.kill(channel.actor)
 
 
 # --- nodes, and what is said of them --------------------------------------------------------------
@@ -304,9 +306,9 @@ def test_a_node_takes_as_many_workers_as_its_scarcest_resource(
 def test_the_nodes_of_this_cluster_answer_and_a_closed_port_does_not(ray_here: None) -> None:
     (here,) = list_nodes()
     assert not here.draining
-    assert silent_addresses([here]) == set()
+    assert unreachable_addresses([here]) == set()
     closed = make_node(address="127.0.0.1", port=1)
-    assert silent_addresses([closed]) == {"127.0.0.1"}
+    assert unreachable_addresses([closed]) == {"127.0.0.1"}
 
 
 def test_what_a_cluster_lacks_is_said_after_the_wait(ray_here: None) -> None:

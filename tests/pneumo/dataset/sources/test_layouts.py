@@ -19,7 +19,7 @@ from pneumo.dataset.shard_tasks import read_study
 from pneumo.dataset.source import Source
 from pneumo.dataset.sources.recognition import read_source
 from pneumo.dataset.splits import find_published, split_studies
-from pneumo.errors import SourceError
+from pneumo.errors import PneumoError, SourceError
 from pneumo.images.dicom import GrayImage
 
 ENVIRON = {"PNEUMO_HASH_KEY": "a secret of the tests"}
@@ -72,6 +72,23 @@ def test_the_one_folder_of_a_download_is_looked_into(copied: Path, tmp_path: Pat
     outer.mkdir()
     shutil.move(copied / "kermany", outer / "chest_xray")
     assert len(read(outer).studies) == NUM_STUDIES
+
+
+@pytest.mark.parametrize("name", PHANTOM_LAYOUTS)
+def test_a_name_of_a_table_does_not_lead_out_of_the_folder(copied: Path, name: str) -> None:
+    for table in (copied / name).rglob("*.csv"):
+        header, first, *rest = table.read_text().splitlines(keepends=True)
+        file, comma, values = first.partition(",")
+        outside = f"../../{Path(file).name}"
+        table.write_text("".join([header, f"{outside}{comma}{values}", *rest]))
+        shutil.copyfile(next((copied / name).rglob("*.[dpj]*")), copied / Path(outside).name)
+    try:
+        studies = read(copied / name).studies
+    except PneumoError:
+        return
+    assert studies
+    for study in studies:
+        assert Path(study.url).resolve().is_relative_to(copied / name), study.url
 
 
 def test_two_layouts_in_one_folder_are_refused_until_one_is_named(copied: Path) -> None:

@@ -45,3 +45,9 @@ def test_weights_in_an_object_store_are_referenced(tmp_path, monkeypatch):
     entries = packed.manifest.entries
     assert set(entries) == {"checkpoint.json", ENTRY.name}
     assert entries[ENTRY.name].ref == url
+
+
+def test_a_record_of_a_name_that_leads_out_names_a_file_of_the_artifact():
+    url = "s3://bucket/run/checkpoints/epoch-0003.pt"
+    record = {"run": "run-12345678", "checkpoint": "../../up.pt", "sha256": "", "url": url}
+    assert describe_weights(record).references == {"up.pt": url}

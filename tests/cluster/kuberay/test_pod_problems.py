@@ -1,4 +1,4 @@
-"""Every trouble a person meets, as the API server tells it; the objects are cut from real ones."""
+"""Every problem a person meets, as the API server tells it; the objects are cut from real ones."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cluster.kuberay.pod_troubles import find
+from cluster.kuberay.pod_problems import find
 from cluster.kuberay.run_state import driver_exit_code, to_state
 
 Document = dict[str, Any]
@@ -343,13 +343,13 @@ CASES: dict[str, tuple[Document, list[Document], list[Document], str]] = {
 
 
 @pytest.mark.parametrize(("job", "pods", "warnings", "message"), CASES.values(), ids=CASES)
-def test_a_trouble_is_one_line_with_what_to_do(
+def test_a_problem_is_one_line_with_what_to_do(
     job: Document, pods: list[Document], warnings: list[Document], message: str
 ) -> None:
-    [trouble] = find(job, pods, warnings)
-    assert re.search(message, str(trouble)), str(trouble)
-    assert "\n" not in str(trouble)
-    assert trouble in find(job, pods * 2, warnings * 2)
+    [problem] = find(job, pods, warnings)
+    assert re.search(message, str(problem)), str(problem)
+    assert "\n" not in str(problem)
+    assert problem in find(job, pods * 2, warnings * 2)
     assert len(find(job, pods * 2, warnings * 2)) == 1
 
 
@@ -357,8 +357,8 @@ def test_workers_that_wait_for_a_head_are_not_named() -> None:
     head = _unschedulable("0/3 nodes are available: 3 Insufficient cpu")
     head["metadata"] = {"name": HEAD, "labels": HEADS}
     failed = {**_event("Pod", WORKER, "Unhealthy", "Readiness probe failed: x"), "count": 40}
-    [trouble] = find(_job(), [_pod(phase="Running"), head], [failed])
-    assert HEAD in str(trouble)
+    [problem] = find(_job(), [_pod(phase="Running"), head], [failed])
+    assert HEAD in str(problem)
     mount = _event("Pod", WORKER, "FailedMount", "no such volume")
     assert len(find(_job(), [_pod(phase="Running"), head], [failed, mount])) == 2
 
@@ -380,15 +380,15 @@ def test_a_run_without_a_head_says_what_to_type() -> None:
     head = _pod(HEAD, phase="Running")
     head["metadata"] = {"name": HEAD, "labels": HEADS}
     assert find(_job(jobDeploymentStatus="Running"), [head], []) == []
-    [trouble] = find(_job(jobDeploymentStatus="Running"), [_pod()], [])
-    assert "it has no head any more" in str(trouble)
-    assert "python -m cluster submit --target k8s --overlay gpu-spot train" in str(trouble)
+    [problem] = find(_job(jobDeploymentStatus="Running"), [_pod()], [])
+    assert "it has no head any more" in str(problem)
+    assert "python -m cluster submit --target k8s --overlay gpu-spot train" in str(problem)
     cancelled = _job(jobDeploymentStatus="Running")
     cancelled["metadata"]["deletionTimestamp"] = "2026-01-02T03:04:05Z"
     assert find(cancelled, [], []) == []
 
 
-def test_the_operators_haste_is_no_trouble() -> None:
+def test_the_operators_haste_is_no_problem() -> None:
     name = "train-1-0a1b2c3d"
     events = [
         _event("RayJob", name, "FailedToCreateRayCluster", f'"{name}" already exists'),
@@ -397,7 +397,7 @@ def test_the_operators_haste_is_no_trouble() -> None:
     assert find(_job(), [], events) == []
 
 
-def test_what_is_well_is_no_trouble() -> None:
+def test_what_is_well_is_no_problem() -> None:
     running = {"name": "ray-worker", "state": {"running": {"startedAt": "x"}}}
     creating = {"name": "ray-worker", "state": {"waiting": {"reason": "ContainerCreating"}}}
     done = {"name": "preflight", "state": {"terminated": {"exitCode": 0, "reason": "Completed"}}}

@@ -13,11 +13,12 @@ from typing import Any
 
 from cluster.kuberay import rayjob
 from cluster.kuberay.overlays import Document
+from cluster.kuberay.progress import SUBMITTER, node_type, since
 
 _IMAGE = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"}
 _CONFIG = {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
 _LOST_EVENTS = {"NodeNotReady", "TaintManagerEviction"}
-_GAVE_WAY = {"Preempting", "Preempted", "PreemptionByScheduler"}
+_PREEMPTED = {"Preempting", "Preempted", "PreemptionByScheduler"}
 _EVICTED = {"Evicted", "EvictionByEvictionAPI", "TerminationByKubelet"}
 """Reasons of pods and of their condition DisruptionTarget; others mean that the node is gone."""
 _TOLD_BY_STATUS = {
@@ -34,11 +35,8 @@ _POD_ADVICE = {
     "administrator",
     "Unhealthy": "Ray does not answer there; kubectl logs of the pod tells more",
 }
-NODE_TYPE = "ray.io/node-type"
-"""KubeRay's label: head or worker."""
-SUBMITTER = "ray-job-submitter"
 NO_CAPACITY = "PreRunningDeadlineExceeded"
-GIVEN_UP = "JobStatusCheckTimeoutExceeded"
+STATUS_CHECK_TIMEOUT = "JobStatusCheckTimeoutExceeded"
 """Why an operator of 1.7 ends a run whose head did not answer for 300 s, without another try."""
 PREFLIGHT = "preflight"
 OLDEST_OPERATOR = (1, 7)
@@ -49,7 +47,7 @@ _PATIENT_RESTARTS = 2
 
 
 @dataclass(frozen=True)
-class Trouble:
+class Problem:
     """One thing that is wrong.
 
     `key` is the same while it is the same thing. `exit_code` is set where waiting cannot help.
@@ -63,19 +61,19 @@ class Trouble:
         return self.line
 
 
-def find(job: Document, pods: Sequence[Document], warnings: Sequence[Document]) -> list[Trouble]:
-    """The troubles of a run, those that explain others first."""
+def find(job: Document, pods: Sequence[Document], warnings: Sequence[Document]) -> list[Problem]:
+    """The problems of a run, those that explain others first."""
     pods = sorted(pods, key=lambda pod: not is_head(pod))
     found = [
         *_of_job(job, pods),
-        *(trouble for pod in pods for trouble in _of_pod(pod, job)),
+        *(problem for pod in pods for problem in _of_pod(pod, job)),
         *_of_operator(pods),
         *_of_warnings(job, pods, warnings),
     ]
-    return list({trouble.key: trouble for trouble in reversed(found)}.values())[::-1]
+    return list({problem.key: problem for problem in reversed(found)}.values())[::-1]
 
 
-def _of_job(job: Document, pods: Sequence[Document]) -> Iterator[Trouble]:
+def _of_job(job: Document, pods: Sequence[Document]) -> Iterator[Problem]:
     status = job.get("status") or {}
     reason, message = status.get("reason"), _line(status.get("message"))
     again = f"it goes on from its last checkpoint with: {rayjob.command(job)}"
@@ -87,24 +85,24 @@ def _of_job(job: Document, pods: Sequence[Document]) -> Iterator[Trouble]:
         NO_CAPACITY: "it waited longer than preRunningDeadlineSeconds; lower "
         "--workers, or take an overlay whose nodes there are",
         "ValidationFailed": "the operator refuses the RayJob; correct the overlay",
-        GIVEN_UP: "the operator did not reach the head for minutes, and does not try again by "
-        f"itself; {again}",
+        STATUS_CHECK_TIMEOUT: "the operator did not reach the head for minutes, and does not try "
+        f"again by itself; {again}",
         "JobDeploymentStatusTransitionGracePeriodExceeded": "the job ended, its submitter did not; "
         "its log and the run's folder tell how",
     }.get(str(reason))
     if is_headless(job, pods):
-        yield Trouble(
+        yield Problem(
             ("job", "headless"),
             "it has no head any more; where the operator makes no other, a follower submits it "
             f"again after two minutes; without one, cancel it, and {again}",
         )
     if advice:
-        yield Trouble(
+        yield Problem(
             ("job", str(reason)), f"{reason}{f': {message}' if message else ''}; {advice}"
         )
 
 
-def _of_pod(pod: Document, job: Document) -> Iterator[Trouble]:
+def _of_pod(pod: Document, job: Document) -> Iterator[Problem]:
     name, status = pod["metadata"]["name"], pod.get("status") or {}
     specs = {
         each["name"]: each
@@ -122,11 +120,11 @@ def _of_pod(pod: Document, job: Document) -> Iterator[Trouble]:
             yield from _of_submitter(name, container, job)
 
 
-def _of_scheduling(name: str, status: Mapping[str, Any]) -> Iterator[Trouble]:
+def _of_scheduling(name: str, status: Mapping[str, Any]) -> Iterator[Problem]:
     for condition in status.get("conditions", []):
         if condition.get("type") == "PodScheduled" and condition.get("reason") == "Unschedulable":
             message = _line(condition.get("message"))
-            yield Trouble(
+            yield Problem(
                 (name, "unschedulable"), f"pod {name} has no node: {_scheduling(message)}"
             )
 
@@ -145,7 +143,7 @@ def _scheduling(message: str) -> str:
     return f"{message}; compare the overlay with the cluster's nodes"
 
 
-def _of_loss(pod: Document) -> Iterator[Trouble]:
+def _of_loss(pod: Document) -> Iterator[Problem]:
     name, status = pod["metadata"]["name"], pod.get("status") or {}
     reason, message = str(status.get("reason", "")), _line(status.get("message"))
     for condition in status.get("conditions", []):
@@ -153,8 +151,8 @@ def _of_loss(pod: Document) -> Iterator[Trouble]:
             reason = reason or str(condition.get("reason", ""))
             message = message or _line(condition.get("message"))
     why = f"{reason}{f': {message}' if message else ''}"
-    then = _GOES_ON
-    if reason in _GAVE_WAY:
+    then = _STARTED_AGAIN
+    if reason in _PREEMPTED:
         what = f"gave way to one of higher priority ({why})"
     elif reason == "Evicted":
         what = f"was evicted ({message}), see the overlay's sizes"
@@ -163,7 +161,7 @@ def _of_loss(pod: Document) -> Iterator[Trouble]:
     elif reason == "DeletionByTaintManager":
         node = pod["spec"].get("nodeName", "")
         what = f"is being deleted, for its node {node} does not answer or was tainted ({reason})"
-        if pod["metadata"].get("labels", {}).get(NODE_TYPE) == "worker":
+        if node_type(pod) == "worker":
             then = (
                 "another is started once it is gone, not before: when the node answers again, or "
                 "its Node object goes, as clouds see to; elsewhere, where the machine is surely "
@@ -172,19 +170,19 @@ def _of_loss(pod: Document) -> Iterator[Trouble]:
     else:
         what = f"lost its node ({why})"
     if reason:
-        yield Trouble((name, "lost"), f"pod {name} {what}; {then}")
+        yield Problem((name, "lost"), f"pod {name} {what}; {then}")
 
 
-_GOES_ON = "another is started, and the run goes on from its last checkpoint"
+_STARTED_AGAIN = "another is started, and the run goes on from its last checkpoint"
 
 
-def _of_operator(pods: Sequence[Document]) -> Iterator[Trouble]:
+def _of_operator(pods: Sequence[Document]) -> Iterator[Problem]:
     """An operator older than its CRDs, which drops what it does not know without a word."""
     for pod in filter(is_head, pods):
         for variable in pod["spec"]["containers"][0].get("env", []):
             found = re.search(r"kuberay_version=v(\d+)\.(\d+)", variable.get("value") or "")
             if found and tuple(map(int, found.groups())) < OLDEST_OPERATOR:
-                yield Trouble(
+                yield Problem(
                     ("operator", "version"),
                     f"the KubeRay operator is {found[1]}.{found[2]} and drops what it does not "
                     "know of the overlay: before 1.6 authOptions, so that Ray runs code of anyone "
@@ -192,13 +190,13 @@ def _of_operator(pods: Sequence[Document]) -> Iterator[Trouble]:
                 )
 
 
-def _of_container(name: str, status: Document, spec: Document) -> Iterator[Trouble]:
+def _of_container(name: str, status: Document, spec: Document) -> Iterator[Problem]:
     state, last = status.get("state") or {}, status.get("lastState") or {}
     waiting = state.get("waiting") or {}
     reason, message = str(waiting.get("reason", "")), _line(waiting.get("message"))
     ended = state.get("terminated") or last.get("terminated") or {}
     if reason in _IMAGE:
-        yield Trouble(
+        yield Problem(
             (name, "image"),
             f"pod {name} cannot pull {spec.get('image', 'its image')} ({reason}"
             f"{f': {message}' if message else ''}); check name and digest, and that the nodes may "
@@ -206,20 +204,20 @@ def _of_container(name: str, status: Document, spec: Document) -> Iterator[Troub
             exit_code=2 if reason in {"InvalidImageName", "ErrImageNeverPull"} else None,
         )
     elif reason in _CONFIG:
-        yield Trouble((name, "config"), f"pod {name} cannot start ({reason}: {_secret(message)}")
+        yield Problem((name, "config"), f"pod {name} cannot start ({reason}: {_secret(message)}")
     if not ended.get("exitCode"):
         return
     if status["name"] == PREFLIGHT:
         yield _preflight(name, status, ended)
     elif ended.get("reason") == "OOMKilled":
         limit = spec.get("resources", {}).get("limits", {}).get("memory", "none")
-        yield Trouble(
+        yield Problem(
             (name, "memory"),
             f"pod {name} was killed for memory (OOMKilled, its limit is {limit}); raise the "
             "overlay's memory, or lower --train.batch-size or set --data.cache stream",
         )
     elif reason == "CrashLoopBackOff":
-        yield Trouble(
+        yield Problem(
             (name, "crash"),
             f"pod {name} ends again and again (exit code {ended['exitCode']}: "
             f"{_line(ended.get('message'), last=True) or ended.get('reason')}); see kubectl logs "
@@ -227,7 +225,7 @@ def _of_container(name: str, status: Document, spec: Document) -> Iterator[Troub
         )
 
 
-def _of_submitter(name: str, status: Document, job: Document) -> Iterator[Trouble]:
+def _of_submitter(name: str, status: Document, job: Document) -> Iterator[Problem]:
     """One that ended without the job having ended: it could not start it, or lost it."""
     ended = (status.get("state") or {}).get("terminated") or {}
     job_status = (job.get("status") or {}).get("jobStatus")
@@ -235,20 +233,20 @@ def _of_submitter(name: str, status: Document, job: Document) -> Iterator[Troubl
         said = _line(ended.get("message"), last=True) or ended.get("reason", "no reason given")
         if "WebSocket" in said:
             said = "the head went away in the middle of the log"
-        yield Trouble(
+        yield Problem(
             (name, "submitter"),
             f"submitter {name} ended with exit code {ended['exitCode']} ({said}); another is "
             "started while there are tries left",
         )
 
 
-def _preflight(name: str, status: Document, ended: Document) -> Trouble:
+def _preflight(name: str, status: Document, ended: Document) -> Problem:
     said = _line(ended.get("message"), last=True).removeprefix("error: ")
     if "exec format error" in said:
         why = f"pod {name}: the image is of another architecture than its node ({said})"
-        return Trouble((name, "image"), why, exit_code=2)
+        return Problem((name, "image"), why, exit_code=2)
     lasting = ended["exitCode"] == 2 or status.get("restartCount", 0) >= _PATIENT_RESTARTS
-    return Trouble(
+    return Problem(
         (name, PREFLIGHT),
         said or f"pod {name}: preflight ended with exit code {ended['exitCode']}",
         exit_code=(2 if ended["exitCode"] == 2 else 1) if lasting else None,
@@ -264,11 +262,11 @@ def _secret(message: str) -> str:
 
 def _of_warnings(
     job: Document, pods: Sequence[Document], warnings: Sequence[Document]
-) -> Iterator[Trouble]:
+) -> Iterator[Problem]:
     name = job["metadata"]["name"]
     cluster = (job.get("status") or {}).get("rayClusterName") or name
     there = {pod["metadata"]["name"]: pod for pod in pods}
-    head_is_ready = any(is_head(pod) and _is_ready(pod) for pod in pods)
+    head_is_ready = any(is_head(pod) and since(pod, "Ready") for pod in pods)
     for warning in sorted(warnings, key=_time, reverse=True):
         about, reason = warning.get("involvedObject") or {}, str(warning.get("reason", ""))
         kind, who = str(about.get("kind", "")), str(about.get("name", ""))
@@ -276,7 +274,7 @@ def _of_warnings(
         message = _line(warning.get("message")).removeprefix("(combined from similar events): ")
         if kind == "Workload" and re.fullmatch(rf"rayjob-{re.escape(name)}-[0-9a-z]{{5}}", who):
             if reason == "Pending" and (job.get("spec") or {}).get("suspend"):
-                yield Trouble(("queue", "quota"), f"Kueue has no quota for it yet: {message}")
+                yield Problem(("queue", "quota"), f"Kueue has no quota for it yet: {message}")
         elif kind == "Pod" and who in there:
             waits = reason == "Unhealthy" and not head_is_ready and not is_head(there[who])
             if not waits:  # for the head
@@ -284,43 +282,43 @@ def _of_warnings(
         elif kind == "Pod" and reason in _LOST_EVENTS and who.startswith(f"{cluster}-"):
             if not message.startswith("Cancelling"):
                 what = f"pod {who} lost its node ({reason}: {message})"
-                yield Trouble((who, "lost"), f"{what}; {_GOES_ON}")
+                yield Problem((who, "lost"), f"{what}; {_STARTED_AGAIN}")
         elif who in {name, cluster} and kind in {"RayJob", "RayCluster", "Job"}:
             yield from _of_controller(reason, message)
 
 
-def _of_living_pod(pod: Document, warning: Document) -> Iterator[Trouble]:
+def _of_living_pod(pod: Document, warning: Document) -> Iterator[Problem]:
     """What an event says of a pod that is not well, if the pod does not say it itself."""
     name, reason = pod["metadata"]["name"], str(warning.get("reason", ""))
     count = warning.get("count") or (warning.get("series") or {}).get("count") or 1
-    if _is_ready(pod) or reason in _TOLD_BY_STATUS:
+    if since(pod, "Ready") or reason in _TOLD_BY_STATUS:
         return
     if reason == "Unhealthy" and count < _MANY_FAILED_PROBES:
         return
     advice = _POD_ADVICE.get(reason, "it is tried again")
-    yield Trouble(
+    yield Problem(
         (name, reason), f"pod {name}: {reason}: {_line(warning.get('message'))}; {advice}"
     )
 
 
-def _of_controller(reason: str, message: str) -> Iterator[Trouble]:
+def _of_controller(reason: str, message: str) -> Iterator[Problem]:
     """A warning of the operator or of Kubernetes' own controllers about the run."""
     if "exceeded quota" in message:
-        yield Trouble(
+        yield Problem(
             ("namespace", "quota"), f"no quota: {message}; lower --workers, or ask for more"
         )
     elif "serviceaccount" in message and "not found" in message:
-        yield Trouble(
+        yield Problem(
             ("namespace", "account"), f"{message}; an administrator applies the overlay, once"
         )
     elif "violates PodSecurity" in message:
-        yield Trouble(
+        yield Problem(
             ("namespace", "security"), f"the namespace forbids it: {message}; correct the overlay"
         )
     elif reason.startswith("InvalidRay"):
-        yield Trouble(("job", "invalid"), f"the operator refuses it: {message}", exit_code=2)
+        yield Problem(("job", "invalid"), f"the operator refuses it: {message}", exit_code=2)
     elif reason.startswith("Failed") and not _IS_SO_ALREADY.search(message):
-        yield Trouble(("job", reason), f"{reason}: {message}; it is tried again")
+        yield Problem(("job", reason), f"{reason}: {message}; it is tried again")
 
 
 def is_headless(job: Document, pods: Sequence[Document]) -> bool:
@@ -332,12 +330,7 @@ def is_headless(job: Document, pods: Sequence[Document]) -> bool:
 
 
 def is_head(pod: Document) -> bool:
-    return (pod["metadata"].get("labels") or {}).get(NODE_TYPE) == "head"
-
-
-def _is_ready(pod: Document) -> bool:
-    conditions = (pod.get("status") or {}).get("conditions", [])
-    return any(each["type"] == "Ready" and each["status"] == "True" for each in conditions)
+    return node_type(pod) == "head"
 
 
 def _time(event: Document) -> str:

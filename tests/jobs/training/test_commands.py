@@ -1,0 +1,89 @@
+"""Commands on one local Ray: who listens hears, and nobody trains on unheard."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import ray
+
+from jobs.training.messages import WorkerChannel
+from tests.waiting import wait_until
+
+
+class _Worker:
+    """A process that listens."""
+
+    def __init__(self, channel: WorkerChannel, rank: int) -> None:
+        self.heard = channel.listen(rank)
+
+    def has_heard(self) -> bool:
+        return self.heard.is_set()
+
+    def pid(self) -> int:
+        return os.getpid()
+
+
+def start_worker(channel: WorkerChannel, rank: int) -> Any:
+    worker = ray.remote(num_cpus=0)(_Worker).remote(channel, rank)
+    ray.get(worker.pid.remote())
+    return worker
+
+
+def ends(worker: Any) -> bool:
+    try:
+        ray.get(worker.pid.remote())
+    except ray.exceptions.RayActorError:
+        return True
+    return False
+
+
+@pytest.fixture
+def channel(ray_here: None) -> Iterator[WorkerChannel]:
+    channel = WorkerChannel()
+    yield channel
+    ray.kill(channel.actor)
+
+
+def test_a_command_reaches_who_listens_and_who_comes_later(channel: WorkerChannel) -> None:
+    first = start_worker(channel, 0)
+    wait_until(lambda: len(channel.workers()) == 1, "the worker to listen")
+    assert not ray.get(first.has_heard.remote())
+    channel.broadcast("stop")
+    second = start_worker(channel, 1)
+    for worker in (first, second):
+        wait_until(
+            lambda worker=worker: ray.get(worker.has_heard.remote()), "the command to arrive"
+        )
+    assert [member.rank for member in channel.workers()] == [0, 1]
+    assert {m.node_id for m in channel.workers()} == {ray.get_runtime_context().get_node_id()}
+    for worker in (first, second):
+        ray.kill(worker)
+
+
+def test_what_was_posted_before_is_not_for_the_next_group(channel: WorkerChannel) -> None:
+    channel.broadcast("stop")
+    channel.reset()
+    assert channel.workers() == []
+    worker = start_worker(channel, 0)
+    wait_until(lambda: len(channel.workers()) == 1, "the worker to listen")
+    time.sleep(0.3)
+    assert not ray.get(worker.has_heard.remote())
+    ray.kill(worker)
+
+
+def test_a_process_that_is_abandoned_ends(channel: WorkerChannel) -> None:
+    worker = start_worker(channel, 0)
+    channel.broadcast("abandon")
+    wait_until(lambda: ends(worker), "the abandoned process to end")
+
+
+def test_a_process_whose_channel_is_lost_ends(ray_here: None) -> None:
+    channel = WorkerChannel()
+    worker = start_worker(channel, 0)
+    wait_until(lambda: len(channel.workers()) == 1, "the worker to listen")
+    ray.kill(channel.actor)
+    wait_until(lambda: ends(worker), "the abandoned process to end")
