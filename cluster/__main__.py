@@ -195,20 +195,22 @@ def _default_owner() -> str:
 
 def _connect(options: argparse.Namespace) -> Target:
     """The target that the options name; imported here, since a wrong setting needs none."""
+    given = {name: getattr(options, name, None) for name in _ON_K8S}
     if options.target == "k8s":
-        from cluster.kuberay import jobs as kubernetes_jobs
-        from cluster.kuberay import overlays
+        from cluster.kuberay import kubeconfig, overlays
+        from cluster.kuberay.jobs import KubernetesTarget
 
-        submits = options.command == "submit"
-        return kubernetes_jobs.connect(
-            context=getattr(options, "context", None),
-            namespace=getattr(options, "namespace", None),
-            overlay=overlays.find_overlay(getattr(options, "overlay", None)) if submits else None,
-            image=getattr(options, "image", None),
-            workers=getattr(options, "workers", None),
-            run_url=getattr(options, "run", None),
+        submits, workers = options.command == "submit", given["workers"]
+        if workers is not None and workers < 1:
+            raise ConfigError(f"cluster: --workers {workers}: at least 1")
+        return KubernetesTarget(
+            kubeconfig.connect(given["context"], given["namespace"]),
+            overlays.find_overlay(given["overlay"]) if submits else None,
+            given["image"],
+            workers,
+            given["run"],
         )
-    stray = [name for name in _ON_K8S if getattr(options, name, None) is not None]
+    stray = [name for name in _ON_K8S if given[name] is not None]
     if stray:
         raise ConfigError(f"cluster: --{stray[0]} has no effect without --target k8s")
     address = _address(options)

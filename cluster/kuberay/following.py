@@ -6,10 +6,10 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from cluster.kuberay import progress
-from cluster.kuberay.api import Api, MissingError, UnknownRunError
+from cluster.kuberay.api import MissingError, UnknownRunError
 from cluster.kuberay.kept_logs import DriverLog, LogCursor, ReadResult
 from cluster.kuberay.overlays import Document
 from cluster.kuberay.pod_problems import STATUS_CHECK_TIMEOUT, Problem, is_headless
@@ -23,6 +23,9 @@ from cluster.kuberay.run_state import (
 from cluster.targets import JobState, OutOfReachError, Write
 from pneumo.errors import AccessError, ConfigError, PneumoError
 
+if TYPE_CHECKING:
+    from cluster.kuberay.jobs import KubernetesTarget
+
 POLL_INTERVAL_S = 5.0
 """A log is left this often to look whether the pods are well."""
 LOG_END_TIMEOUT_S = 40.0
@@ -35,22 +38,10 @@ MOST_RESUBMISSIONS = 2
 """How often a lost run is submitted again: as often as the operator tries a failed one."""
 
 
-class Followed(Protocol):
-    """What of a `KubernetesTarget` is needed here."""
-
-    @property
-    def api(self) -> Api: ...
-    @property
-    def retry_timeout_s(self) -> float: ...
-    def inspect(self, job_id: str) -> tuple[Document, Sequence[Document], Sequence[Problem]]: ...
-    def cancel(self, job_id: str) -> JobState: ...
-    def resubmit(self, job: Document) -> str: ...
-
-
 class RunFollower:
     """Passes the driver's log to `write` and all else to `tell`."""
 
-    def __init__(self, target: Followed, job_id: str, write: Write, tell: Write) -> None:
+    def __init__(self, target: KubernetesTarget, job_id: str, write: Write, tell: Write) -> None:
         self.target, self.job_id, self.tell = target, job_id, tell
         self.told: set[object] = set()
         self.pod = ""

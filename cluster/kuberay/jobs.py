@@ -17,7 +17,6 @@ from cluster.kuberay import overlays, pod_problems, progress, rayjob
 from cluster.kuberay.api import AlreadyThereError, Api, MissingError, UnknownRunError, lacking
 from cluster.kuberay.following import RunFollower
 from cluster.kuberay.kept_logs import DriverLog, LogCursor
-from cluster.kuberay.kubeconfig import connect as connect_api
 from cluster.kuberay.overlays import Document
 from cluster.kuberay.pod_problems import Problem
 from cluster.kuberay.run_state import is_being_deleted, submitters, to_state
@@ -63,13 +62,13 @@ class KubernetesTarget:
             raise AccessError(
                 f"kubernetes: {self.api.place}: {lacking(missing, self.api.namespace)}"
             )
-        names, running, deleting = self._attempts(submission.id)
+        names, running = self._attempts(submission.id)
         if running is not None:
             started = _join(running, submission)
             for difference in rayjob.differences(job, running):
                 tell(f"it goes on as it was started: {difference}")
             return started
-        self._wait_until_gone(submission.id, deleting, tell)
+        self._wait_until_gone(submission.id, tell)
         if names:
             job = self._build(documents, submission, rayjob.next_name(submission.id, names))
         try:
@@ -86,7 +85,7 @@ class KubernetesTarget:
     def resubmit(self, job: Document) -> str:
         """Start a run once more, as it was; the new RayJob's name."""
         submission_id = job["metadata"]["labels"][rayjob.SUBMISSION_LABEL]
-        names, running, _ = self._attempts(submission_id)
+        names, running = self._attempts(submission_id)
         if running is None or running["metadata"]["name"] == job["metadata"]["name"]:
             running = rayjob.copy_for_retry(job, rayjob.next_name(submission_id, names))
             with suppress(AlreadyThereError):  # another follower was quicker
@@ -162,62 +161,38 @@ class KubernetesTarget:
             workers=self.workers,
         )
 
-    def _attempts(self, submission_id: str) -> tuple[Sequence[str], Document | None, Sequence[str]]:
-        """The names of the run's attempts, the one that has not ended, and the names of those being
-        deleted."""
+    def _attempts(self, submission_id: str) -> tuple[Sequence[str], Document | None]:
+        """The names of the run's attempts, and the one that has not ended."""
         jobs = self.api.list_rayjobs(f"{rayjob.SUBMISSION_LABEL}={submission_id}")
-        deleting = [job["metadata"]["name"] for job in jobs if is_being_deleted(job)]
         running = [job for job in jobs if not to_state(job, ()).has_ended]
-        names = [job["metadata"]["name"] for job in jobs]
-        return names, running[-1] if running else None, deleting
+        return [job["metadata"]["name"] for job in jobs], running[-1] if running else None
 
-    def _wait_until_gone(self, submission_id: str, deleting: Sequence[str], tell: Write) -> None:
+    def _wait_until_gone(self, submission_id: str, tell: Write) -> None:
         """Return once nothing of the run that is being deleted can write where the next will.
 
         Pods outlive their RayJob, for a checkpoint; one on a node that is lost is not waited for
         longer than the others.
         """
+        selector = f"{rayjob.SUBMISSION_LABEL}={submission_id}"
         deadline_s = time.monotonic() + CANCEL_TIMEOUT_S
-        said = False
+        told = False
         while True:
-            pods = self.api.list_pods(f"{rayjob.SUBMISSION_LABEL}={submission_id}")
-            jobs = [name for name in deleting if self._is_there(name)]
-            names = jobs or [pod["metadata"]["name"] for pod in pods if is_being_deleted(pod)]
-            if not names:
+            jobs = list(filter(is_being_deleted, self.api.list_rayjobs(selector)))
+            things = jobs or list(filter(is_being_deleted, self.api.list_pods(selector)))
+            if not things:
                 return
-            if not said:
-                tell(f"waiting: for {names[0]} to be gone, which is being deleted")
-            said = True
+            name = things[0]["metadata"]["name"]
+            if not told:
+                tell(f"waiting: for {name} to be gone, which is being deleted")
+            told = True
             if time.monotonic() > deadline_s:
                 break
             time.sleep(1.0)
         if jobs:
             raise ClusterError(
-                f"kubernetes: {jobs[0]} writes the same place and is still being deleted after "
+                f"kubernetes: {name} writes the same place and is still being deleted after "
                 f"{CANCEL_TIMEOUT_S:g} s; submit again when list shows it no more"
             )
-
-    def _is_there(self, name: str) -> bool:
-        try:
-            self.api.get_rayjob(name)
-        except MissingError:
-            return False
-        return True
-
-
-def connect(
-    *,
-    context: str | None,
-    namespace: str | None,
-    overlay: Path | None,
-    image: str | None,
-    workers: int | None,
-    run_url: str | None = None,
-) -> KubernetesTarget:
-    """The target that a kubeconfig names."""
-    if workers is not None and workers < 1:
-        raise ConfigError(f"cluster: --workers {workers}: at least 1")
-    return KubernetesTarget(connect_api(context, namespace), overlay, image, workers, run_url)
 
 
 def _earlier_logs(job: Document, *, is_there: bool) -> Iterator[str]:

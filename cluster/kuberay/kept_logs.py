@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Literal
 
 from cluster.kuberay.api import Api, ExpiredError, MissingError
-from cluster.kuberay.pod_problems import SUBMITTER
+from cluster.kuberay.progress import SUBMITTER
 from cluster.targets import OutOfReachError, Write
 
 _WHOLE_LOG_S = 60.0

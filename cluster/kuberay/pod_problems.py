@@ -13,6 +13,7 @@ from typing import Any
 
 from cluster.kuberay import rayjob
 from cluster.kuberay.overlays import Document
+from cluster.kuberay.progress import SUBMITTER, node_type, since
 
 _IMAGE = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"}
 _CONFIG = {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
@@ -34,9 +35,6 @@ _POD_ADVICE = {
     "administrator",
     "Unhealthy": "Ray does not answer there; kubectl logs of the pod tells more",
 }
-NODE_TYPE = "ray.io/node-type"
-"""KubeRay's label: head or worker."""
-SUBMITTER = "ray-job-submitter"
 NO_CAPACITY = "PreRunningDeadlineExceeded"
 STATUS_CHECK_TIMEOUT = "JobStatusCheckTimeoutExceeded"
 """Why an operator of 1.7 ends a run whose head did not answer for 300 s, without another try."""
@@ -163,7 +161,7 @@ def _of_loss(pod: Document) -> Iterator[Problem]:
     elif reason == "DeletionByTaintManager":
         node = pod["spec"].get("nodeName", "")
         what = f"is being deleted, for its node {node} does not answer or was tainted ({reason})"
-        if pod["metadata"].get("labels", {}).get(NODE_TYPE) == "worker":
+        if node_type(pod) == "worker":
             then = (
                 "another is started once it is gone, not before: when the node answers again, or "
                 "its Node object goes, as clouds see to; elsewhere, where the machine is surely "
@@ -268,7 +266,7 @@ def _of_warnings(
     name = job["metadata"]["name"]
     cluster = (job.get("status") or {}).get("rayClusterName") or name
     there = {pod["metadata"]["name"]: pod for pod in pods}
-    head_is_ready = any(is_head(pod) and _is_ready(pod) for pod in pods)
+    head_is_ready = any(is_head(pod) and since(pod, "Ready") for pod in pods)
     for warning in sorted(warnings, key=_time, reverse=True):
         about, reason = warning.get("involvedObject") or {}, str(warning.get("reason", ""))
         kind, who = str(about.get("kind", "")), str(about.get("name", ""))
@@ -293,7 +291,7 @@ def _of_living_pod(pod: Document, warning: Document) -> Iterator[Problem]:
     """What an event says of a pod that is not well, if the pod does not say it itself."""
     name, reason = pod["metadata"]["name"], str(warning.get("reason", ""))
     count = warning.get("count") or (warning.get("series") or {}).get("count") or 1
-    if _is_ready(pod) or reason in _TOLD_BY_STATUS:
+    if since(pod, "Ready") or reason in _TOLD_BY_STATUS:
         return
     if reason == "Unhealthy" and count < _MANY_FAILED_PROBES:
         return
@@ -332,12 +330,7 @@ def is_headless(job: Document, pods: Sequence[Document]) -> bool:
 
 
 def is_head(pod: Document) -> bool:
-    return (pod["metadata"].get("labels") or {}).get(NODE_TYPE) == "head"
-
-
-def _is_ready(pod: Document) -> bool:
-    conditions = (pod.get("status") or {}).get("conditions", [])
-    return any(each["type"] == "Ready" and each["status"] == "True" for each in conditions)
+    return node_type(pod) == "head"
 
 
 def _time(event: Document) -> str:

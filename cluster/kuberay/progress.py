@@ -11,7 +11,10 @@ from typing import Any
 
 from cluster.kuberay import rayjob
 from cluster.kuberay.overlays import Document
-from cluster.kuberay.pod_problems import NODE_TYPE, SUBMITTER
+
+NODE_TYPE = "ray.io/node-type"
+"""KubeRay's label: head or worker."""
+SUBMITTER = "ray-job-submitter"
 
 Step = tuple[object, str]
 """A key, the same while it is the same step of the same pods, and the line."""

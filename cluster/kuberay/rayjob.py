@@ -56,20 +56,31 @@ def build(
     job = copy.deepcopy(_only_rayjob(documents))
     _check_form(job)
     _check_shell(submission.entrypoint)
-    _name(job, submission, name, overlay)
-    job["spec"]["entrypoint"] = _with_log_keeper(job, submission)
+    _set_name(job, name, submission.id)
+    job["metadata"]["annotations"] = {
+        **job["metadata"].get("annotations", {}),
+        TARGET: submission.target,
+        SETTINGS: submission.settings,
+        ENTRYPOINT: submission.entrypoint,
+        OVERLAY: overlay,
+        OWNER: submission.owner,
+    }
+    # Inside the command that keeps its log, for the pods of a failed attempt are deleted.
+    keeper = f"python -m jobs.terminal.log_keeper {shlex.quote(log_folder(job))}"
+    job["spec"]["entrypoint"] = f"{keeper} {submission.entrypoint}"
     group, container = _workers(job)
     per_pod = _workers_per_pod(container, submission)
     count = _replicas(group, submission, per_pod, workers)
     group.update(replicas=count, minReplicas=count, maxReplicas=count)
     _set_preflight(job, submission)
-    _set_environment(job, _environment(container, submission))
-    if submission.derives_keys:
-        _add_secret(job, HASH_KEY_SECRET)
+    secrets = [HASH_KEY_SECRET] if submission.derives_keys else []
+    _set_environment(job, _environment(container, submission), secrets)
     if image is not None:
-        for each in _containers(job):
-            each["image"] = image
-    check(job)
+        for template in _templates(job):
+            for each in _containers_of(template):
+                each["image"] = image
+    for violation in operator_rules.violations(job):
+        raise ConfigError(f"cluster: the RayJob: {violation}")
     return job
 
 
@@ -90,24 +101,14 @@ def next_name(submission_id: str, names: Sequence[str]) -> str:
 def copy_for_retry(job: Document, name: str) -> Document:
     """The same run once more, as a RayJob of another name."""
     before, metadata = job["metadata"]["name"], job["metadata"]
+    ours = {k: v for k, v in metadata["annotations"].items() if k.startswith("pneumo/")}
     again: Document = {
         "apiVersion": job["apiVersion"],
         "kind": job["kind"],
-        "metadata": {
-            "name": name,
-            "labels": {**metadata["labels"], RUN_LABEL: name},
-            "annotations": {
-                key: value
-                for key, value in metadata["annotations"].items()
-                if key.startswith("pneumo/")
-            },
-        },
+        "metadata": {"labels": metadata["labels"], "annotations": ours},
         "spec": copy.deepcopy(job["spec"]),
     }
-    for template in _templates(again):
-        template["metadata"]["labels"][RUN_LABEL] = name
-        for term in _own_pods(template):
-            term["labelSelector"]["matchLabels"][RUN_LABEL] = name
+    _set_name(again, name, metadata["labels"][SUBMISSION_LABEL])
     folder, keeper = log_folder(job), "jobs.terminal.log_keeper"
     entrypoint = job["spec"]["entrypoint"].replace(folder, folder.removesuffix(before) + name, 1)
     if f"{keeper} --again" not in entrypoint:  # what the lost attempt has finished is no mistake
@@ -134,13 +135,6 @@ def log_folder(job: Document) -> str:
     return f"{target}/logs/{job['metadata']['name']}" if target else ""
 
 
-def _with_log_keeper(job: Document, submission: Submission) -> str:
-    """The command, inside the one that keeps its log: the pods of a failed attempt are deleted."""
-    return (
-        f"python -m jobs.terminal.log_keeper {shlex.quote(log_folder(job))} {submission.entrypoint}"
-    )
-
-
 def count_gpus(job: Document) -> tuple[int, int]:
     """Worker pods, and GPUs of each."""
     group, container = _workers(job)
@@ -150,12 +144,6 @@ def count_gpus(job: Document) -> tuple[int, int]:
 def describe_limits(container: Document) -> str:
     """`4 cpu, 16Gi memory`."""
     return ", ".join(f"{value} {name}" for name, value in _limits(container).items()) or "no limits"
-
-
-def check(job: Document) -> None:
-    """Raise ConfigError for the first thing that KubeRay 1.7 or a shell would not take."""
-    for violation in operator_rules.violations(job):
-        raise ConfigError(f"cluster: the RayJob: {violation}")
 
 
 def _without_secrets(submission: Submission) -> Submission:
@@ -198,29 +186,14 @@ def _check_shell(entrypoint: str) -> None:
             )
 
 
-def _name(job: Document, submission: Submission, name: str, overlay: str) -> None:
-    metadata = job["metadata"]
-    metadata["name"] = name
-    metadata["labels"] = {
-        **metadata.get("labels", {}),
-        RUN_LABEL: name,
-        SUBMISSION_LABEL: submission.id,
-    }
-    metadata["annotations"] = {
-        **metadata.get("annotations", {}),
-        TARGET: submission.target,
-        SETTINGS: submission.settings,
-        ENTRYPOINT: submission.entrypoint,
-        OVERLAY: overlay,
-        OWNER: submission.owner,
-    }
-    for template in _templates(job):
-        own = template.setdefault("metadata", {})
-        own["labels"] = {
-            **own.get("labels", {}),
-            RUN_LABEL: name,
-            SUBMISSION_LABEL: submission.id,
-        }
+def _set_name(job: Document, name: str, submission_id: str) -> None:
+    """In the RayJob and its pods."""
+    labels = {RUN_LABEL: name, SUBMISSION_LABEL: submission_id}
+    templates = _templates(job)
+    for metadata in [job["metadata"], *(each.setdefault("metadata", {}) for each in templates)]:
+        metadata["labels"] = {**metadata.get("labels", {}), **labels}
+    job["metadata"]["name"] = name
+    for template in templates:
         for term in _own_pods(template):
             term["labelSelector"]["matchLabels"][RUN_LABEL] = name
 
@@ -290,7 +263,9 @@ def _environment(container: Document, submission: Submission) -> dict[str, str]:
     return variables
 
 
-def _set_environment(job: Document, variables: Mapping[str, str]) -> None:
+def _set_environment(job: Document, variables: Mapping[str, str], secrets: Sequence[str]) -> None:
+    """Variables of head and workers; those of `secrets` if these are there."""
+    sources = [{"secretRef": {"name": name, "optional": True}} for name in secrets]
     *cluster_pods, _ = _templates(job)
     for template in cluster_pods:
         for container in _containers_of(template):
@@ -298,15 +273,8 @@ def _set_environment(job: Document, variables: Mapping[str, str]) -> None:
             # Kubernetes expands $(NAME) in values; a doubled dollar is one.
             added = [{"name": k, "value": v.replace("$", "$$")} for k, v in variables.items()]
             container["env"] = kept + added
-
-
-def _add_secret(job: Document, name: str) -> None:
-    """As variables of head and workers, if it is there."""
-    *cluster_pods, _ = _templates(job)
-    for template in cluster_pods:
-        for container in _containers_of(template):
-            sources = container.get("envFrom", [])
-            container["envFrom"] = [*sources, {"secretRef": {"name": name, "optional": True}}]
+            if sources:
+                container["envFrom"] = [*container.get("envFrom", []), *sources]
 
 
 def _workers(job: Document) -> tuple[Document, Document]:
@@ -331,10 +299,6 @@ def _templates(job: Document) -> list[Document]:
 def _containers_of(template: Document) -> list[Document]:
     spec = template.get("spec", {})
     return [*spec.get("initContainers", []), *spec.get("containers", [])]
-
-
-def _containers(job: Document) -> list[Document]:
-    return [each for template in _templates(job) for each in _containers_of(template)]
 
 
 def _quantity(text: str | float) -> Fraction:

@@ -49,16 +49,6 @@ def _container(job: Document) -> Document:
     return container
 
 
-def _selects(**more: Any) -> Break:
-    """A RayJob that runs on a cluster that is there."""
-
-    def change(job: Document) -> None:
-        _spec(job).pop("rayClusterSpec")
-        _spec(job).update(clusterSelector={"ray.io/cluster": "there"}, **more)
-
-    return change
-
-
 def _deletes(**more: Any) -> Break:
     rules = [{"policy": "DeleteSelf", "condition": {"jobStatus": "SUCCEEDED"}}]
     return lambda job: _spec(job).update(deletionStrategy={"deletionRules": rules}, **more)
@@ -72,11 +62,6 @@ def _pod(job: Document) -> Document:
 def _cluster(job: Document) -> Document:
     cluster: Document = _spec(job)["rayClusterSpec"]
     return cluster
-
-
-def _workers(job: Document) -> Document:
-    group: Document = _cluster(job)["workerGroupSpecs"][0]
-    return group
 
 
 def _scale(job: Document) -> None:
@@ -111,27 +96,6 @@ BROKEN: dict[str, tuple[str, Break, str]] = {
         "RayJob",
         lambda job: _cluster(job).pop("headGroupSpec"),
         "schema server",
-    ),
-    "a name of 48 characters": (
-        "RayJob",
-        lambda job: job["metadata"].update(name="x" * 48),
-        "rules",
-    ),
-    "a name that begins with a digit": (
-        "RayJob",
-        lambda job: job["metadata"].update(name="1-train"),
-        "rules",
-    ),
-    "an empty entrypoint": ("RayJob", lambda job: _spec(job).update(entrypoint=""), "rules"),
-    "two commands in the entrypoint": (
-        "RayJob",
-        lambda job: _spec(job).update(entrypoint="python -m jobs.train; curl evil"),
-        "rules",
-    ),
-    "a shell's variable in the entrypoint": (
-        "RayJob",
-        lambda job: _spec(job).update(entrypoint="python -m jobs.train --run $RUN"),
-        "rules",
     ),
     "a runtimeEnvYAML that is no YAML": (
         "RayJob",
@@ -175,18 +139,6 @@ BROKEN: dict[str, tuple[str, Break, str]] = {
     "InteractiveMode with retries": (
         "RayJob",
         lambda job: _spec(job).update(submissionMode="InteractiveMode", backoffLimit=1),
-        "rules",
-    ),
-    "neither a cluster nor a selector": (
-        "RayJob",
-        lambda job: _spec(job).pop("rayClusterSpec"),
-        "rules",
-    ),
-    "a selector with suspend": ("RayJob", _selects(suspend=True, backoffLimit=0), "rules"),
-    "a selector with retries": ("RayJob", _selects(backoffLimit=1), "rules"),
-    "minReplicas above maxReplicas": (
-        "RayJob",
-        lambda job: _workers(job).update(minReplicas=3, maxReplicas=2),
         "rules",
     ),
     "token authentication on Ray 2.51": (
