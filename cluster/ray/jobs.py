@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import requests
 from ray.dashboard.modules.job.pydantic_models import JobDetails
@@ -70,11 +70,10 @@ class RayTarget:
                 "forward the port (ssh -L, make forward), or give an https:// address"
             )
         check_versions(self.client)
-        started = join_running(self.client, submission)
-        if started is None:
-            if needs_preflight(submission, self.address):
-                tell(preflight(self.client, submission, code))
-            started = submit(self.client, submission, code)
+        _, running = _attempts(self.client, submission.id)
+        if running is None and needs_preflight(submission, self.address):
+            tell(preflight(self.client, submission, code))
+        started = submit(self.client, submission, code)
         if not started.already_running:
             tell(f"sent {code}; environment: {', '.join(submission.environment) or 'none'}")
         return started
@@ -143,14 +142,8 @@ def preflight(client: Client, submission: Submission, package: Package) -> str:
     Raises ConfigError or ClusterError with the line that says what is out of reach.
     """
     job_id = f"{submission.id}-preflight-{secrets.token_hex(4)}"
-    with tempfile.TemporaryDirectory(prefix="pneumo-") as folder:
-        stage(package, Path(folder), submission.recipe)
-        client.submit_job(
-            entrypoint=submission.preflight,
-            submission_id=job_id,
-            metadata={"job": _PREFLIGHT},
-            runtime_env={"working_dir": folder, "env_vars": dict(submission.environment)},
-        )
+    asked = {"entrypoint": submission.preflight, "metadata": {"job": _PREFLIGHT}}
+    _send(client, submission, package, submission.environment, submission_id=job_id, **asked)
     try:
         info = _wait(client, job_id, PREFLIGHT_TIMEOUT_S)
         text = client.log_text(job_id)
@@ -187,12 +180,6 @@ def state(info: JobDetails) -> JobState:
     )
 
 
-def join_running(client: Client, submission: Submission) -> Started | None:
-    """The job if it is running already. Raises ConfigError when it runs with other settings."""
-    _, running = _attempts(client, submission.id)
-    return None if running is None else _join(running, submission)
-
-
 def submit(client: Client, submission: Submission, package: Package) -> Started:
     """Send the code and start the job, unless it is running already.
 
@@ -203,39 +190,47 @@ def submit(client: Client, submission: Submission, package: Package) -> Started:
     if running is not None:
         return _join(running, submission)
     new_id = submission.id if attempts == 0 else f"{submission.id}-{attempts + 1}"
+    metadata = {
+        "job": submission.job,
+        "target": submission.target,
+        "settings": submission.settings,
+        "owner": submission.owner,
+        "workers": _gpu_workers(submission),
+    }
+    revision = find_revision(package.root)  # which the code that is sent cannot find out there
+    environment = {
+        **submission.environment,
+        **STOP_WITH_SIGINT,
+        **({REVISION: revision} if revision else {}),
+    }
+    asked = {"entrypoint": submission.entrypoint, "metadata": metadata}
+    try:
+        _send(client, submission, package, environment, submission_id=new_id, **asked)
+    except RefusedError:
+        # Someone may have submitted the same between our look and our request.
+        _, running = _attempts(client, submission.id)
+        if running is None:
+            raise
+        return _join(running, submission)
+    except OutOfReachError:
+        # The answer may be lost, and the job there.
+        if not _has_begun(client, new_id, submission):
+            raise
+    return Started(new_id, already_running=False)
+
+
+def _send(
+    client: Client,
+    submission: Submission,
+    package: Package,
+    environment: Mapping[str, str],
+    **asked: Any,
+) -> None:
+    """Upload the code and start a job in it; `asked` as `JobSubmissionClient.submit_job` has it."""
     with tempfile.TemporaryDirectory(prefix="pneumo-") as folder:
         stage(package, Path(folder), submission.recipe)
-        try:
-            client.submit_job(
-                entrypoint=submission.entrypoint,
-                submission_id=new_id,
-                metadata={
-                    "job": submission.job,
-                    "target": submission.target,
-                    "settings": submission.settings,
-                    "owner": submission.owner,
-                    "workers": _gpu_workers(submission),
-                },
-                runtime_env={
-                    "working_dir": folder,
-                    "env_vars": {
-                        **submission.environment,
-                        **STOP_WITH_SIGINT,
-                        **_describe_code(package),
-                    },
-                },
-            )
-        except RefusedError:
-            # Someone may have submitted the same between our look and our request.
-            _, running = _attempts(client, submission.id)
-            if running is None:
-                raise
-            return _join(running, submission)
-        except OutOfReachError:
-            # The answer may be lost, and the job there.
-            if not _has_begun(client, new_id, submission):
-                raise
-    return Started(new_id, already_running=False)
+        runtime_env = {"working_dir": folder, "env_vars": dict(environment)}
+        client.submit_job(runtime_env=runtime_env, **asked)
 
 
 def _gpu_workers(submission: Submission) -> str:
@@ -271,12 +266,6 @@ def _has_begun(client: Client, job_id: str, submission: Submission) -> bool:
             info = client.details(job_id)
             return (info.metadata or {}).get("settings") == submission.settings
     return False
-
-
-def _describe_code(package: Package) -> dict[str, str]:
-    """What the code that is sent cannot find out there: its revision."""
-    revision = find_revision(package.root)
-    return {REVISION: revision} if revision else {}
 
 
 def list_jobs(client: Client) -> list[JobDetails]:
