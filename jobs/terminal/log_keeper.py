@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     assert process.stdout is not None
     reader = threading.Thread(target=keeper.copy, args=(process.stdout,), daemon=True)
     reader.start()
-    threading.Thread(target=keeper.run, daemon=True).start()
+    keeper.start()
     code = process.wait()
     reader.join(timeout=2.0)  # a grandchild may hold the pipe
     keeper.close()
@@ -81,7 +81,11 @@ class LogKeeper:
         self._last_error = ""
         self._lock = threading.Lock()
         self._ended = threading.Event()
-        self._closed = threading.Event()
+        self._writer = threading.Thread(target=self._run, daemon=True)
+
+    def start(self) -> None:
+        """Begin to write now and then what has come."""
+        self._writer.start()
 
     def copy(self, source: IO[bytes]) -> None:
         """Show and remember what comes, until it ends."""
@@ -93,14 +97,12 @@ class LogKeeper:
                 self._read_bytes += len(chunk)
                 del self._text[: -self.max_bytes]
 
-    def run(self) -> None:
-        """Flush now and then, and once more when closed."""
+    def _run(self) -> None:
         pause_s = 1.0
         while not self._ended.wait(pause_s):
             self.flush()
             pause_s = WRITE_INTERVAL_S
         self.flush()
-        self._closed.set()
 
     def flush(self) -> None:
         """Write the log where there is more of it than is written; a fault is told once."""
@@ -117,9 +119,10 @@ class LogKeeper:
             self._last_error = str(error)
 
     def close(self) -> None:
-        """Have `run` write the end, but wait for it no longer than LAST_WRITE_TIMEOUT_S."""
+        """Have the end written, but wait for it no longer than LAST_WRITE_TIMEOUT_S."""
         self._ended.set()
-        if not self._closed.wait(LAST_WRITE_TIMEOUT_S):
+        self._writer.join(LAST_WRITE_TIMEOUT_S)
+        if self._writer.is_alive():
             tell(f"log: {self.url}: not written within {LAST_WRITE_TIMEOUT_S:g} s; its end is lost")
 
 

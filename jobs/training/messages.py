@@ -38,12 +38,9 @@ class _ChannelActor:
     def __init__(self) -> None:
         self.messages: list[Any] = []
         self.arrived = asyncio.Event()
-        self.reset()
-
-    def reset(self) -> None:
         self.listening: dict[int, Worker] = {}
         self.command: Command = "stop"
-        self.commanded = asyncio.Event()  # who waits for the old one is of a group that has ended
+        self.commanded = asyncio.Event()
 
     async def put(self, message: Any) -> None:
         self.messages.append(message)
@@ -65,8 +62,9 @@ class _ChannelActor:
         self.command = command
         self.commanded.set()
 
-    async def reset_group(self) -> None:
-        self.reset()
+    async def reset(self) -> None:
+        self.listening, self.command = {}, "stop"
+        self.commanded = asyncio.Event()  # who waits for the old one is of a group that has ended
 
     async def list_workers(self) -> list[Worker]:
         return list(self.listening.values())
@@ -97,7 +95,7 @@ class WorkerChannel:
 
     def reset(self) -> None:
         """Forget the command and the workers, before a new group of workers starts."""
-        ray.get(self.actor.reset_group.remote())
+        ray.get(self.actor.reset.remote())
 
     def workers(self) -> list[Worker]:
         """The workers that have begun to listen since `reset`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -47,6 +47,7 @@ from pneumo.dataset.manifest import Manifest, read_manifest
 from pneumo.errors import ClusterError, ConfigError, RunError
 from pneumo.network.backbones import check_weights
 from pneumo.reporting.tracking import prepare_tracking
+from pneumo.search_space import flatten
 from pneumo.training.preconditions import check_sizes
 from pneumo.tuning.choice import (
     Confirmation,
@@ -121,21 +122,13 @@ def begin(config: Config, manifest: Manifest, run_url: str) -> None:
     except FileNotFoundError:
         storage.write_text(url, json.dumps(mine, indent=1) + "\n")
         return
-    changed = _differences(drop_removed(theirs), mine)
+    before, now = flatten(drop_removed(theirs)), flatten(mine)
+    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     if changed:
         raise RunError(
             f"{run_url}: holds a search with another {', '.join(changed[:3])}; repeat its settings "
             "to go on, or give another --run"
         )
-
-
-def _differences(one: Any, other: Any, name: str = "") -> list[str]:
-    """Dotted names of what differs."""
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        keys = dict.fromkeys([*one, *other])
-        found = [_differences(one.get(k), other.get(k), f"{name}.{k}".strip(".")) for k in keys]
-        return [difference for differences in found for difference in differences]
-    return [] if one == other else [name]
 
 
 def search(config: Config, manifest: Manifest, store_url: str, run_url: str) -> Search:

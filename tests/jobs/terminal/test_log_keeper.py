@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -124,7 +123,7 @@ def test_no_url_is_the_users_mistake() -> None:
 def test_of_a_long_log_the_end_is_kept(tmp_path: Path) -> None:
     keeper = LogKeeper(str(tmp_path / "x.log"), max_bytes=10)
     keeper.copy(io.BytesIO(b"begin" + b"x" * 1000 + b" the end\n"))
-    threading.Thread(target=keeper.run, daemon=True).start()
+    keeper.start()
     keeper.close()
     assert _kept(tmp_path) == "x the end\n"
 
