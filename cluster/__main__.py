@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from cluster import live_view, run_folder
 from cluster.targets import JobState, Target, is_remote
@@ -281,51 +281,51 @@ def _tell(text: str) -> None:
 
 
 def make_parser() -> _Parser:
-    where, stay, debug = _cluster_flags(), _submit_flags(), _Parser(add_help=False)
+    where, debug = _cluster_flags(), _Parser(add_help=False)
     debug.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser = _Parser(prog="python -m cluster", description=(__doc__ or "").split("\n")[0])
     parser.set_defaults(target="ray")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_submit(commands, [where, _submit_flags()])
+    about_jobs = [where, debug]
+    commands.add_parser("list", parents=about_jobs, help="the jobs that the cluster remembers")
+    status = commands.add_parser("status", parents=about_jobs, help="how a job is doing")
+    status.add_argument(
+        "--watch", action="store_true", help="show all runs of mine until they have ended"
+    )
+    logs = commands.add_parser("logs", parents=about_jobs, help="a job's log")
+    logs.add_argument("--follow", action="store_true", help="stay until the job ends")
+    logs.add_argument("--run", metavar="URL", help="k8s: where it wrote, for one that was deleted")
+    cancel = commands.add_parser(
+        "cancel", parents=about_jobs, help="ask a job to stop, and wait until it has"
+    )
+    down = commands.add_parser("down", parents=about_jobs, help="cancel every job of mine")
+    down.add_argument("--all", action="store_true", help="everybody's that this project submitted")
+    down.add_argument("--yes", action="store_true", help="without asking")
+    for command in (status, logs, cancel):
+        count = "?" if command is status else None
+        command.add_argument("id", nargs=count, metavar="ID", help="as submit and list print it")
+    for command in (status, down):
+        command.add_argument(
+            "--owner", default=_default_owner(), help="whose; default: %(default)s"
+        )
+    return parser
+
+
+def _add_submit(commands: Any, parents: list[_Parser]) -> None:
+    """`submit`, and below it a command for each job."""
     submit = commands.add_parser(
-        "submit", parents=[where, stay], allow_abbrev=False, help="send a job, follow its log"
+        "submit", parents=parents, allow_abbrev=False, help="send a job, follow its log"
     )
     jobs = submit.add_subparsers(dest="job", metavar="JOB")
     for name in _JOBS:
         jobs.add_parser(
             name,
-            parents=[where, stay],
+            parents=parents,
             allow_abbrev=False,
             add_help=False,
             help=f"takes the flags of python -m jobs.{name}, and --help shows them",
         )
-    commands.add_parser("list", parents=[where, debug], help="the jobs that the cluster remembers")
-    for name, text in (
-        ("status", "how a job is doing"),
-        ("logs", "a job's log"),
-        ("cancel", "ask a job to stop, and wait until it has"),
-    ):
-        command = commands.add_parser(name, parents=[where, debug], help=text)
-        count = "?" if name == "status" else None
-        command.add_argument("id", nargs=count, metavar="ID", help="as submit and list print it")
-        if name == "status":
-            command.add_argument(
-                "--watch", action="store_true", help="show all runs of mine until they have ended"
-            )
-            command.add_argument(
-                "--owner",
-                default=_default_owner(),
-                help="whose, with --watch; default: %(default)s",
-            )
-        if name == "logs":
-            command.add_argument("--follow", action="store_true", help="stay until the job ends")
-            command.add_argument(
-                "--run", metavar="URL", help="k8s: where it wrote, for one that was deleted"
-            )
-    down = commands.add_parser("down", parents=[where, debug], help="cancel every job of mine")
-    down.add_argument("--owner", default=_default_owner(), help="whose; default: %(default)s")
-    down.add_argument("--all", action="store_true", help="everybody's that this project submitted")
-    down.add_argument("--yes", action="store_true", help="without asking")
-    return parser
 
 
 def _cluster_flags() -> _Parser:

@@ -46,12 +46,11 @@ of this machine. RAY_* never goes: the cluster has its own."""
 
 _PLACES = ("source", "store", "external", "run", "members", "compare_with", "output")
 """Arguments that name places; whichever a job has. It writes the last of those in `_WRITTEN`."""
-_SEVERAL = ("store", "external", "members")
-"""Those that name one or more, with commas between."""
-
 _HASHES = ("prepare",)
 """The jobs that derive keys of studies and patients."""
 _WRITTEN = ("store", "run", "output")
+_Places = Mapping[str, Sequence[str]]
+"""The URLs that each argument or setting names, absolute."""
 _SECRET_LIKE = re.compile(r"KEY|SECRET|TOKEN|PASSWORD|CREDENTIAL")
 
 
@@ -114,7 +113,7 @@ def plan(
         check_batch_size(train.batch_size, train.micro_batch_size, cluster.num_workers)
     places = _places(invocation, remote=remote, now=now)
     recipe = _local_recipe(invocation)
-    flags = [text for name, url in places.items() for text in (f"--{name}", url)]
+    flags = [text for name, urls in places.items() for text in (f"--{name}", ",".join(urls))]
     replaced = {f"--{name}" for name in places}
     if recipe is not None:
         replaced.add("--recipe")
@@ -122,7 +121,7 @@ def plan(
             flags += ["--recipe", f"{RECIPE_FOLDER}/{recipe.name}"]
         else:
             environ = {**recipe_environment(read_recipe(str(recipe))), **environ}
-    target = places[_written(places)]
+    (target,) = places[_written(places)]
     sent, kept = split_environment(job, environ, remote=remote)
     there = [*flags, *_without(argv, replaced)]
     if recipe is not None and not sends_files:
@@ -134,7 +133,7 @@ def plan(
         target=target,
         settings=_settings_digest(invocation, places),
         config=_with_files(invocation, places),
-        places=tuple(url for name in places for url in _urls(places, name)),
+        places=tuple(url for urls in places.values() for url in urls),
         preflight=_preflight(places, _needs(invocation, environ)),
         shape=_shape(invocation),
         environment=sent,
@@ -186,7 +185,7 @@ def recipe_environment(
     return variables
 
 
-def _check_same(here: Invocation, there: Invocation, places: Mapping[str, str]) -> None:
+def _check_same(here: Invocation, there: Invocation, places: _Places) -> None:
     """Raise ConfigError where a recipe sent as variables means something else: a table that a
     recipe and a variable both fill is merged here, and replaced there."""
     wanted = flatten(_with_files(here, places).model_dump())
@@ -199,13 +198,13 @@ def _check_same(here: Invocation, there: Invocation, places: Mapping[str, str]) 
         )
 
 
-def _with_files(invocation: Invocation, places: Mapping[str, str]) -> Config:
+def _with_files(invocation: Invocation, places: _Places) -> Config:
     """The settings, with absolute paths of the files that they name."""
-    files = {name: places[name] for name in _files_of_settings(invocation)}
+    files = {name: places[name][0] for name in _files_of_settings(invocation)}
     return override(invocation.config, files, "the places")
 
 
-def _places(invocation: Invocation, *, remote: bool, now: datetime) -> dict[str, str]:
+def _places(invocation: Invocation, *, remote: bool, now: datetime) -> _Places:
     arguments = invocation.arguments.model_dump()
     if arguments.get("source") == "-":
         raise ConfigError(
@@ -221,7 +220,7 @@ def _places(invocation: Invocation, *, remote: bool, now: datetime) -> dict[str,
     given = {name.replace("_", "-"): arguments[name] for name in _PLACES if arguments.get(name)}
     given |= _files_of_settings(invocation)
     return {
-        name: ",".join(map(_absolute, value)) if isinstance(value, list) else _absolute(value)
+        name: [_absolute(url) for url in (value if isinstance(value, list) else [value])]
         for name, value in given.items()
     }
 
@@ -263,21 +262,17 @@ def _shape(invocation: Invocation) -> ClusterConfig | None:
     return config.cluster.model_copy(update={"num_workers": config.tune.workers_per_trial})
 
 
-def _written(places: Mapping[str, str]) -> str:
+def _written(places: _Places) -> str:
     """The argument that names where the job writes."""
     return [name for name in _WRITTEN if name in places][-1]
 
 
-def _urls(places: Mapping[str, str], name: str) -> list[str]:
-    return places[name].split(",") if name in _SEVERAL else [places[name]]
-
-
-def _preflight(places: Mapping[str, str], needs: Sequence[str]) -> str:
+def _preflight(places: _Places, needs: Sequence[str]) -> str:
     written = _written(places)
     flags = [
         text
-        for name in places
-        for url in _urls(places, name)
+        for name, urls in places.items()
+        for url in urls
         for text in ("--writes" if name == written else "--reads", url)
     ]
     needed = [text for name in needs for text in ("--needs", name)]
@@ -309,17 +304,16 @@ def _without(argv: Sequence[str], flags: set[str]) -> list[str]:
     return rest
 
 
-def _settings_digest(invocation: Invocation, places: Mapping[str, str]) -> str:
+def _settings_digest(invocation: Invocation, places: _Places) -> str:
     others = invocation.arguments.model_dump(exclude={*_PLACES, "recipe", "debug"})
-    content = json.dumps([places, others, invocation.config.digest()], sort_keys=True)
+    joined = {name: ",".join(urls) for name, urls in places.items()}
+    content = json.dumps([joined, others, invocation.config.digest()], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def _warnings(
-    places: Mapping[str, str], sent: Mapping[str, str], kept: tuple[str, ...]
-) -> tuple[str, ...]:
+def _warnings(places: _Places, sent: Mapping[str, str], kept: tuple[str, ...]) -> tuple[str, ...]:
     warnings = []
-    local = [f"--{name} {url}" for name, url in places.items() if "://" not in url]
+    local = [f"--{name} {url}" for name, urls in places.items() for url in urls if "://" not in url]
     if local:
         warnings.append(
             f"{', '.join(local)}: no URL, so it must exist under this path on every node of the "

@@ -108,6 +108,12 @@ def _report(store_url: str, manifest: Manifest) -> None:
         print(f"{audit.unlisted} studies are not on the list and are in no split")
     if audit.named is not None:
         print(f"split {audit.named}")
+    _report_findings(store_url, manifest)
+    print(f"store {store_url}  manifest {manifest.digest[:12]}")
+
+
+def _report_findings(store_url: str, manifest: Manifest) -> None:
+    """What of the source is not used, or odd."""
     if manifest.quarantined:
         told = ", ".join(f"{reason} {number}" for reason, number in manifest.quarantined.items())
         print(
@@ -128,7 +134,6 @@ def _report(store_url: str, manifest: Manifest) -> None:
         if same.across_patients is not None:
             several.append(f"{same.across_patients} with several patients")
         print(f"{same.pictures} pictures occur in {same.studies} studies; {', '.join(several)}")
-    print(f"store {store_url}  manifest {manifest.digest[:12]}")
 
 
 _CONTRADICTIONS = {

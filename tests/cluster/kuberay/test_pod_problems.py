@@ -405,7 +405,8 @@ def test_what_is_well_is_no_problem() -> None:
         _pod(phase="Running", containerStatuses=[running], initContainerStatuses=[done]),
         _pod(phase="Pending", containerStatuses=[creating]),
     ]
-    ready = {"type": "Ready", "status": "True"}
+    when = "2026-01-02T03:04:05Z"
+    ready = {"type": "Ready", "status": "True", "lastTransitionTime": when}
     well = _pod("well", phase="Running", conditions=[ready])
     passed = _event("Pod", "well", "FailedMount", "it was late")
     starting = {**_event("Pod", WORKER, "Unhealthy", "Readiness probe failed"), "count": 3}

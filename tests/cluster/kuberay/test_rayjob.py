@@ -168,8 +168,6 @@ def test_an_image_is_for_every_container(base: Document) -> None:
 @pytest.mark.parametrize(
     ("command", "more", "message"),
     [
-        (f"train {PLACES}", {"name": "x" * 48}, r"\(48 characters\): at most 47"),
-        (f"train {PLACES}", {"name": "Train"}, "of a-z, 0-9"),
         (f"train {PLACES} --tracking.group 'a;b'", {}, r"'a;b': shells read the command"),
         (f"train {PLACES} --tracking.group '$(id)'", {}, r"shells read the command"),
         (f"train {PLACES} --tracking.group 'a b'", {}, r"'a b': shells read the command"),
