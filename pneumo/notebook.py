@@ -78,8 +78,11 @@ def prepare_store(source: str | Path, url: str | Path, config: Config | None = N
     source_url, store_url = storage.normalise(str(source)), storage.normalise(str(url))
     found = read_source(source_url, settings=config.prepare)
     published = find_published(found, config.split, seed=config.seed)
-    if published is not None or config.split.list or config.prepare.limit:
-        raise ConfigError("split.named, split.list, prepare.limit: jobs.prepare does that")
+    prepare = config.prepare
+    if published is not None or config.split.list or prepare.limit or prepare.without:
+        raise ConfigError(
+            "split.named, split.list, prepare.limit, prepare.without: jobs.prepare does that"
+        )
     if is_free := config.split.salt is None:
         salt = recall_salt(source_url, config.split, seed=config.seed)
         config = override(config, {"split.salt": salt})

@@ -37,13 +37,16 @@ import numpy as np
 import torch
 from sklearn.model_selection import StratifiedGroupKFold
 
-from jobs.preparation import prepare
-from jobs.ray_cluster.session import ray_session
-from pneumo.command_line import parse_command_line
 from pneumo.config import Config
 from pneumo.config_layers import override, read_recipe
 from pneumo.dataset.manifest import read_manifest
 from pneumo.dataset.phantoms.source_folder import write_phantoms
+from pneumo.dataset.preparation import find_store, finish_store
+from pneumo.dataset.receipts import prepare_shard
+from pneumo.dataset.shard_plans import digest_settings, plan_shards
+from pneumo.dataset.shards import shard_samples
+from pneumo.dataset.sources.recognition import read_source
+from pneumo.dataset.splits import split_studies
 from pneumo.evaluation import metrics
 from pneumo.loading.blocks import PreparedStore
 from pneumo.loading.loader import open_loader
@@ -102,29 +105,40 @@ class Run:
 # --- folds ----------------------------------------------------------------------------------------
 
 
-def make_stores(source: Path, folder: Path, image_size: int) -> list[str]:
-    """A store a fold, whose test is the fold and whose val is the next one."""
+def assign_folds(source: Path) -> dict[str, int]:
+    """The fold of each image id."""
     mapping = json.loads(next(source.glob("*mappings*.json")).read_text())
     patient = {row["subset_img_id"]: row["img_id"].split("_")[0] for row in mapping}
     with next(source.glob("*labels.csv")).open() as file:
         target = {row["patientId"]: int(row["Target"]) for row in csv.DictReader(file)}
     ids = sorted(target)
-    groups = [patient[i] for i in ids]
     splitter = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=0)
-    parts = splitter.split(np.zeros(len(ids)), [target[i] for i in ids], groups)
-    fold_of = {groups[row]: fold for fold, (_, rows) in enumerate(parts) for row in rows}
+    classes, groups = [target[i] for i in ids], [patient[i] for i in ids]
+    parts = splitter.split(np.zeros(len(ids)), classes, groups)
+    return {ids[row]: fold for fold, (_, rows) in enumerate(parts) for row in rows}
+
+
+def make_stores(source: Path, folder: Path, image_size: int) -> list[str]:
+    """A store a fold, whose test is the fold and whose val is the next one."""
+    config = override(Config(), {"prepare.image_size": image_size, "split.named": "hash"})
+    found, fold_of = read_source(str(source), settings=config.prepare), assign_folds(source)
+    fold_of_key = {study.key: fold_of[Path(study.url).stem] for study in found.studies}
     stores = []
-    with ray_session():
-        for fold in range(FOLDS):
-            table = folder / f"fold-{fold}.csv"
-            names = {fold: "test", (fold + 1) % FOLDS: "val"}
-            rows = [f"{p},{names.get(f, 'train')}\n" for p, f in sorted(fold_of.items())]
-            table.write_text("patient,split\n" + "".join(rows))
-            store = str(folder / f"fold-{fold}")
-            size = ("--prepare.image-size", str(image_size))
-            flags = ["--source", str(source), "--store", store, "--split.list", str(table), *size]
-            prepare(parse_command_line("prepare", flags, {}))
-            stores.append(store)
+    for fold in range(FOLDS):
+        names = {fold: "test", (fold + 1) % FOLDS: "val"}
+        listed = {key: names.get(one, "train") for key, one in fold_of_key.items()}
+        split = split_studies(
+            found.studies, config.split, seed=0, has_patients=found.has_patients, listed=listed
+        )
+        store = str(folder / f"fold-{fold}")
+        if find_store(store, found, config) is None:
+            per_shard, digest = shard_samples(image_size), digest_settings(config)
+            plans = plan_shards(found.studies, split.by_key, seed=0, samples_per_shard=per_shard)
+            shards = [
+                prepare_shard(plan, store, image_size, digest, found.file_key) for plan in plans
+            ]
+            finish_store(store, found, shards, split.audit, config, phantoms=False)
+        stores.append(store)
     return stores
 
 

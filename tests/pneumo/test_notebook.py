@@ -73,9 +73,10 @@ def test_a_store_that_is_there_is_opened(tmp_path: Path) -> None:
     assert [picture.shape for picture in pictures] == [(32, 32)] * 5
     np.testing.assert_array_equal(pictures[4], opened.pictures(chosen[4:])[0])
 
-    limited = pneumo.Config.model_validate({"prepare": {"limit": 20}})
-    with pytest.raises(ConfigError, match=r"jobs\.prepare does that"):
-        pneumo.prepare_store(tmp_path / "source", tmp_path / "other", limited)
+    for refused in ({"limit": 20}, {"without": [str(tmp_path / "store")]}):
+        config = pneumo.Config.model_validate({"prepare": refused})
+        with pytest.raises(ConfigError, match=r"jobs\.prepare does that"):
+            pneumo.prepare_store(tmp_path / "source", tmp_path / "other", config)
     with pytest.raises(StoreError):
         pneumo.open_store(tmp_path / "nothing")
     with pytest.raises(RunError, match="no checkpoint in it"):
