@@ -79,7 +79,7 @@ def find_urls(source_url: str, keys: Collection[str], environ: Mapping[str, str]
         studies = ()
     found = {study.key: study.url for study in studies if study.key in keys}
     if len(found) < len(set(keys)):  # contradictions, and images without a label
-        for url in storage.list_urls(source_url):
+        for url in storage.list_everything(source_url):
             key = derive_key(hash_key, "study", PurePosixPath(url).stem)
             if key in keys:
                 found.setdefault(key, url)

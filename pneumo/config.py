@@ -144,8 +144,8 @@ class ModelConfig(Section):
     ] = "resnet18"
     """A network of torchvision, given one input channel and one logit."""
     weights: str = "imagenet"
-    """'imagenet' (torchvision's, from its cache or the network), 'random', or the path of a state
-    dict: torchvision's own or that of a self-supervised encoder."""
+    """'imagenet' (torchvision's, from its cache or the network), 'random', a run's folder (its best
+    checkpoint), or the path of a state dict: torchvision's own or of a self-supervised encoder."""
 
 
 class TrainConfig(Section):

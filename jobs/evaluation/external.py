@@ -280,12 +280,9 @@ def _write_results(
     row = {"own test": first.auroc.internal.to_json()}
     row |= {name: one.evaluation.auroc.external.to_json() for name, one in evaluated.items()}
     matrix = {run: row, **others}
-    picture = draw_matrix(matrix)
-    storage.write_bytes(storage.join(folder, MATRIX), picture)
+    storage.write_bytes(storage.join(folder, MATRIX), draw_matrix(matrix))
     created = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    page, sections = render_external(
-        run, evaluated, trained.frozen, matrix, picture, created=created
-    )
+    page, sections = render_external(run, evaluated, trained.frozen, matrix, created=created)
     storage.write_text(storage.join(folder, REPORT), page)
     report_url = storage.join(trained.run_url, REPORT)
     report = storage.read_text(report_url)

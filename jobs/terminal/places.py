@@ -76,8 +76,8 @@ def check_places(invocation: Invocation) -> None:
     weights, listed = invocation.config.model.weights, invocation.config.split.list
     if weights not in WEIGHTS_WITHOUT_FILE and not _holds(weights):
         raise ConfigError(
-            f"model.weights: {weights!r} is no file; give 'imagenet', 'random' or the path of a "
-            "state dict"
+            f"model.weights: {weights!r} is no file; give 'imagenet', 'random', a run, or the "
+            "path of a state dict"
         )
     if listed is not None and not _holds(listed):
         raise SourceError(f"split.list: {listed!r} is no file")

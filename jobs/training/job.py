@@ -23,10 +23,9 @@ from jobs.training.trainer import Training, build_trainer
 from pneumo import storage
 from pneumo.command_line import Invocation, TrainArguments
 from pneumo.config import Config
-from pneumo.config_layers import with_absolute_weights
 from pneumo.dataset.manifest import read_manifest
 from pneumo.reporting.tracking import prepare_tracking
-from pneumo.training.checkpoints import CheckpointIndex, read_index
+from pneumo.training.checkpoints import CheckpointIndex, find_weights, read_index
 from pneumo.training.preconditions import check_run
 
 STOP_TIMEOUT_S = 25.0
@@ -35,7 +34,7 @@ STOP_TIMEOUT_S = 25.0
 
 def train(invocation: Invocation) -> None:
     """Train on `--store`, leaving the run in `--run`."""
-    arguments, config = invocation.arguments, with_absolute_weights(invocation.config)
+    arguments, config = invocation.arguments, find_weights(invocation.config)
     assert isinstance(arguments, TrainArguments)
     run_url = storage.normalise(arguments.run) if arguments.run else new_run_url("train")
     store_url = open_store(arguments, run_url, seed=config.seed)

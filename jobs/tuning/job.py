@@ -42,12 +42,13 @@ from jobs.tuning.trial_runs import load_shared_data, make_trainable, trials_at_o
 from pneumo import storage
 from pneumo.command_line import Invocation, TuneArguments
 from pneumo.config import Config, ModelConfig
-from pneumo.config_layers import check_space, drop_removed, with_absolute_weights
+from pneumo.config_layers import check_space, drop_removed
 from pneumo.dataset.manifest import Manifest, read_manifest
 from pneumo.errors import ClusterError, ConfigError, RunError
 from pneumo.network.backbones import check_weights
 from pneumo.reporting.tracking import prepare_tracking
 from pneumo.search_space import flatten
+from pneumo.training.checkpoints import find_weights
 from pneumo.training.preconditions import check_sizes
 from pneumo.tuning.choice import (
     Confirmation,
@@ -69,7 +70,7 @@ _SAME = ("seed", "data", "augment", "model", "train", "tune")
 
 def tune(invocation: Invocation) -> None:
     """Search on `--store`, leaving trials.parquet, report.html and best.toml in `--run`."""
-    arguments, config = invocation.arguments, with_absolute_weights(invocation.config)
+    arguments, config = invocation.arguments, find_weights(invocation.config)
     assert isinstance(arguments, TuneArguments)
     run_url = storage.normalise(arguments.run) if arguments.run else new_run_url("tune")
     store_url = open_store(arguments, run_url, seed=config.seed)

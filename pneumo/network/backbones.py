@@ -20,7 +20,10 @@ from pneumo.network.gray_convolution import GrayConv2d
 from pneumo.storage.failures import first_line
 
 _DOWNLOAD_TIMEOUT_S = 15.0
-_WRAPPERS = ("state_dict", "model_state_dict", "teacher", "student", "model", "net", "encoder")
+_WRAPPERS = (
+    "ema",
+    *("state_dict", "model_state_dict", "teacher", "student", "model", "net", "encoder"),
+)
 """The names under which training programs put the weights in their checkpoints."""
 
 
@@ -97,8 +100,8 @@ def initialise(model: nn.Module, config: ModelConfig, *, seed: int) -> Initialis
         )
     except FileNotFoundError as error:
         raise ConfigError(
-            f"model.weights: {config.weights!r} is no file; give 'imagenet', 'random' or the "
-            "path of a state dict"
+            f"model.weights: {config.weights!r} is no file; give 'imagenet', 'random', a run, or "
+            "the path of a state dict"
         ) from error
     except Exception as error:
         raise ConfigError(f"model.weights: {url} is no PyTorch state dict") from error
@@ -173,7 +176,8 @@ def _unwrap(content: object, url: str) -> Mapping[str, Tensor]:
         tensors = {k: v for k, v in content.items() if torch.is_tensor(v)}
         if tensors and len(tensors) == len(content):
             return tensors
-        content = next((content[name] for name in _WRAPPERS if name in content), None)
+        inner = (content.get(name) for name in _WRAPPERS)
+        content = next((one for one in inner if isinstance(one, Mapping)), None)
     raise ConfigError(
         f"model.weights: {url} is no state dict: names of tensors, at the top or under one of "
         f"{', '.join(_WRAPPERS)}"

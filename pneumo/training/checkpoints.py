@@ -24,8 +24,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pneumo import storage
-from pneumo.config import Config
-from pneumo.config_layers import drop_removed
+from pneumo.config import WEIGHTS_WITHOUT_FILE, Config
+from pneumo.config_layers import drop_removed, override, with_absolute_weights
 from pneumo.errors import CheckpointError, RunError
 from pneumo.network.backbones import build_model
 from pneumo.network.scoring import Member
@@ -268,6 +268,16 @@ def find_index(run_url: str) -> CheckpointIndex | None:
     """The run's index, or None where nothing has been trained. Raises CheckpointError."""
     index = _read_index(run_url)
     return index if index is not None and index.entries else None
+
+
+def find_weights(config: Config) -> Config:
+    """The same, `model.weights` a whole path, as workers run in folders of their own; for a run's
+    folder, that of its best checkpoint. Raises RunError for a run without one, CheckpointError."""
+    config = with_absolute_weights(config)
+    url = config.model.weights
+    if url in WEIGHTS_WITHOUT_FILE or not storage.exists(_url(url, _INDEX)):
+        return config
+    return override(config, {"model.weights": _url(url, read_index(url).best.name)})
 
 
 def read_index(run_url: str) -> CheckpointIndex:

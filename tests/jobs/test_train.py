@@ -60,7 +60,7 @@ def test_a_finished_run_is_left_alone(
         (["--cluster.min-workers", "2"], "min_workers 2 is more than num_workers 1"),
         (
             ["--model.weights", "no/such.pt"],
-            "such.pt' is no file; give 'imagenet', 'random' or the",
+            "such.pt' is no file; give 'imagenet', 'random', a run, or the",
         ),
         (["--train.lr", "-1"], "train.lr: got '-1'"),
         (["--train.lrr", "1"], "unknown setting --train.lrr"),

@@ -82,7 +82,7 @@ def _list_images(folder: Folder) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, url in folder.files.items():
         if name.startswith("images"):
-            for image in storage.list_urls(url):
+            for image in storage.list_everything(url):
                 if image.endswith(".png"):
                     found[image.rsplit("/", 1)[-1]] = image
     if not found:

@@ -110,7 +110,7 @@ def _check_cells(cells: tuple[str, ...], where: str) -> str:
 
 def _check_files(rows: Mapping[str, _Row], folder: Folder, url: str) -> None:
     prefix = f"{folder.url.rstrip('/')}/"
-    there = {found.removeprefix(prefix) for found in storage.list_urls(folder.url)}
+    there = {found.removeprefix(prefix) for found in storage.list_everything(folder.url)}
     missing = [row.number for file, row in rows.items() if file not in there]
     if missing:
         raise SourceError(

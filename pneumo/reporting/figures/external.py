@@ -14,7 +14,7 @@ from pneumo.reporting.figures.style import STYLE, encode_figure
 def draw_matrix(matrix: Mapping[str, Mapping[str, Any]]) -> bytes:
     """`matrix.png`: the AUROC of each run (row) on each set (column), estimates as in metrics.json;
     from 0.5, white, to 1."""
-    columns = list(dict.fromkeys(name for row in matrix.values() for name in row))
+    columns = list_columns(matrix)
     with mpl.rc_context({**STYLE, "axes.grid": False}):
         size = (1.8 + 1.5 * len(columns), 1.3 + 0.7 * len(matrix))
         figure = Figure(figsize=size, layout="constrained")
@@ -34,6 +34,11 @@ def draw_matrix(matrix: Mapping[str, Mapping[str, Any]]) -> bytes:
         axes.set_yticks(range(len(matrix)), list(matrix))
         axes.set_title("AUROC: run (row) on set (column)")
         return encode_figure(figure, "png")
+
+
+def list_columns(matrix: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The sets that any run was judged on, its own test first."""
+    return list(dict.fromkeys(name for row in matrix.values() for name in row))
 
 
 def _tell(found: Mapping[str, Any] | None) -> str:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from pneumo.dataset.overlap import Overlap
-from pneumo.evaluation.bootstrap import as_json
+from pneumo.evaluation.bootstrap import Estimate, as_json
 from pneumo.evaluation.external import RECALIBRATION_FRACTION, Both, ExternalEvaluation, Frozen
 from pneumo.evaluation.set_shift import SetShift
-from pneumo.reporting.page.embedding import embed, make_environment
+from pneumo.reporting.figures.external import list_columns
+from pneumo.reporting.page.embedding import make_environment
 from pneumo.reporting.page.formatting import Cell, count, decimal, fine_percent, percent
 
 
@@ -42,18 +43,17 @@ def render_external(
     sets: Mapping[str, ExternalSet],
     frozen: Frozen,
     matrix: Mapping[str, Mapping[str, Any]],
-    picture: bytes,
     *,
     created: str,
 ) -> tuple[str, str]:
-    """The page, and its sections alone, for `insert_external`; `matrix` and `picture` are those of
-    `figures.external`."""
-    alt = "; ".join(f"{name}: {', '.join(row)}" for name, row in matrix.items())
+    """The page, and its sections alone, for `insert_external`; `matrix` has the AUROC of each run
+    (row) on each set (column), estimates as in metrics.json."""
+    columns = list_columns(matrix)
     shown = {
         "run": run,
         "created": created,
-        "matrix": embed(picture),
-        "alt": f"AUROC by run and set. {alt}",
+        "columns": columns,
+        "matrix": {name: [_shade(row.get(c)) for c in columns] for name, row in matrix.items()},
         "sets": [_describe(name, one, frozen) for name, one in sets.items()],
     }
     templates = ("external.html.j2", "external_sets.html.j2")
@@ -101,6 +101,13 @@ def _describe(name: str, one: ExternalSet, frozen: Frozen) -> dict[str, Any]:
         "rows": [(what, _show(both)) for what, both in rows],
         "notes": [_tell_mix(found), _tell_recalibration(found), _tell_shift(shift)],
     }
+
+
+def _shade(found: Mapping[str, Any] | None) -> tuple[Cell | None, float]:
+    """A cell of the matrix, None where the run was not judged, and how strongly it is coloured."""
+    if found is None:
+        return None, 0.0
+    return Cell.of(Estimate(**found)), max((found["value"] or 0.0) - 0.5, 0.0)
 
 
 def _show(both: Both) -> list[Cell]:

@@ -74,7 +74,7 @@ def test_places_that_serve_pass(folder: Path, job: str, flags: str) -> None:
             "tune",
             "--store @store --model.weights @no.pt",
             ConfigError,
-            r"model\.weights: .*no\.pt' is no file; give 'imagenet', 'random' or the path of a",
+            r"model\.weights: .*no\.pt' is no file; give 'imagenet', 'random', a run, or the path",
         ),
         ("evaluate", "--store @store --run @files", RunError, "files: no checkpoint in it"),
         ("evaluate", "--store @store --run @run --members @run,@new", RunError, "new: no checkp"),

@@ -245,8 +245,26 @@ def test_a_file_of_weights_is_loaded(
     assert torch.equal(weights(again), weights(model))
 
 
+@pytest.mark.parametrize(("ema", "taken"), [(None, 1.0), (2.0, 2.0)])
+def test_of_a_checkpoint_those_weights_are_taken_that_it_scores_with(
+    tmp_path: Path, ema: float | None, taken: float
+) -> None:
+    def fill_with(value: float) -> dict[str, torch.Tensor]:
+        return {
+            k: torch.full_like(v, value) for k, v in build_model("resnet18").state_dict().items()
+        }
+
+    path, model = tmp_path / "epoch-0001.pt", build_model("resnet18")
+    averaged = None if ema is None else fill_with(ema)
+    torch.save({"model": fill_with(1.0), "ema": averaged, "epoch": 1, "config": {}}, path)
+    fill(model, str(path))
+    assert model.state_dict()["conv1.weight"].unique().tolist() == [taken]
+
+
 def test_an_absent_file_lists_what_can_be_given(tmp_path: Path) -> None:
-    message = r"model\.weights: '.*imagnet' is no file; give 'imagenet', 'random' or the path of a"
+    message = (
+        r"model\.weights: '.*imagnet' is no file; give 'imagenet', 'random', a run, or the path"
+    )
     with pytest.raises(ConfigError, match=message):
         fill(build_model("resnet18"), str(tmp_path / "imagnet"))
     with pytest.raises(UserError, match="'pipe:' URLs are refused"):

@@ -26,6 +26,7 @@ from pneumo.training.checkpoints import (
     claim_run,
     copy_to_cpu,
     find_index,
+    find_weights,
     load_checkpoint,
     load_newest,
     read_index,
@@ -372,6 +373,22 @@ def test_the_average_is_what_is_scored_where_there_is_one(tmp_path: Path) -> Non
     plain = make_checkpoint()
     assert plain.weights == "raw"
     assert plain.scored_model is plain.model
+
+
+def test_the_weights_of_a_run_are_those_of_its_best_checkpoint(tmp_path: Path) -> None:
+    run, empty = str(tmp_path / "run"), str(tmp_path / "empty")
+    save(run, 0.6, 0.9, 0.7)
+
+    def find(weights: str) -> str:
+        return find_weights(Config.model_validate({"model": {"weights": weights}})).model.weights
+
+    assert find(run) == str(file_of(run, 0))
+    assert read_index(run).entries[0].epoch == 2
+    for other in ("imagenet", "random", str(file_of(run))):
+        assert find(other) == other
+    claim_run(empty)
+    with pytest.raises(RunError, match="no checkpoint in it; train first"):
+        find(empty)
 
 
 def test_an_early_end_is_said_in_the_index(tmp_path: Path) -> None:

@@ -91,6 +91,20 @@ def test_a_name_of_a_table_does_not_lead_out_of_the_folder(copied: Path, name: s
         assert Path(study.url).resolve().is_relative_to(copied / name), study.url
 
 
+@pytest.mark.parametrize("name", PHANTOM_LAYOUTS)
+def test_folders_may_be_links_to_another_disk(phantoms: Path, tmp_path: Path, name: str) -> None:
+    linked, disk = tmp_path / "linked", phantoms / name
+    shutil.copytree(disk, linked, ignore=lambda where, names: [n for n in names if "." not in n])
+    folders = [path for path in disk.iterdir() if path.is_dir() and "." not in path.name]
+    assert folders
+    for folder in folders:
+        (linked / folder.name).symlink_to(folder)
+    found, whole = read(linked), read(disk)
+    assert [study.key for study in found.studies] == [study.key for study in whole.studies]
+    assert found.rejected == whole.rejected
+    assert all(Path(study.url).is_file() for study in found.studies)
+
+
 def test_two_layouts_in_one_folder_are_refused_until_one_is_named(copied: Path) -> None:
     shutil.copytree(copied / "own-table", copied / "nih", dirs_exist_ok=True)
     with pytest.raises(SourceError, match=r"two layouts, .*own table.* and NIH.*own-table or nih"):
