@@ -21,7 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from pneumo import storage
 from pneumo.config import Config
@@ -37,10 +37,9 @@ AUROC_OF = {"raw": "val/auroc", "ema": "val/ema_auroc"}
 """The metric that says which epoch is the best, by the weights that are scored with."""
 
 
-class CheckpointEntry(BaseModel):
+class CheckpointEntry(BaseModel, frozen=True):
     """What the index says of one checkpoint."""
 
-    model_config = ConfigDict(frozen=True)
     name: str
     epoch: int
     """Epochs completed."""
@@ -53,10 +52,9 @@ class CheckpointEntry(BaseModel):
     sha256: str
 
 
-class CheckpointIndex(BaseModel):
+class CheckpointIndex(BaseModel, frozen=True):
     """The run's checkpoints, oldest first."""
 
-    model_config = ConfigDict(frozen=True)
     schema_version: int = SCHEMA_VERSION
     attempt: str = ""
     """The id of the attempt that may write."""
