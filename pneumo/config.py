@@ -375,8 +375,8 @@ class Config(Section):
 
 
 TRAINING_SECTIONS = ("seed", "data", "augment", "model", "train")
-"""The settings that a resumed run must share with its checkpoint, but for those that only say how
-the same weights come about."""
+"""The settings that a resumed run must share with its checkpoint, except `_NOT_COMPARED`, which do
+not change the weights."""
 _NOT_COMPARED = {"compile", "keep_checkpoints", "checkpoint_every_steps"}
 
 

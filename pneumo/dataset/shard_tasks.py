@@ -1,7 +1,7 @@
 """What one task of a preparation does: it writes a shard, then a record for it under `parts/`.
 
-Everything depends on the source, the settings and the seed alone: whoever does a task, and however
-often, the bytes are the same.
+Everything depends on the source, the settings and the seed alone: a task gives the same bytes on
+any machine, and when it is repeated.
 """
 
 from collections import Counter

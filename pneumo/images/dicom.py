@@ -84,7 +84,7 @@ class GrayImage:
     columns: int
     """Its width."""
     identifier: str | None
-    """Patient ID (0010,0020), to be compared and forgotten: it is never written anywhere."""
+    """Patient ID (0010,0020), compared with the tables, and never written anywhere."""
     acquisition: Acquisition = NO_ACQUISITION
     """For `input_checks`; not kept."""
     warnings: tuple[str, ...] = ()
@@ -244,7 +244,7 @@ def _decode_fast(file: BaselineFile, image_size: int) -> Gray | None:
             min_width=columns,
             buffer=_BUFFER.take(form.rows * form.columns),
         )
-    except ValueError:  # damaged, or merely odd: the reference tells which
+    except ValueError:  # damaged or unusual: the reference path decides
         return None
     if pixels.shape != (rows, columns, 1):
         return None
