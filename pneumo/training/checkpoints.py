@@ -26,7 +26,7 @@ from pydantic import BaseModel, ValidationError
 from pneumo import storage
 from pneumo.config import Config
 from pneumo.config_layers import drop_removed
-from pneumo.errors import CheckpointError, RunError
+from pneumo.errors import CheckpointError, ContentError, RunError
 from pneumo.network.backbones import build_model
 from pneumo.network.scoring import Member
 
@@ -286,11 +286,13 @@ def load_checkpoint(run_url: str, entry: CheckpointEntry) -> Checkpoint:
     """
     url = _url(run_url, entry.name)
     try:
-        data = storage.read_bytes(url)
+        data = storage.read_bytes(url, sha256=entry.sha256)
     except FileNotFoundError as error:
         raise CheckpointError(f"{url}: the index names it, but it is gone") from error
-    if hashlib.sha256(data).hexdigest() != entry.sha256:
-        raise CheckpointError(f"{url}: its SHA-256 is not the index's; it was changed or cut")
+    except ContentError as error:
+        raise CheckpointError(
+            f"{url}: its SHA-256 is not the index's; it was changed or cut"
+        ) from error
     try:
         plain = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
