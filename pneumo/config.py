@@ -8,7 +8,7 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from pneumo import storage
 from pneumo.search_space import Domain, Space, flatten, grid_points
@@ -31,10 +31,8 @@ def without_folders(value: Any) -> Any:
     return value.rsplit("/", 1)[-1] if is_path else value
 
 
-class Section(BaseModel):
+class Section(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """A branch of the tree."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 def _unless_default(default: Any) -> Any:
@@ -377,8 +375,8 @@ class Config(Section):
 
 
 TRAINING_SECTIONS = ("seed", "data", "augment", "model", "train")
-"""The settings that a resumed run must share with its checkpoint, but for those that only say how
-the same weights come about."""
+"""The settings that a resumed run must share with its checkpoint, except `_NOT_COMPARED`, which do
+not change the weights."""
 _NOT_COMPARED = {"compile", "keep_checkpoints", "checkpoint_every_steps"}
 
 

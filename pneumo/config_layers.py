@@ -220,7 +220,7 @@ def _merge(target: dict[str, Any], source: Mapping[str, Any]) -> None:
 
 
 def _explain(model: type[BaseModel], error: ValidationError, layers: Sequence[Layer]) -> str:
-    """One line for all mistakes; what one value may be instead is told together."""
+    """One line for all mistakes; all that one value may be stands together."""
     allowed: dict[str, list[str]] = {}
     for item in error.errors(include_url=False):
         path = [str(part) for part in item["loc"]]

@@ -67,24 +67,22 @@ def prepare_store(source: str | Path, url: str | Path, config: Config | None = N
     >>> config = pneumo.Config.model_validate({"prepare": {"image_size": 64}})
     >>> store = pneumo.prepare_store("rsna", "store", config)
     """
-    config = config or Config()
-    source_url, store_url = storage.normalise(str(source)), storage.normalise(str(url))
-    chosen = select_studies(source_url, config, print)
-    source, config = chosen.source, chosen.config
-    if find_store(store_url, source, config) is None:
+    store_url = storage.normalise(str(url))
+    chosen = select_studies(storage.normalise(str(source)), config or Config(), print)
+    found, config, audit = chosen.source, chosen.config, chosen.split.audit
+    if find_store(store_url, found, config) is None:
         size, digest = config.prepare.image_size, digest_settings(config)
         plans = plan_shards(
-            source.studies,
+            found.studies,
             chosen.split.by_key,
             seed=config.seed,
             samples_per_shard=shard_samples(size),
         )
         shards = [
-            prepare_shard(plan, store_url, size, digest, source.file_key, chosen.seen)
+            prepare_shard(plan, store_url, size, digest, found.file_key, chosen.seen)
             for plan in plans
         ]
-        audit = chosen.split.audit
-        finish_store(store_url, source, shards, audit, config, phantoms=chosen.phantoms)
+        finish_store(store_url, found, shards, audit, config, phantoms=chosen.phantoms)
     return open_store(store_url)
 
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from itertools import islice, product
 from typing import Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, model_serializer, model_validator
+from pydantic import BaseModel, model_serializer, model_validator
 
 Scalar = bool | int | float | str | None
 Kind = Literal["log_uniform", "uniform", "integer", "choice", "fixed"]
@@ -28,10 +28,9 @@ _FORMS = (
 )
 
 
-class Domain(BaseModel):
+class Domain(BaseModel, frozen=True):
     """What one key may be; written and read as a list, or as the value alone where it is fixed."""
 
-    model_config = ConfigDict(frozen=True)
     kind: Kind
     values: tuple[Scalar, ...]
     """(low, high) of a range, the choices, or the one value."""

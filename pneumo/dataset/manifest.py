@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from pneumo import storage
 from pneumo.config import SplitConfig
@@ -20,10 +20,9 @@ SCHEMA_VERSION = 4
 MANIFEST = "manifest.json"
 
 
-class BlockEntry(BaseModel):
+class BlockEntry(BaseModel, frozen=True, extra="forbid"):
     """Neighbouring samples of a shard: a whole tar without its end marker."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     offset: int
     """Where the block begins in the shard, in bytes."""
     bytes: int
@@ -32,10 +31,9 @@ class BlockEntry(BaseModel):
     """Every reader checks every block; BLAKE3 takes a third of the time of SHA-256."""
 
 
-class ShardEntry(BaseModel):
+class ShardEntry(BaseModel, frozen=True, extra="forbid"):
     """What the manifest says of one shard."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
     """Relative to the store: `train/000000-0123456789ab.tar`, with digits of its SHA-256."""
     samples: int
@@ -46,10 +44,9 @@ class ShardEntry(BaseModel):
     """The shard's blocks in order; all but the last hold equally many samples."""
 
 
-class SplitEntry(BaseModel):
+class SplitEntry(BaseModel, frozen=True, extra="forbid"):
     """What the manifest says of one split."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     samples: int
     positives: int
     patients: int | None
@@ -59,18 +56,16 @@ class SplitEntry(BaseModel):
     shards: tuple[ShardEntry, ...]
 
 
-class FileEntry(BaseModel):
+class FileEntry(BaseModel, frozen=True, extra="forbid"):
     """What the manifest says of a file beside the shards."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     bytes: int
     sha256: str
 
 
-class Duplicates(BaseModel):
+class Duplicates(BaseModel, frozen=True, extra="forbid"):
     """Studies whose stored pictures are equal, pixel by pixel."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     pictures: int
     """Pictures that more than one study has."""
     studies: int
@@ -82,10 +77,9 @@ class Duplicates(BaseModel):
     """Of the pictures, those found in more than one split: each leaks."""
 
 
-class Manifest(BaseModel):
+class Manifest(BaseModel, frozen=True, extra="forbid"):
     """The store's table of contents."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     schema_version: int = SCHEMA_VERSION
     source_digest: str
     """SHA-256 of the source's tables, with hashed ids."""

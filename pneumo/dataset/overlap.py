@@ -37,7 +37,7 @@ class Seen:
         return cls(frozenset(patients), frozenset(digests), tuple(r.picture_hash for r in rows))
 
     def find_pictures(self, rows: Sequence[StudyRow]) -> list[bool]:
-        """Whether the picture of each study is one of these, be it saved or scaled otherwise."""
+        """Whether the picture of each study is one of these, even saved or scaled otherwise."""
         alike = find_near_duplicates([row.picture_hash for row in rows], self.hashes)
         return [a or row.pixels_digest in self.digests for a, row in zip(alike, rows, strict=True)]
 
@@ -56,7 +56,7 @@ class Overlap:
     patients: int
     """Patients whom the model was trained or chosen on."""
     of_patients: int
-    """Studies of theirs."""
+    """Studies of these patients."""
     of_pictures: int
     """Other studies whose picture the model has seen."""
 

@@ -218,7 +218,7 @@ _EXPECTED: Mapping[str, Sequence[str]] = {
     "age": (*AGE_BANDS, UNKNOWN),
     "spacing": (UNKNOWN,),
 }
-"""What is counted, and the values that are told even where no study has them."""
+"""What is counted, and the values that are listed even where no study has them."""
 
 
 def _describe(row: StudyRow, is_spacing_listed: bool) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """What one task of a preparation does: it writes a shard, then a record for it under `parts/`.
 
-Everything depends on the source, the settings and the seed alone: whoever does a task, and however
-often, the bytes are the same.
+Everything depends on the source, the settings and the seed alone: a task gives the same bytes on
+any machine, and when it is repeated.
 """
 
 from collections import Counter
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 import cv2
 import numpy as np
 from blake3 import blake3
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from pneumo import storage
 from pneumo.dataset.manifest import ShardEntry
@@ -27,10 +27,9 @@ from pneumo.images.gray_levels import Gray
 from pneumo.images.headers import NO_HEADER
 
 
-class ShardRecord(BaseModel):
+class ShardRecord(BaseModel, frozen=True, extra="forbid"):
     """What one task leaves: enough to write the store's tables without looking at its shard."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     plan_digest: str = ""
     entry: ShardEntry
     """Of 0 samples, and without a file, when no study of the plan could be used."""

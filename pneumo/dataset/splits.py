@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, computed_field
+from pydantic import BaseModel, Field, computed_field
 from scipy.stats import beta, hypergeom
 
 from pneumo import storage
@@ -34,19 +34,16 @@ _SKEWED_P = 1e-6
 """Below this probability, over all shards, a shard's class ratio is no random one."""
 
 
-class Interval(BaseModel):
+class Interval(BaseModel, frozen=True):
     """A fraction with its 95 % interval."""
 
-    model_config = ConfigDict(frozen=True)
     value: float
     low: float
     high: float
 
 
-class LeakageAudit(BaseModel):
+class LeakageAudit(BaseModel, frozen=True):
     """What the manifest and the report state about the split."""
-
-    model_config = ConfigDict(frozen=True)
 
     unit: str
     """'patient' or 'image': what was kept whole."""

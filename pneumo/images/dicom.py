@@ -19,6 +19,7 @@ import numpy.typing as npt
 import pydicom
 import simplejpeg
 from pydicom import uid
+from pydicom.tag import Tag
 from pydicom.uid import UID
 
 from pneumo.errors import DicomError
@@ -35,7 +36,7 @@ from pneumo.images.headers import (
     Header,
     make_acquisition,
     make_header,
-    read_acquisition,
+    read_from,
     read_header,
 )
 from pneumo.images.letterbox import fit_shape, letterbox
@@ -54,18 +55,17 @@ _RADIOGRAPHS = {
 }
 
 
-_SOP_CLASS, _PATIENT_ID, _SEX, _AGE = 0x80016, 0x100020, 0x100040, 0x101010
-_VIEW, _BODY_PART, _MODALITY, _INTENT = 0x185101, 0x180015, 0x80060, 0x80068
-_LATERALITY, _IMAGE_LATERALITY = 0x200060, 0x200062
-_PIXEL_SPACING, _IMAGER_SPACING = 0x280030, 0x181164
-_CODES = (_SEX, _VIEW, _BODY_PART, _MODALITY, _INTENT, _LATERALITY, _IMAGE_LATERALITY)
 _SINGLE_TEXTS = {
-    _SOP_CLASS: b"UI",
-    _PATIENT_ID: b"LO",
-    _AGE: b"AS",
-    **dict.fromkeys(_CODES, b"CS"),
+    "SOPClassUID": b"UI",
+    "PatientID": b"LO",
+    "PatientAge": b"AS",
+    **dict.fromkeys(("PatientSex", "ViewPosition", "BodyPartExamined", "Modality"), b"CS"),
+    **dict.fromkeys(("PresentationIntentType", "Laterality", "ImageLaterality"), b"CS"),
 }
-_TEXTS = {**_SINGLE_TEXTS, _PIXEL_SPACING: b"DS", _IMAGER_SPACING: b"DS"}
+_TEXTS = {
+    int(Tag(keyword)): (keyword, vr)
+    for keyword, vr in {**_SINGLE_TEXTS, "PixelSpacing": b"DS", "ImagerPixelSpacing": b"DS"}.items()
+}
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class GrayImage:
     columns: int
     """Its width."""
     identifier: str | None
-    """Patient ID (0010,0020), to be compared and forgotten: it is never written anywhere."""
+    """Patient ID (0010,0020), compared with the tables, and never written anywhere."""
     acquisition: Acquisition = NO_ACQUISITION
     """For `input_checks`; not kept."""
     warnings: tuple[str, ...] = ()
@@ -120,7 +120,7 @@ def read_study_image(data: bytes, image_size: int) -> GrayImage:
             shape=(int(dataset.Rows), int(dataset.Columns)),
             header=read_header(dataset, repairs),
             identifier=str(read_optional(dataset, "PatientID", repairs) or "") or None,
-            acquisition=read_acquisition(dataset, repairs),
+            acquisition=make_acquisition(read_from(dataset, repairs)),
             repairs=repairs,
         )
 
@@ -131,14 +131,14 @@ _NUMBER = re.compile(r" *[-+]?\d{1,9}(\.\d{0,9})? *")
 def _read_fast(file: BaselineFile, image_size: int) -> GrayImage | None:
     """The usual file; None where pydicom must look at it."""
     texts = file.texts
-    if any("\\" in texts.get(tag, "") for tag in _SINGLE_TEXTS):
+    if any("\\" in texts.get(keyword, "") for keyword in _SINGLE_TEXTS):
         return None
-    if texts.get(_SOP_CLASS) and texts[_SOP_CLASS] not in _RADIOGRAPHS:
+    if texts.get("SOPClassUID") and texts["SOPClassUID"] not in _RADIOGRAPHS:
         return None
     gray = _decode_fast(file, image_size)
     if gray is None:
         return None
-    spacing = (texts.get(_PIXEL_SPACING) or texts.get(_IMAGER_SPACING) or "0").split("\\")
+    spacing = (texts.get("PixelSpacing") or texts.get("ImagerPixelSpacing") or "0").split("\\")
     if not all(_NUMBER.fullmatch(number) for number in spacing):
         return None
     return make_image(
@@ -146,19 +146,13 @@ def _read_fast(file: BaselineFile, image_size: int) -> GrayImage | None:
         image_size,
         shape=(file.form.rows, file.form.columns),
         header=make_header(
-            age=texts.get(_AGE, ""),
-            sex=texts.get(_SEX),
-            view=texts.get(_VIEW),
+            age=texts.get("PatientAge", ""),
+            sex=texts.get("PatientSex"),
+            view=texts.get("ViewPosition"),
             spacing=[float(number) for number in spacing],
         ),
-        identifier=texts.get(_PATIENT_ID) or None,
-        acquisition=make_acquisition(
-            view=texts.get(_VIEW),
-            body_part=texts.get(_BODY_PART),
-            laterality=texts.get(_LATERALITY) or texts.get(_IMAGE_LATERALITY),
-            intent=texts.get(_INTENT),
-            modality=texts.get(_MODALITY),
-        ),
+        identifier=texts.get("PatientID") or None,
+        acquisition=make_acquisition(texts.get),
     )
 
 
@@ -244,7 +238,7 @@ def _decode_fast(file: BaselineFile, image_size: int) -> Gray | None:
             min_width=columns,
             buffer=_BUFFER.take(form.rows * form.columns),
         )
-    except ValueError:  # damaged, or merely odd: the reference tells which
+    except ValueError:  # damaged or unusual: the reference path decides
         return None
     if pixels.shape != (rows, columns, 1):
         return None

@@ -40,14 +40,14 @@ class BaselineFile:
     form: FrameFormat
     frame: bytes
     """The JPEG codestream; that it holds what `form` says is not checked."""
-    texts: Mapping[int, str]
-    """Values of the text elements that were asked for, by tag, as pydicom would give them."""
+    texts: Mapping[str, str]
+    """Values of the text elements that were asked for, by keyword, as pydicom would give them."""
 
 
-def read_baseline(data: bytes, wanted: Mapping[int, bytes]) -> BaselineFile | None:
+def read_baseline(data: bytes, wanted: Mapping[int, tuple[str, bytes]]) -> BaselineFile | None:
     """The parts of `data`, or None where pydicom must look at it.
 
-    `wanted` are the tags whose texts to keep, each with the VR that it must have.
+    `wanted` are the tags whose texts to keep, each with its keyword and the VR that it must have.
     """
     found = _scan(data)
     if found is None:
@@ -58,12 +58,12 @@ def read_baseline(data: bytes, wanted: Mapping[int, bytes]) -> BaselineFile | No
     if form is None or frame is None:
         return None
     texts = {}
-    for tag, vr in wanted.items():
+    for tag, (keyword, vr) in wanted.items():
         if tag in elements:
             stated, value = elements[tag]
             if stated != vr or not value.isascii() or b"\x1b" in value:
                 return None  # a character set matters
-            texts[tag] = value.decode("ascii").rstrip("\0 ")
+            texts[keyword] = value.decode("ascii").rstrip("\0 ")
     return BaselineFile(form, frame, texts)
 
 

@@ -49,7 +49,7 @@ class _StepLimitReached(Exception):  # noqa: N818  it ends a search, and is no e
 
 @dataclass
 class _Reader:
-    """Elements of `data`, as many as may be looked at."""
+    """Reads elements of `data`, up to a limit of `steps`."""
 
     data: bytes
     is_implicit: bool = False
@@ -185,7 +185,7 @@ def repair_file(data: bytes, repairs: Repairs) -> bytes | None:
 def _repair(
     reader: _Reader, repairs: Repairs, is_next: Callable[[_Reader, int, int], bool]
 ) -> bytes | None:
-    """As `repair_file`; an element's length is believed where `is_next` accepts what follows it."""
+    """As `repair_file`; an element's length is right where `is_next` accepts what follows."""
     data = reader.data
     position, syntax = _skip_meta(reader)
     if syntax == ExplicitVRBigEndian.encode():

@@ -1,7 +1,7 @@
 """The four values of a DICOM header that are kept."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,36 +47,40 @@ class Acquisition:
 NO_ACQUISITION = Acquisition("", "", "", "", "")
 
 
-def read_acquisition(dataset: pydicom.Dataset, repairs: Repairs) -> Acquisition:
-    """What `dataset` says of how the picture was taken."""
+Get = Callable[[str], Any]
+"""The value of the element with this keyword; of a sequence, the meaning of its first code."""
 
-    def text(keyword: str) -> Any:
-        return read_optional(dataset, keyword, repairs)
 
-    return make_acquisition(
-        view=text("ViewPosition") or _read_meaning(dataset, "ViewCodeSequence", repairs),
-        body_part=text("BodyPartExamined")
-        or _read_meaning(dataset, "AnatomicRegionSequence", repairs),
-        laterality=text("Laterality") or text("ImageLaterality"),
+def make_acquisition(get: Get) -> Acquisition:
+    """What a header says of how the picture was taken."""
+
+    def text(*keywords: str) -> str:
+        value = next((found for keyword in keywords if (found := get(keyword))), "")
+        return " ".join(str(value).upper().split())
+
+    return Acquisition(
+        view=text("ViewPosition", "ViewCodeSequence"),
+        body_part=text("BodyPartExamined", "AnatomicRegionSequence"),
+        laterality=text("Laterality", "ImageLaterality"),
         intent=text("PresentationIntentType"),
         modality=text("Modality"),
     )
 
 
-def _read_meaning(dataset: pydicom.Dataset, keyword: str, repairs: Repairs) -> Any:
-    items = read_optional(dataset, keyword, repairs)
-    try:
-        return items[0].get("CodeMeaning") if items else None
-    except (AttributeError, IndexError, TypeError, ValueError):
-        repairs.add(f"left_out:{keyword}")
-        return None
+def read_from(dataset: pydicom.Dataset, repairs: Repairs) -> Get:
+    """Gives values of `dataset`; None where there is none, or none that makes sense."""
 
+    def get(keyword: str) -> Any:
+        value = read_optional(dataset, keyword, repairs)
+        if not value or not keyword.endswith("Sequence"):
+            return value
+        try:
+            return value[0].get("CodeMeaning")
+        except (AttributeError, IndexError, TypeError, ValueError):
+            repairs.add(f"left_out:{keyword}")
+            return None
 
-def make_acquisition(**stated: Any) -> Acquisition:
-    """An acquisition of these values as they stand in the file."""
-    return Acquisition(
-        **{name: " ".join(str(text or "").upper().split()) for name, text in stated.items()}
-    )
+    return get
 
 
 def read_header(dataset: pydicom.Dataset, repairs: Repairs) -> Header:

@@ -214,27 +214,26 @@ def _run_decoder(
     source: bytes, syntax: UID, form: FrameFormat, plugin: str, *, vr: str
 ) -> tuple[Stored, str]:
     """What pydicom's decoder gives, and the colour space that it is in."""
+    options: dict[str, Any] = {
+        "rows": form.rows,
+        "columns": form.columns,
+        "number_of_frames": 1,
+        "samples_per_pixel": form.samples,
+        "photometric_interpretation": form.photometric,
+        "bits_allocated": form.bits_allocated,
+        "bits_stored": form.bits_stored,
+        "pixel_representation": int(form.signed),
+        "planar_configuration": form.planar,
+        "pixel_keyword": "PixelData",
+        "pixel_vr": vr,
+        "allow_excess_frames": False,
+        # pydicom takes the lowest bits, whatever the high bit says; see `stored_values`.
+        "correct_unused_bits": False,
+        "view_only": True,
+    }
     try:
         stored, properties = get_decoder(syntax).as_array(
-            source,
-            index=0,
-            raw=True,
-            decoding_plugin=plugin,
-            rows=form.rows,
-            columns=form.columns,
-            number_of_frames=1,
-            samples_per_pixel=form.samples,
-            photometric_interpretation=form.photometric,
-            bits_allocated=form.bits_allocated,
-            bits_stored=form.bits_stored,
-            pixel_representation=int(form.signed),
-            planar_configuration=form.planar,
-            pixel_keyword="PixelData",
-            pixel_vr=vr,
-            allow_excess_frames=False,
-            # pydicom takes the lowest bits, whatever the high bit says; see `stored_values`.
-            correct_unused_bits=False,
-            view_only=True,
+            source, index=0, raw=True, decoding_plugin=plugin, **options
         )
     except (KeyboardInterrupt, SystemExit):
         raise

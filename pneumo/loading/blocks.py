@@ -13,9 +13,9 @@ from torch import Tensor
 
 from pneumo import storage
 from pneumo.config import DataConfig
-from pneumo.dataset.manifest import BlockEntry, Manifest, ShardEntry
+from pneumo.dataset.manifest import BlockEntry, Manifest, ShardEntry, naming_file
 from pneumo.dataset.shards import decode_block, read_block
-from pneumo.errors import ConfigError, ContentError, DataError
+from pneumo.errors import ConfigError, DataError
 from pneumo.loading.sample_order import Rows, World
 
 READERS = 4
@@ -129,15 +129,8 @@ class Blocks:
         is known before the first step. Raises DataError."""
 
         def check(shard: ShardEntry) -> None:
-            url = storage.join(self.store_url, shard.name)
-            try:
-                storage.read_range(url, shard.bytes - 1, 1)
-            except FileNotFoundError as error:
-                raise DataError(f"shard {shard.name}: missing from {self.store_url}") from error
-            except ContentError as error:
-                raise DataError(
-                    f"shard {shard.name}: cut: {error}; delete the store and prepare it again"
-                ) from error
+            with naming_file(f"shard {shard.name}", self.store_url):
+                storage.read_range(storage.join(self.store_url, shard.name), shard.bytes - 1, 1)
 
         with ThreadPoolExecutor(READERS, thread_name_prefix=READER_THREAD) as pool:
             list(pool.map(check, self.shards[world.rank :: world.size]))

@@ -1,4 +1,4 @@
-"""Which errors of a server are permanent, and what a person is told of them."""
+"""Which errors of a server are permanent, and the messages that a person reads."""
 
 import errno
 from collections.abc import Mapping
@@ -64,7 +64,7 @@ def first_line(error: BaseException) -> str:
 def permanent_error(error: Exception, name: str, text: str | None = None) -> Exception | None:
     """What to raise for an error that another try would meet again; None for a transient one.
 
-    `name` is what the object is called, `text` what is told of the error: its first line if None.
+    `name` is what the object is called, `text` what the error says: its first line if None.
     """
     if isinstance(error, (StorageError, UserError)):
         return error

@@ -1,4 +1,4 @@
-"""What a training tells whoever called it, and what it asks."""
+"""What a training tells its caller, and what it asks."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

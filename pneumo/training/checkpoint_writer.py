@@ -1,4 +1,4 @@
-"""How a run is written while it is trained: checkpoints and metrics.jsonl, behind the training."""
+"""How a run is written while it is trained: checkpoints and metrics.jsonl, in a thread."""
 
 import json
 import time
@@ -21,9 +21,9 @@ Position = tuple[int, int]
 class BackgroundWriter:
     """Writes in a thread of its own while training goes on, one checkpoint at a time.
 
-    What is submitted must own its tensors (see `copy_to_cpu`). An object store that does not answer
-    is told of and outlived, with the checkpoint before, but not three times in a row; any other
-    failure is raised by whichever method is called next.
+    What is submitted must own its tensors (see `copy_to_cpu`). Where an object store does not
+    answer, a line says so and training goes on, with the checkpoint before; the third failure in a
+    row, and any other one, is raised by the method that is called next.
     """
 
     def __init__(self, tell: Callable[[str], None]) -> None:
@@ -50,7 +50,7 @@ class BackgroundWriter:
             pending.result()
 
     def close(self) -> None:
-        """End the thread after what it is writing; a failure is told of."""
+        """End the thread after what it is writing; a failure becomes a warning."""
         self._pool.shutdown(wait=True)
         pending, self._pending = self._pending, None
         if pending is not None and (error := pending.exception()) is not None:

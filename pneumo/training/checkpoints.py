@@ -21,12 +21,12 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from pneumo import storage
 from pneumo.config import WEIGHTS_WITHOUT_FILE, Config
 from pneumo.config_layers import drop_removed, override, with_absolute_weights
-from pneumo.errors import CheckpointError, RunError
+from pneumo.errors import CheckpointError, ContentError, RunError
 from pneumo.network.backbones import build_model
 from pneumo.network.scoring import Member
 
@@ -37,10 +37,9 @@ AUROC_OF = {"raw": "val/auroc", "ema": "val/ema_auroc"}
 """The metric that says which epoch is the best, by the weights that are scored with."""
 
 
-class CheckpointEntry(BaseModel):
+class CheckpointEntry(BaseModel, frozen=True):
     """What the index says of one checkpoint."""
 
-    model_config = ConfigDict(frozen=True)
     name: str
     epoch: int
     """Epochs completed."""
@@ -53,10 +52,9 @@ class CheckpointEntry(BaseModel):
     sha256: str
 
 
-class CheckpointIndex(BaseModel):
+class CheckpointIndex(BaseModel, frozen=True):
     """The run's checkpoints, oldest first."""
 
-    model_config = ConfigDict(frozen=True)
     schema_version: int = SCHEMA_VERSION
     attempt: str = ""
     """The id of the attempt that may write."""
@@ -298,11 +296,13 @@ def load_checkpoint(run_url: str, entry: CheckpointEntry) -> Checkpoint:
     """
     url = _url(run_url, entry.name)
     try:
-        data = storage.read_bytes(url)
+        data = storage.read_bytes(url, sha256=entry.sha256)
     except FileNotFoundError as error:
         raise CheckpointError(f"{url}: the index names it, but it is gone") from error
-    if hashlib.sha256(data).hexdigest() != entry.sha256:
-        raise CheckpointError(f"{url}: its SHA-256 is not the index's; it was changed or cut")
+    except ContentError as error:
+        raise CheckpointError(
+            f"{url}: its SHA-256 is not the index's; it was changed or cut"
+        ) from error
     try:
         plain = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:

@@ -67,7 +67,7 @@ def average_weights(model: nn.Module, decay: float) -> AveragedModel:
 
     Each `update_parameters` takes it further by one step; `module` is the averaged model, in
     evaluation mode, `n_averaged` the number of the next step, from 1. In the first steps the decay
-    is (1 + n) / (10 + n), as in TensorFlow, so that the random beginning is soon forgotten.
+    is (1 + n) / (10 + n), as in TensorFlow, so that the random first weights soon lose weight.
     """
 
     def update(averaged: Tensors, current: Tensors, _: Tensor | int) -> None:

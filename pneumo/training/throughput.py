@@ -10,7 +10,7 @@ import torch
 T = TypeVar("T")
 
 _SLOW_FRACTION, _SLOW_S = 0.05, 1.0
-"""Waiting for data is told of above both: of the time, and in seconds."""
+"""Training warns when it waits for data longer than both: a fraction of the time, and seconds."""
 _FORGET_S = 60.0
 
 
@@ -60,7 +60,7 @@ class SlowData:
 
     def add(self, times: StepTimes) -> float | None:
         """Add an epoch's steps; the fraction of the time that was waited, once it is above 5 % and
-        more than a second, else None. What was returned, or is a minute old, is forgotten."""
+        more than a second, else None. The sums begin anew after that, and after a minute."""
         waits, steps = times.waits_s[self._skipped :], times.steps_s[self._skipped :]
         self._skipped = 0
         self._wait_s += sum(waits)

@@ -73,10 +73,11 @@ def test_a_store_that_is_there_is_opened(tmp_path: Path) -> None:
     assert [picture.shape for picture in pictures] == [(32, 32)] * 5
     np.testing.assert_array_equal(pictures[4], opened.pictures(chosen[4:])[0])
 
-    smaller = {"image_size": 32, "limit": 40, "without": [str(tmp_path / "store")]}
-    limited = pneumo.Config.model_validate({"prepare": smaller, "split": {"named": "rsna-v1"}})
-    with pytest.raises(SourceError, match="no positive study"):
-        pneumo.prepare_store(tmp_path / "source", tmp_path / "other", limited)
+    # Without the patients of its train and val only those of its test are left.
+    others = {"image_size": 32, "without": [str(tmp_path / "store")]}
+    config = pneumo.Config.model_validate({"prepare": others})
+    with pytest.raises(SourceError, match="split train would have no positive study"):
+        pneumo.prepare_store(tmp_path / "source", tmp_path / "other", config)
     with pytest.raises(StoreError):
         pneumo.open_store(tmp_path / "nothing")
     with pytest.raises(RunError, match="no checkpoint in it"):

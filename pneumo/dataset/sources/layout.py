@@ -130,9 +130,9 @@ class StudyCollector:
         )
 
 
-def find_positive(folder: Folder, default: str = "Pneumonia") -> tuple[str, ...]:
+def find_positive(folder: Folder) -> tuple[str, ...]:
     """The labels that count as positive."""
-    return tuple(folder.settings.positive) or (default,)
+    return tuple(folder.settings.positive) or ("Pneumonia",)
 
 
 def stem(name: str) -> str:

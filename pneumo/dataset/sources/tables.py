@@ -71,7 +71,7 @@ def read_table(
     url: str, *required: str, texts: Sequence[str] = (), known: Sequence[str]
 ) -> pa.Table:
     """The CSV at `url`, the columns `texts` as they stand. No error quotes a cell, nor a first line
-    that may be no header: of its names only those of `known` are told. Raises SourceError."""
+    that may be no header: of its names only those in `known` are quoted. Raises SourceError."""
     table, names = _parse_csv(url, texts)
     _check_names(names, required, known, url)
     if not len(table):

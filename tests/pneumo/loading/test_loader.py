@@ -448,7 +448,7 @@ def test_every_shard_is_looked_at_by_one_rank(spoilt: tuple[str, Manifest], size
 def test_a_cut_shard_is_named(spoilt: tuple[str, Manifest], way: str) -> None:
     path = Path(spoilt[0]) / "train" / "000002.tar"
     path.write_bytes(path.read_bytes()[:-20_000])
-    with pytest.raises(DataError, match=r"shard train/000002\.tar: cut: .* ends at byte"):
+    with pytest.raises(DataError, match=r"shard train/000002\.tar: .* ends at byte"):
         open_split(spoilt, way)
 
 
