@@ -76,8 +76,9 @@ REMOTE_RUN = ("/store", "s3://bucket/runs/1")
 ALL_LOCAL = ("/store", "/runs/1")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def mailbox(ray_here: None) -> Iterator[Mailbox]:
+    """One for all: an attempt begins by clearing it."""
     mailbox = Mailbox()
     yield mailbox
     ray.kill(mailbox.actor)
