@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pickle
 import threading
 import time
 from contextlib import suppress
@@ -33,20 +34,21 @@ class Worker:
 
 
 class _ChannelActor:
-    """The actor behind `WorkerChannel`."""
+    """The actor behind `WorkerChannel`. Messages stay pickled in it, so that it never imports what
+    they are of, torch among it."""
 
     def __init__(self) -> None:
-        self.messages: list[Any] = []
+        self.messages: list[bytes] = []
         self.arrived = asyncio.Event()
         self.listening: dict[int, Worker] = {}
         self.command: Command = "stop"
         self.commanded = asyncio.Event()
 
-    async def put(self, message: Any) -> None:
+    async def put(self, message: bytes) -> None:
         self.messages.append(message)
         self.arrived.set()
 
-    async def take(self, timeout_s: float) -> list[Any]:
+    async def take(self, timeout_s: float) -> list[bytes]:
         with suppress(TimeoutError):
             await asyncio.wait_for(self.arrived.wait(), timeout_s)
         self.arrived.clear()
@@ -82,12 +84,11 @@ class WorkerChannel:
 
     def put(self, message: Any) -> None:
         """Leave a message for the driver; once this returns it is there."""
-        ray.get(self.actor.put.remote(message))
+        ray.get(self.actor.put.remote(pickle.dumps(message)))
 
     def take(self, timeout_s: float) -> list[Any]:
         """The messages since, oldest first, as soon as there is one; empty after the timeout."""
-        messages: list[Any] = ray.get(self.actor.take.remote(timeout_s))
-        return messages
+        return [pickle.loads(message) for message in ray.get(self.actor.take.remote(timeout_s))]
 
     def broadcast(self, command: Command) -> None:
         """Every worker that listens hears it; so does one that begins to, until `reset`."""

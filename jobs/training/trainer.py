@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from typing import Any, Protocol
 
 import ray
@@ -25,7 +26,6 @@ from pneumo.errors import PreemptedError
 from pneumo.loading.in_memory import InMemorySplit
 from pneumo.loading.sample_order import World
 from pneumo.training.callbacks import Callbacks
-from pneumo.training.fit import fit
 
 RENDEZVOUS_TIMEOUT_S = 180
 """Within which the ranks of an attempt must find each other; else another is begun."""
@@ -77,8 +77,8 @@ def build_trainer(
         else FailureConfig(max_failures=0, controller_failure_limit=0)
     )
     return TorchTrainer(
-        _train_worker,
-        train_loop_config={"training": training},
+        # Not in `train_loop_config`: Ray's controller would unpickle it and import torchvision.
+        partial(_train_worker, training),
         torch_config=TorchConfig(timeout_s=RENDEZVOUS_TIMEOUT_S),
         scaling_config=ScalingConfig(
             num_workers=cluster.num_workers,
@@ -103,9 +103,10 @@ def extend_timeout() -> None:
         dist.set_timeout(timedelta(seconds=WAIT_TIMEOUT_S))
 
 
-def _train_worker(settings: Mapping[str, Training]) -> str | None:
+def _train_worker(training: Training) -> str | None:
     """What each Ray Train worker runs; STOPPED when it was told to stop."""
-    training = settings["training"]
+    from pneumo.training.fit import fit  # 3 s of CPU, which the driver does not need
+
     config, channel, trial = training.config, training.channel, training.trial_context
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     context = ray.train.get_context()

@@ -10,7 +10,7 @@ from jobs.terminal.entry_point import tell
 from jobs.tuning.search_wandb import BEST, REPORT, TRIALS
 from pneumo import storage
 from pneumo.dataset.manifest import Manifest
-from pneumo.reporting.page import render_search
+from pneumo.reporting.page.search_page import render_search
 from pneumo.tuning.search import Search, make_recipe, to_parquet
 from pneumo.tuning.trials import describe_settings
 from pneumo.version import describe_code

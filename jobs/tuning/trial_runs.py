@@ -29,7 +29,6 @@ from pneumo.loading.in_memory import InMemorySplit
 from pneumo.loading.loader import read_in_memory
 from pneumo.loading.sample_order import World
 from pneumo.training.callbacks import Callbacks
-from pneumo.training.fit import fit
 
 _DRIVER_MEMORY_BYTES = 200 * 2**20
 _MEMORY_FRACTION = 0.5
@@ -152,6 +151,8 @@ def _run_trial(
 
 
 def _fit_here(training: Training, judge: TrialJudge) -> None:
+    from pneumo.training.fit import fit  # 3 s of CPU, which the driver does not need
+
     config = training.config
     torch.set_num_threads(config.cluster.cpus_per_worker)
     fit(

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import scipy  # scipy.stats, half a second, is loaded where it is first named
 from pydantic import BaseModel, Field, computed_field
-from scipy.stats import beta, hypergeom
 
 from pneumo import storage
 from pneumo.config import NUM_SALTS, SplitConfig
@@ -265,8 +265,8 @@ def clustered_fraction(pairs: Sequence[tuple[str, int]]) -> Interval:
     value = sum(target for _, target in pairs) / len(pairs)
     effective = effective_sample_size(pairs)
     k = value * effective
-    low = float(beta.ppf(0.025, k, effective - k + 1)) if value > 0 else 0.0
-    high = float(beta.ppf(0.975, k + 1, effective - k)) if value < 1 else 1.0
+    low = float(scipy.stats.beta.ppf(0.025, k, effective - k + 1)) if value > 0 else 0.0
+    high = float(scipy.stats.beta.ppf(0.975, k + 1, effective - k)) if value < 1 else 1.0
     return Interval(value=value, low=low, high=high)
 
 
@@ -296,7 +296,7 @@ def check_shards(shards: Mapping[str, Sequence[tuple[int, int]]]) -> dict[str, t
     for split, entries in shards.items():
         total, positives = (sum(column) for column in zip(*entries, strict=True))
         for i, (n, k) in enumerate(entries):
-            drawn = hypergeom(total, positives, n)
+            drawn = scipy.stats.hypergeom(total, positives, n)
             p = 2 * min(drawn.cdf(k), drawn.sf(k - 1))
             if p < _SKEWED_P / number:
                 raise SourceError(

@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.linear_model import LogisticRegression
 
 from pneumo.errors import MetricError
 from pneumo.evaluation.bootstrap import Floats, as_json
@@ -141,6 +140,8 @@ def fit_scaling(method: Method, target: npt.ArrayLike, logit: npt.ArrayLike) -> 
     one more study of each class had been seen. That keeps the fit finite where the logits
     separate the classes, and does not matter where there are many. Raises MetricError.
     """
+    from sklearn.linear_model import LogisticRegression  # a second; who only applies has no need
+
     positive, logit64 = check_scores(target, logit)
     num_positive, num_negative = int(positive.sum()), int((~positive).sum())
     soft = np.where(positive, (num_positive + 1) / (num_positive + 2), 1 / (num_negative + 2))

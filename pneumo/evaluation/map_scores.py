@@ -16,7 +16,6 @@ from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.metrics import average_precision_score
 
 from pneumo.errors import MetricError
 from pneumo.evaluation.bootstrap import (
@@ -86,6 +85,8 @@ def score_map(values: npt.NDArray[Any], boxes: Sequence[Box]) -> Floats:
     mask = box_mask(values.shape, boxes)
     if not mask.any():
         raise MetricError(f"no box lies on the map of shape {values.shape}")
+    from sklearn.metrics import average_precision_score  # a second, which who only scores has not
+
     auprc = average_precision_score(mask.ravel(), values.ravel())
     total, greatest = values.sum(dtype=np.float64), values.max()
     if greatest == 0:

@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import rankdata
-from sklearn.metrics import precision_recall_curve, roc_curve
+import scipy  # scipy.stats, half a second, is loaded where it is first named
 
 from pneumo.errors import MetricError
 from pneumo.evaluation.bootstrap import Floats, Statistic, divide
@@ -39,7 +38,7 @@ def auroc(target: npt.ArrayLike, score: npt.ArrayLike) -> float:
     positive, score64 = check_scores(target, score)
     num_positive = int(positive.sum())
     num_negative = len(positive) - num_positive
-    rank_sum = rankdata(score64)[positive].sum()
+    rank_sum = scipy.stats.rankdata(score64)[positive].sum()
     wins = rank_sum - num_positive * (num_positive + 1) / 2
     return float(wins / (num_positive * num_negative))
 
@@ -138,6 +137,8 @@ def roc_points(target: npt.ArrayLike, score: npt.ArrayLike) -> Curve:
     by less than a pixel, but the area under it is no longer the exact AUROC. `threshold` is in the
     unit of `score`, +inf at (0, 0). Raises MetricError as `auroc` does.
     """
+    from sklearn.metrics import roc_curve  # a second; who asks for no curve has no need of it
+
     positive, score64 = check_scores(target, score)
     x, y, threshold = roc_curve(positive, score64)
     keep = _decimate(x, y)
@@ -150,6 +151,8 @@ def precision_recall_points(target: npt.ArrayLike, score: npt.ArrayLike) -> Curv
     At most MAX_CURVE_POINTS; `threshold` is in the unit of `score`, +inf at recall 0.
     Raises MetricError as `auroc` does.
     """
+    from sklearn.metrics import precision_recall_curve  # see roc_points
+
     positive, score64 = check_scores(target, score)
     y, x, threshold = precision_recall_curve(positive, score64)
     keep = _decimate(x, y)

@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.metrics import roc_curve
 
 from pneumo.evaluation.metrics import check_scores
 
@@ -20,6 +19,10 @@ def youden_threshold(target: npt.ArrayLike, probability: npt.ArrayLike) -> float
     >>> pneumo.youden_threshold([0, 0, 1, 1], [0.1, 0.6, 0.4, 0.9])
     0.9
     """
+    from sklearn.metrics import (
+        roc_curve,  # a second; who only applies a threshold has no need of it
+    )
+
     positive, probability64 = check_scores(target, probability)
     false_alarms, sensitivity, threshold = roc_curve(
         positive, probability64, drop_intermediate=False

@@ -9,9 +9,7 @@ from http.client import HTTPException
 from typing import Any, NamedTuple
 
 import torch
-import torchvision
 from torch import Tensor, nn
-from torchvision.models import ConvNeXt, DenseNet, EfficientNet, ResNet
 
 from pneumo import storage
 from pneumo.config import WEIGHTS_WITHOUT_FILE, ModelConfig
@@ -49,16 +47,19 @@ class LayerNames(NamedTuple):
     """The last of these gives the maps of Grad-CAM."""
 
 
-_LAYER_NAMES: Mapping[type[nn.Module], LayerNames] = {
-    ResNet: LayerNames("conv1", "fc", "layer4"),
-    DenseNet: LayerNames("features.conv0", "classifier", "features"),
-    ConvNeXt: LayerNames("features.0.0", "classifier.2", "features"),
-    EfficientNet: LayerNames("features.0.0", "classifier.1", "features"),
+_LAYER_NAMES = {
+    "ResNet": LayerNames("conv1", "fc", "layer4"),
+    "DenseNet": LayerNames("features.conv0", "classifier", "features"),
+    "ConvNeXt": LayerNames("features.0.0", "classifier.2", "features"),
+    "EfficientNet": LayerNames("features.0.0", "classifier.1", "features"),
 }
+"""By the name of torchvision's class."""
 
 
 def build_model(backbone: str) -> nn.Module:
     """The network with random weights: float images (B, 1, H, W) -> logits (B, 1)."""
+    import torchvision  # 1.6 s of CPU, as it imports torch's compiler: only where one is built
+
     model: nn.Module = getattr(torchvision.models, backbone)(weights=None, num_classes=1)
     name = _layer_names(model).first_conv
     old = model.get_submodule(name)
@@ -162,7 +163,7 @@ def gradcam_layer(model: nn.Module) -> nn.Module:
 
 def _layer_names(model: nn.Module) -> LayerNames:
     # Other networks must name their layers as ResNet does.
-    return _LAYER_NAMES.get(type(model), _LAYER_NAMES[ResNet])
+    return _LAYER_NAMES.get(type(model).__name__, _LAYER_NAMES["ResNet"])
 
 
 def _unwrap(content: object, url: str) -> Mapping[str, Tensor]:
@@ -204,7 +205,7 @@ def _find_prefix(state: Mapping[str, Tensor], first_key: str, own: Mapping[str, 
 def _randomise(model: nn.Module, backbone: str, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if type(model) is not ResNet and type(model) in _LAYER_NAMES:
+        if type(model).__name__ in _LAYER_NAMES.keys() - {"ResNet"}:
             # Each kind has rules of its own, which torchvision follows when it builds one.
             model.load_state_dict(build_model(backbone).state_dict())
             return
@@ -217,6 +218,8 @@ def _randomise(model: nn.Module, backbone: str, seed: int) -> None:
 
 def _download(backbone: str) -> Mapping[str, Tensor]:
     """torchvision's ImageNet weights, from its cache or the network, within a time limit."""
+    import torchvision  # see build_model
+
     weights = torchvision.models.get_model_weights(backbone).DEFAULT
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT_S)

@@ -30,6 +30,7 @@ from pneumo.training.checkpoints import claim_run, load_checkpoint, read_index, 
 from tests.once import make_once
 from tests.pneumo.reporting.tracking.wandb_server import backend as backend
 from tests.pneumo.reporting.tracking.wandb_server import clean_environment as clean_environment
+from tests.processes import new_users
 
 NUM_STUDIES = 90
 LARGEST_FLOAT32 = 3.4e38
@@ -93,8 +94,8 @@ def prepared(ray_here: None, tmp_path_factory: pytest.TempPathFactory) -> Prepar
 
 @pytest.fixture(scope="session")
 def trained(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two epochs on two workers, and beside it `said`, what its job has said; tests must
-    not write into it."""
+    """A run of two epochs on two workers, and beside it `said`, what its job has said, and `users`,
+    how many processes have imported torchvision for it; tests must not write into it."""
 
     def make(folder: Path) -> None:
         where = ["--store", str(prepared.store), "--run", str(folder / "run")]
@@ -104,9 +105,11 @@ def trained(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Pat
             (folder / "said").open("w") as said,
             redirect_stdout(said),
             redirect_stderr(said),
+            new_users("torchvision") as users,
         ):
             code = train.main([*where, *SMALL, *more, *shown])
         assert code == 0, (folder / "said").read_text()
+        (folder / "users").write_text(str(len(users)))
 
     return make_once(tmp_path_factory, "trained", make) / "run"
 

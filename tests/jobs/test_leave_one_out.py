@@ -35,6 +35,7 @@ def stores(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> list
     return [str(prepared.store), str(folder / "chexpert"), str(folder / "own")]
 
 
+@pytest.mark.slow  # three trainings and three evaluations
 def test_each_store_in_turn(
     stores: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,4 +1,5 @@
-"""`--help` and mistakes are answered before anything heavy is imported."""
+"""`--help` and mistakes are answered before anything heavy is imported, and each process of a job
+imports only what it uses."""
 
 from __future__ import annotations
 
@@ -61,3 +62,27 @@ def test_nothing_heavy_is_imported_for_an_answer(command: str, code: int) -> Non
     assert (marker, exit_code) == ("exit", str(code))
     assert len(done.stderr.splitlines()) == (1 if code else 0)
     assert HEAVY & {name.split(".")[0] for name in modules} == set()
+
+
+SCIENCE = {"torchvision", "torchmetrics", "sklearn", "pandas", "matplotlib", "optuna"}
+
+
+@pytest.mark.parametrize(
+    ("module", "unused"),
+    [
+        ("jobs.ray_cluster.worker_setup", HEAVY - {"ray"}),  # every worker process, and the actor
+        ("jobs.training.messages", HEAVY - {"ray"}),  # that keeps messages
+        ("pneumo.dataset.receipts", {"torch", "ray", "scipy.stats", *SCIENCE}),  # tasks
+        ("jobs.evaluation.ray_scoring", {"scipy.stats", *SCIENCE}),
+        ("jobs.preparation", {"torch", "scipy.stats", *SCIENCE}),  # drivers
+        ("jobs.training.job", SCIENCE - {"pandas"}),  # which Ray Train imports
+        ("jobs.evaluation.job", {"torchvision", "torchmetrics", "optuna", "pytorch_grad_cam"}),
+        ("jobs.prediction", {"scipy.stats", *SCIENCE} - {"matplotlib"}),
+    ],
+)
+def test_a_process_of_a_job_imports_what_it_uses(module: str, unused: set[str]) -> None:
+    code = "import importlib, sys; importlib.import_module(sys.argv[1]); print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, module], capture_output=True, text=True, check=True
+    )
+    assert unused & set(done.stdout.splitlines()[-1].split()) == set()

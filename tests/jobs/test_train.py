@@ -32,6 +32,11 @@ def test_a_run_leaves_its_configuration_its_epochs_and_its_checkpoints(
     assert checkpoint.config == config
 
 
+def test_only_the_workers_import_networks(trained: Path) -> None:
+    """Neither the actor that keeps messages does nor Ray's controller."""
+    assert int((trained.parent / "users").read_text()) <= 2
+
+
 def test_a_finished_run_is_left_alone(
     prepared: Prepared, trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

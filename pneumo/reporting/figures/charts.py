@@ -25,7 +25,6 @@ from pneumo.reporting.figures.style import (
     ORANGE,
     STYLE,
     describe_estimate,
-    describe_n,
     draw_chart,
     draw_placeholder,
     encode_figure,
@@ -35,6 +34,12 @@ from pneumo.reporting.figures.style import (
 P = ParamSpec("P")
 History = Sequence[Mapping[str, float | None]]
 """A mapping an epoch, as in the run's metrics.jsonl; may be empty."""
+
+
+def describe_n(part: SplitEvaluation) -> str:
+    """`test, n = 30 studies of 21 patients, 9 positive`."""
+    whose = "unknown patients" if part.patients is None else f"{part.patients} patients"
+    return f"{part.split}, n = {part.n} studies of {whose}, {part.positives} positive"
 
 
 def draw_metrics(

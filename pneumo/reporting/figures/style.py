@@ -18,7 +18,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from pneumo.evaluation.bootstrap import Estimate
-from pneumo.evaluation.evaluation import SplitEvaluation
 
 INK = "#1d2733"
 """Text and axes; the report puts its own ink in its place."""
@@ -62,12 +61,6 @@ def describe_estimate(estimate: Estimate, digits: int = 3) -> str:
     if estimate.low is None or estimate.high is None:
         return f"{estimate.value:.{digits}f}"
     return f"{estimate.value:.{digits}f} ({estimate.low:.{digits}f}–{estimate.high:.{digits}f})"
-
-
-def describe_n(part: SplitEvaluation) -> str:
-    """`test, n = 30 studies of 21 patients, 9 positive`."""
-    whose = "unknown patients" if part.patients is None else f"{part.patients} patients"
-    return f"{part.split}, n = {part.n} studies of {whose}, {part.positives} positive"
 
 
 def show_threshold(value: float) -> str:

@@ -7,7 +7,6 @@ model card, how to reproduce it). It holds thumbnails and numbers, and nothing t
 from pneumo.reporting.page.data_section import describe_duplicates
 from pneumo.reporting.page.page import MAX_PAGE_BYTES, render_report
 from pneumo.reporting.page.page_inputs import DataFacts, ModelFacts, Provenance
-from pneumo.reporting.page.search_page import render_search
 from pneumo.reporting.page.summary import find_warnings, summarise
 
 __all__ = [
@@ -18,6 +17,5 @@ __all__ = [
     "describe_duplicates",
     "find_warnings",
     "render_report",
-    "render_search",
     "summarise",
 ]

@@ -12,7 +12,7 @@ from pneumo.evaluation.member_spread import MemberSpread
 from pneumo.evaluation.metrics import Confusion
 from pneumo.evaluation.operating_points import DECISION, SCREENING
 from pneumo.evaluation.shown_studies import ERRORS, OUTCOMES, FindingErrors, Outcome
-from pneumo.reporting.figures import charts, style
+from pneumo.reporting.figures import charts
 from pneumo.reporting.figures.case_pictures import OUTCOME_WORDS, Case, Pictures
 from pneumo.reporting.figures.charts import History
 from pneumo.reporting.page import performance_section
@@ -96,7 +96,7 @@ def render_report(
         patients_known=evaluation.test.patients is not None,
         claim=CLAIM,
         not_claimed=NOT_ANSWERED,
-        test_n=style.describe_n(evaluation.test).capitalize(),
+        test_n=charts.describe_n(evaluation.test).capitalize(),
         card=describe_card(data, model),
         **_describe_performance(evaluation),
     )

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import ray
 
 from jobs.training.messages import WorkerChannel
+from pneumo.network.backbones import Initialisation
+from pneumo.training.callbacks import Start
+from tests.processes import find_users
 from tests.waiting import wait_until
 
 
@@ -51,10 +55,18 @@ def test_a_message_is_there_once_put_has_returned(channel: WorkerChannel) -> Non
     assert channel.take(0.0) == ["one", ("two", 2), {"three": 3}]
 
 
+def test_the_process_between_does_not_import_what_messages_are_of(channel: WorkerChannel) -> None:
+    before, start = find_users("torch"), Start(Initialisation("random", "seed 0"), (), 0, 8)
+    channel.put(start)
+    assert channel.take(0.0) == [start]
+    assert find_users("torch") <= before
+
+
 def test_who_takes_is_woken_at_once_and_otherwise_after_the_timeout(channel: WorkerChannel) -> None:
-    waiting = channel.actor.take.remote(3600.0)
-    channel.put("now")
-    assert ray.get(waiting, timeout=120) == ["now"]
+    with ThreadPoolExecutor() as threads:
+        waiting = threads.submit(channel.take, 3600.0)
+        channel.put("now")
+        assert waiting.result(timeout=120) == ["now"]
     begun_s = time.monotonic()
     assert channel.take(0.4) == []
     assert time.monotonic() - begun_s > 0.35

@@ -78,8 +78,9 @@ REMOTE_RUN = ("/store", "s3://bucket/runs/1")
 ALL_LOCAL = ("/store", "/runs/1")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def channel(ray_here: None) -> Iterator[WorkerChannel]:
+    """One for all: an attempt begins by resetting it."""
     channel = WorkerChannel()
     yield channel
     ray.kill(channel.actor)

@@ -618,8 +618,8 @@ def test_waiting_for_data_is_told_in_a_run_of_one_epoch(
     config = override(SMALL, {"train.epochs": 1, "train.micro_batch_size": 12, **streamed})
     begun_s = time.monotonic()
     run(config, str(folder), f"{run_url}/quick")
-    # Each of eight blocks takes as long as half of what all computing does here and now.
-    _SlowFileSystem.pause_s = max(0.3, (time.monotonic() - begun_s) / 2)
+    # Each of eight blocks takes as long as all computing does here and now.
+    _SlowFileSystem.pause_s = max(0.3, time.monotonic() - begun_s)
     run(config, "slowly:///store", run_url, tell=notes.append)
     assert any(
         "% of the time until epoch 1 was spent waiting for data; keep" in n for n in notes

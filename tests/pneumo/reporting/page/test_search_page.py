@@ -13,7 +13,7 @@ from matplotlib import pyplot
 
 from pneumo.config import Config
 from pneumo.reporting.figures import search as drawings
-from pneumo.reporting.page import render_search
+from pneumo.reporting.page.search_page import render_search
 from pneumo.tuning.search import Search
 from tests.searches import make_search
 
