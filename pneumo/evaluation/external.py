@@ -23,6 +23,7 @@ from pneumo.evaluation.bootstrap import (
     Floats,
     Resampled,
     Statistic,
+    Weights,
     as_json,
     divide,
     first_less_second,
@@ -189,7 +190,7 @@ def _fraction(part: npt.NDArray[Any], value: npt.NDArray[Any]) -> Statistic:
     """The weighted mean of `value` over the studies of `part`, both (N,)."""
     table = np.stack([part * value, part]).astype(np.float64)
 
-    def statistic(weights: Floats) -> Floats:
+    def statistic(weights: Weights) -> Floats:
         summed = table @ weights
         return divide(summed[0], summed[1])
 

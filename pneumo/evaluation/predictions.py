@@ -80,6 +80,23 @@ class Predictions:
         """The rows of one split."""
         return self.take(self.split == split)
 
+    def count_patients(self, part: npt.NDArray[np.bool_]) -> int:
+        """The patients of the studies of a mask (N,)."""
+        patients = self.patient[part]
+        if patients.dtype.kind == "i":
+            return int(np.count_nonzero(np.bincount(patients)))
+        return len(np.unique(patients))
+
+    def number_names(self) -> Self:
+        """The same with numbers for the names of patients, in their order, and of studies: what
+        arithmetic needs, at a fraction of the cost."""
+        numbers: dict[str, npt.NDArray[Any]] = {
+            "key": np.arange(len(self)),
+            "patient": np.unique(self.patient, return_inverse=True)[1],
+            "checkpoint": np.zeros(len(self), dtype=np.int8),
+        }
+        return replace(self, **numbers)
+
     def to_parquet(self, scoring: Mapping[str, Any] | None = None) -> bytes:
         """The table as a Parquet file; `scoring`, how the logits were made, as its metadata."""
         table = pa.table({f.name: getattr(self, f.name) for f in fields(self)})
