@@ -31,7 +31,7 @@ from pneumo.evaluation.bootstrap import (
 )
 from pneumo.evaluation.delong import PairedTest, delong_test
 from pneumo.evaluation.operating_points import find_too_few
-from pneumo.evaluation.predictions import Predictions
+from pneumo.evaluation.predictions import Predictions, name_each
 
 FEATURES = ("view", "sex", "age", "spacing_mm")
 _RARE = 0.01
@@ -70,8 +70,8 @@ class Metadata:
     def to_columns(self) -> npt.NDArray[np.object_]:
         """View, sex, age band, spacing to 0.001 mm as words, and the age in decades from 50."""
         known = ~np.isnan(self.age)
-        bands = [name_age_band(int(a) if k else None) for a, k in zip(self.age, known, strict=True)]
-        spacing = [f"{mm:.3f}" for mm in self.spacing_mm]
+        bands = name_each(self.age, lambda age: name_age_band(None if np.isnan(age) else int(age)))
+        spacing = name_each(self.spacing_mm, "{:.3f}".format)
         decades = np.where(known, (self.age - 50) / 10, 0.0)
         return np.array([self.view, self.sex, bands, spacing, decades], dtype=object).T
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any, Self
@@ -25,6 +25,7 @@ from pneumo.images.boxes import Box
 from pneumo.network.scoring import Scores
 
 StrArray = npt.NDArray[np.str_]
+Floats = npt.NDArray[np.float64]
 
 SCORING = "pneumo.scoring"
 """Key of the Parquet metadata that says how the logits were made."""
@@ -125,6 +126,12 @@ _DTYPES = {
     "target": np.int8,
     "logit": np.float32,
 }
+
+
+def name_each(values: Floats, name: Callable[[float], str]) -> StrArray:
+    """The name of each of many values (N,) of which few differ, NaN among them."""
+    found, index = np.unique(values, return_inverse=True)
+    return np.array([name(value) for value in found.tolist()], dtype=np.str_)[index]
 
 
 def sigmoid(logit: npt.NDArray[Any]) -> npt.NDArray[np.float64]:

@@ -176,7 +176,8 @@ def _interpolate(x: Floats) -> tuple[Floats, Floats]:
         return values, np.eye(len(values))[index]
     middle, reach = (x[0] + x[-1]) / 2, (x[-1] - x[0]) / 2
     points = middle + reach * np.cos(np.pi * np.arange(_POINTS) / (_POINTS - 1))
-    return points, BarycentricInterpolator(points, np.eye(_POINTS))(x)
+    # In one order, so that it is summed up in one order in whatever process.
+    return points, np.ascontiguousarray(BarycentricInterpolator(points, np.eye(_POINTS))(x))
 
 
 MEASURES = (

@@ -30,7 +30,7 @@ from pneumo.evaluation.bootstrap import (
 )
 from pneumo.evaluation.group_gaps import Gap, Measure, Worst, find_worst
 from pneumo.evaluation.operating_points import code_outcomes, find_too_few
-from pneumo.evaluation.predictions import Predictions
+from pneumo.evaluation.predictions import Predictions, name_each
 
 By = Literal["sex", "age", "view", "sex_age", "view_sex", "negatives", "box_area"]
 Bools = npt.NDArray[np.bool_]
@@ -124,10 +124,10 @@ def divide_studies(rows: Predictions, min_patients: int) -> list[GroupRows]:
     """Every group of `rows`, empty ones included; what is unknown is a group where it occurs. Two
     properties are crossed where `min_patients` patients of both classes are in both."""
     positive = rows.target == 1
-    ages = [name_age_band(None if math.isnan(age) else int(age)) for age in rows.age]
+    ages = name_each(rows.age, lambda age: name_age_band(None if math.isnan(age) else int(age)))
     found = [
         *_by_name("sex", rows.sex, ("F", "M")),
-        *_by_name("age", np.array(ages, dtype=np.str_), tuple(AGE_BANDS)),
+        *_by_name("age", ages, tuple(AGE_BANDS)),
         *_by_name("view", rows.view, ("AP", "PA")),
     ]
     found += [crossed for by in CROSSED for crossed in _cross(found, by, rows, min_patients)]
@@ -275,7 +275,7 @@ def _groups_statistic(
         table = np.concatenate([ranks, own, total - own], axis=1)
         return table.reshape(-1, weights.shape[1])
 
-    return statistic
+    return bootstrap.few_at_once(statistic)
 
 
 @dataclass(frozen=True, eq=False)
