@@ -21,6 +21,7 @@ from jobs.evaluation.evaluated_run import (
     read_other,
 )
 from jobs.evaluation.external import evaluate_externally
+from jobs.evaluation.ray_resampling import share_resamples
 from jobs.evaluation.ray_scoring import Scored, Scoring, score_splits
 from jobs.evaluation.result_files import REPORT, Results, compose_metrics, write_files
 from jobs.evaluation.shown_studies import choose_pictures, score_saliency
@@ -101,6 +102,7 @@ def score_and_evaluate(
             seed=config.seed,
             train=Metadata.of_split(studies.values(), "train"),
             has_patients=subject.manifest.audit.patients is not None,
+            share=share_resamples(config.cluster, len(predictions)),
         )
     return evaluation, compare_members(singles, subject.differ_in, config.evaluate)
 

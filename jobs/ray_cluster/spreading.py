@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import ray
@@ -21,10 +22,11 @@ def spread(
     filled. `options` are those of `ray.remote`; a task whose worker dies is run again.
     """
     task = ray.remote(**options)(function)
-    todo = list(calls)[::-1]
+    todo = iter(calls)
     running: list[Any] = []
-    while todo or running:
-        while todo and len(running) < at_once():
-            running.append(task.remote(*todo.pop()))
+    while True:
+        running += [task.remote(*call) for call in islice(todo, max(0, at_once() - len(running)))]
+        if not running:
+            return
         ready, running = ray.wait(running, timeout=1.0)
         yield ray.get(ready)

@@ -28,11 +28,10 @@ from pneumo.evaluation.bootstrap import (
     Statistics,
     StatisticSet,
     as_json,
-    within,
 )
 from pneumo.evaluation.delong import PairedTest, delong_test
-from pneumo.evaluation.operating_points import check_enough
-from pneumo.evaluation.predictions import Predictions
+from pneumo.evaluation.operating_points import find_too_few
+from pneumo.evaluation.predictions import Predictions, name_each
 
 FEATURES = ("view", "sex", "age", "spacing_mm")
 _RARE = 0.01
@@ -71,8 +70,8 @@ class Metadata:
     def to_columns(self) -> npt.NDArray[np.object_]:
         """View, sex, age band, spacing to 0.001 mm as words, and the age in decades from 50."""
         known = ~np.isnan(self.age)
-        bands = [name_age_band(int(a) if k else None) for a, k in zip(self.age, known, strict=True)]
-        spacing = [f"{mm:.3f}" for mm in self.spacing_mm]
+        bands = name_each(self.age, lambda age: name_age_band(None if np.isnan(age) else int(age)))
+        spacing = name_each(self.spacing_mm, "{:.3f}".format)
         decades = np.where(known, (self.age - 50) / 10, 0.0)
         return np.array([self.view, self.sex, bands, spacing, decades], dtype=object).T
 
@@ -202,7 +201,7 @@ def view_statistics(rows: Predictions, sicker: SickerView, min_patients: int) ->
         if sicker.view is None:
             raise MetricError(sicker.reason or "no view")
         known = _find_enough(rows, rows.view != "", min_patients)
-        return _both_aurocs(rows, known, rows.view[known] == sicker.view)
+        return _both_aurocs(rows, known, rows.view == sicker.view)
 
     def within_view(view: str) -> dict[str, Statistic]:
         return {"auroc": _auroc(rows, _find_enough(rows, rows.view == view, min_patients))}
@@ -216,12 +215,14 @@ def view_statistics(rows: Predictions, sicker: SickerView, min_patients: int) ->
 
 def _find_enough(
     rows: Predictions, mask: npt.NDArray[np.bool_], min_patients: int
-) -> npt.NDArray[np.intp]:
-    """The rows of the mask. Raises MetricError for too few patients of a class."""
+) -> npt.NDArray[np.bool_]:
+    """The mask. Raises MetricError for too few patients of a class."""
     if not mask.any():
         raise MetricError("no study")
-    check_enough(rows.take(mask), "youden", min_patients)
-    return np.flatnonzero(mask)
+    for value in (1, 0):
+        if reason := find_too_few(rows, value, min_patients, mask):
+            raise MetricError(reason)
+    return mask
 
 
 def compare_with_view(
@@ -271,12 +272,14 @@ def _test_gain(rows: Predictions, score: npt.NDArray[Any], reason: str | None) -
     return delong_test(rows.target, rows.logit, score, rows.patient)
 
 
-def _auroc(rows: Predictions, part: npt.NDArray[np.intp]) -> Statistic:
-    return within(part, metrics.auroc_statistic(rows.target[part], rows.logit[part]))
+def _auroc(rows: Predictions, part: npt.NDArray[np.bool_]) -> Statistic:
+    """The model's, of the studies of the mask."""
+    ranking = metrics.Ranking.of(*metrics.check_scores(rows.target, rows.logit), part)
+    return lambda weights: ranking.weigh(weights).auroc
 
 
 def _both_aurocs(
-    rows: Predictions, part: npt.NDArray[np.intp], score: npt.NDArray[Any]
+    rows: Predictions, part: npt.NDArray[np.bool_], score: npt.NDArray[Any]
 ) -> dict[str, Statistic]:
-    alone = within(part, metrics.auroc_statistic(rows.target[part], score))
+    alone = metrics.few_values_auroc_statistic(rows.target, score, part)
     return {"pair": bootstrap.stack(_auroc(rows, part), alone)}

@@ -7,27 +7,32 @@ others alone give. Intervals are bias-corrected and accelerated (Efron 1987), as
 here are skewed. Percentiles of few patients' resamples are too narrow, so they are taken farther
 out, as a t distribution's are (Hesterberg 2015, section 5.1). `make bench-verdicts` shows what they
 cover.
+
+Resamples are computed in blocks, which bounds the memory, and which `Share` may spread over other
+processes: the draws of each block are settled beforehand, so the result is the same, to rounding,
+wherever it is computed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, is_dataclass, replace
-from itertools import chain
+from functools import partial
 from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 import scipy  # scipy.stats, half a second, is loaded where it is first named
-from scipy.sparse import csr_array, vstack
 from scipy.special import ndtr, ndtri, stdtrit
 
 from pneumo.errors import MetricError
 
 Floats = npt.NDArray[np.float64]
-Statistic = Callable[[Floats], Floats]
-"""Weights (N, R), one column a resample, to values (R,) or (K, R); NaN where undefined."""
+Weights = npt.NDArray[np.floating[Any] | np.integer[Any]]
+"""(N, R), one column a resample; fastest where a column is contiguous."""
+Statistic = Callable[[Weights], Floats]
+"""Weights (N, R) to values (R,) or (K, R); NaN where undefined."""
 Statistics = Mapping[str, Callable[[], Mapping[str, Statistic]]]
 """By the name of a set: what builds its statistics, or raises MetricError where there are none."""
 
@@ -39,8 +44,8 @@ MIN_INDEPENDENT = 5
 """Patients below which an interval would say nothing."""
 _MAX_GROUPS = 200
 """Of patients, for the acceleration: a skewness, which needs no more."""
-_CHUNK_ELEMENTS = 2_000_000
-"""Weights held at once: 16 MB, small enough for the cache to help and the memory to stay flat."""
+_BLOCK_WEIGHTS, _CACHED_WEIGHTS = 4_000_000, 500_000
+"""Computed at once: 16 MB, so that the memory stays flat, and 2 MB where the cache matters."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +150,40 @@ def first_less_second(pair: Floats) -> Floats:
     return pair[:1] - pair[1:]
 
 
+@dataclass(frozen=True)
+class Block:
+    """Columns of weights that are computed together."""
+
+    size: int
+    first: int = 0
+    """Of the columns without one group of patients each; column 0 leaves nobody out."""
+    generator: Any = None
+    """The bit generator's state before the block's first draw; None where patients are left out."""
+
+    def count(self, num_patients: int) -> npt.NDArray[np.int32]:
+        """How often each patient is drawn: (size, P)."""
+        if self.generator is None:
+            group = np.arange(num_patients) % min(num_patients, _MAX_GROUPS)
+            left_out = np.arange(self.first, self.first + self.size)[:, None] - 1
+            everybody_else: npt.NDArray[np.int32] = (group != left_out).astype(np.int32)
+            return everybody_else
+        bits = np.random.PCG64()
+        bits.state = self.generator
+        rng = np.random.Generator(bits)
+        counts = np.empty((self.size, num_patients), dtype=np.int32)
+        for row in counts:
+            row[:] = np.bincount(_draw(rng, num_patients), minlength=num_patients)
+        return counts
+
+
+Columns = Mapping[str, Floats]
+"""By statistic, its values (K, size) in a block."""
+Share = Callable[[Callable[[Block], Columns], Iterable[Block]], Iterable[Columns]]
+"""What computes a function of many blocks, in whatever process; the results in their order."""
+in_turn: Share = map
+"""One block after the other, in this process."""
+
+
 def resample(
     patient: npt.NDArray[Any],
     statistics: Mapping[str, Statistic],
@@ -152,13 +191,14 @@ def resample(
     resamples: int,
     seed: int,
     independent: Mapping[str, int] | None = None,
+    share: Share = in_turn,
 ) -> dict[str, Resampled]:
     """Each statistic on all studies and on `resamples` draws of the patients, with replacement.
 
     `patient` (N,) names the patient of each sample; `independent`, by statistic, the patients that
     it rests on, where those are not all. All statistics see the same resamples, so a
     difference of two is a statistic like any other. The result does not depend on the order of the
-    samples. (Field & Welsh 2007: bootstrapping clustered data.)
+    samples, nor on `share`. (Field & Welsh 2007: bootstrapping clustered data.)
     """
     name, index = np.unique(patient, return_inverse=True)
     if len(index) == 0:
@@ -166,22 +206,41 @@ def resample(
             key: Resampled(np.full(1, np.nan), np.full((1, 1), np.nan), 0) for key in statistics
         }
     few = independent or {}
-    found: dict[str, list[Floats]] = {key: [] for key in statistics}
-    chunk = max(1, _CHUNK_ELEMENTS // len(index))
-    for counts in chain(
-        _leave_out(len(name), chunk), _resample_counts(len(name), chunk, resamples, seed)
-    ):
-        weights = counts[index]
-        for key, statistic in statistics.items():
-            found[key].append(np.atleast_2d(statistic(weights)))
+    blocks = _cut_blocks(len(name), max(1, _BLOCK_WEIGHTS // len(index)), resamples, seed)
+    parts = list(share(partial(_compute, index, statistics), blocks))
     first = 1 + min(len(name), _MAX_GROUPS)  # of the resamples' columns
     return {
         key: Resampled(
             columns[:, 0], columns[:, first:], few.get(key, len(name)), columns[:, 1:first]
         )
-        for key, parts in found.items()
-        for columns in (np.concatenate(parts, axis=1),)
+        for key in statistics
+        for columns in (np.concatenate([part[key] for part in parts], axis=1),)
     }
+
+
+def _compute(
+    index: npt.NDArray[np.intp], statistics: Mapping[str, Statistic], block: Block
+) -> Columns:
+    """The statistics in one block; `index` (N,) numbers the patient of each sample."""
+    weights = np.take(block.count(int(index.max()) + 1), index, axis=1).T
+    return {key: np.atleast_2d(statistic(weights)) for key, statistic in statistics.items()}
+
+
+def _cut_blocks(num_patients: int, size: int, resamples: int, seed: int) -> Iterator[Block]:
+    """Everybody once and everybody but one of the groups, then the draws."""
+    left_out = 1 + min(num_patients, _MAX_GROUPS)
+    for first in range(0, left_out, size):
+        yield Block(min(size, left_out - first), first)
+    rng = np.random.Generator(np.random.PCG64(seed))
+    for start in range(0, resamples, size):
+        block = Block(min(size, resamples - start), generator=rng.bit_generator.state)
+        yield block
+        for _ in range(block.size):
+            _draw(rng, num_patients)
+
+
+def _draw(rng: np.random.Generator, num_patients: int) -> npt.NDArray[np.int64]:
+    return rng.integers(num_patients, size=num_patients)
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,6 +270,7 @@ def resample_sets(
     resamples: int,
     seed: int,
     independent: Mapping[str, int] | None = None,
+    share: Share = in_turn,
 ) -> dict[str, StatisticSet]:
     """`resample` of the statistics of all sets in one pass; `independent` is by set."""
     statistics: dict[str, Mapping[str, Statistic]] = {}
@@ -223,7 +283,7 @@ def resample_sets(
     flat = {f"{name}/{key}": one for name, some in statistics.items() for key, one in some.items()}
     of_set = independent or {}
     few = {key: of_set[name] for key in flat if (name := key.rsplit("/", 1)[0]) in of_set}
-    found = resample(patient, flat, resamples=resamples, seed=seed, independent=few)
+    found = resample(patient, flat, resamples=resamples, seed=seed, independent=few, share=share)
     return {
         name: StatisticSet({}, reasons[name])
         if name in reasons
@@ -248,55 +308,58 @@ def patient_bootstrap(
     return {key: one.estimate() for key, one in found.items()}
 
 
-def within(rows: npt.NDArray[np.intp], statistic: Statistic) -> Statistic:
-    """`statistic`, which was built of the samples `rows` (indices) alone, of weights of all."""
-    return lambda weights: statistic(weights[rows])
-
-
 def stack(*statistics: Statistic) -> Statistic:
     """Several statistics (R,) as one (K, R)."""
     return lambda weights: np.stack([statistic(weights) for statistic in statistics])
 
 
+def few_at_once(statistic: Statistic) -> Statistic:
+    """The same, of so few resamples at a time that the processor's cache holds their weights."""
+
+    def in_pieces(weights: Weights) -> Floats:
+        size = max(1, _CACHED_WEIGHTS // len(weights))
+        starts = range(0, weights.shape[1], size)
+        return np.concatenate([statistic(weights[:, i : i + size]) for i in starts], axis=1)
+
+    return in_pieces
+
+
 def sums_statistic(
-    code: npt.NDArray[np.integer[Any]], num_codes: int, *values: npt.NDArray[Any]
+    code: npt.NDArray[np.integer[Any]], num_codes: int, *values: npt.NDArray[Any] | None
 ) -> Statistic:
     """Weighted sums by group: (N, R) to (len(values) * num_codes, R), the first value's sums first.
 
     `code` (N,) names the group of each sample, 0 to num_codes - 1, or -1 for none; each of `values`
-    is (N,). Sparse: the cost does not grow with the number of groups.
+    is (N,), or None for the weights themselves. The cost does not grow with the number of groups.
     """
-    rows = np.flatnonzero(code >= 0)
-    tables = [
-        csr_array(
-            (np.asarray(value, dtype=np.float64)[rows], (code[rows], rows)),
-            shape=(num_codes, len(code)),
-        )
-        for value in values
-    ]
-    table = vstack(tables, format="csr")
-    return lambda weights: np.asarray(table @ weights)
+    order = np.argsort(code, kind="stable")[np.count_nonzero(code < 0) :]
+    present, starts = np.unique(code[order], return_index=True)
+    columns = [None if one is None else one.astype(np.float64)[order] for one in values]
+    rows = as_slice(order)
+
+    def statistic(weights: Weights) -> Floats:
+        drawn = take(weights, rows).astype(np.float64)
+        sums = np.zeros((len(columns), num_codes, len(drawn)))
+        for row, column in zip(sums, columns, strict=True):
+            if len(order):
+                weighed = drawn if column is None else drawn * column
+                row[present] = np.add.reduceat(weighed, starts, axis=1).T
+        return sums.reshape(-1, len(drawn))
+
+    return statistic
 
 
-def _leave_out(num_patients: int, chunk: int) -> Iterator[Floats]:
-    """Everybody once, then everybody but one of the groups: (P, 1 + J) in pieces."""
-    yield np.ones((num_patients, 1))
-    groups = min(num_patients, _MAX_GROUPS)
-    group = np.arange(num_patients)[:, None] % groups
-    for start in range(0, groups, chunk):
-        yield (group != np.arange(start, min(start + chunk, groups))).astype(np.float64)
+def as_slice(rows: npt.NDArray[np.intp]) -> npt.NDArray[np.intp] | slice:
+    """The same rows, as a slice where they follow each other: nothing is copied then."""
+    follow = len(rows) > 0 and bool((np.diff(rows) == 1).all())
+    return slice(int(rows[0]), int(rows[-1]) + 1) if follow else rows
 
 
-def _resample_counts(num_patients: int, chunk: int, resamples: int, seed: int) -> Iterator[Floats]:
-    """How often each patient is drawn: (P, R) in pieces."""
-    rng = np.random.default_rng(seed)
-    for start in range(0, resamples, chunk):
-        size = min(chunk, resamples - start)
-        counts = np.empty((num_patients, size))
-        for column in range(size):
-            picked = rng.integers(num_patients, size=num_patients)
-            counts[:, column] = np.bincount(picked, minlength=num_patients)
-        yield counts
+def take(weights: Weights, rows: npt.NDArray[np.intp] | slice) -> Weights:
+    """Some samples' weights, each resample's contiguous: (N, R) to (R, len(rows))."""
+    if isinstance(rows, slice):
+        return weights.T[:, rows]
+    return np.take(weights.T, rows, axis=1, mode="clip")  # "raise" is slower
 
 
 def t_quantile(num_patients: int) -> float:
@@ -350,7 +413,8 @@ def _find_interval(
     return Estimate(value, low, high, method)
 
 
-def divide(numerator: Floats, denominator: Floats) -> Floats:
+def divide(numerator: Weights, denominator: Weights) -> Floats:
     """NaN where the denominator is 0."""
-    missing = np.full_like(numerator, np.nan)
-    return np.divide(numerator, denominator, out=missing, where=denominator != 0)
+    missing = np.full(np.broadcast_shapes(numerator.shape, denominator.shape), np.nan)
+    found: Floats = np.divide(numerator, denominator, out=missing, where=denominator != 0)
+    return found

@@ -13,9 +13,15 @@ from typing import Any, Self
 
 import numpy as np
 
-from pneumo.evaluation import bootstrap
-from pneumo.evaluation.bootstrap import MIN_INDEPENDENT, Estimate, Floats, Resampled, Statistic
-from pneumo.evaluation.metrics import check_scores
+from pneumo.evaluation.bootstrap import (
+    MIN_INDEPENDENT,
+    Estimate,
+    Floats,
+    Resampled,
+    Statistic,
+    Weights,
+)
+from pneumo.evaluation.metrics import called_statistic, check_scores
 from pneumo.evaluation.predictions import Predictions
 
 THRESHOLDS: tuple[float, ...] = tuple(k / 100 for k in range(1, 51))
@@ -65,22 +71,14 @@ def net_benefit_statistic(rows: Predictions) -> Statistic:
         rows.target, rows.calibrated_probability, both_classes=False
     )
     threshold = np.array(THRESHOLDS)
-    # How many of the thresholds a study is at or above; those of k are called up to the k-th.
-    reached = np.searchsorted(threshold, probability, side="right")
-    sums = bootstrap.sums_statistic(reached, len(threshold) + 1, positive, ~positive)
     odds = (threshold / (1 - threshold))[:, None]
+    called = called_statistic(positive, probability, THRESHOLDS)
 
-    def statistic(weights: Floats) -> Floats:
-        hits, alarms = np.split(sums(weights), 2)
-        n = hits.sum(axis=0) + alarms.sum(axis=0)
-        called = (np.cumsum(part[::-1], axis=0)[::-1][1:] for part in (hits, alarms))
-        true, false = called
-        return np.concatenate(
-            [
-                (true - odds * false) / n,
-                (hits.sum(axis=0) - odds * alarms.sum(axis=0)) / n,
-            ]
-        )
+    def statistic(weights: Weights) -> Floats:
+        hits, alarms = np.split(called(weights), 2)
+        table = np.concatenate([hits[1:] - odds * alarms[1:], hits[0] - odds * alarms[0]])
+        found: Floats = table / (hits[0] + alarms[0])
+        return found
 
     return statistic
 
@@ -89,9 +87,13 @@ def summarise_net_benefit(found: Resampled, rows: Predictions) -> DecisionCurve:
     """The curve of what `net_benefit_statistic` resampled of `rows`."""
     num = len(THRESHOLDS)
     positive = rows.target == 1
-    risk, patient = rows.calibrated_probability[positive], rows.patient[positive]
+    risk = rows.calibrated_probability[positive]
+    name, patient = np.unique(rows.patient[positive], return_inverse=True)
+    lowest, highest = np.full(len(name), np.inf), np.full(len(name), -np.inf)
+    np.minimum.at(lowest, patient, risk)
+    np.maximum.at(highest, patient, risk)
     supported = tuple(
-        min(len(np.unique(patient[side])) for side in (risk < t, risk >= t)) >= MIN_INDEPENDENT
+        min(int((lowest < t).sum()), int((highest >= t).sum())) >= MIN_INDEPENDENT
         for t in THRESHOLDS
     )
     why = f"fewer than {MIN_INDEPENDENT} patients with a positive on a side of the threshold"

@@ -32,7 +32,14 @@ from pneumo.evaluation.baselines import (
     metadata_statistics,
     view_statistics,
 )
-from pneumo.evaluation.bootstrap import Estimate, Statistics, StatisticSet, as_json
+from pneumo.evaluation.bootstrap import (
+    Estimate,
+    Share,
+    Statistics,
+    StatisticSet,
+    as_json,
+    in_turn,
+)
 from pneumo.evaluation.calibration import Calibration, Scaling, calibrate
 from pneumo.evaluation.decision_curve import (
     DecisionCurve,
@@ -197,16 +204,18 @@ def evaluate(
     seed: int,
     train: Metadata | None = None,
     has_patients: bool = True,
+    share: Share = in_turn,
 ) -> Evaluation:
     """Choose the operating points and the calibration on val, evaluate val and test with them.
 
     `predictions` holds both splits; others are left alone. `train` is what is known of the training
     studies besides their pixels, for the metadata baseline. `seed` draws the bootstrap's patients,
-    who are the images themselves without `has_patients`.
+    who are the images themselves without `has_patients`. `share` computes the resamples.
     Never raises for degenerate predictions: see the reasons of the estimates.
     """
     val = predictions.subset("val")
     fault = find_fault(val)
+    val = val.number_names()
     points = choose_points(val, config)
     calibration = calibrate(val, min_patients=config.min_patients, seed=seed)
     if fault is not None:
@@ -218,7 +227,7 @@ def evaluate(
     calibrated = replace(predictions, calibrated_probability=calibration.apply(predictions.logit))
     fitted = Fitted(points, calibration, fit_metadata(train), find_sicker_view(train))
     val_found, test_found = (
-        evaluate_split(calibrated.subset(name), name, fitted, config=config, seed=seed)
+        evaluate_split(calibrated.subset(name), name, fitted, config=config, seed=seed, share=share)
         for name in ("val", "test")
     )
     if not has_patients:
@@ -244,12 +253,20 @@ class Fitted:
 
 
 def evaluate_split(
-    rows: Predictions, split: str, fitted: Fitted, *, config: EvaluateConfig, seed: int
+    rows: Predictions,
+    split: str,
+    fitted: Fitted,
+    *,
+    config: EvaluateConfig,
+    seed: int,
+    share: Share,
 ) -> SplitEvaluation:
     """Evaluate `rows`, all of one split, by what is already fitted."""
     fault = find_fault(rows)
+    # Sorted, so that what walks along the scores of a class walks along the memory.
+    rows = rows.take(np.lexsort((rows.logit, rows.target))).number_names()
     threshold = fitted.points[DECISION].logit
-    found = _resample(rows, fitted, fault, config, seed)
+    found = _resample(rows, fitted, fault, config, seed=seed, share=share)
     roc, precision_recall = _draw_curves(rows, fault)
     scores = rows.target, rows.logit
     before = _summarise_reliability(rows, found["before"], found["recalibration"], None)
@@ -261,7 +278,7 @@ def evaluate_split(
         patients=len(np.unique(rows.patient)),
         patients_by_class=count_by_class(rows),
         fault=fault,
-        **{name: found[name].estimate("value") for name in _HEADLINES},
+        **{name: found["headlines"].estimate("values", i) for i, name in enumerate(_HEADLINES)},
         auroc_delong=Estimate.undefined(fault) if fault else delong(*scores),
         auroc_delong_clustered=Estimate.undefined(fault)
         if fault
@@ -286,33 +303,38 @@ _HEADLINES = ("auroc", "average_precision", "sensitivity_at_specificity_90")
 
 
 def _resample(
-    rows: Predictions, fitted: Fitted, fault: str | None, config: EvaluateConfig, seed: int
+    rows: Predictions,
+    fitted: Fitted,
+    fault: str | None,
+    config: EvaluateConfig,
+    *,
+    seed: int,
+    share: Share,
 ) -> dict[str, StatisticSet]:
     """All that needs the bootstrap, in one pass over the same resamples."""
     scores = rows.target, rows.logit
     scaling = fitted.calibration.chosen
     threshold, fewest = fitted.points[DECISION].logit, config.min_patients
-    groups, of_groups = subgroup_statistics(rows, threshold, fewest)
     sets: Statistics = {
-        "auroc": lambda: {"value": metrics.auroc_statistic(*scores)},
-        "average_precision": lambda: {"value": metrics.average_precision_statistic(*scores)},
-        "sensitivity_at_specificity_90": lambda: {
-            "value": metrics.sensitivity_at_statistic(*scores, 0.9)
-        },
+        "headlines": lambda: {"values": metrics.headline_statistic(*scores, 0.9)},
         "points": lambda: {"outcomes": outcomes_statistic(rows, fitted.points)},
         "recalibration": lambda: {"fit": recalibration_statistic(*scores)},
         "before": lambda: reliability_statistics(*scores, None, NUM_BINS),
         "after": lambda: reliability_statistics(*scores, scaling, NUM_BINS),
         "net_benefit": lambda: {"curve": net_benefit_statistic(rows)},
-        **groups,
+        **subgroup_statistics(rows, threshold, fewest),
         **view_statistics(rows, fitted.sicker_view, fewest),
         **metadata_statistics(rows, fitted.metadata, fewest),
     }
     if fault is not None:
         return dict.fromkeys(sets, StatisticSet({}, fault))
-    few = dict.fromkeys(sets, count_rarer(rows)) | of_groups
     return bootstrap.resample_sets(
-        rows.patient, sets, resamples=config.bootstrap_resamples, seed=seed, independent=few
+        rows.patient,
+        sets,
+        resamples=config.bootstrap_resamples,
+        seed=seed,
+        independent=dict.fromkeys(sets, count_rarer(rows)),
+        share=share,
     )
 
 

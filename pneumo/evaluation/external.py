@@ -23,6 +23,7 @@ from pneumo.evaluation.bootstrap import (
     Floats,
     Resampled,
     Statistic,
+    Weights,
     as_json,
     divide,
     first_less_second,
@@ -31,7 +32,7 @@ from pneumo.evaluation.bootstrap import (
 from pneumo.evaluation.calibration import Scaling, fit_scaling
 from pneumo.evaluation.metrics import auroc_statistic, brier_statistic
 from pneumo.evaluation.operating_points import OperatingPoint, call_positive
-from pneumo.evaluation.predictions import Predictions, sigmoid
+from pneumo.evaluation.predictions import Predictions, name_each, sigmoid
 from pneumo.evaluation.subgroups import count_rarer
 
 RECALIBRATION_FRACTION = 0.2
@@ -189,7 +190,7 @@ def _fraction(part: npt.NDArray[Any], value: npt.NDArray[Any]) -> Statistic:
     """The weighted mean of `value` over the studies of `part`, both (N,)."""
     table = np.stack([part * value, part]).astype(np.float64)
 
-    def statistic(weights: Floats) -> Floats:
+    def statistic(weights: Weights) -> Floats:
         summed = table @ weights
         return divide(summed[0], summed[1])
 
@@ -245,8 +246,8 @@ def _standardise(internal: Predictions, external: Predictions) -> tuple[CaseMix,
 
 
 def _describe(rows: Predictions) -> dict[str, npt.NDArray[np.str_]]:
-    bands = ["" if np.isnan(age) else name_age_band(int(age)) for age in rows.age.tolist()]
-    return {"view": rows.view, "age": np.array(bands, dtype=np.str_), "sex": rows.sex}
+    bands = name_each(rows.age, lambda age: "" if np.isnan(age) else name_age_band(int(age)))
+    return {"view": rows.view, "age": bands, "sex": rows.sex}
 
 
 # --- recalibration --------------------------------------------------------------------------------

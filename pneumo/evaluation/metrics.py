@@ -11,16 +11,27 @@ A metric with an interval is a `Statistic` of sample weights, see `bootstrap`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import scipy  # scipy.stats, half a second, is loaded where it is first named
 
 from pneumo.errors import MetricError
-from pneumo.evaluation.bootstrap import Floats, Statistic, divide
+from pneumo.evaluation.bootstrap import (
+    Floats,
+    Statistic,
+    Weights,
+    as_slice,
+    divide,
+    sums_statistic,
+    take,
+)
+
+Indices = npt.NDArray[np.intp]
 
 MAX_CURVE_POINTS = 500
 MAX_JSON_POINTS = 100
@@ -43,71 +54,202 @@ def auroc(target: npt.ArrayLike, score: npt.ArrayLike) -> float:
     return float(wins / (num_positive * num_negative))
 
 
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """Some samples of a set, each class sorted by score from the lowest up."""
+
+    positives: Indices | slice
+    """Of the set: (P,)."""
+    negatives: Indices | slice
+    below: Indices
+    """How many of the negatives score lower than each positive: (P,)."""
+    tied: Indices
+    """Which of the positives score the same as a negative."""
+    up_to: Indices
+    """How many of the negatives score no higher than each of those."""
+    worse: Indices | slice
+    """How many of the positives score lower than each positive: (P,)."""
+
+    @classmethod
+    def of(
+        cls,
+        positive: npt.NDArray[np.bool_],
+        score: Floats,
+        rows: npt.NDArray[np.bool_] | None = None,
+    ) -> Self:
+        """That of the samples of the mask `rows`; None: of all. All are (N,)."""
+        chosen = np.argsort(score, kind="stable")
+        chosen = chosen if rows is None else chosen[rows[chosen]]
+        positives, negatives = chosen[positive[chosen]], chosen[~positive[chosen]]
+        high, low = score[positives], score[negatives]
+        below, up_to = np.searchsorted(low, high), np.searchsorted(low, high, side="right")
+        tied = np.flatnonzero(up_to > below)
+        worse = as_slice(np.searchsorted(high, high))
+        return cls(as_slice(positives), as_slice(negatives), below, tied, up_to[tied], worse)
+
+    def weigh(self, weights: Weights, cleared: Weights | None = None) -> WeighedRanking:
+        """Under weights (N, R) of the samples of the set; `cleared` where it is known."""
+        if cleared is None:
+            cleared = _cumulate(take(weights, self.negatives))
+        drawn = take(weights, self.positives)
+        return WeighedRanking(self, drawn, drawn.astype(np.float64), cleared)
+
+
+@dataclass(frozen=True, eq=False)
+class WeighedRanking:
+    """A ranking whose samples count as often as R resamples drew them."""
+
+    ranking: Ranking
+    counts: Weights
+    """Of the positives: (R, P)."""
+    drawn: Floats
+    """The same."""
+    cleared: Weights
+    """Of so many negatives from the lowest up: (R, negatives + 1)."""
+
+    @cached_property
+    def missed(self) -> Weights:
+        """Of so many positives from the lowest up: (R, P + 1)."""
+        return _cumulate(self.counts)
+
+    @cached_property
+    def below(self) -> Floats:
+        """Of the negatives that score lower than each positive: (R, P)."""
+        return np.take(self.cleared, self.ranking.below, axis=1).astype(np.float64)
+
+    @property
+    def beaten(self) -> Floats:
+        """`below`, and half of the negatives that score the same."""
+        if not len(self.ranking.tied):
+            return self.below
+        beaten = self.below.copy()
+        up_to = np.take(self.cleared, self.ranking.up_to, axis=1)
+        beaten[:, self.ranking.tied] = (beaten[:, self.ranking.tied] + up_to) / 2
+        return beaten
+
+    @cached_property
+    def wins(self) -> Floats:
+        """Of all positives over negatives: (R,)."""
+        found: Floats = np.vecdot(self.drawn, self.beaten)
+        return found
+
+    @property
+    def auroc(self) -> Floats:
+        """(R,)"""
+        return divide(self.wins, self.drawn.sum(axis=1) * self.cleared[:, -1])
+
+    @property
+    def average_precision(self) -> Floats:
+        """(R,)"""
+        # Ties enter all at once.
+        worse = take(self.missed[:, :-1].T, self.ranking.worse)
+        worse64 = worse.astype(np.float64)
+        hits: Floats = np.subtract(self.missed[:, -1:], worse64, out=worse64)
+        calls = self.cleared[:, -1:] - self.below
+        calls += hits
+        np.maximum(calls, np.finfo(np.float64).tiny, out=calls)  # 0 of no call is 0
+        hits /= calls
+        return divide(np.vecdot(self.drawn, hits), self.drawn.sum(axis=1))
+
+
 def auroc_statistic(target: npt.ArrayLike, score: npt.ArrayLike) -> Statistic:
     """`auroc` of weighted samples; NaN where a resample has one class only."""
-    positive, score64 = check_scores(target, score)
-    positives = np.flatnonzero(positive)
-    negatives = np.flatnonzero(~positive)
-    negatives = negatives[np.argsort(score64[negatives], kind="stable")]
-    below = np.searchsorted(score64[negatives], score64[positives], side="left")
-    up_to = np.searchsorted(score64[negatives], score64[positives], side="right")
+    ranking = Ranking.of(*check_scores(target, score))
+    return lambda weights: ranking.weigh(weights).auroc
 
-    def statistic(weights: Floats) -> Floats:
-        beaten = _cumulated(weights[negatives])
-        drawn = weights[positives]
-        wins = np.einsum("nr,nr->r", drawn, beaten[below] + beaten[up_to]) / 2
-        return divide(wins, drawn.sum(axis=0) * beaten[-1])
+
+def few_values_auroc_statistic(
+    target: npt.ArrayLike, score: npt.ArrayLike, rows: npt.NDArray[np.bool_]
+) -> Statistic:
+    """`auroc` of the samples of a mask, whose scores (N,) have few values."""
+    positive, score64 = check_scores(target, score)
+    values, level = np.unique(score64, return_inverse=True)
+    num = len(values)
+    code = np.where(rows, 2 * level + positive, 2 * num)
+
+    def statistic(weights: Weights) -> Floats:
+        counts = [np.bincount(code, one, 2 * num + 1)[:-1] for one in weights.T]
+        table = np.reshape(counts, (-1, num, 2))
+        negatives, positives = table[..., 0], table[..., 1]
+        beaten = np.cumsum(negatives, axis=1) - negatives / 2
+        wins = np.vecdot(positives, beaten)
+        return divide(wins, positives.sum(axis=1) * negatives.sum(axis=1))
 
     return statistic
 
 
 def average_precision_statistic(target: npt.ArrayLike, score: npt.ArrayLike) -> Statistic:
     """Mean precision over the positives, scikit-learn's step-wise sum; NaN without a positive."""
-    positive, score64 = check_scores(target, score)
-    positives, negatives = np.flatnonzero(positive), np.flatnonzero(~positive)
-    positives = positives[np.argsort(score64[positives], kind="stable")][::-1]
-    negatives = negatives[np.argsort(score64[negatives], kind="stable")][::-1]
-    # How many of either class score at least as high as each positive: ties enter all at once.
-    hits = np.searchsorted(-score64[positives], -score64[positives], side="right")
-    false_alarms = np.searchsorted(-score64[negatives], -score64[positives], side="right")
-
-    def statistic(weights: Floats) -> Floats:
-        drawn = weights[positives]
-        true_calls = _cumulated(drawn)[hits]
-        calls = true_calls + _cumulated(weights[negatives])[false_alarms]
-        precision = np.divide(true_calls, calls, out=np.zeros_like(calls), where=calls > 0)
-        return divide(np.einsum("nr,nr->r", drawn, precision), drawn.sum(axis=0))
-
-    return statistic
+    ranking = Ranking.of(*check_scores(target, score))
+    return lambda weights: ranking.weigh(weights).average_precision
 
 
 def sensitivity_at_statistic(
     target: npt.ArrayLike, score: npt.ArrayLike, specificity: float
 ) -> Statistic:
     """The highest sensitivity of any threshold that clears at least `specificity` (0, 1] of the
-    negatives; the threshold is found anew in each resample. NaN where one has one class only."""
+    negatives; the threshold is found anew in each resample. NaN where it has no positive."""
     positive, score64 = check_scores(target, score)
-    positives, negatives = np.flatnonzero(positive), np.flatnonzero(~positive)
-    positives = positives[np.argsort(score64[positives], kind="stable")]
-    negatives = negatives[np.argsort(score64[negatives], kind="stable")]
-    # Of each negative, how many positives score no higher: missed at a threshold just above it.
-    missed = np.searchsorted(score64[positives], score64[negatives], side="right")
-    last_of_ties = np.searchsorted(score64[negatives], score64[negatives], side="right")
+    ranking = Ranking.of(positive, score64)
+    high, low = score64[ranking.positives], score64[ranking.negatives]
+    return lambda weights: _find_sensitivity(ranking.weigh(weights), high, low, specificity)
 
-    def statistic(weights: Floats) -> Floats:
-        misses = _cumulated(weights[positives])
-        cleared = _cumulated(weights[negatives])
-        enough = cleared[last_of_ties] >= specificity * cleared[-1] - 1e-9
-        lowest = enough.argmax(axis=0)
-        return divide(misses[-1] - misses[missed[lowest], np.arange(len(lowest))], misses[-1])
+
+def _find_sensitivity(
+    weighed: WeighedRanking, high: Floats, low: Floats, specificity: float
+) -> Floats:
+    """`high` and `low` are the sorted scores of the positives and of the negatives."""
+    needed = specificity * weighed.cleared[:, -1] - 1e-9
+    last = [np.searchsorted(*pair) - 1 for pair in zip(weighed.cleared, needed, strict=True)]
+    missed = np.searchsorted(high, low[np.maximum(last, 0)], side="right")
+    all_positives = weighed.missed[:, -1]
+    found = all_positives - weighed.missed[np.arange(len(missed)), missed]
+    return divide(found, all_positives)
+
+
+def headline_statistic(
+    target: npt.ArrayLike, score: npt.ArrayLike, specificity: float
+) -> Statistic:
+    """AUROC, average precision and the sensitivity at a specificity: (3, R)."""
+    positive, score64 = check_scores(target, score)
+    ranking = Ranking.of(positive, score64)
+    high, low = score64[ranking.positives], score64[ranking.negatives]
+
+    def statistic(weights: Weights) -> Floats:
+        weighed = ranking.weigh(weights)
+        sensitivity = _find_sensitivity(weighed, high, low, specificity)
+        return np.stack([weighed.auroc, weighed.average_precision, sensitivity])
 
     return statistic
 
 
-def _cumulated(weights: Floats) -> Floats:
-    """Row k holds the sum of the first k rows: (N, R) to (N + 1, R)."""
-    sums = np.zeros((len(weights) + 1, weights.shape[1]))
-    np.cumsum(weights, axis=0, out=sums[1:])
+def called_statistic(
+    positive: npt.NDArray[np.bool_], score: Floats, thresholds: Sequence[float]
+) -> Statistic:
+    """Positives, then negatives, that score at or above each of `thresholds` (T,), which may stand
+    in any order: (2 * (1 + T), R), all of the class first."""
+    ascending, place = np.unique(np.asarray(thresholds, dtype=np.float64), return_inverse=True)
+    level = np.searchsorted(ascending, score, side="right")
+    num_levels = len(ascending) + 1
+    sums = sums_statistic(level + num_levels * positive, 2 * num_levels, None)
+    rows = np.concatenate([[0], place + 1])
+
+    def statistic(weights: Weights) -> Floats:
+        by_class = sums(weights).reshape(2, num_levels, -1)
+        called = np.cumsum(by_class[:, ::-1], axis=1)[::-1, ::-1]
+        return called[:, rows].reshape(2 * len(rows), -1)
+
+    return statistic
+
+
+def _cumulate(weights: Weights) -> Weights:
+    """Column k holds the sum of the first k columns: (R, N) to (R, N + 1)."""
+    sums = np.empty((len(weights), weights.shape[1] + 1), dtype=weights.dtype)
+    sums[:, 0] = 0
+    import torch  # numpy's takes twice as long; who resamples nothing has no need of it
+
+    given, out = torch.from_numpy(weights), torch.from_numpy(sums[:, 1:])
+    torch.cumsum(given, dim=1, dtype=given.dtype, out=out)
     return sums
 
 
@@ -243,17 +385,18 @@ def rates(counts: Confusion) -> dict[str, float]:
 def log_loss_statistic(target: npt.ArrayLike, logit: npt.ArrayLike) -> Statistic:
     """Mean negative log-likelihood in nats, from logits: finite where a probability rounds to 0."""
     positive, logit64 = check_scores(target, logit, both_classes=False)
-    return _mean_statistic(np.logaddexp(0, np.where(positive, -logit64, logit64)))
+    return mean_statistic(np.logaddexp(0, np.where(positive, -logit64, logit64)))
 
 
 def brier_statistic(target: npt.ArrayLike, probability: npt.ArrayLike) -> Statistic:
     """Mean squared difference of probability and target (Brier 1950), from 0 (best) to 1."""
     positive, probability64 = check_scores(target, probability, both_classes=False)
-    return _mean_statistic((probability64 - positive) ** 2)
+    return mean_statistic((probability64 - positive) ** 2)
 
 
-def _mean_statistic(values: Floats) -> Statistic:
-    return lambda weights: divide(values @ weights, weights.sum(axis=0))
+def mean_statistic(values: Floats) -> Statistic:
+    """The mean of `values`, (N,) or (K, N)."""
+    return lambda weights: divide(values @ weights.astype(np.float64), weights.sum(axis=0))
 
 
 def check_scores(

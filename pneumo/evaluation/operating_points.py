@@ -19,7 +19,15 @@ from scipy.special import expit
 from pneumo.config import EvaluateConfig
 from pneumo.errors import MetricError
 from pneumo.evaluation import bootstrap, metrics, thresholds
-from pneumo.evaluation.bootstrap import Estimate, Floats, Resampled, Statistic, as_json, divide
+from pneumo.evaluation.bootstrap import (
+    Estimate,
+    Floats,
+    Resampled,
+    Statistic,
+    Weights,
+    as_json,
+    divide,
+)
 from pneumo.evaluation.metrics import Confusion
 from pneumo.evaluation.predictions import Predictions
 
@@ -192,9 +200,13 @@ def check_enough(
             raise MetricError(reason)
 
 
-def find_too_few(rows: Predictions, value: int, needed: int) -> str | None:
-    """Why `rows` are too few of a class, 1 or 0; None where `needed` patients have it."""
-    found = len(np.unique(rows.patient[rows.target == value]))
+def find_too_few(
+    rows: Predictions, value: int, needed: int, part: npt.NDArray[np.bool_] | None = None
+) -> str | None:
+    """Why `rows`, or those of the mask `part`, are too few of a class, 1 or 0; None where `needed`
+    patients have it."""
+    chosen = rows.target == value
+    found = rows.count_patients(chosen if part is None else chosen & part)
     if found >= needed:
         return None
     word = "positive" if value else "negative"
@@ -209,13 +221,16 @@ def outcomes_statistic(rows: Predictions, points: Mapping[str, OperatingPoint]) 
 
     Raises MetricError for no study or a NaN.
     """
-    thresholds = [p.logit for p in points.values() if p.logit is not None]
-    codes = [code_outcomes(rows, threshold) for threshold in thresholds]
-    one = np.ones(len(rows))
-    parts = [bootstrap.sums_statistic(code, 4, one) for code in codes]
-    return lambda weights: np.concatenate(
-        [np.empty((0, weights.shape[1])), *(part(weights) for part in parts)]
-    )
+    positive, logit = metrics.check_scores(rows.target, rows.logit, both_classes=False)
+    chosen = [p.logit for p in points.values() if p.logit is not None]
+    called = metrics.called_statistic(positive, logit, chosen)
+
+    def statistic(weights: Weights) -> Floats:
+        hits, alarms = np.split(called(weights), 2)
+        cells = (hits[1:], alarms[1:], hits[0] - hits[1:], alarms[0] - alarms[1:])
+        return np.stack(cells, axis=1).reshape(-1, weights.shape[1])
+
+    return statistic
 
 
 def code_outcomes(rows: Predictions, threshold: float | None) -> npt.NDArray[np.int64]:
@@ -255,8 +270,8 @@ def _evaluate_at(rows: Predictions, threshold: float, cells: Resampled) -> AtPoi
             by_wilson[key] = Estimate.undefined(metrics.UNDEFINED[key], bootstrap.WILSON)
             continue
         by_wilson[key] = Estimate(value, *bootstrap.wilson(value, n), bootstrap.WILSON)
-        patients = np.unique(rows.patient[np.isin(code, members)])
-        estimates[key] = bootstrap.with_wilson(estimates[key], len(patients))
+        patients = rows.count_patients(np.isin(code, members))
+        estimates[key] = bootstrap.with_wilson(estimates[key], patients)
     predictive = tuple(
         PredictiveValues(p, *_predict_values(cells, p, estimates)) for p in PREVALENCES
     )

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
+from scipy.interpolate import BarycentricInterpolator
 from scipy.optimize import brentq
 from scipy.special import expit
 from scipy.stats import rankdata
@@ -22,7 +24,10 @@ from pneumo.evaluation.bootstrap import (
     Resampled,
     Statistic,
     StatisticSet,
+    Weights,
+    as_slice,
     divide,
+    take,
     with_wilson,
 )
 from pneumo.evaluation.calibration import Scaling
@@ -35,9 +40,14 @@ NO_ECE_INTERVAL = (
 
 _MAX_STEPS = 40
 _TOLERANCE = 1e-9
+_MANY = 5_000
+"""Studies above which `condense` puts fewer points in their place."""
+_PIECE_LOGITS, _POINTS = 0.5, 10
+"""Interpolating the logistic function at so many points of a piece so wide errs by 1e-12; where a
+slope is four times as steep by 1e-8."""
 
 
-def fit_logistic(x: Floats, y: Floats, weights: Floats) -> tuple[Floats, Floats]:
+def fit_logistic(x: Floats, y: Floats, weights: Weights) -> tuple[Floats, Floats]:
     """Slope (R,) and intercept (R,) of logistic regressions of `y` (N,) in [0, 1] on `x` (N,).
 
     One a column of `weights` (N, R). Where `x` separates the classes the slope is infinite and
@@ -57,7 +67,7 @@ def fit_logistic(x: Floats, y: Floats, weights: Floats) -> tuple[Floats, Floats]
     return slope / spread, intercept
 
 
-def _separated_slope(x: Floats, y: Floats, weights: Floats) -> Floats:
+def _separated_slope(x: Floats, y: Floats, weights: Weights) -> Floats:
     """Infinity (R,) where every drawn x of y = 1 is at or above all of y = 0, minus infinity where
     below, NaN elsewhere."""
     found = np.full(weights.shape[1], np.nan)
@@ -75,25 +85,28 @@ def _separated_slope(x: Floats, y: Floats, weights: Floats) -> Floats:
     return found
 
 
-def fit_offset(x: Floats, y: Floats, weights: Floats) -> Floats:
+def fit_offset(x: Floats, y: Floats, weights: Weights, start: float | None = None) -> Floats:
     """Intercept (R,) of logistic regressions of `y` (N,) in [0, 1] on `x` (N,) with slope 1.
 
-    One a column of `weights` (N, R); NaN where the drawn `y` are all 0 or all 1.
+    One a column of `weights` (N, R); NaN where the drawn `y` are all 0 or all 1. `start`: of
+    weights of 1, where it is known.
     """
     if not 0 < y.sum() < len(y):
         return np.full(weights.shape[1], np.nan)
-
-    def surplus(intercept: float) -> float:
-        return float(np.sum(expit(x + intercept) - y))
-
-    reach = float(np.abs(x).max()) + 40.0
-    whole = np.array([[brentq(surplus, -reach, reach)]])
-    fitted: Floats = _fit_weighted(np.ones((len(x), 1)), y, weights, whole, offset=x)[0]
+    whole = _fit_whole_offset(x, y) if start is None else start
+    fitted: Floats = _fit_weighted(np.ones((len(x), 1)), y, weights, np.array([[whole]]), offset=x)[
+        0
+    ]
     return fitted
 
 
+def _fit_whole_offset(x: Floats, y: Floats) -> float:
+    reach = float(np.abs(x).max()) + 40.0
+    return float(brentq(lambda intercept: np.sum(expit(x + intercept) - y), -reach, reach))
+
+
 def _fit_weighted(
-    columns: Floats, y: Floats, weights: Floats, start: Floats, offset: Floats | float = 0.0
+    columns: Floats, y: Floats, weights: Weights, start: Floats, offset: Floats | float = 0.0
 ) -> Floats:
     """Coefficients (K, R) of the logistic regressions of `y` (N,) on `columns` (N, K), one for each
     column of `weights` (N, R), by Newton's method from `start` (K, 1); NaN where not settled.
@@ -125,6 +138,46 @@ def _fit_weighted(
         if not keep.all():
             b, active, drawn = b[:, keep], active[keep], drawn[:, keep]
     return settled
+
+
+def condense(
+    x: Floats, positive: npt.NDArray[np.bool_], width: float
+) -> tuple[Floats, Floats, Statistic]:
+    """Few points in place of many samples: their x (M,), their class (M,) as 0.0 or 1.0, and what
+    makes weights (N, R) of the samples weights (M, R) of the points.
+
+    A weighted sum of a smooth function of x over the points is that over the samples, as the
+    function is interpolated at Chebyshev points in each piece of `width` (Trefethen 2013,
+    Approximation Theory and Approximation Practice, chapters 5 and 8).
+    """
+    order = np.lexsort((x, positive))
+    rows = as_slice(order)
+    piece = np.floor(x[order] / width) * 2 + positive[order]
+    bounds = [0, *(np.flatnonzero(np.diff(piece)) + 1).tolist(), len(x)]
+    parts = [slice(*pair) for pair in pairwise(bounds)]
+    pieces = [_interpolate(x[order[part]]) for part in parts]
+    of_class = [
+        np.full(len(at), piece[part.start] % 2) for (at, _), part in zip(pieces, parts, strict=True)
+    ]
+
+    def statistic(weights: Weights) -> Floats:
+        drawn = take(weights, rows).astype(np.float64)
+        sums = [drawn[:, part] @ table for part, (_, table) in zip(parts, pieces, strict=True)]
+        return np.concatenate(sums, axis=1).T
+
+    return np.concatenate([at for at, _ in pieces]), np.concatenate(of_class), statistic
+
+
+def _interpolate(x: Floats) -> tuple[Floats, Floats]:
+    """Points (K,) in place of ascending samples `x` (n,), and each one's part in each sample:
+    (n, K)."""
+    values, index = np.unique(x, return_inverse=True)
+    if len(values) <= _POINTS:
+        return values, np.eye(len(values))[index]
+    middle, reach = (x[0] + x[-1]) / 2, (x[-1] - x[0]) / 2
+    points = middle + reach * np.cos(np.pi * np.arange(_POINTS) / (_POINTS - 1))
+    # In one order, so that it is summed up in one order in whatever process.
+    return points, np.ascontiguousarray(BarycentricInterpolator(points, np.eye(_POINTS))(x))
 
 
 MEASURES = (
@@ -226,13 +279,27 @@ def reliability_statistics(
     positive, scaled = _scale(target, logit, scaling)
     probability = sigmoid(scaled)
     bins = bin_by_probability(probability, num_bins)
-    one = np.ones(len(bins))
+    losses = (probability - positive) ** 2, np.logaddexp(0, np.where(positive, -scaled, scaled))
     return {
-        "brier": metrics.brier_statistic(positive, probability),
-        "log_loss": metrics.log_loss_statistic(positive, scaled),
-        "offset": partial(fit_offset, scaled, positive.astype(float)),
-        "bins": bootstrap.sums_statistic(bins, int(bins.max()) + 1, one, positive, probability),
+        "losses": metrics.mean_statistic(np.stack(losses)),
+        "offset": _offset_statistic(scaled, positive),
+        "bins": _bins_statistic(bins, positive, probability),
     }
+
+
+def _bins_statistic(
+    bins: npt.NDArray[np.int64], positive: npt.NDArray[np.bool_], probability: Floats
+) -> Statistic:
+    """Studies, positives and probabilities by bin: (3 * bins, R)."""
+    num = int(bins.max()) + 1
+    sums = bootstrap.sums_statistic(bins + num * positive, 2 * num, None, probability)
+
+    def statistic(weights: Weights) -> Floats:
+        by_class = sums(weights).reshape(2, 2, num, -1)
+        count, predicted = by_class.sum(axis=1)
+        return np.concatenate([count, by_class[0, 1], predicted])
+
+    return statistic
 
 
 @dataclass(frozen=True)
@@ -255,12 +322,13 @@ def describe_bins(rows: Predictions, scaling: Scaling | None, num_bins: int) -> 
     bins = bin_by_probability(probability, num_bins)
     _, index = np.unique(rows.patient, return_inverse=True)
     residual = positive - probability
-    pairs, pair = np.unique(np.stack([bins, index]), axis=1, return_inverse=True)
+    num_patients = int(index.max()) + 1
+    pairs, pair = np.unique(bins * num_patients + index, return_inverse=True)
     squares = float(residual @ residual)
     alike = float((np.bincount(pair, residual) ** 2).sum()) / squares if squares else 1.0
     variances = max(1.0, alike) * np.bincount(bins, probability * (1 - probability))
     return BinFacts(
-        patients=tuple(np.bincount(pairs[0]).tolist()),
+        patients=tuple(np.bincount(pairs // num_patients).tolist()),
         ece_if_calibrated=float(np.sqrt(2 / np.pi * variances).sum()) / len(bins),
         smooth=fit_curve(positive, scaled),
         histogram=Histogram(
@@ -291,10 +359,35 @@ def fit_curve(positive: npt.NDArray[np.bool_], logit: Floats) -> CalibrationCurv
     return CalibrationCurve(tuple(sigmoid(shown).tolist()), tuple(observed.tolist()))
 
 
+def _offset_statistic(logit: Floats, positive: npt.NDArray[np.bool_]) -> Statistic:
+    target = positive.astype(float)
+    if len(logit) < _MANY or not 0 < target.sum() < len(target):
+        return partial(fit_offset, logit, target)
+    points, of_class, weigh = condense(logit, positive, _PIECE_LOGITS)
+    start = _fit_whole_offset(logit, target)
+    return lambda weights: fit_offset(points, of_class, weigh(weights), start)
+
+
 def recalibration_statistic(target: npt.ArrayLike, logit: npt.ArrayLike) -> Statistic:
     """Intercept and slope (2, R) of the logistic regression of the target on the logits."""
     positive, logit64 = check_scores(target, logit)
-    return lambda weights: np.stack(fit_logistic(logit64, positive.astype(float), weights)[::-1])
+
+    def fit(weights: Weights) -> Floats:
+        return np.stack(fit_logistic(logit64, positive.astype(float), weights)[::-1])
+
+    slope = abs(float(fit(np.ones((len(logit64), 1)))[1, 0]))
+    if len(logit64) < _MANY or not 0 < slope < np.inf:
+        return fit
+    points, of_class, weigh = condense(logit64, positive, _PIECE_LOGITS / slope)
+
+    def statistic(weights: Weights) -> Floats:
+        found = np.stack(fit_logistic(points, of_class, weigh(weights))[::-1])
+        is_far = ~(np.abs(found[1]) < 4 * slope)
+        if is_far.any():
+            found[:, is_far] = fit(weights[:, is_far])
+        return found
+
+    return statistic
 
 
 def summarise_reliability(
@@ -310,8 +403,8 @@ def summarise_reliability(
     error = found["bins"].derive(_expected_error)
     intercept, slope = _estimate_recalibration(recalibration, scaling)
     return Reliability(
-        brier=found["brier"].estimate(),
-        log_loss=found["log_loss"].estimate(),
+        brier=found["losses"].estimate(0),
+        log_loss=found["losses"].estimate(1),
         ece=Estimate(float(error.value[0]), None, None, "none", NO_ECE_INTERVAL),
         slope=slope,
         intercept=intercept,
@@ -327,7 +420,7 @@ def summarise_reliability(
         ),
         smooth=facts.smooth,
         histogram=facts.histogram,
-        brier_decomposition=_decompose(sums, float(found["brier"].value[0])),
+        brier_decomposition=_decompose(sums, float(found["losses"].value[0])),
         ece_if_calibrated=facts.ece_if_calibrated,
     )
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import product
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -21,16 +20,17 @@ from pneumo.evaluation import bootstrap, metrics
 from pneumo.evaluation.bootstrap import (
     Estimate,
     Floats,
+    Resampled,
     Statistic,
     Statistics,
     StatisticSet,
+    Weights,
     as_json,
     divide,
-    within,
 )
 from pneumo.evaluation.group_gaps import Gap, Measure, Worst, find_worst
 from pneumo.evaluation.operating_points import code_outcomes, find_too_few
-from pneumo.evaluation.predictions import Predictions
+from pneumo.evaluation.predictions import Predictions, name_each
 
 By = Literal["sex", "age", "view", "sex_age", "view_sex", "negatives", "box_area"]
 Bools = npt.NDArray[np.bool_]
@@ -124,10 +124,10 @@ def divide_studies(rows: Predictions, min_patients: int) -> list[GroupRows]:
     """Every group of `rows`, empty ones included; what is unknown is a group where it occurs. Two
     properties are crossed where `min_patients` patients of both classes are in both."""
     positive = rows.target == 1
-    ages = [name_age_band(None if math.isnan(age) else int(age)) for age in rows.age]
+    ages = name_each(rows.age, lambda age: name_age_band(None if math.isnan(age) else int(age)))
     found = [
         *_by_name("sex", rows.sex, ("F", "M")),
-        *_by_name("age", np.array(ages, dtype=np.str_), tuple(AGE_BANDS)),
+        *_by_name("age", ages, tuple(AGE_BANDS)),
         *_by_name("view", rows.view, ("AP", "PA")),
     ]
     found += [crossed for by in CROSSED for crossed in _cross(found, by, rows, min_patients)]
@@ -153,7 +153,7 @@ def _cross(
     return [
         group
         for group in crossed
-        if not any(find_too_few(rows.take(group.rows), value, min_patients) for value in (1, 0))
+        if not any(find_too_few(rows, value, min_patients, group.rows) for value in (1, 0))
     ]
 
 
@@ -201,58 +201,120 @@ def _tertile(rows: Predictions) -> npt.NDArray[np.int64]:
 # --- estimates ------------------------------------------------------------------------------------
 
 
-def count_rarer(rows: Predictions) -> int:
-    """The patients of the class that fewer have; of the only one where there is one."""
-    return min(filter(None, count_by_class(rows)), default=0)
+def count_rarer(rows: Predictions, part: Bools | None = None) -> int:
+    """The patients of the class that fewer have, of the mask `part` if given; of the only one where
+    there is one."""
+    return min(filter(None, count_by_class(rows, part)), default=0)
 
 
-def count_by_class(rows: Predictions) -> tuple[int, int]:
+def count_by_class(rows: Predictions, part: Bools | None = None) -> tuple[int, int]:
     """The patients with a negative study, and those with a positive one."""
-    negative, positive = (len(np.unique(rows.patient[rows.target == value])) for value in (0, 1))
+    masks = (rows.target == value for value in (0, 1))
+    negative, positive = (
+        rows.count_patients(mask if part is None else mask & part) for mask in masks
+    )
     return negative, positive
 
 
 def subgroup_statistics(
     rows: Predictions, threshold: float | None, min_patients: int
-) -> tuple[Statistics, dict[str, int]]:
-    """What `evaluate_subgroups` needs to have resampled, at a threshold on the logit; and by set
-    the patients that its statistics rest on."""
-    sets: dict[str, Callable[[], Mapping[str, Statistic]]] = {}
-    independent = {}
-    for members in divide_studies(rows, min_patients):
-        rank, sums = _name(members, "rank"), _name(members, "sums")
-        sets[rank] = partial(_rank, rows, members)
-        sets[sums] = partial(_sums, rows, members, threshold)
-        independent[rank] = independent[sums] = count_rarer(rows.take(members.rows))
-    return sets, independent
+) -> Statistics:
+    """What `evaluate_subgroups` needs to have resampled, at a threshold on the logit."""
+    groups = divide_studies(rows, min_patients)
+    return {"subgroups": lambda: {"groups": _groups_statistic(rows, groups, threshold)}}
 
 
-def _name(members: GroupRows, part: str) -> str:
-    return f"subgroup/{members.by}/{members.name}/{part}"
+_AUROC, _REST_AUROC, _PRECISION = 0, 1, 2
+_SUMS, _REST_SUMS = slice(3, 9), slice(9, 15)
+"""tp, fp, fn, tn, sum of probabilities and of their squared errors."""
+_NUM_ROWS = 15
+"""Of a group in what `_groups_statistic` gives."""
 
 
-def _rank(rows: Predictions, members: GroupRows) -> dict[str, Statistic]:
-    group, rest = np.flatnonzero(members.rows), np.flatnonzero(members.rest)
-    target, logit = rows.target, rows.logit
-    precision = metrics.average_precision_statistic(target[group], logit[group])
-    aurocs = [within(group, metrics.auroc_statistic(target[group], logit[group]))]
-    if 0 < target[rest].sum() < len(rest):
-        aurocs.append(within(rest, metrics.auroc_statistic(target[rest], logit[rest])))
-    return {"aurocs": bootstrap.stack(*aurocs), "average_precision": within(group, precision)}
+def _groups_statistic(
+    rows: Predictions, groups: Sequence[GroupRows], threshold: float | None
+) -> Statistic:
+    """AUROC of each group and of its rest, average precision, sums of both, one group after the
+    other: (groups * _NUM_ROWS, R).
+
+    The rest is not ranked anew: it wins what all studies win, less what the group's studies win or
+    lose, plus what they win over each other.
+    """
+    positive, logit = metrics.check_scores(rows.target, rows.logit, both_classes=False)
+    everybody = metrics.Ranking.of(positive, logit)
+    mirror = metrics.Ranking.of(~positive, -logit)
+    cells = _Cells.of(rows, groups, threshold)
+    sum_won, sum_lost = cells.sum_by_cell(everybody), cells.sum_by_cell(mirror)
+    rankings = [metrics.Ranking.of(positive, logit, group.rows) for group in groups]
+    have_all = [bool(group.rows[~positive].all()) for group in groups]
+    kinds = [np.flatnonzero([group.by == by for group in groups]) for by in _SHARED]
+
+    def statistic(weights: Weights) -> Floats:
+        own, total = cells.sum_up(weights)
+        whole = everybody.weigh(weights)
+        weighed = (
+            ranking.weigh(weights, whole.cleared if has_all else None)
+            for ranking, has_all in zip(rankings, have_all, strict=True)
+        )
+        ranked = np.array([(one.wins, one.average_precision) for one in weighed])
+        inside, precision = ranked[:, 0], ranked[:, 1]
+        positives, negatives = own[:, 0] + own[:, 2], own[:, 1] + own[:, 3]
+        all_positives, all_negatives = total[0] + total[2], total[1] + total[3]
+        # Of each cell's studies over all of the other class.
+        wins = sum_won((whole.drawn * whole.beaten).T)
+        lost = mirror.weigh(weights)
+        wins += sum_lost((lost.drawn * lost.beaten).T)
+        rest = wins.sum(axis=0) / 2 - cells.members @ wins + inside
+        rest = divide(rest, (all_positives - positives) * (all_negatives - negatives))
+        shared = (negatives, all_positives), (positives, all_negatives)
+        for kind, (core, of_all) in zip(kinds, shared, strict=True):
+            others = (one[kind].sum(axis=0) - one[kind] for one in (inside, core))
+            of_others, num_others = others
+            rest[kind] = divide(of_others, num_others * of_all)
+        ranks = np.stack([divide(inside, positives * negatives), rest, precision], axis=1)
+        table = np.concatenate([ranks, own, total - own], axis=1)
+        return table.reshape(-1, weights.shape[1])
+
+    return bootstrap.few_at_once(statistic)
 
 
-def _sums(rows: Predictions, members: GroupRows, threshold: float | None) -> dict[str, Statistic]:
-    """tp, fp, fn, tn, sum of probabilities and of their squared errors: (6, R), of the group and of
-    the rest."""
-    outcome = code_outcomes(rows, threshold)
-    calibrated = np.nan_to_num(rows.calibrated_probability)
-    squared = (calibrated - rows.target) ** 2
-    values = [*(outcome == code for code in range(4)), calibrated, squared]
-    parts = {"sums": members.rows, "rest": members.rest}
-    return {
-        name: bootstrap.sums_statistic(np.where(part, 0, -1), 1, *values)
-        for name, part in parts.items()
-    }
+@dataclass(frozen=True, eq=False)
+class _Cells:
+    """Studies that are in the same groups and have the same outcome, so that a sum over a group is
+    one over its cells."""
+
+    cell: npt.NDArray[np.intp]
+    """Of each study: (N,)."""
+    members: Floats
+    """1 where a cell is in a group: (groups, cells)."""
+    outcome: npt.NDArray[np.int64]
+    """Which of tp, fp, fn, tn a cell is: (cells,)."""
+    sums: Statistic
+    """Weights, probabilities and squared errors by cell."""
+
+    @classmethod
+    def of(cls, rows: Predictions, groups: Sequence[GroupRows], threshold: float | None) -> Self:
+        code = code_outcomes(rows, threshold)
+        for bit, group in enumerate(groups):
+            code += group.rows.astype(np.int64) << (bit + 2)
+        names, cell = np.unique(code, return_inverse=True)
+        members = (names >> (np.arange(len(groups))[:, None] + 2)) & 1
+        calibrated = np.nan_to_num(rows.calibrated_probability)
+        values = None, calibrated, (calibrated - rows.target) ** 2
+        sums = bootstrap.sums_statistic(cell, len(names), *values)
+        return cls(cell, members.astype(np.float64), names & 3, sums)
+
+    def sum_up(self, weights: Weights) -> tuple[Floats, Floats]:
+        """The six sums of each group (groups, 6, R), and those of all studies (6, R)."""
+        counts, probability, squared = self.sums(weights).reshape(3, -1, weights.shape[1])
+        of_outcome = [counts * (self.outcome == code)[:, None] for code in range(4)]
+        values = np.stack([*of_outcome, probability, squared])
+        return np.moveaxis(self.members @ values, 0, 1), values.sum(axis=1)
+
+    def sum_by_cell(self, ranking: metrics.Ranking) -> Statistic:
+        """Of weights of the ranking's positives (P, R), in its order: (cells, R)."""
+        cell = self.cell[ranking.positives]
+        return bootstrap.sums_statistic(cell, len(self.outcome), None)
 
 
 def evaluate_subgroups(
@@ -261,18 +323,17 @@ def evaluate_subgroups(
     """Every group of `rows` at a threshold on the logit; null with a reason where it has fewer than
     `min_patients` patients of a class that a number counts."""
     cuts, groups, compared = cut_tertiles(rows), [], []
-    for members in divide_studies(rows, min_patients):
-        group = _Group(
-            members.by,
-            rows.take(members.rows),
-            rows.take(members.rest),
-            threshold,
-            found[_name(members, "rank")],
-            found[_name(members, "sums")],
-        )
-        few = group.find_few(min_patients, has_boxes=cuts is not None)
-        pairs = group.pair_with_rest(few, min_patients, members.name)
-        groups.append(group.summarise(few, pairs, members.name))
+    part = found["subgroups"]
+    for number, members in enumerate(divide_studies(rows, min_patients)):
+        resampled = part.resampled.get("groups")
+        if resampled is not None:
+            here = slice(number * _NUM_ROWS, (number + 1) * _NUM_ROWS)
+            few = count_rarer(rows, members.rows)
+            resampled = replace(resampled.take(here), independent=few)
+        group = _Group(rows, members, threshold, resampled, part.reason)
+        few_of = group.find_few(min_patients, has_boxes=cuts is not None)
+        pairs = group.pair_with_rest(few_of, min_patients)
+        groups.append(group.summarise(few_of, pairs))
         if members.by in COMPARED and members.name != UNKNOWN:
             compared += [gap for gap in pairs.values() if isinstance(gap, Gap)]
     return Subgroups(tuple(groups), find_worst(compared, min_patients), cuts)
@@ -289,18 +350,23 @@ _CLASSES: Mapping[Measure, tuple[int, ...]] = {"sensitivity": (1,), "specificity
 
 @dataclass(frozen=True, eq=False)
 class _Group:
-    """The studies of a group and of the rest, and what was resampled of them."""
+    """A group of `rows`, and what was resampled of it."""
 
-    by: By
-    own: Predictions
-    rest: Predictions
+    rows: Predictions
+    members: GroupRows
     threshold: float | None
-    rank: StatisticSet
-    sums: StatisticSet
+    resampled: Resampled | None
+    """_NUM_ROWS statistics; None where there is `fault`."""
+    fault: str | None
+
+    @property
+    def by(self) -> By:
+        return self.members.by
 
     def find_few(self, min_patients: int, *, has_boxes: bool) -> dict[int, str | None]:
         """By class why the group has too few patients of it."""
-        few = {value: find_too_few(self.own, value, min_patients) for value in (1, 0)}
+        own = self.members.rows
+        few = {value: find_too_few(self.rows, value, min_patients, own) for value in (1, 0)}
         if self.by == "box_area" and not has_boxes:
             few[1] = "no positive has a box"
         return few
@@ -311,62 +377,62 @@ class _Group:
 
     @property
     def _uncalibrated(self) -> str | None:
-        return "no calibration" if np.isnan(self.own.calibrated_probability).any() else None
+        unknown = np.isnan(self.rows.calibrated_probability[self.members.rows])
+        return "no calibration" if unknown.any() else None
 
     def pair_with_rest(
-        self, few: Mapping[int, str | None], min_patients: int, name: str
+        self, few: Mapping[int, str | None], min_patients: int
     ) -> dict[Measure, Gap | str]:
         """The group beside the rest in each measure, or why not."""
-        in_rest = {value: find_too_few(self.rest, value, min_patients) for value in (1, 0)}
+        rest = self.members.rest
+        in_rest = {v: find_too_few(self.rows, v, min_patients, rest) for v in (1, 0)}
         few = {v: few[v] or (in_rest[v] and f"the rest is {in_rest[v]}") for v in (1, 0)}
         shared, either = _SHARED.get(self.by), few[1] or few[0]
         reasons: dict[Measure, str | None] = {
-            "auroc": either or self.rank.reason,
-            "sensitivity": shared or few[1] or self._no_point or self.sums.reason,
-            "specificity": shared or few[0] or self._no_point or self.sums.reason,
-            "in_the_large": shared or either or self._uncalibrated or self.sums.reason,
+            "auroc": either,
+            "sensitivity": shared or few[1] or self._no_point,
+            "specificity": shared or few[0] or self._no_point,
+            "in_the_large": shared or either or self._uncalibrated,
         }
         return {
-            measure: self._make_gap(measure, name) if reason is None else reason
+            measure: reason or self.fault or self._make_gap(measure)
             for measure, reason in reasons.items()
         }
 
-    def _make_gap(self, measure: Measure, name: str) -> Gap:
-        own, rest = (
-            min(
-                len(np.unique(part.patient[part.target == v]))
-                for v in _CLASSES.get(measure, (1, 0))
-            )
-            for part in (self.own, self.rest)
+    def _make_gap(self, measure: Measure) -> Gap:
+        assert self.resampled is not None
+        classes = _CLASSES.get(measure, (1, 0))
+        counts = (
+            count_by_class(self.rows, part) for part in (self.members.rows, self.members.rest)
         )
+        own, rest = (min(of_class[value] for value in classes) for of_class in counts)
         if measure == "auroc":
-            pair = self.rank.resampled["aurocs"]
+            pair = self.resampled.take(slice(_AUROC, _REST_AUROC + 1))
         else:
             of_group, of_rest = (
-                self.sums.resampled[part].derive(_MEASURED[measure]) for part in ("sums", "rest")
+                self.resampled.take(part).derive(_MEASURED[measure]) for part in (_SUMS, _REST_SUMS)
             )
             pair = of_group.beside(of_rest)
         pair = replace(pair, independent=min(own, rest))
-        return Gap(self.by, name, measure, pair, (own, rest))
+        return Gap(self.by, self.members.name, measure, pair, (own, rest))
 
     def summarise(
-        self, few: Mapping[int, str | None], pairs: Mapping[Measure, Gap | str], name: str
+        self, few: Mapping[int, str | None], pairs: Mapping[Measure, Gap | str]
     ) -> Subgroup:
         """All numbers of the group."""
-        either = few[1] or few[0]
+        own, either = self.members.rows, few[1] or few[0]
         mixed = _SHARED.get(self.by) or either or self._uncalibrated
-        rank = StatisticSet({}, either) if either else self.rank
         return Subgroup(
             by=self.by,
-            name=name,
-            n=len(self.own),
-            positives=int(self.own.target.sum()),
-            patients=len(np.unique(self.own.patient)),
-            auroc=rank.estimate("aurocs"),
-            average_precision=rank.estimate("average_precision"),
+            name=self.members.name,
+            n=int(own.sum()),
+            positives=int(self.rows.target[own].sum()),
+            patients=self.rows.count_patients(own),
+            auroc=self._estimate(either, lambda s: s[_AUROC][None]),
+            average_precision=self._estimate(either, lambda s: s[_PRECISION][None]),
             rates={key: self._estimate_rate(key, few) for key in metrics.RATES},
-            brier=self._derive(mixed, lambda s: divide(s[5], s[:4].sum(axis=0))[None]),
-            in_the_large=self._derive(mixed, _MEASURED["in_the_large"]),
+            brier=self._estimate(mixed, _brier),
+            in_the_large=self._estimate(mixed, lambda s: _MEASURED["in_the_large"](s[_SUMS])),
             gaps={
                 measure: Estimate.undefined(pair)
                 if isinstance(pair, str)
@@ -381,18 +447,24 @@ class _Group:
         too_few = {"recall": few[1], "specificity": few[0]}.get(key, few[1] or few[0])
         reason = (_SHARED.get(self.by) if is_shared else None) or too_few or self._no_point
         rate = metrics.RATES[key]
-        found = self._derive(reason, lambda s: rate(*s[:4])[None], metrics.UNDEFINED[key])
+        found = self._estimate(reason, lambda s: rate(*s[_SUMS][:4])[None], metrics.UNDEFINED[key])
         if key not in metrics.DENOMINATORS or found.value is None:
             return found
-        is_counted = np.isin(code_outcomes(self.own, self.threshold), metrics.DENOMINATORS[key])
-        return bootstrap.with_wilson(found, len(np.unique(self.own.patient[is_counted])))
+        is_counted = np.isin(code_outcomes(self.rows, self.threshold), metrics.DENOMINATORS[key])
+        patients = self.rows.count_patients(is_counted & self.members.rows)
+        return bootstrap.with_wilson(found, patients)
 
-    def _derive(
+    def _estimate(
         self,
         reason: str | None,
         function: Callable[[Floats], Floats],
         undefined: str = "undefined for these studies",
     ) -> Estimate:
-        if reason := self.sums.reason or reason:
-            return Estimate.undefined(reason)
-        return self.sums.resampled["sums"].derive(function).estimate(reason=undefined)
+        if self.resampled is None or reason:
+            return Estimate.undefined(self.fault or reason or undefined)
+        return self.resampled.derive(function).estimate(reason=undefined)
+
+
+def _brier(table: Floats) -> Floats:
+    sums = table[_SUMS]
+    return divide(sums[5], sums[:4].sum(axis=0))[None]

@@ -26,6 +26,7 @@ from pneumo.evaluation.reliability import (
     reliability_statistics,
     summarise_reliability,
 )
+from tests.examples import examples
 from tests.predictions import make_predictions
 
 pytestmark = pytest.mark.processors
@@ -394,3 +395,33 @@ def test_the_calibration_error_of_a_calibrated_model_is_told():
     found = [measure(*drawn(300, seed=seed), resamples=100) for seed in range(30)]
     mean = np.mean([one.ece.value for one in found])
     assert np.mean([one.ece_if_calibrated for one in found]) == pytest.approx(mean, rel=0.2)
+
+
+@examples(10)
+@given(st.integers(0, 2**32 - 1), st.floats(0.3, 3.0), st.floats(-2.0, 2.0))
+def test_fits_of_many_studies_are_those_of_each_study(seed, slope, shift):
+    rng = np.random.default_rng(seed)
+    logit = np.round(rng.normal(size=6000) * 3, rng.integers(1, 9))
+    target = (rng.random(6000) < sigmoid(slope * logit + shift)).astype(np.int8)
+    weights = rng.poisson(1, size=(6000, 3))
+
+    fit = recalibration_statistic(target, logit)(weights)
+    exact_slope, exact_intercept = fit_logistic(logit, target.astype(float), weights)
+    np.testing.assert_allclose(fit, [exact_intercept, exact_slope], rtol=1e-8, atol=1e-8)
+    offset = reliability_statistics(target, logit, None, 10)["offset"](weights)
+    exact = fit_offset(logit, target.astype(float), weights)
+    np.testing.assert_allclose(offset, exact, rtol=1e-8, atol=1e-8)
+
+
+def test_many_studies_whose_classes_hardly_overlap_are_fitted_as_each_study_is():
+    logit = np.linspace(-5, 5, 6000)
+    target = (logit > 0).astype(np.int8)
+    target[2999:3001] = target[3000], target[2999]
+    weights = np.ones((6000, 2))
+    weights[2999:3001, 1] = 0  # separated
+
+    intercept, slope = recalibration_statistic(target, logit)(weights)
+    exact_slope, exact_intercept = fit_logistic(logit, target.astype(float), weights)
+    np.testing.assert_allclose(slope, exact_slope, rtol=1e-6)
+    np.testing.assert_allclose(intercept, exact_intercept, rtol=1e-6, atol=1e-6)
+    assert np.isposinf(slope[1])

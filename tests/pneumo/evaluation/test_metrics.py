@@ -7,6 +7,8 @@ from functools import partial
 
 import numpy as np
 import pytest
+import ray
+import scipy.special
 import scipy.stats
 import sklearn.metrics as reference
 import torch
@@ -175,6 +177,35 @@ def test_weighted_statistics_equal_repeated_samples(data, seed):
         if len(set(target[drawn])) < 2:  # AP and Brier are the references' own business then
             continue
         assert found == pytest.approx(expected(target[drawn], score[drawn]), abs=1e-12)
+
+
+@relaxed
+@given(scored(), st.integers(0, 2**32 - 1))
+def test_auroc_of_some_samples_is_that_of_them_alone(data, seed):
+    target, score = data
+    rng = np.random.default_rng(seed)
+    rows = rng.random(len(target)) < 0.7
+    weights = rng.integers(0, 3, size=(len(target), 4))
+
+    alone = metrics.few_values_auroc_statistic(target, score, rows)(weights)
+    ranking = metrics.Ranking.of(target == 1, score, rows).weigh(weights)
+    np.testing.assert_allclose(alone, ranking.auroc, atol=1e-12)
+    if len(set(target[rows])) == 2:
+        whole = metrics.auroc_statistic(target[rows], score[rows])(weights[rows])
+        np.testing.assert_allclose(alone, whole, atol=1e-12)
+
+
+@relaxed
+@given(scored(), st.lists(st.floats(-0.1, 1.1), max_size=6))
+def test_calls_at_thresholds_in_any_order_are_counted(data, chosen):
+    target, score = data
+    found = metrics.called_statistic(target == 1, score, chosen)(np.ones((len(target), 1)))
+    expected = [
+        np.count_nonzero((target == value) & (score >= threshold))
+        for value in (1, 0)
+        for threshold in (-math.inf, *chosen)
+    ]
+    assert found[:, 0].tolist() == expected
 
 
 # --- what must hold -------------------------------------------------------------------------------
@@ -361,6 +392,38 @@ def test_bootstrap_is_the_same_for_the_same_seed_and_any_order_of_the_samples():
         return bootstrap.patient_bootstrap(patient[rows], statistic, resamples=200, seed=3)["auroc"]
 
     assert interval(np.arange(len(patient))) == interval(order)
+
+
+@examples(15)
+@given(st.integers(0, 2**32 - 1), st.integers(2, 5))
+def test_resamples_are_the_same_wherever_and_in_whatever_order_they_are_computed(seed, workers):
+    patient, target, logit = simulated(3000, 2, seed=seed % 7)
+    statistics = {
+        "ranks": metrics.headline_statistic(target, logit, 0.9),
+        "brier": metrics.brier_statistic(target, scipy.special.expit(logit)),
+    }
+
+    def elsewhere(function, blocks):
+        """Each worker gets every so manieth block and a copy of the work; the last begins."""
+        todo = list(enumerate(blocks))
+        found = {}
+        for worker in reversed(range(workers)):
+            work = ray.cloudpickle.loads(ray.cloudpickle.dumps(function))
+            found |= {number: work(block) for number, block in todo[worker::workers]}
+        return [found[number] for number in range(len(todo))]
+
+    alone, spread = (
+        bootstrap.resample(patient, statistics, resamples=400, seed=seed, share=share)
+        for share in (bootstrap.in_turn, elsewhere)
+    )
+    for name, one in alone.items():
+        for part in ("value", "drawn", "jackknife"):
+            np.testing.assert_array_equal(getattr(one, part), getattr(spread[name], part))
+    rng = np.random.default_rng(seed)
+    picked = rng.integers(3000, size=3000)
+    rows = (picked[:, None] * 2 + np.arange(2)).ravel()
+    first = reference.roc_auc_score(target[rows], logit[rows])
+    assert alone["ranks"].drawn[0, 0] == pytest.approx(first, abs=1e-12)
 
 
 def test_estimates_say_why_they_are_empty():

@@ -32,10 +32,8 @@ def draw(n=1500, **columns):
 
 
 def judge(rows, threshold=LOGIT, resamples=200, min_patients=10):
-    sets, independent = subgroup_statistics(rows, threshold, min_patients)
-    found = bootstrap.resample_sets(
-        rows.patient, sets, resamples=resamples, seed=0, independent=independent
-    )
+    sets = subgroup_statistics(rows, threshold, min_patients)
+    found = bootstrap.resample_sets(rows.patient, sets, resamples=resamples, seed=0)
     return evaluate_subgroups(rows, threshold, found, min_patients)
 
 
