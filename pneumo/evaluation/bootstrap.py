@@ -370,7 +370,9 @@ def t_quantile(num_patients: int) -> float:
 def _find_tails(value: float, drawn: Floats, left_out: Floats, z: float) -> tuple[float, float]:
     """Which quantiles of `drawn` (R,) are the ends of an interval that reaches `z` standard normal
     deviations: BCa (Efron 1987); plain percentiles where resamples lie on one side of the value."""
-    bias = float(ndtri(np.mean(drawn < value) + np.mean(drawn == value) / 2))
+    # Of equal draws a last bit of rounding would decide otherwise, by the processor.
+    equal = np.isclose(drawn, value, rtol=1e-12, atol=0.0)
+    bias = float(ndtri(np.mean((drawn < value) & ~equal) + np.mean(equal) / 2))
     known = left_out[np.isfinite(left_out)]
     excess = known.mean() - known if len(known) else known
     spread = float((excess**2).sum()) ** 1.5

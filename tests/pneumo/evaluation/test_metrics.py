@@ -373,6 +373,23 @@ def test_the_interval_of_a_skewed_statistic_is_scipys():
     assert found.high - found.value > 1.15 * (found.value - found.low)
 
 
+def test_a_last_bit_of_rounding_moves_no_interval():
+    """Draws that equal the value but for rounding, as another processor rounds."""
+    values, noise = np.repeat([0.0, 1.0], 10), np.random.default_rng(3)
+
+    def exact(weights):
+        return values @ weights / weights.sum(axis=0)
+
+    def rounded(weights):
+        drawn = exact(weights)
+        return drawn * (1 + noise.choice([-1, 0, 1], size=drawn.shape) * 2e-16)
+
+    both = {"exact": exact, "rounded": rounded}
+    found = bootstrap.patient_bootstrap(np.arange(20), both, resamples=500, seed=0)
+    assert found["rounded"].low == pytest.approx(found["exact"].low, rel=1e-9)
+    assert found["rounded"].high == pytest.approx(found["exact"].high, rel=1e-9)
+
+
 def test_image_bootstrap_agrees_with_delong():
     _, target, logit = simulated(num_patients=1500)
     statistic = {"auroc": metrics.auroc_statistic(target, logit)}
