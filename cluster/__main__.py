@@ -12,8 +12,6 @@ the job's: 0 done, 1 failed, 2 the user's mistake, 130 cancelled. Ctrl-C detache
 twice within three seconds cancels it. The job's log goes to stdout, everything else to stderr.
 """
 
-from __future__ import annotations
-
 import argparse
 import getpass
 import os

@@ -4,8 +4,6 @@ A run's state is the cluster's; how far it has come is read where it writes, wit
 of this machine.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor

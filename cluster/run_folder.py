@@ -5,8 +5,6 @@ The credentials of a laptop may not reach it. Logs are then said to be out of re
 judged in the cluster alone.
 """
 
-from __future__ import annotations
-
 import json
 import threading
 from collections.abc import Callable

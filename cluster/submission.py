@@ -3,8 +3,6 @@
 Pure: takes the flags, the environment and the time as values, and asks no cluster.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

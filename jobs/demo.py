@@ -1,8 +1,6 @@
 """The whole way on phantoms, in one Ray session: synthetic -> prepare -> tune -> train ->
 evaluate."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time

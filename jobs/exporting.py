@@ -1,8 +1,6 @@
 """An evaluated run -> a folder that scores DICOM files without pneumo: ONNX, a torch.export
 program, the preprocessing, the frozen threshold and calibration, a model card, digests."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import io

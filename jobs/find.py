@@ -7,8 +7,6 @@ For whoever has the source and its secret. Prints a line a study: key, tab, file
 identifiers: they belong in no store, run or mail. Exits 1 when a key is of no file.
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import os

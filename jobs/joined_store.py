@@ -1,7 +1,5 @@
 """The store that a training or a search reads: the one of `--store`, or several joined."""
 
-from __future__ import annotations
-
 from jobs.terminal.entry_point import tell
 from pneumo import storage
 from pneumo.command_line import TrainArguments

@@ -6,8 +6,6 @@ Writes a run for each, `URL/without-<store>`, and prints the AUROCs at home and 
 are done already are not done again.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

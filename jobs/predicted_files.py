@@ -1,7 +1,5 @@
 """Which files a prediction is of: a folder or bucket, a file, a zip archive, a DICOMDIR, a list."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterable
 from itertools import takewhile

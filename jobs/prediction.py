@@ -3,8 +3,6 @@
 The files keep their names, because all of it goes to the user's own folder. Nothing goes to W&B.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping, Sequence

@@ -7,8 +7,6 @@ answered within seconds.
 starts. Exits 0, or 1 or 2 with one line that says which place and why.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import platform

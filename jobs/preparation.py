@@ -1,8 +1,6 @@
 """A data set's folder -> store: Ray tasks decode its files, one shard a task; the manifest comes
 last."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import ray

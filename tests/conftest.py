@@ -1,7 +1,5 @@
 """What several rooms' tests need: real DICOM bytes, a folder in Kaggle's layout, a small store."""
 
-from __future__ import annotations
-
 import csv
 import gzip
 import hashlib

@@ -1,7 +1,5 @@
 """How many examples Hypothesis tries: a few for whoever waits, many where CI runs."""
 
-from __future__ import annotations
-
 import os
 
 from hypothesis import settings

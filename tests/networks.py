@@ -1,7 +1,5 @@
 """A network that trains in milliseconds, where the backbone is not what a test is about."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 

@@ -1,7 +1,5 @@
 """What is made once in a test run, though several workers of xdist need it."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import shutil

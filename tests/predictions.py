@@ -1,7 +1,5 @@
 """Predictions of studies that nobody has, for the tests and the benchmark of what judges them."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

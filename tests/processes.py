@@ -1,7 +1,5 @@
 """What the processes that this one has started have loaded."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress

@@ -8,8 +8,6 @@ give; a kind that asks for more than the machine has is skipped, and a variable 
 error. In each kind `tests.promised_results` is computed too, and must be the same in all of them.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import multiprocessing

@@ -6,8 +6,6 @@
 once, by `write_inputs`, so that all of them read the same bytes.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import sys

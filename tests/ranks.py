@@ -1,7 +1,5 @@
 """Ranks of a distributed training as processes of this machine, all running one script."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Searches that never ran: trials of drawn settings with learning curves as trials have them."""
 
-from __future__ import annotations
-
 import math
 import random
 

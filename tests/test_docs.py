@@ -1,7 +1,5 @@
 """What README and docs name is there: files, links, modules, targets of make, settings."""
 
-from __future__ import annotations
-
 import importlib.util
 import re
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """What the Makefile would run; nothing is run."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import shutil

@@ -1,7 +1,5 @@
 """Waiting for what another thread or process does, and counting calls instead of seconds."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Callable

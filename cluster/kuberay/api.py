@@ -5,8 +5,6 @@ for a while; every other refusal is one line in the words of this project. Creat
 repeat, because a RayJob's name says which run it is.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import time

@@ -4,8 +4,6 @@ The driver's log is that of the submitter's pod. Nothing is kept on the laptop: 
 rights of k8s/rbac may look again, from anywhere.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress

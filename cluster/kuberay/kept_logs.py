@@ -1,7 +1,5 @@
 """The driver's log, read from the container of the submitter, which adds lines of its own."""
 
-from __future__ import annotations
-
 import re
 import time
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """The API server that a kubeconfig names, or a pod's own, with the credentials to ask it."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager

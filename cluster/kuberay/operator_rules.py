@@ -5,8 +5,6 @@ Pure; of KubeRay 1.7 (ray-operator/controllers/ray/utils/validation.go), as far 
 overlay that has passed the checks of `rayjob` can break them.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -4,8 +4,6 @@ kustomize itself renders: `kubectl`, which has it built in, or `kustomize`. A la
 Kubernetes has one of them; a renderer of our own would be right only for some overlays.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -4,8 +4,6 @@ Pure: takes the objects as the API server gives them. A RayJob says "Initializin
 cannot be pulled, so the pods, their conditions and the warnings about them are what tells.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Times are seconds from the submission, by the clocks of the cluster.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Any

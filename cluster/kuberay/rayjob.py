@@ -4,8 +4,6 @@ Pure. What does not fit, or what the operator (see `rules`) or a shell on the wa
 mangle, is refused here, before anything is sent.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import re

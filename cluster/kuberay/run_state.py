@@ -1,7 +1,5 @@
 """How a run on KubeRay is doing, in the words that all clusters share; pure."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from dataclasses import replace

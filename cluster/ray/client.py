@@ -3,8 +3,6 @@
 The token comes from the environment as Ray reads it: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, else
 ~/.ray/auth_token."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Iterator, Mapping

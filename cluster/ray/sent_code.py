@@ -4,8 +4,6 @@ A list of what may go is safer than a list of what may not: data, runs, the virt
 wandb folders and whatever else lies in a checkout stay at home because they are not named here.
 """
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import dataclass
 from fnmatch import fnmatch

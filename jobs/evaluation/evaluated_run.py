@@ -1,7 +1,5 @@
 """What is evaluated: checkpoints of a run, and of others, on the store of their training."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """A run evaluated on other sets than its own: all is frozen, and patients it knows are left out."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """What W&B is told of a run's verdicts on other sets: the numbers of `external/metrics.json`."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """Score val and test once per study, evaluate, draw, report: all that a run says of its model."""
 
-from __future__ import annotations
-
 import json
 import tempfile
 import time

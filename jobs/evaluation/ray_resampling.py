@@ -1,7 +1,5 @@
 """Resamples of an evaluation, spread over the cluster's workers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 
 import ray

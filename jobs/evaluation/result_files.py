@@ -1,7 +1,5 @@
 """What an evaluation leaves in its run: metrics, predictions, figures, gallery, report."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time

@@ -1,7 +1,5 @@
 """Which studies of test an evaluation shows, and where the network looks in all positives."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

@@ -4,8 +4,6 @@ Its numbers are those of metrics.json. Its pictures are coarser than the run's o
 evaluation leaves W&B's beside them, in `<run>/tracking/`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

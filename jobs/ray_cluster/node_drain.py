@@ -8,8 +8,6 @@ elsewhere; this ends when tasks and actors have, or when the time is over. Needs
 what every Ray client of the cluster needs: RAY_AUTH_MODE and RAY_AUTH_TOKEN where it has a token.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import sys

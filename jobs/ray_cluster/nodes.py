@@ -1,7 +1,5 @@
 """Which of the cluster's nodes can take workers now, and what runs on the driver's."""
 
-from __future__ import annotations
-
 import socket
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -1,8 +1,6 @@
 """The Ray cluster that a job runs on: the one it was submitted to, or one of its own on this
 machine."""
 
-from __future__ import annotations
-
 import logging
 import math
 import os

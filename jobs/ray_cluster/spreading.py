@@ -1,7 +1,5 @@
 """Work spread over the cluster's workers, a task at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any

@@ -1,7 +1,5 @@
 """What every worker process of a job does first."""
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

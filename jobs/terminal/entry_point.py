@@ -4,8 +4,6 @@
 traceback. Nothing here imports torch, Ray or what reads pictures: a mistake is answered at once.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import pkgutil

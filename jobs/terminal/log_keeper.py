@@ -8,8 +8,6 @@ attempt (`--again`, or an earlier log lies there). On Kubernetes a failed attemp
 are deleted before the next begins; `python -m cluster logs` reads here why it failed.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

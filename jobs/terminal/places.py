@@ -1,7 +1,5 @@
 """Whether what a job reads is there, and what it writes is free: checked before slow imports."""
 
-from __future__ import annotations
-
 import json
 from typing import NamedTuple
 

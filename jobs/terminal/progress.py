@@ -1,7 +1,5 @@
 """A progress bar in a terminal; a plain line every few seconds elsewhere (logs, CI, Ray Jobs)."""
 
-from __future__ import annotations
-
 import sys
 import time
 from typing import Self

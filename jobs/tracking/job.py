@@ -4,8 +4,6 @@ As often as one likes: what W&B has of a run is not doubled. Project, entity and
 the run unless `--tracking.…` says otherwise.
 """
 
-from __future__ import annotations
-
 import os
 
 from jobs.tracking.sending import SenderProcess

@@ -6,8 +6,6 @@ runs, and is looked at so often until stdin ends. On stdout a line of JSON follo
 that has been sent or could not be.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import select

@@ -2,8 +2,6 @@
 Nothing that W&B does delays a job for longer, or changes its result.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """What rank 0 tells the driver while it trains, and what the driver shows of it."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from concurrent.futures import Future

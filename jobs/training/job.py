@@ -1,7 +1,5 @@
 """Train one model: Ray Train starts the workers, each of which calls `pneumo.training.fit`."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait

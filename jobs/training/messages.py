@@ -3,8 +3,6 @@
 To listen is one pending call a worker; steps pay nothing for it.
 """
 
-from __future__ import annotations
-
 import asyncio
 import os
 import pickle

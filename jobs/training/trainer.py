@@ -1,7 +1,5 @@
 """What Ray Train runs: every worker calls `pneumo.training.fit` as one DDP rank."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """How far a search is, for the person who started it: a live table in a terminal, else lines."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Sequence

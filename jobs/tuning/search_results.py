@@ -1,7 +1,5 @@
 """What a search leaves: trials.parquet, report.html, and best.toml, last."""
 
-from __future__ import annotations
-
 import time
 
 import tomli_w

@@ -1,8 +1,6 @@
 """What W&B is told of a search, from its folder: a run for each trial that has ended, in the
 search's group, and one for the whole when its recipe is there."""
 
-from __future__ import annotations
-
 import io
 import json
 from collections.abc import Collection, Iterator, Mapping

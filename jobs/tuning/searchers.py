@@ -1,8 +1,6 @@
 """What a search trains next, and which trials it stops: Optuna's draws and ASHA's rungs, each
 beginning with what an earlier try of the same search left."""
 
-from __future__ import annotations
-
 import hashlib
 import random
 import warnings

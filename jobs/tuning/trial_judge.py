@@ -5,8 +5,6 @@ So the record of a search never lags behind what was decided on it, and a trial 
 killed goes on from there.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any

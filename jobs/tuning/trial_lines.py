@@ -1,7 +1,5 @@
 """How each trial ends: a line for the person who started the search, and what is kept of it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any

@@ -8,8 +8,6 @@ on whatever cluster, goes on from here.
                 end.json         how it ended; written last
 """
 
-from __future__ import annotations
-
 import io
 import json
 from collections.abc import Mapping

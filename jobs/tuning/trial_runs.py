@@ -4,8 +4,6 @@ A trial of one worker is a plain Tune function around `fit`, whose process is us
 a trial of several is a Ray Train run of its own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -5,8 +5,6 @@ chance (train says which view is the sicker one), and sex, age and pixel spacing
 is worth what it adds to that.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Self

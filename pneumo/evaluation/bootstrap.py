@@ -13,8 +13,6 @@ processes: the draws of each block are settled beforehand, so the result is the 
 wherever it is computed.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, is_dataclass, replace

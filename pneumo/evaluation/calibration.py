@@ -5,8 +5,6 @@ and used where they are better than nothing; test only reports. A weight of posi
 shifts every logit by its logarithm, which only Platt's intercept can take back.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Two models on the same studies: which is better, and how sure that is."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -6,8 +6,6 @@ curve describes; it is not tested at each threshold (Vickers et al. 2023), and w
 positive lies on one side of a threshold resamples never see a miss, so nothing is said there.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any, Self
 

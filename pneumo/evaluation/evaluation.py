@@ -6,8 +6,6 @@ nothing is ever silently 0. `Evaluation.to_metrics` is metrics.json, the machine
 a run; docs/metrics.md describes it.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

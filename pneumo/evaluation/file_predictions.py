@@ -4,8 +4,6 @@ Unlike everything else that pneumo writes, a reading carries the user's own file
 the user's own folder and nowhere else.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import re

@@ -7,8 +7,6 @@ of a proportion with one success and one failure more (Agresti & Caffo 2000), an
 normal.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

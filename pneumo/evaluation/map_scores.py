@@ -8,8 +8,6 @@ the lungs in the middle; so each measure of the network's maps is compared with 
     random    the same network with random weights (Adebayo 2018)
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args

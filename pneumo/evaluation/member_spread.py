@@ -1,8 +1,6 @@
 """How far the runs of an ensemble lie apart, each by itself: of one setting trained with several
 seeds the spread between seeds, which no interval over patients holds."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

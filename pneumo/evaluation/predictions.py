@@ -4,8 +4,6 @@ Everything to the right of this noun (metrics, figures, report) reruns from it w
 without images, save the Grad-CAM gallery.
 """
 
-from __future__ import annotations
-
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """How the pictures of two sets differ: gray levels, spacing, and whether a classifier can tell."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

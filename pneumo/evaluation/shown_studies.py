@@ -1,7 +1,5 @@
 """Which studies are shown with their Grad-CAM, and which ones the model gets wrong."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 

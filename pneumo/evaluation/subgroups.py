@@ -4,8 +4,6 @@ Groups are looked at side by side, so some will look bad by chance: the interval
 each by themselves, and only that of the worst gap allows for their number, see `group_gaps`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace

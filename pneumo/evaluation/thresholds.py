@@ -1,7 +1,5 @@
 """Thresholds chosen on one split by a rule: Youden's index, a sensitivity, a specificity."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -12,8 +12,6 @@ step, the GPU runs dry.
     pneumo    pneumo.training.checkpoints.to_bytes
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import statistics

@@ -6,8 +6,6 @@ One table: medians of process CPU time, every way in turn for each file, so that
 slows all of them alike. Without --source the research data beside the checkout, else phantoms.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import importlib.util

@@ -1,8 +1,6 @@
 """What maps cost: ours beside the library's as it documents them, a positive's whole score, and the
 memory of scoring."""
 
-from __future__ import annotations
-
 import argparse
 import subprocess
 import sys

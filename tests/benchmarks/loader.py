@@ -19,8 +19,6 @@ BENCH_PACKAGES names, filled without its clouds by
         safetensors
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import gc

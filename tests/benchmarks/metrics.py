@@ -7,8 +7,6 @@ predictions are val, half test, two a patient; the scores are drawn from two nor
 With `--workers` the resamples are shared out over so many Ray workers, as `jobs.evaluate` does.
 """
 
-from __future__ import annotations
-
 import argparse
 import resource
 import time

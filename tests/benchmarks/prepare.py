@@ -7,8 +7,6 @@
 Ratios are taken in one run; wall times are of this machine and of what else it does.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import os

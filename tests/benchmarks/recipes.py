@@ -15,8 +15,6 @@ equal fold and seed with its standard error over the pairs. Without the real X-r
 checkout the source is phantoms. Runs that stand in `--out` already are not done again.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import json

@@ -1,7 +1,5 @@
 """Sources of any size from few files: folders in Kaggle's layout whose images are links."""
 
-from __future__ import annotations
-
 import csv
 import json
 import os

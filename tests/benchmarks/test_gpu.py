@@ -1,7 +1,5 @@
 """The GPU benchmark, on a CPU: it runs, it counts right, and its data path is pneumo's."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """The benchmarks of decoding and preparing run at tiny sizes, so that they cannot rot."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

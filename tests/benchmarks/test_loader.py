@@ -1,7 +1,5 @@
 """The benchmark of the data path runs at a tiny size, so that it cannot rot."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

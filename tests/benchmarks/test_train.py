@@ -1,7 +1,5 @@
 """The benchmark of training runs, and tells its ratios."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

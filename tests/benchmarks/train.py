@@ -16,8 +16,6 @@ them. Epochs are short here, so what is done once an epoch, a checkpoint, weighs
 "median step" leaves it out. The first epoch of a run, which reads the store, does not count.
 """
 
-from __future__ import annotations
-
 import argparse
 import multiprocessing
 import os

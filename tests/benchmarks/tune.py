@@ -14,8 +14,6 @@ overhead  trials of one epoch: `fit` in one process, by Tune in used processes, 
           the store, and when all share one copy. Seconds a trial, in one run.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import sys

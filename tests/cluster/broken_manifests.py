@@ -1,7 +1,5 @@
 """Mistakes in the manifests, and what catches each."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any, Literal

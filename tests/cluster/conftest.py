@@ -1,7 +1,5 @@
 """`ray_cluster`: a real `ray start --head` with token authentication, on free ports."""
 
-from __future__ import annotations
-
 import os
 import secrets
 import shutil

@@ -1,7 +1,5 @@
 """Whether this machine can render a kustomization."""
 
-from __future__ import annotations
-
 import lzma
 import os
 import shutil

@@ -1,7 +1,5 @@
 """`python -m cluster` as far as it goes without a cluster."""
 
-from __future__ import annotations
-
 import os
 import socket
 import subprocess

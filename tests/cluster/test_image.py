@@ -1,7 +1,5 @@
 """The image: what it is built from agrees with the rest; built and run where that can be done."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -1,7 +1,5 @@
 """The table of all runs of one person."""
 
-from __future__ import annotations
-
 import json
 import threading
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What the laptop finds where a run writes: the settings that it was begun with, and its logs."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

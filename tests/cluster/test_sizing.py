@@ -1,8 +1,6 @@
 """docs/cluster.md, "Bigger clusters, on paper": each number of its table follows from constants,
 and those that can be counted are counted."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

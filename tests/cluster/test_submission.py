@@ -1,7 +1,5 @@
 """What is asked of a cluster: pure, no cluster needed."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Mapping
 from datetime import datetime

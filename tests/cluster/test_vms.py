@@ -1,7 +1,5 @@
 """The VM clusters, checked as `ray up` checks them before it asks a cloud; no cloud is asked."""
 
-from __future__ import annotations
-
 import copy
 import re
 from pathlib import Path

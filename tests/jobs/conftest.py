@@ -1,7 +1,5 @@
 """Phantoms, a store and a trained run, made once by the jobs themselves on one Ray cluster."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

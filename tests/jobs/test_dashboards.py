@@ -1,7 +1,5 @@
 """The workspaces show what the jobs send, and nothing else."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path

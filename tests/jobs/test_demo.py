@@ -1,7 +1,5 @@
 """The whole way, as a person runs it: by processes of their own."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

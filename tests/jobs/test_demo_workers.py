@@ -1,7 +1,5 @@
 """How many workers the demo trains with."""
 
-from __future__ import annotations
-
 import pytest
 
 from jobs.demo import count_workers

@@ -1,7 +1,5 @@
 """A run leaves as ONNX: what it says outside is what `jobs.predict` says."""
 
-from __future__ import annotations
-
 import csv
 import hashlib
 import json

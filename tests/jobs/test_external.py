@@ -1,7 +1,5 @@
 """An evaluated run is judged on another set by what is frozen, without those whom it knows."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """From a key to the file that it was made of, for whoever has the source and its secret."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Each store is left out of a training on the others, and judged by it."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

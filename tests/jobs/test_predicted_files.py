@@ -1,7 +1,5 @@
 """What a prediction can be of besides a folder: each is told as the files that it stands for."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import zipfile

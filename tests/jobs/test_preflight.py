@@ -1,7 +1,5 @@
 """What the cluster is asked before a job."""
 
-from __future__ import annotations
-
 import re
 import threading
 from collections.abc import Callable, Iterator

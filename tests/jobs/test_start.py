@@ -1,8 +1,6 @@
 """`--help` and mistakes are answered before anything heavy is imported, and each process of a job
 imports only what it uses."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

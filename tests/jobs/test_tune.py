@@ -1,7 +1,5 @@
 """Searches on a real Ray cluster: what they leave, what they refuse, what they outlast."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,7 +1,5 @@
 """One cluster for all tests of this folder, and a namespace of it for each test."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import subprocess

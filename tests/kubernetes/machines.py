@@ -1,8 +1,6 @@
 """What befalls the machines of a cluster that `kube` of the tools started: its control plane ends
 and comes back, its nodes get and lose what the administrator gives."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import signal

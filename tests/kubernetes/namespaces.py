@@ -1,7 +1,5 @@
 """Namespaces as an administrator hands them over, each with a person who may submit there."""
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import secrets

@@ -1,7 +1,5 @@
 """Submissions of the probe: a program that prints numbered lines, in place of a job."""
 
-from __future__ import annotations
-
 import os
 import shlex
 from collections.abc import Sequence

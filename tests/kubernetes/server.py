@@ -7,8 +7,6 @@ the checkout starts (as root), else none, and the tests say why they skip. Besid
 listens where pods reach this machine, unless TEST_S3_ENDPOINT names one.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -4,8 +4,6 @@ The driver is mostly a probe that prints numbered lines. What takes minutes is i
 `test_long_faults.py`; `docs/faults.md` has the transcripts.
 """
 
-from __future__ import annotations
-
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

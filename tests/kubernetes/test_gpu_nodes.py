@@ -1,7 +1,5 @@
 """The GPU overlays, scheduled for real: a node has the labels, taints and GPUs of a cloud's."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace

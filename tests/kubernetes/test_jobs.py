@@ -4,8 +4,6 @@ With a real S3 server, and the loopback W&B of the tools beside the checkout, bo
 machine. Train uses two workers on two nodes, tune two trials on two worker pods.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import json

@@ -1,7 +1,5 @@
 """A run in Kueue's queue: it waits for quota, is admitted, is preempted by another, and goes on."""
 
-from __future__ import annotations
-
 import json
 import re
 import secrets

@@ -4,8 +4,6 @@ comes back, a full cluster. `docs/faults.md` has the transcripts.
 One after the other, for each disturbs all that runs on the cluster.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager

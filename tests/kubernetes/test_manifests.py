@@ -1,7 +1,5 @@
 """A real API server with the webhooks of Kueue takes the manifests, and refuses what is broken."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """What a person reads between the submission of a run and its end, on a real cluster."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

@@ -1,7 +1,5 @@
 """Runs of the real operator, scheduler and kubelets, with a probe in place of the job."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a person meets before a run's pods are there: one run once, answers that fail, mistakes."""
 
-from __future__ import annotations
-
 import shlex
 import signal
 import subprocess

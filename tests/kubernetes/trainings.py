@@ -1,7 +1,5 @@
 """Submissions of a real training, and the epochs that its log tells of."""
 
-from __future__ import annotations
-
 import re
 from datetime import datetime
 

@@ -1,7 +1,5 @@
 """The loopback W&B of the tools beside the checkout, where pods reach it."""
 
-from __future__ import annotations
-
 import importlib.util
 import threading
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """A run that is followed while a test does something to its cluster."""
 
-from __future__ import annotations
-
 import threading
 import time
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """One Ray cluster of machines made of namespaces, for all tests of this folder."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys

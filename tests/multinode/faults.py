@@ -1,7 +1,5 @@
 """What a fault cost, measured; a table of it ends the session."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

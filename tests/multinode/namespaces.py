@@ -10,8 +10,6 @@ Needs root and the right to make namespaces; `why_not` says what is missing. Wha
 machine ends with it: its processes share a PID namespace, whose first process is the machine.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

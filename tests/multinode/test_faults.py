@@ -1,8 +1,6 @@
 """Faults in the middle of a training of two workers: it goes on, or says what to do; nothing is
 lost, and the curve is that of a run that nobody disturbed."""
 
-from __future__ import annotations
-
 import re
 import signal
 import subprocess

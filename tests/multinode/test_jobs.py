@@ -1,7 +1,5 @@
 """The jobs over four nodes of one CPU each: what one machine's cores do not show."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

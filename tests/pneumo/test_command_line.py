@@ -1,7 +1,5 @@
 """Four layers make one checked invocation; a mistake in any of them is one line."""
 
-from __future__ import annotations
-
 import re
 from importlib import resources
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The tree: frozen, with a digest, and without this machine's folders where others see it."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A mistake is named with its key, its layer and what is allowed."""
 
-from __future__ import annotations
-
 import re
 from importlib import resources
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What only a GPU can show. Skips where there is none."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path

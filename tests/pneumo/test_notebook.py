@@ -1,7 +1,5 @@
 """What a notebook imports from `pneumo`, and the notebook in docs/, run as a person runs it."""
 
-from __future__ import annotations
-
 import doctest
 import inspect
 import subprocess

@@ -1,7 +1,5 @@
 """A search space: how it is written, what is refused, and what stands for all of it."""
 
-from __future__ import annotations
-
 import math
 import tomllib
 

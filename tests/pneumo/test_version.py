@@ -1,7 +1,5 @@
 """Code says which it is: by the environment, else by git, else by its version alone."""
 
-from __future__ import annotations
-
 import subprocess
 from pathlib import Path
 

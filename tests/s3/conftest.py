@@ -1,7 +1,5 @@
 """A real S3 server, when there is one, and a bucket on it for each test."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import uuid

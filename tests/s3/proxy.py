@@ -1,7 +1,5 @@
 """A proxy between a reader and an S3 server that does to answers what networks do, by a seed."""
 
-from __future__ import annotations
-
 import http.client
 import random
 import socket

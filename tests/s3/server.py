@@ -9,8 +9,6 @@ the command runs without one where none can be had. Its objects are in the memor
 storage daemon, so they outlive the gateway, which a test may kill.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

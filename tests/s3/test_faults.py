@@ -1,7 +1,5 @@
 """Whatever happens between reader and server: the right bytes, or an error that names the URL."""
 
-from __future__ import annotations
-
 import random
 import threading
 import time

@@ -1,7 +1,5 @@
 """The whole way with source, store and run in a bucket of a real S3 server."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

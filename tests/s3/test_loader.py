@@ -1,8 +1,6 @@
 """Between the loader and a real S3 server: the epoch that the disk gives, or an error that names
 the shard; never fewer samples."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The S3 server of the tests starts whatever happens beside it."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -1,8 +1,6 @@
 """What moto, which accepts every key, cannot show: rights, conditions and clocks on a real
 server."""
 
-from __future__ import annotations
-
 import functools
 import http.server
 import os

@@ -4,8 +4,6 @@ Right and wrong are green and red, as everyone expects, and carry a sign and a w
 tell the two apart.
 """
 
-from __future__ import annotations
-
 import io
 import math
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Charts of an evaluation: curves, confusion matrices, calibration, training."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Concatenate, ParamSpec

@@ -1,7 +1,5 @@
 """Charts of what the store holds: findings, ages, gray levels, contact sheets."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace

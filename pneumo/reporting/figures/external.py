@@ -1,7 +1,5 @@
 """The picture of a run's verdicts: train set by test set."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,8 +1,6 @@
 """A search, drawn by Optuna: its settings side by side, the two that matter most, learning, and
 importance."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any

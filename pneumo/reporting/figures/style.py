@@ -3,8 +3,6 @@
 Equal input gives equal bytes on one version of matplotlib: no date, no random ids, its own font.
 """
 
-from __future__ import annotations
-
 import io
 import textwrap
 from collections.abc import Mapping

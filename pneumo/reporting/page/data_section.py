@@ -1,7 +1,5 @@
 """What the store holds, for the template: the leakage audit and the data's quality."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """How templates become pages, and drawings and studies parts of a page that stands alone."""
 
-from __future__ import annotations
-
 import base64
 import re
 from collections.abc import Sequence

@@ -1,8 +1,6 @@
 """Evaluations on external sets, each beside the run's internal test -> a page of their own, and a
 section of the run's report.html."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Numbers as a reader sees them; where there is none, why."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Self
 

@@ -1,8 +1,6 @@
 """The model card, and what the page answers of CLAIM 2024, and where; the rest is for who writes
 the paper."""
 
-from __future__ import annotations
-
 from pneumo.reporting.page.page_inputs import DataFacts, ModelFacts
 
 CLAIM: tuple[tuple[int, str, str, str], ...] = (

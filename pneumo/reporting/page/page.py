@@ -1,7 +1,5 @@
 """The page: every section's facts in one template."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What the report is told besides the evaluation: the data, the model, how to do it again."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 

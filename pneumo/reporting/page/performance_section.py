@@ -1,7 +1,5 @@
 """How good, at what threshold, against what: the tables of numbers, for the template."""
 
-from __future__ import annotations
-
 import statistics
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Where the network looks: maps against the radiologists' boxes, for the template."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

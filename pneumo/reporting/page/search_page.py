@@ -1,7 +1,5 @@
 """Search -> report.html of a search: one self-contained page, as the evaluation's."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

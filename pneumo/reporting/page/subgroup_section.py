@@ -1,7 +1,5 @@
 """For whom: the forest of subgroups, for the template."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from itertools import groupby

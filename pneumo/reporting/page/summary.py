@@ -1,7 +1,5 @@
 """The first screen: what the numbers mean, in words, and what to know before believing them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from pneumo.evaluation.baselines import ViewBaseline

@@ -7,8 +7,6 @@ a path of one machine is nobody's business. Each store and each run has names of
 `latest` and `best` speak of it alone.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any

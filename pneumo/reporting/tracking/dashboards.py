@@ -1,7 +1,5 @@
 """W&B workspaces as code: three views of a project. Built without a network; saving needs a key."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any

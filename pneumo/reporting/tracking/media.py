@@ -1,7 +1,5 @@
 """What a run can be told to log: pictures, charts, tables, a page, files."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """Whether W&B is asked for online, offline or not at all."""
 
-from __future__ import annotations
-
 import netrc
 from collections.abc import Mapping
 from pathlib import Path

@@ -9,8 +9,6 @@ values. What no other file of the run holds in the form that W&B gets lies in `<
     evaluation.json, pictures.parquet, report.html    of an evaluation
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,7 +1,5 @@
 """What W&B is told of a training, from the files that it leaves."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from pneumo.reporting.tracking.artifacts import describe_dataset, describe_weights, record_weights

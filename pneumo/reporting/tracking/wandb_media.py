@@ -1,7 +1,5 @@
 """Our nouns -> W&B's. Imports wandb where it is called: it takes 0.7 s, and may not be there."""
 
-from __future__ import annotations
-
 import io
 from typing import Any
 

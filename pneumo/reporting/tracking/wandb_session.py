@@ -4,8 +4,6 @@ Every call may wait for a server that never answers; whoever calls does it in a 
 killed (`jobs.tracking`).
 """
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """When Prometheus raises the alerts of the monitoring component, by its own promtool."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 from pathlib import Path

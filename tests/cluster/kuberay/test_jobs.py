@@ -1,7 +1,5 @@
 """The Kubernetes target, as far as it needs no cluster; tests/kubernetes has the rest."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

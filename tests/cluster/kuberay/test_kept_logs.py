@@ -1,7 +1,5 @@
 """What of a submitter's log reaches the person; its lines are cut from real ones."""
 
-from __future__ import annotations
-
 from cluster.kuberay.kept_logs import DriverLog
 
 STARTED = "2026-01-02 03:04:05,678\tINFO job_manager.py:581 -- Runtime env is setting up."

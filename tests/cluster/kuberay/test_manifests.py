@@ -1,7 +1,5 @@
 """Every overlay renders, and a cluster would take it: schemas, the operator's rules, hardening."""
 
-from __future__ import annotations
-
 import ipaddress
 import json
 import os

@@ -1,7 +1,5 @@
 """Every problem a person meets, as the API server tells it; the objects are cut from real ones."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -1,7 +1,5 @@
 """How far a run has come, as its pods and its RayJob tell; the objects are cut from real ones."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from cluster.kuberay.progress import gpu_hours, steps, to_seconds

@@ -1,7 +1,5 @@
 """What Python adds to an overlay for one run; pure, no cluster and no kustomize needed."""
 
-from __future__ import annotations
-
 import copy
 import shlex
 from datetime import datetime

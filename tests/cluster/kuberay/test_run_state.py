@@ -1,7 +1,5 @@
 """Which runs are called off, because waiting or another attempt cannot help them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Which files travel."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

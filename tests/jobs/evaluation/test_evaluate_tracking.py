@@ -1,7 +1,5 @@
 """jobs.evaluate and a W&B server: what arrives there, and that no fault of it matters here."""
 
-from __future__ import annotations
-
 import io
 import json
 import re

@@ -1,7 +1,5 @@
 """Which checkpoints of a run are scored, and what the report says of that."""
 
-from __future__ import annotations
-
 import shlex
 from dataclasses import replace
 from pathlib import Path

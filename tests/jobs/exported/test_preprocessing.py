@@ -1,7 +1,5 @@
 """What stands in an export reads a DICOM file to the very pixels of pneumo, or refuses it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

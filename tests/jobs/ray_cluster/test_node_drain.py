@@ -1,7 +1,5 @@
 """What a node does before it goes; that a run follows is shown on nodes, in tests/multinode."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

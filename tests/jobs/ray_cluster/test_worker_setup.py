@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from jobs.ray_cluster.worker_setup import find_interface
 
 

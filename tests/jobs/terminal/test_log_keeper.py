@@ -1,7 +1,5 @@
 """A job's output as it is kept: every test runs a command of its own."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

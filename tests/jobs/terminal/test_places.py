@@ -1,7 +1,5 @@
 """Missing and taken places are told before a job begins."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

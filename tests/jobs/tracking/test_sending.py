@@ -1,8 +1,6 @@
 """A job and a W&B that fails in every way: the job goes on, one line names the command, and the
 command sends the rest."""
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """Commands on one local Ray: who listens hears, and nobody trains on unheard."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Iterator

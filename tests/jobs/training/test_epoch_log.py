@@ -1,7 +1,5 @@
 """What the driver shows of what rank 0 tells it."""
 
-from __future__ import annotations
-
 import re
 import time
 from concurrent.futures import Future

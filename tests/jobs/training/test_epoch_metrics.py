@@ -1,7 +1,5 @@
 """What Prometheus finds on a node while a worker trains."""
 
-from __future__ import annotations
-
 import re
 import time
 from urllib.request import urlopen

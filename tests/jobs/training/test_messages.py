@@ -1,7 +1,5 @@
 """The channel on one local Ray: nothing is lost, and all is in order."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """Attempts at a run on one local Ray: what is tried again, what ends the job, what is said."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """What a person sees of a search."""
 
-from __future__ import annotations
-
 import io
 import pickle
 from pathlib import Path

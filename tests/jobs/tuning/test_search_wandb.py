@@ -1,7 +1,5 @@
 """What W&B is told of a search: a run a trial, and one of the whole."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

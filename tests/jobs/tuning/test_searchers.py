@@ -1,7 +1,5 @@
 """What is trained next and what is stopped, without a cluster: Tune's calls made by hand."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 

@@ -1,7 +1,5 @@
 """Names of trials come from listings; none becomes a path outside the search's folder."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import fsspec

@@ -1,7 +1,5 @@
 """Stores are joined without a patient or picture of val or test in train, and without any twice."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A named split hangs on the NIH patient number alone, and is the one that was written down."""
 
-from __future__ import annotations
-
 import csv
 import gzip
 import json

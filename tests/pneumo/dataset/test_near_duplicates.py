@@ -1,7 +1,5 @@
 """One picture in two files is found by its hash, and two pictures are not taken for one."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

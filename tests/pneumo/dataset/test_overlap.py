@@ -1,7 +1,5 @@
 """What a model has seen is found in another store: patients by key, pictures by digest or hash."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

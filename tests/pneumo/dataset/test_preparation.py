@@ -1,7 +1,5 @@
 """One task's work can be done by anybody, any number of times, and leaves the same bytes."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

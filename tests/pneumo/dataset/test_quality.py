@@ -1,7 +1,5 @@
 """What is counted is what is there, what is unknown is said, and no more is read than is shown."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import random

@@ -1,7 +1,5 @@
 """The store's format: what is written is read, by us and by others; what is damaged is refused."""
 
-from __future__ import annotations
-
 import gc
 import hashlib
 import io

@@ -1,7 +1,5 @@
 """Tables in Kaggle's layout become studies without names; what does not add up is refused."""
 
-from __future__ import annotations
-
 import csv
 import dataclasses
 import errno

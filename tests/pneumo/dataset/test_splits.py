@@ -1,7 +1,5 @@
 """No patient is in two splits, nobody moves, and the audit counts what a split by image leaks."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter, defaultdict

@@ -1,7 +1,5 @@
 """A model elsewhere: what is frozen stays so, and differences are those of plain arithmetic."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The rule that an evaluation froze, and the table that comes of it."""
 
-from __future__ import annotations
-
 import csv
 import io
 from dataclasses import replace

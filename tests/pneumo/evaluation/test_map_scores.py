@@ -1,7 +1,5 @@
 """The scores of maps against boxes: brute force, scikit-learn, and maps that look nowhere."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

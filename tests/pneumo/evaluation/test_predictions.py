@@ -1,7 +1,5 @@
 """Predictions: one row a study on any number of ranks; probabilities that keep their rank."""
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import json

@@ -1,7 +1,5 @@
 """DICOM bytes become the picture that the standard says, or an error with a reason code."""
 
-from __future__ import annotations
-
 import io
 import struct
 import warnings

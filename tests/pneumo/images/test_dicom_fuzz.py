@@ -7,8 +7,6 @@ is made from its number alone. A larger campaign:
     DICOM_FUZZ_EXAMPLES=20000 python -m pytest tests/pneumo/images/test_dicom_fuzz.py -s
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import json

@@ -5,8 +5,6 @@ values if they have more than 8 bits. It cuts off where we round, so up to 1 lev
 What DCMTK does not read (JPEG 2000, pixel padding) is compared with the same picture uncompressed.
 """
 
-from __future__ import annotations
-
 import io
 import shutil
 import subprocess

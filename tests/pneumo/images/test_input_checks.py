@@ -1,7 +1,5 @@
 """Pictures that no reader could read are found, and real radiographs are left in peace."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache

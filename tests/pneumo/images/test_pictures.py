@@ -1,8 +1,6 @@
 """PNG, JPEG and TIFF become gray as they are seen; what cannot be shown without guessing is
 refused."""
 
-from __future__ import annotations
-
 import io
 from typing import Any
 

@@ -1,8 +1,6 @@
 """Files that bend the standard, of the kinds that bug reports of other projects tell of, give the
 right picture, and what was repaired is counted by its element."""
 
-from __future__ import annotations
-
 import io
 import struct
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Augmentation depends on (seed, epoch, study) alone, and moves pixels where its matrices say."""
 
-from __future__ import annotations
-
 import cv2
 import numpy as np
 import pytest

@@ -1,7 +1,5 @@
 """Free memory: the machine's, or what a control group leaves of it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import psutil

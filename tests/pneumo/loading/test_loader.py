@@ -1,7 +1,5 @@
 """A store becomes batches: the same held or streamed, on any ranks; checked and resumable."""
 
-from __future__ import annotations
-
 import re
 import threading
 import time

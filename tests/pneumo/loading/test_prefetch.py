@@ -1,7 +1,5 @@
 """One step ahead, in order, and gone with its consumer."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Generator

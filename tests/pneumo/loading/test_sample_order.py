@@ -1,7 +1,5 @@
 """Arithmetic over imagined clusters: every sample once, the same order on any number of ranks."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import numpy as np

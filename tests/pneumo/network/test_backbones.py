@@ -1,7 +1,5 @@
 """One channel in, one logit out; weights are what was asked for, or the message says otherwise."""
 
-from __future__ import annotations
-
 import http.server
 import re
 import threading

@@ -1,7 +1,5 @@
 """Grad-CAM is the paper's formula, whatever the network ends in, and leaves the model alone."""
 
-from __future__ import annotations
-
 from typing import get_args
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The first convolution's other way is the plain one."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

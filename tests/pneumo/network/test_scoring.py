@@ -1,7 +1,5 @@
 """What networks say: one logit a study, the same on any number of ranks and in any batch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

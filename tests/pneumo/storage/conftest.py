@@ -1,7 +1,5 @@
 """Places to write for the tests of storage: a disk, memory, and moto as an S3 server."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Which answers are permanent, and what is said of them."""
 
-from __future__ import annotations
-
 import importlib.util
 import re
 

@@ -1,7 +1,5 @@
 """Files of this machine: whole or absent, after a crash and on any mount."""
 
-from __future__ import annotations
-
 import errno
 import os
 import stat

@@ -1,7 +1,5 @@
 """One object or none, read and written the same way wherever it is."""
 
-from __future__ import annotations
-
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What is tried again, for how long, and what is told meanwhile."""
 
-from __future__ import annotations
-
 import socket
 import time
 import traceback

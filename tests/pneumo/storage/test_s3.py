@@ -1,7 +1,5 @@
 """An S3 server: how it is reached, and what it may refuse."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What URLs are refused, and how the others are spelled."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

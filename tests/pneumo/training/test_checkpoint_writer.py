@@ -1,7 +1,5 @@
 """What is kept of a run, and when."""
 
-from __future__ import annotations
-
 import threading
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a checkpoint holds comes back; what the index does not name does not count."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import io

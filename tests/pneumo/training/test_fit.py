@@ -1,7 +1,5 @@
 """Training against plain torch; a run cut anywhere goes on as if it had not been."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

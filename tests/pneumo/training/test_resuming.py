@@ -1,7 +1,5 @@
 """All ranks go on from what rank 0 chose, and nothing else."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

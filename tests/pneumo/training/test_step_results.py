@@ -1,7 +1,5 @@
 """What steps came to, in their order."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

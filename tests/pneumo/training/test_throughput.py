@@ -1,7 +1,5 @@
 """Times of steps, and when waiting for data is worth a line."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 

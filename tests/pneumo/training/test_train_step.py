@@ -1,7 +1,5 @@
 """A step on several ranks is the step on one: in float64, where rounding does not blur it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The metrics of an epoch: scikit-learn's numbers, the same on any ranks, None where undefined."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

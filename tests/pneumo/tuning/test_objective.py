@@ -1,7 +1,5 @@
 """What a trial is judged by: the number beside a reference, its error beside resampling."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Which setting a search takes, and why; what it leaves behind."""
 
-from __future__ import annotations
-
 import io
 import json
 import tomllib

@@ -1,7 +1,5 @@
 """Each layout is recognised by what lies in the folder, and its rules are kept."""
 
-from __future__ import annotations
-
 import csv
 import json
 import re

@@ -1,7 +1,5 @@
 """`studies.csv`: what it may hold, and that each mistake in it is told by its row."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import cv2

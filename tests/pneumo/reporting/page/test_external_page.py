@@ -1,7 +1,5 @@
 """The verdicts on other sets stand in the run's report, once."""
 
-from __future__ import annotations
-
 import re
 
 from pneumo.evaluation.bootstrap import Estimate

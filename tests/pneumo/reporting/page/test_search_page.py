@@ -1,7 +1,5 @@
 """The page of a search: self-contained, readable, honest about luck."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from html.parser import HTMLParser

@@ -1,7 +1,5 @@
 """Folders as a training leaves them, without a training."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

@@ -3,8 +3,6 @@
 It answers the GraphQL operations by name, keeps what is sent, and can fail in the ways of FAULTS.
 """
 
-from __future__ import annotations
-
 import base64
 import gzip
 import json
