@@ -128,7 +128,11 @@ def _render(dataset: pydicom.Dataset, stored: npt.NDArray[Any]) -> Gray:
     if ends[0] is not None and codes:
         limits = np.array(codes, code).view(stored.dtype)
         padding = (own >= limits.min()) & (own <= limits.max())
-    counts = np.bincount(stored.view(code).ravel(), minlength=2**bits) * ~padding
+    counts = np.bincount(stored.view(code).ravel(), minlength=2**bits)
+    padded = counts[padding]
+    if padded.sum() >= 0.998 * stored.size and np.count_nonzero(padded) > 1:
+        padding[:] = False  # almost all pixels would be
+    counts = counts * ~padding
     slope, intercept = _number(dataset, "RescaleSlope"), _number(dataset, "RescaleIntercept")
     values = own * np.float64(1 if slope is None else slope) + np.float64(intercept or 0)
     if slope == 0 or counts.sum() == 0:

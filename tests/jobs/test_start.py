@@ -70,7 +70,7 @@ SCIENCE = {"torchvision", "torchmetrics", "sklearn", "pandas", "matplotlib", "op
     [
         ("jobs.ray_cluster.worker_setup", HEAVY - {"ray"}),  # every worker process, and the actor
         ("jobs.training.messages", HEAVY - {"ray"}),  # that keeps messages
-        ("pneumo.dataset.receipts", {"torch", "ray", "scipy.stats", *SCIENCE}),  # tasks
+        ("pneumo.dataset.shard_tasks", {"torch", "ray", "scipy.stats", *SCIENCE}),  # tasks
         ("jobs.evaluation.ray_scoring", {"scipy.stats", *SCIENCE}),
         ("jobs.preparation", {"torch", "scipy.stats", *SCIENCE}),  # drivers
         ("jobs.training.job", SCIENCE - {"pandas"}),  # which Ray Train imports

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pydicom
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
@@ -56,6 +56,16 @@ def draw_values(rng: np.random.Generator, shape: tuple[int, int], dtype: str) ->
     ),
     window=st.sampled_from([None, WINDOW, {"WindowCenter": 128, "WindowWidth": 2}]),
     syntax=st.sampled_from([None, ImplicitVRLittleEndian, RLELossless]),
+)
+@example(
+    seed=1,
+    dtype="u2",
+    sides=(90, 92),
+    size=32,
+    smaller=False,
+    changes={"PixelPaddingRangeLimit": 2000},  # all of the picture
+    window=None,
+    syntax=None,
 )
 def test_pixels_are_pneumos_own(
     tmp_path_factory: pytest.TempPathFactory,
