@@ -167,14 +167,21 @@ def _number(dataset: pydicom.Dataset, keyword: str) -> float | None:
 
 
 def _span(values: npt.NDArray[np.float64], counts: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """0 at the least value that has pixels, 1 at the greatest; without 0.1 % of the pixels at
-    either end where these take up half of that range."""
+    """0 at the least value that has pixels, 1 at the greatest; where 0.1 % of the pixels at either
+    end, hot ones, take up half of that range, or 3 % beyond a gap, letters, without these."""
     order = np.argsort(values, kind="stable")
     order = order[counts[order] > 0]
-    reached, (low, high) = np.cumsum(counts[order]), values[order[[0, -1]]]
-    inner = np.searchsorted(reached, [0.001 * reached[-1], (1 - 0.001) * reached[-1]])
-    if 0 < np.ptp(values[order[inner]]) < (high - low) / 2:
-        low, high = values[order[inner]]
+    ordered, reached = values[order], np.cumsum(counts[order]) / counts.sum()
+    low, high = ordered[[0, -1]]
+    inner_low, inner_high = ordered[np.searchsorted(reached, (0.001, 1 - 0.001))]
+    gaps = np.diff(ordered, append=high)
+    widest = int(gaps.argmax())
+    if 0 < inner_high - inner_low < (high - low) / 2:
+        low, high = inner_low, inner_high
+    elif gaps[widest] > (high - low) / 2 and reached[widest] >= 1 - 0.03 and widest > 0:
+        high = ordered[widest]
+    elif gaps[widest] > (high - low) / 2 and reached[widest] <= 0.03:
+        low = ordered[widest + 1]
     return np.asarray(np.clip((values - low) / ((high - low) or 1.0), 0.0, 1.0))
 
 
