@@ -179,11 +179,12 @@ _READ_WITH_A_SLOW_CLOCK = """
 import datetime, sys
 import botocore.auth
 from pneumo import storage
+from pneumo.errors import AccessError
 now = botocore.auth.get_current_datetime
 botocore.auth.get_current_datetime = lambda: now() - datetime.timedelta(hours=1)
 try:
     storage.read_bytes(sys.argv[1])
-except storage.AccessError as error:
+except AccessError as error:
     print(error)
 """
 
