@@ -194,12 +194,13 @@ test-s3: $(READY)
 test-cluster: $(READY)
 	$(BIN)/python -m pytest -m "multinode and not slow" tests/multinode
 
-# Side by side, for a run waits for its pods more than it computes; the files that take longest begin
-# first. docs/cluster.md says how to name a cluster; where none can be had the tests skip, and say so.
+# All jobs from beginning to end, then three files at a time, the longest first. docs/cluster.md says how
+# to name a cluster; where none can be had the tests skip, and say so.
+ON_KUBERNETES := $(BIN)/python -m pytest -m kubernetes
 test-kubernetes: $(READY)
-	$(BIN)/python -m tests.kubernetes.server -- $(BIN)/python -m pytest -m kubernetes -n 3 \
-	  --dist loadfile --no-loadscope-reorder \
-	  $(addprefix tests/kubernetes/,test_jobs.py test_faults.py test_kueue.py) tests/kubernetes $(ARGS)
+	$(BIN)/python -m tests.kubernetes.server -- sh -c '$(ON_KUBERNETES) tests/kubernetes/test_jobs.py && \
+	  $(ON_KUBERNETES) -n 3 --dist loadfile --no-loadscope-reorder --ignore tests/kubernetes/test_jobs.py \
+	  $(addprefix tests/kubernetes/,test_faults.py test_kueue.py test_trainings.py) tests/kubernetes $(ARGS)'
 
 test-kubernetes-faults: $(READY)
 	$(BIN)/python -m tests.kubernetes.server -- $(BIN)/python -m pytest -m kubernetes_faults tests/kubernetes

@@ -1,6 +1,6 @@
 """What goes wrong under a run on KubeRay, done to it for real, and what the person reads.
 
-The driver is mostly a probe that prints numbered lines. What takes minutes is in
+The driver is a probe that prints numbered lines. What takes minutes is in
 `test_long_faults.py`; `docs/faults.md` has the transcripts.
 """
 
@@ -9,14 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import s3fs
 from kubernetes.client.exceptions import ApiException
 
-from pneumo.training.checkpoints import CheckpointIndex
 from tests.kubernetes.cluster import Team, is_gone
 from tests.kubernetes.probes import make_probe, put, write_overlay
-from tests.kubernetes.trainings import epochs_of, make_training, wait_for_epoch
-from tests.kubernetes.watching import Watched, begin, name_of
+from tests.kubernetes.watching import Watched, begin, evict, name_of
 
 pytestmark = pytest.mark.kubernetes
 
@@ -59,35 +56,6 @@ def test_a_run_outlasts_its_pods_and_ends_when_it_is_cancelled(team: Team, tmp_p
     assert "stopped gently\n" in run.text
     _wait_until_gone(team, leaving)
     _find_the_log_of_what_was_deleted(team, run)
-
-
-@pytest.mark.timeout(900)
-@pytest.mark.usefixtures("needs_bucket")
-def test_a_training_whose_worker_is_sent_off_its_node_trains_nothing_twice(
-    team: Team, store: str, files: s3fs.S3FileSystem
-) -> None:
-    """It goes on from a checkpoint of this moment, and leaves one when it is cancelled."""
-    run = begin(team, make_training(team, store, "drained", 500))
-    wait_for_epoch(run, 1)
-    worker = name_of(team.pods(run.job_id, component="worker")[0])
-    evict(team, worker)
-    run.wait_for_note(f"pod {worker} was sent off its node (EvictionByEvictionAPI")
-    run.wait_for_text("is being taken away: going on with 2 workers after epoch")
-    wait_for_epoch(run, max(epochs_of(run)))
-    assert epochs_of(run) == list(range(1, max(epochs_of(run)) + 1))  # none trained twice
-    assert team.target().cancel(run.job_id).exit_code == 130
-    assert run.end().exit_code == 130
-    said = "".join(run.text)
-    assert "train: interrupted; writing a checkpoint" in said
-    assert "no checkpoint" not in said
-    index = files.cat_file(f"{team.bucket}/drained/checkpoints/index.json")
-    assert CheckpointIndex.model_validate_json(index).latest.epoch >= max(epochs_of(run))
-
-
-def evict(team: Team, pod: str) -> None:
-    """What draining its node does to a pod."""
-    eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": pod}}
-    team.cluster.ask("POST", f"{team.path('v1', 'pods')}/{pod}/eviction", eviction)
 
 
 def _wait_until_gone(team: Team, names: set[str]) -> None:

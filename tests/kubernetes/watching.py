@@ -77,3 +77,9 @@ def begin(team: Team, asked: Submission, overlay: Path | None = None) -> Watched
 
 def name_of(pod: Document) -> str:
     return str(pod["metadata"]["name"])
+
+
+def evict(team: Team, pod: str) -> None:
+    """What draining its node does to a pod."""
+    eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": pod}}
+    team.cluster.ask("POST", f"{team.path('v1', 'pods')}/{pod}/eviction", eviction)
