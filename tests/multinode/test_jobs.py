@@ -48,4 +48,4 @@ def test_more_workers_than_there_are_nodes_is_said_after_the_stated_wait(
     with two_workers.cluster.driver(*command, "--cluster.start-timeout-s", "3") as driver:
         assert driver.wait(timeout_s=60) == 1
     said = driver.lines[-1][1]
-    assert re.search(r"8 workers need 8 CPU \(it has 2, 2 free\); waited \d+ s", said), said
+    assert re.search(r"8 workers need 8 CPU \(it has \d+, \d+ free\); waited \d+ s", said), said
