@@ -33,7 +33,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from pneumo.dataset.receipts import prepare_shard
 from sklearn.model_selection import StratifiedGroupKFold
 
 from pneumo.config import Config
@@ -42,6 +41,7 @@ from pneumo.dataset.manifest import read_manifest
 from pneumo.dataset.phantoms.source_folder import write_phantoms
 from pneumo.dataset.preparation import find_store, finish_store
 from pneumo.dataset.shard_plans import digest_settings, plan_shards
+from pneumo.dataset.shard_tasks import prepare_shard
 from pneumo.dataset.shards import shard_samples
 from pneumo.dataset.sources.recognition import read_source
 from pneumo.dataset.splits import split_studies

@@ -30,7 +30,7 @@ from jobs import prepare
 from jobs.ray_cluster.session import ray_session
 from jobs.training.trainer import Training, build_trainer
 from jobs.tuning.job import search
-from jobs.tuning.trial_records import read_judgement, trial_config, trial_url
+from jobs.tuning.trial_records import read_estimate, trial_config, trial_url
 from jobs.tuning.trial_runs import load_shared_data
 from pneumo.command_line import parse_command_line
 from pneumo.config import Config
@@ -121,7 +121,7 @@ def _error(one: Search, other: Search, folder: Path) -> float:
     """Of the difference of their best trials, in pairs."""
     runs = [folder / f"{name}-{one.config.seed}" for name in ("random", "default")]
     found = [
-        read_judgement(trial_url(str(run), each.choice.best.name), each.config.tune)
+        read_estimate(trial_url(str(run), each.choice.best.name), each.config.tune)
         for run, each in zip(runs, (one, other), strict=True)
     ]
     assert found[0] is not None

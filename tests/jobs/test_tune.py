@@ -359,7 +359,7 @@ def test_a_stopped_trial_that_still_writes_costs_the_next_one_nothing(
 
 LONG = [
     *SMALL,
-    *("--tune.num-trials", "4", "--tune.epochs", "4", "--tune.grace-epochs", "4"),
+    *("--tune.num-trials", "4", "--tune.epochs", "4", "--tune.early-stopping", "none"),
     *("--tune.algorithm", "random"),
 ]
 

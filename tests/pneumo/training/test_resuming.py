@@ -43,7 +43,7 @@ _RANK = """
 from pneumo.config import Config
 from pneumo.errors import PneumoError
 from pneumo.training.resuming import claim_and_resume
-from pneumo.dataset.shards import read_manifest
+from pneumo.dataset.manifest import read_manifest
 
 (store_url,) = arguments
 
