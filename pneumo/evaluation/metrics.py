@@ -184,21 +184,12 @@ def average_precision_statistic(target: npt.ArrayLike, score: npt.ArrayLike) -> 
     return lambda weights: ranking.weigh(weights).average_precision
 
 
-def sensitivity_at_statistic(
-    target: npt.ArrayLike, score: npt.ArrayLike, specificity: float
-) -> Statistic:
-    """The highest sensitivity of any threshold that clears at least `specificity` (0, 1] of the
-    negatives; the threshold is found anew in each resample. NaN where it has no positive."""
-    positive, score64 = check_scores(target, score)
-    ranking = Ranking.of(positive, score64)
-    high, low = score64[ranking.positives], score64[ranking.negatives]
-    return lambda weights: _find_sensitivity(ranking.weigh(weights), high, low, specificity)
-
-
 def _find_sensitivity(
     weighed: WeighedRanking, high: Floats, low: Floats, specificity: float
 ) -> Floats:
-    """`high` and `low` are the sorted scores of the positives and of the negatives."""
+    """The highest sensitivity (R,) of any threshold that clears at least `specificity` (0, 1] of
+    the negatives; found anew in each resample, NaN where it has no positive. `high` and `low` are
+    the sorted scores of the positives and of the negatives."""
     needed = specificity * weighed.cleared[:, -1] - 1e-9
     last = [np.searchsorted(*pair) - 1 for pair in zip(weighed.cleared, needed, strict=True)]
     missed = np.searchsorted(high, low[np.maximum(last, 0)], side="right")
@@ -380,12 +371,6 @@ def rates(counts: Confusion) -> dict[str, float]:
     table = (np.array([float(n)]) for n in (counts.tp, counts.fp, counts.fn, counts.tn))
     columns = tuple(table)
     return {name: float(rate(*columns)[0]) for name, rate in RATES.items()}
-
-
-def log_loss_statistic(target: npt.ArrayLike, logit: npt.ArrayLike) -> Statistic:
-    """Mean negative log-likelihood in nats, from logits: finite where a probability rounds to 0."""
-    positive, logit64 = check_scores(target, logit, both_classes=False)
-    return mean_statistic(np.logaddexp(0, np.where(positive, -logit64, logit64)))
 
 
 def brier_statistic(target: npt.ArrayLike, probability: npt.ArrayLike) -> Statistic:

@@ -279,7 +279,9 @@ def reliability_statistics(
     positive, scaled = _scale(target, logit, scaling)
     probability = sigmoid(scaled)
     bins = bin_by_probability(probability, num_bins)
-    losses = (probability - positive) ** 2, np.logaddexp(0, np.where(positive, -scaled, scaled))
+    # From logits: finite where a probability rounds to 0.
+    log_loss = np.logaddexp(0, np.where(positive, -scaled, scaled))
+    losses = (probability - positive) ** 2, log_loss
     return {
         "losses": metrics.mean_statistic(np.stack(losses)),
         "offset": _offset_statistic(scaled, positive),
@@ -375,8 +377,10 @@ def recalibration_statistic(target: npt.ArrayLike, logit: npt.ArrayLike) -> Stat
     def fit(weights: Weights) -> Floats:
         return np.stack(fit_logistic(logit64, positive.astype(float), weights)[::-1])
 
+    if len(logit64) < _MANY:
+        return fit
     slope = abs(float(fit(np.ones((len(logit64), 1)))[1, 0]))
-    if len(logit64) < _MANY or not 0 < slope < np.inf:
+    if not 0 < slope < np.inf:
         return fit
     points, of_class, weigh = condense(logit64, positive, _PIECE_LOGITS / slope)
 

@@ -3,7 +3,6 @@
 import json
 import math
 from fractions import Fraction
-from functools import partial
 
 import numpy as np
 import pytest
@@ -30,6 +29,7 @@ from torchmetrics.functional.classification import (
 from pneumo.errors import MetricError
 from pneumo.evaluation import bootstrap, metrics, thresholds
 from pneumo.evaluation.delong import delong
+from pneumo.evaluation.reliability import reliability_statistics
 from tests.examples import examples
 from tests.predictions import evaluate_threshold, with_scores
 
@@ -118,14 +118,17 @@ def test_log_loss_and_brier_equal_scikit_learn():
     _, target, logit = simulated()
     probability = 1 / (1 + np.exp(-logit.astype(np.float64)))
 
-    loss = value_of(metrics.log_loss_statistic(target, logit), len(target))
-    assert loss == pytest.approx(reference.log_loss(target, probability), abs=1e-12)
-    brier = value_of(metrics.brier_statistic(target, probability), len(target))
+    losses = reliability_statistics(target, logit, None, 10)["losses"]
+    brier, log_loss = losses(np.ones((len(target), 1)))[:, 0]
+    assert log_loss == pytest.approx(reference.log_loss(target, probability), abs=1e-12)
     assert brier == pytest.approx(reference.brier_score_loss(target, probability), abs=1e-12)
+    alone = value_of(metrics.brier_statistic(target, probability), len(target))
+    assert alone == pytest.approx(brier, abs=1e-12)
 
 
 def test_log_loss_is_finite_where_the_probability_rounds_to_zero():
-    assert value_of(metrics.log_loss_statistic([1, 0], [-800.0, 800.0]), 2) == 800.0
+    losses = reliability_statistics([1, 0], [-800.0, 800.0], None, 10)["losses"]
+    assert losses(np.ones((2, 1)))[1, 0] == 800.0
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 7), (3, 7), (7, 7), (811, 1000), (1, 100_000)])
@@ -159,6 +162,13 @@ def highest_sensitivity(target, score):
     return sensitivity[false_alarms <= 0.1 + 1e-9].max()
 
 
+REFERENCES = {
+    metrics.auroc_statistic: reference.roc_auc_score,
+    metrics.average_precision_statistic: reference.average_precision_score,
+    metrics.brier_statistic: reference.brier_score_loss,
+}
+
+
 @relaxed
 @given(scored(), st.integers(0, 2**32 - 1))
 def test_weighted_statistics_equal_repeated_samples(data, seed):
@@ -166,17 +176,15 @@ def test_weighted_statistics_equal_repeated_samples(data, seed):
     times = np.random.default_rng(seed).integers(0, 4, size=len(target))
     drawn = np.repeat(np.arange(len(target)), times)
     weights = times[:, None].astype(np.float64)
-    statistics = {
-        metrics.auroc_statistic: reference.roc_auc_score,
-        metrics.average_precision_statistic: reference.average_precision_score,
-        metrics.brier_statistic: reference.brier_score_loss,
-        partial(metrics.sensitivity_at_statistic, specificity=0.9): highest_sensitivity,
-    }
-    for build, expected in statistics.items():
-        found = float(build(target, score)(weights)[0])
-        if len(set(target[drawn])) < 2:  # AP and Brier are the references' own business then
-            continue
-        assert found == pytest.approx(expected(target[drawn], score[drawn]), abs=1e-12)
+    headlines = metrics.headline_statistic(target, score, 0.9)(weights)[:, 0]
+    found = [
+        *((build(target, score)(weights)[0], expected) for build, expected in REFERENCES.items()),
+        *zip(headlines, (*list(REFERENCES.values())[:2], highest_sensitivity), strict=True),
+    ]
+    if len(set(target[drawn])) < 2:  # AP and Brier are the references' own business then
+        return
+    for value, expected in found:
+        assert value == pytest.approx(expected(target[drawn], score[drawn]), abs=1e-12)
 
 
 @relaxed
