@@ -1,5 +1,6 @@
 """Training against plain torch; a run cut anywhere goes on as if it had not been."""
 
+import itertools
 import json
 import math
 import re
@@ -581,7 +582,8 @@ def test_the_pace_is_told_once_a_second_and_at_the_end_of_an_epoch(
 
 
 class _SlowFileSystem(MemoryFileSystem):
-    """An object store that reads one block at a time, and takes a while for each."""
+    """An object store that answers at once, but of train's eight blocks it keeps back the last that
+    is asked for, until some time after the first step."""
 
     protocol = "slowly"
 
@@ -590,15 +592,17 @@ class _SlowFileSystem(MemoryFileSystem):
         stripped: str = super()._strip_protocol(path.removeprefix("slowly://"))
         return stripped
 
-    one_at_a_time = threading.Lock()
+    asked = itertools.count(1)
+    has_begun = threading.Event()
     pause_s = 0.0
 
     def cat_file(
         self, path: str, start: int | None = None, end: int | None = None, **options: Any
     ) -> bytes:
-        if start is not None and end is not None and end - start > 1:
-            with self.one_at_a_time:
-                time.sleep(self.pause_s)
+        is_block = "/train/" in path and start is not None and end is not None and end - start > 1
+        if is_block and next(self.asked) == 8:
+            assert self.has_begun.wait(300), "no step without the last block"
+            time.sleep(self.pause_s)
         data: bytes = super().cat_file(path, start, end, **options)
         return data
 
@@ -616,9 +620,15 @@ def test_waiting_for_data_is_told_in_a_run_of_one_epoch(
     config = override(SMALL, {"train.epochs": 1, "train.micro_batch_size": 12, **streamed})
     begun_s = time.monotonic()
     run(config, str(folder), f"{run_url}/quick")
-    # Each of eight blocks takes as long as all computing does here and now.
-    _SlowFileSystem.pause_s = max(0.3, time.monotonic() - begun_s)
-    run(config, "slowly:///store", run_url, tell=notes.append)
+    # Four times what all computing takes here and now, and more than the second that counts.
+    _SlowFileSystem.pause_s = 2.0 + 4 * (time.monotonic() - begun_s)
+    run(
+        config,
+        "slowly:///store",
+        run_url,
+        tell=notes.append,
+        on_step=lambda *_: _SlowFileSystem.has_begun.set(),
+    )
     assert any(
         "% of the time until epoch 1 was spent waiting for data; keep" in n for n in notes
     ), notes
