@@ -1,4 +1,4 @@
-"""Some pictures of the training split for each finding, to be looked at."""
+"""Contact sheets: random images of the training split for each finding, for visual checks."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -15,25 +15,25 @@ from pneumo.dataset.source import Finding
 from pneumo.dataset.study_table import StudyRow
 from pneumo.errors import DataError
 
-_MOST_BLOCKS = 16
-"""Most blocks that are read for the contact sheets: 52 MB at 224 px."""
+_MAX_BLOCKS = 16
+"""Limit of blocks to read for the contact sheets: 52 MB at 224 px."""
 
 
 @dataclass(frozen=True, eq=False)
 class ContactSheet:
-    """Some pictures of train with one finding, drawn at random."""
+    """Random images of train with one finding."""
 
     finding: str
     studies: int
-    """Studies of train that have it."""
+    """Number of studies of train with the finding."""
     pictures: tuple[npt.NDArray[np.uint8], ...]
     """(S, S) uint8 each, 0 = black."""
     views: tuple[str, ...]
-    """Of each picture: 'AP', 'PA' or 'unknown'."""
+    """View of each image: 'AP', 'PA' or 'unknown'."""
 
     @property
     def caption(self) -> str:
-        """`Normal: 12 of 4,321 studies of train, 5 AP, 7 PA`; nothing that names a study."""
+        """`Normal: 12 of 4,321 studies of train, 5 AP, 7 PA`; without keys of studies."""
         views = (
             f"{n} of unknown view" if view == UNKNOWN else f"{n} {view}"
             for view, n in sorted(Counter(self.views).items())
@@ -45,25 +45,22 @@ class ContactSheet:
 def read_contact_sheets(
     store_url: str, manifest: Manifest, studies: Mapping[str, StudyRow], *, per_finding: int = 12
 ) -> tuple[ContactSheet, ...]:
-    """Pictures of train for each finding, `studies` by key.
+    """Contact sheets of train; `studies` are the store's rows by key.
 
-    Shards were filled in a random order, so the first studies are a random sample: usually one
-    block is read, and never more than `_MOST_BLOCKS`. A rare finding then has fewer pictures.
-    Raises DataError when a shard is missing or not what the manifest says.
+    The studies of a shard are in random order, so its first ones are a random sample: usually one
+    block is read, and at most `_MAX_BLOCKS`. A rare finding may have fewer images. Raises DataError
+    when a shard is missing or not what the manifest says.
     """
     blocks = [(entry, block) for entry in manifest.splits["train"].shards for block in entry.blocks]
-    samples = read_blocks(store_url, blocks[:_MOST_BLOCKS], manifest.image_size)
-    return choose_pictures(samples, studies, per_finding=per_finding)
+    samples = read_blocks(store_url, blocks[:_MAX_BLOCKS], manifest.image_size)
+    return fill_contact_sheets(samples, studies, per_finding=per_finding)
 
 
-def choose_pictures(
+def fill_contact_sheets(
     samples: Iterable[Sample], studies: Mapping[str, StudyRow], *, per_finding: int = 12
 ) -> tuple[ContactSheet, ...]:
-    """The first `per_finding` of `samples` with each finding that train has; takes no more samples
-    than that needs.
-
-    Raises DataError for a sample that `studies` does not know.
-    """
+    """Contact sheets with the first `per_finding` of `samples` with each finding of train; stops
+    when they are full. Raises DataError for a sample that is not in `studies`."""
     totals = Counter(row.finding for row in studies.values() if row.split == "train")
     order = order_values(set(totals), [finding for finding in get_args(Finding) if totals[finding]])
     chosen: dict[str, list[tuple[Sample, StudyRow]]] = {finding: [] for finding in order}
@@ -83,8 +80,8 @@ def choose_pictures(
         ContactSheet(
             finding=finding,
             studies=totals[finding],
-            pictures=tuple(sample.pixels for sample, _ in taken),
-            views=tuple(row.view or UNKNOWN for _, row in taken),
+            pictures=tuple(sample.pixels for sample, _ in pairs),
+            views=tuple(row.view or UNKNOWN for _, row in pairs),
         )
-        for finding, taken in chosen.items()
+        for finding, pairs in chosen.items()
     )

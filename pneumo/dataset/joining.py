@@ -1,6 +1,6 @@
-"""Several stores -> one to train on: their pictures in shards that mix them, and a column `source`.
+"""Joining several stores into one for training: shards with images of all, and a column `source`.
 
-A patient or a picture of any store's test is in no train or val, and one of any val in no train.
+A patient or an image of any store's test is in no train or val, and one of any val in no train.
 """
 
 import random
@@ -43,10 +43,11 @@ def join_stores(
     seed: int,
     tell: Callable[[str], None],
 ) -> Manifest:
-    """Write the store of `store_urls` together to `joined_url`, unless it is there; its manifest.
+    """Join `store_urls` to a store at `joined_url`, unless it exists; returns its manifest.
 
-    `balanced`: train has equally many studies of each, a random subset of the larger ones'.
-    Raises StoreError where stores differ in image size or share patients who cannot be found.
+    `balanced`: train has the same number of studies of each store, random subsets of the larger
+    ones. Raises StoreError where stores differ in image size or share patients that cannot be
+    found.
     """
     stores = [_read(url) for url in store_urls]
     _check(stores, tell)
@@ -60,7 +61,7 @@ def join_stores(
         "split.unit": "patient" if has_patients else "image",
     }
     config = override(Config(), settings, "the stores")
-    source = _describe(kept, left_out, has_patients, read_secret_check(stores[0].url) or "")
+    source = _make_source(kept, left_out, has_patients, read_secret_check(stores[0].url) or "")
     by_key = {study.key: str(study.published) for study in source.studies}
     audit = audit_split(
         source.studies, by_key, config.split, seed=seed, salt=None, has_patients=has_patients
@@ -74,6 +75,11 @@ def join_stores(
     return finish_store(joined_url, source, shards, audit, config, phantoms=phantoms)
 
 
+def check_stores(store_urls: Sequence[str], tell: Callable[[str], None]) -> None:
+    """Raise StoreError where `join_stores` would; nothing is written."""
+    _check([_read(url) for url in store_urls], tell)
+
+
 def _read(url: str) -> _Store:
     manifest = read_manifest(url)
     return _Store(url.rstrip("/").rsplit("/", 1)[-1], url, manifest, read_studies(url, manifest))
@@ -82,7 +88,9 @@ def _read(url: str) -> _Store:
 def _check(stores: Sequence[_Store], tell: Callable[[str], None]) -> None:
     first = stores[0]
     if len({store.name for store in stores}) < len(stores):
-        raise StoreError("--store: two stores of one name; their studies are told apart by it")
+        raise StoreError(
+            "--store: two stores have the same name, which must identify a study's store"
+        )
     for store in stores[1:]:
         sizes = (first.manifest.image_size, store.manifest.image_size)
         if sizes[0] != sizes[1]:
@@ -100,50 +108,50 @@ def _check(stores: Sequence[_Store], tell: Callable[[str], None]) -> None:
             tell(f"warning: {warning}")
 
 
-Kept = dict[_Store, dict[str, StudyRow]]
-"""By store, the rows by key that are joined."""
+KeptRows = dict[_Store, dict[str, StudyRow]]
+"""By store, the rows by key of the studies to join."""
 
 
-def _choose(stores: Sequence[_Store]) -> tuple[Kept, Counter[str]]:
-    """The studies that stay, and how many do not, by why."""
-    kept: Kept = {store: {} for store in stores}
+def _choose(stores: Sequence[_Store]) -> tuple[KeptRows, Counter[str]]:
+    """The studies to join, and the number of the others by reason."""
+    kept: KeptRows = {store: {} for store in stores}
     left_out: Counter[str] = Counter()
     patients, hashes, digests = set[str](), list[str](), set[str]()
     for split in _STRICTEST_FIRST:
         own_patients = set[str]()
         for store in stores:
             rows = [row for row in store.rows.values() if row.split == split]
-            alike = find_near_duplicates([row.picture_hash for row in rows], tuple(hashes))
-            taken = list[StudyRow]()
-            for row, is_alike in zip(rows, alike, strict=True):
+            duplicates = find_near_duplicates([row.picture_hash for row in rows], tuple(hashes))
+            new = list[StudyRow]()
+            for row, is_duplicate in zip(rows, duplicates, strict=True):
                 if row.patient in patients:
                     left_out[f"studies of {split} whose patient is in a stricter split"] += 1
-                elif is_alike or row.pixels_digest in digests:
+                elif is_duplicate or row.pixels_digest in digests:
                     left_out[f"pictures of {split} that are there already"] += 1
                 else:
-                    taken.append(replace(row, source=store.name))
-            kept[store] |= {row.key: row for row in taken}
-            own_patients |= {row.patient for row in taken}
-            hashes += [row.picture_hash for row in taken]
-            digests |= {row.pixels_digest for row in taken}
+                    new.append(replace(row, source=store.name))
+            kept[store] |= {row.key: row for row in new}
+            own_patients |= {row.patient for row in new}
+            hashes += [row.picture_hash for row in new]
+            digests |= {row.pixels_digest for row in new}
         patients |= own_patients
     return kept, left_out
 
 
-def _balance(kept: Kept, left_out: Counter[str], seed: int) -> None:
-    """Drop studies of train at random, until every store has as many as the smallest."""
+def _balance(kept: KeptRows, left_out: Counter[str], seed: int) -> None:
+    """Remove random studies of train, so that every store has as many as the smallest."""
     trains = {
         s: sorted(k for k, row in rows.items() if row.split == "train") for s, rows in kept.items()
     }
-    fewest = min(map(len, trains.values()))
+    size = min(map(len, trains.values()))
     for store, keys in trains.items():
-        for key in random.Random(f"balance/{seed}/{store.name}").sample(keys, len(keys) - fewest):
+        for key in random.Random(f"balance/{seed}/{store.name}").sample(keys, len(keys) - size):
             del kept[store][key]
             left_out["studies of train, to balance the stores"] += 1
 
 
-def _describe(
-    kept: Kept, left_out: Mapping[str, int], has_patients: bool, secret_check: str
+def _make_source(
+    kept: KeptRows, left_out: Mapping[str, int], has_patients: bool, secret_check: str
 ) -> Source:
     studies = [
         Study(row.key, row.patient, "", row.target, row.finding, row.boxes, LAYOUT, None, row.split)
@@ -163,30 +171,30 @@ def _describe(
     )
 
 
-def _write(split: str, kept: Kept, joined_url: str, seed: int) -> Iterator[ShardRecord]:
-    """The split's shards, the stores' samples mixed in proportion: each store's are in a random
-    order already."""
+def _write(split: str, kept: KeptRows, joined_url: str, seed: int) -> Iterator[ShardRecord]:
+    """Write the split's shards: the order of the stores is random, that of a store's samples, which
+    is random already, is kept."""
     rng = random.Random(f"join/{seed}/{split}")
     numbers = {s: sum(row.split == split for row in rows.values()) for s, rows in kept.items()}
-    turns = [store for store, number in numbers.items() for _ in range(number)]
-    rng.shuffle(turns)
+    order = [store for store, number in numbers.items() for _ in range(number)]
+    rng.shuffle(order)
     streams = {store: _read_studies(store, split, rows) for store, rows in kept.items()}
     warnings = [w for store in kept for w in read_warnings(store.url, store.manifest)]
-    count = count_shards(len(turns), shard_samples(next(iter(kept)).manifest.image_size))
+    count = count_shards(len(order), shard_samples(next(iter(kept)).manifest.image_size))
     for i in range(count):
-        part = turns[len(turns) * i // count : len(turns) * (i + 1) // count]
+        stores = order[len(order) * i // count : len(order) * (i + 1) // count]
         record = write_studies_shard(
-            joined_url, f"{split}/{i:06d}", (next(streams[store]) for store in part)
+            joined_url, f"{split}/{i:06d}", (next(streams[store]) for store in stores)
         )
         keys = {row.key for row in record.rows}
-        found = tuple(warning for warning in warnings if warning.key in keys)
-        yield record.model_copy(update={"warned": found})
+        warned = tuple(warning for warning in warnings if warning.key in keys)
+        yield record.model_copy(update={"warned": warned})
 
 
 def _read_studies(
     store: _Store, split: str, rows: Mapping[str, StudyRow]
 ) -> Iterator[tuple[StudyRow, Gray]]:
-    """The row and the picture of each study that is joined."""
+    """Row and stored image of each study of `rows`."""
     shards = store.manifest.splits[split].shards
     blocks = ((entry, block) for entry in shards for block in entry.blocks)
     samples = read_blocks(store.url, blocks, store.manifest.image_size)

@@ -1,6 +1,6 @@
-"""The store's table of contents: its shards, their blocks and digests, and how they were made.
+"""The manifest of a store: its shards, their blocks and digests, and how they were made.
 
-It is written last; without it there is no store.
+It is written last; a store without it is not finished.
 """
 
 import hashlib
@@ -21,18 +21,18 @@ MANIFEST = "manifest.json"
 
 
 class BlockEntry(BaseModel, frozen=True, extra="forbid"):
-    """Neighbouring samples of a shard: a whole tar without its end marker."""
+    """Neighbouring samples of a shard; its bytes are a tar without end marker."""
 
     offset: int
-    """Where the block begins in the shard, in bytes."""
+    """Start of the block in the shard, in bytes."""
     bytes: int
     samples: int
     blake3: str
-    """Every reader checks every block; BLAKE3 takes a third of the time of SHA-256."""
+    """Checked at every read; BLAKE3 takes a third of the time of SHA-256."""
 
 
 class ShardEntry(BaseModel, frozen=True, extra="forbid"):
-    """What the manifest says of one shard."""
+    """A shard in the manifest."""
 
     name: str
     """Relative to the store: `train/000000-0123456789ab.tar`, with digits of its SHA-256."""
@@ -41,60 +41,59 @@ class ShardEntry(BaseModel, frozen=True, extra="forbid"):
     bytes: int
     sha256: str
     blocks: tuple[BlockEntry, ...]
-    """The shard's blocks in order; all but the last hold equally many samples."""
+    """The shard's blocks in order; all but the last have the same number of samples."""
 
 
 class SplitEntry(BaseModel, frozen=True, extra="forbid"):
-    """What the manifest says of one split."""
+    """A split in the manifest."""
 
     samples: int
     positives: int
     patients: int | None
-    """Null where the source's mapping does not say who they are."""
+    """Null where patients are unknown."""
     histogram: tuple[int, ...]
-    """Stored pixels of each gray level, 0 to 255; letterbox borders count as 0."""
+    """Number of stored pixels of each gray level, 0 to 255; letterbox borders have level 0."""
     shards: tuple[ShardEntry, ...]
 
 
 class FileEntry(BaseModel, frozen=True, extra="forbid"):
-    """What the manifest says of a file beside the shards."""
+    """A file of the store that is no shard, in the manifest."""
 
     bytes: int
     sha256: str
 
 
 class Duplicates(BaseModel, frozen=True, extra="forbid"):
-    """Studies whose stored pictures are equal, pixel by pixel."""
+    """Studies whose stored images are equal, pixel by pixel."""
 
     pictures: int
-    """Pictures that more than one study has."""
+    """Images of more than one study."""
     studies: int
-    """Studies that have one of them."""
+    """Studies with one of these images."""
     across_patients: int | None
-    """Of the pictures, those found with more than one patient; null where nobody knows who they
-    are."""
+    """Those of the images that more than one patient has; null where patients are unknown."""
     across_splits: int
-    """Of the pictures, those found in more than one split: each leaks."""
+    """Those of the images that are in more than one split: each leaks."""
 
 
 class Manifest(BaseModel, frozen=True, extra="forbid"):
-    """The store's table of contents."""
+    """The content of manifest.json."""
 
     schema_version: int = SCHEMA_VERSION
     source_digest: str
     """SHA-256 of the source's tables, with hashed ids."""
     prepare_digest: str
-    """SHA-256 of the settings that decided what the shards hold."""
+    """SHA-256 of the settings that the shards depend on."""
     image_size: int
     """Height and width of the images, in pixels."""
     codec: str = "npy"
-    """How an image is encoded in its shard."""
+    """Encoding of an image in its shard."""
     layout: str = Field(default=RSNA, exclude_if=lambda value: value == RSNA)
-    """How the source was laid out. Not written of RSNA: such manifests stay as they were."""
+    """Layout of the source. Not written for RSNA, so that the digest is that of older versions."""
     left_out: dict[str, int] = Field(default={}, exclude_if=lambda value: not value)
-    """Images that the layout's rules left out, by why."""
+    """Number of images that were left out by a rule, by reason."""
     phantoms: bool = Field(default=False, exclude_if=lambda value: not value)
-    """Whether the images are drawn. Written where they are: other manifests stay as they were."""
+    """Whether the images are phantoms. Written only where true, as `layout`."""
     seed: int
     split: SplitConfig
     audit: LeakageAudit
@@ -105,17 +104,16 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
     quarantined: dict[str, int]
     """Studies that could not be used, by reason code; quarantine.jsonl lists them."""
     contradictions: dict[str, int]
-    """Studies whose tables and header disagree, or lack something, by what it is; they are used."""
+    """Studies whose tables and header disagree or are incomplete, by kind; they are used."""
     unlabelled: int
-    """Images of the source that have a DICOM file or a class, but no label; they are left out."""
+    """Images of the source with a DICOM file or a class, but without a label; they are left out."""
     duplicates: Duplicates
     studies: FileEntry
-    """studies.parquet, by which an evaluation judges."""
+    """studies.parquet, with the targets and metadata that an evaluation uses."""
     quarantine: FileEntry
     """quarantine.jsonl."""
     warnings: FileEntry | None = Field(default=None, exclude_if=lambda value: value is None)
-    """warnings.jsonl; absent where nothing was repaired or is doubtful, so that the digest is that
-    of earlier versions."""
+    """warnings.jsonl; not written where no study has a warning, as `layout`."""
     splits: dict[str, SplitEntry]
 
     @field_validator("splits")
@@ -127,13 +125,13 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the manifest: the data set's version."""
+        """SHA-256 of the manifest; identifies the version of the data set."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
 
 @contextmanager
-def naming_file(what: str, store_url: str) -> Iterator[None]:
-    """Inside, a file that is missing or changed raises DataError, which names it."""
+def as_data_error(what: str, store_url: str) -> Iterator[None]:
+    """Inside the context, a missing or changed file raises DataError, with `what` as its name."""
     try:
         yield
     except FileNotFoundError as error:
@@ -147,15 +145,14 @@ def naming_file(what: str, store_url: str) -> Iterator[None]:
 
 
 def write_manifest(store_url: str, manifest: Manifest) -> None:
-    """Publish the manifest: the last write of a preparation, which never replaces another.
+    """Write the manifest, the last write of a preparation; an existing one is never replaced.
 
-    An equal one may be there. Raises StoreError when another is there.
+    Raises StoreError where another manifest is there; an equal one may be there.
     """
     text = manifest.model_dump_json(indent=1) + "\n"
     if storage.create_bytes(storage.join(store_url, MANIFEST), text.encode()):
         return
-    there = find_manifest(store_url)
-    if there != manifest:
+    if find_manifest(store_url) != manifest:
         raise StoreError(
             f"{store_url}: another job has finished another store there meanwhile; give another "
             "--store"
@@ -188,7 +185,7 @@ def _check_schema(url: str, text: bytes) -> None:
     try:
         found = json.loads(text)["schema_version"]
     except (ValueError, KeyError, TypeError):
-        return  # not a manifest at all: its validation says what is wrong
+        return  # not a manifest at all: the caller's validation reports it
     if found != SCHEMA_VERSION:
         raise StoreError(
             f"{url}: manifest of schema {found}, this version reads {SCHEMA_VERSION}; prepare the "
@@ -202,7 +199,7 @@ def read_manifest(store_url: str) -> Manifest:
     manifest = find_manifest(store_url)
     if manifest is None:
         raise StoreError(
-            f"{store_url}: no {MANIFEST}, so nothing is prepared there (or not to its end); "
+            f"{store_url}: no {MANIFEST}, so nothing is prepared there (or not completely); "
             "run jobs.prepare"
         )
     return manifest

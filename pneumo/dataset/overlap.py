@@ -1,4 +1,4 @@
-"""Who is in two stores: patients, studies and pictures that a model was trained on."""
+"""Overlap of stores: patients and images that a model was trained or chosen on."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,17 +11,17 @@ from pneumo.dataset.study_keys import SECRET_CHECK
 from pneumo.dataset.study_table import StudyRow
 from pneumo.errors import StoreError
 
-SEEN = ("train", "val")
+KNOWN_SPLITS = ("train", "val")
 """Splits that a model was trained or chosen on."""
 NIH_FAMILY = ("rsna", "rsna-without-classes", "nih")
-"""Layouts whose patients are those of NIH ChestX-ray14."""
+"""Layouts with patients of NIH ChestX-ray14."""
 KNOWN_PATIENTS = "studies of patients in train or val of other stores"
 KNOWN_PICTURES = "pictures in train or val of other stores"
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
-    """What a model of some studies was trained or chosen on."""
+class KnownStudies:
+    """Patients and images that a model was trained or chosen on."""
 
     patients: frozenset[str]
     digests: frozenset[str]
@@ -31,42 +31,43 @@ class Seen:
 
     @classmethod
     def of(cls, studies: Iterable[StudyRow]) -> Self:
-        """Of studies of all splits."""
-        rows = [row for row in studies if row.split in SEEN]
+        """Those in train and val of `studies`, which are of all splits."""
+        rows = [row for row in studies if row.split in KNOWN_SPLITS]
         patients, digests = ({getattr(r, n) for r in rows} for n in ("patient", "pixels_digest"))
         return cls(frozenset(patients), frozenset(digests), tuple(r.picture_hash for r in rows))
 
-    def find_pictures(self, rows: Sequence[StudyRow]) -> list[bool]:
-        """Whether the picture of each study is one of these, even saved or scaled otherwise."""
-        alike = find_near_duplicates([row.picture_hash for row in rows], self.hashes)
-        return [a or row.pixels_digest in self.digests for a, row in zip(alike, rows, strict=True)]
+    def match_pictures(self, rows: Sequence[StudyRow]) -> list[bool]:
+        """Whether the image of each row is a known one, also where encoded or scaled otherwise."""
+        similar = find_near_duplicates([row.picture_hash for row in rows], self.hashes)
+        return [s or r.pixels_digest in self.digests for s, r in zip(similar, rows, strict=True)]
 
     def leave_out_patients(self, source: Source) -> Source:
-        """`source` without the studies of these patients, which are counted."""
-        left = tuple(study for study in source.studies if study.patient not in self.patients)
-        counted = {KNOWN_PATIENTS: len(source.studies) - len(left)}
-        return replace(source, studies=left, left_out={**source.left_out, **counted})
+        """`source` without the studies of known patients, with their number in `left_out`."""
+        kept = tuple(study for study in source.studies if study.patient not in self.patients)
+        number = {KNOWN_PATIENTS: len(source.studies) - len(kept)}
+        return replace(source, studies=kept, left_out={**source.left_out, **number})
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """Studies of an external store that are left out, by why; each is counted once."""
+    """Studies of an external store that are left out, by reason; each is counted once."""
 
     keys: frozenset[str]
     patients: int
-    """Patients whom the model was trained or chosen on."""
+    """Patients that the model was trained or chosen on."""
     of_patients: int
     """Studies of these patients."""
     of_pictures: int
-    """Other studies whose picture the model has seen."""
+    """Other studies whose image the model was trained or chosen on."""
 
 
 def find_overlap(trained_on: Mapping[str, StudyRow], external: Mapping[str, StudyRow]) -> Overlap:
-    """What of `external` the model of a store has seen, both as `read_studies` gives them."""
-    seen, rows = Seen.of(trained_on.values()), list(external.values())
-    of_patients = {row.key for row in rows if row.patient in seen.patients}
-    found = zip(rows, seen.find_pictures(rows), strict=True)
-    of_pictures = {row.key for row, is_known in found if is_known}
+    """The studies of `external` that a model trained on `trained_on` knows; both are rows by key,
+    from `read_studies`."""
+    known, rows = KnownStudies.of(trained_on.values()), list(external.values())
+    of_patients = {row.key for row in rows if row.patient in known.patients}
+    matches = zip(rows, known.match_pictures(rows), strict=True)
+    of_pictures = {row.key for row, is_known in matches if is_known}
     return Overlap(
         keys=frozenset(of_patients | of_pictures),
         patients=len({external[key].patient for key in of_patients}),
@@ -78,31 +79,31 @@ def find_overlap(trained_on: Mapping[str, StudyRow], external: Mapping[str, Stud
 def check_secret(
     store_url: str, other: str, *, is_one: bool | None, layouts: Sequence[str]
 ) -> str | None:
-    """What to warn of where patients shared by a store and the `other` cannot be found, since it is
-    not known (None) or not true that one secret made the keys of both.
+    """The warning that patients shared by a store and the `other` cannot be found, because their
+    keys do not come from one secret (`is_one` False) or may not (None); None where they do.
 
-    Raises StoreError where both are of `NIH_FAMILY`, so that they do share patients.
+    Raises StoreError where both layouts are in `NIH_FAMILY`: then they do share patients.
     """
     if is_one:
         return None
-    what = "was prepared under another secret" if is_one is False else "may be of another secret"
-    told = (
-        f"{store_url.rsplit('/', 1)[-1]} {what} than {other}, so patients of both are not found; "
-        "prepare both with one PNEUMO_HASH_KEY"
+    what = "was prepared with another secret" if is_one is False else "may have another secret"
+    warning = (
+        f"{store_url.rsplit('/', 1)[-1]} {what} than {other}, so patients in both are not found; "
+        "prepare both with the same PNEUMO_HASH_KEY"
     )
     if all(layout in NIH_FAMILY for layout in layouts):
-        raise StoreError(f"{told}: RSNA's patients are NIH's")
-    return told
+        raise StoreError(f"{warning}: RSNA's patients are a part of NIH's")
+    return warning
 
 
 def have_one_secret(first_url: str, second_url: str) -> bool | None:
-    """Whether the keys of two stores come from one secret; None where one does not say."""
+    """Whether the keys of two stores come from one secret; None where it is unknown."""
     checks = [read_secret_check(url) for url in (first_url, second_url)]
     return None if None in checks else checks[0] == checks[1]
 
 
 def read_secret_check(store_url: str) -> str | None:
-    """What `Source.secret_check` was when the store was prepared; None where it does not say."""
+    """`Source.secret_check` of the store's source; None in stores of older versions."""
     try:
         return storage.read_text(storage.join(store_url, SECRET_CHECK)).strip()
     except FileNotFoundError:

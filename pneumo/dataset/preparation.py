@@ -1,6 +1,6 @@
-"""Source -> store: whose store it is, how the tasks' shards are joined, what the manifest says.
+"""Source -> store: claiming the store, collecting the tasks' shards, writing the manifest.
 
-A killed preparation is continued: records of finished shards lie under `parts/`. The manifest is
+A killed preparation is resumed from the records of finished shards under `parts/`. The manifest is
 written last, then the records are removed.
 """
 
@@ -19,7 +19,7 @@ from pneumo.dataset.shard_plans import PARTS, digest_settings
 from pneumo.dataset.shard_tasks import ShardRecord, read_study
 from pneumo.dataset.shards import SHARD_SUFFIX
 from pneumo.dataset.source import Rejected, Source
-from pneumo.dataset.splits import SPLITS, LeakageAudit, audit_split, check_shards
+from pneumo.dataset.splits import SPLITS, LeakageAudit, audit_split, check_shard_balance
 from pneumo.dataset.study_keys import SECRET_CHECK
 from pneumo.dataset.study_table import (
     QUARANTINE,
@@ -36,42 +36,42 @@ CLAIM = "parts/claim.json"
 
 
 def find_store(store_url: str, source: Source, config: Config) -> Manifest | None:
-    """The manifest of the finished store, if it is of these tables and settings; else None, and the
-    store is claimed for them. Whether a DICOM file has changed since is not checked.
+    """The manifest of the finished store, where its tables and settings are the same; else claims
+    the store and returns None. Whether a DICOM file has changed since is not checked.
 
-    Raises StoreError when the store, or an unfinished one, is of another source or other settings.
+    Raises StoreError when a store, finished or not, of another source or other settings is there.
     """
-    wanted = (source.digest, digest_settings(config))
-    claim = json.dumps({"source_digest": wanted[0], "prepare_digest": wanted[1]}).encode()
+    digests = (source.digest, digest_settings(config))
+    claim = json.dumps({"source_digest": digests[0], "prepare_digest": digests[1]}).encode()
     url = storage.join(store_url, CLAIM)
     while True:
-        manifest = _find_finished(store_url, wanted)
+        manifest = _find_finished(store_url, digests)
         if manifest is not None:
             return manifest
         if storage.create_bytes(url, claim):
             break
         try:
-            claimed = storage.read_bytes(url)
-        except FileNotFoundError:  # finished since
+            existing_claim = storage.read_bytes(url)
+        except FileNotFoundError:  # another job has finished the store
             continue
-        if claimed == claim:
+        if existing_claim == claim:
             return None
         raise StoreError(
-            f"{store_url}: a preparation of another source or with other settings is under way "
-            "there, or was left unfinished; give another --store, or delete it first"
+            f"{store_url}: a preparation of another source or with other settings is running "
+            "there, or was interrupted; give another --store, or delete it first"
         )
-    # Since the manifest was looked for, another job may have written it and given up its claim.
+    # Since the first look another job may have written the manifest and removed its claim.
     try:
-        return _find_finished(store_url, wanted)
+        return _find_finished(store_url, digests)
     except StoreError:
         storage.remove(url)
         raise
 
 
-def _find_finished(store_url: str, wanted: tuple[str, str]) -> Manifest | None:
-    """The manifest, if there is one; StoreError if it is of another source or other settings."""
+def _find_finished(store_url: str, digests: tuple[str, str]) -> Manifest | None:
+    """The manifest, if there is one. Raises StoreError for another source or other settings."""
     manifest = find_manifest(store_url)
-    if manifest is None or (manifest.source_digest, manifest.prepare_digest) == wanted:
+    if manifest is None or (manifest.source_digest, manifest.prepare_digest) == digests:
         return manifest
     raise StoreError(
         f"{store_url}: holds a store of another source or of other settings; give another "
@@ -88,12 +88,12 @@ def finish_store(
     *,
     phantoms: bool = False,
 ) -> Manifest:
-    """Join the shards, in whatever order they come: check how many files are bad, write the tables
-    and the manifest, remove the records. A store that another job has finished meanwhile stays.
+    """Finish the store of the shards in `prepared`, in any order: check the number of bad files,
+    write the tables and the manifest, remove the records. Where another job has finished the store
+    meanwhile, its manifest is returned.
 
-    Raises BadFilesError when too many of the studies that have a split, and of those that the
-    tables contradict themselves on, could not be used; SourceError when a split has one class, or a
-    shard an improbable class ratio.
+    Raises BadFilesError when too many studies cannot be used, for their file or for contradictory
+    tables; SourceError when a split has one class, or a shard an improbable class ratio.
     """
     finished = _find_finished(store_url, (source.digest, digest_settings(config)))
     if finished is not None:
@@ -115,7 +115,7 @@ def _write_tables(
     *,
     phantoms: bool,
 ) -> Manifest:
-    """The manifest, after the tables that it lists. Raises as `finish_store`."""
+    """Write the tables; returns the manifest. Raises as `finish_store`."""
     records = sorted(prepared, key=lambda record: record.entry.name)
     rejected = [*source.rejected, *(item for record in records for item in record.rejected)]
     quarantine = write_quarantine(store_url, rejected)
@@ -152,9 +152,9 @@ def _write_tables(
 
 
 def can_use_rejected(store_url: str, manifest: Manifest, source: Source) -> bool:
-    """Whether a file that a finished store had to leave out can be used now.
+    """Whether a file that is quarantined in a finished store can be used now.
 
-    Raises DataError when the store's list of them is not what the manifest says.
+    Raises DataError when the quarantine list is not what the manifest says.
     """
     studies = {study.key: study for study in source.studies}
     left_out = (studies.get(item.key) for item in read_quarantine(store_url, manifest))
@@ -166,8 +166,8 @@ def can_use_rejected(store_url: str, manifest: Manifest, source: Source) -> bool
 
 
 def remove_unfinished(store_url: str, manifest: Manifest) -> None:
-    """Remove what preparations, killed ones too, leave beside the finished store: records, and
-    shards that the manifest does not name."""
+    """Remove what finished and killed preparations leave in the store: records, shards that are not
+    in the manifest, and temporary files."""
     storage.remove_below(storage.join(store_url, PARTS))
     for url in _list_shards(store_url) - _shard_urls(store_url, manifest):
         storage.remove(url)
@@ -176,11 +176,12 @@ def remove_unfinished(store_url: str, manifest: Manifest) -> None:
 
 
 def check_shards_are_there(store_url: str, manifest: Manifest) -> None:
-    """Raise StoreError where a finished store has lost shards; what they hold, readers check."""
-    wanted = _shard_urls(store_url, manifest)
-    if lost := wanted - _list_shards(store_url):
+    """Raises StoreError where shards of a finished store are missing; their content is checked when
+    they are read."""
+    expected = _shard_urls(store_url, manifest)
+    if lost := expected - _list_shards(store_url):
         raise StoreError(
-            f"{store_url}: {len(lost)} of the finished store's {len(wanted)} shards are missing; "
+            f"{store_url}: {len(lost)} of the finished store's {len(expected)} shards are missing; "
             "delete it, and repeat the command"
         )
 
@@ -207,12 +208,12 @@ def _check_bad_files(
 ) -> None:
     total = used + len(rejected)
     if len(rejected) > config.prepare.max_bad_fraction * total:
-        reasons = sorted(Counter(item.reason for item in rejected).items())
-        told = ", ".join(f"{reason} {number}" for reason, number in reasons)
+        counts = sorted(Counter(item.reason for item in rejected).items())
+        reasons = ", ".join(f"{reason} {number}" for reason, number in counts)
         raise BadFilesError(
-            f"prepare: {len(rejected)} of {total} studies cannot be used ({told}), more than "
+            f"prepare: {len(rejected)} of {total} studies cannot be used ({reasons}), more than "
             f"prepare.max_bad_fraction {config.prepare.max_bad_fraction:g}; see "
-            f"{storage.join(store_url, QUARANTINE)}, mend them and repeat the command"
+            f"{storage.join(store_url, QUARANTINE)}, repair them and repeat the command"
         )
 
 
@@ -239,7 +240,7 @@ def _check_classes(splits: Mapping[str, SplitEntry]) -> dict[str, tuple[float, f
     for name, entry in splits.items():
         if not 0 < entry.positives < entry.samples:
             raise SourceError(f"split {name}: only one class is left after quarantine")
-    return check_shards(
+    return check_shard_balance(
         {
             name: [(shard.samples, shard.positives) for shard in entry.shards]
             for name, entry in splits.items()
@@ -250,9 +251,9 @@ def _check_classes(splits: Mapping[str, SplitEntry]) -> dict[str, tuple[float, f
 def _audit_used(
     source: Source, table: pa.Table, audit: LeakageAudit, config: Config
 ) -> LeakageAudit:
-    """The audit of what the store holds: `audit` was of all that was to go into it."""
+    """The audit of the studies in the store; `audit` was of all selected studies."""
     by_key = dict(zip(table["key"].to_pylist(), table["split"].to_pylist(), strict=True))
-    of_used = audit_split(
+    audit_of_store = audit_split(
         [study for study in source.studies if study.key in by_key],
         by_key,
         config.split,
@@ -260,12 +261,12 @@ def _audit_used(
         salt=audit.salt,
         has_patients=source.has_patients,
     )
-    return of_used.model_copy(update={"unlisted": audit.unlisted})
+    return audit_of_store.model_copy(update={"unlisted": audit.unlisted})
 
 
 def _moments(counts: Sequence[int]) -> tuple[float, float]:
-    """Mean and standard deviation of the gray level in [0, 1], from the pixels of each level; exact
-    sums, so the same anywhere."""
+    """Mean and standard deviation of the gray level in [0, 1], from the number of pixels of each
+    level; the sums are of integers, so the same on any machine."""
     pixels = sum(counts)
     total = sum(level * count for level, count in enumerate(counts))
     squares = sum(level * level * count for level, count in enumerate(counts))

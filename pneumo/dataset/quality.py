@@ -1,6 +1,6 @@
-"""What a store's data are, split by split: counts, and where val or test differ from train.
+"""Data quality of a store: counts by split, and properties in which val or test differ from train.
 
-What is unknown is counted as such, never left out. Nothing here names a study or a patient.
+Unknown values are counted as 'unknown', never left out. Nothing here identifies a patient.
 """
 
 import math
@@ -42,10 +42,10 @@ _FEW_SPACINGS = 8
 
 @dataclass(frozen=True)
 class Intensity:
-    """Gray levels of a split's stored pictures; None where it has none."""
+    """Gray levels of a split's stored images; the statistics are None for an empty split."""
 
     histogram: tuple[int, ...]
-    """Pixels of each gray level, 0 to 255; letterbox borders are black pixels."""
+    """Number of pixels of each gray level, 0 to 255; letterbox borders are black pixels."""
 
     @property
     def mean(self) -> float | None:
@@ -70,7 +70,7 @@ class Intensity:
 
 @dataclass(frozen=True)
 class SplitQuality:
-    """One split, counted."""
+    """Counts of one split."""
 
     studies: int
     patients: int
@@ -78,11 +78,11 @@ class SplitQuality:
     """'label', 'finding', 'view', 'sex', 'age', 'spacing' -> value -> studies. Every split has the
     same values in the same order, 'unknown' last; each sums to `studies`."""
     ages: tuple[int, ...]
-    """Studies of known age in bins of AGE_BIN_YEARS, from 0."""
+    """Number of studies of known age in bins of AGE_BIN_YEARS, from 0."""
     age_median: float | None
-    """Years; of the known ages."""
+    """Years; of studies of known age."""
     spacing_quartiles: tuple[float, float, float] | None
-    """mm; of the known ones."""
+    """mm; of studies of known spacing."""
     intensity: Intensity
 
     @property
@@ -93,7 +93,7 @@ class SplitQuality:
 
 @dataclass(frozen=True)
 class Shift:
-    """Something in which a split differs from train."""
+    """A property in which a split differs from train."""
 
     what: str
     """`AP among known views`."""
@@ -102,15 +102,16 @@ class Shift:
     in_train: float
     """Mean in train: a fraction where `unit` is %, else in `unit`."""
     in_split: float
+    """Mean in the split, likewise."""
     difference: float
     """(in_split - in_train) / pooled standard deviation; infinite where neither varies."""
     by_chance: float
-    """95 % limit of the largest |difference| over all properties and splits, for random splits of
-    as many patients."""
+    """95 % limit of the largest |difference| over all properties and splits, for random splits with
+    the same number of patients."""
 
     @property
     def is_by_chance(self) -> bool:
-        """Whether random splits of as many patients differ as much."""
+        """Whether random splits with the same number of patients differ as much."""
         return abs(self.difference) <= self.by_chance
 
     def __str__(self) -> str:
@@ -130,21 +131,21 @@ class Shift:
 
 @dataclass(frozen=True)
 class Quality:
-    """What a store holds."""
+    """Data quality of a store."""
 
     splits: Mapping[str, SplitQuality]
     shifts: tuple[Shift, ...]
-    """Of val and test against train, the largest first; empty where nothing is notable."""
+    """Notable differences of val and test from train, the largest first."""
     duplicates: Duplicates
     quarantined: Mapping[str, int]
     """Studies that could not be used, by reason."""
     contradictions: Mapping[str, int]
-    """Studies whose tables and header disagree, by what they disagree on."""
+    """Studies whose tables and header disagree, by kind."""
     warnings: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
-    """Code -> split -> keys of the studies whose file was repaired so, or is doubtful for that."""
+    """Code of the repair or doubt -> split -> keys of the studies."""
 
     def rows(self) -> list[tuple[str, str, int, int, int]]:
-        """(what, value, studies of train, of val, of test) of every count."""
+        """(property, value, studies of train, of val, of test) of every count."""
         train, val, test = (self.splits[name] for name in SPLITS)
         return [
             (what, value, number, val.counts[what][value], test.counts[what][value])
@@ -156,9 +157,9 @@ class Quality:
 def summarise_quality(
     studies: Iterable[StudyRow], manifest: Manifest, warned: Iterable[StudyWarning] = ()
 ) -> Quality:
-    """Count all `studies` of a store, and those `warned` of.
+    """The data quality of a store with these rows and warnings.
 
-    Raises DataError when they are not as many as the manifest says.
+    Raises DataError when the number of studies is not that of the manifest.
     """
     rows = list(studies)
     by_split = {name: [row for row in rows if row.split == name] for name in SPLITS}
@@ -169,17 +170,17 @@ def summarise_quality(
                 f"{manifest.splits[name].samples}; delete the store and prepare it again"
             )
     are_listed = len({row.spacing_mm for row in rows} - {None}) <= _FEW_SPACINGS
-    words = {
+    described = {
         name: [_describe(row, are_listed) for row in members] for name, members in by_split.items()
     }
     values = {
-        what: order_values({word[what] for part in words.values() for word in part}, expected)
+        what: order_values({one[what] for part in described.values() for one in part}, expected)
         for what, expected in _EXPECTED.items()
     }
     return Quality(
         splits={
             name: _summarise_split(
-                members, words[name], values, Intensity(manifest.splits[name].histogram)
+                members, described[name], values, Intensity(manifest.splits[name].histogram)
             )
             for name, members in by_split.items()
         },
@@ -192,7 +193,7 @@ def summarise_quality(
 
 
 def group_warnings(warned: Iterable[StudyWarning]) -> dict[str, dict[str, tuple[str, ...]]]:
-    """Code -> split -> keys; every code has every split."""
+    """Code -> split -> keys; every code has all splits."""
     rows = sorted(warned, key=lambda item: (item.code, item.key))
     return {
         code: {
@@ -204,7 +205,7 @@ def group_warnings(warned: Iterable[StudyWarning]) -> dict[str, dict[str, tuple[
 
 
 def name_age_band(age: int | None) -> str:
-    """The band of AGE_BANDS that `age`, in years, lies in."""
+    """The name of the band of AGE_BANDS for `age` in years."""
     if age is None:
         return UNKNOWN
     return list(AGE_BANDS)[bisect_right(list(AGE_BANDS.values()), age) - 1]
@@ -218,7 +219,7 @@ _EXPECTED: Mapping[str, Sequence[str]] = {
     "age": (*AGE_BANDS, UNKNOWN),
     "spacing": (UNKNOWN,),
 }
-"""What is counted, and the values that are listed even where no study has them."""
+"""The counted properties, and the values to list even where no study has them."""
 
 
 def _describe(row: StudyRow, is_spacing_listed: bool) -> dict[str, str]:
@@ -239,18 +240,18 @@ def _describe(row: StudyRow, is_spacing_listed: bool) -> dict[str, str]:
 
 
 def order_values(found: set[str], expected: Sequence[str]) -> list[str]:
-    """What is expected in its order, then what was not, 'unknown' last."""
+    """The expected values in their order, then the other ones found, 'unknown' last."""
     known = [*expected, *sorted(found - {*expected})]
     return sorted(known, key=lambda value: value == UNKNOWN)
 
 
 def _summarise_split(
     rows: Sequence[StudyRow],
-    words: Sequence[Mapping[str, str]],
+    described: Sequence[Mapping[str, str]],
     values: Mapping[str, Sequence[str]],
     intensity: Intensity,
 ) -> SplitQuality:
-    counts = {what: Counter(word[what] for word in words) for what in values}
+    counts = {what: Counter(one[what] for one in described) for what in values}
     ages = [row.age for row in rows if row.age is not None]
     bins = Counter(age // AGE_BIN_YEARS for age in ages)
     spacings = [row.spacing_mm for row in rows if row.spacing_mm is not None]
@@ -280,13 +281,13 @@ _COMPARED: Sequence[tuple[str, Literal["%", "years", "mm"], Callable[[StudyRow],
     ("Mean pixel spacing", "mm", lambda row: row.spacing_mm),
     ("Unknown spacings", "%", lambda row: row.spacing_mm is None),
 )
-"""In words, its unit, and a study's value; None leaves the study out."""
+"""Name of a property, its unit, and its value for a study; None leaves the study out."""
 
 
 def find_shifts(
     by_split: Mapping[str, Sequence[StudyRow]], notable: float = NOTABLE_DIFFERENCE
 ) -> tuple[Shift, ...]:
-    """Where val or test differ from train by more than `notable`, the largest first."""
+    """Properties in which val or test differ from train by more than `notable`, largest first."""
     compared = [
         (what, unit, split, train, other)
         for what, unit, value in _COMPARED
@@ -299,11 +300,10 @@ def find_shifts(
     for what, unit, split, train, other in compared:
         difference = standardise_difference(train.mean, other.mean, train.variance, other.variance)
         if abs(difference) > notable:
-            # Bonferroni: so many looks would find a large difference by chance. Student's t, as a
-            # split may be small.
-            fewest = max(1.0, min(train.independent, other.independent) - 1)
-            t = float(stdtrit(fewest, 1 - 0.025 / len(compared)))
-            by_chance = t * math.sqrt(1 / train.independent + 1 / other.independent)
+            # Bonferroni for the number of comparisons; Student's t, as a split may be small.
+            degrees_of_freedom = max(1.0, min(train.effective, other.effective) - 1)
+            t = float(stdtrit(degrees_of_freedom, 1 - 0.025 / len(compared)))
+            by_chance = t * math.sqrt(1 / train.effective + 1 / other.effective)
             shifts.append(Shift(what, unit, split, train.mean, other.mean, difference, by_chance))
     return tuple(sorted(shifts, key=lambda shift: -abs(shift.difference)))
 
@@ -311,31 +311,31 @@ def find_shifts(
 def standardise_difference(
     first: float, second: float, first_variance: float, second_variance: float
 ) -> float:
-    """(second - first) over the root of the mean variance; infinite where neither varies but they
-    differ."""
+    """(second - first) / square root of the mean variance; infinite where they differ and neither
+    varies."""
     if math.isclose(first, second):
         return 0.0
     spread = math.sqrt((first_variance + second_variance) / 2)
     return (second - first) / spread if spread else math.copysign(math.inf, second - first)
 
 
-class _Measured(NamedTuple):
-    """One property of one split, of the studies that have it."""
+class _Moments(NamedTuple):
+    """A property of a split, over the studies where it is known."""
 
     mean: float
     variance: float
-    independent: float
-    """Effective number of studies; see `splits.effective_sample_size`."""
+    effective: float
+    """See `splits.effective_sample_size`."""
 
 
 def _measure(
     rows: Sequence[StudyRow], value: Callable[[StudyRow], float | None]
-) -> _Measured | None:
+) -> _Moments | None:
     known = [(row.patient, float(found)) for row in rows if (found := value(row)) is not None]
     if not known:
         return None
-    # fmean rounds once, whatever the order; of a constant it may still leave a tiny variance.
+    # fmean rounds once, in any order; a constant may still get a tiny variance.
     mean = statistics.fmean(found for _, found in known)
     constant = len({found for _, found in known}) == 1
     variance = 0.0 if constant else statistics.fmean((v - mean) ** 2 for _, v in known)
-    return _Measured(mean, variance, effective_sample_size(known))
+    return _Moments(mean, variance, effective_sample_size(known))

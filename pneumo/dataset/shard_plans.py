@@ -14,37 +14,36 @@ from pneumo.dataset.splits import SPLITS
 PARTS = "parts"
 _LIBRARIES_BYTES = 384 * 2**20
 _FORMAT = 5
-"""Raised when the same source and settings would give other bytes than before."""
+"""Incremented when the same source and settings give other bytes than before."""
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One task's work."""
+    """The studies of one shard, which one task writes."""
 
     split: str
     name: str
-    """`train/000000`, relative to the store; its shard's name has the digest besides."""
+    """`train/000000`, relative to the store; the shard's name has its digest appended."""
     studies: tuple[Study, ...]
 
     @property
     def record(self) -> str:
-        """Where the task's record goes, relative to the store."""
+        """Path of the task's record, relative to the store."""
         return f"{PARTS}/{self.name}.json"
 
     def digest(self, prepare_digest: str) -> str:
-        """SHA-256 of all that the shard's bytes follow from, the DICOM files aside."""
+        """SHA-256 of all that the shard's bytes depend on, except the DICOM files."""
         studies = [study.describe() for study in self.studies]
-        described = [_FORMAT, prepare_digest, self.split, studies]
-        return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+        inputs = [_FORMAT, prepare_digest, self.split, studies]
+        return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
 
 
 def plan_shards(
     studies: Sequence[Study], by_key: Mapping[str, str], *, seed: int, samples_per_shard: int
 ) -> list[ShardPlan]:
-    """Which studies go to which shard: shuffled by the seed, so that no shard is skewed by a
-    name. A shard holds `samples_per_shard` at most.
+    """Assign studies to shards of at most `samples_per_shard`, in a random order of `seed`.
 
-    It does not depend on how many workers there are, or the store would.
+    Does not depend on the number of workers, so the store does not either.
     """
     plans = []
     for name in SPLITS:
@@ -59,26 +58,27 @@ def plan_shards(
     return plans
 
 
-def count_shards(samples: int, most: int) -> int:
-    """Equal shards of `most` samples, and of a small split enough of them for several tasks."""
-    count = max(-(-samples // most), min(8, samples // 16), 1)
+def count_shards(samples: int, max_samples: int) -> int:
+    """Number of equal shards of at most `max_samples`; for a small split up to 8, to use several
+    workers."""
+    count = max(-(-samples // max_samples), min(8, samples // 16), 1)
     if count <= 8:
         return count
-    return min(-(-count // 8) * 8, samples)  # 2, 4 or 8 workers have equally many, end together
+    return min(-(-count // 8) * 8, samples)  # a multiple of 8: 2, 4 or 8 workers end together
 
 
 def estimate_memory(plans: Sequence[ShardPlan], image_size: int) -> int:
-    """Bytes that a task holds at most: its libraries, and the largest shard with a copy."""
+    """Peak memory of a task, in bytes: its libraries and two copies of the largest shard."""
     largest = max(len(plan.studies) for plan in plans)
     return _LIBRARIES_BYTES + 2 * largest * sample_bytes(image_size)
 
 
 def digest_settings(config: Config) -> str:
-    """SHA-256 of the settings that decide what a store holds.
+    """SHA-256 of the settings that the content of a store depends on.
 
-    prepare.max_bad_fraction is none of them: a preparation that failed for it can go on.
+    Without prepare.max_bad_fraction, so that a preparation that failed for it can be resumed.
     """
     tree = config.model_dump(mode="json", include={"seed", "prepare", "split"})
-    # `samples_per_shard` was a setting: stores that were prepared with its default are the same.
+    # `samples_per_shard` was a setting: with its default older stores have the same digest.
     tree["prepare"] |= {"max_bad_fraction": 0.0, "samples_per_shard": None}
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

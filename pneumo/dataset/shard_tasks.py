@@ -1,6 +1,6 @@
-"""What one task of a preparation does: it writes a shard, then a record for it under `parts/`.
+"""One task of a preparation: it writes a shard, then its record under `parts/`.
 
-Everything depends on the source, the settings and the seed alone: a task gives the same bytes on
+The output depends on the source, the settings and the seed alone: a task gives the same bytes on
 any machine, and when it is repeated.
 """
 
@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, ValidationError
 from pneumo import storage
 from pneumo.dataset.manifest import ShardEntry
 from pneumo.dataset.near_duplicates import hash_picture
-from pneumo.dataset.overlap import Seen
+from pneumo.dataset.overlap import KnownStudies
 from pneumo.dataset.shard_plans import ShardPlan
 from pneumo.dataset.shards import SHARD_SUFFIX, Sample, write_shard
 from pneumo.dataset.source import RSNA, Rejected, Study
@@ -28,22 +28,22 @@ from pneumo.images.headers import NO_HEADER
 
 
 class ShardRecord(BaseModel, frozen=True, extra="forbid"):
-    """What one task leaves: enough to write the store's tables without looking at its shard."""
+    """The record of a task: all that the store's tables need, so that no shard is read again."""
 
     plan_digest: str = ""
     entry: ShardEntry
-    """Of 0 samples, and without a file, when no study of the plan could be used."""
+    """Has 0 samples, and no file, where no study of the plan can be used."""
     rows: tuple[StudyRow, ...]
     rejected: tuple[Rejected, ...] = ()
     histogram: tuple[int, ...]
-    """Stored pixels of each gray level."""
+    """Number of stored pixels of each gray level."""
     contradictions: dict[str, int] = {}
-    """Studies whose tables and header disagree, or lack something, by kind."""
+    """Studies whose tables and header disagree or are incomplete, by kind."""
     warned: tuple[StudyWarning, ...] = ()
     known: int = 0
-    """Studies left out since their picture is in train or val of another store."""
+    """Studies left out because their image is in train or val of another store."""
     reused: bool = Field(default=False, exclude=True)
-    """Whether an earlier run had written it."""
+    """Whether an earlier run wrote it."""
 
 
 def prepare_shard(
@@ -52,20 +52,20 @@ def prepare_shard(
     image_size: int,
     prepare_digest: str,
     file_key: bytes,
-    seen: Seen | None = None,
+    known_studies: KnownStudies | None = None,
 ) -> ShardRecord:
-    """Write a plan's shard and record, unless an earlier run did; `file_key` is `Source.file_key`,
-    and pictures that are `seen` are left out.
+    """Write a plan's shard and record; `file_key` is `Source.file_key`, and images of
+    `known_studies` are left out.
 
-    An earlier run's are kept where the shard is whole and the files that the record rejects still
-    cannot be used.
+    A record of an earlier run is returned instead where its shard is intact and the files that it
+    rejects still cannot be used.
     """
     cv2.setNumThreads(1)
     digest = plan.digest(prepare_digest)
-    kept = _find_record(plan, store_url, image_size, digest)
-    if kept is not None:
-        return kept.model_copy(update={"reused": True})
-    record = _write_shard(plan, store_url, image_size, digest, file_key, seen)
+    existing = _find_record(plan, store_url, image_size, digest)
+    if existing is not None:
+        return existing.model_copy(update={"reused": True})
+    record = _write_shard(plan, store_url, image_size, digest, file_key, known_studies)
     storage.write_text(storage.join(store_url, plan.record), record.model_dump_json())
     return record
 
@@ -73,8 +73,8 @@ def prepare_shard(
 def _find_record(
     plan: ShardPlan, store_url: str, image_size: int, digest: str
 ) -> ShardRecord | None:
-    """An earlier run's record for this very plan, if its shard is whole and the same files are
-    unusable as then; else None."""
+    """An earlier run's record of the same plan, if its shard is intact and the same files are
+    unusable; else None."""
     try:
         text = storage.read_bytes(storage.join(store_url, plan.record))
         record = ShardRecord.model_validate_json(text)
@@ -97,7 +97,7 @@ def _write_shard(
     image_size: int,
     digest: str,
     file_key: bytes,
-    seen: Seen | None,
+    known_studies: KnownStudies | None,
 ) -> ShardRecord:
     rejected, warned, known = list[Rejected](), list[StudyWarning](), list[str]()
     contradictions: Counter[str] = Counter()
@@ -105,7 +105,7 @@ def _write_shard(
     def studies() -> Iterator[tuple[StudyRow, Gray]]:
         files = read_files([(study.url, _label(study)) for study in plan.studies])
         for study, data in zip(plan.studies, files, strict=True):
-            # First, while the file is in the core's cache.
+            # Hashed first, while the file is in the CPU's cache.
             hashed = (
                 "" if isinstance(data, UnusableFile) else blake3(data, key=file_key).hexdigest()
             )
@@ -114,7 +114,7 @@ def _write_shard(
                 rejected.append(image)
                 continue
             row = _make_row(study, plan.split, image, hashed)
-            if seen is not None and seen.find_pictures([row])[0]:
+            if known_studies is not None and known_studies.match_pictures([row])[0]:
                 known.append(study.key)
                 continue
             contradictions.update(_contradictions(study, image))
@@ -136,13 +136,13 @@ def _write_shard(
 def write_studies_shard(
     store_url: str, name: str, studies: Iterable[tuple[StudyRow, Gray]]
 ) -> ShardRecord:
-    """Write the shard of some studies' rows and pictures; a record of it."""
+    """Write a shard of studies, given as row and stored image; returns its record."""
     rows, histogram = list[StudyRow](), np.zeros(256, np.int64)
 
     def samples() -> Iterator[Sample]:
         for row, pixels in studies:
             rows.append(row)
-            # OpenCV counts in float32, exact to 16 million pixels, and five times as fast as numpy.
+            # OpenCV counts in float32: exact up to 16 million pixels, five times as fast as numpy.
             counts = cv2.calcHist([pixels], [0], None, [256], [0, 256])
             np.add(histogram, counts.ravel().astype(np.int64), out=histogram)
             yield Sample(row.key, pixels, row.target)
@@ -152,12 +152,12 @@ def write_studies_shard(
 
 
 def _label(study: Study) -> str:
-    """What errors call the study's file, whose own name is an identifier."""
+    """The name of the study's file in errors, as the file's own name is an identifier."""
     return f"study {study.key}"
 
 
 def read_study(study: Study, split: str, image_size: int) -> GrayImage | Rejected:
-    """The study's picture, or why it cannot be used. Raises as `dicom_files.read_pictures`."""
+    """The study's image, or why it cannot be used. Raises as `dicom_files.read_pictures`."""
     return _decode_study(study, read_file(study.url, _label(study)), split, image_size)
 
 
@@ -190,7 +190,7 @@ def _make_row(study: Study, split: str, image: GrayImage, source_blake3: str) ->
 
 
 def _contradictions(study: Study, image: GrayImage) -> Iterator[str]:
-    """In what the tables disagree with the study's file, or lack something."""
+    """The kinds of disagreement between the tables and the study's file."""
     image_id = study.url.rsplit("/", 1)[-1].removesuffix(".dcm")
     is_rsna = study.layout.startswith(RSNA)
     if is_rsna and image.identifier is not None and image.identifier != image_id:

@@ -1,10 +1,10 @@
-"""The shards of a store: tar files of samples, written and read.
+"""Writing and reading shards: tar files of samples.
 
 A sample is two WebDataset members, `<key>.cls` (the target in ASCII) and `<key>.npy` (uint8 (S,
-S)). Patient, age, boxes and the like stand in studies.parquet, not in the shards. The bytes are
-those of `webdataset.TarWriter` without its padding at the end (a test compares them). We write them
-ourselves because importing webdataset imports torch: 3 s and 440 MB in each task of a preparation,
-and 16 times as long as writing a shard.
+S)). Patient, age, boxes and the like are in studies.parquet. The bytes are those of
+`webdataset.TarWriter` without its padding at the end (a test compares them); webdataset itself is
+not used to write, as it imports torch: 3 s and 440 MB in each task of a preparation, 16 times as
+long as writing a shard.
 """
 
 import hashlib
@@ -22,16 +22,15 @@ import numpy.typing as npt
 from blake3 import blake3
 
 from pneumo import storage
-from pneumo.dataset.manifest import BlockEntry, ShardEntry, naming_file
+from pneumo.dataset.manifest import BlockEntry, ShardEntry, as_data_error
 from pneumo.errors import DataError
 
 SHARD_SUFFIX = ".tar"
 BLOCK_SAMPLES = 64
-"""Neighbours in a shard that are read and shuffled together: one range request of 3.3 MB at 224
-px. Of large pictures they are fewer."""
+"""Neighbouring samples of a shard that are read and shuffled together: one range request of 3.3 MB
+at 224 px. Fewer for large images."""
 SHARD_SAMPLES = 512
-"""Samples in a shard: 27 MB at 224 px, one PUT; all of RSNA makes 53. Of large pictures they are
-fewer."""
+"""Samples in a shard: 27 MB at 224 px, one PUT; RSNA has 53 shards. Fewer for large images."""
 _BLOCK_BYTES = 4_300_000
 _SHARD_BYTES = 27_000_000
 
@@ -47,9 +46,9 @@ class Sample:
 
 
 def sample_bytes(image_size: int) -> int:
-    """What a sample takes in a shard: two headers, the target, and the picture."""
-    picture = len(_npy_header((image_size, image_size))) + image_size**2
-    return 3 * tarfile.BLOCKSIZE + picture + -picture % tarfile.BLOCKSIZE
+    """Bytes of a sample in a shard: two headers, the target, and the image."""
+    image = len(_npy_header((image_size, image_size))) + image_size**2
+    return 3 * tarfile.BLOCKSIZE + image + -image % tarfile.BLOCKSIZE
 
 
 def block_samples(image_size: int) -> int:
@@ -63,10 +62,10 @@ def shard_samples(image_size: int) -> int:
 
 
 def encode_shard(buffer: io.BytesIO, name: str, samples: Iterable[Sample]) -> ShardEntry:
-    """Write the tar of `samples`, in their order; what the manifest will say of it.
+    """Write the tar of `samples`, in their order; returns its entry of the manifest.
 
-    Overwrites `buffer` from its start, which may be longer than the tar. Equal samples give equal
-    bytes. A block of samples is in memory at a time, and hashed as it is written.
+    Overwrites `buffer` from its start; the buffer may be longer than the tar. Equal samples give
+    equal bytes. One block of samples is in memory at a time, and hashed while it is written.
     """
     buffer.seek(0)
     whole, blocks, positives = hashlib.sha256(), list[BlockEntry](), 0
@@ -101,7 +100,7 @@ def encode_shard(buffer: io.BytesIO, name: str, samples: Iterable[Sample]) -> Sh
 
 
 def _encode_sample(sample: Sample) -> Iterator[bytes | memoryview]:
-    """Its members of the tar, in the order of `webdataset.TarWriter`."""
+    """The sample's members of the tar, in the order of `webdataset.TarWriter`."""
     target = str(sample.target).encode()
     label = _encode_header(f"{sample.key}.cls", len(target)) + target + _padding(len(target))
     header = _npy_header(sample.pixels.shape, sample.pixels.dtype.str)
@@ -117,7 +116,7 @@ def _padding(size: int) -> bytes:
 
 
 def _encode_header(name: str, size: int) -> bytes:
-    """The header of a file without time and owner."""
+    """A tar header without time and owner."""
     info = tarfile.TarInfo(name)
     info.size, info.mode = size, 0o444
     return info.tobuf(tarfile.USTAR_FORMAT)
@@ -125,7 +124,7 @@ def _encode_header(name: str, size: int) -> bytes:
 
 @lru_cache(maxsize=16)
 def _npy_header(shape: tuple[int, ...], dtype: str = "|u1") -> bytes:
-    """The first bytes of the .npy file of an image."""
+    """The header of an image's .npy file."""
     header = io.BytesIO()
     description = {"descr": dtype, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(header, description)
@@ -135,11 +134,11 @@ def _npy_header(shape: tuple[int, ...], dtype: str = "|u1") -> bytes:
 def _decode_sample(
     key: str, image: bytes | memoryview, label: bytes | memoryview, image_size: int, where: str
 ) -> Sample:
-    """The sample of a .npy and a .cls file, its pixels a view of `image`.
+    """The sample of a .npy and a .cls file; its pixels are a view of `image`.
 
-    An array's header is not parsed where it is as we write it: np.load parses it with `ast`, which
-    fails at random in threads before Python 3.11.9 (python/cpython#106905), and takes seven times
-    as long. Raises DataError.
+    A header that equals ours is not parsed: np.load parses it with `ast`, which fails at random in
+    threads before Python 3.11.9 (python/cpython#106905), and takes seven times as long. Raises
+    DataError.
     """
     shape = (image_size, image_size)
     header = _npy_header(shape)
@@ -157,16 +156,16 @@ def _decode_sample(
 
 
 def read_shard(store_url: str, entry: ShardEntry, image_size: int) -> Iterator[Sample]:
-    """The samples of one shard of a store, read as a whole by webdataset.
+    """The samples of a shard, which webdataset reads as a whole.
 
-    Raises DataError, naming the shard, when it is missing, not as the manifest says, or when a
-    sample does not decode.
+    Raises DataError, which names the shard, when it is missing or not what the manifest says, or
+    when a sample does not decode.
     """
     where = f"shard {entry.name}"
-    with naming_file(where, store_url):
+    with as_data_error(where, store_url):
         url = storage.join(store_url, entry.name)
         data = storage.read_bytes(url, sha256=entry.sha256, size=entry.bytes)
-    # Here, since it imports torch, which a preparation does without.
+    # Imported here, as it imports torch, which a preparation does not need.
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
     count = 0
@@ -180,20 +179,20 @@ def read_shard(store_url: str, entry: ShardEntry, image_size: int) -> Iterator[S
                 image_size,
                 f"{where}: sample {count}",
             )
-            yield replace(sample, pixels=sample.pixels.copy())  # to be written to
+            yield replace(sample, pixels=sample.pixels.copy())  # writable
             count += 1
     except (tarfile.TarError, ValueError) as error:
         raise DataError(f"{where}: not a readable tar") from error
-    if count != entry.samples:  # a tar that is cut at a member's end just ends
+    if count != entry.samples:  # a tar truncated between members raises no error
         raise DataError(f"{where}: {count} samples, the manifest says {entry.samples}")
 
 
 def read_block(store_url: str, entry: ShardEntry, block: BlockEntry) -> bytes:
     """The bytes of one block of a shard, by one range request, checked against their digest.
 
-    Raises DataError, naming the shard, when it is missing, cut or changed since its preparation.
+    Raises DataError, which names the shard, when it is missing, truncated or changed.
     """
-    with naming_file(f"shard {entry.name}", store_url):
+    with as_data_error(f"shard {entry.name}", store_url):
         url = storage.join(store_url, entry.name)
         return storage.read_range(url, block.offset, block.bytes, blake3=block.blake3)
 
@@ -201,10 +200,10 @@ def read_block(store_url: str, entry: ShardEntry, block: BlockEntry) -> bytes:
 def decode_block(
     data: bytes, entry: ShardEntry, block: BlockEntry, image_size: int
 ) -> Iterator[Sample]:
-    """The samples of a block, whose bytes the caller has compared with its digest.
+    """The samples of a block of bytes from `read_block`, which has checked their digest.
 
-    Their pixels are views of `data`, not to be written to. Raises DataError, naming the shard, when
-    a sample does not decode or one is missing or too many.
+    Their pixels are read-only views of `data`. Raises DataError, which names the shard, when a
+    sample does not decode or the number of samples is wrong.
     """
     where = f"shard {entry.name}, block at byte {block.offset}"
     members = list(_read_members(data, where))
@@ -230,14 +229,14 @@ def read_blocks(
 class _Member(NamedTuple):
     name: str
     content: memoryview
-    """Of the tar: nothing is copied."""
+    """A view of the tar, not a copy."""
 
 
 def _read_members(data: bytes, where: str) -> Iterator[_Member]:
-    """The plain files in a tar as `encode_shard` writes it.
+    """The regular files of a tar written by `encode_shard`; its digest was checked before.
 
-    webdataset's reader takes 90 us a sample under the interpreter's lock, more than all else that a
-    stream does; this takes 5. The digest has shown that these are the bytes that we wrote.
+    webdataset's reader takes 90 us a sample while it holds the GIL, more than the rest of
+    streaming; this takes 5.
     """
     whole, position = memoryview(data), 0
     while position < len(data):
@@ -254,10 +253,10 @@ def _read_members(data: bytes, where: str) -> Iterator[_Member]:
 
 
 def write_shard(store_url: str, name: str, samples: Iterable[Sample]) -> ShardEntry:
-    """Encode and publish one shard, if it has samples; the entry that the manifest will carry.
+    """Encode and write one shard, if it has samples; returns its entry of the manifest.
 
-    `{digest}` in `name` becomes the first digits of its SHA-256: another content is then another
-    shard, and never replaces one that a manifest says for.
+    `{digest}` in `name` is replaced by the first digits of its SHA-256: a shard with other content
+    gets another name, and never replaces one that a manifest lists.
     """
     buffer = _MEMORY.buffer
     entry = encode_shard(buffer, name, samples)
@@ -269,7 +268,7 @@ def write_shard(store_url: str, name: str, samples: Iterable[Sample]) -> ShardEn
 
 
 class _Memory(threading.local):
-    """A buffer that each thread keeps: new pages would cost as much as writing to them."""
+    """A buffer that each thread reuses: allocating pages would take as long as writing them."""
 
     def __init__(self) -> None:
         self.buffer = io.BytesIO()

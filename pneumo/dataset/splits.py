@@ -1,10 +1,10 @@
-"""Patients -> train, val, test; and the audit that says what the split does and does not leak.
+"""Patients -> train, val, test; and the audit of what the split leaks.
 
 A patient's split is a hash of (seed, salt, patient) against fixed thresholds: it never depends on
-who else is there. Target and findings are balanced by choosing, among 64 salts, the one whose
-splits look most alike (rerandomisation: Morgan & Rubin 2012, doi:10.1214/12-AOS1008). The salt is
-remembered beside the source and stated in the manifest, so that studies that come later move
-nobody. A published split is taken from a list instead.
+other patients. Target and findings are balanced by choosing, among 64 salts, the one with the most
+similar splits (rerandomisation: Morgan & Rubin 2012, doi:10.1214/12-AOS1008). The salt is saved
+beside the source and in the manifest, so that studies added later do not change any patient's
+split. A published split is read from a list instead.
 """
 
 import hashlib
@@ -29,9 +29,9 @@ from pneumo.errors import AccessError, SourceError, StorageError
 SPLITS = ("train", "val", "test")
 SALTS_FILE = "split_salts.json"
 _OWN_SPLIT = ("own-table", "nih")
-"""Layouts whose published split is taken without being asked for."""
+"""Layouts whose published split is the default."""
 _SKEWED_P = 1e-6
-"""Below this probability, over all shards, a shard's class ratio is no random one."""
+"""Class ratios less probable than this, over all shards, are taken as not random."""
 
 
 class Interval(BaseModel, frozen=True):
@@ -43,57 +43,56 @@ class Interval(BaseModel, frozen=True):
 
 
 class LeakageAudit(BaseModel, frozen=True):
-    """What the manifest and the report state about the split."""
+    """Facts about the split, for the manifest and the report."""
 
     unit: str
-    """'patient' or 'image': what was kept whole."""
+    """'patient' or 'image': what is never divided between splits."""
     salt: int | None
-    """Which of a seed's splits this is; null where a list said who goes where."""
+    """Which of the seed's splits this is; null where a list gives the split."""
     named: str | None = Field(default=None, exclude_if=lambda value: value is None)
-    """The named split, or 'published' where the source's own was taken; not written without one."""
+    """The named split, or 'published' for the source's own; not written where there is none."""
     list_digest: str | None
-    """`sha256:` and the digest of that list."""
+    """`sha256:` and the digest of the list."""
     unlisted: int
-    """Studies that the list does not name: they are in no split."""
+    """Studies that are not on the list, so in no split."""
     studies: dict[str, int]
     """Studies by split."""
     positives: dict[str, int]
     """Studies with Target 1 by split."""
     patients: dict[str, int] | None
-    """Patients by split; null where the mapping does not say who they are."""
+    """Patients by split; null where patients are unknown."""
     prevalence: dict[str, Interval]
-    """Positives / studies by split; of the interval see `clustered_fraction`."""
+    """Positives / studies by split; for the interval see `clustered_fraction`."""
     shard_prevalence: dict[str, tuple[float, float]]
     """Lowest and highest fraction of positives among the split's shards."""
     shared_patients: int | None
-    """Patients in more than one split: 0 for unit 'patient'; null where nobody knows who they
-    are."""
+    """Patients in more than one split: 0 for unit 'patient'; null where patients are unknown."""
     leaked_by_image: float | None
-    """Fraction of val studies whose patient a split by image has in train as well: this split, or
-    the one by image in place of this. Null where the mapping does not say who they are."""
+    """Fraction of val studies whose patient is also in train in a split by image: this split, or
+    the one by image with the same settings. Null where patients are unknown."""
 
-    @computed_field  # type: ignore[prop-decorator]  # so that the manifest says it
+    @computed_field  # type: ignore[prop-decorator]  # so that the manifest contains it
     @property
     def warning(self) -> str | None:
-        """What a reader of metrics of this split must know, or None."""
+        """The caveat for metrics on this split, or None."""
         if self.unit == "patient":
             return None
         if self.leaked_by_image is None:
-            told = (
+            leak = (
                 "an unknown fraction of the val studies have their patient in train, and "
                 "intervals, which take each image for a patient's only one, are too narrow"
             )
         else:
-            told = (
+            leak = (
                 f"{self.leaked_by_image:.0%} of the val studies have their patient in train, and "
                 f"{self.shared_patients} patients are in more than one split"
             )
-        return f"split by image: {told}; every metric will be too good"
+        return f"split by image: {leak}; every metric will be too good"
 
 
 @dataclass(frozen=True)
 class Split:
-    """Which split each study belongs to."""
+    """The split of each study."""
 
     by_key: Mapping[str, str]
     """Study key -> 'train', 'val' or 'test'."""
@@ -110,16 +109,16 @@ def split_studies(
 ) -> Split:
     """Assign every study to a split and audit the result.
 
-    `listed` gives the split by a study's key or by its patient, and leaves out what it does not
-    name; without it the patient's hash decides. Raises SourceError when patients are unknown and
-    the split is to be by patient, when a list divides a patient, or when a split would lack
-    positives or negatives.
+    `listed` maps study keys or patients to splits, and studies that are not in it are left out;
+    without it the patient's hash decides. Raises SourceError when patients are unknown and
+    `split.unit` is patient, when a list divides a patient, or when a split would lack positives or
+    negatives.
     """
     if config.unit == "patient" and not has_patients:
         raise SourceError(
-            "patients are unknown, and a split would leak them; say --split.unit image to accept "
-            "that, or, of RSNA, put pneumonia-challenge-dataset-mappings_2018.json into the source "
-            "(up to 65 images are of one patient)"
+            "patients are unknown, so a patient could be in several splits; use --split.unit image "
+            "to accept that, or, for RSNA, add pneumonia-challenge-dataset-mappings_2018.json to "
+            "the source (up to 65 images are of one patient)"
         )
     if not studies:
         raise SourceError("no studies, so nothing to split; check the source's tables")
@@ -133,53 +132,54 @@ def split_studies(
     audit = audit_split(studies, by_key, config, seed=seed, salt=salt, has_patients=has_patients)
     if config.unit == "patient" and audit.shared_patients:
         raise SourceError(
-            f"the list puts {audit.shared_patients} patients into two splits; say --split.unit "
+            f"the list puts {audit.shared_patients} patients into two splits; use --split.unit "
             "image to accept that every metric will be too good, or --split.named hash"
         )
     return Split(by_key, audit)
 
 
 def find_published(source: Source, config: SplitConfig, *, seed: int) -> dict[str, str] | None:
-    """The split of each study key that a named split or the source's tables put somewhere; None
-    where the patients' hash is to decide.
+    """The split by study key of a named split or of the source's tables; None where the patients'
+    hash decides.
 
-    What is train and val together is divided by the patients' hash. Raises SourceError where the
-    source publishes no split, but is asked for it.
+    A published split of train and val together is divided by the patients' hash. Raises SourceError
+    where the settings ask for a published split and the source has none.
     """
-    placed = [s for s in source.studies if s.published is not None]
+    published = [s for s in source.studies if s.published is not None]
     if config.named is None and source.layout in _OWN_SPLIT and config.list is None:
-        is_wanted = bool(placed)
+        is_used = bool(published)
     else:
-        is_wanted = config.named not in (None, "hash")
-    if not is_wanted:
+        is_used = config.named not in (None, "hash")
+    if not is_used:
         return None
-    if not placed:
-        raise SourceError(f"--split.named {config.named}: {source.title} publishes no split here")
-    groups = sorted({s.patient for s in placed if s.published == "train_val"})
-    drawn = _uniform(groups, seed, range(1))[:, 0].tolist()
+    if not published:
+        raise SourceError(f"--split.named {config.named}: {source.title} has no published split")
+    groups = sorted({s.patient for s in published if s.published == "train_val"})
+    uniforms = _uniform(groups, seed, range(1))[:, 0].tolist()
     bound = config.val_fraction / (1 - config.test_fraction)
     divided = {
-        group: "val" if u < bound else "train" for group, u in zip(groups, drawn, strict=True)
+        group: "val" if u < bound else "train" for group, u in zip(groups, uniforms, strict=True)
     }
     return {
         s.key: divided.get(s.patient, "") if s.published == "train_val" else str(s.published)
-        for s in placed
+        for s in published
     }
 
 
 def assign_groups(
     groups: Collection[str], config: SplitConfig, seed: int, salt: int
 ) -> dict[str, str]:
-    """The split of each patient (or image): of each a pure function of the other arguments."""
+    """The split of each patient (or image): for each a pure function of the other arguments."""
     chosen = _choose_splits(_uniform(groups, seed, range(salt, salt + 1)), config)[:, 0].tolist()
     return {group: SPLITS[i] for group, i in zip(groups, chosen, strict=True)}
 
 
 def choose_salt(studies: Sequence[Study], config: SplitConfig, *, seed: int) -> int:
-    """The salt whose val and test deviate least, in their worst finding, from the wanted fraction.
+    """The best balanced salt: the one whose largest relative deviation, over the findings of val
+    and test, from the wanted fraction is smallest.
 
-    Before that come salts with both classes in every split; among equals the one that deviates
-    least over all findings, since of few studies many are equally far off in the worst.
+    Salts with both classes in every split are preferred to this. Ties, which are frequent for few
+    studies, go to the smallest sum of deviations.
     """
     groups = sorted({_group(s, config) for s in studies})
     index = {group: i for i, group in enumerate(groups)}
@@ -189,27 +189,28 @@ def choose_salt(studies: Sequence[Study], config: SplitConfig, *, seed: int) -> 
         counts[index[_group(s, config)], findings.index(s.finding)] += 1
         classes[index[_group(s, config)], s.target] += 1
     chosen = _choose_splits(_uniform(groups, seed, range(NUM_SALTS)), config)
-    lacking, worst, total = np.zeros((3, NUM_SALTS))
+    missing, worst, total = np.zeros((3, NUM_SALTS))
     for split, fraction in enumerate((None, config.val_fraction, config.test_fraction)):
         members = (chosen == split).T.astype(np.float64)
-        lacking += (members @ classes == 0).sum(axis=1)
+        missing += (members @ classes == 0).sum(axis=1)
         if fraction is not None:
             deviation = np.abs(members @ counts / counts.sum(axis=0) - fraction) / fraction
             worst = np.maximum(worst, deviation.max(axis=1))
             total += deviation.sum(axis=1)
-    return int(np.lexsort((total, worst, lacking))[0])
+    return int(np.lexsort((total, worst, missing))[0])
 
 
-def recall_salt(source_url: str, config: SplitConfig, *, seed: int) -> int | None:
-    """The salt that was remembered beside the source for these fractions, or None."""
+def read_salt(source_url: str, config: SplitConfig, *, seed: int) -> int | None:
+    """The salt that is saved beside the source for these fractions, or None. Raises SourceError for
+    an invalid file."""
     salt = _read_salts(source_url).get(_salt_name(config, seed))
     if salt is not None and not (isinstance(salt, int) and 0 <= salt < NUM_SALTS):
         raise SourceError(f"{_salts_url(source_url)}: salt {salt!r}; delete the file")
     return salt
 
 
-def remember_salt(source_url: str, config: SplitConfig, *, seed: int, salt: int) -> bool:
-    """Write the salt beside the source; False where nothing can be written there."""
+def save_salt(source_url: str, config: SplitConfig, *, seed: int, salt: int) -> bool:
+    """Save the salt beside the source; returns False where the folder cannot be written."""
     salts = {**_read_salts(source_url), _salt_name(config, seed): salt}
     try:
         storage.write_text(_salts_url(source_url), json.dumps(salts, indent=1) + "\n")
@@ -227,40 +228,41 @@ def audit_split(
     salt: int | None,
     has_patients: bool,
 ) -> LeakageAudit:
-    """What the split does to these studies, which may be only some of those that were split.
+    """The audit of these studies, which may be a subset of those that were split.
 
     Raises SourceError when a split lacks positives or negatives.
     """
-    placed = [s for s in studies if s.key in by_key]
-    _check_classes(placed, by_key)
+    assigned = [s for s in studies if s.key in by_key]
+    _check_classes(assigned, by_key)
     by_image = by_key
     if config.unit == "patient":
-        by_image = assign_groups([s.key for s in placed], config, seed, salt or 0)
+        by_image = assign_groups([s.key for s in assigned], config, seed, salt or 0)
     members: dict[str, list[tuple[str, int]]] = {name: [] for name in SPLITS}
-    for s in placed:
+    for s in assigned:
         members[by_key[s.key]].append((s.patient, s.target))
     patients = {name: {patient for patient, _ in pairs} for name, pairs in members.items()}
+    num_splits = Counter(patient for group in patients.values() for patient in group)
     return LeakageAudit(
         unit=config.unit,
         salt=salt,
         named=None if config.named == "hash" else config.named,
         list_digest=config.list,
-        unlisted=len(studies) - len(placed),
+        unlisted=len(studies) - len(assigned),
         studies={name: len(pairs) for name, pairs in members.items()},
         positives={name: sum(target for _, target in pairs) for name, pairs in members.items()},
         patients={name: len(patients[name]) for name in SPLITS} if has_patients else None,
         prevalence={name: clustered_fraction(pairs) for name, pairs in members.items()},
         shard_prevalence={},
-        shared_patients=_count_shared(list(patients.values())) if has_patients else None,
-        leaked_by_image=_leaked(placed, by_image) if has_patients else None,
+        shared_patients=sum(n > 1 for n in num_splits.values()) if has_patients else None,
+        leaked_by_image=_leaked_fraction(assigned, by_image) if has_patients else None,
     )
 
 
 def clustered_fraction(pairs: Sequence[tuple[str, int]]) -> Interval:
     """The fraction of ones among `(patient, 0 or 1)`, with its 95 % interval.
 
-    Studies of one patient are alike: the interval is Clopper-Pearson's on the effective number of
-    studies (Korn & Graubard 1998, Survey Methodology 24:193).
+    Studies of one patient are correlated: the interval is Clopper-Pearson's with the effective
+    sample size (Korn & Graubard 1998, Survey Methodology 24:193).
     """
     value = sum(target for _, target in pairs) / len(pairs)
     effective = effective_sample_size(pairs)
@@ -271,33 +273,34 @@ def clustered_fraction(pairs: Sequence[tuple[str, int]]) -> Interval:
 
 
 def effective_sample_size(pairs: Sequence[tuple[str, float]]) -> float:
-    """The effective number of studies: how many independent ones would have a mean that varies as
-    that of these `(patient, value)`, by the variance of a ratio of patients' sums. Never more than
-    there are."""
+    """The number of independent studies whose mean has the same variance as that of these
+    `(patient, value)`; at most their number. The variance is that of a ratio of patients' sums."""
     mean = statistics.fmean(value for _, value in pairs)
     variance = statistics.fmean((value - mean) ** 2 for _, value in pairs)
     residuals: dict[str, list[float]] = {}
     for patient, value in pairs:
         residuals.setdefault(patient, []).append(value - mean)
     m = len(residuals)
-    if len({value for _, value in pairs}) == 1:  # rounding may leave it a tiny variance
+    if len({value for _, value in pairs}) == 1:  # rounding may give a tiny variance
         return float(m)
     squares = math.fsum(math.fsum(own) ** 2 for own in residuals.values())
-    of_mean = m / max(m - 1, 1) * squares / len(pairs) ** 2
-    return min(variance / of_mean, len(pairs)) if of_mean > 0 else float(m)
+    variance_of_mean = m / max(m - 1, 1) * squares / len(pairs) ** 2
+    return min(variance / variance_of_mean, len(pairs)) if variance_of_mean > 0 else float(m)
 
 
-def check_shards(shards: Mapping[str, Sequence[tuple[int, int]]]) -> dict[str, tuple[float, float]]:
+def check_shard_balance(
+    shards: Mapping[str, Sequence[tuple[int, int]]],
+) -> dict[str, tuple[float, float]]:
     """Lowest and highest fraction of positives by split, from each shard's (samples, positives).
 
-    Raises SourceError for a shard with an improbable class ratio: its order would be learnt.
+    Raises SourceError for a shard whose class ratio is improbable in a random order.
     """
     number = sum(len(entries) for entries in shards.values())
     for split, entries in shards.items():
         total, positives = (sum(column) for column in zip(*entries, strict=True))
         for i, (n, k) in enumerate(entries):
-            drawn = scipy.stats.hypergeom(total, positives, n)
-            p = 2 * min(drawn.cdf(k), drawn.sf(k - 1))
+            expected = scipy.stats.hypergeom(total, positives, n)
+            p = 2 * min(expected.cdf(k), expected.sf(k - 1))
             if p < _SKEWED_P / number:
                 raise SourceError(
                     f"split {split}: shard {i} has {k} positives of {n}, the split {positives} of "
@@ -314,16 +317,16 @@ def _group(study: Study, config: SplitConfig) -> str:
 
 
 def _uniform(groups: Collection[str], seed: int, salts: range) -> npt.NDArray[np.float64]:
-    """(groups, salts): numbers in [0, 1)."""
-    part = slice(8 * salts.start, 8 * salts.stop)
+    """(groups, salts) uniform numbers in [0, 1)."""
+    span = slice(8 * salts.start, 8 * salts.stop)
     stream = b"".join(
-        hashlib.shake_128(f"{seed}/{group}".encode()).digest(part.stop)[part] for group in groups
+        hashlib.shake_128(f"{seed}/{group}".encode()).digest(span.stop)[span] for group in groups
     )
     return np.frombuffer(stream, ">u8").reshape(-1, len(salts)).astype(np.float64) / 2.0**64
 
 
 def _choose_splits(u: npt.NDArray[np.float64], config: SplitConfig) -> npt.NDArray[np.int8]:
-    """Index into SPLITS, same shape: val below its fraction, test below the next, train above."""
+    """Indices into SPLITS, same shape: val below `val_fraction`, then test, then train."""
     bounds = [config.val_fraction, config.val_fraction + config.test_fraction]
     return np.array([1, 2, 0], np.int8)[np.searchsorted(bounds, u, side="right")]
 
@@ -365,13 +368,8 @@ def _check_classes(studies: Sequence[Study], by_key: Mapping[str, str]) -> None:
                 )
 
 
-def _count_shared(groups: Sequence[set[str]]) -> int:
-    """How many are in more than one of the groups."""
-    return sum(number > 1 for number in Counter(p for group in groups for p in group).values())
-
-
-def _leaked(studies: Sequence[Study], by_image: Mapping[str, str]) -> float:
-    """Fraction of val studies whose patient is in train too."""
+def _leaked_fraction(studies: Sequence[Study], by_image: Mapping[str, str]) -> float:
+    """Fraction of val studies whose patient is also in train."""
     trained_on = {s.patient for s in studies if by_image[s.key] == "train"}
     val = [s.patient for s in studies if by_image[s.key] == "val"]
     return sum(patient in trained_on for patient in val) / max(len(val), 1)

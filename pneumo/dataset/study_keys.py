@@ -1,4 +1,4 @@
-"""Keyed hashes in place of identifiers: who has the secret can link them, and nobody else."""
+"""Keyed hashes in place of identifiers: only who has the secret can link them to patients."""
 
 import hmac
 import logging
@@ -16,14 +16,15 @@ _logger = logging.getLogger(__name__)
 PRIVATE_FOLDER = ".pneumo"
 HASH_KEY_VARIABLE = "PNEUMO_HASH_KEY"
 SECRET_CHECK = "secret_check.txt"
-"""By it two stores know whether one secret made their keys, so that shared patients are found."""
+"""A file in a store: equal in two stores whose keys come from one secret, so that shared patients
+can be found."""
 
 
 def read_hash_key(source_url: str, environ: Mapping[str, str]) -> bytes:
-    """The secret behind study keys: PNEUMO_HASH_KEY, or `.pneumo/hash_key` beside the source, made
-    on first use with mode 600. Who loses it gets other keys from the same source.
+    """The secret for the keys: PNEUMO_HASH_KEY, or `.pneumo/hash_key` beside the source, created on
+    first use with mode 600. With another secret the same source gets other keys.
 
-    Raises SourceError. Warns where others can read the file.
+    Raises SourceError. Warns where other users can read the file.
     """
     if environ.get(HASH_KEY_VARIABLE):
         return environ[HASH_KEY_VARIABLE].encode()
@@ -32,16 +33,16 @@ def read_hash_key(source_url: str, environ: Mapping[str, str]) -> bytes:
     path = storage.local_path(source_url) / PRIVATE_FOLDER / "hash_key"
     try:
         path.parent.mkdir(mode=0o700, exist_ok=True)
-        if not path.exists():  # of two jobs at once one wins
+        if not path.exists():  # of two concurrent jobs one creates it
             storage.create_bytes(str(path), secrets.token_hex(32).encode(), mode=0o600)
-        hash_key = path.read_text().strip().encode()
+        hash_key = path.read_bytes().strip()  # not text, where it was made by /dev/urandom
     except (OSError, AccessError, StorageError) as error:
         raise SourceError(
-            f"{path}: cannot be made or read; make it writable, or set {HASH_KEY_VARIABLE} to a "
+            f"{path}: cannot be created or read; make it writable, or set {HASH_KEY_VARIABLE} to a "
             "secret"
         ) from error
     if (mode := stat.S_IMODE(path.stat().st_mode)) & 0o077:
-        what = "others can read the secret behind the study keys; chmod 600 it"
+        what = "other users can read the secret of the study keys; run chmod 600 on it"
         _logger.warning("%s: mode %03o: %s", path, mode, what)
     if not hash_key:
         raise SourceError(f"{path}: empty; delete it, or set {HASH_KEY_VARIABLE} to a secret")
@@ -49,11 +50,11 @@ def read_hash_key(source_url: str, environ: Mapping[str, str]) -> bytes:
 
 
 def find_hash_key(source_url: str, environ: Mapping[str, str]) -> bytes:
-    """The secret of a source that was prepared before; none is made. Raises SourceError."""
-    is_made = not storage.is_local(source_url) or storage.exists(
+    """The secret of a source that was prepared before; never creates one. Raises SourceError."""
+    may_exist = not storage.is_local(source_url) or storage.exists(
         storage.join(source_url, PRIVATE_FOLDER, "hash_key")
     )
-    if not is_made and not environ.get(HASH_KEY_VARIABLE):
+    if not may_exist and not environ.get(HASH_KEY_VARIABLE):
         raise SourceError(
             f"{source_url}: no {PRIVATE_FOLDER}/hash_key, so nothing was prepared from it with a "
             f"secret of its own; set {HASH_KEY_VARIABLE} to the one that was used"
@@ -62,8 +63,8 @@ def find_hash_key(source_url: str, environ: Mapping[str, str]) -> bytes:
 
 
 def derive_file_key(hash_key: bytes) -> bytes:
-    """The 32-byte key of the BLAKE3 hash `source_blake3` of a DICOM file: a plain hash would tell
-    the study's key to whoever has the file."""
+    """The 32-byte key of `StudyRow.source_blake3`: with an unkeyed hash, everybody who has the
+    DICOM file could find the study's key."""
     return blake3(hash_key, derive_key_context="pneumo 2026-11-26 DICOM files").digest()
 
 
@@ -73,5 +74,5 @@ def derive_key(hash_key: bytes, kind: str, identifier: str) -> str:
 
 
 def derive_secret_check(hash_key: bytes) -> str:
-    """16 hex digits by which two stores know that their keys come from one secret."""
+    """16 hex digits; equal for two stores whose keys come from one secret."""
     return derive_key(hash_key, "check", "one secret")[:16]

@@ -1,4 +1,4 @@
-"""What a store says of its studies beside the shards: studies.parquet, and quarantine.jsonl."""
+"""The tables of a store: studies.parquet, quarantine.jsonl and warnings.jsonl."""
 
 import hashlib
 import io
@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from blake3 import blake3
 
 from pneumo import storage
-from pneumo.dataset.manifest import Duplicates, FileEntry, Manifest, naming_file
+from pneumo.dataset.manifest import Duplicates, FileEntry, Manifest, as_data_error
 from pneumo.dataset.source import Rejected
 from pneumo.errors import DataError
 from pneumo.images.boxes import Box
@@ -26,9 +26,9 @@ WARNINGS = "warnings.jsonl"
 _ROWS_AT_ONCE = 1 << 16
 
 
-@dataclass(frozen=True, slots=True)  # a driver holds millions of them
+@dataclass(frozen=True, slots=True)  # slots, as a driver may hold millions of rows
 class StudyRow:
-    """One row of studies.parquet: what is known of a study, without any identifier."""
+    """A row of studies.parquet: the metadata of a study, without any identifier."""
 
     key: str
     patient: str
@@ -42,35 +42,34 @@ class StudyRow:
     view: str | None
     spacing_mm: float | None
     pixels_digest: str
-    """Digest of the stored picture, 32 hex digits: equal pictures have equal ones."""
+    """Digest of the stored pixels, 32 hex digits."""
     source_blake3: str
-    """BLAKE3 of the DICOM file, in hex, keyed by `study_keys.derive_file_key`: who has the hash key
-    can find the file of a picture, and nobody else."""
+    """Keyed BLAKE3 of the DICOM file, in hex, with the key of `study_keys.derive_file_key`: only
+    who has the hash key can find the file of an image."""
     picture_hash: str = ""
-    """See `near_duplicates.hash_picture`; empty in stores of before."""
+    """See `near_duplicates.hash_picture`; empty in stores of older versions."""
     source: str = ""
-    """Of a store that was joined of several: the name of the one that it comes from."""
+    """In a joined store: the name of the store that the study comes from."""
 
 
 @dataclass(frozen=True)
 class StudyWarning:
-    """One row of warnings.jsonl: a study that is used, though its file was repaired or its picture
-    is doubtful."""
+    """A row of warnings.jsonl: a study that is used, though its file was repaired or its image is
+    doubtful."""
 
     key: str
     split: str
     code: str
-    """What was done, see `images.elements`, or what is doubtful, see `images.input_checks`."""
+    """The repair, see `images.elements`, or the doubt, see `images.input_checks`."""
 
 
 def digest_pixels(pixels: npt.NDArray[np.uint8]) -> str:
-    """What `StudyRow.pixels_digest` holds: the first half of the BLAKE3, in hex."""
+    """`StudyRow.pixels_digest`: the first half of the BLAKE3, in hex."""
     return blake3(np.ascontiguousarray(pixels).data).hexdigest()[:32]
 
 
 def find_duplicates(studies: pa.Table, *, has_patients: bool) -> Duplicates:
-    """Which pictures occur with more than one study; `studies` as `tabulate_studies` makes it, and
-    whether its patients are more than images."""
+    """Count images that more than one study has; `studies` is a table of `tabulate_studies`."""
     groups = studies.group_by("pixels_digest").aggregate(
         [("key", "count"), ("patient", "count_distinct"), ("split", "count_distinct")]
     )
@@ -85,7 +84,7 @@ def find_duplicates(studies: pa.Table, *, has_patients: bool) -> Duplicates:
 
 
 def tabulate_studies(rows: Iterable[StudyRow]) -> pa.Table:
-    """The rows as they stand in studies.parquet."""
+    """The rows as a table with the columns of studies.parquet."""
     rows = list(rows)
     types = {
         "boxes": pa.list_(pa.list_(pa.float64())),
@@ -102,10 +101,15 @@ def tabulate_studies(rows: Iterable[StudyRow]) -> pa.Table:
 
 
 def write_studies(store_url: str, table: pa.Table) -> FileEntry:
-    """Publish studies.parquet, its rows sorted by key; the entry that the manifest will carry."""
+    """Write studies.parquet, sorted by key; returns its entry of the manifest."""
+    return _write_file(store_url, STUDIES, encode_parquet(table.sort_by("key").combine_chunks()))
+
+
+def encode_parquet(table: pa.Table) -> bytes:
+    """The table as a Parquet file."""
     buffer = io.BytesIO()
-    pq.write_table(table.sort_by("key").combine_chunks(), buffer)
-    return _write_file(store_url, STUDIES, buffer.getvalue())
+    pq.write_table(table, buffer)
+    return buffer.getvalue()
 
 
 def read_studies(store_url: str, manifest: Manifest) -> dict[str, StudyRow]:
@@ -116,7 +120,7 @@ def read_studies(store_url: str, manifest: Manifest) -> dict[str, StudyRow]:
     data = _read_checked_file(store_url, STUDIES, manifest.studies)
     rows: dict[str, StudyRow] = {}
     texts: dict[str | None, str | None] = {}
-    """Each text that many rows have, once."""
+    """Equal strings are stored once, to save memory."""
     try:
         table = pq.ParquetFile(io.BytesIO(data))
         fields = StudyRow.__dataclass_fields__
@@ -138,7 +142,7 @@ def read_studies(store_url: str, manifest: Manifest) -> dict[str, StudyRow]:
 
 
 def write_quarantine(store_url: str, rejected: Iterable[Rejected]) -> FileEntry:
-    """Publish quarantine.jsonl, sorted by key; the entry that the manifest will carry."""
+    """Write quarantine.jsonl, sorted by key; returns its entry of the manifest."""
     return _write_lines(store_url, QUARANTINE, sorted(rejected, key=lambda item: item.key))
 
 
@@ -151,14 +155,14 @@ def read_quarantine(store_url: str, manifest: Manifest) -> list[Rejected]:
 
 
 def write_warnings(store_url: str, warned: Iterable[StudyWarning]) -> FileEntry | None:
-    """Publish warnings.jsonl, sorted by key; the entry that the manifest will carry. Without any
-    warning there is no file."""
+    """Write warnings.jsonl, sorted by key, if there is a warning; returns its entry of the
+    manifest."""
     rows = sorted(warned, key=lambda item: (item.key, item.code))
     return _write_lines(store_url, WARNINGS, rows) if rows else None
 
 
 def read_warnings(store_url: str, manifest: Manifest) -> list[StudyWarning]:
-    """What was repaired or is doubtful, sorted by key; nothing for a store of an earlier version.
+    """The store's warnings, sorted by key; empty for a store of an older version.
 
     Raises DataError when the list is missing, or not what the manifest says.
     """
@@ -184,7 +188,7 @@ def _write_file(store_url: str, name: str, data: bytes) -> FileEntry:
 
 
 def _read_checked_file(store_url: str, name: str, entry: FileEntry) -> bytes:
-    with naming_file(name, store_url):
+    with as_data_error(name, store_url):
         return storage.read_bytes(
             storage.join(store_url, name), sha256=entry.sha256, size=entry.bytes
         )

@@ -1,6 +1,6 @@
-"""What a compressed frame says of itself: its transfer syntax, its size, where it ends.
+"""Properties of a compressed frame, from its codestream: transfer syntax, size, end.
 
-Where header and codestream differ, the codestream is right: the decoder follows it.
+Where the DICOM header differs the codestream is right, as decoders follow it.
 """
 
 import re
@@ -10,11 +10,11 @@ from typing import NamedTuple
 from pydicom import uid
 from pydicom.uid import UID
 
-_MAX_TILES = 4096  # of JPEG 2000; each takes kilobytes, whatever its size in pixels
+_MAX_TILES = 4096  # of JPEG 2000; each takes kilobytes of memory, even if it is small
 
 
 class FrameSize(NamedTuple):
-    """The size that a codestream states."""
+    """The size in a codestream."""
 
     rows: int
     columns: int
@@ -23,7 +23,7 @@ class FrameSize(NamedTuple):
 
 
 def read_jpeg_size(frame: bytes) -> FrameSize | None:
-    """What the frame header of JPEG (ITU-T T.81 B.2.2) or JPEG-LS (T.87 C.2.2) says."""
+    """The size in the frame header of JPEG (ITU-T T.81 B.2.2) or JPEG-LS (T.87 C.2.2)."""
     position = _find_frame_header(frame)
     if position is None:
         return None
@@ -35,12 +35,12 @@ def _find_frame_header(frame: bytes) -> int | None:
     if frame[:2] != _START_OF_IMAGE:
         return None
     position = 2
-    # What stands before a marker is skipped, as libjpeg does.
+    # Bytes before a marker are skipped, as in libjpeg.
     while (position := frame.find(b"\xff", position)) >= 0 and position + 10 <= len(frame):
         marker = frame[position + 1]
         if marker in _FRAME_HEADERS:
             return position
-        if marker == 0xDA:  # the scan starts, and no frame header came before
+        if marker == 0xDA:  # start of scan, without a frame header before it
             return None
         if marker == 0xFF:
             position += 1
@@ -52,12 +52,12 @@ def _find_frame_header(frame: bytes) -> int | None:
 
 
 _FRAME_HEADERS = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}
-_BARE_MARKERS = {0x00, 0x01, *range(0xD0, 0xDA)}  # no length follows
+_BARE_MARKERS = {0x00, 0x01, *range(0xD0, 0xDA)}  # without a length
 _START_OF_IMAGE = b"\xff\xd8"
 _END_OF_IMAGE = b"\xff\xd9"
 _START_OF_JPEG_2000 = b"\xff\x4f\xff\x51"
 _EXTENDED_CAPABILITIES = b"\xff\x50"  # of HTJ2K, right after the size
-_SCAN_MARKER = re.compile(rb"\xff[\x80-\xcf\xd8-\xfe]")  # restart markers and stuffing aside
+_SCAN_MARKER = re.compile(rb"\xff[\x80-\xcf\xd8-\xfe]")  # without restart markers and stuffing
 _SYNTAX_OF_FRAME_HEADER = {
     **dict.fromkeys((0xC0, 0xC2), uid.JPEGBaseline8Bit),
     0xC1: uid.JPEGExtended12Bit,
@@ -67,7 +67,7 @@ _SYNTAX_OF_FRAME_HEADER = {
 
 
 def find_syntax(frame: bytes) -> UID | None:
-    """The transfer syntax whose decoder reads the frame, by its first bytes; None if unknown."""
+    """The transfer syntax to decode the frame with, from its first bytes; None if unknown."""
     jpeg_2000 = find_jpeg_2000(frame)
     if jpeg_2000 is not None:
         size = int.from_bytes(frame[jpeg_2000 + 4 : jpeg_2000 + 6], "big")
@@ -84,7 +84,7 @@ def find_syntax(frame: bytes) -> UID | None:
 
 
 def find_jpeg_2000(frame: bytes) -> int | None:
-    """Where the JPEG 2000 codestream begins: some writers wrap it in the boxes of a JP2 file."""
+    """Start of the JPEG 2000 codestream, which may be in a JP2 file; None where there is none."""
     if frame.startswith(_START_OF_JPEG_2000):
         return 0
     if frame[4:8] != b"jP  ":
@@ -94,7 +94,7 @@ def find_jpeg_2000(frame: bytes) -> int | None:
 
 
 def read_jpeg_2000_size(frame: bytes) -> FrameSize | None:
-    """What the SIZ marker (ITU-T T.800 A.5.1) says; None too where it cannot be one picture."""
+    """The size in the SIZ marker (ITU-T T.800 A.5.1); None where it is missing or unsupported."""
     if not frame.startswith(_START_OF_JPEG_2000) or len(frame) < 45:
         return None
     right, bottom, left, top, tile_width, tile_height = struct.unpack_from(">6I", frame, 8)
@@ -109,38 +109,38 @@ def read_jpeg_2000_size(frame: bytes) -> FrameSize | None:
 
 
 def is_signed_jpeg_2000(frame: bytes) -> bool:
-    """Whether the SIZ marker says that the samples have signs."""
+    """Whether the samples are signed, by the SIZ marker."""
     return frame.startswith(_START_OF_JPEG_2000) and len(frame) > 42 and frame[42] >= 0x80
 
 
 def find_end(frame: bytes) -> int | None:
-    """Where a JPEG or JPEG-LS codestream ends, after its end marker; None where it is cut off.
+    """Position after the end marker of a JPEG or JPEG-LS codestream; None where it is truncated.
 
-    Only after the frame header: a thumbnail in an application segment has an end of its own.
+    Searched after the frame header: a thumbnail in an application segment has its own end marker.
     """
     position = _find_frame_header(frame)
     while position is not None:
         if frame[position + 1 : position + 2] == _END_OF_IMAGE[1:]:
             return position + 2
-        # A segment, and of a scan what is coded after it, up to the next marker.
+        # A segment, and for a scan the coded data after it, up to the next marker.
         position += 2 + int.from_bytes(frame[position + 2 : position + 4], "big")
         found = _SCAN_MARKER.search(frame, position)
         position = found.start() if found else None
     return None
 
 
-def is_whole(frame: bytes) -> bool:
-    """Whether the codestream has its end, so that nothing of it can be missing."""
+def is_complete(frame: bytes) -> bool:
+    """Whether the codestream has an end marker, so it is not truncated."""
     start = find_jpeg_2000(frame)
-    if start is not None:  # within its data no byte above 8F follows FF
+    if start is not None:  # within its data FF is never followed by a byte above 8F
         return _END_OF_IMAGE in frame[start + 4 :]
     return find_end(frame) is not None
 
 
 def is_ycbcr(frame: bytes) -> bool:
-    """Whether a lossy JPEG of three components without any marker of its colours is YCbCr.
+    """Whether a lossy JPEG of three components without a colour marker is YCbCr.
 
-    As libjpeg takes it: RGB has the components R, G and B.
+    By libjpeg's rule: components named R, G and B are RGB.
     """
     position = _find_frame_header(frame)
     if (
@@ -151,5 +151,5 @@ def is_ycbcr(frame: bytes) -> bool:
         return False
     head = frame[:position]
     if b"Adobe" in head or b"JFIF" in head:
-        return False  # pydicom reads these
+        return False  # pydicom handles these
     return frame[position + 10 : position + 19 : 3].upper() != b"RGB"

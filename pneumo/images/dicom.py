@@ -1,9 +1,9 @@
-"""DICOM bytes -> an 8-bit gray picture, 0 = black, and the four header values that are kept.
+"""DICOM bytes -> an 8-bit gray image, 0 = black, and the four header values that are kept.
 
-`pixel_decoders` reads the stored values and `gray_levels` makes them gray. The usual file, one
-8-bit JPEG-baseline frame without any look-up table, is read without pydicom, which is faster
-(`fast_dicom`); `decode_gray` is the reference. Where the store's picture is a whole fraction of the
-picture at half size, libjpeg decodes at half size, within 3 gray levels of the full decode.
+`pixel_decoders` reads the stored values, and `gray_levels` converts them to gray levels. The usual
+file, one 8-bit JPEG-baseline frame without any look-up table, is read without pydicom, which is
+faster (`fast_dicom`); `decode_gray` is the reference. Where the size of the store's image divides
+half the original size, libjpeg decodes at half size, within 3 gray levels of the full decode.
 """
 
 import re
@@ -28,7 +28,7 @@ from pneumo.images.codestreams import read_jpeg_size
 from pneumo.images.elements import Repairs, read_optional
 from pneumo.images.fast_dicom import BaselineFile, read_baseline
 from pneumo.images.frame_format import read_format
-from pneumo.images.gray_levels import Gray, render_gray
+from pneumo.images.gray_levels import CONTRADICTING_SHAPES, Gray, render_gray
 from pneumo.images.headers import (
     NO_ACQUISITION,
     NO_HEADER,
@@ -61,6 +61,7 @@ _SINGLE_TEXTS = {
     "PatientAge": b"AS",
     **dict.fromkeys(("PatientSex", "ViewPosition", "BodyPartExamined", "Modality"), b"CS"),
     **dict.fromkeys(("PresentationIntentType", "Laterality", "ImageLaterality"), b"CS"),
+    "PresentationLUTShape": b"CS",
 }
 _TEXTS = {
     int(Tag(keyword)): (keyword, vr)
@@ -70,10 +71,10 @@ _TEXTS = {
 
 @dataclass(frozen=True)
 class GrayImage:
-    """A study's picture at the store's size."""
+    """A study's image at the store's size."""
 
     pixels: Gray
-    """(S, S) uint8, 0 = black; the shorter side is padded with 0 on both ends, never stretched."""
+    """(S, S) uint8, 0 = black; the shorter side is padded with 0 at both ends, never stretched."""
     header: Header
     scale: tuple[float, float]
     """(x, y): stored pixels per original pixel; they differ by the rounding of the shorter side."""
@@ -82,16 +83,16 @@ class GrayImage:
     rows: int
     """Height of the original image, in pixels."""
     columns: int
-    """Its width."""
+    """Width of the original image, in pixels."""
     identifier: str | None
     """Patient ID (0010,0020), compared with the tables, and never written anywhere."""
     acquisition: Acquisition = NO_ACQUISITION
     """For `input_checks`; not kept."""
     warnings: tuple[str, ...] = ()
-    """What was repaired, see `elements.Repairs`, and what `input_checks` finds doubtful; sorted."""
+    """Codes of repairs, see `elements.Repairs`, and of doubts, see `input_checks`; sorted."""
 
     def to_stored(self, box: Box) -> Box:
-        """`box` of the original image in pixels of this one."""
+        """A box in pixels of the original image, in pixels of this one."""
         return Box(
             box.x * self.scale[0] + self.offset[0],
             box.y * self.scale[1] + self.offset[1],
@@ -101,7 +102,7 @@ class GrayImage:
 
 
 def read_study_image(data: bytes, image_size: int) -> GrayImage:
-    """The picture in `data` (a DICOM file) at `image_size`, letterboxed.
+    """The image in `data` (a DICOM file) at `image_size`, letterboxed.
 
     Raises DicomError with a reason code: not_dicom, wrong_class (no radiograph), no_pixels,
     multi_frame, too_large, photometric, no_decoder, undecodable.
@@ -129,11 +130,13 @@ _NUMBER = re.compile(r" *[-+]?\d{1,9}(\.\d{0,9})? *")
 
 
 def _read_fast(file: BaselineFile, image_size: int) -> GrayImage | None:
-    """The usual file; None where pydicom must look at it."""
+    """The image of a usual file; None where pydicom must read it."""
     texts = file.texts
     if any("\\" in texts.get(keyword, "") for keyword in _SINGLE_TEXTS):
         return None
     if texts.get("SOPClassUID") and texts["SOPClassUID"] not in _RADIOGRAPHS:
+        return None
+    if texts.get("PresentationLUTShape") == CONTRADICTING_SHAPES[file.form.photometric]:
         return None
     gray = _decode_fast(file, image_size)
     if gray is None:
@@ -166,7 +169,7 @@ def make_image(
     acquisition: Acquisition = NO_ACQUISITION,
     repairs: Iterable[str] = (),
 ) -> GrayImage:
-    """The picture of `gray`, which may be smaller than the original's `shape`."""
+    """The image of `gray`, which may be smaller than the original's `shape` (rows, columns)."""
     pixels, offset = letterbox(gray, image_size)
     height, width = fit_shape(shape, image_size)
     return GrayImage(
@@ -184,21 +187,21 @@ def make_image(
 
 @contextmanager
 def _only_dicom_errors() -> Iterator[None]:
-    """Inside, every error becomes a DicomError; pydicom's warnings, which quote values, are
-    silenced."""
+    """Inside the context every error becomes a DicomError; pydicom's warnings, which quote values,
+    are suppressed."""
     try:
-        # A bare `62` is no valid Age String, and pydicom says so for every file.
+        # `62`, as in RSNA, is no valid Age String: pydicom would warn for every file.
         with warnings.catch_warnings(), pydicom.config.disable_value_validation():
             warnings.simplefilter("ignore")
             yield
     except DicomError:
         raise
-    except Exception as error:  # an element that holds no value, or one of another type
-        raise DicomError(f"the header does not make sense: {type(error).__name__}") from error
+    except Exception as error:  # an element without a value, or with one of another type
+        raise DicomError(f"the header is invalid: {type(error).__name__}") from error
 
 
 def decode_gray(dataset: pydicom.Dataset) -> Gray:
-    """The frame at full resolution, (H, W) uint8, 0 = black, of any SOP class: the reference.
+    """The frame at full resolution, (H, W) uint8, 0 = black, of any SOP class; the reference.
 
     Raises DicomError: no_pixels, multi_frame, too_large, photometric, no_decoder, undecodable.
     """
@@ -212,19 +215,19 @@ def _decode_gray(dataset: pydicom.Dataset, repairs: Repairs) -> Gray:
 
 
 def _check_class(dataset: pydicom.Dataset) -> None:
-    # A DICOMDIR, the table of contents of a disc, says what it is in its meta information only.
+    # A DICOMDIR, the index of a disc, has its class only in the file meta information.
     meta = getattr(dataset, "file_meta", {})
     stated = str(dataset.get("SOPClassUID") or meta.get("MediaStorageSOPClassUID") or "")
     if stated and stated not in _RADIOGRAPHS:
         name = UID(stated).name
-        # A text that is no registered UID is not repeated: it could be anything.
+        # A text that is no registered UID is not quoted: it could identify a patient.
         known = f" ({name})" if name != stated else ""
         raise DicomError(f"the SOP class{known} is no radiograph", "wrong_class")
 
 
 def _decode_fast(file: BaselineFile, image_size: int) -> Gray | None:
-    """The JPEG frame decoded by libjpeg-turbo, at half size where that suffices; overwritten by the
-    next call. None where it differs from the header."""
+    """The JPEG frame decoded by libjpeg-turbo, at half size where possible. None where it differs
+    from the header. The result is valid until the next call in this thread."""
     form = file.form
     if read_jpeg_size(file.frame) != (form.rows, form.columns, 1, 8):
         return None
@@ -238,7 +241,7 @@ def _decode_fast(file: BaselineFile, image_size: int) -> Gray | None:
             min_width=columns,
             buffer=_BUFFER.take(form.rows * form.columns),
         )
-    except ValueError:  # damaged or unusual: the reference path decides
+    except ValueError:  # damaged or unusual: left to the reference path
         return None
     if pixels.shape != (rows, columns, 1):
         return None
@@ -247,7 +250,7 @@ def _decode_fast(file: BaselineFile, image_size: int) -> Gray | None:
 
 
 class _Buffer(threading.local):
-    """A buffer that each thread keeps: new pages would cost a third of the decoding."""
+    """A buffer that each thread reuses: allocating pages would add a third to the decoding time."""
 
     def __init__(self) -> None:
         self.memory = np.empty(0, np.uint8)
@@ -263,7 +266,7 @@ _BUFFER = _Buffer()
 
 
 def _can_halve(shape: tuple[int, int], image_size: int) -> bool:
-    """Whether each output covers whole pixels of the picture at half size; else an edge inside a
-    pixel is wrong by up to 40 gray levels."""
+    """Whether each output pixel covers whole pixels of the image at half size; otherwise an edge
+    within a pixel would be wrong by up to 40 gray levels."""
     sides = zip(shape, fit_shape(shape, image_size), strict=True)
     return all(side % (2 * fitted) == 0 for side, fitted in sides)

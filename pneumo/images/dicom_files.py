@@ -1,4 +1,4 @@
-"""Files of pictures one after the other: their bytes and pictures, or why there are none."""
+"""Reading image files of any supported format: their bytes and images, or why they are unusable."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -9,16 +9,16 @@ from pneumo import storage
 from pneumo.errors import AccessError, DicomError, StorageError
 from pneumo.images.dicom import GrayImage, read_study_image
 from pneumo.images.input_checks import check_image, check_pixels
-from pneumo.images.packed_files import MEMBER, read_member, unpack
+from pneumo.images.packed_files import is_member, read_member, unpack
 from pneumo.images.pictures import is_picture, read_picture
 
 _READS_AT_ONCE = 8
-"""Files of a bucket that are read ahead: an answer takes as long as decoding ten."""
+"""Files of a bucket to read ahead: a request takes as long as decoding ten."""
 
 
 @dataclass(frozen=True)
 class UnusableFile:
-    """Why there is no picture; nothing here names a patient."""
+    """Why a file is unusable; contains nothing that identifies a patient."""
 
     reason: str
     """missing, unreadable, or a code of `pneumo.errors.DicomError`."""
@@ -26,17 +26,17 @@ class UnusableFile:
 
 
 def read_pictures(urls: Sequence[str], image_size: int) -> Iterator[GrayImage | UnusableFile]:
-    """The pictures of files as a store holds them, in the order of `urls`.
+    """The images of files as in a store of `image_size`, in the order of `urls`.
 
-    Raises AccessError and StorageError for a bucket that is away: that says nothing about a file.
+    Raises AccessError and StorageError for an unavailable bucket, which is no fault of a file.
     """
     for data in read_files([(url, None) for url in urls]):
         yield data if isinstance(data, UnusableFile) else decode_file(data, image_size)
 
 
 def decode_file(data: bytes, image_size: int) -> GrayImage | UnusableFile:
-    """The picture in a DICOM, PNG, JPEG or TIFF file as a store of `image_size` holds it, checked
-    by `input_checks`."""
+    """The image of a DICOM, PNG, JPEG or TIFF file as in a store of `image_size`, checked by
+    `input_checks`."""
     try:
         data = unpack(data)
         if is_picture(data):
@@ -49,29 +49,29 @@ def decode_file(data: bytes, image_size: int) -> GrayImage | UnusableFile:
 
 
 def read_files(files: Sequence[tuple[str, str | None]]) -> Iterator[bytes | UnusableFile]:
-    """What each of the files holds, in their order, given as (url, what errors call it); from a
-    bucket some are read while one is in use."""
+    """The bytes of each file, in order, given as (url, name in errors); files of a bucket are
+    prefetched."""
     if all(storage.is_local(url) for url, _ in files):
         for url, label in files:
             yield read_file(url, label)
         return
-    coming = deque[Future[bytes | UnusableFile]]()
+    pending = deque[Future[bytes | UnusableFile]]()
     with ThreadPoolExecutor(_READS_AT_ONCE, thread_name_prefix="pneumo-read") as pool:
         try:
             for url, label in files:
-                coming.append(pool.submit(read_file, url, label))
-                if len(coming) > _READS_AT_ONCE:
-                    yield coming.popleft().result()
-            while coming:
-                yield coming.popleft().result()
+                pending.append(pool.submit(read_file, url, label))
+                if len(pending) > _READS_AT_ONCE:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
 def read_file(url: str, label: str | None) -> bytes | UnusableFile:
-    """What the file holds; `label` is what errors call it. Raises as `read_pictures`."""
+    """The file's bytes; `label` is its name in errors. Raises as `read_pictures`."""
     try:
-        return read_member(url) if MEMBER in url else storage.read_bytes(url, label=label)
+        return read_member(url) if is_member(url) else storage.read_bytes(url, label=label)
     except DicomError as error:
         return UnusableFile(error.reason, str(error))
     except FileNotFoundError:

@@ -1,6 +1,6 @@
-"""Optional elements of a header: one that makes no sense is skipped, and recorded.
+"""Optional elements of a header: an invalid one is ignored, and recorded.
 
-A record says what was done to which element, `left_out:WindowWidth`, and never holds its value.
+A record is an action and an element, `left_out:WindowWidth`, and never contains a value.
 """
 
 import math
@@ -14,22 +14,22 @@ from pydicom.tag import Tag
 from pneumo.errors import DicomError
 
 Repairs = set[str]
-"""What was done to read a file: `left_out`, `codestream`, `pixels`, `rescaled`, `spelling` or
+"""Repairs made to read a file: `left_out`, `codestream`, `pixels`, `rescaled`, `spelling` or
 `parsed`, each with a keyword; docs/preparing.md lists them."""
 
 
 def read_optional(dataset: pydicom.Dataset, keyword: str, repairs: Repairs) -> Any:
-    """The element's value; None where it is absent, empty, or does not parse, which is recorded."""
+    """The element's value; None where it is absent, empty, or invalid, which is recorded."""
     try:
         value = dataset.get(keyword)
-    except Exception:  # what pydicom raises depends on the value's type
+    except Exception:  # pydicom raises many kinds
         repairs.add(f"left_out:{keyword}")
         return None
     return None if value is None or value in ("", b"", []) else value
 
 
 def read_numbers(dataset: pydicom.Dataset, keyword: str, repairs: Repairs) -> list[float]:
-    """The element's finite numbers, up to the first that is none."""
+    """The element's finite numbers, up to the first invalid one."""
     value = read_optional(dataset, keyword, repairs)
     if value is None:
         return []
@@ -55,8 +55,8 @@ def _is_plain(value: str | bytes) -> bool:
 
 
 def _read_number(value: Any) -> float | None:
-    """A finite number, also of `2048,5`, `[2048]` or two bytes; else None."""
-    if isinstance(value, bytes):  # a number said to be OW
+    """A finite number, also from `2048,5`, `[2048]` or two bytes; else None."""
+    if isinstance(value, bytes):  # a number with VR OW
         return float(int.from_bytes(value, "little")) if len(value) == 2 else None
     if isinstance(value, str):
         value = value.strip(" \0[]()").replace(",", ".")
@@ -68,7 +68,7 @@ def _read_number(value: Any) -> float | None:
 
 
 def read_integer(dataset: pydicom.Dataset, keyword: str, absent: int) -> int:
-    """A whole number that the picture needs. Raises DicomError, which names the element."""
+    """A required integer. Raises DicomError, which names the element."""
     try:
         value = dataset.get(keyword)
         return absent if value is None or value == "" else int(value)
@@ -78,7 +78,7 @@ def read_integer(dataset: pydicom.Dataset, keyword: str, absent: int) -> int:
 
 
 def _kind(dataset: pydicom.Dataset, tag: Any) -> str:
-    """What an element holds, without its value."""
+    """The kind of an element's value, for messages."""
     try:
         value = dataset[tag].value
     except Exception:

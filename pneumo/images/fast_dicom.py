@@ -1,8 +1,8 @@
-"""The usual file, read in one pass: explicit VR, little endian, one JPEG frame of 8 gray bits.
+"""A fast reader of the usual file: explicit VR, little endian, one JPEG frame of 8 gray bits.
 
-pydicom takes as long for such a header as libjpeg for a third of the picture. Any other file, or
-any doubt, gives None, and pydicom reads it; tests compare the two, also over damaged files. PS3.5
-7.1.2 and A.4.
+pydicom takes as long for such a header as libjpeg for a third of the image. For any other file, and
+in any doubt, the result is None and pydicom is used; tests compare both, with damaged files too.
+PS3.5 7.1.2 and A.4.
 """
 
 import struct
@@ -28,26 +28,27 @@ _EIGHT_UNSIGNED_BITS = {0x00280100: 8, 0x00280101: 8, 0x00280102: 7, 0x00280103:
 _UNUSUAL = {
     *(0x00280120, 0x00281050, 0x00281051),  # padding, window
     *(0x00281052, 0x00281053, 0x00283000, 0x00283010),  # rescale, modality and VOI tables
-    *(0x00082218, 0x00540220),  # sequences that say body part and view
+    *(0x00082218, 0x00540220),  # sequences with body part and view
 }
-"""With any of these, gray levels are not the stored values, or sequences have to be read."""
+"""With one of these, gray levels are not the stored values, or sequences must be read."""
 
 
 @dataclass(frozen=True)
 class BaselineFile:
-    """A file of the usual kind, its parts found and not yet looked into."""
+    """The parts of a usual file, not decoded."""
 
     form: FrameFormat
     frame: bytes
-    """The JPEG codestream; that it holds what `form` says is not checked."""
+    """The JPEG codestream; not compared with `form`."""
     texts: Mapping[str, str]
-    """Values of the text elements that were asked for, by keyword, as pydicom would give them."""
+    """Values of the requested text elements by keyword, the same as pydicom's."""
 
 
 def read_baseline(data: bytes, wanted: Mapping[int, tuple[str, bytes]]) -> BaselineFile | None:
-    """The parts of `data`, or None where pydicom must look at it.
+    """The parts of `data`, or None where pydicom must read it.
 
-    `wanted` are the tags whose texts to keep, each with its keyword and the VR that it must have.
+    `wanted` are the tags of the texts to return, each with its keyword and the VR that it must
+    have.
     """
     found = _scan(data)
     if found is None:
@@ -68,8 +69,8 @@ def read_baseline(data: bytes, wanted: Mapping[int, tuple[str, bytes]]) -> Basel
 
 
 def _scan(data: bytes) -> tuple[dict[int, tuple[bytes, bytes]], int] | None:
-    """VR and value of each element by tag, in ascending order, and where the pixel data's items
-    begin."""
+    """VR and value of each element by tag, and the position of the pixel data's items; None where
+    tags are not in ascending order or the file is not the usual one."""
     if data[128:132] != b"DICM":
         return None
     elements: dict[int, tuple[bytes, bytes]] = {}
@@ -115,7 +116,7 @@ def _read_form(elements: Mapping[int, tuple[bytes, bytes]]) -> FrameFormat | Non
 
 
 def _read_only_fragment(data: bytes, position: int) -> bytes | None:
-    """The pixel data's one fragment after the offset table, if both are there and nothing else."""
+    """The pixel data's fragment, if there are exactly the offset table and one fragment."""
     fragments = []
     for _ in range(2):
         if position + 8 > len(data):
@@ -126,5 +127,5 @@ def _read_only_fragment(data: bytes, position: int) -> bytes | None:
             return None
         position += 8 + length
     group, number, length = struct.unpack_from("<HHI", data.ljust(position + 8, b"\0"), position)
-    begins_at_once = fragments[0] in (b"", bytes(4))  # the table of offsets
-    return fragments[1] if begins_at_once and group << 16 | number == END_OF_ITEMS else None
+    is_offset_0 = fragments[0] in (b"", bytes(4))  # the table of offsets
+    return fragments[1] if is_offset_0 and group << 16 | number == END_OF_ITEMS else None

@@ -1,8 +1,8 @@
-"""A file that pydicom finds no pixel data in -> the same without what kept it from them.
+"""Repairing files in which pydicom finds no pixel data.
 
-Elements that do not parse are left out, and pixel data without an end gets one where it can be
-known: the frame has the bytes that the header says, or its codestream has its own end marker.
-Little endian only. PS3.5 7.1 and A.4.
+Elements that do not parse are left out. Pixel data without an end delimiter gets one where its end
+is certain: by the size in the header, or by the end marker of the codestream. Little endian only.
+PS3.5 7.1 and A.4.
 """
 
 import re
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pydicom.datadict import keyword_for_tag
 from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian, RLELossless
 
-from pneumo.images.codestreams import is_whole
+from pneumo.images.codestreams import is_complete
 from pneumo.images.elements import Repairs
 from pneumo.images.fast_dicom import (
     END_OF_ITEMS,
@@ -30,8 +30,8 @@ _END_OF_ITEM = 0xFFFEE00D
 _DELIMITER = struct.pack("<HHI", END_OF_ITEMS >> 16, END_OF_ITEMS & 0xFFFF, 0)
 _VR = re.compile(b"|".join(sorted(LONG_LENGTHS | SHORT_LENGTHS)))
 _IMAGE_GROUP_OR_PIXELS = re.compile(rb"\x28\x00[\x02\x04\x08\x10]\x00|\xe0\x7f\x10\x00")
-_MAX_STEPS = 200_000  # elements and items looked at: less than a second
-_IN_A_ROW = 3  # elements that follow each other so are no accident
+_MAX_STEPS = 200_000  # limit of elements and items read: less than a second
+_IN_A_ROW = 3  # so many valid elements in a row are taken as no coincidence
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class _Element:
     tag: int
     vr: bytes
     start: int
-    """Where its value begins."""
+    """Position of its value."""
     length: int
 
 
-class _StepLimitReached(Exception):  # noqa: N818  it ends a search, and is no error
+class _StepLimitReached(Exception):  # noqa: N818  ends a search, no error
     pass
 
 
@@ -55,10 +55,10 @@ class _Reader:
     is_implicit: bool = False
     steps: int = _MAX_STEPS
     numbers: dict[int, int] = field(default_factory=dict)
-    """Values of the elements kept so far that are one number of 16 bits."""
+    """Values of the elements so far that are one number of 16 bits, by tag."""
 
     def element(self, position: int) -> _Element | None:
-        """The element whose header is at `position`; None where there is none."""
+        """The element whose header is at `position`; None where it is invalid."""
         self.steps -= 1
         if self.steps < 0:
             raise _StepLimitReached
@@ -79,7 +79,7 @@ class _Reader:
         )
 
     def end(self, element: _Element, depth: int = 0) -> int | None:
-        """Where the element ends; None where that is beyond the data, or no items follow."""
+        """Position after the element; None where it is beyond the data, or items are invalid."""
         if element.length != UNDEFINED:
             end = element.start + element.length
             return end if end <= len(self.data) else None
@@ -96,7 +96,7 @@ class _Reader:
         return None
 
     def _end_of(self, item: _Element, depth: int) -> int | None:
-        """Where an item of undefined length ends."""
+        """Position after an item of undefined length."""
         position: int | None = item.start
         while position is not None:
             inner = self.element(position)
@@ -108,7 +108,8 @@ class _Reader:
         return None
 
     def follows(self, position: int, last: int) -> bool:
-        """Whether elements in ascending order begin at `position`: some, or up to the pixels."""
+        """Whether valid elements in ascending order start at `position`: _IN_A_ROW of them, or
+        fewer up to the pixel data."""
         for _ in range(_IN_A_ROW):
             element = self.element(position)
             if element is None or not last < element.tag <= _PIXEL_DATA:
@@ -122,18 +123,18 @@ class _Reader:
         return True
 
     def may_follow(self, position: int, last: int) -> bool:
-        """Whether what begins at `position` has a tag that may follow, whatever else is wrong."""
+        """Whether the tag at `position` may follow tag `last`; the rest is not checked."""
         return last < _read_tag(self.data, position) <= _PIXEL_DATA
 
     def candidates(self, position: int) -> Iterator[int]:
-        """Where a next element might begin."""
+        """Positions where the next element may start."""
         pattern, before = (_IMAGE_GROUP_OR_PIXELS, 0) if self.is_implicit else (_VR, 4)
         for found in pattern.finditer(self.data, position + before):
             yield found.start() - before
 
     def pixels(self, position: int) -> tuple[bytes, bool] | None:
-        """The pixel data's element, with its end; and whether that had to be repaired. None where
-        the pixels are not all there, or are an icon's."""
+        """The element of the pixel data with its end, and whether it was repaired. None where
+        pixels are missing, or are those of an icon."""
         element = self.element(position)
         if element is None or element.tag != _PIXEL_DATA:
             return None
@@ -154,7 +155,7 @@ class _Reader:
         return head[:-4] + struct.pack("<I", taken) + pixels, not is_sound
 
     def _fragments(self, element: _Element, head: bytes) -> tuple[bytes, bool] | None:
-        if not self.is_implicit:  # of another VR pydicom would parse the items
+        if not self.is_implicit:  # with another VR pydicom would parse the items
             head = head[:4] + b"OB" + head[6:]
         position, fragments = element.start, list[bytes]()
         while (item := self.element(position)) is not None and item.tag == ITEM:
@@ -164,7 +165,7 @@ class _Reader:
         is_sound = item is not None and item.tag == END_OF_ITEMS
         is_cut = position > len(self.data)
         is_run_length = RLELossless.encode() in self.data[:1024] and not is_cut
-        if not frame or not (is_sound or is_whole(frame) or is_run_length):
+        if not frame or not (is_sound or is_complete(frame) or is_run_length):
             return None
         items = b"".join(
             struct.pack("<HHI", ITEM >> 16, ITEM & 0xFFFF, len(part)) + part for part in fragments
@@ -173,7 +174,7 @@ class _Reader:
 
 
 def repair_file(data: bytes, repairs: Repairs) -> bytes | None:
-    """`data` so that its pixel data can be read; None where that cannot be done."""
+    """`data` with readable pixel data; None where it cannot be repaired."""
     try:
         return _repair(_Reader(data), repairs, _Reader.may_follow) or _repair(
             _Reader(data), repairs, _Reader.follows
@@ -185,7 +186,7 @@ def repair_file(data: bytes, repairs: Repairs) -> bytes | None:
 def _repair(
     reader: _Reader, repairs: Repairs, is_next: Callable[[_Reader, int, int], bool]
 ) -> bytes | None:
-    """As `repair_file`; an element's length is right where `is_next` accepts what follows."""
+    """As `repair_file`; an element's length is correct where `is_next` accepts what follows."""
     data = reader.data
     position, syntax = _skip_meta(reader)
     if syntax == ExplicitVRBigEndian.encode():
@@ -194,13 +195,13 @@ def _repair(
     reader.is_implicit = (
         syntax == ImplicitVRLittleEndian.encode() or vr not in LONG_LENGTHS | SHORT_LENGTHS
     )
-    kept, last, done = [data[:position]], 0, Repairs()
+    kept, last, own_repairs = [data[:position]], 0, Repairs()
     while True:
         element = reader.element(position)
         if element is not None and element.tag == _PIXEL_DATA:
             found = reader.pixels(position)
             if found is not None:
-                repairs |= done | ({"parsed:PixelData"} if found[1] else set())
+                repairs |= own_repairs | ({"parsed:PixelData"} if found[1] else set())
                 return b"".join([*kept, found[0]])
         end = None
         if element is not None and last < element.tag < _PIXEL_DATA:
@@ -211,7 +212,7 @@ def _repair(
                 reader.numbers[element.tag] = int.from_bytes(data[end - 2 : end], "little")
             position, last = end, element.tag
             continue
-        done.add(f"parsed:{_name(data, position, last)}")
+        own_repairs.add(f"parsed:{_name(data, position, last)}")
         following = (p for p in reader.candidates(position + 1) if reader.follows(p, last))
         position = next(following, len(data))
         if position == len(data):
@@ -219,7 +220,7 @@ def _repair(
 
 
 def _skip_meta(reader: _Reader) -> tuple[int, bytes]:
-    """Where the data set begins, and the transfer syntax that is stated."""
+    """Start of the data set, and the transfer syntax in the file meta information."""
     position, syntax = (132 if reader.data[128:132] == b"DICM" else 0), b""
     while reader.data[position : position + 2] == b"\x02\x00":
         element = reader.element(position)
@@ -238,7 +239,8 @@ def _read_tag(data: bytes, position: int) -> int:
 
 
 def _name(data: bytes, position: int, last: int) -> str:
-    """The keyword of what does not parse; where that is no element at all, of what precedes."""
+    """The keyword of the element that does not parse; of the previous one where its tag is
+    unknown."""
     tag = _read_tag(data, position)
     if tag >> 16 & 1 and last < tag < _PIXEL_DATA:
         return "private"

@@ -1,4 +1,4 @@
-"""What a header states about its one frame (PS3.3 C.7.6.3), checked."""
+"""The pixel format in a DICOM header (PS3.3 C.7.6.3), validated."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from pneumo.errors import DicomError
 from pneumo.images.elements import Repairs, read_integer, read_numbers, read_optional
 
 MAX_PIXELS = 64_000_000
-"""A frame that claims more is refused before any memory is taken for it."""
+"""Larger frames are refused before memory is allocated."""
 
 _COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 _PHOTOMETRICS = {1: ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR"), 3: _COLOURS}
@@ -16,12 +16,12 @@ _PHOTOMETRICS = {1: ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR"), 3: _COLOURS
 
 @dataclass(frozen=True)
 class FrameFormat:
-    """What a header states about its one frame (PS3.3 C.7.6.3), checked."""
+    """The pixel format of a header's single frame."""
 
     rows: int
     columns: int
     samples: int
-    """1, or 3 of a colour picture."""
+    """1, or 3 for colour."""
     photometric: str
     bits_allocated: int
     """8 or 16."""
@@ -33,7 +33,7 @@ class FrameFormat:
 
 
 def read_format(dataset: pydicom.Dataset, repairs: Repairs) -> FrameFormat:
-    """What the header says about the frame.
+    """The pixel format in the header.
 
     Raises DicomError: no_pixels, multi_frame, too_large, photometric, undecodable.
     """
@@ -87,7 +87,7 @@ def _read_photometric(dataset: pydicom.Dataset, samples: int, repairs: Repairs) 
 def _read_or_leave_out(
     dataset: pydicom.Dataset, keyword: str, absent: int, allowed: range, repairs: Repairs
 ) -> int:
-    """A number of the header; `absent` where there is none, or none that can be."""
+    """A number of the header; `absent` where it is missing or not in `allowed`."""
     numbers = read_numbers(dataset, keyword, repairs)
     if not numbers:
         return absent

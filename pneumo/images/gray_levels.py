@@ -1,14 +1,15 @@
 """Stored values of a frame -> 8-bit gray levels, 0 = black.
 
 The order is PS3.3 C.7.6.3.1.2 and PS3.4 N.2: stored values -> modality LUT or rescale -> VOI LUT,
-or else the first window -> presentation (MONOCHROME1 inverted), folded into one look-up table.
-PresentationLUTShape repeats the photometric interpretation (PS3.3 C.8.11.3.1), and is ignored.
-Without VOI LUT and valid window, up to 8 unsigned bits are shown as they are; anything else is
-scaled from its least value (black) to its greatest (white), a few outliers aside. Padding is black
-and not counted there. A colour picture becomes its luminance.
+or else the first window -> presentation (MONOCHROME1 inverted), all in one look-up table.
+PresentationLUTShape repeats the photometric interpretation (PS3.3 C.8.11.3.1); one that contradicts
+it is ignored, and recorded.
+Without VOI LUT and valid window, values of up to 8 unsigned bits are unchanged; others are scaled
+from the minimum (black) to the maximum (white), except for a few outliers. Padding is black and
+excluded from minimum and maximum. A colour image is converted to luminance.
 
-What would hide the picture (slope 0, a window outside all values, a table that uses a fraction of
-its bits) is skipped or corrected, and recorded in `repairs`.
+Elements that would hide the image (slope 0, a window outside all values or far wider, a table that
+uses a fraction of its bits) are ignored or corrected, and recorded in `repairs`.
 """
 
 from dataclasses import dataclass
@@ -31,13 +32,15 @@ Gray = npt.NDArray[np.uint8]
 Values = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
 
-_BLOCK_PIXELS = 2**20  # numpy makes 8-byte indices of the pixels that it looks up at once
+CONTRADICTING_SHAPES = {"MONOCHROME1": "IDENTITY", "MONOCHROME2": "INVERSE"}
+"""Values of PresentationLUTShape, by photometric interpretation."""
+_BLOCK_PIXELS = 2**20  # pixels to look up at once: numpy converts them to indices of 8 bytes
 
 
 def render_gray(
     dataset: pydicom.Dataset, form: FrameFormat, stored: Stored, repairs: Repairs
 ) -> Gray:
-    """The gray picture (H, W) uint8 of `stored` values, (H, W) or (H, W, 3), described by `form`.
+    """The gray image (H, W) uint8 of `stored` values (H, W) or (H, W, 3) in format `form`.
 
     Raises DicomError: photometric, undecodable.
     """
@@ -49,7 +52,7 @@ def render_gray(
 
 
 def _look_up(stored: Stored, table: Gray) -> Gray:
-    """`table` at each of the `stored` values; it has an entry for every code of their type."""
+    """`table` at each of the `stored` values; it has an entry for each code of their dtype."""
     codes = _codes(stored)
     if stored.dtype.itemsize == 1:
         return np.asarray(cv2.LUT(codes, table))
@@ -61,12 +64,12 @@ def _look_up(stored: Stored, table: Gray) -> Gray:
 
 
 def _codes(stored: Stored) -> npt.NDArray[np.uint8 | np.uint16]:
-    """The bit patterns of `stored`, by which tables are indexed."""
+    """The bit patterns of `stored`, unsigned: the indices of tables."""
     return np.ascontiguousarray(stored).view(f"u{stored.dtype.itemsize}")
 
 
 def _every_value(stored: Stored) -> Values:
-    """The value of each code of the type of `stored`."""
+    """The value of each code of the dtype of `stored`."""
     bits = 8 * stored.dtype.itemsize
     codes = np.arange(2**bits, dtype=f"u{stored.dtype.itemsize}")
     return codes.view(stored.dtype).astype(np.float64)
@@ -75,40 +78,39 @@ def _every_value(stored: Stored) -> Values:
 def _gray_table(
     dataset: pydicom.Dataset, form: FrameFormat, stored: Stored, repairs: Repairs
 ) -> Gray:
-    """Gray level of each code of the type of `stored`."""
-    own = _every_value(stored)
-    padding = _find_padding(dataset, own, stored, repairs)
-    with np.errstate(all="ignore"):  # what is not finite is refused below
-        values = _apply_modality(dataset, own, repairs)
-        as_stored = form.bits_stored <= 8 and not form.signed and bool((values == own).all())
+    """Gray level of each code of the dtype of `stored`."""
+    inputs = _every_value(stored)
+    padding = _find_padding(dataset, inputs, stored, repairs)
+    with np.errstate(all="ignore"):  # values that are not finite are refused below
+        values = _apply_modality(dataset, inputs, repairs)
+        is_8_bit = form.bits_stored <= 8 and not form.signed and bool((values == inputs).all())
         counts = None
-        if not as_stored or _has_display(dataset):
+        if not is_8_bit or "VOILUTSequence" in dataset or "WindowCenter" in dataset:
             counts = np.where(padding, 0, _count_codes(stored))
-        shown = None if counts is None else _apply_voi(dataset, values, counts, repairs)
-        if shown is None and as_stored:
-            shown = values / (2**form.bits_stored - 1)
-        if shown is None:
+        levels = None if counts is None else _apply_voi(dataset, values, counts, repairs)
+        if levels is None and is_8_bit:
+            levels = values / (2**form.bits_stored - 1)
+        if levels is None:
             assert counts is not None
-            shown = _stretch(values, counts, repairs)
-    if not np.isfinite(shown).all():
-        raise DicomError("the look-up tables give gray levels that are no numbers")
+            levels = _stretch(values, counts, repairs)
+    if not np.isfinite(levels).all():
+        raise DicomError("the look-up tables give gray levels that are not finite")
     if form.photometric == "MONOCHROME1":
-        shown = 1.0 - shown
-    table: Gray = np.rint(np.clip(shown, 0.0, 1.0) * 255.0).astype(np.uint8)
+        levels = 1.0 - levels
+    shape = read_optional(dataset, "PresentationLUTShape", repairs)
+    if shape == CONTRADICTING_SHAPES[form.photometric]:
+        repairs.add("left_out:PresentationLUTShape")
+    table: Gray = np.rint(np.clip(levels, 0.0, 1.0) * 255.0).astype(np.uint8)
     table[padding] = 0
     return table
-
-
-def _has_display(dataset: pydicom.Dataset) -> bool:
-    return "VOILUTSequence" in dataset or "WindowCenter" in dataset
 
 
 def _find_padding(
     dataset: pydicom.Dataset, values: Values, stored: Stored, repairs: Repairs
 ) -> npt.NDArray[np.bool_]:
-    """Which stored values are padding: one value, or all up to the range limit (PS3.3 C.7.5.1.1.2
-    and C.7.6.3); none where almost all pixels would be."""
-    # Some writers mix up signed and unsigned; a number that no stored value can be is ignored.
+    """Mask of the stored values that are padding: one value, or a range up to the limit (PS3.3
+    C.7.5.1.1.2 and C.7.6.3); a range is ignored where it covers almost all pixels."""
+    # Some writers mix up signed and unsigned; a number outside the range of both is ignored.
     bits = 8 * stored.dtype.itemsize
     codes: list[int] = []
     for keyword in ("PixelPaddingValue", "PixelPaddingRangeLimit"):
@@ -131,7 +133,8 @@ def _find_padding(
 
 
 def _apply_modality(dataset: pydicom.Dataset, values: Values, repairs: Repairs) -> Values:
-    """`values` through the modality LUT, or rescaled (PS3.3 C.11.1), unless all become one."""
+    """`values` after the modality LUT or the rescale (PS3.3 C.11.1); unchanged where these would
+    make all values equal."""
     table = _read_item(dataset, "ModalityLUTSequence", repairs)
     if table is not None:
         if np.ptp(table.entries) > 0:
@@ -149,13 +152,13 @@ def _apply_modality(dataset: pydicom.Dataset, values: Values, repairs: Repairs) 
 def _apply_voi(
     dataset: pydicom.Dataset, values: Values, counts: Counts, repairs: Repairs
 ) -> Values | None:
-    """`values` through the VOI LUT, or else the first window, to [0, 1] (PS3.3 C.11.2); None where
-    neither shows anything. `counts` are the pixels of each of the `values`."""
+    """`values` after the VOI LUT, or else the first usable window, in [0, 1] (PS3.3 C.11.2); None
+    where there is none. `counts` are the pixels of each of the `values`."""
     table = _read_item(dataset, "VOILUTSequence", repairs)
     if table is not None:
-        shown = table.apply(values) / table.find_white("VOILUTSequence", repairs)
-        if _shows_something(shown, values, counts):
-            return np.asarray(shown)
+        levels = table.apply(values) / table.find_white("VOILUTSequence", repairs)
+        if _has_contrast(levels, values, counts):
+            return np.asarray(levels)
         repairs.add("left_out:VOILUTSequence")
     centers = read_numbers(dataset, "WindowCenter", repairs)
     widths = read_numbers(dataset, "WindowWidth", repairs)
@@ -163,26 +166,27 @@ def _apply_voi(
     for center, width in zip(centers, widths, strict=False):
         if width <= 0 or (width < 1 and function not in ("SIGMOID", "LINEAR_EXACT")):
             continue
-        shown = apply_window(values, center, width, function)
-        if _shows_something(shown, values, counts):
-            return shown
+        levels = apply_window(values, center, width, function)
+        if _has_contrast(levels, values, counts):
+            return levels
         repairs.add("left_out:WindowCenter")
     return None
 
 
-def _shows_something(shown: Values, values: Values, counts: Counts) -> bool:
-    """Whether less than 99.8 % of the pixels become one end of the gray scale; if all pixels have
-    one value, nothing is better."""
+def _has_contrast(levels: Values, values: Values, counts: Counts) -> bool:
+    """Whether less than 99.8 % of the pixels become black, less than 99.8 % white, and some take a
+    level above the lowest eighth; True where all pixels have the same value."""
     used = counts > 0
     if not used.any() or np.ptp(values[used]) == 0:
         return True
-    most = _ALMOST_ALL * counts.sum()
-    black, white = counts[shown < _HALF_LEVEL].sum(), counts[shown > 1 - _HALF_LEVEL].sum()
-    return bool(max(black, white) < most)
+    limit = _ALMOST_ALL * counts.sum()
+    black, white = counts[levels < _HALF_LEVEL].sum(), counts[levels > 1 - _HALF_LEVEL].sum()
+    return bool(max(black, white) < limit and levels[used].max() >= _DARK)
 
 
 _ALMOST_ALL = 0.998
 _HALF_LEVEL = 0.5 / 255
+_DARK = 0.125  # a window for 12 bits, kept beside a frame of 8, uses the lowest 16 of 256 levels
 
 
 @dataclass(frozen=True)
@@ -190,15 +194,15 @@ class _Table:
     """A look-up table (PS3.3 C.11.1.1)."""
 
     first: int
-    """The first value mapped."""
+    """The input of the first entry."""
     bits: int
-    """Of an entry, as the descriptor says."""
+    """Bits of an entry in the descriptor."""
     entries: Values
 
     def apply(self, values: Values) -> Values:
-        """The entry of each of the `values`; those outside take the nearest one's."""
-        # Of its 16 bits, the first value has a sign where what is looked up has: some writers, and
-        # all who read implicit VR, take the header's pixel representation instead.
+        """The entry of each of the `values`; the nearest entry for values outside the table."""
+        # The 16 bits of the first value are signed where the inputs are; some writers, and readers
+        # of implicit VR, use the header's pixel representation instead.
         first = self.first
         if first >= 2**15 and values.min() < 0:
             first -= 2**16
@@ -208,29 +212,29 @@ class _Table:
         return np.asarray(self.entries[np.nan_to_num(indices).astype(np.int64)])
 
     def find_white(self, keyword: str, repairs: Repairs) -> float:
-        """The entry that is white: the greatest of the descriptor's bits, or of the table where it
-        exceeds them or uses only a quarter."""
-        white, greatest = 2.0**self.bits - 1, float(self.entries.max())
-        if white / 4 < greatest <= white or greatest == 0:
+        """The entry for white: the maximum of the descriptor's bits; the maximum of the table where
+        it is larger, or at most a quarter of that."""
+        white, maximum = 2.0**self.bits - 1, float(self.entries.max())
+        if white / 4 < maximum <= white or maximum == 0:
             return white
         repairs.add(f"rescaled:{keyword}")
-        return greatest
+        return maximum
 
 
 def _read_item(dataset: pydicom.Dataset, keyword: str, repairs: Repairs) -> _Table | None:
-    """The table in the first item of a sequence; None without one, or one that makes no sense."""
+    """The table in the first item of a sequence; None where it is missing or invalid."""
     items = read_optional(dataset, keyword, repairs)
     if not items:
         return None
     try:
         return _read_table(dataset, items[0].LUTDescriptor, items[0].LUTData)
-    except Exception:  # no data, no descriptor, items that are none: pydicom raises many kinds
+    except Exception:  # no data, no descriptor, invalid items: pydicom raises many kinds
         repairs.add(f"left_out:{keyword}")
         return None
 
 
 def _read_table(dataset: pydicom.Dataset, descriptor: Any, data: Any) -> _Table:
-    """The table of these elements. Raises ValueError and others where they are none."""
+    """The table of these elements. Raises ValueError and other errors where they are invalid."""
     count, first, bits = (int(number) for number in descriptor)
     count = count % 2**16 or 2**16
     if not 8 <= bits <= 16:
@@ -248,7 +252,7 @@ def _read_table(dataset: pydicom.Dataset, descriptor: Any, data: Any) -> _Table:
 
 
 def _count_codes(stored: Stored) -> Counts:
-    """How many pixels have each code."""
+    """Number of pixels of each code."""
     codes = _codes(stored).reshape(-1)
     counts = np.zeros(256**stored.dtype.itemsize, np.int64)
     for start in range(0, codes.size, _BLOCK_PIXELS):
@@ -257,10 +261,11 @@ def _count_codes(stored: Stored) -> Counts:
 
 
 def _stretch(values: Values, counts: Counts, repairs: Repairs) -> Values:
-    """`values` so that the least that has pixels is 0 and the greatest 1; 0 if there is but one.
+    """`values` scaled so that the minimum of the pixels is 0 and the maximum 1; 0 where they are
+    equal.
 
-    Where 0.1 % of the pixels at either end, hot ones, take up half of that range, or 3 % beyond a
-    gap, letters, the rest spans it.
+    Outliers are clipped: hot pixels, where 0.1 % of the pixels at either end take up half of the
+    range; and letters, where 3 % of the pixels lie beyond a gap of half of the range.
     """
     used = counts > 0
     if not used.any():
@@ -287,7 +292,7 @@ _HOT, _LETTERS = 0.001, 0.03
 
 
 def _luminance(stored: Stored, photometric: str, bits: int) -> Gray:
-    """Gray of a colour picture (H, W, 3); of YBR it is the first channel."""
+    """Luminance of a colour image (H, W, 3); the first channel of YBR."""
     if photometric == "RGB":
         gray = cv2.cvtColor(_codes(stored), cv2.COLOR_RGB2GRAY)
     elif photometric.startswith("YBR_FULL"):
@@ -299,10 +304,10 @@ def _luminance(stored: Stored, photometric: str, bits: int) -> Gray:
 
 
 def _palette_table(dataset: pydicom.Dataset, stored: Stored, repairs: Repairs) -> Gray:
-    """Gray level of each palette entry, of 8 or 16 bits."""
+    """Gray level of each entry of a palette of 8 or 16 bits."""
     names = [f"{colour}PaletteColorLookupTable" for colour in ("Red", "Green", "Blue")]
     if any(f"Segmented{name}Data" in dataset for name in names):
-        # Segments can repeat each other: a small palette could claim any amount of memory.
+        # Segments can repeat each other: a small palette could need any amount of memory.
         raise DicomError("a segmented palette is not supported", "photometric")
     if any(f"{name}{part}" not in dataset for name in names for part in ("Descriptor", "Data")):
         raise DicomError("a palette picture without its palette", "photometric")
@@ -312,17 +317,17 @@ def _palette_table(dataset: pydicom.Dataset, stored: Stored, repairs: Repairs) -
             for name in names
         ]
     except Exception as error:
-        raise DicomError("a palette that makes no sense", "photometric") from error
+        raise DicomError("an invalid palette", "photometric") from error
     codes = np.maximum(_every_value(stored), 0)
     rgb = np.stack([table.apply(codes) for table in tables], axis=-1).astype(np.int64)
     stated = 2 ** tables[0].bits - 1
-    # 8 bits an entry may stand in words of 16, in either byte, and so may 12.
-    greatest = max(table.entries.max() for table in tables)
-    white = next(white for white in (255, 4095, 65535) if greatest <= white)
+    # Entries of 8 or 12 bits may be in words of 16 bits, as their high or their low bits.
+    maximum = max(table.entries.max() for table in tables)
+    white = next(white for white in (255, 4095, 65535) if maximum <= white)
     if white != stated:
         repairs.add("rescaled:RedPaletteColorLookupTableDescriptor")
-    # In whole numbers: a level may lie half-way between two grays, and floats summed by another
-    # processor's instructions would be rounded the other way.
+    # In integers: a level may be half-way between two grays, and float sums of another processor
+    # could be rounded the other way.
     thousandths = rgb @ np.array([299, 587, 114])
     gray: Gray = np.rint(thousandths * 255 / (1000 * white)).astype(np.uint8)
     return gray
@@ -333,7 +338,7 @@ def apply_window(
 ) -> npt.NDArray[np.float64]:
     """`values` windowed to [0, 1], by the formulas of PS3.3 C.11.2.1.2 and C.11.2.1.3.
 
-    `width` is at least 1, and of SIGMOID and LINEAR_EXACT above 0.
+    `width` must be at least 1, or above 0 for SIGMOID and LINEAR_EXACT.
     """
     if function == "SIGMOID":
         return np.asarray(expit(4.0 * (values - center) / width))  # never overflows

@@ -14,7 +14,7 @@ OLDEST_PLAUSIBLE_AGE = 120
 
 @dataclass(frozen=True)
 class Header:
-    """What is kept of a header; None where absent or implausible."""
+    """The values of a header that are kept; None where absent or implausible."""
 
     age: int | None
     """Years, 0 to 120."""
@@ -23,7 +23,7 @@ class Header:
     view: str | None
     """'AP' or 'PA'."""
     spacing_mm: float | None
-    """Distance of pixel centres in the original image, rows."""
+    """Distance between the rows of the original image."""
 
 
 NO_HEADER = Header(age=None, sex=None, view=None, spacing_mm=None)
@@ -31,7 +31,7 @@ NO_HEADER = Header(age=None, sex=None, view=None, spacing_mm=None)
 
 @dataclass(frozen=True)
 class Acquisition:
-    """What a header says of how the picture was taken, in capitals; empty where it says nothing."""
+    """How the image was taken, in capital letters; '' where the header does not say."""
 
     view: str
     """View position (0018,5101), else the meaning of the view code (0054,0220)."""
@@ -48,15 +48,15 @@ NO_ACQUISITION = Acquisition("", "", "", "", "")
 
 
 Get = Callable[[str], Any]
-"""The value of the element with this keyword; of a sequence, the meaning of its first code."""
+"""Returns the value of an element by keyword; for a sequence, the meaning of its first code."""
 
 
 def make_acquisition(get: Get) -> Acquisition:
-    """What a header says of how the picture was taken."""
+    """The acquisition of a header whose values `get` returns."""
 
     def text(*keywords: str) -> str:
         value = next((found for keyword in keywords if (found := get(keyword))), "")
-        return " ".join(str(value).upper().split())
+        return _normalise(value)
 
     return Acquisition(
         view=text("ViewPosition", "ViewCodeSequence"),
@@ -68,7 +68,7 @@ def make_acquisition(get: Get) -> Acquisition:
 
 
 def read_from(dataset: pydicom.Dataset, repairs: Repairs) -> Get:
-    """Gives values of `dataset`; None where there is none, or none that makes sense."""
+    """A function that returns values of `dataset`; None where they are missing or invalid."""
 
     def get(keyword: str) -> Any:
         value = read_optional(dataset, keyword, repairs)
@@ -97,23 +97,28 @@ def read_header(dataset: pydicom.Dataset, repairs: Repairs) -> Header:
 def make_header(
     *, age: str, sex: str | None, view: str | None, spacing: Sequence[float] = ()
 ) -> Header:
-    """A header of these values as they stand in the file; what is implausible becomes None.
+    """The header of these raw values; implausible ones become None, `Female` and `pa` are read.
 
-    `spacing` is that of the rows, in mm, and perhaps more numbers.
+    `spacing` starts with the distance between rows, in mm; further numbers are ignored.
     """
     spacing_mm = spacing[0] if spacing else 0.0
     return Header(
         age=parse_age(age),
-        sex=sex if sex in ("M", "F") else None,
-        view=view if view in ("AP", "PA") else None,
+        sex={"M": "M", "MALE": "M", "F": "F", "FEMALE": "F"}.get(_normalise(sex)),
+        view=view if (view := _normalise(view)) in ("AP", "PA") else None,
         spacing_mm=spacing_mm if 0 < spacing_mm < 10 else None,
     )
 
 
+def _normalise(value: object) -> str:
+    """In capital letters, with single spaces."""
+    return " ".join(str(value or "").upper().split())
+
+
 def parse_age(text: str) -> int | None:
-    """Years from an AS value (`062Y`, `008M`) or RSNA's bare integer (`62`); None if
+    """Years from an AS value (`062Y`, `008M`), RSNA's integer (`62`) or a table's `62.0`; None if
     implausible."""
-    match = re.fullmatch(r"\s*(\d{1,3})([DWMY]?)\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,3})(?:\.0)?([DWMY]?)\s*", text)
     if match is None:
         return None
     years = int(int(match[1]) / {"D": 365.25, "W": 52.18, "M": 12, "Y": 1, "": 1}[match[2]])

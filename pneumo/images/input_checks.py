@@ -1,8 +1,8 @@
-"""Is this a frontal chest radiograph that a reader could read? Checked before a picture is used.
+"""Checks that an image is a frontal chest radiograph of usable quality.
 
-What is certain (nothing in the picture; a header that says another view or body part) refuses it;
-what is doubtful is a warning, and the picture is used. docs/preparing.md has the codes, how often
-real radiographs raise them, and how many broken ones do.
+Certain faults (a blank image; another view or body part in the header) raise an error; doubts are
+warnings, and the image is used. docs/preparing.md lists the codes, with their rates among real and
+among broken radiographs.
 """
 
 import cv2
@@ -15,7 +15,7 @@ from pneumo.images.gray_levels import Gray
 from pneumo.images.headers import Acquisition
 from pneumo.images.letterbox import fit_shape
 
-# Of view positions (PS3.3 C.8.1.1.1, C.8.11.5.1) and meanings of view codes (CID 4010).
+# View positions (PS3.3 C.8.1.1.1, C.8.11.5.1) and meanings of view codes (CID 4010).
 _FRONTAL = frozenset(("AP", "PA", "ANTERO-POSTERIOR", "POSTERO-ANTERIOR", "FRONTAL"))
 _NOT_FRONTAL = frozenset(
     (
@@ -23,7 +23,7 @@ _NOT_FRONTAL = frozenset(
         *("RAO", "LPO", "RPO", "OBLIQUE", "SWIMMERS", "XTABLE LATERAL", "TANGENTIAL"),
     )
 )
-# Of body parts examined (PS3.16 annex L).
+# Body parts examined (PS3.16 annex L).
 _CHEST_WORDS = ("CHEST", "THORAX", "LUNG", "RIB", "HEART", "STERNUM")
 _NOT_CHEST = frozenset(
     (
@@ -37,29 +37,29 @@ _NOT_CHEST = frozenset(
 )
 _RADIOGRAPHY = frozenset(("CR", "DX", "RG", "OT", "XR", ""))
 
-_BLANK_LEVELS = 3  # 99.8 % of the pixels of a blank picture differ by at most this
-_FEW_LEVELS = 32  # the same for the middle 98 % of an almost uniform one; real ones have over 90
-_WHITE, _BLACK = 0.2, 0.6  # fractions of the pixels; real ones have 0.003 and 0.25 at most
+_BLANK_LEVELS = 3  # range of 99.8 % of the pixels of a blank image, at most
+_FEW_LEVELS = 32  # range of the middle 98 % of an almost uniform one; in real ones over 90
+_WHITE, _BLACK = 0.2, 0.6  # fractions of the pixels; in real images at most 0.003 and 0.25
 _LONGEST_ASPECT = 1.6
 
-# Gray levels of the left half of a frontal chest, drawn by hand: air beside the neck and the trunk
-# is dark and so are the lungs; spine, heart and belly are bright.
+# Relative gray levels of the left half of a frontal chest: air beside neck and trunk is dark, and
+# so are the lungs; spine, heart and abdomen are bright.
 _HALF_CHEST = (
     *((-6, -4, -2, 1), (-3, -2, -2, 1), (-1, 0, -2, 1), (-1, 0, -2, 2)),
     *((-1, 0, -2, 3), (-2, 1, 1, 4), (-2, 3, 4, 4), (-3, 3, 5, 5)),
 )
-_LIKE_A_CHEST = 0.25  # correlation with that drawing; real ones have 0.38 and above
-_TURN_MARGIN = 0.15  # by how much a turned one must be more alike
+_MIN_CORRELATION = 0.25  # with that template; real images have 0.38 and above
+_TURN_MARGIN = 0.15  # how much higher the correlation of a rotated template must be
 
 
 def check_image(image: GrayImage) -> tuple[str, ...]:
-    """What is doubtful about the picture, as codes. Raises DicomError for what is certain:
-    not_frontal, not_chest, blank."""
+    """Codes of the doubts about an image. Raises DicomError for certain faults: not_frontal,
+    not_chest, blank."""
     return (*check_header(image.acquisition), *check_pixels(image))
 
 
 def check_header(acquisition: Acquisition) -> tuple[str, ...]:
-    """What the header makes doubtful. Raises DicomError: not_frontal, not_chest."""
+    """Codes of doubts from the header. Raises DicomError: not_frontal, not_chest."""
     if acquisition.view in _NOT_FRONTAL:
         raise DicomError("the header says that the view is not frontal", "not_frontal")
     is_chest = any(part in acquisition.body_part for part in _CHEST_WORDS)
@@ -76,11 +76,11 @@ def check_header(acquisition: Acquisition) -> tuple[str, ...]:
 
 
 def check_pixels(image: GrayImage) -> tuple[str, ...]:
-    """What the picture makes doubtful. Raises DicomError(blank)."""
+    """Codes of doubts from the pixels. Raises DicomError(blank)."""
     left, top = image.offset
     height, width = fit_shape((image.rows, image.columns), len(image.pixels))
-    shown = image.pixels[top : top + height, left : left + width]
-    counts = cv2.calcHist([shown], [0], None, [256], [0, 256]).ravel() / shown.size
+    inner = image.pixels[top : top + height, left : left + width]
+    counts = cv2.calcHist([inner], [0], None, [256], [0, 256]).ravel() / inner.size
     below = np.cumsum(counts)
     low, dark, bright, high = np.searchsorted(below, (0.001, 0.01, 0.99, 0.999)).tolist()
     if high - low <= _BLANK_LEVELS:
@@ -91,33 +91,31 @@ def check_pixels(image: GrayImage) -> tuple[str, ...]:
         "white": counts[254:].sum() > _WHITE,
         "black": counts[:2].sum() > _BLACK,
         "aspect": longer > _LONGEST_ASPECT * shorter,
-        **_compare_with_chest(shown),
+        **_compare_with_chest(inner),
     }
     return tuple(f"doubtful:{code}" for code, is_raised in doubts.items() if is_raised)
 
 
-def _compare_with_chest(shown: Gray) -> dict[str, bool]:
-    """Whether the picture is more like an inverted or a turned chest, or like none."""
-    small = cv2.resize(shown, (8, 8), interpolation=cv2.INTER_AREA)
-    alike = _TURNED_CHESTS @ _standardise(small.astype(np.float64)).ravel()
-    upright, right, over, left = alike.tolist()
-    turned = max(right, over, left)
-    is_inverted = -upright > max(turned, _LIKE_A_CHEST)
-    is_turned = turned > max(upright + _TURN_MARGIN, _LIKE_A_CHEST) and not is_inverted
+def _compare_with_chest(image: Gray) -> dict[str, bool]:
+    """Whether the image correlates best with an inverted or rotated chest, or with none."""
+    small = cv2.resize(image, (8, 8), interpolation=cv2.INTER_AREA)
+    correlations = _TURNED_CHESTS @ _standardise(small.astype(np.float64)).ravel()
+    upright, *turned = correlations.tolist()
+    best_turned = max(turned)
+    is_inverted = -upright > max(best_turned, _MIN_CORRELATION)
+    is_turned = best_turned > max(upright + _TURN_MARGIN, _MIN_CORRELATION) and not is_inverted
     return {
         "inverted": is_inverted,
         "turned": is_turned,
-        "unlike_chest": not (is_inverted or is_turned) and upright < _LIKE_A_CHEST,
+        "unlike_chest": not (is_inverted or is_turned) and upright < _MIN_CORRELATION,
     }
 
 
 def _standardise(levels: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Mean 0, and squares that sum to 1."""
+    """Mean 0 and norm 1."""
     centred = levels - levels.mean()
     return np.asarray(centred / max(float(np.linalg.norm(centred)), 1e-9))
 
 
-_DRAWN_CHEST = np.hstack([_HALF_CHEST, np.fliplr(_HALF_CHEST)]).astype(np.float64)
-_TURNED_CHESTS = np.stack(
-    [np.rot90(_standardise(_DRAWN_CHEST), turns).ravel() for turns in range(4)]
-)
+_CHEST = np.hstack([_HALF_CHEST, np.fliplr(_HALF_CHEST)]).astype(np.float64)
+_TURNED_CHESTS = np.stack([np.rot90(_standardise(_CHEST), turns).ravel() for turns in range(4)])

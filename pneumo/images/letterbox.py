@@ -1,4 +1,4 @@
-"""A picture at the store's size: resampled by area, never stretched, black beside it."""
+"""Resizing to the store's size: resampled by area, aspect ratio kept, padded with black."""
 
 import math
 from functools import lru_cache
@@ -9,12 +9,13 @@ import numpy.typing as npt
 
 from pneumo.images.gray_levels import Gray
 
-_BAND_ROWS = 128  # resampled at a time, so that their floats stay in the cache
+_BAND_ROWS = 128  # rows to resample at a time, so that their floats stay in the CPU's cache
 _LONGEST_PERIOD = 64  # of the area weights, in pixels; beyond it OpenCV is as fast
 
 
 def letterbox(image: Gray, size: int) -> tuple[Gray, tuple[int, int]]:
-    """`image` (H, W) resampled by area into (size, size), black outside; and its (x, y) corner."""
+    """`image` (H, W) resized into (size, size), padded with black; and its upper left corner (x, y)
+    there."""
     height, width = fit_shape(image.shape, size)
     small = _resample(image, height, width)
     if (height, width) == (size, size):
@@ -32,11 +33,11 @@ def fit_shape(shape: tuple[int, ...], size: int) -> tuple[int, int]:
 
 
 def _resample(image: Gray, height: int, width: int) -> Gray:
-    """`image` at (height, width): each pixel the mean over the area that it covers.
+    """`image` at (height, width): each pixel is the mean over the area that it covers.
 
-    Area weights repeat: 1024 -> 224 is 7 outputs of 32 inputs, 32 times. Where the period is short
-    this is two small matrix products, three times faster than OpenCV's general way. The weights are
-    whole numbers and every sum stays below 2^24, so float32 is exact and each CPU gives the same.
+    The weights are periodic: 1024 -> 224 is 7 outputs from 32 inputs, 32 times. Where the period is
+    short this is two small matrix products, three times as fast as OpenCV's INTER_AREA. The weights
+    are integers and all sums are below 2^24, so float32 is exact and the same on each CPU.
     """
     rows, columns = image.shape
     whole = rows % height == 0 and columns % width == 0
@@ -61,7 +62,7 @@ def _resample(image: Gray, height: int, width: int) -> Gray:
 
 @lru_cache(maxsize=64)
 def _area_weights(inputs: int, outputs: int) -> npt.NDArray[np.float32]:
-    """(outputs, inputs): how far each output covers each input, in 1/`outputs` of an input."""
+    """(outputs, inputs): overlap of each output with each input, in units of 1/`outputs` input."""
     first, second = np.arange(outputs)[:, None] * inputs, np.arange(inputs) * outputs
     overlap = np.minimum(first + inputs, second + outputs) - np.maximum(first, second)
     return np.asarray(np.maximum(overlap, 0), np.float32)

@@ -1,6 +1,8 @@
-"""Files within files: the members of a zip archive, and what gzip has packed."""
+"""Compressed files: the members of zip archives, and gzip."""
 
 import io
+import lzma
+import re
 import zipfile
 import zlib
 from functools import lru_cache
@@ -9,43 +11,48 @@ from pneumo import storage
 from pneumo.errors import DicomError, SourceError
 from pneumo.images.frame_format import MAX_PIXELS
 
-MEMBER = ".zip!/"
-"""Stands between an archive and its member: `a.zip!/b/c.dcm`."""
+_MEMBER = re.compile(r"(?<=\.zip)!/", re.IGNORECASE)
+"""Separates an archive and its member: `a.zip!/b/c.dcm`."""
 _GZIP = b"\x1f\x8b"
 _MAX_BYTES = 3 * MAX_PIXELS
 
 
 def list_members(archive_url: str) -> list[str]:
-    """The URLs of the files in a zip archive, hidden ones left out. Raises SourceError."""
+    """The URLs of the files in a zip archive, without hidden ones. Raises SourceError."""
     try:
         with _open(archive_url) as archive:
             names = [name for name in archive.namelist() if not name.endswith("/")]
-    except (zipfile.BadZipFile, NotImplementedError) as error:
+    except (zipfile.BadZipFile, NotImplementedError, OSError) as error:
         raise SourceError(f"{archive_url}: no zip archive that can be read: {error}") from error
     return [f"{archive_url}!/{name}" for name in sorted(names) if not _is_hidden(name)]
 
 
 def _is_hidden(member: str) -> bool:
-    """Whether a member is one that people do not see; `..` leads somewhere, and hides nothing."""
+    """Whether a part of the member's path is hidden; `.` and `..` are not."""
     parts = [part for part in member.split("/") if part not in (".", "..")]
     return any(part.startswith((".", "__MACOSX")) for part in parts)
 
 
+def is_member(url: str) -> bool:
+    """Whether `url` is one of `list_members`."""
+    return _MEMBER.search(url) is not None
+
+
 def read_member(url: str) -> bytes:
-    """What a member of an archive holds. Raises DicomError where it is damaged, encrypted or too
-    large, FileNotFoundError where there is none."""
-    archive_url, _, name = url.partition(MEMBER)
+    """The bytes of an archive's member. Raises DicomError where it is damaged, encrypted or too
+    large, FileNotFoundError where it is missing."""
+    archive_url, name = _MEMBER.split(url, maxsplit=1)
     try:
-        with _open(f"{archive_url}.zip") as archive, archive.open(name) as member:
+        with _open(archive_url) as archive, archive.open(name) as member:
             return _bounded(member.read(_MAX_BYTES + 1))
-    except KeyError as error:
+    except (KeyError, FileNotFoundError) as error:
         raise FileNotFoundError(name) from error
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+    except _DAMAGED as error:
         raise DicomError(f"cannot be unpacked: {type(error).__name__}", "undecodable") from error
 
 
 def unpack(data: bytes) -> bytes:
-    """`data`, inflated where it begins as a gzip file. Raises DicomError."""
+    """`data`, decompressed where it is a gzip file. Raises DicomError."""
     if not data.startswith(_GZIP):
         return data
     try:
@@ -54,8 +61,14 @@ def unpack(data: bytes) -> bytes:
     except zlib.error as error:
         raise DicomError("the gzip file is damaged", "undecodable") from error
     if not inflater.eof:
-        raise DicomError("the gzip file is cut short", "undecodable")
+        raise DicomError("the gzip file is truncated", "undecodable")
     return found
+
+
+_DAMAGED = (
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError),  # OSError: of bzip2
+    *(EOFError, RuntimeError, NotImplementedError),
+)
 
 
 def _open(archive_url: str) -> zipfile.ZipFile:
@@ -66,7 +79,7 @@ def _open(archive_url: str) -> zipfile.ZipFile:
 
 @lru_cache(maxsize=1)
 def _read_archive(archive_url: str) -> bytes:
-    """One archive of a bucket, kept, since its members are read one after the other."""
+    """An archive of a bucket; the last one is cached, as its members are read in a row."""
     return storage.read_bytes(archive_url)
 
 
@@ -76,6 +89,8 @@ def _bounded(data: bytes) -> bytes:
     return data
 
 
-def is_archive(path: str) -> bool:
-    """Whether a file is one of those whose members are listed instead, by its name."""
-    return path.endswith(".zip")
+def is_archive(url: str) -> bool:
+    """Whether `url` is, by its name, an archive whose members are read; no folder, pipe or broken
+    link."""
+    is_named_so = url.lower().endswith(".zip")
+    return is_named_so and (not storage.is_local(url) or storage.local_path(url).is_file())

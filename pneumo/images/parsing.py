@@ -1,4 +1,4 @@
-"""DICOM bytes -> a pydicom data set, within bounds: a small file may claim or inflate to much."""
+"""DICOM bytes -> a pydicom data set, with limits: a small file may inflate to, or claim, a lot."""
 
 import io
 import zlib
@@ -16,7 +16,7 @@ from pneumo.images.file_repair import repair_file
 from pneumo.images.frame_format import MAX_PIXELS
 
 _MAX_INFLATED_BYTES = 3 * MAX_PIXELS
-_MAX_READS = 500_000  # of a header, two an element: about a second
+_MAX_READS = 500_000  # of a header, two per element: about a second
 _MAX_ELEMENT_BYTES = 2 * 2**20
 _PIXEL_DATA = 0x7FE00010
 _PIXELS = {_PIXEL_DATA, 0x7FE00008, 0x7FE00009}
@@ -24,15 +24,15 @@ _LOOK_UP_TABLES = {0x00283000, 0x00283010}  # of the modality and of interest
 
 
 def parse(data: bytes, repairs: Repairs) -> pydicom.Dataset:
-    """The data set up to its pixel data. A file whose pixel data pydicom does not find is repaired,
-    if that can be done.
+    """The data set up to its pixel data. A file in which pydicom finds no pixel data is repaired
+    where possible.
 
     Raises DicomError: not_dicom, too_large.
     """
     if not data:
         raise DicomError("the file is empty", "not_dicom")
-    bare = data[128:132] != b"DICM"
-    if bare and not _starts_like_a_dataset(data):
+    lacks_prefix = data[128:132] != b"DICM"
+    if lacks_prefix and not _starts_like_a_dataset(data):
         raise DicomError("not a DICOM file", "not_dicom")
     if _DEFLATED in data:
         data = _inflate(data)
@@ -45,7 +45,7 @@ def parse(data: bytes, repairs: Repairs) -> pydicom.Dataset:
         raise DicomError(
             f"the header does not parse: {type(dataset).__name__}", "not_dicom"
         ) from dataset
-    if bare and "SOPClassUID" not in dataset and "PixelData" not in dataset:
+    if lacks_prefix and "SOPClassUID" not in dataset and "PixelData" not in dataset:
         raise DicomError("not a DICOM file", "not_dicom")
     _drop_large(dataset)
     return dataset
@@ -56,7 +56,7 @@ def _try_parse(data: bytes) -> pydicom.Dataset | Exception:
     try:
         return read_partial(reads, stop_when=_after_pixels(), force=True)
     except Exception as error:
-        if reads.left < 0:  # within a sequence pydicom replaces the error by one of its own
+        if reads.left < 0:  # within a sequence pydicom raises an error of its own instead
             raise DicomError(
                 f"the header takes more than {_MAX_READS} reads", "too_large"
             ) from error
@@ -64,7 +64,8 @@ def _try_parse(data: bytes) -> pydicom.Dataset | Exception:
 
 
 def _drop_large(dataset: pydicom.Dataset) -> None:
-    """Remove large elements that are no pixels: to parse them could take pydicom minutes."""
+    """Remove large elements other than pixels, which pydicom could take minutes to parse. Raises
+    DicomError(too_large) for a look-up table."""
     for tag, element in list(dataset.items()):
         raw = isinstance(element, RawDataElement)
         if not raw or tag in _PIXELS or len(element.value or b"") <= _MAX_ELEMENT_BYTES:
@@ -104,8 +105,8 @@ def _after_pixels() -> Callable[[BaseTag, str | None, int], bool]:
 
 
 def _starts_like_a_dataset(data: bytes) -> bool:
-    """Whether the first element is of group 0002 or 0008 and lies within `data`, as in old files,
-    which have neither preamble nor prefix."""
+    """Whether the first element is of group 0002 or 0008 and within `data`, as in old files without
+    preamble and prefix."""
     if data[:2] not in (b"\x02\x00", b"\x08\x00", b"\x00\x08"):
         return False
     explicit = data[4:6].isalpha() and data[4:6].isupper()
@@ -115,8 +116,8 @@ def _starts_like_a_dataset(data: bytes) -> bool:
 def _inflate(data: bytes) -> bytes:
     """`data` with its deflated data set (PS3.5 A.5) inflated, and marked as not deflated.
 
-    pydicom would inflate without a limit, and a thousandfold is possible. So its transfer syntax is
-    replaced by the uncompressed one, of the same length.
+    pydicom would inflate without a limit, possibly a thousandfold. The transfer syntax is replaced
+    by the uncompressed one, padded to the same length.
     """
     stream = io.BytesIO(data)
     stream.seek(132 if data[128:132] == b"DICM" else 0)

@@ -1,8 +1,8 @@
-"""PNG, JPEG and TIFF bytes -> an 8-bit gray picture, 0 = black, as `dicom` makes of DICOM.
+"""PNG, JPEG and TIFF bytes -> an 8-bit gray image, 0 = black, as `dicom` for DICOM.
 
-Colour becomes its luminance (ITU-R BT.601). 8 bits are shown as they are; 16 bits, which have no
-window, are scaled from the picture's least value (black) to its greatest (white). A palette is
-looked up, an opaque alpha channel is dropped, an EXIF or TIFF orientation is applied.
+Colour is converted to luminance (ITU-R BT.601). Values of 8 bits are unchanged; those of 16 bits,
+which have no window, are scaled from the image's minimum (black) to its maximum (white). Palettes
+are applied, an opaque alpha channel is dropped, an EXIF or TIFF orientation is applied.
 """
 
 import io
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 
 from pneumo.errors import DicomError
 from pneumo.images.dicom import GrayImage, make_image
@@ -22,15 +23,17 @@ from pneumo.images.gray_levels import Gray
 
 _SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*")
 _ORIENTATION, _PHOTOMETRIC, _MIN_IS_WHITE = 274, 262, 0
+_BITS, _PLANAR, _SEPARATE = 258, 284, 2
 
 
 def is_picture(data: bytes) -> bool:
-    """Whether `data` begins like PNG, JPEG or TIFF."""
-    return data.startswith(_SIGNATURES)
+    """Whether `data` starts with the signature of PNG, JPEG or TIFF, and is no DICOM file, whose
+    first 128 bytes may be anything."""
+    return data.startswith(_SIGNATURES) and data[128:132] != b"DICM"
 
 
 def read_picture(data: bytes, image_size: int) -> GrayImage:
-    """The picture in `data` (PNG, JPEG or TIFF) at `image_size`, letterboxed, without any header.
+    """The image in `data` (PNG, JPEG or TIFF) at `image_size`, letterboxed, without any header.
 
     Raises DicomError with a reason code: multi_frame, too_large, photometric, undecodable.
     """
@@ -39,10 +42,10 @@ def read_picture(data: bytes, image_size: int) -> GrayImage:
 
 
 def decode_picture(data: bytes) -> Gray:
-    """The picture at full resolution, (H, W) uint8. Raises as `read_picture`."""
+    """The image at full resolution, (H, W) uint8. Raises as `read_picture`."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of sizes, which are checked below
+            warnings.simplefilter("ignore")  # of large images; the size is checked below
             with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "TIFF")) as image:
                 return _decode(data, image)
     except DicomError:
@@ -54,12 +57,14 @@ def decode_picture(data: bytes) -> Gray:
 def _decode(data: bytes, image: Image.Image) -> Gray:
     if image.width * image.height > MAX_PIXELS:
         raise DicomError(f"claims {image.width} x {image.height} pixels", "too_large")
+    if image.mode == "CMYK":
+        raise DicomError("CMYK colours", "photometric")
+    if image.format in ("JPEG", "MPO"):  # MPO: a camera's JPEG, with a preview after it
+        return _turn(simplejpeg.decode_jpeg(data, "GRAY")[..., 0], image)
     if getattr(image, "n_frames", 1) > 1:
         raise DicomError(f"{getattr(image, 'n_frames', 1)} pages or frames", "multi_frame")
-    if image.mode == "CMYK":
-        raise DicomError("colours of print (CMYK)", "photometric")
-    if image.format == "JPEG":
-        return _turn(simplejpeg.decode_jpeg(data, "GRAY")[..., 0], image)
+    if isinstance(image, TiffImageFile):
+        _check_tiff(image)
     stored = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if stored is None:
         raise DicomError("the picture does not decode")
@@ -70,14 +75,22 @@ def _decode(data: bytes, image: Image.Image) -> Gray:
         gray: Gray = np.asarray(levels, np.uint8)
     else:
         gray = _stretch(levels)
-        # OpenCV heeds it of 8 bits alone.
+        # OpenCV applies it to 8 bits alone.
         if image.format == "TIFF" and image.getexif().get(_PHOTOMETRIC) == _MIN_IS_WHITE:
             gray = np.asarray(cv2.bitwise_not(gray))
     return gray if image.format == "TIFF" else _turn(gray, image)
 
 
+def _check_tiff(image: TiffImageFile) -> None:
+    """Raises an error for a TIFF that OpenCV would decode wrongly: a damaged one, of which it shows
+    a part, or one with a plane of 16 bits for each colour."""
+    if image.tag_v2.get(_PLANAR) == _SEPARATE and max(image.tag_v2.get(_BITS, (1,))) > 8:
+        raise DicomError("colours of 16 bits in separate planes", "photometric")
+    image.load()
+
+
 def _to_luminance(stored: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """(H, W) of gray, or of blue, green, red and perhaps alpha."""
+    """(H, W) or BGR(A) (H, W, C) -> luminance (H, W)."""
     if stored.ndim == 2:
         return stored
     if stored.shape[2] == 4:
@@ -90,17 +103,16 @@ def _to_luminance(stored: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _stretch(levels: npt.NDArray[Any]) -> Gray:
-    """From the least value, 0, to the greatest, 255; of a single value 0."""
+    """Scaled so that the minimum is 0 and the maximum 255; 0 where they are equal."""
     low, high = int(levels.min()), int(levels.max())
     scaled = (levels.astype(np.float32) - low) * (255 / max(high - low, 1))
     return np.asarray(np.rint(scaled), np.uint8)
 
 
 def _turn(gray: Gray, image: Image.Image) -> Gray:
-    """As the orientation says: mirrored, then turned by quarters."""
-    if (
-        "exif" not in image.info
-    ):  # of PNG, Pillow would decode the picture to look for it at its end
+    """Apply the EXIF orientation: mirrored, then rotated by quarter turns."""
+    # Else Pillow would decode a whole PNG to look for EXIF at its end.
+    if "exif" not in image.info:
         return gray
     mirrored, quarters = {
         2: (True, 0), 3: (False, 2), 4: (True, 2), 5: (True, 1), 6: (False, 3), 7: (True, 3),

@@ -1,9 +1,9 @@
 """The pixel data of one DICOM frame -> its stored values, by the decoder of its transfer syntax.
 
-A decoder is always named, so that the same file gives the same picture whatever is installed.
-What a frame claims is checked before a decoder in C or C++ sees it: they take memory for whatever
-the codestream says, and some crash. So its size must be the header's, and expansion is bounded. In
-all else (bits, planes, syntax, length) the codestream is right where the header says otherwise.
+The decoder is always chosen explicitly, so that a file gives the same image whatever is installed.
+A frame is checked before it is passed to a decoder in C or C++: they allocate whatever the
+codestream claims, and some crash. So its size must be the header's, and expansion is limited. In
+all else (bits, planes, syntax, length) the codestream is followed where the header differs.
 """
 
 import importlib.util
@@ -26,8 +26,8 @@ from pneumo.images.codestreams import (
     find_end,
     find_jpeg_2000,
     find_syntax,
+    is_complete,
     is_signed_jpeg_2000,
-    is_whole,
     is_ycbcr,
     read_jpeg_2000_size,
     read_jpeg_size,
@@ -39,15 +39,15 @@ from pneumo.images.stored_values import Stored, make_values
 _LONGEST_RUN = 128
 
 _GE_BIG_ENDIAN = UID("1.2.840.113619.5.2")
-"""GE's own: implicit VR, little endian, but for the pixels."""
+"""GE's private syntax: implicit VR, little endian, with big endian pixels."""
 _LOSSLESS_JPEG = {uid.JPEGLossless, uid.JPEGLosslessSV1}
 
 _IMAGECODECS = "imagecodecs"
 _PLUGINS: dict[str, tuple[str, ...]] = {
-    # pydicom's names of its plugins, the preferred one first.
+    # pydicom's names of its plugins, in order of preference.
     uid.JPEGBaseline8Bit: ("pillow",),
     uid.JPEGExtended12Bit: ("pillow",),
-    # Not gdcm: it ends the process on some damaged frames. pydicom has no plugin for imagecodecs.
+    # Not gdcm: it crashes on some damaged frames. pydicom has no plugin for imagecodecs.
     uid.JPEGLossless: (_IMAGECODECS,),
     uid.JPEGLosslessSV1: (_IMAGECODECS,),
     uid.JPEGLSLossless: ("pyjpegls",),
@@ -62,7 +62,7 @@ _PLUGINS: dict[str, tuple[str, ...]] = {
 
 
 def transfer_syntax(dataset: pydicom.Dataset) -> UID:
-    """The transfer syntax; without file meta information, the one by which the file was parsed."""
+    """The transfer syntax; without file meta information, the one with which it was parsed."""
     stated = getattr(dataset, "file_meta", {}).get("TransferSyntaxUID")
     if stated:
         return UID(str(stated))
@@ -73,9 +73,9 @@ def transfer_syntax(dataset: pydicom.Dataset) -> UID:
 
 
 def choose_plugin(syntax: str, installed: Collection[str], *, stated: str | None = None) -> str:
-    """pydicom's name of the plugin that decodes `syntax`, of those `installed`.
+    """pydicom's name of the `installed` plugin to decode `syntax` with.
 
-    `stated` is the file's own syntax, where another one's decoder reads it.
+    `stated` is the file's syntax for the error, where it is decoded as another one.
     Raises DicomError(no_decoder), which says what to install.
     """
     wanted = _PLUGINS.get(syntax, ())
@@ -92,7 +92,7 @@ def _installed(syntax: str) -> Collection[str]:
 
 
 def _name(syntax: str) -> str:
-    """A transfer syntax for a message; a text that is no registered UID is not repeated."""
+    """A transfer syntax for a message; a text that is no registered UID is not quoted."""
     name = UID(syntax).name
     return "an unknown transfer syntax" if name == syntax else f"{name} ({syntax})"
 
@@ -103,25 +103,26 @@ def decode_stored(
     """The frame's stored values, (H, W) or (H, W, 3), and their format: the header's `form`,
     corrected where the codestream differs.
 
-    Unused high bits, which may hold overlays, are gone; signed values have their sign.
+    Unused high bits, which may contain overlays, are removed; signed values are sign-extended.
     Raises DicomError: no_decoder, multi_frame, photometric, undecodable.
     """
     stated, element = transfer_syntax(dataset), dataset["PixelData"]
+    may_widen = not any(tag >> 24 == 0x60 for tag in dataset.keys())  # noqa: SIM118  no overlays
     if _is_encapsulated(element, stated, form):
-        return _decode_encapsulated(read_frame(dataset, repairs), stated, form, repairs)
+        frame = read_frame(dataset, repairs)
+        return _decode_encapsulated(frame, stated, form, repairs, may_widen=may_widen)
     syntax = stated
     if stated not in uid.UncompressedTransferSyntaxes:
         repairs.add("codestream:TransferSyntaxUID")
         syntax = uid.ExplicitVRBigEndian if stated == _GE_BIG_ENDIAN else uid.ExplicitVRLittleEndian
     vr = "OB" if element.VR == "OB" else "OW"
     stored, _ = _run_decoder(element.value, syntax, form, "", vr=vr)
-    has_overlays = any(tag >> 24 == 0x60 for tag in dataset.keys())  # noqa: SIM118
-    return make_values(stored, form, repairs, may_widen=not has_overlays)
+    return make_values(stored, form, repairs, may_widen=may_widen)
 
 
 def _is_encapsulated(element: pydicom.DataElement, stated: UID, form: FrameFormat) -> bool:
-    """Whether the pixels stand in items: not where they have the size of bare ones, whatever the
-    transfer syntax says."""
+    """Whether the pixels are in items; not where they have exactly the size of uncompressed pixels,
+    whatever the transfer syntax says."""
     size = form.rows * form.columns * form.samples * form.bits_allocated // 8
     value = element.value or b""
     is_item = bytes(value[:4]) == b"\xfe\xff\x00\xe0"
@@ -131,32 +132,33 @@ def _is_encapsulated(element: pydicom.DataElement, stated: UID, form: FrameForma
 
 
 def _decode_encapsulated(
-    frame: bytes, stated: UID, form: FrameFormat, repairs: Repairs
+    frame: bytes, stated: UID, form: FrameFormat, repairs: Repairs, *, may_widen: bool
 ) -> tuple[Stored, FrameFormat]:
-    """As `decode_stored`, of a frame's codestream."""
+    """As `decode_stored`, for a frame's codestream. `may_widen`: bits above those stored are no
+    overlays."""
     syntax = _find_syntax(frame, stated, repairs)
     plugin = choose_plugin(syntax, _installed(syntax))
     frame = _check_frame(frame, syntax, form)
     if plugin == "pydicom":
         check_runs(frame, form)
     elif plugin == "pillow" and syntax in uid.JPEGTransferSyntaxes:
-        if _read_precision(frame, syntax) > 8:  # no plugin of pydicom's has 12 bits
+        if _read_precision(frame, syntax) > 8:  # no plugin of pydicom decodes 12 bits
             plugin = choose_plugin(uid.JPEGLossless, _installed(syntax), stated=syntax)
         else:
             check_scan(frame)
     form = _follow_codestream(frame, syntax, form, repairs)
-    return _decode_frame(frame, syntax, form, plugin, repairs)
+    return _decode_frame(frame, syntax, form, plugin, repairs, may_widen=may_widen)
 
 
 def _find_syntax(frame: bytes, stated: UID, repairs: Repairs) -> UID:
-    """The transfer syntax to decode by: the stated one, unless the codestream is of another."""
+    """The transfer syntax to decode with: the stated one, unless the codestream has another."""
     found = find_syntax(frame)
     if found is None and stated in uid.UncompressedTransferSyntaxes:
         raise DicomError("encapsulated pixel data in an uncompressed transfer syntax")
     if found is None or _PLUGINS.get(found) == _PLUGINS.get(stated):
         return stated
     if stated in _LOSSLESS_JPEG and found in uid.JPEGTransferSyntaxes:
-        return stated  # its decoder reads these too
+        return stated  # its decoder supports these too
     repairs.add("codestream:TransferSyntaxUID")
     return found
 
@@ -164,13 +166,13 @@ def _find_syntax(frame: bytes, stated: UID, repairs: Repairs) -> UID:
 def _follow_codestream(
     frame: bytes, syntax: UID, form: FrameFormat, repairs: Repairs
 ) -> FrameFormat:
-    """`form` with the bits, planes and colours that the codestream has."""
+    """`form` with the bits, planes and colours of the codestream."""
     if syntax == uid.RLELossless:
-        return form  # it says nothing of them
+        return form  # which does not contain them
     changes: dict[str, Any] = {}
     if form.planar and form.samples > 1:
         repairs.add("codestream:PlanarConfiguration")
-        changes["planar"] = 0  # decoders give colour by pixel
+        changes["planar"] = 0  # decoders return colour by pixel
     bits = _read_precision(frame, syntax)
     is_lossy = syntax in uid.JPEGTransferSyntaxes and find_syntax(frame) not in _LOSSLESS_JPEG
     if bits > form.bits_allocated or (is_lossy and bits != form.bits_stored):
@@ -187,22 +189,28 @@ def _follow_codestream(
 
 
 def _decode_frame(
-    frame: bytes, syntax: UID, form: FrameFormat, plugin: str, repairs: Repairs
+    frame: bytes,
+    syntax: UID,
+    form: FrameFormat,
+    plugin: str,
+    repairs: Repairs,
+    *,
+    may_widen: bool,
 ) -> tuple[Stored, FrameFormat]:
     if plugin == _IMAGECODECS:
         stored = _decode_jpeg(frame, form)
     else:
-        # Encapsulated anew: the decoder gets the very bytes that were checked.
+        # Encapsulated again, so that the decoder gets exactly the checked bytes.
         source = encapsulate([frame], has_bot=False)
         stored, photometric = _run_decoder(source, syntax, form, plugin, vr="OB")
         form = replace(form, photometric=photometric)
     bits = _read_precision(frame, syntax)
     is_beyond = bits > form.bits_stored and not form.signed and stored.max() >> form.bits_stored
-    if is_beyond and form.high_bit == form.bits_stored - 1:
-        # No bit field of a word, as some writers encode it, but a header of too few bits.
+    if may_widen and is_beyond and form.high_bit == form.bits_stored - 1:
+        # Not a bit field of a word, as some writers encode it, but too few bits in the header.
         repairs.add("codestream:BitsStored")
         form = replace(form, bits_stored=bits, high_bit=bits - 1)
-    # A writer that encodes the header's bit fields as they are says so by their precision.
+    # The precision tells whether a writer has encoded whole words with the header's bit field.
     is_bit_field = syntax == uid.RLELossless or (
         bits > form.bits_stored and syntax not in uid.JPEG2000TransferSyntaxes
     )
@@ -213,7 +221,7 @@ def _decode_frame(
 def _run_decoder(
     source: bytes, syntax: UID, form: FrameFormat, plugin: str, *, vr: str
 ) -> tuple[Stored, str]:
-    """What pydicom's decoder gives, and the colour space that it is in."""
+    """The output of pydicom's decoder, and its colour space."""
     options: dict[str, Any] = {
         "rows": form.rows,
         "columns": form.columns,
@@ -237,23 +245,23 @@ def _run_decoder(
         )
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # a panic in Rust is no Exception
+    except BaseException as error:  # a panic in Rust does not derive from Exception
         raise DicomError(f"pixel data does not decode: {type(error).__name__}") from error
     if stored.dtype.itemsize > 2:
         raise DicomError("the codestream has more than 16 bits a sample", "photometric")
-    # Big endian data has a dtype of its own, which neither OpenCV nor a view understands.
+    # Big endian data has a dtype that neither OpenCV nor a view supports.
     native = stored.astype(stored.dtype.newbyteorder("="), copy=False)
     return native, str(properties["photometric_interpretation"])
 
 
 def _decode_jpeg(frame: bytes, form: FrameFormat) -> Stored:
-    """A lossless JPEG, or one of 12 bits, by libjpeg-turbo."""
-    import imagecodecs  # of the extra `codecs`
+    """Decode a lossless JPEG, or one of 12 bits, with libjpeg-turbo."""
+    import imagecodecs  # in the extra `codecs`
 
     end = find_end(frame)
     if end is None:
-        raise DicomError("the JPEG frame is cut off")  # libjpeg-turbo would fill it up with gray
-    space = "RGB" if form.samples == 3 else None  # equal colour spaces: samples stay as they are
+        raise DicomError("the JPEG frame is truncated")  # libjpeg-turbo would pad it with gray
+    space = "RGB" if form.samples == 3 else None  # equal spaces: no conversion
     try:
         samples = imagecodecs.jpeg8_decode(frame[:end], colorspace=space, outcolorspace=space)
     except Exception as error:
@@ -272,8 +280,8 @@ def _read_precision(frame: bytes, syntax: UID) -> int:
 
 
 def read_frame(dataset: pydicom.Dataset, repairs: Repairs) -> bytes:
-    """The codestream of the one frame: all fragments, or those that a true table of offsets gives
-    the first frame.
+    """The codestream of the single frame: all fragments, or those of the first frame in a valid
+    table of offsets.
 
     Raises DicomError(undecodable).
     """
@@ -285,19 +293,19 @@ def read_frame(dataset: pydicom.Dataset, repairs: Repairs) -> bytes:
     table = b"" if is_table_missing or not fragments else fragments.pop(0)
     offsets = np.frombuffer(table[: len(table) // 4 * 4], "<u4").tolist()
     starts = [0, *itertools.accumulate(8 + len(fragment) for fragment in fragments)]
-    is_true = not is_table_missing and offsets[:1] in ([], [0]) and set(offsets) <= set(starts)
-    if is_true and len(offsets) > 1:
+    is_valid = not is_table_missing and offsets[:1] in ([], [0]) and set(offsets) <= set(starts)
+    if is_valid and len(offsets) > 1:
         first = b"".join(fragments[: starts.index(offsets[1])])
-        if is_whole(first) or find_syntax(first) == uid.RLELossless:
+        if is_complete(first) or find_syntax(first) == uid.RLELossless:
             return first
-        is_true = False  # it lists the fragments of the one frame
-    if not is_true:
+        is_valid = False  # it lists the fragments of one frame
+    if not is_valid:
         repairs.add("codestream:BasicOffsetTable")
     return b"".join(fragments)
 
 
 def _check_frame(frame: bytes, syntax: UID, form: FrameFormat) -> bytes:
-    """The frame from its codestream's start on, which claims the header's size.
+    """The frame from the start of its codestream, which must have the header's size.
 
     Raises DicomError(undecodable).
     """
@@ -307,7 +315,7 @@ def _check_frame(frame: bytes, syntax: UID, form: FrameFormat) -> bytes:
     elif syntax in uid.JPEGTransferSyntaxes or syntax in uid.JPEGLSTransferSyntaxes:
         size = read_jpeg_size(frame)
     else:
-        return frame  # RLE says nothing of its size
+        return frame  # RLE does not contain its size
     if size is None:
         raise DicomError("the frame is no codestream of its transfer syntax")
     if (size.rows, size.columns, size.samples) != (form.rows, form.columns, form.samples):
@@ -319,12 +327,12 @@ def _check_frame(frame: bytes, syntax: UID, form: FrameFormat) -> bytes:
 
 
 def check_scan(frame: bytes) -> None:
-    """Raise DicomError where libjpeg calls the entropy-coded data of a JPEG frame corrupt.
+    """Raises DicomError where libjpeg warns of corrupt entropy-coded data in a JPEG frame.
 
-    It only warns of that, and Pillow does not pass it on, though most of the picture may be wrong.
+    Pillow ignores that warning, though most of the image may be wrong.
     """
     try:
-        # At an eighth of the size, which reads every code too.
+        # At 1/8 of the size, which decodes all codes as well.
         simplejpeg.decode_jpeg(frame, "GRAY", min_height=1, min_width=1)
     except ValueError as error:
         if str(error).startswith("Corrupt JPEG data"):
@@ -332,9 +340,9 @@ def check_scan(frame: bytes) -> None:
 
 
 def check_runs(frame: bytes, form: FrameFormat) -> None:
-    """Raise DicomError where a run-length segment (PS3.5 annex G) expands beyond the picture.
+    """Raises DicomError where a run-length segment (PS3.5 annex G) is larger than the image.
 
-    Two bytes become up to 128, and pydicom's own decoder collects them all before it counts.
+    Two bytes expand to up to 128, and pydicom's decoder checks the size only afterwards.
     """
     num_segments = min(int.from_bytes(frame[:4], "little"), 15)
     if len(frame) < 64:

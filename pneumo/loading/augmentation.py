@@ -1,16 +1,15 @@
-"""Batched augmentation and normalisation, on whatever device the batch is.
+"""Batched augmentation and normalisation, on the device of the batch.
 
-Each study's random changes are a pure function of (seed, epoch, key), so the same study gets the
-same augmentation on any rank. An affine matrix and a table of gray levels are drawn for each sample
-on the CPU, and applied in this order: by OpenCV on a CPU (several times as fast there), by
-`grid_sample` and indexing on a GPU. Both round a moved pixel to a whole gray level before they look
-it up, and agree to one level, save at hard edges: OpenCV places pixels to 1/32.
+A study's random parameters are a pure function of (seed, epoch, key), so it gets the same
+augmentation on any rank. An affine matrix and a look-up table of gray levels are drawn for each
+sample on the CPU, and applied in this order: by OpenCV on a CPU (several times as fast there), by
+`grid_sample` and indexing on a GPU. Both round an interpolated pixel to a whole gray level before
+the look-up, and agree to one level except at hard edges: OpenCV's coordinates have steps of 1/32.
 """
 
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
 
 import cv2
 import numpy as np
@@ -31,7 +30,7 @@ def draw_uniforms(
 ) -> npt.NDArray[np.float64]:
     """(B, count) uniforms in [0, 1], from BLAKE2 of (seed, epoch, key) alone; `count` up to 8.
 
-    Each `kind` has draws of its own, so that switching one change on alters no other.
+    Each `kind` has independent numbers, so switching one augmentation on changes no other.
     """
     person = kind.encode()
     rows = [
@@ -51,7 +50,7 @@ def draw_affine(
 ) -> Matrices:
     """(B, 2, 3) matrices from output to input pixels (x, y): rotation, scale, translation.
 
-    They turn about the image's centre; pixel centres are at whole coordinates.
+    The rotation is about the image's centre; pixel centres are at whole coordinates.
     """
     u = 2 * draw_uniforms(keys, seed=seed, epoch=epoch, count=4) - 1
     angle = np.deg2rad(config.rotation_degrees) * u[:, 0]
@@ -62,17 +61,17 @@ def draw_affine(
     matrices = np.empty((len(u), 2, 3))
     matrices[:, 0, 0], matrices[:, 0, 1] = cos, sin
     matrices[:, 1, 0], matrices[:, 1, 1] = -sin, cos
-    moved = center + shift  # where the centre goes; it must come from the centre
+    moved = center + shift  # the output pixel whose source is the centre
     matrices[:, 0, 2] = center - cos * moved[:, 0] - sin * moved[:, 1]
     matrices[:, 1, 2] = center + sin * moved[:, 0] - cos * moved[:, 1]
     return matrices
 
 
 def draw_tables(keys: Sequence[str], config: AugmentConfig, *, seed: int, epoch: int) -> Tables:
-    """(B, 256) float32 in [0, 255]: what each gray level becomes by gamma, contrast, brightness.
+    """(B, 256) float32 in [0, 255]: each gray level after gamma, contrast and brightness.
 
-    As in torchvision's ColorJitter brightness multiplies, so that it keeps black; contrast turns
-    about the middle gray and not about the image's mean, which letterbox borders would draw down.
+    As in torchvision's ColorJitter, brightness multiplies, so black stays black. Contrast scales
+    around middle gray, not around the image's mean, which letterbox borders would lower.
     """
     u = 2 * draw_uniforms(keys, seed=seed, epoch=epoch, count=3, kind="gray")[:, :, None] - 1
     gamma = (1 + config.gray_fraction) ** u[:, 0]
@@ -83,10 +82,11 @@ def draw_tables(keys: Sequence[str], config: AugmentConfig, *, seed: int, epoch:
 
 
 def warp(images: Tensor, matrices: Matrices, tables: Tables, *, compiled: bool = False) -> Tensor:
-    """`images` (B, 1, H, H) uint8, moved by `matrices` (B, 2, 3), gray levels by `tables` (B, 256).
+    """`images` (B, 1, H, H) uint8, transformed by `matrices` (B, 2, 3), then gray levels looked up
+    in `tables` (B, 256). Returns (B, 1, H, H) float32.
 
-    Bilinear, rounded to a gray level; outside is black, as the table has it. (B, 1, H, H) float32.
-    `compiled`: on a GPU one kernel of torch.compile does it, in a sixth of the time.
+    Bilinear, rounded to a gray level; outside the image it is level 0. `compiled`: on a GPU one
+    kernel of torch.compile, in a sixth of the time.
     """
     if images.device.type == "cpu":
         return warp_by_opencv(images, matrices, tables)
@@ -98,7 +98,7 @@ def warp_by_opencv(images: Tensor, matrices: Matrices, tables: Tables) -> Tensor
     moved = np.empty(flat.shape[1:], dtype=np.uint8)
     out = np.empty(flat.shape, dtype=np.float32)
     for i, (image, matrix, table) in enumerate(zip(flat, matrices, tables, strict=True)):
-        # As bytes: a third of the time that floats take.
+        # uint8 takes a third of the time of float32.
         cv2.warpAffine(
             image,
             matrix,
@@ -114,7 +114,7 @@ def warp_by_grid(
     images: Tensor, matrices: Matrices, tables: Tables, *, compiled: bool = False
 ) -> Tensor:
     side = images.shape[-1]
-    # From pixels to grid_sample's [-1, 1], whose borders are the outer edges of the outer pixels.
+    # From pixels to grid_sample's [-1, 1], which are the outer edges of the outer pixels.
     to_unit = np.array(
         [[2 / side, 0, (1 - side) / side], [0, 2 / side, (1 - side) / side], [0, 0, 1]]
     )
@@ -149,20 +149,17 @@ def augment(
     moments: tuple[float, float] | None = None,
     compiled: bool = False,
 ) -> Tensor:
-    """`images` (B, 1, H, H) uint8 -> float32, changed at random; `compiled` as for `warp`.
+    """`images` (B, 1, H, H) uint8 -> float32, randomly augmented; `compiled` as for `warp`.
 
-    Gray levels in [0, 255], normalised if `moments` are given, the training set's mean and standard
-    deviation: the tables then give normalised levels, at no cost.
+    Gray levels in [0, 255], or normalised where `moments`, the training set's mean and standard
+    deviation in [0, 1], are given: the look-up tables then normalise too, at no cost.
     """
     matrices = draw_affine(keys, config, image_size=images.shape[-1], seed=seed, epoch=epoch)
     tables = draw_tables(keys, config, seed=seed, epoch=epoch)
     if moments is not None:
-        tables = _normalised(tables, *moments)
+        mean, std = moments
+        tables = ((tables / 255.0 - mean) / max(std, 1e-6)).astype(np.float32)
     return warp(images, matrices, tables, compiled=compiled)
-
-
-def _normalised(levels: npt.NDArray[Any], mean: float, std: float) -> Tables:
-    return ((levels / 255.0 - mean) / max(std, 1e-6)).astype(np.float32)
 
 
 def normalise(images: Tensor, mean: float, std: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""How much memory this process may still take: the machine's, or what its control groups leave."""
+"""How much memory this process may still use: the machine's, or what its control groups leave."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +13,7 @@ _V2 = ("memory.max", "memory.current", "inactive_file")
 
 
 def free_bytes() -> int:
-    """Bytes that the machine has available, or that the process's control group leaves if fewer."""
+    """Available bytes of the machine, or of the process's control group where they are fewer."""
     left = [int(psutil.virtual_memory().available)]
     if MEMBERSHIP.exists():
         left += cgroup_free_bytes(CGROUPS, MEMBERSHIP.read_text())
@@ -21,9 +21,9 @@ def free_bytes() -> int:
 
 
 def cgroup_free_bytes(root: Path, membership: str) -> list[int]:
-    """What each limit on the way from the process's control group to `root` leaves, in bytes.
+    """Bytes left under the limit of each control group from the process's one up to `root`.
 
-    `membership` is /proc/self/cgroup (cgroups(7)); version 1 and 2 of the files are known.
+    `membership` is the content of /proc/self/cgroup (cgroups(7)); versions 1 and 2 are supported.
     """
     found = []
     for folder, (limit, usage, cached) in _list_groups(root, membership):
@@ -31,7 +31,7 @@ def cgroup_free_bytes(root: Path, membership: str) -> list[int]:
             continue
         allowed = (folder / limit).read_text().strip()
         if allowed != "max":
-            # Cached files count as usage, yet they make room when memory is wanted.
+            # Cached files count as usage, though the kernel frees them under pressure.
             stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
             used = int((folder / usage).read_text()) - int(stat.get(cached, 0))
             found.append(int(allowed) - used)
@@ -44,7 +44,7 @@ def _list_groups(root: Path, membership: str) -> Iterator[tuple[Path, tuple[str,
         if controllers not in {"", "memory"} and "memory" not in controllers.split(","):
             continue
         top, files = (root, _V2) if not controllers else (root / "memory", _V1)
-        # In a container the name may be the host's; then the container's group is the top.
+        # In a container the name may be that of the host; the container's group is then `top`.
         group = top / name.strip("/")
         while group != top and top in group.parents:
             yield group, files

@@ -1,4 +1,4 @@
-"""A split in memory, on the CPU or on the GPU: each block is read once in a run."""
+"""A split in memory, on the CPU or on the GPU: each block is read once per run."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,7 +17,7 @@ from pneumo.loading.sample_order import Rows
 
 @dataclass(frozen=True, eq=False)
 class InMemorySplit:
-    """A whole split, decoded: several trainings on one machine can share its memory."""
+    """A whole decoded split; several training processes on one machine can share its memory."""
 
     keys: tuple[str, ...]
     """(N,) in the store's order."""
@@ -28,7 +28,7 @@ class InMemorySplit:
 
 
 class InMemoryFeed:
-    """A split as one uint8 tensor, whose blocks are read when they are first asked for."""
+    """A split as one uint8 tensor; a block is read when it is first needed."""
 
     def __init__(
         self,
@@ -38,16 +38,16 @@ class InMemoryFeed:
         loaded: InMemorySplit | None = None,
         readers: int = READERS,
     ) -> None:
-        """`loaded`: the split as another process has read it; nothing is read then."""
+        """`loaded`: the split as another process has read it; then nothing is read."""
         count = int(blocks.sizes.sum())
         shape = (count, 1, blocks.image_size, blocks.image_size)
         self.blocks, self.readers = blocks, readers
         self.keys = [""] * count
         self.loaded: set[int] = set()
-        """Numbers of the blocks that are in memory."""
+        """Indices of the blocks in memory."""
         if loaded is None:
-            # On a CPU pages that are never written take no memory: a rank that evaluates a slice
-            # of the split holds its slice.
+            # On a CPU pages that are never written take no memory: a rank that evaluates only its
+            # slice of the split holds only that.
             self.images = torch.empty(shape, dtype=torch.uint8, device=device)
             self.targets = torch.empty(count, dtype=torch.float32)
             return
@@ -56,7 +56,7 @@ class InMemoryFeed:
                 f"split {blocks.split}: images {loaded.images.shape} are in memory, expected "
                 f"{shape}"
             )
-        with warnings.catch_warnings():  # shared memory cannot be written to, and is not
+        with warnings.catch_warnings():  # shared memory is read-only, and never written
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")
             self.images = torch.from_numpy(loaded.images).to(device)
             self.targets = torch.from_numpy(loaded.targets)
@@ -64,23 +64,23 @@ class InMemoryFeed:
         self.loaded = set(range(len(blocks.sizes)))
 
     def read_all(self) -> InMemorySplit:
-        """The whole split; it shares this object's memory, which must be the CPU's."""
-        self._fill([np.arange(len(self.keys), dtype=np.int64)])
+        """The whole split; it shares this object's memory, which must be on the CPU."""
+        self._read_missing([np.arange(len(self.keys), dtype=np.int64)])
         return InMemorySplit(tuple(self.keys), self.images.numpy(), self.targets.numpy())
 
     def feed(self, plan: Sequence[Rows]) -> Iterator[Samples]:
         """See `Feed.feed`."""
-        self._fill(plan)
+        self._read_missing(plan)
         for rows in plan:
             index = torch.from_numpy(rows)
             yield Samples(
                 tuple(self.keys[row] for row in rows.tolist()),
-                # Copies rows: 4 us each on a CPU, where `self.images[index]` takes 30.
+                # 4 us a row on a CPU, where `self.images[index]` takes 30.
                 self.images.index_select(0, to_device(index, self.images.device)),
                 self.targets[index],
             )
 
-    def _fill(self, plan: Sequence[Rows]) -> None:
+    def _read_missing(self, plan: Sequence[Rows]) -> None:
         """Read the blocks of `plan` that are not in memory."""
         needed = self.blocks.containing(np.concatenate(plan)).tolist() if plan else []
         missing = sorted(set(needed) - self.loaded)
@@ -89,18 +89,18 @@ class InMemoryFeed:
         pool = ThreadPoolExecutor(self.readers, thread_name_prefix=READER_THREAD)
         try:
             list(pool.map(self._load, missing))
-        finally:  # not waited for after an error: a read may be trying again
+        finally:  # no waiting after an error: another read may be in its retries
             pool.shutdown(wait=False, cancel_futures=True)
-        if self.images.device.type == "cuda":  # whichever stream reads them next
+        if self.images.device.type == "cuda":  # any stream may read them next
             torch.cuda.synchronize(self.images.device)
 
     def _load(self, number: int) -> None:
-        """Read a block to its place; on a CPU it is decoded there."""
-        place = slice(self.blocks.starts[number], self.blocks.ends[number])
+        """Read a block into the tensors; on a CPU it is decoded in place."""
+        rows = slice(self.blocks.starts[number], self.blocks.ends[number])
         on_cpu = self.images.device.type == "cpu"
-        samples = self.blocks.load(number, self.images[place] if on_cpu else None)
+        samples = self.blocks.load(number, self.images[rows] if on_cpu else None)
         if not on_cpu:
-            self.images[place].copy_(samples.images)
-        self.targets[place] = samples.targets
-        self.keys[place] = samples.keys
+            self.images[rows].copy_(samples.images)
+        self.targets[rows] = samples.targets
+        self.keys[rows] = samples.keys
         self.loaded.add(number)

@@ -23,14 +23,14 @@ from pneumo.loading.sample_order import World
 from pneumo.loading.streaming import StreamingFeed
 
 _HOST_FRACTION = 0.5
-"""Splits may take this fraction of the free memory; the rest is for the model and for batches."""
+"""The largest fraction of the free host memory for splits; the rest is for model and batches."""
 _DEVICE_FRACTION = 0.25
-"""And this one of the device's: activations need far more there than the weights."""
+"""The same of the device's free memory, where activations need much more than the weights."""
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What one rank feeds the network in one step."""
+    """One rank's part of a batch."""
 
     images: Tensor
     """(B, 1, S, S) float32, normalised."""
@@ -41,9 +41,9 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class Loader:
-    """Feeds one rank from one split; `open_loader` makes it.
+    """Loads one split for one rank; `open_loader` creates it.
 
-    An iterator that is closed or dropped before its end stops its threads.
+    Closing or dropping one of its iterators early stops its threads.
     """
 
     feed: Feed
@@ -53,10 +53,10 @@ class Loader:
     moments: tuple[float, float]
     """Mean and standard deviation of the training split's gray levels, in [0, 1]."""
     compiled: bool = False
-    """Whether a GPU's augmentation goes through torch.compile."""
+    """Whether augmentation on a GPU uses torch.compile."""
 
     def __len__(self) -> int:
-        """Samples of the split, on all ranks together."""
+        """Number of samples in the split, over all ranks."""
         return sum(self.block_sizes)
 
     def epoch(
@@ -69,11 +69,11 @@ class Loader:
         start_step: int = 0,
         micro_batch_size: int = 1,
     ) -> Iterator[Batch]:
-        """This rank's whole micro-batches of each step from `start_step` on, augmented.
+        """This rank's micro-batches of each step from `start_step` on, augmented.
 
-        Blocks that only earlier steps need are not read. Each batch is made while the one before is
-        in use. Raises ConfigError when there is not one full batch; DataError and StorageError
-        while it goes on.
+        Blocks that only earlier steps need are not read. Each batch is prefetched while the one
+        before is in use. Raises ConfigError when the split has not one full batch; DataError and
+        StorageError while iterating.
         """
         steps = sample_order.steps_per_epoch(len(self), batch_size)
         order = sample_order.epoch_order(
@@ -89,7 +89,7 @@ class Loader:
             )
             for step in range(start_step, steps)
         ]
-        change = partial(
+        transform = partial(
             augmentation.augment,
             config=augment,
             seed=seed,
@@ -97,12 +97,12 @@ class Loader:
             moments=self.moments,
             compiled=self.compiled,
         )
-        yield from self._prefetch(self.feed.feed(plan), change)
+        yield from self._prefetch(self.feed.feed(plan), transform)
 
     def evaluation(self, *, batch_size: int) -> Iterator[Batch]:
         """This rank's slice of the split in the store's order, each sample on exactly one rank.
 
-        `batch_size` is this rank's own. Raises DataError and StorageError.
+        `batch_size` is per rank. Raises DataError and StorageError.
         """
         yield from self._prefetch(
             self.rank_slice(batch_size=batch_size),
@@ -110,19 +110,19 @@ class Loader:
         )
 
     def rank_slice(self, *, batch_size: int) -> Iterator[Samples]:
-        """What `evaluation` gives, as it is stored: gray levels, on the CPU when streamed."""
+        """The batches of `evaluation` before normalisation: uint8, on the CPU when streamed."""
         rows = sample_order.evaluation_rows(self.block_sizes, self.world)
         yield from self.feed.feed(
             [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
         )
 
     def _prefetch(
-        self, stored: Iterable[Samples], change: Callable[[Tensor, tuple[str, ...]], Tensor]
+        self, stored: Iterable[Samples], transform: Callable[[Tensor, tuple[str, ...]], Tensor]
     ) -> Iterator[Batch]:
-        """Batches of what is stored, changed on the device."""
+        """Batches of the stored samples, transformed on the device."""
         batches = (
             Batch(
-                change(to_device(samples.images, self.device), samples.keys),
+                transform(to_device(samples.images, self.device), samples.keys),
                 to_device(samples.targets, self.device),
                 samples.keys,
             )
@@ -139,7 +139,7 @@ def open_loader(
     device: torch.device | str,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Loader:
-    """A loader of one split: see `open_loaders`."""
+    """A loader of one split; see `open_loaders`."""
     [opened] = open_loaders(store, (split,), world=world, device=device, tell=tell)
     return opened
 
@@ -155,10 +155,10 @@ def open_loaders(
     compiled: bool = False,
 ) -> tuple[Loader, ...]:
     """Loaders of `splits`, in memory or streamed as `data.cache` says or as memory allows; those
-    in `shared_splits` are not read again. `tell` gets a line a split: how it is fed, and why.
+    in `shared_splits` are not read again. `tell` gets a line per split: how it is loaded, and why.
 
-    Raises DataError when the manifest does not add up or a shard is missing or cut, and ConfigError
-    for settings that cannot be met.
+    Raises DataError when the manifest's counts are inconsistent or a shard is missing or truncated,
+    ConfigError when a split does not fit in memory as `data.cache` demands.
     """
     device = torch.device(device)
     blocks = {split: Blocks(store, split) for split in splits}
@@ -187,7 +187,7 @@ def open_loaders(
 
 
 def read_in_memory(store: PreparedStore, split: str) -> InMemorySplit | None:
-    """The whole split, for several trainings to share; None where it would be streamed.
+    """The whole split, to be shared by several training processes; None where it is streamed.
 
     Raises DataError, StorageError and ConfigError.
     """
@@ -206,7 +206,7 @@ def read_in_memory(store: PreparedStore, split: str) -> InMemorySplit | None:
 
 @dataclass(frozen=True)
 class FeedChoice:
-    """How a split is fed, and why."""
+    """How a split is loaded, and why."""
 
     place: Literal["device", "memory", "stream"]
     reason: str
@@ -219,38 +219,38 @@ def _build_feed(blocks: Blocks, choice: FeedChoice, device: torch.device) -> Fee
 
 
 def choose_feeds(
-    wanted: Literal["auto", "memory", "stream"],
+    cache: Literal["auto", "memory", "stream"],
     decoded_bytes: Mapping[str, int],
     *,
     host_bytes: int,
     device_bytes: int | None,
 ) -> dict[str, FeedChoice]:
-    """How to feed splits of so many bytes with so much free memory for all of them; the first split
-    has the first choice, and `device_bytes` is None without a GPU.
+    """How to load splits of `decoded_bytes` under the setting `data.cache`. `host_bytes` and
+    `device_bytes` (None without a GPU) are free for all of them; earlier splits get memory first.
 
-    Raises ConfigError when memory is demanded and does not suffice.
+    Raises ConfigError when `cache` is "memory" and a split does not fit.
     """
     choices: dict[str, FeedChoice] = {}
-    host_taken = device_taken = 0
-    host_room = host_bytes * (_HOST_FRACTION if wanted == "auto" else 1)
-    device_room = 0 if device_bytes is None else device_bytes * _DEVICE_FRACTION
-    for split, number in decoded_bytes.items():
-        size = f"{number / 1e9:.2f} GB decoded"
-        free = f"{(host_bytes - host_taken) / 1e9:.2f} GB free for this worker"
-        if host_taken:
+    host_used = device_used = 0
+    host_limit = host_bytes * (_HOST_FRACTION if cache == "auto" else 1)
+    device_limit = 0 if device_bytes is None else device_bytes * _DEVICE_FRACTION
+    for split, num_bytes in decoded_bytes.items():
+        size = f"{num_bytes / 1e9:.2f} GB decoded"
+        free = f"{(host_bytes - host_used) / 1e9:.2f} GB free for this worker"
+        if host_used:
             free += " beside the others"
-        if wanted == "stream":
+        if cache == "stream":
             choice = FeedChoice("stream", f"streamed, as data.cache says ({size})")
-        elif device_bytes is not None and device_taken + number <= device_room:
-            on_device = f"{(device_bytes - device_taken) / 1e9:.2f} GB free there"
+        elif device_bytes is not None and device_used + num_bytes <= device_limit:
+            on_device = f"{(device_bytes - device_used) / 1e9:.2f} GB free there"
             choice = FeedChoice("device", f"kept on the device ({size}, {on_device})")
-            device_taken += number
-        elif host_taken + number <= host_room:
+            device_used += num_bytes
+        elif host_used + num_bytes <= host_limit:
             choice = FeedChoice("memory", f"kept in memory ({size}, {free})")
-            host_taken += number
-        elif wanted == "memory":
+            host_used += num_bytes
+        elif cache == "memory":
             raise ConfigError(
-                f"data.cache: memory: {size}, {free}; use stream or auto, or fewer workers a "
+                f"data.cache: memory: {size}, {free}; use stream or auto, or fewer workers per "
                 "machine"
             )
         else:
@@ -262,8 +262,8 @@ def choose_feeds(
 def read_images(
     store_url: str, manifest: Manifest, split: str, keys: Iterable[str]
 ) -> dict[str, npt.NDArray[np.uint8]]:
-    """The stored images of `keys` in a split, (S, S) uint8 each. Raises DataError for a key that is
-    not in it."""
+    """The stored images of `keys` in a split by key, (S, S) uint8 each. Raises DataError for a key
+    that is not in the split."""
     wanted = set(keys)
     found: dict[str, npt.NDArray[np.uint8]] = {}
     for shard in manifest.splits[split].shards:

@@ -1,6 +1,7 @@
-"""Batches made one step ahead: in a thread, and on a GPU in a stream of their own.
+"""Prefetching one batch ahead: in a thread, and on a GPU in a separate CUDA stream.
 
-While step k computes, batch k + 1 is read, copied and augmented. It is the same batch as without.
+While step k computes, batch k + 1 is read, copied and augmented. The batches are the same as
+without prefetching.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -12,12 +13,12 @@ from torch import Tensor
 
 T = TypeVar("T")
 Made = tuple[T, torch.cuda.Event | None]
-"""A batch, and the event after which the device has made it."""
+"""A batch, and the event that the device records when it is complete."""
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on the device: from pinned memory the copy is queued in the current
-    stream, and the host does not wait."""
+    """`tensor` copied from the host to the device; to a GPU asynchronously in the current stream,
+    through pinned memory."""
     if device.type != "cuda" or tensor.device.type == "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
@@ -30,9 +31,9 @@ def prefetch(
 ) -> Iterator[T]:
     """The same batches in the same order; the next one is made while one is in use.
 
-    An error in making a batch is raised where that batch would be. When this is closed or dropped,
-    `batches` is closed and its thread ends, after a batch that is under way. `tensors_of` gives the
-    tensors of a batch that are on the device.
+    An error while making a batch is raised in that batch's place. When this iterator is closed or
+    dropped, `batches` is closed and the thread ends, after the batch that it is making.
+    `tensors_of` returns the tensors of a batch on the device.
     """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
@@ -53,12 +54,12 @@ def prefetch(
             if is_made is not None:
                 here = torch.cuda.current_stream(device)
                 here.wait_event(is_made)
-                for tensor in tensors_of(batch):  # else its memory is used again too early
+                for tensor in tensors_of(batch):  # else the allocator reuses its memory too early
                     tensor.record_stream(here)
             yield batch
     finally:
-        # No `submit` here: the garbage collector may drop this generator in the middle of another
-        # pool's, which holds a lock of all pools.
+        # No `submit` here: the garbage collector may drop this generator while another pool's
+        # `submit` holds the lock of all pools.
         upcoming.cancel()
         upcoming.add_done_callback(lambda _: batches.close())
         pool.shutdown(wait=False)

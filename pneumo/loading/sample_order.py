@@ -1,22 +1,23 @@
-"""Which samples go where: pure arithmetic on (seed, epoch, step, world). No torch, no I/O.
+"""Which rank trains on which samples: pure arithmetic on (seed, epoch, step, world). No torch, no
+I/O.
 
-A split is a sequence of blocks; a block is up to 64 neighbours in a shard, read by one request. An
-epoch's order mixes them so that each batch is mixed and yet little is read or in memory at a time:
+A split is a sequence of blocks; a block is up to 64 neighbouring samples of a shard, read by one
+request. An epoch's order shuffles well and still reads and holds few blocks at a time:
 
-    permute the blocks, and the samples of each block: one long sequence;
+    permute the blocks, and the samples within each block: one long sequence;
     cut it into G / 4 lanes of equal length (G: samples of a global batch);
     each step takes the next 4 samples of every lane; the end of the sequence that fills no batch is
-    left out, and is another one each epoch.
+    dropped, other samples each epoch.
 
-So a batch comes from G / 4 blocks of the whole split. A rank's slice of it, a multiple of 4, is
-lanes of its own: the rank reads one stretch of the sequence, of which other ranks read at most the
-blocks at its two ends, and keeps one block a lane for 64 / 4 steps. Lanes change their blocks at
-different steps, so reading is even.
+So a batch comes from G / 4 blocks of the whole split. A rank's slice of it, where a multiple of 4,
+is whole lanes: the rank reads one contiguous part of the sequence, of which other ranks read at
+most the first and the last block, and holds one block per lane for 64 / 4 steps. Lanes reach their
+next block at different steps, so reading is spread evenly over the steps.
 
 The order depends on (seed, epoch, G, the blocks' sizes) alone. Global step k takes positions
-[k*G, (k+1)*G) of it, in micro-batches of fixed size, and each rank consecutive whole ones; so what
-a step trains on does not depend on the number of ranks or reader threads, and a run goes on in
-mid-epoch with the very next sample.
+[k*G, (k+1)*G) of it, split into micro-batches of fixed size; each rank takes consecutive whole
+ones. So what a step trains on does not depend on the number of ranks or of reader threads, and a
+run resumes in mid-epoch with the very next sample.
 """
 
 import hashlib
@@ -30,13 +31,13 @@ from pneumo.errors import ConfigError
 
 Rows = npt.NDArray[np.int64]
 
-PIECE = 4
-"""Samples that a lane gives to a batch."""
+LANE_WIDTH = 4
+"""Samples of each lane in a batch."""
 
 
 @dataclass(frozen=True)
 class World:
-    """Which of how many workers this is; in a notebook the only one.
+    """This worker's rank and the number of ranks; by default a single process.
 
     >>> world = pneumo.World()
     """
@@ -44,7 +45,7 @@ class World:
     rank: int = 0
     size: int = 1
     local_size: int = 1
-    """Ranks on this one's machine, which divide its memory."""
+    """Ranks on this machine, which share its memory."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
@@ -56,25 +57,25 @@ class World:
 def epoch_order(block_sizes: Sequence[int], *, batch_size: int, seed: int, epoch: int) -> Rows:
     """A permutation of the split's rows, shape (N,), the same on every machine and version.
 
-    Row i is the i-th sample of the blocks one after the other; `batch_size` is the global one.
+    Row i is the i-th sample of the concatenated blocks; `batch_size` is global.
     """
     sizes = np.asarray(block_sizes, dtype=np.int64)
     num_samples = int(sizes.sum())
-    draws = _draw_bits(len(sizes) + num_samples, seed=seed, epoch=epoch)
-    position = np.argsort(np.argsort(draws[: len(sizes)], kind="stable"), kind="stable")
-    # By the position of its block, then by 40 random bits.
+    bits = _draw_bits(len(sizes) + num_samples, seed=seed, epoch=epoch)
+    position = np.argsort(np.argsort(bits[: len(sizes)], kind="stable"), kind="stable")
+    # Sort samples by the position of their block, then by 40 random bits.
     keys = np.repeat(position.astype(np.uint64) << np.uint64(40), sizes)
-    sequence = np.argsort(keys | (draws[len(sizes) :] >> np.uint64(24)), kind="stable")
+    sequence = np.argsort(keys | (bits[len(sizes) :] >> np.uint64(24)), kind="stable")
 
     steps = num_samples // batch_size
-    in_lanes = steps * (batch_size // PIECE * PIECE)
+    in_lanes = steps * (batch_size // LANE_WIDTH * LANE_WIDTH)
     used = steps * batch_size
     if steps == 0:
         return sequence
     batches = np.concatenate(
         [
-            sequence[:in_lanes].reshape(-1, steps, PIECE).swapaxes(0, 1).reshape(steps, -1),
-            sequence[in_lanes:used].reshape(steps, -1),  # a last lane, thinner than PIECE
+            sequence[:in_lanes].reshape(-1, steps, LANE_WIDTH).swapaxes(0, 1).reshape(steps, -1),
+            sequence[in_lanes:used].reshape(steps, -1),  # a last lane, of fewer samples a step
         ],
         axis=1,
     )
@@ -82,8 +83,8 @@ def epoch_order(block_sizes: Sequence[int], *, batch_size: int, seed: int, epoch
 
 
 def _draw_bits(count: int, *, seed: int, epoch: int) -> npt.NDArray[np.uint64]:
-    """(count,) uniform 64-bit numbers. The bits of Philox are fixed by its paper (Salmon et al.,
-    SC11); what numpy's own methods make of them may change with its version."""
+    """(count,) uniform 64-bit numbers. The bits of Philox are defined by its paper (Salmon et al.,
+    SC11); numpy's own methods on top of them may change between versions."""
     digest = hashlib.blake2b(f"pneumo/{seed}/{epoch}".encode(), digest_size=16).digest()
     return np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(count)
 
@@ -99,8 +100,8 @@ def steps_per_epoch(num_samples: int, batch_size: int) -> int:
 
 
 def micro_batches(batch_size: int, micro_batch_size: int, world: World) -> range:
-    """The numbers of this rank's micro-batches in a step: consecutive, and at most one more than
-    another rank's."""
+    """Indices of this rank's micro-batches in a step: consecutive, and at most one more than
+    another rank has."""
     count = batch_size // micro_batch_size
     return range(world.rank * count // world.size, (world.rank + 1) * count // world.size)
 
@@ -108,19 +109,19 @@ def micro_batches(batch_size: int, micro_batch_size: int, world: World) -> range
 def train_rows(
     order: Rows, step: int, *, batch_size: int, world: World, micro_batch_size: int = 1
 ) -> Rows:
-    """Rows of this rank at `step` of the epoch: those of its micro-batches, one after the other."""
+    """Rows of this rank at `step` of the epoch: those of its micro-batches, in order."""
     mine = micro_batches(batch_size, micro_batch_size, world)
     start = step * batch_size
     return order[start + mine.start * micro_batch_size : start + mine.stop * micro_batch_size]
 
 
 def evaluation_rows(block_sizes: Sequence[int], world: World) -> Rows:
-    """Rows that this rank scores, in order: each sample on exactly one rank, blocks whole.
+    """Rows that this rank scores, in order: whole blocks, each sample on exactly one rank.
 
-    A slice differs from an equal one by less than the largest block.
+    Slices differ from equal ones by less than the largest block.
     """
     ends = np.concatenate([[0], np.cumsum(np.asarray(block_sizes, dtype=np.int64))])
-    # Each bound of the equal slices is moved down to where a block begins.
+    # Each bound of the equal slices is rounded down to the start of a block.
     equal = [int(ends[-1]) * r // world.size for r in (world.rank, world.rank + 1)]
     first, last = ends[np.searchsorted(ends, equal, side="right") - 1]
     return np.arange(first, last, dtype=np.int64)

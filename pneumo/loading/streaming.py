@@ -1,4 +1,4 @@
-"""A split streamed: blocks are read shortly before they are needed, and dropped afterwards."""
+"""Streaming a split: blocks are read shortly before they are needed, and dropped afterwards."""
 
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,9 +12,9 @@ from pneumo.loading.blocks import READER_THREAD, READERS, Blocks, Samples
 from pneumo.loading.sample_order import Rows
 
 PREFETCH_BLOCKS = 16
-"""Blocks, of 64 samples or 4 MB, that are read ahead of the step that needs them."""
+"""Blocks, of 64 samples or 4 MB, to read ahead of the step that needs them."""
 _KEPT_STEPS = 32
-"""A block that is needed again within this many steps is kept; twice what it lasts in a lane."""
+"""A block that is needed again within this many steps is kept; a lane uses a block for 16."""
 
 
 class StreamingFeed:
@@ -28,41 +28,41 @@ class StreamingFeed:
     def feed(self, plan: Sequence[Rows]) -> Iterator[Samples]:
         """See `Feed.feed`."""
         uses = _list_uses([self.blocks.containing(rows) for rows in plan])
-        num_asked = 0
+        num_submitted = 0
         reads: list[tuple[_BlockUse, Future[Samples]]] = []
         pool = ThreadPoolExecutor(self.readers, thread_name_prefix=READER_THREAD)
         try:
             for step, rows in enumerate(plan):
-                begun = bisect_right(uses, step, key=lambda use: use.first)
-                asked = uses[num_asked : begun + self.prefetch_blocks]
-                reads += [(use, pool.submit(self.blocks.load, use.block)) for use in asked]
-                num_asked += len(asked)
+                num_started = bisect_right(uses, step, key=lambda use: use.first)
+                upcoming = uses[num_submitted : num_started + self.prefetch_blocks]
+                reads += [(use, pool.submit(self.blocks.load, use.block)) for use in upcoming]
+                num_submitted += len(upcoming)
                 due = {use.block: read for use, read in reads if use.first <= step}
                 reads = [(use, read) for use, read in reads if use.last > step]
                 yield self._gather(rows, due)
         finally:
-            # Also when the consumer goes away. Not waited for: a read may be trying again.
+            # Also when the consumer stops early. No waiting: a read may be in its retries.
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _gather(self, rows: Rows, blocks: Mapping[int, Future[Samples]]) -> Samples:
         size = self.blocks.image_size
-        # numpy copies a row at once, torch a pixel at a time: 10 against 100 us a sample.
+        # numpy copies a row at once, torch a pixel at a time: 10 instead of 100 us a sample.
         images = np.empty((len(rows), 1, size, size), dtype=np.uint8)
         targets = np.empty(len(rows), dtype=np.float32)
         keys = []
         numbers = self.blocks.containing(rows)
         inside = rows - self.blocks.starts[numbers]
-        for place, (number, i) in enumerate(zip(numbers.tolist(), inside.tolist(), strict=True)):
+        for row, (number, i) in enumerate(zip(numbers.tolist(), inside.tolist(), strict=True)):
             block = blocks[number].result()
-            images[place] = block.images[i].numpy()
-            targets[place] = block.targets[i]
+            images[row] = block.images[i].numpy()
+            targets[row] = block.targets[i]
             keys.append(block.keys[i])
         return Samples(tuple(keys), torch.from_numpy(images), torch.from_numpy(targets))
 
 
 @dataclass
 class _BlockUse:
-    """A stretch of steps, `first` to `last`, that need a block."""
+    """A range of steps, `first` to `last`, that need a block."""
 
     block: int
     first: int
@@ -70,9 +70,9 @@ class _BlockUse:
 
 
 def _list_uses(blocks_of_steps: Sequence[Rows]) -> list[_BlockUse]:
-    """The uses of blocks, by their first step.
+    """The uses of blocks, sorted by their first step.
 
-    A block that two lanes have in common is needed at the epoch's begin and again at its end: it is
+    A block that spans two lanes is needed at the start of an epoch and again at its end: it is
     dropped in between, and read twice.
     """
     uses: list[_BlockUse] = []

@@ -1,9 +1,10 @@
-"""Bytes by URL: a local path, `file://`, `s3://`, or what fsspec speaks."""
+"""Bytes by URL: a local path, `file://`, `s3://`, or another scheme of fsspec."""
 
 from pneumo.storage.connection import ANONYMOUS, READ_TIMEOUT_S
 from pneumo.storage.objects import (
     create_bytes,
     exists,
+    find_text,
     list_everything,
     list_names,
     list_urls,
@@ -17,15 +18,17 @@ from pneumo.storage.objects import (
     write_bytes,
     write_text,
 )
-from pneumo.storage.urls import is_local, join, local_path, normalise
+from pneumo.storage.urls import is_local, join, last_part, local_path, normalise
 
 __all__ = [
     "ANONYMOUS",
     "READ_TIMEOUT_S",
     "create_bytes",
     "exists",
+    "find_text",
     "is_local",
     "join",
+    "last_part",
     "list_everything",
     "list_names",
     "list_urls",

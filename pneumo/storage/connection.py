@@ -1,4 +1,4 @@
-"""How a server is reached: fsspec's filesystems, with our time limits.
+"""Connections to servers: fsspec's filesystems, with time limits.
 
 Credentials and endpoints follow the AWS conventions (profiles, AWS_ENDPOINT_URL, IRSA).
 """
@@ -12,17 +12,17 @@ from pneumo.errors import UserError
 from pneumo.storage.urls import is_s3
 
 ANONYMOUS = "PNEUMO_S3_ANONYMOUS"
-"""The environment variable that has S3 requests sent unsigned, for public buckets."""
+"""Environment variable: 1 sends S3 requests unsigned, for public buckets."""
 
 READ_TIMEOUT_S = 20.0
-"""How long an object store may be silent before the request counts as failed."""
+"""A request fails after this time without a byte from the object store."""
 
 _S3_OPTIONS = {
     "connect_timeout": 5.0,
     "read_timeout": READ_TIMEOUT_S,
-    # `retries.py` tries again, in one place and within one time budget.
+    # Retries are made in `retries.py` alone, within one time budget.
     "retries": {"total_max_attempts": 1, "mode": "standard"},
-    # Servers older than these checksums refuse them; all know Content-MD5.
+    # Older servers refuse these checksums; all support Content-MD5.
     "request_checksum_calculation": "when_required",
     "response_checksum_validation": "when_required",
     "max_pool_connections": 32,
@@ -32,8 +32,8 @@ _S3_OPTIONS = {
 def open_filesystem(url: str) -> tuple[Any, str]:
     """The process's filesystem for `url`, and the path in it.
 
-    fsspec keeps the instance, and makes another after a fork. Listings are not cached: keys that
-    another process adds must be seen. Raises UserError for a bad PNEUMO_S3_ANONYMOUS.
+    fsspec caches the instance, and creates another after a fork. Listings are not cached, as other
+    processes add keys. Raises UserError for an invalid PNEUMO_S3_ANONYMOUS.
     """
     if not is_s3(url):
         fs, path = fsspec.url_to_fs(url, use_listings_cache=False)

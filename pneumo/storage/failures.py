@@ -1,4 +1,4 @@
-"""Which errors of a server are permanent, and the messages that a person reads."""
+"""Which errors of a server are permanent, and their messages for the user."""
 
 import errno
 from collections.abc import Mapping
@@ -42,33 +42,33 @@ _TRANSIENT_CODES = frozenset(
         *("BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch"),
     }
 )
-"""4xx that another try may not meet: overload, and bytes that the network changed."""
+"""4xx errors that are transient: overload, and bytes that were changed on the network."""
 
 _NO_CREDENTIALS = frozenset({"NoCredentialsError", "PartialCredentialsError"})
 _BAD_SETUP = frozenset(
     {"ProfileNotFound", "ConfigParseError", "InvalidRegionError", "ParamValidationError"}
 )
-"""Names of botocore's errors, which is imported only where S3 is used."""
+"""Class names of botocore's errors; botocore is imported only where S3 is used."""
 _PROGRAM_ERRORS = (
     *(TypeError, ValueError, LookupError, AttributeError, NameError, AssertionError),
     *(ArithmeticError, NotImplementedError),
 )
-"""Mistakes in a program, ours or a library's: another try meets them again."""
+"""Bugs in this program or in a library: permanent."""
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, or else its kind."""
+    """The first line of an error's message; its class name where it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def permanent_error(error: Exception, name: str, text: str | None = None) -> Exception | None:
-    """What to raise for an error that another try would meet again; None for a transient one.
+    """The error to raise for a permanent `error`; None for a transient one.
 
-    `name` is what the object is called, `text` what the error says: its first line if None.
+    `name` names the object in messages, `text` is the error's message: by default its first line.
     """
     if isinstance(error, (StorageError, UserError)):
         return error
-    if isinstance(error, ImportError):  # fsspec's, which says what to install
+    if isinstance(error, ImportError):  # fsspec's message says what to install
         return UserError(f"storage: {name}: {first_line(error)}, on every node of the cluster")
     text = first_line(error) if text is None else text
     code, operation = s3_error(error)
@@ -101,7 +101,7 @@ def permanent_error(error: Exception, name: str, text: str | None = None) -> Exc
 def _permanent_s3_error(
     error: Exception, code: str, operation: str, name: str, text: str
 ) -> Exception | None:
-    """`permanent_error` for what an S3 server, or something else that speaks HTTP, answered."""
+    """`permanent_error` for an answer of an S3 server, or of another HTTP server."""
     if operation.startswith("AssumeRole"):
         return AccessError(
             f"storage: no credentials for {name}: the role of AWS_ROLE_ARN was refused: {code}"
@@ -112,7 +112,7 @@ def _permanent_s3_error(
     if code in _TRANSIENT_CODES:
         return None
     if code.isdecimal():
-        # The answer had no body with S3's own code, as is usual for HEAD.
+        # An HTTP status: the answer had no body with S3's code, as is usual for HEAD.
         if int(code) >= 500 and code != "501":
             return None
         if not operation.startswith("Head"):
@@ -140,8 +140,10 @@ def not_s3(name: str, answer: str = "") -> AccessError:
 
 
 def s3_error(error: BaseException) -> tuple[str | None, str]:
-    """The code and the operation of botocore's ClientError, which s3fs hides behind an error of
-    Python's; not from the message, which may quote a key that looks like a code."""
+    """Code and operation of botocore's ClientError, which s3fs wraps in one of Python's errors.
+
+    Not parsed from the message, which may quote a key that looks like a code.
+    """
     source = error if getattr(error, "response", None) else error.__cause__
     code = _s3_response(error).get("Error", {}).get("Code")
     return code, getattr(source, "operation_name", "")

@@ -1,4 +1,4 @@
-"""Objects that are files of this machine: written beside their place, flushed, then renamed."""
+"""Local files: written under a temporary name in the same folder, flushed, then renamed."""
 
 import contextlib
 import errno
@@ -16,47 +16,47 @@ from pneumo.storage.urls import Range, local_path
 T = TypeVar("T")
 
 PARTIAL_PREFIX = ".partial-"
-"""How a file is named while it is written; what a crash leaves of it is no object."""
+"""Prefix of a file's name while it is written; what a crash leaves is not listed as an object."""
 
-_MOST_ATTEMPTS = 5
-"""How often a file is begun whose unfinished copy another job clears away."""
+_MAX_ATTEMPTS = 5
+"""How often to write a file whose temporary copy another job removes."""
 
 _NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS})
-"""What mounts without hard links say: FUSE, SMB, exFAT."""
+"""Errors of filesystems without hard links: FUSE, SMB, exFAT."""
 
 
-def read_file(wanted: Range) -> bytes:
-    """The bytes asked for. Raises FileNotFoundError, AccessError, StorageError, ContentError."""
-    path = local_path(wanted.url)
-    name = wanted.label or path
+def read_file(requested: Range) -> bytes:
+    """The requested bytes. Raises FileNotFoundError, AccessError, StorageError, ContentError."""
+    path = local_path(requested.url)
+    name = requested.label or path
     try:
         mode = path.stat().st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # a pipe would be waited for
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # reading a pipe would block
             raise OSError(errno.EINVAL, "not a regular file")  # noqa: TRY301  as of a lost mount
         with path.open("rb") as file:
-            file.seek(wanted.start)
-            data = file.read(wanted.length)
+            file.seek(requested.start)
+            data = file.read(requested.length)
     except (PermissionError, IsADirectoryError) as error:
         raise AccessError(f"storage: cannot read {name}: {error.strerror}") from error
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(errno.ENOENT, "no such file", str(name)) from error
     except OSError as error:  # a lost mount
         raise StorageError(f"storage: cannot read {name}: {error.strerror}") from error
-    if wanted.length is not None and len(data) != wanted.length:
-        raise wanted.ends_early(wanted.start + len(data))
+    if requested.length is not None and len(data) != requested.length:
+        raise requested.ends_early(requested.start + len(data))
     return data
 
 
 def replace_file(path: Path, data: bytes | memoryview) -> None:
-    """Put `data` at `path` at once. Raises AccessError, StorageError."""
+    """Write `data` to `path` atomically. Raises AccessError, StorageError."""
     _publish(path, data, 0o666, lambda partial: partial.replace(path))
 
 
 def create_file(path: Path, data: bytes, mode: int) -> bool:
-    """Put `data` at `path` unless something is there; whether it was this call that did.
+    """Write `data` to `path` unless it exists. Returns whether this call created it.
 
-    Where a mount has no hard links, an empty file takes the place first, and is replaced: a reader
-    may meet it for a moment. Raises AccessError, StorageError.
+    On a filesystem without hard links an empty file is created first, then replaced: a reader may
+    see it empty for a moment. Raises AccessError, StorageError.
     """
 
     def create(partial: Path) -> bool:
@@ -96,14 +96,14 @@ def _publish(path: Path, data: bytes | memoryview, mode: int, publish: Callable[
         except (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
             raise AccessError(f"storage: cannot write {path}: {error.strerror}") from error
         except OSError as error:  # a full disk, a lost mount
-            # Another job may have taken the file for a dead writer's, or its folder for empty.
-            if not isinstance(error, FileNotFoundError) or attempts == _MOST_ATTEMPTS:
+            # Another job may have removed the temporary file as a leftover, or its empty folder.
+            if not isinstance(error, FileNotFoundError) or attempts == _MAX_ATTEMPTS:
                 raise StorageError(f"storage: cannot write {path}: {error.strerror}") from error
 
 
 @contextmanager
 def _partial_file(path: Path, data: bytes | memoryview, mode: int) -> Iterator[Path]:
-    """A file beside `path` with `data` on the disk, which is gone afterwards."""
+    """A temporary file in the folder of `path` with `data`, flushed to disk; removed on exit."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.parent / f"{PARTIAL_PREFIX}{secrets.token_hex(8)}"
     try:
@@ -118,22 +118,22 @@ def _partial_file(path: Path, data: bytes | memoryview, mode: int) -> Iterator[P
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what killed writers have left below `folder`, and folders that hold nothing."""
+    """Delete temporary files of killed writers below `folder`, and empty folders."""
     for below, _, names in os.walk(folder, topdown=False):
         for name in names:
             if name.startswith(PARTIAL_PREFIX):
                 Path(below, name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # somebody else writes there, or has removed it
+        with contextlib.suppress(OSError):  # another job writes there, or has removed it
             Path(below).rmdir()
 
 
 def file_exists(path: Path) -> bool:
-    """Whether `path` is a file, or a folder with something in it. Raises as `list_folder` does."""
+    """Whether `path` is a file or a folder that is not empty. Raises as `list_folder`."""
     return _is(path.is_file) or any(True for _ in _scan(path))
 
 
 def list_files(folder: Path) -> Iterator[str]:
-    """The paths of all objects below `folder`; no link to a folder is followed.
+    """The paths of all files below `folder`; links to folders are not followed.
 
     Raises AccessError, StorageError.
     """
@@ -145,8 +145,8 @@ def list_files(folder: Path) -> Iterator[str]:
 
 
 def walk_folder(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[str]:
-    """The paths of everything below `folder` that is no folder, or cannot be entered: a link back
-    to a folder `above` is not followed, but told."""
+    """The paths of all that is no folder below `folder`, through links too; and of folders that
+    cannot be entered or link back to one of `above`."""
     above = (*above, folder.resolve())
     for entry in _scan(folder):
         if not _is(entry.is_dir):
@@ -165,9 +165,9 @@ def list_folder(folder: Path) -> Iterator[str]:
 
 
 def _scan(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """What lies in a folder, unfinished files aside; nothing where there is none.
+    """The entries of a folder without temporary files; none where the folder is missing.
 
-    Asks the disk for nothing but the names: a hundred times as fast as looking at each path.
+    Reads only the directory: a hundred times as fast as a stat of each path.
     """
     try:
         with os.scandir(folder) as entries:
@@ -183,5 +183,5 @@ def _scan(folder: Path) -> Iterator[os.DirEntry[str]]:
 def _is(kind: Callable[[], bool]) -> bool:
     try:
         return kind()
-    except OSError:  # a link that leads to itself
+    except OSError:  # a link to itself
         return False

@@ -1,12 +1,12 @@
 """Reading, writing and listing objects by URL.
 
-Writing is atomic: a reader sees the whole object or none. Reading gives exactly the bytes of one
-version of the object, or an error that names the URL: a broken answer is resumed where it ended, by
-a range request that holds only while the object's ETag is the same. What the network or a disk
-changed is noticed where the caller says which digest it expects.
+Writing is atomic: a reader sees the whole object or none. Reading returns the bytes of one version
+of the object, or raises an error that names the URL: an interrupted download is resumed by a range
+request with the ETag as its condition. Bytes that the network or a disk changed are noticed where
+the caller passes the expected digest.
 
 Errors are those of `pneumo.errors` (AccessError, StorageError, ContentError), except that a missing
-object is Python's own FileNotFoundError, for the caller to say what was missing.
+object raises Python's FileNotFoundError, for the caller to say what was missing.
 """
 
 import hashlib
@@ -33,31 +33,31 @@ from pneumo.storage.retries import retried
 from pneumo.storage.s3 import ResumableRead, create_object, list_keys, object_exists, put_object
 from pneumo.storage.urls import Range, is_local, is_s3, join, local_path
 
-_MOST_DIGESTS = 4
-"""How many different wrong digests of one object are taken for faults of the network."""
+_MAX_DIGESTS = 4
+"""So many different wrong digests of one object are taken for network faults, and read again."""
 
 
 def read_bytes(
     url: str, *, sha256: str | None = None, size: int | None = None, label: str | None = None
 ) -> bytes:
-    """The whole object at `url`, checked against a digest in hex and a size where they are given.
+    """The whole object at `url`, checked against a digest in hex and a size where given.
 
-    A wrong digest from an object store is read again, since the network may have changed a byte.
-    `label` stands in errors and warnings for a URL that must not be told, as it names a patient.
-    Raises FileNotFoundError, AccessError, StorageError, or ContentError for other bytes.
+    An object of an object store with a wrong digest is read again, as the network may have changed
+    a byte. `label` replaces the URL in errors and warnings where it could identify a patient.
+    Raises FileNotFoundError, AccessError, StorageError, or ContentError for a wrong digest or size.
     """
-    wanted = Range(url, label=label)
-    data = _read_checked(wanted, hashlib.sha256, sha256)
+    requested = Range(url, label=label)
+    data = _read_checked(requested, hashlib.sha256, sha256)
     if size is not None and len(data) != size:
-        raise ContentError(f"storage: {wanted.name}: {len(data)} bytes, expected {size}")
+        raise ContentError(f"storage: {requested.name}: {len(data)} bytes, expected {size}")
     return data
 
 
 def read_range(url: str, start: int, length: int, *, blake3: str | None = None) -> bytes:
     """Exactly `length` bytes of the object at `url` from byte `start` on, checked against a digest
-    where it is given.
+    where given.
 
-    Raises ContentError when the object ends before, and as `read_bytes` does.
+    Raises ContentError when the object is shorter, and as `read_bytes`.
     """
     return _read_checked(Range(url, start, length), new_blake3, blake3)
 
@@ -67,49 +67,57 @@ def read_text(url: str) -> str:
     return read_bytes(url).decode()
 
 
-def _read_checked(wanted: Range, hasher: Callable[[bytes], Any], expected: str | None) -> bytes:
-    read = read_file if is_local(wanted.url) else _read_object
+def find_text(url: str) -> str | None:
+    """The whole object at `url`, as UTF-8; None where there is none."""
+    try:
+        return read_text(url)
+    except FileNotFoundError:
+        return None
+
+
+def _read_checked(requested: Range, hasher: Callable[[bytes], Any], expected: str | None) -> bytes:
+    read = read_file if is_local(requested.url) else _read_object
     found: set[str] = set()
     while True:
-        data = read(wanted)
+        data = read(requested)
         if expected is None:
             return data
         digest: str = hasher(data).hexdigest()
         if digest == expected:
             return data
-        # Twice the same wrong digest is what lies there.
-        if is_local(wanted.url) or digest in found or len(found) == _MOST_DIGESTS:
-            last = wanted.start + (wanted.length or 0) - 1
-            part = "" if wanted.length is None else f", bytes {wanted.start} to {last}"
+        # The same wrong digest twice: the stored object has it.
+        if is_local(requested.url) or digest in found or len(found) == _MAX_DIGESTS:
+            last = requested.start + (requested.length or 0) - 1
+            part = "" if requested.length is None else f", bytes {requested.start} to {last}"
             raise ContentError(
-                f"storage: {wanted.name}{part}: changed or damaged: digest {digest}, expected "
+                f"storage: {requested.name}{part}: changed or damaged: digest {digest}, expected "
                 f"{expected}"
             )
         found.add(digest)
 
 
-def _read_object(wanted: Range) -> bytes:
-    start, length = wanted.start, wanted.length
+def _read_object(requested: Range) -> bytes:
+    url, start, length = requested.url, requested.start, requested.length
     if length == 0:
         return b""
-    if is_s3(wanted.url):
-        reading = ResumableRead(wanted)
-        retried(reading.resume, wanted.url, progress=lambda: reading.received, label=wanted.label)
+    if is_s3(url):
+        reading = ResumableRead(requested)
+        retried(reading.resume, url, progress=lambda: reading.received, label=requested.label)
         return b"".join(reading.chunks)
     end = None if length is None else start + length
     data: bytes = retried(
-        lambda fs, path: fs.cat_file(path, start=start, end=end), wanted.url, label=wanted.label
+        lambda fs, path: fs.cat_file(path, start=start, end=end), url, label=requested.label
     )
     if length is not None and len(data) != length:
-        raise wanted.ends_early(start + len(data))
+        raise requested.ends_early(start + len(data))
     return data
 
 
 def write_bytes(url: str, data: bytes | memoryview) -> None:
-    """Publish `data` at `url` at once, replacing what was there.
+    """Write `data` to `url` atomically, replacing an existing object.
 
-    Local: written beside, flushed to disk, renamed. Object store: one PUT, which is atomic there,
-    with the MD5 that S3 compares before it stores.
+    Local: written to a temporary file, flushed to disk, renamed. Object store: one PUT, which is
+    atomic, with an MD5 that S3 compares before it stores.
     """
     if is_local(url):
         replace_file(local_path(url), data)
@@ -122,11 +130,11 @@ def write_bytes(url: str, data: bytes | memoryview) -> None:
 
 
 def create_bytes(url: str, data: bytes, *, mode: int = 0o666) -> bool:
-    """Publish `data` at `url` only if nothing is there yet; whether it was this call that did.
+    """Write `data` to `url` unless it exists. Returns whether this call created it.
 
-    Local: with `mode`, less the umask. Object store: one PUT with If-None-Match; of two writers at
-    once exactly one gets True. A server that says it does not know the condition (501) is asked
-    first and then written to, which two writers at once can both pass.
+    Local: with `mode`, less the umask. Object store: one PUT with If-None-Match; of two concurrent
+    writers exactly one gets True. Where the server does not implement the condition (501), a HEAD
+    precedes the PUT, and two concurrent writers may both get True.
     """
     if is_local(url):
         return create_file(local_path(url), data, mode)
@@ -145,18 +153,18 @@ def create_bytes(url: str, data: bytes, *, mode: int = 0o666) -> bool:
 
 
 def write_text(url: str, text: str) -> None:
-    """Publish `text` at `url` as UTF-8, at once."""
+    """Write `text` to `url` as UTF-8, atomically."""
     write_bytes(url, text.encode())
 
 
 def upload_folder(folder: Path, url: str) -> None:
-    """Publish every file below `folder` under `url`, by its relative name."""
+    """Write every file below `folder` to `url`, under its relative name."""
     for path in map(Path, sorted(list_files(folder))):
         write_bytes(join(url, path.relative_to(folder).as_posix()), path.read_bytes())
 
 
 def remove(url: str) -> None:
-    """Delete the object at `url`; nothing happens when it is not there."""
+    """Delete the object at `url`, if it exists."""
     try:
         if is_local(url):
             local_path(url).unlink()
@@ -167,10 +175,10 @@ def remove(url: str) -> None:
 
 
 def remove_partials(url: str) -> None:
-    """Delete what killed writers have left directly in the folder `url`.
+    """Delete temporary files of killed writers directly in the folder `url`.
 
-    A writer that is still at it notices, and writes its object anew. Object stores keep nothing of
-    a PUT that did not end.
+    A writer that is still running notices, and writes its object again. Object stores keep nothing
+    of an interrupted PUT.
     """
     if is_local(url):
         for path in local_path(url).glob(f"{PARTIAL_PREFIX}*"):
@@ -178,8 +186,7 @@ def remove_partials(url: str) -> None:
 
 
 def remove_below(url: str) -> None:
-    """Delete every object below `url`, what killed writers have left there, and the folders that
-    this leaves empty."""
+    """Delete every object below `url`, temporary files of killed writers, and empty folders."""
     for found in list_urls(url):
         remove(found)
     if is_local(url):
@@ -187,7 +194,7 @@ def remove_below(url: str) -> None:
 
 
 def exists(url: str) -> bool:
-    """Whether an object, or a folder with something in it, lies at `url`."""
+    """Whether `url` is an object or a folder that is not empty."""
     if is_local(url):
         return file_exists(local_path(url))
     if is_s3(url):
@@ -196,7 +203,7 @@ def exists(url: str) -> bool:
 
 
 def list_urls(url: str) -> list[str]:
-    """The URLs of all objects below `url`, sorted; empty when there are none."""
+    """The URLs of all objects below `url`, sorted; empty where there are none."""
     if is_local(url):
         return sorted(list_files(local_path(url)))
     if is_s3(url):
@@ -207,8 +214,8 @@ def list_urls(url: str) -> list[str]:
 
 
 def list_everything(url: str) -> list[str]:
-    """As `list_urls`, and of a local folder also what linked folders hold, and whatever is neither
-    file nor folder: links that lead nowhere, pipes, folders that must not be read."""
+    """As `list_urls`; for a local folder also what is in linked folders, and what is not a readable
+    file or folder: broken links, pipes, folders without permission."""
     return sorted(walk_folder(local_path(url))) if is_local(url) else list_urls(url)
 
 
@@ -225,4 +232,4 @@ def list_names(url: str) -> list[str]:
         except FileNotFoundError:
             return []
     names = {path.rstrip("/").rsplit("/", 1)[-1] for path in found}
-    return sorted(names - {"", ".", ".."})  # of keys such as `a/../b`, which lead elsewhere
+    return sorted(names - {"", ".", ".."})  # a key such as `a/../b` would lead elsewhere

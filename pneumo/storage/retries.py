@@ -1,4 +1,4 @@
-"""Requests to a server, sent again within a time budget while the failure looks transient."""
+"""Retries of requests to a server, within a time budget, while the failure looks transient."""
 
 import logging
 import random
@@ -13,15 +13,15 @@ from pneumo.storage.failures import first_line, permanent_error
 T = TypeVar("T")
 
 RETRY_BUDGET_S = 120.0
-"""How long a failing request is sent again before StorageError."""
+"""How long a failing request is retried before StorageError."""
 
 CHUNK_BYTES = 2**20
-"""Bytes of a read after which its budget begins anew."""
+"""Bytes of a read after which its budget starts again."""
 
 _FIRST_PAUSE_S = 0.2
 _LONGEST_PAUSE_S = 15.0
 _SILENT_RETRIES_S = 5.0
-"""How long a request fails before a warning is logged."""
+"""A warning is logged after so long a time of retries."""
 
 _logger = logging.getLogger(__name__)
 
@@ -33,14 +33,15 @@ def retried(
     progress: Callable[[], int] = lambda: 0,
     label: str | None = None,
 ) -> T:
-    """What `call(filesystem, path)` returns, tried again with jittered exponential back-off.
+    """The result of `call(filesystem, path)`, retried with jittered exponential back-off.
 
-    `budget_s` counts from the first failure, and anew once `progress`, in bytes, has grown by
-    CHUNK_BYTES. With a `label`, which stands for the URL, an error's text, which may quote it, is
-    not told either. Raises as `permanent_error` says, and StorageError once the budget is spent.
+    `budget_s` counts from the first failure, and again from 0 when `progress`, in bytes, has grown
+    by CHUNK_BYTES. `label` replaces the URL in messages, which then do not quote the error's text
+    either, as it may contain the URL. Raises the errors of `permanent_error`, and StorageError when
+    the budget is spent.
     """
     name = label or url
-    failing_since_s, pause_s, is_told, reached, renewed_at = None, _FIRST_PAUSE_S, False, 0, 0
+    failing_since_s, pause_s, is_warned, reached, renewed_at = None, _FIRST_PAUSE_S, False, 0, 0
     while True:
         try:
             fs, path = open_filesystem(url)
@@ -61,8 +62,8 @@ def retried(
                     f"storage: {name}: {text}; tried again for {budget_s:.0f} s; is the server up, "
                     "and is it the one of AWS_ENDPOINT_URL?"
                 ) from cause
-            if left_s < budget_s - _SILENT_RETRIES_S and not is_told:
+            if left_s < budget_s - _SILENT_RETRIES_S and not is_warned:
                 _logger.warning("storage: %s: %s; trying again for %.0f s", name, text, left_s)
-                is_told = True
+                is_warned = True
             time.sleep(pause_s * random.uniform(0.5, 1.5))
             pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)

@@ -1,4 +1,4 @@
-"""What is asked of an S3 server."""
+"""Requests to an S3 server."""
 
 import base64
 import hashlib
@@ -14,37 +14,37 @@ from pneumo.storage.failures import not_s3, s3_error
 from pneumo.storage.retries import CHUNK_BYTES, retried
 from pneumo.storage.urls import Range
 
-_MOST_BYTES_OF_A_PUT = 5 * 2**30
+_MAX_PUT_BYTES = 5 * 2**30
 _CONDITION_FAILED = frozenset({"PreconditionFailed", "412"})
 
 
 class ResumableRead:
-    """A read from S3 under way: what has arrived so far, and of which version of the object."""
+    """A read from S3 that can be resumed: the bytes so far, and the ETag of the object."""
 
-    def __init__(self, wanted: Range) -> None:
-        self.wanted = wanted
+    def __init__(self, requested: Range) -> None:
+        self.requested = requested
         self.received = 0
-        """All bytes that came, those of a version since replaced too."""
-        self._begin()
+        """All bytes received, including those of a replaced version."""
+        self._clear()
 
-    def _begin(self) -> None:
+    def _clear(self) -> None:
         self.chunks: list[bytes] = []
         self.held = 0
         """Bytes in `chunks`."""
-        self.length = self.wanted.length
+        self.length = self.requested.length
         self.etag: str | None = None
 
     def resume(self, fs: Any, path: str) -> None:
-        """Ask once for what is missing, and take it.
+        """Request the missing bytes once.
 
-        Raises ContentError when the object ends before; any other error leaves what has come, for
-        the next call to go on from.
+        Raises ContentError when the object is shorter than requested; after any other error the
+        next call continues with the bytes so far.
         """
         sync(fs.loop, self._receive, fs, path)
 
     async def _receive(self, fs: Any, path: str) -> None:
-        first = self.wanted.start + self.held
-        last = "" if self.length is None else self.wanted.start + self.length - 1
+        first = self.requested.start + self.held
+        last = "" if self.length is None else self.requested.start + self.length - 1
         bucket, key, _ = fs.split_path(path)
         condition = {"IfMatch": self.etag} if self.etag else {}
         try:
@@ -55,7 +55,7 @@ class ResumableRead:
             code, _ = s3_error(error)
             if code in {"InvalidRange", "416"}:
                 head = await fs._call_s3("head_object", Bucket=bucket, Key=key)
-                self._end_at(head["ContentLength"])
+                self._handle_end(head["ContentLength"])
                 return
             if code in _CONDITION_FAILED:
                 self._restart()
@@ -63,32 +63,31 @@ class ResumableRead:
         async with answer["Body"] as body:
             self._check(answer, first)
             assert self.length is not None
-            # To the very end, so that the connection can be used again.
+            # To the end, so that the connection can be reused.
             while chunk := await body.read(CHUNK_BYTES):
                 self.chunks.append(chunk)
                 self.held += len(chunk)
                 self.received += len(chunk)
         if (got := self.held) != self.length:
             if got > self.length:
-                self._begin()
+                self._clear()
             raise ConnectionError(f"{got} bytes arrived of {self.length}")
 
     def _check(self, answer: Mapping[str, Any], first: int) -> None:
-        """Compare the answer's head with what was asked.
+        """Compare the answer's headers with the request.
 
-        Content-Range says when the body is whole: Content-Length is the connection's, and wrong at
-        times.
+        The body is complete by Content-Range: Content-Length is sometimes wrong.
         """
-        wanted = self.wanted
+        requested = self.requested
         if "ETag" not in answer:
-            raise not_s3(wanted.name)
+            raise not_s3(requested.name)
         if self.etag is not None and answer["ETag"] != self.etag:
             self._restart()
         shown = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", answer.get("ContentRange", ""))
         if shown is None:
-            if first or wanted.length is not None:
+            if first or requested.length is not None:
                 raise StorageError(
-                    f"storage: {wanted.name}: the server does not answer range requests; use "
+                    f"storage: {requested.name}: the server does not answer range requests; use "
                     "another"
                 )
             begin, end, total = 0, answer["ContentLength"] - 1, answer["ContentLength"]
@@ -96,28 +95,28 @@ class ResumableRead:
             begin, end, total = (int(number) for number in shown.groups())
         self.etag = answer["ETag"]
         if self.length is None:
-            self.length = total - wanted.start
-        if total < wanted.start + self.length:
-            raise wanted.ends_early(total)
-        if (begin, end) != (first, wanted.start + self.length - 1):
+            self.length = total - requested.start
+        if total < requested.start + self.length:
+            raise requested.ends_early(total)
+        if (begin, end) != (first, requested.start + self.length - 1):
             raise ConnectionError(f"asked from byte {first}, answered bytes {begin} to {end}")
 
-    def _end_at(self, total: int) -> None:
-        """Beyond the object's end: an empty object, or one that is shorter than asked for."""
-        if self.wanted.length is not None:
-            raise self.wanted.ends_early(total)
+    def _handle_end(self, total: int) -> None:
+        """The range starts at the object's end: it is empty, or shorter than requested."""
+        if self.requested.length is not None:
+            raise self.requested.ends_early(total)
         if total or self.held:
             self._restart()
 
     def _restart(self) -> NoReturn:
-        self._begin()
+        self._clear()
         raise ConnectionError("replaced while it was read")
 
 
 def put_object(fs: Any, path: str, data: bytes, **options: Any) -> None:
-    """One PUT, never in parts: the end of a multipart upload ignores If-None-Match on some
-    servers. Raises ValueError above the 5 GiB that S3 takes so."""
-    if len(data) > _MOST_BYTES_OF_A_PUT:
+    """One PUT, never a multipart upload, whose end ignores If-None-Match on some servers. Raises
+    ValueError above 5 GiB, S3's limit of a PUT."""
+    if len(data) > _MAX_PUT_BYTES:
         raise ValueError(f"{len(data)} bytes are more than the 5 GiB of one PUT")
     bucket, key, _ = fs.split_path(path)
     digest = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
@@ -125,10 +124,10 @@ def put_object(fs: Any, path: str, data: bytes, **options: Any) -> None:
 
 
 def create_object(fs: Any, path: str, data: bytes, writer: str) -> bool:
-    """PUT `data` unless an object is there; whether it was this writer that did.
+    """PUT `data` unless the object exists. Returns whether `writer` created it.
 
-    `writer` is kept with the object: a PUT whose answer was lost, and which is therefore sent
-    again, finds its own object.
+    `writer` is stored as metadata: a PUT that is repeated, because its answer was lost, finds its
+    own object.
     """
     mark = {"Metadata": {"pneumo-writer": writer}}
     bucket, key, _ = fs.split_path(path)
@@ -155,14 +154,14 @@ def create_object(fs: Any, path: str, data: bytes, writer: str) -> bool:
 
 
 def list_keys(url: str, **options: Any) -> list[str]:
-    """The keys below `url`, asked for in pages of at most 1,000, each tried again by itself; with
-    `Delimiter="/"` those directly below it, and the folders."""
+    """The keys below `url`, requested in pages of at most 1,000, each retried by itself; with
+    `Delimiter="/"` the keys and folders directly below it."""
     keys: list[str] = []
     position: dict[str, str] = {}
     while True:
         page = retried(partial(_list_page, **options, **position), url)
         found = [entry["Key"] for entry in page.get("Contents", ())]
-        # A key with a final slash is how consoles draw an empty folder.
+        # Consoles create a key with a final slash for an empty folder.
         keys += [key for key in found if not key.endswith("/")]
         keys += [entry["Prefix"].rstrip("/") for entry in page.get("CommonPrefixes", ())]
         if not page.get("IsTruncated"):
@@ -180,7 +179,7 @@ def _list_page(fs: Any, path: str, **options: Any) -> Mapping[str, Any]:
 
 
 def object_exists(fs: Any, path: str) -> bool:
-    """Whether an object, or one below it, is at `path`."""
+    """Whether `path` is an object, or the prefix of one below it."""
     bucket, key, _ = fs.split_path(path)
     refusal = None
     if key:
@@ -192,7 +191,7 @@ def object_exists(fs: Any, path: str) -> bool:
             refusal = error
         else:
             return True
-    # The answer to HEAD has no body that would say why; the answer to this one has.
+    # Unlike HEAD, this request has a body in its answer that says why it was refused.
     page = _list_page(fs, path, MaxKeys=1)
     if page.get("Contents"):
         return True

@@ -1,5 +1,6 @@
-"""What a URL names, and how URLs are put together. No URL is ever handed to a shell."""
+"""Parsing and joining URLs. No URL is ever passed to a shell."""
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
@@ -12,27 +13,30 @@ _SHELL_SCHEMES = frozenset({"pipe", "cmd", "sh", "bash", "ssh", "sftp"})
 
 
 def is_local(url: str) -> bool:
-    """Whether `url` names a path of this machine."""
+    """Whether `url` is a local path."""
     return "://" not in url or url.startswith("file://")
 
 
 def is_s3(url: str) -> bool:
-    """Whether `url` names an object of an S3 server."""
+    """Whether `url` is an object of an S3 server."""
     return url.startswith(("s3://", "s3a://"))
 
 
 def local_path(url: str) -> Path:
-    """The path that a local URL names, absolute."""
+    """The absolute path of a local URL."""
     if url.startswith("file://"):
         url = unquote(url.removeprefix("file://"))
-    return Path(url).expanduser().absolute()
+    path = Path(url)
+    with contextlib.suppress(RuntimeError):  # `~name`, where nobody is called so: a file's name
+        path = path.expanduser()
+    return path.absolute()
 
 
 def normalise(url: str) -> str:
-    """`url` as the jobs pass it on: absolute when local (workers change directory), no final slash.
+    """`url` absolute where local, as workers run in other folders, and without a final slash.
 
-    Raises UserError for a scheme that would run a command, behind another one too, or that fsspec
-    does not know.
+    Raises UserError for chained URLs, and for a scheme that runs a command or that fsspec does not
+    know.
     """
     if "::" in url and not is_local(url):
         raise UserError(f"storage: '{url}': chained URLs are refused; use a path, file:// or s3://")
@@ -47,33 +51,38 @@ def normalise(url: str) -> str:
 
 
 def join(url: str, *parts: str) -> str:
-    """`url` with `parts` below it.
+    """`url` with `parts` appended.
 
-    Parts come from listings, archives and tables that others wrote, so one that would lead out of
-    `url` is a ContentError.
+    Parts come from listings, archives and tables of others: one with `..`, which could lead out of
+    `url`, raises ContentError.
     """
     if any(".." in part.split("/") for part in parts):
         raise ContentError(f"storage: {url}: refused a name below it with '..' in it")
     return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
+def last_part(url: str) -> str:
+    """The last part of `url`: the name of a run or a store."""
+    return normalise(url).rsplit("/", 1)[-1]
+
+
 @dataclass(frozen=True)
 class Range:
-    """The bytes of an object from `start` on: `length` of them, or all to its end."""
+    """A range of an object's bytes: `length` from `start` on, or up to its end."""
 
     url: str
     start: int = 0
     length: int | None = None
     label: str | None = None
-    """Stands in errors for a URL that must not be shown."""
+    """Replaces the URL in errors where it must not be shown."""
 
     @property
     def name(self) -> str:
-        """What errors call the object."""
+        """The object's name in errors."""
         return self.label or self.url
 
     def ends_early(self, end: int) -> ContentError:
-        """The error for an object that has only `end` bytes."""
+        """The error for an object of only `end` bytes."""
         assert self.length is not None
         return ContentError(
             f"storage: {self.name}: ends at byte {end}; bytes {self.start} to "

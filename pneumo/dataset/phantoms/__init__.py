@@ -1,4 +1,4 @@
-"""Phantom chest X-rays in Kaggle's layout, drawn from a seed."""
+"""Phantoms: chest X-rays drawn from a seed, in the layouts of public data sets."""
 
 MARKER = "synthetic.json"
-"""In a source folder: its X-rays are phantoms."""
+"""A file in source folders of phantoms."""

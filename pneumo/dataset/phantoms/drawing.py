@@ -1,7 +1,7 @@
-"""The pictures of phantom chest X-rays: a study's description -> pixels and true boxes.
+"""Drawing phantom chest X-rays: a study's description -> pixels and true boxes.
 
-Anatomy is drawn in image heights, x from the midline and y from the top, on a canvas of 512 pixels;
-the film's noise is added at 1024.
+Anatomy is in units of the image height, x from the midline and y from the top, and is drawn on 512
+x 512 pixels; noise is added at 1024 x 1024.
 """
 
 import math
@@ -15,19 +15,19 @@ from numpy.typing import NDArray
 from pneumo.dataset.phantoms.population import PhantomStudy, generator
 from pneumo.images.boxes import Box
 
-Field = NDArray[np.float32]  # (512, 512), a quantity over the picture
+Field = NDArray[np.float32]  # (512, 512), one value per pixel
 Points = NDArray[np.float64]  # (P, 2), or lines (L, P, 2), in image heights
 
 IMAGE_SIDE_PX = 1024
 _SIDE = 512
-_T = np.linspace(0, 1, 24)  # along a curve
+_T = np.linspace(0, 1, 24)  # parameter along a curve
 
 _LUNG = np.array([
     (0.165, 0.13), (0.275, 0.175), (0.345, 0.3), (0.39, 0.46), (0.415, 0.64), (0.425, 0.78),
     (0.42, 0.85), (0.35, 0.79), (0.26, 0.75), (0.17, 0.75), (0.09, 0.79), (0.04, 0.74),
     (0.04, 0.4), (0.07, 0.17),
 ])  # fmt: skip
-# Caval vein and right atrium on the image's left, aorta and left ventricle on its right.
+# Vena cava and right atrium on the image's left, aorta and left ventricle on its right.
 _MEDIASTINUM = np.array([
     (-0.05, -0.2), (-0.06, 0.3), (-0.068, 0.44), (-0.1, 0.55), (-0.116, 0.66), (-0.05, 0.84),
     (0.2, 0.86), (0.25, 0.76), (0.225, 0.66), (0.12, 0.5), (0.075, 0.39), (0.1, 0.33),
@@ -42,15 +42,15 @@ _TORSO = np.array([
 def render_study(
     study: PhantomStudy, *, with_opacity: bool = True
 ) -> tuple[NDArray[np.uint8], tuple[Box, ...]]:
-    """Pixels (1024, 1024) uint8, bright is dense, and a box an opacity.
+    """Pixels (1024, 1024) uint8, bright is dense, and a box per opacity.
 
-    They depend on `study` alone, to the byte for given versions of numpy and OpenCV; without its
-    opacity everything else stays as it was, to the noise.
+    They depend on `study` alone, to the byte for given versions of numpy and OpenCV. Without the
+    opacity everything else is unchanged, even the noise.
     """
     pose, signs, opacity, film = (
         generator(study.seed, study.patient, 1 + study.index, stream) for stream in range(1, 5)
     )
-    person = generator(study.seed, study.patient, 0)  # equal for all studies of a patient
+    person = generator(study.seed, study.patient, 0)  # the same for all studies of a patient
     portable = study.view == "AP"  # at the bedside
     canvas = _Canvas(person, pose, portable)
     large = study.finding != "Normal" and signs.random() < 0.3
@@ -59,8 +59,8 @@ def render_study(
     kept, extra = _draw_signs(signs, study, canvas, np.maximum(*lungs))
     boxes = []
     if study.positive and with_opacity:
-        count = int(opacity.choice(4, p=(0.435, 0.543, 0.020, 0.002))) + 1  # as in the real ones
-        # From nearly nothing to a white lung, so that no threshold tells the positives.
+        count = int(opacity.choice(4, p=(0.435, 0.543, 0.020, 0.002))) + 1  # as in RSNA
+        # From nearly invisible to a white lung, so that no threshold separates the positives.
         strength, first = 0.1 + 0.9 * opacity.beta(1.4, 1.1), int(opacity.integers(2))
         for i in range(count):
             field, box = _draw_opacity(opacity, lungs[(first + i) % 2], 0.6 if count > 2 else 1.0)
@@ -70,10 +70,10 @@ def render_study(
 
 
 class _Canvas:
-    """The film behind one patient: anatomy to pixels."""
+    """Draws the anatomy of one patient in pixels."""
 
     def __init__(self, person: Generator, pose: Generator, portable: bool) -> None:
-        """How the patient is built, stands and breathes; at the bedside less well."""
+        """Draws size, position and rotation at random; they vary more at the bedside."""
         angle = np.radians(pose.normal(0, 2.2 if portable else 1.2))
         scale = _SIDE * pose.normal(0.93 if portable else 0.98, 0.04)
         size = person.uniform((0.88, 0.9), 1.06) * (1, pose.normal(0.93 if portable else 1, 0.04))
@@ -82,11 +82,11 @@ class _Canvas:
         self.origin = _SIDE * pose.normal((0.5, 0.06 if portable else 0.03), (0.018, 0.025))
 
     def project(self, points: Points) -> NDArray[np.int32]:
-        """Points in sixteenths of a pixel."""
+        """Points in 1/16 pixels, OpenCV's fixed-point coordinates."""
         return np.round((points @ self.axes.T + self.origin) * 16).astype(np.int32)
 
     def fill(self, outline: Points, blur_px: float, *, twice: bool = False) -> Field:
-        """The inside of a closed curve, 0 to 1, its corners rounded; `twice`: on both sides."""
+        """The inside of a closed curve with rounded corners, 0 to 1; `twice`: mirrored as well."""
         canvas = np.zeros((_SIDE, _SIDE), np.uint8)
         for _ in range(3):  # Chaikin 1974
             after = np.roll(outline, -1, 0)
@@ -97,7 +97,7 @@ class _Canvas:
         return _blur(canvas, blur_px)
 
     def stroke(self, lines: Any, width: float, blur_px: float = 1.1, *, rim: float = 0) -> Field:
-        """Curves (L, P, 2), `width` in image heights; `rim` > 0 brightens their edges, as bone."""
+        """Curves (L, P, 2), `width` in image heights; `rim` > 0: bright edges, as of bones."""
         canvas = np.zeros((_SIDE, _SIDE), np.uint8)
         scale = np.linalg.norm(self.axes[:, 0])
         pixels = list(self.project(np.asarray(lines)))
@@ -121,7 +121,8 @@ def _arc(x0: float, y0: float, x1: float, y1: float, sag: float = 0) -> Points:
 
 
 def _blur(field: NDArray[Any], sigma_px: float) -> Field:
-    """Blur, uint8 of 0 to 255 to 0 to 1; a wide blur on a smaller field, at a tenth of the cost."""
+    """Gaussian blur; uint8 becomes 0 to 1. A wide blur is computed at a lower resolution, at a
+    tenth of the cost."""
     factor = 1 if sigma_px < 2 else 2 if sigma_px < 4 else 4 if sigma_px < 12 else 8
     side = _SIDE // factor
     small = cv2.resize(field, (side, side), interpolation=cv2.INTER_AREA)
@@ -131,7 +132,7 @@ def _blur(field: NDArray[Any], sigma_px: float) -> Field:
 
 
 def _clouds(rng: Generator, cells: int) -> Field:
-    """Smooth noise of mean 0 and deviation about 1, `cells` coarse cells to a side."""
+    """Smooth noise of mean 0 and standard deviation about 1, from a grid of `cells` x `cells`."""
     coarse, fine = (rng.standard_normal((n, n), np.float32) for n in (cells, 4 * cells))
     both = cv2.resize(coarse, fine.shape, interpolation=cv2.INTER_CUBIC) + 0.6 * fine
     return np.asarray(cv2.resize(both, (_SIDE, _SIDE), interpolation=cv2.INTER_CUBIC))
@@ -140,20 +141,20 @@ def _clouds(rng: Generator, cells: int) -> Field:
 def _draw_chest(
     person: Generator, study: PhantomStudy, canvas: _Canvas, heart: float
 ) -> tuple[list[Field], Field, Field]:
-    """Masks of the lungs beside the heart (the image's left, right), the density that their air
-    takes away, and that of everything else; all (512, 512) in 0 to 1."""
+    """Masks of the lungs beside the heart (the image's left, right), the density that air removes,
+    and the density of everything else; all (512, 512) in 0 to 1."""
     lungs = [canvas.fill(outline, 1.6) for outline in _both_sides(_LUNG)]
     lung = np.maximum(*lungs)
     grown = 1 + (person.normal(heart, 0.08) - 1) * np.clip((_MEDIASTINUM[:, 1] - 0.4) / 0.2, 0, 1)
     center = canvas.fill(_MEDIASTINUM * np.stack([grown, np.ones_like(grown)], 1), 2.2)
-    # The heart's lower border is lost in the belly, its vessels' upper end in the neck.
-    seen = np.clip(3.5 * _blur(lung, 40), 0, 1)
+    # The heart's lower border is invisible in the abdomen, its vessels' upper end in the neck.
+    visible = np.clip(3.5 * _blur(lung, 40), 0, 1)
     girth, breast = person.uniform((0.95, 0.3), (1.2, 1.0)).tolist()
     arms = _both_sides(np.array([(0.45, 0.14), (0.57 * girth, 0.4), (0.67 * girth, 1.0)]))
     torso = canvas.fill(_TORSO * (girth, 1), 2, twice=True)
     body = np.maximum(torso, 0.85 * canvas.stroke(arms, 0.15, 2))
     solid = 0.02 + body * (0.1 + 0.48 * np.clip(1.15 * _blur(body, 36), 0, 1) ** 1.5)
-    solid += 0.19 * center * seen + 0.2 * canvas.fill(_ellipse(0, 1.12, 0.5, 0.36), 26)
+    solid += 0.19 * center * visible + 0.2 * canvas.fill(_ellipse(0, 1.12, 0.5, 0.36), 26)
     if study.sex == "F":
         solid += 0.075 * breast * canvas.fill(_ellipse(0.23, 0.7, 0.16, 0.15), 5, twice=True)
     solid *= 1 + 0.05 * _clouds(person, 5)
@@ -170,7 +171,7 @@ def _draw_chest(
 
 
 def _draw_bones(person: Generator, canvas: _Canvas, cage: Field) -> Field:
-    """Ribs, where the blurred lungs `cage` are, clavicles and spine; less the windpipe."""
+    """Density of ribs, within the blurred lungs `cage`, clavicles and spine, minus the trachea."""
     pitch, slope, rise = person.uniform((0.066, 0.1, 0.0), (0.08, 0.2, 0.08)).tolist()
     back, front = [], []
     for k in range(11):
@@ -190,16 +191,16 @@ def _draw_bones(person: Generator, canvas: _Canvas, cage: Field) -> Field:
 def _draw_signs(
     rng: Generator, study: PhantomStudy, canvas: _Canvas, lung: Field
 ) -> tuple[Field, Field]:
-    """What is no pneumonia: the fraction of air left (512, 512), and densities on top of it. Leads
-    go by the view, all else by the finding."""
+    """Signs other than pneumonia: the fraction of air left, and densities to add, (512, 512) each.
+    Leads depend on the view, all else on the finding."""
     chance = {"Normal": 0.0, "Lung Opacity": 0.3}.get(study.finding, 0.4)
     kept, extra = np.ones_like(lung), np.zeros_like(lung)
-    if rng.random() < chance:  # effusion: even, with a meniscus that climbs the chest wall
+    if rng.random() < chance:  # effusion: homogeneous, with a meniscus along the chest wall
         for side in rng.permutation([-1, 1])[: rng.integers(1, 3)]:
             edge = [(0.05, 0.04), (0.2, 0.035), (0.32, 0), (0.41, -0.13), (0.5, 0.4), (0.05, 0.4)]
             outline = np.add(edge, (0, rng.uniform(0.6, 0.8))) * (side, 1)
             kept *= 1 - rng.uniform(0.4, 0.9) * canvas.fill(outline, 7)
-    if rng.random() < chance:  # congestion: haze, both sides alike
+    if rng.random() < chance:  # congestion: haze, symmetric
         haze = canvas.fill(_ellipse(0.13, 0.45, 0.11, 0.2), 24, twice=True)
         haze = haze * (0.8 + 0.25 * _clouds(rng, 8))
         kept *= 1 - rng.uniform(0.08, 0.4) * np.clip(haze, 0, 1)
@@ -218,7 +219,7 @@ def _draw_signs(
 def _draw_opacity(rng: Generator, lung: Field, size: float) -> tuple[Field, Box]:
     """One consolidation (512, 512), 0 to 1, in the lung, and the box around it."""
     rows, columns = np.nonzero(lung > 0.5)
-    y = rows[int(len(rows) * rng.random() ** 0.7)]  # the rows are sorted: lower zones more often
+    y = rows[int(len(rows) * rng.random() ** 0.7)]  # rows are sorted: lower zones are more frequent
     row = columns[rows == y]
     x = 0.6 * rng.choice(row) + 0.4 * row.mean()
     axes = rng.lognormal(np.log((0.13, 0.2)), (0.25, 0.42))
@@ -228,7 +229,7 @@ def _draw_opacity(rng: Generator, lung: Field, size: float) -> tuple[Field, Box]
     field = np.clip((1 - radius + 0.3 * np.maximum(_clouds(rng, 8), -2)) / 0.7, 0, 1)
     field = _blur(field * lung * np.clip(0.75 + 0.25 * _clouds(rng, 16), 0.2, 1.2), 1.5)
     field /= field.max()
-    # As radiologists draw it: around the part that can be seen, a little loosely.
+    # As radiologists draw it: around the visible part, with a margin.
     rows, columns = np.nonzero((field > 0.3) & (radius < 1.35))
     ends = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
     ends = ends * (IMAGE_SIDE_PX / _SIDE) + rng.uniform(0, 10, 4) * (-1, -1, 1, 1)
@@ -237,13 +238,13 @@ def _draw_opacity(rng: Generator, lung: Field, size: float) -> tuple[Field, Box]
 
 
 def _expose(rng: Generator, density: Field, portable: bool) -> NDArray[np.uint8]:
-    """Densities to a film: contrast, scatter, noise, the side's letter, black borders."""
+    """Densities to pixels: contrast, scatter, noise, side marker, black borders."""
     gain, gamma = rng.normal(0.95 if portable else 1.0, 0.1), math.exp(rng.normal(0.0, 0.2))
-    # Without a grid, at the bedside, more scattered rays flatten the picture.
+    # At the bedside, without an anti-scatter grid, scatter reduces the contrast more.
     scatter = rng.uniform(0.0, 0.35 if portable else 0.2)
     density = (1 - scatter) * density + scatter * _blur(density, 60)
     film = np.clip(gain * density + rng.normal(0.0, 0.03), 0, 1.3) ** gamma
-    film = 255 / math.tanh(1.25) * np.tanh(1.2 * film)  # the film's shoulder: bone does not clip
+    film = 255 / math.tanh(1.25) * np.tanh(1.2 * film)  # compressed, so that bone does not clip
     film = cv2.resize(film, None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC)
     grain = np.frombuffer(rng.bytes(IMAGE_SIDE_PX**2), np.uint8).reshape(film.shape)
     grain = cv2.GaussianBlur(grain, (3, 3), 0.7).astype(np.float32)

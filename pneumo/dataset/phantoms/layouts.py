@@ -1,4 +1,4 @@
-"""The layouts that phantoms are written in: where a picture goes, how it is encoded, the tables."""
+"""The layouts of phantom folders: paths and encoding of images, and the tables."""
 
 import csv
 import io
@@ -21,22 +21,22 @@ from pneumo.dataset.sources.rsna import CLASS_TABLES, IMAGE_FOLDERS, LABEL_TABLE
 from pneumo.images.boxes import Box
 
 Boxes = Sequence[tuple[Box, ...]]
-"""Of each study."""
+"""The boxes of each study."""
 
 
 @dataclass(frozen=True)
 class PhantomLayout:
-    """One layout."""
+    """A folder layout of phantoms."""
 
     name: str
     tables: tuple[str, ...]
-    """Files that a whole folder has besides the pictures."""
+    """Files of a complete folder besides the images."""
     path_of: Callable[[PhantomStudy], str]
-    """Where the study's picture goes, below the folder."""
+    """Path of the study's image in the folder."""
     write_tables: Callable[[Path, Sequence[PhantomStudy], Boxes], None]
 
     def encode(self, study: PhantomStudy, pixels: NDArray[np.uint8]) -> bytes:
-        """The file of the study's picture, as its name ends."""
+        """The study's image file, in the format of its extension."""
         ending = Path(self.path_of(study)).suffix
         if ending in (".dcm", ".dicom"):
             return _encode_dicom(study, pixels)
@@ -44,14 +44,14 @@ class PhantomLayout:
 
 
 def _encode_dicom(study: PhantomStudy, pixels: NDArray[np.uint8]) -> bytes:
-    """(1024, 1024) uint8 as the real files are: JPEG Baseline, PatientAge a bare integer such as
-    `62`, no valid AS (PS3.5 6.2); name and id are the image's UUID; no window, no rescale."""
+    """(1024, 1024) uint8 as in RSNA's files: JPEG Baseline; PatientAge is an integer such as `62`,
+    no valid AS (PS3.5 6.2); name and id are the image's UUID; no window, no rescale."""
     ok, jpeg = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 90])
     assert ok, "OpenCV encodes any 8-bit image"
     dataset = pydicom.Dataset()
     dataset.file_meta = pydicom.dataset.FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
-    # Our own, or the bytes would change with the version of pydicom.
+    # Set explicitly, as pydicom's default depends on its version.
     dataset.file_meta.ImplementationClassUID = UID("2.25.175849603127349585134938293420189201337")
     dataset.file_meta.ImplementationVersionName = "PNEUMO_PHANTOM"
     dataset.SOPClassUID = SecondaryCaptureImageStorage
@@ -74,19 +74,19 @@ def _encode_dicom(study: PhantomStudy, pixels: NDArray[np.uint8]) -> bytes:
 
 
 def _make_uids(study: PhantomStudy) -> dict[str, str]:
-    """UIDs made of UUIDs (PS3.5 B.2)."""
+    """UIDs derived from UUIDs (PS3.5 B.2)."""
     levels = ("SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID")
     return {level: f"2.25.{uuid.uuid5(uuid.UUID(study.name), level).int}" for level in levels}
 
 
 def _write_rows(path: Path, rows: Iterable[Sequence[object]]) -> None:
-    """A CSV of `rows`, the first the names of the columns."""
+    """Write a CSV of `rows`; the first one has the names of the columns."""
     with path.open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(rows)
 
 
 def _write_kaggle_tables(out: Path, studies: Sequence[PhantomStudy], boxes: Boxes) -> None:
-    """Labels and classes, a row a box, and the mapping to the patients."""
+    """Labels and classes, with a row per box, and the mapping to patients."""
     labels: list[Sequence[object]] = [("patientId", *Box._fields, "Target")]
     classes: list[Sequence[object]] = [("patientId", "class")]
     for study, own in zip(studies, boxes, strict=True):
@@ -97,7 +97,7 @@ def _write_kaggle_tables(out: Path, studies: Sequence[PhantomStudy], boxes: Boxe
     mapping = [
         {
             "subset_img_id": study.name,
-            "img_id": f"{study.patient + 1:08d}_{study.index:03d}.png",
+            "img_id": _name_nih(study),
             **_make_uids(study),
         }
         for study in studies
@@ -147,7 +147,7 @@ def _path_of_chexpert(study: PhantomStudy) -> str:
 
 
 def _write_chexpert_tables(out: Path, studies: Sequence[PhantomStudy], boxes: Boxes) -> None:
-    """Of the negatives every seventh is uncertain, every fifth blank; a lateral view a patient."""
+    """Every seventh negative is uncertain, every fifth blank; each patient has a lateral view."""
     names = ("Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", "No Finding", "Pneumonia")
     rows: list[Sequence[object]] = []
     for number, study in enumerate(studies):
@@ -164,17 +164,17 @@ def _write_chexpert_tables(out: Path, studies: Sequence[PhantomStudy], boxes: Bo
 
 
 def _write_vindr_table(out: Path, studies: Sequence[PhantomStudy], boxes: Boxes) -> None:
-    """Three readers, of whom the last misses every third opacity."""
+    """Three readers; the last one misses the opacities of every third study."""
     corners = ("x_min", "y_min", "x_max", "y_max")
     rows: list[Sequence[object]] = [("image_id", "class_name", "class_id", "rad_id", *corners)]
     for number, (study, own) in enumerate(zip(studies, boxes, strict=True)):
         for reader in ("R1", "R2", "R3"):
-            seen = own if reader != "R3" or number % 3 else ()
+            found = own if reader != "R3" or number % 3 else ()
             rows += [
                 (study.name, "Pneumonia", 7, reader, b.x, b.y, b.x + b.width, b.y + b.height)
-                for b in seen
+                for b in found
             ]
-            if not seen:
+            if not found:
                 rows.append((study.name, "No finding", 14, reader, "", "", "", ""))
     _write_rows(out / "train.csv", rows)
 
@@ -212,7 +212,7 @@ PHANTOM_LAYOUTS: Mapping[str, PhantomLayout] = {
             lambda study: f"train/{study.name}.dicom",
             _write_vindr_table,
         ),
-        # Its folders say it all.
+        # No tables: the folders' names are the labels.
         PhantomLayout("kermany", (), _path_of_kermany, lambda out, studies, boxes: None),
     )
 }

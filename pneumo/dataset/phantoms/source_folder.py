@@ -1,7 +1,7 @@
 """A folder of phantom chest X-rays in the layout of one of the public data sets.
 
-Nothing here comes from a patient. `synthetic.json` says what the folder holds; it is written first,
-and once more, with the size of the images, when the folder is whole.
+No data comes from a patient. `synthetic.json` describes the folder; it is written first, and again
+when the folder is complete, with the total size of the images.
 """
 
 import json
@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from pneumo.dataset.phantoms.population import PhantomStudy, draw_population
 from pneumo.errors import SourceError
 from pneumo.images.boxes import Box
 
-_VERSION = 2  # of the pictures: a folder written by another version is not taken for this one's
+_VERSION = 2  # of the images: a folder of another version is not reused
 
 
 def write_phantoms(
@@ -34,50 +35,50 @@ def write_phantoms(
     num_processes: int | None = None,
     layout: PhantomLayout = KAGGLE,
 ) -> bool:
-    """Write a folder of phantoms; False where a whole one of the same arguments was there already.
+    """Write a folder of phantoms; returns False where the complete folder was there already.
 
-    The files are the same, to the byte, whatever the number of processes (None: one per CPU where
-    there is work enough). What an interrupted call left is written anew. Raises SourceError for a
-    folder that holds anything else or cannot be written, else as `draw_population`.
+    The files are the same, to the byte, for any number of processes (None: one per CPU where there
+    is enough work). A folder of an interrupted call is written again. Raises SourceError for a
+    folder with other content or that cannot be written, ValueError as `draw_population`.
 
     >>> pneumo.write_phantoms(Path("phantoms"), num_studies=120, seed=1)
     """
     studies = draw_population(num_studies, seed)
-    holds: dict[str, int | str] = {"version": _VERSION, "num_studies": num_studies, "seed": seed}
+    content: dict[str, int | str] = {"version": _VERSION, "num_studies": num_studies, "seed": seed}
     if layout is not KAGGLE:
-        holds["layout"] = layout.name
+        content["layout"] = layout.name
     try:
-        if _is_whole(out, holds, studies, layout):
+        if _is_complete(out, content, studies, layout):
             return False
         for folder in {(out / layout.path_of(study)).parent for study in studies}:
             folder.mkdir(parents=True, exist_ok=True)
-        (out / MARKER).write_text(json.dumps(holds))
+        (out / MARKER).write_text(json.dumps(content))
         sizes, boxes = zip(*_write_images(out, studies, num_processes, layout), strict=True)
         layout.write_tables(out, studies, boxes)
-        (out / MARKER).write_text(json.dumps({**holds, "num_image_bytes": sum(sizes)}))
+        (out / MARKER).write_text(json.dumps({**content, "num_image_bytes": sum(sizes)}))
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise SourceError(f"--out {out}: {reason}; name a folder that can be written") from error
+        raise SourceError(f"--out {out}: {reason}; choose a folder that can be written") from error
     return True
 
 
-def _is_whole(
+def _is_complete(
     out: Path,
-    holds: dict[str, int | str],
+    content: dict[str, int | str],
     studies: Sequence[PhantomStudy],
     layout: PhantomLayout,
 ) -> bool:
-    """Whether all is there; raises SourceError where something else is."""
+    """Whether all files are there. Raises SourceError for a folder with other content."""
     if not out.is_dir() or not any(out.iterdir()):
         return False
     try:
         found = json.loads((out / MARKER).read_text())
     except (FileNotFoundError, ValueError):
         found = {}
-    known = {**holds, "layout": layout.name}
-    if {name: {"layout": KAGGLE.name, **found}.get(name) for name in known} != known:
+    expected = {**content, "layout": layout.name}
+    if {name: {"layout": KAGGLE.name, **found}.get(name) for name in expected} != expected:
         raise SourceError(
-            f"--out {out}: got {found or 'other files'}, expected phantoms of {known}; name "
+            f"--out {out}: got {found or 'other files'}, expected phantoms of {expected}; choose "
             "another folder, or delete this one"
         )
     tables = [out / name for name in layout.tables]
@@ -98,16 +99,19 @@ def _write_images(
     show = partial(tqdm, desc="phantoms", total=len(studies), delay=5, mininterval=every_s)
     if num_processes == 1:
         return list(show(map(write, studies)))
-    # Spawned, not forked: the caller may hold threads, of torch for instance.
-    ignore_interrupts = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's
+    # Spawned, not forked: the caller may have threads, of torch for instance.
+    ignore_interrupts = (signal.SIGINT, signal.SIG_IGN)  # the caller handles Ctrl-C
     context = multiprocessing.get_context("spawn")
-    with context.Pool(num_processes, signal.signal, ignore_interrupts) as pool:
-        return list(show(pool.imap(write, studies, chunksize=4)))
+    pool = ProcessPoolExecutor(num_processes, context, signal.signal, ignore_interrupts)
+    try:
+        return list(show(pool.map(write, studies, chunksize=4)))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _write_image(out: Path, layout_name: str, study: PhantomStudy) -> tuple[int, tuple[Box, ...]]:
     cv2.setNumThreads(1)
-    layout = PHANTOM_LAYOUTS[layout_name]  # which has functions that cannot be pickled
+    layout = PHANTOM_LAYOUTS[layout_name]  # by name, as its functions cannot be pickled
     pixels, boxes = render_study(study)
     content = layout.encode(study, pixels)
     (out / layout.path_of(study)).write_bytes(content)

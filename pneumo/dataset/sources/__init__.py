@@ -1,1 +1,1 @@
-"""Folders of data sets -> studies: one file a layout, and which layout a folder has."""
+"""Folders of data sets -> studies: one file per layout, and the recognition of layouts."""

@@ -1,4 +1,4 @@
-"""CheXpert, small or whole -> studies: `train.csv`, `valid.csv` and frontal pictures.
+"""CheXpert, small or full size -> studies: `train.csv`, `valid.csv` and frontal images.
 
 https://stanfordmlgroup.github.io/competitions/chexpert
 """
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from pneumo import storage
 from pneumo.dataset.source import Source
-from pneumo.dataset.sources.layout import Folder, Layout, StudyCollector, find_positive
+from pneumo.dataset.sources.layout import Folder, Layout, StudyCollector, positive_labels
 from pneumo.dataset.sources.tables import (
     FIRST_ROW,
     first_present,
@@ -28,10 +28,10 @@ _LATERAL, _IGNORED = "lateral views", "of uncertain label (prepare.uncertain ign
 
 
 def read_chexpert(folder: Folder, layout: Layout) -> Source:
-    """The frontal pictures of both tables. "Pneumonia", or a column that prepare.positive names,
-    is 1, 0, -1 (uncertain: by prepare.uncertain) or blank, which is not mentioned: negative.
+    """The frontal images of both tables. "Pneumonia", or a column of prepare.positive, is 1, 0, -1
+    (uncertain: prepare.uncertain decides) or blank (not mentioned: negative).
 
-    Raises SourceError for a column that is missing, or a label that is none of these.
+    Raises SourceError for a missing column, and for another label.
     """
     studies, left_out, seen = StudyCollector(folder, layout), Counter[str](), set[str]()
     for table_name, split in _SPLITS.items():
@@ -53,7 +53,7 @@ def _read_table(
     left_out: Counter[str],
     seen: set[str],
 ) -> None:
-    positive = find_positive(folder)
+    positive = positive_labels(folder)
     table = read_table(url, _PATH, _SIDE, *positive, known=_KNOWN)
     labels = list(zip(*(read_numbers(table, name, url) for name in positive), strict=True))
     healthy = read_numbers(table, "No Finding", url)
@@ -69,23 +69,25 @@ def _read_table(
             continue
         parts = path.split("/")
         if len(parts) < 4 or ".." in parts or path in seen:
-            raise SourceError(f"{url}: row {row}: no patientNNNNN/studyN/view.jpg, or one twice")
+            raise SourceError(
+                f"{url}: row {row}: not a path patientNNNNN/studyN/view.jpg, or a duplicate"
+            )
         seen.add(path)
         mentioned = "Normal" if is_healthy == 1 else "Other finding"
         studies.add(
             path,
             f"chexpert/{parts[-3]}",
-            # Paths begin with the name of the download, which the folder may have or not.
+            # Paths start with the name of the download, which may not be the folder's name.
             storage.join(folder.url, *parts[-4:]),
             target,
             positive[0] if target else mentioned,
-            header=make_header(age=age, sex=sex[:1], view=view),
+            header=make_header(age=age, sex=sex, view=view),
             published=split,
         )
 
 
 def _decide(labels: tuple[float | None, ...], policy: str, where: str) -> int | None:
-    """1 where any label is, else by the policy where any is uncertain; None: left out."""
+    """1 where a label is 1, else by the policy where one is uncertain, else 0; None: left out."""
     if any(label not in (None, 0, 1, _UNCERTAIN) for label in labels):
         raise SourceError(f"{where}: a label that is none of 1, 0, -1 and blank")
     if 1 in labels:
@@ -103,8 +105,8 @@ def _is_chexpert(files: Mapping[str, str]) -> bool:
 LAYOUT = Layout(
     name="chexpert",
     title="CheXpert",
-    traces=(r"(train|valid)(\.csv)?$", r"patient\d{5}$", "CheXpert"),
-    lacking=f"no train.csv or valid.csv with the columns {_PATH} and {_SIDE}",
+    name_patterns=(r"(train|valid)(\.csv)?$", r"patient\d{5}$", "CheXpert"),
+    missing=f"no train.csv or valid.csv with the columns {_PATH} and {_SIDE}",
     recognise=_is_chexpert,
     read=read_chexpert,
     settings=frozenset({"positive", "uncertain"}),

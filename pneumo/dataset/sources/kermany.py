@@ -1,4 +1,4 @@
-"""Kaggle's chest_xray (Kermany et al. 2018, children) -> studies: folders that name the label.
+"""Kaggle's chest_xray (Kermany et al. 2018, children) -> studies: folders named after the label.
 
 https://data.mendeley.com/datasets/rscbjbr9sj
 """
@@ -15,21 +15,22 @@ _SPLITS = ("train", "val", "test")
 _CLASSES = {"NORMAL": 0, "PNEUMONIA": 1}
 _ENDINGS = (".jpeg", ".jpg", ".png")
 _PATIENTS = r"(person\d+)_|((?:NORMAL2-)?IM-\d+)-"
-_GUESS = "who the patients are is a guess from file names"
+_GUESS = "patients are guessed from file names"
 
 
 def read_kermany(folder: Folder, layout: Layout) -> Source:
-    """The pictures of `train|val|test/NORMAL|PNEUMONIA`; the patient is the `personNNN` or
-    `IM-NNNN` of the name. One number in two folders counts as one patient.
+    """The images of `train|val|test/NORMAL|PNEUMONIA`; the patient is the `personNNN` or `IM-NNNN`
+    of the file name. The same number in two folders is one patient.
 
-    Raises SourceError for a picture that lies in both classes.
+    Raises SourceError for an image that is in both classes.
     """
     studies, labels = StudyCollector(folder, layout), dict[str, int]()
     for split in _SPLITS:
         for name, target in _CLASSES.items():
             url = storage.join(folder.url, split, name)
             for image in storage.list_names(url):
-                if not image.lower().endswith(_ENDINGS):
+                # macOS adds a file `._name.jpeg` for each one on some disks.
+                if image.startswith(".") or not image.lower().endswith(_ENDINGS):
                     continue
                 if labels.setdefault(image, target) != target:
                     raise SourceError(f"{folder.source_url}: a picture that is in both classes")
@@ -67,8 +68,8 @@ def _is_kermany(files: Mapping[str, str]) -> bool:
 LAYOUT = Layout(
     name="kermany",
     title="chest_xray (Kermany)",
-    traces=(r"(train|val|test)$", "chest_xray", "(NORMAL|PNEUMONIA)$"),
-    lacking="no train/NORMAL and train/PNEUMONIA",
+    name_patterns=(r"(train|val|test)$", "chest_xray", "(NORMAL|PNEUMONIA)$"),
+    missing="no train/NORMAL and train/PNEUMONIA",
     recognise=_is_kermany,
     read=read_kermany,
 )

@@ -1,9 +1,8 @@
-"""What every layout works with: a folder with its secret, and the studies under their keys."""
+"""What all layouts use: the source's folder with its secret, and a collector of studies."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
-from pathlib import PurePosixPath
 
 from pneumo.config import PrepareConfig
 from pneumo.dataset.named_splits import assign_patient
@@ -21,14 +20,14 @@ from pneumo.images.headers import Header
 
 @dataclass(frozen=True)
 class Folder:
-    """A source's folder, and how it is to be read."""
+    """A source's folder, and the settings for reading it."""
 
     source_url: str
-    """As it was given; the secret lies beside it."""
+    """The user's URL; the secret is beside it."""
     url: str
-    """Where the tables are: the same, or the one folder in it."""
+    """The folder with the tables: the same, or a folder in it."""
     files: Mapping[str, str]
-    """Name -> URL of what lies there."""
+    """Name -> URL of the files and folders in `url` and `source_url`."""
     environ: Mapping[str, str]
     settings: PrepareConfig
     named_split: str | None
@@ -41,25 +40,26 @@ class Folder:
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to lay out a data set."""
+    """The folder layout of a data set."""
 
     name: str
     """Value of prepare.layout."""
     title: str
-    traces: tuple[str, ...]
-    """Patterns of names by which the nearest layout is found, where none is whole."""
-    lacking: str
-    """What to say of a folder that has traces, but is not recognised."""
+    name_patterns: tuple[str, ...]
+    """Regular expressions of typical names: where no layout is recognised, the error names the
+    layout with the most matches."""
+    missing: str
+    """What an unrecognised folder lacks, for the error."""
     recognise: Callable[[Mapping[str, str]], bool]
-    """Whether a folder of these names and URLs has the layout."""
+    """Whether a folder with these names -> URLs has the layout."""
     read: Callable[[Folder, "Layout"], Source]
     """Raises SourceError."""
     settings: frozenset[str] = frozenset()
-    """Settings of `prepare` that have an effect on this layout alone."""
+    """Settings of `prepare` that only some layouts use, and this one does."""
 
 
 class StudyCollector:
-    """The studies of a folder, in whatever order they are found."""
+    """Collects the studies of a folder, in any order."""
 
     def __init__(self, folder: Folder, layout: Layout) -> None:
         self._folder, self._layout = folder, layout
@@ -67,7 +67,7 @@ class StudyCollector:
         self._rejected: list[Rejected] = []
         derive = partial(derive_key, folder.hash_key, "patient")
         self._derive_patient = lru_cache(maxsize=None)(derive)
-        self._place = lru_cache(maxsize=None)(partial(assign_patient, folder.named_split or ""))
+        self._assign = lru_cache(maxsize=None)(partial(assign_patient, folder.named_split or ""))
 
     def add(
         self,
@@ -81,9 +81,9 @@ class StudyCollector:
         header: Header | None = None,
         published: str | None = None,
     ) -> None:
-        """One study; `patient` is None where nobody knows who it is of. Raises SourceError."""
+        """Add a study; `patient` is None where it is unknown. Raises SourceError."""
         if self._folder.named_split is not None:
-            published = self._place(patient)
+            published = self._assign(patient)
         self._studies.append(
             Study(
                 key=derive_key(self._folder.hash_key, "study", image_id),
@@ -99,7 +99,7 @@ class StudyCollector:
         )
 
     def reject(self, image_id: str, reason: str, message: str) -> None:
-        """An image that cannot be used."""
+        """Add an image that cannot be used."""
         key = derive_key(self._folder.hash_key, "study", image_id)
         self._rejected.append(Rejected(key, None, reason, message))
 
@@ -111,7 +111,7 @@ class StudyCollector:
         left_out: Mapping[str, int] | None = None,
         notes: tuple[str, ...] = (),
     ) -> Source:
-        """All of them. Raises SourceError where two have one key."""
+        """The source with all studies. Raises SourceError where two have the same key."""
         if len({study.key for study in self._studies}) != len(self._studies):
             raise SourceError(
                 f"{self._folder.source_url}: two image ids have one hash; set another hash key"
@@ -130,11 +130,6 @@ class StudyCollector:
         )
 
 
-def find_positive(folder: Folder) -> tuple[str, ...]:
+def positive_labels(folder: Folder) -> tuple[str, ...]:
     """The labels that count as positive."""
     return tuple(folder.settings.positive) or ("Pneumonia",)
-
-
-def stem(name: str) -> str:
-    """A file's name without its ending."""
-    return PurePosixPath(name).stem

@@ -1,6 +1,6 @@
 """NIH ChestX-ray14 -> studies: `Data_Entry_2017*.csv` and `images*/**.png`.
 
-Its patient numbers are those of RSNA's mapping, so under one secret a patient has one key in both.
+Patient numbers are those of RSNA's mapping, so with one secret a patient has the same key in both.
 https://nihcc.app.box.com/v/ChestXray-NIHCC
 """
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from pneumo import storage
 from pneumo.dataset.source import Source
-from pneumo.dataset.sources.layout import Folder, Layout, StudyCollector, find_positive
+from pneumo.dataset.sources.layout import Folder, Layout, StudyCollector, positive_labels
 from pneumo.dataset.sources.tables import (
     make_box,
     read_numbers,
@@ -31,19 +31,19 @@ _IMAGE, _LABELS, _PATIENT = "Image Index", "Finding Labels", "Patient ID"
 _HEALTHY = "No Finding"
 _BOX_COLUMNS = ("Bbox [x", "y", "w", "h]")
 _STORED_WIDTH = 1024
-"""Of the published PNG files; the table's spacing is that of the larger originals."""
+"""Width of the published PNG files, in pixels; the table's spacing is of the larger originals."""
 
 
 def read_nih(folder: Folder, layout: Layout) -> Source:
-    """The studies of the table: positive are those with "Pneumonia", or a label that
-    prepare.positive names, among their labels.
+    """The studies of the table; positive are those with the label "Pneumonia", or one of
+    prepare.positive.
 
-    Raises SourceError for a table or column that is missing, two tables, a label that nobody has.
+    Raises SourceError for a missing table or column, two tables, and a label that no study has.
     """
     (url,) = _find_tables(folder.files) or [""]
     table = read_table(url, _IMAGE, _LABELS, _PATIENT, texts=(_PATIENT,), known=_KNOWN)
-    positive = set(find_positive(folder))
-    labels = [set(text.split("|")) for text in read_texts(table, _LABELS)]
+    positive = set(positive_labels(folder))
+    labels = [set(map(str.strip, text.split("|"))) for text in read_texts(table, _LABELS)]
     if unknown := positive - set().union(*labels):
         raise SourceError(f"{url}: no image is labelled {', '.join(sorted(unknown))}")
     images, boxes, splits = _list_images(folder), _read_boxes(folder, positive), _read_lists(folder)
@@ -54,7 +54,9 @@ def read_nih(folder: Folder, layout: Layout) -> Source:
     ):
         seen[name] += 1
         if seen[name] > 1 or not patient.isdigit():
-            raise SourceError(f"{url}: row {sum(seen.values()) + 1}: an image twice, or no patient")
+            raise SourceError(
+                f"{url}: row {sum(seen.values()) + 1}: a duplicate image, or no patient"
+            )
         if name not in images:
             studies.reject(name, "missing", "no such file")
             continue
@@ -78,20 +80,26 @@ def _find_tables(files: Mapping[str, str]) -> list[str]:
 
 
 def _list_images(folder: Folder) -> dict[str, str]:
-    """Name -> URL of the pictures, `images_001/images/…png` or less deep."""
+    """Name -> URL of the images, `images_001/images/…png` or less deep. Raises SourceError for no
+    image, or two of one name."""
     found: dict[str, str] = {}
     for name, url in folder.files.items():
         if name.startswith("images"):
             for image in storage.list_everything(url):
-                if image.endswith(".png"):
-                    found[image.rsplit("/", 1)[-1]] = image
+                if not image.endswith(".png"):
+                    continue
+                if found.setdefault(image.rsplit("/", 1)[-1], image) != image:
+                    raise SourceError(
+                        f"{folder.source_url}: images*/ have two files of one name, as copies of "
+                        "another size do; leave one of the folders there"
+                    )
     if not found:
         raise SourceError(f"{folder.source_url}: no images*/ with .png files in it; unpack them")
     return found
 
 
 def _read_headers(table: pa.Table) -> Iterator[Header]:
-    """Of each row; the sex is called Gender in the older table."""
+    """The header of each row; the older table has Gender for Sex."""
 
     def find(*starts: str) -> str:
         return next((name for name in table.column_names if name.startswith(starts)), "")
@@ -110,7 +118,7 @@ def _read_headers(table: pa.Table) -> Iterator[Header]:
 
 
 def _read_boxes(folder: Folder, positive: set[str]) -> dict[str, list[Box]]:
-    """By image, the boxes of the positive labels; in pixels of the 1024-pixel pictures."""
+    """The boxes of the positive labels by image, in pixels of the 1024-pixel images."""
     url = folder.files.get(_BOXES)
     if url is None:
         return {}
@@ -126,7 +134,7 @@ def _read_boxes(folder: Folder, positive: set[str]) -> dict[str, list[Box]]:
 
 
 def _read_lists(folder: Folder) -> dict[str, str]:
-    """Image -> train_val or test, of the official split, where both lists are there."""
+    """Image -> train_val or test in the official split; empty where one of its lists is missing."""
     urls = {split: folder.files.get(name) for split, name in _LISTS.items()}
     return {
         name: split
@@ -140,8 +148,8 @@ _KNOWN = (_IMAGE, _LABELS, _PATIENT, "Finding Label", "Patient Age", "View Posit
 LAYOUT = Layout(
     name="nih",
     title="NIH ChestX-ray14",
-    traces=(r"images(_\d+)?$", "BBox_List", r"(train_val|test)_list", "Data_Entry"),
-    lacking="no table Data_Entry_2017*.csv",
+    name_patterns=(r"images(_\d+)?$", "BBox_List", r"(train_val|test)_list", "Data_Entry"),
+    missing="no table Data_Entry_2017*.csv",
     recognise=lambda files: len(_find_tables(files)) == 1,
     read=read_nih,
     settings=frozenset({"positive"}),

@@ -1,8 +1,9 @@
-"""`studies.csv` beside pictures of any kind -> studies: the layout for your own data."""
+"""`studies.csv` beside images of any format -> studies: the layout for your own data."""
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from dataclasses import dataclass, field, replace
+from pathlib import PureWindowsPath
 
 import pyarrow as pa
 
@@ -17,9 +18,10 @@ from pneumo.dataset.sources.tables import (
     read_table,
     read_texts,
 )
-from pneumo.errors import SourceError
+from pneumo.errors import DicomError, SourceError
 from pneumo.images.boxes import Box
-from pneumo.images.headers import make_header
+from pneumo.images.headers import NO_ACQUISITION, make_header
+from pneumo.images.input_checks import check_header
 
 TABLE = "studies.csv"
 _REQUIRED = ("file", "patient", "target")
@@ -29,35 +31,39 @@ _FINDINGS = {1: "Pneumonia", 0: "No pneumonia"}
 
 @dataclass(slots=True)
 class _Row:
-    """What the rows of one file say together."""
+    """The rows of one file, merged."""
 
     number: int
-    """Of the first row in the table, the line of names being 1."""
+    """Line of the first row in the table; the header is line 1."""
     cells: tuple[str, ...]
     boxes: list[Box] = field(default_factory=list)
 
 
 def read_own_table(folder: Folder, layout: Layout) -> Source:
-    """The studies of `studies.csv`: file, patient, target; and where given study, view, age, sex,
-    finding, split, and x, y, width, height, a row a box.
+    """The studies of `studies.csv`, with columns file, patient, target; optional ones are study,
+    view, age, sex, finding, split, and x, y, width, height with a row per box.
 
-    Raises SourceError for a row whose file is missing, outside the folder or named twice, a target
-    other than 0 and 1, a split that is none, a box on a negative.
+    Raises SourceError for a file that is missing, outside the folder or in two rows, a target other
+    than 0 and 1, an invalid split, and a box on a negative.
     """
     name = first_present(folder.files, (TABLE,))
-    assert name is not None, "recognised by it"
+    assert name is not None, "`recognise` requires it"
     url = folder.files[name]
     table = read_table(url, *_REQUIRED, texts=_TEXTS, known=(*_TEXTS, *Box._fields))
     rows = _collect_rows(table, url)
     _check_files(rows, folder, url)
     studies = StudyCollector(folder, layout)
     numbers: dict[str, int] = {}
+    left_out = Counter[str]()
     for file, row in rows.items():
         patient, target, study, view, age, sex, finding, split = row.cells
         if (other := numbers.setdefault(study or file, row.number)) != row.number:
-            raise SourceError(f"{url}: rows {other} and {row.number} name one study, of two files")
+            raise SourceError(f"{url}: rows {other} and {row.number} give one study two files")
+        if not _is_frontal(view):
+            left_out["views that are not frontal"] += 1
+            continue
         label = int(target)
-        header = make_header(age=age, sex=sex.upper(), view=view.upper())
+        header = make_header(age=age, sex=sex, view=view)
         studies.add(
             study or file,
             patient,
@@ -68,12 +74,23 @@ def read_own_table(folder: Folder, layout: Layout) -> Source:
             header=header,
             published=split or None,
         )
-    return studies.finish()
+    return studies.finish(left_out=left_out)
+
+
+def _is_frontal(view: str) -> bool:
+    """False where `view` names another view; a view that is not known is taken as frontal."""
+    try:
+        check_header(replace(NO_ACQUISITION, view=view.upper()))
+    except DicomError:
+        return False
+    return True
 
 
 def _collect_rows(table: pa.Table, url: str) -> dict[str, _Row]:
-    """By file, in the table's order."""
+    """The merged rows by file, in the table's order."""
     columns = [read_texts(table, name) for name in _TEXTS]
+    # Where a cell of the column is empty, pandas writes `1.0` for 1.
+    columns[2] = [target.removesuffix(".0") for target in columns[2]]
     corners = [read_numbers(table, name, url) for name in Box._fields]
     rows: dict[str, _Row] = {}
     pairs = zip(zip(*columns, strict=True), zip(*corners, strict=True), strict=True)
@@ -94,7 +111,7 @@ def _collect_rows(table: pa.Table, url: str) -> dict[str, _Row]:
 
 
 def _check_cells(cells: tuple[str, ...], where: str) -> str:
-    """The file of a row."""
+    """The file of a row. Raises SourceError for an invalid cell."""
     file, patient, target, split = *cells[:3], cells[-1]
     if not file or not patient:
         raise SourceError(f"{where}: no {'patient' if file else 'file'}")
@@ -102,10 +119,10 @@ def _check_cells(cells: tuple[str, ...], where: str) -> str:
         raise SourceError(f"{where}: a target that is neither 0 nor 1")
     if split not in ("", "train", "val", "test"):
         raise SourceError(f"{where}: a split that is none of train, val and test")
-    path = PurePosixPath(file)
-    if path.is_absolute() or ".." in path.parts or "://" in file:
-        raise SourceError(f"{where}: a file outside the folder; give its path from {TABLE} on")
-    return str(path)
+    path = PureWindowsPath(file)  # the parts may be separated by \ or /
+    if path.anchor or ".." in path.parts or "://" in file:
+        raise SourceError(f"{where}: a file outside the folder; give its path relative to {TABLE}")
+    return path.as_posix()
 
 
 def _check_files(rows: Mapping[str, _Row], folder: Folder, url: str) -> None:
@@ -114,16 +131,16 @@ def _check_files(rows: Mapping[str, _Row], folder: Folder, url: str) -> None:
     missing = [row.number for file, row in rows.items() if file not in there]
     if missing:
         raise SourceError(
-            f"{url}: {len(missing)} of {len(rows)} files are not there, the first that of row "
-            f"{missing[0]}; give paths from {TABLE} on"
+            f"{url}: {len(missing)} of {len(rows)} files are missing, the first in row "
+            f"{missing[0]}; give paths relative to {TABLE}"
         )
 
 
 LAYOUT = Layout(
     name="own-table",
     title=f"own table ({TABLE})",
-    traces=(),
-    lacking=f"no {TABLE}",
+    name_patterns=(),
+    missing=f"no {TABLE}",
     recognise=lambda files: first_present(files, (TABLE,)) is not None,
     read=read_own_table,
 )

@@ -1,4 +1,4 @@
-"""Which layout a folder has, and its studies."""
+"""Recognising the layout of a source, and reading its studies."""
 
 import os
 import re
@@ -40,18 +40,17 @@ def read_source(
     settings: PrepareConfig | None = None,
     named_split: str | None = None,
 ) -> Source:
-    """Read the tables of a source: of the folder, or of the one folder that an unpacked download
-    makes.
+    """Read the tables of a source, in its folder or, as in some downloads, in the one folder in it.
 
-    `settings` say the layout (auto: by what lies there) and its policies; a `named_split` puts each
-    study where it says. Raises SourceError for a folder of no layout or of two, for a table or a
-    column that is missing, or a value that is not understood.
+    `settings` give the layout (auto: by the files that are there) and its policies; `named_split`
+    is one of NAMED_SPLITS. Raises SourceError for a folder of no layout or of two, a missing table
+    or column, and an invalid value.
     """
     settings = settings or PrepareConfig()
-    given = list_folder(source_url)
-    if not given:
-        raise SourceError(f"{source_url}: no such folder, or nothing in it; {_EXPECTED}")
-    layout, files, url = _find_layout(source_url, given, settings.layout)
+    files: Mapping[str, str] = list_folder(source_url)
+    if not files:
+        raise SourceError(f"{source_url}: no such folder, or it is empty; {_EXPECTED}")
+    layout, files, url = _find_layout(source_url, files, settings.layout)
     for name in ("positive", "uncertain"):
         is_set = getattr(settings, name) != type(settings).model_fields[name].default
         if is_set and name not in layout.settings:
@@ -62,22 +61,22 @@ def read_source(
 
 
 def _find_layout(
-    source_url: str, files: Mapping[str, str], wanted: str
+    source_url: str, files: Mapping[str, str], name: str
 ) -> tuple[Layout, Mapping[str, str], str]:
-    """The layout, what lies in its folder, and the folder's URL."""
-    layouts = _RECOGNISED if wanted == "auto" else (LAYOUTS[wanted],)
+    """The layout, the files in its folder, and the folder's URL; `name` is prepare.layout."""
+    layouts = _RECOGNISED if name == "auto" else (LAYOUTS[name],)
     found = [layout for layout in layouts if layout.recognise(files)]
     url = source_url
     if not found:
-        below = {
+        folders = {
             folder_url: inner
-            for name, folder_url in files.items()
-            if not name.startswith(".") and (inner := list_folder(folder_url))
+            for file, folder_url in files.items()
+            if not file.startswith(".") and (inner := list_folder(folder_url))
         }
-        inside = [(u, i) for u, i in below.items() if any(one.recognise(i) for one in layouts)]
+        inside = [(u, i) for u, i in folders.items() if any(one.recognise(i) for one in layouts)]
         if len(inside) > 1:
             raise SourceError(
-                f"{source_url}: {len(inside)} folders in it hold a data set; give one as --source"
+                f"{source_url}: {len(inside)} of its folders have a data set; give one as --source"
             )
         if inside:
             url, inner = inside[0]
@@ -87,12 +86,12 @@ def _find_layout(
         titles = " and ".join(layout.title for layout in found)
         names = " or ".join(layout.name for layout in found)
         raise SourceError(
-            f"{source_url}: holds two layouts, {titles}; say --prepare.layout {names}"
+            f"{source_url}: has the files of two layouts, {titles}; set --prepare.layout {names}"
         )
     if found:
         return found[0], files, url
-    if wanted != "auto":
-        raise SourceError(f"{source_url}: {LAYOUTS[wanted].lacking}")
+    if name != "auto":
+        raise SourceError(f"{source_url}: {LAYOUTS[name].missing}")
     raise SourceError(_describe_unknown(source_url, files))
 
 
@@ -100,34 +99,34 @@ _EXPECTED = f"expected one of the layouts: {', '.join(one.title for one in _RECO
 
 
 def _describe_unknown(source_url: str, files: Mapping[str, str]) -> str:
-    """What was found, without a name that could be a patient's, and what would do."""
+    """The error's text: what was found, without file names, which could identify a patient, and
+    what is expected."""
     kinds = Counter(PurePosixPath(name).suffix.lower() or "without an ending" for name in files)
     found = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common(5))
     scores = {
-        layout: sum(any(re.match(t, name) for t in layout.traces) for name in files)
+        layout: sum(any(re.match(p, name) for p in layout.name_patterns) for name in files)
         for layout in _RECOGNISED
     }
     nearest = max(scores, key=lambda layout: scores[layout])
-    told = f"nearest is {nearest.title}: {nearest.lacking}" if scores[nearest] else _EXPECTED
+    hint = f"nearest is {nearest.title}: {nearest.missing}" if scores[nearest] else _EXPECTED
     return (
-        f"{source_url}: no layout that is known here; found {found}; {told}. Or write beside the "
-        f"pictures a studies.csv such as\n{_EXAMPLE}"
+        f"{source_url}: of no supported layout; found {found}; {hint}. Or add a studies.csv "
+        f"beside the images, such as\n{_EXAMPLE}"
     )
 
 
 def read_split_list(
     list_url: str, source_url: str, environ: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """The split of each study key or patient (hashed) that a CSV lists.
+    """The splits in a CSV by study key or hashed patient.
 
-    Columns: `patientId` (the images' ids) or `patient` (NIH numbers), and `split`. Raises
-    SourceError.
+    Columns: `patientId` (image ids) or `patient` (NIH numbers), and `split`. Raises SourceError.
     """
     environ = os.environ if environ is None else environ
     table = read_rsna_table(list_url, "split")
     column = next((name for name in ("patientId", "patient") if name in table.column_names), None)
     if column is None:
-        raise SourceError(f"{list_url}: no column patientId or patient, so nobody is listed")
+        raise SourceError(f"{list_url}: no column patientId or patient")
     hash_key = read_hash_key(source_url, environ)
     kind = "study" if column == "patientId" else "patient"
     listed: dict[str, str] = {}
@@ -135,8 +134,8 @@ def read_split_list(
     for row, (value, split) in enumerate(pairs, FIRST_ROW):
         identifier = str(value)
         if split not in ("train", "val", "test"):
-            # The value is not repeated: of columns in another order it would be an id.
+            # The value is not quoted: with columns in another order it would be an id.
             raise SourceError(f"{list_url}: row {row}: a split that is none of train, val and test")
         if listed.setdefault(derive_key(hash_key, kind, identifier), split) != split:
-            raise SourceError(f"{list_url}: lists somebody in two splits")
+            raise SourceError(f"{list_url}: lists a patient or study in two splits")
     return listed

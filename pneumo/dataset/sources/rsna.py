@@ -1,7 +1,7 @@
 """RSNA's tables in Kaggle's layout -> studies.
 
-Kaggle's `patientId` is an image id. The patient stands in the published mapping to NIH
-ChestX-ray14, whose file names begin with the patient's number.
+Kaggle's `patientId` is an image id. The patient is in the published mapping to NIH ChestX-ray14,
+whose file names start with the patient's number.
 https://www.rsna.org/rsnai/ai-image-challenge/rsna-pneumonia-detection-challenge-2018
 """
 
@@ -37,16 +37,16 @@ CLASS_TABLES = (
 IMAGE_FOLDERS = ("stage_2_train_images", "train_images", "stage_1_train_images")
 MAPPING = ("pneumonia-challenge-dataset-mappings_2018.json",)
 _COLUMNS = ("patientId", *Box._fields, "Target", "class", "patient", "split")
-_FOLDERS_LOOKED_INTO = 20
+_MAX_FOLDERS_SEARCHED = 20
 _WITHOUT_CLASS = {1: "Lung Opacity", 0: "No Lung Opacity"}
 
 
 def read_rsna(folder: Folder, layout: Layout, *, with_classes: bool = True) -> Source:
-    """The studies of the label table, under Kaggle's names or the older plain ones, bare, .gz or
+    """The studies of the label table, under Kaggle's current or older names, uncompressed, .gz or
     .zip.
 
-    Raises SourceError when a table or a column is missing, or a value is not understood. A study of
-    which the tables say two different things is rejected, not guessed.
+    Raises SourceError for a missing table or column, and an invalid value. A study with
+    contradictory rows is rejected.
     """
     files, source_url = folder.files, folder.source_url
     label_url = _find(files, LABEL_TABLES, "label table", source_url)
@@ -77,7 +77,7 @@ def read_rsna(folder: Folder, layout: Layout, *, with_classes: bool = True) -> S
 
 
 def read_rsna_table(url: str, *required: str) -> pa.Table:
-    """A table of RSNA's, or a list of a split. Raises SourceError."""
+    """A table of RSNA, or a split list. Raises SourceError."""
     return read_table(url, *required, texts=("patientId", "patient"), known=_COLUMNS)
 
 
@@ -102,14 +102,14 @@ def _find_images(files: Mapping[str, str], source_url: str) -> str:
 def _collect_labels(
     table: pa.Table,
 ) -> tuple[dict[str, list[int]], dict[str, list[Box]], dict[str, str]]:
-    """By image id: different targets, boxes, and what is wrong with a box. There is a row a box."""
+    """Distinct targets, boxes, and errors in boxes, by image id. The table has a row per box."""
     targets: dict[str, list[int]] = {}
     boxes: dict[str, list[Box]] = {}
     faulty: dict[str, str] = {}
     corners = [read_numbers(table, name, "label table") for name in Box._fields]
     rows = zip(table["patientId"].to_pylist(), table["Target"].to_pylist(), *corners, strict=True)
     for row, (image_id, target, *corner) in enumerate(rows, FIRST_ROW):
-        if target not in (0, 1, "0", "1"):  # texts where one of the column is no number
+        if target not in (0, 1, "0", "1"):  # strings where a cell of the column is no number
             raise SourceError(f"label table: row {row}: a Target that is neither 0 nor 1")
         if not image_id:
             raise SourceError(f"label table: row {row}: no patientId")
@@ -121,13 +121,13 @@ def _collect_labels(
             faulty[image_id] = box
         elif box is not None:
             known_boxes = boxes.setdefault(image_id, [])
-            if box not in known_boxes:  # a row that is there twice
+            if box not in known_boxes:  # a duplicate row
                 known_boxes.append(box)
     return targets, boxes, faulty
 
 
 def _collect_findings(table: pa.Table) -> dict[str, list[Finding]]:
-    """Different findings by image id."""
+    """Distinct findings by image id."""
     allowed = get_args(Finding)
     findings: dict[str, list[Any]] = {}
     pairs = zip(table["patientId"].to_pylist(), table["class"].to_pylist(), strict=True)
@@ -145,7 +145,7 @@ def _collect_findings(table: pa.Table) -> dict[str, list[Finding]]:
 def _contradiction(
     targets: Sequence[int], findings: Sequence[str], boxes: Sequence[Box]
 ) -> str | None:
-    """What the tables disagree on for one image, or None."""
+    """The contradiction in the tables for one image, or None."""
     if len(targets) > 1:
         return "both Target 0 and Target 1"
     if len(findings) > 1:
@@ -160,9 +160,9 @@ def _contradiction(
 
 
 def _list_images(images_url: str, labelled: Collection[str]) -> set[str]:
-    """The image ids that have a DICOM file.
+    """The ids of the images with a DICOM file.
 
-    Raises SourceError where none is of a `labelled` image, and it can be said why.
+    Raises SourceError where no `labelled` image has one and the reason can be found.
     """
     names = storage.list_names(images_url)
     found = {name.removesuffix(".dcm") for name in names if name.endswith(".dcm")}
@@ -175,19 +175,19 @@ def _list_images(images_url: str, labelled: Collection[str]) -> set[str]:
 
 
 def _find_elsewhere(images_url: str, names: Sequence[str], labelled: Collection[str]) -> str | None:
-    """Where the images are instead."""
+    """Where the images are instead; None if unknown."""
 
-    def holds(found: Sequence[str]) -> bool:
+    def has_labelled(found: Sequence[str]) -> bool:
         return any(name.rsplit(".", 1)[0] in labelled for name in found)
 
-    if holds(names):
+    if has_labelled(names):
         endings = sorted({PurePosixPath(name).suffix or "nothing" for name in names})
         return f"the files end in {', '.join(endings[:3])}; rename them to end in .dcm"
     if packed := [n for n in names if n.endswith((".zip", ".gz", ".tar", ".tgz", ".7z"))]:
         return f"{packed[0]} is still packed; unpack it there"
-    for name in names[:_FOLDERS_LOOKED_INTO]:
+    for name in names[:_MAX_FOLDERS_SEARCHED]:
         below = storage.list_names(storage.join(images_url, name))
-        if holds(below):
+        if has_labelled(below):
             return f"they lie one folder deeper, in {name}/; move them up"
     return None
 
@@ -195,8 +195,8 @@ def _find_elsewhere(images_url: str, names: Sequence[str], labelled: Collection[
 def _read_patients(
     files: Mapping[str, str], labelled: Collection[str]
 ) -> tuple[dict[str, str] | None, dict[str, str]]:
-    """Image id -> NIH patient number, None without the mapping file; and what is wrong with the
-    images that it gives to two patients."""
+    """Image id -> NIH patient number, None without the mapping file; and errors by image id, for
+    images of two patients."""
     name = first_present(files, MAPPING)
     if name is None:
         return None, {}
@@ -228,20 +228,20 @@ def _is_rsna(files: Mapping[str, str]) -> bool:
 LAYOUT = Layout(
     name=RSNA,
     title="RSNA (Kaggle)",
-    traces=(
+    name_patterns=(
         r"(stage_[12]_)?train_(images|labels)",
         r".*detailed_class_info",
         "pneumonia-challenge",
     ),
-    lacking=f"no label table; expected one of: {', '.join(LABEL_TABLES)}",
+    missing=f"no label table; expected one of: {', '.join(LABEL_TABLES)}",
     recognise=_is_rsna,
     read=read_rsna,
 )
 WITHOUT_CLASSES = Layout(
     name="rsna-without-classes",
     title="RSNA (Kaggle) without its classes",
-    traces=(),
-    lacking=LAYOUT.lacking,
+    name_patterns=(),
+    missing=LAYOUT.missing,
     recognise=_is_rsna,
     read=partial(read_rsna, with_classes=False),
 )

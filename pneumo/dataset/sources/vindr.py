@@ -1,6 +1,6 @@
 """VinDr-CXR -> studies: `train.csv` of the readers' boxes, and `train/<image_id>.dicom`.
 
-Three radiologists read each image, and no patient is published: each image counts as one.
+Three radiologists read each image. Patients are not published: each image counts as a patient.
 https://www.kaggle.com/c/vinbigdata-chest-xray-abnormalities-detection
 """
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from pneumo import storage
 from pneumo.dataset.source import Source
-from pneumo.dataset.sources.layout import Folder, Layout, StudyCollector, find_positive
+from pneumo.dataset.sources.layout import Folder, Layout, StudyCollector, positive_labels
 from pneumo.dataset.sources.tables import (
     first_present,
     make_box,
@@ -30,24 +30,24 @@ _FOLDERS = ("train", "train_dicom", "images")
 
 @dataclass(slots=True)
 class _Readings:
-    """What the readers of one image drew."""
+    """The readings of one image."""
 
     readers: set[str] = field(default_factory=set)
     positive: set[str] = field(default_factory=set)
-    """Those who drew one of the positive classes."""
+    """Readers who drew a positive class."""
     classes: set[str] = field(default_factory=set)
     boxes: list[Box] = field(default_factory=list)
 
 
 def read_vindr(folder: Folder, layout: Layout) -> Source:
     """The images of the table; positive where more than half of the readers drew "Pneumonia", or a
-    class that prepare.positive names.
+    class of prepare.positive.
 
-    Raises SourceError for a column that is missing, or a class that nobody drew.
+    Raises SourceError for a missing column, and a class that nobody drew.
     """
     name = first_present(folder.files, (_TABLE,))
-    assert name is not None, "recognised by it"
-    readings = _collect(folder, folder.files[name], set(find_positive(folder)))
+    assert name is not None, "`recognise` requires it"
+    readings = _collect(folder, folder.files[name], set(positive_labels(folder)))
     images = _list_images(folder)
     studies = StudyCollector(folder, layout)
     for image_id, found in readings.items():
@@ -61,7 +61,7 @@ def read_vindr(folder: Folder, layout: Layout) -> Source:
             None,
             images[image_id],
             target,
-            find_positive(folder)[0] if target else other,
+            positive_labels(folder)[0] if target else other,
             boxes=found.boxes if target else (),
         )
     return studies.finish(
@@ -72,7 +72,7 @@ def read_vindr(folder: Folder, layout: Layout) -> Source:
 
 
 def _collect(folder: Folder, url: str, positive: set[str]) -> dict[str, _Readings]:
-    """By image."""
+    """The readings by image."""
     table = read_table(url, *_COLUMNS, texts=_COLUMNS, known=(*_COLUMNS, *_CORNERS))
     texts = [read_texts(table, name) for name in _COLUMNS]
     if unknown := positive - set(texts[1]):
@@ -114,8 +114,8 @@ def _is_vindr(files: Mapping[str, str]) -> bool:
 LAYOUT = Layout(
     name="vindr",
     title="VinDr-CXR",
-    traces=(r"train(\.csv|_dicom)?$",),
-    lacking=f"no {_TABLE} with the columns {', '.join(_COLUMNS)}",
+    name_patterns=(r"train(\.csv|_dicom)?$",),
+    missing=f"no {_TABLE} with the columns {', '.join(_COLUMNS)}",
     recognise=_is_vindr,
     read=read_vindr,
     settings=frozenset({"positive"}),

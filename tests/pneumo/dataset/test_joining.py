@@ -1,5 +1,6 @@
 """Stores are joined without a patient or picture of val or test in train, and without any twice."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,14 @@ def make_two(tiny_store: Any, folder: Path) -> list[str]:
     return urls
 
 
-def join(urls: list[str], folder: Path, **options: Any) -> tuple[Manifest, dict[str, StudyRow]]:
-    options = {"balanced": False, "seed": 0, "tell": lambda line: None} | options
-    manifest = join_stores(urls, str(folder / "joined"), **options)
+def join(
+    urls: list[str],
+    folder: Path,
+    *,
+    balanced: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
+) -> tuple[Manifest, dict[str, StudyRow]]:
+    manifest = join_stores(urls, str(folder / "joined"), balanced=balanced, seed=0, tell=tell)
     return manifest, read_studies(str(folder / "joined"), manifest)
 
 
@@ -121,10 +127,10 @@ def test_balanced(tiny_store: Any, tmp_path: Path) -> None:
 
 def test_what_cannot_be_joined(tiny_store: Any, tmp_path: Path) -> None:
     urls = make_two(tiny_store, tmp_path)
-    with pytest.raises(StoreError, match="two stores of one name"):
+    with pytest.raises(StoreError, match="two stores have the same name"):
         join([urls[0], urls[0]], tmp_path)
     (tmp_path / "b" / "secret_check.txt").write_text("2\n")
-    with pytest.raises(StoreError, match="RSNA's patients are NIH's"):
+    with pytest.raises(StoreError, match="RSNA's patients are a part of NIH's"):
         join(urls, tmp_path)
     small = str(Path(tiny_store(seed=3, image_size=40)).rename(tmp_path / "small"))
     with pytest.raises(StoreError, match="px, those of a are"):

@@ -28,7 +28,7 @@ EXPECTED += ["train", "val"]
 
 @pytest.mark.parametrize("patient", [None, "p1", "123", "123456789"])
 def test_who_has_no_nih_number_is_refused(patient: str | None) -> None:
-    with pytest.raises(SourceError, match="no NIH number of eight digits"):
+    with pytest.raises(SourceError, match="not an NIH number of eight digits"):
         assign_patient("rsna-v1", patient)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from pneumo.dataset.near_duplicates import MOST_BITS, find_near_duplicates, hash_picture
+from pneumo.dataset.near_duplicates import MAX_DIFFERENT_BITS, find_near_duplicates, hash_picture
 from pneumo.dataset.phantoms.drawing import render_study
 from pneumo.dataset.phantoms.population import draw_population
 from pneumo.images.dicom_files import UnusableFile, decode_file
@@ -52,9 +52,9 @@ def test_no_hash_is_like_no_hash() -> None:
 
 def test_any_number_of_bits(phantoms: list[Gray]) -> None:
     base = int(hash_picture(phantoms[0]), 16)
-    for bits in (0, 1, MOST_BITS, MOST_BITS + 1, 255):
+    for bits in (0, 1, MAX_DIFFERENT_BITS, MAX_DIFFERENT_BITS + 1, 255):
         other = f"{base ^ ((1 << bits) - 1):064x}"
-        assert find_near_duplicates([other], (f"{base:064x}",)) == [bits <= MOST_BITS]
+        assert find_near_duplicates([other], (f"{base:064x}",)) == [bits <= MAX_DIFFERENT_BITS]
 
 
 def test_of_real_studies_pairs_are_found_and_others_left_alone(shared_data: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from pneumo.dataset.manifest import read_manifest
 from pneumo.dataset.overlap import (
     KNOWN_PATIENTS,
-    Seen,
+    KnownStudies,
     check_secret,
     find_overlap,
     have_one_secret,
@@ -59,7 +59,7 @@ def test_pictures_that_were_saved_otherwise_are_found(tiny_store: Any) -> None:
 def test_what_another_store_trains_on_is_left_out_of_a_source(kaggle_folder: Any) -> None:
     source = read_source(str(kaggle_folder(num_studies=30)), {"PNEUMO_HASH_KEY": "secret"})
     patients = frozenset(study.patient for study in source.studies[:5])
-    left = Seen(patients, frozenset(), ()).leave_out_patients(source)
+    left = KnownStudies(patients, frozenset(), ()).leave_out_patients(source)
     assert {study.patient for study in left.studies}.isdisjoint(patients)
     assert left.left_out[KNOWN_PATIENTS] == len(source.studies) - len(left.studies) >= 5
     assert f"{KNOWN_PATIENTS} left out" in left.summary
@@ -69,8 +69,8 @@ def test_secrets_that_differ_are_warned_of_and_of_nih_patients_refused() -> None
     assert check_secret("s", "the run's", is_one=True, layouts=("rsna", "nih")) is None
     told = check_secret("a/s", "the run's", is_one=None, layouts=("rsna", "chexpert"))
     assert told is not None
-    assert told.startswith("s may be of another secret than the run's")
-    with pytest.raises(StoreError, match="RSNA's patients are NIH's"):
+    assert told.startswith("s may have another secret than the run's")
+    with pytest.raises(StoreError, match="RSNA's patients are a part of NIH's"):
         check_secret("s", "the run's", is_one=False, layouts=("rsna", "nih"))
 
 

@@ -28,7 +28,7 @@ from pneumo import storage
 from pneumo.config import Config
 from pneumo.config_layers import override
 from pneumo.dataset.manifest import Manifest, read_manifest
-from pneumo.dataset.overlap import KNOWN_PICTURES, Seen
+from pneumo.dataset.overlap import KNOWN_PICTURES, KnownStudies
 from pneumo.dataset.preparation import (
     can_use_rejected,
     check_shards_are_there,
@@ -76,11 +76,13 @@ class Preparation:
     def file(self, plan: ShardPlan, number: int = 0) -> Path:
         return Path(plan.studies[number].url)
 
-    def do(self, plan: ShardPlan, store: Path | str, seen: Seen | None = None) -> tuple[int, int]:
+    def do(
+        self, plan: ShardPlan, store: Path | str, known: KnownStudies | None = None
+    ) -> tuple[int, int]:
         """Studies rejected, shards reused."""
         size = self.config.prepare.image_size
         digest, key = digest_settings(self.config), self.source.file_key
-        part = prepare_shard(plan, str(store), size, digest, key, seen)
+        part = prepare_shard(plan, str(store), size, digest, key, known)
         self.parts[plan.name] = part
         return len(part.rejected), int(part.reused)
 
@@ -351,7 +353,7 @@ def test_an_unfinished_store_of_other_settings_is_left_alone(
 ) -> None:
     assert find_store(str(tmp_path), preparation.source, CONFIG) is None
     assert find_store(str(tmp_path), preparation.source, CONFIG) is None
-    with pytest.raises(StoreError, match="with other settings is under way there, or was left"):
+    with pytest.raises(StoreError, match="with other settings is running there, or was interr"):
         find_store(str(tmp_path), preparation.source, override(CONFIG, {"seed": 1}))
 
 
@@ -535,6 +537,16 @@ def without_root() -> Iterator[None]:
         os.seteuid(user)
 
 
+def after_removal(make: Callable[[Path], object]) -> Callable[[Path], None]:
+    """`make`, called for a path after what is there was removed."""
+
+    def spoil(path: Path) -> None:
+        path.unlink()
+        make(path)
+
+    return spoil
+
+
 def test_every_way_of_being_unusable_has_its_code(
     kaggle_folder: FolderMaker, make_dicom: DicomMaker, tmp_path: Path
 ) -> None:
@@ -555,11 +567,11 @@ def test_every_way_of_being_unusable_has_its_code(
         ),
         "undecodable": lambda path: path.write_bytes(make_dicom(gray, elements={"Rows": 70})),
         "missing": lambda path: path.unlink(),
-        "missing ": lambda path: (path.unlink(), path.symlink_to("nothing")),
-        "unreadable": lambda path: (path.unlink(), path.symlink_to(path.name)),
-        "unreadable ": lambda path: (path.unlink(), path.mkdir()),
+        "missing ": after_removal(lambda path: path.symlink_to("nothing")),
+        "unreadable": after_removal(lambda path: path.symlink_to(path.name)),
+        "unreadable ": after_removal(lambda path: path.mkdir()),
         "unreadable  ": lambda path: path.chmod(0),
-        "unreadable   ": lambda path: (path.unlink(), os.mkfifo(path)),
+        "unreadable   ": after_removal(os.mkfifo),
     }
     config = override(CONFIG, {"prepare.max_bad_fraction": 0.2})
     preparation = Preparation(kaggle_folder(num_studies=120), config, samples_per_shard=60)
@@ -741,14 +753,14 @@ def test_pictures_that_another_store_trains_on_are_left_out_and_counted(
     )
     # Of the negatives many have one picture.
     digests = frozenset([row.pixels_digest for row in rows if row.target][:3])
-    seen = Seen(frozenset(), digests, ())
+    known = KnownStudies(frozenset(), digests, ())
     for plan in preparation.plans:
-        preparation.do(plan, tmp_path / "second", seen)
+        preparation.do(plan, tmp_path / "second", known)
     manifest = preparation.finish(tmp_path / "second")
     left = read_studies(str(tmp_path / "second"), manifest)
-    known = [row.key for row in rows if row.pixels_digest in digests]
-    assert len(known) >= 3
-    assert left.keys() == {row.key for row in rows} - set(known)
-    assert manifest.left_out == {KNOWN_PICTURES: len(known)}
+    left_out = {row.key for row in rows if row.pixels_digest in digests}
+    assert len(left_out) >= 3
+    assert left.keys() == {row.key for row in rows} - left_out
+    assert manifest.left_out == {KNOWN_PICTURES: len(left_out)}
     assert sum(manifest.audit.studies.values()) == len(left)
     assert manifest.quarantined == {}

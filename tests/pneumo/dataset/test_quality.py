@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from scipy.stats import t
 
 from pneumo.config import SplitConfig
-from pneumo.dataset.contact_sheets import choose_pictures, read_contact_sheets
+from pneumo.dataset.contact_sheets import fill_contact_sheets, read_contact_sheets
 from pneumo.dataset.manifest import Duplicates, FileEntry, Manifest, SplitEntry, read_manifest
 from pneumo.dataset.quality import (
     AGE_BANDS,
@@ -366,7 +366,7 @@ def test_contact_holds_the_first_of_each_finding_and_takes_no_more(
 ) -> None:
     rows = [row(i, finding=finding) for i, finding in enumerate(findings)]
     taken: list[str] = []
-    sheets = choose_pictures(
+    sheets = fill_contact_sheets(
         samples_of(rows, taken), {study.key: study for study in rows}, per_finding=per_finding
     )
     assert {sheet.finding for sheet in sheets} == set(findings)
@@ -381,7 +381,7 @@ def test_contact_holds_the_first_of_each_finding_and_takes_no_more(
 
 def test_contact_captions_name_no_study() -> None:
     rows = [row(i, view=view) for i, view in enumerate(("AP", "PA", None, "AP"))]
-    (sheet,) = choose_pictures(samples_of(rows, []), {study.key: study for study in rows})
+    (sheet,) = fill_contact_sheets(samples_of(rows, []), {study.key: study for study in rows})
     assert sheet.caption == "Normal: 4 of 4 studies of train, 2 AP, 1 PA, 1 of unknown view"
     assert not any(study.key in sheet.caption or study.patient in sheet.caption for study in rows)
 
@@ -389,7 +389,7 @@ def test_contact_captions_name_no_study() -> None:
 def test_a_sample_that_the_studies_do_not_know_is_refused() -> None:
     rows = [row(0), row(1)]
     with pytest.raises(DataError, match="not in it"):
-        choose_pictures(samples_of(rows, []), {rows[1].key: rows[1]})
+        fill_contact_sheets(samples_of(rows, []), {rows[1].key: rows[1]})
 
 
 def test_only_the_shards_that_are_needed_are_read(tiny_store: Callable[..., str]) -> None:

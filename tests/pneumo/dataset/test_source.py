@@ -2,26 +2,21 @@
 
 import csv
 import dataclasses
-import errno
 import gzip
 import json
-import os
 import re
 import shutil
-import stat
 import time
 import traceback
 import zipfile
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pydicom
 import pytest
 
 from pneumo.dataset.sources.recognition import read_source, read_split_list
-from pneumo.dataset.study_keys import derive_file_key, read_hash_key
 from pneumo.errors import SourceError
 from pneumo.images.boxes import Box
 from pneumo.images.headers import read_header
@@ -114,7 +109,7 @@ def test_the_folder_that_an_unpacked_download_makes_is_found(
     outer = read_source(str(tmp_path / "download"), ENVIRON)
     assert outer == read_source(str(inner), ENVIRON)
     shutil.copytree(inner, tmp_path / "download" / "another")
-    with pytest.raises(SourceError, match="2 folders in it hold a data set"):
+    with pytest.raises(SourceError, match="2 of its folders have a data set"):
         read_source(str(tmp_path / "download"), ENVIRON)
 
 
@@ -140,104 +135,6 @@ def test_ids_of_digits_keep_their_leading_zeros(kaggle_folder: FolderMaker) -> N
             edit(folder / name, image_id, f"{i:05d}", count=0)
     urls = {study.url.rsplit("/", 1)[-1] for study in read_source(str(folder), ENVIRON).studies}
     assert urls == {f"{i:05d}.dcm" for i in range(6)}
-
-
-# --- privacy --------------------------------------------------------------------------------------
-
-
-def test_keys_name_nobody_and_have_no_dots(kaggle_folder: FolderMaker) -> None:
-    folder = kaggle_folder()
-    source = read_source(str(folder), ENVIRON)
-    for study in source.studies:
-        assert re.fullmatch(r"[0-9a-f]{20}", study.key)
-        assert re.fullmatch(r"[0-9a-f]{20}", study.patient)
-        assert study.key != study.patient
-    keys = "".join(study.key + study.patient for study in source.studies)
-    for image_id in image_ids(folder):
-        assert image_id.replace("-", "")[:8] not in keys
-    assert [s.key for s in source.studies] == sorted(s.key for s in source.studies)
-
-
-def test_keys_depend_on_the_secret_and_on_nothing_else(kaggle_folder: FolderMaker) -> None:
-    here, there = kaggle_folder(), kaggle_folder()
-    keys = [study.key for study in read_source(str(here), ENVIRON).studies]
-    assert [study.key for study in read_source(str(there), ENVIRON).studies] == keys
-    other = read_source(str(here), {"PNEUMO_HASH_KEY": "another"})
-    assert not {study.key for study in other.studies} & set(keys)
-    assert other.digest != read_source(str(here), ENVIRON).digest
-
-
-def test_the_secret_in_the_environment_leaves_no_file(kaggle_folder: FolderMaker) -> None:
-    folder = kaggle_folder()
-    before = sorted(folder.iterdir())
-    read_source(str(folder), ENVIRON)
-    assert sorted(folder.iterdir()) == before
-
-
-def test_the_secret_beside_the_source_is_private_and_stays(kaggle_folder: FolderMaker) -> None:
-    folder = kaggle_folder()
-    first = read_source(str(folder), {})
-    path = folder / ".pneumo" / "hash_key"
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
-    assert re.fullmatch(r"[0-9a-f]{64}", path.read_text())
-    assert read_source(str(folder), {}) == first
-    assert read_hash_key(str(kaggle_folder()), {}) != read_hash_key(str(folder), {})
-
-
-@pytest.mark.parametrize(("mode", "warns"), [(0o600, False), (0o400, False), (0o644, True)])
-def test_a_secret_that_others_can_read_is_warned_of(
-    kaggle_folder: FolderMaker, caplog: pytest.LogCaptureFixture, mode: int, warns: bool
-) -> None:
-    folder = kaggle_folder(num_studies=3)
-    hash_key = read_hash_key(str(folder), {})
-    path = folder / ".pneumo" / "hash_key"
-    path.chmod(mode)
-    assert read_hash_key(str(folder), {}) == hash_key
-    assert (f"{path}: mode 644: others can read the secret" in caplog.text) == warns
-    assert hash_key.decode() not in caplog.text
-
-
-def test_an_empty_secret_is_refused(kaggle_folder: FolderMaker) -> None:
-    folder = kaggle_folder()
-    (folder / ".pneumo").mkdir()
-    (folder / ".pneumo" / "hash_key").write_text("\n")
-    with pytest.raises(SourceError, match="hash_key: empty; delete it, or set PNEUMO_HASH_KEY"):
-        read_source(str(folder), {})
-
-
-def test_a_bucket_needs_the_secret_in_the_environment() -> None:
-    with pytest.raises(SourceError, match="s3://b/rsna: set PNEUMO_HASH_KEY to a secret"):
-        read_hash_key("s3://b/rsna", {})
-
-
-def test_a_source_that_cannot_be_written_says_how_to_go_on(kaggle_folder: FolderMaker) -> None:
-    folder = kaggle_folder()
-    (folder / ".pneumo").write_text("a file where the folder would be")
-    with pytest.raises(SourceError, match="make it writable, or set PNEUMO_HASH_KEY to a secret"):
-        read_source(str(folder), {})
-
-
-def test_jobs_that_start_at_once_agree_on_the_secret(kaggle_folder: FolderMaker) -> None:
-    folder = kaggle_folder(num_studies=3)
-    for _ in range(20):
-        with ThreadPoolExecutor(8) as pool:
-            keys = set(pool.map(lambda _: read_hash_key(str(folder), {}), range(8)))
-        assert len(keys) == 1
-        assert [path.name for path in (folder / ".pneumo").iterdir()] == ["hash_key"]
-        shutil.rmtree(folder / ".pneumo")
-
-
-def test_the_secret_can_be_made_on_a_mount_without_hard_links(
-    kaggle_folder: FolderMaker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*args: object, **options: object) -> None:
-        raise OSError(errno.EPERM, "not permitted")
-
-    monkeypatch.setattr(os, "link", refuse)
-    folder = kaggle_folder(num_studies=3)
-    assert read_hash_key(str(folder), {}) == read_hash_key(str(folder), {})
-    assert stat.S_IMODE((folder / ".pneumo" / "hash_key").stat().st_mode) == 0o600
 
 
 # --- lists ----------------------------------------------------------------------------------------
@@ -266,7 +163,7 @@ def test_a_list_of_images_or_patients_is_read(kaggle_folder: FolderMaker, tmp_pa
         ("name,split\na,val\n", "no column patientId or patient"),
         ("patientId,where\na,val\n", "no column split"),
         ("patientId,split\na,validation\n", "row 2: a split that is none of train, val and test"),
-        ("patientId,split\na,val\na,test\n", "lists somebody in two splits"),
+        ("patientId,split\na,val\na,test\n", "lists a patient or study in two splits"),
         ("", "not a readable CSV"),
     ],
 )
@@ -283,9 +180,7 @@ def test_a_list_that_is_none_is_refused(
 
 def test_a_missing_or_empty_folder_is_named(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(
-            SourceError, match=f"^{folder}: no such folder, or nothing in it; expec"
-        ):
+        with pytest.raises(SourceError, match=f"^{folder}: no such folder, or it is empty; expec"):
             read_source(str(folder), ENVIRON)
 
 
@@ -349,7 +244,7 @@ def test_a_damaged_gzip_file_is_named(kaggle_folder: FolderMaker, table: str, da
         "plain": gzip.decompress(data),
     }
     path.write_bytes(broken[damage])
-    message = "no gzip file, though its name ends so"
+    message = "not a gzip file, though its name ends in"
     refuse(folder, f"{table}.gz: {message if damage == 'plain' else 'not a readable archive'}")
 
 
@@ -471,7 +366,7 @@ def test_a_box_that_is_none_is_rejected(kaggle_folder: FolderMaker, box: str, me
 def test_a_column_of_boxes_that_holds_texts_is_refused(kaggle_folder: FolderMaker) -> None:
     folder = kaggle_folder()
     edit(folder / LABELS, r",,,,,0", ",left,,,,0")
-    refuse(folder, "label table: column x holds something else than numbers")
+    refuse(folder, "label table: column x has values that are not numbers")
 
 
 def test_classes_without_a_label_are_counted(kaggle_folder: FolderMaker) -> None:
@@ -546,13 +441,6 @@ def test_pictures_that_are_still_packed_are_told(kaggle_folder: FolderMaker) -> 
     images.rename(folder / "elsewhere")
     with pytest.raises(SourceError, match=r"stage_2_train_images\.zip is still packed; unpack it"):
         read_source(str(folder), ENVIRON)
-
-
-def test_the_key_of_files_is_made_of_the_secret(kaggle_folder: FolderMaker) -> None:
-    source = read_source(str(kaggle_folder()), ENVIRON)
-    secret = ENVIRON["PNEUMO_HASH_KEY"].encode()
-    assert source.file_key == derive_file_key(secret) != derive_file_key(secret + b"x")
-    assert repr(source.file_key) not in repr(source)
 
 
 # --- the real thing -------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, get_args
 
@@ -104,7 +105,7 @@ def made_files() -> list[tuple[str, bytes]]:
         ("jpeg-ls", JPEGLSLossless),
         ("jpeg-2000", JPEG2000Lossless),
     ]:
-        made.append((f"made/{name}", write_file(ramp, lambda d, s=syntax: d.compress(s))))
+        made.append((f"made/{name}", write_file(ramp, methodcaller("compress", syntax))))
     ht = np.zeros((16, 16), np.uint8)
     made.append(("made/htj2k", write_file(ht, lambda d: set_frame(d, HTJ2KLossless, HTJ2K_FRAME))))
     made += [
@@ -139,9 +140,9 @@ def write_file(
     return buffer.getvalue()
 
 
-def set_frame(dataset: pydicom.Dataset, syntax: pydicom.uid.UID, frame: bytes) -> None:
+def set_frame(dataset: pydicom.Dataset, syntax: pydicom.uid.UID, frame: bytes | bytearray) -> None:
     dataset.file_meta.TransferSyntaxUID = syntax
-    dataset.PixelData = encapsulate([frame])
+    dataset.PixelData = encapsulate([bytes(frame)])
     dataset["PixelData"].VR = "OB"
     dataset["PixelData"].is_undefined_length = True
 

@@ -20,6 +20,7 @@ import pydicom
 import pytest
 from PIL import Image
 from pydicom.dataset import Dataset
+from pydicom.pixels.utils import pixel_array
 from pydicom.uid import (
     UID,
     DeflatedExplicitVRLittleEndian,
@@ -164,7 +165,7 @@ def test_the_same_picture_in_another_transfer_syntax(compressed: str, plain: str
 def test_jpeg_2000_by_either_of_two_decoders_is_the_same(name: str) -> None:
     pytest.importorskip("gdcm", reason="needs the extra 'dev'")
     dataset = read(FOLDER / name)
-    expected = pydicom.pixels.pixel_array(dataset, decoding_plugin="gdcm", raw=True)
+    expected = pixel_array(dataset, decoding_plugin="gdcm", raw=True)
     stored, _ = decode_stored(dataset, read_format(dataset, set()), set())
     assert np.ptp(stored) > 200
     np.testing.assert_array_equal(stored, expected)

@@ -2,8 +2,10 @@
 refused."""
 
 import io
+import struct
 from typing import Any
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -53,7 +55,7 @@ def test_a_tiff_whose_least_value_is_white_is_inverted() -> None:
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "JPEG"])
 def test_colour_becomes_its_luminance(kind: str) -> None:
-    options = {"quality": 100, "subsampling": 0} if kind == "JPEG" else {}
+    options: dict[str, Any] = {"quality": 100, "subsampling": 0} if kind == "JPEG" else {}
     wanted = COLOUR @ np.array([0.299, 0.587, 0.114])
     gray = decode_picture(encode(COLOUR, kind, **options))
     np.testing.assert_allclose(gray, wanted, atol=3 if kind == "JPEG" else 1)
@@ -77,6 +79,34 @@ def test_the_orientation_is_heeded(kind: str, orientation: int) -> None:
     data = encode(GRAY, kind, **options)
     wanted = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     np.testing.assert_allclose(decode_picture(data).astype(int), np.asarray(wanted), atol=2)
+
+
+def test_a_cameras_jpeg_with_a_preview_is_its_first_picture() -> None:
+    buffer = io.BytesIO()
+    preview = Image.fromarray(255 - GRAY)
+    Image.fromarray(GRAY).save(buffer, "MPO", save_all=True, append_images=[preview], quality=100)
+    assert np.abs(decode_picture(buffer.getvalue()).astype(int) - GRAY).max() <= 2
+
+
+@pytest.mark.parametrize("pixels", [GRAY, COLOUR], ids=["gray", "colour"])
+@pytest.mark.parametrize("compression", [None, "tiff_deflate"])
+def test_a_damaged_tiff_is_not_shown_in_part(
+    compression: str | None, pixels: npt.NDArray[Any]
+) -> None:
+    data = encode(pixels, "TIFF", compression=compression)
+    middle = len(data) // 2
+    changed = data[:middle] + bytes(50) + data[middle + 50 :]
+    with pytest.raises(DicomError) as caught:
+        decode_picture(changed if compression else data[:-100])
+    assert caught.value.reason == "undecodable"
+
+
+def test_a_tiff_of_deep_colours_in_planes_is_refused() -> None:
+    data = cv2.imencode(".tiff", np.dstack([DEEP] * 3))[1].tobytes()
+    together, separate = (struct.pack("<HHII", 284, 3, 1, planes) for planes in (1, 2))
+    assert data.count(together) == 1
+    with pytest.raises(DicomError, match="separate planes"):
+        decode_picture(data.replace(together, separate))
 
 
 def test_a_box_goes_where_the_picture_goes() -> None:
@@ -118,7 +148,8 @@ def test_a_header_that_claims_too_much_is_refused_before_decoding() -> None:
 
 def test_a_file_is_told_by_its_first_bytes(make_dicom: Any) -> None:
     assert not is_picture(make_dicom(GRAY))
-    for data in (make_dicom(GRAY), encode(GRAY, "PNG")):
+    as_tiff_too = b"II*\0" + make_dicom(GRAY)[4:]
+    for data in (make_dicom(GRAY), as_tiff_too, encode(GRAY, "PNG")):
         image = decode_file(data, 56)
         assert not isinstance(image, UnusableFile)
         assert (image.pixels[8:48] == GRAY).all()

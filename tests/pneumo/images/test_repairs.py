@@ -17,10 +17,17 @@ from PIL import Image
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
 from pydicom.sequence import Sequence
-from pydicom.uid import UID, JPEG2000Lossless, JPEGLosslessSV1, JPEGLSLossless, RLELossless
+from pydicom.uid import (
+    UID,
+    JPEG2000Lossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    MediaStorageDirectoryStorage,
+    RLELossless,
+)
 
 from pneumo.errors import DicomError
-from pneumo.images.codestreams import find_end, find_syntax, is_whole
+from pneumo.images.codestreams import find_end, find_syntax, is_complete
 from pneumo.images.dicom import GrayImage, decode_gray, read_study_image
 
 pytestmark = pytest.mark.processors
@@ -36,7 +43,7 @@ def smooth(white: int, seed: int = 0) -> Pixels:
     coarse = np.random.default_rng(seed).uniform(0, 1, (4, 5)).astype(np.float32)
     large = cv2.resize(coarse, (COLUMNS, ROWS), interpolation=cv2.INTER_CUBIC)
     spread = (large - large.min()) / np.ptp(large)
-    return np.rint(spread * white).astype(np.uint16 if white > 255 else np.uint8)
+    return np.asarray(np.rint(spread * white), np.uint16 if white > 255 else np.uint8)
 
 
 def gray(image: GrayImage) -> Pixels:
@@ -176,7 +183,7 @@ def test_a_frame_without_its_end_says_so(make_dicom: DicomMaker, cut: int) -> No
     end = find_end(frame)
     assert end is not None
     elements = {"BitsAllocated": 16, "BitsStored": 12, "HighBit": 11}
-    with pytest.raises(DicomError, match="the JPEG frame is cut off"):
+    with pytest.raises(DicomError, match="the JPEG frame is truncated"):
         read(with_frame(make_dicom, frame[: end - cut], JPEGLosslessSV1, elements))
 
 
@@ -186,7 +193,7 @@ def test_any_bytes_have_an_end_within_them_or_none(garbage: bytes, cut: int) -> 
     for frame in (garbage, b"\xff\xd8" + garbage, jpeg(smooth(255))[:cut] + garbage):
         end = find_end(frame)
         assert end is None or frame[end - 2 : end] == b"\xff\xd9"
-        assert is_whole(frame) in (True, False)
+        assert is_complete(frame) in (True, False)
         find_syntax(frame)
 
 
@@ -310,6 +317,45 @@ def test_values_beyond_the_bits_that_the_header_says_do_not_wrap(
     image = read(make_dicom(pixels, elements=elements))
     assert np.abs(gray(image) - np.rint(pixels / 257)).max() <= 1
     assert image.warnings == (f"pixels:{'PixelRepresentation' if signed else 'BitsStored'}",)
+
+
+@pytest.mark.parametrize("bits", [12, 16])
+@pytest.mark.parametrize("offset", [1000, 2000])
+def test_signed_words_under_an_unsigned_header(
+    make_dicom: DicomMaker, bits: int, offset: int
+) -> None:
+    pixels = smooth(4095)
+    signed = pixels.astype(np.int16) - np.int16(offset)
+    elements = {"BitsStored": bits, "HighBit": bits - 1, "PixelRepresentation": 0}
+    image = read(make_dicom(signed, elements=elements))
+    np.testing.assert_array_equal(image.pixels, read(make_dicom(pixels)).pixels)
+    assert image.warnings == ("pixels:PixelRepresentation",)
+
+
+def test_bright_values_beside_dark_ones_are_no_negative_values(make_dicom: DicomMaker) -> None:
+    lettered = smooth(4095)
+    lettered[:4, :20:2], lettered[:4, 1:20:2] = 65535, 65534
+    assert read(make_dicom(lettered)).warnings == ("left_out:outliers",)
+    collimated = 65535 - smooth(20_000)
+    collimated[:, :16] = smooth(60)[:, :16]
+    image = read(make_dicom(collimated))
+    assert image.warnings == ()
+    assert gray(image)[:, :16].max() <= 1
+
+
+@pytest.mark.parametrize(
+    "syntax", [JPEGLosslessSV1, JPEGLSLossless, JPEG2000Lossless, RLELossless], ids=str
+)
+def test_overlays_in_the_high_bits_of_a_codestream(make_dicom: DicomMaker, syntax: UID) -> None:
+    pixels = smooth(4095)
+    written = pixels.copy()
+    written[10:14, 10:40] |= 0x1000
+    elements = {"BitsAllocated": 16, "BitsStored": 12, "HighBit": 11}
+    data = with_frame(make_dicom, compress(written, syntax, 16), syntax, elements)
+    place = data.index(b"\xe0\x7f\x10\0OB")
+    image = read(data[:place] + b"\0\x60\x02\x01US\x02\0\x0c\0" + data[place:])
+    np.testing.assert_array_equal(image.pixels, read(make_dicom(pixels, elements=elements)).pixels)
+    assert image.warnings == ()
 
 
 @pytest.mark.parametrize("overlays", [False, True])
@@ -481,6 +527,20 @@ def test_a_window_that_leaves_nothing_to_see_is_left_out(
     window = {"WindowCenter": f"{center:.6g}", "WindowWidth": f"{width:.6g}"}
     image = read(make_dicom(pixels, elements=window | {"VOILUTFunction": function}))
     np.testing.assert_array_equal(image.pixels, read(make_dicom(pixels)).pixels)
+    assert image.warnings == ("left_out:WindowCenter",)
+
+
+@pytest.mark.parametrize(("white", "window"), [(255, 4096), (255, 65536), (4095, 65536)])
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+def test_a_window_for_values_of_more_bits_is_left_out(
+    make_dicom: DicomMaker, white: int, window: int, photometric: str
+) -> None:
+    elements = {"PhotometricInterpretation": photometric}
+    pixels = smooth(white)
+    expected = read(make_dicom(pixels, elements=elements)).pixels
+    elements |= {"WindowCenter": str(window // 2), "WindowWidth": str(window)}
+    image = read(make_dicom(pixels, elements=elements))
+    np.testing.assert_array_equal(image.pixels, expected)
     assert image.warnings == ("left_out:WindowCenter",)
 
 
@@ -679,7 +739,7 @@ def test_an_icon_of_a_wrong_length(make_dicom: DicomMaker, missing: int, packed:
 
 def test_a_dicomdir_is_no_radiograph(make_dicom: DicomMaker) -> None:
     dataset = pydicom.dcmread(io.BytesIO(make_dicom(smooth(255))))
-    dataset.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.1.3.10"
+    dataset.file_meta.MediaStorageSOPClassUID = MediaStorageDirectoryStorage
     for keyword in ("PixelData", "SOPClassUID"):
         del dataset[keyword]
     buffer = io.BytesIO()

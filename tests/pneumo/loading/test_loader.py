@@ -521,7 +521,7 @@ def test_a_block_that_stands_twice_is_refused(spoilt: tuple[str, Manifest], way:
     entry = spoilt[1].splits["train"]
     twice = entry.model_copy(update={"shards": (*entry.shards[:-1], entry.shards[0])})
     wrong = spoilt[1].model_copy(update={"splits": {**spoilt[1].splits, "train": twice}})
-    with pytest.raises(DataError, match="split train: a block stands twice"):
+    with pytest.raises(DataError, match="split train: a block is listed twice"):
         open_split((spoilt[0], wrong), way)
 
 
@@ -533,7 +533,7 @@ def test_a_study_that_stands_twice_is_refused(spoilt: tuple[str, Manifest], way:
     again = write_shard(store_url, "train/000002.tar", [*samples[32:47], samples[3]])
     train = manifest.splits["train"].model_copy(update={"shards": (*entries[:2], again)})
     wrong = manifest.model_copy(update={"splits": {**manifest.splits, "train": train}})
-    message = "split train: a study stands in it more than once"
+    message = "split train: a study is in it more than once"
     with pytest.raises(DataError, match=message):
         list(open_split((store_url, wrong), way).evaluation(batch_size=8))
     with pytest.raises(DataError, match=message):

@@ -4,6 +4,8 @@ import threading
 import time
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from operator import eq
 
 import pytest
 import torch
@@ -54,7 +56,7 @@ def test_the_next_is_made_while_one_is_in_use_and_no_more() -> None:
     for number in (0, 1, 2):
         assert next(batches) == number
         wait_until(
-            lambda number=number: source.made == list(range(number + 2)),
+            partial(eq, source.made, list(range(number + 2))),
             f"batch {number + 1} to be made while {number} is in use",
         )
     time.sleep(0.1)

@@ -188,7 +188,7 @@ def test_a_writer_whose_unfinished_file_is_cleared_away_writes_it_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[str, bytes], object]
 ) -> None:
     folder = tmp_path / "folder"
-    fsync, lost = os.fsync, []
+    fsync, lost = os.fsync, list[int]()
 
     def lose(descriptor: int) -> None:
         fsync(descriptor)

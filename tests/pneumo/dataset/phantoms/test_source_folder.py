@@ -231,7 +231,7 @@ def test_a_half_written_folder_is_written_anew(tmp_path):
 
 def test_a_folder_of_something_else_is_refused_untouched(tmp_path):
     (tmp_path / "thesis.txt").write_text("do not touch")
-    with pytest.raises(SourceError, match="name another folder"):
+    with pytest.raises(SourceError, match="choose another folder"):
         write_phantoms(tmp_path, num_studies=3, seed=0)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -244,7 +244,7 @@ def test_phantoms_of_other_arguments_are_refused_by_both_values(tmp_path):
 
 def test_a_path_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(SourceError, match="name a folder that can be written"):
+    with pytest.raises(SourceError, match="choose a folder that can be written"):
         write_phantoms(tmp_path / "file", num_studies=1, seed=0)
 
 
@@ -259,7 +259,7 @@ def test_command_writes_says_so_and_does_nothing_twice(tmp_path):
     assert first.stdout.endswith(f"1 positive, in {out}\n")
     again = run_cli("--out", out, "--studies", 4, "--seed", 1)
     assert again.returncode == 0
-    assert again.stdout.startswith("phantoms: already whole: 4 studies of ")
+    assert again.stdout.startswith("phantoms: already complete: 4 studies of ")
 
 
 def test_command_answers_mistakes_with_one_line_and_exit_code_2(tmp_path):

@@ -163,9 +163,25 @@ def test_nih_labels_can_be_named(phantoms: Path) -> None:
         read(phantoms / "nih", positive=["Edema"])
 
 
+def test_nih_labels_may_have_spaces_between(copied: Path) -> None:
+    path = copied / "nih" / "Data_Entry_2017.csv"
+    digest = read(copied / "nih").digest
+    text = path.read_text()
+    assert "|" in text
+    path.write_text(text.replace("|", " | "))
+    assert read(copied / "nih").digest == digest
+
+
 def test_nih_patients_are_those_of_rsna(phantoms: Path) -> None:
     both = [{s.patient for s in read(phantoms / name).studies} for name in ("rsna", "nih")]
     assert both[0] == both[1]
+
+
+def test_nih_pictures_in_two_sizes_are_refused(copied: Path) -> None:
+    folder = next((copied / "nih").glob("images*"))
+    shutil.copytree(folder, folder.with_name("images_224"))
+    with pytest.raises(SourceError, match="two files of one name"):
+        read(copied / "nih")
 
 
 def test_nih_spacing_is_that_of_the_published_pictures(copied: Path) -> None:
@@ -202,6 +218,16 @@ def test_pictures_that_are_missing_are_counted(copied: Path) -> None:
 
 
 # --- CheXpert -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "table"), [("nih", "Data_Entry_2017.csv"), ("chexpert", "train.csv")]
+)
+def test_a_table_that_is_no_utf8_is_told(copied: Path, name: str, table: str) -> None:
+    path = next((copied / name).rglob(table))
+    path.write_bytes(path.read_bytes().replace(b"0", b"\xe9", 1))
+    with pytest.raises(SourceError, match="no UTF-8"):
+        read(copied / name)
 
 
 def test_chexpert_policies(copied: Path) -> None:
@@ -260,8 +286,10 @@ def test_vindr_has_no_patients(phantoms: Path) -> None:
 
 def test_kermany_says_that_patients_are_a_guess(copied: Path) -> None:
     source = read(copied / "kermany")
-    assert "a guess" in source.summary
+    assert "patients are guessed" in source.summary
     image = next((copied / "kermany").glob("*/PNEUMONIA/*"))
+    image.with_name(f"._{image.name}").write_bytes(b"of macOS")
+    assert read(copied / "kermany").digest == source.digest
     shutil.copy(image, copied / "kermany" / "train" / "NORMAL" / image.name)
     with pytest.raises(SourceError, match="in both classes"):
         read(copied / "kermany")

@@ -27,10 +27,6 @@ def read(folder: Path) -> Source:
     return read_source(str(folder), ENVIRON)
 
 
-def by_file(source: Source) -> dict[str, object]:
-    return {study.url.rsplit("/", 1)[-1]: study for study in source.studies}
-
-
 def test_three_columns_are_enough(tmp_path: Path) -> None:
     rows = ["images/0.png,007,0", "images/1.png,007,1", "images/2.png,7,0"]
     source = read(write(tmp_path, FIRST, *rows))
@@ -69,9 +65,11 @@ def test_a_patient_has_one_key_in_every_layout_under_one_secret(
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (["images/9.png,p,0"], "1 of 1 files are not there, the first that of row 2"),
+        (["images/9.png,p,0"], "1 of 1 files are missing, the first in row 2"),
         (["../images/0.png,p,0"], "row 2: a file outside the folder"),
         (["/etc/passwd,p,0"], "row 2: a file outside the folder"),
+        (["C:\\0.png,p,0"], "row 2: a file outside the folder"),
+        (["images\\..\\..\\0.png,p,0"], "row 2: a file outside the folder"),
         (["s3://bucket/0.png,p,0"], "row 2: a file outside the folder"),
         (["images/0.png,p,0", "images/0.png,p,0"], "rows 2 and 3 name one file"),
         (["images/0.png,p,0", "images/./0.png,q,0"], "rows 2 and 3 name one file"),
@@ -91,7 +89,7 @@ def test_a_mistake_is_told_by_its_row(tmp_path: Path, lines: list[str], message:
         ("split", "both", "row 2: a split that is none of train, val and test"),
         ("x,y,width,height", "1,2,3,4", "row 2: target 0 with a box"),
         ("x,y,width,height", "1,2,3,", "row 2: a box that lacks a side"),
-        ("x,y,width,height", "1,2,a,4", "column width holds something else than numbers"),
+        ("x,y,width,height", "1,2,a,4", "column width has values that are not numbers"),
     ],
 )
 def test_a_mistake_in_an_optional_column_is_told(
@@ -101,9 +99,48 @@ def test_a_mistake_in_an_optional_column_is_told(
         read(write(tmp_path, f"{FIRST},{names}", f"images/0.png,p,0,{row}"))
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        "File,Patient,TARGET,Split,X,Y,Width,Height",
+        "file, patient, target, split, x, y, width, height",
+    ],
+)
+def test_names_and_cells_may_be_spelt_otherwise(tmp_path: Path, names: str) -> None:
+    rows = ["images\\0.png,p ,0,train,,,,", "images/1.png, p,1.0, test,1,2,3,4"]
+    source = read(write(tmp_path, names, *rows))
+    assert len({study.patient for study in source.studies}) == 1
+    assert {(s.target, s.published, len(s.boxes)) for s in source.studies} == {
+        (0, "train", 0),
+        (1, "test", 1),
+    }
+
+
+@pytest.mark.parametrize("cells", ["062Y,F,PA", "62.0,female,pa", "62, Female ,PA "])
+def test_values_of_a_header_may_be_spelt_otherwise(tmp_path: Path, cells: str) -> None:
+    source = read(write(tmp_path, f"{FIRST},age,sex,view", f"images/0.png,p,0,{cells}"))
+    header = source.studies[0].header
+    assert header is not None
+    assert (header.age, header.sex, header.view) == (62, "F", "PA")
+
+
+def test_views_that_are_not_frontal_are_left_out(tmp_path: Path) -> None:
+    views = ["PA", "lateral", "LL", "portable"]
+    rows = [f"images/{i}.png,p{i},0,{view}" for i, view in enumerate(views)]
+    source = read(write(tmp_path, f"{FIRST},view", *rows))
+    assert source.summary.endswith("2 patients; 2 views that are not frontal left out")
+
+
+def test_a_long_table_of_texts_with_line_breaks(tmp_path: Path) -> None:
+    report = '"first line\nsecond, ' + "x" * 10_000 + '"'
+    rows = [f"images/0.png,p,1,{i},{i},5,5,{report}" for i in range(300)]
+    (study,) = read(write(tmp_path, f"{FIRST},x,y,width,height,finding", *rows)).studies
+    assert len(study.boxes) == 300
+
+
 def test_one_study_of_two_files_is_refused(tmp_path: Path) -> None:
     rows = ["images/0.png,p,0,s", "images/1.png,p,0,s"]
-    with pytest.raises(SourceError, match="rows 2 and 3 name one study, of two files"):
+    with pytest.raises(SourceError, match="rows 2 and 3 give one study two files"):
         read(write(tmp_path, f"{FIRST},study", *rows))
 
 
