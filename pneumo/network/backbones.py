@@ -1,4 +1,4 @@
-"""torchvision's networks with one input channel and one logit, and their first weights."""
+"""torchvision's networks with one input channel and one logit, and their initial weights."""
 
 import io
 import pickle
@@ -22,29 +22,29 @@ _WRAPPERS = (
     "ema",
     *("state_dict", "model_state_dict", "teacher", "student", "model", "net", "encoder"),
 )
-"""The names under which training programs put the weights in their checkpoints."""
+"""Keys of the weights in the checkpoints of common training programs."""
 
 
 @dataclass(frozen=True)
 class Initialisation:
-    """Where the first weights came from."""
+    """Where the initial weights came from."""
 
     source: str
     """'imagenet', 'random' or 'file'."""
     message: str
-    """One sentence for the person at the terminal."""
+    """One sentence for the user."""
     fell_back: bool = False
-    """Whether something else had been asked for."""
+    """Whether random weights replace unavailable ones."""
 
 
 class LayerNames(NamedTuple):
-    """The names of a backbone's layers that are used here."""
+    """Names of a backbone's layers."""
 
     first_conv: str
     head: str
     """The last linear layer."""
     blocks: str
-    """The last of these gives the maps of Grad-CAM."""
+    """A sequence of blocks; Grad-CAM uses the last one."""
 
 
 _LAYER_NAMES = {
@@ -58,7 +58,7 @@ _LAYER_NAMES = {
 
 def build_model(backbone: str) -> nn.Module:
     """The network with random weights: float images (B, 1, H, W) -> logits (B, 1)."""
-    import torchvision  # 1.6 s of CPU, as it imports torch's compiler: only where one is built
+    import torchvision  # here, as it imports torch's compiler: 1.6 s of CPU
 
     model: nn.Module = getattr(torchvision.models, backbone)(weights=None, num_classes=1)
     name = _layer_names(model).first_conv
@@ -72,24 +72,25 @@ def build_model(backbone: str) -> nn.Module:
 
 
 def initialise(model: nn.Module, config: ModelConfig, *, seed: int) -> Initialisation:
-    """Fill `model` as `config.weights` asks; never silently with something else.
+    """Initialise `model` as `config.weights` says.
 
-    Random weights depend on the seed. Where ImageNet weights are neither cached nor reachable, the
-    random ones stay, and the result says so. Raises ConfigError for a file that does not fit.
+    Random weights depend on `seed` alone. Where ImageNet weights are neither cached nor reachable
+    the weights are random, and the result says so. Raises ConfigError for a file that is missing or
+    does not fit.
     """
     _randomise(model, config.backbone, seed)
     if config.weights == "random":
-        return Initialisation("random", f"random weights, seed {seed}, as asked for")
+        return Initialisation("random", f"random weights, seed {seed}, as configured")
     if config.weights == "imagenet":
         try:
             state = _download(config.backbone)
-        # A broken cache fails as torch.load does; a proxy as http.client does.
+        # torch.load's errors for a broken cache, http.client's for a proxy.
         except (OSError, RuntimeError, HTTPException, pickle.UnpicklingError, EOFError) as error:
             reason = first_line(error)
             return Initialisation(
                 "random",
                 f"ImageNet weights are not available ({reason}): random weights, seed {seed}, "
-                "instead; expect a lower AUROC. --model.weights random says that it is meant",
+                "instead; expect a lower AUROC. Set --model.weights random if that is intended",
                 fell_back=True,
             )
         load_backbone(model, state, "torchvision's ImageNet weights")
@@ -111,17 +112,17 @@ def initialise(model: nn.Module, config: ModelConfig, *, seed: int) -> Initialis
 
 
 def check_weights(config: ModelConfig) -> None:
-    """Raise ConfigError where `initialise` would: for a file that is not there or does not fit."""
+    """Raises ConfigError for a file that is missing or does not fit, as `initialise` would."""
     if config.weights not in WEIGHTS_WITHOUT_FILE:
         initialise(build_model(config.backbone), config, seed=0)
 
 
 def load_backbone(model: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
-    """Load a state dict into `model`, its classifier left as it is unless it has one output.
+    """Load a state dict into `model`; a classifier of another shape is not loaded.
 
-    A first convolution of three channels is summed over them: a gray image repeated three times
-    gives the same activations. The names may have a prefix, as an encoder's have in a file of
-    self-supervised training; entries without it are left out. Raises ConfigError, which names what
+    A first convolution of three channels is summed over them, which gives the same activations as a
+    gray image repeated three times. The names may have a prefix, as an encoder's have after
+    self-supervised training; entries without it are ignored. Raises ConfigError, which names what
     does not fit.
     """
     names, own = _layer_names(model), model.state_dict()
@@ -129,16 +130,16 @@ def load_backbone(model: nn.Module, state: Mapping[str, Tensor], name: str) -> N
     head_root = names.head.split(".")[0] + "."
     prefix = _find_prefix(state, first_key, own)
     fitted = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    if prefix:  # a projection head in the classifier's place
+    if prefix:  # there may be a projection head in place of the classifier
         fitted = {k: v for k, v in fitted.items() if k in own or not k.startswith(head_root)}
     first = fitted.get(first_key)
     if first is not None and first.ndim == 4 and first.shape[1] == 3:
         fitted[first_key] = first.sum(dim=1, keepdim=True)
-    # Weights from before PyTorch 0.4.1, such as torchvision's of ResNet-18, count no batches.
+    # Weights saved before PyTorch 0.4.1, as torchvision's ResNet-18, lack num_batches_tracked.
     fitted = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")} | fitted
     for key in (key for key in own if key.startswith(head_root)):
-        of_head = key.startswith(f"{names.head}.")
-        if key not in fitted or (of_head and fitted[key].shape != own[key].shape):
+        in_head = key.startswith(f"{names.head}.")
+        if key not in fitted or (in_head and fitted[key].shape != own[key].shape):
             fitted[key] = own[key]
     wrong = [
         f"{key} {tuple(fitted[key].shape)} for {tuple(own[key].shape)}"
@@ -157,17 +158,17 @@ def load_backbone(model: nn.Module, state: Mapping[str, Tensor], name: str) -> N
 
 
 def gradcam_layer(model: nn.Module) -> nn.Module:
-    """The last convolutional block, whose maps the classifier averages."""
+    """The last convolutional block, whose feature maps the classifier averages."""
     return model.get_submodule(_layer_names(model).blocks)[-1]  # type: ignore[index, no-any-return]
 
 
 def _layer_names(model: nn.Module) -> LayerNames:
-    # Other networks must name their layers as ResNet does.
+    # Networks of other classes must have ResNet's layer names.
     return _LAYER_NAMES.get(type(model).__name__, _LAYER_NAMES["ResNet"])
 
 
 def _unwrap(content: object, url: str) -> Mapping[str, Tensor]:
-    """The state dict in a file's content: itself, or below one of the usual names.
+    """The state dict in a file's content: the content itself, or the value of a key of _WRAPPERS.
 
     Raises ConfigError where there is none.
     """
@@ -186,10 +187,10 @@ def _unwrap(content: object, url: str) -> Mapping[str, Tensor]:
 
 
 def _find_prefix(state: Mapping[str, Tensor], first_key: str, own: Mapping[str, Tensor]) -> str:
-    """What stands before the backbone's own names in `state`; '' where it is not found.
+    """The prefix of the backbone's names in `state`; '' where none is found.
 
-    Of several encoders the one that was trained counts, not its momentum copy (MoCo's encoder_k);
-    then the one with more of our names.
+    Of several encoders the trained one is taken, not its momentum copy (MoCo's encoder_k); then the
+    one with the most names of `own`.
     """
     found = [
         k.removesuffix(first_key) for k in state if k == first_key or k.endswith(f".{first_key}")
@@ -206,7 +207,7 @@ def _randomise(model: nn.Module, backbone: str, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if type(model).__name__ in _LAYER_NAMES.keys() - {"ResNet"}:
-            # Each kind has rules of its own, which torchvision follows when it builds one.
+            # Each class has its own initialisation, in torchvision's constructor.
             model.load_state_dict(build_model(backbone).state_dict())
             return
         for module in model.modules():
@@ -217,14 +218,14 @@ def _randomise(model: nn.Module, backbone: str, seed: int) -> None:
 
 
 def _download(backbone: str) -> Mapping[str, Tensor]:
-    """torchvision's ImageNet weights, from its cache or the network, within a time limit."""
+    """torchvision's ImageNet weights, from its cache or the internet, with a time limit."""
     import torchvision  # see build_model
 
     weights = torchvision.models.get_model_weights(backbone).DEFAULT
-    before = socket.getdefaulttimeout()
+    old_timeout_s = socket.getdefaulttimeout()
     socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT_S)
     try:
         state: Mapping[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True)
     finally:
-        socket.setdefaulttimeout(before)
+        socket.setdefaulttimeout(old_timeout_s)
     return state

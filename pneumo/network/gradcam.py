@@ -1,6 +1,6 @@
-"""Grad-CAM: which places of an image raised the network's logit (Selvaraju 2017, arXiv:1610.02391).
+"""Grad-CAM: which regions of an image raised the logit (Selvaraju 2017, arXiv:1610.02391).
 
-A map says what moved the logit, not what is ill: it is an aid to find shortcuts, no diagnosis.
+A map shows what raised the logit, not what is ill: it helps to find shortcuts, and is no diagnosis.
 """
 
 from collections.abc import Iterator
@@ -24,21 +24,21 @@ def gradcam(model: nn.Module, images: Tensor) -> Maps:
     """Grad-CAM of the positive class at the last convolutional block.
 
     `images` float32 (B, 1, H, W), normalised as in training, on the model's device. Returns
-    float32 (B, H, W) in [0, 1], each map stretched to its own maximum: two maps' values cannot be
-    compared, and a map is 0 everywhere where nothing speaks for pneumonia. Computed in float32 and
-    in eval mode; the model is left as it was. `model` must not be compiled. Raises MetricError for
-    a network that does not give one logit an image.
+    float32 (B, H, W) in [0, 1], each map divided by its own maximum: values of two maps cannot be
+    compared. A map without positive evidence is 0 everywhere. Computed in float32 and in eval mode;
+    the model is left unchanged. `model` must not be compiled. Raises MetricError for a network
+    without one logit per image.
 
-    It costs little more than a forward pass, a third of what pytorch-grad-cam's own example takes:
-    only what stands behind the block is differentiated.
+    It costs little more than a forward pass, a third of pytorch-grad-cam's own example: only the
+    layers after the block are differentiated.
     """
-    # 1.6 s of CPU, as it imports Matplotlib and scikit-learn: only where maps are made.
+    # Imported here, as it imports Matplotlib and scikit-learn: 1.6 s of CPU.
     from pytorch_grad_cam import GradCAM
     from pytorch_grad_cam.utils.model_targets import BinaryClassifierOutputTarget
 
     layer = gradcam_layer(model)
     with (
-        _undisturbed(model),
+        _frozen_in_eval_mode(model),
         _graph_from(layer),
         torch.enable_grad(),
         GradCAM(model, [layer]) as cam,
@@ -48,16 +48,16 @@ def gradcam(model: nn.Module, images: Tensor) -> Maps:
             targets=[BinaryClassifierOutputTarget(1)] * len(images),
         )
         return np.asarray(maps, dtype=np.float32)
-    # The library's `with` swallows an IndexError and goes on without a result.
+    # Reached where the library's context manager has suppressed an IndexError.
     raise MetricError("Grad-CAM gave no map; has the model one logit per image?")
 
 
 def build_random_network(backbone: str, *, seed: int) -> nn.Module:
-    """The same architecture with random weights, in evaluation mode: its maps' scores show what
-    architecture and data give without learning (Adebayo 2018, sanity checks for saliency maps).
+    """The architecture with random weights, in evaluation mode: the baseline of maps without any
+    training (Adebayo 2018, sanity checks for saliency maps).
 
-    A random classifier may find nothing positive anywhere, and its maps are empty; the first of
-    the networks that `seed` draws is taken whose maps of noise mostly are not.
+    The maps of a random classifier may all be empty. Of the networks that follow from `seed` the
+    first is taken whose maps of noise are mostly not.
     """
     noise = torch.randn(8, 1, 64, 64, generator=torch.Generator().manual_seed(0))
     network = build_model(backbone)
@@ -71,14 +71,14 @@ def build_random_network(backbone: str, *, seed: int) -> nn.Module:
 
 @contextmanager
 def _graph_from(layer: nn.Module) -> Iterator[None]:
-    """Inside, autograd's graph begins at the layer's output."""
+    """Autograd's graph starts at the layer's output, inside the context."""
 
-    def begin_here(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
-        # A clone, because what follows may write into its input, as DenseNet's last ReLU does;
-        # never into a leaf.
+    def start_graph(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+        # A clone: the next layer may write in place, as DenseNet's last ReLU does, which autograd
+        # forbids for a leaf.
         return output.detach().requires_grad_().clone()
 
-    hook = layer.register_forward_hook(begin_here)
+    hook = layer.register_forward_hook(start_graph)
     try:
         yield
     finally:
@@ -86,8 +86,8 @@ def _graph_from(layer: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Inside: eval mode and float32; afterwards no parameter holds a gradient."""
+def _frozen_in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode, float32 and no gradients of parameters, inside the context."""
     was_training = model.training
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     device_type = next(model.parameters()).device.type

@@ -1,4 +1,4 @@
-"""Running trained networks: from stored images or batches to one logit a study."""
+"""Inference of trained networks: stored images or batches -> one logit per study."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,13 +16,13 @@ from pneumo.loading.blocks import to_input
 from pneumo.loading.loader import Batch
 
 VIEWS = AugmentConfig()
-"""How far the views of test-time augmentation are moved: never flipped, as the heart is on one
-side."""
+"""Augmentation of the views of test-time augmentation; never flipped, as the heart is on the
+left."""
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Logits of some studies, with keys and targets; all arrays have shape (N,)."""
+    """Logits of N studies, with keys and targets; all arrays have shape (N,)."""
 
     keys: npt.NDArray[np.str_]
     logits: npt.NDArray[np.float32]
@@ -34,7 +34,7 @@ class Scores:
 
     @classmethod
     def join(cls, parts: Sequence[Self]) -> Self:
-        """All parts as one, in their order."""
+        """The parts concatenated, in their order."""
         return cls(
             np.concatenate([np.empty(0, np.str_), *(part.keys for part in parts)]),
             np.concatenate([np.empty(0, np.float32), *(part.logits for part in parts)]),
@@ -43,7 +43,7 @@ class Scores:
 
 
 def average_scores(parts: Sequence[Scores]) -> Scores:
-    """The mean logit of each study over several scorings of the same studies, sorted by key."""
+    """The mean logit of each study over several scores of the same studies, sorted by key."""
     ordered = [np.argsort(part.keys, kind="stable") for part in parts]
     first = parts[0].keys[ordered[0]]
     for part, order in zip(parts, ordered, strict=True):
@@ -56,9 +56,9 @@ def average_scores(parts: Sequence[Scores]) -> Scores:
 def score(model: nn.Module, batches: Iterable[Batch]) -> Scores:
     """The logits of the studies in `batches`, in their order.
 
-    Always in float32: the 8 bits of a bfloat16 logit would tie studies that differ. For the speed
-    of validation a GPU's convolutions may take TF32 products (10 bits), added up in float32. The
-    model is left in evaluation mode.
+    Always in float32: in bfloat16, of 8 bits, logits of different studies would be equal. To make
+    validation fast, a GPU's convolutions may multiply in TF32 (10 bits) and accumulate in float32.
+    The model is left in evaluation mode.
     """
     model.eval()
     keys: list[str] = []
@@ -71,7 +71,7 @@ def score(model: nn.Module, batches: Iterable[Batch]) -> Scores:
             keys += batch.keys
     if not keys:
         return Scores.join([])
-    # Only now: a copy to the host within the loop would wait for each batch.
+    # Copied once: a copy to the host within the loop would block on each batch.
     return Scores(
         np.array(keys, dtype=np.str_),
         torch.cat(logits).cpu().numpy(),
@@ -81,36 +81,36 @@ def score(model: nn.Module, batches: Iterable[Batch]) -> Scores:
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """One trained network of those whose logits are averaged, and how it is fed."""
+    """A trained network of an ensemble, whose logits are averaged, and the input that it takes."""
 
     network: nn.Module
     backbone: str
     image_size: int
     """Height and width of its input, in pixels."""
     mean: float
-    """Of the gray levels it was trained on, in [0, 1], as `std`."""
+    """Mean gray level of its training images, in [0, 1]; likewise `std`."""
     std: float
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """The device of the network."""
         return next(self.network.parameters()).device
 
 
 def prepare_input(pixels: Sequence[npt.NDArray[np.uint8]], member: Member) -> Tensor:
-    """Stored images (S, S) uint8 as the member takes them: (B, 1, H, W) float32, normalised."""
+    """Stored images (S, S) uint8 -> the member's input: (B, 1, H, W) float32, normalised."""
     images = to_input(pixels, member.image_size).to(member.device)
     return normalise(images, member.mean, member.std)
 
 
-def score_pictures(
+def score_images(
     members: Sequence[Member], pixels: Sequence[npt.NDArray[np.uint8]], *, views: int = 1
 ) -> npt.NDArray[np.float32]:
     """The mean logit (B,) of stored images (S, S) uint8 over all members and `views`.
 
-    The first view is the image itself; view k is moved and recoloured as augmentation would, the
-    same way for every image, so a study's logit depends on its pixels alone. Always in float32,
-    also in a GPU's convolutions.
+    The first view is the image itself; view k is augmented, with the same parameters for every
+    image, so a study's logit depends on its pixels alone. Always in float32, also in a GPU's
+    convolutions.
     """
     total = np.zeros(len(pixels), dtype=np.float64)
     with torch.inference_mode(), _exact_convolutions():
@@ -126,21 +126,21 @@ def score_pictures(
 
 @contextmanager
 def _exact_convolutions() -> Iterator[None]:
-    """Inside, cuDNN convolves in float32, not TF32; matrix products always are in float32."""
+    """cuDNN convolves in float32, not TF32, inside the context; matrix products always do."""
     cudnn = torch.backends.cudnn
-    before = cudnn.allow_tf32
+    was_allowed = cudnn.allow_tf32
     cudnn.allow_tf32 = False
     try:
         yield
     finally:
-        cudnn.allow_tf32 = before
+        cudnn.allow_tf32 = was_allowed
 
 
 def _draw_view(member: Member, pixels: Sequence[npt.NDArray[np.uint8]], number: int) -> Tensor:
     if number == 0:
         return prepare_input(pixels, member)
     images = to_input(pixels, member.image_size).to(member.device)
-    # Drawn by the view's number: as if all images were one study in one epoch.
+    # One key and the view's number as epoch: the same parameters for all images.
     keys = ["view"] * len(pixels)
     moments = (member.mean, member.std)
     return augment(images, keys, VIEWS, seed=0, epoch=number, moments=moments)

@@ -1,1 +1,1 @@
-"""fit() and what it is made of; plain torch and torch.distributed."""
+"""fit() and its parts, in plain torch and torch.distributed."""

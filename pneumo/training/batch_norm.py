@@ -1,11 +1,11 @@
 """BatchNorm's running statistics, the same for any number of ranks.
 
-A micro-batch is normalised by its own statistics, on whichever rank it is. The running ones, which
-evaluation uses, move once a step towards the mean over all the step's micro-batches:
+In training each micro-batch is normalised by its own statistics, on whichever rank it is. The
+running statistics, which evaluation uses, are updated once per step:
 
     running = (1 - momentum) * running + momentum * mean over micro-batches and ranks
 
-which is the rule of torch.nn.BatchNorm2d where a step is one micro-batch.
+With one micro-batch per step this is the rule of torch.nn.BatchNorm2d.
 """
 
 import torch
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 
 class RunningStatistics:
-    """The running statistics of all BatchNorm layers of a model, instead of the layers' own.
+    """The running statistics of all BatchNorm layers of a model.
 
-    From construction on, a forward pass in training mode leaves the statistics of that micro-batch
-    alone in a layer's buffers, until `update` puts the running ones there.
+    Construction sets the layers' momentum to 1: a forward pass in training mode then leaves the
+    statistics of that micro-batch alone in the layers' buffers, until `update` writes the running
+    statistics to them.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -37,28 +38,28 @@ class RunningStatistics:
         device = next(model.parameters()).device
         repeats = torch.tensor(self.sizes, dtype=torch.long)
         self.momentum = torch.tensor(momenta).repeat_interleave(repeats).to(device)
-        """(D,): of each running number."""
+        """(D,): the momentum of each value."""
         self.running = self._flatten()
         self.sums = torch.zeros_like(self.running)
-        """(D,): of this rank's micro-batches in the step so far."""
+        """(D,): the sums over this rank's micro-batches in the current step."""
         self.num_added = 0
 
     def __len__(self) -> int:
-        """D: how many running numbers there are."""
+        """D, the number of values."""
         return len(self.running)
 
     def add(self) -> None:
-        """Count the micro-batch that has just gone through the network."""
+        """Add the statistics of the micro-batch that was just passed through the network."""
         if self.buffers:
             self.sums += self._flatten()
         self.num_added += 1
 
     def update(self, mean: Tensor) -> None:
-        """Take the mean (D,) over the step's micro-batches on all ranks into the buffers."""
+        """Update the buffers with the mean (D,) over the step's micro-batches on all ranks."""
         if self.buffers:
             self.running = self.running + self.momentum * (mean - self.running)
             torch._foreach_copy_(self.buffers, list(torch.split(self.running, self.sizes)))
-            torch._foreach_sub_(self.counts, self.num_added - 1)  # a step counts as one
+            torch._foreach_sub_(self.counts, self.num_added - 1)  # a step counts as one batch
         self.sums.zero_()
         self.num_added = 0
 

@@ -1,4 +1,4 @@
-"""What a training tells its caller, and what it asks."""
+"""The functions that `fit` calls while it trains, and what it passes to them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,45 +12,46 @@ Metrics = dict[str, float | None]
 
 @dataclass(frozen=True)
 class Start:
-    """Where an attempt at a run begins."""
+    """Where an attempt at a run starts."""
 
     initialisation: Initialisation
     history: tuple[Metrics, ...]
-    """Of the epochs that are complete: `Epoch.metrics` of each."""
+    """`Epoch.metrics` of each completed epoch."""
     step: int
-    """Steps done of the epoch after them."""
+    """Completed steps of the current epoch."""
     steps: int
-    """Of an epoch."""
+    """Steps per epoch."""
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """What is known after an epoch."""
+    """A completed epoch."""
 
     number: int
     """Counted from 1."""
     metrics: Metrics
-    """train/loss; data/samples, what its steps were fed; lr and grad_norm at its end; val/loss,
-    val/auroc, val/accuracy, val/precision, val/recall (at p = 0.5) and the same as val/ema_… of the
-    averaged weights; epoch_s, and what `StepTimes.read` gives."""
+    """train/loss; data/samples, the number of samples trained on; lr and grad_norm at its end;
+    val/loss, val/auroc, val/accuracy, val/precision, val/recall (at p = 0.5) and the same as
+    val/ema_… for the averaged weights; epoch_s, and the metrics of `StepTimes.read`."""
 
 
 @dataclass(frozen=True)
 class StepProgress:
-    """How far training has come within an epoch."""
+    """Progress within an epoch."""
 
     epoch: int
     """Counted from 1."""
     step: int
-    """Steps done of it."""
+    """Completed steps."""
     steps: int
+    """Steps per epoch."""
     metrics: Metrics
-    """Since the last one: train/loss, lr, grad_norm and what `StepTimes.read` gives."""
+    """Since the last report: train/loss, lr, grad_norm and the metrics of `StepTimes.read`."""
 
 
 @dataclass(frozen=True)
 class Callbacks:
-    """What the caller wants to hear; each is called on every rank.
+    """Functions of the caller; each is called on every rank.
 
     >>> callbacks = pneumo.Callbacks(on_epoch=lambda epoch: print(epoch.number, epoch.metrics))
     """
@@ -59,12 +60,12 @@ class Callbacks:
     on_step: Callable[[int, int, int], None] = lambda epoch, step, steps: None
     on_epoch: Callable[[Epoch], None] = lambda epoch: None
     on_progress: Callable[[StepProgress], None] = lambda progress: None
-    """About once a second, and at the end of an epoch."""
+    """Called about once a second, and at the end of an epoch."""
     tell: Callable[[str], None] = lambda line: None
-    """Takes one line for the person: how each split is fed, what went wrong and was mended."""
+    """Takes one line for the person: how each split is loaded, warnings, recovered failures."""
     extra_metrics: Callable[[Scores], Mapping[str, float | None]] = lambda scores: {}
-    """More metrics of an epoch: from all of val's scores, in the store's order, by the weights that
-    are scored with."""
+    """More metrics of an epoch, from the scores of all of val in the store's order. With EMA they
+    are the scores of the averaged weights."""
     should_stop: Callable[[], bool] = lambda: False
-    """Asked after each step and each batch of val. One rank's yes ends the run on all, with a
-    checkpoint and PreemptedError."""
+    """Called after each step and each batch of val. True on one rank ends the run on all ranks,
+    with a checkpoint and PreemptedError."""

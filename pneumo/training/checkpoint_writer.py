@@ -1,4 +1,4 @@
-"""How a run is written while it is trained: checkpoints and metrics.jsonl, in a thread."""
+"""Writes a run's checkpoints and metrics.jsonl while it trains, in a background thread."""
 
 import json
 import time
@@ -11,19 +11,19 @@ from pneumo.errors import CheckpointError, StorageError
 from pneumo.training.checkpoints import Checkpoint, check_claim, save_checkpoint
 
 METRICS_LOG = "metrics.jsonl"
-_WORTH_SAVING_S = 60.0
-_MOST_FAILURES = 3
+_SAVE_INTERVAL_S = 60.0
+_MAX_FAILURES = 3
 
 Position = tuple[int, int]
-"""Epochs completed, and steps of the one after them."""
+"""Completed epochs, and completed steps of the current one."""
 
 
 class BackgroundWriter:
-    """Writes in a thread of its own while training goes on, one checkpoint at a time.
+    """Writes one checkpoint at a time, in a background thread.
 
-    What is submitted must own its tensors (see `copy_to_cpu`). Where an object store does not
-    answer, a line says so and training goes on, with the checkpoint before; the third failure in a
-    row, and any other one, is raised by the method that is called next.
+    What is submitted must own its tensors (see `copy_to_cpu`). A StorageError is a warning, and the
+    checkpoint before it stays in place; the third in a row, and any other error, is raised by the
+    next method call.
     """
 
     def __init__(self, tell: Callable[[str], None]) -> None:
@@ -31,26 +31,26 @@ class BackgroundWriter:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._failures = 0
-        """In a row."""
+        """Consecutive."""
 
     def submit(self, write: Callable[[], None]) -> None:
-        """Start `write` once the one before it has ended."""
+        """Start `write` after the one before it has ended."""
         self._settle()
         self._pending = self._pool.submit(write)
 
     def check(self) -> None:
-        """Raise what has gone wrong by now; waits for nothing."""
+        """Raise an error of the writing so far; does not wait."""
         if self._pending is not None and self._pending.done():
             self._settle()
 
     def flush(self) -> None:
-        """Return when all is written. Raises what the writing raised."""
+        """Wait until all is written. Raises what the writing raised."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def close(self) -> None:
-        """End the thread after what it is writing; a failure becomes a warning."""
+        """Wait for what is being written and end the thread; a failure becomes a warning."""
         self._pool.shutdown(wait=True)
         pending, self._pending = self._pending, None
         if pending is not None and (error := pending.exception()) is not None:
@@ -61,15 +61,15 @@ class BackgroundWriter:
             self.flush()
         except StorageError as error:
             self._failures += 1
-            if self._failures == _MOST_FAILURES:
+            if self._failures == _MAX_FAILURES:
                 raise
-            self._tell(f"warning: a checkpoint could not be written, training goes on: {error}")
+            self._tell(f"warning: a checkpoint could not be written, training continues: {error}")
         else:
             self._failures = 0
 
 
 class RunWriter(BackgroundWriter):
-    """Writes what rank 0 gives it, each position of the run once."""
+    """Writes the checkpoints of a run; each position once. Only rank 0 uses it."""
 
     def __init__(
         self,
@@ -78,47 +78,45 @@ class RunWriter(BackgroundWriter):
         *,
         keep_last: int,
         tell: Callable[[str], None],
-        begun_at: Position | None = None,
+        saved_at: Position | None = None,
     ) -> None:
-        """`attempt` is the id under which it writes, `begun_at` what is saved already."""
+        """`attempt` is the attempt's id, `saved_at` the position of the newest checkpoint."""
         super().__init__(tell)
         self.run_url, self.attempt, self.keep_last = run_url, attempt, keep_last
-        self.saved_at = begun_at
+        self.saved_at = saved_at
         self.saved_s = time.monotonic()
 
     @property
-    def is_worth_saving(self) -> bool:
-        """Whether training is to be saved before its epoch is validated, which may take long: when
-        it would take a minute to repeat. Less is not worth another 134 MB."""
-        return time.monotonic() - self.saved_s >= _WORTH_SAVING_S
+    def is_save_due(self) -> bool:
+        """Whether to save before an epoch's validation, which may take long: where a minute or more
+        of training could be lost. Less is not worth another 134 MB."""
+        return time.monotonic() - self.saved_s >= _SAVE_INTERVAL_S
 
     def save(
         self,
         position: Position,
-        take: Callable[[], Checkpoint],
+        build: Callable[[], Checkpoint],
         *,
         finished: bool = False,
         stopped_early: bool = False,
         wait: bool = False,
     ) -> None:
-        """Begin to write the checkpoint that `take` gives; `wait` returns when it is written.
-
-        Raises what writing this one, or one before, has raised: see `BackgroundWriter`.
-        """
+        """Start to write the checkpoint that `build` returns; with `wait`, return when it is
+        written. Raises errors of this and earlier writes: see `BackgroundWriter`."""
         if position != self.saved_at:
             self.saved_at, self.saved_s = position, time.monotonic()
             self.submit(
-                partial(self._write, take(), finished=finished, stopped_early=stopped_early)
+                partial(self._write, build(), finished=finished, stopped_early=stopped_early)
             )
         if wait:
             self.flush()
 
     def _write(self, checkpoint: Checkpoint, *, finished: bool, stopped_early: bool) -> None:
-        """The epochs' metrics, the checkpoint, the index; nothing when the run is another
-        attempt's.
+        """Write metrics.jsonl, the checkpoint, then the index.
 
-        Raises CheckpointError where a local run cannot be written: a disk does not come back by
-        itself.
+        Raises RunError, and writes nothing, when another attempt has claimed the run;
+        CheckpointError where a local run cannot be written: unlike an object store, a disk does not
+        recover by itself.
         """
         try:
             check_claim(self.run_url, self.attempt)
@@ -135,18 +133,18 @@ class RunWriter(BackgroundWriter):
             if not storage.is_local(self.run_url):
                 raise
             raise CheckpointError(
-                f"no checkpoint could be written: {error}; the same command goes on when that is "
-                "mended"
+                f"no checkpoint could be written: {error}; repair that, and repeat the command to "
+                "resume"
             ) from error
 
 
 def write_history(run_url: str, history: Sequence[Mapping[str, float | None]]) -> None:
-    """The run's metrics.jsonl: `Epoch.metrics` of each epoch that is complete."""
+    """Write metrics.jsonl: `Epoch.metrics` of each completed epoch."""
     text = "".join(f"{json.dumps(record, allow_nan=False)}\n" for record in history)
     storage.write_text(storage.join(run_url, METRICS_LOG), text)
 
 
 def read_history(run_url: str) -> list[dict[str, float | None]]:
-    """What `write_history` wrote. Raises FileNotFoundError where no epoch is complete."""
+    """The metrics of each completed epoch. Raises FileNotFoundError where there is none."""
     lines = storage.read_text(storage.join(run_url, METRICS_LOG)).splitlines()
     return [json.loads(line) for line in lines]

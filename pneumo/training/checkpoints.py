@@ -1,12 +1,11 @@
-"""Self-describing checkpoints: all that is needed to go on, to score, and to know what this is.
+"""Self-describing checkpoints: all that is needed to resume, to score, and to identify the model.
 
 A run's `checkpoints/index.json` is written after the file it names, and holds the file's SHA-256;
-a checkpoint that the index does not name does not count.
+a checkpoint that is not in the index is ignored.
 
-Only one attempt at a run may write: the one whose id the index carries, put there by `claim_run`. A
-lost attempt may go on for minutes on a node that nobody reaches; what it writes late changes
-nothing, as its id is no longer there. The id is in the names of its files too, so no two attempts
-write the same one.
+Only one attempt at a run may write: the one whose id is in the index, put there by `claim_run`. A
+lost attempt may continue for minutes on an unreachable node; what it writes has no effect, as its
+id is no longer in the index. File names contain the id, so no two attempts write the same file.
 """
 
 import hashlib
@@ -34,21 +33,21 @@ SCHEMA_VERSION = 2
 _INDEX = "index.json"
 _SUFFIX = ".pt"
 AUROC_OF = {"raw": "val/auroc", "ema": "val/ema_auroc"}
-"""The metric that says which epoch is the best, by the weights that are scored with."""
+"""The metric that decides which epoch is the best, by the weights used for scoring."""
 
 
 class CheckpointEntry(BaseModel, frozen=True):
-    """What the index says of one checkpoint."""
+    """A checkpoint in the index."""
 
     name: str
     epoch: int
-    """Epochs completed."""
+    """Completed epochs."""
     step: int = 0
-    """Steps done of the epoch after them."""
+    """Completed steps of the current epoch."""
     val_auroc: float | None
-    """Of the weights that are scored with; None in mid-epoch and where undefined."""
+    """With the weights used for scoring; None in mid-epoch and where undefined."""
     weights: Literal["raw", "ema"] = "raw"
-    """Which weights are scored with: the average where the run keeps one."""
+    """The weights used for scoring: with EMA their average."""
     sha256: str
 
 
@@ -61,57 +60,57 @@ class CheckpointIndex(BaseModel, frozen=True):
     finished: bool = False
     """Whether the run has ended: after all its epochs, or early."""
     stopped_early: bool = False
-    """Whether it ended because `train.patience` epochs brought nothing better."""
+    """Whether it ended because val AUROC did not improve for `train.patience` epochs."""
     entries: tuple[CheckpointEntry, ...] = ()
 
     @property
     def latest(self) -> CheckpointEntry:
-        """The newest."""
+        """The newest checkpoint."""
         return self.entries[-1]
 
     @property
     def best(self) -> CheckpointEntry:
-        """The one of the highest val AUROC; the newest where none is defined."""
+        """The checkpoint with the highest val AUROC; the newest where none has one."""
         scored = [entry for entry in self.entries if entry.val_auroc is not None]
         return max(scored, key=lambda entry: entry.val_auroc or 0.0) if scored else self.latest
 
     def until(self, entry: CheckpointEntry) -> Self:
-        """The same without what comes after `entry`."""
+        """The index without the checkpoints after `entry`."""
         return self.model_copy(update={"entries": self.entries[: self.entries.index(entry) + 1]})
 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """What a file holds."""
+    """The content of a checkpoint file."""
 
     model: dict[str, torch.Tensor]
     optimizer: dict[str, Any]
     epoch: int
-    """Epochs completed."""
+    """Completed epochs."""
     config: Config
     manifest_digest: str
     image_size: int
     mean: float
     std: float
     history: tuple[dict[str, float | None], ...]
-    """The epochs' metrics so far."""
+    """The metrics of each completed epoch."""
     initialisation: str
-    """Where the first weights came from."""
+    """`Initialisation.source`."""
     code_version: str
     """Package version and git revision."""
     ema: dict[str, torch.Tensor] | None = None
-    """The average of the weights, where the run keeps one."""
+    """The average of the weights, with EMA."""
     step: int = 0
-    """Steps done of the epoch after them. (seed, epoch, step) is the whole data position, and every
-    random draw is made from it: there is no generator whose state would have to be kept."""
+    """Completed steps of the current epoch. All random numbers and the data order are functions of
+    (seed, epoch, step), so no state of a random generator is saved."""
     epoch_loss: float = 0.0
     """Sum of these steps' losses."""
     grad_norm: float | None = None
-    """Of the gradient in these steps, when it was last taken."""
+    """The last gradient norm computed in these steps."""
     samples_fed: int = 0
-    """What these steps were fed, on all ranks."""
+    """Samples in these steps, on all ranks."""
     versions: dict[str, str] = field(default_factory=lambda: describe_versions())
-    """Of Python, torch and the like: `describe_versions`."""
+    """See `describe_versions`."""
 
     @property
     def weights(self) -> Literal["raw", "ema"]:
@@ -120,7 +119,7 @@ class Checkpoint:
 
     @property
     def val_auroc(self) -> float | None:
-        """Of the weights to score with; None in mid-epoch and where undefined."""
+        """With the weights to score with; None in mid-epoch and where undefined."""
         if self.step or not self.history:
             return None
         return self.history[-1][AUROC_OF[self.weights]]
@@ -132,23 +131,26 @@ class Checkpoint:
 
 
 def claim_run(run_url: str, index: CheckpointIndex | None = None) -> str:
-    """Make a new attempt the run's only writer, which goes on after the newest of `index`; its id.
+    """Make a new attempt the run's only writer, resuming from the newest of `index`. Returns its
+    id.
 
-    What a lost attempt left is removed: files that `index` does not name, and halves of files.
+    Removes what a lost attempt left: files that are not in `index`, and partly written files.
     """
     attempt = uuid.uuid4().hex[:8]
     claimed = CheckpointIndex(attempt=attempt, entries=() if index is None else index.entries)
     _write_index(run_url, claimed)
-    _remove_unlisted(run_url, {entry.name for entry in claimed.entries})
+    for name in {*_list_files(run_url)} - {entry.name for entry in claimed.entries}:
+        storage.remove(_url(run_url, name))
+    storage.remove_partials(storage.join(run_url, "checkpoints"))
     return attempt
 
 
 def check_claim(run_url: str, attempt: str) -> CheckpointIndex:
-    """The run's index as it is now. Raises RunError when the run is no longer this attempt's."""
+    """The run's current index. Raises RunError when another attempt has claimed the run."""
     index = _read_index(run_url)
     if index is None or index.attempt != attempt:
         raise RunError(
-            f"{run_url}: another attempt has taken this run over, so this one ({attempt}) writes "
+            f"{run_url}: another attempt has claimed this run, so this one ({attempt}) writes "
             "nothing more; was the same --run started twice?"
         )
     return index
@@ -163,16 +165,23 @@ def save_checkpoint(
     finished: bool,
     stopped_early: bool = False,
 ) -> None:
-    """Write the checkpoint, then the index; then drop what is neither the best nor among the last
-    `keep_last`: of those of whole epochs, and of those within the epoch after them.
+    """Write the checkpoint, then the index; then remove all but the best, the last `keep_last` at
+    the end of an epoch, and the last `keep_last` within the current epoch.
 
-    Raises RunError, and touches nothing, when the run is not `attempt`'s.
+    Raises RunError, and writes nothing, when another attempt has claimed the run.
     """
     check_claim(run_url, attempt)
-    data = _serialise(checkpoint)
-    behind = f"-step-{checkpoint.step:06d}" if checkpoint.step else ""
+    data = to_bytes(
+        {
+            **vars(checkpoint),
+            "schema_version": SCHEMA_VERSION,
+            "config": checkpoint.config.model_dump(mode="json"),
+            "history": list(checkpoint.history),
+        }
+    )
+    step = f"-step-{checkpoint.step:06d}" if checkpoint.step else ""
     entry = CheckpointEntry(
-        name=f"epoch-{checkpoint.epoch:04d}{behind}-{attempt}{_SUFFIX}",
+        name=f"epoch-{checkpoint.epoch:04d}{step}-{attempt}{_SUFFIX}",
         epoch=checkpoint.epoch,
         step=checkpoint.step,
         val_auroc=checkpoint.val_auroc,
@@ -180,7 +189,7 @@ def save_checkpoint(
         sha256=hashlib.sha256(data).hexdigest(),
     )
     storage.write_bytes(_url(run_url, entry.name), data)
-    old = check_claim(run_url, attempt)  # again: the bytes may have been under way for minutes
+    old = check_claim(run_url, attempt)  # again: the upload may have taken minutes
     entries = (*old.entries, entry)
     kept = _select_kept(entries, keep_last)
     _write_index(
@@ -197,32 +206,21 @@ def _select_kept(
     entries: tuple[CheckpointEntry, ...], keep_last: int
 ) -> tuple[CheckpointEntry, ...]:
     best = CheckpointIndex(entries=entries).best
-    whole = [entry for entry in entries if entry.step == 0]
-    # Once an epoch has a checkpoint of its own, those within it are not needed.
-    epochs = whole[-1].epoch if whole else 0
-    inside = [entry for entry in entries if entry.step and entry.epoch >= epochs]
-    wanted = [best, *whole[-keep_last:], *inside[-keep_last:]]
-    return tuple(entry for entry in entries if entry in wanted)
-
-
-def _serialise(checkpoint: Checkpoint) -> bytes:
-    return to_bytes(
-        {
-            **vars(checkpoint),
-            "schema_version": SCHEMA_VERSION,
-            "config": checkpoint.config.model_dump(mode="json"),
-            "history": list(checkpoint.history),
-        }
-    )
+    epoch_ends = [entry for entry in entries if entry.step == 0]
+    # Those within an epoch are not needed once it has ended.
+    epochs = epoch_ends[-1].epoch if epoch_ends else 0
+    mid_epoch = [entry for entry in entries if entry.step and entry.epoch >= epochs]
+    kept = [best, *epoch_ends[-keep_last:], *mid_epoch[-keep_last:]]
+    return tuple(entry for entry in entries if entry in kept)
 
 
 def to_bytes(state: dict[str, Any]) -> bytes:
-    """What torch.save makes of `state`, by way of a file in memory (Linux's memfd).
+    """The bytes of torch.save, through a file in memory (Linux's memfd).
 
-    torch writes to a file without Python's lock. With a BytesIO it holds the lock, and the steps
-    that train meanwhile take 2.5 times as long on the host.
+    torch releases the GIL while it writes to a file. With a BytesIO it holds the GIL, and training
+    steps at the same time take 2.5 times as long on the host.
     """
-    # Other systems have no memfd, and a limit on a file's size holds for it too.
+    # Other systems have no memfd, and a limit on file sizes applies to it too.
     with (
         suppress(AttributeError, OSError, RuntimeError),
         os.fdopen(os.memfd_create("checkpoint"), "rb", buffering=0) as file,
@@ -248,9 +246,9 @@ def copy_to_cpu(state: Any) -> Any:
 def load_newest(
     run_url: str, index: CheckpointIndex, tell: Callable[[str], None] = lambda line: None
 ) -> tuple[CheckpointEntry, Checkpoint]:
-    """The newest checkpoint that is whole; `tell` hears of each that is not.
+    """The newest valid checkpoint; `tell` gets a warning of each invalid one.
 
-    Raises CheckpointError when none of the index's is.
+    Raises CheckpointError when the index has no valid one.
     """
     for number, entry in enumerate(reversed(index.entries), 1):
         try:
@@ -258,19 +256,20 @@ def load_newest(
         except CheckpointError as error:
             if number == len(index.entries):
                 raise
-            tell(f"warning: {error}; taking the one before it")
+            tell(f"warning: {error}; using the one before it")
     raise CheckpointError(f"{run_url}: no checkpoint in its index")
 
 
 def find_index(run_url: str) -> CheckpointIndex | None:
-    """The run's index, or None where nothing has been trained. Raises CheckpointError."""
+    """The run's index, or None where it has no checkpoint. Raises CheckpointError."""
     index = _read_index(run_url)
     return index if index is not None and index.entries else None
 
 
 def find_weights(config: Config) -> Config:
-    """The same, `model.weights` a whole path, as workers run in folders of their own; for a run's
-    folder, that of its best checkpoint. Raises RunError for a run without one, CheckpointError."""
+    """`config` with an absolute path as `model.weights`, as workers have other working folders;
+    for a run's folder the path of its best checkpoint. Raises RunError for a run without a
+    checkpoint, CheckpointError."""
     config = with_absolute_weights(config)
     url = config.model.weights
     if url in WEIGHTS_WITHOUT_FILE or not storage.exists(_url(url, _INDEX)):
@@ -289,19 +288,19 @@ def read_index(run_url: str) -> CheckpointIndex:
 
 
 def load_checkpoint(run_url: str, entry: CheckpointEntry) -> Checkpoint:
-    """Read a checkpoint that the index names; tensors on the CPU.
+    """Read a checkpoint of the index; tensors are on the CPU.
 
-    Only tensors and plain values are unpickled: a file that would run code is refused. Raises
+    Only tensors and plain values are unpickled; a file with code is refused. Raises
     CheckpointError.
     """
     url = _url(run_url, entry.name)
     try:
         data = storage.read_bytes(url, sha256=entry.sha256)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{url}: the index names it, but it is gone") from error
+        raise CheckpointError(f"{url}: listed in the index, but missing") from error
     except ContentError as error:
         raise CheckpointError(
-            f"{url}: its SHA-256 is not the index's; it was changed or cut"
+            f"{url}: its SHA-256 differs from the index; it was changed or truncated"
         ) from error
     try:
         plain = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -311,7 +310,7 @@ def load_checkpoint(run_url: str, entry: CheckpointEntry) -> Checkpoint:
     if found != SCHEMA_VERSION:
         raise CheckpointError(
             f"{url}: of another schema than {SCHEMA_VERSION} ({found!r}); use the pneumo that "
-            "wrote it, or train anew"
+            "wrote it, or train again"
         )
     try:
         plain["config"] = Config.model_validate(drop_removed(dict(plain["config"])))
@@ -323,7 +322,7 @@ def load_checkpoint(run_url: str, entry: CheckpointEntry) -> Checkpoint:
 
 
 def load_member(run_url: str, entry: CheckpointEntry, device: str = "cpu") -> Member:
-    """A checkpoint's network, in evaluation mode. Raises CheckpointError."""
+    """A checkpoint's network, in evaluation mode, on `device`. Raises CheckpointError."""
     checkpoint = load_checkpoint(run_url, entry)
     backbone = checkpoint.config.model.backbone
     network = build_model(backbone)
@@ -335,7 +334,7 @@ def load_member(run_url: str, entry: CheckpointEntry, device: str = "cpu") -> Me
 
 
 def describe_versions() -> dict[str, str]:
-    """Versions of Python, torch, torchvision, Ray and CUDA, where they are installed."""
+    """Versions of Python and torch, and of torchvision, Ray and CUDA where they are installed."""
     found = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for package in ("torchvision", "ray"):
         with suppress(PackageNotFoundError):
@@ -350,22 +349,22 @@ def _read_index(run_url: str) -> CheckpointIndex | None:
     try:
         index = CheckpointIndex.model_validate_json(storage.read_bytes(url))
     except FileNotFoundError as error:
-        # Taking this for a fresh run would delete them.
+        # Not a fresh run: `claim_run` would delete them.
         if _list_files(run_url):
             raise CheckpointError(
-                f"{url}: missing, though there are checkpoints, whose digests it holds; "
-                "put it back, or give another --run"
+                f"{url}: missing, though there are checkpoints, whose digests it has; "
+                "restore it, or give another --run"
             ) from error
         return None
     except ValidationError as error:
         raise CheckpointError(
-            f"{url}: not an index of checkpoints of this version; put a copy of it back, or give "
+            f"{url}: not an index of checkpoints of this version; restore a copy of it, or give "
             "another --run"
         ) from error
     if index.schema_version != SCHEMA_VERSION:
         raise CheckpointError(
             f"{url}: schema {index.schema_version}, this version reads {SCHEMA_VERSION}; use the "
-            "pneumo that wrote it, or train anew"
+            "pneumo that wrote it, or train again"
         )
     return index
 
@@ -374,15 +373,8 @@ def _write_index(run_url: str, index: CheckpointIndex) -> None:
     storage.write_text(_url(run_url, _INDEX), index.model_dump_json(indent=1) + "\n")
 
 
-def _remove_unlisted(run_url: str, named: set[str]) -> None:
-    for name in _list_files(run_url):
-        if name not in named:
-            storage.remove(_url(run_url, name))
-    storage.remove_partials(storage.join(run_url, "checkpoints"))
-
-
 def _list_files(run_url: str) -> list[str]:
-    """Names of the run's checkpoints, whether or not the index knows them."""
+    """File names of the run's checkpoints, in the index or not."""
     names = storage.list_names(storage.join(run_url, "checkpoints"))
     return [name for name in names if name.endswith(_SUFFIX)]
 

@@ -1,7 +1,7 @@
-"""fit(): plain torch and torch.distributed. Read it from top to bottom and know what a run does.
+"""fit(): a whole training run, in plain torch and torch.distributed.
 
-The same function runs alone, under torchrun and under Ray Train; who calls it says which rank this
-is and hears of every epoch. Batches, gradients and BatchNorm's statistics do not depend on the
+The same function runs alone, under torchrun and under Ray Train; the caller passes the rank and is
+called back after every epoch. Batches, gradients and BatchNorm's statistics do not depend on the
 number of ranks (`train_step.py`): losses and weights agree up to the rounding of sums.
 """
 
@@ -51,13 +51,14 @@ def fit(
     shared_splits: Mapping[str, InMemorySplit] = MappingProxyType({}),
     build_network: Callable[[str], nn.Module] = build_model,
 ) -> list[Metrics]:
-    """Train on the store's train split, validate on val, leave checkpoints and metrics.jsonl in the
-    run; the epochs' metrics. `shared_splits` are not read; `build_network` gets the backbone's name
-    and gives a network (B, 1, H, W) -> (B, 1).
+    """Train on the store's train split, validate on val, and write checkpoints and metrics.jsonl to
+    the run. Returns the metrics of each epoch.
 
-    Goes on after the run's newest checkpoint that is whole, if there is one. With `world.size` > 1
-    torch.distributed must be initialised. Raises RunError, StoreError, ConfigError, DataError,
-    CheckpointError, DivergedError, and PreemptedError after `callbacks.should_stop`.
+    Resumes from the run's newest valid checkpoint, if there is one. `shared_splits` are in memory
+    already and not read again; `build_network` takes the backbone's name and returns a network
+    (B, 1, H, W) -> (B, 1). With `world.size` > 1 torch.distributed must be initialised. Raises
+    RunError, StoreError, ConfigError, DataError, CheckpointError, DivergedError, and PreemptedError
+    after `callbacks.should_stop`.
 
     >>> history = pneumo.fit(config, store_url=store.url, run_url="run", world=pneumo.World(),
     ...                      device=torch.device("cpu"), callbacks=pneumo.Callbacks())
@@ -86,19 +87,19 @@ def fit(
 
 
 def _prepare_device(config: Config, device: torch.device, callbacks: Callbacks) -> torch.device:
-    """The device with its number, made the process's own. Raises ConfigError."""
+    """The device with its index, set as the process's current device. Raises ConfigError."""
     check_compiler(config.train, device, callbacks.tell)
     if device.type != "cuda":
         return device
     if device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    torch.cuda.set_device(device)  # what NCCL takes for collectives of objects
-    torch.backends.cudnn.benchmark = True  # micro-batches are all of one shape
+    torch.cuda.set_device(device)  # NCCL uses it for collectives of objects
+    torch.backends.cudnn.benchmark = True  # all micro-batches have the same shape
     return device
 
 
 class _Run:
-    """An attempt at a run: what changes while it trains, and where that is kept."""
+    """The state of an attempt at a run, and the loop over its epochs."""
 
     def __init__(
         self,
@@ -116,39 +117,39 @@ class _Run:
             store.manifest.splits["train"].samples, config.train.batch_size
         )
         self.history: list[Metrics] = []
-        """Of the epochs that are complete."""
+        """The metrics of each completed epoch."""
         self.totals = EpochTotals()
-        """Of the steps done of the epoch after them."""
+        """Totals of the current epoch."""
         self.slow_data = SlowData()
-        before = resumption.checkpoint
-        if before is not None:
-            self._restore(before)
+        checkpoint = resumption.checkpoint
+        if checkpoint is not None:
+            self._restore(checkpoint)
         self.writer = RunWriter(
             url,
             resumption.attempt,
             keep_last=config.train.keep_checkpoints,
             tell=callbacks.tell,
-            begun_at=None if before is None else (before.epoch, before.step),
+            saved_at=None if checkpoint is None else (checkpoint.epoch, checkpoint.step),
         )
         callbacks.on_start(
             Start(initialisation, tuple(self.history), self.totals.step, self.steps_per_epoch)
         )
 
-    def _restore(self, before: Checkpoint) -> None:
-        """Take over all that is not in the model."""
-        self.history = list(before.history)
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        """Restore everything but the model's weights."""
+        self.history = list(checkpoint.history)
         self.totals = EpochTotals(
-            before.step, before.epoch_loss, before.samples_fed, before.grad_norm
+            checkpoint.step, checkpoint.epoch_loss, checkpoint.samples_fed, checkpoint.grad_norm
         )
-        self.learner.optimizer.load_state_dict(before.optimizer)
+        self.learner.optimizer.load_state_dict(checkpoint.optimizer)
         average = self.learner.average
-        if average is not None and before.ema is not None:
-            _load_weights(average.module, before.ema, self.url)
-            average.n_averaged += before.epoch * self.steps_per_epoch + before.step
+        if average is not None and checkpoint.ema is not None:
+            _load_weights(average.module, checkpoint.ema, self.url)
+            average.n_averaged += checkpoint.epoch * self.steps_per_epoch + checkpoint.step
 
     @property
     def stopped_early(self) -> bool:
-        """Whether `train.patience` epochs have brought nothing better."""
+        """Whether val AUROC has not improved for `train.patience` epochs."""
         patience = self.config.train.patience
         if patience is None or not self.history:
             return False
@@ -158,11 +159,11 @@ class _Run:
 
     @property
     def is_finished(self) -> bool:
-        """Whether there is nothing left to train."""
+        """Whether all epochs are trained or the run stopped early."""
         return self.stopped_early or len(self.history) >= self.config.train.epochs
 
     def complete(self, train_data: Loader, val_data: Loader) -> list[Metrics]:
-        """Train until the run is finished; the epochs' metrics. Raises as `fit`."""
+        """Train until the run is finished; returns and raises what `fit` does."""
         try:
             while not self.is_finished:
                 self._complete_epoch(train_data, val_data)
@@ -171,24 +172,24 @@ class _Run:
         return self.history
 
     def _complete_epoch(self, train_data: Loader, val_data: Loader) -> None:
-        """Train the rest of an epoch, validate, save, tell."""
+        """Train the rest of the current epoch, validate, save, and call `on_epoch`."""
         started_s = time.perf_counter()
         number = len(self.history) + 1
-        trained = self._train(train_data)
-        if self.writer.is_worth_saving:
+        train_metrics = self._train(train_data)
+        if self.writer.is_save_due:
             self._save()
-        validated = validate(self.learner, val_data, self.config, self.callbacks)
-        if validated is None:
+        val_metrics = validate(self.learner, val_data, self.config, self.callbacks)
+        if val_metrics is None:
             self._stop()
-        taken = {"epoch_s": time.perf_counter() - started_s}
-        record = Epoch(number, {"epoch": number, **trained, **validated, **taken})
-        self.history.append(record.metrics)
+        duration = {"epoch_s": time.perf_counter() - started_s}
+        epoch = Epoch(number, {"epoch": number, **train_metrics, **val_metrics, **duration})
+        self.history.append(epoch.metrics)
         self.totals = EpochTotals()
         self._save(
             finished=self.is_finished, stopped_early=self.stopped_early, wait=self.is_finished
         )
         self._barrier()
-        self.callbacks.on_epoch(record)
+        self.callbacks.on_epoch(epoch)
         if self.stopped_early:
             self.callbacks.tell(
                 f"no better val AUROC in {self.config.train.patience} epochs (train.patience): the "
@@ -196,7 +197,7 @@ class _Run:
             )
 
     def _train(self, data: Loader) -> Metrics:
-        """The rest of an epoch; its mean loss over all ranks and how it went.
+        """Train the rest of the current epoch; returns its metrics over all ranks.
 
         Raises DivergedError and PreemptedError.
         """
@@ -225,7 +226,7 @@ class _Run:
                 with_norm=is_reported,
             )
             results.put(step, batch.keys, values)
-            self._act_on(results)
+            self._finish_step(results)
             self.callbacks.on_step(epoch + 1, step + 1, self.steps_per_epoch)
             if is_reported:
                 progress = StepProgress(epoch + 1, step + 1, self.steps_per_epoch, reports.take())
@@ -233,9 +234,6 @@ class _Run:
         assert self.totals.samples == self.steps_per_epoch * config.batch_size
         learner.optimizer.zero_grad(set_to_none=True)
         self._warn_of_slow_data(times)
-        return self._describe_epoch(times)
-
-    def _describe_epoch(self, times: StepTimes) -> Metrics:
         return {
             "train/loss": self.totals.loss / self.steps_per_epoch,
             "data/samples": self.totals.samples,
@@ -245,28 +243,28 @@ class _Run:
             **read_gpu(self.learner.device),
         }
 
-    def _act_on(self, results: StepResults) -> None:
-        """After a step: end the run where it diverged or is asked to stop, save where it is due."""
+    def _finish_step(self, results: StepResults) -> None:
+        """End the run if it diverged or was asked to stop; save if a checkpoint is due."""
         every = self.config.train.checkpoint_every_steps
-        is_saved = every is not None and self.totals.step % every == 0
+        is_save_due = every is not None and self.totals.step % every == 0
         is_last = self.totals.step == self.steps_per_epoch
-        if results.should_stop or is_saved or is_last:  # the same on all ranks
+        if results.should_stop or is_save_due or is_last:  # the same on all ranks
             results.read_all()
         if results.divergence is not None:
             self._diverge(results.divergence)
         self.writer.check()
         if results.should_stop:
             self._stop()
-        if is_saved:
+        if is_save_due:
             self._save()
 
     def _diverge(self, divergence: Divergence) -> NoReturn:
-        """Leave what the step was made of in the run, and end it."""
+        """Write the facts and the batch's keys to the run, then raise DivergedError."""
         world, epoch = self.learner.world, len(self.history) + 1
-        parts: list[Any] = [divergence.keys]
+        keys_by_rank: list[Any] = [divergence.keys]
         if world.size > 1:
-            parts = [None] * world.size
-            dist.all_gather_object(parts, divergence.keys)
+            keys_by_rank = [None] * world.size
+            dist.all_gather_object(keys_by_rank, divergence.keys)
         url = storage.join(self.url, DIVERGED)
         if world.rank == 0:
             facts = {
@@ -274,7 +272,7 @@ class _Run:
                 "step": divergence.step + 1,
                 "loss": str(divergence.loss),
                 "lr": self.learner.optimizer.param_groups[0]["lr"],
-                "keys": [key for part in parts for key in part],
+                "keys": [key for keys in keys_by_rank for key in keys],
             }
             storage.write_text(url, json.dumps(facts, indent=1) + "\n")
         raise DivergedError(
@@ -284,12 +282,12 @@ class _Run:
         )
 
     def _stop(self) -> NoReturn:
-        """Write a checkpoint of this very step, and end the run as was asked."""
+        """Write a checkpoint of the current step, then raise PreemptedError."""
         self._save(wait=True)
         self._barrier()
         raise PreemptedError(
-            f"asked to stop: left in epoch {len(self.history) + 1} after step {self.totals.step}, "
-            f"with a checkpoint; start again with --run {self.url} to go on"
+            f"stopped as requested, in epoch {len(self.history) + 1} after step {self.totals.step} "
+            f"with a checkpoint; start again with --run {self.url} to resume"
         )
 
     def _warn_of_slow_data(self, times: StepTimes) -> None:
@@ -302,12 +300,12 @@ class _Run:
             )
 
     def _save(self, **marks: bool) -> None:
-        """Have rank 0 save where the run is; `marks` are those of `RunWriter.save`."""
+        """Save a checkpoint on rank 0; `marks` are passed to `RunWriter.save`."""
         if self.learner.world.rank == 0:
             position = (len(self.history), self.totals.step)
-            self.writer.save(position, self._take_checkpoint, **marks)
+            self.writer.save(position, self._build_checkpoint, **marks)
 
-    def _take_checkpoint(self) -> Checkpoint:
+    def _build_checkpoint(self) -> Checkpoint:
         learner, manifest, average = self.learner, self.store.manifest, self.learner.average
         return Checkpoint(
             model=copy_to_cpu(learner.model.state_dict()),
@@ -334,21 +332,20 @@ class _Run:
 
 
 class _ProgressReports:
-    """How an epoch goes, from one report to the next."""
+    """Metrics of the steps since the last report."""
 
     def __init__(self, learner: Learner, times: StepTimes, results: StepResults) -> None:
         self.learner, self.times, self.results = learner, times, results
         self.num_losses = self.num_steps = 0
-        """What the reports so far have covered."""
-        self.taken_s = time.monotonic()
+        """Covered by the reports so far."""
+        self.reported_s = time.monotonic()
 
     def is_due(self) -> bool:
-        """Whether the next step is to be reported. Ranks may differ: nothing that they have in
-        common depends on it."""
-        return time.monotonic() - self.taken_s >= _REPORT_INTERVAL_S
+        """Whether to report the next step. Ranks may differ: no collective depends on it."""
+        return time.monotonic() - self.reported_s >= _REPORT_INTERVAL_S
 
     def take(self) -> Metrics:
-        """`StepProgress.metrics`. Waits for nothing: on a GPU it is of the step before."""
+        """`StepProgress.metrics`. Does not wait: on a GPU they end with the step before."""
         losses = self.results.losses[self.num_losses :]
         found = {
             "train/loss": sum(losses) / len(losses) if losses else None,
@@ -357,20 +354,20 @@ class _ProgressReports:
             **self.times.read(self.num_steps),
         }
         self.num_losses, self.num_steps = len(self.results.losses), len(self.times.steps_s)
-        self.taken_s = time.monotonic()
+        self.reported_s = time.monotonic()
         return found
 
 
 def _initialise(
-    model: nn.Module, config: Config, world: World, run_url: str, before: Checkpoint | None
+    model: nn.Module, config: Config, world: World, run_url: str, checkpoint: Checkpoint | None
 ) -> Initialisation:
-    """Fill the model with the weights that the attempt begins with."""
-    if before is not None:
-        _load_weights(model, before.model, run_url)
-        behind = f" and {before.step} steps" if before.step else ""
-        message = f"going on from epoch {before.epoch}{behind} of this run"
-        return Initialisation(before.initialisation, message)
-    # Only rank 0 fetches weights; DDP hands them to the others when it wraps the model.
+    """Load the checkpoint's weights into the model, or initialise it as the settings say."""
+    if checkpoint is not None:
+        _load_weights(model, checkpoint.model, run_url)
+        steps = f" and {checkpoint.step} steps" if checkpoint.step else ""
+        message = f"resuming from epoch {checkpoint.epoch}{steps} of this run"
+        return Initialisation(checkpoint.initialisation, message)
+    # Only rank 0 loads weights; DDP broadcasts them when it wraps the model.
     random = config.model.model_copy(update={"weights": "random"})
     return initialise(model, config.model if world.rank == 0 else random, seed=config.seed)
 
@@ -380,5 +377,5 @@ def _load_weights(model: nn.Module, weights: dict[str, torch.Tensor], run_url: s
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise CheckpointError(
-            f"{run_url}: its newest checkpoint holds the weights of another model"
+            f"{run_url}: its newest checkpoint has the weights of another model"
         ) from error

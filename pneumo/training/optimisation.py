@@ -1,21 +1,13 @@
-"""Loss, optimiser, learning rate and averaged weights: what turns logits into a step."""
+"""Optimiser, learning rate schedule and weight average."""
 
 import math
 from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pneumo.config import TrainConfig
-
-
-def bce_loss(logits: Tensor, targets: Tensor, *, pos_weight: Tensor) -> Tensor:
-    """Mean binary cross-entropy of logits (B,) and targets (B,) of 0 and 1; positives count
-    `pos_weight` times."""
-    return F.binary_cross_entropy_with_logits(logits.float(), targets, pos_weight=pos_weight)
-
 
 SGD_MOMENTUM = 0.9
 
@@ -34,8 +26,8 @@ def build_optimizer(
 
 
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
-    """The rate at `step` of the run, from 0: warm-up, then constant or half a cosine. It has no
-    state to resume."""
+    """The learning rate at `step` of the run, from 0: linear warm-up, then constant or cosine
+    decay. It has no state that a checkpoint would need."""
     warmup_steps = round(config.warmup_fraction * total_steps)
     if step < warmup_steps:
         return config.lr * (step + 1) / warmup_steps
@@ -46,17 +38,10 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
 
 
 def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """The arithmetic of forward and backward; weights, optimiser and scoring stay float32."""
+    """The dtype of forward and backward; weights, optimiser and scoring stay float32."""
     if config.precision == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-
-
-def gradient_norm(model: nn.Module) -> Tensor:
-    """Length of the gradient over all weights, on the device."""
-    return torch.nn.utils.get_total_norm(
-        [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    )
 
 
 Tensors = tuple[Tensor, ...] | list[Tensor]
@@ -65,14 +50,14 @@ Tensors = tuple[Tensor, ...] | list[Tensor]
 def average_weights(model: nn.Module, decay: float) -> AveragedModel:
     """An exponential moving average of the weights and of BatchNorm's running statistics.
 
-    Each `update_parameters` takes it further by one step; `module` is the averaged model, in
-    evaluation mode, `n_averaged` the number of the next step, from 1. In the first steps the decay
-    is (1 + n) / (10 + n), as in TensorFlow, so that the random first weights soon lose weight.
+    Call `update_parameters` once per step; `module` is the averaged model, in evaluation mode, and
+    `n_averaged` the number of the next step, from 1. In the first steps the decay is
+    (1 + n) / (10 + n), as in TensorFlow, so that the random first weights soon count little.
     """
 
     def update(averaged: Tensors, current: Tensors, _: Tensor | int) -> None:
-        if averaged[0].is_floating_point():  # BatchNorm's counts of batches are left out
-            step = int(average.n_averaged)  # the host's: for the device's copy it would wait
+        if averaged[0].is_floating_point():  # not BatchNorm's num_batches_tracked
+            step = int(average.n_averaged)  # on the host: reading a device tensor would block
             step_decay = min(decay, (1 + step) / (10 + step))
             get_ema_multi_avg_fn(step_decay)(averaged, current, step)  # type: ignore[no-untyped-call]
 

@@ -1,4 +1,4 @@
-"""What can be known before the first step."""
+"""Checks before the first step: of the run, sizes, class weights, weights and the compiler."""
 
 import os
 import shutil
@@ -13,16 +13,16 @@ from pneumo.errors import ConfigError
 from pneumo.loading import sample_order
 from pneumo.loading.blocks import input_size
 from pneumo.network.backbones import check_weights
-from pneumo.training.resuming import find_last
+from pneumo.training.resuming import find_newest
 
 
 def check_run(config: Config, manifest: Manifest, run_url: str, *, num_workers: int) -> None:
-    """Raises RunError when the run is finished or of another configuration or store, ConfigError
-    for sizes that do not fit, a training split of one class, and weights that a fresh run could not
-    begin with.
+    """Raises RunError when the run is finished or was started with other settings or on another
+    store; ConfigError for sizes that do not fit, a training split of one class, and weights that a
+    fresh run cannot start from.
     """
     check_sizes(config, manifest, num_workers=num_workers)
-    if find_last(config, manifest, run_url) is None:
+    if find_newest(config, manifest, run_url) is None:
         check_weights(config.model)
 
 
@@ -37,9 +37,9 @@ def check_sizes(config: Config, manifest: Manifest, *, num_workers: int) -> None
 
 
 def resolve_pos_weight(config: TrainConfig, manifest: Manifest) -> float:
-    """The number behind `pos_weight`: negatives / positives of the training split if balanced.
+    """`pos_weight` as a number: "balanced" is negatives / positives of the training split.
 
-    Raises ConfigError where one of the two is none.
+    Raises ConfigError for "balanced" where the training split has one class only.
     """
     if config.pos_weight != "balanced":
         return config.pos_weight
@@ -59,11 +59,11 @@ def has_compiler() -> bool:
 
 
 def check_compiler(config: TrainConfig, device: torch.device, tell: Callable[[str], None]) -> None:
-    """Raise ConfigError where the network is to be compiled and nothing here can; warn on a CPU."""
+    """Raises ConfigError for `train.compile` without a C compiler; warns of it on a CPU."""
     if config.compile and device.type == "cpu":
         tell("warning: train.compile: on a CPU compiled steps are rarely faster")
     if config.compile and not has_compiler():
         raise ConfigError(
-            "train.compile: torch.compile needs a C compiler on every worker, and here is none of "
-            "gcc, clang, cc; install one, or say --train.compile false"
+            "train.compile: torch.compile needs a C compiler on every worker, and none of gcc, "
+            "clang, cc was found here; install one, or set --train.compile false"
         )

@@ -1,4 +1,4 @@
-"""What a training run goes on from: chosen by rank 0, the same on all ranks."""
+"""Resuming: rank 0 chooses the checkpoint, and all ranks load the same one."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +12,6 @@ from pneumo.errors import FinishedError, PneumoError, RunError
 from pneumo.loading.sample_order import World
 from pneumo.training.checkpoints import (
     Checkpoint,
-    CheckpointEntry,
     CheckpointIndex,
     claim_run,
     find_index,
@@ -23,12 +22,12 @@ from pneumo.training.checkpoints import (
 
 @dataclass(frozen=True, eq=False)
 class Resumption:
-    """Where an attempt at a run begins."""
+    """Where an attempt at a run starts."""
 
     attempt: str
-    """The id under which it writes."""
+    """The attempt's id."""
     checkpoint: Checkpoint | None
-    """What it goes on from; None from the start."""
+    """The checkpoint to resume from; None for a fresh run."""
 
 
 def claim_and_resume(
@@ -38,19 +37,19 @@ def claim_and_resume(
     world: World,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Resumption:
-    """Make this attempt the run's only writer, and load what it goes on from.
+    """Make this attempt the run's only writer, and load the checkpoint to resume from.
 
-    Rank 0 chooses, and the others load the very file that it chose, so ranks that see the folder
-    differently (a cache of NFS's, a write that has just come) never go on from different steps.
-    Raises on every rank what rank 0's choice raised: RunError, CheckpointError, StorageError; and
-    CheckpointError on a rank that cannot read the same bytes.
+    Rank 0 chooses the file and the others load the same one: ranks that see different folder
+    contents (NFS's cache, a recent write) never resume from different steps. All ranks raise what
+    rank 0 raised while choosing: RunError, CheckpointError, StorageError. A rank that cannot read
+    the same bytes raises CheckpointError.
     """
     checkpoint: Checkpoint | None = None
     chosen: list[Any] = [None]
     if world.rank == 0:
         try:
-            attempt, entry, checkpoint = _claim(config, manifest, run_url, tell)
-            chosen = [(attempt, entry)]
+            index, checkpoint = find_newest(config, manifest, run_url, tell) or (None, None)
+            chosen = [(claim_run(run_url, index), None if index is None else index.latest)]
         except PneumoError as error:
             chosen = [error]
     if world.size > 1:
@@ -63,28 +62,16 @@ def claim_and_resume(
     return Resumption(attempt, checkpoint)
 
 
-def _claim(
-    config: Config, manifest: Manifest, run_url: str, tell: Callable[[str], None]
-) -> tuple[str, CheckpointEntry | None, Checkpoint | None]:
-    """The attempt's id, and the newest whole checkpoint, if there is any."""
-    last = find_last(config, manifest, run_url, tell)
-    if last is None:
-        return claim_run(run_url), None, None
-    index, checkpoint = last
-    return claim_run(run_url, index), index.latest, checkpoint
-
-
-def find_last(
+def find_newest(
     config: Config,
     manifest: Manifest,
     run_url: str,
     tell: Callable[[str], None] = lambda line: None,
 ) -> tuple[CheckpointIndex, Checkpoint] | None:
-    """The run's newest whole checkpoint behind the index up to it, or None where nothing has been
-    trained.
+    """The run's newest valid checkpoint, after the index up to it; None for a fresh run.
 
-    Raises FinishedError when the run is finished, RunError when it is of another configuration or
-    store, CheckpointError when none of its checkpoints is whole.
+    Raises FinishedError when the run is finished, RunError when it was started with other settings
+    or on another store, CheckpointError when none of its checkpoints is valid.
     """
     index = find_index(run_url)
     if index is None:
@@ -96,13 +83,13 @@ def find_last(
     entry, checkpoint = load_newest(run_url, index, tell)
     if checkpoint.manifest_digest != manifest.digest:
         raise RunError(
-            f"{run_url}: was begun on another store (manifest {checkpoint.manifest_digest[:12]}, "
+            f"{run_url}: was started on another store (manifest {checkpoint.manifest_digest[:12]}, "
             f"not {manifest.digest[:12]}); give another --run"
         )
     changed = changed_sections(checkpoint.config, config)
     if changed:
         raise RunError(
-            f"{run_url}: was begun with other settings in {', '.join(changed)}; repeat them to go "
-            "on, or give another --run"
+            f"{run_url}: was started with other settings in {', '.join(changed)}; repeat them to "
+            "resume, or give another --run"
         )
     return index.until(entry), checkpoint

@@ -1,4 +1,4 @@
-"""The results of steps, read without holding up a GPU: losses, requests to stop, gradient norms."""
+"""Results of steps, read without blocking a GPU: losses, requests to stop, gradient norms."""
 
 import math
 from collections import deque
@@ -12,16 +12,16 @@ NUM_VALUES = 4
 
 @dataclass
 class EpochTotals:
-    """What the steps of an epoch have come to, those before a resumption included."""
+    """Totals over the steps of an epoch, including those before the run was resumed."""
 
     step: int = 0
-    """Steps done."""
+    """Completed steps."""
     loss: float = 0.0
     """Sum of the steps' losses."""
     samples: int = 0
-    """That all ranks were fed."""
+    """Samples on all ranks."""
     grad_norm: float | None = None
-    """The latest that was computed."""
+    """The last one that was computed."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Divergence:
 
 @dataclass(frozen=True, eq=False)
 class _Unread:
-    """A step whose results are still on their way to the host."""
+    """A step whose results are still being copied to the host."""
 
     step: int
     keys: tuple[str, ...]
@@ -46,16 +46,16 @@ class _Unread:
 
 
 class StepResults:
-    """Results of an epoch's steps, the same on every rank, added up in `totals`.
+    """Results of an epoch's steps, the same on every rank, added to `totals`.
 
-    On a GPU a step's are read after the next one has been queued: the host waits for nothing that
-    is not done, and every rank still learns of a request to stop at the same step.
+    On a GPU the results of a step are read after the next step has been queued: the device never
+    waits for the host, and all ranks still see a request to stop at the same step.
     """
 
     def __init__(self, device: torch.device, totals: EpochTotals) -> None:
         self.totals = totals
         self.losses: list[float] = []
-        """Of the steps that have been read."""
+        """Of the steps read so far."""
         self.should_stop = False
         self.divergence: Divergence | None = None
         """The first one."""
@@ -63,7 +63,7 @@ class StepResults:
         self._unread: deque[_Unread] = deque()
 
     def put(self, step: int, keys: tuple[str, ...], values: Tensor) -> None:
-        """Take what `Learner.learn` gave, (4,), and read what has arrived."""
+        """Add what `Learner.learn` returned, (4,), and read all steps but the last `_lag`."""
         arrived = None
         if self._lag:
             host = torch.empty(NUM_VALUES, pin_memory=True)
@@ -72,15 +72,15 @@ class StepResults:
             arrived.record()
             values = host
         self._unread.append(_Unread(step, keys, values, arrived))
-        self._read(leave=self._lag)
+        self._read(num_left=self._lag)
         self.totals.step = step + 1
 
     def read_all(self) -> None:
-        """Wait for what has not arrived."""
-        self._read(leave=0)
+        """Read all results; waits for those that are still being copied."""
+        self._read(num_left=0)
 
-    def _read(self, leave: int) -> None:
-        while len(self._unread) > leave:
+    def _read(self, num_left: int) -> None:
+        while len(self._unread) > num_left:
             unread = self._unread.popleft()
             if unread.arrived is not None:
                 unread.arrived.synchronize()

@@ -1,8 +1,8 @@
-"""One step of training: micro-batches, gradients, running statistics, weights, their average.
+"""One training step: micro-batches, gradients, running statistics, weights and their average.
 
-A step's batch is cut into micro-batches of fixed size, and each rank takes some whole ones. The
-gradient is that of the mean loss over all of them, and each is normalised by its own statistics: a
-step computes the same on any number of ranks, up to the rounding of sums.
+A step's batch is split into micro-batches of fixed size, and each rank takes whole ones. The
+gradient is that of the mean loss over all micro-batches, and BatchNorm uses the statistics of each
+micro-batch alone: a step gives the same on any number of ranks, up to the rounding of sums.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops import StochasticDepth
@@ -22,16 +23,14 @@ from pneumo.training.batch_norm import RunningStatistics
 from pneumo.training.optimisation import (
     autocast_dtype,
     average_weights,
-    bce_loss,
     build_optimizer,
-    gradient_norm,
 )
 
 
 class Learner:
-    """A model with what trains it. All ranks must call `learn` alike.
+    """A model with its optimiser. All ranks must call `learn` with the same arguments but `batch`.
 
-    `model` is trained in place, on `device`, in channels_last. Rank 0's weights go to all.
+    `model` is trained in place, on `device`, in channels_last; it starts from rank 0's weights.
     """
 
     def __init__(
@@ -56,13 +55,12 @@ class Learner:
         self.average = average_weights(model, config.ema_decay) if config.ema_decay else None
         self.statistics = RunningStatistics(model)
         self.micro_batches = micro_batches(config.batch_size, config.micro_batch_size, world)
-        """The numbers of this rank's micro-batches within a step."""
+        """Indices of this rank's micro-batches within a step."""
         self.micro_batches_per_step = config.batch_size // config.micro_batch_size
-        self.is_random = any(
+        self.has_random_layers = any(
             isinstance(module, nn.Dropout | StochasticDepth) and module.p > 0
             for module in model.modules()
         )
-        """Whether layers of the network draw random numbers."""
 
     def learn(
         self,
@@ -76,9 +74,9 @@ class Learner:
     ) -> Tensor:
         """One step on this rank's part of a batch; `epoch` and `step` count from 0.
 
-        Returns (4,) on the device: the mean loss over all ranks, how many of them want to stop, how
-        many samples they were fed, and the length of the gradient before clipping, NaN where it was
-        not computed: without `with_norm` and clipping.
+        Returns (4,) on the device: the mean loss over all ranks, the number of ranks with `stop`,
+        the number of samples on all ranks, and the gradient norm before clipping. The norm is NaN
+        without `with_norm` and without clipping.
         """
         losses, count = self._accumulate(batch, epoch, step), len(batch.keys)
         mine = [losses, *(torch.full((), float(n), device=self.device) for n in (stop, count))]
@@ -96,16 +94,17 @@ class Learner:
         return torch.cat([totals[-3:], norm.reshape(1)])
 
     def _gradient_norm(self, wanted: bool) -> Tensor:
-        """Clip the gradient where the settings say so; its length before that, or NaN."""
+        """Clip the gradient where the settings say so; returns its L2 norm over all weights before
+        that, or NaN."""
         if self.config.clip_norm is not None:
             return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         if wanted:
-            return gradient_norm(self.model)
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            return torch.nn.utils.get_total_norm(gradients)
         return torch.full((), math.nan, device=self.device)
 
     def _accumulate(self, batch: Batch, epoch: int, step: int) -> Tensor:
-        """Gradients of the step's mean loss, averaged by DDP over the ranks; the sum of this rank's
-        losses."""
+        """Compute the gradients of the step's mean loss; returns the sum of this rank's losses."""
         self.optimizer.zero_grad(set_to_none=True)
         size = self.config.micro_batch_size
         total = torch.zeros((), device=self.device)
@@ -115,16 +114,18 @@ class Learner:
             torch.split(batch.targets, size),
             strict=True,
         ):
-            if self.is_random:
-                torch.manual_seed(_draw_seed(self.seed, epoch, step, number))
+            if self.has_random_layers:
+                torch.manual_seed(_derive_seed(self.seed, epoch, step, number))
             is_last = number == self.micro_batches[-1]
-            # Ranks add up gradients once a step, in the backward pass of the last micro-batch.
+            # DDP all-reduces once per step, in the backward pass of the last micro-batch.
             with nullcontext() if is_last else self._without_sync():
                 with torch.autocast(
                     self.device.type, self.dtype, enabled=self.dtype != torch.float32
                 ):
                     logits = self.network(images).squeeze(1)
-                loss = bce_loss(logits, targets, pos_weight=self.pos_weight)
+                loss = F.binary_cross_entropy_with_logits(
+                    logits.float(), targets, pos_weight=self.pos_weight
+                )
                 # DDP divides the sum over ranks by their number.
                 weight = self.world.size / self.micro_batches_per_step
                 (loss * weight).backward()  # type: ignore[no-untyped-call]
@@ -133,9 +134,8 @@ class Learner:
         return total
 
     def _without_sync(self) -> AbstractContextManager[None]:
-        network = self.network
-        if isinstance(network, DistributedDataParallel):
-            return network.no_sync()
+        if isinstance(self.network, DistributedDataParallel):
+            return self.network.no_sync()
         return nullcontext()
 
 
@@ -146,11 +146,11 @@ def _distribute(model: nn.Module, world: World) -> nn.Module:
     return DistributedDataParallel(
         model,
         device_ids=[device] if device.type == "cuda" else None,
-        forward_sync_buffers=False,  # running statistics are agreed on once a step
+        forward_sync_buffers=False,  # `learn` all-reduces running statistics once per step
     )
 
 
-def _draw_seed(seed: int, epoch: int, step: int, micro_batch: int) -> int:
-    """The seed of the random layers for a micro-batch."""
+def _derive_seed(seed: int, epoch: int, step: int, micro_batch: int) -> int:
+    """The seed of the random layers for one micro-batch."""
     name = f"pneumo/layers/{seed}/{epoch}/{step}/{micro_batch}"
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=7).digest(), "little")

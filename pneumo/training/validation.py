@@ -1,4 +1,4 @@
-"""How good a model is on the val split after an epoch, the same on every rank."""
+"""Metrics of a model on the val split after an epoch, the same on every rank."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -14,9 +14,9 @@ from torchmetrics.classification import BinaryStatScores
 
 from pneumo.config import Config
 from pneumo.errors import DataError
+from pneumo.evaluation.logistic_regression import fit_logistic
 from pneumo.evaluation.metrics import Confusion, auroc, rates
 from pneumo.evaluation.predictions import sigmoid
-from pneumo.evaluation.reliability import fit_logistic
 from pneumo.loading.loader import Batch, Loader
 from pneumo.network.scoring import Scores, score
 from pneumo.training.callbacks import Callbacks, Metrics
@@ -26,11 +26,11 @@ from pneumo.training.train_step import Learner
 def validate(
     learner: Learner, data: Loader, config: Config, callbacks: Callbacks
 ) -> Metrics | None:
-    """Metrics of the whole val split by the weights, and by their average where there is one, and
-    `callbacks.extra_metrics` of the scores of the average, or, where there is none, of the weights.
+    """Metrics of the whole val split for the weights, and for their average with EMA; and
+    `callbacks.extra_metrics` of the average's scores, without EMA of the weights'.
 
-    None, on every rank, when one of them was asked to stop. Raises DataError unless each study was
-    scored once.
+    None on every rank when one of them was asked to stop. Raises DataError unless each study was
+    scored exactly once.
     """
     models = {"val/": learner.model}
     if learner.average is not None:
@@ -49,13 +49,14 @@ def validate(
     return {**found, **callbacks.extra_metrics(scores)}
 
 
-RANKED = ("auroc", "average_precision", "brier", "calibration_slope")
-"""What needs both classes."""
-AT_HALF = ("accuracy", "precision", "recall", "specificity")
+TWO_CLASS_METRICS = ("auroc", "average_precision", "brier", "calibration_slope")
+"""Undefined where val has one class."""
+THRESHOLD_METRICS = ("accuracy", "precision", "recall", "specificity")
+"""At p >= 0.5."""
 
 
 class _StoppableBatches:
-    """The same batches, until it should stop."""
+    """Yields the batches until `should_stop`."""
 
     def __init__(self, batches: Iterator[Batch], should_stop: Callable[[], bool]) -> None:
         self.batches, self.should_stop = batches, should_stop
@@ -70,11 +71,12 @@ class _StoppableBatches:
 
 
 def _gather(mine: Scores, stopped: bool, num_ranks: int, count: int) -> Scores | None:
-    """The scores of a split of `count` samples, each once, in the store's order, which the ranks'
-    slices follow; None when a rank has stopped."""
+    """All ranks' scores of a split of `count` samples, in the store's order, which is the order of
+    the ranks; None when a rank was asked to stop. Raises DataError unless each sample is there
+    exactly once."""
     parts: list[Any] = [(mine, stopped)]
     if num_ranks > 1:
-        # Also where the ranks agree: one that was not asked goes on to here, and learns of it.
+        # Always: a rank that was not asked to stop learns it from the others here.
         parts = [None] * num_ranks
         dist.all_gather_object(parts, (mine, stopped))
     if any(has_stopped for _, has_stopped in parts):
@@ -89,12 +91,12 @@ def _gather(mine: Scores, stopped: bool, num_ranks: int, count: int) -> Scores |
 def compute_metrics(
     mine: Scores, scores: Scores, pos_weight: float, device: torch.device
 ) -> dict[str, float]:
-    """loss, RANKED and, at p >= 0.5, AT_HALF over all ranks; NaN where undefined: AUROC of one
-    class, precision without a positive call, all of logits that are NaN.
+    """loss, TWO_CLASS_METRICS and THRESHOLD_METRICS over all ranks. NaN where undefined: AUROC of
+    one class, precision without a positive call, all but loss where a logit is not finite.
 
-    `mine` are this rank's scores, `scores` those of all ranks. torchmetrics adds up loss and counts
-    over the ranks of a process group, on `device`. AUROC is `evaluation.metrics`' own, of the ranks
-    of all logits: torchmetrics' goes through a sigmoid, which ties large logits, and float32.
+    `mine` are this rank's scores, `scores` those of all ranks. torchmetrics sums loss and counts
+    over the ranks of a process group, on `device`. AUROC is that of `evaluation.metrics`, from the
+    logits: torchmetrics' applies a sigmoid in float32, which makes large logits equal.
     """
     logits, targets = torch.from_numpy(mine.logits).double(), torch.from_numpy(mine.targets)
     losses = F.binary_cross_entropy_with_logits(
@@ -103,25 +105,24 @@ def compute_metrics(
         pos_weight=torch.tensor(pos_weight, dtype=torch.float64),
         reduction="none",
     )
-    # In this order: `to` would make it float32 again.
+    # `set_dtype` after `to`, which would reset it to float32.
     loss = MeanMetric(nan_strategy="disable").to(device).set_dtype(torch.float64)
     counts = BinaryStatScores(validate_args=False).to(device)
     loss.update(losses.to(device))
-    # Calls, as torchmetrics takes a probability of exactly 0.5 for a negative; in one row, as it
-    # cannot reshape the empty slice of a rank.
+    # Thresholded here, as torchmetrics counts a probability of exactly 0.5 as negative; of shape
+    # (1, N), as it cannot reshape the empty slice of a rank.
     counts.update((logits >= 0).long()[None].to(device), targets.long()[None].to(device))
     found = {"loss": float(loss.compute())}
     tp, fp, tn, fn, _ = (int(count) for count in counts.compute())
     if not np.isfinite(scores.logits).all():
-        return found | dict.fromkeys((*RANKED, *AT_HALF), math.nan)
-    at_half = rates(Confusion(tp, fp, fn, tn))
+        return found | dict.fromkeys((*TWO_CLASS_METRICS, *THRESHOLD_METRICS), math.nan)
+    by_name = rates(Confusion(tp, fp, fn, tn))
     has_both = 0 < tp + fn < len(scores)
-    found |= _rank(scores) if has_both else dict.fromkeys(RANKED, math.nan)
-    return found | {name: at_half[name] for name in AT_HALF}
+    found |= _two_class_metrics(scores) if has_both else dict.fromkeys(TWO_CLASS_METRICS, math.nan)
+    return found | {name: by_name[name] for name in THRESHOLD_METRICS}
 
 
-def _rank(scores: Scores) -> dict[str, float]:
-    """RANKED of scores of both classes."""
+def _two_class_metrics(scores: Scores) -> dict[str, float]:
     target, logit = scores.targets.astype(float), scores.logits.astype(float)
     slope, _ = fit_logistic(logit, target, np.ones((len(logit), 1)))
     return {

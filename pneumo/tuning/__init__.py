@@ -1,1 +1,1 @@
-"""A search: what a trial is scored by, and which one is taken."""
+"""Hyperparameter search: the objective of a trial, and which trial's settings are chosen."""

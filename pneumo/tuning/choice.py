@@ -1,9 +1,9 @@
-"""Which setting a search takes, and why.
+"""Which setting a search chooses, and why.
 
-The best of many trials on one val split is partly luck. So only trials that had all their epochs
-can win, and one that is not significantly behind the best counts as equal: of equals the simplest
-is taken. With confirmation the best settings are trained again with seeds that had no part in
-choosing them.
+The best of many trials on one val split is partly luck. So only trials with all their epochs can be
+chosen; those not significantly worse than the best count as ties, and the simplest of the ties is
+chosen. With confirmation the best settings are trained again with seeds that the search did not
+use.
 """
 
 import math
@@ -28,64 +28,64 @@ CONFIRMED_SETTINGS = 3
 
 @dataclass(frozen=True, order=True)
 class SimplicityKey:
-    """What is preferred among equals; less is simpler."""
+    """Sort key of ties; a smaller one is simpler."""
 
     parameters: int
     """Of the network."""
     changed: int
-    """Searched settings other than the configuration's own."""
+    """Searched settings whose value differs from the configuration's."""
     weight_distortion: float
-    """|log pos_weight|: how far the probabilities are shifted."""
+    """|log pos_weight|: how far it shifts the logits."""
 
 
 @dataclass(frozen=True)
 class Confirmation:
-    """One setting, trained again with new seeds."""
+    """A setting trained again with new seeds."""
 
     name: str
     """Of the setting's trial."""
     objectives: tuple[float, ...]
-    """One for each seed."""
+    """One per seed."""
 
     @property
     def mean(self) -> float:
-        """Over the seeds."""
+        """Mean over the seeds."""
         return statistics.fmean(self.objectives)
 
     @property
     def spread(self) -> float | None:
-        """Standard deviation over the seeds; None of one."""
+        """Standard deviation over the seeds; None for a single seed."""
         return statistics.stdev(self.objectives) if len(self.objectives) > 1 else None
 
 
 @dataclass(frozen=True)
 class SettingChoice:
-    """Which trial's setting is taken."""
+    """The trial whose setting is chosen."""
 
     trial: Trial
     best: Trial
-    """The one of the highest objective."""
+    """The trial with the highest objective."""
     ties: tuple[str, ...]
-    """Trials that are not significantly behind it, itself included."""
+    """Names of the trials not significantly worse than the best, itself included."""
     reason: str
     """One sentence."""
     confirmations: tuple[Confirmation, ...] = ()
 
 
 def measure_simplicity(config: Config, manifest: Manifest, trial: Trial) -> SimplicityKey:
-    """How large a trial's network is, and how far its setting is from the configuration's."""
-    chosen = override(config, trial.settings)
+    """The simplicity of a trial's setting."""
+    trial_config = override(config, trial.settings)
     base = flatten(config.model_dump())
     changed = sum(base[key] != value for key, value in trial.settings.items())
     return SimplicityKey(
-        count_parameters(chosen.model.backbone),
+        count_parameters(trial_config.model.backbone),
         changed,
-        abs(math.log(resolve_pos_weight(chosen.train, manifest))),
+        abs(math.log(resolve_pos_weight(trial_config.train, manifest))),
     )
 
 
 def count_parameters(backbone: str) -> int:
-    """How many numbers the network learns; no memory is taken for them."""
+    """Number of the network's parameters; allocates no memory for them."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in build_model(backbone).parameters())
 
@@ -96,28 +96,28 @@ def choose_setting(
     config: TuneConfig,
     simplicity: Callable[[Trial], SimplicityKey],
 ) -> SettingChoice | None:
-    """The simplest of the trials that are not significantly behind the best; None where no trial
-    had all its epochs.
+    """The simplest of the trials that are not significantly worse than the best; None where no
+    trial has all its epochs.
 
-    Behind by at most one standard error of the difference, on the same studies of val, is not
-    significantly (the rule of Breiman et al. 1984, 3.4.3, in pairs).
+    Not significantly worse: by at most one standard error of the difference, paired on the studies
+    of val (the one-standard-error rule of Breiman et al. 1984, 3.4.3).
     """
     finished = [trial for trial in rank(trials, config) if trial.state == "finished"]
     if not finished:
         return None
     best = finished[0]
     ties = [trial for trial in finished if _is_tie(trial, best, estimates, config)]
-    taken = min(ties, key=simplicity)
+    chosen = min(ties, key=simplicity)
     if len(ties) == 1:
         reason = "the best, and no other is within the standard error of its difference to it"
-    elif taken is best:
+    elif chosen is best:
         reason = f"the best, and the simplest of the {len(ties)} within the standard error of it"
     else:
         reason = (
             f"the simplest of the {len(ties)} that are within the standard error of the "
             f"difference to the best, trial {best.name}"
         )
-    return SettingChoice(taken, best, tuple(trial.name for trial in ties), reason)
+    return SettingChoice(chosen, best, tuple(trial.name for trial in ties), reason)
 
 
 def _is_tie(
@@ -138,8 +138,8 @@ def choose_confirmed(
     confirmations: Sequence[Confirmation],
     simplicity: Callable[[Trial], SimplicityKey],
 ) -> SettingChoice:
-    """The choice after confirmation: by the mean over new seeds; ties, within the standard error of
-    the difference of means, go to the simplest."""
+    """The choice after confirmation: the highest mean over new seeds; of ties, within the standard
+    error of the difference of means, the simplest."""
     by_name = {trial.name: trial for trial in trials}
     best = max(confirmations, key=lambda one: one.mean)
 
@@ -155,9 +155,9 @@ def choose_confirmed(
         return best.mean - other.mean <= error
 
     ties = [one for one in confirmations if is_tie(one)]
-    taken = min(ties, key=lambda one: simplicity(by_name[one.name]))
+    chosen = min(ties, key=lambda one: simplicity(by_name[one.name]))
     seeds = len(best.objectives)
-    if taken is best:
+    if chosen is best:
         reason = f"the highest mean over {seeds} new seeds"
     else:
         reason = (
@@ -165,7 +165,7 @@ def choose_confirmed(
             f"within the standard error of the highest, trial {best.name}"
         )
     return SettingChoice(
-        by_name[taken.name],
+        by_name[chosen.name],
         choice.best,
         tuple(one.name for one in ties),
         reason,
@@ -174,6 +174,6 @@ def choose_confirmed(
 
 
 def settings_to_confirm(trials: Sequence[Trial], config: TuneConfig) -> tuple[Trial, ...]:
-    """The best CONFIRMED_SETTINGS."""
+    """The CONFIRMED_SETTINGS best trials with all their epochs."""
     finished = [trial for trial in rank(trials, config) if trial.state == "finished"]
     return tuple(finished[:CONFIRMED_SETTINGS])

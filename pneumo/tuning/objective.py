@@ -1,11 +1,11 @@
-"""What a trial of a search is judged by: one number of val, higher is better, and how sure it is.
+"""The objective of a trial: one number on val, higher is better, with its standard error.
 
-An estimate keeps what each study adds to the number (its influence), so that the standard error is
-one of patients, and so that two trials, judged on the same studies, are compared in pairs: what is
-hard for both cancels out. `auroc`: placements (DeLong 1988, by patient as in Obuchowski 1997).
-`sensitivity`: at the lowest threshold that keeps the specificity on val, whose own error counts.
-`log_loss` (negative, in nats): after Platt's calibration under 5-fold cross-validation by patient,
-since a weight of positives shifts every logit and the loss would count that.
+An estimate keeps the influence of each study on the number. So the standard error is clustered by
+patient, and two trials on the same studies are compared in pairs. `auroc`: placement values (DeLong
+1988, by patient as in Obuchowski 1997). `sensitivity`: at the lowest threshold with at least the
+wanted specificity on val; the error of the threshold is included. `log_loss` (negative, in nats):
+after Platt scaling in 5-fold cross-validation by patient, as a positive-class weight shifts every
+logit.
 """
 
 import math
@@ -18,9 +18,9 @@ import numpy.typing as npt
 
 from pneumo.config import TuneConfig
 from pneumo.errors import MetricError
-from pneumo.evaluation.bootstrap import Floats
 from pneumo.evaluation.calibration import cross_validated_losses
 from pneumo.evaluation.delong import placements
+from pneumo.evaluation.estimates import Floats
 from pneumo.evaluation.metrics import check_scores
 
 Objective = Literal["auroc", "sensitivity", "log_loss"]
@@ -33,26 +33,26 @@ class ObjectiveEstimate:
     value: float
     """Higher is better."""
     influence: Floats
-    """(N,): how much each study moves the value; sums to 0."""
+    """(N,): influence of each study on the value; sums to 0."""
     patient: npt.NDArray[Any]
-    """(N,): whose study it is."""
+    """(N,): the patient of each study."""
 
     @property
     def standard_error(self) -> float:
-        """Of the value, with patients as the independent unit."""
+        """Standard error of the value, clustered by patient."""
         return _clustered_error(self.influence, self.patient)
 
     def error_of_difference(self, other: Self) -> float:
-        """The standard error of the difference to another estimate of the same studies."""
+        """Standard error of the difference to another estimate on the same studies."""
         return _clustered_error(self.influence - other.influence, self.patient)
 
 
 def estimate_objective(
     target: npt.ArrayLike, logit: npt.ArrayLike, patient: npt.NDArray[Any], config: TuneConfig
 ) -> ObjectiveEstimate:
-    """The objective of `config` from targets, logits and patients (N,) of val.
+    """The objective that `config` names, from targets, logits and patients (N,) of val.
 
-    Raises MetricError where it is not defined: one class only, a NaN.
+    Raises MetricError where it is undefined: one class only, a NaN.
     """
     positive, score = check_scores(target, logit)
     by_name: dict[Objective, Callable[[], tuple[float, Floats]]] = {
@@ -65,7 +65,7 @@ def estimate_objective(
 
 
 def chance_level(config: TuneConfig, prevalence: float) -> float:
-    """The objective where every study has the same score; what a failed trial counts."""
+    """The objective where all studies have the same score; the value of a failed trial."""
     if config.objective == "auroc":
         return 0.5
     if config.objective == "sensitivity":
@@ -80,7 +80,7 @@ def smooth(values: Sequence[float], epochs: int) -> float:
 
 
 def name_objective(config: TuneConfig) -> str:
-    """What the number is, for figures."""
+    """The objective's name, for figures."""
     names: dict[Objective, str] = {
         "auroc": "AUROC on val",
         "sensitivity": f"sensitivity on val at specificity {config.specificity:g}",
@@ -90,7 +90,7 @@ def name_objective(config: TuneConfig) -> str:
 
 
 def describe_objective(config: TuneConfig) -> str:
-    """The same, and over how many epochs."""
+    """The objective's name, and over how many epochs it is averaged."""
     name, over = name_objective(config), config.smoothing_epochs
     return name if over == 1 else f"{name}, mean of the last {over} epochs"
 
@@ -105,12 +105,12 @@ def _estimate_sensitivity(
     positive: npt.NDArray[np.bool_], score: Floats, specificity: float
 ) -> tuple[float, Floats]:
     negatives = np.sort(score[~positive])
-    # The lowest threshold above which no more negatives are called than allowed.
-    kept = math.ceil(specificity * len(negatives) - 1e-9)
-    threshold = negatives[kept - 1]
+    # The lowest threshold with at least the wanted specificity.
+    num_below = math.ceil(specificity * len(negatives) - 1e-9)
+    threshold = negatives[num_below - 1]
     hits = score > threshold
     value = float(hits[positive].mean())
-    # A negative more above the threshold moves it up, along the ROC's slope (Pepe 2003, 5.2.3).
+    # One more negative above the threshold raises it, along the ROC's slope (Pepe 2003, 5.2.3).
     half = min(len(negatives) ** (-1 / 3), specificity, 1 - specificity) / 2
     low, high = np.quantile(negatives, [specificity - half, specificity + half])
     slope = float(((score > low) & (score <= high))[positive].mean()) / (2 * half) if half else 0.0

@@ -1,4 +1,4 @@
-"""A search as Optuna knows it: for its plots, its samplers and its importance."""
+"""A search as an Optuna study: for its plots, samplers and parameter importance."""
 
 from collections.abc import Sequence
 
@@ -12,10 +12,8 @@ MIN_TRIALS_FOR_IMPORTANCE = 8
 
 
 def to_optuna_study(trials: Sequence[Trial], config: TuneConfig) -> optuna.Study:
-    """The comparable trials in order: the keys that vary, the smoothed objective of each epoch.
-
-    Trials that were stopped count with the objective that they were stopped at.
-    """
+    """The comparable trials in order, with the keys that vary and the smoothed objective of each
+    epoch. The value of a stopped trial is its objective when it was stopped."""
     varied = {key: to_distribution(domain) for key, domain in config.space.items() if domain.varies}
     study = optuna.create_study(direction="maximize")
     for trial in trials:
@@ -36,7 +34,8 @@ def to_optuna_study(trials: Sequence[Trial], config: TuneConfig) -> optuna.Study
 
 def measure_importance(trials: Sequence[Trial], config: TuneConfig, seed: int) -> dict[str, float]:
     """Optuna's fANOVA (Hutter et al. 2014) of the objective over the keys that vary, most important
-    first; sums to 1. Empty where fewer than MIN_TRIALS_FOR_IMPORTANCE trials or one key tell."""
+    first; sums to 1. Empty for fewer than MIN_TRIALS_FOR_IMPORTANCE trials, for a single key, and
+    where all objectives are equal."""
     study = to_optuna_study(trials, config)
     num_varied = sum(domain.varies for domain in config.space.values())
     num_values = len({trial.value for trial in study.trials})
@@ -48,7 +47,7 @@ def measure_importance(trials: Sequence[Trial], config: TuneConfig, seed: int) -
 
 
 def to_distribution(domain: Domain) -> optuna.distributions.BaseDistribution:
-    """The domain as Optuna knows it."""
+    """The domain as an Optuna distribution."""
     if domain.kind in ("choice", "fixed"):
         return optuna.distributions.CategoricalDistribution(domain.values)
     if domain.kind == "integer":

@@ -1,4 +1,4 @@
-"""What a search found: its trials, the chosen setting, and the files written of them."""
+"""The result of a search: its trials, the chosen setting, and the files with them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from pneumo.config import Config
 from pneumo.config_layers import override
-from pneumo.evaluation.file_predictions import encode_parquet
+from pneumo.dataset.study_table import encode_parquet
 from pneumo.search_space import Scalar
 from pneumo.tuning.choice import SettingChoice
 from pneumo.tuning.trials import Trial, rank
@@ -17,7 +17,7 @@ from pneumo.tuning.trials import Trial, rank
 
 @dataclass(frozen=True)
 class Search:
-    """All of a search."""
+    """A completed search."""
 
     name: str
     config: Config
@@ -26,31 +26,31 @@ class Search:
     """In the order of `rank`."""
     choice: SettingChoice
     confirmed: tuple[Trial, ...] = ()
-    """What confirmation trained; each is named after its setting's trial."""
+    """The trials of confirmation, each named after its setting's trial."""
     importance: Mapping[str, float] = field(default_factory=dict)
-    """Fraction of the objective's variation that each key accounts for; empty where unknown."""
+    """Fraction of the objective's variance explained by each key; empty where unknown."""
 
     @property
     def warning(self) -> str | None:
-        """What makes its result doubtful; None: nothing."""
-        begun = [trial for trial in (*self.trials, *self.confirmed) if trial.epochs]
-        random = sum(trial.fell_back for trial in begun)
+        """Why the result is doubtful, or None."""
+        trained = [trial for trial in (*self.trials, *self.confirmed) if trial.epochs]
+        random = sum(trial.fell_back for trial in trained)
         if not random:
             return None
         weights = self.config.model.weights
-        if random == len(begun):
+        if random == len(trained):
             return (
-                f"model.weights {weights} could not be had: all trials started from random "
-                "weights, and what was found holds for those"
+                f"model.weights {weights} was not available: all trials started from random "
+                "weights, and the result is valid for these alone"
             )
         return (
-            f"model.weights could not be had everywhere: {random} of {len(begun)} trials started "
-            "from random weights, and cannot be compared with the others"
+            f"model.weights was not available everywhere: {random} of {len(trained)} trials "
+            "started from random weights, and cannot be compared with the others"
         )
 
     @property
     def epochs(self) -> int:
-        """Of all trials, without confirmation."""
+        """Epochs of all trials, without confirmation."""
         return sum(trial.epochs for trial in self.trials)
 
 
@@ -62,7 +62,7 @@ def make_recipe(config: Config, settings: Mapping[str, Scalar]) -> dict[str, Any
 
 
 def to_parquet(search: Search) -> bytes:
-    """trials.parquet: a row a trial, best first, then a row a confirming one.
+    """trials.parquet: a row per trial, best first, then a row per trial of confirmation.
 
     `name`, `role` (search or confirm), `state`, `seed`, `chosen`, `objective` with `low` and
     `high`, `epochs`, `seconds`, `error`, the last epoch's metrics, and each searched key.
@@ -91,6 +91,7 @@ def to_parquet(search: Search) -> bytes:
 def _row(trial: Trial, role: str, search: Search) -> dict[str, Any]:
     config = search.config.tune
     interval = trial.interval(config)
+    last = trial.history[-1] if trial.history else {}
     return {
         "name": trial.name,
         "role": role,
@@ -103,18 +104,13 @@ def _row(trial: Trial, role: str, search: Search) -> dict[str, Any]:
         "epochs": trial.epochs,
         "seconds": trial.seconds,
         "error": trial.error,
-        **{f"last {name}": value for name, value in _last_metrics(trial).items()},
+        **{f"last {name}": last.get(name) for name in ("val/auroc", "val/loss", "train/loss")},
         **trial.settings,
     }
 
 
-def _last_metrics(trial: Trial) -> Mapping[str, float | None]:
-    shown = ("val/auroc", "val/loss", "train/loss")
-    return {name: trial.history[-1].get(name) if trial.history else None for name in shown}
-
-
 def _to_columns(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """A key that may be a number or a word is written as text."""
+    """A key with both numbers and texts as values becomes text."""
     columns = {}
     for name in rows[0]:
         values = [row[name] for row in rows]

@@ -1,4 +1,4 @@
-"""One trial of a search: its setting, its epochs, and how trials are ranked."""
+"""A trial of a search: its setting, its epochs, and how trials are ranked."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pneumo.config import TuneConfig, without_folders
-from pneumo.evaluation.bootstrap import Z_95
+from pneumo.evaluation.estimates import Z_95
 from pneumo.search_space import Scalar
 from pneumo.tuning.objective import smooth
 
 State = Literal["finished", "stopped", "diverged", "failed", "unfinished"]
-"""finished: had all its epochs; stopped: fell behind at a rung; diverged: the setting cannot be
-trained; failed: something else broke, so that another try makes sense."""
+"""finished: has all its epochs; stopped: by ASHA at a rung; diverged: the setting cannot be
+trained; failed: another error, so that another try makes sense."""
 OBJECTIVE = "val/objective"
-"""Name of one epoch's objective among its metrics, beside `ERROR`, its standard error."""
+"""The objective among an epoch's metrics, beside `ERROR`, its standard error."""
 ERROR = "val/objective_error"
 
 History = Sequence[Mapping[str, float | None]]
@@ -26,44 +26,45 @@ class Trial:
 
     name: str
     settings: Mapping[str, Scalar]
-    """What was drawn, by dotted key."""
+    """The sampled values, by dotted key."""
     seed: int
     state: State
     history: History = ()
-    """Metrics of its epochs, each once, in order."""
+    """Metrics of each epoch, in order."""
     error: str | None = None
     """Why it failed."""
     fell_back: bool = False
-    """Whether it started from random weights where others were asked for."""
+    """See `Initialisation.fell_back`."""
 
     @property
     def epochs(self) -> int:
-        """How many were trained."""
+        """Number of trained epochs."""
         return len(self.history)
 
     @property
     def is_open(self) -> bool:
-        """Whether a search that goes on trains it."""
+        """Whether a resumed search trains it."""
         return self.state in ("unfinished", "failed")
 
     @property
     def is_comparable(self) -> bool:
-        """Whether its objective, where it has one, tells how good its setting is."""
+        """Whether its objective, if it has one, tells how good its setting is."""
         return self.state in ("finished", "stopped")
 
     @property
     def seconds(self) -> float:
-        """Training time of its epochs."""
+        """Duration of its epochs."""
         return sum(epoch["epoch_s"] or 0.0 for epoch in self.history)
 
     def objective(self, config: TuneConfig, epochs: int | None = None) -> float | None:
-        """After its last epoch, or after `epochs` of them; None without any."""
+        """The smoothed objective after its last epoch, or after `epochs` of them; None without
+        any."""
         values = [epoch[OBJECTIVE] for epoch in self.history[:epochs]]
         known = [value for value in values if value is not None]
         return smooth(known, config.smoothing_epochs) if known else None
 
     def interval(self, config: TuneConfig) -> tuple[float, float] | None:
-        """95 %, by the standard error of its last epoch."""
+        """95 % interval of the objective, from the standard error of the last epoch."""
         value = self.objective(config)
         error = self.history[-1][ERROR] if self.history else None
         if value is None or error is None:
@@ -72,8 +73,8 @@ class Trial:
 
 
 def rank(trials: Sequence[Trial], config: TuneConfig) -> tuple[Trial, ...]:
-    """Best first: those that had all their epochs, then those that were stopped, by how far they
-    came; failed ones last."""
+    """Best first: finished trials by objective, then stopped ones by number of epochs, then the
+    others; failed ones last."""
     order: tuple[State, ...] = ("finished", "stopped", "unfinished", "diverged", "failed")
 
     def key(trial: Trial) -> tuple[int, int, float, str]:
@@ -94,5 +95,5 @@ def describe_settings(settings: Mapping[str, Scalar]) -> str:
 
 
 def show_setting(value: Any) -> str:
-    """A number in three digits, a file without its folders, all else as it is."""
+    """A number in three digits, a file without its folders, anything else unchanged."""
     return f"{value:.3g}" if isinstance(value, float) else str(without_folders(value))

@@ -83,7 +83,7 @@ def strange_proxy(no_network: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
 
 def cached_file(folder: Path, backbone: str = "resnet18") -> Path:
-    url = torchvision.models.get_model_weights(backbone).DEFAULT.url
+    url: str = torchvision.models.get_model_weights(backbone).DEFAULT.url
     return folder / url.rsplit("/", 1)[-1]
 
 
@@ -147,7 +147,7 @@ def test_random_weights_depend_on_the_seed_alone() -> None:
     fill(two, "random", seed=6)
     assert not torch.equal(weights(one), weights(two))
     assert torch.equal(torch.get_rng_state(), state), "the caller's random numbers go on"
-    assert told == Initialisation("random", "random weights, seed 5, as asked for")
+    assert told == Initialisation("random", "random weights, seed 5, as configured")
 
 
 def test_random_weights_keep_the_activations_in_size() -> None:
@@ -169,7 +169,7 @@ def test_a_gray_image_gives_the_activations_that_its_three_copies_gave(
     reference.fc = nn.Identity()
     model = build_model("resnet18")
     load_backbone(model, imagenet_like, "the test's")
-    model.fc = nn.Identity()  # type: ignore[assignment]
+    model.fc = nn.Identity()
     gray = torch.rand(3, 1, 64, 64)
     with torch.no_grad():
         expected = reference.eval()(gray.expand(-1, 3, -1, -1))
@@ -270,7 +270,7 @@ def test_an_absent_file_lists_what_can_be_given(tmp_path: Path) -> None:
 
 
 class _Malice:
-    def __reduce__(self) -> tuple[object, tuple[str]]:
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
         return (Path.touch, (Path("/nonexistent"),))
 
 
@@ -344,7 +344,7 @@ def assert_fell_back(told: Initialisation, model: nn.Module) -> None:
     assert told.source == "random"
     assert re.match(
         r"ImageNet weights are not available \(.+\): random weights, seed 3, instead; .*"
-        r"--model\.weights random says that it is meant$",
+        r"Set --model\.weights random if that is intended$",
         told.message,
     )
     assert "\n" not in told.message

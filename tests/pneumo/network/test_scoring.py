@@ -19,7 +19,7 @@ from pneumo.network.scoring import (
     Scores,
     prepare_input,
     score,
-    score_pictures,
+    score_images,
 )
 
 StoreMaker = Callable[..., str]
@@ -110,30 +110,30 @@ def test_one_network_and_one_view_give_its_logit(pictures: list[Any]) -> None:
     member = make_member(1)
     with torch.inference_mode():
         expected = member.network(prepare_input(pictures, member)).squeeze(1).numpy()
-    np.testing.assert_array_equal(score_pictures([member], pictures), expected)
+    np.testing.assert_array_equal(score_images([member], pictures), expected)
 
 
 def test_an_ensemble_is_the_mean_of_its_members_each_fed_as_it_was_trained(
     pictures: list[Any],
 ) -> None:
     members = [make_member(1), make_member(2, image_size=24), make_member(3)]
-    alone = np.stack([score_pictures([member], pictures) for member in members])
+    alone = np.stack([score_images([member], pictures) for member in members])
     assert np.ptp(alone, axis=0).min() > 1e-3
-    found = score_pictures(members, pictures)
+    found = score_images(members, pictures)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, alone.mean(axis=0), rtol=1e-5, atol=1e-6)
 
 
 def test_views_are_averaged_and_depend_on_the_pixels_alone(pictures: list[Any]) -> None:
     member = make_member(1)
-    several = score_pictures([member], pictures, views=4)
-    one, two = (score_pictures([member], pictures, views=n) for n in (1, 2))
+    several = score_images([member], pictures, views=4)
+    one, two = (score_images([member], pictures, views=n) for n in (1, 2))
     assert np.abs(several - one).min() > 0
     second = 2 * two - one  # the second view's own logit
     assert np.abs(second - one).min() > 0
-    np.testing.assert_array_equal(score_pictures([member], pictures, views=4), several)
+    np.testing.assert_array_equal(score_images([member], pictures, views=4), several)
     # Whatever stands beside a picture, and wherever it stands.
-    backwards = score_pictures([member], pictures[::-1], views=4)[::-1]
+    backwards = score_images([member], pictures[::-1], views=4)[::-1]
     np.testing.assert_allclose(backwards, several, atol=1e-4)
-    alone = [score_pictures([member], [picture], views=4)[0] for picture in pictures]
+    alone = [score_images([member], [picture], views=4)[0] for picture in pictures]
     np.testing.assert_allclose(alone, several, atol=1e-4)

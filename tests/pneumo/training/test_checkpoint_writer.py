@@ -57,7 +57,7 @@ def test_metrics_and_checkpoints_are_kept_and_each_place_once(tmp_path: Path) ->
 
 
 def test_a_run_that_goes_on_is_not_kept_again_where_it_begins(tmp_path: Path) -> None:
-    writer = RunWriter(str(tmp_path), "a", keep_last=1, tell=lambda line: None, begun_at=(1, 7))
+    writer = RunWriter(str(tmp_path), "a", keep_last=1, tell=lambda line: None, saved_at=(1, 7))
     writer.save((1, 7), lambda: pytest.fail("it is kept"), wait=True)
     writer.close()
 
@@ -66,11 +66,11 @@ def test_only_what_would_take_a_minute_to_repeat_is_kept_before_it_is_validated(
     tmp_path: Path,
 ) -> None:
     writer = make_writer(str(tmp_path))
-    assert not writer.is_worth_saving
+    assert not writer.is_save_due
     writer.saved_s = time.monotonic() - 61
-    assert writer.is_worth_saving
+    assert writer.is_save_due
     writer.save((1, 0), lambda: make_checkpoint(1), wait=True)
-    assert not writer.is_worth_saving
+    assert not writer.is_save_due
     writer.close()
 
 
@@ -78,7 +78,7 @@ def test_nothing_is_written_into_a_run_that_another_attempt_has_taken(tmp_path: 
     lost = make_writer(str(tmp_path))
     writer = make_writer(str(tmp_path))
     writer.save((2, 0), lambda: make_checkpoint(2), finished=True, wait=True)
-    with pytest.raises(RunError, match="another attempt has taken this run over"):
+    with pytest.raises(RunError, match="another attempt has claimed this run"):
         lost.save((1, 0), lambda: make_checkpoint(1), wait=True)
     assert len(read_history(str(tmp_path))) == 2
     for each in (lost, writer):
@@ -113,7 +113,7 @@ def test_an_object_store_that_is_away_is_outlived_but_not_for_ever() -> None:
     told: list[str] = []
     written: list[int] = []
     writer = BackgroundWriter(told.append)
-    warning = "warning: a checkpoint could not be written, training goes on: storage: s3://bucket"
+    warning = "warning: a checkpoint could not be written, training continues: storage: s3://bucket"
     for _ in range(2):
         writer.submit(store_is_away)
     writer.submit(lambda: written.append(1))

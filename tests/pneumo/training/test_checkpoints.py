@@ -166,9 +166,7 @@ def test_a_file_that_the_index_does_not_name_is_not_there(tmp_path: Path) -> Non
 def test_checkpoints_without_an_index_are_not_taken_for_a_fresh_run(tmp_path: Path) -> None:
     save(str(tmp_path), 0.6)
     (tmp_path / "checkpoints" / "index.json").unlink()
-    with pytest.raises(
-        CheckpointError, match=r"index\.json: missing, .* put it back, or give anot"
-    ):
+    with pytest.raises(CheckpointError, match=r"index\.json: missing, .* restore it, or give anot"):
         find_index(str(tmp_path))
 
 
@@ -286,7 +284,7 @@ def test_a_late_writer_of_a_lost_attempt_changes_nothing(tmp_path: Path, late_ep
         )
     before = read_folder(run_url)
     late = make_checkpoint(late_epoch, 0.99, history=({"val/auroc": 0.99},))
-    message = rf"^{run_url}: another attempt has taken this run over, so this one \({lost}\) writes"
+    message = rf"^{run_url}: another attempt has claimed this run, so this one \({lost}\) writes"
     with pytest.raises(RunError, match=message):
         save_checkpoint(run_url, late, attempt=lost, keep_last=2, finished=False)
     assert read_folder(run_url) == before
@@ -312,7 +310,7 @@ def test_a_writer_that_loses_the_run_while_it_writes_leaves_the_index_alone(
     run_url = str(tmp_path)
     attempt = save(run_url, 0.6)
     slow = make_checkpoint(2, optimizer={"state": _Overtaken(run_url)})
-    with pytest.raises(RunError, match="another attempt has taken this run over"):
+    with pytest.raises(RunError, match="another attempt has claimed this run"):
         save_checkpoint(run_url, slow, attempt=attempt, keep_last=2, finished=False)
     index = read_index(run_url)
     assert [entry.epoch for entry in index.entries] == [1]
@@ -402,18 +400,18 @@ def test_an_early_end_is_said_in_the_index(tmp_path: Path) -> None:
 
 
 def test_the_one_before_a_damaged_checkpoint_is_taken_and_it_is_said(tmp_path: Path) -> None:
-    run_url, told = str(tmp_path), []
+    run_url, told = str(tmp_path), list[str]()
     save(run_url, 0.6, 0.5, 0.4, keep_last=3)
     first, second, third = (file_of(run_url, number) for number in range(3))
     third.write_bytes(third.read_bytes()[:99])
     second.unlink()
     entry, loaded = load_newest(run_url, read_index(run_url), told.append)
     assert entry.epoch == loaded.epoch == 1
-    assert f"{third.name}: its SHA-256 is not the index's" in told[0]
-    assert f"{second.name}: the index names it, but it is gone; taking the one before" in told[1]
+    assert f"{third.name}: its SHA-256 differs from the index" in told[0]
+    assert f"{second.name}: listed in the index, but missing; using the one before" in told[1]
     first.write_bytes(b"")
     with pytest.raises(
-        CheckpointError, match=r"epoch-0001-\w{8}\.pt: its SHA-256 is not the index's"
+        CheckpointError, match=r"epoch-0001-\w{8}\.pt: its SHA-256 differs from the index"
     ):
         load_newest(run_url, read_index(run_url))
 
@@ -456,7 +454,7 @@ def test_a_changed_byte_is_refused(tmp_path: Path, place: float) -> None:
     data[int(place * len(data))] ^= 1
     path.write_bytes(data)
     with pytest.raises(
-        CheckpointError, match=r"epoch-0001-\w{8}\.pt: its SHA-256 is not the index's"
+        CheckpointError, match=r"epoch-0001-\w{8}\.pt: its SHA-256 differs from the index"
     ):
         load_checkpoint(str(tmp_path), read_index(str(tmp_path)).latest)
 
@@ -467,12 +465,12 @@ def test_a_cut_or_missing_file_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     entry = read_index(str(tmp_path)).latest
     with pytest.raises(
-        CheckpointError, match=r"epoch-0001-\w{8}\.pt: its SHA-256 is not the index's"
+        CheckpointError, match=r"epoch-0001-\w{8}\.pt: its SHA-256 differs from the index"
     ):
         load_checkpoint(str(tmp_path), entry)
     path.unlink()
     with pytest.raises(
-        CheckpointError, match=r"epoch-0001-\w{8}\.pt: the index names it, but it is gone"
+        CheckpointError, match=r"epoch-0001-\w{8}\.pt: listed in the index, but missing"
     ):
         load_checkpoint(str(tmp_path), entry)
 

@@ -80,7 +80,7 @@ def test_ranks_go_on_from_what_rank_0_chose_or_not_at_all(
     assert first[0][1] == 2
     assert first[1][1] == 2
     assert second[1].startswith("CheckpointError: ")
-    assert second[1].endswith("the index names it, but it is gone")
+    assert second[1].endswith("listed in the index, but missing")
     # What rank 0 refuses no rank begins, and none is left waiting.
     assert second[2] == first[2]
     assert "holds a finished run of 1 epochs" in first[2]
@@ -94,7 +94,7 @@ def test_what_is_refused_does_not_take_the_run_from_its_owner(
     store_url, run_url = tiny_store(), str(tmp_path)
     write_run(run_url, store_url, epochs=2)
     owner = read_index(run_url).attempt
-    with pytest.raises(RunError, match="was begun with other settings in seed"):
+    with pytest.raises(RunError, match="was started with other settings in seed"):
         claim_and_resume(Config(seed=9), read_manifest(store_url), run_url, World())
     assert read_index(run_url).attempt == owner
 
@@ -102,7 +102,7 @@ def test_what_is_refused_does_not_take_the_run_from_its_owner(
 def test_what_comes_after_the_newest_whole_checkpoint_is_dropped(
     tiny_store: StoreMaker, tmp_path: Path
 ) -> None:
-    store_url, run_url, told = tiny_store(), str(tmp_path), []
+    store_url, run_url, told = tiny_store(), str(tmp_path), list[str]()
     write_run(run_url, store_url, epochs=2)
     damaged = tmp_path / "checkpoints" / read_index(run_url).latest.name
     damaged.write_bytes(damaged.read_bytes()[:99])

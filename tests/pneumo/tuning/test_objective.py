@@ -12,8 +12,8 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 from pneumo.config import Config, TuneConfig
 from pneumo.config_layers import override
 from pneumo.errors import MetricError
-from pneumo.evaluation.bootstrap import Z_95
 from pneumo.evaluation.delong import delong, delong_test
+from pneumo.evaluation.estimates import Z_95
 from pneumo.tuning.objective import (
     Objective,
     chance_level,

@@ -12,6 +12,7 @@ import tomli_w
 from pneumo.config import Config
 from pneumo.config_layers import override
 from pneumo.dataset.manifest import read_manifest
+from pneumo.search_space import Scalar
 from pneumo.tuning.choice import (
     Confirmation,
     SettingChoice,
@@ -146,9 +147,9 @@ def test_fewer_parameters_are_simpler_then_fewer_changes_then_less_distortion(
 ) -> None:
     manifest = read_manifest(tiny_store(image_size=64))
 
-    def measure(**settings: object) -> SimplicityKey:
+    def measure(**settings: Scalar) -> SimplicityKey:
         drawn = {name.replace("__", "."): value for name, value in settings.items()}
-        return measure_simplicity(Config(), manifest, trial("a", 0.5, **drawn))
+        return measure_simplicity(Config(), manifest, trial("a", 0.5, settings=drawn))
 
     small, large = measure(model__backbone="resnet18"), measure(model__backbone="resnet50")
     assert small < large
