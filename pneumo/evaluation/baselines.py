@@ -1,11 +1,10 @@
-"""Baselines: how far a guess gets that looks at no pixel.
+"""Baselines: how well metadata alone predict, without any pixel.
 
-Portable AP images mostly are of sicker patients, so the view alone ranks RSNA's studies better than
-chance (train says which view is the sicker one), and sex, age and pixel spacing add to it. A model
-is worth what it adds to that.
+Portable AP images are mostly of sicker patients, so the view alone ranks RSNA's studies better than
+chance, and sex, age and pixel spacing improve on it. A model is worth what it adds to that.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Self
 
@@ -19,21 +18,18 @@ from sklearn.preprocessing import OneHotEncoder
 from pneumo.dataset.quality import name_age_band
 from pneumo.dataset.study_table import StudyRow
 from pneumo.errors import MetricError
-from pneumo.evaluation import bootstrap, metrics
-from pneumo.evaluation.bootstrap import (
-    Estimate,
-    Statistic,
-    Statistics,
-    StatisticSet,
-    as_json,
-)
+from pneumo.evaluation import bootstrap
+from pneumo.evaluation.bootstrap import Statistic, StatisticBuilders, StatisticSet
 from pneumo.evaluation.delong import PairedTest, delong_test
+from pneumo.evaluation.estimates import Estimate, Floats, as_json
+from pneumo.evaluation.metrics import check_scores
 from pneumo.evaluation.operating_points import find_too_few
-from pneumo.evaluation.predictions import Predictions, name_each
+from pneumo.evaluation.predictions import Predictions, name_each, to_column
+from pneumo.evaluation.ranking import Ranking, discrete_auroc_statistic
 
 FEATURES = ("view", "sex", "age", "spacing_mm")
 _RARE = 0.01
-"""A pixel spacing of fewer of the studies of train counts as 'other'."""
+"""A value of a smaller fraction of train counts as 'other'."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,23 +46,17 @@ class Metadata:
 
     @classmethod
     def of(cls, rows: Predictions) -> Self:
-        """That of predictions."""
+        """The metadata of predictions."""
         return cls(**{f.name: getattr(rows, f.name) for f in fields(cls)})
 
     @classmethod
     def of_split(cls, studies: Iterable[StudyRow], split: str) -> Self:
-        """That of one split of a store, in the order of the rows."""
+        """The metadata of one split of a store, in the order of `studies`."""
         rows = [row for row in studies if row.split == split]
-        return cls(
-            target=np.array([row.target for row in rows], dtype=np.int8),
-            view=np.array([row.view or "" for row in rows], dtype=np.str_),
-            sex=np.array([row.sex or "" for row in rows], dtype=np.str_),
-            age=np.array([row.age for row in rows], dtype=np.float64),
-            spacing_mm=np.array([row.spacing_mm for row in rows], dtype=np.float64),
-        )
+        return cls(**{f.name: to_column(rows, f.name) for f in fields(cls)})
 
     def to_columns(self) -> npt.NDArray[np.object_]:
-        """View, sex, age band, spacing to 0.001 mm as words, and the age in decades from 50."""
+        """View, sex, age band, spacing rounded to 0.001 mm, and (age - 50) / 10: (N, 5)."""
         known = ~np.isnan(self.age)
         bands = name_each(self.age, lambda age: name_age_band(None if np.isnan(age) else int(age)))
         spacing = name_each(self.spacing_mm, "{:.3f}".format)
@@ -75,7 +65,7 @@ class Metadata:
 
 
 class _Indicators(OneHotEncoder):  # type: ignore[misc]
-    """A column a value; a value that train never had has the mean of train's rows."""
+    """One-hot encoding; a value that is not in train is encoded as the mean of train's rows."""
 
     def fit(self, X: npt.NDArray[np.object_], y: object = None) -> Self:  # noqa: N803
         super().fit(X)
@@ -99,8 +89,7 @@ class MetadataModel:
     """Why there is none."""
 
     def score(self, rows: Predictions) -> npt.NDArray[np.float64]:
-        """The log odds (N,) of studies; a value that train never had counts as train's mean does.
-        Raises MetricError where there is no model."""
+        """The log odds (N,) of studies. Raises MetricError where there is no model."""
         if self.pipeline is None:
             raise MetricError(self.reason or "no metadata")
         if len(rows) == 0:
@@ -119,7 +108,8 @@ class SickerView:
 
 
 def find_sicker_view(train: Metadata | None) -> SickerView:
-    """That of `train`, AP where both have the same fraction; none without both views in it."""
+    """The view with the larger fraction of positives in `train`, AP where they are equal; none
+    where a view is missing."""
     if train is None or len(train.target) == 0:
         return SickerView(None, "no metadata of train")
     positive = [train.target[train.view == view] for view in ("AP", "PA")]
@@ -129,13 +119,16 @@ def find_sicker_view(train: Metadata | None) -> SickerView:
 
 
 def fit_metadata(train: Metadata | None) -> MetadataModel:
-    """The baseline of `train`; without a study of either class in it there is none."""
+    """The model fitted on `train`; none where a class is missing, or all metadata are equal."""
     if train is None or len(train.target) == 0:
         return MetadataModel(0, None, "no metadata of train")
     n = len(train.target)
     if len(np.unique(train.target)) < 2:
         return MetadataModel(n, None, "train: one class only")
-    words = [
+    columns = train.to_columns()
+    if (columns == columns[0]).all():
+        return MetadataModel(n, None, "train: no metadata, or the same of all studies")
+    categories = [
         (
             _Indicators(
                 min_frequency=_RARE, handle_unknown="infrequent_if_exist", sparse_output=False
@@ -145,21 +138,21 @@ def fit_metadata(train: Metadata | None) -> MetadataModel:
         for column in range(4)
     ]
     pipeline = make_pipeline(
-        make_column_transformer(*words, ("passthrough", [4])),
+        make_column_transformer(*categories, ("passthrough", [4])),
         LogisticRegression(solver="newton-cholesky", tol=1e-10, max_iter=1000),
     )
-    pipeline.fit(train.to_columns(), train.target)
+    pipeline.fit(columns, train.target)
     return MetadataModel(n, pipeline)
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """The model compared with a guess from metadata, on the same studies."""
+    """The model compared with the metadata, on the same studies."""
 
     n: int
-    """Studies that the guess can be made for."""
+    """Studies with the metadata."""
     alone_auroc: Estimate
-    """The guess's AUROC."""
+    """AUROC of the metadata alone."""
     model_auroc: Estimate
     """The model's AUROC on the same studies."""
     gain: Estimate
@@ -169,12 +162,12 @@ class Baseline:
 
 @dataclass(frozen=True)
 class ViewBaseline:
-    """How far the view alone gets (no pixel needed)."""
+    """The model compared with the view alone, on the same studies."""
 
     n: int
     """Studies whose view is known."""
     sicker_view: Literal["AP", "PA"] | None
-    """Which counts as positive: that with more positives in train."""
+    """The view that counts as positive: that with the larger fraction of positives in train."""
     view_only_auroc: Estimate
     """AUROC of 1 for `sicker_view`, 0 for the other."""
     model_auroc: Estimate
@@ -182,7 +175,7 @@ class ViewBaseline:
     gain: Estimate
     """model_auroc - view_only_auroc, over the same resamples."""
     within: Mapping[str, Estimate]
-    """The model's AUROC within AP and within PA, where the view is of no help."""
+    """The model's AUROC within AP and within PA, where the view cannot help."""
     gain_delong: PairedTest
 
     def to_json(self) -> dict[str, Any]:
@@ -191,9 +184,9 @@ class ViewBaseline:
         return {**as_json(self, leave_out={"within"}), **as_json(by_view)}
 
 
-def view_statistics(rows: Predictions, sicker: SickerView, min_patients: int) -> Statistics:
+def view_statistics(rows: Predictions, sicker: SickerView, min_patients: int) -> StatisticBuilders:
     """What `compare_with_view` needs to have resampled; nothing where fewer than `min_patients`
-    patients have a study of either class."""
+    patients have a study of a class."""
 
     def compare() -> dict[str, Statistic]:
         if sicker.view is None:
@@ -214,7 +207,7 @@ def view_statistics(rows: Predictions, sicker: SickerView, min_patients: int) ->
 def _find_enough(
     rows: Predictions, mask: npt.NDArray[np.bool_], min_patients: int
 ) -> npt.NDArray[np.bool_]:
-    """The mask. Raises MetricError for too few patients of a class."""
+    """`mask`, unchanged. Raises MetricError where it has too few patients of a class."""
     if not mask.any():
         raise MetricError("no study")
     for value in (1, 0):
@@ -239,28 +232,32 @@ def compare_with_view(
     )
 
 
-def metadata_statistics(rows: Predictions, model: MetadataModel, min_patients: int) -> Statistics:
-    """What `compare_with_metadata` needs to have resampled; nothing as in `view_statistics`."""
+def metadata_statistics(
+    rows: Predictions, score: Callable[[], Floats], min_patients: int
+) -> StatisticBuilders:
+    """What `compare_with_metadata` needs to have resampled; nothing as in `view_statistics`.
+
+    `score` gives `MetadataModel.score` of `rows`.
+    """
 
     def compare() -> dict[str, Statistic]:
-        score = model.score(rows)
-        return _both_aurocs(rows, _find_enough(rows, rows.target >= 0, min_patients), score)
+        return _both_aurocs(rows, _find_enough(rows, rows.target >= 0, min_patients), score())
 
     return {"metadata": compare}
 
 
 def compare_with_metadata(
-    rows: Predictions, model: MetadataModel, found: Mapping[str, StatisticSet]
+    rows: Predictions, score: Callable[[], Floats], found: Mapping[str, StatisticSet]
 ) -> Baseline:
-    """The model compared with the metadata; an unknown value counts as a value of its own."""
+    """The model compared with the metadata; 'unknown' is a value like any other."""
     reason = found["metadata"].reason
-    score = np.zeros(len(rows)) if reason is not None else model.score(rows)
+    known = np.zeros(len(rows)) if reason is not None else score()
     return Baseline(
         n=len(rows),
         alone_auroc=found["metadata"].estimate("pair", 1),
         model_auroc=found["metadata"].estimate("pair", 0),
         gain=found["metadata"].difference("pair"),
-        gain_delong=_test_gain(rows, score, reason),
+        gain_delong=_test_gain(rows, known, reason),
     )
 
 
@@ -271,13 +268,13 @@ def _test_gain(rows: Predictions, score: npt.NDArray[Any], reason: str | None) -
 
 
 def _auroc(rows: Predictions, part: npt.NDArray[np.bool_]) -> Statistic:
-    """The model's, of the studies of the mask."""
-    ranking = metrics.Ranking.of(*metrics.check_scores(rows.target, rows.logit), part)
+    """The model's AUROC on the studies of a mask."""
+    ranking = Ranking.of(*check_scores(rows.target, rows.logit), part)
     return lambda weights: ranking.weigh(weights).auroc
 
 
 def _both_aurocs(
     rows: Predictions, part: npt.NDArray[np.bool_], score: npt.NDArray[Any]
 ) -> dict[str, Statistic]:
-    alone = metrics.few_values_auroc_statistic(rows.target, score, part)
+    alone = discrete_auroc_statistic(rows.target, score, part)
     return {"pair": bootstrap.stack(_auroc(rows, part), alone)}

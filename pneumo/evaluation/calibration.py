@@ -1,8 +1,8 @@
-"""Calibration: how far a probability can be trusted, and how it is corrected on val.
+"""Calibration: the probabilities are corrected on val.
 
-Temperature scaling (Guo 2017) and Platt's scaling (1999) are fitted on val by maximum likelihood
-and used where they are better than nothing; test only reports. A weight of positives in training
-shifts every logit by its logarithm, which only Platt's intercept can take back.
+Temperature scaling (Guo 2017) and Platt scaling (1999) are fitted on val by maximum likelihood and
+used where they improve the log loss. A positive-class weight in training shifts every logit by the
+logarithm of the weight; only Platt's intercept can correct that.
 """
 
 import math
@@ -14,13 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from pneumo.errors import MetricError
-from pneumo.evaluation.bootstrap import Floats, as_json
+from pneumo.evaluation.estimates import Floats, as_json
 from pneumo.evaluation.metrics import check_scores
 from pneumo.evaluation.operating_points import check_enough
 from pneumo.evaluation.predictions import Predictions, sigmoid
 
 Method = Literal["none", "temperature", "platt"]
-"""From the simplest to the one with most numbers."""
+"""In the order of the number of parameters."""
 
 FOLDS = 5
 RULE = (
@@ -44,7 +44,7 @@ class Scaling:
         return sigmoid(self.slope * np.asarray(logit, dtype=np.float64) + self.intercept)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain numbers; `temperature` too where it is one."""
+        """The fields by name without the method, and `temperature` for temperature scaling."""
         numbers = as_json(self, leave_out={"method"})
         if self.method == "temperature":
             numbers["temperature"] = 1 / self.slope
@@ -53,17 +53,18 @@ class Scaling:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Both scalings as fitted on val, and which one is used."""
+    """Both scalings as fitted on val, and the one that is used."""
 
     chosen: Scaling | None
-    """None where val can't be calibrated on; of method "none" where that is as good as scaling."""
+    """None where no calibration can be fitted; of method "none" where scaling is no better."""
     temperature: Scaling | None
-    """As fitted; None where its slope is not above 0, as `platt`."""
+    """None where its slope is not above 0."""
     platt: Scaling | None
+    """None where its slope is not above 0."""
     log_loss_before: float | None
-    """On val in nats, of the logits as they are."""
+    """On val in nats, of the unscaled logits."""
     reason: str | None = None
-    """Why there is none."""
+    """Why there is no calibration."""
 
     def apply(self, logit: npt.NDArray[Any]) -> Floats:
         """The calibrated probabilities (N,); NaN where there is no calibration."""
@@ -72,7 +73,7 @@ class Calibration:
         return self.chosen.apply(logit)
 
     def to_json(self) -> dict[str, Any]:
-        """The chosen one flat, both as they were fitted, and the rule."""
+        """The fields of the chosen scaling, both fitted scalings, and the rule."""
         chosen = self.chosen
         return {
             "method": None if chosen is None else chosen.method,
@@ -91,9 +92,9 @@ class Calibration:
 def calibrate(val: Predictions, *, min_patients: int, seed: int) -> Calibration:
     """Both scalings fitted on `val`, and the one that RULE chooses.
 
-    There is none where `val` has fewer than `min_patients` patients of a class, or can't be ranked.
-    Where the free one, Platt's, would turn the order round (slope not above 0), neither is used: a
-    temperature cannot turn the order of logits round that are all of one sign.
+    None is used where `val` has fewer than `min_patients` patients of a class, or an unusable
+    score. Nor where the slope of Platt scaling is not above 0, which would reverse the order of the
+    scores; a temperature does not show that where all logits have the same sign.
     """
     try:
         positive, logit = check_scores(val.target, val.logit)
@@ -107,7 +108,7 @@ def calibrate(val: Predictions, *, min_patients: int, seed: int) -> Calibration:
     for method in ("temperature", "platt"):
         slope, intercept = fit_scaling(method, positive, logit)
         if slope > 0:
-            scaled = _scale_by_others(method, positive, logit, folds)
+            scaled = _scale_held_out(method, positive, logit, folds)
             losses[method] = _log_losses(positive, scaled)
             fitted[method] = Scaling(method, slope, intercept, float(np.mean(losses[method])))
     if "platt" not in fitted:
@@ -118,8 +119,8 @@ def calibrate(val: Predictions, *, min_patients: int, seed: int) -> Calibration:
 
 
 def _choose_simplest(losses: Mapping[str, Floats], patient: npt.NDArray[Any]) -> str:
-    """The first whose mean loss is above the lowest by no more than the standard error of that
-    difference, whose studies are alike within a patient."""
+    """The first method whose mean loss exceeds the lowest by at most one standard error of the
+    difference, clustered by patient."""
     best = min(losses.values(), key=lambda loss: float(loss.mean()))
     _, index = np.unique(patient, return_inverse=True)
 
@@ -132,13 +133,13 @@ def _choose_simplest(losses: Mapping[str, Floats], patient: npt.NDArray[Any]) ->
 
 
 def fit_scaling(method: Method, target: npt.ArrayLike, logit: npt.ArrayLike) -> tuple[float, float]:
-    """Slope and intercept of the greatest likelihood; the intercept of a temperature is 0.
+    """Slope and intercept of maximum likelihood; the intercept of a temperature is 0.
 
-    The targets are Platt's, (P + 1) / (P + 2) and 1 / (Q + 2) of P positives and Q negatives: as if
-    one more study of each class had been seen. That keeps the fit finite where the logits
-    separate the classes, and does not matter where there are many. Raises MetricError.
+    The targets are Platt's: (P + 1) / (P + 2) and 1 / (Q + 2) for P positives and Q negatives, as
+    if there were one more study of each class. The fit is then finite where the logits separate the
+    classes; with many studies it makes no difference. Raises MetricError.
     """
-    from sklearn.linear_model import LogisticRegression  # a second; who only applies has no need
+    from sklearn.linear_model import LogisticRegression  # takes a second to import
 
     positive, logit64 = check_scores(target, logit)
     num_positive, num_negative = int(positive.sum()), int((~positive).sum())
@@ -146,7 +147,7 @@ def fit_scaling(method: Method, target: npt.ArrayLike, logit: npt.ArrayLike) -> 
     reach = float(np.abs(logit64).max())
     if np.ptp(logit64) == 0 or reach == 0:
         return 0.0, 0.0  # logits without information
-    # A soft target is a study of either class, each with a weight.
+    # A study with a soft target is one study of each class, with weights.
     model = LogisticRegression(
         C=np.inf, fit_intercept=method == "platt", solver="newton-cholesky", tol=1e-10
     )
@@ -167,16 +168,16 @@ def cross_validated_losses(
     *,
     seed: int,
 ) -> Floats:
-    """The log loss in nats of each study (N,), scaled by a fit on the other folds' patients.
+    """The log loss in nats of each study (N,), scaled by a fit on the patients of the other folds.
 
     Raises MetricError for one class only, a NaN or an infinity.
     """
     positive, logit64 = check_scores(target, logit)
-    scaled = _scale_by_others(method, positive, logit64, _draw_folds(patient, seed))
+    scaled = _scale_held_out(method, positive, logit64, _draw_folds(patient, seed))
     return _log_losses(positive, scaled)
 
 
-def _scale_by_others(
+def _scale_held_out(
     method: Method, positive: npt.NDArray[np.bool_], logit: Floats, folds: npt.NDArray[np.intp]
 ) -> Floats:
     scaled = np.empty(len(logit))
@@ -191,7 +192,7 @@ def _scale_by_others(
 
 
 def _draw_folds(patient: npt.NDArray[Any], seed: int) -> npt.NDArray[np.intp]:
-    """The fold of each study, 0 to FOLDS - 1; a patient's studies share one. (N,)"""
+    """The fold of each study (N,), 0 to FOLDS - 1; the studies of a patient are in one fold."""
     name, index = np.unique(patient, return_inverse=True)
     order = np.random.default_rng(seed).permutation(len(name))
     return np.asarray(order[index] % FOLDS)

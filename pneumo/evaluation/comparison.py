@@ -1,4 +1,4 @@
-"""Two models on the same studies: which is better, and how sure that is."""
+"""Two models on the same studies: which is better, and with what certainty."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from pneumo.errors import DataError, MetricError
-from pneumo.evaluation import bootstrap, metrics
-from pneumo.evaluation.bootstrap import Estimate, Statistic, Statistics, StatisticSet, as_json
+from pneumo.evaluation import bootstrap, metrics, ranking
+from pneumo.evaluation.bootstrap import MapBlocks, Statistic, StatisticBuilders, StatisticSet
 from pneumo.evaluation.delong import PairedTest, delong_test
+from pneumo.evaluation.estimates import Estimate, as_json
 from pneumo.evaluation.predictions import Predictions
 
 COMPARED = ("auroc", "average_precision", "brier")
@@ -17,7 +18,7 @@ COMPARED = ("auroc", "average_precision", "brier")
 
 @dataclass(frozen=True)
 class Difference:
-    """A metric of both models, and the first's less the second's over the same resamples."""
+    """A metric of both models, and first minus second over the same resamples."""
 
     first: Estimate
     second: Estimate
@@ -34,7 +35,7 @@ class Comparison:
     auroc: Difference
     average_precision: Difference
     brier: Difference
-    """Of the calibrated probabilities; less is better."""
+    """Of the calibrated probabilities; lower is better."""
     auroc_delong: PairedTest
     """Images taken as independent."""
     auroc_delong_clustered: PairedTest
@@ -46,7 +47,7 @@ class ComparedRuns:
     """Two runs, by split."""
 
     first: str
-    """The name of the run that is evaluated."""
+    """Name of the run that is evaluated."""
     second: str
     splits: Mapping[str, Comparison]
 
@@ -59,21 +60,30 @@ class ComparedRuns:
         }
 
 
-def compare(first: Predictions, second: Predictions, *, resamples: int, seed: int) -> Comparison:
-    """The first model less the second, on the same studies of one split in whatever order.
+def compare(
+    first: Predictions,
+    second: Predictions,
+    *,
+    resamples: int,
+    seed: int,
+    map_blocks: MapBlocks = map,
+) -> Comparison:
+    """The first model minus the second, on the same studies of one split, in any order.
 
-    Raises DataError where they are not the same studies, each once, with the same targets and
-    patients. What can't be computed is null with a reason.
+    Raises DataError where the studies differ, or a study's target or patient does. What can't be
+    computed is None with a reason. `map_blocks` computes the resamples.
     """
     first, second = align(first, second)
-    sets: Statistics = {
-        "auroc": lambda: _pair(metrics.auroc_statistic, first, second, "logit"),
+    sets: StatisticBuilders = {
+        "auroc": lambda: _pair(ranking.auroc_statistic, first, second, "logit"),
         "average_precision": lambda: _pair(
-            metrics.average_precision_statistic, first, second, "logit"
+            ranking.average_precision_statistic, first, second, "logit"
         ),
         "brier": lambda: _pair_calibrated(first, second),
     }
-    found = bootstrap.resample_sets(first.patient, sets, resamples=resamples, seed=seed)
+    found = bootstrap.resample_sets(
+        first.patient, sets, resamples=resamples, seed=seed, map_blocks=map_blocks
+    )
     scores = first.target, first.logit, second.logit
     return Comparison(
         n=len(first),

@@ -1,9 +1,9 @@
-"""Decision curve: is acting on the model worth more than treating all, or none?
+"""Decision curve: is treating by the model better than treating all, or none?
 
-A reader who acts at a probability of t thinks (1 - t) / t false alarms as bad as one miss; the net
-benefit counts true positives less false ones at that rate of exchange (Vickers & Elkin 2006). The
-curve describes; it is not tested at each threshold (Vickers et al. 2023), and where hardly a
-positive lies on one side of a threshold resamples never see a miss, so nothing is said there.
+Who treats from a probability t on accepts (1 - t) / t false positives for one true positive. The
+net benefit is the number of true positives minus that of the false ones, weighted by t / (1 - t)
+(Vickers & Elkin 2006). The curve is descriptive and not tested at each threshold (Vickers et al.
+2023). Where hardly a positive lies on one side of a threshold, resamples cannot give an interval.
 """
 
 from dataclasses import dataclass, replace
@@ -11,14 +11,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from pneumo.evaluation.bootstrap import (
-    MIN_INDEPENDENT,
-    Estimate,
-    Floats,
-    Resampled,
-    Statistic,
-    Weights,
-)
+from pneumo.evaluation.bootstrap import Resampled, SampleWeights, Statistic, divide
+from pneumo.evaluation.estimates import MIN_FOR_INTERVAL, Estimate, Floats
 from pneumo.evaluation.metrics import called_statistic, check_scores
 from pneumo.evaluation.predictions import Predictions
 
@@ -27,24 +21,25 @@ THRESHOLDS: tuple[float, ...] = tuple(k / 100 for k in range(1, 51))
 
 @dataclass(frozen=True)
 class DecisionCurve:
-    """Net benefit, in true positives a study, at each of THRESHOLDS; treating nobody has 0."""
+    """Net benefit at each of THRESHOLDS, in true positives per study; treating nobody has 0."""
 
     model: tuple[Estimate, ...]
     treat_all: tuple[float, ...]
     gain: tuple[float, ...]
-    """The model less the better of treating all and none."""
+    """The model minus the better of treating all and none."""
     is_supported: tuple[bool, ...]
-    """Whether MIN_INDEPENDENT patients have a positive below the threshold, and as many above."""
+    """Whether MIN_FOR_INTERVAL patients have a positive below the threshold, and as many above
+    it."""
     reason: str | None = None
-    """Why there is none."""
+    """Why there is no curve."""
 
     @classmethod
     def undefined(cls, reason: str) -> Self:
-        """There is none, and why."""
+        """No curve, with the reason."""
         return cls((), (), (), (), reason)
 
     def to_json(self) -> dict[str, Any]:
-        """Columns: one list a quantity, as long as `threshold`; null with a reason without one."""
+        """A list for each quantity, as long as `threshold`; without a curve null and the reason."""
         if self.reason is not None:
             return {"threshold": None, "reason": self.reason}
         return {
@@ -63,7 +58,7 @@ class DecisionCurve:
 def net_benefit_statistic(rows: Predictions) -> Statistic:
     """Net benefit of the model and of treating all: (2 * len(THRESHOLDS), R).
 
-    Of `rows.calibrated_probability`. Raises MetricError for no study or a NaN.
+    Uses `rows.calibrated_probability`. Raises MetricError for no study or a NaN.
     """
     positive, probability = check_scores(
         rows.target, rows.calibrated_probability, both_classes=False
@@ -72,17 +67,16 @@ def net_benefit_statistic(rows: Predictions) -> Statistic:
     odds = (threshold / (1 - threshold))[:, None]
     called = called_statistic(positive, probability, THRESHOLDS)
 
-    def statistic(weights: Weights) -> Floats:
+    def statistic(weights: SampleWeights) -> Floats:
         hits, alarms = np.split(called(weights), 2)
         table = np.concatenate([hits[1:] - odds * alarms[1:], hits[0] - odds * alarms[0]])
-        found: Floats = table / (hits[0] + alarms[0])
-        return found
+        return divide(table, hits[0] + alarms[0])
 
     return statistic
 
 
 def summarise_net_benefit(found: Resampled, rows: Predictions) -> DecisionCurve:
-    """The curve of what `net_benefit_statistic` resampled of `rows`."""
+    """The curve of `rows`; `found` has their resampled `net_benefit_statistic`."""
     num = len(THRESHOLDS)
     positive = rows.target == 1
     risk = rows.calibrated_probability[positive]
@@ -91,10 +85,10 @@ def summarise_net_benefit(found: Resampled, rows: Predictions) -> DecisionCurve:
     np.minimum.at(lowest, patient, risk)
     np.maximum.at(highest, patient, risk)
     supported = tuple(
-        min(int((lowest < t).sum()), int((highest >= t).sum())) >= MIN_INDEPENDENT
+        min(int((lowest < t).sum()), int((highest >= t).sum())) >= MIN_FOR_INTERVAL
         for t in THRESHOLDS
     )
-    why = f"fewer than {MIN_INDEPENDENT} patients with a positive on a side of the threshold"
+    why = f"fewer than {MIN_FOR_INTERVAL} patients with a positive on a side of the threshold"
     model = [found.estimate(k) for k in range(num)]
     return DecisionCurve(
         model=tuple(

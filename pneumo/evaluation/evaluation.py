@@ -1,21 +1,23 @@
 """Predictions -> Evaluation: how good the model is, chosen on val and reported on test.
 
-Thresholds and calibration come from val alone and are frozen before test is looked at. What can't
-be computed (one class only, too few patients, a NaN from a diverged model) is null with a reason;
-nothing is ever silently 0. `Evaluation.to_metrics` is metrics.json, the machine-readable result of
-a run; docs/metrics.md describes it.
+Thresholds and calibration come from val alone and are frozen before test is evaluated. What can't
+be computed (one class only, too few patients, a NaN from a diverged model) is None with a reason,
+never 0. `Evaluation.to_metrics` is metrics.json, the machine-readable result of a run;
+docs/metrics.md describes it.
 """
 
 import contextlib
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pneumo.config import EvaluateConfig
 from pneumo.errors import MetricError
-from pneumo.evaluation import bootstrap, metrics
+from pneumo.evaluation import bootstrap, metrics, ranking
 from pneumo.evaluation.baselines import (
     FEATURES,
     Baseline,
@@ -30,14 +32,7 @@ from pneumo.evaluation.baselines import (
     metadata_statistics,
     view_statistics,
 )
-from pneumo.evaluation.bootstrap import (
-    Estimate,
-    Share,
-    Statistics,
-    StatisticSet,
-    as_json,
-    in_turn,
-)
+from pneumo.evaluation.bootstrap import MapBlocks, StatisticBuilders, StatisticSet
 from pneumo.evaluation.calibration import Calibration, Scaling, calibrate
 from pneumo.evaluation.decision_curve import (
     DecisionCurve,
@@ -45,12 +40,14 @@ from pneumo.evaluation.decision_curve import (
     summarise_net_benefit,
 )
 from pneumo.evaluation.delong import delong
+from pneumo.evaluation.estimates import Estimate, Floats, as_json
+from pneumo.evaluation.logistic_regression import LogitSample, recalibration_statistic
 from pneumo.evaluation.metrics import Curve
 from pneumo.evaluation.operating_points import (
     DECISION,
-    AtPoint,
     Decision,
     OperatingPoint,
+    PointEvaluation,
     choose_points,
     evaluate_points,
     outcomes_statistic,
@@ -59,51 +56,46 @@ from pneumo.evaluation.predictions import Predictions, find_fault
 from pneumo.evaluation.reliability import (
     Reliability,
     describe_bins,
-    recalibration_statistic,
     reliability_statistics,
     summarise_reliability,
 )
-from pneumo.evaluation.subgroups import (
-    Subgroups,
-    count_by_class,
-    count_rarer,
-    evaluate_subgroups,
-    subgroup_statistics,
-)
+from pneumo.evaluation.subgroups import Subgroups, evaluate_subgroups, subgroup_statistics
 
 METRICS_SCHEMA_VERSION = 4
 
 
 @dataclass(frozen=True)
 class SplitEvaluation:
-    """One split, evaluated."""
+    """The evaluation of one split."""
 
     split: str
     n: int
     positives: int
     patients: int | None
-    """None where nobody knows who they are: intervals then resample images."""
+    """None where patients are unknown: intervals then resample images."""
     patients_by_class: tuple[int, int]
-    """Who have a negative study, and who a positive one; images where nobody knows who they are."""
+    """Patients with a negative study, and with a positive one; images where patients are
+    unknown."""
     fault: str | None
-    """What is wrong with the predictions, so that nothing below has a value; None: nothing."""
+    """Why the predictions are unusable, so that nothing below has a value; None where they are
+    usable."""
     auroc: Estimate
     auroc_delong: Estimate
     auroc_delong_clustered: Estimate
     average_precision: Estimate
     sensitivity_at_specificity_90: Estimate
-    """Read off the split's own ROC curve, at a threshold that nothing else uses."""
+    """From the split's own ROC curve; its threshold is used for nothing else."""
     log_loss: Estimate
     brier: Estimate
-    at: Mapping[str, AtPoint]
+    at: Mapping[str, PointEvaluation]
     """By the operating point's name."""
     roc: Curve | None
     """Thresholds in logits; None where the split can't be ranked."""
     precision_recall: Curve | None
     before: Reliability
-    """Of the probabilities as the network gives them."""
+    """Of the network's probabilities."""
     after: Reliability
-    """Of the calibrated ones."""
+    """Of the calibrated probabilities."""
     decision_curve: DecisionCurve
     subgroups: Subgroups
     view: ViewBaseline
@@ -125,19 +117,20 @@ class SplitEvaluation:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is known of a model: chosen on `val`, reported on `test`."""
+    """The evaluation of a model: chosen on `val`, reported on `test`."""
 
     points: Mapping[str, OperatingPoint]
-    """DECISION, SCREENING and the standard ones."""
+    """DECISION, SCREENING and the STANDARD points, by name."""
     calibration: Calibration
     metadata: MetadataModel
     predictions: Predictions
-    """Those that were evaluated, with the calibrated probability filled in."""
+    """With the calibrated probabilities."""
     val: SplitEvaluation
     test: SplitEvaluation
 
-    def decide(self, split: Literal["val", "test"]) -> Decision:
-        """What calls a study of the split positive; nothing where its scores have a fault."""
+    def decide(self, split: str) -> Decision:
+        """The threshold that calls a study of the split ('val' or 'test') positive; none where its
+        predictions are unusable."""
         found = {"val": self.val, "test": self.test}[split]
         point, at = self.points[DECISION], found.at[DECISION]
         if at.reason is not None:
@@ -158,29 +151,16 @@ class Evaluation:
     ) -> dict[str, Any]:
         """The content of metrics.json.
 
-        `run` names the run, `dataset` holds the manifest's digest and the unit of the split,
-        `model` facts of the model (initialisation, epoch of the checkpoint). An
-        estimate is {value, low, high, method}, null where undefined, with a `reason`; a count is a
-        plain number.
+        `run` is the run's name, `dataset` has the manifest's digest and the unit of the split,
+        `model` has facts of the model (initialisation, epoch of the checkpoint). An estimate is
+        {value, low, high, method}, null with a `reason` where undefined; a count is a number.
         """
         return {
             "schema_version": METRICS_SCHEMA_VERSION,
             "run": run,
             "dataset": dict(dataset),
             "model": dict(model or {}),
-            "operating_points": {
-                name: {
-                    "rule": point.rule,
-                    "chosen_on": "val",
-                    "threshold": point.threshold,
-                    "threshold_logit": point.logit,
-                    "threshold_calibrated": self.calibrate(point.logit),
-                    **({} if point.reason is None else {"reason": point.reason}),
-                    "val": self.val.at[name].to_json(),
-                    "test": self.test.at[name].to_json(),
-                }
-                for name, point in self.points.items()
-            },
+            "operating_points": {name: self._describe_point(name) for name in self.points},
             "calibration": self.calibration.to_json(),
             "baselines": {
                 "metadata": {
@@ -194,6 +174,35 @@ class Evaluation:
             "test": self.test.to_json(),
         }
 
+    def _describe_point(self, name: str) -> dict[str, Any]:
+        """An operating point's object in metrics.json."""
+        point = self.points[name]
+        return {
+            "rule": point.rule,
+            "chosen_on": "val",
+            "threshold": point.threshold,
+            "threshold_logit": point.logit,
+            "threshold_calibrated": self.calibrate(point.logit),
+            **({} if point.reason is None else {"reason": point.reason}),
+            "val": self.val.at[name].to_json(),
+            "test": self.test.at[name].to_json(),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """What is fitted on train and val, before a split is evaluated."""
+
+    points: Mapping[str, OperatingPoint]
+    calibration: Calibration
+    metadata: MetadataModel
+    sicker_view: SickerView
+
+    @property
+    def threshold(self) -> float | None:
+        """The decision point's, on the logit."""
+        return self.points[DECISION].logit
+
 
 def evaluate(
     predictions: Predictions,
@@ -202,52 +211,46 @@ def evaluate(
     seed: int,
     train: Metadata | None = None,
     has_patients: bool = True,
-    share: Share = in_turn,
+    map_blocks: MapBlocks = map,
 ) -> Evaluation:
     """Choose the operating points and the calibration on val, evaluate val and test with them.
 
-    `predictions` holds both splits; others are left alone. `train` is what is known of the training
-    studies besides their pixels, for the metadata baseline. `seed` draws the bootstrap's patients,
-    who are the images themselves without `has_patients`. `share` computes the resamples.
-    Never raises for degenerate predictions: see the reasons of the estimates.
+    `predictions` holds both splits; other splits are ignored. `train` is what is known of the
+    training studies besides their pixels, for the baselines. `seed` draws the patients of the
+    bootstrap; without `has_patients` each image counts as a patient. `map_blocks` computes the
+    resamples. Never raises for degenerate predictions: see the reasons of the estimates.
     """
-    val = predictions.subset("val")
-    fault = find_fault(val)
-    val = val.number_names()
-    points = choose_points(val, config)
-    calibration = calibrate(val, min_patients=config.min_patients, seed=seed)
-    if fault is not None:
-        points = {
-            name: replace(point, logit=None, reason=f"val: {fault}")
-            for name, point in points.items()
-        }
-        calibration = Calibration(None, None, None, None, f"val: {fault}")
-    calibrated = replace(predictions, calibrated_probability=calibration.apply(predictions.logit))
-    fitted = Fitted(points, calibration, fit_metadata(train), find_sicker_view(train))
-    val_found, test_found = (
-        evaluate_split(calibrated.subset(name), name, fitted, config=config, seed=seed, share=share)
+    fitted = _fit(predictions.subset("val"), train, config, seed)
+    probability = fitted.calibration.apply(predictions.logit)
+    calibrated = replace(predictions, calibrated_probability=probability)
+    val, test = (
+        evaluate_split(
+            calibrated.subset(name), name, fitted, config=config, seed=seed, map_blocks=map_blocks
+        )
         for name in ("val", "test")
     )
     if not has_patients:
-        val_found, test_found = (replace(one, patients=None) for one in (val_found, test_found))
+        val, test = (replace(one, patients=None) for one in (val, test))
     return Evaluation(
-        points=points,
-        calibration=calibration,
+        points=fitted.points,
+        calibration=fitted.calibration,
         metadata=fitted.metadata,
         predictions=calibrated,
-        val=val_found,
-        test=test_found,
+        val=val,
+        test=test,
     )
 
 
-@dataclass(frozen=True, eq=False)
-class Fitted:
-    """What is fitted before a split is evaluated."""
-
-    points: Mapping[str, OperatingPoint]
-    calibration: Calibration
-    metadata: MetadataModel
-    sicker_view: SickerView
+def _fit(val: Predictions, train: Metadata | None, config: EvaluateConfig, seed: int) -> Fitted:
+    fault = find_fault(val)
+    val = val.with_integer_keys()
+    points = choose_points(val, config)
+    calibration = calibrate(val, min_patients=config.min_patients, seed=seed)
+    if fault is not None:
+        reason = f"val: {fault}"
+        points = {n: replace(point, logit=None, reason=reason) for n, point in points.items()}
+        calibration = Calibration(None, None, None, None, reason)
+    return Fitted(points, calibration, fit_metadata(train), find_sicker_view(train))
 
 
 def evaluate_split(
@@ -257,16 +260,15 @@ def evaluate_split(
     *,
     config: EvaluateConfig,
     seed: int,
-    share: Share,
+    map_blocks: MapBlocks = map,
 ) -> SplitEvaluation:
-    """Evaluate `rows`, all of one split, by what is already fitted."""
+    """Evaluate `rows`, all of one split, with what is already fitted."""
     fault = find_fault(rows)
-    # Sorted, so that what walks along the scores of a class walks along the memory.
-    rows = rows.take(np.lexsort((rows.logit, rows.target))).number_names()
-    threshold = fitted.points[DECISION].logit
-    found = _resample(rows, fitted, fault, config, seed=seed, share=share)
-    roc, precision_recall = _draw_curves(rows, fault)
-    scores = rows.target, rows.logit
+    # Sorted by class and score, so that the rankings read the memory in order.
+    rows = rows.take(np.lexsort((rows.logit, rows.target))).with_integer_keys()
+    metadata_score = functools.cache(lambda: fitted.metadata.score(rows))
+    found = _resample(rows, fitted, metadata_score, fault, config, seed=seed, map_blocks=map_blocks)
+    roc, precision_recall = _find_curves(rows, fault)
     before = _summarise_reliability(rows, found["before"], found["recalibration"], None)
     after, net_benefit = _evaluate_calibrated(rows, found, fitted.calibration)
     return SplitEvaluation(
@@ -274,13 +276,11 @@ def evaluate_split(
         n=len(rows),
         positives=int(rows.target.sum()),
         patients=len(np.unique(rows.patient)),
-        patients_by_class=count_by_class(rows),
+        patients_by_class=rows.count_by_class(),
         fault=fault,
         **{name: found["headlines"].estimate("values", i) for i, name in enumerate(_HEADLINES)},
-        auroc_delong=Estimate.undefined(fault) if fault else delong(*scores),
-        auroc_delong_clustered=Estimate.undefined(fault)
-        if fault
-        else delong(*scores, rows.patient),
+        auroc_delong=_delong(rows, fault),
+        auroc_delong_clustered=_delong(rows, fault, rows.patient),
         at=_evaluate_at_points(rows, fitted.points, found["points"]),
         roc=roc,
         precision_recall=precision_recall,
@@ -289,40 +289,43 @@ def evaluate_split(
         before=before,
         after=after,
         decision_curve=net_benefit,
-        subgroups=evaluate_subgroups(rows, threshold, found, config.min_patients),
+        subgroups=evaluate_subgroups(rows, fitted.threshold, found, config.min_patients),
         view=compare_with_view(rows, fitted.sicker_view, found),
-        metadata=compare_with_metadata(rows, fitted.metadata, found),
+        metadata=compare_with_metadata(rows, metadata_score, found),
     )
 
 
 NUM_BINS = 10
-"""Bins of equal number in the reliability curve and the calibration error."""
+"""Bins of equal size in the reliability curve and the calibration error."""
 _HEADLINES = ("auroc", "average_precision", "sensitivity_at_specificity_90")
 
 
 def _resample(
     rows: Predictions,
     fitted: Fitted,
+    metadata_score: Callable[[], Floats],
     fault: str | None,
     config: EvaluateConfig,
     *,
     seed: int,
-    share: Share,
+    map_blocks: MapBlocks,
 ) -> dict[str, StatisticSet]:
     """All that needs the bootstrap, in one pass over the same resamples."""
     scores = rows.target, rows.logit
     scaling = fitted.calibration.chosen
-    threshold, fewest = fitted.points[DECISION].logit, config.min_patients
-    sets: Statistics = {
-        "headlines": lambda: {"values": metrics.headline_statistic(*scores, 0.9)},
+    min_patients = config.min_patients
+    scaling_slope = 1.0 if scaling is None else scaling.slope
+    sample = functools.cache(lambda: LogitSample.of(*scores, scaling_slope))
+    sets: StatisticBuilders = {
+        "headlines": lambda: {"values": ranking.headline_statistic(*scores, 0.9)},
         "points": lambda: {"outcomes": outcomes_statistic(rows, fitted.points)},
-        "recalibration": lambda: {"fit": recalibration_statistic(*scores)},
-        "before": lambda: reliability_statistics(*scores, None, NUM_BINS),
-        "after": lambda: reliability_statistics(*scores, scaling, NUM_BINS),
+        "recalibration": lambda: {"fit": recalibration_statistic(sample())},
+        "before": lambda: reliability_statistics(sample(), None, NUM_BINS),
+        "after": lambda: reliability_statistics(sample(), scaling, NUM_BINS),
         "net_benefit": lambda: {"curve": net_benefit_statistic(rows)},
-        **subgroup_statistics(rows, threshold, fewest),
-        **view_statistics(rows, fitted.sicker_view, fewest),
-        **metadata_statistics(rows, fitted.metadata, fewest),
+        **subgroup_statistics(rows, fitted.threshold, min_patients),
+        **view_statistics(rows, fitted.sicker_view, min_patients),
+        **metadata_statistics(rows, metadata_score, min_patients),
     }
     if fault is not None:
         return dict.fromkeys(sets, StatisticSet({}, fault))
@@ -331,18 +334,18 @@ def _resample(
         sets,
         resamples=config.bootstrap_resamples,
         seed=seed,
-        independent=dict.fromkeys(sets, count_rarer(rows)),
-        share=share,
+        effective_patients=rows.count_rarer_class(),
+        map_blocks=map_blocks,
     )
 
 
 def _evaluate_at_points(
     rows: Predictions, points: Mapping[str, OperatingPoint], part: StatisticSet
-) -> dict[str, AtPoint]:
+) -> dict[str, PointEvaluation]:
     if part.reason is None:
         return evaluate_points(rows, points, part.resampled["outcomes"])
     return {
-        name: AtPoint.undefined(
+        name: PointEvaluation.undefined(
             part.reason if point.logit is not None else f"no threshold: {point.reason}"
         )
         for name, point in points.items()
@@ -364,7 +367,7 @@ def _summarise_reliability(
 def _evaluate_calibrated(
     rows: Predictions, found: Mapping[str, StatisticSet], calibration: Calibration
 ) -> tuple[Reliability, DecisionCurve]:
-    """What needs the calibrated probabilities."""
+    """Reliability and decision curve of the calibrated probabilities."""
     if calibration.chosen is None:
         reason = f"no calibration: {calibration.reason}"
         return Reliability.undefined(reason), DecisionCurve.undefined(reason)
@@ -375,7 +378,13 @@ def _evaluate_calibrated(
     return after, summarise_net_benefit(part.resampled["curve"], rows)
 
 
-def _draw_curves(rows: Predictions, fault: str | None) -> tuple[Curve | None, Curve | None]:
+def _delong(
+    rows: Predictions, fault: str | None, patient: npt.NDArray[Any] | None = None
+) -> Estimate:
+    return Estimate.undefined(fault) if fault else delong(rows.target, rows.logit, patient)
+
+
+def _find_curves(rows: Predictions, fault: str | None) -> tuple[Curve | None, Curve | None]:
     if fault is not None:
         return None, None
     with contextlib.suppress(MetricError):  # auroc carries the reason

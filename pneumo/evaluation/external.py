@@ -1,16 +1,17 @@
-"""A model on another set than it was trained on: everything frozen, nothing chosen anew.
+"""External validation: a model on another data set, with everything frozen.
 
-Thresholds and calibration are those of the run's own val. Both sets are resampled by patient,
-independently, so a difference has an interval. What the sets' make-up explains is said beside it:
-prevalence, case mix (standardised to the internal test), what the metadata alone achieves, how the
-pictures differ (`set_shift`), and what recalibration on a part of the new patients would change.
+Thresholds and calibration are those of the run's own val. The internal test and the external set
+are resampled by patient, independently, so a difference has an interval. Beside it stands what the
+composition of the sets explains: prevalence, case mix (standardised to the internal test), what the
+metadata alone achieves, how the images differ (`set_shift`), and what recalibration on a part of
+the new patients would change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -19,52 +20,50 @@ from pneumo.dataset.quality import name_age_band
 from pneumo.errors import MetricError
 from pneumo.evaluation.baselines import MetadataModel
 from pneumo.evaluation.bootstrap import (
-    Estimate,
-    Floats,
+    MapBlocks,
     Resampled,
     Statistic,
-    Weights,
-    as_json,
-    divide,
-    first_less_second,
+    first_minus_second,
     resample,
 )
 from pneumo.evaluation.calibration import Scaling, fit_scaling
-from pneumo.evaluation.metrics import auroc_statistic, brier_statistic
+from pneumo.evaluation.estimates import Estimate, Floats
+from pneumo.evaluation.metrics import brier_statistic, mean_of_known_statistic
 from pneumo.evaluation.operating_points import OperatingPoint, call_positive
 from pneumo.evaluation.predictions import Predictions, name_each, sigmoid
-from pneumo.evaluation.subgroups import count_rarer
+from pneumo.evaluation.ranking import auroc_statistic
 
 RECALIBRATION_FRACTION = 0.2
-"""Of the new set's patients: a new calibration is fitted on them, and evaluated on the others."""
+"""Fraction of the external patients on whom a new calibration is fitted; it is evaluated on the
+others."""
 CASE_MIX = ("view", "age", "sex")
 _UNKNOWN_LIMIT = 0.5
-"""A property that more of the studies of either set lack is no part of the case mix."""
+"""A property that is unknown in a larger fraction of either set is not part of the case mix."""
 
 
 @dataclass(frozen=True)
-class Frozen:
-    """What the run's evaluation chose on its own val."""
+class FrozenChoices:
+    """What is fixed before the external set is evaluated."""
 
     points: Mapping[str, OperatingPoint]
-    """Those that have a threshold, by name."""
+    """Operating points with a threshold, by name."""
     scaling: Scaling | None
     metadata: MetadataModel
 
 
 @dataclass(frozen=True)
-class Both:
-    """One number on the internal test and on the external set."""
+class TwoSetEstimate:
+    """A metric on the internal test and on the external set."""
 
     internal: Estimate
     external: Estimate
     difference: Estimate
-    """External less internal."""
+    """External minus internal."""
 
 
 @dataclass(frozen=True)
 class SetSummary:
-    """Who is in a set."""
+    """Size of a set."""
 
     n: int
     positives: int
@@ -72,71 +71,76 @@ class SetSummary:
 
     @classmethod
     def of(cls, rows: Predictions) -> SetSummary:
-        """That of predictions."""
+        """The size of a set of predictions."""
         return cls(len(rows), int(rows.target.sum()), len(np.unique(rows.patient)))
 
 
 @dataclass(frozen=True)
 class Recalibration:
-    """What a calibration fitted on a part of the new patients would change for the others."""
+    """The effect of a calibration fitted on some external patients, on the others."""
 
     fraction: float
     fitted_on: int
-    """Studies that it was fitted on; they are not evaluated here."""
+    """Number of studies; they are not evaluated here."""
     evaluated_on: int
     slope: float | None
     intercept: float | None
     brier_before: Estimate
     brier_after: Estimate
     difference: Estimate
-    """After less before; below 0 is better."""
+    """After minus before; below 0 is better."""
 
 
 @dataclass(frozen=True)
 class CaseMix:
-    """The external AUROC, weighted so that its cells are as frequent as in the internal test."""
+    """The external AUROC, standardised: studies are weighted so that each combination of the
+    properties is as frequent as in the internal test."""
 
     by: tuple[str, ...]
-    """Of CASE_MIX those that both sets know."""
+    """The properties of CASE_MIX that are known in both sets."""
     covered: float
-    """Fraction of the internal test whose cell occurs in the external set."""
+    """Fraction of the internal test whose combination occurs in the external set."""
     auroc: Estimate
 
 
 @dataclass(frozen=True)
 class ExternalEvaluation:
-    """A run on one external set, beside its internal test."""
+    """A run on one external set, and on its internal test."""
 
     internal: SetSummary
     external: SetSummary
-    auroc: Both
-    sensitivity: Mapping[str, Both]
+    auroc: TwoSetEstimate
+    sensitivity: Mapping[str, TwoSetEstimate]
     """By operating point."""
-    specificity: Mapping[str, Both]
-    brier: Both
-    """Of the calibrated probabilities; of the network's own where the run has no calibration."""
-    in_the_large: Both
-    """Mean of the same probabilities less the fraction of positives."""
-    metadata_auroc: Both
-    """What view, sex, age and spacing alone achieve, fitted on the run's train."""
+    specificity: Mapping[str, TwoSetEstimate]
+    brier: TwoSetEstimate
+    """Of the calibrated probabilities; of the network's own without a calibration."""
+    in_the_large: TwoSetEstimate
+    """Mean of the same probabilities minus the fraction of positives."""
+    metadata_auroc: TwoSetEstimate
+    """Of view, sex, age and spacing alone, fitted on the run's train."""
     case_mix: CaseMix
     recalibration: Recalibration
 
-    def to_json(self) -> dict[str, Any]:
-        """The set's object in metrics.json."""
-        return dict(as_json(vars(self)))
-
 
 def evaluate_external(
-    internal: Predictions, external: Predictions, frozen: Frozen, *, resamples: int, seed: int
+    internal: Predictions,
+    external: Predictions,
+    frozen: FrozenChoices,
+    *,
+    resamples: int,
+    seed: int,
+    map_blocks: MapBlocks = map,
 ) -> ExternalEvaluation:
-    """The run's test (`internal`) and another set, evaluated by what is frozen.
+    """Evaluate the run's test (`internal`) and another set with the frozen choices; `map_blocks`
+    computes the resamples.
 
-    Raises MetricError where a set has one class only, or a score that is no number.
+    Raises MetricError where a set has one class only, or a score is NaN or infinite.
     """
     mix, weights = _standardise(internal, external)
+    resample_patients = partial(_resample, resamples=resamples, map_blocks=map_blocks)
     inside, outside = (
-        _resample(rows, _statistics(rows, frozen, w), resamples=resamples, seed=seed + i)
+        resample_patients(rows, _statistics(rows, frozen, w), seed=seed + i)
         for i, (rows, w) in enumerate(((internal, None), (external, weights)))
     )
     points = tuple(frozen.points)
@@ -150,23 +154,25 @@ def evaluate_external(
         in_the_large=_compare(inside, outside, "in_the_large"),
         metadata_auroc=_compare(inside, outside, "metadata"),
         case_mix=mix if weights is None else replace(mix, auroc=outside["standardised"].estimate()),
-        recalibration=_recalibrate(external, frozen.scaling, resamples=resamples, seed=seed),
+        recalibration=_recalibrate(external, frozen.scaling, resample_patients, seed=seed),
     )
 
 
-def _statistics(rows: Predictions, frozen: Frozen, weights: Floats | None) -> dict[str, Statistic]:
+def _statistics(
+    rows: Predictions, frozen: FrozenChoices, weights: Floats | None
+) -> dict[str, Statistic]:
     auroc = auroc_statistic(rows.target, rows.logit)
     probability = _calibrate(rows, frozen.scaling)
     positive = rows.target == 1
     found = {
         "auroc": auroc,
         "brier": brier_statistic(rows.target, probability),
-        "in_the_large": _fraction(np.ones(len(rows)), probability - positive),
+        "in_the_large": mean_of_known_statistic(probability - positive),
     }
     for name, point in frozen.points.items():
         called = call_positive(rows.logit, point.logit)
-        found[f"sensitivity/{name}"] = _fraction(positive, called)
-        found[f"specificity/{name}"] = _fraction(~positive, ~called)
+        found[f"sensitivity/{name}"] = mean_of_known_statistic(np.where(positive, called, np.nan))
+        found[f"specificity/{name}"] = mean_of_known_statistic(np.where(positive, np.nan, ~called))
     if frozen.metadata.pipeline is not None:
         found["metadata"] = auroc_statistic(rows.target, frozen.metadata.score(rows))
     if weights is not None:
@@ -175,50 +181,49 @@ def _statistics(rows: Predictions, frozen: Frozen, weights: Floats | None) -> di
 
 
 def _resample(
-    rows: Predictions, statistics: Mapping[str, Statistic], *, resamples: int, seed: int
+    rows: Predictions,
+    statistics: Mapping[str, Statistic],
+    *,
+    resamples: int,
+    seed: int,
+    map_blocks: MapBlocks,
 ) -> dict[str, Resampled]:
-    """As a run's own evaluation has it: intervals rest on the patients of the rarer class."""
-    few = dict.fromkeys(statistics, count_rarer(rows))
-    return resample(rows.patient, statistics, resamples=resamples, seed=seed, independent=few)
+    """As in a run's own evaluation: intervals depend on the patients of the rarer class."""
+    return resample(
+        rows.patient,
+        statistics,
+        resamples=resamples,
+        seed=seed,
+        effective_patients=rows.count_rarer_class(),
+        map_blocks=map_blocks,
+    )
 
 
 def _calibrate(rows: Predictions, scaling: Scaling | None) -> Floats:
     return sigmoid(rows.logit) if scaling is None else scaling.apply(rows.logit)
 
 
-def _fraction(part: npt.NDArray[Any], value: npt.NDArray[Any]) -> Statistic:
-    """The weighted mean of `value` over the studies of `part`, both (N,)."""
-    table = np.stack([part * value, part]).astype(np.float64)
-
-    def statistic(weights: Weights) -> Floats:
-        summed = table @ weights
-        return divide(summed[0], summed[1])
-
-    return statistic
-
-
 def _compare(
     internal: Mapping[str, Resampled], external: Mapping[str, Resampled], name: str
-) -> Both:
+) -> TwoSetEstimate:
     if name not in internal or name not in external:
-        return Both(*[Estimate.undefined("no metadata of train")] * 3)
+        return TwoSetEstimate(*[Estimate.undefined("no metadata of train")] * 3)
     first, second = internal[name], external[name]
-    independent = min(first.independent, second.independent)
     left_out = second.value[:, None] - first.jackknife, second.jackknife - first.value[:, None]
     gap = Resampled(
         second.value - first.value,
         second.drawn - first.drawn,
-        independent,
+        min(first.effective_patients, second.effective_patients),
         np.concatenate(left_out, axis=1),
     )
-    return Both(first.estimate(), second.estimate(), gap.estimate())
+    return TwoSetEstimate(first.estimate(), second.estimate(), gap.estimate())
 
 
 # --- case mix -------------------------------------------------------------------------------------
 
 
 def _standardise(internal: Predictions, external: Predictions) -> tuple[CaseMix, Floats | None]:
-    """The case mix still without its AUROC, and each external study's weight."""
+    """The case mix, without its AUROC, and the weight of each external study."""
     columns = [_describe(rows) for rows in (internal, external)]
     by = tuple(
         name
@@ -232,17 +237,19 @@ def _standardise(internal: Predictions, external: Predictions) -> tuple[CaseMix,
         np.array(["|".join(cell) for cell in zip(*(column[name] for name in by), strict=True)])
         for column in columns
     )
-    names, counts = np.unique(inside, return_counts=True)
-    wanted = dict(zip(names.tolist(), (counts / len(inside)).tolist(), strict=True))
-    names, counts = np.unique(outside, return_counts=True)
-    there = dict(zip(names.tolist(), (counts / len(outside)).tolist(), strict=True))
+    wanted, there = _frequencies(inside), _frequencies(outside)
     weights = np.array([wanted.get(cell, 0.0) / there[cell] for cell in outside.tolist()])
     covered = sum(fraction for cell, fraction in wanted.items() if cell in there)
     classes = external.target[weights > 0]
     if len(np.unique(classes)) < 2:
-        reason = "the cells that both sets have hold one class only"
+        reason = "the combinations that are in both sets have one class only"
         return CaseMix(by, covered, Estimate.undefined(reason)), None
     return CaseMix(by, covered, Estimate.undefined("not resampled")), weights
+
+
+def _frequencies(cells: npt.NDArray[np.str_]) -> dict[str, float]:
+    names, counts = np.unique(cells, return_counts=True)
+    return dict(zip(names.tolist(), (counts / len(cells)).tolist(), strict=True))
 
 
 def _describe(rows: Predictions) -> dict[str, npt.NDArray[np.str_]]:
@@ -254,9 +261,13 @@ def _describe(rows: Predictions) -> dict[str, npt.NDArray[np.str_]]:
 
 
 def _recalibrate(
-    rows: Predictions, scaling: Scaling | None, *, resamples: int, seed: int
+    rows: Predictions,
+    scaling: Scaling | None,
+    resample_patients: Callable[..., dict[str, Resampled]],
+    *,
+    seed: int,
 ) -> Recalibration:
-    """Platt's scaling on RECALIBRATION_FRACTION of the patients, drawn by the seed."""
+    """Platt scaling on RECALIBRATION_FRACTION of the patients, a random sample."""
     patients = np.unique(rows.patient)
     count = round(RECALIBRATION_FRACTION * len(patients))
     chosen = np.random.default_rng(seed).permutation(patients)[:count]
@@ -266,11 +277,11 @@ def _recalibrate(
         slope, intercept = fit_scaling("platt", part.target, part.logit)
         before = brier_statistic(rest.target, _calibrate(rest, scaling))
         after = brier_statistic(rest.target, sigmoid(slope * rest.logit + intercept))
-        found = _resample(rest, {"before": before, "after": after}, resamples=resamples, seed=seed)
+        found = resample_patients(rest, {"before": before, "after": after}, seed=seed)
     except MetricError as error:
         nothing = [Estimate.undefined(str(error))] * 3
         return Recalibration(RECALIBRATION_FRACTION, len(part), len(rest), None, None, *nothing)
-    change = found["after"].beside(found["before"]).derive(first_less_second)
+    change = found["after"].concatenate(found["before"]).derive(first_minus_second)
     return Recalibration(
         RECALIBRATION_FRACTION,
         len(part),

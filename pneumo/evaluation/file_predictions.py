@@ -1,7 +1,7 @@
-"""A model's scores of loose files: one row a file, its decision by the run's own frozen rule.
+"""Predictions of single files: a row for each file, decided by the run's frozen threshold.
 
-Unlike everything else that pneumo writes, a reading carries the user's own file names: it goes to
-the user's own folder and nowhere else.
+Unlike everything else that pneumo writes, they contain the user's own file names, so they are
+written to the user's own folder and nowhere else.
 """
 
 import io
@@ -17,7 +17,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
-import pyarrow.parquet as pq
 
 from pneumo.errors import RunError
 from pneumo.evaluation.calibration import Scaling
@@ -26,31 +25,34 @@ from pneumo.evaluation.predictions import sigmoid
 
 NOT_A_NUMBER = "not_a_number"
 """The reason of a file that could be read, but whose logit is not finite."""
-NOTICE = "Research use only: no medical device, never validated for care."
+NOTICE = "Research use only: not a medical device, not validated for clinical use."
 
 
 @dataclass(frozen=True)
 class FrozenRule:
-    """What a run's evaluation froze on val, for data that comes later; None where it has not."""
+    """The threshold and the calibration that a run's evaluation froze on val, for later data."""
 
     threshold: float | None
     """On the probability, not the calibrated one."""
     threshold_logit: float | None
-    """The same on the logit; None of runs that were evaluated before it was kept."""
+    """The same on the logit; None for runs of an older version."""
     threshold_reason: str | None
     calibration: Scaling | None
     calibration_reason: str | None
     checkpoints: tuple[str, ...] | None
-    """SHA-256 of those whose mean logit was evaluated."""
+    """SHA-256 of the checkpoints whose mean logit was evaluated."""
     views: int
     stored_size: int | None
-    """Height and width that the evaluated pictures were stored at, in pixels."""
+    """Height and width of the evaluated images in the store, in pixels."""
     phantoms: bool = False
-    """Whether the model was trained and evaluated on drawn pictures."""
+    """Whether the model was trained and evaluated on phantoms."""
 
     @classmethod
     def from_metrics(cls, metrics: Mapping[str, Any] | None) -> Self:
-        """The rule in a metrics.json; without one there is none. Raises RunError."""
+        """The rule in a metrics.json; without threshold and calibration for None.
+
+        Raises RunError for the metrics.json of another version.
+        """
         if metrics is None:
             reason = "the run is not evaluated"
             return cls(None, None, reason, None, reason, None, 1, None)
@@ -90,24 +92,24 @@ def _why_uncalibrated(metrics: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class Readings:
-    """One row a file; all arrays have shape (N,)."""
+class FilePredictions:
+    """A row for each file; all arrays have shape (N,)."""
 
     file: npt.NDArray[np.str_]
-    """Its path below the source."""
+    """Path below the source."""
     logit: npt.NDArray[np.float32]
-    """NaN where the file could not be used, and no finite number with NOT_A_NUMBER."""
+    """NaN where the file is unusable; NaN or infinite with the reason NOT_A_NUMBER."""
     overlay: npt.NDArray[np.str_]
-    """Path of its picture below the output; '' where there is none."""
+    """Path of the Grad-CAM overlay below the output; '' where there is none."""
     reason: npt.NDArray[np.str_]
     """Why there is no score: missing, unreadable, a code of `pneumo.errors.DicomError`, or
-    NOT_A_NUMBER; '' where it was scored."""
+    NOT_A_NUMBER; '' where there is a score."""
     message: npt.NDArray[np.str_]
-    """The same in words."""
+    """The reason in words."""
     view: npt.NDArray[np.str_]
-    """AP or PA, as the header says; '' where it does not."""
+    """AP or PA from the header; '' where unknown."""
     warnings: npt.NDArray[np.str_]
-    """What was repaired in the file or is doubtful about its picture: codes, '; ' between them."""
+    """Codes of what was repaired in the file or is doubtful in its image, separated by '; '."""
 
     def __len__(self) -> int:
         return len(self.file)
@@ -130,7 +132,7 @@ class Readings:
 
     @classmethod
     def join(cls, parts: Sequence[Self]) -> Self:
-        """All parts as one, sorted by file, so that it is the same however it was shared out."""
+        """All parts, sorted by file: the result does not depend on how the work was split."""
         columns = {f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)}
         order = np.argsort(columns["file"], kind="stable")
         return cls(**{name: column[order] for name, column in columns.items()})
@@ -147,7 +149,7 @@ class Readings:
         return np.asarray((self.reason == "") & called)
 
     def to_table(self, rule: FrozenRule, checkpoint: str) -> pa.Table:
-        """The rows with what `rule` makes of them; null where there is none."""
+        """The rows with calibrated probability and decision by `rule`; null without a score."""
         is_missing = self.reason != ""
 
         def numbers(values: npt.NDArray[Any] | None, kind: pa.DataType) -> pa.Array:
@@ -174,8 +176,8 @@ class Readings:
 
 
 def encode_csv(table: pa.Table) -> bytes:
-    """The table as CSV with a header line; null is empty. A text that a spreadsheet would run as a
-    formula begins with an apostrophe."""
+    """The table as CSV with a header line; null is empty. A text that a spreadsheet would take for
+    a formula gets an apostrophe in front."""
     for i, name in enumerate(table.column_names):
         if pa.types.is_string(table.schema.field(i).type):
             safe = pc.replace_substring_regex(table[name], _FORMULA, r"'\1")
@@ -189,13 +191,6 @@ _FORMULA = r"^([=+@\t\r-])"
 _TEXTS = ("view", "warnings", "overlay", "reason", "message")
 
 
-def count_formulas(readings: Readings) -> int:
-    """Files whose name begins as a formula does."""
+def count_formulas(readings: FilePredictions) -> int:
+    """Number of files whose name a spreadsheet would take for a formula."""
     return sum(re.match(_FORMULA, name) is not None for name in readings.file.tolist())
-
-
-def encode_parquet(table: pa.Table) -> bytes:
-    """The table as a Parquet file."""
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer)
-    return buffer.getvalue()

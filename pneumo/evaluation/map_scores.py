@@ -1,11 +1,12 @@
-"""How well maps of evidence agree with the radiologists' boxes, compared with two that know less.
+"""How well saliency maps agree with the radiologists' boxes, compared with two baselines.
 
-Every measure is of a map (H, W) of values from 0 up and boxes in its pixels, and none depends on
-the map's scale. A map that looks at no image still scores, because pneumonia lies in the lungs and
-the lungs in the middle; so each measure of the network's maps is compared with those of
+Every measure takes a map (H, W) of values of at least 0 and boxes in its pixels, and none depends
+on the map's scale. Even a map that ignores the image agrees with boxes, because pneumonia is in the
+lungs and the lungs are in the middle. So each measure of the network's maps is compared with that
+of
 
-    prior     the fraction of the train split's positives that have a box there
-    random    the same network with random weights (Adebayo 2018)
+    prior     the fraction of the positives in train with a box at the pixel
+    random    Grad-CAM of the same network with random weights (Adebayo 2018)
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,14 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pneumo.errors import MetricError
-from pneumo.evaluation.bootstrap import (
-    Estimate,
-    Floats,
-    Statistic,
-    as_json,
-    divide,
-    patient_bootstrap,
-)
+from pneumo.evaluation.bootstrap import Statistic, patient_bootstrap
+from pneumo.evaluation.estimates import Estimate, Floats, as_json
+from pneumo.evaluation.metrics import mean_of_known_statistic
 from pneumo.images.boxes import Box
 
 MapName = Literal["cam", "prior", "random"]
@@ -35,22 +31,22 @@ MEASURES: tuple[Measure, ...] = get_args(Measure)
 """The columns of `BoxScores.values`:
 
 auprc       average precision of the map as a classifier of the boxes' pixels (Arun 2021)
-pointing    fraction of the map's maximal pixels that lie in a box: 0 or 1 but for ties; 0 of an
-            empty map, which points nowhere (the pointing game, Zhang 2018)
-energy      fraction of the map's sum that lies in the boxes; NaN of an empty map (Wang 2020)
+pointing    fraction of the map's maximal pixels that lie in a box: 0 or 1 except for ties; 0 for
+            an empty map (the pointing game, Zhang 2018)
+energy      fraction of the map's sum that lies in the boxes; NaN for an empty map (Wang 2020)
 """
 MIN_POSITIVES = 5
-"""Fewer than this many studies are not summarised."""
+"""Studies that a summary needs at least."""
 
 
 def scale_boxes(boxes: Sequence[Box], *, stored_size: int, image_size: int) -> tuple[Box, ...]:
-    """Boxes in pixels of the stored image, in those of the network's input."""
+    """Boxes in pixels of the stored image, converted to pixels of the network's input."""
     ratio = image_size / stored_size
     return tuple(Box(*(value * ratio for value in box)) for box in boxes)
 
 
 def box_mask(shape: Sequence[int], boxes: Sequence[Box]) -> npt.NDArray[np.bool_]:
-    """True where a pixel's centre lies in a box; (H, W)."""
+    """(H, W): whether a pixel's centre lies in a box."""
     height, width = shape
     row, column = np.arange(height)[:, None] + 0.5, np.arange(width)[None, :] + 0.5
     mask = np.zeros((height, width), dtype=np.bool_)
@@ -61,10 +57,10 @@ def box_mask(shape: Sequence[int], boxes: Sequence[Box]) -> npt.NDArray[np.bool_
 
 
 def prior_map(boxes_of_train: Sequence[Sequence[Box]], image_size: int) -> Floats:
-    """(S, S): the fraction of studies, those of the train split, whose boxes cover a pixel.
+    """(S, S): the fraction of the positives in train whose boxes cover a pixel.
 
-    `boxes_of_train` holds the boxes of each positive in pixels of the map. Without a study it is 1
-    everywhere: nothing is known of where to look.
+    `boxes_of_train` has the boxes of each positive, in pixels of the map. Without any the map is 1
+    everywhere.
     """
     total = np.zeros((image_size, image_size))
     for boxes in boxes_of_train:
@@ -73,17 +69,17 @@ def prior_map(boxes_of_train: Sequence[Sequence[Box]], image_size: int) -> Float
 
 
 def score_map(values: npt.NDArray[Any], boxes: Sequence[Box]) -> Floats:
-    """The MEASURES of one map (H, W) and the boxes of its study, (3,).
+    """The MEASURES of a map (H, W) and the boxes of its study: (3,).
 
-    Raises MetricError where the boxes cover no pixel's centre, or the map holds a NaN, an infinity
-    or a negative value.
+    Raises MetricError where the boxes cover no pixel's centre, or the map has a NaN, an infinity or
+    a negative value.
     """
     if not np.isfinite(values).all() or values.min(initial=0) < 0:
-        raise MetricError("a map of evidence holds a value that is negative or no number")
+        raise MetricError("a saliency map has a negative value, a NaN or an infinity")
     mask = box_mask(values.shape, boxes)
     if not mask.any():
-        raise MetricError(f"no box lies on the map of shape {values.shape}")
-    from sklearn.metrics import average_precision_score  # a second, which who only scores has not
+        raise MetricError(f"no box covers a pixel of the map of shape {values.shape}")
+    from sklearn.metrics import average_precision_score  # takes a second to import
 
     auprc = average_precision_score(mask.ravel(), values.ravel())
     total, greatest = values.sum(dtype=np.float64), values.max()
@@ -95,10 +91,10 @@ def score_map(values: npt.NDArray[Any], boxes: Sequence[Box]) -> Floats:
 
 @dataclass(frozen=True, eq=False)
 class BoxScores:
-    """Every map of some positives, scored."""
+    """The measures of all maps of some positives."""
 
     keys: npt.NDArray[np.str_]
-    """(N,) of the studies."""
+    """(N,): the studies."""
     values: Floats
     """(N, MAPS, MEASURES)."""
 
@@ -107,7 +103,7 @@ class BoxScores:
 
     @classmethod
     def join(cls, parts: Sequence[Self]) -> Self:
-        """All parts as one, sorted by key: the same however the work was split."""
+        """All parts, sorted by key: the result does not depend on how the work was split."""
         nothing = np.empty((0, len(MAPS), len(MEASURES)))
         keys = np.concatenate([np.empty(0, np.str_), *(part.keys for part in parts)])
         values = np.concatenate([nothing, *(part.values for part in parts)])
@@ -115,33 +111,33 @@ class BoxScores:
         return cls(keys[order], values[order])
 
     def column(self, name: MapName, measure: Measure) -> Floats:
-        """One measure of one kind of map, (N,)."""
+        """One measure of one kind of map: (N,)."""
         return self.values[:, MAPS.index(name), MEASURES.index(measure)]
 
 
 @dataclass(frozen=True)
 class MapSummary:
-    """How one kind of map agrees with the boxes of many studies."""
+    """The agreement of one kind of map with the boxes of many studies."""
 
     auprc: Estimate
     pointing: Estimate
     energy: Estimate
     """Mean over the maps that are not empty."""
     empty: int
-    """Maps that are 0 everywhere."""
+    """Number of maps that are 0 everywhere."""
 
 
 @dataclass(frozen=True)
 class GroupSummary:
-    """The maps of some studies: all positives, those found, or those missed."""
+    """The maps of all positives, of the true positives, or of the false negatives."""
 
     n: int
     reason: str | None
-    """Why there is no summary, where there is none."""
+    """Why there is no summary; None where there is one."""
     maps: Mapping[MapName, MapSummary] | None = None
     gain: Mapping[MapName, Mapping[Measure, Estimate]] | None = None
-    """By baseline: how much more of each measure the network's maps have than it, study by study
-    over the same resamples."""
+    """By baseline: the measures of the network's maps minus those of the baseline, on the same
+    studies and resamples."""
 
     def to_json(self) -> dict[str, Any]:
         """`n`, and the summaries or null with the reason."""
@@ -158,13 +154,13 @@ class SaliencySummary:
     """Where the network looks in the positives of a split."""
 
     positives: int
-    """Of the split."""
+    """Number of positives in the split."""
     unscored: int
-    """Of them those without a box that covers a pixel of the input, or whose map is no number."""
+    """Positives without a box that covers a pixel of the input, or whose map has a NaN."""
     checkpoint: str
-    """Whose maps these are."""
+    """The checkpoint of the maps."""
     prior_studies: int
-    """Positives of train whose boxes made the prior map; of none it is 1 everywhere."""
+    """Positives in train whose boxes made the prior map."""
     groups: Mapping[Group, GroupSummary]
 
     def to_json(self) -> dict[str, Any]:
@@ -185,9 +181,9 @@ def summarise_saliency(
 ) -> SaliencySummary:
     """The scores of a split's positives with patient-bootstrap intervals.
 
-    `patient` and `is_called` (N,) belong to the rows of `scores`: whose study it is, and whether
-    the model calls it positive, or why it calls none anything. `positives` counts all of the
-    split's, `prior_studies` those of train that made the prior map.
+    `patient` (N,) and `is_called` (N,) belong to the rows of `scores`: the patient, and whether the
+    study is called positive, or why there is no threshold. `positives` and `prior_studies` as in
+    `SaliencySummary`.
     """
     rows: dict[Group, npt.NDArray[np.bool_] | str] = {
         "all": np.ones(len(scores), dtype=np.bool_),
@@ -223,8 +219,8 @@ def _summarise_group(
         own = scores.column("cam", measure)
         for name in MAPS:
             other = scores.column(name, measure)
-            statistics[f"{name}/{measure}"] = _mean_statistic(other)
-            statistics[f"gain/{name}/{measure}"] = _mean_statistic(own - other)
+            statistics[f"{name}/{measure}"] = mean_of_known_statistic(other)
+            statistics[f"gain/{name}/{measure}"] = mean_of_known_statistic(own - other)
     found = patient_bootstrap(patient, statistics, resamples=resamples, seed=seed)
     return GroupSummary(
         n=n,
@@ -241,9 +237,3 @@ def _summarise_group(
             for name in BASELINES
         },
     )
-
-
-def _mean_statistic(values: Floats) -> Statistic:
-    """The weighted mean of what is not NaN; NaN where nothing is left."""
-    known, present = np.nan_to_num(values), (~np.isnan(values)).astype(np.float64)
-    return lambda weights: divide(known @ weights, present @ weights)

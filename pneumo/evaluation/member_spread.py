@@ -1,5 +1,8 @@
-"""How far the runs of an ensemble lie apart, each by itself: of one setting trained with several
-seeds the spread between seeds, which no interval over patients holds."""
+"""Metrics of each run of an ensemble alone, and their spread.
+
+For runs that differ in their seed alone it is the spread between seeds, which intervals over
+patients do not include.
+"""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -14,18 +17,18 @@ from pneumo.evaluation.operating_points import DECISION, choose_points
 from pneumo.evaluation.predictions import Predictions, find_fault
 
 MEASURES = ("auroc", "average_precision", "recall", "specificity")
-"""The last two at the decision point that each run's own val gives."""
+"""The last two at the decision point of each run's own val."""
 
 
 @dataclass(frozen=True)
 class MemberSpread:
-    """Single runs on test."""
+    """The runs of an ensemble, each alone, on test."""
 
     runs: tuple[str, ...]
     differ_in: tuple[str, ...]
-    """Settings of the training that are not the same in all runs, such as `seed`."""
+    """Training settings that differ between the runs, such as `seed`."""
     values: Mapping[str, tuple[float, ...]]
-    """By measure, in the order of `runs`; without a measure that one of them has not."""
+    """By metric, in the order of `runs`; a metric that is undefined for a run is left out."""
 
     @property
     def is_of_seeds(self) -> bool:
@@ -51,7 +54,7 @@ class MemberSpread:
 def compare_members(
     members: Mapping[str, Predictions], differ_in: Sequence[str], config: EvaluateConfig
 ) -> MemberSpread | None:
-    """Each member alone, by its name; None of fewer than two."""
+    """The metrics of each run, by its name; None for fewer than two runs."""
     if len(members) < 2:
         return None
     found = [_measure(rows, config) for rows in members.values()]

@@ -1,11 +1,11 @@
-"""How good predictions are, and how sure that is: pure arithmetic, arrays in, values out.
+"""Metrics of predictions: arrays in, values out.
 
-Conventions. `target` (N,) holds 0 and 1. A ranking metric takes `score` (N,), the logit: a
-probability is computed once, in float64, since a float32 sigmoid turns every large logit into
-exactly 1 and so invents ties. A thresholded metric calls a study positive when its probability is
-greater than or equal to the threshold.
+`target` (N,) holds 0 and 1. A ranking metric takes `score` (N,), the logit: a float32 sigmoid makes
+every large logit exactly 1, which are ties that the logits do not have. A thresholded metric calls
+a study positive when its probability is greater than or equal to the threshold.
 
-A metric with an interval is a `Statistic` of sample weights, see `bootstrap`.
+A metric with an interval is a `Statistic` of sample weights, see `bootstrap`; those of the order of
+the scores are in `ranking`.
 """
 
 from __future__ import annotations
@@ -13,34 +13,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import scipy  # scipy.stats, half a second, is loaded where it is first named
 
 from pneumo.errors import MetricError
-from pneumo.evaluation.bootstrap import (
-    Floats,
-    Statistic,
-    Weights,
-    as_slice,
-    divide,
-    sums_statistic,
-    take,
-)
-
-Indices = npt.NDArray[np.intp]
+from pneumo.evaluation.bootstrap import SampleWeights, Statistic, divide, sums_statistic
+from pneumo.evaluation.estimates import Floats
 
 MAX_CURVE_POINTS = 500
 MAX_JSON_POINTS = 100
 
 
 def auroc(target: npt.ArrayLike, score: npt.ArrayLike) -> float:
-    """The chance that a random positive scores above a random negative, ties counting one half.
+    """The probability that a random positive scores above a random negative; ties count one half.
 
-    Exact, by midranks (Hanley & McNeil 1982). `target` (N,) of 0 and 1, `score` (N,) of any real
+    Exact, by midranks (Hanley & McNeil 1982). `target` (N,) of 0 and 1, `score` (N,) of real
     numbers, best the logits. Raises MetricError for one class only, a NaN or an infinity.
 
     >>> pneumo.auroc([0, 0, 1, 1], [0.1, 0.6, 0.4, 0.9])
@@ -54,194 +44,23 @@ def auroc(target: npt.ArrayLike, score: npt.ArrayLike) -> float:
     return float(wins / (num_positive * num_negative))
 
 
-@dataclass(frozen=True, eq=False)
-class Ranking:
-    """Some samples of a set, each class sorted by score from the lowest up."""
-
-    positives: Indices | slice
-    """Of the set: (P,)."""
-    negatives: Indices | slice
-    below: Indices
-    """How many of the negatives score lower than each positive: (P,)."""
-    tied: Indices
-    """Which of the positives score the same as a negative."""
-    up_to: Indices
-    """How many of the negatives score no higher than each of those."""
-    worse: Indices | slice
-    """How many of the positives score lower than each positive: (P,)."""
-
-    @classmethod
-    def of(
-        cls,
-        positive: npt.NDArray[np.bool_],
-        score: Floats,
-        rows: npt.NDArray[np.bool_] | None = None,
-    ) -> Self:
-        """That of the samples of the mask `rows`; None: of all. All are (N,)."""
-        chosen = np.argsort(score, kind="stable")
-        chosen = chosen if rows is None else chosen[rows[chosen]]
-        positives, negatives = chosen[positive[chosen]], chosen[~positive[chosen]]
-        high, low = score[positives], score[negatives]
-        below, up_to = np.searchsorted(low, high), np.searchsorted(low, high, side="right")
-        tied = np.flatnonzero(up_to > below)
-        worse = as_slice(np.searchsorted(high, high))
-        return cls(as_slice(positives), as_slice(negatives), below, tied, up_to[tied], worse)
-
-    def weigh(self, weights: Weights, cleared: Weights | None = None) -> WeighedRanking:
-        """Under weights (N, R) of the samples of the set; `cleared` where it is known."""
-        if cleared is None:
-            cleared = _cumulate(take(weights, self.negatives))
-        drawn = take(weights, self.positives)
-        return WeighedRanking(self, drawn, drawn.astype(np.float64), cleared)
-
-
-@dataclass(frozen=True, eq=False)
-class WeighedRanking:
-    """A ranking whose samples count as often as R resamples drew them."""
-
-    ranking: Ranking
-    counts: Weights
-    """Of the positives: (R, P)."""
-    drawn: Floats
-    """The same."""
-    cleared: Weights
-    """Of so many negatives from the lowest up: (R, negatives + 1)."""
-
-    @cached_property
-    def missed(self) -> Weights:
-        """Of so many positives from the lowest up: (R, P + 1)."""
-        return _cumulate(self.counts)
-
-    @cached_property
-    def below(self) -> Floats:
-        """Of the negatives that score lower than each positive: (R, P)."""
-        return np.take(self.cleared, self.ranking.below, axis=1).astype(np.float64)
-
-    @property
-    def beaten(self) -> Floats:
-        """`below`, and half of the negatives that score the same."""
-        if not len(self.ranking.tied):
-            return self.below
-        beaten = self.below.copy()
-        up_to = np.take(self.cleared, self.ranking.up_to, axis=1)
-        beaten[:, self.ranking.tied] = (beaten[:, self.ranking.tied] + up_to) / 2
-        return beaten
-
-    @cached_property
-    def wins(self) -> Floats:
-        """Of all positives over negatives: (R,)."""
-        found: Floats = np.vecdot(self.drawn, self.beaten)
-        return found
-
-    @property
-    def auroc(self) -> Floats:
-        """(R,)"""
-        return divide(self.wins, self.drawn.sum(axis=1) * self.cleared[:, -1])
-
-    @property
-    def average_precision(self) -> Floats:
-        """(R,)"""
-        # Ties enter all at once.
-        worse = take(self.missed[:, :-1].T, self.ranking.worse)
-        worse64 = worse.astype(np.float64)
-        hits: Floats = np.subtract(self.missed[:, -1:], worse64, out=worse64)
-        calls = self.cleared[:, -1:] - self.below
-        calls += hits
-        np.maximum(calls, np.finfo(np.float64).tiny, out=calls)  # 0 of no call is 0
-        hits /= calls
-        return divide(np.vecdot(self.drawn, hits), self.drawn.sum(axis=1))
-
-
-def auroc_statistic(target: npt.ArrayLike, score: npt.ArrayLike) -> Statistic:
-    """`auroc` of weighted samples; NaN where a resample has one class only."""
-    ranking = Ranking.of(*check_scores(target, score))
-    return lambda weights: ranking.weigh(weights).auroc
-
-
-def few_values_auroc_statistic(
-    target: npt.ArrayLike, score: npt.ArrayLike, rows: npt.NDArray[np.bool_]
-) -> Statistic:
-    """`auroc` of the samples of a mask, whose scores (N,) have few values."""
-    positive, score64 = check_scores(target, score)
-    values, level = np.unique(score64, return_inverse=True)
-    num = len(values)
-    code = np.where(rows, 2 * level + positive, 2 * num)
-
-    def statistic(weights: Weights) -> Floats:
-        counts = [np.bincount(code, one, 2 * num + 1)[:-1] for one in weights.T]
-        table = np.reshape(counts, (-1, num, 2))
-        negatives, positives = table[..., 0], table[..., 1]
-        beaten = np.cumsum(negatives, axis=1) - negatives / 2
-        wins = np.vecdot(positives, beaten)
-        return divide(wins, positives.sum(axis=1) * negatives.sum(axis=1))
-
-    return statistic
-
-
-def average_precision_statistic(target: npt.ArrayLike, score: npt.ArrayLike) -> Statistic:
-    """Mean precision over the positives, scikit-learn's step-wise sum; NaN without a positive."""
-    ranking = Ranking.of(*check_scores(target, score))
-    return lambda weights: ranking.weigh(weights).average_precision
-
-
-def _find_sensitivity(
-    weighed: WeighedRanking, high: Floats, low: Floats, specificity: float
-) -> Floats:
-    """The highest sensitivity (R,) of any threshold that clears at least `specificity` (0, 1] of
-    the negatives; found anew in each resample, NaN where it has no positive. `high` and `low` are
-    the sorted scores of the positives and of the negatives."""
-    needed = specificity * weighed.cleared[:, -1] - 1e-9
-    last = [np.searchsorted(*pair) - 1 for pair in zip(weighed.cleared, needed, strict=True)]
-    missed = np.searchsorted(high, low[np.maximum(last, 0)], side="right")
-    all_positives = weighed.missed[:, -1]
-    found = all_positives - weighed.missed[np.arange(len(missed)), missed]
-    return divide(found, all_positives)
-
-
-def headline_statistic(
-    target: npt.ArrayLike, score: npt.ArrayLike, specificity: float
-) -> Statistic:
-    """AUROC, average precision and the sensitivity at a specificity: (3, R)."""
-    positive, score64 = check_scores(target, score)
-    ranking = Ranking.of(positive, score64)
-    high, low = score64[ranking.positives], score64[ranking.negatives]
-
-    def statistic(weights: Weights) -> Floats:
-        weighed = ranking.weigh(weights)
-        sensitivity = _find_sensitivity(weighed, high, low, specificity)
-        return np.stack([weighed.auroc, weighed.average_precision, sensitivity])
-
-    return statistic
-
-
 def called_statistic(
     positive: npt.NDArray[np.bool_], score: Floats, thresholds: Sequence[float]
 ) -> Statistic:
-    """Positives, then negatives, that score at or above each of `thresholds` (T,), which may stand
-    in any order: (2 * (1 + T), R), all of the class first."""
+    """Positives, then negatives, called positive at each of `thresholds` (T,), in any order:
+    (2 * (1 + T), R); the first row of each class counts all of its samples."""
     ascending, place = np.unique(np.asarray(thresholds, dtype=np.float64), return_inverse=True)
     level = np.searchsorted(ascending, score, side="right")
     num_levels = len(ascending) + 1
     sums = sums_statistic(level + num_levels * positive, 2 * num_levels, None)
     rows = np.concatenate([[0], place + 1])
 
-    def statistic(weights: Weights) -> Floats:
+    def statistic(weights: SampleWeights) -> Floats:
         by_class = sums(weights).reshape(2, num_levels, -1)
         called = np.cumsum(by_class[:, ::-1], axis=1)[::-1, ::-1]
         return called[:, rows].reshape(2 * len(rows), -1)
 
     return statistic
-
-
-def _cumulate(weights: Weights) -> Weights:
-    """Column k holds the sum of the first k columns: (R, N) to (R, N + 1)."""
-    sums = np.empty((len(weights), weights.shape[1] + 1), dtype=weights.dtype)
-    sums[:, 0] = 0
-    import torch  # numpy's takes twice as long; who resamples nothing has no need of it
-
-    given, out = torch.from_numpy(weights), torch.from_numpy(sums[:, 1:])
-    torch.cumsum(given, dim=1, dtype=given.dtype, out=out)
-    return sums
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,7 +72,7 @@ class Curve:
     threshold: Floats
 
     def to_json(self) -> dict[str, Any]:
-        """Columns of at most MAX_JSON_POINTS; null for the threshold that nothing reaches."""
+        """At most MAX_JSON_POINTS points, by column; null for the infinite threshold."""
         keep = _decimate(self.x, self.y, MAX_JSON_POINTS)
         threshold = self.threshold[keep].tolist()
         return {
@@ -266,11 +85,11 @@ class Curve:
 def roc_points(target: npt.ArrayLike, score: npt.ArrayLike) -> Curve:
     """The ROC curve: x = 1 - specificity, y = sensitivity, from (0, 0) to (1, 1).
 
-    At most MAX_CURVE_POINTS, spread evenly along the curve: what is dropped moves the drawn line
-    by less than a pixel, but the area under it is no longer the exact AUROC. `threshold` is in the
-    unit of `score`, +inf at (0, 0). Raises MetricError as `auroc` does.
+    At most MAX_CURVE_POINTS, spread evenly along the curve. That moves a drawn curve by less than a
+    pixel, but the area under it is not the exact AUROC. `threshold` is in the unit of `score`, +inf
+    at (0, 0). Raises MetricError as `auroc` does.
     """
-    from sklearn.metrics import roc_curve  # a second; who asks for no curve has no need of it
+    from sklearn.metrics import roc_curve  # takes a second to import
 
     positive, score64 = check_scores(target, score)
     x, y, threshold = roc_curve(positive, score64)
@@ -304,7 +123,7 @@ def _decimate(x: Floats, y: Floats, count: int = MAX_CURVE_POINTS) -> npt.NDArra
 
 @dataclass(frozen=True)
 class Confusion:
-    """How many studies went which way."""
+    """Counts of a confusion matrix."""
 
     tp: int
     fp: int
@@ -313,13 +132,15 @@ class Confusion:
 
 
 def confusion(target: npt.ArrayLike, probability: npt.ArrayLike, threshold: float) -> Confusion:
-    """Counts at `probability >= threshold`; one class only is fine, a NaN raises MetricError.
+    """Counts at `probability >= threshold`. One class is enough; a NaN raises MetricError.
 
     >>> pneumo.confusion([0, 0, 1, 1], [0.1, 0.6, 0.4, 0.9], 0.5)
     Confusion(tp=1, fp=1, fn=1, tn=1)
     """
-    table = _outcomes(target, probability, threshold)
-    return Confusion(*(int(count) for count in table.sum(axis=1)))
+    positive, probability64 = check_scores(target, probability, both_classes=False)
+    called = probability64 >= threshold
+    cells = (positive & called, ~positive & called, positive & ~called, ~positive & ~called)
+    return Confusion(*(int(cell.sum()) for cell in cells))
 
 
 RATES: Mapping[str, Callable[[Floats, Floats, Floats, Floats], Floats]] = {
@@ -363,18 +184,17 @@ DENOMINATORS: Mapping[str, list[int]] = {
     "specificity": [1, 3],
     "npv": [2, 3],
 }
-"""Of the proportions among RATES, which of tp, fp, fn, tn make up the denominator."""
+"""The indices of tp, fp, fn, tn that make up the denominator of each proportion in RATES."""
 
 
 def rates(counts: Confusion) -> dict[str, float]:
     """Every metric of RATES at these counts; NaN where undefined."""
-    table = (np.array([float(n)]) for n in (counts.tp, counts.fp, counts.fn, counts.tn))
-    columns = tuple(table)
+    columns = [np.array([float(n)]) for n in (counts.tp, counts.fp, counts.fn, counts.tn)]
     return {name: float(rate(*columns)[0]) for name, rate in RATES.items()}
 
 
 def brier_statistic(target: npt.ArrayLike, probability: npt.ArrayLike) -> Statistic:
-    """Mean squared difference of probability and target (Brier 1950), from 0 (best) to 1."""
+    """Mean squared difference of probability and target (Brier 1950), 0 (best) to 1."""
     positive, probability64 = check_scores(target, probability, both_classes=False)
     return mean_statistic((probability64 - positive) ** 2)
 
@@ -384,10 +204,20 @@ def mean_statistic(values: Floats) -> Statistic:
     return lambda weights: divide(values @ weights.astype(np.float64), weights.sum(axis=0))
 
 
+def mean_of_known_statistic(values: Floats) -> Statistic:
+    """The mean of the `values` (N,) that are not NaN; NaN where none is drawn."""
+    table = np.stack([np.nan_to_num(values), ~np.isnan(values)])
+
+    def statistic(weights: SampleWeights) -> Floats:
+        return divide(*(table @ weights))
+
+    return statistic
+
+
 def check_scores(
     target: npt.ArrayLike, score: npt.ArrayLike, *, both_classes: bool = True
 ) -> tuple[npt.NDArray[np.bool_], Floats]:
-    """The targets as booleans and the scores as float64, or MetricError."""
+    """The targets as booleans and the scores as float64. Raises MetricError for unusable ones."""
     target_array, score64 = np.asarray(target), np.asarray(score, dtype=np.float64)
     if target_array.ndim != 1 or target_array.shape != score64.shape:
         raise MetricError(
@@ -404,11 +234,3 @@ def check_scores(
     if both_classes and positive.all() | ~positive.any():
         raise MetricError(f"one class only: {int(positive.sum())} of {len(positive)} are positive")
     return positive, score64
-
-
-def _outcomes(target: npt.ArrayLike, probability: npt.ArrayLike, threshold: float) -> Floats:
-    """Indicators of tp, fp, fn, tn as rows: (4, N)."""
-    positive, probability64 = check_scores(target, probability, both_classes=False)
-    called = probability64 >= threshold
-    table = (positive & called, ~positive & called, positive & ~called, ~positive & ~called)
-    return np.stack(table).astype(np.float64)

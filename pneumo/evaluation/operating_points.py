@@ -1,7 +1,7 @@
-"""Operating points: thresholds chosen on val, frozen, and the metrics of a split at each.
+"""Operating points: thresholds chosen on val and frozen, and the metrics of a split at each.
 
-Thresholds stand on the logit, which never saturates as a probability does; a calibration keeps the
-order, so it moves no study across one.
+Thresholds are on the logit, which does not saturate as a probability does. Calibration keeps the
+order of the scores, so it moves no study across a threshold.
 """
 
 from __future__ import annotations
@@ -18,16 +18,9 @@ from scipy.special import expit
 
 from pneumo.config import EvaluateConfig
 from pneumo.errors import MetricError
-from pneumo.evaluation import bootstrap, metrics, thresholds
-from pneumo.evaluation.bootstrap import (
-    Estimate,
-    Floats,
-    Resampled,
-    Statistic,
-    Weights,
-    as_json,
-    divide,
-)
+from pneumo.evaluation import metrics, thresholds
+from pneumo.evaluation.bootstrap import Resampled, SampleWeights, Statistic, divide
+from pneumo.evaluation.estimates import WILSON, Estimate, Floats, as_json, wilson, with_wilson
 from pneumo.evaluation.metrics import Confusion
 from pneumo.evaluation.predictions import Predictions
 
@@ -35,30 +28,30 @@ ThresholdRule = Literal["youden", "sensitivity", "specificity"]
 Proportion = Literal["accuracy", "precision", "recall", "specificity", "npv"]
 
 DECISION = "decision"
-"""The operating point that headline numbers are given at."""
+"""The operating point of the headline numbers."""
 SCREENING = "screening"
-"""The operating point that keeps `evaluate.sensitivity` on val."""
+"""The operating point with `evaluate.sensitivity` on val."""
 STANDARD: Mapping[str, tuple[ThresholdRule, float]] = {
     "youden": ("youden", math.nan),
     "sensitivity_90": ("sensitivity", 0.90),
     "sensitivity_95": ("sensitivity", 0.95),
     "specificity_90": ("specificity", 0.90),
 }
-"""Chosen for every run, whatever is configured, so that any two can be compared at one."""
+"""Chosen for every run, whatever is configured, so that any two runs can be compared."""
 PREVALENCES = (0.05, 0.10, 0.225, 0.365)
-"""At which predictive values are given, from rare to common; RSNA has 22.5 %."""
+"""For which predictive values are given, from rare to common; RSNA has 22.5 %."""
 BAYES_ENDS = "Bayes at the ends of sensitivity's and specificity's intervals"
 
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """A threshold on the logit, chosen on val; None where val gives none."""
+    """A threshold chosen on val."""
 
     name: str
     rule: str
     """In words, such as `sensitivity ≥ 0.90`."""
     logit: float | None
-    """A study at or above it is called positive."""
+    """A study at or above it is called positive; None where val gives no threshold."""
     reason: str | None = None
 
     @property
@@ -69,7 +62,7 @@ class OperatingPoint:
 
 @dataclass(frozen=True)
 class PredictiveValues:
-    """What a call would mean where another fraction of the studies is positive."""
+    """PPV and NPV at another prevalence."""
 
     prevalence: float
     ppv: Estimate
@@ -77,26 +70,26 @@ class PredictiveValues:
 
 
 @dataclass(frozen=True)
-class AtPoint:
-    """A split at an operating point."""
+class PointEvaluation:
+    """The metrics of a split at an operating point."""
 
     counts: Confusion | None
     """None where there is no threshold or the split can't be evaluated."""
     rates: Mapping[str, Estimate]
-    """accuracy, precision, recall, specificity, npv, f1, mcc; intervals over patients."""
+    """The metrics of `metrics.RATES`, with intervals over patients."""
     wilson: Mapping[str, Estimate]
     """The proportions among the rates with Wilson's interval, which takes images as independent."""
     at_prevalence: tuple[PredictiveValues, ...]
-    """At each of PREVALENCES, by Bayes from this split's sensitivity and specificity."""
+    """At each of PREVALENCES, by Bayes' theorem from this split's sensitivity and specificity."""
 
     @property
     def reason(self) -> str | None:
-        """Why nothing is counted, where nothing is."""
+        """Why there are no counts; None where there are."""
         return None if self.counts is not None else self.rates["accuracy"].reason
 
     @classmethod
-    def undefined(cls, reason: str) -> AtPoint:
-        """No estimate, and why."""
+    def undefined(cls, reason: str) -> PointEvaluation:
+        """No estimate, with the reason."""
         nothing = Estimate.undefined(reason)
         return cls(
             None,
@@ -117,12 +110,12 @@ class AtPoint:
 
 @dataclass(frozen=True)
 class Decision:
-    """What calls a study of one split positive."""
+    """The threshold that calls a study of a split positive."""
 
     logit: float | None
-    """None where no study may be called anything."""
+    """None where studies are called neither positive nor negative."""
     reason: str | None = None
-    """Why there is none."""
+    """Why there is no threshold."""
     calibrated: float | None = None
     """The threshold on the calibrated probability; None without a calibration."""
 
@@ -132,13 +125,13 @@ class Decision:
         return None if self.logit is None else float(expit(self.logit))
 
     def call(self, logit: npt.ArrayLike) -> npt.NDArray[np.bool_]:
-        """Which of these logits, of any shape, are called positive: none without a threshold."""
+        """Which logits, of any shape, are called positive; none without a threshold."""
         return call_positive(logit, self.logit)
 
 
 def call_positive(logit: npt.ArrayLike, threshold: float | None) -> npt.NDArray[np.bool_]:
     """Which logits, of any shape, are at or above a threshold on the logit; none without one."""
-    # In float64: a threshold just above the highest float32 would be rounded down to it.
+    # In float64: float32 would round a threshold just above the highest logit down to it.
     above = np.asarray(logit, dtype=np.float64) >= (math.inf if threshold is None else threshold)
     return np.asarray(above)
 
@@ -150,8 +143,8 @@ def choose_points(val: Predictions, config: EvaluateConfig) -> dict[str, Operati
     """DECISION, SCREENING and the STANDARD points, by name.
 
     A point has no threshold where val has fewer than `evaluate.min_patients` patients of a class
-    that its rule counts, or fewer than 1 / (1 - target): with fewer positives than 20, "at least
-    0.95" could only mean all of them.
+    that its rule counts, or fewer than 1 / (1 - target): with fewer than 20 positives, "at least
+    0.95" would mean all of them.
     """
     wanted: dict[str, tuple[ThresholdRule, float]] = {
         DECISION: (config.operating_point, config.sensitivity),
@@ -182,7 +175,7 @@ def _choose(
 
 
 def _spell(target: float) -> str:
-    """`0.90`, `0.904`: never rounded, as a point is known by its rule in words."""
+    """`0.90`, `0.904`: not rounded, as the rule in words identifies the point."""
     short = f"{target:.2f}"
     return short if float(short) == target else repr(target)
 
@@ -190,7 +183,7 @@ def _spell(target: float) -> str:
 def check_enough(
     val: Predictions, rule: ThresholdRule, min_patients: int, target: float = math.nan
 ) -> None:
-    """Raise MetricError where `val` is too small for the rule (Youden's counts both classes)."""
+    """Raise MetricError where `val` is too small for the rule; Youden's counts both classes."""
     of_class = {"sensitivity": (1,), "specificity": (0,), "youden": (1, 0)}[rule]
     needed = min_patients
     if rule != "youden" and target < 1:
@@ -203,8 +196,8 @@ def check_enough(
 def find_too_few(
     rows: Predictions, value: int, needed: int, part: npt.NDArray[np.bool_] | None = None
 ) -> str | None:
-    """Why `rows`, or those of the mask `part`, are too few of a class, 1 or 0; None where `needed`
-    patients have it."""
+    """Why `rows`, or those of the mask `part`, have too few patients of a class, 1 or 0; None where
+    `needed` patients have it."""
     chosen = rows.target == value
     found = rows.count_patients(chosen if part is None else chosen & part)
     if found >= needed:
@@ -217,7 +210,7 @@ def find_too_few(
 
 
 def outcomes_statistic(rows: Predictions, points: Mapping[str, OperatingPoint]) -> Statistic:
-    """tp, fp, fn, tn at every point that has a threshold: (4 * points, R), a point after another.
+    """tp, fp, fn, tn at each point with a threshold, point by point: (4 * points, R).
 
     Raises MetricError for no study or a NaN.
     """
@@ -225,7 +218,7 @@ def outcomes_statistic(rows: Predictions, points: Mapping[str, OperatingPoint]) 
     chosen = [p.logit for p in points.values() if p.logit is not None]
     called = metrics.called_statistic(positive, logit, chosen)
 
-    def statistic(weights: Weights) -> Floats:
+    def statistic(weights: SampleWeights) -> Floats:
         hits, alarms = np.split(called(weights), 2)
         cells = (hits[1:], alarms[1:], hits[0] - hits[1:], alarms[0] - alarms[1:])
         return np.stack(cells, axis=1).reshape(-1, weights.shape[1])
@@ -234,7 +227,7 @@ def outcomes_statistic(rows: Predictions, points: Mapping[str, OperatingPoint]) 
 
 
 def code_outcomes(rows: Predictions, threshold: float | None) -> npt.NDArray[np.int64]:
-    """Which of tp, fp, fn, tn each study is, from 0 to 3, at a threshold on the logit: (N,)."""
+    """Whether each study is tp (0), fp (1), fn (2) or tn (3) at a threshold on the logit: (N,)."""
     positive, logit = metrics.check_scores(rows.target, rows.logit, both_classes=False)
     called = call_positive(logit, threshold)
     return np.where(called, np.where(positive, 0, 1), np.where(positive, 2, 3))
@@ -242,13 +235,13 @@ def code_outcomes(rows: Predictions, threshold: float | None) -> npt.NDArray[np.
 
 def evaluate_points(
     rows: Predictions, points: Mapping[str, OperatingPoint], found: Resampled
-) -> dict[str, AtPoint]:
-    """`rows` at every point; `found` is what `outcomes_statistic` made of them."""
+) -> dict[str, PointEvaluation]:
+    """The metrics of `rows` at every point; `found` has their resampled `outcomes_statistic`."""
     found_at = {}
     start = 0
     for name, point in points.items():
         if point.logit is None:
-            found_at[name] = AtPoint.undefined(f"no threshold: {point.reason}")
+            found_at[name] = PointEvaluation.undefined(f"no threshold: {point.reason}")
             continue
         four = slice(start, start + 4)
         found_at[name] = _evaluate_at(rows, point.logit, found.take(four))
@@ -256,7 +249,7 @@ def evaluate_points(
     return found_at
 
 
-def _evaluate_at(rows: Predictions, threshold: float, cells: Resampled) -> AtPoint:
+def _evaluate_at(rows: Predictions, threshold: float, cells: Resampled) -> PointEvaluation:
     counts = Confusion(*(int(count) for count in cells.value))
     estimates = {
         key: cells.derive(partial(_rate, key)).estimate(reason=metrics.UNDEFINED[key])
@@ -267,15 +260,15 @@ def _evaluate_at(rows: Predictions, threshold: float, cells: Resampled) -> AtPoi
     for key, members in metrics.DENOMINATORS.items():
         value, n = estimates[key].value, int(sum(cells.value[members]))
         if value is None:
-            by_wilson[key] = Estimate.undefined(metrics.UNDEFINED[key], bootstrap.WILSON)
+            by_wilson[key] = Estimate.undefined(metrics.UNDEFINED[key], WILSON)
             continue
-        by_wilson[key] = Estimate(value, *bootstrap.wilson(value, n), bootstrap.WILSON)
+        by_wilson[key] = Estimate(value, *wilson(value, n), WILSON)
         patients = rows.count_patients(np.isin(code, members))
-        estimates[key] = bootstrap.with_wilson(estimates[key], patients)
+        estimates[key] = with_wilson(estimates[key], patients)
     predictive = tuple(
         PredictiveValues(p, *_predict_values(cells, p, estimates)) for p in PREVALENCES
     )
-    return AtPoint(counts, estimates, by_wilson, predictive)
+    return PointEvaluation(counts, estimates, by_wilson, predictive)
 
 
 def _rate(key: str, cells: Floats) -> Floats:
@@ -285,7 +278,8 @@ def _rate(key: str, cells: Floats) -> Floats:
 def predictive_values(
     sensitivity: Floats, specificity: Floats, prevalence: float
 ) -> tuple[Floats, Floats]:
-    """PPV and NPV by Bayes (Altman & Bland 1994), any shape; NaN where nobody is called so."""
+    """PPV and NPV by Bayes' theorem (Altman & Bland 1994), of any shape; NaN where no study would
+    be called positive or negative."""
     hits, misses = prevalence * sensitivity, prevalence * (1 - sensitivity)
     cleared, alarms = (1 - prevalence) * specificity, (1 - prevalence) * (1 - specificity)
     return divide(hits, hits + alarms), divide(cleared, cleared + misses)
@@ -303,30 +297,17 @@ def _predict_values(
     for key in ("recall", "specificity"):
         if rates[key].value is None:
             reasons = (str(rates[key].reason),) * 2
-    found = tuple(both.estimate(row, reasons[row]) for row in (0, 1))
-    ends = _bayes_ends(rates, prevalence)
+    ends = [[rates[key].low, rates[key].high] for key in ("recall", "specificity")]
+    sensitivity, specificity = np.array(ends, dtype=np.float64)  # None is NaN
+    bounds = predictive_values(sensitivity, specificity, prevalence)
     ppv, npv = (
-        one if one.value is None or one.low is not None or end is None else _with_ends(one, *end)
-        for one, end in zip(found, ends, strict=True)
+        _with_bayes(both.estimate(row, reasons[row]), *bounds[row].tolist()) for row in (0, 1)
     )
     return ppv, npv
 
 
-def _bayes_ends(
-    rates: Mapping[str, Estimate], prevalence: float
-) -> tuple[tuple[float, float] | None, tuple[float, float] | None]:
-    """Intervals of PPV and NPV where resampling gives none: wider than 95 % can need."""
-    ends = np.array(
-        [[math.nan if x is None else x for x in (rates[k].low, rates[k].high)]
-         for k in ("recall", "specificity")]
-    )  # fmt: skip
-    if np.isnan(ends).any():
-        return None, None
-    ppv, npv = predictive_values(ends[0], ends[1], prevalence)
-    return (float(ppv[0]), float(ppv[1])), (float(npv[0]), float(npv[1]))
-
-
-def _with_ends(one: Estimate, low: float, high: float) -> Estimate:
-    if one.value is None or math.isnan(low) or math.isnan(high):
+def _with_bayes(one: Estimate, low: float, high: float) -> Estimate:
+    """The estimate with these bounds where resampling gives no interval; they are conservative."""
+    if one.value is None or one.low is not None or math.isnan(low) or math.isnan(high):
         return one
     return Estimate(one.value, min(low, one.value), max(high, one.value), BAYES_ENDS)

@@ -1,7 +1,7 @@
-"""Predictions: a model's score of each study, one row a study.
+"""Predictions: a model's score of each study.
 
-Everything to the right of this noun (metrics, figures, report) reruns from it without a GPU and
-without images, save the Grad-CAM gallery.
+Metrics, figures and report can be computed again from them without a GPU and without images, except
+the Grad-CAM gallery.
 """
 
 import io
@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from scipy.special import expit
 
-from pneumo.dataset.study_table import StudyRow
+from pneumo.dataset.study_table import StudyRow, encode_parquet
 from pneumo.errors import DataError
 from pneumo.images.boxes import Box
 from pneumo.network.scoring import Scores
@@ -31,7 +31,7 @@ SCORING = "pneumo.scoring"
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """One row a study; all arrays have shape (N,)."""
+    """A row for each study; all arrays have shape (N,)."""
 
     key: StrArray
     """The study's keyed hash."""
@@ -44,12 +44,11 @@ class Predictions:
     logit: npt.NDArray[np.float32]
     """The network's output."""
     probability: npt.NDArray[np.float64]
-    """sigmoid(logit), computed in float64: in float32 large logits all become 1 and lose their
-    rank."""
+    """sigmoid(logit) in float64: in float32 all large logits become 1 and lose their order."""
     calibrated_probability: npt.NDArray[np.float64]
-    """The probability after calibration on val; NaN where none was done."""
+    """The probability after calibration on val; NaN without a calibration."""
     checkpoint: StrArray
-    """Which checkpoint gave the logit."""
+    """Name of the checkpoint that gave the logit."""
     finding: StrArray
     """The study's detailed class."""
     age: npt.NDArray[np.float64]
@@ -80,15 +79,27 @@ class Predictions:
         return self.take(self.split == split)
 
     def count_patients(self, part: npt.NDArray[np.bool_]) -> int:
-        """The patients of the studies of a mask (N,)."""
+        """The number of patients in a mask (N,) of studies."""
         patients = self.patient[part]
         if patients.dtype.kind == "i":
             return int(np.count_nonzero(np.bincount(patients)))
         return len(np.unique(patients))
 
-    def number_names(self) -> Self:
-        """The same with numbers for the names of patients, in their order, and of studies: what
-        arithmetic needs, at a fraction of the cost."""
+    def count_by_class(self, part: npt.NDArray[np.bool_] | None = None) -> tuple[int, int]:
+        """The number of patients with a negative study, and with a positive one, in a mask (N,)."""
+        masks = (self.target == value for value in (0, 1))
+        negative, positive = (
+            self.count_patients(mask if part is None else mask & part) for mask in masks
+        )
+        return negative, positive
+
+    def count_rarer_class(self, part: npt.NDArray[np.bool_] | None = None) -> int:
+        """The number of patients of the class that fewer patients have, in a mask (N,)."""
+        return min(filter(None, self.count_by_class(part)), default=0)
+
+    def with_integer_keys(self) -> Self:
+        """The same with integers for the keys of patients, in their order, and of studies: they are
+        faster to compare."""
         numbers: dict[str, npt.NDArray[Any]] = {
             "key": np.arange(len(self)),
             "patient": np.unique(self.patient, return_inverse=True)[1],
@@ -101,24 +112,18 @@ class Predictions:
         table = pa.table({f.name: getattr(self, f.name) for f in fields(self)})
         if scoring is not None:
             table = table.replace_schema_metadata({SCORING: json.dumps(scoring)})
-        buffer = io.BytesIO()
-        pq.write_table(table, buffer)
-        return buffer.getvalue()
+        return encode_parquet(table)
 
     @classmethod
     def from_parquet(cls, data: bytes) -> Self:
         """The table that `to_parquet` wrote."""
         table = pq.read_table(io.BytesIO(data))
-        columns = {f.name: np.asarray(table[f.name].to_pylist()) for f in fields(cls)}
-        for name, dtype in _DTYPES.items():
-            columns[name] = columns[name].astype(dtype)
-        return cls(**columns)
+        return cls(**{name: np.array(table[name].to_pylist(), t) for name, t in _DTYPES.items()})
 
 
+_OF_STUDIES = ("key", "patient", "split", "target", "finding", "age", "sex", "view", "spacing_mm")
 _NUMBERS = ("probability", "calibrated_probability", "age", "spacing_mm", "box_area_fraction")
-
-
-_DTYPES = {
+_DTYPES: dict[str, Any] = {
     **dict.fromkeys(("key", "patient", "split", "checkpoint", "finding", "sex", "view"), np.str_),
     **dict.fromkeys(_NUMBERS, np.float64),
     "target": np.int8,
@@ -127,7 +132,7 @@ _DTYPES = {
 
 
 def name_each(values: Floats, name: Callable[[float], str]) -> StrArray:
-    """The name of each of many values (N,) of which few differ, NaN among them."""
+    """The name of each value (N,), for values of which few differ; NaN gets a name too."""
     found, index = np.unique(values, return_inverse=True)
     return np.array([name(value) for value in found.tolist()], dtype=np.str_)[index]
 
@@ -142,10 +147,35 @@ def join_predictions(
 ) -> Predictions:
     """Scores and what is known of the studies, sorted by split and key.
 
-    `checkpoint` names whose logits they are; `image_size` is the height and width of the stored
-    images, which boxes are in. Raises DataError when a scored study is unknown, scored twice, or of
-    another target in its shard than in `studies`.
+    `checkpoint` names the checkpoint of the logits; `image_size` is the height and width of the
+    stored images, the boxes' pixels. Raises DataError when a scored study is unknown, scored twice,
+    or has another target in its shard than in `studies`.
     """
+    _check_scores(scored, studies)
+    keys = scored.keys.tolist()
+    order = sorted(range(len(keys)), key=lambda i: (studies[keys[i]].split, keys[i]))
+    rows = [studies[keys[i]] for i in order]
+    logit = scored.logits[order] if order else np.empty(0, dtype=np.float32)
+    areas = [cover_boxes(row.boxes) / image_size**2 if row.boxes else np.nan for row in rows]
+    return Predictions(
+        **{name: to_column(rows, name) for name in _OF_STUDIES},
+        logit=logit,
+        probability=sigmoid(logit),
+        calibrated_probability=np.full(len(rows), np.nan),
+        checkpoint=np.full(len(rows), checkpoint),
+        box_area_fraction=np.array(areas, dtype=np.float64),
+    )
+
+
+def to_column(rows: Sequence[StudyRow], name: str) -> npt.NDArray[Any]:
+    """A column of `Predictions` from a store's rows: (N,); an unknown text is '', a number NaN."""
+    values = [getattr(row, name) for row in rows]
+    if _DTYPES[name] is np.str_:
+        values = [value or "" for value in values]
+    return np.array(values, dtype=_DTYPES[name])
+
+
+def _check_scores(scored: Scores, studies: Mapping[str, StudyRow]) -> None:
     keys = scored.keys.tolist()
     unknown = sum(key not in studies for key in keys)
     if unknown:
@@ -161,36 +191,12 @@ def join_predictions(
             f"predictions: {other} of {len(keys)} scored studies have another target in their "
             "shard than in studies.parquet; delete the store and prepare it again"
         )
-    order = sorted(range(len(keys)), key=lambda i: (studies[keys[i]].split, keys[i]))
-    rows = [studies[keys[i]] for i in order]
-    logit = scored.logits[order] if order else np.empty(0, dtype=np.float32)
-    return Predictions(
-        key=np.array([row.key for row in rows], dtype=np.str_),
-        patient=np.array([row.patient for row in rows], dtype=np.str_),
-        split=np.array([row.split for row in rows], dtype=np.str_),
-        target=np.array([row.target for row in rows], dtype=np.int8),
-        logit=logit,
-        probability=sigmoid(logit),
-        calibrated_probability=np.full(len(rows), np.nan),
-        checkpoint=np.array([checkpoint] * len(rows), dtype=np.str_),
-        finding=np.array([row.finding for row in rows], dtype=np.str_),
-        age=np.array([np.nan if row.age is None else row.age for row in rows], dtype=np.float64),
-        sex=np.array([row.sex or "" for row in rows], dtype=np.str_),
-        view=np.array([row.view or "" for row in rows], dtype=np.str_),
-        spacing_mm=np.array(
-            [np.nan if row.spacing_mm is None else row.spacing_mm for row in rows], dtype=np.float64
-        ),
-        box_area_fraction=np.array(
-            [cover_boxes(row.boxes) / image_size**2 if row.boxes else np.nan for row in rows],
-            dtype=np.float64,
-        ),
-    )
 
 
 def check_complete(predictions: Predictions, expected: Mapping[str, int]) -> None:
-    """That every study was scored exactly once; `expected` is the manifest's count of each split.
+    """Raise DataError where a study is scored more than once, missing, or of another split.
 
-    Raises DataError for a duplicate, a missing or a surplus study.
+    `expected` is the manifest's count of each split.
     """
     duplicates = len(predictions) - len(np.unique(predictions.key))
     if duplicates:
@@ -212,9 +218,10 @@ def check_complete(predictions: Predictions, expected: Mapping[str, int]) -> Non
 
 
 def find_fault(rows: Predictions) -> str | None:
-    """What forbids any number of these predictions; None where nothing does.
+    """Why no metric may be computed of these predictions; None where all are usable.
 
-    Leaving out the studies that a model fails on would flatter it, so one fault is enough.
+    One unusable prediction is enough: leaving out the studies that a model fails on would flatter
+    it.
     """
     unusable = len(rows) - int(np.isfinite(rows.logit).sum())
     duplicates = len(rows) - len(np.unique(rows.key))
@@ -232,7 +239,7 @@ def find_fault(rows: Predictions) -> str | None:
 
 
 def cover_boxes(boxes: Sequence[Box]) -> float:
-    """The area that the boxes cover together, in square pixels; what two share counts once."""
+    """The area of the union of the boxes, in square pixels."""
     edges_x = sorted({x for box in boxes for x in (box.x, box.x + box.width)})
     edges_y = sorted({y for box in boxes for y in (box.y, box.y + box.height)})
     return sum(

@@ -1,4 +1,5 @@
-"""How the pictures of two sets differ: gray levels, spacing, and whether a classifier can tell."""
+"""Data set shift: gray levels and pixel spacing of two sets, and whether a classifier can tell
+their images apart."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +12,9 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from pneumo.evaluation.bootstrap import Estimate, patient_bootstrap
-from pneumo.evaluation.metrics import auroc_statistic
+from pneumo.evaluation.bootstrap import patient_bootstrap
+from pneumo.evaluation.estimates import Estimate
+from pneumo.evaluation.ranking import auroc_statistic
 
 _THUMBNAIL, _BINS, _FOLDS = 16, 16, 5
 _FEWEST = 10
@@ -20,21 +22,22 @@ _FEWEST = 10
 
 @dataclass(frozen=True)
 class SetShift:
-    """The external set's pictures beside those of the run's own test."""
+    """How the images of the external set differ from those of the run's own test."""
 
     gray_distance: float
-    """Total variation of the two histograms of gray levels, 0 (equal) to 1."""
+    """Total variation distance of the two histograms of gray levels, 0 (equal) to 1."""
     gray_mean: tuple[float, float]
     """Internal and external, in [0, 1]."""
     spacing_median_mm: tuple[float | None, float | None]
+    """Internal and external."""
     told_apart: Estimate
-    """AUROC of a linear classifier on 16 x 16 pixels and 16 gray levels that tells the sets apart,
-    cross-validated by patient: 0.5 is no difference, 1 always told."""
+    """AUROC of a linear domain classifier on 16 x 16 pixels and 16 gray levels, cross-validated by
+    patient: 0.5 is no difference, 1 is a perfect separation of the sets."""
     pictures: tuple[int, int]
-    """Of each set, that the classifier saw."""
+    """Images of each set that the classifier was given."""
 
 
-def tell_apart(
+def classify_sets(
     internal: Sequence[npt.NDArray[np.uint8]],
     external: Sequence[npt.NDArray[np.uint8]],
     patients: Sequence[str],
@@ -42,7 +45,8 @@ def tell_apart(
     resamples: int,
     seed: int,
 ) -> Estimate:
-    """See `SetShift.told_apart`; pictures (S, S) uint8, `patients` those of both, in order."""
+    """See `SetShift.told_apart`. Images are (S, S) uint8; `patients` are those of `internal`, then
+    of `external`."""
     if min(len(internal), len(external)) < _FEWEST:
         return Estimate.undefined(f"fewer than {_FEWEST} pictures")
     features = np.array([_features(picture) for picture in (*internal, *external)])
@@ -69,13 +73,14 @@ def measure_shift(
     told_apart: Estimate,
     pictures: tuple[int, int],
 ) -> SetShift:
-    """Of pixels by gray level (256,) and spacings in mm, NaN where unknown; internal first."""
-    shares = [np.asarray(one, np.float64) / max(sum(one), 1) for one in histograms]
-    means = [float((share * np.arange(256)).sum() / 255) for share in shares]
+    """The shift between two sets, internal first: `histograms` of gray levels (256,) each, and
+    `spacings` in mm, NaN where unknown."""
+    fractions = [np.asarray(one, np.float64) / max(sum(one), 1) for one in histograms]
+    means = [float((one * np.arange(256)).sum() / 255) for one in fractions]
     known = [one[~np.isnan(one)] for one in spacings]
     medians = [float(np.median(one)) if len(one) else None for one in known]
     return SetShift(
-        gray_distance=float(np.abs(shares[0] - shares[1]).sum() / 2),
+        gray_distance=float(np.abs(fractions[0] - fractions[1]).sum() / 2),
         gray_mean=(means[0], means[1]),
         spacing_median_mm=(medians[0], medians[1]),
         told_apart=told_apart,

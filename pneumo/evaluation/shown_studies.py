@@ -1,4 +1,4 @@
-"""Which studies are shown with their Grad-CAM, and which ones the model gets wrong."""
+"""Which studies are shown with their Grad-CAM, and the errors by finding."""
 
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -6,36 +6,22 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from pneumo.evaluation.bootstrap import (
-    WILSON,
-    Estimate,
-    as_json,
-    divide,
-    resample,
-    sums_statistic,
-    wilson,
-    with_wilson,
-)
+from pneumo.evaluation.bootstrap import divide, resample, sums_statistic
+from pneumo.evaluation.estimates import WILSON, Estimate, as_json, wilson, with_wilson
 from pneumo.evaluation.operating_points import call_positive
 
 Outcome = Literal["tp", "fp", "fn", "tn"]
-
-
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
-
-
 ERRORS: tuple[Outcome, ...] = ("fp", "fn")
-
-
-Why = Literal["most certain", "least certain", "drawn"]
+Why = Literal["most certain", "least certain", "random"]
 
 
 @dataclass(frozen=True)
 class GalleryChoice:
-    """A study to show, and why this one."""
+    """A study to show, and why it was chosen."""
 
     row: int
-    """Its place in the arrays it was chosen from."""
+    """Its index in the given arrays."""
     why: Why
 
 
@@ -49,9 +35,9 @@ def choose_gallery(
 ) -> dict[Outcome, list[GalleryChoice]]:
     """Which studies to show, at most `per_outcome` of each outcome.
 
-    A third are those that the model is most certain of, most certain first; a third those whose
-    logit is nearest to the threshold, nearest first; the rest are drawn by `seed` from all
-    others, so that the gallery is not of the extremes alone. All inputs (N,).
+    A third are the studies whose logit is farthest from the threshold, farthest first; a third
+    those whose logit is nearest to it, nearest first; the rest is a random sample of the others, so
+    that not only extremes are shown. All arrays are (N,).
     """
     chosen: dict[Outcome, list[GalleryChoice]] = {}
     for number, outcome in enumerate(OUTCOMES):
@@ -59,13 +45,13 @@ def choose_gallery(
         num_most = min(-(-per_outcome // 3), len(rows))
         num_least = min(-(-(per_outcome - num_most) // 2), len(rows) - num_most)
         between = rows[num_most : len(rows) - num_least]
-        # A generator per outcome: one outcome's number does not change another's draw.
+        # A generator for each outcome: the sample of one does not depend on the others.
         rng = np.random.default_rng([seed, number])
         drawn = rng.permutation(between)[: per_outcome - num_most - num_least]
         parts: tuple[tuple[Why, npt.NDArray[np.intp]], ...] = (
             ("most certain", rows[:num_most]),
             ("least certain", rows[len(rows) - num_least :][::-1]),
-            ("drawn", drawn),
+            ("random", drawn),
         )
         chosen[outcome] = [GalleryChoice(int(row), why) for why, part in parts for row in part]
     return chosen
@@ -76,12 +62,12 @@ class SampledStudy:
     """A study of a stratified sample."""
 
     row: int
-    """Its place in the arrays it was drawn from."""
-    drawn_of: int
-    """Studies of its outcome and view."""
+    """Its index in the given arrays."""
+    stratum_size: int
+    """Number of studies of its outcome and view."""
 
 
-def draw_sample(
+def sample_studies(
     target: npt.NDArray[Any],
     logit: npt.NDArray[Any],
     view: npt.NDArray[np.str_],
@@ -90,14 +76,14 @@ def draw_sample(
     per_stratum: int,
     seed: int,
 ) -> list[SampledStudy]:
-    """At most `per_stratum` studies of each outcome and view, by outcome, then by view; drawn by
-    `seed`. All inputs (N,)."""
+    """A random sample of at most `per_stratum` studies of each outcome and view, sorted by outcome,
+    then by view. All arrays are (N,)."""
     sample = []
     for i, outcome in enumerate(OUTCOMES):
         rows = np.sort(_by_certainty(target, logit, threshold, outcome))
         for k, name in enumerate(np.unique(view)):
             stratum = rows[view[rows] == name]
-            # A generator per stratum: one's number does not change another's draw.
+            # A generator for each stratum, as in choose_gallery.
             drawn = np.random.default_rng([seed, i, k]).permutation(stratum)[:per_stratum]
             sample += [SampledStudy(int(row), len(stratum)) for row in drawn]
     return sample
@@ -106,9 +92,8 @@ def draw_sample(
 def choose_errors(
     target: npt.NDArray[Any], logit: npt.NDArray[Any], threshold: float, *, count: int
 ) -> dict[Outcome, npt.NDArray[np.intp]]:
-    """The false positives and the false negatives that the model is most certain of.
-
-    Indices, at most `count` each, most certain first. All inputs (N,).
+    """The indices of at most `count` false positives and as many false negatives whose logit is
+    farthest from the threshold, farthest first. All arrays are (N,).
     """
     return {outcome: _by_certainty(target, logit, threshold, outcome)[:count] for outcome in ERRORS}
 
@@ -116,7 +101,7 @@ def choose_errors(
 def _by_certainty(
     target: npt.NDArray[Any], logit: npt.NDArray[Any], threshold: float, outcome: Outcome
 ) -> npt.NDArray[np.intp]:
-    """The rows of an outcome, farthest from the threshold first; ties in the order given."""
+    """The rows of an outcome, farthest from the threshold first; ties in the given order."""
     is_called, is_positive = outcome in ("tp", "fp"), outcome in ("tp", "fn")
     called, positive = call_positive(logit, threshold), np.asarray(target) == 1
     rows = np.flatnonzero((called == is_called) & (positive == is_positive))
@@ -126,17 +111,17 @@ def _by_certainty(
 
 @dataclass(frozen=True)
 class FindingErrors:
-    """How the studies of one finding were called."""
+    """The errors on the studies of one finding."""
 
     finding: str
     n: int
     called_positive: int
     errors: int
-    """False negatives where the finding is a positive one, false positives elsewhere."""
+    """False negatives of a positive finding, false positives of any other."""
     error_rate: Estimate
     """The fraction of errors, with an interval over patients."""
     wilson: Estimate
-    """The same with Wilson's, which takes images as independent."""
+    """The same with Wilson's interval, which takes images as independent."""
 
     def to_json(self) -> dict[str, Any]:
         """All but the name of the finding."""
@@ -153,7 +138,7 @@ def count_errors(
     resamples: int,
     seed: int,
 ) -> list[FindingErrors]:
-    """The errors by finding, in the findings' alphabetical order. All arrays (N,)."""
+    """The errors by finding, in alphabetical order. All arrays are (N,)."""
     called = call_positive(logit, threshold)
     wrong = called != (np.asarray(target) == 1)
     names, code = np.unique(finding, return_inverse=True)

@@ -163,6 +163,8 @@ def test_a_mistake_in_a_recipe_is_named(tmp_path: Path, text: str, message: str)
             r"argument --train\.lr: expected one argument.*jobs\.train --hel",
         ),
         ("train", ["stray"], r"unknown setting stray"),
+        ("train", ["--run", ""], r"run: got '' from the command line, expected at least 1 char"),
+        ("evaluate", ["--external", "a,,b"], r"external: got '' from the command line, expected"),
         ("train", ["--data.readers", "2"], r"unknown setting --data\.readers, which was removed"),
         ("train", ["--train.epoch", "3"], r"did you mean --train\.epochs\?"),
     ],

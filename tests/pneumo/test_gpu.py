@@ -1,7 +1,7 @@
 """What only a GPU can show. Skips where there is none."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from pneumo.loading.prefetch import prefetch, to_device
 from pneumo.loading.sample_order import World
 from pneumo.network.backbones import build_model, initialise
 from pneumo.network.gray_convolution import GrayConv2d
-from pneumo.network.scoring import Member, score_pictures
+from pneumo.network.scoring import Member, score_images
 from pneumo.training.callbacks import Callbacks
 from pneumo.training.checkpoints import load_checkpoint, read_index
 from pneumo.training.fit import fit
@@ -158,14 +158,17 @@ def test_batches_on_the_device_are_those_on_the_host(tiny_store: StoreMaker, way
 
 
 def test_a_batch_made_ahead_is_whole_when_it_is_used() -> None:
-    def make() -> Iterator[torch.Tensor]:
+    def make() -> Generator[torch.Tensor, None, None]:
         for number in range(30):
             big = torch.zeros(64, 512, 512, device=GPU)
             for _ in range(10):  # the device is long at it
                 big += 0.1 * number
             yield to_device(torch.full((8,), float(number)), GPU) + big.mean()
 
-    for number, batch in enumerate(prefetch(make(), GPU, lambda batch: [batch])):
+    def hold(batch: torch.Tensor) -> list[torch.Tensor]:
+        return [batch]
+
+    for number, batch in enumerate(prefetch(make(), GPU, hold)):
         assert torch.allclose(batch, torch.full((8,), 2.0 * number, device=GPU), rtol=1e-3)
 
 
@@ -249,7 +252,7 @@ def test_scores_that_are_published_are_float32_throughout() -> None:
     pixels = list(np.random.default_rng(0).integers(0, 256, (8, 64, 64), dtype=np.uint8))
 
     def score(device: torch.device) -> Any:
-        return score_pictures([Member(model.to(device), "resnet18", 64, 0.5, 0.25)], pixels)
+        return score_images([Member(model.to(device), "resnet18", 64, 0.5, 0.25)], pixels)
 
     torch.testing.assert_close(
         torch.from_numpy(score(GPU)), torch.from_numpy(score(CPU)), rtol=1e-4, atol=1e-4

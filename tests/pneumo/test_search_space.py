@@ -2,6 +2,7 @@
 
 import math
 import tomllib
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -65,7 +66,8 @@ def test_what_is_no_domain_is_refused(written: object, complaint: str) -> None:
     ],
 )
 def test_a_domain_is_written_as_it_was_read(written: list[object]) -> None:
-    assert Domain.model_validate(written).model_dump(mode="json") == written
+    dumped: object = Domain.model_validate(written).model_dump(mode="json")
+    assert dumped == written
 
 
 def test_a_value_alone_is_fixed() -> None:
@@ -95,7 +97,7 @@ def test_a_grid_takes_both_ends() -> None:
     kind=st.sampled_from(["uniform", "log_uniform"]),
 )
 def test_a_grid_is_sorted_and_inside(low: float, factor: float, points: int, kind: str) -> None:
-    values = domain(kind, low, low * factor, points).grid()
+    values: tuple[Any, ...] = domain(kind, low, low * factor, points).grid()
     assert len(values) == points
     assert list(values) == sorted(values)
     assert values[0] == low
@@ -130,12 +132,18 @@ def tune(space: str, *more: str) -> Config:
         ('{"train.lr": ["uniform", -1, 1]}', "train.lr: got -1.0 from tune.space"),
         ('{"train.optimizer": ["choice", "adam", "lion"]}', "got 'lion' from tune.space"),
         ('{"train.batch_size": ["uniform", 32, 64]}', "train.batch_size: got 54.6.*fractional"),
-        ('{"seed": ["integer", 0, 5]}', "the luckiest would win"),
-        ('{"train.epochs": ["integer", 1, 5]}', "a trial has tune.epochs"),
-        ('{"train.patience": ["integer", 2, 5]}', "tune.early_stopping is what ends it before"),
-        ('{"model.weights": ["choice", "random", "a.pt"]}', "'a.pt' must be a whole path or a URL"),
-        ('{"cluster.num_workers": ["integer", 1, 5]}', "no effect on how a model learns"),
-        ('{"tune.epochs": ["integer", 1, 5]}', "no effect on how a model learns"),
+        ('{"seed": ["integer", 0, 5]}', "the luckiest seed would be chosen"),
+        ('{"train.epochs": ["integer", 1, 5]}', "a trial is trained for tune.epochs"),
+        (
+            '{"train.patience": ["integer", 2, 5]}',
+            "trials are stopped early by tune.early_stopping",
+        ),
+        (
+            '{"model.weights": ["choice", "random", "a.pt"]}',
+            "'a.pt' must be an absolute path or a URL",
+        ),
+        ('{"cluster.num_workers": ["integer", 1, 5]}', "no effect on the trained model"),
+        ('{"tune.epochs": ["integer", 1, 5]}', "no effect on the trained model"),
         ('{"train.lr": 1e-3}', "nothing that varies"),
         ('{"train.lr": ["uniform", 2, 1]}', "tune.space: train.lr: the low 2 is above the high 1"),
         ('{"train.lr": ["uniform", 1, 2, 3]}', "points 3 have an effect on a grid only"),

@@ -1,7 +1,7 @@
-"""Studies as pictures: the grid, the galleries, Grad-CAM over a study, boxes drawn in.
+"""Figures of studies: the grid, the galleries, Grad-CAM over a study, boxes.
 
-Right and wrong are green and red, as everyone expects, and carry a sign and a word for who cannot
-tell the two apart.
+Correct is green and wrong is red; each also has a sign and a word, for readers who cannot tell
+these colors apart.
 """
 
 import io
@@ -47,7 +47,7 @@ class Case:
     """Calibrated where there is a calibration, as `threshold`."""
     threshold: float
     is_called: bool
-    """Whether the model calls it positive."""
+    """Whether it is called positive."""
     boxes: Sequence[Box] = ()
     """In pixels of `image`."""
     cam: Maps | None = None
@@ -58,13 +58,13 @@ class Case:
     age_band: str = ""
     """Such as `60-69`; '' where unknown."""
     why: Why | None = None
-    """Why this study is shown, where there was a reason."""
-    drawn_of: int | None = None
-    """Studies of its outcome and view, where it was drawn from these."""
+    """Why this study is shown; None for the grid."""
+    stratum_size: int | None = None
+    """Of a random sample: number of studies of its outcome and view."""
 
     @property
     def prediction(self) -> int:
-        """1 where the model calls pneumonia."""
+        """1 where it is called positive."""
         return int(self.is_called)
 
     @property
@@ -87,22 +87,22 @@ class Case:
 
 @dataclass(frozen=True, eq=False)
 class Pictures:
-    """The studies of test that are shown; empty where none can be called anything."""
+    """The studies of test that are shown; empty without a threshold."""
 
     grid: list[Case]
-    """Drawn by the seed."""
+    """A random sample."""
     gallery: dict[Outcome, list[Case]]
-    """With Grad-CAM and boxes, each case with why it was chosen."""
+    """By outcome, with Grad-CAM and boxes, and why each was chosen."""
     errors: dict[Outcome, list[Case]]
-    """Of 'fp' and 'fn' those that the model is most certain of, with Grad-CAM and boxes."""
+    """The most certain false positives and false negatives, with Grad-CAM and boxes."""
     by_finding: list[FindingErrors]
     reason: str | None = None
-    """Why none is shown, where none is."""
+    """Why no study is shown; None where some are."""
     sample: Sequence[Case] = ()
-    """So many of each outcome and view, drawn by the seed."""
+    """A random sample of each outcome and view."""
 
     def shrink(self, size: int) -> Self:
-        """The same with no picture higher than `size` pixels."""
+        """The same with images of at most `size` pixels in height."""
         return replace(
             self,
             grid=[shrink(case, size) for case in self.grid],
@@ -113,7 +113,7 @@ class Pictures:
 
     @classmethod
     def none(cls, reason: str) -> Self:
-        """No picture, and why."""
+        """No study, with the reason."""
         return cls([], {}, {}, [], reason)
 
 
@@ -141,12 +141,12 @@ def shrink(case: Case, size: int) -> Case:
 
 
 def draw_prediction_grid(cases: Sequence[Case], *, title: str, reason: str | None = None) -> bytes:
-    """`prediction_grid.png`: a cell a study, green and ✓ where right, red and ✗ where wrong;
-    without studies, `reason` instead."""
+    """`prediction_grid.png`: a cell for each study, green with ✓ where the call is correct, red
+    with ✗ where it is wrong. Without studies the figure shows `reason`."""
     if not cases:
         return _draw_reason(title, reason)
-    columns = min(4, max(len(cases), 1))
-    rows = max(1, math.ceil(len(cases) / columns))
+    columns = min(4, len(cases))
+    rows = math.ceil(len(cases) / columns)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(2.6 * columns, 2.82 * rows + 0.4), layout="constrained")
         for axes in np.ravel(figure.subplots(rows, columns, squeeze=False)):
@@ -169,7 +169,7 @@ def draw_case(case: Case) -> bytes:
 
 
 def draw_gradcam_example(cases: Sequence[Case], *, title: str, reason: str | None = None) -> bytes:
-    """`gradcam_example.png`: one row a study; without studies, `reason` instead."""
+    """`gradcam_example.png`: a row for each study. Without studies it shows `reason`."""
     if not cases:
         return _draw_reason(title, reason)
     return _draw_pairs(cases, "png", title=title)
@@ -178,12 +178,12 @@ def draw_gradcam_example(cases: Sequence[Case], *, title: str, reason: str | Non
 def _draw_pairs(
     cases: Sequence[Case], file_format: Literal["png", "webp"], *, title: str | None
 ) -> bytes:
-    rows = max(1, len(cases))
+    size = (6.2, 3.3 * len(cases) + (0.35 if title else 0))
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(6.2, 3.3 * rows + (0.35 if title else 0)), layout="constrained")
-        for axes in np.ravel(figure.subplots(rows, 1, squeeze=False)):
+        figure = Figure(figsize=size, layout="constrained")
+        figure.subplots(len(cases), 1)
+        for axes, case in zip(figure.axes, cases, strict=True):
             axes.set_axis_off()
-        for axes, case in zip(figure.axes, cases, strict=False):
             axes.imshow(compose_case(case, size=336))
             sign = "✓" if case.is_right else "✗"
             axes.set_title(
@@ -217,7 +217,7 @@ def compose_case(case: Case, *, size: int) -> npt.NDArray[np.uint8]:
 def compose_picture(
     image: npt.NDArray[np.uint8], cam: Maps | None, boxes: Sequence[Box] = (), *, size: int
 ) -> npt.NDArray[np.uint8]:
-    """`compose_case` of a study of which nothing else is known.
+    """`compose_case` of an image, its map and its boxes.
 
     >>> plt.imshow(pneumo.compose_picture(picture, model.maps([picture])[0], study.boxes, size=336))
     """
@@ -230,7 +230,7 @@ def compose_picture(
             Image.fromarray(cam).resize((width, size), Image.Resampling.BILINEAR)
         ).clip(0, 1)
         heat = mpl.colormaps["inferno"](0.25 + 0.75 * cam)[..., :3] * 255
-        # Opaque where the evidence is, so that the anatomy elsewhere keeps its grays.
+        # Opaque only where the evidence is, so that the anatomy stays visible.
         opacity = 0.6 * cam[..., None]
         panels.append((panels[0] * (1 - opacity) + heat * opacity).astype(np.uint8))
     gap = np.full((size, max(2, size // 48), 3), 255, dtype=np.uint8)

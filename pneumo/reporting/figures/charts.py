@@ -1,8 +1,8 @@
 """Charts of an evaluation: curves, confusion matrices, calibration, training."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Concatenate, ParamSpec
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -22,16 +22,15 @@ from pneumo.reporting.figures.style import (
     INK,
     ORANGE,
     STYLE,
+    as_svg,
     describe_estimate,
-    draw_chart,
     draw_placeholder,
     encode_figure,
     show_threshold,
 )
 
-P = ParamSpec("P")
 History = Sequence[Mapping[str, float | None]]
-"""A mapping an epoch, as in the run's metrics.jsonl; may be empty."""
+"""The metrics of each epoch, as in the run's metrics.jsonl; may be empty."""
 
 
 def describe_n(part: SplitEvaluation) -> str:
@@ -43,8 +42,8 @@ def describe_n(part: SplitEvaluation) -> str:
 def draw_metrics(
     evaluation: Evaluation, history: History, scored_epoch: int | None = None
 ) -> bytes:
-    """`metrics.png`: ROC, precision-recall, confusion matrix and training curves, in which the
-    epoch that is scored is marked."""
+    """`metrics.png`: ROC, precision-recall, confusion matrices and training curves with the scored
+    epoch marked."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(13, 8), layout="constrained")
         axes = figure.subplots(2, 3)
@@ -197,7 +196,7 @@ def plot_reliability(axes: Axes, evaluation: Evaluation) -> None:
 
 
 def _plot_histogram(axes: Axes, histogram: Histogram | None) -> None:
-    """Of the probabilities, along the lower edge: its tallest bar has a height of 0.12."""
+    """Histogram of the probabilities at the lower edge; its tallest bar has a height of 0.12."""
     if histogram is None:
         return
     counts = np.array([histogram.negatives, histogram.positives]).sum(axis=0)
@@ -220,7 +219,7 @@ def plot_decision_curve(axes: Axes, evaluation: Evaluation) -> None:
     axes.plot(THRESHOLDS, model, color=BLUE, linewidth=2, label=f"model, n = {test.n}")
     axes.plot(THRESHOLDS, curve.treat_all, color=ORANGE, linestyle="--", label="act on all")
     axes.axhline(0, color=GRAY, linewidth=0.8, linestyle=":", label="act on nobody")
-    # A split without positives has no benefit to show; the axis still needs a height.
+    # Without positives there is no benefit, but the axis needs a height.
     top = max([0.01, test.prevalence, *(h for h in high if not math.isnan(h))])
     axes.set(xlim=(0, 0.5), ylim=(-0.25 * top, 1.1 * top))
     axes.set(
@@ -252,8 +251,8 @@ def plot_loss(axes: Axes, history: History, scored_epoch: int | None = None) -> 
 
 
 def plot_validation(axes: Axes, history: History, scored_epoch: int | None = None) -> None:
-    """AUROC, precision and recall at p = 0.5 on val by epoch, of the weights that are scored with:
-    the averaged ones where there are any."""
+    """AUROC, precision and recall at p = 0.5 on val by epoch, of the averaged weights where there
+    are any."""
     averaged = any("val/ema_auroc" in epoch for epoch in history)
     prefix, whose = ("val/ema_", ", averaged weights") if averaged else ("val/", "")
     _plot_history(
@@ -295,18 +294,9 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
-def _as_svg(name: str, plot: Callable[Concatenate[Axes, P], None]) -> Callable[P, bytes]:
-    """What `plot` draws, as `<name>.svg`."""
-
-    def draw(*given: P.args, **settings: P.kwargs) -> bytes:
-        return draw_chart(name, lambda axes: plot(axes, *given, **settings))
-
-    return draw
-
-
-draw_roc = _as_svg("roc", plot_roc)
-draw_precision_recall = _as_svg("precision_recall", plot_precision_recall)
-draw_reliability = _as_svg("reliability", plot_reliability)
-draw_decision_curve = _as_svg("decision_curve", plot_decision_curve)
-draw_loss = _as_svg("loss", plot_loss)
-draw_validation = _as_svg("validation", plot_validation)
+draw_roc = as_svg("roc", plot_roc)
+draw_precision_recall = as_svg("precision_recall", plot_precision_recall)
+draw_reliability = as_svg("reliability", plot_reliability)
+draw_decision_curve = as_svg("decision_curve", plot_decision_curve)
+draw_loss = as_svg("loss", plot_loss)
+draw_validation = as_svg("validation", plot_validation)

@@ -1,4 +1,4 @@
-"""Charts of what the store holds: findings, ages, gray levels, contact sheets."""
+"""Charts of a store's data: findings, ages, gray levels, contact sheets."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from pneumo.dataset.quality import AGE_BIN_YEARS, UNKNOWN, Quality
 from pneumo.reporting.figures.style import (
     SPLIT_STYLES,
     STYLE,
-    draw_chart,
+    as_svg,
     draw_placeholder,
     encode_figure,
     encode_image,
@@ -37,18 +37,8 @@ def draw_quality(quality: Quality) -> bytes:
         return encode_figure(figure, "png")
 
 
-def draw_ages(quality: Quality) -> bytes:
-    """`ages.svg`."""
-    return draw_chart("ages", lambda axes: plot_ages(axes, quality))
-
-
-def draw_intensity(quality: Quality) -> bytes:
-    """`intensity.svg`."""
-    return draw_chart("intensity", lambda axes: plot_intensity(axes, quality))
-
-
 def shrink_sheet(sheet: ContactSheet, size: int) -> ContactSheet:
-    """The sheet with no picture higher than `size` pixels."""
+    """The sheet with images of at most `size` pixels in height."""
     return replace(
         sheet,
         pictures=tuple(
@@ -61,8 +51,8 @@ def shrink_sheet(sheet: ContactSheet, size: int) -> ContactSheet:
 
 
 def draw_contact_sheet(sheet: ContactSheet) -> bytes:
-    """The pictures (WebP), three in a row, and nothing else: the gaps are transparent, so that the
-    sheet lies on any ground, and the caption is text beside it. None is enlarged."""
+    """The images as WebP, three in a row. The gaps are transparent, so that the sheet fits any
+    background. Images are not enlarged."""
     side = min(CONTACT_PIXELS, max((len(pixels) for pixels in sheet.pictures), default=1))
     columns = min(_CONTACT_COLUMNS, max(len(sheet.pictures), 1))
     rows = max(1, math.ceil(len(sheet.pictures) / columns))
@@ -81,7 +71,7 @@ def plot_composition(axes: Axes, quality: Quality) -> None:
     shown = [
         (what, value)
         for what in ("finding", "view", "sex")
-        for value, *_ in _list_counts(quality, what)
+        for value in _list_values(quality, what)
     ]
     height = 0.8 / len(quality.splits)
     for k, (name, split) in enumerate(quality.splits.items()):
@@ -104,11 +94,10 @@ def plot_composition(axes: Axes, quality: Quality) -> None:
     axes.legend(loc="best")
 
 
-def _list_counts(quality: Quality, what: str) -> list[tuple[str, int]]:
-    """Value and studies of a property in all splits, without 'unknown' where nothing is."""
-    values = next(iter(quality.splits.values())).counts[what]
-    totals = [(v, sum(s.counts[what][v] for s in quality.splits.values())) for v in values]
-    return [(value, total) for value, total in totals if total or value != UNKNOWN]
+def _list_values(quality: Quality, what: str) -> list[str]:
+    """The values of a property; 'unknown' only where some studies have it."""
+    counts = [split.counts[what] for split in quality.splits.values()]
+    return [v for v in counts[0] if v != UNKNOWN or any(one[v] for one in counts)]
 
 
 def plot_ages(axes: Axes, quality: Quality) -> None:
@@ -134,8 +123,7 @@ def plot_ages(axes: Axes, quality: Quality) -> None:
 
 
 def _join_oldest(bins: Sequence[int]) -> list[int]:
-    """The bins with that of 90 years as the last: older patients are one group (45 CFR
-    164.514(b)(2)(i)(C))."""
+    """The bins with 90 years and over as the last (45 CFR 164.514(b)(2)(i)(C))."""
     last = 90 // AGE_BIN_YEARS
     return [*bins[:last], sum(bins[last:])]
 
@@ -145,7 +133,7 @@ def plot_intensity(axes: Axes, quality: Quality) -> None:
     for name, split in quality.splits.items():
         histogram = np.array(split.intensity.histogram, dtype=np.float64)
         if histogram.sum():
-            # Two levels a point: JPEG leaves some levels empty.
+            # Two levels per point, as JPEG leaves some levels empty.
             fraction = 100 * histogram[1:-1].reshape(-1, 2).mean(axis=1) / histogram.sum()
             axes.plot(np.arange(1.5, 255, 2), fraction, label=name, **SPLIT_STYLES[name])
     axes.set_title("Gray levels of the stored pictures")
@@ -155,3 +143,7 @@ def plot_intensity(axes: Axes, quality: Quality) -> None:
     axes.set(xlabel="gray level (0 and 255 left out)", ylabel="% of pixels a level")
     axes.set(xlim=(0, 255), ylim=(0, None))
     axes.legend(loc="best")
+
+
+draw_ages = as_svg("ages", plot_ages)
+draw_intensity = as_svg("intensity", plot_intensity)

@@ -1,4 +1,4 @@
-"""The picture of a run's verdicts: train set by test set."""
+"""The AUROC matrix of an external validation: runs by data sets."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,8 +10,8 @@ from pneumo.reporting.figures.style import STYLE, encode_figure
 
 
 def draw_matrix(matrix: Mapping[str, Mapping[str, Any]]) -> bytes:
-    """`matrix.png`: the AUROC of each run (row) on each set (column), estimates as in metrics.json;
-    from 0.5, white, to 1."""
+    """`matrix.png`: the AUROC of each run (row) on each set (column), as in metrics.json; colors
+    from 0.5 (white) to 1."""
     columns = list_columns(matrix)
     with mpl.rc_context({**STYLE, "axes.grid": False}):
         size = (1.8 + 1.5 * len(columns), 1.3 + 0.7 * len(matrix))
@@ -26,7 +26,7 @@ def draw_matrix(matrix: Mapping[str, Mapping[str, Any]]) -> bytes:
             for x, name in enumerate(columns):
                 found = row.get(name)
                 is_dark = (values[y][x] or 0) > 0.8
-                text = _tell(found)
+                text = _label_cell(found)
                 axes.text(x, y, text, ha="center", va="center", color="w" if is_dark else "k")
         axes.set_xticks(range(len(columns)), columns)
         axes.set_yticks(range(len(matrix)), list(matrix))
@@ -35,13 +35,13 @@ def draw_matrix(matrix: Mapping[str, Mapping[str, Any]]) -> bytes:
 
 
 def list_columns(matrix: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The sets that any run was judged on, its own test first."""
+    """The sets that any run was evaluated on, its own test first."""
     return list(dict.fromkeys(name for row in matrix.values() for name in row))
 
 
-def _tell(found: Mapping[str, Any] | None) -> str:
+def _label_cell(found: Mapping[str, Any] | None) -> str:
     if found is None:
-        return "not judged"
+        return "not evaluated"
     if found["value"] is None:
         return "not known"
     if found["low"] is None:

@@ -1,5 +1,4 @@
-"""A search, drawn by Optuna: its settings side by side, the two that matter most, learning, and
-importance."""
+"""Optuna's plots of a search: parallel coordinates, contour, learning curves, importance."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from pneumo.reporting.figures.style import (
     INK,
     RULE,
     STYLE,
-    draw_chart,
+    as_svg,
     draw_placeholder,
     encode_figure,
 )
@@ -29,7 +28,7 @@ _Plot = Callable[[Any], Any]
 
 
 def draw_parallel(search: Search) -> bytes:
-    """`parallel.svg`: a line a trial, from its objective across all keys that vary."""
+    """`parallel.svg`: a line for each trial, from its objective across all keys that vary."""
 
     def plot(study: Any) -> Any:
         return plots.plot_parallel_coordinate(study, target_name=_name(search))
@@ -38,11 +37,11 @@ def draw_parallel(search: Search) -> bytes:
 
 
 def draw_contour(search: Search) -> bytes:
-    """`contour.svg`: the objective over the two keys that matter most."""
+    """`contour.svg`: the objective over the two most important keys."""
     keys = choose_axes(search)
     if len(keys) < 2:
         why = "fewer than two keys vary"
-        return draw_chart("contour", lambda axes: draw_placeholder(axes, why))
+        return as_svg("contour", draw_placeholder)(why)
 
     def plot(study: Any) -> Any:
         return plots.plot_contour(study, list(keys), target_name=_name(search))
@@ -65,10 +64,10 @@ def draw_learning(search: Search) -> bytes:
 
 
 def draw_importance(search: Search) -> bytes:
-    """`importance.svg`: fraction of the objective's variation that each key accounts for."""
+    """`importance.svg`: the fraction of the objective's variance that each key explains."""
     if not search.importance:
-        why = "too few trials, or one key, to tell"
-        return draw_chart("importance", lambda axes: draw_placeholder(axes, why))
+        why = "too few trials, or only one key"
+        return as_svg("importance", draw_placeholder)(why)
 
     def plot(study: Any) -> Any:
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=search.config.seed)
@@ -80,7 +79,7 @@ def draw_importance(search: Search) -> bytes:
 
 
 def choose_axes(search: Search) -> Sequence[str]:
-    """The two keys that matter most, or come first in the space, of those with several values."""
+    """The two most important keys with several values; without importances the first two."""
     comparable = [trial for trial in search.trials if trial.is_comparable]
     keys = [
         key
@@ -97,12 +96,12 @@ def _draw(
     plot: _Plot,
     size: tuple[float, float] = (4.4, 4.0),
 ) -> bytes:
-    """One of Optuna's plots as SVG, in the page's ink."""
+    """One of Optuna's plots as SVG, in the colors of the page."""
     study = to_optuna_study(search.trials, search.config.tune)
     if len({trial.value for trial in study.trials}) < 2:
         why = "fewer than two trials with different objectives"
-        return draw_chart(name, lambda axes: draw_placeholder(axes, why))
-    # Optuna sets a style of its own, through pyplot, and warns that its plots may change.
+        return as_svg(name, draw_placeholder)(why)
+    # Optuna sets its own style through pyplot, and warns that its plots are experimental.
     settings: dict[Any, Any] = {
         **STYLE,
         "figure.constrained_layout.use": True,

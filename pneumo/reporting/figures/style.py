@@ -1,12 +1,13 @@
-"""How every figure looks, how numbers are put in words, and how a figure becomes bytes.
+"""The style of all figures, numbers as text, and figures as bytes.
 
-Equal input gives equal bytes on one version of matplotlib: no date, no random ids, its own font.
+Equal input gives equal bytes with one version of Matplotlib: no date, no random ids, Matplotlib's
+own font.
 """
 
 import io
 import textwrap
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Concatenate, Literal, ParamSpec
 
 import matplotlib as mpl
 import numpy as np
@@ -15,12 +16,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from pneumo.evaluation.bootstrap import Estimate
+from pneumo.evaluation.estimates import Estimate
+
+P = ParamSpec("P")
 
 INK = "#1d2733"
-"""Text and axes; the report puts its own ink in its place."""
+"""Text and axes; the report replaces it by its own color."""
 RULE = "#d5dbe2"
-"""Grid lines; as INK."""
+"""Grid lines; replaced as INK is."""
 BLUE = "#2b7bab"
 ORANGE = "#d07a1e"
 GRAY = "#8a96a3"
@@ -62,22 +65,28 @@ def describe_estimate(estimate: Estimate, digits: int = 3) -> str:
 
 
 def show_threshold(value: float) -> str:
-    """`0.412`; with as many digits more as it takes to tell it from 0 and 1."""
+    """`0.412`; with more digits where it would be shown as 0 or 1."""
     digits = 3
     while digits < 9 and 0 < value < 1 and float(f"{value:.{digits}f}") in (0.0, 1.0):
         digits += 1
     return f"{value:.{digits}f}"
 
 
-def draw_chart(name: str, plot: Any) -> bytes:
-    """One panel as SVG. The salt is the name: ids of two figures in one page must differ."""
-    with mpl.rc_context({**STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(4.4, 4.0), layout="constrained")
-        plot(figure.subplots())
-        return encode_figure(figure, "svg")
+def as_svg(name: str, plot: Callable[Concatenate[Axes, P], None]) -> Callable[P, bytes]:
+    """A function that draws `plot` as an SVG of one panel. `name` makes its ids differ from those
+    of other figures in one page."""
+
+    def draw(*given: P.args, **settings: P.kwargs) -> bytes:
+        with mpl.rc_context({**STYLE, "svg.hashsalt": name}):
+            figure = Figure(figsize=(4.4, 4.0), layout="constrained")
+            plot(figure.subplots(), *given, **settings)
+            return encode_figure(figure, "svg")
+
+    return draw
 
 
 def encode_figure(figure: Figure, file_format: Literal["png", "webp", "svg"]) -> bytes:
+    """The figure as a file."""
     buffer = io.BytesIO()
     if file_format == "svg":
         figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
@@ -89,14 +98,14 @@ def encode_figure(figure: Figure, file_format: Literal["png", "webp", "svg"]) ->
 
 
 def encode_image(image: npt.NDArray[np.uint8]) -> bytes:
-    """(H, W), (H, W, 3) or, with opacity, (H, W, 4) uint8 as WebP."""
+    """An image (H, W), (H, W, 3) or, with opacity, (H, W, 4) uint8 as WebP."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "webp", quality=82, method=4)
     return buffer.getvalue()
 
 
 def draw_placeholder(axes: Axes, why: str) -> None:
-    """Why a chart is empty, in place of it."""
+    """Write why a chart is empty."""
     text = textwrap.fill(why, 40)
     axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes, color=GRAY)
     axes.set(xticks=[], yticks=[])

@@ -1,10 +1,13 @@
-"""How templates become pages, and drawings and studies parts of a page that stands alone."""
+"""Templates, and figures and images embedded in the page, so that it needs no other file."""
 
 import base64
 import re
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -12,7 +15,14 @@ from pneumo.evaluation.evaluation import Evaluation
 from pneumo.reporting.figures import case_pictures, charts, style
 from pneumo.reporting.figures.case_pictures import OUTCOME_WORDS, Case, shrink
 from pneumo.reporting.figures.charts import History
-from pneumo.reporting.page.formatting import Cell, count
+from pneumo.reporting.page.formatting import (
+    Cell,
+    count,
+    decimal,
+    fine_percent,
+    p_value,
+    percent_range,
+)
 
 THUMBNAIL_PIXELS = 176
 PAIR_PIXELS = (256, 192, 144, 112, 80)
@@ -20,25 +30,39 @@ PAIR_PIXELS = (256, 192, 144, 112, 80)
 
 
 def make_environment() -> Environment:
-    """Text is escaped, and what a template names must be there."""
-    return Environment(
+    """Escapes text, and fails for a name that the template is not given. Its filters write numbers
+    as `formatting` does."""
+    environment = Environment(
         loader=PackageLoader("pneumo.reporting.page", "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters |= {
+        "cell": Cell.of,
+        "decimal": decimal,
+        "fine_percent": fine_percent,
+        "mean": statistics.mean,
+        "number": "{:,}".format,
+        "p_value": p_value,
+        "percent_range": percent_range,
+        "standard_deviation": statistics.stdev,
+        "threshold": style.show_threshold,
+    }
+    return environment
 
 
-def inline(svg: bytes, alt: str) -> dict[str, Any]:
-    """The drawing as part of the page: scales with it, takes its ink, can be read aloud."""
+def inline_svg(svg: bytes, alt: str) -> dict[str, Any]:
+    """The figure as part of the page, with the page's size and colors and a text for screen
+    readers."""
     text = svg.decode()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     used = set(re.findall(r'(?:url\(|href=")#([^)"]+)', text))
     text = re.sub(
         r' id="([^"]+)"', lambda match: match[0] if match[1] in used else "", text
-    )  # several drawings share names like axes_1
+    )  # several figures use names like axes_1
     head, rest = text.split(">", 1)
     view_box = re.search(r'viewBox="[^"]+"', head)
     assert view_box is not None
@@ -56,8 +80,8 @@ def draw_curves(evaluation: Evaluation) -> list[dict[str, Any]]:
     test = evaluation.test
     auroc, precision = Cell.of(test.auroc), Cell.of(test.average_precision)
     return [
-        inline(charts.draw_roc(evaluation), f"ROC curve, n = {test.n}; AUROC on test {auroc}"),
-        inline(
+        inline_svg(charts.draw_roc(evaluation), f"ROC curve, n = {test.n}; AUROC on test {auroc}"),
+        inline_svg(
             charts.draw_precision_recall(evaluation),
             f"Precision-recall curve, n = {test.n}; average precision on test {precision}",
         ),
@@ -68,32 +92,30 @@ def draw_training(history: History, scored_epoch: int) -> list[dict[str, Any]]:
     """Loss and validation by epoch; nothing without a history."""
     if not history:
         return []
-    told = f"{len(history)} epochs; epoch {scored_epoch} is scored"
+    epochs = f"{len(history)} epochs; epoch {scored_epoch} is scored"
     return [
-        inline(charts.draw_loss(history, scored_epoch), f"Loss on train and val over {told}"),
-        inline(
+        inline_svg(charts.draw_loss(history, scored_epoch), f"Loss on train and val over {epochs}"),
+        inline_svg(
             charts.draw_validation(history, scored_epoch),
-            f"AUROC, precision and recall on val over {told}",
+            f"AUROC, precision and recall on val over {epochs}",
         ),
     ]
 
 
 def show_thumbnails(cases: Sequence[Case]) -> list[dict[str, Any]]:
-    """The studies alone."""
-    return [_show(case, style.encode_image(shrink(case, THUMBNAIL_PIXELS).image)) for case in cases]
+    """The studies without maps."""
+    return [_show(case, shrink(case, THUMBNAIL_PIXELS).image) for case in cases]
 
 
 def show_pairs(cases: Sequence[Case], size: int) -> list[dict[str, Any]]:
     """Each study beside its map, at most `size` pixels high."""
-    return [_show(case, _pair(case, size)) for case in cases]
+    return [
+        _show(case, case_pictures.compose_case(case, size=min(size, case.image.shape[0])))
+        for case in cases
+    ]
 
 
-def _pair(case: Case, size: int) -> bytes:
-    height = min(size, case.image.shape[0])
-    return style.encode_image(case_pictures.compose_case(case, size=height))
-
-
-def _show(case: Case, picture: bytes) -> dict[str, Any]:
+def _show(case: Case, picture: npt.NDArray[np.uint8]) -> dict[str, Any]:
     word = OUTCOME_WORDS[case.outcome]
     age = f"{case.age_band.replace('-', '–')} years" if case.age_band else ""
     boxes = count(len(case.boxes), "box", "boxes") if case.boxes else ""
@@ -104,18 +126,14 @@ def _show(case: Case, picture: bytes) -> dict[str, Any]:
         if fact
     )
     return {
-        "source": embed(picture),
-        "is_right": case.is_right,
+        "case": case,
+        "source": to_data_uri(style.encode_image(picture)),
         "word": word,
-        "why": case.why or "",
-        "prediction": case.prediction,
-        "probability": f"{case.probability:.2f}",
-        "target": case.target,
         "known": known,
         "alt": f"Chest X-ray, {word}: {case.caption}. {known}".rstrip(". "),
     }
 
 
-def embed(picture: bytes) -> str:
-    """A WebP as an address."""
+def to_data_uri(picture: bytes) -> str:
+    """A WebP image as a data URI."""
     return "data:image/webp;base64," + base64.b64encode(picture).decode()

@@ -1,13 +1,16 @@
-"""Evaluations on external sets, each beside the run's internal test -> a page of their own, and a
-section of the run's report.html."""
+"""External validation: a page of its own, and sections of the run's report.html."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pneumo.dataset.overlap import Overlap
-from pneumo.evaluation.bootstrap import Estimate, as_json
-from pneumo.evaluation.external import RECALIBRATION_FRACTION, Both, ExternalEvaluation, Frozen
+from pneumo.evaluation.estimates import Estimate, as_json
+from pneumo.evaluation.external import (
+    RECALIBRATION_FRACTION,
+    ExternalEvaluation,
+    FrozenChoices,
+)
 from pneumo.evaluation.set_shift import SetShift
 from pneumo.reporting.figures.external import list_columns
 from pneumo.reporting.page.embedding import make_environment
@@ -16,7 +19,7 @@ from pneumo.reporting.page.formatting import Cell, count, decimal, fine_percent,
 
 @dataclass(frozen=True)
 class ExternalSet:
-    """All that is said of one external set."""
+    """All results on one external set."""
 
     layout: str
     evaluation: ExternalEvaluation
@@ -31,7 +34,7 @@ class ExternalSet:
             "layout": self.layout,
             "left_out": left_out,
             "warning": self.warning,
-            **self.evaluation.to_json(),
+            **as_json(self.evaluation),
             "shift": as_json(self.shift),
         }
 
@@ -39,19 +42,22 @@ class ExternalSet:
 def render_external(
     run: str,
     sets: Mapping[str, ExternalSet],
-    frozen: Frozen,
+    frozen: FrozenChoices,
     matrix: Mapping[str, Mapping[str, Any]],
     *,
     created: str,
 ) -> tuple[str, str]:
-    """The page, and its sections alone, for `insert_external`; `matrix` has the AUROC of each run
-    (row) on each set (column), estimates as in metrics.json."""
+    """The page, and its sections alone for `insert_external`. `matrix` has the AUROC of each run
+    (row) on each set (column), as in metrics.json."""
     columns = list_columns(matrix)
     shown = {
         "run": run,
         "created": created,
         "columns": columns,
-        "matrix": {name: [_shade(row.get(c)) for c in columns] for name, row in matrix.items()},
+        "matrix": {
+            name: [Estimate(**found) if (found := row.get(c)) else None for c in columns]
+            for name, row in matrix.items()
+        },
         "sets": [_describe(name, one, frozen) for name, one in sets.items()],
     }
     templates = ("external.html.j2", "external_sets.html.j2")
@@ -60,9 +66,9 @@ def render_external(
 
 
 def insert_external(report: str, sections: str) -> str:
-    """A run's report.html with these `sections`, in place of those of before; unchanged where an
+    """A run's report.html with these `sections`, which replace earlier ones; unchanged where an
     older version wrote it."""
-    link = '<li><a href="#elsewhere">What becomes of the model elsewhere</a></li>'
+    link = '<li><a href="#elsewhere">External validation</a></li>'
     for name, text in (("elsewhere", sections), ("elsewhere-link", link)):
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         before, found, rest = report.partition(begin)
@@ -71,7 +77,7 @@ def insert_external(report: str, sections: str) -> str:
     return report
 
 
-def _describe(name: str, one: ExternalSet, frozen: Frozen) -> dict[str, Any]:
+def _describe(name: str, one: ExternalSet, frozen: FrozenChoices) -> dict[str, Any]:
     found, shift, left = one.evaluation, one.shift, one.overlap
     points = [
         (f"{word} at the threshold of {frozen.points[point].rule}", both)
@@ -83,7 +89,7 @@ def _describe(name: str, one: ExternalSet, frozen: Frozen) -> dict[str, Any]:
         ("AUROC", found.auroc),
         *points,
         ("Brier score, as calibrated on the run's val", found.brier),
-        ("Mean probability less fraction of positives", found.in_the_large),
+        ("Mean predicted − observed risk", found.in_the_large),
         ("AUROC of view, sex, age and spacing alone", found.metadata_auroc),
     ]
     return {
@@ -93,37 +99,29 @@ def _describe(name: str, one: ExternalSet, frozen: Frozen) -> dict[str, Any]:
         f"{fine_percent(found.external.positives / found.external.n)} positive; the internal test "
         f"has {fine_percent(found.internal.positives / found.internal.n)}",
         "left": f"Left out: {count(left.of_patients, 'study', 'studies')} of "
-        f"{count(left.patients, 'patient')} whom the model was trained or chosen on, and "
+        f"{count(left.patients, 'patient')} that the model was trained or chosen on, and "
         f"{count(left.of_pictures, 'picture')} that it has seen.",
         "warning": one.warning,
-        "rows": [(what, _show(both)) for what, both in rows],
-        "notes": [_tell_mix(found), _tell_recalibration(found), _tell_shift(shift)],
+        "rows": rows,
+        "notes": [
+            _case_mix_sentence(found),
+            _recalibration_sentence(found),
+            _shift_sentence(shift),
+        ],
     }
 
 
-def _shade(found: Mapping[str, Any] | None) -> tuple[Cell | None, float]:
-    """A cell of the matrix, None where the run was not judged, and how strongly it is coloured."""
-    if found is None:
-        return None, 0.0
-    return Cell.of(Estimate(**found)), max((found["value"] or 0.0) - 0.5, 0.0)
-
-
-def _show(both: Both) -> list[Cell]:
-    internal, external = Cell.of(both.internal), Cell.of(both.external)
-    return [internal, external, Cell.of(both.difference, signed=True)]
-
-
-def _tell_mix(found: ExternalEvaluation) -> str:
+def _case_mix_sentence(found: ExternalEvaluation) -> str:
     mix = found.case_mix
     if not mix.by:
         return f"Case mix: {mix.auroc.reason}."
     return (
-        f"Case mix: weighted to the internal test's {', '.join(mix.by)} the AUROC here is "
-        f"{Cell.of(mix.auroc)}; {percent(mix.covered)} of the internal test has its like here."
+        f"Case mix: weighted to the internal test's {', '.join(mix.by)} the AUROC of this set is "
+        f"{Cell.of(mix.auroc)}; {percent(mix.covered)} of the internal test has such studies here."
     )
 
 
-def _tell_recalibration(found: ExternalEvaluation) -> str:
+def _recalibration_sentence(found: ExternalEvaluation) -> str:
     new = found.recalibration
     if new.slope is None:
         return f"Recalibration: {new.brier_before.reason}."
@@ -131,17 +129,17 @@ def _tell_recalibration(found: ExternalEvaluation) -> str:
         f"Recalibration on {percent(RECALIBRATION_FRACTION)} of the patients "
         f"({count(new.fitted_on, 'study', 'studies')}) would change the Brier score of the other "
         f"{new.evaluated_on:,} by {Cell.of(new.difference, signed=True)}, to "
-        f"{Cell.of(new.brier_after)}. The table above does without it."
+        f"{Cell.of(new.brier_after)}. The table above is without recalibration."
     )
 
 
-def _tell_shift(shift: SetShift) -> str:
+def _shift_sentence(shift: SetShift) -> str:
     spacing = " and ".join(
         "unknown" if mm is None else f"{mm:.3f} mm" for mm in shift.spacing_median_mm
     )
     return (
-        f"Pictures: a linear classifier tells the sets apart with an AUROC of "
-        f"{Cell.of(shift.told_apart)} ({shift.pictures[0]} and {shift.pictures[1]} pictures); the "
+        f"Images: a linear classifier separates the two sets with an AUROC of "
+        f"{Cell.of(shift.told_apart)} ({shift.pictures[0]} and {shift.pictures[1]} images); the "
         f"histograms of gray levels differ by {decimal(shift.gray_distance, 2)} of 1, their means "
         f"are {decimal(shift.gray_mean[0], 2)} and {decimal(shift.gray_mean[1], 2)}; median "
         f"spacing {spacing} (internal and external)."

@@ -1,16 +1,16 @@
-"""Numbers as a reader sees them; where there is none, why."""
+"""Numbers as text; where there is no number, the reason."""
 
 from dataclasses import dataclass
 from typing import Self
 
-from pneumo.evaluation.bootstrap import Estimate
+from pneumo.evaluation.estimates import Estimate
 
 NO_INTERVAL = "no interval"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """An estimate as text; `reason` is never empty where `value` is."""
+    """An estimate as text; `reason` is not empty where `value` is."""
 
     value: str
     interval: str = ""
@@ -27,35 +27,18 @@ class Cell:
         if estimate.low is None or estimate.high is None:
             return cls(value, "", estimate.reason or NO_INTERVAL)
         low, high = (decimal(x, digits, signed=signed) for x in (estimate.low, estimate.high))
-        # A minus sign beside a dash would be hard to read.
+        # A minus sign next to a dash is hard to read.
         return cls(value, f"{low} to {high}" if signed else f"{low}–{high}")
 
     def __str__(self) -> str:
-        """In a sentence."""
+        """As part of a sentence."""
         if not self.value:
             return f"not known ({self.reason})"
         return f"{self.value} ({self.interval or self.reason})"
 
 
-@dataclass(frozen=True)
-class Row:
-    """A line of a table of test beside val."""
-
-    name: str
-    meaning: str
-    test: Cell
-    val: Cell
-
-    @classmethod
-    def of(
-        cls, name: str, meaning: str, test: Estimate, val: Estimate, *, signed: bool = False
-    ) -> Self:
-        """Of both splits' estimates."""
-        return cls(name, meaning, Cell.of(test, signed=signed), Cell.of(val, signed=signed))
-
-
 def decimal(value: float, digits: int = 3, *, signed: bool = False) -> str:
-    """`0.913`, `−0.020` with a true minus, never a negative zero."""
+    """`0.913`, `−0.020` with a minus sign; never a negative zero."""
     text = f"{value:.{digits}f}"
     if float(text) == 0:
         return f"{0:.{digits}f}"
@@ -64,7 +47,7 @@ def decimal(value: float, digits: int = 3, *, signed: bool = False) -> str:
 
 
 def percent(fraction: float) -> str:
-    """`91 %`, never broken over lines."""
+    """`91 %`, with a no-break space."""
     return f"{100 * fraction:.0f}\N{NO-BREAK SPACE}%"
 
 
@@ -84,7 +67,7 @@ def count(number: int, one: str, several: str = "") -> str:
 
 
 def p_value(value: float | None) -> str:
-    """`p = 0.031`, `p < 0.001`; in words where there is none."""
+    """`p = 0.031`, `p < 0.001`, or why there is none."""
     if value is None:
         return "no p value, as the difference does not vary"
     return "p < 0.001" if value < 0.001 else f"p = {value:.3f}"

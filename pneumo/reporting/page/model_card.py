@@ -1,5 +1,6 @@
-"""The model card, and what the page answers of CLAIM 2024, and where; the rest is for who writes
-the paper."""
+"""The model card, and the items of the CLAIM 2024 checklist that the page answers."""
+
+from collections import Counter
 
 from pneumo.reporting.page.page_inputs import DataFacts, ModelFacts
 
@@ -16,14 +17,14 @@ CLAIM: tuple[tuple[int, str, str, str], ...] = (
     (19, "How studies were assigned to partitions", "data", "Data and leakage audit"),
     (20, "Level at which partitions are disjoint", "data", "Data and leakage audit"),
     (22, "Model described", "card", "Model card"),
-    (23, "Software and its versions", "again", "Do it again"),
+    (23, "Software and its versions", "again", "How to reproduce"),
     (24, "Where the parameters started", "card", "Model card"),
     (25, "Training", "training", "Training"),
     (26, "How the final model was chosen", "card", "Model card"),
     (27, "Ensembling", "card", "Model card"),
     (28, "Metrics of performance", "good", "How good, how sure?"),
     (29, "Uncertainty and significance", "good", "How good, how sure?"),
-    (30, "Robustness: subgroups", "whom", "For whom?"),
+    (30, "Robustness: subgroups", "whom", "For which patients?"),
     (31, "Explainability, and its test", "saliency", "Do the maps match the radiologists' boxes?"),
     (32, "Evaluation on internal data", "good", "How good, how sure?"),
     (35, "Studies included and excluded", "data", "Data and leakage audit"),
@@ -33,17 +34,13 @@ CLAIM: tuple[tuple[int, str, str, str], ...] = (
     (39, "Failure analysis", "errors", "Errors"),
     (40, "Limitations", "card", "Model card"),
 )
-"""Number, the item in our words, and the section that answers it (Tejani 2024)."""
+"""Number, item, anchor and heading of the section that answers it (Tejani 2024)."""
 NOT_ANSWERED = "2, 4–6, 13, 15–18, 21, 33, 34 and 41–44"
-"""Among them external data (33), readers' variability (18) and sample size (21)."""
+"""Among them external data (33), variability of readers (18) and sample size (21)."""
 
 
-def describe_card(data: DataFacts, model: ModelFacts) -> dict[str, str]:
-    """What the card says of preprocessing and of limits, as this store has them."""
-    return {"preprocessing": _tell_preprocessing(data, model), "limits": _tell_limits(data)}
-
-
-def _tell_preprocessing(data: DataFacts, model: ModelFacts) -> str:
+def preprocessing_sentences(data: DataFacts, model: ModelFacts) -> str:
+    """How a file becomes the network's input."""
     words = (
         "Each DICOM file is decoded to gray levels (modality and VOI transforms applied, "
         "MONOCHROME1 inverted, 8 bits, 0 is black), letterboxed to a square and resampled by area "
@@ -57,7 +54,8 @@ def _tell_preprocessing(data: DataFacts, model: ModelFacts) -> str:
     )
 
 
-def _tell_limits(data: DataFacts) -> str:
+def limits_sentences(data: DataFacts) -> str:
+    """The limitations, which depend on the studies of the store."""
     ages, findings = (_count(data, what) for what in ("age", "finding"))
     young = ages.get("under 18", 0)
     old = sum(number for band, number in ages.items() if band not in ("under 18", "unknown"))
@@ -78,10 +76,6 @@ def _tell_limits(data: DataFacts) -> str:
     )
 
 
-def _count(data: DataFacts, what: str) -> dict[str, int]:
+def _count(data: DataFacts, what: str) -> Counter[str]:
     """Studies of all splits by the value of a property."""
-    total: dict[str, int] = {}
-    for split in data.quality.splits.values():
-        for value, number in split.counts[what].items():
-            total[value] = total.get(value, 0) + number
-    return total
+    return sum((Counter(s.counts[what]) for s in data.quality.splits.values()), Counter())

@@ -1,49 +1,61 @@
-"""The page: every section's facts in one template."""
+"""The report page: the facts of all sections, and the template."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pneumo.evaluation.comparison import ComparedRuns
+from pneumo.evaluation.decision_curve import THRESHOLDS
 from pneumo.evaluation.evaluation import Evaluation
 from pneumo.evaluation.map_scores import SaliencySummary
 from pneumo.evaluation.member_spread import MemberSpread
 from pneumo.evaluation.metrics import Confusion
-from pneumo.evaluation.operating_points import DECISION, SCREENING
-from pneumo.evaluation.shown_studies import ERRORS, OUTCOMES, FindingErrors, Outcome
+from pneumo.evaluation.operating_points import DECISION
+from pneumo.evaluation.shown_studies import ERRORS, OUTCOMES, Outcome
 from pneumo.reporting.figures import charts
 from pneumo.reporting.figures.case_pictures import OUTCOME_WORDS, Case, Pictures
 from pneumo.reporting.figures.charts import History
 from pneumo.reporting.page import performance_section
-from pneumo.reporting.page.data_section import describe_data, describe_quality
+from pneumo.reporting.page.data_section import (
+    PROPERTIES,
+    describe_audit,
+    describe_duplicates,
+    draw_quality_charts,
+    show_contact_sheets,
+)
 from pneumo.reporting.page.embedding import (
     PAIR_PIXELS,
     draw_curves,
     draw_training,
-    inline,
+    inline_svg,
     make_environment,
     show_pairs,
     show_thumbnails,
 )
 from pneumo.reporting.page.formatting import Cell
-from pneumo.reporting.page.model_card import CLAIM, NOT_ANSWERED, describe_card
+from pneumo.reporting.page.model_card import (
+    CLAIM,
+    NOT_ANSWERED,
+    limits_sentences,
+    preprocessing_sentences,
+)
 from pneumo.reporting.page.page_inputs import DataFacts, ModelFacts, Provenance
 from pneumo.reporting.page.saliency_section import describe_saliency
-from pneumo.reporting.page.subgroup_section import describe_groups
-from pneumo.reporting.page.summary import answer, find_warnings, summarise
+from pneumo.reporting.page.subgroup_section import describe_subgroups
+from pneumo.reporting.page.summary import answer_questions, find_warnings, summarise
 
 MAX_PAGE_BYTES = 3_000_000
-"""Of report.html: what a mail or a phone takes."""
+"""Size of report.html, so that it can be sent by mail and opened on a phone."""
 
 
 CONTENTS: tuple[tuple[str, str], ...] = (
     ("summary", "Summary"),
     ("good", "How good, how sure?"),
-    ("whom", "For whom?"),
+    ("whom", "For which patients?"),
     ("points", "At what threshold?"),
     ("calibration", "Can the probability be believed?"),
     ("worth", "Is it worth acting on?"),
     ("baselines", "Against what baseline?"),
-    ("comparison", "Beside another run"),
+    ("comparison", "Comparison with another run"),
     ("saliency", "Do the maps match the radiologists' boxes?"),
     ("errors", "Errors"),
     ("grid", "Predictions"),
@@ -52,7 +64,7 @@ CONTENTS: tuple[tuple[str, str], ...] = (
     ("quality", "Data quality"),
     ("card", "Model card"),
     ("claim", "CLAIM 2024"),
-    ("again", "Do it again"),
+    ("again", "How to reproduce"),
 )
 """The sections of the page and their headings."""
 
@@ -69,36 +81,45 @@ def render_report(
     compared: ComparedRuns | None = None,
     members: MemberSpread | None = None,
 ) -> str:
-    """The page. `pictures` and `saliency` are of test; None: maps were not scored.
+    """The page. `pictures` and `saliency` are of test; `saliency` is None without scored maps.
 
-    Studies beside their maps are as large as MAX_PAGE_BYTES allows; a page of very many is larger
-    than that all the same.
+    Pictures are as large as MAX_PAGE_BYTES allows. A page of very many pictures is larger, even
+    with the smallest.
     """
     facts = dict(
         evaluation=evaluation,
         phantoms=data.phantoms,
         contents=[part for part in CONTENTS if part[0] != "comparison" or compared is not None],
-        is_calibrated=evaluation.calibration.chosen is not None,
-        data=describe_data(data),
-        quality=describe_quality(data),
+        data=data,
+        audit=describe_audit(data),
+        quality=data.quality,
+        properties=PROPERTIES,
+        duplicates=describe_duplicates(data.quality.duplicates, has_patients=data.has_patients),
+        quality_charts=draw_quality_charts(data.quality),
+        contact=show_contact_sheets(data),
         model=model,
         provenance=provenance,
         warnings=find_warnings(evaluation, data, model),
         sentence=summarise(evaluation),
-        answers=answer(evaluation, saliency),
-        groups=describe_groups(evaluation),
+        answers=answer_questions(evaluation, saliency),
+        groups=describe_subgroups(evaluation),
         saliency=describe_saliency(saliency),
-        members=performance_section.describe_members(members),
-        comparison=performance_section.describe_comparison(compared),
+        members=members if members is not None and members.values else None,
+        members_sentence=performance_section.members_sentence,
+        compared=compared,
+        comparison_sentence=performance_section.comparison_sentence,
         training=draw_training(history, model.epoch),
-        patients_known=evaluation.test.patients is not None,
         claim=CLAIM,
         not_claimed=NOT_ANSWERED,
-        test_n=charts.describe_n(evaluation.test).capitalize(),
-        card=describe_card(data, model),
+        preprocessing=preprocessing_sentences(data, model),
+        limits=limits_sentences(data),
         **_describe_performance(evaluation),
     )
-    counts = evaluation.test.at[DECISION].counts
+    return _render(facts, pictures, evaluation.test.at[DECISION].counts)
+
+
+def _render(facts: Mapping[str, Any], pictures: Pictures, counts: Confusion | None) -> str:
+    """The page with pictures as large as MAX_PAGE_BYTES allows."""
     template = make_environment().get_template("page.html.j2")
     page = ""
     for size in PAIR_PIXELS:
@@ -112,29 +133,32 @@ def _describe_performance(evaluation: Evaluation) -> dict[str, Any]:
     test = evaluation.test
     slope = Cell.of(test.before.slope, 2)
     return {
+        "test": test,
+        "test_n": charts.describe_n(test).capitalize(),
+        "patients_known": test.patients is not None,
+        "unit": "patients" if test.patients is not None else "images",
+        "is_calibrated": evaluation.calibration.chosen is not None,
         "rows": performance_section.headline_rows(evaluation),
-        "delong": Cell.of(test.auroc_delong),
-        "delong_clustered": Cell.of(test.auroc_delong_clustered),
+        "metric_names": performance_section.METRIC_NAMES,
         "curves": draw_curves(evaluation),
-        "matrices": [
-            performance_section.describe_point(evaluation, n) for n in (DECISION, SCREENING)
-        ],
-        "points": performance_section.describe_points(evaluation),
-        "prevalences": performance_section.describe_prevalences(evaluation),
-        "calibration": performance_section.describe_calibration(evaluation),
-        "reliability": inline(
+        "points": performance_section.list_points(evaluation),
+        "calibration": performance_section.calibration_sentence(evaluation.calibration),
+        "reliability_rows": performance_section.RELIABILITY_ROWS,
+        "reliability": inline_svg(
             charts.draw_reliability(evaluation),
             f"Calibration on test: fraction of positives over predicted probability, n = {test.n}; "
             f"slope before calibration {slope}",
         ),
-        "decision": performance_section.describe_decision(evaluation),
-        "decision_curve": inline(
+        "decision": performance_section.decision_curve_sentence(test.decision_curve),
+        "thresholds": THRESHOLDS,
+        "shown_thresholds": performance_section.SHOWN_THRESHOLDS,
+        "decision_curve": inline_svg(
             charts.draw_decision_curve(evaluation),
             f"Decision curve on test, n = {test.n}: net benefit in true positives a study, over "
             "the threshold",
         ),
-        "baselines": performance_section.describe_baselines(evaluation),
         "view_rows": performance_section.view_rows(evaluation),
+        "compared_names": performance_section.COMPARED_NAMES,
     }
 
 
@@ -156,16 +180,5 @@ def _describe_pictures(pictures: Pictures, counts: Confusion | None, size: int) 
         "grid": show_thumbnails(pictures.grid),
         "gallery": [describe(outcome, pictures.gallery) for outcome in OUTCOMES],
         "errors": [describe_errors(outcome) for outcome in ERRORS],
-        "by_finding": [_describe_finding(found) for found in pictures.by_finding],
-    }
-
-
-def _describe_finding(found: FindingErrors) -> dict[str, Any]:
-    return {
-        "finding": found.finding,
-        "n": found.n,
-        "called": found.called_positive,
-        "errors": found.errors,
-        "rate": Cell.of(found.error_rate, 2),
-        "wilson": Cell.of(found.wilson, 2),
+        "by_finding": pictures.by_finding,
     }

@@ -1,4 +1,4 @@
-"""What the report is told besides the evaluation: the data, the model, how to do it again."""
+"""Inputs of the report besides the evaluation: the data, the model, how to reproduce it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,13 +21,13 @@ class DataFacts:
     audit: LeakageAudit
     quality: Quality
     contact: Sequence[ContactSheet]
-    """Pictures of train by finding; may be empty."""
+    """Images of train by finding; may be empty."""
     phantoms: bool = False
-    """Whether the images are drawn, not radiographs."""
+    """Whether the images are phantoms, not radiographs."""
 
     @property
     def has_patients(self) -> bool:
-        """Whether it is known which studies are of one patient."""
+        """Whether patients are known."""
         return self.audit.leaked_by_image is not None
 
 
@@ -37,34 +37,34 @@ class ModelFacts:
 
     backbone: str
     initialisation: str
-    """One sentence: where the weights started."""
+    """One sentence: the initial weights."""
     is_pretrained: bool
     fell_back: bool
-    """Whether other weights had been asked for."""
+    """Whether other weights were configured but not available."""
     epoch: int
     """Of the checkpoint, counted from 1."""
     image_size: int
     """Height and width of the input, in pixels."""
     selection: str
-    """One sentence: which checkpoints were taken, and how they are scored."""
+    """One or two sentences: which checkpoints are scored, and how their logits are combined."""
     mean: float
-    """Of train's gray levels, which the input is standardised by, from 0 to 1; as `std`."""
+    """Of the gray levels of train, 0 to 1; the input is standardised by it and `std`."""
     std: float
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What it takes to do it again."""
+    """What is needed to reproduce the evaluation."""
 
     run: str
     """The run's name."""
     created: str
-    """When, as the reader shall see it."""
+    """The time, as text."""
     seed: int
     recipe: str
-    """The whole configuration as TOML, which --recipe takes."""
+    """The settings of training and evaluation as TOML, which --recipe takes."""
     command: str
     citation: str
-    """What a paper says of this evaluation."""
+    """How to cite this evaluation."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """Versions, code revision and digests by name."""

@@ -1,16 +1,9 @@
-"""Where the network looks: maps against the radiologists' boxes, for the template."""
+"""The section on saliency maps, for the template: their agreement with the radiologists' boxes."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from pneumo.evaluation.map_scores import (
-    MAPS,
-    MEASURES,
-    Group,
-    GroupSummary,
-    MapName,
-    SaliencySummary,
-)
+from pneumo.evaluation.map_scores import MEASURES, Group, MapName, SaliencySummary
 from pneumo.reporting.page.formatting import Cell, count
 
 NAMES: Mapping[MapName, tuple[str, str]] = {
@@ -24,51 +17,33 @@ GROUPS: Mapping[Group, str] = {
     "false_negatives": "Positives that the model misses",
 }
 ENOUGH_FOR_PRIOR = 1000
-"""Positives of train from which on no fixed map is better than the prior: one that is the same for
-every study gains 0.09 of AUPRC over a prior of 10, 0.06 of 40, and none of 1000."""
+"""With this many positives in train no fixed map is better than the prior. The best fixed map has
+0.09 more AUPRC than a prior of 10 positives, 0.06 more than one of 40, and no more than one of
+1000."""
 OFF = "Maps were not scored: evaluate.saliency is off."
 
 
 def describe_saliency(saliency: SaliencySummary | None) -> dict[str, Any]:
-    """The rows of the table by group of positives, and what they mean."""
+    """The groups of positives with the titles of their tables, and what they show."""
     if saliency is None:
         return {"verdict": OFF, "groups": [], "notes": []}
     notes = [f"The maps are those of {saliency.checkpoint}."]
     if saliency.unscored:
         missing = count(saliency.unscored, "positive has", "positives have")
-        notes.append(f"{missing} no box to score, or a map that is no number.")
+        notes.append(f"{missing} no box to score, or a map with a NaN.")
     if not saliency.prior_studies:
-        notes.append(
-            "Train has no boxes: the lung prior is the same everywhere, and no test of anything."
-        )
+        notes.append("Train has no boxes: the lung prior is the same everywhere, so no comparison.")
     return {
-        "verdict": tell_saliency(saliency),
+        "verdict": saliency_sentence(saliency),
         "notes": notes,
-        "groups": [_describe_group(GROUPS[name], found) for name, found in saliency.groups.items()],
+        "groups": [(GROUPS[name], found) for name, found in saliency.groups.items()],
+        "names": NAMES,
+        "measures": MEASURES,
     }
 
 
-def _describe_group(title: str, found: GroupSummary) -> dict[str, Any]:
-    if found.maps is None or found.gain is None:
-        return {"title": title, "n": found.n, "reason": found.reason, "rows": []}
-    rows = []
-    for name in MAPS:
-        summary, gain = found.maps[name], found.gain.get(name)
-        rows.append(
-            {
-                "name": NAMES[name][0],
-                "meaning": NAMES[name][1],
-                "is_model": name == "cam",
-                "cells": [Cell.of(getattr(summary, measure), 2) for measure in MEASURES],
-                "gain": None if gain is None else Cell.of(gain["auprc"], 2, signed=True),
-                "empty": summary.empty,
-            }
-        )
-    return {"title": title, "n": found.n, "reason": None, "rows": rows}
-
-
-def tell_saliency(saliency: SaliencySummary) -> str:
-    """Whether the maps agree with the boxes better than maps that know less."""
+def saliency_sentence(saliency: SaliencySummary) -> str:
+    """Whether the maps agree with the boxes better than the baselines."""
     found = saliency.groups["all"]
     if found.gain is None:
         return f"It cannot be said where the network looks: {found.reason}."
@@ -85,7 +60,7 @@ def tell_saliency(saliency: SaliencySummary) -> str:
     if gain.low <= 0:
         return (
             "The network's maps are not shown to agree with the boxes better than a fixed map of "
-            f"where opacities usually lie ({difference}). They may point to the lungs and no more."
+            f"where opacities usually lie ({difference}). They may point to the lungs only."
         )
     better = (
         "The network's maps agree with the boxes better than a fixed map of where opacities "

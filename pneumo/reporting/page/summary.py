@@ -1,20 +1,20 @@
-"""The first screen: what the numbers mean, in words, and what to know before believing them."""
+"""The first screen of the report: what the numbers mean, and warnings."""
 
 from dataclasses import dataclass
 
 from pneumo.evaluation.baselines import ViewBaseline
-from pneumo.evaluation.bootstrap import Estimate
+from pneumo.evaluation.estimates import Estimate
 from pneumo.evaluation.evaluation import Evaluation, SplitEvaluation
 from pneumo.evaluation.map_scores import SaliencySummary
 from pneumo.evaluation.operating_points import DECISION
 from pneumo.reporting.figures.style import show_threshold
 from pneumo.reporting.page.formatting import Cell, count, percent
 from pneumo.reporting.page.page_inputs import DataFacts, ModelFacts
-from pneumo.reporting.page.saliency_section import OFF, tell_saliency
-from pneumo.reporting.page.subgroup_section import describe_worst
+from pneumo.reporting.page.saliency_section import OFF, saliency_sentence
+from pneumo.reporting.page.subgroup_section import worst_subgroup_sentence
 
 FEW_PATIENTS = 50
-"""Below this many patients of a class in test the intervals are too wide to compare models."""
+"""With fewer patients of a class in test the intervals are too wide to compare models."""
 
 
 def summarise(evaluation: Evaluation) -> str:
@@ -33,13 +33,13 @@ def summarise(evaluation: Evaluation) -> str:
             f"At the threshold chosen on val it finds {percent(recall.value)} of the positives "
             f"and clears {percent(specificity.value)} of the negatives."
         )
-    if view := tell_view(test.view):
+    if view := view_sentence(test.view):
         words.append(view)
     return " ".join(words)
 
 
-def tell_view(view: ViewBaseline) -> str:
-    """What the model is beside the view; '' where that is not known."""
+def view_sentence(view: ViewBaseline) -> str:
+    """The model compared with the view alone; '' where that is unknown."""
     gain = view.gain_delong.difference
     if gain.value is None or view.view_only_auroc.value is None:
         return ""
@@ -66,10 +66,10 @@ def count_patients(test: SplitEvaluation) -> str:
 
 
 def find_warnings(evaluation: Evaluation, data: DataFacts, model: ModelFacts) -> list[str]:
-    """What the reader must know before believing a number; most severe first."""
+    """What makes the numbers doubtful; most severe first."""
     warnings = [*_warn_of_split(evaluation.test, data), *_warn_of_ranking(evaluation)]
     if not model.is_pretrained:
-        wish = "because the weights asked for could not be had" if model.fell_back else "as asked"
+        wish = "as the configured ones were not available" if model.fell_back else "as configured"
         warnings.append(
             f"The model started from random weights, {wish}. Expect less than from ImageNet's."
         )
@@ -78,14 +78,14 @@ def find_warnings(evaluation: Evaluation, data: DataFacts, model: ModelFacts) ->
         warnings.append("The model is not shown to be better than the view (AP or PA) alone.")
     if quarantined := sum(data.quality.quarantined.values()):
         warnings.append(
-            f"{count(quarantined, 'study is', 'studies are')} in no split, as no picture could be "
-            "had; the store's quarantine.jsonl says why."
+            f"{count(quarantined, 'study is', 'studies are')} in no split, as there is no usable "
+            "image; the store's quarantine.jsonl says why."
         )
     return warnings
 
 
 def _warn_of_split(test: SplitEvaluation, data: DataFacts) -> list[str]:
-    """What makes all numbers too good, or all intervals too narrow."""
+    """Faults of the split, which make the numbers too good or the intervals too narrow."""
     warnings, audit = [], data.audit
     if audit.unit != "patient":
         leaked = audit.leaked_by_image
@@ -96,7 +96,7 @@ def _warn_of_split(test: SplitEvaluation, data: DataFacts) -> list[str]:
         )
         if test.patients is None:
             warnings.append(
-                "Nobody knows which studies are of one patient: each counts as its own, so all "
+                "Which studies are of one patient is unknown: each counts as a patient, so all "
                 "intervals are too narrow."
             )
     elif audit.shared_patients:
@@ -111,7 +111,7 @@ def _warn_of_split(test: SplitEvaluation, data: DataFacts) -> list[str]:
 
 
 def _warn_of_ranking(evaluation: Evaluation) -> list[str]:
-    """What test is too small or too poor for."""
+    """What test cannot show: too few patients, or no better than chance."""
     test, point, warnings = evaluation.test, evaluation.points[DECISION], []
     if test.auroc.value is None:
         warnings.append(f"Test cannot be evaluated: {test.auroc.reason}.")
@@ -133,24 +133,24 @@ def _warn_of_ranking(evaluation: Evaluation) -> list[str]:
 
 
 def is_shown_to_rank(auroc: Estimate) -> bool:
-    """Whether the model ranks better than chance by more than chance explains."""
+    """Whether the interval of the AUROC is above 0.5."""
     return auroc.low is not None and auroc.low > 0.5
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A line of the summary."""
+    """A row of the summary."""
 
     question: str
     section: str
-    """Where the page says more."""
+    """Anchor of the section with the details."""
     short: str
     """A number or two; '' where there is none."""
-    words: str
+    text: str
 
 
-def answer(evaluation: Evaluation, saliency: SaliencySummary | None) -> list[Answer]:
-    """The questions of a reader with a minute, in the order of the page."""
+def answer_questions(evaluation: Evaluation, saliency: SaliencySummary | None) -> list[Answer]:
+    """The main questions and answers, in the order of the page."""
     return [
         _answer_good(evaluation),
         _answer_sure(evaluation),
@@ -192,7 +192,7 @@ def _answer_whom(evaluation: Evaluation) -> Answer:
     short = Cell.of(worst.gap, 2, signed=True).value if worst.is_shown else "none shown"
     if not worst.compared:
         short = ""
-    return Answer("For whom?", "whom", short, describe_worst(worst))
+    return Answer("For which patients?", "whom", short, worst_subgroup_sentence(worst))
 
 
 def _answer_threshold(evaluation: Evaluation) -> Answer:
@@ -217,7 +217,7 @@ def _answer_baseline(evaluation: Evaluation) -> Answer:
     view, metadata = evaluation.test.view, evaluation.test.metadata
     gain = Cell.of(view.gain_delong.difference, 2, signed=True)
     others = Cell.of(metadata.gain_delong.difference, 2, signed=True)
-    words = f"{tell_view(view) or f'Beside the view alone: {gain}.'} "
+    words = f"{view_sentence(view) or f'Beside the view alone: {gain}.'} "
     words += f"Over view, sex, age and pixel spacing together: {others}."
     return Answer("Against what baseline?", "baselines", gain.value, words)
 
@@ -226,5 +226,5 @@ def _answer_saliency(saliency: SaliencySummary | None) -> Answer:
     short = ""
     if saliency is not None and saliency.groups["all"].gain is not None:
         short = Cell.of(saliency.groups["all"].gain["prior"]["auprc"], 2, signed=True).value
-    words = OFF if saliency is None else tell_saliency(saliency)
+    words = OFF if saliency is None else saliency_sentence(saliency)
     return Answer("Do the maps match the radiologists' boxes?", "saliency", short, words)

@@ -1,10 +1,9 @@
-"""What was made of what, as W&B artifacts: data set -> model -> evaluation.
+"""Lineage as W&B artifacts: data set -> model -> evaluation.
 
-A record of each goes into an artifact whose content is a digest, not the thing itself: shards and
-weights stay where they are, and equal ones are one version. Weights in an object store are
-referenced, so whoever may read them there downloads them by the artifact, from W&B's registry too;
-a path of one machine is nobody's business. Each store and each run has names of its own, so that
-`latest` and `best` speak of it alone.
+An artifact has a record with digests, not the data: shards and weights stay where they are, and
+equal ones are one version. Weights in an object store are referenced, so that who may read them
+there can download them by the artifact; a local path is not sent. Each store and each run has
+artifact names of its own, so that `latest` and `best` refer to it alone.
 """
 
 import json
@@ -14,7 +13,7 @@ from typing import Any
 from pneumo import storage
 from pneumo.dataset.manifest import Manifest
 from pneumo.reporting.tracking.media import Artifact
-from pneumo.reporting.tracking.tracked_run import name_run
+from pneumo.reporting.tracking.tracked_run import make_run_id
 from pneumo.training.checkpoints import CheckpointEntry
 
 
@@ -29,11 +28,11 @@ def describe_dataset(manifest: Manifest) -> Artifact:
     )
 
 
-def record_weights(run_url: str, entry: CheckpointEntry, dataset: str | None) -> dict[str, Any]:
-    """The record of a checkpoint of a run, trained on the data of this digest."""
+def record_checkpoint(run_url: str, entry: CheckpointEntry, dataset: str | None) -> dict[str, Any]:
+    """The record of a run's checkpoint; `dataset` is the manifest's digest."""
     url = storage.join(run_url, "checkpoints", entry.name)
     return {
-        "run": name_run(run_url),
+        "run": make_run_id(run_url),
         "checkpoint": entry.name,
         "epoch": entry.epoch,
         "val_auroc": entry.val_auroc,
@@ -43,14 +42,14 @@ def record_weights(run_url: str, entry: CheckpointEntry, dataset: str | None) ->
     }
 
 
-def describe_weights(record: Mapping[str, Any], aliases: Sequence[str] = ()) -> Artifact:
+def describe_checkpoint(record: Mapping[str, Any], aliases: Sequence[str] = ()) -> Artifact:
     """A checkpoint as an artifact: its record, and where the weights are in an object store."""
     url = record.get("url")
     return Artifact(
         name=f"model-{record['run']}",
         type="model",
         files={"checkpoint.json": json.dumps(record, indent=1).encode()},
-        # A name alone: whoever downloads the artifact writes a file of it.
+        # Without folders, as a download writes a file of this name.
         references={record["checkpoint"].rsplit("/", 1)[-1]: url} if url else {},
         aliases=aliases,
         metadata=record,

@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 from pneumo.evaluation.shown_studies import ERRORS, OUTCOMES
 
 with warnings.catch_warnings():
-    # The package still speaks pydantic's first dialect.
+    # The package uses deprecated parts of pydantic.
     warnings.simplefilter("ignore", DeprecationWarning)
     import wandb_workspaces.reports.v2 as panels
     import wandb_workspaces.workspaces as workspaces
@@ -19,7 +19,7 @@ CHARTS = ("roc", "precision_recall", "reliability", "decision_curve", "confusion
 
 
 def build_views(project: str, entity: str) -> dict[str, Any]:
-    """The workspaces Train, Tune and Evaluate by name; touches no network."""
+    """The workspaces Train, Tune and Evaluate, by name; needs no network."""
     sections = {"Train": _train(), "Tune": _tune(), "Evaluate": _evaluate()}
     return {
         name: workspaces.Workspace(
@@ -96,7 +96,7 @@ def _evaluate() -> Mapping[str, Sequence[Any]]:
 
 
 def _draw_table(name: str) -> Any:
-    """The chart that `tracking` logs as a table of W&B's."""
+    """The chart of a table that `wandb_media` logs."""
     table = {"summaryTable": {"tableKey": f"eval/{name}_table"}}
     if name == "confusion":
         columns = ("Actual", "Predicted", "nPredictions")
@@ -107,6 +107,6 @@ def _draw_table(name: str) -> Any:
 
 
 def describe_view(view: Any) -> dict[str, Any]:
-    """The workspace in the words of wandb_workspaces, plain JSON."""
+    """The workspace as JSON, in the format of wandb_workspaces."""
     found: dict[str, Any] = TypeAdapter(type(view)).dump_python(view, mode="json")
     return found

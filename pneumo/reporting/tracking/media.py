@@ -1,4 +1,4 @@
-"""What a run can be told to log: pictures, charts, tables, a page, files."""
+"""What can be logged to a W&B run: pictures, charts, tables, a page, files."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -6,17 +6,17 @@ from typing import Any
 
 Scalar = float | int | str | bool | None
 MAX_IMAGES = 108
-"""W&B shows no more pictures under one key."""
+"""W&B shows at most this many pictures under one key."""
 MAX_ROWS = 10_000
-"""W&B draws no more rows."""
+"""W&B draws at most this many rows."""
 
 
 @dataclass(frozen=True)
-class Overlay:
-    """Classes of pixels, which W&B can lay over a picture and take off again."""
+class Mask:
+    """A segmentation mask, which W&B shows over a picture or hides."""
 
     classes: bytes
-    """A gray PNG of the picture's size; 0 is nothing."""
+    """The class of each pixel, as a gray PNG of the picture's size; 0 is none."""
     labels: Mapping[int, str]
     name: str
 
@@ -30,7 +30,7 @@ class Picture:
     boxes: Sequence[tuple[float, float, float, float]] = ()
     """(x, y, width, height) in pixels of the picture."""
     box_label: str = "reference"
-    mask: Overlay | None = None
+    mask: Mask | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class LineChart:
     """An interactive chart."""
 
     series: Mapping[str, tuple[Sequence[float], Sequence[float]]]
-    """(x, y) of equal length, by the line's name; MAX_ROWS points altogether."""
+    """(x, y) of equal length by the line's name, at most MAX_ROWS points in all."""
     title: str
     x_label: str
     y_label: str
@@ -96,7 +96,7 @@ Media = Gallery | LineChart | ConfusionChart | Table | Page
 
 @dataclass(frozen=True)
 class Artifact:
-    """Files under a versioned name; W&B takes equal content for one version."""
+    """Files under a versioned name; equal content is one version."""
 
     name: str
     type: str
@@ -104,6 +104,6 @@ class Artifact:
     files: Mapping[str, bytes]
     """Content by name inside the artifact."""
     references: Mapping[str, str] = field(default_factory=dict)
-    """Of what stays in an object store, the URL by name inside the artifact."""
+    """URLs of files that stay in an object store, by name inside the artifact."""
     aliases: Sequence[str] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)

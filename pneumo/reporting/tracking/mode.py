@@ -1,4 +1,4 @@
-"""Whether W&B is asked for online, offline or not at all."""
+"""The mode of W&B: online, offline or disabled."""
 
 import netrc
 from collections.abc import Mapping
@@ -13,27 +13,24 @@ Mode = Literal["online", "offline", "disabled"]
 _MODES: tuple[Mode, ...] = ("online", "offline", "disabled")
 """From the least private to the most."""
 CLOUD_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")
-"""Whose login in the netrc file counts when WANDB_BASE_URL names no other server."""
+"""Servers whose login in the netrc file counts without WANDB_BASE_URL."""
 
 
 def choose_mode(config: TrackingConfig, environ: Mapping[str, str]) -> Mode:
-    """What `config.mode` means here.
+    """The mode of `config.mode` in this environment.
 
     auto is online with a key (WANDB_API_KEY or a login in the netrc file) and offline without.
-    WANDB_MODE replaces auto; where both are explicit, the more private of the two holds.
+    WANDB_MODE replaces auto; where both are explicit, the more private of the two is used.
     """
     mode: Mode = _default_mode(environ) if config.mode == "auto" else config.mode
     wanted = {"dryrun": "offline", "run": "online"}.get(
         environ.get("WANDB_MODE", ""), environ.get("WANDB_MODE")
     )
     for candidate in _MODES:
-        if candidate == wanted and (config.mode == "auto" or _is_more_private(candidate, mode)):
+        is_more_private = _MODES.index(candidate) > _MODES.index(mode)
+        if candidate == wanted and (config.mode == "auto" or is_more_private):
             return candidate
     return mode
-
-
-def _is_more_private(one: Mode, other: Mode) -> bool:
-    return _MODES.index(one) > _MODES.index(other)
 
 
 def _default_mode(environ: Mapping[str, str]) -> Mode:

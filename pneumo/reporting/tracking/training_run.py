@@ -1,13 +1,17 @@
-"""What W&B is told of a training, from the files that it leaves."""
+"""What W&B gets of a training, read from its files."""
 
 from collections.abc import Mapping, Sequence
 
-from pneumo.reporting.tracking.artifacts import describe_dataset, describe_weights, record_weights
+from pneumo.reporting.tracking.artifacts import (
+    describe_checkpoint,
+    describe_dataset,
+    record_checkpoint,
+)
 from pneumo.reporting.tracking.tracked_run import (
     TrackedRun,
     describe_store,
-    name_run,
-    present,
+    drop_none,
+    make_run_id,
     read_config,
     read_dataset,
 )
@@ -18,16 +22,16 @@ _OF_TRAINING = ("lr", "grad_norm")
 
 
 def read_training(run_url: str) -> TrackedRun | None:
-    """The training in the run's folder as far as it has come; None before its first checkpoint.
+    """The training in the run's folder so far; None before its first checkpoint.
 
     Raises TrackingError, CheckpointError or StorageError where the folder cannot be read.
     """
     config, index = read_config(run_url), find_index(run_url)
     if config is None or index is None:
         return None
-    name, manifest = name_run(run_url), read_dataset(run_url)
+    name, manifest = make_run_id(run_url), read_dataset(run_url)
     digest = None if manifest is None else manifest.digest
-    record = record_weights(run_url, index.best, digest)
+    record = record_checkpoint(run_url, index.best, digest)
     history = [name_metrics(metrics) for metrics in read_history(run_url)]
     return TrackedRun(
         id=name,
@@ -39,7 +43,7 @@ def read_training(run_url: str) -> TrackedRun | None:
         history=history,
         summary=_summarise(history, index),
         inputs=[] if manifest is None else [describe_dataset(manifest)],
-        outputs=[describe_weights(record, ["best"])] if index.finished else [],
+        outputs=[describe_checkpoint(record, ["best"])] if index.finished else [],
         is_finished=index.finished,
     )
 
@@ -47,7 +51,7 @@ def read_training(run_url: str) -> TrackedRun | None:
 def _summarise(
     history: Sequence[Mapping[str, float]], index: CheckpointIndex
 ) -> dict[str, float | int]:
-    """The epoch that is scored; of the speed, the last."""
+    """The metrics of the scored epoch; those of speed are of the last epoch."""
     scored = next((row for row in history if row["epoch"] == index.best.epoch), {})
     speed = {k: v for row in history[-1:] for k, v in row.items() if k.startswith("perf/")}
     found = {k: v for k, v in scored.items() if k != "epoch" and not k.startswith("perf/")}
@@ -55,10 +59,9 @@ def _summarise(
 
 
 def name_metrics(metrics: Mapping[str, float | None]) -> dict[str, float]:
-    """An epoch's line of metrics.jsonl under W&B's names: what has no prefix there is about
-    training (`train/lr`) or its speed (`perf/images_per_s`). What was fed is no curve; a None is
-    left out."""
-    return present(
+    """An epoch's line of metrics.jsonl under W&B's names: a metric without prefix is one of
+    training (`train/lr`) or of its speed (`perf/images_per_s`). `data/` and None are left out."""
+    return drop_none(
         {
             name
             if "/" in name or name == "epoch"

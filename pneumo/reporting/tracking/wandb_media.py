@@ -1,4 +1,5 @@
-"""Our nouns -> W&B's. Imports wandb where it is called: it takes 0.7 s, and may not be there."""
+"""Media and artifacts as wandb's objects. Imports wandb only when called: it takes 0.7 s, and may
+be missing."""
 
 import io
 from typing import Any
@@ -20,7 +21,7 @@ from pneumo.reporting.tracking.media import (
 )
 
 
-def convert(media: Media) -> Any:
+def to_wandb_media(media: Media) -> Any:
     """What `wandb.Run.log` takes."""
     import wandb
 
@@ -78,8 +79,8 @@ def _convert_picture(picture: Picture) -> Any:
     )
 
 
-def pack(artifact: Artifact) -> Any:
-    """The artifact as W&B's draft of one, its files written into W&B's staging folder."""
+def to_wandb_artifact(artifact: Artifact) -> Any:
+    """The artifact as wandb's, with its files written to wandb's staging folder."""
     import wandb
 
     packed = wandb.Artifact(artifact.name, type=artifact.type, metadata=dict(artifact.metadata))
@@ -87,6 +88,6 @@ def pack(artifact: Artifact) -> Any:
         with packed.new_file(name, mode="wb") as file:
             file.write(content)
     for name, url in artifact.references.items():
-        # The record has the digest; W&B would need the store's credentials to make one.
+        # The record has the digest; wandb would need the store's credentials to compute one.
         packed.add_reference(url, name=name, checksum=False)
     return packed

@@ -1,7 +1,7 @@
-"""One run at W&B, written through wandb: begun or gone on with, and closed when all has arrived.
+"""One W&B run, written through wandb: created or resumed, and closed when all has arrived.
 
-Every call may wait for a server that never answers; whoever calls does it in a process that may be
-killed (`jobs.tracking`).
+Every call may wait for a server that does not answer; it runs in a process that can be killed
+(`jobs.tracking`).
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from typing import Any
 from pneumo.errors import TrackingError
 from pneumo.reporting.tracking.media import Scalar
 from pneumo.reporting.tracking.tracked_run import TrackedRun
-from pneumo.reporting.tracking.wandb_media import convert, pack
+from pneumo.reporting.tracking.wandb_media import to_wandb_artifact, to_wandb_media
 
 START_TIMEOUT_S = 20.0
 _LISTING_TIMEOUT_S = 10
@@ -26,12 +26,12 @@ _DELETED = "previously created and deleted"
 class WandbSession:
     """A W&B run that is being written.
 
-    Sent again, a run is the same at W&B: its id is fixed, W&B drops steps that it has, and files
-    and artifacts are known by their content. Raises whatever wandb raises.
+    A run can be sent again without duplicates: its id is fixed, W&B ignores steps that it has, and
+    files and artifacts are identified by their content. Raises whatever wandb raises.
     """
 
     def __init__(self, run: TrackedRun, folder: Path) -> None:
-        """Begin the run, or go on with it; wandb's own files go below `folder`.
+        """Create or resume the run; wandb's own files go below `folder`.
 
         Raises TrackingError where the run was deleted at W&B.
         """
@@ -60,7 +60,7 @@ class WandbSession:
                 ) from error
             raise
         for prefix in ("train", "val", "perf"):
-            # The summary is set: the epoch that is scored is seldom the last.
+            # No automatic summary: the scored epoch is often not the last.
             self._run.define_metric(f"{prefix}/*", step_metric="epoch", summary="none")
         self._next_step = self._run.starting_step
         self._summary: Mapping[str, Scalar] = {}
@@ -71,7 +71,7 @@ class WandbSession:
         return str(self._run.url)
 
     def send_numbers(self, run: TrackedRun) -> None:
-        """Epochs that W&B has not got, and the summary; waits for no upload."""
+        """Send new epochs and the summary; does not wait for uploads."""
         for row in run.history:
             step = int(row["epoch"])
             if step >= self._next_step:
@@ -82,20 +82,22 @@ class WandbSession:
             self._run.summary.update(dict(run.summary))
 
     def close(self, run: TrackedRun, tell: Callable[[str], None]) -> None:
-        """Send all of the run, end it there, and check that its files have arrived.
+        """Send all of the run, finish it, and check that its files have arrived.
 
-        `tell` hears of each step. Raises TrackingError where files did not arrive.
+        `tell` is called with each step. Raises TrackingError where files did not arrive.
         """
         self.send_numbers(run)
         if run.media:
-            # All in one step: of a run that is sent again W&B has it, or has none of it.
-            self._run.log({key: convert(media) for key, media in run.media.items()}, step=0)
+            # In one step, so that W&B has all of it or none.
+            self._run.log({key: to_wandb_media(media) for key, media in run.media.items()}, step=0)
             tell("media")
         for artifact in run.inputs:
-            self._run.use_artifact(pack(artifact))
+            self._run.use_artifact(to_wandb_artifact(artifact))
             tell(artifact.name)
         for artifact in run.outputs:
-            self._run.log_artifact(pack(artifact), aliases=list(artifact.aliases)).wait()
+            self._run.log_artifact(
+                to_wandb_artifact(artifact), aliases=list(artifact.aliases)
+            ).wait()
             tell(artifact.name)
         path, files = self._run.path, Path(self._run.dir)
         self._run.finish(exit_code=0 if run.is_finished else 1)
@@ -103,7 +105,7 @@ class WandbSession:
         _check_arrived(path, files / "media", files)
 
     def abandon(self) -> None:
-        """End after a fault, as well as that goes; a new session may then be begun."""
+        """Close after a fault, ignoring further errors, so that a new session can be created."""
         import wandb
 
         with contextlib.suppress(Exception):
@@ -113,8 +115,7 @@ class WandbSession:
 
 
 def _check_arrived(path: str, folder: Path, root: Path) -> None:
-    """Compare what lies below `folder` with W&B's list of files; wandb says of no upload that it
-    failed."""
+    """Compare the files below `folder` with W&B's list, as wandb does not report failed uploads."""
     import wandb
 
     sizes = {str(f.relative_to(root)): f.stat().st_size for f in folder.rglob("*") if f.is_file()}
@@ -138,7 +139,7 @@ def _settings(folder: Path) -> Any:
         console="off",
         silent=True,
         disable_git=True,  # the code's version is in the checkpoint
-        # Host, user, command line and the URLs in it are nobody's business.
+        # Host, user and command line with its URLs are private.
         x_disable_meta=True,
         host="not told",
         program="not told",

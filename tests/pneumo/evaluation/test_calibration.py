@@ -15,17 +15,21 @@ from sklearn.linear_model import LogisticRegression
 from pneumo.evaluation import bootstrap
 from pneumo.evaluation.bootstrap import StatisticSet
 from pneumo.evaluation.calibration import Scaling, calibrate, fit_scaling
+from pneumo.evaluation.logistic_regression import (
+    LogitSample,
+    fit_logistic,
+    fit_offset,
+    recalibration_statistic,
+)
 from pneumo.evaluation.predictions import sigmoid
 from pneumo.evaluation.reliability import (
     MEASURES,
     bin_by_probability,
     describe_bins,
-    fit_logistic,
-    fit_offset,
-    recalibration_statistic,
     reliability_statistics,
     summarise_reliability,
 )
+from tests import present
 from tests.examples import examples
 from tests.predictions import make_predictions
 
@@ -41,9 +45,10 @@ def drawn(n=2000, seed=0, slope=1.0, shift=0.0):
 
 
 def measure(target, logit, scaling=None, num_bins=10, resamples=100):
+    sample = LogitSample.of(target, logit)
     statistics = {
-        **reliability_statistics(target, logit, scaling, num_bins),
-        "fit": recalibration_statistic(target, logit),
+        **reliability_statistics(sample, scaling, num_bins),
+        "fit": recalibration_statistic(sample),
     }
     rows = dataclasses.replace(val(target, logit), logit=np.asarray(logit, dtype=float))
     found = bootstrap.resample(rows.patient, statistics, resamples=resamples, seed=0)
@@ -127,9 +132,9 @@ def test_separated_classes_are_scaled_but_not_regressed():
     for method in ("platt", "temperature"):
         slope, _ = fit_scaling(method, target, logit)
         assert 0 < slope < 100
-    slope, intercept = fit_logistic(logit, target.astype(float), np.ones((40, 3)))
-    assert np.isposinf(slope).all()
-    assert np.isnan(intercept).all()
+    slopes, intercepts = fit_logistic(logit, target.astype(float), np.ones((40, 3)))
+    assert np.isposinf(slopes).all()
+    assert np.isnan(intercepts).all()
     assert np.isneginf(fit_logistic(-logit, target.astype(float), np.ones((40, 3)))[0]).all()
     assert np.isnan(fit_logistic(np.ones(40), target.astype(float), np.ones((40, 3)))).all()
 
@@ -137,26 +142,26 @@ def test_separated_classes_are_scaled_but_not_regressed():
 # --- choosing -------------------------------------------------------------------------------------
 
 
+def choose_method(n, **options):
+    found = calibrate(val(*drawn(n, **options)), min_patients=10, seed=0)
+    return present(found.chosen).method
+
+
 def test_a_shift_is_for_platt_and_a_stretch_for_temperature():
     """As a weight of positives in training does: every logit is its logarithm too high."""
     target, logit = drawn(3000, shift=np.log(5))
     found = calibrate(val(target, logit), min_patients=10, seed=0)
     assert found.chosen == found.platt
-    assert found.platt.intercept == pytest.approx(-np.log(5), abs=0.15)
-    assert found.platt.log_loss < found.temperature.log_loss < found.log_loss_before
+    platt, temperature = present(found.platt), present(found.temperature)
+    assert platt.intercept == pytest.approx(-np.log(5), abs=0.15)
+    assert platt.log_loss < temperature.log_loss < present(found.log_loss_before)
 
-    picks = [
-        calibrate(val(*drawn(300, seed=seed, slope=3)), min_patients=10, seed=0).chosen.method
-        for seed in range(20)
-    ]
+    picks = [choose_method(300, seed=seed, slope=3) for seed in range(20)]
     assert picks.count("temperature") >= 10
 
 
 def test_a_calibrated_network_is_mostly_left_alone():
-    picks = [
-        calibrate(val(*drawn(300, seed=seed)), min_patients=10, seed=0).chosen.method
-        for seed in range(40)
-    ]
+    picks = [choose_method(300, seed=seed) for seed in range(40)]
     assert picks.count("none") >= 30
     found = calibrate(val(*drawn(300)), min_patients=10, seed=0)
     np.testing.assert_allclose(found.apply(np.array([-2.0, 1.0])), sigmoid(np.array([-2.0, 1.0])))
@@ -179,9 +184,9 @@ def test_folds_keep_patients_together_and_rows_may_come_in_any_order():
     target, logit = drawn(400)
     rows = val(target, logit, np.arange(400) // 4)
     shuffled = rows.take(np.random.default_rng(0).permutation(400))
-    one, two = (calibrate(r, min_patients=10, seed=3) for r in (rows, shuffled))
-    assert one.chosen.method == two.chosen.method
-    assert one.chosen.log_loss == pytest.approx(two.chosen.log_loss, abs=1e-9)
+    one, two = (present(calibrate(r, min_patients=10, seed=3).chosen) for r in (rows, shuffled))
+    assert one.method == two.method
+    assert one.log_loss == pytest.approx(two.log_loss, abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +202,7 @@ def test_folds_keep_patients_together_and_rows_may_come_in_any_order():
 def test_a_val_that_cannot_calibrate_says_why(target, logit, reason):
     found = calibrate(val(target, logit), min_patients=10, seed=0)
     assert found.chosen is None
-    assert found.reason.startswith(reason)
+    assert present(found.reason).startswith(reason)
     assert np.isnan(found.apply(np.zeros(3))).all()
     content = found.to_json()
     assert content["method"] is None
@@ -337,7 +342,8 @@ def test_slope_after_scaling_needs_no_second_fit():
 def test_intervals_cover_the_truth():
     covered = {"slope": 0, "intercept": 0}
     for seed in range(60):
-        found = measure(*drawn(300, seed=seed), resamples=200)
+        target, logit = drawn(300, seed=seed)
+        found = measure(target, logit, resamples=200)
         covered["slope"] += found.slope.low <= 1 <= found.slope.high
         covered["intercept"] += found.intercept.low <= 0 <= found.intercept.high
     assert min(covered.values()) >= 50
@@ -392,7 +398,7 @@ def test_a_bin_without_a_positive_has_an_interval():
 
 
 def test_the_calibration_error_of_a_calibrated_model_is_told():
-    found = [measure(*drawn(300, seed=seed), resamples=100) for seed in range(30)]
+    found = [measure(*drawn(300, seed=seed)) for seed in range(30)]
     mean = np.mean([one.ece.value for one in found])
     assert np.mean([one.ece_if_calibrated for one in found]) == pytest.approx(mean, rel=0.2)
 
@@ -405,12 +411,21 @@ def test_fits_of_many_studies_are_those_of_each_study(seed, slope, shift):
     target = (rng.random(6000) < sigmoid(slope * logit + shift)).astype(np.int8)
     weights = rng.poisson(1, size=(6000, 3))
 
-    fit = recalibration_statistic(target, logit)(weights)
+    scaling = Scaling("platt", 1.5, -0.5, 0.0)
+    sample = LogitSample.of(target, logit, scaling.slope)
+    fit = recalibration_statistic(sample)(weights)
     exact_slope, exact_intercept = fit_logistic(logit, target.astype(float), weights)
     np.testing.assert_allclose(fit, [exact_intercept, exact_slope], rtol=1e-8, atol=1e-8)
-    offset = reliability_statistics(target, logit, None, 10)["offset"](weights)
-    exact = fit_offset(logit, target.astype(float), weights)
-    np.testing.assert_allclose(offset, exact, rtol=1e-8, atol=1e-8)
+    for one, scaled in ((None, logit), (scaling, 1.5 * logit - 0.5)):
+        found = reliability_statistics(sample, one, 10)
+        exact = fit_offset(scaled, target.astype(float), weights)
+        np.testing.assert_allclose(found["offset"](weights), exact, rtol=1e-8, atol=1e-8)
+        probability = sigmoid(scaled)
+        losses = [
+            [loss(target, probability, sample_weight=drawn) for drawn in weights.T]
+            for loss in (reference.brier_score_loss, reference.log_loss)
+        ]
+        np.testing.assert_allclose(found["losses"](weights), losses, rtol=1e-8)
 
 
 def test_many_studies_whose_classes_hardly_overlap_are_fitted_as_each_study_is():
@@ -420,7 +435,7 @@ def test_many_studies_whose_classes_hardly_overlap_are_fitted_as_each_study_is()
     weights = np.ones((6000, 2))
     weights[2999:3001, 1] = 0  # separated
 
-    intercept, slope = recalibration_statistic(target, logit)(weights)
+    intercept, slope = recalibration_statistic(LogitSample.of(target, logit))(weights)
     exact_slope, exact_intercept = fit_logistic(logit, target.astype(float), weights)
     np.testing.assert_allclose(slope, exact_slope, rtol=1e-6)
     np.testing.assert_allclose(intercept, exact_intercept, rtol=1e-6, atol=1e-6)

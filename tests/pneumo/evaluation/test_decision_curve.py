@@ -13,7 +13,7 @@ from pneumo.evaluation.decision_curve import (
     net_benefit_statistic,
     summarise_net_benefit,
 )
-from pneumo.reporting.page.performance_section import tell_decision
+from pneumo.reporting.page.performance_section import decision_curve_sentence
 from tests.predictions import make_predictions
 
 pytestmark = pytest.mark.processors
@@ -28,6 +28,11 @@ def judge(rows, resamples=200):
     statistic = {"curve": net_benefit_statistic(rows)}
     found = bootstrap.resample(rows.patient, statistic, resamples=resamples, seed=0)
     return summarise_net_benefit(found["curve"], rows)
+
+
+def test_a_single_study_has_a_curve_without_intervals() -> None:
+    curve = judge(draw(1, target=np.ones(1, np.int8), calibrated_probability=np.array([0.3])))
+    assert [(one.value, one.low) for one in curve.model[28:31]] == [(1, None), (1, None), (0, None)]
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -76,8 +81,8 @@ def test_nothing_is_said_where_no_positive_lies_below_the_threshold():
     assert not curve.is_supported[0]
     assert curve.model[0].low is None
     assert "on a side of the threshold" in curve.model[0].reason
-    told = tell_decision(curve)
+    told = decision_curve_sentence(curve)
     assert "tests nothing" in told
     assert "worth more" not in told
     alone = judge(draw(20, target=np.zeros(20, dtype=np.int8)))
-    assert tell_decision(alone).startswith("Too few cases")
+    assert decision_curve_sentence(alone).startswith("Too few cases")

@@ -12,12 +12,12 @@ from pneumo.config import EvaluateConfig
 from pneumo.errors import DataError
 from pneumo.evaluation import metrics, thresholds
 from pneumo.evaluation.baselines import Metadata
-from pneumo.evaluation.bootstrap import as_json
 from pneumo.evaluation.comparison import compare
+from pneumo.evaluation.estimates import as_json
 from pneumo.evaluation.evaluation import evaluate
 from pneumo.evaluation.operating_points import DECISION, SCREENING
 from pneumo.evaluation.predictions import check_complete, sigmoid
-from tests import CHECKOUT
+from tests import CHECKOUT, present
 from tests.predictions import make_plain
 
 pytestmark = pytest.mark.processors
@@ -62,8 +62,8 @@ def test_thresholds_are_chosen_on_val_and_applied_to_test():
     decision, screening = evaluation.points[DECISION], evaluation.points[SCREENING]
     assert decision.logit == thresholds.youden_threshold(val.target, val.logit)
     assert screening.logit == thresholds.sensitivity_threshold(val.target, val.logit, 0.9)
-    assert decision.threshold == sigmoid(decision.logit)
-    assert evaluation.val.at[SCREENING].rates["recall"].value >= 0.9
+    assert decision.threshold == sigmoid(np.array(decision.logit))
+    assert present(evaluation.val.at[SCREENING].rates["recall"].value) >= 0.9
     expected = metrics.confusion(test.target, test.logit, decision.logit)
     assert evaluation.test.at[DECISION].counts == expected
 
@@ -146,8 +146,8 @@ def test_view_baseline_uses_only_studies_of_known_view():
     train = Metadata.of(found)
     baseline = evaluate(replaced(found, view=view), config=CONFIG, seed=0, train=train).val.view
     assert baseline.n == 180
-    assert baseline.view_only_auroc.value > 0.6
-    assert baseline.gain.value > 0
+    assert present(baseline.view_only_auroc.value) > 0.6
+    assert present(baseline.gain.value) > 0
 
     unknown = evaluate(
         replaced(found, view=np.full(len(view), "")), config=CONFIG, seed=0, train=train
@@ -266,7 +266,7 @@ def test_calibration_is_fitted_on_val_alone():
         one.predictions.calibrated_probability, one.calibration.apply(found.logit)
     )
     assert one.test.after.log_loss.value is not None
-    assert one.calibration.chosen.method != "none"
+    assert present(one.calibration.chosen).method != "none"
     assert one.test.after.brier.value != one.test.before.brier.value
     assert one.test.before.brier == one.test.brier
 
@@ -322,7 +322,7 @@ def test_thresholds_hold_where_probabilities_saturate():
     logit = (found.logit + 60).astype(np.float32)
     far = evaluate(replaced(found, logit=logit, probability=sigmoid(logit)), config=CONFIG, seed=0)
     for name, point in far.points.items():
-        assert point.threshold <= 1
+        assert present(point.threshold) <= 1
         assert far.test.at[name].counts == plain.test.at[name].counts
 
 

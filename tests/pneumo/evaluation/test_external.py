@@ -1,5 +1,6 @@
 """A model elsewhere: what is frozen stays so, and differences are those of plain arithmetic."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -9,15 +10,16 @@ from sklearn.metrics import brier_score_loss, roc_auc_score
 
 from pneumo.evaluation.baselines import Metadata, MetadataModel, fit_metadata
 from pneumo.evaluation.calibration import Scaling
+from pneumo.evaluation.estimates import as_json
 from pneumo.evaluation.external import (
     RECALIBRATION_FRACTION,
     ExternalEvaluation,
-    Frozen,
+    FrozenChoices,
     evaluate_external,
 )
 from pneumo.evaluation.operating_points import OperatingPoint
 from pneumo.evaluation.predictions import Predictions, sigmoid
-from pneumo.evaluation.set_shift import measure_shift, tell_apart
+from pneumo.evaluation.set_shift import classify_sets, measure_shift
 from tests.predictions import make_plain
 
 THRESHOLD = 0.4
@@ -41,14 +43,14 @@ def draw(seed: int, *, n: int = 400, signal: float = 2.0, shift: float = 0.0) ->
 
 
 INTERNAL, EXTERNAL = draw(0), draw(1, signal=1.0, shift=0.7)
-FROZEN = Frozen(
+FROZEN = FrozenChoices(
     {"decision": OperatingPoint("decision", "Youden's index", float(logit(THRESHOLD)))},
     Scaling("platt", 1.2, -0.1, 0.5),
     fit_metadata(Metadata.of(draw(2))),
 )
 
 
-def judge(external: Predictions = EXTERNAL, frozen: Frozen = FROZEN) -> ExternalEvaluation:
+def judge(external: Predictions = EXTERNAL, frozen: FrozenChoices = FROZEN) -> ExternalEvaluation:
     return evaluate_external(INTERNAL, external, frozen, resamples=200, seed=0)
 
 
@@ -124,7 +126,8 @@ def test_a_run_without_calibration_or_metadata() -> None:
 
 
 def test_all_of_it_is_json() -> None:
-    assert judge().to_json()["auroc"]["difference"]["value"] == judge().auroc.difference.value
+    told = json.loads(json.dumps(as_json(judge())))
+    assert told["auroc"]["difference"]["value"] == judge().auroc.difference.value
 
 
 def test_pictures_of_another_kind_are_told() -> None:
@@ -134,12 +137,12 @@ def test_pictures_of_another_kind_are_told() -> None:
         for mean in (90, 150)
     )
     patients = [str(i) for i in range(80)]
-    told = tell_apart(dark, light, patients, resamples=100, seed=0)
-    same = tell_apart(dark[:20], dark[20:], patients[:40], resamples=100, seed=0)
+    told = classify_sets(dark, light, patients, resamples=100, seed=0)
+    same = classify_sets(dark[:20], dark[20:], patients[:40], resamples=100, seed=0)
     assert told.value == 1.0
     assert same.value is not None
     assert same.value < 0.9
-    few = tell_apart(dark[:3], light, patients[:43], resamples=100, seed=0)
+    few = classify_sets(dark[:3], light, patients[:43], resamples=100, seed=0)
     assert few.value is None
 
 

@@ -14,11 +14,12 @@ from pneumo.errors import RunError
 from pneumo.evaluation.file_predictions import (
     NOT_A_NUMBER,
     NOTICE,
+    FilePredictions,
     FrozenRule,
-    Readings,
     count_formulas,
     encode_csv,
 )
+from tests import present
 
 
 def make_metrics(**changes: Any) -> dict[str, Any]:
@@ -30,8 +31,8 @@ def make_metrics(**changes: Any) -> dict[str, Any]:
     }
 
 
-def make_readings() -> Readings:
-    return Readings(
+def make_readings() -> FilePredictions:
+    return FilePredictions(
         file=np.array(["a.dcm", "deep/b.dcm", "c, d.dcm"]),
         logit=np.array([2.0, np.nan, -1.0], dtype=np.float32),
         overlay=np.array(["overlays/a.dcm.png", "", ""]),
@@ -42,7 +43,7 @@ def make_readings() -> Readings:
     )
 
 
-def read_back(readings: Readings, rule: FrozenRule) -> list[dict[str, Any]]:
+def read_back(readings: FilePredictions, rule: FrozenRule) -> list[dict[str, Any]]:
     table = readings.to_table(rule, "epoch-0001.pt")
     assert table.schema.metadata[b"notice"].decode() == NOTICE
     rows: list[dict[str, Any]] = pyarrow.csv.read_csv(
@@ -93,7 +94,7 @@ def test_an_infinite_logit_is_called_nothing() -> None:
         reason=np.array([NOT_A_NUMBER, "no_pixels", NOT_A_NUMBER]),
     )
     rule = FrozenRule.from_metrics(make_metrics())
-    assert wild.decide(rule).tolist() == [False] * 3
+    assert present(wild.decide(rule)).tolist() == [False] * 3
     assert wild.num_scored == 0
     assert wild.unusable == {"no_pixels": 1, NOT_A_NUMBER: 2}
     for row in read_back(wild, rule):
@@ -102,7 +103,7 @@ def test_an_infinite_logit_is_called_nothing() -> None:
 
 def test_without_an_evaluation_there_is_no_decision_and_it_is_said() -> None:
     rule = FrozenRule.from_metrics(None)
-    assert rule.threshold is rule.calibration is rule.checkpoints is None
+    assert (rule.threshold, rule.calibration, rule.checkpoints) == (None, None, None)
     assert rule.threshold_reason == rule.calibration_reason == "the run is not evaluated"
     assert {row["decision"] for row in read_back(make_readings(), rule)} == {None}
     assert make_readings().decide(rule) is None
@@ -141,7 +142,7 @@ def test_other_json_is_refused(broken: dict[str, Any]) -> None:
 
 
 def test_parts_join_by_file_and_bad_ones_are_counted() -> None:
-    whole = Readings.join([make_readings()])
+    whole = FilePredictions.join([make_readings()])
     assert whole.file.tolist() == ["a.dcm", "c, d.dcm", "deep/b.dcm"]
     assert whole.num_scored == 2
     assert whole.unusable == {"no_pixels": 1}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -86,7 +87,7 @@ def test_sigmoid_equals_scipys(logit: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int64])
 def test_sigmoid_is_computed_in_float64(dtype: type) -> None:
-    logit = np.array([-30, -20, 0, 20, 30], dtype=dtype)
+    logit: npt.NDArray[Any] = np.array([-30, -20, 0, 20, 30], dtype=dtype)
     probability = sigmoid(logit)
     assert probability.dtype == np.float64
     assert len(np.unique(probability)) == 5, "float32 would make 1 of the last two"

@@ -13,8 +13,9 @@ from pneumo.evaluation.shown_studies import (
     choose_errors,
     choose_gallery,
     count_errors,
-    draw_sample,
+    sample_studies,
 )
+from tests.estimates import width
 
 
 def test_gallery_holds_the_most_and_the_least_certain_and_a_draw():
@@ -55,9 +56,8 @@ def test_gallery_shows_no_study_twice_and_as_many_as_there_are(target, probabili
     rows = [choice.row for choices in chosen.values() for choice in choices]
     assert len(set(rows)) == len(rows)
     called = probability >= 0.5
-    groups = {"tp": target & called, "fp": (target == 0) & called}
-    for outcome, group in groups.items():
-        assert len(chosen[outcome]) == min(per_outcome, int(group.sum()))
+    assert len(chosen["tp"]) == min(per_outcome, int((target & called).sum()))
+    assert len(chosen["fp"]) == min(per_outcome, int(((target == 0) & called).sum()))
 
 
 def test_gallery_of_a_perfect_model_has_no_errors():
@@ -84,21 +84,21 @@ def test_a_sample_holds_so_many_of_each_outcome_and_view():
     rng = np.random.default_rng(0)
     target, view = rng.integers(0, 2, 400), rng.choice(["AP", "PA", ""], 400, p=[0.5, 0.48, 0.02])
     probability = rng.random(400)
-    sample = draw_sample(target, probability, view, 0.5, per_stratum=4, seed=3)
+    sample = sample_studies(target, probability, view, 0.5, per_stratum=4, seed=3)
     assert len({draw.row for draw in sample}) == len(sample)
     outcomes = {(1, True): "tp", (0, True): "fp", (1, False): "fn", (0, False): "tn"}
     strata = Counter(
         (outcomes[t, p >= 0.5], v) for t, p, v in zip(target, probability, view, strict=True)
     )
-    found = Counter()
+    found: Counter[tuple[str, str]] = Counter()
     for draw in sample:
         key = outcomes[target[draw.row], probability[draw.row] >= 0.5], view[draw.row]
-        assert draw.drawn_of == strata[key]
+        assert draw.stratum_size == strata[key]
         found[key] += 1
     assert found == {key: min(4, n) for key, n in strata.items()}
-    assert draw_sample(target, probability, view, 0.5, per_stratum=4, seed=3) == sample
-    assert draw_sample(target, probability, view, 0.5, per_stratum=4, seed=4) != sample
-    more = draw_sample(target, probability, view, 0.5, per_stratum=5, seed=3)
+    assert sample_studies(target, probability, view, 0.5, per_stratum=4, seed=3) == sample
+    assert sample_studies(target, probability, view, 0.5, per_stratum=4, seed=4) != sample
+    more = sample_studies(target, probability, view, 0.5, per_stratum=5, seed=3)
     assert {draw.row for draw in sample} <= {draw.row for draw in more}
 
 
@@ -130,5 +130,4 @@ def test_the_share_of_errors_knows_that_images_of_a_patient_are_alike():
         seed=0,
     )
     assert found.error_rate.value == found.wilson.value == wrong.mean()
-    width = found.error_rate.high - found.error_rate.low
-    assert width == pytest.approx(8**0.5 * (found.wilson.high - found.wilson.low), rel=0.15)
+    assert width(found.error_rate) == pytest.approx(8**0.5 * width(found.wilson), rel=0.15)

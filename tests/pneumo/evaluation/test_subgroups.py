@@ -11,13 +11,11 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from pneumo.evaluation import bootstrap
 from pneumo.evaluation.bootstrap import Resampled
-from pneumo.evaluation.group_gaps import Gap, find_worst
 from pneumo.evaluation.predictions import sigmoid
-from pneumo.evaluation.subgroups import (
-    divide_studies,
-    evaluate_subgroups,
-    subgroup_statistics,
-)
+from pneumo.evaluation.subgroup_definitions import divide_studies
+from pneumo.evaluation.subgroup_gaps import Gap, find_worst_subgroup
+from pneumo.evaluation.subgroups import evaluate_subgroups, subgroup_statistics
+from tests import present
 from tests.predictions import make_predictions
 
 pytestmark = pytest.mark.processors
@@ -125,9 +123,9 @@ def test_groups_of_one_kind_hold_every_study():
     rows = draw(view=np.where(np.arange(1500) % 7, "PA", ""), sex=np.full(1500, ""))
     for by in ("sex", "age", "view"):
         members = [m for m in divide_studies(rows, 10) if m.by == by]
-        assert np.sum([m.rows for m in members], axis=0).tolist() == [1] * 1500
+        assert np.sum([m.own for m in members], axis=0).tolist() == [1] * 1500
         for one in members:
-            assert not (one.rows & one.rest).any()
+            assert not (one.own & one.rest).any()
     assert {m.name for m in divide_studies(rows, 10) if m.by == "sex"} == {"F", "M", "unknown"}
     assert {m.name for m in divide_studies(draw(), 10) if m.by == "view"} == {"AP", "PA"}
 
@@ -207,10 +205,12 @@ def make_gap(name, value, sd, measure="auroc", patients=40):
 
 
 def test_the_worst_is_not_just_the_smallest():
-    worst = find_worst([make_gap("F", -0.3, 0.5), make_gap("M", -0.2, 0.01, patients=4000)], 10)
+    worst = find_worst_subgroup(
+        [make_gap("F", -0.3, 0.5), make_gap("M", -0.2, 0.01, patients=4000)], 10
+    )
     assert (worst.name, worst.is_shown, worst.compared) == ("M", True, 2)
-    assert find_worst([make_gap("F", 0.1, 0.2)], 10).is_shown is False
-    assert "10 patients with" in find_worst([], 10).gap.reason
+    assert find_worst_subgroup([make_gap("F", 0.1, 0.2)], 10).is_shown is False
+    assert "10 patients with" in present(find_worst_subgroup([], 10).gap.reason)
 
 
 def test_a_group_without_an_error_does_not_make_the_others_worse():
@@ -218,7 +218,7 @@ def test_a_group_without_an_error_does_not_make_the_others_worse():
     group, rest = np.ones((1, 500)), np.random.default_rng(0).normal(0.8, 0.04, (1, 500))
     pair = Resampled(np.array([0.8, 1.0]), np.concatenate([rest, group]), 12)
     gaps = [Gap("sex", "M", "sensitivity", pair, (100, 12)), *(make_gap("F", 0.1, 0.1),) * 9]
-    assert not find_worst(gaps, 10).is_shown
+    assert not find_worst_subgroup(gaps, 10).is_shown
 
 
 def test_women_whose_scores_are_lower_are_served_worse_though_ranked_alike():

@@ -11,13 +11,13 @@ from PIL import Image
 from pneumo.dataset.contact_sheets import ContactSheet
 from pneumo.dataset.manifest import Duplicates
 from pneumo.dataset.quality import Intensity, Quality, SplitQuality
-from pneumo.evaluation.bootstrap import Estimate
+from pneumo.evaluation.estimates import Estimate
 from pneumo.images.boxes import Box
 from pneumo.reporting.figures import case_pictures, charts, data_charts, style
 from pneumo.reporting.figures.case_pictures import Case
 from tests.predictions import judge, make_plain
 
-HISTORY = [
+HISTORY: list[dict[str, float | None]] = [
     {"epoch": 1, "train/loss": 0.9, "val/loss": 0.8, "val/auroc": 0.7, "val/precision": None},
     {"epoch": 2, "train/loss": 0.6, "val/loss": 0.7, "val/auroc": 0.8, "val/precision": 0.5},
 ]

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from pneumo.config import EvaluateConfig
-from pneumo.evaluation.bootstrap import Estimate
 from pneumo.evaluation.comparison import ComparedRuns, compare
+from pneumo.evaluation.estimates import Estimate
 from pneumo.evaluation.map_scores import (
     BASELINES,
     MAPS,
     MEASURES,
+    Group,
     GroupSummary,
     MapSummary,
     SaliencySummary,
@@ -23,7 +24,7 @@ from pneumo.reporting.figures import charts
 from pneumo.reporting.figures.case_pictures import Pictures
 from pneumo.reporting.figures.style import show_threshold
 from pneumo.reporting.page.formatting import Cell
-from pneumo.reporting.page.saliency_section import tell_saliency
+from pneumo.reporting.page.saliency_section import saliency_sentence
 from tests.pneumo.reporting.page.test_page import cases, render, section
 from tests.predictions import judge, make_plain
 
@@ -111,7 +112,7 @@ def test_a_target_near_a_standard_one_hides_no_point():
 def test_a_group_of_three_is_said_to_be_too_small():
     text = section(render(judge(predictions())), "whom")
     assert "Not known: M (n = 3), unknown" not in text
-    assert "Not known: M (n = 3): too small, 10 are needed of either class" in text
+    assert "Not known: M (n = 3): too small, 10 are needed of each class" in text
 
 
 def test_another_run_stands_beside():
@@ -126,7 +127,9 @@ def test_another_run_stands_beside():
     judged = judge(found)
     page = render(judged, compared=ComparedRuns("new", "old", splits))
     text = section(page, "comparison")
-    assert text.startswith("Beside another run new ranks better: the difference in AUROC is +0.")
+    assert text.startswith(
+        "Comparison with another run new ranks better: the difference in AUROC is +0."
+    )
     assert "DeLong by patient: p < 0.001" in text
     assert 'id="comparison"' not in render(judged)
 
@@ -142,17 +145,23 @@ def saliency(low, high, prior_studies=3000, **gains):
         {name: dict.fromkeys(MEASURES, gains.get(name, gain)) for name in BASELINES},
     )
     few = GroupSummary(3, "3 studies with boxes, fewer than 5")
-    groups = {"all": whole, "true_positives": whole, "false_negatives": few}
+    groups: dict[Group, GroupSummary] = {
+        "all": whole,
+        "true_positives": whole,
+        "false_negatives": few,
+    }
     return SaliencySummary(20, 0, "best", prior_studies, groups)
 
 
 def test_better_than_a_prior_of_few_studies_is_not_yet_at_hand():
-    assert "to the opacity of the study at hand, not merely" in tell_saliency(saliency(0.1, 0.2))
-    few = tell_saliency(saliency(0.1, 0.2, prior_studies=40))
+    assert "to the opacity of the study at hand, not merely" in saliency_sentence(
+        saliency(0.1, 0.2)
+    )
+    few = saliency_sentence(saliency(0.1, 0.2, prior_studies=40))
     assert "made of 40 positives of train only" in few
     assert "is not shown" in few
     no_better = saliency(0.1, 0.2, random=Estimate(0.0, -0.1, 0.1, "m"))
-    assert "better than the maps of a network with random weights" in tell_saliency(no_better)
+    assert "better than the maps of a network with random weights" in saliency_sentence(no_better)
 
 
 def test_without_a_mapping_nothing_is_said_of_patients():
@@ -164,6 +173,8 @@ def test_without_a_mapping_nothing_is_said_of_patients():
     assert "Intervals resample images, whose patients are unknown, and are too narrow" in text
     assert "of unknown patients" in text
     assert "clustered by patient" not in text
+    assert "over patients" not in visible(render(unknown))
+    assert "over images" in visible(render(unknown))
     assert "Intervals resample patients, not images" in section(render(known), "good")
 
 
@@ -177,7 +188,7 @@ def test_without_a_mapping_nothing_is_said_of_patients():
 )
 def test_the_maps_are_judged_against_the_lung_prior(low, high, words):
     found = saliency(low, high)
-    assert words in tell_saliency(found)
+    assert words in saliency_sentence(found)
     text = section(render(saliency=found), "saliency")
     assert words in text
     assert "Lung prior" in text

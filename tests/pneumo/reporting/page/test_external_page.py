@@ -1,14 +1,14 @@
-"""The verdicts on other sets stand in the run's report, once."""
+"""The external validation stands in the run's report, once."""
 
 import re
 
-from pneumo.evaluation.bootstrap import Estimate
+from pneumo.evaluation.estimates import Estimate
 from pneumo.reporting.page.external_page import insert_external, render_external
 from tests.pneumo.evaluation.test_external import FROZEN
 from tests.pneumo.reporting.page.test_page import render
 
 
-def test_the_sections_of_the_last_verdict_are_those_in_the_report() -> None:
+def test_the_sections_of_the_last_validation_are_those_in_the_report() -> None:
     report = render()
     assert "elsewhere" in report
     first = insert_external(report, "<section>A</section>")
@@ -33,8 +33,8 @@ def test_the_matrix_is_a_table_of_runs_by_sets() -> None:
     ]
     assert rows == [
         ["Run", "own test", "kermany", "a"],
-        ["a", "0.850 (0.750–0.950)", "0.400 (0.300–0.500)", "not judged"],
-        ["b", "not known: one class only", "not judged", "0.850 (0.750–0.950)"],
+        ["a", "0.850 (0.750–0.950)", "0.400 (0.300–0.500)", "not evaluated"],
+        ["b", "not known: one class only", "not evaluated", "0.850 (0.750–0.950)"],
     ]
     shades = [float(shade) for shade in re.findall(r"rgba\(var\(--cell\),([0-9.]+)\)", sections)]
     assert shades == [0.35, 0, 0, 0, 0, 0.35]

@@ -62,7 +62,7 @@ def lay_out(folder, page, width, exempt=".scroll, pre, svg"):
     path.write_text(f"<!doctype html><body style='margin:0'>{frame}</iframe>{measure}")
     done = subprocess.run(
         [
-            *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu"),
+            *(str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu"),
             *("--disable-background-networking", f"--user-data-dir={folder / 'profile'}"),
             *("--window-size=1200,900", "--dump-dom", path.as_uri()),
         ],

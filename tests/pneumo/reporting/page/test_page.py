@@ -12,17 +12,13 @@ from pneumo.dataset.contact_sheets import ContactSheet
 from pneumo.dataset.manifest import Duplicates
 from pneumo.dataset.quality import Intensity, Quality, Shift, SplitQuality
 from pneumo.dataset.splits import SPLITS, Interval, LeakageAudit
+from pneumo.evaluation.shown_studies import ERRORS, OUTCOMES
 from pneumo.images.boxes import Box
 from pneumo.reporting.figures.case_pictures import Case, Pictures
-from pneumo.reporting.page import (
-    DataFacts,
-    ModelFacts,
-    Provenance,
-    describe_duplicates,
-    find_warnings,
-    render_report,
-    summarise,
-)
+from pneumo.reporting.page.data_section import describe_duplicates
+from pneumo.reporting.page.page import render_report
+from pneumo.reporting.page.page_inputs import DataFacts, ModelFacts, Provenance
+from pneumo.reporting.page.summary import find_warnings, summarise
 from tests.predictions import judge, make_plain
 
 HISTORY = [{"epoch": 1, "train/loss": 0.9, "val/loss": 0.8, "val/auroc": 0.7}]
@@ -211,8 +207,8 @@ def test_contents_name_every_section_and_links_are_called_as_their_headings():
     page = render()
     headings = dict(re.findall(r'<h2 id="(\w+)">(.*?)</h2>', page))
     headings = {name: html.unescape(title) for name, title in headings.items()}
-    contents = re.search("<nav.*?</nav>", page, re.DOTALL)
-    links = re.findall(r'href="#(\w+)">(.*?)</a>', contents[0])
+    (contents,) = re.findall("<nav.*?</nav>", page, re.DOTALL)
+    links = re.findall(r'href="#(\w+)">(.*?)</a>', contents)
     assert {name: html.unescape(title) for name, title in links} == headings
     for name, title in re.findall(r'href="#(\w+)">(.*?)</a>', section_html(page, "claim")):
         assert html.unescape(title) == headings[name]
@@ -229,8 +225,8 @@ def test_equal_input_gives_the_same_page():
 
 
 def test_page_stays_below_three_megabytes_with_large_noisy_pictures():
-    every = {outcome: cases(6, size=512) for outcome in ("tp", "fp", "fn", "tn")}
-    errors = {outcome: cases(12, size=512) for outcome in ("fp", "fn")}
+    every = {outcome: cases(6, size=512) for outcome in OUTCOMES}
+    errors = {outcome: cases(12, size=512) for outcome in ERRORS}
     page = render(pictures=Pictures(cases(16, size=512), every, errors, []))
     assert len(page.encode()) < 3_000_000
 
@@ -263,7 +259,7 @@ def test_every_answer_to_claim_is_where_it_is_said_to_be():
     text = section(page, "claim")
     assert "9 Preprocessing Model card" in text
     assert "12 Missing data Data quality" in text
-    assert "unknown is a group" in section(page, "quality")
+    assert "'unknown' is a subgroup" in section(page, "quality")
 
 
 def test_degenerate_evaluation_is_reported_with_its_reason():
@@ -286,11 +282,11 @@ def test_degenerate_evaluation_is_reported_with_its_reason():
             "5 studies are in no split",
         ),
         (with_quality(duplicates=LEAKING), MODEL, "1 picture is in more than one split"),
-        (DATA, dataclasses.replace(MODEL, is_pretrained=False), "random weights, as asked"),
+        (DATA, dataclasses.replace(MODEL, is_pretrained=False), "random weights, as configured"),
         (
             DATA,
             dataclasses.replace(MODEL, is_pretrained=False, fell_back=True),
-            "random weights, because the weights asked for could not be had",
+            "random weights, as the configured ones were not available",
         ),
     ],
 )
@@ -408,12 +404,12 @@ def test_shifts_are_told_with_their_numbers_and_those_of_chance_apart():
         "explains ±0.15)"
     )
     assert "no more than" not in text
-    assert text.index("Yes.") < text.index(told) < text.index("that chance explains: 1")
+    assert text.index("Yes, by more") < text.index(told) < text.index("that chance explains: 1")
     assert "AP among known views: 50.0 % in train, 44.0 % in val" in text
 
     text = section(render(data=with_quality(shifts=(chance,))), "quality")
-    assert "by no more than chance explains in splits of so many patients" in text
-    assert "Yes." not in text
+    assert "by no more than chance explains for this number of patients" in text
+    assert "Yes, by" not in text
 
 
 def test_duplicates_are_told_with_what_they_do():

@@ -56,9 +56,9 @@ def test_the_page_says_what_is_taken_and_that_it_is_partly_luck() -> None:
     search = make_search()
     page = render(search)
     taken = search.choice.trial
-    assert f"Trial {taken.name} is taken" in page
+    assert f"Trial {taken.name} is chosen" in page
     assert "partly luck" in page
-    assert "test was not touched" in page
+    assert "test was not used" in page
     assert "Research use only" in page
     assert "the loss is nan" in page
     for one in search.trials:
@@ -74,7 +74,7 @@ def test_confirmation_replaces_the_warning_of_luck() -> None:
 
 def test_a_warning_of_the_data_stands_first() -> None:
     page = render(make_search(), "split by image", "of random weights")
-    assert page.index("split by image") < page.index("What to take")
+    assert page.index("split by image") < page.index("Chosen setting")
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_a_space_of_one_key_has_no_contour_and_no_importance_and_says_so() -> No
     choice = replace(numbers.choice, trial=trials[0], best=trials[0])
     page = render(replace(numbers, config=config, trials=trials, choice=choice, importance={}))
     assert "fewer than two keys vary" in page
-    assert "too few trials, or one key, to tell" in page
+    assert "too few trials, or only one key" in page
 
 
 def test_words_are_drawn_and_one_trial_is_too_few() -> None:

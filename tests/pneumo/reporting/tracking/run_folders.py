@@ -8,7 +8,7 @@ from typing import Any
 from pneumo.config import Config
 from pneumo.config_layers import override
 from pneumo.dataset.manifest import read_manifest
-from pneumo.reporting.tracking import prepare_tracking
+from pneumo.reporting.tracking.tracked_run import prepare_tracking
 from pneumo.training.checkpoints import CheckpointEntry, CheckpointIndex
 
 AUROCS = (0.6, 0.9, 0.7, 0.8, 0.5)

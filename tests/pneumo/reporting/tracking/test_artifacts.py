@@ -4,11 +4,11 @@ import json
 
 from pneumo.dataset.manifest import read_manifest
 from pneumo.reporting.tracking.artifacts import (
+    describe_checkpoint,
     describe_dataset,
-    describe_weights,
-    record_weights,
+    record_checkpoint,
 )
-from pneumo.reporting.tracking.wandb_media import pack
+from pneumo.reporting.tracking.wandb_media import to_wandb_artifact
 from pneumo.training.checkpoints import CheckpointEntry
 
 ENTRY = CheckpointEntry(name="epoch-0003.pt", epoch=3, val_auroc=0.9, sha256="ab" * 32)
@@ -24,8 +24,8 @@ def test_two_stores_are_two_data_sets(tiny_store):
 
 
 def test_two_runs_are_two_models_and_only_their_own_best_moves():
-    used, made = (record_weights(f"/runs/{name}/train", ENTRY, "digest") for name in ("A", "B"))
-    used, made = describe_weights(used), describe_weights(made, ["best"])
+    first, second = (record_checkpoint(f"/runs/{name}/train", ENTRY, "digest") for name in "AB")
+    used, made = describe_checkpoint(first), describe_checkpoint(second, ["best"])
     assert used.name.startswith("model-train-")
     assert made.name.startswith("model-train-")
     assert used.name != made.name
@@ -41,7 +41,7 @@ def test_weights_in_an_object_store_are_referenced(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path))
     url = "s3://bucket/run/checkpoints/epoch-0003.pt"
     record = {"run": "run-12345678", "checkpoint": ENTRY.name, "sha256": ENTRY.sha256, "url": url}
-    packed = pack(describe_weights(record, ["best"]))
+    packed = to_wandb_artifact(describe_checkpoint(record, ["best"]))
     entries = packed.manifest.entries
     assert set(entries) == {"checkpoint.json", ENTRY.name}
     assert entries[ENTRY.name].ref == url
@@ -50,4 +50,4 @@ def test_weights_in_an_object_store_are_referenced(tmp_path, monkeypatch):
 def test_a_record_of_a_name_that_leads_out_names_a_file_of_the_artifact():
     url = "s3://bucket/run/checkpoints/epoch-0003.pt"
     record = {"run": "run-12345678", "checkpoint": "../../up.pt", "sha256": "", "url": url}
-    assert describe_weights(record).references == {"up.pt": url}
+    assert describe_checkpoint(record).references == {"up.pt": url}

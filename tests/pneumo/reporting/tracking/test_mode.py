@@ -3,7 +3,7 @@
 import pytest
 
 from pneumo.config import TrackingConfig
-from pneumo.reporting.tracking import choose_mode
+from pneumo.reporting.tracking.mode import choose_mode
 
 KEY = "0123456789" * 4
 
