@@ -1,4 +1,4 @@
 """Ray jobs: `python -m jobs.prepare`, train, tune, evaluate, predict, demo, track.
 
-These entry modules check the command line and import what does the work afterwards.
+Each entry module checks the command line first, and then imports the code that does the work.
 """

@@ -1,35 +1,39 @@
-"""The whole way on phantoms, in one Ray session: synthetic -> prepare -> tune -> train ->
+"""The whole workflow on phantoms, in one Ray session: synthetic -> prepare -> tune -> train ->
 evaluate."""
 
-import argparse
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from jobs.terminal.entry_point import check_invocation, run_main, tell
+from jobs.terminal.entry_point import check_invocation, find_run_url, run_main, tell
 from pneumo import storage
-from pneumo.command_line import Invocation
+from pneumo.command_line import Invocation, Parser
 
 PHANTOMS = Path("data/demo/phantoms")
+SEARCH = ("--tune.algorithm", "random", "--tune.early-stopping", "none", "--tune.num-trials", "2")
+"""Concurrent trials end in varying order, and early stopping compares a trial with those that have
+ended: with it, the demo would differ from run to run."""
+FEW_EPOCHS = ("--train.epochs", "10")
 
 
 def demo(argv: Sequence[str]) -> None:
-    """Draw phantoms, prepare them, search, train with two workers or on one GPU, evaluate; say
-    where the report is."""
-    options = _parser().parse_args(argv)
-    run_url = storage.join(options.run or f"runs/demo-{time.strftime('%Y%m%d-%H%M%S')}")
+    """Draw phantoms, prepare them, search, train with two workers or on one GPU, and evaluate."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if options.studies < 1:
+        parser.error(f"--studies: got {options.studies}, expected 1 or more")
+    run_url = find_run_url("demo", options.run)
     started_s = time.monotonic()
     run_demo(storage.normalise(options.store), run_url, options.studies, show_logs=options.debug)
     seconds = time.monotonic() - started_s
-    tell(
-        f"\nthe whole way took {seconds // 60:.0f} min {seconds % 60:.0f} s; open the report above"
-    )
+    tell(f"\nthe demo took {seconds // 60:.0f} min {seconds % 60:.0f} s; open the report above")
 
 
 def run_demo(store_url: str, run_url: str, num_studies: int, *, show_logs: bool) -> None:
-    """Each job in turn, as its own command would run it."""
-    # After the command line is parsed: these take seconds.
+    """Run each job in turn, as its own command would."""
+    # Imported after the command line is parsed, as these take seconds.
     import ray
 
     from jobs.evaluation.job import evaluate_run
@@ -44,14 +48,12 @@ def run_demo(store_url: str, run_url: str, num_studies: int, *, show_logs: bool)
     tune_url, train_url = storage.join(run_url, "tune"), storage.join(run_url, "train")
     recipe = storage.join(tune_url, BEST)
     phantoms = PHANTOMS.with_name(f"phantoms-{num_studies}")
-    # Trials end side by side, and early stopping compares with those that have: with it, the demo
-    # would be another one each time.
-    search = ["--tune.algorithm", "random", "--tune.early-stopping", "none"]
+    in_store = ("--store", store_url)
     steps: list[tuple[str, Callable[[Invocation], None], list[str]]] = [
-        ("prepare", prepare, ["--source", str(phantoms), "--store", store_url]),
-        ("tune", tune, ["--store", store_url, "--run", tune_url, "--recipe", "fast", *search]),
-        ("train", train, ["--store", store_url, "--run", train_url, "--recipe", recipe]),
-        ("evaluate", evaluate_run, ["--store", store_url, "--run", train_url]),
+        ("prepare", prepare, ["--source", str(phantoms), *in_store]),
+        ("tune", tune, [*in_store, "--run", tune_url, "--recipe", "fast", *SEARCH]),
+        ("train", train, [*in_store, "--run", train_url, "--recipe", recipe, *FEW_EPOCHS]),
+        ("evaluate", evaluate_run, [*in_store, "--run", train_url]),
     ]
     tell(f"1/5 phantoms: {num_studies} chest X-rays drawn from a seed, no patient's")
     write_phantoms(phantoms, num_studies=num_studies, seed=0)
@@ -61,28 +63,28 @@ def run_demo(store_url: str, run_url: str, num_studies: int, *, show_logs: bool)
         for number, (job, run, flags) in enumerate(steps, start=2):
             if job in ("train", "evaluate"):
                 flags += ["--cluster.num-workers", str(workers)]
-            tell(f"\n{number}/5 {job}: python -m jobs.{job} {' '.join(flags)}")
+            tell(f"\n{number}/5 {job}: python -m jobs.{job} {shlex.join(flags)}")
             run(check_invocation(job, flags))
 
 
 def count_workers(resources: Mapping[str, float]) -> int:
-    """Two, to show that there may be several; where there are GPUs, as many as get one each."""
+    """Two workers, to show that there may be several; but at most one per GPU, if there are any."""
     return min(2, int(resources.get("GPU", 0)) or 2)
 
 
 def _fix_hash_key(folder: Path) -> None:
-    """Phantoms need no secret; a known one gives every machine the same split."""
+    """Write a known secret, which gives the same split on every machine; phantoms need none."""
     path = folder / "hash_key"
     path.parent.mkdir(exist_ok=True)
     path.write_text("phantoms need no secret")
-    path.chmod(0o600)  # or `prepare` warns of it
+    path.chmod(0o600)  # else `prepare` would warn
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m jobs.demo", description=__doc__)
+def _parser() -> Parser:
+    parser = Parser(prog="python -m jobs.demo", description=__doc__)
     parser.add_argument("--store", default="data/demo/store", help="where the shards go")
     parser.add_argument("--run", help="where the results go; default runs/demo-<time>")
-    parser.add_argument("--studies", type=int, default=700, help="phantoms to draw (default 700)")
+    parser.add_argument("--studies", type=int, default=640, help="phantoms to draw (default 640)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 

@@ -1,4 +1,4 @@
-"""Make a folder of an evaluated run that scores DICOM files without pneumo."""
+"""Export an evaluated run to a folder that scores DICOM files without pneumo."""
 
 import sys
 from functools import partial

@@ -1,4 +1,4 @@
-"""An evaluated run -> a folder that scores DICOM files without pneumo: ONNX, a torch.export
+"""Export an evaluated run to a folder that scores DICOM files without pneumo: ONNX, a torch.export
 program, the preprocessing, the frozen threshold and calibration, a model card, digests."""
 
 import hashlib
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jobs.evaluation.evaluated_run import METRICS, find_evaluated, name_run
+from jobs.evaluation.evaluated_run import METRICS, find_evaluated_checkpoints, parse_metrics
 from jobs.evaluation.ray_scoring import Scoring, load_members
 from jobs.terminal.entry_point import tell
 from pneumo import storage
@@ -23,10 +23,11 @@ from pneumo.dataset.phantoms.drawing import render_study
 from pneumo.dataset.phantoms.population import draw_population
 from pneumo.errors import ConfigError, DataError, RunError
 from pneumo.evaluation.calibration import Scaling
+from pneumo.evaluation.estimates import as_json
 from pneumo.evaluation.file_predictions import FrozenRule
 from pneumo.images.letterbox import letterbox
 from pneumo.loading.augmentation import normalise
-from pneumo.network.scoring import Member, score_pictures
+from pneumo.network.scoring import Member, score_images
 from pneumo.training.checkpoints import load_checkpoint
 from pneumo.version import describe_code
 
@@ -35,8 +36,8 @@ NOTICE = "Research use only, never a diagnostic device."
 DIGESTS = "SHA256SUMS"
 _COPIED = ("preprocessing.py", "score.py", "requirements.txt")
 _FILLED_IN = ("README.md", "model_card.md")
-_LARGEST_DIFFERENCE = 1e-4
-"""Between the logits of ONNX and of torch, relative to logits beyond 1; they differ by rounding."""
+_TOLERANCE = 1e-4
+"""Of ONNX's logits to torch's, which differ by rounding; absolute below 1, relative above."""
 
 
 class ExportedModel(nn.Module):
@@ -45,7 +46,7 @@ class ExportedModel(nn.Module):
     def __init__(self, members: Sequence[Member], calibration: Scaling) -> None:
         super().__init__()
         self.networks = nn.ModuleList(member.network for member in members)
-        self.to(memory_format=torch.contiguous_format)  # in another, torch.export.save warns
+        self.to(memory_format=torch.contiguous_format)  # for others torch.export.save warns
         self.moments = [(member.mean, member.std) for member in members]
         self.slope, self.intercept = calibration.slope, calibration.intercept
 
@@ -62,9 +63,9 @@ class ExportedModel(nn.Module):
 def export(invocation: Invocation) -> None:
     """Write the folder of `--output`, its digests last.
 
-    Raises ConfigError without the packages that write ONNX, RunError for a run that is not
-    evaluated, has no threshold or no calibration, or is scored in several views or input sizes, and
-    DataError where ONNX gives other logits than torch.
+    Raises ConfigError without the packages that write ONNX; RunError for a run that is not
+    evaluated, has no threshold or calibration, or is scored in several views or input sizes;
+    DataError where the logits of ONNX differ from torch's.
     """
     arguments = invocation.arguments
     assert isinstance(arguments, ExportArguments)
@@ -73,11 +74,11 @@ def export(invocation: Invocation) -> None:
     run_urls = [storage.normalise(url) for url in (arguments.run, *arguments.members)]
     text = storage.read_text(storage.join(run_urls[0], METRICS))
     rule, metrics = read_rule(run_urls[0], text)
-    scoring = Scoring(find_evaluated(run_urls, rule))
+    scoring = Scoring(find_evaluated_checkpoints(run_urls, rule))
     members = load_members(scoring, "cpu")
     if len({member.image_size for member in members}) > 1:
         raise RunError(f"{run_urls[0]}: its checkpoints take pictures of several sizes; export one")
-    facts = describe(rule, scoring, members, name_run(run_urls[0]))
+    facts = describe(rule, scoring, members, storage.last_part(run_urls[0]))
     facts["evaluation_sha256"] = hashlib.sha256(text.encode()).hexdigest()
     assert rule.calibration is not None
     files = convert(ExportedModel(members, rule.calibration).eval(), facts)
@@ -89,12 +90,9 @@ def export(invocation: Invocation) -> None:
 
 
 def read_rule(run_url: str, text: str) -> tuple[FrozenRule, dict[str, Any]]:
-    """What the run's metrics.json, `text`, froze on val, and all of it. Raises RunError where that
-    is not enough for an export."""
-    try:
-        metrics: dict[str, Any] = json.loads(text)
-    except ValueError as error:
-        raise RunError(f"{run_url}/{METRICS}: no JSON; evaluate the run again") from error
+    """The threshold and calibration frozen in the run's metrics.json, whose content is `text`, and
+    all its metrics. Raises RunError where the run cannot be exported."""
+    metrics = parse_metrics(run_url, text)
     rule = FrozenRule.from_metrics(metrics)
     if rule.threshold_logit is None:
         why = rule.threshold_reason or "an older version evaluated it; evaluate it again"
@@ -113,8 +111,7 @@ def describe(
     rule: FrozenRule, scoring: Scoring, members: Sequence[Member], run: str
 ) -> dict[str, Any]:
     """The content of preprocessing.json."""
-    first = load_checkpoint(scoring.weights[0].run_url, scoring.weights[0].entry)
-    assert rule.calibration is not None
+    first = load_checkpoint(scoring.checkpoints[0].run_url, scoring.checkpoints[0].entry)
     return {
         "schema_version": SCHEMA_VERSION,
         "notice": NOTICE,
@@ -123,11 +120,7 @@ def describe(
         "normalised_in_the_model_by": [{"mean": m.mean, "std": m.std} for m in members],
         "threshold_logit": rule.threshold_logit,
         "threshold": rule.threshold,
-        "calibration": {
-            "method": rule.calibration.method,
-            "slope": rule.calibration.slope,
-            "intercept": rule.calibration.intercept,
-        },
+        "calibration": as_json(rule.calibration, leave_out={"log_loss"}),
         "trained_on_phantoms": rule.phantoms,
         "run": run,
         "backbones": [member.backbone for member in members],
@@ -139,8 +132,8 @@ def describe(
 
 
 def convert(model: ExportedModel, facts: Mapping[str, Any]) -> dict[str, bytes]:
-    """model.pt2 and model.onnx, for batches of any size; `facts` are within both."""
-    import onnx  # of the extra `onnx`
+    """model.pt2 and model.onnx, for batches of any size; both contain `facts`."""
+    import onnx  # installed by the extra `onnx`
 
     size = facts["image_size"]
     shapes = {"pixels": {0: torch.export.Dim("batch")}}
@@ -160,30 +153,30 @@ def convert(model: ExportedModel, facts: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 def compare(model: bytes, members: Sequence[Member]) -> float | None:
-    """The largest difference of a logit of ONNX from torch's, over a few phantoms; None where
-    onnxruntime is not installed. Raises DataError."""
+    """The largest difference between a logit of ONNX and of torch, over a few phantoms; None where
+    onnxruntime is not installed. Raises DataError where it is beyond the tolerance."""
     if importlib.util.find_spec("onnxruntime") is None:
-        tell("warning: onnxruntime is not installed, so model.onnx was not tried")
+        tell("warning: onnxruntime is not installed, so model.onnx was not checked")
         return None
     import onnxruntime
 
     size = members[0].image_size
     drawn = [render_study(study)[0] for study in draw_population(4, seed=0)]
     pictures = [letterbox(picture, size)[0] for picture in drawn]
-    expected = score_pictures(members, pictures)
+    expected = score_images(members, pictures)
     session = onnxruntime.InferenceSession(model)
     parts = [
         session.run(["logit"], {"pixels": np.stack(part)[:, None]})[0]
         for part in (pictures[:1], pictures[1:])
     ]
     difference = np.abs(np.concatenate(parts) - expected)
-    if not (difference <= _LARGEST_DIFFERENCE * np.maximum(1, np.abs(expected))).all():
-        raise DataError(f"export: ONNX gives a logit that is {difference.max():.2g} from torch's")
+    if not (difference <= _TOLERANCE * np.maximum(1, np.abs(expected))).all():
+        raise DataError(f"export: logits of ONNX and torch differ by {difference.max():.2g}")
     return float(difference.max())
 
 
 def read_texts(facts: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, bytes]:
-    """The files that are the same in every export, and those that tell of this one."""
+    """The files that are the same in every export, and the README and model card of this one."""
     folder = resources.files("jobs") / "exported"
     files = {name: (folder / name).read_bytes() for name in _COPIED}
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
@@ -203,7 +196,7 @@ def show_interval(estimate: Mapping[str, Any]) -> str:
 
 
 def write(output_url: str, files: Mapping[str, bytes]) -> None:
-    """The files, and then their digests, as `sha256sum -c` takes them."""
+    """Write the files, and then their digests, for `sha256sum -c`."""
     storage.remove(storage.join(output_url, DIGESTS))
     for name, data in files.items():
         storage.write_bytes(storage.join(output_url, name), data)

@@ -1,10 +1,10 @@
-"""From a study's key, as it stands in a quarantine list, predictions, a report or W&B, to its file.
+"""Find the file of a study by its key, as in a quarantine list, predictions, a report or W&B.
 
     python -m jobs.find --source DIR KEY…
     python -m jobs.find --source DIR --table predictions.parquet
 
-For whoever has the source and its secret. Prints a line a study: key, tab, file. The names are
-identifiers: they belong in no store, run or mail. Exits 1 when a key is of no file.
+Needs the source and its secret. Prints a line per study: key, tab, file. File names identify
+patients: never put them into a store, run or mail. Exits 1 when a key belongs to no file.
 """
 
 import argparse
@@ -22,14 +22,15 @@ import pyarrow.parquet as pq
 
 from jobs.terminal.entry_point import run_main
 from pneumo import storage
+from pneumo.command_line import Parser
 from pneumo.dataset.sources.recognition import read_source
 from pneumo.dataset.study_keys import derive_key, find_hash_key
 from pneumo.errors import DataError, SourceError
 
 
 def find(argv: Sequence[str]) -> None:
-    """Print the files of the keys. Raises SourceError, and DataError when a key is of none."""
-    parser = argparse.ArgumentParser(
+    """Print the files of the keys. Raises SourceError; DataError when a key belongs to no file."""
+    parser = Parser(
         prog="python -m jobs.find",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -47,8 +48,8 @@ def find(argv: Sequence[str]) -> None:
             print(f"{key}\t{found[key]}")
     if lost := [key for key in dict.fromkeys(keys) if key not in found]:
         raise DataError(
-            f"find: {len(lost)} of {len(set(keys))} keys are of no file of this source under this "
-            f"secret: {', '.join(lost[:5])}{' …' if len(lost) > 5 else ''}"
+            f"find: {len(lost)} of {len(set(keys))} keys belong to no file of this source with "
+            f"this secret: {', '.join(lost[:5])}{' …' if len(lost) > 5 else ''}"
         )
 
 
@@ -69,14 +70,14 @@ def read_keys(table_url: str) -> list[str]:
 
 
 def find_urls(source_url: str, keys: Collection[str], environ: Mapping[str, str]) -> dict[str, str]:
-    """The file of each study key that has one. Raises SourceError without the source's secret."""
+    """The files of those keys that have one. Raises SourceError without the source's secret."""
     hash_key = find_hash_key(source_url, environ)
     try:
         studies = read_source(source_url, environ).studies
-    except SourceError:  # tables that are damaged: the files' names are enough
+    except SourceError:  # damaged tables: file names suffice
         studies = ()
     found = {study.key: study.url for study in studies if study.key in keys}
-    if len(found) < len(set(keys)):  # contradictions, and images without a label
+    if len(found) < len(set(keys)):  # studies with contradictions, and images without a label
         for url in storage.list_everything(source_url):
             key = derive_key(hash_key, "study", PurePosixPath(url).stem)
             if key in keys:

@@ -1,4 +1,4 @@
-"""The store that a training or a search reads: the one of `--store`, or several joined."""
+"""The store that a training or a search reads: that of `--store`, or several joined."""
 
 from jobs.terminal.entry_point import tell
 from pneumo import storage
@@ -8,7 +8,7 @@ from pneumo.errors import ConfigError
 
 
 def open_store(arguments: TrainArguments, run_url: str, *, seed: int) -> str:
-    """The URL of the store; several are joined in `<run>/store`. Raises StoreError."""
+    """The URL of the store; several are joined in `<run>/store`. Raises StoreError, ConfigError."""
     urls = [storage.normalise(url) for url in arguments.store]
     if len(urls) == 1:
         if arguments.balanced:

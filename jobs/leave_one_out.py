@@ -1,9 +1,9 @@
-"""Each of several stores left out in turn: train on the others, evaluate on it by what is frozen.
+"""Leave each of several stores out in turn: train on the others, and validate on it externally.
 
     python -m jobs.leave_one_out --stores A,B,C --run URL [--balanced] [settings of train, evaluate]
 
-Writes a run for each, `URL/without-<store>`, and prints the AUROCs at home and elsewhere. Runs that
-are done already are not done again.
+Writes a run for each, `URL/without-<store>`, and prints the AUROCs on its own test split and on the
+store left out. Finished runs are not repeated.
 """
 
 import argparse
@@ -15,73 +15,107 @@ from functools import partial
 
 from jobs.terminal.entry_point import check_invocation, run_main, tell
 from pneumo import storage
+from pneumo.command_line import Parser, parse_command_line
 from pneumo.errors import ConfigError, FinishedError
 
-_OF_EVALUATE = ("--evaluate.", "--tracking.", "--cluster.", "--seed")
+_EVALUATE_FLAGS = ("--recipe", "--evaluate.", "--tracking.", "--cluster.", "--seed")
 
 
 def leave_one_out(argv: Sequence[str]) -> None:
-    """Train without each store, and evaluate on it. Raises ConfigError for fewer than two."""
-    parser = argparse.ArgumentParser(
+    """Train without each store, and evaluate on it.
+
+    Raises ConfigError and StoreError for mistakes in settings and stores, before the first
+    training.
+    """
+    parser = Parser(
         prog="python -m jobs.leave_one_out",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--stores", required=True, metavar="A,B", help="prepared stores")
     parser.add_argument("--run", required=True, metavar="URL", help="where the runs go")
     options, settings = parser.parse_known_args(argv)
+    train_flags, evaluate_flags = split_flags(settings)
+    parse_command_line("train", ["--store", options.stores, *train_flags])
+    parse_command_line("evaluate", ["--store", "-", "--run", options.run, *evaluate_flags])
     stores = [storage.normalise(url) for url in options.stores.split(",")]
     if len(stores) < 2:
         raise ConfigError("--stores: give two or more, with commas between")
-    told = []
-    for left in stores:
-        name = left.rsplit("/", 1)[-1]
-        others = [url for url in stores if url != left]
-        run_url = storage.join(storage.normalise(options.run), f"without-{name}")
-        matrix = _evaluate_without(left, others, run_url, settings)
-        own, elsewhere = matrix["own test"]["value"], matrix[name]["value"]
-        told.append(f"{name:24} at home {own:.3f}  on {name} {elsewhere:.3f}")
-    print("AUROC of the runs that were trained without")
-    print("\n".join(told))
+    names = [storage.last_part(url) for url in stores]
+    if len(set(names)) < len(names):
+        raise ConfigError("--stores: two have the same name, which names their runs")
+    run_urls = [storage.join(storage.normalise(options.run), f"without-{name}") for name in names]
+    if not all(storage.exists(_results(run_url)) for run_url in run_urls):
+        from pneumo.dataset.joining import check_stores  # slow to import
+
+        check_stores(stores, tell)
+    lines = []
+    for left_out, name, run_url in zip(stores, names, run_urls, strict=True):
+        others = [url for url in stores if url != left_out]
+        matrix = _evaluate_without(left_out, others, run_url, train_flags, evaluate_flags)
+        own, external = (_show(matrix[of]["value"]) for of in ("own test", name))
+        lines.append(f"{name:24} own test {own}  on {name} {external}")
+    print("AUROC of each run, which was trained without the store")
+    print("\n".join(lines))
+
+
+def _show(auroc: float | None) -> str:
+    return "-" if auroc is None else f"{auroc:.3f}"
+
+
+def _results(run_url: str) -> str:
+    return storage.join(run_url, "external", "metrics.json")
 
 
 def _evaluate_without(
-    left: str, others: Sequence[str], run_url: str, settings: Sequence[str]
-) -> dict[str, dict[str, float]]:
-    """The AUROCs by set of a run that is trained on `others`."""
-    # After the command line is parsed: these take seconds.
+    left_out: str,
+    others: Sequence[str],
+    run_url: str,
+    train_flags: Sequence[str],
+    evaluate_flags: Sequence[str],
+) -> dict[str, dict[str, float | None]]:
+    """The AUROCs, by data set, of a run trained on `others`."""
+    # Imported after the command line is parsed, as these take seconds.
     from jobs.evaluation.evaluated_run import METRICS
-    from jobs.evaluation.external import FOLDER
     from jobs.evaluation.job import evaluate_run
     from jobs.training.job import train
 
     store = others[0] if len(others) == 1 else storage.join(run_url, "store")
-    pairs = [*_pair(settings)]
-    training = [word for pair in pairs if not pair[0].startswith("--evaluate.") for word in pair]
-    evaluating = [word for pair in pairs if pair[0].startswith(_OF_EVALUATE) for word in pair]
-    results = storage.join(run_url, FOLDER, METRICS)
-    where = ["--store", store, "--run", run_url]
+    evaluate_flags = ["--store", store, "--run", run_url, *evaluate_flags]
     if not storage.exists(storage.join(run_url, METRICS)):
         tell(f"leave-one-out: {run_url}")
-        flags = ["--store", ",".join(others), "--run", run_url, *training]
         with suppress(FinishedError):
-            train(check_invocation("train", flags))
-        evaluate_run(check_invocation("evaluate", [*where, *evaluating]))
-    if not storage.exists(results):
-        evaluate_run(check_invocation("evaluate", [*where, "--external", left, *evaluating]))
-    matrix: dict[str, dict[str, float]] = json.loads(storage.read_text(results))["matrix"]
+            places = ["--store", ",".join(others), "--run", run_url]
+            train(check_invocation("train", [*places, *train_flags]))
+        evaluate_run(check_invocation("evaluate", evaluate_flags))
+    if not storage.exists(_results(run_url)):
+        evaluate_run(check_invocation("evaluate", [*evaluate_flags, "--external", left_out]))
+    matrix: dict[str, dict[str, float | None]]
+    matrix = json.loads(storage.read_text(_results(run_url)))["matrix"]
     return matrix
 
 
-def _pair(settings: Sequence[str]) -> list[list[str]]:
-    """Each flag with what follows it."""
-    pairs: list[list[str]] = []
+def split_flags(settings: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The flags of the trainings, and those of the evaluations, which are never elastic."""
+    train, evaluate = list[str](), list[str]()
+    for flag in _group_flags(settings):
+        if not flag[0].startswith("--evaluate."):
+            train += flag
+        if flag[0].startswith(_EVALUATE_FLAGS) and "min-workers" not in flag[0]:
+            evaluate += flag
+    return train, evaluate
+
+
+def _group_flags(settings: Sequence[str]) -> list[list[str]]:
+    """Each flag with its values."""
+    flags: list[list[str]] = []
     for word in settings:
-        if word.startswith("--") or not pairs:
-            pairs.append([word])
+        if word.startswith("--") or not flags:
+            flags.append([word])
         else:
-            pairs[-1].append(word)
-    return pairs
+            flags[-1].append(word)
+    return flags
 
 
 main = partial(run_main, "leave-one-out", leave_one_out)

@@ -1,9 +1,10 @@
-"""Which files a prediction is of: a folder or bucket, a file, a zip archive, a DICOMDIR, a list."""
+"""The files to predict: of a folder or bucket, a file, a zip archive, a DICOMDIR, or a list."""
 
+import io
+import os
 import sys
 from collections.abc import Iterable
 from itertools import takewhile
-from pathlib import Path
 
 import pydicom
 
@@ -16,17 +17,20 @@ _INDEX = "DICOMDIR"
 
 
 def find_source(source: str) -> tuple[str, list[str] | None]:
-    """The URL of the folder, and the paths of the files below it; None: all that are there.
+    """The URL of the folder, and the paths of the files below it; None: all files in it.
 
-    Raises SourceError for a list without a file, or a DICOMDIR that cannot be read.
+    Raises SourceError for an empty list, or a DICOMDIR that cannot be read.
     """
     if source == STANDARD_INPUT:
-        return _place_list([line.strip() for line in sys.stdin if line.strip()])
+        # A name may be no UTF-8; `find -print0` separates names by zeros.
+        text = os.fsdecode(sys.stdin.buffer.read())
+        lines = text.split("\0" if "\0" in text else "\n")
+        return _split_list([line.strip() for line in lines if line.strip()])
     source_url = storage.normalise(source)
     folder_url, _, name = source_url.rpartition("/")
-    if name == _INDEX:
+    if name.upper() == _INDEX:
         return folder_url, _read_index(source_url)
-    if is_archive(name) or (
+    if is_archive(source_url) or (
         storage.is_local(source_url) and storage.local_path(source_url).is_file()
     ):
         return folder_url, [name]
@@ -34,20 +38,20 @@ def find_source(source: str) -> tuple[str, list[str] | None]:
 
 
 def expand(source_url: str, files: Iterable[str]) -> list[str]:
-    """The paths, with the members of an archive in place of it, and without the index of a
-    medium. Raises SourceError."""
+    """The paths, with each archive replaced by its members, and without a DICOMDIR. Raises
+    SourceError."""
     prefix = f"{source_url.rstrip('/')}/"
     found: list[str] = []
     for path in files:
-        if is_archive(path):
-            members = list_members(storage.join(source_url, path))
-            found += [url.removeprefix(prefix) for url in members]
-        elif path.rsplit("/", 1)[-1] != _INDEX:
+        if is_archive(prefix + path):
+            found += [url.removeprefix(prefix) for url in list_members(prefix + path)]
+        elif path.rsplit("/", 1)[-1].upper() != _INDEX:
             found.append(path)
     return found
 
 
-def _place_list(lines: list[str]) -> tuple[str, list[str]]:
+def _split_list(lines: list[str]) -> tuple[str, list[str]]:
+    """The common folder of the files, and their paths below it, each once."""
     if not lines:
         raise SourceError("--source -: no file is named on standard input, one a line")
     urls = [storage.normalise(line) for line in lines]
@@ -61,8 +65,9 @@ def _place_list(lines: list[str]) -> tuple[str, list[str]]:
 
 def _read_index(index_url: str) -> list[str]:
     """The files that the records of a DICOMDIR name (PS3.10 8.6), in its order."""
+    data = storage.read_bytes(index_url)
     try:
-        dataset = pydicom.dcmread(Path(storage.local_path(index_url)))
+        dataset = pydicom.dcmread(io.BytesIO(data))
         names = [
             record.ReferencedFileID
             for record in dataset.DirectoryRecordSequence
@@ -71,6 +76,8 @@ def _read_index(index_url: str) -> list[str]:
     except Exception as error:  # pydicom raises many kinds
         raise SourceError(f"{index_url}: no DICOMDIR: {type(error).__name__}") from error
     paths = [name if isinstance(name, str) else "/".join(name) for name in names]
+    if index_url.endswith(_INDEX.lower()):  # Linux shows all names of a CD in small letters
+        paths = [path.lower() for path in paths]
     if not paths or any(".." in path.split("/") or path.startswith("/") for path in paths):
         raise SourceError(f"{index_url}: names no image, or one outside its folder")
     return paths

@@ -1,6 +1,6 @@
-"""Pictures, DICOM or others -> what a run's model says of each: CSV, Parquet and Grad-CAM overlays.
+"""Score image files, DICOM or others, with a run's model: CSV, Parquet and Grad-CAM overlays.
 
-The files keep their names, because all of it goes to the user's own folder. Nothing goes to W&B.
+File names are kept, as the results go to the user's own folder. Nothing goes to W&B.
 """
 
 import hashlib
@@ -15,40 +15,41 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from jobs.evaluation.evaluated_run import find_evaluated
+from jobs.evaluation.evaluated_run import find_evaluated_checkpoints, find_metrics
 from jobs.evaluation.ray_scoring import (
-    Place,
     Scoring,
-    find_place,
+    WorkerSettings,
+    choose_worker_settings,
     load_members,
-    run_shares,
-    share_out,
+    run_tasks,
+    split_work,
 )
 from jobs.predicted_files import expand, find_source
 from jobs.ray_cluster.session import ray_session, wait_for_resources
 from jobs.terminal.entry_point import tell
+from jobs.terminal.progress import Progress
 from pneumo import storage
 from pneumo.command_line import Invocation, PredictArguments
 from pneumo.config import ClusterConfig
-from pneumo.errors import DataError, RunError, SourceError
-from pneumo.evaluation.bootstrap import as_json
+from pneumo.dataset.study_table import encode_parquet
+from pneumo.errors import DataError, SourceError
+from pneumo.evaluation.estimates import as_json
 from pneumo.evaluation.file_predictions import (
     NOT_A_NUMBER,
     NOTICE,
+    FilePredictions,
     FrozenRule,
-    Readings,
     count_formulas,
     encode_csv,
-    encode_parquet,
 )
 from pneumo.evaluation.predictions import sigmoid
 from pneumo.images.dicom import GrayImage
 from pneumo.images.dicom_files import UnusableFile, read_pictures
 from pneumo.network.gradcam import gradcam
-from pneumo.network.scoring import Member, prepare_input, score_pictures
+from pneumo.network.scoring import Member, prepare_input, score_images
 from pneumo.reporting.figures.case_pictures import draw_overlay
 from pneumo.reporting.figures.style import show_threshold
-from pneumo.reporting.tracking import name_group
+from pneumo.reporting.tracking.tracked_run import name_group
 from pneumo.training.checkpoints import load_checkpoint
 
 SCHEMA_VERSION = 1
@@ -60,16 +61,16 @@ OVERLAYS = "overlays"
 
 @dataclass(frozen=True)
 class Task:
-    """What a worker needs to know to read some files."""
+    """What a worker receives to score files."""
 
     source_url: str
     output_url: str
     scoring: Scoring
     stored_size: int
-    """Pictures are decoded to this height and width, as the evaluated store was, and then resampled
-    to the input's."""
+    """Images are decoded to this height and width, as in the evaluated store, and then resampled to
+    the network's input size."""
     overlays: bool
-    place: Place
+    worker: WorkerSettings
 
 
 def predict(invocation: Invocation) -> None:
@@ -81,14 +82,14 @@ def predict(invocation: Invocation) -> None:
     arguments, config = invocation.arguments, invocation.config
     assert isinstance(arguments, PredictArguments)
     output_url = storage.normalise(arguments.output)
-    source_url, named = find_source(arguments.source)
-    files = expand(source_url, find_files(source_url, output_url) if named is None else named)
+    source_url, listed = find_source(arguments.source)
+    files = expand(source_url, find_files(source_url, output_url) if listed is None else listed)
     if not files:
         raise SourceError(f"{source_url}: no picture in it")
     run_urls = [storage.normalise(url) for url in (arguments.run, *arguments.members)]
-    rule = FrozenRule.from_metrics(_read_metrics(run_urls[0]))
-    scoring = Scoring(find_evaluated(run_urls, rule), views=rule.views)
-    first = scoring.weights[0]
+    rule = FrozenRule.from_metrics(find_metrics(run_urls[0]))
+    scoring = Scoring(find_evaluated_checkpoints(run_urls, rule), views=rule.views)
+    first = scoring.checkpoints[0]
     image_size = load_checkpoint(first.run_url, first.entry).image_size
     with ray_session(show_logs=arguments.debug):
         wait_for_resources(config.cluster, 1)
@@ -98,28 +99,29 @@ def predict(invocation: Invocation) -> None:
             scoring,
             rule.stored_size or image_size,
             not arguments.no_overlays,
-            find_place(config.cluster, rule.stored_size or image_size),
+            choose_worker_settings(config.cluster, rule.stored_size or image_size),
         )
         clear(output_url)
-        readings = _read_all(files, task, config.cluster)
-    summary = write_readings(readings, task, rule, run_urls[0])
+        predictions = _predict_all(files, task, config.cluster)
+    summary = write_predictions(predictions, task, rule, run_urls[0])
     print_summary(summary, output_url)
-    if not readings.num_scored:
+    if not predictions.num_scored:
         raise DataError(
             f"predict: none of {len(files)} files could be scored; {output_url}/{CSV} says why"
         )
 
 
-def _read_all(files: Sequence[str], task: Task, cluster: ClusterConfig) -> Readings:
-    shares = share_out(len(files), cluster, task.place)
-    bounds = [len(files) * share.rank // share.size for share in shares] + [len(files)]
+def _predict_all(files: Sequence[str], task: Task, cluster: ClusterConfig) -> FilePredictions:
+    worlds = split_work(len(files), cluster, task.worker)
+    bounds = [len(files) * world.rank // world.size for world in worlds] + [len(files)]
     calls = [(task, files[a:b]) for a, b in pairwise(bounds) if a < b]
-    return Readings.join(list(run_shares(read_files, calls, cluster, "predict", len(files))))
+    results = run_tasks(predict_files, calls, cluster, Progress("predict", len(files), "files"))
+    return FilePredictions.join(list(results))
 
 
 def find_files(source_url: str, output_url: str) -> list[str]:
-    """The paths of the files below the source, sorted; hidden ones and the output left out. Links
-    to folders are followed; what is neither file nor folder is listed too, and so gets a row.
+    """The paths of the files below the source, sorted, without hidden ones and the output. Links to
+    folders are followed; special files are listed too, and so get a row.
 
     Raises SourceError when there is none.
     """
@@ -136,40 +138,28 @@ def find_files(source_url: str, output_url: str) -> list[str]:
 
 
 def clear(output_url: str) -> None:
-    """Remove what an earlier prediction left, its marker first."""
+    """Remove the results of an earlier prediction, the summary first."""
     for name in (SUMMARY, CSV, PARQUET):
         storage.remove(storage.join(output_url, name))
     storage.remove_below(storage.join(output_url, OVERLAYS))
 
 
-def _read_metrics(run_url: str) -> dict[str, Any] | None:
-    try:
-        metrics: dict[str, Any] = json.loads(
-            storage.read_text(storage.join(run_url, "metrics.json"))
-        )
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise RunError(f"{run_url}/metrics.json: no JSON; evaluate the run again") from error
-    return metrics
-
-
 # --- in a worker ----------------------------------------------------------------------------------
 
 
-def read_files(task: Task, files: Sequence[str]) -> Readings:
-    """What the model says of some files, in their order; a file that cannot be used is a row with a
-    reason. Overlays are written as they are made, so that memory does not grow."""
-    torch.set_num_threads(task.place.num_threads)
-    members = load_members(task.scoring, task.place.device)
-    size = task.place.batch_size
-    return Readings.join(
-        [_read_batch(task, members, files[i : i + size]) for i in range(0, len(files), size)]
+def predict_files(task: Task, files: Sequence[str]) -> FilePredictions:
+    """The predictions for `files`, in their order; an unusable file gets a row with a reason.
+    Overlays are written at once, so that memory does not grow."""
+    torch.set_num_threads(task.worker.num_threads)
+    members = load_members(task.scoring, task.worker.device)
+    size = task.worker.batch_size
+    return FilePredictions.join(
+        [_predict_batch(task, members, files[i : i + size]) for i in range(0, len(files), size)]
     )
 
 
-def _read_batch(task: Task, members: Sequence[Member], files: Sequence[str]) -> Readings:
-    # Not joined: a key of a bucket may begin with a slash or have `..` in it, and can be read.
+def _predict_batch(task: Task, members: Sequence[Member], files: Sequence[str]) -> FilePredictions:
+    # Not by `storage.join`: an object's key may begin with a slash or contain `..`.
     urls = [f"{task.source_url.rstrip('/')}/{file}" for file in files]
     images = list(read_pictures(urls, task.stored_size))
     pixels = {
@@ -177,21 +167,21 @@ def _read_batch(task: Task, members: Sequence[Member], files: Sequence[str]) -> 
     }
     logit = np.full(len(files), np.nan, dtype=np.float32)
     if pixels:
-        every = list(pixels.values())
-        logit[list(pixels)] = score_pictures(members, every, views=task.scoring.views)
-    names = [_spell(file) for file in files]
+        pictures = list(pixels.values())
+        logit[list(pixels)] = score_images(members, pictures, views=task.scoring.views)
+    names = [_encodable(file) for file in files]
     scored = {names[i]: picture for i, picture in pixels.items() if np.isfinite(logit[i])}
-    chances = zip(names, sigmoid(logit).tolist(), strict=True)
-    captions = {name: f"p = {chance:.3f}   {NOTICE}" for name, chance in chances}
+    probabilities = zip(names, sigmoid(logit).tolist(), strict=True)
+    captions = {name: f"p = {p:.3f}   {NOTICE}" for name, p in probabilities}
     overlays = _write_overlays(task, members[0], scored, captions) if task.overlays else {}
     described = [_describe(image) for image in images]
-    why = [_find_reason(image, x) for image, x in zip(images, logit, strict=True)]
-    return Readings(
+    reasons = [_find_reason(image, x) for image, x in zip(images, logit, strict=True)]
+    return FilePredictions(
         file=np.array(names, dtype=np.str_),
         logit=logit,
         overlay=np.array([overlays.get(name, "") for name in names], dtype=np.str_),
-        reason=np.array([one.reason for one in why], dtype=np.str_),
-        message=np.array([one.message for one in why], dtype=np.str_),
+        reason=np.array([each.reason for each in reasons], dtype=np.str_),
+        message=np.array([each.message for each in reasons], dtype=np.str_),
         view=np.array([view for view, _ in described], dtype=np.str_),
         warnings=np.array([warnings for _, warnings in described], dtype=np.str_),
     )
@@ -221,7 +211,7 @@ def _write_overlays(
     pictures: Mapping[str, npt.NDArray[np.uint8]],
     captions: Mapping[str, str],
 ) -> dict[str, str]:
-    """Draw each picture beside its map; where each is, by name. None of a map without numbers."""
+    """Draw pictures beside their Grad-CAM maps, where finite; returns their paths by name."""
     if not pictures:
         return {}
     cams = gradcam(member.network, prepare_input(list(pictures.values()), member))
@@ -235,42 +225,42 @@ def _write_overlays(
 
 
 def shorten_path(name: str) -> str:
-    """A file's path for its overlay: a part that is too long for a disk, with more letters to come,
-    ends in a digest instead; so does one that would lead elsewhere, as in a key `a/../b`."""
+    """The path of a file's overlay: a part that is too long for a file name gets a digest as its
+    end; so does a part that would lead elsewhere, as in a key `a/../b`."""
 
     def shorten(part: str) -> str:
         data = part.encode()
-        if part not in ("", ".", "..") and len(data) <= _LONGEST_PART:
+        if part not in ("", ".", "..") and len(data) <= _MAX_PART_BYTES:
             return part
         digest = hashlib.sha256(data).hexdigest()[:16]
-        return f"{data[: _LONGEST_PART - 17].decode(errors='ignore')}-{digest}"
+        return f"{data[: _MAX_PART_BYTES - 17].decode(errors='ignore')}-{digest}"
 
     return "/".join(map(shorten, name.split("/")))
 
 
-_LONGEST_PART = 200  # bytes; most disks allow 255
+_MAX_PART_BYTES = 200  # most file systems allow 255
 
 
-def _spell(file: str) -> str:
-    """The path as text that can be written: a name may be no UTF-8 at all."""
+def _encodable(file: str) -> str:
+    """The path as text that can be written: a file's name may not be UTF-8."""
     return file.encode("utf-8", "backslashreplace").decode()
 
 
 # --- results --------------------------------------------------------------------------------------
 
 
-def write_readings(
-    readings: Readings, task: Task, rule: FrozenRule, run_url: str
+def write_predictions(
+    predictions: FilePredictions, task: Task, rule: FrozenRule, run_url: str
 ) -> dict[str, Any]:
-    """Both tables, then the summary, which is returned."""
-    table = readings.to_table(rule, task.scoring.checkpoint)
+    """Write both tables, then the summary; returns the summary."""
+    table = predictions.to_table(rule, task.scoring.checkpoint_name)
     storage.write_bytes(storage.join(task.output_url, PARQUET), encode_parquet(table))
     storage.write_bytes(storage.join(task.output_url, CSV), encode_csv(table))
-    called = readings.decide(rule)
+    called = predictions.decide(rule)
     summary = {
         "schema_version": SCHEMA_VERSION,
         "notice": NOTICE,
-        "run": run_url.rsplit("/", 1)[-1],
+        "run": storage.last_part(run_url),
         "wandb_group": name_group(run_url),
         "trained_on_phantoms": rule.phantoms,
         "scoring": task.scoring.to_json(),
@@ -280,12 +270,12 @@ def write_readings(
         "threshold_reason": rule.threshold_reason,
         "calibration": as_json(rule.calibration, leave_out={"log_loss"}),
         "calibration_reason": rule.calibration_reason,
-        "files": len(readings),
-        "scored": readings.num_scored,
+        "files": len(predictions),
+        "scored": predictions.num_scored,
         "called_positive": None if called is None else int(called.sum()),
-        "unusable": readings.unusable,
-        "warned": readings.warned,
-        "escaped_in_csv": count_formulas(readings),
+        "unusable": predictions.unusable,
+        "warned": predictions.warned,
+        "escaped_in_csv": count_formulas(predictions),
     }
     text = json.dumps(summary, indent=1, allow_nan=False) + "\n"
     storage.write_text(storage.join(task.output_url, SUMMARY), text)
@@ -293,9 +283,9 @@ def write_readings(
 
 
 def print_summary(summary: dict[str, Any], output_url: str) -> None:
-    """What was done on stdout, what is missing on stderr."""
+    """Print the counts on stdout, warnings on stderr."""
     if summary["trained_on_phantoms"]:
-        tell("warning: the model was trained on drawn phantoms; it knows nothing of radiographs")
+        tell("warning: the model was trained on drawn phantoms, not on radiographs")
     if summary["threshold"] is None:
         tell(f"warning: no decision: {summary['threshold_reason']}")
     if summary["calibration"] is None:
@@ -310,7 +300,7 @@ def print_summary(summary: dict[str, Any], output_url: str) -> None:
         print(f"  {number} with a warning: {code}")
     if summary["escaped_in_csv"]:
         tell(
-            f"warning: {summary['escaped_in_csv']} names begin as a formula does; in {CSV} an "
-            "apostrophe stands before them"
+            f"warning: {summary['escaped_in_csv']} file names begin like a formula; {CSV} "
+            "has an apostrophe before them"
         )
     print(f"{NOTICE}\npredictions {storage.join(output_url, CSV)}")

@@ -1,5 +1,5 @@
-"""Can the job's places be reached from here, and are its secrets there? Asked inside the cluster,
-answered within seconds.
+"""Check inside the cluster, within seconds, that a job's places can be reached and its secrets are
+set.
 
     python -m jobs.preflight --reads s3://bucket/store --writes s3://bucket/runs/1 --needs NAME
 
@@ -17,11 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 
 from jobs.terminal.entry_point import tell
+from jobs.terminal.places import check_writable_folder
 from pneumo import storage
 from pneumo.errors import ConfigError, PneumoError, SourceError, StorageError
 
 ANSWER_TIMEOUT_S = 20.0
-"""A place that says nothing for this long counts as out of reach; a job would wait much longer."""
+"""A place without an answer for this long is out of reach; a job would wait much longer."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,23 +46,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     tell(
         f"preflight: Python {platform.python_version()}, Ray {version('ray')}; reached "
-        f"{', '.join(url for url, _ in checks) or 'no place, none was named'}"
+        f"{', '.join(url for url, _ in checks) or 'no place, as none was given'}"
     )
     return 0
 
 
 def check_ray(expected: str | None) -> None:
     """Raise ConfigError when this environment has another Ray than `expected`."""
-    there = version("ray")
-    if expected is not None and there != expected:
+    installed = version("ray")
+    if expected is not None and installed != expected:
         raise ConfigError(
-            f"the image holds Ray {there}, the manifest says rayVersion {expected}; build the "
+            f"the image holds Ray {installed}, the manifest says rayVersion {expected}; build the "
             "image from this checkout (make image), or correct the manifest"
         )
 
 
 def check_variables(names: Sequence[str], environ: Mapping[str, str]) -> None:
-    """Raise ConfigError for the names that are not set here; no value is shown."""
+    """Raise ConfigError for variables that are not set here; shows no values."""
     missing = [name for name in names if not environ.get(name)]
     if missing:
         secret = "pneumo-hash-key" if "PNEUMO_HASH_KEY" in missing else "pneumo-secrets"
@@ -72,27 +73,24 @@ def check_variables(names: Sequence[str], environ: Mapping[str, str]) -> None:
 
 
 def check_readable(url: str) -> None:
-    """Raise a PneumoError unless something lies at `url`."""
+    """Raise a PneumoError unless `url` exists."""
     if not storage.exists(storage.normalise(url)):
         raise SourceError(f"{url}: nothing is there, seen from the cluster; is the URL right?")
 
 
 def check_writable(url: str) -> None:
-    """Raise a PneumoError unless an object can be written below `url`; leaves nothing."""
+    """Raise a PneumoError unless an object can be written below `url`; leaves no object."""
     url = storage.normalise(url)
-    if not storage.is_local(url):
+    if storage.is_local(url):
+        check_writable_folder(url)
+    else:
         probe_url = storage.join(url, f".preflight-{uuid.uuid4().hex}")
         storage.write_bytes(probe_url, b"")
         storage.remove(probe_url)
-        return
-    path = storage.local_path(url)
-    there = next(each for each in (path, *path.parents) if each.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ConfigError(f"{url}: {there} cannot be written to on the cluster")
 
 
 def run_checks(timeout_s: float, checks: Sequence[tuple[str, Callable[[str], None]]]) -> None:
-    """Make all checks at once; raise what the first to fail raised, or StorageError when late."""
+    """Run all checks in parallel; raises the first error, or StorageError after `timeout_s`."""
     pool = ThreadPoolExecutor(max(1, len(checks)))
     answers = [(url, pool.submit(check, url)) for url, check in checks]
     pool.shutdown(wait=False)
@@ -111,4 +109,4 @@ if __name__ == "__main__":
     sys.stdout.flush()
     code = main()
     sys.stderr.flush()
-    os._exit(code)  # a check that hangs in its thread holds nobody up
+    os._exit(code)  # does not wait for a check that hangs in its thread

@@ -1,5 +1,4 @@
-"""A data set's folder -> store: Ray tasks decode its files, one shard a task; the manifest comes
-last."""
+"""Prepare a store from a data set's folder: each Ray task writes a shard; the manifest is last."""
 
 from collections.abc import Sequence
 
@@ -14,7 +13,7 @@ from pneumo import storage
 from pneumo.command_line import Invocation, PrepareArguments
 from pneumo.config import Config
 from pneumo.dataset.manifest import Manifest
-from pneumo.dataset.overlap import KNOWN_PICTURES, Seen
+from pneumo.dataset.overlap import KNOWN_PICTURES, KnownStudies
 from pneumo.dataset.preparation import (
     can_use_rejected,
     check_shards_are_there,
@@ -31,18 +30,18 @@ from pneumo.dataset.study_table import QUARANTINE, read_warnings
 
 
 def prepare(invocation: Invocation) -> None:
-    """Write the store of `--source` to `--store`."""
+    """Prepare the store of `--source` in `--store`."""
     arguments = invocation.arguments
     assert isinstance(arguments, PrepareArguments)
     source_url, store_url = storage.normalise(arguments.source), storage.normalise(arguments.store)
     chosen = select_studies(source_url, invocation.config, tell)
     source, split, config = chosen.source, chosen.split, chosen.config
-    there = find_store(store_url, source, config)
-    if there is not None:
-        remove_unfinished(store_url, there)
-        check_shards_are_there(store_url, there)
+    existing = find_store(store_url, source, config)
+    if existing is not None:
+        remove_unfinished(store_url, existing)
+        check_shards_are_there(store_url, existing)
         tell(f"prepare: {store_url} holds a store of these tables and settings; nothing to do")
-        if can_use_rejected(store_url, there, source):
+        if can_use_rejected(store_url, existing, source):
             tell(
                 "warning: a study that was quarantined then can be used now; a finished store "
                 "never changes: delete it first, or give another --store"
@@ -53,9 +52,9 @@ def prepare(invocation: Invocation) -> None:
     per_shard = shard_samples(config.prepare.image_size)
     plans = plan_shards(source.studies, split.by_key, seed=config.seed, samples_per_shard=per_shard)
     with ray_session(show_logs=arguments.debug):
-        prepared = _run_plans(plans, store_url, config, source.file_key, chosen.seen)
+        prepared = _run_plans(plans, store_url, config, source.file_key, chosen.known_studies)
         if reused := sum(shard.reused for shard in prepared):
-            tell(f"prepare: {reused} of {len(plans)} shards were there already, and whole")
+            tell(f"prepare: {reused} of {len(plans)} shards were complete already")
         manifest = finish_store(
             store_url, source, prepared, split.audit, config, phantoms=chosen.phantoms
         )
@@ -63,18 +62,22 @@ def prepare(invocation: Invocation) -> None:
 
 
 def _run_plans(
-    plans: Sequence[ShardPlan], store_url: str, config: Config, file_key: bytes, seen: Seen | None
+    plans: Sequence[ShardPlan],
+    store_url: str,
+    config: Config,
+    file_key: bytes,
+    known_studies: KnownStudies | None,
 ) -> list[ShardRecord]:
-    """Run the tasks, only so many at once that arguments stay small."""
+    """Run a task per shard; a limited number at a time, as pending tasks keep their arguments."""
     memory = estimate_memory(plans, config.prepare.image_size)
-    # No more than the largest node has, or no task would ever start; it then runs one at a time.
+    # At most what the largest node has, or no task would ever start; it runs one at a time then.
     memory = min(memory, max(int(node.total.get("memory", 0)) for node in list_nodes()))
-    digest, size, known = digest_settings(config), config.prepare.image_size, ray.put(seen)
+    digest, size, known = digest_settings(config), config.prepare.image_size, ray.put(known_studies)
     calls = [(plan, store_url, size, digest, file_key, known) for plan in plans]
     options = {"num_cpus": 1, "memory": memory, "max_retries": 3}
     prepared: list[ShardRecord] = []
     with Progress("prepare", sum(len(plan.studies) for plan in plans), "studies") as progress:
-        for ended in spread(prepare_shard, calls, _tasks_at_once, **options):
+        for ended in spread(prepare_shard, calls, _max_running_tasks, **options):
             prepared += ended
             bad = sum(len(shard.rejected) for shard in prepared)
             done = bad + sum(shard.entry.samples + shard.known for shard in prepared)
@@ -82,7 +85,7 @@ def _run_plans(
     return prepared
 
 
-def _tasks_at_once() -> int:
+def _max_running_tasks() -> int:
     return max(2 * int(ray.cluster_resources().get("CPU", 1)), 2)
 
 
@@ -111,15 +114,15 @@ def _report(store_url: str, manifest: Manifest) -> None:
 
 
 def _report_findings(store_url: str, manifest: Manifest) -> None:
-    """What of the source is not used, or odd."""
+    """Print which studies are not used, or doubtful."""
     if manifest.quarantined:
-        told = ", ".join(f"{reason} {number}" for reason, number in manifest.quarantined.items())
+        counts = ", ".join(f"{reason} {number}" for reason, number in manifest.quarantined.items())
         print(
-            f"{sum(manifest.quarantined.values())} studies quarantined ({told}), see {QUARANTINE}"
+            f"{sum(manifest.quarantined.values())} studies quarantined ({counts}), see {QUARANTINE}"
         )
     for code, by_split in group_warnings(read_warnings(store_url, manifest)).items():
-        told = ", ".join(f"{split} {len(keys)}" for split, keys in by_split.items() if keys)
-        print(f"{sum(map(len, by_split.values()))} studies used with a warning: {code} ({told})")
+        counts = ", ".join(f"{split} {len(keys)}" for split, keys in by_split.items() if keys)
+        print(f"{sum(map(len, by_split.values()))} studies used with a warning: {code} ({counts})")
     if KNOWN_PICTURES in manifest.left_out:
         print(f"{manifest.left_out[KNOWN_PICTURES]} {KNOWN_PICTURES} left out")
     if manifest.unlabelled:

@@ -1,4 +1,4 @@
-"""Make a store of a folder in Kaggle's layout."""
+"""Prepare a store from a data set's folder."""
 
 import sys
 from functools import partial

@@ -1,4 +1,4 @@
-"""Search settings of the training."""
+"""Search for the best training settings."""
 
 import sys
 from functools import partial

@@ -8,7 +8,7 @@ import argparse
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 from pydantic import Field, create_model
 from pydantic_settings import BaseSettings, CliSettingsSource, CliToggleFlag
@@ -27,60 +27,62 @@ from pneumo.config_layers import (
 from pneumo.errors import ConfigError
 from pneumo.search_space import flatten
 
+_Text = Annotated[str, Field(min_length=1)]
+
 
 class Arguments(Section):
     """What every job takes besides the configuration."""
 
-    recipe: str | None = None
+    recipe: _Text | None = None
     """A recipe's name (`fast`) or a TOML file: settings that differ from the defaults."""
     debug: CliToggleFlag[bool] = False
     """Show the traceback of an error."""
 
 
 class PrepareArguments(Arguments):
-    """Make a store of shards out of a folder of chest X-rays."""
+    """Prepare a store of shards from a folder of chest X-rays."""
 
-    source: str
+    source: _Text
     """The data set's folder: RSNA, NIH, CheXpert, VinDr-CXR, chest_xray, or studies.csv with
     pictures."""
-    store: str
+    store: _Text
     """Where the shards go: a folder or s3:// URL."""
 
 
 class TrainArguments(Arguments):
     """Train one model on a prepared store."""
 
-    store: list[str] = Field(min_length=1)
+    store: list[_Text] = Field(min_length=1)
     """A prepared store: a folder or s3:// URL. Several, `--store A,B`, are joined in the run."""
     balanced: CliToggleFlag[bool] = False
     """Of several stores, train on equally many studies of each: a random subset of the larger
     ones'."""
-    run: str | None = None
+    run: _Text | None = None
     """Where the run is written; none: runs/<job>-<time>. The URL of an unfinished run resumes
     it."""
 
 
 class TuneArguments(TrainArguments):
-    """Search settings of the training."""
+    """Search for the best training settings."""
 
 
 class EvaluateArguments(Arguments):
     """Evaluate a trained run on val and test."""
 
-    store: str
+    store: _Text
     """A prepared store: a folder or s3:// URL."""
-    run: str
+    run: _Text
     """The run to evaluate; its best checkpoint is scored and the results are written into it."""
-    members: list[str] = Field(default=[])
+    members: list[_Text] = Field(default=[])
     """More runs, trained on the same store, whose logits are averaged with the run's:
     `--members RUN2,RUN3`."""
     overwrite: CliToggleFlag[bool] = False
     """Evaluate a run again that has been evaluated."""
-    compare_with: str | None = None
+    compare_with: _Text | None = None
     """Another run, evaluated on the same studies, to compare with; with --external, one whose
-    results on other sets are shown beside this one's."""
-    external: list[str] = Field(default=[])
-    """Stores of other data sets, on which the evaluated run is judged with its own thresholds and
+    matrix of results on other sets is shown with this one's."""
+    external: list[_Text] = Field(default=[])
+    """Stores of other data sets, on which the run is evaluated with its own thresholds and
     calibration: `--external STORE2,STORE3`. --store is that of the training; its patients are left
     out."""
 
@@ -88,14 +90,14 @@ class EvaluateArguments(Arguments):
 class PredictArguments(Arguments):
     """Score a folder of pictures with a trained run."""
 
-    source: str
-    """A folder or s3:// URL with DICOM, .dcm.gz, PNG, JPEG, TIFF or zip files in it, however deep;
-    one such file; a DICOMDIR; or -: files named on standard input, one a line."""
-    run: str
+    source: _Text
+    """A folder or s3:// URL with DICOM, .dcm.gz, PNG, JPEG, TIFF or zip files at any depth; one
+    such file; a DICOMDIR; or -: files named on standard input, one a line."""
+    run: _Text
     """A trained run; if it was evaluated, its threshold and calibration are used."""
-    output: str
+    output: _Text
     """Where predictions.csv, predictions.parquet and overlays/ go: a folder or s3:// URL."""
-    members: list[str] = Field(default=[])
+    members: list[_Text] = Field(default=[])
     """The other runs of the ensemble that was evaluated: `--members RUN2,RUN3`."""
     overwrite: CliToggleFlag[bool] = False
     """Replace what an earlier prediction left in the output."""
@@ -104,13 +106,13 @@ class PredictArguments(Arguments):
 
 
 class ExportArguments(Arguments):
-    """Make a folder of an evaluated run that scores DICOM files without pneumo."""
+    """Export an evaluated run to a folder that scores DICOM files without pneumo."""
 
-    run: str
-    """An evaluated run, whose threshold and calibration go with the model."""
-    output: str
+    run: _Text
+    """An evaluated run, whose threshold and calibration are exported with the model."""
+    output: _Text
     """Where the model's folder goes: a folder or s3:// URL."""
-    members: list[str] = Field(default=[])
+    members: list[_Text] = Field(default=[])
     """The other runs of the ensemble that was evaluated: `--members RUN2,RUN3`."""
     overwrite: CliToggleFlag[bool] = False
     """Replace what an earlier export left in the output."""
@@ -119,7 +121,7 @@ class ExportArguments(Arguments):
 class TrackArguments(Arguments):
     """Send a run to W&B from its folder."""
 
-    run: str
+    run: _Text
     """The run or search to send to W&B."""
     anew: CliToggleFlag[bool] = False
     """Send it as new W&B runs; for runs that were deleted there, as W&B takes no id twice."""
@@ -187,8 +189,8 @@ def parse_command_line(
         raise ConfigError(f"cluster.min_workers: {job} is not elastic, only train is; leave it out")
     if job == "tune" and config.cluster.num_workers != ClusterConfig().num_workers:
         raise ConfigError(
-            "cluster.num_workers: a search takes what the cluster has; the workers of a trial are "
-            "tune.workers_per_trial"
+            "cluster.num_workers: a search uses all workers of the cluster; set "
+            "tune.workers_per_trial for the workers of a trial"
         )
     arguments = validate(spec.arguments, [("the command line", given)])
     return Invocation(job, arguments, config, warnings)
@@ -212,7 +214,7 @@ def _read_flags(spec: Job, argv: Sequence[str]) -> dict[str, Any]:
         **fields,
     )
     required = [f"--{name} URL" for name, field in found.items() if field.is_required()]
-    parser = _Parser(
+    parser = Parser(
         prog=f"python -m {spec.module}",
         usage=f"python -m {spec.module} {' '.join(required)} [settings]",
         description=f"{spec.arguments.__doc__} Settings may also come from a recipe or from "
@@ -228,8 +230,8 @@ def _read_flags(spec: Job, argv: Sequence[str]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse that raises instead of printing its usage and leaving."""
+class Parser(argparse.ArgumentParser):
+    """argparse that raises ConfigError instead of printing its usage and leaving."""
 
     def __init__(self, *args: Any, known_keys: Sequence[str] = (), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

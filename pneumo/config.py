@@ -56,36 +56,36 @@ class PrepareConfig(Section):
     limit: PositiveInt | None = None
     """A random subset of this size, for trying out."""
     layout: Annotated[Layout, _unless_default("auto")] = "auto"
-    """How the source is laid out; auto: by what lies in the folder."""
+    """The source's folder layout; auto: recognised by its files."""
     positive: Annotated[list[str], _unless_default([])] = Field(default=[])
     """Labels that count as positive, of NIH's, CheXpert's and VinDr's; none: Pneumonia."""
     uncertain: Annotated[Literal["ignore", "negative", "positive"], _unless_default("ignore")] = (
         "ignore"
     )
-    """What becomes of CheXpert's uncertain labels; ignore: these pictures are left out."""
+    """How CheXpert's uncertain labels count; ignore: these images are left out."""
     without: Annotated[list[str], _unless_default([])] = Field(default=[])
-    """Stores whose patients and pictures in train and val this one is to do without."""
+    """Patients and images in train or val of these stores are left out."""
 
 
 class SplitConfig(Section):
     """Which studies go to train, val and test."""
 
     unit: Literal["patient", "image"] = "patient"
-    """What is never in two splits: 'patient' needs the NIH mapping file; 'image' lets patients be
-    in several, and warns of it."""
+    """What is never divided between splits: 'patient' needs the NIH mapping file; with 'image' a
+    patient may be in several splits, and a warning says so."""
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
     """Fraction of the patients in val, where thresholds and models are chosen."""
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
     """Fraction of the patients in test, where nothing is chosen."""
     salt: Annotated[int, Field(ge=0, lt=NUM_SALTS)] | None = None
-    """Picks one of the 64 splits of a seed; none: the one remembered beside the source, at first
-    the best balanced. The manifest states it."""
+    """Which of the 64 splits of a seed; none: the one saved beside the source, for a new source
+    the best balanced. It is recorded in the manifest."""
     named: Annotated[
         Literal["rsna-v1", "nih-v1", "published", "hash"] | None, _unless_default(None)
     ] = None
-    """rsna-v1, nih-v1: the split that everybody shares, docs/benchmark.md; published: the source's
-    own; hash: by the patients' hash all the same; none: published of an own table with a column
-    `split` and of NIH with its two lists, else hash."""
+    """rsna-v1, nih-v1: the public splits of docs/benchmark.md; published: the source's own; hash:
+    by a hash of the patient in any case; none: published for an own table with a column `split`
+    and for NIH with its two lists, else hash."""
     list: str | None = None
     """CSV of a published split: columns `patientId` (image ids) or `patient` (NIH patient numbers),
     and `split` (train, val, test). Studies that are not listed are left out."""
@@ -111,13 +111,13 @@ class SplitConfig(Section):
 
 
 class DataConfig(Section):
-    """What the model is fed."""
+    """How the model's input is read."""
 
     image_size: Annotated[int, Field(ge=32, le=1024)] | None = None
     """Input height and width in pixels; none: the store's. Above the store's is an error."""
     cache: Literal["auto", "memory", "stream"] = "auto"
-    """memory: a split is read once and kept decoded; stream: it is read anew each epoch; auto:
-    memory where the split fits into half of the free memory. The batches are the same."""
+    """memory: a split is read once and kept decoded; stream: it is read again each epoch;
+    auto: memory where the split fits into half of the free memory. The batches are the same."""
 
 
 class AugmentConfig(Section):
@@ -135,7 +135,7 @@ class AugmentConfig(Section):
 
 
 class ModelConfig(Section):
-    """Which network, and what it starts from."""
+    """The network and its initial weights."""
 
     backbone: Literal[
         "resnet18", "resnet34", "resnet50", "densenet121", "convnext_tiny", "efficientnet_v2_s"
@@ -154,8 +154,8 @@ class TrainConfig(Section):
     batch_size: Annotated[int, Field(ge=2)] = 64
     """Samples per optimiser step over all workers together."""
     micro_batch_size: Annotated[int, Field(ge=2)] = 16
-    """Samples that go through the network at once, and over which BatchNorm takes its statistics;
-    they make up `batch_size`, however many workers share them. Larger is faster on a GPU."""
+    """Samples of one forward pass, over which BatchNorm computes its statistics; `batch_size` is a
+    multiple of it, for any number of workers. Larger is faster on a GPU."""
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     """The optimiser; sgd has a momentum of 0.9."""
     lr: PositiveFloat = 1e-4
@@ -177,13 +177,13 @@ class TrainConfig(Section):
     """Fraction of the steps over which the learning rate rises from 0."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of forward and backward; auto: bfloat16 autocast on a GPU, float32 on a CPU. A
-    CPU without bfloat16 instructions (AVX512-BF16, AMX) imitates them, as exactly, but a step takes
-    2 (AVX-512) to 10 times (AVX2) as long as in float32."""
+    CPU without bfloat16 instructions (AVX512-BF16, AMX) emulates them with the same results, but a
+    step takes 2 (AVX-512) to 10 times (AVX2) as long as in float32."""
     compile: bool = False
     """torch.compile the network and, on a GPU, the augmentation: half a minute at the start, and
     steps in two thirds of the time on a GPU. Needs a C compiler on the workers."""
     patience: PositiveInt | None = None
-    """End the run after this many epochs without a better val AUROC; none: train them all."""
+    """End the run after this many epochs without a better val AUROC; none: train all epochs."""
     keep_checkpoints: PositiveInt = 2
     """How many of the last checkpoints are kept, besides the best."""
     checkpoint_every_steps: PositiveInt | None = None
@@ -210,8 +210,8 @@ class TuneConfig(Section):
     """ASHA compares the trials after 1, 3, 9, … epochs, and stops those that are not in the best
     third of what was there so far."""
     objective: Literal["auroc", "sensitivity", "log_loss"] = "auroc"
-    """What is best on val: the highest AUROC, the highest sensitivity at `specificity`, or the
-    lowest log loss after Platt's calibration (without it, pos_weight distorts the loss)."""
+    """What is optimised on val: AUROC, sensitivity at `specificity`, or log loss after Platt
+    scaling (without it, pos_weight distorts the loss)."""
     specificity: Annotated[float, Field(gt=0, lt=1)] = 0.90
     """Specificity at which objective 'sensitivity' is taken."""
     confirm: Annotated[int, Field(ge=0)] = 0
@@ -249,7 +249,7 @@ class TuneConfig(Section):
 
     @property
     def smoothing_epochs(self) -> int:
-        """A trial is judged by the mean over its last so many epochs, not by its luckiest one."""
+        """A trial's objective is the mean over this many last epochs, not its luckiest epoch."""
         return 2 if self.epochs > 3 else 1
 
     @property
@@ -278,7 +278,7 @@ class EvaluateConfig(Section):
     errors of each kind, twice as many."""
     min_patients: PositiveInt = 10
     """Fewest patients of a class for a threshold or a calibration to be chosen on val, and for a
-    subgroup to be judged."""
+    subgroup to be evaluated."""
     ensemble: Literal["best"] | PositiveInt = "best"
     """Checkpoints of each run whose logits are averaged: the best alone, or the last this many."""
     tta: Annotated[int, Field(ge=2, le=64)] | None = None
@@ -290,27 +290,27 @@ class EvaluateConfig(Section):
 
 
 class ClusterConfig(Section):
-    """What the job takes of the Ray cluster."""
+    """Resources of the Ray cluster that the job uses."""
 
     num_workers: PositiveInt = 1
     """Workers that train or score; each is one DDP rank."""
     min_workers: PositiveInt | None = None
-    """Training starts, and goes on after a loss, with this many, and grows back to `num_workers`;
-    none: always `num_workers`."""
+    """Training starts, and continues after a loss, with at least this many, and grows back to
+    `num_workers`; none: always `num_workers`."""
     use_gpu: bool | Literal["auto"] = "auto"
     """One GPU a worker; auto: when the cluster has any."""
     cpus_per_worker: PositiveInt = 1
     """CPUs that a worker reserves; also its thread count."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
-    """Worker failures that a run survives by going on from its last checkpoint, a trial of a search
-    likewise, and a task of an evaluation or a prediction by being done again; -1: any number."""
+    """Worker failures that are recovered from: a run or a trial of a search resumes from its last
+    checkpoint, a task of an evaluation or a prediction is repeated; -1: any number."""
     start_timeout_s: PositiveFloat = 120.0
-    """How long to wait for the workers' resources before giving up; a run that has begun waits as
-    long as it takes."""
+    """How long to wait for the workers' resources before giving up; a run that has started waits
+    without a limit."""
 
     @property
     def fewest_workers(self) -> int:
-        """Workers that training cannot do without."""
+        """Minimum number of workers for training."""
         return self.num_workers if self.min_workers is None else self.min_workers
 
     @model_validator(mode="after")
@@ -323,11 +323,11 @@ class ClusterConfig(Section):
 
 
 class TrackingConfig(Section):
-    """What goes to Weights & Biases."""
+    """What is sent to Weights & Biases."""
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """online: sent while the job runs; offline: left to `python -m jobs.track`; disabled: not
-    spoken of; auto: online with a key (WANDB_API_KEY or a login), offline without."""
+    """online: sent while the job runs; offline: sent later, by `python -m jobs.track`; disabled:
+    not mentioned; auto: online with a key (WANDB_API_KEY or a login), offline without."""
     project: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$")] = "pneumo"
     """The W&B project."""
     entity: str | None = None

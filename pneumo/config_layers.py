@@ -37,8 +37,8 @@ _REMOVED = {
     "data.cache_gb": "data.cache keeps a split in memory",
     "data.prefetch_blocks": "a stream reads 16 blocks ahead",
     "data.readers": "4 threads of a worker read and decode",
-    "augment.erase_fraction": "nothing is erased",
-    "augment.flip": "nothing is mirrored",
+    "augment.erase_fraction": "no part of an image is erased",
+    "augment.flip": "images are not flipped",
     "augment.brightness_fraction": "use augment.gray_fraction",
     "augment.contrast_fraction": "use augment.gray_fraction",
     "augment.gamma_fraction": "use augment.gray_fraction",
@@ -55,7 +55,7 @@ _REMOVED = {
     "evaluate.batch_size_per_worker": "it follows from the image size",
     "evaluate.calibration_bins": "there are 10",
     "predict.batch_size_per_worker": "it follows from the image size",
-    "predict.overlays": "say --no-overlays",
+    "predict.overlays": "use --no-overlays",
     "tracking.image_pixels": "pictures are at most 192 pixels high",
 }
 """Settings of earlier versions, and what holds in their place."""
@@ -127,15 +127,15 @@ def check_space(config: Config) -> list[dict[str, Any]]:
             raise ConfigError(f"tune.space: {key} cannot be searched: {reason}")
         if key.split(".")[0] not in _SEARCHED and key != "data.image_size":
             raise ConfigError(
-                f"tune.space: {key} has no effect on how a model learns; searched are "
-                f"data.image_size and what is in {', '.join(_SEARCHED)}"
+                f"tune.space: {key} has no effect on the trained model; a search varies "
+                f"data.image_size and the settings in {', '.join(_SEARCHED)}"
             )
         for value in map(str, domain.values if key == "model.weights" else ()):
             whole = value.startswith("/") or "://" in value
             if value not in WEIGHTS_WITHOUT_FILE and not whole:
                 raise ConfigError(
-                    f"tune.space: model.weights: {value!r} must be a whole path or a URL; trials "
-                    "run in folders of their own"
+                    f"tune.space: model.weights: {value!r} must be an absolute path or a URL; "
+                    "each trial has its own working folder"
                 )
     settings = sample(config.tune.space)
     for setting in settings:
@@ -145,12 +145,12 @@ def check_space(config: Config) -> list[dict[str, Any]]:
 
 _SEARCHED = ("augment", "model", "train")
 _NOT_SEARCHED = {
-    "seed": "the luckiest would win; tune.confirm trains the best with new ones",
-    "train.epochs": "a trial has tune.epochs",
-    "train.patience": "a trial has tune.epochs, and tune.early_stopping is what ends it before",
-    "train.keep_checkpoints": "it changes no model",
-    "train.checkpoint_every_steps": "it changes no model",
-    "train.compile": "it changes no model",
+    "seed": "the luckiest seed would be chosen; tune.confirm trains the best with new seeds",
+    "train.epochs": "a trial is trained for tune.epochs",
+    "train.patience": "trials are stopped early by tune.early_stopping",
+    "train.keep_checkpoints": "it does not change the model",
+    "train.checkpoint_every_steps": "it does not change the model",
+    "train.compile": "it does not change the model",
 }
 
 
@@ -196,7 +196,7 @@ def read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
         return source()
     except SettingsError as error:
         raise ConfigError(
-            f"the environment: {error}; set one key a variable: {ENVIRONMENT_PREFIX}SECTION__KEY"
+            f"the environment: {error}; set one variable per key: {ENVIRONMENT_PREFIX}SECTION__KEY"
         ) from error
 
 
@@ -236,7 +236,9 @@ def _explain(model: type[BaseModel], error: ValidationError, layers: Sequence[La
         elif item["type"] == "missing":
             allowed[f"--{key.replace('_', '-')} is required"] = []
         else:
-            text = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+            text = item["msg"]
+            for prefix in ("Value error, ", "Input should be ", "String should have "):
+                text = text.removeprefix(prefix)
             head = f"{key}:{f' {path[2]}:' if key == 'tune.space' and len(path) > 2 else ''} "
             if item["type"] != "value_error":
                 head += f"got {item['input']!r} from {layer}, expected "

@@ -16,7 +16,7 @@ ever stands in it.
 
 from typing import ClassVar, Literal
 
-INTERRUPTED = "interrupted; the same command goes on from what is finished"
+INTERRUPTED = "interrupted; repeat the command to resume from what is finished"
 """The last line of a job that was told to stop and did."""
 
 

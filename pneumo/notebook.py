@@ -21,7 +21,7 @@ from pneumo.dataset.shards import shard_samples
 from pneumo.dataset.study_table import StudyRow, read_studies
 from pneumo.loading.loader import read_images
 from pneumo.network.gradcam import Maps, gradcam
-from pneumo.network.scoring import Member, prepare_input, score_pictures
+from pneumo.network.scoring import Member, prepare_input, score_images
 from pneumo.training.checkpoints import load_member, read_index
 
 Picture = npt.NDArray[np.uint8]
@@ -79,7 +79,7 @@ def prepare_store(source: str | Path, url: str | Path, config: Config | None = N
             samples_per_shard=shard_samples(size),
         )
         shards = [
-            prepare_shard(plan, store_url, size, digest, found.file_key, chosen.seen)
+            prepare_shard(plan, store_url, size, digest, found.file_key, chosen.known_studies)
             for plan in plans
         ]
         finish_store(store_url, found, shards, audit, config, phantoms=chosen.phantoms)
@@ -95,7 +95,7 @@ class Model:
     def logits(self, pictures: Sequence[Picture]) -> npt.NDArray[np.float32]:
         """The logit (N,) of each picture (S, S) uint8; above 0 is a probability above 1/2."""
         parts = [pictures[start : start + 64] for start in range(0, len(pictures), 64)]
-        return np.concatenate([score_pictures([self.member], part) for part in parts])
+        return np.concatenate([score_images([self.member], part) for part in parts])
 
     def maps(self, pictures: Sequence[Picture]) -> Maps:
         """Grad-CAM (N, H, W) in [0, 1]: where the network saw what raised its logit."""

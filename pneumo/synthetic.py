@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     studies = draw_population(options.studies, options.seed)
     print(
-        f"phantoms: {'written' if written else 'already whole'}: {len(studies)} studies of "
+        f"phantoms: {'written' if written else 'already complete'}: {len(studies)} studies of "
         f"{len({study.patient for study in studies})} patients, "
         f"{sum(study.positive for study in studies)} positive, in {options.out}"
     )

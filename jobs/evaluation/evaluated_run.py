@@ -1,9 +1,11 @@
-"""What is evaluated: checkpoints of a run, and of others, on the store of their training."""
+"""The run that is evaluated: its checkpoints, those of other runs of an ensemble, and the store."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from jobs.evaluation.ray_scoring import Scored, Scoring, Weights
+from jobs.evaluation.ray_scoring import RunCheckpoint, ScoredStore, Scoring
 from jobs.terminal.entry_point import tell
 from pneumo import storage
 from pneumo.command_line import EvaluateArguments
@@ -25,31 +27,31 @@ from pneumo.training.checkpoints import (
 METRICS = "metrics.json"
 PREDICTIONS = "predictions.parquet"
 EVALUATIONS = "evaluations.jsonl"
-"""Who chooses by test's numbers after many looks at them makes them too good."""
+"""Shows how often test was evaluated: choosing models by test's numbers makes them too good."""
 EVALUATED_SPLITS = ("val", "test")
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
-    """Checkpoints and the store."""
+class EvaluatedRun:
+    """The checkpoints to score, and the store of their training."""
 
     run_url: str
     store_url: str
     manifest: Manifest
     checkpoint: Checkpoint
-    """The first of those that are scored: its maps are shown."""
-    scored: Scored
+    """The first of those that are scored; Grad-CAM maps are made with it."""
+    scored: ScoredStore
     history: Sequence[Mapping[str, float | None]]
-    """Metrics of all epochs of the run, those after the checkpoint's included."""
+    """Metrics of all epochs of the run, also of those after the checkpoint's."""
     differ_in: Sequence[str] = ()
-    """Settings of the training that are not the same in all runs that are scored."""
+    """Training settings that differ between the scored runs."""
     earlier: str = ""
     """A line of EVALUATIONS for each time that the run was evaluated before."""
 
     @property
     def name(self) -> str:
-        """The run's."""
-        return name_run(self.run_url)
+        """The run's name."""
+        return storage.last_part(self.run_url)
 
     @property
     def num_earlier(self) -> int:
@@ -59,37 +61,32 @@ class Subject:
     @property
     def digests(self) -> list[str]:
         """SHA-256 of each checkpoint."""
-        return [weights.entry.sha256 for weights in self.scored.scoring.weights]
+        return [checkpoint.entry.sha256 for checkpoint in self.scored.scoring.checkpoints]
 
 
-def name_run(run_url: str) -> str:
-    """The last part of its URL."""
-    return storage.normalise(run_url).rsplit("/", 1)[-1]
+def find_evaluated_run(arguments: EvaluateArguments, config: EvaluateConfig) -> EvaluatedRun:
+    """The checkpoints to score, checked against the store.
 
-
-def find_subject(arguments: EvaluateArguments, config: EvaluateConfig) -> Subject:
-    """The checkpoints that are to be scored, checked against the store.
-
-    Raises RunError when a run is not trained, StoreError when the store is not the one that it was
-    trained on.
+    Raises RunError when a run is not trained, StoreError when it was trained on another store.
     """
     store_url, run_url = storage.normalise(arguments.store), storage.normalise(arguments.run)
     manifest = read_manifest(store_url)
     run_urls = [run_url, *(storage.normalise(url) for url in arguments.members)]
     if len(set(run_urls)) < len(run_urls):
-        raise RunError("--members: a run is named twice; each counts once")
-    weights = tuple(found for url in run_urls for found in find_weights(url, config.ensemble))
-    first = _load_trained_on(weights[0], store_url, manifest)
+        raise RunError("--members: a run is given twice; give each once")
+    found = tuple(one for url in run_urls for one in find_checkpoints(url, config.ensemble))
+    first = _load_trained_on(found[0], store_url, manifest)
     configs = [first.config]
-    configs += [_load_trained_on(other, store_url, manifest).config for other in weights[1:]]
-    scored = Scored(Scoring(weights, views=config.tta or 1), store_url)
+    configs += [_load_trained_on(other, store_url, manifest).config for other in found[1:]]
+    scored = ScoredStore(Scoring(found, views=config.tta or 1), store_url)
     history = _read_history(run_url, first)
-    differ_in, earlier = find_differences(configs), _read_earlier(run_url)
-    return Subject(run_url, store_url, manifest, first, scored, history, differ_in, earlier)
+    differ_in = find_differences(configs)
+    earlier = storage.find_text(storage.join(run_url, EVALUATIONS)) or ""
+    return EvaluatedRun(run_url, store_url, manifest, first, scored, history, differ_in, earlier)
 
 
 def find_differences(configs: Sequence[Config]) -> list[str]:
-    """Settings of the training, such as `train.lr`, that are not the same in all."""
+    """Training settings, such as `train.lr`, that are not the same in all."""
     trees = [config.model_dump(mode="json", include=set(TRAINING_SECTIONS)) for config in configs]
     found = []
     for section, first in trees[0].items():
@@ -102,27 +99,28 @@ def find_differences(configs: Sequence[Config]) -> list[str]:
     return found
 
 
-def find_weights(run_url: str, ensemble: int | str) -> tuple[Weights, ...]:
-    """The run's best checkpoint, or its last so many, newest first.
+def find_checkpoints(run_url: str, ensemble: int | str) -> tuple[RunCheckpoint, ...]:
+    """The run's best checkpoint, or its last `ensemble` checkpoints, newest first.
 
-    Raises RunError where there are fewer.
+    Raises RunError where fewer are kept.
     """
     index = read_index(run_url)
     if not index.finished:
-        tell(f"warning: {run_url} is not trained to its end; evaluating what there is so far")
+        tell(f"warning: {run_url}: training has not finished; evaluating its checkpoints so far")
     if isinstance(ensemble, str):
-        return (Weights(run_url, index.best),)
+        return (RunCheckpoint(run_url, index.best),)
     last = _last_in_a_row(index)
     if len(last) < ensemble:
         raise RunError(
             f"{run_url}: of its last checkpoints {len(last)} are kept, not the {ensemble} of "
             "evaluate.ensemble; lower it, or train with a higher train.keep_checkpoints"
         )
-    return tuple(Weights(run_url, entry) for entry in last[:ensemble])
+    return tuple(RunCheckpoint(run_url, entry) for entry in last[:ensemble])
 
 
 def _last_in_a_row(index: CheckpointIndex) -> list[CheckpointEntry]:
-    """The last checkpoints, newest first; the best, kept from long before them, is none of them."""
+    """The checkpoints of the last consecutive epochs, newest first; an older best checkpoint is
+    not among them."""
     found = [index.latest]
     for entry in reversed(index.entries[:-1]):
         if entry.epoch < found[-1].epoch - 1:
@@ -132,34 +130,27 @@ def _last_in_a_row(index: CheckpointIndex) -> list[CheckpointEntry]:
 
 
 def _read_history(run_url: str, checkpoint: Checkpoint) -> Sequence[Mapping[str, float | None]]:
-    """Of all epochs; of those up to the checkpoint where it was copied without its run."""
+    """Of all epochs; only up to the checkpoint's where it was copied without its run."""
     try:
         return read_history(run_url)
     except FileNotFoundError:
         return checkpoint.history
 
 
-def _read_earlier(run_url: str) -> str:
-    try:
-        return storage.read_text(storage.join(run_url, EVALUATIONS))
-    except FileNotFoundError:
-        return ""
-
-
-def _load_trained_on(weights: Weights, store_url: str, manifest: Manifest) -> Checkpoint:
-    checkpoint = load_checkpoint(weights.run_url, weights.entry)
+def _load_trained_on(found: RunCheckpoint, store_url: str, manifest: Manifest) -> Checkpoint:
+    checkpoint = load_checkpoint(found.run_url, found.entry)
     if checkpoint.manifest_digest != manifest.digest:
         raise StoreError(
-            f"{store_url}: is not the store that {weights.run_url} was trained on (manifest "
+            f"{store_url}: is not the store that {found.run_url} was trained on (manifest "
             f"{manifest.digest[:12]}, not {checkpoint.manifest_digest[:12]}); its test studies may "
-            "be in that training set; to judge the run there, give the store of its training as "
+            "be in that training set; to evaluate the run on it, give the store of its training as "
             "--store, and this one as --external"
         )
     return checkpoint
 
 
-def read_other(run_url: str, studies: Mapping[str, StudyRow]) -> Predictions:
-    """What another run said. Raises RunError where it is not evaluated, or on other studies."""
+def read_other_predictions(run_url: str, studies: Mapping[str, StudyRow]) -> Predictions:
+    """Another run's predictions. Raises RunError where it was evaluated on other studies."""
     url = storage.join(storage.normalise(run_url), PREDICTIONS)
     try:
         other = Predictions.from_parquet(storage.read_bytes(url))
@@ -168,8 +159,8 @@ def read_other(run_url: str, studies: Mapping[str, StudyRow]) -> Predictions:
             f"--compare-with {run_url}: its {PREDICTIONS} has no column {error}: an older version "
             "wrote it; evaluate it again with --overwrite"
         ) from error
-    judged = {key for key, row in studies.items() if row.split in EVALUATED_SPLITS}
-    if set(other.key.tolist()) != judged:
+    evaluated = {key for key, row in studies.items() if row.split in EVALUATED_SPLITS}
+    if set(other.key.tolist()) != evaluated:
         raise RunError(
             f"--compare-with {run_url}: was evaluated on another store, or another split of it; "
             "evaluate both runs on one store"
@@ -177,16 +168,35 @@ def read_other(run_url: str, studies: Mapping[str, StudyRow]) -> Predictions:
     return other
 
 
-def find_evaluated(run_urls: Sequence[str], rule: FrozenRule) -> tuple[Weights, ...]:
-    """The checkpoints that were evaluated, as threshold and calibration belong to their logits;
-    of runs that are not evaluated the best.
+def find_metrics(run_url: str) -> dict[str, Any] | None:
+    """The run's metrics.json; None of a run that is not evaluated. Raises RunError for no JSON."""
+    text = storage.find_text(storage.join(run_url, METRICS))
+    return None if text is None else parse_metrics(run_url, text)
 
-    Raises RunError when one is not among the runs, or a run has none of them.
+
+def parse_metrics(run_url: str, text: str) -> dict[str, Any]:
+    """The content `text` of the run's metrics.json. Raises RunError for no JSON."""
+    try:
+        metrics: dict[str, Any] = json.loads(text)
+    except ValueError as error:
+        raise RunError(f"{run_url}/{METRICS}: no JSON; evaluate the run again") from error
+    return metrics
+
+
+def find_evaluated_checkpoints(
+    run_urls: Sequence[str], rule: FrozenRule
+) -> tuple[RunCheckpoint, ...]:
+    """The checkpoints whose logits gave the threshold and the calibration of `rule`; of runs that
+    are not evaluated, the best.
+
+    Raises RunError when a checkpoint belongs to none of the runs, or a run has none of them.
     """
     if rule.checkpoints is None:
-        return tuple(Weights(url, read_index(url).best) for url in run_urls)
+        return tuple(RunCheckpoint(url, read_index(url).best) for url in run_urls)
     there = {
-        entry.sha256: Weights(url, entry) for url in run_urls for entry in read_index(url).entries
+        entry.sha256: RunCheckpoint(url, entry)
+        for url in run_urls
+        for entry in read_index(url).entries
     }
     if missing := sum(digest not in there for digest in rule.checkpoints):
         raise RunError(
@@ -194,10 +204,10 @@ def find_evaluated(run_urls: Sequence[str], rule: FrozenRule) -> tuple[Weights, 
             "evaluated are not there; name the ensemble's other runs with --members, or evaluate "
             "again"
         )
-    weights = tuple(there[digest] for digest in rule.checkpoints)
-    if idle := set(run_urls) - {found.run_url for found in weights}:
+    found = tuple(there[digest] for digest in rule.checkpoints)
+    if idle := set(run_urls) - {one.run_url for one in found}:
         raise RunError(
-            f"--members: {', '.join(sorted(idle))} was no part of what {run_urls[0]} was evaluated "
-            "as; leave it out, or evaluate the ensemble first"
+            f"--members: {', '.join(sorted(idle))} was not evaluated with {run_urls[0]}; "
+            "leave it out, or evaluate the ensemble first"
         )
-    return weights
+    return found

@@ -1,4 +1,4 @@
-"""What W&B is told of a run's verdicts on other sets: the numbers of `external/metrics.json`."""
+"""What W&B gets of an external validation: the numbers of `external/metrics.json`."""
 
 import hashlib
 import json
@@ -6,32 +6,40 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jobs.evaluation.evaluated_run import METRICS
-from jobs.evaluation.external import FOLDER, MATRIX
-from jobs.evaluation.result_files import REPORT
-from pneumo import storage
+from jobs.evaluation.result_files import EXTERNAL_FOLDER, EXTERNAL_MATRIX, REPORT
 from pneumo.config import TrackingConfig
 from pneumo.evaluation.operating_points import DECISION
-from pneumo.reporting.tracking import Artifact, Gallery, Page, Picture, Scalar, Table, TrackedRun
-from pneumo.reporting.tracking.tracked_run import make_name, name_run, read_config
+from pneumo.reporting.tracking.media import (
+    Artifact,
+    Gallery,
+    Page,
+    Picture,
+    Scalar,
+    Table,
+)
+from pneumo.reporting.tracking.tracked_run import (
+    TrackedRun,
+    make_run_id,
+    read_config,
+    read_files,
+    to_wandb_name,
+)
 
 _SIDES = ("internal", "external", "difference")
 
 
 def read_external(run_url: str) -> TrackedRun | None:
-    """The verdicts in the run's folder; None where there are none."""
-    try:
-        texts = [
-            storage.read_bytes(storage.join(run_url, FOLDER, name))
-            for name in (METRICS, MATRIX, REPORT)
-        ]
-    except FileNotFoundError:
+    """The external validation in the run's folder; None where there is none."""
+    names = (METRICS, EXTERNAL_MATRIX, REPORT)
+    contents = read_files(run_url, *(f"{EXTERNAL_FOLDER}/{name}" for name in names))
+    if contents is None:
         return None
-    data, matrix, page = texts
-    metrics, trained, name = json.loads(data), read_config(run_url), name_run(run_url)
+    data, matrix, page = contents
+    metrics, trained, name = json.loads(data), read_config(run_url), make_run_id(run_url)
     tracking = TrackingConfig() if trained is None else trained.tracking
     sets = metrics["sets"]
     summary = {
-        f"eval/external/{make_name(of_set)}/{what}": value
+        f"eval/external/{to_wandb_name(of_set)}/{what}": value
         for of_set, found in sets.items()
         for what, value in _summarise(found)
         if value is not None
@@ -54,7 +62,7 @@ def read_external(run_url: str) -> TrackedRun | None:
 
 
 def _list_estimates(found: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Of one set: estimates of the internal test, of the set, and their difference."""
+    """By name, the estimates of one set: internal, external, and their difference."""
     named = {name: found[name] for name in ("auroc", "brier", "in_the_large", "metadata_auroc")}
     return named | {name: found[name][DECISION] for name in ("sensitivity", "specificity")}
 
@@ -74,7 +82,7 @@ def _summarise(found: Mapping[str, Any]) -> Iterator[tuple[str, Scalar]]:
 
 
 def _tabulate(sets: Mapping[str, Any]) -> Table:
-    """A row a set and estimate."""
+    """A row for each set and estimate."""
     columns = ["set", "estimate", *(f"{s}{e}" for s in _SIDES for e in ("", " low", " high"))]
     rows = [
         [of_set, what, *(both[side][end] for side in _SIDES for end in ("value", "low", "high"))]

@@ -1,46 +1,49 @@
-"""Resamples of an evaluation, spread over the cluster's workers."""
+"""The resamples of an evaluation, computed by the cluster's workers."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import ray
 from threadpoolctl import threadpool_limits
 
 from jobs.ray_cluster.spreading import spread
+from jobs.terminal.progress import Progress
 from pneumo.config import ClusterConfig
-from pneumo.evaluation.bootstrap import Block, Columns, Share, in_turn
+from pneumo.evaluation.bootstrap import Block, Blocks, BlockValues, MapBlocks
 
 _FEW = 20_000
 """Predictions below which it takes longer to send the work than to do it."""
 
 
-def share_resamples(config: ClusterConfig, num_predictions: int) -> Share:
-    """What computes blocks of resamples on as many CPUs as the workers have; of few predictions in
-    this process. The results are the same."""
-    return in_turn if num_predictions < _FEW else Spreading(config)
+def choose_map(config: ClusterConfig, num_predictions: int) -> MapBlocks:
+    """How blocks of resamples are computed: of few predictions in this process, else by the
+    workers. The results are the same."""
+    return map if num_predictions < _FEW else RayMap(config)
 
 
-class Spreading:
-    """A `Share` over Ray's workers, one block a task and a CPU."""
+class RayMap:
+    """A `MapBlocks` on all CPUs of Ray's workers: a task for each block."""
 
     def __init__(self, config: ClusterConfig) -> None:
         self._num_cpus = config.num_workers * config.cpus_per_worker
         self._max_retries = config.max_failures
 
     def __call__(
-        self, function: Callable[[Block], Columns], blocks: Iterable[Block]
-    ) -> Iterator[Columns]:
-        """The function of each block, in their order."""
+        self, function: Callable[[Block], BlockValues], blocks: Blocks
+    ) -> Iterator[BlockValues]:
+        """The function's result for each block, in the order of the blocks."""
         shared = ray.put(function)  # once, not with each of the tasks
         calls = ((shared, number, block) for number, block in enumerate(blocks))
-        found: dict[int, Columns] = {}
+        found: dict[int, BlockValues] = {}
         options = {"num_cpus": 1, "max_retries": self._max_retries}
-        for ended in spread(_compute, calls, lambda: self._num_cpus, **options):
-            found |= dict(ended)
+        with Progress("evaluate: resampling", len(blocks), "blocks") as progress:
+            for ended in spread(_compute, calls, lambda: self._num_cpus, **options):
+                found |= dict(ended)
+                progress.advance_to(len(found))
         return (found[number] for number in sorted(found))
 
 
 def _compute(
-    function: Callable[[Block], Columns], number: int, block: Block
-) -> tuple[int, Columns]:
+    function: Callable[[Block], BlockValues], number: int, block: Block
+) -> tuple[int, BlockValues]:
     with threadpool_limits(1):
         return number, function(block)

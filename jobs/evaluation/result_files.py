@@ -1,4 +1,4 @@
-"""What an evaluation leaves in its run: metrics, predictions, figures, gallery, report."""
+"""The files of an evaluation: metrics, predictions, figures, gallery, report."""
 
 import json
 import sys
@@ -12,10 +12,11 @@ import ray
 import tomli_w
 import torch
 
-from jobs.evaluation.evaluated_run import EVALUATED_SPLITS, PREDICTIONS, Subject
+from jobs.evaluation.evaluated_run import EVALUATED_SPLITS, PREDICTIONS, EvaluatedRun
 from jobs.evaluation.ray_scoring import Scoring
 from jobs.terminal.entry_point import tell
 from pneumo import __version__
+from pneumo.command_line import JOBS
 from pneumo.config import Config
 from pneumo.evaluation.comparison import ComparedRuns
 from pneumo.evaluation.evaluation import Evaluation
@@ -24,17 +25,20 @@ from pneumo.evaluation.member_spread import MemberSpread
 from pneumo.reporting.figures import case_pictures, charts, data_charts
 from pneumo.reporting.figures.case_pictures import Pictures
 from pneumo.reporting.figures.data_charts import shrink_sheet
-from pneumo.reporting.page import MAX_PAGE_BYTES, DataFacts, ModelFacts, Provenance, render_report
 from pneumo.reporting.page.formatting import count
+from pneumo.reporting.page.page import MAX_PAGE_BYTES, render_report
+from pneumo.reporting.page.page_inputs import DataFacts, ModelFacts, Provenance
 from pneumo.training.checkpoints import Checkpoint
 
 REPORT = "report.html"
 DATA_FIGURE = "data_quality.png"
+EXTERNAL_FOLDER, EXTERNAL_MATRIX = "external", "matrix.png"
+"""The folder of an external validation in the run, and its figure there."""
 
 
 @dataclass(frozen=True, eq=False)
 class Results:
-    """All that is known when the results are written."""
+    """All that the result files contain."""
 
     data: DataFacts
     evaluation: Evaluation
@@ -46,7 +50,7 @@ class Results:
     """Each run of an ensemble alone."""
 
     def shrink(self, size: int) -> Self:
-        """The same with no study's picture higher than `size` pixels."""
+        """The same with images of at most `size` pixels in height."""
         sheets = [shrink_sheet(sheet, size) for sheet in self.data.contact]
         return replace(
             self, data=replace(self.data, contact=sheets), pictures=self.pictures.shrink(size)
@@ -56,15 +60,15 @@ class Results:
 # --- metrics.json ---------------------------------------------------------------------------------
 
 
-def compose_metrics(subject: Subject, results: Results, config: Config) -> dict[str, Any]:
+def compose_metrics(run: EvaluatedRun, results: Results, config: Config) -> dict[str, Any]:
     """The content of metrics.json."""
     quality = results.data.quality
     metrics = results.evaluation.to_metrics(
-        run=subject.name,
+        run=run.name,
         dataset={
-            "digest": subject.manifest.digest,
-            "unit": subject.manifest.audit.unit,
-            "image_size": subject.manifest.image_size,
+            "digest": run.manifest.digest,
+            "unit": run.manifest.audit.unit,
+            "image_size": run.manifest.image_size,
             "quarantined": sum(quality.quarantined.values()),
             "duplicates_across_splits": quality.duplicates.across_splits,
             "duplicates_across_patients": quality.duplicates.across_patients,
@@ -72,11 +76,11 @@ def compose_metrics(subject: Subject, results: Results, config: Config) -> dict[
             "phantoms": results.data.phantoms,
         },
         model={
-            "backbone": subject.checkpoint.config.model.backbone,
-            "initialisation": subject.checkpoint.initialisation,
-            "epoch": subject.checkpoint.epoch,
-            "image_size": subject.checkpoint.image_size,
-            "scoring": subject.scored.scoring.to_json(),
+            "backbone": run.checkpoint.config.model.backbone,
+            "initialisation": run.checkpoint.initialisation,
+            "epoch": run.checkpoint.epoch,
+            "image_size": run.checkpoint.image_size,
+            "scoring": run.scored.scoring.to_json(),
         },
     )
     for split in EVALUATED_SPLITS:
@@ -87,7 +91,7 @@ def compose_metrics(subject: Subject, results: Results, config: Config) -> dict[
     metrics["test"] |= describe_errors(results.pictures)
     metrics["evaluation"] = {
         "seed": config.seed,
-        "earlier": subject.num_earlier,
+        "earlier": run.num_earlier,
         **config.evaluate.model_dump(mode="json"),
     }
     if results.compared is not None:
@@ -98,7 +102,7 @@ def compose_metrics(subject: Subject, results: Results, config: Config) -> dict[
 
 
 def describe_errors(pictures: Pictures) -> dict[str, Any]:
-    """What metrics.json says of the errors by finding: null where no study is called anything."""
+    """The errors by finding for metrics.json; null without a threshold."""
     if pictures.reason is not None:
         return {"errors_by_finding": None, "errors_by_finding_reason": pictures.reason}
     return {"errors_by_finding": {found.finding: found.to_json() for found in pictures.by_finding}}
@@ -107,15 +111,15 @@ def describe_errors(pictures: Pictures) -> dict[str, Any]:
 # --- files ----------------------------------------------------------------------------------------
 
 
-def write_files(folder: Path, subject: Subject, results: Results, config: Config) -> None:
-    """Predictions, figures, gallery and report below `folder`."""
+def write_files(folder: Path, run: EvaluatedRun, results: Results, config: Config) -> None:
+    """Write predictions, figures, gallery and report to `folder`."""
     evaluation, pictures = results.evaluation, results.pictures
-    table = evaluation.predictions.to_parquet(subject.scored.scoring.to_json())
+    table = evaluation.predictions.to_parquet(run.scored.scoring.to_json())
     (folder / PREDICTIONS).write_bytes(table)
     n = evaluation.test.n
     first_of_each = [cases[0] for cases in pictures.gallery.values() if cases]
     drawn = {
-        "metrics.png": charts.draw_metrics(evaluation, subject.history, subject.checkpoint.epoch),
+        "metrics.png": charts.draw_metrics(evaluation, run.history, run.checkpoint.epoch),
         "roc.svg": charts.draw_roc(evaluation),
         "precision_recall.svg": charts.draw_precision_recall(evaluation),
         "reliability.svg": charts.draw_reliability(evaluation),
@@ -141,20 +145,20 @@ def write_files(folder: Path, subject: Subject, results: Results, config: Config
         for number, shown in enumerate(cases):
             path = folder / "gallery" / f"{outcome}-{number:02d}.webp"
             path.write_bytes(case_pictures.draw_case(shown))
-    report = render(subject, results, config).encode()
+    report = render(run, results, config).encode()
     if len(report) > MAX_PAGE_BYTES:
         tell(f"warning: {REPORT} has {len(report) / 1e6:.1f} MB; lower evaluate.pictures")
     (folder / REPORT).write_bytes(report)
 
 
-def render(subject: Subject, results: Results, config: Config) -> str:
+def render(run: EvaluatedRun, results: Results, config: Config) -> str:
     """report.html."""
     return render_report(
         results.evaluation,
         data=results.data,
-        model=describe_model(subject.checkpoint, subject.scored.scoring, config.evaluate.ensemble),
-        provenance=describe_provenance(subject, config),
-        history=subject.history,
+        model=describe_model(run.checkpoint, run.scored.scoring, config.evaluate.ensemble),
+        provenance=describe_provenance(run, config),
+        history=run.history,
         pictures=results.pictures,
         saliency=results.saliency.get("test"),
         compared=results.compared,
@@ -184,25 +188,25 @@ def describe_model(checkpoint: Checkpoint, scoring: Scoring, ensemble: int | str
 
 
 def describe_selection(scoring: Scoring, ensemble: int | str) -> str:
-    """Which checkpoints were taken, and how a study's score is made of them; `ensemble` is
+    """Which checkpoints are scored, and how their logits are combined; `ensemble` is
     evaluate.ensemble."""
-    number = len(scoring.weights)
+    number = len(scoring.checkpoints)
     if ensemble == "best":
         words = "The checkpoint of the highest AUROC on val."
     else:
         words = "The last checkpoint."
     if number > 1:
-        words = f"The mean logit of {number} checkpoints: {scoring.checkpoint}."
+        words = f"The mean logit of {number} checkpoints: {scoring.checkpoint_name}."
     if scoring.views > 1:
         words += f" Each image is scored in {scoring.views} views, whose logits are averaged."
     return words
 
 
-def describe_command(subject: Subject, config: Config) -> str:
-    """The evaluation's, with every setting that is not the default."""
+def describe_command(run: EvaluatedRun, config: Config) -> str:
+    """The evaluation's command line, with all settings that are not the default."""
     usual = Config()
     flags = [] if config.seed == usual.seed else [f"--seed {config.seed}"]
-    runs = {weights.run_url for weights in subject.scored.scoring.weights}
+    runs = {checkpoint.run_url for checkpoint in run.scored.scoring.checkpoints}
     if len(runs) > 1:
         flags.append(f"--members {','.join(f'RUN{n}' for n in range(2, len(runs) + 1))}")
     for name, value in config.evaluate.model_dump(mode="json").items():
@@ -212,9 +216,10 @@ def describe_command(subject: Subject, config: Config) -> str:
 
 
 def write_recipe(config: Config) -> str:
-    """The configuration as TOML, which has no null: every setting that may be none is so by
-    default, and left out."""
-    tree = config.without_paths()
+    """The settings of training and evaluation as TOML. TOML has no null, so settings that are None
+    are left out: None is their default."""
+    used = {*JOBS["train"].sections, *JOBS["evaluate"].sections}
+    tree = {name: part for name, part in config.without_paths().items() if name in used}
     sections = {
         name: {key: value for key, value in part.items() if value is not None}
         if isinstance(part, Mapping)
@@ -224,26 +229,26 @@ def write_recipe(config: Config) -> str:
     return tomli_w.dumps(sections)
 
 
-def describe_provenance(subject: Subject, config: Config) -> Provenance:
-    """What it takes to do it again."""
-    trained = subject.checkpoint.config.model_copy(update={"evaluate": config.evaluate})
+def describe_provenance(run: EvaluatedRun, config: Config) -> Provenance:
+    """What is needed to reproduce the evaluation."""
+    trained = run.checkpoint.config.model_copy(update={"evaluate": config.evaluate})
     return Provenance(
-        run=subject.name,
+        run=run.name,
         created=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         seed=trained.seed,
         recipe=write_recipe(trained),
         command="python -m jobs.train --store STORE --run RUN --recipe RECIPE; "
-        + describe_command(subject, config),
+        + describe_command(run, config),
         citation=(
-            f"pneumo {__version__}, run {subject.name}, checkpoint SHA-256 "
-            f"{subject.digests[0][:16]}, data set SHA-256 {subject.manifest.digest[:16]}"
+            f"pneumo {__version__}, run {run.name}, checkpoint SHA-256 "
+            f"{run.digests[0][:16]}, data set SHA-256 {run.manifest.digest[:16]}"
         ),
         facts={
-            "test evaluated before": f"{count(subject.num_earlier, 'time')} in this run",
+            "test evaluated before": f"{count(run.num_earlier, 'time')} in this run",
             "seed of the evaluation": str(config.seed),
-            "code": subject.checkpoint.code_version,
-            "manifest": subject.manifest.digest,
-            "checkpoint": " ".join(subject.digests),
+            "code": run.checkpoint.code_version,
+            "manifest": run.manifest.digest,
+            "checkpoint": " ".join(run.digests),
             "python": sys.version.split()[0],
             "torch": torch.__version__,
             "ray": ray.__version__,

@@ -1,4 +1,4 @@
-"""Which studies of test an evaluation shows, and where the network looks in all positives."""
+"""The studies of test that an evaluation shows, and the saliency maps of all positives."""
 
 import math
 from collections.abc import Mapping
@@ -7,10 +7,18 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from jobs.evaluation.ray_scoring import Explained, Scored, boxes_of, explain_studies, score_boxes
+from jobs.evaluation.evaluated_run import EVALUATED_SPLITS, EvaluatedRun
+from jobs.evaluation.ray_scoring import (
+    ExplainedStudy,
+    ScoredStore,
+    explain_studies,
+    list_boxes,
+    score_maps,
+)
 from pneumo.config import Config
 from pneumo.dataset.quality import AGE_BIN_YEARS
 from pneumo.dataset.study_table import StudyRow
+from pneumo.evaluation.evaluation import Evaluation
 from pneumo.evaluation.map_scores import (
     SaliencySummary,
     prior_map,
@@ -27,17 +35,17 @@ from pneumo.evaluation.shown_studies import (
     choose_errors,
     choose_gallery,
     count_errors,
-    draw_sample,
+    sample_studies,
 )
 from pneumo.images.boxes import Box
 from pneumo.reporting.figures.case_pictures import Case, Pictures
 
-MAX_TOLD_AGE = 89
-"""Years. Who is older is told of as one group: 45 CFR 164.514(b)(2)(i)(C)."""
+MAX_EXACT_AGE = 89
+"""Years. Older patients are one group, 90 and over: 45 CFR 164.514(b)(2)(i)(C)."""
 
 
 def choose_pictures(
-    scored: Scored,
+    scored: ScoredStore,
     predictions: Predictions,
     studies: Mapping[str, StudyRow],
     decision: Decision,
@@ -45,8 +53,8 @@ def choose_pictures(
 ) -> Pictures:
     """The grid, the gallery of each outcome, and the errors, of test.
 
-    None without a threshold: a study has no outcome then. `decision` has none either where a score
-    is no number, as to show the others alone would flatter the model.
+    There are none without a threshold, as studies then have no outcome, nor where a score is NaN or
+    infinite, as showing only the other studies would flatter the model.
     """
     if decision.logit is None:
         return Pictures.none(str(decision.reason))
@@ -54,10 +62,10 @@ def choose_pictures(
     chosen = choose_rows(test, decision.logit, config)
     shown = explain_studies(scored, "test", test.key[chosen.union].tolist(), config)
 
-    def case(row: int, why: Why | None = None, drawn_of: int | None = None) -> Case:
+    def case(row: int, why: Why | None = None, stratum_size: int | None = None) -> Case:
         key = str(test.key[row])
         made = make_case(studies[key], shown[key], test.take(np.array([row])), decision)
-        return replace(made, why=why, drawn_of=drawn_of)
+        return replace(made, why=why, stratum_size=stratum_size)
 
     return Pictures(
         grid=[replace(case(row), boxes=(), cam=None) for row in chosen.grid],
@@ -74,13 +82,13 @@ def choose_pictures(
             resamples=settings.bootstrap_resamples,
             seed=config.seed,
         ),
-        sample=[case(draw.row, "drawn", draw.drawn_of) for draw in chosen.sample],
+        sample=[case(draw.row, "random", draw.stratum_size) for draw in chosen.sample],
     )
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """Which rows of test are shown, and where."""
+class ShownRows:
+    """The rows of test that are shown, by place."""
 
     grid: list[int]
     gallery: Mapping[Outcome, list[GalleryChoice]]
@@ -89,7 +97,7 @@ class Chosen:
 
     @property
     def union(self) -> list[int]:
-        """Each of them once."""
+        """All rows, each once."""
         rows = [*self.grid, *(draw.row for draw in self.sample)]
         rows += [choice.row for choices in self.gallery.values() for choice in choices]
         rows += [row for some in self.errors.values() for row in some]
@@ -102,18 +110,18 @@ TABLE_PICTURES = 4
 """Random studies of each outcome and view in W&B's table of predictions."""
 
 
-def choose_rows(test: Predictions, threshold: float, config: Config) -> Chosen:
-    """Some drawn by the seed, some of each outcome, the most certain errors, and some of each
-    outcome and view."""
+def choose_rows(test: Predictions, threshold: float, config: Config) -> ShownRows:
+    """A random grid, a gallery of each outcome, the most certain errors, and a random sample of
+    each outcome and view."""
     pictures, seed = config.evaluate.pictures, config.seed
     called = (test.target, test.logit, threshold)
     grid = np.random.default_rng(seed).permutation(len(test))[:GRID_PICTURES]
     errors = choose_errors(*called, count=2 * pictures)
-    return Chosen(
+    return ShownRows(
         grid=grid.tolist(),
         gallery=choose_gallery(*called, per_outcome=pictures, seed=seed),
         errors={outcome: rows.tolist() for outcome, rows in errors.items()},
-        sample=draw_sample(
+        sample=sample_studies(
             test.target,
             test.logit,
             test.view,
@@ -124,8 +132,10 @@ def choose_rows(test: Predictions, threshold: float, config: Config) -> Chosen:
     )
 
 
-def make_case(study: StudyRow, explained: Explained, row: Predictions, decision: Decision) -> Case:
-    """A study with its boxes, and its map where that is a number throughout; `row` is its own."""
+def make_case(
+    study: StudyRow, explained: ExplainedStudy, row: Predictions, decision: Decision
+) -> Case:
+    """A study with its boxes, and its map where all values are finite. `row` is its prediction."""
     calibrated = float(row.calibrated_probability[0])
     is_calibrated = decision.calibrated is not None and not math.isnan(calibrated)
     probability = calibrated if is_calibrated else float(row.probability[0])
@@ -146,47 +156,43 @@ def make_case(study: StudyRow, explained: Explained, row: Predictions, decision:
 
 
 def describe_age(age: float | None) -> str:
-    """`60-69`, `90+`, or '' where unknown: a picture needs no exact age beside it."""
+    """`60-69`, `90+`, or '' where unknown: an image is not shown with the exact age."""
     if age is None or math.isnan(age):
         return ""
-    if age > MAX_TOLD_AGE:
-        return f"{MAX_TOLD_AGE + 1}+"
+    if age > MAX_EXACT_AGE:
+        return f"{MAX_EXACT_AGE + 1}+"
     low = int(age) // AGE_BIN_YEARS * AGE_BIN_YEARS
     return f"{low}-{low + AGE_BIN_YEARS - 1}"
 
 
 def score_saliency(
-    scored: Scored,
-    predictions: Predictions,
-    studies: Mapping[str, StudyRow],
-    decisions: Mapping[str, Decision],
-    config: Config,
-    *,
-    stored_size: int,
-    image_size: int,
+    run: EvaluatedRun, evaluation: Evaluation, studies: Mapping[str, StudyRow], config: Config
 ) -> dict[str, SaliencySummary]:
-    """By split, val and test, the network's maps against the boxes of every positive.
+    """By split (val, test), the network's maps against the boxes of every positive; empty with
+    evaluate.saliency off.
 
-    `decisions` are by split. `image_size` is of the input of the first checkpoint, whose maps they
-    are. The prior map is of train.
+    The maps are those of the first checkpoint; the prior map comes from train.
     """
+    if not config.evaluate.saliency:
+        return {}
+    stored_size, image_size = run.manifest.image_size, run.checkpoint.image_size
 
     def in_input(split: str) -> dict[str, tuple[Box, ...]]:
         return {
             key: scale_boxes(boxes, stored_size=stored_size, image_size=image_size)
-            for key, boxes in boxes_of(studies, split).items()
+            for key, boxes in list_boxes(studies, split).items()
         }
 
-    of_train = list(in_input("train").values())
+    of_train, predictions = list(in_input("train").values()), evaluation.predictions
     prior = prior_map(of_train, image_size)
-    found = score_boxes(scored, {s: in_input(s) for s in ("val", "test")}, prior, config)
+    found = score_maps(run.scored, {s: in_input(s) for s in EVALUATED_SPLITS}, prior, config)
     return {
         split: summarise_saliency(
             scores,
             patient=np.array([studies[key].patient for key in scores.keys.tolist()], dtype=np.str_),
-            is_called=call_studies(predictions, scores.keys, decisions[split]),
+            is_called=call_studies(predictions, scores.keys, evaluation.decide(split)),
             positives=int(predictions.subset(split).target.sum()),
-            checkpoint=scored.scoring.weights[0].name,
+            checkpoint=run.scored.scoring.checkpoints[0].name,
             prior_studies=len(of_train),
             resamples=config.evaluate.bootstrap_resamples,
             seed=config.seed,
@@ -198,7 +204,7 @@ def score_saliency(
 def call_studies(
     predictions: Predictions, keys: npt.NDArray[np.str_], decision: Decision
 ) -> npt.NDArray[np.bool_] | str:
-    """Whether each study is called positive (N,), or why none is called anything."""
+    """Whether each study is called positive (N,), or why there is no threshold."""
     if decision.logit is None:
         return str(decision.reason)
     order = np.argsort(predictions.key)

@@ -1,7 +1,7 @@
-"""What W&B is told of an evaluation.
+"""What W&B gets of an evaluation.
 
-Its numbers are those of metrics.json. Its pictures are coarser than the run's own, so the
-evaluation leaves W&B's beside them, in `<run>/tracking/`.
+The numbers are those of metrics.json. The pictures are smaller than the run's own, so the
+evaluation writes them for W&B, to `<run>/tracking/`.
 """
 
 import hashlib
@@ -11,48 +11,50 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from PIL import Image
 
-from jobs.evaluation.evaluated_run import METRICS, PREDICTIONS, Subject
+from jobs.evaluation.evaluated_run import METRICS, PREDICTIONS, EvaluatedRun
 from jobs.evaluation.result_files import DATA_FIGURE, REPORT, Results, render
-from jobs.evaluation.shown_studies import MAX_TOLD_AGE
-from pneumo import storage
+from jobs.evaluation.shown_studies import MAX_EXACT_AGE
+from jobs.evaluation.wandb_pictures import list_pictures, read_pictures
 from pneumo.config import Config, TrackingConfig
+from pneumo.dataset.study_table import encode_parquet
+from pneumo.evaluation.comparison import COMPARED
 from pneumo.evaluation.operating_points import DECISION, SCREENING
-from pneumo.reporting.figures import case_pictures, data_charts, style
-from pneumo.reporting.figures.case_pictures import Case, shrink
-from pneumo.reporting.tracking import (
+from pneumo.reporting.tracking.artifacts import (
+    describe_checkpoint,
+    describe_dataset,
+    record_checkpoint,
+)
+from pneumo.reporting.tracking.media import (
     Artifact,
     ConfusionChart,
     Gallery,
     LineChart,
     Media,
-    Overlay,
     Page,
     Picture,
     Scalar,
     Table,
-    TrackedRun,
-    name_run,
 )
-from pneumo.reporting.tracking.artifacts import describe_dataset, describe_weights, record_weights
 from pneumo.reporting.tracking.tracked_run import (
     FOLDER,
+    TrackedRun,
     describe_store,
+    drop_none,
+    make_run_id,
     read_config,
     read_dataset,
+    read_files,
 )
 
 LARGEST_PIXELS = 192
-"""No picture of a study is higher in W&B."""
-CAM_LEVELS: Mapping[int, str] = {1: "map ≥ 25 %", 2: "map ≥ 50 %", 3: "map ≥ 75 %"}
-"""Classes of the mask: fractions of the map's own maximum."""
-STUDIES = "eval/predictions"
+"""Height of a study's picture in W&B, at most."""
 _RECORD, _PICTURES = "evaluation.json", "pictures.parquet"
+_FILES = (METRICS, f"{FOLDER}/{_RECORD}", f"{FOLDER}/{_PICTURES}", f"{FOLDER}/{REPORT}",
+          PREDICTIONS, f"figures/{DATA_FIGURE}")  # fmt: skip
+"""What W&B gets, below the run."""
 _DATA_FAULTS = (
     "quarantined", "duplicates_across_splits", "duplicates_across_patients", "warning", "phantoms",
 )  # fmt: skip
@@ -65,33 +67,18 @@ _CALIBRATION = {
     "calibration_intercept": "intercept",
     "predicted_minus_observed": "in_the_large",
 }
-_COLUMNS = ("outcome", "label", "probability", "threshold", "finding", "view", "age band", "boxes",
-            "drawn of")  # fmt: skip
-
-_SCHEMA = pa.schema(
-    {
-        "key": pa.string(),  # under which W&B shows it
-        "caption": pa.string(),
-        "picture": pa.binary(),
-        "boxes": pa.list_(pa.list_(pa.float64())),
-        "map": pa.binary(),
-        "cells": pa.string(),  # of the table of studies, the other cells as JSON
-    }
-)
-
-# --- left in the folder ---------------------------------------------------------------------------
 
 
-def write_tracking(folder: Path, subject: Subject, results: Results, config: Config) -> None:
-    """Leave in `folder` what W&B gets besides the run's own files: no study's picture in it is
+def write_tracking(folder: Path, run: EvaluatedRun, results: Results, config: Config) -> None:
+    """Write to `folder` what W&B gets besides the run's own files; no study's picture in it is
     higher than LARGEST_PIXELS."""
     folder.mkdir(exist_ok=True)
-    coarse, quality = results.shrink(LARGEST_PIXELS), results.data.quality
+    small, quality = results.shrink(LARGEST_PIXELS), results.data.quality
     record = {
         "tracking": config.tracking.model_dump(mode="json"),
         "models": [
-            record_weights(weights.run_url, weights.entry, subject.manifest.digest)
-            for weights in subject.scored.scoring.weights
+            record_checkpoint(checkpoint.run_url, checkpoint.entry, run.manifest.digest)
+            for checkpoint in run.scored.scoring.checkpoints
         ],
         "counts": {
             "columns": ["property", "value", *(f"studies of {name}" for name in quality.splits)],
@@ -99,93 +86,26 @@ def write_tracking(folder: Path, subject: Subject, results: Results, config: Con
         },
     }
     (folder / _RECORD).write_text(json.dumps(record, indent=1))
-    (folder / REPORT).write_text(render(subject, coarse, config))
-    pq.write_table(_list_pictures(coarse), folder / _PICTURES)
-
-
-def _list_pictures(results: Results) -> pa.Table:
-    """A row of _SCHEMA a picture."""
-    pictures, n = results.pictures, results.evaluation.test.n
-    rows = [
-        _describe("data/contact", Picture(data_charts.draw_contact_sheet(sheet), sheet.caption))
-        for sheet in results.data.contact
-    ]
-    if pictures.grid:
-        title = f"Predictions: {len(pictures.grid)} of {n} test studies"
-        grid = case_pictures.draw_prediction_grid(pictures.grid, title=title)
-        rows.append(_describe("eval/prediction_grid", Picture(grid, title)))
-    for kind, groups in (("gallery", pictures.gallery), ("errors", pictures.errors)):
-        for outcome, cases in groups.items():
-            rows += [_describe(f"eval/{kind}/{outcome}", show_case(case)) for case in cases]
-    for case in pictures.sample:
-        thumbnail = show_case(shrink(case, data_charts.CONTACT_PIXELS))
-        rows.append(_describe(STUDIES, thumbnail, json.dumps(_list_cells(case))))
-    return pa.Table.from_pylist(rows, _SCHEMA)
-
-
-def _describe(key: str, picture: Picture, cells: str | None = None) -> dict[str, Any]:
-    return {
-        "key": key,
-        "caption": picture.caption,
-        "picture": picture.data,
-        "boxes": [list(box) for box in picture.boxes],
-        "map": picture.mask and picture.mask.classes,
-        "cells": cells,
-    }
-
-
-def show_case(case: Case) -> Picture:
-    """The study with the readers' boxes and the network's map as overlays."""
-    has_map = case.cam is not None and bool(np.isfinite(case.cam).all())
-    overlay = Overlay(_draw_levels(case), CAM_LEVELS, "Grad-CAM") if has_map else None
-    caption = f"{case.outcome.upper()}  {case.caption}"
-    return Picture(style.encode_image(case.image), caption, case.boxes, mask=overlay)
-
-
-def _draw_levels(case: Case) -> bytes:
-    """The map's level at each pixel, 0 to 3, as a gray PNG of the picture's size."""
-    assert case.cam is not None
-    rows, columns = (
-        (np.arange(shown) * given // shown)
-        for shown, given in zip(case.image.shape, case.cam.shape, strict=True)
-    )
-    levels = np.digitize(case.cam[np.ix_(rows, columns)], [0.25, 0.5, 0.75]).astype(np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(levels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def _list_cells(case: Case) -> list[Scalar]:
-    """_COLUMNS; no key. A row stands for 1 / (rows of its outcome and view) of those `drawn of`."""
-    return [
-        *(case.outcome, case.target, case.probability, case.threshold),
-        *(case.finding, case.view or None, case.age_band or None),
-        *(len(case.boxes), case.drawn_of),
-    ]
-
-
-# --- read from the folder -------------------------------------------------------------------------
+    (folder / REPORT).write_text(render(run, small, config))
+    pq.write_table(list_pictures(small), folder / _PICTURES)
 
 
 def read_evaluation(run_url: str) -> TrackedRun | None:
     """The evaluation in the run's folder; None where there is none, or one of an older version.
 
-    Its id changes with its numbers and pictures: an evaluation that is done again is another run.
+    Its id depends on its numbers and pictures: a repeated evaluation is another W&B run.
     """
-    try:
-        texts = [storage.read_bytes(storage.join(run_url, name)) for name in (
-            METRICS, f"{FOLDER}/{_RECORD}", f"{FOLDER}/{_PICTURES}", f"{FOLDER}/{REPORT}",
-            PREDICTIONS, f"figures/{DATA_FIGURE}",
-        )]  # fmt: skip
-    except FileNotFoundError:
+    contents = read_files(run_url, *_FILES)
+    if contents is None:
         return None
-    metrics_json, record_json, pictures, report, predictions, drawing = texts
+    metrics_json, record_json, pictures, report, predictions, drawing = contents
     metrics, record = json.loads(metrics_json), json.loads(record_json)
-    name, trained = name_run(run_url), read_config(run_url)
-    tracking, manifest = TrackingConfig.model_validate(record["tracking"]), read_dataset(run_url)
+    models, manifest = record["models"], read_dataset(run_url)
+    name, trained = make_run_id(run_url), read_config(run_url)
+    tracking = TrackingConfig.model_validate(record["tracking"])
     files = {METRICS: metrics_json, PREDICTIONS: cap_ages(predictions), REPORT: report}
     digest = hashlib.sha256(metrics_json + pictures).hexdigest()
-    quality = Gallery([Picture(drawing, "findings, ages, gray levels")])
+    datasets = [] if manifest is None else [describe_dataset(manifest)]
     return TrackedRun(
         id=f"{name}-evaluate-{digest[:8]}",
         name=f"{name}-evaluate",
@@ -196,40 +116,63 @@ def read_evaluation(run_url: str) -> TrackedRun | None:
             **({} if trained is None else trained.without_paths()),
             "evaluate": metrics["evaluation"],
             **describe_store(manifest),
-            "checkpoint_sha256": " ".join(model["sha256"] for model in record["models"]),
+            "checkpoint_sha256": " ".join(model["sha256"] for model in models),
         },
         summary=summarise(metrics),
         media={
             "data/counts": Table(**record["counts"]),
-            "data/quality": quality,
+            "data/quality": Gallery([Picture(drawing, "findings, ages, gray levels")]),
             **draw_charts(metrics),
             "eval/subgroups": tabulate_subgroups(metrics["test"]["subgroups"]["groups"]),
             **read_pictures(pictures),
             "eval/report": Page(report.decode()),
         },
-        inputs=[
-            *([] if manifest is None else [describe_dataset(manifest)]),
-            *(describe_weights(model) for model in record["models"]),
-        ],
+        inputs=[*datasets, *map(describe_checkpoint, models)],
         outputs=[Artifact(f"evaluation-{name}", "evaluation", files)],
     )
 
 
 def cap_ages(predictions: bytes) -> bytes:
-    """The table with every age above MAX_TOLD_AGE told as 90."""
+    """The table with every age above MAX_EXACT_AGE given as 90."""
     table = pq.read_table(io.BytesIO(predictions))
     age, at = table["age"], table.schema.get_field_index("age")
-    capped = pc.if_else(pc.greater(age, MAX_TOLD_AGE), MAX_TOLD_AGE + 1.0, age)
-    buffer = io.BytesIO()
-    pq.write_table(table.set_column(at, table.schema.field(at), capped), buffer)
-    return buffer.getvalue()
+    capped = pc.if_else(pc.greater(age, MAX_EXACT_AGE), MAX_EXACT_AGE + 1.0, age)
+    return encode_parquet(table.set_column(at, table.schema.field(at), capped))
 
 
 def summarise(metrics: Mapping[str, Any]) -> dict[str, Scalar]:
     """The headlines of test and val with their intervals, the comparison with another run, and what
     is wrong with the data."""
     test, dataset = metrics["test"], metrics["dataset"]
-    found = {
+    found: dict[str, Scalar] = {f"data/{name}": dataset.get(name) for name in _DATA_FAULTS}
+    for name, one in _name_estimates(metrics).items():
+        for end, suffix in (("value", ""), ("low", "_low"), ("high", "_high")):
+            found[f"eval/{name}{suffix}"] = one.get(end)
+    for name, one in (metrics.get("members") or {}).items():
+        if isinstance(one, dict):
+            for end in ("mean", "standard_deviation"):
+                found[f"eval/members/{name}_{end}"] = one[end]
+    worst, comparison = test["subgroups"]["worst"] or {}, metrics.get("comparison") or {}
+    delong = comparison.get("test", {}).get("auroc_delong_clustered", {})
+    found |= {
+        "eval/test/n": test["n"],
+        "eval/test/positives": test["positives"],
+        "eval/threshold": metrics["operating_points"][DECISION]["threshold"],
+        "eval/worst_group": worst.get("name"),
+        "eval/worst_group_measure": worst.get("measure"),
+        "eval/worst_group_shown": worst.get("shown"),
+        "eval/compared_with": comparison.get("second"),
+        "eval/compared_p_value": delong.get("p_value"),
+        "eval/not_shown": test.get("errors_by_finding_reason"),
+    }
+    return drop_none(found)
+
+
+def _name_estimates(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The estimates of the summary: of test and val, of the errors by finding, of the difference to
+    another run."""
+    test = metrics["test"]
+    of_test = {
         **_list_estimates(metrics, "test"),
         "gain_over_view": test["view"]["gain"],
         "gain_over_metadata": test["metadata"]["gain"],
@@ -237,40 +180,20 @@ def summarise(metrics: Mapping[str, Any]) -> dict[str, Scalar]:
         "auroc_within_PA": test["view"]["auroc_within_PA"],
     }
     if maps := ((test["saliency"] or {}).get("all") or {}).get("maps"):
-        found |= {"map_auprc": maps["cam"]["auprc"], "map_auprc_of_prior": maps["prior"]["auprc"]}
-    told: dict[str, Scalar] = {f"data/{name}": dataset.get(name) for name in _DATA_FAULTS}
-    named = {f"test/{name}": one for name, one in found.items()}
+        of_test |= {"map_auprc": maps["cam"]["auprc"], "map_auprc_of_prior": maps["prior"]["auprc"]}
+    named = {f"test/{name}": one for name, one in of_test.items()}
     named |= {f"val/{name}": one for name, one in _list_estimates(metrics, "val").items()}
     for finding, errors in (test.get("errors_by_finding") or {}).items():
         named[f"test/error_rate/{finding}"] = errors["error_rate"]
     compared = (metrics.get("comparison") or {}).get("test", {})
-    for name in ("auroc", "average_precision", "brier"):
+    for name in COMPARED:
         if name in compared:
             named[f"test/{name}_difference"] = compared[name]["difference"]
-    for name, one in named.items():
-        for end, suffix in (("value", ""), ("low", "_low"), ("high", "_high")):
-            told[f"eval/{name}{suffix}"] = one.get(end)
-    for name, one in (metrics.get("members") or {}).items():
-        if isinstance(one, dict):
-            for end in ("mean", "standard_deviation"):
-                told[f"eval/members/{name}_{end}"] = one[end]
-    worst = test["subgroups"]["worst"] or {}
-    told |= {
-        "eval/test/n": test["n"],
-        "eval/test/positives": test["positives"],
-        "eval/threshold": metrics["operating_points"][DECISION]["threshold"],
-        "eval/worst_group": worst.get("name"),
-        "eval/worst_group_measure": worst.get("measure"),
-        "eval/worst_group_shown": worst.get("shown"),
-        "eval/compared_with": (metrics.get("comparison") or {}).get("second"),
-        "eval/compared_p_value": compared.get("auroc_delong_clustered", {}).get("p_value"),
-        "eval/not_shown": test.get("errors_by_finding_reason"),
-    }
-    return {name: value for name, value in told.items() if value is not None}
+    return named
 
 
 def _list_estimates(metrics: Mapping[str, Any], split: str) -> dict[str, Mapping[str, Any]]:
-    """Of one split, by name: ranking, both operating points, calibration."""
+    """Estimates of one split by name: ranking, both operating points, calibration."""
     found = metrics[split]
     points = metrics["operating_points"]
     named = {name: found[name] for name in _RANKED if name in found}
@@ -292,18 +215,18 @@ def _is_estimate(value: object) -> bool:
 
 
 def draw_charts(metrics: Mapping[str, Any]) -> dict[str, Media]:
-    """Curves and confusion matrices, without those that are not defined."""
+    """Curves and confusion matrices; undefined ones are left out."""
     test = metrics["test"]
     n = f"test n = {test['n']}"
     calibration = _read_reliability(test["calibration"])
     benefit = _read_benefit(test["decision_curve"])
     recall, precision = "recall (sensitivity)", "precision (PPV)"
-    worth = "net benefit (true positives per study)"
+    net_benefit = "net benefit (true positives per study)"
     charts = {
         "roc": (_read_roc(metrics), "ROC", "1 - specificity", "sensitivity"),
         "precision_recall": (_read_precision(metrics), "Precision-recall", recall, precision),
         "reliability": (calibration, "Calibration", "predicted probability", "observed fraction"),
-        "decision_curve": (benefit, "Decision curve", "threshold", worth),
+        "decision_curve": (benefit, "Decision curve", "threshold", net_benefit),
     }
     drawn: dict[str, Media] = {
         f"eval/{name}": LineChart(curves, f"{title}, {n}", x, y)
@@ -363,7 +286,7 @@ def _read_benefit(curve: Mapping[str, Any]) -> Curves:
 
 
 def tabulate_subgroups(groups: Sequence[Mapping[str, Any]]) -> Table:
-    """A row a subgroup: its size, its estimates with their intervals, and why one is unknown."""
+    """A row for each subgroup: its size, its estimates with intervals, and why one is unknown."""
     names = [name for group in groups[:1] for name, one in group.items() if _is_estimate(one)]
     ends = [column for name in names for column in (name, f"{name} low", f"{name} high")]
     rows = [
@@ -375,20 +298,3 @@ def tabulate_subgroups(groups: Sequence[Mapping[str, Any]]) -> Table:
         for group in groups
     ]
     return Table(["by", "group", "n", "positives", "patients", *ends, "why not known"], rows)
-
-
-def read_pictures(data: bytes) -> dict[str, Media]:
-    """The galleries by key, and the table of studies with thumbnails."""
-    galleries: dict[str, list[Picture]] = {}
-    studies: list[list[Picture | Scalar]] = []
-    for row in pq.read_table(io.BytesIO(data)).to_pylist():
-        mask = Overlay(row["map"], CAM_LEVELS, "Grad-CAM") if row["map"] else None
-        picture = Picture(
-            row["picture"], row["caption"], [tuple(b) for b in row["boxes"]], mask=mask
-        )
-        if row["key"] == STUDIES:
-            studies.append([picture, *json.loads(row["cells"])])
-        else:
-            galleries.setdefault(row["key"], []).append(picture)
-    shown: dict[str, Media] = {key: Gallery(found) for key, found in galleries.items()}
-    return shown | ({STUDIES: Table(["picture", *_COLUMNS], studies)} if studies else {})

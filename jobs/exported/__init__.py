@@ -1,1 +1,1 @@
-"""Files that stand in every export as they stand here; see `jobs.exporting`."""
+"""Files that `jobs.exporting` copies into every export, or fills in."""

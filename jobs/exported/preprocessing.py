@@ -1,7 +1,7 @@
-"""A DICOM file -> the picture that model.onnx takes, as pneumo makes it: numpy and pydicom alone.
+"""A DICOM file -> the input of model.onnx, exactly as pneumo computes it; needs numpy and pydicom.
 
-A file that this short code would not read exactly as pneumo does is refused: palettes, colour,
-look-up tables, windows other than linear ones, most compression, other views and body parts.
+Refuses files that this short code would not read exactly as pneumo does: palettes, colour, look-up
+tables, windows other than linear ones, most compression, other views and body parts.
 Research use only, never a diagnostic device.
 """
 
@@ -48,7 +48,7 @@ def read_picture(path: str | Path, rule: Rule) -> Gray:
         gray = _render(dataset, _decode(dataset, rule["decoded_at"]))
     except RefusedError:
         raise
-    except Exception as error:  # pydicom raises many kinds, whose words may be the patient's
+    except Exception as error:  # pydicom raises many kinds, whose text may name the patient
         raise RefusedError(f"not a DICOM file that can be read: {type(error).__name__}") from error
     picture = _letterbox(gray, rule["decoded_at"])
     return _resample(picture, rule["image_size"], rule["image_size"])[None, None]
@@ -97,7 +97,7 @@ def _decode(dataset: pydicom.Dataset, size: int) -> npt.NDArray[Any]:
     expected = math.prod(shape) * dataset.BitsAllocated // 8
     if syntax != RLELossless and len(dataset.PixelData) != expected + expected % 2:
         raise RefusedError("the pixel data has not the length that the header says")
-    plugin = "pydicom" if syntax == RLELossless else ""  # others may end the process
+    plugin = "pydicom" if syntax == RLELossless else ""  # other plugins may crash the process
     return np.ascontiguousarray(pixel_array(dataset, decoding_plugin=plugin))
 
 
@@ -118,11 +118,11 @@ def _decode_jpeg(dataset: pydicom.Dataset, size: int) -> npt.NDArray[Any]:
 
 
 def _render(dataset: pydicom.Dataset, stored: npt.NDArray[Any]) -> Gray:
-    """Gray levels (H, W): rescale, window or the span of the values, MONOCHROME1 inverted."""
+    """Gray levels (H, W): rescaled, by window or range of the values; MONOCHROME1 inverted."""
     code, bits = f"u{stored.itemsize}", 8 * stored.itemsize
     own = np.arange(2**bits, dtype=code).view(stored.dtype)
     ends = [_number(dataset, f"PixelPadding{name}") for name in ("Value", "RangeLimit")]
-    # Some writers mix up signed and unsigned; a number that no stored value can be is ignored.
+    # Some writers confuse signed and unsigned; a number outside the stored type is ignored.
     codes = [int(e) % 2**bits for e in ends if e is not None and -(2**bits) / 2 <= e < 2**bits]
     padding = np.zeros(own.shape, np.bool_)
     if ends[0] is not None and codes:
@@ -131,7 +131,7 @@ def _render(dataset: pydicom.Dataset, stored: npt.NDArray[Any]) -> Gray:
     counts = np.bincount(stored.view(code).ravel(), minlength=2**bits)
     padded = counts[padding]
     if padded.sum() >= 0.998 * stored.size and np.count_nonzero(padded) > 1:
-        padding[:] = False  # almost all pixels would be
+        padding[:] = False  # else almost all pixels would be padding
     counts = counts * ~padding
     slope, intercept = _number(dataset, "RescaleSlope"), _number(dataset, "RescaleIntercept")
     values = own * np.float64(1 if slope is None else slope) + np.float64(intercept or 0)
@@ -143,7 +143,7 @@ def _render(dataset: pydicom.Dataset, stored: npt.NDArray[Any]) -> Gray:
             raise RefusedError("a window without a centre, or not wider than 1")
         shown = np.clip((values - (center - 0.5)) / (width - 1.0) + 0.5, 0.0, 1.0)
         at_an_end = [counts[shown < 0.5 / 255].sum(), counts[shown > 1 - 0.5 / 255].sum()]
-        if max(at_an_end) >= 0.998 * counts.sum():
+        if max(at_an_end) >= 0.998 * counts.sum() or shown[counts > 0].max() < 0.125:
             raise RefusedError("the window hides the picture")
     elif dataset.BitsStored <= 8 and not dataset.PixelRepresentation and (values == own).all():
         shown = np.clip(values / (2**dataset.BitsStored - 1), 0.0, 1.0)
@@ -167,8 +167,9 @@ def _number(dataset: pydicom.Dataset, keyword: str) -> float | None:
 
 
 def _span(values: npt.NDArray[np.float64], counts: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """0 at the least value that has pixels, 1 at the greatest; where 0.1 % of the pixels at either
-    end, hot ones, take up half of that range, or 3 % beyond a gap, letters, without these."""
+    """Scale values from 0 to 1: from the least to the greatest value of a pixel. Outliers are left
+    out: 0.1 % at each end (hot pixels) that take up half of that range, or up to 3 % beyond a gap
+    (burnt-in letters)."""
     order = np.argsort(values, kind="stable")
     order = order[counts[order] > 0]
     ordered, reached = values[order], np.cumsum(counts[order]) / counts.sum()
@@ -192,7 +193,7 @@ def _fit(shape: tuple[int, ...], size: int) -> tuple[int, int]:
 
 
 def _letterbox(gray: Gray, size: int) -> Gray:
-    """`gray` resampled by area into (size, size), black beside it. Raises RefusedError."""
+    """`gray` resampled by area to fit (size, size), padded with black. Raises RefusedError."""
     height, width = _fit(gray.shape, size)
     if height > gray.shape[0] or width > gray.shape[1]:
         raise RefusedError("the picture is smaller than the model's input")
@@ -200,7 +201,7 @@ def _letterbox(gray: Gray, size: int) -> Gray:
     is_whole = gray.shape[0] % height == 0 and gray.shape[1] % width == 0
     if is_whole or max(periods) > _SHORT_PERIOD:
         small = _resample(gray, height, width)
-    else:  # in whole numbers
+    else:  # exact, as all terms are integers
         by_row, by_column = _overlaps(gray.shape[0], height), _overlaps(gray.shape[1], width)
         small = np.rint(by_row @ gray @ by_column.T / gray.size).astype(np.uint8)
     low, high = np.quantile(small, [0.001, 0.999], method="inverted_cdf").astype(int)
@@ -213,14 +214,14 @@ def _letterbox(gray: Gray, size: int) -> Gray:
 
 
 def _overlaps(inputs: int, outputs: int) -> npt.NDArray[np.float64]:
-    """(outputs, inputs): how far each output covers each input, in 1/`outputs` of an input."""
+    """(outputs, inputs): how much of each input each output covers, in 1/`outputs` of an input."""
     first, second = np.arange(outputs)[:, None] * inputs, np.arange(inputs) * outputs
     overlap = np.minimum(first + inputs, second + outputs) - np.maximum(first, second)
     return np.asarray(np.maximum(overlap, 0), np.float64)
 
 
 def _resample(gray: Gray, height: int, width: int) -> Gray:
-    """`gray` at (height, width) as OpenCV's INTER_AREA has it, to the last rounding."""
+    """`gray` resampled to (height, width), bit for bit as by OpenCV's INTER_AREA."""
     rows, columns = gray.shape
     if rows % height == 0 and columns % width == 0:
         down, across = rows // height, columns // width

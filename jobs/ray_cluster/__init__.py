@@ -1,1 +1,1 @@
-"""The Ray cluster that a job runs on, its nodes and worker processes."""
+"""The Ray cluster of a job: the connection to it, its nodes and worker processes."""

@@ -1,11 +1,11 @@
-"""A node that will be taken away says so, and gives the work on it time to end.
+"""Drain this Ray node before it is removed, and wait until its tasks and actors have ended.
 
     python -m jobs.ray_cluster.node_drain --grace-s 50
 
-On the node itself, before its Ray is ended: Kubernetes runs it so (the preStop hook of the worker
-pods). The driver sees within seconds that the node drains, has a checkpoint written and goes on
-elsewhere; this ends when tasks and actors have, or when the time is over. Needs
-what every Ray client of the cluster needs: RAY_AUTH_MODE and RAY_AUTH_TOKEN where it has a token.
+Run it on the node itself, before Ray is stopped there; on Kubernetes the preStop hook of the worker
+pods does. The driver notices the drain within seconds, has a checkpoint written and continues on
+other nodes. The command returns when tasks and actors have ended, or after the grace period. It
+needs what every Ray client needs: RAY_AUTH_MODE and RAY_AUTH_TOKEN where the cluster has a token.
 """
 
 import argparse
@@ -23,19 +23,19 @@ from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
 from jobs.terminal.entry_point import tell
 
 _WORK = re.compile(r"ray::(?!IDLE)(?!\w*(Agent|Autoscaling))\w")
-"""How Ray titles processes that run tasks and actors, and neither wait nor are Ray's own."""
+"""Process titles of Ray workers that run a task or an actor; not idle ones, nor Ray's own."""
 
 
 @dataclass(frozen=True)
 class Raylet:
-    """Ray's process on this machine."""
+    """A raylet: the process of a Ray node."""
 
     node_id: str
     gcs_address: str
 
 
 def list_raylets() -> list[Raylet]:
-    """Those of this machine: in a pod or a container one."""
+    """The raylets on this machine: one in a pod or a container."""
     raylets = []
     for line in _command_lines():
         node_id = re.search(r"--node_id=(\w+)", line)
@@ -46,19 +46,19 @@ def list_raylets() -> list[Raylet]:
 
 
 def drain_node(raylet: Raylet, grace_s: float) -> None:
-    """Tell the cluster that the node will be gone in so many seconds. Raises ray's RpcError."""
-    # Private; the command `ray drain-node` is hidden too, and promises no more.
+    """Tell the cluster that the node will be gone in `grace_s`. Raises Ray's RpcError."""
+    # A private API; the hidden command `ray drain-node` is no more stable.
     client = ray._raylet.GcsClient(address=raylet.gcs_address)
     deadline_ms = int((time.time() + grace_s) * 1000)
     accepted, refusal = client.drain_node(
         raylet.node_id, DRAIN_NODE_REASON_PREEMPTION, "the node will be taken away", deadline_ms
     )
     if not accepted:
-        tell(f"drain: the cluster does not let the node go: {refusal}")
+        tell(f"drain: the cluster refused to drain the node: {refusal}")
 
 
 def wait_for_work(grace_s: float) -> bool:
-    """Whether the tasks and actors of this machine have ended within so many seconds."""
+    """Wait for the tasks and actors on this machine; whether they have ended within `grace_s`."""
     deadline_s = time.monotonic() + grace_s
     while _has_work():
         if time.monotonic() > deadline_s:
@@ -68,7 +68,7 @@ def wait_for_work(grace_s: float) -> bool:
 
 
 def is_work(command_line: str) -> bool:
-    """Whether a process runs a task or an actor, by its title."""
+    """Whether a process with this title runs a task or an actor."""
     return _WORK.match(command_line) is not None
 
 
@@ -83,7 +83,7 @@ def _command_lines() -> Iterator[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; always 0: nothing that fails here may keep the node from going."""
+    """Entry point; returns 0 whatever fails, so that the node can always be removed."""
     parser = argparse.ArgumentParser(
         prog="python -m jobs.ray_cluster.node_drain", description=__doc__
     )
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     grace_s = parser.parse_args(argv).grace_s
     started_s = time.monotonic()
     if not _has_work():
-        return 0  # nothing to save; a run that has ended, and its head, may be gone already
+        return 0  # nothing to save; the head may be gone already
     raylets = list_raylets()
     if not raylets:
         tell("drain: no Ray on this machine")
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             tell(f"drain: {raylet.gcs_address}: {type(error).__name__}: {error}")
             return 0
     if not wait_for_work(grace_s - (time.monotonic() - started_s)):
-        tell(f"drain: work goes on after {grace_s:.0f} s")
+        tell(f"drain: tasks or actors still run after {grace_s:.0f} s")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Which of the cluster's nodes can take workers now, and what runs on the driver's."""
+"""The nodes of the Ray cluster: their resources, which are reachable, and where actors start."""
 
 import socket
 from collections.abc import Mapping, Sequence
@@ -8,9 +8,9 @@ from typing import Any
 
 import ray
 
-# Private, for nothing public tells it: `ray.available_resources()` adds the nodes up; the state API
-# (`ray.util.state`) needs a dashboard, and knows neither what is free on a node, nor which nodes
-# drain, nor whether the creator of a placement group is alive.
+# Private APIs, as no public one gives this: `ray.available_resources()` sums over the nodes; the
+# state API (`ray.util.state`) needs a dashboard, and knows neither a node's free resources, nor
+# which nodes drain, nor whether the creator of a placement group is alive.
 from ray._private.state import available_resources_per_node
 from ray._private.state import state as _cluster_state
 from ray.autoscaler.sdk import request_resources
@@ -23,33 +23,33 @@ _ANSWER_TIMEOUT_S = 2.0
 
 @dataclass(frozen=True)
 class Node:
-    """One that Ray counts as alive."""
+    """A node that Ray counts as alive."""
 
     id: str
     address: str
     port: int
-    """Where its raylet listens."""
+    """Port of its raylet."""
     total: Mapping[str, float]
-    """Resources that it has."""
+    """All its resources."""
     free: Mapping[str, float]
-    """Resources that nobody has reserved."""
+    """Its resources that are not reserved."""
     draining: bool
-    """Whether it has been announced that it will be taken away."""
+    """Whether it drains: its removal has been announced."""
 
     def fits(self, wanted: Mapping[str, float]) -> int:
-        """How many workers of these resources could start on it."""
+        """How many workers that need `wanted` each could start on it."""
         return min(int(self.free.get(name, 0.0) // each) for name, each in wanted.items() if each)
 
 
 def start_local_actor(kind: type) -> Any:
-    """An actor of this class on this process's node, whose loss ends the job anyway. It reserves
-    nothing."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0)(kind).options(scheduling_strategy=here).remote()
+    """Start an actor on this node, without which the job ends anyway; it reserves nothing."""
+    node_id = ray.get_runtime_context().get_node_id()
+    strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    return ray.remote(num_cpus=0)(kind).options(scheduling_strategy=strategy).remote()
 
 
 def list_nodes() -> list[Node]:
-    """The nodes of the cluster that the process is connected to."""
+    """The living nodes of the cluster that this process is connected to."""
     free = available_resources_per_node()
     draining: Mapping[str, int] = _cluster_state.get_draining_nodes()
     return [
@@ -67,22 +67,22 @@ def list_nodes() -> list[Node]:
 
 
 def usable_nodes(wanted: Mapping[str, float]) -> list[Node]:
-    """Nodes that have room for a worker, will stay, and answer."""
+    """Nodes that have room for a worker, do not drain, and are reachable."""
     candidates = [node for node in list_nodes() if not node.draining and node.fits(wanted)]
-    silent = unreachable_addresses(candidates)
-    return [node for node in candidates if node.address not in silent]
+    unreachable = unreachable_addresses(candidates)
+    return [node for node in candidates if node.address not in unreachable]
 
 
 def request_workers(wanted: Mapping[str, float], num_workers: int) -> None:
-    """Ask an autoscaler, if the cluster has one, for room for so many workers in all; 0 takes the
-    request back. A training that starts replaces it by its own."""
+    """Ask the autoscaler, if the cluster has one, for room for `num_workers` in all; 0 withdraws
+    the request. Ray Train replaces it by its own when it starts."""
     request_resources(bundles=[dict(wanted)] * num_workers)
 
 
 def release_placement_groups() -> None:
-    """Give back what attempts of this job that have ended still reserve.
+    """Remove the placement groups that ended attempts of this job have left.
 
-    Ray Train gives the resources of its workers back when it shuts them down. Of ranks that did not
+    Ray Train removes a placement group when it shuts its workers down. But where the ranks did not
     find each other it only ends the processes, and no later attempt would have room.
     """
     job_id = ray.get_runtime_context().get_job_id()
@@ -94,16 +94,16 @@ def release_placement_groups() -> None:
 
 
 def unreachable_addresses(nodes: Sequence[Node]) -> set[str]:
-    """Addresses of the nodes that take no connection.
+    """Addresses of the nodes that accept no connection.
 
-    Ray learns that a node is gone from its health checks, 15 to 60 s later; its port tells at once.
+    Ray's health checks notice a lost node after 15 to 60 s; connecting to its port tells at once.
     """
     with ThreadPoolExecutor(max_workers=32) as pool:
-        answers = pool.map(_answers, nodes)
-        return {node.address for node, answer in zip(nodes, answers, strict=True) if not answer}
+        reachable = pool.map(_is_reachable, nodes)
+        return {node.address for node, answers in zip(nodes, reachable, strict=True) if not answers}
 
 
-def _answers(node: Node) -> bool:
+def _is_reachable(node: Node) -> bool:
     try:
         socket.create_connection((node.address, node.port), timeout=_ANSWER_TIMEOUT_S).close()
     except OSError:

@@ -1,8 +1,6 @@
-"""The Ray cluster that a job runs on: the one it was submitted to, or one of its own on this
-machine."""
+"""The Ray session of a job: on the cluster of RAY_ADDRESS, or on a local one that it starts."""
 
 import logging
-import math
 import os
 import re
 import signal
@@ -18,28 +16,27 @@ from jobs.terminal.entry_point import tell
 from pneumo.config import ClusterConfig
 from pneumo.errors import ClusterError, ConfigError
 
-# One thread a worker, and threads that sleep while they wait: two DDP ranks that spin on two cores
-# are ten times slower.
+# OpenMP threads sleep while they wait: two DDP ranks that spin on two cores are ten times slower.
 WORKER_ENVIRONMENT = {
     "OMP_WAIT_POLICY": "passive",
-    # Workers whose peers are gone cannot say good-bye: they are ended after 1 s, not 30.
+    # A process group with lost ranks cannot shut down properly: give up after 1 s, not 30 s.
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "1",
-    # A trial that is stopped may have a checkpoint to write. Tune would wait 2 s for it, and then
-    # give up the trial that comes next in its process, without a word, or wait for it for ever.
+    # A stopped trial may have a checkpoint to write. Tune would wait 2 s for it; the next trial in
+    # the same process would then be dropped without a message, or hang.
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "86400",
-    # Ray writes a search's state to S3 by itself, with checksums that older servers (radosgw 16)
-    # refuse with HTTP 411; what this project writes has Content-MD5.
+    # Ray itself writes a search's state to S3, with checksums that older servers (radosgw 16)
+    # refuse with HTTP 411; this project's own writes have Content-MD5.
     "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
 }
 
 _RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    # jobs.training.recovery watches the nodes; Ray's watcher would let a run go on too long.
+    # jobs.training.recovery watches the nodes; Ray's watcher reacts too late.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
-    "RAY_AIR_NEW_OUTPUT": "0",  # Tune's tables; jobs.tuning.live_table has its own
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends a search as it ends every job
+    "RAY_AIR_NEW_OUTPUT": "0",  # no tables of Tune: jobs.tuning.live_table shows the trials
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends a search like every other job
     "RAY_DEDUP_LOGS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     **WORKER_ENVIRONMENT,
@@ -48,9 +45,9 @@ _RAY_ENVIRONMENT = {
 
 @contextmanager
 def ray_session(*, show_logs: bool = False) -> Iterator[None]:
-    """Connect to the cluster of RAY_ADDRESS, or start one here and stop it at the end.
+    """Connect to the cluster of RAY_ADDRESS, or start a local one and stop it at the end.
 
-    `show_logs` lets the workers' own output through.
+    `show_logs` shows the output of the workers.
     """
     if ray.is_initialized():
         yield
@@ -62,7 +59,7 @@ def ray_session(*, show_logs: bool = False) -> Iterator[None]:
         )
     on_sigterm = signal.getsignal(signal.SIGTERM)
     _connect(address, show_logs=show_logs)
-    # Ray's own handler would end the process in an abort, exit code 134.
+    # Ray's own SIGTERM handler would abort the process, exit code 134.
     signal.signal(signal.SIGTERM, on_sigterm)
     try:
         yield
@@ -75,8 +72,8 @@ def _connect(address: str | None, *, show_logs: bool) -> None:
         os.environ.setdefault(name, value)
     options: dict[str, Any] = {}
     if not address:
-        # Nobody looks at the dashboard of a cluster that ends with its job; without, it starts 2 s
-        # sooner and has eleven processes less on the cores that compute.
+        # The cluster ends with its job, so nobody would look at a dashboard; without one Ray starts
+        # 2 s sooner, and eleven processes less take CPU from the job.
         options = {"num_cpus": max(os.cpu_count() or 1, 2), "include_dashboard": False}
         tell(f"ray: starting on this machine with {options['num_cpus']} CPUs")
     try:
@@ -95,62 +92,62 @@ def _connect(address: str | None, *, show_logs: bool) -> None:
         raise ClusterError(
             f"ray: cannot connect to {address or 'a local cluster'}: {error}"
         ) from error
-    # Ray prints its errors to stdout otherwise; ours say the same in one line. The public switch,
-    # RAY_DEDUP_LOGS_SKIP_REGEX, is read when Ray is imported, before --debug is known.
+    # Otherwise Ray prints its errors to stdout; our messages say the same in one line. The public
+    # setting, RAY_DEDUP_LOGS_SKIP_REGEX, is read when Ray is imported, before --debug is known.
     if not show_logs:
         ray_logging.stdout_deduplicator.skip_re = re.compile("")
 
 
-def uses_gpu(config: ClusterConfig, there: Mapping[str, float] | None = None) -> bool:
-    """Whether workers get a GPU each, of a cluster's resources; None: of those of this cluster."""
+def uses_gpu(config: ClusterConfig, available: Mapping[str, float] | None = None) -> bool:
+    """Whether each worker gets a GPU; `available`: by default the connected cluster's resources."""
     if config.use_gpu == "auto":
-        there = ray.cluster_resources() if there is None else there
-        return there.get("GPU", 0) >= 1
+        available = ray.cluster_resources() if available is None else available
+        return available.get("GPU", 0) >= 1
     return config.use_gpu
 
 
 def worker_resources(
-    config: ClusterConfig, there: Mapping[str, float] | None = None
+    config: ClusterConfig, available: Mapping[str, float] | None = None
 ) -> dict[str, float]:
-    """What one worker reserves; `there` as for `uses_gpu`."""
-    gpu = {"GPU": 1.0} if uses_gpu(config, there) else {}
+    """Resources that one worker reserves; `available` as for `uses_gpu`."""
+    gpu = {"GPU": 1.0} if uses_gpu(config, available) else {}
     return {"CPU": float(config.cpus_per_worker), **gpu}
 
 
 def resolve_use_gpu(config: ClusterConfig) -> ClusterConfig:
-    """The same with `use_gpu` decided, once: a run that loses its only GPU waits for another, and
-    does not go on without."""
+    """The same settings with "auto" decided once: a run that loses its only GPU then waits for
+    another one, and does not continue on CPUs."""
     return config.model_copy(update={"use_gpu": uses_gpu(config)})
 
 
 def start_timeout_s(config: ClusterConfig, num_workers: int) -> float:
-    """How long waiting for the resources of the workers makes sense, in seconds.
+    """How long to wait for the workers' resources, in seconds.
 
-    A cluster of our own does not grow: what it lacks is not waited for, only what is in use.
+    A local cluster does not grow: it waits for resources in use, but not for missing ones.
     """
     if os.environ.get("RAY_ADDRESS"):
         return config.start_timeout_s
-    there, wanted = ray.cluster_resources(), worker_resources(config)
-    enough = all(there.get(name, 0) >= each * num_workers for name, each in wanted.items())
+    total, wanted = ray.cluster_resources(), worker_resources(config)
+    enough = all(total.get(name, 0) >= each * num_workers for name, each in wanted.items())
     return config.start_timeout_s if enough else 0.0
 
 
 def wait_for_resources(config: ClusterConfig, num_workers: int) -> None:
-    """Return once the cluster has what the workers need; it may be growing.
+    """Wait until the cluster has the workers' resources; an autoscaler may be adding nodes.
 
-    Raises ClusterError after `start_timeout_s`, saying what was asked and what there is.
+    Raises ClusterError after `start_timeout_s`; it gives the resources needed and present.
     """
     wanted = {name: value * num_workers for name, value in worker_resources(config).items()}
     deadline_s = time.monotonic() + start_timeout_s(config, num_workers)
     while True:
-        there = ray.cluster_resources()
-        missing = {k: v for k, v in wanted.items() if there.get(k, 0) < v}
+        total = ray.cluster_resources()
+        missing = {k: v for k, v in wanted.items() if total.get(k, 0) < v}
         if not missing:
             return
         if time.monotonic() >= deadline_s:
-            lacks = ", ".join(f"{v:g} {k} (it has {there.get(k, 0):g})" for k, v in missing.items())
+            needs = ", ".join(f"{v:g} {k} (it has {total.get(k, 0):g})" for k, v in missing.items())
             raise ClusterError(
-                f"cluster: {num_workers} workers need {lacks}; lower --cluster.num-workers or add "
+                f"cluster: {num_workers} workers need {needs}; lower --cluster.num-workers or add "
                 "nodes"
             )
-        time.sleep(min(1.0, math.ceil(deadline_s - time.monotonic())))
+        time.sleep(1.0)

@@ -1,4 +1,4 @@
-"""Work spread over the cluster's workers, a task at a time."""
+"""Many Ray tasks of one function, a limited number at a time."""
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -10,20 +10,23 @@ import ray
 def spread(
     function: Callable[..., Any],
     calls: Iterable[tuple[Any, ...]],
-    at_once: Callable[[], int],
+    max_running: Callable[[], int],
     **options: Any,
 ) -> Iterator[list[Any]]:
-    """What `function` gives for each of `calls`, as they end; an empty list after a second in which
-    none did.
+    """Run `function` as a Ray task for each of `calls`; yields lists of results as tasks end, and
+    an empty list after each second without one.
 
-    At most `at_once()` run at a time, which is asked anew each time: a cluster that grows is
-    filled. `options` are those of `ray.remote`; a task whose worker dies is run again.
+    At most `max_running()` tasks run at a time; it is called each time, so that a cluster that
+    grows is used. `options` are those of `ray.remote`; a task whose worker dies is run again.
     """
     task = ray.remote(**options)(function)
-    todo = iter(calls)
+    pending = iter(calls)
+    ahead = list(islice(pending, 1))  # made while the others run
     running: list[Any] = []
     while True:
-        running += [task.remote(*call) for call in islice(todo, max(0, at_once() - len(running)))]
+        while ahead and len(running) < max_running():
+            running.append(task.remote(*ahead.pop()))
+            ahead = list(islice(pending, 1))
         if not running:
             return
         ready, running = ray.wait(running, timeout=1.0)

@@ -1,4 +1,4 @@
-"""What every worker process of a job does first."""
+"""The setup hook that Ray calls first in every worker process of a job."""
 
 import os
 from typing import Any
@@ -11,12 +11,12 @@ import ray.util
 def configure_worker() -> None:
     """Tell Ray's State API this worker's cluster, and gloo and NCCL its network interface.
 
-    The State API looks for a cluster on the machine otherwise, and gives up where it finds two.
+    Otherwise the State API searches the machine for a cluster, and gives up where it finds two. Ray
     Train's cleaner asks it whether a run has ended: without an answer the resources of a stopped
-    trial are never given back, and the next trial waits for ever.
+    trial are never released, and the next trial waits for ever.
 
-    gloo and NCCL look up the host's name otherwise, which on many machines (Debian, most containers
-    without DNS) is the loopback: ranks on two nodes then never find each other.
+    Otherwise gloo and NCCL resolve the host's name, which on many machines (Debian, most containers
+    without DNS) gives the loopback address: ranks on two nodes then never find each other.
     """
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     interface = find_interface(ray.util.get_node_ip_address())

@@ -1,1 +1,1 @@
-"""What a person at a terminal sees: start, end, progress and the kept log."""
+"""The terminal side of a job: entry point, checks of its arguments, progress, and the kept log."""

@@ -1,7 +1,7 @@
-"""How every job starts and ends: its command line, its errors and its exit code.
+"""The entry point of every job: its command line, its errors and its exit code.
 
 0 done, 1 failed, 2 the user's mistake, 130 interrupted. An error is one line; `--debug` adds the
-traceback. Nothing here imports torch, Ray or what reads pictures: a mistake is answered at once.
+traceback. Nothing here imports torch, Ray or image decoders: a mistake is reported at once.
 """
 
 import io
@@ -22,7 +22,7 @@ from pneumo.errors import INTERRUPTED, ConfigError, FinishedError, PneumoError
 
 
 def run_job(job: str, function: str, argv: Sequence[str] | None = None) -> int:
-    """Check the command line, then import and call `function` ("module:name"); the exit code."""
+    """Check the command line, then import and call `function` ("module:name"); its exit code."""
 
     def main(arguments: Sequence[str]) -> None:
         invocation = check_invocation(job, arguments)
@@ -32,7 +32,7 @@ def run_job(job: str, function: str, argv: Sequence[str] | None = None) -> int:
 
 
 def check_invocation(job: str, argv: Sequence[str]) -> Invocation:
-    """The invocation of a job whose settings are allowed and whose places are there and free.
+    """Parse and check a job's command line, and that its inputs exist and its outputs do not.
 
     Raises UserError.
     """
@@ -46,13 +46,13 @@ def check_invocation(job: str, argv: Sequence[str]) -> Invocation:
 def run_main(
     job: str, main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None
 ) -> int:
-    """Call `main` with the command line (`sys.argv` if None), print what it raises; the exit
-    code."""
-    if argv is None:  # a process of its own: a scheduler's SIGTERM ends it as Ctrl-C does
+    """Call `main` with the command line (`sys.argv` if None), and print what it raises as one line;
+    returns the exit code."""
+    if argv is None:  # this process is the job's own: a scheduler's SIGTERM acts like Ctrl-C
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(line_buffering=True)  # in a log, results stand in their order
+            sys.stdout.reconfigure(line_buffering=True)  # keeps the order with stderr in a log
         signal.signal(signal.SIGTERM, lambda number, frame: _interrupt())
-        # A Ray job is cancelled by SIGINT, which a Ray that a script started with & ignores.
+        # Ray cancels a job by SIGINT; where a script started Ray with &, SIGINT is ignored.
         if "RAY_JOB_STOP_SIGNAL" in os.environ:
             signal.signal(signal.SIGINT, signal.default_int_handler)
     arguments = sys.argv[1:] if argv is None else list(argv)
@@ -61,12 +61,12 @@ def run_main(
     except KeyboardInterrupt:
         tell(f"{job}: {INTERRUPTED}")
         return 130
-    except Exception as error:  # the top of the process: everything ends in one line
+    except Exception as error:  # the top of the process: every error ends in one line
         if "--debug" in arguments:
             traceback.print_exc()
         known = find_cause(error)
         if isinstance(known, FinishedError) and os.environ.get(LATER_ATTEMPT):
-            tell(f"{job}: an earlier attempt has done it: {known}")
+            tell(f"{job}: an earlier attempt has finished: {known}")
             return 0
         if known is not None:
             tell(f"error: {known}")
@@ -82,12 +82,12 @@ _NO_GPU = re.compile(
     r"ProcessGroupNCCL is only supported with GPUs, no GPUs found|Found no NVIDIA driver|"
     r"No CUDA GPUs are available"
 )
-"""What torch says then."""
+"""Messages of torch where there is no GPU."""
 
 
 def find_cause(error: BaseException) -> PneumoError | None:
-    """The PneumoError behind what Ray wraps around a worker's exception, if there is one; a
-    ConfigError for a GPU that is not there, which another attempt would not find either."""
+    """The PneumoError inside the exceptions that Ray wraps around a worker's, if there is one; a
+    ConfigError for a missing GPU, which another attempt would not find either."""
     seen: set[int] = set()
     queue: list[BaseException | None] = [error]
     while queue:
@@ -113,7 +113,7 @@ _NO_MEMORY = re.compile(r"Memory on the node \(IP: ([\d.]+).*?\) was (\S+) used 
 
 
 def summarise_error(error: BaseException) -> str:
-    """The last line of an exception; of Ray's about memory, what it comes to."""
+    """The last line of an exception's message; Ray's message about memory is shortened."""
     text = str(error).strip()
     found = _NO_MEMORY.search(text)
     if found:
@@ -129,11 +129,11 @@ def _interrupt() -> None:
     raise KeyboardInterrupt
 
 
-def new_run_url(job: str) -> str:
-    """Where a run goes without `--run`: runs/<job>-<time>."""
-    return storage.normalise(f"runs/{job}-{time.strftime('%Y%m%d-%H%M%S')}")
+def find_run_url(job: str, run: str | None) -> str:
+    """The absolute URL of `--run`; by default, runs/<job>-<time>."""
+    return storage.normalise(run or f"runs/{job}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 def tell(line: str) -> None:
-    """One line for the person, on stderr, so that stdout can be piped."""
+    """Print one line for the user, on stderr, so that stdout can be piped."""
     print(line, file=sys.stderr, flush=True)

@@ -1,11 +1,11 @@
-"""A job's output, kept where the job writes: a cluster that ends with its job takes its logs along.
+"""Run a job and keep its output in the run's folder, as the cluster's logs end with the cluster.
 
     python -m jobs.terminal.log_keeper [--again] s3://bucket/runs/1/logs/ID python -m jobs.train …
 
-Runs the command, shows its output, and keeps that as `<folder>/<when it began>.log`: soon, every
-half minute, and at the end. The exit code is the command's, which learns whether it is a later
-attempt (`--again`, or an earlier log lies there). On Kubernetes a failed attempt's pods
-are deleted before the next begins; `python -m cluster logs` reads here why it failed.
+Runs the command, shows its output, and writes it to `<folder>/<start time>.log`: after a second,
+every half minute, and at the end. Returns the command's exit code; tells the command if this is a
+later attempt (`--again`, or the folder holds an earlier log). On Kubernetes the pods of a failed
+attempt are deleted before the next begins; `python -m cluster logs` then reads these files.
 """
 
 import os
@@ -25,16 +25,16 @@ from pneumo.errors import PneumoError
 
 WRITE_INTERVAL_S = 30.0
 LAST_WRITE_TIMEOUT_S = 10.0
-"""How long the end of a job waits for its log to be written."""
+"""How long the last write of the log may take after the job has ended."""
 MAX_BYTES = 16 * 2**20
-"""Of a longer log, the end is kept."""
+"""A longer log loses its beginning."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the command's exit code, 128 more than the signal that ended it."""
-    words = sys.argv[1:] if argv is None else list(argv)
-    is_later = words[0] == "--again"
-    folder_url, *command = words[is_later:]
+    """Entry point; returns the command's exit code, or 128 + the signal that ended it."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    is_later = arguments[0] == "--again"
+    folder_url, *command = arguments[is_later:]
     try:
         name = f"{datetime.now(UTC):%Y%m%d-%H%M%S}.log"
         folder_url = storage.normalise(folder_url)
@@ -42,10 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PneumoError as error:
         tell(f"error: log: {error}")
         return error.exit_code
-    with suppress(PneumoError):  # the job itself will say that its storage is away
+    with suppress(PneumoError):  # where storage is unavailable, the job itself will tell
         is_later = is_later or bool(storage.list_names(folder_url))
-    # Ray signals the command as well, which then ends in its own time. Handlers, because the
-    # command would inherit an ignored signal.
+    # Ray signals the command too, which may need time to end. A handler that does nothing, not
+    # SIG_IGN, which the command would inherit.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     environ = {**os.environ, **({LATER_ATTEMPT: "1"} if is_later else {})}
@@ -57,13 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     reader.start()
     keeper.start()
     code = process.wait()
-    reader.join(timeout=2.0)  # a grandchild may hold the pipe
+    reader.join(timeout=2.0)  # a grandchild may keep the pipe open
     keeper.close()
     return code if code >= 0 else 128 - code
 
 
 class LogKeeper:
-    """The log so far, and as much of it as lies at `url`."""
+    """The log so far, which is written to `url` now and then."""
 
     def __init__(
         self,
@@ -82,11 +82,11 @@ class LogKeeper:
         self._writer = threading.Thread(target=self._run, daemon=True)
 
     def start(self) -> None:
-        """Begin to write now and then what has come."""
+        """Start the thread that writes the log."""
         self._writer.start()
 
     def copy(self, source: IO[bytes]) -> None:
-        """Show and remember what comes, until it ends."""
+        """Show and keep the output of `source` until it ends."""
         while chunk := source.read1(2**16):  # type: ignore[attr-defined]
             sys.stdout.buffer.write(chunk)
             sys.stdout.buffer.flush()
@@ -103,7 +103,7 @@ class LogKeeper:
         self.flush()
 
     def flush(self) -> None:
-        """Write the log where there is more of it than is written; a fault is told once."""
+        """Write the log if it has grown since the last write; tells each error once."""
         with self._lock:
             text, read_bytes = bytes(self._text), self._read_bytes
         if read_bytes == self._written_bytes:
@@ -113,11 +113,11 @@ class LogKeeper:
             self._written_bytes = read_bytes
         except PneumoError as error:
             if str(error) != self._last_error:
-                tell(f"log: {error}; the job goes on, and its log is lost with its pod")
+                tell(f"log: {error}; the job goes on, but its log will be lost with its pod")
             self._last_error = str(error)
 
     def close(self) -> None:
-        """Have the end written, but wait for it no longer than LAST_WRITE_TIMEOUT_S."""
+        """Write the end of the log; waits at most LAST_WRITE_TIMEOUT_S."""
         self._ended.set()
         self._writer.join(LAST_WRITE_TIMEOUT_S)
         if self._writer.is_alive():

@@ -1,4 +1,4 @@
-"""A progress bar in a terminal; a plain line every few seconds elsewhere (logs, CI, Ray Jobs)."""
+"""Progress: a bar in a terminal, a plain line every few seconds elsewhere (logs, CI, Ray Jobs)."""
 
 import sys
 import time
@@ -10,13 +10,13 @@ from jobs.terminal.entry_point import tell
 
 
 class Progress:
-    """Counts `total` things; use as a context manager."""
+    """Shows the progress of `total` items; use as a context manager."""
 
     def __init__(
         self, label: str, total: int, unit: str, *, initial: int = 0, interval_s: float = 10.0
     ) -> None:
-        """`initial` were done before, and count neither for the rate nor for the time left; plain
-        lines are `interval_s` apart."""
+        """`initial` items were done before and are left out of the rate; plain lines are
+        `interval_s` apart."""
         self.label, self.total, self.unit, self.interval_s = label, total, unit, interval_s
         self.done = self.initial = initial
         self.started_s = self.told_s = time.monotonic()
@@ -32,11 +32,11 @@ class Progress:
             )
 
     def advance_to(self, done: int, note: str = "") -> None:
-        """Show that `done` of the total are done; `note` stands behind the numbers."""
-        step, self.done = done - self.done, done
+        """Show that `done` items are done; `note` follows the numbers."""
+        new, self.done = done - self.done, done
         if self.bar is not None:
             self.bar.set_postfix_str(note, refresh=False)
-            self.bar.update(step)
+            self.bar.update(new)
         elif time.monotonic() - self.told_s > self.interval_s and done < self.total:
             self.told_s = time.monotonic()
             rate = (done - self.initial) / (self.told_s - self.started_s)
@@ -46,16 +46,14 @@ class Progress:
             end = f", {note}" if note else ""
             tell(f"{self.label}: {done}/{self.total} {self.unit}{left}{end}")
 
-    def tell(self, line: str) -> None:
-        """A line of text above the bar."""
-        if self.bar is not None:
-            self.bar.write(line, file=sys.stderr)
-        else:
-            tell(line)
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+def tell_above_bar(line: str) -> None:
+    """Print one line for the user, on stderr; where a bar is shown, above it."""
+    tqdm.write(line, file=sys.stderr)

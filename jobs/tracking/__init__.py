@@ -1,1 +1,1 @@
-"""Sending a run's folder to W&B, in a process of its own."""
+"""Send a run's folder to W&B, in a process of its own."""

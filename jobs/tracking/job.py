@@ -1,7 +1,7 @@
 """Send a run to W&B from its folder: the training, its evaluations, or a search with its trials.
 
-As often as one likes: what W&B has of a run is not doubled. Project, entity and group are those of
-the run unless `--tracking.…` says otherwise.
+May be repeated: W&B gets nothing twice. Project, entity and group are those of the run unless
+`--tracking.…` replaces them.
 """
 
 import os
@@ -10,22 +10,23 @@ from jobs.tracking.sending import SenderProcess
 from pneumo import storage
 from pneumo.command_line import Invocation, TrackArguments
 from pneumo.errors import ConfigError, TrackingError
-from pneumo.reporting.tracking import choose_mode, renew_identity
+from pneumo.reporting.tracking.mode import choose_mode
+from pneumo.reporting.tracking.tracked_run import renew_identity
 
 IDLE_TIMEOUT_S = 180.0
-"""Nobody's job waits, so uploads over a slow line may take their time."""
+"""Longer than in a job, as no job waits for slow uploads here."""
 
 
 def track(invocation: Invocation) -> None:
-    """Send the folder of `--run`. Raises ConfigError where W&B may not or cannot be reached,
-    TrackingError where not all has arrived."""
+    """Send the folder of `--run`. Raises ConfigError where W&B is switched off or has no key,
+    TrackingError where not everything has arrived."""
     arguments, tracking = invocation.arguments, invocation.config.tracking
     assert isinstance(arguments, TrackArguments)
     run_url = storage.normalise(arguments.run)
     if choose_mode(tracking, os.environ) != "online":
         raise ConfigError(
-            "W&B: no key (WANDB_API_KEY, or `wandb login`), or WANDB_MODE or tracking.mode keeps "
-            "from sending"
+            "W&B: no key (WANDB_API_KEY, or `wandb login`), or WANDB_MODE or tracking.mode "
+            "switches sending off"
         )
     if arguments.anew:
         renew_identity(run_url)
@@ -36,6 +37,8 @@ def track(invocation: Invocation) -> None:
     for job_type, url in outcome.urls.items():
         print(f"{job_type} {url}")
     if outcome.failure is not None:
-        raise TrackingError(f"W&B: not all sent: {outcome.failure}; the same command sends it")
+        raise TrackingError(
+            f"W&B: not all sent: {outcome.failure}; repeat the command to send the rest"
+        )
     if not outcome.urls:
         raise TrackingError(f"{run_url}: no training, evaluation or search to send")

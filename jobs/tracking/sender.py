@@ -1,9 +1,9 @@
-"""The process that sends a run's folder to W&B: `python -m jobs.tracking.sender`, begun by
+"""The process that sends a run's folder to W&B: `python -m jobs.tracking.sender`, started by
 `jobs.tracking.sending`, which may kill it at any time.
 
-On stdin comes one line of JSON, what to send. With `interval_s` the folder is that of a job that
-runs, and is looked at so often until stdin ends. On stdout a line of JSON follows for each thing
-that has been sent or could not be.
+Reads one line of JSON from stdin: the request. With `interval_s`, a job is still writing the
+folder, and the process reads it at this interval until stdin is closed. Writes a line of JSON to
+stdout for each item that was sent or failed.
 """
 
 import json
@@ -18,52 +18,53 @@ from typing import Any, Literal, NoReturn
 from pneumo import storage
 from pneumo.config import TrackingConfig
 from pneumo.errors import TrackingError
-from pneumo.reporting.tracking import TrackedRun, WandbSession
+from pneumo.reporting.tracking.tracked_run import TrackedRun
+from pneumo.reporting.tracking.wandb_session import WandbSession
 
 Kind = Literal["train", "evaluate", "external", "tune"]
 MAX_PAUSE_S = 300.0
-"""After faults of W&B, between two tries."""
+"""Between retries after errors of W&B."""
 
 
 def main() -> NoReturn:
-    """Send what the first line of stdin asks for; the exit code is 0 when all has arrived."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a Ray job that is cancelled
-    order: dict[str, Any] = json.loads(os.read(0, 1 << 20))
-    sender = Sender(order["run"], order["kinds"], order["tracking"], Path.cwd())
-    pause_s = interval_s = order["interval_s"]
+    """Serve the request on stdin; the exit code is 0 when everything has arrived."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # sent when a Ray job is cancelled
+    request: dict[str, Any] = json.loads(os.read(0, 1 << 20))
+    sender = Sender(request["run"], request["kinds"], request["tracking"], Path.cwd())
+    pause_s = interval_s = request["interval_s"]
     while pause_s and not _has_ended(pause_s):
         arrived = sender.send(is_last=False)
         pause_s = interval_s if arrived else min(2 * pause_s, MAX_PAUSE_S)
     arrived = sender.send(is_last=True)
-    os._exit(0 if arrived else 1)  # wandb would call whatever is still open finished
+    os._exit(0 if arrived else 1)  # on a normal exit wandb would mark open runs as finished
 
 
 def _has_ended(timeout_s: float) -> bool:
-    """Whether the job ends within this time: its pipe is ready to read once it is closed."""
+    """Whether the job closes stdin within this time: a closed pipe is ready to read."""
     return bool(select.select([0], [], [], timeout_s)[0])
 
 
 class Sender:
-    """Sends the runs in a folder, one after the other, each thing once if all goes well."""
+    """Sends the runs in a folder one after the other, without repeating what has arrived."""
 
     def __init__(
         self, run_url: str, kinds: Sequence[Kind], tracking: dict[str, Any], folder: Path
     ) -> None:
-        """`tracking` replaces settings of the runs' own; wandb's files go to `folder`."""
+        """`tracking` replaces the runs' own settings; wandb writes its files to `folder`."""
         self.run_url, self.kinds, self.tracking, self.folder = run_url, kinds, tracking, folder
         self._sent: set[str] = set()
-        """Ids of what W&B has from beginning to end."""
+        """Ids of the W&B runs that are complete."""
         self._session: WandbSession | None = None
-        """Of a training that goes on."""
+        """Open session of a training that is not finished."""
 
     def send(self, *, is_last: bool) -> bool:
-        """Send what the folder holds by now; whether it went without a fault.
+        """Send what is new in the folder; whether that succeeded.
 
-        A training that goes on stays open unless it `is_last`.
+        The W&B run of an unfinished training stays open unless `is_last`.
         """
         try:
             runs = list(read_runs(self.run_url, self.kinds, self._sent))
-        except Exception as error:  # a fault of the storage: the session is none the worse
+        except Exception as error:  # a storage error does not affect the W&B session
             _tell_failure(error)
             return False
         arrived = True
@@ -72,17 +73,17 @@ class Sender:
             if failure is not None:
                 arrived = False
                 if not isinstance(failure, TrackingError):
-                    break  # the others would wait for W&B as long
+                    break  # the other runs would wait as long for W&B
         return arrived
 
     def _try(self, run: TrackedRun, *, is_open: bool) -> Exception | None:
-        """Send the run, or return why not; where a session that was open has broken, it is tried
-        once more in a new one."""
+        """Send the run, or return the error. If a session that was open before fails, try once more
+        in a new one."""
         while True:
             session = self._session
             try:
                 self._send(run, is_open=is_open)
-            except Exception as error:  # whatever wandb throws
+            except Exception as error:  # wandb raises many kinds
                 _tell_failure(error)
                 if self._session is not None:
                     self._session.abandon()
@@ -108,10 +109,10 @@ class Sender:
 def read_runs(
     run_url: str, kinds: Collection[Kind], without: Collection[str]
 ) -> Iterator[TrackedRun]:
-    """What the folder holds of these kinds, without the runs of these ids.
+    """The runs of these kinds in the folder, except those with the ids `without`.
 
-    What reads a kind takes seconds to import, so that is done only where there is something to
-    read. Raises PneumoError where the folder cannot be read.
+    The module that reads a kind takes seconds to import, so it is imported only where there is
+    something to read. Raises PneumoError where the folder cannot be read.
     """
     found: list[TrackedRun | None] = []
     if "train" in kinds:

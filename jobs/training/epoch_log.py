@@ -1,4 +1,4 @@
-"""What rank 0 tells the driver while it trains, and what the driver shows of it."""
+"""The messages of rank 0 to the driver during training, and how the driver shows them."""
 
 import time
 from collections.abc import Callable
@@ -9,31 +9,29 @@ import ray
 import ray.train
 from ray.util.metrics import Gauge
 
-from jobs.terminal.entry_point import tell
-from jobs.terminal.progress import Progress
+from jobs.terminal.progress import Progress, tell_above_bar
 from jobs.training.messages import WorkerChannel
 from pneumo.loading.sample_order import World
 from pneumo.training.callbacks import Callbacks, Epoch, Start, StepProgress
 
-_WORTH_SAYING = 0.05
-"""Fraction of the time that waiting for data may take unnoticed."""
-_LOOK_AGAIN_S = 0.3
-"""How long the end of training may stay unnoticed."""
-
+_MIN_SHOWN_DATA_WAIT = 0.05
+"""A smaller fraction of the time spent waiting for data is not shown."""
+_POLL_INTERVAL_S = 0.3
+"""At most this long after its end, training is seen to have ended."""
 
 Message = str | Start | StepProgress | Epoch
 
 
 def worker_callbacks(channel: WorkerChannel | None, world: World) -> Callbacks:
-    """The callbacks of a Ray Train worker: rank 0 tells the driver, every rank reports to Ray."""
+    """Callbacks of a Ray Train worker: rank 0 sends messages to the driver, all report to Ray."""
 
     def tell(message: Message) -> None:
         if channel is not None and world.rank == 0:
             channel.put(message)
 
-    # For Prometheus: Ray shows them on each node's metrics port, as ray_pneumo_….
+    # For Prometheus: Ray exports them on each node's metrics port, as ray_pneumo_….
     steps = Gauge("pneumo_train_steps", "Steps done, of all epochs")
-    wait = Gauge("pneumo_train_data_wait", "Share of the time that training waits for data")
+    wait = Gauge("pneumo_train_data_wait", "Fraction of the time that training waits for data")
 
     def on_progress(progress: StepProgress) -> None:
         steps.set((progress.epoch - 1) * progress.steps + progress.step)
@@ -43,8 +41,8 @@ def worker_callbacks(channel: WorkerChannel | None, world: World) -> Callbacks:
 
     def on_epoch(epoch: Epoch) -> None:
         tell(epoch)
-        # A barrier over the ranks; Ray's dashboards and Tune hear of the epoch here. Checkpoints
-        # are our own: they are the same under torchrun, and one index lists them.
+        # A barrier over the ranks; Ray's dashboard and Tune get the epoch's metrics here. It gets
+        # no checkpoint: ours are the same under torchrun, and one index lists them.
         ray.train.report({k: v for k, v in epoch.metrics.items() if v is not None})
 
     return Callbacks(on_start=tell, on_progress=on_progress, on_epoch=on_epoch, tell=tell)
@@ -66,33 +64,32 @@ def describe_epoch(epoch: Epoch, epochs: int) -> str:
 
 
 def describe_progress(progress: StepProgress) -> str:
-    """What stands behind the progress bar."""
+    """The text behind the progress bar."""
     loss, rate, wait = (progress.metrics[n] for n in ("train/loss", "images_per_s", "data_wait"))
     parts = [
         "" if loss is None else f"loss {loss:.3f}",
         "" if rate is None else f"{rate:.0f} images/s",
-        "" if wait is None or wait < _WORTH_SAYING else f"{wait:.0%} waiting for data",
+        "" if wait is None or wait < _MIN_SHOWN_DATA_WAIT else f"{wait:.0%} waiting for data",
     ]
     return ", ".join(part for part in parts if part)
 
 
 class EpochDisplay:
-    """Shows rank 0's messages, which `take` gives: those that have come within so many seconds."""
+    """Shows rank 0's messages. `take(timeout_s)` returns the new ones, waiting for the first."""
 
     def __init__(self, take: Callable[[float], list[Message]], *, epochs: int) -> None:
         self.take, self.epochs = take, epochs
-        self.shown = 0
-        """Epochs."""
-        self.seen = 0
+        self.shown_epochs = 0
+        self.done_steps = 0
         """Steps of the run, by the latest message."""
         self.progress: Progress | None = None
 
     def follow(self, training: Future[Any]) -> None:
-        """Return when `training` has ended and its last message is shown; raises what it raised."""
+        """Show messages until `training` has ended; raises what it raised."""
         try:
             while True:
                 ended = training.done()
-                received = self._receive(0.0 if ended else _LOOK_AGAIN_S)
+                received = self._receive(0.0 if ended else _POLL_INTERVAL_S)
                 for message in received:
                     self._show(message)
                 if ended and not received:
@@ -104,41 +101,35 @@ class EpochDisplay:
     def _receive(self, timeout_s: float) -> list[Message]:
         try:
             return self.take(timeout_s)
-        except ray.exceptions.RayError:  # the channel is lost; the training's end will tell
+        except ray.exceptions.RayError:  # the channel is lost; `training` will end with an error
             time.sleep(timeout_s)
             return []
 
     def _show(self, message: Message) -> None:
         if isinstance(message, str):
-            self._write(message)
+            tell_above_bar(message)
         elif isinstance(message, Start):
             self._begin(message)
         elif isinstance(message, StepProgress):
-            self.seen = (message.epoch - 1) * message.steps + message.step
+            self.done_steps = (message.epoch - 1) * message.steps + message.step
             if self.progress is None:
                 total = self.epochs * message.steps
-                self.progress = Progress("train", total, "steps", initial=self.seen)
-            self.progress.advance_to(self.seen, describe_progress(message))
-        elif message.number > self.shown:  # after a restart an epoch may come twice
-            self.shown = message.number
-            self._write(describe_epoch(message, self.epochs))
+                self.progress = Progress("train", total, "steps", initial=self.done_steps)
+            self.progress.advance_to(self.done_steps, describe_progress(message))
+        elif message.number > self.shown_epochs:  # after a restart an epoch may come twice
+            self.shown_epochs = message.number
+            tell_above_bar(describe_epoch(message, self.epochs))
 
     def _begin(self, start: Start) -> None:
         warning = "warning: " if start.initialisation.fell_back else ""
-        again = self.seen - (len(start.history) * start.steps + start.step)
-        behind = f"; {again} steps again" if again > 0 else ""
-        self._write(f"{warning}model: {start.initialisation.message}{behind}")
-        self.shown = max(self.shown, len(start.history))
-        # Another attempt has another speed.
+        repeated = self.done_steps - (len(start.history) * start.steps + start.step)
+        suffix = f"; {repeated} steps again" if repeated > 0 else ""
+        tell_above_bar(f"{warning}model: {start.initialisation.message}{suffix}")
+        self.shown_epochs = max(self.shown_epochs, len(start.history))
+        # The next attempt has another speed, and so another bar.
         self._end_progress()
 
     def _end_progress(self) -> None:
         if self.progress is not None:
             self.progress.__exit__(None, None, None)
             self.progress = None
-
-    def _write(self, line: str) -> None:
-        if self.progress is None:
-            tell(line)
-        else:
-            self.progress.tell(line)

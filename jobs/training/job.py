@@ -1,5 +1,6 @@
 """Train one model: Ray Train starts the workers, each of which calls `pneumo.training.fit`."""
 
+import shlex
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
@@ -12,7 +13,7 @@ from jobs.ray_cluster.session import (
     start_timeout_s,
     worker_resources,
 )
-from jobs.terminal.entry_point import new_run_url, tell
+from jobs.terminal.entry_point import find_run_url, tell
 from jobs.tracking.sending import sending_to_wandb
 from jobs.training.epoch_log import EpochDisplay
 from jobs.training.messages import WorkerChannel
@@ -22,19 +23,19 @@ from pneumo import storage
 from pneumo.command_line import Invocation, TrainArguments
 from pneumo.config import Config
 from pneumo.dataset.manifest import read_manifest
-from pneumo.reporting.tracking import prepare_tracking
+from pneumo.reporting.tracking.tracked_run import prepare_tracking
 from pneumo.training.checkpoints import CheckpointIndex, find_weights, read_index
 from pneumo.training.preconditions import check_run
 
 STOP_TIMEOUT_S = 25.0
-"""Kubernetes kills 30 s after its SIGTERM."""
+"""For the checkpoint of an interrupted run; Kubernetes kills a pod 30 s after SIGTERM."""
 
 
 def train(invocation: Invocation) -> None:
-    """Train on `--store`, leaving the run in `--run`."""
+    """Train on `--store`; writes the run to `--run`."""
     arguments, config = invocation.arguments, find_weights(invocation.config)
     assert isinstance(arguments, TrainArguments)
-    run_url = storage.normalise(arguments.run) if arguments.run else new_run_url("train")
+    run_url = find_run_url("train", arguments.run)
     store_url = open_store(arguments, run_url, seed=config.seed)
     manifest = read_manifest(store_url)
     check_run(config, manifest, run_url, num_workers=config.cluster.num_workers)
@@ -49,7 +50,7 @@ def train(invocation: Invocation) -> None:
 
 
 def train_run(config: Config, store_url: str, run_url: str) -> CheckpointIndex:
-    """Train in the Ray session that is open; follow it on the screen."""
+    """Train in the open Ray session and show the progress in the terminal."""
     cluster = resolve_use_gpu(config.cluster)
     wanted = worker_resources(cluster)
     nodes = wait_for_workers(
@@ -76,13 +77,13 @@ def train_run(config: Config, store_url: str, run_url: str) -> CheckpointIndex:
 
 
 def _start(run: Callable[[], bool]) -> Future[bool]:
-    """Begin training in a thread: in the main one Ray Train would take Ctrl-C for itself."""
+    """Train in a background thread: in the main thread Ray Train would handle Ctrl-C itself."""
     training: Future[bool] = Future()
 
     def run_all() -> None:
         try:
             training.set_result(run())
-        except BaseException as error:  # handed to whoever asks the future
+        except BaseException as error:  # raised by `training.result()`
             training.set_exception(error)
 
     threading.Thread(target=run_all, name="training", daemon=True).start()
@@ -92,21 +93,25 @@ def _start(run: Callable[[], bool]) -> Future[bool]:
 def stop_training(
     request_stop: Callable[[], None], training: Future[bool], timeout_s: float = STOP_TIMEOUT_S
 ) -> None:
-    """Ctrl-C, or a scheduler's SIGTERM: have a checkpoint written, but not at any price; what
-    `training` comes to says whether it was, or it is said here that it was not."""
-    tell("train: interrupted; writing a checkpoint (once more leaves without)")
+    """After Ctrl-C or a scheduler's SIGTERM: request a checkpoint, wait at most `timeout_s` for it,
+    and tell the user if none was written."""
+    tell("train: interrupted; writing a checkpoint (interrupt again to exit without one)")
     request_stop()
     done, _ = wait([training], timeout=timeout_s)
     if not done:
-        tell(f"train: no checkpoint within {timeout_s:.0f} s; going on will be from the one before")
+        why = f"no checkpoint within {timeout_s:.0f} s"
     elif training.exception() is not None or not training.result():
-        tell("train: no checkpoint could be written; going on will be from the one before")
+        why = "no checkpoint could be written"
+    else:
+        return
+    tell(f"train: {why}; training resumes from an earlier one")
 
 
 def report_training(index: CheckpointIndex, run_url: str, store_url: str) -> None:
-    """The result in two lines, and what to do next."""
+    """Print the result in two lines, and the next command."""
     best = index.best
     auroc = "undefined" if best.val_auroc is None else f"{best.val_auroc:.3f}"
     print(f"best epoch {best.epoch}  val AUROC {auroc}  of {index.latest.epoch} epochs")
     print(f"run {run_url}")
-    tell(f"next: python -m jobs.evaluate --store {store_url} --run {run_url}")
+    flags = shlex.join(["--store", store_url, "--run", run_url])
+    tell(f"next: python -m jobs.evaluate {flags}")

@@ -1,6 +1,6 @@
-"""What the workers tell the driver, and what it commands them: an actor on the driver's node.
+"""Messages from workers to the driver, and its commands to them, by an actor on the driver's node.
 
-To listen is one pending call a worker; steps pay nothing for it.
+A worker listens by one pending actor call, which costs training steps nothing.
 """
 
 import asyncio
@@ -18,13 +18,13 @@ import ray.exceptions
 from jobs.ray_cluster.nodes import start_local_actor
 
 Command = Literal["stop", "abandon"]
-"""stop: write a checkpoint and return. abandon: end the process, as its peers are out of reach."""
-_LISTEN_AGAIN_S = 1.0
+"""stop: write a checkpoint and return. abandon: exit at once, as other ranks are unreachable."""
+_RETRY_INTERVAL_S = 1.0
 
 
 @dataclass(frozen=True)
 class Worker:
-    """A worker that listens."""
+    """A worker that listens for commands."""
 
     rank: int
     node_id: str
@@ -32,8 +32,8 @@ class Worker:
 
 
 class _ChannelActor:
-    """The actor behind `WorkerChannel`. Messages stay pickled in it, so that it never imports what
-    they are of, torch among it."""
+    """The actor behind `WorkerChannel`. It keeps messages pickled, so that its process need not
+    import their classes, and with them torch."""
 
     def __init__(self) -> None:
         self.messages: list[bytes] = []
@@ -64,7 +64,7 @@ class _ChannelActor:
 
     async def reset(self) -> None:
         self.listening, self.command = {}, "stop"
-        self.commanded = asyncio.Event()  # who waits for the old one is of a group that has ended
+        self.commanded = asyncio.Event()  # only workers of an ended group wait for the old event
 
     async def list_workers(self) -> list[Worker]:
         return list(self.listening.values())
@@ -73,23 +73,23 @@ class _ChannelActor:
 class WorkerChannel:
     """A handle that can be sent to workers; its methods raise RayError when the actor is lost.
 
-    Ray's own Queue tells by an exception that nothing has come, and making one takes a core 10 to
-    50 ms: asked three times a second it took up to 16 % of one from the training beside it.
+    Ray's own Queue raises an exception when it is empty, which takes 10 to 50 ms of CPU: polled
+    three times a second, it took up to 16 % of a core from the training beside it.
     """
 
     def __init__(self) -> None:
         self.actor = start_local_actor(_ChannelActor)
 
     def put(self, message: Any) -> None:
-        """Leave a message for the driver; once this returns it is there."""
+        """Send a message to the driver; returns once the actor has it."""
         ray.get(self.actor.put.remote(pickle.dumps(message)))
 
     def take(self, timeout_s: float) -> list[Any]:
-        """The messages since, oldest first, as soon as there is one; empty after the timeout."""
+        """New messages, oldest first, as soon as there is one; empty after the timeout."""
         return [pickle.loads(message) for message in ray.get(self.actor.take.remote(timeout_s))]
 
     def broadcast(self, command: Command) -> None:
-        """Every worker that listens hears it; so does one that begins to, until `reset`."""
+        """Send a command to every worker that listens now or begins to before `reset`."""
         ray.get(self.actor.broadcast.remote(command))
 
     def reset(self) -> None:
@@ -102,31 +102,31 @@ class WorkerChannel:
         return workers
 
     def close(self) -> None:
-        """End it; what is in it is lost, and who still listens ends."""
+        """Kill the actor: its messages are lost, and workers that still listen exit."""
         ray.kill(self.actor)
 
     def listen(self, rank: int) -> threading.Event:
-        """In a worker: an event that is set when it should stop. The process ends when it should
-        not go on, or when the channel is lost: nobody could tell it any more."""
+        """In a worker: an event that is set on the command "stop". The process exits on "abandon",
+        and when the channel is lost, as no command could reach it any more."""
         context = ray.get_runtime_context()
         worker = Worker(rank, context.get_node_id(), ray.util.get_node_ip_address())
-        heard = threading.Event()
+        stopped = threading.Event()
 
         def wait() -> None:
             if self._await_command(worker) == "abandon":
                 os._exit(1)
-            heard.set()
+            stopped.set()
 
         threading.Thread(target=wait, name="commands", daemon=True).start()
-        return heard
+        return stopped
 
     def _await_command(self, worker: Worker) -> Command:
         while True:
             try:
                 command: Command = ray.get(self.actor.listen.remote(worker))
-            except ray.exceptions.ActorUnavailableError:  # a short break of the network
-                time.sleep(_LISTEN_AGAIN_S)
-            # The driver is gone or thinks so of this process: another attempt may have begun.
+            except ray.exceptions.ActorUnavailableError:  # the network was interrupted
+                time.sleep(_RETRY_INTERVAL_S)
+            # The driver has ended, or counts this process as lost: another attempt may run.
             except ray.exceptions.RayError:
                 return "abandon"
             else:

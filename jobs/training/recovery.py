@@ -1,12 +1,12 @@
-"""A training run that outlasts its workers: what is done when some are lost, leave or come.
+"""Fault tolerance and elasticity: a training run continues when workers are lost, leave or join.
 
-Each attempt is a Ray Train run of a fixed number of workers that goes on from the newest
-checkpoint. It ends in one of three ways: the training is done; something failed; or it was told to
-stop, wrote a checkpoint and left, because a node is about to go, more workers have room, or the
-job was asked to leave. Then the next attempt takes the nodes that answer.
+Each attempt is a Ray Train run of a fixed number of workers that resumes from the newest
+checkpoint. It ends in one of three ways: the training is done; something failed; or the workers
+were told to stop and wrote a checkpoint, because a node drains, there is room for more workers, or
+the job was interrupted. The next attempt uses the nodes that are reachable then.
 
-Ray Train can do part of this within one attempt (FailureConfig, elastic ScalingConfig). It then
-believes its list of nodes, which is up to 80 s old: here the nodes are asked, which takes a moment.
+Ray Train can do part of this within one attempt (FailureConfig, elastic ScalingConfig), but with a
+list of nodes that is up to 80 s old; this module connects to each node, which takes a moment.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ from pneumo.errors import ClusterError, ContentError, PneumoError, StorageError
 from pneumo.training.checkpoints import CheckpointIndex, find_index
 
 STOPPED = "stopped"
-"""What an attempt returns that was told to stop and has written its checkpoint."""
+"""Returned by an attempt that was told to stop and has written its checkpoint."""
 
 _WATCH_INTERVAL_S = 2.0
 _UNREACHABLE_S = 15.0
-"""A node that takes no connection for this long is given up; a shorter break mends itself."""
+"""A node that accepts no connection for this long counts as lost; shorter breaks are ignored."""
 _EXTRA_WAIT_S = 5.0
-"""After a loss the resources of the group come back one by one; so long more are waited for."""
+"""How long to wait for more workers: after a loss Ray frees their resources one by one."""
 _REMIND_INTERVAL_S = 60.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
-"""Between looks at storage that is away."""
+"""Between retries while storage is unavailable."""
 
 Attempt = Callable[[int, Sequence[Node]], object]
-"""Trains with so many workers on these nodes; returns STOPPED or anything else when done."""
+"""Trains with that many workers on these nodes; returns STOPPED, or anything else when done."""
 
 
 @dataclass(frozen=True)
@@ -60,54 +60,54 @@ class Restart:
     reason: str
     """What happened, in a few words."""
     expected_workers: int
-    """Workers that should have room once all is settled."""
+    """Workers that should fit once Ray has freed the resources of the last attempt."""
 
 
 def read_run_index(store_url: str, run_url: str) -> CheckpointIndex | None:
-    """The run's index, or None where nothing has been trained; read after the manifest, so that
-    both places have answered. Raises StorageError when one does not."""
+    """The run's checkpoint index, or None where nothing has been trained. Reads the manifest first,
+    so that both store and run are known to be available; raises StorageError where one is not."""
     read_manifest(store_url)
     return find_index(run_url)
 
 
 @dataclass(eq=False)
 class Recovery:
-    """Attempts until the run is done."""
+    """Starts attempts until the run is done."""
 
     cluster: ClusterConfig
     wanted: Mapping[str, float]
-    """What one worker reserves."""
+    """Resources that one worker reserves."""
     store_url: str
     run_url: str
     channel: WorkerChannel
     attempt: Attempt
     tell: Callable[[str], None]
-    """One line for the person."""
+    """Shows one line to the user."""
     read_index: Callable[[str, str], CheckpointIndex | None] = read_run_index
     stopping: threading.Event = field(default_factory=threading.Event)
     failures: int = 0
     reminded_s: float = 0.0
-    """When a wait was last told of."""
+    """When the current wait was last shown to the user; 0: never."""
 
     def run(self, nodes: Sequence[Node]) -> bool:
-        """Train on `nodes` first; whether all that was trained is in a checkpoint, which a run that
-        is left in a hurry may not reach.
+        """Train, in the first attempt on `nodes`. Returns whether everything that was trained is in
+        a checkpoint; an interrupted run may not have had the time to write one.
 
-        Raises what ended the last attempt when a new one is of no use.
+        Raises the error of the last attempt where another attempt would not help.
         """
         size = self._size(nodes)
         if size < self.cluster.num_workers:
             self.tell(f"starting with {_workers(size)} of {self.cluster.num_workers}")
         while True:
             self.channel.reset()
-            if self.stopping.is_set():  # after commands were reset: none to stop is lost
+            if self.stopping.is_set():  # checked after the reset, so that no stop() is lost
                 return True
             restart = self._train(size, nodes)
             if restart is None or self.stopping.is_set():
                 return restart is None
             index = self._await_storage(restart)
-            # A worker may be lost after the last checkpoint was written and before Ray has seen it
-            # end: then there is nothing left to train.
+            # A worker may be lost after the last checkpoint was written and before Ray noticed that
+            # it had ended; then there is nothing left to train.
             if self.stopping.is_set() or (index is not None and index.finished):
                 return True
             nodes = self._wait_for_nodes(restart)
@@ -115,23 +115,23 @@ class Recovery:
                 return True
             size = self._size(nodes)
             position = describe_position(index)
-            self.tell(f"{restart.reason}: going on with {_workers(size)} {position}")
+            self.tell(f"{restart.reason}: resuming with {_workers(size)} {position}")
 
     def _size(self, nodes: Sequence[Node]) -> int:
         return min(count_fitting(nodes, self.wanted), self.cluster.num_workers)
 
     def stop(self) -> None:
-        """Have the attempt write a checkpoint and return, and be the last."""
+        """Make the current attempt write a checkpoint and return; no other follows."""
         self.stopping.set()
         self.channel.broadcast("stop")
 
     def _train(self, size: int, nodes: Sequence[Node]) -> Restart | None:
-        """One attempt; why another is needed, or None when the run is over or was left with a
-        checkpoint."""
+        """Run one attempt. Returns why another is needed; None when the training is done, or was
+        interrupted and has written a checkpoint."""
         with self._monitoring(size) as monitor:
             try:
                 outcome = self.attempt(size, nodes)
-            # Ray's controller reads and writes the run's folder too: without an answer it dies.
+            # Ray Train's controller uses the run's folder too, and dies without its storage.
             except (TrainingFailedError, ray.exceptions.RayActorError, StorageError) as error:
                 if self.stopping.is_set():
                     return Restart("stopped", 0)
@@ -141,7 +141,7 @@ class Recovery:
         return monitor.restart or Restart("told to stop", size)
 
     def _describe_retryable(self, error: Exception) -> str:
-        """What happened in a few words; raises the error when it would only happen again."""
+        """What happened, in a few words; raises `error` where it would only happen again."""
         cause = find_cause(error)
         if cause is not None and not self._is_transient(cause):
             raise error
@@ -153,13 +153,13 @@ class Recovery:
         return f"{what}, failure {self.failures}{limit}"
 
     def _is_transient(self, cause: PneumoError) -> bool:
-        """Whether waiting may mend it: an object store that is away, but neither a full disk nor
-        other bytes than the manifest's."""
+        """Whether it may pass by itself: an unavailable object store may, but neither a full disk
+        nor data that differs from the manifest."""
         is_remote = not all(storage.is_local(url) for url in (self.store_url, self.run_url))
         return is_remote and isinstance(cause, StorageError) and not isinstance(cause, ContentError)
 
     def _await_storage(self, restart: Restart) -> CheckpointIndex | None:
-        """The run's index, once its folder and the store answer; waits as long as it takes."""
+        """Wait until run and store are available; the run's index, or None when interrupted."""
         pause_s, self.reminded_s = _FIRST_PAUSE_S, 0.0
         while not self.stopping.is_set():
             try:
@@ -167,13 +167,13 @@ class Recovery:
             except StorageError as error:
                 if not self._is_transient(error):
                     raise
-                self._remind(f"{restart.reason}: waiting, as it is away: {error}")
+                self._remind(f"{restart.reason}: waiting for storage: {error}")
             self.stopping.wait(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
         return None
 
     def _remind(self, line: str) -> bool:
-        """Tell of a wait, but only once a minute; whether it was told."""
+        """Tell the user of a wait, at most once a minute; whether the user was told now."""
         is_due = not self.reminded_s or time.monotonic() > self.reminded_s + _REMIND_INTERVAL_S
         if is_due:
             self.reminded_s = time.monotonic()
@@ -181,15 +181,15 @@ class Recovery:
         return is_due
 
     def _surviving_workers(self) -> list[Worker]:
-        """Workers of the last attempt whose nodes can take them again."""
+        """Workers of the last attempt whose nodes are reachable."""
         workers = self.channel.workers()
-        gone = {worker.rank for worker in find_lost(workers)}
-        return [worker for worker in workers if worker.rank not in gone]
+        lost = find_lost(workers)
+        return [worker for worker in workers if worker not in lost]
 
     def _wait_for_nodes(self, restart: Restart) -> Sequence[Node]:
-        """Nodes for as many workers as possible; waits for the fewest allowed, however long.
+        """Nodes for as many workers as possible.
 
-        As many as `restart` expects are waited for a little longer.
+        Waits without limit for the minimum, and a few seconds more for what `restart` expects.
         """
         started_s, self.reminded_s = time.monotonic(), 0.0
         fewest = self.cluster.fewest_workers
@@ -199,7 +199,7 @@ class Recovery:
             fits, waited_s = count_fitting(nodes, self.wanted), time.monotonic() - started_s
             if fits >= fewest and (fits >= restart.expected_workers or waited_s > _EXTRA_WAIT_S):
                 return nodes
-            lack = f"waiting for room for {_workers(fewest)}, there is for {fits}"
+            lack = f"waiting for {_workers(fewest)}, and the nodes have room for {fits}"
             if (
                 waited_s > _EXTRA_WAIT_S
                 and fits < fewest
@@ -212,16 +212,16 @@ class Recovery:
 
     @contextmanager
     def _monitoring(self, size: int) -> Iterator[_NodeMonitor]:
-        """Look after the nodes while an attempt runs."""
+        """Check the nodes every few seconds while an attempt runs."""
         monitor, ended = _NodeMonitor(self, size), threading.Event()
 
-        def look() -> None:
+        def watch() -> None:
             while not ended.wait(_WATCH_INTERVAL_S):
-                # The next look may succeed.
+                # The next check may succeed.
                 with suppress(ray.exceptions.RayError, OSError):
                     monitor.check()
 
-        watcher = threading.Thread(target=look, name="watch", daemon=True)
+        watcher = threading.Thread(target=watch, name="watch", daemon=True)
         watcher.start()
         try:
             yield monitor
@@ -231,7 +231,7 @@ class Recovery:
 
 
 class _NodeMonitor:
-    """Sees nodes become unreachable, drain, or join; tells the workers to stop."""
+    """Notices that nodes become unreachable, drain or join, and tells the workers to stop."""
 
     def __init__(self, recovery: Recovery, size: int) -> None:
         self.recovery, self.size = recovery, size
@@ -241,36 +241,35 @@ class _NodeMonitor:
         """Why the workers are to stop."""
 
     def check(self) -> None:
-        """Look once, and tell the workers to stop where that is needed."""
+        """Check once, and tell the workers to stop where that is needed."""
         node_ids = {worker.node_id for worker in self.recovery.channel.workers()}
         if not node_ids:
             return
-        mine = [node for node in list_nodes() if node.id in node_ids]
-        if self._has_unreachable_node(mine):
+        nodes = [node for node in list_nodes() if node.id in node_ids]
+        if self._has_unreachable_node(nodes):
             self.recovery.channel.broadcast("abandon")
             return
         if self.restart is None:
-            self.restart = self._find_draining(mine) or self._find_capacity()
-        if self.restart is not None:  # again at each look: a broadcast may fail half-way
+            self.restart = self._find_draining(nodes) or self._find_capacity()
+        if self.restart is not None:  # repeated at each check: a broadcast may fail half-way
             self.recovery.channel.broadcast("stop")
 
     def _has_unreachable_node(self, nodes: Sequence[Node]) -> bool:
-        now_s = time.monotonic()
-        silent = unreachable_addresses(nodes)
-        self.unreachable_since_s = {a: self.unreachable_since_s.get(a, now_s) for a in silent}
+        now_s, before = time.monotonic(), self.unreachable_since_s
+        self.unreachable_since_s = {a: before.get(a, now_s) for a in unreachable_addresses(nodes)}
         return any(
             now_s - since_s >= _UNREACHABLE_S for since_s in self.unreachable_since_s.values()
         )
 
     def _find_draining(self, nodes: Sequence[Node]) -> Restart | None:
-        going = {node.id: node.address for node in nodes if node.draining}
-        if not going:
+        draining = {node.id: node.address for node in nodes if node.draining}
+        if not draining:
             return None
-        staying = [m for m in self.recovery.channel.workers() if m.node_id not in going]
-        return Restart(f"node {', '.join(going.values())} is being taken away", len(staying))
+        remaining = [w for w in self.recovery.channel.workers() if w.node_id not in draining]
+        return Restart(f"node {', '.join(draining.values())} is draining", len(remaining))
 
     def _find_capacity(self) -> Restart | None:
-        """Room for more workers that was there at the last look too."""
+        """A restart with more workers, if this check and the last one found room for more."""
         most = self.recovery.cluster.num_workers
         if self.size >= most:
             return None
@@ -284,17 +283,17 @@ class _NodeMonitor:
 
 
 def count_fitting(nodes: Sequence[Node], wanted: Mapping[str, float]) -> int:
-    """Workers that could start on the nodes."""
+    """How many workers could start on the nodes."""
     return sum(node.fits(wanted) for node in nodes)
 
 
 def wait_for_workers(
     cluster: ClusterConfig, wanted: Mapping[str, float], *, timeout_s: float
 ) -> Sequence[Node]:
-    """Nodes with room for `cluster.num_workers` workers; for fewer, but not fewer than
-    `cluster.fewest_workers`, when no more have come soon.
+    """Nodes with room for `cluster.num_workers` workers; after a few seconds also for fewer, but at
+    least `cluster.fewest_workers`.
 
-    Raises ClusterError after `timeout_s`, saying what was asked and what there is.
+    Raises ClusterError after `timeout_s`; it gives the resources requested and available.
     """
     started_s = time.monotonic()
     fewest, most = cluster.fewest_workers, cluster.num_workers
@@ -305,7 +304,7 @@ def wait_for_workers(
             nodes = usable_nodes(wanted)
             fits, waited_s = count_fitting(nodes, wanted), time.monotonic() - started_s
             if fits >= most or (fits >= fewest and waited_s >= min(_EXTRA_WAIT_S, timeout_s)):
-                failing.pop_all()  # a training that starts replaces the request by its own
+                failing.pop_all()  # Ray Train will replace the request by its own
                 return nodes
             if waited_s >= timeout_s:
                 raise ClusterError(_describe_lack(fewest, wanted, waited_s))
@@ -313,29 +312,29 @@ def wait_for_workers(
 
 
 def _describe_lack(num_workers: int, wanted: Mapping[str, float], waited_s: float) -> str:
-    there = list_nodes()
+    nodes = list_nodes()
 
-    def add(name: str, each: float) -> str:
-        total = sum(node.total.get(name, 0.0) for node in there)
-        free = sum(node.free.get(name, 0.0) for node in there)
+    def describe(name: str, each: float) -> str:
+        total = sum(node.total.get(name, 0.0) for node in nodes)
+        free = sum(node.free.get(name, 0.0) for node in nodes)
         return f"{each * num_workers:g} {name} (it has {total:g}, {free:g} free)"
 
-    lacks = ", ".join(add(name, each) for name, each in wanted.items())
+    needs = ", ".join(describe(name, each) for name, each in wanted.items())
     return (
-        f"cluster: {_workers(num_workers)} need {lacks}; waited {waited_s:.0f} s; lower "
+        f"cluster: {_workers(num_workers)} need {needs}; waited {waited_s:.0f} s; lower "
         "--cluster.num-workers, give --cluster.min-workers, or add nodes"
     )
 
 
 def find_lost(workers: Sequence[Worker]) -> list[Worker]:
-    """Those whose nodes are dead, or do not answer."""
+    """Workers whose nodes are dead or unreachable."""
     alive = {node.id: node for node in list_nodes()}
-    silent = unreachable_addresses([alive[m.node_id] for m in workers if m.node_id in alive])
-    return [m for m in workers if m.node_id not in alive or m.address in silent]
+    unreachable = unreachable_addresses([alive[w.node_id] for w in workers if w.node_id in alive])
+    return [w for w in workers if w.node_id not in alive or w.address in unreachable]
 
 
 def describe_position(index: CheckpointIndex | None) -> str:
-    """Where a run goes on."""
+    """Where a run resumes."""
     if index is None:
         return "from the start"
     step = f" step {index.latest.step}" if index.latest.step else ""
@@ -343,7 +342,7 @@ def describe_position(index: CheckpointIndex | None) -> str:
 
 
 def describe_failure(error: Exception, workers: Sequence[Worker]) -> str:
-    """In a few words, what became of a group of workers."""
+    """Why an attempt failed, in a few words."""
     lost = sorted({worker.address for worker in find_lost(workers)})
     if lost:
         return f"worker lost (node {', '.join(lost)} does not answer)"

@@ -26,36 +26,36 @@ from pneumo.loading.sample_order import World
 from pneumo.training.callbacks import Callbacks
 
 RENDEZVOUS_TIMEOUT_S = 180
-"""Within which the ranks of an attempt must find each other; else another is begun."""
+"""Time limit for the ranks of an attempt to find each other; after it, another attempt starts."""
 WAIT_TIMEOUT_S = 1800
-"""How long ranks wait for one another afterwards. One reads its split, or tries storage again and
-again, while the others are done; `jobs.training.recovery` finds
-unreachable nodes within seconds."""
+"""Time limit of a collective operation after that. One rank may still read its split, or retry a
+storage request, when the others are done; `jobs.training.recovery` finds unreachable nodes within
+seconds."""
 
 
 class TrialContext(Protocol):
-    """What a worker needs of the search whose trial it trains."""
+    """The search, as seen by a worker that trains one of its trials."""
 
     def extend(self, callbacks: Callbacks, trial_url: str, world: World) -> Callbacks:
-        """`callbacks`, with which each epoch is judged and reported too."""
+        """`callbacks` that also report each epoch to the search and stop a poor trial."""
         ...
 
     def fetch_splits(self, image_size: int | None) -> Mapping[str, InMemorySplit]:
-        """The splits at this size that the node's memory holds, by name."""
+        """The splits of this image size that are in the node's shared memory, by name."""
         ...
 
 
 @dataclass(frozen=True)
 class Training:
-    """What every worker needs to know of a training."""
+    """What every worker of a training receives."""
 
     config: Config
     store_url: str
     run_url: str
     channel: WorkerChannel | None = None
-    """Where rank 0 tells the driver of its epochs, and who stops the workers."""
+    """Carries rank 0's messages to the driver, and the driver's commands to the workers."""
     trial_context: TrialContext | None = None
-    """Whose trial it is."""
+    """The search that this trial belongs to; None outside a search."""
 
 
 def build_trainer(
@@ -64,10 +64,10 @@ def build_trainer(
     nodes: Sequence[Node] = (),
     callbacks: Sequence[Any] = (),
 ) -> TorchTrainer:
-    """A TorchTrainer whose every worker runs `fit` as one DDP rank, on `nodes` if there are any.
+    """A TorchTrainer in which every worker runs `fit` as one DDP rank, only on `nodes` if given.
 
-    `cluster` says how many there are and what each gets. With a channel the first failure ends the
-    trainer's `fit`: `Recovery` deals with it.
+    `cluster` gives the number of workers and their resources. With a channel the first failure ends
+    `TorchTrainer.fit`, and `Recovery` handles it.
     """
     failures = (
         FailureConfig(max_failures=cluster.max_failures)
@@ -96,14 +96,14 @@ def build_trainer(
 
 
 def extend_timeout() -> None:
-    """Let the ranks, which have found each other, wait WAIT_TIMEOUT_S for one another."""
+    """Raise the timeout of collectives to WAIT_TIMEOUT_S, once the ranks have found each other."""
     if dist.is_initialized():
         dist.set_timeout(timedelta(seconds=WAIT_TIMEOUT_S))
 
 
 def _train_worker(training: Training) -> str | None:
-    """What each Ray Train worker runs; STOPPED when it was told to stop."""
-    from pneumo.training.fit import fit  # 3 s of CPU, which the driver does not need
+    """The function of each Ray Train worker; returns STOPPED after a "stop" command."""
+    from pneumo.training.fit import fit  # takes 3 s of CPU, and the driver does not need it
 
     config, channel, trial = training.config, training.channel, training.trial_context
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)

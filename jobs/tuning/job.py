@@ -1,14 +1,15 @@
-"""Search settings with Ray Tune; ends with a table, a page and a recipe, best.toml.
+"""Search settings with Ray Tune; writes a table, a page and, last, a recipe, best.toml.
 
-Killed anywhere, the same command goes on: trials that have ended are kept, those that were under
-way go on from their checkpoints. Trials at a time are what the cluster's resources allow, so that
-none waits for another's workers.
+After an interruption the same command resumes the search: ended trials are kept, the others resume
+from their checkpoints. As many trials run at a time as fit into the cluster with all their workers,
+so that none waits for the workers of another.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,12 +22,18 @@ from ray.tune.schedulers import FIFOScheduler
 
 from jobs.joined_store import open_store
 from jobs.ray_cluster.session import ray_session, wait_for_resources
-from jobs.terminal.entry_point import find_cause, new_run_url, tell
+from jobs.terminal.entry_point import find_cause, find_run_url, tell
 from jobs.tracking.sending import sending_to_wandb
 from jobs.tuning.live_table import LiveTable
 from jobs.tuning.search_results import print_search, write_results
 from jobs.tuning.search_wandb import BEST, REPORT
-from jobs.tuning.searchers import Draw, FixedListSearcher, OptunaSearcher, ResumableAsha, list_grid
+from jobs.tuning.searchers import (
+    FixedListSearcher,
+    OptunaSearcher,
+    PlannedTrial,
+    ResumableAsha,
+    list_grid,
+)
 from jobs.tuning.trial_judge import SharedTrialData
 from jobs.tuning.trial_lines import TrialLines
 from jobs.tuning.trial_records import (
@@ -38,7 +45,7 @@ from jobs.tuning.trial_records import (
     trial_url,
     write_ended,
 )
-from jobs.tuning.trial_runs import load_shared_data, make_trainable, trials_at_once
+from jobs.tuning.trial_runs import load_shared_data, make_trainable, max_concurrent_trials
 from pneumo import storage
 from pneumo.command_line import Invocation, TuneArguments
 from pneumo.config import Config, ModelConfig
@@ -46,7 +53,7 @@ from pneumo.config_layers import check_space, drop_removed
 from pneumo.dataset.manifest import Manifest, read_manifest
 from pneumo.errors import ClusterError, ConfigError, RunError
 from pneumo.network.backbones import check_weights
-from pneumo.reporting.tracking import prepare_tracking
+from pneumo.reporting.tracking.tracked_run import prepare_tracking
 from pneumo.search_space import flatten
 from pneumo.training.checkpoints import find_weights
 from pneumo.training.preconditions import check_sizes
@@ -65,14 +72,14 @@ from pneumo.tuning.trials import Trial, rank
 
 _IDENTITY = "search.json"
 _SAME = ("seed", "data", "augment", "model", "train", "tune")
-"""The settings that a search which goes on must share with its beginning."""
+"""Sections of the settings that must not change when a search is resumed."""
 
 
 def tune(invocation: Invocation) -> None:
-    """Search on `--store`, leaving trials.parquet, report.html and best.toml in `--run`."""
+    """Search on `--store`; writes trials.parquet, report.html and best.toml to `--run`."""
     arguments, config = invocation.arguments, find_weights(invocation.config)
     assert isinstance(arguments, TuneArguments)
-    run_url = storage.normalise(arguments.run) if arguments.run else new_run_url("tune")
+    run_url = find_run_url("tune", arguments.run)
     store_url = open_store(arguments, run_url, seed=config.seed)
     manifest = read_manifest(store_url)
     check_search(config, manifest)
@@ -87,11 +94,12 @@ def tune(invocation: Invocation) -> None:
     print_search(found)
     print(f"report {storage.join(run_url, REPORT)}")
     print(f"recipe {storage.join(run_url, BEST)}")
-    tell(f"next: python -m jobs.train --store {store_url} --recipe {storage.join(run_url, BEST)}")
+    flags = shlex.join(["--store", store_url, "--recipe", storage.join(run_url, BEST)])
+    tell(f"next: python -m jobs.train {flags}")
 
 
 def check_search(config: Config, manifest: Manifest) -> None:
-    """What can be known before the first trial. Raises ConfigError naming what does not fit."""
+    """Check all settings that trials may get before the first one starts. Raises ConfigError."""
     val = manifest.splits["val"]
     if not 0 < val.positives < val.samples:
         raise ConfigError(
@@ -111,47 +119,46 @@ def check_search(config: Config, manifest: Manifest) -> None:
 
 
 def begin(config: Config, manifest: Manifest, run_url: str) -> None:
-    """Make the folder this search's own. Raises RunError where it holds one of another space, store
-    or setting."""
-    mine: dict[str, Any] = {
+    """Record the search's identity in its folder. Raises RunError where the folder holds a search
+    with another space, store or setting."""
+    identity: dict[str, Any] = {
         "manifest": manifest.digest,
         **{name: config.model_dump(mode="json")[name] for name in _SAME},
     }
     url = storage.join(run_url, _IDENTITY)
-    try:
-        theirs = json.loads(storage.read_text(url))
-    except FileNotFoundError:
-        storage.write_text(url, json.dumps(mine, indent=1) + "\n")
+    recorded = storage.find_text(url)
+    if recorded is None:
+        storage.write_text(url, json.dumps(identity, indent=1) + "\n")
         return
-    before, now = flatten(drop_removed(theirs)), flatten(mine)
+    before, now = flatten(drop_removed(json.loads(recorded))), flatten(identity)
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     if changed:
         raise RunError(
             f"{run_url}: holds a search with another {', '.join(changed[:3])}; repeat its settings "
-            "to go on, or give another --run"
+            "to resume it, or give another --run"
         )
 
 
 def search(config: Config, manifest: Manifest, store_url: str, run_url: str) -> Search:
-    """Run the trials in the Ray session that is open; write what was found, the recipe last."""
+    """Run the trials in the open Ray session; write the results, the recipe last."""
     wait_for_resources(config.cluster, config.tune.workers_per_trial)
-    at_once = trials_at_once(config, ray.cluster_resources())
+    max_concurrent = max_concurrent_trials(config, ray.cluster_resources())
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the table tells of failed trials
     tune = config.tune
     tell(
-        f"tune: {tune.trials} trials of {tune.epochs} epochs, {at_once} at a time; judged by "
-        f"{describe_objective(tune)}"
+        f"tune: {tune.trials} trials of {tune.epochs} epochs, {max_concurrent} at a time; "
+        f"judged by {describe_objective(tune)}"
     )
     shared = load_shared_data(config, manifest, store_url)
-    runner = _Runner(config, manifest, store_url, run_url, shared, at_once)
+    runner = _Runner(config, manifest, store_url, run_url, shared, max_concurrent)
     trials = rank(runner.search(), tune)
     choice = _choose(trials, config, manifest, run_url)
     confirmed: tuple[Trial, ...] = ()
     if tune.confirm:
         confirmed, choice = _confirm(runner, trials, choice)
     found = Search(
-        name=run_url.rsplit("/", 1)[-1],
+        name=storage.last_part(run_url),
         config=config,
         manifest_digest=manifest.digest,
         trials=trials,
@@ -187,51 +194,51 @@ def _confirm(
 ) -> tuple[tuple[Trial, ...], SettingChoice]:
     """Train the best settings with new seeds, and choose again."""
     config = runner.config
-    again = settings_to_confirm(trials, config.tune)
+    best = settings_to_confirm(trials, config.tune)
     seeds = range(config.seed + 1, config.seed + 1 + config.tune.confirm)
-    tell(f"confirm: the best {len(again)} settings with {len(seeds)} new seeds each")
-    draws = [
-        Draw(f"{trial.name}-seed{seed}", trial.settings, seed) for trial in again for seed in seeds
+    tell(f"confirm: the best {len(best)} settings with {len(seeds)} new seeds each")
+    planned = [
+        PlannedTrial(f"{t.name}-seed{seed}", t.settings, seed) for t in best for seed in seeds
     ]
-    ran = runner.confirm(draws)
-    found: dict[str, list[float]] = {trial.name: [] for trial in again}
-    for one in ran:
-        value = one.objective(config.tune)
-        if one.state == "finished" and value is not None:
-            found[one.name.split("-")[0]].append(value)
-    confirmations = [Confirmation(name, tuple(values)) for name, values in found.items() if values]
+    confirmed = runner.confirm(planned)
+    objectives: dict[str, list[float]] = {trial.name: [] for trial in best}
+    for trial in confirmed:
+        value = trial.objective(config.tune)
+        if trial.state == "finished" and value is not None:
+            objectives[trial.name.split("-")[0]].append(value)
+    confirmations = [Confirmation(name, tuple(each)) for name, each in objectives.items() if each]
     if not confirmations:
         raise ClusterError("tune: no setting could be trained again with another seed")
     simplicity = partial(measure_simplicity, config, runner.manifest)
-    return tuple(ran), choose_confirmed(choice, trials, confirmations, simplicity)
+    return tuple(confirmed), choose_confirmed(choice, trials, confirmations, simplicity)
 
 
 @dataclass(frozen=True)
 class _Runner:
-    """Has Tune run what a search is made of, but for what an earlier try has done of it."""
+    """Runs the trials of a search with Tune, except those that ended before an interruption."""
 
     config: Config
     manifest: Manifest
     store_url: str
     run_url: str
     shared: SharedTrialData
-    at_once: int
+    max_concurrent: int
 
     def search(self) -> list[Trial]:
-        """The trials of the space."""
+        """Run the trials of the search space."""
         config = self.config.tune
         before = {n: t for n, t in read_trials(self.run_url).items() if "-" not in n}
         ended = [trial for trial in before.values() if not trial.is_open]
         if before:
             tell(
-                f"tune: going on: {len(ended)} trials have ended, {len(before) - len(ended)} were "
-                "under way"
+                f"tune: resuming: {len(ended)} trials have ended, "
+                f"{len(before) - len(ended)} had not"
             )
         left = config.trials - len(ended)
         if config.algorithm == "grid":
             done = {trial.name for trial in ended}
-            draws = [draw for draw in list_grid(self.config) if draw.name not in done]
-            searcher = FixedListSearcher(draws, self.run_url)
+            planned = [trial for trial in list_grid(self.config) if trial.name not in done]
+            searcher = FixedListSearcher(planned, self.run_url)
         else:
             worst = chance_level(config, self.shared.prevalence)
             searcher = OptunaSearcher(self.config, before, self.run_url, worst=worst)
@@ -240,16 +247,14 @@ class _Runner:
         )
         return [*ended, *self._run("search", searcher, scheduler, left, ended)]
 
-    def confirm(self, draws: Sequence[Draw]) -> list[Trial]:
-        """The draws, each trained to its end."""
+    def confirm(self, planned: Sequence[PlannedTrial]) -> list[Trial]:
+        """Run these trials, each for all its epochs."""
         before = read_trials(self.run_url)
-        ended = [before[d.name] for d in draws if d.name in before and not before[d.name].is_open]
+        ended = [before[p.name] for p in planned if p.name in before and not before[p.name].is_open]
         done = {trial.name for trial in ended}
-        searcher = FixedListSearcher(
-            [draw for draw in draws if draw.name not in done], self.run_url
-        )
-        left = len(searcher.left)
-        return [*ended, *self._run("confirm", searcher, FIFOScheduler(), left, ended)]
+        left = [trial for trial in planned if trial.name not in done]
+        searcher = FixedListSearcher(left, self.run_url)
+        return [*ended, *self._run("confirm", searcher, FIFOScheduler(), len(left), ended)]
 
     def _run(
         self,
@@ -268,7 +273,7 @@ class _Runner:
                 make_trainable(config, self.store_url, self.run_url, self.shared),
                 tune_config=ray.tune.TuneConfig(
                     num_samples=left,
-                    max_concurrent_trials=self.at_once,
+                    max_concurrent_trials=self.max_concurrent,
                     reuse_actors=config.tune.workers_per_trial == 1,
                     search_alg=searcher,
                     scheduler=scheduler,
@@ -288,6 +293,7 @@ class _Runner:
         trials = [read_trial(self.run_url, name) for name in names]
         if lost := [trial.name for trial in trials if trial.state == "unfinished"]:
             raise ClusterError(
-                f"tune: Ray Tune gave up {', '.join(lost)} without a word; the same command goes on"
+                f"tune: Ray Tune ended {', '.join(lost)} without an error; repeat the "
+                "command to resume"
             )
         return trials

@@ -1,4 +1,4 @@
-"""How far a search is, for the person who started it: a live table in a terminal, else lines."""
+"""Progress of a search: a live table in a terminal, else lines."""
 
 import sys
 import time
@@ -22,21 +22,21 @@ _STATES = {"PENDING": "waits", "RUNNING": "trains", "TERMINATED": "done", "ERROR
 
 
 class LiveTable(ray.tune.Callback):  # type: ignore[misc]
-    """Tune's trials, of which `left` are to come after `ended` ones; a context manager."""
+    """Shows Tune's trials: `left` to come, after `ended` earlier ones; a context manager."""
 
     def __init__(self, label: str, config: TuneConfig, left: int, ended: int) -> None:
         self.label, self.config, self.left, self.ended = label, config, left, ended
-        self.trials: Sequence[Any] = ()  # Tune's own, as they are now
+        self.trials: Sequence[Any] = ()  # Tune's own, in their current state
         self.live: Live | None = None
         self.started_s = self.shown_s = time.monotonic()
-        self.epochs_before: int | None = None  # that were trained before this process began
+        self.epochs_before: int | None = None  # trained before this process began
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune pickles its callbacks for a way of resuming that is not ours."""
+        """No state: Tune pickles its callbacks to resume, but a search resumes from its records."""
         return {}
 
     def __enter__(self) -> Self:
-        if sys.stderr.isatty():  # rich puts what is printed meanwhile above the table
+        if sys.stderr.isatty():  # rich shows lines that are printed meanwhile above the table
             self.live = Live(console=Console(stderr=True), auto_refresh=False, transient=True)
             self.live.start()
         return self
@@ -61,7 +61,7 @@ class LiveTable(ray.tune.Callback):  # type: ignore[misc]
         self.trials = trials
 
     def _count_epochs(self) -> int:
-        """Epochs trained, and those that a trial which has ended does not need any more."""
+        """Epochs trained; an ended trial counts with all its epochs."""
         full = self.config.epochs
         return sum(full if t.status in _ENDED else _epoch(t) for t in self.trials)
 
@@ -70,14 +70,14 @@ class LiveTable(ray.tune.Callback):  # type: ignore[misc]
         done, total = self._count_epochs(), self.left * self.config.epochs
         ended = self.ended + sum(trial.status in _ENDED for trial in self.trials)
         text = f"{ended} of {self.ended + self.left} trials, {done} of {total} epochs"
-        if fresh := done - (self.epochs_before or 0):
-            left_s = (time.monotonic() - self.started_s) / fresh * (total - done)
+        if new := done - (self.epochs_before or 0):
+            left_s = (time.monotonic() - self.started_s) / new * (total - done)
             text += f", about {timedelta(seconds=round(left_s))} left"
         known = [trial.last_result[METRIC] for trial in self.trials if METRIC in trial.last_result]
         return f"{text}; best {max(known):.4f}" if known else text
 
     def draw(self) -> Table:
-        """Those that train, then the best."""
+        """The running trials, then the best ones."""
         table = Table(title=f"{self.label}: {self.describe_progress()}", title_justify="left")
         keys = list(self.trials[0].config["settings"]) if self.trials else []
         for name in ("trial", *(key.split(".")[-1] for key in keys), "epoch", "objective", ""):

@@ -1,4 +1,4 @@
-"""What a search leaves: trials.parquet, report.html, and best.toml, last."""
+"""The results of a search: a printed table, trials.parquet, report.html and, last, best.toml."""
 
 import time
 
@@ -13,14 +13,14 @@ from pneumo.tuning.search import Search, make_recipe, to_parquet
 from pneumo.tuning.trials import describe_settings
 from pneumo.version import describe_code
 
-_SHOWN = 20
+_MAX_SHOWN_TRIALS = 20
 
 
 def print_search(search: Search) -> None:
-    """The best trials on stdout, the confirmation, and which setting is taken."""
+    """Print the best trials, the confirmation, and the chosen setting."""
     config = search.config.tune
     print("trial       objective  95 % interval     epochs  settings")
-    for trial in search.trials[:_SHOWN]:
+    for trial in search.trials[:_MAX_SHOWN_TRIALS]:
         value, interval = trial.objective(config), trial.interval(config)
         score = "-" if value is None else f"{value:.4f}"
         between = f"[{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "-"
@@ -30,20 +30,20 @@ def print_search(search: Search) -> None:
             f"{trial.name:<10}  {score:<9}  {between:<16}  {trial.epochs:<6}  "
             f"{describe_settings(trial.settings)}{stopped}{ended}"
         )
-    if len(search.trials) > _SHOWN:
-        print(f"and {len(search.trials) - _SHOWN} more in {TRIALS}")
+    if len(search.trials) > _MAX_SHOWN_TRIALS:
+        print(f"and {len(search.trials) - _MAX_SHOWN_TRIALS} more in {TRIALS}")
     for one in search.choice.confirmations:
         spread = "" if one.spread is None else f" ± {one.spread:.4f} (standard deviation)"
         seeds = f"{len(one.objectives)} new seed{'s' if len(one.objectives) > 1 else ''}"
         print(f"confirmed {one.name}: mean {one.mean:.4f}{spread} over {seeds}")
     choice = search.choice
-    print(f"taken {choice.trial.name}: {choice.reason}")
+    print(f"chosen {choice.trial.name}: {choice.reason}")
     if search.warning:
         tell(f"warning: {search.warning}")
 
 
 def write_results(search: Search, manifest: Manifest, run_url: str) -> None:
-    """Everything into the run; the recipe last, whose presence says that the search is done."""
+    """Write the results to the run; the recipe last, which marks the search as finished."""
     page = render_search(
         search,
         warnings=[text for text in (search.warning, manifest.audit.warning) if text],
@@ -56,15 +56,14 @@ def write_results(search: Search, manifest: Manifest, run_url: str) -> None:
 
 
 def describe_recipe(search: Search) -> str:
-    """best.toml: the settings as `--recipe` takes them, and in comments where they come from."""
+    """best.toml: the settings as a recipe, with comments on their origin."""
     choice, config = search.choice, search.config.tune
-    value = choice.trial.objective(config)
-    objective = choice.trial.interval(config)
-    between = f" [{objective[0]:.4f}, {objective[1]:.4f}]" if objective else ""
+    value, interval = choice.trial.objective(config), choice.trial.interval(config)
+    between = f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""
     lines = [
         f"Found by jobs.tune in {search.name}: trial {choice.trial.name} of {len(search.trials)}, "
         f"{config.objective} {value:.4f}{between} on val.",
-        f"Taken as {choice.reason}.",
+        f"Chosen as {choice.reason}.",
         *(
             f"Trained again with {len(one.objectives)} new seeds: mean {one.mean:.4f}."
             for one in choice.confirmations

@@ -1,5 +1,5 @@
-"""What W&B is told of a search, from its folder: a run for each trial that has ended, in the
-search's group, and one for the whole when its recipe is there."""
+"""A search as W&B runs, read from its folder: one for each ended trial, in the search's group, and
+one for the whole search once its recipe is written."""
 
 import io
 import json
@@ -10,10 +10,12 @@ import pyarrow.parquet as pq
 from jobs.tuning.trial_records import list_ended, read_trial, trial_config
 from pneumo import storage
 from pneumo.config import Config, without_folders
-from pneumo.reporting.tracking import Artifact, Page, Scalar, Table, TrackedRun, name_run
+from pneumo.reporting.tracking.media import Artifact, Page, Scalar, Table
 from pneumo.reporting.tracking.tracked_run import (
+    TrackedRun,
     describe_store,
-    present,
+    drop_none,
+    make_run_id,
     read_config,
     read_dataset,
 )
@@ -24,12 +26,11 @@ BEST, TRIALS, REPORT = "best.toml", "trials.parquet", "report.html"
 
 
 def read_search(run_url: str, without: Collection[str] = ()) -> Iterator[TrackedRun]:
-    """The trials that have ended and, at the end of the search, the search; those of the ids
-    `without` are not read."""
+    """The ended trials and, once it has ended, the search; the ids `without` are left out."""
     config = read_config(run_url)
     if config is None:
         return
-    name = name_run(run_url)
+    name = make_run_id(run_url)
     for trial in list_ended(run_url):
         if f"{name}-{trial}" not in without:
             yield describe_trial(read_trial(run_url, trial), config, run_url)
@@ -41,8 +42,8 @@ def read_search(run_url: str, without: Collection[str] = ()) -> Iterator[Tracked
 
 
 def describe_trial(trial: Trial, config: Config, run_url: str) -> TrackedRun:
-    """A trial: its epochs, and what became of it."""
-    name = name_run(run_url)
+    """A trial: its epochs, and how it ended."""
+    name = make_run_id(run_url)
     history = [
         {"epoch": number, **name_metrics(dict(record, epoch=None))}
         for number, record in enumerate(trial.history, 1)
@@ -62,21 +63,21 @@ def describe_trial(trial: Trial, config: Config, run_url: str) -> TrackedRun:
         tracking=config.tracking,
         config={**trial_config(config, trial.settings, trial.seed).without_paths(), **store},
         history=history,
-        summary={**(history[-1] if history else {}), **present(end)},
+        summary={**(history[-1] if history else {}), **drop_none(end)},
         is_finished=not trial.is_open,
     )
 
 
 def describe_search(files: Mapping[str, bytes], config: Config, run_url: str) -> TrackedRun:
-    """The search as a whole, from its `files`: the table of trials, the page, and the setting that
-    is taken."""
-    name, keys = name_run(run_url), list(config.tune.space)
+    """The search as a whole, from its `files`: the table of trials, the page, and the chosen
+    setting."""
+    name, keys = make_run_id(run_url), list(config.tune.space)
     table = pq.read_table(io.BytesIO(files[TRIALS]))
     choice = json.loads(table.schema.metadata[b"pneumo.choice"])
     trials = [row for row in table.to_pylist() if row["role"] == "search"]
     best = next(row for row in trials if row["chosen"])
     columns = ["name", "state", "objective", "low", "high", "epochs"]
-    # A setting is text: W&B wants one type a column.
+    # Settings as text: W&B requires one type per column.
     rows = [
         [*(row[c] for c in columns), *(show_setting(row[key]) for key in keys)] for row in trials
     ]
@@ -91,7 +92,7 @@ def describe_search(files: Mapping[str, bytes], config: Config, run_url: str) ->
             "tune/trials": Table(["trial", *columns[1:], *keys], rows),
             "tune/report": Page(files[REPORT].decode()),
         },
-        summary=present(
+        summary=drop_none(
             {
                 "tune/objective": best["objective"],
                 "tune/trial": best["name"],

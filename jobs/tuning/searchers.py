@@ -1,5 +1,5 @@
-"""What a search trains next, and which trials it stops: Optuna's draws and ASHA's rungs, each
-beginning with what an earlier try of the same search left."""
+"""Tune searchers and a scheduler that resume: Optuna or a fixed list chooses the next trial, ASHA
+stops trials; each knows the trials of the search before an interruption."""
 
 import hashlib
 import random
@@ -28,28 +28,28 @@ _STARTUP_DIVISOR = 4
 
 
 @dataclass(frozen=True)
-class Draw:
-    """A trial to be trained."""
+class PlannedTrial:
+    """A trial to train."""
 
     name: str
     settings: Mapping[str, Scalar]
     seed: int
 
     def to_config(self) -> dict[str, Any]:
-        """As Tune hands it to the trial."""
+        """The trial as a config of Tune."""
         return {"name": self.name, "settings": dict(self.settings), "seed": self.seed}
 
 
-def list_grid(config: Config) -> list[Draw]:
-    """Every setting of the grid, in an order drawn by the seed: in the space's own, ASHA would
-    compare neighbours only."""
+def list_grid(config: Config) -> list[PlannedTrial]:
+    """Every setting of the grid, shuffled by the seed: in the grid's own order, ASHA would compare
+    only similar settings."""
     space = config.tune.space
     settings = [
         dict(zip(space, values, strict=True))
         for values in product(*(domain.grid() for domain in space.values()))
     ]
     random.Random(f"pneumo/grid/{config.seed}").shuffle(settings)
-    return [Draw(name_trial(i), drawn, config.seed) for i, drawn in enumerate(settings, 1)]
+    return [PlannedTrial(name_trial(i), each, config.seed) for i, each in enumerate(settings, 1)]
 
 
 def name_trial(number: int) -> str:
@@ -58,18 +58,18 @@ def name_trial(number: int) -> str:
 
 
 class FixedListSearcher(Searcher):  # type: ignore[misc]
-    """Trains what is on a list."""
+    """Suggests the trials of a list, in its order."""
 
-    def __init__(self, draws: Sequence[Draw], run_url: str) -> None:
+    def __init__(self, planned: Sequence[PlannedTrial], run_url: str) -> None:
         super().__init__(metric=METRIC, mode="max")
-        self.left, self.run_url = list(draws), run_url
+        self.left, self.run_url = list(planned), run_url
 
     def suggest(self, trial_id: str) -> Any:
         if not self.left:
             return Searcher.FINISHED
-        draw = self.left.pop(0)
-        write_begun(self.run_url, draw.name, draw.settings, draw.seed)
-        return draw.to_config()
+        trial = self.left.pop(0)
+        write_begun(self.run_url, trial.name, trial.settings, trial.seed)
+        return trial.to_config()
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -80,21 +80,21 @@ class FixedListSearcher(Searcher):  # type: ignore[misc]
         return True
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: what is left to do follows from the trials' own records."""
+        """Do nothing: the remaining trials follow from the trials' own records."""
 
     def restore(self, checkpoint_path: str) -> None:
         """Never called."""
 
 
 class OptunaSearcher(FixedListSearcher):
-    """Trains what was begun, then what Optuna draws, which learns from every trial that ended."""
+    """Suggests unfinished trials first, then settings of Optuna, which learns from ended ones."""
 
     def __init__(
         self, config: Config, before: Mapping[str, Trial], run_url: str, *, worst: float
     ) -> None:
-        """`worst` is what a setting that cannot be trained counts."""
-        begun = [trial for trial in before.values() if trial.is_open]
-        super().__init__([Draw(t.name, t.settings, t.seed) for t in begun], run_url)
+        """`before`: trials so far; `worst`: the objective of a setting that cannot be trained."""
+        unfinished = [trial for trial in before.values() if trial.is_open]
+        super().__init__([PlannedTrial(t.name, t.settings, t.seed) for t in unfinished], run_url)
         self.config, self.next_number = config, len(before) + 1
         self.space = {key: to_distribution(domain) for key, domain in config.tune.space.items()}
         self.study = optuna.create_study(direction="maximize")
@@ -102,7 +102,7 @@ class OptunaSearcher(FixedListSearcher):
         for trial in before.values():
             if not trial.is_open:
                 self.study.add_trial(_as_optuna(trial, self.space, config.tune, worst))
-        for trial in begun:
+        for trial in unfinished:
             self.study.enqueue_trial(dict(trial.settings))
 
     def suggest(self, trial_id: str) -> Any:
@@ -110,7 +110,7 @@ class OptunaSearcher(FixedListSearcher):
         asked = self.asked[trial_id] = self.study.ask(fixed_distributions=self.space)
         if not self.left:
             name = name_trial(self.next_number)
-            self.left.append(Draw(name, dict(asked.params), self.config.seed))
+            self.left.append(PlannedTrial(name, dict(asked.params), self.config.seed))
             self.next_number += 1
         return super().suggest(trial_id)
 
@@ -121,7 +121,7 @@ class OptunaSearcher(FixedListSearcher):
         if error or not result or METRIC not in result:
             self.study.tell(asked, state=TrialState.FAIL)
         elif int(result["epoch"]) < self.config.tune.epochs and "error" not in result:
-            # Pruned, for Optuna: worse than all that came further.
+            # As pruned: Optuna ranks it below all trials that came further.
             asked.report(result[METRIC], int(result["epoch"]))
             self.study.tell(asked, state=TrialState.PRUNED)
         else:
@@ -129,15 +129,15 @@ class OptunaSearcher(FixedListSearcher):
 
 
 def _make_sampler(config: Config, number: int) -> optuna.samplers.BaseSampler:
-    """What draws the trial of this number, from its own random bits: a search that goes on draws
-    no setting for a second time."""
+    """The sampler for the trial of this number, with a seed of its own, so that a resumed search
+    does not draw the same settings again."""
     digest = hashlib.blake2b(f"pneumo/tune/{config.seed}/{number}".encode(), digest_size=4)
     seed = int.from_bytes(digest.digest(), "little")
     if config.tune.algorithm == "random":
         return optuna.samplers.RandomSampler(seed=seed)
     startup = min(max(config.tune.num_trials // _STARTUP_DIVISOR, 4), 10)
     with warnings.catch_warnings():
-        # Running trials count as bad ones, so that trials at the same time are not alike.
+        # Running trials count as poor ones, so that concurrent trials are not alike.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, constant_liar=True)
 
@@ -154,9 +154,9 @@ def _as_optuna(
 
 
 class ResumableAsha(ASHAScheduler):  # type: ignore[misc]
-    """ASHA that knows how far the trials of an earlier try came.
+    """ASHA that knows the results of the trials before an interruption.
 
-    Tune keeps no scheduler's state: it would let trials pass rungs as if nobody had reached them.
+    Tune does not keep a scheduler's state: trials would pass rungs as if no other had reached them.
     """
 
     def __init__(self, config: TuneConfig, before: Mapping[str, Trial]) -> None:
@@ -172,9 +172,9 @@ class ResumableAsha(ASHAScheduler):  # type: ignore[misc]
         self.open = {name: trial for name, trial in before.items() if trial.is_open}
         for trial in before.values():
             if not trial.is_open:
-                ended = SimpleNamespace(trial_id=trial.name)
-                super().on_trial_add(None, ended)
-                self._replay(ended, trial)
+                stub = SimpleNamespace(trial_id=trial.name)
+                super().on_trial_add(None, stub)
+                self._replay(stub, trial)
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         super().on_trial_add(tune_controller, trial)

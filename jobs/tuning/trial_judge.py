@@ -1,8 +1,8 @@
-"""What a trial of a search does besides training: it judges val after each epoch, keeps what it
-said in its own folder, and only then tells Tune.
+"""Computes a trial's objective on val after each epoch, records it in the trial's folder, and only
+then reports it to Tune.
 
-So the record of a search never lags behind what was decided on it, and a trial or a search that is
-killed goes on from there.
+So every decision of Tune is based on recorded values, and an interrupted trial or search resumes
+from the record.
 """
 
 from collections.abc import Mapping
@@ -26,15 +26,15 @@ from pneumo.tuning.objective import chance_level, estimate_objective, smooth
 from pneumo.tuning.trials import ERROR, OBJECTIVE
 
 METRIC = "objective"
-"""What Tune compares, higher is better."""
+"""The metric that Tune maximises."""
 WARNING = "warning"
-"""What the person at the terminal must know of a trial's start."""
+"""Key of a warning about a trial's initial weights, for the user."""
 _FETCH_TIMEOUT_S = 120.0
 
 
 @dataclass(frozen=True)
 class SharedTrialData:
-    """What all trials of a search share; references lead to one copy on each node."""
+    """Data that all trials of a search share; by references, so that each node has one copy."""
 
     tune: TuneConfig
     prevalence: float
@@ -47,12 +47,12 @@ class SharedTrialData:
     """References to the splits in memory, by image size and name."""
 
     def extend(self, callbacks: Callbacks, trial_url: str, world: World) -> Callbacks:
-        """`callbacks` of a training, with which each epoch is judged and reported to Tune."""
+        """`callbacks` of a training that also compute each epoch's objective and report it."""
         return TrialJudge(self, trial_url, world).callbacks(callbacks, ray.train.report)
 
     def fetch_splits(self, image_size: int | None) -> dict[str, InMemorySplit]:
-        """The splits at this size, none being the store's, that are in the node's memory; those
-        that are lost are read by whoever needs them."""
+        """The splits of this image size (None: the store's) that are in shared memory; empty where
+        Ray has lost them, and `fit` then reads them itself."""
         references = self.splits.get(image_size or self.stored_size, {})
         try:
             return {n: ray.get(r, timeout=_FETCH_TIMEOUT_S) for n, r in references.items()}
@@ -61,7 +61,7 @@ class SharedTrialData:
 
 
 class TrialJudge:
-    """Judges one trial on one rank."""
+    """Computes and records the objective of one trial, on one rank."""
 
     def __init__(self, shared: SharedTrialData, trial_url: str, world: World) -> None:
         self.shared, self.trial_url, self.world = shared, trial_url, world
@@ -70,17 +70,17 @@ class TrialJudge:
         self._scores: Scores | None = None
         self._patients: Mapping[str, str] = ray.get(shared.patients)
 
-    def callbacks(self, callbacks: Callbacks, tell: Any) -> Callbacks:
-        """`callbacks` of a training, with which each epoch is judged and told of."""
+    def callbacks(self, callbacks: Callbacks, report: Any) -> Callbacks:
+        """`callbacks` of a training that also compute each epoch's objective and `report` it."""
         return replace(
             callbacks,
             on_start=self._begin,
             extra_metrics=self._judge,
-            on_epoch=lambda epoch: tell(self._record(epoch)),
+            on_epoch=lambda epoch: report(self._record(epoch)),
         )
 
-    def recall(self) -> dict[str, Any] | None:
-        """What to tell Tune of a trial that had all its epochs before it was started again."""
+    def read_result(self) -> dict[str, Any] | None:
+        """The result of a trial that had all its epochs before it was restarted, else None."""
         history = read_history(self.trial_url)
         if len(history) < self.shared.tune.epochs:
             return None
@@ -88,8 +88,8 @@ class TrialJudge:
         return self._describe()
 
     def fail(self, error: DivergedError) -> dict[str, Any]:
-        """What to tell Tune of a setting that cannot be trained: it is scored at chance level, so
-        the sampler avoids it, and the search goes on."""
+        """The result of a setting that cannot be trained: it is scored at chance level, so that the
+        sampler avoids it and the search goes on."""
         return {
             "epoch": max(len(self.history), 1),
             METRIC: chance_level(self.shared.tune, self.shared.prevalence),
@@ -98,20 +98,20 @@ class TrialJudge:
 
     def _begin(self, start: Start) -> None:
         self.history = list(start.history)
-        begins = not start.history and not start.step  # later it goes on from its own checkpoint
-        if begins and self.world.rank == 0:
+        is_new = not start.history and not start.step  # else it resumes from its own checkpoint
+        if is_new and self.world.rank == 0:
             write_started(self.trial_url, start.initialisation)
         if start.initialisation.fell_back:
             self._warning = start.initialisation.message
 
     def _judge(self, scores: Scores) -> dict[str, float | None]:
         self._scores = scores
-        patient = np.array([self._patients[key] for key in scores.keys])
+        patients = np.array([self._patients[key] for key in scores.keys])
         try:
-            found = estimate_objective(scores.targets, scores.logits, patient, self.shared.tune)
+            estimate = estimate_objective(scores.targets, scores.logits, patients, self.shared.tune)
         except MetricError as error:
             raise DivergedError(f"val after epoch {len(self.history) + 1}: {error}") from error
-        return {OBJECTIVE: found.value, ERROR: found.standard_error}
+        return {OBJECTIVE: estimate.value, ERROR: estimate.standard_error}
 
     def _record(self, epoch: Epoch) -> dict[str, Any]:
         self.history.append(epoch.metrics)

@@ -1,4 +1,4 @@
-"""How each trial ends: a line for the person who started the search, and what is kept of it."""
+"""Tells the user how each trial ends, a line each, and has it recorded."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,17 +15,17 @@ from pneumo.tuning.trials import State, describe_settings
 
 
 class TrialLines(ray.tune.Callback):  # type: ignore[misc]
-    """Says how each of Tune's trials ends; `on_end` gets its name, its state and its error."""
+    """Tells how each of Tune's trials ends; `on_end` gets its name, state and error."""
 
     def __init__(
         self, config: TuneConfig, on_end: Callable[[str, State, str | None], None]
     ) -> None:
         self.config, self.on_end = config, on_end
         self.told: set[str] = set()
-        """Trials whose end was told, and warnings."""
+        """Ids of trials, and warnings, that were shown to the user."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune pickles its callbacks for a way of resuming that is not ours."""
+        """No state: Tune pickles its callbacks to resume, but a search resumes from its records."""
         return {}
 
     def on_trial_result(
@@ -43,10 +43,10 @@ class TrialLines(ray.tune.Callback):  # type: ignore[misc]
         self._end(trial)
 
     def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        tell(f"trial {trial.config['name']}  {read_error(trial)}; goes on from its checkpoint")
+        tell(f"trial {trial.config['name']}  {read_error(trial)}; resumes from its checkpoint")
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
-        for trial in trials:  # that Tune has given up without a word
+        for trial in trials:  # Tune may have dropped a trial without calling back
             if trial.status == "ERROR" and trial.trial_id not in self.told:
                 self._end(trial)
 
@@ -69,13 +69,13 @@ class TrialLines(ray.tune.Callback):  # type: ignore[misc]
 
 
 def read_error(trial: Any) -> str:
-    """Why a trial of Tune's failed the last time, in a line.
+    """Why a trial of Tune failed the last time, in one line.
 
-    From the driver's own folder: `trial.get_error` looks in the run, where it comes later.
+    Reads the driver's own folder: `trial.get_error` reads the run's folder, which gets it later.
     """
     path = trial.pickled_error_file
     if path is None or not Path(path).exists():
-        return "for a reason that Ray does not tell"
+        return "for a reason that Ray does not give"
     cause: BaseException = cloudpickle.loads(Path(path).read_bytes())
     if isinstance(cause, RayActorError):
         return "its process was lost"

@@ -1,10 +1,10 @@
-"""What is kept of each trial of a search, in the run itself: whoever starts the same search again,
-on whatever cluster, goes on from here.
+"""The records of a search's trials, in the search's folder: a search that is started again, on
+whatever cluster, resumes from them.
 
-    trials/t007/trial.json       what was drawn; written before the trial starts
-                start.json       where its weights came from; written when they are there
-                metrics.jsonl    its epochs; written before Tune hears of them
-                val.parquet      what it says of val after its last epoch
+    trials/t007/trial.json       its settings and seed; written before the trial starts
+                start.json       where its weights came from; written once they are loaded
+                metrics.jsonl    its epochs; written before each is reported to Tune
+                val.parquet      its logits on val after the last epoch
                 end.json         how it ended; written last
 """
 
@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from pneumo import storage
 from pneumo.config import Config, TuneConfig
 from pneumo.config_layers import override
-from pneumo.evaluation.file_predictions import encode_parquet
+from pneumo.dataset.study_table import encode_parquet
 from pneumo.network.backbones import Initialisation
 from pneumo.network.scoring import Scores
 from pneumo.search_space import Scalar
@@ -28,6 +28,7 @@ from pneumo.tuning.objective import ObjectiveEstimate, estimate_objective
 from pneumo.tuning.trials import History, State, Trial
 
 _BEGUN, _STARTED, _SCORES, _ENDED = "trial.json", "start.json", "val.parquet", "end.json"
+_UNFINISHED = '{"state": "unfinished", "error": null}'
 
 
 def trial_url(run_url: str, name: str) -> str:
@@ -36,9 +37,9 @@ def trial_url(run_url: str, name: str) -> str:
 
 
 def trial_config(config: Config, settings: Mapping[str, Any], seed: int | None = None) -> Config:
-    """The configuration of one trial: shorter, and with its settings; None: the search's seed.
+    """The configuration of one trial: shorter, and with its settings; `seed` None: the search's.
 
-    How long a run is, and what it keeps, are for the training with best.toml.
+    The length of a run and the checkpoints to keep apply to the training with best.toml only.
     """
     changes = {
         "seed": config.seed if seed is None else seed,
@@ -52,17 +53,17 @@ def trial_config(config: Config, settings: Mapping[str, Any], seed: int | None =
 
 
 def write_begun(run_url: str, name: str, settings: Mapping[str, Scalar], seed: int) -> None:
-    """That a trial of these settings begins."""
+    """Record that a trial with these settings begins."""
     _write(trial_url(run_url, name), _BEGUN, settings=dict(settings), seed=seed)
 
 
 def write_started(url: str, initialisation: Initialisation) -> None:
-    """Where a trial's weights came from, into its folder."""
+    """Record in the trial's folder where its weights came from."""
     _write(url, _STARTED, weights=initialisation.source, fell_back=initialisation.fell_back)
 
 
 def write_scores(url: str, scores: Scores, patients: Mapping[str, str]) -> None:
-    """What a trial says of each study of val: key, patient, target, logit."""
+    """Write key, patient, target and logit of each study of val."""
     table = pa.table(
         {
             "key": scores.keys,
@@ -75,7 +76,7 @@ def write_scores(url: str, scores: Scores, patients: Mapping[str, str]) -> None:
 
 
 def write_ended(run_url: str, name: str, state: State, error: str | None) -> None:
-    """How a trial ended."""
+    """Record how a trial ended."""
     _write(trial_url(run_url, name), _ENDED, state=state, error=error)
 
 
@@ -88,11 +89,11 @@ def read_history(url: str) -> History:
 
 
 def read_trial(run_url: str, name: str) -> Trial:
-    """What is known of a trial that has begun. Raises FileNotFoundError where none has."""
+    """The record of a trial. Raises FileNotFoundError where it has not begun."""
     url = trial_url(run_url, name)
     begun = json.loads(storage.read_text(storage.join(url, _BEGUN)))
-    ended = json.loads(_read(storage.join(url, _ENDED)) or '{"state": "unfinished", "error": null}')
-    started = json.loads(_read(storage.join(url, _STARTED)) or "{}")
+    ended = json.loads(storage.find_text(storage.join(url, _ENDED)) or _UNFINISHED)
+    started = json.loads(storage.find_text(storage.join(url, _STARTED)) or "{}")
     return Trial(
         name,
         begun["settings"],
@@ -104,7 +105,7 @@ def read_trial(run_url: str, name: str) -> Trial:
 
 
 def read_trials(run_url: str) -> dict[str, Trial]:
-    """All that have begun, by name."""
+    """All trials that have begun, by name."""
     return {name: read_trial(run_url, name) for name in _list_with(run_url, _BEGUN)}
 
 
@@ -114,7 +115,7 @@ def list_ended(run_url: str) -> list[str]:
 
 
 def _list_with(run_url: str, file: str) -> list[str]:
-    """Names of the trials in whose folder the file is; whatever else lies there is left alone."""
+    """Names of the trials whose folder holds `file`, sorted; other entries are ignored."""
     found = storage.list_urls(storage.join(run_url, "trials"))
     folders = [url.removesuffix(f"/{file}") for url in found if url.endswith(f"/{file}")]
     names = [folder.rpartition("/trials/")[2] for folder in folders]
@@ -122,7 +123,7 @@ def _list_with(run_url: str, file: str) -> list[str]:
 
 
 def read_estimate(url: str, config: TuneConfig) -> ObjectiveEstimate | None:
-    """The trial's last epoch, judged anew; None where it did not have all its epochs."""
+    """The objective after the last epoch, computed again; None before all epochs are trained."""
     try:
         data = storage.read_bytes(storage.join(url, _SCORES))
     except FileNotFoundError:
@@ -133,16 +134,9 @@ def read_estimate(url: str, config: TuneConfig) -> ObjectiveEstimate | None:
 
 
 def drop_checkpoints(url: str) -> None:
-    """Remove the weights of a trial that will not go on: a search's result is the recipe."""
+    """Remove the checkpoints of an ended trial: a search's result is the recipe."""
     storage.remove_below(storage.join(url, "checkpoints"))
 
 
 def _write(url: str, name: str, **facts: Any) -> None:
     storage.write_text(storage.join(url, name), f"{json.dumps(facts)}\n")
-
-
-def _read(url: str) -> Any:
-    try:
-        return storage.read_text(url)
-    except FileNotFoundError:
-        return None

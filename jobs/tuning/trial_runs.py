@@ -1,7 +1,7 @@
-"""What Tune runs for each trial, the resources that it reserves, and what all of them share.
+"""The trainable that Tune runs for each trial, its resources, and the data that all trials share.
 
-A trial of one worker is a plain Tune function around `fit`, whose process is used for the next one;
-a trial of several is a Ray Train run of its own.
+A trial of one worker is a plain Tune function around `fit`, and its process is reused for the next
+trial; a trial of several workers is a Ray Train run of its own.
 """
 
 from collections.abc import Mapping
@@ -30,30 +30,30 @@ from pneumo.training.callbacks import Callbacks
 
 _DRIVER_MEMORY_BYTES = 200 * 2**20
 _MEMORY_FRACTION = 0.5
-"""Of a node's object store: the rest is for what Ray itself passes around."""
+"""Fraction of a node's object store for shared data; the rest is for Ray's own objects."""
 
 
-def trials_at_once(config: Config, resources: Mapping[str, float]) -> int:
+def max_concurrent_trials(config: Config, resources: Mapping[str, float]) -> int:
     """How many trials fit into the cluster with all their workers, so that none waits for ever.
 
-    Raises ClusterError when not one fits.
+    Raises ClusterError when none fits.
     """
     workers = config.tune.workers_per_trial
     wanted = worker_resources(config.cluster, resources)
     fits = min(int(resources.get(name, 0) // (value * workers)) for name, value in wanted.items())
     if fits < 1:
-        asked = ", ".join(f"{value * workers:g} {name}" for name, value in wanted.items())
-        there = ", ".join(f"{resources.get(name, 0):g} {name}" for name in wanted)
+        needed = ", ".join(f"{value * workers:g} {name}" for name, value in wanted.items())
+        total = ", ".join(f"{resources.get(name, 0):g} {name}" for name in wanted)
         raise ClusterError(
-            f"tune: a trial of {workers} workers needs {asked}, the cluster has {there}; lower "
+            f"tune: a trial of {workers} workers needs {needed}, the cluster has {total}; lower "
             "--tune.workers-per-trial or add nodes"
         )
     return min(fits, config.tune.trials)
 
 
 def load_shared_data(config: Config, manifest: Manifest, store_url: str) -> SharedTrialData:
-    """Read once what every trial needs, into the memory of the nodes: the patients of val, and the
-    splits where they fit there."""
+    """Read the data that every trial needs once into Ray's object store: the patients of val, and
+    the splits where they fit."""
     val = manifest.splits["val"]
     studies = read_studies(store_url, manifest)
     patients = {key: row.patient for key, row in studies.items() if row.split == "val"}
@@ -70,7 +70,7 @@ def load_shared_data(config: Config, manifest: Manifest, store_url: str) -> Shar
 
 
 def _sizes(config: Config, manifest: Manifest) -> list[int]:
-    """The image sizes that trials will train at; none where they are drawn from a range."""
+    """The image sizes of the trials; empty where they are drawn from a range."""
     domain = config.tune.space.get("data.image_size")
     if domain is None:
         return [input_size(manifest, config.data.image_size)]
@@ -80,17 +80,17 @@ def _sizes(config: Config, manifest: Manifest) -> list[int]:
 
 
 def _load_splits(config: Config, manifest: Manifest, store_url: str, size: int) -> dict[str, Any]:
-    """References to the splits at `size`; none where a node could not hold them."""
+    """References to the splits at `size`; empty where they do not fit into every node's memory."""
     names = ("train", "val")
-    room = [
+    capacities = [
         node["Resources"].get("object_store_memory", 0.0)
         for node in ray.nodes()
         if node["Alive"] and node["Resources"].get("CPU", 0) >= config.cluster.cpus_per_worker
     ]
-    wanted = sum(manifest.splits[name].samples for name in names) * size**2
-    if wanted > _MEMORY_FRACTION * min(room, default=0.0):
+    size_bytes = sum(manifest.splits[name].samples for name in names) * size**2
+    if size_bytes > _MEMORY_FRACTION * min(capacities, default=0.0):
         return {}
-    # In turns, with a worker's CPUs: trials start only after it.
+    # One after the other, with the CPUs of a worker: the trials have not started yet.
     read = ray.remote(num_cpus=config.cluster.cpus_per_worker, num_returns=2)(_read_split)
     splits = {}
     for name in names:
@@ -109,27 +109,27 @@ def _read_split(
 
 
 def make_trainable(config: Config, store_url: str, run_url: str, shared: SharedTrialData) -> Any:
-    """What Tune runs for each trial, with the resources that it reserves."""
+    """The trainable that Tune runs for each trial, with its resources."""
     search = {"config": config, "store_url": store_url, "run_url": run_url, "shared": shared}
     trainable = ray.tune.with_parameters(_run_trial, **search)
     several = config.tune.workers_per_trial > 1
-    # The trial of several workers only waits for them; a CPU for it could starve them for ever.
+    # A trial of several workers only waits for them; its own CPU could block them for ever.
     resources = {"memory": _DRIVER_MEMORY_BYTES} if several else worker_resources(config.cluster)
     return ray.tune.with_resources(trainable, resources)
 
 
 def _run_trial(
-    drawn: dict[str, Any], config: Config, store_url: str, run_url: str, shared: SharedTrialData
+    trial: dict[str, Any], config: Config, store_url: str, run_url: str, shared: SharedTrialData
 ) -> None:
-    """Train, and tell Tune what became of it."""
-    url = trial_url(run_url, drawn["name"])
+    """Train one trial, and report it to Tune."""
+    url = trial_url(run_url, trial["name"])
     judge = TrialJudge(shared, url, World())
-    known = judge.recall()
-    if known is not None:
-        ray.tune.report(known)
+    result = judge.read_result()
+    if result is not None:
+        ray.tune.report(result)
         return
     training = Training(
-        trial_config(config, drawn["settings"], drawn["seed"]), store_url, url, trial_context=shared
+        trial_config(config, trial["settings"], trial["seed"]), store_url, url, trial_context=shared
     )
     try:
         if config.tune.workers_per_trial > 1:
@@ -137,10 +137,10 @@ def _run_trial(
             build_trainer(training, training.config.cluster, callbacks=callbacks).fit()
         else:
             _fit_here(training, judge)
-    except SystemExit:  # stopped at a rung, for good
+    except SystemExit:  # ASHA has stopped the trial at a rung
         drop_checkpoints(url)
         raise
-    except Exception as error:  # whatever Ray Train wraps around a worker's exception
+    except Exception as error:  # Ray Train wraps a worker's exception
         cause = find_cause(error)
         if not isinstance(cause, DivergedError):
             raise
@@ -149,7 +149,7 @@ def _run_trial(
 
 
 def _fit_here(training: Training, judge: TrialJudge) -> None:
-    from pneumo.training.fit import fit  # 3 s of CPU, which the driver does not need
+    from pneumo.training.fit import fit  # takes 3 s of CPU, and the driver does not need it
 
     config = training.config
     torch.set_num_threads(config.cluster.cpus_per_worker)

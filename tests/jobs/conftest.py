@@ -143,8 +143,8 @@ def overflowing(
         for name in ("fc.weight", "fc.bias"):
             weights[name] = (weights[name].double() * scale).float()
         run = str(folder / "run")
-        last = {"attempt": claim_run(run), "keep_last": 1, "finished": True}
-        save_checkpoint(run, replace(checkpoint, model=weights), **last)
+        changed = replace(checkpoint, model=weights)
+        save_checkpoint(run, changed, attempt=claim_run(run), keep_last=1, finished=True)
 
     return make_once(tmp_path_factory, "overflowing", make) / "run"
 

@@ -8,15 +8,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from jobs.evaluation.evaluated_run import Subject
+from jobs.evaluation.evaluated_run import EvaluatedRun
 from jobs.evaluation.wandb_results import read_evaluation
 from pneumo.config import Config
 from pneumo.config_layers import override
 from pneumo.evaluation.shown_studies import ERRORS, OUTCOMES
 from pneumo.loading.sample_order import World
 from pneumo.reporting.figures.case_pictures import Pictures
-from pneumo.reporting.tracking import ConfusionChart, LineChart, TrackedRun
 from pneumo.reporting.tracking.dashboards import build_views, describe_view
+from pneumo.reporting.tracking.media import ConfusionChart, LineChart
+from pneumo.reporting.tracking.tracked_run import TrackedRun
 from pneumo.reporting.tracking.training_run import read_training
 from pneumo.training.callbacks import Callbacks
 from pneumo.training.fit import fit
@@ -85,7 +86,9 @@ def test_the_workspace_of_training_shows_what_is_told(
     assert wanted - list_told(read_training(str(tmp_path))) <= not_here
 
 
-def test_the_workspace_of_evaluation_shows_what_is_told(subject: Subject, tmp_path: Path) -> None:
+def test_the_workspace_of_evaluation_shows_what_is_told(
+    subject: EvaluatedRun, tmp_path: Path
+) -> None:
     shown = [dataclasses.replace(case(), cam=np.zeros((8, 8), np.float32))]
     pictures = Pictures(
         shown, dict.fromkeys(OUTCOMES, shown), dict.fromkeys(ERRORS, shown), [], sample=shown

@@ -59,7 +59,7 @@ def test_the_demo_ends_with_a_report_and_goes_through_an_object_store(
     for name in ("auroc", "accuracy", "precision", "recall", "f1"):
         assert f"  {name} " in shown.stdout
     assert report.exists()
-    assert "others can read" not in shown.stderr
+    assert "other users can read" not in shown.stderr
     assert not (tmp_path / "data" / "demo" / "store").exists()
 
 
@@ -130,10 +130,13 @@ def test_an_interrupted_run_goes_on_where_it_was(prepared: Prepared, tmp_path: P
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     first = next(line for line in process.stderr if line.startswith(("model:", "error:")))
-    assert first.startswith("model: going on from epoch")
+    assert first.startswith("model: resuming from epoch")
     # One signal has a checkpoint written; another leaves without waiting for it.
     process.send_signal(signal.SIGTERM)
-    assert any("writing a checkpoint (once more leaves without)" in line for line in process.stderr)
+    assert any(
+        "writing a checkpoint (interrupt again to exit without one)" in line
+        for line in process.stderr
+    )
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -161,7 +164,7 @@ def test_ranks_that_do_not_find_each_other_are_a_failure_of_the_start(
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     lines = done.stderr.splitlines()
-    (again,) = [line for line in lines if "going on with" in line]
+    (again,) = [line for line in lines if "resuming with" in line]
     assert again.startswith("workers did not start (")
-    assert again.endswith("failure 1 of 1: going on with 2 workers from the start")
+    assert again.endswith("failure 1 of 1: resuming with 2 workers from the start")
     assert "no-such-interface" in lines[-1]

@@ -1,8 +1,16 @@
-"""How many workers the demo trains with."""
+"""What the demo is told, and with how many workers it trains."""
 
 import pytest
 
-from jobs.demo import count_workers
+from jobs.demo import count_workers, main
+
+
+@pytest.mark.parametrize("flags", [["--studies", "0"], ["--studies", "x"], ["--sudies", "9"]])
+def test_a_wrong_flag_is_one_line(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(flags) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert flags[0] in line
+    assert "see python -m jobs.demo --help" in line
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 import json
 import re
 import shutil
+import tomllib
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +13,17 @@ from sklearn.metrics import roc_auc_score
 
 from jobs import evaluate
 from jobs.evaluation.ray_scoring import (
-    Scored,
+    RunCheckpoint,
+    ScoredStore,
     Scoring,
-    Weights,
-    boxes_of,
     explain_studies,
-    score_boxes,
+    list_boxes,
+    score_maps,
     score_splits,
 )
 from jobs.evaluation.shown_studies import choose_pictures
 from jobs.evaluation.wandb_results import read_evaluation
+from pneumo.command_line import parse_command_line
 from pneumo.config import Config
 from pneumo.config_layers import override
 from pneumo.dataset.manifest import read_manifest
@@ -28,7 +31,7 @@ from pneumo.dataset.study_table import StudyRow, read_studies, tabulate_studies,
 from pneumo.evaluation.map_scores import prior_map, score_map
 from pneumo.evaluation.operating_points import Decision
 from pneumo.evaluation.predictions import Predictions, sigmoid
-from pneumo.reporting.tracking import Gallery, Table
+from pneumo.reporting.tracking.media import Gallery, Table
 from pneumo.training.checkpoints import read_index
 from tests.identifiers import Identifiers
 from tests.jobs.conftest import EVALUATION, NUM_STUDIES, Prepared
@@ -128,8 +131,8 @@ def test_another_run_is_compared_with(
 def test_any_number_of_workers_gives_the_same_predictions(
     prepared: Prepared, evaluated: Path, workers: int
 ) -> None:
-    weights = Weights(str(evaluated), read_index(str(evaluated)).best)
-    scored = Scored(Scoring((weights,)), str(prepared.store))
+    weights = RunCheckpoint(str(evaluated), read_index(str(evaluated)).best)
+    scored = ScoredStore(Scoring((weights,)), str(prepared.store))
     config = override(Config(), {"cluster.num_workers": workers})
     found = score_splits(scored, ("val", "test"), config)
     before = read_predictions(evaluated)
@@ -153,7 +156,7 @@ def test_maps_are_scored_against_the_boxes_of_every_positive(
         # The store is small; what the summary of more holds is tested in tests/pneumo.
         boxes = found["all"]["n"]
         assert found["all"]["reason"] == f"{boxes} studies with boxes, fewer than 5"
-    of_train = boxes_of(read_store(prepared.store), "train")
+    of_train = list_boxes(read_store(prepared.store), "train")
     assert metrics["test"]["saliency"]["prior_studies"] == len(of_train)
 
 
@@ -162,12 +165,12 @@ def test_maps_score_the_same_on_any_number_of_workers(
     prepared: Prepared, evaluated: Path, workers: int
 ) -> None:
     """And as the slow way does, one study after the other."""
-    weights = Weights(str(evaluated), read_index(str(evaluated)).best)
-    scored = Scored(Scoring((weights,)), str(prepared.store))
+    weights = RunCheckpoint(str(evaluated), read_index(str(evaluated)).best)
+    scored = ScoredStore(Scoring((weights,)), str(prepared.store))
     config = override(Config(), {"cluster.num_workers": workers})
-    boxes = boxes_of(read_store(prepared.store), "train")
+    boxes = list_boxes(read_store(prepared.store), "train")
     prior = prior_map(list(boxes.values()), 64)
-    (found,) = score_boxes(scored, {"train": boxes}, prior, config).values()
+    (found,) = score_maps(scored, {"train": boxes}, prior, config).values()
     assert found.keys.tolist() == sorted(boxes)
 
     keys = found.keys.tolist()
@@ -180,8 +183,8 @@ def test_maps_score_the_same_on_any_number_of_workers(
 def test_cases_say_what_is_known_of_the_study_and_why_it_is_shown(
     prepared: Prepared, evaluated: Path
 ) -> None:
-    weights = Weights(str(evaluated), read_index(str(evaluated)).best)
-    scored = Scored(Scoring((weights,)), str(prepared.store))
+    weights = RunCheckpoint(str(evaluated), read_index(str(evaluated)).best)
+    scored = ScoredStore(Scoring((weights,)), str(prepared.store))
     studies, test = read_store(prepared.store), read_predictions(evaluated).subset("test")
     threshold = float(np.median(test.logit))
     settings = {"evaluate.pictures": 3}
@@ -190,7 +193,7 @@ def test_cases_say_what_is_known_of_the_study_and_why_it_is_shown(
 
     for outcome, cases in found.gallery.items():
         assert {case.outcome for case in cases} <= {outcome}
-        reasons = ["most certain", "least certain", "drawn"]
+        reasons = ["most certain", "least certain", "random"]
         assert [case.why for case in cases] == reasons[: len(cases)]
     for outcome, cases in found.errors.items():
         assert {case.outcome for case in cases} <= {outcome}
@@ -207,7 +210,7 @@ def test_cases_say_what_is_known_of_the_study_and_why_it_is_shown(
         assert (case.finding == "Lung Opacity") == (case.target == 1)
         assert re.fullmatch(r"(\d+0-\d*9)?|0-9|90\+", case.age_band)
     assert {case.view for case in shown} <= {"AP", "PA", ""}
-    strata = {(case.outcome, case.view): case.drawn_of or 0 for case in found.sample}
+    strata = {(case.outcome, case.view): case.stratum_size or 0 for case in found.sample}
     assert sum(strata.values()) == len(test)
     assert all(case.boxes == () and case.cam is None for case in found.grid)
 
@@ -228,7 +231,7 @@ def test_more_checkpoints_than_a_run_has_are_refused(
     assert evaluate.main([*flags, "--evaluate.ensemble", "3"]) == 2
     assert "of its last checkpoints 2 are kept, not the 3 of" in capsys.readouterr().err
     assert evaluate.main([*flags, "--members", str(trained)]) == 2
-    assert "a run is named twice" in capsys.readouterr().err
+    assert "a run is given twice" in capsys.readouterr().err
 
 
 def test_the_pictures_are_pictures(evaluated: Path) -> None:
@@ -248,6 +251,18 @@ def test_the_report_needs_no_network_and_says_what_it_is_for(evaluated: Path) ->
     assert not re.findall(r"""(?:src|href)=["']https?://""", html)
     metrics = json.loads((evaluated / "metrics.json").read_text())
     assert f"{metrics['test']['auroc']['value']:.3f}" in html
+
+
+def test_the_recipe_in_the_report_is_the_run_s(evaluated: Path, tmp_path: Path) -> None:
+    page = (evaluated / "report.html").read_text()
+    (shown,) = re.findall(r"--recipe takes them</summary><pre><code>(.*?)</code>", page, re.DOTALL)
+    (tmp_path / "shown.toml").write_text(unescape(shown))
+    assert not {"prepare", "split", "tune"} & set(tomllib.loads(unescape(shown)))
+    flags = ["--store", "s", "--recipe", str(tmp_path / "shown.toml")]
+    again = parse_command_line("train", flags, {}).config
+    trained = Config.model_validate_json((evaluated / "config.json").read_text())
+    for section in ("seed", "data", "augment", "model", "train", "cluster", "tracking"):
+        assert getattr(again, section) == getattr(trained, section)
 
 
 def test_the_report_shows_the_data(prepared: Prepared, evaluated: Path) -> None:

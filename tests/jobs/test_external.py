@@ -47,7 +47,7 @@ def judge(prepared: Prepared, run: Path, *external: Path, flags: tuple[str, ...]
     return evaluate.main([*where, "--external", stores, *QUICK, *flags])
 
 
-def test_a_verdict_elsewhere(
+def test_external_validation(
     prepared: Prepared, evaluated: Path, sets: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -74,7 +74,7 @@ def test_a_verdict_elsewhere(
     assert (run / "external" / "matrix.png").read_bytes().startswith(b"\x89PNG")
     page = (run / "external" / "report.html").read_text()
     for text in (page, report.read_text()):
-        assert "What becomes of the model elsewhere" in text
+        assert "External validation" in text
         assert f"{found['auroc']['external']['value']:.3f}" in text
     sent = read_external(str(run))
     assert sent is not None
@@ -84,7 +84,7 @@ def test_a_verdict_elsewhere(
     assert "own test" in capsys.readouterr().out
 
 
-def test_two_runs_make_a_matrix(
+def test_each_run_adds_a_row_to_the_matrix(
     prepared: Prepared, evaluated: Path, sets: Path, tmp_path: Path
 ) -> None:
     other = Path(shutil.copytree(evaluated, tmp_path / "other"))
@@ -96,6 +96,11 @@ def test_two_runs_make_a_matrix(
     metrics = json.loads((run / "external" / "metrics.json").read_text())
     assert metrics["matrix_of_others"] == {"other": metrics["matrix"]}
     assert (run / "report.html").read_text().count('<h2 id="elsewhere">') == 1
+    third = Path(shutil.copytree(evaluated, tmp_path / "third"))
+    flags = ("--compare-with", str(run))
+    assert judge(prepared, third, sets / "chexpert", flags=flags) == 0
+    metrics = json.loads((third / "external" / "metrics.json").read_text())
+    assert metrics["matrix_of_others"].keys() == {"run", "other"}
 
 
 def test_what_cannot_be_judged_is_told_at_once(
@@ -116,7 +121,7 @@ def test_what_cannot_be_judged_is_told_at_once(
     refuse("patients with a positive study are left", evaluated, sets / "same", *few)
     other = Path(shutil.copytree(sets / "same", tmp_path / "other secret"))
     (other / "secret_check.txt").write_text("another\n")
-    refuse("RSNA's patients are NIH's", evaluated, other)
+    refuse("RSNA's patients are a part of NIH's", evaluated, other)
     capsys.readouterr()
     flags = ["--store", str(sets / "chexpert"), "--run", str(evaluated), "--overwrite"]
     assert evaluate.main(flags) == 2

@@ -66,7 +66,9 @@ def test_keys_of_another_secret_are_told(
     key = read_source(str(folder), {}).studies[0].key
     monkeypatch.setenv("PNEUMO_HASH_KEY", "another")
     assert find.main(["--source", str(folder), key]) == 1
-    assert "1 of 1 keys are of no file of this source under this secret" in capsys.readouterr().err
+    assert (
+        "1 of 1 keys belong to no file of this source with this secret" in capsys.readouterr().err
+    )
 
 
 def test_no_secret_is_made(kaggle_folder: FolderMaker, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,7 +44,7 @@ def test_each_store_in_turn(
         name = Path(left).name
         run = tmp_path / f"without-{name}"
         assert name in json.loads((run / "external" / "metrics.json").read_text())["matrix"]
-        assert any(line.startswith(name) and " at home " in line for line in told)
+        assert any(line.startswith(name) and " own test " in line for line in told)
         joined = read_manifest(str(run / "store"))
         trained_on = [read_manifest(url) for url in stores if url != left]
         most = sum(m.splits["train"].samples for m in trained_on)
@@ -52,6 +52,52 @@ def test_each_store_in_turn(
     assert leave_one_out.main(flags) == 0  # all is done
 
 
-def test_one_store_cannot_be_left_out(capsys: pytest.CaptureFixture[str]) -> None:
-    assert leave_one_out.main(["--stores", "a", "--run", "r"]) == 2
-    assert "two or more" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--run @r", "required: --stores"),
+        ("--stores @a --run @r", "two or more"),
+        ("--stores @a,@b --run @r --train.epocs 3", "unknown setting --train.epocs"),
+        ("--stores @a,@b --run @r --evaluate.picture 3", "unknown setting --evaluate.picture"),
+        ("--stores @a,@b --run @r --recipe @no.toml", "no.toml: not found"),
+        ("--stores @a,@b --run @r", "a: no manifest.json"),
+    ],
+)
+def test_a_mistake_is_told_before_the_first_training(
+    flags: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert leave_one_out.main(flags.replace("@", f"{tmp_path}/").split()) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not (tmp_path / "r").exists()
+
+
+def test_settings_go_to_the_jobs_that_have_them() -> None:
+    both, train, evaluate = (
+        ["--recipe", "fast", "--seed=3"],
+        ["--train.lr", "1"],
+        ["--evaluate.x=2"],
+    )
+    elastic = ["--cluster.min-workers", "1"]
+    found = leave_one_out.split_flags([*both, *train, *evaluate, *elastic])
+    assert found == ([*both, *train, *elastic], [*both, *evaluate])
+
+
+def test_finished_runs_are_shown_also_without_an_auroc(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, auroc in (("a", 0.75), ("b", None)):
+        (tmp_path / f"without-{name}" / "external").mkdir(parents=True)
+        (tmp_path / f"without-{name}" / "metrics.json").write_text("{}")
+        matrix = {"own test": {"value": auroc}, name: {"value": 0.5}}
+        path = tmp_path / f"without-{name}" / "external" / "metrics.json"
+        path.write_text(json.dumps({"matrix": matrix}))
+    assert leave_one_out.main(["--stores", "a,b", "--run", str(tmp_path)]) == 0
+    first, second = capsys.readouterr().out.splitlines()[1:]
+    assert "own test 0.750  on a 0.500" in first
+    assert "own test -  on b 0.500" in second
+
+
+def test_stores_of_one_name_would_share_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert leave_one_out.main(["--stores", "a/store,b/store/", "--run", "r"]) == 2
+    assert "two have the same name" in capsys.readouterr().err

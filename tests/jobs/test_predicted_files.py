@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,10 @@ from pneumo.images.dicom import GrayImage
 from pneumo.images.dicom_files import UnusableFile, read_pictures
 
 GRAY = np.random.default_rng(0).integers(0, 256, (32, 32), dtype=np.uint8)
+
+
+def give_list(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
 
 
 def look(source: str) -> dict[str, GrayImage | UnusableFile]:
@@ -72,19 +77,29 @@ def test_one_file(folder: Path, name: str, told: str) -> None:
 
 def test_a_list_on_standard_input(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     named = [folder / "a.png", folder / "ward" / "b.dcm.gz", folder / "a.png"]
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(map(str, named)) + "\n\n"))
-    check(look("-"), "a.png", "ward/b.dcm.gz")
+    for separator in ("\n", "\r\n", "\0"):
+        give_list(monkeypatch, f"{separator.join(map(str, named))}{separator * 2}".encode())
+        check(look("-"), "a.png", "ward/b.dcm.gz")
+
+
+def test_a_list_of_any_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["~nobody.png", os.fsdecode(b"\xe9.png"), "[x]*?#%2F.png", "-.png"]
+    for name in names:
+        (tmp_path / name).write_bytes(encode_png())
+    monkeypatch.chdir(tmp_path)
+    give_list(monkeypatch, b"\n".join(map(os.fsencode, names)))
+    check(look("-"), *names)
 
 
 def test_a_list_of_a_bucket_is_told_from_its_common_folder(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("s3://b/in/1/a.dcm\ns3://b/in/12/a.dcm\n"))
+    give_list(monkeypatch, b"s3://b/in/1/a.dcm\ns3://b/in/12/a.dcm\n")
     assert find_source("-") == ("s3://b/in", ["1/a.dcm", "12/a.dcm"])
 
 
 def test_an_empty_list_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    give_list(monkeypatch, b"\n")
     with pytest.raises(SourceError, match="no file is named on standard input"):
         find_source("-")
 
@@ -93,15 +108,26 @@ def test_a_dicomdir(tmp_path: Path, make_dicom: Any) -> None:
     files = FileSet()
     for number in range(2):
         ids = {"PatientID": f"p{number}", "StudyInstanceUID": pydicom.uid.generate_uid()}
-        ids |= {"SeriesInstanceUID": pydicom.uid.generate_uid(), "InstanceNumber": 1}
-        ids |= {"StudyDate": "20200101", "StudyTime": "120000", "StudyID": "1", "SeriesNumber": 1}
-        data = make_dicom(GRAY, identifier=f"p{number}", elements=ids)
+        ids |= {"SeriesInstanceUID": pydicom.uid.generate_uid(), "StudyID": "1"}
+        ids |= {"StudyDate": "20200101", "StudyTime": "120000"}
+        elements = {**ids, "InstanceNumber": 1, "SeriesNumber": 1}
+        data = make_dicom(GRAY, identifier=f"p{number}", elements=elements)
         files.add(pydicom.dcmread(io.BytesIO(data)))
     files.write(tmp_path / "medium")
     found = look(str(tmp_path / "medium" / "DICOMDIR"))
     assert len(found) == 2
     check(found, *found)
     assert sorted(look(str(tmp_path / "medium"))) == sorted(found)
+    data = (tmp_path / "medium" / "DICOMDIR").read_bytes()
+    storage.write_bytes("memory://bucket/medium/DICOMDIR", data)
+    listed = find_source("memory://bucket/medium/DICOMDIR")
+    assert listed == ("memory://bucket/medium", list(found))
+    # As Linux mounts a CD.
+    for path in sorted((tmp_path / "medium").rglob("*"), reverse=True):
+        path.rename(path.with_name(path.name.lower()))
+    small = [name.lower() for name in found]
+    check(look(str(tmp_path / "medium" / "dicomdir")), *small)
+    check(look(str(tmp_path / "medium")), *small)
 
 
 def test_what_is_damaged_is_told(tmp_path: Path, make_dicom: Any) -> None:
@@ -119,6 +145,30 @@ def test_what_is_damaged_is_told(tmp_path: Path, make_dicom: Any) -> None:
     (tmp_path / "DICOMDIR").write_bytes(b"nothing")
     with pytest.raises(SourceError, match="no DICOMDIR"):
         find_source(str(tmp_path / "DICOMDIR"))
+
+
+def test_archives_in_capitals_and_what_is_only_called_so(tmp_path: Path) -> None:
+    pack(tmp_path / "A.ZIP", {"b.png": encode_png()})
+    (tmp_path / "c.zip").mkdir()
+    (tmp_path / "c.zip" / "d.png").write_bytes(encode_png())
+    check(look(str(tmp_path)), "A.ZIP!/b.png", "c.zip/d.png")
+    check(look(str(tmp_path / "c.zip")), "d.png")
+    os.mkfifo(tmp_path / "pipe.zip")
+    (tmp_path / "link.zip").symlink_to("nowhere")
+    source_url, _ = find_source(str(tmp_path))
+    names = ["link.zip", "pipe.zip"]
+    assert expand(source_url, names) == names
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_damaged_member_is_told(tmp_path: Path, method: int) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", method) as archive:
+        archive.writestr("b.png", encode_png())
+    data = (tmp_path / "a.zip").read_bytes()
+    (tmp_path / "a.zip").write_bytes(data[:60] + bytes(20) + data[80:])
+    (image,) = look(str(tmp_path)).values()
+    assert isinstance(image, UnusableFile)
+    assert image.reason == "undecodable"
 
 
 def test_what_unpacks_without_end_is_refused(tmp_path: Path) -> None:

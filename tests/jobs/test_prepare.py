@@ -346,7 +346,7 @@ def test_a_job_killed_at_any_moment_goes_on(many: Prepared, tmp_path: Path) -> N
     """In turns the driver alone, and the whole tree of its processes."""
     rng = random.Random(os.environ.get("TEST_SEED", "moments"))
     store = tmp_path / "store"
-    reused = []
+    reused: list[int] = []
     for _ in range(int(os.environ.get("TEST_KILLS", "2"))):
         wanted = rng.randrange(1, 5)  # of 18 shards
         job = start(flags(many.source, store), cpus=2)

@@ -1,11 +1,12 @@
 import json
+import shlex
 from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 
 from jobs import train
-from jobs.training.job import stop_training
+from jobs.training.job import report_training, stop_training
 from pneumo.config import Config
 from pneumo.dataset.manifest import read_manifest
 from pneumo.training.checkpoints import load_checkpoint, read_index
@@ -28,6 +29,12 @@ def test_a_run_leaves_its_configuration_its_epochs_and_its_checkpoints(
     checkpoint = load_checkpoint(str(trained), index.best)
     assert checkpoint.manifest_digest == read_manifest(str(prepared.store)).digest
     assert checkpoint.config == config
+
+
+def test_the_next_command_can_be_pasted(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report_training(read_index(str(trained)), "runs/of mine", "a store")
+    line = capsys.readouterr().err.removeprefix("next: ")
+    assert shlex.split(line)[3:] == ["--store", "a store", "--run", "runs/of mine"]
 
 
 def test_only_the_workers_import_networks(trained: Path) -> None:
@@ -127,9 +134,9 @@ def end_with(outcome: bool | Exception) -> Future[bool]:
     ("training", "said"),
     [
         (end_with(True), ""),
-        (end_with(False), "no checkpoint could be written; going on will be from the one before"),
-        (end_with(OSError()), "no checkpoint could be written; going on will be from the one bef"),
-        (Future(), "train: no checkpoint within 1 s; going on will be from the one before"),
+        (end_with(False), "no checkpoint could be written; training resumes from an earlier one"),
+        (end_with(OSError()), "no checkpoint could be written; training resumes from an earlier"),
+        (Future(), "train: no checkpoint within 1 s; training resumes from an earlier one"),
     ],
 )
 def test_who_leaves_learns_whether_there_is_a_checkpoint(

@@ -17,7 +17,7 @@ from jobs.tracking.sender import read_runs
 from jobs.tracking.sending import command
 from pneumo.dataset.manifest import read_manifest
 from pneumo.evaluation.predictions import Predictions
-from pneumo.reporting.tracking import name_run
+from pneumo.reporting.tracking.tracked_run import make_run_id
 from tests.jobs.conftest import Prepared, list_identifiers
 from tests.pneumo.reporting.tracking.wandb_server import KEY, Backend
 
@@ -75,7 +75,7 @@ def test_all_arrives_and_nobody_is_named(
 ) -> None:
     run = evaluate_copy(prepared, trained, tmp_path)
     assert f"W&B: {backend.url}" in capsys.readouterr().err
-    digest, name = read_manifest(str(prepared.store)).digest, name_run(str(run))
+    digest, name = read_manifest(str(prepared.store)).digest, make_run_id(str(run))
     assert backend.used == [f"dataset-{digest[:12]}", f"model-{name}"]
     states = {made["name"]: made["state"] for made in backend.artifacts.values()}
     assert set(states.values()) == {"COMMITTED"}

@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from jobs.evaluation.evaluated_run import find_subject, find_weights
+from jobs.evaluation.evaluated_run import (
+    METRICS,
+    find_checkpoints,
+    find_evaluated_run,
+    find_metrics,
+)
 from jobs.evaluation.ray_scoring import Scoring
 from jobs.evaluation.result_files import describe_command, describe_selection
 from pneumo.command_line import EvaluateArguments, parse_command_line
@@ -26,7 +31,9 @@ def overfitted(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("overfitted") / "run"
     attempt = claim_run(str(run))
     base = load_checkpoint(str(trained), read_index(str(trained)).best)
-    history = tuple({"epoch": n, "val/auroc": auroc} for n, auroc in enumerate(AUROCS, 1))
+    history: tuple[dict[str, float | None], ...] = tuple(
+        {"epoch": n, "val/auroc": auroc} for n, auroc in enumerate(AUROCS, 1)
+    )
     for epoch in range(1, len(AUROCS) + 1):
         checkpoint = replace(base, epoch=epoch, history=history[:epoch])
         last = epoch == len(AUROCS)
@@ -39,18 +46,18 @@ def test_the_history_is_that_of_the_run_not_of_the_checkpoint(
     prepared: Prepared, overfitted: Path
 ) -> None:
     arguments = EvaluateArguments(store=str(prepared.store), run=str(overfitted))
-    subject = find_subject(arguments, EvaluateConfig())
-    assert subject.checkpoint.epoch == 3
-    assert [epoch["epoch"] for epoch in subject.history] == [1, 2, 3, 4, 5, 6]
+    run = find_evaluated_run(arguments, EvaluateConfig())
+    assert run.checkpoint.epoch == 3
+    assert [epoch["epoch"] for epoch in run.history] == [1, 2, 3, 4, 5, 6]
 
     (overfitted / METRICS_LOG).rename(overfitted / "elsewhere")
-    assert len(find_subject(arguments, EvaluateConfig()).history) == 3
+    assert len(find_evaluated_run(arguments, EvaluateConfig()).history) == 3
     (overfitted / "elsewhere").rename(overfitted / METRICS_LOG)
 
 
 def test_the_last_checkpoints_are_those_in_a_row(overfitted: Path) -> None:
     def epochs(ensemble: int | str) -> list[int]:
-        return [weights.entry.epoch for weights in find_weights(str(overfitted), ensemble)]
+        return [weights.entry.epoch for weights in find_checkpoints(str(overfitted), ensemble)]
 
     assert [entry.epoch for entry in read_index(str(overfitted)).entries] == [3, 5, 6]
     assert epochs("best") == [3]
@@ -62,7 +69,7 @@ def test_the_last_checkpoints_are_those_in_a_row(overfitted: Path) -> None:
 
 def test_the_report_says_which_checkpoint_was_taken(overfitted: Path) -> None:
     def told(ensemble: int | str) -> str:
-        return describe_selection(Scoring(find_weights(str(overfitted), ensemble)), ensemble)
+        return describe_selection(Scoring(find_checkpoints(str(overfitted), ensemble)), ensemble)
 
     assert told("best") == "The checkpoint of the highest AUROC on val."
     assert told(1) == "The last checkpoint."
@@ -73,7 +80,7 @@ def test_the_report_says_how_to_evaluate_again(prepared: Prepared, overfitted: P
     def command(**changes: object) -> str:
         config = override(Config(), changes)
         arguments = EvaluateArguments(store=str(prepared.store), run=str(overfitted))
-        return describe_command(find_subject(arguments, config.evaluate), config)
+        return describe_command(find_evaluated_run(arguments, config.evaluate), config)
 
     usual = "python -m jobs.evaluate --store STORE --run RUN"
     assert command() == usual
@@ -88,3 +95,13 @@ def test_the_report_says_how_to_evaluate_again(prepared: Prepared, overfitted: P
         2,
         "sensitivity",
     )
+
+
+def test_metrics_are_those_of_an_evaluated_run(tmp_path: Path) -> None:
+    assert find_metrics(str(tmp_path)) is None
+    path = tmp_path / METRICS
+    path.write_text('{"test": {}}')
+    assert find_metrics(str(tmp_path)) == {"test": {}}
+    path.write_text('{"test": ')
+    with pytest.raises(RunError, match=r"metrics\.json: no JSON; evaluate the run again"):
+        find_metrics(str(tmp_path))

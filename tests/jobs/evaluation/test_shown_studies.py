@@ -5,14 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from jobs.evaluation.ray_scoring import Scored, Scoring
+from jobs.evaluation.ray_scoring import ScoredStore, Scoring
 from jobs.evaluation.result_files import describe_errors
 from jobs.evaluation.shown_studies import call_studies, choose_pictures
 from pneumo.config import Config, EvaluateConfig
 from pneumo.evaluation.evaluation import evaluate
 from tests.pneumo.reporting.page.test_degenerate import damage, predictions
 
-UNUSED = Scored(Scoring(()), "no store is opened")
+UNUSED = ScoredStore(Scoring(()), "no store is opened")
 
 
 def judged(kind, split):

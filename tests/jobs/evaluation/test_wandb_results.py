@@ -13,11 +13,12 @@ import pytest
 from PIL import Image
 
 from jobs import track
-from jobs.evaluation.evaluated_run import Subject
-from jobs.evaluation.ray_scoring import Scored, Scoring, Weights
+from jobs.evaluation.evaluated_run import EvaluatedRun
+from jobs.evaluation.ray_scoring import RunCheckpoint, ScoredStore, Scoring
 from jobs.evaluation.result_files import Results, compose_metrics
 from jobs.evaluation.shown_studies import describe_age
-from jobs.evaluation.wandb_results import cap_ages, read_evaluation, show_case, write_tracking
+from jobs.evaluation.wandb_pictures import show_case
+from jobs.evaluation.wandb_results import cap_ages, read_evaluation, write_tracking
 from pneumo.config import Config
 from pneumo.dataset.contact_sheets import ContactSheet
 from pneumo.dataset.manifest import read_manifest
@@ -25,16 +26,10 @@ from pneumo.evaluation.predictions import Predictions
 from pneumo.images.boxes import Box
 from pneumo.reporting.figures.case_pictures import Case, Pictures
 from pneumo.reporting.figures.style import encode_image
-from pneumo.reporting.tracking import (
-    ConfusionChart,
-    Gallery,
-    LineChart,
-    Picture,
-    Table,
-    name_run,
-    prepare_tracking,
-)
+from pneumo.reporting.tracking.media import ConfusionChart, Gallery, LineChart, Picture, Table
+from pneumo.reporting.tracking.tracked_run import make_run_id, prepare_tracking
 from pneumo.training.checkpoints import Checkpoint, CheckpointEntry
+from tests import present
 from tests.pneumo.reporting.page.test_degenerate import damage, predictions
 from tests.pneumo.reporting.page.test_page import DATA
 from tests.predictions import judge
@@ -60,7 +55,7 @@ PICTURES = Pictures(
     {"tp": [case()], "fn": []},
     {"fp": [case(0)]},
     [],
-    sample=[dataclasses.replace(case(), view="AP", drawn_of=17)],
+    sample=[dataclasses.replace(case(), view="AP", stratum_size=17)],
 )
 
 
@@ -83,9 +78,13 @@ def leave(run, subject, data=DATA, found=None, pictures=PICTURES, saliency=None)
     return run
 
 
+def read(run):
+    return present(read_evaluation(str(run)))
+
+
 def test_numbers_and_charts_are_those_of_the_evaluation(subject, tmp_path):
     found = judged()
-    told = read_evaluation(str(leave(tmp_path / "run", subject, found=found)))
+    told = read(leave(tmp_path / "run", subject, found=found))
     rates = found.test.at["decision"].rates
     assert told.summary["eval/test/auroc"] == found.test.auroc.value
     assert told.summary["eval/test/recall_low"] == rates["recall"].low
@@ -114,20 +113,20 @@ def test_numbers_and_charts_are_those_of_the_evaluation(subject, tmp_path):
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_bad_predictions_are_told_without_what_they_do_not_give(subject, tmp_path, kind, split):
     found = judge(damage(kind, split))
-    told = read_evaluation(str(leave(tmp_path / "run", subject, found=found)))
+    told = read(leave(tmp_path / "run", subject, found=found))
     assert "eval/subgroups" in told.media
     assert not [value for value in told.summary.values() if value is None or value != value]
 
 
 def test_pictures_are_coarser_and_carry_their_overlays(subject, tmp_path):
-    told = read_evaluation(str(leave(tmp_path / "run", subject)))
+    told = read(leave(tmp_path / "run", subject))
     gallery = told.media["eval/gallery/tp"]
     assert isinstance(gallery, Gallery)
     (picture,) = gallery.pictures
     with Image.open(io.BytesIO(picture.data)) as image:
         assert image.size == (192, 192)
     assert list(picture.boxes) == [(48, 24, 96, 48)]
-    levels = np.asarray(Image.open(io.BytesIO(picture.mask.classes)))
+    levels = np.asarray(Image.open(io.BytesIO(present(picture.mask).classes)))
     assert levels.shape == (192, 192)
     assert np.unique(levels).tolist() == [0, 1, 2, 3]
     assert "eval/gallery/fn" not in told.media
@@ -136,7 +135,7 @@ def test_pictures_are_coarser_and_carry_their_overlays(subject, tmp_path):
 
 def test_why_no_study_is_shown_is_told(subject, tmp_path):
     none = Pictures.none("no study")
-    told = read_evaluation(str(leave(tmp_path / "run", subject, pictures=none)))
+    told = read(leave(tmp_path / "run", subject, pictures=none))
     assert told.summary["eval/not_shown"] == "no study"
     assert not [key for key in told.media if "gallery" in key or "predictions" in key]
 
@@ -147,7 +146,7 @@ def test_a_map_that_is_no_number_is_not_laid_over_the_picture():
 
 
 def test_the_table_has_thumbnails_and_names_nobody(subject, tmp_path):
-    table = read_evaluation(str(leave(tmp_path / "run", subject))).media["eval/predictions"]
+    table = read(leave(tmp_path / "run", subject)).media["eval/predictions"]
     assert isinstance(table, Table)
     assert not {"key", "patient", "age"} & set(table.columns)
     ((picture, *rest),) = table.rows
@@ -176,19 +175,21 @@ def subject(tiny_store):
         code_version="test",
     )
     weights = tuple(
-        Weights(
+        RunCheckpoint(
             f"runs/{run}",
             CheckpointEntry(name=f"epoch-000{n}.pt", epoch=n, val_auroc=0.5, sha256=f"{n}" * 64),
         )
         for n, run in enumerate(("a b", "c"), start=1)
     )
-    return Subject("runs/a b", url, manifest, checkpoint, Scored(Scoring(weights), url), history=())
+    return EvaluatedRun(
+        "runs/a b", url, manifest, checkpoint, ScoredStore(Scoring(weights), url), history=()
+    )
 
 
 def test_no_study_is_shown_larger_than_192_pixels_anywhere(subject, tmp_path):
     sheet = ContactSheet("Normal", 9, (np.full((224, 224), 99, np.uint8),) * 4, ("AP",) * 4)
     data = dataclasses.replace(DATA, contact=[sheet])
-    told = read_evaluation(str(leave(tmp_path / "run", subject, data=data)))
+    told = read(leave(tmp_path / "run", subject, data=data))
     page = told.media["eval/report"].html
     assert told.outputs[0].files["report.html"] == page.encode()
     sizes = [
@@ -210,28 +211,28 @@ def test_no_study_is_shown_larger_than_192_pixels_anywhere(subject, tmp_path):
 
 def test_lineage_names_each_store_and_run_and_moves_no_alias_of_an_input(subject, tmp_path):
     run = leave(tmp_path / "a b", subject)
-    told, digest = read_evaluation(str(run)), subject.manifest.digest
-    names = [name_run(weights.run_url) for weights in subject.scored.scoring.weights]
+    told, digest = read(run), subject.manifest.digest
+    names = [make_run_id(checkpoint.run_url) for checkpoint in subject.scored.scoring.checkpoints]
     assert [(one.name, list(one.aliases)) for one in told.inputs] == [
         (f"dataset-{digest[:12]}", []),
         *((f"model-{name}", []) for name in names),
     ]
-    assert [one.name for one in told.outputs] == [f"evaluation-{name_run(str(run))}"]
+    assert [one.name for one in told.outputs] == [f"evaluation-{make_run_id(str(run))}"]
     models = told.inputs[1:]
     assert [m.metadata["checkpoint"] for m in models] == ["epoch-0001.pt", "epoch-0002.pt"]
     assert {m.metadata["dataset"] for m in models} == {digest}
-    assert told.group == name_run(str(run))  # that of the training
+    assert told.group == make_run_id(str(run))  # that of the training
     assert told.id.startswith(f"{told.group}-evaluate-")
 
 
 def test_an_evaluation_that_is_done_again_is_another_run(subject, tmp_path):
     run = leave(tmp_path / "run", subject)
-    first = read_evaluation(str(run))
-    assert read_evaluation(str(run)) == first
+    first = read(run)
+    assert read(run) == first
     metrics = json.loads((run / "metrics.json").read_text())
     metrics["test"]["auroc"]["value"] = 0.5
     (run / "metrics.json").write_text(json.dumps(metrics))
-    assert read_evaluation(str(run)).id != first.id
+    assert read(run).id != first.id
     (run / "metrics.json").unlink()
     assert read_evaluation(str(run)) is None
 
@@ -247,7 +248,7 @@ def test_ages_above_89_are_one_group(subject, tmp_path):
     assert [describe_age(age) for age in (89, 90, 104, math.nan, 7)] == [
         "80-89", "90+", "90+", "", "0-9",
     ]  # fmt: skip
-    told = read_evaluation(str(leave(tmp_path / "run", subject)))
+    told = read(leave(tmp_path / "run", subject))
     sent = told.outputs[0].files["predictions.parquet"]
     assert np.nanmax(Predictions.from_parquet(sent).age) <= 90
 
@@ -256,14 +257,14 @@ def test_the_command_sends_it_once_with_every_file(subject, tmp_path, backend, c
     run = leave(tmp_path / "run", subject)
     backend.fault = "uploads 403"
     assert track.main(["--run", str(run)]) == 1
-    assert "the same command sends it" in capsys.readouterr().err
+    assert "repeat the command to send the rest" in capsys.readouterr().err
     backend.fault = None
     for _ in range(2):
         assert track.main(["--run", str(run)]) == 0
         (name,) = backend.runs
         (row,) = backend.history(name)
         assert backend.exit_codes == {name: 0}
-    told = read_evaluation(str(run))
+    told = read(run)
     charts = {f"{key}_table" if isinstance(m, LineChart | ConfusionChart) else key
               for key, m in told.media.items()}  # fmt: skip
     assert charts <= set(row)

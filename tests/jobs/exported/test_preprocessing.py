@@ -10,6 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from pydicom.uid import (
+    UID,
     DeflatedExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
     RLELossless,
@@ -76,7 +77,7 @@ def test_pixels_are_pneumos_own(
     smaller: bool,
     changes: dict[str, Any],
     window: dict[str, Any] | None,
-    syntax: str | None,
+    syntax: UID | None,
 ) -> None:
     rng = np.random.default_rng(seed)
     pixels = draw_values(rng, sides, dtype)
@@ -102,7 +103,7 @@ def test_pixels_are_pneumos_own(
     np.testing.assert_array_equal(found[0, 0], expected)
 
 
-def recode(data: bytes, path: Path, syntax: str) -> bytes:
+def recode(data: bytes, path: Path, syntax: UID) -> bytes:
     """The same file in another transfer syntax without loss."""
     path.write_bytes(data)
     dataset = pydicom.dcmread(path)

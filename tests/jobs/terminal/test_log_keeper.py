@@ -72,7 +72,7 @@ def test_a_later_attempt_at_a_finished_run_has_nothing_to_do(tmp_path: Path) -> 
     (first, refused), (second, done) = ended
     assert (refused, done) == (2, 0)
     assert first.startswith("error: ")
-    assert second.startswith("train: an earlier attempt has done it: ")
+    assert second.startswith("train: an earlier attempt has finished: ")
     assert "holds a finished run of 3 epochs" in second
 
 

@@ -12,13 +12,16 @@ from pneumo.errors import ConfigError, RunError, SourceError, StoreError, UserEr
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A store, a run that is being trained, one that is evaluated, and a folder of files."""
+    """A store, a run that is being trained, one that is evaluated, a search that is under way, and
+    a folder of files."""
     for name in ("store/manifest.json", "run/checkpoints/index.json", "files/a.dcm"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
     write_index(tmp_path / "judged", finished=True)
     (tmp_path / "judged" / "predictions.parquet").write_bytes(b"")
-    (tmp_path / "judged" / "metrics.json").write_text("{}")
+    for name in ("judged/metrics.json", "judged/external/metrics.json", "search/search.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
     return tmp_path
 
 
@@ -43,6 +46,8 @@ def check(folder: Path, job: str, flags: str) -> None:
         ("tune", "--store @store --run @new"),
         ("evaluate", "--store @store --run @run --members @judged --compare-with @judged"),
         ("evaluate", "--store @store --run @judged --overwrite"),
+        ("evaluate", "--store @store --run @judged --external @store --overwrite"),
+        ("tune", "--store @store --run @search"),
         ("predict", "--source @files --run @judged --output @new --members @run"),
     ],
 )
@@ -84,6 +89,29 @@ def test_places_that_serve_pass(folder: Path, job: str, flags: str) -> None:
         ),
         ("evaluate", "--store @store --run @judged", RunError, "judged: is evaluated already"),
         ("predict", "--source @new --run @run --output @out", SourceError, "new: no file in it"),
+        ("train", "--store @store --run @store", RunError, "store: is a store; give another"),
+        ("train", "--store @store --run @search", RunError, "search: is a search; give another"),
+        ("tune", "--store @store --run @run", RunError, "run: is a run; give another folder"),
+        ("prepare", "--source @files --store @run", RunError, "run: is a run; give another"),
+        (
+            "predict",
+            "--source @files --run @run --output @run --overwrite",
+            RunError,
+            "--output .*run: is a run; give another folder for the predictions",
+        ),
+        ("export", "--run @judged --output @judged", RunError, "judged: is a run; give another"),
+        (
+            "predict",
+            "--source @files --run @run --output @files/a.dcm/out",
+            ConfigError,
+            r"a\.dcm cannot be written to, or is no folder",
+        ),
+        (
+            "evaluate",
+            "--store @store --run @judged --external @store",
+            RunError,
+            "judged: is evaluated on other sets already, .* name all sets and --overwrite",
+        ),
     ],
 )
 def test_a_place_that_does_not_serve_is_named(

@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -31,6 +32,10 @@ def start_worker(channel: WorkerChannel, rank: int) -> Any:
     return worker
 
 
+def has_heard(worker: Any) -> bool:
+    return bool(ray.get(worker.has_heard.remote()))
+
+
 def ends(worker: Any) -> bool:
     try:
         ray.get(worker.pid.remote())
@@ -49,13 +54,11 @@ def channel(ray_here: None) -> Iterator[WorkerChannel]:
 def test_a_command_reaches_who_listens_and_who_comes_later(channel: WorkerChannel) -> None:
     first = start_worker(channel, 0)
     wait_until(lambda: len(channel.workers()) == 1, "the worker to listen")
-    assert not ray.get(first.has_heard.remote())
+    assert not has_heard(first)
     channel.broadcast("stop")
     second = start_worker(channel, 1)
     for worker in (first, second):
-        wait_until(
-            lambda worker=worker: ray.get(worker.has_heard.remote()), "the command to arrive"
-        )
+        wait_until(partial(has_heard, worker), "the command to arrive")
     assert [member.rank for member in channel.workers()] == [0, 1]
     assert {m.node_id for m in channel.workers()} == {ray.get_runtime_context().get_node_id()}
     for worker in (first, second):

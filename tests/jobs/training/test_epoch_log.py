@@ -10,24 +10,24 @@ import pytest
 from jobs.terminal.progress import Progress
 from jobs.training.epoch_log import EpochDisplay
 from pneumo.network.backbones import Initialisation
-from pneumo.training.callbacks import Epoch, Start, StepProgress
+from pneumo.training.callbacks import Epoch, Metrics, Start, StepProgress
 from tests.jobs.conftest import LocalChannel
 
 
 def make_epoch(number: int) -> Epoch:
     names = ("train/loss", "val/loss", "val/auroc", "val/accuracy", "val/precision", "val/recall")
     speed = {"images_per_s": 50.0, "data_wait": 0.01, "epoch_s": 2.0}
-    metrics = {"epoch": number, **dict.fromkeys(names, 0.5), "lr": 1e-3, "grad_norm": None}
-    return Epoch(number, metrics | speed)
+    metrics = {"epoch": number, **dict.fromkeys(names, 0.5), "lr": 1e-3, "grad_norm": None, **speed}
+    return Epoch(number, metrics)
 
 
 def make_start(epochs: int, step: int = 0) -> Start:
     history = tuple(make_epoch(number).metrics for number in range(1, epochs + 1))
-    return Start(Initialisation("random", "going on"), history, step, steps=20)
+    return Start(Initialisation("random", "resuming"), history, step, steps=20)
 
 
 def step_to(done: int) -> StepProgress:
-    metrics = {"train/loss": 0.5, "images_per_s": 50.0, "data_wait": 0.2}
+    metrics: Metrics = {"train/loss": 0.5, "images_per_s": 50.0, "data_wait": 0.2}
     return StepProgress(1 + done // 20, done % 20, 20, metrics)
 
 
@@ -54,7 +54,7 @@ def test_epochs_are_shown_once_though_attempts_repeat_them(
 def test_what_is_trained_again_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     follow(make_start(1), step_to(33), make_start(1, step=7), make_start(3))
     models = [line for line in capsys.readouterr().err.splitlines() if line.startswith("model:")]
-    assert models == ["model: going on", "model: going on; 6 steps again", "model: going on"]
+    assert models == ["model: resuming", "model: resuming; 6 steps again", "model: resuming"]
 
 
 def test_what_was_done_before_counts_neither_for_the_rate_nor_for_the_time_left(

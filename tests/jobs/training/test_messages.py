@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -83,4 +84,4 @@ def test_a_lost_channel_is_an_error_of_ray(ray_here: None) -> None:
         return False
 
     for call in (lambda: channel.put("after"), lambda: channel.take(0.1)):
-        wait_until(lambda call=call: is_lost(call), "the loss to be known")
+        wait_until(partial(is_lost, call), "the loss to be known")

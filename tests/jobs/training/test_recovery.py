@@ -126,8 +126,8 @@ def test_an_object_store_that_is_away_is_a_failure_and_is_waited_for(
     run(script, channel, urls)
     failure = f"{AWAY}, failure 1 of 3"
     assert script.told == [
-        f"{failure}: waiting, as it is away: {AWAY}",
-        f"{failure}: going on with 1 worker after epoch 2 step 3",
+        f"{failure}: waiting for storage: {AWAY}",
+        f"{failure}: resuming with 1 worker after epoch 2 step 3",
     ]
     assert script.sizes == [1, 1]
 
@@ -139,7 +139,7 @@ def test_a_controller_of_ray_that_dies_is_a_failure(
     run(script, channel)
     (line,) = script.told
     assert line.startswith("workers did not start (ActorDiedError: ")
-    assert line.endswith("failure 1 of 3: going on with 1 worker after epoch 1")
+    assert line.endswith("failure 1 of 3: resuming with 1 worker after epoch 1")
 
 
 def test_failures_are_counted_and_the_last_one_is_raised(
@@ -161,7 +161,7 @@ def test_a_worker_lost_after_the_last_checkpoint_does_no_harm(channel: WorkerCha
 def test_a_stop_whose_reason_was_lost_is_no_end(channel: WorkerChannel) -> None:
     script = Script([STOPPED, None])
     run(script, channel)
-    assert script.told == ["told to stop: going on with 1 worker after epoch 1"]
+    assert script.told == ["told to stop: resuming with 1 worker after epoch 1"]
 
 
 # --- what ends the job ----------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def test_a_stop_whose_reason_was_lost_is_no_end(channel: WorkerChannel) -> None:
     [
         (DataError("shard train/000000.tar: missing"), REMOTE_STORE),
         (ContentError("storage: s3://bucket/store/x: changed or damaged"), REMOTE_STORE),
-        (RunError("/runs/1: another attempt has taken this run over"), REMOTE_RUN),
+        (RunError("/runs/1: another attempt has claimed this run"), REMOTE_RUN),
         (StorageError("storage: cannot read /store: Input/output error"), ALL_LOCAL),
     ],
 )
@@ -271,7 +271,7 @@ def test_an_attempt_of_fewer_workers_is_stopped_when_there_is_room(
     assert script.sizes == [1, most]
     assert script.told == [
         f"starting with 1 worker of {most}",
-        f"there is room for {most} workers: going on with {most} workers after epoch 1",
+        f"there is room for {most} workers: resuming with {most} workers after epoch 1",
     ]
     ray.kill(channel.actor)
 

@@ -17,6 +17,7 @@ from jobs.tuning.trial_lines import TrialLines
 from pneumo.config import Config
 from pneumo.config_layers import override
 from pneumo.errors import DataError
+from pneumo.search_space import Scalar
 from pneumo.tuning.trials import describe_settings
 
 TUNE = override(Config(), {"tune.num_trials": 20, "tune.epochs": 8}).tune
@@ -33,6 +34,7 @@ def caused_by(cause: Exception) -> Exception:
     """As Ray wraps it."""
     error = TuneError("a worker failed")
     error.cause = cause
+    assert isinstance(error, Exception)
     return error
 
 
@@ -87,7 +89,7 @@ def test_a_trial_that_tune_gives_up_without_a_word_is_told(
     lines.on_trial_complete(1, trials, done)
     lines.on_trial_error(2, trials, failed)
     lines.on_experiment_end(trials)
-    unknown = "for a reason that Ray does not tell"
+    unknown = "for a reason that Ray does not give"
     assert ended == [
         ("t001", "finished", None),
         ("t002", "failed", unknown),
@@ -123,7 +125,7 @@ def test_lines_tell_of_each_end(capsys: pytest.CaptureFixture[str]) -> None:
         (TuneError("first line\n\nlast line\n"), "last line"),
         (caused_by(DataError("shard 3: gone")), "shard 3: gone"),
         (MemoryError(), "MemoryError"),
-        (None, "for a reason that Ray does not tell"),
+        (None, "for a reason that Ray does not give"),
     ],
 )
 def test_lines_tell_why_a_trial_failed(
@@ -137,7 +139,7 @@ def test_lines_tell_why_a_trial_failed(
     lines.on_trial_recover(1, [], trial)
     lines.on_trial_error(1, [], trial)
     recovered, failed = capsys.readouterr().err.splitlines()
-    assert recovered == f"trial t001  {told}; goes on from its checkpoint"
+    assert recovered == f"trial t001  {told}; resumes from its checkpoint"
     assert failed.endswith(f"  failed: {told}; the search goes on")
 
 
@@ -159,7 +161,11 @@ def test_tune_can_pickle_them() -> None:
 
 
 def test_settings_in_a_line() -> None:
-    drawn = {"train.lr": 0.000312345, "model.backbone": "resnet18", "train.patience": None}
+    drawn: dict[str, Scalar] = {
+        "train.lr": 0.000312345,
+        "model.backbone": "resnet18",
+        "train.patience": None,
+    }
     assert describe_settings(drawn) == "lr 0.000312  backbone resnet18  patience None"
 
 

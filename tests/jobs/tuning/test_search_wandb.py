@@ -10,8 +10,9 @@ from jobs.tuning.search_results import write_results
 from jobs.tuning.search_wandb import BEST, REPORT, TRIALS, read_search
 from jobs.tuning.trial_records import write_begun, write_ended
 from pneumo.dataset.manifest import read_manifest
-from pneumo.reporting.tracking import Page, Table, name_run, prepare_tracking
 from pneumo.reporting.tracking.dashboards import build_views, describe_view
+from pneumo.reporting.tracking.media import Page, Table
+from pneumo.reporting.tracking.tracked_run import make_run_id, prepare_tracking
 from pneumo.training.checkpoint_writer import write_history
 from pneumo.tuning.search import Search
 from tests.conftest import StoreMaker
@@ -47,7 +48,7 @@ def test_each_trial_that_has_ended_and_the_search_are_runs_of_a_group(
     run: Path, search: Search
 ) -> None:
     found = list(read_search(str(run)))
-    name = name_run(str(run))
+    name = make_run_id(str(run))
     assert [one.job_type for one in found] == ["tune-trial"] * NUM_TRIALS + ["tune"]
     assert {one.id for one in found} == {name, *(f"{name}-{t.name}" for t in search.trials)}
     assert {one.group for one in found} == {name}
@@ -84,7 +85,7 @@ def test_a_search_is_its_table_its_page_and_its_setting(run: Path, search: Searc
     assert all(len(row) == len(table.columns) for row in table.rows)
     (artifact,) = found.outputs
     assert (artifact.name, set(artifact.files)) == (
-        f"search-{name_run(str(run))}",
+        f"search-{make_run_id(str(run))}",
         {TRIALS, REPORT, BEST},
     )
     chosen = search.choice.trial
@@ -109,7 +110,7 @@ def test_the_tune_view_shows_what_is_told(run: Path) -> None:
 def test_the_command_sends_each_of_them_once(run: Path, search: Search, backend: Backend) -> None:
     for trial in search.trials[2:]:  # each is a run to open and to close
         (run / "trials" / trial.name / "end.json").unlink()
-    name = name_run(str(run))
+    name = make_run_id(str(run))
     for _ in range(2):
         assert track.main(["--run", str(run)]) == 0
         assert backend.exit_codes == dict.fromkeys(

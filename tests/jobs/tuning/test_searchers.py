@@ -7,7 +7,13 @@ import pytest
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
-from jobs.tuning.searchers import Draw, FixedListSearcher, OptunaSearcher, ResumableAsha, list_grid
+from jobs.tuning.searchers import (
+    FixedListSearcher,
+    OptunaSearcher,
+    PlannedTrial,
+    ResumableAsha,
+    list_grid,
+)
 from jobs.tuning.trial_judge import METRIC
 from jobs.tuning.trial_records import read_trials, write_ended
 from pneumo.config import Config
@@ -77,7 +83,7 @@ def test_tpe_learns_from_what_an_earlier_try_found(tmp_path: Path) -> None:
             f"t{i:03}",
             *[0.5] * 8,
             0.9 if lr > 1e-4 else 0.5,
-            **{"train.lr": lr, "train.pos_weight": 1.0 + i / 99},
+            settings={"train.lr": lr, "train.pos_weight": 1.0 + i / 99},
         )
         for i, lr in enumerate([1e-5, 2e-5, 5e-5, 3e-4, 4e-4, 5e-4, 3e-5, 6e-4, 1.5e-5, 7e-4] * 2)
     }
@@ -87,7 +93,7 @@ def test_tpe_learns_from_what_an_earlier_try_found(tmp_path: Path) -> None:
 
 
 def test_a_list_ends(tmp_path: Path) -> None:
-    searcher = FixedListSearcher([Draw("a", {"train.lr": 1.0}, 3)], str(tmp_path))
+    searcher = FixedListSearcher([PlannedTrial("a", {"train.lr": 1.0}, 3)], str(tmp_path))
     assert searcher.suggest("1") == {"name": "a", "settings": {"train.lr": 1.0}, "seed": 3}
     assert searcher.suggest("2") == Searcher.FINISHED
 
