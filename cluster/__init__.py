@@ -1,12 +1,13 @@
-"""Submit a job to a cluster from a light laptop, follow it, look again, cancel it.
+"""Submit jobs to a cluster from a laptop; follow, list and cancel them.
 
     __main__.py    python -m cluster submit|list|status|logs|cancel|down
-    submission.py  what is asked of a cluster: checked, absolute, with a stable id; pure
-    targets.py     what can be asked of any cluster, and how a job is doing
-    run_folder.py  what lies where a run writes: its settings, its progress, its logs
-    live_view.py   all runs of one person, as a table until they have ended
-    ray/           the Ray Jobs API of any running Ray cluster, and the code that is sent to it
-    kuberay/       a run as a KubeRay RayJob: rendered, submitted, followed, its problems in words
+    submission.py  a job to submit: checked settings, absolute paths, a stable id; pure
+    addresses.py   whether an address is another machine
+    targets.py     the interface of both kinds of cluster, and a job's state
+    run_folder.py  reads a run's folder: its settings, progress and logs
+    live_view.py   a live table of one user's runs
+    ray/           the Ray Jobs API of a running Ray cluster, and the code that is sent to it
+    kuberay/       a run as a KubeRay RayJob: rendered, submitted, followed, its problems explained
 
-Nothing here imports torch or `jobs`; ray and kubernetes are imported once something is sent.
+Nothing here imports torch or `jobs`; ray and kubernetes are imported only to contact a cluster.
 """

@@ -1,4 +1,4 @@
-"""Submit a job to a cluster, follow it, look again, cancel it.
+"""Submit a job to a cluster; follow, list and cancel jobs.
 
     python -m cluster submit train --store s3://bucket/store --run s3://bucket/runs/1 --recipe fast
     python -m cluster submit --target k8s --overlay gpu-spot train --store … --run …
@@ -6,10 +6,10 @@
     python -m cluster logs train-1-0a1b2c3d --follow
     python -m cluster status --watch
 
-The cluster is that of `--address` or RAY_ADDRESS, the Ray Jobs API; with `--target k8s` it is
-KubeRay in the namespace that kubectl would use. The exit code of `submit` and `logs --follow` is
-the job's: 0 done, 1 failed, 2 the user's mistake, 130 cancelled. Ctrl-C detaches, the job goes on;
-twice within three seconds cancels it. The job's log goes to stdout, everything else to stderr.
+The cluster is the Ray Jobs API at `--address` or RAY_ADDRESS; with `--target k8s` it is KubeRay in
+the namespace that kubectl would use. The exit code of `submit` and `logs --follow` is the job's: 0
+done, 1 failed, 2 the user's mistake, 130 cancelled. Ctrl-C detaches and the job continues; a second
+Ctrl-C within three seconds cancels it. The job's log goes to stdout, everything else to stderr.
 """
 
 import argparse
@@ -26,25 +26,26 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 from cluster import live_view, run_folder
-from cluster.targets import JobState, Target, is_remote
+from cluster.addresses import is_remote
+from cluster.targets import JobState, Target
 from pneumo.errors import AccessError, ClusterError, ConfigError, PneumoError
 
 CANCEL_WINDOW_S = 3.0
-"""How long after Ctrl-C another one cancels the job."""
+"""A second Ctrl-C within this time cancels the job."""
 
 _JOBS = ("prepare", "train", "tune", "evaluate", "predict")
-_ON_K8S = ("overlay", "namespace", "context", "image", "workers", "run")
+_K8S_FLAGS = ("overlay", "namespace", "context", "image", "workers", "run")
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
+    """An ArgumentParser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"cluster: {message}; see {self.prog} --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the process's exit code."""
+    """Run one command; returns the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         options, flags = make_parser().parse_known_args(argv)
@@ -58,39 +59,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader has seen enough, as in `logs ID | head`
+    except BrokenPipeError:  # the reader has closed the pipe, as in `logs ID | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
 def _submit(options: argparse.Namespace, flags: list[str]) -> int:
-    from cluster import submission  # only here: what is not submitted needs no settings
+    from cluster import submission  # slow to import, and only `submit` needs it
     from pneumo.command_line import parse_command_line
 
     if options.job is None:
-        raise ConfigError(f"cluster: submit which job? One of: {', '.join(_JOBS)}")
-    asked = [flag for flag in flags if flag != "--"]
-    if {"-h", "--help"} & set(asked):
+        raise ConfigError(f"cluster: submit needs a job, one of: {', '.join(_JOBS)}")
+    job_flags = [flag for flag in flags if flag != "--"]
+    if {"-h", "--help"} & set(job_flags):
         parse_command_line(options.job, ["--help"])
-    # Checked before the cluster is looked for: a wrong setting needs none to be seen.
+    # Checked before connecting: a wrong setting can be reported without a cluster.
     now = datetime.now()
-    wanted = submission.plan(options.job, asked, os.environ, remote=False, now=now)
+    planned = submission.plan(options.job, job_flags, os.environ, remote=False, now=now)
     on_k8s = options.target == "k8s"
     if on_k8s or is_remote(_address(options)):
-        wanted = submission.plan(
-            options.job, asked, os.environ, remote=True, now=now, sends_files=not on_k8s
+        planned = submission.plan(
+            options.job, job_flags, os.environ, remote=True, now=now, sends_files=not on_k8s
         )
-        if wanted.job == "train" and "://" in wanted.target:
-            run_folder.check_run(wanted.config, wanted.target)
+        if planned.job == "train" and "://" in planned.target:
+            run_folder.check_run(planned.config, planned.target)
     target = _connect(options)
-    for warning in wanted.warnings:
+    for warning in planned.warnings:
         _tell(f"warning: {warning}")
     owner = getattr(options, "owner", None) or _default_owner()
-    started = target.submit(replace(wanted, owner=owner), _tell)
+    started = target.submit(replace(planned, owner=owner), _tell)
     if started.already_running:
         _tell(f"already running as {started.id}")
     else:
-        _tell(f"submitted as {started.id}: {wanted.entrypoint}")
+        _tell(f"submitted as {started.id}: {planned.entrypoint}")
     if not getattr(options, "follow", True):
         print(started.id)
         return 0
@@ -99,7 +100,7 @@ def _submit(options: argparse.Namespace, flags: list[str]) -> int:
 
 def _run_command(options: argparse.Namespace) -> int:
     if options.command == "status" and options.id is None and not options.watch:
-        raise ConfigError("cluster: status of which job? Give its ID, or --watch for all of mine")
+        raise ConfigError("cluster: status needs the ID of a job, or --watch for all of yours")
     target = _connect(options)
     if options.command == "list":
         for state in target.list():
@@ -122,7 +123,7 @@ def _run_command(options: argparse.Namespace) -> int:
 
 
 def _follow(target: Target, job_id: str) -> int:
-    """Show the log to the end; the job's exit code, or how the following ended."""
+    """Show the log to the end; returns the job's exit code, or that of what ended the following."""
     try:
         state = target.follow(job_id, _write, _tell)
     except KeyboardInterrupt:
@@ -136,7 +137,7 @@ def _follow(target: Target, job_id: str) -> int:
 
 
 def _detach(target: Target, job_id: str) -> int:
-    """Leave, or cancel when Ctrl-C comes again at once."""
+    """Leave the job running, or cancel it after a second Ctrl-C."""
     _tell(_reattach_hint(target, job_id))
     try:
         _tell(f"Ctrl-C again within {CANCEL_WINDOW_S:g} s cancels it")
@@ -153,22 +154,22 @@ def _cancel(target: Target, job_id: str) -> int:
         return 0
     after = target.cancel(job_id)
     if not after.has_ended:
-        raise ClusterError(f"cluster: {job_id} was asked to stop and is still {after.phase}")
+        raise ClusterError(f"cluster: {job_id} was asked to stop, but is still {after.phase}")
     _tell(str(after))
     return 0
 
 
 def _take_down(target: Target, owner: str, *, confirmed: bool) -> int:
-    """Cancel the owner's jobs (everybody's, for "") that have not ended; on Kubernetes their
-    clusters go with them."""
-    going_on = [state for state in target.list() if not state.has_ended]
-    running = [s.id for s in going_on if s.is_ours and owner in {s.owner, ""}]
-    others = [s.id for s in going_on if s.id not in running]
+    """Cancel all jobs of `owner` that have not ended ("": of every owner); on Kubernetes their Ray
+    clusters are deleted too."""
+    active = [state for state in target.list() if not state.has_ended]
+    running = [s.id for s in active if s.is_ours and owner in {s.owner, ""}]
+    others = [s.id for s in active if s.id not in running]
     whose = f"of {owner}" if owner else "submitted by this project"
     if others:
-        _tell(f"left alone, for they are not {whose}: {', '.join(others)}")
+        _tell(f"not cancelled, as they are not {whose}: {', '.join(others)}")
     if not running:
-        _tell(f"nothing {whose} is running")
+        _tell(f"no job {whose} is running")
         return 0
     if not confirmed and not _agrees(f"cancel {', '.join(running)}?"):
         raise ConfigError(f"cluster: down would cancel {', '.join(running)}; add --yes")
@@ -178,7 +179,7 @@ def _take_down(target: Target, owner: str, *, confirmed: bool) -> int:
 
 
 def _agrees(question: str) -> bool:
-    """Ask the person, where there is one."""
+    """Ask the user; False where stdin is no terminal."""
     if not sys.stdin.isatty():
         return False
     print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
@@ -192,8 +193,8 @@ def _default_owner() -> str:
 
 
 def _connect(options: argparse.Namespace) -> Target:
-    """The target that the options name; imported here, since a wrong setting needs none."""
-    given = {name: getattr(options, name, None) for name in _ON_K8S}
+    """The target that the options name; imported here, so that a wrong setting is reported fast."""
+    given = {name: getattr(options, name, None) for name in _K8S_FLAGS}
     if options.target == "k8s":
         from cluster.kuberay import kubeconfig, overlays
         from cluster.kuberay.jobs import KubernetesTarget
@@ -208,7 +209,7 @@ def _connect(options: argparse.Namespace) -> Target:
             workers,
             given["run"],
         )
-    stray = [name for name in _ON_K8S if given[name] is not None]
+    stray = [name for name in _K8S_FLAGS if given[name] is not None]
     if stray:
         raise ConfigError(f"cluster: --{stray[0]} has no effect without --target k8s")
     address = _address(options)
@@ -234,8 +235,8 @@ def _address(options: argparse.Namespace) -> str:
 
 def _reattach_hint(target: Target, job_id: str) -> str:
     return (
-        f"detached, the job goes on; back: python -m cluster logs {job_id} --follow "
-        f"{target.flags}; stop it: python -m cluster cancel {job_id} {target.flags}"
+        f"detached, the job goes on; to follow it: python -m cluster logs {job_id} --follow "
+        f"{target.flags}; to stop it: python -m cluster cancel {job_id} {target.flags}"
     )
 
 
@@ -245,7 +246,7 @@ def _show_status(state: JobState) -> None:
     print(f"times   {_times(state)}")
     print(f"writes  {state.target}")
     print(f"runs    {state.entrypoint}")
-    if state.gpu_hours:  # none by runs on CPUs
+    if state.gpu_hours:  # not shown for runs on CPUs
         print(f"GPUs    {state.gpu_hours:.2f} GPU hours by this attempt")
     if state.phase == "waiting" and state.asked_s is not None:
         since = datetime.fromtimestamp(state.asked_s)
@@ -256,12 +257,12 @@ def _show_status(state: JobState) -> None:
 
 
 def _show_view(text: str) -> None:
-    """In a terminal over what was shown before."""
+    """Show the table; in a terminal it replaces the last one."""
     print(f"\x1b[H\x1b[2J{text}" if sys.stdout.isatty() else text, flush=True)
 
 
 def _times(state: JobState) -> str:
-    """When a job started, on this machine's clock, and how long it has taken."""
+    """When a job started, in local time, and how long it has taken."""
     if state.started_s is None:
         return "not started"
     start = datetime.fromtimestamp(state.started_s)
@@ -279,41 +280,41 @@ def _tell(text: str) -> None:
 
 
 def make_parser() -> _Parser:
-    where, debug = _cluster_flags(), _Parser(add_help=False)
+    cluster, debug = _cluster_flags(), _Parser(add_help=False)
     debug.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser = _Parser(prog="python -m cluster", description=(__doc__ or "").split("\n")[0])
     parser.set_defaults(target="ray")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_submit(commands, [where, _submit_flags()])
-    about_jobs = [where, debug]
-    commands.add_parser("list", parents=about_jobs, help="the jobs that the cluster remembers")
-    status = commands.add_parser("status", parents=about_jobs, help="how a job is doing")
+    _add_submit(commands, [cluster, _submit_flags()])
+    parents = [cluster, debug]
+    commands.add_parser("list", parents=parents, help="list the jobs that the cluster knows")
+    status = commands.add_parser("status", parents=parents, help="show the state of a job")
     status.add_argument(
-        "--watch", action="store_true", help="show all runs of mine until they have ended"
+        "--watch", action="store_true", help="show all my runs until they have ended"
     )
-    logs = commands.add_parser("logs", parents=about_jobs, help="a job's log")
-    logs.add_argument("--follow", action="store_true", help="stay until the job ends")
-    logs.add_argument("--run", metavar="URL", help="k8s: where it wrote, for one that was deleted")
+    logs = commands.add_parser("logs", parents=parents, help="show a job's log")
+    logs.add_argument("--follow", action="store_true", help="follow it until the job ends")
+    logs.add_argument("--run", metavar="URL", help="k8s: the URL that a deleted run wrote to")
     cancel = commands.add_parser(
-        "cancel", parents=about_jobs, help="ask a job to stop, and wait until it has"
+        "cancel", parents=parents, help="cancel a job, and wait until it has ended"
     )
-    down = commands.add_parser("down", parents=about_jobs, help="cancel every job of mine")
-    down.add_argument("--all", action="store_true", help="everybody's that this project submitted")
-    down.add_argument("--yes", action="store_true", help="without asking")
+    down = commands.add_parser("down", parents=parents, help="cancel all my jobs")
+    down.add_argument("--all", action="store_true", help="this project's jobs of all owners")
+    down.add_argument("--yes", action="store_true", help="do not ask")
     for command in (status, logs, cancel):
         count = "?" if command is status else None
         command.add_argument("id", nargs=count, metavar="ID", help="as submit and list print it")
     for command in (status, down):
         command.add_argument(
-            "--owner", default=_default_owner(), help="whose; default: %(default)s"
+            "--owner", default=_default_owner(), help="the owner of the jobs; default: %(default)s"
         )
     return parser
 
 
 def _add_submit(commands: Any, parents: list[_Parser]) -> None:
-    """`submit`, and below it a command for each job."""
+    """Add `submit`, with a subcommand for each job."""
     submit = commands.add_parser(
-        "submit", parents=parents, allow_abbrev=False, help="send a job, follow its log"
+        "submit", parents=parents, allow_abbrev=False, help="submit a job, and follow its log"
     )
     jobs = submit.add_subparsers(dest="job", metavar="JOB")
     for name in _JOBS:
@@ -328,41 +329,34 @@ def _add_submit(commands: Any, parents: list[_Parser]) -> None:
 
 def _cluster_flags() -> _Parser:
     """Flags that name a cluster."""
-    where = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
-    where.add_argument(
+    parser = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument(
         "--target", choices=("ray", "k8s"), help="the Ray Jobs API (default), or KubeRay"
     )
-    where.add_argument(
+    parser.add_argument(
         "--address",
         metavar="URL",
         help="the Ray dashboard, http://HEAD:8265; default: RAY_ADDRESS",
     )
-    where.add_argument("--context", help="k8s: of the kubeconfig; default: the current one")
-    where.add_argument("--namespace", help="k8s: default: the context's")
-    return where
+    parser.add_argument("--context", help="k8s: of the kubeconfig; default: the current context")
+    parser.add_argument("--namespace", help="k8s: default: the context's")
+    return parser
 
 
 def _submit_flags() -> _Parser:
-    """Flags of submit."""
-    stay = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
-    # Without a default of their own: one given before the job's name would be lost to it.
-    stay.add_argument(
-        "--follow",
-        action="store_true",
-        default=argparse.SUPPRESS,
-        help="show the log to the end (default)",
+    """Flags of submit, before or after the job's name: a default would replace one before it."""
+    parser = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--follow", action="store_true", help="show the log to the end (default)")
+    parser.add_argument(
+        "--detach", dest="follow", action="store_false", help="print the id and exit"
     )
-    stay.add_argument(
-        "--detach", dest="follow", action="store_false", default=argparse.SUPPRESS,
-        help="print the id and leave",
-    )  # fmt: skip
-    stay.add_argument("--owner", help="whose job it is, for `down`; default: user@host")
-    stay.add_argument("--overlay", help="k8s: a folder of k8s/overlays, or the path of your own")
-    stay.add_argument("--image", help="k8s: of every container, best by digest")
-    stay.add_argument(
+    parser.add_argument("--owner", help="owner of the job, for `down`; default: user@host")
+    parser.add_argument("--overlay", help="k8s: a folder of k8s/overlays, or the path of your own")
+    parser.add_argument("--image", help="k8s: the image of all containers, best with its digest")
+    parser.add_argument(
         "--workers", type=int, help="k8s: worker pods; default: as many as the job asks for"
     )
-    return stay
+    return parser
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""All runs of one person on a cluster, as a table that is shown anew until they have ended.
+"""A live table of one user's runs on a cluster, shown until all have ended.
 
-A run's state is the cluster's; how far it has come is read where it writes, with the credentials
-of this machine.
+A run's state comes from the cluster; its progress is read from its folder, with the credentials of
+this machine.
 """
 
 import time
@@ -15,7 +15,7 @@ from pneumo.errors import PneumoError
 
 INTERVAL_S = 5.0
 RETRY_TIMEOUT_S = 600.0
-"""How long a cluster that was there may be out of reach."""
+"""How long a cluster that has answered before may be unreachable."""
 _HEADER = ("run", "state", "epoch", "val AUROC", "images/s", "data wait", "time left", "")
 
 
@@ -29,15 +29,15 @@ def watch(
     interval_s: float = INTERVAL_S,
     retry_timeout_s: float = RETRY_TIMEOUT_S,
 ) -> int:
-    """Show these jobs, or all of `owner`, with those that are submitted meanwhile, until none goes
-    on; the highest of their exit codes.
+    """Show these jobs, or without `ids` all jobs of `owner`, also new ones, until all have ended;
+    returns the highest of their exit codes.
 
-    `show` gets the table whenever it has changed, `tell` what there is to say besides. Raises
-    ConfigError for a job that nobody knows, OutOfReachError where the cluster stays away.
+    `show` gets the table whenever it has changed, `tell` other messages. Raises ConfigError for an
+    unknown job, OutOfReachError where the cluster is unreachable for `retry_timeout_s`.
     """
     view, shown, seen_s = _View(), "", time.monotonic()
     for job_id in ids:
-        view.take([target.state(job_id)])
+        view.update([target.state(job_id)])
     while True:
         try:
             states = target.list()
@@ -49,9 +49,9 @@ def watch(
             continue
         seen_s = time.monotonic()
         mine = [s for s in states if s.id in ids or (not ids and s.is_ours and s.owner == owner)]
-        view.take(mine)
+        view.update(mine)
         if not view.rows:
-            tell(f"nothing of {owner} is running")
+            tell(f"no job of {owner} is running")
             return 0
         table = view.draw()
         if table != shown:
@@ -64,15 +64,15 @@ def watch(
 
 @dataclass
 class _View:
-    """The jobs that are shown, and what was read of each."""
+    """The jobs that are shown, and the last progress read of each."""
 
     rows: dict[str, JobState] = field(default_factory=dict)
     progress: dict[str, run_folder.Progress] = field(default_factory=dict)
-    unread: set[str] = field(default_factory=set)
-    """Jobs whose place did not answer: it is not asked again, for each time would wait as long."""
+    unreadable: set[str] = field(default_factory=set)
+    """Jobs whose folder could not be read; it is not tried again, as each try would take long."""
 
-    def take(self, states: Sequence[JobState]) -> None:
-        """The states as they are now; of jobs that had ended before they were seen, nothing."""
+    def update(self, states: Sequence[JobState]) -> None:
+        """Update the rows; a job that had ended before it was first seen gets none."""
         now = {state.id: state for state in states}
         for job_id, state in self.rows.items():
             if job_id not in now and not state.has_ended:  # on Kubernetes, its RayJob was deleted
@@ -80,10 +80,10 @@ class _View:
         self.rows |= {k: s for k, s in now.items() if k in self.rows or not s.has_ended}
 
     def draw(self) -> str:
-        """The table, with what the runs' folders say by now."""
-        read = [s for s in self.rows.values() if s.phase == "running" and s.id not in self.unread]
+        """The table, after reading the progress of the running jobs."""
+        running = [s for s in self.rows.values() if s.phase == "running"]
         with ThreadPoolExecutor(max_workers=8) as pool:
-            list(pool.map(self._read, read))
+            list(pool.map(self._read, (s for s in running if s.id not in self.unreadable)))
         rows = [_HEADER, *(self._row(state) for state in self.rows.values())]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(f"{c:<{w}}" for c, w in zip(r, widths, strict=True)) for r in rows]
@@ -93,14 +93,14 @@ class _View:
         try:
             found = run_folder.read_progress(state.target)
         except (TimeoutError, PneumoError):
-            self.unread.add(state.id)
+            self.unreadable.add(state.id)
         else:
             if found is not None:
                 self.progress[state.id] = found
 
     def _row(self, state: JobState) -> tuple[str, ...]:
         last = f"exit code {state.exit_code}" if state.has_ended else state.why
-        if state.id in self.unread:
+        if state.id in self.unreadable:
             last = f"{last}; its folder cannot be read from here".removeprefix("; ")
         known = self.progress.get(state.id)
         if known is None:

@@ -1,13 +1,14 @@
-"""What lies where a run writes, by the laptop's own credentials: the logs that
-`jobs.terminal.log_keeper` keeps there, and the settings with which a run was begun.
+"""A run's folder, read with the laptop's own credentials: its settings, its progress, and the logs
+that `jobs.terminal.log_keeper` writes there.
 
-The credentials of a laptop may not reach it. Logs are then said to be out of reach; a run is then
-judged in the cluster alone.
+The laptop may have no access. Reading logs then fails with a message, and only the job on the
+cluster checks the run's settings.
 """
 
 import json
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -18,23 +19,23 @@ from pneumo.errors import PneumoError, RunError
 T = TypeVar("T")
 
 LOGS_TIMEOUT_S = 20.0
-"""How long the storage may take; a person waits for the log."""
+"""How long reading logs may take, while a user waits."""
 SETTINGS_TIMEOUT_S = 5.0
-"""How long it may take before a job is sent without having been compared."""
+"""How long reading settings may take; after it, a job is submitted without the check."""
 
 
 @dataclass(frozen=True)
 class KeptLog:
-    """What one attempt said; `name` is when it began."""
+    """The log of one attempt; `name` is the time when it began."""
 
     name: str
     text: str
 
 
 def read_logs(folder_url: str) -> list[KeptLog]:
-    """The logs below `folder_url`, oldest first. Raises PneumoError when they cannot be had."""
+    """The logs below `folder_url`, oldest first. Raises PneumoError when they cannot be read."""
 
-    def collect() -> list[KeptLog]:
+    def read() -> list[KeptLog]:
         texts = {
             name: storage.read_bytes(storage.join(folder_url, name)).decode(errors="replace")
             for name in storage.list_names(folder_url)
@@ -43,14 +44,14 @@ def read_logs(folder_url: str) -> list[KeptLog]:
         return [KeptLog(name.removesuffix(".log"), text) for name, text in texts.items()]
 
     try:
-        return _with_timeout(LOGS_TIMEOUT_S, collect)
+        return _with_timeout(LOGS_TIMEOUT_S, read)
     except Exception as error:
         raise PneumoError(f"{folder_url}: {error}") from error
 
 
 def check_run(config: Config, run_url: str) -> None:
-    """Raise RunError where training would refuse to go on with the run at `run_url`: it is
-    finished, or was begun with other settings. Says nothing about a place out of reach."""
+    """Raise RunError where training would refuse to resume the run at `run_url`: it is finished, or
+    was begun with other settings. Does nothing where the folder cannot be read."""
 
     def read() -> tuple[dict[str, object], Config]:
         index = storage.read_text(storage.join(run_url, "checkpoints/index.json"))
@@ -59,36 +60,36 @@ def check_run(config: Config, run_url: str) -> None:
 
     try:
         index, before = _with_timeout(SETTINGS_TIMEOUT_S, read)
-    except Exception:  # nothing there, no credentials, no network: the job will see
+    except Exception:  # no such run, no credentials, no network: the job itself will check
         return
     if index.get("finished"):
         raise RunError(f"{run_url}: holds a finished run; give another --run")
     changed = changed_sections(before, config)
     if index.get("entries") and changed:
         raise RunError(
-            f"{run_url}: was begun with other settings in {', '.join(changed)}; repeat them to go "
-            "on, or give another --run"
+            f"{run_url}: was started with other settings in {', '.join(changed)}; repeat them to "
+            "go on, or give another --run"
         )
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come, by the last epoch that its folder tells of; None: not told."""
+    """Progress of a run after the last epoch in its folder; None: not recorded."""
 
     epoch: int
     epochs: int
     val_auroc: float | None
     images_per_s: float | None
     data_wait: float | None
-    """Share of the time that training waits for data."""
+    """Fraction of the time that training waits for data."""
     left_s: float | None
-    """If no epoch is left out."""
+    """Estimated time left, without early stopping."""
 
 
 def read_progress(run_url: str) -> Progress | None:
-    """The progress of the training at `run_url`; None where nothing tells of one.
+    """The progress of the training at `run_url`; None where none is recorded.
 
-    Raises TimeoutError and PneumoError where the place cannot be read from here.
+    Raises TimeoutError and PneumoError where the folder cannot be read from here.
     """
 
     def read() -> tuple[Config, list[dict[str, float | None]]]:
@@ -112,21 +113,16 @@ def read_progress(run_url: str) -> Progress | None:
 
 
 def _with_timeout(timeout_s: float, read: Callable[[], T]) -> T:
-    """What `read` returns. Storage is tried again for longer than a person waits."""
-    found: list[T] = []
-    errors: list[Exception] = []
+    """What `read` returns, or TimeoutError: storage retries for longer than a user would wait."""
+    answer: Future[T] = Future()
 
     def run() -> None:
         try:
-            found.append(read())
-        except Exception as error:  # raised again where the caller can see it
-            errors.append(error)
+            answer.set_result(read())
+        except Exception as error:  # raised again in the caller's thread
+            answer.set_exception(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(timeout_s)
-    if errors:
-        raise errors[0]
-    if not found:
+    threading.Thread(target=run, daemon=True).start()
+    if not wait([answer], timeout_s).done:
         raise TimeoutError(f"no answer within {timeout_s:g} s")
-    return found[0]
+    return answer.result()

@@ -1,6 +1,6 @@
-"""What is asked of a cluster: a job's command line, checked here, that means the same over there.
+"""A job to submit: its command line, checked here and rewritten to mean the same on the cluster.
 
-Pure: takes the flags, the environment and the time as values, and asks no cluster.
+Pure: takes flags, environment and time as values, and contacts no cluster.
 """
 
 import hashlib
@@ -13,7 +13,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from cluster.targets import is_remote
+from cluster.addresses import is_remote
+from pneumo import storage
 from pneumo.command_line import JOBS, Invocation, PrepareArguments, parse_command_line
 from pneumo.config import WEIGHTS_WITHOUT_FILE, ClusterConfig, Config, Section
 from pneumo.config_layers import ENVIRONMENT_PREFIX, check_batch_size, override, read_recipe
@@ -21,10 +22,10 @@ from pneumo.errors import ConfigError
 from pneumo.search_space import flatten
 
 RECIPE_FOLDER = "sent"
-"""Where a recipe of the laptop lies in the package that is sent."""
+"""Folder of the laptop's recipe in the code that is sent."""
 
 HASH_KEY = "PNEUMO_HASH_KEY"
-"""Undoes the pseudonyms of a store, so no job gets it that reads no source."""
+"""The secret that could undo a store's pseudonyms; only jobs that read a source get it."""
 STORAGE_VARIABLES = frozenset(
     {
         "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_REGION",
@@ -39,28 +40,27 @@ TRACKING_VARIABLES = frozenset(
         "WANDB_RUN_GROUP", "WANDB_TAGS", "WANDB_NOTES", "WANDB_SILENT",
     }
 )  # fmt: skip
-"""What of AWS_* and WANDB_* goes to a remote cluster; the others name files, services or a role
-of this machine. RAY_* never goes: the cluster has its own."""
+"""Only these AWS_* and WANDB_* variables are sent to a remote cluster; the others name files,
+services or a role of this machine. RAY_* is never sent: the cluster has its own."""
 
 _PLACES = ("source", "store", "external", "run", "members", "compare_with", "output")
-"""Arguments that name places; whichever a job has. It writes the last of those in `_WRITTEN`."""
-_HASHES = ("prepare",)
-"""The jobs that derive keys of studies and patients."""
-_WRITTEN = ("store", "run", "output")
+"""Arguments that name places (URLs or paths). A job writes to the last one in `_OUTPUTS`."""
+_JOBS_DERIVING_KEYS = ("prepare",)
+_OUTPUTS = ("store", "run", "output")
 _Places = Mapping[str, Sequence[str]]
-"""The URLs that each argument or setting names, absolute."""
+"""The absolute URLs that each argument or setting names."""
 _SECRET_LIKE = re.compile(r"KEY|SECRET|TOKEN|PASSWORD|CREDENTIAL")
 
 
 @dataclass(frozen=True)
 class Submission:
-    """A job as a cluster is asked to run it.
+    """A job to submit.
 
-    `id` is the same for the same job and the same place that it writes (for most a run), so that
-    submitting twice does not run twice; `settings` is a digest of all that was asked. `preflight`
-    is the command that looks whether the cluster reaches `places` and has the secrets that the job
-    cannot do without; `shape` what the job takes of the cluster (a trial, for tune), None where it
-    takes whatever there is. `config` are the settings, their files as the job will name them.
+    `id` depends only on the job and on `target`, the URL that it writes to (mostly a run), so that
+    a job submitted twice runs once; `settings` is a digest of all arguments and settings.
+    `preflight` is the command that checks whether the cluster reaches `places` and has the secrets
+    that the job needs; `shape` are the resources of the job (for tune, of a trial), None where it
+    uses whatever the cluster has. `config` are the settings, with absolute paths of their files.
     """
 
     job: str
@@ -76,16 +76,16 @@ class Submission:
     recipe: Path | None = None
     warnings: tuple[str, ...] = ()
     owner: str = ""
-    """Whose job it is: only its owner's `down` cancels it."""
+    """Its user: `down` cancels only the jobs of one owner."""
 
     @property
     def derives_keys(self) -> bool:
-        """Whether it needs the secret behind the keys of studies and patients."""
-        return self.job in _HASHES
+        """Whether it derives keys of studies and patients, and so needs their secret."""
+        return self.job in _JOBS_DERIVING_KEYS
 
     @property
     def secrets(self) -> tuple[str, ...]:
-        """Variables of `environment` whose names say that they are secrets."""
+        """Names of the variables of `environment` that look like secrets."""
         return tuple(name for name in self.environment if _SECRET_LIKE.search(name))
 
 
@@ -98,11 +98,11 @@ def plan(
     now: datetime,
     sends_files: bool = True,
 ) -> Submission:
-    """The submission that `python -m jobs.<job> argv` amounts to.
+    """The submission for `python -m jobs.<job> argv`.
 
-    Local places become absolute, for the job starts in another folder. A recipe that is a file of
-    this machine travels with the code, or, where no files are sent, as environment variables: what
-    else is set outranks them as it outranks a recipe. Raises ConfigError for whatever the job
+    Local paths become absolute, as the job starts in another folder. A recipe file of this machine
+    is sent with the code, or, where no files are sent, as environment variables, which other
+    settings override as they would override the recipe. Raises ConfigError for whatever the job
     itself would refuse.
     """
     invocation = parse_command_line(job, argv, environ)
@@ -110,7 +110,7 @@ def plan(
         train, cluster = invocation.config.train, invocation.config.cluster
         check_batch_size(train.batch_size, train.micro_batch_size, cluster.num_workers)
     places = _places(invocation, remote=remote, now=now)
-    recipe = _local_recipe(invocation)
+    recipe = _find_local_recipe(invocation)
     flags = [text for name, urls in places.items() for text in (f"--{name}", ",".join(urls))]
     replaced = {f"--{name}" for name in places}
     if recipe is not None:
@@ -119,20 +119,20 @@ def plan(
             flags += ["--recipe", f"{RECIPE_FOLDER}/{recipe.name}"]
         else:
             environ = {**recipe_environment(read_recipe(str(recipe))), **environ}
-    (target,) = places[_written(places)]
+    (target,) = places[_output_argument(places)]
     sent, kept = split_environment(job, environ, remote=remote)
-    there = [*flags, *_without(argv, replaced)]
+    new_argv = [*flags, *_drop_flags(argv, replaced)]
     if recipe is not None and not sends_files:
-        _check_same(invocation, parse_command_line(job, there, sent), places)
+        _check_same_settings(invocation, parse_command_line(job, new_argv, sent), places)
     return Submission(
         job=job,
         id=submission_id(job, target),
-        entrypoint=shlex.join(["python", "-m", JOBS[job].module, *there]),
+        entrypoint=shlex.join(["python", "-m", JOBS[job].module, *new_argv]),
         target=target,
         settings=_settings_digest(invocation, places),
-        config=_with_files(invocation, places),
+        config=_absolute_config(invocation, places),
         places=tuple(url for urls in places.values() for url in urls),
-        preflight=_preflight(places, _needs(invocation, environ)),
+        preflight=_preflight(places, _needed_secrets(invocation, environ)),
         shape=_shape(invocation),
         environment=sent,
         recipe=recipe if sends_files else None,
@@ -153,15 +153,17 @@ def submission_id(job: str, target: str) -> str:
 def split_environment(
     job: str, environ: Mapping[str, str], *, remote: bool
 ) -> tuple[dict[str, str], tuple[str, ...]]:
-    """The variables that a job gets, and the names of those of AWS and of W&B, if it is tracked,
-    that stay here."""
+    """The variables that a job gets, and the names of the AWS_* and, if it is tracked, WANDB_*
+    variables that are not sent."""
     prefixes = ["AWS_", *(["WANDB_"] if "tracking" in JOBS[job].sections else [])]
-    settings = {k for k in environ if k.startswith("PNEUMO_") and (k != HASH_KEY or job in _HASHES)}
+    settings = {k for k in environ if k.startswith("PNEUMO_")}
+    if job not in _JOBS_DERIVING_KEYS:
+        settings.discard(HASH_KEY)
     others = {k for k in environ if k.startswith(tuple(prefixes))}
-    others -= {"AWS_EC2_METADATA_DISABLED", "AWS_PAGER"} if remote else set()  # nobody misses them
-    going = others & (STORAGE_VARIABLES | TRACKING_VARIABLES) if remote else others
-    sent = {name: environ[name] for name in sorted(settings | going)}
-    return sent, tuple(sorted(others - going))
+    others -= {"AWS_EC2_METADATA_DISABLED", "AWS_PAGER"} if remote else set()  # no job needs them
+    allowed = others & (STORAGE_VARIABLES | TRACKING_VARIABLES) if remote else others
+    sent = {name: environ[name] for name in sorted(settings | allowed)}
+    return sent, tuple(sorted(others - allowed))
 
 
 def recipe_environment(
@@ -169,25 +171,25 @@ def recipe_environment(
     section: type[Section] = Config,
     prefix: str = ENVIRONMENT_PREFIX,
 ) -> dict[str, str]:
-    """A recipe's settings as the environment variables that mean the same; what is no plain value,
-    as a search's space, is one variable of JSON."""
+    """A recipe's settings as environment variables of the same meaning; a table or list that is a
+    single setting, such as a search's space, becomes JSON."""
     variables: dict[str, str] = {}
     for key, value in settings.items():
         name = f"{prefix}{key.upper()}"
-        below = section.model_fields[key].annotation
-        if isinstance(below, type) and issubclass(below, Section):
-            variables |= recipe_environment(value, below, f"{name}__")
+        kind = section.model_fields[key].annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            variables |= recipe_environment(value, kind, f"{name}__")
         else:
             plain = not isinstance(value, Mapping | list)
             variables[name] = str(value) if plain else json.dumps(value)
     return variables
 
 
-def _check_same(here: Invocation, there: Invocation, places: _Places) -> None:
-    """Raise ConfigError where a recipe sent as variables means something else: a table that a
-    recipe and a variable both fill is merged here, and replaced there."""
-    wanted = flatten(_with_files(here, places).model_dump())
-    found = flatten(there.config.model_dump())
+def _check_same_settings(local: Invocation, remote: Invocation, places: _Places) -> None:
+    """Raise ConfigError where a recipe sent as variables changes the settings: a table set by both
+    the recipe and a variable is merged here, but replaced on the cluster."""
+    wanted = flatten(_absolute_config(local, places).model_dump())
+    found = flatten(remote.config.model_dump())
     changed = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
     if changed:
         raise ConfigError(
@@ -196,9 +198,12 @@ def _check_same(here: Invocation, there: Invocation, places: _Places) -> None:
         )
 
 
-def _with_files(invocation: Invocation, places: _Places) -> Config:
+def _absolute_config(invocation: Invocation, places: _Places) -> Config:
     """The settings, with absolute paths of the files that they name."""
-    files = {name: places[name][0] for name in _files_of_settings(invocation)}
+    files = {
+        name: list(places[name]) if isinstance(value, list) else places[name][0]
+        for name, value in _find_files(invocation).items()
+    }
     return override(invocation.config, files, "the places")
 
 
@@ -206,27 +211,29 @@ def _places(invocation: Invocation, *, remote: bool, now: datetime) -> _Places:
     arguments = invocation.arguments.model_dump()
     if arguments.get("source") == "-":
         raise ConfigError(
-            "--source -: a list on standard input does not go to a cluster; give URLs"
+            "--source -: a list on standard input cannot be sent to a cluster; give URLs"
         )
     if "run" in arguments and arguments["run"] is None:
         if remote:
             raise ConfigError(
-                f"{invocation.job}: --run is required on a remote cluster, whose own folders go "
-                f"with it; give a URL that outlives it, such as s3://bucket/runs/{invocation.job}-1"
+                f"{invocation.job}: --run is required on a remote cluster, whose local files are "
+                f"lost with it; give a URL that outlives it, such as s3://bucket/runs/{invocation.job}-1"
             )
         arguments["run"] = f"runs/{invocation.job}-{now:%Y%m%d-%H%M%S}"
     given = {name.replace("_", "-"): arguments[name] for name in _PLACES if arguments.get(name)}
-    given |= _files_of_settings(invocation)
+    given |= _find_files(invocation)
     return {
-        name: [_absolute(url) for url in (value if isinstance(value, list) else [value])]
+        name: [storage.normalise(url) for url in (value if isinstance(value, list) else [value])]
         for name, value in given.items()
     }
 
 
-def _files_of_settings(invocation: Invocation) -> dict[str, str]:
-    """The settings that name a file, wherever they were set."""
+def _find_files(invocation: Invocation) -> dict[str, str | list[str]]:
+    """The settings that name files or stores, from flags, recipe or environment."""
     sections, config = JOBS[invocation.job].sections, invocation.config
-    found = {}
+    found: dict[str, str | list[str]] = {}
+    if "prepare" in sections and config.prepare.without:
+        found["prepare.without"] = config.prepare.without
     if "split" in sections and config.split.list is not None:
         found["split.list"] = config.split.list
     if "model" in sections and config.model.weights not in WEIGHTS_WITHOUT_FILE:
@@ -234,16 +241,16 @@ def _files_of_settings(invocation: Invocation) -> dict[str, str]:
     return found
 
 
-def _needs(invocation: Invocation, environ: Mapping[str, str]) -> list[str]:
-    """The secrets without which the job fails, or does something else than here."""
+def _needed_secrets(invocation: Invocation, environ: Mapping[str, str]) -> list[str]:
+    """The secrets without which the job fails, or has other results than on this machine."""
     needs = []
     arguments = invocation.arguments
     if isinstance(arguments, PrepareArguments):
-        far = "://" in arguments.source and not arguments.source.startswith("file://")
-        if far or environ.get(HASH_KEY):
+        is_url = "://" in arguments.source and not arguments.source.startswith("file://")
+        if is_url or environ.get(HASH_KEY):
             needs.append(HASH_KEY)
     is_tracked = "tracking" in JOBS[invocation.job].sections
-    # The more private of the two holds, as in pneumo.reporting.tracking.
+    # The more private of mode and variable applies, as in pneumo.reporting.tracking.
     is_private = environ.get("WANDB_MODE") in ("offline", "dryrun", "disabled")
     if is_tracked and invocation.config.tracking.mode == "online" and not is_private:
         needs.append("WANDB_API_KEY")
@@ -251,7 +258,7 @@ def _needs(invocation: Invocation, environ: Mapping[str, str]) -> list[str]:
 
 
 def _shape(invocation: Invocation) -> ClusterConfig | None:
-    """What the job takes of the cluster; of a search, what a trial takes."""
+    """The resources of the job; for a search, of one trial."""
     config = invocation.config
     if "cluster" not in JOBS[invocation.job].sections:
         return None
@@ -260,46 +267,39 @@ def _shape(invocation: Invocation) -> ClusterConfig | None:
     return config.cluster.model_copy(update={"num_workers": config.tune.workers_per_trial})
 
 
-def _written(places: _Places) -> str:
+def _output_argument(places: _Places) -> str:
     """The argument that names where the job writes."""
-    return [name for name in _WRITTEN if name in places][-1]
+    return [name for name in _OUTPUTS if name in places][-1]
 
 
 def _preflight(places: _Places, needs: Sequence[str]) -> str:
-    written = _written(places)
+    output = _output_argument(places)
     flags = [
         text
         for name, urls in places.items()
         for url in urls
-        for text in ("--writes" if name == written else "--reads", url)
+        for text in ("--writes" if name == output else "--reads", url)
     ]
     needed = [text for name in needs for text in ("--needs", name)]
     return shlex.join(["python", "-m", "jobs.preflight", *flags, *needed])
 
 
-def _absolute(url: str) -> str:
-    if "://" in url and not url.startswith("file://"):
-        return url.rstrip("/")
-    return str(Path(url.removeprefix("file://")).expanduser().absolute())
-
-
-def _local_recipe(invocation: Invocation) -> Path | None:
+def _find_local_recipe(invocation: Invocation) -> Path | None:
     name = invocation.arguments.recipe
     if name is None or not name.endswith(".toml"):
         return None
-    url = _absolute(name)
-    return None if "://" in url else Path(url)
+    return storage.local_path(name) if storage.is_local(name) else None
 
 
-def _without(argv: Sequence[str], flags: set[str]) -> list[str]:
-    """`argv` without `flags` and their values, in either form: `--run X` and `--run=X`."""
-    rest: list[str] = []
+def _drop_flags(argv: Sequence[str], flags: set[str]) -> list[str]:
+    """`argv` without `flags` and their values, in both forms: `--run X` and `--run=X`."""
+    kept: list[str] = []
     skip = False
     for text in argv:
         if not skip and text.split("=", 1)[0] not in flags:
-            rest.append(text)
+            kept.append(text)
         skip = not skip and text in flags
-    return rest
+    return kept
 
 
 def _settings_digest(invocation: Invocation, places: _Places) -> str:
@@ -315,11 +315,11 @@ def _warnings(places: _Places, sent: Mapping[str, str], kept: tuple[str, ...]) -
     if local:
         warnings.append(
             f"{', '.join(local)}: no URL, so it must exist under this path on every node of the "
-            "cluster; an s3:// URL needs no such care"
+            "cluster; use an s3:// URL to avoid that"
         )
     if kept:
         warnings.append(
-            f"not sent, for they are this machine's: {', '.join(kept)}; the cluster needs "
+            f"not sent, as they belong to this machine: {', '.join(kept)}; the cluster needs "
             "credentials of its own, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY from here"
         )
     endpoints = [k for k, v in sent.items() if "://" in v and not is_remote(v)]

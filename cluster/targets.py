@@ -1,15 +1,14 @@
-"""What the two kinds of cluster have in common: a job's state, and what can be asked of them."""
+"""The interface that the two kinds of cluster share, and a job's state."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
-from urllib.parse import urlsplit
 
-from pneumo.errors import ClusterError, ConfigError
+from pneumo.errors import ClusterError
 
-if TYPE_CHECKING:  # what reads the configuration takes a quarter of a second to import
+if TYPE_CHECKING:  # the configuration takes a quarter of a second to import
     from cluster.submission import Submission
 
 Phase = Literal["waiting", "running", "succeeded", "failed", "cancelled"]
@@ -17,33 +16,17 @@ Phase = Literal["waiting", "running", "succeeded", "failed", "cancelled"]
 Write = Callable[[str], object]
 
 
-_LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
-
-
-def is_remote(address: str) -> bool:
-    """Whether `http://host:port` is another machine. A forwarded port looks like this one.
-
-    Raises ConfigError for what is no address.
-    """
-    try:
-        host = urlsplit(address).hostname
-    except ValueError as error:
-        raise ConfigError(f"{address}: is no address: {error}") from error
-    return (host or "") not in _LOOPBACK
-
-
 class OutOfReachError(ClusterError):
-    """The dashboard or the API server did not answer, or only with errors that may pass, for too
-    long."""
+    """For too long, the dashboard or API server gave no answer, or only temporary errors."""
 
 
 @dataclass(frozen=True)
 class JobState:
-    """How a job is doing.
+    """The state of a job.
 
-    `target` is the URL that it writes, `why` is what it waits for or failed of, in one line; times
-    are seconds since the epoch, `asked_s` that of its submission; `is_ours`: this project submitted
-    it, for `owner`. `gpu_hours` is what its workers have held so far, where that is known.
+    `target` is the URL that it writes to; `why` says in one line what it waits for or why it
+    failed. Times are seconds since the epoch, `asked_s` is when it was submitted. `is_ours`: this
+    project submitted it, for `owner`. `gpu_hours`: GPU time that its workers have held, if known.
     """
 
     id: str
@@ -65,7 +48,7 @@ class JobState:
 
     @property
     def exit_code(self) -> int:
-        """Of a job that has ended: 0 done, 1 failed, 2 the user's mistake, 130 cancelled."""
+        """For a job that has ended: 0 done, 1 failed, 2 the user's mistake, 130 cancelled."""
         if self.phase == "succeeded":
             return 0
         if self.phase == "cancelled":
@@ -78,34 +61,35 @@ class JobState:
 
 @dataclass(frozen=True)
 class Started:
-    """A job on the cluster; `already_running`: it was there before it was asked for."""
+    """A submitted job; `already_running`: it was submitted before."""
 
     id: str
     already_running: bool
 
 
 class Target(Protocol):
-    """A place that runs jobs."""
+    """A cluster that runs jobs."""
 
     @property
     def flags(self) -> str:
-        """What names it on the command line of `python -m cluster`."""
+        """The flags of `python -m cluster` that select it."""
         ...
 
     def submit(self, submission: Submission, tell: Write) -> Started:
-        """Start the job unless it is running; `tell` gets what was sent. ConfigError: see below."""
+        """Start the job unless it is running; `tell` gets what was sent. Raises ConfigError where
+        a job with other settings writes to the same URL."""
         ...
 
     def follow(self, job_id: str, write: Write, tell: Write) -> JobState:
-        """Pass the log to `write` and all else to `tell` until the job has ended."""
+        """Pass the log to `write`, other messages to `tell`; returns the job's final state."""
         ...
 
     def list(self) -> Sequence[JobState]:
-        """The jobs that it remembers, oldest first."""
+        """The jobs that the cluster knows, oldest first."""
         ...
 
     def state(self, job_id: str) -> JobState:
-        """How a job is doing. Raises ConfigError for one it does not know."""
+        """The state of a job. Raises ConfigError for an unknown job."""
         ...
 
     def logs(self, job_id: str) -> str:
@@ -113,5 +97,5 @@ class Target(Protocol):
         ...
 
     def cancel(self, job_id: str) -> JobState:
-        """Ask the job to stop and wait until it has; what it ended as."""
+        """Ask the job to stop and wait until it has; returns its final state."""
         ...

@@ -1,16 +1,17 @@
-"""What is asked of a Kubernetes API server: RayJobs, pods, their logs and events, as plain JSON.
+"""Requests to a Kubernetes API server: RayJobs, pods, their logs and events, as plain JSON.
 
-Every request has a time limit. What may pass (429, 5xx, a connection that breaks) is tried again
-for a while; every other refusal is one line in the words of this project. Creating is safe to
-repeat, because a RayJob's name says which run it is.
+Every request has a time limit. Temporary errors (429, 5xx, a broken connection) are retried for a
+while; every other refusal becomes an error of this project, in one line. Creating is safe to retry,
+because a RayJob's name identifies its run.
 """
 
 import json
 import re
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Set
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import urllib3
 from kubernetes.client.exceptions import ApiException
@@ -22,13 +23,15 @@ from pneumo.errors import AccessError, ClusterError, ConfigError
 CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 20.0
 RETRY_TIMEOUT_S = 20.0
-"""How long a request that may yet succeed is tried again."""
+"""How long a request with temporary errors is retried."""
 _PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 5.0
-_EVENTS_A_PAGE = "500"
+_EVENTS_PER_PAGE = "500"
+_DELETED_TIMEOUT_S = 2
+"""How long to wait for the API server's record of pods that it has deleted already."""
 _ANONYMOUS = 'User "system:anonymous" '
-"""How a server that lets strangers ask calls who has no valid credentials."""
-_MAY_PASS = frozenset({408, 429, 500, 502, 503, 504})
+"""In messages of a server that allows anonymous requests, a user without valid credentials."""
+_TEMPORARY = frozenset({408, 429, 500, 502, 503, 504})
 
 NEEDS = (
     *(("ray.io", "rayjobs", verb) for verb in ("create", "get", "list", "watch", "delete")),
@@ -36,19 +39,21 @@ NEEDS = (
     ("", "events", "list"),
     ("", "pods/log", "get"),
 )
-"""(API group, resource, verb) of every request below; k8s/rbac grants just these."""
+"""(API group, resource, verb) of the requests below, without which no run is submitted."""
+OPTIONAL_NEEDS = (("", "pods", "watch"),)
+"""Those that a user may lack; k8s/rbac grants these and NEEDS, and no others."""
 
 
 class ForbiddenError(AccessError):
-    """The person is known, and lacks a right."""
+    """The user is authenticated, and lacks a right."""
 
 
 class AlreadyThereError(ClusterError):
-    """An object of that name exists."""
+    """An object of that name exists already."""
 
 
 class ExpiredError(ClusterError):
-    """The watch is too old; look anew."""
+    """The resource version of a watch or list is too old; read the object again."""
 
 
 class MissingError(ClusterError):
@@ -56,13 +61,19 @@ class MissingError(ClusterError):
 
 
 class UnknownRunError(ConfigError):
-    """No RayJob of that name exists: never, or no more."""
+    """No RayJob of that name exists; it may have been deleted."""
+
+
+class PodList(NamedTuple):
+    """Pods, and the resource version of their list."""
+
+    items: list[Document]
+    version: str
 
 
 @dataclass(frozen=True)
 class Api:
-    """The API server of a kubeconfig's context ("" in a pod, whose own it is), and the namespace
-    there."""
+    """An API server and a namespace; `context` of the kubeconfig, "" for a pod's own cluster."""
 
     client: Any
     namespace: str
@@ -71,11 +82,11 @@ class Api:
 
     @property
     def place(self) -> str:
-        """What messages call it."""
+        """Its name in messages."""
         return f"context {self.context}" if self.context else "this pod's cluster"
 
     def create_rayjob(self, job: Document) -> Document:
-        """Raises AlreadyThereError, ConfigError for what the server finds invalid or not known."""
+        """Raises AlreadyThereError; ConfigError for an invalid RayJob or an unknown namespace."""
         return self._ask("POST", self._rayjobs(), {"fieldValidation": "Strict"}, job)
 
     def get_rayjob(self, name: str) -> Document:
@@ -89,19 +100,42 @@ class Api:
         """Raises MissingError."""
         self._ask("DELETE", self._rayjobs(name), {"propagationPolicy": "Background"})
 
-    def list_pods(self, selector: str) -> list[Document]:
-        return list(self._ask("GET", self._core("pods"), {"labelSelector": selector})["items"])
+    def list_pods(self, selector: str) -> PodList:
+        answer = self._ask("GET", self._core("pods"), {"labelSelector": selector})
+        return PodList(answer["items"], answer["metadata"]["resourceVersion"])
+
+    def find_deleted(self, selector: str, before: PodList, names: Set[str]) -> list[Document]:
+        """The last state of the pods `names`, which were deleted since the list `before`.
+
+        Lacks those that the API server does not remember: it keeps some minutes of changes; and
+        all of them where the user has no right to watch pods.
+        """
+        query = {
+            "watch": "true",
+            "labelSelector": selector,
+            "resourceVersion": before.version,
+            "timeoutSeconds": str(_DELETED_TIMEOUT_S),
+        }
+        found: dict[str, Document] = {}
+        with suppress(ExpiredError, ForbiddenError, OutOfReachError, ValueError):
+            for line in self._stream(self._core("pods"), query, ANSWER_TIMEOUT_S):
+                change = json.loads(line)
+                if change.get("type") == "DELETED":
+                    found[change["object"]["metadata"]["name"]] = change["object"]
+                if found.keys() >= names:
+                    break
+        return [pod for name, pod in found.items() if name in names]
 
     def list_warnings(self) -> list[Document]:
-        """The events of the namespace that tell of problems: all warnings, and evictions by taint,
-        which Kubernetes calls normal."""
+        """The namespace's events about problems: all of type Warning, and evictions by taint, which
+        Kubernetes reports as Normal."""
         return [
             *self._list_events("type=Warning"),
             *self._list_events("type=Normal,reason=TaintManagerEviction"),
         ]
 
     def _list_events(self, selector: str) -> Iterator[Document]:
-        query = {"fieldSelector": selector, "limit": _EVENTS_A_PAGE}
+        query = {"fieldSelector": selector, "limit": _EVENTS_PER_PAGE}
         while True:
             page = self._ask("GET", self._core("events"), query)
             yield from page["items"]
@@ -111,9 +145,9 @@ class Api:
             query["continue"] = position
 
     def wait_for_change(self, name: str, version: str, timeout_s: int) -> None:
-        """Return when the RayJob is no longer of `version`, or after `timeout_s`.
+        """Return when the RayJob is newer than `version`, or after `timeout_s`.
 
-        A watch that breaks or has expired returns too: whoever waits looks anew anyway.
+        Also returns when the watch breaks or has expired, as the caller reads the RayJob anyway.
         """
         query = {
             "watch": "true",
@@ -122,21 +156,19 @@ class Api:
             "timeoutSeconds": str(timeout_s),
         }
         start_s = time.monotonic()
-        try:
+        with suppress(ExpiredError, OutOfReachError, ValueError):
             for line in self._stream(self._rayjobs(), query, timeout_s + ANSWER_TIMEOUT_S):
                 if json.loads(line).get("type") != "BOOKMARK":
                     return
-        except (ExpiredError, OutOfReachError, ValueError):
-            pass
-        # One that ends at once must not make a busy loop.
+        # A watch that ends at once must not make the caller's loop busy.
         time.sleep(max(0.0, min(1.0, timeout_s) - (time.monotonic() - start_s)))
 
     def stream_log(
         self, pod: str, container: str, *, since: str, follow: bool, idle_timeout_s: float
     ) -> Generator[str]:
-        """The lines of a container's log, each after its time, from the second of `since` on.
+        """The lines of a container's log, each with its time stamp, from the second of `since` on.
 
-        Raises OutOfReachError when the connection breaks, or says nothing for `idle_timeout_s`.
+        Raises OutOfReachError when the connection breaks or is idle for `idle_timeout_s`.
         """
         query = {"container": container, "timestamps": "true", "follow": str(follow).lower()}
         if since:
@@ -144,26 +176,24 @@ class Api:
         yield from self._stream(f"{self._core('pods')}/{pod}/log", query, idle_timeout_s)
 
     def missing_rights(self) -> list[str]:
-        """What of `NEEDS` the person may not do here, in words; empty where nobody can tell."""
+        """The rights of `NEEDS` that the user lacks, as "verb resource"; empty where unknown."""
         missing = []
         for group, resource, verb in NEEDS:
             name, _, part = resource.partition("/")
-            asked = {"group": group, "resource": name, "verb": verb, "namespace": self.namespace}
+            right = {"group": group, "resource": name, "verb": verb, "namespace": self.namespace}
             review = {
                 "apiVersion": "authorization.k8s.io/v1",
                 "kind": "SelfSubjectAccessReview",
                 "spec": {
-                    "resourceAttributes": {**asked, **({"subresource": part} if part else {})}
+                    "resourceAttributes": {**right, **({"subresource": part} if part else {})}
                 },
             }
             try:
                 answer = self._ask(
                     "POST", "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", body=review
                 )
-            except AccessError as error:
-                if isinstance(error, ForbiddenError):
-                    return []
-                raise
+            except ForbiddenError:
+                return []
             if not answer["status"]["allowed"]:
                 missing.append(f"{verb} {resource}")
         return missing
@@ -189,9 +219,9 @@ class Api:
                 response = self._send(method, path, query, body, ANSWER_TIMEOUT_S)
                 answer: Document = json.loads(response.data)
             except (ApiException, urllib3.exceptions.HTTPError, ValueError) as error:
-                if not _may_pass(error) or time.monotonic() + pause_s > deadline_s:
+                if not _is_temporary(error) or time.monotonic() + pause_s > deadline_s:
                     self._refuse(error, method)
-                time.sleep(max(pause_s, _asked_pause_s(error)))
+                time.sleep(max(pause_s, _retry_after_s(error)))
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
             else:
                 return answer
@@ -242,19 +272,19 @@ class Api:
                 "does a VPN or proxy lead there?"
             ) from error
         status = _status(error)
-        said = str(status.get("message") or error.reason or "no reason given").splitlines()[0]
-        raise self._refusal(error.status, said, status, where, method) from error
+        message = str(status.get("message") or error.reason or "no reason given").splitlines()[0]
+        raise self._refusal(error.status, message, status, where, method) from error
 
     def _refusal(
-        self, code: int, said: str, status: Document, where: str, method: str
+        self, code: int, message: str, status: Document, where: str, method: str
     ) -> Exception:
-        if code == 401 or (code == 403 and _ANONYMOUS in said):
+        if code == 401 or (code == 403 and _ANONYMOUS in message):
             return AccessError(
                 f"{where}: the cluster does not know you (HTTP {code}): a token or client "
                 "certificate of the kubeconfig has expired, or is another cluster's; log in again"
             )
         if code == 403:
-            return ForbiddenError(f"{where}: {_forbidden(said)}")
+            return ForbiddenError(f"{where}: {_forbidden(message)}")
         details = status.get("details") or {}
         if code == 404 and details.get("kind") == "namespaces":
             return ConfigError(f"{where}: no namespace '{details.get('name')}'; give --namespace")
@@ -264,36 +294,36 @@ class Api:
                 "KubeRay operator, 1.7 or later"
             )
         if code == 404:
-            return MissingError(f"{where}: {said}")
+            return MissingError(f"{where}: {message}")
         if code == 409 and method == "POST":
-            return AlreadyThereError(f"{where}: {said}")
+            return AlreadyThereError(f"{where}: {message}")
         if code == 410:
-            return ExpiredError(f"{where}: {said}")
-        if code in _MAY_PASS:
-            return OutOfReachError(f"{where}: the API server answers HTTP {code}: {said}")
-        unknown = re.findall(r'unknown field "([^"]+)"', said)
+            return ExpiredError(f"{where}: {message}")
+        if code in _TEMPORARY:
+            return OutOfReachError(f"{where}: the API server answers HTTP {code}: {message}")
+        unknown = re.findall(r'unknown field "([^"]+)"', message)
         if unknown:
             return ConfigError(
                 f"{where}: its KubeRay knows no field {', '.join(unknown)}; correct the "
                 "overlay, or have the operator and its CRDs updated to 1.7 or later"
             )
-        said = said.rpartition("error: ")[2].partition(", <nil>: ")[0]  # CEL's: checked no further
-        return ConfigError(f"{where}: refused (HTTP {code}): {said}")
+        message = message.rpartition("error: ")[2].partition(", <nil>: ")[0]  # CEL was skipped
+        return ConfigError(f"{where}: refused (HTTP {code}): {message}")
 
 
-def _may_pass(error: Exception) -> bool:
-    return not isinstance(error, ApiException) or error.status in _MAY_PASS
+def _is_temporary(error: Exception) -> bool:
+    return not isinstance(error, ApiException) or error.status in _TEMPORARY
 
 
-def _asked_pause_s(error: Exception) -> float:
-    """What a 429 or 503 asks for in Retry-After, within reason."""
+def _retry_after_s(error: Exception) -> float:
+    """The Retry-After header of a 429 or 503, at most _LONGEST_PAUSE_S."""
     headers = getattr(error, "headers", None) or {}
-    asked = str(headers.get("Retry-After", ""))
-    return min(float(asked), _LONGEST_PAUSE_S) if asked.isdigit() else 0.0
+    value = str(headers.get("Retry-After", ""))
+    return min(float(value), _LONGEST_PAUSE_S) if value.isdigit() else 0.0
 
 
 def _status(error: ApiException) -> Document:
-    """The Status object of a refusal, if it is one."""
+    """The Status object of a refusal; empty where there is none."""
     try:
         status = json.loads(error.body or "{}")
     except ValueError:
@@ -301,21 +331,21 @@ def _status(error: ApiException) -> Document:
     return status if isinstance(status, dict) else {}
 
 
-def _forbidden(said: str) -> str:
-    """Which right is missing, out of the server's sentence."""
+def _forbidden(message: str) -> str:
+    """The line about a missing right, from the server's message."""
     found = re.search(
         r'cannot (\w+) resource "([^"]+)"(?: in API group "[^"]*")?'
         r'(?: in the namespace "([^"]+)")?',
-        said,
+        message,
     )
     if found is None:
-        return f"forbidden (HTTP 403): {said}"
+        return f"forbidden (HTTP 403): {message}"
     verb, resource, namespace = found.groups()
     return lacking([f"{verb} {resource}"], namespace or "")
 
 
 def lacking(rights: list[str], namespace: str) -> str:
-    """The line about missing rights."""
+    """The message about missing rights."""
     place = f" in namespace {namespace}" if namespace else ""
     return (
         f"no right to {', '.join(rights)}{place}; ask its administrator to bind you to the Role of "

@@ -1,4 +1,4 @@
-"""The driver's log, read from the container of the submitter, which adds lines of its own."""
+"""The driver's log, read from the submitter's container, whose own lines are left out."""
 
 import re
 import time
@@ -13,51 +13,53 @@ from cluster.targets import OutOfReachError, Write
 _WHOLE_LOG_S = 60.0
 _TRIES = 10
 _CLIENT = re.compile(r"\S+ \S+\t(?:INFO|SUCC|WARN|ERR) (?:cli|sdk)\.py:\d+ -- (Status message: )?")
-"""How each line of `ray job …` begins. The last one repeats the end of the driver's log."""
+"""The beginning of each line of `ray job …`. Its last line repeats the end of the driver's log."""
 _WAITS = "Waiting for Ray Dashboard GCS to become healthy"
 _TRACEBACK = re.compile(
     r"$|\s|Traceback \(most|During handling of|The above exception|"
     r"[\w.]+(Error|Exception)\b|\w+(\.\w+)+: "
 )
-"""How the lines of a traceback begin, from its second on."""
+"""The beginnings of a traceback's lines, from its second on."""
 _OF_CLIENT = re.compile(r'  File ".*/bin/ray", line \d+, in <module>')
 
 ReadResult = Literal["ended", "going on", "broken"]
 
 
-def find_exit_code(message: str) -> int | None:
-    """What Ray's message about a driver that failed says; None where it has not."""
-    found = re.search(r"failed with exit code (\d+)", message)
+def find_exit_code(message: str | None) -> int | None:
+    """The exit code in Ray's message about a failed driver, as a RayJob has no field for it; None
+    in any other message."""
+    found = re.search(r"failed with exit code (\d+)", message or "")
     return int(found[1]) if found else None
 
 
 @dataclass
 class DriverLog:
-    """Passes on the driver's lines, each once, and drops the submitters' own lines.
+    """Passes each line of the driver to `write` once, and drops the submitters' own lines.
 
     A submitter runs `ray job submit` and `ray job logs`, waits in a loop while the head does not
-    answer, and ends in a traceback when the head is gone. One that takes over shows the log of a
-    driver that goes on from its beginning again.
+    answer, and ends in a traceback when the head is gone. The next submitter repeats the driver's
+    log from the beginning.
     """
 
     write: Write
     tell: Write
     exit_code: int | None = None
-    """The driver's, once its submitter has told it."""
-    _before: list[int] = field(default_factory=list)
-    """Hashes of the lines of the driver so far, and which of them comes next."""
+    """The driver's exit code, once its submitter has told it."""
+    _hashes: list[int] = field(default_factory=list)
+    """Hashes of the driver's lines so far."""
     _next: int = 0
+    """Number of the submitter's next line among them."""
     _is_over: bool = False
     _waits: bool = False
     _traceback: list[str] = field(default_factory=list)
 
     def begin(self) -> None:
-        """Another submitter's log comes."""
+        """Begin the log of another submitter."""
         self.flush()
         self._next, self._is_over, self.exit_code = 0, False, None
 
     def take(self, line: str) -> None:
-        """A line of the submitter's log."""
+        """Process a line of the submitter's log."""
         if self._traceback and _TRACEBACK.match(line):
             self._traceback.append(line)
             return
@@ -76,7 +78,7 @@ class DriverLog:
             self._pass(line)
 
     def flush(self) -> None:
-        """Pass on what was kept back to see whose traceback it is."""
+        """Write a pending traceback, unless it is the submitter's own."""
         if not any(_OF_CLIENT.match(line) for line in self._traceback):
             for line in self._traceback:
                 self._pass(line)
@@ -84,25 +86,26 @@ class DriverLog:
 
     def _pass(self, line: str) -> None:
         number, self._next = self._next, self._next + 1
-        if self._before[number : number + 1] == [hash(line)]:
+        if self._hashes[number : number + 1] == [hash(line)]:
             return
-        self._before[number:] = [hash(line)]
+        self._hashes[number:] = [hash(line)]
         self.write(f"{line}\n")
 
 
 @dataclass
 class LogCursor:
-    """How far a container's log has been read; a stream that is taken up again repeats some."""
+    """How far a container's log has been read; a stream that is resumed repeats some lines."""
 
     log: DriverLog
     last: str = ""
+    """Time stamp of the last line."""
     at_last: int = 0
-    """Lines taken of the time `last`."""
-    aside: str = ""
-    """The last line without a time."""
+    """Number of lines read with that time stamp."""
+    untimed: str = ""
+    """The last line without a time stamp."""
 
     def read(self, api: Api, pod: str, *, follow: bool, limit_s: float) -> ReadResult:
-        """Take what is new, for at most about `limit_s`; how that ended."""
+        """Read new lines for at most about `limit_s`; returns how that ended."""
         start_s = time.monotonic()
         since = f"{self.last[:19]}Z" if self.last else ""
         repeated = 0
@@ -121,7 +124,7 @@ class LogCursor:
         return "ended"
 
     def read_all(self, api: Api, pod: str) -> None:
-        """Take what is new of a log that has ended, if need be in several pieces."""
+        """Read the rest of a log that has ended, with retries."""
         for _ in range(_TRIES):
             if self.read(api, pod, follow=False, limit_s=_WHOLE_LOG_S) == "ended":
                 break
@@ -129,13 +132,13 @@ class LogCursor:
         self.log.flush()
 
     def _take(self, line: str, repeated: int) -> int:
-        """Take a line unless it was taken; how many lines of the time `last` there were."""
+        """Process a line unless it was before; returns the number of lines seen at time `last`."""
         stamp, _, text = line.partition(" ")
         moment = _utc(stamp)
-        if moment is None:  # the kubelet's own words, about a log that it cannot read
-            if line != self.aside:
+        if moment is None:  # the kubelet's own message about a log that it cannot read
+            if line != self.untimed:
                 self.log.take(line)
-            self.aside = line
+            self.untimed = line
             return repeated
         if moment < self.last:
             return repeated
@@ -148,8 +151,8 @@ class LogCursor:
 
 
 def _utc(stamp: str) -> str | None:
-    """The time of a line, which kubelets print in the zone of their node, in UTC and with nine
-    decimals, so that text order is time order; None for what is no time."""
+    """A line's time stamp in UTC with nine decimals, so that text order is time order (kubelets
+    print it in their node's time zone); None for other text."""
     found = re.fullmatch(r"(\S{19})(?:\.(\d+))?(Z|[+-]\d\d:\d\d)", stamp)
     if found is None:
         return None

@@ -1,8 +1,9 @@
-"""The API server that a kubeconfig names, or a pod's own, with the credentials to ask it."""
+"""Connect to the API server of a kubeconfig, or in a pod to that of its cluster."""
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging.handlers import BufferingHandler
 from typing import Any
 
 import urllib3
@@ -17,13 +18,13 @@ from pneumo.errors import AccessError, ConfigError
 
 
 def connect(context: str | None, namespace: str | None) -> Api:
-    """The API server that kubectl would ask. Raises ConfigError when no kubeconfig names one.
+    """The API server that kubectl would use; in a pod without a kubeconfig, that of its cluster.
 
-    In a pod without a kubeconfig it is the pod's own cluster.
+    Raises ConfigError without a usable kubeconfig, AccessError where its log-in fails.
     """
     settings = kubernetes_client.Configuration()
     settings.retries = False
-    # A kubeconfig may say so, as kubectl takes it; urllib3 would warn at every request.
+    # A kubeconfig may turn off TLS verification, as for kubectl; urllib3 would warn each request.
     urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
     try:
         with _logged_errors() as errors:
@@ -42,9 +43,10 @@ def connect(context: str | None, namespace: str | None) -> Api:
             ) from error
         return Api(kubernetes_client.ApiClient(settings), namespace or "default", "")
     if errors and not (settings.api_key or settings.cert_file):
+        why = _first_line(errors[-1].getMessage())
         raise AccessError(
-            f"kubernetes: context {chosen['name']}: its log-in gives no credentials "
-            f"({_first_line(errors[-1])}); install the plugin that the kubeconfig names, or log in"
+            f"kubernetes: context {chosen['name']}: its log-in gives no credentials ({why}); "
+            "install the plugin that the kubeconfig names, or log in"
         )
     own = chosen["context"].get("namespace")
     return Api(kubernetes_client.ApiClient(settings), namespace or own or "default", chosen["name"])
@@ -53,11 +55,11 @@ def connect(context: str | None, namespace: str | None) -> Api:
 _UNUSABLE = (
     ConfigException, yaml.YAMLError, OSError, ValueError, TypeError, KeyError, AttributeError,
 )  # fmt: skip
-"""What the client raises about a kubeconfig that it cannot read."""
+"""Errors of the client about a kubeconfig that it cannot read."""
 
 
 def _load_context(settings: Any, context: str | None) -> Document:
-    """Load a context of the kubeconfig, by default the current one; what it says."""
+    """Load a context of the kubeconfig, by default the current one; returns the context."""
     found, current = kubernetes_config.list_kube_config_contexts()
     chosen = next((c for c in found if c["name"] == context), None) if context else current
     if chosen is None:
@@ -70,18 +72,13 @@ def _load_context(settings: Any, context: str | None) -> Document:
 
 
 @contextmanager
-def _logged_errors() -> Iterator[list[str]]:
-    """What the client logs meanwhile: it goes on without credentials where a plugin fails."""
-    errors: list[str] = []
-
-    class Keeper(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            errors.append(record.getMessage())
-
-    keeper = Keeper(logging.ERROR)
+def _logged_errors() -> Iterator[list[logging.LogRecord]]:
+    """Collect the errors that the client logs: where a credential plugin fails, it raises none."""
+    keeper = BufferingHandler(capacity=1000)
+    keeper.setLevel(logging.ERROR)
     logging.getLogger().addHandler(keeper)
     try:
-        yield errors
+        yield keeper.buffer
     finally:
         logging.getLogger().removeHandler(keeper)
 

@@ -1,8 +1,8 @@
-"""KubeRay's own rules for a RayJob, which no schema says and its controller applies too late: when
-the RayJob is there and waits for it already.
+"""KubeRay's validation rules for a RayJob that its CRD's schema lacks. The operator checks them too
+late: when the RayJob has been created.
 
-Pure; of KubeRay 1.7 (ray-operator/controllers/ray/utils/validation.go), as far as the RayJob of an
-overlay that has passed the checks of `rayjob` can break them.
+Pure. From KubeRay 1.7 (ray-operator/controllers/ray/utils/validation.go): the rules that the RayJob
+of an overlay can still break after the checks of `rayjob`.
 """
 
 import re
@@ -17,7 +17,7 @@ _MODES = ("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode")
 
 
 def violations(job: Document) -> Iterator[str]:
-    """What no schema says, and only the operator would, when the job waits for it already."""
+    """The rules that the RayJob breaks, a message each."""
     spec = job["spec"]
     if not _is_mapping(spec.get("runtimeEnvYAML", "")):
         yield "runtimeEnvYAML is no YAML mapping"
@@ -27,20 +27,20 @@ def violations(job: Document) -> Iterator[str]:
 
 
 def _ending_violations(spec: Mapping[str, Any]) -> Iterator[str]:
-    """When a run is given up, tried again and cleared away."""
-    ends = spec.get("shutdownAfterJobFinishes", False)
-    deletes = (spec.get("deletionStrategy") or {}).get("deletionRules")
-    if spec.get("suspend") and not ends:
+    """Deadlines, retries and deletion of a run."""
+    shuts_down = spec.get("shutdownAfterJobFinishes", False)
+    deletion_rules = (spec.get("deletionStrategy") or {}).get("deletionRules")
+    if spec.get("suspend") and not shuts_down:
         yield "suspend needs shutdownAfterJobFinishes: true"
-    if spec.get("suspend") and deletes:
+    if spec.get("suspend") and deletion_rules:
         yield "suspend (Kueue) excludes deletionStrategy.deletionRules"
-    if ends and deletes:
+    if shuts_down and deletion_rules:
         yield "shutdownAfterJobFinishes excludes deletionStrategy.deletionRules"
-    if spec.get("ttlSecondsAfterFinished", 0) > 0 and not ends:
+    if spec.get("ttlSecondsAfterFinished", 0) > 0 and not shuts_down:
         yield "ttlSecondsAfterFinished needs shutdownAfterJobFinishes: true"
-    for field, least in (("ttlSecondsAfterFinished", 0), ("backoffLimit", 0)):
-        if spec.get(field, 0) < least:
-            yield f"{field} {spec[field]}: at least {least}"
+    for field in ("ttlSecondsAfterFinished", "backoffLimit"):
+        if spec.get(field, 0) < 0:
+            yield f"{field} {spec[field]}: at least 0"
     for field in ("activeDeadlineSeconds", "preRunningDeadlineSeconds"):
         if spec.get(field, 1) <= 0:
             yield f"{field} {spec[field]}: above 0"
@@ -64,15 +64,11 @@ def _mode_violations(spec: Mapping[str, Any]) -> Iterator[str]:
 
 def _cluster_violations(cluster: Mapping[str, Any]) -> Iterator[str]:
     yield from _auth_violations(cluster)
-    scales = cluster.get("enableInTreeAutoscaling", False)
-    scaler = cluster.get("autoscalerOptions") or {}
+    autoscaler = cluster.get("autoscalerOptions") or {}
+    is_v2 = cluster.get("enableInTreeAutoscaling", False) and autoscaler.get("version") == "v2"
     for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
         spec = group["template"]["spec"]
-        if (
-            scales
-            and scaler.get("version") == "v2"
-            and spec.get("restartPolicy", "Never") != "Never"
-        ):
+        if is_v2 and spec.get("restartPolicy", "Never") != "Never":
             yield "autoscaler v2 needs every pod's restartPolicy Never or unset"
         if group.get("resources") and {"num-cpus", "num-gpus", "memory", "resources"} & set(
             group.get("rayStartParams", {})

@@ -1,6 +1,6 @@
-"""A kustomization of k8s/overlays as the documents that it renders to.
+"""Find an overlay of k8s/overlays, and render its kustomization to documents.
 
-kustomize itself renders: `kubectl`, which has it built in, or `kustomize`. A laptop that submits to
+`kubectl`, which has kustomize built in, or `kustomize` renders it. A laptop that submits to
 Kubernetes has one of them; a renderer of our own would be right only for some overlays.
 """
 
@@ -20,7 +20,7 @@ Document = dict[str, Any]
 OVERLAYS = Path(__file__).resolve().parents[2] / "k8s" / "overlays"
 
 OLDEST_KUBECTL = (1, 27)
-"""Before, its kustomize does not know all that k8s/ uses; Debian 12 has 1.20."""
+"""The kustomize of older versions lacks features that k8s/ uses; Debian 12 has 1.20."""
 _TIMEOUT_S = 60.0
 
 
@@ -37,7 +37,7 @@ def find_overlay(name: str | None, folder: Path = OVERLAYS) -> Path:
 
 
 def render(folder: Path) -> list[Document]:
-    """The documents of the kustomization in `folder`. Raises ConfigError when it cannot be had."""
+    """The documents of the kustomization in `folder`. Raises ConfigError where that fails."""
     command = find_renderer()
     try:
         done = subprocess.run(
@@ -53,13 +53,13 @@ def render(folder: Path) -> list[Document]:
             "something on the network?"
         ) from error
     if done.returncode != 0:
-        why = (done.stderr.strip().splitlines() or ["it says nothing"])[-1]
-        raise ConfigError(f"cluster: {' '.join(command)} {folder}: {why}")
+        reason = (done.stderr.strip().splitlines() or ["no error message"])[-1]
+        raise ConfigError(f"cluster: {' '.join(command)} {folder}: {reason}")
     return [document for document in yaml.safe_load_all(done.stdout) if document]
 
 
 def find_renderer() -> tuple[str, ...]:
-    """The command that renders a folder. Raises ConfigError where there is none that does."""
+    """The command that renders a folder. Raises ConfigError where none is installed."""
     oldest = ".".join(map(str, OLDEST_KUBECTL))
     found = _kubectl_version() if shutil.which("kubectl") else None
     if found is not None and found >= OLDEST_KUBECTL:

@@ -1,7 +1,7 @@
-"""What goes wrong with the pods of a RayJob, one line each: what is seen, and what to do.
+"""Problems of a RayJob's pods, one line each: what is wrong, and what to do.
 
-Pure: takes the objects as the API server gives them. A RayJob says "Initializing" while an image
-cannot be pulled, so the pods, their conditions and the warnings about them are what tells.
+Pure: takes objects as the API server returns them. A RayJob's status stays "Initializing" while an
+image cannot be pulled, so problems are found in the pods, their conditions and warning events.
 """
 
 import re
@@ -18,14 +18,14 @@ _CONFIG = {"CreateContainerConfigError", "CreateContainerError", "RunContainerEr
 _LOST_EVENTS = {"NodeNotReady", "TaintManagerEviction"}
 _PREEMPTED = {"Preempting", "Preempted", "PreemptionByScheduler"}
 _EVICTED = {"Evicted", "EvictionByEvictionAPI", "TerminationByKubelet"}
-"""Reasons of pods and of their condition DisruptionTarget; others mean that the node is gone."""
-_TOLD_BY_STATUS = {
+"""Reasons of pods and of their condition DisruptionTarget; others mean that the node is lost."""
+_SHOWN_BY_STATUS = {
     "BackOff", "ErrImageNeverPull", "Failed", "FailedScheduling", "InspectFailed", "NodeNotReady",
     "Evicted", "Preempted", "Preempting", "TaintManagerEviction",
 }  # fmt: skip
-"""Events about pods that the pod's own status shows in more detail."""
+"""Reasons of events that the pod's own status shows in more detail."""
 _MANY_FAILED_PROBES = 10
-"""Fewer are usual while Ray starts."""
+"""Fewer are normal while Ray starts."""
 _POD_ADVICE = {
     "FailedMount": "a volume, secret or config map that the overlay names may not be there",
     "FailedAttachVolume": "its volume may still be attached to another node",
@@ -35,20 +35,20 @@ _POD_ADVICE = {
 }
 NO_CAPACITY = "PreRunningDeadlineExceeded"
 STATUS_CHECK_TIMEOUT = "JobStatusCheckTimeoutExceeded"
-"""Why an operator of 1.7 ends a run whose head did not answer for 300 s, without another try."""
+"""Reason of a run that operator 1.7 ended without a retry: its head did not answer for 300 s."""
 PREFLIGHT = "preflight"
 OLDEST_OPERATOR = (1, 7)
-_IS_SO_ALREADY = re.compile(r"already exists|not found")
-"""Harmless complaints of the operator: something was created or deleted twice."""
-_PATIENT_RESTARTS = 2
+_HARMLESS = re.compile(r"already exists|not found")
+"""Messages of the operator about something that it created or deleted twice."""
+_MAX_PREFLIGHT_RESTARTS = 2
 """Restarts of a preflight that timed out: the pod's network may still be starting."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong.
+    """A problem of a run.
 
-    `key` is the same while it is the same thing. `exit_code` is set where waiting cannot help.
+    `key` identifies it for as long as it lasts. `exit_code` is set where waiting cannot help.
     """
 
     key: tuple[str, str]
@@ -59,10 +59,19 @@ class Problem:
         return self.line
 
 
-def find(job: Document, pods: Sequence[Document], warnings: Sequence[Document]) -> list[Problem]:
-    """The problems of a run, those that explain others first."""
+def find(
+    job: Document,
+    pods: Sequence[Document],
+    warnings: Sequence[Document],
+    deleted: Sequence[Document] = (),
+) -> list[Problem]:
+    """The problems of a run; causes come before their effects.
+
+    `deleted`: the last state of pods that are gone since the run was last looked at.
+    """
     pods = sorted(pods, key=lambda pod: not is_head(pod))
     found = [
+        *(problem for pod in deleted for problem in _of_loss(pod)),
         *_of_job(job, pods),
         *(problem for pod in pods for problem in _of_pod(pod, job)),
         *_of_operator(pods),
@@ -74,14 +83,14 @@ def find(job: Document, pods: Sequence[Document], warnings: Sequence[Document]) 
 def _of_job(job: Document, pods: Sequence[Document]) -> Iterator[Problem]:
     status = job.get("status") or {}
     reason, message = status.get("reason"), _line(status.get("message"))
-    again = f"it goes on from its last checkpoint with: {rayjob.command(job)}"
+    again = f"it resumes from its last checkpoint with: {rayjob.command(job)}"
     if status.get("jobDeploymentStatus") == "Retrying":
-        again = "another attempt begins, and goes on from the last checkpoint"
+        again = "another attempt begins, and resumes from the last checkpoint"
     advice = {
         "SubmissionFailed": f"the submitter lost the head, or never reached it; {again}",
         "DeadlineExceeded": f"raise activeDeadlineSeconds in the overlay; {again}",
         NO_CAPACITY: "it waited longer than preRunningDeadlineSeconds; lower "
-        "--workers, or take an overlay whose nodes there are",
+        "--workers, or use an overlay whose nodes the cluster has",
         "ValidationFailed": "the operator refuses the RayJob; correct the overlay",
         STATUS_CHECK_TIMEOUT: "the operator did not reach the head for minutes, and does not try "
         f"again by itself; {again}",
@@ -91,8 +100,8 @@ def _of_job(job: Document, pods: Sequence[Document]) -> Iterator[Problem]:
     if is_headless(job, pods):
         yield Problem(
             ("job", "headless"),
-            "it has no head any more; where the operator makes no other, a follower submits it "
-            f"again after two minutes; without one, cancel it, and {again}",
+            "its head is gone; if the operator starts no other, `submit` or `logs --follow` "
+            f"submits it again after two minutes; without them, cancel it, and {again}",
         )
     if advice:
         yield Problem(
@@ -123,18 +132,18 @@ def _of_scheduling(name: str, status: Mapping[str, Any]) -> Iterator[Problem]:
         if condition.get("type") == "PodScheduled" and condition.get("reason") == "Unschedulable":
             message = _line(condition.get("message"))
             yield Problem(
-                (name, "unschedulable"), f"pod {name} has no node: {_scheduling(message)}"
+                (name, "unschedulable"), f"pod {name} cannot be scheduled: {_scheduling(message)}"
             )
 
 
 def _scheduling(message: str) -> str:
-    """Which resource or rule keeps a pod off the nodes, and what to do."""
+    """Why the pod cannot be scheduled, and what to do."""
     message = re.split(r"[. ]+(?:no new claims|preemption:)", message)[0]
     lacking = sorted(set(re.findall(r"Insufficient ([\w./-]*\w)", message)))
     if lacking:
         return (
-            f"not enough {', '.join(lacking)} ({message}); a node may be on its way, else lower "
-            "--workers or the overlay's resources"
+            f"not enough {', '.join(lacking)} ({message}); the autoscaler may add a node, else "
+            "lower --workers or the overlay's resources"
         )
     if "affinity" in message or "taint" in message:
         return f"{message}; the overlay asks for nodes that the cluster does not have (spot, GPU)"
@@ -151,39 +160,39 @@ def _of_loss(pod: Document) -> Iterator[Problem]:
     why = f"{reason}{f': {message}' if message else ''}"
     then = _STARTED_AGAIN
     if reason in _PREEMPTED:
-        what = f"gave way to one of higher priority ({why})"
+        what = f"was preempted by a pod of higher priority ({why})"
     elif reason == "Evicted":
         what = f"was evicted ({message}), see the overlay's sizes"
     elif reason in _EVICTED:
-        what = f"was sent off its node ({why})"
+        what = f"was evicted ({why})"
     elif reason == "DeletionByTaintManager":
         node = pod["spec"].get("nodeName", "")
-        what = f"is being deleted, for its node {node} does not answer or was tainted ({reason})"
+        what = f"is being deleted, as its node {node} does not answer or was tainted ({reason})"
         if node_type(pod) == "worker":
             then = (
-                "another is started once it is gone, not before: when the node answers again, or "
-                "its Node object goes, as clouds see to; elsewhere, where the machine is surely "
-                f"off, an administrator types: kubectl delete node {node}"
+                "another is started only once it is deleted: when the node answers again, or its "
+                "Node object is deleted, which clouds do by themselves; elsewhere, if the machine "
+                f"is certainly off, an administrator runs: kubectl delete node {node}"
             )
     else:
-        what = f"lost its node ({why})"
+        what = f"is lost with its node ({why})"
     if reason:
         yield Problem((name, "lost"), f"pod {name} {what}; {then}")
 
 
-_STARTED_AGAIN = "another is started, and the run goes on from its last checkpoint"
+_STARTED_AGAIN = "another is started, and the run resumes from its last checkpoint"
 
 
 def _of_operator(pods: Sequence[Document]) -> Iterator[Problem]:
-    """An operator older than its CRDs, which drops what it does not know without a word."""
+    """An operator older than its CRDs, which silently ignores fields that it does not know."""
     for pod in filter(is_head, pods):
         for variable in pod["spec"]["containers"][0].get("env", []):
             found = re.search(r"kuberay_version=v(\d+)\.(\d+)", variable.get("value") or "")
             if found and tuple(map(int, found.groups())) < OLDEST_OPERATOR:
                 yield Problem(
                     ("operator", "version"),
-                    f"the KubeRay operator is {found[1]}.{found[2]} and drops what it does not "
-                    "know of the overlay: before 1.6 authOptions, so that Ray runs code of anyone "
+                    f"the KubeRay operator is {found[1]}.{found[2]} and ignores fields that it "
+                    "does not know: before 1.6 authOptions, so that Ray runs code of anyone "
                     "who reaches the head, before 1.7 preRunningDeadlineSeconds; have it updated",
                 )
 
@@ -217,38 +226,37 @@ def _of_container(name: str, status: Document, spec: Document) -> Iterator[Probl
     elif reason == "CrashLoopBackOff":
         yield Problem(
             (name, "crash"),
-            f"pod {name} ends again and again (exit code {ended['exitCode']}: "
+            f"pod {name} keeps crashing (exit code {ended['exitCode']}: "
             f"{_line(ended.get('message'), last=True) or ended.get('reason')}); see kubectl logs "
             f"{name}",
         )
 
 
 def _of_submitter(name: str, status: Document, job: Document) -> Iterator[Problem]:
-    """One that ended without the job having ended: it could not start it, or lost it."""
+    """A submitter that ended before the job: it could not start the job, or lost the head."""
     ended = (status.get("state") or {}).get("terminated") or {}
     job_status = (job.get("status") or {}).get("jobStatus")
     if ended.get("exitCode") and job_status not in {"SUCCEEDED", "FAILED", "STOPPED"}:
-        said = _line(ended.get("message"), last=True) or ended.get("reason", "no reason given")
-        if "WebSocket" in said:
-            said = "the head went away in the middle of the log"
+        why = _line(ended.get("message"), last=True) or ended.get("reason", "no reason given")
+        if "WebSocket" in why:
+            why = "the connection to the head was lost"
         yield Problem(
             (name, "submitter"),
-            f"submitter {name} ended with exit code {ended['exitCode']} ({said}); another is "
-            "started while there are tries left",
+            f"submitter {name} ended with exit code {ended['exitCode']} ({why}); another is "
+            "started while attempts are left",
         )
 
 
 def _preflight(name: str, status: Document, ended: Document) -> Problem:
-    said = _line(ended.get("message"), last=True).removeprefix("error: ")
-    if "exec format error" in said:
-        why = f"pod {name}: the image is of another architecture than its node ({said})"
-        return Problem((name, "image"), why, exit_code=2)
-    lasting = ended["exitCode"] == 2 or status.get("restartCount", 0) >= _PATIENT_RESTARTS
-    return Problem(
-        (name, PREFLIGHT),
-        said or f"pod {name}: preflight ended with exit code {ended['exitCode']}",
-        exit_code=(2 if ended["exitCode"] == 2 else 1) if lasting else None,
-    )
+    message = _line(ended.get("message"), last=True).removeprefix("error: ")
+    if "exec format error" in message:
+        line = f"pod {name}: the image is of another architecture than its node ({message})"
+        return Problem((name, "image"), line, exit_code=2)
+    exit_code = 2 if ended["exitCode"] == 2 else None
+    if exit_code is None and status.get("restartCount", 0) >= _MAX_PREFLIGHT_RESTARTS:
+        exit_code = 1
+    line = message or f"pod {name}: preflight ended with exit code {ended['exitCode']}"
+    return Problem((name, PREFLIGHT), line, exit_code)
 
 
 def _secret(message: str) -> str:
@@ -263,33 +271,33 @@ def _of_warnings(
 ) -> Iterator[Problem]:
     name = job["metadata"]["name"]
     cluster = (job.get("status") or {}).get("rayClusterName") or name
-    there = {pod["metadata"]["name"]: pod for pod in pods}
+    by_name = {pod["metadata"]["name"]: pod for pod in pods}
     head_is_ready = any(is_head(pod) and since(pod, "Ready") for pod in pods)
     for warning in sorted(warnings, key=_time, reverse=True):
         about, reason = warning.get("involvedObject") or {}, str(warning.get("reason", ""))
         kind, who = str(about.get("kind", "")), str(about.get("name", ""))
-        # Events that come again and again are told as one that begins so.
+        # Kubernetes combines repeated events into one with this prefix.
         message = _line(warning.get("message")).removeprefix("(combined from similar events): ")
         if kind == "Workload" and re.fullmatch(rf"rayjob-{re.escape(name)}-[0-9a-z]{{5}}", who):
             if reason == "Pending" and (job.get("spec") or {}).get("suspend"):
                 yield Problem(("queue", "quota"), f"Kueue has no quota for it yet: {message}")
-        elif kind == "Pod" and who in there:
-            waits = reason == "Unhealthy" and not head_is_ready and not is_head(there[who])
-            if not waits:  # for the head
-                yield from _of_living_pod(there[who], warning)
+        elif kind == "Pod" and who in by_name:
+            is_waiting = reason == "Unhealthy" and not head_is_ready and not is_head(by_name[who])
+            if not is_waiting:  # for the head
+                yield from _of_living_pod(by_name[who], warning)
         elif kind == "Pod" and reason in _LOST_EVENTS and who.startswith(f"{cluster}-"):
             if not message.startswith("Cancelling"):
-                what = f"pod {who} lost its node ({reason}: {message})"
+                what = f"pod {who} is lost with its node ({reason}: {message})"
                 yield Problem((who, "lost"), f"{what}; {_STARTED_AGAIN}")
         elif who in {name, cluster} and kind in {"RayJob", "RayCluster", "Job"}:
             yield from _of_controller(reason, message)
 
 
 def _of_living_pod(pod: Document, warning: Document) -> Iterator[Problem]:
-    """What an event says of a pod that is not well, if the pod does not say it itself."""
+    """A warning event about a pod that is not ready, unless the pod's status shows it too."""
     name, reason = pod["metadata"]["name"], str(warning.get("reason", ""))
     count = warning.get("count") or (warning.get("series") or {}).get("count") or 1
-    if since(pod, "Ready") or reason in _TOLD_BY_STATUS:
+    if since(pod, "Ready") or reason in _SHOWN_BY_STATUS:
         return
     if reason == "Unhealthy" and count < _MANY_FAILED_PROBES:
         return
@@ -315,16 +323,16 @@ def _of_controller(reason: str, message: str) -> Iterator[Problem]:
         )
     elif reason.startswith("InvalidRay"):
         yield Problem(("job", "invalid"), f"the operator refuses it: {message}", exit_code=2)
-    elif reason.startswith("Failed") and not _IS_SO_ALREADY.search(message):
+    elif reason.startswith("Failed") and not _HARMLESS.search(message):
         yield Problem(("job", reason), f"{reason}: {message}; it is tried again")
 
 
 def is_headless(job: Document, pods: Sequence[Document]) -> bool:
-    """Whether a run that had begun has no head, or one that is being deleted."""
-    status = job.get("status") or {}
-    stays = [pod for pod in pods if is_head(pod) and not pod["metadata"].get("deletionTimestamp")]
-    goes_on = not job["metadata"].get("deletionTimestamp")
-    return goes_on and status.get("jobDeploymentStatus") == "Running" and not stays
+    """Whether a running run has no head, or only one that is being deleted."""
+    if job["metadata"].get("deletionTimestamp"):
+        return False
+    heads = [pod for pod in pods if is_head(pod) and not pod["metadata"].get("deletionTimestamp")]
+    return (job.get("status") or {}).get("jobDeploymentStatus") == "Running" and not heads
 
 
 def is_head(pod: Document) -> bool:

@@ -1,7 +1,7 @@
-"""A run as a RayJob: what an overlay renders to, and on top of it only what differs per run.
+"""The RayJob of a run: the overlay's, with only the fields set that differ per run.
 
-Pure. What does not fit, or what the operator (see `rules`) or a shell on the way would refuse or
-mangle, is refused here, before anything is sent.
+Pure. Raises here, before anything is sent, where job and overlay do not fit, or where the operator
+(see `operator_rules`) or a shell on the way would refuse or change something.
 """
 
 import copy
@@ -9,8 +9,9 @@ import math
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from fractions import Fraction
+from decimal import Decimal
+
+from kubernetes.utils.quantity import parse_quantity
 
 from cluster.kuberay import operator_rules
 from cluster.kuberay.overlays import Document
@@ -19,25 +20,24 @@ from pneumo.errors import ConfigError
 from pneumo.version import REVISION
 
 RUN_LABEL = "pneumo/run"
-"""On a RayJob and all its pods: the RayJob's name."""
+"""Label of a RayJob and all its pods: the RayJob's name."""
 SUBMISSION_LABEL = "pneumo/submission"
-"""On a RayJob and all its pods: the submission's id, the same for every attempt at the same run."""
+"""Label of a RayJob and all its pods: the submission's id, the same for all attempts at a run."""
 TARGET, SETTINGS, ENTRYPOINT = "pneumo/target", "pneumo/settings", "pneumo/entrypoint"
 OVERLAY, OWNER = "pneumo/overlay", "pneumo/owner"
-"""Annotations of a RayJob: what it writes, the digest of its settings, its command, its overlay,
-whose it is."""
+"""Annotations of a RayJob: the URL that it writes to, the digest of its settings, its command, its
+overlay, its user."""
 WAIT_AGAIN = "pneumo/wait-again"
-"""An overlay's annotation, "true": a run whose nodes did not come in time is tried again."""
+"""An overlay's annotation; "true": a run whose nodes did not come in time is retried."""
 SELECTOR = "app.kubernetes.io/part-of=pneumo"
 
 SECRETS = "pneumo-secrets"
 """The Kubernetes secret from which the pods take credentials."""
 HASH_KEY_SECRET = "pneumo-hash-key"
-"""The one with PNEUMO_HASH_KEY, for the jobs that derive keys alone."""
+"""The Kubernetes secret with PNEUMO_HASH_KEY, only for jobs that derive keys."""
 
 _SHELL_SAFE = re.compile(r"[A-Za-z0-9_.,:/=@%+-]+")
 _GPU = "nvidia.com/gpu"
-_UNITS = {"m": Fraction(1, 1000), "": Fraction(1), "k": Fraction(1000)}
 
 
 def build(
@@ -50,7 +50,6 @@ def build(
     workers: int | None = None,
 ) -> Document:
     """The RayJob that runs `submission`. Raises ConfigError where overlay and job do not fit."""
-    submission = _without_secrets(submission)
     job = copy.deepcopy(_only_rayjob(documents))
     _check_form(job)
     _check_shell(submission.entrypoint)
@@ -63,7 +62,7 @@ def build(
         OVERLAY: overlay,
         OWNER: submission.owner,
     }
-    # Inside the command that keeps its log, for the pods of a failed attempt are deleted.
+    # The log keeper runs the command and stores its log, as pods of a failed attempt are deleted.
     keeper = f"python -m jobs.terminal.log_keeper {shlex.quote(log_folder(job))}"
     job["spec"]["entrypoint"] = f"{keeper} {submission.entrypoint}"
     group, container = _workers(job)
@@ -83,58 +82,59 @@ def build(
 
 
 def command(job: Document) -> str:
-    """What a person types to submit the run of a RayJob again."""
+    """The command that submits the run of a RayJob again."""
     annotations = job["metadata"].get("annotations") or {}
     submit = f"python -m cluster submit --target k8s --overlay {annotations.get(OVERLAY) or 'NAME'}"
     return str(annotations.get(ENTRYPOINT, "")).replace("python -m jobs.", f"{submit} ", 1)
 
 
 def next_name(submission_id: str, names: Sequence[str]) -> str:
-    """The name of one more attempt, where those of `names` are there."""
+    """The name of the next attempt after those of `names`."""
     numbers = [name.removeprefix(submission_id).lstrip("-") for name in names]
-    used = max((int(each) if each.isdigit() else 1 for each in numbers), default=0)
-    return f"{submission_id}-{used + 1}" if used else submission_id
+    highest = max((int(each) if each.isdigit() else 1 for each in numbers), default=0)
+    return f"{submission_id}-{highest + 1}" if highest else submission_id
 
 
 def copy_for_retry(job: Document, name: str) -> Document:
-    """The same run once more, as a RayJob of another name."""
-    before, metadata = job["metadata"]["name"], job["metadata"]
+    """A RayJob of another name for another attempt at the same run."""
+    metadata = job["metadata"]
     ours = {k: v for k, v in metadata["annotations"].items() if k.startswith("pneumo/")}
-    again: Document = {
+    retry: Document = {
         "apiVersion": job["apiVersion"],
         "kind": job["kind"],
         "metadata": {"labels": metadata["labels"], "annotations": ours},
         "spec": copy.deepcopy(job["spec"]),
     }
-    _set_name(again, name, metadata["labels"][SUBMISSION_LABEL])
+    _set_name(retry, name, metadata["labels"][SUBMISSION_LABEL])
     folder, keeper = log_folder(job), "jobs.terminal.log_keeper"
-    entrypoint = job["spec"]["entrypoint"].replace(folder, folder.removesuffix(before) + name, 1)
-    if f"{keeper} --again" not in entrypoint:  # what the lost attempt has finished is no mistake
+    new_folder = folder.removesuffix(metadata["name"]) + name
+    entrypoint = job["spec"]["entrypoint"].replace(folder, new_folder, 1)
+    if f"{keeper} --again" not in entrypoint:  # the lost attempt may have finished: no error
         entrypoint = entrypoint.replace(keeper, f"{keeper} --again", 1)
-    again["spec"]["entrypoint"] = entrypoint
-    return again
+    retry["spec"]["entrypoint"] = entrypoint
+    return retry
 
 
 def differences(asked: Document, running: Document) -> Iterator[str]:
-    """In what a running RayJob differs from the one that would be started now."""
-    (group, container), (there, its) = _workers(asked), _workers(running)
-    if group["replicas"] != there.get("replicas"):
-        yield f"{there.get('replicas')} worker pods, not {group['replicas']}"
-    if container["image"] != its["image"]:
-        yield f"image {its['image']}, not {container['image']}"
-    wanted, given = (_limits(each) for each in (container, its))
-    if wanted != given:
-        yield f"worker pods of {describe_limits(its)}, not of {describe_limits(container)}"
+    """How a running RayJob differs from the one that would be started now."""
+    (group, container), (running_group, running_container) = _workers(asked), _workers(running)
+    if group["replicas"] != running_group.get("replicas"):
+        yield f"{running_group.get('replicas')} worker pods, not {group['replicas']}"
+    if container["image"] != running_container["image"]:
+        yield f"image {running_container['image']}, not {container['image']}"
+    if _limits(container) != _limits(running_container):
+        limits = describe_limits(running_container)
+        yield f"worker pods of {limits}, not of {describe_limits(container)}"
 
 
 def log_folder(job: Document) -> str:
-    """Where `jobs.terminal.log_keeper` keeps attempts' logs; "" for a RayJob that is not ours."""
+    """Where `jobs.terminal.log_keeper` stores logs; "" for a RayJob of another project."""
     target = (job["metadata"].get("annotations") or {}).get(TARGET, "")
     return f"{target}/logs/{job['metadata']['name']}" if target else ""
 
 
 def count_gpus(job: Document) -> tuple[int, int]:
-    """Worker pods, and GPUs of each."""
+    """Number of worker pods, and GPUs per pod."""
     group, container = _workers(job)
     return int(group.get("replicas", 1)), int(_quantity(_limits(container).get(_GPU, "0")))
 
@@ -142,12 +142,6 @@ def count_gpus(job: Document) -> tuple[int, int]:
 def describe_limits(container: Document) -> str:
     """`4 cpu, 16Gi memory`."""
     return ", ".join(f"{value} {name}" for name, value in _limits(container).items()) or "no limits"
-
-
-def _without_secrets(submission: Submission) -> Submission:
-    """Secrets are never written into an object of the cluster: the pods have their own."""
-    plain = {k: v for k, v in submission.environment.items() if k not in submission.secrets}
-    return replace(submission, environment=plain)
 
 
 def _only_rayjob(documents: Sequence[Document]) -> Document:
@@ -158,13 +152,13 @@ def _only_rayjob(documents: Sequence[Document]) -> Document:
 
 
 def _check_form(job: Document) -> None:
-    """Raise ConfigError where the overlay's RayJob lacks what the rest takes for granted."""
+    """Raise ConfigError where the overlay's RayJob lacks fields that the code below relies on."""
     spec = job.get("spec") or {}
     cluster = spec.get("rayClusterSpec") or {}
     if not cluster or spec.get("clusterSelector"):
         raise ConfigError(
             "cluster: the overlay's RayJob has no rayClusterSpec, or a clusterSelector besides: a "
-            "run gets a cluster of its own; one that is there takes jobs by --address"
+            "run gets a cluster of its own; for an existing Ray cluster use --address"
         )
     groups = cluster.get("workerGroupSpecs") or []
     if len(groups) != 1:
@@ -179,25 +173,25 @@ def _check_shell(entrypoint: str) -> None:
     for text in shlex.split(entrypoint):
         if not _SHELL_SAFE.fullmatch(text):
             raise ConfigError(
-                f"cluster: {text!r}: shells read the command on its way into a pod; use letters, "
-                "digits and _.,:/=@%+- only, or set it in a recipe or a PNEUMO_ variable"
+                f"cluster: {text!r}: the command passes through shells before it runs; use "
+                "letters, digits and _.,:/=@%+- only, or set it in a recipe or a PNEUMO_ variable"
             )
 
 
 def _set_name(job: Document, name: str, submission_id: str) -> None:
-    """In the RayJob and its pods."""
+    """Set the name and labels of the RayJob, and the labels of its pods."""
     labels = {RUN_LABEL: name, SUBMISSION_LABEL: submission_id}
     templates = _templates(job)
     for metadata in [job["metadata"], *(each.setdefault("metadata", {}) for each in templates)]:
         metadata["labels"] = {**metadata.get("labels", {}), **labels}
     job["metadata"]["name"] = name
     for template in templates:
-        for term in _own_pods(template):
+        for term in _affinity_terms(template):
             term["labelSelector"]["matchLabels"][RUN_LABEL] = name
 
 
-def _own_pods(template: Document) -> list[Document]:
-    """The terms that keep a pod beside others of this project: of its own run, with RUN_LABEL."""
+def _affinity_terms(template: Document) -> list[Document]:
+    """The pod affinity terms that select pods of this project."""
     affinity = template.get("spec", {}).get("affinity", {}).get("podAffinity", {})
     terms = affinity.get("requiredDuringSchedulingIgnoredDuringExecution", [])
     part = ("app.kubernetes.io/part-of", "pneumo")
@@ -209,7 +203,7 @@ def _own_pods(template: Document) -> list[Document]:
 
 
 def _workers_per_pod(container: Document, submission: Submission) -> int:
-    """How many of the job's workers fit into a worker pod; ConfigError when not one does."""
+    """How many of the job's workers fit into a worker pod. Raises ConfigError where none does."""
     if submission.shape is None:
         return 1
     limits = _limits(container)
@@ -227,7 +221,7 @@ def _workers_per_pod(container: Document, submission: Submission) -> int:
 
 
 def _replicas(group: Document, submission: Submission, per_pod: int, workers: int | None) -> int:
-    """How many worker pods; a job that says how many workers it has gets pods for those."""
+    """Number of worker pods for the job's workers; more where it uses whatever there is."""
     needed = 1
     if submission.shape is not None:
         needed = math.ceil(submission.shape.num_workers / per_pod)
@@ -237,12 +231,12 @@ def _replicas(group: Document, submission: Submission, per_pod: int, workers: in
         )
     if workers is not None:
         return workers
-    grows = submission.shape is None or submission.job == "tune"
-    return max(needed, int(group.get("replicas", 1))) if grows else needed
+    uses_all = submission.shape is None or submission.job == "tune"
+    return max(needed, int(group.get("replicas", 1))) if uses_all else needed
 
 
 def _set_preflight(job: Document, submission: Submission) -> None:
-    """The head's init container looks at this run's places."""
+    """Make the head's init container check this run's places."""
     cluster = job["spec"]["rayClusterSpec"]
     checks = shlex.split(submission.preflight)[3:]
     for container in cluster["headGroupSpec"]["template"]["spec"].get("initContainers", []):
@@ -252,9 +246,13 @@ def _set_preflight(job: Document, submission: Submission) -> None:
 
 
 def _environment(container: Document, submission: Submission) -> dict[str, str]:
-    """What Ray's driver and workers get; `auto` cannot see GPUs whose nodes are still to come."""
-    variables = dict(submission.environment)
-    variables.pop(REVISION, None)  # the code is the image's, and so is what it says of itself
+    """Variables of driver and workers; use_gpu "auto" would miss GPUs of nodes still to come.
+
+    Without secrets, which the pods get as Kubernetes secrets, and without the revision of the code,
+    which is the image's.
+    """
+    dropped = {REVISION, *submission.secrets}
+    variables = {k: v for k, v in submission.environment.items() if k not in dropped}
     has_gpu = _GPU in _limits(container)
     if submission.shape is not None and submission.shape.use_gpu == "auto" and has_gpu:
         variables["PNEUMO_CLUSTER__USE_GPU"] = "true"
@@ -262,13 +260,13 @@ def _environment(container: Document, submission: Submission) -> dict[str, str]:
 
 
 def _set_environment(job: Document, variables: Mapping[str, str], secrets: Sequence[str]) -> None:
-    """Variables of head and workers; those of `secrets` if these are there."""
+    """Set the variables of head and workers; also those of `secrets`, where they exist."""
     sources = [{"secretRef": {"name": name, "optional": True}} for name in secrets]
     *cluster_pods, _ = _templates(job)
     for template in cluster_pods:
         for container in _containers_of(template):
             kept = [item for item in container.get("env", []) if item["name"] not in variables]
-            # Kubernetes expands $(NAME) in values; a doubled dollar is one.
+            # Kubernetes expands $(NAME) in values; $$ stands for one dollar.
             added = [{"name": k, "value": v.replace("$", "$$")} for k, v in variables.items()]
             container["env"] = kept + added
             if sources:
@@ -299,9 +297,12 @@ def _containers_of(template: Document) -> list[Document]:
     return [*spec.get("initContainers", []), *spec.get("containers", [])]
 
 
-def _quantity(text: str | float) -> Fraction:
-    """A Kubernetes quantity of CPUs or devices: "4", "500m"."""
-    found = re.fullmatch(r"([0-9.]+)([mk]?)", str(text))
-    if found is None:
-        raise ConfigError(f"cluster: the overlay's resources: got '{text}', expected 4 or 500m")
-    return Fraction(found[1]) * _UNITS[found[2]]
+def _quantity(text: str | float) -> Decimal:
+    """A Kubernetes quantity: "4", "500m"."""
+    try:
+        quantity: Decimal = parse_quantity(text)
+    except ValueError as error:
+        raise ConfigError(
+            f"cluster: the overlay's resources: got '{text}', expected 4 or 500m"
+        ) from error
+    return quantity

@@ -1,4 +1,4 @@
-"""A client of a Ray cluster's dashboard, with time limits and with this project's errors.
+"""A client of a Ray cluster's dashboard, with time limits and this project's errors.
 
 The token comes from the environment as Ray reads it: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, else
 ~/.ray/auth_token."""
@@ -16,7 +16,8 @@ from ray.dashboard.modules.job.pydantic_models import JobDetails
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
-from cluster.targets import OutOfReachError, is_remote
+from cluster.addresses import is_remote
+from cluster.targets import OutOfReachError
 from pneumo.errors import AccessError, ConfigError, PneumoError
 
 CONNECT_TIMEOUT_S = 5.0
@@ -26,15 +27,15 @@ FIRST_ANSWER_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 60.0
 
 _BUSY = frozenset({408, 429})
-"""Besides 5xx, what an answer's status says that may pass."""
+"""HTTP statuses of temporary errors, besides 5xx."""
 
 
 class BusyError(OutOfReachError):
-    """The dashboard, or a proxy before it, answered that it cannot just now."""
+    """The dashboard, or a proxy before it, answered with a temporary error."""
 
 
 class RefusedError(PneumoError):
-    """The cluster answered that it will not; `status` is the HTTP status."""
+    """The cluster refused the request; `status` is the HTTP status."""
 
     def __init__(self, message: str, status: int = 500) -> None:
         super().__init__(message, status)
@@ -45,10 +46,10 @@ class RefusedError(PneumoError):
 
 
 class Client(JobSubmissionClient):  # type: ignore[misc]  # ray is untyped
-    """Ray's client with time limits and with this project's errors.
+    """Ray's client with time limits and this project's errors.
 
-    Ray's own sets no time limit on a request, and raises bare RuntimeErrors. The two methods below
-    are private to Ray, which is why its version is pinned to one minor release.
+    Ray's own client sets no timeout on a request, and raises plain RuntimeErrors. The two methods
+    below are private to Ray, which is why Ray is pinned to one minor release.
     """
 
     def _do_request(self, method: str, endpoint: str, **options: Any) -> requests.Response:
@@ -84,13 +85,13 @@ class Client(JobSubmissionClient):  # type: ignore[misc]  # ray is untyped
         )
 
     def details(self, job_id: str) -> JobDetails:
-        """What the cluster knows of a job. Raises ConfigError when it knows no such job."""
+        """What the cluster knows of a job. Raises ConfigError for an unknown job."""
         with self.unknown_job(job_id):
             return self.get_job_info(job_id)
 
     def log_text(self, job_id: str) -> str:
         """The job's log so far; empty when its node is gone. Raises ConfigError for an unknown job,
-        BusyError when it may yet be had."""
+        BusyError where another try may succeed."""
         try:
             with self.unknown_job(job_id):
                 return str(self.get_job_logs(job_id))
@@ -99,7 +100,7 @@ class Client(JobSubmissionClient):  # type: ignore[misc]  # ray is untyped
 
     @contextmanager
     def unknown_job(self, job_id: str) -> Iterator[None]:
-        """Raise ConfigError where the cluster refuses because it knows no such job."""
+        """Raise ConfigError where the cluster answers that it knows no such job."""
         try:
             yield
         except RefusedError as error:
@@ -107,15 +108,15 @@ class Client(JobSubmissionClient):  # type: ignore[misc]  # ray is untyped
                 raise
             raise ConfigError(
                 f"cluster: no job '{job_id}' at {self.get_address()}; "
-                "python -m cluster list shows those it remembers"
+                "python -m cluster list shows those it knows"
             ) from error
 
 
 def connect(address: str, environ: Mapping[str, str]) -> Client:
     """A client of the dashboard at `http://host:port`.
 
-    Raises ConfigError for an address of another form, AccessError for a wrong token,
-    OutOfReachError when nothing answers within seconds.
+    Raises ConfigError for a malformed address, AccessError for a wrong token, OutOfReachError when
+    nothing answers within seconds.
     """
     parts = urlsplit(address)
     if parts.scheme not in {"http", "https"} or not parts.hostname:
@@ -131,7 +132,7 @@ def connect(address: str, environ: Mapping[str, str]) -> Client:
 
 @contextmanager
 def _without_variables(*names: str) -> Iterator[None]:
-    """Ray lets these variables override the address that it is given; the caller has decided."""
+    """Hide these variables from Ray, which would use them instead of the address given."""
     saved = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         yield
@@ -157,7 +158,7 @@ def _token(environ: Mapping[str, str]) -> str | None:
 
 
 def sends_token_openly(address: str, environ: Mapping[str, str]) -> bool:
-    """Whether whoever listens on the way to the dashboard reads the token."""
+    """Whether the token is sent unencrypted over a network."""
     return address.startswith("http://") and is_remote(address) and bool(_token(environ))
 
 

@@ -1,4 +1,4 @@
-"""A job's log as it comes, over a connection that may drop, until the job has ended."""
+"""Follow a job's log until the job has ended, over a connection that may drop."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from cluster.targets import OutOfReachError, Write
 from pneumo.errors import ClusterError, ConfigError
 
 IDLE_TIMEOUT_S = 60.0
-"""A log that says nothing for this long is asked for again: its connection may be dead."""
+"""A log stream without output for this long is opened again: its connection may be dead."""
 
 RETRY_TIMEOUT_S = 600.0
-"""How long a cluster that was there may be out of reach while its log is followed."""
+"""How long a cluster that has answered before may be unreachable while its log is followed."""
 
 TRIES = 5
 
 
 class LostError(ClusterError):
-    """The cluster knows the job no more, though it did."""
+    """The cluster has forgotten the job, which it knew before."""
 
 
 def follow(
@@ -35,15 +35,15 @@ def follow(
     idle_timeout_s: float = IDLE_TIMEOUT_S,
     retry_timeout_s: float = RETRY_TIMEOUT_S,
 ) -> JobDetails:
-    """Pass the job's log to `write` until the job has ended; what it ended as.
+    """Pass the job's log to `write` until the job has ended; returns its final details.
 
-    The stream may drop: it is taken up again where it stopped, without a gap and without a line
-    twice. `tell` gets what there is to say besides. Raises OutOfReachError after `retry_timeout_s`
-    without an answer; the job goes on.
+    A dropped stream is resumed where it stopped, without a gap or a repeated line. `tell` gets
+    other messages. Raises OutOfReachError after `retry_timeout_s` without an answer; the job goes
+    on.
     """
     cursor = _Cursor(write)
-    notes: set[str] = set()
-    looks = 0
+    told: set[str] = set()
+    answers = 0
     lost_at_s: float | None = None
     while True:
         try:
@@ -57,32 +57,32 @@ def follow(
                 raise
             text = f"{str(error).split(';')[0]}; the job goes on, trying again"
         except ConfigError as error:
-            if not looks:
+            if not answers:
                 raise
             raise LostError(
                 f"cluster: {job_id} was lost with the head of {client.get_address()}, which has "
-                "started anew; submit again: a run goes on from its last checkpoint"
+                "restarted; submit again: a run resumes from its last checkpoint"
             ) from error
         else:
-            looks, lost_at_s = looks + 1, None
+            answers, lost_at_s = answers + 1, None
             # Every job is pending for a moment.
-            waits = looks > 1 and info.status == JobStatus.PENDING
+            waits = answers > 1 and info.status == JobStatus.PENDING
             text = f"waiting: {info.message}" if waits else ""
-        if text and text not in notes:
-            notes.add(text)
+        if text and text not in told:
+            told.add(text)
             tell(text)
         asyncio.run(_stream(client, job_id, cursor, idle_timeout_s))
         time.sleep(1.0)
 
 
 def _show_rest(client: Client, job_id: str, cursor: _Cursor, tell: Write) -> None:
-    """What of an ended job's log was not shown yet; Ray answers 500 when its node is gone."""
+    """Show the rest of an ended job's log; Ray answers HTTP 500 when its node is gone."""
     for tries_left in range(TRIES, 0, -1):
         try:
-            cursor.show_from_start(client.log_text(job_id))
+            cursor.show(client.log_text(job_id))
         except BusyError as error:
             if tries_left == 1:
-                tell(f"the end of its log cannot be had: {error}")
+                tell(f"the end of its log cannot be read: {error}")
             time.sleep(1.0)
         else:
             return
@@ -90,15 +90,12 @@ def _show_rest(client: Client, job_id: str, cursor: _Cursor, tell: Write) -> Non
 
 @dataclass
 class _Cursor:
-    """How much of a log has been written; each stream of it begins at the start."""
+    """How much of a log has been written; each stream starts from the log's beginning."""
 
     write: Write
     written: int = 0
 
-    def show_from_start(self, text: str) -> None:
-        self.show(text, 0)
-
-    def show(self, text: str, position: int) -> None:
+    def show(self, text: str, position: int = 0) -> None:
         new = text[max(0, self.written - position) :]
         if new:
             self.write(new)
@@ -106,7 +103,7 @@ class _Cursor:
 
 
 async def _stream(client: Client, job_id: str, cursor: _Cursor, idle_timeout_s: float) -> None:
-    """Show the log as it comes, until its stream ends, breaks or falls silent."""
+    """Show the log as it comes, until its stream ends, breaks or is idle for too long."""
     stream = client.tail_job_logs(job_id)
     position = 0
     try:
@@ -115,7 +112,7 @@ async def _stream(client: Client, job_id: str, cursor: _Cursor, idle_timeout_s: 
                 # Not wait_for: in Python 3.11 it can swallow a Ctrl-C that comes with a chunk.
                 async with asyncio.timeout(idle_timeout_s):
                     chunk = await anext(stream)
-            except Exception:  # whatever it was, the next request tells more about it
+            except Exception:  # whatever it was, the next request will report it
                 return
             cursor.show(chunk, position)
             position += len(chunk)

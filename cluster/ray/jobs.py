@@ -1,7 +1,7 @@
 """The Ray Jobs API of a running cluster: preflight, submit, follow, list, cancel.
 
-Every call has a time limit, and every failure is an error of `pneumo.errors`: a cluster that does
-not answer is exit code 1, a wrong address, token or id is the user's 2.
+Every call has a time limit, and every failure is an error of `pneumo.errors`: exit code 1 for a
+cluster that does not answer, 2 (the user's mistake) for a wrong address, token or id.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ import requests
 from ray.dashboard.modules.job.pydantic_models import JobDetails
 from ray.job_submission import JobStatus
 
+from cluster.addresses import is_remote
 from cluster.ray.client import Client, RefusedError
 from cluster.ray.following import TRIES, follow
 from cluster.ray.sent_code import Package, collect, stage
-from cluster.targets import JobState, OutOfReachError, Phase, Started, Write, is_remote
+from cluster.targets import JobState, OutOfReachError, Phase, Started, Write
 from pneumo.errors import INTERRUPTED, ClusterError, ConfigError, PneumoError
 from pneumo.version import REVISION, find_revision
 
@@ -31,16 +32,16 @@ if TYPE_CHECKING:
     from cluster.submission import Submission
 
 STOP_WITH_SIGINT = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "30"}
-"""For the job's supervisor: a cancelled job gets Ctrl-C and time to finish a checkpoint; Ray's
-default is SIGTERM, which ends a driver abnormally, and SIGKILL after 3 s."""
+"""Makes Ray's job supervisor cancel a job by SIGINT, with time to write a checkpoint; Ray's default
+is SIGTERM, which ends a driver abnormally, and SIGKILL after 3 s."""
 
 PYTHONS = ("3.11", "3.12")
-"""What pyproject.toml's requires-python allows; a test holds the two together."""
+"""The versions that pyproject.toml's requires-python allows; a test compares the two."""
 
 _PREFLIGHT = "preflight"
 
 PREFLIGHT_TIMEOUT_S = 90.0
-"""Longest that the preflight job may take; most of it is Ray's start of a job."""
+"""Time limit of the preflight job; most of it is Ray starting a job."""
 
 _PHASES: Mapping[JobStatus, Phase] = {
     JobStatus.PENDING: "waiting",
@@ -95,96 +96,97 @@ class RayTarget:
         return self._ended(cancel(self.client, job_id))
 
     def _ended(self, info: JobDetails) -> JobState:
-        """The job's state; of one that was cancelled also whether it had to be killed, which Ray
-        does not tell: our jobs end with a line of their own when they are interrupted."""
+        """The job's state; for a cancelled job also whether it had to be killed. Ray does not tell
+        that, but a job of this project that is interrupted ends its log with a line."""
         found = state(info)
         if found.phase != "cancelled" or not found.is_ours:
             return found
         log = self.client.log_text(found.id)
         if not log or INTERRUPTED in log or "KeyboardInterrupt" in log:
             return found
-        why = "it did not stop by itself and was killed; its last checkpoint stays"
+        why = "it did not stop by itself and was killed; its last checkpoint is kept"
         return replace(found, why=why)
 
 
 def check_versions(client: Client) -> None:
-    """Raise ConfigError when the cluster has a Ray or a Python that this checkout is not for."""
+    """Raise ConfigError when this checkout does not support the cluster's Ray or Python."""
     response = client._do_request("GET", "/api/v0/cluster_metadata")
     try:
-        there = response.json()["data"]
-        ray_there, python_there = str(there["rayVersion"]), str(there["pythonVersion"])
+        metadata = response.json()["data"]
+        ray_version, python_version = str(metadata["rayVersion"]), str(metadata["pythonVersion"])
     except (requests.JSONDecodeError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"cluster: {client.get_address()} does not tell its versions (HTTP "
+            f"cluster: {client.get_address()} did not report its versions (HTTP "
             f"{response.status_code}); expected Ray {version('ray')}"
         ) from error
     remedy = "start it from this checkout's image (make image) or requirements.lock"
-    if _minor(ray_there) != _minor(version("ray")):
+    if _minor(ray_version) != _minor(version("ray")):
         raise ConfigError(
-            f"cluster: {client.get_address()} runs Ray {ray_there}, this checkout is for "
+            f"cluster: {client.get_address()} runs Ray {ray_version}, this checkout is for "
             f"{version('ray')}; {remedy}"
         )
-    if _minor(python_there) not in PYTHONS:
+    if _minor(python_version) not in PYTHONS:
         raise ConfigError(
-            f"cluster: {client.get_address()} runs Python {python_there}, this checkout is for "
+            f"cluster: {client.get_address()} runs Python {python_version}, this checkout is for "
             f"{' and '.join(PYTHONS)}; {remedy}"
         )
 
 
 def needs_preflight(submission: Submission, address: str) -> bool:
-    """Whether the job's places may look otherwise from the cluster than from here."""
+    """Whether a place that is reachable from here may be out of reach for the cluster."""
     return is_remote(address) or any("://" in url for url in submission.places)
 
 
 def preflight(client: Client, submission: Submission, package: Package) -> str:
-    """Have the cluster look whether it reaches the job's places; what it says, in one line.
+    """Check on the cluster that it reaches the job's places; returns the check's line.
 
     Raises ConfigError or ClusterError with the line that says what is out of reach.
     """
     job_id = f"{submission.id}-preflight-{secrets.token_hex(4)}"
-    asked = {"entrypoint": submission.preflight, "metadata": {"job": _PREFLIGHT}}
-    _send(client, submission, package, submission.environment, submission_id=job_id, **asked)
+    request = {"entrypoint": submission.preflight, "metadata": {"job": _PREFLIGHT}}
+    _send(client, submission, package, submission.environment, submission_id=job_id, **request)
     try:
         info = _wait(client, job_id, PREFLIGHT_TIMEOUT_S)
         text = client.log_text(job_id)
-    finally:  # not deleted: Ray may yet write how it ended, and bring it back without its name
+    finally:  # not deleted: Ray may write its status later, and so recreate it without metadata
         with suppress(PneumoError):
             client.stop_job(job_id)
-    said = ([line for line in text.splitlines() if "preflight: " in line] or [""])[-1]
+    answer = ([line for line in text.splitlines() if "preflight: " in line] or [""])[-1]
     if info.status == JobStatus.SUCCEEDED:
-        return said
+        return answer
     if not info.status.is_terminal():
         raise ClusterError(
             f"cluster: the preflight job did not end within {PREFLIGHT_TIMEOUT_S:g} s: "
             f"{_first_line(info.message) or info.status.value}"
         )
     error = ConfigError if info.driver_exit_code == 2 else ClusterError
-    said = said.removeprefix("error: ")
-    raise error(said or f"cluster: the preflight job failed: {failure(info)}")
+    answer = answer.removeprefix("error: ")
+    raise error(answer or f"cluster: the preflight job failed: {failure(info)}")
 
 
 def state(info: JobDetails) -> JobState:
-    """What Ray knows of a job, in this project's words."""
+    """A job's state, from Ray's details."""
+    metadata, start_s = info.metadata or {}, info.start_time / 1000 if info.start_time else None
     return JobState(
         id=str(info.submission_id),
         phase=_PHASES[info.status],
-        target=(info.metadata or {}).get("target", ""),
+        target=metadata.get("target", ""),
         entrypoint=info.entrypoint,
         why=_why(info),
         driver_exit_code=info.driver_exit_code,
-        asked_s=info.start_time / 1000 if info.start_time else None,
-        started_s=info.start_time / 1000 if info.start_time else None,
+        asked_s=start_s,
+        started_s=start_s,
         ended_s=info.end_time / 1000 if info.end_time else None,
-        is_ours="settings" in (info.metadata or {}),
-        owner=(info.metadata or {}).get("owner", ""),
+        is_ours="settings" in metadata,
+        owner=metadata.get("owner", ""),
     )
 
 
 def submit(client: Client, submission: Submission, package: Package) -> Started:
     """Send the code and start the job, unless it is running already.
 
-    A job that has ended may be submitted again, as `<id>-2`, `<id>-3`…: Ray takes an id once.
-    Raises ConfigError when the same place is being written with other settings.
+    A job that has ended may be submitted again, as `<id>-2`, `<id>-3`…: Ray accepts an id once.
+    Raises ConfigError when a job with other settings is writing to the same URL.
     """
     attempts, running = _attempts(client, submission.id)
     if running is not None:
@@ -197,23 +199,23 @@ def submit(client: Client, submission: Submission, package: Package) -> Started:
         "owner": submission.owner,
         "workers": _gpu_workers(submission),
     }
-    revision = find_revision(package.root)  # which the code that is sent cannot find out there
+    revision = find_revision(package.root)  # on the cluster, the sent code cannot find its own
     environment = {
         **submission.environment,
         **STOP_WITH_SIGINT,
         **({REVISION: revision} if revision else {}),
     }
-    asked = {"entrypoint": submission.entrypoint, "metadata": metadata}
+    request = {"entrypoint": submission.entrypoint, "metadata": metadata}
     try:
-        _send(client, submission, package, environment, submission_id=new_id, **asked)
+        _send(client, submission, package, environment, submission_id=new_id, **request)
     except RefusedError:
-        # Someone may have submitted the same between our look and our request.
+        # Someone may have submitted the same job between our check and our request.
         _, running = _attempts(client, submission.id)
         if running is None:
             raise
         return _join(running, submission)
     except OutOfReachError:
-        # The answer may be lost, and the job there.
+        # The answer may be lost although the job was submitted.
         if not _has_begun(client, new_id, submission):
             raise
     return Started(new_id, already_running=False)
@@ -224,17 +226,17 @@ def _send(
     submission: Submission,
     package: Package,
     environment: Mapping[str, str],
-    **asked: Any,
+    **request: Any,
 ) -> None:
-    """Upload the code and start a job in it; `asked` as `JobSubmissionClient.submit_job` has it."""
+    """Upload the code and start a job in it; `request`: arguments of Ray's `submit_job`."""
     with tempfile.TemporaryDirectory(prefix="pneumo-") as folder:
         stage(package, Path(folder), submission.recipe)
         runtime_env = {"working_dir": folder, "env_vars": dict(environment)}
-        client.submit_job(runtime_env=runtime_env, **asked)
+        client.submit_job(runtime_env=runtime_env, **request)
 
 
 def _gpu_workers(submission: Submission) -> str:
-    """How many workers may hold a GPU each; "" where as many as there are."""
+    """How many workers may hold a GPU each; "": as many as the cluster has GPUs."""
     shape = submission.shape
     if shape is None or submission.job == "tune":
         return ""
@@ -242,8 +244,8 @@ def _gpu_workers(submission: Submission) -> str:
 
 
 def gpu_hours(client: Client, info: JobDetails) -> float | None:
-    """What a job has held so far: a GPU for each of its workers, as far as the cluster has some
-    now. None where the cluster does not tell."""
+    """GPU hours that a job has held so far: a GPU for each worker, but at most those the cluster
+    has now. None where the cluster does not say."""
     if not info.start_time:
         return 0.0
     end_s = info.end_time / 1000 if info.end_time else time.time()
@@ -251,15 +253,15 @@ def gpu_hours(client: Client, info: JobDetails) -> float | None:
         answer = client._do_request("GET", "/api/v0/nodes?detail=1&limit=10000").json()
         nodes = answer["data"]["result"]["result"]
         alive = [node["resources_total"] for node in nodes if node["state"] == "ALIVE"]
-        there = float(sum(resources.get("GPU", 0) for resources in alive))
-        workers = (info.metadata or {}).get("workers") or there
+        gpus = float(sum(resources.get("GPU", 0) for resources in alive))
+        workers = (info.metadata or {}).get("workers") or gpus
         taken_s = float(end_s - info.start_time / 1000)
-        return min(float(workers), there) * taken_s / 3600
+        return min(float(workers), gpus) * taken_s / 3600
     return None
 
 
 def _has_begun(client: Client, job_id: str, submission: Submission) -> bool:
-    """Whether a request whose answer never came has started the job after all."""
+    """Whether a request without an answer has started the job nevertheless."""
     for _ in range(TRIES):
         time.sleep(1.0)
         with suppress(OutOfReachError, ConfigError):
@@ -269,7 +271,7 @@ def _has_begun(client: Client, job_id: str, submission: Submission) -> bool:
 
 
 def list_jobs(client: Client) -> list[JobDetails]:
-    """The submitted jobs that the cluster remembers, oldest first."""
+    """The submitted jobs that the cluster knows, oldest first."""
     jobs = [
         info
         for info in client.list_jobs()
@@ -279,7 +281,7 @@ def list_jobs(client: Client) -> list[JobDetails]:
 
 
 def cancel(client: Client, job_id: str, *, timeout_s: float = 45.0) -> JobDetails:
-    """Ask the job to stop and wait until it has; what it ended as, which may be its own doing."""
+    """Ask the job to stop and wait until it has ended, maybe by itself; returns its details."""
     with client.unknown_job(job_id):
         client.stop_job(job_id)
     return _wait(client, job_id, timeout_s)
@@ -298,7 +300,7 @@ def failure(info: JobDetails) -> str:
 
 
 def _wait(client: Client, job_id: str, timeout_s: float) -> JobDetails:
-    """The job when it has ended, or when the time is over."""
+    """The job's details once it has ended, or after `timeout_s`."""
     deadline_s = time.monotonic() + timeout_s
     while True:
         info = client.details(job_id)
@@ -318,22 +320,22 @@ def _minor(version_text: str) -> str:
 
 
 def _attempts(client: Client, base: str) -> tuple[int, JobDetails | None]:
-    """How many numbers of `base` are used up, and the one of them that has not ended."""
-    used, running = 0, None
+    """The highest number used in the ids `base`, `base-2`, …, and the job that has not ended."""
+    highest, running = 0, None
     for info in list_jobs(client):
         name, _, number = str(info.submission_id).removeprefix(base).partition("-")
         if not str(info.submission_id).startswith(base) or name or not (number or "1").isdigit():
             continue
-        used = max(used, int(number or "1"))
+        highest = max(highest, int(number or "1"))
         running = running if info.status.is_terminal() else info
-    return used, running
+    return highest, running
 
 
 def _join(running: JobDetails, submission: Submission) -> Started:
     if (running.metadata or {}).get("settings") != submission.settings:
         raise ConfigError(
             f"{submission.job}: {submission.target} is being written by {running.submission_id} "
-            "with other settings; follow it, cancel it, or give another place to write"
+            "with other settings; follow it, cancel it, or write to another URL"
         )
     return Started(str(running.submission_id), already_running=True)
 

@@ -1,7 +1,7 @@
-"""Which files of the checkout travel to the cluster: the code that a job runs, and nothing else.
+"""The files of the checkout that are sent to the cluster: the code that a job runs, nothing else.
 
-A list of what may go is safer than a list of what may not: data, runs, the virtual environment,
-wandb folders and whatever else lies in a checkout stay at home because they are not named here.
+Two packages are listed to be sent, which is safer than listing what to leave out: data, runs, the
+virtual environment, wandb folders and whatever else is in a checkout are never sent.
 """
 
 import shutil
@@ -20,20 +20,20 @@ SECRET_LIKE = (
     ".*", "*.env", "*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.token", "id_rsa*", "id_ed25519*",
     "*secret*", "*credential*", "*password*", "kaggle.json",
 )  # fmt: skip
-"""Names (in lower case) that never travel, wherever they lie."""
+"""Patterns of names (in lower case) that are never sent, in whatever folder."""
 
 CACHE_LIKE = ("__pycache__", "*.pyc", "*.pyo", "wandb", "*.egg-info")
 
 MAX_BYTES = 100 * 2**20
-"""More than this is no code: Ray keeps packages in the head's memory, and refuses 500 MiB."""
+"""Code is smaller than this. Ray keeps packages in the head's memory, and refuses 500 MiB."""
 
 
 @dataclass(frozen=True)
 class Package:
     """Files to send.
 
-    `files` and `left_out` are relative to `root`, sorted; `left_out` holds what looks like a secret
-    or is a link; `size_bytes` is the size of `files` before compression.
+    `files` and `left_out` are relative to `root`, sorted; `left_out` are links and likely secrets;
+    `size_bytes` is the size of `files` before compression.
     """
 
     root: Path
@@ -50,7 +50,7 @@ class Package:
 
 
 def collect(root: Path = CHECKOUT) -> Package:
-    """What of the checkout at `root` is sent. Raises ConfigError for none, or too large a one."""
+    """The files to send of a checkout. Raises ConfigError if a package is missing or too large."""
     missing = [room for room in ROOMS if not (root / room).is_dir()]
     if missing:
         raise ConfigError(f"cluster: {root} holds no {'/, no '.join(missing)}/; run in a checkout")
@@ -70,7 +70,7 @@ def collect(root: Path = CHECKOUT) -> Package:
 
 
 def stage(package: Package, folder: Path, recipe: Path | None = None) -> None:
-    """Copy what is sent into `folder`, with `recipe` as `sent/<its name>`."""
+    """Copy the files to send into `folder`, and `recipe` to `sent/<its name>`."""
     for path in package.files:
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)

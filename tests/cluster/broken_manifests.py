@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 Document = dict[str, Any]
 
@@ -66,11 +66,6 @@ def _scale(job: Document) -> None:
     _cluster(job).update(enableInTreeAutoscaling=True, autoscalerOptions={"version": "v2"})
     _pod(job).update(restartPolicy="Always")
 
-
-Check = Literal["schema", "rules", "server", "pods"]
-CHECKS: tuple[Check, ...] = ("schema", "rules", "server", "pods")
-"""By a strict schema; by `kuberay.operator_rules`; by an API server asked to create the object; and
-by one that is asked to create the pods, of whose fields KubeRay's schema says little."""
 
 BROKEN: dict[str, tuple[str, Break, str]] = {
     "a misspelt field": ("RayJob", lambda job: _spec(job).update(backofLimit=1), "schema server"),
@@ -238,3 +233,6 @@ BROKEN: dict[str, tuple[str, Break, str]] = {
         "",
     ),
 }
+"""What is broken -> kind, how to break it, and the checks that find it: `schema`, a strict schema;
+`rules`, `kuberay.operator_rules`; `server`, an API server asked to create the object; `pods`, one
+asked to create its pods, of whose fields KubeRay's schema says little."""

@@ -16,7 +16,7 @@ def main(lines: int, pause_s: float, exit_code: int, *variables: str) -> int:
             time.sleep(pause_s)
     except KeyboardInterrupt:
         print("stopped gently")
-        print("probe: interrupted; the same command goes on from what is finished")
+        print("probe: interrupted; repeat the command to resume from what is finished")
         return 130
     return exit_code
 

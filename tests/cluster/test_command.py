@@ -31,7 +31,7 @@ def _error(capsys: pytest.CaptureFixture[str]) -> str:
     ("command", "message"),
     [
         ("", "arguments are required: COMMAND"),
-        ("submit", "submit which job? One of: prepare, train, tune, evaluate, predict"),
+        ("submit", "submit needs a job, one of: prepare, train, tune, evaluate, predict"),
         ("submit trian", "invalid choice: 'trian'"),
         ("submit train", "--store is required"),
         (f"submit train --address {NOBODY} --store /s --train.lr -1", "train.lr: got '-1'"),
@@ -39,7 +39,7 @@ def _error(capsys: pytest.CaptureFixture[str]) -> str:
         ("submit train --store /s", "no address; give --address"),
         ("list", "no address; give --address"),
         ("list --adress x", "unrecognized arguments|takes no --adress"),
-        ("status", "status of which job? Give its ID, or --watch"),
+        ("status", "status needs the ID of a job, or --watch"),
         ("list --address 10.0.0.1:6379", "expected that of the dashboard: http://HEAD:8265"),
         ("list --address ray://h:10001", "expected that of the dashboard"),
         ("submit train --address http://10.0.0.1:8265 --store s3://b/s", "--run is required"),

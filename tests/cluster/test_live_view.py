@@ -99,7 +99,7 @@ def test_a_cluster_that_is_away_for_a_while_is_asked_again() -> None:
 
 def test_nobody_runs_anything() -> None:
     assert _watch([JobState("train-1", "running", owner="she")]) == (
-        0, [], ["nothing of me is running"],
+        0, [], ["no job of me is running"],
     )  # fmt: skip
 
 

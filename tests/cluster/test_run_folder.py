@@ -24,7 +24,7 @@ def test_a_run_begun_with_other_settings_is_refused(tmp_path: Path) -> None:
     run_folder.check_run(Config(), url)
     run_folder.check_run(override(Config(), {"train.compile": True, "tune.num_trials": 9}), url)
     other = override(Config(), {"train.lr": 0.5, "seed": 7})
-    with pytest.raises(RunError, match="was begun with other settings in seed, train; repeat"):
+    with pytest.raises(RunError, match="was started with other settings in seed, train; repeat"):
         run_folder.check_run(other, url)
 
 

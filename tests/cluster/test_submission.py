@@ -9,17 +9,19 @@ from pathlib import Path
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from cluster.addresses import is_remote
 from cluster.submission import Submission, plan, split_environment, submission_id
-from cluster.targets import is_remote
 from pneumo.command_line import JOBS, parse_command_line
 from pneumo.errors import ConfigError
 
 NOW = datetime(2026, 1, 2, 3, 4, 5)
 
 
-def _plan(command: str, *, remote: bool = False, **environ: str) -> Submission:
+def _plan(
+    command: str, environ: Mapping[str, str] | None = None, *, remote: bool = False
+) -> Submission:
     job, *argv = shlex.split(command)
-    return plan(job, argv, environ, remote=remote, now=NOW)
+    return plan(job, argv, environ or {}, remote=remote, now=NOW)
 
 
 def test_the_entrypoint_means_the_same_on_the_cluster() -> None:
@@ -76,7 +78,11 @@ def test_a_run_to_compare_with_and_files_of_settings_are_places(
     assert listed.entrypoint.endswith(f"--split.list {tmp_path}/who.csv")
     assert listed.places == (f"{tmp_path}/raw", f"{tmp_path}/s", f"{tmp_path}/who.csv")
     assert listed.target == f"{tmp_path}/s"
-    weights = _plan("train --store /s --run /r", PNEUMO_MODEL__WEIGHTS="mine.pt")
+    without = _plan("prepare --source raw --store s --prepare.without=mine,s3://b/x --seed 1")
+    assert without.entrypoint.endswith(f"--prepare.without {tmp_path}/mine,s3://b/x --seed 1")
+    assert without.config.prepare.without == [f"{tmp_path}/mine", "s3://b/x"]
+    assert f"--reads {tmp_path}/mine --reads s3://b/x" in without.preflight
+    weights = _plan("train --store /s --run /r", {"PNEUMO_MODEL__WEIGHTS": "mine.pt"})
     assert weights.entrypoint.endswith(f"--model.weights {tmp_path}/mine.pt")
     assert "model.weights" not in _plan("train --store /s --run /r --recipe fast").entrypoint
 
@@ -112,7 +118,7 @@ def test_a_search_takes_what_a_trial_takes() -> None:
 def test_the_secrets_that_a_job_cannot_do_without_are_asked_for(
     command: str, environ: dict[str, str], needs: list[str]
 ) -> None:
-    words = shlex.split(_plan(command, **environ).preflight)
+    words = shlex.split(_plan(command, environ).preflight)
     assert [after for flag, after in pairwise(words) if flag == "--needs"] == needs
 
 
@@ -181,7 +187,8 @@ def test_ids_fit_a_rayjob_name(target: str) -> None:
 def test_settings_tell_two_submissions_apart() -> None:
     first = _plan("train --store /s --run /r --train.lr 1e-3")
     assert first.settings == _plan("train --train.lr=0.001 --run /r --store /s").settings
-    assert first.settings == _plan("train --store /s --run /r", PNEUMO_TRAIN__LR="1e-3").settings
+    by_environment = _plan("train --store /s --run /r", {"PNEUMO_TRAIN__LR": "1e-3"})
+    assert first.settings == by_environment.settings
     assert first.settings != _plan("train --store /s --run /r --train.lr 1e-4").settings
     assert first.settings != _plan("train --store /s2 --run /r --train.lr 1e-3").settings
 
@@ -201,7 +208,7 @@ def test_a_job_gets_the_variables_that_it_needs_and_none_is_shown() -> None:
         "predict --source /i --run /r --output /o": storage,
     }
     for command, names in gets.items():
-        submission = _plan(command, **environ)
+        submission = _plan(command, environ)
         assert set(submission.environment) == names
         assert "hidden" not in repr(submission)
 
@@ -222,12 +229,12 @@ def test_what_names_files_of_this_machine_stays_here() -> None:
 
 def test_a_remote_cluster_is_warned_of_what_it_cannot_reach() -> None:
     environ = {"AWS_PROFILE": "me", "AWS_ENDPOINT_URL": "http://127.0.0.1:9000"}
-    submission = _plan("train --store /data/s --run s3://b/r", remote=True, **environ)
+    submission = _plan("train --store /data/s --run s3://b/r", environ, remote=True)
     local, kept, endpoint = submission.warnings
     assert local.startswith("--store /data/s: no URL")
     assert "AWS_PROFILE" in kept
     assert endpoint.startswith("AWS_ENDPOINT_URL: names this machine")
-    assert _plan("train --store /data/s --run s3://b/r", **environ).warnings == ()
+    assert _plan("train --store /data/s --run s3://b/r", environ).warnings == ()
     assert _plan("train --store s3://b/s --run s3://b/r", remote=True).warnings == ()
 
 
@@ -320,5 +327,5 @@ def test_every_external_store_is_a_place_that_is_looked_at() -> None:
 
 
 def test_a_list_on_standard_input_stays_here() -> None:
-    with pytest.raises(ConfigError, match="does not go to a cluster"):
+    with pytest.raises(ConfigError, match="cannot be sent to a cluster"):
         _plan("predict --source - --run s3://b/r --output s3://b/o")

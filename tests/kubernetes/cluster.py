@@ -1,4 +1,4 @@
-"""A Kubernetes cluster with KubeRay, as the tests ask it."""
+"""Access of the tests to a Kubernetes cluster with KubeRay."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ OVERLAY, SMALL = (Path(__file__).with_name(name) for name in ("overlay", "small"
 """What the tests submit with, and its component that makes the pods of any overlay small."""
 PROBE = CHECKOUT / "tests" / "cluster" / "probe.py"
 KUBECONFIG, HOST, REASON = "PNEUMO_TEST_KUBECONFIG", "PNEUMO_TEST_HOST", "PNEUMO_TEST_NO_CLUSTER"
-PATIENCE_S = 180.0
-"""How long a wait may take where nothing else is said: two CPUs start everything."""
+WAIT_TIMEOUT_S = 180.0
+"""The default limit of a wait: two CPUs start everything."""
 
 Document = dict[str, Any]
 T = TypeVar("T")
@@ -39,7 +39,7 @@ _CLUSTER_WIDE = {
 
 @dataclass(frozen=True)
 class Access:
-    """An API server, asked with the rights of a kubeconfig."""
+    """An API server, with the rights of a kubeconfig."""
 
     kubeconfig: Path
 
@@ -93,10 +93,10 @@ class Access:
 
 @dataclass(frozen=True)
 class KubeCluster(Access):
-    """The cluster, asked as its administrator."""
+    """The cluster, with the rights of its administrator."""
 
     host: str = ""
-    """Where pods reach this machine; "" where they do not."""
+    """The address at which pods reach this machine; "" where they cannot."""
 
     @property
     def folder(self) -> Path | None:
@@ -114,7 +114,7 @@ class KubeCluster(Access):
         return dict(found)
 
     def set_power(self, node: int, *, on: bool) -> None:
-        """Take the power of a machine away at once, or give it back; it comes back empty."""
+        """Switch a machine off at once, or on again; it starts empty."""
         assert self.folder is not None, "only kube's nodes have a switch"
         word = "power-on" if on else "power-off"
         subprocess.run([TOOLS / "kube", word, self.folder, str(node)], check=True, timeout=120)
@@ -122,7 +122,7 @@ class KubeCluster(Access):
     def write_kubeconfig(
         self, path: Path, token: str, namespace: str, url: str | None = None
     ) -> Path:
-        """The kubeconfig of whoever has the token; `url` is another way there, a proxy's."""
+        """The kubeconfig for a token; `url` replaces the server's, for a proxy."""
         server = {"server": url} if url else self.server
         context = {"cluster": "c", "user": "u", "namespace": namespace}
         config = {
@@ -137,7 +137,7 @@ class KubeCluster(Access):
 
 @dataclass(frozen=True)
 class Team:
-    """A namespace as its administrator hands it over, and a person with the rights of k8s/rbac."""
+    """A namespace that its administrator has set up, and a user with the rights of k8s/rbac."""
 
     cluster: KubeCluster
     namespace: str
@@ -145,15 +145,15 @@ class Team:
     folder: Path
     """For kubeconfigs and logs of this machine."""
     bucket: str = ""
-    """An s3:// URL that laptop and pods reach; "" where there is none."""
+    """An s3:// URL that this machine and pods reach; "" where there is none."""
     environ: Mapping[str, str] = field(default_factory=dict)
-    """What the person's shell has set: how the bucket is reached."""
+    """Environment variables of the user's shell, for the bucket."""
     overlay: Path = OVERLAY
 
     def command(
         self, *arguments: str, timeout_s: float = 400, **environ: str
     ) -> subprocess.CompletedProcess[str]:
-        """`python -m cluster arguments --target k8s`, as the person types it."""
+        """Run `python -m cluster arguments --target k8s` as the user."""
         return subprocess.run(
             self._words(arguments),
             env=self.shell(**environ),
@@ -183,7 +183,7 @@ class Team:
         url: str | None = None,
         retry_timeout_s: float = 5.0,
     ) -> KubernetesTarget:
-        """The product's client; `url` is another way to the server, a proxy's."""
+        """The product's client; `url` replaces the server's, for a proxy."""
         path = self.user.kubeconfig
         if url:
             token = yaml.safe_load(path.read_text())["users"][0]["user"]["token"]
@@ -219,8 +219,8 @@ class Team:
         root = f"/apis/{version}" if "/" in version else f"/api/{version}"
         return f"{root}/namespaces/{self.namespace}/{plural}"
 
-    def wait(self, what: str, look: Callable[[], T | None], within_s: float = PATIENCE_S) -> T:
-        """What `look` returns as soon as that is true. Fails with `what`, and how it stood."""
+    def wait(self, what: str, look: Callable[[], T | None], within_s: float = WAIT_TIMEOUT_S) -> T:
+        """The first true value of `look`; AssertionError with `what` and the state if too late."""
         deadline_s = time.monotonic() + within_s
         while not (found := look()):
             if time.monotonic() > deadline_s:
@@ -243,7 +243,7 @@ class Team:
         return self.wait(f"a Ready pod of {job_id}, {labels}", look)
 
     def describe(self) -> str:
-        """RayJobs, pods and the last events, for whoever reads why a wait failed."""
+        """RayJobs, pods and the last events, for the message of a wait that failed."""
         parts = [
             self.cluster.kubectl("-n", self.namespace, "get", "rayjobs,pods", "-o", "wide"),
             self.cluster.kubectl("-n", self.namespace, "get", "events", "--sort-by=.lastTimestamp"),
@@ -264,9 +264,9 @@ class Team:
         return [sys.executable, "-m", "cluster", command, *where, *rest]
 
     def shell(self, **more: str) -> dict[str, str]:
-        """The environment of the person's commands."""
-        strange = ("RAY_", "PNEUMO_", "AWS_", "WANDB_", "KUBERNETES_")
-        own = {k: v for k, v in os.environ.items() if not k.startswith(strange)}
+        """The environment of the user's commands."""
+        of_this_machine = ("RAY_", "PNEUMO_", "AWS_", "WANDB_", "KUBERNETES_")
+        own = {k: v for k, v in os.environ.items() if not k.startswith(of_this_machine)}
         return {**own, "KUBECONFIG": str(self.user.kubeconfig), **self.environ, **more}
 
 
@@ -289,7 +289,7 @@ def is_ready(pod: Document) -> bool:
 
 
 def is_gone(access: Access, path: str) -> bool:
-    """Whether nothing is at a URL path any more."""
+    """Whether the object at a URL path no longer exists."""
     try:
         access.ask("GET", path)
     except ApiException as error:

@@ -21,7 +21,7 @@ from tests.kubernetes.server import find_host
 from tests.s3.server import ENDPOINT
 
 NewTeam = Callable[..., Team]
-HandOver = Callable[..., Team]
+TeamMaker = Callable[..., Team]
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +42,7 @@ def rendered() -> list[Document]:
 
 @pytest.fixture(scope="session")
 def s3_environ() -> dict[str, str]:
-    """What a shell has set that uses the S3 server; {} where there is none."""
+    """Environment variables for the S3 server; {} where there is none."""
     endpoint = os.environ.get(ENDPOINT)
     if not endpoint:
         return {}
@@ -57,7 +57,7 @@ def s3_environ() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def files(s3_environ: dict[str, str]) -> s3fs.S3FileSystem:
-    """What lies in the bucket, as this machine sees it; asked only where there is one."""
+    """The S3 server's files; used only where there is a bucket."""
     return s3fs.S3FileSystem(
         key=s3_environ["AWS_ACCESS_KEY_ID"],
         secret=s3_environ["AWS_SECRET_ACCESS_KEY"],
@@ -81,24 +81,24 @@ def bucket(s3_environ: dict[str, str], request: pytest.FixtureRequest) -> Iterat
 
 
 @pytest.fixture(scope="session")
-def hand_over(
+def make_team(
     kube: KubeCluster, rendered: list[Document], bucket: str, s3_environ: dict[str, str]
-) -> HandOver:
-    """Makes a namespace with all that an administrator sets up, for whoever removes it again."""
+) -> TeamMaker:
+    """Makes a namespace with all that an administrator sets up; the caller removes it."""
 
     def make(folder: Path) -> Team:
-        return namespaces.hand_over(kube, rendered, folder, bucket=bucket, environ=s3_environ)
+        return namespaces.make_team(kube, rendered, folder, bucket=bucket, environ=s3_environ)
 
     return make
 
 
 @pytest.fixture
-def new_team(hand_over: HandOver, tmp_path: Path) -> Iterator[NewTeam]:
-    """Makes namespaces, and takes them down again."""
+def new_team(make_team: TeamMaker, tmp_path: Path) -> Iterator[NewTeam]:
+    """Makes namespaces, and removes them at the end."""
     made: list[Team] = []
 
     def make() -> Team:
-        made.append(hand_over(tmp_path))
+        made.append(make_team(tmp_path))
         return made[-1]
 
     yield make
@@ -108,21 +108,21 @@ def new_team(hand_over: HandOver, tmp_path: Path) -> Iterator[NewTeam]:
 
 @pytest.fixture
 def team(new_team: NewTeam) -> Team:
-    """A namespace in which runs run."""
+    """A namespace whose RayJobs are run."""
     return new_team()
 
 
 @pytest.fixture
 def idle_team(new_team: NewTeam, tmp_path: Path) -> Team:
-    """A namespace whose RayJobs KubeRay leaves to another controller, which there is not: for what
-    happens before one is taken up. They cost nothing."""
-    elsewhere = put("/spec/managedBy", "kueue.x-k8s.io/multikueue")
-    return replace(new_team(), overlay=write_overlay(tmp_path / "idle", elsewhere))
+    """A namespace whose RayJobs are never run, as they name another controller than KubeRay: for
+    what happens before KubeRay starts a job."""
+    managed_by = put("/spec/managedBy", "kueue.x-k8s.io/multikueue")
+    return replace(new_team(), overlay=write_overlay(tmp_path / "idle", managed_by))
 
 
 @pytest.fixture
 def needs_bucket(bucket: str) -> None:
-    """Skips where pods and this machine have no S3 server in common."""
+    """Skips where no S3 server is reachable from both pods and this machine."""
     if not bucket:
         pytest.skip(f"no S3 server that pods reach: name one in {ENDPOINT}, or set {HOST}")
 

@@ -1,5 +1,5 @@
-"""What befalls the machines of a cluster that `kube` of the tools started: its control plane ends
-and comes back, its nodes get and lose what the administrator gives."""
+"""Faults of the machines of a cluster that `kube` of the tools started: programs of its control
+plane are killed and started again, nodes lose power."""
 
 import os
 import shlex
@@ -15,19 +15,19 @@ from tests.kubernetes.cluster import KubeCluster
 
 @contextmanager
 def stopped(cluster: KubeCluster, name: str) -> Iterator[None]:
-    """A program of the control plane is killed, and started again after the block."""
+    """Kill a program of the control plane; start it again after the block."""
     folder = cluster.folder
     assert folder is not None, "only kube's control plane can be stopped"
     pid = _pids(folder)[name]
-    place = Path("/proc") / str(pid)
-    words = [word for word in (place / "cmdline").read_bytes().decode().split("\0") if word]
+    process = Path("/proc") / str(pid)
+    words = [word for word in (process / "cmdline").read_bytes().decode().split("\0") if word]
     environ = dict(
         entry.split("=", 1)
-        for entry in (place / "environ").read_bytes().decode().split("\0")
+        for entry in (process / "environ").read_bytes().decode().split("\0")
         if entry
     )
     os.kill(pid, signal.SIGKILL)
-    while place.exists():
+    while process.exists():
         time.sleep(0.1)
     try:
         yield
@@ -36,7 +36,7 @@ def stopped(cluster: KubeCluster, name: str) -> Iterator[None]:
 
 
 def _start(folder: Path, name: str, words: list[str], environ: dict[str, str]) -> None:
-    if name == "operator":  # it looks names up at the cluster's server, which this machine does not
+    if name == "operator":  # it resolves names at the cluster's DNS server
         names = f"mount --bind {folder}/resolv.conf /etc/resolv.conf"
         words = ["unshare", "--mount", "sh", "-c", f"{names} && exec {shlex.join(words)}"]
     with (folder / f"{name}.log").open("ab") as log:
@@ -44,7 +44,7 @@ def _start(folder: Path, name: str, words: list[str], environ: dict[str, str]) -
             words, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environ, cwd=folder,
             start_new_session=True,
         )  # fmt: skip
-    process.returncode = 0  # it is the cluster's from here on, and ends with it: no ResourceWarning
+    process.returncode = 0  # it ends with the cluster, not here: no ResourceWarning
     pids = {**_pids(folder), name: process.pid}
     (folder / "pids").write_text("".join(f"{pid} {each}\n" for each, pid in pids.items()))
 
@@ -56,7 +56,7 @@ def _pids(folder: Path) -> dict[str, int]:
 
 @contextmanager
 def powerless(cluster: KubeCluster, node: str) -> Iterator[None]:
-    """A node without power during the block; afterwards it has some, and comes back empty."""
+    """Switch a node off during the block; afterwards it starts again, empty."""
     number = int(node.rpartition("-")[2])
     cluster.set_power(number, on=False)
     try:

@@ -1,4 +1,4 @@
-"""Namespaces as an administrator hands them over, each with a person who may submit there."""
+"""Creates namespaces as an administrator does, each with a user who may submit there."""
 
 import base64
 import contextlib
@@ -17,7 +17,7 @@ ROLE: Document = yaml.safe_load((CHECKOUT / "k8s" / "rbac" / "role.yaml").read_t
 HASH_KEY = "only-for-tests"
 
 
-def hand_over(
+def make_team(
     kube: KubeCluster,
     rendered: Sequence[Document],
     folder: Path,
@@ -27,7 +27,7 @@ def hand_over(
 ) -> Team:
     """A new namespace, Pod Security `restricted` enforced, with what the overlay `rendered` needs.
 
-    `folder` gets the person's kubeconfig, `environ` is how the bucket is reached.
+    The user's kubeconfig goes into `folder`; `environ` has what the bucket needs.
     """
     name = f"pneumo-{secrets.token_hex(4)}"
     labels = {"pod-security.kubernetes.io/enforce": "restricted"}
@@ -41,8 +41,8 @@ def hand_over(
     kube.create(make_object("v1", "ConfigMap", "probe", data=probe), name)
     token = make_token(kube, name, SUBMITTER)
     user = Access(kube.write_kubeconfig(folder / f"{name}.yaml", token, name))
-    place = f"{bucket}/{name}" if bucket else ""
-    return Team(kube, name, user, folder, place, {**environ, "WANDB_MODE": "disabled"})
+    url = f"{bucket}/{name}" if bucket else ""
+    return Team(kube, name, user, folder, url, {**environ, "WANDB_MODE": "disabled"})
 
 
 def forbid_pods(kube: KubeCluster, namespace: str) -> None:
@@ -52,7 +52,7 @@ def forbid_pods(kube: KubeCluster, namespace: str) -> None:
 
 
 def make_token(kube: KubeCluster, namespace: str, account: str) -> str:
-    """A token of a service account, which stands for a person."""
+    """A token of a new service account, which represents a user."""
     kube.create(make_object("v1", "ServiceAccount", account), namespace)
     path = f"/api/v1/namespaces/{namespace}/serviceaccounts/{account}/token"
     asked = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}}
@@ -69,7 +69,7 @@ def grant(kube: KubeCluster, namespace: str, role: Document) -> None:
     kube.create({**binding, "roleRef": reference, "subjects": [subject]}, namespace)
 
 
-def _create_secrets(kube: KubeCluster, namespace: str, s3_environ: dict[str, str]) -> None:
+def _create_secrets(kube: KubeCluster, namespace: str, s3_environ: Mapping[str, str]) -> None:
     hidden = {k: v for k, v in s3_environ.items() if k.endswith(("_ID", "_KEY"))}
     for name, values in (
         ("pneumo-ray-auth", {"auth_token": secrets.token_hex(16)}),
@@ -86,7 +86,7 @@ def make_object(version: str, kind: str, name: str, **more: Document) -> Documen
 
 
 def remove(team: Team) -> None:
-    """Have a namespace deleted, without waiting for the end of what still runs there."""
+    """Delete a namespace, without waiting until its pods have ended."""
     namespace = team.namespace
     for path in (
         f"/apis/ray.io/v1/namespaces/{namespace}/rayjobs",

@@ -38,7 +38,8 @@ def test_a_run_outlasts_its_pods_and_ends_when_it_is_cancelled(team: Team, tmp_p
     assert run.numbers == list(range(len(run.numbers)))  # none lost, none twice
 
     worker = name_of(team.wait_for_pod(run.job_id, component="worker"))
-    evict(team, worker)
+    evict(team, worker, grace_s=0)  # gone before the follower looks again
+    run.wait_for_note(f"pod {worker} was evicted (EvictionByEvictionAPI")
     team.wait_for_pod(run.job_id, component="worker", without={worker})
 
     before = len(run.numbers)
@@ -141,7 +142,7 @@ REFUSED = {
     ),
     "operator": (
         put("/spec/managedBy", "kueue.x-k8s.io/multikueue"),  # KubeRay's leaves it alone
-        "no KubeRay operator has taken it up within 60 s",
+        "no KubeRay operator has processed it within 60 s",
     ),
 }
 """A step of a patch of the overlay, and what `status` then says that the run waits for."""
@@ -191,7 +192,7 @@ def test_a_run_that_the_operator_gives_up_is_submitted_again_by_who_follows(
     for number, name in enumerate(("probe-given-up", "probe-given-up-2"), start=1):
         _give_up(team, name)
         again = f"submitted again as probe-given-up-{number + 1} ({number} of 2)"
-        assert f"gave it up; {again}" in watched.wait_for_note(again)
+        assert f"ended it; {again}" in watched.wait_for_note(again)
     newest = team.rayjob("probe-given-up-3")
     assert newest["metadata"]["labels"]["pneumo/run"] == "probe-given-up-3"
     assert "/logs/probe-given-up-3 python /probe/probe.py" in newest["spec"]["entrypoint"]
@@ -200,7 +201,7 @@ def test_a_run_that_the_operator_gives_up_is_submitted_again_by_who_follows(
     assert (state.id, state.exit_code) == ("probe-given-up-3", 1)
     status = team.command("status", "probe-given-up-3")
     assert "does not try again by itself" in status.stdout
-    assert "goes on from its last checkpoint with:" in status.stdout
+    assert "resumes from its last checkpoint with:" in status.stdout
     assert [state.id for state in team.target().list()][-1] == "probe-given-up-3"  # no fourth
 
 

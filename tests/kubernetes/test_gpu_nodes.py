@@ -1,4 +1,4 @@
-"""The GPU overlays, scheduled for real: a node has the labels, taints and GPUs of a cloud's."""
+"""The GPU overlays on a real scheduler: a node has the labels, taints and GPUs of a cloud's."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,12 +32,12 @@ _CLOUDS: dict[str, tuple[dict[str, str], list[Document]]] = {
         [{"key": "kubernetes.azure.com/scalesetpriority", "value": "spot", "effect": "NoSchedule"}],
     ),
 }
-"""What each says of a spot node: labels, and taints beside the device plugin's."""
+"""Labels of each cloud's spot nodes, and taints besides the device plugin's."""
 
 
 @contextmanager
 def gpu_node(kube: KubeCluster, labels: dict[str, str], taints: list[Document]) -> Iterator[str]:
-    """The last node, of which there are several, as a cloud's with a GPU; its name."""
+    """Make the last node look like a cloud's GPU node during the block; its name."""
     names = sorted(node["metadata"]["name"] for node in kube.ask("GET", "/api/v1/nodes")["items"])
     if len(names) < 2:
         pytest.skip("one node only: the head would find no other")
@@ -56,12 +56,12 @@ def gpu_node(kube: KubeCluster, labels: dict[str, str], taints: list[Document]) 
 
 
 def _target(team: Team, folder: Path, name: str) -> KubernetesTarget:
-    """With one small worker, of an overlay of k8s/overlays."""
+    """A client for an overlay of k8s/overlays, with one small worker."""
     overlay = write_overlay(folder / name, base=OVERLAYS / name, components=[SMALL])
     return replace(team.target(overlay=overlay, image="pneumo:dev"), workers=1)
 
 
-def test_the_head_stays_off_every_clouds_spot_nodes_and_workers_find_them(
+def test_the_head_avoids_spot_nodes_of_every_cloud_and_workers_use_them(
     kube: KubeCluster, team: Team, tmp_path: Path
 ) -> None:
     target = _target(team, tmp_path, "gpu-spot")
@@ -84,10 +84,8 @@ def _placed(team: Team, job_id: str) -> list[str]:
     return nodes if len(nodes) > 1 and all(nodes) else []
 
 
-def test_a_node_that_is_no_spot_node_is_none_for_the_workers(
-    kube: KubeCluster, team: Team, tmp_path: Path
-) -> None:
-    """With `gpu-spot` they wait, and it is said why; `gpu-ondemand` takes it."""
+def test_spot_workers_do_not_use_other_nodes(kube: KubeCluster, team: Team, tmp_path: Path) -> None:
+    """With `gpu-spot` they wait and the reason is shown; with `gpu-ondemand` they run there."""
     with gpu_node(kube, {}, []) as node:
         spot = _target(team, tmp_path, "gpu-spot")
         started = spot.submit(make_probe(team, "spot", 1, 0, 0), lambda _: None)
@@ -95,11 +93,11 @@ def test_a_node_that_is_no_spot_node_is_none_for_the_workers(
 
         def note(text: object) -> None:
             notes.append(str(text))
-            if "has no node" in notes[-1]:
+            if "cannot be scheduled" in notes[-1]:
                 spot.cancel(started.id)
 
         assert spot.follow(started.id, lambda _: None, note).exit_code == 130
-        [told] = [note for note in notes if "has no node" in note]
+        [told] = [note for note in notes if "cannot be scheduled" in note]
         assert "the overlay asks for nodes that the cluster does not have (spot, GPU)" in told
         steady = _target(team, tmp_path, "gpu-ondemand")
         other = steady.submit(make_probe(team, "steady", 1, 0, 0), lambda _: None)
@@ -110,7 +108,7 @@ def test_a_node_that_is_no_spot_node_is_none_for_the_workers(
 
 
 @pytest.mark.usefixtures("needs_bucket")
-def test_a_gpu_that_is_not_there_is_told_once(
+def test_a_missing_gpu_is_reported_once(
     kube: KubeCluster,
     team: Team,
     files: s3fs.S3FileSystem,
@@ -133,4 +131,4 @@ def test_a_gpu_that_is_not_there_is_told_once(
     told = [line for line in (*seen.notes, *seen.lines) if "torch finds none there" in line]
     assert len(told) == 1, (seen.notes, seen.lines)
     assert (seen.state.phase, seen.state.exit_code) == ("failed", 2)
-    assert "your mistake, which another attempt would repeat; called off" in seen.state.why
+    assert "your mistake, which another attempt would repeat; the run was stopped" in seen.state.why

@@ -23,7 +23,7 @@ from pneumo.dataset.phantoms.source_folder import write_phantoms
 from tests import CHECKOUT
 from tests.kubernetes import namespaces
 from tests.kubernetes.cluster import KubeCluster, Team
-from tests.kubernetes.conftest import HandOver
+from tests.kubernetes.conftest import TeamMaker
 from tests.kubernetes.wandb_server import running_wandb
 
 pytestmark = [
@@ -70,6 +70,8 @@ _JOBS = {
         *["--output", "{runs}/predicted", "--cluster.cpus-per-worker", "1"],
     ],
 }
+_STEPS = (("prepare",), ("train", "tune"), ("evaluate", "predict"))
+"""The jobs of a step run at the same time, and need what earlier steps wrote."""
 
 
 @dataclass(frozen=True)
@@ -95,43 +97,45 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Way:
-    """Both places, and what W&B was told."""
+class BothRuns:
+    """Both places, and what W&B received."""
 
-    here: Place
-    there: Place
+    local: Place
+    cluster: Place
     wandb: Any
 
 
 @pytest.fixture(scope="module")
-def way(
+def both(
     kube: KubeCluster,
-    hand_over: HandOver,
+    make_team: TeamMaker,
     files: s3fs.S3FileSystem,
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Way]:
-    folder = tmp_path_factory.mktemp("way")
-    team = hand_over(folder)
+) -> Iterator[BothRuns]:
+    folder = tmp_path_factory.mktemp("both")
+    team = make_team(folder)
     source = f"{team.bucket}/source"
     write_phantoms(folder / "source", num_studies=120, seed=3)
     files.put(str(folder / "source"), source, recursive=True)
-    here, there = (Place(f"{team.bucket}/{name}", files) for name in ("here", "there"))
+    local, cluster = (Place(f"{team.bucket}/{name}", files) for name in ("local", "cluster"))
     try:
-        with running_wandb(kube.host) as (url, told), ThreadPoolExecutor(1) as thread:
+        with running_wandb(kube.host) as (url, wandb), ThreadPoolExecutor(3) as threads:
             secret = {"data": {"WANDB_API_KEY": base64.b64encode(API_KEY.encode()).decode()}}
             kube.ask("PATCH", f"{team.path('v1', 'secrets')}/pneumo-secrets", secret)
             team = team.with_environ(WANDB_BASE_URL=url, WANDB_MODE="online")
-            # One there and one here: a run waits for its pods more than it computes.
-            alone = thread.submit(lambda: [_run_here(team, here, source, job) for job in _JOBS])
-            for job in _JOBS:
-                _run_there(team, there, source, job)
-            alone.result()
-            yield Way(here, there, told)
+            # Side by side: a run waits for its pods more than it computes.
+            local_jobs = threads.submit(_run_locally, team, local, source)
+            for jobs in _STEPS:
+                step = [threads.submit(_run_on_cluster, team, cluster, source, job) for job in jobs]
+                for run in step:
+                    run.result()
+            local_jobs.result()
+            yield BothRuns(local, cluster, wandb)
     finally:
         namespaces.remove(team)
 
 
-def _run_there(team: Team, place: Place, source: str, job: str) -> None:
+def _run_on_cluster(team: Team, place: Place, source: str, job: str) -> None:
     workers = ("--workers", "2") if job == "tune" else ()
     words = ("submit", *workers, job, *_flags(job, source, place))
     done = team.command(*words, timeout_s=_RUN_TIMEOUT_S)
@@ -140,10 +144,11 @@ def _run_there(team: Team, place: Place, source: str, job: str) -> None:
         place.nodes.update(_nodes_of_workers(team))
 
 
-def _run_here(team: Team, place: Place, source: str, job: str) -> None:
+def _run_locally(team: Team, place: Place, source: str) -> None:
     secret = {"PNEUMO_HASH_KEY": namespaces.HASH_KEY, "WANDB_API_KEY": API_KEY}
+    jobs = json.dumps([[job, *_flags(job, source, place)] for job in _JOBS])
     done = subprocess.run(
-        [sys.executable, "-m", f"jobs.{job}", *_flags(job, source, place)],
+        [sys.executable, "-m", "tests.kubernetes.local_jobs", jobs],
         env=team.shell(**secret),
         cwd=CHECKOUT, capture_output=True, text=True, timeout=_RUN_TIMEOUT_S, check=False,
     )  # fmt: skip
@@ -160,46 +165,52 @@ def _nodes_of_workers(team: Team) -> set[str]:
     return {p["spec"]["nodeName"] for p in pods if p["metadata"]["name"].startswith("train-")}
 
 
-def test_the_store_is_the_same(way: Way) -> None:
-    assert way.there.read("store/manifest.json") == way.here.read("store/manifest.json")
+def test_the_store_is_the_same(both: BothRuns) -> None:
+    assert both.cluster.read("store/manifest.json") == both.local.read("store/manifest.json")
 
 
-def test_two_workers_on_two_nodes_train_as_here(way: Way) -> None:
-    there, here = way.there.epochs(), way.here.epochs()
-    assert [row["epoch"] for row in there] == list(range(1, EPOCHS + 1))
-    assert [row["data/samples"] for row in there] == [row["data/samples"] for row in here]
+def test_two_workers_on_two_nodes_train_as_one_machine_does(both: BothRuns) -> None:
+    cluster, local = both.cluster.epochs(), both.local.epochs()
+    assert [row["epoch"] for row in cluster] == list(range(1, EPOCHS + 1))
+    assert [row["data/samples"] for row in cluster] == [row["data/samples"] for row in local]
     for key in ("train/loss", "val/loss"):
-        assert [row[key] for row in there] == pytest.approx([row[key] for row in here], abs=CLOSE)
-    assert len(way.there.nodes) == 2
+        assert [row[key] for row in cluster] == pytest.approx(
+            [row[key] for row in local], abs=CLOSE
+        )
+    assert len(both.cluster.nodes) == 2
 
 
-def test_two_trials_are_judged_as_here(way: Way) -> None:
-    there, here = (place.table("runs/tune/trials.parquet") for place in (way.there, way.here))
-    assert len(there) == TRIALS
+def test_two_trials_are_compared_as_on_one_machine(both: BothRuns) -> None:
+    cluster, local = (
+        place.table("runs/tune/trials.parquet") for place in (both.cluster, both.local)
+    )
+    assert len(cluster) == TRIALS
     same = ["name", "state", "seed", "chosen", "epochs", "train.lr", "train.pos_weight"]
-    pd.testing.assert_frame_equal(there[same], here[same])
-    assert list(there["objective"]) == pytest.approx(list(here["objective"]), abs=CLOSE)
-    best = [tomllib.loads(p.read("runs/tune/best.toml").decode()) for p in (way.there, way.here)]
+    pd.testing.assert_frame_equal(cluster[same], local[same])
+    assert list(cluster["objective"]) == pytest.approx(list(local["objective"]), abs=CLOSE)
+    best = [
+        tomllib.loads(p.read("runs/tune/best.toml").decode()) for p in (both.cluster, both.local)
+    ]
     assert best[0] == best[1]
 
 
-def test_evaluation_and_predictions_are_those_of_here(way: Way) -> None:
+def test_evaluation_and_predictions_are_those_of_one_machine(both: BothRuns) -> None:
     for path in ("runs/train/predictions.parquet", "runs/predicted/predictions.parquet"):
-        tables = (place.table(path) for place in (way.there, way.here))
+        tables = (place.table(path) for place in (both.cluster, both.local))
         # A checkpoint's name has digits of whoever wrote it.
-        there, here = (table.drop(columns="checkpoint", errors="ignore") for table in tables)
-        pd.testing.assert_frame_equal(there, here, check_exact=False, rtol=0, atol=CLOSE)
-        assert len(there) > 0
-    judged = [json.loads(p.read("runs/train/metrics.json")) for p in (way.there, way.here)]
-    aurocs = [metrics["test"]["auroc"]["value"] for metrics in judged]
+        cluster, local = (table.drop(columns="checkpoint", errors="ignore") for table in tables)
+        pd.testing.assert_frame_equal(cluster, local, check_exact=False, rtol=0, atol=CLOSE)
+        assert len(cluster) > 0
+    metrics = [json.loads(p.read("runs/train/metrics.json")) for p in (both.cluster, both.local)]
+    aurocs = [one["test"]["auroc"]["value"] for one in metrics]
     assert aurocs[0] == pytest.approx(aurocs[1], abs=0.01)
 
 
-def test_wandb_heard_of_the_cluster_what_it_heard_from_here(way: Way) -> None:
-    told = [way.wandb.history(run) for run in way.wandb.runs]
-    losses = [[row["train/loss"] for row in rows if "train/loss" in row] for rows in told]
-    there, here = (training for training in losses if training)
-    assert there == pytest.approx(here, abs=CLOSE)
-    assert len(there) == EPOCHS
-    assert way.wandb.auth == {API_KEY}
-    assert [run.get("jobType") for run in way.wandb.runs.values()].count("evaluate") == 2
+def test_wandb_received_the_same_from_both(both: BothRuns) -> None:
+    histories = [both.wandb.history(run) for run in both.wandb.runs]
+    losses = [[row["train/loss"] for row in rows if "train/loss" in row] for rows in histories]
+    cluster, local = (training for training in losses if training)
+    assert cluster == pytest.approx(local, abs=CLOSE)
+    assert len(cluster) == EPOCHS
+    assert both.wandb.auth == {API_KEY}
+    assert [run.get("jobType") for run in both.wandb.runs.values()].count("evaluate") == 2

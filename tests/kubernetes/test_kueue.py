@@ -47,7 +47,7 @@ def queue(kube: KubeCluster, team: Team) -> Iterator[str]:
     kube.create(make_object(KUEUE, "ClusterQueue", name, spec=_quota(name, "10m")))
     kube.create(
         make_object(KUEUE, "LocalQueue", "pneumo", spec={"clusterQueue": name}), team.namespace
-    )  # type: ignore[arg-type]
+    )
     kube.create({**make_object(KUEUE, "WorkloadPriorityClass", name), "value": 1000})
     yield name
     for plural in ("workloadpriorityclasses", "clusterqueues", "resourceflavors"):
@@ -100,7 +100,7 @@ def test_a_run_waits_for_quota_gives_it_back_and_goes_on(
     assert epochs[-1] == str(EPOCHS)
     kept = files.cat_file(f"{team.bucket}/run/metrics.jsonl").splitlines()
     assert [json.loads(line)["epoch"] for line in kept] == list(range(1, EPOCHS + 1))
-    assert re.search("going on from epoch [1-9]", "".join(run.text))
+    assert re.search("resuming from epoch [1-9]", "".join(run.text))
     urgent = kube.ask("GET", f"{team.path('batch/v1', 'jobs')}/urgent")
     assert urgent["status"].get("succeeded") == 1
 

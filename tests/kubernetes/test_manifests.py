@@ -1,4 +1,4 @@
-"""A real API server with the webhooks of Kueue takes the manifests, and refuses what is broken."""
+"""A real API server with Kueue's webhooks accepts the manifests and rejects broken ones."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ from tests.cluster.broken_manifests import BROKEN, Break, as_pod, job_of, of_kin
 from tests.cluster.kuberay.test_manifests import OVERLAYS, compose
 from tests.kubernetes import namespaces
 from tests.kubernetes.cluster import Document, KubeCluster, Team, is_gone
-from tests.kubernetes.conftest import HandOver
+from tests.kubernetes.conftest import TeamMaker
 
 pytestmark = pytest.mark.kubernetes
 
@@ -34,15 +34,15 @@ def every_overlay() -> dict[str, list[Document]]:
 
 
 @pytest.fixture(scope="module")
-def prepared(hand_over: HandOver, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
-    """One namespace for all: nothing is made in it."""
-    team = hand_over(tmp_path_factory.mktemp("manifests"))
+def prepared(make_team: TeamMaker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
+    """One namespace for all tests: requests are dry runs."""
+    team = make_team(tmp_path_factory.mktemp("manifests"))
     yield team
     namespaces.remove(team)
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_every_object_is_taken(prepared: Team, folder: str) -> None:
+def test_the_server_accepts_every_object(prepared: Team, folder: str) -> None:
     for document in overlays.render(CHECKOUT / "k8s" / folder):
         document["metadata"]["name"] += "-dry"  # the namespace has what it needs already
         try:
@@ -54,27 +54,29 @@ def test_every_object_is_taken(prepared: Team, folder: str) -> None:
 
 
 @pytest.mark.parametrize("component", ADDED)
-def test_what_components_add_is_taken(prepared: Team, tmp_path: Path, component: str) -> None:
-    """The kinds of the Prometheus operator where the cluster has them."""
+def test_the_server_accepts_what_components_add(
+    prepared: Team, tmp_path: Path, component: str
+) -> None:
+    """Those of the Prometheus operator only where the cluster has it."""
     monitors = prepared.path("monitoring.coreos.com/v1", "podmonitors")
     without_operator = is_gone(prepared.cluster, monitors)
     for document in compose(tmp_path, component, base="overlays/gpu-spot"):
-        monitors_it = document["apiVersion"].startswith("monitoring.coreos.com/")
-        if document["kind"] != "Namespace" and not (monitors_it and without_operator):
+        is_monitoring = document["apiVersion"].startswith("monitoring.coreos.com/")
+        if document["kind"] != "Namespace" and not (is_monitoring and without_operator):
             document["metadata"]["name"] += "-dry"
             document["metadata"].pop("namespace", None)  # the team's, in place of the tests'
             prepared.cluster.create(document, prepared.namespace, _STRICT)
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_the_pods_are_taken_where_pod_security_is_restricted(
+def test_restricted_pod_security_accepts_the_pods(
     prepared: Team, every_overlay: dict[str, list[Document]], overlay: str
 ) -> None:
     for role, template in templates(job_of(every_overlay[overlay])).items():
         prepared.cluster.create(as_pod(role, template), prepared.namespace, _STRICT)
 
 
-def test_setup_makes_what_a_run_needs_and_no_run(kube: KubeCluster, team: Team) -> None:
+def test_setup_creates_what_a_run_needs_but_no_run(kube: KubeCluster, team: Team) -> None:
     """`make setup-k8s`, as an administrator types it."""
     made = ("serviceaccounts/pneumo", "networkpolicies/pneumo", "poddisruptionbudgets/pneumo-head")
     versions = ("v1", "networking.k8s.io/v1", "policy/v1")
@@ -98,7 +100,7 @@ def test_setup_makes_what_a_run_needs_and_no_run(kube: KubeCluster, team: Team) 
 
 
 @pytest.mark.parametrize(("kind", "break_it", "by"), BROKEN.values(), ids=BROKEN)
-def test_what_is_broken_is_caught_by_the_server(
+def test_the_server_rejects_broken_manifests(
     prepared: Team,
     every_overlay: dict[str, list[Document]],
     kind: str,

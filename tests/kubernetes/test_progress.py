@@ -1,4 +1,4 @@
-"""What a person reads between the submission of a run and its end, on a real cluster."""
+"""What a user sees between the submission of a run and its end, on a real cluster."""
 
 import re
 
@@ -20,8 +20,8 @@ STEPS = (
 
 
 @pytest.mark.timeout(900)
-def test_the_way_to_the_driver_and_only_its_own_words(team: Team) -> None:
-    run = begin(team, make_probe(team, "way", 5, 0.1, 3))
+def test_the_steps_before_the_driver_are_shown_and_only_its_own_log(team: Team) -> None:
+    run = begin(team, make_probe(team, "steps", 5, 0.1, 3))
     state = run.end()
     assert (state.exit_code, state.driver_exit_code, state.why) == (1, 3, "exit code 3")
     seconds = []
@@ -32,6 +32,8 @@ def test_the_way_to_the_driver_and_only_its_own_words(team: Team) -> None:
     assert seconds[0] <= seconds[1] <= seconds[3] <= seconds[4] + 1
     log = "".join(run.text).splitlines()
     assert [line for line in log if line.startswith("line ")] == [f"line {k}" for k in range(5)]
-    strange = [line for line in log if " cli.py:" in line or " sdk.py:" in line or "\x1b" in line]
-    assert strange == []
+    of_the_submitter = [
+        line for line in log if " cli.py:" in line or " sdk.py:" in line or "\x1b" in line
+    ]
+    assert of_the_submitter == []
     assert team.command("logs", run.job_id).stdout.splitlines() == log

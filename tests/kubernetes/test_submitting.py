@@ -1,4 +1,4 @@
-"""What a person meets before a run's pods are there: one run once, answers that fail, mistakes."""
+"""Before a run's pods exist: each run is created once, faults of the API server, user errors."""
 
 import shlex
 import signal
@@ -11,9 +11,8 @@ import pytest
 import yaml
 from kubernetes.client.exceptions import ApiException
 
-from cluster.kuberay import jobs as kubernetes_jobs
 from cluster.kuberay.overlays import find_overlay
-from cluster.targets import OutOfReachError
+from cluster.targets import OutOfReachError, Started
 from pneumo.errors import AccessError, ConfigError
 from tests.cluster.http_proxy import FaultyProxy, Rule
 from tests.kubernetes.cluster import Access, Document, KubeCluster, Team
@@ -31,7 +30,7 @@ def _url(team: Team) -> str:
     return str(team.cluster.server["server"])
 
 
-# --- one run, once --------------------------------------------------------------------------------
+# --- each run once --------------------------------------------------------------------------------
 
 
 def test_submitting_twice_runs_once(idle_team: Team) -> None:
@@ -45,7 +44,7 @@ def test_submitting_twice_runs_once(idle_team: Team) -> None:
     assert [state.id for state in target.list()] == ["probe-twice"]
 
 
-def test_what_a_running_job_has_otherwise_is_said(idle_team: Team) -> None:
+def test_differences_to_the_running_job_are_shown(idle_team: Team) -> None:
     target = idle_team.target()
     asked = make_probe(idle_team, "joined", 1, 0, 0)
     target.submit(asked, lambda _: None)
@@ -55,9 +54,9 @@ def test_what_a_running_job_has_otherwise_is_said(idle_team: Team) -> None:
     )
     assert other.submit(asked, notes.append).already_running
     assert notes == [
-        "it goes on as it was started: 1 worker pods, not 3",
-        "it goes on as it was started: image pneumo:dev, not r.io/x@sha256:1",
-        "it goes on as it was started: worker pods of 1 cpu, 3Gi memory, not of 4 cpu, 21Gi "
+        "it keeps running with 1 worker pods, not 3",
+        "it keeps running with image pneumo:dev, not r.io/x@sha256:1",
+        "it keeps running with worker pods of 1 cpu, 3Gi memory, not of 4 cpu, 21Gi "
         "ephemeral-storage, 16Gi memory, 1 nvidia.com/gpu",
     ]
 
@@ -83,11 +82,11 @@ def test_a_job_that_is_being_deleted_is_not_joined(idle_team: Team) -> None:
     assert [state.id for state in target.list()] == [started.id]
 
 
-def test_pods_that_still_write_are_waited_for(team: Team) -> None:
-    """A RayJob is gone before its pods, which are given time for a checkpoint."""
+def test_submitting_waits_for_pods_that_still_write(team: Team) -> None:
+    """A RayJob is deleted before its pods, which have time for a checkpoint."""
     target = team.target()
     asked = make_probe(team, "writing", 1, 0, 0)
-    team.cluster.create(_stubborn_pod("head", asked.id), team.namespace)
+    team.cluster.create(_slow_ending_pod("head", asked.id), team.namespace)
     team.wait("the pod to run", lambda: team.pods()[0]["status"]["phase"] == "Running")
     forbid_pods(team.cluster, team.namespace)
     team.delete_pod("head")
@@ -97,8 +96,8 @@ def test_pods_that_still_write_are_waited_for(team: Team) -> None:
     assert team.pods() == []
 
 
-def _stubborn_pod(name: str, submission_id: str) -> Document:
-    """A pod that ends some seconds after it was asked to."""
+def _slow_ending_pod(name: str, submission_id: str) -> Document:
+    """A pod that ends some seconds after SIGTERM."""
     secure = {
         "allowPrivilegeEscalation": False,
         "capabilities": {"drop": ["ALL"]},
@@ -118,7 +117,7 @@ def _stubborn_pod(name: str, submission_id: str) -> Document:
     }
 
 
-def test_control_c_twice_cancels_what_waits(idle_team: Team) -> None:
+def test_control_c_twice_cancels_a_waiting_run(idle_team: Team) -> None:
     target = idle_team.target()
     started = target.submit(make_probe(idle_team, "interrupt", 9, 0, 0), lambda _: None)
     with idle_team.begin("logs", started.id, "--follow") as following:
@@ -126,7 +125,7 @@ def test_control_c_twice_cancels_what_waits(idle_team: Team) -> None:
             assert following.stderr is not None
             for awaited in ("waiting: ", "Ctrl-C again"):
                 while awaited not in (line := following.stderr.readline()):
-                    assert line, f"its words ended without: {awaited}"
+                    assert line, f"its output ended without: {awaited}"
                 following.send_signal(signal.SIGINT)
             _, error = following.communicate(timeout=60)
         finally:
@@ -136,7 +135,7 @@ def test_control_c_twice_cancels_what_waits(idle_team: Team) -> None:
     assert target.list() == []
 
 
-# --- an API server that does not answer as it should ----------------------------------------------
+# --- faults of the API server ----------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -153,11 +152,13 @@ def test_control_c_twice_cancels_what_waits(idle_team: Team) -> None:
     ],
     ids=lambda rule: f"{rule.fault}-{rule.status}-{rule.method}-{rule.part}",
 )
-def test_what_passes_is_waited_for_and_the_job_is_created_once(idle_team: Team, rule: Rule) -> None:
+def test_transient_faults_are_tried_again_and_the_job_is_created_once(
+    idle_team: Team, rule: Rule
+) -> None:
     with FaultyProxy(_url(idle_team), [replace(rule)]) as proxy:
         target = idle_team.target(url=proxy.url)
         started = target.submit(make_probe(idle_team, "once", 1, 0, 0), lambda _: None)
-        assert started == kubernetes_jobs.Started("probe-once", already_running=False)
+        assert started == Started("probe-once", already_running=False)
         assert len(proxy.injected) == rule.times
     jobs = idle_team.cluster.ask("GET", idle_team.path("ray.io/v1", "rayjobs"))["items"]
     assert [job["metadata"]["name"] for job in jobs] == ["probe-once"]
@@ -182,7 +183,7 @@ def test_what_passes_is_waited_for_and_the_job_is_created_once(idle_team: Team, 
     ],
     ids=["401", "403", "422", "500", "dropped"],
 )
-def test_what_does_not_pass_is_one_line(
+def test_a_permanent_fault_is_reported_in_one_line(
     idle_team: Team, rule: Rule, error: type[Exception], message: str
 ) -> None:
     with FaultyProxy(_url(idle_team), [replace(rule)]) as proxy:
@@ -192,7 +193,7 @@ def test_what_does_not_pass_is_one_line(
     assert "\n" not in str(raised.value)
 
 
-def test_a_server_that_goes_away_ends_the_following_not_the_job(idle_team: Team) -> None:
+def test_an_unreachable_server_ends_following_but_not_the_job(idle_team: Team) -> None:
     with FaultyProxy(_url(idle_team)) as proxy:
         target = replace(idle_team.target(url=proxy.url, retry_timeout_s=0.5), retry_timeout_s=1.0)
         started = target.submit(make_probe(idle_team, "away", 1, 0, 0), lambda _: None)
@@ -200,7 +201,7 @@ def test_a_server_that_goes_away_ends_the_following_not_the_job(idle_team: Team)
 
         def note(text: object) -> None:
             notes.append(str(text))
-            if not proxy.rules:  # it has been heard of once
+            if not proxy.rules:  # after the first note
                 proxy.rules.append(Rule("GET", "", "drop before", times=999))
 
         with pytest.raises(OutOfReachError, match="no answer"):
@@ -212,7 +213,7 @@ def test_a_server_that_goes_away_ends_the_following_not_the_job(idle_team: Team)
 def test_a_token_that_is_no_longer_valid(idle_team: Team) -> None:
     target = idle_team.target()
     account = f"{idle_team.path('v1', 'serviceaccounts')}/submitter"
-    idle_team.cluster.ask("DELETE", account)  # as its time would, end the token
+    idle_team.cluster.ask("DELETE", account)  # ends the token, as its expiry would
     with pytest.raises(
         AccessError, match=r"the cluster does not know you \(HTTP 401\).*log in again"
     ):
@@ -220,7 +221,7 @@ def test_a_token_that_is_no_longer_valid(idle_team: Team) -> None:
 
 
 def test_a_client_certificate_that_has_expired(idle_team: Team, tmp_path: Path) -> None:
-    """Servers that know no authority for client certificates take the person for a stranger."""
+    """Servers without an authority for client certificates treat the user as anonymous."""
     key, asked, signed = (str(tmp_path / name) for name in ("key", "asked", "signed"))
     new = ("-newkey", "rsa:2048", "-nodes", "-subj", "/CN=someone", "-keyout", key, "-out", asked)
     for words in (
@@ -239,10 +240,10 @@ def test_a_client_certificate_that_has_expired(idle_team: Team, tmp_path: Path) 
     assert "client certificate of the kubeconfig has expired" in line
 
 
-# --- who may --------------------------------------------------------------------------------------
+# --- rights --------------------------------------------------------------------------------------
 
 
-def test_a_person_without_rights_hears_which_before_anything_is_made(
+def test_missing_rights_are_listed_before_anything_is_created(
     kube: KubeCluster, idle_team: Team
 ) -> None:
     name = idle_team.namespace
@@ -269,7 +270,7 @@ def test_the_role_grants_nothing_more(idle_team: Team) -> None:
             idle_team.user.ask(verb, path, body)
 
 
-# --- the user's mistakes, before any wait ---------------------------------------------------------
+# --- user errors, reported at once ---------------------------------------------------------
 
 
 def test_a_cluster_without_kuberay(kube: KubeCluster, idle_team: Team) -> None:
@@ -294,14 +295,14 @@ def test_a_cluster_without_kuberay(kube: KubeCluster, idle_team: Team) -> None:
         ({"op": "remove", "path": CLUSTER}, r"the overlay's RayJob has no rayClusterSpec"),
         (
             put("/spec/clusterSelector", {"ray.io/cluster": "there"}),
-            r"or a clusterSelector besides: .*takes jobs by --address",
+            r"or a clusterSelector besides: .*for an existing Ray cluster use --address",
         ),
         (put(f"{WORKERS}/containers", []), r"overlay's workers: template\.spec has no containers"),
         (put("/spec/submissionMode", "K8sJobmode"), r"the RayJob: submissionMode 'K8sJobmode'"),
     ],
     ids=["enum", "field", "field of a pod", "no cluster", "selector", "no containers", "mode"],
 )
-def test_a_wrong_overlay_is_one_line_and_makes_nothing(
+def test_a_wrong_overlay_is_reported_in_one_line_and_creates_nothing(
     idle_team: Team, tmp_path: Path, patch: Document, message: str
 ) -> None:
     target = idle_team.target(
@@ -314,7 +315,7 @@ def test_a_wrong_overlay_is_one_line_and_makes_nothing(
     assert target.list() == []
 
 
-def test_workers_without_limits_are_taken(idle_team: Team, tmp_path: Path) -> None:
+def test_workers_without_limits_are_accepted(idle_team: Team, tmp_path: Path) -> None:
     limits = {"op": "remove", "path": f"{WORKERS}/containers/0/resources"}
     target = idle_team.target(
         overlay=write_overlay(tmp_path / "mine", limits, base=idle_team.overlay)
@@ -324,7 +325,7 @@ def test_workers_without_limits_are_taken(idle_team: Team, tmp_path: Path) -> No
     assert "1 workers of no limits; image pneumo:dev" in notes[0]
 
 
-def test_a_namespace_that_is_not_there(kube: KubeCluster, idle_team: Team) -> None:
+def test_a_namespace_that_does_not_exist(kube: KubeCluster, idle_team: Team) -> None:
     admin = replace(idle_team, user=kube, namespace="nowhere").target()
     with pytest.raises(ConfigError, match=r"no namespace 'nowhere'; give --namespace"):
         admin.submit(make_probe(idle_team, "nowhere", 1, 0, 0), lambda _: None)
@@ -338,7 +339,7 @@ def test_a_namespace_that_is_not_there(kube: KubeCluster, idle_team: Team) -> No
         ("--workers 0", "--workers 0: at least 1"),
     ],
 )
-def test_a_wrong_flag_is_one_line(idle_team: Team, flags: str, message: str) -> None:
+def test_a_wrong_flag_is_reported_in_one_line(idle_team: Team, flags: str, message: str) -> None:
     done = idle_team.command(
         *("submit", *shlex.split(flags), "train"), *("--store", "s3://b/s", "--run", "s3://b/r")
     )
@@ -347,7 +348,7 @@ def test_a_wrong_flag_is_one_line(idle_team: Team, flags: str, message: str) -> 
     assert message in line
 
 
-def test_all_warnings_are_seen_and_evictions_by_taint(idle_team: Team) -> None:
+def test_all_warnings_and_evictions_by_taint_are_listed(idle_team: Team) -> None:
     def create(number: int, kind: str, reason: str) -> None:
         about = {"kind": "Pod", "name": f"p{number}", "namespace": idle_team.namespace}
         event = {"apiVersion": "v1", "kind": "Event", "metadata": {"name": f"e{number:03}"}}
@@ -362,7 +363,7 @@ def test_all_warnings_are_seen_and_evictions_by_taint(idle_team: Team) -> None:
     assert seen == ["FailedMount"] * 505 + ["TaintManagerEviction"]
 
 
-def test_a_job_that_nobody_knows(idle_team: Team) -> None:
+def test_a_job_that_does_not_exist(idle_team: Team) -> None:
     target = idle_team.target()
     for ask in (target.state, target.logs):
         with pytest.raises(ConfigError, match="no RayJob 'nobody' in namespace"):
@@ -371,7 +372,7 @@ def test_a_job_that_nobody_knows(idle_team: Team) -> None:
         target.follow("nobody", lambda _: None, lambda _: None)
 
 
-def test_two_namespaces_know_nothing_of_each_other(new_team: NewTeam) -> None:
+def test_two_namespaces_are_separate(new_team: NewTeam) -> None:
     one, other = new_team(), new_team()
     started = one.target().submit(make_probe(one, "alone", 1, 0, 0), lambda _: None)
     assert [state.id for state in one.target().list()] == [started.id]

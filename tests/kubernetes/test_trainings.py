@@ -21,8 +21,8 @@ def test_a_training_whose_worker_is_sent_off_its_node_trains_nothing_twice(
     wait_for_epoch(run, 1)
     worker = name_of(team.pods(run.job_id, component="worker")[0])
     evict(team, worker)
-    run.wait_for_note(f"pod {worker} was sent off its node (EvictionByEvictionAPI")
-    run.wait_for_text("is being taken away: going on with 2 workers after epoch")
+    run.wait_for_note(f"pod {worker} was evicted (EvictionByEvictionAPI")
+    run.wait_for_text("is draining: resuming with 2 workers after epoch")
     wait_for_epoch(run, max(epochs_of(run)))
     assert epochs_of(run) == list(range(1, max(epochs_of(run)) + 1))  # none trained twice
     assert team.target().cancel(run.job_id).exit_code == 130

@@ -1,4 +1,4 @@
-"""The loopback W&B of the tools beside the checkout, where pods reach it."""
+"""The fake W&B server of the tools beside the checkout, on an address that pods reach."""
 
 import importlib.util
 import threading
@@ -13,7 +13,7 @@ from tests.kubernetes.cluster import TOOLS
 
 @contextmanager
 def running_wandb(host: str) -> Iterator[tuple[str, Any]]:
-    """Its URL, and what it was told; skips the test where the tools are not there."""
+    """Its URL, and what it received; skips the test where the tools are absent."""
     path = TOOLS / "fake_wandb.py"
     if not path.is_file():
         pytest.skip(f"no {path}")

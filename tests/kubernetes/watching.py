@@ -1,4 +1,4 @@
-"""A run that is followed while a test does something to its cluster."""
+"""A run whose log is followed in a thread while a test disturbs its cluster."""
 
 import threading
 import time
@@ -53,17 +53,17 @@ class Watched:
         )
 
     def wait_for_text(self, part: str, within_s: float = 480) -> None:
-        """Return once the driver has said it."""
+        """Return once the driver's log has `part`."""
         what = f"a line with {part!r}, after {self.notes}"
         self.team.wait(what, lambda: part in "".join(self.text), within_s)
 
     def wait_for_line(self, more_than: int, within_s: float = 480) -> None:
-        """Return once the probe has said so many lines."""
+        """Return once the probe has printed more than so many lines."""
         what = f"more than {more_than} lines, after {self.notes}"
         self.team.wait(what, lambda: len(self.numbers) > more_than, within_s)
 
     def end(self, within_s: float = 480) -> JobState:
-        """How the run ended."""
+        """Wait for the end of the run; its state then."""
         self._thread.join(within_s)
         assert self.ended, (self.notes, self.text[-5:])
         return self.ended[0]
@@ -79,7 +79,9 @@ def name_of(pod: Document) -> str:
     return str(pod["metadata"]["name"])
 
 
-def evict(team: Team, pod: str) -> None:
-    """What draining its node does to a pod."""
+def evict(team: Team, pod: str, grace_s: int | None = None) -> None:
+    """What draining its node does to a pod; `grace_s` instead of the pod's own grace period."""
     eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": pod}}
+    if grace_s is not None:
+        eviction["deleteOptions"] = {"gracePeriodSeconds": grace_s}
     team.cluster.ask("POST", f"{team.path('v1', 'pods')}/{pod}/eviction", eviction)

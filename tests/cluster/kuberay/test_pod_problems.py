@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
+from cluster.kuberay.kept_logs import find_exit_code
 from cluster.kuberay.pod_problems import find
-from cluster.kuberay.run_state import driver_exit_code, to_state
+from cluster.kuberay.run_state import to_state
 
 Document = dict[str, Any]
 HEAD = "train-1-0a1b2c3d-x7k2p-head-9fzqm"
@@ -134,7 +135,7 @@ CASES: dict[str, tuple[Document, list[Document], list[Document], str]] = {
         _job(),
         [_ended(1, "Error", "one\nno module named jobs", again=True)],
         [],
-        r"ends again and again \(exit code 1: no module named jobs\)",
+        r"keeps crashing \(exit code 1: no module named jobs\)",
     ),
     "no GPU": (
         _job(),
@@ -145,61 +146,61 @@ CASES: dict[str, tuple[Document, list[Document], list[Document], str]] = {
             )
         ],
         [],
-        r"has no node: not enough cpu, nvidia\.com/gpu \(0/5 nodes .*lower --workers",
+        r"cannot be scheduled: not enough cpu, nvidia\.com/gpu \(0/5 nodes .*lower --workers",
     ),
     "no spot node": (
         _job(),
         [_unschedulable("0/3 nodes are available: 3 node(s) didn't match Pod's node affinity")],
         [],
-        r"has no node: .*the overlay asks for nodes that the cluster does not have",
+        r"cannot be scheduled: .*the overlay asks for nodes that the cluster does not have",
     ),
     "node lost": (
         _job(),
         [_pod(reason="NodeLost", message="Node i-0abc which was running pod is unresponsive")],
         [],
-        r"lost its node \(NodeLost: .*goes on from its last checkpoint",
+        r"is lost with its node \(NodeLost: .*resumes from its last checkpoint",
     ),
     "spot node taken": (
         _job(),
         [DISRUPTED],
         [],
-        r"is being deleted, for its node n1 does not .*types: kubectl delete node n1",
+        r"is being deleted, as its node n1 does not .*runs: kubectl delete node n1",
     ),
     "head lost, pod gone": (
         _job(),
         [],
         [_event("Pod", HEAD, "NodeNotReady", "Node is not ready")],
-        r"-head-9fzqm lost its node \(NodeNotReady.*another is started, and the run",
+        r"-head-9fzqm is lost with its node \(NodeNotReady.*another is started, and the run",
     ),
     "a worker of a run whose name has -head in it": (
         _job(),
         [_pod("two-head-0a1b2c3d-x7k2p-workers-worker-l2x8d", reason="NodeLost")],
         [],
-        r"lost its node \(NodeLost\); another is started, and the run goes on",
+        r"is lost with its node \(NodeLost\); another is started, and the run resumes",
     ),
     "taken by taint, pod gone": (
         _job(),
         [],
         [_event("Pod", WORKER, "TaintManagerEviction", f"Marking for deletion Pod team/{WORKER}")],
-        r"lost its node \(TaintManagerEviction: Marking for deletion",
+        r"is lost with its node \(TaintManagerEviction: Marking for deletion",
     ),
-    "gave way": (
+    "preempted": (
         _job(),
         [_disrupted("PreemptionByScheduler", "default-scheduler: preempting to accommodate")],
         [],
-        r"gave way to one of higher priority \(PreemptionByScheduler: .*another is started",
+        r"was preempted by a pod of higher priority \(PreemptionByScheduler: .*another is started",
     ),
     "drained": (
         _job(),
         [_disrupted("EvictionByEvictionAPI", "Eviction API: evicting")],
         [],
-        r"was sent off its node \(EvictionByEvictionAPI: Eviction API: evicting\); another is",
+        r"was evicted \(EvictionByEvictionAPI: Eviction API: evicting\); another is",
     ),
     "shut down": (
         _job(),
         [_disrupted("TerminationByKubelet", "The node was shut down")],
         [],
-        r"was sent off its node \(TerminationByKubelet",
+        r"was evicted \(TerminationByKubelet",
     ),
     "a volume that is not there": (
         _job(),
@@ -304,7 +305,7 @@ CASES: dict[str, tuple[Document, list[Document], list[Document], str]] = {
         _job(reason="DeadlineExceeded", message="The RayJob has passed the activeDeadlineSeconds"),
         [],
         [],
-        r"DeadlineExceeded: .*raise activeDeadlineSeconds .*goes on from its last checkpoint",
+        r"DeadlineExceeded: .*raise activeDeadlineSeconds .*resumes from its last checkpoint",
     ),
     "deadline before running": (
         _job(reason="PreRunningDeadlineExceeded"),
@@ -351,6 +352,13 @@ def test_a_problem_is_one_line_with_what_to_do(
     assert len(find(job, pods * 2, warnings * 2)) == 1
 
 
+def test_a_pod_that_is_gone_already_says_why_only_if_it_was_lost() -> None:
+    lost, ended = _disrupted("EvictionByEvictionAPI", "evicting"), _pod(phase="Succeeded")
+    [found] = find(_job(), [], [], [lost, ended])
+    assert f"pod {WORKER} was evicted (EvictionByEvictionAPI: evicting)" in str(found)
+    assert find(_job(), [], [], [ended]) == []
+
+
 def test_workers_that_wait_for_a_head_are_not_named() -> None:
     head = _unschedulable("0/3 nodes are available: 3 Insufficient cpu")
     head["metadata"] = {"name": HEAD, "labels": HEADS}
@@ -368,7 +376,7 @@ def test_an_operator_that_drops_fields_is_told_of(version: str, is_told: bool) -
     head["metadata"] = {"name": HEAD, "labels": HEADS}
     head["spec"]["containers"][0]["env"] = [{"name": "X", "valueFrom": {}}, tags]
     assert [str(each) for each in find(_job(), [head], [])] == [
-        f"the KubeRay operator is {version[1:4]} and drops what it does not know of the overlay: "
+        f"the KubeRay operator is {version[1:4]} and ignores fields that it does not know: "
         "before 1.6 authOptions, so that Ray runs code of anyone who reaches the head, before 1.7 "
         "preRunningDeadlineSeconds; have it updated"
     ] * is_told
@@ -379,7 +387,7 @@ def test_a_run_without_a_head_says_what_to_type() -> None:
     head["metadata"] = {"name": HEAD, "labels": HEADS}
     assert find(_job(jobDeploymentStatus="Running"), [head], []) == []
     [problem] = find(_job(jobDeploymentStatus="Running"), [_pod()], [])
-    assert "it has no head any more" in str(problem)
+    assert "its head is gone; " in str(problem)
     assert "python -m cluster submit --target k8s --overlay gpu-spot train" in str(problem)
     cancelled = _job(jobDeploymentStatus="Running")
     cancelled["metadata"]["deletionTimestamp"] = "2026-01-02T03:04:05Z"
@@ -485,10 +493,10 @@ def test_a_run_in_the_queue_is_not_one_whose_quota_was_taken() -> None:
 
 def test_nobody_takes_it_up() -> None:
     """The RayJob of these tests is old."""
-    assert to_state(_job(), ()).why.startswith("no KubeRay operator has taken it up within 60 s; ")
+    assert to_state(_job(), ()).why.startswith("no KubeRay operator has processed it within 60 s; ")
 
 
 def test_the_drivers_exit_code_is_in_rays_words() -> None:
-    assert driver_exit_code({"message": "Job entrypoint command failed with exit code 137."}) == 137
-    assert driver_exit_code({"message": "Job supervisor actor died"}) is None
-    assert driver_exit_code({}) is None
+    assert find_exit_code("Job entrypoint command failed with exit code 137.") == 137
+    assert find_exit_code("Job supervisor actor died") is None
+    assert find_exit_code(None) is None

@@ -166,10 +166,10 @@ def test_an_image_is_for_every_container(base: Document) -> None:
 @pytest.mark.parametrize(
     ("command", "more", "message"),
     [
-        (f"train {PLACES} --tracking.group 'a;b'", {}, r"'a;b': shells read the command"),
-        (f"train {PLACES} --tracking.group '$(id)'", {}, r"shells read the command"),
-        (f"train {PLACES} --tracking.group 'a b'", {}, r"'a b': shells read the command"),
-        ("train --store 's3://b/`x`' --run s3://b/r", {}, "shells read the command"),
+        (f"train {PLACES} --tracking.group 'a;b'", {}, r"'a;b': the command passes through shells"),
+        (f"train {PLACES} --tracking.group '$(id)'", {}, r"the command passes through shells"),
+        (f"train {PLACES} --tracking.group 'a b'", {}, r"'a b': the command passes through shells"),
+        ("train --store 's3://b/`x`' --run s3://b/r", {}, "the command passes through shells"),
         (f"train {PLACES} --cluster.cpus-per-worker 5", {}, r"worker pod of the overlay has 4;"),
         (f"train {PLACES} --cluster.use-gpu true", {}, "worker pods have no GPU"),
         (

@@ -1,4 +1,4 @@
-"""Which runs are called off, because waiting or another attempt cannot help them."""
+"""Which runs are stopped, because waiting or another attempt cannot help them."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ def _job(deployment: str, annotations: dict[str, str] | None = None, **status: s
 def test_what_another_attempt_would_repeat_is_called_off(job: Any, exit_code: int | None) -> None:
     judged = find_permanent_failure(job, to_state(job, ()), ())
     assert (judged and judged.exit_code) == exit_code
-    assert judged is None or judged.why.endswith("; called off")
+    assert judged is None or judged.why.endswith("; the run was stopped")
 
 
 @pytest.mark.parametrize(

@@ -28,18 +28,16 @@ from cluster.ray import jobs, sent_code
 from cluster.ray.client import Client, connect, sends_token_openly
 from cluster.ray.following import LostError, follow
 from cluster.submission import Submission, plan
-from cluster.targets import OutOfReachError
+from cluster.targets import OutOfReachError, Started
 from pneumo.errors import AccessError, ConfigError
 from pneumo.version import REVISION, find_revision
 from tests import CHECKOUT
 from tests.cluster.http_proxy import FaultyProxy, Rule
 
 if TYPE_CHECKING:
-    from conftest import RayCluster
-
+    from tests.cluster.conftest import RayCluster
     from tests.conftest import StoreMaker
 
-pytestmark = pytest.mark.cluster
 
 PROBE = CHECKOUT / "tests" / "cluster" / "probe.py"
 
@@ -102,13 +100,13 @@ def test_submitting_twice_runs_once(client: Client) -> None:
     asked = _probe("twice", 100, 0.1, 0)
     first = jobs.submit(client, asked, sent_code.collect())
     again = jobs.submit(client, asked, sent_code.collect())
-    assert first == jobs.Started("probe-twice", already_running=False)
-    assert again == jobs.Started("probe-twice", already_running=True)
+    assert first == Started("probe-twice", already_running=False)
+    assert again == Started("probe-twice", already_running=True)
     with pytest.raises(ConfigError, match=r"is being written by probe-twice with other settings"):
         jobs.submit(client, _probe("twice", 100, 0.1, 0, settings="b"), sent_code.collect())
     jobs.cancel(client, first.id)
     third = jobs.submit(client, _probe("twice", 1, 0, 0), sent_code.collect())
-    assert third == jobs.Started("probe-twice-2", already_running=False)
+    assert third == Started("probe-twice-2", already_running=False)
     assert _follow(client, third.id)[1] == 0
 
 
@@ -196,7 +194,7 @@ def test_a_job_whose_submission_was_not_answered_is_found(
         through = connect(proxy.url, ray_cluster.environ)
         proxy.rules.append(Rule("POST", "/api/jobs/", "drop after"))
         started = jobs.submit(through, _probe("unanswered", 1, 0, 0), sent_code.collect())
-        assert started == jobs.Started("probe-unanswered", already_running=False)
+        assert started == Started("probe-unanswered", already_running=False)
         proxy.rules.append(Rule("POST", "/api/jobs/", "drop before"))
         with pytest.raises(OutOfReachError, match="no answer"):
             jobs.submit(through, _probe("unheard", 1, 0, 0), sent_code.collect())
@@ -215,7 +213,7 @@ def test_down_leaves_the_jobs_of_others_alone(client: Client, ray_cluster: RayCl
     done = ray_cluster.command("down", "--owner", "me@here", "--yes")
     assert done.returncode == 0, done.stderr
     left = done.stderr.splitlines()[0]
-    assert left.startswith("left alone, for they are not of me@here: ")
+    assert left.startswith("not cancelled, as they are not of me@here: ")
     assert {other, yours} == set(left.rpartition(": ")[2].split(", "))
     assert client.details(mine).status.is_terminal()
     assert not client.details(yours).status.is_terminal()
@@ -277,7 +275,7 @@ def test_control_c_detaches_and_cancel_stops_gently(
         _, error = following.communicate(timeout=20)
     assert following.returncode == 130
     detached, hint = error.splitlines()
-    assert f"back: python -m cluster logs {job_id} --follow --address" in detached
+    assert f"to follow it: python -m cluster logs {job_id} --follow --address" in detached
     assert hint == "Ctrl-C again within 3 s cancels it"
     assert not client.details(job_id).status.is_terminal()
     assert ray_cluster.command("cancel", job_id).stderr == f"{job_id} cancelled\n"
