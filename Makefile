@@ -21,7 +21,9 @@
 #   make setup-k8s  OVERLAY=…: as a namespace's administrator, once: rights, policies, accounts
 #
 #   make check      format, lint, types, import rules: never writes;  make fix: mends what it can
-#   make test       the tests that take minutes;  make test-slow: the others
+#   make test       what needs neither a cluster nor a server: minutes;  make test-ray: on a Ray cluster,
+#                   which it starts;  make test-wandb: sends runs to a W&B backend, which it starts;
+#                   make test-slow: what takes longer
 #   make test-processors  what computes, as if on several processors, and on busy cores: minutes; some
 #                   of them: ARGS='"AVX2, AMD" SSE4'
 #   make test-s3    the tests against a real S3 server, which it starts
@@ -58,14 +60,15 @@ OVERLAY_FOLDER = $(if $(wildcard k8s/overlays/$(OVERLAY)/kustomization.yaml),k8s
 # As one word of the shell, whatever is in it; ARGS are words as they stand.
 quoted = '$(subst ','\'',$($(1)))'
 
-vms = cluster/$(call quoted,PROVIDER).yaml
+vms = $(if $(wildcard cluster/$(PROVIDER).yaml),cluster/$(call quoted,PROVIDER).yaml,$(error \
+  make $@: PROVIDER=$(PROVIDER): no cluster/$(PROVIDER).yaml; say aws, gcp or onprem))
 
 IMAGE ?= pneumo:dev
 CONTAINERS ?= $(or $(shell command -v podman),docker)
 WITHOUT_RUN := app.kubernetes.io/component!=run
 
-.PHONY: help setup debian demo prepare train tune evaluate leave-one-out predict export track dashboards check fix test test-slow \
-  test-processors test-s3 test-cluster test-kubernetes test-kubernetes-faults test-all \
+.PHONY: help setup debian demo prepare train tune evaluate leave-one-out predict export track dashboards check fix test test-ray \
+  test-wandb test-slow test-processors test-s3 test-cluster test-kubernetes test-kubernetes-faults test-all \
   bench bench-train bench-verdicts lock clean up down watch forward image setup-k8s
 
 help:
@@ -114,7 +117,7 @@ export: $(READY)
 
 track: $(READY)
 	$(call needs,RUN)
-	@$(call job,track) --run $(call quoted,RUN) $(ARGS)
+	@$(BIN)/python -m jobs.track --run $(call quoted,RUN) $(ARGS)
 
 dashboards: $(READY)
 	@$(BIN)/python -m pneumo.dashboards $(ARGS)
@@ -179,7 +182,13 @@ PLAIN := not s3 and not multinode and not kubernetes and not kubernetes_faults
 # Two at a time: much of it waits for processes to start.
 TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder
 test: $(READY)
-	$(BIN)/python -m pytest $(TWO_AT_A_TIME) -m "not slow and $(PLAIN)"
+	$(BIN)/python -m pytest $(TWO_AT_A_TIME) -m "not ray and not wandb and not slow and $(PLAIN)"
+
+test-ray: $(READY)
+	$(BIN)/python -m pytest $(TWO_AT_A_TIME) -m "ray and not slow" tests/jobs tests/cluster
+
+test-wandb: $(READY)
+	$(BIN)/python -m pytest $(TWO_AT_A_TIME) -m "wandb and not ray and not slow" tests/jobs
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest $(TWO_AT_A_TIME) -m "slow and $(PLAIN)"
@@ -194,18 +203,18 @@ test-s3: $(READY)
 test-cluster: $(READY)
 	$(BIN)/python -m pytest -m "multinode and not slow" tests/multinode
 
-# All jobs from beginning to end, then three files at a time, the longest first. docs/cluster.md says how
-# to name a cluster; where none can be had the tests skip, and say so.
+# All jobs from beginning to end, then three files at a time. docs/cluster.md says how to name a cluster;
+# where none can be had the tests skip, and say so.
 ON_KUBERNETES := $(BIN)/python -m pytest -m kubernetes
 test-kubernetes: $(READY)
 	$(BIN)/python -m tests.kubernetes.server -- sh -c '$(ON_KUBERNETES) tests/kubernetes/test_jobs.py && \
 	  $(ON_KUBERNETES) -n 3 --dist loadfile --no-loadscope-reorder --ignore tests/kubernetes/test_jobs.py \
-	  $(addprefix tests/kubernetes/,test_faults.py test_kueue.py test_trainings.py) tests/kubernetes $(ARGS)'
+	  tests/kubernetes $(ARGS)'
 
 test-kubernetes-faults: $(READY)
 	$(BIN)/python -m tests.kubernetes.server -- $(BIN)/python -m pytest -m kubernetes_faults tests/kubernetes
 
-test-all: test test-slow test-s3 test-cluster test-kubernetes
+test-all: test test-ray test-wandb test-slow test-s3 test-cluster test-kubernetes
 
 bench: $(READY)
 	$(BIN)/python -m tests.benchmarks.decode

@@ -1,4 +1,4 @@
-"""What several rooms' tests need: real DICOM bytes, a folder in Kaggle's layout, a small store."""
+"""Fixtures for several folders: real DICOM bytes, a folder in Kaggle's layout, a small store."""
 
 import csv
 import gzip
@@ -40,7 +40,7 @@ DicomMaker = Callable[..., bytes]
 FolderMaker = Callable[..., Path]
 StoreMaker = Callable[..., str]
 
-# How fast an example runs says nothing on a shared machine; CI draws the same examples each time.
+# No deadline, as machines are shared; CI draws the same examples each time.
 settings.register_profile("few", deadline=None, max_examples=15)
 settings.register_profile("many", deadline=None, max_examples=100, derandomize=True)
 settings.load_profile("many" if "CI" in os.environ else "few")
@@ -48,9 +48,19 @@ settings.load_profile("many" if "CI" in os.environ else "few")
 FINDINGS = ("Lung Opacity", "Normal", "No Lung Opacity / Not Normal")
 
 
+MARKERS = {"ray": {"ray_here", "ray_cluster", "scripted_cluster"}, "wandb": {"backend"}}
+"""By marker the fixtures whose tests get it: those that start a Ray cluster, a backend of W&B."""
+LONGEST_FILES = {"test_sending.py", "test_wandb_results.py", "test_notebook.py"}
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take minutes come first: several workers then end at about the same time."""
-    items.sort(key=lambda item: not {"jobs", "cluster"} & set(item.path.parts))
+    """Mark tests by their fixtures. The longest files begin first: two files run at a time."""
+    for item in items:
+        for marker, fixtures in MARKERS.items():
+            if isinstance(item, pytest.Function) and fixtures & set(item.fixturenames):
+                item.add_marker(marker)
+    items.sort(key=lambda item: item.path.name not in LONGEST_FILES)
 
 
 @pytest.fixture(scope="session")
@@ -187,11 +197,11 @@ def _write_kaggle_folder(
 
 
 def draw_chest(size: int) -> npt.NDArray[np.uint8]:
-    """What `input_checks` takes for a frontal chest, (size, size), darker than 130."""
+    """A picture (size, size) that `input_checks` accepts as a frontal chest, darker than 130."""
     y, x = np.mgrid[0:size, 0:size] / size
     lungs = sum(np.exp(-(((x - c) / 0.12) ** 2) - ((y - 0.45) / 0.25) ** 2) for c in (0.3, 0.7))
     air = sum(np.exp(-(((x - c) / 0.2) ** 2) - ((y - 0.05) / 0.2) ** 2) for c in (0, 1))
-    return np.clip(90 + 36 * y - 55 * lungs - 72 * air, 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(90 + 36 * y - 55 * lungs - 72 * air, 0, 255), np.uint8)
 
 
 def _draw_box(rng: random.Random, image_size: int) -> tuple[int, int, int, int]:

@@ -1,4 +1,4 @@
-"""How many examples Hypothesis tries: a few for whoever waits, many where CI runs."""
+"""How many examples Hypothesis tries: few by default, many in CI."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Who could be named by a source, and where such a name is found again."""
+"""Identifiers of patients in a source, and where they are found again."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ KEYWORDS = (
     *("StudyDate", "StudyTime", "StudyDescription"),
     *("SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID"),
 )
-"""Elements of a header whose values must stay in it."""
+"""Elements of a DICOM header whose values must not leave it."""
 
 
 @dataclass(frozen=True)
 class Identifiers:
-    """What a source calls its patients and their images."""
+    """Names of a source's patients and their images."""
 
     texts: frozenset[str]
-    """File names, header values, file names of the mapping: long enough to be nobody else's."""
+    """File names, header values, file names of the mapping: long enough to be unique."""
     numbers: frozenset[str]
-    """Patients' numbers: eight digits, which stand in a long decimal by chance."""
+    """Patients' numbers: eight digits, which a long decimal may contain by chance."""
 
     @classmethod
     def of(cls, source: Path) -> Identifiers:
@@ -43,7 +43,7 @@ class Identifiers:
         return cls(frozenset(texts - {""}), frozenset(image.split("_")[0] for image in images))
 
     def find_in(self, *places: Path | str) -> list[str]:
-        """Those that stand in a text, or in a file or a file's name below a folder, unpacked."""
+        """Those that occur in a text, or in the name or unpacked content of a folder's file."""
         whole = b"\n".join(content for place in places for content in _read(place))
         found = [text for text in self.texts if text.encode() in whole]
         # As JSON, CSV, Python and the mapping's file names spell them.

@@ -1,4 +1,4 @@
-"""A network that trains in milliseconds, where the backbone is not what a test is about."""
+"""A network that trains in milliseconds, for tests that do not depend on the backbone."""
 
 from torch import Tensor, nn
 
@@ -22,5 +22,5 @@ class TinyNetwork(nn.Module):
 
 
 def build_tiny(backbone: str) -> nn.Module:
-    """A `TinyNetwork`, whatever the configuration names."""
+    """A `TinyNetwork`, whatever the backbone's name."""
     return TinyNetwork()

@@ -1,4 +1,4 @@
-"""What is made once in a test run, though several workers of xdist need it."""
+"""Folders that are made once in a test run, though several workers of xdist need them."""
 
 import fcntl
 import os
@@ -10,9 +10,9 @@ import pytest
 
 
 def make_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """A folder that `make` has filled: by whichever worker asks first, while the others wait.
+    """A folder that `make` has filled, called by the worker that asks first while the others wait.
 
-    Nobody may change what is in it.
+    Its content must not be changed.
     """
     root = factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:

@@ -1,4 +1,4 @@
-"""Predictions of studies that nobody has, for the tests and the benchmark of what judges them."""
+"""Synthetic predictions for the tests and the benchmarks of the evaluation."""
 
 from dataclasses import replace
 from typing import Any
@@ -12,8 +12,8 @@ from pneumo.evaluation import bootstrap
 from pneumo.evaluation.baselines import Metadata
 from pneumo.evaluation.evaluation import Evaluation, evaluate
 from pneumo.evaluation.operating_points import (
-    AtPoint,
     OperatingPoint,
+    PointEvaluation,
     evaluate_points,
     outcomes_statistic,
 )
@@ -77,7 +77,7 @@ def make_plain(n: int = 400, *, seed: int = 0, **columns: Any) -> Predictions:
 
 
 def judge(rows: Predictions, **options: Any) -> Evaluation:
-    """What they are worth, by a hundred resamples; what is known of train is what they hold."""
+    """Their evaluation with a hundred resamples; they serve as the metadata of train too."""
     config = EvaluateConfig(bootstrap_resamples=100)
     settings = {"config": config, "seed": 0, "train": Metadata.of(rows), **options}
     return evaluate(rows, **settings)
@@ -85,8 +85,8 @@ def judge(rows: Predictions, **options: Any) -> Evaluation:
 
 def evaluate_threshold(
     rows: Predictions, threshold: float, *, resamples: int = 100, seed: int = 0
-) -> AtPoint:
-    """What `rows` are worth at one threshold on the probability."""
+) -> PointEvaluation:
+    """The evaluation of `rows` at one threshold on the probability."""
     points = {"p": OperatingPoint("p", "", float(logit(threshold)))}
     statistic = {"outcomes": outcomes_statistic(rows, points)}
     found = bootstrap.resample(rows.patient, statistic, resamples=resamples, seed=seed)
@@ -96,7 +96,7 @@ def evaluate_threshold(
 def with_scores(
     target: npt.ArrayLike, probability: npt.ArrayLike, patient: npt.ArrayLike | None = None
 ) -> Predictions:
-    """Predictions of these probabilities (N,); everybody is a patient of their own by default."""
+    """Predictions with these probabilities (N,); each of another patient by default."""
     probability64 = np.asarray(probability, dtype=np.float64)
     n = len(probability64)
     names: Any = np.arange(n) if patient is None else np.asarray(patient)

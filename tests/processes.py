@@ -1,4 +1,4 @@
-"""What the processes that this one has started have loaded."""
+"""Child processes that have loaded a package."""
 
 import threading
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import psutil
 
 
 def find_users(package: str) -> set[int]:
-    """Those that have mapped a shared library of the package, by process id."""
+    """The ids of child processes that have mapped a shared library of the package."""
     found = set()
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
@@ -19,7 +19,7 @@ def find_users(package: str) -> set[int]:
 
 @contextmanager
 def new_users(package: str) -> Iterator[set[int]]:
-    """The processes that come to use it meanwhile; one that lives for moments may be missed."""
+    """The child processes that load it during the block, but for very short ones."""
     before, found, ended = find_users(package), set[int](), threading.Event()
 
     def look() -> None:

@@ -2,10 +2,10 @@
 
     make test-processors        or        python -m tests.processors [NAME …] [--pytest …]
 
-Each library that computes chooses its instructions by the processor, or by an environment variable
-that asks for less than there is. So one machine with AVX-512 shows what four kinds of processors
-give; a kind that asks for more than the machine has is skipped, and a variable without effect is an
-error. In each kind `tests.promised_results` is computed too, and must be the same in all of them.
+Numerical libraries choose their instructions by the processor, or by an environment variable that
+limits them. So one machine with AVX-512 gives the results of four kinds of processors; a kind that
+needs more than the machine has is skipped, and a variable without effect is an error. In each kind
+`tests.promised_results` is computed too, and must be the same in all of them.
 """
 
 import argparse
@@ -53,12 +53,12 @@ class Kind:
     """A kind of processor."""
 
     needs: tuple[str, ...] = ()
-    """What the machine must have, in the words of torch.cpu.get_capabilities."""
+    """Capabilities that the machine must have, by the names of torch.cpu.get_capabilities."""
     environ: Mapping[str, str] = field(default_factory=dict)
     without: tuple[str, ...] = ()
     """Beginnings of the names of numpy's features that are switched off."""
     expected: Mapping[str, str] = field(default_factory=dict)
-    """What `PROBE` must find."""
+    """Parts of the names that `PROBE` must find, by library."""
     busy: bool = False
     """With a busy process on each core."""
 
@@ -113,7 +113,7 @@ with torch.autocast("cpu", torch.bfloat16):
     convolve(images)
 print()
 print(json.dumps({
-    "has": sorted(name for name, there in torch.cpu.get_capabilities().items() if there is True),
+    "has": sorted(name for name, has in torch.cpu.get_capabilities().items() if has is True),
     "torch": torch.backends.cpu.get_cpu_capability(),
     "OpenBLAS": " ".join(sorted({i.get("architecture") or "" for i in threadpool_info()})).strip(),
     "numpy": " ".join(numpy.show_config(mode="dicts")["SIMD Extensions"].get("found", [])),
@@ -123,7 +123,7 @@ print(json.dumps({
 
 @dataclass
 class Outcome:
-    """What a kind gave."""
+    """The results of a kind."""
 
     passed: int = 0
     failed: int = 0
@@ -168,7 +168,7 @@ def settings_of(kind: Kind, here: Mapping[str, str]) -> dict[str, str]:
 
 @contextmanager
 def busy_cores(wanted: bool) -> Iterator[None]:
-    """One process a core that does nothing else than keep it busy."""
+    """One busy process for each core."""
     spawn = multiprocessing.get_context("spawn")
     loops = [spawn.Process(target=_loop, daemon=True) for _ in range(os.cpu_count() or 1)]
     for process in loops if wanted else []:

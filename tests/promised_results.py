@@ -37,16 +37,16 @@ from pneumo.loading.sample_order import epoch_order
 ENVIRON = {"PNEUMO_HASH_KEY": "a secret of the tests"}
 CONFIG = override(Config(), {"prepare.image_size": 56})
 SHAPES = ((1024, 1024), (1280, 1024), (2048, 1777), (448, 448), (300, 200), (40, 50))
-"""Resampled to 224: by repeating weights, with a border, generally, by whole numbers, enlarged."""
+"""Resampled to 224: by repeating weights, with a border, in general, by an integer, enlarged."""
 
 
 def write_inputs(folder: Path) -> None:
-    """Phantoms, whose pictures are drawn with floats: no two processors need draw the same ones."""
+    """Phantoms; they are drawn with floats, so other processors may draw other pictures."""
     write_phantoms(folder, num_studies=32, seed=1)
 
 
 def digest(*parts: bytes) -> str:
-    """Of the parts one after the other."""
+    """The digest of the parts, concatenated."""
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
@@ -71,7 +71,7 @@ def store(source_folder: Path) -> str:
 
 
 def splits(source_folder: Path) -> str:
-    """The salts that are chosen for several seeds, and where they put each study."""
+    """The salts chosen for several seeds, and the split of each study."""
     source = read_source(str(source_folder), ENVIRON)
     places = {
         seed: (
@@ -84,7 +84,7 @@ def splits(source_folder: Path) -> str:
 
 
 def pictures() -> Iterator[tuple[str, str]]:
-    """Of each transfer syntax the pictures of pydicom's own test files, in gray and resampled."""
+    """For each transfer syntax the pictures of pydicom's test files, in gray and resampled."""
     found: dict[str, list[bytes]] = {}
     for path in sorted((Path(pydicom.__file__).parent / "data" / "test_files").rglob("*.dcm")):
         if path.stat().st_size > 2**20:
@@ -148,7 +148,7 @@ def orders() -> str:
 
 
 def augmentation_draws() -> str:
-    """The uniform draws of each study and the rectangles that are made of them."""
+    """The uniform draws of each study."""
     keys = [f"{number:020x}" for number in range(2000)]
     uniforms = draw_uniforms(keys, seed=3, epoch=2, count=4)
     return digest(uniforms.astype("<f8").tobytes())

@@ -1,10 +1,12 @@
-"""Searches that never ran: trials of drawn settings with learning curves as trials have them."""
+"""Synthetic searches: trials of random settings with realistic learning curves."""
 
 import math
 import random
+from collections.abc import Mapping
 
 from pneumo.config import Config
 from pneumo.config_layers import override
+from pneumo.search_space import Scalar
 from pneumo.tuning.choice import Confirmation, SettingChoice
 from pneumo.tuning.optuna_study import measure_importance
 from pneumo.tuning.search import Search
@@ -29,16 +31,16 @@ def trial(
     *objectives: float,
     state: State = "finished",
     error: str | None = None,
-    **settings: object,
+    settings: Mapping[str, Scalar] | None = None,
 ) -> Trial:
     """A trial with these objectives after its epochs."""
     drawn = settings or {"train.lr": 1e-3, "train.pos_weight": 2.0}
     history = tuple(epoch(i, value) for i, value in enumerate(objectives, 1))
-    return Trial(name, drawn, 0, state, history, error)  # type: ignore[arg-type]
+    return Trial(name, drawn, 0, state, history, error)
 
 
 def make_search(num_trials: int = 24, *, confirm: int = 0, **changes: object) -> Search:
-    """A search whose objective is best at a learning rate of 5e-4, whatever else was drawn."""
+    """A search whose objective is best near a learning rate of 5e-4."""
     config = override(Config(), {"tune.num_trials": num_trials, "tune.confirm": confirm, **changes})
     draws = random.Random(3)
     trials = []
@@ -48,13 +50,11 @@ def make_search(num_trials: int = 24, *, confirm: int = 0, **changes: object) ->
         epochs = 8 if top > 0.8 else 2
         state: State = "finished" if epochs == 8 else "stopped"
         values = [top - 0.3 * math.exp(-0.6 * e) for e in range(1, epochs + 1)]
-        name = f"t{number:03}"
+        name, drawn = f"t{number:03}", {"train.lr": lr, "train.pos_weight": weight}
         if number == 5:
-            trials.append(
-                trial(name, state="diverged", error="the loss is nan", **_settings(lr, weight))
-            )
+            trials.append(trial(name, state="diverged", error="the loss is nan", settings=drawn))
             continue
-        trials.append(trial(name, *values, state=state, **_settings(lr, weight)))
+        trials.append(trial(name, *values, state=state, settings=drawn))
     ranked = rank(trials, config.tune)
     confirmations = tuple(
         Confirmation(one.name, (0.85, 0.86, 0.87)[:confirm])
@@ -71,7 +71,3 @@ def make_search(num_trials: int = 24, *, confirm: int = 0, **changes: object) ->
         choice,
         importance=measure_importance(ranked, config.tune, seed=0),
     )
-
-
-def _settings(lr: float, weight: float) -> dict[str, float]:
-    return {"train.lr": lr, "train.pos_weight": weight}

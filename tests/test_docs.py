@@ -1,4 +1,4 @@
-"""What README and docs name is there: files, links, modules, targets of make, settings."""
+"""Files, links, modules, targets of make and settings that README and docs name exist."""
 
 import importlib.util
 import re
@@ -26,7 +26,7 @@ SECTIONS = "|".join(name for name, value in Config() if isinstance(value, Sectio
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_what_a_page_names_is_there(page: Path) -> None:
+def test_everything_that_a_page_names_exists(page: Path) -> None:
     text = page.read_text()
     missing = [
         *(

@@ -1,4 +1,4 @@
-"""What the Makefile would run; nothing is run."""
+"""The commands of the Makefile's targets, by `make --dry-run`."""
 
 import os
 import shlex
@@ -14,7 +14,9 @@ pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="no make on
 
 
 def dry_run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environ = {k: v for k, v in os.environ.items() if k not in {"RAY_ADDRESS", "MAKEFLAGS"}}
+    environ = {
+        k: v for k, v in os.environ.items() if k not in {"RAY_ADDRESS", "MAKEFLAGS", "MAKELEVEL"}
+    }
     return subprocess.run(
         ["make", "--dry-run", *arguments],
         cwd=CHECKOUT,
@@ -25,7 +27,7 @@ def dry_run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_job_runs_here_without_an_address() -> None:
+def test_a_job_runs_on_this_machine_without_an_address() -> None:
     shown = dry_run("train", "STORE=s3://b/store", "RUN=s3://b/run", "ARGS=--recipe fast").stdout
     assert "-m jobs.train --store 's3://b/store' --run 's3://b/run' --recipe fast" in shown
 
@@ -44,20 +46,34 @@ def test_a_job_is_submitted_to_kubernetes(job: str) -> None:
     assert "jobs." not in shown
 
 
-def test_another_target_is_no_target() -> None:
+def test_a_run_is_sent_to_wandb_from_this_machine() -> None:
+    for given in (["RAY_ADDRESS=http://head:8265"], ["TARGET=k8s"]):
+        assert "-m jobs.track --run 's3://b/1'" in dry_run("track", "RUN=s3://b/1", *given).stdout
+
+
+def test_an_unknown_target_is_refused() -> None:
     done = dry_run("train", "STORE=s", "TARGET=k9s")
     assert done.returncode == 2
     assert "TARGET=k9s: say TARGET=k8s" in done.stderr
 
 
 @pytest.mark.parametrize("provider", ["aws", "gcp", "onprem"])
-def test_vms_come_and_go(provider: str) -> None:
+def test_vms_are_started_and_stopped(provider: str) -> None:
     up = dry_run("up", f"PROVIDER={provider}").stdout
     assert f"ray up --yes cluster/'{provider}'.yaml" in up
     assert ("RAY_UP_enable_autoscaler_v2=0 " in up) is (provider == "onprem")
     down = dry_run("down", f"PROVIDER={provider}").stdout
     assert f"ray down --yes cluster/'{provider}'.yaml" in down
     assert "cluster down --target k8s" in dry_run("down", "TARGET=k8s").stdout
+
+
+@pytest.mark.parametrize("target", ["up", "down", "forward"])
+@pytest.mark.parametrize("provider", ["asw", "aws; touch x", "../aws.yaml x"])
+def test_an_unknown_provider_is_refused(target: str, provider: str) -> None:
+    done = dry_run(target, f"PROVIDER={provider}")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "say aws, gcp or onprem" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -76,7 +92,7 @@ def test_vms_come_and_go(provider: str) -> None:
         ("leave-one-out", ["RUN=r"], "STORES"),
     ],
 )
-def test_what_is_missing_is_named(target: str, given: list[str], missing: str) -> None:
+def test_a_missing_argument_is_named(target: str, given: list[str], missing: str) -> None:
     done = dry_run(target, *given)
     assert done.returncode == 2
     assert f"make {target}: say {missing}=" in done.stderr
@@ -99,14 +115,12 @@ def test_the_demo_takes_another_store() -> None:
         ("export", ["RUN", "OUTPUT"]),
         ("leave-one-out", ["STORES", "RUN"]),
         ("demo", ["STORE"]),
-        ("up", ["PROVIDER"]),
-        ("forward", ["PROVIDER"]),
         ("setup-k8s", ["OVERLAY"]),
         ("image", ["IMAGE", "BASE_IMAGE"]),
     ],
 )
-def test_nothing_that_is_given_is_run(target: str, given: list[str]) -> None:
-    """Each is one word of the shell, whose parts no command could be."""
+def test_arguments_are_never_run_as_commands(target: str, given: list[str]) -> None:
+    """Each stays one word of the shell."""
     evil = "s3://b/x y;touch '$(id)' `id`"
     shown = dry_run(target, *(f"{name}={evil.replace('$', '$$')}" for name in given)).stdout
     lines = shown.replace("\\\n", " ").splitlines()

@@ -1,4 +1,4 @@
-"""Waiting for what another thread or process does, and counting calls instead of seconds."""
+"""Waits for another thread or process, and counts calls instead of seconds."""
 
 import sys
 import time
@@ -15,10 +15,10 @@ def wait_until(
     timeout_s: float = 120,
     pause_s: float = 0.02,
 ) -> Found:
-    """The first true value of `look`. AssertionError that names `what` was waited for, and what
-    `look` gave last, when there is none in time.
+    """The first true value of `look`. AssertionError with `what` and the last value of `look` after
+    the timeout.
 
-    The time is generous: it ends a test that hangs, and says nothing of how fast anything is.
+    The timeout is long: it only ends a test that hangs.
     """
     deadline_s = time.monotonic() + timeout_s
     while not (found := look()):

@@ -3,12 +3,12 @@
     python -m tests.benchmarks.checkpoint [--rounds 5] [--work-ms 5] [--step-ms 20]
 
 A checkpoint of ResNet-18 with Adam's moments is made into bytes in a thread, as while training. The
-main thread takes steps as of a GPU: some work in Python that lets go of its lock now and then, as
-the launching of kernels does, and then waiting for the device. Where the work takes longer than a
-step, the GPU runs dry.
+main thread takes steps as with a GPU: some work in Python that releases the GIL now and then, as
+launching kernels does, and then waiting for the device. Where the work takes longer than a step,
+the GPU has nothing to do.
 
     nothing   no checkpoint is written
-    BytesIO   torch.save into an object of Python's
+    BytesIO   torch.save into an io.BytesIO
     pneumo    pneumo.training.checkpoints.to_bytes
 """
 
@@ -26,8 +26,8 @@ import torch
 from pneumo.network.backbones import build_model
 from pneumo.training.checkpoints import to_bytes
 
-BIT_S = 0.0002
-"""Of work before the lock is let go."""
+SLICE_S = 0.0002
+"""Seconds of work before Python's lock is released."""
 
 
 def make_state() -> dict[str, Any]:
@@ -44,27 +44,27 @@ def into_bytesio(state: dict[str, Any]) -> bytes:
 
 
 def work(seconds: float) -> float:
-    """So much CPU time of this thread, in bits; the time it took, in seconds."""
+    """Use so many seconds of this thread's CPU, in slices; the wall time it took, in seconds."""
     begun_s = time.perf_counter()
-    for _ in range(round(seconds / BIT_S)):
-        end_s = time.thread_time() + BIT_S
+    for _ in range(round(seconds / SLICE_S)):
+        end_s = time.thread_time() + SLICE_S
         while time.thread_time() < end_s:
             pass
         time.sleep(0)
     return time.perf_counter() - begun_s
 
 
-def take_steps(beside: Callable[[], object], work_s: float, step_s: float) -> tuple[float, float]:
-    """Steps for as long as `beside` runs in its thread: mean seconds of work in a step, and how
-    long `beside` took."""
-    took_s, begun_s = [], time.perf_counter()
-    thread = threading.Thread(target=beside)
+def take_steps(write: Callable[[], object], work_s: float, step_s: float) -> tuple[float, float]:
+    """Take steps while `write` runs in a thread; mean seconds of work in a step, and the seconds
+    that `write` took."""
+    work_times_s, begun_s = [], time.perf_counter()
+    thread = threading.Thread(target=write)
     thread.start()
     while thread.is_alive():
-        took_s.append(work(work_s))
-        time.sleep(max(step_s - took_s[-1], 0))
+        work_times_s.append(work(work_s))
+        time.sleep(max(step_s - work_times_s[-1], 0))
     thread.join()
-    return statistics.fmean(took_s), time.perf_counter() - begun_s
+    return statistics.fmean(work_times_s), time.perf_counter() - begun_s
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,16 +75,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     state = make_state()
-    ways: dict[str, Callable[[], object]] = {
+    writers: dict[str, Callable[[], object]] = {
         "nothing": lambda: time.sleep(0.2),
         "BytesIO": lambda: into_bytesio(state),
         "pneumo": lambda: to_bytes(state),
     }
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in writers}
     for _ in range(options.rounds):
-        for name, beside in ways.items():
-            found[name].append(take_steps(beside, options.work_ms / 1e3, options.step_ms / 1e3))
-    print(f"{'beside':<10}{'work of a step, ms':>20}{'ratio':>8}{'it took, ms':>14}")
+        for name, write in writers.items():
+            found[name].append(take_steps(write, options.work_ms / 1e3, options.step_ms / 1e3))
+    print(f"{'writer':<10}{'work of a step, ms':>20}{'ratio':>8}{'to write, ms':>14}")
     alone_s = statistics.median(work_s for work_s, _ in found["nothing"])
     for name, pairs in found.items():
         work_s, whole_s = (statistics.median(column) for column in zip(*pairs, strict=True))

@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.decode [--source DIR] [--image-size 224] [--files 60] [--rounds 5]
 
-One table: medians of process CPU time, every way in turn for each file, so that a busy machine
+One table: medians of process CPU time, every decoder in turn for each file, so that a busy machine
 slows all of them alike. Without --source the research data beside the checkout, else phantoms.
 """
 
@@ -25,15 +25,16 @@ import numpy as np
 import numpy.typing as npt
 import pydicom
 import simplejpeg
-from pydicom.pixels import pixel_array
+from pydicom.pixels.utils import pixel_array
 from threadpoolctl import threadpool_limits
 
 from pneumo.dataset.phantoms.source_folder import write_phantoms
 from pneumo.images.dicom import read_study_image
 from pneumo.images.letterbox import letterbox
 from pneumo.images.pictures import read_picture
+from tests.benchmarks.sources import find_real_data
 
-Way = Callable[[bytes, int], npt.NDArray[Any] | None]
+Decoder = Callable[[bytes, int], npt.NDArray[Any] | None]
 _REFERENCE = "pixel_array + area"
 
 
@@ -43,55 +44,56 @@ def read_headers(data: bytes, image_size: int) -> None:
 
 def read_by_area(data: bytes, image_size: int) -> npt.NDArray[Any]:
     stored = pixel_array(pydicom.dcmread(io.BytesIO(data)), decoding_plugin="pillow")
-    return cv2.resize(stored, (image_size, image_size), interpolation=cv2.INTER_AREA)
+    return np.asarray(cv2.resize(stored, (image_size, image_size), interpolation=cv2.INTER_AREA))
 
 
-def read_as_the_seed(data: bytes, image_size: int) -> npt.NDArray[Any]:
-    """Floats, no antialiasing, and the plugin that pydicom takes where gdcm is installed."""
+def read_as_the_original(data: bytes, image_size: int) -> npt.NDArray[Any]:
+    """As the project that this one grew from: floats, no antialiasing, and the plugin that pydicom
+    takes where gdcm is installed."""
     stored = pixel_array(pydicom.dcmread(io.BytesIO(data)), decoding_plugin="gdcm")
-    return cv2.resize(stored / 255, (image_size, image_size)) * 255
+    return np.asarray(cv2.resize(stored / 255, (image_size, image_size)) * 255)
 
 
-def read_our_way(data: bytes, image_size: int) -> npt.NDArray[Any]:
+def read_with_pneumo(data: bytes, image_size: int) -> npt.NDArray[Any]:
     return read_study_image(data, image_size).pixels
 
 
-def choose_ways() -> dict[str, Way]:
-    ways: dict[str, Way] = {"headers only": read_headers, _REFERENCE: read_by_area}
+def list_decoders() -> dict[str, Decoder]:
+    decoders: dict[str, Decoder] = {"headers only": read_headers, _REFERENCE: read_by_area}
     if importlib.util.find_spec("gdcm"):
-        ways["the seed's way (gdcm)"] = read_as_the_seed
-    return ways | {"read_study_image": read_our_way}
+        decoders["original project (gdcm)"] = read_as_the_original
+    return decoders | {"read_study_image": read_with_pneumo}
 
 
 @contextlib.contextmanager
 def find_files(source: Path | None, num_files: int) -> Iterator[list[Path]]:
     """DICOM files of `source`, of the research data, or of phantoms written for the purpose."""
-    beside = Path(__file__).resolve().parents[3] / "shared" / "data" / "rsna-mini"
+    folder = source or find_real_data("rsna-mini")
     with tempfile.TemporaryDirectory() as scratch:
-        if source is None and not beside.is_dir():
-            write_phantoms(Path(scratch) / "phantoms", num_studies=num_files, seed=0)
-            source = Path(scratch)
-        yield sorted((source or beside).rglob("*.dcm"))[:num_files]
+        if folder is None:
+            folder = Path(scratch)
+            write_phantoms(folder / "phantoms", num_studies=num_files, seed=0)
+        yield sorted(folder.rglob("*.dcm"))[:num_files]
 
 
 def measure(files: Sequence[bytes], image_size: int, rounds: int) -> list[str]:
     """The rows of the table."""
-    ways = choose_ways()
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    decoders = list_decoders()
+    seconds: dict[str, list[float]] = {name: [] for name in decoders}
     rng = random.Random(0)
     for _ in range(rounds):
         for data in files:
             # In random order: each leaves caches and heap to the next as it finds them.
-            for name in rng.sample(sorted(ways), len(ways)):
+            for name in rng.sample(sorted(decoders), len(decoders)):
                 begin = time.process_time()
-                ways[name](data, image_size)
+                decoders[name](data, image_size)
                 seconds[name].append(time.process_time() - begin)
     reference = statistics.median(seconds[_REFERENCE])
-    rows = [f"{'way':<24}{'ms':>8}{'images/s/core':>15}{'ratio':>8}{'mean diff':>11}{'max':>7}"]
-    for name, way in ways.items():
+    rows = [f"{'decoder':<24}{'ms':>8}{'images/s/core':>15}{'ratio':>8}{'mean diff':>11}{'max':>7}"]
+    for name, decode in decoders.items():
         median = statistics.median(seconds[name])
         row = f"{name:<24}{median * 1e3:>8.2f}{1 / median:>15.0f}{reference / median:>8.2f}"
-        rows.append(row + describe_difference(way, files, image_size))
+        rows.append(row + describe_difference(decode, files, image_size))
     return rows
 
 
@@ -100,19 +102,15 @@ def measure_pictures(files: Sequence[bytes], image_size: int, rounds: int) -> li
     rows = []
     for ending in (".png", ".jpg"):
         encoded = [_encode(data, ending) for data in files]
-        ways: dict[str, Callable[[bytes], Any]] = {
-            "library": _decode_png if ending == ".png" else _decode_jpeg,
-            "library + letterbox": lambda d, e=ending: letterbox(
-                _decode_png(d) if e == ".png" else _decode_jpeg(d), image_size
-            ),
-            "read_picture": lambda d: read_picture(d, image_size),
-        }
-        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        decoders = _list_picture_decoders(
+            _decode_png if ending == ".png" else _decode_jpeg, image_size
+        )
+        seconds: dict[str, list[float]] = {name: [] for name in decoders}
         for _ in range(rounds):
             for data in encoded:
-                for name, way in ways.items():
+                for name, decode in decoders.items():
                     begin = time.process_time()
-                    way(data)
+                    decode(data)
                     seconds[name].append(time.process_time() - begin)
         median = {name: statistics.median(own) for name, own in seconds.items()}
         rows += [
@@ -120,6 +118,17 @@ def measure_pictures(files: Sequence[bytes], image_size: int, rounds: int) -> li
             for name, own in median.items()
         ]
     return rows
+
+
+def _list_picture_decoders(
+    decode: Callable[[bytes], npt.NDArray[Any]], image_size: int
+) -> dict[str, Callable[[bytes], object]]:
+    """The library's `decode` alone and with the letterbox after it, and what the product calls."""
+    return {
+        "library": decode,
+        "library + letterbox": lambda data: letterbox(decode(data), image_size),
+        "read_picture": lambda data: read_picture(data, image_size),
+    }
 
 
 def _encode(data: bytes, ending: str) -> bytes:
@@ -132,18 +141,18 @@ def _encode(data: bytes, ending: str) -> bytes:
 def _decode_png(data: bytes) -> npt.NDArray[Any]:
     decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     assert decoded is not None
-    return decoded
+    return np.asarray(decoded)
 
 
 def _decode_jpeg(data: bytes) -> npt.NDArray[Any]:
     return np.asarray(simplejpeg.decode_jpeg(data, "GRAY")[..., 0])
 
 
-def describe_difference(way: Way, files: Sequence[bytes], image_size: int) -> str:
+def describe_difference(decode: Decoder, files: Sequence[bytes], image_size: int) -> str:
     """Mean and greatest difference in gray levels from the full decode, resampled by area."""
     means, greatest = [], 0.0
     for data in files:
-        pixels = way(data, image_size)
+        pixels = decode(data, image_size)
         if pixels is None:
             return ""
         difference = np.abs(pixels.astype(np.float64) - read_by_area(data, image_size))

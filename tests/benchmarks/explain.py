@@ -1,5 +1,5 @@
-"""What maps cost: ours beside the library's as it documents them, a positive's whole score, and the
-memory of scoring."""
+"""What Grad-CAM maps cost: ours and pytorch-grad-cam's by its README, comparing a map with boxes,
+and the memory of scoring."""
 
 import argparse
 import subprocess
@@ -18,11 +18,11 @@ from pytorch_grad_cam.utils.model_targets import BinaryClassifierOutputTarget
 from torch import Tensor, nn
 
 from jobs.evaluation.ray_scoring import (
-    Scored,
+    RunCheckpoint,
+    ScoredStore,
     Scoring,
-    Weights,
-    boxes_of,
-    score_boxes,
+    list_boxes,
+    score_maps,
     score_splits,
 )
 from jobs.ray_cluster.session import ray_session
@@ -38,7 +38,7 @@ from tests.benchmarks.prepare import Sampler
 from tests.conftest import write_store
 
 GOAL_RATIO = 3.0
-"""How many times as fast as the documented way ours is to be."""
+"""How many times as fast as the README's code ours is to be."""
 _IMAGES, _SIZE, _MEMORY_SIZE = 8, 224, 64
 
 
@@ -50,12 +50,12 @@ def as_documented(model: nn.Module, images: Tensor) -> Maps:
 
 
 def forward(model: nn.Module, images: Tensor) -> Tensor:
-    """Nothing but a logit."""
+    """The logits alone."""
     with torch.inference_mode():
         return torch.as_tensor(model(images))
 
 
-def take_ms(function: Callable[..., Any], *arguments: Any) -> float:
+def measure_ms(function: Callable[..., Any], *arguments: Any) -> float:
     """Milliseconds an image."""
     started_s = time.perf_counter()
     function(*arguments)
@@ -67,15 +67,17 @@ def measure_cost(backbones: list[str], repeats: int) -> None:
     torch.set_num_threads(1)
     images = torch.randn(_IMAGES, 1, _SIZE, _SIZE, generator=torch.Generator().manual_seed(0))
     print(f"one thread, {_SIZE} px, ms an image (ratio to ours)")
-    ways = (forward, gradcam, as_documented)
-    print(f"  {'backbone':18}" + "".join(f"{way.__name__:>24}" for way in ways))
+    functions = (forward, gradcam, as_documented)
+    print(f"  {'backbone':18}" + "".join(f"{one.__name__:>24}" for one in functions))
     for backbone in backbones:
         model = build_random_network(backbone, seed=0).to(memory_format=torch.channels_last)
-        # In turns: whatever else the machine does meets all of them.
-        rounds = [{way: take_ms(way, model, images) for way in ways} for _ in range(repeats)]
-        times = {way: min(found[way] for found in rounds) for way in ways}
+        # In turns, so that other load slows all of them alike.
+        rounds = [
+            {one: measure_ms(one, model, images) for one in functions} for _ in range(repeats)
+        ]
+        times = {one: min(found[one] for found in rounds) for one in functions}
         fast = times[gradcam]
-        cells = [f"{times[way]:14.1f} ({times[way] / fast:5.2f} x)" for way in ways]
+        cells = [f"{times[one]:14.1f} ({times[one] / fast:5.2f} x)" for one in functions]
         print(f"  {backbone:18}" + "".join(f"{cell:>24}" for cell in cells))
         ratio = times[as_documented] / fast
         verdict = "pass" if ratio >= GOAL_RATIO else "FAIL"
@@ -87,7 +89,7 @@ def measure_cost(backbones: list[str], repeats: int) -> None:
         for cam in maps:
             score_map(cam, boxes)
 
-    print(f"  one map of a study against its boxes: {take_ms(score):.1f} ms")
+    print(f"  one map of a study against its boxes: {measure_ms(score):.1f} ms")
 
 
 def measure_memory(sizes: list[int]) -> None:
@@ -133,13 +135,13 @@ def _write_run(store_url: str, run_url: str) -> None:
 
 def score_store(store_url: str, run_url: str) -> None:
     """All that an evaluation asks of the workers for test."""
-    scored = Scored(Scoring((Weights(run_url, read_index(run_url).best),)), store_url)
+    scored = ScoredStore(Scoring((RunCheckpoint(run_url, read_index(run_url).best),)), store_url)
     manifest = read_manifest(store_url)
     with ray_session():
         logits = score_splits(scored, ("test",), Config())
-        boxes = boxes_of(read_studies(store_url, manifest), "test")
+        boxes = list_boxes(read_studies(store_url, manifest), "test")
         prior = prior_map(list(boxes.values()), manifest.image_size)
-        scores = score_boxes(scored, {"test": boxes}, prior, Config())
+        scores = score_maps(scored, {"test": boxes}, prior, Config())
     assert len(logits) == manifest.splits["test"].samples
     assert len(scores["test"]) == len(boxes)
 
@@ -147,19 +149,19 @@ def score_store(store_url: str, run_url: str) -> None:
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__)
-    ways = parser.add_subparsers(dest="way", required=True)
-    cost = ways.add_parser("cost")
+    commands = parser.add_subparsers(dest="command", required=True)
+    cost = commands.add_parser("cost")
     cost.add_argument("--backbones", nargs="+", default=list(_backbones()))
     cost.add_argument("--repeats", type=int, default=5)
-    memory = ways.add_parser("memory")
+    memory = commands.add_parser("memory")
     memory.add_argument("--sizes", type=int, nargs="+", default=[2000, 20_000])
-    score = ways.add_parser("score")
+    score = commands.add_parser("score")
     score.add_argument("store")
     score.add_argument("run")
     arguments = parser.parse_args()
-    if arguments.way == "score":
+    if arguments.command == "score":
         score_store(arguments.store, arguments.run)
-    elif arguments.way == "memory":
+    elif arguments.command == "memory":
         measure_memory(arguments.sizes)
     else:
         measure_cost(arguments.backbones, arguments.repeats)

@@ -1,4 +1,4 @@
-"""What one GPU makes of training: images/s, its share of the chip's limit, an epoch of RSNA.
+"""Training speed of one GPU: images/s, the fraction of the chip's limit, seconds an epoch of RSNA.
 
     python tests/benchmarks/gpu.py [--batch-sizes 256 512 1024 2048] [--modes eager compile …]
         [--paths thread thread-compiled …] [--plain-stem] [--repeats 5] [--json FILE]
@@ -13,7 +13,7 @@ device holds as bytes. A step is one micro-batch, without what
 The data path mirrors `pneumo.loading.augmentation.augment` as it is on a GPU, with the defaults of
 `AugmentConfig`: rows gathered, each image moved by a matrix of its own (grid_sample), rounded, and
 recoloured by a table of its own, which normalises too. `tests/benchmarks/test_gpu.py` compares
-them. It is measured in six ways:
+them. Six variants are measured:
 
     host        drawn on the host from a hash of (seed, epoch, key), and copied, in the step's time
     thread      the same as pneumo does it: one batch ahead in a thread, on a stream of its own
@@ -22,11 +22,11 @@ them. It is measured in six ways:
     compiled    the same, by torch.compile
     ahead       the same, one batch ahead, on a stream of its own
 
-and against none: the bare step, on one batch again and again. They take turns, so that what else
-slows the machine slows all alike. A time is the median over the repeats, each of one epoch's steps
+and `none`: the bare step, on one batch again and again. They take turns, so that other load slows
+all of them alike. A time is the median over the repeats, each of one epoch's steps
 between two CUDA events; the chip's peaks are known by its name, or given. All of it may take half
 an hour; the JSON file is written as rows come. What cannot run, for want of memory or of a
-compiler, is told in a line.
+compiler, is reported in one line.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ RSNA_IMAGES = 21_347
 EPOCH_GOAL_S = 1.0
 """Of an epoch of RSNA with augmentation, on an H200."""
 DATA_GOAL = 0.05
-"""Largest share of a step that the data path may take."""
+"""Largest fraction of a step that the data path may take."""
 
 PEAKS = {
     "NVIDIA H200": (989.0, 4.8),
@@ -92,7 +92,7 @@ Batch = tuple[Tensor, Tensor]
 """(B, 1, S, S) float32 normalised, and (B,) float32 of 0 and 1."""
 
 
-# --- what the chip could do
+# --- the chip's limit
 
 
 def count_forward_flops(image_size: int) -> int:
@@ -224,24 +224,24 @@ class Data:
     def feed_from_host(self, apply: Callable[..., Tensor] = warp) -> Iterator[Batch]:
         """Drawn on the host; `apply` is as `warp`."""
         for epoch, rows in self.orders():
-            there = self.send(rows)
+            on_device = self.send(rows)
             uniforms = draw_by_hash([self.keys[i] for i in rows.tolist()], seed=0, epoch=epoch)
             matrices, tables = build_matrices(uniforms), build_tables(uniforms)
             changed = apply(
-                self.images.index_select(0, there),
+                self.images.index_select(0, on_device),
                 self.send(matrices.float()),
                 self.send(tables.float()),
             )
-            yield changed, self.targets[there]
+            yield changed, self.targets[on_device]
 
     def send(self, tensor: Tensor) -> Tensor:
-        """To the device, waiting for nothing."""
+        """Copy to the device, asynchronously."""
         if self.device.type != "cuda":
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def feed_from_device(self, augment: Callable[..., Tensor] = augment_rows) -> Iterator[Batch]:
-        """Drawn there too; `augment` is as `augment_rows`."""
+        """Drawn on the device too; `augment` is as `augment_rows`."""
         generator = torch.Generator(self.device).manual_seed(0)
         while True:
             order = torch.randperm(self.num_images, generator=generator, device=self.device)
@@ -250,7 +250,7 @@ class Data:
                 yield augment(self.images, rows, uniforms), self.targets[rows]
 
     def feed(self, path: str) -> Iterator[Batch]:
-        """Batches without end, made in the way of PATHS that is named."""
+        """Endless batches by one of PATHS."""
         if path == "host":
             return self.feed_from_host()
         if path == "thread":
@@ -360,7 +360,8 @@ class ResNet18(nn.Module):
         x = F.relu(self.bn1(self.conv1(x)), inplace=True)
         x = F.max_pool2d(x, 3, stride=2, padding=1)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.fc(x.mean((2, 3)))
+        logits: Tensor = self.fc(x.mean((2, 3)))
+        return logits
 
 
 class Step:
@@ -407,11 +408,11 @@ class Row:
     """Smallest and largest of the repeats."""
     images_per_s: float
     of_flops: float
-    """Share of the limit that the chip's arithmetic sets."""
+    """Fraction of the limit that the chip's arithmetic sets."""
     of_bytes: float
-    """Share of the limit that its memory sets."""
-    data_share: float | None
-    """What the data path adds to the bare step, as a share of both."""
+    """Fraction of the limit that its memory sets."""
+    data_fraction: float | None
+    """What the data path adds to the bare step, as a fraction of both."""
     rsna_epoch_s: float
     peak_gb: float | None
 
@@ -438,7 +439,7 @@ def time_steps(step: Step, batches: Iterator[Batch], count: int) -> float:
         step.learn(images, targets)
     ended.record()
     torch.cuda.synchronize()
-    return begun.elapsed_time(ended) / 1000 / count
+    return float(begun.elapsed_time(ended)) / 1000 / count
 
 
 def measure(
@@ -451,7 +452,7 @@ def measure(
     device = torch.device(options.device)
     data = Data(options.num_images, options.image_size, batch_size, device)
     step = Step(mode, device, plain_stem=options.plain_stem)
-    feeds = {"none": itertools.repeat(next(data.feed_from_device()))}
+    feeds: dict[str, Iterator[Batch]] = {"none": itertools.repeat(next(data.feed_from_device()))}
     peaks = {"none": warm_up(step, feeds["none"], options.warm_up)}
     failures = []
     for path in options.paths:
@@ -481,7 +482,7 @@ def measure(
 
 
 def warm_up(step: Step, batches: Iterator[Batch], count: int) -> float | None:
-    """Compile and settle; the most memory held on the device meanwhile, in GB."""
+    """Compile and warm up; the peak memory on the device meanwhile, in GB."""
     if step.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     time_steps(step, batches, count)
@@ -509,7 +510,7 @@ def describe(
         images_per_s=batch_size / step_s,
         of_flops=limit.by_flops_s * batch_size / step_s,
         of_bytes=limit.by_bytes_s * batch_size / step_s,
-        data_share=None if path == "none" else (step_s - bare_s) / step_s,
+        data_fraction=None if path == "none" else (step_s - bare_s) / step_s,
         rsna_epoch_s=RSNA_IMAGES * step_s / batch_size,
         peak_gb=peak_gb,
     )
@@ -530,7 +531,7 @@ HEAD = (
 
 
 def format_row(row: Row) -> str:
-    data = "-" if row.data_share is None else f"{row.data_share:.1%}"
+    data = "-" if row.data_fraction is None else f"{row.data_fraction:.1%}"
     peak = "-" if row.peak_gb is None else f"{row.peak_gb:.1f}"
     return (
         f"{row.mode:<27}{row.batch_size:>6} {row.path:<16}{row.step_ms:>9.2f}"
@@ -546,11 +547,11 @@ def compare_with_goals(rows: Sequence[Row]) -> list[str]:
         ("bare", [row for row in rows if row.path == "none"]),
         ("with its data path", [row for row in rows if row.path != "none"]),
         (
-            "in pneumo's way",
+            "as pneumo trains",
             [row for row in rows if (row.mode, row.path) == ("eager-tuned", "thread")],
         ),
         (
-            "in pneumo's way, compiled",
+            "as pneumo trains, compiled",
             [row for row in rows if (row.mode, row.path) == ("compile", "thread-compiled")],
         ),
     ):
@@ -558,8 +559,8 @@ def compare_with_goals(rows: Sequence[Row]) -> list[str]:
             continue
         best = min(found, key=lambda row: row.rsna_epoch_s)
         line = f"epoch of {RSNA_IMAGES} images, {label}: {best.rsna_epoch_s:.2f} s"
-        if best.data_share is not None:
-            line += f" (goal {EPOCH_GOAL_S:.1f}), data path {best.data_share:.1%} of a step"
+        if best.data_fraction is not None:
+            line += f" (goal {EPOCH_GOAL_S:.1f}), data path {best.data_fraction:.1%} of a step"
             line += f" (goal {DATA_GOAL:.0%} at most)"
         lines.append(f"{line}: {best.mode}, batch {best.batch_size}, {best.path}")
     return lines
@@ -662,7 +663,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def forget() -> None:
-    """Give back what the last network held, its compiled code too."""
+    """Free the memory of the last network, and its compiled code."""
     torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():

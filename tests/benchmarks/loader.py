@@ -1,14 +1,14 @@
 """What a training sample costs, by this loader and by others, and what memory it takes.
 
     python -m tests.benchmarks.loader [--num-samples 2000] [--image-size 224] [--rounds 3]
-        [--memory-samples 20000] [--skip WAY …] [--only WAY …]
+        [--memory-samples 20000] [--skip PIPELINE …] [--only PIPELINE …]
     python -m tests.s3.server -- python -m tests.benchmarks.loader …     with rows from S3
 
-Every way feeds the same pictures (windows of phantoms) as normalised float32 batches of 64, each
-turned, moved and scaled at random by the same amounts, from files that the page cache holds. Each
-runs in a process of its own that lives over all rounds; in a round they take turns in random order,
-so that a busy machine slows all of them alike. Cost is CPU time of the way's whole process tree
-(DataLoader workers, Ray) while it feeds an epoch; one thread for arithmetic each.
+Every input pipeline feeds the same pictures (windows of phantoms) as normalised float32 batches of
+64, each turned, moved and scaled at random by the same amounts, from files that the page cache
+holds. Each runs in a process of its own that lives over all rounds; in a round they take turns in
+random order, so that a busy machine slows all of them alike. Cost is CPU time of the pipeline's
+whole process tree (DataLoader workers, Ray) during an epoch; one thread for arithmetic each.
 
 mosaicml-streaming cannot be installed beside this project (0.13 wants numpy below 2.2, and brings
 the SDKs of five clouds and transformers). It runs from a folder of its own that
@@ -105,10 +105,10 @@ class Data:
 
 
 class LeftOutError(Exception):
-    """This way cannot run here; says why."""
+    """This pipeline cannot run here; says why."""
 
 
-# --- the pictures, and how each way has them
+# --- the pictures, in the format of each pipeline
 
 
 def draw_images(num_samples: int, image_size: int) -> Iterator[Gray]:
@@ -140,7 +140,7 @@ def write_data(
     if "npy" in formats:
         write_npy(folder / "npy", samples)
     if "mds" in formats:
-        with contextlib.suppress(LeftOutError):  # its way will say why
+        with contextlib.suppress(LeftOutError):  # its pipeline reports why
             write_mds(folder / "mds", samples)
     mean, std = float(gray.mean() / 255), float(gray.std() / 255)
     return Data(folder, num_samples, image_size, mean, std, s3_url)
@@ -217,12 +217,12 @@ def write_mds(folder: Path, samples: Sequence[Sample]) -> None:
             writer.write({"image": sample.pixels, "target": sample.target})
 
 
-# --- ours
+# --- this project's
 
 
 def open_ours(data: Data, cache: str, store_url: str | None = None) -> Loader:
     entry = SplitEntry.model_validate_json((data.folder / "store" / "train.json").read_bytes())
-    # Of the rest of a manifest the loader wants nothing.
+    # The loader reads no other field of a manifest.
     known: dict[str, Any] = {"image_size": data.image_size, "splits": {"train": entry}}
     manifest = Manifest.model_construct(**known, mean=data.mean, std=data.std)
     config = DataConfig.model_validate({"cache": cache})
@@ -252,11 +252,11 @@ def open_later(data: Data, augment: AugmentConfig) -> Epoch:
     return lambda epoch: feed_ours(loader, epoch, augment)
 
 
-# --- the others'
+# --- those of other libraries
 
 
 class RandomGamma(nn.Module):
-    """What torchvision lacks; by its own function."""
+    """A random gamma, which torchvision has as a function only."""
 
     def forward(self, image: Tensor) -> Tensor:
         amount = AugmentConfig().gray_fraction
@@ -349,7 +349,7 @@ def open_raw(data: Data) -> Epoch:
 
 
 def open_raw_with_ours(data: Data) -> Epoch:
-    """webdataset's reader with our transforms: what of the difference is theirs."""
+    """webdataset's reader with our transforms: how much of the difference the transforms make."""
     dataset = (
         wds.WebDataset(data.list_shards("raw"), shardshuffle=100)
         .shuffle(1000)
@@ -398,7 +398,7 @@ def open_ray(data: Data) -> Epoch:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     transform = PerSample(data).on_tensors
 
-    # Ray's workers know this file by no name: the function carries all that it uses.
+    # Ray's workers cannot import this file, so the function carries all that it uses.
     def change(batch: dict[str, Any]) -> dict[str, Any]:
         return {"images": np.stack([transform(pixels).numpy() for pixels in batch["npy"]])}
 
@@ -413,7 +413,7 @@ def open_ray(data: Data) -> Epoch:
     return feed
 
 
-class Way(NamedTuple):
+class Pipeline(NamedTuple):
     """One row of the table."""
 
     label: str
@@ -422,43 +422,45 @@ class Way(NamedTuple):
     open: Callable[[Data], Epoch]
 
 
-WAYS = {
-    "memory-first": Way("ours: memory, first epoch", "store", partial(open_first, cache="memory")),
-    "memory-later": Way(
+PIPELINES = {
+    "memory-first": Pipeline(
+        "ours: memory, first epoch", "store", partial(open_first, cache="memory")
+    ),
+    "memory-later": Pipeline(
         "ours: memory, later epochs", "store", partial(open_later, augment=AFFINE_ONLY)
     ),
-    "memory-gray": Way(
+    "memory-gray": Pipeline(
         "ours: the same, gray levels too", "store", partial(open_later, augment=AugmentConfig())
     ),
-    "stream": Way("ours: stream", "store", partial(open_first, cache="stream")),
-    "memory-s3": Way(
+    "stream": Pipeline("ours: stream", "store", partial(open_first, cache="stream")),
+    "memory-s3": Pipeline(
         "ours: memory, first epoch, S3", "store", partial(open_first_s3, cache="memory")
     ),
-    "stream-s3": Way("ours: stream, S3", "store", partial(open_first_s3, cache="stream")),
-    "seed": Way(".npy a study, v2", "npy", partial(open_folder, workers=0)),
-    "seed-workers": Way(".npy a study, v2, 2 workers", "npy", partial(open_folder, workers=2)),
-    "seed-gray": Way(
+    "stream-s3": Pipeline("ours: stream, S3", "store", partial(open_first_s3, cache="stream")),
+    "npy": Pipeline(".npy a study, v2", "npy", partial(open_folder, workers=0)),
+    "npy-workers": Pipeline(".npy a study, v2, 2 workers", "npy", partial(open_folder, workers=2)),
+    "npy-gray": Pipeline(
         ".npy a study, v2, gray levels too", "npy", partial(open_folder, workers=0, gray=True)
     ),
-    "png": Way("webdataset PNG, v2", "png", partial(open_png, on_tensors=True)),
-    "png-pil": Way("webdataset PNG, v2 on PIL", "png", partial(open_png, on_tensors=False)),
-    "png-gray": Way(
+    "png": Pipeline("webdataset PNG, v2", "png", partial(open_png, on_tensors=True)),
+    "png-pil": Pipeline("webdataset PNG, v2 on PIL", "png", partial(open_png, on_tensors=False)),
+    "png-gray": Pipeline(
         "webdataset PNG, v2, gray levels too", "png", partial(open_png, on_tensors=True, gray=True)
     ),
-    "raw": Way("webdataset .npy, v2", "raw", open_raw),
-    "raw-ours": Way("webdataset .npy, our transforms", "raw", open_raw_with_ours),
-    "streaming": Way("mosaicml-streaming, v2", "mds", open_streaming),
-    "ray": Way("Ray Data read_webdataset, v2", "raw", open_ray),
+    "raw": Pipeline("webdataset .npy, v2", "raw", open_raw),
+    "raw-ours": Pipeline("webdataset .npy, our transforms", "raw", open_raw_with_ours),
+    "streaming": Pipeline("mosaicml-streaming, v2", "mds", open_streaming),
+    "ray": Pipeline("Ray Data read_webdataset, v2", "raw", open_ray),
 }
 GOALS = (
-    ("memory-later", "seed", 10.0),
-    ("memory-later", "seed-workers", 10.0),
+    ("memory-later", "npy", 10.0),
+    ("memory-later", "npy-workers", 10.0),
     ("memory-later", "png", 15.0),
-    ("memory-gray", "seed-gray", 10.0),
+    ("memory-gray", "npy-gray", 10.0),
     ("memory-gray", "png-gray", 15.0),
-    ("memory-first", "seed", 2.0),
+    ("memory-first", "npy", 2.0),
     ("memory-first", "png", 2.0),
-    ("stream", "seed", 2.0),
+    ("stream", "npy", 2.0),
     ("stream", "png", 2.0),
     ("memory-s3", "memory-first", 0.8),
     ("stream-s3", "stream", 0.8),
@@ -497,7 +499,7 @@ def measure_epoch(feed: Epoch, epoch: int, data: Data) -> Cost:
 
 
 def check_epoch(feed: Epoch, data: Data) -> None:
-    """An uncounted epoch, from which all that is done once is done, and a look at what it gives."""
+    """Run one epoch that does not count, as warm-up; check shape, type and mean of its batches."""
     shape, means = (BATCH_SIZE, 1, data.image_size, data.image_size), []
     for images in feed(0):
         if tuple(images.shape) != shape or images.dtype != torch.float32:
@@ -507,18 +509,18 @@ def check_epoch(feed: Epoch, data: Data) -> None:
         raise LeftOutError(f"gives {len(means)} batches, their mean is {statistics.fmean(means)}")
 
 
-def settle() -> None:
-    """One thread; and none of the libraries' warnings."""
+def limit_threads() -> None:
+    """One thread, and no warnings of the libraries."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
 
 
 def serve(name: str, data: Data, parent: Connection) -> None:
-    """In a process of its own: an epoch for each number that the parent sends, until None."""
-    settle()
+    """In a process of its own: measure an epoch for each number from the parent, until None."""
+    limit_threads()
     try:
-        feed = WAYS[name].open(data)
+        feed = PIPELINES[name].open(data)
         check_epoch(feed, data)
         parent.send(None)
         while (epoch := parent.recv()) is not None:
@@ -542,7 +544,7 @@ class Memory(NamedTuple):
 def serve_memory(data: Data, parent: Connection) -> None:
     """In a process of its own that has imported all and fed nothing: what was freed before and
     could be used again would hide as much of the growth."""
-    settle()
+    limit_threads()
     gc.collect()
     before, _ = read_resident()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: proc(5)
@@ -581,7 +583,7 @@ def measure_memory(num_samples: int, image_size: int) -> Memory:
 
 
 class Runner:
-    """The process of one way; a way that fails leaves its reason."""
+    """The process of one pipeline; of one that fails the parent gets the reason."""
 
     def __init__(self, target: Callable[..., None], *arguments: Any) -> None:
         context = multiprocessing.get_context("spawn")
@@ -614,7 +616,7 @@ class Runner:
 def measure(
     names: Sequence[str], data: Data, rounds: int
 ) -> tuple[dict[str, list[Cost]], dict[str, str]]:
-    """Costs of each way by round; and the ways that are left out, with their reasons."""
+    """Costs of each pipeline by round; and the pipelines that are left out, with their reasons."""
     costs: dict[str, list[Cost]] = {}
     left_out: dict[str, str] = {}
     runners: dict[str, Runner] = {}
@@ -651,17 +653,17 @@ def median_cost(costs: Sequence[Cost]) -> Cost:
 
 
 def tabulate(costs: dict[str, list[Cost]]) -> list[str]:
-    """One row a way, its rate as a multiple of the seed's way and of PNG shards."""
+    """One row a pipeline, its rate as a multiple of the original project's and of PNG shards."""
     medians = {name: median_cost(found) for name, found in costs.items()}
-    head = f"{'way':<36}{'us CPU':>8}{'/s/core':>9}{'x .npy':>8}{'x PNG':>7}{'us wall':>9}{'/s':>8}"
-    rows = [head]
+    columns = {"us CPU": 8, "/s/core": 9, "x .npy": 8, "x PNG": 7, "us wall": 9, "/s": 8}
+    rows = [f"{'pipeline':<36}" + "".join(f"{name:>{size}}" for name, size in columns.items())]
     for name, cost in medians.items():
         ratios = [
             f"{medians[other].cpu_s / cost.cpu_s:.2f}" if other in medians else "-"
-            for other in ("seed", "png")
+            for other in ("npy", "png")
         ]
         rows.append(
-            f"{WAYS[name].label:<36}{cost.cpu_s * 1e6:>8.0f}{1 / cost.cpu_s:>9.0f}"
+            f"{PIPELINES[name].label:<36}{cost.cpu_s * 1e6:>8.0f}{1 / cost.cpu_s:>9.0f}"
             f"{ratios[0]:>8}{ratios[1]:>7}{cost.wall_s * 1e6:>9.0f}{1 / cost.wall_s:>8.0f}"
         )
     return rows
@@ -676,7 +678,7 @@ def compare_with_goals(costs: dict[str, list[Cost]]) -> list[str]:
             continue
         pairs = list(zip(costs[other], costs[name], strict=False))
         ratios = [theirs.cpu_s / ours.cpu_s for theirs, ours in pairs]
-        row = f"{WAYS[name].label} / {WAYS[other].label}"
+        row = f"{PIPELINES[name].label} / {PIPELINES[other].label}"
         row = f"{row:<72}{statistics.median(ratios):6.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         if name.endswith("-s3"):
             wall = statistics.median(theirs.wall_s / ours.wall_s for theirs, ours in pairs)
@@ -714,20 +716,20 @@ def open_bucket() -> Iterator[str | None]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m tests.benchmarks.loader", epilog=f"WAY: {', '.join(WAYS)}, memory"
+        prog="python -m tests.benchmarks.loader", epilog=f"PIPELINE: {', '.join(PIPELINES)}, memory"
     )
-    choices = [*WAYS, "memory"]
+    choices = [*PIPELINES, "memory"]
     parser.add_argument("--num-samples", type=int, default=2000)
     parser.add_argument("--memory-samples", type=int, default=20_000, help="of the memory's line")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=3)
     for flag in ("--skip", "--only"):
-        parser.add_argument(flag, nargs="+", choices=choices, metavar="WAY", default=[])
+        parser.add_argument(flag, nargs="+", choices=choices, metavar="PIPELINE", default=[])
     options = parser.parse_args(arguments)
     chosen = [n for n in options.only or choices if n not in options.skip]
     # Before torch and Ray start their threads in the processes to come.
     os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    settle()
+    limit_threads()
     if "memory" in chosen:
         chosen.remove("memory")
         print(describe_memory(measure_memory(options.memory_samples, options.image_size)))
@@ -736,7 +738,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             Path(scratch),
             options.num_samples,
             options.image_size,
-            formats={WAYS[name].format for name in chosen},
+            formats={PIPELINES[name].format for name in chosen},
             s3_url=s3_url,
         )
         costs, left_out = measure(chosen, data, options.rounds)
@@ -747,7 +749,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         print("\n".join([*tabulate(costs), "", *compare_with_goals(costs)]))
     for name, reason in left_out.items():
-        print(f"left out: {WAYS[name].label}: {reason}")
+        print(f"left out: {PIPELINES[name].label}: {reason}")
     return 0
 
 

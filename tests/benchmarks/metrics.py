@@ -15,12 +15,12 @@ from functools import partial
 
 from threadpoolctl import threadpool_limits
 
-from jobs.evaluation.ray_resampling import Spreading
+from jobs.evaluation.ray_resampling import RayMap
 from jobs.ray_cluster.session import ray_session
 from pneumo.config import ClusterConfig, EvaluateConfig
 from pneumo.evaluation import metrics
 from pneumo.evaluation.baselines import Metadata
-from pneumo.evaluation.bootstrap import Share, in_turn
+from pneumo.evaluation.bootstrap import MapBlocks
 from pneumo.evaluation.delong import delong, delong_test
 from pneumo.evaluation.evaluation import evaluate
 from tests.predictions import make_predictions
@@ -44,11 +44,12 @@ def measure(what: str, n: int, goal_s: float, work: Callable[[], object]) -> Non
     )
 
 
-def measure_evaluation(n: int, resamples: int, share: Share) -> None:
+def measure_evaluation(n: int, resamples: int, map_blocks: MapBlocks) -> None:
     """All tables of `n` predictions."""
     rows, train = draw(n), draw(min(n, 30_000), seed=1)
     config = EvaluateConfig(bootstrap_resamples=resamples)
-    work = partial(evaluate, rows, config=config, seed=0, train=Metadata.of(train), share=share)
+    columns = Metadata.of(train)
+    work = partial(evaluate, rows, config=config, seed=0, train=columns, map_blocks=map_blocks)
     measure(f"full evaluation, {resamples:,} resamples", n, GOALS_S.get(n, 120.0), work)
 
 
@@ -76,13 +77,13 @@ def main() -> None:
     with threadpool_limits(1):
         if arguments.workers == 0:
             for n in arguments.n:
-                measure_evaluation(n, arguments.resamples, in_turn)
+                measure_evaluation(n, arguments.resamples, map)
             measure_ranking()
             return
         with ray_session():
-            share = Spreading(ClusterConfig(num_workers=arguments.workers))
+            map_blocks = RayMap(ClusterConfig(num_workers=arguments.workers))
             for n in arguments.n:
-                measure_evaluation(n, arguments.resamples, share)
+                measure_evaluation(n, arguments.resamples, map_blocks)
 
 
 if __name__ == "__main__":

@@ -45,8 +45,7 @@ class Cost:
     wall_s: float
     cpu_s: float
     others_s: float
-    """CPU time of whatever else ran on the machine: where it is not small, no rate is to be
-    believed."""
+    """CPU time of all other processes; where it is not small the rates are not reliable."""
 
 
 class Stopwatch:
@@ -73,7 +72,7 @@ def cpu_of_tree() -> float:
 
 
 def busy_cpu() -> float:
-    """CPU seconds in which the machine's cores did anything."""
+    """CPU seconds in which the machine's cores were not idle."""
     times = psutil.cpu_times()
     return float(sum(times) - times.idle - times.iowait - times.guest - times.guest_nice)
 
@@ -84,8 +83,8 @@ def decode_all(paths: list[Path], image_size: int) -> None:
         read_study_image(path.read_bytes(), image_size)
 
 
-def decode_barely(paths: list[Path], image_size: int, pool: ProcessPoolExecutor) -> Cost:
-    """Every core busy with its share of the files, Ray not running."""
+def decode_in_pool(paths: list[Path], image_size: int, pool: ProcessPoolExecutor) -> Cost:
+    """Decode the files on all cores, each its part, without Ray."""
     cores = os.cpu_count() or 1
     parts = [paths[len(paths) * i // cores : len(paths) * (i + 1) // cores] for i in range(cores)]
     watch = Stopwatch()
@@ -94,8 +93,7 @@ def decode_barely(paths: list[Path], image_size: int, pool: ProcessPoolExecutor)
 
 
 def run_prepare(source: Path, store: Path, image_size: int) -> tuple[Cost, float]:
-    """The job on a Ray cluster that runs, with workers that have worked; and the seconds that it
-    took to have one."""
+    """The job on a started Ray cluster with warm workers; and the seconds that starting took."""
     cores = os.cpu_count() or 1
     flags = ["--source", str(source), "--prepare.image-size", str(image_size)]
     begin_s = time.perf_counter()
@@ -113,10 +111,10 @@ def run_prepare(source: Path, store: Path, image_size: int) -> tuple[Cost, float
 def measure_rate(num_studies: int, image_size: int, rounds: int) -> None:
     """Print what bare decoding and the whole job cost, in turns.
 
-    Bare: one process a core, each reads and decodes its share of the same files, which the page
-    cache holds, with nothing else and without Ray. The job: from reading the tables to the
-    manifest, with Ray's daemons on the same cores; Ray's start, which is no question of the number
-    of studies, is told by itself. `others` is the share of the cores that other processes had.
+    Bare: one process a core reads and decodes its part of the same files, which are in the page
+    cache, and does nothing else. The job: from reading the tables to the manifest, with Ray's
+    daemons on the same cores; Ray's start, which does not depend on the number of studies, is
+    printed apart. `others` is the fraction of the cores that other processes used.
     """
     cores = os.cpu_count() or 1
     bare, job, starts = [], [], []
@@ -127,9 +125,9 @@ def measure_rate(num_studies: int, image_size: int, rounds: int) -> None:
         )
         paths = sorted((source / "stage_2_train_images").iterdir())
         with ProcessPoolExecutor(cores, mp_context=get_context("spawn")) as pool:
-            decode_barely(paths[: 50 * cores], image_size, pool)
+            decode_in_pool(paths[: 50 * cores], image_size, pool)
             for _ in range(rounds):
-                bare.append(decode_barely(paths, image_size, pool))
+                bare.append(decode_in_pool(paths, image_size, pool))
                 cost, start_s = run_prepare(source, folder / "store", image_size)
                 job.append(cost)
                 starts.append(start_s)
@@ -139,14 +137,14 @@ def measure_rate(num_studies: int, image_size: int, rounds: int) -> None:
         rate = num_studies / statistics.median(cost.wall_s for cost in costs) / cores
         cpu_ms = statistics.median(cost.cpu_s for cost in costs) / num_studies * 1e3
         print(f"  {label:24} {rate:14.0f} {cpu_ms:13.2f}")
-    for label, shares in (
+    for label, fractions in (
         ("rate kept", [b.wall_s / j.wall_s for b, j in zip(bare, job, strict=True)]),
         ("of CPU time", [b.cpu_s / j.cpu_s for b, j in zip(bare, job, strict=True)]),
         ("others: bare", [cost.others_s / cost.wall_s / cores for cost in bare]),
         ("others: job", [cost.others_s / cost.wall_s / cores for cost in job]),
     ):
-        rows = " ".join(f"{share:.2f}" for share in shares)
-        print(f"  {label:24} {statistics.median(shares):14.2f}   by round: {rows}")
+        rows = " ".join(f"{one:.2f}" for one in fractions)
+        print(f"  {label:24} {statistics.median(fractions):14.2f}   by round: {rows}")
     print(f"  Ray's start and the workers' imports took {statistics.median(starts):.0f} s besides")
 
 

@@ -9,10 +9,10 @@ is trained on three others, its epoch is chosen on the fourth, and the fold itse
 `base` is the recipe `baseline` with random weights at the given size and batch; a variant changes
 one thing of it, `best` is the recipe of that name, and `transfer` begins with the weights of
 `--weights`. That run must know none of the patients: prepare its store with `--prepare.without`
-fold-0,fold-1 of `--stores`, where the folds' stores are kept. Told are, per variant, the mean AUROC
-over folds and seeds, its standard deviation over seeds, and the difference to `base` in pairs of
-equal fold and seed with its standard error over the pairs. Without the real X-rays beside the
-checkout the source is phantoms. Runs that stand in `--out` already are not done again.
+64px-fold-0,64px-fold-1 of `--stores`, where the folds' stores are kept. Told are, per variant, the
+mean AUROC over folds and seeds, its standard deviation over seeds, and the difference to `base` in
+pairs of equal fold and seed with its standard error over the pairs. Without the real X-rays beside
+the checkout the source is phantoms. Runs that stand in `--out` already are not done again.
 """
 
 import argparse
@@ -128,7 +128,7 @@ def make_stores(source: Path, folder: Path, image_size: int) -> list[str]:
         split = split_studies(
             found.studies, config.split, seed=0, has_patients=found.has_patients, listed=listed
         )
-        store = str(folder / f"fold-{fold}")
+        store = str(folder / f"{image_size}px-fold-{fold}")
         if find_store(store, found, config) is None:
             per_shard, digest = shard_samples(image_size), digest_settings(config)
             plans = plan_shards(found.studies, split.by_key, seed=0, samples_per_shard=per_shard)
@@ -265,12 +265,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     known = {tuple(row[field] for field in Run.__dataclass_fields__) for row in done}
     left = [run for run in runs if tuple(asdict(run).values()) not in known]
     with tempfile.TemporaryDirectory(prefix="pneumo-recipes-") as temporary:
-        source = Path(temporary) / "source"
         folder = options.stores or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
+        source = folder / f"source-{options.source}"  # with the stores: it has their secret
+        source.mkdir(parents=True, exist_ok=True)
         if real is not None:
-            source.mkdir()
             for path in real.iterdir():
+                (source / path.name).unlink(missing_ok=True)
                 (source / path.name).symlink_to(path)
         else:
             write_phantoms(source, num_studies=options.studies, seed=5)

@@ -60,8 +60,8 @@ def test_it_runs_with_torch_alone_and_tells_what_fails(tmp_path: Path) -> None:
     rows = {row["path"]: row for row in found["rows"]}
     assert set(rows) == {"none", "host", "thread"}
     bare, host = rows["none"], rows["host"]
-    assert bare["data_share"] is None
-    assert host["data_share"] == pytest.approx(1 - bare["step_ms"] / host["step_ms"])
+    assert bare["data_fraction"] is None
+    assert host["data_fraction"] == pytest.approx(1 - bare["step_ms"] / host["step_ms"])
     assert host["rsna_epoch_s"] == pytest.approx(21_347 / host["images_per_s"])
     # A batch larger than the data, and a stream without a GPU.
     assert [failure["what"] for failure in found["failures"]] == ["eager 64", "eager 8 ahead"]

@@ -1,4 +1,5 @@
-"""The benchmarks of decoding and preparing run at tiny sizes, so that they cannot rot."""
+"""The benchmarks of decoding and preparing run at tiny sizes, so that a change cannot
+break them unnoticed."""
 
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def test_decoding_is_compared_in_one_table(
     assert decode.main(flags) == 0
     told, header, *rows = capsys.readouterr().out.splitlines()
     assert told == "2 files, 32 px, 1 rounds, one thread"
-    assert header.split()[:2] == ["way", "ms"]
+    assert header.split()[:2] == ["decoder", "ms"]
     assert {"headers only", "pixel_array + area", "read_study_image"} <= {
         row[:24].strip() for row in rows
     }

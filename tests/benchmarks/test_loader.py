@@ -1,4 +1,4 @@
-"""The benchmark of the data path runs at a tiny size, so that it cannot rot."""
+"""The benchmark of input pipelines runs at a tiny size, so that no change breaks it unnoticed."""
 
 import os
 import subprocess
@@ -11,11 +11,11 @@ from tests.s3 import server
 
 
 @pytest.mark.slow
-def test_ways_are_compared_and_what_cannot_run_is_left_out() -> None:
-    ways = ("memory-first", "memory-later", "seed", "png", "memory-s3", "memory")
+def test_pipelines_are_compared_and_those_that_cannot_run_are_left_out() -> None:
+    pipelines = ("memory-first", "memory-later", "npy", "png", "memory-s3", "memory")
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "tests.benchmarks.loader", "--only", *ways),
+            *(sys.executable, "-m", "tests.benchmarks.loader", "--only", *pipelines),
             *("--num-samples", "128", "--memory-samples", "200"),
             *("--image-size", "32", "--rounds", "1"),
         ],

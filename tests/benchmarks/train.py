@@ -66,10 +66,10 @@ class Rate(NamedTuple):
     by_median_step: float
 
 
-# --- the ways, each in a fresh process
+# --- the variants, each in a new process
 
 
-def settle(threads: int) -> torch.device:
+def choose_device(threads: int) -> torch.device:
     torch.set_num_threads(threads)
     torch.backends.cudnn.benchmark = True  # as fit has it
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -77,7 +77,7 @@ def settle(threads: int) -> torch.device:
 
 def measure_step(config: Config, *, image_size: int, num_steps: int) -> Rate:
     """Steps of the learner on one batch of noise, after those that do not count."""
-    device = settle(config.cluster.cpus_per_worker)
+    device = choose_device(config.cluster.cpus_per_worker)
     train = config.train
     model = build_model(config.model.backbone)
     initialise(model, config.model, seed=0)
@@ -90,7 +90,7 @@ def measure_step(config: Config, *, image_size: int, num_steps: int) -> Rate:
     batch = Batch(images.to(device), targets.to(device), keys)
     ends_s, before = [], torch.zeros(1)
     for step in range(num_steps + UNCOUNTED_STEPS):
-        outcome = learner.learn(batch, epoch=0, step=step, num_steps=step + 1, lr=train.lr)
+        outcome = learner.learn(batch, epoch=0, step=step, lr=train.lr)
         before.tolist()  # as in fit, the host runs one step ahead of a GPU
         before = outcome
         ends_s.append(time.perf_counter())
@@ -102,7 +102,7 @@ def measure_step(config: Config, *, image_size: int, num_steps: int) -> Rate:
 
 def measure_fit(config: Config, *, store_url: str, run_url: str) -> Rate:
     """A whole run without Ray."""
-    device = settle(config.cluster.cpus_per_worker)
+    device = choose_device(config.cluster.cpus_per_worker)
     fit(
         config,
         store_url=store_url,
@@ -115,12 +115,11 @@ def measure_fit(config: Config, *, store_url: str, run_url: str) -> Rate:
 
 
 def read_rate(run_url: str, batch_size: int) -> Rate:
-    """Of a run's epochs after the first."""
+    """The rate of a run's epochs after the first."""
     epochs = read_history(run_url)[1:]
-    return Rate(
-        statistics.fmean(epoch["images_per_s"] for epoch in epochs),
-        batch_size / statistics.median(epoch["step_p50_s"] for epoch in epochs),
-    )
+    rates = [rate for epoch in epochs if (rate := epoch["images_per_s"]) is not None]
+    steps_s = [step_s for epoch in epochs if (step_s := epoch["step_p50_s"]) is not None]
+    return Rate(statistics.fmean(rates), batch_size / statistics.median(steps_s))
 
 
 def run_fresh(function: Callable[[], Rate]) -> Rate:
@@ -143,10 +142,10 @@ def write_store(folder: Path, options: argparse.Namespace) -> str:
     return store
 
 
-def list_ways(
+def list_variants(
     options: argparse.Namespace, flags: Sequence[str], store_url: str, run_url: str
 ) -> dict[str, Callable[[], Rate]]:
-    """What to call for the rate of each way; its run begins with `run_url`."""
+    """Name -> function that measures its rate; URLs of runs begin with `run_url`."""
     flags = ["--model.weights", "random", "--tracking.mode", "disabled", *flags]
     flags += ["--train.epochs", str(options.epochs), "--store", store_url]
     flags += ["--cluster.cpus-per-worker", str(options.cpus_per_worker)]
@@ -159,27 +158,29 @@ def list_ways(
         train_job(parse_command_line("train", [*flags, "--run", f"{run_url}-ray"]))
         return read_rate(f"{run_url}-ray", config.train.batch_size)
 
-    ways = {
+    variants: dict[str, Callable[[], Rate]] = {
         "step": partial(run_fresh, partial(step, config)),
         "fit": partial(run_fresh, alone),
         "ray": measure_ray,
     }
     if whole != config.train:
         one = partial(step, config.model_copy(update={"train": whole}))
-        ways[ONE_MICRO_BATCH] = partial(run_fresh, one)
-    return ways
+        variants[ONE_MICRO_BATCH] = partial(run_fresh, one)
+    return variants
 
 
 def measure(options: argparse.Namespace, flags: Sequence[str]) -> dict[str, list[Rate]]:
-    """Rates of each way by round."""
+    """Rates of each variant by round."""
     rates: dict[str, list[Rate]] = defaultdict(list)
     rng = random.Random(0)
     with tempfile.TemporaryDirectory(prefix="pneumo-bench-") as scratch, ray_session():
         store_url = write_store(Path(scratch), options)
         for number in range(1, options.rounds + 1):
-            ways = list_ways(options, flags, store_url, str(Path(scratch) / f"run-{number}"))
-            for name in rng.sample(list(ways), len(ways)):
-                rate, load = ways[name](), os.getloadavg()[0]
+            variants = list_variants(
+                options, flags, store_url, str(Path(scratch) / f"run-{number}")
+            )
+            for name in rng.sample(list(variants), len(variants)):
+                rate, load = variants[name](), os.getloadavg()[0]
                 rates[name].append(rate)
                 print(f"round {number}: {name} {rate.mean:.1f} images/s, load {load:.1f}")
     return rates
@@ -189,7 +190,7 @@ def measure(options: argparse.Namespace, flags: Sequence[str]) -> dict[str, list
 
 
 def tabulate(rates: dict[str, list[Rate]]) -> list[str]:
-    rows = [f"{'way':<12}{'images/s':>10}{'median step':>13}"]
+    rows = [f"{'variant':<12}{'images/s':>10}{'median step':>13}"]
     for name, found in rates.items():
         mean, median = (statistics.median(column) for column in zip(*found, strict=True))
         rows.append(f"{name:<12}{mean:>10.1f}{median:>13.1f}")

@@ -26,7 +26,7 @@ from typing import Any
 import ray
 import torch
 
-from jobs import prepare
+from jobs.preparation import prepare
 from jobs.ray_cluster.session import ray_session
 from jobs.training.trainer import Training, build_trainer
 from jobs.tuning.job import search
@@ -60,7 +60,7 @@ def make_store(folder: Path, studies: int) -> tuple[str, Manifest]:
     (source / ".pneumo" / "hash_key").write_text("the same split every time")
     size = ("--prepare.image-size", "64")
     flags = ["--source", str(source), "--store", str(store), *size]
-    prepare.prepare(parse_command_line("prepare", flags, {}))
+    prepare(parse_command_line("prepare", flags, {}))
     return str(store), read_manifest(str(store))
 
 
@@ -142,7 +142,7 @@ def count_until(found: Search, wanted: float) -> int | None:
 
 
 def measure_overhead(options: argparse.Namespace, folder: Path) -> None:
-    """Print seconds a trial, in every way."""
+    """Print seconds a trial, of each kind."""
     changes = {"tune.num_trials": options.trials, "tune.epochs": 1}
     more = {"tune.early_stopping": "none", "tune.algorithm": "random"}
     config = override(Config(), {**SETTINGS, **changes, **more})

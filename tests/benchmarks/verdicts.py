@@ -37,18 +37,18 @@ from pneumo.evaluation.baselines import (
     find_sicker_view,
     fit_metadata,
 )
-from pneumo.evaluation.bootstrap import Estimate
 from pneumo.evaluation.calibration import calibrate
 from pneumo.evaluation.comparison import ComparedRuns, compare
+from pneumo.evaluation.estimates import Estimate
 from pneumo.evaluation.evaluation import Fitted, SplitEvaluation, evaluate_split
+from pneumo.evaluation.logistic_regression import fit_logistic, fit_offset
 from pneumo.evaluation.map_scores import MAPS, MEASURES, BoxScores, summarise_saliency
 from pneumo.evaluation.operating_points import choose_points, predictive_values
 from pneumo.evaluation.predictions import Predictions, sigmoid
-from pneumo.evaluation.reliability import fit_logistic, fit_offset
-from pneumo.reporting.page.performance_section import tell_comparison
-from pneumo.reporting.page.saliency_section import ENOUGH_FOR_PRIOR, tell_saliency
-from pneumo.reporting.page.subgroup_section import describe_worst
-from pneumo.reporting.page.summary import is_shown_to_rank, tell_view
+from pneumo.reporting.page.performance_section import comparison_sentence
+from pneumo.reporting.page.saliency_section import ENOUGH_FOR_PRIOR, saliency_sentence
+from pneumo.reporting.page.subgroup_section import worst_subgroup_sentence
+from pneumo.reporting.page.summary import is_shown_to_rank, view_sentence
 
 NUM_IMAGES = (1, 1, 1, 1, 1, 1, 2, 2, 3, 5)
 """Of a patient, with equal chances: a mean of 1.8, as in RSNA's data."""
@@ -82,14 +82,16 @@ def draw(
     patient = np.repeat(np.arange(num_patients), rng.choice(NUM_IMAGES, size=num_patients))
     n = len(patient)
 
-    def share(fraction: float) -> Floats:
+    def draw_correlated(fraction: float) -> Floats:
+        """Standard normals, of whose variance a patient's images share `fraction`."""
         own, common = rng.normal(size=n), rng.normal(size=num_patients)[patient]
-        return np.sqrt(1 - fraction) * own + np.sqrt(fraction) * common
+        drawn: Floats = np.sqrt(1 - fraction) * own + np.sqrt(fraction) * common
+        return drawn
 
-    target = (ndtr(share(PATIENT_RISK)) < PREVALENCE).astype(np.int8)
+    target = (ndtr(draw_correlated(PATIENT_RISK)) < PREVALENCE).astype(np.int8)
     is_ap = rng.random(n) < np.where(target == 1, *ap)
     view = np.where(is_ap, "AP", "PA")
-    score = effect * target + share(ALIKE)
+    score = effect * target + draw_correlated(ALIKE)
     odds = np.log(PREVALENCE / (1 - PREVALENCE))
     logit = (effect * (score - effect / 2) + odds if effect else score).astype(np.float32)
     names = np.char.add(f"{split}-", np.arange(n).astype(np.str_))
@@ -113,7 +115,7 @@ def draw(
 
 @dataclass(frozen=True, eq=False)
 class Population:
-    """So many studies that their own error is of no account, and what never changes of them."""
+    """Enough studies that their sampling error is negligible, and the values that never change."""
 
     rows: Predictions
     metadata: MetadataModel
@@ -230,13 +232,13 @@ def list_intervals(test: SplitEvaluation) -> dict[str, Estimate]:
 
 @dataclass
 class Count:
-    """Of the sets in which something could be judged, those in which it was so."""
+    """In how many sets something was true, of those in which it could be decided."""
 
     hits: int = 0
     sets: int = 0
 
     def add(self, is_so: bool) -> None:
-        """One set more."""
+        """Count one more set."""
         self.hits, self.sets = self.hits + is_so, self.sets + 1
 
     def __str__(self) -> str:
@@ -245,7 +247,7 @@ class Count:
 
 @dataclass(frozen=True)
 class Settings:
-    """How long it takes."""
+    """How many sets and resamples: the run time grows with both."""
 
     sets: int
     resamples: int
@@ -268,7 +270,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Coverage:
-    """Of one number of patients."""
+    """How often the intervals of sets of one size contain the truth."""
 
     intervals: Mapping[str, Count]
     scaled: Count
@@ -317,7 +319,7 @@ def list_claims(population: Population, settings: Settings) -> Iterable[tuple[st
 
         def favour(rng: np.random.Generator, patients: int = patients) -> bool:
             _, test = settings.evaluate(population, patients, rng, ap=(0.4, 0.4))
-            return describe_worst(test.subgroups.worst).startswith("Served worst")
+            return worst_subgroup_sentence(test.subgroups.worst).startswith("Served worst")
 
         yield (
             "Served worst: …",
@@ -336,7 +338,7 @@ def list_claims(population: Population, settings: Settings) -> Iterable[tuple[st
 
     def beat_view(rng: np.random.Generator) -> bool:
         _, test = settings.evaluate(population, 150, rng, effect=as_view)
-        return "is higher by" in tell_view(test.view)
+        return "is higher by" in view_sentence(test.view)
 
     yield (
         "the model's AUROC is higher (than by AP or PA alone)",
@@ -351,7 +353,7 @@ def list_claims(population: Population, settings: Settings) -> Iterable[tuple[st
             dataclasses.replace(first, logit=(first.logit + n).astype(np.float32)) for n in noise
         ]
         found = compare(*pair, resamples=settings.resamples, seed=0)
-        told = tell_comparison(ComparedRuns("A", "B", {"test": found}))
+        told = comparison_sentence(ComparedRuns("A", "B", {"test": found}))
         return " ranks better" in told
 
     yield (
@@ -397,7 +399,7 @@ def _claims_maps(
         resamples=settings.resamples,
         seed=0,
     )
-    return start in tell_saliency(found)
+    return start in saliency_sentence(found)
 
 
 def _claims_shift(patients: int, rng: np.random.Generator) -> bool:

@@ -1,4 +1,4 @@
-"""One Ray cluster of machines made of namespaces, for all tests of this folder."""
+"""One Ray cluster on simulated machines, for all tests of this folder."""
 
 import shutil
 import subprocess
@@ -42,7 +42,7 @@ _S3_KEYS = {
 
 @dataclass(frozen=True)
 class Site:
-    """Where the tests happen."""
+    """What the tests run on: a Ray cluster, a store and an object store."""
 
     cluster: RayCluster
     store: Path
@@ -52,7 +52,7 @@ class Site:
     object_store: Machine
     """Runs an S3 server, and no Ray."""
     small_disk: Path
-    """A folder that all machines see, on a file system too small for a run."""
+    """A folder that all machines share, on a file system too small for a run."""
 
     def train(
         self,
@@ -62,7 +62,7 @@ class Site:
         epochs: int = EPOCHS,
         micro_batch_size: int = MICRO_BATCH_SIZE,
     ) -> tuple[str, ...]:
-        """The command that trains in `run`; a step has work for 16 / `micro_batch_size` workers."""
+        """The command for a training in `run`, with up to 16 / `micro_batch_size` workers."""
         places = ("--store", store or str(self.store), "--run", str(run))
         sizes = ("--train.epochs", str(epochs), "--train.micro-batch-size", str(micro_batch_size))
         return ("jobs.train", *places, *TRAINING, *sizes, *flags)
@@ -75,12 +75,12 @@ class Site:
 
     @contextmanager
     def without_object_store(self) -> Iterator[None]:
-        """Pull its cable, and put it in again."""
-        self.object_store.cut()
+        """Disconnect it during the block."""
+        self.object_store.disconnect()
         try:
             yield
         finally:
-            self.object_store.mend()
+            self.object_store.connect()
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Undisturbed:
     """The run that all others are compared with."""
 
     records: list[Record]
-    """Of its epochs, which are more than most others have."""
+    """Of its epochs, which are more than those of most other runs."""
     steps_per_epoch: int
 
 
@@ -121,8 +121,10 @@ def small_disk() -> Iterator[Path]:
 def site(small_disk: Path) -> Iterator[Site]:
     """A head, two workers and a machine with an object store; a store prepared by the cluster."""
     if reason := why_not():
-        pytest.skip(f"no machines of namespaces: {reason}")
-    folder = Path(tempfile.mkdtemp(prefix="pn", dir="/tmp"))  # sockets below it: a short path
+        pytest.skip(f"no simulated machines: {reason}")
+    folder = Path(
+        tempfile.mkdtemp(prefix="pn", dir="/tmp")
+    )  # a short path, as there are sockets in it
     source, store = folder / "phantoms", folder / "store"
     write_phantoms(source, num_studies=180, seed=3)
     (source / ".pneumo").mkdir()
@@ -149,7 +151,7 @@ def site(small_disk: Path) -> Iterator[Site]:
 
 @pytest.fixture
 def two_workers(site: Site) -> Site:
-    """The site with exactly two machines to train on, whatever the last test did to them."""
+    """The site with exactly two worker machines, whatever the last test did to them."""
     while len(site.cluster.workers) > 2:
         site.cluster.workers[-1].kill()
     site.cluster.add_workers(2 - len(site.cluster.workers))
@@ -168,7 +170,7 @@ def undisturbed(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Undistu
 
 @pytest.fixture
 def table(request: pytest.FixtureRequest) -> list[Cost]:
-    """Where a test puts what its fault cost."""
+    """The table to which a test adds the cost of its fault."""
     return request.config.stash[_COSTS]
 
 

@@ -1,4 +1,4 @@
-"""What a fault cost, measured; a table of it ends the session."""
+"""The measured cost of each fault, printed as a table at the end of the session."""
 
 import json
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from pathlib import Path
 
 EPOCHS = 5
 MANY_EPOCHS = 12
-"""Enough for a node to join while they are trained."""
+"""Enough for a node to join during the training."""
 BATCH_SIZE = 16
 MICRO_BATCH_SIZE = 8
 TRAINING = (
@@ -14,19 +14,19 @@ TRAINING = (
     *("--tracking.mode", "disabled"),
 )
 LARGEST_DIFFERENCE = 1e-3
-"""Between the training losses of an epoch on one worker and on two. With two micro-batches a step,
-sums of two terms, they are even equal."""
+"""Between the training losses of an epoch on one worker and on two. With two micro-batches a step
+the sums have two terms, so they are even equal."""
 
 _HEAD = ("fault", "outcome", "s lost", "steps again", "samples lost", "losses")
 
 
 @dataclass(frozen=True)
 class Record:
-    """What metrics.jsonl says of an epoch."""
+    """An epoch's line of metrics.jsonl."""
 
     loss: float
     samples: int
-    """That its steps were fed."""
+    """The number of samples that it trained on."""
 
 
 @dataclass(frozen=True)
@@ -35,29 +35,29 @@ class Cost:
 
     fault: str
     outcome: str
-    """What the run did about it."""
+    """How the run reacted."""
     seconds_lost: float
-    """From the fault until training went on; of a job that was started again, from that start."""
+    """From the fault until training continued; from the restart where the job was started again."""
     steps_again: int
-    """Optimiser steps done a second time, of those that the driver had heard of, once a second."""
+    """Optimiser steps repeated, of those that the driver knew of: it is told once a second."""
     records: list[Record]
     undisturbed: list[Record]
-    """Of the same epochs in a run that nobody disturbed."""
+    """Of the same epochs in a run without a fault."""
 
     @property
     def samples_lost(self) -> int:
-        """That other samples were not fed in their place shows in the losses."""
+        """By number; had other samples taken their place, the losses would differ."""
         pairs = zip(self.records, self.undisturbed, strict=True)
         return sum(abs(ours.samples - theirs.samples) for ours, theirs in pairs)
 
     @property
     def largest_difference(self) -> float:
-        """Between the losses of an epoch."""
+        """The largest difference between the losses of an epoch."""
         pairs = zip(self.records, self.undisturbed, strict=True)
         return max(abs(ours.loss - theirs.loss) for ours, theirs in pairs)
 
     def cells(self) -> tuple[str, ...]:
-        """The row as text."""
+        """The cells of the row."""
         difference = self.largest_difference
         losses = "equal" if difference == 0 else f"within {difference:.1e}"
         return (
@@ -78,7 +78,7 @@ def format_table(costs: list[Cost]) -> list[str]:
 
 
 def read_records(run: Path | str, epochs: int = EPOCHS) -> list[Record]:
-    """Each epoch's; every epoch is there once, in order, or an assertion fails."""
+    """The records of all epochs. AssertionError unless each epoch is there once, in order."""
     rows = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == list(range(1, epochs + 1))
     return [Record(row["train/loss"], row["data/samples"]) for row in rows]

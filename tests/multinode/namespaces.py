@@ -1,13 +1,13 @@
-"""Machines made of Linux namespaces: each has a network, processes, a name and a /dev/shm of its
-own, and a cable to one switch that leads nowhere else.
+"""Machines simulated by Linux namespaces: each has its own network, processes, host name and
+/dev/shm, and a cable to one switch, which is connected to nothing else.
 
     with Network() as network:
         head = network.add_machine("head")
         process = head.start("ray", "start", "--head", "--block", …)
-        head.cut()
+        head.disconnect()
 
-Needs root and the right to make namespaces; `why_not` says what is missing. Whatever runs on a
-machine ends with it: its processes share a PID namespace, whose first process is the machine.
+Needs root and the right to make namespaces; `why_not` says what is missing. All processes of a
+machine end with it: they share a PID namespace, whose first process is the machine.
 """
 
 import contextlib
@@ -24,22 +24,22 @@ from typing import IO, Self
 import psutil
 
 _NET = "192.0.2"  # RFC 5737: an address of documentation, in no real network
-_POWERED_ON = "powered on"
-_MORTAL = ("setpriv", "--pdeathsig", "KILL")  # ends with the tests, however those end
-# What a machine does by itself: its loopback and its own folders, then nothing until it is ended.
+_STARTED = "machine started"
+_DIES_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL")  # ends however the tests end
+# The first process of a machine: sets up loopback and folders, then sleeps until it is killed.
 _BOOT = """
 hostname {name}
 mount --make-rprivate /
 mount -t tmpfs -o size=160m tmpfs /dev/shm
 mount --bind {folder}/disks/{name} {folder}/disk
 ip link set lo up
-echo {powered_on}
+echo {started}
 exec sleep infinity
 """
 
 
 def why_not() -> str | None:
-    """What keeps this process from making machines, or None."""
+    """Why no machines can be made here; None if they can."""
     missing = [name for name in ("ip", "unshare", "nsenter", "setpriv") if not shutil.which(name)]
     if missing:
         return f"no {', '.join(missing)} here (iproute2, util-linux)"
@@ -59,13 +59,13 @@ class Machine:
     address: str
     disk: Path
     """Its own folder, at the same path on every machine."""
-    _power: subprocess.Popen[str]
-    _guardians: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    _unshare: subprocess.Popen[str]
+    _nsenters: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     @property
     def runs(self) -> bool:
         """Whether it has not been killed."""
-        return self._power.poll() is None
+        return self._unshare.poll() is None
 
     def start(
         self,
@@ -75,19 +75,19 @@ class Machine:
         stderr: IO[bytes] | int | None = None,
         cwd: Path | None = None,
     ) -> subprocess.Popen[bytes]:
-        """Run a command on it. To end the command use `end_process`: this Popen is its guardian."""
-        guardian = subprocess.Popen(
+        """Run a command on it. To end it use `end_process`: the Popen is `nsenter`, its parent."""
+        nsenter = subprocess.Popen(
             [*self._enter(), *([f"--wdns={cwd}"] if cwd else []), *command],
             env=dict(environ),
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=stderr,
         )
-        self._guardians.append(guardian)
-        return guardian
+        self._nsenters.append(nsenter)
+        return nsenter
 
     def processes(self, title: str) -> list[psutil.Process]:
-        """Those of its processes whose command line holds `title`."""
+        """Its processes whose command line contains `title`."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, OSError):
@@ -95,27 +95,27 @@ class Machine:
                     found.append(process)
         return found
 
-    def cut(self) -> None:
-        """Pull the network cable: packets vanish, nobody is told."""
+    def disconnect(self) -> None:
+        """Disconnect the network cable: packets are lost without an error."""
         self._set_link("down")
 
-    def mend(self) -> None:
-        """Put the cable in again."""
+    def connect(self) -> None:
+        """Connect the cable again."""
         self._set_link("up")
 
     def kill(self) -> None:
-        """Every process ends at once, without a word of its own; the kernel closes their
-        connections."""
+        """Kill every process at once; the kernel closes their connections."""
         if self.runs:
             os.kill(self._init_pid, signal.SIGKILL)
-        for process in (self._power, *self._guardians):
+        processes: list[subprocess.Popen[str] | subprocess.Popen[bytes]] = [self._unshare]
+        for process in processes + self._nsenters:
             process.wait(timeout=20)
             if process.stdout is not None:
                 process.stdout.close()
 
     @property
     def _init_pid(self) -> int:
-        return _only_child(self._power.pid)
+        return _only_child(self._unshare.pid)
 
     def _enter(self) -> Sequence[str]:
         target = f"--target={self._init_pid}"
@@ -130,7 +130,7 @@ class Machine:
 
 
 class Network:
-    """A switch, and the machines at it. Leaving the context ends and removes everything."""
+    """A switch and the machines connected to it; leaving the context ends and removes them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -141,7 +141,9 @@ class Network:
     def __enter__(self) -> Self:
         (self.folder / "disks").mkdir(parents=True)
         (self.folder / "disk").mkdir()
-        self._switch = subprocess.Popen([*_MORTAL, "unshare", "--net", "sleep", "infinity"])
+        self._switch = subprocess.Popen(
+            [*_DIES_WITH_PARENT, "unshare", "--net", "sleep", "infinity"]
+        )
         try:
             _await_network(self._switch.pid)
             self._on_switch("ip", "link", "add", "switch", "type", "bridge")
@@ -160,26 +162,26 @@ class Network:
             self._switch.wait(timeout=20)
 
     def add_machine(self, name: str) -> Machine:
-        """Power one on, and give it the next address."""
+        """Start one, with the next free address."""
         address = f"{_NET}.{self._next_address}"
         port = f"port{self._next_address}"
         self._next_address += 1
         (self.folder / "disks" / name).mkdir(exist_ok=True)
-        boot = _BOOT.format(name=name, folder=self.folder, powered_on=_POWERED_ON)
+        boot = _BOOT.format(name=name, folder=self.folder, started=_STARTED)
         own = ("--net", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child")
-        power = subprocess.Popen(
-            [*_MORTAL, "unshare", *own, "--mount-proc", "sh", "-ec", boot],
+        unshare = subprocess.Popen(
+            [*_DIES_WITH_PARENT, "unshare", *own, "--mount-proc", "sh", "-ec", boot],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            start_new_session=True,  # Ctrl-C is for the tests; machines are ended after them
+            start_new_session=True,  # Ctrl-C reaches the tests only; they end the machines
         )
-        machine = Machine(name, address, self.folder / "disk", power)
+        machine = Machine(name, address, self.folder / "disk", unshare)
         self.machines.append(machine)
-        assert power.stdout is not None
-        if power.stdout.readline().strip() != _POWERED_ON:
-            raise RuntimeError(f"{name}: the machine did not start, exit {power.wait()}")
+        assert unshare.stdout is not None
+        if unshare.stdout.readline().strip() != _STARTED:
+            raise RuntimeError(f"{name}: the machine did not start, exit {unshare.wait()}")
         init = str(machine._init_pid)
         self._on_switch(
             *("ip", "link", "add", port, "type", "veth"),
@@ -188,7 +190,7 @@ class Network:
         self._on_switch("ip", "link", "set", port, "master", "switch", "up")
         inside = ("nsenter", f"--target={init}", "--net")
         _run(*inside, "ip", "address", "add", f"{address}/24", "dev", "eth0")
-        machine.mend()
+        machine.connect()
         return machine
 
     def _on_switch(self, *command: str) -> None:
@@ -196,14 +198,14 @@ class Network:
         _run("nsenter", f"--target={self._switch.pid}", "--net", *command)
 
 
-def end_process(guardian: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    """Send a signal to the command that `Machine.start` runs; its guardian takes over its end."""
+def end_process(nsenter: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    """Send a signal to the command that `Machine.start` runs; its parent `nsenter` ends with it."""
     with contextlib.suppress(ProcessLookupError, IndexError):
-        os.kill(_only_child(guardian.pid), number)
+        os.kill(_only_child(nsenter.pid), number)
 
 
 def _await_network(pid: int) -> None:
-    """Return once the process has left this process's network for its own."""
+    """Return once the process has a network namespace of its own."""
     ours = Path("/proc/self/ns/net").readlink()
     deadline_s = time.monotonic() + 5
     while Path(f"/proc/{pid}/ns/net").readlink() == ours:

@@ -1,4 +1,4 @@
-"""Ray on machines of namespaces, and `python -m jobs.…` as a driver on the head's machine."""
+"""Ray on simulated machines, and `python -m jobs.…` as a driver on the head's machine."""
 
 from __future__ import annotations
 
@@ -57,19 +57,19 @@ class RayCluster:
 
     @property
     def workers(self) -> list[Machine]:
-        """The machines with a CPU that have not been killed."""
+        """The worker machines that have not been killed."""
         return [m for m in self.network.machines if m.name.startswith("worker") and m.runs]
 
     def add_workers(self, number: int) -> None:
-        """Power on this many machines of one CPU, at once, and return when they have joined."""
+        """Start this many machines of one CPU at once, and return when they have joined."""
         names = [f"worker-{len(self.network.machines) + i}" for i in range(number)]
-        waits = [self._start_node(name, wait=False) for name in names]
-        for machine in waits:
+        machines = [self._start_node(name, wait=False) for name in names]
+        for machine in machines:
             self._wait(machine)
 
-    def depart(self, machine: Machine, *, grace_s: int) -> subprocess.Popen[bytes]:
-        """On the machine, what a spot worker's pod runs before its end; it ends when the machine's
-        workers have."""
+    def drain(self, machine: Machine, *, grace_s: int) -> subprocess.Popen[bytes]:
+        """Run on the machine the `preStop` command of a spot worker's pod; it ends when the
+        machine's training workers have ended."""
         return machine.start(
             *(sys.executable, "-m", "jobs.ray_cluster.node_drain", "--grace-s", str(grace_s)),
             environ=self.environ,
@@ -85,7 +85,7 @@ class RayCluster:
         reads, writes = pty.openpty() if at_terminal else os.pipe()
         if at_terminal:
             termios.tcsetwinsize(writes, (24, 120))
-        guardian = self.head.start(
+        nsenter = self.head.start(
             *(sys.executable, "-u", "-m", *arguments),
             environ={**self.environ, "RAY_ADDRESS": self._gcs, "TERM": "xterm"},
             stdout=writes,
@@ -93,7 +93,7 @@ class RayCluster:
             cwd=CHECKOUT,
         )
         os.close(writes)
-        driver = Driver(guardian, reads)
+        driver = Driver(nsenter, reads)
         try:
             yield driver
         finally:
@@ -129,9 +129,9 @@ class RayCluster:
 
     def _wait(self, machine: Machine) -> None:
         deadline_s = time.monotonic() + _START_TIMEOUT_S
-        while "Ray runtime started" not in (said := self._log(machine).read_text()):
-            if time.monotonic() > deadline_s or "rror" in said:
-                raise RuntimeError(f"Ray did not start on {machine.name}:\n{said}")
+        while "Ray runtime started" not in (output := self._log(machine).read_text()):
+            if time.monotonic() > deadline_s or "rror" in output:
+                raise RuntimeError(f"Ray did not start on {machine.name}:\n{output}")
             time.sleep(0.1)
 
     def _log(self, machine: Machine) -> Path:
@@ -139,11 +139,11 @@ class RayCluster:
 
 
 class Driver:
-    """A job that runs; what it says is kept with the second it was said. `reads` is where it says
-    it, a file descriptor."""
+    """A job that runs. Its output, read from the file descriptor `reads`, is kept with the time of
+    each line."""
 
-    def __init__(self, guardian: subprocess.Popen[bytes], reads: int) -> None:
-        self.guardian, self._reads = guardian, reads
+    def __init__(self, nsenter: subprocess.Popen[bytes], reads: int) -> None:
+        self.nsenter, self._reads = nsenter, reads
         self.started_s = time.monotonic()
         self.lines: list[tuple[float, str]] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -165,7 +165,7 @@ class Driver:
     def wait(self, *, timeout_s: float) -> int:
         """Its exit code; of a signal, the negative number."""
         try:
-            code = self.guardian.wait(timeout=timeout_s)
+            code = self.nsenter.wait(timeout=timeout_s)
         except subprocess.TimeoutExpired as error:
             raise RuntimeError(f"still running after {timeout_s} s:\n{self.said}") from error
         self._reader.join(timeout=10)
@@ -173,24 +173,24 @@ class Driver:
 
     def signal(self, number: signal.Signals) -> None:
         """Send it a signal."""
-        if self.guardian.poll() is None:
-            end_process(self.guardian, number)
+        if self.nsenter.poll() is None:
+            end_process(self.nsenter, number)
 
     @property
     def said(self) -> str:
-        """All lines, with the seconds since the start."""
+        """All lines of the output, with the seconds since the start."""
         return "\n".join(f"{when - self.started_s:6.1f} {line}" for when, line in list(self.lines))
 
     def _read(self) -> None:
         rest = b""
-        with contextlib.suppress(OSError):  # a terminal whose programs have all ended
+        with contextlib.suppress(OSError):  # raised by a terminal whose programs have all ended
             while chunk := os.read(self._reads, 65536):
-                # At a terminal a bar is drawn again and again in the same line.
+                # At a terminal a progress bar is redrawn in the same line.
                 *whole, rest = re.split(rb"[\r\n]+", rest + chunk)
                 self._keep(whole)
         self._keep([rest])
         os.close(self._reads)
 
     def _keep(self, lines: list[bytes]) -> None:
-        said = (re.sub(rb"\x1b\[[0-9;]*\w", b"", line).decode(errors="replace") for line in lines)
-        self.lines += [(time.monotonic(), line.rstrip()) for line in said if line.strip()]
+        output = (re.sub(rb"\x1b\[[0-9;]*\w", b"", line).decode(errors="replace") for line in lines)
+        self.lines += [(time.monotonic(), line.rstrip()) for line in output if line.strip()]

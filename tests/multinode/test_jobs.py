@@ -1,4 +1,4 @@
-"""The jobs over four nodes of one CPU each: what one machine's cores do not show."""
+"""The jobs on four nodes of one CPU each."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ from tests.multinode.faults import EPOCHS, read_records
 pytestmark = [pytest.mark.multinode, pytest.mark.timeout(420)]
 
 
-def test_prepare_train_and_tune_over_four_nodes(two_workers: Site, tmp_path: Path) -> None:
+def test_prepare_train_and_tune_on_four_nodes(two_workers: Site, tmp_path: Path) -> None:
     site, cluster = two_workers, two_workers.cluster
     cluster.add_workers(2)
     store = tmp_path / "store"
@@ -40,7 +40,7 @@ def test_prepare_train_and_tune_over_four_nodes(two_workers: Site, tmp_path: Pat
     assert (tmp_path / "search" / "best.toml").is_file()
 
 
-def test_more_workers_than_there_are_nodes_is_said_after_the_stated_wait(
+def test_too_few_nodes_are_reported_after_the_start_timeout(
     two_workers: Site, tmp_path: Path
 ) -> None:
     eight = ("--cluster.num-workers", "8")

@@ -26,7 +26,7 @@ def endpoint() -> str:
 
 @pytest.fixture(scope="session")
 def ceph(endpoint: str) -> CephServer:
-    """The server as something to kill and start again; skips with a server that is not ours."""
+    """The server, for tests that kill and restart it; skips with a server that we did not start."""
     folder = os.environ.get(server.FOLDER)
     if not folder:
         pytest.skip(f"the server of {server.ENDPOINT} is not ours to kill or to add users to")
@@ -35,7 +35,7 @@ def ceph(endpoint: str) -> CephServer:
 
 @pytest.fixture
 def reach(endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reach]:
-    """Have this test's requests go to another endpoint, or be signed with another key."""
+    """Send this test's requests to another endpoint, or sign them with another key."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))

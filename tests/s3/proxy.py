@@ -1,4 +1,4 @@
-"""A proxy between a reader and an S3 server that does to answers what networks do, by a seed."""
+"""A proxy before an S3 server that injects network faults into answers, chosen by a seed."""
 
 import http.client
 import random
@@ -17,7 +17,7 @@ Fault = Literal[
     "cut",  # the connection is reset after some bytes of the body
     "end early",  # fewer bytes than Content-Length says, and a clean end
     "wrong length",  # fewer bytes, and a Content-Length that agrees with them
-    "silence",  # some bytes, and then nothing more, the connection open
+    "silence",  # some bytes, then nothing more while the connection stays open
     "delay",  # all bytes, late
     "flip",  # one byte differs
     "500",  # S3's InternalError
@@ -30,14 +30,14 @@ _ERRORS: dict[str, tuple[int, str]] = {"500": (500, "InternalError"), "503": (50
 
 @dataclass
 class FaultyProxy:
-    """Relays requests to `upstream`; a share `rate` of the answers to GET suffers `fault`."""
+    """Relays requests to `upstream`; a fraction `rate` of the answers to `methods` gets `fault`."""
 
     upstream: str
     fault: Fault
     rate: float
     seed: int = 0
     silence_s: float = 60.0
-    """How long a silent connection is held."""
+    """How long a silent connection stays open."""
     injected: int = 0
     """How often the fault happened."""
     methods: frozenset[str] = frozenset({"GET"})
@@ -51,7 +51,7 @@ class FaultyProxy:
         self._lock = threading.Lock()
 
     def draw(self, method: str) -> random.Random | None:
-        """What to draw the fault of one answer from; None when it is spared."""
+        """A generator for the details of one answer's fault; None for an answer without fault."""
         with self._lock:
             if method not in self.methods or self._random.random() >= self.rate:
                 return None
@@ -85,7 +85,7 @@ class _Server(ThreadingHTTPServer):
     block_on_close = False  # a client may keep its connection
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that goes away is no news."""
+        """A client that disconnects is no error."""
 
 
 class _Relay(BaseHTTPRequestHandler):
@@ -161,7 +161,7 @@ class _Relay(BaseHTTPRequestHandler):
     def _hang_up(self, *, abruptly: bool) -> None:
         self.wfile.flush()
         self.close_connection = True
-        if abruptly:  # a reset: what is still under way is thrown away
+        if abruptly:  # a reset: data still in flight is dropped
             linger = struct.pack("ii", 1, 0)
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         else:

@@ -26,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 PACKAGES = ("ceph-mon", "ceph-osd", "radosgw", "ceph-common")
+_BALLAST_BYTES = 2**26
 ENDPOINT, FOLDER = "TEST_S3_ENDPOINT", "TEST_S3_FOLDER"
 ACCESS_KEY, SECRET_KEY = "pneumo-tests", "only-on-loopback"
 STRANGER_KEY, STRANGER_SECRET = "pneumo-stranger", "no-right-to-anything"
@@ -72,14 +73,14 @@ osd pool default pg num = 4
 osd pool default pgp num = 4
 osd pool default pg autoscale mode = off
 mon max pg per osd = 2000
-# A lone monitor has nobody to wait for.
+# A single monitor waits for no other.
 paxos propose interval = 0.05
 paxos min wait = 0.01
 # What was deleted is freed within seconds, not after two hours: checkpoints would fill the memory.
 rgw gc obj min wait = 20
 rgw gc processor period = 10
 rgw gc processor max time = 10
-# How full the disk is, is the tests' affair.
+# No warnings of a full disk.
 mon data avail crit = 0
 mon data avail warn = 0
 
@@ -114,15 +115,15 @@ class CephServer:
     def start(self) -> None:
         """Set up in the empty folder, and return once S3 requests are answered.
 
-        A daemon that fails, as one does whose port another process took in the meantime, has all
-        of it begin again. RuntimeError, with what the daemons said, after the third time.
+        When a daemon fails, for instance because another process took its port, all daemons are
+        started again. RuntimeError, with the ends of the daemons' logs, after the third time.
         """
         for start in range(1, _STARTS + 1):
             try:
                 self._start()
             except RuntimeError as error:
                 self.stop()
-                failed = f"start {start} of {_STARTS} of the S3 server: {error}{self._said()}"
+                failed = f"start {start} of {_STARTS} of the S3 server: {error}{self._read_logs()}"
                 if start == _STARTS:
                     raise RuntimeError(failed) from error
                 print(failed, file=sys.stderr, flush=True)
@@ -145,6 +146,7 @@ class CephServer:
         self._start_monitor(fsid, mon_port)
         self._start_storage()
         self.start_gateway()
+        self._fill_a_little()
         self._add_user("tests", ACCESS_KEY, SECRET_KEY)
         self._add_user("stranger", STRANGER_KEY, STRANGER_SECRET)
 
@@ -203,6 +205,14 @@ class CephServer:
 
         self._wait(is_up, "osd", pid)
 
+    def _fill_a_little(self) -> None:
+        """Keep the storage's count of used bytes above 0: it is wrong by some megabytes where much
+        is deleted, and a storage that uses less than nothing takes itself for full."""
+        ballast = self.folder / "ballast"
+        ballast.write_bytes(bytes(_BALLAST_BYTES))
+        self._run("rados", "-p", ".rgw.root", "put", "ballast", str(ballast))
+        ballast.unlink()
+
     def _add_user(self, name: str, access_key: str, secret_key: str) -> None:
         self._run(
             *("radosgw-admin", "-n", "client.gateway", "user", "create", f"--uid={name}"),
@@ -244,7 +254,7 @@ class CephServer:
                 start_new_session=True,  # Ctrl-C is for the tests; the server is ended after them
             )
         (self.folder / f"{name}.pid").write_text(str(process.pid))
-        # The pid file knows it from here on: another process may be the one to end it.
+        # From here on only the pid file has it: another process may end the daemon.
         process.returncode = 0
         return process.pid
 
@@ -253,17 +263,17 @@ class CephServer:
         if not path.exists():
             return
         pid = int(path.read_text())
-        if _runs(pid):
+        if _is_alive(pid):
             os.kill(pid, signal_number)
         deadline_s = time.monotonic() + 20
-        while _runs(pid):
+        while _is_alive(pid):
             if time.monotonic() > deadline_s:
                 os.kill(pid, signal.SIGKILL)
             time.sleep(0.02)
         path.unlink()
 
     def answers(self) -> bool:
-        """Whether the gateway does."""
+        """Whether the gateway answers requests."""
         try:
             with urllib.request.urlopen(self.endpoint, timeout=5) as answer:
                 return bool(answer.status == 200)
@@ -273,12 +283,12 @@ class CephServer:
     def _wait(self, ready: Callable[[], bool], name: str, pid: int) -> None:
         deadline_s = time.monotonic() + _START_TIMEOUT_S
         while not ready():
-            if time.monotonic() > deadline_s or not _runs(pid):
+            if time.monotonic() > deadline_s or not _is_alive(pid):
                 raise RuntimeError(f"{name} did not start")
             time.sleep(0.05)
 
-    def _said(self) -> str:
-        """The last that each daemon printed and logged."""
+    def _read_logs(self) -> str:
+        """The end of each daemon's output and log."""
         paths = sorted(path for path in self.folder.iterdir() if path.suffix in (".out", ".log"))
         return "".join(f"\n{path.name}: {path.read_text()[-2000:]}" for path in paths)
 
@@ -290,8 +300,8 @@ class CephServer:
                 path.unlink()
 
 
-def _runs(pid: int) -> bool:
-    """Whether the process lives; a zombie, which only its parent can remove, does not."""
+def _is_alive(pid: int) -> bool:
+    """Whether the process is alive; a zombie is not."""
     with contextlib.suppress(ChildProcessError):
         os.waitpid(pid, os.WNOHANG)
     try:
@@ -302,7 +312,7 @@ def _runs(pid: int) -> bool:
 
 
 def free_ports(number: int) -> list[int]:
-    """So many ports of the loopback that nobody listens on now."""
+    """Free ports of the loopback interface."""
     listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
     ports = [listener.getsockname()[1] for listener in listeners]
     for listener in listeners:
@@ -310,15 +320,15 @@ def free_ports(number: int) -> list[int]:
     return ports
 
 
-def place() -> Path | None:
-    """Memory where there is enough: the monitor waits for its disk, which tests keep busy."""
+def choose_parent_folder() -> Path | None:
+    """A folder in memory if there is enough: on a disk that tests keep busy the monitor waits."""
     if _MEMORY.is_dir() and shutil.disk_usage(_MEMORY).free > _MEMORY_NEEDED_BYTES:
         return _MEMORY
     return None
 
 
 def install() -> None:
-    """Have the packages, or end with what to do."""
+    """Install the packages if they are absent; SystemExit with what to do if that fails."""
     if all(shutil.which(name, path=_ENVIRONMENT["PATH"]) for name in ("radosgw", *PACKAGES[:2])):
         return
     command = f"apt-get install -y --no-install-recommends {' '.join(PACKAGES)}"
@@ -367,7 +377,7 @@ def main(arguments: list[str]) -> int:
         print(f"{error}\nwithout a server: {' '.join(command)}", file=sys.stderr, flush=True)
         return _run(command, {})
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    with tempfile.TemporaryDirectory(prefix="pneumo-s3-", dir=place()) as folder:
+    with tempfile.TemporaryDirectory(prefix="pneumo-s3-", dir=choose_parent_folder()) as folder:
         server = CephServer(Path(folder))
         try:
             server.start()

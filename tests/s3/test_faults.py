@@ -1,4 +1,4 @@
-"""Whatever happens between reader and server: the right bytes, or an error that names the URL."""
+"""Faults between reader and server: the right bytes, or an error that names the URL."""
 
 import random
 import threading
@@ -31,8 +31,8 @@ def objects(bucket_url: str) -> dict[str, bytes]:
 
 
 def _read_and_compare(objects: dict[str, bytes], seed: int) -> tuple[int, int]:
-    """Read each object whole, and a part of it, with its digest and where that is not needed
-    without; how often the bytes were wrong, and how often an error was raised."""
+    """Read each object whole, and a part of it, with their digests; how often the bytes were wrong,
+    and how often an error was raised."""
     rng = random.Random(seed)
     wrong, errors = 0, []
     for url, data in objects.items():
@@ -87,7 +87,7 @@ def test_a_faulty_network_changes_no_byte(
     assert errors == 0
 
 
-def test_a_server_that_falls_silent_is_left(
+def test_a_read_that_stalls_is_tried_again(
     objects: dict[str, bytes], endpoint: str, reach: Reach
 ) -> None:
     url, data = max(objects.items(), key=lambda item: len(item[1]))
@@ -102,7 +102,7 @@ def test_a_server_that_falls_silent_is_left(
     assert seconds > storage.READ_TIMEOUT_S
 
 
-def test_bytes_that_always_arrive_changed_are_refused(
+def test_bytes_that_are_always_damaged_are_refused(
     objects: dict[str, bytes], endpoint: str, reach: Reach
 ) -> None:
     with running(FaultyProxy(endpoint, "flip", rate=1.0)) as proxy:
@@ -115,7 +115,7 @@ def test_bytes_that_always_arrive_changed_are_refused(
     assert proxy.injected >= 2 * (len(objects) - 1)
 
 
-def test_an_object_replaced_in_mid_read_comes_whole_in_one_version(
+def test_an_object_replaced_during_a_read_is_read_whole_in_one_version(
     bucket_url: str, endpoint: str, reach: Reach
 ) -> None:
     url = f"{bucket_url}/object"
@@ -125,21 +125,21 @@ def test_an_object_replaced_in_mid_read_comes_whole_in_one_version(
     def replace_it(sent: int) -> None:
         version = next(following, None)
         if version is not None and sent > 1_000:
-            beside.write(version)
+            other_writer.write(version)
 
     storage.write_bytes(url, versions[0])
-    beside = _Beside(endpoint, url)
+    other_writer = _OtherWriter(endpoint, url)
     proxy = FaultyProxy(endpoint, "cut", rate=0.7, seed=2, in_body=replace_it)
     with running(proxy):
         reach(proxy.endpoint)
         read = [storage.read_bytes(url) for _ in range(6)]
         reach()
     assert proxy.injected >= 3
-    assert beside.written >= 3
+    assert other_writer.written >= 3
     assert all(data in versions for data in read)
 
 
-class _Beside:
+class _OtherWriter:
     """A writer that does not go through the proxy."""
 
     def __init__(self, endpoint: str, url: str) -> None:
@@ -151,7 +151,7 @@ class _Beside:
         self.written += 1
 
 
-def test_a_server_killed_in_mid_read_is_waited_for(bucket_url: str, ceph: CephServer) -> None:
+def test_a_read_waits_for_a_server_that_was_killed(bucket_url: str, ceph: CephServer) -> None:
     data = random.Random(1).randbytes(60_000_000)
     url, digest = f"{bucket_url}/big", sha256(data).hexdigest()
     storage.write_bytes(url, data)

@@ -1,4 +1,4 @@
-"""The whole way with source, store and run in a bucket of a real S3 server."""
+"""All jobs with source, store and run in a bucket of a real S3 server."""
 
 import json
 import os
@@ -22,7 +22,9 @@ pytestmark = pytest.mark.s3
 
 
 @pytest.mark.timeout(600)
-def test_phantoms_become_a_report_in_a_bucket(bucket_url: str, tmp_path: Path) -> None:
+def test_prepare_train_and_evaluate_write_a_report_into_a_bucket(
+    bucket_url: str, tmp_path: Path
+) -> None:
     source = tmp_path / "phantoms"
     write_phantoms(source, num_studies=90, seed=3)
     (source / ".pneumo").mkdir()
@@ -53,7 +55,7 @@ def ray_folder() -> Iterator[Path]:
 
 
 @pytest.mark.timeout(600)
-def test_a_source_in_a_bucket_is_prepared_and_nobody_is_named(
+def test_a_source_in_a_bucket_is_prepared_and_no_patient_is_named(
     bucket_url: str, tmp_path: Path, ray_folder: Path
 ) -> None:
     folder, source, store = tmp_path / "phantoms", f"{bucket_url}/rsna", f"{bucket_url}/store"

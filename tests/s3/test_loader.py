@@ -1,5 +1,5 @@
-"""Between the loader and a real S3 server: the epoch that the disk gives, or an error that names
-the shard; never fewer samples."""
+"""The loader with a real S3 server: the same batches as from disk, or an error that names the
+shard; never fewer samples."""
 
 import threading
 import time
@@ -24,7 +24,7 @@ from tests.s3.server import CephServer
 
 pytestmark = pytest.mark.s3
 
-Way = Literal["memory", "stream"]
+Cache = Literal["memory", "stream"]
 BATCH = 32
 SAMPLES = 1_000
 EPOCHS = 2
@@ -39,7 +39,7 @@ def local_store(tiny_store: StoreMaker) -> str:
 
 @pytest.fixture(scope="module")
 def expected(local_store: str) -> list[Batch]:
-    """What the disk gives."""
+    """The batches from disk."""
     return list(read_epochs(open_train(local_store, "memory")))
 
 
@@ -51,8 +51,8 @@ def store_url(local_store: str, bucket_url: str) -> str:
     return url
 
 
-def open_train(store_url: str, way: Way) -> Loader:
-    config = DataConfig(cache=way, image_size=64)
+def open_train(store_url: str, cache: Cache) -> Loader:
+    config = DataConfig(cache=cache, image_size=64)
     store = PreparedStore(store_url, read_manifest(store_url), config)
     return open_loader(store, "train", world=World(), device="cpu")
 
@@ -63,7 +63,7 @@ def read_epochs(data: Loader) -> Iterator[Batch]:
 
 
 def count_lost(batches: list[Batch], expected: list[Batch]) -> int:
-    """Samples that are not where they belong; asserts that their pictures are the same."""
+    """How many samples are not at their place; asserts that images and targets are equal."""
     assert len(batches) == len(expected)
     lost = 0
     for batch, other in zip(batches, expected, strict=True):
@@ -73,50 +73,50 @@ def count_lost(batches: list[Batch], expected: list[Batch]) -> int:
     return lost
 
 
-def tell(fault: str, way: Way, injected: int, lost: int, seconds: float) -> None:
-    print(f"| {fault} | {way} | {injected} | {lost} of {EPOCHS * USED} | {seconds:.1f} |")
+def print_row(fault: str, cache: Cache, injected: int, lost: int, seconds: float) -> None:
+    print(f"| {fault} | {cache} | {injected} | {lost} of {EPOCHS * USED} | {seconds:.1f} |")
 
 
-@pytest.mark.parametrize("way", ["memory", "stream"])
+@pytest.mark.parametrize("cache", ["memory", "stream"])
 @pytest.mark.parametrize(
     "fault", ["cut", "end early", "wrong length", "delay", "500", "503", "bad gateway", "flip"]
 )
 def test_a_faulty_network_loses_no_sample(
-    fault: Fault, way: Way, store_url: str, expected: list[Batch], endpoint: str, reach: Reach
+    fault: Fault, cache: Cache, store_url: str, expected: list[Batch], endpoint: str, reach: Reach
 ) -> None:
     started_s = time.monotonic()
     with running(FaultyProxy(endpoint, fault, rate=0.3)) as proxy:
         reach(proxy.endpoint)
-        batches = list(read_epochs(open_train(store_url, way)))
+        batches = list(read_epochs(open_train(store_url, cache)))
         reach()
     lost = count_lost(batches, expected)
-    tell(fault, way, proxy.injected, lost, time.monotonic() - started_s)
+    print_row(fault, cache, proxy.injected, lost, time.monotonic() - started_s)
     assert proxy.injected >= 3
     assert lost == 0
 
 
-@pytest.mark.parametrize("way", ["memory", "stream"])
-def test_a_server_killed_in_mid_epoch_loses_no_sample(
-    way: Way, store_url: str, expected: list[Batch], ceph: CephServer
+@pytest.mark.parametrize("cache", ["memory", "stream"])
+def test_a_server_killed_during_an_epoch_loses_no_sample(
+    cache: Cache, store_url: str, expected: list[Batch], ceph: CephServer
 ) -> None:
-    """In memory all is read at once."""
+    """With the cache `memory` all is read at once, so the server is killed once."""
     started_s, steps = time.monotonic(), len(expected)
-    outages_s = {0: 2.0} if way == "memory" else {0: 2.0, steps // 4: 0.0, steps // 2: 1.0}
-    batches, coming = [], read_epochs(open_train(store_url, way))
-    returning = []
+    outages_s = {0: 2.0} if cache == "memory" else {0: 2.0, steps // 4: 0.0, steps // 2: 1.0}
+    batches, epoch_batches = [], read_epochs(open_train(store_url, cache))
+    restarts = []
     for step in range(steps):
         if step in outages_s:
             ceph.kill_gateway()
-            returning.append(_return_after(ceph, outages_s[step]))
-        batches.append(next(coming))
+            restarts.append(_restart_after(ceph, outages_s[step]))
+        batches.append(next(epoch_batches))
         if step in outages_s:
-            returning[-1].join()
+            restarts[-1].join()
     lost = count_lost(batches, expected)
-    tell("server killed", way, len(returning), lost, time.monotonic() - started_s)
+    print_row("server killed", cache, len(restarts), lost, time.monotonic() - started_s)
     assert lost == 0
 
 
-def _return_after(ceph: CephServer, outage_s: float) -> threading.Thread:
+def _restart_after(ceph: CephServer, outage_s: float) -> threading.Thread:
     def start() -> None:
         time.sleep(outage_s)
         ceph.start_gateway()
@@ -126,11 +126,11 @@ def _return_after(ceph: CephServer, outage_s: float) -> threading.Thread:
     return thread
 
 
-@pytest.mark.parametrize("way", ["memory", "stream"])
-def test_bytes_that_always_arrive_changed_end_the_epoch_with_the_shard(
-    way: Way, store_url: str, endpoint: str, reach: Reach
+@pytest.mark.parametrize("cache", ["memory", "stream"])
+def test_bytes_that_are_always_damaged_end_the_epoch_with_the_name_of_the_shard(
+    cache: Cache, store_url: str, endpoint: str, reach: Reach
 ) -> None:
-    data = open_train(store_url, way)
+    data = open_train(store_url, cache)
     with running(FaultyProxy(endpoint, "flip", rate=1.0)) as proxy:
         reach(proxy.endpoint)
         with pytest.raises(DataError, match=r"shard train/\d{6}\.tar: .*changed or damaged"):
@@ -139,13 +139,13 @@ def test_bytes_that_always_arrive_changed_end_the_epoch_with_the_shard(
     assert proxy.injected >= 2
 
 
-@pytest.mark.parametrize("way", ["memory", "stream"])
-def test_a_shard_that_goes_in_mid_epoch_ends_it_with_its_name(
-    way: Way, store_url: str, expected: list[Batch]
+@pytest.mark.parametrize("cache", ["memory", "stream"])
+def test_a_shard_removed_during_an_epoch_ends_it_with_the_name_of_the_shard(
+    cache: Cache, store_url: str, expected: list[Batch]
 ) -> None:
-    data = open_train(store_url, way)
+    data = open_train(store_url, cache)
     batches = read_epochs(data)
-    if way == "stream":
+    if cache == "stream":
         next(batches)
     storage.remove(f"{store_url}/train/000003.tar")
     with pytest.raises(DataError, match=r"shard train/000003\.tar: missing"):

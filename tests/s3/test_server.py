@@ -1,4 +1,4 @@
-"""The S3 server of the tests starts whatever happens beside it."""
+"""The S3 server of the tests starts even when another process takes its port."""
 
 import contextlib
 import os
@@ -15,14 +15,14 @@ pytestmark = pytest.mark.s3
 
 
 @contextlib.contextmanager
-def beside(server: CephServer) -> Iterator[CephServer]:
-    """Another server, not started, beside the one of the session, which says that Ceph is here."""
+def stopped_at_end(server: CephServer) -> Iterator[CephServer]:
+    """Stop the server at the end; it is another than the session's."""
     yield server
     server.stop()
 
 
 @pytest.mark.parametrize("taken", [0, 1], ids=["gateway", "monitor"])
-def test_a_port_that_another_process_took_is_replaced(
+def test_it_starts_on_another_port_when_a_process_took_the_first(
     taken: int, ceph: CephServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with contextlib.ExitStack() as others:
@@ -36,14 +36,14 @@ def test_a_port_that_another_process_took_is_replaced(
             return ports
 
         second = CephServer(tmp_path, choose_ports=choose_and_lose)
-        others.enter_context(beside(second))
+        others.enter_context(stopped_at_end(second))
         second.start()
         assert second.answers()
     said = capfd.readouterr().err
     assert f"start 1 of 3 of the S3 server: {('gateway', 'mon')[taken]} did not start" in said
 
 
-class Doomed(CephServer):
+class CrashingServer(CephServer):
     """Its daemons are killed as soon as they have started."""
 
     def spawn(self, name: str, *command: str) -> int:
@@ -52,9 +52,11 @@ class Doomed(CephServer):
         return pid
 
 
-def test_a_server_that_never_starts_says_why(ceph: CephServer, tmp_path: Path) -> None:
+def test_a_server_that_cannot_start_raises_with_the_reason(
+    ceph: CephServer, tmp_path: Path
+) -> None:
     with (
-        beside(Doomed(tmp_path)) as second,
+        stopped_at_end(CrashingServer(tmp_path)) as second,
         pytest.raises(RuntimeError, match="start 3 of 3 of the S3 server: mon did not start"),
     ):
         second.start()

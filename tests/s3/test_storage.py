@@ -1,5 +1,4 @@
-"""What moto, which accepts every key, cannot show: rights, conditions and clocks on a real
-server."""
+"""Rights, conditional writes and clocks on a real server; moto accepts every key."""
 
 import functools
 import http.server
@@ -9,7 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 
@@ -34,7 +33,7 @@ BIG_BYTES = 60_000_000
 
 
 @pytest.mark.parametrize("size", [0, 1, 70_000, BIG_BYTES])
-def test_what_is_written_is_read(bucket_url: str, size: int) -> None:
+def test_written_bytes_are_read_back(bucket_url: str, size: int) -> None:
     data = random.Random(size).randbytes(size)
     url = f"{bucket_url}/folder/ein Röntgenbild +%.bin"
     storage.write_bytes(url, data)
@@ -43,7 +42,7 @@ def test_what_is_written_is_read(bucket_url: str, size: int) -> None:
     assert storage.list_urls(bucket_url) == [url]
 
 
-def test_a_range_is_exact_or_an_error(bucket_url: str) -> None:
+def test_a_range_is_read_exactly_or_raises(bucket_url: str) -> None:
     data = random.Random(0).randbytes(5_000_000)
     url = f"{bucket_url}/object"
     storage.write_bytes(url, data)
@@ -58,11 +57,11 @@ def test_a_range_is_exact_or_an_error(bucket_url: str) -> None:
         storage.read_range(f"{bucket_url}/none", 0, 1)
 
 
-def test_a_listing_goes_on_after_a_thousand_keys(bucket_url: str) -> None:
+def test_a_listing_of_more_than_a_thousand_keys_is_complete(bucket_url: str) -> None:
     urls = [f"{bucket_url}/many/{i:04d}" for i in range(1_003)]
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda url: storage.write_bytes(url, b"x"), urls))
-    # How consoles draw an empty folder.
+    # As consoles of S3 show an empty folder.
     bucket = bucket_url.removeprefix("s3://")
     boto3.client("s3", region_name="us-east-1").put_object(Bucket=bucket, Key="many/folder/")
     assert storage.list_urls(bucket_url) == urls
@@ -83,7 +82,7 @@ for i in range(20):
 """
 
 
-def test_of_two_creators_at_once_exactly_one_wins(bucket_url: str) -> None:
+def test_of_several_creators_at_the_same_time_exactly_one_wins(bucket_url: str) -> None:
     names = ("one", "two", "three")
     creators = [
         subprocess.Popen(
@@ -104,7 +103,7 @@ def test_of_two_creators_at_once_exactly_one_wins(bucket_url: str) -> None:
         assert storage.read_text(f"{bucket_url}/{i}") == winners[0]
 
 
-def test_a_creator_whose_answer_was_lost_knows_its_own_object(
+def test_a_creator_whose_answer_was_lost_recognises_its_own_object(
     bucket_url: str, endpoint: str, reach: Reach
 ) -> None:
     # The proxy asks the server first, so that the object is there when the answer says otherwise.
@@ -121,8 +120,8 @@ def test_a_creator_whose_answer_was_lost_knows_its_own_object(
 # --- refusals -------------------------------------------------------------------------------------
 
 
-def _touch_everything(url: str) -> Iterator[functools.partial[object]]:
-    """Each kind of request, as a call that is to be refused."""
+def _list_requests(url: str) -> Iterator[Callable[[], object]]:
+    """One call of each kind of request."""
     for call in (storage.read_bytes, storage.exists, storage.list_urls, storage.list_names):
         yield functools.partial(call, url)
     for write in (storage.write_bytes, storage.create_bytes):
@@ -134,7 +133,7 @@ def _touch_everything(url: str) -> Iterator[functools.partial[object]]:
 def test_a_wrong_secret_is_named(bucket_url: str, reach: Reach) -> None:
     url = f"{bucket_url}/key"
     reach(secret_key="another")
-    for call in _touch_everything(url):
+    for call in _list_requests(url):
         with pytest.raises(AccessError, match=f"wrong secret key: {url}; check AWS_SECRET_ACCESS"):
             call()
 
@@ -142,7 +141,7 @@ def test_a_wrong_secret_is_named(bucket_url: str, reach: Reach) -> None:
 def test_an_unknown_key_is_named(bucket_url: str, reach: Reach) -> None:
     url = f"{bucket_url}/key"
     reach(access_key="nobody")
-    for call in _touch_everything(url):
+    for call in _list_requests(url):
         with pytest.raises(AccessError, match=f"unknown access key: {url}; check AWS_ACCESS_KEY"):
             call()
 
@@ -151,7 +150,7 @@ def test_a_missing_right_is_named(bucket_url: str, reach: Reach, ceph: CephServe
     url = f"{bucket_url}/key"
     storage.write_bytes(url, b"x")
     reach(access_key=STRANGER_KEY, secret_key=STRANGER_SECRET)
-    for call in _touch_everything(url):
+    for call in _list_requests(url):
         with pytest.raises(AccessError, match=f"no right to do this: {url}; the key needs s3:Get"):
             call()
 
@@ -170,7 +169,7 @@ def test_an_unsigned_request_is_sent_on_request_only(
 
 def test_a_missing_bucket_is_named(reach: Reach) -> None:
     url = "s3://pneumo-test-none/key"
-    for call in _touch_everything(url):
+    for call in _list_requests(url):
         with pytest.raises(AccessError, match=f"no such bucket: {url}; create it first"):
             call()
 
@@ -203,7 +202,9 @@ def test_a_wrong_clock_is_named(bucket_url: str) -> None:
     )
 
 
-def test_a_web_server_is_no_s3_server(reach: Reach, tmp_path: os.PathLike[str]) -> None:
+def test_a_web_server_that_is_no_s3_server_is_named(
+    reach: Reach, tmp_path: os.PathLike[str]
+) -> None:
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002 the base's name
             pass
@@ -214,7 +215,7 @@ def test_a_web_server_is_no_s3_server(reach: Reach, tmp_path: os.PathLike[str]) 
         thread.start()
         try:
             reach(f"http://127.0.0.1:{web.server_address[1]}")
-            for call in _touch_everything("s3://bucket/key"):
+            for call in _list_requests("s3://bucket/key"):
                 with pytest.raises(
                     AccessError, match=r"not as an S3 server does.*AWS_ENDPOINT_URL"
                 ):
