@@ -3,6 +3,7 @@
 python -m tests.kubernetes.local_jobs '[["prepare", "--source", "…"], …]'
 """
 
+import faulthandler
 import importlib
 import json
 import sys
@@ -12,6 +13,7 @@ from jobs.ray_cluster.session import ray_session
 
 def main() -> int:
     """The exit code of the first job that does not end well, or 0."""
+    faulthandler.enable()
     with ray_session():
         for job, *flags in json.loads(sys.argv[1]):
             code = importlib.import_module(f"jobs.{job}").main(flags)

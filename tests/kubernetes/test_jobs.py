@@ -7,6 +7,7 @@ machine. Train uses two workers on two nodes, tune two trials on two worker pods
 import base64
 import io
 import json
+import signal
 import subprocess
 import sys
 import tomllib
@@ -37,6 +38,7 @@ API_KEY = "k" * 40
 CLOSE = 1e-4
 """Of losses and logits: two machines add in different orders."""
 _RUN_TIMEOUT_S = 600
+_ALL_JOBS_TIMEOUT_S = 1200
 _TRAINING = (
     *("--recipe", "fast", "--data.image-size", "64", "--train.batch-size", "16"),
     *("--train.micro-batch-size", "8", "--cluster.cpus-per-worker", "1"),
@@ -147,12 +149,20 @@ def _run_on_cluster(team: Team, place: Place, source: str, job: str) -> None:
 def _run_locally(team: Team, place: Place, source: str) -> None:
     secret = {"PNEUMO_HASH_KEY": namespaces.HASH_KEY, "WANDB_API_KEY": API_KEY}
     jobs = json.dumps([[job, *_flags(job, source, place)] for job in _JOBS])
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kubernetes.local_jobs", jobs],
-        env=team.shell(**secret),
-        cwd=CHECKOUT, capture_output=True, text=True, timeout=_RUN_TIMEOUT_S, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    log = team.folder / "local_jobs.log"
+    with (
+        log.open("w") as output,
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.kubernetes.local_jobs", jobs],
+            env=team.shell(**secret), cwd=CHECKOUT, stdout=output, stderr=subprocess.STDOUT,
+        ) as process,
+    ):  # fmt: skip
+        try:
+            process.wait(_ALL_JOBS_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGABRT)  # Python writes what each thread is doing
+            process.wait()
+    assert process.returncode == 0, log.read_text()
 
 
 def _flags(job: str, source: str, place: Place) -> list[str]:
