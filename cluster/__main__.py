@@ -208,6 +208,7 @@ def _connect(options: argparse.Namespace) -> Target:
             given["image"],
             workers,
             given["run"],
+            is_followed=getattr(options, "follow", True),
         )
     stray = [name for name in _K8S_FLAGS if given[name] is not None]
     if stray:

@@ -36,6 +36,8 @@ class KubernetesTarget:
     run_url: str | None = None
     """The folder of the run, for the log of a deleted RayJob."""
     retry_timeout_s: float = RETRY_TIMEOUT_S
+    is_followed: bool = True
+    """Whether the user follows what is submitted; False with --detach."""
 
     @property
     def _runs(self) -> NamespaceRuns:
@@ -77,6 +79,8 @@ class KubernetesTarget:
             name = job["metadata"]["name"]
             return replace(_join(self.api.get_rayjob(name), submission), already_running=False)
         _describe(job, submission, folder.name, tell)
+        if not self.is_followed:
+            _describe_wait(job, tell)
         return Started(job["metadata"]["name"], already_running=False)
 
     def follow(self, job_id: str, write: Write, tell: Write) -> JobState:
@@ -130,6 +134,7 @@ class KubernetesTarget:
             overlay=overlay,
             image=self.image,
             workers=self.workers,
+            is_followed=self.is_followed,
         )
 
 
@@ -164,6 +169,13 @@ def _describe(job: Document, submission: Submission, overlay: str, tell: Write) 
             f"not sent, as they are secrets: {', '.join(submission.secrets)}; the pods get "
             f"theirs from the Kubernetes secret {rayjob.SECRETS}"
         )
+
+
+def _describe_wait(job: Document, tell: Write) -> None:
+    spec = job["spec"]
+    attempts, wait_s = 1 + spec.get("backoffLimit", 0), spec.get("preRunningDeadlineSeconds")
+    if wait_s:
+        tell(f"it waits {wait_s} s for its nodes, in each of at most {attempts} attempts")
 
 
 def _join(running: Document, submission: Submission) -> Started:

@@ -48,6 +48,7 @@ def build(
     overlay: str = "",
     image: str | None = None,
     workers: int | None = None,
+    is_followed: bool = True,
 ) -> Document:
     """The RayJob that runs `submission`. Raises ConfigError where overlay and job do not fit."""
     job = copy.deepcopy(_only_rayjob(documents))
@@ -70,6 +71,8 @@ def build(
     count = _replicas(group, submission, per_pod, workers)
     group.update(replicas=count, minReplicas=count, maxReplicas=count)
     _set_preflight(job, submission)
+    if not is_followed:
+        _share_wait_for_nodes(job)
     secrets = [HASH_KEY_SECRET] if submission.derives_keys else []
     _set_environment(job, _environment(container, submission), secrets)
     if image is not None:
@@ -243,6 +246,15 @@ def _set_preflight(job: Document, submission: Submission) -> None:
         if container["name"] == "preflight":
             version = cluster.get("rayVersion")
             container["args"] = [*(["--ray", version] if version else []), *checks]
+
+
+def _share_wait_for_nodes(job: Document) -> None:
+    """Let all attempts together wait as long for nodes as one may. A follower stops a run after its
+    first wait; the operator alone retries it, and would hold the pods that did start as often."""
+    spec, annotations = job["spec"], job["metadata"]["annotations"]
+    wait_s = spec.get("preRunningDeadlineSeconds")
+    if wait_s and annotations.get(WAIT_AGAIN) != "true":
+        spec["preRunningDeadlineSeconds"] = math.ceil(wait_s / (1 + spec.get("backoffLimit", 0)))
 
 
 def _environment(container: Document, submission: Submission) -> dict[str, str]:

@@ -193,3 +193,20 @@ def test_an_overlay_without_its_rayjob_is_refused(base: Document) -> None:
     base["spec"]["rayClusterSpec"]["workerGroupSpecs"] *= 2
     with pytest.raises(ConfigError, match="2 workerGroupSpecs, expected 1"):
         rayjob.build([base], submission, name="x")
+
+
+@pytest.mark.parametrize(
+    ("is_followed", "annotations", "wait_s"),
+    [
+        (True, {}, 1800),
+        (False, {}, 600),
+        (False, {rayjob.WAIT_AGAIN: "true"}, 1800),
+    ],
+    ids=["a follower stops it", "nobody does", "nobody shall"],
+)
+def test_all_attempts_wait_for_nodes_as_long_as_one(
+    base: Document, is_followed: bool, annotations: dict[str, str], wait_s: int
+) -> None:
+    base["metadata"]["annotations"] = annotations
+    spec = _build(base, f"train {PLACES}", is_followed=is_followed)["spec"]
+    assert (spec["preRunningDeadlineSeconds"], spec["backoffLimit"]) == (wait_s, 2)
