@@ -179,40 +179,41 @@ fix: $(READY)
 # Without the tests that have a target of their own.
 PLAIN := not s3 and not multinode and not kubernetes and not kubernetes_faults
 
-# Two at a time: much of it waits for processes to start.
+# One thread a process, as several run at a time; two files at a time.
+PYTEST := env OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
 TWO_AT_A_TIME := -n 2 --dist loadfile --no-loadscope-reorder
 test: $(READY)
-	$(BIN)/python -m pytest $(TWO_AT_A_TIME) -m "not ray and not wandb and not slow and $(PLAIN)"
+	$(PYTEST) $(TWO_AT_A_TIME) -m "not ray and not wandb and not slow and $(PLAIN)"
 
 test-ray: $(READY)
-	$(BIN)/python -m pytest $(TWO_AT_A_TIME) -m "ray and not slow" tests/jobs tests/cluster
+	$(PYTEST) $(TWO_AT_A_TIME) -m "ray and not slow" tests/jobs tests/cluster
 
 test-wandb: $(READY)
-	$(BIN)/python -m pytest $(TWO_AT_A_TIME) -m "wandb and not ray and not slow" tests/jobs
+	$(PYTEST) $(TWO_AT_A_TIME) -m "wandb and not ray and not slow" tests/jobs
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest $(TWO_AT_A_TIME) -m "slow and $(PLAIN)"
+	$(PYTEST) $(TWO_AT_A_TIME) -m "slow and $(PLAIN)"
 
 test-processors: $(READY)
 	@$(BIN)/python -m tests.processors $(ARGS)
 
 test-s3: $(READY)
-	$(BIN)/python -m tests.s3.server -- $(BIN)/python -m pytest -m s3
+	$(BIN)/python -m tests.s3.server -- $(PYTEST) -m s3
 
 # Nodes are network namespaces on this machine; where they cannot be made the tests skip, and say so.
 test-cluster: $(READY)
-	$(BIN)/python -m pytest -m "multinode and not slow" tests/multinode
+	$(PYTEST) -m "multinode and not slow" tests/multinode
 
 # All jobs from beginning to end, then three files at a time. docs/cluster.md says how to name a cluster;
 # where none can be had the tests skip, and say so.
-ON_KUBERNETES := $(BIN)/python -m pytest -m kubernetes
+ON_KUBERNETES := $(PYTEST) -m kubernetes
 test-kubernetes: $(READY)
 	$(BIN)/python -m tests.kubernetes.server -- sh -c '$(ON_KUBERNETES) tests/kubernetes/test_jobs.py && \
 	  $(ON_KUBERNETES) -n 3 --dist loadfile --no-loadscope-reorder --ignore tests/kubernetes/test_jobs.py \
 	  tests/kubernetes $(ARGS)'
 
 test-kubernetes-faults: $(READY)
-	$(BIN)/python -m tests.kubernetes.server -- $(BIN)/python -m pytest -m kubernetes_faults tests/kubernetes
+	$(BIN)/python -m tests.kubernetes.server -- $(PYTEST) -m kubernetes_faults tests/kubernetes
 
 test-all: test test-ray test-wandb test-slow test-s3 test-cluster test-kubernetes
 
