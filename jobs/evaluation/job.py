@@ -25,6 +25,7 @@ from jobs.evaluation.result_files import (
     REPORT,
     Results,
     compose_metrics,
+    describe_results,
     write_files,
 )
 from jobs.evaluation.shown_studies import choose_pictures, score_saliency
@@ -151,8 +152,9 @@ def read_data_facts(
 def write_results(run: EvaluatedRun, results: Results, folder: Path, config: Config) -> None:
     """Write all to `folder`, copy it to the run, metrics.json last, then send it to W&B."""
     prepare_tracking(run.run_url, run.manifest)
-    write_files(folder, run, results, config)
-    write_tracking(folder / FOLDER, run, results, config)
+    report = describe_results(run, results, config)
+    write_files(folder, run, results, report)
+    write_tracking(folder / FOLDER, run, results, report, config.tracking)
     metrics = compose_metrics(run, results, config)
     text = json.dumps(metrics, indent=1, allow_nan=False) + "\n"
     if storage.exists(storage.join(run.run_url, EXTERNAL_FOLDER, METRICS)):

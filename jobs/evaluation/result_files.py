@@ -26,7 +26,7 @@ from pneumo.reporting.figures import case_pictures, charts, data_charts
 from pneumo.reporting.figures.case_pictures import Pictures
 from pneumo.reporting.figures.data_charts import shrink_sheet
 from pneumo.reporting.page.formatting import count
-from pneumo.reporting.page.page import MAX_PAGE_BYTES, render_report
+from pneumo.reporting.page.page import MAX_PAGE_BYTES, describe_report, render_report
 from pneumo.reporting.page.page_inputs import DataFacts, ModelFacts, Provenance
 from pneumo.training.checkpoints import Checkpoint
 
@@ -111,8 +111,10 @@ def describe_errors(pictures: Pictures) -> dict[str, Any]:
 # --- files ----------------------------------------------------------------------------------------
 
 
-def write_files(folder: Path, run: EvaluatedRun, results: Results, config: Config) -> None:
-    """Write predictions, figures, gallery and report to `folder`."""
+def write_files(
+    folder: Path, run: EvaluatedRun, results: Results, report: Mapping[str, Any]
+) -> None:
+    """Write predictions, figures, gallery and the page of `report` to `folder`."""
     evaluation, pictures = results.evaluation, results.pictures
     table = evaluation.predictions.to_parquet(run.scored.scoring.to_json())
     (folder / PREDICTIONS).write_bytes(table)
@@ -145,21 +147,20 @@ def write_files(folder: Path, run: EvaluatedRun, results: Results, config: Confi
         for number, shown in enumerate(cases):
             path = folder / "gallery" / f"{outcome}-{number:02d}.webp"
             path.write_bytes(case_pictures.draw_case(shown))
-    report = render(run, results, config).encode()
-    if len(report) > MAX_PAGE_BYTES:
-        tell(f"warning: {REPORT} has {len(report) / 1e6:.1f} MB; lower evaluate.pictures")
-    (folder / REPORT).write_bytes(report)
+    page = render_report(report, pictures).encode()
+    if len(page) > MAX_PAGE_BYTES:
+        tell(f"warning: {REPORT} has {len(page) / 1e6:.1f} MB; lower evaluate.pictures")
+    (folder / REPORT).write_bytes(page)
 
 
-def render(run: EvaluatedRun, results: Results, config: Config) -> str:
-    """report.html."""
-    return render_report(
+def describe_results(run: EvaluatedRun, results: Results, config: Config) -> dict[str, Any]:
+    """What report.html says and draws, for `render_report`."""
+    return describe_report(
         results.evaluation,
         data=results.data,
         model=describe_model(run.checkpoint, run.scored.scoring, config.evaluate.ensemble),
         provenance=describe_provenance(run, config),
         history=run.history,
-        pictures=results.pictures,
         saliency=results.saliency.get("test"),
         compared=results.compared,
         members=results.members,

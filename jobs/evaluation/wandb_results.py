@@ -15,13 +15,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jobs.evaluation.evaluated_run import METRICS, PREDICTIONS, EvaluatedRun
-from jobs.evaluation.result_files import DATA_FIGURE, REPORT, Results, render
+from jobs.evaluation.result_files import DATA_FIGURE, REPORT, Results
 from jobs.evaluation.shown_studies import MAX_EXACT_AGE
 from jobs.evaluation.wandb_pictures import list_pictures, read_pictures
-from pneumo.config import Config, TrackingConfig
+from pneumo.config import TrackingConfig
 from pneumo.dataset.study_table import encode_parquet
 from pneumo.evaluation.comparison import COMPARED
 from pneumo.evaluation.operating_points import DECISION, SCREENING
+from pneumo.reporting.page.page import render_report
 from pneumo.reporting.tracking.artifacts import (
     describe_checkpoint,
     describe_dataset,
@@ -69,13 +70,19 @@ _CALIBRATION = {
 }
 
 
-def write_tracking(folder: Path, run: EvaluatedRun, results: Results, config: Config) -> None:
-    """Write to `folder` what W&B gets besides the run's own files; no study's picture in it is
-    higher than LARGEST_PIXELS."""
+def write_tracking(
+    folder: Path,
+    run: EvaluatedRun,
+    results: Results,
+    report: Mapping[str, Any],
+    tracking: TrackingConfig,
+) -> None:
+    """Write to `folder` what W&B gets besides the run's own files, with the page of `report`; no
+    study's picture in it is higher than LARGEST_PIXELS."""
     folder.mkdir(exist_ok=True)
     small, quality = results.shrink(LARGEST_PIXELS), results.data.quality
     record = {
-        "tracking": config.tracking.model_dump(mode="json"),
+        "tracking": tracking.model_dump(mode="json"),
         "models": [
             record_checkpoint(checkpoint.run_url, checkpoint.entry, run.manifest.digest)
             for checkpoint in run.scored.scoring.checkpoints
@@ -86,7 +93,7 @@ def write_tracking(folder: Path, run: EvaluatedRun, results: Results, config: Co
         },
     }
     (folder / _RECORD).write_text(json.dumps(record, indent=1))
-    (folder / REPORT).write_text(render(run, small, config))
+    (folder / REPORT).write_text(render_report(report, small.pictures))
     pq.write_table(list_pictures(small), folder / _PICTURES)
 
 

@@ -13,12 +13,15 @@ import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
 from pneumo.evaluation.estimates import Estimate
 
 P = ParamSpec("P")
+
+_DPI = 130
 
 INK = "#1d2733"
 """Text and axes; the report replaces it by its own color."""
@@ -91,10 +94,14 @@ def encode_figure(figure: Figure, file_format: Literal["png", "webp", "svg"]) ->
     if file_format == "svg":
         figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
         return buffer.getvalue()
-    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
-    if file_format == "png":
-        return buffer.getvalue()
-    return encode_image(np.asarray(Image.open(buffer).convert("RGB")))
+    figure.set_dpi(_DPI)
+    canvas: Any = FigureCanvasAgg(figure)  # once; `savefig` draws a first time for the layout
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3]
+    if file_format == "webp":
+        return encode_image(pixels)
+    Image.fromarray(pixels).save(buffer, "png")
+    return buffer.getvalue()
 
 
 def encode_image(image: npt.NDArray[np.uint8]) -> bytes:

@@ -69,24 +69,22 @@ CONTENTS: tuple[tuple[str, str], ...] = (
 """The sections of the page and their headings."""
 
 
-def render_report(
+def describe_report(
     evaluation: Evaluation,
     *,
     data: DataFacts,
     model: ModelFacts,
     provenance: Provenance,
     history: History,
-    pictures: Pictures,
     saliency: SaliencySummary | None = None,
     compared: ComparedRuns | None = None,
     members: MemberSpread | None = None,
-) -> str:
-    """The page. `pictures` and `saliency` are of test; `saliency` is None without scored maps.
+) -> dict[str, Any]:
+    """All of the page but the studies that it shows, with every chart drawn: for `render_report`.
 
-    Pictures are as large as MAX_PAGE_BYTES allows. A page of very many pictures is larger, even
-    with the smallest.
+    `saliency` is of test; None without scored maps.
     """
-    facts = dict(
+    return dict(
         evaluation=evaluation,
         phantoms=data.phantoms,
         contents=[part for part in CONTENTS if part[0] != "comparison" or compared is not None],
@@ -115,12 +113,18 @@ def render_report(
         limits=limits_sentences(data),
         **_describe_performance(evaluation),
     )
-    return _render(facts, pictures, evaluation.test.at[DECISION].counts)
 
 
-def _render(facts: Mapping[str, Any], pictures: Pictures, counts: Confusion | None) -> str:
-    """The page with pictures as large as MAX_PAGE_BYTES allows."""
-    template = make_environment().get_template("page.html.j2")
+def render_report(facts: Mapping[str, Any], pictures: Pictures) -> str:
+    """The page of `describe_report`, with `pictures` of test.
+
+    They are as large as MAX_PAGE_BYTES allows. A page of very many pictures is larger, even with
+    the smallest.
+    """
+    template, counts = (
+        make_environment().get_template("page.html.j2"),
+        facts["test"].at[DECISION].counts,
+    )
     page = ""
     for size in PAIR_PIXELS:
         page = template.render(facts, **_describe_pictures(pictures, counts, size))

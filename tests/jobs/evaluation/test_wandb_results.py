@@ -15,7 +15,7 @@ from PIL import Image
 from jobs import track
 from jobs.evaluation.evaluated_run import EvaluatedRun
 from jobs.evaluation.ray_scoring import RunCheckpoint, ScoredStore, Scoring
-from jobs.evaluation.result_files import Results, compose_metrics
+from jobs.evaluation.result_files import Results, compose_metrics, describe_results
 from jobs.evaluation.shown_studies import describe_age
 from jobs.evaluation.wandb_pictures import show_case
 from jobs.evaluation.wandb_results import cap_ages, read_evaluation, write_tracking
@@ -71,7 +71,8 @@ def leave(run, subject, data=DATA, found=None, pictures=PICTURES, saliency=None)
     (run / "figures").mkdir(parents=True)
     (run / "figures" / "data_quality.png").write_bytes(encode_image(case().image))
     prepare_tracking(str(run), subject.manifest)
-    write_tracking(run / "tracking", subject, shown, config)
+    report = describe_results(subject, shown, config)
+    write_tracking(run / "tracking", subject, shown, report, config.tracking)
     predictions = shown.evaluation.predictions.to_parquet(subject.scored.scoring.to_json())
     (run / "predictions.parquet").write_bytes(predictions)
     (run / "metrics.json").write_text(json.dumps(compose_metrics(subject, shown, config)))

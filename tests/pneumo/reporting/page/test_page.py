@@ -16,7 +16,7 @@ from pneumo.evaluation.shown_studies import ERRORS, OUTCOMES
 from pneumo.images.boxes import Box
 from pneumo.reporting.figures.case_pictures import Case, Pictures
 from pneumo.reporting.page.data_section import describe_duplicates
-from pneumo.reporting.page.page import render_report
+from pneumo.reporting.page.page import describe_report, render_report
 from pneumo.reporting.page.page_inputs import DataFacts, ModelFacts, Provenance
 from pneumo.reporting.page.summary import find_warnings, summarise
 from tests.predictions import judge, make_plain
@@ -130,9 +130,12 @@ def render(judged=None, **changes):
         "model": MODEL,
         "provenance": PROVENANCE,
         "history": HISTORY,
-        "pictures": Pictures(cases(4), {"tp": cases(2), "fn": []}, {}, []),
     }
-    return render_report(judged or evaluation(), **{**arguments, **changes})
+    pictures = changes.pop("pictures", None)
+    if pictures is None:
+        pictures = Pictures(cases(4), {"tp": cases(2), "fn": []}, {}, [])
+    facts = describe_report(judged or evaluation(), **{**arguments, **changes})
+    return render_report(facts, pictures)
 
 
 class Checker(HTMLParser):
