@@ -9,12 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sklearn.metrics import average_precision_score
-
 from pneumo.config import EvaluateConfig
 from pneumo.evaluation.metrics import auroc, confusion, rates
 from pneumo.evaluation.operating_points import DECISION, choose_points
 from pneumo.evaluation.predictions import Predictions, find_fault
+from pneumo.evaluation.ranking import average_precision
 
 MEASURES = ("auroc", "average_precision", "recall", "specificity")
 """The last two at the decision point of each run's own val."""
@@ -70,5 +69,5 @@ def _measure(rows: Predictions, config: EvaluateConfig) -> dict[str, float]:
     threshold = choose_points(rows.subset("val"), config)[DECISION].logit
     found = {} if threshold is None else rates(confusion(test.target, test.logit, threshold))
     found["auroc"] = auroc(test.target, test.logit)
-    found["average_precision"] = float(average_precision_score(test.target, test.logit))
+    found["average_precision"] = average_precision(test.target, test.logit)
     return found

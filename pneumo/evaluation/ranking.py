@@ -166,6 +166,13 @@ def average_precision_statistic(target: npt.ArrayLike, score: npt.ArrayLike) -> 
     return lambda weights: ranking.weigh(weights).average_precision
 
 
+def average_precision(target: npt.ArrayLike, score: npt.ArrayLike) -> float:
+    """Mean precision over the positives, 0 to 1, as scikit-learn's `average_precision_score`; NaN
+    without a positive."""
+    statistic = average_precision_statistic(target, score)
+    return float(statistic(np.ones((np.size(target), 1)))[0])
+
+
 def headline_statistic(
     target: npt.ArrayLike, score: npt.ArrayLike, specificity: float
 ) -> Statistic:

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from sklearn.metrics import average_precision_score, brier_score_loss
 from torchmetrics import MeanMetric
 from torchmetrics.classification import BinaryStatScores
 
@@ -17,6 +16,7 @@ from pneumo.errors import DataError
 from pneumo.evaluation.logistic_regression import fit_logistic
 from pneumo.evaluation.metrics import Confusion, auroc, rates
 from pneumo.evaluation.predictions import sigmoid
+from pneumo.evaluation.ranking import average_precision
 from pneumo.loading.loader import Batch, Loader
 from pneumo.network.scoring import Scores, score
 from pneumo.training.callbacks import Callbacks, Metrics
@@ -127,7 +127,7 @@ def _two_class_metrics(scores: Scores) -> dict[str, float]:
     slope, _ = fit_logistic(logit, target, np.ones((len(logit), 1)))
     return {
         "auroc": auroc(scores.targets, scores.logits),
-        "average_precision": float(average_precision_score(target, logit)),
-        "brier": float(brier_score_loss(target, sigmoid(logit))),
+        "average_precision": average_precision(target, logit),
+        "brier": float(np.mean((sigmoid(logit) - target) ** 2)),
         "calibration_slope": float(slope[0]),
     }

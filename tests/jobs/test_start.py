@@ -74,6 +74,7 @@ SCIENCE = {"torchvision", "torchmetrics", "sklearn", "pandas", "matplotlib", "op
         ("jobs.evaluation.ray_scoring", {"scipy.stats", *SCIENCE}),
         ("jobs.preparation", {"torch", "scipy.stats", *SCIENCE}),  # drivers
         ("jobs.training.job", SCIENCE - {"pandas"}),  # which Ray Train imports
+        ("jobs.training.trainer", {"sklearn", "matplotlib", "optuna"}),  # workers of a training
         ("jobs.evaluation.job", {"torchvision", "torchmetrics", "optuna", "pytorch_grad_cam"}),
         ("jobs.prediction", {"scipy.stats", *SCIENCE} - {"matplotlib"}),
     ],
