@@ -76,3 +76,11 @@ def test_no_secret_is_made(kaggle_folder: FolderMaker, capsys: pytest.CaptureFix
     assert find.main(["--source", str(folder), "0" * 20]) == 2
     assert "PNEUMO_HASH_KEY" in capsys.readouterr().err
     assert not (folder / ".pneumo").exists()
+
+
+def test_a_folder_without_files_is_told_before_its_secret(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in (tmp_path, tmp_path / "typo"):
+        assert find.main(["--source", str(folder), "abc"]) == 2
+        assert "no such folder, or nothing in it" in capsys.readouterr().err

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from pneumo.evaluation.baselines import ViewBaseline
 from pneumo.evaluation.estimates import Estimate
 from pneumo.evaluation.evaluation import Evaluation, SplitEvaluation
@@ -22,6 +24,8 @@ def summarise(evaluation: Evaluation) -> str:
     test = evaluation.test
     if test.auroc.value is None:
         return f"The model cannot be evaluated on test: {test.auroc.reason}."
+    if np.ptp(evaluation.predictions.subset("test").logit) == 0:
+        return "The model gives all studies of test the same score: it separates nothing."
     words = [
         f"Of a random positive and a random negative study, the model scores the positive higher "
         f"in {percent(test.auroc.value)} of cases{_in_percent(test.auroc)}."

@@ -52,6 +52,15 @@ def damage(kind, split):
     return dataclasses.replace(found, box_area_fraction=area)
 
 
+def test_one_score_for_all_separates_nothing():
+    found = predictions()
+    same = np.full(len(found), 0.25, np.float32)
+    judged = judge(dataclasses.replace(found, logit=same, probability=sigmoid(same)))
+    text = visible(render(judged, pictures=NOTHING))
+    assert "gives all studies of test the same score" in text
+    assert "% of cases" not in text
+
+
 def visible(page):
     """The page's words, without its style, configuration and drawings."""
     page = re.sub(r"<(style|pre|svg).*?</\1>", " ", page, flags=re.DOTALL)
