@@ -70,7 +70,7 @@ def read_keys(table_url: str) -> list[str]:
 
 
 def find_urls(source_url: str, keys: Collection[str], environ: Mapping[str, str]) -> dict[str, str]:
-    """The files of those keys that have one. Raises SourceError without the source or its secret."""
+    """The files of those keys that have one. Raises SourceError without source or secret."""
     if not storage.list_names(source_url):
         raise SourceError(f"{source_url}: no such folder, or nothing in it")
     hash_key = find_hash_key(source_url, environ)
