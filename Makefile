@@ -161,6 +161,11 @@ k8s/components/monitoring/ray-train.json: $(READY)
 debian:
 	$(call install,chromium,chromium)
 	$(call install,dcm2pnm,dcmtk)
+	@# The program alone: the package would also start a server.
+	@command -v promtool > /dev/null || { test "$$(id -u)" = 0 && cd "$$(mktemp -d)" && apt-get update \
+	  && apt-get download prometheus && dpkg-deb -x prometheus_*.deb . && install usr/bin/promtool /usr/local/bin \
+	  && rm -r "$$PWD"; } > /dev/null 2>&1 \
+	  || echo "make debian: no promtool here (apt-get install prometheus, as root); its tests skip" >&2
 
 install = @command -v $(1) > /dev/null || { test "$$(id -u)" = 0 && apt-get update -qq \
 	  && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(2); } > /dev/null \
