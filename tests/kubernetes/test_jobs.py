@@ -1,7 +1,7 @@
 """Prepare, train, tune, evaluate and predict on the cluster, and the same commands here.
 
-With a real S3 server, and the loopback W&B of the tools beside the checkout, both listening on this
-machine. Train uses two workers on two nodes, tune two trials on two worker pods.
+With a real S3 server and the tests' W&B backend, both listening on this machine. Train uses two
+workers on two nodes, tune two trials on two worker pods.
 """
 
 import base64
@@ -25,7 +25,7 @@ from tests import CHECKOUT
 from tests.kubernetes import namespaces
 from tests.kubernetes.cluster import KubeCluster, Team
 from tests.kubernetes.conftest import TeamMaker
-from tests.kubernetes.wandb_server import running_wandb
+from tests.pneumo.reporting.tracking import wandb_server
 
 pytestmark = [
     pytest.mark.kubernetes,
@@ -104,7 +104,7 @@ class BothRuns:
 
     local: Place
     cluster: Place
-    wandb: Any
+    wandb: wandb_server.Backend
 
 
 @pytest.fixture(scope="module")
@@ -121,10 +121,10 @@ def both(
     files.put(str(folder / "source"), source, recursive=True)
     local, cluster = (Place(f"{team.bucket}/{name}", files) for name in ("local", "cluster"))
     try:
-        with running_wandb(kube.host) as (url, wandb), ThreadPoolExecutor(3) as threads:
+        with wandb_server.serve(API_KEY, kube.host) as wandb, ThreadPoolExecutor(3) as threads:
             secret = {"data": {"WANDB_API_KEY": base64.b64encode(API_KEY.encode()).decode()}}
             kube.ask("PATCH", f"{team.path('v1', 'secrets')}/pneumo-secrets", secret)
-            team = team.with_environ(WANDB_BASE_URL=url, WANDB_MODE="online")
+            team = team.with_environ(WANDB_BASE_URL=wandb.url, WANDB_MODE="online")
             # Side by side: a run waits for its pods more than it computes.
             local_jobs = threads.submit(_run_locally, team, local, source)
             for jobs in _STEPS:
@@ -222,5 +222,10 @@ def test_wandb_received_the_same_from_both(both: BothRuns) -> None:
     cluster, local = (training for training in losses if training)
     assert cluster == pytest.approx(local, abs=CLOSE)
     assert len(cluster) == EPOCHS
-    assert both.wandb.auth == {API_KEY}
-    assert [run.get("jobType") for run in both.wandb.runs.values()].count("evaluate") == 2
+    runs = both.wandb.runs.items()
+    one, other = (
+        both.wandb.summary(name) for name, run in runs if run.get("jobType") == "evaluate"
+    )
+    assert one["eval/test/auroc"] == pytest.approx(other["eval/test/auroc"], abs=0.01)
+    assert list(both.wandb.exit_codes.values()) == 4 * [0]
+    assert both.wandb.unknown == []

@@ -1,4 +1,4 @@
-"""A W&B backend on loopback, as much of one as wandb-core needs to send a run; and its faults.
+"""A W&B backend on this machine, as much of one as wandb-core needs to send a run; and its faults.
 
 It answers the GraphQL operations by name, keeps what is sent, and can fail in the ways of FAULTS.
 """
@@ -331,12 +331,12 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def serve(key: str) -> Iterator[Backend]:
-    """A backend that takes `key`, on a port of its own."""
+def serve(key: str, host: str = "127.0.0.1") -> Iterator[Backend]:
+    """A backend that takes `key`, on an address of this machine and a port of its own."""
     backend = Backend(key)
-    server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"backend": backend}))
+    server = _Server((host, 0), type("Handler", (_Handler,), {"backend": backend}))
     server.daemon_threads = True
-    backend.url = f"http://127.0.0.1:{server.server_address[1]}"
+    backend.url = f"http://{host}:{server.server_address[1]}"
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     try:
         yield backend
