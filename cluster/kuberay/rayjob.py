@@ -28,7 +28,8 @@ OVERLAY, OWNER = "pneumo/overlay", "pneumo/owner"
 """Annotations of a RayJob: the URL that it writes to, the digest of its settings, its command, its
 overlay, its user."""
 WAIT_AGAIN = "pneumo/wait-again"
-"""An overlay's annotation; "true": a run whose nodes did not come in time is retried."""
+"""An overlay's annotation; "true": a run whose nodes did not come in time is retried. Also that of
+a run submitted without a follower, whose attempts share the wait."""
 SELECTOR = "app.kubernetes.io/part-of=pneumo"
 
 SECRETS = "pneumo-secrets"
@@ -250,11 +251,13 @@ def _set_preflight(job: Document, submission: Submission) -> None:
 
 def _share_wait_for_nodes(job: Document) -> None:
     """Let all attempts together wait as long for nodes as one may. A follower stops a run after its
-    first wait; the operator alone retries it, and would hold the pods that did start as often."""
+    first wait; the operator alone retries it, and would hold the pods that did start as often.
+    Whoever follows it later lets it wait for its other attempts too."""
     spec, annotations = job["spec"], job["metadata"]["annotations"]
     wait_s = spec.get("preRunningDeadlineSeconds")
     if wait_s and annotations.get(WAIT_AGAIN) != "true":
         spec["preRunningDeadlineSeconds"] = math.ceil(wait_s / (1 + spec.get("backoffLimit", 0)))
+        annotations[WAIT_AGAIN] = "true"
 
 
 def _environment(container: Document, submission: Submission) -> dict[str, str]:

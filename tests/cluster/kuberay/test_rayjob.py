@@ -208,5 +208,9 @@ def test_all_attempts_wait_for_nodes_as_long_as_one(
     base: Document, is_followed: bool, annotations: dict[str, str], wait_s: int
 ) -> None:
     base["metadata"]["annotations"] = annotations
-    spec = _build(base, f"train {PLACES}", is_followed=is_followed)["spec"]
+    job = _build(base, f"train {PLACES}", is_followed=is_followed)
+    spec = job["spec"]
     assert (spec["preRunningDeadlineSeconds"], spec["backoffLimit"]) == (wait_s, 2)
+    # Whoever follows an unattended run later does not stop it after a third of the wait.
+    retries = job["metadata"]["annotations"].get(rayjob.WAIT_AGAIN) == "true"
+    assert retries is not is_followed
