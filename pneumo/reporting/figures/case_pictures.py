@@ -182,7 +182,7 @@ def _draw_pairs(
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained" if title else None)
         figure.subplots(len(cases), 1)
-        if not title:  # of a gallery, and as wide as its picture: a layout would cost half the time
+        if not title:  # one study of a gallery: the same place each time
             figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=0.92)
         for axes, case in zip(figure.axes, cases, strict=True):
             axes.set_axis_off()

@@ -121,10 +121,8 @@ def render_report(facts: Mapping[str, Any], pictures: Pictures) -> str:
     They are as large as MAX_PAGE_BYTES allows. A page of very many pictures is larger, even with
     the smallest.
     """
-    template, counts = (
-        make_environment().get_template("page.html.j2"),
-        facts["test"].at[DECISION].counts,
-    )
+    template = make_environment().get_template("page.html.j2")
+    counts = facts["test"].at[DECISION].counts
     page = ""
     for size in PAIR_PIXELS:
         page = template.render(facts, **_describe_pictures(pictures, counts, size))
