@@ -13,8 +13,9 @@ import ray
 from ray._private import ray_logging
 
 from jobs.terminal.entry_point import tell
+from jobs.terminal.ray_address import check_ray_address
 from pneumo.config import ClusterConfig
-from pneumo.errors import ClusterError, ConfigError
+from pneumo.errors import ClusterError
 
 # OpenMP threads sleep while they wait: two DDP ranks that spin on two cores are ten times slower.
 WORKER_ENVIRONMENT = {
@@ -52,13 +53,9 @@ def ray_session(*, show_logs: bool = False) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    address = os.environ.get("RAY_ADDRESS")
-    if address and address.startswith(("http://", "https://")):
-        raise ConfigError(
-            f"RAY_ADDRESS={address}: jobs are submitted there: use `python -m cluster submit`"
-        )
+    check_ray_address()
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    _connect(address, show_logs=show_logs)
+    _connect(os.environ.get("RAY_ADDRESS"), show_logs=show_logs)
     # Ray's own SIGTERM handler would abort the process, exit code 134.
     signal.signal(signal.SIGTERM, on_sigterm)
     try:

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from jobs.terminal.places import check_places
+from jobs.terminal.ray_address import check_ray_address
 from pneumo import storage
 from pneumo.command_line import Invocation, parse_command_line
 from pneumo.config_layers import LATER_ATTEMPT
@@ -32,14 +33,17 @@ def run_job(job: str, function: str, argv: Sequence[str] | None = None) -> int:
 
 
 def check_invocation(job: str, argv: Sequence[str]) -> Invocation:
-    """Parse and check a job's command line, and that its inputs exist and its outputs do not.
+    """Parse and check a job's command line, that its inputs exist and its outputs do not, and that
+    the Ray cluster of RAY_ADDRESS answers.
 
-    Raises UserError.
+    Raises UserError, and ClusterError without an answer.
     """
     invocation = parse_command_line(job, argv)
     for warning in invocation.warnings:
         tell(f"warning: {warning}")
     check_places(invocation)
+    if job not in ("export", "track"):  # the two that use no Ray
+        check_ray_address()
     return invocation
 
 
