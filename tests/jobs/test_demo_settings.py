@@ -1,0 +1,50 @@
+"""What the demo is told, and how it trains: workers and precision."""
+
+from pathlib import Path
+
+import pytest
+
+from jobs.demo import choose_precision, count_workers, main
+
+
+@pytest.mark.parametrize("flags", [["--studies", "0"], ["--studies", "x"], ["--sudies", "9"]])
+def test_a_wrong_flag_is_one_line(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(flags) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert flags[0] in line
+    assert "see python -m jobs.demo --help" in line
+
+
+def test_a_wrong_variable_is_told_before_anything_is_drawn(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PNEUMO_TRAIN__LRR", "1")
+    monkeypatch.chdir(tmp_path)
+    assert main([]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "train.lrr in the environment" in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("instructions", "gpus", "precision"),
+    [
+        ({"avx512_bf16": True, "amx_bf16": False}, 0, "bfloat16"),
+        ({"avx512_bf16": False, "amx_bf16": True}, 0, "bfloat16"),
+        ({"avx512_bf16": False, "avx512_f": True}, 0, "auto"),
+        ({}, 0, "auto"),  # another architecture
+        ({"avx512_bf16": True}, 1, "auto"),
+    ],
+)
+def test_it_computes_in_bfloat16_where_the_processor_does(
+    instructions: dict[str, bool], gpus: float, precision: str
+) -> None:
+    assert choose_precision(instructions, {"CPU": 2, "GPU": gpus}) == precision
+
+
+@pytest.mark.parametrize(
+    ("resources", "workers"),
+    [({"CPU": 2}, 2), ({"CPU": 64}, 2), ({"GPU": 0}, 2), ({"GPU": 1}, 1), ({"GPU": 8}, 2)],
+)
+def test_it_asks_for_no_more_gpus_than_there_are(resources: dict[str, float], workers: int) -> None:
+    assert count_workers(resources) == workers
