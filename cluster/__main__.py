@@ -173,9 +173,14 @@ def _take_down(target: Target, owner: str, *, confirmed: bool) -> int:
         return 0
     if not confirmed and not _agrees(f"cancel {', '.join(running)}?"):
         raise ConfigError(f"cluster: down would cancel {', '.join(running)}; add --yes")
-    for job_id in running:
-        _cancel(target, job_id)
-    return 0
+    failures = []
+    for job_id in running:  # all of them, whatever becomes of the first: they hold machines
+        try:
+            _cancel(target, job_id)
+        except PneumoError as error:
+            failures.append(error)
+            _tell(f"error: {error}")
+    return max((error.exit_code for error in failures), default=0)
 
 
 def _agrees(question: str) -> bool:
