@@ -76,11 +76,8 @@ def _submit(options: argparse.Namespace, flags: list[str]) -> int:
     # Checked before connecting: a wrong setting can be reported without a cluster.
     now = datetime.now()
     planned = submission.plan(options.job, job_flags, os.environ, remote=False, now=now)
-    on_k8s = options.target == "k8s"
-    if on_k8s or is_remote(_address(options)):
-        planned = submission.plan(
-            options.job, job_flags, os.environ, remote=True, now=now, sends_files=not on_k8s
-        )
+    if options.target == "k8s" or is_remote(_address(options)):
+        planned = submission.plan(options.job, job_flags, os.environ, remote=True, now=now)
         if planned.job == "train" and "://" in planned.target:
             run_folder.check_run(planned.config, planned.target)
     target = _connect(options)

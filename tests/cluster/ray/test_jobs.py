@@ -170,7 +170,7 @@ def test_a_train_on_an_empty_store_is_the_users_mistake(
         *("--store", str(tmp_path / "store"), "--run", str(tmp_path / "run")),
     )
     assert done.returncode == 2, done.stdout + done.stderr
-    assert "--recipe sent/mine.toml" in done.stderr
+    assert "environment: PNEUMO_MODEL, " in done.stderr
     assert str(tmp_path / "store") in done.stdout.splitlines()[-1]
 
 
