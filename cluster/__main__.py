@@ -76,11 +76,8 @@ def _submit(options: argparse.Namespace, flags: list[str]) -> int:
     # Checked before connecting: a wrong setting can be reported without a cluster.
     now = datetime.now()
     planned = submission.plan(options.job, job_flags, os.environ, remote=False, now=now)
-    on_k8s = options.target == "k8s"
-    if on_k8s or is_remote(_address(options)):
-        planned = submission.plan(
-            options.job, job_flags, os.environ, remote=True, now=now, sends_files=not on_k8s
-        )
+    if options.target == "k8s" or is_remote(_address(options)):
+        planned = submission.plan(options.job, job_flags, os.environ, remote=True, now=now)
         if planned.job == "train" and "://" in planned.target:
             run_folder.check_run(planned.config, planned.target)
     target = _connect(options)
@@ -173,9 +170,14 @@ def _take_down(target: Target, owner: str, *, confirmed: bool) -> int:
         return 0
     if not confirmed and not _agrees(f"cancel {', '.join(running)}?"):
         raise ConfigError(f"cluster: down would cancel {', '.join(running)}; add --yes")
-    for job_id in running:
-        _cancel(target, job_id)
-    return 0
+    failures = []
+    for job_id in running:  # all of them, whatever becomes of the first: they hold machines
+        try:
+            _cancel(target, job_id)
+        except PneumoError as error:
+            failures.append(error)
+            _tell(f"error: {error}")
+    return max((error.exit_code for error in failures), default=0)
 
 
 def _agrees(question: str) -> bool:

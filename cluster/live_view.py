@@ -36,8 +36,7 @@ def watch(
     unknown job, OutOfReachError where the cluster is unreachable for `retry_timeout_s`.
     """
     view, shown, seen_s = _View(), "", time.monotonic()
-    for job_id in ids:
-        view.update([target.state(job_id)])
+    view.rows = {job_id: target.state(job_id) for job_id in ids}  # shown even if it has ended
     while True:
         try:
             states = target.list()

@@ -16,13 +16,16 @@ from typing import Any
 from cluster.addresses import is_remote
 from pneumo import storage
 from pneumo.command_line import JOBS, Invocation, PrepareArguments, parse_command_line
-from pneumo.config import WEIGHTS_WITHOUT_FILE, ClusterConfig, Config, Section
-from pneumo.config_layers import ENVIRONMENT_PREFIX, check_batch_size, override, read_recipe
+from pneumo.config import WEIGHTS_WITHOUT_FILE, ClusterConfig, Config
+from pneumo.config_layers import (
+    ENVIRONMENT_PREFIX,
+    check_batch_size,
+    merge,
+    override,
+    read_environment,
+    read_recipe,
+)
 from pneumo.errors import ConfigError
-from pneumo.search_space import flatten
-
-RECIPE_FOLDER = "sent"
-"""Folder of the laptop's recipe in the code that is sent."""
 
 HASH_KEY = "PNEUMO_HASH_KEY"
 """The secret that could undo a store's pseudonyms; only jobs that read a source get it."""
@@ -73,7 +76,6 @@ class Submission:
     preflight: str = ""
     shape: ClusterConfig | None = None
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
-    recipe: Path | None = None
     warnings: tuple[str, ...] = ()
     owner: str = ""
     """Its user: `down` cancels only the jobs of one owner."""
@@ -96,13 +98,11 @@ def plan(
     *,
     remote: bool,
     now: datetime,
-    sends_files: bool = True,
 ) -> Submission:
     """The submission for `python -m jobs.<job> argv`.
 
-    Local paths become absolute, as the job starts in another folder. A recipe file of this machine
-    is sent with the code, or, where no files are sent, as environment variables, which other
-    settings override as they would override the recipe. Raises ConfigError for whatever the job
+    Local paths become absolute, as the job starts in another folder. The settings of a recipe file
+    of this machine are sent as environment variables. Raises ConfigError for whatever the job
     itself would refuse.
     """
     invocation = parse_command_line(job, argv, environ)
@@ -115,15 +115,11 @@ def plan(
     replaced = {f"--{name}" for name in places}
     if recipe is not None:
         replaced.add("--recipe")
-        if sends_files:
-            flags += ["--recipe", f"{RECIPE_FOLDER}/{recipe.name}"]
-        else:
-            environ = {**recipe_environment(read_recipe(str(recipe))), **environ}
+        settings = settings_as_variables(read_recipe(str(recipe)), read_environment(environ))
+        environ = {**environ, **settings}
     (target,) = places[_output_argument(places)]
     sent, kept = split_environment(job, environ, remote=remote)
     new_argv = [*flags, *_drop_flags(argv, replaced)]
-    if recipe is not None and not sends_files:
-        _check_same_settings(invocation, parse_command_line(job, new_argv, sent), places)
     return Submission(
         job=job,
         id=submission_id(job, target),
@@ -135,7 +131,6 @@ def plan(
         preflight=_preflight(places, _needed_secrets(invocation, environ)),
         shape=_shape(invocation),
         environment=sent,
-        recipe=recipe if sends_files else None,
         warnings=(*invocation.warnings, *(_warnings(places, sent, kept) if remote else ())),
     )
 
@@ -166,36 +161,14 @@ def split_environment(
     return sent, tuple(sorted(others - allowed))
 
 
-def recipe_environment(
-    settings: Mapping[str, Any],
-    section: type[Section] = Config,
-    prefix: str = ENVIRONMENT_PREFIX,
-) -> dict[str, str]:
-    """A recipe's settings as environment variables of the same meaning; a table or list that is a
-    single setting, such as a search's space, becomes JSON."""
-    variables: dict[str, str] = {}
-    for key, value in settings.items():
-        name = f"{prefix}{key.upper()}"
-        kind = section.model_fields[key].annotation
-        if isinstance(kind, type) and issubclass(kind, Section):
-            variables |= recipe_environment(value, kind, f"{name}__")
-        else:
-            plain = not isinstance(value, Mapping | list)
-            variables[name] = str(value) if plain else json.dumps(value)
+def settings_as_variables(*layers: Mapping[str, Any]) -> dict[str, str]:
+    """The settings of these layers, a later one winning, as an environment variable for each
+    section, which other variables override as they override the layers."""
+    variables = {}
+    for section, value in merge(layers).items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        variables[f"{ENVIRONMENT_PREFIX}{section.upper()}"] = text
     return variables
-
-
-def _check_same_settings(local: Invocation, remote: Invocation, places: _Places) -> None:
-    """Raise ConfigError where a recipe sent as variables changes the settings: a table set by both
-    the recipe and a variable is merged here, but replaced on the cluster."""
-    wanted = flatten(_absolute_config(local, places).model_dump())
-    found = flatten(remote.config.model_dump())
-    changed = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
-    if changed:
-        raise ConfigError(
-            f"{', '.join(changed)}: set by the recipe and by a variable, which cannot both be "
-            "sent; write it in the recipe alone"
-        )
 
 
 def _absolute_config(invocation: Invocation, places: _Places) -> Config:

@@ -16,6 +16,28 @@ STANDARD_INPUT = "-"
 _INDEX = "DICOMDIR"
 
 
+def find_files(source: str, output_url: str) -> tuple[str, list[str]]:
+    """The URL of a folder, and the paths of the files below it that the source stands for: of a
+    folder all files but hidden ones and the output. Links to folders are followed; special files
+    are listed too, and so get a row.
+
+    Raises SourceError when there is none.
+    """
+    source_url, files = find_source(source)
+    if files is None:
+        prefix, own = f"{source_url.rstrip('/')}/", f"{output_url.rstrip('/')}/"
+        below = [url for url in storage.list_everything(source_url) if url.startswith(prefix)]
+        paths = [url.removeprefix(prefix) for url in below if not url.startswith(own)]
+        files = [p for p in paths if not any(part.startswith(".") for part in p.split("/"))]
+        if not below and not storage.is_local(source_url) and storage.exists(source_url):
+            source_url, _, name = source_url.rpartition("/")  # one object of a bucket
+            files = [name]
+    found = expand(source_url, files)
+    if not found:
+        raise SourceError(f"{source_url}: no file in it; give a folder of pictures")
+    return source_url, found
+
+
 def find_source(source: str) -> tuple[str, list[str] | None]:
     """The URL of the folder, and the paths of the files below it; None: all files in it.
 

@@ -8,7 +8,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from jobs.evaluation.ray_scoring import (
     run_tasks,
     split_work,
 )
-from jobs.predicted_files import expand, find_source
+from jobs.predicted_files import find_files
 from jobs.ray_cluster.session import ray_session, wait_for_resources
 from jobs.terminal.entry_point import tell
 from jobs.terminal.progress import Progress
@@ -32,7 +31,7 @@ from pneumo import storage
 from pneumo.command_line import Invocation, PredictArguments
 from pneumo.config import ClusterConfig
 from pneumo.dataset.study_table import encode_parquet
-from pneumo.errors import DataError, SourceError
+from pneumo.errors import DataError
 from pneumo.evaluation.estimates import as_json
 from pneumo.evaluation.file_predictions import (
     NOT_A_NUMBER,
@@ -82,10 +81,7 @@ def predict(invocation: Invocation) -> None:
     arguments, config = invocation.arguments, invocation.config
     assert isinstance(arguments, PredictArguments)
     output_url = storage.normalise(arguments.output)
-    source_url, listed = find_source(arguments.source)
-    files = expand(source_url, find_files(source_url, output_url) if listed is None else listed)
-    if not files:
-        raise SourceError(f"{source_url}: no picture in it")
+    source_url, files = find_files(arguments.source, output_url)
     run_urls = [storage.normalise(url) for url in (arguments.run, *arguments.members)]
     rule = FrozenRule.from_metrics(find_metrics(run_urls[0]))
     scoring = Scoring(find_evaluated_checkpoints(run_urls, rule), views=rule.views)
@@ -117,24 +113,6 @@ def _predict_all(files: Sequence[str], task: Task, cluster: ClusterConfig) -> Fi
     calls = [(task, files[a:b]) for a, b in pairwise(bounds) if a < b]
     results = run_tasks(predict_files, calls, cluster, Progress("predict", len(files), "files"))
     return FilePredictions.join(list(results))
-
-
-def find_files(source_url: str, output_url: str) -> list[str]:
-    """The paths of the files below the source, sorted, without hidden ones and the output. Links to
-    folders are followed; special files are listed too, and so get a row.
-
-    Raises SourceError when there is none.
-    """
-    prefix, own = f"{source_url.rstrip('/')}/", f"{output_url.rstrip('/')}/"
-    found = [
-        url.removeprefix(prefix)
-        for url in storage.list_everything(source_url)
-        if url.startswith(prefix) and not url.startswith(own)
-    ]
-    files = [p for p in found if not any(part.startswith(".") for part in PurePosixPath(p).parts)]
-    if not files:
-        raise SourceError(f"{source_url}: no file in it; give a folder of pictures")
-    return files
 
 
 def clear(output_url: str) -> None:

@@ -8,7 +8,7 @@ names the key, the layer it came from and what is allowed.
 
 import difflib
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from typing import Any, TypeVar
 
@@ -202,13 +202,18 @@ def read_environment(environ: Mapping[str, str]) -> dict[str, Any]:
 
 def validate(model: type[M], layers: Sequence[Layer]) -> M:
     """The model that the layers add up to, the last one winning. Raises ConfigError."""
-    merged: dict[str, Any] = {}
-    for _, tree in layers:
-        _merge(merged, tree)
     try:
-        return model.model_validate(merged)
+        return model.model_validate(merge(tree for _, tree in layers))
     except ValidationError as error:
         raise ConfigError(_explain(model, error, layers)) from error
+
+
+def merge(trees: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """One tree of several, a later one winning."""
+    merged: dict[str, Any] = {}
+    for tree in trees:
+        _merge(merged, tree)
+    return merged
 
 
 def _merge(target: dict[str, Any], source: Mapping[str, Any]) -> None:

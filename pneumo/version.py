@@ -26,15 +26,21 @@ def describe(folder: Path, environ: Mapping[str, str]) -> str:
 
 
 def find_revision(folder: Path) -> str:
-    """What git calls the commit that is checked out in `folder`; '' where it is no checkout."""
-    try:
+    """What git calls the commit that is checked out in `folder`; '' where it is no checkout, or one
+    of another project, in whose virtual environment pneumo is installed."""
+
+    def git(*arguments: str) -> str:
         return subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
+            ["git", *arguments],
             cwd=folder,
             capture_output=True,
             text=True,
             timeout=5,
             check=True,
         ).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", ".")
+        return git("describe", "--always", "--dirty")
     except (OSError, subprocess.SubprocessError):
         return ""

@@ -19,6 +19,7 @@ from cluster.kuberay.overlays import Document
 from cluster.kuberay.run_state import submitters, to_state
 from cluster.submission import Submission
 from cluster.targets import JobState, Started, Write
+from pneumo import storage
 from pneumo.errors import AccessError, ConfigError, PneumoError
 
 RETRY_TIMEOUT_S = 600.0
@@ -110,7 +111,7 @@ class KubernetesTarget:
                 raise ConfigError(
                     f"{error}; the log of a deleted run is in its folder: add --run URL"
                 ) from error
-            folder = f"{self.run_url}/logs/{job_id}"
+            folder = storage.join(storage.normalise(self.run_url), "logs", job_id)
             kept = run_folder.read_logs(folder)
             if not kept:
                 raise ConfigError(

@@ -144,7 +144,7 @@ def preflight(client: Client, submission: Submission, package: Package) -> str:
     """
     job_id = f"{submission.id}-preflight-{secrets.token_hex(4)}"
     request = {"entrypoint": submission.preflight, "metadata": {"job": _PREFLIGHT}}
-    _send(client, submission, package, submission.environment, submission_id=job_id, **request)
+    _send(client, package, submission.environment, submission_id=job_id, **request)
     try:
         info = _wait(client, job_id, PREFLIGHT_TIMEOUT_S)
         text = client.log_text(job_id)
@@ -207,7 +207,7 @@ def submit(client: Client, submission: Submission, package: Package) -> Started:
     }
     request = {"entrypoint": submission.entrypoint, "metadata": metadata}
     try:
-        _send(client, submission, package, environment, submission_id=new_id, **request)
+        _send(client, package, environment, submission_id=new_id, **request)
     except RefusedError:
         # Someone may have submitted the same job between our check and our request.
         _, running = _attempts(client, submission.id)
@@ -221,16 +221,10 @@ def submit(client: Client, submission: Submission, package: Package) -> Started:
     return Started(new_id, already_running=False)
 
 
-def _send(
-    client: Client,
-    submission: Submission,
-    package: Package,
-    environment: Mapping[str, str],
-    **request: Any,
-) -> None:
+def _send(client: Client, package: Package, environment: Mapping[str, str], **request: Any) -> None:
     """Upload the code and start a job in it; `request`: arguments of Ray's `submit_job`."""
     with tempfile.TemporaryDirectory(prefix="pneumo-") as folder:
-        stage(package, Path(folder), submission.recipe)
+        stage(package, Path(folder))
         runtime_env = {"working_dir": folder, "env_vars": dict(environment)}
         client.submit_job(runtime_env=runtime_env, **request)
 

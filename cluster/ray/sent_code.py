@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from cluster.submission import RECIPE_FOLDER
 from pneumo.errors import ConfigError
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -69,16 +68,12 @@ def collect(root: Path = CHECKOUT) -> Package:
     return Package(root, tuple(sorted(files)), tuple(sorted(left_out)), total)
 
 
-def stage(package: Package, folder: Path, recipe: Path | None = None) -> None:
-    """Copy the files to send into `folder`, and `recipe` to `sent/<its name>`."""
+def stage(package: Package, folder: Path) -> None:
+    """Copy the files to send into `folder`."""
     for path in package.files:
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(package.root / path, target)
-    if recipe is not None:
-        target = folder / RECIPE_FOLDER / recipe.name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(recipe, target)
 
 
 def _walk(root: Path, folder: Path, files: list[Path], left_out: list[Path]) -> None:

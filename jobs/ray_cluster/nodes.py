@@ -48,6 +48,16 @@ def start_local_actor(kind: type) -> Any:
     return ray.remote(num_cpus=0)(kind).options(scheduling_strategy=strategy).remote()
 
 
+def count_workers(wanted: Mapping[str, float]) -> int:
+    """How many workers that need `wanted` each the living nodes have room for once all their
+    resources are free. A worker runs on one node: parts of several are no room for it."""
+    return sum(
+        min(int(node["Resources"].get(name, 0.0) // each) for name, each in wanted.items())
+        for node in ray.nodes()
+        if node["Alive"]
+    )
+
+
 def list_nodes() -> list[Node]:
     """The living nodes of the cluster that this process is connected to."""
     free = available_resources_per_node()

@@ -5,13 +5,14 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import ray
 from ray._private import ray_logging
 
+from jobs.ray_cluster.nodes import count_workers
 from jobs.terminal.entry_point import tell
 from jobs.terminal.ray_address import check_ray_address
 from pneumo.config import ClusterConfig
@@ -95,19 +96,16 @@ def _connect(address: str | None, *, show_logs: bool) -> None:
         ray_logging.stdout_deduplicator.skip_re = re.compile("")
 
 
-def uses_gpu(config: ClusterConfig, available: Mapping[str, float] | None = None) -> bool:
-    """Whether each worker gets a GPU; `available`: by default the connected cluster's resources."""
+def uses_gpu(config: ClusterConfig) -> bool:
+    """Whether each worker gets a GPU; "auto" depends on the connected cluster."""
     if config.use_gpu == "auto":
-        available = ray.cluster_resources() if available is None else available
-        return available.get("GPU", 0) >= 1
+        return bool(ray.cluster_resources().get("GPU", 0) >= 1)
     return config.use_gpu
 
 
-def worker_resources(
-    config: ClusterConfig, available: Mapping[str, float] | None = None
-) -> dict[str, float]:
-    """Resources that one worker reserves; `available` as for `uses_gpu`."""
-    gpu = {"GPU": 1.0} if uses_gpu(config, available) else {}
+def worker_resources(config: ClusterConfig) -> dict[str, float]:
+    """Resources that one worker reserves."""
+    gpu = {"GPU": 1.0} if uses_gpu(config) else {}
     return {"CPU": float(config.cpus_per_worker), **gpu}
 
 
@@ -130,21 +128,23 @@ def start_timeout_s(config: ClusterConfig, num_workers: int) -> float:
 
 
 def wait_for_resources(config: ClusterConfig, num_workers: int) -> None:
-    """Wait until the cluster has the workers' resources; an autoscaler may be adding nodes.
+    """Wait until the nodes have room for the workers; an autoscaler may be adding nodes.
 
     Raises ClusterError after `start_timeout_s`; it gives the resources needed and present.
     """
-    wanted = {name: value * num_workers for name, value in worker_resources(config).items()}
+    wanted = worker_resources(config)
     deadline_s = time.monotonic() + start_timeout_s(config, num_workers)
-    while True:
-        total = ray.cluster_resources()
-        missing = {k: v for k, v in wanted.items() if total.get(k, 0) < v}
-        if not missing:
-            return
+    while (fits := count_workers(wanted)) < num_workers:
         if time.monotonic() >= deadline_s:
-            needs = ", ".join(f"{v:g} {k} (it has {total.get(k, 0):g})" for k, v in missing.items())
+            total = ray.cluster_resources()
+            needs = ", ".join(
+                f"{each * num_workers:g} {name} (it has {total.get(name, 0):g})"
+                for name, each in wanted.items()
+            )
+            who = "1 worker needs" if num_workers == 1 else f"{num_workers} workers need"
+            lower = "--cluster.cpus-per-worker" if fits == 0 else "--tune.workers-per-trial"
             raise ClusterError(
-                f"cluster: {num_workers} workers need {needs}; lower --cluster.num-workers or add "
+                f"cluster: {who} {needs}, and its nodes have room for {fits}; lower {lower} or add "
                 "nodes"
             )
         time.sleep(1.0)

@@ -141,11 +141,11 @@ def begin(config: Config, manifest: Manifest, run_url: str) -> None:
 
 def search(config: Config, manifest: Manifest, store_url: str, run_url: str) -> Search:
     """Run the trials in the open Ray session; write the results, the recipe last."""
-    wait_for_resources(config.cluster, config.tune.workers_per_trial)
-    max_concurrent = max_concurrent_trials(config, ray.cluster_resources())
+    tune = config.tune
+    wait_for_resources(config.cluster, tune.workers_per_trial)
+    max_concurrent = max_concurrent_trials(config)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the table tells of failed trials
-    tune = config.tune
     tell(
         f"tune: {tune.trials} trials of {tune.epochs} epochs, {max_concurrent} at a time; "
         f"judged by {describe_objective(tune)}"

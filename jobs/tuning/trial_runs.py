@@ -4,7 +4,6 @@ A trial of one worker is a plain Tune function around `fit`, and its process is 
 trial; a trial of several workers is a Ray Train run of its own.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -13,6 +12,7 @@ import ray.tune
 import torch
 from ray.tune.integration.ray_train import TuneReportCallback
 
+from jobs.ray_cluster.nodes import count_workers
 from jobs.ray_cluster.session import uses_gpu, worker_resources
 from jobs.terminal.entry_point import find_cause
 from jobs.training.trainer import Training, build_trainer
@@ -21,7 +21,7 @@ from jobs.tuning.trial_records import drop_checkpoints, trial_config, trial_url
 from pneumo.config import Config, DataConfig
 from pneumo.dataset.manifest import Manifest
 from pneumo.dataset.study_table import read_studies
-from pneumo.errors import ClusterError, DivergedError
+from pneumo.errors import DivergedError
 from pneumo.loading.blocks import PreparedStore, input_size
 from pneumo.loading.in_memory import InMemorySplit
 from pneumo.loading.loader import read_in_memory
@@ -33,22 +33,10 @@ _MEMORY_FRACTION = 0.5
 """Fraction of a node's object store for shared data; the rest is for Ray's own objects."""
 
 
-def max_concurrent_trials(config: Config, resources: Mapping[str, float]) -> int:
-    """How many trials fit into the cluster with all their workers, so that none waits for ever.
-
-    Raises ClusterError when none fits.
-    """
-    workers = config.tune.workers_per_trial
-    wanted = worker_resources(config.cluster, resources)
-    fits = min(int(resources.get(name, 0) // (value * workers)) for name, value in wanted.items())
-    if fits < 1:
-        needed = ", ".join(f"{value * workers:g} {name}" for name, value in wanted.items())
-        total = ", ".join(f"{resources.get(name, 0):g} {name}" for name in wanted)
-        raise ClusterError(
-            f"tune: a trial of {workers} workers needs {needed}, the cluster has {total}; lower "
-            "--tune.workers-per-trial or add nodes"
-        )
-    return min(fits, config.tune.trials)
+def max_concurrent_trials(config: Config) -> int:
+    """How many trials fit into the cluster with all their workers, so that none waits for ever."""
+    fits = count_workers(worker_resources(config.cluster))
+    return min(fits // config.tune.workers_per_trial, config.tune.trials)
 
 
 def load_shared_data(config: Config, manifest: Manifest, store_url: str) -> SharedTrialData:

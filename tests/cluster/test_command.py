@@ -4,11 +4,12 @@ import os
 import socket
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
-from cluster.__main__ import _show_status, main, make_parser
-from cluster.targets import JobState
+from cluster.__main__ import _show_status, _take_down, main, make_parser
+from cluster.targets import JobState, Phase
 from tests import CHECKOUT
 
 NOBODY = "http://127.0.0.1:1"
@@ -87,6 +88,33 @@ def test_a_token_file_that_is_not_there(
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "--debug", "--address", NOBODY]) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_down_cancels_the_others_where_one_does_not_stop(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Cluster:
+        """One of its jobs does not stop."""
+
+        def __init__(self) -> None:
+            names = ("train-1", "train-2", "train-3")
+            self.jobs = {name: JobState(name, "running", owner="me") for name in names}
+
+        def list(self) -> list[JobState]:
+            return list(self.jobs.values())
+
+        def state(self, job_id: str) -> JobState:
+            return self.jobs[job_id]
+
+        def cancel(self, job_id: str) -> JobState:
+            phase: Phase = "running" if job_id == "train-1" else "cancelled"
+            self.jobs[job_id] = JobState(job_id, phase, owner="me")
+            return self.jobs[job_id]
+
+    cluster: Any = Cluster()
+    assert _take_down(cluster, "me", confirmed=True) == 1
+    assert [job.phase for job in cluster.list()] == ["running", "cancelled", "cancelled"]
+    assert "train-1 was asked to stop, but is still running" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("gpu_hours", "shown"), [(None, []), (0.0, []), (1.5, ["1.50"])])

@@ -80,10 +80,14 @@ def test_the_runs_of_one_person_are_shown_until_they_have_ended(tmp_path: Path) 
     assert last[2].endswith("exit code 2")
 
 
-def test_one_job_that_was_deleted_was_cancelled() -> None:
+def test_one_job_is_shown_to_its_end_and_one_that_was_deleted_was_cancelled() -> None:
     running = JobState("train-1", "running", owner="she")
     code, shown, _ = _watch([running], [running], [], ids=["train-1"])
     assert (code, shown[-1].splitlines()[1].split()[1]) == (130, "cancelled")
+    failed = JobState("train-1", "failed", driver_exit_code=2)
+    code, shown, told = _watch([failed], ids=["train-1"])
+    assert (code, told) == (2, [])
+    assert shown[0].splitlines()[1].endswith("exit code 2")
     with pytest.raises(ConfigError, match="no job train-9"):
         _watch([running], ids=["train-9"])
 

@@ -144,13 +144,13 @@ def test_a_recipe_of_this_machine_travels(tmp_path: Path) -> None:
     recipe = tmp_path / "best.toml"
     recipe.write_text("[train]\nlr = 2e-4\n")
     submission = _plan(f"train --store /s --run /r --recipe {recipe}")
-    assert submission.recipe == recipe
-    assert submission.entrypoint.endswith("--recipe sent/best.toml")
+    assert submission.environment == {"PNEUMO_TRAIN": '{"lr": 0.0002}'}
+    assert submission.entrypoint.endswith("--store /s --run /r")
 
 
 def test_a_named_recipe_and_one_in_a_bucket_stay_where_they_are() -> None:
     submission = _plan("train --store /s --run /r --recipe fast")
-    assert submission.recipe is None
+    assert submission.environment == {}
     assert submission.entrypoint.endswith("--recipe fast")
 
 
@@ -264,40 +264,29 @@ _RECIPES = {
 }
 
 
+_VARIABLES = {
+    "none": {},
+    "a setting": {"PNEUMO_TRAIN__LR": "1e-3"},
+    "a seed": {"PNEUMO_SEED": "7"},
+    "a section": {"PNEUMO_TRAIN": '{"lr": 1e-3, "patience": null}'},
+    "a space": {"PNEUMO_TUNE__SPACE": '{"train.weight_decay": ["choice", 0, 0.1]}'},
+}
+
+
+@pytest.mark.parametrize("environ", _VARIABLES.values(), ids=_VARIABLES)
 @pytest.mark.parametrize("recipe", _RECIPES)
 @pytest.mark.parametrize("job", ["train", "tune"])
-def test_recipe_and_settings_arrive_without_files(job: str, recipe: str, tmp_path: Path) -> None:
+def test_recipe_and_settings_arrive(
+    job: str, recipe: str, environ: dict[str, str], tmp_path: Path
+) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(_RECIPES[recipe])
     asked = f"--store s3://b/s --run s3://b/r --recipe {path} --train.batch-size 32"
-    environ = {"PNEUMO_TRAIN__LR": "1e-3"}
-    submission = _plan_without_files(job, asked, environ)
-    assert submission.recipe is None
+    submission = _plan(f"{job} {asked}", environ, remote=True)
     assert "--recipe" not in submission.entrypoint
     words = shlex.split(submission.entrypoint)[3:]
     there = parse_command_line(job, words, submission.environment)
     assert there.config == parse_command_line(job, shlex.split(asked), environ).config
-
-
-def test_a_space_of_recipe_and_variable_cannot_be_sent_without_files(tmp_path: Path) -> None:
-    path = tmp_path / "mine.toml"
-    path.write_text(_RECIPES["a space"])
-    environ = {"PNEUMO_TUNE__SPACE": '{"train.weight_decay": ["uniform", 0, 0.1]}'}
-    with pytest.raises(
-        ConfigError, match=r"tune\.space\.train\.lr.* set by the recipe and by a var"
-    ):
-        _plan_without_files("tune", f"--store s3://b/s --run s3://b/r --recipe {path}", environ)
-
-
-def _plan_without_files(job: str, asked: str, environ: Mapping[str, str]) -> Submission:
-    return plan(
-        job,
-        shlex.split(asked),
-        environ,
-        remote=True,
-        now=datetime(2026, 1, 2),
-        sends_files=False,
-    )
 
 
 def test_what_is_no_address_is_told() -> None:

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from pydicom.fileset import FileSet
 
-from jobs.predicted_files import expand, find_source
+from jobs.predicted_files import expand, find_files, find_source
 from pneumo import storage
 from pneumo.errors import SourceError
 from pneumo.images.dicom import GrayImage
@@ -28,11 +28,7 @@ def give_list(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
 
 def look(source: str) -> dict[str, GrayImage | UnusableFile]:
     """Every file that the source stands for, and its picture."""
-    source_url, files = find_source(source)
-    if files is None:
-        prefix = f"{source_url}/"
-        files = [url.removeprefix(prefix) for url in storage.list_urls(source_url)]
-    paths = expand(source_url, files)
+    source_url, paths = find_files(source, "/nowhere")
     urls = [storage.join(source_url, path) for path in paths]
     return dict(zip(paths, read_pictures(urls, 32), strict=True))
 
@@ -73,6 +69,17 @@ def test_a_folder_of_all_kinds(folder: Path) -> None:
 @pytest.mark.parametrize(("name", "told"), [("a.png", "a.png"), ("ward/d.zip", "d.zip!/x/c.dcm")])
 def test_one_file(folder: Path, name: str, told: str) -> None:
     check(look(str(folder / name)), told)
+
+
+def test_one_object_of_a_bucket() -> None:
+    storage.write_bytes("memory:///bucket/one/a.png", encode_png())
+    storage.write_bytes("memory:///bucket/one/b.png", encode_png())
+    check(look("memory:///bucket/one/a.png"), "a.png")
+    check(look("memory:///bucket/one"), "a.png", "b.png")
+    storage.write_bytes("memory:///bucket/two/.hidden", b"")
+    for nothing in ("memory:///bucket/two", "memory://bucket/three"):
+        with pytest.raises(SourceError, match="no file in it"):
+            find_files(nothing, "memory:///bucket/out")
 
 
 def test_a_list_on_standard_input(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,9 +120,7 @@ def test_a_missing_gpu_is_reported_once(
         f"--store {team.bucket}/store --run {team.bucket}/run --recipe fast --data.image-size 32 "
         "--train.epochs 1 --cluster.num-workers 1 --cluster.cpus-per-worker 1"
     )
-    asked = plan(
-        "train", words.split(), team.environ, remote=True, now=datetime.now(), sends_files=False
-    )
+    asked = plan("train", words.split(), team.environ, remote=True, now=datetime.now())
     labels, taints = _CLOUDS["GKE"]
     target = _target(team, tmp_path, "gpu-spot")
     with gpu_node(kube, labels, taints):

@@ -111,9 +111,7 @@ def _training(team: Team) -> Submission:
         f"--train.epochs {EPOCHS} --train.batch-size 16 --cluster.num-workers 1 "
         "--cluster.cpus-per-worker 1"
     )
-    return plan(
-        "train", words.split(), team.environ, remote=True, now=datetime.now(), sends_files=False
-    )
+    return plan("train", words.split(), team.environ, remote=True, now=datetime.now())
 
 
 def _urgent_job(priority: str) -> Document:

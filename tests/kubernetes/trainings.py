@@ -17,7 +17,7 @@ def make_training(team: Team, store: str, name: str, epochs: int, *flags: str) -
         *("--data.image-size", "64", "--train.epochs", str(epochs), "--train.batch-size", "32"),
         *("--cluster.num-workers", "2", "--cluster.cpus-per-worker", "1", *flags),
     ]
-    return plan("train", argv, team.environ, remote=True, now=datetime.now(), sends_files=False)
+    return plan("train", argv, team.environ, remote=True, now=datetime.now())
 
 
 def epochs_of(run: Watched) -> list[int]:

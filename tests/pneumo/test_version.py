@@ -26,12 +26,19 @@ def test_a_checkout_is_known_by_its_commit(tmp_path: Path) -> None:
         ).stdout.strip()
 
     git("init", "--quiet")
-    git("commit", "--quiet", "--allow-empty", "--message", "one")
-    commit = git("rev-parse", "HEAD")
-    assert commit.startswith(find_revision(tmp_path))
     (tmp_path / "file").write_text("a")
     git("add", "file")
+    git("commit", "--quiet", "--message", "one")
+    commit = git("rev-parse", "HEAD")
+    assert commit.startswith(revision := find_revision(tmp_path))
+    assert revision
+    (tmp_path / "file").write_text("b")
     assert describe(tmp_path, {}).endswith("-dirty")
+    # Installed in the virtual environment of another project: its commit is not ours.
+    installed = tmp_path / ".venv" / "site-packages"
+    installed.mkdir(parents=True)
+    (installed / "code.py").touch()
+    assert describe(installed, {}) == __version__
 
 
 def test_this_code_knows_its_version() -> None:

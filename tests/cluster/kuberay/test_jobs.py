@@ -14,6 +14,7 @@ from cluster.kuberay import api as kubernetes_api
 from cluster.kuberay.jobs import KubernetesTarget
 from cluster.kuberay.kept_logs import DriverLog, LogCursor
 from cluster.targets import OutOfReachError
+from pneumo import storage
 from tests import CHECKOUT
 
 
@@ -108,6 +109,19 @@ def test_an_api_server_that_is_gone_is_told_after_some_patience() -> None:
     with pytest.raises(OutOfReachError) as raised:
         api.list_rayjobs("")
     assert f"kubernetes: context c: {_NO_ANSWER}" in str(raised.value)
+
+
+def test_the_log_of_a_deleted_run_is_found_as_its_folder_is_typed() -> None:
+    class Server:
+        namespace, place = "team", "context c"
+
+        def get_rayjob(self, name: str) -> Any:
+            raise kubernetes_api.MissingError(name)
+
+    storage.write_text("memory://bucket/runs/1/logs/train-1/20260102-030405.log", "epoch 1\n")
+    api: Any = Server()
+    for typed in ("memory://bucket/runs/1", "memory://bucket/runs/1/"):
+        assert KubernetesTarget(api, run_url=typed).logs("train-1").endswith("epoch 1\n")
 
 
 def test_the_way_back_from_a_pod_names_no_context() -> None:

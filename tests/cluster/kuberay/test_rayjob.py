@@ -28,7 +28,7 @@ def base() -> Document:
 def _plan(command: str, **environ: str) -> Submission:
     job, *argv = shlex.split(command)
     now = datetime(2026, 1, 2)
-    return plan(job, argv, environ, remote=True, now=now, sends_files=False)
+    return plan(job, argv, environ, remote=True, now=now)
 
 
 def _build(base: Document, command: str, environ: dict[str, str] | None = None, **more: Any) -> Any:

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
-from cluster.kuberay.kept_logs import DriverLog
+from cluster.kuberay.kept_logs import DriverLog, find_exit_code
 from cluster.kuberay.run_state import find_permanent_failure, to_state
+from tests.cluster.kuberay.resources import Document, make_job
 
 
 def _job(deployment: str, annotations: dict[str, str] | None = None, **status: str) -> Any:
@@ -62,3 +63,68 @@ def test_the_drivers_exit_code_is_read_from_its_submitters_log() -> None:
     assert log.exit_code == 2
     log.begin()
     assert log.exit_code is None
+
+
+@pytest.mark.parametrize(
+    ("status", "phase", "exit_code"),
+    [
+        ({"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}, "succeeded", 0),
+        ({"jobDeploymentStatus": "Complete", "jobStatus": "STOPPED"}, "cancelled", 130),
+        ({"jobDeploymentStatus": "Failed", "jobStatus": "FAILED"}, "failed", 1),
+        (
+            {
+                "jobDeploymentStatus": "Failed",
+                "jobStatus": "SUCCEEDED",
+                "reason": "JobDeploymentStatusTransitionGracePeriodExceeded",
+            },
+            "succeeded",
+            0,
+        ),
+        (
+            {
+                "jobDeploymentStatus": "Failed",
+                "message": "Job entrypoint command failed with exit code 2, last available logs",
+            },
+            "failed",
+            2,
+        ),
+        ({"jobDeploymentStatus": "ValidationFailed", "message": "x"}, "failed", 1),
+        ({"jobDeploymentStatus": "Running"}, "running", None),
+        ({"jobDeploymentStatus": "Initializing"}, "waiting", None),
+        ({"jobDeploymentStatus": "Suspended"}, "waiting", None),
+        ({"jobDeploymentStatus": "Retrying"}, "waiting", None),
+        ({"jobDeploymentStatus": "Suspending"}, "waiting", None),
+        ({}, "waiting", None),
+    ],
+)
+def test_states_and_exit_codes(status: Document, phase: str, exit_code: int | None) -> None:
+    state = to_state(make_job(**status), ())
+    assert state.phase == phase
+    assert state.has_ended is (exit_code is not None)
+    assert exit_code is None or state.exit_code == exit_code
+    assert state.phase != "waiting" or state.why
+
+
+def test_a_run_in_the_queue_is_not_one_whose_quota_was_taken() -> None:
+    queued = to_state(make_job(jobDeploymentStatus="Suspending"), ())
+    assert queued.why == "in the queue: Kueue has not admitted it yet"
+    taken = to_state(
+        make_job(
+            jobDeploymentStatus="Suspending", rayClusterStatus={"head": {"podIP": "10.0.0.7"}}
+        ),
+        (),
+    )
+    assert taken.why.startswith("Kueue has taken its quota back: ")
+
+
+def test_nobody_takes_it_up() -> None:
+    """The RayJob of these tests is old."""
+    assert to_state(make_job(), ()).why.startswith(
+        "no KubeRay operator has processed it within 60 s; "
+    )
+
+
+def test_the_drivers_exit_code_is_in_rays_words() -> None:
+    assert find_exit_code("Job entrypoint command failed with exit code 137.") == 137
+    assert find_exit_code("Job supervisor actor died") is None
+    assert find_exit_code(None) is None

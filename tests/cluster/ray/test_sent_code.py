@@ -47,23 +47,11 @@ def test_a_link_does_not_lead_out_of_the_checkout(checkout: Path, tmp_path: Path
     assert {"link.py", "folder"} <= {path.name for path in sent.left_out}
 
 
-def test_staging_copies_what_is_sent_and_the_recipe(checkout: Path, tmp_path: Path) -> None:
-    recipe = tmp_path / "best.toml"
-    recipe.write_text("[train]\n")
+def test_staging_copies_what_is_sent(checkout: Path, tmp_path: Path) -> None:
     sent = sent_code.collect(checkout)
-    sent_code.stage(sent, tmp_path / "out", recipe)
+    sent_code.stage(sent, tmp_path / "out")
     staged = {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*.*")}
-    assert staged == {*sent.files, Path("sent/best.toml")}
-
-
-def test_a_recipe_from_elsewhere_lies_with_the_code(checkout: Path, tmp_path: Path) -> None:
-    (tmp_path / "best.toml").write_text("[train]\n")
-    before = {path for path in tmp_path.rglob("*") if checkout not in path.parents}
-    up = checkout / ".." / "best.toml"
-    sent_code.stage(sent_code.collect(checkout), tmp_path / "a" / "out", up)
-    made = {path for path in tmp_path.rglob("*") if checkout not in path.parents} - before
-    assert tmp_path / "a" / "out" / "sent" / "best.toml" in made
-    assert all(path.is_relative_to(tmp_path / "a") for path in made)
+    assert staged == {*sent.files}
 
 
 def test_data_among_the_code_is_refused(checkout: Path) -> None:

@@ -1,0 +1,27 @@
+"""What a job waits for before it begins."""
+
+import pytest
+import ray
+
+from jobs.ray_cluster.session import wait_for_resources
+from pneumo.config import ClusterConfig
+from pneumo.errors import ClusterError
+
+
+def test_parts_of_several_nodes_are_no_room_for_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two nodes of 2 CPUs have 4 together, but a task that needs 4 would wait for ever."""
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    node = {"Alive": True, "Resources": {"CPU": 2.0}}
+    monkeypatch.setattr(ray, "nodes", lambda: [node, node, {**node, "Alive": False}])
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
+    large = ClusterConfig(cpus_per_worker=4, start_timeout_s=0.1)
+    with pytest.raises(ClusterError) as raised:
+        wait_for_resources(large, 1)
+    assert str(raised.value) == (
+        "cluster: 1 worker needs 4 CPU (it has 4), and its nodes have room for 0; lower "
+        "--cluster.cpus-per-worker or add nodes"
+    )
+    small = ClusterConfig(cpus_per_worker=2, start_timeout_s=0.1)
+    wait_for_resources(small, 2)
+    with pytest.raises(ClusterError, match=r"3 workers need 6 CPU \(it has 4\).* room for 2"):
+        wait_for_resources(small, 3)
