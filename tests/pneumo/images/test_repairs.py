@@ -332,6 +332,23 @@ def test_signed_words_under_an_unsigned_header(
     assert image.warnings == ("pixels:PixelRepresentation",)
 
 
+@pytest.mark.parametrize("bits", [12, 16])
+@pytest.mark.parametrize("syntax", [None, JPEGLosslessSV1, RLELossless])
+def test_signed_values_of_the_full_range_under_an_unsigned_header(
+    make_dicom: DicomMaker, syntax: UID | None, bits: int
+) -> None:
+    pixels = smooth(2**bits - 1)
+    half = 2 ** (bits - 1)
+    words = np.where(pixels >= half, pixels - half, pixels + half).astype(np.uint16)
+    elements = {"BitsAllocated": 16, "BitsStored": bits, "HighBit": bits - 1}
+    if syntax is None:
+        image = read(make_dicom(words, elements=elements))
+    else:
+        image = read(with_frame(make_dicom, compress(words, syntax, bits), syntax, elements))
+    np.testing.assert_array_equal(image.pixels, read(make_dicom(pixels)).pixels)
+    assert image.warnings == ("pixels:PixelRepresentation",)
+
+
 def test_bright_values_beside_dark_ones_are_no_negative_values(make_dicom: DicomMaker) -> None:
     lettered = smooth(4095)
     lettered[:4, :20:2], lettered[:4, 1:20:2] = 65535, 65534
