@@ -23,7 +23,7 @@ from pydicom.uid import ExplicitVRBigEndian
 from scipy.special import expit
 
 from pneumo.errors import DicomError
-from pneumo.images.elements import Repairs, read_numbers, read_optional
+from pneumo.images.elements import Repairs, first_text, read_numbers, read_optional
 from pneumo.images.frame_format import FrameFormat
 from pneumo.images.pixel_decoders import transfer_syntax
 from pneumo.images.stored_values import Stored
@@ -96,7 +96,7 @@ def _gray_table(
     if not np.isfinite(levels).all():
         raise DicomError("the look-up tables give gray levels that are not finite")
     is_inverted = form.photometric == "MONOCHROME1"
-    shape = read_optional(dataset, "PresentationLUTShape", repairs)
+    shape = first_text(read_optional(dataset, "PresentationLUTShape", repairs))
     if shape == CONTRADICTING_SHAPES[form.photometric]:
         repairs.add("left_out:PhotometricInterpretation")
         is_inverted = not is_inverted
@@ -164,7 +164,7 @@ def _apply_voi(
         repairs.add("left_out:VOILUTSequence")
     centers = read_numbers(dataset, "WindowCenter", repairs)
     widths = read_numbers(dataset, "WindowWidth", repairs)
-    function = str(read_optional(dataset, "VOILUTFunction", repairs) or "LINEAR").strip().upper()
+    function = first_text(read_optional(dataset, "VOILUTFunction", repairs)).upper() or "LINEAR"
     for center, width in zip(centers, widths, strict=False):
         if width <= 0 or (width < 1 and function not in ("SIGMOID", "LINEAR_EXACT")):
             continue

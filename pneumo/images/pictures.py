@@ -91,10 +91,12 @@ def _decode(data: bytes, image: Image.Image) -> Gray:
 
 def _check_tiff(image: TiffImageFile) -> None:
     """Raises an error for a TIFF that OpenCV would decode wrongly: a damaged one, of which it shows
-    a part, or one with a plane of 16 bits for each colour."""
+    a part, one with a plane of 16 bits for each colour, or a gray one with transparent parts."""
     if image.tag_v2.get(_PLANAR) == _SEPARATE and max(image.tag_v2.get(_BITS, (1,))) > 8:
         raise DicomError("colours of 16 bits in separate planes", "photometric")
     image.load()
+    if image.mode == "LA" and image.getchannel("A").getextrema()[0] != 255:  # OpenCV drops it
+        raise DicomError("a picture with transparent parts", "photometric")
 
 
 def _to_luminance(stored: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -246,3 +246,6 @@ def test_the_presentation_shape_wins_over_the_photometric_interpretation(
     np.testing.assert_array_equal(image.pixels, 255 - plain if shape == "INVERSE" else plain)
     is_contradiction = (photometric == "MONOCHROME1") == (shape == "IDENTITY")
     assert image.warnings == ("left_out:PhotometricInterpretation",) * is_contradiction
+    twice = elements | {"PresentationLUTShape": [shape, shape]}
+    again = read_study_image(make_dicom(phantom(64), jpeg_quality=90, elements=twice), 64)
+    np.testing.assert_array_equal(again.pixels, image.pixels)

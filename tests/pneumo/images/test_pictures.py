@@ -63,9 +63,10 @@ def test_colour_becomes_its_luminance(kind: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["P", "1", "LA", "RGBA"])
-def test_palettes_bits_and_opaque_alpha_are_looked_through(mode: str) -> None:
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_palettes_bits_and_opaque_alpha_are_looked_through(kind: str, mode: str) -> None:
     wanted = np.asarray(Image.fromarray(GRAY).convert(mode).convert("L"))
-    gray = decode_picture(encode(GRAY, "PNG", mode))
+    gray = decode_picture(encode(GRAY, kind, mode))
     np.testing.assert_allclose(gray.astype(int), wanted, atol=1)
 
 
@@ -125,8 +126,12 @@ def test_what_would_be_a_guess_is_refused() -> None:
     real = Image.fromarray(GRAY.astype(np.float32))
     floats = io.BytesIO()
     real.save(floats, "TIFF")
+    see_through_gray = np.dstack([GRAY, 255 - GRAY])
     for data, reason in (
         (encode(see_through, "PNG"), "photometric"),
+        (encode(see_through, "TIFF"), "photometric"),
+        (encode(see_through_gray, "PNG"), "photometric"),
+        (encode(see_through_gray, "TIFF"), "photometric"),
         (encode(COLOUR, "JPEG", "CMYK"), "photometric"),
         (floats.getvalue(), "photometric"),
         (two.getvalue(), "multi_frame"),
