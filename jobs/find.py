@@ -43,6 +43,8 @@ def find(argv: Sequence[str]) -> None:
     if not keys:
         parser.error("give keys, or a --table that has them")
     found = find_urls(storage.normalise(options.source), set(keys), os.environ)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names that are no UTF-8, as they are
     for key in dict.fromkeys(keys):
         if key in found:
             print(f"{key}\t{found[key]}")

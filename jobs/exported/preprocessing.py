@@ -66,6 +66,11 @@ def _check(dataset: pydicom.Dataset) -> None:
         "the pixels are not the low bits of 8 or 16": dataset.BitsAllocated in (8, 16)
         and 0 < dataset.BitsStored == dataset.HighBit + 1 <= dataset.BitsAllocated
         and dataset.PixelRepresentation in (0, 1),
+        "the presentation LUT shape contradicts the photometric interpretation": (
+            dataset.PhotometricInterpretation,
+            dataset.get("PresentationLUTShape"),
+        )
+        not in (("MONOCHROME1", "IDENTITY"), ("MONOCHROME2", "INVERSE")),
         "a look-up table (modality or VOI)": not any(name in dataset for name in tables),
         "a VOI function that is not LINEAR": (dataset.get("VOILUTFunction") or "LINEAR")
         == "LINEAR",

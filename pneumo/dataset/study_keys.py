@@ -70,7 +70,10 @@ def derive_file_key(hash_key: bytes) -> bytes:
 
 def derive_key(hash_key: bytes, kind: str, identifier: str) -> str:
     """The keyed hash of an identifier of a `kind` (study, patient), 20 hex digits."""
-    return hmac.digest(hash_key, f"{kind}:{identifier}".encode(), "sha256").hex()[:20]
+    text = f"{kind}:{identifier}".encode(
+        errors="surrogatepass"
+    )  # of a file's name that is no UTF-8
+    return hmac.digest(hash_key, text, "sha256").hex()[:20]
 
 
 def derive_secret_check(hash_key: bytes) -> str:

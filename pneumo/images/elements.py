@@ -28,6 +28,14 @@ def read_optional(dataset: pydicom.Dataset, keyword: str, repairs: Repairs) -> A
     return None if value is None or value in ("", b"", []) else value
 
 
+def first_text(value: Any) -> str:
+    """The first text of an element's value, without spaces around it; '' for None."""
+    one = value[0] if isinstance(value, MultiValue) else value
+    if isinstance(one, bytes):
+        one = one.decode("ascii", "replace")
+    return str(one or "").strip()
+
+
 def read_numbers(dataset: pydicom.Dataset, keyword: str, repairs: Repairs) -> list[float]:
     """The element's finite numbers, up to the first invalid one."""
     value = read_optional(dataset, keyword, repairs)

@@ -1,7 +1,8 @@
 """Repairing files in which pydicom finds no pixel data.
 
-Elements that do not parse are left out. Pixel data without an end delimiter gets one where its end
-is certain: by the size in the header, or by the end marker of the codestream. Little endian only.
+Elements without a valid VR get that of the standard; others that do not parse are left out. Pixel
+data without an end delimiter gets one where its end is certain: by the size in the header, or by
+the end marker of the codestream. Little endian only.
 PS3.5 7.1 and A.4.
 """
 
@@ -10,7 +11,7 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from pydicom.datadict import keyword_for_tag
+from pydicom.datadict import dictionary_has_tag, dictionary_VR, keyword_for_tag
 from pydicom.uid import ExplicitVRBigEndian, ImplicitVRLittleEndian, RLELossless
 
 from pneumo.images.codestreams import is_complete
@@ -70,6 +71,8 @@ class _Reader:
             return _Element(
                 tag, b"", position + 8, struct.unpack_from("<I", self.data, position + 4)[0]
             )
+        if vr not in LONG_LENGTHS and vr not in SHORT_LENGTHS:
+            vr = _find_vr(tag)
         if vr in SHORT_LENGTHS:
             return _Element(tag, vr, position + 8, length)
         if vr not in LONG_LENGTHS or position + 12 > len(self.data):
@@ -208,6 +211,9 @@ def _repair(
             end = reader.end(element)
         if element is not None and end is not None and is_next(reader, end, element.tag):
             kept.append(data[position:end])
+            if element.vr != data[position + 4 : position + 6] and not reader.is_implicit:
+                kept[-1] = data[position : position + 4] + element.vr + data[position + 6 : end]
+                own_repairs.add(f"parsed:{_name(data, position, last)}")
             if element.length == 2:
                 reader.numbers[element.tag] = int.from_bytes(data[end - 2 : end], "little")
             position, last = end, element.tag
@@ -236,6 +242,12 @@ def _skip_meta(reader: _Reader) -> tuple[int, bytes]:
 def _read_tag(data: bytes, position: int) -> int:
     group, number = struct.unpack_from("<HH", data.ljust(position + 4, b"\0"), position)
     return int(group) << 16 | int(number)
+
+
+def _find_vr(tag: int) -> bytes:
+    """The VR of an element of the standard, whose length has 16 bits; empty for others."""
+    vr = dictionary_VR(tag)[:2].encode() if dictionary_has_tag(tag) else b""  # of two the first
+    return vr if vr in SHORT_LENGTHS else b""
 
 
 def _name(data: bytes, position: int, last: int) -> str:

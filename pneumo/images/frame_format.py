@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pydicom
 
 from pneumo.errors import DicomError
-from pneumo.images.elements import Repairs, read_integer, read_numbers, read_optional
+from pneumo.images.elements import Repairs, first_text, read_integer, read_numbers, read_optional
 
 MAX_PIXELS = 64_000_000
 """Larger frames are refused before memory is allocated."""
@@ -71,15 +71,14 @@ def read_format(dataset: pydicom.Dataset, repairs: Repairs) -> FrameFormat:
 
 
 def _read_photometric(dataset: pydicom.Dataset, samples: int, repairs: Repairs) -> str:
-    values = read_optional(dataset, "PhotometricInterpretation", repairs) or ""
-    stated = str(values if isinstance(values, str) else values[0])
+    value = read_optional(dataset, "PhotometricInterpretation", repairs)
     known = {name.replace(" ", ""): name for names in _PHOTOMETRICS.values() for name in names}
-    photometric = known.get("".join(stated.upper().split()), "unknown")
+    photometric = known.get("".join(first_text(value).upper().split()), "unknown")
     if photometric not in _PHOTOMETRICS.get(samples, ()):
         raise DicomError(
             f"{samples} samples a pixel, photometric interpretation {photometric}", "photometric"
         )
-    if photometric != values:
+    if photometric != value:
         repairs.add("spelling:PhotometricInterpretation")
     return photometric
 

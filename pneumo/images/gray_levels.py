@@ -2,8 +2,8 @@
 
 The order is PS3.3 C.7.6.3.1.2 and PS3.4 N.2: stored values -> modality LUT or rescale -> VOI LUT,
 or else the first window -> presentation (MONOCHROME1 inverted), all in one look-up table.
-PresentationLUTShape repeats the photometric interpretation (PS3.3 C.8.11.3.1); one that contradicts
-it is ignored, and recorded.
+PresentationLUTShape must repeat the photometric interpretation (PS3.3 C.8.11.3.1). One that
+contradicts it wins, as the last step of the order, as in dcmtk and dcm4che; this is recorded.
 Without VOI LUT and valid window, values of up to 8 unsigned bits are unchanged; others are scaled
 from the minimum (black) to the maximum (white), except for a few outliers. Padding is black and
 excluded from minimum and maximum. A colour image is converted to luminance.
@@ -23,7 +23,7 @@ from pydicom.uid import ExplicitVRBigEndian
 from scipy.special import expit
 
 from pneumo.errors import DicomError
-from pneumo.images.elements import Repairs, read_numbers, read_optional
+from pneumo.images.elements import Repairs, first_text, read_numbers, read_optional
 from pneumo.images.frame_format import FrameFormat
 from pneumo.images.pixel_decoders import transfer_syntax
 from pneumo.images.stored_values import Stored
@@ -95,11 +95,13 @@ def _gray_table(
             levels = _stretch(values, counts, repairs)
     if not np.isfinite(levels).all():
         raise DicomError("the look-up tables give gray levels that are not finite")
-    if form.photometric == "MONOCHROME1":
-        levels = 1.0 - levels
-    shape = read_optional(dataset, "PresentationLUTShape", repairs)
+    is_inverted = form.photometric == "MONOCHROME1"
+    shape = first_text(read_optional(dataset, "PresentationLUTShape", repairs))
     if shape == CONTRADICTING_SHAPES[form.photometric]:
-        repairs.add("left_out:PresentationLUTShape")
+        repairs.add("left_out:PhotometricInterpretation")
+        is_inverted = not is_inverted
+    if is_inverted:
+        levels = 1.0 - levels
     table: Gray = np.rint(np.clip(levels, 0.0, 1.0) * 255.0).astype(np.uint8)
     table[padding] = 0
     return table
@@ -162,7 +164,7 @@ def _apply_voi(
         repairs.add("left_out:VOILUTSequence")
     centers = read_numbers(dataset, "WindowCenter", repairs)
     widths = read_numbers(dataset, "WindowWidth", repairs)
-    function = str(read_optional(dataset, "VOILUTFunction", repairs) or "LINEAR").strip().upper()
+    function = first_text(read_optional(dataset, "VOILUTFunction", repairs)).upper() or "LINEAR"
     for center, width in zip(centers, widths, strict=False):
         if width <= 0 or (width < 1 and function not in ("SIGMOID", "LINEAR_EXACT")):
             continue

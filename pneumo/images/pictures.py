@@ -24,6 +24,7 @@ from pneumo.images.gray_levels import Gray
 _SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*")
 _ORIENTATION, _PHOTOMETRIC, _MIN_IS_WHITE = 274, 262, 0
 _BITS, _PLANAR, _SEPARATE = 258, 284, 2
+_PNG_BIT_DEPTH = 24  # position in the file
 
 
 def is_picture(data: bytes) -> bool:
@@ -70,6 +71,13 @@ def _decode(data: bytes, image: Image.Image) -> Gray:
         raise DicomError("the picture does not decode")
     if stored.dtype not in (np.uint8, np.uint16):
         raise DicomError(f"values of type {stored.dtype}, not of 8 or 16 bits", "photometric")
+    if stored.ndim == 2 and "transparency" in image.info:
+        # OpenCV ignores the transparent value of a gray PNG; for colour it makes an alpha channel.
+        # Pillow scales it to 8 bits only where the file has one bit.
+        white, bits = np.iinfo(stored.dtype).max, data[_PNG_BIT_DEPTH]
+        factor = 1 if bits == 1 else white // (2**bits - 1)
+        if (stored == image.info["transparency"] * factor).any():
+            raise DicomError("a picture with transparent parts", "photometric")
     levels = _to_luminance(stored)
     if levels.dtype == np.uint8:
         gray: Gray = np.asarray(levels, np.uint8)
@@ -83,10 +91,12 @@ def _decode(data: bytes, image: Image.Image) -> Gray:
 
 def _check_tiff(image: TiffImageFile) -> None:
     """Raises an error for a TIFF that OpenCV would decode wrongly: a damaged one, of which it shows
-    a part, or one with a plane of 16 bits for each colour."""
+    a part, one with a plane of 16 bits for each colour, or a gray one with transparent parts."""
     if image.tag_v2.get(_PLANAR) == _SEPARATE and max(image.tag_v2.get(_BITS, (1,))) > 8:
         raise DicomError("colours of 16 bits in separate planes", "photometric")
     image.load()
+    if image.mode == "LA" and image.getchannel("A").getextrema()[0] != 255:  # OpenCV drops it
+        raise DicomError("a picture with transparent parts", "photometric")
 
 
 def _to_luminance(stored: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -107,10 +107,13 @@ def decode_stored(
     Raises DicomError: no_decoder, multi_frame, photometric, undecodable.
     """
     stated, element = transfer_syntax(dataset), dataset["PixelData"]
+    size = _uncompressed_size(form)
     may_widen = not any(tag >> 24 == 0x60 for tag in dataset.keys())  # noqa: SIM118  no overlays
-    if _is_encapsulated(element, stated, form):
+    if _is_encapsulated(element, stated, size):
         frame = read_frame(dataset, repairs)
         return _decode_encapsulated(frame, stated, form, repairs, may_widen=may_widen)
+    if not size <= len(element.value or b"") < 2 * size:
+        raise DicomError(f"{len(element.value or b'')} bytes of pixels, the header says {size}")
     syntax = stated
     if stated not in uid.UncompressedTransferSyntaxes:
         repairs.add("codestream:TransferSyntaxUID")
@@ -120,14 +123,19 @@ def decode_stored(
     return make_values(stored, form, repairs, may_widen=may_widen)
 
 
-def _is_encapsulated(element: pydicom.DataElement, stated: UID, form: FrameFormat) -> bool:
-    """Whether the pixels are in items; not where they have exactly the size of uncompressed pixels,
-    whatever the transfer syntax says."""
-    size = form.rows * form.columns * form.samples * form.bits_allocated // 8
+def _uncompressed_size(form: FrameFormat) -> int:
+    """Bytes of the uncompressed frame; YBR_FULL_422 has half of the colours (PS3.3 C.7.6.3.1.2)."""
+    samples = 2 if form.photometric == "YBR_FULL_422" else form.samples
+    return form.rows * form.columns * samples * form.bits_allocated // 8
+
+
+def _is_encapsulated(element: pydicom.DataElement, stated: UID, size: int) -> bool:
+    """Whether the pixels are in items: by how they start and whether they have exactly the `size`
+    of uncompressed pixels; by the header where this does not decide."""
     value = element.value or b""
-    is_item = bytes(value[:4]) == b"\xfe\xff\x00\xe0"
-    if not is_item and len(value) in (size, size + size % 2):
-        return False
+    is_item, has_size = value[:4] == b"\xfe\xff\x00\xe0", len(value) in (size, size + size % 2)
+    if is_item != has_size:
+        return is_item
     return element.is_undefined_length or stated not in uid.UncompressedTransferSyntaxes
 
 

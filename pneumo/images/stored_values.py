@@ -1,6 +1,7 @@
 """A decoder's output -> stored values, with the header's bits and sign, or corrected ones."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +13,7 @@ Stored = npt.NDArray[np.uint8 | np.int8 | np.uint16 | np.int16]
 
 _MIN_JUMPS = 4
 _MIN_NEGATIVE = 8  # different values just below zero; letters in white have one or two
-_NEAR_ZERO = 1024
-_MAX_WORD = 2**16 - 1
+_NEAR_ZERO = 64  # this part of the range is next to zero
 
 
 def make_values(
@@ -26,19 +26,22 @@ def make_values(
 ) -> tuple[Stored, FrameFormat]:
     """The values with the header's bits and sign, and the format. Where with these neighbouring
     pixels jump over most of the range, and with another sign or more bits they do not, the latter
-    are used; unsigned words that are signed numbers around zero become signed.
+    are used.
 
     `may_widen`: the bits above those stored are no overlays. `is_signed`: in the codestream.
     """
     bits = 8 * stored.dtype.itemsize
-    if may_widen and _is_around_zero(stored):
-        repairs.add("pixels:PixelRepresentation")
-        return stored.view(np.int16), replace(form, signed=True, bits_stored=16, high_bit=15)
+    whole_words = replace(form, bits_stored=bits, high_bit=bits - 1)
+    for unsigned in () if form.signed else (whole_words, form) if may_widen else (form,):
+        if _is_around_zero(_drop_unused_bits(stored, unsigned), unsigned.bits_stored):
+            repairs.add("pixels:PixelRepresentation")
+            signed = replace(unsigned, signed=True)
+            return _drop_unused_bits(stored.view(f"i{stored.dtype.itemsize}"), signed), signed
     read, others = _drop_unused_bits(stored, form), dict[str, FrameFormat]()
     if form.signed or is_signed:
         others["PixelRepresentation"] = replace(form, signed=not form.signed)
     elif may_widen and form.high_bit == form.bits_stored - 1 < bits - 1:
-        others["BitsStored"] = replace(form, bits_stored=bits, high_bit=bits - 1)
+        others["BitsStored"] = whole_words
     for keyword, other in others.items():
         words = stored.view(f"{'i' if other.signed else 'u'}{stored.dtype.itemsize}")
         values = _drop_unused_bits(words, other)
@@ -49,26 +52,29 @@ def make_values(
     return read, form
 
 
-def _is_around_zero(stored: Stored) -> bool:
-    """Whether unsigned words of 16 bits are numbers above and below zero: they leave out more than
-    half of the range, and where they cross zero, neighbours have various values at its two ends."""
-    if stored.dtype != np.uint16 or stored.max() <= _MAX_WORD - _NEAR_ZERO:
+def _is_around_zero(values: Stored, bits: int) -> bool:
+    """Whether unsigned numbers of `bits` bits are numbers above and below zero: where they cross
+    zero, neighbours have various values at the two ends of the range, and far more often than
+    neighbours jump over most of the range as signed numbers."""
+    top = 2**bits
+    near_zero = top // _NEAR_ZERO
+    if values.max() < top - near_zero:
         return False
-    rows = _take_rows(stored)
-    codes = np.flatnonzero(np.bincount(rows.reshape(-1), minlength=2**16))
-    if np.diff(codes).max(initial=0) <= _MAX_WORD // 2:
-        return False
+    rows = _take_rows(values).astype(np.int32)
     low, high = np.minimum(rows[:, 1:], rows[:, :-1]), np.maximum(rows[:, 1:], rows[:, :-1])
-    crossing = high[(low < _NEAR_ZERO) & (high > _MAX_WORD - _NEAR_ZERO)]
-    return len(np.unique(crossing)) >= _MIN_NEGATIVE
+    crossing = high[(low < near_zero) & (high >= top - near_zero)]
+    if len(np.unique(crossing)) < _MIN_NEGATIVE:
+        return False
+    from_lowest = (rows + top // 2) % top  # as signed numbers
+    return len(crossing) > _MIN_JUMPS * _count_jumps(from_lowest, bits)
 
 
-def _take_rows(values: Stored) -> Stored:
+def _take_rows(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Up to 512 rows."""
     return values[:: -(-len(values) // 512)]
 
 
-def _count_jumps(values: Stored, bits: int) -> int:
+def _count_jumps(values: npt.NDArray[Any], bits: int) -> int:
     """Number of neighbours in up to 512 rows that differ by more than 3/4 of the range."""
     rows = _take_rows(values).astype(np.int32)
     return int((np.abs(np.diff(rows, axis=1)) > 0.75 * 2**bits).sum())

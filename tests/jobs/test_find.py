@@ -1,6 +1,7 @@
 """From a key to the file that it was made of, for whoever has the source and its secret."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,6 +42,20 @@ def test_every_key_leads_to_its_file(
         arguments = ["--table", str(table)]
     assert find.main(["--source", str(folder), *arguments]) == 0
     assert lines(capsys) == {study.key: study.url for study in studies}
+
+
+def test_files_whose_names_are_no_utf_8_are_found(
+    tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    for label in ("NORMAL", "PNEUMONIA"):
+        (tmp_path / "train" / label).mkdir(parents=True)
+        name = f"{label}\N{CJK UNIFIED IDEOGRAPH-80F8}.jpeg".encode("gbk")
+        (tmp_path / "train" / label / os.fsdecode(name)).write_bytes(b"")
+    studies = read_source(str(tmp_path), {}).studies
+    assert find.main(["--source", str(tmp_path), *(study.key for study in studies)]) == 0
+    expected = [f"{study.key}\t{study.url}\n" for study in studies]
+    assert capfdbinary.readouterr().out == os.fsencode("".join(expected))
+    assert find.main(["--source", str(tmp_path), "0" * 20]) == 1
 
 
 def test_contradictions_are_found_though_no_study_is_made_of_them(

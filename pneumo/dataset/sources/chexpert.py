@@ -60,7 +60,7 @@ def _read_table(
     texts = (read_texts(table, name) for name in (_PATH, _SIDE, "Age", "Sex", "AP/PA"))
     rows = zip(labels, healthy, *texts, strict=True)
     for row, (marks, is_healthy, path, side, age, sex, view) in enumerate(rows, FIRST_ROW):
-        if side != "Frontal":
+        if side.casefold() != "frontal":
             left_out[_LATERAL] += 1
             continue
         target = _decide(marks, folder.settings.uncertain, f"{url}: row {row}")

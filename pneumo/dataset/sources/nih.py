@@ -6,7 +6,7 @@ https://nihcc.app.box.com/v/ChestXray-NIHCC
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 
 import pyarrow as pa
 
@@ -46,9 +46,10 @@ def read_nih(folder: Folder, layout: Layout) -> Source:
     labels = [set(map(str.strip, text.split("|"))) for text in read_texts(table, _LABELS)]
     if unknown := positive - set().union(*labels):
         raise SourceError(f"{url}: no image is labelled {', '.join(sorted(unknown))}")
-    images, boxes, splits = _list_images(folder), _read_boxes(folder, positive), _read_lists(folder)
+    images, boxes = _list_images(folder), _read_boxes(folder, positive)
     studies, seen = StudyCollector(folder, layout), Counter[str]()
     names, patients = read_texts(table, _IMAGE), read_texts(table, _PATIENT)
+    splits = _read_lists(folder, set(names))
     for name, own, patient, header in zip(
         names, labels, patients, _read_headers(table), strict=True
     ):
@@ -133,15 +134,23 @@ def _read_boxes(folder: Folder, positive: set[str]) -> dict[str, list[Box]]:
     return boxes
 
 
-def _read_lists(folder: Folder) -> dict[str, str]:
-    """Image -> train_val or test in the official split; empty where one of its lists is missing."""
-    urls = {split: folder.files.get(name) for split, name in _LISTS.items()}
-    return {
-        name: split
-        for split, url in urls.items()
-        if url is not None and None not in urls.values()
-        for name in read_unpacked(url).decode("ascii", "replace").split()
-    }
+def _read_lists(folder: Folder, images: Set[str]) -> dict[str, str]:
+    """Image -> train_val or test in the official split; empty where one of its lists is missing.
+
+    Raises SourceError for a list of none of the table's `images`, and images in both lists."""
+    if not {*_LISTS.values()} <= folder.files.keys():
+        return {}
+    splits: dict[str, str] = {}
+    for split, name in _LISTS.items():
+        lines = read_unpacked(folder.files[name]).decode("utf-8-sig", "replace").split()
+        if images.isdisjoint(lines):
+            raise SourceError(
+                f"{folder.files[name]}: none of its {len(lines)} lines is an image of the table"
+            )
+        if both := splits.keys() & lines:
+            raise SourceError(f"{folder.source_url}: {len(both)} images are in both lists")
+        splits |= dict.fromkeys(lines, split)
+    return splits
 
 
 _KNOWN = (_IMAGE, _LABELS, _PATIENT, "Finding Label", "Patient Age", "View Position")

@@ -26,6 +26,8 @@ from pneumo.images.input_checks import check_header
 TABLE = "studies.csv"
 _REQUIRED = ("file", "patient", "target")
 _TEXTS = (*_REQUIRED, "study", "view", "age", "sex", "finding", "split")
+_NO_PATIENT = ("", "nan", "none", "null", "<na>")
+"""What pandas and others write for a missing value; these rows are not one patient's."""
 _FINDINGS = {1: "Pneumonia", 0: "No pneumonia"}
 
 
@@ -113,7 +115,7 @@ def _collect_rows(table: pa.Table, url: str) -> dict[str, _Row]:
 def _check_cells(cells: tuple[str, ...], where: str) -> str:
     """The file of a row. Raises SourceError for an invalid cell."""
     file, patient, target, split = *cells[:3], cells[-1]
-    if not file or not patient:
+    if not file or patient.casefold() in _NO_PATIENT:
         raise SourceError(f"{where}: no {'patient' if file else 'file'}")
     if target not in ("0", "1"):
         raise SourceError(f"{where}: a target that is neither 0 nor 1")

@@ -101,8 +101,8 @@ def _list_images(folder: Folder) -> dict[str, str]:
     if name is None:
         raise SourceError(f"{folder.source_url}: no folder {' or '.join(_FOLDERS)} with images")
     url = folder.files[name]
-    endings = (".dicom", ".dcm", ".png", ".jpg")
-    names = [found for found in storage.list_names(url) if found.endswith(endings)]
+    endings = (".dicom", ".dcm", ".png", ".jpg", ".jpeg", ".tif", ".tiff")
+    names = [found for found in storage.list_names(url) if found.lower().endswith(endings)]
     return {found.rsplit(".", 1)[0]: storage.join(url, found) for found in names}
 
 

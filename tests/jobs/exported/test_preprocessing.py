@@ -150,6 +150,7 @@ LATERAL.CodeMeaning = "left lateral"
         ({"BodyPartExamined": "KNEE"}, "another body part"),
         ({"HighBit": 6, "BitsStored": 6}, "low bits"),
         ({"NumberOfFrames": 2}, "not one frame"),
+        ({"PresentationLUTShape": "INVERSE"}, "contradicts"),
         ({"Rows": 90}, "the length that the header says"),
         ({"Rows": None}, "not a DICOM file that can be read"),
     ],

@@ -237,15 +237,15 @@ def test_a_modality_table_is_followed(
 
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
 @pytest.mark.parametrize("shape", ["IDENTITY", "INVERSE"])
-def test_the_presentation_shape_says_nothing_new(
+def test_the_presentation_shape_wins_over_the_photometric_interpretation(
     make_dicom: DicomMaker, shape: str, photometric: str
 ) -> None:
-    elements = {"PhotometricInterpretation": photometric}
-    plain = make_dicom(phantom(64), jpeg_quality=90, elements=elements)
-    shaped = make_dicom(
-        phantom(64), jpeg_quality=90, elements=elements | {"PresentationLUTShape": shape}
-    )
-    image = read_study_image(shaped, 64)
-    np.testing.assert_array_equal(image.pixels, read_study_image(plain, 64).pixels)
+    elements = {"PhotometricInterpretation": photometric, "PresentationLUTShape": shape}
+    plain = read_study_image(make_dicom(phantom(64), jpeg_quality=90), 64).pixels
+    image = read_study_image(make_dicom(phantom(64), jpeg_quality=90, elements=elements), 64)
+    np.testing.assert_array_equal(image.pixels, 255 - plain if shape == "INVERSE" else plain)
     is_contradiction = (photometric == "MONOCHROME1") == (shape == "IDENTITY")
-    assert image.warnings == ("left_out:PresentationLUTShape",) * is_contradiction
+    assert image.warnings == ("left_out:PhotometricInterpretation",) * is_contradiction
+    twice = elements | {"PresentationLUTShape": [shape, shape]}
+    again = read_study_image(make_dicom(phantom(64), jpeg_quality=90, elements=twice), 64)
+    np.testing.assert_array_equal(again.pixels, image.pixels)

@@ -3,6 +3,7 @@ refused."""
 
 import io
 import struct
+import zlib
 from typing import Any
 
 import cv2
@@ -62,9 +63,10 @@ def test_colour_becomes_its_luminance(kind: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["P", "1", "LA", "RGBA"])
-def test_palettes_bits_and_opaque_alpha_are_looked_through(mode: str) -> None:
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_palettes_bits_and_opaque_alpha_are_looked_through(kind: str, mode: str) -> None:
     wanted = np.asarray(Image.fromarray(GRAY).convert(mode).convert("L"))
-    gray = decode_picture(encode(GRAY, "PNG", mode))
+    gray = decode_picture(encode(GRAY, kind, mode))
     np.testing.assert_allclose(gray.astype(int), wanted, atol=1)
 
 
@@ -124,8 +126,12 @@ def test_what_would_be_a_guess_is_refused() -> None:
     real = Image.fromarray(GRAY.astype(np.float32))
     floats = io.BytesIO()
     real.save(floats, "TIFF")
+    see_through_gray = np.dstack([GRAY, 255 - GRAY])
     for data, reason in (
         (encode(see_through, "PNG"), "photometric"),
+        (encode(see_through, "TIFF"), "photometric"),
+        (encode(see_through_gray, "PNG"), "photometric"),
+        (encode(see_through_gray, "TIFF"), "photometric"),
         (encode(COLOUR, "JPEG", "CMYK"), "photometric"),
         (floats.getvalue(), "photometric"),
         (two.getvalue(), "multi_frame"),
@@ -136,6 +142,33 @@ def test_what_would_be_a_guess_is_refused() -> None:
         with pytest.raises(DicomError) as caught:
             decode_picture(data)
         assert caught.value.reason == reason
+
+
+def encode_gray_png(depth: int, value: int, transparent: int) -> bytes:
+    """A PNG of 8 x 8 pixels of one `value` of `depth` bits, which has a transparent value."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        crc = zlib.crc32(name + data)
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", crc)
+
+    row = int(f"{value:0{depth}b}" * 8, 2).to_bytes(depth, "big")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, depth, 0, 0, 0, 0))
+        + chunk(b"tRNS", struct.pack(">H", transparent))
+        + chunk(b"IDAT", zlib.compress((b"\0" + row) * 8))
+        + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+def test_a_gray_png_with_a_transparent_value_is_refused_where_pixels_have_it(depth: int) -> None:
+    white = 2**depth - 1
+    opaque = decode_picture(encode_gray_png(depth, white, transparent=0))
+    assert (opaque == (0 if depth == 16 else 255)).all()  # 16 bits have no range here
+    with pytest.raises(DicomError, match="transparent") as caught:
+        decode_picture(encode_gray_png(depth, white, transparent=white))
+    assert caught.value.reason == "photometric"
 
 
 def test_a_header_that_claims_too_much_is_refused_before_decoding() -> None:

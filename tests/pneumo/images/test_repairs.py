@@ -223,6 +223,45 @@ def test_the_transfer_syntax_is_that_of_the_codestream(
     assert image.warnings == ("codestream:TransferSyntaxUID",)
 
 
+def test_a_frame_of_defined_length_under_an_uncompressed_syntax(make_dicom: DicomMaker) -> None:
+    sound = make_dicom(smooth(255), jpeg_quality=95)
+    place = sound.index(b"\xe0\x7f\x10\0OB\0\0") + 8
+    length = struct.pack("<I", len(sound) - place - 4)
+    uid, plain = (
+        b"UI" + struct.pack("<H", len(name)) + name
+        for name in (
+            pydicom.uid.JPEGBaseline8Bit.encode(),
+            pydicom.uid.ExplicitVRLittleEndian.encode() + b"\0" * 3,
+        )
+    )
+    image = read((sound[:place] + length + sound[place + 4 :]).replace(uid, plain))
+    np.testing.assert_array_equal(image.pixels, read(sound[132:]).pixels)
+    assert image.warnings == ("codestream:TransferSyntaxUID",)
+
+
+@pytest.mark.parametrize(
+    ("elements", "stated"),
+    [
+        ({"BitsAllocated": 8, "BitsStored": 8, "HighBit": 7}, 3072),  # every second byte
+        ({"Rows": ROWS // 2}, 3072),  # the upper half
+        ({"Rows": ROWS + 1}, 6272),
+        ({"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB"}, 18432),
+    ],
+    ids=str,
+)
+def test_pixel_data_of_another_size_than_the_header_says(
+    make_dicom: DicomMaker, elements: dict[str, Any], stated: int
+) -> None:
+    with pytest.raises(DicomError, match=f"6144 bytes of pixels, the header says {stated}"):
+        read(make_dicom(smooth(4095), elements=elements))
+
+
+def test_bytes_after_the_pixels_do_no_harm(make_dicom: DicomMaker) -> None:
+    pixels = smooth(255)
+    image = read(make_dicom(pixels, elements={"PixelData": pixels.tobytes() + bytes(3000)}))
+    np.testing.assert_array_equal(image.pixels, read(make_dicom(pixels)).pixels)
+
+
 def test_pixels_that_were_unpacked_under_a_compressed_syntax(make_dicom: DicomMaker) -> None:
     pixels = smooth(255)
     plain = make_dicom(pixels)
@@ -328,6 +367,23 @@ def test_signed_words_under_an_unsigned_header(
     signed = pixels.astype(np.int16) - np.int16(offset)
     elements = {"BitsStored": bits, "HighBit": bits - 1, "PixelRepresentation": 0}
     image = read(make_dicom(signed, elements=elements))
+    np.testing.assert_array_equal(image.pixels, read(make_dicom(pixels)).pixels)
+    assert image.warnings == ("pixels:PixelRepresentation",)
+
+
+@pytest.mark.parametrize("bits", [12, 16])
+@pytest.mark.parametrize("syntax", [None, JPEGLosslessSV1, RLELossless])
+def test_signed_values_of_the_full_range_under_an_unsigned_header(
+    make_dicom: DicomMaker, syntax: UID | None, bits: int
+) -> None:
+    pixels = smooth(2**bits - 1)
+    half = 2 ** (bits - 1)
+    words = np.where(pixels >= half, pixels - half, pixels + half).astype(np.uint16)
+    elements = {"BitsAllocated": 16, "BitsStored": bits, "HighBit": bits - 1}
+    if syntax is None:
+        image = read(make_dicom(words, elements=elements))
+    else:
+        image = read(with_frame(make_dicom, compress(words, syntax, bits), syntax, elements))
     np.testing.assert_array_equal(image.pixels, read(make_dicom(pixels)).pixels)
     assert image.warnings == ("pixels:PixelRepresentation",)
 
@@ -677,6 +733,22 @@ def test_private_elements_of_no_type(
     np.testing.assert_array_equal(image.pixels, expected.pixels)
     assert (image.rows, image.header) == (expected.rows, expected.header)
     assert set(image.warnings) <= {"parsed:private"}
+
+
+@pytest.mark.parametrize("vr", [b"  ", b"\0\0", b"??", b"us"])
+@pytest.mark.parametrize("quality", [None, 95])
+def test_elements_of_the_standard_without_their_type_are_read(
+    make_dicom: DicomMaker, vr: bytes, quality: int | None
+) -> None:
+    sound = make_dicom(smooth(255), jpeg_quality=quality)
+    for tag, own in ((b"\x28\0\x04\0", b"CS"), (b"\x28\0\x10\0", b"US")):
+        assert sound.count(tag + own) == 1
+        image = read(sound.replace(tag + own, tag + vr))
+        np.testing.assert_array_equal(image.pixels, read(sound[132:]).pixels)
+        assert image.warnings in (
+            ("parsed:PhotometricInterpretation",),
+            ("parsed:Rows",),
+        )
 
 
 @pytest.mark.parametrize("ending", [b"", b"\0" * 8, b"\0" * 500])

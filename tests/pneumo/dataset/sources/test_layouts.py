@@ -211,6 +211,24 @@ def test_nih_lists_decide_who_is_in_test(copied: Path) -> None:
     assert all(others[s.patient] == placed[s.key] for s in source.studies if s.patient in others)
 
 
+def test_nih_lists_that_do_not_fit_are_refused(copied: Path) -> None:
+    folder = copied / "nih"
+    names = sorted(path.name for path in folder.glob("images_001/images/*"))
+    (folder / "train_val_list.txt").write_text("\n".join(names[3:]))
+    for test, message in (
+        (
+            "\n".join(f"{name}," for name in names[:3]),
+            "test_list.txt: none of its 3 lines is an image of the table",
+        ),
+        ("\n".join(names[:4]), "1 images are in both lists"),
+    ):
+        (folder / "test_list.txt").write_text(test)
+        with pytest.raises(SourceError, match=message):
+            read(folder)
+    (folder / "test_list.txt").write_text("\ufeff" + "\r\n".join(names[:3]))
+    assert sum(study.published == "test" for study in read(folder).studies) == 3
+
+
 def test_pictures_that_are_missing_are_counted(copied: Path) -> None:
     next((copied / "nih" / "images_001" / "images").iterdir()).unlink()
     source = read(copied / "nih")
@@ -243,6 +261,14 @@ def test_chexpert_policies(copied: Path) -> None:
     assert numbers["positive"] == numbers["ignore"] + Counter({1: uncertain})
 
 
+def test_chexpert_views_in_small_letters(copied: Path) -> None:
+    path = copied / "chexpert" / "train.csv"
+    expected = read(copied / "chexpert")
+    path.write_text(path.read_text().replace("Frontal,", "frontal,"))
+    found = read(copied / "chexpert")
+    assert (found.studies, found.left_out) == (expected.studies, expected.left_out)
+
+
 def test_chexpert_labels_are_checked(copied: Path) -> None:
     path = copied / "chexpert" / "train.csv"
     path.write_text(re.sub(r"1\.0$", "3.0", path.read_text(), count=1, flags=re.MULTILINE))
@@ -270,6 +296,15 @@ def test_vindr_needs_more_than_half_of_the_readers(copied: Path) -> None:
         writer.writeheader()
         writer.writerows(kept)
     assert sum(s.target for s in read(copied / "vindr").studies) == 0
+
+
+def test_vindr_files_may_have_other_endings(copied: Path) -> None:
+    expected = [study.key for study in read(copied / "vindr").studies]
+    for number, path in enumerate(sorted((copied / "vindr" / "train").iterdir())):
+        path.rename(path.with_suffix((".DICOM", ".jpeg", ".tiff")[number % 3]))
+    source = read(copied / "vindr")
+    assert [study.key for study in source.studies] == expected
+    assert source.rejected == ()
 
 
 def test_vindr_has_no_patients(phantoms: Path) -> None:

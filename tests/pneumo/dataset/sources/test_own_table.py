@@ -76,6 +76,7 @@ def test_a_patient_has_one_key_in_every_layout_under_one_secret(
         (["images/0.png,p,2"], "row 2: a target that is neither 0 nor 1"),
         (["images/0.png,p,"], "row 2: a target that is neither 0 nor 1"),
         (["images/0.png,,1"], "row 2: no patient"),
+        (["images/0.png,nan,1"], "row 2: no patient"),
     ],
 )
 def test_a_mistake_is_told_by_its_row(tmp_path: Path, lines: list[str], message: str) -> None:
