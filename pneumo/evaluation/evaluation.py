@@ -33,7 +33,7 @@ from pneumo.evaluation.baselines import (
     view_statistics,
 )
 from pneumo.evaluation.bootstrap import MapBlocks, StatisticBuilders, StatisticSet
-from pneumo.evaluation.calibration import Calibration, Scaling, calibrate
+from pneumo.evaluation.calibration import Calibration, calibrate
 from pneumo.evaluation.decision_curve import (
     DecisionCurve,
     net_benefit_statistic,
@@ -55,9 +55,8 @@ from pneumo.evaluation.operating_points import (
 from pneumo.evaluation.predictions import Predictions, find_fault
 from pneumo.evaluation.reliability import (
     Reliability,
-    describe_bins,
+    evaluate_reliability,
     reliability_statistics,
-    summarise_reliability,
 )
 from pneumo.evaluation.subgroups import Subgroups, evaluate_subgroups, subgroup_statistics
 
@@ -269,8 +268,8 @@ def evaluate_split(
     metadata_score = functools.cache(lambda: fitted.metadata.score(rows))
     found = _resample(rows, fitted, metadata_score, fault, config, seed=seed, map_blocks=map_blocks)
     roc, precision_recall = _find_curves(rows, fault)
-    before = _summarise_reliability(rows, found["before"], found["recalibration"], None)
-    after, net_benefit = _evaluate_calibrated(rows, found, fitted.calibration)
+    recalibration, scaling = found["recalibration"], fitted.calibration.chosen
+    before = evaluate_reliability(rows, None, found["before"], recalibration)
     return SplitEvaluation(
         split=split,
         n=len(rows),
@@ -281,22 +280,20 @@ def evaluate_split(
         **{name: found["headlines"].estimate("values", i) for i, name in enumerate(_HEADLINES)},
         auroc_delong=_delong(rows, fault),
         auroc_delong_clustered=_delong(rows, fault, rows.patient),
-        at=_evaluate_at_points(rows, fitted.points, found["points"]),
+        at=evaluate_points(rows, fitted.points, found["points"]),
         roc=roc,
         precision_recall=precision_recall,
         log_loss=before.log_loss,
         brier=before.brier,
         before=before,
-        after=after,
-        decision_curve=net_benefit,
+        after=evaluate_reliability(rows, scaling, found["after"], recalibration),
+        decision_curve=summarise_net_benefit(rows, found["net_benefit"]),
         subgroups=evaluate_subgroups(rows, fitted.threshold, found, config.min_patients),
         view=compare_with_view(rows, fitted.sicker_view, found),
         metadata=compare_with_metadata(rows, metadata_score, found),
     )
 
 
-NUM_BINS = 10
-"""Bins of equal size in the reliability curve and the calibration error."""
 _HEADLINES = ("auroc", "average_precision", "sensitivity_at_specificity_90")
 
 
@@ -312,70 +309,32 @@ def _resample(
 ) -> dict[str, StatisticSet]:
     """All that needs the bootstrap, in one pass over the same resamples."""
     scores = rows.target, rows.logit
-    scaling = fitted.calibration.chosen
-    min_patients = config.min_patients
-    scaling_slope = 1.0 if scaling is None else scaling.slope
-    sample = functools.cache(lambda: LogitSample.of(*scores, scaling_slope))
+    scaling, min_patients = fitted.calibration.chosen, config.min_patients
+    sample = functools.cache(lambda: LogitSample.of(*scores, scaling.slope if scaling else 1.0))
     sets: StatisticBuilders = {
         "headlines": lambda: {"values": ranking.headline_statistic(*scores, 0.9)},
         "points": lambda: {"outcomes": outcomes_statistic(rows, fitted.points)},
         "recalibration": lambda: {"fit": recalibration_statistic(sample())},
-        "before": lambda: reliability_statistics(sample(), None, NUM_BINS),
-        "after": lambda: reliability_statistics(sample(), scaling, NUM_BINS),
+        "before": lambda: reliability_statistics(sample(), None),
+        "after": lambda: reliability_statistics(sample(), scaling),
         "net_benefit": lambda: {"curve": net_benefit_statistic(rows)},
         **subgroup_statistics(rows, fitted.threshold, min_patients),
         **view_statistics(rows, fitted.sicker_view, min_patients),
         **metadata_statistics(rows, metadata_score, min_patients),
     }
-    if fault is not None:
-        return dict.fromkeys(sets, StatisticSet({}, fault))
-    return bootstrap.resample_sets(
+    without = {} if fault is None else dict.fromkeys(sets, StatisticSet({}, fault))
+    if scaling is None:
+        reason = f"no calibration: {fitted.calibration.reason}"
+        without |= dict.fromkeys(("after", "net_benefit"), StatisticSet({}, reason))
+    found = bootstrap.resample_sets(
         rows.patient,
-        sets,
+        {name: build for name, build in sets.items() if name not in without},
         resamples=config.bootstrap_resamples,
         seed=seed,
         effective_patients=rows.count_rarer_class(),
         map_blocks=map_blocks,
     )
-
-
-def _evaluate_at_points(
-    rows: Predictions, points: Mapping[str, OperatingPoint], part: StatisticSet
-) -> dict[str, PointEvaluation]:
-    if part.reason is None:
-        return evaluate_points(rows, points, part.resampled["outcomes"])
-    return {
-        name: PointEvaluation.undefined(
-            part.reason if point.logit is not None else f"no threshold: {point.reason}"
-        )
-        for name, point in points.items()
-    }
-
-
-def _summarise_reliability(
-    rows: Predictions,
-    part: StatisticSet,
-    recalibration: StatisticSet,
-    scaling: Scaling | None,
-) -> Reliability:
-    if part.reason is not None:
-        return Reliability.undefined(part.reason)
-    facts = describe_bins(rows, scaling, NUM_BINS)
-    return summarise_reliability(part.resampled, recalibration, facts, scaling)
-
-
-def _evaluate_calibrated(
-    rows: Predictions, found: Mapping[str, StatisticSet], calibration: Calibration
-) -> tuple[Reliability, DecisionCurve]:
-    """Reliability and decision curve of the calibrated probabilities."""
-    if calibration.chosen is None:
-        reason = f"no calibration: {calibration.reason}"
-        return Reliability.undefined(reason), DecisionCurve.undefined(reason)
-    after = _summarise_reliability(rows, found["after"], found["recalibration"], calibration.chosen)
-    part = found["net_benefit"]
-    if part.reason is not None:
-        return after, DecisionCurve.undefined(part.reason)
-    return after, summarise_net_benefit(part.resampled["curve"], rows)
+    return found | without
 
 
 def _delong(

@@ -19,7 +19,7 @@ from scipy.special import expit
 from pneumo.config import EvaluateConfig
 from pneumo.errors import MetricError
 from pneumo.evaluation import metrics, thresholds
-from pneumo.evaluation.bootstrap import Resampled, SampleWeights, Statistic, divide
+from pneumo.evaluation.bootstrap import Resampled, SampleWeights, Statistic, StatisticSet, divide
 from pneumo.evaluation.estimates import WILSON, Estimate, Floats, as_json, wilson, with_wilson
 from pneumo.evaluation.metrics import Confusion
 from pneumo.evaluation.predictions import Predictions
@@ -234,17 +234,20 @@ def code_outcomes(rows: Predictions, threshold: float | None) -> npt.NDArray[np.
 
 
 def evaluate_points(
-    rows: Predictions, points: Mapping[str, OperatingPoint], found: Resampled
+    rows: Predictions, points: Mapping[str, OperatingPoint], part: StatisticSet
 ) -> dict[str, PointEvaluation]:
-    """The metrics of `rows` at every point; `found` has their resampled `outcomes_statistic`."""
+    """The metrics of `rows` at every point; `part` has their `outcomes_statistic` as `outcomes`."""
     found_at = {}
     start = 0
     for name, point in points.items():
         if point.logit is None:
             found_at[name] = PointEvaluation.undefined(f"no threshold: {point.reason}")
             continue
-        four = slice(start, start + 4)
-        found_at[name] = _evaluate_at(rows, point.logit, found.take(four))
+        if part.reason is not None:
+            found_at[name] = PointEvaluation.undefined(part.reason)
+            continue
+        cells = part.resampled["outcomes"].take(slice(start, start + 4))
+        found_at[name] = _evaluate_at(rows, point.logit, cells)
         start += 4
     return found_at
 
