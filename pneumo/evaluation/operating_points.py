@@ -18,7 +18,7 @@ from scipy.special import expit
 
 from pneumo.config import EvaluateConfig
 from pneumo.errors import MetricError
-from pneumo.evaluation import metrics, thresholds
+from pneumo.evaluation import metrics
 from pneumo.evaluation.bootstrap import Resampled, SampleWeights, Statistic, StatisticSet, divide
 from pneumo.evaluation.estimates import WILSON, Estimate, Floats, as_json, wilson, with_wilson
 from pneumo.evaluation.metrics import Confusion
@@ -162,9 +162,9 @@ def _choose(
 ) -> OperatingPoint:
     words = "Youden's index" if rule == "youden" else f"{rule} ≥ {_spell(target)}"
     rules: Mapping[ThresholdRule, Callable[[npt.ArrayLike, npt.ArrayLike], float]] = {
-        "youden": thresholds.youden_threshold,
-        "sensitivity": partial(thresholds.sensitivity_threshold, sensitivity=target),
-        "specificity": partial(thresholds.specificity_threshold, specificity=target),
+        "youden": metrics.youden_threshold,
+        "sensitivity": partial(metrics.sensitivity_threshold, sensitivity=target),
+        "specificity": partial(metrics.specificity_threshold, specificity=target),
     }
     try:
         threshold = rules[rule](val.target, val.logit)
