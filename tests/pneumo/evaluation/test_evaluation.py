@@ -146,7 +146,7 @@ def test_view_baseline_uses_only_studies_of_known_view():
     train = Metadata.of(found)
     baseline = evaluate(replaced(found, view=view), config=CONFIG, seed=0, train=train).val.view
     assert baseline.n == 180
-    assert present(baseline.view_only_auroc.value) > 0.6
+    assert present(baseline.alone_auroc.value) > 0.6
     assert present(baseline.gain.value) > 0
 
     unknown = evaluate(
