@@ -3,7 +3,7 @@
     python -m jobs.leave_one_out --stores A,B,C --run URL [--balanced] [settings of train, evaluate]
 
 Writes a run for each, `URL/without-<store>`, and prints the AUROCs on its own test split and on the
-store left out. Finished runs are not repeated.
+store left out. Finished runs are not repeated; they are of the stores that `URL/stores.json` names.
 """
 
 import argparse
@@ -50,6 +50,7 @@ def leave_one_out(argv: Sequence[str]) -> None:
         from pneumo.dataset.joining import check_stores  # slow to import
 
         check_stores(stores, tell)
+    _check_same_stores(storage.join(storage.normalise(options.run), "stores.json"), sorted(names))
     lines = []
     for left_out, name, run_url in zip(stores, names, run_urls, strict=True):
         others = [url for url in stores if url != left_out]
@@ -58,6 +59,18 @@ def leave_one_out(argv: Sequence[str]) -> None:
         lines.append(f"{name:24} own test {own}  on {name} {external}")
     print("AUROC of each run, which was trained without the store")
     print("\n".join(lines))
+
+
+def _check_same_stores(url: str, names: list[str]) -> None:
+    """Write the names of the stores to `url`. Raises ConfigError where others are there: every run
+    that was trained with them is of another set of stores."""
+    found = storage.find_text(url)
+    if found is not None and json.loads(found) != names:
+        raise ConfigError(
+            f"--run: its runs are of the stores {', '.join(json.loads(found))}; give another --run "
+            f"for {', '.join(names)}"
+        )
+    storage.write_text(url, json.dumps(names))
 
 
 def _show(auroc: float | None) -> str:

@@ -22,7 +22,7 @@ _PLACES = {
     "open_store": "pneumo.notebook",
     "prepare_store": "pneumo.notebook",
     "write_phantoms": "pneumo.dataset.phantoms.source_folder",
-    "youden_threshold": "pneumo.evaluation.thresholds",
+    "youden_threshold": "pneumo.evaluation.metrics",
 }
 __all__ = list(_PLACES)
 

@@ -37,7 +37,9 @@ class Store:
     """Of all splits: key, patient, split, target, finding, boxes, age, sex, view."""
 
     def split(self, name: str) -> list[StudyRow]:
-        """The studies of 'train', 'val' or 'test'."""
+        """The studies of 'train', 'val' or 'test'. Raises ValueError for another name."""
+        if name not in self.manifest.splits:
+            raise ValueError(f"no split {name!r}; give one of {', '.join(self.manifest.splits)}")
         return [study for study in self.studies if study.split == name]
 
     def pictures(self, studies: Sequence[StudyRow]) -> list[Picture]:
@@ -94,12 +96,19 @@ class Model:
 
     def logits(self, pictures: Sequence[Picture]) -> npt.NDArray[np.float32]:
         """The logit (N,) of each picture (S, S) uint8; above 0 is a probability above 1/2."""
-        parts = [pictures[start : start + 64] for start in range(0, len(pictures), 64)]
-        return np.concatenate([score_images([self.member], part) for part in parts])
+        parts = [score_images([self.member], part) for part in _batch(pictures)]
+        return np.concatenate([np.empty(0, dtype=np.float32), *parts])
 
     def maps(self, pictures: Sequence[Picture]) -> Maps:
         """Grad-CAM (N, H, W) in [0, 1]: where the network saw what raised its logit."""
-        return gradcam(self.member.network, prepare_input(pictures, self.member))
+        network, size = self.member.network, self.member.image_size
+        parts = [gradcam(network, prepare_input(part, self.member)) for part in _batch(pictures)]
+        return np.concatenate([np.empty((0, size, size), dtype=np.float32), *parts])
+
+
+def _batch(pictures: Sequence[Picture], size: int = 64) -> list[Sequence[Picture]]:
+    """As many at a time as the memory holds."""
+    return [pictures[start : start + size] for start in range(0, len(pictures), size)]
 
 
 def load_model(run_url: str | Path) -> Model:

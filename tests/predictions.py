@@ -90,7 +90,7 @@ def evaluate_threshold(
     points = {"p": OperatingPoint("p", "", float(logit(threshold)))}
     statistic = {"outcomes": outcomes_statistic(rows, points)}
     found = bootstrap.resample(rows.patient, statistic, resamples=resamples, seed=seed)
-    return evaluate_points(rows, points, found["outcomes"])["p"]
+    return evaluate_points(rows, points, bootstrap.StatisticSet(found))["p"]
 
 
 def with_scores(

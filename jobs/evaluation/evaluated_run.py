@@ -151,14 +151,7 @@ def _load_trained_on(found: RunCheckpoint, store_url: str, manifest: Manifest) -
 
 def read_other_predictions(run_url: str, studies: Mapping[str, StudyRow]) -> Predictions:
     """Another run's predictions. Raises RunError where it was evaluated on other studies."""
-    url = storage.join(storage.normalise(run_url), PREDICTIONS)
-    try:
-        other = Predictions.from_parquet(storage.read_bytes(url))
-    except KeyError as error:
-        raise RunError(
-            f"--compare-with {run_url}: its {PREDICTIONS} has no column {error}: an older version "
-            "wrote it; evaluate it again with --overwrite"
-        ) from error
+    other = read_predictions(run_url, "--compare-with")
     evaluated = {key for key, row in studies.items() if row.split in EVALUATED_SPLITS}
     if set(other.key.tolist()) != evaluated:
         raise RunError(
@@ -166,6 +159,19 @@ def read_other_predictions(run_url: str, studies: Mapping[str, StudyRow]) -> Pre
             "evaluate both runs on one store"
         )
     return other
+
+
+def read_predictions(run_url: str, flag: str) -> Predictions:
+    """The predictions of the run that `flag` names. Raises RunError for those that are broken, or
+    of an older version."""
+    data = storage.read_bytes(storage.join(storage.normalise(run_url), PREDICTIONS))
+    try:
+        return Predictions.from_parquet(data)
+    except (KeyError, ValueError) as error:
+        raise RunError(
+            f"{flag} {run_url}: its {PREDICTIONS} is broken, or of an older version ({error}); "
+            "evaluate the run again with --overwrite"
+        ) from error
 
 
 def find_metrics(run_url: str) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ from jobs.evaluation.evaluated_run import (
     PREDICTIONS,
     find_evaluated_checkpoints,
     find_metrics,
+    read_predictions,
 )
 from jobs.evaluation.ray_resampling import choose_map
 from jobs.evaluation.ray_scoring import ScoredStore, Scoring, score_splits
@@ -115,7 +116,7 @@ def _read_trained(arguments: EvaluateArguments, config: Config) -> TrainedRun:
     members = [storage.normalise(url) for url in arguments.members]
     checkpoints = find_evaluated_checkpoints([run_url, *members], rule)
     studies = read_studies(store_url, manifest)
-    predictions = Predictions.from_parquet(storage.read_bytes(storage.join(run_url, PREDICTIONS)))
+    predictions = read_predictions(run_url, "--run")
     train = fit_metadata(Metadata.of_split(studies.values(), "train"))
     frozen = FrozenChoices(points, rule.calibration, train)
     return TrainedRun(

@@ -4,9 +4,9 @@ import json
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import ray
 import tomli_w
@@ -24,7 +24,6 @@ from pneumo.evaluation.map_scores import SaliencySummary
 from pneumo.evaluation.member_spread import MemberSpread
 from pneumo.reporting.figures import case_pictures, charts, data_charts
 from pneumo.reporting.figures.case_pictures import Pictures
-from pneumo.reporting.figures.data_charts import shrink_sheet
 from pneumo.reporting.page.formatting import count
 from pneumo.reporting.page.page import MAX_PAGE_BYTES, describe_report, render_report
 from pneumo.reporting.page.page_inputs import DataFacts, ModelFacts, Provenance
@@ -48,13 +47,6 @@ class Results:
     compared: ComparedRuns | None
     members: MemberSpread | None = None
     """Each run of an ensemble alone."""
-
-    def shrink(self, size: int) -> Self:
-        """The same with images of at most `size` pixels in height."""
-        sheets = [shrink_sheet(sheet, size) for sheet in self.data.contact]
-        return replace(
-            self, data=replace(self.data, contact=sheets), pictures=self.pictures.shrink(size)
-        )
 
 
 # --- metrics.json ---------------------------------------------------------------------------------

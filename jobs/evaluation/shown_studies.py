@@ -1,8 +1,8 @@
 """The studies of test that an evaluation shows, and the saliency maps of all positives."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -28,10 +28,7 @@ from pneumo.evaluation.map_scores import (
 from pneumo.evaluation.operating_points import Decision
 from pneumo.evaluation.predictions import Predictions
 from pneumo.evaluation.shown_studies import (
-    GalleryChoice,
-    Outcome,
-    SampledStudy,
-    Why,
+    ShownStudy,
     choose_errors,
     choose_gallery,
     count_errors,
@@ -58,78 +55,42 @@ def choose_pictures(
     """
     if decision.logit is None:
         return Pictures.none(str(decision.reason))
-    test, settings = predictions.subset("test"), config.evaluate
-    chosen = choose_rows(test, decision.logit, config)
-    shown = explain_studies(scored, "test", test.key[chosen.union].tolist(), config)
+    test, seed = predictions.subset("test"), config.seed
+    called, per_outcome = (test.target, test.logit, decision.logit), config.evaluate.pictures
+    grid = np.random.default_rng(seed).permutation(len(test))[:GRID_PICTURES].tolist()
+    gallery = choose_gallery(*called, per_outcome=per_outcome, seed=seed)
+    errors = choose_errors(*called, count=2 * per_outcome)
+    sample = sample_studies(*called, view=test.view, per_stratum=TABLE_PICTURES, seed=seed)
+    groups = (sample, *gallery.values(), *errors.values())
+    rows = sorted({*grid, *(one.row for group in groups for one in group)})
+    explained = explain_studies(scored, "test", test.key[rows].tolist(), config)
 
-    def case(row: int, why: Why | None = None, stratum_size: int | None = None) -> Case:
+    def case(row: int) -> Case:
         key = str(test.key[row])
-        made = make_case(studies[key], shown[key], test.take(np.array([row])), decision)
-        return replace(made, why=why, stratum_size=stratum_size)
+        return make_case(studies[key], explained[key], test.take(np.array([row])), decision)
+
+    def show(group: Sequence[ShownStudy]) -> list[Case]:
+        return [replace(case(one.row), why=one.why, stratum_size=one.stratum_size) for one in group]
 
     return Pictures(
-        grid=[replace(case(row), boxes=(), cam=None) for row in chosen.grid],
-        gallery={o: [case(c.row, c.why) for c in rows] for o, rows in chosen.gallery.items()},
-        errors={
-            o: [case(row, "most certain") for row in rows] for o, rows in chosen.errors.items()
-        },
+        grid=[replace(case(row), boxes=(), cam=None) for row in grid],
+        gallery={outcome: show(group) for outcome, group in gallery.items()},
+        errors={outcome: show(group) for outcome, group in errors.items()},
         by_finding=count_errors(
             test.finding,
-            test.target,
-            test.logit,
-            decision.logit,
+            *called,
             patient=test.patient,
-            resamples=settings.bootstrap_resamples,
-            seed=config.seed,
+            resamples=config.evaluate.bootstrap_resamples,
+            seed=seed,
         ),
-        sample=[case(draw.row, "random", draw.stratum_size) for draw in chosen.sample],
+        sample=show(sample),
     )
-
-
-@dataclass(frozen=True)
-class ShownRows:
-    """The rows of test that are shown, by place."""
-
-    grid: list[int]
-    gallery: Mapping[Outcome, list[GalleryChoice]]
-    errors: Mapping[Outcome, list[int]]
-    sample: list[SampledStudy]
-
-    @property
-    def union(self) -> list[int]:
-        """All rows, each once."""
-        rows = [*self.grid, *(draw.row for draw in self.sample)]
-        rows += [choice.row for choices in self.gallery.values() for choice in choices]
-        rows += [row for some in self.errors.values() for row in some]
-        return sorted(set(rows))
 
 
 GRID_PICTURES = 16
 """Random studies of test in the grid."""
 TABLE_PICTURES = 4
 """Random studies of each outcome and view in W&B's table of predictions."""
-
-
-def choose_rows(test: Predictions, threshold: float, config: Config) -> ShownRows:
-    """A random grid, a gallery of each outcome, the most certain errors, and a random sample of
-    each outcome and view."""
-    pictures, seed = config.evaluate.pictures, config.seed
-    called = (test.target, test.logit, threshold)
-    grid = np.random.default_rng(seed).permutation(len(test))[:GRID_PICTURES]
-    errors = choose_errors(*called, count=2 * pictures)
-    return ShownRows(
-        grid=grid.tolist(),
-        gallery=choose_gallery(*called, per_outcome=pictures, seed=seed),
-        errors={outcome: rows.tolist() for outcome, rows in errors.items()},
-        sample=sample_studies(
-            test.target,
-            test.logit,
-            test.view,
-            threshold,
-            per_stratum=TABLE_PICTURES,
-            seed=seed,
-        ),
-    )
 
 
 def make_case(

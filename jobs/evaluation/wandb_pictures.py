@@ -2,28 +2,17 @@
 
 import io
 import json
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from jobs.evaluation.result_files import Results
 from pneumo.reporting.figures import case_pictures, data_charts, style
 from pneumo.reporting.figures.case_pictures import Case, shrink
-from pneumo.reporting.tracking.media import (
-    Gallery,
-    Mask,
-    Media,
-    Picture,
-    Scalar,
-    Table,
-)
+from pneumo.reporting.tracking.media import Gallery, Media, Picture, Scalar, Table
 
-CAM_LEVELS: Mapping[int, str] = {1: "map ≥ 25 %", 2: "map ≥ 50 %", 3: "map ≥ 75 %"}
-"""Classes of the mask: fractions of the map's own maximum."""
 STUDIES = "eval/predictions"
 _COLUMNS = ("outcome", "label", "probability", "threshold", "finding", "view", "age band", "boxes",
             "drawn of")  # fmt: skip
@@ -67,30 +56,23 @@ def _describe(key: str, picture: Picture, cells: str | None = None) -> dict[str,
         "caption": picture.caption,
         "picture": picture.data,
         "boxes": [list(box) for box in picture.boxes],
-        "map": picture.mask and picture.mask.classes,
+        "map": picture.map_levels,
         "cells": cells,
     }
 
 
 def show_case(case: Case) -> Picture:
     """The study with the readers' boxes and the network's map as overlays."""
-    has_map = case.cam is not None and bool(np.isfinite(case.cam).all())
-    overlay = Mask(_draw_levels(case), CAM_LEVELS, "Grad-CAM") if has_map else None
+    levels = None
+    if case.cam is not None and np.isfinite(case.cam).all():
+        rows, columns = (
+            (np.arange(shown) * given // shown)
+            for shown, given in zip(case.image.shape, case.cam.shape, strict=True)
+        )
+        cam = case.cam[np.ix_(rows, columns)]
+        levels = style.encode_image(np.digitize(cam, [0.25, 0.5, 0.75]).astype(np.uint8), "png")
     caption = f"{case.outcome.upper()}  {case.caption}"
-    return Picture(style.encode_image(case.image), caption, case.boxes, mask=overlay)
-
-
-def _draw_levels(case: Case) -> bytes:
-    """The map's level at each pixel, 0 to 3, as a gray PNG of the picture's size."""
-    assert case.cam is not None
-    rows, columns = (
-        (np.arange(shown) * given // shown)
-        for shown, given in zip(case.image.shape, case.cam.shape, strict=True)
-    )
-    levels = np.digitize(case.cam[np.ix_(rows, columns)], [0.25, 0.5, 0.75]).astype(np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(levels).save(buffer, "PNG")
-    return buffer.getvalue()
+    return Picture(style.encode_image(case.image), caption, case.boxes, levels)
 
 
 def _list_cells(case: Case) -> list[Scalar]:
@@ -108,10 +90,8 @@ def read_pictures(data: bytes) -> dict[str, Media]:
     galleries: dict[str, list[Picture]] = {}
     studies: list[list[Picture | Scalar]] = []
     for row in pq.read_table(io.BytesIO(data)).to_pylist():
-        mask = Mask(row["map"], CAM_LEVELS, "Grad-CAM") if row["map"] else None
-        picture = Picture(
-            row["picture"], row["caption"], [tuple(b) for b in row["boxes"]], mask=mask
-        )
+        boxes = [tuple(box) for box in row["boxes"]]
+        picture = Picture(row["picture"], row["caption"], boxes, row["map"])
         if row["key"] == STUDIES:
             studies.append([picture, *json.loads(row["cells"])])
         else:

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def write_tracking(
     """Write to `folder` what W&B gets besides the run's own files, with the page of `report`; no
     study's picture in it is higher than LARGEST_PIXELS."""
     folder.mkdir(exist_ok=True)
-    small, quality = results.shrink(LARGEST_PIXELS), results.data.quality
+    pictures, quality = results.pictures.shrink(LARGEST_PIXELS), results.data.quality
     record = {
         "tracking": tracking.model_dump(mode="json"),
         "models": [
@@ -93,8 +94,8 @@ def write_tracking(
         },
     }
     (folder / _RECORD).write_text(json.dumps(record, indent=1))
-    (folder / REPORT).write_text(render_report(report, small.pictures))
-    pq.write_table(list_pictures(small), folder / _PICTURES)
+    (folder / REPORT).write_text(render_report(report, pictures))
+    pq.write_table(list_pictures(replace(results, pictures=pictures)), folder / _PICTURES)
 
 
 def read_evaluation(run_url: str) -> TrackedRun | None:

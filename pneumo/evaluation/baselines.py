@@ -147,12 +147,12 @@ def fit_metadata(train: Metadata | None) -> MetadataModel:
 
 @dataclass(frozen=True)
 class Baseline:
-    """The model compared with the metadata, on the same studies."""
+    """The model compared with what is known without any pixel, on the same studies."""
 
     n: int
-    """Studies with the metadata."""
+    """Studies of which it is known."""
     alone_auroc: Estimate
-    """AUROC of the metadata alone."""
+    """AUROC of it alone."""
     model_auroc: Estimate
     """The model's AUROC on the same studies."""
     gain: Estimate
@@ -161,27 +161,20 @@ class Baseline:
 
 
 @dataclass(frozen=True)
-class ViewBaseline:
-    """The model compared with the view alone, on the same studies."""
+class ViewBaseline(Baseline):
+    """The model compared with the view alone: 1 for `sicker_view`, 0 for the other."""
 
-    n: int
-    """Studies whose view is known."""
     sicker_view: Literal["AP", "PA"] | None
     """The view that counts as positive: that with the larger fraction of positives in train."""
-    view_only_auroc: Estimate
-    """AUROC of 1 for `sicker_view`, 0 for the other."""
-    model_auroc: Estimate
-    """The model's AUROC on the same studies."""
-    gain: Estimate
-    """model_auroc - view_only_auroc, over the same resamples."""
     within: Mapping[str, Estimate]
     """The model's AUROC within AP and within PA, where the view cannot help."""
-    gain_delong: PairedTest
 
     def to_json(self) -> dict[str, Any]:
-        """The fields by name, `within` as `auroc_within_AP` and `auroc_within_PA`."""
+        """The fields by name, `alone_auroc` as `view_only_auroc`, `within` as `auroc_within_AP` and
+        `auroc_within_PA`."""
         by_view = {f"auroc_within_{view}": found for view, found in self.within.items()}
-        return {**as_json(self, leave_out={"within"}), **as_json(by_view)}
+        named = {"view_only_auroc": self.alone_auroc, **by_view}
+        return {**as_json(self, leave_out={"alone_auroc", "within"}), **as_json(named)}
 
 
 def view_statistics(rows: Predictions, sicker: SickerView, min_patients: int) -> StatisticBuilders:
@@ -222,13 +215,9 @@ def compare_with_view(
     """The model compared with the view, on the studies of `rows` whose view is known."""
     known = rows.take(rows.view != "")
     return ViewBaseline(
-        n=len(known),
+        **vars(_compare(known, known.view == sicker.view, found["view"])),
         sicker_view=sicker.view,
-        view_only_auroc=found["view"].estimate("pair", 1),
-        model_auroc=found["view"].estimate("pair", 0),
-        gain=found["view"].difference("pair"),
         within={name: found[f"view/{name}"].estimate("auroc") for name in ("AP", "PA")},
-        gain_delong=_test_gain(known, known.view == sicker.view, found["view"].reason),
     )
 
 
@@ -250,21 +239,23 @@ def compare_with_metadata(
     rows: Predictions, score: Callable[[], Floats], found: Mapping[str, StatisticSet]
 ) -> Baseline:
     """The model compared with the metadata; 'unknown' is a value like any other."""
-    reason = found["metadata"].reason
-    known = np.zeros(len(rows)) if reason is not None else score()
+    part = found["metadata"]
+    return _compare(rows, np.zeros(len(rows)) if part.reason is not None else score(), part)
+
+
+def _compare(rows: Predictions, score: npt.NDArray[Any], part: StatisticSet) -> Baseline:
+    """The model compared with a `score` (N,) of its studies."""
+    if part.reason is None:
+        gain_delong = delong_test(rows.target, rows.logit, score, rows.patient)
+    else:
+        gain_delong = PairedTest(Estimate.undefined(part.reason), None)
     return Baseline(
         n=len(rows),
-        alone_auroc=found["metadata"].estimate("pair", 1),
-        model_auroc=found["metadata"].estimate("pair", 0),
-        gain=found["metadata"].difference("pair"),
-        gain_delong=_test_gain(rows, known, reason),
+        alone_auroc=part.estimate("pair", 1),
+        model_auroc=part.estimate("pair", 0),
+        gain=part.difference("pair"),
+        gain_delong=gain_delong,
     )
-
-
-def _test_gain(rows: Predictions, score: npt.NDArray[Any], reason: str | None) -> PairedTest:
-    if reason is not None:
-        return PairedTest(Estimate.undefined(reason), None)
-    return delong_test(rows.target, rows.logit, score, rows.patient)
 
 
 def _auroc(rows: Predictions, part: npt.NDArray[np.bool_]) -> Statistic:

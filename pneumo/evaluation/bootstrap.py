@@ -164,7 +164,7 @@ def resample(
     nor on `map_blocks`. (Field & Welsh 2007: bootstrapping clustered data.)
     """
     name, index = np.unique(patient, return_inverse=True)
-    if len(index) == 0:
+    if len(index) == 0 or not statistics:
         return {
             key: Resampled(np.full(1, np.nan), np.full((1, 1), np.nan), 0) for key in statistics
         }

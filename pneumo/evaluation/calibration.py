@@ -101,15 +101,13 @@ def calibrate(val: Predictions, *, min_patients: int, seed: int) -> Calibration:
         check_enough(val, "youden", min_patients)
     except MetricError as error:
         return Calibration(None, None, None, None, f"val: {error}")
-    folds = _draw_folds(val.patient, seed)
     losses = {"none": _log_losses(positive, logit)}
     before = float(np.mean(losses["none"]))
     fitted: dict[str, Scaling] = {"none": Scaling("none", 1.0, 0.0, before)}
     for method in ("temperature", "platt"):
         slope, intercept = fit_scaling(method, positive, logit)
         if slope > 0:
-            scaled = _scale_held_out(method, positive, logit, folds)
-            losses[method] = _log_losses(positive, scaled)
+            losses[method] = cross_validated_losses(method, positive, logit, val.patient, seed=seed)
             fitted[method] = Scaling(method, slope, intercept, float(np.mean(losses[method])))
     if "platt" not in fitted:
         reason = "val: a higher logit does not mean a higher risk, so scaling can't correct it"
@@ -173,29 +171,17 @@ def cross_validated_losses(
     Raises MetricError for one class only, a NaN or an infinity.
     """
     positive, logit64 = check_scores(target, logit)
-    scaled = _scale_held_out(method, positive, logit64, _draw_folds(patient, seed))
-    return _log_losses(positive, scaled)
-
-
-def _scale_held_out(
-    method: Method, positive: npt.NDArray[np.bool_], logit: Floats, folds: npt.NDArray[np.intp]
-) -> Floats:
-    scaled = np.empty(len(logit))
+    name, index = np.unique(patient, return_inverse=True)
+    folds = np.random.default_rng(seed).permutation(len(name))[index] % FOLDS
+    scaled = np.empty(len(logit64))
     for fold in range(FOLDS):
         held_out = folds == fold
         try:
-            slope, intercept = fit_scaling(method, positive[~held_out], logit[~held_out])
+            slope, intercept = fit_scaling(method, positive[~held_out], logit64[~held_out])
         except MetricError:  # a fold of one class only
             slope, intercept = 1.0, 0.0
-        scaled[held_out] = slope * logit[held_out] + intercept
-    return scaled
-
-
-def _draw_folds(patient: npt.NDArray[Any], seed: int) -> npt.NDArray[np.intp]:
-    """The fold of each study (N,), 0 to FOLDS - 1; the studies of a patient are in one fold."""
-    name, index = np.unique(patient, return_inverse=True)
-    order = np.random.default_rng(seed).permutation(len(name))
-    return np.asarray(order[index] % FOLDS)
+        scaled[held_out] = slope * logit64[held_out] + intercept
+    return _log_losses(positive, scaled)
 
 
 def _log_losses(positive: npt.NDArray[np.bool_], logit: Floats) -> Floats:

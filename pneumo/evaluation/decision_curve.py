@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from pneumo.evaluation.bootstrap import Resampled, SampleWeights, Statistic, divide
+from pneumo.evaluation.bootstrap import SampleWeights, Statistic, StatisticSet, divide
 from pneumo.evaluation.estimates import MIN_FOR_INTERVAL, Estimate, Floats
 from pneumo.evaluation.metrics import called_statistic, check_scores
 from pneumo.evaluation.predictions import Predictions
@@ -75,9 +75,11 @@ def net_benefit_statistic(rows: Predictions) -> Statistic:
     return statistic
 
 
-def summarise_net_benefit(found: Resampled, rows: Predictions) -> DecisionCurve:
-    """The curve of `rows`; `found` has their resampled `net_benefit_statistic`."""
-    num = len(THRESHOLDS)
+def summarise_net_benefit(rows: Predictions, part: StatisticSet) -> DecisionCurve:
+    """The curve of `rows`; `part` has their `net_benefit_statistic` as `curve`."""
+    if part.reason is not None:
+        return DecisionCurve.undefined(part.reason)
+    found, num = part.resampled["curve"], len(THRESHOLDS)
     positive = rows.target == 1
     risk = rows.calibrated_probability[positive]
     name, patient = np.unique(rows.patient[positive], return_inverse=True)

@@ -12,7 +12,8 @@ replaces the normal distribution, and the interval of an AUROC is made on the lo
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -39,50 +40,69 @@ class Placements:
     """(N,)"""
     value: Floats
     """(N,); its mean over either class is the AUROC."""
+    patient: npt.NDArray[np.intp]
+    """(N,), numbered from 0; a number for each study where these are taken as independent."""
+    method: str
+    """INDEPENDENT or CLUSTERED."""
 
     @property
     def auroc(self) -> float:
         """The mean over the positives."""
         return float(self.value[self.positive].mean())
 
+    @cached_property
+    def patients_by_class(self) -> list[int]:
+        """The number of patients with a positive study, and with a negative one."""
+        masks = self.positive, ~self.positive
+        return [int(np.count_nonzero(np.bincount(self.patient[rows]))) for rows in masks]
+
+    @property
+    def quantile(self) -> float:
+        """The 97.5 % point: of the normal distribution, by patient of Student's t."""
+        return Z_95 if self.method == INDEPENDENT else t_quantile(min(self.patients_by_class))
+
     def minus(self, other: Placements) -> Placements:
         """Placement values of the difference of two AUROCs on the same studies."""
-        return Placements(self.positive, self.value - other.value)
+        return replace(self, value=self.value - other.value)
 
     def variance(self) -> float:
-        """DeLong's variance, studies taken as independent. Raises MetricError for fewer than two
-        studies of a class."""
-        classes = self.value[self.positive], self.value[~self.positive]
-        if min(len(part) for part in classes) < 2:
-            raise MetricError("DeLong's variance needs two positives and two negatives")
-        return float(sum(part.var(ddof=1) / len(part) for part in classes))
-
-    def count_rarer_class(self, patient: npt.NDArray[np.intp]) -> int:
-        """The number of patients of the class that fewer patients have; they are numbered, (N,)."""
-        of_class = (patient[rows] for rows in (self.positive, ~self.positive))
-        return min(int(np.count_nonzero(np.bincount(part))) for part in of_class)
-
-    def clustered_variance(self, patient: npt.NDArray[np.intp]) -> float:
-        """Obuchowski's variance; patients, numbered from 0 (N,), are taken as independent.
-
-        It is DeLong's where each patient has one study.
+        """Obuchowski's variance, which is DeLong's where each patient has one study.
 
         Raises MetricError for fewer than two patients with a positive or with a negative.
         """
-        num = int(patient.max()) + 1
-        sums, present = [], []
-        for rows in (self.positive, ~self.positive):
-            excess = np.where(rows, self.value - self.auroc, 0.0)
-            sums.append(np.bincount(patient, excess, minlength=num) / rows.sum())
-            present.append(int(np.count_nonzero(np.bincount(patient[rows]))))
+        present = self.patients_by_class
         if min(present) < 2:
-            raise MetricError("DeLong's variance needs two patients of either class")
+            unit = "studies" if self.method == INDEPENDENT else "patients"
+            raise MetricError(f"DeLong's variance needs two {unit} of either class")
+        num, excess = int(self.patient.max()) + 1, self.value - self.auroc
+        sums = [
+            np.bincount(self.patient, np.where(rows, excess, 0.0)) / rows.sum()
+            for rows in (self.positive, ~self.positive)
+        ]
         own = sum(n / (n - 1) * float((s**2).sum()) for s, n in zip(sums, present, strict=True))
         mixed = num / (num - 1) * float((sums[0] * sums[1]).sum())
         return own + 2 * mixed
 
+    def estimate(self) -> Estimate:
+        """The AUROC with an interval that is not clipped, or the reason why there is none."""
+        try:
+            variance = self.variance()
+        except MetricError as error:
+            return Estimate(self.auroc, None, None, self.method, str(error))
+        num = min(self.patients_by_class)
+        if self.method == CLUSTERED and num < MIN_FOR_INTERVAL:
+            why = f"too few patients for an interval: {num} of the rarer class"
+            return Estimate(self.auroc, None, None, self.method, why)
+        if variance < _NO_VARIANCE:
+            why = "these studies show no variance"
+            return Estimate(self.auroc, None, None, self.method, why)
+        margin = self.quantile * math.sqrt(variance)
+        return Estimate(self.auroc, self.auroc - margin, self.auroc + margin, self.method)
 
-def placements(target: npt.ArrayLike, score: npt.ArrayLike) -> Placements:
+
+def placements(
+    target: npt.ArrayLike, score: npt.ArrayLike, patient: npt.NDArray[Any] | None = None
+) -> Placements:
     """The placement values. Raises MetricError for one class only, a NaN or an infinity."""
     positive, score64 = check_scores(target, score)
     rank = rankdata(score64)
@@ -90,7 +110,9 @@ def placements(target: npt.ArrayLike, score: npt.ArrayLike) -> Placements:
     value = np.empty(len(rank))
     value[positive] = (rank[positive] - rankdata(score64[positive])) / (len(rank) - num_positive)
     value[~positive] = 1 - (rank[~positive] - rankdata(score64[~positive])) / num_positive
-    return Placements(positive, value)
+    if patient is None:
+        return Placements(positive, value, np.arange(len(value)), INDEPENDENT)
+    return Placements(positive, value, np.unique(patient, return_inverse=True)[1], CLUSTERED)
 
 
 def delong(
@@ -101,21 +123,22 @@ def delong(
     Without `patient` the interval is too narrow where patients have several studies. Where it is
     undefined the estimate has a reason; nothing is raised.
     """
-    method = INDEPENDENT if patient is None else CLUSTERED
     try:
-        placed = placements(target, score)
+        found = placements(target, score, patient).estimate()
     except MetricError as error:
-        return Estimate.undefined(str(error), method)
-    estimate = _find_interval(placed, _number(patient), method)
-    if estimate.value is None or estimate.low is None or estimate.high is None:
-        return estimate
-    if patient is None or not 0 < estimate.value < 1:
-        low, high = max(0.0, estimate.low), min(1.0, estimate.high)
-    else:
-        centre = float(logit(estimate.value))
-        margin = (estimate.high - estimate.value) / (estimate.value * (1 - estimate.value))
-        low, high = map(float, expit([centre - margin, centre + margin]))
-    return Estimate(estimate.value, low, high, method)
+        return _undefined(error, patient)
+    if found.value is None or found.low is None or found.high is None:
+        return found
+    if patient is None or not 0 < found.value < 1:
+        return replace(found, low=max(0.0, found.low), high=min(1.0, found.high))
+    centre = float(logit(found.value))
+    margin = (found.high - found.value) / (found.value * (1 - found.value))
+    low, high = map(float, expit([centre - margin, centre + margin]))
+    return replace(found, low=low, high=high)
+
+
+def _undefined(error: MetricError, patient: npt.NDArray[Any] | None) -> Estimate:
+    return Estimate.undefined(str(error), INDEPENDENT if patient is None else CLUSTERED)
 
 
 @dataclass(frozen=True)
@@ -143,43 +166,14 @@ def delong_test(
     With `patient` (N,) the variance is Obuchowski's. Undefined input gives a reason; nothing is
     raised.
     """
-    method = INDEPENDENT if patient is None else CLUSTERED
     try:
-        gain = placements(target, first).minus(placements(target, second))
+        gain = placements(target, first, patient).minus(placements(target, second))
     except MetricError as error:
-        return PairedTest(Estimate.undefined(str(error), method), None)
-    index = _number(patient)
-    difference = _find_interval(gain, index, method)
-    if difference.value is None or difference.high is None:
-        return PairedTest(difference, None)
-    num = None if index is None else gain.count_rarer_class(index)
-    distance = abs(difference.value) / (difference.high - difference.value) * _quantile(num)
-    tail = ndtr(-distance) if num is None else stdtr(num - 1, -distance)
-    return PairedTest(difference, float(2 * tail))
-
-
-def _number(patient: npt.NDArray[Any] | None) -> npt.NDArray[np.intp] | None:
-    """The patients (N,) numbered from 0, in the order of their names."""
-    return None if patient is None else np.unique(patient, return_inverse=True)[1]
-
-
-def _find_interval(
-    placed: Placements, patient: npt.NDArray[np.intp] | None, method: str
-) -> Estimate:
-    value = placed.auroc
-    num = None if patient is None else placed.count_rarer_class(patient)
-    try:
-        variance = placed.variance() if patient is None else placed.clustered_variance(patient)
-    except MetricError as error:
-        return Estimate(value, None, None, method, str(error))
-    if num is not None and num < MIN_FOR_INTERVAL:
-        why = f"too few patients for an interval: {num} of the rarer class"
-        return Estimate(value, None, None, method, why)
-    if variance < _NO_VARIANCE:
-        return Estimate(value, None, None, method, "these studies show no variance")
-    margin = _quantile(num) * math.sqrt(variance)
-    return Estimate(value, value - margin, value + margin, method)
-
-
-def _quantile(num_patients: int | None) -> float:
-    return Z_95 if num_patients is None else t_quantile(num_patients)
+        return PairedTest(_undefined(error, patient), None)
+    found = gain.estimate()
+    if found.value is None or found.high is None:
+        return PairedTest(found, None)
+    distance = abs(found.value) / (found.high - found.value) * gain.quantile
+    num = min(gain.patients_by_class)
+    tail = ndtr(-distance) if patient is None else stdtr(num - 1, -distance)
+    return PairedTest(found, float(2 * tail))

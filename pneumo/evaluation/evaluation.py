@@ -17,49 +17,28 @@ import numpy.typing as npt
 
 from pneumo.config import EvaluateConfig
 from pneumo.errors import MetricError
-from pneumo.evaluation import bootstrap, metrics, ranking
-from pneumo.evaluation.baselines import (
-    FEATURES,
-    Baseline,
-    Metadata,
-    MetadataModel,
-    SickerView,
-    ViewBaseline,
-    compare_with_metadata,
-    compare_with_view,
-    find_sicker_view,
-    fit_metadata,
-    metadata_statistics,
-    view_statistics,
+from pneumo.evaluation import (
+    baselines,
+    bootstrap,
+    decision_curve,
+    metrics,
+    operating_points,
+    ranking,
+    reliability,
+    subgroups,
 )
+from pneumo.evaluation.baselines import Baseline, Metadata, MetadataModel, SickerView, ViewBaseline
 from pneumo.evaluation.bootstrap import MapBlocks, StatisticBuilders, StatisticSet
-from pneumo.evaluation.calibration import Calibration, Scaling, calibrate
-from pneumo.evaluation.decision_curve import (
-    DecisionCurve,
-    net_benefit_statistic,
-    summarise_net_benefit,
-)
+from pneumo.evaluation.calibration import Calibration, calibrate
+from pneumo.evaluation.decision_curve import DecisionCurve
 from pneumo.evaluation.delong import delong
 from pneumo.evaluation.estimates import Estimate, Floats, as_json
 from pneumo.evaluation.logistic_regression import LogitSample, recalibration_statistic
 from pneumo.evaluation.metrics import Curve
-from pneumo.evaluation.operating_points import (
-    DECISION,
-    Decision,
-    OperatingPoint,
-    PointEvaluation,
-    choose_points,
-    evaluate_points,
-    outcomes_statistic,
-)
+from pneumo.evaluation.operating_points import DECISION, Decision, OperatingPoint, PointEvaluation
 from pneumo.evaluation.predictions import Predictions, find_fault
-from pneumo.evaluation.reliability import (
-    Reliability,
-    describe_bins,
-    reliability_statistics,
-    summarise_reliability,
-)
-from pneumo.evaluation.subgroups import Subgroups, evaluate_subgroups, subgroup_statistics
+from pneumo.evaluation.reliability import Reliability
+from pneumo.evaluation.subgroups import Subgroups
 
 METRICS_SCHEMA_VERSION = 4
 
@@ -164,7 +143,7 @@ class Evaluation:
             "calibration": self.calibration.to_json(),
             "baselines": {
                 "metadata": {
-                    "features": list(FEATURES),
+                    "features": list(baselines.FEATURES),
                     "fitted_on": "train",
                     "n": self.metadata.n,
                     **({} if self.metadata.reason is None else {"reason": self.metadata.reason}),
@@ -244,13 +223,15 @@ def evaluate(
 def _fit(val: Predictions, train: Metadata | None, config: EvaluateConfig, seed: int) -> Fitted:
     fault = find_fault(val)
     val = val.with_integer_keys()
-    points = choose_points(val, config)
+    points = operating_points.choose_points(val, config)
     calibration = calibrate(val, min_patients=config.min_patients, seed=seed)
     if fault is not None:
         reason = f"val: {fault}"
         points = {n: replace(point, logit=None, reason=reason) for n, point in points.items()}
         calibration = Calibration(None, None, None, None, reason)
-    return Fitted(points, calibration, fit_metadata(train), find_sicker_view(train))
+    return Fitted(
+        points, calibration, baselines.fit_metadata(train), baselines.find_sicker_view(train)
+    )
 
 
 def evaluate_split(
@@ -269,8 +250,8 @@ def evaluate_split(
     metadata_score = functools.cache(lambda: fitted.metadata.score(rows))
     found = _resample(rows, fitted, metadata_score, fault, config, seed=seed, map_blocks=map_blocks)
     roc, precision_recall = _find_curves(rows, fault)
-    before = _summarise_reliability(rows, found["before"], found["recalibration"], None)
-    after, net_benefit = _evaluate_calibrated(rows, found, fitted.calibration)
+    recalibration, scaling = found["recalibration"], fitted.calibration.chosen
+    before = reliability.evaluate_reliability(rows, None, found["before"], recalibration)
     return SplitEvaluation(
         split=split,
         n=len(rows),
@@ -281,22 +262,20 @@ def evaluate_split(
         **{name: found["headlines"].estimate("values", i) for i, name in enumerate(_HEADLINES)},
         auroc_delong=_delong(rows, fault),
         auroc_delong_clustered=_delong(rows, fault, rows.patient),
-        at=_evaluate_at_points(rows, fitted.points, found["points"]),
+        at=operating_points.evaluate_points(rows, fitted.points, found["points"]),
         roc=roc,
         precision_recall=precision_recall,
         log_loss=before.log_loss,
         brier=before.brier,
         before=before,
-        after=after,
-        decision_curve=net_benefit,
-        subgroups=evaluate_subgroups(rows, fitted.threshold, found, config.min_patients),
-        view=compare_with_view(rows, fitted.sicker_view, found),
-        metadata=compare_with_metadata(rows, metadata_score, found),
+        after=reliability.evaluate_reliability(rows, scaling, found["after"], recalibration),
+        decision_curve=decision_curve.summarise_net_benefit(rows, found["net_benefit"]),
+        subgroups=subgroups.evaluate_subgroups(rows, fitted.threshold, found, config.min_patients),
+        view=baselines.compare_with_view(rows, fitted.sicker_view, found),
+        metadata=baselines.compare_with_metadata(rows, metadata_score, found),
     )
 
 
-NUM_BINS = 10
-"""Bins of equal size in the reliability curve and the calibration error."""
 _HEADLINES = ("auroc", "average_precision", "sensitivity_at_specificity_90")
 
 
@@ -312,70 +291,32 @@ def _resample(
 ) -> dict[str, StatisticSet]:
     """All that needs the bootstrap, in one pass over the same resamples."""
     scores = rows.target, rows.logit
-    scaling = fitted.calibration.chosen
-    min_patients = config.min_patients
-    scaling_slope = 1.0 if scaling is None else scaling.slope
-    sample = functools.cache(lambda: LogitSample.of(*scores, scaling_slope))
+    scaling, min_patients = fitted.calibration.chosen, config.min_patients
+    sample = functools.cache(lambda: LogitSample.of(*scores, scaling.slope if scaling else 1.0))
     sets: StatisticBuilders = {
         "headlines": lambda: {"values": ranking.headline_statistic(*scores, 0.9)},
-        "points": lambda: {"outcomes": outcomes_statistic(rows, fitted.points)},
+        "points": lambda: {"outcomes": operating_points.outcomes_statistic(rows, fitted.points)},
         "recalibration": lambda: {"fit": recalibration_statistic(sample())},
-        "before": lambda: reliability_statistics(sample(), None, NUM_BINS),
-        "after": lambda: reliability_statistics(sample(), scaling, NUM_BINS),
-        "net_benefit": lambda: {"curve": net_benefit_statistic(rows)},
-        **subgroup_statistics(rows, fitted.threshold, min_patients),
-        **view_statistics(rows, fitted.sicker_view, min_patients),
-        **metadata_statistics(rows, metadata_score, min_patients),
+        "before": lambda: reliability.reliability_statistics(sample(), None),
+        "after": lambda: reliability.reliability_statistics(sample(), scaling),
+        "net_benefit": lambda: {"curve": decision_curve.net_benefit_statistic(rows)},
+        **subgroups.subgroup_statistics(rows, fitted.threshold, min_patients),
+        **baselines.view_statistics(rows, fitted.sicker_view, min_patients),
+        **baselines.metadata_statistics(rows, metadata_score, min_patients),
     }
-    if fault is not None:
-        return dict.fromkeys(sets, StatisticSet({}, fault))
-    return bootstrap.resample_sets(
+    without = {} if fault is None else dict.fromkeys(sets, StatisticSet({}, fault))
+    if scaling is None:
+        reason = f"no calibration: {fitted.calibration.reason}"
+        without |= dict.fromkeys(("after", "net_benefit"), StatisticSet({}, reason))
+    found = bootstrap.resample_sets(
         rows.patient,
-        sets,
+        {name: build for name, build in sets.items() if name not in without},
         resamples=config.bootstrap_resamples,
         seed=seed,
         effective_patients=rows.count_rarer_class(),
         map_blocks=map_blocks,
     )
-
-
-def _evaluate_at_points(
-    rows: Predictions, points: Mapping[str, OperatingPoint], part: StatisticSet
-) -> dict[str, PointEvaluation]:
-    if part.reason is None:
-        return evaluate_points(rows, points, part.resampled["outcomes"])
-    return {
-        name: PointEvaluation.undefined(
-            part.reason if point.logit is not None else f"no threshold: {point.reason}"
-        )
-        for name, point in points.items()
-    }
-
-
-def _summarise_reliability(
-    rows: Predictions,
-    part: StatisticSet,
-    recalibration: StatisticSet,
-    scaling: Scaling | None,
-) -> Reliability:
-    if part.reason is not None:
-        return Reliability.undefined(part.reason)
-    facts = describe_bins(rows, scaling, NUM_BINS)
-    return summarise_reliability(part.resampled, recalibration, facts, scaling)
-
-
-def _evaluate_calibrated(
-    rows: Predictions, found: Mapping[str, StatisticSet], calibration: Calibration
-) -> tuple[Reliability, DecisionCurve]:
-    """Reliability and decision curve of the calibrated probabilities."""
-    if calibration.chosen is None:
-        reason = f"no calibration: {calibration.reason}"
-        return Reliability.undefined(reason), DecisionCurve.undefined(reason)
-    after = _summarise_reliability(rows, found["after"], found["recalibration"], calibration.chosen)
-    part = found["net_benefit"]
-    if part.reason is not None:
-        return after, DecisionCurve.undefined(part.reason)
-    return after, summarise_net_benefit(part.resampled["curve"], rows)
+    return found | without
 
 
 def _delong(

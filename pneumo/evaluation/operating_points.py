@@ -18,8 +18,8 @@ from scipy.special import expit
 
 from pneumo.config import EvaluateConfig
 from pneumo.errors import MetricError
-from pneumo.evaluation import metrics, thresholds
-from pneumo.evaluation.bootstrap import Resampled, SampleWeights, Statistic, divide
+from pneumo.evaluation import metrics
+from pneumo.evaluation.bootstrap import Resampled, SampleWeights, Statistic, StatisticSet, divide
 from pneumo.evaluation.estimates import WILSON, Estimate, Floats, as_json, wilson, with_wilson
 from pneumo.evaluation.metrics import Confusion
 from pneumo.evaluation.predictions import Predictions
@@ -162,9 +162,9 @@ def _choose(
 ) -> OperatingPoint:
     words = "Youden's index" if rule == "youden" else f"{rule} ≥ {_spell(target)}"
     rules: Mapping[ThresholdRule, Callable[[npt.ArrayLike, npt.ArrayLike], float]] = {
-        "youden": thresholds.youden_threshold,
-        "sensitivity": partial(thresholds.sensitivity_threshold, sensitivity=target),
-        "specificity": partial(thresholds.specificity_threshold, specificity=target),
+        "youden": metrics.youden_threshold,
+        "sensitivity": partial(metrics.sensitivity_threshold, sensitivity=target),
+        "specificity": partial(metrics.specificity_threshold, specificity=target),
     }
     try:
         threshold = rules[rule](val.target, val.logit)
@@ -234,17 +234,20 @@ def code_outcomes(rows: Predictions, threshold: float | None) -> npt.NDArray[np.
 
 
 def evaluate_points(
-    rows: Predictions, points: Mapping[str, OperatingPoint], found: Resampled
+    rows: Predictions, points: Mapping[str, OperatingPoint], part: StatisticSet
 ) -> dict[str, PointEvaluation]:
-    """The metrics of `rows` at every point; `found` has their resampled `outcomes_statistic`."""
+    """The metrics of `rows` at every point; `part` has their `outcomes_statistic` as `outcomes`."""
     found_at = {}
     start = 0
     for name, point in points.items():
         if point.logit is None:
             found_at[name] = PointEvaluation.undefined(f"no threshold: {point.reason}")
             continue
-        four = slice(start, start + 4)
-        found_at[name] = _evaluate_at(rows, point.logit, found.take(four))
+        if part.reason is not None:
+            found_at[name] = PointEvaluation.undefined(part.reason)
+            continue
+        cells = part.resampled["outcomes"].take(slice(start, start + 4))
+        found_at[name] = _evaluate_at(rows, point.logit, cells)
         start += 4
     return found_at
 

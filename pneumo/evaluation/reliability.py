@@ -3,9 +3,9 @@ error (ECE), reliability curve, Cox's calibration slope and intercept."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,13 +15,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import SplineTransformer
 
 from pneumo.evaluation import bootstrap, metrics
-from pneumo.evaluation.bootstrap import (
-    Resampled,
-    SampleWeights,
-    Statistic,
-    StatisticSet,
-    divide,
-)
+from pneumo.evaluation.bootstrap import SampleWeights, Statistic, StatisticSet, divide
 from pneumo.evaluation.calibration import Scaling
 from pneumo.evaluation.estimates import Estimate, Floats, with_wilson
 from pneumo.evaluation.logistic_regression import LogitSample, offset_statistic
@@ -31,6 +25,8 @@ from pneumo.evaluation.predictions import Predictions, sigmoid
 NO_ECE_INTERVAL = (
     "resamples make the calibration error greater, so their interval does not cover it"
 )
+NUM_BINS = 10
+"""Bins of equal size in the reliability curve and the calibration error."""
 HISTOGRAM_BINS = 20
 
 MEASURES = (
@@ -123,9 +119,9 @@ def bin_by_probability(probability: Floats, num_bins: int) -> npt.NDArray[np.int
 
 
 def reliability_statistics(
-    sample: LogitSample, scaling: Scaling | None, num_bins: int
+    sample: LogitSample, scaling: Scaling | None, num_bins: int = NUM_BINS
 ) -> dict[str, Statistic]:
-    """What `summarise_reliability` needs to have resampled, of the logits after `scaling`.
+    """What `evaluate_reliability` needs to have resampled, of the logits after `scaling`.
 
     The bins are those of the whole split, in every resample.
     """
@@ -162,49 +158,6 @@ def _bins_statistic(
     return statistic
 
 
-@dataclass(frozen=True)
-class BinFacts:
-    """Facts of the bins that need no resampling."""
-
-    patients: tuple[int, ...]
-    """Patients of each bin."""
-    ece_if_calibrated: float
-    smooth: CalibrationCurve | None
-    histogram: Histogram
-
-
-def describe_bins(rows: Predictions, scaling: Scaling | None, num_bins: int) -> BinFacts:
-    """Patients of each bin, smoothed curve and histogram of the probabilities of `rows`, and their
-    mean calibration error if they were right.
-
-    For the latter the sum of a bin's targets is taken as normal. Its variance is that of
-    independent targets times a design effect, as the studies of one patient in a bin have similar
-    errors.
-    """
-    positive, logit = check_scores(rows.target, rows.logit, both_classes=False)
-    scaled = _scale(logit, scaling)
-    probability = sigmoid(scaled)
-    bins = bin_by_probability(probability, num_bins)
-    _, index = np.unique(rows.patient, return_inverse=True)
-    residual = positive - probability
-    num_patients = int(index.max()) + 1
-    pairs, pair = np.unique(bins * num_patients + index, return_inverse=True)
-    squares = float(residual @ residual)
-    alike = float((np.bincount(pair, residual) ** 2).sum()) / squares if squares else 1.0
-    variances = max(1.0, alike) * np.bincount(bins, probability * (1 - probability))
-    return BinFacts(
-        patients=tuple(np.bincount(pairs // num_patients).tolist()),
-        ece_if_calibrated=float(np.sqrt(2 / np.pi * variances).sum()) / len(bins),
-        smooth=smooth_curve(positive, scaled),
-        histogram=Histogram(
-            *(
-                tuple(np.histogram(probability[part], HISTOGRAM_BINS, (0, 1))[0].tolist())
-                for part in (~positive, positive)
-            )
-        ),
-    )
-
-
 def smooth_curve(positive: npt.NDArray[np.bool_], logit: Floats) -> CalibrationCurve | None:
     """A logistic regression on a cubic spline of the logit (Van Calster 2016), between the 1st and
     the 99th percentile; None for one class, or where the logits allow fewer than two knots."""
@@ -221,40 +174,73 @@ def smooth_curve(positive: npt.NDArray[np.bool_], logit: Floats) -> CalibrationC
     return CalibrationCurve(tuple(sigmoid(shown).tolist()), tuple(observed.tolist()))
 
 
-def summarise_reliability(
-    found: Mapping[str, Resampled],
-    recalibration: StatisticSet,
-    facts: BinFacts,
+def evaluate_reliability(
+    rows: Predictions,
     scaling: Scaling | None,
+    part: StatisticSet,
+    recalibration: StatisticSet,
+    num_bins: int = NUM_BINS,
 ) -> Reliability:
-    """The measures of calibration. `found` has the statistics of `reliability_statistics`,
-    `recalibration` that of `recalibration_statistic` of the unscaled logits."""
-    num_bins = len(found["bins"].value) // 3
-    sums = found["bins"].value.reshape(3, num_bins)
+    """The calibration of `rows` after `scaling`.
+
+    `part` has the `reliability_statistics`, `recalibration` the `recalibration_statistic` of the
+    unscaled logits.
+    """
+    if part.reason is not None:
+        return Reliability.undefined(part.reason)
+    positive, logit = check_scores(rows.target, rows.logit, both_classes=False)
+    scaled = _scale(logit, scaling)
+    probability = sigmoid(scaled)
+    bins = bin_by_probability(probability, num_bins)
+    found = part.resampled
     observed = found["bins"].derive(_observed)
-    error = found["bins"].derive(_expected_error)
+    sums = found["bins"].value.reshape(3, -1)
+    ece = float(_expected_error(found["bins"].value[:, None])[0, 0])
     intercept, slope = _estimate_recalibration(recalibration, scaling)
     return Reliability(
         brier=found["losses"].estimate(0),
         log_loss=found["losses"].estimate(1),
-        ece=Estimate(float(error.value[0]), None, None, "none", NO_ECE_INTERVAL),
+        ece=Estimate(ece, None, None, "none", NO_ECE_INTERVAL),
         slope=slope,
         intercept=intercept,
         intercept_at_slope_1=found["offset"].estimate(reason="one class only"),
         in_the_large=found["bins"].derive(_in_the_large).estimate(),
         curve=tuple(
             Bin(
-                int(sums[0, k]),
-                float(sums[2, k] / sums[0, k]),
-                with_wilson(observed.estimate(k), facts.patients[k]),
+                int(count),
+                float(predicted / count),
+                with_wilson(observed.estimate(k), rows.count_patients(bins == k)),
             )
-            for k in range(num_bins)
+            for k, (count, _, predicted) in enumerate(sums.T)
         ),
-        smooth=facts.smooth,
-        histogram=facts.histogram,
+        smooth=smooth_curve(positive, scaled),
+        histogram=Histogram(
+            *(
+                tuple(np.histogram(probability[chosen], HISTOGRAM_BINS, (0, 1))[0].tolist())
+                for chosen in (~positive, positive)
+            )
+        ),
         brier_decomposition=_decompose(sums, float(found["losses"].value[0])),
-        ece_if_calibrated=facts.ece_if_calibrated,
+        ece_if_calibrated=_find_ece_if_calibrated(rows.patient, positive, probability, bins),
     )
+
+
+def _find_ece_if_calibrated(
+    patient: npt.NDArray[Any],
+    positive: npt.NDArray[np.bool_],
+    probability: Floats,
+    bins: npt.NDArray[np.int64],
+) -> float:
+    """See `Reliability`. The sum of a bin's targets is taken as normal. Its variance is that of
+    independent targets times a design effect, as the studies of one patient in a bin have similar
+    errors."""
+    _, index = np.unique(patient, return_inverse=True)
+    residual = positive - probability
+    _, patient_and_bin = np.unique(bins * len(index) + index, return_inverse=True)
+    squares = float(residual @ residual)
+    alike = float((np.bincount(patient_and_bin, residual) ** 2).sum()) / squares if squares else 1.0
+    variances = max(1.0, alike) * np.bincount(bins, probability * (1 - probability))
+    return float(np.sqrt(2 / np.pi * variances).sum()) / len(bins)
 
 
 def _estimate_recalibration(

@@ -17,12 +17,14 @@ Why = Literal["most certain", "least certain", "random"]
 
 
 @dataclass(frozen=True)
-class GalleryChoice:
+class ShownStudy:
     """A study to show, and why it was chosen."""
 
     row: int
     """Its index in the given arrays."""
     why: Why
+    stratum_size: int | None = None
+    """Of a stratified sample: number of studies of its outcome and view."""
 
 
 def choose_gallery(
@@ -32,14 +34,14 @@ def choose_gallery(
     *,
     per_outcome: int,
     seed: int,
-) -> dict[Outcome, list[GalleryChoice]]:
+) -> dict[Outcome, list[ShownStudy]]:
     """Which studies to show, at most `per_outcome` of each outcome.
 
     A third are the studies whose logit is farthest from the threshold, farthest first; a third
     those whose logit is nearest to it, nearest first; the rest is a random sample of the others, so
     that not only extremes are shown. All arrays are (N,).
     """
-    chosen: dict[Outcome, list[GalleryChoice]] = {}
+    chosen: dict[Outcome, list[ShownStudy]] = {}
     for number, outcome in enumerate(OUTCOMES):
         rows = _by_certainty(target, logit, threshold, outcome)
         num_most = min(-(-per_outcome // 3), len(rows))
@@ -53,29 +55,19 @@ def choose_gallery(
             ("least certain", rows[len(rows) - num_least :][::-1]),
             ("random", drawn),
         )
-        chosen[outcome] = [GalleryChoice(int(row), why) for why, part in parts for row in part]
+        chosen[outcome] = [ShownStudy(int(row), why) for why, part in parts for row in part]
     return chosen
-
-
-@dataclass(frozen=True)
-class SampledStudy:
-    """A study of a stratified sample."""
-
-    row: int
-    """Its index in the given arrays."""
-    stratum_size: int
-    """Number of studies of its outcome and view."""
 
 
 def sample_studies(
     target: npt.NDArray[Any],
     logit: npt.NDArray[Any],
-    view: npt.NDArray[np.str_],
     threshold: float,
     *,
+    view: npt.NDArray[np.str_],
     per_stratum: int,
     seed: int,
-) -> list[SampledStudy]:
+) -> list[ShownStudy]:
     """A random sample of at most `per_stratum` studies of each outcome and view, sorted by outcome,
     then by view. All arrays are (N,)."""
     sample = []
@@ -85,17 +77,23 @@ def sample_studies(
             stratum = rows[view[rows] == name]
             # A generator for each stratum, as in choose_gallery.
             drawn = np.random.default_rng([seed, i, k]).permutation(stratum)[:per_stratum]
-            sample += [SampledStudy(int(row), len(stratum)) for row in drawn]
+            sample += [ShownStudy(int(row), "random", len(stratum)) for row in drawn]
     return sample
 
 
 def choose_errors(
     target: npt.NDArray[Any], logit: npt.NDArray[Any], threshold: float, *, count: int
-) -> dict[Outcome, npt.NDArray[np.intp]]:
-    """The indices of at most `count` false positives and as many false negatives whose logit is
-    farthest from the threshold, farthest first. All arrays are (N,).
+) -> dict[Outcome, list[ShownStudy]]:
+    """At most `count` false positives and as many false negatives, those whose logit is farthest
+    from the threshold, farthest first. All arrays are (N,).
     """
-    return {outcome: _by_certainty(target, logit, threshold, outcome)[:count] for outcome in ERRORS}
+    return {
+        outcome: [
+            ShownStudy(int(row), "most certain")
+            for row in _by_certainty(target, logit, threshold, outcome)[:count]
+        ]
+        for outcome in ERRORS
+    }
 
 
 def _by_certainty(
@@ -145,22 +143,11 @@ def count_errors(
     sums = sums_statistic(code, len(names), wrong, np.ones(len(code)))
     found = resample(patient, {"sums": sums}, resamples=resamples, seed=seed)["sums"]
     rates = found.derive(lambda both: divide(both[: len(names)], both[len(names) :]))
-    return [
-        _estimate_errors(str(name), called[here], wrong[here], patient[here], rates.estimate(row))
-        for row, name in enumerate(names)
-        for here in (code == row,)
-    ]
-
-
-def _estimate_errors(
-    finding: str,
-    called: npt.NDArray[np.bool_],
-    wrong: npt.NDArray[np.bool_],
-    patient: npt.NDArray[np.str_],
-    rate: Estimate,
-) -> FindingErrors:
-    n, errors = len(wrong), int(wrong.sum())
-    fraction = errors / n
-    rate = with_wilson(rate, len(np.unique(patient)))
-    by_image = Estimate(fraction, *wilson(fraction, n), WILSON)
-    return FindingErrors(finding, n, int(called.sum()), errors, rate, by_image)
+    counted = []
+    for row, name in enumerate(names.tolist()):
+        here = code == row
+        n, errors = int(here.sum()), int(wrong[here].sum())
+        rate = with_wilson(rates.estimate(row), len(np.unique(patient[here])))
+        by_image = Estimate(errors / n, *wilson(errors / n, n), WILSON)
+        counted.append(FindingErrors(name, n, int(called[here].sum()), errors, rate, by_image))
+    return counted

@@ -98,6 +98,23 @@ def test_finished_runs_are_shown_also_without_an_auroc(
     assert "own test -  on b 0.500" in second
 
 
+def test_finished_runs_are_not_shown_as_those_of_other_stores(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run without a was trained on b alone, not on b and c."""
+    for name in "abc":
+        (tmp_path / f"without-{name}" / "external").mkdir(parents=True)
+        (tmp_path / f"without-{name}" / "metrics.json").write_text("{}")
+        matrix = {"own test": {"value": 0.5}, name: {"value": 0.5}}
+        path = tmp_path / f"without-{name}" / "external" / "metrics.json"
+        path.write_text(json.dumps({"matrix": matrix}))
+    assert leave_one_out.main(["--stores", "a,b", "--run", str(tmp_path)]) == 0
+    assert leave_one_out.main(["--stores", "b,a", "--run", str(tmp_path)]) == 0
+    capsys.readouterr()
+    assert leave_one_out.main(["--stores", "a,b,c", "--run", str(tmp_path)]) == 2
+    assert "of the stores a, b; give another --run for a, b, c" in capsys.readouterr().err
+
+
 def test_stores_of_one_name_would_share_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert leave_one_out.main(["--stores", "a/store,b/store/", "--run", "r"]) == 2
     assert "two have the same name" in capsys.readouterr().err

@@ -13,6 +13,9 @@ from nbclient import NotebookClient
 
 import pneumo
 from pneumo.errors import RunError, SourceError, StoreError
+from pneumo.network.scoring import Member
+from pneumo.notebook import Model
+from tests.networks import TinyNetwork
 
 WALKTHROUGH = Path(__file__).parents[2] / "docs" / "walkthrough.ipynb"
 
@@ -70,6 +73,8 @@ def test_a_store_that_is_there_is_opened(tmp_path: Path) -> None:
     pictures = opened.pictures(chosen)
     assert [picture.shape for picture in pictures] == [(32, 32)] * 5
     np.testing.assert_array_equal(pictures[4], opened.pictures(chosen[4:])[0])
+    with pytest.raises(ValueError, match="no split 'valid'; give one of train, val, test"):
+        opened.split("valid")
 
     # Without the patients of its train and val only those of its test are left.
     others = {"image_size": 32, "without": [str(tmp_path / "store")]}
@@ -80,3 +85,14 @@ def test_a_store_that_is_there_is_opened(tmp_path: Path) -> None:
         pneumo.open_store(tmp_path / "nothing")
     with pytest.raises(RunError, match="no checkpoint in it"):
         pneumo.load_model(tmp_path / "nothing")
+
+
+def test_a_model_scores_no_picture_and_more_than_a_batch() -> None:
+    model = Model(Member(TinyNetwork(), "resnet18", 32, 0.5, 0.25))
+    assert model.logits([]).shape == (0,)
+    assert model.maps([]).shape == (0, 32, 32)
+    pictures = list(np.random.default_rng(0).integers(0, 256, (65, 32, 32)).astype(np.uint8))
+    assert model.logits(pictures).shape == (65,)
+    maps = model.maps(pictures)
+    assert maps.shape == (65, 32, 32)
+    np.testing.assert_allclose(maps[64], model.maps(pictures[64:])[0], atol=1e-4)

@@ -4,7 +4,6 @@ Correct is green and wrong is red; each also has a sign and a word, for readers 
 these colors apart.
 """
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pneumo.evaluation.shown_studies import FindingErrors, Outcome, Why
 from pneumo.images.boxes import Box
 from pneumo.network.gradcam import Maps
-from pneumo.reporting.figures.style import INK, STYLE, draw_placeholder, encode_figure
+from pneumo.reporting.figures.style import INK, STYLE, draw_placeholder, encode_figure, encode_image
 
 RIGHT = "#1a7f37"
 WRONG = "#cf222e"
@@ -63,26 +62,21 @@ class Case:
     """Of a random sample: number of studies of its outcome and view."""
 
     @property
-    def prediction(self) -> int:
-        """1 where it is called positive."""
-        return int(self.is_called)
-
-    @property
     def is_right(self) -> bool:
-        """Whether prediction and target agree."""
-        return self.prediction == self.target
+        """Whether the call and the target agree."""
+        return self.is_called == (self.target == 1)
 
     @property
     def outcome(self) -> Outcome:
         """tp, fp, fn or tn."""
-        if self.prediction:
+        if self.is_called:
             return "tp" if self.target else "fp"
         return "fn" if self.target else "tn"
 
     @property
     def caption(self) -> str:
         """`Pred: 1  p=0.87  Label: 1`."""
-        return f"Pred: {self.prediction}  p={self.probability:.2f}  Label: {self.target}"
+        return f"Pred: {self.is_called:d}  p={self.probability:.2f}  Label: {self.target}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,7 +180,7 @@ def _draw_pairs(
             figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=0.92)
         for axes, case in zip(figure.axes, cases, strict=True):
             axes.set_axis_off()
-            axes.imshow(compose_case(case, size=336))
+            axes.imshow(compose_picture(case.image, case.cam, case.boxes, size=336))
             sign = "✓" if case.is_right else "✗"
             axes.set_title(
                 f"{sign} {OUTCOME_WORDS[case.outcome]}   {case.caption}",
@@ -208,18 +202,12 @@ def _draw_reason(title: str, reason: str | None) -> bytes:
         return encode_figure(figure, "png")
 
 
-def compose_case(case: Case, *, size: int) -> npt.NDArray[np.uint8]:
-    """The study and, where it has a map, the map over it, side by side: (size, W, 3) uint8.
-
-    Warm colors are where the evidence for pneumonia is, cyan outlines the radiologists' boxes.
-    """
-    return compose_picture(case.image, case.cam, case.boxes, size=size)
-
-
 def compose_picture(
     image: npt.NDArray[np.uint8], cam: Maps | None, boxes: Sequence[Box] = (), *, size: int
 ) -> npt.NDArray[np.uint8]:
-    """`compose_case` of an image, its map and its boxes.
+    """An image and, where it has a map, the map over it, side by side: (size, W, 3) uint8.
+
+    Warm colors are where the evidence for pneumonia is, cyan outlines the radiologists' boxes.
 
     >>> plt.imshow(pneumo.compose_picture(picture, model.maps([picture])[0], study.boxes, size=336))
     """
@@ -247,9 +235,7 @@ def draw_overlay(image: npt.NDArray[np.uint8], cam: Maps, caption: str) -> bytes
     page.paste(Image.fromarray(pair))
     font = ImageFont.load_default(size=0.6 * _CAPTION_PIXELS)
     ImageDraw.Draw(page).text((4, pair.shape[0] + 3), caption, fill=INK, font=font)
-    buffer = io.BytesIO()
-    page.save(buffer, "PNG")
-    return buffer.getvalue()
+    return encode_image(np.asarray(page), "png")
 
 
 def _outline(

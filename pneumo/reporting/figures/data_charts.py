@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import matplotlib as mpl
 import numpy as np
@@ -35,19 +34,6 @@ def draw_quality(quality: Quality) -> bytes:
         plot_ages(middle, quality)
         plot_intensity(right, quality)
         return encode_figure(figure, "png")
-
-
-def shrink_sheet(sheet: ContactSheet, size: int) -> ContactSheet:
-    """The sheet with images of at most `size` pixels in height."""
-    return replace(
-        sheet,
-        pictures=tuple(
-            pixels
-            if len(pixels) <= size
-            else np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.LANCZOS))
-            for pixels in sheet.pictures
-        ),
-    )
 
 
 def draw_contact_sheet(sheet: ContactSheet) -> bytes:

@@ -90,24 +90,23 @@ def as_svg(name: str, plot: Callable[Concatenate[Axes, P], None]) -> Callable[P,
 
 def encode_figure(figure: Figure, file_format: Literal["png", "webp", "svg"]) -> bytes:
     """The figure as a file."""
-    buffer = io.BytesIO()
     if file_format == "svg":
+        buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
         return buffer.getvalue()
     figure.set_dpi(_DPI)
     canvas: Any = FigureCanvasAgg(figure)  # once; `savefig` draws a first time for the layout
     canvas.draw()
-    pixels = np.asarray(canvas.buffer_rgba())[..., :3]
-    if file_format == "webp":
-        return encode_image(pixels)
-    Image.fromarray(pixels).save(buffer, "png")
-    return buffer.getvalue()
+    return encode_image(np.asarray(canvas.buffer_rgba())[..., :3], file_format)
 
 
-def encode_image(image: npt.NDArray[np.uint8]) -> bytes:
-    """An image (H, W), (H, W, 3) or, with opacity, (H, W, 4) uint8 as WebP."""
+def encode_image(
+    image: npt.NDArray[np.uint8], file_format: Literal["png", "webp"] = "webp"
+) -> bytes:
+    """An image (H, W), (H, W, 3) or, with opacity, (H, W, 4) uint8 as a file."""
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "webp", quality=82, method=4)
+    options = {"quality": 82, "method": 4} if file_format == "webp" else {}
+    Image.fromarray(image).save(buffer, file_format, **options)
     return buffer.getvalue()
 
 

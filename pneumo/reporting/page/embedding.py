@@ -12,8 +12,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from pneumo.evaluation.evaluation import Evaluation
-from pneumo.reporting.figures import case_pictures, charts, style
-from pneumo.reporting.figures.case_pictures import OUTCOME_WORDS, Case, shrink
+from pneumo.reporting.figures import charts, style
+from pneumo.reporting.figures.case_pictures import OUTCOME_WORDS, Case, compose_picture, shrink
 from pneumo.reporting.figures.charts import History
 from pneumo.reporting.page.formatting import (
     Cell,
@@ -110,7 +110,10 @@ def show_thumbnails(cases: Sequence[Case]) -> list[dict[str, Any]]:
 def show_pairs(cases: Sequence[Case], size: int) -> list[dict[str, Any]]:
     """Each study beside its map, at most `size` pixels high."""
     return [
-        _show(case, case_pictures.compose_case(case, size=min(size, case.image.shape[0])))
+        _show(
+            case,
+            compose_picture(case.image, case.cam, case.boxes, size=min(size, len(case.image))),
+        )
         for case in cases
     ]
 

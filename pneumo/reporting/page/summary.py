@@ -45,9 +45,9 @@ def summarise(evaluation: Evaluation) -> str:
 def view_sentence(view: ViewBaseline) -> str:
     """The model compared with the view alone; '' where that is unknown."""
     gain = view.gain_delong.difference
-    if gain.value is None or view.view_only_auroc.value is None:
+    if gain.value is None or view.alone_auroc.value is None:
         return ""
-    alone = f"Knowing only AP or PA gives an AUROC of {view.view_only_auroc.value:.2f}"
+    alone = f"Knowing only AP or PA gives an AUROC of {view.alone_auroc.value:.2f}"
     if gain.low is None:
         return f"{alone}."
     difference = Cell.of(gain, 2, signed=True)

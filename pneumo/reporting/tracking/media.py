@@ -11,26 +11,20 @@ MAX_ROWS = 10_000
 """W&B draws at most this many rows."""
 
 
-@dataclass(frozen=True)
-class Mask:
-    """A segmentation mask, which W&B shows over a picture or hides."""
-
-    classes: bytes
-    """The class of each pixel, as a gray PNG of the picture's size; 0 is none."""
-    labels: Mapping[int, str]
-    name: str
+MAP_LEVELS: Mapping[int, str] = {0: "none", 1: "map ≥ 25 %", 2: "map ≥ 50 %", 3: "map ≥ 75 %"}
+"""Levels of a Grad-CAM map, by fractions of its own maximum."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An encoded image (PNG, WebP), its caption, and boxes to draw over it."""
+    """An encoded image (PNG, WebP), its caption, and what W&B shows over it or hides."""
 
     data: bytes
     caption: str
     boxes: Sequence[tuple[float, float, float, float]] = ()
-    """(x, y, width, height) in pixels of the picture."""
-    box_label: str = "reference"
-    mask: Mask | None = None
+    """The readers': (x, y, width, height) in pixels of the picture."""
+    map_levels: bytes | None = None
+    """Of the network's map at each pixel, see MAP_LEVELS: a gray PNG of the picture's size."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from pneumo.reporting.tracking.media import (
+    MAP_LEVELS,
     MAX_IMAGES,
     MAX_ROWS,
     Artifact,
@@ -65,12 +66,10 @@ def _convert_picture(picture: Picture) -> Any:
         for x, y, width, height in picture.boxes
     ]
     masks = None
-    if picture.mask is not None:
-        named = {0: "none", **picture.mask.labels}
-        classes = np.asarray(Image.open(io.BytesIO(picture.mask.classes)))
-        layer = {"mask_data": classes, "class_labels": named}
-        masks = {picture.mask.name: layer}
-    overlay = {"boxes": {"box_data": boxes, "class_labels": {1: picture.box_label}}}
+    if picture.map_levels is not None:
+        levels = np.asarray(Image.open(io.BytesIO(picture.map_levels)))
+        masks = {"Grad-CAM": {"mask_data": levels, "class_labels": dict(MAP_LEVELS)}}
+    overlay = {"boxes": {"box_data": boxes, "class_labels": {1: "reference"}}}
     return wandb.Image(
         Image.open(io.BytesIO(picture.data)),
         caption=picture.caption,

@@ -1,9 +1,11 @@
 """Which checkpoints of a run are scored, and what the report says of that."""
 
+import io
 import shlex
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from jobs.evaluation.evaluated_run import (
@@ -11,16 +13,19 @@ from jobs.evaluation.evaluated_run import (
     find_checkpoints,
     find_evaluated_run,
     find_metrics,
+    read_predictions,
 )
 from jobs.evaluation.ray_scoring import Scoring
 from jobs.evaluation.result_files import describe_command, describe_selection
 from pneumo.command_line import EvaluateArguments, parse_command_line
 from pneumo.config import Config, EvaluateConfig
 from pneumo.config_layers import override
+from pneumo.dataset.study_table import encode_parquet
 from pneumo.errors import RunError
 from pneumo.training.checkpoint_writer import METRICS_LOG
 from pneumo.training.checkpoints import claim_run, load_checkpoint, read_index, save_checkpoint
 from tests.jobs.conftest import Prepared
+from tests.predictions import make_predictions
 
 AUROCS = [0.7, 0.6, 0.95, 0.8, 0.8, 0.7]
 """The best epoch is the third of six; the last two are kept besides."""
@@ -105,3 +110,13 @@ def test_metrics_are_those_of_an_evaluated_run(tmp_path: Path) -> None:
     path.write_text('{"test": ')
     with pytest.raises(RunError, match=r"metrics\.json: no JSON; evaluate the run again"):
         find_metrics(str(tmp_path))
+
+
+def test_predictions_of_an_older_version_or_broken_ones_are_refused(tmp_path: Path) -> None:
+    """Also by --external, which reads those of the run itself."""
+    path = tmp_path / "predictions.parquet"
+    table = pq.read_table(io.BytesIO(make_predictions(9).to_parquet()))
+    for content in (encode_parquet(table.drop_columns("spacing_mm")), b"PAR1 is all"):
+        path.write_bytes(content)
+        with pytest.raises(RunError, match=r"--run .*: its .* is broken, or of an older"):
+            read_predictions(str(tmp_path), "--run")

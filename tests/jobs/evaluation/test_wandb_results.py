@@ -127,7 +127,7 @@ def test_pictures_are_coarser_and_carry_their_overlays(subject, tmp_path):
     with Image.open(io.BytesIO(picture.data)) as image:
         assert image.size == (192, 192)
     assert list(picture.boxes) == [(48, 24, 96, 48)]
-    levels = np.asarray(Image.open(io.BytesIO(present(picture.mask).classes)))
+    levels = np.asarray(Image.open(io.BytesIO(present(picture.map_levels))))
     assert levels.shape == (192, 192)
     assert np.unique(levels).tolist() == [0, 1, 2, 3]
     assert "eval/gallery/fn" not in told.media
@@ -143,7 +143,7 @@ def test_why_no_study_is_shown_is_told(subject, tmp_path):
 
 def test_a_map_that_is_no_number_is_not_laid_over_the_picture():
     cam = np.full((112, 112), np.nan, dtype=np.float32)
-    assert show_case(dataclasses.replace(case(), cam=cam)).mask is None
+    assert show_case(dataclasses.replace(case(), cam=cam)).map_levels is None
 
 
 def test_the_table_has_thumbnails_and_names_nobody(subject, tmp_path):

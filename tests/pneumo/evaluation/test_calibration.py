@@ -25,9 +25,8 @@ from pneumo.evaluation.predictions import sigmoid
 from pneumo.evaluation.reliability import (
     MEASURES,
     bin_by_probability,
-    describe_bins,
+    evaluate_reliability,
     reliability_statistics,
-    summarise_reliability,
 )
 from tests import present
 from tests.examples import examples
@@ -52,8 +51,8 @@ def measure(target, logit, scaling=None, num_bins=10, resamples=100):
     }
     rows = dataclasses.replace(val(target, logit), logit=np.asarray(logit, dtype=float))
     found = bootstrap.resample(rows.patient, statistics, resamples=resamples, seed=0)
-    facts = describe_bins(rows, scaling, num_bins)
-    return summarise_reliability(found, StatisticSet({"fit": found["fit"]}), facts, scaling)
+    part = StatisticSet(found)
+    return evaluate_reliability(rows, scaling, part, part, num_bins)
 
 
 def val(target, logit, patient=None):

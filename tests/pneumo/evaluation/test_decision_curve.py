@@ -27,7 +27,7 @@ def draw(n=500, **columns):
 def judge(rows, resamples=200):
     statistic = {"curve": net_benefit_statistic(rows)}
     found = bootstrap.resample(rows.patient, statistic, resamples=resamples, seed=0)
-    return summarise_net_benefit(found["curve"], rows)
+    return summarise_net_benefit(rows, bootstrap.StatisticSet(found))
 
 
 def test_a_single_study_has_a_curve_without_intervals() -> None:

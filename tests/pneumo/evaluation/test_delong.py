@@ -69,7 +69,7 @@ def test_clustered_is_delongs_where_nobody_recurs(seed):
     clustered = delong(target, first, patient)
     rarer = min(int(target.sum()), int((~np.asarray(target, dtype=bool)).sum()))
     placed = placements(target, first)
-    assert placed.clustered_variance(patient) == pytest.approx(placed.variance())
+    assert placements(target, first, patient).variance() == pytest.approx(placed.variance())
     if clustered.high is not None:
         # On the logit's scale, to either side as far.
         margin = t.ppf(0.975, rarer - 1) * math.sqrt(placed.variance())
@@ -87,7 +87,7 @@ def test_clustered_is_delongs_doubled_where_every_study_stands_twice():
     _, target, score, _ = simulated(200)
     twice = np.repeat(target, 2), np.repeat(score, 2)
     once = placements(target, score).variance()
-    clustered = placements(*twice).clustered_variance(np.repeat(np.arange(200), 2))
+    clustered = placements(*twice, np.repeat(np.arange(200), 2)).variance()
     assert clustered == pytest.approx(once, rel=1e-9)
     assert placements(*twice).variance() == pytest.approx(once / 2, rel=0.02)
 
@@ -101,12 +101,10 @@ def test_clustered_agrees_with_the_patient_bootstrap_and_delong_is_too_narrow():
         ),
     }
     found = bootstrap.resample(patient, statistics, resamples=1000, seed=0)
-    placed = placements(target, first)
-    assert math.sqrt(placed.clustered_variance(patient)) == pytest.approx(
-        found["auroc"].drawn.std(), rel=0.08
-    )
+    placed = placements(target, first, patient)
+    assert math.sqrt(placed.variance()) == pytest.approx(found["auroc"].drawn.std(), rel=0.08)
     gain = placed.minus(placements(target, second))
-    assert math.sqrt(gain.clustered_variance(patient)) == pytest.approx(
+    assert math.sqrt(gain.variance()) == pytest.approx(
         found["pair"].derive(bootstrap.first_minus_second).drawn.std(), rel=0.08
     )
 

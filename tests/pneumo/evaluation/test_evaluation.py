@@ -10,7 +10,7 @@ import pytest
 
 from pneumo.config import EvaluateConfig
 from pneumo.errors import DataError
-from pneumo.evaluation import metrics, thresholds
+from pneumo.evaluation import metrics
 from pneumo.evaluation.baselines import Metadata
 from pneumo.evaluation.comparison import compare
 from pneumo.evaluation.estimates import as_json
@@ -60,8 +60,8 @@ def test_thresholds_are_chosen_on_val_and_applied_to_test():
     evaluation = evaluate(found, config=CONFIG, seed=0)
 
     decision, screening = evaluation.points[DECISION], evaluation.points[SCREENING]
-    assert decision.logit == thresholds.youden_threshold(val.target, val.logit)
-    assert screening.logit == thresholds.sensitivity_threshold(val.target, val.logit, 0.9)
+    assert decision.logit == metrics.youden_threshold(val.target, val.logit)
+    assert screening.logit == metrics.sensitivity_threshold(val.target, val.logit, 0.9)
     assert decision.threshold == sigmoid(np.array(decision.logit))
     assert present(evaluation.val.at[SCREENING].rates["recall"].value) >= 0.9
     expected = metrics.confusion(test.target, test.logit, decision.logit)
@@ -146,7 +146,7 @@ def test_view_baseline_uses_only_studies_of_known_view():
     train = Metadata.of(found)
     baseline = evaluate(replaced(found, view=view), config=CONFIG, seed=0, train=train).val.view
     assert baseline.n == 180
-    assert present(baseline.view_only_auroc.value) > 0.6
+    assert present(baseline.alone_auroc.value) > 0.6
     assert present(baseline.gain.value) > 0
 
     unknown = evaluate(

@@ -28,7 +28,7 @@ from torchmetrics.functional.classification import (
 )
 
 from pneumo.errors import MetricError
-from pneumo.evaluation import bootstrap, estimates, metrics, ranking, thresholds
+from pneumo.evaluation import bootstrap, estimates, metrics, ranking
 from pneumo.evaluation.delong import delong
 from pneumo.evaluation.logistic_regression import LogitSample
 from pneumo.evaluation.reliability import reliability_statistics
@@ -292,7 +292,7 @@ def test_curves_keep_their_ends_and_their_shape_in_few_points():
 @given(scored(), st.floats(0.01, 1.0))
 def test_sensitivity_threshold_is_the_highest_that_keeps_it(data, wanted):
     target, probability = data
-    threshold = thresholds.sensitivity_threshold(target, probability, wanted)
+    threshold = metrics.sensitivity_threshold(target, probability, wanted)
     positives = probability[target == 1]
 
     assert np.mean(positives >= threshold) >= wanted - 1e-9
@@ -303,7 +303,7 @@ def test_sensitivity_threshold_is_the_highest_that_keeps_it(data, wanted):
 @given(scored(), st.sampled_from([0.5, 0.9, 0.95, 1.0]))
 def test_specificity_threshold_is_the_lowest_that_keeps_it(data, wanted):
     target, probability = data
-    threshold = thresholds.specificity_threshold(target, probability, wanted)
+    threshold = metrics.specificity_threshold(target, probability, wanted)
     negatives = probability[target == 0]
 
     assert np.mean(negatives < threshold) >= wanted - 1e-9
@@ -320,7 +320,7 @@ def test_youden_threshold_is_not_beaten_by_any_other(data):
         found = metrics.rates(metrics.confusion(target, probability, threshold))
         return found["recall"] + found["specificity"]
 
-    threshold = thresholds.youden_threshold(target, probability)
+    threshold = metrics.youden_threshold(target, probability)
     assert threshold in probability
     assert youden(threshold) >= max(youden(other) for other in probability) - 1e-12
 

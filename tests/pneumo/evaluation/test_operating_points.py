@@ -17,7 +17,6 @@ from pneumo.evaluation.operating_points import (
     OperatingPoint,
     choose_points,
     evaluate_points,
-    outcomes_statistic,
     predictive_values,
 )
 from tests import present
@@ -136,10 +135,7 @@ def test_wilson_stands_beside_the_bootstrap_and_is_narrower_where_patients_recur
 def test_nothing_is_said_without_a_threshold_or_a_class():
     rows = make_predictions(100)
     points = {"p": OperatingPoint("p", "", None, "val: because")}
-    found = bootstrap.resample(
-        rows.patient, {"o": outcomes_statistic(rows, points)}, resamples=100, seed=0
-    )
-    nothing = evaluate_points(rows, points, found["o"])["p"]
+    nothing = evaluate_points(rows, points, bootstrap.StatisticSet({}))["p"]
     assert nothing.counts is None
     assert nothing.rates["recall"].reason == "no threshold: val: because"
     assert nothing.at_prevalence[0].ppv.reason == "no threshold: val: because"

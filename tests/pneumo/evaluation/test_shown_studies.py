@@ -74,7 +74,7 @@ def test_errors_are_the_most_confident_ones():
     target = np.array([0, 0, 0, 1, 1, 1, 0])
     probability = np.array([0.9, 0.6, 0.1, 0.2, 0.05, 0.8, 0.95])
     chosen = choose_errors(target, probability, 0.5, count=2)
-    assert {outcome: rows.tolist() for outcome, rows in chosen.items()} == {
+    assert {outcome: [c.row for c in choices] for outcome, choices in chosen.items()} == {
         "fp": [6, 0],
         "fn": [4, 3],
     }
@@ -84,7 +84,7 @@ def test_a_sample_holds_so_many_of_each_outcome_and_view():
     rng = np.random.default_rng(0)
     target, view = rng.integers(0, 2, 400), rng.choice(["AP", "PA", ""], 400, p=[0.5, 0.48, 0.02])
     probability = rng.random(400)
-    sample = sample_studies(target, probability, view, 0.5, per_stratum=4, seed=3)
+    sample = sample_studies(target, probability, 0.5, view=view, per_stratum=4, seed=3)
     assert len({draw.row for draw in sample}) == len(sample)
     outcomes = {(1, True): "tp", (0, True): "fp", (1, False): "fn", (0, False): "tn"}
     strata = Counter(
@@ -96,9 +96,9 @@ def test_a_sample_holds_so_many_of_each_outcome_and_view():
         assert draw.stratum_size == strata[key]
         found[key] += 1
     assert found == {key: min(4, n) for key, n in strata.items()}
-    assert sample_studies(target, probability, view, 0.5, per_stratum=4, seed=3) == sample
-    assert sample_studies(target, probability, view, 0.5, per_stratum=4, seed=4) != sample
-    more = sample_studies(target, probability, view, 0.5, per_stratum=5, seed=3)
+    assert sample_studies(target, probability, 0.5, view=view, per_stratum=4, seed=3) == sample
+    assert sample_studies(target, probability, 0.5, view=view, per_stratum=4, seed=4) != sample
+    more = sample_studies(target, probability, 0.5, view=view, per_stratum=5, seed=3)
     assert {draw.row for draw in sample} <= {draw.row for draw in more}
 
 

@@ -178,7 +178,8 @@ def test_grid_is_green_where_right_and_red_where_wrong():
 
 
 def test_composed_case_keeps_the_image_draws_the_boxes_and_warms_the_evidence():
-    shown = case_pictures.compose_case(case(), size=64)
+    given = case()
+    shown = case_pictures.compose_picture(given.image, given.cam, given.boxes, size=64)
     assert shown.shape[0] == 64
     assert shown.shape[1] == 64 + 2 + 64
     study, overlay = shown[:, :64].astype(int), shown[:, 66:].astype(int)
@@ -187,7 +188,7 @@ def test_composed_case_keeps_the_image_draws_the_boxes_and_warms_the_evidence():
     assert np.abs(study[4] - overlay[4]).max() == 0  # no evidence, no tint
     assert (overlay[60, 40:, 0] > overlay[60, 40:, 2]).all()  # warm
 
-    alone = case_pictures.compose_case(case(with_cam=False), size=128)
+    alone = case_pictures.compose_picture(given.image, None, given.boxes, size=128)
     assert alone.shape == (128, 128, 3)
     assert tuple(alone[32, 24]) == case_pictures.BOX  # boxes scale with the picture
 
