@@ -7,7 +7,7 @@ this machine.
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cluster import run_folder
 from cluster.targets import JobState, OutOfReachError, Target, Write
@@ -35,7 +35,7 @@ def watch(
     `show` gets the table whenever it has changed, `tell` other messages. Raises ConfigError for an
     unknown job, OutOfReachError where the cluster is unreachable for `retry_timeout_s`.
     """
-    view, shown, seen_s = _View(), "", time.monotonic()
+    view, shown, seen_s, was_away = _View(), "", time.monotonic(), False
     view.rows = {job_id: target.state(job_id) for job_id in ids}  # shown even if it has ended
     while True:
         try:
@@ -44,11 +44,13 @@ def watch(
             if time.monotonic() - seen_s > retry_timeout_s:
                 raise
             tell(f"{str(error).split(';')[0]}; trying again")
+            was_away = True
             time.sleep(interval_s)
             continue
         seen_s = time.monotonic()
         mine = [s for s in states if s.id in ids or (not ids and s.is_ours and s.owner == owner)]
-        view.update(mine)
+        view.update(mine, was_away=was_away)
+        was_away = False
         if not view.rows:
             tell(f"no job of {owner} is running")
             return 0
@@ -70,12 +72,15 @@ class _View:
     unreadable: set[str] = field(default_factory=set)
     """Jobs whose folder could not be read; it is not tried again, as each try would take long."""
 
-    def update(self, states: Sequence[JobState]) -> None:
-        """Update the rows; a job that had ended before it was first seen gets none."""
+    def update(self, states: Sequence[JobState], *, was_away: bool) -> None:
+        """Update the rows; a job that had ended before it was first seen gets none. `was_away`: the
+        cluster was out of reach since the last update."""
         now = {state.id: state for state in states}
         for job_id, state in self.rows.items():
             if job_id not in now and not state.has_ended:  # on Kubernetes, its RayJob was deleted
-                self.rows[job_id] = JobState(job_id, "cancelled", target=state.target)
+                folder = f"{state.target}/logs/{job_id}"
+                ended = run_folder.judge_deleted(job_id, folder, was_away=was_away)
+                self.rows[job_id] = replace(ended, target=state.target)
         self.rows |= {k: s for k, s in now.items() if k in self.rows or not s.has_ended}
 
     def draw(self) -> str:
@@ -98,7 +103,7 @@ class _View:
                 self.progress[state.id] = found
 
     def _row(self, state: JobState) -> tuple[str, ...]:
-        last = f"exit code {state.exit_code}" if state.has_ended else state.why
+        last = state.why or (f"exit code {state.exit_code}" if state.has_ended else "")
         if state.id in self.unreadable:
             last = f"{last}; its folder cannot be read from here".removeprefix("; ")
         known = self.progress.get(state.id)

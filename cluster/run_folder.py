@@ -12,6 +12,7 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import TypeVar
 
+from cluster.targets import JobState, Phase
 from pneumo import storage
 from pneumo.config import Config, changed_sections
 from pneumo.errors import PneumoError, RunError
@@ -33,20 +34,62 @@ class KeptLog:
 
 
 def read_logs(folder_url: str) -> list[KeptLog]:
-    """The logs below `folder_url`, oldest first. Raises PneumoError when they cannot be read."""
+    """The logs in `folder_url`, and in its folders, one for each submission; oldest first. Raises
+    PneumoError when they cannot be read."""
 
     def read() -> list[KeptLog]:
-        texts = {
-            name: storage.read_bytes(storage.join(folder_url, name)).decode(errors="replace")
-            for name in storage.list_names(folder_url)
-            if name.endswith(".log")
-        }
-        return [KeptLog(name.removesuffix(".log"), text) for name, text in texts.items()]
+        urls = [url for url in _list_files(folder_url) if url.endswith(".log")]
+        texts = {url: storage.read_bytes(url).decode(errors="replace") for url in urls}
+        return [KeptLog(_stem(url), text) for url, text in texts.items()]
 
     try:
         return _with_timeout(LOGS_TIMEOUT_S, read)
     except Exception as error:
         raise PneumoError(f"{folder_url}: {error}") from error
+
+
+def read_exit_code(folder_url: str) -> int | None:
+    """The exit code of the last attempt of which `folder_url` keeps a log, as `read_logs`; None
+    where it has not ended, or cannot be read."""
+
+    def read() -> int | None:
+        urls = _list_files(folder_url)
+        last = max((_stem(url) for url in urls), default="")
+        codes = [url for url in urls if url.endswith(".exit") and _stem(url) == last]
+        return int(storage.read_text(codes[0])) if codes else None
+
+    try:
+        return _with_timeout(LOGS_TIMEOUT_S, read)
+    except Exception:  # no credentials, no network: the outcome is not known here
+        return None
+
+
+def judge_deleted(job_id: str, folder_url: str, *, was_away: bool) -> JobState:
+    """The state of a job that its cluster does not know any more, by what its log keeper left in
+    `folder_url`. `was_away`: the cluster was out of reach since the job was last seen, which may
+    have ended, and been removed, meanwhile."""
+    code = read_exit_code(folder_url)
+    if code == 0:
+        return JobState(job_id, "succeeded")
+    if not was_away:
+        return JobState(job_id, "cancelled", why="someone deleted it")
+    if code is None:
+        why = f"it is gone from the cluster; whether it finished is not known, see {folder_url}"
+        return JobState(job_id, "failed", why=why)
+    phase: Phase = "cancelled" if code == 130 else "failed"
+    return JobState(job_id, phase, why=f"exit code {code}", driver_exit_code=code)
+
+
+def _list_files(folder_url: str) -> list[str]:
+    """URLs of the files in a folder and in its folders, by name."""
+    urls = [storage.join(folder_url, name) for name in storage.list_names(folder_url)]
+    folders = [url for url in urls if not url.endswith((".log", ".exit"))]
+    below = [storage.join(url, name) for url in folders for name in storage.list_names(url)]
+    return sorted([*(url for url in urls if url not in folders), *below], key=_stem)
+
+
+def _stem(url: str) -> str:
+    return storage.last_part(url).rsplit(".", 1)[0]
 
 
 def check_run(config: Config, run_url: str) -> None:

@@ -61,6 +61,7 @@ class Submission:
 
     `id` depends only on the job and on `target`, the URL that it writes to (mostly a run), so that
     a job submitted twice runs once; `settings` is a digest of all arguments and settings.
+    `submitted` is the time, as YYYYmmdd-HHMMSS: attempts at one submission share it.
     `preflight` is the command that checks whether the cluster reaches `places` and has the secrets
     that the job needs; `shape` are the resources of the job (for tune, of a trial), None where it
     uses whatever the cluster has. `config` are the settings, with absolute paths of their files.
@@ -71,6 +72,7 @@ class Submission:
     entrypoint: str
     target: str
     settings: str
+    submitted: str = ""
     config: Config = field(default_factory=Config, repr=False)
     places: tuple[str, ...] = ()
     preflight: str = ""
@@ -126,6 +128,7 @@ def plan(
         entrypoint=shlex.join(["python", "-m", JOBS[job].module, *new_argv]),
         target=target,
         settings=_settings_digest(invocation, places),
+        submitted=f"{now:%Y%m%d-%H%M%S}",
         config=_absolute_config(invocation, places),
         places=tuple(url for urls in places.values() for url in urls),
         preflight=_preflight(places, _needed_secrets(invocation, environ)),

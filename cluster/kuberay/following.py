@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 
-from cluster.kuberay import progress
+from cluster.kuberay import progress, rayjob
 from cluster.kuberay.api import MissingError, UnknownRunError
 from cluster.kuberay.kept_logs import DriverLog, LogCursor, ReadResult
 from cluster.kuberay.namespace_runs import Inspection, NamespaceRuns
@@ -18,6 +18,7 @@ from cluster.kuberay.run_state import (
     submitters,
     to_state,
 )
+from cluster.run_folder import judge_deleted
 from cluster.targets import JobState, OutOfReachError, Write
 from pneumo.errors import AccessError, ConfigError, PneumoError
 
@@ -81,10 +82,11 @@ class RunFollower:
         try:
             run = self.runs.inspect(self.job_id, self.before)
         except UnknownRunError:
-            if self.seen:
-                self._read_log_end()
-                return JobState(self.job_id, "cancelled", why="someone deleted the RayJob")
-            raise
+            if self.before is None or not self.seen:
+                raise
+            self._read_log_end()
+            folder, was_away = rayjob.log_folder(self.before.job), self.lost_at_s is not None
+            return judge_deleted(self.job_id, folder, was_away=was_away)
         job, pods, found = run.job, run.pods.items, run.problems
         self.before, self.seen, self.lost_at_s = run, True, None
         state = to_state(job, found)

@@ -24,9 +24,9 @@ RUN_LABEL = "pneumo/run"
 SUBMISSION_LABEL = "pneumo/submission"
 """Label of a RayJob and all its pods: the submission's id, the same for all attempts at a run."""
 TARGET, SETTINGS, ENTRYPOINT = "pneumo/target", "pneumo/settings", "pneumo/entrypoint"
-OVERLAY, OWNER = "pneumo/overlay", "pneumo/owner"
+OVERLAY, OWNER, SUBMITTED = "pneumo/overlay", "pneumo/owner", "pneumo/submitted"
 """Annotations of a RayJob: the URL that it writes to, the digest of its settings, its command, its
-overlay, its user."""
+overlay, its user, the time of its submission."""
 WAIT_AGAIN = "pneumo/wait-again"
 """An overlay's annotation; "true": a run whose nodes did not come in time is retried. Also that of
 a run submitted without a follower, whose attempts share the wait."""
@@ -63,6 +63,7 @@ def build(
         ENTRYPOINT: submission.entrypoint,
         OVERLAY: overlay,
         OWNER: submission.owner,
+        SUBMITTED: submission.submitted,
     }
     # The log keeper runs the command and stores its log, as pods of a failed attempt are deleted.
     keeper = f"python -m jobs.terminal.log_keeper {shlex.quote(log_folder(job))}"
@@ -110,9 +111,8 @@ def copy_for_retry(job: Document, name: str) -> Document:
         "spec": copy.deepcopy(job["spec"]),
     }
     _set_name(retry, name, metadata["labels"][SUBMISSION_LABEL])
-    folder, keeper = log_folder(job), "jobs.terminal.log_keeper"
-    new_folder = folder.removesuffix(metadata["name"]) + name
-    entrypoint = job["spec"]["entrypoint"].replace(folder, new_folder, 1)
+    keeper = "jobs.terminal.log_keeper"
+    entrypoint = job["spec"]["entrypoint"].replace(log_folder(job), log_folder(retry), 1)
     if f"{keeper} --again" not in entrypoint:  # the lost attempt may have finished: no error
         entrypoint = entrypoint.replace(keeper, f"{keeper} --again", 1)
     retry["spec"]["entrypoint"] = entrypoint
@@ -132,9 +132,13 @@ def differences(asked: Document, running: Document) -> Iterator[str]:
 
 
 def log_folder(job: Document) -> str:
-    """Where `jobs.terminal.log_keeper` stores logs; "" for a RayJob of another project."""
-    target = (job["metadata"].get("annotations") or {}).get(TARGET, "")
-    return f"{target}/logs/{job['metadata']['name']}" if target else ""
+    """Where `jobs.terminal.log_keeper` stores logs; "" for a RayJob of another project. A later
+    submission, which may have the same name, has another folder: only attempts at the same
+    submission may find its work done."""
+    annotations = job["metadata"].get("annotations") or {}
+    target = annotations.get(TARGET, "")
+    folder = f"{target}/logs/{job['metadata']['name']}/{annotations.get(SUBMITTED, '')}"
+    return folder.rstrip("/") if target else ""
 
 
 def count_gpus(job: Document) -> tuple[int, int]:

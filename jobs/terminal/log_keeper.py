@@ -1,11 +1,12 @@
 """Run a job and keep its output in the run's folder, as the cluster's logs end with the cluster.
 
-    python -m jobs.terminal.log_keeper [--again] s3://bucket/runs/1/logs/ID python -m jobs.train …
+    python -m jobs.terminal.log_keeper [--again] s3://bucket/runs/1/logs/ID/TIME python -m jobs.…
 
 Runs the command, shows its output, and writes it to `<folder>/<start time>.log`: after a second,
-every half minute, and at the end. Returns the command's exit code; tells the command if this is a
-later attempt (`--again`, or the folder holds an earlier log). On Kubernetes the pods of a failed
-attempt are deleted before the next begins; `python -m cluster logs` then reads these files.
+every half minute, and at the end, then the exit code to `<start time>.exit`. Returns the command's
+exit code; tells the command if this is a later attempt (`--again`, or the folder, which is of one
+submission, holds an earlier log). On Kubernetes the pods of a failed attempt are deleted before the
+next begins, and all of a finished job soon after; `python -m cluster` then reads these files.
 """
 
 import os
@@ -58,8 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     keeper.start()
     code = process.wait()
     reader.join(timeout=2.0)  # a grandchild may keep the pipe open
-    keeper.close()
-    return code if code >= 0 else 128 - code
+    code = code if code >= 0 else 128 - code
+    keeper.close(code)
+    return code
 
 
 class LogKeeper:
@@ -77,6 +79,7 @@ class LogKeeper:
         self._written_bytes = -1
         """`_read_bytes` when the log was last written."""
         self._last_error = ""
+        self._exit_code: int | None = None
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._writer = threading.Thread(target=self._run, daemon=True)
@@ -101,6 +104,9 @@ class LogKeeper:
             self.flush()
             pause_s = WRITE_INTERVAL_S
         self.flush()
+        if self._exit_code is not None:
+            with suppress(PneumoError):  # `flush` has told it
+                self.write(f"{self.url.removesuffix('.log')}.exit", f"{self._exit_code}".encode())
 
     def flush(self) -> None:
         """Write the log if it has grown since the last write; tells each error once."""
@@ -116,8 +122,9 @@ class LogKeeper:
                 tell(f"log: {error}; the job goes on, but its log will be lost with its pod")
             self._last_error = str(error)
 
-    def close(self) -> None:
-        """Write the end of the log; waits at most LAST_WRITE_TIMEOUT_S."""
+    def close(self, exit_code: int) -> None:
+        """Write the end of the log and the exit code; waits at most LAST_WRITE_TIMEOUT_S."""
+        self._exit_code = exit_code
         self._ended.set()
         self._writer.join(LAST_WRITE_TIMEOUT_S)
         if self._writer.is_alive():

@@ -68,7 +68,10 @@ def test_the_runs_of_one_person_are_shown_until_they_have_ended(tmp_path: Path) 
     code, shown, _ = _watch(
         [before, mine, waits, hers],
         [before, mine, waits, hers],
-        [replace(mine, phase="succeeded"), replace(waits, phase="failed", driver_exit_code=2)],
+        [
+            replace(mine, phase="succeeded"),
+            replace(waits, phase="failed", why="", driver_exit_code=2),
+        ],
     )
     assert code == 2
     first, last = (table.splitlines() for table in shown)
@@ -99,6 +102,30 @@ def test_a_cluster_that_is_away_for_a_while_is_asked_again() -> None:
     )
     assert (code, told) == (0, ["no answer; trying again"])
     assert len(shown) == 2
+
+
+@pytest.mark.parametrize(
+    ("kept", "code", "phase"),
+    [
+        ({"20260101-030405.log": "done", "20260101-030405.exit": "0"}, 0, "succeeded"),
+        ({"20260101-030405.log": "error", "20260101-030405.exit": "2"}, 2, "failed"),
+        ({"20260101-030405.log": "stopped", "20260101-030405.exit": "130"}, 130, "cancelled"),
+        ({"20260101-030405.exit": "0", "20260102-030405.log": "epoch 1"}, 1, "failed"),
+        ({}, 1, "failed"),
+    ],
+)
+def test_a_job_that_is_gone_after_an_outage_is_judged_by_what_it_left(
+    kept: dict[str, str], code: int, phase: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "logs" / "train-1" / "20260101-000000"
+    folder.mkdir(parents=True)
+    for name, text in kept.items():
+        (folder / name).write_text(text)
+    running = JobState("train-1", "running", target=str(tmp_path), owner="me")
+    found, shown, _ = _watch([running], OutOfReachError("no answer"), [])
+    assert (found, shown[-1].splitlines()[1].split()[1]) == (code, phase)
+    if code == 1:
+        assert "whether it finished is not known" in shown[-1]
 
 
 def test_nobody_runs_anything() -> None:

@@ -48,6 +48,13 @@ def test_logs_are_read_in_their_order(tmp_path: Path) -> None:
         "20260102-030405",
     ]
     assert run_folder.read_logs(str(tmp_path / "nowhere")) == []
+    (tmp_path / "20260103-000000").mkdir()
+    (tmp_path / "20260103-000000" / "20260101-120000.log").write_text("of another submission")
+    assert [log.name for log in run_folder.read_logs(str(tmp_path))] == [
+        "20260101-030405",
+        "20260101-120000",
+        "20260102-030405",
+    ]
 
 
 def test_a_log_of_any_name_is_read_and_nothing_is_written(tmp_path: Path) -> None:

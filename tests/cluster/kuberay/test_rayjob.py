@@ -60,7 +60,8 @@ def test_only_what_differs_is_set(base: Document) -> None:
     assert job["metadata"]["name"].startswith("train-1-")
     name = job["metadata"]["name"]
     assert job["spec"]["entrypoint"].startswith(
-        f"python -m jobs.terminal.log_keeper s3://b/runs/1/logs/{name} python -m jobs.train --store s3://b/store"
+        f"python -m jobs.terminal.log_keeper s3://b/runs/1/logs/{name}/20260102-000000 "
+        "python -m jobs.train --store s3://b/store"
     )
     assert job["metadata"]["annotations"]["pneumo/entrypoint"].startswith("python -m jobs.train")
     head = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
@@ -79,6 +80,25 @@ def test_only_what_differs_is_set(base: Document) -> None:
     for each in ("entrypoint", "rayClusterSpec", "submitterPodTemplate"):
         job["spec"].pop(each), before["spec"].pop(each)
     assert job["spec"] == before["spec"]
+
+
+def test_attempts_share_a_log_folder_and_later_submissions_do_not(base: Document) -> None:
+    """Who finds an earlier log takes finished work for its own: `predict --source tuesday` must not
+    find the predictions of monday, which write to the same place."""
+    folders = []
+    for source, day in (("monday", 5), ("tuesday", 6)):
+        argv = ["--source", f"s3://b/{source}", "--run", "s3://b/runs/1", "--output", "s3://b/out"]
+        submission = plan("predict", argv, {}, remote=True, now=datetime(2026, 1, day))
+        job = rayjob.build([copy.deepcopy(base)], submission, name=submission.id)
+        retry = rayjob.copy_for_retry(job, f"{submission.id}-2")
+        assert f"log_keeper {rayjob.log_folder(job)} " in job["spec"]["entrypoint"]
+        assert f"log_keeper --again {rayjob.log_folder(retry)} " in retry["spec"]["entrypoint"]
+        folders += [rayjob.log_folder(job), rayjob.log_folder(retry)]
+    assert folders == [
+        f"s3://b/out/logs/{submission.id}{number}/202601{day}-000000"
+        for day in ("05", "06")
+        for number in ("", "-2")
+    ]
 
 
 @pytest.mark.parametrize(

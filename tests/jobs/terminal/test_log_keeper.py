@@ -50,6 +50,9 @@ def test_all_that_a_command_says_is_shown_and_kept(
     assert process.returncode == exit_code
     assert (out, err) == ("out\nerr\n", "")
     assert _kept(tmp_path / "logs") == out
+    [code_file] = (tmp_path / "logs").glob("*.exit")
+    assert code_file.read_text() == str(exit_code)
+    assert code_file.with_suffix(".log").exists()
 
 
 def test_a_later_attempt_at_a_finished_run_has_nothing_to_do(tmp_path: Path) -> None:
@@ -122,7 +125,7 @@ def test_of_a_long_log_the_end_is_kept(tmp_path: Path) -> None:
     keeper = LogKeeper(str(tmp_path / "x.log"), max_bytes=10)
     keeper.copy(io.BytesIO(b"begin" + b"x" * 1000 + b" the end\n"))
     keeper.start()
-    keeper.close()
+    keeper.close(0)
     assert _kept(tmp_path) == "x the end\n"
 
 
