@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
-from pneumo import storage
 from pneumo.search_space import Domain, Space, flatten, grid_points
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -26,9 +25,8 @@ REDUCTION_FACTOR = 3
 
 
 def without_folders(value: Any) -> Any:
-    """The name alone of a file of this machine; any other value as it is."""
-    is_path = isinstance(value, str) and "/" in value and storage.is_local(value)
-    return value.rsplit("/", 1)[-1] if is_path else value
+    """The name alone of a path or URL; any other value as it is."""
+    return value.rstrip("/").rsplit("/", 1)[-1] if isinstance(value, str) else value
 
 
 class Section(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
@@ -360,10 +358,12 @@ class Config(Section):
         return self.model_dump_json(indent=2) + "\n"
 
     def without_paths(self) -> dict[str, Any]:
-        """The tree as W&B and the report get it: of a file of this machine, its name alone."""
+        """The tree as W&B and the report get it: of a file or store, its name alone."""
         tree = self.model_dump(mode="json")
         for section, name in (("model", "weights"), ("split", "list")):
             tree[section][name] = without_folders(tree[section][name])
+        if "without" in tree["prepare"]:
+            tree["prepare"]["without"] = [*map(without_folders, tree["prepare"]["without"])]
         space = tree["tune"]["space"]
         space.update({key: [*map(without_folders, domain)] for key, domain in space.items()})
         return tree

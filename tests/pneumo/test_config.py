@@ -70,20 +70,22 @@ def test_a_value_is_frozen() -> None:
         Config().train.lr = 1.0  # type: ignore[misc]
 
 
-def test_others_are_told_no_folder_of_this_machine() -> None:
+def test_others_are_told_no_folder_and_no_bucket() -> None:
     config = override(
         Config(),
         {
             "model.weights": "/home/alice/enc.pt",
+            "prepare.without": ["s3://alice/stores/nih/", "/home/alice/rsna"],
             "split.list": "file:///home/alice/split.csv",
             "tune.space": {
-                "model.weights": ["choice", "random", "/home/alice/b.pt", "s3://b/c.pt"]
+                "model.weights": ["choice", "random", "/home/alice/b.pt", "s3://alice/c.pt"]
             },
         },
     )
     told = config.without_paths()
     assert told["model"]["weights"] == "enc.pt"
     assert told["split"]["list"] == "split.csv"
-    assert told["tune"]["space"]["model.weights"] == ["choice", "random", "b.pt", "s3://b/c.pt"]
+    assert told["tune"]["space"]["model.weights"] == ["choice", "random", "b.pt", "c.pt"]
+    assert told["prepare"]["without"] == ["nih", "rsna"]
     assert "alice" not in json.dumps(told)
     assert Config().without_paths() == Config().model_dump(mode="json")
