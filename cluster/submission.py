@@ -86,6 +86,16 @@ class Submission:
         return self.job in _JOBS_DERIVING_KEYS
 
     @property
+    def command(self) -> str:
+        """The entrypoint after the variables that hold settings, as a shell takes it."""
+        settings = [
+            f"{name}={shlex.quote(value)}"
+            for name, value in self.environment.items()
+            if name.startswith(ENVIRONMENT_PREFIX) and name not in self.secrets
+        ]
+        return " ".join([*settings, self.entrypoint])
+
+    @property
     def secrets(self) -> tuple[str, ...]:
         """Names of the variables of `environment` that look like secrets."""
         return tuple(name for name in self.environment if _SECRET_LIKE.search(name))
