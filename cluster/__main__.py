@@ -26,8 +26,7 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 from cluster import live_view, run_folder
-from cluster.addresses import is_remote
-from cluster.targets import JobState, Target
+from cluster.targets import JobState, Target, is_remote
 from pneumo.errors import AccessError, ClusterError, ConfigError, PneumoError
 
 CANCEL_WINDOW_S = 3.0

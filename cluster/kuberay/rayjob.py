@@ -74,7 +74,7 @@ def build(
     _set_preflight(job, submission)
     if not is_followed:
         _share_wait_for_nodes(job)
-    secrets = [HASH_KEY_SECRET] if submission.derives_keys else []
+    secrets = [HASH_KEY_SECRET] if submission.job == "prepare" else []
     _set_environment(job, _environment(container, submission), secrets)
     if image is not None:
         for template in _templates(job):

@@ -113,18 +113,15 @@ def _why(job: Document, deployment: str, phase: Phase, found: Sequence[Problem])
             f"no KubeRay operator has processed it within {OPERATOR_TIMEOUT_S:g} s; have the "
             "cluster's administrator look whether one runs and watches this namespace"
         )
+    head = (status.get("rayClusterStatus") or {}).get("head") or {}
     return {
         "New": "for the KubeRay operator to process it",
         "Initializing": "for its pods to start",
         "Suspended": _QUEUED,
         # A run that was never admitted has this status too, for a moment.
-        "Suspending": QUOTA_TAKEN_BACK if _has_had_head(status) else _QUEUED,
+        "Suspending": QUOTA_TAKEN_BACK if head.get("podIP") else _QUEUED,
         "Retrying": "an attempt failed, another cluster is being started",
     }.get(deployment, deployment)
-
-
-def _has_had_head(status: Document) -> bool:
-    return bool(((status.get("rayClusterStatus") or {}).get("head") or {}).get("podIP"))
 
 
 def _seconds(text: str | None) -> float | None:
