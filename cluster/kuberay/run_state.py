@@ -72,8 +72,11 @@ def submitters(pods: Sequence[Document]) -> list[Document]:
 def find_permanent_failure(
     job: Document, state: JobState, found: Sequence[Problem], logged_exit_code: int | None = None
 ) -> JobState | None:
-    """The final state of a job that neither waiting nor another attempt can help; else None.
-    `logged_exit_code` is that in the driver's log, as the RayJob has it for some seconds only."""
+    """The final state of a job that runs or waits, and that neither waiting nor another attempt can
+    help; else None. `logged_exit_code` is that in the driver's log, as the RayJob has it for some
+    seconds only."""
+    if state.has_ended:
+        return None
     problem = next((problem for problem in found if problem.exit_code is not None), None)
     status, annotations = job.get("status") or {}, job["metadata"].get("annotations") or {}
     is_retrying = status.get("jobDeploymentStatus") == "Retrying"
