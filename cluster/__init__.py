@@ -2,8 +2,7 @@
 
     __main__.py    python -m cluster submit|list|status|logs|cancel|down
     submission.py  a job to submit: checked settings, absolute paths, a stable id; pure
-    addresses.py   whether an address is another machine
-    targets.py     the interface of both kinds of cluster, and a job's state
+    targets.py     the interface of both kinds of cluster, a job's state, remote addresses
     run_folder.py  reads a run's folder: its settings, progress and logs
     live_view.py   a live table of one user's runs
     ray/           the Ray Jobs API of a running Ray cluster, and the code that is sent to it

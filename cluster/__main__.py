@@ -26,8 +26,7 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 from cluster import live_view, run_folder
-from cluster.addresses import is_remote
-from cluster.targets import JobState, Target
+from cluster.targets import JobState, Target, is_remote
 from pneumo.errors import AccessError, ClusterError, ConfigError, PneumoError
 
 CANCEL_WINDOW_S = 3.0
@@ -49,9 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         options, flags = make_parser().parse_known_args(argv)
-        if flags and options.command != "submit":
-            raise ConfigError(f"cluster: {options.command} takes no {flags[0]}; see --help")
-        return _submit(options, flags) if options.command == "submit" else _run_command(options)
+        return (_submit if options.command == "submit" else _run_command)(options, flags)
     except PneumoError as error:
         if "--debug" in argv:
             traceback.print_exc()
@@ -62,6 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has closed the pipe, as in `logs ID | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:  # the top of the process: every error ends in one line
+        if "--debug" in argv:
+            traceback.print_exc()
+        lines = str(error).strip().splitlines() or [""]
+        _tell(f"error: {type(error).__name__}: {lines[-1]} (--debug shows the traceback)")
+        return 1
 
 
 def _submit(options: argparse.Namespace, flags: list[str]) -> int:
@@ -95,7 +98,9 @@ def _submit(options: argparse.Namespace, flags: list[str]) -> int:
     return _follow(target, started.id)
 
 
-def _run_command(options: argparse.Namespace) -> int:
+def _run_command(options: argparse.Namespace, flags: list[str]) -> int:
+    if flags:
+        raise ConfigError(f"cluster: {options.command} takes no {flags[0]}; see --help")
     if options.command == "status" and options.id is None and not options.watch:
         raise ConfigError("cluster: status needs the ID of a job, or --watch for all of yours")
     target = _connect(options)

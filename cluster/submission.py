@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from cluster.addresses import is_remote
+from cluster.targets import is_remote
 from pneumo import storage
 from pneumo.command_line import JOBS, Invocation, PrepareArguments, parse_command_line
 from pneumo.config import WEIGHTS_WITHOUT_FILE, ClusterConfig, Config
@@ -28,7 +28,7 @@ from pneumo.config_layers import (
 from pneumo.errors import ConfigError
 
 HASH_KEY = "PNEUMO_HASH_KEY"
-"""The secret that could undo a store's pseudonyms; only jobs that read a source get it."""
+"""The secret that could undo a store's pseudonyms; only `prepare`, which derives keys, gets it."""
 STORAGE_VARIABLES = frozenset(
     {
         "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_REGION",
@@ -48,7 +48,6 @@ services or a role of this machine. RAY_* is never sent: the cluster has its own
 
 _PLACES = ("source", "store", "external", "run", "members", "compare_with", "output")
 """Arguments that name places (URLs or paths). A job writes to the last one in `_OUTPUTS`."""
-_JOBS_DERIVING_KEYS = ("prepare",)
 _OUTPUTS = ("store", "run", "output")
 _Places = Mapping[str, Sequence[str]]
 """The absolute URLs that each argument or setting names."""
@@ -83,9 +82,14 @@ class Submission:
     """Its user: `down` cancels only the jobs of one owner."""
 
     @property
-    def derives_keys(self) -> bool:
-        """Whether it derives keys of studies and patients, and so needs their secret."""
-        return self.job in _JOBS_DERIVING_KEYS
+    def command(self) -> str:
+        """The entrypoint after the variables that hold settings, as a shell takes it."""
+        settings = [
+            f"{name}={shlex.quote(value)}"
+            for name, value in self.environment.items()
+            if name.startswith(ENVIRONMENT_PREFIX) and name not in self.secrets
+        ]
+        return " ".join([*settings, self.entrypoint])
 
     @property
     def secrets(self) -> tuple[str, ...]:
@@ -155,7 +159,7 @@ def split_environment(
     variables that are not sent."""
     prefixes = ["AWS_", *(["WANDB_"] if "tracking" in JOBS[job].sections else [])]
     settings = {k for k in environ if k.startswith("PNEUMO_")}
-    if job not in _JOBS_DERIVING_KEYS:
+    if job != "prepare":
         settings.discard(HASH_KEY)
     others = {k for k in environ if k.startswith(tuple(prefixes))}
     others -= {"AWS_EC2_METADATA_DISABLED", "AWS_PAGER"} if remote else set()  # no job needs them

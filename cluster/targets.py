@@ -1,12 +1,13 @@
-"""The interface that the two kinds of cluster share, and a job's state."""
+"""The interface that the two kinds of cluster share, a job's state, and remote addresses."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
+from urllib.parse import urlsplit
 
-from pneumo.errors import ClusterError
+from pneumo.errors import ClusterError, ConfigError
 
 if TYPE_CHECKING:  # the configuration takes a quarter of a second to import
     from cluster.submission import Submission
@@ -14,6 +15,20 @@ if TYPE_CHECKING:  # the configuration takes a quarter of a second to import
 Phase = Literal["waiting", "running", "succeeded", "failed", "cancelled"]
 
 Write = Callable[[str], object]
+
+_LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
+def is_remote(address: str) -> bool:
+    """Whether `http://host:port` is another machine; a forwarded port counts as this one.
+
+    Raises ConfigError for a malformed address.
+    """
+    try:
+        host = urlsplit(address).hostname
+    except ValueError as error:
+        raise ConfigError(f"{address}: is no address: {error}") from error
+    return (host or "") not in _LOOPBACK
 
 
 class OutOfReachError(ClusterError):

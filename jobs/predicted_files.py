@@ -26,8 +26,12 @@ def find_files(source: str, output_url: str) -> tuple[str, list[str]]:
     source_url, files = find_source(source)
     if files is None:
         prefix, own = f"{source_url.rstrip('/')}/", f"{output_url.rstrip('/')}/"
+        if own == prefix:
+            raise SourceError(f"{source_url}: is also --output; give another folder for that")
         below = [url for url in storage.list_everything(source_url) if url.startswith(prefix)]
-        paths = [url.removeprefix(prefix) for url in below if not url.startswith(own)]
+        paths = [url.removeprefix(prefix) for url in below]
+        if own.startswith(prefix):  # not where the source is a folder of the output
+            paths = [path for path in paths if not path.startswith(own.removeprefix(prefix))]
         files = [p for p in paths if not any(part.startswith(".") for part in p.split("/"))]
         if not below and not storage.is_local(source_url) and storage.exists(source_url):
             source_url, _, name = source_url.rpartition("/")  # one object of a bucket

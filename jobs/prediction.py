@@ -152,35 +152,28 @@ def _predict_batch(task: Task, members: Sequence[Member], files: Sequence[str]) 
     probabilities = zip(names, sigmoid(logit).tolist(), strict=True)
     captions = {name: f"p = {p:.3f}   {NOTICE}" for name, p in probabilities}
     overlays = _write_overlays(task, members[0], scored, captions) if task.overlays else {}
-    described = [_describe(image) for image in images]
-    reasons = [_find_reason(image, x) for image, x in zip(images, logit, strict=True)]
+    rows = [_describe(image, x) for image, x in zip(images, logit, strict=True)]
+    reason, message, view, warnings = np.array(rows, dtype=np.str_).T
     return FilePredictions(
         file=np.array(names, dtype=np.str_),
         logit=logit,
         overlay=np.array([overlays.get(name, "") for name in names], dtype=np.str_),
-        reason=np.array([each.reason for each in reasons], dtype=np.str_),
-        message=np.array([each.message for each in reasons], dtype=np.str_),
-        view=np.array([view for view, _ in described], dtype=np.str_),
-        warnings=np.array([warnings for _, warnings in described], dtype=np.str_),
+        reason=reason,
+        message=message,
+        view=view,
+        warnings=warnings,
     )
 
 
-def _describe(image: GrayImage | UnusableFile) -> tuple[str, str]:
-    """The view and the warnings of a file."""
+def _describe(image: GrayImage | UnusableFile, logit: np.float32) -> tuple[str, str, str, str]:
+    """Why a file has no score, as a code and in words, and its view and warnings."""
     if isinstance(image, UnusableFile):
-        return "", ""
-    return image.header.view or "", "; ".join(image.warnings)
-
-
-def _find_reason(image: GrayImage | UnusableFile, logit: np.float32) -> UnusableFile:
-    """Why a file has no score; empty where it has one."""
-    if isinstance(image, UnusableFile):
-        return image
+        return image.reason, image.message, "", ""
+    view, warnings = image.header.view or "", "; ".join(image.warnings)
     if np.isfinite(logit):
-        return UnusableFile("", "")
-    return UnusableFile(
-        NOT_A_NUMBER, "the network's logit is NaN or infinite; did training diverge?"
-    )
+        return "", "", view, warnings
+    message = "the network's logit is NaN or infinite; did training diverge?"
+    return NOT_A_NUMBER, message, view, warnings
 
 
 def _write_overlays(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, NoReturn
 
 from pydantic import Field, create_model
-from pydantic_settings import BaseSettings, CliSettingsSource, CliToggleFlag
+from pydantic_settings import BaseSettings, CliSettingsSource, CliToggleFlag, SettingsError
 
 from pneumo import storage
 from pneumo.config import ClusterConfig, Config, Section
@@ -226,7 +226,10 @@ def _read_flags(spec: Job, argv: Sequence[str]) -> dict[str, Any]:
     source: CliSettingsSource[Any] = CliSettingsSource(
         settings, root_parser=parser, cli_avoid_json=True
     )
-    values = source(args=list(argv))()
+    try:
+        values = source(args=list(argv))()
+    except SettingsError as error:  # no JSON, or of another form
+        raise ConfigError(f"the command line: {error}; see {parser.prog} --help") from error
     return {key: value for key, value in values.items() if value is not None}
 
 

@@ -6,7 +6,8 @@ its line in `--help`.
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
@@ -31,6 +32,16 @@ def without_folders(value: Any) -> Any:
 
 class Section(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """A branch of the tree."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_none(cls, written: Any) -> Any:
+        """`none`, as `--help` calls it, of a setting that may be none."""
+        if not isinstance(written, Mapping):
+            return written
+        fields = cls.model_fields
+        optional = {name for name in fields if type(None) in get_args(fields[name].annotation)}
+        return {k: None if v == "none" and k in optional else v for k, v in written.items()}
 
 
 def _unless_default(default: Any) -> Any:

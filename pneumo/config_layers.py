@@ -77,13 +77,6 @@ def override(config: Config, changes: Mapping[str, Any], layer: str = "the searc
     return validate(Config, [("the configuration", config.model_dump()), (layer, tree)])
 
 
-def with_absolute_weights(config: Config) -> Config:
-    """The same, a path of weights made absolute: workers run in folders of their own."""
-    if config.model.weights in WEIGHTS_WITHOUT_FILE:
-        return config
-    return override(config, {"model.weights": storage.normalise(config.model.weights)})
-
-
 def drop_removed(saved: Mapping[str, Any]) -> dict[str, Any]:
     """A saved configuration without the settings and values that only earlier versions had."""
     tree: dict[str, Any] = {}

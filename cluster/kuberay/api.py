@@ -11,14 +11,14 @@ import time
 from collections.abc import Generator, Iterator, Mapping, Set
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import urllib3
 from kubernetes.client.exceptions import ApiException
 
 from cluster.kuberay.overlays import Document
 from cluster.targets import OutOfReachError
-from pneumo.errors import AccessError, ClusterError, ConfigError
+from pneumo.errors import AccessError, ClusterError, ConfigError, PneumoError
 
 CONNECT_TIMEOUT_S = 5.0
 ANSWER_TIMEOUT_S = 20.0
@@ -180,13 +180,11 @@ class Api:
         missing = []
         for group, resource, verb in NEEDS:
             name, _, part = resource.partition("/")
-            right = {"group": group, "resource": name, "verb": verb, "namespace": self.namespace}
+            right = {"group": group, "resource": name, "subresource": part, "verb": verb}
             review = {
                 "apiVersion": "authorization.k8s.io/v1",
                 "kind": "SelfSubjectAccessReview",
-                "spec": {
-                    "resourceAttributes": {**right, **({"subresource": part} if part else {})}
-                },
+                "spec": {"resourceAttributes": {**right, "namespace": self.namespace}},
             }
             try:
                 answer = self._ask(
@@ -220,7 +218,7 @@ class Api:
                 answer: Document = json.loads(response.data)
             except (ApiException, urllib3.exceptions.HTTPError, ValueError) as error:
                 if not _is_temporary(error) or time.monotonic() + pause_s > deadline_s:
-                    self._refuse(error, method)
+                    raise self._refusal(error, method) from error
                 time.sleep(max(pause_s, _retry_after_s(error)))
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
             else:
@@ -237,7 +235,7 @@ class Api:
                 for line in lines:
                     yield line.decode(errors="replace")
         except (ApiException, urllib3.exceptions.HTTPError) as error:
-            self._refuse(error, "GET")
+            raise self._refusal(error, "GET") from error
         finally:
             if response is not None:
                 response.close()
@@ -264,20 +262,16 @@ class Api:
         )
         return response
 
-    def _refuse(self, error: Exception, method: str) -> NoReturn:
+    def _refusal(self, error: Exception, method: str) -> PneumoError:
+        """What the error of the client means, as an error of this project."""
         where = f"kubernetes: {self.place}"
         if not isinstance(error, ApiException) or error.status == 0:
-            raise OutOfReachError(
+            return OutOfReachError(
                 f"{where}: no answer from the API server ({_cause(error)}); is the cluster up, and "
                 "does a VPN or proxy lead there?"
-            ) from error
-        status = _status(error)
+            )
+        code, status = error.status, _status(error)
         message = str(status.get("message") or error.reason or "no reason given").splitlines()[0]
-        raise self._refusal(error.status, message, status, where, method) from error
-
-    def _refusal(
-        self, code: int, message: str, status: Document, where: str, method: str
-    ) -> Exception:
         if code == 401 or (code == 403 and _ANONYMOUS in message):
             return AccessError(
                 f"{where}: the cluster does not know you (HTTP {code}): a token or client "
@@ -293,12 +287,10 @@ class Api:
                 f"{where}: it has no RayJob kind (ray.io/v1); have its administrator install the "
                 "KubeRay operator, 1.7 or later"
             )
-        if code == 404:
-            return MissingError(f"{where}: {message}")
-        if code == 409 and method == "POST":
-            return AlreadyThereError(f"{where}: {message}")
-        if code == 410:
-            return ExpiredError(f"{where}: {message}")
+        kinds = {404: MissingError, 410: ExpiredError}
+        kinds |= {409: AlreadyThereError} if method == "POST" else {}
+        if code in kinds:
+            return kinds[code](f"{where}: {message}")
         if code in _TEMPORARY:
             return OutOfReachError(f"{where}: the API server answers HTTP {code}: {message}")
         unknown = re.findall(r'unknown field "([^"]+)"', message)

@@ -38,13 +38,7 @@ class RunFollower:
     """Passes the driver's log to `write` and other messages to `tell`."""
 
     def __init__(
-        self,
-        runs: NamespaceRuns,
-        job_id: str,
-        write: Write,
-        tell: Write,
-        *,
-        retry_timeout_s: float,
+        self, runs: NamespaceRuns, job_id: str, write: Write, tell: Write, retry_timeout_s: float
     ) -> None:
         self.runs, self.job_id, self.tell = runs, job_id, tell
         self.retry_timeout_s = retry_timeout_s
@@ -93,23 +87,19 @@ class RunFollower:
         if is_being_deleted(job):  # its log has not ended yet
             state = replace(state, phase="running")
         pod = self._submitter(pods)
-        logged_exit_code = self.log.exit_code
-        permanent = (
-            None if state.has_ended else find_permanent_failure(job, state, found, logged_exit_code)
-        )
+        permanent = find_permanent_failure(job, state, found, self.log.exit_code)
         if permanent is None and self._resubmit_if_lost(job, pods):
             return None
         if permanent is None and not state.has_ended:
             self.was_active = True
             self._tell_state(job, pods, state, found)
-        if permanent is not None or state.has_ended:
-            if pod:
-                self.cursor.read_all(self.runs.api, pod)
-            if permanent is not None:
-                self.runs.cancel(self.job_id)
-            return permanent or state
-        self._wait_for_change(job, pod)
-        return None
+            self._wait_for_change(job, pod)
+            return None
+        if pod:
+            self.cursor.read_all(self.runs.api, pod)
+        if permanent is not None:
+            self.runs.cancel(self.job_id)
+        return permanent or state
 
     def _read_log_end(self) -> None:
         """Read the rest of a deleted run's log: its driver may still write a checkpoint."""
@@ -150,9 +140,8 @@ class RunFollower:
 
     def _find_loss(self, job: Document, pods: Sequence[Document]) -> str:
         """Why the run is lost and the operator will not recover it; "" where it is not."""
-        if (job.get("status") or {}).get("reason") == STATUS_CHECK_TIMEOUT and to_state(
-            job, ()
-        ).has_ended:
+        reason = (job.get("status") or {}).get("reason")
+        if reason == STATUS_CHECK_TIMEOUT and to_state(job, ()).has_ended:
             return f"the operator did not reach the head of {self.job_id} for minutes and ended it"
         if not is_headless(job, pods):
             self.headless_since_s = None

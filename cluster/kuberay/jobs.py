@@ -85,9 +85,7 @@ class KubernetesTarget:
         return Started(job["metadata"]["name"], already_running=False)
 
     def follow(self, job_id: str, write: Write, tell: Write) -> JobState:
-        return RunFollower(
-            self._runs, job_id, write, tell, retry_timeout_s=self.retry_timeout_s
-        ).follow()
+        return RunFollower(self._runs, job_id, write, tell, self.retry_timeout_s).follow()
 
     def cancel(self, job_id: str) -> JobState:
         return self._runs.cancel(job_id)

@@ -74,9 +74,9 @@ def is_submitter(pod: Document) -> bool:
     return any(each["name"] == SUBMITTER for each in pod["spec"]["containers"])
 
 
-def since(pod: Document | None, condition: str) -> str:
+def since(pod: Document, condition: str) -> str:
     """When a condition of a pod became true; "" where it is not."""
-    conditions: list[dict[str, Any]] = ((pod or {}).get("status") or {}).get("conditions", [])
+    conditions: list[dict[str, Any]] = (pod.get("status") or {}).get("conditions", [])
     for each in conditions:
         if each["type"] == condition and each["status"] == "True":
             return str(each["lastTransitionTime"])

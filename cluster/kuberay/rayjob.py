@@ -25,8 +25,8 @@ SUBMISSION_LABEL = "pneumo/submission"
 """Label of a RayJob and all its pods: the submission's id, the same for all attempts at a run."""
 TARGET, SETTINGS, ENTRYPOINT = "pneumo/target", "pneumo/settings", "pneumo/entrypoint"
 OVERLAY, OWNER, SUBMITTED = "pneumo/overlay", "pneumo/owner", "pneumo/submitted"
-"""Annotations of a RayJob: the URL that it writes to, the digest of its settings, its command, its
-overlay, its user, the time of its submission."""
+"""Annotations of a RayJob: the URL that it writes to, the digest of its settings, its command with
+the variables of its settings, its overlay, its user, the time of its submission."""
 WAIT_AGAIN = "pneumo/wait-again"
 """An overlay's annotation; "true": a run whose nodes did not come in time is retried. Also that of
 a run submitted without a follower, whose attempts share the wait."""
@@ -60,7 +60,7 @@ def build(
         **job["metadata"].get("annotations", {}),
         TARGET: submission.target,
         SETTINGS: submission.settings,
-        ENTRYPOINT: submission.entrypoint,
+        ENTRYPOINT: submission.command,
         OVERLAY: overlay,
         OWNER: submission.owner,
         SUBMITTED: submission.submitted,
@@ -75,7 +75,7 @@ def build(
     _set_preflight(job, submission)
     if not is_followed:
         _share_wait_for_nodes(job)
-    secrets = [HASH_KEY_SECRET] if submission.derives_keys else []
+    secrets = [HASH_KEY_SECRET] if submission.job == "prepare" else []
     _set_environment(job, _environment(container, submission), secrets)
     if image is not None:
         for template in _templates(job):

@@ -72,8 +72,11 @@ def submitters(pods: Sequence[Document]) -> list[Document]:
 def find_permanent_failure(
     job: Document, state: JobState, found: Sequence[Problem], logged_exit_code: int | None = None
 ) -> JobState | None:
-    """The final state of a job that neither waiting nor another attempt can help; else None.
-    `logged_exit_code` is that in the driver's log, as the RayJob has it for some seconds only."""
+    """The final state of a job that runs or waits, and that neither waiting nor another attempt can
+    help; else None. `logged_exit_code` is that in the driver's log, as the RayJob has it for some
+    seconds only."""
+    if state.has_ended:
+        return None
     problem = next((problem for problem in found if problem.exit_code is not None), None)
     status, annotations = job.get("status") or {}, job["metadata"].get("annotations") or {}
     is_retrying = status.get("jobDeploymentStatus") == "Retrying"
@@ -113,18 +116,15 @@ def _why(job: Document, deployment: str, phase: Phase, found: Sequence[Problem])
             f"no KubeRay operator has processed it within {OPERATOR_TIMEOUT_S:g} s; have the "
             "cluster's administrator look whether one runs and watches this namespace"
         )
+    head = (status.get("rayClusterStatus") or {}).get("head") or {}
     return {
         "New": "for the KubeRay operator to process it",
         "Initializing": "for its pods to start",
         "Suspended": _QUEUED,
         # A run that was never admitted has this status too, for a moment.
-        "Suspending": QUOTA_TAKEN_BACK if _has_had_head(status) else _QUEUED,
+        "Suspending": QUOTA_TAKEN_BACK if head.get("podIP") else _QUEUED,
         "Retrying": "an attempt failed, another cluster is being started",
     }.get(deployment, deployment)
-
-
-def _has_had_head(status: Document) -> bool:
-    return bool(((status.get("rayClusterStatus") or {}).get("head") or {}).get("podIP"))
 
 
 def _seconds(text: str | None) -> float | None:

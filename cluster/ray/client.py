@@ -16,8 +16,7 @@ from ray.dashboard.modules.job.pydantic_models import JobDetails
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
-from cluster.addresses import is_remote
-from cluster.targets import OutOfReachError
+from cluster.targets import OutOfReachError, is_remote
 from pneumo.errors import AccessError, ConfigError, PneumoError
 
 CONNECT_TIMEOUT_S = 5.0
@@ -37,12 +36,9 @@ class BusyError(OutOfReachError):
 class RefusedError(PneumoError):
     """The cluster refused the request; `status` is the HTTP status."""
 
-    def __init__(self, message: str, status: int = 500) -> None:
-        super().__init__(message, status)
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
         self.status = status
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 class Client(JobSubmissionClient):  # type: ignore[misc]  # ray is untyped

@@ -20,11 +20,10 @@ import requests
 from ray.dashboard.modules.job.pydantic_models import JobDetails
 from ray.job_submission import JobStatus
 
-from cluster.addresses import is_remote
 from cluster.ray.client import Client, RefusedError
 from cluster.ray.following import TRIES, follow
 from cluster.ray.sent_code import Package, collect, stage
-from cluster.targets import JobState, OutOfReachError, Phase, Started, Write
+from cluster.targets import JobState, OutOfReachError, Phase, Started, Write, is_remote
 from pneumo.errors import INTERRUPTED, ClusterError, ConfigError, PneumoError
 from pneumo.version import REVISION, find_revision
 
@@ -72,7 +71,9 @@ class RayTarget:
             )
         check_versions(self.client)
         _, running = _attempts(self.client, submission.id)
-        if running is None and needs_preflight(submission, self.address):
+        # A place that is reachable from here may be out of reach for the cluster.
+        has_urls = any("://" in url for url in submission.places)
+        if running is None and (has_urls or is_remote(self.address)):
             tell(preflight(self.client, submission, code))
         started = submit(self.client, submission, code)
         if not started.already_running:
@@ -132,11 +133,6 @@ def check_versions(client: Client) -> None:
         )
 
 
-def needs_preflight(submission: Submission, address: str) -> bool:
-    """Whether a place that is reachable from here may be out of reach for the cluster."""
-    return is_remote(address) or any("://" in url for url in submission.places)
-
-
 def preflight(client: Client, submission: Submission, package: Package) -> str:
     """Check on the cluster that it reaches the job's places; returns the check's line.
 
@@ -167,12 +163,13 @@ def preflight(client: Client, submission: Submission, package: Package) -> str:
 def state(info: JobDetails) -> JobState:
     """A job's state, from Ray's details."""
     metadata, start_s = info.metadata or {}, info.start_time / 1000 if info.start_time else None
+    why = _first_line(info.message) if info.status == JobStatus.PENDING else ""
     return JobState(
         id=str(info.submission_id),
         phase=_PHASES[info.status],
         target=metadata.get("target", ""),
         entrypoint=info.entrypoint,
-        why=_why(info),
+        why=failure(info) if info.status == JobStatus.FAILED else why,
         driver_exit_code=info.driver_exit_code,
         asked_s=start_s,
         started_s=start_s,
@@ -301,12 +298,6 @@ def _wait(client: Client, job_id: str, timeout_s: float) -> JobDetails:
         if info.status.is_terminal() or time.monotonic() > deadline_s:
             return info
         time.sleep(0.5)
-
-
-def _why(info: JobDetails) -> str:
-    if info.status == JobStatus.FAILED:
-        return failure(info)
-    return _first_line(info.message) if info.status == JobStatus.PENDING else ""
 
 
 def _minor(version_text: str) -> str:

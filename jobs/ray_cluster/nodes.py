@@ -1,10 +1,9 @@
-"""The nodes of the Ray cluster: their resources, which are reachable, and where actors start."""
+"""The nodes of the Ray cluster: their resources, and which are reachable."""
 
 import socket
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import ray
 
@@ -16,7 +15,6 @@ from ray._private.state import state as _cluster_state
 from ray.autoscaler.sdk import request_resources
 from ray.core.generated import gcs_pb2
 from ray.util.placement_group import PlacementGroup, remove_placement_group
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 _ANSWER_TIMEOUT_S = 2.0
 
@@ -39,13 +37,6 @@ class Node:
     def fits(self, wanted: Mapping[str, float]) -> int:
         """How many workers that need `wanted` each could start on it."""
         return min(int(self.free.get(name, 0.0) // each) for name, each in wanted.items() if each)
-
-
-def start_local_actor(kind: type) -> Any:
-    """Start an actor on this node, without which the job ends anyway; it reserves nothing."""
-    node_id = ray.get_runtime_context().get_node_id()
-    strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    return ray.remote(num_cpus=0)(kind).options(scheduling_strategy=strategy).remote()
 
 
 def count_workers(wanted: Mapping[str, float]) -> int:

@@ -109,12 +109,6 @@ def worker_resources(config: ClusterConfig) -> dict[str, float]:
     return {"CPU": float(config.cpus_per_worker), **gpu}
 
 
-def resolve_use_gpu(config: ClusterConfig) -> ClusterConfig:
-    """The same settings with "auto" decided once: a run that loses its only GPU then waits for
-    another one, and does not continue on CPUs."""
-    return config.model_copy(update={"use_gpu": uses_gpu(config)})
-
-
 def start_timeout_s(config: ClusterConfig, num_workers: int) -> float:
     """How long to wait for the workers' resources, in seconds.
 
@@ -122,9 +116,8 @@ def start_timeout_s(config: ClusterConfig, num_workers: int) -> float:
     """
     if os.environ.get("RAY_ADDRESS"):
         return config.start_timeout_s
-    total, wanted = ray.cluster_resources(), worker_resources(config)
-    enough = all(total.get(name, 0) >= each * num_workers for name, each in wanted.items())
-    return config.start_timeout_s if enough else 0.0
+    has_room = count_workers(worker_resources(config)) >= num_workers
+    return config.start_timeout_s if has_room else 0.0
 
 
 def wait_for_resources(config: ClusterConfig, num_workers: int) -> None:

@@ -7,12 +7,7 @@ from concurrent.futures import Future, wait
 
 from jobs.joined_store import open_store
 from jobs.ray_cluster.nodes import Node
-from jobs.ray_cluster.session import (
-    ray_session,
-    resolve_use_gpu,
-    start_timeout_s,
-    worker_resources,
-)
+from jobs.ray_cluster.session import ray_session, start_timeout_s, uses_gpu, worker_resources
 from jobs.terminal.entry_point import find_run_url, tell
 from jobs.tracking.sending import sending_to_wandb
 from jobs.training.epoch_log import EpochDisplay
@@ -51,7 +46,8 @@ def train(invocation: Invocation) -> None:
 
 def train_run(config: Config, store_url: str, run_url: str) -> CheckpointIndex:
     """Train in the open Ray session and show the progress in the terminal."""
-    cluster = resolve_use_gpu(config.cluster)
+    # Decided once: a run that loses its only GPU waits for another, and does not go on on CPUs.
+    cluster = config.cluster.model_copy(update={"use_gpu": uses_gpu(config.cluster)})
     wanted = worker_resources(cluster)
     nodes = wait_for_workers(
         cluster, wanted, timeout_s=start_timeout_s(cluster, cluster.fewest_workers)

@@ -14,8 +14,7 @@ from typing import Any, Literal
 
 import ray
 import ray.exceptions
-
-from jobs.ray_cluster.nodes import start_local_actor
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 Command = Literal["stop", "abandon"]
 """stop: write a checkpoint and return. abandon: exit at once, as other ranks are unreachable."""
@@ -78,7 +77,11 @@ class WorkerChannel:
     """
 
     def __init__(self) -> None:
-        self.actor = start_local_actor(_ChannelActor)
+        # On this node, without which the job ends anyway; it reserves nothing.
+        node_id = ray.get_runtime_context().get_node_id()
+        strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
+        options = {"num_cpus": 0, "scheduling_strategy": strategy}
+        self.actor = ray.remote(**options)(_ChannelActor).remote()
 
     def put(self, message: Any) -> None:
         """Send a message to the driver; returns once the actor has it."""

@@ -5,7 +5,7 @@ import hashlib
 import random
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
@@ -34,10 +34,6 @@ class PlannedTrial:
     name: str
     settings: Mapping[str, Scalar]
     seed: int
-
-    def to_config(self) -> dict[str, Any]:
-        """The trial as a config of Tune."""
-        return {"name": self.name, "settings": dict(self.settings), "seed": self.seed}
 
 
 def list_grid(config: Config) -> list[PlannedTrial]:
@@ -69,7 +65,7 @@ class FixedListSearcher(Searcher):  # type: ignore[misc]
             return Searcher.FINISHED
         trial = self.left.pop(0)
         write_begun(self.run_url, trial.name, trial.settings, trial.seed)
-        return trial.to_config()
+        return asdict(trial)
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False

@@ -4,6 +4,7 @@ A trial of one worker is a plain Tune function around `fit`, and its process is 
 trial; a trial of several workers is a Ray Train run of its own.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
@@ -18,7 +19,7 @@ from jobs.terminal.entry_point import find_cause
 from jobs.training.trainer import Training, build_trainer
 from jobs.tuning.trial_judge import SharedTrialData, TrialJudge
 from jobs.tuning.trial_records import drop_checkpoints, trial_config, trial_url
-from pneumo.config import Config, DataConfig
+from pneumo.config import ClusterConfig, Config, DataConfig
 from pneumo.dataset.manifest import Manifest
 from pneumo.dataset.study_table import read_studies
 from pneumo.errors import DivergedError
@@ -31,6 +32,8 @@ from pneumo.training.callbacks import Callbacks
 _DRIVER_MEMORY_BYTES = 200 * 2**20
 _MEMORY_FRACTION = 0.5
 """Fraction of a node's object store for shared data; the rest is for Ray's own objects."""
+_SHARED = ("train", "val")
+"""The splits that trials share."""
 
 
 def max_concurrent_trials(config: Config) -> int:
@@ -45,43 +48,48 @@ def load_shared_data(config: Config, manifest: Manifest, store_url: str) -> Shar
     val = manifest.splits["val"]
     studies = read_studies(store_url, manifest)
     patients = {key: row.patient for key, row in studies.items() if row.split == "val"}
-    return SharedTrialData(
-        config.tune,
-        val.positives / val.samples,
-        manifest.image_size,
-        ray.put(patients),
-        {
-            size: _load_splits(config, manifest, store_url, size)
-            for size in _sizes(config, manifest)
-        },
-    )
+    memory_bytes = _MEMORY_FRACTION * _smallest_object_store(config.cluster)
+    splits: dict[int, Mapping[str, Any]] = {}
+    for size in choose_shared_sizes(config, manifest, memory_bytes):
+        splits[size] = _load_splits(config, manifest, store_url, size)
+    prevalence = val.positives / val.samples
+    return SharedTrialData(config.tune, prevalence, manifest.image_size, ray.put(patients), splits)
 
 
-def _sizes(config: Config, manifest: Manifest) -> list[int]:
-    """The image sizes of the trials; empty where they are drawn from a range."""
+def choose_shared_sizes(config: Config, manifest: Manifest, memory_bytes: float) -> list[int]:
+    """The image sizes of the trials whose splits fit together into `memory_bytes`; empty where
+    sizes are drawn from a range."""
     domain = config.tune.space.get("data.image_size")
-    if domain is None:
-        return [input_size(manifest, config.data.image_size)]
-    if domain.kind not in ("choice", "fixed"):
+    values: Sequence[object] = [config.data.image_size] if domain is None else domain.values
+    if domain is not None and domain.kind not in ("choice", "fixed"):
         return []
-    return [input_size(manifest, size) for size in domain.values if isinstance(size, int | None)]
+    sizes = {input_size(manifest, size) for size in values if isinstance(size, int | None)}
+    num_samples = sum(manifest.splits[name].samples for name in _SHARED)
+    chosen = []
+    for size in sorted(sizes):
+        memory_bytes -= num_samples * size**2
+        if memory_bytes >= 0:
+            chosen.append(size)
+    return chosen
 
 
-def _load_splits(config: Config, manifest: Manifest, store_url: str, size: int) -> dict[str, Any]:
-    """References to the splits at `size`; empty where they do not fit into every node's memory."""
-    names = ("train", "val")
+def _smallest_object_store(cluster: ClusterConfig) -> float:
+    """The memory for Ray's objects, in bytes, of the node with the least on which a trial may
+    run."""
     capacities = [
         node["Resources"].get("object_store_memory", 0.0)
         for node in ray.nodes()
-        if node["Alive"] and node["Resources"].get("CPU", 0) >= config.cluster.cpus_per_worker
+        if node["Alive"] and node["Resources"].get("CPU", 0) >= cluster.cpus_per_worker
     ]
-    size_bytes = sum(manifest.splits[name].samples for name in names) * size**2
-    if size_bytes > _MEMORY_FRACTION * min(capacities, default=0.0):
-        return {}
+    return min(capacities, default=0.0)
+
+
+def _load_splits(config: Config, manifest: Manifest, store_url: str, size: int) -> dict[str, Any]:
+    """References to the splits at `size`; empty where they do not fit into a worker's memory."""
     # One after the other, with the CPUs of a worker: the trials have not started yet.
     read = ray.remote(num_cpus=config.cluster.cpus_per_worker, num_returns=2)(_read_split)
     splits = {}
-    for name in names:
+    for name in _SHARED:
         fits, splits[name] = read.remote(store_url, manifest, name, config.data, size)
         if not ray.get(fits):
             return {}

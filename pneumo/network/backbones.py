@@ -1,5 +1,6 @@
 """torchvision's networks with one input channel and one logit, and their initial weights."""
 
+import argparse
 import io
 import pickle
 import socket
@@ -97,16 +98,20 @@ def initialise(model: nn.Module, config: ModelConfig, *, seed: int) -> Initialis
         return Initialisation("imagenet", "ImageNet weights of torchvision, channels summed")
     url = storage.normalise(config.weights)
     try:
-        state = torch.load(
-            io.BytesIO(storage.read_bytes(url)), map_location="cpu", weights_only=True
-        )
+        file = io.BytesIO(storage.read_bytes(url))
+        # Many training programs, such as DINO's, save their arguments beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise ConfigError(
             f"model.weights: {config.weights!r} is no file; give 'imagenet', 'random', a run, or "
             "the path of a state dict"
         ) from error
     except Exception as error:
-        raise ConfigError(f"model.weights: {url} is no PyTorch state dict") from error
+        raise ConfigError(
+            f"model.weights: {url} is no PyTorch state dict, or holds more than tensors and plain "
+            "values, which could run code; save the weights alone"
+        ) from error
     load_backbone(model, _unwrap(state, url), url)
     return Initialisation("file", f"weights of {url}")
 

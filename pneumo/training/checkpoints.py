@@ -24,7 +24,7 @@ from pydantic import BaseModel, ValidationError
 
 from pneumo import storage
 from pneumo.config import WEIGHTS_WITHOUT_FILE, Config
-from pneumo.config_layers import drop_removed, override, with_absolute_weights
+from pneumo.config_layers import drop_removed, override
 from pneumo.errors import CheckpointError, ContentError, RunError
 from pneumo.network.backbones import build_model
 from pneumo.network.scoring import Member
@@ -270,11 +270,12 @@ def find_weights(config: Config) -> Config:
     """`config` with an absolute path as `model.weights`, as workers have other working folders;
     for a run's folder the path of its best checkpoint. Raises RunError for a run without a
     checkpoint, CheckpointError."""
-    config = with_absolute_weights(config)
-    url = config.model.weights
-    if url in WEIGHTS_WITHOUT_FILE or not storage.exists(_url(url, _INDEX)):
+    if config.model.weights in WEIGHTS_WITHOUT_FILE:
         return config
-    return override(config, {"model.weights": _url(url, read_index(url).best.name)})
+    url = storage.normalise(config.model.weights)
+    if storage.exists(_url(url, _INDEX)):
+        url = _url(url, read_index(url).best.name)
+    return override(config, {"model.weights": url})
 
 
 def read_index(run_url: str) -> CheckpointIndex:

@@ -85,6 +85,19 @@ def test_a_token_file_that_is_not_there(
     assert "RAY_AUTH_TOKEN_PATH=/nowhere" in _error(capsys)
 
 
+def test_an_error_that_nobody_expected_is_one_line_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> str:
+        raise RuntimeError("one\ntwo")
+
+    monkeypatch.setattr(socket, "gethostname", fail)
+    assert main(["list", "--address", NOBODY]) == 1
+    assert _error(capsys) == "error: RuntimeError: two (--debug shows the traceback)\n"
+    assert main(["list", "--address", NOBODY, "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "--debug", "--address", NOBODY]) == 1
     assert "Traceback" in capsys.readouterr().err

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from cluster.addresses import is_remote
 from cluster.submission import Submission, plan, split_environment, submission_id
+from cluster.targets import is_remote
 from pneumo.command_line import JOBS, parse_command_line
 from pneumo.errors import ConfigError
 

@@ -71,6 +71,14 @@ def test_one_file(folder: Path, name: str, told: str) -> None:
     check(look(str(folder / name)), told)
 
 
+def test_the_output_may_be_below_the_source_or_above_it(folder: Path) -> None:
+    (folder / "ward" / "d.zip").unlink()
+    assert find_files(str(folder), str(folder / "ward"))[1] == ["a.png"]
+    assert find_files(str(folder / "ward"), str(folder))[1] == ["b.dcm.gz"]
+    with pytest.raises(SourceError, match="is also --output; give another folder"):
+        find_files(str(folder), f"{folder}/")
+
+
 def test_one_object_of_a_bucket() -> None:
     storage.write_bytes("memory:///bucket/one/a.png", encode_png())
     storage.write_bytes("memory:///bucket/one/b.png", encode_png())

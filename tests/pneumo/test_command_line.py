@@ -95,6 +95,19 @@ def test_arguments_are_no_configuration() -> None:
     assert one.config.digest() == two.config.digest() == Config().digest()
 
 
+def test_none_is_a_value_of_what_may_be_none(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text("[train]\npatience = 3\nclip_norm = 1.0\n")
+    argv = [*NEEDED["tune"], "--recipe", str(recipe), "--train.patience", "none"]
+    argv += ["--tune.early-stopping", "none"]
+    config = parse_command_line("tune", argv, {"PNEUMO_TRAIN__CLIP_NORM": "none"}).config
+    assert (config.train.patience, config.train.clip_norm) == (None, None)
+    assert config.tune.early_stopping == "none"
+    assert parse_command_line("train", [*NEEDED["train"], "--train.patience", "None"], {})
+    with pytest.raises(ConfigError, match=r"train\.epochs: got 'none'"):
+        parse_command_line("train", [*NEEDED["train"], "--train.epochs", "none"], {})
+
+
 def test_toggles_are_off_until_given() -> None:
     arguments = parse_command_line("evaluate", NEEDED["evaluate"], {}).arguments
     assert isinstance(arguments, EvaluateArguments)
@@ -167,6 +180,8 @@ def test_a_mistake_in_a_recipe_is_named(tmp_path: Path, text: str, message: str)
         ("evaluate", ["--external", "a,,b"], r"external: got '' from the command line, expected"),
         ("train", ["--data.readers", "2"], r"unknown setting --data\.readers, which was removed"),
         ("train", ["--train.epoch", "3"], r"did you mean --train\.epochs\?"),
+        ("tune", ["--tune.space", "3"], r"the command line: .*tune\.space.*jobs\.tune --help"),
+        ("tune", ["--tune.space", '{"train.lr":'], r"the command line: .*tune\.space"),
     ],
 )
 def test_a_mistake_in_the_flags_is_named(job: str, flags: list[str], message: str) -> None:

@@ -13,9 +13,9 @@ from pneumo.config_layers import (
     list_settings,
     override,
     read_recipe,
-    with_absolute_weights,
 )
 from pneumo.errors import ConfigError
+from pneumo.training.checkpoints import find_weights
 
 RECIPES = sorted(
     entry.name.removesuffix(".toml")
@@ -155,5 +155,5 @@ def test_weights_beside_the_driver_are_found_by_workers_in_other_folders(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     beside = override(Config(), {"model.weights": "weights.pt"})
-    assert with_absolute_weights(beside).model.weights == str(tmp_path / "weights.pt")
-    assert with_absolute_weights(Config()) == Config()
+    assert find_weights(beside).model.weights == str(tmp_path / "weights.pt")
+    assert find_weights(Config()) == Config()

@@ -3,6 +3,7 @@
 import copy
 import shlex
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import yaml
 
 from cluster.kuberay import rayjob
 from cluster.submission import Submission, plan
+from pneumo.command_line import parse_command_line
 from pneumo.errors import ConfigError
 from tests import CHECKOUT
 
@@ -45,6 +47,23 @@ def _workers(job: Document) -> Document:
 def _environment(job: Document) -> dict[str, str]:
     head = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
     return {item["name"]: item["value"] for item in head["containers"][0]["env"]}
+
+
+def test_the_command_that_submits_a_run_again_has_all_its_settings(
+    base: Document, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.toml").write_text("[train]\nlr = 2e-4\n")
+    environ = {"PNEUMO_MODEL__WEIGHTS": "random", "PNEUMO_HASH_KEY": "hidden", "AWS_REGION": "x"}
+    asked = f"train {PLACES} --recipe {tmp_path}/mine.toml"
+    command = rayjob.command(_build(base, asked, environ, overlay="gpu-spot"))
+    settings, submit, flags = command.partition(
+        "python -m cluster submit --target k8s --overlay gpu-spot train "
+    )
+    assert submit
+    assert "hidden" not in settings
+    variables = dict(word.split("=", 1) for word in shlex.split(settings))
+    config = _plan(asked, **environ).config
+    assert parse_command_line("train", shlex.split(flags), variables).config == config
 
 
 def _give_gpus(base: Document, number: str = "1", cpus: str = "4") -> None:

@@ -10,10 +10,11 @@ from jobs.tuning.trial_records import (
     trial_config,
 )
 from pneumo.config import Config
-from pneumo.config_layers import override, with_absolute_weights
+from pneumo.config_layers import override
 from pneumo.dataset.manifest import read_manifest
 from pneumo.errors import ConfigError
 from pneumo.network.backbones import build_model
+from pneumo.training.checkpoints import find_weights
 from tests.jobs.conftest import Prepared
 
 
@@ -43,8 +44,8 @@ def test_weights_that_a_trial_could_not_load_are_refused_before(
     monkeypatch.chdir(tmp_path)
     torch.save(build_model("resnet18").state_dict(), "mine.pt")
     relative = Config.model_validate({"model": {"weights": "mine.pt"}})
-    assert with_absolute_weights(relative).model.weights == str(tmp_path / "mine.pt")
-    check_search(with_absolute_weights(relative), manifest)
+    assert find_weights(relative).model.weights == str(tmp_path / "mine.pt")
+    check_search(find_weights(relative), manifest)
 
 
 def test_an_objective_that_val_does_not_define_is_refused(prepared: Prepared) -> None:

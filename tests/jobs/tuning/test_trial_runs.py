@@ -15,7 +15,7 @@ from jobs.tuning.trial_records import (
     trial_url,
     write_begun,
 )
-from jobs.tuning.trial_runs import load_shared_data, max_concurrent_trials
+from jobs.tuning.trial_runs import choose_shared_sizes, load_shared_data, max_concurrent_trials
 from pneumo.config import Config, DataConfig
 from pneumo.config_layers import override
 from pneumo.dataset.manifest import read_manifest
@@ -25,6 +25,7 @@ from pneumo.loading.sample_order import World
 from pneumo.network.backbones import Initialisation
 from pneumo.training.callbacks import Callbacks, Start
 from pneumo.tuning.trials import ERROR, OBJECTIVE
+from tests.conftest import StoreMaker
 from tests.jobs.conftest import Prepared
 from tests.jobs.test_tune import QUICK, places
 from tests.waiting import wait_until
@@ -56,6 +57,23 @@ def test_trials_read_one_copy_and_train_as_if_they_had_read_the_store(
             assert one.keys == other.keys
             assert one.images.equal(other.images)
             assert one.targets.equal(other.targets)
+
+
+def test_the_sizes_of_all_trials_fit_into_the_memory_together(
+    tiny_store: StoreMaker,
+) -> None:
+    manifest = read_manifest(tiny_store(image_size=64))
+    samples = sum(manifest.splits[name].samples for name in ("train", "val"))
+    largest = manifest.image_size
+    sizes = [largest, 32, 48]
+    config = Config.model_validate({"tune": {"space": {"data.image_size": ["choice", *sizes]}}})
+    bytes_of = {size: samples * size**2 for size in sizes}
+    assert choose_shared_sizes(config, manifest, sum(bytes_of.values())) == sorted(sizes)
+    assert choose_shared_sizes(config, manifest, bytes_of[32] + bytes_of[48]) == [32, 48]
+    assert choose_shared_sizes(Config(), manifest, bytes_of[largest]) == [largest]
+    assert choose_shared_sizes(Config(), manifest, bytes_of[largest] - 1) == []
+    drawn = Config.model_validate({"tune": {"space": {"data.image_size": ["integer", 32, 48]}}})
+    assert choose_shared_sizes(drawn, manifest, 1e12) == []
 
 
 def test_splits_that_are_streamed_are_not_shared(prepared: Prepared, ray_here: None) -> None:

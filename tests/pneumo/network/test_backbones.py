@@ -1,5 +1,6 @@
 """One channel in, one logit out; weights are what was asked for, or the message says otherwise."""
 
+import argparse
 import http.server
 import re
 import threading
@@ -257,6 +258,16 @@ def test_of_a_checkpoint_those_weights_are_taken_that_it_scores_with(
     torch.save({"model": fill_with(1.0), "ema": averaged, "epoch": 1, "config": {}}, path)
     fill(model, str(path))
     assert model.state_dict()["conv1.weight"].unique().tolist() == [taken]
+
+
+def test_weights_beside_the_arguments_of_their_training_are_taken(
+    tmp_path: Path, imagenet_like: dict[str, torch.Tensor]
+) -> None:
+    """As DINO saves them."""
+    path, model = tmp_path / "dino.pth", build_model("resnet18")
+    torch.save({"teacher": imagenet_like, "args": argparse.Namespace(lr=0.1), "epoch": 9}, path)
+    fill(model, str(path))
+    assert torch.equal(model.state_dict()["bn1.running_mean"], imagenet_like["bn1.running_mean"])
 
 
 def test_an_absent_file_lists_what_can_be_given(tmp_path: Path) -> None:
