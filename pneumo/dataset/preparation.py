@@ -5,6 +5,7 @@ written last, then the records are removed.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -17,7 +18,6 @@ from pneumo.dataset.manifest import Manifest, SplitEntry, find_manifest, write_m
 from pneumo.dataset.overlap import KNOWN_PICTURES
 from pneumo.dataset.shard_plans import PARTS, digest_settings
 from pneumo.dataset.shard_tasks import ShardRecord, read_study
-from pneumo.dataset.shards import SHARD_SUFFIX
 from pneumo.dataset.source import Rejected, Source
 from pneumo.dataset.splits import SPLITS, LeakageAudit, audit_split, check_shard_balance
 from pneumo.dataset.study_keys import SECRET_CHECK
@@ -33,6 +33,7 @@ from pneumo.dataset.study_table import (
 from pneumo.errors import BadFilesError, SourceError, StoreError
 
 CLAIM = "parts/claim.json"
+_SHARD_URL = re.compile(r"/\d{6}-[0-9a-f]{12}\.tar$")
 
 
 def find_store(store_url: str, source: Source, config: Config) -> Manifest | None:
@@ -191,7 +192,7 @@ def _list_shards(store_url: str) -> set[str]:
         url
         for name in SPLITS
         for url in storage.list_urls(storage.join(store_url, name))
-        if url.endswith(SHARD_SUFFIX)
+        if _SHARD_URL.search(url)  # archives of others are left alone
     }
 
 
