@@ -45,7 +45,7 @@ def normalise(url: str) -> str:
         raise UserError(f"storage: '{scheme}:' URLs are refused; use a path, file:// or s3://")
     is_known = scheme in fsspec.available_protocols()
     if is_local(url):
-        if is_known and url.startswith(f"{scheme}:/") and "://" not in url:
+        if is_known and url.startswith(f"{scheme}:/") and not url.startswith("file:///"):
             raise UserError(
                 f"storage: '{url}': too few slashes; write s3://bucket/… or file:///folder/…"
             )

@@ -36,7 +36,7 @@ def test_a_url_without_a_bucket_is_refused(url: str) -> None:
         storage.normalise(url)
 
 
-@pytest.mark.parametrize("url", ["s3:/bucket/key", "gs:/bucket", "file:/tmp/a"])
+@pytest.mark.parametrize("url", ["s3:/bucket/key", "gs:/bucket", "file:/tmp/a", "file://tmp/a"])
 def test_a_scheme_without_its_slashes_is_refused(url: str) -> None:
     with pytest.raises(UserError, match="too few slashes"):
         storage.normalise(url)
