@@ -27,6 +27,7 @@ from pneumo.dataset.shard_plans import ShardPlan, digest_settings, estimate_memo
 from pneumo.dataset.shard_tasks import ShardRecord, prepare_shard
 from pneumo.dataset.shards import shard_samples
 from pneumo.dataset.study_table import QUARANTINE, read_warnings
+from pneumo.errors import StoreError
 
 
 def prepare(invocation: Invocation) -> None:
@@ -34,6 +35,8 @@ def prepare(invocation: Invocation) -> None:
     arguments = invocation.arguments
     assert isinstance(arguments, PrepareArguments)
     source_url, store_url = storage.normalise(arguments.source), storage.normalise(arguments.store)
+    if source_url == store_url:
+        raise StoreError(f"--store {store_url}: is the source's own folder; give another")
     chosen = select_studies(source_url, invocation.config, tell)
     source, split, config = chosen.source, chosen.split, chosen.config
     existing = find_store(store_url, source, config)

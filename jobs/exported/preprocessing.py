@@ -125,6 +125,8 @@ def _decode_jpeg(dataset: pydicom.Dataset, size: int) -> npt.NDArray[Any]:
 def _render(dataset: pydicom.Dataset, stored: npt.NDArray[Any]) -> Gray:
     """Gray levels (H, W): rescaled, by window or range of the values; MONOCHROME1 inverted."""
     code, bits = f"u{stored.itemsize}", 8 * stored.itemsize
+    if not dataset.PixelRepresentation:
+        _check_sign(stored.astype(np.int64), 2**dataset.BitsStored)
     own = np.arange(2**bits, dtype=code).view(stored.dtype)
     ends = [_number(dataset, f"PixelPadding{name}") for name in ("Value", "RangeLimit")]
     # Some writers confuse signed and unsigned; a number outside the stored type is ignored.
@@ -158,6 +160,15 @@ def _render(dataset: pydicom.Dataset, stored: npt.NDArray[Any]) -> Gray:
         shown = 1.0 - shown
     table = np.where(padding, 0, np.rint(shown * 255.0)).astype(np.uint8)
     return np.asarray(table[stored.view(code)])
+
+
+def _check_sign(values: npt.NDArray[np.int64], count: int) -> None:
+    """Raises RefusedError where neighbours have various values at both ends of the range: perhaps
+    signed numbers around zero, which pneumo may read as such."""
+    low, high = np.sort([values[:, 1:], values[:, :-1]], axis=0)
+    at_both_ends = high[(low < count // 64) & (high >= count - count // 64)]
+    if len(np.unique(at_both_ends)) >= 8:
+        raise RefusedError("the values may be signed, though the header says unsigned")
 
 
 def _number(dataset: pydicom.Dataset, keyword: str) -> float | None:

@@ -11,8 +11,12 @@ from dataclasses import dataclass, replace
 from pneumo.config import Config
 from pneumo.config_layers import override
 from pneumo.dataset.manifest import Manifest, read_manifest
-from pneumo.dataset.near_duplicates import find_near_duplicates
-from pneumo.dataset.overlap import check_secret, have_one_secret, read_secret_check
+from pneumo.dataset.overlap import (
+    KnownStudies,
+    check_secret,
+    have_one_secret,
+    read_secret_check,
+)
 from pneumo.dataset.preparation import find_store, finish_store
 from pneumo.dataset.shard_plans import count_shards
 from pneumo.dataset.shard_tasks import ShardRecord, write_studies_shard
@@ -121,12 +125,12 @@ def _choose(stores: Sequence[_Store]) -> tuple[KeptRows, Counter[str]]:
         own_patients = set[str]()
         for store in stores:
             rows = [row for row in store.rows.values() if row.split == split]
-            duplicates = find_near_duplicates([row.picture_hash for row in rows], tuple(hashes))
+            known = KnownStudies(frozenset(patients), frozenset(digests), tuple(hashes))
             new = list[StudyRow]()
-            for row, is_duplicate in zip(rows, duplicates, strict=True):
+            for row, is_duplicate in zip(rows, known.match_pictures(rows), strict=True):
                 if row.patient in patients:
                     left_out[f"studies of {split} whose patient is in a stricter split"] += 1
-                elif is_duplicate or row.pixels_digest in digests:
+                elif is_duplicate:
                     left_out[f"pictures of {split} that are there already"] += 1
                 else:
                     new.append(replace(row, source=store.name))

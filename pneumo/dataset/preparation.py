@@ -5,6 +5,7 @@ written last, then the records are removed.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -17,7 +18,6 @@ from pneumo.dataset.manifest import Manifest, SplitEntry, find_manifest, write_m
 from pneumo.dataset.overlap import KNOWN_PICTURES
 from pneumo.dataset.shard_plans import PARTS, digest_settings
 from pneumo.dataset.shard_tasks import ShardRecord, read_study
-from pneumo.dataset.shards import SHARD_SUFFIX
 from pneumo.dataset.source import Rejected, Source
 from pneumo.dataset.splits import SPLITS, LeakageAudit, audit_split, check_shard_balance
 from pneumo.dataset.study_keys import SECRET_CHECK
@@ -33,6 +33,7 @@ from pneumo.dataset.study_table import (
 from pneumo.errors import BadFilesError, SourceError, StoreError
 
 CLAIM = "parts/claim.json"
+_SHARD_URL = re.compile(r"/\d{6}-[0-9a-f]{12}\.tar$")
 
 
 def find_store(store_url: str, source: Source, config: Config) -> Manifest | None:
@@ -121,7 +122,7 @@ def _write_tables(
     quarantine = write_quarantine(store_url, rejected)
     _check_bad_files(rejected, sum(r.entry.samples for r in records), config, store_url)
     table = tabulate_studies(row for record in records for row in record.rows)
-    splits = _join_splits(records, table, has_patients=source.has_patients)
+    splits = {name: _join_split(name, records, source.has_patients) for name in SPLITS}
     shard_prevalence = _check_classes(splits)
     known = sum(record.known for record in records)
     if known or len(rejected) > len(source.rejected):
@@ -191,7 +192,7 @@ def _list_shards(store_url: str) -> set[str]:
         url
         for name in SPLITS
         for url in storage.list_urls(storage.join(store_url, name))
-        if url.endswith(SHARD_SUFFIX)
+        if _SHARD_URL.search(url)  # archives of others are left alone
     }
 
 
@@ -217,23 +218,17 @@ def _check_bad_files(
         )
 
 
-def _join_splits(
-    records: Sequence[ShardRecord], table: pa.Table, *, has_patients: bool
-) -> dict[str, SplitEntry]:
-    counted = table.group_by("split").aggregate([("patient", "count_distinct")]).to_pylist()
-    patients = {row["split"]: row["patient_count_distinct"] for row in counted}
-    joined = {}
-    for name in SPLITS:
-        own = [item for item in records if item.entry.name.startswith(f"{name}/")]
-        histogram = np.array([item.histogram for item in own], np.int64).sum(axis=0)
-        joined[name] = SplitEntry(
-            samples=sum(item.entry.samples for item in own),
-            positives=sum(item.entry.positives for item in own),
-            patients=patients.get(name, 0) if has_patients else None,
-            histogram=tuple(histogram.tolist()),
-            shards=tuple(item.entry for item in own if item.entry.samples),
-        )
-    return joined
+def _join_split(name: str, records: Sequence[ShardRecord], has_patients: bool) -> SplitEntry:
+    own = [item for item in records if item.entry.name.startswith(f"{name}/")]
+    patients = {row.patient for item in own for row in item.rows}
+    histogram = np.array([item.histogram for item in own], np.int64).sum(axis=0)
+    return SplitEntry(
+        samples=sum(item.entry.samples for item in own),
+        positives=sum(item.entry.positives for item in own),
+        patients=len(patients) if has_patients else None,
+        histogram=tuple(histogram.tolist()),
+        shards=tuple(item.entry for item in own if item.entry.samples),
+    )
 
 
 def _check_classes(splits: Mapping[str, SplitEntry]) -> dict[str, tuple[float, float]]:

@@ -9,14 +9,14 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import numpy as np
 from scipy.special import stdtrit
 
 from pneumo.dataset.manifest import Duplicates, Manifest
 from pneumo.dataset.source import Finding
-from pneumo.dataset.splits import SPLITS, effective_sample_size
+from pneumo.dataset.splits import SPLITS, Moments, measure
 from pneumo.dataset.study_table import StudyRow, StudyWarning
 from pneumo.errors import DataError
 
@@ -319,23 +319,7 @@ def standardise_difference(
     return (second - first) / spread if spread else math.copysign(math.inf, second - first)
 
 
-class _Moments(NamedTuple):
-    """A property of a split, over the studies where it is known."""
-
-    mean: float
-    variance: float
-    effective: float
-    """See `splits.effective_sample_size`."""
-
-
-def _measure(
-    rows: Sequence[StudyRow], value: Callable[[StudyRow], float | None]
-) -> _Moments | None:
+def _measure(rows: Sequence[StudyRow], value: Callable[[StudyRow], float | None]) -> Moments | None:
+    """The moments over the studies where the value is known."""
     known = [(row.patient, float(found)) for row in rows if (found := value(row)) is not None]
-    if not known:
-        return None
-    # fmean rounds once, in any order; a constant may still get a tiny variance.
-    mean = statistics.fmean(found for _, found in known)
-    constant = len({found for _, found in known}) == 1
-    variance = 0.0 if constant else statistics.fmean((v - mean) ** 2 for _, v in known)
-    return _Moments(mean, variance, effective_sample_size(known))
+    return measure(known) if known else None

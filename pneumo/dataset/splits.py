@@ -14,6 +14,7 @@ import statistics
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -264,28 +265,37 @@ def clustered_fraction(pairs: Sequence[tuple[str, int]]) -> Interval:
     Studies of one patient are correlated: the interval is Clopper-Pearson's with the effective
     sample size (Korn & Graubard 1998, Survey Methodology 24:193).
     """
-    value = sum(target for _, target in pairs) / len(pairs)
-    effective = effective_sample_size(pairs)
+    value, _, effective = measure(pairs)
     k = value * effective
     low = float(scipy.stats.beta.ppf(0.025, k, effective - k + 1)) if value > 0 else 0.0
     high = float(scipy.stats.beta.ppf(0.975, k + 1, effective - k)) if value < 1 else 1.0
     return Interval(value=value, low=low, high=high)
 
 
-def effective_sample_size(pairs: Sequence[tuple[str, float]]) -> float:
-    """The number of independent studies whose mean has the same variance as that of these
-    `(patient, value)`; at most their number. The variance is that of a ratio of patients' sums."""
-    mean = statistics.fmean(value for _, value in pairs)
-    variance = statistics.fmean((value - mean) ** 2 for _, value in pairs)
+class Moments(NamedTuple):
+    """Mean and variance of a value of studies, and how many independent studies they are worth."""
+
+    mean: float
+    variance: float
+    effective: float
+    """The number of independent studies whose mean has the same variance; at most the number of
+    studies. The variance is that of a ratio of patients' sums."""
+
+
+def measure(pairs: Sequence[tuple[str, float]]) -> Moments:
+    """The moments of the values in `(patient, value)`, of any order; at least one."""
+    mean = statistics.fmean(value for _, value in pairs)  # rounds once
     residuals: dict[str, list[float]] = {}
     for patient, value in pairs:
         residuals.setdefault(patient, []).append(value - mean)
     m = len(residuals)
     if len({value for _, value in pairs}) == 1:  # rounding may give a tiny variance
-        return float(m)
+        return Moments(mean, 0.0, m)
+    variance = statistics.fmean((value - mean) ** 2 for _, value in pairs)
     squares = math.fsum(math.fsum(own) ** 2 for own in residuals.values())
     variance_of_mean = m / max(m - 1, 1) * squares / len(pairs) ** 2
-    return min(variance / variance_of_mean, len(pairs)) if variance_of_mean > 0 else float(m)
+    effective = min(variance / variance_of_mean, len(pairs)) if variance_of_mean > 0 else m
+    return Moments(mean, variance, effective)
 
 
 def check_shard_balance(

@@ -25,7 +25,7 @@ from pydicom.uid import UID
 from pneumo.errors import DicomError
 from pneumo.images.boxes import Box
 from pneumo.images.codestreams import read_jpeg_size
-from pneumo.images.elements import Repairs, read_optional
+from pneumo.images.elements import Repairs, read_numbers
 from pneumo.images.fast_dicom import BaselineFile, read_baseline
 from pneumo.images.frame_format import read_format
 from pneumo.images.gray_levels import CONTRADICTING_SHAPES, Gray, render_gray
@@ -35,7 +35,6 @@ from pneumo.images.headers import (
     Acquisition,
     Header,
     make_acquisition,
-    make_header,
     read_from,
     read_header,
 )
@@ -115,13 +114,17 @@ def read_study_image(data: bytes, image_size: int) -> GrayImage:
     with _only_dicom_errors():
         dataset = parse(data, repairs)
         _check_class(dataset)
+        gray, get = _decode_gray(dataset, repairs), read_from(dataset, repairs)
+        spacing = read_numbers(dataset, "PixelSpacing", repairs) or read_numbers(
+            dataset, "ImagerPixelSpacing", repairs
+        )
         return make_image(
-            _decode_gray(dataset, repairs),
+            gray,
             image_size,
             shape=(int(dataset.Rows), int(dataset.Columns)),
-            header=read_header(dataset, repairs),
-            identifier=str(read_optional(dataset, "PatientID", repairs) or "") or None,
-            acquisition=make_acquisition(read_from(dataset, repairs)),
+            header=read_header(get, spacing),
+            identifier=str(get("PatientID") or "") or None,
+            acquisition=make_acquisition(get),
             repairs=repairs,
         )
 
@@ -148,12 +151,7 @@ def _read_fast(file: BaselineFile, image_size: int) -> GrayImage | None:
         gray,
         image_size,
         shape=(file.form.rows, file.form.columns),
-        header=make_header(
-            age=texts.get("PatientAge", ""),
-            sex=texts.get("PatientSex"),
-            view=texts.get("ViewPosition"),
-            spacing=[float(number) for number in spacing],
-        ),
+        header=read_header(texts.get, [float(number) for number in spacing]),
         identifier=texts.get("PatientID") or None,
         acquisition=make_acquisition(texts.get),
     )

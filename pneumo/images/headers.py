@@ -7,7 +7,7 @@ from typing import Any
 
 import pydicom
 
-from pneumo.images.elements import Repairs, read_numbers, read_optional
+from pneumo.images.elements import Repairs, read_optional
 
 OLDEST_PLAUSIBLE_AGE = 120
 
@@ -83,15 +83,10 @@ def read_from(dataset: pydicom.Dataset, repairs: Repairs) -> Get:
     return get
 
 
-def read_header(dataset: pydicom.Dataset, repairs: Repairs) -> Header:
-    """Age (0010,1010), sex (0010,0040), view (0018,5101) and pixel spacing (0028,0030)."""
-    return make_header(
-        age=str(read_optional(dataset, "PatientAge", repairs) or ""),
-        sex=read_optional(dataset, "PatientSex", repairs),
-        view=read_optional(dataset, "ViewPosition", repairs),
-        spacing=read_numbers(dataset, "PixelSpacing", repairs)
-        or read_numbers(dataset, "ImagerPixelSpacing", repairs),
-    )
+def read_header(get: Get, spacing: Sequence[float]) -> Header:
+    """Age (0010,1010), sex (0010,0040) and view (0018,5101); see `make_header`."""
+    age, sex, view = (get(name) for name in ("PatientAge", "PatientSex", "ViewPosition"))
+    return make_header(age=str(age or ""), sex=sex, view=view, spacing=spacing)
 
 
 def make_header(

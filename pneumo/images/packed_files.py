@@ -1,5 +1,6 @@
 """Compressed files: the members of zip archives, and gzip."""
 
+import gzip
 import io
 import lzma
 import re
@@ -56,13 +57,12 @@ def unpack(data: bytes) -> bytes:
     if not data.startswith(_GZIP):
         return data
     try:
-        inflater = zlib.decompressobj(zlib.MAX_WBITS | 16)
-        found = _bounded(inflater.decompress(data, _MAX_BYTES + 1))
-    except zlib.error as error:
+        with gzip.open(io.BytesIO(data)) as file:
+            return _bounded(file.read(_MAX_BYTES + 1))
+    except EOFError as error:
+        raise DicomError("the gzip file is truncated", "undecodable") from error
+    except (OSError, zlib.error) as error:
         raise DicomError("the gzip file is damaged", "undecodable") from error
-    if not inflater.eof:
-        raise DicomError("the gzip file is truncated", "undecodable")
-    return found
 
 
 _DAMAGED = (

@@ -112,7 +112,7 @@ def decode_stored(
     if _is_encapsulated(element, stated, size):
         frame = read_frame(dataset, repairs)
         return _decode_encapsulated(frame, stated, form, repairs, may_widen=may_widen)
-    if not size <= len(element.value or b"") < 2 * size:
+    if not size <= len(element.value or b"") < max(2 * size, 3):  # one pixel is filled up to two
         raise DicomError(f"{len(element.value or b'')} bytes of pixels, the header says {size}")
     syntax = stated
     if stated not in uid.UncompressedTransferSyntaxes:

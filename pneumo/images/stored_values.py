@@ -32,11 +32,13 @@ def make_values(
     """
     bits = 8 * stored.dtype.itemsize
     whole_words = replace(form, bits_stored=bits, high_bit=bits - 1)
-    for unsigned in () if form.signed else (whole_words, form) if may_widen else (form,):
-        if _is_around_zero(_drop_unused_bits(stored, unsigned), unsigned.bits_stored):
-            repairs.add("pixels:PixelRepresentation")
-            signed = replace(unsigned, signed=True)
-            return _drop_unused_bits(stored.view(f"i{stored.dtype.itemsize}"), signed), signed
+    if not form.signed:
+        for unsigned in dict.fromkeys((whole_words, form) if may_widen else (form,)):
+            rows = _drop_unused_bits(_take_rows(stored), unsigned)
+            if _is_around_zero(rows, unsigned.bits_stored):
+                repairs.add("pixels:PixelRepresentation")
+                signed = replace(unsigned, signed=True)
+                return _drop_unused_bits(stored.view(f"i{stored.dtype.itemsize}"), signed), signed
     read, others = _drop_unused_bits(stored, form), dict[str, FrameFormat]()
     if form.signed or is_signed:
         others["PixelRepresentation"] = replace(form, signed=not form.signed)
@@ -52,20 +54,19 @@ def make_values(
     return read, form
 
 
-def _is_around_zero(values: Stored, bits: int) -> bool:
+def _is_around_zero(rows: Stored, bits: int) -> bool:
     """Whether unsigned numbers of `bits` bits are numbers above and below zero: where they cross
     zero, neighbours have various values at the two ends of the range, and far more often than
     neighbours jump over most of the range as signed numbers."""
     top = 2**bits
     near_zero = top // _NEAR_ZERO
-    if values.max() < top - near_zero:
+    if near_zero < _MIN_NEGATIVE or rows.max() < top - near_zero:
         return False
-    rows = _take_rows(values).astype(np.int32)
     low, high = np.minimum(rows[:, 1:], rows[:, :-1]), np.maximum(rows[:, 1:], rows[:, :-1])
     crossing = high[(low < near_zero) & (high >= top - near_zero)]
     if len(np.unique(crossing)) < _MIN_NEGATIVE:
         return False
-    from_lowest = (rows + top // 2) % top  # as signed numbers
+    from_lowest = (rows.astype(np.int32) + top // 2) % top  # as signed numbers
     return len(crossing) > _MIN_JUMPS * _count_jumps(from_lowest, bits)
 
 

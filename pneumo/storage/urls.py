@@ -35,18 +35,25 @@ def local_path(url: str) -> Path:
 def normalise(url: str) -> str:
     """`url` absolute where local, as workers run in other folders, and without a final slash.
 
-    Raises UserError for chained URLs, and for a scheme that runs a command or that fsspec does not
-    know.
+    Raises UserError for chained URLs, for a scheme that runs a command or that fsspec does not
+    know, and for one without its slashes or its bucket.
     """
     if "::" in url and not is_local(url):
         raise UserError(f"storage: '{url}': chained URLs are refused; use a path, file:// or s3://")
     scheme = url.split(":", 1)[0] if ":" in url else ""
     if scheme in _SHELL_SCHEMES:
         raise UserError(f"storage: '{scheme}:' URLs are refused; use a path, file:// or s3://")
+    is_known = scheme in fsspec.available_protocols()
     if is_local(url):
+        if is_known and url.startswith(f"{scheme}:/") and not url.startswith("file:///"):
+            raise UserError(
+                f"storage: '{url}': too few slashes; write s3://bucket/… or file:///folder/…"
+            )
         return str(local_path(url))
-    if scheme not in fsspec.available_protocols():
+    if not is_known:
         raise UserError(f"storage: unknown scheme in '{url}'; use a path, file:// or s3://")
+    if url.rstrip("/").endswith(":"):
+        raise UserError(f"storage: '{url}': names no bucket")
     return url.rstrip("/")
 
 

@@ -9,6 +9,7 @@ import sys
 import tarfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -136,6 +137,15 @@ def test_a_second_run_has_nothing_to_do_and_another_setting_is_refused(
     assert run(prepared.source, prepared.store, "--seed", "9") == 2
     assert "give another --store" in capsys.readouterr().err
     assert (prepared.store / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_a_store_in_the_sources_own_folder_is_refused(
+    kaggle_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = kaggle_folder(num_studies=4)
+    assert run(folder, folder) == 2
+    assert "is the source's own folder" in capsys.readouterr().err
+    assert not (folder / "manifest.json").exists()
 
 
 def test_bad_files_are_listed_with_a_reason_and_capped(

@@ -137,19 +137,18 @@ def _read_boxes(folder: Folder, positive: set[str]) -> dict[str, list[Box]]:
 def _read_lists(folder: Folder, images: Set[str]) -> dict[str, str]:
     """Image -> train_val or test in the official split; empty where one of its lists is missing.
 
-    Raises SourceError for a list of none of the table's `images`, and images in both lists."""
+    Raises SourceError where the lists have none of the table's `images`, or one image twice."""
     if not {*_LISTS.values()} <= folder.files.keys():
         return {}
     splits: dict[str, str] = {}
     for split, name in _LISTS.items():
         lines = read_unpacked(folder.files[name]).decode("utf-8-sig", "replace").split()
-        if images.isdisjoint(lines):
-            raise SourceError(
-                f"{folder.files[name]}: none of its {len(lines)} lines is an image of the table"
-            )
         if both := splits.keys() & lines:
             raise SourceError(f"{folder.source_url}: {len(both)} images are in both lists")
         splits |= dict.fromkeys(lines, split)
+    if images.isdisjoint(splits):
+        names = " and ".join(_LISTS.values())
+        raise SourceError(f"{folder.source_url}: {names} have no image of the table")
     return splits
 
 

@@ -133,6 +133,15 @@ LATERAL = pydicom.Dataset()
 LATERAL.CodeMeaning = "left lateral"
 
 
+def test_signed_values_under_an_unsigned_header_are_refused(tmp_path: Path) -> None:
+    values = draw_values(np.random.default_rng(2), (100, 100), "u2") - np.uint16(400)  # wraps
+    judged = decode_file(encode_dicom(values), 64)
+    assert isinstance(judged, GrayImage)
+    assert "pixels:PixelRepresentation" in judged.warnings
+    with pytest.raises(RefusedError, match="may be signed"):
+        read(tmp_path / "a", encode_dicom(values), 64)
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

@@ -134,6 +134,15 @@ def test_a_finished_store_holds_nothing_else(preparation: Preparation, tmp_path:
     assert not (tmp_path / "parts").exists()
 
 
+def test_archives_of_others_are_not_removed(preparation: Preparation, tmp_path: Path) -> None:
+    others = {f"{split}/{name}.tar": b"mine" for split in SPLITS for name in ("a", "000001")}
+    for name, data in others.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    preparation.run(tmp_path)
+    assert others.items() <= content(tmp_path).items()
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_order_repetition_and_interruption_change_no_byte(
     preparation: Preparation, tmp_path: Path, seed: int

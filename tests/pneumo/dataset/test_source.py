@@ -19,7 +19,8 @@ import pytest
 from pneumo.dataset.sources.recognition import read_source, read_split_list
 from pneumo.errors import SourceError
 from pneumo.images.boxes import Box
-from pneumo.images.headers import read_header
+from pneumo.images.elements import read_numbers
+from pneumo.images.headers import read_from, read_header
 
 FolderMaker = Callable[..., Path]
 
@@ -485,7 +486,8 @@ def test_the_headers_of_all_of_rsna(shared_data: Path) -> None:
             dataset.PatientAge, dataset.PatientSex = row["PatientAge"], row["PatientSex"]
             dataset.ViewPosition = row["ViewPosition"]
             dataset.PixelSpacing = [row["PixelSpacing"]] * 2
-            headers.append(read_header(dataset, set()))
+            spacing = read_numbers(dataset, "PixelSpacing", set())
+            headers.append(read_header(read_from(dataset, set()), spacing))
     assert Counter(header.view for header in headers) == {"PA": 14_511, "AP": 12_173}
     assert Counter(header.sex for header in headers) == {"M": 15_166, "F": 11_518}
     ages = [header.age for header in headers]

@@ -1,6 +1,7 @@
 """PNG, JPEG and TIFF become gray as they are seen; what cannot be shown without guessing is
 refused."""
 
+import gzip
 import io
 import struct
 import zlib
@@ -186,3 +187,11 @@ def test_a_file_is_told_by_its_first_bytes(make_dicom: Any) -> None:
         image = decode_file(data, 56)
         assert not isinstance(image, UnusableFile)
         assert (image.pixels[8:48] == GRAY).all()
+
+
+def test_a_gzip_file_in_several_parts_is_read_whole() -> None:
+    data = encode(GRAY, "PNG")
+    parts = gzip.compress(data[:500]) + gzip.compress(data[500:])
+    image = decode_file(parts, 56)
+    assert not isinstance(image, UnusableFile)
+    np.testing.assert_array_equal(image.pixels[8:48], GRAY)

@@ -30,6 +30,18 @@ def test_an_unknown_scheme_is_refused() -> None:
         storage.normalise("s4://bucket/key")
 
 
+@pytest.mark.parametrize("url", ["s3://", "s3:///", "gs://"])
+def test_a_url_without_a_bucket_is_refused(url: str) -> None:
+    with pytest.raises(UserError, match="names no bucket"):
+        storage.normalise(url)
+
+
+@pytest.mark.parametrize("url", ["s3:/bucket/key", "gs:/bucket", "file:/tmp/a", "file://tmp/a"])
+def test_a_scheme_without_its_slashes_is_refused(url: str) -> None:
+    with pytest.raises(UserError, match="too few slashes"):
+        storage.normalise(url)
+
+
 def test_a_local_url_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -214,19 +214,21 @@ def test_nih_lists_decide_who_is_in_test(copied: Path) -> None:
 def test_nih_lists_that_do_not_fit_are_refused(copied: Path) -> None:
     folder = copied / "nih"
     names = sorted(path.name for path in folder.glob("images_001/images/*"))
-    (folder / "train_val_list.txt").write_text("\n".join(names[3:]))
-    for test, message in (
-        (
-            "\n".join(f"{name}," for name in names[:3]),
-            "test_list.txt: none of its 3 lines is an image of the table",
-        ),
-        ("\n".join(names[:4]), "1 images are in both lists"),
-    ):
-        (folder / "test_list.txt").write_text(test)
-        with pytest.raises(SourceError, match=message):
-            read(folder)
-    (folder / "test_list.txt").write_text("\ufeff" + "\r\n".join(names[:3]))
+
+    def write(train: list[str], test: list[str], ending: str = "") -> None:
+        for name, lines in (("train_val_list.txt", train), ("test_list.txt", test)):
+            (folder / name).write_text("\ufeff" + "".join(f"{one}{ending}\r\n" for one in lines))
+
+    write(names[3:], names[:3], ending=",")
+    with pytest.raises(SourceError, match=r"test_list\.txt have no image of the table"):
+        read(folder)
+    write(names[3:], names[:4])
+    with pytest.raises(SourceError, match="1 images are in both lists"):
+        read(folder)
+    write(names[3:], names[:3])
     assert sum(study.published == "test" for study in read(folder).studies) == 3
+    write(names, [])
+    assert {study.published for study in read(folder).studies} == {"train_val"}
 
 
 def test_pictures_that_are_missing_are_counted(copied: Path) -> None:
