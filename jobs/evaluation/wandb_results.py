@@ -203,13 +203,19 @@ def draw_charts(metrics: Mapping[str, Any]) -> dict[str, Media]:
     """Curves and confusion matrices; undefined ones are left out."""
     test = metrics["test"]
     n = f"test n = {test['n']}"
+    roc, precision_recall = (_read_curves(metrics, name) for name in ("roc", "precision_recall"))
+    if roc:
+        roc["chance"] = ([0.0, 1.0], [0.0, 1.0])
+    if precision_recall:
+        prevalence = test["positives"] / max(test["n"], 1)
+        precision_recall["chance (prevalence of test)"] = ([0.0, 1.0], [prevalence] * 2)
     calibration = _read_reliability(test["calibration"])
     benefit = _read_benefit(test["decision_curve"])
     recall, precision = "recall (sensitivity)", "precision (PPV)"
     net_benefit = "net benefit (true positives per study)"
     charts = {
-        "roc": (_read_roc(metrics), "ROC", "1 - specificity", "sensitivity"),
-        "precision_recall": (_read_precision(metrics), "Precision-recall", recall, precision),
+        "roc": (roc, "ROC", "1 - specificity", "sensitivity"),
+        "precision_recall": (precision_recall, "Precision-recall", recall, precision),
         "reliability": (calibration, "Calibration", "predicted probability", "observed fraction"),
         "decision_curve": (benefit, "Decision curve", "threshold", net_benefit),
     }
@@ -231,19 +237,6 @@ Curves = dict[str, tuple[Sequence[float], Sequence[float]]]
 def _read_curves(metrics: Mapping[str, Any], name: str) -> Curves:
     both = (("val (chosen on it)", metrics["val"][name]), ("test", metrics["test"][name]))
     return {split: (curve["x"], curve["y"]) for split, curve in both if curve is not None}
-
-
-def _read_roc(metrics: Mapping[str, Any]) -> Curves:
-    curves = _read_curves(metrics, "roc")
-    return {**curves, "chance": ([0.0, 1.0], [0.0, 1.0])} if curves else {}
-
-
-def _read_precision(metrics: Mapping[str, Any]) -> Curves:
-    curves, test = _read_curves(metrics, "precision_recall"), metrics["test"]
-    if not curves:
-        return {}
-    prevalence = test["positives"] / max(test["n"], 1)
-    return {**curves, "chance (prevalence of test)": ([0.0, 1.0], [prevalence] * 2)}
 
 
 def _read_reliability(calibration: Mapping[str, Any]) -> Curves:
