@@ -13,7 +13,7 @@ from jobs.evaluation import evaluated_run, result_files
 from jobs.evaluation.evaluated_run import EVALUATED_SPLITS, EVALUATIONS, METRICS, EvaluatedRun
 from jobs.evaluation.external import evaluate_externally
 from jobs.evaluation.ray_resampling import choose_map
-from jobs.evaluation.ray_scoring import ScoredStore, Scoring, score_splits
+from jobs.evaluation.ray_scoring import ScoredStore, Scoring, name_runs, score_splits
 from jobs.evaluation.result_files import EXTERNAL_FOLDER, REPORT, Results
 from jobs.evaluation.shown_studies import choose_pictures, score_saliency
 from jobs.evaluation.wandb_results import write_tracking
@@ -62,7 +62,8 @@ def evaluate_run(invocation: Invocation) -> None:
         compared = None
         if other is not None and arguments.compare_with is not None:
             splits = compare_splits(evaluation.predictions, other, config)
-            compared = ComparedRuns(run.name, storage.last_part(arguments.compare_with), splits)
+            first, second = name_runs([run.run_url, arguments.compare_with])
+            compared = ComparedRuns(first, second, splits)
     results = Results(data, evaluation, pictures, saliency, compared, members)
     with tempfile.TemporaryDirectory() as folder:
         write_results(run, results, Path(folder), config)
