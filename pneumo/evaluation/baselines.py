@@ -127,15 +127,10 @@ def fit_metadata(train: Metadata | None) -> MetadataModel:
     columns = train.to_columns()
     if (columns == columns[0]).all():
         return MetadataModel(n, None, "train: no metadata, or the same of all studies")
-    categories = [
-        (
-            _Indicators(
-                min_frequency=_RARE, handle_unknown="infrequent_if_exist", sparse_output=False
-            ),
-            [column],
-        )
-        for column in range(4)
-    ]
+    indicators = _Indicators(
+        min_frequency=_RARE, handle_unknown="infrequent_if_exist", sparse_output=False
+    )
+    categories = [(indicators, [column]) for column in range(4)]  # it is copied for each
     pipeline = make_pipeline(
         make_column_transformer(*categories, ("passthrough", [4])),
         LogisticRegression(solver="newton-cholesky", tol=1e-10, max_iter=1000),
