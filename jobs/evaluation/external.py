@@ -1,6 +1,7 @@
 """External validation of a run: on other stores, with everything frozen, without known patients."""
 
 import json
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ from pneumo.evaluation.estimates import Estimate, as_json
 from pneumo.evaluation.external import ExternalEvaluation, FrozenChoices, evaluate_external
 from pneumo.evaluation.file_predictions import FrozenRule
 from pneumo.evaluation.operating_points import DECISION, OperatingPoint
-from pneumo.evaluation.predictions import Predictions, find_fault, join_predictions
+from pneumo.evaluation.predictions import Predictions, check_complete, find_fault, join_predictions
 from pneumo.evaluation.set_shift import SetShift, classify_sets, measure_shift
 from pneumo.reporting.figures.external import draw_matrix
 from pneumo.reporting.page.external_page import ExternalSet, insert_external, render_external
@@ -85,7 +86,7 @@ def evaluate_externally(arguments: EvaluateArguments, config: Config) -> None:
     sets = [_read_external(url, trained, config) for url in arguments.external]
     if len({one.name for one in sets}) < len(sets):
         raise StoreError("--external: two stores have the same name, which names their results")
-    others = _read_others(arguments.compare_with)
+    others = read_others(arguments.compare_with, storage.last_part(trained.run_url))
     evaluated: dict[str, ExternalSet] = {}
     with ray_session(show_logs=arguments.debug):
         wait_for_resources(config.cluster, 1)
@@ -195,6 +196,7 @@ def _evaluate_set(one: ExternalStore, trained: TrainedRun, config: Config) -> Ex
         checkpoint=trained.scoring.checkpoint_name,
         image_size=one.manifest.image_size,
     )
+    check_complete(scored, {name: one.manifest.splits[name].samples for name in SPLITS})
     rows = scored.take(~np.isin(scored.key, sorted(one.overlap.keys)))
     for what, each in (("test of the run", trained.test), (one.name, rows)):
         if (fault := find_fault(each)) is not None:
@@ -256,8 +258,9 @@ def _read_samples(
 # --- results --------------------------------------------------------------------------------------
 
 
-def _read_others(run_url: str | None) -> dict[str, dict[str, Any]]:
-    """The AUROCs of another run, and of those in its own matrix, on external sets."""
+def read_others(run_url: str | None, own_name: str) -> dict[str, dict[str, Any]]:
+    """The AUROCs of another run, and of those in its own matrix, on external sets, by the runs'
+    names; a name that another run has, or `own_name`, gets a number."""
     if run_url is None:
         return {}
     url = storage.join(storage.normalise(run_url), EXTERNAL_FOLDER, METRICS)
@@ -265,7 +268,12 @@ def _read_others(run_url: str | None) -> dict[str, dict[str, Any]]:
         found = json.loads(storage.read_text(url))
     except FileNotFoundError as error:
         raise RunError(f"--compare-with {run_url}: has no external validation") from error
-    return {str(found["run"]): dict(found["matrix"]), **found["matrix_of_others"]}
+    others: dict[str, dict[str, Any]] = {}
+    for name, row in {found["run"]: found["matrix"], **found["matrix_of_others"]}.items():
+        stem = re.sub(r" \(\d+\)$", "", name)
+        numbered = (name, *(f"{stem} ({number})" for number in range(2, len(others) + 4)))
+        others[next(one for one in numbered if one != own_name and one not in others)] = row
+    return others
 
 
 def _write_results(

@@ -9,6 +9,7 @@ from jobs.evaluation.evaluated_run import METRICS
 from jobs.evaluation.result_files import EXTERNAL_FOLDER, EXTERNAL_MATRIX, REPORT
 from pneumo.config import TrackingConfig
 from pneumo.evaluation.operating_points import DECISION
+from pneumo.reporting.tracking import tracked_run
 from pneumo.reporting.tracking.media import (
     Artifact,
     Gallery,
@@ -17,13 +18,7 @@ from pneumo.reporting.tracking.media import (
     Scalar,
     Table,
 )
-from pneumo.reporting.tracking.tracked_run import (
-    TrackedRun,
-    make_run_id,
-    read_config,
-    read_files,
-    to_wandb_name,
-)
+from pneumo.reporting.tracking.tracked_run import TrackedRun
 
 _SIDES = ("internal", "external", "difference")
 
@@ -31,15 +26,16 @@ _SIDES = ("internal", "external", "difference")
 def read_external(run_url: str) -> TrackedRun | None:
     """The external validation in the run's folder; None where there is none."""
     names = (METRICS, EXTERNAL_MATRIX, REPORT)
-    contents = read_files(run_url, *(f"{EXTERNAL_FOLDER}/{name}" for name in names))
+    contents = tracked_run.read_files(run_url, *(f"{EXTERNAL_FOLDER}/{name}" for name in names))
     if contents is None:
         return None
     data, matrix, page = contents
-    metrics, trained, name = json.loads(data), read_config(run_url), make_run_id(run_url)
+    metrics, name = json.loads(data), tracked_run.make_run_id(run_url)
+    trained = tracked_run.read_config(run_url)
     tracking = TrackingConfig() if trained is None else trained.tracking
     sets = metrics["sets"]
     summary = {
-        f"eval/external/{to_wandb_name(of_set)}/{what}": value
+        f"eval/external/{tracked_run.to_wandb_name(of_set)}/{what}": value
         for of_set, found in sets.items()
         for what, value in _summarise(found)
         if value is not None

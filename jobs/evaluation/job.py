@@ -9,25 +9,12 @@ from typing import Any
 
 from threadpoolctl import threadpool_limits
 
-from jobs.evaluation.evaluated_run import (
-    EVALUATED_SPLITS,
-    EVALUATIONS,
-    METRICS,
-    EvaluatedRun,
-    find_evaluated_run,
-    read_other_predictions,
-)
+from jobs.evaluation import evaluated_run, result_files
+from jobs.evaluation.evaluated_run import EVALUATED_SPLITS, EVALUATIONS, METRICS, EvaluatedRun
 from jobs.evaluation.external import evaluate_externally
 from jobs.evaluation.ray_resampling import choose_map
-from jobs.evaluation.ray_scoring import ScoredStore, Scoring, score_splits
-from jobs.evaluation.result_files import (
-    EXTERNAL_FOLDER,
-    REPORT,
-    Results,
-    compose_metrics,
-    describe_results,
-    write_files,
-)
+from jobs.evaluation.ray_scoring import ScoredStore, Scoring, name_runs, score_splits
+from jobs.evaluation.result_files import EXTERNAL_FOLDER, REPORT, Results
 from jobs.evaluation.shown_studies import choose_pictures, score_saliency
 from jobs.evaluation.wandb_results import write_tracking
 from jobs.ray_cluster.session import ray_session, wait_for_resources
@@ -57,13 +44,13 @@ def evaluate_run(invocation: Invocation) -> None:
     if arguments.external:
         evaluate_externally(arguments, config)
         return
-    run = find_evaluated_run(arguments, config.evaluate)
+    run = evaluated_run.find_evaluated_run(arguments, config.evaluate)
     studies = read_studies(run.store_url, run.manifest)
     data = read_data_facts(run.store_url, run.manifest, studies)
     other = (
         None
         if arguments.compare_with is None
-        else read_other_predictions(arguments.compare_with, studies)
+        else evaluated_run.read_other_predictions(arguments.compare_with, studies)
     )
     with ray_session(show_logs=arguments.debug):
         wait_for_resources(config.cluster, 1)
@@ -75,7 +62,8 @@ def evaluate_run(invocation: Invocation) -> None:
         compared = None
         if other is not None and arguments.compare_with is not None:
             splits = compare_splits(evaluation.predictions, other, config)
-            compared = ComparedRuns(run.name, storage.last_part(arguments.compare_with), splits)
+            first, second = name_runs([run.run_url, arguments.compare_with])
+            compared = ComparedRuns(first, second, splits)
     results = Results(data, evaluation, pictures, saliency, compared, members)
     with tempfile.TemporaryDirectory() as folder:
         write_results(run, results, Path(folder), config)
@@ -152,10 +140,10 @@ def read_data_facts(
 def write_results(run: EvaluatedRun, results: Results, folder: Path, config: Config) -> None:
     """Write all to `folder`, copy it to the run, metrics.json last, then send it to W&B."""
     prepare_tracking(run.run_url, run.manifest)
-    report = describe_results(run, results, config)
-    write_files(folder, run, results, report)
+    report = result_files.describe_results(run, results, config)
+    result_files.write_files(folder, run, results, report)
     write_tracking(folder / FOLDER, run, results, report, config.tracking)
-    metrics = compose_metrics(run, results, config)
+    metrics = result_files.compose_metrics(run, results, config)
     text = json.dumps(metrics, indent=1, allow_nan=False) + "\n"
     if storage.exists(storage.join(run.run_url, EXTERNAL_FOLDER, METRICS)):
         tell("warning: the report loses its other sets; repeat --external with --overwrite")

@@ -1,6 +1,7 @@
 """The resamples of an evaluation, computed by the cluster's workers."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import ray
 from threadpoolctl import threadpool_limits
@@ -17,29 +18,24 @@ _FEW = 20_000
 def choose_map(config: ClusterConfig, num_predictions: int) -> MapBlocks:
     """How blocks of resamples are computed: of few predictions in this process, else by the
     workers. The results are the same."""
-    return map if num_predictions < _FEW else RayMap(config)
+    return map if num_predictions < _FEW else partial(map_on_workers, config)
 
 
-class RayMap:
-    """A `MapBlocks` on all CPUs of Ray's workers: a task for each block."""
-
-    def __init__(self, config: ClusterConfig) -> None:
-        self._num_cpus = config.num_workers * config.cpus_per_worker
-        self._max_retries = config.max_failures
-
-    def __call__(
-        self, function: Callable[[Block], BlockValues], blocks: Blocks
-    ) -> Iterator[BlockValues]:
-        """The function's result for each block, in the order of the blocks."""
-        shared = ray.put(function)  # once, not with each of the tasks
-        calls = ((shared, number, block) for number, block in enumerate(blocks))
-        found: dict[int, BlockValues] = {}
-        options = {"num_cpus": 1, "max_retries": self._max_retries}
-        with Progress("evaluate: resampling", len(blocks), "blocks") as progress:
-            for ended in spread(_compute, calls, lambda: self._num_cpus, **options):
-                found |= dict(ended)
-                progress.advance_to(len(found))
-        return (found[number] for number in sorted(found))
+def map_on_workers(
+    config: ClusterConfig, function: Callable[[Block], BlockValues], blocks: Blocks
+) -> Iterator[BlockValues]:
+    """A `MapBlocks` on all CPUs of Ray's workers, a task for each block: the function's result for
+    each, in the order of the blocks."""
+    shared = ray.put(function)  # once, not with each of the tasks
+    calls = ((shared, number, block) for number, block in enumerate(blocks))
+    found: dict[int, BlockValues] = {}
+    num_cpus = config.num_workers * config.cpus_per_worker
+    options = {"num_cpus": 1, "max_retries": config.max_failures}
+    with Progress("evaluate: resampling", len(blocks), "blocks") as progress:
+        for ended in spread(_compute, calls, lambda: num_cpus, **options):
+            found |= dict(ended)
+            progress.advance_to(len(found))
+    return (found[number] for number in sorted(found))
 
 
 def _compute(

@@ -24,32 +24,9 @@ from pneumo.dataset.study_table import encode_parquet
 from pneumo.evaluation.comparison import COMPARED
 from pneumo.evaluation.operating_points import DECISION, SCREENING
 from pneumo.reporting.page.page import render_report
-from pneumo.reporting.tracking.artifacts import (
-    describe_checkpoint,
-    describe_dataset,
-    record_checkpoint,
-)
-from pneumo.reporting.tracking.media import (
-    Artifact,
-    ConfusionChart,
-    Gallery,
-    LineChart,
-    Media,
-    Page,
-    Picture,
-    Scalar,
-    Table,
-)
-from pneumo.reporting.tracking.tracked_run import (
-    FOLDER,
-    TrackedRun,
-    describe_store,
-    drop_none,
-    make_run_id,
-    read_config,
-    read_dataset,
-    read_files,
-)
+from pneumo.reporting.tracking import artifacts, media, tracked_run
+from pneumo.reporting.tracking.media import LineChart, Media, Scalar, Table
+from pneumo.reporting.tracking.tracked_run import FOLDER, TrackedRun
 
 LARGEST_PIXELS = 192
 """Height of a study's picture in W&B, at most."""
@@ -85,7 +62,7 @@ def write_tracking(
     record = {
         "tracking": tracking.model_dump(mode="json"),
         "models": [
-            record_checkpoint(checkpoint.run_url, checkpoint.entry, run.manifest.digest)
+            artifacts.record_checkpoint(checkpoint.run_url, checkpoint.entry, run.manifest.digest)
             for checkpoint in run.scored.scoring.checkpoints
         ],
         "counts": {
@@ -103,17 +80,17 @@ def read_evaluation(run_url: str) -> TrackedRun | None:
 
     Its id depends on its numbers and pictures: a repeated evaluation is another W&B run.
     """
-    contents = read_files(run_url, *_FILES)
+    contents = tracked_run.read_files(run_url, *_FILES)
     if contents is None:
         return None
     metrics_json, record_json, pictures, report, predictions, drawing = contents
     metrics, record = json.loads(metrics_json), json.loads(record_json)
-    models, manifest = record["models"], read_dataset(run_url)
-    name, trained = make_run_id(run_url), read_config(run_url)
+    models, manifest = record["models"], tracked_run.read_dataset(run_url)
+    name, trained = tracked_run.make_run_id(run_url), tracked_run.read_config(run_url)
     tracking = TrackingConfig.model_validate(record["tracking"])
     files = {METRICS: metrics_json, PREDICTIONS: cap_ages(predictions), REPORT: report}
     digest = hashlib.sha256(metrics_json + pictures).hexdigest()
-    datasets = [] if manifest is None else [describe_dataset(manifest)]
+    datasets = [] if manifest is None else [artifacts.describe_dataset(manifest)]
     return TrackedRun(
         id=f"{name}-evaluate-{digest[:8]}",
         name=f"{name}-evaluate",
@@ -123,20 +100,20 @@ def read_evaluation(run_url: str) -> TrackedRun | None:
         config={
             **({} if trained is None else trained.without_paths()),
             "evaluate": metrics["evaluation"],
-            **describe_store(manifest),
+            **tracked_run.describe_store(manifest),
             "checkpoint_sha256": " ".join(model["sha256"] for model in models),
         },
         summary=summarise(metrics),
         media={
             "data/counts": Table(**record["counts"]),
-            "data/quality": Gallery([Picture(drawing, "findings, ages, gray levels")]),
+            "data/quality": media.Gallery([media.Picture(drawing, "findings, ages, gray levels")]),
             **draw_charts(metrics),
             "eval/subgroups": tabulate_subgroups(metrics["test"]["subgroups"]["groups"]),
             **read_pictures(pictures),
-            "eval/report": Page(report.decode()),
+            "eval/report": media.Page(report.decode()),
         },
-        inputs=[*datasets, *map(describe_checkpoint, models)],
-        outputs=[Artifact(f"evaluation-{name}", "evaluation", files)],
+        inputs=[*datasets, *map(artifacts.describe_checkpoint, models)],
+        outputs=[media.Artifact(f"evaluation-{name}", "evaluation", files)],
     )
 
 
@@ -173,7 +150,7 @@ def summarise(metrics: Mapping[str, Any]) -> dict[str, Scalar]:
         "eval/compared_p_value": delong.get("p_value"),
         "eval/not_shown": test.get("errors_by_finding_reason"),
     }
-    return drop_none(found)
+    return tracked_run.drop_none(found)
 
 
 def _name_estimates(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -226,13 +203,19 @@ def draw_charts(metrics: Mapping[str, Any]) -> dict[str, Media]:
     """Curves and confusion matrices; undefined ones are left out."""
     test = metrics["test"]
     n = f"test n = {test['n']}"
+    roc, precision_recall = (_read_curves(metrics, name) for name in ("roc", "precision_recall"))
+    if roc:
+        roc["chance"] = ([0.0, 1.0], [0.0, 1.0])
+    if precision_recall:
+        prevalence = test["positives"] / max(test["n"], 1)
+        precision_recall["chance (prevalence of test)"] = ([0.0, 1.0], [prevalence] * 2)
     calibration = _read_reliability(test["calibration"])
     benefit = _read_benefit(test["decision_curve"])
     recall, precision = "recall (sensitivity)", "precision (PPV)"
     net_benefit = "net benefit (true positives per study)"
     charts = {
-        "roc": (_read_roc(metrics), "ROC", "1 - specificity", "sensitivity"),
-        "precision_recall": (_read_precision(metrics), "Precision-recall", recall, precision),
+        "roc": (roc, "ROC", "1 - specificity", "sensitivity"),
+        "precision_recall": (precision_recall, "Precision-recall", recall, precision),
         "reliability": (calibration, "Calibration", "predicted probability", "observed fraction"),
         "decision_curve": (benefit, "Decision curve", "threshold", net_benefit),
     }
@@ -244,7 +227,7 @@ def draw_charts(metrics: Mapping[str, Any]) -> dict[str, Media]:
     for name, key in ((DECISION, "eval/confusion"), (SCREENING, f"eval/confusion_{SCREENING}")):
         counts = metrics["operating_points"][name]["test"]["confusion"]
         if counts is not None:
-            drawn[key] = ConfusionChart(counts, f"Confusion at the {name} point, {n}")
+            drawn[key] = media.ConfusionChart(counts, f"Confusion at the {name} point, {n}")
     return drawn
 
 
@@ -254,19 +237,6 @@ Curves = dict[str, tuple[Sequence[float], Sequence[float]]]
 def _read_curves(metrics: Mapping[str, Any], name: str) -> Curves:
     both = (("val (chosen on it)", metrics["val"][name]), ("test", metrics["test"][name]))
     return {split: (curve["x"], curve["y"]) for split, curve in both if curve is not None}
-
-
-def _read_roc(metrics: Mapping[str, Any]) -> Curves:
-    curves = _read_curves(metrics, "roc")
-    return {**curves, "chance": ([0.0, 1.0], [0.0, 1.0])} if curves else {}
-
-
-def _read_precision(metrics: Mapping[str, Any]) -> Curves:
-    curves, test = _read_curves(metrics, "precision_recall"), metrics["test"]
-    if not curves:
-        return {}
-    prevalence = test["positives"] / max(test["n"], 1)
-    return {**curves, "chance (prevalence of test)": ([0.0, 1.0], [prevalence] * 2)}
 
 
 def _read_reliability(calibration: Mapping[str, Any]) -> Curves:

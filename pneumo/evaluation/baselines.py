@@ -22,10 +22,9 @@ from pneumo.evaluation import bootstrap
 from pneumo.evaluation.bootstrap import Statistic, StatisticBuilders, StatisticSet
 from pneumo.evaluation.delong import PairedTest, delong_test
 from pneumo.evaluation.estimates import Estimate, Floats, as_json
-from pneumo.evaluation.metrics import check_scores
 from pneumo.evaluation.operating_points import find_too_few
 from pneumo.evaluation.predictions import Predictions, name_each, to_column
-from pneumo.evaluation.ranking import Ranking, discrete_auroc_statistic
+from pneumo.evaluation.ranking import auroc_statistic
 
 FEATURES = ("view", "sex", "age", "spacing_mm")
 _RARE = 0.01
@@ -128,15 +127,10 @@ def fit_metadata(train: Metadata | None) -> MetadataModel:
     columns = train.to_columns()
     if (columns == columns[0]).all():
         return MetadataModel(n, None, "train: no metadata, or the same of all studies")
-    categories = [
-        (
-            _Indicators(
-                min_frequency=_RARE, handle_unknown="infrequent_if_exist", sparse_output=False
-            ),
-            [column],
-        )
-        for column in range(4)
-    ]
+    indicators = _Indicators(
+        min_frequency=_RARE, handle_unknown="infrequent_if_exist", sparse_output=False
+    )
+    categories = [(indicators, [column]) for column in range(4)]  # it is copied for each
     pipeline = make_pipeline(
         make_column_transformer(*categories, ("passthrough", [4])),
         LogisticRegression(solver="newton-cholesky", tol=1e-10, max_iter=1000),
@@ -185,10 +179,11 @@ def view_statistics(rows: Predictions, sicker: SickerView, min_patients: int) ->
         if sicker.view is None:
             raise MetricError(sicker.reason or "no view")
         known = _find_enough(rows, rows.view != "", min_patients)
-        return _both_aurocs(rows, known, rows.view == sicker.view)
+        return _both_aurocs(rows, rows.view == sicker.view, known)
 
     def within_view(view: str) -> dict[str, Statistic]:
-        return {"auroc": _auroc(rows, _find_enough(rows, rows.view == view, min_patients))}
+        part = _find_enough(rows, rows.view == view, min_patients)
+        return {"auroc": auroc_statistic(rows.target, rows.logit, part)}
 
     return {
         "view": compare,
@@ -230,7 +225,8 @@ def metadata_statistics(
     """
 
     def compare() -> dict[str, Statistic]:
-        return _both_aurocs(rows, _find_enough(rows, rows.target >= 0, min_patients), score())
+        everybody = _find_enough(rows, np.ones(len(rows), dtype=np.bool_), min_patients)
+        return _both_aurocs(rows, score(), everybody)
 
     return {"metadata": compare}
 
@@ -258,14 +254,9 @@ def _compare(rows: Predictions, score: npt.NDArray[Any], part: StatisticSet) -> 
     )
 
 
-def _auroc(rows: Predictions, part: npt.NDArray[np.bool_]) -> Statistic:
-    """The model's AUROC on the studies of a mask."""
-    ranking = Ranking.of(*check_scores(rows.target, rows.logit), part)
-    return lambda weights: ranking.weigh(weights).auroc
-
-
 def _both_aurocs(
-    rows: Predictions, part: npt.NDArray[np.bool_], score: npt.NDArray[Any]
+    rows: Predictions, score: npt.NDArray[Any], part: npt.NDArray[np.bool_]
 ) -> dict[str, Statistic]:
-    alone = discrete_auroc_statistic(rows.target, score, part)
-    return {"pair": bootstrap.stack(_auroc(rows, part), alone)}
+    """The AUROCs of the model and of a `score` (N,), on the studies of a mask."""
+    both = (auroc_statistic(rows.target, one, part) for one in (rows.logit, score))
+    return {"pair": bootstrap.stack(*both)}

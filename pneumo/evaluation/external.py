@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -138,11 +137,22 @@ def evaluate_external(
     Raises MetricError where a set has one class only, or a score is NaN or infinite.
     """
     mix, weights = _standardise(internal, external)
-    resample_patients = partial(_resample, resamples=resamples, map_blocks=map_blocks)
-    inside, outside = (
-        resample_patients(rows, _statistics(rows, frozen, w), seed=seed + i)
-        for i, (rows, w) in enumerate(((internal, None), (external, weights)))
-    )
+
+    def resample_patients(
+        rows: Predictions, statistics: Mapping[str, Statistic], seed: int
+    ) -> dict[str, Resampled]:
+        # As in a run's own evaluation: intervals depend on the patients of the rarer class.
+        return resample(
+            rows.patient,
+            statistics,
+            resamples=resamples,
+            seed=seed,
+            effective_patients=rows.count_rarer_class(),
+            map_blocks=map_blocks,
+        )
+
+    inside = resample_patients(internal, _statistics(internal, frozen, None), seed)
+    outside = resample_patients(external, _statistics(external, frozen, weights), seed + 1)
     points = tuple(frozen.points)
     return ExternalEvaluation(
         internal=SetSummary.of(internal),
@@ -154,7 +164,7 @@ def evaluate_external(
         in_the_large=_compare(inside, outside, "in_the_large"),
         metadata_auroc=_compare(inside, outside, "metadata"),
         case_mix=mix if weights is None else replace(mix, auroc=outside["standardised"].estimate()),
-        recalibration=_recalibrate(external, frozen.scaling, resample_patients, seed=seed),
+        recalibration=_recalibrate(external, frozen.scaling, resample_patients, seed),
     )
 
 
@@ -178,25 +188,6 @@ def _statistics(
     if weights is not None:
         found["standardised"] = lambda drawn: auroc(drawn * weights[:, None])
     return found
-
-
-def _resample(
-    rows: Predictions,
-    statistics: Mapping[str, Statistic],
-    *,
-    resamples: int,
-    seed: int,
-    map_blocks: MapBlocks,
-) -> dict[str, Resampled]:
-    """As in a run's own evaluation: intervals depend on the patients of the rarer class."""
-    return resample(
-        rows.patient,
-        statistics,
-        resamples=resamples,
-        seed=seed,
-        effective_patients=rows.count_rarer_class(),
-        map_blocks=map_blocks,
-    )
 
 
 def _calibrate(rows: Predictions, scaling: Scaling | None) -> Floats:
@@ -263,8 +254,7 @@ def _describe(rows: Predictions) -> dict[str, npt.NDArray[np.str_]]:
 def _recalibrate(
     rows: Predictions,
     scaling: Scaling | None,
-    resample_patients: Callable[..., dict[str, Resampled]],
-    *,
+    resample_patients: Callable[[Predictions, Mapping[str, Statistic], int], dict[str, Resampled]],
     seed: int,
 ) -> Recalibration:
     """Platt scaling on RECALIBRATION_FRACTION of the patients, a random sample."""
@@ -277,18 +267,10 @@ def _recalibrate(
         slope, intercept = fit_scaling("platt", part.target, part.logit)
         before = brier_statistic(rest.target, _calibrate(rest, scaling))
         after = brier_statistic(rest.target, sigmoid(slope * rest.logit + intercept))
-        found = resample_patients(rest, {"before": before, "after": after}, seed=seed)
+        found = resample_patients(rest, {"before": before, "after": after}, seed)
     except MetricError as error:
         nothing = [Estimate.undefined(str(error))] * 3
         return Recalibration(RECALIBRATION_FRACTION, len(part), len(rest), None, None, *nothing)
     change = found["after"].concatenate(found["before"]).derive(first_minus_second)
-    return Recalibration(
-        RECALIBRATION_FRACTION,
-        len(part),
-        len(rest),
-        float(slope),
-        float(intercept),
-        found["before"].estimate(),
-        found["after"].estimate(),
-        change.estimate(),
-    )
+    estimates = (one.estimate() for one in (found["before"], found["after"], change))
+    return Recalibration(RECALIBRATION_FRACTION, len(part), len(rest), slope, intercept, *estimates)

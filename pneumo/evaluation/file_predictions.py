@@ -60,13 +60,19 @@ class FrozenRule:
             point = metrics["operating_points"][DECISION]
             threshold, logit = point["threshold"], point.get("threshold_logit")
             scoring = metrics["model"].get("scoring")
-            calibration = _read_calibration(metrics.get("calibration"))
+            fitted, calibration, why = metrics.get("calibration") or {}, None, None
+            if fitted.get("method") is None:
+                why = str(fitted.get("reason") or "the run's evaluation fitted no calibration")
+            else:
+                slope, intercept = float(fitted["slope"]), float(fitted["intercept"])
+                log_loss = fitted.get("log_loss", math.nan)
+                calibration = Scaling(fitted["method"], slope, intercept, log_loss)
             return cls(
                 threshold=None if threshold is None else float(threshold),
                 threshold_logit=None if logit is None else float(logit),
                 threshold_reason=point.get("reason") if threshold is None else None,
                 calibration=calibration,
-                calibration_reason=None if calibration else _why_uncalibrated(metrics),
+                calibration_reason=why,
                 checkpoints=scoring and tuple(c["sha256"] for c in scoring["checkpoints"]),
                 views=scoring["views"] if scoring else 1,
                 stored_size=metrics["dataset"].get("image_size"),
@@ -77,18 +83,6 @@ class FrozenRule:
                 f"metrics.json of the run: no evaluation that this version reads ({error!r}); "
                 "evaluate the run again with --overwrite"
             ) from error
-
-
-def _read_calibration(found: Mapping[str, Any] | None) -> Scaling | None:
-    if not found or found.get("method") is None:
-        return None
-    slope, intercept = float(found["slope"]), float(found["intercept"])
-    return Scaling(found["method"], slope, intercept, found.get("log_loss", math.nan))
-
-
-def _why_uncalibrated(metrics: Mapping[str, Any]) -> str:
-    reason = (metrics.get("calibration") or {}).get("reason")
-    return str(reason or "the run's evaluation fitted no calibration")
 
 
 @dataclass(frozen=True, eq=False)

@@ -134,30 +134,13 @@ class WeightedRanking:
         return divide(np.vecdot(weights, hits / calls), self.positive_sums[:, -1])
 
 
-def auroc_statistic(target: npt.ArrayLike, score: npt.ArrayLike) -> Statistic:
-    """`metrics.auroc` of weighted samples; NaN where a resample has one class only."""
-    ranking = Ranking.of(*check_scores(target, score))
-    return lambda weights: ranking.weigh(weights).auroc
-
-
-def discrete_auroc_statistic(
-    target: npt.ArrayLike, score: npt.ArrayLike, mask: npt.NDArray[np.bool_]
+def auroc_statistic(
+    target: npt.ArrayLike, score: npt.ArrayLike, mask: npt.NDArray[np.bool_] | None = None
 ) -> Statistic:
-    """`metrics.auroc` of the samples of a mask (N,), fast where the scores (N,) take few values."""
-    positive, score64 = check_scores(target, score)
-    values, level = np.unique(score64, return_inverse=True)
-    num = len(values)
-    code = np.where(mask, 2 * level + positive, 2 * num)
-
-    def statistic(weights: SampleWeights) -> Floats:
-        counts = [np.bincount(code, one, 2 * num + 1)[:-1] for one in weights.T]
-        table = np.reshape(counts, (-1, num, 2))
-        negatives, positives = table[..., 0], table[..., 1]
-        concordant = np.cumsum(negatives, axis=1) - negatives / 2
-        pairs = positives.sum(axis=1) * negatives.sum(axis=1)
-        return divide(np.vecdot(positives, concordant), pairs)
-
-    return statistic
+    """`metrics.auroc` of weighted samples, of all or of those in `mask`, all (N,); NaN where a
+    resample has one class only."""
+    ranking = Ranking.of(*check_scores(target, score), mask)
+    return lambda weights: ranking.weigh(weights).auroc
 
 
 def average_precision_statistic(target: npt.ArrayLike, score: npt.ArrayLike) -> Statistic:

@@ -49,11 +49,13 @@ def classify_sets(
     of `external`."""
     if min(len(internal), len(external)) < _FEWEST:
         return Estimate.undefined(f"fewer than {_FEWEST} pictures")
-    features = np.array([_features(picture) for picture in (*internal, *external)])
     is_external = np.repeat([0, 1], [len(internal), len(external)])
+    groups = np.asarray(patients)
+    if min(len(np.unique(groups[is_external == one])) for one in (0, 1)) < _FOLDS:
+        return Estimate.undefined(f"fewer than {_FOLDS} patients")
+    features = np.array([_features(picture) for picture in (*internal, *external)])
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
     folds = GroupKFold(_FOLDS, shuffle=True, random_state=seed)
-    groups = np.asarray(patients)
     score = cross_val_predict(
         model, features, is_external, groups=groups, cv=folds, method="decision_function"
     )

@@ -50,10 +50,10 @@ def divide_studies(rows: Predictions, min_patients: int) -> list[SubgroupMembers
         *_divide_by("view", rows.view, ("AP", "PA")),
     ]
     found += [crossed for by in CROSSED for crossed in _cross(found, by, rows, min_patients)]
-    findings = np.where(positive, "", rows.finding)
-    areas = np.array([*TERTILES, ""])[_number_tertiles(rows)]
-    negatives = [positive | (findings == name) for name in NEGATIVES]
-    tertiles = [~positive | (areas == name) for name in TERTILES]
+    negatives = [positive | (rows.finding == name) for name in NEGATIVES]
+    tertile = np.searchsorted(cut_tertiles(rows) or (0, 0), rows.box_area_fraction)
+    boxed = ~np.isnan(rows.box_area_fraction)
+    tertiles = [~positive | (boxed & (tertile == number)) for number in range(len(TERTILES))]
     return [
         *found,
         *_with_rest("negatives", NEGATIVES, negatives),
@@ -104,13 +104,3 @@ def cut_tertiles(rows: Predictions) -> tuple[float, float] | None:
         return None
     low, high = np.quantile(areas, [1 / 3, 2 / 3])
     return float(low), float(high)
-
-
-def _number_tertiles(rows: Predictions) -> npt.NDArray[np.int64]:
-    """0 to 2 for a positive with a box, 3 for every other study: (N,)."""
-    cuts = cut_tertiles(rows)
-    tertile = np.full(len(rows), 3)
-    if cuts is not None:
-        boxed = (rows.target == 1) & ~np.isnan(rows.box_area_fraction)
-        tertile[boxed] = np.searchsorted(cuts, rows.box_area_fraction[boxed], side="left")
-    return tertile

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pneumo.dataset.quality import UNKNOWN
 from pneumo.evaluation import metrics
@@ -122,21 +123,19 @@ def evaluate_subgroups(
     A number is null, with a reason, where fewer than `min_patients` patients have a class that it
     counts.
     """
-    cuts, groups, compared = cut_tertiles(rows), [], []
-    part = found["subgroups"]
+    groups, compared, part = [], [], found["subgroups"]
     for number, members in enumerate(divide_studies(rows, min_patients)):
         resampled = part.resampled.get("groups")
         if resampled is not None:
             here = slice(number * NUM_ROWS, (number + 1) * NUM_ROWS)
             patients = rows.count_rarer_class(members.own)
             resampled = replace(resampled.take(here), effective_patients=patients)
-        group = _Evaluated(rows, members, threshold, resampled, part.reason)
-        too_few = group.find_too_few(min_patients, has_boxes=cuts is not None)
-        gaps = group.compare_with_rest(too_few, min_patients)
-        groups.append(group.summarise(too_few, gaps))
+        group = _Evaluated(rows, members, threshold, resampled, part.reason, min_patients)
+        gaps = group.compare_with_rest()
+        groups.append(group.summarise(gaps))
         if members.by in COMPARED and members.name != UNKNOWN:
             compared += [gap for gap in gaps.values() if isinstance(gap, Gap)]
-    return Subgroups(tuple(groups), find_worst_subgroup(compared, min_patients), cuts)
+    return Subgroups(tuple(groups), find_worst_subgroup(compared, min_patients), cut_tertiles(rows))
 
 
 _OF_SUMS: Mapping[Measure, Callable[[Floats], Floats]] = {
@@ -159,6 +158,7 @@ class _Evaluated:
     resampled: Resampled | None
     """NUM_ROWS statistics; None where there is `fault`."""
     fault: str | None
+    min_patients: int
 
     @property
     def _shared(self) -> str | None:
@@ -180,21 +180,21 @@ class _Evaluated:
         own, rest = map(self.rows.count_by_class, (self.members.own, self.members.rest))
         return own, rest
 
-    def find_too_few(self, min_patients: int, *, has_boxes: bool) -> dict[int, str | None]:
+    @cached_property
+    def _too_few(self) -> dict[int, str | None]:
         """By class, why the subgroup has too few patients of it; None where it has enough."""
-        own = self.members.own
-        too_few = {value: find_too_few(self.rows, value, min_patients, own) for value in (1, 0)}
-        if self.members.by == "box_area" and not has_boxes:
+        too_few = self._find_too_few(self.members.own)
+        if self.members.by == "box_area" and cut_tertiles(self.rows) is None:
             too_few[1] = "no positive has a box"
         return too_few
 
-    def compare_with_rest(
-        self, too_few: Mapping[int, str | None], min_patients: int
-    ) -> dict[Measure, Gap | str]:
+    def _find_too_few(self, mask: npt.NDArray[np.bool_]) -> dict[int, str | None]:
+        return {v: find_too_few(self.rows, v, self.min_patients, mask) for v in (1, 0)}
+
+    def compare_with_rest(self) -> dict[Measure, Gap | str]:
         """The subgroup and the rest in each measure, or why they cannot be compared."""
-        rest = self.members.rest
-        in_rest = {v: find_too_few(self.rows, v, min_patients, rest) for v in (1, 0)}
-        few = {v: too_few[v] or (in_rest[v] and f"the rest is {in_rest[v]}") for v in (1, 0)}
+        own, rest = self._too_few, self._find_too_few(self.members.rest)
+        few = {v: own[v] or (rest[v] and f"the rest is {rest[v]}") for v in (1, 0)}
         shared, either = self._shared, few[1] or few[0]
         reasons: dict[Measure, str | None] = {
             "auroc": either,
@@ -221,11 +221,9 @@ class _Evaluated:
         pair = replace(pair, effective_patients=min(own, rest))
         return Gap(self.members.by, self.members.name, measure, pair, (own, rest))
 
-    def summarise(
-        self, too_few: Mapping[int, str | None], gaps: Mapping[Measure, Gap | str]
-    ) -> Subgroup:
+    def summarise(self, gaps: Mapping[Measure, Gap | str]) -> Subgroup:
         """All numbers of the subgroup."""
-        own, either = self.members.own, too_few[1] or too_few[0]
+        own, either = self.members.own, self._too_few[1] or self._too_few[0]
         calibrated = self._shared or either or self._uncalibrated
         return Subgroup(
             by=self.members.by,
@@ -235,7 +233,7 @@ class _Evaluated:
             patients=self.rows.count_patients(own),
             auroc=self._estimate(either, lambda s: s[AUROC][None]),
             average_precision=self._estimate(either, lambda s: s[AVERAGE_PRECISION][None]),
-            rates={key: self._estimate_rate(key, too_few) for key in metrics.RATES},
+            rates={key: self._estimate_rate(key) for key in metrics.RATES},
             brier=self._estimate(calibrated, _find_brier),
             in_the_large=self._estimate(calibrated, lambda s: _OF_SUMS["in_the_large"](s[SUMS])),
             gaps={
@@ -246,8 +244,9 @@ class _Evaluated:
             },
         )
 
-    def _estimate_rate(self, key: str, too_few: Mapping[int, str | None]) -> Estimate:
+    def _estimate_rate(self, key: str) -> Estimate:
         """A metric of `metrics.RATES`."""
+        too_few = self._too_few
         shared = None if self.members.by in _DEFINED.get(key, ()) else self._shared
         few = {"recall": too_few[1], "specificity": too_few[0]}
         reason = shared or few.get(key, too_few[1] or too_few[0]) or self._no_threshold

@@ -15,7 +15,7 @@ from functools import partial
 
 from threadpoolctl import threadpool_limits
 
-from jobs.evaluation.ray_resampling import RayMap
+from jobs.evaluation.ray_resampling import map_on_workers
 from jobs.ray_cluster.session import ray_session
 from pneumo.config import ClusterConfig, EvaluateConfig
 from pneumo.evaluation import metrics
@@ -81,7 +81,7 @@ def main() -> None:
             measure_ranking()
             return
         with ray_session():
-            map_blocks = RayMap(ClusterConfig(num_workers=arguments.workers))
+            map_blocks = partial(map_on_workers, ClusterConfig(num_workers=arguments.workers))
             for n in arguments.n:
                 measure_evaluation(n, arguments.resamples, map_blocks)
 

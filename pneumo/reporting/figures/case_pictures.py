@@ -22,6 +22,8 @@ from pneumo.reporting.figures.style import INK, STYLE, draw_placeholder, encode_
 
 RIGHT = "#1a7f37"
 WRONG = "#cf222e"
+SIGNS: Mapping[bool, tuple[str, str]] = {True: ("✓", RIGHT), False: ("✗", WRONG)}
+"""Sign and color of a call that is right, and of one that is wrong."""
 BOX = (0, 214, 255)
 """Of the radiologists' boxes: unlike any gray and any color of the map."""
 OUTCOME_WORDS: Mapping[Outcome, str] = {
@@ -99,10 +101,10 @@ class Pictures:
         """The same with images of at most `size` pixels in height."""
         return replace(
             self,
-            grid=[shrink(case, size) for case in self.grid],
-            gallery=_shrink_all(self.gallery, size),
-            errors=_shrink_all(self.errors, size),
-            sample=[shrink(case, size) for case in self.sample],
+            grid=_shrink_all(self.grid, size),
+            gallery={o: _shrink_all(cases, size) for o, cases in self.gallery.items()},
+            errors={o: _shrink_all(cases, size) for o, cases in self.errors.items()},
+            sample=_shrink_all(self.sample, size),
         )
 
     @classmethod
@@ -111,8 +113,8 @@ class Pictures:
         return cls([], {}, {}, [], reason)
 
 
-def _shrink_all(groups: Mapping[Outcome, list[Case]], size: int) -> dict[Outcome, list[Case]]:
-    return {outcome: [shrink(case, size) for case in cases] for outcome, cases in groups.items()}
+def _shrink_all(cases: Sequence[Case], size: int) -> list[Case]:
+    return [shrink(case, size) for case in cases]
 
 
 def shrink(case: Case, size: int) -> Case:
@@ -146,8 +148,7 @@ def draw_prediction_grid(cases: Sequence[Case], *, title: str, reason: str | Non
         for axes in np.ravel(figure.subplots(rows, columns, squeeze=False)):
             axes.set_axis_off()
         for axes, case in zip(figure.axes, cases, strict=False):
-            color = RIGHT if case.is_right else WRONG
-            sign = "✓" if case.is_right else "✗"
+            sign, color = SIGNS[case.is_right]
             axes.imshow(case.image, cmap="gray", vmin=0, vmax=255)
             axes.set_title(f"{sign} {case.caption}", color=color, fontsize=9, loc="center")
             axes.set_axis_on()
@@ -181,12 +182,9 @@ def _draw_pairs(
         for axes, case in zip(figure.axes, cases, strict=True):
             axes.set_axis_off()
             axes.imshow(compose_picture(case.image, case.cam, case.boxes, size=336))
-            sign = "✓" if case.is_right else "✗"
-            axes.set_title(
-                f"{sign} {OUTCOME_WORDS[case.outcome]}   {case.caption}",
-                color=RIGHT if case.is_right else WRONG,
-                fontsize=9,
-            )
+            sign, color = SIGNS[case.is_right]
+            title_of_case = f"{sign} {OUTCOME_WORDS[case.outcome]}   {case.caption}"
+            axes.set_title(title_of_case, color=color, fontsize=9)
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
         return encode_figure(figure, file_format)

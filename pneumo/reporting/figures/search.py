@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import matplotlib as mpl
@@ -29,10 +30,7 @@ _Plot = Callable[[Any], Any]
 
 def draw_parallel(search: Search) -> bytes:
     """`parallel.svg`: a line for each trial, from its objective across all keys that vary."""
-
-    def plot(study: Any) -> Any:
-        return plots.plot_parallel_coordinate(study, target_name=_name(search))
-
+    plot = partial(plots.plot_parallel_coordinate, target_name=_name(search))
     return _draw("parallel", "Settings", search, plot, size=(9.2, 4.4))
 
 
@@ -40,12 +38,8 @@ def draw_contour(search: Search) -> bytes:
     """`contour.svg`: the objective over the two most important keys."""
     keys = choose_axes(search)
     if len(keys) < 2:
-        why = "fewer than two keys vary"
-        return as_svg("contour", draw_placeholder)(why)
-
-    def plot(study: Any) -> Any:
-        return plots.plot_contour(study, list(keys), target_name=_name(search))
-
+        return as_svg("contour", draw_placeholder)("fewer than two keys vary")
+    plot = partial(plots.plot_contour, params=list(keys), target_name=_name(search))
     return _draw("contour", "Contour", search, plot)
 
 
@@ -66,8 +60,7 @@ def draw_learning(search: Search) -> bytes:
 def draw_importance(search: Search) -> bytes:
     """`importance.svg`: the fraction of the objective's variance that each key explains."""
     if not search.importance:
-        why = "too few trials, or only one key"
-        return as_svg("importance", draw_placeholder)(why)
+        return as_svg("importance", draw_placeholder)("too few trials, or only one key")
 
     def plot(study: Any) -> Any:
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=search.config.seed)

@@ -14,34 +14,17 @@ from pneumo.evaluation.shown_studies import ERRORS, OUTCOMES, Outcome
 from pneumo.reporting.figures import charts
 from pneumo.reporting.figures.case_pictures import OUTCOME_WORDS, Case, Pictures
 from pneumo.reporting.figures.charts import History
-from pneumo.reporting.page import performance_section
-from pneumo.reporting.page.data_section import (
-    PROPERTIES,
-    describe_audit,
-    describe_duplicates,
-    draw_quality_charts,
-    show_contact_sheets,
-)
-from pneumo.reporting.page.embedding import (
-    PAIR_PIXELS,
-    draw_curves,
-    draw_training,
-    inline_svg,
-    make_environment,
-    show_pairs,
-    show_thumbnails,
+from pneumo.reporting.page import (
+    data_section,
+    embedding,
+    model_card,
+    performance_section,
+    saliency_section,
+    subgroup_section,
+    summary,
 )
 from pneumo.reporting.page.formatting import Cell
-from pneumo.reporting.page.model_card import (
-    CLAIM,
-    NOT_ANSWERED,
-    limits_sentences,
-    preprocessing_sentences,
-)
 from pneumo.reporting.page.page_inputs import DataFacts, ModelFacts, Provenance
-from pneumo.reporting.page.saliency_section import describe_saliency
-from pneumo.reporting.page.subgroup_section import describe_subgroups
-from pneumo.reporting.page.summary import answer_questions, find_warnings, summarise
 
 MAX_PAGE_BYTES = 3_000_000
 """Size of report.html, so that it can be sent by mail and opened on a phone."""
@@ -89,28 +72,30 @@ def describe_report(
         phantoms=data.phantoms,
         contents=[part for part in CONTENTS if part[0] != "comparison" or compared is not None],
         data=data,
-        audit=describe_audit(data),
+        audit=data_section.describe_audit(data),
         quality=data.quality,
-        properties=PROPERTIES,
-        duplicates=describe_duplicates(data.quality.duplicates, has_patients=data.has_patients),
-        quality_charts=draw_quality_charts(data.quality),
-        contact=show_contact_sheets(data),
+        properties=data_section.PROPERTIES,
+        duplicates=data_section.describe_duplicates(
+            data.quality.duplicates, has_patients=data.has_patients
+        ),
+        quality_charts=data_section.draw_quality_charts(data.quality),
+        contact=data_section.show_contact_sheets(data),
         model=model,
         provenance=provenance,
-        warnings=find_warnings(evaluation, data, model),
-        sentence=summarise(evaluation),
-        answers=answer_questions(evaluation, saliency),
-        groups=describe_subgroups(evaluation),
-        saliency=describe_saliency(saliency),
+        warnings=summary.find_warnings(evaluation, data, model),
+        sentence=summary.summarise(evaluation),
+        answers=summary.answer_questions(evaluation, saliency),
+        groups=subgroup_section.describe_subgroups(evaluation),
+        saliency=saliency_section.describe_saliency(saliency),
         members=members if members is not None and members.values else None,
         members_sentence=performance_section.members_sentence,
         compared=compared,
         comparison_sentence=performance_section.comparison_sentence,
-        training=draw_training(history, model.epoch),
-        claim=CLAIM,
-        not_claimed=NOT_ANSWERED,
-        preprocessing=preprocessing_sentences(data, model),
-        limits=limits_sentences(data),
+        training=embedding.draw_training(history, model.epoch),
+        claim=model_card.CLAIM,
+        not_claimed=model_card.NOT_ANSWERED,
+        preprocessing=model_card.preprocessing_sentences(data, model),
+        limits=model_card.limits_sentences(data),
         **_describe_performance(evaluation),
     )
 
@@ -121,10 +106,10 @@ def render_report(facts: Mapping[str, Any], pictures: Pictures) -> str:
     They are as large as MAX_PAGE_BYTES allows. A page of very many pictures is larger, even with
     the smallest.
     """
-    template = make_environment().get_template("page.html.j2")
+    template = embedding.make_environment().get_template("page.html.j2")
     counts = facts["test"].at[DECISION].counts
     page = ""
-    for size in PAIR_PIXELS:
+    for size in embedding.PAIR_PIXELS:
         page = template.render(facts, **_describe_pictures(pictures, counts, size))
         if len(page.encode()) <= MAX_PAGE_BYTES:
             break
@@ -142,11 +127,11 @@ def _describe_performance(evaluation: Evaluation) -> dict[str, Any]:
         "is_calibrated": evaluation.calibration.chosen is not None,
         "rows": performance_section.headline_rows(evaluation),
         "metric_names": performance_section.METRIC_NAMES,
-        "curves": draw_curves(evaluation),
+        "curves": embedding.draw_curves(evaluation),
         "points": performance_section.list_points(evaluation),
         "calibration": performance_section.calibration_sentence(evaluation.calibration),
         "reliability_rows": performance_section.RELIABILITY_ROWS,
-        "reliability": inline_svg(
+        "reliability": embedding.inline_svg(
             charts.draw_reliability(evaluation),
             f"Calibration on test: fraction of positives over predicted probability, n = {test.n}; "
             f"slope before calibration {slope}",
@@ -154,7 +139,7 @@ def _describe_performance(evaluation: Evaluation) -> dict[str, Any]:
         "decision": performance_section.decision_curve_sentence(test.decision_curve),
         "thresholds": THRESHOLDS,
         "shown_thresholds": performance_section.SHOWN_THRESHOLDS,
-        "decision_curve": inline_svg(
+        "decision_curve": embedding.inline_svg(
             charts.draw_decision_curve(evaluation),
             f"Decision curve on test, n = {test.n}: net benefit in true positives a study, over "
             "the threshold",
@@ -167,7 +152,7 @@ def _describe_performance(evaluation: Evaluation) -> dict[str, Any]:
 def _describe_pictures(pictures: Pictures, counts: Confusion | None, size: int) -> dict[str, Any]:
     def describe(outcome: Outcome, shown: Mapping[Outcome, Sequence[Case]]) -> dict[str, Any]:
         title = f"{OUTCOME_WORDS[outcome]}s".capitalize()
-        return {"title": title, "cases": show_pairs(shown.get(outcome, []), size)}
+        return {"title": title, "cases": embedding.show_pairs(shown.get(outcome, []), size)}
 
     def describe_errors(outcome: Outcome) -> dict[str, Any]:
         shown, total = len(pictures.errors.get(outcome, [])), vars(counts)[outcome] if counts else 0
@@ -179,7 +164,7 @@ def _describe_pictures(pictures: Pictures, counts: Confusion | None, size: int) 
 
     return {
         "not_shown": pictures.reason,
-        "grid": show_thumbnails(pictures.grid),
+        "grid": embedding.show_thumbnails(pictures.grid),
         "gallery": [describe(outcome, pictures.gallery) for outcome in OUTCOMES],
         "errors": [describe_errors(outcome) for outcome in ERRORS],
         "by_finding": pictures.by_finding,

@@ -27,9 +27,8 @@ def choose_mode(config: TrackingConfig, environ: Mapping[str, str]) -> Mode:
         environ.get("WANDB_MODE", ""), environ.get("WANDB_MODE")
     )
     for candidate in _MODES:
-        is_more_private = _MODES.index(candidate) > _MODES.index(mode)
-        if candidate == wanted and (config.mode == "auto" or is_more_private):
-            return candidate
+        if candidate == wanted:
+            return candidate if config.mode == "auto" else max(mode, candidate, key=_MODES.index)
     return mode
 
 

@@ -2,19 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from pneumo.reporting.tracking.artifacts import (
-    describe_checkpoint,
-    describe_dataset,
-    record_checkpoint,
-)
-from pneumo.reporting.tracking.tracked_run import (
-    TrackedRun,
-    describe_store,
-    drop_none,
-    make_run_id,
-    read_config,
-    read_dataset,
-)
+from pneumo.reporting.tracking import artifacts, tracked_run
+from pneumo.reporting.tracking.tracked_run import TrackedRun
 from pneumo.training.checkpoint_writer import read_history
 from pneumo.training.checkpoints import CheckpointIndex, find_index
 
@@ -26,12 +15,12 @@ def read_training(run_url: str) -> TrackedRun | None:
 
     Raises TrackingError, CheckpointError or StorageError where the folder cannot be read.
     """
-    config, index = read_config(run_url), find_index(run_url)
+    config, index = tracked_run.read_config(run_url), find_index(run_url)
     if config is None or index is None:
         return None
-    name, manifest = make_run_id(run_url), read_dataset(run_url)
+    name, manifest = tracked_run.make_run_id(run_url), tracked_run.read_dataset(run_url)
     digest = None if manifest is None else manifest.digest
-    record = record_checkpoint(run_url, index.best, digest)
+    record = artifacts.record_checkpoint(run_url, index.best, digest)
     history = [name_metrics(metrics) for metrics in read_history(run_url)]
     return TrackedRun(
         id=name,
@@ -39,11 +28,11 @@ def read_training(run_url: str) -> TrackedRun | None:
         group=config.tracking.group or name,
         job_type="train",
         tracking=config.tracking,
-        config={**config.without_paths(), **describe_store(manifest)},
+        config={**config.without_paths(), **tracked_run.describe_store(manifest)},
         history=history,
         summary=_summarise(history, index),
-        inputs=[] if manifest is None else [describe_dataset(manifest)],
-        outputs=[describe_checkpoint(record, ["best"])] if index.finished else [],
+        inputs=[] if manifest is None else [artifacts.describe_dataset(manifest)],
+        outputs=[artifacts.describe_checkpoint(record, ["best"])] if index.finished else [],
         is_finished=index.finished,
     )
 
@@ -61,7 +50,7 @@ def _summarise(
 def name_metrics(metrics: Mapping[str, float | None]) -> dict[str, float]:
     """An epoch's line of metrics.jsonl under W&B's names: a metric without prefix is one of
     training (`train/lr`) or of its speed (`perf/images_per_s`). `data/` and None are left out."""
-    return drop_none(
+    return tracked_run.drop_none(
         {
             name
             if "/" in name or name == "epoch"

@@ -2,8 +2,9 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
-from jobs.evaluation.ray_resampling import RayMap, choose_map
+from jobs.evaluation.ray_resampling import choose_map, map_on_workers
 from pneumo.config import ClusterConfig, EvaluateConfig
 from pneumo.evaluation.baselines import Metadata, fit_metadata
 from pneumo.evaluation.comparison import compare
@@ -27,8 +28,8 @@ def assert_same_on_any_number_of_workers(judge):
         list_leaves(judge(map_blocks))
         for map_blocks in (
             map,
-            RayMap(ClusterConfig(num_workers=1)),
-            RayMap(ClusterConfig(num_workers=2)),
+            partial(map_on_workers, ClusterConfig(num_workers=1)),
+            partial(map_on_workers, ClusterConfig(num_workers=2)),
         )
     )
     assert [path for path, _ in one] == [path for path, _ in alone]
@@ -81,4 +82,4 @@ def test_an_external_validation_is_the_same_on_any_number_of_workers(ray_here):
 def test_few_predictions_are_not_sent():
     config = ClusterConfig()
     assert choose_map(config, 1000) is map
-    assert isinstance(choose_map(config, 1_000_000), RayMap)
+    assert isinstance(choose_map(config, 1_000_000), partial)

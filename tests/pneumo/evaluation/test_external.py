@@ -144,6 +144,8 @@ def test_pictures_of_another_kind_are_told() -> None:
     assert same.value < 0.9
     few = classify_sets(dark[:3], light, patients[:43], resamples=100, seed=0)
     assert few.value is None
+    of_one = classify_sets(dark, light, ["one"] * 40 + patients[:40], resamples=100, seed=0)
+    assert (of_one.value, of_one.reason) == (None, "fewer than 5 patients")
 
 
 def test_gray_levels_and_spacing() -> None:
