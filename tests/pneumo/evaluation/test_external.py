@@ -20,6 +20,8 @@ from pneumo.evaluation.external import (
 from pneumo.evaluation.operating_points import OperatingPoint
 from pneumo.evaluation.predictions import Predictions, sigmoid
 from pneumo.evaluation.set_shift import classify_sets, measure_shift
+from tests import present
+from tests.estimates import contains
 from tests.predictions import make_plain
 
 THRESHOLD = 0.4
@@ -144,6 +146,31 @@ def test_pictures_of_another_kind_are_told() -> None:
     assert same.value < 0.9
     few = classify_sets(dark[:3], light, patients[:43], resamples=100, seed=0)
     assert few.value is None
+    one_patient = classify_sets(dark, light, ["0"] * 40 + patients[40:], resamples=100, seed=0)
+    assert one_patient.reason == "fewer than 10 patients"
+
+
+@pytest.mark.parametrize("images_per_patient", [1, 3])
+def test_equal_sets_are_seldom_told_apart(images_per_patient: int) -> None:
+    patients = np.repeat(np.arange(80), images_per_patient)
+    of_first = int((patients < 40).sum())
+    found = []
+    for seed in range(80):
+        rng = np.random.default_rng(seed)
+        shapes = rng.normal(size=(80, 4, 4))[patients] + rng.normal(size=(len(patients), 4, 4))
+        pictures = np.clip(110 + 20 * shapes, 0, 255).astype(np.uint8)
+        pictures = np.kron(pictures, np.ones((8, 8), np.uint8))
+        found.append(
+            classify_sets(
+                list(pictures[:of_first]),
+                list(pictures[of_first:]),
+                patients.astype(str).tolist(),
+                resamples=100,
+                seed=seed,
+            )
+        )
+    assert sum(one.low is not None and not contains(one, 0.5) for one in found) <= 8
+    assert np.mean([present(one.value) for one in found]) == pytest.approx(0.5, abs=0.02)
 
 
 def test_gray_levels_and_spacing() -> None:
