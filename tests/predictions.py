@@ -89,7 +89,10 @@ def evaluate_threshold(
     """The evaluation of `rows` at one threshold on the probability."""
     points = {"p": OperatingPoint("p", "", float(logit(threshold)))}
     statistic = {"outcomes": outcomes_statistic(rows, points)}
-    found = bootstrap.resample(rows.patient, statistic, resamples=resamples, seed=seed)
+    few = rows.count_rarer_class()
+    found = bootstrap.resample(
+        rows.patient, statistic, resamples=resamples, seed=seed, effective_patients=few
+    )
     return evaluate_points(rows, points, bootstrap.StatisticSet(found))["p"]
 
 

@@ -45,7 +45,7 @@ from pneumo.reporting.figures.external import draw_matrix
 from pneumo.reporting.page.external_page import ExternalSet, insert_external, render_external
 
 SCHEMA_VERSION = 1
-_PICTURES = 200
+_PICTURES = 400
 """Images of each set for the domain classifier."""
 
 

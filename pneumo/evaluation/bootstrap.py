@@ -153,27 +153,26 @@ def resample(
     *,
     resamples: int,
     seed: int,
-    effective_patients: int | None = None,
+    effective_patients: int,
     map_blocks: MapBlocks = map,
 ) -> dict[str, Resampled]:
     """Each statistic on all samples and on `resamples` draws of the patients, with replacement.
 
-    `patient` (N,) names the patient of each sample. `effective_patients` is the sample size of the
-    intervals, by default the number of patients. All statistics see the same resamples, so the
-    difference of two is again a statistic. The result does not depend on the order of the samples,
-    nor on `map_blocks`. (Field & Welsh 2007: bootstrapping clustered data.)
+    `patient` (N,) names the patient of each sample; `effective_patients` as in `Resampled`. All
+    statistics see the same resamples, so the difference of two is again a statistic. The result
+    does not depend on the order of the samples, nor on `map_blocks`. (Field & Welsh 2007:
+    bootstrapping clustered data.)
     """
     name, index = np.unique(patient, return_inverse=True)
     if len(index) == 0 or not statistics:
         return {
             key: Resampled(np.full(1, np.nan), np.full((1, 1), np.nan), 0) for key in statistics
         }
-    num_patients = len(name) if effective_patients is None else effective_patients
     blocks = Blocks(len(name), max(1, _BLOCK_WEIGHTS // len(index)), resamples, seed)
     parts = list(map_blocks(partial(_compute, index, statistics), blocks))
     first = blocks.jackknife  # column of the resamples
     return {
-        key: Resampled(columns[:, 0], columns[:, first:], num_patients, columns[:, 1:first])
+        key: Resampled(columns[:, 0], columns[:, first:], effective_patients, columns[:, 1:first])
         for key in statistics
         for columns in (np.concatenate([part[key] for part in parts], axis=1),)
     }
@@ -217,7 +216,7 @@ def resample_sets(
     *,
     resamples: int,
     seed: int,
-    effective_patients: int | None = None,
+    effective_patients: int,
     map_blocks: MapBlocks = map,
 ) -> dict[str, StatisticSet]:
     """`resample` of the statistics of all sets, in one pass over the same resamples."""
@@ -252,12 +251,18 @@ def patient_bootstrap(
     resamples: int,
     seed: int,
 ) -> dict[str, Estimate]:
-    """Each statistic (R,) with its 95 % interval over resamples of the patients.
+    """Each statistic (R,) with its 95 % interval over resamples of the patients, who all count.
 
     An interval is null, with a reason, where more than 5 % of the resamples leave the statistic
     undefined (too few patients of a class) or where it never varies.
     """
-    found = resample(patient, statistics, resamples=resamples, seed=seed)
+    found = resample(
+        patient,
+        statistics,
+        resamples=resamples,
+        seed=seed,
+        effective_patients=len(np.unique(patient)),
+    )
     return {key: one.estimate() for key, one in found.items()}
 
 

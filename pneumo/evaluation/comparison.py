@@ -82,7 +82,12 @@ def compare(
         "brier": lambda: _pair_calibrated(first, second),
     }
     found = bootstrap.resample_sets(
-        first.patient, sets, resamples=resamples, seed=seed, map_blocks=map_blocks
+        first.patient,
+        sets,
+        resamples=resamples,
+        seed=seed,
+        effective_patients=first.count_rarer_class(),
+        map_blocks=map_blocks,
     )
     scores = first.target, first.logit, second.logit
     return Comparison(

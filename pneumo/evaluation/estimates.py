@@ -83,6 +83,22 @@ def with_wilson(rate: Estimate, num_patients: int) -> Estimate:
     return Estimate(rate.value, *wilson(rate.value, num_patients), WILSON_OVER_PATIENTS)
 
 
+NEWCOMBE = "Newcombe, of both intervals"
+
+
+def subtract(first: Estimate, second: Estimate) -> Estimate:
+    """`first` - `second`, which are independent, with an interval of their two intervals: square
+    and add (Newcombe 1998), also where one of them never varies under resampling."""
+    if first.value is None or second.value is None:
+        return Estimate.undefined(first.reason or second.reason or "undefined", NEWCOMBE)
+    gap = first.value - second.value
+    if first.low is None or first.high is None or second.low is None or second.high is None:
+        return Estimate(gap, None, None, NEWCOMBE, first.reason or second.reason)
+    low = gap - math.hypot(first.value - first.low, second.high - second.value)
+    high = gap + math.hypot(first.high - first.value, second.value - second.low)
+    return Estimate(gap, low, high, NEWCOMBE)
+
+
 def t_quantile(num_patients: int) -> float:
     """The 97.5 % point of Student's t with `num_patients` - 1 degrees of freedom, at least 1."""
     return float(stdtrit(num_patients - 1, 0.975))
@@ -120,7 +136,7 @@ def find_interval(
         why = f"too few patients: undefined in {num_undefined} of {len(drawn)} resamples"
         return Estimate(value, None, None, method, why)
     if num_patients < MIN_FOR_INTERVAL:
-        why = f"too few patients for an interval: {num_patients} of the rarer class"
+        why = f"too few patients for an interval: {num_patients}, or so many of the rarer class"
         return Estimate(value, None, None, method, why)
     z = math.sqrt(num_patients / (num_patients - 1)) * t_quantile(num_patients)
     tails = _find_tails(value, defined, left_out, z)

@@ -26,7 +26,7 @@ from pneumo.evaluation.bootstrap import (
     resample,
 )
 from pneumo.evaluation.calibration import Scaling, fit_scaling
-from pneumo.evaluation.estimates import Estimate, Floats
+from pneumo.evaluation.estimates import Estimate, Floats, subtract, with_wilson
 from pneumo.evaluation.metrics import brier_statistic, mean_of_known_statistic
 from pneumo.evaluation.operating_points import OperatingPoint, call_positive
 from pneumo.evaluation.predictions import Predictions, name_each, sigmoid
@@ -154,12 +154,17 @@ def evaluate_external(
     inside = resample_patients(internal, _statistics(internal, frozen, None), seed)
     outside = resample_patients(external, _statistics(external, frozen, weights), seed + 1)
     points = tuple(frozen.points)
+
+    def compare_rates(name: str, of_class: int) -> TwoSetEstimate:
+        patients = [rows.count_by_class()[of_class] for rows in (internal, external)]
+        return _with_wilson(_compare(inside, outside, name), *patients)
+
     return ExternalEvaluation(
         internal=SetSummary.of(internal),
         external=SetSummary.of(external),
         auroc=_compare(inside, outside, "auroc"),
-        sensitivity={name: _compare(inside, outside, f"sensitivity/{name}") for name in points},
-        specificity={name: _compare(inside, outside, f"specificity/{name}") for name in points},
+        sensitivity={name: compare_rates(f"sensitivity/{name}", 1) for name in points},
+        specificity={name: compare_rates(f"specificity/{name}", 0) for name in points},
         brier=_compare(inside, outside, "brier"),
         in_the_large=_compare(inside, outside, "in_the_large"),
         metadata_auroc=_compare(inside, outside, "metadata"),
@@ -208,6 +213,15 @@ def _compare(
         np.concatenate(left_out, axis=1),
     )
     return TwoSetEstimate(first.estimate(), second.estimate(), gap.estimate())
+
+
+def _with_wilson(both: TwoSetEstimate, *num_patients: int) -> TwoSetEstimate:
+    """A proportion of so many patients: one of exactly 0 or 1 never varies under resampling."""
+    sides = both.internal, both.external
+    own, here = (with_wilson(side, n) for side, n in zip(sides, num_patients, strict=True))
+    if (own, here) == sides:
+        return both
+    return TwoSetEstimate(own, here, subtract(here, own))
 
 
 # --- case mix -------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Which studies are shown with their Grad-CAM, and the errors by finding."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -141,13 +141,18 @@ def count_errors(
     wrong = called != (np.asarray(target) == 1)
     names, code = np.unique(finding, return_inverse=True)
     sums = sums_statistic(code, len(names), wrong, np.ones(len(code)))
-    found = resample(patient, {"sums": sums}, resamples=resamples, seed=seed)["sums"]
-    rates = found.derive(lambda both: divide(both[: len(names)], both[len(names) :]))
+    num_patients = len(np.unique(patient))
+    found = resample(
+        patient, {"sums": sums}, resamples=resamples, seed=seed, effective_patients=num_patients
+    )
+    rates = found["sums"].derive(lambda both: divide(both[: len(names)], both[len(names) :]))
     counted = []
     for row, name in enumerate(names.tolist()):
         here = code == row
         n, errors = int(here.sum()), int(wrong[here].sum())
-        rate = with_wilson(rates.estimate(row), len(np.unique(patient[here])))
+        own_patients = len(np.unique(patient[here]))
+        rate = replace(rates, effective_patients=own_patients).estimate(row)
         by_image = Estimate(errors / n, *wilson(errors / n, n), WILSON)
+        rate = with_wilson(rate, own_patients)
         counted.append(FindingErrors(name, n, int(called[here].sum()), errors, rate, by_image))
     return counted

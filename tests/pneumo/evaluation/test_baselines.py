@@ -31,7 +31,10 @@ pytestmark = pytest.mark.processors
 
 
 def resample(rows, parts):
-    return bootstrap.resample_sets(rows.patient, parts, resamples=200, seed=0)
+    few = rows.count_rarer_class()
+    return bootstrap.resample_sets(
+        rows.patient, parts, resamples=200, seed=0, effective_patients=few
+    )
 
 
 def test_metadata_baseline_is_fitted_on_train_and_paired_with_the_model():

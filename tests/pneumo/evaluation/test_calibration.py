@@ -50,7 +50,10 @@ def measure(target, logit, scaling=None, num_bins=10, resamples=100):
         "fit": recalibration_statistic(sample),
     }
     rows = dataclasses.replace(val(target, logit), logit=np.asarray(logit, dtype=float))
-    found = bootstrap.resample(rows.patient, statistics, resamples=resamples, seed=0)
+    few = rows.count_rarer_class()
+    found = bootstrap.resample(
+        rows.patient, statistics, resamples=resamples, seed=0, effective_patients=few
+    )
     part = StatisticSet(found)
     return evaluate_reliability(rows, scaling, part, part, num_bins)
 

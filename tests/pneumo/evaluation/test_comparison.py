@@ -8,12 +8,13 @@ import pytest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from pneumo.errors import DataError
+from pneumo.evaluation import bootstrap, ranking
 from pneumo.evaluation.comparison import compare
 from pneumo.evaluation.estimates import as_json
 from pneumo.evaluation.predictions import sigmoid
 from tests import present
 from tests.estimates import width
-from tests.predictions import make_predictions
+from tests.predictions import make_plain, make_predictions
 
 pytestmark = pytest.mark.processors
 
@@ -78,6 +79,23 @@ def test_equal_models_are_seldom_called_different():
         found = compare(one, two, resamples=100, seed=0)
         small += present(found.auroc_delong_clustered.p_value) < 0.05
     assert small <= 8
+
+
+@pytest.mark.parametrize("positives", [2, 4, 5, 8, 20])
+def test_intervals_depend_on_the_patients_of_the_rarer_class(positives):
+    rows = make_plain(100, target=np.arange(100) < positives)
+    rng = np.random.default_rng(1)
+    other = dataclasses.replace(rows, logit=rng.normal(size=100).astype(np.float32))
+    found = compare(rows, other, resamples=400, seed=0).auroc
+    rule = bootstrap.resample(
+        rows.patient,
+        {"auroc": ranking.auroc_statistic(rows.target, rows.logit)},
+        resamples=400,
+        seed=0,
+        effective_patients=positives,
+    )
+    assert found.first == rule["auroc"].estimate()
+    assert (found.difference.low is None) == (positives < 5)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,10 @@ def draw(n=500, **columns):
 
 def judge(rows, resamples=200):
     statistic = {"curve": net_benefit_statistic(rows)}
-    found = bootstrap.resample(rows.patient, statistic, resamples=resamples, seed=0)
+    few = rows.count_rarer_class()
+    found = bootstrap.resample(
+        rows.patient, statistic, resamples=resamples, seed=0, effective_patients=few
+    )
     return summarise_net_benefit(rows, bootstrap.StatisticSet(found))
 
 

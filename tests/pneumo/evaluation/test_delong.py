@@ -100,7 +100,9 @@ def test_clustered_agrees_with_the_patient_bootstrap_and_delong_is_too_narrow():
             ranking.auroc_statistic(target, first), ranking.auroc_statistic(target, second)
         ),
     }
-    found = bootstrap.resample(patient, statistics, resamples=1000, seed=0)
+    found = bootstrap.resample(
+        patient, statistics, resamples=1000, seed=0, effective_patients=len(np.unique(patient))
+    )
     placed = placements(target, first, patient)
     assert math.sqrt(placed.variance()) == pytest.approx(found["auroc"].drawn.std(), rel=0.08)
     gain = placed.minus(placements(target, second))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy.special import logit
 from sklearn.metrics import brier_score_loss, roc_auc_score
+from statsmodels.stats.proportion import confint_proportions_2indep
 
 from pneumo.evaluation.baselines import Metadata, MetadataModel, fit_metadata
 from pneumo.evaluation.calibration import Scaling
@@ -20,6 +21,8 @@ from pneumo.evaluation.external import (
 from pneumo.evaluation.operating_points import OperatingPoint
 from pneumo.evaluation.predictions import Predictions, sigmoid
 from pneumo.evaluation.set_shift import classify_sets, measure_shift
+from tests import present
+from tests.estimates import contains
 from tests.predictions import make_plain
 
 THRESHOLD = 0.4
@@ -78,6 +81,37 @@ def test_the_threshold_is_the_frozen_one() -> None:
     assert found.specificity["decision"].external.value == pytest.approx(
         (~called)[~positive].mean()
     )
+
+
+@pytest.mark.parametrize("missed", [0, 3, 40])
+@pytest.mark.parametrize("missed_here", [0, 6, 60])
+def test_a_rate_of_exactly_0_or_1_has_an_interval_and_so_has_its_difference(
+    missed: int, missed_here: int
+) -> None:
+    def make(name: str, positives: int, misses: int) -> Predictions:
+        target = np.arange(2 * positives) < positives
+        called = target & (np.arange(2 * positives) >= misses)
+        names = np.array([f"{name}{i}" for i in range(2 * positives)])
+        return make_plain(len(names), patient=names, target=target, logit=8.0 * called - 4)
+
+    own, here = make("a", 40, missed), make("b", 60, missed_here)
+    found = evaluate_external(own, here, FROZEN, resamples=200, seed=0)
+    for rates, counts in (
+        (found.sensitivity["decision"], ((40 - missed, 40), (60 - missed_here, 60))),
+        (found.specificity["decision"], ((40, 40), (60, 60))),
+    ):
+        sides = rates.internal, rates.external
+        fixed = [k in (0, n) for k, n in counts]
+        for one, (k, n), is_fixed in zip(sides, counts, fixed, strict=True):
+            assert one.value == k / n
+            assert (one.method == "Wilson over patients") == is_fixed
+            assert contains(one, k / n)
+        (k, n), (j, m) = counts
+        gap = rates.difference
+        reference = confint_proportions_2indep(j, m, k, n, method="newcomb")
+        assert gap.value == pytest.approx(j / m - k / n)
+        assert (gap.method == "Newcombe, of both intervals") == any(fixed)
+        assert (gap.low, gap.high) == pytest.approx(reference, abs=0.03 if not all(fixed) else 1e-9)
 
 
 def test_an_equal_set_differs_by_chance_alone() -> None:
@@ -144,8 +178,31 @@ def test_pictures_of_another_kind_are_told() -> None:
     assert same.value < 0.9
     few = classify_sets(dark[:3], light, patients[:43], resamples=100, seed=0)
     assert few.value is None
-    of_one = classify_sets(dark, light, ["one"] * 40 + patients[:40], resamples=100, seed=0)
-    assert (of_one.value, of_one.reason) == (None, "fewer than 5 patients")
+    one_patient = classify_sets(dark, light, ["0"] * 40 + patients[40:], resamples=100, seed=0)
+    assert one_patient.reason == "fewer than 10 patients"
+
+
+@pytest.mark.parametrize("images_per_patient", [1, 3])
+def test_equal_sets_are_seldom_told_apart(images_per_patient: int) -> None:
+    patients = np.repeat(np.arange(80), images_per_patient)
+    of_first = int((patients < 40).sum())
+    found = []
+    for seed in range(80):
+        rng = np.random.default_rng(seed)
+        shapes = rng.normal(size=(80, 4, 4))[patients] + rng.normal(size=(len(patients), 4, 4))
+        pictures = np.clip(110 + 20 * shapes, 0, 255).astype(np.uint8)
+        pictures = np.kron(pictures, np.ones((8, 8), np.uint8))
+        found.append(
+            classify_sets(
+                list(pictures[:of_first]),
+                list(pictures[of_first:]),
+                patients.astype(str).tolist(),
+                resamples=100,
+                seed=seed,
+            )
+        )
+    assert sum(one.low is not None and not contains(one, 0.5) for one in found) <= 8
+    assert np.mean([present(one.value) for one in found]) == pytest.approx(0.5, abs=0.02)
 
 
 def test_gray_levels_and_spacing() -> None:

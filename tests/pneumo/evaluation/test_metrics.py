@@ -443,7 +443,14 @@ def test_resamples_are_the_same_wherever_and_in_whatever_order_they_are_computed
         return [found[number] for number in range(len(todo))]
 
     alone, spread = (
-        bootstrap.resample(patient, statistics, resamples=400, seed=seed, map_blocks=map_blocks)
+        bootstrap.resample(
+            patient,
+            statistics,
+            resamples=400,
+            seed=seed,
+            effective_patients=3000,
+            map_blocks=map_blocks,
+        )
         for map_blocks in (map, elsewhere)
     )
     for name, one in alone.items():

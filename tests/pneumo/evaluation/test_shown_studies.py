@@ -131,3 +131,17 @@ def test_the_share_of_errors_knows_that_images_of_a_patient_are_alike():
     )
     assert found.error_rate.value == found.wilson.value == wrong.mean()
     assert width(found.error_rate) == pytest.approx(8**0.5 * width(found.wilson), rel=0.15)
+
+
+@pytest.mark.parametrize("few", [2, 4, 5, 12])
+def test_the_interval_of_a_finding_is_that_of_its_own_patients(few):
+    finding = np.where(np.arange(300) < few, "Rare", "Normal")
+    called = np.arange(300) % 2
+    patient = np.arange(300).astype(np.str_)
+    *_, rare = count_errors(
+        finding, np.zeros(300), called, 0.5, patient=patient, resamples=400, seed=0
+    )
+    if few < 5:
+        assert rare.error_rate.low is rare.error_rate.high is None
+    else:
+        assert width(rare.error_rate) > width(rare.wilson)

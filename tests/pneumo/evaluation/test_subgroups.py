@@ -31,7 +31,10 @@ def draw(n=1500, **columns):
 
 def judge(rows, threshold=LOGIT, resamples=200, min_patients=10):
     sets = subgroup_statistics(rows, threshold, min_patients)
-    found = bootstrap.resample_sets(rows.patient, sets, resamples=resamples, seed=0)
+    few = rows.count_rarer_class()
+    found = bootstrap.resample_sets(
+        rows.patient, sets, resamples=resamples, seed=0, effective_patients=few
+    )
     return evaluate_subgroups(rows, threshold, found, min_patients)
 
 
