@@ -26,7 +26,7 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 from cluster import live_view, run_folder
-from cluster.targets import JobState, Target, is_remote
+from cluster.targets import JobState, LostError, Target, is_remote
 from pneumo.errors import AccessError, ClusterError, ConfigError, PneumoError
 
 CANCEL_WINDOW_S = 3.0
@@ -79,11 +79,14 @@ def _submit(options: argparse.Namespace, flags: list[str]) -> int:
     # Checked before connecting: a wrong setting can be reported without a cluster.
     now = datetime.now()
     planned = submission.plan(options.job, job_flags, os.environ, remote=False, now=now)
-    if options.target == "k8s" or is_remote(_address(options)):
+    target = None
+    if options.target != "k8s" and not is_remote(_address(options)):
+        target = _connect(options)
+    if target is None or not target.is_here:
         planned = submission.plan(options.job, job_flags, os.environ, remote=True, now=now)
         if planned.job == "train" and "://" in planned.target:
             run_folder.check_run(planned.config, planned.target)
-    target = _connect(options)
+    target = target or _connect(options)
     for warning in planned.warnings:
         _tell(f"warning: {warning}")
     owner = getattr(options, "owner", None) or _default_owner()
@@ -132,7 +135,8 @@ def _follow(target: Target, job_id: str) -> int:
         return _detach(target, job_id)
     except (ClusterError, AccessError) as error:
         _tell(f"error: {error}")
-        _tell(_reattach_hint(target, job_id))
+        if not isinstance(error, LostError):
+            _tell(_reattach_hint(target, job_id))
         return error.exit_code
     _tell(str(state))
     return state.exit_code

@@ -20,7 +20,8 @@ _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 def is_remote(address: str) -> bool:
-    """Whether `http://host:port` is another machine; a forwarded port counts as this one.
+    """Whether `http://host:port` is reached over a network, for all that is known here: a port of
+    this machine may be forwarded.
 
     Raises ConfigError for a malformed address.
     """
@@ -33,6 +34,10 @@ def is_remote(address: str) -> bool:
 
 class OutOfReachError(ClusterError):
     """For too long, the dashboard or API server gave no answer, or only temporary errors."""
+
+
+class LostError(ClusterError):
+    """The cluster has forgotten the job, which it knew before."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,11 @@ class Target(Protocol):
     @property
     def flags(self) -> str:
         """The flags of `python -m cluster` that select it."""
+        ...
+
+    @property
+    def is_here(self) -> bool:
+        """Whether its jobs run on this machine, with its files."""
         ...
 
     def submit(self, submission: Submission, tell: Write) -> Started:

@@ -49,6 +49,10 @@ class KubernetesTarget:
         context = f"--context {self.api.context} " if self.api.context else ""
         return f"--target k8s {context}--namespace {self.api.namespace}"
 
+    @property
+    def is_here(self) -> bool:
+        return False
+
     def submit(self, submission: Submission, tell: Write) -> Started:
         folder = self.overlay or overlays.find_overlay(None)
         documents = overlays.render(folder)

@@ -273,7 +273,10 @@ def _of_warnings(
     cluster = (job.get("status") or {}).get("rayClusterName") or name
     by_name = {pod["metadata"]["name"]: pod for pod in pods}
     head_is_ready = any(is_head(pod) and since(pod, "Ready") for pod in pods)
-    for warning in sorted(warnings, key=_time, reverse=True):
+    # An event outlives its object, and an earlier RayJob may have had the same name.
+    created = str(job["metadata"]["creationTimestamp"])[:19]
+    recent = [each for each in warnings if not _time(each) or _time(each)[:19] >= created]
+    for warning in sorted(recent, key=_time, reverse=True):
         about, reason = warning.get("involvedObject") or {}, str(warning.get("reason", ""))
         kind, who = str(about.get("kind", "")), str(about.get("name", ""))
         # Kubernetes combines repeated events into one with this prefix.

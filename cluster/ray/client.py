@@ -48,6 +48,9 @@ class Client(JobSubmissionClient):  # type: ignore[misc]  # ray is untyped
     below are private to Ray, which is why Ray is pinned to one minor release.
     """
 
+    session_name = ""
+    """Name of the cluster's session folder on its head."""
+
     def _do_request(self, method: str, endpoint: str, **options: Any) -> requests.Response:
         answer_s = FIRST_ANSWER_TIMEOUT_S if endpoint == "/api/version" else ANSWER_TIMEOUT_S
         options.setdefault("timeout", (CONNECT_TIMEOUT_S, answer_s))
@@ -70,6 +73,8 @@ class Client(JobSubmissionClient):  # type: ignore[misc]  # ray is untyped
                 f"cluster: {self._address} answers, but is no Ray dashboard (HTTP "
                 f"{response.status_code}); give its address, usually http://HEAD:8265"
             )
+        if endpoint == "/api/version":
+            self.session_name = str(response.json().get("session_name", ""))
         return response
 
     def _raise_error(self, r: requests.Response) -> NoReturn:
@@ -79,6 +84,13 @@ class Client(JobSubmissionClient):  # type: ignore[misc]  # ray is untyped
         raise RefusedError(
             f"cluster: {self._address} refused (HTTP {r.status_code}): {lines[-1]}", r.status_code
         )
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the head runs on this machine, with its files: a forwarded port has a loopback
+        address too. Ray's temporary folder is that of RAY_TMPDIR, else /tmp."""
+        sessions = Path(os.environ.get("RAY_TMPDIR") or "/tmp", "ray")
+        return bool(self.session_name) and (sessions / self.session_name).is_dir()
 
     def details(self, job_id: str) -> JobDetails:
         """What the cluster knows of a job. Raises ConfigError for an unknown job."""

@@ -10,8 +10,8 @@ from ray.dashboard.modules.job.pydantic_models import JobDetails
 from ray.job_submission import JobStatus
 
 from cluster.ray.client import BusyError, Client
-from cluster.targets import OutOfReachError, Write
-from pneumo.errors import ClusterError, ConfigError
+from cluster.targets import LostError, OutOfReachError, Write
+from pneumo.errors import ConfigError
 
 IDLE_TIMEOUT_S = 60.0
 """A log stream without output for this long is opened again: its connection may be dead."""
@@ -20,10 +20,6 @@ RETRY_TIMEOUT_S = 600.0
 """How long a cluster that has answered before may be unreachable while its log is followed."""
 
 TRIES = 5
-
-
-class LostError(ClusterError):
-    """The cluster has forgotten the job, which it knew before."""
 
 
 def follow(

@@ -62,6 +62,10 @@ class RayTarget:
     def flags(self) -> str:
         return f"--address {self.address}"
 
+    @property
+    def is_here(self) -> bool:
+        return self.client.is_here
+
     def submit(self, submission: Submission, tell: Write) -> Started:
         code = collect()
         if submission.secrets and self.address.startswith("http://") and is_remote(self.address):
@@ -73,7 +77,7 @@ class RayTarget:
         _, running = _attempts(self.client, submission.id)
         # A place that is reachable from here may be out of reach for the cluster.
         has_urls = any("://" in url for url in submission.places)
-        if running is None and (has_urls or is_remote(self.address)):
+        if running is None and (has_urls or not self.client.is_here):
             tell(preflight(self.client, submission, code))
         started = submit(self.client, submission, code)
         if not started.already_running:

@@ -64,6 +64,7 @@ def _run_cluster(before: Sequence[str]) -> Iterator[RayCluster]:
     own |= {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{own.get('PATH', '')}",
         "HOME": str(folder),
+        "RAY_TMPDIR": str(folder),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -92,7 +93,7 @@ def _start(
                 "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
                 f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}",
                 "--num-cpus=2", "--num-gpus=0", f"--object-store-memory={80 * 2**20}",
-                f"--temp-dir={folder}/r", "--disable-usage-stats", "--include-log-monitor=false",
+                "--disable-usage-stats", "--include-log-monitor=false",
             ],
             env=dict(environ), stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from cluster.__main__ import _show_status, _take_down, main, make_parser
-from cluster.targets import JobState, Phase
+from cluster.__main__ import _follow, _show_status, _take_down, main, make_parser
+from cluster.targets import JobState, LostError, OutOfReachError, Phase
+from pneumo.errors import ClusterError
 from tests import CHECKOUT
 
 NOBODY = "http://127.0.0.1:1"
@@ -101,6 +102,25 @@ def test_an_error_that_nobody_expected_is_one_line_too(
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "--debug", "--address", NOBODY]) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "goes_on"), [(LostError("lost with the head"), 0), (OutOfReachError("no answer"), 1)]
+)
+def test_only_a_job_that_may_still_run_is_said_to_go_on(
+    error: ClusterError, goes_on: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Cluster:
+        flags = "--address x"
+
+        def follow(self, *_: Any) -> JobState:
+            raise error
+
+    cluster: Any = Cluster()
+    assert _follow(cluster, "train-1") == 1
+    told = capsys.readouterr().err
+    assert str(error) in told
+    assert told.count("the job goes on") == goes_on
 
 
 def test_down_cancels_the_others_where_one_does_not_stop(

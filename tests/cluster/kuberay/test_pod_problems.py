@@ -369,6 +369,25 @@ def test_what_is_well_is_no_problem() -> None:
 
 
 @pytest.mark.parametrize(
+    ("seen", "found"),
+    [
+        ({"lastTimestamp": "2026-01-02T03:04:04Z"}, 0),  # a second before the RayJob
+        ({"eventTime": "2026-01-02T02:30:00.123456Z"}, 0),
+        ({"lastTimestamp": "2026-01-02T03:04:05Z"}, 1),
+        ({"eventTime": "2026-01-02T03:04:05.123456Z"}, 1),
+    ],
+)
+def test_events_of_an_earlier_run_of_the_same_name_are_not_this_runs(
+    seen: dict[str, str], found: int
+) -> None:
+    refused = make_event(
+        "RayJob", "train-1-0a1b2c3d", "InvalidRayJobSpec", "a mistake since mended"
+    )
+    refused.pop("lastTimestamp", None)
+    assert len(find(make_job(), [], [{**refused, **seen}])) == found
+
+
+@pytest.mark.parametrize(
     ("pod", "exit_code"),
     [
         (make_preflight(2, "error: preflight: nothing is there"), 2),

@@ -11,8 +11,8 @@ import pytest
 
 from cluster.ray import jobs
 from cluster.ray.client import Client, connect
-from cluster.ray.following import LostError, follow
-from cluster.targets import OutOfReachError
+from cluster.ray.following import follow
+from cluster.targets import LostError, OutOfReachError
 from tests.cluster.http_proxy import FaultyProxy, Rule
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -116,6 +116,18 @@ def test_a_bucket_out_of_reach_is_told_by_a_preflight_job(ray_cluster: RayCluste
     assert "no answer within 20 s, seen from the cluster" in line
     assert done.stdout == ""
     assert "preflight" not in ray_cluster.command("list").stdout
+
+
+def test_a_forwarded_port_is_not_this_machine(ray_cluster: RayCluster, tmp_path: Path) -> None:
+    """Its head's session is not below the temporary folder here, as behind `make forward`."""
+    elsewhere: dict[str, Any] = {"RAY_TMPDIR": str(tmp_path), "AWS_PROFILE": "laptop"}
+    refused = ray_cluster.command("submit", "train", "--store", "s3://b/s", **elsewhere)
+    assert refused.returncode == 2
+    assert "--run is required on a remote cluster" in refused.stderr
+    prepare = ["--source", "/nowhere", "--store", "/nowhere/store"]
+    sent = ray_cluster.command("submit", "prepare", *prepare, **elsewhere)
+    assert "AWS_PROFILE" not in sent.stderr.partition("environment: ")[2]
+    assert "AWS_PROFILE" in sent.stderr.partition("environment: ")[0]  # warned of
 
 
 def test_a_preflight_that_passes(client: Client, tmp_path: Path) -> None:
