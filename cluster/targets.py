@@ -35,6 +35,22 @@ class OutOfReachError(ClusterError):
     """For too long, the dashboard or API server gave no answer, or only temporary errors."""
 
 
+def why_unanswered(error: Exception) -> str:
+    """Why a server gave no answer, in a few words."""
+    text = str(getattr(error, "reason", None) or error).lower()
+    for mark, cause in (
+        ("refused", "connection refused"),
+        ("timed out", "timed out"),
+        ("resol", "unknown host"),
+        ("certificate", "its certificate is not trusted"),
+        ("aborted", "the connection broke"),
+        ("reset", "the connection broke"),
+    ):
+        if mark in text:
+            return cause
+    return type(error).__name__
+
+
 @dataclass(frozen=True)
 class JobState:
     """The state of a job.
