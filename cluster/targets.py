@@ -16,6 +16,8 @@ Phase = Literal["waiting", "running", "succeeded", "failed", "cancelled"]
 
 Write = Callable[[str], object]
 
+RETRY_TIMEOUT_S = 600.0
+"""How long a cluster that has answered before may be unreachable while a job is followed."""
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
