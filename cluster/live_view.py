@@ -10,12 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 from cluster import run_folder
-from cluster.targets import JobState, OutOfReachError, Target, Write
+from cluster.targets import RETRY_TIMEOUT_S, JobState, OutOfReachError, Target, Write
 from pneumo.errors import PneumoError
 
 INTERVAL_S = 5.0
-RETRY_TIMEOUT_S = 600.0
-"""How long a cluster that has answered before may be unreachable."""
 _HEADER = ("run", "state", "epoch", "val AUROC", "images/s", "data wait", "time left", "")
 
 

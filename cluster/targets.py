@@ -16,6 +16,8 @@ Phase = Literal["waiting", "running", "succeeded", "failed", "cancelled"]
 
 Write = Callable[[str], object]
 
+RETRY_TIMEOUT_S = 600.0
+"""How long a cluster that has answered before may be unreachable while a job is followed."""
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -38,6 +40,22 @@ class OutOfReachError(ClusterError):
 
 class LostError(ClusterError):
     """The cluster has forgotten the job, which it knew before."""
+
+
+def why_unanswered(error: Exception) -> str:
+    """Why a server gave no answer, in a few words."""
+    text = str(getattr(error, "reason", None) or error).lower()
+    for mark, cause in (
+        ("refused", "connection refused"),
+        ("timed out", "timed out"),
+        ("resol", "unknown host"),
+        ("certificate", "its certificate is not trusted"),
+        ("aborted", "the connection broke"),
+        ("reset", "the connection broke"),
+    ):
+        if mark in text:
+            return cause
+    return type(error).__name__
 
 
 @dataclass(frozen=True)

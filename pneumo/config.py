@@ -9,18 +9,16 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, PositiveInt, model_validator
 
 from pneumo.search_space import Domain, Space, flatten, grid_points
 
-PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 WEIGHTS_WITHOUT_FILE = ("imagenet", "random")
 """Values of model.weights that name no file."""
-NUM_SALTS = 64
-"""Splits of one seed to choose from."""
+NUM_SALTS = 64  # splits of one seed to choose from
 REDUCTION_FACTOR = 3
 """One in this many trials goes on from a rung of ASHA; the next rung is this many times as high."""
 
@@ -39,14 +37,13 @@ class Section(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=T
         """`none`, as `--help` calls it, of a setting that may be none."""
         if not isinstance(written, Mapping):
             return written
-        fields = cls.model_fields
-        optional = {name for name in fields if type(None) in get_args(fields[name].annotation)}
+        fields = cls.model_fields.items()
+        optional = {name for name, field in fields if type(None) in get_args(field.annotation)}
         return {k: None if v == "none" and k in optional else v for k, v in written.items()}
 
 
 def _unless_default(default: Any) -> Any:
-    """A field that is not written while it has its default: what older versions wrote, and its
-    digest, stays the same."""
+    """A field that is not written while it has its default, so that older digests stay the same."""
     return Field(exclude_if=lambda value: value == default)
 
 
@@ -320,7 +317,7 @@ class ClusterConfig(Section):
     @property
     def fewest_workers(self) -> int:
         """Minimum number of workers for training."""
-        return self.num_workers if self.min_workers is None else self.min_workers
+        return self.min_workers or self.num_workers
 
     @model_validator(mode="after")
     def _fewest_are_not_more(self) -> Self:

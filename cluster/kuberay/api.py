@@ -17,7 +17,7 @@ import urllib3
 from kubernetes.client.exceptions import ApiException
 
 from cluster.kuberay.overlays import Document
-from cluster.targets import OutOfReachError
+from cluster.targets import OutOfReachError, why_unanswered
 from pneumo.errors import AccessError, ClusterError, ConfigError, PneumoError
 
 CONNECT_TIMEOUT_S = 5.0
@@ -267,8 +267,8 @@ class Api:
         where = f"kubernetes: {self.place}"
         if not isinstance(error, ApiException) or error.status == 0:
             return OutOfReachError(
-                f"{where}: no answer from the API server ({_cause(error)}); is the cluster up, and "
-                "does a VPN or proxy lead there?"
+                f"{where}: no answer from the API server ({why_unanswered(error)}); is the cluster "
+                "up, and does a VPN or proxy lead there?"
             )
         code, status = error.status, _status(error)
         message = str(status.get("message") or error.reason or "no reason given").splitlines()[0]
@@ -343,18 +343,3 @@ def lacking(rights: list[str], namespace: str) -> str:
         f"no right to {', '.join(rights)}{place}; ask its administrator to bind you to the Role of "
         "k8s/rbac"
     )
-
-
-def _cause(error: Exception) -> str:
-    text = str(getattr(error, "reason", None) or error)
-    for mark, cause in (
-        ("refused", "connection refused"),
-        ("timed out", "timed out"),
-        ("resol", "unknown host"),
-        ("certificate", "its certificate is not trusted"),
-        ("aborted", "the connection broke"),
-        ("reset", "the connection broke"),
-    ):
-        if mark in text.lower():
-            return cause
-    return type(error).__name__

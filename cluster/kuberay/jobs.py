@@ -18,12 +18,9 @@ from cluster.kuberay.namespace_runs import NamespaceRuns
 from cluster.kuberay.overlays import Document
 from cluster.kuberay.run_state import submitters, to_state
 from cluster.submission import Submission
-from cluster.targets import JobState, Started, Write
+from cluster.targets import RETRY_TIMEOUT_S, JobState, Started, Write
 from pneumo import storage
 from pneumo.errors import AccessError, ConfigError, PneumoError
-
-RETRY_TIMEOUT_S = 600.0
-"""How long an API server that has answered before may be unreachable while a job is followed."""
 
 
 @dataclass(frozen=True)

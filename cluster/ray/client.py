@@ -16,7 +16,7 @@ from ray.dashboard.modules.job.pydantic_models import JobDetails
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
-from cluster.targets import OutOfReachError, is_remote
+from cluster.targets import OutOfReachError, is_remote, why_unanswered
 from pneumo.errors import AccessError, ConfigError, PneumoError
 
 CONNECT_TIMEOUT_S = 5.0
@@ -63,8 +63,8 @@ class Client(JobSubmissionClient):  # type: ignore[misc]  # ray is untyped
             ) from error
         except requests.RequestException as error:
             raise OutOfReachError(
-                f"cluster: no answer from {self._address} ({_cause(error)}); is the address that "
-                "of a running Ray dashboard, and is the port forwarded?"
+                f"cluster: no answer from {self._address} ({why_unanswered(error)}); is the "
+                "address that of a running Ray dashboard, and is the port forwarded?"
             ) from error
         if endpoint == "/api/version" and not _is_dashboard(response):
             if _is_busy(response):
@@ -179,13 +179,3 @@ def _is_dashboard(response: requests.Response) -> bool:
 
 def _is_busy(response: requests.Response) -> bool:
     return response.status_code in _BUSY or response.status_code >= 500
-
-
-def _cause(error: requests.RequestException) -> str:
-    if isinstance(error, requests.Timeout):
-        return "timed out"
-    text = str(error)
-    for mark, cause in (("refused", "connection refused"), ("resol", "unknown host")):
-        if mark in text.lower():
-            return cause
-    return type(error).__name__

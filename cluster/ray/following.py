@@ -10,14 +10,11 @@ from ray.dashboard.modules.job.pydantic_models import JobDetails
 from ray.job_submission import JobStatus
 
 from cluster.ray.client import BusyError, Client
-from cluster.targets import LostError, OutOfReachError, Write
+from cluster.targets import RETRY_TIMEOUT_S, LostError, OutOfReachError, Write
 from pneumo.errors import ConfigError
 
 IDLE_TIMEOUT_S = 60.0
 """A log stream without output for this long is opened again: its connection may be dead."""
-
-RETRY_TIMEOUT_S = 600.0
-"""How long a cluster that has answered before may be unreachable while its log is followed."""
 
 TRIES = 5
 

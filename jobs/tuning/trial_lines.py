@@ -8,7 +8,7 @@ import ray.tune
 from ray import cloudpickle
 from ray.exceptions import RayActorError
 
-from jobs.terminal.entry_point import find_cause, tell
+from jobs.terminal.entry_point import find_cause, summarise_error, tell
 from jobs.tuning.trial_judge import METRIC, WARNING
 from pneumo.config import TuneConfig
 from pneumo.tuning.trials import State, describe_settings
@@ -79,4 +79,4 @@ def read_error(trial: Any) -> str:
     cause: BaseException = cloudpickle.loads(Path(path).read_bytes())
     if isinstance(cause, RayActorError):
         return "its process was lost"
-    return (str(find_cause(cause) or cause).strip().splitlines() or [type(cause).__name__])[-1]
+    return summarise_error(find_cause(cause) or cause) or type(cause).__name__

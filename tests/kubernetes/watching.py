@@ -5,9 +5,8 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from cluster.kuberay.jobs import RETRY_TIMEOUT_S
 from cluster.submission import Submission
-from cluster.targets import JobState
+from cluster.targets import RETRY_TIMEOUT_S, JobState
 from tests.kubernetes.cluster import Document, Team
 from tests.kubernetes.probes import find_numbers
 
