@@ -83,9 +83,13 @@ def find_urls(source_url: str, keys: Collection[str], environ: Mapping[str, str]
     found = {study.key: study.url for study in studies if study.key in keys}
     if len(found) < len(set(keys)):  # studies with contradictions, and images without a label
         for url in storage.list_everything(source_url):
-            key = derive_key(hash_key, "study", PurePosixPath(url).stem)
-            if key in keys:
-                found.setdefault(key, url)
+            # What layouts name an image by: a part of its path's end, with its ending or without.
+            parts = PurePosixPath(url).parts[-5:]
+            ends = ["/".join(parts[i:]) for i in range(len(parts))]
+            for name in (PurePosixPath(url).stem, *ends):
+                key = derive_key(hash_key, "study", name)
+                if key in keys:
+                    found.setdefault(key, url)
     return found
 
 

@@ -10,6 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import find
+from pneumo.config import PrepareConfig
+from pneumo.dataset.phantoms.layouts import PHANTOM_LAYOUTS
+from pneumo.dataset.phantoms.source_folder import write_phantoms
 from pneumo.dataset.sources.recognition import read_source
 
 FolderMaker = Callable[..., Path]
@@ -41,6 +44,26 @@ def test_every_key_leads_to_its_file(
             pq.write_table(pa.table({"key": keys}), table)
         arguments = ["--table", str(table)]
     assert find.main(["--source", str(folder), *arguments]) == 0
+    assert lines(capsys) == {study.key: study.url for study in studies}
+
+
+@pytest.mark.parametrize(
+    ("layout", "settings"),
+    [("chexpert", {"uncertain": "positive"}), ("nih", {"positive": ["Effusion"]})],
+)
+def test_settings_of_the_preparation_are_not_needed(
+    layout: str, settings: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_phantoms(tmp_path, num_studies=12, seed=1, layout=PHANTOM_LAYOUTS[layout])
+    if layout == "nih":  # as in a part of the data set without a label Pneumonia
+        table = tmp_path / "Data_Entry_2017.csv"
+        table.write_text(table.read_text().replace("Pneumonia", "Effusion"))
+    else:
+        table = tmp_path / "train.csv"
+        table.write_text(table.read_text().replace(",1.0,", ",-1.0,"))
+    config = PrepareConfig.model_validate(settings)
+    studies = read_source(str(tmp_path), {}, settings=config).studies
+    assert find.main(["--source", str(tmp_path), *(study.key for study in studies)]) == 0
     assert lines(capsys) == {study.key: study.url for study in studies}
 
 

@@ -14,17 +14,19 @@ from pneumo.errors import SourceError
 _SPLITS = ("train", "val", "test")
 _CLASSES = {"NORMAL": 0, "PNEUMONIA": 1}
 _ENDINGS = (".jpeg", ".jpg", ".png")
-_PATIENTS = r"(person\d+)_|((?:NORMAL2-)?IM-\d+)-"
+_PATIENTS = r"(?:BACTERIA|VIRUS|NORMAL)-(\d+)-\d|(person\d+)_|((?:NORMAL2-)?IM-\d+)-"
+"""In the release of Mendeley Data, then in Kaggle's."""
 _GUESS = "patients are guessed from file names"
 
 
 def read_kermany(folder: Folder, layout: Layout) -> Source:
-    """The images of `train|val|test/NORMAL|PNEUMONIA`; the patient is the `personNNN` or `IM-NNNN`
-    of the file name. The same number in two folders is one patient.
+    """The images of `train|val|test/NORMAL|PNEUMONIA`; the patient is the number, `personNNN` or
+    `IM-NNNN` of the file name. The same number in two folders is one patient. Patients are unknown
+    where fewer than half of the names have one.
 
     Raises SourceError for an image that is in both classes.
     """
-    studies, labels = StudyCollector(folder, layout), dict[str, int]()
+    studies, labels, unknown = StudyCollector(folder, layout), dict[str, int](), 0
     for split in _SPLITS:
         for name, target in _CLASSES.items():
             url = storage.join(folder.url, split, name)
@@ -34,26 +36,30 @@ def read_kermany(folder: Folder, layout: Layout) -> Source:
                     continue
                 if labels.setdefault(image, target) != target:
                     raise SourceError(f"{folder.source_url}: a picture that is in both classes")
+                patient = _guess_patient(image)
+                unknown += patient is None
                 studies.add(
                     f"{split}/{image}",
-                    f"kermany/{_guess_patient(image)}",
+                    f"kermany/{patient or image}",
                     storage.join(url, image),
                     target,
                     _name_finding(image, target),
                     published=split,
                 )
-    return studies.finish(notes=(_GUESS,))
+    note = f"{_GUESS}; each of {unknown} other pictures is its own" if unknown else _GUESS
+    return studies.finish(has_patients=2 * unknown < len(labels), notes=(note,))
 
 
-def _guess_patient(image: str) -> str:
+def _guess_patient(image: str) -> str | None:
     match = re.match(_PATIENTS, image)
-    return image if match is None else str(match[1] or match[2])
+    return match and match[match.lastindex or 0]
 
 
 def _name_finding(image: str, target: int) -> str:
     if not target:
         return "Normal"
-    cause = next((cause for cause in ("bacteria", "virus") if f"_{cause}_" in image), None)
+    words = re.split(r"[_-]", image.lower())
+    cause = next((cause for cause in ("bacteria", "virus") if cause in words), None)
     return "Pneumonia" if cause is None else f"Pneumonia ({cause})"
 
 

@@ -30,6 +30,8 @@ _LISTS = {"train_val": "train_val_list.txt", "test": "test_list.txt"}
 _IMAGE, _LABELS, _PATIENT = "Image Index", "Finding Labels", "Patient ID"
 _HEALTHY = "No Finding"
 _BOX_COLUMNS = ("Bbox [x", "y", "w", "h]")
+_BOX_LABELS = {"Infiltrate": "Infiltration"}
+"""Labels of the table of boxes that the other table spells differently."""
 _STORED_WIDTH = 1024
 """Width of the published PNG files, in pixels; the table's spacing is of the larger originals."""
 
@@ -129,6 +131,7 @@ def _read_boxes(folder: Folder, positive: set[str]) -> dict[str, list[Box]]:
     names, labels = read_texts(table, _IMAGE), read_texts(table, "Finding Label")
     for name, label, corner in zip(names, labels, corners, strict=True):
         box = make_box(corner)
+        label = _BOX_LABELS.get(label, label)
         if label in positive and isinstance(box, Box):
             boxes.setdefault(name, []).append(box)
     return boxes

@@ -1,5 +1,6 @@
 """`studies.csv` beside images of any format -> studies: the layout for your own data."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,7 @@ _REQUIRED = ("file", "patient", "target")
 _TEXTS = (*_REQUIRED, "study", "view", "age", "sex", "finding", "split")
 _NO_PATIENT = ("", "nan", "none", "null", "<na>")
 """What pandas and others write for a missing value; these rows are not one patient's."""
+_MAX_FINDINGS, _MAX_FINDING_LENGTH = 100, 64
 _FINDINGS = {1: "Pneumonia", 0: "No pneumonia"}
 
 
@@ -56,7 +58,7 @@ def read_own_table(folder: Folder, layout: Layout) -> Source:
     _check_files(rows, folder, url)
     studies = StudyCollector(folder, layout)
     numbers: dict[str, int] = {}
-    left_out = Counter[str]()
+    left_out, findings = Counter[str](), set[str]()
     for file, row in rows.items():
         patient, target, study, view, age, sex, finding, split = row.cells
         if (other := numbers.setdefault(study or file, row.number)) != row.number:
@@ -65,6 +67,7 @@ def read_own_table(folder: Folder, layout: Layout) -> Source:
             left_out["views that are not frontal"] += 1
             continue
         label = int(target)
+        findings.add(finding)
         header = make_header(age=age, sex=sex, view=view)
         studies.add(
             study or file,
@@ -76,11 +79,20 @@ def read_own_table(folder: Folder, layout: Layout) -> Source:
             header=header,
             published=split or None,
         )
+    if len(findings) > _MAX_FINDINGS or max(map(len, findings), default=0) > _MAX_FINDING_LENGTH:
+        raise SourceError(
+            f"{url}: column finding: got {len(findings)} different texts of up to "
+            f"{max(map(len, findings))} characters, expected categories: at most {_MAX_FINDINGS} "
+            f"of at most {_MAX_FINDING_LENGTH}; a finding stands in reports and at W&B"
+        )
     return studies.finish(left_out=left_out)
 
 
 def _is_frontal(view: str) -> bool:
-    """False where `view` names another view; a view that is not known is taken as frontal."""
+    """False where `view` names another view, in the words of DICOM or as in `L`, `lat.`, `LLAT`,
+    `left lateral`; a view that is not known is taken as frontal."""
+    if re.fullmatch(r"[LR]|.*(LAT|OBL).*", view.upper()):
+        return False
     try:
         check_header(replace(NO_ACQUISITION, view=view.upper()))
     except DicomError:

@@ -98,10 +98,29 @@ def _find_layout(
 _EXPECTED = f"expected one of the layouts: {', '.join(one.title for one in _RECOGNISED)}"
 
 
+_ENDINGS = {
+    ".csv",
+    ".json",
+    ".txt",
+    ".dcm",
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".tif",
+    ".tiff",
+    ".gz",
+    ".zip",
+}
+"""Others may be parts of a name."""
+
+
 def _describe_unknown(source_url: str, files: Mapping[str, str]) -> str:
     """The error's text: what was found, without file names, which could identify a patient, and
     what is expected."""
-    kinds = Counter(PurePosixPath(name).suffix.lower() or "without an ending" for name in files)
+    kinds = Counter(
+        ending if (ending := PurePosixPath(name).suffix.lower()) in _ENDINGS else "other"
+        for name in files
+    )
     found = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common(5))
     scores = {
         layout: sum(any(re.match(p, name) for p in layout.name_patterns) for name in files)

@@ -163,6 +163,17 @@ def test_nih_labels_can_be_named(phantoms: Path) -> None:
         read(phantoms / "nih", positive=["Edema"])
 
 
+def test_nih_boxes_of_infiltration_are_spelt_otherwise(copied: Path) -> None:
+    folder = copied / "nih"
+    table = (folder / "Data_Entry_2017.csv").read_text()
+    (folder / "Data_Entry_2017.csv").write_text(table.replace("Pneumonia", "Infiltration"))
+    boxes = folder / "BBox_List_2017.csv"
+    boxes.write_text(boxes.read_text().replace("Pneumonia", "Infiltrate"))
+    positive = [s for s in read(folder, positive=["Infiltration"]).studies if s.target]
+    assert positive
+    assert all(study.boxes for study in positive)
+
+
 def test_nih_labels_may_have_spaces_between(copied: Path) -> None:
     path = copied / "nih" / "Data_Entry_2017.csv"
     digest = read(copied / "nih").digest
@@ -330,6 +341,35 @@ def test_kermany_says_that_patients_are_a_guess(copied: Path) -> None:
     shutil.copy(image, copied / "kermany" / "train" / "NORMAL" / image.name)
     with pytest.raises(SourceError, match="in both classes"):
         read(copied / "kermany")
+
+
+def test_kermany_names_patients_in_either_release(tmp_path: Path) -> None:
+    names = {
+        "NORMAL": ["NORMAL-1049278-0001.jpeg", "NORMAL-1049278-0002.jpeg", "IM-0001-0001.jpeg"],
+        "PNEUMONIA": [
+            *("BACTERIA-1351146-0001.jpeg", "VIRUS-1351146-0002.jpeg"),
+            *("person7_bacteria_1.jpeg", "person7_virus_2.jpeg", "other.jpeg"),
+        ],
+    }
+    for label, images in names.items():
+        (tmp_path / "train" / label).mkdir(parents=True)
+        for image in images:
+            (tmp_path / "train" / label / image).touch()
+    source = read(tmp_path)
+    assert len({study.patient for study in source.studies}) == 5
+    assert "each of 1 other pictures is its own" in source.summary
+    causes = [study.finding for study in source.studies if study.target]
+    assert sorted(causes) == [
+        "Pneumonia",
+        *["Pneumonia (bacteria)"] * 2,
+        *["Pneumonia (virus)"] * 2,
+    ]
+    for label, images in names.items():
+        for i, image in enumerate(images):
+            (tmp_path / "train" / label / image).rename(
+                tmp_path / "train" / label / f"{label}{i}.png"
+            )
+    assert not read(tmp_path).has_patients
 
 
 # --- the real thing -------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ FIRST = "file,patient,target"
 def write(folder: Path, *lines: str, files: int = 4) -> Path:
     (folder / "images").mkdir(exist_ok=True)
     for i in range(files):
-        cv2.imwrite(str(folder / "images" / f"{i}.png"), np.full((8, 8), 50 * i, np.uint8))
+        cv2.imwrite(str(folder / "images" / f"{i}.png"), np.full((8, 8), 50 * i % 256, np.uint8))
     (folder / "studies.csv").write_text("\n".join(lines) + "\n")
     return folder
 
@@ -126,17 +126,43 @@ def test_values_of_a_header_may_be_spelt_otherwise(tmp_path: Path, cells: str) -
 
 
 def test_views_that_are_not_frontal_are_left_out(tmp_path: Path) -> None:
-    views = ["PA", "lateral", "LL", "portable"]
+    views = [
+        "PA",
+        "AP supine",
+        "L",
+        "lateral",
+        "LL",
+        "lat.",
+        "LLAT",
+        "Lateral left",
+        "RAO",
+        "portable",
+    ]
     rows = [f"images/{i}.png,p{i},0,{view}" for i, view in enumerate(views)]
-    source = read(write(tmp_path, f"{FIRST},view", *rows))
-    assert source.summary.endswith("2 patients; 2 views that are not frontal left out")
+    source = read(write(tmp_path, f"{FIRST},view", *rows, files=len(rows)))
+    assert source.summary.endswith("3 patients; 7 views that are not frontal left out")
 
 
 def test_a_long_table_of_texts_with_line_breaks(tmp_path: Path) -> None:
     report = '"first line\nsecond, ' + "x" * 10_000 + '"'
     rows = [f"images/0.png,p,1,{i},{i},5,5,{report}" for i in range(300)]
-    (study,) = read(write(tmp_path, f"{FIRST},x,y,width,height,finding", *rows)).studies
+    (study,) = read(write(tmp_path, f"{FIRST},x,y,width,height,report", *rows)).studies
     assert len(study.boxes) == 300
+
+
+@pytest.mark.parametrize(
+    ("findings", "message"),
+    [
+        (["seen by Dr. M. on 12 March: suspected pneumonia of the left lower lobe"], "up to 70"),
+        ([f"text {i}" for i in range(101)], "got 101 different texts"),
+    ],
+)
+def test_a_finding_is_a_category_not_a_report(
+    findings: list[str], message: str, tmp_path: Path
+) -> None:
+    rows = [f"images/{i}.png,p{i},0,{finding}" for i, finding in enumerate(findings)]
+    with pytest.raises(SourceError, match=message):
+        read(write(tmp_path, f"{FIRST},finding", *rows, files=len(rows)))
 
 
 def test_one_study_of_two_files_is_refused(tmp_path: Path) -> None:
