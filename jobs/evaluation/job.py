@@ -47,11 +47,9 @@ def evaluate_run(invocation: Invocation) -> None:
     run = evaluated_run.find_evaluated_run(arguments, config.evaluate)
     studies = read_studies(run.store_url, run.manifest)
     data = read_data_facts(run.store_url, run.manifest, studies)
-    other = (
-        None
-        if arguments.compare_with is None
-        else evaluated_run.read_other_predictions(arguments.compare_with, studies)
-    )
+    compare_with, other = arguments.compare_with, None
+    if compare_with is not None:
+        other = evaluated_run.read_other_predictions(compare_with, studies)
     with ray_session(show_logs=arguments.debug):
         wait_for_resources(config.cluster, 1)
         evaluation, members = score_and_evaluate(run, studies, config)
@@ -60,9 +58,9 @@ def evaluate_run(invocation: Invocation) -> None:
         )
         saliency = score_saliency(run, evaluation, studies, config)
         compared = None
-        if other is not None and arguments.compare_with is not None:
+        if compare_with is not None and other is not None:
             splits = compare_splits(evaluation.predictions, other, config)
-            first, second = name_runs([run.run_url, arguments.compare_with])
+            first, second = name_runs([run.run_url, compare_with])
             compared = ComparedRuns(first, second, splits)
     results = Results(data, evaluation, pictures, saliency, compared, members)
     with tempfile.TemporaryDirectory() as folder:

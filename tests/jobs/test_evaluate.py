@@ -112,7 +112,9 @@ def test_another_run_is_compared_with(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     comparison = json.loads((overwritten / "metrics.json").read_text())["comparison"]
-    assert (comparison["first"], comparison["second"]) == ("run", evaluated.name)
+    # Both folders are called `run`, and are told apart.
+    assert evaluated.name == "run"
+    assert (comparison["first"], comparison["second"]) == ("run (1)", "run (2)")
     for split in ("val", "test"):
         assert comparison[split]["n"] == len(read_predictions(overwritten).subset(split))
         assert comparison[split]["auroc"]["difference"]["value"] == pytest.approx(0, abs=1e-6)

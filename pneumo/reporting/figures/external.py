@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.figure import Figure
 
 from pneumo.reporting.figures.style import STYLE, encode_figure
@@ -17,17 +18,12 @@ def draw_matrix(matrix: Mapping[str, Mapping[str, Any]]) -> bytes:
         size = (1.8 + 1.5 * len(columns), 1.3 + 0.7 * len(matrix))
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
-        values = [
-            [(row.get(name) or {}).get("value") for name in columns] for row in matrix.values()
-        ]
-        shown = [[0.5 if value is None else value for value in row] for row in values]
-        axes.imshow(shown, cmap="Blues", vmin=0.5, vmax=1.0, aspect="auto")
-        for y, row in enumerate(matrix.values()):
-            for x, name in enumerate(columns):
-                found = row.get(name)
-                is_dark = (values[y][x] or 0) > 0.8
-                text = _label_cell(found)
-                axes.text(x, y, text, ha="center", va="center", color="w" if is_dark else "k")
+        cells = [[row.get(name) for name in columns] for row in matrix.values()]
+        values = np.array([[cell and cell["value"] for cell in row] for row in cells], np.float64)
+        axes.imshow(np.nan_to_num(values, nan=0.5), cmap="Blues", vmin=0.5, vmax=1.0, aspect="auto")
+        for (y, x), value in np.ndenumerate(values):
+            text, color = _label_cell(cells[y][x]), "w" if value > 0.8 else "k"
+            axes.text(x, y, text, ha="center", va="center", color=color)
         axes.set_xticks(range(len(columns)), columns)
         axes.set_yticks(range(len(matrix)), list(matrix))
         axes.set_title("AUROC: run (row) on set (column)")
