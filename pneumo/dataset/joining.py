@@ -12,7 +12,7 @@ from pneumo.config import Config
 from pneumo.config_layers import override
 from pneumo.dataset.manifest import Manifest, read_manifest
 from pneumo.dataset.near_duplicates import find_near_duplicates
-from pneumo.dataset.overlap import check_secret, have_one_secret, read_secret_check
+from pneumo.dataset.overlap import KnownStudies, check_secret, have_one_secret, read_secret_check
 from pneumo.dataset.preparation import find_store, finish_store
 from pneumo.dataset.shard_plans import count_shards
 from pneumo.dataset.shard_tasks import ShardRecord, write_studies_shard
@@ -25,6 +25,7 @@ from pneumo.images.gray_levels import Gray
 
 LAYOUT = "joined"
 _STRICTEST_FIRST = ("test", "val", "train")
+_LOOSER: Mapping[str, Sequence[str]] = {"test": ("val", "train"), "val": ("train",), "train": ()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +118,7 @@ def _choose(stores: Sequence[_Store]) -> tuple[KeptRows, Counter[str]]:
     kept: KeptRows = {store: {} for store in stores}
     left_out: Counter[str] = Counter()
     patients, hashes, digests = set[str](), list[str](), set[str]()
+    by_picture = set[str]()  # patients of a looser split with a picture of a stricter one
     for split in _STRICTEST_FIRST:
         own_patients = set[str]()
         for store in stores:
@@ -128,6 +130,10 @@ def _choose(stores: Sequence[_Store]) -> tuple[KeptRows, Counter[str]]:
                     left_out[f"studies of {split} whose patient is in a stricter split"] += 1
                 elif is_duplicate or row.pixels_digest in digests:
                     left_out[f"pictures of {split} that are there already"] += 1
+                elif row.patient in by_picture:
+                    left_out[
+                        f"studies of {split} whose patient has a picture in a stricter one"
+                    ] += 1
                 else:
                     new.append(replace(row, source=store.name))
             kept[store] |= {row.key: row for row in new}
@@ -135,6 +141,10 @@ def _choose(stores: Sequence[_Store]) -> tuple[KeptRows, Counter[str]]:
             hashes += [row.picture_hash for row in new]
             digests |= {row.pixels_digest for row in new}
         patients |= own_patients
+        known = KnownStudies(frozenset(), frozenset(digests), tuple(hashes))
+        looser = [row for s in stores for row in s.rows.values() if row.split in _LOOSER[split]]
+        matches = zip(looser, known.match_pictures(looser), strict=True)
+        by_picture |= {row.patient for row, is_known in matches if is_known}
     return kept, left_out
 
 
