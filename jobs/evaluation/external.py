@@ -311,11 +311,12 @@ def _write_results(
 
 
 def _print_result(name: str, one: ExternalSet) -> None:
-    found = one.evaluation
+    found, left = one.evaluation, one.overlap
     print(
         f"{name}: {found.external.n} studies of {found.external.patients} patients, "
-        f"{found.external.positives} positive; left out {one.overlap.of_patients} studies of "
-        f"{one.overlap.patients} patients that the model knows, {one.overlap.of_pictures} pictures"
+        f"{found.external.positives} positive; left out {left.of_patients} studies of "
+        f"{left.patients} patients that the model knows, {left.of_pictures} pictures, "
+        f"{left.of_their_patients} other studies of their patients"
     )
     rows = {"auroc": found.auroc, "sensitivity": found.sensitivity[DECISION]}
     rows |= {"specificity": found.specificity[DECISION], "brier": found.brier}

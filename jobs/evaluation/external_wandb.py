@@ -73,6 +73,7 @@ def _summarise(found: Mapping[str, Any]) -> Iterator[tuple[str, Scalar]]:
         "positives": found["external"]["positives"],
         "left_out_of_patients": found["left_out"]["of_patients"],
         "left_out_of_pictures": found["left_out"]["of_pictures"],
+        "left_out_of_their_patients": found["left_out"].get("of_their_patients"),
         "told_apart": found["shift"]["told_apart"]["value"],
     }.items()
 

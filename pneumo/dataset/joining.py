@@ -29,6 +29,7 @@ from pneumo.images.gray_levels import Gray
 
 LAYOUT = "joined"
 _STRICTEST_FIRST = ("test", "val", "train")
+_LOOSER: Mapping[str, Sequence[str]] = {"test": ("val", "train"), "val": ("train",), "train": ()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +122,7 @@ def _choose(stores: Sequence[_Store]) -> tuple[KeptRows, Counter[str]]:
     kept: KeptRows = {store: {} for store in stores}
     left_out: Counter[str] = Counter()
     patients, hashes, digests = set[str](), list[str](), set[str]()
+    by_picture = set[str]()  # patients of a looser split with a picture of a stricter one
     for split in _STRICTEST_FIRST:
         own_patients = set[str]()
         for store in stores:
@@ -132,6 +134,10 @@ def _choose(stores: Sequence[_Store]) -> tuple[KeptRows, Counter[str]]:
                     left_out[f"studies of {split} whose patient is in a stricter split"] += 1
                 elif is_duplicate:
                     left_out[f"pictures of {split} that are there already"] += 1
+                elif row.patient in by_picture:
+                    left_out[
+                        f"studies of {split} whose patient has a picture in a stricter one"
+                    ] += 1
                 else:
                     new.append(replace(row, source=store.name))
             kept[store] |= {row.key: row for row in new}
@@ -139,7 +145,26 @@ def _choose(stores: Sequence[_Store]) -> tuple[KeptRows, Counter[str]]:
             hashes += [row.picture_hash for row in new]
             digests |= {row.pixels_digest for row in new}
         patients |= own_patients
+        known = KnownStudies(frozenset(), frozenset(digests), tuple(hashes))
+        looser = [row for s in stores for row in s.rows.values() if row.split in _LOOSER[split]]
+        matches = zip(looser, known.match_pictures(looser), strict=True)
+        by_picture |= {row.patient for row, is_known in matches if is_known}
+    _check_keys(kept)
     return kept, left_out
+
+
+def _check_keys(kept: KeptRows) -> None:
+    """Raise StoreError where two stores give one key to different pictures."""
+    owners: dict[str, _Store] = {}
+    for store, rows in kept.items():
+        if twice := owners.keys() & rows:
+            others = sorted({owners[key].name for key in twice})
+            raise StoreError(
+                f"--store: {len(twice)} studies of {store.name} have keys of other studies of "
+                f"{', '.join(others)}, as own tables with the same file names under one secret do; "
+                "give the studies of one a column `study`, and the patients other names"
+            )
+        owners |= dict.fromkeys(rows, store)
 
 
 def _balance(kept: KeptRows, left_out: Counter[str], seed: int) -> None:

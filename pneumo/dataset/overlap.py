@@ -59,6 +59,8 @@ class Overlap:
     """Studies of these patients."""
     of_pictures: int
     """Other studies whose image the model was trained or chosen on."""
+    of_their_patients: int
+    """Other studies of the patients of these images, whose key is another in each data set."""
 
 
 def find_overlap(trained_on: Mapping[str, StudyRow], external: Mapping[str, StudyRow]) -> Overlap:
@@ -68,11 +70,14 @@ def find_overlap(trained_on: Mapping[str, StudyRow], external: Mapping[str, Stud
     of_patients = {row.key for row in rows if row.patient in known.patients}
     matches = zip(rows, known.match_pictures(rows), strict=True)
     of_pictures = {row.key for row, is_known in matches if is_known}
+    seen = {external[key].patient for key in of_pictures}
+    of_seen = {row.key for row in rows if row.patient in seen}
     return Overlap(
-        keys=frozenset(of_patients | of_pictures),
+        keys=frozenset(of_patients | of_pictures | of_seen),
         patients=len({external[key].patient for key in of_patients}),
         of_patients=len(of_patients),
         of_pictures=len(of_pictures - of_patients),
+        of_their_patients=len(of_seen - of_pictures - of_patients),
     )
 
 

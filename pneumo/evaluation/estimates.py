@@ -126,9 +126,9 @@ def find_interval(
     value: float, drawn: Floats, left_out: Floats, num_patients: int, reason: str
 ) -> Estimate:
     """The 95 % interval of `value`, from its resamples `drawn` (R,) and its jackknife `left_out`
-    (J,). `num_patients` is the sample size; `reason` is said where `value` is NaN."""
+    (J,). `num_patients` is the sample size; `reason` is said where `value` is NaN or infinite."""
     method = "patient bootstrap"
-    if math.isnan(value):
+    if not math.isfinite(value):
         return Estimate.undefined(reason, method)
     defined = drawn[~np.isnan(drawn)]
     num_undefined = len(drawn) - len(defined)
@@ -148,7 +148,7 @@ def find_interval(
     # Of a skewed statistic the value itself can lie just outside the percentiles.
     low, high = min(low, value), max(high, value)
     if math.isinf(low) or math.isinf(high):
-        why = "without a bound: in some resamples the classes are separated"
+        why = "without a bound: infinite in some resamples"
         ends = [None if math.isinf(end) else end for end in (low, high)]
         return Estimate(value, ends[0], ends[1], method, why)
     return Estimate(value, low, high, method)

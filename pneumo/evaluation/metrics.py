@@ -143,6 +143,12 @@ def confusion(target: npt.ArrayLike, probability: npt.ArrayLike, threshold: floa
     return Confusion(*(int(cell.sum()) for cell in cells))
 
 
+def _likelihood_ratio(of_positives: Floats, of_negatives: Floats) -> Floats:
+    """Infinite where no negative is called so, but a positive is: such a resample has no bound."""
+    is_infinite = (of_negatives == 0) & (of_positives > 0)
+    return np.where(is_infinite, np.inf, divide(of_positives, of_negatives))
+
+
 RATES: Mapping[str, Callable[[Floats, Floats, Floats, Floats], Floats]] = {
     "accuracy": lambda tp, fp, fn, tn: divide(tp + tn, tp + fp + fn + tn),
     "precision": lambda tp, fp, fn, tn: divide(tp, tp + fp),
@@ -154,8 +160,12 @@ RATES: Mapping[str, Callable[[Floats, Floats, Floats, Floats], Floats]] = {
         tp * tn - fp * fn, np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
     ),
     "balanced_accuracy": lambda tp, fp, fn, tn: (divide(tp, tp + fn) + divide(tn, tn + fp)) / 2,
-    "lr_positive": lambda tp, fp, fn, tn: divide(divide(tp, tp + fn), divide(fp, tn + fp)),
-    "lr_negative": lambda tp, fp, fn, tn: divide(divide(fn, tp + fn), divide(tn, tn + fp)),
+    "lr_positive": lambda tp, fp, fn, tn: _likelihood_ratio(
+        divide(tp, tp + fn), divide(fp, tn + fp)
+    ),
+    "lr_negative": lambda tp, fp, fn, tn: _likelihood_ratio(
+        divide(fn, tp + fn), divide(tn, tn + fp)
+    ),
 }
 """Every metric of the four counts tp, fp, fn, tn (each (R,)); NaN where a denominator is 0.
 Recall is sensitivity, precision is PPV; mcc is Matthews' correlation (1975); the likelihood ratios

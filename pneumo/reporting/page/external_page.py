@@ -100,7 +100,8 @@ def _describe(name: str, one: ExternalSet, frozen: FrozenChoices) -> dict[str, A
         f"has {fine_percent(found.internal.positives / found.internal.n)}",
         "left": f"Left out: {count(left.of_patients, 'study', 'studies')} of "
         f"{count(left.patients, 'patient')} that the model was trained or chosen on, and "
-        f"{count(left.of_pictures, 'picture')} that it has seen.",
+        f"{count(left.of_pictures, 'picture')} that it has seen, with "
+        f"{count(left.of_their_patients, 'other study', 'other studies')} of their patients.",
         "warning": one.warning,
         "rows": rows,
         "notes": [

@@ -109,10 +109,42 @@ def test_who_is_in_a_stricter_split_of_any_store_is_in_no_other(
         },
     )
     manifest, rows = join(urls, tmp_path)
-    lost = {trained[0].key, trained[9].key, valued[0].key, trained[5].key}
+    lost = {trained[0].key, trained[9].key, valued[0].key}
+    lost |= {row.key for row in trained if row.patient == trained[5].patient}
     assert rows.keys() == (first.keys() | second.keys()) - lost
-    assert sum(manifest.left_out.values()) == 4
+    assert sum(manifest.left_out.values()) == len(lost)
     assert manifest.audit.shared_patients == 0
+
+
+@pytest.mark.parametrize(
+    ("stricter", "looser"), [("test", "val"), ("test", "train"), ("val", "train")]
+)
+def test_who_is_in_a_stricter_split_by_a_picture_alone_is_in_no_other(
+    tiny_store: Any, tmp_path: Path, stricter: str, looser: str
+) -> None:
+    urls = make_two(tiny_store, tmp_path)
+    first, second = (read(url) for url in urls)
+    keys = [row.key for row in of_split(second, looser)[:3]]
+    known = of_split(first, stricter)[0].pixels_digest
+    change(urls[1], {key: {"patient": "b one"} for key in keys})
+    change(urls[1], {keys[1]: {"pixels_digest": known}})
+    manifest, rows = join(urls, tmp_path)
+    assert rows.keys() == (first.keys() | second.keys()) - set(keys)
+    assert manifest.left_out == {
+        f"pictures of {looser} that are there already": 1,
+        f"studies of {looser} whose patient has a picture in a stricter one": 2,
+    }
+
+
+def test_who_shares_a_picture_within_a_split_stays(tiny_store: Any, tmp_path: Path) -> None:
+    urls = make_two(tiny_store, tmp_path)
+    first, second = (of_split(read(url), "train") for url in urls)
+    change(urls[1], {row.key: {"patient": "b one"} for row in second[:3]})
+    change(urls[1], {second[0].key: {"pixels_digest": first[0].pixels_digest}})
+    manifest, rows = join(urls, tmp_path)
+    assert second[0].key not in rows
+    assert {row.key for row in second[1:]} <= rows.keys()
+    assert sum(manifest.left_out.values()) == 1
 
 
 def test_balanced(tiny_store: Any, tmp_path: Path) -> None:
@@ -123,6 +155,16 @@ def test_balanced(tiny_store: Any, tmp_path: Path) -> None:
     numbers = [sum(row.source == name for row in of_split(rows, "train")) for name in "ab"]
     assert numbers[0] == numbers[1] == len(train) - 20
     assert manifest.left_out["studies of train, to balance the stores"] == 20
+
+
+def test_two_tables_of_the_same_file_names_are_refused(tiny_store: Any, tmp_path: Path) -> None:
+    """Under one secret `images/0001.png` has one key in both, whatever it shows."""
+    urls = make_two(tiny_store, tmp_path)
+    first, second = (sorted(read(url)) for url in urls)
+    change(urls[1], {second[0]: {"key": first[0]}})
+    with pytest.raises(StoreError, match="1 studies of b have keys of other studies of a"):
+        join(urls, tmp_path)
+    assert not (tmp_path / "joined").exists()
 
 
 def test_what_cannot_be_joined(tiny_store: Any, tmp_path: Path) -> None:

@@ -56,6 +56,28 @@ def test_pictures_that_were_saved_otherwise_are_found(tiny_store: Any) -> None:
     assert find_overlap(own, others).of_pictures == seen
 
 
+@pytest.mark.parametrize("column", ["pixels_digest", "picture_hash"])
+def test_who_is_known_by_a_picture_alone_is_left_out_with_all_others(
+    tiny_store: Any, column: str
+) -> None:
+    """A patient has another key in each data set whose tables number patients anew."""
+    rng = np.random.default_rng(0)
+    own = {
+        k: replace(row, picture_hash=rng.bytes(32).hex()) for k, row in read(tiny_store()).items()
+    }
+    known = next(row for row in own.values() if row.split == "train")
+    x, y, z = (
+        replace(
+            known, key=key, patient=patient, pixels_digest=key, picture_hash=rng.bytes(32).hex()
+        )
+        for key, patient in (("x", "Q"), ("y", "Q"), ("z", "R"))
+    )
+    x = replace(x, **{column: getattr(known, column)})
+    found = find_overlap(own, {row.key: row for row in (x, y, z)})
+    assert found.keys == {"x", "y"}
+    assert (found.of_patients, found.of_pictures, found.of_their_patients) == (0, 1, 1)
+
+
 def test_what_another_store_trains_on_is_left_out_of_a_source(kaggle_folder: Any) -> None:
     source = read_source(str(kaggle_folder(num_studies=30)), {"PNEUMO_HASH_KEY": "secret"})
     patients = frozenset(study.patient for study in source.studies[:5])
