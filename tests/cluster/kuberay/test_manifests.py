@@ -207,7 +207,7 @@ def test_policy_and_budget_select_the_pods(
     selected = budget["selector"]["matchLabels"]
     assert [role for role, own in labels.items() if selected.items() <= own.items()] == ["head"]
     # A percentage or maxUnavailable would ask the pods' owner for its size: a RayCluster has none.
-    assert set(budget) == {"minAvailable", "selector"}
+    assert set(budget) == {"minAvailable", "selector", "unhealthyPodEvictionPolicy"}
     assert isinstance(budget["minAvailable"], int)
     assert budget["minAvailable"] >= 1000
     assert not [document for document in documents if "namespace" in document["metadata"]]
