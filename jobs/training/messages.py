@@ -1,6 +1,6 @@
 """Messages from workers to the driver, and its commands to them, by an actor on the driver's node.
 
-A worker listens by one pending actor call, which costs training steps nothing.
+A worker listens by a pending actor call for each command, which cost training steps nothing.
 """
 
 import asyncio
@@ -8,8 +8,10 @@ import os
 import pickle
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import ray
@@ -38,8 +40,7 @@ class _ChannelActor:
         self.messages: list[bytes] = []
         self.arrived = asyncio.Event()
         self.listening: dict[int, Worker] = {}
-        self.command: Command = "stop"
-        self.commanded = asyncio.Event()
+        self.commanded = _new_events()
 
     async def put(self, message: bytes) -> None:
         self.messages.append(message)
@@ -52,21 +53,23 @@ class _ChannelActor:
         taken, self.messages = self.messages, []
         return taken
 
-    async def listen(self, worker: Worker) -> Command:
+    async def listen(self, worker: Worker, command: Command) -> None:
         self.listening[worker.rank] = worker
-        await self.commanded.wait()
-        return self.command
+        await self.commanded[command].wait()
 
     async def broadcast(self, command: Command) -> None:
-        self.command = command
-        self.commanded.set()
+        self.commanded[command].set()
 
     async def reset(self) -> None:
-        self.listening, self.command = {}, "stop"
-        self.commanded = asyncio.Event()  # only workers of an ended group wait for the old event
+        self.listening = {}
+        self.commanded = _new_events()  # only workers of an ended group wait for the old ones
 
     async def list_workers(self) -> list[Worker]:
         return list(self.listening.values())
+
+
+def _new_events() -> dict[Command, asyncio.Event]:
+    return {"stop": asyncio.Event(), "abandon": asyncio.Event()}
 
 
 class WorkerChannel:
@@ -110,27 +113,29 @@ class WorkerChannel:
 
     def listen(self, rank: int) -> threading.Event:
         """In a worker: an event that is set on the command "stop". The process exits on "abandon",
-        and when the channel is lost, as no command could reach it any more."""
+        also after "stop", and when the channel is lost, as no command could reach it any more."""
         context = ray.get_runtime_context()
         worker = Worker(rank, context.get_node_id(), ray.util.get_node_ip_address())
         stopped = threading.Event()
 
-        def wait() -> None:
-            if self._await_command(worker) == "abandon":
-                os._exit(1)
-            stopped.set()
+        def wait(command: Command, obey: Callable[[], None]) -> None:
+            self._await_command(worker, command)
+            obey()
 
-        threading.Thread(target=wait, name="commands", daemon=True).start()
+        commands: dict[Command, Callable[[], None]]
+        commands = {"stop": stopped.set, "abandon": partial(os._exit, 1)}
+        for each in commands.items():
+            threading.Thread(target=wait, args=each, name="commands", daemon=True).start()
         return stopped
 
-    def _await_command(self, worker: Worker) -> Command:
+    def _await_command(self, worker: Worker, command: Command) -> None:
         while True:
             try:
-                command: Command = ray.get(self.actor.listen.remote(worker))
+                ray.get(self.actor.listen.remote(worker, command))
             except ray.exceptions.ActorUnavailableError:  # the network was interrupted
                 time.sleep(_RETRY_INTERVAL_S)
             # The driver has ended, or counts this process as lost: another attempt may run.
             except ray.exceptions.RayError:
-                return "abandon"
+                os._exit(1)
             else:
-                return command
+                return

@@ -82,6 +82,17 @@ def test_a_process_that_is_abandoned_ends(channel: WorkerChannel) -> None:
     wait_until(lambda: ends(worker), "the abandoned process to end")
 
 
+def test_a_process_that_was_told_to_stop_can_still_be_abandoned(channel: WorkerChannel) -> None:
+    """As where a drained node vanishes before the checkpoint is written."""
+    worker = start_worker(channel, 0)
+    for _ in range(2):  # it is repeated at each check of the nodes
+        channel.broadcast("stop")
+    wait_until(partial(has_heard, worker), "the command to arrive")
+    assert not ends(worker)
+    channel.broadcast("abandon")
+    wait_until(lambda: ends(worker), "the abandoned process to end")
+
+
 def test_a_process_whose_channel_is_lost_ends(ray_here: None) -> None:
     channel = WorkerChannel()
     worker = start_worker(channel, 0)
