@@ -108,8 +108,10 @@ class SenderProcess:
 
     def _read(self, is_late: bool) -> Outcome:
         self._output.seek(0)
-        messages = [json.loads(line) for line in self._output.read().splitlines()]
-        urls = {message["job_type"]: message["url"] for message in messages if "url" in message}
+        messages = read_messages(self._output.read())
+        urls = {
+            each["job_type"]: each["url"] for each in messages if {"job_type", "url"} <= {*each}
+        }
         if self._process.returncode == 0:
             return Outcome(urls, None)
         if is_late:
@@ -117,6 +119,15 @@ class SenderProcess:
         last = messages[-1].get("failed") if messages else None
         log = (self._folder / "log").read_text(errors="replace").strip().splitlines()
         return Outcome(urls, last or (log or ["the sender ended"])[-1])
+
+
+def read_messages(output: bytes) -> list[dict[str, Any]]:
+    """The sender's messages; other lines, such as warnings that wandb prints, are left out."""
+    messages = []
+    for line in output.splitlines():
+        with contextlib.suppress(ValueError):
+            messages.append(json.loads(line))
+    return [message for message in messages if isinstance(message, dict)]
 
 
 @contextmanager
@@ -145,7 +156,11 @@ def sending_to_wandb(
         raise
     finally:
         if sender is not None:
-            report(sender.close(idle_timeout_s, limit_s), run_url, kind, tell)
+            try:
+                outcome = sender.close(idle_timeout_s, limit_s)
+            except Exception as error:  # such as a full disk
+                outcome = Outcome({}, f"{type(error).__name__}: {error}")
+            report(outcome, run_url, kind, tell)
         elif mode != "disabled":
             tell(f"W&B: nothing sent{why}; to send it: {command(run_url)}")
 

@@ -2,9 +2,11 @@
 command sends the rest."""
 
 import contextlib
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +15,7 @@ import psutil
 import pytest
 
 from jobs import track
-from jobs.tracking.sending import command, sending_to_wandb
+from jobs.tracking.sending import command, read_messages, sending_to_wandb
 from pneumo.config import TrackingConfig
 from tests.conftest import StoreMaker
 from tests.pneumo.reporting.tracking.run_folders import write_training
@@ -80,6 +82,34 @@ def test_a_running_job_is_followed_and_its_end_is_told(
     assert capfd.readouterr() == ("", "")
     assert list(clean_environment.iterdir()) == []
     send_again(run, backend, times=2)
+
+
+def test_lines_that_are_no_messages_do_not_matter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "print('wandb: WARNING it is late\\n1\\n[]\\n' + '{\"url\": \"no job type\"}')"
+    (tmp_path / "sitecustomize.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    told: list[str] = []
+    with sending_to_wandb(str(tmp_path / "run"), ONLINE, "train", told.append):
+        pass
+    assert told == []
+    assert read_messages(b"\xff\nNaN\n{\n" + b'{"step": "x"}\n') == [{"step": "x"}]
+
+
+def test_a_sender_of_which_nothing_can_be_read_fails_no_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    told: list[str] = []
+    with sending_to_wandb(str(tmp_path / "run"), ONLINE, "train", told.append, interval_s=60):
+        for folder in tmp_path.glob("pneumo-tracking-*"):
+            for process in psutil.Process().children():
+                process.kill()
+            shutil.rmtree(folder)
+    (line,) = told
+    assert line.startswith("W&B: not all sent (FileNotFoundError: ")
 
 
 @pytest.mark.slow
