@@ -56,7 +56,7 @@ _RULES = (
     _Rule("tune", "run", False, "best.toml", FinishedError, _SEARCHED),
     _Rule("evaluate", "run", False, "metrics.json", FinishedError, _EVALUATED),
     _Rule("external", "run", False, "external/metrics.json", FinishedError, _EXTERNALLY),
-    _Rule("predict", "output", False, "predictions.csv", FinishedError, _PREDICTED),
+    _Rule("predict", "output", False, "summary.json", FinishedError, _PREDICTED),
     _Rule("export", "output", False, "SHA256SUMS", FinishedError, _EXPORTED),
 )
 _OUTPUTS = {

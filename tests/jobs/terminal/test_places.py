@@ -128,7 +128,7 @@ def test_a_place_that_does_not_serve_is_named(
         (
             "predict",
             "--source @files --run @run --output @out",
-            "predictions.csv",
+            "summary.json",
             "out: holds predictions already; give another --output, or --overwrite",
         ),
     ],
@@ -136,8 +136,9 @@ def test_a_place_that_does_not_serve_is_named(
 def test_a_place_that_is_taken_is_named(
     folder: Path, job: str, flags: str, marker: str, message: str
 ) -> None:
-    check(folder, job, flags)
     (folder / "out").mkdir()
+    (folder / "out" / "predictions.csv").write_text("")  # of a prediction killed before its end
+    check(folder, job, flags)
     (folder / "out" / marker).write_text("")
     with pytest.raises(RunError, match=message):
         check(folder, job, flags)
