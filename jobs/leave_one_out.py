@@ -3,21 +3,24 @@
     python -m jobs.leave_one_out --stores A,B,C --run URL [--balanced] [settings of train, evaluate]
 
 Writes a run for each, `URL/without-<store>`, and prints the AUROCs on its own test split and on the
-store left out. Finished runs are not repeated; they are of the stores that `URL/stores.json` names.
+store left out. Finished runs are not repeated; they are of the stores that `URL/stores.json` names,
+and must have the same settings of training.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import partial
 
 from jobs.terminal.entry_point import check_invocation, run_main, tell
 from pneumo import storage
 from pneumo.command_line import Parser, parse_command_line
-from pneumo.errors import ConfigError, FinishedError
+from pneumo.config import Config, changed_sections
+from pneumo.config_layers import drop_removed
+from pneumo.errors import ConfigError, FinishedError, RunError
 
+_METRICS = "metrics.json"
 _EVALUATE_FLAGS = ("--recipe", "--evaluate.", "--tracking.", "--cluster.", "--seed")
 
 
@@ -37,7 +40,7 @@ def leave_one_out(argv: Sequence[str]) -> None:
     parser.add_argument("--run", required=True, metavar="URL", help="where the runs go")
     options, settings = parser.parse_known_args(argv)
     train_flags, evaluate_flags = split_flags(settings)
-    parse_command_line("train", ["--store", options.stores, *train_flags])
+    config = parse_command_line("train", ["--store", options.stores, *train_flags]).config
     parse_command_line("evaluate", ["--store", "-", "--run", options.run, *evaluate_flags])
     stores = [storage.normalise(url) for url in options.stores.split(",")]
     if len(stores) < 2:
@@ -51,6 +54,8 @@ def leave_one_out(argv: Sequence[str]) -> None:
 
         check_stores(stores, tell)
     _check_same_stores(storage.join(storage.normalise(options.run), "stores.json"), sorted(names))
+    for run_url in run_urls:
+        _check_same_settings(run_url, config)
     lines = []
     for left_out, name, run_url in zip(stores, names, run_urls, strict=True):
         others = [url for url in stores if url != left_out]
@@ -73,6 +78,25 @@ def _check_same_stores(url: str, names: list[str]) -> None:
     storage.write_text(url, json.dumps(names))
 
 
+def _check_same_settings(run_url: str, config: Config) -> None:
+    """Raise RunError where a run is trained, or being trained, with other settings."""
+    text = storage.find_text(storage.join(run_url, "config.json"))
+    if text is None:
+        return
+    from pneumo.training.checkpoints import find_index, find_weights  # slow to import
+
+    try:
+        before = Config.model_validate(drop_removed(json.loads(text)))
+    except ValueError as error:
+        raise RunError(f"{run_url}/config.json: not of this version of pneumo") from error
+    changed = changed_sections(before, find_weights(config))
+    if changed and (storage.exists(storage.join(run_url, _METRICS)) or find_index(run_url)):
+        raise RunError(
+            f"{run_url}: was started with other settings in {', '.join(changed)}; repeat them, or "
+            "give another --run"
+        )
+
+
 def _show(auroc: float | None) -> str:
     return "-" if auroc is None else f"{auroc:.3f}"
 
@@ -90,17 +114,19 @@ def _evaluate_without(
 ) -> dict[str, dict[str, float | None]]:
     """The AUROCs, by data set, of a run trained on `others`."""
     # Imported after the command line is parsed, as these take seconds.
-    from jobs.evaluation.evaluated_run import METRICS
     from jobs.evaluation.job import evaluate_run
     from jobs.training.job import train
 
     store = others[0] if len(others) == 1 else storage.join(run_url, "store")
     evaluate_flags = ["--store", store, "--run", run_url, *evaluate_flags]
-    if not storage.exists(storage.join(run_url, METRICS)):
-        tell(f"leave-one-out: {run_url}")
-        with suppress(FinishedError):
-            places = ["--store", ",".join(others), "--run", run_url]
+    is_evaluated = storage.exists(storage.join(run_url, _METRICS))
+    tell(f"leave-one-out: {run_url}{': reused' if is_evaluated else ''}")
+    if not is_evaluated:
+        places = ["--store", ",".join(others), "--run", run_url]
+        try:
             train(check_invocation("train", [*places, *train_flags]))
+        except FinishedError:
+            tell(f"leave-one-out: {run_url}: its training is reused")
         evaluate_run(check_invocation("evaluate", evaluate_flags))
     if not storage.exists(_results(run_url)):
         evaluate_run(check_invocation("evaluate", [*evaluate_flags, "--external", left_out]))

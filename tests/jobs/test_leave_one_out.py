@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from jobs import leave_one_out, prepare
+from pneumo.config import Config
+from pneumo.config_layers import override
 from pneumo.dataset.manifest import read_manifest
 from pneumo.dataset.phantoms.layouts import PHANTOM_LAYOUTS
 from pneumo.dataset.phantoms.source_folder import write_phantoms
@@ -113,6 +115,28 @@ def test_finished_runs_are_not_shown_as_those_of_other_stores(
     capsys.readouterr()
     assert leave_one_out.main(["--stores", "a,b,c", "--run", str(tmp_path)]) == 2
     assert "of the stores a, b; give another --run for a, b, c" in capsys.readouterr().err
+
+
+def test_finished_runs_are_not_shown_as_those_of_other_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in "ab":
+        run = tmp_path / f"without-{name}"
+        (run / "external").mkdir(parents=True)
+        (run / "metrics.json").write_text("{}")
+        (run / "config.json").write_text(override(Config(), {"train.epochs": 7}).to_json())
+        matrix = {"own test": {"value": 0.5}, name: {"value": 0.5}}
+        (run / "external" / "metrics.json").write_text(json.dumps({"matrix": matrix}))
+    flags = ["--stores", "a,b", "--run", str(tmp_path), "--evaluate.pictures", "3"]
+    assert leave_one_out.main([*flags, "--train.epochs", "7"]) == 0
+    told = capsys.readouterr().err
+    assert f"leave-one-out: {tmp_path}/without-a: reused" in told
+    assert f"leave-one-out: {tmp_path}/without-b: reused" in told
+    assert leave_one_out.main([*flags, "--train.epochs", "99", "--seed", "5"]) == 2
+    found = capsys.readouterr()
+    assert "without-a: was started with other settings in" in found.err
+    assert "train" in found.err
+    assert "own test" not in found.out
 
 
 def test_stores_of_one_name_would_share_a_run(capsys: pytest.CaptureFixture[str]) -> None:
