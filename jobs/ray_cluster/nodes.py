@@ -42,11 +42,16 @@ class Node:
 def count_workers(wanted: Mapping[str, float]) -> int:
     """How many workers that need `wanted` each the living nodes have room for once all their
     resources are free. A worker runs on one node: parts of several are no room for it."""
-    return sum(
+    return sum(workers_by_node(wanted))
+
+
+def workers_by_node(wanted: Mapping[str, float]) -> list[int]:
+    """For each living node the part of `count_workers`."""
+    return [
         min(int(node["Resources"].get(name, 0.0) // each) for name, each in wanted.items())
         for node in ray.nodes()
         if node["Alive"]
-    )
+    ]
 
 
 def list_nodes() -> list[Node]:

@@ -44,6 +44,10 @@ class TrialContext(Protocol):
         """The splits of this image size that are in the node's shared memory, by name."""
         ...
 
+    def trainings_beside(self, local_size: int) -> int:
+        """How many trials may run on a node at a time that runs `local_size` workers of one."""
+        ...
+
 
 @dataclass(frozen=True)
 class Training:
@@ -117,9 +121,11 @@ def _train_worker(training: Training) -> str | None:
     if channel is not None:
         callbacks = replace(callbacks, should_stop=channel.listen(world.rank).is_set)
     shared_splits: Mapping[str, InMemorySplit] = {}
+    trainings_here = 1
     if trial is not None:
         callbacks = trial.extend(callbacks, training.run_url, world)
         shared_splits = trial.fetch_splits(config.data.image_size)
+        trainings_here = trial.trainings_beside(world.local_size)
     try:
         fit(
             config,
@@ -129,6 +135,7 @@ def _train_worker(training: Training) -> str | None:
             device=ray.train.torch.get_device(),
             callbacks=callbacks,
             shared_splits=shared_splits,
+            trainings_here=trainings_here,
         )
     except PreemptedError:
         return STOPPED

@@ -5,6 +5,7 @@ So every decision of Tune is based on recorded values, and an interrupted trial 
 from the record.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -45,10 +46,16 @@ class SharedTrialData:
     """Reference to the patient of each study of val, by key."""
     splits: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     """References to the splits in memory, by image size and name."""
+    workers_per_node: int = 1
+    """How many workers of trials a node may run at a time, at most: they share its memory."""
 
     def extend(self, callbacks: Callbacks, trial_url: str, world: World) -> Callbacks:
         """`callbacks` of a training that also compute each epoch's objective and report it."""
         return TrialJudge(self, trial_url, world).callbacks(callbacks, ray.train.report)
+
+    def trainings_beside(self, local_size: int) -> int:
+        """How many trials may run on a node at a time that runs `local_size` workers of one."""
+        return max(1, math.ceil(self.workers_per_node / local_size))
 
     def fetch_splits(self, image_size: int | None) -> dict[str, InMemorySplit]:
         """The splits of this image size (None: the store's) that are in shared memory; empty where

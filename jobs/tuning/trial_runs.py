@@ -13,9 +13,9 @@ import ray.tune
 import torch
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from jobs.ray_cluster.nodes import count_workers
+from jobs.ray_cluster.nodes import count_workers, workers_by_node
 from jobs.ray_cluster.session import uses_gpu, worker_resources
-from jobs.terminal.entry_point import find_cause
+from jobs.terminal.entry_point import find_cause, tell
 from jobs.training.trainer import Training, build_trainer
 from jobs.tuning.trial_judge import SharedTrialData, TrialJudge
 from jobs.tuning.trial_records import drop_checkpoints, trial_config, trial_url
@@ -52,8 +52,20 @@ def load_shared_data(config: Config, manifest: Manifest, store_url: str) -> Shar
     splits: dict[int, Mapping[str, Any]] = {}
     for size in choose_shared_sizes(config, manifest, memory_bytes):
         splits[size] = _load_splits(config, manifest, store_url, size)
-    prevalence = val.positives / val.samples
-    return SharedTrialData(config.tune, prevalence, manifest.image_size, ray.put(patients), splits)
+    if not splits or not all(splits.values()):
+        tell(
+            "tune: trials share no copy of the store, as its images are of many sizes, streamed, "
+            "or more than half of Ray's object store; each trial reads it"
+        )
+    workers = max_concurrent_trials(config) * config.tune.workers_per_trial
+    return SharedTrialData(
+        config.tune,
+        val.positives / val.samples,
+        manifest.image_size,
+        ray.put(patients),
+        splits,
+        min(workers, max(workers_by_node(worker_resources(config.cluster)), default=1)),
+    )
 
 
 def choose_shared_sizes(config: Config, manifest: Manifest, memory_bytes: float) -> list[int]:
@@ -157,4 +169,5 @@ def _fit_here(training: Training, judge: TrialJudge) -> None:
         device=torch.device("cuda" if uses_gpu(config.cluster) else "cpu"),
         callbacks=judge.callbacks(Callbacks(), ray.tune.report),
         shared_splits=judge.shared.fetch_splits(config.data.image_size),
+        trainings_here=judge.shared.trainings_beside(1),
     )

@@ -152,10 +152,12 @@ def open_loaders(
     device: torch.device | str,
     tell: Callable[[str], None] = lambda line: None,
     shared_splits: Mapping[str, InMemorySplit] = MappingProxyType({}),
+    trainings_here: int = 1,
     compiled: bool = False,
 ) -> tuple[Loader, ...]:
     """Loaders of `splits`, in memory or streamed as `data.cache` says or as memory allows; those
-    in `shared_splits` are not read again. `tell` gets a line per split: how it is loaded, and why.
+    in `shared_splits` are not read again. `trainings_here` share this machine's memory. `tell` gets
+    a line per split: how it is loaded, and why.
 
     Raises DataError when the manifest's counts are inconsistent or a shard is missing or truncated,
     ConfigError when a split does not fit in memory as `data.cache` demands.
@@ -168,7 +170,7 @@ def open_loaders(
     choices = choose_feeds(
         store.config.cache,
         {split: store.decoded_bytes(split) for split in unread},
-        host_bytes=free_memory.free_bytes() // world.local_size,
+        host_bytes=free_memory.free_bytes() // (world.local_size * trainings_here),
         device_bytes=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
     )
 

@@ -49,16 +49,17 @@ def fit(
     device: torch.device,
     callbacks: Callbacks,
     shared_splits: Mapping[str, InMemorySplit] = MappingProxyType({}),
+    trainings_here: int = 1,
     build_network: Callable[[str], nn.Module] = build_model,
 ) -> list[Metrics]:
     """Train on the store's train split, validate on val, and write checkpoints and metrics.jsonl to
     the run. Returns the metrics of each epoch.
 
     Resumes from the run's newest valid checkpoint, if there is one. `shared_splits` are in memory
-    already and not read again; `build_network` takes the backbone's name and returns a network
-    (B, 1, H, W) -> (B, 1). With `world.size` > 1 torch.distributed must be initialised. Raises
-    RunError, StoreError, ConfigError, DataError, CheckpointError, DivergedError, and PreemptedError
-    after `callbacks.should_stop`.
+    already and not read again; `trainings_here` share this machine's memory; `build_network` takes
+    the backbone's name and returns a network (B, 1, H, W) -> (B, 1). With `world.size` > 1
+    torch.distributed must be initialised. Raises RunError, StoreError, ConfigError, DataError,
+    CheckpointError, DivergedError, and PreemptedError after `callbacks.should_stop`.
 
     >>> history = pneumo.fit(config, store_url=store.url, run_url="run", world=pneumo.World(),
     ...                      device=torch.device("cpu"), callbacks=pneumo.Callbacks())
@@ -74,6 +75,7 @@ def fit(
         device=device,
         tell=callbacks.tell,
         shared_splits=shared_splits,
+        trainings_here=trainings_here,
         compiled=bool(config.train.compile),
     )
     network = build_network(config.model.backbone)

@@ -1,5 +1,7 @@
 """What trials share, how many run at a time, and what a trial reports."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -80,6 +82,26 @@ def test_splits_that_are_streamed_are_not_shared(prepared: Prepared, ray_here: N
     config = override(Config(), {"data.cache": "stream"})
     shared = load_shared_data(config, read_manifest(str(prepared.store)), str(prepared.store))
     assert shared.fetch_splits(None) == {}
+
+
+def test_trials_that_share_no_copy_share_the_memory(
+    prepared: Prepared, ray_here: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    space = {"data.image_size": ["integer", 32, 64]}
+    config = Config.model_validate({"tune": {"space": space, "num_trials": 2}})
+    store = PreparedStore(str(prepared.store), read_manifest(str(prepared.store)), config.data)
+    shared = load_shared_data(config, store.manifest, str(prepared.store))
+    assert "tune: trials share no copy of the store" in capsys.readouterr().err
+    assert (shared.workers_per_node, shared.trainings_beside(1)) == (2, 2)
+    assert [replace(shared, workers_per_node=4).trainings_beside(n) for n in (1, 3, 4)] == [4, 2, 1]
+
+    def free_gb(trainings_here: int) -> float:
+        told = list[str]()
+        options: dict[str, Any] = {"world": World(), "device": "cpu", "tell": told.append}
+        open_loaders(store, ("train",), trainings_here=trainings_here, **options)
+        return float(re.findall(r"([\d.]+) GB free for this worker", told[0])[0])
+
+    assert free_gb(1) > 3 * free_gb(10)
 
 
 def test_a_copy_that_is_lost_is_read_again_by_who_needs_it(ray_here: None) -> None:
