@@ -3,20 +3,19 @@
 A run's `checkpoints/index.json` is written after the file it names, and holds the file's SHA-256;
 a checkpoint that is not in the index is ignored.
 
-Only one attempt at a run may write: the one whose id is in the index, put there by `claim_run`. A
-lost attempt may continue for minutes on an unreachable node; what it writes has no effect, as its
-id is no longer in the index. File names contain the id, so no two attempts write the same file.
+Only one attempt at a run may write: the one with the highest id, as `claim_run` gives them. A lost
+attempt may continue for minutes on an unreachable node, and a write that it began may arrive at any
+time. So each attempt has a copy of the index, `claim-<id>.json`, which no other one writes; it
+counts where index.json is not that of the highest id. File names contain the id too, so no two
+attempts write the same file.
 """
 
 import hashlib
 import io
-import os
-import platform
+import re
 import uuid
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, Self
 
 import torch
@@ -28,9 +27,10 @@ from pneumo.config_layers import drop_removed, override
 from pneumo.errors import CheckpointError, ContentError, RunError
 from pneumo.network.backbones import build_model
 from pneumo.network.scoring import Member
+from pneumo.training.checkpoint_content import describe_versions, to_bytes
 
 SCHEMA_VERSION = 2
-_INDEX = "index.json"
+_INDEX, _CLAIM = "index.json", "claim-"
 _SUFFIX = ".pt"
 AUROC_OF = {"raw": "val/auroc", "ema": "val/ema_auroc"}
 """The metric that decides which epoch is the best, by the weights used for scoring."""
@@ -109,7 +109,7 @@ class Checkpoint:
     """The last gradient norm computed in these steps."""
     samples_fed: int = 0
     """Samples in these steps, on all ranks."""
-    versions: dict[str, str] = field(default_factory=lambda: describe_versions())
+    versions: dict[str, str] = field(default_factory=describe_versions)
     """See `describe_versions`."""
 
     @property
@@ -136,10 +136,14 @@ def claim_run(run_url: str, index: CheckpointIndex | None = None) -> str:
 
     Removes what a lost attempt left: files that are not in `index`, and partly written files.
     """
-    attempt = uuid.uuid4().hex[:8]
+    claims = _list_claims(run_url)
+    number = 1 + max((int(name[len(_CLAIM) : len(_CLAIM) + 6]) for name in claims), default=0)
+    attempt = f"{number:06d}{uuid.uuid4().hex[:8]}"
     claimed = CheckpointIndex(attempt=attempt, entries=() if index is None else index.entries)
     _write_index(run_url, claimed)
-    for name in {*_list_files(run_url)} - {entry.name for entry in claimed.entries}:
+    files = _list_files(run_url)
+    check_claim(run_url, attempt)  # what an attempt with a higher claim has written stays
+    for name in {*claims, *files} - {entry.name for entry in claimed.entries}:
         storage.remove(_url(run_url, name))
     storage.remove_partials(storage.join(run_url, "checkpoints"))
     return attempt
@@ -198,8 +202,10 @@ def save_checkpoint(
             attempt=attempt, finished=finished, stopped_early=stopped_early, entries=kept
         ),
     )
-    for stale in {e.name for e in entries} - {e.name for e in kept}:
-        storage.remove(_url(run_url, stale))
+    if stale := {e.name for e in entries} - {e.name for e in kept}:
+        check_claim(run_url, attempt)  # another attempt may resume from them
+    for name in stale:
+        storage.remove(_url(run_url, name))
 
 
 def _select_kept(
@@ -212,35 +218,6 @@ def _select_kept(
     mid_epoch = [entry for entry in entries if entry.step and entry.epoch >= epochs]
     kept = [best, *epoch_ends[-keep_last:], *mid_epoch[-keep_last:]]
     return tuple(entry for entry in entries if entry in kept)
-
-
-def to_bytes(state: dict[str, Any]) -> bytes:
-    """The bytes of torch.save, through a file in memory (Linux's memfd).
-
-    torch releases the GIL while it writes to a file. With a BytesIO it holds the GIL, and training
-    steps at the same time take 2.5 times as long on the host.
-    """
-    # Other systems have no memfd, and a limit on file sizes applies to it too.
-    with (
-        suppress(AttributeError, OSError, RuntimeError),
-        os.fdopen(os.memfd_create("checkpoint"), "rb", buffering=0) as file,
-    ):
-        torch.save(state, f"/proc/self/fd/{file.fileno()}")
-        return file.read()
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getvalue()
-
-
-def copy_to_cpu(state: Any) -> Any:
-    """A state dict of tensors, lists and plain values, its tensors copied to the CPU."""
-    if torch.is_tensor(state):
-        return state.detach().to("cpu", copy=True)
-    if isinstance(state, dict):
-        return {name: copy_to_cpu(value) for name, value in state.items()}
-    if isinstance(state, list):
-        return [copy_to_cpu(value) for value in state]
-    return state
 
 
 def load_newest(
@@ -334,22 +311,15 @@ def load_member(run_url: str, entry: CheckpointEntry, device: str = "cpu") -> Me
     return Member(network.eval(), backbone, size, mean, std)
 
 
-def describe_versions() -> dict[str, str]:
-    """Versions of Python and torch, and of torchvision, Ray and CUDA where they are installed."""
-    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    for package in ("torchvision", "ray"):
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    if torch.version.cuda is not None:
-        found["cuda"] = torch.version.cuda
-    return found
-
-
 def _read_index(run_url: str) -> CheckpointIndex | None:
-    url = _url(run_url, _INDEX)
     try:
-        index = CheckpointIndex.model_validate_json(storage.read_bytes(url))
+        index = _parse_index(_url(run_url, _INDEX))
+        claims = _list_claims(run_url)
+        if claims and claims[-1] != f"{_CLAIM}{index.attempt}.json":  # a late write
+            index = _parse_index(_url(run_url, claims[-1]))
     except FileNotFoundError as error:
+        if storage.exists(url := _url(run_url, _INDEX)):  # a higher claim has removed the copy
+            return _read_index(run_url)
         # Not a fresh run: `claim_run` would delete them.
         if _list_files(run_url):
             raise CheckpointError(
@@ -357,6 +327,12 @@ def _read_index(run_url: str) -> CheckpointIndex | None:
                 "restore it, or give another --run"
             ) from error
         return None
+    return index
+
+
+def _parse_index(url: str) -> CheckpointIndex:
+    try:
+        index = CheckpointIndex.model_validate_json(storage.read_bytes(url))
     except ValidationError as error:
         raise CheckpointError(
             f"{url}: not an index of checkpoints of this version; restore a copy of it, or give "
@@ -371,7 +347,14 @@ def _read_index(run_url: str) -> CheckpointIndex | None:
 
 
 def _write_index(run_url: str, index: CheckpointIndex) -> None:
-    storage.write_text(_url(run_url, _INDEX), index.model_dump_json(indent=1) + "\n")
+    for name in (f"{_CLAIM}{index.attempt}.json", _INDEX):
+        storage.write_text(_url(run_url, name), index.model_dump_json(indent=1) + "\n")
+
+
+def _list_claims(run_url: str) -> list[str]:
+    """File names of the attempts' copies of the index, the highest claim last."""
+    names = storage.list_names(storage.join(run_url, "checkpoints"))
+    return [name for name in names if re.fullmatch(rf"{_CLAIM}\d{{6}}[0-9a-f]{{8}}\.json", name)]
 
 
 def _list_files(run_url: str) -> list[str]:

@@ -25,8 +25,9 @@ from pneumo.loading.loader import Loader, open_loaders
 from pneumo.loading.sample_order import World, steps_per_epoch
 from pneumo.network.backbones import Initialisation, build_model, initialise
 from pneumo.training.callbacks import Callbacks, Epoch, Metrics, Start, StepProgress
+from pneumo.training.checkpoint_content import copy_to_cpu
 from pneumo.training.checkpoint_writer import RunWriter
-from pneumo.training.checkpoints import AUROC_OF, Checkpoint, copy_to_cpu
+from pneumo.training.checkpoints import AUROC_OF, Checkpoint
 from pneumo.training.optimisation import learning_rate
 from pneumo.training.preconditions import check_compiler, check_sizes, resolve_pos_weight
 from pneumo.training.resuming import Resumption, claim_and_resume

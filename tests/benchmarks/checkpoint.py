@@ -9,7 +9,7 @@ the GPU has nothing to do.
 
     nothing   no checkpoint is written
     BytesIO   torch.save into an io.BytesIO
-    pneumo    pneumo.training.checkpoints.to_bytes
+    pneumo    pneumo.training.checkpoint_content.to_bytes
 """
 
 import argparse
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from pneumo.network.backbones import build_model
-from pneumo.training.checkpoints import to_bytes
+from pneumo.training.checkpoint_content import to_bytes
 
 SLICE_S = 0.0002
 """Seconds of work before Python's lock is released."""

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,12 @@ from torch import nn
 
 from pneumo.config import Config, TrainConfig
 from pneumo.errors import CheckpointError, ContentError, RunError
+from pneumo.training.checkpoint_content import copy_to_cpu
 from pneumo.training.checkpoints import (
     Checkpoint,
     CheckpointEntry,
     CheckpointIndex,
     claim_run,
-    copy_to_cpu,
     find_index,
     find_weights,
     load_checkpoint,
@@ -224,7 +225,8 @@ def test_the_last_and_the_best_are_kept_and_nothing_else(
 def test_files_of_dropped_checkpoints_are_deleted(tmp_path: Path) -> None:
     attempt = save(str(tmp_path), 0.6, 0.8, 0.7, 0.7, 0.7)
     names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
-    assert names == {"index.json", *(f"epoch-000{epoch}-{attempt}.pt" for epoch in (2, 4, 5))}
+    files = {f"epoch-000{epoch}-{attempt}.pt" for epoch in (2, 4, 5)}
+    assert names == {"index.json", f"claim-{attempt}.json", *files}
 
 
 def test_an_index_that_names_a_file_elsewhere_deletes_nothing_there(tmp_path: Path) -> None:
@@ -320,14 +322,41 @@ def test_a_writer_that_loses_the_run_while_it_writes_leaves_the_index_alone(
 
 def test_who_takes_a_run_over_removes_what_the_index_does_not_name(tmp_path: Path) -> None:
     run_url, folder = str(tmp_path), tmp_path / "checkpoints"
-    save(run_url, 0.6, 0.7)
+    lost = save(run_url, 0.6, 0.7)
     kept = {path.name for path in folder.iterdir()}
     (folder / "epoch-0003-01234567.pt").write_bytes(b"written, and killed before the index was")
     (folder / ".partial-abc").write_bytes(b"half")
     (folder / "notes.txt").write_text("a person's")
-    claim_run(run_url, read_index(run_url))
-    assert {path.name for path in folder.iterdir()} == {*kept, "notes.txt"}
+    new = claim_run(run_url, read_index(run_url))
+    kept = kept - {f"claim-{lost}.json"} | {f"claim-{new}.json", "notes.txt"}
+    assert {path.name for path in folder.iterdir()} == kept
     assert [entry.epoch for entry in read_index(run_url).entries] == [1, 2]
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_what_a_lost_attempt_writes_late_changes_nothing(finished: bool, tmp_path: Path) -> None:
+    """Its requests may be on their way while another attempt claims the run."""
+    run_url, folder = str(tmp_path), tmp_path / "checkpoints"
+    lost = save(run_url, 0.6, 0.8)
+    late = {path: path.read_bytes() for path in folder.glob("*.json")}
+    new = claim_run(run_url, read_index(run_url))
+    write = partial(save_checkpoint, attempt=new, keep_last=2, finished=finished)
+    write(run_url, make_checkpoint(3))
+    before = read_index(run_url)
+    for path, content in late.items():
+        path.write_bytes(content)
+    assert read_index(run_url) == before
+    assert before.latest.epoch == 3
+    with pytest.raises(RunError, match="another attempt has claimed this run"):
+        save_checkpoint(run_url, make_checkpoint(3), attempt=lost, keep_last=2, finished=False)
+    write(run_url, make_checkpoint(4))
+    index = read_index(run_url)
+    assert (index.attempt, index.latest.epoch, index.finished) == (new, 4, finished)
+    assert CheckpointIndex.model_validate_json((folder / "index.json").read_text()) == index
+    for entry in index.entries:
+        assert load_checkpoint(run_url, entry).epoch == entry.epoch
+    claim_run(run_url, index)
+    assert len(list(folder.glob("claim-*.json"))) == 1
 
 
 # --- within an epoch, of averages, while training goes on -----------------------------------------
@@ -411,7 +440,7 @@ def test_the_one_before_a_damaged_checkpoint_is_taken_and_it_is_said(tmp_path: P
     assert f"{second.name}: listed in the index, but missing; using the one before" in told[1]
     first.write_bytes(b"")
     with pytest.raises(
-        CheckpointError, match=r"epoch-0001-\w{8}\.pt: its SHA-256 differs from the index"
+        CheckpointError, match=r"epoch-0001-\w{14}\.pt: its SHA-256 differs from the index"
     ):
         load_newest(run_url, read_index(run_url))
 
@@ -454,7 +483,7 @@ def test_a_changed_byte_is_refused(tmp_path: Path, place: float) -> None:
     data[int(place * len(data))] ^= 1
     path.write_bytes(data)
     with pytest.raises(
-        CheckpointError, match=r"epoch-0001-\w{8}\.pt: its SHA-256 differs from the index"
+        CheckpointError, match=r"epoch-0001-\w{14}\.pt: its SHA-256 differs from the index"
     ):
         load_checkpoint(str(tmp_path), read_index(str(tmp_path)).latest)
 
@@ -465,12 +494,12 @@ def test_a_cut_or_missing_file_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     entry = read_index(str(tmp_path)).latest
     with pytest.raises(
-        CheckpointError, match=r"epoch-0001-\w{8}\.pt: its SHA-256 differs from the index"
+        CheckpointError, match=r"epoch-0001-\w{14}\.pt: its SHA-256 differs from the index"
     ):
         load_checkpoint(str(tmp_path), entry)
     path.unlink()
     with pytest.raises(
-        CheckpointError, match=r"epoch-0001-\w{8}\.pt: listed in the index, but missing"
+        CheckpointError, match=r"epoch-0001-\w{14}\.pt: listed in the index, but missing"
     ):
         load_checkpoint(str(tmp_path), entry)
 
@@ -489,7 +518,7 @@ def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
     run_url, trace = str(tmp_path), tmp_path / "ran"
     save(run_url, 0.6)
     entry = replace_file(run_url, plain_content(run_url) | {"code_version": _Malice(trace)})
-    with pytest.raises(CheckpointError, match=r"epoch-0001-\w{8}\.pt: not a readable checkpoint"):
+    with pytest.raises(CheckpointError, match=r"epoch-0001-\w{14}\.pt: not a readable checkpoint"):
         load_checkpoint(run_url, entry)
     assert not trace.exists()
     torch.load(tmp_path / "checkpoints" / entry.name, weights_only=False)
@@ -499,7 +528,7 @@ def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", b"PK\x03\x04"])
 def test_a_file_that_is_something_else_is_refused(tmp_path: Path, content: bytes) -> None:
     save(str(tmp_path), 0.6)
-    with pytest.raises(CheckpointError, match=r"epoch-0001-\w{8}\.pt: not a readable checkpoint"):
+    with pytest.raises(CheckpointError, match=r"epoch-0001-\w{14}\.pt: not a readable checkpoint"):
         load_checkpoint(str(tmp_path), replace_file(str(tmp_path), content))
 
 
@@ -508,7 +537,7 @@ def test_a_file_of_another_schema_is_refused(tmp_path: Path, version: object) ->
     run_url = str(tmp_path)
     save(run_url, 0.6)
     entry = replace_file(run_url, plain_content(run_url) | {"schema_version": version})
-    with pytest.raises(CheckpointError, match=r"epoch-0001-\w{8}\.pt: of another schema than 2"):
+    with pytest.raises(CheckpointError, match=r"epoch-0001-\w{14}\.pt: of another schema than 2"):
         load_checkpoint(run_url, entry)
     with pytest.raises(CheckpointError, match=r"of another schema than 2"):
         load_checkpoint(run_url, replace_file(run_url, [1, 2]))
@@ -534,6 +563,6 @@ def test_a_file_with_fields_of_another_version_is_refused(
     save(run_url, 0.6)
     entry = replace_file(run_url, plain_content(run_url) | change)
     with pytest.raises(
-        CheckpointError, match=r"epoch-0001-\w{8}\.pt: written by another version of "
+        CheckpointError, match=r"epoch-0001-\w{14}\.pt: written by another version of "
     ):
         load_checkpoint(run_url, entry)
