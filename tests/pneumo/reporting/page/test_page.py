@@ -12,13 +12,14 @@ from pneumo.dataset.contact_sheets import ContactSheet
 from pneumo.dataset.manifest import Duplicates
 from pneumo.dataset.quality import Intensity, Quality, Shift, SplitQuality
 from pneumo.dataset.splits import SPLITS, Interval, LeakageAudit
+from pneumo.evaluation.predictions import sigmoid
 from pneumo.evaluation.shown_studies import ERRORS, OUTCOMES
 from pneumo.images.boxes import Box
 from pneumo.reporting.figures.case_pictures import Case, Pictures
 from pneumo.reporting.page.data_section import describe_duplicates
 from pneumo.reporting.page.page import describe_report, render_report
 from pneumo.reporting.page.page_inputs import DataFacts, ModelFacts, Provenance
-from pneumo.reporting.page.summary import find_warnings, summarise
+from pneumo.reporting.page.summary import find_warnings, is_shown_to_rank, summarise
 from tests.predictions import judge, make_plain
 
 HISTORY = [{"epoch": 1, "train/loss": 0.9, "val/loss": 0.8, "val/auroc": 0.7}]
@@ -304,6 +305,20 @@ def test_warnings_about_the_numbers():
     assert "30 studies of 30 patients altogether" in small
     (view,) = find_warnings(evaluation(view_is_target=True), DATA, MODEL)
     assert "not shown to be better than the view" in view
+
+
+@pytest.mark.parametrize("n", [16, 400])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_ranking_without_interval_is_neither_shown_nor_chance(n, sign):
+    rows = make_plain(n)
+    logit = (sign * 3.0 * (2.0 * rows.target - 1)).astype(np.float32)
+    judged = judge(dataclasses.replace(rows, logit=logit, probability=sigmoid(logit)))
+    assert judged.test.auroc.low is None
+    warnings = " ".join(find_warnings(judged, DATA, MODEL))
+    assert f"The AUROC of {max(sign, 0):.3f} has no interval (" in warnings
+    assert judged.test.auroc.reason in warnings
+    assert "chance" not in warnings
+    assert not is_shown_to_rank(judged.test.auroc)
 
 
 def test_summary_weighs_the_model_against_the_view():
