@@ -386,7 +386,7 @@ def test_quality_section_holds_every_part():
         "0.143 mm 689 98.4 %",
         "median, quartiles, mm 0.143 0.143–0.143 0.143",
         "mean, 0 to 1 0.66",
-        "pure black 0.0 %",
+        "pure black 0.03 %",
         "pure white 0.1 %",
         "Age by split; median train 44, val 44, test 44.",
         "Gray levels by split; mean train 0.66",
