@@ -73,6 +73,7 @@ def describe_report(
         contents=[part for part in CONTENTS if part[0] != "comparison" or compared is not None],
         data=data,
         audit=data_section.describe_audit(data),
+        exclusions=data_section.list_exclusions(data),
         quality=data.quality,
         properties=data_section.PROPERTIES,
         duplicates=data_section.describe_duplicates(

@@ -371,6 +371,27 @@ def test_audit_says_who_went_where_and_what_is_in_no_split():
     assert "salt" not in text
 
 
+def test_the_flow_shows_every_exclusion_and_adds_up():
+    text = section(render(), "data")
+    assert "Labelled studies of the source 1,100 → In no split 0 → train 700" in text
+    data = dataclasses.replace(
+        with_audit(unlisted=12),
+        quality=dataclasses.replace(QUALITY, quarantined={"missing": 4, "contradiction": 1}),
+        left_out={"lateral views": 2_000, "of uncertain label": 0},
+    )
+    text = section(render(data=data), "data")
+    assert (
+        "Labelled studies of the source 3,117 → Left out: lateral views 2,000 → Not on the list of "
+        "the split 12 → Could not be used (quarantined) 5 → train 700 val 200 test 200"
+    ) in text
+    (warning,) = find_warnings(evaluation(), data, MODEL)
+    assert warning.startswith("5 studies are in no split, as they could not be used;")
+    joined = dataclasses.replace(DATA, sources=("a", "b"), left_out={"pictures": 3})
+    assert "studies of the joined stores 1,103 → Left out: pic" in section(
+        render(data=joined), "data"
+    )
+
+
 def test_quality_section_holds_every_part():
     text = section(render(), "quality")
     for words in (
