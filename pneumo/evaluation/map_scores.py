@@ -161,7 +161,7 @@ class SaliencySummary:
     checkpoint: str
     """The checkpoint of the maps."""
     prior_studies: int
-    """Positives in train whose boxes made the prior map; without any its estimates are undefined."""
+    """Positives in train whose boxes made the prior map; with 0 its estimates are undefined."""
     groups: Mapping[Group, GroupSummary]
 
     def to_json(self) -> dict[str, Any]:

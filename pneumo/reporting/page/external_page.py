@@ -10,11 +10,16 @@ from pneumo.evaluation.external import (
     RECALIBRATION_FRACTION,
     ExternalEvaluation,
     FrozenChoices,
+    SetSummary,
 )
 from pneumo.evaluation.set_shift import SetShift
 from pneumo.reporting.figures.external import list_columns
 from pneumo.reporting.page.embedding import make_environment
 from pneumo.reporting.page.formatting import Cell, count, decimal, fine_percent, percent
+
+UNKNOWN_PATIENTS = (
+    "Patients of this set are unknown: each image counts as one, so its intervals are too narrow"
+)
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,8 @@ class ExternalSet:
     """All results on one external set."""
 
     layout: str
+    phantoms: bool
+    """Whether the images are phantoms, not radiographs."""
     evaluation: ExternalEvaluation
     shift: SetShift
     overlap: Overlap
@@ -46,13 +53,18 @@ def render_external(
     matrix: Mapping[str, Mapping[str, Any]],
     *,
     created: str,
+    split_warning: str | None,
+    phantoms: bool,
 ) -> tuple[str, str]:
     """The page, and its sections alone for `insert_external`. `matrix` has the AUROC of each run
-    (row) on each set (column), as in metrics.json."""
+    (row) on each set (column), as in metrics.json; `split_warning` and `phantoms` are of the run's
+    own store."""
     columns = list_columns(matrix)
     shown = {
         "run": run,
         "created": created,
+        "split_warning": split_warning,
+        "phantoms": phantoms,
         "columns": columns,
         "matrix": {
             name: [Estimate(**found) if (found := row.get(c)) else None for c in columns]
@@ -78,7 +90,8 @@ def insert_external(report: str, sections: str) -> str:
 
 
 def _describe(name: str, one: ExternalSet, frozen: FrozenChoices) -> dict[str, Any]:
-    found, shift, left = one.evaluation, one.shift, one.overlap
+    found, shift = one.evaluation, one.shift
+    calibrated = "uncalibrated" if frozen.scaling is None else "as calibrated on the run's val"
     points = [
         (f"{word} at the threshold of {frozen.points[point].rule}", both)
         for word, rates in (("Sensitivity", found.sensitivity), ("Specificity", found.specificity))
@@ -88,20 +101,21 @@ def _describe(name: str, one: ExternalSet, frozen: FrozenChoices) -> dict[str, A
     rows = [
         ("AUROC", found.auroc),
         *points,
-        ("Brier score, as calibrated on the run's val", found.brier),
+        (f"Brier score, {calibrated}", found.brier),
         ("Mean predicted − observed risk", found.in_the_large),
         ("AUROC of view, sex, age and spacing alone", found.metadata_auroc),
     ]
     return {
         "name": name,
-        "who": f"{count(found.external.n, 'study', 'studies')} of "
-        f"{count(found.external.patients, 'patient')}, "
+        "phantoms": one.phantoms,
+        "who": f"{_who(found.external)}, "
         f"{fine_percent(found.external.positives / found.external.n)} positive; the internal test "
         f"has {fine_percent(found.internal.positives / found.internal.n)}",
-        "left": f"Left out: {count(left.of_patients, 'study', 'studies')} of "
-        f"{count(left.patients, 'patient')} that the model was trained or chosen on, and "
-        f"{count(left.of_pictures, 'picture')} that it has seen.",
-        "warning": one.warning,
+        "left": _left_out_sentence(one),
+        "warnings": [
+            *([] if one.warning is None else [one.warning]),
+            *([] if found.external.patients is not None else [UNKNOWN_PATIENTS]),
+        ],
         "rows": rows,
         "notes": [
             _case_mix_sentence(found),
@@ -109,6 +123,27 @@ def _describe(name: str, one: ExternalSet, frozen: FrozenChoices) -> dict[str, A
             _shift_sentence(shift),
         ],
     }
+
+
+def _who(found: SetSummary) -> str:
+    if found.patients is None:
+        return f"{count(found.n, 'image')}, patients unknown"
+    return f"{count(found.n, 'study', 'studies')} of {count(found.patients, 'patient')}"
+
+
+def _left_out_sentence(one: ExternalSet) -> str:
+    left, sets = one.overlap, (one.evaluation.internal, one.evaluation.external)
+    if None in (found.patients for found in sets):
+        return (
+            f"Left out: {count(left.of_patients + left.of_pictures, 'image')} that the model has "
+            "seen. As patients are unknown, other images of patients that it was trained or "
+            "chosen on may be left."
+        )
+    return (
+        f"Left out: {count(left.of_patients, 'study', 'studies')} of "
+        f"{count(left.patients, 'patient')} that the model was trained or chosen on, and "
+        f"{count(left.of_pictures, 'picture')} that it has seen."
+    )
 
 
 def _case_mix_sentence(found: ExternalEvaluation) -> str:
@@ -125,8 +160,9 @@ def _recalibration_sentence(found: ExternalEvaluation) -> str:
     new = found.recalibration
     if new.slope is None:
         return f"Recalibration: {new.brier_before.reason}."
+    unit = "images" if found.external.patients is None else "patients"
     return (
-        f"Recalibration on {percent(RECALIBRATION_FRACTION)} of the patients "
+        f"Recalibration on {percent(RECALIBRATION_FRACTION)} of the {unit} "
         f"({count(new.fitted_on, 'study', 'studies')}) would change the Brier score of the other "
         f"{new.evaluated_on:,} by {Cell.of(new.difference, signed=True)}, to "
         f"{Cell.of(new.brier_after)}. The table above is without recalibration."

@@ -82,8 +82,8 @@ def find_warnings(evaluation: Evaluation, data: DataFacts, model: ModelFacts) ->
         warnings.append("The model is not shown to be better than the view (AP or PA) alone.")
     if quarantined := sum(data.quality.quarantined.values()):
         warnings.append(
-            f"{count(quarantined, 'study is', 'studies are')} in no split, as {'it' if quarantined == 1 else 'they'} "
-            "could not be used; the store's quarantine.jsonl says why."
+            f"In no split: {count(quarantined, 'study', 'studies')} that could not be used; "
+            "the store's quarantine.jsonl says why."
         )
     return warnings
 

@@ -283,7 +283,7 @@ def test_degenerate_evaluation_is_reported_with_its_reason():
         (
             with_quality(quarantined={"missing": 4, "no_pixels": 1}),
             MODEL,
-            "5 studies are in no split",
+            "In no split: 5 studies that could not be used",
         ),
         (with_quality(duplicates=LEAKING), MODEL, "1 picture is in more than one split"),
         (DATA, dataclasses.replace(MODEL, is_pretrained=False), "random weights, as configured"),
@@ -385,7 +385,7 @@ def test_the_flow_shows_every_exclusion_and_adds_up():
         "the split 12 → Could not be used (quarantined) 5 → train 700 val 200 test 200"
     ) in text
     (warning,) = find_warnings(evaluation(), data, MODEL)
-    assert warning.startswith("5 studies are in no split, as they could not be used;")
+    assert warning.startswith("In no split: 5 studies that could not be used;")
     joined = dataclasses.replace(DATA, sources=("a", "b"), left_out={"pictures": 3})
     assert "studies of the joined stores 1,103 → Left out: pic" in section(
         render(data=joined), "data"
