@@ -16,6 +16,7 @@ from pneumo.evaluation.set_shift import SetShift
 from pneumo.reporting.figures.external import list_columns
 from pneumo.reporting.page.embedding import make_environment
 from pneumo.reporting.page.formatting import Cell, count, decimal, fine_percent, percent
+from pneumo.reporting.page.model_card import CLAIM
 
 UNKNOWN_PATIENTS = (
     "Patients of this set are unknown: each image counts as one, so its intervals are too narrow"
@@ -78,10 +79,18 @@ def render_external(
 
 
 def insert_external(report: str, sections: str) -> str:
-    """A run's report.html with these `sections`, which replace earlier ones; unchanged where an
-    older version wrote it."""
-    link = '<li><a href="#elsewhere">External validation</a></li>'
-    for name, text in (("elsewhere", sections), ("elsewhere-link", link)):
+    """A run's report.html with these `sections`, which replace earlier ones and what it says of
+    their absence; unchanged where an older version wrote it."""
+    link = '<a href="#elsewhere">External validation</a>'
+    parts = {
+        "elsewhere": sections,
+        "elsewhere-link": f"<li>{link}</li>",
+        "elsewhere-limits": f"For other data see {link}; performance elsewhere is unknown.",
+        "elsewhere-open": "",
+        "elsewhere-count": f"{len(CLAIM) + 1}",
+        "elsewhere-item": f'<tr><td class="n">33</td><td>External data</td><td>{link}</td></tr>',
+    }
+    for name, text in parts.items():
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         before, found, rest = report.partition(begin)
         if found:

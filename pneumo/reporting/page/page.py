@@ -94,7 +94,7 @@ def describe_report(
         comparison_sentence=performance_section.comparison_sentence,
         training=embedding.draw_training(history, model.epoch),
         claim=model_card.CLAIM,
-        not_claimed=model_card.NOT_ANSWERED,
+        labels=model_card.describe_labels(data),
         preprocessing=model_card.preprocessing_sentences(data, model),
         limits=model_card.limits_sentences(data),
         **_describe_performance(evaluation),

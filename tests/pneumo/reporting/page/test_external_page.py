@@ -11,7 +11,7 @@ from pneumo.evaluation.external import FrozenChoices, evaluate_external
 from pneumo.evaluation.set_shift import measure_shift
 from pneumo.reporting.page.external_page import ExternalSet, insert_external, render_external
 from tests.pneumo.evaluation.test_external import EXTERNAL, FROZEN, INTERNAL
-from tests.pneumo.reporting.page.test_page import render
+from tests.pneumo.reporting.page.test_page import render, section
 
 
 def test_the_sections_of_the_last_validation_are_those_in_the_report() -> None:
@@ -23,8 +23,16 @@ def test_the_sections_of_the_last_validation_are_those_in_the_report() -> None:
     second = insert_external(first, r"<section>\1 B</section>")
     assert "<section>A</section>" not in second
     assert r"<section>\1 B</section>" in second
-    assert second.count('href="#elsewhere"') == 1
+    assert second.count('<li><a href="#elsewhere"') == 1
     assert insert_external(second, "") != second
+    before = section(report, "card"), section(report, "claim")
+    assert "No external data. Performance elsewhere" in before[0]
+    assert "18, 21, 33, 34 and 41–44. 28 of 44 items." in before[1]
+    after = section(second, "card"), section(second, "claim")
+    assert "No external data" not in after[0]
+    assert "For other data see External validation ; performance elsewhere is unknown." in after[0]
+    assert "18, 21, 34 and 41–44. 29 of 44 items." in after[1]
+    assert "internal data How good, how sure? 33 External data External validation 35" in after[1]
 
 
 def show(
