@@ -209,13 +209,19 @@ def _evaluate_set(one: ExternalStore, trained: TrainedRun, config: Config) -> Ex
             trained.frozen,
             resamples=config.evaluate.bootstrap_resamples,
             seed=config.seed,
+            has_patients=(_has_patients(trained.manifest), _has_patients(one.manifest)),
             map_blocks=choose_map(config.cluster, len(rows)),
         )
         shift = _find_shift(one, rows, trained, config)
     table = rows.to_parquet(trained.scoring.to_json())
     where = storage.join(trained.run_url, EXTERNAL_FOLDER, one.name, PREDICTIONS)
     storage.write_bytes(where, table)
-    return ExternalSet(one.manifest.layout, evaluation, shift, one.overlap, one.warning)
+    layout, phantoms = one.manifest.layout, one.manifest.phantoms
+    return ExternalSet(layout, phantoms, evaluation, shift, one.overlap, one.warning)
+
+
+def _has_patients(manifest: Manifest) -> bool:
+    return manifest.audit.patients is not None
 
 
 def _find_shift(
@@ -288,7 +294,15 @@ def _write_results(
     matrix = {run: row, **others}
     storage.write_bytes(storage.join(folder, EXTERNAL_MATRIX), draw_matrix(matrix))
     created = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    page, sections = render_external(run, evaluated, trained.frozen, matrix, created=created)
+    page, sections = render_external(
+        run,
+        evaluated,
+        trained.frozen,
+        matrix,
+        created=created,
+        split_warning=trained.manifest.audit.warning,
+        phantoms=trained.manifest.phantoms,
+    )
     storage.write_text(storage.join(folder, REPORT), page)
     report_url = storage.join(trained.run_url, REPORT)
     report = storage.read_text(report_url)
@@ -312,8 +326,9 @@ def _write_results(
 
 def _print_result(name: str, one: ExternalSet) -> None:
     found, left = one.evaluation, one.overlap
+    patients = "unknown" if found.external.patients is None else found.external.patients
     print(
-        f"{name}: {found.external.n} studies of {found.external.patients} patients, "
+        f"{name}: {found.external.n} studies of {patients} patients, "
         f"{found.external.positives} positive; left out {left.of_patients} studies of "
         f"{left.patients} patients that the model knows, {left.of_pictures} pictures, "
         f"{left.of_their_patients} other studies of their patients"

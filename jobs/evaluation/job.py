@@ -132,6 +132,9 @@ def read_data_facts(
         quality=summarise_quality(studies.values(), manifest, read_warnings(store_url, manifest)),
         contact=read_contact_sheets(store_url, manifest, studies),
         phantoms=manifest.phantoms,
+        layout=manifest.layout,
+        sources=sorted({row.source for row in studies.values()} - {""}),
+        left_out=manifest.left_out,
     )
 
 

@@ -47,6 +47,7 @@ def write_results(search: Search, manifest: Manifest, run_url: str) -> None:
     page = render_search(
         search,
         warnings=[text for text in (search.warning, manifest.audit.warning) if text],
+        phantoms=manifest.phantoms,
         created=time.strftime("%Y-%m-%d %H:%M"),
         code=describe_code(),
     )

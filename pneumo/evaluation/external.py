@@ -66,12 +66,14 @@ class SetSummary:
 
     n: int
     positives: int
-    patients: int
+    patients: int | None
+    """None where patients are unknown, and each image counts as one."""
 
     @classmethod
-    def of(cls, rows: Predictions) -> SetSummary:
+    def of(cls, rows: Predictions, *, has_patients: bool) -> SetSummary:
         """The size of a set of predictions."""
-        return cls(len(rows), int(rows.target.sum()), len(np.unique(rows.patient)))
+        patients = len(np.unique(rows.patient)) if has_patients else None
+        return cls(len(rows), int(rows.target.sum()), patients)
 
 
 @dataclass(frozen=True)
@@ -129,10 +131,11 @@ def evaluate_external(
     *,
     resamples: int,
     seed: int,
+    has_patients: tuple[bool, bool] = (True, True),
     map_blocks: MapBlocks = map,
 ) -> ExternalEvaluation:
-    """Evaluate the run's test (`internal`) and another set with the frozen choices; `map_blocks`
-    computes the resamples.
+    """Evaluate the run's test (`internal`) and another set with the frozen choices; `has_patients`
+    says of both whether patients are known, `map_blocks` computes the resamples.
 
     Raises MetricError where a set has one class only, or a score is NaN or infinite.
     """
@@ -160,8 +163,8 @@ def evaluate_external(
         return _with_wilson(_compare(inside, outside, name), *patients)
 
     return ExternalEvaluation(
-        internal=SetSummary.of(internal),
-        external=SetSummary.of(external),
+        internal=SetSummary.of(internal, has_patients=has_patients[0]),
+        external=SetSummary.of(external, has_patients=has_patients[1]),
         auroc=_compare(inside, outside, "auroc"),
         sensitivity={name: compare_rates(f"sensitivity/{name}", 1) for name in points},
         specificity={name: compare_rates(f"specificity/{name}", 0) for name in points},

@@ -37,6 +37,7 @@ energy      fraction of the map's sum that lies in the boxes; NaN for an empty m
 """
 MIN_POSITIVES = 5
 """Studies that a summary needs at least."""
+NO_PRIOR = "train has no boxes, so there is no fixed map to compare with"
 
 
 def scale_boxes(boxes: Sequence[Box], *, stored_size: int, image_size: int) -> tuple[Box, ...]:
@@ -160,7 +161,7 @@ class SaliencySummary:
     checkpoint: str
     """The checkpoint of the maps."""
     prior_studies: int
-    """Positives in train whose boxes made the prior map."""
+    """Positives in train whose boxes made the prior map; with 0 its estimates are undefined."""
     groups: Mapping[Group, GroupSummary]
 
     def to_json(self) -> dict[str, Any]:
@@ -195,7 +196,8 @@ def summarise_saliency(
         if isinstance(chosen, str):
             return GroupSummary(0, chosen)
         group = BoxScores(scores.keys[chosen], scores.values[chosen])
-        return _summarise_group(group, patient[chosen], resamples=resamples, seed=seed)
+        has_prior = prior_studies > 0
+        return _summarise_group(group, patient[chosen], has_prior, resamples=resamples, seed=seed)
 
     return SaliencySummary(
         positives=positives,
@@ -207,7 +209,12 @@ def summarise_saliency(
 
 
 def _summarise_group(
-    scores: BoxScores, patient: npt.NDArray[np.str_], *, resamples: int, seed: int
+    scores: BoxScores,
+    patient: npt.NDArray[np.str_],
+    has_prior: bool,
+    *,
+    resamples: int,
+    seed: int,
 ) -> GroupSummary:
     n = len(scores)
     if n == 0:
@@ -222,6 +229,8 @@ def _summarise_group(
             statistics[f"{name}/{measure}"] = mean_of_known_statistic(other)
             statistics[f"gain/{name}/{measure}"] = mean_of_known_statistic(own - other)
     found = patient_bootstrap(patient, statistics, resamples=resamples, seed=seed)
+    if not has_prior:
+        found |= {name: Estimate.undefined(NO_PRIOR) for name in found if "prior/" in name}
     return GroupSummary(
         n=n,
         reason=None,

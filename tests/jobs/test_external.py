@@ -75,6 +75,7 @@ def test_external_validation(
     page = (run / "external" / "report.html").read_text()
     for text in (page, report.read_text()):
         assert "External validation" in text
+        assert "phantoms, no radiographs" in text
         assert f"{found['auroc']['external']['value']:.3f}" in text
     sent = read_external(str(run))
     assert sent is not None

@@ -30,6 +30,16 @@ def describe_audit(data: DataFacts) -> dict[str, str]:
     }
 
 
+def list_exclusions(data: DataFacts) -> list[tuple[str, int]]:
+    """Why studies of the source are in no split, and how many."""
+    reasons = {
+        **{f"Left out: {reason}": number for reason, number in data.left_out.items()},
+        "Not on the list of the split": data.audit.unlisted,
+        "Could not be used (quarantined)": sum(data.quality.quarantined.values()),
+    }
+    return [(reason, number) for reason, number in reasons.items() if number]
+
+
 def split_rule_sentence(audit: LeakageAudit, seed: int) -> str:
     """How studies were assigned to splits."""
     if audit.named is not None:

@@ -21,6 +21,7 @@ from pneumo.reporting.page.formatting import (
     decimal,
     fine_percent,
     p_value,
+    percent,
     percent_range,
 )
 
@@ -46,6 +47,7 @@ def make_environment() -> Environment:
         "mean": statistics.mean,
         "number": "{:,}".format,
         "p_value": p_value,
+        "percent": percent,
         "percent_range": percent_range,
         "standard_deviation": statistics.stdev,
         "threshold": style.show_threshold,

@@ -10,11 +10,17 @@ from pneumo.evaluation.external import (
     RECALIBRATION_FRACTION,
     ExternalEvaluation,
     FrozenChoices,
+    SetSummary,
 )
 from pneumo.evaluation.set_shift import SetShift
 from pneumo.reporting.figures.external import list_columns
 from pneumo.reporting.page.embedding import make_environment
 from pneumo.reporting.page.formatting import Cell, count, decimal, fine_percent, percent
+from pneumo.reporting.page.model_card import CLAIM
+
+UNKNOWN_PATIENTS = (
+    "Patients of this set are unknown: each image counts as one, so its intervals are too narrow"
+)
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,8 @@ class ExternalSet:
     """All results on one external set."""
 
     layout: str
+    phantoms: bool
+    """Whether the images are phantoms, not radiographs."""
     evaluation: ExternalEvaluation
     shift: SetShift
     overlap: Overlap
@@ -46,13 +54,18 @@ def render_external(
     matrix: Mapping[str, Mapping[str, Any]],
     *,
     created: str,
+    split_warning: str | None,
+    phantoms: bool,
 ) -> tuple[str, str]:
     """The page, and its sections alone for `insert_external`. `matrix` has the AUROC of each run
-    (row) on each set (column), as in metrics.json."""
+    (row) on each set (column), as in metrics.json; `split_warning` and `phantoms` are of the run's
+    own store."""
     columns = list_columns(matrix)
     shown = {
         "run": run,
         "created": created,
+        "split_warning": split_warning,
+        "phantoms": phantoms,
         "columns": columns,
         "matrix": {
             name: [Estimate(**found) if (found := row.get(c)) else None for c in columns]
@@ -66,10 +79,18 @@ def render_external(
 
 
 def insert_external(report: str, sections: str) -> str:
-    """A run's report.html with these `sections`, which replace earlier ones; unchanged where an
-    older version wrote it."""
-    link = '<li><a href="#elsewhere">External validation</a></li>'
-    for name, text in (("elsewhere", sections), ("elsewhere-link", link)):
+    """A run's report.html with these `sections`, which replace earlier ones and what it says of
+    their absence; unchanged where an older version wrote it."""
+    link = '<a href="#elsewhere">External validation</a>'
+    parts = {
+        "elsewhere": sections,
+        "elsewhere-link": f"<li>{link}</li>",
+        "elsewhere-limits": f"For other data see {link}; performance elsewhere is unknown.",
+        "elsewhere-open": "",
+        "elsewhere-count": f"{len(CLAIM) + 1}",
+        "elsewhere-item": f'<tr><td class="n">33</td><td>External data</td><td>{link}</td></tr>',
+    }
+    for name, text in parts.items():
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         before, found, rest = report.partition(begin)
         if found:
@@ -78,7 +99,8 @@ def insert_external(report: str, sections: str) -> str:
 
 
 def _describe(name: str, one: ExternalSet, frozen: FrozenChoices) -> dict[str, Any]:
-    found, shift, left = one.evaluation, one.shift, one.overlap
+    found, shift = one.evaluation, one.shift
+    calibrated = "uncalibrated" if frozen.scaling is None else "as calibrated on the run's val"
     points = [
         (f"{word} at the threshold of {frozen.points[point].rule}", both)
         for word, rates in (("Sensitivity", found.sensitivity), ("Specificity", found.specificity))
@@ -88,21 +110,21 @@ def _describe(name: str, one: ExternalSet, frozen: FrozenChoices) -> dict[str, A
     rows = [
         ("AUROC", found.auroc),
         *points,
-        ("Brier score, as calibrated on the run's val", found.brier),
+        (f"Brier score, {calibrated}", found.brier),
         ("Mean predicted − observed risk", found.in_the_large),
         ("AUROC of view, sex, age and spacing alone", found.metadata_auroc),
     ]
     return {
         "name": name,
-        "who": f"{count(found.external.n, 'study', 'studies')} of "
-        f"{count(found.external.patients, 'patient')}, "
+        "phantoms": one.phantoms,
+        "who": f"{_who(found.external)}, "
         f"{fine_percent(found.external.positives / found.external.n)} positive; the internal test "
         f"has {fine_percent(found.internal.positives / found.internal.n)}",
-        "left": f"Left out: {count(left.of_patients, 'study', 'studies')} of "
-        f"{count(left.patients, 'patient')} that the model was trained or chosen on, and "
-        f"{count(left.of_pictures, 'picture')} that it has seen, with "
-        f"{count(left.of_their_patients, 'other study', 'other studies')} of their patients.",
-        "warning": one.warning,
+        "left": _left_out_sentence(one),
+        "warnings": [
+            *([] if one.warning is None else [one.warning]),
+            *([] if found.external.patients is not None else [UNKNOWN_PATIENTS]),
+        ],
         "rows": rows,
         "notes": [
             _case_mix_sentence(found),
@@ -110,6 +132,28 @@ def _describe(name: str, one: ExternalSet, frozen: FrozenChoices) -> dict[str, A
             _shift_sentence(shift),
         ],
     }
+
+
+def _who(found: SetSummary) -> str:
+    if found.patients is None:
+        return f"{count(found.n, 'image')}, patients unknown"
+    return f"{count(found.n, 'study', 'studies')} of {count(found.patients, 'patient')}"
+
+
+def _left_out_sentence(one: ExternalSet) -> str:
+    left, sets = one.overlap, (one.evaluation.internal, one.evaluation.external)
+    if None in (found.patients for found in sets):
+        return (
+            f"Left out: {count(left.of_patients + left.of_pictures, 'image')} that the model has "
+            "seen. As patients are unknown, other images of patients that it was trained or "
+            "chosen on may be left."
+        )
+    return (
+        f"Left out: {count(left.of_patients, 'study', 'studies')} of "
+        f"{count(left.patients, 'patient')} that the model was trained or chosen on, and "
+        f"{count(left.of_pictures, 'picture')} that it has seen, with "
+        f"{count(left.of_their_patients, 'other study', 'other studies')} of their patients."
+    )
 
 
 def _case_mix_sentence(found: ExternalEvaluation) -> str:
@@ -126,8 +170,9 @@ def _recalibration_sentence(found: ExternalEvaluation) -> str:
     new = found.recalibration
     if new.slope is None:
         return f"Recalibration: {new.brier_before.reason}."
+    unit = "images" if found.external.patients is None else "patients"
     return (
-        f"Recalibration on {percent(RECALIBRATION_FRACTION)} of the patients "
+        f"Recalibration on {percent(RECALIBRATION_FRACTION)} of the {unit} "
         f"({count(new.fitted_on, 'study', 'studies')}) would change the Brier score of the other "
         f"{new.evaluated_on:,} by {Cell.of(new.difference, signed=True)}, to "
         f"{Cell.of(new.brier_after)}. The table above is without recalibration."

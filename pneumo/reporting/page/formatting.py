@@ -47,18 +47,25 @@ def decimal(value: float, digits: int = 3, *, signed: bool = False) -> str:
 
 
 def percent(fraction: float) -> str:
-    """`91 %`, with a no-break space."""
-    return f"{100 * fraction:.0f}\N{NO-BREAK SPACE}%"
+    """`91 %`, with a no-break space; `99.7 %` where less would read 100 or 0."""
+    return f"{_inside(fraction, 0)}\N{NO-BREAK SPACE}%"
 
 
 def fine_percent(fraction: float) -> str:
-    """`91.3 %`."""
-    return f"{100 * fraction:.1f}\N{NO-BREAK SPACE}%"
+    """`91.3 %`; with more digits where less would read 100.0 or 0.0."""
+    return f"{_inside(fraction, 1)}\N{NO-BREAK SPACE}%"
 
 
 def percent_range(low: float, high: float) -> str:
     """`21.0 to 33.0 %`."""
-    return f"{100 * low:.1f} to {fine_percent(high)}"
+    return f"{_inside(low, 1)} to {fine_percent(high)}"
+
+
+def _inside(fraction: float, digits: int) -> str:
+    """The percentage; strictly between 0 and 100 wherever the fraction is between 0 and 1."""
+    while digits < 9 and 0 < fraction < 1 and float(f"{100 * fraction:.{digits}f}") in (0.0, 100.0):
+        digits += 1
+    return f"{100 * fraction:.{digits}f}"
 
 
 def count(number: int, one: str, several: str = "") -> str:

@@ -1,6 +1,7 @@
 """The model card, and the items of the CLAIM 2024 checklist that the page answers."""
 
 from collections import Counter
+from collections.abc import Mapping
 
 from pneumo.reporting.page.page_inputs import DataFacts, ModelFacts
 
@@ -35,15 +36,66 @@ CLAIM: tuple[tuple[int, str, str, str], ...] = (
     (40, "Limitations", "card", "Model card"),
 )
 """Number, item, anchor and heading of the section that answers it (Tejani 2024)."""
-NOT_ANSWERED = "2, 4–6, 13, 15–18, 21, 33, 34 and 41–44"
-"""Among them external data (33), variability of readers (18) and sample size (21)."""
+"""External data (33) is answered where `insert_external` puts its sections."""
+_PNEUMONIA = "pneumonia, or of the labels that prepare.positive names instead"
+_MINED = "a program mined them from the radiologists' reports"
+_OF_RSNA = (
+    "an opacity that suggests pneumonia (Target of the RSNA Pneumonia Detection Challenge)",
+    "Label, finding and boxes are those of the source's tables, in the layout of the RSNA "
+    "challenge. In the challenge's own data they are radiologists' reading of the image alone, "
+    "without the clinical picture, a second view or a follow-up.",
+)
+LABELS: Mapping[str, tuple[str, str]] = {
+    "rsna": _OF_RSNA,
+    "rsna-without-classes": _OF_RSNA,
+    "nih": (
+        _PNEUMONIA,
+        "Labels and boxes are those of the source's tables, in the layout of NIH ChestX-ray14. In "
+        f"its own data {_MINED}; the boxes, of few images, are a radiologist's.",
+    ),
+    "chexpert": (
+        _PNEUMONIA,
+        "Labels are those of the source's tables, in the layout of CheXpert. In its own data "
+        f"{_MINED}, but those of valid.csv are radiologists' reading of the images.",
+    ),
+    "vindr": (
+        _PNEUMONIA,
+        "A study is positive where most of its readers say so, in the layout of VinDr-CXR; boxes "
+        "are those of every reader. In its own data three radiologists read each image.",
+    ),
+    "kermany": (
+        "pneumonia",
+        "The label is the name of the image's folder, in the layout of Kermany's chest_xray. In "
+        "its own data, of children, physicians read the images.",
+    ),
+    "own-table": (
+        "target 1 of the source's studies.csv",
+        "Label, finding and boxes are those of the source's studies.csv, which does not say who "
+        "read the images and how.",
+    ),
+    "joined": (
+        "what each of the joined stores counts as positive",
+        "Label, finding and boxes are those of the joined stores; how they were read may differ.",
+    ),
+}
+"""What the label means, and whose it is, by the layout of the source."""
+
+
+def describe_labels(data: DataFacts) -> tuple[str, str]:
+    """What the label means, and whose it is."""
+    task, reference = LABELS[data.layout]
+    if data.phantoms:
+        drawn = "Those of phantoms come from the program that drew them."
+        return "pneumonia", f"{reference} {drawn}" if data.sources else drawn
+    return task, reference
 
 
 def preprocessing_sentences(data: DataFacts, model: ModelFacts) -> str:
     """How a file becomes the network's input."""
     words = (
-        "Each DICOM file is decoded to gray levels (modality and VOI transforms applied, "
-        "MONOCHROME1 inverted, 8 bits, 0 is black), letterboxed to a square and resampled by area "
+        "Each file is decoded to gray levels (of DICOM, modality and VOI transforms are applied "
+        "and MONOCHROME1 is inverted; 8 bits, 0 is black), letterboxed to a square and resampled "
+        "by area "
         f"to {data.image_size} × {data.image_size} px. "
     )
     if model.image_size != data.image_size:
@@ -55,7 +107,7 @@ def preprocessing_sentences(data: DataFacts, model: ModelFacts) -> str:
 
 
 def limits_sentences(data: DataFacts) -> str:
-    """The limitations, which depend on the studies of the store."""
+    """The limitations, as far as they depend on the studies of the store."""
     ages, findings = (_count(data, what) for what in ("age", "finding"))
     young = ages.get("under 18", 0)
     old = sum(number for band, number in ages.items() if band not in ("under 18", "unknown"))
@@ -70,10 +122,10 @@ def limits_sentences(data: DataFacts) -> str:
     negatives = ""
     if healthy and ill:
         negatives = "The negatives are healthy as well as otherwise ill. "
-    return (
-        f"One source of images, {who}. {negatives}No external data. Performance elsewhere, on "
-        "other scanners or at another prevalence is unknown."
-    )
+    source = "One source of images"
+    if data.sources:
+        source = f"{len(data.sources)} stores of images ({', '.join(data.sources)})"
+    return f"{source}, {who}. {negatives}".strip()
 
 
 def _count(data: DataFacts, what: str) -> Counter[str]:

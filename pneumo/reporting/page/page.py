@@ -73,6 +73,7 @@ def describe_report(
         contents=[part for part in CONTENTS if part[0] != "comparison" or compared is not None],
         data=data,
         audit=data_section.describe_audit(data),
+        exclusions=data_section.list_exclusions(data),
         quality=data.quality,
         properties=data_section.PROPERTIES,
         duplicates=data_section.describe_duplicates(
@@ -93,7 +94,7 @@ def describe_report(
         comparison_sentence=performance_section.comparison_sentence,
         training=embedding.draw_training(history, model.epoch),
         claim=model_card.CLAIM,
-        not_claimed=model_card.NOT_ANSWERED,
+        labels=model_card.describe_labels(data),
         preprocessing=model_card.preprocessing_sentences(data, model),
         limits=model_card.limits_sentences(data),
         **_describe_performance(evaluation),

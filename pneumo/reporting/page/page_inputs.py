@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from pneumo.dataset.contact_sheets import ContactSheet
 from pneumo.dataset.quality import Quality
+from pneumo.dataset.source import RSNA
 from pneumo.dataset.splits import LeakageAudit
 
 
@@ -24,6 +25,12 @@ class DataFacts:
     """Images of train by finding; may be empty."""
     phantoms: bool = False
     """Whether the images are phantoms, not radiographs."""
+    layout: str = RSNA
+    """Of the source; 'joined' of several stores."""
+    sources: Sequence[str] = ()
+    """Names of the joined stores; empty otherwise."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """Number of images that were left out by a rule, by reason."""
 
     @property
     def has_patients(self) -> bool:

@@ -31,8 +31,6 @@ def describe_saliency(saliency: SaliencySummary | None) -> dict[str, Any]:
     if saliency.unscored:
         missing = count(saliency.unscored, "positive has", "positives have")
         notes.append(f"{missing} no box to score, or a map with a NaN.")
-    if not saliency.prior_studies:
-        notes.append("Train has no boxes: the lung prior is the same everywhere, so no comparison.")
     return {
         "verdict": saliency_sentence(saliency),
         "notes": notes,

@@ -19,9 +19,11 @@ _STATES: dict[State, str] = {
 }
 
 
-def render_search(search: Search, *, warnings: Sequence[str], created: str, code: str) -> str:
-    """The page. `warnings` say what makes every number doubtful, `created` is the time as text,
-    `code` the revision of the code."""
+def render_search(
+    search: Search, *, warnings: Sequence[str], phantoms: bool, created: str, code: str
+) -> str:
+    """The page. `warnings` say what makes every number doubtful, `phantoms` is the manifest's,
+    `created` is the time as text, `code` the revision of the code."""
     config = search.config.tune
     spent, full = search.epochs, len(search.trials) * config.epochs
     environment = make_environment()
@@ -34,6 +36,7 @@ def render_search(search: Search, *, warnings: Sequence[str], created: str, code
         created=created,
         code=code,
         warnings=warnings,
+        phantoms=phantoms,
         objective=describe_objective(config),
         lead=_summarise(search),
         states=_STATES,

@@ -82,8 +82,8 @@ def find_warnings(evaluation: Evaluation, data: DataFacts, model: ModelFacts) ->
         warnings.append("The model is not shown to be better than the view (AP or PA) alone.")
     if quarantined := sum(data.quality.quarantined.values()):
         warnings.append(
-            f"{count(quarantined, 'study is', 'studies are')} in no split, as there is no usable "
-            "image; the store's quarantine.jsonl says why."
+            f"In no split: {count(quarantined, 'study', 'studies')} that could not be used; "
+            "the store's quarantine.jsonl says why."
         )
     return warnings
 
@@ -115,16 +115,22 @@ def _warn_of_split(test: SplitEvaluation, data: DataFacts) -> list[str]:
 
 
 def _warn_of_ranking(evaluation: Evaluation) -> list[str]:
-    """What test cannot show: too few patients, or no better than chance."""
+    """What test cannot show: too few patients, no interval, or no better than chance."""
     test, point, warnings = evaluation.test, evaluation.points[DECISION], []
     if test.auroc.value is None:
         warnings.append(f"Test cannot be evaluated: {test.auroc.reason}.")
-    if point.threshold is None:
-        warnings.append(f"No threshold could be chosen: {point.reason}.")
-    if test.auroc.value is not None and not is_shown_to_rank(test.auroc):
+    elif test.auroc.low is None:
+        found = Cell.of(test.auroc)
+        warnings.append(
+            f"The AUROC of {found.value} has no interval ({found.reason}), so how sure it is, is "
+            "not known."
+        )
+    elif not is_shown_to_rank(test.auroc):
         warnings.append(
             f"The model is not shown to rank better than chance: AUROC {Cell.of(test.auroc)}."
         )
+    if point.threshold is None:
+        warnings.append(f"No threshold could be chosen: {point.reason}.")
     smaller = min(test.patients_by_class)
     if smaller < FEW_PATIENTS:
         who = "patients" if test.patients is not None else "studies"

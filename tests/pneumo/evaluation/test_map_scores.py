@@ -14,6 +14,7 @@ from pneumo.evaluation.map_scores import (
     BASELINES,
     MAPS,
     MEASURES,
+    NO_PRIOR,
     BoxScores,
     box_mask,
     prior_map,
@@ -22,6 +23,7 @@ from pneumo.evaluation.map_scores import (
     summarise_saliency,
 )
 from pneumo.images.boxes import Box
+from pneumo.reporting.page.saliency_section import saliency_sentence
 
 pytestmark = pytest.mark.processors
 
@@ -173,6 +175,22 @@ def test_what_cannot_be_had_is_null_with_a_reason() -> None:
     undecided = summarise(draw_scores(9), is_called="no threshold: val: no study").to_json()
     assert undecided["all"]["maps"] is not None
     assert undecided["true_positives"]["reason"] == "no threshold: val: no study"
+
+
+def test_without_boxes_in_train_nothing_is_compared_with_the_prior() -> None:
+    found = summarise(draw_scores(20), prior_studies=0)
+    for group in found.groups.values():
+        of_prior = [getattr(group.maps["prior"], name) for name in MEASURES]
+        of_prior += group.gain["prior"].values()
+        assert {(e.value, e.low, e.high, e.reason) for e in of_prior} == {
+            (None, None, None, NO_PRIOR)
+        }
+        assert group.maps["cam"].auprc.value > group.maps["random"].auprc.value
+        assert group.gain["random"]["auprc"].value > 0
+    assert saliency_sentence(found) == (
+        "It cannot be said where the network looks: train has no boxes, so there is no fixed map "
+        "to compare with."
+    )
 
 
 def test_empty_maps_are_counted_and_take_no_part_in_the_energy() -> None:

@@ -12,13 +12,14 @@ from pneumo.dataset.contact_sheets import ContactSheet
 from pneumo.dataset.manifest import Duplicates
 from pneumo.dataset.quality import Intensity, Quality, Shift, SplitQuality
 from pneumo.dataset.splits import SPLITS, Interval, LeakageAudit
+from pneumo.evaluation.predictions import sigmoid
 from pneumo.evaluation.shown_studies import ERRORS, OUTCOMES
 from pneumo.images.boxes import Box
 from pneumo.reporting.figures.case_pictures import Case, Pictures
 from pneumo.reporting.page.data_section import describe_duplicates
 from pneumo.reporting.page.page import describe_report, render_report
 from pneumo.reporting.page.page_inputs import DataFacts, ModelFacts, Provenance
-from pneumo.reporting.page.summary import find_warnings, summarise
+from pneumo.reporting.page.summary import find_warnings, is_shown_to_rank, summarise
 from tests.predictions import judge, make_plain
 
 HISTORY = [{"epoch": 1, "train/loss": 0.9, "val/loss": 0.8, "val/auroc": 0.7}]
@@ -282,7 +283,7 @@ def test_degenerate_evaluation_is_reported_with_its_reason():
         (
             with_quality(quarantined={"missing": 4, "no_pixels": 1}),
             MODEL,
-            "5 studies are in no split",
+            "In no split: 5 studies that could not be used",
         ),
         (with_quality(duplicates=LEAKING), MODEL, "1 picture is in more than one split"),
         (DATA, dataclasses.replace(MODEL, is_pretrained=False), "random weights, as configured"),
@@ -304,6 +305,20 @@ def test_warnings_about_the_numbers():
     assert "30 studies of 30 patients altogether" in small
     (view,) = find_warnings(evaluation(view_is_target=True), DATA, MODEL)
     assert "not shown to be better than the view" in view
+
+
+@pytest.mark.parametrize("n", [16, 400])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_ranking_without_interval_is_neither_shown_nor_chance(n, sign):
+    rows = make_plain(n)
+    logit = (sign * 3.0 * (2.0 * rows.target - 1)).astype(np.float32)
+    judged = judge(dataclasses.replace(rows, logit=logit, probability=sigmoid(logit)))
+    assert judged.test.auroc.low is None
+    warnings = " ".join(find_warnings(judged, DATA, MODEL))
+    assert f"The AUROC of {max(sign, 0):.3f} has no interval (" in warnings
+    assert str(judged.test.auroc.reason) in warnings
+    assert "chance" not in warnings
+    assert not is_shown_to_rank(judged.test.auroc)
 
 
 def test_summary_weighs_the_model_against_the_view():
@@ -356,6 +371,27 @@ def test_audit_says_who_went_where_and_what_is_in_no_split():
     assert "salt" not in text
 
 
+def test_the_flow_shows_every_exclusion_and_adds_up():
+    text = section(render(), "data")
+    assert "Labelled studies of the source 1,100 → In no split 0 → train 700" in text
+    data = dataclasses.replace(
+        with_audit(unlisted=12),
+        quality=dataclasses.replace(QUALITY, quarantined={"missing": 4, "contradiction": 1}),
+        left_out={"lateral views": 2_000, "of uncertain label": 0},
+    )
+    text = section(render(data=data), "data")
+    assert (
+        "Labelled studies of the source 3,117 → Left out: lateral views 2,000 → Not on the list of "
+        "the split 12 → Could not be used (quarantined) 5 → train 700 val 200 test 200"
+    ) in text
+    (warning,) = find_warnings(evaluation(), data, MODEL)
+    assert warning.startswith("In no split: 5 studies that could not be used;")
+    joined = dataclasses.replace(DATA, sources=("a", "b"), left_out={"pictures": 3})
+    assert "studies of the joined stores 1,103 → Left out: pic" in section(
+        render(data=joined), "data"
+    )
+
+
 def test_quality_section_holds_every_part():
     text = section(render(), "quality")
     for words in (
@@ -371,7 +407,7 @@ def test_quality_section_holds_every_part():
         "0.143 mm 689 98.4 %",
         "median, quartiles, mm 0.143 0.143–0.143 0.143",
         "mean, 0 to 1 0.66",
-        "pure black 0.0 %",
+        "pure black 0.03 %",
         "pure white 0.1 %",
         "Age by split; median train 44, val 44, test 44.",
         "Gray levels by split; mean train 0.66",

@@ -18,8 +18,14 @@ from tests.searches import make_search
 VOID = {"meta", "link", "br", "img", "hr", "line", "circle", "path", "use", "input"}
 
 
-def render(search: Search, *warnings: str) -> str:
-    return render_search(search, warnings=warnings, created="2026-01-01 12:00", code="0.1.0+abc")
+def render(search: Search, *warnings: str, phantoms: bool = False) -> str:
+    return render_search(
+        search,
+        warnings=warnings,
+        phantoms=phantoms,
+        created="2026-01-01 12:00",
+        code="0.1.0+abc",
+    )
 
 
 class Balance(HTMLParser):
@@ -50,6 +56,12 @@ def test_the_page_stands_alone() -> None:
     assert balance.open == []
     assert page.count("<svg") == 4
     assert all(label for label in re.findall(r'aria-label="([^"]*)"', page))
+
+
+def test_a_page_of_phantoms_says_so_first() -> None:
+    page = render(make_search(), phantoms=True)
+    assert page.index("Drawn phantoms, no radiographs") < page.index("<main>")
+    assert "phantoms, no radiographs" not in render(make_search())
 
 
 def test_the_page_says_what_is_taken_and_that_it_is_partly_luck() -> None:
