@@ -9,14 +9,14 @@ the normal distribution.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
 from scipy.special import stdtrit
 
-from pneumo.evaluation.bootstrap import Resampled
-from pneumo.evaluation.estimates import Estimate, as_json
+from pneumo.evaluation.bootstrap import Resampled, first_minus_second
+from pneumo.evaluation.estimates import Estimate, as_json, subtract, with_wilson
 
 Measure = Literal["auroc", "sensitivity", "specificity", "in_the_large"]
 MEASURES: tuple[Measure, ...] = get_args(Measure)
@@ -73,6 +73,17 @@ class Gap:
             least = smoothed * (1 - smoothed) / (divisor * (n + 2))
             variance += max(0.0, least - float(np.nanvar(drawn[row])))
         return math.sqrt(variance)
+
+    def estimate_alone(self) -> Estimate:
+        """The subgroup minus the others, its interval by itself; a rate of exactly 0 or 1, which
+        never varies under resampling, with Wilson's."""
+        if self.measure in ("sensitivity", "specificity") and {0.0, 1.0} & {*self.pair.value}:
+            own, rest = (
+                with_wilson(replace(self.pair, effective_patients=n).estimate(row), n)
+                for row, n in enumerate(self.patients)
+            )
+            return subtract(own, rest)
+        return self.pair.derive(first_minus_second).estimate()
 
     def estimate(self, num_gaps: int) -> Estimate:
         """The gap, its interval widened for the number of gaps (Bonferroni)."""

@@ -109,6 +109,21 @@ def test_a_group_that_is_all_found_still_has_an_interval():
     assert group.rates["npv"].reason == "no study is called negative"
 
 
+@pytest.mark.parametrize("logit", [9.0, -9.0])
+def test_the_gap_to_a_group_without_variation_allows_for_what_was_not_seen(logit):
+    """All positives of F found, or none: its rate is not known exactly, nor is the gap."""
+    rows = draw(800, sex=np.where(np.arange(800) % 10, "M", "F"))
+    is_same = (rows.sex == "F") & (rows.target == 1)
+    rows = dataclasses.replace(rows, logit=np.where(is_same, logit, rows.logit))
+    groups = by_name(judge(rows, threshold=0.0))
+    rate = groups["sex", "F"].rates["recall"]
+    own, rest = (groups["sex", name].gaps["sensitivity"] for name in "FM")
+    assert rate.value == float(logit > 0)
+    assert own.low < own.value - (rate.value - rate.low)
+    assert own.high > own.value + (rate.high - rate.value)
+    assert (own.low, own.high) == pytest.approx((-rest.high, -rest.low))
+
+
 def test_what_two_groups_share_is_told_once():
     groups = by_name(judge(draw()))
     normal, small = groups["negatives", "Normal"], groups["box_area", "smallest"]
