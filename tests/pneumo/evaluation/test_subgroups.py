@@ -15,6 +15,7 @@ from pneumo.evaluation.predictions import sigmoid
 from pneumo.evaluation.subgroup_definitions import divide_studies
 from pneumo.evaluation.subgroup_gaps import Gap, find_worst_subgroup
 from pneumo.evaluation.subgroups import evaluate_subgroups, subgroup_statistics
+from pneumo.reporting.page.subgroup_section import worst_subgroup_sentence
 from tests import present
 from tests.predictions import make_predictions
 
@@ -237,6 +238,32 @@ def test_a_group_without_an_error_does_not_make_the_others_worse():
     pair = Resampled(np.array([0.8, 1.0]), np.concatenate([rest, group]), 12)
     gaps = [Gap("sex", "M", "sensitivity", pair, (100, 12)), *(make_gap("F", 0.1, 0.1),) * 9]
     assert not find_worst_subgroup(gaps, 10).is_shown
+
+
+def make_miscalibrated(own, rest):
+    """A subgroup and the others, whose mean predicted - observed risk is known to 0.004 or so."""
+    pair = np.array([own, rest])
+    drawn = pair[:, None] + np.random.default_rng(0).normal(0, 0.004, (2, 500))
+    return Gap("sex", "F", "in_the_large", Resampled(pair, drawn, 400), (400, 400))
+
+
+@pytest.mark.parametrize(
+    ("own", "rest", "gap"),
+    [
+        (-0.05, 0.05, None),
+        (0.052, -0.05, None),
+        (0.08, -0.02, 0.06),
+        (-0.08, -0.02, 0.06),
+        (0.02, 0.08, None),
+    ],
+)
+def test_who_is_as_far_from_right_in_the_other_direction_is_not_served_worse(own, rest, gap):
+    worst = find_worst_subgroup([make_miscalibrated(own, rest)], 10)
+    assert worst.is_shown == (gap is not None)
+    assert worst_subgroup_sentence(worst).startswith("Served worst") == worst.is_shown
+    if gap is not None:
+        assert worst.gap.value == pytest.approx(gap)
+        assert 0 < worst.gap.low < gap < worst.gap.high
 
 
 def test_women_whose_scores_are_lower_are_served_worse_though_ranked_alike():
