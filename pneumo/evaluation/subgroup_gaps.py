@@ -1,22 +1,22 @@
 """Which subgroup the model serves worst: gaps of AUROC, sensitivity, specificity and calibration.
 
-A gap is a subgroup's value minus that of the other studies. Among many gaps some are large by
-chance, so the interval of the worst is widened for their number (Bonferroni). The bootstrap
-variance of few patients is too small, and 0 in a subgroup without errors: it is at least that of a
-proportion with one more success and one more failure (Agresti & Caffo 2000). Student's t replaces
-the normal distribution.
+A gap is a subgroup's value minus that of the other studies; of calibration in the large, how much
+farther it is from 0. Among many gaps some are large by chance, so the interval of the worst is
+widened for their number (Bonferroni). The bootstrap variance of few patients is too small, and 0 in
+a subgroup without errors: it is at least that of a proportion with one more success and one more
+failure (Agresti & Caffo 2000). Student's t replaces the normal distribution.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
 from scipy.special import stdtrit
 
-from pneumo.evaluation.bootstrap import Resampled
-from pneumo.evaluation.estimates import Estimate, as_json
+from pneumo.evaluation.bootstrap import Resampled, first_minus_second
+from pneumo.evaluation.estimates import Estimate, Floats, as_json, subtract, with_wilson
 
 Measure = Literal["auroc", "sensitivity", "specificity", "in_the_large"]
 MEASURES: tuple[Measure, ...] = get_args(Measure)
@@ -24,7 +24,7 @@ MEASURE_NAMES: Mapping[Measure, str] = {
     "auroc": "AUROC",
     "sensitivity": "sensitivity",
     "specificity": "specificity",
-    "in_the_large": "calibration (mean predicted − observed risk)",
+    "in_the_large": "calibration (|mean predicted − observed risk|)",
 }
 """In a sentence."""
 WORST_RULE = (
@@ -47,23 +47,28 @@ class Gap:
     patients: tuple[int, int]
     """Patients of the subgroup and of the others; of the rarer class where both classes count."""
 
+    def _subtract(self, pair: Floats) -> Floats:
+        """The subgroup minus the others; in calibration how much farther it is from 0, as
+        calibrating the whole makes groups err in opposite directions."""
+        own, rest = np.abs(pair) if self.measure == "in_the_large" else pair
+        gap: Floats = np.subtract(own, rest)
+        return gap
+
     @property
     def value(self) -> float:
-        """The subgroup minus the others."""
-        return float(self.pair.value[0] - self.pair.value[1])
+        """The subgroup minus the others, see `_subtract`."""
+        return float(self._subtract(self.pair.value))
 
     @property
     def is_worse(self) -> bool:
         """Whether the subgroup is served worse than the others."""
-        if self.measure == "in_the_large":
-            return bool(abs(self.pair.value[0]) > abs(self.pair.value[1]))
-        return self.value < 0
+        return self.value > 0 if self.measure == "in_the_large" else self.value < 0
 
     @property
     def standard_error(self) -> float:
         """Of `value`; NaN where it cannot be estimated."""
         drawn = self.pair.drawn
-        variance = float(np.nanvar(drawn[0] - drawn[1]))
+        variance = float(np.nanvar(self._subtract(drawn)))
         if self.measure == "in_the_large":
             return math.sqrt(variance) or math.nan
         # An AUROC varies less than a proportion of one class.
@@ -73,6 +78,17 @@ class Gap:
             least = smoothed * (1 - smoothed) / (divisor * (n + 2))
             variance += max(0.0, least - float(np.nanvar(drawn[row])))
         return math.sqrt(variance)
+
+    def estimate_alone(self) -> Estimate:
+        """The subgroup minus the others, its interval by itself; a rate of exactly 0 or 1, which
+        never varies under resampling, with Wilson's."""
+        if self.measure in ("sensitivity", "specificity") and {0.0, 1.0} & {*self.pair.value}:
+            own, rest = (
+                with_wilson(replace(self.pair, effective_patients=n).estimate(row), n)
+                for row, n in enumerate(self.patients)
+            )
+            return subtract(own, rest)
+        return self.pair.derive(first_minus_second).estimate()
 
     def estimate(self, num_gaps: int) -> Estimate:
         """The gap, its interval widened for the number of gaps (Bonferroni)."""

@@ -19,7 +19,6 @@ from pneumo.evaluation.bootstrap import (
     StatisticBuilders,
     StatisticSet,
     divide,
-    first_minus_second,
 )
 from pneumo.evaluation.estimates import Estimate, Floats, as_json, with_wilson
 from pneumo.evaluation.operating_points import code_outcomes, find_too_few
@@ -237,9 +236,7 @@ class _Evaluated:
             brier=self._estimate(calibrated, _find_brier),
             in_the_large=self._estimate(calibrated, lambda s: _OF_SUMS["in_the_large"](s[SUMS])),
             gaps={
-                measure: Estimate.undefined(gap)
-                if isinstance(gap, str)
-                else gap.pair.derive(first_minus_second).estimate()
+                measure: Estimate.undefined(gap) if isinstance(gap, str) else gap.estimate_alone()
                 for measure, gap in gaps.items()
             },
         )

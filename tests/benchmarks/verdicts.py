@@ -69,6 +69,20 @@ Floats = npt.NDArray[np.float64]
 # --- the population ------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Women:
+    """How women differ from men, without the model's knowledge."""
+
+    fraction: float = 0.43
+    ill: float = 0.0
+    """How much higher than PREVALENCE theirs is, and men's lower."""
+    effect: float = 0.0
+    """How much further their positives score above negatives."""
+
+
+ALIKE_WOMEN = Women()
+
+
 def draw(
     num_patients: int,
     rng: np.random.Generator,
@@ -76,6 +90,7 @@ def draw(
     *,
     effect: float = EFFECT,
     ap: tuple[float, float] = AP,
+    women: Women = ALIKE_WOMEN,
 ) -> Predictions:
     """Studies of so many patients. The logits are a calibrated model's: of a score from two normals
     `effect` apart the log odds are effect * (score - effect / 2) + those of the prevalence."""
@@ -88,10 +103,12 @@ def draw(
         drawn: Floats = np.sqrt(1 - fraction) * own + np.sqrt(fraction) * common
         return drawn
 
-    target = (ndtr(draw_correlated(PATIENT_RISK)) < PREVALENCE).astype(np.int8)
-    is_ap = rng.random(n) < np.where(target == 1, *ap)
-    view = np.where(is_ap, "AP", "PA")
-    score = effect * target + draw_correlated(ALIKE)
+    severity, for_view, noise = draw_correlated(PATIENT_RISK), rng.random(n), draw_correlated(ALIKE)
+    age = rng.integers(18, 90, num_patients)[patient].astype(np.float64)
+    is_woman = (rng.random(num_patients) < women.fraction)[patient]
+    target = (ndtr(severity) < PREVALENCE + np.where(is_woman, 1, -1) * women.ill).astype(np.int8)
+    is_ap = for_view < np.where(target == 1, *ap)
+    score = (effect + women.effect * is_woman) * target + noise
     odds = np.log(PREVALENCE / (1 - PREVALENCE))
     logit = (effect * (score - effect / 2) + odds if effect else score).astype(np.float32)
     names = np.char.add(f"{split}-", np.arange(n).astype(np.str_))
@@ -105,9 +122,9 @@ def draw(
         calibrated_probability=np.full(n, np.nan),
         checkpoint=np.full(n, "best"),
         finding=np.where(target == 1, "Lung Opacity", "Normal"),
-        age=rng.integers(18, 90, num_patients)[patient].astype(np.float64),
-        sex=np.where(rng.random(num_patients) < 0.43, "F", "M")[patient],
-        view=view,
+        age=age,
+        sex=np.where(is_woman, "F", "M"),
+        view=np.where(is_ap, "AP", "PA"),
         spacing_mm=rng.choice([0.139, 0.143, 0.168, 0.171], n),
         box_area_fraction=np.where(target == 1, 0.1, np.nan),
     )
@@ -298,6 +315,25 @@ def cover(population: Population, patients: int, settings: Settings) -> Coverage
     return Coverage(intervals, scaled, (float(shown), float(told)))
 
 
+def cover_high_gap(population: Population, patients: int, settings: Settings) -> Count:
+    """How often the gap of sensitivity is held where nearly all women with pneumonia are found."""
+    women, count, rng = Women(effect=1.2), Count(), np.random.default_rng(patients)
+    ill = draw(60_000, np.random.default_rng(1), "test", women=women)
+    ill = ill.take(ill.target == 1)
+    for _ in range(settings.sets):
+        fitted, test = settings.evaluate(population, patients, rng, women=women)
+        threshold = fitted.points["decision"].logit
+        for group in test.subgroups.groups:
+            gap = group.gaps["sensitivity"]
+            if (group.by, group.name) == ("sex", "F") and gap.low is not None:
+                assert gap.high is not None
+                assert threshold is not None
+                found = ill.logit >= threshold
+                truth = found[ill.sex == "F"].mean() - found[ill.sex == "M"].mean()
+                count.add(bool(gap.low <= truth <= gap.high))
+    return count
+
+
 # --- sentences -----------------------------------------------------------------------------------
 
 
@@ -326,6 +362,12 @@ def list_claims(population: Population, settings: Settings) -> Iterable[tuple[st
             f"{patients} patients, all groups alike",
             (count_claims(settings, 6, favour)),
         )
+
+    yield (
+        "Served worst: calibration … of sex …",
+        "500 patients, women's risk 5 points too low, men's too high",
+        count_claims(settings, 7, partial(_claims_one_sex, population, settings)),
+    )
 
     def rank(rng: np.random.Generator) -> bool:
         return is_shown_to_rank(settings.evaluate(population, 150, rng, effect=0.0)[1].auroc)
@@ -378,6 +420,14 @@ def list_claims(population: Population, settings: Settings) -> Iterable[tuple[st
             f"{patients} patients in three splits at random",
             count_claims(settings, 5, partial(_claims_shift, patients)),
         )
+
+
+def _claims_one_sex(population: Population, settings: Settings, rng: np.random.Generator) -> bool:
+    """Whether one of two equally large sexes is named, whose risks are as wrong."""
+    women = Women(0.5, ill=0.08)
+    _, test = settings.evaluate(population, 500, rng, ap=(0.4, 0.4), women=women)
+    worst = test.subgroups.worst
+    return worst.is_shown and (worst.by, worst.measure) == ("sex", "in_the_large")
 
 
 def _claims_maps(
@@ -445,6 +495,8 @@ def main() -> None:
         print(f"|---|{'---|' * len(PATIENTS)}")
         for name in covered[PATIENTS[0]].intervals:
             print(f"| {name} | {' | '.join(str(c.intervals[name]) for c in covered.values())} |")
+        gaps = [str(cover_high_gap(population, n, settings)) for n in PATIENTS]
+        print(f"| gap of sex F, sensitivity, nearly 1 | {' | '.join(gaps)} |")
         print("\n| sentence | where it is false | printed |\n|---|---|---|")
         for sentence, design, count in list_claims(population, settings):
             print(f"| {sentence} | {design} | {count} |", flush=True)

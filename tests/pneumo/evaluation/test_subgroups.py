@@ -15,6 +15,7 @@ from pneumo.evaluation.predictions import sigmoid
 from pneumo.evaluation.subgroup_definitions import divide_studies
 from pneumo.evaluation.subgroup_gaps import Gap, find_worst_subgroup
 from pneumo.evaluation.subgroups import evaluate_subgroups, subgroup_statistics
+from pneumo.reporting.page.subgroup_section import worst_subgroup_sentence
 from tests import present
 from tests.predictions import make_predictions
 
@@ -107,6 +108,21 @@ def test_a_group_that_is_all_found_still_has_an_interval():
     assert specificity.value == 0
     assert specificity.method == "Wilson over patients"
     assert group.rates["npv"].reason == "no study is called negative"
+
+
+@pytest.mark.parametrize("logit", [9.0, -9.0])
+def test_the_gap_to_a_group_without_variation_allows_for_what_was_not_seen(logit):
+    """All positives of F found, or none: its rate is not known exactly, nor is the gap."""
+    rows = draw(800, sex=np.where(np.arange(800) % 10, "M", "F"))
+    is_same = (rows.sex == "F") & (rows.target == 1)
+    rows = dataclasses.replace(rows, logit=np.where(is_same, logit, rows.logit))
+    groups = by_name(judge(rows, threshold=0.0))
+    rate = groups["sex", "F"].rates["recall"]
+    own, rest = (groups["sex", name].gaps["sensitivity"] for name in "FM")
+    assert rate.value == float(logit > 0)
+    assert own.low < own.value - (rate.value - rate.low)
+    assert own.high > own.value + (rate.high - rate.value)
+    assert (own.low, own.high) == pytest.approx((-rest.high, -rest.low))
 
 
 def test_what_two_groups_share_is_told_once():
@@ -222,6 +238,32 @@ def test_a_group_without_an_error_does_not_make_the_others_worse():
     pair = Resampled(np.array([0.8, 1.0]), np.concatenate([rest, group]), 12)
     gaps = [Gap("sex", "M", "sensitivity", pair, (100, 12)), *(make_gap("F", 0.1, 0.1),) * 9]
     assert not find_worst_subgroup(gaps, 10).is_shown
+
+
+def make_miscalibrated(own, rest):
+    """A subgroup and the others, whose mean predicted - observed risk is known to 0.004 or so."""
+    pair = np.array([own, rest])
+    drawn = pair[:, None] + np.random.default_rng(0).normal(0, 0.004, (2, 500))
+    return Gap("sex", "F", "in_the_large", Resampled(pair, drawn, 400), (400, 400))
+
+
+@pytest.mark.parametrize(
+    ("own", "rest", "gap"),
+    [
+        (-0.05, 0.05, None),
+        (0.052, -0.05, None),
+        (0.08, -0.02, 0.06),
+        (-0.08, -0.02, 0.06),
+        (0.02, 0.08, None),
+    ],
+)
+def test_who_is_as_far_from_right_in_the_other_direction_is_not_served_worse(own, rest, gap):
+    worst = find_worst_subgroup([make_miscalibrated(own, rest)], 10)
+    assert worst.is_shown == (gap is not None)
+    assert worst_subgroup_sentence(worst).startswith("Served worst") == worst.is_shown
+    if gap is not None:
+        assert worst.gap.value == pytest.approx(gap)
+        assert 0 < worst.gap.low < gap < worst.gap.high
 
 
 def test_women_whose_scores_are_lower_are_served_worse_though_ranked_alike():
