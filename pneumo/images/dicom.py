@@ -139,7 +139,8 @@ def _read_fast(file: BaselineFile, image_size: int) -> GrayImage | None:
         return None
     if texts.get("SOPClassUID") and texts["SOPClassUID"] not in _RADIOGRAPHS:
         return None
-    if texts.get("PresentationLUTShape") == CONTRADICTING_SHAPES[file.form.photometric]:
+    shape = texts.get("PresentationLUTShape", "").strip()
+    if shape == CONTRADICTING_SHAPES[file.form.photometric]:
         return None
     gray = _decode_fast(file, image_size)
     if gray is None:

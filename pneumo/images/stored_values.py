@@ -13,8 +13,6 @@ Levels = npt.NDArray[np.int32]
 
 _MIN_JUMPS = 4
 _MIN_VALUES = 8  # different values on either side of a jump; padding and letters have one or two
-_NEAR_END = 64  # this part of the range is next to an end
-_NEAR_DOUBTFUL_END = 16  # and this one, or 32 codes, where header or codestream say signed
 
 
 def make_values(
@@ -51,7 +49,7 @@ def _is_torn(rows: Stored, form: FrameFormat, is_doubtful: bool) -> bool:
     and far more often than they jump over most of the range with the other sign. `is_doubtful`: the
     header or the codestream says signed."""
     top = 2**form.bits_stored
-    near = max(top // _NEAR_DOUBTFUL_END, 32) if is_doubtful else top // _NEAR_END
+    near = top // ((16 if form.bits_stored > 8 else 8) if is_doubtful else 64)  # next to an end
     levels = rows.astype(np.int32) + (top // 2 if form.signed else 0)  # 0 is the least
     if near < _MIN_VALUES or levels.min() >= near or levels.max() < top - near:
         return False

@@ -61,6 +61,7 @@ def test_pydicom_says_the_same_of_a_changed_file(
         {"BitsStored": 7, "HighBit": 6},
         {"PixelRepresentation": 1},
         {"Rows": 65},
+        *({"PresentationLUTShape": shape} for shape in ("INVERSE", " INVERSE", " IDENTITY")),
         {"PixelData": encapsulate([b"\xff\xd8 no JPEG"])},
     ],
     ids=str,
