@@ -118,6 +118,8 @@ def read_study_image(data: bytes, image_size: int) -> GrayImage:
         spacing = read_numbers(dataset, "PixelSpacing", repairs) or read_numbers(
             dataset, "ImagerPixelSpacing", repairs
         )
+        if len(set(read_numbers(dataset, "PixelAspectRatio", repairs))) > 1:
+            repairs.add("doubtful:aspect")  # pixels that are not square
         return make_image(
             gray,
             image_size,
