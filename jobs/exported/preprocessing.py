@@ -66,11 +66,10 @@ def _check(dataset: pydicom.Dataset) -> None:
         "the pixels are not the low bits of 8 or 16": dataset.BitsAllocated in (8, 16)
         and 0 < dataset.BitsStored == dataset.HighBit + 1 <= dataset.BitsAllocated
         and dataset.PixelRepresentation in (0, 1),
-        "the presentation LUT shape contradicts the photometric interpretation": (
-            dataset.PhotometricInterpretation,
-            dataset.get("PresentationLUTShape"),
-        )
-        not in (("MONOCHROME1", "IDENTITY"), ("MONOCHROME2", "INVERSE")),
+        "the presentation LUT shape contradicts the photometric interpretation": str(
+            dataset.get("PresentationLUTShape") or ""
+        ).strip()
+        in ("", "INVERSE" if dataset.PhotometricInterpretation == "MONOCHROME1" else "IDENTITY"),
         "a look-up table (modality or VOI)": not any(name in dataset for name in tables),
         "a VOI function that is not LINEAR": (dataset.get("VOILUTFunction") or "LINEAR")
         == "LINEAR",
@@ -103,7 +102,11 @@ def _decode(dataset: pydicom.Dataset, size: int) -> npt.NDArray[Any]:
     if syntax != RLELossless and len(dataset.PixelData) != expected + expected % 2:
         raise RefusedError("the pixel data has not the length that the header says")
     plugin = "pydicom" if syntax == RLELossless else ""  # other plugins may crash the process
-    return np.ascontiguousarray(pixel_array(dataset, decoding_plugin=plugin))
+    stored = pixel_array(dataset, decoding_plugin=plugin, correct_unused_bits=False)
+    unused = 8 * stored.itemsize - dataset.BitsStored
+    if (stored << unused >> unused != stored).any():  # overlays, or too few bits in the header
+        raise RefusedError("the bits above those stored are not empty")
+    return np.ascontiguousarray(stored)
 
 
 def _decode_jpeg(dataset: pydicom.Dataset, size: int) -> npt.NDArray[Any]:
@@ -125,8 +128,7 @@ def _decode_jpeg(dataset: pydicom.Dataset, size: int) -> npt.NDArray[Any]:
 def _render(dataset: pydicom.Dataset, stored: npt.NDArray[Any]) -> Gray:
     """Gray levels (H, W): rescaled, by window or range of the values; MONOCHROME1 inverted."""
     code, bits = f"u{stored.itemsize}", 8 * stored.itemsize
-    if not dataset.PixelRepresentation:
-        _check_sign(stored.astype(np.int64), 2**dataset.BitsStored)
+    _check_sign(stored.astype(np.int64), 2**dataset.BitsStored, dataset.PixelRepresentation)
     own = np.arange(2**bits, dtype=code).view(stored.dtype)
     ends = [_number(dataset, f"PixelPadding{name}") for name in ("Value", "RangeLimit")]
     # Some writers confuse signed and unsigned; a number outside the stored type is ignored.
@@ -162,13 +164,14 @@ def _render(dataset: pydicom.Dataset, stored: npt.NDArray[Any]) -> Gray:
     return np.asarray(table[stored.view(code)])
 
 
-def _check_sign(values: npt.NDArray[np.int64], count: int) -> None:
-    """Raises RefusedError where neighbours have various values at both ends of the range: perhaps
-    signed numbers around zero, which pneumo may read as such."""
+def _check_sign(values: npt.NDArray[np.int64], count: int, signed: int) -> None:
+    """Raises RefusedError where neighbours have various values at both ends of the range: the sign
+    may be another one, which pneumo may use."""
+    values, near = values + signed * count // 2, count // (8 if signed else 64)
     low, high = np.sort([values[:, 1:], values[:, :-1]], axis=0)
-    at_both_ends = high[(low < count // 64) & (high >= count - count // 64)]
-    if len(np.unique(at_both_ends)) >= 8:
-        raise RefusedError("the values may be signed, though the header says unsigned")
+    at_both_ends = (low < near) & (high >= count - near)
+    if min(len(np.unique(side[at_both_ends])) for side in (low, high)) >= 8:
+        raise RefusedError("the values may be signed where the header says unsigned, or conversely")
 
 
 def _number(dataset: pydicom.Dataset, keyword: str) -> float | None:
@@ -177,8 +180,8 @@ def _number(dataset: pydicom.Dataset, keyword: str) -> float | None:
     if value is None or value == "" or value == []:
         return None
     number = float(value[0] if isinstance(value, pydicom.multival.MultiValue) else value)
-    if not math.isfinite(number):
-        raise RefusedError("a number in the header is not finite")
+    if not abs(number) < 1e99:
+        raise RefusedError("a number in the header is not finite, or immense")
     return number
 
 

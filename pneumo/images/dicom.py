@@ -118,6 +118,8 @@ def read_study_image(data: bytes, image_size: int) -> GrayImage:
         spacing = read_numbers(dataset, "PixelSpacing", repairs) or read_numbers(
             dataset, "ImagerPixelSpacing", repairs
         )
+        if len(set(read_numbers(dataset, "PixelAspectRatio", repairs))) > 1:
+            repairs.add("doubtful:aspect")  # pixels that are not square
         return make_image(
             gray,
             image_size,
@@ -139,7 +141,8 @@ def _read_fast(file: BaselineFile, image_size: int) -> GrayImage | None:
         return None
     if texts.get("SOPClassUID") and texts["SOPClassUID"] not in _RADIOGRAPHS:
         return None
-    if texts.get("PresentationLUTShape") == CONTRADICTING_SHAPES[file.form.photometric]:
+    shape = texts.get("PresentationLUTShape", "").strip()
+    if shape == CONTRADICTING_SHAPES[file.form.photometric]:
         return None
     gray = _decode_fast(file, image_size)
     if gray is None:

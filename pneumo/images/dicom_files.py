@@ -43,7 +43,8 @@ def decode_file(data: bytes, image_size: int) -> GrayImage | UnusableFile:
             image = read_picture(data, image_size)
             return replace(image, warnings=check_pixels(image))
         image = read_study_image(data, image_size)
-        return replace(image, warnings=(*image.warnings, *check_image(image)))
+        warnings = dict.fromkeys((*image.warnings, *check_image(image)))
+        return replace(image, warnings=tuple(warnings))
     except DicomError as error:
         return UnusableFile(error.reason, str(error))
 

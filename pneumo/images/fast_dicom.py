@@ -19,6 +19,7 @@ SHORT_LENGTHS = {
     *(b"SH", b"SL", b"SS", b"ST", b"TM", b"UI", b"UL", b"US"),
 }
 UNDEFINED = 0xFFFFFFFF
+_MOST_ELEMENTS = 4_000  # a usual header has some fifty
 ITEM, END_OF_ITEMS = 0xFFFEE000, 0xFFFEE0DD
 
 TRANSFER_SYNTAX = 0x00020010
@@ -26,7 +27,7 @@ _SAMPLES, _PHOTOMETRIC, _FRAMES = 0x00280002, 0x00280004, 0x00280008
 _ROWS, _COLUMNS, _PIXEL_DATA = 0x00280010, 0x00280011, 0x7FE00010
 _EIGHT_UNSIGNED_BITS = {0x00280100: 8, 0x00280101: 8, 0x00280102: 7, 0x00280103: 0}
 _UNUSUAL = {
-    *(0x00280120, 0x00281050, 0x00281051),  # padding, window
+    *(0x00280034, 0x00280120, 0x00281050, 0x00281051),  # aspect, padding, window
     *(0x00281052, 0x00281053, 0x00283000, 0x00283010),  # rescale, modality and VOI tables
     *(0x00082218, 0x00540220),  # sequences with body part and view
 }
@@ -75,7 +76,7 @@ def _scan(data: bytes) -> tuple[dict[int, tuple[bytes, bytes]], int] | None:
         return None
     elements: dict[int, tuple[bytes, bytes]] = {}
     position, last, end = 132, 0, len(data)
-    while position + 12 <= end:
+    while position + 12 <= end and len(elements) < _MOST_ELEMENTS:
         group, number, vr, length = struct.unpack_from("<HH2sH", data, position)
         tag = group << 16 | number
         position += 8

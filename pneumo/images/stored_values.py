@@ -1,7 +1,6 @@
 """A decoder's output -> stored values, with the header's bits and sign, or corrected ones."""
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,10 +9,10 @@ from pneumo.images.elements import Repairs
 from pneumo.images.frame_format import FrameFormat
 
 Stored = npt.NDArray[np.uint8 | np.int8 | np.uint16 | np.int16]
+Levels = npt.NDArray[np.int32]
 
 _MIN_JUMPS = 4
-_MIN_NEGATIVE = 8  # different values just below zero; letters in white have one or two
-_NEAR_ZERO = 64  # this part of the range is next to zero
+_MIN_VALUES = 8  # different values on either side of a jump; padding and letters have one or two
 
 
 def make_values(
@@ -25,60 +24,73 @@ def make_values(
     is_signed: bool = False,
 ) -> tuple[Stored, FrameFormat]:
     """The values with the header's bits and sign, and the format. Where with these neighbouring
-    pixels jump over most of the range, and with another sign or more bits they do not, the latter
-    are used.
+    pixels of various values jump over most of the range, and with another sign or more bits they do
+    not, the latter are used.
 
     `may_widen`: the bits above those stored are no overlays. `is_signed`: in the codestream.
     """
-    bits = 8 * stored.dtype.itemsize
-    whole_words = replace(form, bits_stored=bits, high_bit=bits - 1)
-    if not form.signed:
-        for unsigned in dict.fromkeys((whole_words, form) if may_widen else (form,)):
-            rows = _drop_unused_bits(_take_rows(stored), unsigned)
-            if _is_around_zero(rows, unsigned.bits_stored):
-                repairs.add("pixels:PixelRepresentation")
-                signed = replace(unsigned, signed=True)
-                return _drop_unused_bits(stored.view(f"i{stored.dtype.itemsize}"), signed), signed
-    read, others = _drop_unused_bits(stored, form), dict[str, FrameFormat]()
-    if form.signed or is_signed:
-        others["PixelRepresentation"] = replace(form, signed=not form.signed)
-    elif may_widen and form.high_bit == form.bits_stored - 1 < bits - 1:
-        others["BitsStored"] = whole_words
-    for keyword, other in others.items():
-        words = stored.view(f"{'i' if other.signed else 'u'}{stored.dtype.itemsize}")
-        values = _drop_unused_bits(words, other)
-        jumps = _count_jumps(read, form.bits_stored)
-        if jumps >= _MIN_JUMPS and jumps > _MIN_JUMPS * _count_jumps(values, other.bits_stored):
-            repairs.add(f"pixels:{keyword}")
-            return values, other
-    return read, form
+    size = stored.dtype.itemsize
+    whole_words = replace(form, bits_stored=8 * size, high_bit=8 * size - 1)
+    rows, may_widen = _take_rows(stored), may_widen and not form.signed
+    for stated in dict.fromkeys((whole_words, form) if may_widen else (form,)):
+        if _is_torn(_drop_unused_bits(rows, stated), stated, form.signed or is_signed):
+            repairs.add("pixels:PixelRepresentation")
+            other = replace(stated, signed=not form.signed)
+            words = stored.view(f"{'i' if other.signed else 'u'}{size}")
+            return _drop_unused_bits(words, other), other
+    if may_widen and form.high_bit == form.bits_stored - 1 and _is_cut_off(rows, form.bits_stored):
+        repairs.add("pixels:BitsStored")
+        return stored, whole_words
+    return _drop_unused_bits(stored, form), form
 
 
-def _is_around_zero(rows: Stored, bits: int) -> bool:
-    """Whether unsigned numbers of `bits` bits are numbers above and below zero: where they cross
-    zero, neighbours have various values at the two ends of the range, and far more often than
-    neighbours jump over most of the range as signed numbers."""
-    top = 2**bits
-    near_zero = top // _NEAR_ZERO
-    if near_zero < _MIN_NEGATIVE or rows.max() < top - near_zero:
+def _is_torn(rows: Stored, form: FrameFormat, is_doubtful: bool) -> bool:
+    """Whether the other sign is right: neighbours have various values at the two ends of the range,
+    and far more often than they jump over most of the range with the other sign. `is_doubtful`: the
+    header or the codestream says signed."""
+    top = 2**form.bits_stored
+    near = top // ((16 if form.bits_stored > 8 else 8) if is_doubtful else 64)  # next to an end
+    levels = rows.astype(np.int32) + (top // 2 if form.signed else 0)  # 0 is the least
+    if near < _MIN_VALUES or levels.min() >= near or levels.max() < top - near:
         return False
-    low, high = np.minimum(rows[:, 1:], rows[:, :-1]), np.maximum(rows[:, 1:], rows[:, :-1])
-    crossing = high[(low < near_zero) & (high >= top - near_zero)]
-    if len(np.unique(crossing)) < _MIN_NEGATIVE:
+    low, high = _take_neighbours(levels)
+    torn = (low < near) & (high >= top - near)
+    if not _are_various(low[torn], high[torn]):
         return False
-    from_lowest = (rows.astype(np.int32) + top // 2) % top  # as signed numbers
-    return len(crossing) > _MIN_JUMPS * _count_jumps(from_lowest, bits)
+    other_low, other_high = _take_neighbours((levels + top // 2) % top)
+    return bool(torn.sum() > _MIN_JUMPS * _jump(other_low, other_high, top).sum())
 
 
-def _take_rows(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def _is_cut_off(rows: Stored, bits: int) -> bool:
+    """Whether the lowest `bits` bits of neighbours of various values jump over most of the range
+    mostly where the bits above them change, and the whole words do not."""
+    top, words = 2**bits, rows.astype(np.int32)
+    if words.max() < top:
+        return False
+    low, high = _take_neighbours(words % top)
+    less, more = _take_neighbours(words)
+    jumps = _jump(low, high, top)
+    healed = jumps & (more - less != high - low) & (more - less < np.ptp(words) / 8)
+    return bool(healed.sum() > 2 / 3 * jumps.sum()) and _are_various(low[healed], high[healed])
+
+
+def _take_rows(values: Stored) -> Stored:
     """Up to 512 rows."""
     return values[:: -(-len(values) // 512)]
 
 
-def _count_jumps(values: npt.NDArray[Any], bits: int) -> int:
-    """Number of neighbours in up to 512 rows that differ by more than 3/4 of the range."""
-    rows = _take_rows(values).astype(np.int32)
-    return int((np.abs(np.diff(rows, axis=1)) > 0.75 * 2**bits).sum())
+def _take_neighbours(rows: Levels) -> tuple[Levels, Levels]:
+    """The lower and the higher of each two neighbours in a row."""
+    return np.minimum(rows[:, 1:], rows[:, :-1]), np.maximum(rows[:, 1:], rows[:, :-1])
+
+
+def _jump(low: Levels, high: Levels, top: int) -> npt.NDArray[np.bool_]:
+    """Which neighbours differ by more than 3/4 of the range."""
+    return np.asarray(high - low > 0.75 * top)
+
+
+def _are_various(low: Levels, high: Levels) -> bool:
+    return min(len(np.unique(low)), len(np.unique(high))) >= _MIN_VALUES
 
 
 def _drop_unused_bits(stored: Stored, form: FrameFormat) -> Stored:

@@ -20,6 +20,7 @@ from jobs.exported.preprocessing import RefusedError, read_picture
 from pneumo.images.dicom import GrayImage
 from pneumo.images.dicom_files import decode_file
 from tests.conftest import draw_chest, encode_dicom
+from tests.examples import examples
 
 WINDOW = {"WindowCenter": [600, 100], "WindowWidth": [900, 50]}
 
@@ -101,6 +102,105 @@ def test_pixels_are_pneumos_own(
     if smaller:
         expected = cv2.resize(expected, (size - 11, size - 11), interpolation=cv2.INTER_AREA)
     np.testing.assert_array_equal(found[0, 0], expected)
+
+
+def draw_edges(values: Any, kind: str, bits: int, shift: int) -> Any:
+    """Words of `values` with what writers do: padding, letters, another sign, bits above."""
+    top = 2**bits
+    words = values.astype(np.int64) * max(top // 256, 1) % top
+    if kind == "padding":
+        words[:, :16] = top // 2  # the least signed number
+    elif kind == "letters":
+        words[8:16, 8:40:2], words[8:16, 9:40:2] = top - 1, 0
+    elif kind == "turned over":
+        words = (words + shift * top // 16) % top
+    elif kind == "above":
+        words |= (np.indices(values.shape)[1] // 8 % 2) << min(bits, 15)
+    return words
+
+
+@examples(250)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    noise=st.sampled_from([0, 2]),
+    kind=st.sampled_from(["none", "padding", "letters", "turned over", "above"]),
+    bits=st.sampled_from([8, 9, 12, 16]),
+    shift=st.integers(0, 15),
+    stated=st.sampled_from([None, None, 4, 8, 9, 10, 11, 12, 16]),
+    signed=st.integers(0, 1),
+    allocated=st.sampled_from([8, 16, 16]),
+    changes=st.fixed_dictionaries(
+        {},
+        optional={
+            "HighBit": st.sampled_from([7, 11, 15]),
+            "PhotometricInterpretation": st.sampled_from(["MONOCHROME1", "monochrome2"]),
+            "PresentationLUTShape": st.sampled_from(
+                ["IDENTITY", "INVERSE", " INVERSE", " IDENTITY ", "inverse", "OTHER", ""]
+            )
+            | st.sampled_from([["INVERSE", "IDENTITY"], ["IDENTITY", "INVERSE"]]),
+            "ViewPosition": st.sampled_from(["PA", "ap ", "LL", ["PA", "LL"]]),
+            "BodyPartExamined": st.sampled_from(["CHEST", "KNEE", ["KNEE", "CHEST"], "RIB"]),
+            "RescaleSlope": st.sampled_from([1, -1, 2.5, 1e-300, 1e307]),
+            "RescaleIntercept": st.sampled_from([0, -1024, 1e300]),
+            "PixelPaddingValue": st.sampled_from([0, -2048, -32768, 4095]),
+            "WindowCenter": st.sampled_from([0, 1024, 2048, 1e300, [40, 90]]),
+            "WindowWidth": st.sampled_from([1, 2048, 4096, 1e300, [2048, 40]]),
+            "VOILUTFunction": st.sampled_from(["LINEAR", " LINEAR", "SIGMOID", "OTHER"]),
+        },
+    ),
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # pydicom's, of values that are none
+def test_any_header_is_read_as_pneumo_does_or_refused(
+    tmp_path_factory: pytest.TempPathFactory,
+    seed: int,
+    noise: int,
+    kind: str,
+    bits: int,
+    shift: int,
+    stated: int | None,
+    signed: int,
+    allocated: int,
+    changes: dict[str, Any],
+) -> None:
+    rng = np.random.default_rng(seed)
+    chest = cv2.resize(draw_chest(16), (72, 64), interpolation=cv2.INTER_CUBIC)
+    values = np.clip(chest + rng.normal(0, noise, chest.shape), 0, 255)
+    words = draw_edges(values, kind, bits, shift) % 2**allocated
+    shown = min(stated or bits, allocated)
+    elements = {"BitsStored": shown, "HighBit": shown - 1, "PixelRepresentation": signed, **changes}
+    if not signed and "PixelPaddingValue" in changes:
+        elements["PixelPaddingValue"] %= 2**16
+    data = encode_dicom(words.astype(f"u{allocated // 8}"), elements=elements)
+    check_agreement(data, tmp_path_factory.mktemp("dicom") / "a.dcm")
+
+
+def check_agreement(data: bytes, path: Path) -> None:
+    """The same picture as pneumo's, or none."""
+    judged = decode_file(data, 48)
+    try:
+        found = read(path, data, 48)
+    except RefusedError:
+        return
+    assert isinstance(judged, GrayImage)
+    np.testing.assert_array_equal(found[0, 0], judged.pixels)
+
+
+@pytest.mark.parametrize("bits", [12, 16])
+@pytest.mark.parametrize("padded", [False, True])
+def test_sound_signed_files_are_read(tmp_path: Path, bits: int, padded: bool) -> None:
+    values = draw_edges(draw_chest(64), "none", bits - 1, 0)
+    if padded:
+        values[:, :16] = -(2 ** (bits - 1))
+    data = encode_dicom(values.astype(np.int16), elements={"BitsStored": bits, "HighBit": bits - 1})
+    assert read(tmp_path / "a", data, 48).shape == (1, 1, 48, 48)
+    check_agreement(data, tmp_path / "a")
+
+
+@pytest.mark.parametrize("shape", ["INVERSE", " INVERSE", ["INVERSE", "IDENTITY"], "OTHER"])
+def test_a_shape_that_may_turn_gray_levels_over_is_refused(tmp_path: Path, shape: Any) -> None:
+    data = encode_dicom(draw_chest(64), elements={"PresentationLUTShape": shape})
+    with pytest.raises(RefusedError, match="presentation LUT shape"):
+        read(tmp_path / "a", data, 48)
 
 
 def recode(data: bytes, path: Path, syntax: UID) -> bytes:

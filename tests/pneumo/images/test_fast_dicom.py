@@ -1,5 +1,6 @@
 """The fast reader of DICOM files says what pydicom says."""
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from pydicom.encaps import encapsulate
 
 from pneumo.images.dicom import read_study_image
+from pneumo.images.fast_dicom import read_baseline
 from tests.examples import examples
 from tests.pneumo.images.pictures import DicomMaker, outcome, phantom
 
@@ -61,6 +63,8 @@ def test_pydicom_says_the_same_of_a_changed_file(
         {"BitsStored": 7, "HighBit": 6},
         {"PixelRepresentation": 1},
         {"Rows": 65},
+        {"PixelAspectRatio": [2, 1]},
+        *({"PresentationLUTShape": shape} for shape in ("INVERSE", " INVERSE", " IDENTITY")),
         {"PixelData": encapsulate([b"\xff\xd8 no JPEG"])},
     ],
     ids=str,
@@ -70,6 +74,18 @@ def test_pydicom_says_the_same_of_an_unusual_header(
 ) -> None:
     elements = {"PhotometricInterpretation": photometric, **elements}
     data = make_dicom(phantom(64), jpeg_quality=90, elements=elements)
+    assert outcome(data) == outcome(data[132:])
+
+
+@pytest.mark.parametrize(("count", "is_fast"), [(1_000, True), (10_000, False)])
+def test_a_file_of_very_many_elements_is_left_to_pydicom(
+    make_dicom: DicomMaker, count: int, is_fast: bool
+) -> None:
+    data = make_dicom(phantom(64), jpeg_quality=90)
+    place = data.index(b"\x28\0\x02\0US")
+    many = b"".join(struct.pack("<HH2sH", 0x21, number, b"UI", 0) for number in range(count))
+    data = data[:place] + many + data[place:]
+    assert (read_baseline(data, {}) is not None) == is_fast
     assert outcome(data) == outcome(data[132:])
 
 

@@ -4,6 +4,7 @@ right picture, and what was repaired is counted by its element."""
 import io
 import struct
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -397,6 +398,102 @@ def test_bright_values_beside_dark_ones_are_no_negative_values(make_dicom: Dicom
     image = read(make_dicom(collimated))
     assert image.warnings == ()
     assert gray(image)[:, :16].max() <= 1
+
+
+def tissue(white: int) -> Pixels:
+    """Noisy values from 3/4 of `white` to `white`: most neighbours of a darker pixel jump."""
+    noise = np.random.default_rng(1).uniform(0, white / 8, (ROWS, COLUMNS))
+    return np.asarray(smooth(white).astype(float) / 8 + noise + 0.75 * white, np.int32)
+
+
+@pytest.mark.parametrize("syntax", [None, JPEGLosslessSV1, JPEG2000Lossless, RLELossless])
+@pytest.mark.parametrize("share", [1, 0.98])
+@pytest.mark.parametrize("bits", [8, 10, 12, 16])
+def test_padding_beside_bright_tissue_keeps_the_sign(
+    make_dicom: DicomMaker, bits: int, share: float, syntax: UID | None
+) -> None:
+    half = 2 ** (bits - 1)
+    padding = int(-half * share)
+    values = tissue(half - 1)
+    values[:, :16] = padding
+    letters = values.copy()
+    letters[4:8, 2:14:2] = half - 1
+    for shown in (values, letters):
+        elements = {
+            "BitsStored": bits,
+            "HighBit": bits - 1,
+            "PixelRepresentation": 1,
+            "WindowCenter": half // 2,
+            "WindowWidth": half,
+        }
+        dtype = np.int8 if bits == 8 else np.int16
+        if syntax is None or bits == 8:
+            data = make_dicom(shown.astype(dtype), elements=elements)
+        else:
+            words = (shown % 2**bits).astype(np.uint16)
+            frame = compress(words, syntax, bits)
+            elements |= {"BitsAllocated": 16}
+            data = with_frame(make_dicom, frame, syntax, elements)
+        image = read(data)
+        expected = np.clip((shown - half / 2 + 0.5) / (half - 1) + 0.5, 0, 1) * 255
+        assert np.abs(gray(image) - np.rint(expected)).max() <= 1
+        assert image.warnings == ()
+
+
+def test_black_beside_noisy_white_keeps_the_sign(make_dicom: DicomMaker) -> None:
+    values = 4095 - np.random.default_rng(1).integers(0, 60, (ROWS, COLUMNS)).astype(np.uint16)
+    values[:, ::5] = 0
+    image = read(make_dicom(values, elements={"BitsStored": 12, "HighBit": 11}))
+    assert image.warnings == ()
+
+
+@pytest.mark.parametrize("above", ["nothing", "noise", "a field", "stripes"])
+@pytest.mark.parametrize("bits", [8, 10, 12])
+def test_hard_edges_keep_the_bits_of_the_header(
+    make_dicom: DicomMaker, bits: int, above: str
+) -> None:
+    white, rng = 2**bits - 1, np.random.default_rng(1)
+    values = smooth(white).astype(np.uint16) // 2
+    values[:, :8] = rng.integers(0, max(white // 50, 9), (ROWS, 8))
+    values[10:20:2, :8] = rng.integers(white - white // 30, white + 1, (5, 8))
+    values[30:40, 40:60:2] = white
+    values[30:40, 41:60:2] = 0
+    places = np.indices(values.shape)
+    bits_above = {
+        "nothing": np.zeros_like(values),
+        "noise": rng.integers(0, 2 ** (16 - bits), values.shape),
+        "a field": (places[0] > 20) << (15 - bits),
+        "stripes": places[1] // 4 % 2,
+    }[above].astype(np.uint16)
+    elements = {"BitsStored": bits, "HighBit": bits - 1}
+    image = read(make_dicom(values | bits_above << bits, elements=elements))
+    assert image.warnings == ()
+    if bits == 8:
+        alone = read(make_dicom(values.astype(np.uint8)))
+    else:
+        alone = read(
+            make_dicom(values, elements={"WindowCenter": 2 ** (bits - 1), "WindowWidth": 2**bits})
+        )
+    assert np.abs(gray(image) - gray(alone)).max() <= 1
+
+
+def test_real_pictures_as_sound_files_of_12_bits_keep_bits_and_sign(
+    make_dicom: DicomMaker, shared_data: Path
+) -> None:
+    for path in sorted((shared_data / "rsna-mini" / "stage_2_train_images").glob("*.dcm"))[:20]:
+        values = decode_gray(pydicom.dcmread(path))[::2, ::2].astype(np.int16) * 16
+        padded = values // 2
+        padded[:, :40] = -2048
+        for stored in (values.astype(np.uint16), padded):
+            data = make_dicom(stored, elements={"BitsStored": 12, "HighBit": 11})
+            assert not [code for code in read(data).warnings if code.startswith("pixels:")]
+
+
+@pytest.mark.parametrize("bits", [8, 9, 10, 11])
+def test_values_of_12_bits_beyond_those_of_the_header(make_dicom: DicomMaker, bits: int) -> None:
+    image = read(make_dicom(smooth(4095), elements={"BitsStored": bits, "HighBit": bits - 1}))
+    np.testing.assert_array_equal(image.pixels, read(make_dicom(smooth(4095))).pixels)
+    assert image.warnings == ("pixels:BitsStored",)
 
 
 @pytest.mark.parametrize(
