@@ -15,7 +15,8 @@ from pneumo.images.frame_format import MAX_PIXELS
 _MEMBER = re.compile(r"(?<=\.zip)!/", re.IGNORECASE)
 """Separates an archive and its member: `a.zip!/b/c.dcm`."""
 _GZIP = b"\x1f\x8b"
-_MAX_BYTES = 3 * MAX_PIXELS
+MAX_BYTES = 3 * MAX_PIXELS
+"""Larger files are not read, packed or not."""
 
 
 def list_members(archive_url: str) -> list[str]:
@@ -45,7 +46,7 @@ def read_member(url: str) -> bytes:
     archive_url, name = _MEMBER.split(url, maxsplit=1)
     try:
         with _open(archive_url) as archive, archive.open(name) as member:
-            return _bounded(member.read(_MAX_BYTES + 1))
+            return _bounded(member.read(MAX_BYTES + 1))
     except (KeyError, FileNotFoundError) as error:
         raise FileNotFoundError(name) from error
     except _DAMAGED as error:
@@ -58,7 +59,7 @@ def unpack(data: bytes) -> bytes:
         return data
     try:
         with gzip.open(io.BytesIO(data)) as file:
-            return _bounded(file.read(_MAX_BYTES + 1))
+            return _bounded(file.read(MAX_BYTES + 1))
     except EOFError as error:
         raise DicomError("the gzip file is truncated", "undecodable") from error
     except (OSError, zlib.error) as error:
@@ -84,8 +85,8 @@ def _read_archive(archive_url: str) -> bytes:
 
 
 def _bounded(data: bytes) -> bytes:
-    if len(data) > _MAX_BYTES:
-        raise DicomError(f"unpacks to more than {_MAX_BYTES} bytes", "too_large")
+    if len(data) > MAX_BYTES:
+        raise DicomError(f"unpacks to more than {MAX_BYTES} bytes", "too_large")
     return data
 
 
