@@ -3,11 +3,13 @@
     PneumoError               exit 1: something failed
     ├── UserError             exit 2: the user's mistake; the message says what to change
     │   └── ConfigError, SourceError, StoreError, RunError, AccessError
+    │       └── DeniedError
     ├── DataError, BadFilesError, DicomError, CheckpointError, DivergedError, ClusterError,
     │   MetricError, TrackingError
     ├── PreemptedError        exit 130: told to stop; all that was trained is in a checkpoint
     └── StorageError
         └── ContentError
+            └── TooLargeError
 
 Each takes its message as the only positional argument, so that it survives pickling between Ray
 processes. A message is one line: where, got, expected, what to do. Nothing from a patient's header
@@ -56,6 +58,10 @@ class AccessError(UserError):
     """The storage refuses: no credentials, no right, or no such bucket."""
 
 
+class DeniedError(AccessError):
+    """The storage refuses an object, perhaps this one alone, to a key that it knows."""
+
+
 class DataError(PneumoError):
     """Bytes, sizes or counts differ from what the manifest says."""
 
@@ -96,6 +102,10 @@ class StorageError(PneumoError):
 
 class ContentError(StorageError):
     """What lies at a URL is not what the caller expects: another digest or size, or too short."""
+
+
+class TooLargeError(ContentError):
+    """An object has more bytes than the caller takes; it was not read."""
 
 
 DicomReason = Literal[

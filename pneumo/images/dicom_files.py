@@ -6,10 +6,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from pneumo import storage
-from pneumo.errors import AccessError, DicomError, StorageError
+from pneumo.errors import AccessError, DeniedError, DicomError, StorageError, TooLargeError
 from pneumo.images.dicom import GrayImage, read_study_image
 from pneumo.images.input_checks import check_image, check_pixels
-from pneumo.images.packed_files import is_member, read_member, unpack
+from pneumo.images.packed_files import MAX_BYTES, is_member, read_member, unpack
 from pneumo.images.pictures import is_picture, read_picture
 
 _READS_AT_ONCE = 8
@@ -30,7 +30,8 @@ def read_pictures(urls: Sequence[str], image_size: int) -> Iterator[GrayImage | 
 
     Raises AccessError and StorageError for an unavailable bucket, which is no fault of a file.
     """
-    for data in read_files([(url, None) for url in urls]):
+    labels = [f"a file of {storage.root(url)}" for url in urls]  # its name may be a patient's
+    for data in read_files(list(zip(urls, labels, strict=True))):
         yield data if isinstance(data, UnusableFile) else decode_file(data, image_size)
 
 
@@ -49,7 +50,7 @@ def decode_file(data: bytes, image_size: int) -> GrayImage | UnusableFile:
         return UnusableFile(error.reason, str(error))
 
 
-def read_files(files: Sequence[tuple[str, str | None]]) -> Iterator[bytes | UnusableFile]:
+def read_files(files: Sequence[tuple[str, str]]) -> Iterator[bytes | UnusableFile]:
     """The bytes of each file, in order, given as (url, name in errors); files of a bucket are
     prefetched."""
     if all(storage.is_local(url) for url, _ in files):
@@ -69,15 +70,22 @@ def read_files(files: Sequence[tuple[str, str | None]]) -> Iterator[bytes | Unus
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def read_file(url: str, label: str | None) -> bytes | UnusableFile:
+def read_file(url: str, label: str) -> bytes | UnusableFile:
     """The file's bytes; `label` is its name in errors. Raises as `read_pictures`."""
     try:
-        return read_member(url) if is_member(url) else storage.read_bytes(url, label=label)
+        if is_member(url):
+            return read_member(url)
+        return storage.read_bytes(url, label=label, max_bytes=MAX_BYTES)
     except DicomError as error:
         return UnusableFile(error.reason, str(error))
     except FileNotFoundError:
         return UnusableFile("missing", "no such file")
+    except TooLargeError:
+        return UnusableFile("too_large", f"has more than {MAX_BYTES} bytes")
     except (AccessError, StorageError) as error:
-        if not storage.is_local(url):
-            raise
-        return UnusableFile("unreadable", type(error.__cause__).__name__)
+        if storage.is_local(url):
+            return UnusableFile("unreadable", type(error.__cause__).__name__)
+        # An archived object, or one with rights of its own, where the bucket itself answers.
+        if isinstance(error, DeniedError) and storage.exists(url.rpartition("/")[0]):
+            return UnusableFile("unreadable", str(error))
+        raise

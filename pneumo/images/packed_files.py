@@ -4,6 +4,7 @@ import gzip
 import io
 import lzma
 import re
+import threading
 import zipfile
 import zlib
 from functools import lru_cache
@@ -15,14 +16,15 @@ from pneumo.images.frame_format import MAX_PIXELS
 _MEMBER = re.compile(r"(?<=\.zip)!/", re.IGNORECASE)
 """Separates an archive and its member: `a.zip!/b/c.dcm`."""
 _GZIP = b"\x1f\x8b"
-_MAX_BYTES = 3 * MAX_PIXELS
+MAX_BYTES = 3 * MAX_PIXELS
+"""Larger files are not read, packed or not."""
 
 
 def list_members(archive_url: str) -> list[str]:
     """The URLs of the files in a zip archive, without hidden ones. Raises SourceError."""
     try:
-        with _open(archive_url) as archive:
-            names = [name for name in archive.namelist() if not name.endswith("/")]
+        with _lock:
+            names = [name for name in _find(archive_url).namelist() if not name.endswith("/")]
     except (zipfile.BadZipFile, NotImplementedError, OSError) as error:
         raise SourceError(f"{archive_url}: no zip archive that can be read: {error}") from error
     return [f"{archive_url}!/{name}" for name in sorted(names) if not _is_hidden(name)]
@@ -44,8 +46,8 @@ def read_member(url: str) -> bytes:
     large, FileNotFoundError where it is missing."""
     archive_url, name = _MEMBER.split(url, maxsplit=1)
     try:
-        with _open(archive_url) as archive, archive.open(name) as member:
-            return _bounded(member.read(_MAX_BYTES + 1))
+        with _lock, _find(archive_url).open(name) as member:
+            return _bounded(member.read(MAX_BYTES + 1))
     except (KeyError, FileNotFoundError) as error:
         raise FileNotFoundError(name) from error
     except _DAMAGED as error:
@@ -58,7 +60,7 @@ def unpack(data: bytes) -> bytes:
         return data
     try:
         with gzip.open(io.BytesIO(data)) as file:
-            return _bounded(file.read(_MAX_BYTES + 1))
+            return _bounded(file.read(MAX_BYTES + 1))
     except EOFError as error:
         raise DicomError("the gzip file is truncated", "undecodable") from error
     except (OSError, zlib.error) as error:
@@ -71,21 +73,29 @@ _DAMAGED = (
 )
 
 
-def _open(archive_url: str) -> zipfile.ZipFile:
+_lock = threading.Lock()
+"""Held while an archive is read, as its members are by several threads."""
+
+
+def _find(archive_url: str) -> zipfile.ZipFile:
+    if not storage.is_local(archive_url):
+        return _open(archive_url)
+    found = storage.local_path(archive_url).stat()
+    return _open(archive_url, found.st_ino, found.st_mtime_ns, found.st_size)
+
+
+@lru_cache(maxsize=2)
+def _open(archive_url: str, *_version: int) -> zipfile.ZipFile:
+    """The archive, of a bucket in memory. The last two stay open: to list all members takes long,
+    and threads that read ahead need two."""
     if storage.is_local(archive_url):
         return zipfile.ZipFile(storage.local_path(archive_url))
-    return zipfile.ZipFile(io.BytesIO(_read_archive(archive_url)))
-
-
-@lru_cache(maxsize=1)
-def _read_archive(archive_url: str) -> bytes:
-    """An archive of a bucket; the last one is cached, as its members are read in a row."""
-    return storage.read_bytes(archive_url)
+    return zipfile.ZipFile(io.BytesIO(storage.read_bytes(archive_url)))
 
 
 def _bounded(data: bytes) -> bytes:
-    if len(data) > _MAX_BYTES:
-        raise DicomError(f"unpacks to more than {_MAX_BYTES} bytes", "too_large")
+    if len(data) > MAX_BYTES:
+        raise DicomError(f"unpacks to more than {MAX_BYTES} bytes", "too_large")
     return data
 
 

@@ -18,7 +18,7 @@ from pneumo.storage.objects import (
     write_bytes,
     write_text,
 )
-from pneumo.storage.urls import is_local, join, last_part, local_path, normalise
+from pneumo.storage.urls import is_local, join, last_part, local_path, normalise, root
 
 __all__ = [
     "ANONYMOUS",
@@ -40,6 +40,7 @@ __all__ = [
     "remove",
     "remove_below",
     "remove_partials",
+    "root",
     "upload_folder",
     "write_bytes",
     "write_text",

@@ -9,7 +9,7 @@ from typing import Any
 import fsspec
 
 from pneumo.errors import UserError
-from pneumo.storage.urls import is_s3
+from pneumo.storage.urls import is_s3, root
 
 ANONYMOUS = "PNEUMO_S3_ANONYMOUS"
 """Environment variable: 1 sends S3 requests unsigned, for public buckets."""
@@ -35,17 +35,20 @@ def open_filesystem(url: str) -> tuple[Any, str]:
     fsspec caches the instance, and creates another after a fork. Listings are not cached, as other
     processes add keys. Raises UserError for an invalid PNEUMO_S3_ANONYMOUS.
     """
+    # Of the root alone: in a key `::` would be taken for a chain of filesystems.
+    root_url = root(url)
+    key = url.removeprefix(root_url).removeprefix("/").rstrip("/")
     if not is_s3(url):
-        fs, path = fsspec.url_to_fs(url, use_listings_cache=False)
-        return fs, path
+        fs, root_path = fsspec.url_to_fs(root_url, use_listings_cache=False)
+        return fs, f"{root_path.rstrip('/')}/{key}" if key else root_path
     value = os.environ.get(ANONYMOUS, "").lower()
     if value not in {"", "0", "false", "1", "true"}:
         raise UserError(f"{ANONYMOUS}={value}: expected 1 or 0")
-    fs, path = fsspec.url_to_fs(
-        url,
+    fs, root_path = fsspec.url_to_fs(
+        root_url,
         use_listings_cache=False,
         anon=value in {"1", "true"},
         config_kwargs=_S3_OPTIONS,
     )
     fs.retries = 1
-    return fs, path
+    return fs, f"{root_path}/{key}" if key else root_path

@@ -4,7 +4,7 @@ import errno
 from collections.abc import Mapping
 from typing import Any
 
-from pneumo.errors import AccessError, StorageError, UserError
+from pneumo.errors import AccessError, DeniedError, StorageError, UserError
 from pneumo.storage.connection import ANONYMOUS
 
 _REFUSALS: Mapping[str, tuple[str, str]] = {
@@ -92,7 +92,7 @@ def permanent_error(error: Exception, name: str, text: str | None = None) -> Exc
     if isinstance(error, FileNotFoundError):
         return _no_such_object(name)
     if isinstance(error, PermissionError):
-        return AccessError(f"storage: access to {name} refused: {text}")
+        return DeniedError(f"storage: access to {name} refused: {text}")
     if isinstance(error, _PROGRAM_ERRORS):
         return StorageError(f"storage: {name}: {kind}: {text}")
     return None
@@ -108,7 +108,8 @@ def _permanent_s3_error(
         )
     if code in _REFUSALS:
         what, remedy = _REFUSALS[code]
-        return AccessError(f"storage: {what}: {name}; {remedy}")
+        kind = DeniedError if code == "AccessDenied" else AccessError
+        return kind(f"storage: {what}: {name}; {remedy}")
     if code in _TRANSIENT_CODES:
         return None
     if code.isdecimal():
@@ -120,7 +121,7 @@ def _permanent_s3_error(
     if isinstance(error, FileNotFoundError):
         return _no_such_object(name)
     if isinstance(error, PermissionError):
-        return AccessError(f"storage: access to {name} refused: {code}")
+        return DeniedError(f"storage: access to {name} refused: {code}")
     status = _s3_response(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
     if 400 <= status < 500 or status == 501:
         return StorageError(f"storage: {name}: the server refuses: {code}: {text}")

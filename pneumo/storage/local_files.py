@@ -30,7 +30,9 @@ def read_file(requested: Range) -> bytes:
     path = local_path(requested.url)
     name = requested.label or path
     try:
-        mode = path.stat().st_mode
+        found = path.stat()
+        mode = found.st_mode
+        requested.check_size(found.st_size)
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # reading a pipe would block
             raise OSError(errno.EINVAL, "not a regular file")  # noqa: TRY301  as of a lost mount
         with path.open("rb") as file:

@@ -31,22 +31,28 @@ from pneumo.storage.local_files import (
 )
 from pneumo.storage.retries import retried
 from pneumo.storage.s3 import ResumableRead, create_object, list_keys, object_exists, put_object
-from pneumo.storage.urls import Range, is_local, is_s3, join, local_path
+from pneumo.storage.urls import Range, is_local, is_s3, join, local_path, root
 
 _MAX_DIGESTS = 4
 """So many different wrong digests of one object are taken for network faults, and read again."""
 
 
 def read_bytes(
-    url: str, *, sha256: str | None = None, size: int | None = None, label: str | None = None
+    url: str,
+    *,
+    sha256: str | None = None,
+    size: int | None = None,
+    label: str | None = None,
+    max_bytes: int | None = None,
 ) -> bytes:
     """The whole object at `url`, checked against a digest in hex and a size where given.
 
     An object of an object store with a wrong digest is read again, as the network may have changed
     a byte. `label` replaces the URL in errors and warnings where it could identify a patient.
-    Raises FileNotFoundError, AccessError, StorageError, or ContentError for a wrong digest or size.
+    Raises FileNotFoundError, AccessError, StorageError, ContentError for a wrong digest or size, or
+    TooLargeError, without reading it, for an object of more than `max_bytes`.
     """
-    requested = Range(url, label=label)
+    requested = Range(url, label=label, max_bytes=max_bytes)
     data = _read_checked(requested, hashlib.sha256, sha256)
     if size is not None and len(data) != size:
         raise ContentError(f"storage: {requested.name}: {len(data)} bytes, expected {size}")
@@ -105,9 +111,14 @@ def _read_object(requested: Range) -> bytes:
         retried(reading.resume, url, progress=lambda: reading.received, label=requested.label)
         return b"".join(reading.chunks)
     end = None if length is None else start + length
-    data: bytes = retried(
-        lambda fs, path: fs.cat_file(path, start=start, end=end), url, label=requested.label
-    )
+
+    def read(fs: Any, path: str) -> bytes:
+        if requested.max_bytes is not None:
+            requested.check_size(fs.size(path))
+        found: bytes = fs.cat_file(path, start=start, end=end)
+        return found
+
+    data = retried(read, url, label=requested.label)
     if length is not None and len(data) != length:
         raise requested.ends_early(start + len(data))
     return data
@@ -207,8 +218,7 @@ def list_urls(url: str) -> list[str]:
     if is_local(url):
         return sorted(list_files(local_path(url)))
     if is_s3(url):
-        root_url = "/".join(url.split("/", 3)[:3])
-        return sorted(f"{root_url}/{key}" for key in list_keys(url))
+        return sorted(f"{root(url)}/{key}" for key in list_keys(url))
     scheme = url.split("://", 1)[0]
     return sorted(f"{scheme}://{path}" for path in retried(lambda fs, path: fs.find(path), url))
 

@@ -93,6 +93,7 @@ class ResumableRead:
             begin, end, total = 0, answer["ContentLength"] - 1, answer["ContentLength"]
         else:
             begin, end, total = (int(number) for number in shown.groups())
+        requested.check_size(total)
         self.etag = answer["ETag"]
         if self.length is None:
             self.length = total - requested.start

@@ -7,7 +7,7 @@ from urllib.parse import unquote
 
 import fsspec
 
-from pneumo.errors import ContentError, UserError
+from pneumo.errors import ContentError, TooLargeError, UserError
 
 _SHELL_SCHEMES = frozenset({"pipe", "cmd", "sh", "bash", "ssh", "sftp"})
 
@@ -68,6 +68,11 @@ def join(url: str, *parts: str) -> str:
     return "/".join([url.rstrip("/"), *(part.strip("/") for part in parts)])
 
 
+def root(url: str) -> str:
+    """The scheme and bucket of `url`."""
+    return "/".join(url.split("/", 3)[:3])
+
+
 def last_part(url: str) -> str:
     """The last part of `url`: the name of a run or a store."""
     return normalise(url).rsplit("/", 1)[-1]
@@ -82,11 +87,18 @@ class Range:
     length: int | None = None
     label: str | None = None
     """Replaces the URL in errors where it must not be shown."""
+    max_bytes: int | None = None
+    """A larger object is not read."""
 
     @property
     def name(self) -> str:
         """The object's name in errors."""
         return self.label or self.url
+
+    def check_size(self, total: int | None) -> None:
+        """Raises TooLargeError for an object of `total` bytes, more than `max_bytes`."""
+        if total is not None and self.max_bytes is not None and total > self.max_bytes:
+            raise TooLargeError(f"storage: {self.name}: {total} bytes, over {self.max_bytes}")
 
     def ends_early(self, end: int) -> ContentError:
         """The error for an object of only `end` bytes."""
