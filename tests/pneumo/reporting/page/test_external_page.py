@@ -49,7 +49,7 @@ def make_set(*, has_patients: tuple[bool, bool] = (True, True), phantoms: bool =
     )
     none = Estimate.undefined("not measured")
     shift = measure_shift(([1] * 256,) * 2, (INTERNAL.spacing_mm,) * 2, none, (0, 0))
-    return ExternalSet("vindr", phantoms, found, shift, Overlap(frozenset(), 2, 3, 4), None)
+    return ExternalSet("vindr", phantoms, found, shift, Overlap(frozenset(), 2, 3, 4, 5), None)
 
 
 def test_unknown_patients_are_not_counted() -> None:
