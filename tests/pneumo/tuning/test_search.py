@@ -93,6 +93,18 @@ def test_the_luckiest_epoch_is_not_what_counts() -> None:
     assert lucky.objective(smoothed, epochs=1) == 0.80
 
 
+@pytest.mark.parametrize("value", [0.004, 0.5, 0.9, 0.98, 0.9999])
+def test_an_interval_stays_where_the_objective_can_be(value: float) -> None:
+    interval = trial("a", value).interval(TUNE)
+    assert interval is not None
+    assert 0 <= interval[0] < value < interval[1] <= 1
+    if value == 0.5:
+        assert interval == pytest.approx((0.5 - 0.0392, 0.5 + 0.0392), abs=1e-4)
+    log_loss = override(Config(), {"tune.epochs": 3, "tune.objective": "log_loss"}).tune
+    assert trial("a", -0.5).interval(log_loss) == pytest.approx((-0.5392, -0.4608), abs=1e-4)
+    assert trial("a", 1.0).interval(TUNE) is None
+
+
 def test_ranking_puts_the_finished_first_and_failures_last() -> None:
     trials = [
         trial("failed", state="failed"),
