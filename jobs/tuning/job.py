@@ -288,6 +288,8 @@ class _Runner:
             )
             results = tuner.fit()
         names = [trial.config["name"] for trial in table.trials]
+        if not names and not results.errors:
+            return []  # the search was interrupted when it had trained all of a small space
         if not names:
             raise find_cause(results.errors[0]) or ClusterError("tune: no trial could start")
         trials = [read_trial(self.run_url, name) for name in names]

@@ -26,6 +26,9 @@ from pneumo.tuning.trials import OBJECTIVE, Trial
 _STARTUP_DIVISOR = 4
 """TPE draws the first quarter of the trials at random, at least 4 and at most 10."""
 
+_MAX_ASKED, _ASKED_AT_RANDOM = 200, 180
+"""How often a setting is asked for that is not known yet, and how many of these times at random."""
+
 
 @dataclass(frozen=True)
 class PlannedTrial:
@@ -83,7 +86,8 @@ class FixedListSearcher(Searcher):  # type: ignore[misc]
 
 
 class OptunaSearcher(FixedListSearcher):
-    """Suggests unfinished trials first, then settings of Optuna, which learns from ended ones."""
+    """Suggests unfinished trials first, then settings of Optuna, which learns from ended ones; none
+    twice, as with the same seed it would be the same training. A small space ends early."""
 
     def __init__(
         self, config: Config, before: Mapping[str, Trial], run_url: str, *, worst: float
@@ -102,13 +106,27 @@ class OptunaSearcher(FixedListSearcher):
             self.study.enqueue_trial(dict(trial.settings))
 
     def suggest(self, trial_id: str) -> Any:
-        self.study.sampler = _make_sampler(self.config, len(self.study.trials))
-        asked = self.asked[trial_id] = self.study.ask(fixed_distributions=self.space)
+        asked = self._ask()
+        if asked is None:
+            return Searcher.FINISHED
+        self.asked[trial_id] = asked
         if not self.left:
             name = name_trial(self.next_number)
             self.left.append(PlannedTrial(name, dict(asked.params), self.config.seed))
             self.next_number += 1
         return super().suggest(trial_id)
+
+    def _ask(self) -> optuna.Trial | None:
+        """The next unfinished trial, or a setting that is not known; None where none is found."""
+        for left in range(_MAX_ASKED, 0, -1):
+            known = self.study.get_trials(deepcopy=False)
+            at_random = left <= _ASKED_AT_RANDOM
+            self.study.sampler = _make_sampler(self.config, len(known), at_random=at_random)
+            asked = self.study.ask(fixed_distributions=self.space)
+            if self.left or all(asked.params != trial.params for trial in known):
+                return asked
+            self.study.tell(asked, state=TrialState.FAIL)
+        return None
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -124,12 +142,14 @@ class OptunaSearcher(FixedListSearcher):
             self.study.tell(asked, result[METRIC])
 
 
-def _make_sampler(config: Config, number: int) -> optuna.samplers.BaseSampler:
+def _make_sampler(
+    config: Config, number: int, *, at_random: bool = False
+) -> optuna.samplers.BaseSampler:
     """The sampler for the trial of this number, with a seed of its own, so that a resumed search
     does not draw the same settings again."""
     digest = hashlib.blake2b(f"pneumo/tune/{config.seed}/{number}".encode(), digest_size=4)
     seed = int.from_bytes(digest.digest(), "little")
-    if config.tune.algorithm == "random":
+    if at_random or config.tune.algorithm == "random":
         return optuna.samplers.RandomSampler(seed=seed)
     startup = min(max(config.tune.num_trials // _STARTUP_DIVISOR, 4), 10)
     with warnings.catch_warnings():

@@ -108,13 +108,14 @@ def choose_setting(
     best = finished[0]
     ties = [trial for trial in finished if _is_tie(trial, best, estimates, config)]
     chosen = min(ties, key=simplicity)
-    if len(ties) == 1:
+    num_equal = len(_keep_first_of_each(ties))
+    if num_equal == 1:
         reason = "the best, and no other is within the standard error of its difference to it"
     elif chosen is best:
-        reason = f"the best, and the simplest of the {len(ties)} within the standard error of it"
+        reason = f"the best, and the simplest of the {num_equal} within the standard error of it"
     else:
         reason = (
-            f"the simplest of the {len(ties)} that are within the standard error of the "
+            f"the simplest of the {num_equal} that are within the standard error of the "
             f"difference to the best, trial {best.name}"
         )
     return SettingChoice(chosen, best, tuple(trial.name for trial in ties), reason)
@@ -174,6 +175,14 @@ def choose_confirmed(
 
 
 def settings_to_confirm(trials: Sequence[Trial], config: TuneConfig) -> tuple[Trial, ...]:
-    """The CONFIRMED_SETTINGS best trials with all their epochs."""
+    """The best trials with all their epochs, of CONFIRMED_SETTINGS different settings."""
     finished = [trial for trial in rank(trials, config) if trial.state == "finished"]
-    return tuple(finished[:CONFIRMED_SETTINGS])
+    return tuple(_keep_first_of_each(finished)[:CONFIRMED_SETTINGS])
+
+
+def _keep_first_of_each(trials: Sequence[Trial]) -> list[Trial]:
+    """Of trials with the same setting the first: all have one seed, so they are one training."""
+    first: dict[object, Trial] = {}
+    for trial in trials:
+        first.setdefault(tuple(sorted(trial.settings.items())), trial)
+    return list(first.values())

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from scipy.special import expit, logit
+
 from pneumo.config import TuneConfig, without_folders
 from pneumo.evaluation.estimates import Z_95
 from pneumo.search_space import Scalar
@@ -64,12 +66,19 @@ class Trial:
         return smooth(known, config.smoothing_epochs) if known else None
 
     def interval(self, config: TuneConfig) -> tuple[float, float] | None:
-        """95 % interval of the objective, from the standard error of the last epoch."""
+        """95 % interval of the objective, from the standard error of the last epoch; on the logit's
+        scale where the objective is between 0 and 1, and none at either."""
         value = self.objective(config)
         error = self.history[-1][ERROR] if self.history else None
         if value is None or error is None:
             return None
-        return value - Z_95 * error, value + Z_95 * error
+        reach = Z_95 * error
+        if config.objective == "log_loss":
+            return value - reach, value + reach
+        if not 0 < value < 1:
+            return None
+        centre, reach = float(logit(value)), reach / (value * (1 - value))
+        return float(expit(centre - reach)), float(expit(centre + reach))
 
 
 def rank(trials: Sequence[Trial], config: TuneConfig) -> tuple[Trial, ...]:

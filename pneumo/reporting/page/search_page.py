@@ -60,7 +60,7 @@ def _summarise(search: Search) -> str:
     if confirmed is None:
         return (
             f"{sentence} The best of {count(len(search.trials), 'trial')} on one val split is "
-            "partly luck: expect somewhat less, or confirm it with new seeds (tune.confirm)."
+            "partly luck: expect somewhat less."
         )
     spread = "" if confirmed.spread is None else f", standard deviation {decimal(confirmed.spread)}"
     seeds = count(len(confirmed.objectives), "new seed")

@@ -76,6 +76,31 @@ def test_a_search_that_goes_on_draws_nothing_twice(tmp_path: Path) -> None:
     assert whole[:4] == begun
 
 
+@pytest.mark.parametrize("algorithm", ["tpe", "random"])
+@pytest.mark.parametrize("concurrent", [1, 4])
+def test_a_small_space_is_searched_without_a_repetition_and_ends(
+    tmp_path: Path, algorithm: str, concurrent: int
+) -> None:
+    """Every trial has the same seed, so that a setting trained again would tell nothing."""
+    space = {"train.lr": ["choice", 1e-4, 3e-4, 1e-3], "train.pos_weight": ["choice", 1, 2, 4]}
+    config = config_of(algorithm=algorithm, num_trials=16, space=space)
+    searcher = OptunaSearcher(config, {}, str(tmp_path), worst=0.5)
+    seen: list[dict[str, float]] = []
+    ended = 0
+    while (drawn := searcher.suggest(f"tune-{len(seen)}")) != Searcher.FINISHED:
+        seen.append(drawn["settings"])
+        if len(seen) - ended == concurrent:  # stopped early, every third
+            value = seen[ended]["train.lr"] - seen[ended]["train.pos_weight"]
+            finish(searcher, f"tune-{ended}", value, epoch=9 if ended % 3 else 1)
+            ended += 1
+    assert len(seen) == len({str(one) for one in seen}) == 9
+    before = {
+        f"t{i:03}": trial(f"t{i:03}", *[0.5] * 9, settings=one) for i, one in enumerate(seen, 1)
+    }
+    again = OptunaSearcher(config, before, str(tmp_path), worst=0.5)
+    assert again.suggest("tune-1") == Searcher.FINISHED
+
+
 def test_tpe_learns_from_what_an_earlier_try_found(tmp_path: Path) -> None:
     config = config_of(num_trials=40)
     before = {

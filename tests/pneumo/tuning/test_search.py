@@ -55,7 +55,10 @@ def test_the_best_is_taken_where_nobody_comes_near() -> None:
 
 
 def test_of_equals_the_simplest_is_taken() -> None:
-    trials = [trial("a", 0.90), trial("b", 0.895), trial("c", 0.80)]
+    trials = [
+        trial(name, value, settings={"train.lr": value})
+        for name, value in (("a", 0.90), ("b", 0.895), ("c", 0.80))
+    ]
     estimates = {name: estimate(0.01, seed=i) for i, name in enumerate("abc")}
     choice = choose_setting(trials, estimates, TUNE, order_by_name("cba"))  # type: ignore[arg-type]
     assert choice is not None
@@ -88,6 +91,18 @@ def test_the_luckiest_epoch_is_not_what_counts() -> None:
     assert rank([lucky, steady], TUNE)[0] is steady
     assert lucky.objective(smoothed) == pytest.approx(0.875)
     assert lucky.objective(smoothed, epochs=1) == 0.80
+
+
+@pytest.mark.parametrize("value", [0.004, 0.5, 0.9, 0.98, 0.9999])
+def test_an_interval_stays_where_the_objective_can_be(value: float) -> None:
+    interval = trial("a", value).interval(TUNE)
+    assert interval is not None
+    assert 0 <= interval[0] < value < interval[1] <= 1
+    if value == 0.5:
+        assert interval == pytest.approx((0.5 - 0.0392, 0.5 + 0.0392), abs=1e-4)
+    log_loss = override(Config(), {"tune.epochs": 3, "tune.objective": "log_loss"}).tune
+    assert trial("a", -0.5).interval(log_loss) == pytest.approx((-0.5392, -0.4608), abs=1e-4)
+    assert trial("a", 1.0).interval(TUNE) is None
 
 
 def test_ranking_puts_the_finished_first_and_failures_last() -> None:
@@ -137,9 +152,27 @@ def test_a_confirmation_tells_mean_and_spread() -> None:
 def test_what_is_confirmed_had_all_its_epochs() -> None:
     trials = [
         trial("a", 0.9, state="stopped"),
-        *(trial(n, 0.5 + i / 9) for i, n in enumerate("bcde")),
+        *(trial(n, 0.5 + i / 9, settings={"train.lr": i + 1.0}) for i, n in enumerate("bcde")),
     ]
     assert [one.name for one in settings_to_confirm(trials, TUNE)] == ["e", "d", "c"]
+
+
+def test_a_setting_that_was_drawn_twice_counts_once() -> None:
+    """Its trials have one seed, so that they are one training."""
+    rates = [1e-3, 1e-3, 1e-3, 2e-3, 3e-3, 4e-3]
+    trials = [
+        trial(name, 0.9 - i / 1000, settings={"train.lr": lr})
+        for i, (name, lr) in enumerate(zip("abcdef", rates, strict=True))
+    ]
+    assert [one.name for one in settings_to_confirm(trials, TUNE)] == ["a", "d", "e"]
+    estimates = {one.name: estimate(0.01, seed=i) for i, one in enumerate(trials)}
+    choice = choose_setting(trials, estimates, TUNE, order_by_name("fedcba"))  # type: ignore[arg-type]
+    assert choice is not None
+    assert choice.reason.startswith("the simplest of the 4 that")
+    alike = [trial(name, 0.9) for name in "ab"]
+    choice = choose_setting(alike, {n: estimate(0.01) for n in "ab"}, TUNE, order_by_name("ab"))  # type: ignore[arg-type]
+    assert choice is not None
+    assert choice.reason.startswith("the best, and no other")
 
 
 def test_fewer_parameters_are_simpler_then_fewer_changes_then_less_distortion(

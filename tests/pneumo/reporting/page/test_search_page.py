@@ -70,6 +70,8 @@ def test_the_page_says_what_is_taken_and_that_it_is_partly_luck() -> None:
     taken = search.choice.trial
     assert f"Trial {taken.name} is chosen" in page
     assert "partly luck" in page
+    assert "within one standard error of the best" in page
+    assert "tune.confirm" not in page, "of a finished search it is refused"
     assert "test was not used" in page
     assert "Research use only" in page
     assert "the loss is nan" in page
@@ -80,6 +82,7 @@ def test_the_page_says_what_is_taken_and_that_it_is_partly_luck() -> None:
 def test_confirmation_replaces_the_warning_of_luck() -> None:
     page = render(make_search(confirm=3))
     assert "Trained again with new seeds" in page
+    assert "still somewhat too good" in page
     assert "Trained again with 3 new seeds its mean is 0.860" in page
     assert "partly luck" not in page
 
