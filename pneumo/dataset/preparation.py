@@ -4,6 +4,7 @@ A killed preparation is resumed from the records of finished shards under `parts
 written last, then the records are removed.
 """
 
+import hashlib
 import json
 import re
 from collections import Counter
@@ -33,6 +34,7 @@ from pneumo.dataset.study_table import (
 from pneumo.errors import BadFilesError, SourceError, StoreError
 
 CLAIM = "parts/claim.json"
+TABLES_CLAIM = "parts/tables.txt"
 _SHARD_URL = re.compile(r"/\d{6}-[0-9a-f]{12}\.tar$")
 
 
@@ -94,7 +96,8 @@ def finish_store(
     meanwhile, its manifest is returned.
 
     Raises BadFilesError when too many studies cannot be used, for their file or for contradictory
-    tables; SourceError when a split has one class, or a shard an improbable class ratio.
+    tables; SourceError when a split has one class, or a shard an improbable class ratio; StoreError
+    when a job that read other files is finishing the store.
     """
     finished = _find_finished(store_url, (source.digest, digest_settings(config)))
     if finished is not None:
@@ -116,10 +119,10 @@ def _write_tables(
     *,
     phantoms: bool,
 ) -> Manifest:
-    """Write the tables; returns the manifest. Raises as `finish_store`."""
+    """Write the tables; returns the manifest, also one that another job has written meanwhile.
+    Raises as `finish_store`."""
     records = sorted(prepared, key=lambda record: record.entry.name)
     rejected = [*source.rejected, *(item for record in records for item in record.rejected)]
-    quarantine = write_quarantine(store_url, rejected)
     _check_bad_files(rejected, sum(r.entry.samples for r in records), config, store_url)
     table = tabulate_studies(row for record in records for row in record.rows)
     splits = {name: _join_split(name, records, source.has_patients) for name in SPLITS}
@@ -129,9 +132,12 @@ def _write_tables(
         audit = _audit_used(source, table, audit, config)
     contradictions = sum((Counter(record.contradictions) for record in records), Counter())
     mean, std = _moments(splits["train"].histogram)
+    digests = (source.digest, digest_settings(config))
+    if (finished := _claim_tables(store_url, records, digests)) is not None:
+        return finished
     return Manifest(
-        source_digest=source.digest,
-        prepare_digest=digest_settings(config),
+        source_digest=digests[0],
+        prepare_digest=digests[1],
         image_size=config.prepare.image_size,
         layout=source.layout,
         left_out={**source.left_out, **({KNOWN_PICTURES: known} if known else {})},
@@ -146,10 +152,39 @@ def _write_tables(
         unlabelled=source.unlabelled,
         duplicates=find_duplicates(table, has_patients=source.has_patients),
         studies=write_studies(store_url, table),
-        quarantine=quarantine,
+        quarantine=write_quarantine(store_url, rejected),
         warnings=write_warnings(store_url, (w for item in records for w in item.warned)),
         splits=splits,
     )
+
+
+def _claim_tables(
+    store_url: str, records: Sequence[ShardRecord], digests: tuple[str, str]
+) -> Manifest | None:
+    """Claim the tables, whose names are the same for every job, for what `records` say; returns the
+    manifest where another job has finished the store.
+
+    Raises StoreError where the tables are claimed for other records, as of a file that was mended
+    meanwhile. A repeated job takes over its own claim.
+    """
+    content = hashlib.sha256(pa.__version__.encode())
+    for record in records:
+        content.update(record.model_dump_json().encode())
+    claim, url = content.hexdigest(), storage.join(store_url, TABLES_CLAIM)
+    while True:
+        storage.create_bytes(url, claim.encode())
+        # After the claim, as the manifest is written before claims are removed.
+        if (finished := _find_finished(store_url, digests)) is not None:
+            return finished
+        found = storage.find_text(url)
+        if found == claim:
+            return None
+        if found is not None:
+            raise StoreError(
+                f"{store_url}: another preparation, which could read other files, is finishing it, "
+                f"or was interrupted then; when none is running, delete {url} and repeat the "
+                "command"
+            )
 
 
 def can_use_rejected(store_url: str, manifest: Manifest, source: Source) -> bool:
@@ -209,12 +244,15 @@ def _check_bad_files(
 ) -> None:
     total = used + len(rejected)
     if len(rejected) > config.prepare.max_bad_fraction * total:
+        # Not beside the tables, which may be another job's.
+        parts_url = storage.join(store_url, PARTS)
+        write_quarantine(parts_url, rejected)
         counts = sorted(Counter(item.reason for item in rejected).items())
         reasons = ", ".join(f"{reason} {number}" for reason, number in counts)
         raise BadFilesError(
             f"prepare: {len(rejected)} of {total} studies cannot be used ({reasons}), more than "
             f"prepare.max_bad_fraction {config.prepare.max_bad_fraction:g}; see "
-            f"{storage.join(store_url, QUARANTINE)}, repair them and repeat the command"
+            f"{storage.join(parts_url, QUARANTINE)}, repair them and repeat the command"
         )
 
 

@@ -636,6 +636,9 @@ class Late(MemoryFileSystem):  # type: ignore[misc]
             with Late.lock:
                 Late.under_way -= 1
 
+    def exists(self, path: str, **kwargs: Any) -> bool:
+        return Late.asked <= Late.allowed and bool(super().exists(path, **kwargs))
+
 
 fsspec.register_implementation("late", Late)
 
