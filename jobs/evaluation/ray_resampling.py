@@ -9,7 +9,7 @@ from threadpoolctl import threadpool_limits
 from jobs.ray_cluster.spreading import spread
 from jobs.terminal.progress import Progress
 from pneumo.config import ClusterConfig
-from pneumo.evaluation.bootstrap import Block, Blocks, BlockValues, MapBlocks
+from pneumo.evaluation.bootstrap import BlockValues, MapBlocks, ResampleBlock, ResampleBlocks
 
 _FEW = 20_000
 """Predictions below which it takes longer to send the work than to do it."""
@@ -22,7 +22,7 @@ def choose_map(config: ClusterConfig, num_predictions: int) -> MapBlocks:
 
 
 def map_on_workers(
-    config: ClusterConfig, function: Callable[[Block], BlockValues], blocks: Blocks
+    config: ClusterConfig, function: Callable[[ResampleBlock], BlockValues], blocks: ResampleBlocks
 ) -> Iterator[BlockValues]:
     """A `MapBlocks` on all CPUs of Ray's workers, a task for each block: the function's result for
     each, in the order of the blocks."""
@@ -39,7 +39,7 @@ def map_on_workers(
 
 
 def _compute(
-    function: Callable[[Block], BlockValues], number: int, block: Block
+    function: Callable[[ResampleBlock], BlockValues], number: int, block: ResampleBlock
 ) -> tuple[int, BlockValues]:
     with threadpool_limits(1):
         return number, function(block)

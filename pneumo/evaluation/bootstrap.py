@@ -85,7 +85,7 @@ def first_minus_second(pair: Floats) -> Floats:
 
 
 @dataclass(frozen=True)
-class Block:
+class ResampleBlock:
     """Columns of weights that are computed together: of the jackknife, or of resamples."""
 
     size: int
@@ -115,7 +115,7 @@ BlockValues = Mapping[str, Floats]
 
 
 @dataclass(frozen=True)
-class Blocks:
+class ResampleBlocks:
     """The blocks of the jackknife, then those of the resamples."""
 
     num_patients: int
@@ -132,18 +132,22 @@ class Blocks:
     def __len__(self) -> int:
         return sum(-(-columns // self.size) for columns in (self.jackknife, self.resamples))
 
-    def __iter__(self) -> Iterator[Block]:
+    def __iter__(self) -> Iterator[ResampleBlock]:
         for first in range(0, self.jackknife, self.size):
-            yield Block(min(self.size, self.jackknife - first), first)
+            yield ResampleBlock(min(self.size, self.jackknife - first), first)
         rng = np.random.Generator(np.random.PCG64(self.seed))
         for start in range(0, self.resamples, self.size):
-            block = Block(min(self.size, self.resamples - start), generator=rng.bit_generator.state)
+            block = ResampleBlock(
+                min(self.size, self.resamples - start), generator=rng.bit_generator.state
+            )
             yield block
             for _ in range(block.size):
                 _draw(rng, self.num_patients)
 
 
-MapBlocks = Callable[[Callable[[Block], BlockValues], Blocks], Iterable[BlockValues]]
+MapBlocks = Callable[
+    [Callable[[ResampleBlock], BlockValues], ResampleBlocks], Iterable[BlockValues]
+]
 """Applies a function to each block, results in order; `map` does so in this process."""
 
 
@@ -168,7 +172,7 @@ def resample(
         return {
             key: Resampled(np.full(1, np.nan), np.full((1, 1), np.nan), 0) for key in statistics
         }
-    blocks = Blocks(len(name), max(1, _BLOCK_WEIGHTS // len(index)), resamples, seed)
+    blocks = ResampleBlocks(len(name), max(1, _BLOCK_WEIGHTS // len(index)), resamples, seed)
     parts = list(map_blocks(partial(_compute, index, statistics), blocks))
     first = blocks.jackknife  # column of the resamples
     return {
@@ -179,7 +183,7 @@ def resample(
 
 
 def _compute(
-    index: npt.NDArray[np.intp], statistics: Mapping[str, Statistic], block: Block
+    index: npt.NDArray[np.intp], statistics: Mapping[str, Statistic], block: ResampleBlock
 ) -> BlockValues:
     """The statistics in one block; `index` (N,) numbers the patient of each sample."""
     weights = np.take(block.count(int(index.max()) + 1), index, axis=1).T

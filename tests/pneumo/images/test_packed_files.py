@@ -18,12 +18,12 @@ from pneumo.images.packed_files import list_members, read_member
 class Counted(MemoryFileSystem):  # type: ignore[misc]
     """Objects in memory; each download is noted."""
 
-    protocol = "counted"
+    protocol = "counted-zips"
     downloads: ClassVar[list[str]] = []
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
-        return str(super()._strip_protocol(path.removeprefix("counted://")))
+        return str(super()._strip_protocol(path.removeprefix("counted-zips://")))
 
     def cat_file(self, path: str, **kwargs: Any) -> bytes:
         self.downloads.append(path)
@@ -31,13 +31,13 @@ class Counted(MemoryFileSystem):  # type: ignore[misc]
         return data
 
 
-fsspec.register_implementation("counted", Counted)
+fsspec.register_implementation("counted-zips", Counted)
 
 
 @pytest.fixture
 def counted(tmp_path: Path) -> str:
     Counted.downloads.clear()
-    return f"counted://{tmp_path}"
+    return f"counted-zips://{tmp_path}"
 
 
 def pack(names: list[str], content: bytes = b"") -> bytes:
