@@ -36,7 +36,7 @@ class BusyError(OutOfReachError):
 class RefusedError(PneumoError):
     """The cluster refused the request; `status` is the HTTP status."""
 
-    def __init__(self, message: str, status: int) -> None:
+    def __init__(self, message: str, status: int = 0) -> None:
         super().__init__(message)
         self.status = status
 
