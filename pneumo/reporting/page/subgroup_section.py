@@ -87,14 +87,18 @@ def _describe_row(
 
 
 def _list_unknown(groups: Sequence[Subgroup]) -> list[str]:
-    """A line for each reason, with its subgroups."""
+    """A line for each reason, with its subgroups and their rates that are known."""
     names: dict[str, list[str]] = {}
     for group in groups:
         reason = str(group.auroc.reason)
         if reason.startswith("too small"):
             reason = f"too small, {reason.rsplit(', ')[-1]} of each class"
-        names.setdefault(reason, []).append(f"{group.name} (n = {group.n})")
-    return [f"Not known: {', '.join(some)}: {reason}" for reason, some in names.items()]
+        rates = {"sensitivity": group.rates["recall"], "specificity": group.rates["specificity"]}
+        known = [f"{name} {r.value:.2f}" for name, r in rates.items() if r.value is not None]
+        names.setdefault(reason, []).append(
+            f"{group.name} ({', '.join([f'n = {group.n}', *known])})"
+        )
+    return [f"AUROC not known: {', '.join(some)}: {reason}" for reason, some in names.items()]
 
 
 def worst_subgroup_sentence(worst: WorstSubgroup) -> str:

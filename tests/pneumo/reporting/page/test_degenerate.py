@@ -120,8 +120,16 @@ def test_a_target_near_a_standard_one_hides_no_point():
 
 def test_a_group_of_three_is_said_to_be_too_small():
     text = section(render(judge(predictions())), "whom")
-    assert "Not known: M (n = 3), unknown" not in text
-    assert "Not known: M (n = 3): too small, 10 are needed of each class" in text
+    assert "not known: M (n = 3), unknown" not in text
+    assert "AUROC not known: M (n = 3): too small, 10 are needed of each class" in text
+
+
+def test_what_is_known_of_a_group_without_an_auroc_is_said():
+    found = predictions()
+    view = np.where(found.target == 1, "PA", "AP")  # no negative of PA, no positive of AP
+    text = section(render(judge(dataclasses.replace(found, view=view))), "whom")
+    assert re.search(r"AUROC not known: AP \(n = \d+, specificity 0\.\d\d\)", text)
+    assert re.search(r"PA \(n = \d+, sensitivity 0\.\d\d\)", text)
 
 
 def test_another_run_stands_beside():
