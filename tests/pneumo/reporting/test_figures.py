@@ -3,6 +3,7 @@
 import io
 import re
 import xml.etree.ElementTree as ElementTree
+from functools import cache
 
 import numpy as np
 import pytest
@@ -21,6 +22,11 @@ HISTORY: list[dict[str, float | None]] = [
     {"epoch": 1, "train/loss": 0.9, "val/loss": 0.8, "val/auroc": 0.7, "val/precision": None},
     {"epoch": 2, "train/loss": 0.6, "val/loss": 0.7, "val/auroc": 0.8, "val/precision": 0.5},
 ]
+
+
+@cache
+def usual_evaluation():
+    return evaluation()
 
 
 def evaluation(seed=0, target=None):
@@ -88,9 +94,9 @@ def test_case_names_its_outcome():
 @pytest.mark.parametrize(
     "draw",
     [
-        lambda: charts.draw_metrics(evaluation(), HISTORY),
-        lambda: charts.draw_roc(evaluation()),
-        lambda: charts.draw_confusion(evaluation()),
+        lambda: charts.draw_metrics(usual_evaluation(), HISTORY),
+        lambda: charts.draw_roc(usual_evaluation()),
+        lambda: charts.draw_confusion(usual_evaluation()),
         lambda: charts.draw_loss(HISTORY),
         lambda: case_pictures.draw_prediction_grid([case(), case(0)], title="2 of 9"),
         lambda: case_pictures.draw_gradcam_example([case(), case(0)], title="n = 2"),
@@ -108,14 +114,14 @@ def test_equal_input_gives_equal_bytes(draw):
 
 
 def test_svg_carries_title_n_interval_and_no_date():
-    svg = charts.draw_roc(evaluation())
+    svg = charts.draw_roc(usual_evaluation())
     words = texts(svg)
     assert "AUROC (95 % interval)" in words
     assert re.search(r"test 0\.\d{3} \(0\.\d{3}–\d\.\d{3}\), n = 60", words)
     assert "sensitivity" in words
     assert b"dc:date" not in svg
 
-    words = texts(charts.draw_confusion(evaluation()))
+    words = texts(charts.draw_confusion(usual_evaluation()))
     assert "test n = 60" in words
     assert "Decision: Youden's index" in words
     assert "Screening: sensitivity ≥ 0.90" in words
@@ -138,7 +144,7 @@ def test_averaged_weights_are_shown_where_they_are_scored_with():
 
 
 def test_metrics_picture_is_readable_in_size():
-    image = Image.open(io.BytesIO(charts.draw_metrics(evaluation(), HISTORY)))
+    image = Image.open(io.BytesIO(charts.draw_metrics(usual_evaluation(), HISTORY)))
     assert image.format == "PNG"
     assert min(image.size) > 800
 

@@ -3,6 +3,7 @@
 import dataclasses
 import html
 import re
+from functools import cache
 from html.parser import HTMLParser
 
 import numpy as np
@@ -109,6 +110,12 @@ def evaluation(n=400, target=None, view_is_target=False):
     return judge(rows)
 
 
+@cache
+def usual_evaluation():
+    """Made once: each takes half a second."""
+    return evaluation()
+
+
 def cases(count, size=224):
     rng = np.random.default_rng(1)
     return [
@@ -125,6 +132,11 @@ def cases(count, size=224):
     ]
 
 
+@cache
+def usual_page():
+    return render()
+
+
 def render(judged=None, **changes):
     arguments = {
         "data": DATA,
@@ -135,7 +147,7 @@ def render(judged=None, **changes):
     pictures = changes.pop("pictures", None)
     if pictures is None:
         pictures = Pictures(cases(4), {"tp": cases(2), "fn": []}, {}, [])
-    facts = describe_report(judged or evaluation(), **{**arguments, **changes})
+    facts = describe_report(judged or usual_evaluation(), **{**arguments, **changes})
     return render_report(facts, pictures)
 
 
@@ -169,7 +181,7 @@ class Checker(HTMLParser):
 
 
 def test_page_is_sound_and_stands_alone():
-    page = render()
+    page = usual_page()
     checker = Checker()
     checker.feed(page)
 
@@ -189,7 +201,7 @@ def test_page_is_sound_and_stands_alone():
 
 
 def test_page_says_what_it_must():
-    page = render()
+    page = usual_page()
     for words in (
         "Research use only. Not a diagnostic device.",
         "run &lt;1&gt;",
@@ -208,7 +220,7 @@ def test_page_says_what_it_must():
 
 
 def test_contents_name_every_section_and_links_are_called_as_their_headings():
-    page = render()
+    page = usual_page()
     headings = dict(re.findall(r'<h2 id="(\w+)">(.*?)</h2>', page))
     headings = {name: html.unescape(title) for name, title in headings.items()}
     (contents,) = re.findall("<nav.*?</nav>", page, re.DOTALL)
@@ -221,7 +233,7 @@ def test_contents_name_every_section_and_links_are_called_as_their_headings():
 def test_a_page_of_phantoms_says_so_first():
     page = render(data=dataclasses.replace(DATA, phantoms=True))
     assert page.index("Drawn phantoms, no radiographs") < page.index("<main>")
-    assert "Drawn phantoms" not in render()
+    assert "Drawn phantoms" not in usual_page()
 
 
 def test_equal_input_gives_the_same_page():
@@ -236,7 +248,7 @@ def test_page_stays_below_three_megabytes_with_large_noisy_pictures():
 
 
 def test_the_card_is_true_of_the_store():
-    text = section(render(), "card")
+    text = section(usual_page(), "card")
     assert "adults alone" in text
     assert "otherwise ill" not in text  # no study of the kind
     assert "resampled by area to 224 × 224 px" in text
@@ -259,7 +271,7 @@ def test_the_card_is_true_of_the_store():
 
 
 def test_every_answer_to_claim_is_where_it_is_said_to_be():
-    page = render()
+    page = usual_page()
     text = section(page, "claim")
     assert "9 Preprocessing Model card" in text
     assert "12 Missing data Data quality" in text
@@ -295,12 +307,12 @@ def test_degenerate_evaluation_is_reported_with_its_reason():
     ],
 )
 def test_warnings(data, model, words):
-    (found,) = find_warnings(evaluation(), data, model)
+    (found,) = find_warnings(usual_evaluation(), data, model)
     assert words in found
 
 
 def test_warnings_about_the_numbers():
-    assert find_warnings(evaluation(), DATA, MODEL) == []
+    assert find_warnings(usual_evaluation(), DATA, MODEL) == []
     (small,) = find_warnings(evaluation(n=60), DATA, MODEL)
     assert "30 studies of 30 patients altogether" in small
     (view,) = find_warnings(evaluation(view_is_target=True), DATA, MODEL)
@@ -322,7 +334,7 @@ def test_a_ranking_without_interval_is_neither_shown_nor_chance(n, sign):
 
 
 def test_summary_weighs_the_model_against_the_view():
-    assert "the model's is higher by +0." in summarise(evaluation())
+    assert "the model's is higher by +0." in summarise(usual_evaluation())
     assert "the model's is lower: the difference is −0." in summarise(
         evaluation(view_is_target=True)
     )
@@ -341,7 +353,7 @@ def section(page, name):
 
 
 def test_audit_says_who_went_where_and_what_is_in_no_split():
-    text = section(render(), "data")
+    text = section(usual_page(), "data")
     for words in (
         "train 700 700 200 28.6 % (21.0 to 33.0 %) 24.1 to 30.2 %",
         "a hash of the patient by seed 3, salt 17",
@@ -372,7 +384,7 @@ def test_audit_says_who_went_where_and_what_is_in_no_split():
 
 
 def test_the_flow_shows_every_exclusion_and_adds_up():
-    text = section(render(), "data")
+    text = section(usual_page(), "data")
     assert "Labelled studies of the source 1,100 → In no split 0 → train 700" in text
     data = dataclasses.replace(
         with_audit(unlisted=12),
@@ -384,7 +396,7 @@ def test_the_flow_shows_every_exclusion_and_adds_up():
         "Labelled studies of the source 3,117 → Left out: lateral views 2,000 → Not on the list of "
         "the split 12 → Could not be used (quarantined) 5 → train 700 val 200 test 200"
     ) in text
-    (warning,) = find_warnings(evaluation(), data, MODEL)
+    (warning,) = find_warnings(usual_evaluation(), data, MODEL)
     assert warning.startswith("In no split: 5 studies that could not be used;")
     joined = dataclasses.replace(DATA, sources=("a", "b"), left_out={"pictures": 3})
     assert "studies of the joined stores 1,103 → Left out: pic" in section(
@@ -393,7 +405,7 @@ def test_the_flow_shows_every_exclusion_and_adds_up():
 
 
 def test_quality_section_holds_every_part():
-    text = section(render(), "quality")
+    text = section(usual_page(), "quality")
     for words in (
         "differ from train by no more than 0.1 standard deviations",
         "No two studies have the same stored picture.",
@@ -414,7 +426,7 @@ def test_quality_section_holds_every_part():
         "Lung Opacity: 5 of 300 studies of train, 3 AP, 2 PA.",
     ):
         assert words in text
-    order = [found[1] for found in re.finditer('<h2 id="([a-z]+)"', render())]
+    order = [found[1] for found in re.finditer('<h2 id="([a-z]+)"', usual_page())]
     assert order.index("quality") == order.index("data") + 1
 
 
@@ -476,4 +488,4 @@ def test_patients_are_unknown_without_the_mapping():
 def test_page_of_a_leaking_store_says_so_first():
     page = render(data=with_quality(duplicates=LEAKING))
     assert page.index("1 picture is in more than one split") < page.index('id="summary"')
-    assert "is in more than one split" not in render()
+    assert "is in more than one split" not in usual_page()
