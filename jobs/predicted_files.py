@@ -50,8 +50,8 @@ def find_source(source: str) -> tuple[str, list[str] | None]:
     if source == STANDARD_INPUT:
         # A name may be no UTF-8; `find -print0` separates names by zeros.
         text = os.fsdecode(sys.stdin.buffer.read())
-        lines = text.split("\0" if "\0" in text else "\n")
-        return _split_list([line.strip() for line in lines if line.strip()])
+        names = text.split("\0") if "\0" in text else map(str.strip, text.split("\n"))
+        return _split_list([name for name in names if name.strip()])
     source_url = storage.normalise(source)
     folder_url, _, name = source_url.rpartition("/")
     if name.upper() == _INDEX:

@@ -6,6 +6,7 @@ File names are kept, as the results go to the user's own folder. Nothing goes to
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -31,7 +32,7 @@ from pneumo import storage
 from pneumo.command_line import Invocation, PredictArguments
 from pneumo.config import ClusterConfig
 from pneumo.dataset.study_table import encode_parquet
-from pneumo.errors import DataError
+from pneumo.errors import AccessError, DataError
 from pneumo.evaluation.estimates import as_json
 from pneumo.evaluation.file_predictions import (
     NOT_A_NUMBER,
@@ -189,9 +190,11 @@ def _write_overlays(
     written = {}
     for (name, picture), cam in zip(pictures.items(), cams, strict=True):
         if np.isfinite(cam).all():
-            written[name] = f"{OVERLAYS}/{shorten_path(name)}.png"
-            url = storage.join(task.output_url, written[name])
-            storage.write_bytes(url, draw_overlay(picture, cam, captions[name]))
+            path = f"{OVERLAYS}/{shorten_path(name)}.png"
+            drawn = draw_overlay(picture, cam, captions[name])
+            with suppress(AccessError):  # a folder `x.png` beside a file `x`: no overlay of one
+                storage.write_bytes(storage.join(task.output_url, path), drawn)
+                written[name] = path
     return written
 
 

@@ -142,7 +142,10 @@ def create_object(fs: Any, path: str, data: bytes, writer: str) -> bool:
     except OSError as error:
         code, _ = s3_error(error)
         if code in _CONDITION_FAILED:
-            return is_ours()
+            try:
+                return is_ours()
+            except FileNotFoundError:  # it has been removed since
+                return create_object(fs, path, data, writer)
         if code not in {"NotImplemented", "501"}:
             raise
     else:

@@ -104,6 +104,10 @@ def test_a_list_of_any_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.chdir(tmp_path)
     give_list(monkeypatch, b"\n".join(map(os.fsencode, names)))
     check(look("-"), *names)
+    names.append(" spaces ")  # `find -print0` gives names as they are
+    (tmp_path / names[-1]).write_bytes(encode_png())
+    give_list(monkeypatch, b"\0".join(map(os.fsencode, names)))
+    check(look("-"), *names)
 
 
 def test_a_list_of_a_bucket_is_told_from_its_common_folder(

@@ -135,3 +135,18 @@ def test_a_server_without_conditions_is_asked_first() -> None:
     assert not create_object(server, "bucket/key", b"second", "writer 2")
     assert server.objects["key"]["Body"] == b"first"
     assert create_object(server, "bucket/key", b"first", "writer 1"), "sent again"
+
+
+def test_an_object_that_goes_before_it_is_looked_at_is_created() -> None:
+    class Server(_WithoutConditions):
+        refusals = 2
+
+        def call_s3(self, method: str, *, Key: str, **options: Any) -> dict[str, Any]:  # noqa: N803
+            if options.pop("IfNoneMatch", None) and self.refusals:
+                self.refusals -= 1
+                raise answer("PreconditionFailed", 412, "PutObject")
+            return super().call_s3(method, Key=Key, **options)
+
+    server = Server()
+    assert create_object(server, "bucket/key", b"mine", "writer 1")
+    assert (server.refusals, server.objects["key"]["Body"]) == (0, b"mine")
