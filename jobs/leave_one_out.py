@@ -17,7 +17,6 @@ from jobs.terminal.entry_point import check_invocation, run_main, tell
 from pneumo import storage
 from pneumo.command_line import Parser, parse_command_line
 from pneumo.config import Config, changed_sections
-from pneumo.config_layers import drop_removed
 from pneumo.errors import ConfigError, FinishedError, RunError
 
 _METRICS = "metrics.json"
@@ -53,9 +52,9 @@ def leave_one_out(argv: Sequence[str]) -> None:
         from pneumo.dataset.joining import check_stores  # slow to import
 
         check_stores(stores, tell)
-    _check_same_stores(storage.join(storage.normalise(options.run), "stores.json"), sorted(names))
     for run_url in run_urls:
         _check_same_settings(run_url, config)
+    _check_same_stores(storage.join(storage.normalise(options.run), "stores.json"), sorted(names))
     lines = []
     for left_out, name, run_url in zip(stores, names, run_urls, strict=True):
         others = [url for url in stores if url != left_out]
@@ -70,26 +69,23 @@ def _check_same_stores(url: str, names: list[str]) -> None:
     """Write the names of the stores to `url`. Raises ConfigError where others are there: every run
     that was trained with them is of another set of stores."""
     found = storage.find_text(url)
-    if found is not None and json.loads(found) != names:
+    if found is None:
+        storage.write_text(url, json.dumps(names))
+    elif json.loads(found) != names:
         raise ConfigError(
             f"--run: its runs are of the stores {', '.join(json.loads(found))}; give another --run "
             f"for {', '.join(names)}"
         )
-    storage.write_text(url, json.dumps(names))
 
 
 def _check_same_settings(run_url: str, config: Config) -> None:
     """Raise RunError where a run is trained, or being trained, with other settings."""
-    text = storage.find_text(storage.join(run_url, "config.json"))
-    if text is None:
-        return
-    from pneumo.training.checkpoints import find_index, find_weights  # slow to import
+    # Slow to import.
+    from pneumo.reporting.tracking.tracked_run import read_config
+    from pneumo.training.checkpoints import find_index, find_weights
 
-    try:
-        before = Config.model_validate(drop_removed(json.loads(text)))
-    except ValueError as error:
-        raise RunError(f"{run_url}/config.json: not of this version of pneumo") from error
-    changed = changed_sections(before, find_weights(config))
+    before = read_config(run_url)
+    changed = [] if before is None else changed_sections(before, find_weights(config))
     if changed and (storage.exists(storage.join(run_url, _METRICS)) or find_index(run_url)):
         raise RunError(
             f"{run_url}: was started with other settings in {', '.join(changed)}; repeat them, or "

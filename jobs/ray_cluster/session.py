@@ -135,9 +135,10 @@ def wait_for_resources(config: ClusterConfig, num_workers: int) -> None:
                 for name, each in wanted.items()
             )
             who = "1 worker needs" if num_workers == 1 else f"{num_workers} workers need"
-            lower = "--cluster.cpus-per-worker" if fits == 0 else "--tune.workers-per-trial"
+            change = "lower --tune.workers-per-trial" if fits else "lower --cluster.cpus-per-worker"
+            if total.get("GPU", 0) < wanted.get("GPU", 0):
+                change = "set --cluster.use-gpu false"
             raise ClusterError(
-                f"cluster: {who} {needs}, and its nodes have room for {fits}; lower {lower} or add "
-                "nodes"
+                f"cluster: {who} {needs}, and its nodes have room for {fits}; {change} or add nodes"
             )
         time.sleep(1.0)

@@ -136,7 +136,7 @@ def find_interval(
         why = f"too few patients: undefined in {num_undefined} of {len(drawn)} resamples"
         return Estimate(value, None, None, method, why)
     if num_patients < MIN_FOR_INTERVAL:
-        why = f"too few patients for an interval: {num_patients}, or so many of the rarer class"
+        why = f"too few patients for an interval: {num_patients}, in all or of the rarer class"
         return Estimate(value, None, None, method, why)
     z = math.sqrt(num_patients / (num_patients - 1)) * t_quantile(num_patients)
     tails = _find_tails(value, defined, left_out, z)

@@ -128,6 +128,8 @@ def test_finished_runs_are_not_shown_as_those_of_other_settings(
         matrix = {"own test": {"value": 0.5}, name: {"value": 0.5}}
         (run / "external" / "metrics.json").write_text(json.dumps({"matrix": matrix}))
     flags = ["--stores", "a,b", "--run", str(tmp_path), "--evaluate.pictures", "3"]
+    assert leave_one_out.main([*flags, "--train.epochs", "99"]) == 2
+    assert not (tmp_path / "stores.json").exists()  # nothing is begun
     assert leave_one_out.main([*flags, "--train.epochs", "7"]) == 0
     told = capsys.readouterr().err
     assert f"leave-one-out: {tmp_path}/without-a: reused" in told

@@ -21,6 +21,9 @@ def test_parts_of_several_nodes_are_no_room_for_a_worker(monkeypatch: pytest.Mon
         "cluster: 1 worker needs 4 CPU (it has 4), and its nodes have room for 0; lower "
         "--cluster.cpus-per-worker or add nodes"
     )
+    with_gpu = ClusterConfig(use_gpu=True, start_timeout_s=0.1)
+    with pytest.raises(ClusterError, match=r"1 GPU \(it has 0\).*; set --cluster.use-gpu false or"):
+        wait_for_resources(with_gpu, 1)
     small = ClusterConfig(cpus_per_worker=2, start_timeout_s=0.1)
     wait_for_resources(small, 2)
     with pytest.raises(ClusterError, match=r"3 workers need 6 CPU \(it has 4\).* room for 2"):
