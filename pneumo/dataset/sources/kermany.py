@@ -46,7 +46,7 @@ def read_kermany(folder: Folder, layout: Layout) -> Source:
                     _name_finding(image, target),
                     published=split,
                 )
-    note = f"{_GUESS}; each of {unknown} other pictures is its own" if unknown else _GUESS
+    note = f"{_GUESS}; {unknown} that name none count as a patient each" if unknown else _GUESS
     return studies.finish(has_patients=2 * unknown < len(labels), notes=(note,))
 
 

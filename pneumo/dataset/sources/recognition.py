@@ -98,19 +98,8 @@ def _find_layout(
 _EXPECTED = f"expected one of the layouts: {', '.join(one.title for one in _RECOGNISED)}"
 
 
-_ENDINGS = {
-    ".csv",
-    ".json",
-    ".txt",
-    ".dcm",
-    ".png",
-    ".jpg",
-    ".jpeg",
-    ".tif",
-    ".tiff",
-    ".gz",
-    ".zip",
-}
+_TABLES, _IMAGES = (".csv", ".json", ".txt"), (".dcm", ".png", ".jpg", ".jpeg", ".tif", ".tiff")
+_ENDINGS = (*_TABLES, *_IMAGES, ".gz", ".zip")
 """Others may be parts of a name."""
 
 

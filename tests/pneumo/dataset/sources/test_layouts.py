@@ -357,7 +357,7 @@ def test_kermany_names_patients_in_either_release(tmp_path: Path) -> None:
             (tmp_path / "train" / label / image).touch()
     source = read(tmp_path)
     assert len({study.patient for study in source.studies}) == 5
-    assert "each of 1 other pictures is its own" in source.summary
+    assert "1 that name none count as a patient each" in source.summary
     causes = [study.finding for study in source.studies if study.target]
     assert sorted(causes) == [
         "Pneumonia",
