@@ -17,6 +17,7 @@ import getpass
 import os
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -26,7 +27,8 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 from cluster import live_view, run_folder
-from cluster.targets import JobState, LostError, Target, is_remote
+from cluster.targets import JobState, LostError, Target, Write, is_remote
+from pneumo import background
 from pneumo.errors import AccessError, ClusterError, ConfigError, PneumoError
 
 CANCEL_WINDOW_S = 3.0
@@ -90,7 +92,8 @@ def _submit(options: argparse.Namespace, flags: list[str]) -> int:
     for warning in planned.warnings:
         _tell(f"warning: {warning}")
     owner = getattr(options, "owner", None) or _default_owner()
-    started = target.submit(replace(planned, owner=owner), _tell)
+    owned = replace(planned, owner=owner)
+    started = background.start(lambda: target.submit(owned, _tell)).result()
     if started.already_running:
         _tell(f"already running as {started.id}")
     else:
@@ -113,7 +116,9 @@ def _run_command(options: argparse.Namespace, flags: list[str]) -> int:
             print(f"{state.id:<44} {state.phase:<9} {_times(state)}  {owner}  {state.target}")
     elif options.command == "status" and options.watch:
         ids = [options.id] if options.id else []
-        return live_view.watch(target, ids, options.owner, _show_view, _tell)
+        return background.start(
+            lambda: live_view.watch(target, ids, options.owner, _show_view, _tell)
+        ).result()
     elif options.command == "status":
         _show_status(target.state(options.id))
     elif options.command == "cancel":
@@ -129,9 +134,16 @@ def _run_command(options: argparse.Namespace, flags: list[str]) -> int:
 
 def _follow(target: Target, job_id: str) -> int:
     """Show the log to the end; returns the job's exit code, or that of what ended the following."""
+    is_detached = threading.Event()
+
+    def until_detached(show: Write) -> Write:
+        return lambda text: None if is_detached.is_set() else show(text)
+
+    shows = until_detached(_write), until_detached(_tell)
     try:
-        state = target.follow(job_id, _write, _tell)
+        state = background.start(lambda: target.follow(job_id, *shows)).result()
     except KeyboardInterrupt:
+        is_detached.set()
         return _detach(target, job_id)
     except (ClusterError, AccessError) as error:
         _tell(f"error: {error}")
@@ -144,8 +156,8 @@ def _follow(target: Target, job_id: str) -> int:
 
 def _detach(target: Target, job_id: str) -> int:
     """Leave the job running, or cancel it after a second Ctrl-C."""
-    _tell(_reattach_hint(target, job_id))
     try:
+        _tell(_reattach_hint(target, job_id))
         _tell(f"Ctrl-C again within {CANCEL_WINDOW_S:g} s cancels it")
         time.sleep(CANCEL_WINDOW_S)
     except KeyboardInterrupt:

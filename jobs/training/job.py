@@ -1,7 +1,6 @@
 """Train one model: Ray Train starts the workers, each of which calls `pneumo.training.fit`."""
 
 import shlex
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 
@@ -14,7 +13,7 @@ from jobs.training.epoch_log import EpochDisplay
 from jobs.training.messages import WorkerChannel
 from jobs.training.recovery import Recovery, wait_for_workers
 from jobs.training.trainer import Training, build_trainer
-from pneumo import storage
+from pneumo import background, storage
 from pneumo.command_line import Invocation, TrainArguments
 from pneumo.config import Config
 from pneumo.dataset.manifest import read_manifest
@@ -61,7 +60,8 @@ def train_run(config: Config, store_url: str, run_url: str) -> CheckpointIndex:
 
     recovery = Recovery(cluster, wanted, store_url, run_url, channel, attempt, channel.put)
     try:
-        attempts = _start(lambda: recovery.run(nodes))
+        # In the main thread Ray Train would handle Ctrl-C itself.
+        attempts = background.start(lambda: recovery.run(nodes))
         try:
             EpochDisplay(channel.take, epochs=config.train.epochs).follow(attempts)
         except KeyboardInterrupt:
@@ -70,20 +70,6 @@ def train_run(config: Config, store_url: str, run_url: str) -> CheckpointIndex:
     finally:
         channel.close()
     return read_index(run_url)
-
-
-def _start(run: Callable[[], bool]) -> Future[bool]:
-    """Train in a background thread: in the main thread Ray Train would handle Ctrl-C itself."""
-    training: Future[bool] = Future()
-
-    def run_all() -> None:
-        try:
-            training.set_result(run())
-        except BaseException as error:  # raised by `training.result()`
-            training.set_exception(error)
-
-    threading.Thread(target=run_all, name="training", daemon=True).start()
-    return training
 
 
 def stop_training(

@@ -1,15 +1,18 @@
 """`python -m cluster` as far as it goes without a cluster."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
 from cluster.__main__ import _follow, _show_status, _take_down, main, make_parser
-from cluster.targets import JobState, LostError, OutOfReachError, Phase
+from cluster.targets import JobState, LostError, OutOfReachError, Phase, Write
 from pneumo.errors import ClusterError
 from tests import CHECKOUT
 
@@ -121,6 +124,44 @@ def test_only_a_job_that_may_still_run_is_said_to_go_on(
     told = capsys.readouterr().err
     assert str(error) in told
     assert told.count("the job goes on") == goes_on
+
+
+class SwallowingCluster:
+    """One whose libraries let no KeyboardInterrupt through, as urllib3 may by chance."""
+
+    def __init__(self) -> None:
+        self.has_detached, self.cancelled = threading.Event(), threading.Event()
+
+    @property
+    def flags(self) -> str:
+        self.has_detached.set()
+        return "--target k8s"
+
+    def follow(self, job_id: str, write: Write, tell: Write) -> JobState:
+        for awaited in (self.has_detached, self.cancelled):
+            with suppress(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+            awaited.wait(5)
+            write("a line of the log")
+        return JobState(job_id, "succeeded")
+
+    def state(self, job_id: str) -> JobState:
+        return JobState(job_id, "running")
+
+    def cancel(self, job_id: str) -> JobState:
+        self.cancelled.set()
+        return JobState(job_id, "cancelled")
+
+
+def test_control_c_reaches_the_command_whatever_its_libraries_do(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cluster: Any = SwallowingCluster()
+    assert _follow(cluster, "train-1") == 130
+    assert cluster.cancelled.is_set()
+    out, told = capsys.readouterr()
+    assert told.splitlines()[-1] == "train-1 cancelled"
+    assert not out
 
 
 def test_down_cancels_the_others_where_one_does_not_stop(
