@@ -69,7 +69,8 @@ class Sender:
             return False
         arrived = True
         for run in runs:
-            failure = self._try(run, is_open=not (run.is_finished or is_last))
+            is_open = run.job_type == "train" and not (run.is_finished or is_last)
+            failure = self._try(run, is_open=is_open)
             if failure is not None:
                 arrived = False
                 if not isinstance(failure, TrackingError):
