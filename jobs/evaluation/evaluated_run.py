@@ -9,7 +9,7 @@ from jobs.evaluation.ray_scoring import RunCheckpoint, ScoredStore, Scoring
 from jobs.terminal.entry_point import tell
 from pneumo import storage
 from pneumo.command_line import EvaluateArguments
-from pneumo.config import TRAINING_SECTIONS, Config, EvaluateConfig
+from pneumo.config import Config, EvaluateConfig, training_settings
 from pneumo.dataset.manifest import Manifest, read_manifest
 from pneumo.dataset.study_table import StudyRow
 from pneumo.errors import RunError, StoreError
@@ -87,7 +87,7 @@ def find_evaluated_run(arguments: EvaluateArguments, config: EvaluateConfig) -> 
 
 def find_differences(configs: Sequence[Config]) -> list[str]:
     """Training settings, such as `train.lr`, that are not the same in all."""
-    trees = [config.model_dump(mode="json", include=set(TRAINING_SECTIONS)) for config in configs]
+    trees = [training_settings(config) for config in configs]
     found = []
     for section, first in trees[0].items():
         if not isinstance(first, dict):
