@@ -111,6 +111,12 @@ def read_config(run_url: str) -> Config | None:
         raise TrackingError(f"{run_url}/config.json: not of this version of pneumo") from error
 
 
+def choose_tracking(trained: Config | None, given: Mapping[str, Any]) -> TrackingConfig:
+    """The settings of the training, except those that a later job was `given` itself."""
+    own = {} if trained is None else trained.tracking.model_dump()
+    return TrackingConfig.model_validate({**own, **given})
+
+
 def read_files(run_url: str, *names: str) -> list[bytes] | None:
     """The contents of files of the run; None where one of them is missing."""
     try:

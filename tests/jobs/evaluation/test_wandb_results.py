@@ -63,10 +63,10 @@ def judged():
     return judge(predictions())
 
 
-def leave(run, subject, data=DATA, found=None, pictures=PICTURES, saliency=None):
+def leave(run, subject, data=DATA, found=None, pictures=PICTURES, saliency=None, config=None):
     """A run's folder after an evaluation with pictures of 224 pixels."""
     subject = dataclasses.replace(subject, run_url=str(run))
-    config = Config()
+    config = config or Config()
     shown = Results(data, found or judged(), pictures, saliency or {}, None)
     (run / "figures").mkdir(parents=True)
     (run / "figures" / "data_quality.png").write_bytes(encode_image(case().image))
@@ -236,6 +236,17 @@ def test_an_evaluation_that_is_done_again_is_another_run(subject, tmp_path):
     assert read(run).id != first.id
     (run / "metrics.json").unlink()
     assert read_evaluation(str(run)) is None
+
+
+def test_project_and_group_are_those_of_the_training_unless_they_are_given(subject, tmp_path):
+    run = leave(tmp_path / "run", subject)
+    own = {"tracking": {"project": "lungs", "group": "trained"}}
+    (run / "config.json").write_text(Config.model_validate(own).to_json())
+    assert (read(run).tracking.project, read(run).group) == ("lungs", "trained")
+    given = Config.model_validate({"tracking": {"group": "other"}})
+    run = leave(tmp_path / "other", subject, config=given)
+    (run / "config.json").write_text(Config.model_validate(own).to_json())
+    assert (read(run).tracking.project, read(run).group) == ("lungs", "other")
 
 
 def test_ages_above_89_are_one_group(subject, tmp_path):
