@@ -76,9 +76,10 @@ def write_tracking(
 
 
 def read_evaluation(run_url: str) -> TrackedRun | None:
-    """The evaluation in the run's folder; None where there is none, or one of an older version.
+    """The evaluation in the run's folder; None where there is none.
 
-    Its id depends on its numbers and pictures: a repeated evaluation is another W&B run.
+    Its id depends on its numbers and pictures: a repeated evaluation is another W&B run. Raises
+    TrackingError where a part of it is missing.
     """
     contents = tracked_run.read_files(run_url, *_FILES)
     if contents is None:

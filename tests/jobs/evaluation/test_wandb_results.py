@@ -32,6 +32,7 @@ from pneumo.training.checkpoints import Checkpoint, CheckpointEntry
 from tests import present
 from tests.pneumo.reporting.page.test_degenerate import damage, predictions
 from tests.pneumo.reporting.page.test_page import DATA
+from tests.pneumo.reporting.tracking.run_folders import write_training
 from tests.predictions import judge
 
 
@@ -247,6 +248,15 @@ def test_project_and_group_are_those_of_the_training_unless_they_are_given(subje
     run = leave(tmp_path / "other", subject, config=given)
     (run / "config.json").write_text(Config.model_validate(own).to_json())
     assert (read(run).tracking.project, read(run).group) == ("lungs", "other")
+
+
+def test_an_evaluation_that_lacks_a_file_is_told(subject, tmp_path, backend, capsys):
+    run = write_training(leave(tmp_path / "run", subject), subject.store_url)
+    (run / "tracking" / "pictures.parquet").unlink()
+    assert track.main(["--run", str(run)]) == 1
+    told = capsys.readouterr()
+    assert told.out.startswith("train http")
+    assert "tracking/pictures.parquet: missing; the evaluation is of an older version" in told.err
 
 
 def test_ages_above_89_are_one_group(subject, tmp_path):
