@@ -45,18 +45,13 @@ class EvaluatedRun:
     """Metrics of all epochs of the run, also of those after the checkpoint's."""
     differ_in: Sequence[str] = ()
     """Training settings that differ between the scored runs."""
-    earlier: str = ""
-    """A line of EVALUATIONS for each time that the run was evaluated before."""
+    num_earlier: int = 0
+    """How often the run was evaluated before."""
 
     @property
     def name(self) -> str:
         """The run's name."""
         return storage.last_part(self.run_url)
-
-    @property
-    def num_earlier(self) -> int:
-        """How often the run was evaluated before."""
-        return len(self.earlier.splitlines())
 
     @property
     def digests(self) -> list[str]:
@@ -81,8 +76,7 @@ def find_evaluated_run(arguments: EvaluateArguments, config: EvaluateConfig) -> 
     scored = ScoredStore(Scoring(found, views=config.tta or 1), store_url)
     history = _read_history(run_url, first)
     differ_in = find_differences(configs)
-    earlier = storage.find_text(storage.join(run_url, EVALUATIONS)) or ""
-    return EvaluatedRun(run_url, store_url, manifest, first, scored, history, differ_in, earlier)
+    return EvaluatedRun(run_url, store_url, manifest, first, scored, history, differ_in)
 
 
 def find_differences(configs: Sequence[Config]) -> list[str]:

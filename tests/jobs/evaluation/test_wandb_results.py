@@ -14,6 +14,7 @@ from PIL import Image
 
 from jobs import track
 from jobs.evaluation.evaluated_run import EvaluatedRun
+from jobs.evaluation.job import write_results
 from jobs.evaluation.ray_scoring import RunCheckpoint, ScoredStore, Scoring
 from jobs.evaluation.result_files import Results, compose_metrics, describe_results
 from jobs.evaluation.shown_studies import describe_age
@@ -257,6 +258,18 @@ def test_an_evaluation_that_lacks_a_file_is_told(subject, tmp_path, backend, cap
     told = capsys.readouterr()
     assert told.out.startswith("train http")
     assert "tracking/pictures.parquet: missing; the evaluation is of an older version" in told.err
+
+
+def test_evaluations_at_the_same_time_are_both_counted(subject, tmp_path):
+    config = Config.model_validate({"tracking": {"mode": "disabled"}})
+    run, folder = tmp_path / "run", tmp_path / "new"
+    run.mkdir()
+    folder.mkdir()
+    (run / "evaluations.jsonl").write_text("the one that ended since this one began\n")
+    results = Results(DATA, judged(), PICTURES, {}, None)
+    write_results(dataclasses.replace(subject, run_url=str(run)), results, folder, config)
+    assert len((run / "evaluations.jsonl").read_text().splitlines()) == 2
+    assert json.loads((run / "metrics.json").read_text())["evaluation"]["earlier"] == 1
 
 
 def test_ages_above_89_are_one_group(subject, tmp_path):
