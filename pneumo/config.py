@@ -390,11 +390,12 @@ _NOT_COMPARED = {"compile", "keep_checkpoints", "checkpoint_every_steps"}
 
 def changed_sections(before: Config, now: Config) -> list[str]:
     """The `TRAINING_SECTIONS` in which a run would not be the one that was begun."""
-    then, there = (_training_settings(each) for each in (before, now))
+    then, there = (training_settings(each) for each in (before, now))
     return [name for name in TRAINING_SECTIONS if then[name] != there[name]]
 
 
-def _training_settings(config: Config) -> dict[str, Any]:
+def training_settings(config: Config) -> dict[str, Any]:
+    """The settings that change the trained weights, by section."""
     settings = config.model_dump(include=set(TRAINING_SECTIONS))
     train = {name: v for name, v in settings["train"].items() if name not in _NOT_COMPARED}
-    return {**settings, "data": config.data.image_size, "train": train}
+    return {**settings, "data": {"image_size": config.data.image_size}, "train": train}

@@ -9,7 +9,7 @@ from jobs.evaluation.ray_scoring import RunCheckpoint, ScoredStore, Scoring
 from jobs.terminal.entry_point import tell
 from pneumo import storage
 from pneumo.command_line import EvaluateArguments
-from pneumo.config import TRAINING_SECTIONS, Config, EvaluateConfig
+from pneumo.config import Config, EvaluateConfig, training_settings
 from pneumo.dataset.manifest import Manifest, read_manifest
 from pneumo.dataset.study_table import StudyRow
 from pneumo.errors import RunError, StoreError
@@ -45,18 +45,13 @@ class EvaluatedRun:
     """Metrics of all epochs of the run, also of those after the checkpoint's."""
     differ_in: Sequence[str] = ()
     """Training settings that differ between the scored runs."""
-    earlier: str = ""
-    """A line of EVALUATIONS for each time that the run was evaluated before."""
+    num_earlier: int = 0
+    """How often the run was evaluated before."""
 
     @property
     def name(self) -> str:
         """The run's name."""
         return storage.last_part(self.run_url)
-
-    @property
-    def num_earlier(self) -> int:
-        """How often the run was evaluated before."""
-        return len(self.earlier.splitlines())
 
     @property
     def digests(self) -> list[str]:
@@ -81,13 +76,12 @@ def find_evaluated_run(arguments: EvaluateArguments, config: EvaluateConfig) -> 
     scored = ScoredStore(Scoring(found, views=config.tta or 1), store_url)
     history = _read_history(run_url, first)
     differ_in = find_differences(configs)
-    earlier = storage.find_text(storage.join(run_url, EVALUATIONS)) or ""
-    return EvaluatedRun(run_url, store_url, manifest, first, scored, history, differ_in, earlier)
+    return EvaluatedRun(run_url, store_url, manifest, first, scored, history, differ_in)
 
 
 def find_differences(configs: Sequence[Config]) -> list[str]:
     """Training settings, such as `train.lr`, that are not the same in all."""
-    trees = [config.model_dump(mode="json", include=set(TRAINING_SECTIONS)) for config in configs]
+    trees = [training_settings(config) for config in configs]
     found = []
     for section, first in trees[0].items():
         if not isinstance(first, dict):

@@ -92,7 +92,7 @@ def evaluate_externally(arguments: EvaluateArguments, config: Config) -> None:
         wait_for_resources(config.cluster, 1)
         for one in sets:
             evaluated[one.name] = _evaluate_set(one, trained, config)
-    _write_results(trained, evaluated, others)
+    _write_results(trained, evaluated, others, config)
     send_now(trained.run_url, config.tracking, "external", tell)
 
 
@@ -283,7 +283,10 @@ def read_others(run_url: str | None, own_name: str) -> dict[str, dict[str, Any]]
 
 
 def _write_results(
-    trained: TrainedRun, evaluated: Mapping[str, ExternalSet], others: dict[str, dict[str, Any]]
+    trained: TrainedRun,
+    evaluated: Mapping[str, ExternalSet],
+    others: dict[str, dict[str, Any]],
+    config: Config,
 ) -> None:
     """Write everything to `<run>/external/`, and print the table."""
     run = storage.last_part(trained.run_url)
@@ -316,6 +319,7 @@ def _write_results(
         "matrix": row,
         "matrix_of_others": others,
         "sets": {name: one.to_json() for name, one in evaluated.items()},
+        "tracking": config.tracking.model_dump(exclude_unset=True),
     }
     text = json.dumps(metrics, indent=1, allow_nan=False) + "\n"
     storage.write_text(storage.join(folder, METRICS), text)

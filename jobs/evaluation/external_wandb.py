@@ -7,7 +7,6 @@ from typing import Any
 
 from jobs.evaluation.evaluated_run import METRICS
 from jobs.evaluation.result_files import EXTERNAL_FOLDER, EXTERNAL_MATRIX, REPORT
-from pneumo.config import TrackingConfig
 from pneumo.evaluation.operating_points import DECISION
 from pneumo.reporting.tracking import tracked_run
 from pneumo.reporting.tracking.media import (
@@ -32,7 +31,7 @@ def read_external(run_url: str) -> TrackedRun | None:
     data, matrix, page = contents
     metrics, name = json.loads(data), tracked_run.make_run_id(run_url)
     trained = tracked_run.read_config(run_url)
-    tracking = TrackingConfig() if trained is None else trained.tracking
+    tracking = tracked_run.choose_tracking(trained, metrics.get("tracking", {}))
     sets = metrics["sets"]
     summary = {
         f"eval/external/{tracked_run.to_wandb_name(of_set)}/{what}": value

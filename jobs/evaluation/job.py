@@ -4,6 +4,7 @@ import json
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,9 @@ def read_data_facts(
 def write_results(run: EvaluatedRun, results: Results, folder: Path, config: Config) -> None:
     """Write all to `folder`, copy it to the run, metrics.json last, then send it to W&B."""
     prepare_tracking(run.run_url, run.manifest)
+    log_url = storage.join(run.run_url, EVALUATIONS)
+    # Read now, and again below: another evaluation may have ended since this one began.
+    run = replace(run, num_earlier=len((storage.find_text(log_url) or "").splitlines()))
     report = result_files.describe_results(run, results, config)
     result_files.write_files(folder, run, results, report)
     write_tracking(folder / FOLDER, run, results, report, config.tracking)
@@ -155,7 +159,7 @@ def write_results(run: EvaluatedRun, results: Results, folder: Path, config: Con
         "checkpoints": run.digests,
         "test_auroc": metrics["test"]["auroc"]["value"],
     }
-    storage.write_text(storage.join(run.run_url, EVALUATIONS), f"{run.earlier}{json.dumps(line)}\n")
+    storage.write_text(log_url, f"{storage.find_text(log_url) or ''}{json.dumps(line)}\n")
     storage.write_text(storage.join(run.run_url, METRICS), text)
     print_summary(metrics, run.run_url)
     # Last: the results are complete, even if W&B fails or the user interrupts.

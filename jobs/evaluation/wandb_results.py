@@ -60,7 +60,7 @@ def write_tracking(
     folder.mkdir(exist_ok=True)
     pictures, quality = results.pictures.shrink(LARGEST_PIXELS), results.data.quality
     record = {
-        "tracking": tracking.model_dump(mode="json"),
+        "tracking": tracking.model_dump(exclude_unset=True),
         "models": [
             artifacts.record_checkpoint(checkpoint.run_url, checkpoint.entry, run.manifest.digest)
             for checkpoint in run.scored.scoring.checkpoints
@@ -76,9 +76,10 @@ def write_tracking(
 
 
 def read_evaluation(run_url: str) -> TrackedRun | None:
-    """The evaluation in the run's folder; None where there is none, or one of an older version.
+    """The evaluation in the run's folder; None where there is none.
 
-    Its id depends on its numbers and pictures: a repeated evaluation is another W&B run.
+    Its id depends on its numbers and pictures: a repeated evaluation is another W&B run. Raises
+    TrackingError where a part of it is missing.
     """
     contents = tracked_run.read_files(run_url, *_FILES)
     if contents is None:
@@ -87,7 +88,7 @@ def read_evaluation(run_url: str) -> TrackedRun | None:
     metrics, record = json.loads(metrics_json), json.loads(record_json)
     models, manifest = record["models"], tracked_run.read_dataset(run_url)
     name, trained = tracked_run.make_run_id(run_url), tracked_run.read_config(run_url)
-    tracking = TrackingConfig.model_validate(record["tracking"])
+    tracking = tracked_run.choose_tracking(trained, record["tracking"])
     files = {METRICS: metrics_json, PREDICTIONS: cap_ages(predictions), REPORT: report}
     digest = hashlib.sha256(metrics_json + pictures).hexdigest()
     datasets = [] if manifest is None else [artifacts.describe_dataset(manifest)]

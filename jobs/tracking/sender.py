@@ -62,18 +62,18 @@ class Sender:
 
         The W&B run of an unfinished training stays open unless `is_last`.
         """
+        arrived = True
         try:
-            runs = list(read_runs(self.run_url, self.kinds, self._sent))
-        except Exception as error:  # a storage error does not affect the W&B session
+            for run in read_runs(self.run_url, self.kinds, self._sent):
+                is_open = run.job_type == "train" and not (run.is_finished or is_last)
+                failure = self._try(run, is_open=is_open)
+                if failure is not None:
+                    arrived = False
+                    if not isinstance(failure, TrackingError):
+                        break  # the other runs would wait as long for W&B
+        except Exception as error:  # a folder that cannot be read does not affect the W&B session
             _tell_failure(error)
             return False
-        arrived = True
-        for run in runs:
-            failure = self._try(run, is_open=not (run.is_finished or is_last))
-            if failure is not None:
-                arrived = False
-                if not isinstance(failure, TrackingError):
-                    break  # the other runs would wait as long for W&B
         return arrived
 
     def _try(self, run: TrackedRun, *, is_open: bool) -> Exception | None:
@@ -109,29 +109,31 @@ class Sender:
 def read_runs(
     run_url: str, kinds: Collection[Kind], without: Collection[str]
 ) -> Iterator[TrackedRun]:
-    """The runs of these kinds in the folder, except those with the ids `without`.
-
-    The module that reads a kind takes seconds to import, so it is imported only where there is
-    something to read. Raises PneumoError where the folder cannot be read.
-    """
-    found: list[TrackedRun | None] = []
-    if "train" in kinds:
-        from pneumo.reporting.tracking.training_run import read_training
-
-        found.append(read_training(run_url))
-    if "evaluate" in kinds and storage.exists(storage.join(run_url, "metrics.json")):
-        from jobs.evaluation.wandb_results import read_evaluation
-
-        found.append(read_evaluation(run_url))
-    if "external" in kinds:
-        from jobs.evaluation.external_wandb import read_external
-
-        found.append(read_external(run_url))
+    """The runs of these kinds in the folder, except those with the ids `without`; each is read when
+    its turn comes. Raises PneumoError where it cannot be read."""
+    found = _read_jobs(run_url, kinds)
     yield from (run for run in found if run is not None and run.id not in without)
     if "tune" in kinds and storage.list_urls(storage.join(run_url, "trials")):
         from jobs.tuning.search_wandb import read_search
 
         yield from read_search(run_url, without)
+
+
+def _read_jobs(run_url: str, kinds: Collection[Kind]) -> Iterator[TrackedRun | None]:
+    """The module that reads a kind takes seconds to import, so it is imported only where there is
+    something to read."""
+    if "train" in kinds:
+        from pneumo.reporting.tracking.training_run import read_training
+
+        yield read_training(run_url)
+    if "evaluate" in kinds and storage.exists(storage.join(run_url, "metrics.json")):
+        from jobs.evaluation.wandb_results import read_evaluation
+
+        yield read_evaluation(run_url)
+    if "external" in kinds:
+        from jobs.evaluation.external_wandb import read_external
+
+        yield read_external(run_url)
 
 
 def _tell(**message: str) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from jobs.tracking.sender import Kind
 from pneumo.config import TrackingConfig
-from pneumo.reporting.tracking.mode import choose_mode
+from pneumo.reporting.tracking.mode import add_saved_settings, choose_mode
 
 INTERVAL_S = 10.0
 """How often the folder of a running job is sent."""
@@ -185,9 +185,10 @@ def command(run_url: str) -> str:
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    """The sender's environment: it can import our modules, and wandb writes only to `folder`."""
+    """The sender's environment: it can import our modules, and wandb writes only to `folder`, so
+    it does not find its own settings files."""
     return {
-        **os.environ,
+        **add_saved_settings(os.environ),
         "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path),
         "TMPDIR": str(folder),
         "WANDB_DATA_DIR": str(folder / "data"),

@@ -10,6 +10,7 @@ whatever cluster, resumes from them.
 
 import io
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pneumo import storage
-from pneumo.config import Config, TuneConfig
+from pneumo.config import Config, TuneConfig, without_folders
 from pneumo.config_layers import override
 from pneumo.dataset.study_table import encode_parquet
 from pneumo.network.backbones import Initialisation
@@ -29,6 +30,8 @@ from pneumo.tuning.trials import History, State, Trial
 
 _BEGUN, _STARTED, _SCORES, _ENDED = "trial.json", "start.json", "val.parquet", "end.json"
 _UNFINISHED = '{"state": "unfinished", "error": null}'
+_PATH = re.compile(r"""(?<!\w)(\w[\w+.-]*://|~?/(?=\S))((:(?=\S)|[^:"'])*/)?(:(?=\S)|[^\s:"'])*""")
+"""A path or URL in a message; up to the last slash before a colon, as folders may have spaces."""
 
 
 def trial_url(run_url: str, name: str) -> str:
@@ -89,10 +92,14 @@ def read_history(url: str) -> History:
 
 
 def read_trial(run_url: str, name: str) -> Trial:
-    """The record of a trial. Raises FileNotFoundError where it has not begun."""
+    """The record of a trial; its error, which is sent to W&B, names files without folders.
+
+    Raises FileNotFoundError where it has not begun.
+    """
     url = trial_url(run_url, name)
     begun = json.loads(storage.read_text(storage.join(url, _BEGUN)))
     ended = json.loads(storage.find_text(storage.join(url, _ENDED)) or _UNFINISHED)
+    error = ended["error"] and _PATH.sub(lambda found: without_folders(found[0]), ended["error"])
     started = json.loads(storage.find_text(storage.join(url, _STARTED)) or "{}")
     return Trial(
         name,
@@ -100,7 +107,8 @@ def read_trial(run_url: str, name: str) -> Trial:
         begun["seed"],
         history=read_history(url),
         fell_back=started.get("fell_back", False),
-        **ended,
+        state=ended["state"],
+        error=error,
     )
 
 

@@ -54,7 +54,8 @@ def test_external_validation(
     run = Path(shutil.copytree(evaluated, tmp_path / "run"))
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     capsys.readouterr()
-    assert judge(prepared, run, sets / "chexpert") == 0
+    flags = ("--tracking.project", "other", "--tracking.group", "elsewhere")
+    assert judge(prepared, run, sets / "chexpert", flags=flags) == 0
     report = run / "report.html"
     assert all(path.read_bytes() == data for path, data in before.items() if path != report)
     own = json.loads((run / "metrics.json").read_text())
@@ -82,6 +83,7 @@ def test_external_validation(
     assert sent.summary["eval/external/chexpert/auroc"] == found["auroc"]["external"]["value"]
     assert sent.summary["eval/external/chexpert/n"] == len(studies)
     assert "-external-" in sent.id
+    assert (sent.tracking.project, sent.group) == ("other", "elsewhere")
     assert "own test" in capsys.readouterr().out
 
 

@@ -111,12 +111,29 @@ def read_config(run_url: str) -> Config | None:
         raise TrackingError(f"{run_url}/config.json: not of this version of pneumo") from error
 
 
-def read_files(run_url: str, *names: str) -> list[bytes] | None:
-    """The contents of files of the run; None where one of them is missing."""
-    try:
-        return [storage.read_bytes(storage.join(run_url, name)) for name in names]
-    except FileNotFoundError:
+def choose_tracking(trained: Config | None, given: Mapping[str, Any]) -> TrackingConfig:
+    """The settings of the training, except those that a later job was `given` itself."""
+    own = {} if trained is None else trained.tracking.model_dump()
+    return TrackingConfig.model_validate({**own, **given})
+
+
+def read_files(run_url: str, marker: str, *others: str) -> list[bytes] | None:
+    """The contents of files of the run; None where there is no `marker`, which is written last.
+
+    Raises TrackingError where another is missing.
+    """
+    if not storage.exists(storage.join(run_url, marker)):
         return None
+    contents = []
+    for name in (marker, *others):
+        try:
+            contents.append(storage.read_bytes(storage.join(run_url, name)))
+        except FileNotFoundError as error:
+            raise TrackingError(
+                f"{run_url}/{name}: missing; the evaluation is of an older version, or was copied "
+                "in part; evaluate the run again"
+            ) from error
+    return contents
 
 
 def describe_store(manifest: Manifest | None) -> dict[str, str | None]:

@@ -11,6 +11,7 @@ import pytest
 from jobs.evaluation.evaluated_run import (
     METRICS,
     find_checkpoints,
+    find_differences,
     find_evaluated_run,
     find_metrics,
     read_predictions,
@@ -100,6 +101,13 @@ def test_the_report_says_how_to_evaluate_again(prepared: Prepared, overfitted: P
         2,
         "sensitivity",
     )
+
+
+def test_settings_that_change_no_weights_are_no_difference() -> None:
+    other = override(Config(), {"seed": 1, "train.keep_checkpoints": 5, "data.cache": "stream"})
+    assert find_differences([Config(), other]) == ["seed"]
+    other = override(Config(), {"data.image_size": 96, "train.lr": 0.5})
+    assert find_differences([Config(), other]) == ["data.image_size", "train.lr"]
 
 
 def test_metrics_are_those_of_an_evaluated_run(tmp_path: Path) -> None:

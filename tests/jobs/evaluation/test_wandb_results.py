@@ -14,6 +14,7 @@ from PIL import Image
 
 from jobs import track
 from jobs.evaluation.evaluated_run import EvaluatedRun
+from jobs.evaluation.job import write_results
 from jobs.evaluation.ray_scoring import RunCheckpoint, ScoredStore, Scoring
 from jobs.evaluation.result_files import Results, compose_metrics, describe_results
 from jobs.evaluation.shown_studies import describe_age
@@ -32,6 +33,7 @@ from pneumo.training.checkpoints import Checkpoint, CheckpointEntry
 from tests import present
 from tests.pneumo.reporting.page.test_degenerate import damage, predictions
 from tests.pneumo.reporting.page.test_page import DATA
+from tests.pneumo.reporting.tracking.run_folders import write_training
 from tests.predictions import judge
 
 
@@ -63,10 +65,10 @@ def judged():
     return judge(predictions())
 
 
-def leave(run, subject, data=DATA, found=None, pictures=PICTURES, saliency=None):
+def leave(run, subject, data=DATA, found=None, pictures=PICTURES, saliency=None, config=None):
     """A run's folder after an evaluation with pictures of 224 pixels."""
     subject = dataclasses.replace(subject, run_url=str(run))
-    config = Config()
+    config = config or Config()
     shown = Results(data, found or judged(), pictures, saliency or {}, None)
     (run / "figures").mkdir(parents=True)
     (run / "figures" / "data_quality.png").write_bytes(encode_image(case().image))
@@ -236,6 +238,38 @@ def test_an_evaluation_that_is_done_again_is_another_run(subject, tmp_path):
     assert read(run).id != first.id
     (run / "metrics.json").unlink()
     assert read_evaluation(str(run)) is None
+
+
+def test_project_and_group_are_those_of_the_training_unless_they_are_given(subject, tmp_path):
+    run = leave(tmp_path / "run", subject)
+    own = {"tracking": {"project": "lungs", "group": "trained"}}
+    (run / "config.json").write_text(Config.model_validate(own).to_json())
+    assert (read(run).tracking.project, read(run).group) == ("lungs", "trained")
+    given = Config.model_validate({"tracking": {"group": "other"}})
+    run = leave(tmp_path / "other", subject, config=given)
+    (run / "config.json").write_text(Config.model_validate(own).to_json())
+    assert (read(run).tracking.project, read(run).group) == ("lungs", "other")
+
+
+def test_an_evaluation_that_lacks_a_file_is_told(subject, tmp_path, backend, capsys):
+    run = write_training(leave(tmp_path / "run", subject), subject.store_url)
+    (run / "tracking" / "pictures.parquet").unlink()
+    assert track.main(["--run", str(run)]) == 1
+    told = capsys.readouterr()
+    assert told.out.startswith("train http")
+    assert "tracking/pictures.parquet: missing; the evaluation is of an older version" in told.err
+
+
+def test_evaluations_at_the_same_time_are_both_counted(subject, tmp_path):
+    config = Config.model_validate({"tracking": {"mode": "disabled"}})
+    run, folder = tmp_path / "run", tmp_path / "new"
+    run.mkdir()
+    folder.mkdir()
+    (run / "evaluations.jsonl").write_text("the one that ended since this one began\n")
+    results = Results(DATA, judged(), PICTURES, {}, None)
+    write_results(dataclasses.replace(subject, run_url=str(run)), results, folder, config)
+    assert len((run / "evaluations.jsonl").read_text().splitlines()) == 2
+    assert json.loads((run / "metrics.json").read_text())["evaluation"]["earlier"] == 1
 
 
 def test_ages_above_89_are_one_group(subject, tmp_path):

@@ -258,6 +258,22 @@ def test_project_and_group_of_the_run_can_be_replaced(
     assert backend.runs[name]["groupName"] == "ours"
 
 
+def test_a_run_goes_to_the_server_and_team_of_the_saved_login(
+    tmp_path: Path, store: str, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_BASE_URL")
+    monkeypatch.chdir(tmp_path)
+    saved = tmp_path / "home" / ".config" / "wandb" / "settings"
+    saved.parent.mkdir(parents=True)
+    saved.write_text(f"[default]\nbase_url = {backend.url}\nentity = ward\n")
+    run = write_training(tmp_path / "run", store)
+    told: list[str] = []
+    with sending_to_wandb(str(run), ONLINE, "train", told.append):
+        pass
+    (name,) = backend.runs
+    assert told == [f"W&B: {backend.url}/ward/pneumo/runs/{name}"]
+
+
 def test_a_folder_without_a_run_is_named(
     tmp_path: Path,
     backend: Backend,

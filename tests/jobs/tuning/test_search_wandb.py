@@ -1,11 +1,13 @@
 """What W&B is told of a search: a run a trial, and one of the whole."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 
 from jobs import track
+from jobs.tracking.sending import SenderProcess
 from jobs.tuning.search_results import write_results
 from jobs.tuning.search_wandb import BEST, REPORT, TRIALS, read_search
 from jobs.tuning.trial_records import write_begun, write_ended
@@ -120,3 +122,23 @@ def test_the_command_sends_each_of_them_once(run: Path, search: Search, backend:
     assert backend.summary(name)["tune/trial"] == search.choice.trial.name
     assert {a["state"] for a in backend.artifacts.values()} == {"COMMITTED"}
     assert backend.unknown == []
+
+
+def test_a_failed_trial_is_a_run_of_its_own_while_the_search_goes_on(
+    run: Path, search: Search, backend: Backend
+) -> None:
+    for trial in search.trials[2:]:
+        (run / "trials" / trial.name / "end.json").unlink()
+    failed, finished = (f"{make_run_id(str(run))}-{trial.name}" for trial in search.trials[:2])
+    (run / BEST).unlink()
+    write_ended(str(run), search.trials[0].name, "failed", "the node is gone")
+    write_history(str(run / "trials" / search.trials[0].name), search.trials[0].history[:2])
+    sender = SenderProcess(str(run), ["tune"], interval_s=0.2)
+    end = time.monotonic() + 240.0
+    while set(backend.exit_codes) != {failed, finished}:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    assert sender.close().failure is None
+    assert backend.exit_codes == {failed: 1, finished: 0}
+    assert backend.epochs(failed) == [1, 2]
+    assert backend.epochs(finished) == list(range(1, 9))

@@ -48,3 +48,24 @@ def test_a_name_that_leads_out_is_refused(run_url: str, name: str) -> None:
         write_ended(run_url, name, "finished", None)
     with pytest.raises(ContentError, match="refused a name below it"):
         drop_checkpoints(trial_url(run_url, name))
+
+
+@pytest.mark.parametrize(
+    ("said", "sent"),
+    [
+        ("the loss is nan", "the loss is nan"),
+        (
+            "cannot read /a/b/3-f9.tar: Input/output error",
+            "cannot read 3-f9.tar: Input/output error",
+        ),
+        ("/home/a b/my store/3.tar: is gone", "3.tar: is gone"),
+        ("No such file: '/home/alice/w.pt'", "No such file: 'w.pt'"),
+        ("s3://ward/store/3.tar: no right", "3.tar: no right"),
+        ("http://10.0.0.1:9000/ward/3.tar is gone", "3.tar is gone"),
+    ],
+)
+def test_an_error_is_sent_without_folders_and_servers(run_url: str, said: str, sent: str) -> None:
+    write_ended(run_url, "t001", "failed", said)
+    assert read_trials(run_url)["t001"].error == sent  # in the table and on the page too
+    (told,) = read_search(run_url)
+    assert told.summary["tune/error"] == sent

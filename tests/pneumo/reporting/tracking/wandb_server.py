@@ -148,7 +148,7 @@ class Backend:
         is_new = not run
         run.update({key: value for key, value in given.items() if value is not None})
         project = {"id": "UDox", "name": run.get("project", "pneumo"),
-                   "entity": {"id": "RTox", "name": ENTITY}}  # fmt: skip
+                   "entity": {"id": "RTox", "name": run.get("entity", ENTITY)}}  # fmt: skip
         bucket = {"id": base64.b64encode(name.encode()).decode(), "name": name,
                   "displayName": run.get("displayName") or name, "description": None,
                   "config": run.get("config") or "{}", "sweepName": None, "project": project,
