@@ -154,11 +154,11 @@ def _predict_batch(task: Task, members: Sequence[Member], files: Sequence[str]) 
     captions = {name: f"p = {p:.3f}   {NOTICE}" for name, p in probabilities}
     overlays = _write_overlays(task, members[0], scored, captions) if task.overlays else {}
     rows = [_describe(image, x) for image, x in zip(images, logit, strict=True)]
-    reason, message, view, warnings = np.array(rows, dtype=np.str_).T
+    reason, message, view, warnings = np.array(rows, dtype=object).T
     return FilePredictions(
-        file=np.array(names, dtype=np.str_),
+        file=np.array(names, dtype=object),
         logit=logit,
-        overlay=np.array([overlays.get(name, "") for name in names], dtype=np.str_),
+        overlay=np.array([overlays.get(name, "") for name in names], dtype=object),
         reason=reason,
         message=message,
         view=view,

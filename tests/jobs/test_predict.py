@@ -1,6 +1,7 @@
 import csv
 import json
 import shutil
+import tracemalloc
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from jobs import evaluate, predict
-from jobs.prediction import shorten_path
+from jobs.evaluation.ray_scoring import Scoring, WorkerSettings
+from jobs.prediction import Task, predict_files, shorten_path
 from pneumo.dataset.manifest import read_manifest
 from pneumo.dataset.sources.recognition import read_source
 from pneumo.dataset.study_table import digest_pixels, read_studies
@@ -266,6 +268,22 @@ def test_a_logit_that_is_no_number_is_no_decision(
     flags = ["--source", str(only), "--run", str(run), "--output", str(tmp_path / "none")]
     assert predict.main(flags) == 1
     assert "none of 1 files could be scored" in capsys.readouterr().err
+
+
+def test_one_long_path_makes_no_other_row_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.prediction.load_members", lambda *_: [])
+    where, settings = str(tmp_path), WorkerSettings("cpu", 1, 1000)
+    task = Task(where, where, Scoring(()), 32, overlays=False, worker=settings)
+    files = ["/".join(["x" * 200] * 15), *map(str, range(4000))]
+    tracemalloc.start()
+    found = predict_files(task, files)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10_000_000
+    assert found.file.tolist() == sorted(files)
+    assert found.unusable == {"missing": len(files)}
 
 
 FROZEN: dict[str, Any] = {
