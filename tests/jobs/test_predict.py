@@ -215,6 +215,33 @@ def test_nothing_that_can_be_scored_is_a_failure(
     assert read_rows(output)["notes.txt"]["reason"] == "not_dicom"
 
 
+def test_a_killed_prediction_is_repeated_and_replaces_nothing_else(
+    prepared: Prepared, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, output = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    shutil.copy(next((prepared.source / "stage_2_train_images").iterdir()), folder / "a.dcm")
+    own = output / "overlays" / "own.dcm"
+    own.parent.mkdir(parents=True)
+    own.write_text("somebody's own")
+    flags = ["--source", str(folder), "--run", str(trained), "--output", str(output)]
+    assert predict.main([*flags, "--overwrite"]) == 2
+    assert own.read_text() == "somebody's own"
+    shutil.rmtree(output)
+
+    def kill(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("jobs.prediction.write_predictions", kill)
+        assert predict.main(flags) == 130
+    assert (output / "overlays" / "a.dcm.png").exists()
+    assert predict.main(flags) == 0
+    assert sorted(path.name for path in output.iterdir()) == [
+        *("overlays", "predictions.csv", "predictions.parquet", "summary.json")
+    ]
+
+
 def test_members_of_an_archive_never_lead_out_of_the_output(
     prepared: Prepared, trained: Path, tmp_path: Path
 ) -> None:
