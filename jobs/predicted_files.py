@@ -3,7 +3,7 @@
 import io
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from itertools import takewhile
 
 import pydicom
@@ -86,14 +86,19 @@ def find_source(source: str) -> tuple[str, list[str] | None]:
     return source_url, None
 
 
-def expand(source_url: str, files: Iterable[str]) -> list[str]:
-    """The paths, with each archive replaced by its members, and without a DICOMDIR. Raises
-    SourceError."""
+def expand(source_url: str, files: Sequence[str]) -> list[str]:
+    """The paths, with each archive replaced by its members, and without a DICOMDIR. A damaged
+    archive stays, as it gets a row; alone it raises SourceError."""
     prefix = f"{source_url.rstrip('/')}/"
     found: list[str] = []
     for path in files:
         if is_archive(prefix + path):
-            found += [url.removeprefix(prefix) for url in list_members(prefix + path)]
+            try:
+                found += [url.removeprefix(prefix) for url in list_members(prefix + path)]
+            except SourceError:
+                if len(files) == 1:
+                    raise
+                found.append(path)
         elif path.rsplit("/", 1)[-1].upper() != _INDEX:
             found.append(path)
     return found

@@ -42,9 +42,10 @@ def is_member(url: str) -> bool:
 
 
 def read_member(url: str) -> bytes:
-    """The bytes of an archive's member. Raises DicomError where it is damaged, encrypted or too
-    large, FileNotFoundError where it is missing."""
-    archive_url, name = _MEMBER.split(url, maxsplit=1)
+    """The bytes of an archive's member. Raises DicomError where it, or the archive, is damaged, or
+    it is encrypted or too large, FileNotFoundError where it is missing."""
+    archive_url, *names = _MEMBER.split(url, maxsplit=1)
+    name = "".join(names)
     try:
         with _lock, _find(archive_url).open(name) as member:
             return _bounded(member.read(MAX_BYTES + 1))

@@ -190,8 +190,11 @@ def test_what_is_damaged_is_told(tmp_path: Path, make_dicom: Any) -> None:
     }
     assert len(found) == 2
     (tmp_path / "e.zip").write_bytes(b"no archive")
+    damaged = look(str(tmp_path))["e.zip"]
+    assert isinstance(damaged, UnusableFile)
+    assert (damaged.reason, damaged.message) == ("undecodable", "cannot be unpacked: BadZipFile")
     with pytest.raises(SourceError, match=r"e\.zip: no zip archive"):
-        look(str(tmp_path))
+        look(str(tmp_path / "e.zip"))
     (tmp_path / "DICOMDIR").write_bytes(b"nothing")
     with pytest.raises(SourceError, match="no DICOMDIR"):
         find_source(str(tmp_path / "DICOMDIR"))
