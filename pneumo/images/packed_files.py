@@ -87,11 +87,11 @@ def _find(archive_url: str) -> zipfile.ZipFile:
 
 @lru_cache(maxsize=2)
 def _open(archive_url: str, *_version: int) -> zipfile.ZipFile:
-    """The archive, of a bucket in memory. The last two stay open: to list all members takes long,
-    and threads that read ahead need two."""
+    """The archive. The last two stay open: to list all members takes long, and threads that read
+    ahead need two."""
     if storage.is_local(archive_url):
         return zipfile.ZipFile(storage.local_path(archive_url))
-    return zipfile.ZipFile(io.BytesIO(storage.read_bytes(archive_url)))
+    return zipfile.ZipFile(storage.open_object(archive_url))
 
 
 def _bounded(data: bytes) -> bytes:
