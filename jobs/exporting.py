@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from jobs.evaluation.evaluated_run import METRICS, find_evaluated_checkpoints, parse_metrics
 from jobs.evaluation.ray_scoring import Scoring, load_members
 from jobs.terminal.entry_point import tell
+from jobs.terminal.places import UNFINISHED
 from pneumo import storage
 from pneumo.command_line import ExportArguments, Invocation
 from pneumo.dataset.phantoms.drawing import render_study
@@ -197,8 +198,10 @@ def show_interval(estimate: Mapping[str, Any]) -> str:
 
 def write(output_url: str, files: Mapping[str, bytes]) -> None:
     """Write the files, and then their digests, for `sha256sum -c`."""
+    storage.write_text(storage.join(output_url, UNFINISHED), "jobs.export has not finished here\n")
     storage.remove(storage.join(output_url, DIGESTS))
     for name, data in files.items():
         storage.write_bytes(storage.join(output_url, name), data)
     lines = [f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in files.items()]
     storage.write_text(storage.join(output_url, DIGESTS), "".join(lines))
+    storage.remove(storage.join(output_url, UNFINISHED))

@@ -3,7 +3,7 @@
 import io
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from itertools import takewhile
 
 import pydicom
@@ -12,6 +12,8 @@ from pneumo import storage
 from pneumo.errors import SourceError
 from pneumo.images.packed_files import is_archive, list_members
 
+OVERLAYS = "overlays"
+"""The folder below the output for pictures; `predict` removes those of an earlier one."""
 STANDARD_INPUT = "-"
 _INDEX = "DICOMDIR"
 
@@ -21,25 +23,46 @@ def find_files(source: str, output_url: str) -> tuple[str, list[str]]:
     folder all files but hidden ones and the output. Links to folders are followed; special files
     are listed too, and so get a row.
 
-    Raises SourceError when there is none.
+    Raises SourceError when there is none, or one would be removed as an overlay.
     """
     source_url, files = find_source(source)
+    own = _find_real(output_url)
     if files is None:
-        prefix, own = f"{source_url.rstrip('/')}/", f"{output_url.rstrip('/')}/"
-        if own == prefix:
+        if _find_real(source_url) == own:
             raise SourceError(f"{source_url}: is also --output; give another folder for that")
+        prefix = f"{source_url.rstrip('/')}/"
         below = [url for url in storage.list_everything(source_url) if url.startswith(prefix)]
-        paths = [url.removeprefix(prefix) for url in below]
-        if own.startswith(prefix):  # not where the source is a folder of the output
-            paths = [path for path in paths if not path.startswith(own.removeprefix(prefix))]
-        files = [p for p in paths if not any(part.startswith(".") for part in p.split("/"))]
+        files = [url.removeprefix(prefix) for url in below]
+        if not _find_real(source_url).startswith(own):  # else it is a folder of the output
+            files = _leave_out(source_url, files, own)
+        files = [p for p in files if not any(part.startswith(".") for part in p.split("/"))]
         if not below and not storage.is_local(source_url) and storage.exists(source_url):
             source_url, _, name = source_url.rpartition("/")  # one object of a bucket
             files = [name]
+    if len(_leave_out(source_url, files, f"{own}{OVERLAYS}/")) < len(files):
+        raise SourceError(
+            f"{source_url}: has files in {OVERLAYS}/ of --output, which are replaced; give another "
+            "--output"
+        )
     found = expand(source_url, files)
     if not found:
         raise SourceError(f"{source_url}: no file in it; give a folder of pictures")
     return source_url, found
+
+
+def _leave_out(source_url: str, files: list[str], real_folder: str) -> list[str]:
+    """The files that are not below a folder, which `_find_real` has found."""
+    folders = [path.rpartition("/")[0] for path in files]
+    prefix = f"{source_url.rstrip('/')}/"
+    is_in = {one: _find_real(prefix + one).startswith(real_folder) for one in {*folders}}
+    return [path for path, folder in zip(files, folders, strict=True) if not is_in[folder]]
+
+
+def _find_real(url: str) -> str:
+    """A folder with a final slash; of local ones the place that links and `..` lead to."""
+    if storage.is_local(url):
+        url = os.path.realpath(storage.local_path(url))
+    return f"{url.rstrip('/')}/"
 
 
 def find_source(source: str) -> tuple[str, list[str] | None]:
@@ -63,14 +86,19 @@ def find_source(source: str) -> tuple[str, list[str] | None]:
     return source_url, None
 
 
-def expand(source_url: str, files: Iterable[str]) -> list[str]:
-    """The paths, with each archive replaced by its members, and without a DICOMDIR. Raises
-    SourceError."""
+def expand(source_url: str, files: Sequence[str]) -> list[str]:
+    """The paths, with each archive replaced by its members, and without a DICOMDIR. A damaged
+    archive stays, as it gets a row; alone it raises SourceError."""
     prefix = f"{source_url.rstrip('/')}/"
     found: list[str] = []
     for path in files:
         if is_archive(prefix + path):
-            found += [url.removeprefix(prefix) for url in list_members(prefix + path)]
+            try:
+                found += [url.removeprefix(prefix) for url in list_members(prefix + path)]
+            except SourceError:
+                if len(files) == 1:
+                    raise
+                found.append(path)
         elif path.rsplit("/", 1)[-1].upper() != _INDEX:
             found.append(path)
     return found

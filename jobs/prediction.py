@@ -24,9 +24,10 @@ from jobs.evaluation.ray_scoring import (
     run_tasks,
     split_work,
 )
-from jobs.predicted_files import find_files
+from jobs.predicted_files import OVERLAYS, find_files
 from jobs.ray_cluster.session import ray_session, wait_for_resources
 from jobs.terminal.entry_point import tell
+from jobs.terminal.places import UNFINISHED
 from jobs.terminal.progress import Progress
 from pneumo import storage
 from pneumo.command_line import Invocation, PredictArguments
@@ -56,7 +57,6 @@ SCHEMA_VERSION = 1
 CSV = "predictions.csv"
 PARQUET = "predictions.parquet"
 SUMMARY = "summary.json"
-OVERLAYS = "overlays"
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,9 @@ def _predict_all(files: Sequence[str], task: Task, cluster: ClusterConfig) -> Fi
 
 
 def clear(output_url: str) -> None:
-    """Remove the results of an earlier prediction, the summary first."""
+    """Remove the results of an earlier prediction, the summary first. `check_places` has found that
+    nothing else is there under these names."""
+    storage.write_text(storage.join(output_url, UNFINISHED), "jobs.predict has not finished here\n")
     for name in (SUMMARY, CSV, PARQUET):
         storage.remove(storage.join(output_url, name))
     storage.remove_below(storage.join(output_url, OVERLAYS))
@@ -154,11 +156,11 @@ def _predict_batch(task: Task, members: Sequence[Member], files: Sequence[str]) 
     captions = {name: f"p = {p:.3f}   {NOTICE}" for name, p in probabilities}
     overlays = _write_overlays(task, members[0], scored, captions) if task.overlays else {}
     rows = [_describe(image, x) for image, x in zip(images, logit, strict=True)]
-    reason, message, view, warnings = np.array(rows, dtype=np.str_).T
+    reason, message, view, warnings = np.array(rows, dtype=object).T
     return FilePredictions(
-        file=np.array(names, dtype=np.str_),
+        file=np.array(names, dtype=object),
         logit=logit,
-        overlay=np.array([overlays.get(name, "") for name in names], dtype=np.str_),
+        overlay=np.array([overlays.get(name, "") for name in names], dtype=object),
         reason=reason,
         message=message,
         view=view,
@@ -253,6 +255,7 @@ def write_predictions(
     }
     text = json.dumps(summary, indent=1, allow_nan=False) + "\n"
     storage.write_text(storage.join(task.output_url, SUMMARY), text)
+    storage.remove(storage.join(task.output_url, UNFINISHED))
     return summary
 
 

@@ -3,9 +3,9 @@
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, count, islice
 from typing import Any
 
 import numpy as np
@@ -86,13 +86,19 @@ def evaluate_externally(arguments: EvaluateArguments, config: Config) -> None:
     sets = [_read_external(url, trained, config) for url in arguments.external]
     if len({one.name for one in sets}) < len(sets):
         raise StoreError("--external: two stores have the same name, which names their results")
-    others = read_others(arguments.compare_with, storage.last_part(trained.run_url))
-    evaluated: dict[str, ExternalSet] = {}
+    run, own = storage.last_part(trained.run_url), {one.name: one.manifest.digest for one in sets}
+    others, digests = read_others(arguments.compare_with, run, own)
+    evaluated, tables = dict[str, ExternalSet](), dict[str, bytes]()
     with ray_session(show_logs=arguments.debug):
         wait_for_resources(config.cluster, 1)
         for one in sets:
-            evaluated[one.name] = _evaluate_set(one, trained, config)
-    _write_results(trained, evaluated, others, config)
+            evaluated[one.name], tables[one.name] = _evaluate_set(one, trained, config)
+    folder = storage.join(trained.run_url, EXTERNAL_FOLDER)
+    storage.remove(storage.join(folder, METRICS))
+    storage.remove_below(folder)
+    for name, table in tables.items():
+        storage.write_bytes(storage.join(folder, name, PREDICTIONS), table)
+    _write_results(trained, evaluated, others, digests, config)
     send_now(trained.run_url, config.tracking, "external", tell)
 
 
@@ -188,7 +194,10 @@ def _check_enough(
 # --- evaluation -----------------------------------------------------------------------------------
 
 
-def _evaluate_set(one: ExternalStore, trained: TrainedRun, config: Config) -> ExternalSet:
+def _evaluate_set(
+    one: ExternalStore, trained: TrainedRun, config: Config
+) -> tuple[ExternalSet, bytes]:
+    """The results, and the set's predictions.parquet."""
     scores = score_splits(ScoredStore(trained.scoring, one.store_url), SPLITS, config)
     scored = join_predictions(
         scores,
@@ -214,10 +223,8 @@ def _evaluate_set(one: ExternalStore, trained: TrainedRun, config: Config) -> Ex
         )
         shift = _find_shift(one, rows, trained, config)
     table = rows.to_parquet(trained.scoring.to_json())
-    where = storage.join(trained.run_url, EXTERNAL_FOLDER, one.name, PREDICTIONS)
-    storage.write_bytes(where, table)
     layout, phantoms = one.manifest.layout, one.manifest.phantoms
-    return ExternalSet(layout, phantoms, evaluation, shift, one.overlap, one.warning)
+    return ExternalSet(layout, phantoms, evaluation, shift, one.overlap, one.warning), table
 
 
 def _has_patients(manifest: Manifest) -> bool:
@@ -264,28 +271,48 @@ def _read_samples(
 # --- results --------------------------------------------------------------------------------------
 
 
-def read_others(run_url: str | None, own_name: str) -> dict[str, dict[str, Any]]:
+def read_others(
+    run_url: str | None, own_name: str, own_sets: Mapping[str, str]
+) -> tuple[dict[str, dict[str, Any]], dict[str, str | None]]:
     """The AUROCs of another run, and of those in its own matrix, on external sets, by the runs'
-    names; a name that another run has, or `own_name`, gets a number."""
+    names; a name that another run has, or `own_name`, gets a number. And the digests of all sets by
+    their names, those of `own_sets` too: another set of such a name gets a number, and so does one
+    without a digest."""
     if run_url is None:
-        return {}
+        return {}, dict(own_sets)
     url = storage.join(storage.normalise(run_url), EXTERNAL_FOLDER, METRICS)
     try:
         found = json.loads(storage.read_text(url))
     except FileNotFoundError as error:
         raise RunError(f"--compare-with {run_url}: has no external validation") from error
+    rows = {found["run"]: found["matrix"], **found["matrix_of_others"]}
+    known = {digest: name for name, digest in own_sets.items()}
+    digests: dict[str, str | None] = dict(own_sets)
+    columns = {"own test": "own test"}
+    for column in dict.fromkeys(name for row in rows.values() for name in row):
+        if column not in columns:
+            digest = found.get("digests", {}).get(column)  # older versions wrote none
+            columns[column] = known.get(digest) or _find_free(column, digests)
+            digests[columns[column]] = digest
     others: dict[str, dict[str, Any]] = {}
-    for name, row in {found["run"]: found["matrix"], **found["matrix_of_others"]}.items():
-        stem = re.sub(r" \(\d+\)$", "", name)
-        numbered = (name, *(f"{stem} ({number})" for number in range(2, len(others) + 4)))
-        others[next(one for one in numbered if one != own_name and one not in others)] = row
-    return others
+    for name, row in rows.items():
+        renamed = {columns[column]: value for column, value in row.items()}
+        others[_find_free(name, {own_name, *others})] = renamed
+    return others, digests
+
+
+def _find_free(name: str, taken: Container[str]) -> str:
+    """`name`, or the first of `name (2)`, `name (3)`, … that is not taken."""
+    stem = re.sub(r" \(\d+\)$", "", name)
+    names = chain([name], (f"{stem} ({number})" for number in count(2)))
+    return next(one for one in names if one not in taken)
 
 
 def _write_results(
     trained: TrainedRun,
     evaluated: Mapping[str, ExternalSet],
     others: dict[str, dict[str, Any]],
+    digests: dict[str, str | None],
     config: Config,
 ) -> None:
     """Write everything to `<run>/external/`, and print the table."""
@@ -308,8 +335,12 @@ def _write_results(
     )
     storage.write_text(storage.join(folder, REPORT), page)
     report_url = storage.join(trained.run_url, REPORT)
-    report = storage.read_text(report_url)
-    storage.write_text(report_url, insert_external(report, sections))
+    report = storage.find_text(report_url)
+    if report is None:
+        report_url = storage.join(folder, REPORT)
+        tell(f"warning: {trained.run_url}: has no {REPORT}, which would show this too")
+    else:
+        storage.write_text(report_url, insert_external(report, sections))
     metrics = {
         "schema_version": SCHEMA_VERSION,
         "run": run,
@@ -318,6 +349,7 @@ def _write_results(
         "calibration": as_json(trained.frozen.scaling, leave_out={"log_loss"}),
         "matrix": row,
         "matrix_of_others": others,
+        "digests": digests,
         "sets": {name: one.to_json() for name, one in evaluated.items()},
         "tracking": config.tracking.model_dump(exclude_unset=True),
     }

@@ -68,6 +68,16 @@ _OUTPUTS = {
     "export": ("output", "export"),
 }
 """For each job, the argument that names where it writes, and what it writes there."""
+UNFINISHED = "unfinished.txt"
+"""Stands in an --output from the first write to the last, so that a killed job can be repeated."""
+_WRITTEN = {
+    "predict": ("summary.json", "predictions.csv", "predictions.parquet", "overlays"),
+    "export": (
+        *("SHA256SUMS", "model.onnx", "model.pt2", "preprocessing.json", "preprocessing.py"),
+        *("score.py", "requirements.txt", "README.md", "model_card.md"),
+    ),
+}
+"""What these jobs write below --output; the first is written last."""
 _MARKERS = {"store": "manifest.json", "run": _INDEX, "search": "search.json"}
 """The object that shows what a folder holds. In one folder they would overwrite each other."""
 
@@ -101,11 +111,25 @@ def check_places(invocation: Invocation) -> None:
     argument, content = _OUTPUTS.get(invocation.job, ("", ""))
     if given.get(argument):
         _check_output(f"--{argument}", storage.normalise(given[argument]), content)
+    if invocation.job in _WRITTEN:
+        _check_nothing_foreign(storage.normalise(given["output"]), *_WRITTEN[invocation.job])
 
 
 def _exists(url: str, name: str = "") -> bool:
     url = storage.normalise(url)
     return storage.exists(storage.join(url, name) if name else url)
+
+
+def _check_nothing_foreign(url: str, last: str, *names: str) -> None:
+    """Raise RunError where the job would replace what no earlier job has written."""
+    if _exists(url, last) or _exists(url, UNFINISHED):
+        return
+    for name in names:
+        if _exists(url, name):
+            raise RunError(
+                f"--output {url}: {name} in it is not of an earlier job, and would be replaced; "
+                "give another folder"
+            )
 
 
 def _check_output(flag: str, url: str, content: str) -> None:

@@ -247,7 +247,7 @@ def _standardise(internal: Predictions, external: Predictions) -> tuple[CaseMix,
     )
     wanted, there = _frequencies(inside), _frequencies(outside)
     weights = np.array([wanted.get(cell, 0.0) / there[cell] for cell in outside.tolist()])
-    covered = sum(fraction for cell, fraction in wanted.items() if cell in there)
+    covered = float(np.isin(inside, outside).mean())
     classes = external.target[weights > 0]
     if len(np.unique(classes)) < 2:
         reason = "the combinations that are in both sets have one class only"

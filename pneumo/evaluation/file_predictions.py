@@ -87,22 +87,23 @@ class FrozenRule:
 
 @dataclass(frozen=True, eq=False)
 class FilePredictions:
-    """A row for each file; all arrays have shape (N,)."""
+    """A row for each file; all arrays have shape (N,). Texts are Python's, as one long path would
+    make every row of a NumPy text array as long."""
 
-    file: npt.NDArray[np.str_]
+    file: npt.NDArray[np.object_]
     """Path below the source."""
     logit: npt.NDArray[np.float32]
     """NaN where the file is unusable; NaN or infinite with the reason NOT_A_NUMBER."""
-    overlay: npt.NDArray[np.str_]
+    overlay: npt.NDArray[np.object_]
     """Path of the Grad-CAM overlay below the output; '' where there is none."""
-    reason: npt.NDArray[np.str_]
+    reason: npt.NDArray[np.object_]
     """Why there is no score: missing, unreadable, a code of `pneumo.errors.DicomError`, or
     NOT_A_NUMBER; '' where there is a score."""
-    message: npt.NDArray[np.str_]
+    message: npt.NDArray[np.object_]
     """The reason in words."""
-    view: npt.NDArray[np.str_]
+    view: npt.NDArray[np.object_]
     """AP or PA from the header; '' where unknown."""
-    warnings: npt.NDArray[np.str_]
+    warnings: npt.NDArray[np.object_]
     """Codes of what was repaired in the file or is doubtful in its image, separated by '; '."""
 
     def __len__(self) -> int:

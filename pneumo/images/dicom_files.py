@@ -9,7 +9,7 @@ from pneumo import storage
 from pneumo.errors import AccessError, DeniedError, DicomError, StorageError, TooLargeError
 from pneumo.images.dicom import GrayImage, read_study_image
 from pneumo.images.input_checks import check_image, check_pixels
-from pneumo.images.packed_files import MAX_BYTES, is_member, read_member, unpack
+from pneumo.images.packed_files import MAX_BYTES, is_archive, is_member, read_member, unpack
 from pneumo.images.pictures import is_picture, read_picture
 
 _READS_AT_ONCE = 8
@@ -73,7 +73,7 @@ def read_files(files: Sequence[tuple[str, str]]) -> Iterator[bytes | UnusableFil
 def read_file(url: str, label: str) -> bytes | UnusableFile:
     """The file's bytes; `label` is its name in errors. Raises as `read_pictures`."""
     try:
-        if is_member(url):
+        if is_member(url) or is_archive(url):  # one that is listed itself is damaged
             return read_member(url)
         return storage.read_bytes(url, label=label, max_bytes=MAX_BYTES)
     except DicomError as error:

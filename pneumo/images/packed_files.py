@@ -42,9 +42,10 @@ def is_member(url: str) -> bool:
 
 
 def read_member(url: str) -> bytes:
-    """The bytes of an archive's member. Raises DicomError where it is damaged, encrypted or too
-    large, FileNotFoundError where it is missing."""
-    archive_url, name = _MEMBER.split(url, maxsplit=1)
+    """The bytes of an archive's member. Raises DicomError where it, or the archive, is damaged, or
+    it is encrypted or too large, FileNotFoundError where it is missing."""
+    archive_url, *names = _MEMBER.split(url, maxsplit=1)
+    name = "".join(names)
     try:
         with _lock, _find(archive_url).open(name) as member:
             return _bounded(member.read(MAX_BYTES + 1))
@@ -86,11 +87,11 @@ def _find(archive_url: str) -> zipfile.ZipFile:
 
 @lru_cache(maxsize=2)
 def _open(archive_url: str, *_version: int) -> zipfile.ZipFile:
-    """The archive, of a bucket in memory. The last two stay open: to list all members takes long,
-    and threads that read ahead need two."""
+    """The archive. The last two stay open: to list all members takes long, and threads that read
+    ahead need two."""
     if storage.is_local(archive_url):
         return zipfile.ZipFile(storage.local_path(archive_url))
-    return zipfile.ZipFile(io.BytesIO(storage.read_bytes(archive_url)))
+    return zipfile.ZipFile(storage.open_object(archive_url))
 
 
 def _bounded(data: bytes) -> bytes:

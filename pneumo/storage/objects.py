@@ -10,8 +10,10 @@ object raises Python's FileNotFoundError, for the caller to say what was missing
 """
 
 import hashlib
+import io
 import uuid
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,8 @@ from pneumo.storage.retries import retried
 from pneumo.storage.s3 import ResumableRead, create_object, list_keys, object_exists, put_object
 from pneumo.storage.urls import Range, is_local, is_s3, join, local_path, root
 
+_BLOCK_BYTES = 4 * 2**20
+"""Read at once by `open_object`: a request takes as long as some megabytes."""
 _MAX_DIGESTS = 4
 """So many different wrong digests of one object are taken for network faults, and read again."""
 
@@ -66,6 +70,42 @@ def read_range(url: str, start: int, length: int, *, blake3: str | None = None) 
     Raises ContentError when the object is shorter, and as `read_bytes`.
     """
     return _read_checked(Range(url, start, length), new_blake3, blake3)
+
+
+def open_object(url: str) -> io.BufferedReader:
+    """The object of an object store as a file: read by ranges, each as by `read_range`, so that one
+    that is larger than the memory can be read in parts. Raises as `read_bytes`."""
+    size: int = retried(lambda fs, path: fs.size(path), url)
+    return io.BufferedReader(_ObjectFile(url, size))
+
+
+class _ObjectFile(io.RawIOBase):
+    def __init__(self, url: str, size: int) -> None:
+        self.url, self.size, self.position = url, size, 0
+        # Several, as threads that read ahead do not keep the order of the file.
+        self.read_block = lru_cache(maxsize=4)(self._read_block)
+
+    def _read_block(self, start: int) -> bytes:
+        return read_range(self.url, start, min(_BLOCK_BYTES, self.size - start))
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.position = offset + (0, self.position, self.size)[whence]
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        if self.position >= self.size:
+            return 0
+        begin = self.position % _BLOCK_BYTES
+        part = self.read_block(self.position - begin)[begin : begin + len(buffer)]
+        buffer[: len(part)] = part
+        self.position += len(part)
+        return len(part)
 
 
 def read_text(url: str) -> str:

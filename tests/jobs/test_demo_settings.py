@@ -1,5 +1,7 @@
-"""What the demo is told, and how it trains: workers and precision."""
+"""What the demo is told, what it repeats, and how it trains: workers and precision."""
 
+import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,29 @@ def test_a_wrong_variable_is_told_before_anything_is_drawn(
     [line] = capsys.readouterr().err.splitlines()
     assert "train.lrr in the environment" in line
     assert not list(tmp_path.iterdir())
+
+
+def test_a_demo_that_was_killed_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    index = {"finished": True, "entries": [{"epoch": 9}]}
+    for name, text in (
+        ("store/manifest.json", "{}"),
+        ("run/tune/best.toml", ""),
+        ("run/train/checkpoints/index.json", json.dumps(index)),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(text)
+    called = []
+    for job in ("preparation.prepare", "tuning.job.tune", "training.job.train"):
+        monkeypatch.setattr(f"jobs.{job}", lambda invocation: called.append(invocation.job))
+    monkeypatch.setattr("jobs.evaluation.job.evaluate_run", lambda one: called.append(one.job))
+    monkeypatch.setattr("jobs.ray_cluster.session.ray_session", lambda **_: nullcontext())
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2})
+    monkeypatch.chdir(tmp_path)
+    flags = ["--store", "store", "--run", "run", "--studies", "3"]
+    assert main(flags) == 0
+    assert called == ["prepare", "evaluate"]
+    (tmp_path / "run" / "train" / "metrics.json").write_text("{}")
+    assert main(flags) == 2
 
 
 @pytest.mark.parametrize(

@@ -219,5 +219,6 @@ def test_places_are_looked_at_first(
         capsys.readouterr().err
     )
     before = (exported / "model_card.md").read_bytes()
+    assert not (exported / "unfinished.txt").exists()
     assert export.main([*flags, "--overwrite"]) == 0
     assert (exported / "model_card.md").read_bytes() == before

@@ -88,8 +88,9 @@ def test_external_validation(
 
 
 def test_each_run_adds_a_row_to_the_matrix(
-    prepared: Prepared, evaluated: Path, sets: Path, tmp_path: Path
-) -> None:
+    prepared: Prepared, evaluated: Path, sets: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     other = Path(shutil.copytree(evaluated, tmp_path / "other"))
     run = Path(shutil.copytree(evaluated, tmp_path / "run"))
     flags = ("--compare-with", str(other))
@@ -100,10 +101,19 @@ def test_each_run_adds_a_row_to_the_matrix(
     assert metrics["matrix_of_others"] == {"other": metrics["matrix"]}
     assert (run / "report.html").read_text().count('<h2 id="elsewhere">') == 1
     third = Path(shutil.copytree(evaluated, tmp_path / "third"))
+    (third / "report.html").unlink()  # nothing is lost by that
+    left = third / "external" / "gone" / "predictions.parquet"  # of an evaluation on another set
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"")
     flags = ("--compare-with", str(run))
     assert judge(prepared, third, sets / "chexpert", flags=flags) == 0
+    assert "has no report.html" in capsys.readouterr().err
     metrics = json.loads((third / "external" / "metrics.json").read_text())
     assert metrics["matrix_of_others"].keys() == {"run", "other"}
+    assert metrics["digests"] == {"chexpert": read_manifest(str(sets / "chexpert")).digest}
+    assert sorted(path.name for path in (third / "external").iterdir()) == [
+        *("chexpert", "matrix.png", "metrics.json", "report.html")
+    ]
 
 
 def test_what_cannot_be_judged_is_told_at_once(

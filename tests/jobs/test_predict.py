@@ -1,6 +1,7 @@
 import csv
 import json
 import shutil
+import tracemalloc
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from jobs import evaluate, predict
-from jobs.prediction import shorten_path
+from jobs.evaluation.ray_scoring import Scoring, WorkerSettings
+from jobs.prediction import Task, predict_files, shorten_path
 from pneumo.dataset.manifest import read_manifest
 from pneumo.dataset.sources.recognition import read_source
 from pneumo.dataset.study_table import digest_pixels, read_studies
@@ -213,6 +215,33 @@ def test_nothing_that_can_be_scored_is_a_failure(
     assert read_rows(output)["notes.txt"]["reason"] == "not_dicom"
 
 
+def test_a_killed_prediction_is_repeated_and_replaces_nothing_else(
+    prepared: Prepared, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, output = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    shutil.copy(next((prepared.source / "stage_2_train_images").iterdir()), folder / "a.dcm")
+    own = output / "overlays" / "own.dcm"
+    own.parent.mkdir(parents=True)
+    own.write_text("somebody's own")
+    flags = ["--source", str(folder), "--run", str(trained), "--output", str(output)]
+    assert predict.main([*flags, "--overwrite"]) == 2
+    assert own.read_text() == "somebody's own"
+    shutil.rmtree(output)
+
+    def kill(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("jobs.prediction.write_predictions", kill)
+        assert predict.main(flags) == 130
+    assert (output / "overlays" / "a.dcm.png").exists()
+    assert predict.main(flags) == 0
+    assert sorted(path.name for path in output.iterdir()) == [
+        *("overlays", "predictions.csv", "predictions.parquet", "summary.json")
+    ]
+
+
 def test_members_of_an_archive_never_lead_out_of_the_output(
     prepared: Prepared, trained: Path, tmp_path: Path
 ) -> None:
@@ -266,6 +295,22 @@ def test_a_logit_that_is_no_number_is_no_decision(
     flags = ["--source", str(only), "--run", str(run), "--output", str(tmp_path / "none")]
     assert predict.main(flags) == 1
     assert "none of 1 files could be scored" in capsys.readouterr().err
+
+
+def test_one_long_path_makes_no_other_row_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.prediction.load_members", lambda *_: [])
+    where, settings = str(tmp_path), WorkerSettings("cpu", 1, 1000)
+    task = Task(where, where, Scoring(()), 32, overlays=False, worker=settings)
+    files = ["/".join(["x" * 200] * 15), *map(str, range(4000))]
+    tracemalloc.start()
+    found = predict_files(task, files)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10_000_000
+    assert found.file.tolist() == sorted(files)
+    assert found.unusable == {"missing": len(files)}
 
 
 FROZEN: dict[str, Any] = {

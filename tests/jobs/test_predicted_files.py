@@ -79,6 +79,37 @@ def test_the_output_may_be_below_the_source_or_above_it(folder: Path) -> None:
         find_files(str(folder), f"{folder}/")
 
 
+def test_the_output_is_found_through_links_and_dots(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "ward" / "d.zip").unlink()
+    (folder / "link").symlink_to(folder / "ward")
+    (folder / "again").symlink_to(folder / "ward")
+    monkeypatch.chdir(folder / "ward")
+    for source in (f"../../{folder.name}", str(folder)):
+        assert find_files(source, str(folder / "link"))[1] == ["a.png"]
+    for source in ("../ward", str(folder / "link")):
+        with pytest.raises(SourceError, match="is also --output; give another folder"):
+            find_files(source, str(folder / "ward"))
+
+
+def test_a_source_that_would_be_removed_as_overlays_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside = folder / "overlays" / "ward"
+    inside.mkdir(parents=True)
+    (inside / "b.png").write_bytes(encode_png())
+    for source in (inside, inside.parent, inside / "b.png"):
+        with pytest.raises(SourceError, match="has files in overlays/ of --output"):
+            find_files(str(source), str(folder))
+    give_list(monkeypatch, f"{folder}/a.png\n{inside}/b.png\n".encode())
+    with pytest.raises(SourceError, match="has files in overlays/ of --output"):
+        find_files("-", str(folder))
+    storage.write_bytes("memory:///bucket/four/overlays/a.png", encode_png())
+    with pytest.raises(SourceError, match="has files in overlays/ of --output"):
+        find_files("memory:///bucket/four/overlays", "memory:///bucket/four")
+
+
 def test_one_object_of_a_bucket() -> None:
     storage.write_bytes("memory:///bucket/one/a.png", encode_png())
     storage.write_bytes("memory:///bucket/one/b.png", encode_png())
@@ -159,8 +190,11 @@ def test_what_is_damaged_is_told(tmp_path: Path, make_dicom: Any) -> None:
     }
     assert len(found) == 2
     (tmp_path / "e.zip").write_bytes(b"no archive")
+    damaged = look(str(tmp_path))["e.zip"]
+    assert isinstance(damaged, UnusableFile)
+    assert (damaged.reason, damaged.message) == ("undecodable", "cannot be unpacked: BadZipFile")
     with pytest.raises(SourceError, match=r"e\.zip: no zip archive"):
-        look(str(tmp_path))
+        look(str(tmp_path / "e.zip"))
     (tmp_path / "DICOMDIR").write_bytes(b"nothing")
     with pytest.raises(SourceError, match="no DICOMDIR"):
         find_source(str(tmp_path / "DICOMDIR"))

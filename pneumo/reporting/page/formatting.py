@@ -62,8 +62,10 @@ def percent_range(low: float, high: float) -> str:
 
 
 def _inside(fraction: float, digits: int) -> str:
-    """The percentage; strictly between 0 and 100 wherever the fraction is between 0 and 1."""
-    while digits < 9 and 0 < fraction < 1 and float(f"{100 * fraction:.{digits}f}") in (0.0, 100.0):
+    """The percentage; strictly between 0 and 100 wherever the fraction is between 0 and 1, but for
+    an error of rounding."""
+    fraction = round(fraction, 11)
+    while 0 < fraction < 1 and float(f"{100 * fraction:.{digits}f}") in (0.0, 100.0):
         digits += 1
     return f"{100 * fraction:.{digits}f}"
 

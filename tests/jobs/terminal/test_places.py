@@ -138,7 +138,26 @@ def test_a_place_that_is_taken_is_named(
 ) -> None:
     (folder / "out").mkdir()
     (folder / "out" / "predictions.csv").write_text("")  # of a prediction killed before its end
+    (folder / "out" / "unfinished.txt").write_text("")
     check(folder, job, flags)
     (folder / "out" / marker).write_text("")
     with pytest.raises(RunError, match=message):
         check(folder, job, flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ("predict --source @files --run @run --output @out", "overlays/scan.dcm"),
+        ("predict --source @files --run @run --output @out", "predictions.csv"),
+        ("export --run @judged --output @out", "README.md"),
+    ],
+)
+def test_what_no_job_has_written_is_not_replaced(folder: Path, flags: str, name: str) -> None:
+    job, flags = flags.split(" ", 1)
+    path = folder / "out" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("somebody's own")
+    for overwrite in ("", " --overwrite"):
+        with pytest.raises(RunError, match=f"{name.split('/')[0]} in it is not of an earlier job"):
+            check(folder, job, flags + overwrite)

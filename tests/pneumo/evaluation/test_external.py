@@ -136,6 +136,13 @@ def test_the_case_mix_is_taken_from_the_internal_test() -> None:
     assert found.case_mix.auroc.value < found.auroc.external.value - 0.05
 
 
+def test_a_set_with_all_kinds_of_studies_covers_the_internal_test_exactly() -> None:
+    found = evaluate_external(EXTERNAL, draw(7, n=4000), FROZEN, resamples=200, seed=0)
+    assert found.case_mix.covered == 1
+    found = judge(EXTERNAL.take(EXTERNAL.sex == "F"))
+    assert found.case_mix.covered == (INTERNAL.sex == "F").mean()
+
+
 def test_without_metadata_there_is_no_case_mix() -> None:
     nothing = np.array([""] * len(EXTERNAL), dtype=np.str_)
     rows = replace(EXTERNAL, view=nothing, sex=nothing, age=np.full(len(EXTERNAL), np.nan))

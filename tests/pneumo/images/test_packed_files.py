@@ -1,4 +1,4 @@
-"""Members of archives: each archive is opened, or downloaded, once."""
+"""Members of archives: each archive is opened once, and of a bucket's only parts are read."""
 
 import gc
 import io
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import fsspec
+import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
@@ -16,18 +17,18 @@ from pneumo.images.packed_files import list_members, read_member
 
 
 class Counted(MemoryFileSystem):  # type: ignore[misc]
-    """Objects in memory; each download is noted."""
+    """Objects in memory; the length of each download is noted."""
 
     protocol = "counted-zips"
-    downloads: ClassVar[list[str]] = []
+    downloads: ClassVar[list[int]] = []
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
         return str(super()._strip_protocol(path.removeprefix("counted-zips://")))
 
     def cat_file(self, path: str, **kwargs: Any) -> bytes:
-        self.downloads.append(path)
         data: bytes = super().cat_file(path, **kwargs)
+        self.downloads.append(len(data))
         return data
 
 
@@ -56,7 +57,7 @@ def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-def test_archives_of_a_bucket_are_downloaded_once(counted: str) -> None:
+def test_small_archives_of_a_bucket_are_downloaded_once(counted: str) -> None:
     names = [f"{i}.png" for i in range(8)]
     archives = [f"{counted}/{name}.zip" for name in "ab"]
     for url in archives:
@@ -66,6 +67,14 @@ def test_archives_of_a_bucket_are_downloaded_once(counted: str) -> None:
     assert len(Counted.downloads) == 2
     assert [member for url in archives for member in list_members(url)] == members
     assert len(Counted.downloads) == 2
+
+
+def test_an_archive_of_a_bucket_is_never_in_memory(counted: str) -> None:
+    large = np.random.default_rng(0).bytes(6_000_000)
+    url = f"{counted}/large.zip"
+    storage.write_bytes(url, pack([f"{i}.png" for i in range(5)], large))
+    assert read_member(list_members(url)[1]) == large
+    assert sum(Counted.downloads) < 12_000_000
 
 
 def test_archives_that_take_turns_are_read_by_many_threads(counted: str, tmp_path: Path) -> None:

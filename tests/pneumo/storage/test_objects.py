@@ -1,5 +1,6 @@
 """One object or none, read and written the same way wherever it is."""
 
+import io
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
@@ -19,6 +20,24 @@ def test_what_is_written_is_read(root_url: str) -> None:
         assert storage.read_bytes(url) == data
     storage.write_text(url, "½ ‰")
     assert storage.read_text(url) == "½ ‰"
+
+
+@pytest.mark.parametrize("root_url", ["s3", "memory"], indirect=True)
+def test_an_object_is_read_as_a_file(root_url: str) -> None:
+    data = bytes(range(256)) * 40_000
+    url = storage.join(root_url, "a.bin")
+    storage.write_bytes(url, data)
+    with storage.open_object(url) as file:
+        assert file.seek(-10, io.SEEK_END) == len(data) - 10
+        assert file.read() == data[-10:]
+        assert file.read(1) == b""
+        for start in (0, 3, 5_000_000, 4, len(data) - 1):
+            file.seek(start)
+            assert file.read(7) == data[start : start + 7]
+        file.seek(1)
+        assert file.read() == data[1:]
+    with pytest.raises(FileNotFoundError):
+        storage.open_object(storage.join(root_url, "no"))
 
 
 def test_listings(root_url: str) -> None:

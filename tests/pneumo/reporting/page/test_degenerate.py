@@ -244,5 +244,6 @@ def test_only_all_and_nothing_read_as_all_and_nothing(show):
                 assert (number == 0, number == 100) == (part == 0, part == whole)
     assert percent(299 / 300) == "99.7\N{NO-BREAK SPACE}%"
     assert percent(0.004) == "0.4\N{NO-BREAK SPACE}%"
+    assert percent(sum([0.1] * 10)) == "100\N{NO-BREAK SPACE}%"  # less than 1 by rounding
     assert percent(0.914) == "91\N{NO-BREAK SPACE}%"
     assert percent_range(0.21, 0.9999) == "21.0 to 99.99\N{NO-BREAK SPACE}%"
