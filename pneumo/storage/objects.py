@@ -10,6 +10,7 @@ object raises Python's FileNotFoundError, for the caller to say what was missing
 """
 
 import hashlib
+import re
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -196,10 +197,13 @@ def remove_partials(url: str) -> None:
             path.unlink(missing_ok=True)
 
 
-def remove_below(url: str) -> None:
-    """Delete every object below `url`, temporary files of killed writers, and empty folders."""
+def remove_below(url: str, only: str = ".*") -> None:
+    """Delete every object below `url` whose name below it matches the regular expression `only`,
+    temporary files of killed writers, and empty folders."""
+    folder = str(local_path(url)) if is_local(url) else url.rstrip("/")
     for found in list_urls(url):
-        remove(found)
+        if re.fullmatch(only, found.removeprefix(f"{folder}/"), re.DOTALL):
+            remove(found)
     if is_local(url):
         remove_leftovers(local_path(url))
 
@@ -219,8 +223,12 @@ def list_urls(url: str) -> list[str]:
         return sorted(list_files(local_path(url)))
     if is_s3(url):
         return sorted(f"{root(url)}/{key}" for key in list_keys(url))
-    scheme = url.split("://", 1)[0]
-    return sorted(f"{scheme}://{path}" for path in retried(lambda fs, path: fs.find(path), url))
+
+    def find(fs: Any, path: str) -> list[str]:
+        # Without the host of a URL such as hdfs://host/folder.
+        return [found.removeprefix(path).lstrip("/") for found in fs.find(path) if found != path]
+
+    return sorted(f"{url.rstrip('/')}/{name}" for name in retried(find, url))
 
 
 def list_everything(url: str) -> list[str]:
