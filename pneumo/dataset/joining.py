@@ -141,9 +141,10 @@ def _choose(stores: Sequence[_Store]) -> tuple[KeptRows, Counter[str]]:
                 else:
                     new.append(replace(row, source=store.name))
             kept[store] |= {row.key: row for row in new}
-            own_patients |= {row.patient for row in new}
-            hashes += [row.picture_hash for row in new]
-            digests |= {row.pixels_digest for row in new}
+            # Of those left out too: they are of this split in their own store.
+            own_patients |= {row.patient for row in rows}
+            hashes += [row.picture_hash for row in rows]
+            digests |= {row.pixels_digest for row in rows}
         patients |= own_patients
         known = KnownStudies(frozenset(), frozenset(digests), tuple(hashes))
         looser = [row for s in stores for row in s.rows.values() if row.split in _LOOSER[split]]

@@ -136,6 +136,35 @@ def test_who_is_in_a_stricter_split_by_a_picture_alone_is_in_no_other(
     }
 
 
+@pytest.mark.parametrize(("stricter", "looser"), [("test", "train"), ("val", "train")])
+def test_whose_picture_is_left_out_as_known_is_in_no_looser_split(
+    tiny_store: Any, tmp_path: Path, stricter: str, looser: str
+) -> None:
+    urls = [*make_two(tiny_store, tmp_path), str(Path(tiny_store(seed=3)).rename(tmp_path / "c"))]
+    first, second, third = (of_split(read(url), stricter) for url in urls)
+    looser_rows = of_split(read(urls[2]), looser)
+    (tmp_path / "c" / "secret_check.txt").write_text("1\n")
+    change(urls[2], {row.key: {"patient": f"c {row.patient}"} for row in third + looser_rows})
+    twice = {"patient": "Q", "pixels_digest": first[0].pixels_digest}
+    change(urls[1], {second[0].key: twice})
+    change(urls[2], {looser_rows[0].key: {"patient": "Q"}})
+    _, rows = join(urls, tmp_path)
+    assert {second[0].key, looser_rows[0].key}.isdisjoint(rows)
+    assert looser_rows[-1].key in rows
+
+
+def test_a_picture_of_a_patient_left_out_is_in_no_looser_split(
+    tiny_store: Any, tmp_path: Path
+) -> None:
+    urls = make_two(tiny_store, tmp_path)
+    tested, chosen = of_split(read(urls[0]), "test")[0], of_split(read(urls[1]), "val")[0]
+    trained = of_split(read(urls[0]), "train")[0]
+    change(urls[1], {chosen.key: {"patient": tested.patient}})
+    change(urls[0], {trained.key: {"pixels_digest": chosen.pixels_digest}})
+    _, rows = join(urls, tmp_path)
+    assert {chosen.key, trained.key}.isdisjoint(rows)
+
+
 def test_who_shares_a_picture_within_a_split_stays(tiny_store: Any, tmp_path: Path) -> None:
     urls = make_two(tiny_store, tmp_path)
     first, second = (of_split(read(url), "train") for url in urls)
