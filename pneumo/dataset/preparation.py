@@ -141,6 +141,7 @@ def _write_tables(
         prepare_digest=digests[1],
         image_size=config.prepare.image_size,
         layout=source.layout,
+        joined_layouts=source.joined_layouts,
         left_out={**source.left_out, **({KNOWN_PICTURES: known} if known else {})},
         phantoms=phantoms,
         seed=config.seed,
