@@ -191,7 +191,10 @@ def object_exists(fs: Any, path: str) -> bool:
             fs.call_s3("head_object", Bucket=bucket, Key=key)
         except FileNotFoundError:
             pass
-        except PermissionError as error:
+        except OSError as error:
+            # AWS answers 400 to an expired token, 301 from another region.
+            if not isinstance(error, PermissionError) and s3_error(error)[0] not in {"301", "400"}:
+                raise
             refusal = error
         else:
             return True

@@ -108,6 +108,27 @@ def test_missing_credentials_are_named(
             call("s3://b/k")
 
 
+@pytest.mark.parametrize(
+    ("head", "code", "status", "message"),
+    [
+        (400, "ExpiredToken", 400, "the session token has expired: s3://b/k; sign in again"),
+        (301, "PermanentRedirect", 301, "the bucket is in another region: s3://b/k; set AWS"),
+        (403, "InvalidAccessKeyId", 403, "unknown access key: s3://b/k; check AWS_ACCESS"),
+    ],
+)
+def test_a_refusal_without_a_reason_is_asked_for_it(
+    head: int, code: str, status: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def call_s3(fs: s3fs.S3FileSystem, method: str, **options: Any) -> None:
+        if method == "head_object":  # its answer has no body
+            raise answer(str(head), head, "HeadObject")
+        raise answer(code, status, "ListObjectsV2")
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "call_s3", call_s3)
+    with pytest.raises(AccessError, match=message):
+        storage.exists("s3://b/k")
+
+
 class _WithoutConditions:
     """An S3 filesystem whose server does not know If-None-Match."""
 
