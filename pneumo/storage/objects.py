@@ -144,9 +144,9 @@ def write_bytes(url: str, data: bytes | memoryview) -> None:
 def create_bytes(url: str, data: bytes, *, mode: int = 0o666) -> bool:
     """Write `data` to `url` unless it exists. Returns whether this call created it.
 
-    Local: with `mode`, less the umask. Object store: one PUT with If-None-Match; of two concurrent
-    writers exactly one gets True. Where the server does not implement the condition (501), a HEAD
-    precedes the PUT, and two concurrent writers may both get True.
+    Local: with `mode`, less the umask. Object store: a HEAD, then a PUT with If-None-Match; of two
+    concurrent writers exactly one gets True. Where the server ignores the condition, or does not
+    implement it (501), both may.
     """
     if is_local(url):
         return create_file(local_path(url), data, mode)

@@ -132,7 +132,8 @@ def test_a_refusal_without_a_reason_is_asked_for_it(
 class _WithoutConditions:
     """An S3 filesystem whose server does not know If-None-Match."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, says_so: bool = True) -> None:
+        self.says_so = says_so
         self.objects: dict[str, dict[str, Any]] = {}
 
     def split_path(self, path: str) -> tuple[str, str, None]:
@@ -144,18 +145,30 @@ class _WithoutConditions:
             if Key not in self.objects:
                 raise answer("404", 404, "HeadObject")
             return self.objects[Key]
-        if "IfNoneMatch" in options:
+        if "IfNoneMatch" in options and self.says_so:
             raise answer("NotImplemented", 501, "PutObject")
         self.objects[Key] = options
         return {}
 
 
-def test_a_server_without_conditions_is_asked_first() -> None:
-    server = _WithoutConditions()
+@pytest.mark.parametrize("says_so", [True, False])
+def test_a_server_without_conditions_is_asked_first(says_so: bool) -> None:
+    server = _WithoutConditions(says_so=says_so)
     assert create_object(server, "bucket/key", b"first", "writer 1")
     assert not create_object(server, "bucket/key", b"second", "writer 2")
     assert server.objects["key"]["Body"] == b"first"
     assert create_object(server, "bucket/key", b"first", "writer 1"), "sent again"
+
+
+def test_a_refused_creation_says_why() -> None:
+    class Server(_WithoutConditions):
+        def call_s3(self, method: str, **options: Any) -> dict[str, Any]:
+            if method == "head_object":  # its answer has no body
+                raise answer("400", 400, "HeadObject")
+            raise answer("ExpiredToken", 400, "PutObject")
+
+    with pytest.raises(OSError, match="ExpiredToken"):
+        create_object(Server(), "bucket/key", b"mine", "writer 1")
 
 
 def test_an_object_that_goes_before_it_is_looked_at_is_created() -> None:
