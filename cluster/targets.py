@@ -62,9 +62,10 @@ def why_unanswered(error: Exception) -> str:
 class JobState:
     """The state of a job.
 
-    `target` is the URL that it writes to, `log_folder` that of its logs, if they are kept; `why` says in one line what it waits for or why it
-    failed. Times are seconds since the epoch, `asked_s` is when it was submitted. `is_ours`: this
-    project submitted it, for `owner`. `gpu_hours`: GPU time that its workers have held, if known.
+    `target` is the URL that it writes to, `log_folder` that of its logs, if they are kept; `why`
+    says in one line what it waits for or why it failed. Times are seconds since the epoch,
+    `asked_s` is when it was submitted. `is_ours`: this project submitted it, for `owner`.
+    `gpu_hours`: GPU time that its workers have held, if known.
     """
 
     id: str

@@ -50,8 +50,6 @@ def retried(
         try:
             fs, path = open_filesystem(url)
             result = call(fs, path)
-            _answered.add(root(url))
-            return result
         except Exception as error:
             text = first_line(error) if label is None else type(error).__name__
             cause = error if label is None else None
@@ -75,3 +73,6 @@ def retried(
                 is_warned = True
             time.sleep(pause_s * random.uniform(0.5, 1.5))
             pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
+        else:
+            _answered.add(root(url))
+            return result
