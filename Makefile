@@ -81,7 +81,7 @@ $(READY): requirements.lock pyproject.toml
 	@test -n "$(PYTHON)" && $(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' \
 	  || { echo "error: Python 3.11 or 3.12 is needed; say make PYTHON=/path/to/python3.11" >&2; exit 2; }
 	@echo "setting up .venv: 200 packages, 6 GB with torch; some minutes the first time" >&2
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip==26.3'
 	@$(BIN)/python -m pip install --quiet --require-hashes -r requirements.lock
 	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
@@ -146,11 +146,12 @@ forward: $(READY)
 
 setup-k8s:
 	$(call needs,OVERLAY)
-	@kubectl apply -k k8s/rbac
+	@# A team's overlay has the Role, in its own namespace.
+	@kubectl kustomize $(call quoted,OVERLAY_FOLDER) | grep -qx 'kind: Role' || kubectl apply -k k8s/rbac
 	@kubectl apply -k $(call quoted,OVERLAY_FOLDER) --selector '$(WITHOUT_RUN)'
 
 image:
-	$(CONTAINERS) build --tag $(call quoted,IMAGE) --build-arg REVISION=$$(git rev-parse HEAD) \
+	$(CONTAINERS) build --tag $(call quoted,IMAGE) --build-arg REVISION=$$(git describe --always --dirty --abbrev=40) \
 	  $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(call quoted,BASE_IMAGE)) .
 
 k8s/components/monitoring/ray-train.json: $(READY)

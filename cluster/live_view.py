@@ -76,8 +76,7 @@ class _View:
         now = {state.id: state for state in states}
         for job_id, state in self.rows.items():
             if job_id not in now and not state.has_ended:  # on Kubernetes, its RayJob was deleted
-                folder = f"{state.target}/logs/{job_id}"
-                ended = run_folder.judge_deleted(job_id, folder, was_away=was_away)
+                ended = run_folder.judge_deleted(job_id, state.log_folder, was_away=was_away)
                 self.rows[job_id] = replace(ended, target=state.target)
         self.rows |= {k: s for k, s in now.items() if k in self.rows or not s.has_ended}
 

@@ -66,9 +66,9 @@ def read_exit_code(folder_url: str) -> int | None:
 
 def judge_deleted(job_id: str, folder_url: str, *, was_away: bool) -> JobState:
     """The state of a job that its cluster does not know any more, by what its log keeper left in
-    `folder_url`. `was_away`: the cluster was out of reach since the job was last seen, which may
-    have ended, and been removed, meanwhile."""
-    code = read_exit_code(folder_url)
+    `folder_url`, "" where it keeps none. `was_away`: the cluster was out of reach since the job was
+    last seen, which may have ended, and been removed, meanwhile."""
+    code = read_exit_code(folder_url) if folder_url else None
     if code == 0:
         return JobState(job_id, "succeeded")
     if not was_away:

@@ -62,9 +62,10 @@ def why_unanswered(error: Exception) -> str:
 class JobState:
     """The state of a job.
 
-    `target` is the URL that it writes to; `why` says in one line what it waits for or why it
-    failed. Times are seconds since the epoch, `asked_s` is when it was submitted. `is_ours`: this
-    project submitted it, for `owner`. `gpu_hours`: GPU time that its workers have held, if known.
+    `target` is the URL that it writes to, `log_folder` that of its logs, if they are kept; `why`
+    says in one line what it waits for or why it failed. Times are seconds since the epoch,
+    `asked_s` is when it was submitted. `is_ours`: this project submitted it, for `owner`.
+    `gpu_hours`: GPU time that its workers have held, if known.
     """
 
     id: str
@@ -78,6 +79,7 @@ class JobState:
     ended_s: float | None = None
     is_ours: bool = True
     owner: str = ""
+    log_folder: str = ""
     gpu_hours: float | None = None
 
     @property

@@ -115,7 +115,7 @@ def test_the_demo_takes_another_store() -> None:
         ("export", ["RUN", "OUTPUT"]),
         ("leave-one-out", ["STORES", "RUN"]),
         ("demo", ["STORE"]),
-        ("setup-k8s", ["OVERLAY"]),
+        ("setup-k8s", ["OVERLAY", "OVERLAY"]),  # in two of its commands
         ("image", ["IMAGE", "BASE_IMAGE"]),
     ],
 )
@@ -127,6 +127,44 @@ def test_arguments_are_never_run_as_commands(target: str, given: list[str]) -> N
     words = [word for line in lines if "s3://" in line for word in shlex.split(line)]
     assert sum(evil in word for word in words) == len(given), shown
     assert "touch" not in words
+
+
+@pytest.mark.parametrize("has_pip", [True, False])
+def test_an_environment_without_pip_is_made_anew(tmp_path: Path, has_pip: bool) -> None:
+    """As of a first set-up that was interrupted."""
+    for name in ("Makefile", "requirements.lock", "pyproject.toml"):
+        shutil.copy(CHECKOUT / name, tmp_path)
+    inside, outside = tmp_path / ".venv" / "bin" / "python", tmp_path / "python"
+    inside.parent.mkdir(parents=True)
+    inside.write_text("#!/bin/sh\n" + ("" if has_pip else "exit 1\n"))
+    outside.write_text(f"#!/bin/sh\necho $@ >> {tmp_path}/called\n[ $1 = -c ] || : > {inside}\n")
+    for path in (inside, outside):
+        path.chmod(0o755)
+    done = subprocess.run(
+        ["make", "setup", f"PYTHON={outside}"], cwd=tmp_path, capture_output=True, check=False
+    )
+    called = (tmp_path / "called").read_text()
+    assert ("-m venv --clear .venv" in called) is not has_pip
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_image_says_whether_its_checkout_was_changed() -> None:
+    asked = "$(git describe --always --dirty --abbrev=40)"
+    assert f"--build-arg REVISION={asked}" in dry_run("image").stdout
+
+
+@pytest.mark.parametrize("has_role", [True, False])
+def test_the_role_is_applied_once(tmp_path: Path, has_role: bool) -> None:
+    """In the namespace of the overlay that has one, and nowhere else."""
+    kubectl, shown = tmp_path / "kubectl", "kind: Role" if has_role else "kind: RoleBinding"
+    kubectl.write_text(f'#!/bin/sh\n[ $1 = apply ] && echo $@ || echo "{shown}"\n')
+    kubectl.chmod(0o755)
+    done = subprocess.run(
+        ["make", "setup-k8s", "OVERLAY=gpu-spot", f"PATH={tmp_path}:{os.environ['PATH']}"],
+        cwd=CHECKOUT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    applied = [line.split()[2] for line in done.stdout.splitlines()]
+    assert applied == ["k8s/rbac"] * (not has_role) + ["k8s/overlays/gpu-spot"]
 
 
 def test_an_overlay_is_a_name_or_a_folder(tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ def to_state(job: Document, found: Sequence[Problem]) -> JobState:
         ended_s=_seconds(status.get("endTime")),
         is_ours=rayjob.SETTINGS in annotations,
         owner=annotations.get(rayjob.OWNER, ""),
+        log_folder=rayjob.log_folder(job),
     )
 
 

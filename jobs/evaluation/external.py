@@ -163,7 +163,7 @@ def _read_external(store_url: str, trained: TrainedRun, config: Config) -> Exter
         store_url,
         "the run's store",
         is_one=have_one_secret(trained.store_url, store_url),
-        layouts=(manifest.layout, trained.manifest.layout),
+        layouts=(manifest.layouts, trained.manifest.layouts),
     )
     if warning is not None:
         tell(f"warning: {warning}")

@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 from pneumo.config import Config
 from pneumo.config_layers import override
@@ -66,7 +67,7 @@ def join_stores(
         "split.unit": "patient" if has_patients else "image",
     }
     config = override(Config(), settings, "the stores")
-    source = _make_source(kept, left_out, has_patients, read_secret_check(stores[0].url) or "")
+    source = _make_source(kept, left_out, has_patients)
     by_key = {study.key: str(study.published) for study in source.studies}
     audit = audit_split(
         source.studies, by_key, config.split, seed=seed, salt=None, has_patients=has_patients
@@ -103,11 +104,12 @@ def _check(stores: Sequence[_Store], tell: Callable[[str], None]) -> None:
                 f"{store.url}: pictures of {sizes[1]} px, those of {first.name} are {sizes[0]} px; "
                 f"prepare it with --prepare.image-size {sizes[0]}"
             )
+    for one, store in combinations(stores, 2):
         warning = check_secret(
             store.url,
-            first.name,
-            is_one=have_one_secret(first.url, store.url),
-            layouts=(first.manifest.layout, store.manifest.layout),
+            one.name,
+            is_one=have_one_secret(one.url, store.url),
+            layouts=(one.manifest.layouts, store.manifest.layouts),
         )
         if warning is not None:
             tell(f"warning: {warning}")
@@ -141,9 +143,10 @@ def _choose(stores: Sequence[_Store]) -> tuple[KeptRows, Counter[str]]:
                 else:
                     new.append(replace(row, source=store.name))
             kept[store] |= {row.key: row for row in new}
-            own_patients |= {row.patient for row in new}
-            hashes += [row.picture_hash for row in new]
-            digests |= {row.pixels_digest for row in new}
+            # Of those left out too: they are of this split in their own store.
+            own_patients |= {row.patient for row in rows}
+            hashes += [row.picture_hash for row in rows]
+            digests |= {row.pixels_digest for row in rows}
         patients |= own_patients
         known = KnownStudies(frozenset(), frozenset(digests), tuple(hashes))
         looser = [row for s in stores for row in s.rows.values() if row.split in _LOOSER[split]]
@@ -179,9 +182,8 @@ def _balance(kept: KeptRows, left_out: Counter[str], seed: int) -> None:
             left_out["studies of train, to balance the stores"] += 1
 
 
-def _make_source(
-    kept: KeptRows, left_out: Mapping[str, int], has_patients: bool, secret_check: str
-) -> Source:
+def _make_source(kept: KeptRows, left_out: Mapping[str, int], has_patients: bool) -> Source:
+    secret_checks = {read_secret_check(store.url) for store in kept}
     studies = [
         Study(row.key, row.patient, "", row.target, row.finding, row.boxes, LAYOUT, None, row.split)
         for rows in kept.values()
@@ -193,8 +195,9 @@ def _make_source(
         has_patients=has_patients,
         unlabelled=sum(store.manifest.unlabelled for store in kept),
         file_key=b"",
-        secret_check=secret_check,
+        secret_check=(secret_checks.pop() or "") if len(secret_checks) == 1 else "",
         layout=LAYOUT,
+        joined_layouts=tuple(sorted({name for s in kept for name in s.manifest.layouts})),
         title=" and ".join(store.name for store in kept),
         left_out=left_out,
     )

@@ -90,6 +90,8 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
     """Encoding of an image in its shard."""
     layout: str = Field(default=RSNA, exclude_if=lambda value: value == RSNA)
     """Layout of the source. Not written for RSNA, so that the digest is that of older versions."""
+    joined_layouts: tuple[str, ...] = Field(default=(), exclude_if=lambda value: not value)
+    """Layouts of the stores that were joined."""
     left_out: dict[str, int] = Field(default={}, exclude_if=lambda value: not value)
     """Number of images that were left out by a rule, by reason."""
     phantoms: bool = Field(default=False, exclude_if=lambda value: not value)
@@ -122,6 +124,11 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
         if set(splits) != set(SPLITS):
             raise ValueError(f"expected {', '.join(SPLITS)}, got {', '.join(splits) or 'none'}")
         return splits
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        """Layouts of all sources whose studies are in the store."""
+        return self.joined_layouts or (self.layout,)
 
     @property
     def digest(self) -> str:

@@ -82,12 +82,12 @@ def find_overlap(trained_on: Mapping[str, StudyRow], external: Mapping[str, Stud
 
 
 def check_secret(
-    store_url: str, other: str, *, is_one: bool | None, layouts: Sequence[str]
+    store_url: str, other: str, *, is_one: bool | None, layouts: Sequence[Sequence[str]]
 ) -> str | None:
     """The warning that patients shared by a store and the `other` cannot be found, because their
     keys do not come from one secret (`is_one` False) or may not (None); None where they do.
 
-    Raises StoreError where both layouts are in `NIH_FAMILY`: then they do share patients.
+    Raises StoreError where both have one of `layouts` in `NIH_FAMILY`: they do share patients then.
     """
     if is_one:
         return None
@@ -96,7 +96,7 @@ def check_secret(
         f"{store_url.rsplit('/', 1)[-1]} {what} than {other}, so patients in both are not found; "
         "prepare both with the same PNEUMO_HASH_KEY"
     )
-    if all(layout in NIH_FAMILY for layout in layouts):
+    if all(set(NIH_FAMILY).intersection(names) for names in layouts):
         raise StoreError(f"{warning}: RSNA's patients are a part of NIH's")
     return warning
 
@@ -108,8 +108,6 @@ def have_one_secret(first_url: str, second_url: str) -> bool | None:
 
 
 def read_secret_check(store_url: str) -> str | None:
-    """`Source.secret_check` of the store's source; None in stores of older versions."""
-    try:
-        return storage.read_text(storage.join(store_url, SECRET_CHECK)).strip()
-    except FileNotFoundError:
-        return None
+    """`Source.secret_check` of the store's source; None in stores of older versions, and of joined
+    ones with several secrets."""
+    return (storage.find_text(storage.join(store_url, SECRET_CHECK)) or "").strip() or None

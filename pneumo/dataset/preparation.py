@@ -35,6 +35,7 @@ from pneumo.errors import BadFilesError, SourceError, StoreError
 
 CLAIM = "parts/claim.json"
 TABLES_CLAIM = "parts/tables.txt"
+_PART_NAME = r"claim\.json|tables\.txt|quarantine\.jsonl|(train|val|test)/\d{6}\.json"
 _SHARD_URL = re.compile(r"/\d{6}-[0-9a-f]{12}\.tar$")
 
 
@@ -140,6 +141,7 @@ def _write_tables(
         prepare_digest=digests[1],
         image_size=config.prepare.image_size,
         layout=source.layout,
+        joined_layouts=source.joined_layouts,
         left_out={**source.left_out, **({KNOWN_PICTURES: known} if known else {})},
         phantoms=phantoms,
         seed=config.seed,
@@ -204,7 +206,7 @@ def can_use_rejected(store_url: str, manifest: Manifest, source: Source) -> bool
 def remove_unfinished(store_url: str, manifest: Manifest) -> None:
     """Remove what finished and killed preparations leave in the store: records, shards that are not
     in the manifest, and temporary files."""
-    storage.remove_below(storage.join(store_url, PARTS))
+    storage.remove_below(storage.join(store_url, PARTS), only=_PART_NAME)
     for url in _list_shards(store_url) - _shard_urls(store_url, manifest):
         storage.remove(url)
     for folder in (store_url, *(storage.join(store_url, name) for name in SPLITS)):

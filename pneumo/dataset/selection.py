@@ -80,7 +80,7 @@ def _read_known_studies(
             url,
             "this source",
             is_one=None if check is None else check == source.secret_check,
-            layouts=(manifest.layout, source.layout),
+            layouts=(manifest.layouts, [source.layout]),
         )
         if warning is not None:
             tell(f"warning: {warning}")

@@ -78,6 +78,8 @@ class Source:
     secret_check: str
     """See `study_keys.derive_secret_check`."""
     layout: str = RSNA
+    joined_layouts: tuple[str, ...] = ()
+    """See `Manifest.joined_layouts`."""
     title: str = "RSNA (Kaggle)"
     """The layout's name for users."""
     left_out: Mapping[str, int] = field(default_factory=dict)

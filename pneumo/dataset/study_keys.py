@@ -15,6 +15,8 @@ _logger = logging.getLogger(__name__)
 
 PRIVATE_FOLDER = ".pneumo"
 HASH_KEY_VARIABLE = "PNEUMO_HASH_KEY"
+_SHORT_SECRET = 16
+"""A shorter secret, in characters, is warned of; refused, older stores could not be made again."""
 SECRET_CHECK = "secret_check.txt"
 """A file in a store: equal in two stores whose keys come from one secret, so that shared patients
 can be found."""
@@ -24,10 +26,17 @@ def read_hash_key(source_url: str, environ: Mapping[str, str]) -> bytes:
     """The secret for the keys: PNEUMO_HASH_KEY, or `.pneumo/hash_key` beside the source, created on
     first use with mode 600. With another secret the same source gets other keys.
 
-    Raises SourceError. Warns where other users can read the file.
+    Raises SourceError. Warns where other users can read the file, and of a secret that is short.
     """
-    if environ.get(HASH_KEY_VARIABLE):
-        return environ[HASH_KEY_VARIABLE].encode()
+    if secret := environ.get(HASH_KEY_VARIABLE):
+        if len(secret) < _SHORT_SECRET:
+            _logger.warning(
+                "%s has only %d characters: whoever guesses it can tell from the keys which "
+                "patients are in a store; for a new one take: openssl rand -hex 32",
+                HASH_KEY_VARIABLE,
+                len(secret),
+            )
+        return secret.encode()
     if not storage.is_local(source_url):
         raise SourceError(f"{source_url}: set {HASH_KEY_VARIABLE} to a secret; keys derive from it")
     path = storage.local_path(source_url) / PRIVATE_FOLDER / "hash_key"

@@ -40,9 +40,11 @@ _TRANSIENT_CODES = frozenset(
         *("SlowDown", "Throttling", "TooManyRequests", "429", "RequestTimeout", "408"),
         *("OperationAborted", "ConditionalRequestConflict", "409", "PreconditionFailed", "412"),
         *("BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch"),
+        *("ThrottlingException", "RequestLimitExceeded", "IDPCommunicationError"),
     }
 )
-"""4xx errors that are transient: overload, and bytes that were changed on the network."""
+"""4xx errors that are transient: overload, bytes that were changed on the network, and an identity
+provider that the server of roles cannot reach."""
 
 _NO_CREDENTIALS = frozenset({"NoCredentialsError", "PartialCredentialsError"})
 _BAD_SETUP = frozenset(
@@ -61,6 +63,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
+def has_no_credentials(error: Exception) -> bool:
+    """Whether no credentials were found, which also a metadata service that fails looks like."""
+    return type(error).__name__ in _NO_CREDENTIALS
+
+
 def permanent_error(error: Exception, name: str, text: str | None = None) -> Exception | None:
     """The error to raise for a permanent `error`; None for a transient one.
 
@@ -75,7 +82,7 @@ def permanent_error(error: Exception, name: str, text: str | None = None) -> Exc
     if code is not None:
         return _permanent_s3_error(error, code, operation, name, text)
     kind = type(error).__name__
-    if kind in _NO_CREDENTIALS:
+    if has_no_credentials(error):
         return AccessError(
             f"storage: no credentials for {name}; set AWS_PROFILE or AWS_ACCESS_KEY_ID and "
             f"AWS_SECRET_ACCESS_KEY, or {ANONYMOUS}=1 for a public bucket"
@@ -102,7 +109,11 @@ def _permanent_s3_error(
     error: Exception, code: str, operation: str, name: str, text: str
 ) -> Exception | None:
     """`permanent_error` for an answer of an S3 server, or of another HTTP server."""
+    status = _s3_response(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
     if operation.startswith("AssumeRole"):
+        # "Couldn't retrieve verification key from your identity provider": it may be reached later.
+        if status >= 500 or code in _TRANSIENT_CODES or "verification key" in str(error):
+            return None
         return AccessError(
             f"storage: no credentials for {name}: the role of AWS_ROLE_ARN was refused: {code}"
         )
@@ -122,7 +133,6 @@ def _permanent_s3_error(
         return _no_such_object(name)
     if isinstance(error, PermissionError):
         return DeniedError(f"storage: access to {name} refused: {code}")
-    status = _s3_response(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 500)
     if 400 <= status < 500 or status == 501:
         return StorageError(f"storage: {name}: the server refuses: {code}: {text}")
     return None

@@ -11,6 +11,7 @@ object raises Python's FileNotFoundError, for the caller to say what was missing
 
 import hashlib
 import io
+import re
 import uuid
 from collections.abc import Callable
 from functools import lru_cache
@@ -183,9 +184,9 @@ def write_bytes(url: str, data: bytes | memoryview) -> None:
 def create_bytes(url: str, data: bytes, *, mode: int = 0o666) -> bool:
     """Write `data` to `url` unless it exists. Returns whether this call created it.
 
-    Local: with `mode`, less the umask. Object store: one PUT with If-None-Match; of two concurrent
-    writers exactly one gets True. Where the server does not implement the condition (501), a HEAD
-    precedes the PUT, and two concurrent writers may both get True.
+    Local: with `mode`, less the umask. Object store: a HEAD, then a PUT with If-None-Match; of two
+    concurrent writers exactly one gets True. Where the server ignores the condition, or does not
+    implement it (501), both may.
     """
     if is_local(url):
         return create_file(local_path(url), data, mode)
@@ -236,10 +237,13 @@ def remove_partials(url: str) -> None:
             path.unlink(missing_ok=True)
 
 
-def remove_below(url: str) -> None:
-    """Delete every object below `url`, temporary files of killed writers, and empty folders."""
+def remove_below(url: str, only: str = ".*") -> None:
+    """Delete every object below `url` whose name below it matches the regular expression `only`,
+    temporary files of killed writers, and empty folders."""
+    folder = str(local_path(url)) if is_local(url) else url.rstrip("/")
     for found in list_urls(url):
-        remove(found)
+        if re.fullmatch(only, found.removeprefix(f"{folder}/"), re.DOTALL):
+            remove(found)
     if is_local(url):
         remove_leftovers(local_path(url))
 
@@ -259,8 +263,12 @@ def list_urls(url: str) -> list[str]:
         return sorted(list_files(local_path(url)))
     if is_s3(url):
         return sorted(f"{root(url)}/{key}" for key in list_keys(url))
-    scheme = url.split("://", 1)[0]
-    return sorted(f"{scheme}://{path}" for path in retried(lambda fs, path: fs.find(path), url))
+
+    def find(fs: Any, path: str) -> list[str]:
+        # Without the host of a URL such as hdfs://host/folder.
+        return [found.removeprefix(path).lstrip("/") for found in fs.find(path) if found != path]
+
+    return sorted(f"{url.rstrip('/')}/{name}" for name in retried(find, url))
 
 
 def list_everything(url: str) -> list[str]:

@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 from pneumo.errors import StorageError
 from pneumo.storage.connection import open_filesystem
-from pneumo.storage.failures import first_line, permanent_error
+from pneumo.storage.failures import first_line, has_no_credentials, permanent_error
+from pneumo.storage.urls import root
 
 T = TypeVar("T")
 
@@ -22,6 +23,9 @@ _FIRST_PAUSE_S = 0.2
 _LONGEST_PAUSE_S = 15.0
 _SILENT_RETRIES_S = 5.0
 """A warning is logged after so long a time of retries."""
+
+_answered = set[str]()
+"""Buckets that this process has had an answer of, so that it has had credentials for them."""
 
 _logger = logging.getLogger(__name__)
 
@@ -45,11 +49,13 @@ def retried(
     while True:
         try:
             fs, path = open_filesystem(url)
-            return call(fs, path)
+            result = call(fs, path)
         except Exception as error:
             text = first_line(error) if label is None else type(error).__name__
             cause = error if label is None else None
-            if (permanent := permanent_error(error, name, text)) is not None:
+            has_lost_credentials = has_no_credentials(error) and root(url) in _answered
+            permanent = None if has_lost_credentials else permanent_error(error, name, text)
+            if permanent is not None:
                 raise permanent from cause
             now_s, now_reached = time.monotonic(), progress()
             if now_reached > reached:
@@ -67,3 +73,6 @@ def retried(
                 is_warned = True
             time.sleep(pause_s * random.uniform(0.5, 1.5))
             pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
+        else:
+            _answered.add(root(url))
+            return result

@@ -127,8 +127,8 @@ def put_object(fs: Any, path: str, data: bytes, **options: Any) -> None:
 def create_object(fs: Any, path: str, data: bytes, writer: str) -> bool:
     """PUT `data` unless the object exists. Returns whether `writer` created it.
 
-    `writer` is stored as metadata: a PUT that is repeated, because its answer was lost, finds its
-    own object.
+    A HEAD goes first, as some servers ignore If-None-Match. `writer` is stored as metadata: a PUT
+    that is repeated, because its answer was lost, finds its own object.
     """
     mark = {"Metadata": {"pneumo-writer": writer}}
     bucket, key, _ = fs.split_path(path)
@@ -137,6 +137,13 @@ def create_object(fs: Any, path: str, data: bytes, writer: str) -> bool:
         head = fs.call_s3("head_object", Bucket=bucket, Key=key)
         return bool(head["Metadata"].get("pneumo-writer") == writer)
 
+    try:
+        return is_ours()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        if not _lacks_reason(error):
+            raise
     try:
         put_object(fs, path, data, IfNoneMatch="*", **mark)
     except OSError as error:
@@ -148,13 +155,14 @@ def create_object(fs: Any, path: str, data: bytes, writer: str) -> bool:
                 return create_object(fs, path, data, writer)
         if code not in {"NotImplemented", "501"}:
             raise
-    else:
-        return True
-    try:
-        return is_ours()
-    except FileNotFoundError:
         put_object(fs, path, data, **mark)
-        return True
+    return True
+
+
+def _lacks_reason(error: OSError) -> bool:
+    """Whether the server refused a HEAD: a request with a body in its answer is told why. AWS
+    answers 400 to an expired token, 301 from another region."""
+    return isinstance(error, PermissionError) or s3_error(error)[0] in {"301", "400"}
 
 
 def list_keys(url: str, **options: Any) -> list[str]:
@@ -191,7 +199,9 @@ def object_exists(fs: Any, path: str) -> bool:
             fs.call_s3("head_object", Bucket=bucket, Key=key)
         except FileNotFoundError:
             pass
-        except PermissionError as error:
+        except OSError as error:
+            if not _lacks_reason(error):
+                raise
             refusal = error
         else:
             return True

@@ -117,15 +117,24 @@ def test_a_cluster_that_is_away_for_a_while_is_asked_again() -> None:
 def test_a_job_that_is_gone_after_an_outage_is_judged_by_what_it_left(
     kept: dict[str, str], code: int, phase: str, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "logs" / "train-1" / "20260101-000000"
-    folder.mkdir(parents=True)
     for name, text in kept.items():
-        (folder / name).write_text(text)
-    running = JobState("train-1", "running", target=str(tmp_path), owner="me")
+        (tmp_path / name).write_text(text)
+    running = JobState("train-1", "running", owner="me", log_folder=str(tmp_path))
     found, shown, _ = _watch([running], OutOfReachError("no answer"), [])
     assert (found, shown[-1].splitlines()[1].split()[1]) == (code, phase)
     if code == 1:
         assert "whether it finished is not known" in shown[-1]
+
+
+def test_an_earlier_submission_of_the_same_name_says_nothing_of_a_deleted_job(
+    tmp_path: Path,
+) -> None:
+    logs = tmp_path / "logs" / "train-1"
+    (logs / "earlier").mkdir(parents=True)
+    (logs / "earlier" / "20260101-030405.exit").write_text("0")
+    running = JobState("train-1", "running", target=str(tmp_path), owner="me")
+    code, shown, _ = _watch([replace(running, log_folder=str(logs / "now"))], [])
+    assert (code, shown[-1].splitlines()[1].split()[1]) == (130, "cancelled")
 
 
 def test_nobody_runs_anything() -> None:

@@ -105,6 +105,13 @@ def test_states_and_exit_codes(status: Document, phase: str, exit_code: int | No
     assert state.phase != "waiting" or state.why
 
 
+def test_a_state_has_the_log_folder_of_its_submission() -> None:
+    job = make_job()
+    job["metadata"]["annotations"]["pneumo/submitted"] = "20260102-030405"
+    state = to_state(job, ())
+    assert state.log_folder == f"s3://b/r/logs/{state.id}/20260102-030405"
+
+
 def test_a_run_in_the_queue_is_not_one_whose_quota_was_taken() -> None:
     queued = to_state(make_job(jobDeploymentStatus="Suspending"), ())
     assert queued.why == "in the queue: Kueue has not admitted it yet"

@@ -1,5 +1,6 @@
 """Stores are joined without a patient or picture of val or test in train, and without any twice."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,22 +9,25 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pneumo.dataset.joining import join_stores
+from pneumo.dataset.joining import check_stores, join_stores
 from pneumo.dataset.manifest import Manifest, read_manifest, write_manifest
+from pneumo.dataset.overlap import have_one_secret
 from pneumo.dataset.shards import read_shard
 from pneumo.dataset.splits import SPLITS
 from pneumo.dataset.study_table import StudyRow, read_studies, tabulate_studies, write_studies
 from pneumo.errors import StoreError
 
 
-def change(store_url: str, keys: dict[str, dict[str, Any]]) -> None:
-    """Change columns of studies of a store, as if it had been prepared so."""
+def change(store_url: str, keys: dict[str, dict[str, Any]], **manifest_fields: Any) -> None:
+    """Change columns of studies of a store and fields of its manifest, as if it had been prepared
+    so."""
     manifest = read_manifest(store_url)
     rows = read_studies(store_url, manifest)
     rows |= {key: replace(rows[key], **columns) for key, columns in keys.items()}
     entry = write_studies(store_url, tabulate_studies(rows.values()))
     (Path(store_url) / "manifest.json").unlink()
-    write_manifest(store_url, manifest.model_copy(update={"studies": entry}))
+    manifest = manifest.model_copy(update={"studies": entry, **manifest_fields})
+    write_manifest(store_url, manifest)
 
 
 def of_split(rows: dict[str, StudyRow], split: str) -> list[StudyRow]:
@@ -136,6 +140,35 @@ def test_who_is_in_a_stricter_split_by_a_picture_alone_is_in_no_other(
     }
 
 
+@pytest.mark.parametrize(("stricter", "looser"), [("test", "train"), ("val", "train")])
+def test_whose_picture_is_left_out_as_known_is_in_no_looser_split(
+    tiny_store: Any, tmp_path: Path, stricter: str, looser: str
+) -> None:
+    urls = [*make_two(tiny_store, tmp_path), str(Path(tiny_store(seed=3)).rename(tmp_path / "c"))]
+    first, second, third = (of_split(read(url), stricter) for url in urls)
+    looser_rows = of_split(read(urls[2]), looser)
+    (tmp_path / "c" / "secret_check.txt").write_text("1\n")
+    change(urls[2], {row.key: {"patient": f"c {row.patient}"} for row in third + looser_rows})
+    twice = {"patient": "Q", "pixels_digest": first[0].pixels_digest}
+    change(urls[1], {second[0].key: twice})
+    change(urls[2], {looser_rows[0].key: {"patient": "Q"}})
+    _, rows = join(urls, tmp_path)
+    assert {second[0].key, looser_rows[0].key}.isdisjoint(rows)
+    assert looser_rows[-1].key in rows
+
+
+def test_a_picture_of_a_patient_left_out_is_in_no_looser_split(
+    tiny_store: Any, tmp_path: Path
+) -> None:
+    urls = make_two(tiny_store, tmp_path)
+    tested, chosen = of_split(read(urls[0]), "test")[0], of_split(read(urls[1]), "val")[0]
+    trained = of_split(read(urls[0]), "train")[0]
+    change(urls[1], {chosen.key: {"patient": tested.patient}})
+    change(urls[0], {trained.key: {"pixels_digest": chosen.pixels_digest}})
+    _, rows = join(urls, tmp_path)
+    assert {chosen.key, trained.key}.isdisjoint(rows)
+
+
 def test_who_shares_a_picture_within_a_split_stays(tiny_store: Any, tmp_path: Path) -> None:
     urls = make_two(tiny_store, tmp_path)
     first, second = (of_split(read(url), "train") for url in urls)
@@ -165,6 +198,33 @@ def test_two_tables_of_the_same_file_names_are_refused(tiny_store: Any, tmp_path
     with pytest.raises(StoreError, match="1 studies of b have keys of other studies of a"):
         join(urls, tmp_path)
     assert not (tmp_path / "joined").exists()
+
+
+def test_a_joined_store_tells_the_layouts_and_the_secret_of_its_stores(
+    tiny_store: Any, tmp_path: Path
+) -> None:
+    urls, joined = make_two(tiny_store, tmp_path), str(tmp_path / "joined")
+    change(urls[0], {}, layout="chexpert")
+    manifest, _ = join(urls, tmp_path)
+    assert manifest.layouts == ("chexpert", "rsna")
+    assert have_one_secret(joined, urls[0]) is True
+    shutil.rmtree(joined)
+    (tmp_path / "b" / "secret_check.txt").write_text("2\n")
+    told = list[str]()
+    join(urls, tmp_path, tell=told.append)
+    assert "b was prepared with another secret than a" in told[0]
+    assert have_one_secret(joined, urls[0]) is None
+    change(urls[0], {}, layout="nih")
+    with pytest.raises(StoreError, match="RSNA's patients are a part of NIH's"):
+        check_stores([joined, urls[0]], told.append)
+
+
+def test_each_store_is_compared_with_each(tiny_store: Any, tmp_path: Path) -> None:
+    urls = [*make_two(tiny_store, tmp_path), str(Path(tiny_store(seed=3)).rename(tmp_path / "c"))]
+    change(urls[0], {}, layout="chexpert")
+    (tmp_path / "c" / "secret_check.txt").write_text("2\n")
+    with pytest.raises(StoreError, match="c was prepared with another secret than b"):
+        check_stores(urls, lambda line: None)
 
 
 def test_what_cannot_be_joined(tiny_store: Any, tmp_path: Path) -> None:

@@ -88,12 +88,12 @@ def test_what_another_store_trains_on_is_left_out_of_a_source(kaggle_folder: Any
 
 
 def test_secrets_that_differ_are_warned_of_and_of_nih_patients_refused() -> None:
-    assert check_secret("s", "the run's", is_one=True, layouts=("rsna", "nih")) is None
-    told = check_secret("a/s", "the run's", is_one=None, layouts=("rsna", "chexpert"))
+    assert check_secret("s", "the run's", is_one=True, layouts=(["rsna"], ["nih"])) is None
+    told = check_secret("a/s", "the run's", is_one=None, layouts=(["rsna"], ["chexpert"]))
     assert told is not None
     assert told.startswith("s may have another secret than the run's")
     with pytest.raises(StoreError, match="RSNA's patients are a part of NIH's"):
-        check_secret("s", "the run's", is_one=False, layouts=("rsna", "nih"))
+        check_secret("s", "the run's", is_one=False, layouts=(["rsna"], ["vindr", "nih"]))
 
 
 def test_who_is_in_test_alone_is_not_known_to_the_model(tiny_store: Any) -> None:
@@ -103,10 +103,11 @@ def test_who_is_in_test_alone_is_not_known_to_the_model(tiny_store: Any) -> None
 
 
 def test_secrets(tmp_path: Path) -> None:
-    for name, check in (("a", "1\n"), ("b", "1\n"), ("c", "2\n")):
+    for name, check in (("a", "1\n"), ("b", "1\n"), ("c", "2\n"), ("e", "\n")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "secret_check.txt").write_text(check)
-    a, b, c, none = (str(tmp_path / name) for name in "abcd")
+    a, b, c, none, empty = (str(tmp_path / name) for name in "abcde")
     assert have_one_secret(a, b) is True
     assert have_one_secret(a, c) is False
     assert have_one_secret(a, none) is None
+    assert have_one_secret(empty, empty) is None

@@ -134,10 +134,11 @@ def test_a_finished_store_holds_nothing_else(preparation: Preparation, tmp_path:
     assert not (tmp_path / "parts").exists()
 
 
-def test_archives_of_others_are_not_removed(preparation: Preparation, tmp_path: Path) -> None:
+def test_files_of_others_are_not_removed(preparation: Preparation, tmp_path: Path) -> None:
     others = {f"{split}/{name}.tar": b"mine" for split in SPLITS for name in ("a", "000001")}
+    others |= {f"parts/{name}": b"mine" for name in ("thesis.docx", "train/1.json", "a/claim.json")}
     for name, data in others.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(data)
     preparation.run(tmp_path)
     assert others.items() <= content(tmp_path).items()

@@ -93,6 +93,13 @@ def test_a_bucket_needs_the_secret_in_the_environment() -> None:
         read_hash_key("s3://b/rsna", {})
 
 
+def test_a_secret_that_can_be_guessed_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    for secret, is_short in (("x", True), ("a secret of the tests", False)):
+        caplog.clear()
+        assert read_hash_key("s3://b/rsna", {"PNEUMO_HASH_KEY": secret}) == secret.encode()
+        assert ("take: openssl rand -hex 32" in caplog.text) is is_short
+
+
 def test_a_source_that_cannot_be_written_says_how_to_go_on(kaggle_folder: FolderMaker) -> None:
     folder = kaggle_folder()
     (folder / ".pneumo").write_text("a file where the folder would be")

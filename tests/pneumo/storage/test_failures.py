@@ -41,6 +41,26 @@ def test_a_refusal_says_which_and_what_to_do(code: str, status: int, message: st
 
 
 @pytest.mark.parametrize(
+    ("code", "status", "passes"),
+    [
+        ("AccessDenied", 403, False),
+        ("InvalidIdentityToken", 400, False),
+        ("ExpiredTokenException", 400, False),
+        ("ValidationError", 400, False),
+        ("IDPCommunicationError", 400, True),
+        ("Throttling", 400, True),
+        ("ServiceUnavailable", 503, True),
+        ("InternalFailure", 500, True),
+    ],
+)
+def test_a_role_that_may_be_had_later_is_asked_for_again(
+    code: str, status: int, passes: bool
+) -> None:
+    permanent = permanent_error(answer(code, status, "AssumeRoleWithWebIdentity"), "s3://b/k")
+    assert permanent is None if passes else isinstance(permanent, AccessError)
+
+
+@pytest.mark.parametrize(
     ("code", "status", "kind"),
     [
         ("SlowDown", 503, None),

@@ -51,6 +51,17 @@ def test_listings(root_url: str) -> None:
     assert [storage.read_bytes(url) for url in listed] == [b"x"] * 4
 
 
+def test_what_is_below_a_url_is_listed_and_removed_by_that_url() -> None:
+    """Also where the filesystem's paths lack a part of it, as a host."""
+    names = ("train/a", "train/b", "c")
+    for name in names:
+        storage.write_bytes(f"memory://host/{name}", b"x")
+    assert storage.list_urls("memory://host/train") == [f"memory://host/{n}" for n in names[:2]]
+    storage.remove_below("memory://host", only="train/.|b")
+    assert storage.list_urls("memory://host") == ["memory://host/c"]
+    assert storage.list_urls("memory://host/c") == []
+
+
 def test_listed_names_are_names_of_the_folder_alone() -> None:
     """An object store takes any key, and each of these names becomes a path of somebody."""
     memory = fsspec.filesystem("memory")

@@ -3,9 +3,11 @@
 import socket
 import time
 import traceback
+import uuid
 
 import pytest
 import s3fs
+from botocore.exceptions import NoCredentialsError
 
 from pneumo import storage
 from pneumo.errors import AccessError, ContentError, StorageError, UserError
@@ -99,6 +101,19 @@ def test_passing_trouble_is_tried_again() -> None:
         return answer
 
     assert retried(read, "memory://a", budget_s=30.0) == b"data"
+
+
+def test_credentials_that_were_had_once_are_looked_for_again() -> None:
+    """As of a metadata service that is overloaded for a moment."""
+    url, answers = f"s3://{uuid.uuid4().hex}/key", [1, NoCredentialsError(), 2]
+
+    def read(fs: object, path: str) -> object:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert [retried(read, url, budget_s=30.0) for _ in range(2)] == [1, 2]
 
 
 @pytest.mark.parametrize(

@@ -108,10 +108,32 @@ def test_missing_credentials_are_named(
             call("s3://b/k")
 
 
+@pytest.mark.parametrize(
+    ("head", "code", "status", "message"),
+    [
+        (400, "ExpiredToken", 400, "the session token has expired: s3://b/k; sign in again"),
+        (301, "PermanentRedirect", 301, "the bucket is in another region: s3://b/k; set AWS"),
+        (403, "InvalidAccessKeyId", 403, "unknown access key: s3://b/k; check AWS_ACCESS"),
+    ],
+)
+def test_a_refusal_without_a_reason_is_asked_for_it(
+    head: int, code: str, status: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def call_s3(fs: s3fs.S3FileSystem, method: str, **options: Any) -> None:
+        if method == "head_object":  # its answer has no body
+            raise answer(str(head), head, "HeadObject")
+        raise answer(code, status, "ListObjectsV2")
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "call_s3", call_s3)
+    with pytest.raises(AccessError, match=message):
+        storage.exists("s3://b/k")
+
+
 class _WithoutConditions:
     """An S3 filesystem whose server does not know If-None-Match."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, says_so: bool = True) -> None:
+        self.says_so = says_so
         self.objects: dict[str, dict[str, Any]] = {}
 
     def split_path(self, path: str) -> tuple[str, str, None]:
@@ -123,18 +145,30 @@ class _WithoutConditions:
             if Key not in self.objects:
                 raise answer("404", 404, "HeadObject")
             return self.objects[Key]
-        if "IfNoneMatch" in options:
+        if "IfNoneMatch" in options and self.says_so:
             raise answer("NotImplemented", 501, "PutObject")
         self.objects[Key] = options
         return {}
 
 
-def test_a_server_without_conditions_is_asked_first() -> None:
-    server = _WithoutConditions()
+@pytest.mark.parametrize("says_so", [True, False])
+def test_a_server_without_conditions_is_asked_first(says_so: bool) -> None:
+    server = _WithoutConditions(says_so=says_so)
     assert create_object(server, "bucket/key", b"first", "writer 1")
     assert not create_object(server, "bucket/key", b"second", "writer 2")
     assert server.objects["key"]["Body"] == b"first"
     assert create_object(server, "bucket/key", b"first", "writer 1"), "sent again"
+
+
+def test_a_refused_creation_says_why() -> None:
+    class Server(_WithoutConditions):
+        def call_s3(self, method: str, **options: Any) -> dict[str, Any]:
+            if method == "head_object":  # its answer has no body
+                raise answer("400", 400, "HeadObject")
+            raise answer("ExpiredToken", 400, "PutObject")
+
+    with pytest.raises(OSError, match="ExpiredToken"):
+        create_object(Server(), "bucket/key", b"mine", "writer 1")
 
 
 def test_an_object_that_goes_before_it_is_looked_at_is_created() -> None:
