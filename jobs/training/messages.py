@@ -21,6 +21,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 Command = Literal["stop", "abandon"]
 """stop: write a checkpoint and return. abandon: exit at once, as other ranks are unreachable."""
 _RETRY_INTERVAL_S = 1.0
+_MAX_CALLS = 100_000
+"""Pending calls of the actor; each worker has two. Ray's 1,000 would block it at 500 workers."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,10 @@ class _ChannelActor:
         self.commanded[command].set()
 
     async def reset(self) -> None:
+        for event in self.commanded.values():  # else the calls of workers that ended stay for ever
+            event.set()
         self.listening = {}
-        self.commanded = _new_events()  # only workers of an ended group wait for the old ones
+        self.commanded = _new_events()
 
     async def list_workers(self) -> list[Worker]:
         return list(self.listening.values())
@@ -83,7 +87,7 @@ class WorkerChannel:
         # On this node, without which the job ends anyway; it reserves nothing.
         node_id = ray.get_runtime_context().get_node_id()
         strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
-        options = {"num_cpus": 0, "scheduling_strategy": strategy}
+        options = {"num_cpus": 0, "max_concurrency": _MAX_CALLS, "scheduling_strategy": strategy}
         self.actor = ray.remote(**options)(_ChannelActor).remote()
 
     def put(self, message: Any) -> None:
@@ -99,7 +103,8 @@ class WorkerChannel:
         ray.get(self.actor.broadcast.remote(command))
 
     def reset(self) -> None:
-        """Forget the command and the workers, before a new group of workers starts."""
+        """Forget the command and the workers, before a new group of workers starts. A worker of
+        the old group that still runs exits."""
         ray.get(self.actor.reset.remote())
 
     def workers(self) -> list[Worker]:

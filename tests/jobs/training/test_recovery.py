@@ -18,7 +18,9 @@ from jobs.training.recovery import (
     describe_position,
     wait_for_workers,
 )
-from pneumo.config import ClusterConfig
+from jobs.training.trainer import Training, build_trainer
+from pneumo.config import ClusterConfig, Config
+from pneumo.config_layers import override
 from pneumo.errors import (
     ClusterError,
     ContentError,
@@ -189,6 +191,17 @@ def test_storage_that_answers_with_a_refusal_ends_the_wait(channel: WorkerChanne
     script = Script([fail(AWAY)], [AWAY, RunError("/runs/1: not yours")])
     with pytest.raises(RunError, match="not yours"):
         run(script, channel)
+
+
+def test_ray_train_itself_repeats_no_failed_training(channel: WorkerChannel) -> None:
+    """Recovery or Tune does, which know what would only happen again."""
+    config = override(Config(), {"cluster.use_gpu": False, "cluster.max_failures": 3})
+    for of in (channel, None):
+        training = Training(config, *ALL_LOCAL, of)
+        failures = build_trainer(training, config.cluster).run_config.failure_config
+        assert failures.max_failures == 0
+        if of is not None:
+            assert failures.controller_failure_limit == failures.max_preemption_failures == 0
 
 
 def test_a_request_to_stop_ends_each_wait(channel: WorkerChannel) -> None:
