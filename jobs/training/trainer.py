@@ -71,8 +71,8 @@ def build_trainer(
     """A TorchTrainer in which every worker runs `fit` as one DDP rank, only on `nodes` if given.
 
     `cluster` gives the number of workers and their resources. A failure ends `TorchTrainer.fit`:
-    `Recovery` handles it, or of a trial Tune. Only a trial waits here for workers that do not start,
-    or that are preempted.
+    `Recovery` handles it, or of a trial Tune. Only a trial waits here for workers that do not
+    start, or are preempted.
     """
     repeats = -1 if training.channel is None else 0
     failures = FailureConfig(

@@ -63,8 +63,7 @@ class Learner:
         """Indices of this rank's micro-batches within a step."""
         self.micro_batches_per_step = config.batch_size // config.micro_batch_size
         self.has_random_layers = any(
-            isinstance(module, _RANDOM_LAYERS) and module.p > 0
-            for module in model.modules()
+            isinstance(module, _RANDOM_LAYERS) and module.p > 0 for module in model.modules()
         )
 
     def learn(
