@@ -58,12 +58,12 @@ from pneumo.search_space import flatten
 from pneumo.training.checkpoints import find_weights
 from pneumo.training.preconditions import check_sizes
 from pneumo.tuning.choice import (
-    Confirmation,
     SettingChoice,
     choose_confirmed,
     choose_setting,
     measure_simplicity,
     settings_to_confirm,
+    summarise_seeds,
 )
 from pneumo.tuning.objective import chance_level, describe_objective
 from pneumo.tuning.optuna_study import measure_importance
@@ -201,14 +201,14 @@ def _confirm(
         PlannedTrial(f"{t.name}-seed{seed}", t.settings, seed) for t in best for seed in seeds
     ]
     confirmed = runner.confirm(planned)
-    objectives: dict[str, list[float]] = {trial.name: [] for trial in best}
-    for trial in confirmed:
-        value = trial.objective(config.tune)
-        if trial.state == "finished" and value is not None:
-            objectives[trial.name.split("-")[0]].append(value)
-    confirmations = [Confirmation(name, tuple(each)) for name, each in objectives.items() if each]
-    if not confirmations:
+    if not any(trial.state == "finished" for trial in confirmed):
         raise ClusterError("tune: no setting could be trained again with another seed")
+    worst = chance_level(config.tune, runner.shared.prevalence)
+    confirmations = summarise_seeds(best, confirmed, config.tune, worst=worst)
+    most = max(len(one.objectives) for one in confirmations)
+    for one in confirmations:
+        if (seeds := len(one.objectives)) < most:
+            tell(f"warning: confirm: {one.name} has {seeds} of {most} seeds, and is not chosen")
     simplicity = partial(measure_simplicity, config, runner.manifest)
     return tuple(confirmed), choose_confirmed(choice, trials, confirmations, simplicity)
 
