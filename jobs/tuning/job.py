@@ -207,8 +207,8 @@ def _confirm(
     confirmations = summarise_seeds(best, confirmed, config.tune, worst=worst)
     most = max(len(one.objectives) for one in confirmations)
     for one in confirmations:
-        if (seeds := len(one.objectives)) < most:
-            tell(f"warning: confirm: {one.name} has {seeds} of {most} seeds, and is not chosen")
+        if (count := len(one.objectives)) < most:
+            tell(f"warning: confirm: {one.name} has {count} of {most} seeds, and is not chosen")
     simplicity = partial(measure_simplicity, config, runner.manifest)
     return tuple(confirmed), choose_confirmed(choice, trials, confirmations, simplicity)
 

@@ -148,7 +148,7 @@ def test_an_unstable_setting_does_not_win_by_its_best_seed() -> None:
     steady = [trial(f"b-seed{seed}", 0.83 + seed / 100) for seed in (1, 2, 3)]
     lucky = trial("a-seed1", 0.86)
     for state in ("diverged", "failed"):
-        lost = [trial(f"a-seed{seed}", state=state) for seed in (2, 3)]  # type: ignore[arg-type]
+        lost = [trial(f"a-seed{seed}", state=state) for seed in (2, 3)]
         found = summarise_seeds(settings, [lucky, *lost, *steady], TUNE, worst=0.5)
         assert found[0].objectives == ((0.86, 0.5, 0.5) if state == "diverged" else (0.86,))
         choice = confirmed(*found)
