@@ -91,8 +91,10 @@ class WorkerChannel:
         self.actor = ray.remote(**options)(_ChannelActor).remote()
 
     def put(self, message: Any) -> None:
-        """Send a message to the driver; returns once the actor has it."""
-        ray.get(self.actor.put.remote(pickle.dumps(message)))
+        """Send a message to the driver; returns once the actor has it, perhaps twice where the
+        network was interrupted."""
+        data = pickle.dumps(message)
+        _repeat(lambda: self.actor.put.remote(data))
 
     def take(self, timeout_s: float) -> list[Any]:
         """New messages, oldest first, as soon as there is one; empty after the timeout."""
@@ -134,13 +136,19 @@ class WorkerChannel:
         return stopped
 
     def _await_command(self, worker: Worker, command: Command) -> None:
-        while True:
-            try:
-                ray.get(self.actor.listen.remote(worker, command))
-            except ray.exceptions.ActorUnavailableError:  # the network was interrupted
-                time.sleep(_RETRY_INTERVAL_S)
-            # The driver has ended, or counts this process as lost: another attempt may run.
-            except ray.exceptions.RayError:
-                os._exit(1)
-            else:
-                return
+        try:
+            _repeat(lambda: self.actor.listen.remote(worker, command))
+        # The driver has ended, or counts this process as lost: another attempt may run.
+        except ray.exceptions.RayError:
+            os._exit(1)
+
+
+def _repeat(call: Callable[[], Any]) -> None:
+    """Wait for a call of the actor, again while the network is interrupted."""
+    while True:
+        try:
+            ray.get(call())
+        except ray.exceptions.ActorUnavailableError:
+            time.sleep(_RETRY_INTERVAL_S)
+        else:
+            return
