@@ -3,14 +3,14 @@
     python -m jobs.leave_one_out --stores A,B,C --run URL [--balanced] [settings of train, evaluate]
 
 Writes a run for each, `URL/without-<store>`, and prints the AUROCs on its own test split and on the
-store left out. Finished runs are not repeated; they are of the stores that `URL/stores.json` names,
-and must have the same settings of training.
+store left out. Finished runs are not repeated; they are of the stores whose names and digests are
+in `URL/stores.json`, and must have the same settings of training.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from jobs.terminal.entry_point import check_invocation, run_main, tell
@@ -47,6 +47,11 @@ def leave_one_out(argv: Sequence[str]) -> None:
     names = [storage.last_part(url) for url in stores]
     if len(set(names)) < len(names):
         raise ConfigError("--stores: two have the same name, which names their runs")
+    if len(stores) == 2 and "--balanced" in train_flags:
+        raise ConfigError("--balanced: has no effect, as each training is on one store")
+    from pneumo.dataset.manifest import read_manifest  # slow to import
+
+    digests = {storage.last_part(url): read_manifest(url).digest for url in stores}
     run_urls = [storage.join(storage.normalise(options.run), f"without-{name}") for name in names]
     if not all(storage.exists(_results(run_url)) for run_url in run_urls):
         from pneumo.dataset.joining import check_stores  # slow to import
@@ -54,7 +59,7 @@ def leave_one_out(argv: Sequence[str]) -> None:
         check_stores(stores, tell)
     for run_url in run_urls:
         _check_same_settings(run_url, config)
-    _check_same_stores(storage.join(storage.normalise(options.run), "stores.json"), sorted(names))
+    _check_same_stores(storage.join(storage.normalise(options.run), "stores.json"), digests)
     lines = []
     for left_out, name, run_url in zip(stores, names, run_urls, strict=True):
         others = [url for url in stores if url != left_out]
@@ -65,16 +70,17 @@ def leave_one_out(argv: Sequence[str]) -> None:
     print("\n".join(lines))
 
 
-def _check_same_stores(url: str, names: list[str]) -> None:
-    """Write the names of the stores to `url`. Raises ConfigError where others are there: every run
-    that was trained with them is of another set of stores."""
+def _check_same_stores(url: str, digests: Mapping[str, str]) -> None:
+    """Write the digest of each store to `url`, by name. Raises ConfigError where others are there:
+    every run that was trained with them is of another set of stores."""
     found = storage.find_text(url)
     if found is None:
-        storage.write_text(url, json.dumps(names))
-    elif json.loads(found) != names:
+        storage.write_text(url, json.dumps(digests))
+    elif (before := json.loads(found)) != digests:
+        what = "other contents of" if set(before) == set(digests) else "the stores"
         raise ConfigError(
-            f"--run: its runs are of the stores {', '.join(json.loads(found))}; give another --run "
-            f"for {', '.join(names)}"
+            f"--run: its runs are of {what} {', '.join(before)}; give another --run for "
+            f"{', '.join(digests)}"
         )
 
 
@@ -132,14 +138,15 @@ def _evaluate_without(
 
 
 def split_flags(settings: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The flags of the trainings, and those of the evaluations, which are never elastic."""
+    """The flags of the trainings, and those of the evaluations, which are never elastic, also where
+    a recipe or the environment is."""
     train, evaluate = list[str](), list[str]()
     for flag in _group_flags(settings):
         if not flag[0].startswith("--evaluate."):
             train += flag
-        if flag[0].startswith(_EVALUATE_FLAGS) and "min-workers" not in flag[0]:
+        if flag[0].startswith(_EVALUATE_FLAGS):
             evaluate += flag
-    return train, evaluate
+    return train, [*evaluate, "--cluster.min-workers", "none"]
 
 
 def _group_flags(settings: Sequence[str]) -> list[list[str]]:

@@ -221,7 +221,7 @@ def _of_container(name: str, status: Document, spec: Document) -> Iterator[Probl
         yield Problem(
             (name, "memory"),
             f"pod {name} was killed for memory (OOMKilled, its limit is {limit}); raise the "
-            "overlay's memory, or lower --train.batch-size or set --data.cache stream",
+            "overlay's memory, or lower --train.micro-batch-size or set --data.cache stream",
         )
     elif reason == "CrashLoopBackOff":
         yield Problem(

@@ -32,7 +32,13 @@ from pneumo.loading.blocks import PreparedStore, Samples
 from pneumo.loading.loader import open_loader, read_images
 from pneumo.loading.sample_order import World
 from pneumo.network.gradcam import build_random_network, gradcam
-from pneumo.network.scoring import Member, Scores, prepare_input, score_images
+from pneumo.network.scoring import (
+    Member,
+    Scores,
+    prepare_input,
+    score_images,
+    scoring_batch_size,
+)
 from pneumo.training.checkpoints import CheckpointEntry, load_member
 
 T = TypeVar("T")
@@ -193,14 +199,9 @@ def explain_studies(
 
 
 def choose_worker_settings(config: ClusterConfig, image_size: int) -> WorkerSettings:
-    """Device, threads and batch size of the cluster's workers.
-
-    The batch size is 64 for images of up to 224 x 224 pixels; larger images make smaller batches of
-    as many pixels.
-    """
+    """Device, threads and batch size of the cluster's workers."""
     device = "cuda" if "GPU" in worker_resources(config) else "cpu"
-    batch_size = min(64, max(1, 64 * 224**2 // image_size**2))
-    return WorkerSettings(device, config.cpus_per_worker, batch_size)
+    return WorkerSettings(device, config.cpus_per_worker, scoring_batch_size(image_size))
 
 
 def split_work(samples: int, config: ClusterConfig, settings: WorkerSettings) -> list[World]:

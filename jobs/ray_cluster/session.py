@@ -6,7 +6,8 @@ import re
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -72,7 +73,7 @@ def _connect(address: str | None, *, show_logs: bool) -> None:
     if not address:
         # The cluster ends with its job, so nobody would look at a dashboard; without one Ray starts
         # 2 s sooner, and eleven processes less take CPU from the job.
-        options = {"num_cpus": max(os.cpu_count() or 1, 2), "include_dashboard": False}
+        options = {"num_cpus": count_cpus(), "include_dashboard": False}
         tell(f"ray: starting on this machine with {options['num_cpus']} CPUs")
     try:
         ray.init(
@@ -94,6 +95,18 @@ def _connect(address: str | None, *, show_logs: bool) -> None:
     # setting, RAY_DEDUP_LOGS_SKIP_REGEX, is read when Ray is imported, before --debug is known.
     if not show_logs:
         ray_logging.stdout_deduplicator.skip_re = re.compile("")
+
+
+def count_cpus(limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """The CPUs that this process may use, at least 2: where a scheduler or a container has limited
+    it, fewer than the machine has. `limit` is the file of the container's limit."""
+    # Linux only.
+    allowed = getattr(os, "sched_getaffinity", lambda process: range(os.cpu_count() or 1))(0)
+    count = len(allowed)
+    with suppress(OSError, ValueError):  # "max": no limit
+        quota, period = limit.read_text().split()
+        count = min(count, int(quota) // int(period))
+    return max(count, 2)
 
 
 def uses_gpu(config: ClusterConfig) -> bool:

@@ -82,16 +82,23 @@ def run_main(
     return 0
 
 
-_NO_GPU = re.compile(
+_GPU_ERRORS = {
     r"ProcessGroupNCCL is only supported with GPUs, no GPUs found|Found no NVIDIA driver|"
-    r"No CUDA GPUs are available"
-)
-"""Messages of torch where there is no GPU."""
+    r"No CUDA GPUs are available": (
+        "cluster.use_gpu: Ray gave a worker a GPU, and torch finds none there; look at the node's "
+        "NVIDIA driver and device plugin, or set --cluster.use-gpu false"
+    ),
+    r"CUDA out of memory": (
+        "a GPU has too little memory; for a training lower --train.micro-batch-size or "
+        "--data.image-size, else look what other processes keep there"
+    ),
+}
+"""By torch's message where there is no GPU or too little of it, what to say."""
 
 
 def find_cause(error: BaseException) -> PneumoError | None:
     """The PneumoError inside the exceptions that Ray wraps around a worker's, if there is one; a
-    ConfigError for a missing GPU, which another attempt would not find either."""
+    ConfigError for a GPU that is missing or too small, as another attempt would be no better."""
     seen: set[int] = set()
     queue: list[BaseException | None] = [error]
     while queue:
@@ -103,11 +110,9 @@ def find_cause(error: BaseException) -> PneumoError | None:
         failures = getattr(current, "worker_failures", None) or {}
         if isinstance(current, PneumoError) and not isinstance(inner, BaseException):
             return current
-        if _NO_GPU.search(str(current)):
-            return ConfigError(
-                "cluster.use_gpu: Ray gave a worker a GPU, and torch finds none there; look at the "
-                "node's NVIDIA driver and device plugin, or set --cluster.use-gpu false"
-            )
+        for pattern, message in _GPU_ERRORS.items():
+            if re.search(pattern, str(current)):
+                return ConfigError(message)
         queue += [inner if isinstance(inner, BaseException) else None, *failures.values()]
         queue += [current.__cause__, current.__context__]
     return None
@@ -124,7 +129,7 @@ def summarise_error(error: BaseException) -> str:
         return (
             f"node {found[1]} had no memory left ({found[2]} of {found[3]}), and Ray ended a "
             "process there; give it more (on Kubernetes, the overlay's memory of that pod), or for "
-            "a worker lower --train.batch-size or set --data.cache stream"
+            "a worker lower --train.micro-batch-size or set --data.cache stream"
         )
     return (text.splitlines() or [""])[-1]
 

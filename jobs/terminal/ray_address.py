@@ -22,15 +22,20 @@ def check_ray_address() -> None:
         raise ConfigError(
             f"RAY_ADDRESS={address}: jobs are submitted there: use `python -m cluster submit`"
         )
+    if address.startswith("ray://"):
+        raise ConfigError(
+            f"RAY_ADDRESS={address}: a job cannot run through Ray Client; submit it: `python -m "
+            "cluster submit --address http://HOST:8265`"
+        )
     try:
-        url = urlsplit(f"//{address.removeprefix('ray://')}")
+        url = urlsplit(f"//{address}")
         host, port = url.hostname, url.port
     except ValueError:
         host = port = None
     if not host or not port:
         raise ConfigError(
-            f"RAY_ADDRESS={address}: expected HOST:PORT of a head node (6379 by default), "
-            "ray://HOST:10001, auto or local"
+            f"RAY_ADDRESS={address}: expected HOST:PORT of a head node (6379 by default), auto or "
+            "local"
         )
     try:
         socket.create_connection((host, port), timeout=_CONNECT_TIMEOUT_S).close()

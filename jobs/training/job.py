@@ -15,7 +15,7 @@ from jobs.training.recovery import Recovery, wait_for_workers
 from jobs.training.trainer import Training, build_trainer
 from pneumo import background, storage
 from pneumo.command_line import Invocation, TrainArguments
-from pneumo.config import Config
+from pneumo.config import ClusterConfig, Config
 from pneumo.dataset.manifest import read_manifest
 from pneumo.reporting.tracking.tracked_run import prepare_tracking
 from pneumo.training.checkpoints import CheckpointIndex, find_weights, read_index
@@ -45,12 +45,9 @@ def train(invocation: Invocation) -> None:
 
 def train_run(config: Config, store_url: str, run_url: str) -> CheckpointIndex:
     """Train in the open Ray session and show the progress in the terminal."""
-    # Decided once: a run that loses its only GPU waits for another, and does not go on on CPUs.
-    cluster = config.cluster.model_copy(update={"use_gpu": uses_gpu(config.cluster)})
+    cluster, nodes = wait_for_cluster(config.cluster)
+    tell(f"train: on {'a GPU for each worker' if cluster.use_gpu else 'CPUs'}")
     wanted = worker_resources(cluster)
-    nodes = wait_for_workers(
-        cluster, wanted, timeout_s=start_timeout_s(cluster, cluster.fewest_workers)
-    )
     channel = WorkerChannel()
     training = Training(config, store_url, run_url, channel)
 
@@ -70,6 +67,21 @@ def train_run(config: Config, store_url: str, run_url: str) -> CheckpointIndex:
     finally:
         channel.close()
     return read_index(run_url)
+
+
+def wait_for_cluster(config: ClusterConfig) -> tuple[ClusterConfig, Sequence[Node]]:
+    """`config` with `use_gpu` decided, and nodes with room for its workers. "auto" is decided once,
+    when there are nodes: a run that loses its only GPU waits for another, and does not go on on
+    CPUs."""
+
+    def wait(cluster: ClusterConfig) -> Sequence[Node]:
+        timeout_s = start_timeout_s(cluster, cluster.fewest_workers)
+        return wait_for_workers(cluster, worker_resources(cluster), timeout_s=timeout_s)
+
+    nodes = wait(config)
+    decided = config.model_copy(update={"use_gpu": uses_gpu(config)})
+    # The nodes that came while `wait` asked for CPUs alone may have GPUs.
+    return decided, wait(decided) if decided.use_gpu else nodes
 
 
 def stop_training(

@@ -21,6 +21,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 Command = Literal["stop", "abandon"]
 """stop: write a checkpoint and return. abandon: exit at once, as other ranks are unreachable."""
 _RETRY_INTERVAL_S = 1.0
+_MAX_CALLS = 100_000
+"""Pending calls of the actor; each worker has two. Ray's 1,000 would block it at 500 workers."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,10 @@ class _ChannelActor:
         self.commanded[command].set()
 
     async def reset(self) -> None:
+        for event in self.commanded.values():  # else the calls of workers that ended stay for ever
+            event.set()
         self.listening = {}
-        self.commanded = _new_events()  # only workers of an ended group wait for the old ones
+        self.commanded = _new_events()
 
     async def list_workers(self) -> list[Worker]:
         return list(self.listening.values())
@@ -83,12 +87,14 @@ class WorkerChannel:
         # On this node, without which the job ends anyway; it reserves nothing.
         node_id = ray.get_runtime_context().get_node_id()
         strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
-        options = {"num_cpus": 0, "scheduling_strategy": strategy}
+        options = {"num_cpus": 0, "max_concurrency": _MAX_CALLS, "scheduling_strategy": strategy}
         self.actor = ray.remote(**options)(_ChannelActor).remote()
 
     def put(self, message: Any) -> None:
-        """Send a message to the driver; returns once the actor has it."""
-        ray.get(self.actor.put.remote(pickle.dumps(message)))
+        """Send a message to the driver; returns once the actor has it, perhaps twice where the
+        network was interrupted."""
+        data = pickle.dumps(message)
+        _repeat(lambda: self.actor.put.remote(data))
 
     def take(self, timeout_s: float) -> list[Any]:
         """New messages, oldest first, as soon as there is one; empty after the timeout."""
@@ -99,7 +105,8 @@ class WorkerChannel:
         ray.get(self.actor.broadcast.remote(command))
 
     def reset(self) -> None:
-        """Forget the command and the workers, before a new group of workers starts."""
+        """Forget the command and the workers, before a new group of workers starts. A worker of
+        the old group that still runs exits."""
         ray.get(self.actor.reset.remote())
 
     def workers(self) -> list[Worker]:
@@ -129,13 +136,19 @@ class WorkerChannel:
         return stopped
 
     def _await_command(self, worker: Worker, command: Command) -> None:
-        while True:
-            try:
-                ray.get(self.actor.listen.remote(worker, command))
-            except ray.exceptions.ActorUnavailableError:  # the network was interrupted
-                time.sleep(_RETRY_INTERVAL_S)
-            # The driver has ended, or counts this process as lost: another attempt may run.
-            except ray.exceptions.RayError:
-                os._exit(1)
-            else:
-                return
+        try:
+            _repeat(lambda: self.actor.listen.remote(worker, command))
+        # The driver has ended, or counts this process as lost: another attempt may run.
+        except ray.exceptions.RayError:
+            os._exit(1)
+
+
+def _repeat(call: Callable[[], Any]) -> None:
+    """Wait for a call of the actor, again while the network is interrupted."""
+    while True:
+        try:
+            ray.get(call())
+        except ray.exceptions.ActorUnavailableError:
+            time.sleep(_RETRY_INTERVAL_S)
+        else:
+            return

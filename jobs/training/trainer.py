@@ -70,13 +70,13 @@ def build_trainer(
 ) -> TorchTrainer:
     """A TorchTrainer in which every worker runs `fit` as one DDP rank, only on `nodes` if given.
 
-    `cluster` gives the number of workers and their resources. With a channel the first failure ends
-    `TorchTrainer.fit`, and `Recovery` handles it.
+    `cluster` gives the number of workers and their resources. A failure ends `TorchTrainer.fit`:
+    `Recovery` handles it, or of a trial Tune. Only a trial waits here for workers that do not
+    start, or are preempted.
     """
-    failures = (
-        FailureConfig(max_failures=cluster.max_failures)
-        if training.channel is None
-        else FailureConfig(max_failures=0, controller_failure_limit=0)
+    repeats = -1 if training.channel is None else 0
+    failures = FailureConfig(
+        max_failures=0, controller_failure_limit=repeats, max_preemption_failures=repeats
     )
     return TorchTrainer(
         # Not in `train_loop_config`: Ray's controller would unpickle it and import torchvision.

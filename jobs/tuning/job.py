@@ -21,7 +21,7 @@ import ray.tune
 from ray.tune.schedulers import FIFOScheduler
 
 from jobs.joined_store import open_store
-from jobs.ray_cluster.session import ray_session, wait_for_resources
+from jobs.ray_cluster.session import ray_session, uses_gpu, wait_for_resources
 from jobs.terminal.entry_point import find_cause, find_run_url, tell
 from jobs.tracking.sending import sending_to_wandb
 from jobs.tuning.live_table import LiveTable
@@ -32,6 +32,7 @@ from jobs.tuning.searchers import (
     OptunaSearcher,
     PlannedTrial,
     ResumableAsha,
+    RoomLimiter,
     list_grid,
 )
 from jobs.tuning.trial_judge import SharedTrialData
@@ -58,12 +59,12 @@ from pneumo.search_space import flatten
 from pneumo.training.checkpoints import find_weights
 from pneumo.training.preconditions import check_sizes
 from pneumo.tuning.choice import (
-    Confirmation,
     SettingChoice,
     choose_confirmed,
     choose_setting,
     measure_simplicity,
     settings_to_confirm,
+    summarise_seeds,
 )
 from pneumo.tuning.objective import chance_level, describe_objective
 from pneumo.tuning.optuna_study import measure_importance
@@ -143,15 +144,18 @@ def search(config: Config, manifest: Manifest, store_url: str, run_url: str) -> 
     """Run the trials in the open Ray session; write the results, the recipe last."""
     tune = config.tune
     wait_for_resources(config.cluster, tune.workers_per_trial)
-    max_concurrent = max_concurrent_trials(config)
+    # Decided once: a node with a GPU that joins later must not change what trials reserve.
+    cluster = config.cluster.model_copy(update={"use_gpu": uses_gpu(config.cluster)})
+    fixed = config.model_copy(update={"cluster": cluster})
+    wait_for_resources(cluster, tune.workers_per_trial)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the table tells of failed trials
     tell(
-        f"tune: {tune.trials} trials of {tune.epochs} epochs, {max_concurrent} at a time; "
-        f"judged by {describe_objective(tune)}"
+        f"tune: {tune.trials} trials of {tune.epochs} epochs, {max_concurrent_trials(fixed)} at a "
+        f"time on {'GPUs' if cluster.use_gpu else 'CPUs'}; judged by {describe_objective(tune)}"
     )
-    shared = load_shared_data(config, manifest, store_url)
-    runner = _Runner(config, manifest, store_url, run_url, shared, max_concurrent)
+    shared = load_shared_data(fixed, manifest, store_url)
+    runner = _Runner(fixed, manifest, store_url, run_url, shared)
     trials = rank(runner.search(), tune)
     choice = _choose(trials, config, manifest, run_url)
     confirmed: tuple[Trial, ...] = ()
@@ -201,14 +205,14 @@ def _confirm(
         PlannedTrial(f"{t.name}-seed{seed}", t.settings, seed) for t in best for seed in seeds
     ]
     confirmed = runner.confirm(planned)
-    objectives: dict[str, list[float]] = {trial.name: [] for trial in best}
-    for trial in confirmed:
-        value = trial.objective(config.tune)
-        if trial.state == "finished" and value is not None:
-            objectives[trial.name.split("-")[0]].append(value)
-    confirmations = [Confirmation(name, tuple(each)) for name, each in objectives.items() if each]
-    if not confirmations:
+    if not any(trial.state == "finished" for trial in confirmed):
         raise ClusterError("tune: no setting could be trained again with another seed")
+    worst = chance_level(config.tune, runner.shared.prevalence)
+    confirmations = summarise_seeds(best, confirmed, config.tune, worst=worst)
+    most = max(len(one.objectives) for one in confirmations)
+    for one in confirmations:
+        if (count := len(one.objectives)) < most:
+            tell(f"warning: confirm: {one.name} has {count} of {most} seeds, and is not chosen")
     simplicity = partial(measure_simplicity, config, runner.manifest)
     return tuple(confirmed), choose_confirmed(choice, trials, confirmations, simplicity)
 
@@ -222,7 +226,6 @@ class _Runner:
     store_url: str
     run_url: str
     shared: SharedTrialData
-    max_concurrent: int
 
     def search(self) -> list[Trial]:
         """Run the trials of the search space."""
@@ -273,9 +276,8 @@ class _Runner:
                 make_trainable(config, self.store_url, self.run_url, self.shared),
                 tune_config=ray.tune.TuneConfig(
                     num_samples=left,
-                    max_concurrent_trials=self.max_concurrent,
                     reuse_actors=config.tune.workers_per_trial == 1,
-                    search_alg=searcher,
+                    search_alg=RoomLimiter(searcher, partial(max_concurrent_trials, config)),
                     scheduler=scheduler,
                 ),
                 run_config=ray.tune.RunConfig(

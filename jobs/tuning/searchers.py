@@ -1,10 +1,11 @@
 """Tune searchers and a scheduler that resume: Optuna or a fixed list chooses the next trial, ASHA
-stops trials; each knows the trials of the search before an interruption."""
+stops trials; each knows the trials of the search before an interruption. A limiter lets as many run
+as fit."""
 
 import hashlib
 import random
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from types import SimpleNamespace
@@ -13,8 +14,9 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 from ray.tune.schedulers import ASHAScheduler
-from ray.tune.search import Searcher
+from ray.tune.search import ConcurrencyLimiter, Searcher
 
+from jobs.terminal.entry_point import tell
 from jobs.tuning.trial_judge import METRIC
 from jobs.tuning.trial_records import write_begun
 from pneumo.config import REDUCTION_FACTOR, Config, TuneConfig
@@ -54,6 +56,23 @@ def list_grid(config: Config) -> list[PlannedTrial]:
 def name_trial(number: int) -> str:
     """t001, t002 …"""
     return f"t{number:03}"
+
+
+class RoomLimiter(ConcurrencyLimiter):  # type: ignore[misc]
+    """Suggests a trial while the cluster has room for it; nodes join and leave meanwhile."""
+
+    def __init__(self, searcher: Searcher, count_room: Callable[[], int]) -> None:
+        """`count_room`: how many trials the cluster has room for."""
+        self.max_concurrent: int = max(count_room(), 1)
+        super().__init__(searcher, self.max_concurrent)
+        self.count_room = count_room
+
+    def suggest(self, trial_id: str) -> Any:
+        room = max(self.count_room(), 1)
+        if room > self.max_concurrent:
+            tell(f"tune: there is room for {room} trials at a time")
+        self.max_concurrent = room
+        return super().suggest(trial_id)
 
 
 class FixedListSearcher(Searcher):  # type: ignore[misc]

@@ -74,7 +74,6 @@ class TrialJudge:
         self.shared, self.trial_url, self.world = shared, trial_url, world
         self.history: list[Mapping[str, float | None]] = []
         self._warning: str | None = None
-        self._scores: Scores | None = None
         self._patients: Mapping[str, str] = ray.get(shared.patients)
 
     def callbacks(self, callbacks: Callbacks, report: Any) -> Callbacks:
@@ -112,20 +111,19 @@ class TrialJudge:
             self._warning = start.initialisation.message
 
     def _judge(self, scores: Scores) -> dict[str, float | None]:
-        self._scores = scores
         patients = np.array([self._patients[key] for key in scores.keys])
         try:
             estimate = estimate_objective(scores.targets, scores.logits, patients, self.shared.tune)
         except MetricError as error:
             raise DivergedError(f"val after epoch {len(self.history) + 1}: {error}") from error
+        # Before any record of the last epoch, with which the trial counts as finished.
+        if self.world.rank == 0 and len(self.history) + 1 == self.shared.tune.epochs:
+            write_scores(self.trial_url, scores, self._patients)
         return {OBJECTIVE: estimate.value, ERROR: estimate.standard_error}
 
     def _record(self, epoch: Epoch) -> dict[str, Any]:
         self.history.append(epoch.metrics)
         if self.world.rank == 0:
-            if len(self.history) == self.shared.tune.epochs:
-                assert self._scores is not None
-                write_scores(self.trial_url, self._scores, self._patients)
             write_history(self.trial_url, self.history)
         return self._describe()
 

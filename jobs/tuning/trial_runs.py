@@ -57,7 +57,7 @@ def load_shared_data(config: Config, manifest: Manifest, store_url: str) -> Shar
             "tune: trials share no copy of the store, as its images are of many sizes, streamed, "
             "or more than half of Ray's object store; each trial reads it"
         )
-    workers = max_concurrent_trials(config) * config.tune.workers_per_trial
+    workers = config.tune.trials * config.tune.workers_per_trial
     return SharedTrialData(
         config.tune,
         val.positives / val.samples,

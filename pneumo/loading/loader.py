@@ -167,11 +167,16 @@ def open_loaders(
     unread = [split for split in splits if split not in shared_splits]
     for split in unread:
         blocks[split].check_shards(world)
+    device_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
     choices = choose_feeds(
         store.config.cache,
         {split: store.decoded_bytes(split) for split in unread},
         host_bytes=free_memory.free_bytes() // (world.local_size * trainings_here),
-        device_bytes=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
+        device_bytes=device_bytes,
+    )
+    shared = {split: store.decoded_bytes(split) for split in splits if split in shared_splits}
+    choices |= choose_feeds(  # they are in the host's memory already
+        "memory", shared, host_bytes=sum(shared.values()), device_bytes=device_bytes
     )
 
     moments = (store.manifest.mean, store.manifest.std)
@@ -179,10 +184,9 @@ def open_loaders(
     for split in splits:
         if split in shared_splits:
             tell(f"data: {split}: shared with the other trainings on this machine")
-            feed: Feed = InMemoryFeed(blocks[split], device=device, loaded=shared_splits[split])
         else:
             tell(f"data: {split}: {choices[split].reason}")
-            feed = _build_feed(blocks[split], choices[split], device)
+        feed = _build_feed(blocks[split], choices[split], device, shared_splits.get(split))
         sizes = tuple(blocks[split].sizes.tolist())
         loaders.append(Loader(feed, sizes, world, device, moments, compiled))
     return tuple(loaders)
@@ -214,10 +218,13 @@ class FeedChoice:
     reason: str
 
 
-def _build_feed(blocks: Blocks, choice: FeedChoice, device: torch.device) -> Feed:
+def _build_feed(
+    blocks: Blocks, choice: FeedChoice, device: torch.device, loaded: InMemorySplit | None
+) -> Feed:
     if choice.place == "stream":
         return StreamingFeed(blocks)
-    return InMemoryFeed(blocks, device=device if choice.place == "device" else torch.device("cpu"))
+    place = device if choice.place == "device" else torch.device("cpu")
+    return InMemoryFeed(blocks, device=place, loaded=loaded)
 
 
 def choose_feeds(

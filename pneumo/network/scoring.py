@@ -53,6 +53,11 @@ def average_scores(parts: Sequence[Scores]) -> Scores:
     return Scores(first, mean, parts[0].targets[ordered[0]])
 
 
+def scoring_batch_size(image_size: int) -> int:
+    """64 images of up to 224 x 224 pixels; of larger ones as many as have as many pixels."""
+    return min(64, max(1, 64 * 224**2 // image_size**2))
+
+
 def score(model: nn.Module, batches: Iterable[Batch]) -> Scores:
     """The logits of the studies in `batches`, in their order.
 

@@ -15,29 +15,38 @@ from torch import Tensor, nn
 class RunningStatistics:
     """The running statistics of all BatchNorm layers of a model.
 
-    Construction sets the layers' momentum to 1: a forward pass in training mode then leaves the
-    statistics of that micro-batch alone in the layers' buffers, until `update` writes the running
-    statistics to them.
+    Construction sets the layers' momentum to 1, until `restore_momenta`: a forward pass in training
+    mode then leaves the statistics of that micro-batch alone in the layers' buffers, until `update`
+    writes the running statistics to them.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        layers = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+        self.layers = [
+            module
+            for module in model.modules()
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d)
+            and module.track_running_stats
+        ]
         self.buffers: list[Tensor] = []
-        momenta: list[float] = []
-        for layer in layers:
+        self.momenta: list[float] = []
+        """Of each layer."""
+        for layer in self.layers:
             assert layer.running_mean is not None
             assert layer.running_var is not None
             assert layer.momentum is not None
             self.buffers += [layer.running_mean, layer.running_var]
-            momenta += [layer.momentum] * 2
+            self.momenta.append(layer.momentum)
             layer.momentum = 1.0
         self.counts = [
-            layer.num_batches_tracked for layer in layers if layer.num_batches_tracked is not None
+            layer.num_batches_tracked
+            for layer in self.layers
+            if layer.num_batches_tracked is not None
         ]
         self.sizes = [len(buffer) for buffer in self.buffers]
         device = next(model.parameters()).device
         repeats = torch.tensor(self.sizes, dtype=torch.long)
-        self.momentum = torch.tensor(momenta).repeat_interleave(repeats).to(device)
+        of_buffers = torch.tensor(self.momenta).repeat_interleave(2)
+        self.momentum = of_buffers.repeat_interleave(repeats).to(device)
         """(D,): the momentum of each value."""
         self.running = self._flatten()
         self.sums = torch.zeros_like(self.running)
@@ -62,6 +71,11 @@ class RunningStatistics:
             torch._foreach_sub_(self.counts, self.num_added - 1)  # a step counts as one batch
         self.sums.zero_()
         self.num_added = 0
+
+    def restore_momenta(self) -> None:
+        """Give the layers their momentum back, at the end of a training."""
+        for layer, momentum in zip(self.layers, self.momenta, strict=True):
+            layer.momentum = momentum
 
     def _flatten(self) -> Tensor:
         if not self.buffers:

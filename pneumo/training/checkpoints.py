@@ -244,15 +244,23 @@ def find_index(run_url: str) -> CheckpointIndex | None:
 
 
 def find_weights(config: Config) -> Config:
-    """`config` with an absolute path as `model.weights`, as workers have other working folders;
-    for a run's folder the path of its best checkpoint. Raises RunError for a run without a
-    checkpoint, CheckpointError."""
-    if config.model.weights in WEIGHTS_WITHOUT_FILE:
-        return config
-    url = storage.normalise(config.model.weights)
-    if storage.exists(_url(url, _INDEX)):
-        url = _url(url, read_index(url).best.name)
-    return override(config, {"model.weights": url})
+    """`config` with absolute paths as `model.weights`, also in the search space, as workers have
+    other working folders; for a run's folder the path of its best checkpoint. Raises RunError for a
+    run without a checkpoint, CheckpointError."""
+
+    def find(weights: object) -> str:
+        if weights in WEIGHTS_WITHOUT_FILE:
+            return str(weights)
+        url = storage.normalise(str(weights))
+        if storage.exists(_url(url, _INDEX)):
+            url = _url(url, read_index(url).best.name)
+        return url
+
+    changes: dict[str, Any] = {"model.weights": find(config.model.weights)}
+    if domain := config.tune.space.get("model.weights"):
+        found = [domain.kind, *map(find, domain.values)]
+        changes["tune.space"] = {"model.weights": found}
+    return override(config, changes)
 
 
 def read_index(run_url: str) -> CheckpointIndex:

@@ -85,8 +85,11 @@ def fit(
     learner = Learner(
         network, config.train, pos_weight=weight, seed=config.seed, world=world, device=device
     )
-    run = _Run(config, store, run_url, learner, initialisation, callbacks, resumption)
-    return run.complete(train_data, val_data)
+    try:
+        run = _Run(config, store, run_url, learner, initialisation, callbacks, resumption)
+        return run.complete(train_data, val_data)
+    finally:
+        learner.statistics.restore_momenta()
 
 
 def _prepare_device(config: Config, device: torch.device, callbacks: Callbacks) -> torch.device:
@@ -181,7 +184,9 @@ class _Run:
         train_metrics = self._train(train_data)
         if self.writer.is_save_due:
             self._save()
-        val_metrics = validate(self.learner, val_data, self.config, self.callbacks)
+        val_metrics = validate(
+            self.learner, val_data, self.config, self.callbacks, image_size=self.store.image_size
+        )
         if val_metrics is None:
             self._stop()
         duration = {"epoch_s": time.perf_counter() - started_s}

@@ -26,6 +26,11 @@ from pneumo.training.optimisation import (
     build_optimizer,
 )
 
+_RANDOM_LAYERS = (
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+    *(nn.AlphaDropout, nn.FeatureAlphaDropout, StochasticDepth),
+)
+
 
 class Learner:
     """A model with its optimiser. All ranks must call `learn` with the same arguments but `batch`.
@@ -58,8 +63,7 @@ class Learner:
         """Indices of this rank's micro-batches within a step."""
         self.micro_batches_per_step = config.batch_size // config.micro_batch_size
         self.has_random_layers = any(
-            isinstance(module, nn.Dropout | StochasticDepth) and module.p > 0
-            for module in model.modules()
+            isinstance(module, _RANDOM_LAYERS) and module.p > 0 for module in model.modules()
         )
 
     def learn(

@@ -18,13 +18,13 @@ from pneumo.evaluation.metrics import Confusion, auroc, rates
 from pneumo.evaluation.predictions import sigmoid
 from pneumo.evaluation.ranking import average_precision
 from pneumo.loading.loader import Batch, Loader
-from pneumo.network.scoring import Scores, score
+from pneumo.network.scoring import Scores, score, scoring_batch_size
 from pneumo.training.callbacks import Callbacks, Metrics
 from pneumo.training.train_step import Learner
 
 
 def validate(
-    learner: Learner, data: Loader, config: Config, callbacks: Callbacks
+    learner: Learner, data: Loader, config: Config, callbacks: Callbacks, *, image_size: int
 ) -> Metrics | None:
     """Metrics of the whole val split for the weights, and for their average with EMA; and
     `callbacks.extra_metrics` of the average's scores, without EMA of the weights'.
@@ -35,7 +35,8 @@ def validate(
     models = {"val/": learner.model}
     if learner.average is not None:
         models["val/ema_"] = learner.average.module
-    batch_size = max(config.train.batch_size // learner.world.size, 1)
+    # As much at once as training or an evaluation takes: there is room for it.
+    batch_size = max(config.train.micro_batch_size, scoring_batch_size(image_size))
     found: Metrics = {}
     for prefix, model in models.items():
         batches = _StoppableBatches(data.evaluation(batch_size=batch_size), callbacks.should_stop)

@@ -76,7 +76,8 @@ def measure_simplicity(config: Config, manifest: Manifest, trial: Trial) -> Simp
     """The simplicity of a trial's setting."""
     trial_config = override(config, trial.settings)
     base = flatten(config.model_dump())
-    changed = sum(base[key] != value for key, value in trial.settings.items())
+    drawn = flatten(trial_config.model_dump())  # "none" of a search space is None here
+    changed = sum(base[key] != drawn[key] for key in trial.settings)
     return SimplicityKey(
         count_parameters(trial_config.model.backbone),
         changed,
@@ -133,6 +134,19 @@ def _is_tie(
     return theirs - mine <= other.error_of_difference(own)
 
 
+def summarise_seeds(
+    settings: Sequence[Trial], trained: Sequence[Trial], config: TuneConfig, *, worst: float
+) -> list[Confirmation]:
+    """The objectives of each of the `settings` with new seeds. One that diverged counts with
+    `worst`; of one that failed nothing is known."""
+    found: dict[str, list[float]] = {trial.name: [] for trial in settings}
+    for trial in trained:
+        value = worst if trial.state == "diverged" else trial.objective(config)
+        if trial.state in ("finished", "diverged") and value is not None:
+            found[trial.name.split("-")[0]].append(value)
+    return [Confirmation(name, tuple(values)) for name, values in found.items() if values]
+
+
 def choose_confirmed(
     choice: SettingChoice,
     trials: Sequence[Trial],
@@ -140,9 +154,11 @@ def choose_confirmed(
     simplicity: Callable[[Trial], SimplicityKey],
 ) -> SettingChoice:
     """The choice after confirmation: the highest mean over new seeds; of ties, within the standard
-    error of the difference of means, the simplest."""
+    error of the difference of means, the simplest. Only settings with the most seeds can win."""
     by_name = {trial.name: trial for trial in trials}
-    best = max(confirmations, key=lambda one: one.mean)
+    most = max(len(one.objectives) for one in confirmations)
+    complete = [one for one in confirmations if len(one.objectives) == most]
+    best = max(complete, key=lambda one: one.mean)
 
     def is_tie(other: Confirmation) -> bool:
         if other is best:
@@ -155,7 +171,7 @@ def choose_confirmed(
         )
         return best.mean - other.mean <= error
 
-    ties = [one for one in confirmations if is_tie(one)]
+    ties = [one for one in complete if is_tie(one)]
     chosen = min(ties, key=lambda one: simplicity(by_name[one.name]))
     seeds = len(best.objectives)
     if chosen is best:

@@ -1,11 +1,33 @@
 """What a job waits for before it begins."""
 
+import os
+from pathlib import Path
+
 import pytest
 import ray
 
-from jobs.ray_cluster.session import wait_for_resources
+from jobs.ray_cluster.session import count_cpus, wait_for_resources
 from pneumo.config import ClusterConfig
 from pneumo.errors import ClusterError
+
+
+@pytest.mark.parametrize(
+    ("allowed", "limit", "count"),
+    [(64, "max 100000", 64), (64, "400000 100000", 4), (8, None, 8), (64, "150000 100000", 2)],
+)
+def test_a_local_cluster_has_the_cpus_that_the_process_may_use(
+    allowed: int,
+    limit: str | None,
+    count: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a machine of more: docker --cpus 4, or a part of a node of Slurm."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(allowed)), raising=False)
+    if limit is not None:
+        (tmp_path / "cpu.max").write_text(f"{limit}\n")
+    assert count_cpus(tmp_path / "cpu.max") == count
 
 
 def test_parts_of_several_nodes_are_no_room_for_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,6 +58,11 @@ def test_our_error_is_found_behind_what_ray_wraps_around_it() -> None:
     assert find_cause(RuntimeError("something else")) is None
     missing = RuntimeError("Found no NVIDIA driver on your system. Please check that you have")
     assert "torch finds none there" in str(find_cause(missing))
+    too_small = RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total of")
+    outer.__cause__ = WrappedError({0: too_small})
+    found = find_cause(outer)
+    assert isinstance(found, ConfigError)
+    assert "--train.micro-batch-size" in str(found)
 
 
 def test_every_error_survives_the_way_between_processes() -> None:

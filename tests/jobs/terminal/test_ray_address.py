@@ -17,28 +17,24 @@ def test_what_ray_finds_by_itself(address: str, monkeypatch: pytest.MonkeyPatch)
     check_ray_address()
 
 
-@pytest.mark.parametrize(
-    "address", ["nonsense", "ray://head", "head:port", "head:99999", ":6379", "[::1:6379"]
-)
+@pytest.mark.parametrize("address", ["nonsense", "head:port", "head:99999", ":6379", "[::1:6379"])
 def test_what_is_no_address(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(ConfigError, match="expected HOST:PORT"):
         check_ray_address()
 
 
-def test_a_dashboard_is_submitted_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
-    with pytest.raises(ConfigError, match="python -m cluster submit"):
+@pytest.mark.parametrize("address", ["http://head:8265", "ray://head:10001", "ray://head"])
+def test_what_a_job_is_submitted_to(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ConfigError, match=r"`python -m cluster submit"):
         check_ray_address()
 
 
-@pytest.mark.parametrize("scheme", ["", "ray://"])
-def test_a_port_that_is_open_and_one_that_is_not(
-    scheme: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_port_that_is_open_and_one_that_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as server:
         port = server.getsockname()[1]
-        monkeypatch.setenv("RAY_ADDRESS", f"{scheme}127.0.0.1:{port}")
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
         check_ray_address()
     with pytest.raises(ClusterError, match=rf"127\.0\.0\.1, port {port}: Connection refused"):
         check_ray_address()

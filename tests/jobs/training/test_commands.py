@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import ray
 
-from jobs.training.messages import WorkerChannel
+from jobs.training.messages import Worker, WorkerChannel
 from tests.waiting import wait_until
 
 
@@ -74,6 +74,20 @@ def test_what_was_posted_before_is_not_for_the_next_group(channel: WorkerChannel
     time.sleep(0.3)
     assert not ray.get(worker.has_heard.remote())
     ray.kill(worker)
+
+
+def test_a_process_of_an_ended_group_ends(channel: WorkerChannel) -> None:
+    """Its pending calls would stay in the channel for ever."""
+    worker = start_worker(channel, 0)
+    wait_until(lambda: len(channel.workers()) == 1, "the worker to listen")
+    channel.reset()
+    wait_until(lambda: ends(worker), "the process of the old group to end")
+
+
+def test_thousands_of_workers_can_listen(channel: WorkerChannel) -> None:
+    for rank in range(2000):
+        channel.actor.listen.remote(Worker(rank, "node", "address"), "stop")
+    assert ray.get(channel.actor.list_workers.remote(), timeout=60)  # it still answers
 
 
 def test_a_process_that_is_abandoned_ends(channel: WorkerChannel) -> None:

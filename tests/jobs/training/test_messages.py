@@ -71,6 +71,23 @@ def test_who_takes_is_woken_at_once_and_otherwise_after_the_timeout(channel: Wor
     assert time.monotonic() - begun_s > 0.35
 
 
+def test_a_short_break_of_the_network_costs_no_message(
+    channel: WorkerChannel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    get, breaks = ray.get, [True]
+
+    def get_after_a_break(reference: Any) -> Any:
+        if breaks:
+            breaks.clear()
+            raise ray.exceptions.ActorUnavailableError("connection reset", None)
+        return get(reference)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ray, "get", get_after_a_break)
+        channel.put("one")
+    assert set(channel.take(60.0)) == {"one"}
+
+
 def test_a_lost_channel_is_an_error_of_ray(ray_here: None) -> None:
     channel = WorkerChannel()
     channel.put("before")

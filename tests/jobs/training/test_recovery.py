@@ -9,6 +9,7 @@ import ray
 from ray.train import WorkerGroupError
 
 from jobs.ray_cluster.nodes import Node, list_nodes, unreachable_addresses, usable_nodes
+from jobs.training.job import wait_for_cluster
 from jobs.training.messages import Command, Worker, WorkerChannel
 from jobs.training.recovery import (
     STOPPED,
@@ -18,7 +19,9 @@ from jobs.training.recovery import (
     describe_position,
     wait_for_workers,
 )
-from pneumo.config import ClusterConfig
+from jobs.training.trainer import Training, build_trainer
+from pneumo.config import ClusterConfig, Config
+from pneumo.config_layers import override
 from pneumo.errors import (
     ClusterError,
     ContentError,
@@ -191,6 +194,17 @@ def test_storage_that_answers_with_a_refusal_ends_the_wait(channel: WorkerChanne
         run(script, channel)
 
 
+def test_ray_train_itself_repeats_no_failed_training(channel: WorkerChannel) -> None:
+    """Recovery or Tune does, which know what would only happen again."""
+    config = override(Config(), {"cluster.use_gpu": False, "cluster.max_failures": 3})
+    for of in (channel, None):
+        training = Training(config, *ALL_LOCAL, of)
+        failures = build_trainer(training, config.cluster).run_config.failure_config
+        assert failures.max_failures == 0
+        if of is not None:
+            assert failures.controller_failure_limit == failures.max_preemption_failures == 0
+
+
 def test_a_request_to_stop_ends_each_wait(channel: WorkerChannel) -> None:
     script = Script([fail(AWAY)], [AWAY])
     recovery = script.recovery(channel, urls=REMOTE_RUN)
@@ -316,6 +330,33 @@ def test_what_a_cluster_lacks_is_said_after_the_wait(ray_here: None) -> None:
     message = rf"2 workers need 128000 CPU \(it has {there:g}, [\d.]+ free\); waited 0 s; low"
     with pytest.raises(ClusterError, match=message):
         wait_for_workers(ClusterConfig(num_workers=2), {"CPU": 64_000.0}, timeout_s=0)
+
+
+def test_gpus_of_nodes_that_join_during_the_wait_are_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A head without CPUs is there first, as after `make up`."""
+    head: dict[str, Any] = {"Alive": True, "NodeID": "head", "Resources": {}}
+    worker = {"Alive": True, "NodeID": "gpu", "Resources": {"CPU": 4.0, "GPU": 1.0}}
+    looks = [0]
+
+    def list_found(of: dict[str, Any]) -> list[Node]:
+        looks[0] += 1
+        found = [head, worker] if looks[0] > 2 else [head]
+        totals = {name: sum(n["Resources"].get(name, 0) for n in found) for name in ("CPU", "GPU")}
+        monkeypatch.setattr(ray, "nodes", lambda: found)
+        monkeypatch.setattr(ray, "cluster_resources", lambda: totals)
+        nodes = [make_node(id=n["NodeID"], free=n["Resources"]) for n in found]
+        return [node for node in nodes if node.fits(of)]
+
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr(ray, "nodes", lambda: [head])
+    monkeypatch.setattr(ray, "cluster_resources", dict)
+    monkeypatch.setattr("jobs.training.recovery.usable_nodes", list_found)
+    monkeypatch.setattr("jobs.training.recovery.request_workers", lambda *given: None)
+    cluster, nodes = wait_for_cluster(ClusterConfig())
+    assert cluster.use_gpu is True
+    assert [node.id for node in nodes] == ["gpu"]
 
 
 def test_a_place_in_a_run_is_said_in_a_few_words() -> None:

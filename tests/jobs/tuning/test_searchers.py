@@ -12,6 +12,7 @@ from jobs.tuning.searchers import (
     OptunaSearcher,
     PlannedTrial,
     ResumableAsha,
+    RoomLimiter,
     list_grid,
 )
 from jobs.tuning.trial_judge import METRIC
@@ -115,6 +116,25 @@ def test_tpe_learns_from_what_an_earlier_try_found(tmp_path: Path) -> None:
     drawn = draw(OptunaSearcher(config, before, str(tmp_path), worst=0.5), 12)
     rates = [one["settings"]["train.lr"] for one in drawn]  # type: ignore[index]
     assert sum(rate > 1e-4 for rate in rates) >= 9
+
+
+def test_as_many_trials_run_as_the_cluster_has_room_for_now(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    room = [1]
+    planned = [PlannedTrial(name, {}, 0) for name in "abcd"]
+    limiter = RoomLimiter(FixedListSearcher(planned, str(tmp_path)), lambda: room[0])
+    assert limiter.suggest("a")["name"] == "a"
+    assert limiter.suggest("b") is None
+    room[0] = 3  # nodes have joined
+    assert [limiter.suggest(name)["name"] for name in "bc"] == ["b", "c"]
+    assert limiter.suggest("d") is None
+    assert capsys.readouterr().err == "tune: there is room for 3 trials at a time\n"
+    room[0] = 0  # all nodes are lost, and one trial waits for another
+    for name in "abc":
+        assert limiter.suggest("d") is None
+        limiter.on_trial_complete(name, {METRIC: 0.5, "epoch": 9})
+    assert limiter.suggest("d")["name"] == "d"
 
 
 def test_a_list_ends(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import ray
 from jobs import tune
 from jobs.tuning.trial_judge import SharedTrialData, TrialJudge
 from jobs.tuning.trial_records import (
+    read_estimate,
     read_trials,
     trial_url,
     write_begun,
@@ -25,6 +26,7 @@ from pneumo.loading.blocks import PreparedStore
 from pneumo.loading.loader import open_loaders
 from pneumo.loading.sample_order import World
 from pneumo.network.backbones import Initialisation
+from pneumo.network.scoring import Scores
 from pneumo.training.callbacks import Callbacks, Start
 from pneumo.tuning.trials import ERROR, OBJECTIVE
 from tests.conftest import StoreMaker
@@ -148,6 +150,27 @@ def test_a_cluster_too_small_for_one_trial_says_what_is_missing(
     said = capsys.readouterr().err
     assert "16 workers need 16 CPU (it has 2), and its nodes have room for 2; lower" in said
     assert not (run / "trials").exists()
+
+
+def test_the_scores_are_kept_before_the_last_epoch_is_recorded(
+    ray_here: None, tmp_path: Path
+) -> None:
+    """A trial that is killed in between has all its epochs, and is compared by its scores."""
+    config = override(Config(), {"tune.epochs": 2}).tune
+    keys = np.array([f"key{i}" for i in range(6)])
+    logits, targets = np.arange(6, dtype=np.float32), np.array([0, 0, 1, 0, 1, 1], dtype=np.int8)
+    patients = ray.put({str(key): str(key) for key in keys})
+    url = trial_url(str(tmp_path), "t001")
+    judge = TrialJudge(SharedTrialData(config, 0.5, 64, patients), url, World())
+    callbacks = judge.callbacks(Callbacks(), lambda result: None)
+    callbacks.on_start(Start(Initialisation("random", ""), (), 0, 8))
+    first = callbacks.extra_metrics(Scores(keys, logits, targets))
+    assert read_estimate(url, config) is None
+    callbacks.on_epoch(SimpleNamespace(metrics=dict(first)))  # type: ignore[arg-type]
+    last = callbacks.extra_metrics(Scores(keys, logits, targets))
+    estimate = read_estimate(url, config)
+    assert estimate is not None
+    assert estimate.value == last[OBJECTIVE]
 
 
 def test_a_trial_of_other_weights_than_asked_for_is_known(ray_here: None, tmp_path: Path) -> None:

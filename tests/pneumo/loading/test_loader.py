@@ -668,6 +668,26 @@ def test_splits_fit_beside_one_another(
     assert tuple(choice.place for choice in choices.values()) == places
 
 
+def test_a_shared_split_that_does_not_fit_on_the_gpu_stays_in_the_hosts_memory(
+    store: tuple[str, Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    splits = ("train", "val")
+    prepared = PreparedStore(*store, DataConfig())
+    shared = {split: loader.read_in_memory(prepared, split) for split in splits}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10_000, 10_000))
+    opened = loader.open_loaders(
+        prepared,
+        splits,
+        world=World(),
+        device="cuda",
+        shared_splits={name: split for name, split in shared.items() if split is not None},
+    )
+    for split in opened:
+        first = next(split.rank_slice(batch_size=4))
+        assert first.images.device == CPU
+        assert len(first.keys) == 4
+
+
 def test_memory_that_suffices_for_one_split_only_is_refused() -> None:
     message = (
         r"^data\.cache: memory: 2\.00 GB decoded, 1\.00 GB free for this worker beside the oth"

@@ -411,6 +411,11 @@ def test_the_weights_of_a_run_are_those_of_its_best_checkpoint(tmp_path: Path) -
     assert read_index(run).entries[0].epoch == 2
     for other in ("imagenet", "random", str(file_of(run))):
         assert find(other) == other
+    searched = {"space": {"model.weights": ["choice", "imagenet", run], "train.lr": 1.0}}
+    before = Config.model_validate({"tune": searched})
+    space = find_weights(before).tune.space
+    assert space["model.weights"].values == ("imagenet", str(file_of(run, 0)))
+    assert space["train.lr"] == before.tune.space["train.lr"]
     claim_run(empty)
     with pytest.raises(RunError, match="no checkpoint in it; train first"):
         find(empty)

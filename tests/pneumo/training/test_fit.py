@@ -8,6 +8,7 @@ import resource
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -198,18 +199,82 @@ def test_a_step_is_that_of_plain_torch(optimizer: str, clip: float | None) -> No
     assert (ema - averaged).norm() < 0.02 * moved
 
 
+class _OwnNetwork(nn.Module):
+    """Normalised and random in other dimensions than ours."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Dropout2d(dropout), nn.ReLU())
+        self.norm = nn.BatchNorm1d(4)
+        self.fixed = nn.BatchNorm1d(4, track_running_stats=False)
+        self.fc = nn.Linear(4, 1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        pooled = self.body(images).mean((2, 3))
+        logits: torch.Tensor = self.fc(self.fixed(self.norm(pooled)))
+        return logits
+
+
+def test_networks_of_ones_own_get_the_statistics_of_their_own_layers() -> None:
+    batch, model = make_batch(), _OwnNetwork()
+    with torch.no_grad():
+        parts = [model.body(part).mean((2, 3)) for part in batch.images.split(3)]
+    learner = make_learner(model.train())
+    learner.learn(batch, epoch=0, step=0, lr=1e-3)
+    mean = sum(part.mean(0) for part in parts) / 2
+    variance = sum(part.var(0) for part in parts) / 2
+    torch.testing.assert_close(model.norm.running_mean, 0.1 * mean, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(model.norm.running_var, 0.9 + 0.1 * variance, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_a_network_can_be_trained_again(store_url: str, run_url: str, is_cut: bool) -> None:
+    """Its layers keep their momentum, of which a training makes use."""
+    network = TinyNetwork()
+
+    def cut(epoch: int, step: int, steps: int) -> None:
+        if is_cut and step == 2:
+            raise PowerCutError
+
+    with suppress(PowerCutError):
+        run(SMALL, store_url, run_url, lambda backbone: network, on_step=cut)
+    assert network.bn1.momentum == 0.1
+
+
+def test_validation_takes_no_more_at_once_than_training_or_an_evaluation(
+    tiny_store: StoreMaker, run_url: str
+) -> None:
+    sizes: list[int] = []
+
+    class Watched(TinyNetwork):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            if not self.training:
+                sizes.append(len(images))
+            return super().forward(images)
+
+    large = tiny_store(train=130, val=90)
+    for micro_batch in (2, 65):
+        settings = {"train.batch_size": 130, "train.micro_batch_size": micro_batch}
+        config = override(SMALL, {**settings, "train.epochs": 1})
+        run(config, large, f"{run_url}/{micro_batch}", lambda backbone: Watched())
+    assert sizes == [64, 26, 65, 25]
+
+
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
 def test_a_fused_optimiser_is_used(optimizer: Any) -> None:
     built = build_optimizer(make_model().parameters(), TrainConfig(optimizer=optimizer))
     assert built.defaults["fused"]
 
 
-def test_random_layers_draw_from_the_place_in_the_run() -> None:
+@pytest.mark.parametrize("kind", [TinyNetwork, _OwnNetwork])
+def test_random_layers_draw_from_the_place_in_the_run(
+    kind: Callable[[float], nn.Module],
+) -> None:
     def train(starts: int) -> torch.Tensor:
-        torch.manual_seed(starts)
-        model = TinyNetwork(dropout=0.5)
-        initialise(model, SMALL.model, seed=1)
+        torch.manual_seed(1)
+        model = kind(0.5)
         learner = make_learner(model.train(), optimizer="sgd")
+        torch.manual_seed(starts)
         learner.learn(make_batch(), epoch=0, step=place, lr=0.01)
         return flat(model.state_dict())
 
@@ -477,7 +542,7 @@ def test_an_epochs_last_step_is_kept_before_it_is_validated(store_url: str, run_
 
     def cut() -> bool:
         asked.append(None)
-        if len(asked) == 11:  # twice four steps, two batches of val, and one
+        if len(asked) == 10:  # twice four steps, a batch of val, and one
             raise PowerCutError
         return False
 

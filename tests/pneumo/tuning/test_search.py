@@ -21,6 +21,7 @@ from pneumo.tuning.choice import (
     choose_setting,
     measure_simplicity,
     settings_to_confirm,
+    summarise_seeds,
 )
 from pneumo.tuning.objective import ObjectiveEstimate
 from pneumo.tuning.optuna_study import measure_importance
@@ -142,6 +143,20 @@ def test_means_that_seeds_do_not_tell_apart_are_equal() -> None:
     assert confirmed(*one_seed, order="bac").trial.name == "a"  # no spread to say they are equal
 
 
+def test_an_unstable_setting_does_not_win_by_its_best_seed() -> None:
+    settings = [trial("a", 0.95), trial("b", 0.94)]
+    steady = [trial(f"b-seed{seed}", 0.83 + seed / 100) for seed in (1, 2, 3)]
+    lucky = trial("a-seed1", 0.86)
+    for state in ("diverged", "failed"):
+        lost = [trial(f"a-seed{seed}", state=state) for seed in (2, 3)]
+        found = summarise_seeds(settings, [lucky, *lost, *steady], TUNE, worst=0.5)
+        assert found[0].objectives == ((0.86, 0.5, 0.5) if state == "diverged" else (0.86,))
+        choice = confirmed(*found)
+        assert choice.trial.name == "b"
+        assert choice.ties == ("b",)
+        assert choice.confirmations == tuple(found)
+
+
 def test_a_confirmation_tells_mean_and_spread() -> None:
     one = Confirmation("a", (0.8, 0.9))
     assert one.mean == pytest.approx(0.85)
@@ -187,6 +202,7 @@ def test_fewer_parameters_are_simpler_then_fewer_changes_then_less_distortion(
     small, large = measure(model__backbone="resnet18"), measure(model__backbone="resnet50")
     assert small < large
     assert 11_100_000 < small.parameters < 11_200_000
+    assert measure(train__ema_decay="none") == measure(train__ema_decay=None)
     assert measure(train__ema_decay=None) < measure(train__ema_decay=0.99)
     assert measure(train__pos_weight=1.5) < measure(train__pos_weight=0.2)
 
