@@ -159,8 +159,9 @@ def test_the_role_is_applied_once(tmp_path: Path, has_role: bool) -> None:
     kubectl, shown = tmp_path / "kubectl", "kind: Role" if has_role else "kind: RoleBinding"
     kubectl.write_text(f'#!/bin/sh\n[ $1 = apply ] && echo $@ || echo "{shown}"\n')
     kubectl.chmod(0o755)
+    path = f"PATH={tmp_path}:{os.environ['PATH']}"
     done = subprocess.run(
-        ["make", "setup-k8s", "OVERLAY=gpu-spot", f"PATH={tmp_path}:{os.environ['PATH']}"],
+        ["make", "--no-print-directory", "setup-k8s", "OVERLAY=gpu-spot", path],
         cwd=CHECKOUT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     applied = [line.split()[2] for line in done.stdout.splitlines()]
