@@ -8,7 +8,7 @@ what the intervals cover.
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -99,6 +99,16 @@ def subtract(first: Estimate, second: Estimate) -> Estimate:
     return Estimate(gap, low, high, NEWCOMBE)
 
 
+def average(first: Estimate, second: Estimate) -> Estimate:
+    """The mean of two independent proportions, with an interval as by `subtract`."""
+    others = [None if end is None else 1 - end for end in (second.value, second.high, second.low)]
+    gap = subtract(first, replace(second, value=others[0], low=others[1], high=others[2]))
+    value, low, high = (
+        None if end is None else (1 + end) / 2 for end in (gap.value, gap.low, gap.high)
+    )
+    return replace(gap, value=value, low=low, high=high)
+
+
 def t_quantile(num_patients: int) -> float:
     """The 97.5 % point of Student's t with `num_patients` - 1 degrees of freedom, at least 1."""
     return float(stdtrit(num_patients - 1, 0.975))
@@ -136,7 +146,7 @@ def find_interval(
         why = f"too few patients: undefined in {num_undefined} of {len(drawn)} resamples"
         return Estimate(value, None, None, method, why)
     if num_patients < MIN_FOR_INTERVAL:
-        why = f"too few patients for an interval: {num_patients}, in all or of the rarer class"
+        why = f"too few patients for an interval: {num_patients}"
         return Estimate(value, None, None, method, why)
     z = math.sqrt(num_patients / (num_patients - 1)) * t_quantile(num_patients)
     tails = _find_tails(value, defined, left_out, z)

@@ -160,7 +160,11 @@ def evaluate_external(
 
     def compare_rates(name: str, of_class: int) -> TwoSetEstimate:
         patients = [rows.count_by_class()[of_class] for rows in (internal, external)]
-        return _with_wilson(_compare(inside, outside, name), *patients)
+        own, here = (
+            {name: replace(found[name], effective_patients=n)}
+            for found, n in zip((inside, outside), patients, strict=True)
+        )
+        return _with_wilson(_compare(own, here, name), *patients)
 
     return ExternalEvaluation(
         internal=SetSummary.of(internal, has_patients=has_patients[0]),

@@ -114,6 +114,15 @@ def test_a_rate_of_exactly_0_or_1_has_an_interval_and_so_has_its_difference(
         assert (gap.low, gap.high) == pytest.approx(reference, abs=0.03 if not all(fixed) else 1e-9)
 
 
+def test_a_rate_has_the_sample_size_of_its_own_class() -> None:
+    target = np.arange(604) < 4
+    here = make_plain(604, target=target, logit=np.where(np.arange(604) % 5, -1.0, 1.0))
+    found = judge(here)
+    assert present(found.specificity["decision"].external.low) == pytest.approx(0.77, abs=0.02)
+    assert found.specificity["decision"].difference.low is not None
+    assert found.sensitivity["decision"].external.low is None
+
+
 def test_an_equal_set_differs_by_chance_alone() -> None:
     found = judge(draw(3)).auroc.difference
     assert found.low is not None
