@@ -248,28 +248,6 @@ def resample_sets(
     }
 
 
-def patient_bootstrap(
-    patient: npt.NDArray[Any],
-    statistics: Mapping[str, Statistic],
-    *,
-    resamples: int,
-    seed: int,
-) -> dict[str, Estimate]:
-    """Each statistic (R,) with its 95 % interval over resamples of the patients, who all count.
-
-    An interval is null, with a reason, where more than 5 % of the resamples leave the statistic
-    undefined (too few patients of a class) or where it never varies.
-    """
-    found = resample(
-        patient,
-        statistics,
-        resamples=resamples,
-        seed=seed,
-        effective_patients=len(np.unique(patient)),
-    )
-    return {key: one.estimate() for key, one in found.items()}
-
-
 def stack(*statistics: Statistic) -> Statistic:
     """Several statistics (R,) as one (K, R)."""
     return lambda weights: np.stack([statistic(weights) for statistic in statistics])
