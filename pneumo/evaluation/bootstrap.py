@@ -201,6 +201,14 @@ class StatisticSet:
     resampled: Mapping[str, Resampled]
     reason: str | None = None
 
+    def with_size(self, effective_patients: int) -> Self:
+        """The same with another sample size."""
+        sized = {
+            key: replace(one, effective_patients=effective_patients)
+            for key, one in self.resampled.items()
+        }
+        return replace(self, resampled=sized)
+
     def estimate(self, key: str, row: int = 0, reason: str = "undefined here") -> Estimate:
         """The estimate of one statistic; undefined where the set is."""
         if self.reason is not None:
