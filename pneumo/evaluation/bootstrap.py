@@ -45,7 +45,7 @@ class Resampled:
     drawn: Floats
     """In each of R resamples: (K, R)."""
     effective_patients: int
-    """Sample size of the intervals: patients, or those of the rarer class where both classes
+    """Sample size of the intervals: `count_equal_patients`, of the rarer class where both classes
     count."""
     jackknife: Floats = field(default_factory=lambda: np.empty((0, 0)))
     """Without each of J groups of patients: (K, J)."""

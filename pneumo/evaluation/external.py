@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +26,13 @@ from pneumo.evaluation.bootstrap import (
     resample,
 )
 from pneumo.evaluation.calibration import NOT_RANKED, Scaling, fit_scaling
-from pneumo.evaluation.estimates import Estimate, Floats, subtract, with_wilson
+from pneumo.evaluation.estimates import (
+    Estimate,
+    Floats,
+    count_equal_patients,
+    subtract,
+    with_wilson,
+)
 from pneumo.evaluation.metrics import brier_statistic, mean_of_known_statistic
 from pneumo.evaluation.operating_points import OperatingPoint, call_positive, check_enough
 from pneumo.evaluation.predictions import Predictions, name_each, sigmoid
@@ -169,8 +174,9 @@ def evaluate_external(
     def compare_rates(name: str, of_class: int) -> TwoSetEstimate:
         patients = [rows.count_by_class()[of_class] for rows in (internal, external)]
         own, here = (
-            {name: replace(found[name], effective_patients=n)}
-            for found, n in zip((inside, outside), patients, strict=True)
+            {name: replace(found[name], effective_patients=rows.count_equal_patients(part))}
+            for found, rows in ((inside, internal), (outside, external))
+            for part in (rows.target == of_class,)
         )
         return _with_wilson(_compare(own, here, name), *patients)
 
@@ -268,19 +274,13 @@ def _standardise(
         [wanted.get(cell, 0.0) / there[cell] for cell in outside.tolist()]
     ) * np.isin(outside, usable)
     covered = float(np.isin(inside, usable).mean())
-    size = min(_count_equal(external.patient, weights * part) for part in (positive, ~positive))
+    size = min(
+        count_equal_patients(external.patient, weights * part) for part in (positive, ~positive)
+    )
     if size < min_patients:
         reason = f"the weighted patients of a class are worth {size}, {min_patients} are needed"
         return CaseMix(by, covered, Estimate.undefined(reason)), None, 0
     return CaseMix(by, covered, Estimate.undefined("not resampled")), weights, size
-
-
-def _count_equal(patient: npt.NDArray[Any], weights: Floats) -> int:
-    """How many patients with equal weights have as large a variance as these (Kish 1965), rounded
-    down; the weights (N,) are those of studies."""
-    sums = np.bincount(np.unique(patient, return_inverse=True)[1], weights)
-    squares = float(sums @ sums)
-    return int(sums.sum() ** 2 / squares + 1e-9) if squares else 0
 
 
 def _frequencies(cells: npt.NDArray[np.str_]) -> dict[str, float]:

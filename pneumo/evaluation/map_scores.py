@@ -18,7 +18,14 @@ import numpy.typing as npt
 
 from pneumo.errors import MetricError
 from pneumo.evaluation.bootstrap import resample
-from pneumo.evaluation.estimates import Estimate, Floats, as_json, subtract, with_wilson
+from pneumo.evaluation.estimates import (
+    Estimate,
+    Floats,
+    as_json,
+    count_equal_patients,
+    subtract,
+    with_wilson,
+)
 from pneumo.evaluation.metrics import mean_of_known_statistic
 from pneumo.images.boxes import Box
 
@@ -234,10 +241,11 @@ def _summarise_group(
     )
     found = {}
     for key, values in columns.items():
-        patients = len(np.unique(patient[~np.isnan(values)]))
-        found[key] = replace(resampled[key], effective_patients=patients).estimate()
+        known = patient[~np.isnan(values)]
+        size = count_equal_patients(known)
+        found[key] = replace(resampled[key], effective_patients=size).estimate()
         if key.endswith("/pointing") and not key.startswith("gain/"):
-            found[key] = with_wilson(found[key], patients)
+            found[key] = with_wilson(found[key], len(np.unique(known)))
     for name in BASELINES:
         both = found["cam/pointing"], found[f"{name}/pointing"]
         if {0.0, 1.0} & {one.value for one in both}:

@@ -291,9 +291,10 @@ def estimate_rates(
         if key not in metrics.DENOMINATORS:
             found[key] = rate.estimate(reason=metrics.UNDEFINED[key])
             continue
-        patients = rows.count_patients(np.isin(code, metrics.DENOMINATORS[key]))
-        rate = replace(rate, effective_patients=patients)
-        found[key] = with_wilson(rate.estimate(reason=metrics.UNDEFINED[key]), patients)
+        part = np.isin(code, metrics.DENOMINATORS[key])
+        rate = replace(rate, effective_patients=rows.count_equal_patients(part))
+        one = rate.estimate(reason=metrics.UNDEFINED[key])
+        found[key] = with_wilson(one, rows.count_patients(part))
     if _is_exact(found):
         found["balanced_accuracy"] = average(found["recall"], found["specificity"])
     sensitivity, specificity = _find_ends(found)

@@ -217,7 +217,12 @@ class _Evaluated:
                 self.resampled.take(part).derive(_OF_SUMS[measure]) for part in (SUMS, REST_SUMS)
             )
             pair = of_group.concatenate(of_rest)
-        pair = replace(pair, effective_patients=min(own, rest))
+        size = min(
+            self.rows.count_equal_patients(part & (self.rows.target == value))
+            for part in (self.members.own, self.members.rest)
+            for value in classes
+        )
+        pair = replace(pair, effective_patients=size)
         return Gap(self.members.by, self.members.name, measure, pair, (own, rest))
 
     def summarise(self, gaps: Mapping[Measure, Gap | str]) -> Subgroup:

@@ -165,6 +165,17 @@ def test_wilson_stands_beside_the_bootstrap_and_is_narrower_where_patients_recur
         assert width(by_patient) > 1.5 * width(by_image), key
 
 
+def test_patients_of_whom_one_has_most_studies_are_few():
+    rows = make_predictions(600)
+    one_has_most = dataclasses.replace(rows, patient=np.where(np.arange(600) < 500, "p", rows.key))
+    found = evaluate_threshold(one_has_most, 0.3, resamples=200)
+    for rate in found.rates.values():
+        assert rate.value is not None
+        assert (rate.low, rate.high) == (None, None)
+        assert "they tell as much as 1 " in present(rate.reason)
+    assert one_has_most.count_patients(one_has_most.target == 1) > 15
+
+
 def test_nothing_is_said_without_a_threshold_or_a_class():
     rows = make_predictions(100)
     points = {"p": OperatingPoint("p", "", None, "val: because")}
