@@ -218,6 +218,7 @@ def _evaluate_set(
             trained.frozen,
             resamples=config.evaluate.bootstrap_resamples,
             seed=config.seed,
+            min_patients=config.evaluate.min_patients,
             has_patients=(_has_patients(trained.manifest), _has_patients(one.manifest)),
             map_blocks=choose_map(config.cluster, len(rows)),
         )

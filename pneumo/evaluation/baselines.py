@@ -209,10 +209,15 @@ def compare_with_view(
 ) -> ViewBaseline:
     """The model compared with the view, on the studies of `rows` whose view is known."""
     known = rows.take(rows.view != "")
+    part = found["view"].with_size(known.count_rarer_class())
+    within = {}
+    for name in ("AP", "PA"):
+        size = rows.count_rarer_class(rows.view == name)
+        within[name] = found[f"view/{name}"].with_size(size).estimate("auroc")
     return ViewBaseline(
-        **vars(_compare(known, known.view == sicker.view, found["view"])),
+        **vars(_compare(known, known.view == sicker.view, part)),
         sicker_view=sicker.view,
-        within={name: found[f"view/{name}"].estimate("auroc") for name in ("AP", "PA")},
+        within=within,
     )
 
 

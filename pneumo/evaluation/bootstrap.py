@@ -45,7 +45,7 @@ class Resampled:
     drawn: Floats
     """In each of R resamples: (K, R)."""
     effective_patients: int
-    """Sample size of the intervals: patients, or those of the rarer class where both classes
+    """Sample size of the intervals: `count_equal_patients`, of the rarer class where both classes
     count."""
     jackknife: Floats = field(default_factory=lambda: np.empty((0, 0)))
     """Without each of J groups of patients: (K, J)."""
@@ -201,6 +201,14 @@ class StatisticSet:
     resampled: Mapping[str, Resampled]
     reason: str | None = None
 
+    def with_size(self, effective_patients: int) -> Self:
+        """The same with another sample size."""
+        sized = {
+            key: replace(one, effective_patients=effective_patients)
+            for key, one in self.resampled.items()
+        }
+        return replace(self, resampled=sized)
+
     def estimate(self, key: str, row: int = 0, reason: str = "undefined here") -> Estimate:
         """The estimate of one statistic; undefined where the set is."""
         if self.reason is not None:
@@ -246,28 +254,6 @@ def resample_sets(
         else StatisticSet({key: found[f"{name}/{key}"] for key in statistics[name]})
         for name in sets
     }
-
-
-def patient_bootstrap(
-    patient: npt.NDArray[Any],
-    statistics: Mapping[str, Statistic],
-    *,
-    resamples: int,
-    seed: int,
-) -> dict[str, Estimate]:
-    """Each statistic (R,) with its 95 % interval over resamples of the patients, who all count.
-
-    An interval is null, with a reason, where more than 5 % of the resamples leave the statistic
-    undefined (too few patients of a class) or where it never varies.
-    """
-    found = resample(
-        patient,
-        statistics,
-        resamples=resamples,
-        seed=seed,
-        effective_patients=len(np.unique(patient)),
-    )
-    return {key: one.estimate() for key, one in found.items()}
 
 
 def stack(*statistics: Statistic) -> Statistic:

@@ -28,6 +28,8 @@ RULE = (
     f"{FOLDS}-fold cross-validation by patient, is within one standard error of the lowest"
 )
 
+NOT_RANKED = "a higher logit does not mean a higher risk, so scaling can't correct it"
+
 
 @dataclass(frozen=True)
 class Scaling:
@@ -110,8 +112,7 @@ def calibrate(val: Predictions, *, min_patients: int, seed: int) -> Calibration:
             losses[method] = cross_validated_losses(method, positive, logit, val.patient, seed=seed)
             fitted[method] = Scaling(method, slope, intercept, float(np.mean(losses[method])))
     if "platt" not in fitted:
-        reason = "val: a higher logit does not mean a higher risk, so scaling can't correct it"
-        return Calibration(None, None, None, before, reason)
+        return Calibration(None, None, None, before, f"val: {NOT_RANKED}")
     chosen = fitted[_choose_simplest(losses, val.patient)]
     return Calibration(chosen, fitted.get("temperature"), fitted["platt"], before)
 

@@ -4,7 +4,7 @@ DeLong, DeLong & Clarke-Pearson (Biometrics 1988) take studies as independent; O
 (Biometrics 1997) takes patients as independent and allows for the correlation of their studies.
 Both use the placement value of each study: the fraction of the other class that it is ranked
 correctly against. Placement values come from midranks in O(n log n) (Sun & Xu, IEEE Signal
-Processing Letters 2014). Clustered by patient, Student's t with the patients of the rarer class
+Processing Letters 2014). Clustered by patient, Student's t with the sample size of the rarer class
 replaces the normal distribution, and the interval of an AUROC is made on the logit scale (Pepe
 2003), as its distribution is skewed near 1.
 """
@@ -22,7 +22,15 @@ from scipy.special import expit, logit, ndtr, stdtr
 from scipy.stats import rankdata
 
 from pneumo.errors import MetricError
-from pneumo.evaluation.estimates import MIN_FOR_INTERVAL, Z_95, Estimate, Floats, t_quantile
+from pneumo.evaluation.estimates import (
+    MIN_FOR_INTERVAL,
+    TELL_AS_MUCH,
+    Z_95,
+    Estimate,
+    Floats,
+    count_equal_patients,
+    t_quantile,
+)
 from pneumo.evaluation.metrics import check_scores
 
 INDEPENDENT = "DeLong, images taken as independent"
@@ -56,10 +64,15 @@ class Placements:
         masks = self.positive, ~self.positive
         return [int(np.count_nonzero(np.bincount(self.patient[rows]))) for rows in masks]
 
+    @cached_property
+    def effective_patients(self) -> int:
+        """The sample size of the class that has the smaller one."""
+        return min(count_equal_patients(self.patient[c]) for c in (self.positive, ~self.positive))
+
     @property
     def quantile(self) -> float:
         """The 97.5 % point: of the normal distribution, by patient of Student's t."""
-        return Z_95 if self.method == INDEPENDENT else t_quantile(min(self.patients_by_class))
+        return Z_95 if self.method == INDEPENDENT else t_quantile(self.effective_patients)
 
     def minus(self, other: Placements) -> Placements:
         """Placement values of the difference of two AUROCs on the same studies."""
@@ -89,9 +102,9 @@ class Placements:
             variance = self.variance()
         except MetricError as error:
             return Estimate(self.auroc, None, None, self.method, str(error))
-        num = min(self.patients_by_class)
+        num = self.effective_patients
         if self.method == CLUSTERED and num < MIN_FOR_INTERVAL:
-            why = f"too few patients for an interval: {num} of the rarer class"
+            why = f"too few patients for an interval: {TELL_AS_MUCH.format(num)}"
             return Estimate(self.auroc, None, None, self.method, why)
         if variance < _NO_VARIANCE:
             why = "these studies show no variance"
@@ -174,6 +187,6 @@ def delong_test(
     if found.value is None or found.high is None:
         return PairedTest(found, None)
     distance = abs(found.value) / (found.high - found.value) * gain.quantile
-    num = min(gain.patients_by_class)
-    tail = ndtr(-distance) if patient is None else stdtr(num - 1, -distance)
+    degrees = gain.effective_patients - 1
+    tail = ndtr(-distance) if patient is None else stdtr(degrees, -distance)
     return PairedTest(found, float(2 * tail))

@@ -8,7 +8,7 @@ what the intervals cover.
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -23,7 +23,8 @@ Z_95 = 1.959963984540054
 MAX_UNDEFINED_FRACTION = 0.05
 """With more undefined resamples than this there is no interval."""
 MIN_FOR_INTERVAL = 5
-"""Patients that an interval needs at least."""
+"""Patients that an interval needs at least, see `count_equal_patients`."""
+TELL_AS_MUCH = "they tell as much as {} with equally many studies"
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,27 @@ def subtract(first: Estimate, second: Estimate) -> Estimate:
     return Estimate(gap, low, high, NEWCOMBE)
 
 
+def average(first: Estimate, second: Estimate) -> Estimate:
+    """The mean of two independent proportions, with an interval as by `subtract`."""
+    others = [None if end is None else 1 - end for end in (second.value, second.high, second.low)]
+    gap = subtract(first, replace(second, value=others[0], low=others[1], high=others[2]))
+    value, low, high = (
+        None if end is None else (1 + end) / 2 for end in (gap.value, gap.low, gap.high)
+    )
+    return replace(gap, value=value, low=low, high=high)
+
+
+def count_equal_patients(patient: npt.NDArray[Any], weights: Floats | None = None) -> int:
+    """How many patients with equally many studies would tell as much, rounded down (Kish 1965): the
+    sample size of patients of whom some have many studies. Patients who have equally many count in
+    full. `patient` (N,) names that of each study, which count by `weights` (N,)."""
+    is_number = patient.dtype.kind == "i"
+    index = patient if is_number else np.unique(patient, return_inverse=True)[1]
+    sums = np.bincount(index, weights).astype(np.float64)
+    squares = float(sums @ sums)
+    return int(sums.sum() ** 2 / squares + 1e-9) if squares else 0
+
+
 def t_quantile(num_patients: int) -> float:
     """The 97.5 % point of Student's t with `num_patients` - 1 degrees of freedom, at least 1."""
     return float(stdtrit(num_patients - 1, 0.975))
@@ -136,7 +158,7 @@ def find_interval(
         why = f"too few patients: undefined in {num_undefined} of {len(drawn)} resamples"
         return Estimate(value, None, None, method, why)
     if num_patients < MIN_FOR_INTERVAL:
-        why = f"too few patients for an interval: {num_patients}, in all or of the rarer class"
+        why = f"too few patients for an interval: {TELL_AS_MUCH.format(num_patients)}"
         return Estimate(value, None, None, method, why)
     z = math.sqrt(num_patients / (num_patients - 1)) * t_quantile(num_patients)
     tails = _find_tails(value, defined, left_out, z)

@@ -25,10 +25,16 @@ from pneumo.evaluation.bootstrap import (
     first_minus_second,
     resample,
 )
-from pneumo.evaluation.calibration import Scaling, fit_scaling
-from pneumo.evaluation.estimates import Estimate, Floats, subtract, with_wilson
+from pneumo.evaluation.calibration import NOT_RANKED, Scaling, fit_scaling
+from pneumo.evaluation.estimates import (
+    Estimate,
+    Floats,
+    count_equal_patients,
+    subtract,
+    with_wilson,
+)
 from pneumo.evaluation.metrics import brier_statistic, mean_of_known_statistic
-from pneumo.evaluation.operating_points import OperatingPoint, call_positive
+from pneumo.evaluation.operating_points import OperatingPoint, call_positive, check_enough
 from pneumo.evaluation.predictions import Predictions, name_each, sigmoid
 from pneumo.evaluation.ranking import auroc_statistic
 
@@ -100,7 +106,8 @@ class CaseMix:
     by: tuple[str, ...]
     """The properties of CASE_MIX that are known in both sets."""
     covered: float
-    """Fraction of the internal test whose combination occurs in the external set."""
+    """Fraction of the internal test whose combination occurs with both classes in the external
+    set; other combinations have no weight."""
     auroc: Estimate
 
 
@@ -131,15 +138,18 @@ def evaluate_external(
     *,
     resamples: int,
     seed: int,
+    min_patients: int,
     has_patients: tuple[bool, bool] = (True, True),
     map_blocks: MapBlocks = map,
 ) -> ExternalEvaluation:
-    """Evaluate the run's test (`internal`) and another set with the frozen choices; `has_patients`
-    says of both whether patients are known, `map_blocks` computes the resamples.
+    """Evaluate the run's test (`internal`) and another set with the frozen choices.
+
+    Case mix and recalibration need `min_patients` patients of a class; `has_patients` says of both
+    sets whether patients are known, `map_blocks` computes the resamples.
 
     Raises MetricError where a set has one class only, or a score is NaN or infinite.
     """
-    mix, weights = _standardise(internal, external)
+    mix, weights, size = _standardise(internal, external, min_patients)
 
     def resample_patients(
         rows: Predictions, statistics: Mapping[str, Statistic], seed: int
@@ -156,11 +166,19 @@ def evaluate_external(
 
     inside = resample_patients(internal, _statistics(internal, frozen, None), seed)
     outside = resample_patients(external, _statistics(external, frozen, weights), seed + 1)
+    if weights is not None:
+        standardised = replace(outside["standardised"], effective_patients=size)
+        mix = replace(mix, auroc=standardised.estimate())
     points = tuple(frozen.points)
 
     def compare_rates(name: str, of_class: int) -> TwoSetEstimate:
         patients = [rows.count_by_class()[of_class] for rows in (internal, external)]
-        return _with_wilson(_compare(inside, outside, name), *patients)
+        own, here = (
+            {name: replace(found[name], effective_patients=rows.count_equal_patients(part))}
+            for found, rows in ((inside, internal), (outside, external))
+            for part in (rows.target == of_class,)
+        )
+        return _with_wilson(_compare(own, here, name), *patients)
 
     return ExternalEvaluation(
         internal=SetSummary.of(internal, has_patients=has_patients[0]),
@@ -171,8 +189,8 @@ def evaluate_external(
         brier=_compare(inside, outside, "brier"),
         in_the_large=_compare(inside, outside, "in_the_large"),
         metadata_auroc=_compare(inside, outside, "metadata"),
-        case_mix=mix if weights is None else replace(mix, auroc=outside["standardised"].estimate()),
-        recalibration=_recalibrate(external, frozen.scaling, resample_patients, seed),
+        case_mix=mix,
+        recalibration=_recalibrate(external, frozen.scaling, resample_patients, seed, min_patients),
     )
 
 
@@ -230,8 +248,11 @@ def _with_wilson(both: TwoSetEstimate, *num_patients: int) -> TwoSetEstimate:
 # --- case mix -------------------------------------------------------------------------------------
 
 
-def _standardise(internal: Predictions, external: Predictions) -> tuple[CaseMix, Floats | None]:
-    """The case mix, without its AUROC, and the weight of each external study."""
+def _standardise(
+    internal: Predictions, external: Predictions, min_patients: int
+) -> tuple[CaseMix, Floats | None, int]:
+    """The case mix, without its AUROC; the weight of each external study, and to how many patients
+    with equal weights those of the rarer class amount."""
     columns = [_describe(rows) for rows in (internal, external)]
     by = tuple(
         name
@@ -240,19 +261,26 @@ def _standardise(internal: Predictions, external: Predictions) -> tuple[CaseMix,
     )
     if not by:
         reason = "view, age and sex are unknown in one of the sets"
-        return CaseMix((), 0.0, Estimate.undefined(reason)), None
+        return CaseMix((), 0.0, Estimate.undefined(reason)), None, 0
     inside, outside = (
         np.array(["|".join(cell) for cell in zip(*(column[name] for name in by), strict=True)])
         for column in columns
     )
+    # A combination of one class would be compared with other combinations only.
+    positive = external.target == 1
+    usable = np.intersect1d(outside[positive], outside[~positive])
     wanted, there = _frequencies(inside), _frequencies(outside)
-    weights = np.array([wanted.get(cell, 0.0) / there[cell] for cell in outside.tolist()])
-    covered = float(np.isin(inside, outside).mean())
-    classes = external.target[weights > 0]
-    if len(np.unique(classes)) < 2:
-        reason = "the combinations that are in both sets have one class only"
-        return CaseMix(by, covered, Estimate.undefined(reason)), None
-    return CaseMix(by, covered, Estimate.undefined("not resampled")), weights
+    weights = np.array(
+        [wanted.get(cell, 0.0) / there[cell] for cell in outside.tolist()]
+    ) * np.isin(outside, usable)
+    covered = float(np.isin(inside, usable).mean())
+    size = min(
+        count_equal_patients(external.patient, weights * part) for part in (positive, ~positive)
+    )
+    if size < min_patients:
+        reason = f"the weighted patients of a class are worth {size}, {min_patients} are needed"
+        return CaseMix(by, covered, Estimate.undefined(reason)), None, 0
+    return CaseMix(by, covered, Estimate.undefined("not resampled")), weights, size
 
 
 def _frequencies(cells: npt.NDArray[np.str_]) -> dict[str, float]:
@@ -273,6 +301,7 @@ def _recalibrate(
     scaling: Scaling | None,
     resample_patients: Callable[[Predictions, Mapping[str, Statistic], int], dict[str, Resampled]],
     seed: int,
+    min_patients: int,
 ) -> Recalibration:
     """Platt scaling on RECALIBRATION_FRACTION of the patients, a random sample."""
     patients = np.unique(rows.patient)
@@ -281,7 +310,7 @@ def _recalibrate(
     is_part = np.isin(rows.patient, chosen)
     part, rest = rows.take(is_part), rows.take(~is_part)
     try:
-        slope, intercept = fit_scaling("platt", part.target, part.logit)
+        slope, intercept = _fit_platt(part, min_patients)
         before = brier_statistic(rest.target, _calibrate(rest, scaling))
         after = brier_statistic(rest.target, sigmoid(slope * rest.logit + intercept))
         found = resample_patients(rest, {"before": before, "after": after}, seed)
@@ -291,3 +320,12 @@ def _recalibrate(
     change = found["after"].concatenate(found["before"]).derive(first_minus_second)
     estimates = (one.estimate() for one in (found["before"], found["after"], change))
     return Recalibration(RECALIBRATION_FRACTION, len(part), len(rest), slope, intercept, *estimates)
+
+
+def _fit_platt(part: Predictions, min_patients: int) -> tuple[float, float]:
+    """Slope and intercept; raises MetricError where a run's own val would not be used either."""
+    check_enough(part, "youden", min_patients)
+    slope, intercept = fit_scaling("platt", part.target, part.logit)
+    if slope <= 0:
+        raise MetricError(NOT_RANKED)
+    return slope, intercept

@@ -10,15 +10,22 @@ of
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from pneumo.errors import MetricError
-from pneumo.evaluation.bootstrap import Statistic, patient_bootstrap
-from pneumo.evaluation.estimates import Estimate, Floats, as_json
+from pneumo.evaluation.bootstrap import resample
+from pneumo.evaluation.estimates import (
+    Estimate,
+    Floats,
+    as_json,
+    count_equal_patients,
+    subtract,
+    with_wilson,
+)
 from pneumo.evaluation.metrics import mean_of_known_statistic
 from pneumo.images.boxes import Box
 
@@ -221,14 +228,28 @@ def _summarise_group(
         return GroupSummary(0, "no such study with boxes")
     if n < MIN_POSITIVES:
         return GroupSummary(n, f"{n} studies with boxes, fewer than {MIN_POSITIVES}")
-    statistics: dict[str, Statistic] = {}
+    columns: dict[str, Floats] = {}
     for measure in MEASURES:
         own = scores.column("cam", measure)
         for name in MAPS:
             other = scores.column(name, measure)
-            statistics[f"{name}/{measure}"] = mean_of_known_statistic(other)
-            statistics[f"gain/{name}/{measure}"] = mean_of_known_statistic(own - other)
-    found = patient_bootstrap(patient, statistics, resamples=resamples, seed=seed)
+            columns[f"{name}/{measure}"] = other
+            columns[f"gain/{name}/{measure}"] = own - other
+    statistics = {key: mean_of_known_statistic(values) for key, values in columns.items()}
+    resampled = resample(
+        patient, statistics, resamples=resamples, seed=seed, effective_patients=len(patient)
+    )
+    found = {}
+    for key, values in columns.items():
+        known = patient[~np.isnan(values)]
+        size = count_equal_patients(known)
+        found[key] = replace(resampled[key], effective_patients=size).estimate()
+        if key.endswith("/pointing") and not key.startswith("gain/"):
+            found[key] = with_wilson(found[key], len(np.unique(known)))
+    for name in BASELINES:
+        both = found["cam/pointing"], found[f"{name}/pointing"]
+        if {0.0, 1.0} & {one.value for one in both}:
+            found[f"gain/{name}/pointing"] = subtract(*both)
     if not has_prior:
         found |= {name: Estimate.undefined(NO_PRIOR) for name in found if "prior/" in name}
     return GroupSummary(

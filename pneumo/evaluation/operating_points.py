@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -20,7 +20,15 @@ from pneumo.config import EvaluateConfig
 from pneumo.errors import MetricError
 from pneumo.evaluation import metrics
 from pneumo.evaluation.bootstrap import Resampled, SampleWeights, Statistic, StatisticSet, divide
-from pneumo.evaluation.estimates import WILSON, Estimate, Floats, as_json, wilson, with_wilson
+from pneumo.evaluation.estimates import (
+    WILSON,
+    Estimate,
+    Floats,
+    as_json,
+    average,
+    wilson,
+    with_wilson,
+)
 from pneumo.evaluation.metrics import Confusion
 from pneumo.evaluation.predictions import Predictions
 
@@ -40,7 +48,7 @@ STANDARD: Mapping[str, tuple[ThresholdRule, float]] = {
 """Chosen for every run, whatever is configured, so that any two runs can be compared."""
 PREVALENCES = (0.05, 0.10, 0.225, 0.365)
 """For which predictive values are given, from rare to common; RSNA has 22.5 %."""
-BAYES_ENDS = "Bayes at the ends of sensitivity's and specificity's intervals"
+AT_ENDS = "at the ends of sensitivity's and specificity's intervals"
 
 
 @dataclass(frozen=True)
@@ -254,24 +262,46 @@ def evaluate_points(
 
 def _evaluate_at(rows: Predictions, threshold: float, cells: Resampled) -> PointEvaluation:
     counts = Confusion(*(int(count) for count in cells.value))
-    estimates = {
-        key: cells.derive(partial(_rate, key)).estimate(reason=metrics.UNDEFINED[key])
-        for key in metrics.RATES
-    }
+    estimates = estimate_rates(cells, rows, code_outcomes(rows, threshold))
     by_wilson = {}
-    code = code_outcomes(rows, threshold)
     for key, members in metrics.DENOMINATORS.items():
         value, n = estimates[key].value, int(sum(cells.value[members]))
-        if value is None:
-            by_wilson[key] = Estimate.undefined(metrics.UNDEFINED[key], WILSON)
-            continue
-        by_wilson[key] = Estimate(value, *wilson(value, n), WILSON)
-        patients = rows.count_patients(np.isin(code, members))
-        estimates[key] = with_wilson(estimates[key], patients)
+        by_wilson[key] = (
+            Estimate.undefined(metrics.UNDEFINED[key], WILSON)
+            if value is None
+            else Estimate(value, *wilson(value, n), WILSON)
+        )
     predictive = tuple(
         PredictiveValues(p, *_predict_values(cells, p, estimates)) for p in PREVALENCES
     )
     return PointEvaluation(counts, estimates, by_wilson, predictive)
+
+
+def estimate_rates(
+    cells: Resampled, rows: Predictions, code: npt.NDArray[np.int64]
+) -> dict[str, Estimate]:
+    """Every metric of `metrics.RATES` from tp, fp, fn, tn (4, R); `code` (N,) as by
+    `code_outcomes`, or another number for studies that do not count.
+
+    The sample size of a proportion is the patients in its own denominator.
+    """
+    found = {}
+    for key in metrics.RATES:
+        rate = cells.derive(partial(_rate, key))
+        if key not in metrics.DENOMINATORS:
+            found[key] = rate.estimate(reason=metrics.UNDEFINED[key])
+            continue
+        part = np.isin(code, metrics.DENOMINATORS[key])
+        rate = replace(rate, effective_patients=rows.count_equal_patients(part))
+        one = rate.estimate(reason=metrics.UNDEFINED[key])
+        found[key] = with_wilson(one, rows.count_patients(part))
+    if _is_exact(found):
+        found["balanced_accuracy"] = average(found["recall"], found["specificity"])
+    sensitivity, specificity = _find_ends(found)
+    cells_at_ends = np.array([sensitivity, 1 - specificity, 1 - sensitivity, specificity])
+    for key in ("lr_positive", "lr_negative"):
+        found[key] = _with_ends(found[key], _rate(key, cells_at_ends)[0], found)
+    return found
 
 
 def _rate(key: str, cells: Floats) -> Floats:
@@ -300,17 +330,30 @@ def _predict_values(
     for key in ("recall", "specificity"):
         if rates[key].value is None:
             reasons = (str(rates[key].reason),) * 2
-    ends = [[rates[key].low, rates[key].high] for key in ("recall", "specificity")]
-    sensitivity, specificity = np.array(ends, dtype=np.float64)  # None is NaN
+    sensitivity, specificity = _find_ends(rates)
     bounds = predictive_values(sensitivity, specificity, prevalence)
-    ppv, npv = (
-        _with_bayes(both.estimate(row, reasons[row]), *bounds[row].tolist()) for row in (0, 1)
-    )
+    ppv, npv = (_with_ends(both.estimate(row, reasons[row]), bounds[row], rates) for row in (0, 1))
     return ppv, npv
 
 
-def _with_bayes(one: Estimate, low: float, high: float) -> Estimate:
-    """The estimate with these bounds where resampling gives no interval; they are conservative."""
-    if one.value is None or one.low is not None or math.isnan(low) or math.isnan(high):
+def _is_exact(rates: Mapping[str, Estimate]) -> bool:
+    """Whether sensitivity or specificity is 0 or 1, and so the same in every resample."""
+    return not {0.0, 1.0}.isdisjoint({rates["recall"].value, rates["specificity"].value})
+
+
+def _find_ends(rates: Mapping[str, Estimate]) -> Floats:
+    """Low and high of sensitivity, then of specificity: (2, 2); NaN where unknown."""
+    ends = [(rates[key].low, rates[key].high) for key in ("recall", "specificity")]
+    return np.array(ends, dtype=np.float64)
+
+
+def _with_ends(one: Estimate, ends: Floats, rates: Mapping[str, Estimate]) -> Estimate:
+    """`one`; where resampling does not vary sensitivity or specificity, with its values at the
+    `ends` (2,) of their intervals, which are conservative bounds."""
+    is_known = one.low is not None and not _is_exact(rates)
+    if one.value is None or is_known or np.isnan(ends).any():
         return one
-    return Estimate(one.value, min(low, one.value), max(high, one.value), BAYES_ENDS)
+    low, high = min(one.value, *ends.tolist()), max(one.value, *ends.tolist())
+    if math.isinf(high):
+        return Estimate(one.value, low, None, AT_ENDS, "without a bound")
+    return Estimate(one.value, low, high, AT_ENDS)

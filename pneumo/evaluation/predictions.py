@@ -19,6 +19,7 @@ from scipy.special import expit
 
 from pneumo.dataset.study_table import StudyRow, encode_parquet
 from pneumo.errors import DataError
+from pneumo.evaluation.estimates import count_equal_patients
 from pneumo.images.boxes import Box
 from pneumo.network.scoring import Scores
 
@@ -93,9 +94,15 @@ class Predictions:
         )
         return negative, positive
 
+    def count_equal_patients(self, part: npt.NDArray[np.bool_]) -> int:
+        """The sample size of a mask (N,) of studies, see `estimates.count_equal_patients`."""
+        return count_equal_patients(self.patient[part])
+
     def count_rarer_class(self, part: npt.NDArray[np.bool_] | None = None) -> int:
-        """The number of patients of the class that fewer patients have, in a mask (N,)."""
-        return min(filter(None, self.count_by_class(part)), default=0)
+        """The sample size of the class that has the smaller one, in a mask (N,)."""
+        everybody = np.ones(len(self), dtype=np.bool_) if part is None else part
+        sizes = (self.count_equal_patients(everybody & (self.target == value)) for value in (0, 1))
+        return min(filter(None, sizes), default=0)
 
     def with_integer_keys(self) -> Self:
         """The same with integers for the keys of patients, in their order, and of studies: they are

@@ -233,9 +233,10 @@ def _find_ece_if_calibrated(
 ) -> float:
     """See `Reliability`. The sum of a bin's targets is taken as normal. Its variance is that of
     independent targets times a design effect, as the studies of one patient in a bin have similar
-    errors."""
+    errors beyond the mean error of the bin, which would be 0 if the probabilities were right."""
     _, index = np.unique(patient, return_inverse=True)
     residual = positive - probability
+    residual = residual - (np.bincount(bins, residual) / np.bincount(bins))[bins]
     _, patient_and_bin = np.unique(bins * len(index) + index, return_inverse=True)
     squares = float(residual @ residual)
     alike = float((np.bincount(patient_and_bin, residual) ** 2).sum()) / squares if squares else 1.0

@@ -13,7 +13,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from pneumo.evaluation.bootstrap import resample
-from pneumo.evaluation.estimates import Estimate
+from pneumo.evaluation.estimates import Estimate, count_equal_patients
 from pneumo.evaluation.ranking import auroc_statistic
 
 _THUMBNAIL, _BINS = 16, 16
@@ -64,7 +64,7 @@ def classify_sets(
         resamples=resamples,
         seed=seed,
         effective_patients=min(
-            len(np.unique(groups[rest][is_external[rest] == one])) for one in (0, 1)
+            count_equal_patients(groups[rest][is_external[rest] == one]) for one in (0, 1)
         ),
     )
     return found["auroc"].estimate()

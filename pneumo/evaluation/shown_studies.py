@@ -7,7 +7,14 @@ import numpy as np
 import numpy.typing as npt
 
 from pneumo.evaluation.bootstrap import divide, resample, sums_statistic
-from pneumo.evaluation.estimates import WILSON, Estimate, as_json, wilson, with_wilson
+from pneumo.evaluation.estimates import (
+    WILSON,
+    Estimate,
+    as_json,
+    count_equal_patients,
+    wilson,
+    with_wilson,
+)
 from pneumo.evaluation.operating_points import call_positive
 
 Outcome = Literal["tp", "fp", "fn", "tn"]
@@ -151,7 +158,8 @@ def count_errors(
         here = code == row
         n, errors = int(here.sum()), int(wrong[here].sum())
         own_patients = len(np.unique(patient[here]))
-        rate = replace(rates, effective_patients=own_patients).estimate(row)
+        size = count_equal_patients(patient[here])
+        rate = replace(rates, effective_patients=size).estimate(row)
         by_image = Estimate(errors / n, *wilson(errors / n, n), WILSON)
         rate = with_wilson(rate, own_patients)
         counted.append(FindingErrors(name, n, int(called[here].sum()), errors, rate, by_image))

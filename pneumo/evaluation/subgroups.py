@@ -20,8 +20,8 @@ from pneumo.evaluation.bootstrap import (
     StatisticSet,
     divide,
 )
-from pneumo.evaluation.estimates import Estimate, Floats, as_json, with_wilson
-from pneumo.evaluation.operating_points import code_outcomes, find_too_few
+from pneumo.evaluation.estimates import Estimate, Floats, as_json
+from pneumo.evaluation.operating_points import code_outcomes, estimate_rates, find_too_few
 from pneumo.evaluation.predictions import Predictions
 from pneumo.evaluation.subgroup_definitions import (
     SHARED,
@@ -217,7 +217,12 @@ class _Evaluated:
                 self.resampled.take(part).derive(_OF_SUMS[measure]) for part in (SUMS, REST_SUMS)
             )
             pair = of_group.concatenate(of_rest)
-        pair = replace(pair, effective_patients=min(own, rest))
+        size = min(
+            self.rows.count_equal_patients(part & (self.rows.target == value))
+            for part in (self.members.own, self.members.rest)
+            for value in classes
+        )
+        pair = replace(pair, effective_patients=size)
         return Gap(self.members.by, self.members.name, measure, pair, (own, rest))
 
     def summarise(self, gaps: Mapping[Measure, Gap | str]) -> Subgroup:
@@ -232,7 +237,7 @@ class _Evaluated:
             patients=self.rows.count_patients(own),
             auroc=self._estimate(either, lambda s: s[AUROC][None]),
             average_precision=self._estimate(either, lambda s: s[AVERAGE_PRECISION][None]),
-            rates={key: self._estimate_rate(key) for key in metrics.RATES},
+            rates=self._estimate_rates(),
             brier=self._estimate(calibrated, _find_brier),
             in_the_large=self._estimate(calibrated, lambda s: _OF_SUMS["in_the_large"](s[SUMS])),
             gaps={
@@ -241,18 +246,25 @@ class _Evaluated:
             },
         )
 
-    def _estimate_rate(self, key: str) -> Estimate:
-        """A metric of `metrics.RATES`."""
-        too_few = self._too_few
-        shared = None if self.members.by in _DEFINED.get(key, ()) else self._shared
-        few = {"recall": too_few[1], "specificity": too_few[0]}
-        reason = shared or few.get(key, too_few[1] or too_few[0]) or self._no_threshold
-        rate = metrics.RATES[key]
-        found = self._estimate(reason, lambda s: rate(*s[SUMS][:4])[None], metrics.UNDEFINED[key])
-        if key not in metrics.DENOMINATORS or found.value is None:
-            return found
-        is_counted = np.isin(code_outcomes(self.rows, self.threshold), metrics.DENOMINATORS[key])
-        return with_wilson(found, self.rows.count_patients(is_counted & self.members.own))
+    def _estimate_rates(self) -> dict[str, Estimate]:
+        """The metrics of `metrics.RATES`."""
+        few = {"recall": self._too_few[1], "specificity": self._too_few[0]}
+        reasons = {
+            key: self.fault
+            or (None if self.members.by in _DEFINED.get(key, ()) else self._shared)
+            or few.get(key, self._too_few[1] or self._too_few[0])
+            or self._no_threshold
+            for key in metrics.RATES
+        }
+        found: dict[str, Estimate] = {}
+        if self.resampled is not None:
+            code = code_outcomes(self.rows, self.threshold)
+            cells = self.resampled.take(SUMS).take(slice(0, 4))
+            found = estimate_rates(cells, self.rows, np.where(self.members.own, code, -1))
+        return {
+            key: Estimate.undefined(reason) if reason else found[key]
+            for key, reason in reasons.items()
+        }
 
     def _estimate(
         self,

@@ -52,6 +52,8 @@ from pneumo.reporting.page.summary import is_shown_to_rank, view_sentence
 
 NUM_IMAGES = (1, 1, 1, 1, 1, 1, 2, 2, 3, 5)
 """Of a patient, with equal chances: a mean of 1.8, as in RSNA's data."""
+HIGH, OF_BOTH_CLASSES = "sensitivity_95", ("balanced_accuracy", "lr_positive")
+"""A point at which sensitivity is often exactly 1, and what this once spoiled."""
 EFFECT, ALIKE = 1.7, 0.5
 """How far positives score above negatives, and the part of a score's variance that a patient's
 images share."""
@@ -170,7 +172,7 @@ class Population:
         """What each interval of test should hold at these thresholds, after this calibration."""
         target, logit = self.rows.target, self.rows.logit.astype(np.float64)
         found = dict(self.fixed)
-        for name in ("decision", "screening"):
+        for name in ("decision", "screening", HIGH):
             threshold = fitted.points[name].logit
             if threshold is None:
                 continue
@@ -224,6 +226,8 @@ def list_intervals(test: SplitEvaluation) -> dict[str, Estimate]:
         "sensitivity at specificity 0.90": test.sensitivity_at_specificity_90,
         **{f"{key}, decision": rate for key, rate in at.rates.items()},
         "recall, screening": test.at["screening"].rates["recall"],
+        **{f"{key}, {HIGH}": test.at[HIGH].rates[key] for key in OF_BOTH_CLASSES},
+        f"PPV at 10 %, {HIGH}": test.at[HIGH].at_prevalence[1].ppv,
         "PPV at 10 %, decision": at.at_prevalence[1].ppv,
         "NPV at 10 %, decision": at.at_prevalence[1].npv,
         "gain over view": test.view.gain,

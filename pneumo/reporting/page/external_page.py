@@ -162,7 +162,8 @@ def _case_mix_sentence(found: ExternalEvaluation) -> str:
         return f"Case mix: {mix.auroc.reason}."
     return (
         f"Case mix: weighted to the internal test's {', '.join(mix.by)} the AUROC of this set is "
-        f"{Cell.of(mix.auroc)}; {percent(mix.covered)} of the internal test has such studies here."
+        f"{Cell.of(mix.auroc)}; {percent(mix.covered)} of the internal test has such studies "
+        "of both classes here."
     )
 
 

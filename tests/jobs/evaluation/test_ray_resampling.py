@@ -73,7 +73,13 @@ def test_an_external_validation_is_the_same_on_any_number_of_workers(ray_here):
     assert_same_on_any_number_of_workers(
         lambda map_blocks: as_json(
             evaluate_external(
-                internal, external, frozen, resamples=100, seed=0, map_blocks=map_blocks
+                internal,
+                external,
+                frozen,
+                resamples=100,
+                seed=0,
+                min_patients=10,
+                map_blocks=map_blocks,
             )
         )
     )

@@ -25,7 +25,7 @@ from pneumo.evaluation.baselines import (
 )
 from pneumo.evaluation.predictions import sigmoid
 from tests import present
-from tests.predictions import make_plain, make_predictions
+from tests.predictions import judge, make_plain, make_predictions
 
 pytestmark = pytest.mark.processors
 
@@ -35,6 +35,14 @@ def resample(rows, parts):
     return bootstrap.resample_sets(
         rows.patient, parts, resamples=200, seed=0, effective_patients=few
     )
+
+
+def test_the_auroc_within_a_view_is_that_of_the_subgroup_with_its_interval():
+    test = judge(make_predictions(600)).test
+    of_view = {group.name: group.auroc for group in test.subgroups.groups if group.by == "view"}
+    for name, within in test.view.within.items():
+        ends = present(of_view[name].low), present(of_view[name].high)
+        assert (within.low, within.high) == pytest.approx(ends), name
 
 
 def test_metadata_baseline_is_fitted_on_train_and_paired_with_the_model():

@@ -43,13 +43,13 @@ def drawn(n=2000, seed=0, slope=1.0, shift=0.0):
     return target, slope * truth + shift
 
 
-def measure(target, logit, scaling=None, num_bins=10, resamples=100):
+def measure(target, logit, scaling=None, num_bins=10, resamples=100, patient=None):
     sample = LogitSample.of(target, logit)
     statistics = {
         **reliability_statistics(sample, scaling, num_bins),
         "fit": recalibration_statistic(sample),
     }
-    rows = dataclasses.replace(val(target, logit), logit=np.asarray(logit, dtype=float))
+    rows = dataclasses.replace(val(target, logit, patient), logit=np.asarray(logit, dtype=float))
     few = rows.count_rarer_class()
     found = bootstrap.resample(
         rows.patient, statistics, resamples=resamples, seed=0, effective_patients=few
@@ -403,6 +403,12 @@ def test_the_calibration_error_of_a_calibrated_model_is_told():
     found = [measure(*drawn(300, seed=seed)) for seed in range(30)]
     mean = np.mean([one.ece.value for one in found])
     assert np.mean([one.ece_if_calibrated for one in found]) == pytest.approx(mean, rel=0.2)
+
+
+def test_probabilities_that_are_too_high_do_not_make_a_patients_studies_alike():
+    target, logit = drawn(1200, shift=2.0)
+    apart, together = (measure(target, logit, patient=np.arange(1200) // size) for size in (1, 30))
+    assert together.ece_if_calibrated == pytest.approx(apart.ece_if_calibrated, rel=0.1)
 
 
 @examples(10)

@@ -127,6 +127,21 @@ def test_clustered_covers_the_truth_as_often_as_it_says():
     assert covered["image"] < 0.75 * 200
 
 
+def test_patients_with_equally_many_studies_count_in_full_and_others_for_less():
+    patient, target, score, other = simulated(80)
+    everyone_twice = np.tile(patient, 2), np.tile(target, 2), np.tile(score, 2)
+    assert placements(*everyone_twice[1:], everyone_twice[0]).effective_patients == (
+        placements(target, score, patient).effective_patients
+    )
+    one_has_most = np.where(patient < 60, 0, patient)
+    for found in (
+        delong(target, score, one_has_most),
+        delong_test(target, score, other, one_has_most).difference,
+    ):
+        assert (found.low, found.high) == (None, None)
+        assert "they tell as much as 1 with equally many studies" in present(found.reason)
+
+
 def test_undefined_input_is_said():
     assert delong([1, 1], [0.1, 0.2]).reason == "one class only: 2 of 2 are positive"
     perfect = delong([0, 0, 1, 1], [0, 1, 2, 3])

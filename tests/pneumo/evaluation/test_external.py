@@ -54,7 +54,7 @@ FROZEN = FrozenChoices(
 
 
 def judge(external: Predictions = EXTERNAL, frozen: FrozenChoices = FROZEN) -> ExternalEvaluation:
-    return evaluate_external(INTERNAL, external, frozen, resamples=200, seed=0)
+    return evaluate_external(INTERNAL, external, frozen, resamples=200, seed=0, min_patients=10)
 
 
 def test_values_are_those_of_scikit_learn() -> None:
@@ -95,7 +95,7 @@ def test_a_rate_of_exactly_0_or_1_has_an_interval_and_so_has_its_difference(
         return make_plain(len(names), patient=names, target=target, logit=8.0 * called - 4)
 
     own, here = make("a", 40, missed), make("b", 60, missed_here)
-    found = evaluate_external(own, here, FROZEN, resamples=200, seed=0)
+    found = evaluate_external(own, here, FROZEN, resamples=200, seed=0, min_patients=10)
     for rates, counts in (
         (found.sensitivity["decision"], ((40 - missed, 40), (60 - missed_here, 60))),
         (found.specificity["decision"], ((40, 40), (60, 60))),
@@ -112,6 +112,15 @@ def test_a_rate_of_exactly_0_or_1_has_an_interval_and_so_has_its_difference(
         assert gap.value == pytest.approx(j / m - k / n)
         assert (gap.method == "Newcombe, of both intervals") == any(fixed)
         assert (gap.low, gap.high) == pytest.approx(reference, abs=0.03 if not all(fixed) else 1e-9)
+
+
+def test_a_rate_has_the_sample_size_of_its_own_class() -> None:
+    target = np.arange(604) < 4
+    here = make_plain(604, target=target, logit=np.where(np.arange(604) % 5, -1.0, 1.0))
+    found = judge(here)
+    assert present(found.specificity["decision"].external.low) == pytest.approx(0.77, abs=0.02)
+    assert found.specificity["decision"].difference.low is not None
+    assert found.sensitivity["decision"].external.low is None
 
 
 def test_an_equal_set_differs_by_chance_alone() -> None:
@@ -136,8 +145,39 @@ def test_the_case_mix_is_taken_from_the_internal_test() -> None:
     assert found.case_mix.auroc.value < found.auroc.external.value - 0.05
 
 
+def test_a_combination_of_one_class_is_not_part_of_the_case_mix() -> None:
+    """Its negatives would be compared with the positives of other combinations only."""
+    internal = draw(10, n=2000)
+    rows = draw(11, n=2000)
+    rows = rows.take((rows.view == "PA") | (rows.target == 0))
+    without_ap = rows.take(rows.view == "PA")
+    found, expected = (
+        evaluate_external(internal, one, FROZEN, resamples=200, seed=0, min_patients=10).case_mix
+        for one in (rows, without_ap)
+    )
+    assert found.covered == expected.covered < 0.7
+    assert found.auroc.value == pytest.approx(expected.auroc.value)
+
+
+def test_a_case_mix_that_hangs_on_a_few_patients_has_no_auroc() -> None:
+    """Nine tenths of the weight lie on three studies in AP."""
+    internal, rows = (
+        replace(draw(seed, n=600), sex=np.full(600, "F"), age=np.full(600, 50.0))
+        for seed in (12, 13)
+    )
+    internal = replace(internal, view=np.where(np.arange(600) % 10, "AP", "PA"))
+    target = np.where(np.arange(600) < 3, np.arange(600) == 0, rows.target).astype(np.int8)
+    rows = replace(rows, view=np.where(np.arange(600) < 3, "AP", "PA"), target=target)
+    mix = evaluate_external(internal, rows, FROZEN, resamples=200, seed=0, min_patients=10).case_mix
+    assert mix.covered == 1
+    assert mix.auroc.value is None
+    assert mix.auroc.reason == "the weighted patients of a class are worth 1, 10 are needed"
+
+
 def test_a_set_with_all_kinds_of_studies_covers_the_internal_test_exactly() -> None:
-    found = evaluate_external(EXTERNAL, draw(7, n=4000), FROZEN, resamples=200, seed=0)
+    found = evaluate_external(
+        EXTERNAL, draw(7, n=4000), FROZEN, resamples=200, seed=0, min_patients=10
+    )
     assert found.case_mix.covered == 1
     found = judge(EXTERNAL.take(EXTERNAL.sex == "F"))
     assert found.case_mix.covered == (INTERNAL.sex == "F").mean()
@@ -157,6 +197,15 @@ def test_recalibration_is_judged_on_other_patients_than_it_is_fitted_on() -> Non
     assert found.fitted_on == pytest.approx(RECALIBRATION_FRACTION * len(EXTERNAL), abs=2)
     assert found.difference.value is not None
     assert found.difference.value < 0
+
+
+def test_a_recalibration_is_fitted_on_enough_patients_and_never_reverses_the_ranking() -> None:
+    few = judge(EXTERNAL.take(np.arange(len(EXTERNAL)) < 80)).recalibration
+    assert few.slope is None
+    assert "are needed" in str(few.brier_before.reason)
+    reversed_ = judge(replace(EXTERNAL, logit=-EXTERNAL.logit)).recalibration
+    assert reversed_.slope is None
+    assert "does not mean a higher risk" in str(reversed_.difference.reason)
 
 
 def test_a_run_without_calibration_or_metadata() -> None:

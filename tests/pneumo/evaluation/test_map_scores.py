@@ -202,6 +202,30 @@ def test_empty_maps_are_counted_and_take_no_part_in_the_energy() -> None:
     assert found.energy.value == pytest.approx(scores.column("cam", "energy")[3:].mean())
 
 
+def test_the_interval_of_the_energy_goes_by_patients_whose_map_is_not_empty() -> None:
+    scores = draw_scores(30)
+    values = scores.values.copy()
+    values[6:, :, MEASURES.index("energy")] = np.nan  # 3 patients are left, too few
+    every = summarise(BoxScores(scores.keys, values)).groups["all"]
+    for energy in (every.maps["cam"].energy, every.gain["random"]["energy"]):
+        assert energy.low is None
+        assert "too few patients" in energy.reason
+    assert every.maps["random"].auprc.low is not None
+
+
+def test_a_pointing_game_won_or_lost_in_every_study_has_an_interval() -> None:
+    scores = draw_scores(40)  # of 20 patients
+    values = scores.values.copy()
+    values[:, :, MEASURES.index("pointing")] = 1.0, 0.0, 0.0
+    every = summarise(BoxScores(scores.keys, values)).groups["all"]
+    won, lost = every.maps["cam"].pointing, every.maps["prior"].pointing
+    assert (won.value, won.method, lost.method) == (1.0, *["Wilson over patients"] * 2)
+    assert (won.low, lost.high) == pytest.approx((0.839, 0.161), abs=0.001)
+    gain = every.gain["prior"]["pointing"]
+    assert (gain.value, gain.method) == (1.0, "Newcombe, of both intervals")
+    assert gain.low == pytest.approx(1 - 0.161 * 2**0.5, abs=0.002)
+
+
 def test_parts_join_to_the_same_whole_in_any_order() -> None:
     scores = draw_scores(9)
     parts = [BoxScores(scores.keys[i::3], scores.values[i::3]) for i in (2, 0, 1)]

@@ -33,7 +33,7 @@ from pneumo.evaluation.delong import delong
 from pneumo.evaluation.logistic_regression import LogitSample
 from pneumo.evaluation.reliability import reliability_statistics
 from tests import present
-from tests.estimates import contains, width
+from tests.estimates import contains, patient_bootstrap, width
 from tests.examples import examples
 from tests.predictions import evaluate_threshold, with_scores
 
@@ -342,7 +342,7 @@ def test_bootstrap_interval_contains_the_value_or_gives_a_reason(data, seed):
     target, score = data
     patient = np.arange(len(target)) // 2
     estimates = {
-        **bootstrap.patient_bootstrap(
+        **patient_bootstrap(
             patient, {"auroc": ranking.auroc_statistic(target, score)}, resamples=100, seed=seed
         ),
         **evaluate_threshold(with_scores(target, score, patient), 0.5, seed=seed).rates,
@@ -386,7 +386,7 @@ def test_patient_bootstrap_is_wider_than_image_bootstrap_and_covers():
         statistic = {"auroc": ranking.auroc_statistic(target, logit)}
         widths = {}
         for unit, groups in {"patient": patient, "image": np.arange(len(patient))}.items():
-            found = bootstrap.patient_bootstrap(groups, statistic, resamples=300, seed=1)["auroc"]
+            found = patient_bootstrap(groups, statistic, resamples=300, seed=1)["auroc"]
             covered[unit] += contains(found, truth)
             widths[unit] = width(found)
         assert widths["patient"] > 1.3 * widths["image"]
@@ -398,7 +398,7 @@ def test_the_interval_of_a_skewed_statistic_is_scipys():
     """Of so many that Student's t is the normal."""
     values = np.random.default_rng(0).exponential(size=600) ** 2
     statistic = {"mean": lambda weights: values @ weights / weights.sum(axis=0)}
-    found = bootstrap.patient_bootstrap(np.arange(600), statistic, resamples=4000, seed=0)["mean"]
+    found = patient_bootstrap(np.arange(600), statistic, resamples=4000, seed=0)["mean"]
     expected = scipy.stats.bootstrap(
         (values,), np.mean, n_resamples=4000, method="BCa", rng=np.random.default_rng(1)
     )
@@ -421,7 +421,7 @@ def test_a_last_bit_of_rounding_moves_no_interval():
         return drawn * (1 + noise.choice([-1, 0, 1], size=drawn.shape) * 2e-16)
 
     both = {"exact": exact, "rounded": rounded}
-    found = bootstrap.patient_bootstrap(np.arange(20), both, resamples=500, seed=0)
+    found = patient_bootstrap(np.arange(20), both, resamples=500, seed=0)
     assert found["rounded"].low == pytest.approx(found["exact"].low, rel=1e-9)
     assert found["rounded"].high == pytest.approx(found["exact"].high, rel=1e-9)
 
@@ -429,7 +429,7 @@ def test_a_last_bit_of_rounding_moves_no_interval():
 def test_image_bootstrap_agrees_with_delong():
     _, target, logit = simulated(num_patients=1500)
     statistic = {"auroc": ranking.auroc_statistic(target, logit)}
-    found = bootstrap.patient_bootstrap(np.arange(1500), statistic, resamples=1000, seed=0)["auroc"]
+    found = patient_bootstrap(np.arange(1500), statistic, resamples=1000, seed=0)["auroc"]
     analytic = delong(target, logit)
 
     assert found.low == pytest.approx(analytic.low, abs=0.004)
@@ -442,7 +442,7 @@ def test_bootstrap_is_the_same_for_the_same_seed_and_any_order_of_the_samples():
 
     def interval(rows):
         statistic = {"auroc": ranking.auroc_statistic(target[rows], logit[rows])}
-        return bootstrap.patient_bootstrap(patient[rows], statistic, resamples=200, seed=3)["auroc"]
+        return patient_bootstrap(patient[rows], statistic, resamples=200, seed=3)["auroc"]
 
     assert interval(np.arange(len(patient))) == interval(order)
 
@@ -488,12 +488,12 @@ def test_resamples_are_the_same_wherever_and_in_whatever_order_they_are_computed
 
 def test_estimates_say_why_they_are_empty():
     perfect = {"auroc": ranking.auroc_statistic([0] * 20 + [1] * 20, np.arange(40.0))}
-    found = bootstrap.patient_bootstrap(np.arange(40), perfect, resamples=100, seed=0)["auroc"]
+    found = patient_bootstrap(np.arange(40), perfect, resamples=100, seed=0)["auroc"]
     assert (found.value, found.low, found.high) == (1.0, None, None)
     assert found.reason == "the same in nearly every resample"
 
     lonely = {"auroc": ranking.auroc_statistic([1] + [0] * 20, np.arange(21.0))}
-    found = bootstrap.patient_bootstrap(np.arange(21), lonely, resamples=100, seed=0)["auroc"]
+    found = patient_bootstrap(np.arange(21), lonely, resamples=100, seed=0)["auroc"]
     assert found.value == 0.0
     assert present(found.reason).startswith("too few patients: undefined in")
 

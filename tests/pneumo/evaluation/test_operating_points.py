@@ -116,7 +116,40 @@ def test_predictive_values_of_a_perfect_split_still_have_an_interval():
     ppv = found.at_prevalence[0].ppv
     assert (ppv.value, ppv.high) == (1.0, 1.0)
     assert 0.1 < present(ppv.low) < 0.9
-    assert ppv.method.startswith("Bayes at the ends")
+    assert ppv.method.startswith("at the ends")
+
+
+def test_a_sensitivity_of_1_is_not_taken_as_known_in_what_is_computed_of_it():
+    called = np.arange(600) % 5 < 2  # specificity 0.60
+    rows = with_scores([1] * 15 + [0] * 600, np.r_[np.full(15, 0.9), np.where(called, 0.8, 0.1)])
+    found = evaluate_threshold(rows, 0.5, resamples=500)
+    recall, specificity = (found.rates[key] for key in ("recall", "specificity"))
+    assert (recall.value, recall.method) == (1.0, "Wilson over patients")
+    low, own = present(recall.low), present(specificity.value)  # about 0.80, 0.60
+
+    balanced = found.rates["balanced_accuracy"]
+    assert balanced.method == "Newcombe, of both intervals"
+    assert present(balanced.low) < (low + own) / 2
+    assert present(balanced.high) == pytest.approx((1 + present(specificity.high)) / 2)
+    assert present(found.rates["lr_positive"].low) < low / (1 - own)
+    negative = found.rates["lr_negative"]
+    assert (negative.value, negative.low) == (0.0, 0.0)
+    assert present(negative.high) > (1 - low) / own
+    at_10 = found.at_prevalence[1]
+    expected = predictive_values(np.array([low]), np.array([own]), 0.10)
+    for estimate, bound in zip((at_10.ppv, at_10.npv), expected, strict=True):
+        assert present(estimate.low) < bound[0]
+
+
+def test_a_proportion_has_the_sample_size_of_its_own_denominator():
+    score = np.where(np.arange(1000) % 5, 0.1, 0.8)
+    for positives in (3, 5):  # too few for an interval; few
+        rows = with_scores(
+            [1] * positives + [0] * 1000, np.r_[np.linspace(0.3, 0.9, positives), score]
+        )
+        found = evaluate_threshold(rows, 0.5, resamples=500)
+        assert width(found.rates["specificity"]) == pytest.approx(0.05, abs=0.007)
+        assert (found.rates["recall"].low is None) == (positives < 5)
 
 
 def test_wilson_stands_beside_the_bootstrap_and_is_narrower_where_patients_recur():
@@ -130,6 +163,17 @@ def test_wilson_stands_beside_the_bootstrap_and_is_narrower_where_patients_recur
         assert by_image.value == by_patient.value
         assert by_image.method == "Wilson, images taken as independent"
         assert width(by_patient) > 1.5 * width(by_image), key
+
+
+def test_patients_of_whom_one_has_most_studies_are_few():
+    rows = make_predictions(600)
+    one_has_most = dataclasses.replace(rows, patient=np.where(np.arange(600) < 500, "p", rows.key))
+    found = evaluate_threshold(one_has_most, 0.3, resamples=200)
+    for rate in found.rates.values():
+        assert rate.value is not None
+        assert (rate.low, rate.high) == (None, None)
+        assert "they tell as much as 1 " in present(rate.reason)
+    assert one_has_most.count_patients(one_has_most.target == 1) > 15
 
 
 def test_nothing_is_said_without_a_threshold_or_a_class():

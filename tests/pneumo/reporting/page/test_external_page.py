@@ -45,7 +45,7 @@ def show(
 def make_set(*, has_patients: tuple[bool, bool] = (True, True), phantoms: bool = False,
              frozen: FrozenChoices = FROZEN) -> ExternalSet:  # fmt: skip
     found = evaluate_external(
-        INTERNAL, EXTERNAL, frozen, resamples=50, seed=0, has_patients=has_patients
+        INTERNAL, EXTERNAL, frozen, resamples=50, seed=0, min_patients=10, has_patients=has_patients
     )
     none = Estimate.undefined("not measured")
     shift = measure_shift(([1] * 256,) * 2, (INTERNAL.spacing_mm,) * 2, none, (0, 0))
