@@ -61,11 +61,11 @@ def read_own_table(folder: Folder, layout: Layout) -> Source:
     left_out, findings = Counter[str](), set[str]()
     for file, row in rows.items():
         patient, target, study, view, age, sex, finding, split = row.cells
-        if (other := numbers.setdefault(study or file, row.number)) != row.number:
-            raise SourceError(f"{url}: rows {other} and {row.number} give one study two files")
         if not _is_frontal(view):
             left_out["views that are not frontal"] += 1
             continue
+        if (other := numbers.setdefault(study or file, row.number)) != row.number:
+            raise SourceError(f"{url}: rows {other} and {row.number} give one study two files")
         label = int(target)
         findings.add(finding)
         header = make_header(age=age, sex=sex, view=view)

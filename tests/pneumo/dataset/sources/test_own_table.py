@@ -143,6 +143,16 @@ def test_views_that_are_not_frontal_are_left_out(tmp_path: Path) -> None:
     assert source.summary.endswith("3 patients; 7 views that are not frontal left out")
 
 
+@pytest.mark.parametrize("views", [("PA", "LATERAL"), ("lateral", "PA")])
+def test_a_lateral_view_of_a_study_is_no_second_file(tmp_path: Path, views: tuple[str, str]) -> None:
+    rows = [f"images/{i}.png,p,1,s,{view}" for i, view in enumerate(views)]
+    (study,) = read(write(tmp_path, f"{FIRST},study,view", *rows)).studies
+    assert study.url.endswith(f"{views.index('PA')}.png")
+    frontal = [row.replace("LATERAL", "AP").replace("lateral", "AP") for row in rows]
+    with pytest.raises(SourceError, match="rows 2 and 3 give one study two files"):
+        read(write(tmp_path, f"{FIRST},study,view", *frontal))
+
+
 def test_a_long_table_of_texts_with_line_breaks(tmp_path: Path) -> None:
     report = '"first line\nsecond, ' + "x" * 10_000 + '"'
     rows = [f"images/0.png,p,1,{i},{i},5,5,{report}" for i in range(300)]
