@@ -832,7 +832,7 @@ def test_private_elements_of_no_type(
     assert set(image.warnings) <= {"parsed:private"}
 
 
-@pytest.mark.parametrize("vr", [b"  ", b"\0\0", b"??", b"us"])
+@pytest.mark.parametrize("vr", [b"  ", b"\0\0", b"??", b"us", b"OX"])
 @pytest.mark.parametrize("quality", [None, 95])
 def test_elements_of_the_standard_without_their_type_are_read(
     make_dicom: DicomMaker, vr: bytes, quality: int | None
@@ -881,9 +881,7 @@ def test_a_frame_of_unknown_vr(make_dicom: DicomMaker) -> None:
     assert image.warnings == ("parsed:PixelData",)
 
 
-@given(st.integers(-400, 400).filter(bool), st.booleans())
-@settings(max_examples=60, deadline=None)
-def test_an_icon_of_a_wrong_length(make_dicom: DicomMaker, missing: int, packed: bool) -> None:
+def with_icon(make_dicom: DicomMaker, quality: int | None, **elements: str) -> bytes:
     icon = Dataset()
     icon.SamplesPerPixel, icon.PhotometricInterpretation = 1, "MONOCHROME2"
     icon.Rows = icon.Columns = 32
@@ -891,11 +889,14 @@ def test_an_icon_of_a_wrong_length(make_dicom: DicomMaker, missing: int, packed:
     icon.HighBit, icon.PixelRepresentation = 7, 0
     icon.PixelData = smooth(255)[:32, :32].tobytes()
     icon["PixelData"].VR = "OB"
-    sound = make_dicom(
-        smooth(255),
-        jpeg_quality=95 if packed else None,
-        elements={"IconImageSequence": Sequence([icon])},
-    )
+    made = {"IconImageSequence": Sequence([icon])} | elements
+    return make_dicom(smooth(255), jpeg_quality=quality, elements=made)
+
+
+@given(st.integers(-400, 400).filter(bool), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_an_icon_of_a_wrong_length(make_dicom: DicomMaker, missing: int, packed: bool) -> None:
+    sound = with_icon(make_dicom, 95 if packed else None)
     place = sound.index(b"\x88\0\0\x02SQ\0\0") + 8
     lengths = struct.unpack_from("<I4xI", sound, place)
     assert lengths[0] == lengths[1] + 8
@@ -904,6 +905,44 @@ def test_an_icon_of_a_wrong_length(make_dicom: DicomMaker, missing: int, packed:
         struct.pack_into("<I", wrong, place + offset, length - missing)
     image = read(bytes(wrong))
     np.testing.assert_array_equal(image.pixels, read(sound[132:]).pixels)
+
+
+@pytest.mark.parametrize("tag", [b"\x20\0\0\x40LT", b"\x32\0\x60\x10LO"])
+@pytest.mark.parametrize("quality", [None, 95])
+def test_an_icon_is_never_the_picture(
+    make_dicom: DicomMaker, quality: int | None, tag: bytes
+) -> None:
+    texts = {"ImageComments": "a comment", "RequestedProcedureDescription": "chest"}
+    sound = with_icon(make_dicom, quality, **texts)
+    expected, place, right = read(sound[132:]), sound.index(tag) + 6, 0
+    length = int.from_bytes(sound[place : place + 2], "little")
+    for wrong in range(length + 2, length + 400, 2):
+        try:
+            image = read(sound[:place] + wrong.to_bytes(2, "little") + sound[place + 2 :])
+        except DicomError:
+            continue
+        np.testing.assert_array_equal(image.pixels, expected.pixels)
+        right += 1
+    assert right > 90
+
+
+@pytest.mark.parametrize("vr", [b"ow", b"??", b"  ", b"OX", b"US"])
+@pytest.mark.parametrize("quality", [None, 95])
+def test_pixel_data_of_an_invalid_type(
+    make_dicom: DicomMaker, quality: int | None, vr: bytes
+) -> None:
+    sound = make_dicom(smooth(255), jpeg_quality=quality)
+    place = sound.index(b"\xe0\x7f\x10\0O") + 4
+    image = read(sound[:place] + vr + sound[place + 2 :])
+    np.testing.assert_array_equal(image.pixels, read(sound[132:]).pixels)
+    assert image.warnings == ("parsed:PixelData",)
+
+
+def test_implicit_pixel_data_in_an_explicit_file(make_dicom: DicomMaker) -> None:
+    sound = make_dicom(smooth(255))
+    place = sound.index(b"\xe0\x7f\x10\0O") + 4
+    image = read(sound[:place] + sound[place + 4 :])
+    np.testing.assert_array_equal(image.pixels, read(sound).pixels)
 
 
 def test_a_dicomdir_is_no_radiograph(make_dicom: DicomMaker) -> None:
