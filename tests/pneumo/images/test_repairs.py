@@ -308,10 +308,11 @@ def test_lossy_colours_without_a_marker_are_ycbcr(make_dicom: DicomMaker) -> Non
     assert image.warnings == ("codestream:PhotometricInterpretation",)
 
 
-def encode_jpeg_2000(pixels: Pixels) -> bytes:
+def encode_jpeg_2000(pixels: Pixels, **options: Any) -> bytes:
     """With the sign of the pixels' type, of 16 bits."""
     imagecodecs = pytest.importorskip("imagecodecs", reason="needs the extra 'codecs'")
-    return bytes(imagecodecs.jpeg2k_encode(pixels, codecformat="J2K", reversible=True, level=0))
+    options |= {"codecformat": "J2K", "reversible": True, "level": 0}
+    return bytes(imagecodecs.jpeg2k_encode(pixels, **options))
 
 
 @pytest.mark.parametrize("header_signed", [0, 1])
@@ -387,6 +388,55 @@ def test_signed_values_of_the_full_range_under_an_unsigned_header(
         image = read(with_frame(make_dicom, compress(words, syntax, bits), syntax, elements))
     np.testing.assert_array_equal(image.pixels, read(make_dicom(pixels)).pixels)
     assert image.warnings == ("pixels:PixelRepresentation",)
+
+
+@pytest.mark.parametrize("bits", [13, 14, 16])
+@pytest.mark.parametrize("syntax", [None, JPEGLosslessSV1, JPEGLSLossless, RLELossless])
+def test_a_sign_of_12_bits_in_a_header_of_more(
+    make_dicom: DicomMaker, syntax: UID | None, bits: int
+) -> None:
+    pixels = smooth(4095)
+    words = (pixels + np.uint16(2048)) % np.uint16(4096)
+    elements = {"BitsStored": bits, "HighBit": bits - 1, "PixelRepresentation": 1}
+    if syntax is None:
+        image = read(make_dicom(words, elements=elements))
+    else:
+        frame = compress(words, syntax, 12 if syntax == JPEGLosslessSV1 else 16)
+        image = read(with_frame(make_dicom, frame, syntax, elements | {"BitsAllocated": 16}))
+    np.testing.assert_array_equal(image.pixels, read(make_dicom(pixels)).pixels)
+    assert image.warnings == ("pixels:PixelRepresentation",)
+
+
+@pytest.mark.parametrize("bits", [13, 14, 16])
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_jpeg_2000_of_12_bits_and_another_sign_than_the_header(
+    make_dicom: DicomMaker, signed: bool, bits: int
+) -> None:
+    pixels = smooth(4095)
+    stored = pixels.astype(np.int16) - np.int16(2048) if signed else pixels
+    frame = encode_jpeg_2000(stored, bitspersample=12)
+    elements = {"BitsAllocated": 16, "BitsStored": bits, "HighBit": bits - 1}
+    elements["PixelRepresentation"] = int(not signed)
+    image = read(with_frame(make_dicom, frame, JPEG2000Lossless, elements))
+    np.testing.assert_array_equal(image.pixels, read(make_dicom(pixels)).pixels)
+    assert image.warnings == ("pixels:PixelRepresentation",)
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12])
+@pytest.mark.parametrize("padding", ["least", "zero"])
+def test_few_values_of_a_signed_header_keep_the_sign(
+    make_dicom: DicomMaker, bits: int, padding: str
+) -> None:
+    half = 2 ** (bits - 1)
+    values = tissue(half - 1)
+    values[:, :16] = -half if padding == "least" else 0
+    window = {"WindowCenter": half // 2, "WindowWidth": half}
+    image = read(make_dicom(values.astype(np.int16), elements=window))
+    expected = np.clip((values - half / 2 + 0.5) / (half - 1) + 0.5, 0, 1) * 255
+    assert np.abs(gray(image) - np.rint(expected)).max() <= 1
+    assert image.warnings == ()
+    whole = read(make_dicom(smooth(2**bits - 1).astype(np.int16)))
+    assert whole.warnings == ()
 
 
 def test_bright_values_beside_dark_ones_are_no_negative_values(make_dicom: DicomMaker) -> None:
