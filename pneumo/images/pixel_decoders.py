@@ -37,6 +37,7 @@ from pneumo.images.frame_format import FrameFormat
 from pneumo.images.stored_values import Stored, make_values
 
 _LONGEST_RUN = 128
+_MORE_BYTES = b"\0" + bytes(range(1, 128))  # various, and none is a marker
 
 _GE_BIG_ENDIAN = UID("1.2.840.113619.5.2")
 """GE's private syntax: implicit VR, little endian, with big endian pixels."""
@@ -270,10 +271,16 @@ def _decode_jpeg(frame: bytes, form: FrameFormat) -> Stored:
     if end is None:
         raise DicomError("the JPEG frame is truncated")  # libjpeg-turbo would pad it with gray
     space = "RGB" if form.samples == 3 else None  # equal spaces: no conversion
+    longer = frame[: end - 2] + _MORE_BYTES + frame[end - 2 : end]
     try:
-        samples = imagecodecs.jpeg8_decode(frame[:end], colorspace=space, outcolorspace=space)
+        samples, other = (
+            imagecodecs.jpeg8_decode(data, colorspace=space, outcolorspace=space)
+            for data in (frame[:end], longer)
+        )
     except Exception as error:
         raise DicomError(f"pixel data does not decode: {type(error).__name__}") from error
+    if (samples != other).any():  # imagecodecs hides libjpeg's warning of data that ends too early
+        raise DicomError("the JPEG frame is damaged: its data ends too early")
     unsigned = samples.astype(f"u{form.bits_allocated // 8}", copy=False)
     return unsigned.view(f"i{form.bits_allocated // 8}") if form.signed else unsigned
 

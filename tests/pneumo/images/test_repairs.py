@@ -188,6 +188,24 @@ def test_a_frame_without_its_end_says_so(make_dicom: DicomMaker, cut: int) -> No
         read(with_frame(make_dicom, frame[: end - cut], JPEGLosslessSV1, elements))
 
 
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.999])
+@pytest.mark.parametrize("kind", ["lossless", "lossless of 8 bits", "lossy of 12 bits"])
+def test_data_that_ends_too_early_is_no_picture(
+    make_dicom: DicomMaker, kind: str, share: float
+) -> None:
+    imagecodecs = pytest.importorskip("imagecodecs", reason="needs the extra 'codecs'")
+    bits = 8 if "8" in kind else 12
+    options = {"lossless": True} if "lossless" in kind else {"level": 98}
+    frame = imagecodecs.jpeg8_encode(smooth(2**bits - 1), bitspersample=bits, **options)
+    elements = {"BitsAllocated": 8 if bits == 8 else 16, "BitsStored": bits, "HighBit": bits - 1}
+    syntax = JPEGLosslessSV1 if "lossless" in kind else pydicom.uid.JPEGExtended12Bit
+    read(with_frame(make_dicom, frame, syntax, elements))
+    start = frame.index(b"\xff\xda") + 16
+    cut = frame[: start + int(share * (len(frame) - start - 2))] + b"\xff\xd9"
+    with pytest.raises(DicomError, match="its data ends too early"):
+        read(with_frame(make_dicom, cut, syntax, elements))
+
+
 @given(st.binary(max_size=300), st.integers(0, 400))
 @settings(max_examples=200, deadline=None)
 def test_any_bytes_have_an_end_within_them_or_none(garbage: bytes, cut: int) -> None:
@@ -285,6 +303,16 @@ def test_lossy_jpeg_of_12_bits_whatever_the_header_says(
     elements = {"BitsAllocated": header[0], "BitsStored": header[1], "HighBit": header[1] - 1}
     image = read(with_frame(make_dicom, frame, stated, elements))
     assert np.abs(gray(image) - np.rint(pixels / 4095 * 255)).max() <= 2
+
+
+def test_a_lossless_jpeg_under_the_syntax_of_the_usual_one(make_dicom: DicomMaker) -> None:
+    imagecodecs = pytest.importorskip("imagecodecs", reason="needs the extra 'codecs'")
+    pixels = np.repeat(np.repeat(smooth(255), 4, 0), 4, 1)
+    frame = imagecodecs.jpeg8_encode(pixels, lossless=True, bitspersample=8)
+    elements = {"PixelData": encapsulate([frame])}
+    image = read(make_dicom(pixels, jpeg_quality=90, elements=elements))
+    np.testing.assert_array_equal(image.pixels, read(make_dicom(pixels)).pixels)
+    assert image.warnings == ("codestream:TransferSyntaxUID",)
 
 
 def test_pixels_of_the_other_byte_order_in_the_syntax_of_ge(make_dicom: DicomMaker) -> None:
