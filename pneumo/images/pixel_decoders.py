@@ -37,6 +37,7 @@ from pneumo.images.frame_format import FrameFormat
 from pneumo.images.stored_values import Stored, make_values
 
 _LONGEST_RUN = 128
+_FEW_ZEROS = 16  # that may end the data of a sound frame which lacks its end marker
 _MORE_BYTES = b"\0" + bytes(range(1, 128))  # various, and none is a marker
 
 _GE_BIG_ENDIAN = UID("1.2.840.113619.5.2")
@@ -320,13 +321,16 @@ def read_frame(dataset: pydicom.Dataset, repairs: Repairs) -> bytes:
 
 
 def _check_frame(frame: bytes, syntax: UID, form: FrameFormat) -> bytes:
-    """The frame from the start of its codestream, which must have the header's size.
+    """The frame from the start of its codestream, which must have the header's size, and data in
+    place of the zeros that an interrupted copy leaves.
 
     Raises DicomError(undecodable).
     """
     if syntax in uid.JPEG2000TransferSyntaxes:
         frame = frame[find_jpeg_2000(frame) or 0 :]
         size = read_jpeg_2000_size(frame)
+        if frame.endswith(bytes(_FEW_ZEROS + 1)) and not is_complete(frame):
+            raise DicomError("the JPEG 2000 frame is truncated: it ends in zeros")
     elif syntax in uid.JPEGTransferSyntaxes or syntax in uid.JPEGLSTransferSyntaxes:
         size = read_jpeg_size(frame)
     else:

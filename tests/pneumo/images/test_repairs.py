@@ -206,6 +206,21 @@ def test_data_that_ends_too_early_is_no_picture(
         read(with_frame(make_dicom, cut, syntax, elements))
 
 
+@pytest.mark.parametrize("share", [0.5, 0.9])
+def test_a_jpeg_2000_of_which_zeros_are_the_rest_is_no_picture(
+    make_dicom: DicomMaker, share: float
+) -> None:
+    frame = encode_jpeg_2000(smooth(4095), bitspersample=12)
+    elements = {"BitsAllocated": 16, "BitsStored": 12, "HighBit": 11}
+    sound = read(with_frame(make_dicom, frame, JPEG2000Lossless, elements))
+    assert frame.endswith(b"\xff\xd9")
+    image = read(with_frame(make_dicom, frame[:-2] + b"\0\0", JPEG2000Lossless, elements))
+    np.testing.assert_array_equal(image.pixels, sound.pixels)
+    zeros = frame[: int(share * len(frame))].ljust(len(frame), b"\0")
+    with pytest.raises(DicomError, match="it ends in zeros"):
+        read(with_frame(make_dicom, zeros, JPEG2000Lossless, elements))
+
+
 @given(st.binary(max_size=300), st.integers(0, 400))
 @settings(max_examples=200, deadline=None)
 def test_any_bytes_have_an_end_within_them_or_none(garbage: bytes, cut: int) -> None:
