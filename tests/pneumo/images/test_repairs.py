@@ -798,6 +798,19 @@ def test_the_first_window_that_shows_something_is_taken(make_dicom: DicomMaker) 
     np.testing.assert_array_equal(read(make_dicom(pixels, elements=several)).pixels, expected)
 
 
+@pytest.mark.parametrize("first", [Dataset(), lut(np.full(4096, 7), 12)[0]], ids=["empty", "flat"])
+def test_the_first_table_that_shows_something_is_taken(
+    make_dicom: DicomMaker, first: Dataset
+) -> None:
+    pixels = smooth(4095)
+    good = lut(np.arange(4096)[::-1], 12)
+    expected = read(make_dicom(pixels, elements={"VOILUTSequence": good}))
+    several = Sequence([first, good[0], lut(np.arange(4096), 12)[0]])
+    image = read(make_dicom(pixels, elements={"VOILUTSequence": several}))
+    np.testing.assert_array_equal(image.pixels, expected.pixels)
+    assert "left_out:VOILUTSequence" in image.warnings
+
+
 @given(st.integers(1, 3), st.integers(10_000, 65_535), st.integers(0, 99))
 @settings(max_examples=40, deadline=None)
 def test_hot_pixels_do_not_darken_the_rest(
