@@ -282,6 +282,31 @@ def test_chexpert_views_in_small_letters(copied: Path) -> None:
     assert (found.studies, found.left_out) == (expected.studies, expected.left_out)
 
 
+@pytest.mark.parametrize("layout", ["chexpert", "vindr"])
+def test_names_of_columns_may_be_in_capitals(copied: Path, layout: str) -> None:
+    expected = read(copied / layout)
+    path = copied / layout / "train.csv"
+    names, _, rows = path.read_text().partition("\n")
+    path.write_text(names.upper().replace(",", ", ") + "\n" + rows)
+    found = read(copied / layout)
+    assert [study.key for study in found.studies] == [study.key for study in expected.studies]
+    assert found.layout == layout
+
+
+def test_chexpert_columns_of_positive_labels(copied: Path) -> None:
+    path = copied / "chexpert" / "train.csv"
+    expected = read(copied / "chexpert")
+    text = path.read_text().replace("Pneumonia", "Consolidation")
+    path.write_text(text.replace("Consolidation", " consolidation"))
+    found = read(copied / "chexpert", positive=["Consolidation"])
+    assert [study.target for study in found.studies] == [s.target for s in expected.studies]
+    lines = text.splitlines()
+    twice = [f"{lines[0]},Consolidation", *(f"{line}," for line in lines[1:])]
+    path.write_text("\n".join(twice) + "\n")
+    with pytest.raises(SourceError, match="names Consolidation more than once"):
+        read(copied / "chexpert", positive=["Consolidation"])
+
+
 def test_chexpert_labels_are_checked(copied: Path) -> None:
     path = copied / "chexpert" / "train.csv"
     path.write_text(re.sub(r"1\.0$", "3.0", path.read_text(), count=1, flags=re.MULTILINE))
