@@ -114,6 +114,11 @@ def decode_stored(
     if _is_encapsulated(element, stated, size):
         frame = read_frame(dataset, repairs)
         return _decode_encapsulated(frame, stated, form, repairs, may_widen=may_widen)
+    whole = form.rows * form.columns * 3 * form.bits_allocated // 8
+    if form.photometric == "YBR_FULL_422" and len(element.value or b"") in (whole, whole + 1):
+        # Decompressed, with the header of the compressed file.
+        repairs.add("codestream:PhotometricInterpretation")
+        form = replace(form, photometric="YBR_FULL")
     if not size <= len(element.value or b"") < max(2 * size, 3):  # one pixel is filled up to two
         raise DicomError(f"{len(element.value or b'')} bytes of pixels, the header says {size}")
     syntax = stated
