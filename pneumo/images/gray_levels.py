@@ -178,15 +178,14 @@ def _apply_voi(
 
 
 def _has_contrast(levels: Values, values: Values, counts: Counts) -> bool:
-    """Whether less than 99.8 % of the pixels become black, less than 99.8 % white, and they are not
-    all in the lowest or the highest eighth; True where all pixels have the same value."""
+    """Whether less than 99.8 % of the pixels become black, less than 99.8 % white, and some take a
+    level above the lowest eighth; True where all pixels have the same value."""
     used = counts > 0
     if not used.any() or np.ptp(values[used]) == 0:
         return True
     limit = _ALMOST_ALL * counts.sum()
     black, white = counts[levels < _HALF_LEVEL].sum(), counts[levels > 1 - _HALF_LEVEL].sum()
-    is_spread = levels[used].max() >= _DARK and levels[used].min() <= 1 - _DARK
-    return bool(max(black, white) < limit and is_spread)
+    return bool(max(black, white) < limit and levels[used].max() >= _DARK)
 
 
 _ALMOST_ALL = 0.998

@@ -254,7 +254,6 @@ def test_a_sign_that_pneumo_corrects_is_refused(tmp_path: Path, bits: int) -> No
         ({"ModalityLUTSequence": [LUT]}, "look-up table"),
         ({"VOILUTFunction": "SIGMOID", **WINDOW}, "not LINEAR"),
         ({"WindowCenter": 1e6, "WindowWidth": 10}, "hides the picture"),
-        ({"WindowCenter": -1800, "WindowWidth": 4096}, "hides the picture"),
         ({"WindowCenter": 100}, "without a centre"),
         ({"WindowCenter": 100, "WindowWidth": 0.5}, "not wider than 1"),
         ({"RescaleSlope": 0, "RescaleIntercept": 0}, "slope of 0"),

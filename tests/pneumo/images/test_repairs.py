@@ -790,17 +790,6 @@ def test_a_window_for_values_of_more_bits_is_left_out(
     assert image.warnings == ("left_out:WindowCenter",)
 
 
-@pytest.mark.parametrize("center", [-1800, 2055])
-def test_a_window_that_leaves_an_eighth_of_the_levels_is_left_out(
-    make_dicom: DicomMaker, center: int
-) -> None:
-    pixels = smooth(255)
-    window = {"WindowCenter": str(center), "WindowWidth": "4096"}
-    image = read(make_dicom(pixels, elements=window))
-    np.testing.assert_array_equal(image.pixels, read(make_dicom(pixels)).pixels)
-    assert image.warnings == ("left_out:WindowCenter",)
-
-
 def test_the_first_window_that_shows_something_is_taken(make_dicom: DicomMaker) -> None:
     pixels = smooth(4095)
     several = {"WindowCenter": ["60000", "1000"], "WindowWidth": ["10", "1500"]}
